@@ -1,0 +1,1 @@
+//! The state of a Baton cluster: one Store contract over etcd, memory or a remote controller.

@@ -1,0 +1,1 @@
+//! Which instances exist and which role each has.

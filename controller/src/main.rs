@@ -1,0 +1,3 @@
+//! Starts the controller: configuration, telemetry, listeners, run, drain.
+
+fn main() {}

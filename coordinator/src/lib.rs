@@ -1,0 +1,1 @@
+//! The entry of a Baton cluster: takes OpenAI requests, schedules and streams them.

@@ -1,0 +1,3 @@
+//! Starts the coordinator: configuration, telemetry, listeners, run, drain.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! How every Baton process starts, is observed and stops.

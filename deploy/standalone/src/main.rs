@@ -1,0 +1,3 @@
+//! The `baton` command: `up`, `ctl`, `bench`.
+
+fn main() {}

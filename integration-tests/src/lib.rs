@@ -1,0 +1,1 @@
+//! Drives real Baton processes with real clients, a real etcd and faults.

@@ -1,0 +1,1 @@
+//! Moves KV caches between instances: layouts, sessions, leases, transports.

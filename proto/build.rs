@@ -1,0 +1,16 @@
+//! Compiles the protos without a protoc, and keeps the descriptor set for gRPC reflection.
+
+use prost::Message;
+use std::{env, error::Error, fs, path::PathBuf};
+
+const PROTOS: [&str; 7] = ["common", "inference", "handoff", "control", "state", "store", "admin"];
+
+fn main() -> Result<(), Box<dyn Error>> {
+    println!("cargo:rerun-if-changed=protos");
+    let files = PROTOS.map(|name| format!("protos/baton/v1/{name}.proto"));
+    let descriptors = protox::compile(files, ["protos"])?;
+    let out = PathBuf::from(env::var("OUT_DIR")?);
+    fs::write(out.join("baton.v1.fds"), descriptors.encode_to_vec())?;
+    tonic_prost_build::configure().bytes(".").compile_fds(descriptors)?;
+    Ok(())
+}

@@ -1,0 +1,200 @@
+//! Newtypes of the ids that cross process boundaries. Each is checked once, where it comes in.
+
+use std::{fmt, str::FromStr};
+
+use serde::{Deserialize, Serialize};
+
+/// An id on the wire that is not one.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum IdError {
+    #[error("{what} must be 1 to 63 characters of a-z, 0-9, '-' and '.', starting and ending with a letter or digit; got {got:?}")]
+    Name { what: &'static str, got: String },
+    #[error("a transfer id is 16 bytes, got {0}")]
+    TransferLength(usize),
+}
+
+macro_rules! name_id {
+    ($(#[$doc:meta])* $name:ident, $what:literal) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[serde(try_from = "String", into = "String")]
+        pub struct $name(String);
+
+        impl $name {
+            /// Checks and wraps a name.
+            pub fn new(name: impl Into<String>) -> Result<Self, IdError> {
+                let name = name.into();
+                if is_name(&name) { Ok(Self(name)) } else { Err(IdError::Name { what: $what, got: name }) }
+            }
+
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = IdError;
+            fn from_str(name: &str) -> Result<Self, IdError> {
+                Self::new(name)
+            }
+        }
+
+        impl TryFrom<String> for $name {
+            type Error = IdError;
+            fn try_from(name: String) -> Result<Self, IdError> {
+                Self::new(name)
+            }
+        }
+
+        impl From<$name> for String {
+            fn from(id: $name) -> String {
+                id.0
+            }
+        }
+    };
+}
+
+name_id!(
+    /// A server, for as long as its place in the fleet exists: restarts keep it.
+    InstanceId, "an instance id");
+name_id!(
+    /// A coordinator process.
+    CoordinatorId, "a coordinator id");
+
+/// DNS-label-like, so that ids are safe as key segments, metric labels and host names.
+fn is_name(name: &str) -> bool {
+    let edge = |c: Option<u8>| c.is_some_and(|c| c.is_ascii_lowercase() || c.is_ascii_digit());
+    let bytes = name.as_bytes();
+    name.len() <= 63
+        && edge(bytes.first().copied())
+        && edge(bytes.last().copied())
+        && bytes.iter().all(|&c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == b'-' || c == b'.')
+}
+
+macro_rules! number_id {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        pub struct $name(pub u64);
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                self.0.fmt(f)
+            }
+        }
+    };
+}
+
+number_id!(
+    /// Which start of an instance's process: grows with every start, so that a late message to or from an earlier one
+    /// is told apart.
+    Incarnation);
+number_id!(
+    /// Which assignment of a role to an instance: grows with every assignment, over controller restarts too.
+    RoleEpoch);
+number_id!(
+    /// Which reign of which controller: grows with every election. Fences writes.
+    LeaderEpoch);
+number_id!(
+    /// One leg of a request on one Attach stream, chosen by the coordinator.
+    LegId);
+
+/// A client's request, for logs, traces and `ctl`. Shown as the `x-request-id` header.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct RequestId(String);
+
+impl RequestId {
+    /// A fresh id that sorts by time.
+    pub fn generate() -> Self {
+        Self(uuid::Uuid::now_v7().simple().to_string())
+    }
+
+    /// Takes over an id that a client or peer chose, cut to 128 characters of printable ASCII.
+    pub fn adopt(id: &str) -> Self {
+        Self(id.chars().filter(char::is_ascii_graphic).take(128).collect())
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for RequestId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// One attempt to hand one request's KV cache over: 128 random bits, never reused.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct TransferId([u8; 16]);
+
+impl TransferId {
+    pub const LEN: usize = 16;
+
+    pub fn generate() -> Self {
+        Self(*uuid::Uuid::new_v4().as_bytes())
+    }
+
+    pub const fn from_bytes(bytes: [u8; 16]) -> Self {
+        Self(bytes)
+    }
+
+    pub fn as_bytes(&self) -> &[u8; 16] {
+        &self.0
+    }
+}
+
+impl TryFrom<&[u8]> for TransferId {
+    type Error = IdError;
+    fn try_from(bytes: &[u8]) -> Result<Self, IdError> {
+        Ok(Self(bytes.try_into().map_err(|_| IdError::TransferLength(bytes.len()))?))
+    }
+}
+
+impl fmt::Display for TransferId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl fmt::Debug for TransferId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "TransferId({self})")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_dns_like() {
+        for good in ["a", "server-0", "10.0.0.1", &"a".repeat(63)] {
+            assert_eq!(InstanceId::new(good).expect(good).as_str(), good);
+        }
+        for bad in ["", "-a", "a-", "A", "a/b", "a b", "é", &"a".repeat(64)] {
+            assert!(InstanceId::new(bad).is_err(), "{bad:?} was taken");
+        }
+    }
+
+    #[test]
+    fn transfer_ids_are_sixteen_bytes() {
+        let id = TransferId::generate();
+        assert_eq!(TransferId::try_from(id.as_bytes().as_slice()), Ok(id));
+        assert_eq!(TransferId::try_from([0u8; 15].as_slice()), Err(IdError::TransferLength(15)));
+        assert_eq!(id.to_string().len(), 32);
+    }
+
+    #[test]
+    fn adopted_request_ids_are_printable_and_bounded() {
+        assert_eq!(RequestId::adopt("a\nb c\u{7f}").as_str(), "abc");
+        assert_eq!(RequestId::adopt(&"x".repeat(1000)).as_str().len(), 128);
+    }
+}

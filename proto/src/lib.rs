@@ -1,0 +1,21 @@
+//! Everything that crosses a process boundary: the protobuf contracts, the newtypes of the ids in them, and the one
+//! table of error codes.
+//!
+//! The services talk in [`v1`] types at their edges only: adapters turn them into domain types (`TryFrom`) on the way
+//! in and back on the way out. Contracts, a gRPC service each: `Inference`, `Handoff`, `Control`, `Store`,
+//! `FleetAdmin`, `RequestAdmin`; their files are under `protos/baton/v1`.
+
+mod error;
+mod ids;
+
+pub use error::{ApiError, ErrorCode};
+pub use ids::{CoordinatorId, IdError, Incarnation, InstanceId, LeaderEpoch, LegId, RequestId, RoleEpoch, TransferId};
+
+/// Types and services generated from `protos/baton/v1/*.proto`.
+#[allow(missing_docs, unreachable_pub, clippy::all)]
+pub mod v1 {
+    include!(concat!(env!("OUT_DIR"), "/baton.v1.rs"));
+}
+
+/// The encoded `FileDescriptorSet` of all contracts, for gRPC server reflection.
+pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/baton.v1.fds"));

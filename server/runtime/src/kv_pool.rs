@@ -1,0 +1,111 @@
+//! The paged KV pool: one allocation, laid out `[layer][block]`, so that one block of one layer is contiguous. That
+//! piece, a *slice*, is the unit that moves between instances.
+//!
+//! Blocks are handed out by the engine; the pool only owns the memory. The engine's kernels and the transports access
+//! it through raw pointers, because they touch disjoint blocks of it at the same time from different threads.
+
+use std::{alloc, ptr::NonNull};
+
+use crate::{BlockId, RuntimeError};
+
+/// How KV values are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KvDtype {
+    F32,
+    Bf16,
+}
+
+impl KvDtype {
+    pub const fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 => 2,
+        }
+    }
+
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+        }
+    }
+}
+
+/// Shape of a pool.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KvPoolLayout {
+    /// Arrangement within a slice; two pools exchange bytes only if it is equal.
+    pub format: &'static str,
+    pub dtype: KvDtype,
+    pub block_tokens: u32,
+    pub layers: u32,
+    pub kv_heads: u32,
+    pub head_dim: u32,
+    /// Blocks in each layer.
+    pub blocks: u32,
+}
+
+impl KvPoolLayout {
+    /// Bytes of one block of one layer: K and V of `block_tokens` tokens.
+    pub fn slice_bytes(&self) -> usize {
+        2 * self.block_tokens as usize * self.kv_heads as usize * self.head_dim as usize * self.dtype.bytes()
+    }
+
+    pub fn total_bytes(&self) -> usize {
+        self.slice_bytes() * self.blocks as usize * self.layers as usize
+    }
+
+    /// Blocks that `tokens` tokens occupy.
+    pub fn blocks_for(&self, tokens: u32) -> u32 {
+        tokens.div_ceil(self.block_tokens)
+    }
+}
+
+/// The memory of a pool. Freed when the last `Arc` to it goes.
+#[derive(Debug)]
+pub struct KvPool {
+    layout: KvPoolLayout,
+    base: NonNull<u8>,
+    allocation: alloc::Layout,
+}
+
+// SAFETY: the pool is plain memory; who may touch which block when is the engine's block accounting (see the module).
+unsafe impl Send for KvPool {}
+// SAFETY: as above; `&KvPool` gives raw pointers only, and dereferencing those is the caller's own unsafe step.
+unsafe impl Sync for KvPool {}
+
+impl KvPool {
+    const ALIGN: usize = 4096;
+
+    /// Allocates zeroed memory for `layout`.
+    pub fn allocate(layout: KvPoolLayout) -> Result<Self, RuntimeError> {
+        let bytes = layout.total_bytes();
+        let exhausted = || RuntimeError::KvPool { bytes };
+        let allocation = alloc::Layout::from_size_align(bytes.max(1), Self::ALIGN).map_err(|_| exhausted())?;
+        // SAFETY: `allocation` has a size of at least one byte.
+        let base = NonNull::new(unsafe { alloc::alloc_zeroed(allocation) }).ok_or_else(exhausted)?;
+        Ok(Self { layout, base, allocation })
+    }
+
+    pub fn layout(&self) -> &KvPoolLayout {
+        &self.layout
+    }
+
+    /// Start of the pool; `layout().total_bytes()` bytes from here are the pool's.
+    pub fn base(&self) -> NonNull<u8> {
+        self.base
+    }
+
+    /// Offset in bytes of a slice from [`Self::base`]. Panics if layer or block lies outside the pool.
+    pub fn slice_offset(&self, layer: u32, block: BlockId) -> usize {
+        assert!(layer < self.layout.layers && block.0 < self.layout.blocks, "slice outside the KV pool");
+        (layer as usize * self.layout.blocks as usize + block.0 as usize) * self.layout.slice_bytes()
+    }
+}
+
+impl Drop for KvPool {
+    fn drop(&mut self) {
+        // SAFETY: `base` came from `alloc_zeroed` with this very layout.
+        unsafe { alloc::dealloc(self.base.as_ptr(), self.allocation) }
+    }
+}

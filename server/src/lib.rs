@@ -1,0 +1,1 @@
+//! A Baton instance: executes the model, hands KV caches on or takes them up.

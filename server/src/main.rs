@@ -1,0 +1,3 @@
+//! Starts the server: configuration, telemetry, listeners, run, drain.
+
+fn main() {}
