@@ -1,1 +1,14 @@
 //! Moves KV caches between instances: layouts, sessions, leases, transports.
+
+mod error;
+mod layout;
+mod memory;
+mod node;
+
+pub use error::TransferError;
+pub use layout::KvLayout;
+pub use memory::{Region, Slices};
+pub use node::{
+    Direction, ExpectSpec, HandoffService, Incoming, KvNode, Limits, NodeConfig, NodeStats, OfferSpec,
+    Outgoing, Progress, Reclaimed, Sealed, TransferStats,
+};

@@ -1,0 +1,211 @@
+//! How one instance lays its KV cache out in memory, and whether two instances can exchange bytes.
+//!
+//! A cache is `[layer][block]`; one block of one layer, a *slice*, is contiguous and the unit that moves. Layouts are
+//! compared field by field when a control stream opens, so that a mismatch is refused with the field's name.
+
+use std::fmt::Write as _;
+
+use baton_proto::v1;
+use sha2::{Digest, Sha256};
+
+use crate::TransferError;
+
+/// The shape of a KV cache. Two nodes exchange slices only if all fields are equal.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct KvLayout {
+    /// Digest over the model's configuration and weights.
+    pub model_revision: String,
+    /// Arrangement within a slice, e.g. `cpu-panel`.
+    pub format: String,
+    /// Element type, e.g. `f32`, `bf16`.
+    pub dtype: String,
+    /// Tokens in a block.
+    pub block_tokens: u32,
+    pub layers: u32,
+    pub kv_heads: u32,
+    pub head_dim: u32,
+    pub tensor_parallel: u32,
+    /// Bytes of one block of one layer.
+    pub slice_bytes: u64,
+}
+
+impl KvLayout {
+    /// The largest slice and the most layers a peer may announce.
+    const MAX_SLICE_BYTES: u64 = 1 << 30;
+    const MAX_LAYERS: u32 = 4096;
+
+    /// Checks the ranges that sizes are computed from.
+    pub fn validate(&self) -> Result<(), TransferError> {
+        let bad = |what: &str| Err(TransferError::Invalid(format!("KV layout: {what}")));
+        if self.slice_bytes == 0 || self.slice_bytes > Self::MAX_SLICE_BYTES {
+            return bad("slice_bytes must be 1 byte to 1 GiB");
+        }
+        if self.layers == 0 || self.layers > Self::MAX_LAYERS {
+            return bad("layers must be 1 to 4096");
+        }
+        if self.block_tokens == 0 {
+            return bad("block_tokens must be at least 1");
+        }
+        Ok(())
+    }
+
+    /// Blocks that `tokens` tokens occupy.
+    pub fn blocks_for(&self, tokens: u32) -> u32 {
+        tokens.div_ceil(self.block_tokens)
+    }
+
+    /// Hex SHA-256 over every field in a fixed order, with lengths, so that no two layouts write the same text.
+    pub fn fingerprint(&self) -> String {
+        let mut hash = Sha256::new();
+        for (name, value) in self.fields() {
+            hash.update(format!("{name}:{}:{value};", value.len()));
+        }
+        hash.finalize().iter().fold(String::with_capacity(64), |mut hex, byte| {
+            let _ = write!(hex, "{byte:02x}");
+            hex
+        })
+    }
+
+    /// Whether bytes can be exchanged as they are; if not, the first field that differs.
+    pub fn compatible_with(&self, peer: &KvLayout) -> Result<(), TransferError> {
+        let differing = self.fields().into_iter().zip(peer.fields()).find(|(ours, theirs)| ours != theirs);
+        match differing {
+            None => Ok(()),
+            Some(((field, ours), (_, theirs))) => Err(TransferError::LayoutMismatch { field, ours, theirs }),
+        }
+    }
+
+    /// Compares with what a peer announces. The wire carries the revision only within the fingerprint.
+    pub(crate) fn accepts(&self, wire: &v1::KvLayout) -> Result<(), TransferError> {
+        let mut peer = KvLayout::try_from(wire)?;
+        peer.model_revision.clone_from(&self.model_revision);
+        self.compatible_with(&peer)?;
+        let ours = self.fingerprint();
+        if wire.fingerprint == ours {
+            return Ok(());
+        }
+        let theirs = wire.fingerprint.chars().take(64).collect();
+        Err(TransferError::LayoutMismatch { field: "model_revision (fingerprint)", ours, theirs })
+    }
+
+    fn fields(&self) -> [(&'static str, String); 9] {
+        [
+            ("model_revision", self.model_revision.clone()),
+            ("format", self.format.clone()),
+            ("dtype", self.dtype.clone()),
+            ("block_tokens", self.block_tokens.to_string()),
+            ("layers", self.layers.to_string()),
+            ("kv_heads", self.kv_heads.to_string()),
+            ("head_dim", self.head_dim.to_string()),
+            ("tensor_parallel", self.tensor_parallel.to_string()),
+            ("slice_bytes", self.slice_bytes.to_string()),
+        ]
+    }
+}
+
+impl From<&KvLayout> for v1::KvLayout {
+    fn from(layout: &KvLayout) -> Self {
+        Self {
+            fingerprint: layout.fingerprint(),
+            format: layout.format.clone(),
+            dtype: layout.dtype.clone(),
+            block_tokens: layout.block_tokens,
+            layers: layout.layers,
+            kv_heads: layout.kv_heads,
+            head_dim: layout.head_dim,
+            tensor_parallel: layout.tensor_parallel,
+            block_bytes: layout.slice_bytes,
+        }
+    }
+}
+
+/// Checks ranges. The wire has no revision of its own (it is in the fingerprint), so `model_revision` is empty.
+impl TryFrom<&v1::KvLayout> for KvLayout {
+    type Error = TransferError;
+
+    fn try_from(wire: &v1::KvLayout) -> Result<Self, TransferError> {
+        let layout = Self {
+            model_revision: String::new(),
+            format: wire.format.clone(),
+            dtype: wire.dtype.clone(),
+            block_tokens: wire.block_tokens,
+            layers: wire.layers,
+            kv_heads: wire.kv_heads,
+            head_dim: wire.head_dim,
+            tensor_parallel: wire.tensor_parallel,
+            slice_bytes: wire.block_bytes,
+        };
+        layout.validate()?;
+        Ok(layout)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn layout() -> KvLayout {
+        KvLayout {
+            model_revision: "r1".into(),
+            format: "cpu-panel".into(),
+            dtype: "f32".into(),
+            block_tokens: 16,
+            layers: 30,
+            kv_heads: 3,
+            head_dim: 64,
+            tensor_parallel: 1,
+            slice_bytes: 24576,
+        }
+    }
+
+    #[test]
+    fn every_field_changes_the_fingerprint_and_is_named_when_it_differs() {
+        let ours = layout();
+        let changes: [(&str, fn(&mut KvLayout)); 9] = [
+            ("model_revision", |l| l.model_revision = "r2".into()),
+            ("format", |l| l.format = "x".into()),
+            ("dtype", |l| l.dtype = "bf16".into()),
+            ("block_tokens", |l| l.block_tokens = 32),
+            ("layers", |l| l.layers = 31),
+            ("kv_heads", |l| l.kv_heads = 4),
+            ("head_dim", |l| l.head_dim = 128),
+            ("tensor_parallel", |l| l.tensor_parallel = 2),
+            ("slice_bytes", |l| l.slice_bytes = 1),
+        ];
+        for (name, change) in changes {
+            let mut theirs = layout();
+            change(&mut theirs);
+            assert_ne!(ours.fingerprint(), theirs.fingerprint(), "{name}");
+            let error = ours.compatible_with(&theirs).expect_err(name);
+            assert!(error.to_string().contains(name), "{error}");
+            let wire = v1::KvLayout::from(&theirs);
+            assert!(ours.accepts(&wire).expect_err(name).to_string().contains(name));
+        }
+        assert_eq!(ours.compatible_with(&layout()), Ok(()));
+        assert_eq!(ours.accepts(&v1::KvLayout::from(&ours)), Ok(()));
+        assert_eq!(ours.fingerprint().len(), 64);
+    }
+
+    #[test]
+    fn neighbouring_fields_cannot_trade_characters() {
+        let (mut a, mut b) = (layout(), layout());
+        (a.format, a.dtype) = ("ab".into(), "c".into());
+        (b.format, b.dtype) = ("a".into(), "bc".into());
+        assert_ne!(a.fingerprint(), b.fingerprint());
+    }
+
+    #[test]
+    fn absurd_sizes_from_the_wire_are_refused() {
+        for change in [
+            (|w: &mut v1::KvLayout| w.block_bytes = u64::MAX) as fn(&mut v1::KvLayout),
+            |w| w.block_bytes = 0,
+            |w| w.layers = 0,
+            |w| w.layers = u32::MAX,
+            |w| w.block_tokens = 0,
+        ] {
+            let mut wire = v1::KvLayout::from(&layout());
+            change(&mut wire);
+            assert!(KvLayout::try_from(&wire).is_err());
+        }
+    }
+}

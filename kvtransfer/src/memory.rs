@@ -1,0 +1,207 @@
+//! The memory that transfers read and write: one region per node, laid out `[layer][block]`. The only module of this
+//! crate with `unsafe` in it.
+//!
+//! Whoever makes a [`Region`] promises, once, that blocks lent to the node are left alone until they come back; from
+//! then on every access is bounds-checked here and names slices, never addresses. The node's claims
+//! (`crate::node::claims`) see to it that no two transfers write a block at the same time.
+
+use std::{
+    any::Any,
+    fmt,
+    io::{IoSlice, IoSliceMut},
+    ptr::NonNull,
+    sync::Arc,
+};
+
+use crate::{KvLayout, TransferError};
+
+/// A node's KV memory. Cheap to clone; keeps the memory's owner alive.
+#[derive(Clone)]
+pub struct Region {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    base: NonNull<u8>,
+    len: usize,
+    _owner: Arc<dyn Any + Send + Sync>,
+}
+
+// SAFETY: `Inner` is an address and a length; the memory outlives it (it holds the owner), may be used from any thread
+// (contract of `Region::new`), and is only reached through `Slices`, whose use the node's claims make exclusive.
+unsafe impl Send for Inner {}
+// SAFETY: as above.
+unsafe impl Sync for Inner {}
+
+impl Region {
+    /// Takes `len` bytes at `base` under this crate's care.
+    ///
+    /// # Safety
+    /// - The bytes are valid for reads and writes, from any thread, for as long as `owner` lives.
+    /// - Blocks lent to a node (`ExpectSpec::blocks`) are neither read nor written by anyone else until they come back
+    ///   (`Incoming::close` or `NodeConfig::reclaim`) or the transfer is sealed.
+    /// - Blocks being sent (`OfferSpec::blocks`) are not written, in a layer once `Progress::ready` has named them
+    ///   there, until they come back (`Outgoing::close` or `NodeConfig::reclaim`).
+    pub unsafe fn new(owner: Arc<dyn Any + Send + Sync>, base: NonNull<u8>, len: usize) -> Self {
+        Self { inner: Arc::new(Inner { base, len, _owner: owner }) }
+    }
+
+    /// Size in bytes.
+    pub fn len(&self) -> usize {
+        self.inner.len
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.inner.len == 0
+    }
+
+    /// Sees the region as slices of `layout` with `blocks` blocks in each layer; refused if it is too small.
+    pub fn slices(&self, layout: &KvLayout, blocks: u32) -> Result<Slices, TransferError> {
+        layout.validate()?;
+        let slice_bytes = layout.slice_bytes as usize;
+        let needed =
+            slice_bytes.checked_mul(blocks as usize).and_then(|n| n.checked_mul(layout.layers as usize));
+        match needed {
+            Some(needed) if needed <= self.inner.len => {
+                Ok(Slices { region: self.clone(), slice_bytes, layers: layout.layers, blocks })
+            }
+            _ => Err(TransferError::Invalid(format!(
+                "a region of {} bytes is too small for {} layers of {blocks} blocks of {slice_bytes} bytes",
+                self.inner.len, layout.layers
+            ))),
+        }
+    }
+}
+
+impl fmt::Debug for Region {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Region").field("len", &self.inner.len).finish_non_exhaustive()
+    }
+}
+
+/// A region seen as `[layer][block]` slices.
+#[derive(Debug, Clone)]
+pub struct Slices {
+    region: Region,
+    slice_bytes: usize,
+    layers: u32,
+    blocks: u32,
+}
+
+impl Slices {
+    /// Bytes of one slice.
+    pub fn slice_bytes(&self) -> usize {
+        self.slice_bytes
+    }
+
+    pub fn layers(&self) -> u32 {
+        self.layers
+    }
+
+    /// Blocks in each layer.
+    pub fn blocks(&self) -> u32 {
+        self.blocks
+    }
+
+    /// Address of a slice; refuses slices outside the region.
+    fn locate(&self, layer: u32, block: u32) -> Result<NonNull<u8>, TransferError> {
+        if layer >= self.layers || block >= self.blocks {
+            return Err(TransferError::Invalid(format!(
+                "slice (layer {layer}, block {block}) lies outside {} layers of {} blocks",
+                self.layers, self.blocks
+            )));
+        }
+        let offset = (layer as usize * self.blocks as usize + block as usize) * self.slice_bytes;
+        // SAFETY: `Region::slices` checked layers * blocks * slice_bytes <= len, so this stays inside the region.
+        Ok(unsafe { self.region.inner.base.add(offset) })
+    }
+
+    /// One slice's bytes, for a transport that sends them. Only for slices that a transfer has been told are ready.
+    pub(crate) fn source(&self, layer: u32, block: u32) -> Result<&[u8], TransferError> {
+        let start = self.locate(layer, block)?;
+        // SAFETY: in bounds (`locate`), alive while `self` holds the region, and, by the contract of `Region::new` and
+        // the node's claims, written by nobody while it is readable here.
+        Ok(unsafe { std::slice::from_raw_parts(start.as_ptr(), self.slice_bytes) })
+    }
+
+    #[allow(clippy::mut_from_ref)] // exclusive by the contract of `Region::new` and the node's claims
+    fn target(&self, layer: u32, block: u32) -> Result<&mut [u8], TransferError> {
+        let start = self.locate(layer, block)?;
+        // SAFETY: in bounds (`locate`), alive while `self` holds the region; the only one to reach these bytes now: a
+        // receiving transfer's blocks are its alone and each of its slices is claimed by one frame at a time.
+        Ok(unsafe { std::slice::from_raw_parts_mut(start.as_ptr(), self.slice_bytes) })
+    }
+
+    /// One slice as an element of a vectored write, from byte `skip` on.
+    pub(crate) fn io_slice(&self, layer: u32, block: u32, skip: usize) -> Result<IoSlice<'_>, TransferError> {
+        let bytes = self.source(layer, block)?;
+        Ok(IoSlice::new(&bytes[skip.min(bytes.len())..]))
+    }
+
+    /// One slice as an element of a vectored read, from byte `skip` on. Only for slices that the caller has claimed.
+    pub(crate) fn io_slice_mut(
+        &self,
+        layer: u32,
+        block: u32,
+        skip: usize,
+    ) -> Result<IoSliceMut<'_>, TransferError> {
+        let bytes = self.target(layer, block)?;
+        let skip = skip.min(bytes.len());
+        Ok(IoSliceMut::new(&mut bytes[skip..]))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn layout(layers: u32, slice_bytes: u64) -> KvLayout {
+        KvLayout {
+            model_revision: "r".into(),
+            format: "f".into(),
+            dtype: "f32".into(),
+            block_tokens: 16,
+            layers,
+            kv_heads: 1,
+            head_dim: 1,
+            tensor_parallel: 1,
+            slice_bytes,
+        }
+    }
+
+    fn region(len: usize) -> Region {
+        let owner = Arc::new(vec![0u8; len].into_boxed_slice());
+        let base = NonNull::new(owner.as_ptr().cast_mut()).expect("a box has an address");
+        // SAFETY: the bytes live in `owner`; these tests are single-threaded and reach them only through the region.
+        unsafe { Region::new(owner, base, len) }
+    }
+
+    #[test]
+    fn slices_lie_layer_by_layer_and_do_not_overlap() {
+        let slices = region(3 * 4 * 10).slices(&layout(3, 10), 4).expect("fits");
+        for layer in 0..3u8 {
+            for block in 0..4u8 {
+                let mut slice = slices.io_slice_mut(layer.into(), block.into(), 0).expect("in range");
+                slice.fill(layer * 4 + block);
+            }
+        }
+        for layer in 0..3u8 {
+            for block in 0..4u8 {
+                let got = slices.source(layer.into(), block.into()).expect("in range");
+                assert_eq!(got, [layer * 4 + block; 10]);
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_outside_can_be_named() {
+        let region = region(100);
+        assert!(region.slices(&layout(2, 10), 6).is_err(), "larger than the region");
+        assert!(region.slices(&layout(4096, 1 << 30), u32::MAX).is_err(), "overflows");
+        let slices = region.slices(&layout(2, 10), 5).expect("fits");
+        assert!(slices.source(2, 0).is_err());
+        assert!(slices.source(0, 5).is_err());
+        assert!(slices.io_slice_mut(1, 5, 0).is_err());
+        assert_eq!(slices.io_slice(1, 4, 99).expect("in range").len(), 0);
+    }
+}

@@ -1,0 +1,196 @@
+//! What a node is told: its identity, memory, limits, and what to expect or offer.
+
+use std::{
+    fmt,
+    net::TcpListener,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use baton_proto::{Incarnation, InstanceId, TransferId};
+
+use crate::{KvLayout, Region, TransferError};
+
+/// How a node is set up. There is one node for each server process.
+pub struct NodeConfig {
+    pub instance_id: InstanceId,
+    /// Of this start of the process. Transfers are stamped with both sides' incarnations.
+    pub incarnation: Incarnation,
+    /// Must equal the peers'; checked when a control stream opens.
+    pub layout: KvLayout,
+    /// The KV pool's memory: `layout.layers` x `blocks` slices.
+    pub region: Region,
+    /// Blocks in each layer of the region.
+    pub blocks: u32,
+    /// Where slices arrive over TCP.
+    pub data_listener: TcpListener,
+    /// `host:port` at which peers reach `data_listener`; `None` = its local address.
+    pub advertise: Option<String>,
+    /// Silence of a peer for this long ends its transfers. Signs of life are sent three times as often.
+    pub lease: Duration,
+    pub limits: Limits,
+    /// Gets the blocks of transfers whose handle was dropped, once no transport touches them any more. It is called
+    /// from a runtime thread and must not block.
+    pub reclaim: Arc<dyn Fn(Reclaimed) + Send + Sync>,
+}
+
+impl fmt::Debug for NodeConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("NodeConfig")
+            .field("instance_id", &self.instance_id)
+            .field("incarnation", &self.incarnation)
+            .field("layout", &self.layout)
+            .field("blocks", &self.blocks)
+            .field("data_listener", &self.data_listener)
+            .field("lease", &self.lease)
+            .field("limits", &self.limits)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Bounds of everything that could grow. What is over a bound is refused with an error that names it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Limits {
+    /// Transfers being received at a time, expected ones included.
+    pub incoming_transfers: usize,
+    /// Transfers being sent at a time, waiting ones included.
+    pub outgoing_transfers: usize,
+    /// Offers held that nobody has expected yet; more are refused.
+    pub held_offers: usize,
+    /// How long such an offer is held.
+    pub held_offer: Duration,
+    /// Ended transfers remembered, so that their late messages are told from unknown ones and their ids not reused.
+    pub remembered_transfers: usize,
+    /// Peers with a control stream, each way.
+    pub peers: usize,
+    /// Data connections accepted in all.
+    pub data_connections: usize,
+    /// Data connections opened to one peer.
+    pub data_connections_per_peer: usize,
+    /// Payload bytes of one frame; at least one slice travels in a frame, however large.
+    pub frame_bytes: usize,
+    /// For connecting, for the hellos of a control stream, and for a data connection's first frame.
+    pub handshake: Duration,
+    /// Attempts to open a control stream before the offers that wait for it fail.
+    pub connect_attempts: u32,
+    /// A control stream without transfers is closed after this long.
+    pub idle_link: Duration,
+    /// How long a sealed transfer may wait for slices that are still on their way, or for `Released`.
+    pub seal_grace: Duration,
+    /// How long an aborted transfer lets a frame that is being written finish from its blocks; then zeros follow.
+    pub fence_grace: Duration,
+    /// A data connection on which a frame makes no progress for this long is closed.
+    pub data_stall: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            incoming_transfers: 1024,
+            outgoing_transfers: 1024,
+            held_offers: 256,
+            held_offer: Duration::from_secs(30),
+            remembered_transfers: 8192,
+            peers: 256,
+            data_connections: 1024,
+            data_connections_per_peer: 2,
+            frame_bytes: 1 << 20,
+            handshake: Duration::from_secs(5),
+            connect_attempts: 4,
+            idle_link: Duration::from_secs(300),
+            seal_grace: Duration::from_secs(10),
+            fence_grace: Duration::from_millis(100),
+            data_stall: Duration::from_secs(10),
+        }
+    }
+}
+
+/// A transfer that this node is to receive.
+#[derive(Debug, Clone)]
+pub struct ExpectSpec {
+    pub id: TransferId,
+    /// Who may send it.
+    pub sender: InstanceId,
+    /// Which start of the sender; `None` = any.
+    pub sender_incarnation: Option<Incarnation>,
+    pub prompt_tokens: u32,
+    /// Where the prompt's blocks go, in order: `layout.blocks_for(prompt_tokens)` pool indices, lent until they come
+    /// back or the transfer is sealed.
+    pub blocks: Vec<u32>,
+    /// Indices into `blocks` of those already filled; the sender leaves them out.
+    pub held: Vec<u32>,
+    /// The transfer must be sealed by then.
+    pub deadline: Instant,
+}
+
+/// A transfer that this node is to send.
+#[derive(Debug, Clone)]
+pub struct OfferSpec {
+    pub id: TransferId,
+    /// `host:port` of the receiver's `Handoff` service.
+    pub peer: String,
+    pub receiver: InstanceId,
+    /// Which start of the receiver; `None` = any.
+    pub receiver_incarnation: Option<Incarnation>,
+    pub prompt_tokens: u32,
+    /// The prompt's blocks in order: `layout.blocks_for(prompt_tokens)` pool indices, lent until they come back. Other
+    /// transfers may read them at the same time.
+    pub blocks: Vec<u32>,
+    /// The receiver must have released the transfer by then.
+    pub deadline: Instant,
+}
+
+/// Which way a transfer goes, seen from this node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Direction {
+    Incoming,
+    Outgoing,
+}
+
+/// Blocks that are their owner's again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reclaimed {
+    pub id: TransferId,
+    pub direction: Direction,
+    pub blocks: Vec<u32>,
+}
+
+/// A received transfer: every slice is in its block and matches its checksum.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Sealed {
+    /// The completion's first token, sampled by the sender.
+    pub first_token: u32,
+    /// (layer, block) pairs that were sent; held ones are not among them.
+    pub slices: u64,
+    pub bytes: u64,
+    /// From accept to seal.
+    pub took: Duration,
+}
+
+/// A sent transfer that its receiver has taken over.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TransferStats {
+    pub slices: u64,
+    pub bytes: u64,
+    /// From offer to release.
+    pub took: Duration,
+    /// From seal to release.
+    pub seal_to_released: Duration,
+}
+
+impl NodeConfig {
+    pub(crate) fn validate(&self) -> Result<(), TransferError> {
+        let bad = |what: &str| Err(TransferError::Invalid(format!("node configuration: {what}")));
+        let limits = &self.limits;
+        if self.lease < Duration::from_millis(30) || self.lease > Duration::from_secs(3600) {
+            return bad("lease must be 30 ms to 1 h");
+        }
+        if limits.data_connections_per_peer == 0 || limits.peers == 0 || limits.data_connections == 0 {
+            return bad("peers, data_connections and data_connections_per_peer must be at least 1");
+        }
+        if limits.connect_attempts == 0 {
+            return bad("connect_attempts must be at least 1");
+        }
+        self.layout.validate()
+    }
+}
