@@ -1,1 +1,29 @@
-//! How every Baton process starts, is observed and stops.
+//! How every Baton process starts, is observed and stops. Knows nothing of language models.
+//!
+//! A binary's `main` parses its flags and calls [`run`]; everything else is handed to it in a [`Process`]. The modules
+//! stand in the order a process meets them: flags and configuration ([`args`], [`config`]), logs and traces
+//! ([`telemetry`]), signals (`signals`), the life itself ([`run`]), its sockets ([`listen`]), what it serves
+//! ([`grpc`], [`http`]), and what it shows of itself ([`health`], [`metrics`]).
+
+pub mod args;
+pub mod config;
+pub mod duration;
+mod error;
+pub mod grpc;
+pub mod health;
+pub mod http;
+mod life;
+pub mod listen;
+pub mod metrics;
+mod nearest;
+mod settings;
+mod signals;
+pub mod telemetry;
+
+pub use args::CommonArgs;
+pub use error::{ConfigError, ProcessError};
+pub use health::{Health, HealthHandle};
+pub use life::{Process, run};
+pub use listen::{Listen, ListenError};
+pub use metrics::Metrics;
+pub use settings::{Invalid, LogConfig, LogFormat, OtlpConfig, ProcessConfig, ServiceConfig, ShutdownConfig};

@@ -1,0 +1,89 @@
+//! A gRPC server as every Baton process runs one: the service's own routes, health (grpc.health.v1), reflection,
+//! keep-alive, and a graceful end that a lingering stream cannot hold up.
+
+use std::{net::TcpListener, time::Duration};
+
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tonic::{
+    service::Routes,
+    transport::{Server, server::TcpIncoming},
+};
+use tonic_health::{
+    ServingStatus,
+    server::{HealthReporter, health_reporter},
+};
+
+use crate::{Health, HealthHandle, ProcessError};
+
+/// A silent connection is probed this often, and given up when the probe has no answer for as long again.
+const KEEPALIVE: Duration = Duration::from_secs(10);
+/// Frames of one peer in flight; bounds what a slow reader can make us hold.
+const STREAM_WINDOW_BYTES: u32 = 1 << 20;
+const CONNECTION_WINDOW_BYTES: u32 = 4 << 20;
+
+/// What a gRPC server is made of besides its routes.
+#[derive(Debug, Clone)]
+pub struct GrpcOptions {
+    pub health: HealthHandle,
+    /// Full names, as in `baton.v1.Inference`, whose health is the process's.
+    pub services: Vec<&'static str>,
+    /// Encoded `FileDescriptorSet` for reflection.
+    pub descriptors: &'static [u8],
+    pub shutdown: CancellationToken,
+    /// How long calls may go on after `shutdown`; those that have not ended then are cut off.
+    pub drain: Duration,
+}
+
+/// Serves until `shutdown`, then lets running calls finish for up to `drain`. The listener comes from
+/// [`crate::Listen::bind`].
+pub async fn serve(listener: TcpListener, routes: Routes, options: GrpcOptions) -> Result<(), ProcessError> {
+    let setup =
+        |source: Box<dyn std::error::Error + Send + Sync>| ProcessError::Setup { what: "gRPC", source };
+    listener.set_nonblocking(true).map_err(|error| setup(error.into()))?;
+    let listener = tokio::net::TcpListener::from_std(listener).map_err(|error| setup(error.into()))?;
+    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true)).with_keepalive(Some(KEEPALIVE));
+
+    let (reporter, health_service) = health_reporter();
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(options.descriptors)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1()
+        .map_err(|error| setup(error.into()))?;
+
+    let server = Server::builder()
+        .http2_keepalive_interval(Some(KEEPALIVE))
+        .http2_keepalive_timeout(Some(KEEPALIVE))
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .add_routes(routes.add_service(health_service).add_service(reflection))
+        .serve_with_incoming_shutdown(incoming, options.shutdown.clone().cancelled_owned());
+    let cut_off = async {
+        options.shutdown.cancelled().await;
+        tokio::time::sleep(options.drain).await;
+    };
+    tokio::select! {
+        result = server => result.map_err(ProcessError::Grpc),
+        () = mirror(options.health.subscribe(), reporter, &options.services) => Ok(()),
+        () = cut_off => {
+            tracing::warn!(drain = ?options.drain, "some calls did not end in time and are cut off");
+            Ok(())
+        }
+    }
+}
+
+/// Keeps gRPC health as the process's own. Never ends while anyone can still change it.
+async fn mirror(mut state: watch::Receiver<Health>, reporter: HealthReporter, services: &[&str]) {
+    loop {
+        let status = match *state.borrow_and_update() {
+            Health::Ready => ServingStatus::Serving,
+            Health::NotReady(_) | Health::Draining => ServingStatus::NotServing,
+        };
+        for service in std::iter::once(&"").chain(services) {
+            reporter.set_service_status(service, status).await;
+        }
+        if state.changed().await.is_err() {
+            return std::future::pending().await;
+        }
+    }
+}

@@ -1,0 +1,231 @@
+//! The whole life of a process: configuration, telemetry, the service's own work, and a shutdown with a deadline.
+//!
+//! States: starting -> running -> draining (someone asked, or an essential task ended) -> ended. Every way out leads
+//! through [`run`], which answers with the exit status: 0 after a clean stop, 1 after an error, told in one line.
+
+use std::{
+    fmt::Display, future::Future, panic::AssertUnwindSafe, path::PathBuf, process::ExitCode, sync::Arc,
+    time::Duration,
+};
+
+use parking_lot::Mutex;
+use tokio::runtime::Runtime;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::{
+    CommonArgs, ConfigError, HealthHandle, Metrics, ProcessConfig, ProcessError, ServiceConfig, config,
+    error::one_line, settings::Invalid, signals, telemetry::Telemetry,
+};
+
+/// What a service's main is given. Cheap to clone in its parts.
+#[derive(Debug)]
+pub struct Process<T> {
+    pub config: T,
+    /// Cancelled when the process is to stop. Main is expected to drain and return then.
+    pub shutdown: CancellationToken,
+    /// Every task that main spawns and does not await itself; the end waits for them.
+    pub tasks: TaskTracker,
+    pub metrics: Metrics,
+    pub health: HealthHandle,
+    failure: Arc<Mutex<Option<ProcessError>>>,
+}
+
+impl<T: ServiceConfig> Process<T> {
+    /// How long running work may take once `shutdown` is cancelled.
+    pub fn drain(&self) -> Duration {
+        self.config.process().shutdown.drain
+    }
+
+    /// Spawns a task without which the process is of no use: its error or panic stops the process with status 1, and
+    /// so does its end before a shutdown.
+    pub fn spawn_essential<F, E>(&self, name: &'static str, task: F)
+    where
+        F: Future<Output = Result<(), E>> + Send + 'static,
+        E: Display + Send + 'static,
+    {
+        let (shutdown, failure) = (self.shutdown.clone(), self.failure.clone());
+        let inner = self.tasks.spawn(task);
+        self.tasks.spawn(async move {
+            let reason = match inner.await {
+                Ok(Ok(())) if shutdown.is_cancelled() => return,
+                Ok(Ok(())) => "it ended by itself".to_owned(),
+                Ok(Err(error)) => error.to_string(),
+                Err(error) if error.is_panic() => "it panicked; the log says where".to_owned(),
+                Err(_) => return,
+            };
+            tracing::error!(task = name, %reason, "essential task failed: stopping");
+            failure.lock().get_or_insert(ProcessError::Essential { task: name, reason });
+            shutdown.cancel();
+        });
+    }
+}
+
+/// Runs a service from its flags to its exit status. `overrides` are dotted keys and values from the binary's own
+/// flags; `--set` wins over them. `main` returns when its work is done or drained.
+pub fn run<T, F, Fut, E>(
+    service: &'static str,
+    args: CommonArgs,
+    overrides: Vec<(String, String)>,
+    main: F,
+) -> ExitCode
+where
+    T: ServiceConfig,
+    F: FnOnce(Process<T>) -> Fut,
+    Fut: Future<Output = Result<(), E>>,
+    E: std::error::Error + 'static,
+{
+    let config = match configure::<T>(service, args.config, &args.set, overrides) {
+        Ok(config) => config,
+        Err(error) => return fail(&error),
+    };
+    if args.check_config {
+        return match config::render(&config) {
+            Ok(text) => {
+                print!("{text}");
+                ExitCode::SUCCESS
+            }
+            Err(error) => fail(&error),
+        };
+    }
+    let runtime = match runtime(config.process()) {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(&error),
+    };
+    let code = runtime.block_on(live(service, config, args.supervised, main));
+    // Blocking work that is stuck must not hold the process: everything that had to end has ended by now.
+    runtime.shutdown_background();
+    code
+}
+
+fn configure<T: ServiceConfig>(
+    service: &str,
+    file: Option<PathBuf>,
+    set: &[String],
+    mut overrides: Vec<(String, String)>,
+) -> Result<T, ConfigError> {
+    overrides.extend(config::parse_set(set)?);
+    let config: T = config::load(service, file.as_deref(), &overrides)?;
+    let valid = config.process().validate().and_then(|()| config.validate());
+    valid.map_err(|source: Invalid| ConfigError::Invalid {
+        origin: config::origin_of(service, file.as_deref(), &overrides, &source.key),
+        source,
+    })?;
+    Ok(config)
+}
+
+fn runtime(config: &ProcessConfig) -> Result<Runtime, ProcessError> {
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    if config.worker_threads > 0 {
+        builder.worker_threads(config.worker_threads);
+    }
+    let built = builder.enable_all().build();
+    built.map_err(|source| ProcessError::Setup { what: "the asynchronous runtime", source: source.into() })
+}
+
+async fn live<T, F, Fut, E>(service: &'static str, config: T, supervised: bool, main: F) -> ExitCode
+where
+    T: ServiceConfig,
+    F: FnOnce(Process<T>) -> Fut,
+    Fut: Future<Output = Result<(), E>>,
+    E: std::error::Error + 'static,
+{
+    let telemetry = match Telemetry::start(service, config.process()) {
+        Ok(telemetry) => telemetry,
+        Err(error) => return fail(&error),
+    };
+    log_panics();
+    let shutdown = CancellationToken::new();
+    let watched = signals::watch(shutdown.clone())
+        .and_then(|()| if supervised { signals::watch_stdin(shutdown.clone()) } else { Ok(()) });
+    if let Err(error) = watched {
+        return fail(&error);
+    }
+    tracing::info!(service, version = env!("CARGO_PKG_VERSION"), pid = std::process::id(), "starting");
+    let code = work(service, config, shutdown, main).await;
+    tracing::info!(service, "stopped");
+    // The exporter's last flush blocks.
+    let _ = tokio::task::spawn_blocking(move || telemetry.stop()).await;
+    code
+}
+
+/// Runs main and what it spawned. From the moment of a shutdown all of it has `drain` to end.
+async fn work<T, F, Fut, E>(
+    service: &'static str,
+    config: T,
+    shutdown: CancellationToken,
+    main: F,
+) -> ExitCode
+where
+    T: ServiceConfig,
+    F: FnOnce(Process<T>) -> Fut,
+    Fut: Future<Output = Result<(), E>>,
+    E: std::error::Error + 'static,
+{
+    let drain = config.process().shutdown.drain;
+    let (tasks, failure) = (TaskTracker::new(), Arc::new(Mutex::new(None)));
+    let process = Process {
+        config,
+        shutdown: shutdown.clone(),
+        tasks: tasks.clone(),
+        metrics: Metrics::new(service),
+        health: HealthHandle::default(),
+        failure: failure.clone(),
+    };
+    let whole = async {
+        let result = main(process).await;
+        shutdown.cancel();
+        tasks.close();
+        tasks.wait().await;
+        result
+    };
+    let deadline = async {
+        shutdown.cancelled().await;
+        tokio::time::sleep(drain).await;
+    };
+    // Main's own task may panic too: that is an error like any other, not a trace on the terminal.
+    let whole = caught(whole);
+    tokio::select! {
+        ended = whole => match ended {
+            Some(Ok(())) => match failure.lock().take() {
+                Some(error) => fail(&error),
+                None => ExitCode::SUCCESS,
+            },
+            Some(Err(error)) => fail(&error),
+            None => fail(&ProcessError::Essential { task: "main", reason: "it panicked; the log says where".to_owned() }),
+        },
+        () = deadline => fail(&ProcessError::DrainTimeout(drain)),
+    }
+}
+
+/// None if the future panicked.
+async fn caught<R>(future: impl Future<Output = R>) -> Option<R> {
+    let mut future = std::pin::pin!(future);
+    std::future::poll_fn(move |context| {
+        match std::panic::catch_unwind(AssertUnwindSafe(|| future.as_mut().poll(context))) {
+            Ok(poll) => poll.map(Some),
+            Err(_) => std::task::Poll::Ready(None),
+        }
+    })
+    .await
+}
+
+/// A panic anywhere becomes a line of the log, with its place, instead of a trace that a collector cannot read.
+fn log_panics() {
+    std::panic::set_hook(Box::new(|info| {
+        let thread = std::thread::current();
+        let thread = thread.name().unwrap_or("unnamed").to_owned();
+        let place = info.location().map(ToString::to_string).unwrap_or_default();
+        let message = info.payload_as_str().unwrap_or("no message");
+        if std::env::var_os("RUST_BACKTRACE").is_some_and(|value| value != "0") {
+            let backtrace = std::backtrace::Backtrace::capture();
+            tracing::error!(%thread, %place, %message, %backtrace, "panic");
+        } else {
+            tracing::error!(%thread, %place, %message, "panic");
+        }
+    }));
+}
+
+fn fail(error: &(dyn std::error::Error + 'static)) -> ExitCode {
+    eprintln!("error: {}", one_line(error));
+    ExitCode::FAILURE
+}

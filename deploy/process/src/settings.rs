@@ -1,0 +1,112 @@
+//! The part of a service's configuration that every process has, under the key `process`, and what a configuration
+//! type must offer to [`crate::run`].
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+/// Logs, traces and the bounds of a shutdown.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ProcessConfig {
+    /// Threads that run asynchronous work; 0 = as many as the machine has cores.
+    pub worker_threads: usize,
+    pub log: LogConfig,
+    pub otlp: OtlpConfig,
+    pub shutdown: ShutdownConfig,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LogConfig {
+    pub format: LogFormat,
+    /// `error`, `warn`, `info`, `debug`, `trace`, or directives as in `info,baton_server=debug`. The environment
+    /// variable `BATON_LOG` wins over it.
+    pub level: String,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    #[default]
+    Human,
+    Json,
+}
+
+impl Default for LogConfig {
+    fn default() -> Self {
+        Self { format: LogFormat::default(), level: "info".to_owned() }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct OtlpConfig {
+    /// Where traces go (OTLP over gRPC), as in `http://127.0.0.1:4317`. Empty = traces are not exported.
+    pub endpoint: String,
+    /// Share of new traces that are sampled, 0 to 1. A trace begun by the caller keeps the caller's choice.
+    pub sample_ratio: f64,
+}
+
+impl Default for OtlpConfig {
+    fn default() -> Self {
+        Self { endpoint: String::new(), sample_ratio: 1.0 }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ShutdownConfig {
+    /// How long running work may take to finish once the process was asked to stop.
+    #[serde(with = "crate::duration")]
+    pub drain: Duration,
+}
+
+impl Default for ShutdownConfig {
+    fn default() -> Self {
+        Self { drain: Duration::from_secs(30) }
+    }
+}
+
+/// A value that the types allow and the service does not.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{key}`: {expected}")]
+pub struct Invalid {
+    /// Dotted key.
+    pub key: String,
+    /// What was expected, as in "expected a power of two, not 12".
+    pub expected: String,
+}
+
+impl Invalid {
+    pub fn new(key: impl Into<String>, expected: impl Into<String>) -> Self {
+        Self { key: key.into(), expected: expected.into() }
+    }
+}
+
+/// A service's whole configuration: nested structs with `#[serde(deny_unknown_fields, default)]` and a `process` key.
+pub trait ServiceConfig: DeserializeOwned + Serialize + Default + Clone + Send + 'static {
+    fn process(&self) -> &ProcessConfig;
+
+    /// Checks what types cannot say. Runs at start, before anything is opened.
+    fn validate(&self) -> Result<(), Invalid> {
+        Ok(())
+    }
+}
+
+impl ProcessConfig {
+    pub(crate) fn validate(&self) -> Result<(), Invalid> {
+        if !(0.0..=1.0).contains(&self.otlp.sample_ratio) {
+            let expected = format!("expected 0 to 1, not {}", self.otlp.sample_ratio);
+            return Err(Invalid::new("process.otlp.sample_ratio", expected));
+        }
+        if let Err(error) = tracing_subscriber::EnvFilter::try_new(&self.log.level) {
+            let expected = format!(
+                "expected error, warn, info, debug, trace or directives as in `info,baton_server=debug`, not `{}` ({error})",
+                self.log.level
+            );
+            return Err(Invalid::new("process.log.level", expected));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,171 @@
+//! Logs on standard error, traces over OTLP when an endpoint is configured, and the W3C trace context that carries a
+//! trace from one of our processes to the next.
+
+use std::{io::IsTerminal, time::Duration};
+
+use http::{HeaderMap, HeaderName, HeaderValue};
+use opentelemetry::{
+    KeyValue,
+    propagation::{Extractor, Injector, TextMapPropagator},
+    trace::TracerProvider as _,
+};
+use opentelemetry_otlp::{SpanExporter, WithExportConfig};
+use opentelemetry_sdk::{
+    Resource,
+    propagation::TraceContextPropagator,
+    trace::{Sampler, SdkTracerProvider},
+};
+use tonic::metadata::{MetadataKey, MetadataMap, MetadataValue};
+use tracing::Span;
+use tracing_opentelemetry::OpenTelemetrySpanExt;
+use tracing_subscriber::{EnvFilter, Layer, layer::SubscriberExt, util::SubscriberInitExt};
+
+use crate::{LogFormat, ProcessConfig, ProcessError};
+
+/// Overrides `process.log.level` of any Baton process.
+pub const LOG_VARIABLE: &str = "BATON_LOG";
+
+/// Longest wait for the last traces to leave when a process ends.
+const FLUSH: Duration = Duration::from_secs(2);
+
+/// Keeps the exporter of traces; `stop` sends what is left.
+#[derive(Debug, Default)]
+pub(crate) struct Telemetry {
+    traces: Option<SdkTracerProvider>,
+}
+
+impl Telemetry {
+    /// Installs the process's subscriber. Needs a tokio runtime when traces are exported.
+    pub(crate) fn start(service: &'static str, config: &ProcessConfig) -> Result<Self, ProcessError> {
+        let setup = |what| move |source| ProcessError::Setup { what, source };
+        let filter = filter(config)?;
+        let traces = exporter(service, config).map_err(|error| setup("OTLP export")(error.into()))?;
+        let spans = traces.as_ref().map(|provider| {
+            tracing_opentelemetry::layer().with_tracer(provider.tracer("baton")).with_filter(trace_filter())
+        });
+        let log = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+        let log = match config.log.format {
+            LogFormat::Human => log.with_ansi(std::io::stderr().is_terminal()).with_filter(filter).boxed(),
+            LogFormat::Json => {
+                log.json().flatten_event(true).with_current_span(true).with_filter(filter).boxed()
+            }
+        };
+        let installed = tracing_subscriber::registry().with(log).with(spans).try_init();
+        installed.map_err(|error| setup("logging")(error.into()))?;
+        Ok(Self { traces })
+    }
+
+    /// Sends what traces are left, for a bounded time.
+    pub(crate) fn stop(&self) {
+        if let Some(provider) = &self.traces
+            && let Err(error) = provider.shutdown_with_timeout(FLUSH)
+        {
+            tracing::warn!(%error, "the last traces could not be exported");
+        }
+    }
+}
+
+/// The environment wins over the configuration, so that one run can be looked at without editing a file.
+fn filter(config: &ProcessConfig) -> Result<EnvFilter, ProcessError> {
+    let level = match std::env::var(LOG_VARIABLE) {
+        Ok(level) if !level.is_empty() => level,
+        _ => config.log.level.clone(),
+    };
+    EnvFilter::try_new(&level).map_err(|error| ProcessError::Setup {
+        what: "logging",
+        source: format!("level `{level}` of {LOG_VARIABLE} or process.log.level: {error}").into(),
+    })
+}
+
+/// Spans of ours at info and above; the libraries' own would drown them, and those of the exporter would feed it.
+fn trace_filter() -> EnvFilter {
+    EnvFilter::new(
+        "off,baton=info,baton_controller=info,baton_coordinator=info,baton_server=info,baton_kvtransfer=info,baton_registry=info,baton_runtime=info,baton_process=info",
+    )
+}
+
+fn exporter(
+    service: &'static str,
+    config: &ProcessConfig,
+) -> Result<Option<SdkTracerProvider>, opentelemetry_otlp::ExporterBuildError> {
+    if config.otlp.endpoint.is_empty() {
+        return Ok(None);
+    }
+    let exporter = SpanExporter::builder().with_tonic().with_endpoint(&config.otlp.endpoint).build()?;
+    let version = KeyValue::new("service.version", env!("CARGO_PKG_VERSION"));
+    let resource =
+        Resource::builder().with_service_name(format!("baton-{service}")).with_attribute(version).build();
+    let sampler = Sampler::ParentBased(Box::new(Sampler::TraceIdRatioBased(config.otlp.sample_ratio)));
+    let provider = SdkTracerProvider::builder()
+        .with_batch_exporter(exporter)
+        .with_sampler(sampler)
+        .with_resource(resource);
+    Ok(Some(provider.build()))
+}
+
+/// Writes the current span's trace context into gRPC metadata, for the peer to go on from.
+pub fn inject(metadata: &mut MetadataMap) {
+    TraceContextPropagator::new().inject_context(&Span::current().context(), &mut Metadata(metadata));
+}
+
+/// Makes `span` a child of the trace in gRPC metadata, if one is there. Call before the span is entered.
+pub fn adopt(span: &Span, metadata: &mut MetadataMap) {
+    let parent = TraceContextPropagator::new().extract(&Metadata(metadata));
+    // Fails only where traces are not exported, and then there is nothing to join.
+    let _ = span.set_parent(parent);
+}
+
+/// As [`inject`], into HTTP headers.
+pub fn inject_http(headers: &mut HeaderMap) {
+    TraceContextPropagator::new().inject_context(&Span::current().context(), &mut Headers(headers));
+}
+
+/// As [`adopt`], from HTTP headers.
+pub fn adopt_http(span: &Span, headers: &HeaderMap) {
+    let parent = TraceContextPropagator::new().extract(&HeadersIn(headers));
+    let _ = span.set_parent(parent);
+}
+
+struct Metadata<'a>(&'a mut MetadataMap);
+
+impl Injector for Metadata<'_> {
+    fn set(&mut self, key: &str, value: String) {
+        if let (Ok(key), Ok(value)) =
+            (MetadataKey::from_bytes(key.as_bytes()), MetadataValue::try_from(&value))
+        {
+            self.0.insert(key, value);
+        }
+    }
+}
+
+impl Extractor for Metadata<'_> {
+    fn get(&self, key: &str) -> Option<&str> {
+        self.0.get(key)?.to_str().ok()
+    }
+
+    fn keys(&self) -> Vec<&str> {
+        Vec::new() // asked for by baggage only
+    }
+}
+
+struct Headers<'a>(&'a mut HeaderMap);
+
+impl Injector for Headers<'_> {
+    fn set(&mut self, key: &str, value: String) {
+        if let (Ok(key), Ok(value)) = (HeaderName::from_bytes(key.as_bytes()), HeaderValue::try_from(value)) {
+            self.0.insert(key, value);
+        }
+    }
+}
+
+struct HeadersIn<'a>(&'a HeaderMap);
+
+impl Extractor for HeadersIn<'_> {
+    fn get(&self, key: &str) -> Option<&str> {
+        self.0.get(key)?.to_str().ok()
+    }
+
+    fn keys(&self) -> Vec<&str> {
+        Vec::new()
+    }
+}
