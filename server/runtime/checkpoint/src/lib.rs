@@ -1,1 +1,29 @@
-//! A model as it lies on disk: GGUF files and Hugging Face directories.
+//! A model as it lies on disk: a GGUF file or a Hugging Face directory, mapped into memory and checked.
+//!
+//! Used by the runtime (weights), the coordinator (tokeniser, chat template) and `baton up` (name, size). Whatever the
+//! format, they see the same thing: a [`ModelConfig`], tensors by their [`Weight`] role, a [`TokenizerSource`].
+//! Everything a file says is checked in [`Checkpoint::open`], so that what follows need not doubt it: bounds, tensor
+//! shapes against the configuration, supported architectures and types. Arithmetic on the weights is the runtime's,
+//! except [`Dtype::dequantize`], the plain reference that its kernels are tested against.
+//!
+//! Modules in the order a file is read: `source` maps it, `gguf` or `huggingface` parses it, `checkpoint` checks and
+//! holds the result.
+
+mod checkpoint;
+mod config;
+mod dtype;
+mod error;
+mod gguf;
+mod huggingface;
+mod rope;
+mod source;
+mod tensor;
+mod tokenizer;
+
+pub use checkpoint::{Checkpoint, Format};
+pub use config::{Architecture, ModelConfig};
+pub use dtype::Dtype;
+pub use error::CheckpointError;
+pub use rope::{Rope, RopeFrequencies, RopeOrder, RopeScaling};
+pub use tensor::{LayerWeight, TensorView, Weight};
+pub use tokenizer::{GgmlTokenizer, TokenKind, TokenizerSource};

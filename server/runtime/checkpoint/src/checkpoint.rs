@@ -1,0 +1,267 @@
+//! The model as everyone sees it, whatever the format.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    path::{Path, PathBuf},
+    sync::OnceLock,
+};
+
+use sha2::{Digest, Sha256};
+
+use crate::{
+    CheckpointError, Dtype, LayerWeight, ModelConfig, TensorView, TokenizerSource, Weight, gguf, huggingface,
+    source::{Extent, MappedFile},
+};
+
+/// What a model's files are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    Gguf,
+    HuggingFace,
+}
+
+/// A tensor's place: which file, where in it, and what.
+#[derive(Debug, Clone)]
+pub(crate) struct TensorEntry {
+    pub(crate) dtype: Dtype,
+    pub(crate) shape: Vec<usize>,
+    pub(crate) extent: Extent,
+    /// As the file calls it, for error messages.
+    pub(crate) name: String,
+}
+
+/// What a format's reader hands over, not yet checked against the configuration.
+#[derive(Debug)]
+pub(crate) struct Parts {
+    pub(crate) format: Format,
+    pub(crate) name: String,
+    pub(crate) config: ModelConfig,
+    pub(crate) tensors: BTreeMap<Weight, TensorEntry>,
+    pub(crate) files: Vec<MappedFile>,
+    pub(crate) tokenizer: TokenizerSource,
+    pub(crate) chat_template: Option<String>,
+    pub(crate) bos_token: Option<String>,
+    pub(crate) eos_token: Option<String>,
+    pub(crate) stop_token_ids: Vec<u32>,
+}
+
+/// A model on disk: mapped, checked, not yet loaded. Cheap to open and to share.
+///
+/// The files must not be cut short while a `Checkpoint` of them lives: reading a mapped page that is gone ends the
+/// process.
+pub struct Checkpoint {
+    path: PathBuf,
+    parts: Parts,
+    revision: OnceLock<String>,
+}
+
+impl Checkpoint {
+    /// Opens a GGUF file, or a directory with `config.json`, `tokenizer.json` and `*.safetensors`.
+    ///
+    /// Reads headers only. Afterwards every tensor that the configuration calls for is known to be there, whole, of a
+    /// supported type and of the right shape.
+    pub fn open(path: &Path) -> Result<Self, CheckpointError> {
+        let io = |source| CheckpointError::Io { path: path.to_owned(), source };
+        let parts = if std::fs::metadata(path).map_err(io)?.is_dir() {
+            huggingface::read(path)?
+        } else {
+            gguf::read(path)?
+        };
+        let checkpoint = Self { path: path.to_owned(), parts, revision: OnceLock::new() };
+        checkpoint.check()?;
+        Ok(checkpoint)
+    }
+
+    /// The file or directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub fn format(&self) -> Format {
+        self.parts.format
+    }
+
+    pub fn config(&self) -> &ModelConfig {
+        &self.parts.config
+    }
+
+    /// What clients say in `model` unless told otherwise: the directory's name, or the file's without its ending and
+    /// quantisation (`SmolLM2-135M-Instruct` of `SmolLM2-135M-Instruct.Q4_1.gguf`).
+    pub fn name(&self) -> &str {
+        &self.parts.name
+    }
+
+    /// Hex SHA-256 digest over the configuration, the table of tensors, the tokeniser and samples of every tensor's
+    /// content. Equal for copies of a model, different for any two models in practice. The first call reads a few
+    /// pages of every tensor.
+    pub fn revision(&self) -> String {
+        self.revision.get_or_init(|| self.digest()).clone()
+    }
+
+    /// The tensor for `weight`. With tied embeddings [`Weight::Output`] is the embedding.
+    ///
+    /// An error only for weights the configuration does not call for, such as biases of a model without.
+    pub fn tensor(&self, weight: Weight) -> Result<TensorView<'_>, CheckpointError> {
+        let weight = if self.parts.config.tied_embeddings && weight == Weight::Output {
+            Weight::Embedding
+        } else {
+            weight
+        };
+        let missing = || CheckpointError::NoTensor { path: self.path.clone(), tensor: weight.to_string() };
+        self.parts.tensors.get(&weight).map(|entry| self.view(entry)).ok_or_else(missing)
+    }
+
+    /// Every stored tensor, in the order of [`Weight`]; a tied output projection is not listed.
+    pub fn tensors(&self) -> impl Iterator<Item = (Weight, TensorView<'_>)> {
+        self.parts.tensors.iter().map(|(&weight, entry)| (weight, self.view(entry)))
+    }
+
+    /// Bytes of all stored tensors together.
+    pub fn weight_bytes(&self) -> u64 {
+        self.parts.tensors.values().map(|entry| entry.extent.length as u64).sum()
+    }
+
+    pub fn tokenizer(&self) -> &TokenizerSource {
+        &self.parts.tokenizer
+    }
+
+    /// Jinja source of the chat template, if the model has one.
+    pub fn chat_template(&self) -> Option<&str> {
+        self.parts.chat_template.as_deref()
+    }
+
+    /// Text of the token that begins a sequence, for the chat template.
+    pub fn bos_token(&self) -> Option<&str> {
+        self.parts.bos_token.as_deref()
+    }
+
+    /// Text of the token that ends a sequence, for the chat template.
+    pub fn eos_token(&self) -> Option<&str> {
+        self.parts.eos_token.as_deref()
+    }
+
+    /// Tokens that end a generation, ascending. May be empty.
+    pub fn stop_token_ids(&self) -> &[u32] {
+        &self.parts.stop_token_ids
+    }
+
+    fn view<'a>(&'a self, entry: &'a TensorEntry) -> TensorView<'a> {
+        let bytes = self.parts.files[entry.extent.file].bytes(&entry.extent);
+        TensorView { dtype: entry.dtype, shape: &entry.shape, bytes }
+    }
+
+    /// The file that a tensor lies in, for messages.
+    fn file_of(&self, entry: &TensorEntry) -> PathBuf {
+        self.parts.files[entry.extent.file].path().to_owned()
+    }
+
+    /// Checks the configuration, and that the tensors are those it calls for.
+    fn check(&self) -> Result<(), CheckpointError> {
+        let config = &self.parts.config;
+        config.check().map_err(|(field, reason)| CheckpointError::Damaged {
+            path: self.path.clone(),
+            field: field.to_owned(),
+            reason,
+        })?;
+        for (weight, shape) in wanted(config) {
+            let Some(entry) = self.parts.tensors.get(&weight) else {
+                return Err(CheckpointError::Damaged {
+                    path: self.path.clone(),
+                    field: format!("tensor for {weight}"),
+                    reason: "the configuration calls for it, but it is not there".to_owned(),
+                });
+            };
+            if entry.shape != shape {
+                return Err(CheckpointError::Damaged {
+                    path: self.file_of(entry),
+                    field: format!("tensor {}", entry.name),
+                    reason: format!("its shape is {:?}, the configuration calls for {shape:?}", entry.shape),
+                });
+            }
+        }
+        let wanted: BTreeSet<Weight> = wanted(config).into_iter().map(|(weight, _)| weight).collect();
+        match self.parts.tensors.iter().find(|(weight, _)| !wanted.contains(weight)) {
+            Some((_, entry)) => Err(CheckpointError::Damaged {
+                path: self.file_of(entry),
+                field: format!("tensor {}", entry.name),
+                reason: "the configuration does not call for it".to_owned(),
+            }),
+            None => Ok(()),
+        }
+    }
+
+    fn digest(&self) -> String {
+        let mut hash = Sha256::new();
+        hash.update(format!("{:?}\n", self.parts.config));
+        match &self.parts.tokenizer {
+            TokenizerSource::HuggingFaceJson(path) => hash.update(std::fs::read(path).unwrap_or_default()),
+            TokenizerSource::Ggml(tables) => hash.update(format!("{tables:?}\n")),
+        }
+        for (weight, view) in self.tensors() {
+            hash.update(format!("{weight:?} {:?} {:?}\n", view.dtype, view.shape));
+            sample(view.bytes, |piece| hash.update(piece));
+        }
+        hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+}
+
+impl fmt::Debug for Checkpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Checkpoint").field("path", &self.path).field("config", &self.parts.config).finish()
+    }
+}
+
+/// Feeds up to 8 evenly spaced pieces of 512 bytes to `take`, first and last included; all of a short tensor.
+fn sample(bytes: &[u8], mut take: impl FnMut(&[u8])) {
+    const PIECE: usize = 512;
+    const PIECES: usize = 8;
+    if bytes.len() <= PIECE * PIECES {
+        return take(bytes);
+    }
+    let last = bytes.len() - PIECE;
+    for piece in 0..PIECES {
+        // At most `last`; u128 because the product may not fit usize.
+        let start = (last as u128 * piece as u128 / (PIECES as u128 - 1)) as usize;
+        take(&bytes[start..start + PIECE]);
+    }
+}
+
+/// The tensors that a configuration calls for, with their shapes.
+fn wanted(config: &ModelConfig) -> Vec<(Weight, Vec<usize>)> {
+    let [hidden, ffn, vocabulary, query, kv] =
+        [config.hidden, config.ffn, config.vocabulary, config.query_width(), config.kv_width()]
+            .map(|n| n as usize);
+    let mut list = vec![(Weight::Embedding, vec![vocabulary, hidden]), (Weight::OutputNorm, vec![hidden])];
+    if !config.tied_embeddings {
+        list.push((Weight::Output, vec![vocabulary, hidden]));
+    }
+    let mut per_layer = vec![
+        (LayerWeight::AttentionNorm, vec![hidden]),
+        (LayerWeight::Query, vec![query, hidden]),
+        (LayerWeight::Key, vec![kv, hidden]),
+        (LayerWeight::Value, vec![kv, hidden]),
+        (LayerWeight::AttentionOutput, vec![hidden, query]),
+        (LayerWeight::FfnNorm, vec![hidden]),
+        (LayerWeight::Gate, vec![ffn, hidden]),
+        (LayerWeight::Up, vec![ffn, hidden]),
+        (LayerWeight::Down, vec![hidden, ffn]),
+    ];
+    if config.qkv_bias {
+        let biases =
+            [(LayerWeight::QueryBias, query), (LayerWeight::KeyBias, kv), (LayerWeight::ValueBias, kv)];
+        per_layer.extend(biases.map(|(weight, width)| (weight, vec![width])));
+    }
+    if config.attention_output_bias {
+        per_layer.push((LayerWeight::AttentionOutputBias, vec![hidden]));
+    }
+    if config.ffn_bias {
+        let biases =
+            [(LayerWeight::GateBias, ffn), (LayerWeight::UpBias, ffn), (LayerWeight::DownBias, hidden)];
+        per_layer.extend(biases.map(|(weight, width)| (weight, vec![width])));
+    }
+    for layer in 0..config.layers {
+        list.extend(per_layer.iter().map(|(weight, shape)| (Weight::Layer(layer, *weight), shape.clone())));
+    }
+    list
+}

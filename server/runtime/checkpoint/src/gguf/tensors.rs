@@ -1,0 +1,114 @@
+//! The table of tensors: from GGUF's names, types and offsets to roles, dtypes and checked extents.
+
+use std::collections::BTreeMap;
+
+use super::header::{Fault, Header, TensorLine};
+use crate::{Dtype, LayerWeight, Weight, checkpoint::TensorEntry, source::Extent};
+
+/// The tensors of a file.
+pub(crate) struct Table {
+    pub(crate) tensors: BTreeMap<Weight, TensorEntry>,
+    /// `rope_freqs`: LLaMA 3.1's scaling as divisors of the frequencies.
+    pub(crate) rope_divisors: Option<TensorEntry>,
+}
+
+pub(crate) fn table(header: &Header<'_>, file_bytes: usize) -> Result<Table, Fault> {
+    let mut table = Table { tensors: BTreeMap::new(), rope_divisors: None };
+    for line in &header.tensors {
+        let entry = entry(header, line, file_bytes)?;
+        let twice = match role(line.name)? {
+            Role::Weight(weight) => table.tensors.insert(weight, entry).is_some(),
+            Role::RopeDivisors => table.rope_divisors.replace(entry).is_some(),
+        };
+        if twice {
+            return Err(Fault::damaged(format!("tensor {}", line.name), "it is there twice"));
+        }
+    }
+    Ok(table)
+}
+
+fn entry(header: &Header<'_>, line: &TensorLine<'_>, file_bytes: usize) -> Result<TensorEntry, Fault> {
+    let field = || format!("tensor {}", line.name);
+    let dtype = dtype(line.kind).ok_or_else(|| {
+        Fault::unsupported(field(), format!("of ggml type {}", line.kind), Dtype::SUPPORTED)
+    })?;
+    let too_large = || Fault::damaged(field(), format!("its size {:?} is beyond any file", line.axes));
+    let sizes = line.axes.iter().map(|&n| usize::try_from(n).map_err(|_| too_large()));
+    let mut shape = sizes.collect::<Result<Vec<usize>, _>>()?;
+    let row = dtype.row_bytes(shape[0]).ok_or_else(|| {
+        let reason = format!("a row of {} elements is not whole blocks of {}", shape[0], dtype.name());
+        Fault::damaged(field(), reason)
+    })?;
+    let rows =
+        shape[1..].iter().try_fold(1usize, |product, &n| product.checked_mul(n)).ok_or_else(too_large)?;
+    let bytes = rows.checked_mul(row).ok_or_else(too_large)?;
+    let range = header.locate(line, bytes as u64, file_bytes)?;
+    shape.reverse();
+    // A matrix written with trailing axes of 1 is a matrix.
+    while shape.len() > 1 && shape[0] == 1 {
+        shape.remove(0);
+    }
+    let extent = Extent { file: 0, start: range.start, length: bytes };
+    Ok(TensorEntry { dtype, shape, extent, name: line.name.to_owned() })
+}
+
+/// ggml's type numbers.
+fn dtype(kind: u32) -> Option<Dtype> {
+    Some(match kind {
+        0 => Dtype::F32,
+        1 => Dtype::F16,
+        2 => Dtype::Q4_0,
+        3 => Dtype::Q4_1,
+        6 => Dtype::Q5_0,
+        7 => Dtype::Q5_1,
+        8 => Dtype::Q8_0,
+        12 => Dtype::Q4K,
+        13 => Dtype::Q5K,
+        14 => Dtype::Q6K,
+        30 => Dtype::Bf16,
+        _ => return None,
+    })
+}
+
+enum Role {
+    Weight(Weight),
+    RopeDivisors,
+}
+
+fn role(name: &str) -> Result<Role, Fault> {
+    let found = match name {
+        "token_embd.weight" => Some(Weight::Embedding),
+        "output_norm.weight" => Some(Weight::OutputNorm),
+        "output.weight" => Some(Weight::Output),
+        "rope_freqs.weight" => return Ok(Role::RopeDivisors),
+        _ => name.strip_prefix("blk.").and_then(layer_weight),
+    };
+    let unknown =
+        || Fault::unsupported(format!("tensor {name}"), "not one of the llama architecture's", "its tensors");
+    found.map(Role::Weight).ok_or_else(unknown)
+}
+
+/// `"3.attn_q.weight"` and the like.
+fn layer_weight(rest: &str) -> Option<Weight> {
+    let (layer, name) = rest.split_once('.')?;
+    let weight = match name {
+        "attn_norm.weight" => LayerWeight::AttentionNorm,
+        "attn_q.weight" => LayerWeight::Query,
+        "attn_q.bias" => LayerWeight::QueryBias,
+        "attn_k.weight" => LayerWeight::Key,
+        "attn_k.bias" => LayerWeight::KeyBias,
+        "attn_v.weight" => LayerWeight::Value,
+        "attn_v.bias" => LayerWeight::ValueBias,
+        "attn_output.weight" => LayerWeight::AttentionOutput,
+        "attn_output.bias" => LayerWeight::AttentionOutputBias,
+        "ffn_norm.weight" => LayerWeight::FfnNorm,
+        "ffn_gate.weight" => LayerWeight::Gate,
+        "ffn_gate.bias" => LayerWeight::GateBias,
+        "ffn_up.weight" => LayerWeight::Up,
+        "ffn_up.bias" => LayerWeight::UpBias,
+        "ffn_down.weight" => LayerWeight::Down,
+        "ffn_down.bias" => LayerWeight::DownBias,
+        _ => return None,
+    };
+    Some(Weight::Layer(layer.parse().ok()?, weight))
+}

@@ -1,0 +1,139 @@
+//! safetensors files: one, or shards listed in `model.safetensors.index.json`.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+};
+
+use safetensors::{Dtype as StoredDtype, SafeTensors};
+
+use super::{JsonFile, lacks};
+use crate::{
+    CheckpointError, Dtype, LayerWeight, Weight,
+    checkpoint::TensorEntry,
+    source::{Extent, MappedFile},
+};
+
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+type Table = BTreeMap<Weight, TensorEntry>;
+
+pub(super) fn read(directory: &Path) -> Result<(Vec<MappedFile>, Table), CheckpointError> {
+    let names = match JsonFile::open(directory, INDEX)? {
+        Some(index) => shards(&index)?,
+        None if directory.join(SINGLE).is_file() => vec![SINGLE.to_owned()],
+        None => return Err(lacks(directory, "model.safetensors and no model.safetensors.index.json")),
+    };
+    let mut files = Vec::new();
+    let mut tensors = Table::new();
+    for name in names {
+        let file = MappedFile::open(&directory.join(name))?;
+        add(&mut tensors, &file, files.len())?;
+        files.push(file);
+    }
+    Ok((files, tensors))
+}
+
+/// The files that the index names, each once. They must lie in the directory itself.
+fn shards(index: &JsonFile) -> Result<Vec<String>, CheckpointError> {
+    let field = "weight_map";
+    let map = index.get(field).and_then(|map| map.as_object());
+    let map = map.ok_or_else(|| index.damaged(field, "it is not a JSON object"))?;
+    let mut names = BTreeSet::new();
+    for (tensor, name) in map {
+        let plain = |name: &&str| name.ends_with(".safetensors") && !name.contains(['/', '\\']);
+        let name = name.as_str().filter(plain);
+        let wrong =
+            || index.damaged(&format!("{field}.{tensor}"), "it is not the name of a safetensors file");
+        names.insert(name.ok_or_else(wrong)?.to_owned());
+    }
+    if names.is_empty() {
+        return Err(index.damaged(field, "it names no file"));
+    }
+    Ok(names.into_iter().collect())
+}
+
+/// Adds the tensors of one file.
+fn add(tensors: &mut Table, file: &MappedFile, index: usize) -> Result<(), CheckpointError> {
+    let damaged = |field: String, reason: String| CheckpointError::Damaged {
+        path: file.path().to_owned(),
+        field,
+        reason,
+    };
+    // Checks that the offsets are in order, without gaps, within the file, and fit shapes and types.
+    let (header_bytes, header) = SafeTensors::read_metadata(file.all())
+        .map_err(|error| damaged("its header".to_owned(), error.to_string()))?;
+    let data_start = header_bytes.saturating_add(8);
+    for (name, info) in header.tensors() {
+        let Some(weight) = role(&name) else {
+            if name.ends_with(".rotary_emb.inv_freq") {
+                continue; // old exports store what follows from the configuration
+            }
+            return Err(CheckpointError::Unsupported {
+                path: file.path().to_owned(),
+                field: format!("tensor {name}"),
+                found: "not one of the llama architecture's".to_owned(),
+                supported: "its tensors".to_owned(),
+            });
+        };
+        let dtype = match info.dtype {
+            StoredDtype::F32 => Dtype::F32,
+            StoredDtype::F16 => Dtype::F16,
+            StoredDtype::BF16 => Dtype::Bf16,
+            other => {
+                return Err(CheckpointError::Unsupported {
+                    path: file.path().to_owned(),
+                    field: format!("tensor {name}"),
+                    found: format!("of type {other:?}"),
+                    supported: "F32, F16, BF16".to_owned(),
+                });
+            }
+        };
+        let (start, end) = info.data_offsets;
+        let (start, length) = (data_start.saturating_add(start), end.saturating_sub(start));
+        if start.saturating_add(length) > file.all().len() {
+            return Err(damaged(format!("tensor {name}"), "it ends past the end of the file".to_owned()));
+        }
+        let extent = Extent { file: index, start, length };
+        let entry = TensorEntry { dtype, shape: info.shape.clone(), extent, name: name.clone() };
+        if tensors.insert(weight, entry).is_some() {
+            return Err(damaged(format!("tensor {name}"), "it is in more than one file".to_owned()));
+        }
+    }
+    Ok(())
+}
+
+fn role(name: &str) -> Option<Weight> {
+    match name {
+        "model.embed_tokens.weight" => Some(Weight::Embedding),
+        "model.norm.weight" => Some(Weight::OutputNorm),
+        "lm_head.weight" => Some(Weight::Output),
+        _ => name.strip_prefix("model.layers.").and_then(layer_weight),
+    }
+}
+
+/// `"3.self_attn.q_proj.weight"` and the like.
+fn layer_weight(rest: &str) -> Option<Weight> {
+    let (layer, name) = rest.split_once('.')?;
+    let weight = match name {
+        "input_layernorm.weight" => LayerWeight::AttentionNorm,
+        "self_attn.q_proj.weight" => LayerWeight::Query,
+        "self_attn.q_proj.bias" => LayerWeight::QueryBias,
+        "self_attn.k_proj.weight" => LayerWeight::Key,
+        "self_attn.k_proj.bias" => LayerWeight::KeyBias,
+        "self_attn.v_proj.weight" => LayerWeight::Value,
+        "self_attn.v_proj.bias" => LayerWeight::ValueBias,
+        "self_attn.o_proj.weight" => LayerWeight::AttentionOutput,
+        "self_attn.o_proj.bias" => LayerWeight::AttentionOutputBias,
+        "post_attention_layernorm.weight" => LayerWeight::FfnNorm,
+        "mlp.gate_proj.weight" => LayerWeight::Gate,
+        "mlp.gate_proj.bias" => LayerWeight::GateBias,
+        "mlp.up_proj.weight" => LayerWeight::Up,
+        "mlp.up_proj.bias" => LayerWeight::UpBias,
+        "mlp.down_proj.weight" => LayerWeight::Down,
+        "mlp.down_proj.bias" => LayerWeight::DownBias,
+        _ => return None,
+    };
+    Some(Weight::Layer(layer.parse().ok()?, weight))
+}

@@ -1,0 +1,111 @@
+//! Tensors by what they are for, and a view of one's bytes.
+
+use std::fmt;
+
+use crate::Dtype;
+
+/// What a tensor is for. Both formats' names map to this.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Weight {
+    /// Token embedding, `[vocabulary, hidden]`.
+    Embedding,
+    Layer(u32, LayerWeight),
+    /// RMS norm before the output projection, `[hidden]`.
+    OutputNorm,
+    /// Output projection, `[vocabulary, hidden]`; the embedding itself where that is tied.
+    Output,
+}
+
+/// A tensor of one layer. Projections are `[out, in]`, so that each output element is a dot product with a row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum LayerWeight {
+    /// RMS norm before attention, `[hidden]`.
+    AttentionNorm,
+    /// `[heads * head_dim, hidden]`, rows of a head in the order of [`crate::Rope::order`].
+    Query,
+    /// `[heads * head_dim]`, in the order of [`crate::Rope::order`].
+    QueryBias,
+    /// `[kv_heads * head_dim, hidden]`, rows of a head in the order of [`crate::Rope::order`].
+    Key,
+    /// `[kv_heads * head_dim]`, in the order of [`crate::Rope::order`].
+    KeyBias,
+    /// `[kv_heads * head_dim, hidden]`.
+    Value,
+    /// `[kv_heads * head_dim]`.
+    ValueBias,
+    /// `[hidden, heads * head_dim]`.
+    AttentionOutput,
+    /// `[hidden]`.
+    AttentionOutputBias,
+    /// RMS norm before the feed-forward part, `[hidden]`.
+    FfnNorm,
+    /// `[ffn, hidden]`.
+    Gate,
+    /// `[ffn]`.
+    GateBias,
+    /// `[ffn, hidden]`.
+    Up,
+    /// `[ffn]`.
+    UpBias,
+    /// `[hidden, ffn]`.
+    Down,
+    /// `[hidden]`.
+    DownBias,
+}
+
+impl fmt::Display for Weight {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Layer(layer, weight) => write!(f, "{weight:?} of layer {layer}"),
+            other => write!(f, "{other:?}"),
+        }
+    }
+}
+
+/// One tensor in the mapped file.
+#[derive(Debug, Clone, Copy)]
+pub struct TensorView<'a> {
+    pub dtype: Dtype,
+    /// Elements along each axis, outermost first: `[out, in]`.
+    pub shape: &'a [usize],
+    /// Row-major; `rows() * row_bytes()` long. Not aligned to anything.
+    pub bytes: &'a [u8],
+}
+
+impl<'a> TensorView<'a> {
+    /// Elements of one row: the innermost axis.
+    pub fn columns(&self) -> usize {
+        self.shape.last().copied().unwrap_or(1)
+    }
+
+    /// Rows: the product of all axes but the innermost.
+    pub fn rows(&self) -> usize {
+        self.shape.split_last().map_or(1, |(_, outer)| outer.iter().product())
+    }
+
+    /// Bytes of one row.
+    pub fn row_bytes(&self) -> usize {
+        self.dtype.row_bytes(self.columns()).unwrap_or(0)
+    }
+
+    /// Bytes of row `row`. Panics if there is no such row.
+    pub fn row(&self, row: usize) -> &'a [u8] {
+        let length = self.row_bytes();
+        &self.bytes[row * length..(row + 1) * length]
+    }
+
+    /// Row `row` as f32. Panics if there is no such row or `out` is not [`Self::columns`] long.
+    pub fn dequantize_row(&self, row: usize, out: &mut [f32]) {
+        assert_eq!(out.len(), self.columns(), "a row of this tensor has another length");
+        self.dtype.dequantize(self.row(row), out);
+    }
+
+    /// The whole tensor as f32, row-major: for norms, biases and tests.
+    pub fn to_f32(&self) -> Vec<f32> {
+        let mut values = vec![0.0; self.rows() * self.columns()];
+        if !values.is_empty() {
+            self.dtype.dequantize(self.bytes, &mut values);
+        }
+        values
+    }
+}
