@@ -1,1 +1,29 @@
-//! The state of a Baton cluster: one Store contract over etcd, memory or a remote controller.
+//! The state of a Baton cluster: one [`Store`] contract over etcd, memory or a remote controller, and what is kept in it.
+//!
+//! - [`store`]: the contract, with etcd's semantics, and its implementations: [`MemoryStore`]
+//!   (embedded in a single controller) and [`RemoteStore`] (that one, over gRPC, served by [`StoreService`]).
+//! - [`keys`] and [`records`]: the key layout under `/baton/v1/` and the typed values under it.
+//! - [`election`]: who of the controllers leads, and writes that only the leader can make.
+//! - [`fleet`]: the readers' side: [`FleetWatch`] keeps a typed snapshot of instances, roles and status up to date.
+//!
+//! This crate is the only user of etcd. It decides nothing about roles: that is the controller's.
+
+pub mod election;
+pub mod fleet;
+pub mod keys;
+pub mod records;
+pub mod store;
+
+pub use election::{Candidate, Fenced, Leadership};
+pub use fleet::{FleetInstance, FleetSnapshot, FleetWatch, FleetWatchConfig, Leader};
+pub use records::{
+    DesiredRole, InstanceSpec, KvLayoutSpec, LeaderRecord, ModelIdentity, ObservedStatus, Phase, RecordError,
+    Role,
+};
+pub use store::{
+    Compare, Event, KeyRange, KeyValue, Lease, LeaseId, Listing, Operation, Revision, Store, StoreError, Txn,
+    TxnOutcome, Watch, WatchBatch, WatchError,
+    memory::{MemoryConfig, MemoryStore},
+    remote::{RemoteConfig, RemoteStore},
+    service::StoreService,
+};

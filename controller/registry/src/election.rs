@@ -1,0 +1,195 @@
+//! Which controller leads, and writes that only the leader can make.
+//!
+//! The leader key is created, under a lease, by a transaction that needs it to be absent. Its create revision is the
+//! [`LeaderEpoch`]. A [`Leadership`] lasts as long as [`Leadership::hold`] renews the lease; every write of the leader
+//! carries the condition that the key still has that create revision, so that what a deposed leader still sends has
+//! no effect, whatever its clock or its pauses.
+
+use std::{sync::Arc, time::Duration};
+
+use baton_proto::LeaderEpoch;
+use tokio::time::Instant;
+use tracing::{debug, info, warn};
+
+use crate::{
+    Compare, Event, KeyRange, LeaderRecord, Lease, LeaseId, Revision, Store, StoreError, Txn, WatchError,
+    keys,
+};
+
+/// Waits at most this long before it looks at the leader key again, and after an error.
+const RETRY: Duration = Duration::from_millis(300);
+
+/// A controller that would lead.
+#[derive(Debug, Clone)]
+pub struct Candidate {
+    pub store: Arc<dyn Store>,
+    pub record: LeaderRecord,
+    /// How long a leader may be silent before another takes over.
+    pub ttl: Duration,
+}
+
+/// What became of a fenced write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fenced {
+    /// It was made, as this revision.
+    Applied(Revision),
+    /// A condition of its own did not hold.
+    Conflict,
+    /// This controller leads no more: nothing was written.
+    Deposed,
+}
+
+/// The right to write, until another controller has it. Clones share it.
+#[derive(Debug, Clone)]
+pub struct Leadership {
+    store: Arc<dyn Store>,
+    lease: Lease,
+    epoch: LeaderEpoch,
+    /// From when on the lease is known to have been good for its whole time.
+    renewed: Instant,
+}
+
+/// Why a leadership ended.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Lost {
+    #[error("the lease of the leadership has ended")]
+    LeaseEnded,
+    #[error("the lease of the leadership could not be renewed in time: {0}")]
+    NotRenewed(StoreError),
+    #[error("another controller leads")]
+    Superseded,
+}
+
+impl Candidate {
+    /// Waits until this controller leads. Cancel safe: a lease left behind ends by itself.
+    pub async fn campaign(&self) -> Leadership {
+        loop {
+            match self.try_lead().await {
+                Ok(Some(leadership)) => {
+                    info!(epoch = %leadership.epoch, controller = self.record.controller_id, "leading");
+                    return leadership;
+                }
+                Ok(None) => self.wait_for_vacancy().await,
+                Err(error) => {
+                    warn!(%error, "cannot stand for leadership; trying again");
+                    tokio::time::sleep(RETRY).await;
+                }
+            }
+        }
+    }
+
+    /// Takes the leadership if it is vacant.
+    pub async fn try_lead(&self) -> Result<Option<Leadership>, StoreError> {
+        if !self.store.range(KeyRange::exact(keys::LEADER)).await?.items.is_empty() {
+            return Ok(None);
+        }
+        let renewed = Instant::now();
+        let lease = self.store.grant_lease(self.ttl).await?;
+        let txn = Txn::new().when(Compare::absent(keys::LEADER)).put(
+            keys::LEADER,
+            self.record.encode(),
+            Some(lease.id),
+        );
+        let outcome = self.store.txn(txn).await;
+        // The key tells, also when the answer to the transaction was lost.
+        let held = match outcome {
+            Ok(outcome) if !outcome.succeeded => None,
+            Ok(_) | Err(StoreError::Unknown(_)) => self.held_under(lease.id).await?,
+            Err(error) => return Err(error),
+        };
+        match held {
+            Some(created) => {
+                let epoch = LeaderEpoch(created.0);
+                Ok(Some(Leadership { store: self.store.clone(), lease, epoch, renewed }))
+            }
+            None => {
+                if let Err(error) = self.store.revoke_lease(lease.id).await {
+                    debug!(%error, "a lease that is not needed was left to end by itself");
+                }
+                Ok(None)
+            }
+        }
+    }
+
+    /// The create revision of the leader key, if it stands under this lease.
+    async fn held_under(&self, lease: LeaseId) -> Result<Option<Revision>, StoreError> {
+        let listing = self.store.range(KeyRange::exact(keys::LEADER)).await?;
+        Ok(listing.items.first().filter(|item| item.lease == Some(lease)).map(|item| item.create_revision))
+    }
+
+    /// Returns when the leader key may be gone.
+    async fn wait_for_vacancy(&self) {
+        let Ok(listing) = self.store.range(KeyRange::exact(keys::LEADER)).await else {
+            return tokio::time::sleep(RETRY).await;
+        };
+        if listing.items.is_empty() {
+            return;
+        }
+        let Ok(mut watch) =
+            self.store.watch(KeyRange::exact(keys::LEADER), Some(listing.revision.next())).await
+        else {
+            return tokio::time::sleep(RETRY).await;
+        };
+        loop {
+            match watch.next().await {
+                Ok(batch) if batch.events.iter().any(|event| matches!(event, Event::Delete { .. })) => return,
+                Ok(_) => {}
+                Err(WatchError::Compacted(_)) => return,
+                Err(WatchError::Broken(_)) => return tokio::time::sleep(RETRY).await,
+            }
+        }
+    }
+}
+
+impl Leadership {
+    pub fn epoch(&self) -> LeaderEpoch {
+        self.epoch
+    }
+
+    /// Renews the lease until that is no longer possible, and says why. The holder must not act as leader afterwards.
+    /// Returns before the lease can have ended at the store as long as this process runs; fencing covers the rest.
+    pub async fn hold(&self) -> Lost {
+        let mut renewed = self.renewed;
+        let mut wait = self.lease.ttl / 3;
+        loop {
+            tokio::time::sleep(wait).await;
+            let asked = Instant::now();
+            let ends = renewed + self.lease.ttl;
+            let answer = tokio::time::timeout_at(ends, self.store.keep_alive(self.lease.id)).await;
+            let late = || StoreError::Unavailable("no answer before the lease ended".into());
+            match answer.unwrap_or_else(|_| Err(late())) {
+                Ok(_) => {
+                    renewed = asked;
+                    wait = self.lease.ttl / 3;
+                }
+                Err(StoreError::LeaseNotFound(_)) => return Lost::LeaseEnded,
+                Err(error) if Instant::now() >= ends => return Lost::NotRenewed(error),
+                Err(error) => {
+                    warn!(%error, "the leadership's lease was not renewed; trying again");
+                    wait = RETRY.min(ends.saturating_duration_since(Instant::now()));
+                }
+            }
+        }
+    }
+
+    /// The condition that this leader still leads.
+    pub fn fence(&self) -> Compare {
+        Compare::create_revision(keys::LEADER, Revision(self.epoch.0))
+    }
+
+    /// Makes a write that only this leader can make.
+    pub async fn txn(&self, txn: Txn) -> Result<Fenced, StoreError> {
+        let outcome = self.store.txn(txn.when(self.fence())).await?;
+        if outcome.succeeded {
+            return Ok(Fenced::Applied(outcome.revision));
+        }
+        let leader = self.store.range(KeyRange::exact(keys::LEADER)).await?;
+        let leads = leader.items.first().is_some_and(|item| item.create_revision.0 == self.epoch.0);
+        Ok(if leads { Fenced::Conflict } else { Fenced::Deposed })
+    }
+
+    /// Gives the leadership up at once, so that another need not wait for the lease.
+    pub async fn resign(self) -> Result<(), StoreError> {
+        self.store.revoke_lease(self.lease.id).await
+    }
+}

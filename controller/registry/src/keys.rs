@@ -1,0 +1,70 @@
+//! The key layout. Everything of Baton lies under `/baton/v1/`; a change of layout is a new version beside it.
+
+use baton_proto::InstanceId;
+
+/// Before every key.
+pub const ROOT: &str = "/baton/v1/";
+/// Which controller leads: a [`crate::LeaderRecord`], leased. Its create revision is the leader epoch.
+pub const LEADER: &str = "/baton/v1/leader";
+/// What instances are: a [`crate::InstanceSpec`] each, leased.
+pub const INSTANCES: &str = "/baton/v1/instances/";
+/// What instances should be: a [`crate::DesiredRole`] each. Survives the instance.
+pub const ROLES: &str = "/baton/v1/roles/";
+/// What instances last said they are: a [`crate::ObservedStatus`] each, leased.
+pub const STATUS: &str = "/baton/v1/status/";
+/// What operators set at run time.
+pub const CONFIG: &str = "/baton/v1/config/";
+
+pub fn instance(id: &InstanceId) -> String {
+    format!("{INSTANCES}{id}")
+}
+
+pub fn role(id: &InstanceId) -> String {
+    format!("{ROLES}{id}")
+}
+
+pub fn status(id: &InstanceId) -> String {
+    format!("{STATUS}{id}")
+}
+
+/// A key taken apart.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Key {
+    Leader,
+    Instance(InstanceId),
+    Role(InstanceId),
+    Status(InstanceId),
+    /// Under the root, but of a kind this build does not know: to be ignored.
+    Other,
+}
+
+impl Key {
+    pub fn parse(key: &str) -> Self {
+        type Kind = (&'static str, fn(InstanceId) -> Key);
+        const KINDS: [Kind; 3] = [(INSTANCES, Key::Instance), (ROLES, Key::Role), (STATUS, Key::Status)];
+        if key == LEADER {
+            return Self::Leader;
+        }
+        KINDS
+            .iter()
+            .find_map(|(prefix, kind)| Some(kind(InstanceId::new(key.strip_prefix(prefix)?).ok()?)))
+            .unwrap_or(Self::Other)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_parse_back() {
+        let id = InstanceId::new("server-0").expect("a good id");
+        assert_eq!(Key::parse(&instance(&id)), Key::Instance(id.clone()));
+        assert_eq!(Key::parse(&role(&id)), Key::Role(id.clone()));
+        assert_eq!(Key::parse(&status(&id)), Key::Status(id));
+        assert_eq!(Key::parse(LEADER), Key::Leader);
+        for other in ["/baton/v1/instances/", "/baton/v1/roles/a/b", "/baton/v1/config/x", "/other"] {
+            assert_eq!(Key::parse(other), Key::Other, "{other}");
+        }
+    }
+}
