@@ -1,0 +1,307 @@
+//! How sequences come, end and meet their transfers: the events that the scheduler is told, and what is asked of it.
+
+use std::{ops::Range, time::Instant};
+
+use baton_proto::{ApiError, ErrorCode};
+use baton_runtime::BlockId;
+
+use super::{Chunk, Effect, Scheduler};
+use crate::engine::sequence::{
+    Address, FinishReason, LegEnd, LegUpdate, NewSequence, Sequence, SequenceId, State, StreamId, Work,
+};
+
+/// Why a sequence was not taken.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    #[error("{waiting} requests wait already: try again later")]
+    QueueFull { waiting: u32 },
+    #[error(
+        "the request may need {needed} KV blocks and the instance has {total}: lower max_tokens or shorten the prompt"
+    )]
+    TooLarge { needed: u32, total: u32 },
+    #[error(
+        "the prompt has {prompt} tokens, and the context of {context} tokens must hold the completion too"
+    )]
+    ContextFull { prompt: u32, context: u32 },
+}
+
+impl From<Refused> for ApiError {
+    fn from(refused: Refused) -> Self {
+        let code = match refused {
+            Refused::QueueFull { .. } => ErrorCode::QueueFull,
+            Refused::TooLarge { .. } => ErrorCode::KvExhausted,
+            Refused::ContextFull { .. } => ErrorCode::ContextLengthExceeded,
+        };
+        Self::new(code, refused.to_string())
+    }
+}
+
+/// How many sequences and blocks there are, by use.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Occupancy {
+    /// In the batch.
+    pub running: u32,
+    /// In the queue, or with a cache still on its way.
+    pub waiting: u32,
+    /// Held for a transfer alone: prefill legs handed on, and ended legs whose transfer is being closed.
+    pub leaving: u32,
+    /// Prompt tokens accepted and not yet computed here.
+    pub queued_prefill_tokens: u64,
+    pub blocks_total: u32,
+    pub blocks_free: u32,
+    /// Since the start.
+    pub preemptions: u64,
+}
+
+impl Scheduler {
+    /// Queues a sequence. If it cannot be taken the leg is ended with the reason.
+    pub fn add(&mut self, new: NewSequence) {
+        let sequence = Sequence::new(new, self.arrivals, self.limits.context_tokens);
+        if let Err(refused) = self.check(&sequence) {
+            let end = LegEnd::Failed(refused.into());
+            self.refuse_transfer(&sequence.work, &end);
+            self.outputs.push(last_update(&sequence, end));
+            return;
+        }
+        self.arrivals += 1;
+        self.waiting.push_back(sequence.id);
+        self.sequences.insert(sequence.id, sequence);
+    }
+
+    fn check(&self, sequence: &Sequence) -> Result<(), Refused> {
+        let context = self.limits.context_tokens;
+        if sequence.prompt_tokens >= context {
+            return Err(Refused::ContextFull { prompt: sequence.prompt_tokens, context });
+        }
+        let (needed, total) = (self.blocks.blocks_for(sequence.most_cached_tokens()), self.blocks.total());
+        if needed > total {
+            return Err(Refused::TooLarge { needed, total });
+        }
+        let waiting = self.waiting.len() as u32;
+        if waiting >= self.limits.max_waiting {
+            return Err(Refused::QueueFull { waiting });
+        }
+        Ok(())
+    }
+
+    /// Ends a sequence on behalf of its coordinator.
+    pub fn cancel(&mut self, id: SequenceId) {
+        let Some(sequence) = self.sequences.get(&id) else { return };
+        let end = sequence.finished(FinishReason::Cancelled);
+        self.end(id, end);
+    }
+
+    /// Ends every sequence of a stream.
+    pub fn cancel_stream(&mut self, stream: StreamId) {
+        let ids: Vec<_> =
+            self.sequences.values().filter(|s| s.address.stream == stream).map(|s| s.id).collect();
+        ids.into_iter().for_each(|id| self.cancel(id));
+    }
+
+    /// Ends every sequence with an error.
+    pub fn fail_all(&mut self, error: &ApiError) {
+        let ids: Vec<_> = self.sequences.keys().copied().collect();
+        ids.into_iter().for_each(|id| self.fail(id, error.clone()));
+    }
+
+    /// Ends a sequence with an error.
+    pub fn fail(&mut self, id: SequenceId, error: ApiError) {
+        self.end(id, LegEnd::Failed(error));
+    }
+
+    /// Ends what has passed its deadline.
+    pub fn expire(&mut self, now: Instant) {
+        let due =
+            |s: &&Sequence| s.state != State::Closing && s.deadline.is_some_and(|deadline| deadline <= now);
+        let ids: Vec<_> = self.sequences.values().filter(due).map(|s| s.id).collect();
+        for id in ids {
+            self.fail(
+                id,
+                ApiError::new(ErrorCode::DeadlineExceeded, "the request ran out of time on the server"),
+            );
+        }
+    }
+
+    /// When [`Self::expire`] next has something to do.
+    pub fn next_deadline(&self) -> Option<Instant> {
+        self.sequences.values().filter(|s| s.state != State::Closing).filter_map(|s| s.deadline).min()
+    }
+
+    /// A decode leg's cache is whole and no transport touches its blocks any more: it joins the batch.
+    pub fn received(&mut self, id: SequenceId, first_token: u32) {
+        let Some(sequence) = self.sequences.get_mut(&id) else { return };
+        match sequence.state {
+            State::Receiving => {
+                self.receiving -= 1;
+                sequence.computed = sequence.prompt_tokens;
+                sequence.push(first_token);
+                let over = sequence.finish_reason().map(|reason| sequence.finished(reason));
+                self.run(id);
+                if let Some(end) = over {
+                    self.end(id, end);
+                }
+            }
+            State::Closing => self.remove(id),
+            State::Waiting | State::Running | State::HandingOff => {
+                debug_assert!(false, "{:?} received a cache", self.sequences[&id]);
+            }
+        }
+    }
+
+    /// A transfer is over and touches its sequence's blocks no more. For a prefill leg `Ok` means that decode has the
+    /// cache; for a decode leg only errors come here, see [`Self::received`].
+    pub fn transfer_ended(&mut self, id: SequenceId, result: Result<(), ApiError>) {
+        let Some(sequence) = self.sequences.get_mut(&id) else { return };
+        if !sequence.transfers() {
+            debug_assert!(false, "{sequence:?} had no transfer");
+            return;
+        }
+        let end = match result {
+            Ok(()) if sequence.state == State::HandingOff => sequence.finished(FinishReason::HandedOff),
+            Ok(()) => {
+                LegEnd::Failed(ApiError::new(ErrorCode::HandoffFailed, "the transfer ended before its seal"))
+            }
+            Err(error) => LegEnd::Failed(error),
+        };
+        if sequence.state != State::Closing {
+            self.outputs.push(last_update(sequence, end));
+            self.leave_batch(id);
+        }
+        self.remove(id);
+    }
+
+    /// One chunk of the last plan is in the cache; `sampled` is its next token if its logits were wanted.
+    pub fn computed(&mut self, chunk: &Chunk, sampled: Option<u32>) {
+        let Some(sequence) = self.sequences.get_mut(&chunk.id) else { return };
+        sequence.computed = chunk.start + chunk.tokens;
+        let Some(token) = sampled else { return };
+        let first_position = sequence.completion_tokens();
+        sequence.push(token);
+        let over = sequence.finish_reason();
+        let handoff = matches!(sequence.work, Work::Prefill(_));
+        if handoff && over.is_none() {
+            sequence.state = State::HandingOff;
+            self.effects.push(Effect::Seal { id: chunk.id, first_token: token });
+        }
+        let (address, end) = (sequence.address, over.map(|reason| sequence.finished(reason)));
+        self.outputs
+            .push((address, LegUpdate { leg: address.leg, first_position, tokens: vec![token], end: None }));
+        if let Some(end) = end {
+            self.end(chunk.id, end);
+        } else if handoff {
+            self.running.retain(|&id| id != chunk.id);
+        }
+    }
+
+    /// What legs are to be told since the last call, in order.
+    pub fn take_outputs(&mut self) -> Vec<(Address, LegUpdate)> {
+        std::mem::take(&mut self.outputs)
+    }
+
+    /// What is to be done outside since the last call, in order.
+    pub fn take_effects(&mut self) -> Vec<Effect> {
+        std::mem::take(&mut self.effects)
+    }
+
+    /// Tokens and blocks of a planned chunk's sequence.
+    pub fn view(&self, chunk: &Chunk) -> (&[u32], &[BlockId]) {
+        let sequence = &self.sequences[&chunk.id];
+        let (start, end) = (chunk.start as usize, (chunk.start + chunk.tokens) as usize);
+        (&sequence.tokens[start..end], sequence.blocks.as_slice())
+    }
+
+    /// Indices in its sequence's block list of the blocks that a planned chunk fills; the last may stay partly empty.
+    pub fn blocks_of(&self, chunk: &Chunk) -> Range<u32> {
+        chunk.start / self.limits.block_tokens..self.blocks.blocks_for(chunk.start + chunk.tokens)
+    }
+
+    /// Whether a planned chunk computes a token that was generated, not a prompt.
+    pub fn is_decode(&self, chunk: &Chunk) -> bool {
+        chunk.start >= self.sequences[&chunk.id].prompt_tokens
+    }
+
+    /// The sequence of a planned chunk, for sampling.
+    pub(in crate::engine) fn sequence(&self, id: SequenceId) -> &Sequence {
+        &self.sequences[&id]
+    }
+
+    pub fn occupancy(&self) -> Occupancy {
+        let mut occupancy = Occupancy {
+            blocks_total: self.blocks.total(),
+            blocks_free: self.blocks.free(),
+            preemptions: self.preemptions,
+            ..Occupancy::default()
+        };
+        for sequence in self.sequences.values() {
+            match sequence.state {
+                State::Running => occupancy.running += 1,
+                State::Waiting | State::Receiving => occupancy.waiting += 1,
+                State::HandingOff | State::Closing => occupancy.leaving += 1,
+            }
+            let computes = matches!(sequence.state, State::Waiting | State::Running);
+            if computes && !matches!((&sequence.work, sequence.state), (Work::Decode(_), State::Waiting)) {
+                occupancy.queued_prefill_tokens += u64::from(sequence.remaining()).saturating_sub(1);
+            }
+        }
+        occupancy
+    }
+
+    /// Ends a sequence: the leg is told, its blocks go back now or when its transfer is closed.
+    fn end(&mut self, id: SequenceId, end: LegEnd) {
+        let Some(sequence) = self.sequences.get(&id) else { return };
+        if sequence.state == State::Closing {
+            return;
+        }
+        let transfers = sequence.transfers();
+        if sequence.state == State::Waiting {
+            let work = sequence.work.clone();
+            self.refuse_transfer(&work, &end);
+        }
+        let Some(sequence) = self.sequences.get(&id) else { return };
+        self.outputs.push(last_update(sequence, end));
+        self.leave_batch(id);
+        if !transfers {
+            self.remove(id);
+        } else if let Some(sequence) = self.sequences.get_mut(&id) {
+            sequence.state = State::Closing;
+            self.effects.push(Effect::Close { id });
+        }
+    }
+
+    /// A decode leg that never came to expect its transfer says so to the sender, which would wait otherwise.
+    fn refuse_transfer(&mut self, work: &Work, end: &LegEnd) {
+        if let Work::Decode(from) = work {
+            let reason = match end {
+                LegEnd::Failed(error) => error.clone(),
+                LegEnd::Finished { .. } => {
+                    ApiError::new(ErrorCode::Cancelled, "the decode leg was cancelled")
+                }
+            };
+            self.effects.push(Effect::Refuse { transfer: from.transfer, reason });
+        }
+    }
+
+    /// Takes a sequence out of the queue or the batch that its state says it is in.
+    fn leave_batch(&mut self, id: SequenceId) {
+        match self.sequences[&id].state {
+            State::Waiting => self.waiting.retain(|&other| other != id),
+            State::Running => self.running.retain(|&other| other != id),
+            State::Receiving => self.receiving -= 1,
+            State::HandingOff | State::Closing => {}
+        }
+    }
+
+    fn remove(&mut self, id: SequenceId) {
+        if let Some(sequence) = self.sequences.remove(&id) {
+            self.blocks.release(sequence.blocks);
+        }
+    }
+}
+
+/// The update that tells a leg its end.
+fn last_update(sequence: &Sequence, end: LegEnd) -> (Address, LegUpdate) {
+    sequence.log_end(&end);
+    let address = sequence.address;
+    let first_position = sequence.completion_tokens();
+    (address, LegUpdate { leg: address.leg, first_position, tokens: Vec::new(), end: Some(end) })
+}

@@ -1,0 +1,273 @@
+//! One request's leg inside the engine: what it is asked for, how far it is, what it holds.
+//!
+//! States:
+//! ```text
+//!            whole, prefill                           last chunk of a prefill leg
+//! Waiting ───────────────────────────────> Running ─────────────────────────────> HandingOff
+//!    │  ^                                   ^  │                                       │
+//!    │  └────────── preempted ──────────────┼──┘        end while a transfer is open   v
+//!    └── decode ──> Receiving ── sealed ────┘     any ─────────────────────────────> Closing ──> gone
+//! ```
+//! A sequence without an open transfer is gone as soon as it ends. With one it stays, as `Closing`, until the transfer
+//! can touch its blocks no more.
+
+use std::{fmt, time::Instant};
+
+use baton_proto::{ApiError, Incarnation, InstanceId, LegId, RequestId, TransferId};
+use tokio_util::task::task_tracker::TaskTrackerToken;
+
+use super::{
+    blocks::BlockList,
+    sampler::{SamplingParams, TokenCounts},
+};
+
+/// A sequence in this engine; never reused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SequenceId(pub u64);
+
+/// A coordinator's stream; never reused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct StreamId(pub u64);
+
+/// Where a sequence's tokens go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Address {
+    pub stream: StreamId,
+    pub leg: LegId,
+}
+
+/// A validated request for one leg.
+#[derive(Debug)]
+pub struct NewSequence {
+    pub id: SequenceId,
+    pub address: Address,
+    pub request: RequestId,
+    /// At least one token, fewer than the context holds.
+    pub prompt: Vec<u32>,
+    pub sampling: SamplingParams,
+    pub stop: StopRule,
+    /// The last token must be out by then.
+    pub deadline: Option<Instant>,
+    pub work: Work,
+    /// Held while the sequence is in the engine; a role switch waits for all of them. `None` in tests.
+    pub permit: Option<TaskTrackerToken>,
+    /// Covers the leg in traces.
+    pub span: tracing::Span,
+}
+
+/// When a completion ends by itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StopRule {
+    /// At least one.
+    pub max_tokens: u32,
+    pub stop_tokens: Vec<u32>,
+}
+
+/// Which part of the request is done here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Work {
+    /// Prefill and decode.
+    Whole,
+    /// Prefill; the cache goes to another instance.
+    Prefill(Outbound),
+    /// The cache comes from another instance; decode.
+    Decode(Inbound),
+}
+
+/// Where a prefill leg's cache goes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Outbound {
+    pub transfer: TransferId,
+    pub receiver: InstanceId,
+    pub receiver_incarnation: Incarnation,
+    /// host:port of the receiver's Handoff service.
+    pub endpoint: String,
+}
+
+/// Where a decode leg's cache comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Inbound {
+    pub transfer: TransferId,
+    pub sender: InstanceId,
+    pub sender_incarnation: Incarnation,
+}
+
+/// What the engine has to say about one leg.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LegUpdate {
+    pub leg: LegId,
+    /// Index in the completion of the first of `tokens`.
+    pub first_position: u32,
+    pub tokens: Vec<u32>,
+    /// Set once, with the last update.
+    pub end: Option<LegEnd>,
+}
+
+/// How a leg ended.
+#[derive(Debug, Clone, PartialEq)]
+pub enum LegEnd {
+    Finished { reason: FinishReason, prompt_tokens: u32, cached_tokens: u32, completion_tokens: u32 },
+    Failed(ApiError),
+}
+
+/// Why a leg ended without an error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FinishReason {
+    /// A stop token, which is the last of the completion's tokens.
+    Stop,
+    /// `max_tokens` or the context is full.
+    Length,
+    /// Decode has the cache and goes on.
+    HandedOff,
+    Cancelled,
+}
+
+/// See the module.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum State {
+    Waiting,
+    Receiving,
+    Running,
+    HandingOff,
+    Closing,
+}
+
+pub(super) struct Sequence {
+    pub(super) id: SequenceId,
+    pub(super) address: Address,
+    pub(super) state: State,
+    /// Order of arrival: lower = earlier = served first.
+    pub(super) arrival: u64,
+    /// Prompt, then completion so far.
+    pub(super) tokens: Vec<u32>,
+    pub(super) prompt_tokens: u32,
+    /// Tokens whose K and V are in `blocks`.
+    pub(super) computed: u32,
+    pub(super) blocks: BlockList,
+    pub(super) sampling: SamplingParams,
+    pub(super) counts: Option<TokenCounts>,
+    pub(super) stop_tokens: Vec<u32>,
+    /// Most tokens the completion may have: `max_tokens` within the context.
+    pub(super) completion_limit: u32,
+    pub(super) deadline: Option<Instant>,
+    pub(super) work: Work,
+    request: RequestId,
+    span: tracing::Span,
+    _permit: Option<TaskTrackerToken>,
+}
+
+impl Sequence {
+    pub(super) fn new(new: NewSequence, arrival: u64, context_tokens: u32) -> Self {
+        let prompt_tokens = new.prompt.len() as u32;
+        let counts = new.sampling.penalises().then(|| TokenCounts::new(&new.prompt, &[]));
+        Self {
+            id: new.id,
+            address: new.address,
+            state: State::Waiting,
+            arrival,
+            tokens: new.prompt,
+            prompt_tokens,
+            computed: 0,
+            blocks: BlockList::default(),
+            sampling: new.sampling,
+            counts,
+            stop_tokens: new.stop.stop_tokens,
+            completion_limit: new.stop.max_tokens.min(context_tokens.saturating_sub(prompt_tokens)).max(1),
+            deadline: new.deadline,
+            work: new.work,
+            request: new.request,
+            span: new.span,
+            _permit: new.permit,
+        }
+    }
+
+    /// Tokens still to be computed before the next one can be sampled.
+    pub(super) fn remaining(&self) -> u32 {
+        self.tokens.len() as u32 - self.computed
+    }
+
+    /// Tokens of the completion so far.
+    pub(super) fn completion_tokens(&self) -> u32 {
+        self.tokens.len() as u32 - self.prompt_tokens
+    }
+
+    /// Most tokens that will ever have to be in the KV cache here. The last token of a completion is never computed.
+    pub(super) fn most_cached_tokens(&self) -> u32 {
+        match self.work {
+            Work::Prefill(_) => self.prompt_tokens,
+            Work::Whole => self.prompt_tokens + self.completion_limit - 1,
+            Work::Decode(_) => self.prompt_tokens + self.completion_limit.max(2) - 1,
+        }
+    }
+
+    /// Whether a transfer may touch its blocks.
+    pub(super) fn transfers(&self) -> bool {
+        match self.state {
+            State::Receiving | State::HandingOff | State::Closing => true,
+            State::Running => matches!(self.work, Work::Prefill(_)),
+            State::Waiting => false,
+        }
+    }
+
+    /// Whether its blocks may be taken and computed again later.
+    pub(super) fn preemptible(&self) -> bool {
+        self.state == State::Running && !matches!(self.work, Work::Prefill(_))
+    }
+
+    /// Appends a token of the completion.
+    pub(super) fn push(&mut self, token: u32) {
+        self.tokens.push(token);
+        if let Some(counts) = &mut self.counts {
+            counts.add(token);
+        }
+    }
+
+    /// Why the completion is over with its last token, if it is.
+    pub(super) fn finish_reason(&self) -> Option<FinishReason> {
+        let last = self.tokens.last().filter(|_| self.completion_tokens() > 0)?;
+        if self.stop_tokens.contains(last) {
+            Some(FinishReason::Stop)
+        } else if self.completion_tokens() >= self.completion_limit {
+            Some(FinishReason::Length)
+        } else {
+            None
+        }
+    }
+
+    pub(super) fn finished(&self, reason: FinishReason) -> LegEnd {
+        LegEnd::Finished {
+            reason,
+            prompt_tokens: self.prompt_tokens,
+            cached_tokens: 0,
+            completion_tokens: self.completion_tokens(),
+        }
+    }
+
+    /// Says in the log how the leg ended, within its span.
+    pub(super) fn log_end(&self, end: &LegEnd) {
+        let _entered = self.span.enter();
+        match end {
+            LegEnd::Finished { reason, completion_tokens, .. } => {
+                tracing::debug!(request = %self.request, ?reason, completion_tokens, "leg finished");
+            }
+            LegEnd::Failed(error) => {
+                tracing::warn!(request = %self.request, code = error.code.name(), %error, "leg failed");
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Sequence {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{:?} {:?} {}+{} tokens, {} computed, {} blocks",
+            self.id,
+            self.state,
+            self.prompt_tokens,
+            self.completion_tokens(),
+            self.computed,
+            self.blocks.count()
+        )
+    }
+}

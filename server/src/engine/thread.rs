@@ -1,0 +1,255 @@
+//! The engine's thread: takes commands, runs steps, sends out what they bring.
+//!
+//! Started once by [`crate::instance`]; commanded by [`crate::inference`] (legs come and go) and [`crate::handoff`]
+//! (transfers end). It blocks on nothing but the model while there is work, and on the command queue when there is
+//! none. Updates of one step go to each stream in one call, which must not block either.
+
+use std::{
+    collections::HashMap,
+    io,
+    sync::Arc,
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use baton_proto::{ApiError, ErrorCode};
+use baton_runtime::Executor;
+use tokio::{
+    runtime::Handle,
+    sync::{mpsc, watch},
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    scheduler::{Effect, Limits, Occupancy, Scheduler},
+    sequence::{LegUpdate, NewSequence, SequenceId, StreamId},
+    step::{StepStats, Stepper},
+};
+use crate::{handoff::Transfers, metrics::EngineMetrics};
+
+/// Commands that may wait for the engine; whoever sends more waits in turn, at most for a step.
+pub const COMMAND_QUEUE: usize = 1024;
+
+/// What the engine is told.
+#[derive(Debug)]
+pub enum Command {
+    /// Take a leg on.
+    Add(Box<NewSequence>),
+    /// The coordinator wants no more of a leg.
+    Cancel(SequenceId),
+    /// A coordinator's stream is gone.
+    CancelStream(StreamId),
+    /// End everything with this error.
+    FailAll(ApiError),
+    /// A decode leg's cache is whole; no transport touches its blocks any more.
+    Received { id: SequenceId, first_token: u32 },
+    /// A transfer is over; no transport touches its blocks any more.
+    TransferEnded { id: SequenceId, result: Result<(), ApiError> },
+}
+
+/// How busy the engine is.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Load {
+    pub occupancy: Occupancy,
+    /// Recent mean of steps that only prefill; 0 = none yet.
+    pub prefill_tokens_per_second: f64,
+    /// Recent mean of steps that only decode; zero = none yet.
+    pub decode_step: Duration,
+}
+
+/// Takes a step's updates for one stream.
+pub type Deliver = Arc<dyn Fn(StreamId, Vec<LegUpdate>) + Send + Sync>;
+
+/// Everything the engine works with.
+pub struct EngineParts {
+    pub executor: Box<dyn Executor>,
+    pub limits: Limits,
+    pub commands: mpsc::Receiver<Command>,
+    pub transfers: Transfers,
+    pub deliver: Deliver,
+    pub load: watch::Sender<Load>,
+    pub metrics: EngineMetrics,
+    /// Ends the thread; what is still running is failed.
+    pub shutdown: CancellationToken,
+    /// Where waiting is done.
+    pub runtime: Handle,
+}
+
+/// Starts the thread. It ends after `shutdown`, or if it panics.
+pub fn spawn(parts: EngineParts) -> io::Result<JoinHandle<()>> {
+    let blocks = parts.executor.kv_pool().layout().blocks;
+    let engine = Engine {
+        scheduler: Scheduler::new(parts.limits, blocks),
+        stepper: Stepper::new(parts.executor),
+        commands: parts.commands,
+        transfers: parts.transfers,
+        deliver: parts.deliver,
+        load: parts.load,
+        metrics: parts.metrics,
+        shutdown: parts.shutdown,
+        runtime: parts.runtime,
+        not_begun: Vec::new(),
+    };
+    thread::Builder::new().name("engine".into()).spawn(move || engine.run())
+}
+
+struct Engine {
+    scheduler: Scheduler,
+    stepper: Stepper,
+    commands: mpsc::Receiver<Command>,
+    transfers: Transfers,
+    deliver: Deliver,
+    load: watch::Sender<Load>,
+    metrics: EngineMetrics,
+    shutdown: CancellationToken,
+    runtime: Handle,
+    /// Transfers that could not even begin; reported after the step that they were planned for.
+    not_begun: Vec<(SequenceId, ApiError)>,
+}
+
+impl Engine {
+    fn run(mut self) {
+        self.publish(None);
+        while !self.shutdown.is_cancelled() {
+            while let Ok(command) = self.commands.try_recv() {
+                self.obey(command);
+            }
+            let worked = self.step();
+            if !worked {
+                self.wait();
+            }
+        }
+        self.scheduler.fail_all(&ApiError::new(ErrorCode::Unavailable, "the instance is shutting down"));
+        self.perform();
+        self.deliver();
+    }
+
+    /// Plans and computes one step. False if there was nothing to compute.
+    fn step(&mut self) -> bool {
+        self.scheduler.expire(Instant::now());
+        let plan = self.scheduler.schedule();
+        // Offers go out before the first layer is computed, so that their slices can follow at once.
+        self.perform();
+        let stats = (!plan.is_empty()).then(|| {
+            let transfers = &self.transfers;
+            self.stepper.run(&mut self.scheduler, &plan, |id| transfers.progress(id))
+        });
+        for (id, error) in std::mem::take(&mut self.not_begun) {
+            self.scheduler.transfer_ended(id, Err(error));
+        }
+        self.perform();
+        self.deliver();
+        self.publish(stats);
+        !plan.is_empty()
+    }
+
+    /// Sleeps until a command, a deadline or shutdown.
+    fn wait(&mut self) {
+        let deadline = self.scheduler.next_deadline();
+        let (commands, shutdown) = (&mut self.commands, &self.shutdown);
+        let command = self.runtime.block_on(async {
+            let due = async {
+                match deadline {
+                    Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                biased;
+                () = shutdown.cancelled() => None,
+                command = commands.recv() => command,
+                () = due => None,
+            }
+        });
+        if let Some(command) = command {
+            self.obey(command);
+        }
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Add(new) => self.scheduler.add(*new),
+            Command::Cancel(id) => self.scheduler.cancel(id),
+            Command::CancelStream(stream) => self.scheduler.cancel_stream(stream),
+            Command::FailAll(error) => self.scheduler.fail_all(&error),
+            Command::Received { id, first_token } => {
+                self.transfers.ended(id);
+                self.scheduler.received(id, first_token);
+            }
+            Command::TransferEnded { id, result } => {
+                self.transfers.ended(id);
+                self.scheduler.transfer_ended(id, result);
+            }
+        }
+    }
+
+    fn perform(&mut self) {
+        for effect in self.scheduler.take_effects() {
+            let begun = match effect {
+                Effect::Offer { id, to, prompt_tokens, blocks, deadline } => self
+                    .transfers
+                    .offer(id, to, prompt_tokens, &blocks, deadline)
+                    .map_err(|error| (id, error)),
+                Effect::Expect { id, from, prompt_tokens, blocks, deadline } => self
+                    .transfers
+                    .expect(id, from, prompt_tokens, &blocks, deadline)
+                    .map_err(|error| (id, error)),
+                Effect::Seal { id, first_token } => {
+                    self.transfers.seal(id, first_token);
+                    Ok(())
+                }
+                Effect::Refuse { transfer, reason } => {
+                    self.transfers.refuse(transfer, reason);
+                    Ok(())
+                }
+                Effect::Close { id } => {
+                    self.transfers.close(id);
+                    Ok(())
+                }
+            };
+            self.not_begun.extend(begun.err());
+        }
+    }
+
+    /// One call for each stream that has updates.
+    fn deliver(&mut self) {
+        let outputs = self.scheduler.take_outputs();
+        let mut streams: HashMap<StreamId, Vec<LegUpdate>> = HashMap::new();
+        for (address, update) in outputs {
+            self.metrics.ended(update.end.as_ref());
+            streams.entry(address.stream).or_default().push(update);
+        }
+        for (stream, updates) in streams {
+            (self.deliver)(stream, updates);
+        }
+    }
+
+    fn publish(&mut self, stats: Option<StepStats>) {
+        let occupancy = self.scheduler.occupancy();
+        self.metrics.observe(&occupancy, stats.as_ref());
+        self.load.send_if_modified(|load| {
+            let before = *load;
+            load.occupancy = occupancy;
+            if let Some(stats) = stats {
+                load.learn(&stats);
+            }
+            *load != before
+        });
+    }
+}
+
+impl Load {
+    /// How much a new step counts in the recent means.
+    const WEIGHT: f64 = 0.1;
+
+    fn learn(&mut self, stats: &StepStats) {
+        let seconds = stats.took.as_secs_f64();
+        let mean = |old: f64, new: f64| if old == 0.0 { new } else { old + Self::WEIGHT * (new - old) };
+        if stats.decode_tokens == 0 && seconds > 0.0 {
+            let rate = f64::from(stats.prefill_tokens) / seconds;
+            self.prefill_tokens_per_second = mean(self.prefill_tokens_per_second, rate);
+        } else if stats.prefill_tokens == 0 {
+            self.decode_step = Duration::from_secs_f64(mean(self.decode_step.as_secs_f64(), seconds));
+        }
+    }
+}

@@ -1,0 +1,259 @@
+//! Between the engine and kvtransfer: begins transfers for sequences, tells the engine when they end.
+//!
+//! [`Transfers`] is called by the engine's thread and never blocks it. Each transfer has one task, which owns it until
+//! no transport touches its blocks any more and then sends the engine exactly one command: `Received` for a cache that
+//! arrived whole, `TransferEnded` for everything else. Blocks stay with their sequence all the while; that command is
+//! the fence after which the engine may free or use them.
+
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use baton_kvtransfer::{
+    ExpectSpec, Incoming, KvLayout, KvNode, OfferSpec, Outgoing, Progress, Region, TransferError,
+};
+use baton_proto::{ApiError, Incarnation, TransferId};
+use baton_runtime::{BlockId, KvPool, KvPoolLayout};
+use tokio::{
+    runtime::Handle,
+    sync::{mpsc, oneshot},
+};
+use tokio_util::task::TaskTracker;
+
+use crate::{
+    engine::{
+        sequence::{Inbound, Outbound, SequenceId},
+        thread::Command,
+    },
+    metrics::HandoffMetrics,
+};
+
+/// The pool's layout as peers compare it.
+pub fn kv_layout(pool: &KvPoolLayout, model_revision: &str) -> KvLayout {
+    KvLayout {
+        model_revision: model_revision.to_owned(),
+        format: pool.format.to_owned(),
+        dtype: pool.dtype.name().to_owned(),
+        block_tokens: pool.block_tokens,
+        layers: pool.layers,
+        kv_heads: pool.kv_heads,
+        head_dim: pool.head_dim,
+        tensor_parallel: 1,
+        slice_bytes: pool.slice_bytes() as u64,
+    }
+}
+
+/// The pool's memory, for the transports.
+pub fn kv_region(pool: &Arc<KvPool>) -> Region {
+    let owner: Arc<dyn std::any::Any + Send + Sync> = pool.clone();
+    // SAFETY: the pool's memory lives as long as the pool, which the region keeps. Blocks are lent to transfers by
+    // sequences alone: a receiving sequence is not in the batch, so nothing reads or writes its blocks, and a sending
+    // one reports a block of a layer ready only once the model has written all of it (chunks end at block borders) and
+    // does not write it again. Neither frees its blocks before the transfer's fence (see `engine::sequence`, Closing).
+    unsafe { Region::new(owner, pool.base(), pool.layout().total_bytes()) }
+}
+
+/// What the engine's thread holds of an open transfer.
+enum Open {
+    Outgoing { progress: Progress, seal: Option<oneshot::Sender<u32>>, close: oneshot::Sender<()> },
+    Incoming { close: oneshot::Sender<()> },
+}
+
+/// See the module.
+pub struct Transfers {
+    node: KvNode,
+    open: HashMap<SequenceId, Open>,
+    engine: mpsc::Sender<Command>,
+    block_tokens: u32,
+    /// A transfer that no deadline of its request ends earlier ends after this long.
+    timeout: Duration,
+    tasks: TaskTracker,
+    runtime: Handle,
+    metrics: HandoffMetrics,
+}
+
+impl Transfers {
+    /// `engine` is the engine's own command queue; the transfers' tasks go to `tasks`, on `runtime`.
+    pub fn new(
+        node: KvNode,
+        block_tokens: u32,
+        engine: mpsc::Sender<Command>,
+        timeout: Duration,
+        tasks: TaskTracker,
+        runtime: Handle,
+        metrics: HandoffMetrics,
+    ) -> Self {
+        Self { node, open: HashMap::new(), engine, block_tokens, timeout, tasks, runtime, metrics }
+    }
+
+    /// Starts to send a sequence's cache. After an error there is no transfer.
+    pub fn offer(
+        &mut self,
+        id: SequenceId,
+        to: Outbound,
+        prompt_tokens: u32,
+        blocks: &[BlockId],
+        deadline: Option<Instant>,
+    ) -> Result<(), ApiError> {
+        let outgoing = self.node.offer(OfferSpec {
+            id: to.transfer,
+            peer: to.endpoint,
+            receiver: to.receiver,
+            receiver_incarnation: incarnation(to.receiver_incarnation),
+            prompt_tokens,
+            blocks: indices(blocks, prompt_tokens.div_ceil(self.block_tokens)),
+            deadline: self.deadline(deadline),
+        })?;
+        let (seal, sealed) = oneshot::channel();
+        let (close, closed) = oneshot::channel();
+        self.open.insert(id, Open::Outgoing { progress: outgoing.progress(), seal: Some(seal), close });
+        let (engine, metrics) = (self.engine.clone(), self.metrics.clone());
+        self.tasks.spawn_on(
+            async move {
+                let result = send(outgoing, sealed, closed, &metrics).await;
+                // A closed queue means that the engine is gone, and its blocks with it.
+                let _ =
+                    engine.send(Command::TransferEnded { id, result: result.map_err(ApiError::from) }).await;
+            },
+            &self.runtime,
+        );
+        Ok(())
+    }
+
+    /// Lets a sequence's cache arrive. After an error there is no transfer.
+    pub fn expect(
+        &mut self,
+        id: SequenceId,
+        from: Inbound,
+        prompt_tokens: u32,
+        blocks: &[BlockId],
+        deadline: Option<Instant>,
+    ) -> Result<(), ApiError> {
+        let incoming = self.node.expect(ExpectSpec {
+            id: from.transfer,
+            sender: from.sender,
+            sender_incarnation: incarnation(from.sender_incarnation),
+            prompt_tokens,
+            blocks: indices(blocks, prompt_tokens.div_ceil(self.block_tokens)),
+            held: Vec::new(),
+            deadline: self.deadline(deadline),
+        })?;
+        let (close, closed) = oneshot::channel();
+        self.open.insert(id, Open::Incoming { close });
+        let (engine, metrics) = (self.engine.clone(), self.metrics.clone());
+        self.tasks.spawn_on(
+            async move {
+                let command = match receive(incoming, closed, &metrics).await {
+                    Ok(first_token) => Command::Received { id, first_token },
+                    Err(error) => Command::TransferEnded { id, result: Err(error.into()) },
+                };
+                let _ = engine.send(command).await;
+            },
+            &self.runtime,
+        );
+        Ok(())
+    }
+
+    /// Tells the sender of a transfer that it will not be expected.
+    pub fn refuse(&self, transfer: TransferId, reason: ApiError) {
+        self.node.refuse(transfer, reason);
+    }
+
+    /// Where to report the layers of a sequence whose cache goes out.
+    pub fn progress(&self, id: SequenceId) -> Option<Progress> {
+        match self.open.get(&id)? {
+            Open::Outgoing { progress, .. } => Some(progress.clone()),
+            Open::Incoming { .. } => None,
+        }
+    }
+
+    /// Every layer of every block of an outgoing transfer is reported.
+    pub fn seal(&mut self, id: SequenceId, first_token: u32) {
+        if let Some(Open::Outgoing { seal, .. }) = self.open.get_mut(&id)
+            && let Some(seal) = seal.take()
+        {
+            // The task has ended if nobody listens; its command is on the way.
+            let _ = seal.send(first_token);
+        }
+    }
+
+    /// Ends a transfer early. Its command follows.
+    pub fn close(&mut self, id: SequenceId) {
+        if let Some(Open::Outgoing { close, .. } | Open::Incoming { close }) = self.open.remove(&id) {
+            let _ = close.send(());
+        }
+    }
+
+    /// A transfer's command has arrived.
+    pub fn ended(&mut self, id: SequenceId) {
+        self.open.remove(&id);
+    }
+
+    fn deadline(&self, of_request: Option<Instant>) -> Instant {
+        let latest = Instant::now() + self.timeout;
+        of_request.map_or(latest, |deadline| deadline.min(latest))
+    }
+}
+
+/// Pool indices of the first `count` blocks.
+fn indices(blocks: &[BlockId], count: u32) -> Vec<u32> {
+    blocks.iter().take(count as usize).map(|block| block.0).collect()
+}
+
+/// 0 on the wire = any.
+fn incarnation(of: Incarnation) -> Option<Incarnation> {
+    (of.0 != 0).then_some(of)
+}
+
+async fn send(
+    mut outgoing: Outgoing,
+    sealed: oneshot::Receiver<u32>,
+    closed: oneshot::Receiver<()>,
+    metrics: &HandoffMetrics,
+) -> Result<(), TransferError> {
+    let followed = async {
+        tokio::select! {
+            biased;
+            result = outgoing.finished() => return result,
+            // Without a sender the transfer is being closed, or it was given up and will end by itself.
+            Ok(first_token) = sealed => outgoing.seal(first_token),
+        }
+        outgoing.finished().await
+    };
+    let result = tokio::select! {
+        biased;
+        result = followed => result,
+        _ = closed => {
+            outgoing.cancel("the prefill leg has ended");
+            Err(TransferError::Cancelled("the prefill leg has ended".into()))
+        }
+    };
+    outgoing.close().await;
+    let stats = result?;
+    metrics.handed_off(stats.seal_to_released);
+    tracing::debug!(slices = stats.slices, bytes = stats.bytes, took = ?stats.took, "cache handed on");
+    Ok(())
+}
+
+/// The first token, once the cache is whole.
+async fn receive(
+    mut incoming: Incoming,
+    closed: oneshot::Receiver<()>,
+    metrics: &HandoffMetrics,
+) -> Result<u32, TransferError> {
+    let result = tokio::select! {
+        biased;
+        result = incoming.sealed() => result,
+        _ = closed => {
+            incoming.cancel("the decode leg has ended");
+            Err(TransferError::Cancelled("the decode leg has ended".into()))
+        }
+    };
+    incoming.close().await;
+    let sealed = result?;
+    metrics.received(sealed.took);
+    tracing::debug!(slices = sealed.slices, bytes = sealed.bytes, took = ?sealed.took, "cache received");
+    Ok(sealed.first_token)
+}
