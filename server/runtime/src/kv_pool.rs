@@ -81,7 +81,8 @@ impl KvPool {
     pub fn allocate(layout: KvPoolLayout) -> Result<Self, RuntimeError> {
         let bytes = layout.total_bytes();
         let exhausted = || RuntimeError::KvPool { bytes };
-        let allocation = alloc::Layout::from_size_align(bytes.max(1), Self::ALIGN).map_err(|_| exhausted())?;
+        let allocation =
+            alloc::Layout::from_size_align(bytes.max(1), Self::ALIGN).map_err(|_| exhausted())?;
         // SAFETY: `allocation` has a size of at least one byte.
         let base = NonNull::new(unsafe { alloc::alloc_zeroed(allocation) }).ok_or_else(exhausted)?;
         Ok(Self { layout, base, allocation })

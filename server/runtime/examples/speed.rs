@@ -1,0 +1,81 @@
+//! Measures prefill and decode of a model: `speed MODEL [THREADS] [f32|bf16]`. Prints a table of tokens a second.
+
+use std::{env, path::Path, process::ExitCode, time::Instant};
+
+use baton_checkpoint::Checkpoint;
+use baton_runtime::{BlockId, Executor, KvDtype, LoadOptions, RuntimeError, SequenceChunk, load};
+
+const PROMPT: u32 = 512;
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<(), Box<dyn std::error::Error>> {
+    let mut arguments = env::args().skip(1);
+    let model = arguments.next().ok_or("usage: speed MODEL [THREADS] [f32|bf16]")?;
+    let threads = arguments.next().map_or(Ok(0), |n| n.parse())?;
+    let kv_dtype = if arguments.next().as_deref() == Some("bf16") { KvDtype::Bf16 } else { KvDtype::F32 };
+    let options = LoadOptions { threads, kv_dtype, kv_blocks: 512, ..LoadOptions::default() };
+    let checkpoint = Checkpoint::open(Path::new(&model))?;
+    let start = Instant::now();
+    let mut executor = load(&checkpoint, &options, &mut |_, _| {})?;
+    println!(
+        "{} loaded in {:.2} s, KV {}",
+        checkpoint.name(),
+        start.elapsed().as_secs_f64(),
+        kv_dtype.name()
+    );
+
+    println!("{:<28} {:>12} {:>12}", "", "tok/s", "ms a step");
+    let prompt: Vec<u32> = (0..PROMPT).map(|i| (i * 37 + 11) % executor.shape().vocabulary).collect();
+    for tokens in [64, 512] {
+        let blocks: Vec<BlockId> = (0..32).map(BlockId).collect();
+        let chunk = SequenceChunk { tokens: &prompt[..tokens], start: 0, blocks: &blocks, logits: true };
+        report(&format!("prefill {tokens}"), tokens, 5, || {
+            executor.forward(&[chunk], &mut |_| {}).map(drop)
+        })?;
+    }
+    for sequences in [1, 2, 4, 8] {
+        decode(executor.as_mut(), &prompt, sequences)?;
+    }
+    Ok(())
+}
+
+/// Decodes 32 tokens of each of some sequences with prompts of 128 tokens.
+fn decode(executor: &mut dyn Executor, prompt: &[u32], sequences: u32) -> Result<(), RuntimeError> {
+    let blocks: Vec<Vec<BlockId>> =
+        (0..sequences).map(|s| (0..16).map(|b| BlockId(s * 16 + b)).collect()).collect();
+    for blocks in &blocks {
+        let chunk = SequenceChunk { tokens: &prompt[..128], start: 0, blocks, logits: false };
+        executor.forward(&[chunk], &mut |_| {})?;
+    }
+    let mut position = 128;
+    report(&format!("decode, batch {sequences}"), sequences as usize, 100, || {
+        let chunk = |blocks| SequenceChunk { tokens: &prompt[7..8], start: position, blocks, logits: true };
+        let batch: Vec<SequenceChunk<'_>> = blocks.iter().map(|blocks| chunk(blocks.as_slice())).collect();
+        executor.forward(&batch, &mut |_| {})?;
+        position += 1;
+        Ok(())
+    })
+}
+
+fn report(
+    what: &str,
+    tokens: usize,
+    times: u32,
+    mut step: impl FnMut() -> Result<(), RuntimeError>,
+) -> Result<(), RuntimeError> {
+    step()?;
+    let start = Instant::now();
+    (0..times).try_for_each(|_| step())?;
+    let seconds = start.elapsed().as_secs_f64() / f64::from(times);
+    println!("{what:<28} {:>12.1} {:>12.2}", tokens as f64 / seconds, seconds * 1e3);
+    Ok(())
+}

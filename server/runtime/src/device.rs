@@ -1,0 +1,169 @@
+//! What a model asks of the hardware: a small set of fused operations over the device's own types.
+//!
+//! Models are written once over [`Device`]. Calls come from one thread, in order; a device may queue them and need only
+//! have finished where a call's result becomes visible to the host: in [`Device::read`], and in [`Device::append_kv`],
+//! whose slices may be read by transports as soon as it returns. Activations are matrices `[rows][width]` of which only
+//! the device knows the element type (f32 on the CPU). Shapes are fixed when the model is loaded and indices are checked
+//! in `batch`, so what an operation reports is a failure of the hardware or of its runtime.
+//!
+//! Each operation names the Ascend operator (aclnn) it was cut to fit.
+
+use std::sync::Arc;
+
+use baton_checkpoint::{RopeOrder, TensorView};
+
+use crate::{KvPool, RuntimeError, batch::Step};
+
+/// One stored matrix that becomes part of a [`Device::Linear`], its outputs following those of the part before.
+pub(crate) struct LinearPart<'a> {
+    /// For error messages.
+    pub(crate) name: String,
+    /// `[out, in]`.
+    pub(crate) weight: TensorView<'a>,
+    /// `[out]`, in the order of the stored rows.
+    pub(crate) bias: Option<TensorView<'a>>,
+    /// How stored rows become outputs.
+    pub(crate) rows: RowOrder,
+}
+
+/// Which stored row is which output.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum RowOrder {
+    AsStored,
+    /// Heads of `head_dim` rows, each stored in the order its rotary pairs have in the file; outputs are in halves.
+    Rotary {
+        head_dim: usize,
+        stored: RopeOrder,
+    },
+}
+
+impl RowOrder {
+    /// The stored row of an output.
+    pub(crate) fn stored_row(self, output: usize) -> usize {
+        match self {
+            Self::AsStored => output,
+            Self::Rotary { head_dim, stored } => {
+                let row = output % head_dim;
+                output - row + stored.stored_row(row, head_dim)
+            }
+        }
+    }
+}
+
+/// Heads as the attention operations need them. A row of Q, K and V together is
+/// `[heads + 2 * kv_heads][head_dim]`: queries, keys, values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Heads {
+    pub(crate) heads: usize,
+    pub(crate) kv_heads: usize,
+    pub(crate) head_dim: usize,
+}
+
+impl Heads {
+    pub(crate) fn query_width(&self) -> usize {
+        self.heads * self.head_dim
+    }
+
+    pub(crate) fn kv_width(&self) -> usize {
+        self.kv_heads * self.head_dim
+    }
+
+    /// Width of Q, K and V together.
+    pub(crate) fn width(&self) -> usize {
+        self.query_width() + 2 * self.kv_width()
+    }
+}
+
+/// Hardware that runs models.
+pub(crate) trait Device: Send {
+    /// Weight matrix, also usable as an embedding table.
+    type Linear: Send;
+    /// Weights of a norm.
+    type Vector: Send;
+    /// Activations, `[rows][width]`; rows change from step to step.
+    type Tensor: Send;
+    /// A step's indices as the device wants them: positions, sines, slot mapping, block tables.
+    type Plan;
+
+    /// The pool that `append_kv` writes and `attention` reads.
+    fn kv_pool(&self) -> &Arc<KvPool>;
+
+    /// Loads matrices, stacked by output. `loaded(bytes)` is called as bytes of the checkpoint have been taken in.
+    fn load_linear(
+        &mut self,
+        parts: &[LinearPart<'_>],
+        loaded: &mut dyn FnMut(u64),
+    ) -> Result<Self::Linear, RuntimeError>;
+
+    fn load_vector(&mut self, values: &TensorView<'_>) -> Result<Self::Vector, RuntimeError>;
+
+    /// Activations of `width`, without rows as yet.
+    fn tensor(&mut self, width: usize) -> Result<Self::Tensor, RuntimeError>;
+
+    fn plan(&mut self, step: &Step<'_>) -> Result<Self::Plan, RuntimeError>;
+
+    /// `out[row] = table[token of row]` (Embedding).
+    fn embed(
+        &mut self,
+        plan: &Self::Plan,
+        table: &Self::Linear,
+        out: &mut Self::Tensor,
+    ) -> Result<(), RuntimeError>;
+
+    /// `out = x / rms(x) * weight` (RmsNorm).
+    fn rms_norm(
+        &mut self,
+        x: &Self::Tensor,
+        weight: &Self::Vector,
+        epsilon: f32,
+        out: &mut Self::Tensor,
+    ) -> Result<(), RuntimeError>;
+
+    /// `x += delta; out = x / rms(x) * weight` (AddRmsNorm).
+    fn add_rms_norm(
+        &mut self,
+        x: &mut Self::Tensor,
+        delta: &Self::Tensor,
+        weight: &Self::Vector,
+        epsilon: f32,
+        out: &mut Self::Tensor,
+    ) -> Result<(), RuntimeError>;
+
+    /// `out = x weight^T + bias` (Matmul, WeightQuantBatchMatmulV2).
+    fn linear(
+        &mut self,
+        x: &Self::Tensor,
+        weight: &Self::Linear,
+        out: &mut Self::Tensor,
+    ) -> Result<(), RuntimeError>;
+
+    /// Rotates the queries and keys in rows of Q, K and V by their positions, in halves (ApplyRotaryPosEmbV2).
+    fn rope(&mut self, plan: &Self::Plan, qkv: &mut Self::Tensor) -> Result<(), RuntimeError>;
+
+    /// Writes keys and values of all rows to their slots of `layer` (ScatterPaKvCache).
+    fn append_kv(&mut self, plan: &Self::Plan, layer: u32, qkv: &Self::Tensor) -> Result<(), RuntimeError>;
+
+    /// Causal attention of every row over its sequence's blocks of `layer`; `out` is `[rows][heads * head_dim]`
+    /// (FusedInferAttentionScoreV3 with a block table).
+    fn attention(
+        &mut self,
+        plan: &Self::Plan,
+        layer: u32,
+        qkv: &Self::Tensor,
+        out: &mut Self::Tensor,
+    ) -> Result<(), RuntimeError>;
+
+    /// `x` is gate and up side by side; `out = silu(gate) * up`, half as wide (SwiGlu).
+    fn silu_mul(&mut self, x: &Self::Tensor, out: &mut Self::Tensor) -> Result<(), RuntimeError>;
+
+    /// The rows whose logits are wanted (GatherV2).
+    fn select_logits_rows(
+        &mut self,
+        plan: &Self::Plan,
+        x: &Self::Tensor,
+        out: &mut Self::Tensor,
+    ) -> Result<(), RuntimeError>;
+
+    /// The values, row-major, once everything that writes them is done.
+    fn read<'a>(&mut self, x: &'a Self::Tensor) -> Result<&'a [f32], RuntimeError>;
+}

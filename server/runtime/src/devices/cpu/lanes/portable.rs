@@ -1,0 +1,99 @@
+//! Lanes in plain Rust: the reference that the others are tested against, and the path of CPUs without one of their own.
+//! On aarch64, whose baseline has fused multiply-add, the compiler turns these loops into NEON.
+#![allow(unsafe_op_in_unsafe_fn, reason = "the contract of every method is the trait's")]
+
+use std::array;
+
+use half::{bf16, f16};
+
+use super::{LANES, Lanes};
+
+#[derive(Clone, Copy)]
+pub(crate) struct Portable([f32; LANES]);
+
+impl Portable {
+    #[inline(always)]
+    fn zip(self, other: Self, f: impl Fn(f32, f32) -> f32) -> Self {
+        Self(array::from_fn(|i| f(self.0[i], other.0[i])))
+    }
+}
+
+impl Lanes for Portable {
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> Self {
+        Self([value; LANES])
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        Self(from.cast::<[f32; LANES]>().read_unaligned())
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        to.cast::<[f32; LANES]>().write_unaligned(self.0);
+    }
+
+    #[inline(always)]
+    unsafe fn add(self, other: Self) -> Self {
+        self.zip(other, |a, b| a + b)
+    }
+
+    #[inline(always)]
+    unsafe fn sub(self, other: Self) -> Self {
+        self.zip(other, |a, b| a - b)
+    }
+
+    #[inline(always)]
+    unsafe fn mul(self, other: Self) -> Self {
+        self.zip(other, |a, b| a * b)
+    }
+
+    #[inline(always)]
+    unsafe fn div(self, other: Self) -> Self {
+        self.zip(other, |a, b| a / b)
+    }
+
+    #[inline(always)]
+    unsafe fn max(self, other: Self) -> Self {
+        self.zip(other, |a, b| if a > b { a } else { b })
+    }
+
+    #[inline(always)]
+    unsafe fn min(self, other: Self) -> Self {
+        self.zip(other, |a, b| if a < b { a } else { b })
+    }
+
+    #[inline(always)]
+    unsafe fn fma(self, factor: Self, addend: Self) -> Self {
+        Self(array::from_fn(|i| self.0[i].mul_add(factor.0[i], addend.0[i])))
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(from: *const u16) -> Self {
+        let bits = from.cast::<[u16; LANES]>().read_unaligned();
+        Self(bits.map(|b| f16::from_bits(b).to_f32()))
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const u16) -> Self {
+        let bits = from.cast::<[u16; LANES]>().read_unaligned();
+        Self(bits.map(|b| bf16::from_bits(b).to_f32()))
+    }
+
+    #[inline(always)]
+    unsafe fn load_i8(from: *const i8) -> Self {
+        Self(from.cast::<[i8; LANES]>().read_unaligned().map(f32::from))
+    }
+
+    #[inline(always)]
+    unsafe fn load_nibbles(from: *const u8) -> (Self, Self) {
+        let bytes = from.cast::<[u8; LANES]>().read_unaligned();
+        (Self(bytes.map(|b| f32::from(b & 15))), Self(bytes.map(|b| f32::from(b >> 4))))
+    }
+
+    #[inline(always)]
+    unsafe fn scale_by_exponent(self, biased: Self) -> Self {
+        self.zip(biased, |a, n| f32::from_bits(a.to_bits().wrapping_add(n.to_bits() << 23)))
+    }
+}

@@ -1,0 +1,209 @@
+//! Matrix products with packed weights: how the work is cut into tasks for the kernels.
+//!
+//! One row goes through `gemv`, which reads panels as stored. More rows go block by block: a piece of a panel is turned
+//! into f32 once and multiplied with all rows of the block while it lies in the first-level cache. The cuts differ
+//! between the two and with the number of rows; the order in which an output's products are added does not.
+
+use std::sync::{Mutex, PoisonError};
+
+use super::{
+    kernels::{Gemv, Kernels, Tiles},
+    lanes::LANES,
+    memory::Disjoint,
+    pack::Packed,
+    threads::Pool,
+};
+
+/// Rows of one task: with `K_BLOCK` columns they stay in the second-level cache.
+const ROW_BLOCK: usize = 96;
+/// Columns of a panel that are expanded at once: 16 KiB of f32. A multiple of every format's group.
+const K_BLOCK: usize = 256;
+/// Most panels of one task.
+const PANEL_BLOCK: usize = 8;
+/// Tasks for each thread to aim at, so that all end at about the same time.
+const TASKS_PER_THREAD: usize = 6;
+/// Fewest panels of a `gemv` task: below, handing out tasks costs more than it evens out.
+const GEMV_PANELS: usize = 4;
+
+/// A worker's own memory.
+pub(crate) struct Scratch {
+    expanded: Vec<f32>,
+    /// Outputs of a last panel that is not full: `[ROW_BLOCK][16]`.
+    edge: Vec<f32>,
+}
+
+impl Scratch {
+    pub(crate) fn new() -> Self {
+        Self { expanded: vec![0.0; K_BLOCK * LANES], edge: vec![0.0; ROW_BLOCK * LANES] }
+    }
+}
+
+/// Weights as packed: parts that follow each other in the outputs.
+pub(crate) struct Linear {
+    pub(crate) parts: Vec<Packed>,
+    pub(crate) outputs: usize,
+    pub(crate) inputs: usize,
+}
+
+/// A run of panels of one part.
+struct Piece<'a> {
+    part: &'a Packed,
+    first_panel: usize,
+    panels: usize,
+    /// Output that the first panel begins with, counted over all parts.
+    output: usize,
+}
+
+impl Linear {
+    /// Cuts all panels into pieces of at most `most`.
+    fn pieces(&self, most: usize) -> Vec<Piece<'_>> {
+        let mut pieces = Vec::new();
+        let mut output = 0;
+        for part in &self.parts {
+            for first_panel in (0..part.panels()).step_by(most) {
+                let panels = most.min(part.panels() - first_panel);
+                pieces.push(Piece { part, first_panel, panels, output: output + first_panel * LANES });
+            }
+            output += part.rows;
+        }
+        pieces
+    }
+
+    fn panels(&self) -> usize {
+        self.parts.iter().map(Packed::panels).sum()
+    }
+
+    /// `out[rows][outputs] = x[rows][inputs] * weights^T + bias`.
+    pub(crate) fn apply(
+        &self,
+        kernels: &Kernels,
+        pool: &mut Pool,
+        scratch: &[Mutex<Scratch>],
+        x: &[f32],
+        out: &mut [f32],
+    ) {
+        let rows = x.len() / self.inputs;
+        assert!(
+            x.len() == rows * self.inputs && out.len() == rows * self.outputs,
+            "activations of another shape"
+        );
+        let tasks = pool.threads() * TASKS_PER_THREAD;
+        let results = Disjoint::new(out);
+        if rows == 1 {
+            let pieces = self.pieces(self.panels().div_ceil(tasks).next_multiple_of(2).max(GEMV_PANELS));
+            pool.run(pieces.len(), &|_, task| gemv(kernels, &pieces[task], x, results));
+            return;
+        }
+        let row_blocks = rows.div_ceil(ROW_BLOCK);
+        let most = (self.panels() * row_blocks).div_ceil(tasks).clamp(1, PANEL_BLOCK);
+        let pieces = self.pieces(most);
+        pool.run(pieces.len() * row_blocks, &|worker, task| {
+            let mut scratch = scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
+            let first = task / pieces.len() * ROW_BLOCK;
+            let block = Block { x: &x[first * self.inputs..], first, rows: ROW_BLOCK.min(rows - first) };
+            gemm(kernels, &pieces[task % pieces.len()], &block, self.outputs, results, &mut scratch);
+        });
+    }
+
+    /// The part that has output `row`, and the row's index in it.
+    pub(crate) fn locate(&self, mut row: usize) -> (&Packed, usize) {
+        for part in &self.parts {
+            if row < part.rows {
+                return (part, row);
+            }
+            row -= part.rows;
+        }
+        panic!("row outside the matrix: token ids were checked against the vocabulary");
+    }
+}
+
+fn gemv(kernels: &Kernels, piece: &Piece<'_>, x: &[f32], out: Disjoint<f32>) {
+    let part = piece.part;
+    let kernel = kernels.gemv[part.format as usize];
+    let full = (part.rows / LANES).saturating_sub(piece.first_panel).min(piece.panels);
+    let panel = |index: usize| &part.bytes.as_slice()[(piece.first_panel + index) * part.panel_bytes..];
+    let init = &part.init[piece.first_panel * LANES..];
+    // SAFETY: the outputs of `full` whole panels lie within `out`, and every output is one piece's only.
+    let to = unsafe { out.slice(piece.output, full * LANES) };
+    let task = |index: usize, panels, out: *mut f32| Gemv {
+        x: x.as_ptr(),
+        k: part.k,
+        panel: panel(index).as_ptr(),
+        panel_bytes: part.panel_bytes,
+        panels,
+        init: init[index * LANES..].as_ptr(),
+        out,
+    };
+    if full > 0 {
+        // SAFETY: `x` has `k` values; the panels, their starts and outputs are there for `full` panels.
+        unsafe { kernel(&task(0, full, to.as_mut_ptr())) };
+    }
+    if full < piece.panels {
+        let mut edge = [0.0; LANES];
+        // SAFETY: as above for the last panel, whose outputs go to `edge`.
+        unsafe { kernel(&task(full, 1, edge.as_mut_ptr())) };
+        let rows = part.rows % LANES;
+        // SAFETY: the part's last outputs, this piece's only.
+        unsafe { out.slice(piece.output + full * LANES, rows) }.copy_from_slice(&edge[..rows]);
+    }
+}
+
+/// Rows of activations that one task multiplies.
+struct Block<'a> {
+    /// From the first row on.
+    x: &'a [f32],
+    first: usize,
+    rows: usize,
+}
+
+fn gemm(
+    kernels: &Kernels,
+    piece: &Piece<'_>,
+    block: &Block<'_>,
+    outputs: usize,
+    out: Disjoint<f32>,
+    scratch: &mut Scratch,
+) {
+    let part = piece.part;
+    let expand = kernels.expand[part.format as usize];
+    let out_at = |row: usize, output: usize| (block.first + row) * outputs + output;
+    for start in (0..part.k).step_by(K_BLOCK) {
+        let columns = K_BLOCK.min(part.k - start);
+        for index in 0..piece.panels {
+            let panel = piece.first_panel + index;
+            let offset = panel * part.panel_bytes + part.format.panel_bytes(start);
+            // SAFETY: `columns` columns of the panel from `start` on, whole groups, and room for K_BLOCK of them.
+            unsafe {
+                expand(part.bytes.as_slice()[offset..].as_ptr(), columns, scratch.expanded.as_mut_ptr())
+            };
+            let whole = (panel + 1) * LANES <= part.rows;
+            let (to, out_stride) = if whole {
+                (out.pointer().wrapping_add(out_at(0, piece.output + index * LANES)), outputs)
+            } else {
+                (scratch.edge.as_mut_ptr(), LANES)
+            };
+            let task = Tiles {
+                x: block.x[start..].as_ptr(),
+                x_stride: part.k,
+                rows: block.rows,
+                k: columns,
+                panel: scratch.expanded.as_ptr(),
+                panel_stride: LANES,
+                init: if start == 0 { part.init[panel * LANES..].as_ptr() } else { std::ptr::null() },
+                out: to,
+                out_stride,
+            };
+            // SAFETY: `x` has `rows` rows of `k`; a whole panel's outputs are sixteen columns of `out` that no other
+            // task has for these rows, an edge has ROW_BLOCK rows.
+            unsafe { (kernels.tiles)(&task) };
+        }
+    }
+    let edge = part.rows % LANES;
+    if edge > 0 && piece.first_panel + piece.panels == part.panels() {
+        let output = piece.output + (piece.panels - 1) * LANES;
+        for (row, values) in scratch.edge.chunks_exact(LANES).take(block.rows).enumerate() {
+            // SAFETY: the part's last outputs for these rows, this task's only.
+            unsafe { out.slice(out_at(row, output), edge) }.copy_from_slice(&values[..edge]);
+        }
+    }
+}

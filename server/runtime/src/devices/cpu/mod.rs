@@ -1,0 +1,371 @@
+//! The CPU device: packed weights, kernels chosen for the CPU at hand, a few threads.
+//!
+//! `pack` arranges weights at load; `linear` and `attention` cut an operation into tasks for `threads`, which call the
+//! `kernels`; those are written over `lanes`. Activations are f32 throughout. This file puts them together.
+
+mod attention;
+mod kernels;
+mod lanes;
+mod linear;
+mod memory;
+mod pack;
+mod threads;
+
+use std::{
+    num::NonZero,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use baton_checkpoint::{ModelConfig, RopeFrequencies, TensorView};
+
+use self::{
+    attention::{Layer, Sequence, Tile},
+    kernels::Kernels,
+    lanes::LANES,
+    linear::Linear,
+    memory::Disjoint,
+    threads::Pool,
+};
+use crate::{
+    KvPool, KvPoolLayout, LoadOptions, RuntimeError,
+    batch::Step,
+    device::{Device, Heads, LinearPart},
+};
+
+/// Rows of one task in operations that work row by row.
+const ROWS_PER_TASK: usize = 16;
+/// Most threads that can be asked for.
+const MOST_THREADS: usize = 1024;
+
+/// Activations on the CPU.
+#[derive(Debug)]
+pub(crate) struct Tensor {
+    values: Vec<f32>,
+    rows: usize,
+    width: usize,
+}
+
+impl Tensor {
+    /// The values of `rows` rows, to be written.
+    fn reset(&mut self, rows: usize) -> &mut [f32] {
+        let length = rows * self.width;
+        if self.values.len() < length {
+            self.values.resize(length, 0.0);
+        }
+        self.rows = rows;
+        &mut self.values[..length]
+    }
+
+    fn values(&self) -> &[f32] {
+        &self.values[..self.rows * self.width]
+    }
+}
+
+/// A step's indices.
+pub(crate) struct Plan {
+    tokens: Vec<u32>,
+    sequences: Vec<Sequence>,
+    tiles: Vec<Tile>,
+    logits_rows: Vec<usize>,
+    /// Cosines and sines of each row, `[rows][2][head_dim / 2]`.
+    rotations: Vec<f32>,
+}
+
+/// The CPU as a [`Device`].
+pub(crate) struct CpuDevice {
+    kernels: &'static Kernels,
+    pool: Pool,
+    kv: Arc<KvPool>,
+    heads: Heads,
+    frequencies: RopeFrequencies,
+    linear_scratch: Vec<Mutex<linear::Scratch>>,
+    attention_scratch: Vec<Mutex<attention::Scratch>>,
+}
+
+/// The layout of the KV pool for a model on this device.
+pub(crate) fn kv_layout(config: &ModelConfig, options: &LoadOptions) -> KvPoolLayout {
+    KvPoolLayout {
+        format: attention::FORMAT,
+        dtype: options.kv_dtype,
+        block_tokens: attention::BLOCK_TOKENS as u32,
+        layers: config.layers,
+        kv_heads: config.kv_heads,
+        head_dim: config.head_dim,
+        blocks: options.kv_blocks,
+    }
+}
+
+impl CpuDevice {
+    /// Starts the threads and allocates the KV pool.
+    pub(crate) fn new(config: &ModelConfig, options: &LoadOptions) -> Result<Self, RuntimeError> {
+        let threads = match options.threads {
+            0 => std::thread::available_parallelism().map_or(1, NonZero::get),
+            threads => threads,
+        };
+        if threads > MOST_THREADS {
+            let wanted = "at most 1024, or 0 for one a core";
+            return Err(RuntimeError::Option { option: "threads", found: threads as u64, wanted });
+        }
+        let kernels = kernels::best();
+        tracing::debug!(instructions = kernels.name, threads, "the cpu device is up");
+        Ok(Self {
+            kernels,
+            pool: Pool::start(threads).map_err(RuntimeError::Threads)?,
+            kv: Arc::new(KvPool::allocate(kv_layout(config, options))?),
+            heads: Heads {
+                heads: config.heads as usize,
+                kv_heads: config.kv_heads as usize,
+                head_dim: config.head_dim as usize,
+            },
+            frequencies: config.rope.frequencies(config.head_dim),
+            linear_scratch: (0..threads).map(|_| Mutex::new(linear::Scratch::new())).collect(),
+            attention_scratch: (0..threads).map(|_| Mutex::default()).collect(),
+        })
+    }
+
+    /// Calls `work(first, rows)` for runs of rows, on all threads if there are enough of them.
+    fn by_rows(&mut self, rows: usize, work: &(dyn Fn(usize, usize) + Sync)) {
+        if rows <= ROWS_PER_TASK {
+            return work(0, rows);
+        }
+        self.pool.run(rows.div_ceil(ROWS_PER_TASK), &|_, task| {
+            let first = task * ROWS_PER_TASK;
+            work(first, ROWS_PER_TASK.min(rows - first));
+        });
+    }
+}
+
+impl Device for CpuDevice {
+    type Linear = Linear;
+    type Vector = Vec<f32>;
+    type Tensor = Tensor;
+    type Plan = Plan;
+
+    fn kv_pool(&self) -> &Arc<KvPool> {
+        &self.kv
+    }
+
+    fn load_linear(
+        &mut self,
+        parts: &[LinearPart<'_>],
+        loaded: &mut dyn FnMut(u64),
+    ) -> Result<Linear, RuntimeError> {
+        let inputs = parts.first().map_or(0, |part| part.weight.columns());
+        let mut linear = Linear { parts: Vec::with_capacity(parts.len()), outputs: 0, inputs };
+        for part in parts {
+            if part.weight.columns() != inputs {
+                let reason = format!("it has {} inputs, its neighbours {inputs}", part.weight.columns());
+                return Err(RuntimeError::Tensor { tensor: part.name.clone(), reason });
+            }
+            let packed = pack::pack(part, &mut self.pool)?;
+            linear.outputs += packed.rows;
+            linear.parts.push(packed);
+            loaded(part.weight.bytes.len() as u64);
+        }
+        Ok(linear)
+    }
+
+    fn load_vector(&mut self, values: &TensorView<'_>) -> Result<Vec<f32>, RuntimeError> {
+        Ok(values.to_f32())
+    }
+
+    fn tensor(&mut self, width: usize) -> Result<Tensor, RuntimeError> {
+        Ok(Tensor { values: Vec::new(), rows: 0, width })
+    }
+
+    fn plan(&mut self, step: &Step<'_>) -> Result<Plan, RuntimeError> {
+        let sequence = |span: &crate::batch::Span<'_>| Sequence {
+            first_row: span.rows.start,
+            rows: span.rows.len(),
+            start: span.start as usize,
+            blocks: span.blocks.to_vec(),
+        };
+        let sequences: Vec<Sequence> = step.sequences.iter().map(sequence).collect();
+        let RopeFrequencies { inverse, scale } = &self.frequencies;
+        let mut rotations = Vec::with_capacity(step.positions.len() * inverse.len() * 2);
+        for &position in &step.positions {
+            // The angle is rounded to f32 as the reference implementation does, its sine is exact.
+            let angle = |frequency: &f32| f64::from(frequency * position as f32);
+            rotations.extend(inverse.iter().map(|f| angle(f).cos() as f32 * scale));
+            rotations.extend(inverse.iter().map(|f| angle(f).sin() as f32 * scale));
+        }
+        Ok(Plan {
+            tokens: step.tokens.clone(),
+            tiles: attention::tiles(&sequences, &self.heads),
+            sequences,
+            logits_rows: step.logits_rows.clone(),
+            rotations,
+        })
+    }
+
+    fn embed(&mut self, plan: &Plan, table: &Linear, out: &mut Tensor) -> Result<(), RuntimeError> {
+        let (kernels, width) = (self.kernels, out.width);
+        assert_eq!(width, table.inputs, "activations of another width");
+        let mut panel = vec![0.0; width * LANES];
+        for (&token, row) in plan.tokens.iter().zip(out.reset(plan.tokens.len()).chunks_exact_mut(width)) {
+            let (part, index) = table.locate(token as usize);
+            let bytes = &part.bytes.as_slice()[index / LANES * part.panel_bytes..][..part.panel_bytes];
+            // SAFETY: a whole panel of `width` columns, and room for sixteen of each.
+            unsafe { kernels.expand[part.format as usize](bytes.as_ptr(), width, panel.as_mut_ptr()) };
+            let lane = panel[index % LANES..].iter().step_by(LANES);
+            row.iter_mut().zip(lane).for_each(|(to, value)| *to = *value);
+        }
+        Ok(())
+    }
+
+    fn rms_norm(
+        &mut self,
+        x: &Tensor,
+        weight: &Vec<f32>,
+        epsilon: f32,
+        out: &mut Tensor,
+    ) -> Result<(), RuntimeError> {
+        let (kernels, width) = (self.kernels, x.width);
+        assert!(width == weight.len() && width == out.width, "activations of another width");
+        let (from, to) = (x.values(), Disjoint::new(out.reset(x.rows)));
+        self.by_rows(x.rows, &|first, rows| {
+            for row in first..first + rows {
+                let from = &from[row * width..][..width];
+                // SAFETY: rows of `width` values; row `row` of `out` is this call's only.
+                unsafe {
+                    let to = to.slice(row * width, width);
+                    (kernels.rms_norm)(from.as_ptr(), weight.as_ptr(), epsilon, to.as_mut_ptr(), width);
+                }
+            }
+        });
+        Ok(())
+    }
+
+    fn add_rms_norm(
+        &mut self,
+        x: &mut Tensor,
+        delta: &Tensor,
+        weight: &Vec<f32>,
+        epsilon: f32,
+        out: &mut Tensor,
+    ) -> Result<(), RuntimeError> {
+        let (kernels, width) = (self.kernels, x.width);
+        assert!(width == delta.width && x.rows == delta.rows, "activations of another shape");
+        let (sums, deltas) = (Disjoint::new(&mut x.values), delta.values());
+        self.by_rows(x.rows, &|first, rows| {
+            let deltas = &deltas[first * width..][..rows * width];
+            // SAFETY: `rows` rows from `first` on of both; those of `x` are this call's only.
+            unsafe {
+                let sums = sums.slice(first * width, rows * width);
+                (kernels.add)(sums.as_mut_ptr(), deltas.as_ptr(), rows * width);
+            }
+        });
+        self.rms_norm(x, weight, epsilon, out)
+    }
+
+    fn linear(&mut self, x: &Tensor, weight: &Linear, out: &mut Tensor) -> Result<(), RuntimeError> {
+        assert!(x.width == weight.inputs && out.width == weight.outputs, "activations of another width");
+        weight.apply(self.kernels, &mut self.pool, &self.linear_scratch, x.values(), out.reset(x.rows));
+        Ok(())
+    }
+
+    fn rope(&mut self, plan: &Plan, qkv: &mut Tensor) -> Result<(), RuntimeError> {
+        let (heads, rows) = (self.heads, qkv.rows);
+        let (width, dim) = (heads.width(), heads.head_dim);
+        let rotated = heads.query_width() + heads.kv_width();
+        assert!(qkv.width == width && plan.rotations.len() == rows * dim, "activations of another shape");
+        let values = Disjoint::new(&mut qkv.values);
+        self.by_rows(rows, &|first, rows| {
+            for row in first..first + rows {
+                let (cosines, sines) = plan.rotations[row * dim..][..dim].split_at(dim / 2);
+                // SAFETY: row `row` is this call's only.
+                let row = unsafe { values.slice(row * width, rotated) };
+                for head in row.chunks_exact_mut(dim) {
+                    let (low, high) = head.split_at_mut(dim / 2);
+                    let pairs = low.iter_mut().zip(high).zip(cosines.iter().zip(sines));
+                    pairs.for_each(|((a, b), (cos, sin))| {
+                        (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin)
+                    });
+                }
+            }
+        });
+        Ok(())
+    }
+
+    fn append_kv(&mut self, plan: &Plan, layer: u32, qkv: &Tensor) -> Result<(), RuntimeError> {
+        let kv = Arc::clone(&self.kv);
+        let layer = Layer { pool: &kv, layer, heads: self.heads };
+        assert_eq!(qkv.width, self.heads.width(), "activations of another width");
+        let values = qkv.values();
+        let runs: Vec<(&Sequence, usize)> = plan
+            .sequences
+            .iter()
+            .flat_map(|sequence| {
+                (0..sequence.rows).step_by(ROWS_PER_TASK).map(move |first| (sequence, first))
+            })
+            .collect();
+        let append = |(sequence, first): (&Sequence, usize)| {
+            let tokens = ROWS_PER_TASK.min(sequence.rows - first);
+            // SAFETY: no two runs share a token's place in the pool: written blocks are one sequence's only (checked
+            // in `batch`), and others read a block's places only after this call.
+            unsafe { layer.append(sequence, first, tokens, values) };
+        };
+        if qkv.rows <= ROWS_PER_TASK {
+            runs.into_iter().for_each(append);
+        } else {
+            self.pool.run(runs.len(), &|_, task| append(runs[task]));
+        }
+        Ok(())
+    }
+
+    fn attention(
+        &mut self,
+        plan: &Plan,
+        layer: u32,
+        qkv: &Tensor,
+        out: &mut Tensor,
+    ) -> Result<(), RuntimeError> {
+        let (kernels, heads, kv) = (self.kernels, self.heads, Arc::clone(&self.kv));
+        let layer = Layer { pool: &kv, layer, heads };
+        assert!(
+            qkv.width == heads.width() && out.width == heads.query_width(),
+            "activations of another width"
+        );
+        let (from, to) = (qkv.values(), Disjoint::new(out.reset(qkv.rows)));
+        let scratch = &self.attention_scratch;
+        self.pool.run(plan.tiles.len() * heads.kv_heads, &|worker, task| {
+            let (tile, kv_head) = (plan.tiles[task / heads.kv_heads], task % heads.kv_heads);
+            let sequence = &plan.sequences[tile.sequence];
+            let mut scratch = scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
+            // SAFETY: appending to this layer is over, and tile and KV head are this task's only.
+            unsafe { attention::attend(kernels, &layer, (sequence, tile, kv_head), from, to, &mut scratch) };
+        });
+        Ok(())
+    }
+
+    fn silu_mul(&mut self, x: &Tensor, out: &mut Tensor) -> Result<(), RuntimeError> {
+        let (kernels, width) = (self.kernels, out.width);
+        assert_eq!(x.width, 2 * width, "activations of another width");
+        let (from, to) = (x.values(), Disjoint::new(out.reset(x.rows)));
+        self.by_rows(x.rows, &|first, rows| {
+            for row in first..first + rows {
+                let (gate, up) = from[row * 2 * width..][..2 * width].split_at(width);
+                // SAFETY: `width` values of each; row `row` of `out` is this call's only.
+                unsafe {
+                    let to = to.slice(row * width, width);
+                    (kernels.silu_mul)(gate.as_ptr(), up.as_ptr(), to.as_mut_ptr(), width);
+                }
+            }
+        });
+        Ok(())
+    }
+
+    fn select_logits_rows(&mut self, plan: &Plan, x: &Tensor, out: &mut Tensor) -> Result<(), RuntimeError> {
+        let width = x.width;
+        assert_eq!(width, out.width, "activations of another width");
+        let selected = out.reset(plan.logits_rows.len()).chunks_exact_mut(width);
+        for (to, &row) in selected.zip(&plan.logits_rows) {
+            to.copy_from_slice(&x.values()[row * width..][..width]);
+        }
+        Ok(())
+    }
+
+    fn read<'a>(&mut self, x: &'a Tensor) -> Result<&'a [f32], RuntimeError> {
+        Ok(x.values())
+    }
+}

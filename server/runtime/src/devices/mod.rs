@@ -1,0 +1,3 @@
+//! The devices that models run on. Each implements [`crate::device::Device`].
+
+pub(crate) mod cpu;

@@ -1,0 +1,73 @@
+//! From a checkpoint on disk to an [`Executor`]: chooses device and model family.
+
+use baton_checkpoint::{Architecture, Checkpoint, ModelConfig};
+
+use crate::{
+    Executor, KvDtype, KvPoolLayout, RuntimeError,
+    devices::cpu::{self, CpuDevice},
+    models::Llama,
+};
+
+/// Which hardware runs the model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DeviceKind {
+    #[default]
+    Cpu,
+}
+
+/// How a model is to be run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LoadOptions {
+    pub device: DeviceKind,
+    /// Compute threads, the calling one included; 0 for one a core.
+    pub threads: usize,
+    pub kv_dtype: KvDtype,
+    /// Blocks of the KV pool, in each layer.
+    pub kv_blocks: u32,
+    /// Most tokens of one forward pass.
+    pub max_batch_tokens: usize,
+}
+
+impl Default for LoadOptions {
+    fn default() -> Self {
+        Self {
+            device: DeviceKind::Cpu,
+            threads: 0,
+            kv_dtype: KvDtype::F32,
+            kv_blocks: 1024,
+            max_batch_tokens: 512,
+        }
+    }
+}
+
+/// The KV pool's layout that [`load`] will allocate; known before any weight is read.
+pub fn kv_layout(config: &ModelConfig, options: &LoadOptions) -> KvPoolLayout {
+    match options.device {
+        DeviceKind::Cpu => cpu::kv_layout(config, options),
+    }
+}
+
+/// Loads a model: packs its weights, allocates its KV pool, starts its threads.
+///
+/// `progress(done_bytes, total_bytes)` counts bytes of the checkpoint's tensors and ends at the total. The checkpoint
+/// may be dropped afterwards.
+pub fn load(
+    checkpoint: &Checkpoint,
+    options: &LoadOptions,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Box<dyn Executor>, RuntimeError> {
+    let positive = "at least 1";
+    if options.kv_blocks == 0 {
+        return Err(RuntimeError::Option { option: "kv_blocks", found: 0, wanted: positive });
+    }
+    if options.max_batch_tokens == 0 {
+        return Err(RuntimeError::Option { option: "max_batch_tokens", found: 0, wanted: positive });
+    }
+    let config = checkpoint.config();
+    match (options.device, config.architecture) {
+        (DeviceKind::Cpu, Architecture::Llama) => {
+            let device = CpuDevice::new(config, options)?;
+            Ok(Box::new(Llama::load(device, checkpoint, options, progress)?))
+        }
+    }
+}
