@@ -7,8 +7,9 @@ use baton_checkpoint::{
 };
 
 fn model() -> Checkpoint {
-    let path = std::env::var_os("BATON_TEST_MODEL")
-        .expect("BATON_TEST_MODEL must be the path of SmolLM2-135M-Instruct.Q4_1.gguf; `deploy/run test` sets it");
+    let path = std::env::var_os("BATON_TEST_MODEL").expect(
+        "BATON_TEST_MODEL must be the path of SmolLM2-135M-Instruct.Q4_1.gguf; `deploy/run test` sets it",
+    );
     Checkpoint::open(&PathBuf::from(path)).expect("the test model opens")
 }
 
@@ -31,7 +32,10 @@ fn configuration_and_tensors_are_as_published() {
     let output = model.tensor(Weight::Output).expect("tied output");
     assert_eq!(output.bytes.as_ptr(), embedding.bytes.as_ptr());
     let key = model.tensor(Weight::Layer(29, LayerWeight::Key)).expect("key projection");
-    assert_eq!((key.dtype, key.shape, key.rows(), key.columns()), (Dtype::Q4_1, [192, 576].as_slice(), 192, 576));
+    assert_eq!(
+        (key.dtype, key.shape, key.rows(), key.columns()),
+        (Dtype::Q4_1, [192, 576].as_slice(), 192, 576)
+    );
     let norm = model.tensor(Weight::OutputNorm).expect("norm").to_f32();
     assert!(norm.iter().all(|x| x.is_finite()) && norm.iter().any(|&x| x > 0.1));
     assert!(model.tensor(Weight::Layer(0, LayerWeight::QueryBias)).is_err());
