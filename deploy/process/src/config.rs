@@ -4,8 +4,9 @@
 
 use std::{fs, path::Path};
 
-use config::{Config, FileFormat, Value, ValueKind};
+use config::{Config, FileFormat, Value};
 use serde::{Serialize, de::DeserializeOwned};
+use serde_json::Value as Json;
 
 use crate::{ConfigError, nearest::nearest};
 
@@ -21,15 +22,10 @@ where
 /// Dotted keys and defaults of a configuration type, in order; what the reference page lists.
 pub fn reference<T: Serialize + Default>() -> Result<Vec<(String, String)>, ConfigError> {
     let mut keys = Vec::new();
-    walk("", &shape::<T>()?, &mut |path, value| {
-        if !matches!(value.kind, ValueKind::Table(_)) {
-            let shown = match &value.kind {
-                ValueKind::Nil => String::new(),
-                ValueKind::String(text) => format!("{text:?}"),
-                _ => value.to_string(),
-            };
-            keys.push((path.to_owned(), shown));
-        }
+    walk("", &shape::<T>()?, &mut |path, value| match value {
+        Json::Object(table) if !table.is_empty() => {}
+        Json::Null => keys.push((path.to_owned(), String::new())),
+        leaf => keys.push((path.to_owned(), leaf.to_string())),
     });
     keys.sort();
     Ok(keys)
@@ -85,18 +81,42 @@ where
     });
     let layers: Vec<Layer> = environment.iter().cloned().chain(flags).collect();
 
-    let mut builder = Config::builder();
-    if let Some(path) = file {
-        builder = builder.add_source(config::File::from_str(&read(path)?, FileFormat::Toml));
-    }
-    for layer in &layers {
-        builder = builder.set_override(&layer.key, typed(&shape, layer)?)?;
-    }
-    let merged = builder.build()?;
-    serde_path_to_error::deserialize(merged).map_err(|error| {
+    let text = file.map(read).transpose()?;
+    // Text for a key whose default is empty may mean a number or a string; the type decides, by refusing one of them.
+    let mut as_text = Vec::new();
+    loop {
+        let merged = merge(text.as_deref(), &layers, &shape, &as_text)?;
+        let error = match serde_path_to_error::deserialize::<_, T>(&merged) {
+            Ok(config) => return Ok(config),
+            Err(error) => error,
+        };
         let path = error.path().to_string();
-        explain(&shape, file, &layers, &path, &error.into_inner())
-    })
+        let retry = layers.iter().any(|layer| layer.key == path) && !as_text.contains(&path);
+        if retry && at(&shape, &path).is_some_and(Json::is_null) {
+            as_text.push(path);
+            continue;
+        }
+        return Err(explain(&shape, file, &layers, &path, &error.into_inner().to_string()));
+    }
+}
+
+/// File below variables below flags, as one tree.
+fn merge(
+    file: Option<&str>,
+    layers: &[Layer],
+    shape: &Json,
+    as_text: &[String],
+) -> Result<Json, ConfigError> {
+    let mut builder = Config::builder();
+    if let Some(text) = file {
+        builder = builder.add_source(config::File::from_str(text, FileFormat::Toml));
+    }
+    for layer in layers {
+        let value =
+            if as_text.contains(&layer.key) { layer.value.as_str().into() } else { typed(shape, layer)? };
+        builder = builder.set_override(&layer.key, value)?;
+    }
+    Ok(builder.build()?.try_deserialize()?)
 }
 
 fn read(path: &Path) -> Result<String, ConfigError> {
@@ -114,74 +134,61 @@ fn read(path: &Path) -> Result<String, ConfigError> {
 }
 
 /// The type's default as a tree: which keys there are, and what kind of value each holds.
-fn shape<T: Serialize + Default>() -> Result<Value, ConfigError> {
-    Ok(Config::try_from(&T::default())?.try_deserialize()?)
+fn shape<T: Serialize + Default>() -> Result<Json, ConfigError> {
+    serde_json::to_value(T::default()).map_err(ConfigError::Shape)
 }
 
-fn walk(path: &str, value: &Value, visit: &mut impl FnMut(&str, &Value)) {
+fn walk(path: &str, value: &Json, visit: &mut impl FnMut(&str, &Json)) {
     if !path.is_empty() {
         visit(path, value);
     }
-    if let ValueKind::Table(table) = &value.kind {
-        for (key, value) in table {
-            let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
-            walk(&path, value, visit);
-        }
+    for (key, value) in value.as_object().into_iter().flatten() {
+        let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+        walk(&path, value, visit);
     }
 }
 
-fn at<'a>(shape: &'a Value, key: &str) -> Option<&'a Value> {
-    key.split('.').try_fold(shape, |value, part| match &value.kind {
-        ValueKind::Table(table) => table.get(part),
-        _ => None,
-    })
+fn at<'a>(shape: &'a Json, key: &str) -> Option<&'a Json> {
+    key.split('.').try_fold(shape, |value, part| value.get(part))
 }
 
-/// Text from a flag or variable as a value. Lists may be written `a,b` or as TOML; scalars are converted when the
-/// configuration is read, because only its type knows what they should be.
-fn typed(shape: &Value, layer: &Layer) -> Result<Value, ConfigError> {
+/// Text from a flag or variable as a value of the kind that the default has. Lists may be written `a,b` or as TOML.
+fn typed(shape: &Json, layer: &Layer) -> Result<Value, ConfigError> {
     let text = layer.value.trim();
     if text.starts_with('[') || text.starts_with('{') {
-        let wrapped = config::File::from_str(&format!("value = {text}"), FileFormat::Toml);
-        let parsed = Config::builder().add_source(wrapped).build().and_then(|parsed| parsed.get("value"));
-        return parsed.map_err(|_| ConfigError::BadValue {
+        return toml_value(text).ok_or_else(|| ConfigError::BadValue {
             origin: layer.origin.clone(),
             key: layer.key.clone(),
             message: format!("`{text}` is not a TOML list or table"),
         });
     }
-    let is_list = at(shape, &layer.key).is_some_and(|value| matches!(value.kind, ValueKind::Array(_)));
-    if is_list {
-        let items = text.split(',').map(str::trim).filter(|item| !item.is_empty());
-        let items = items.map(|item| Value::new(None, item)).collect::<Vec<_>>();
-        return Ok(Value::new(None, ValueKind::Array(items)));
+    match at(shape, &layer.key) {
+        Some(Json::Array(_)) => {
+            let items = text.split(',').map(str::trim).filter(|item| !item.is_empty());
+            Ok(items.map(Value::from).collect::<Vec<_>>().into())
+        }
+        // What does not parse stays text, and the type's own error says what it wanted.
+        Some(Json::Number(_) | Json::Bool(_) | Json::Null) => {
+            Ok(toml_value(text).unwrap_or_else(|| layer.value.as_str().into()))
+        }
+        _ => Ok(layer.value.as_str().into()),
     }
-    Ok(Value::new(None, layer.value.as_str()))
 }
 
-fn explain(
-    shape: &Value,
-    file: Option<&Path>,
-    layers: &[Layer],
-    path: &str,
-    error: &config::ConfigError,
-) -> ConfigError {
+fn toml_value(text: &str) -> Option<Value> {
+    let source = config::File::from_str(&format!("value = {text}"), FileFormat::Toml);
+    Config::builder().add_source(source).build().and_then(|parsed| parsed.get("value")).ok()
+}
+
+fn explain(shape: &Json, file: Option<&Path>, layers: &[Layer], path: &str, message: &str) -> ConfigError {
     let origin = origin(file, layers, path);
-    let message = error.to_string();
     if message.starts_with("unknown field") {
         let mut known = Vec::new();
         walk("", shape, &mut |key, _| known.push(key.to_owned()));
         let nearest = nearest(path, known.iter().map(String::as_str)).map(str::to_owned);
         return ConfigError::UnknownKey { origin, key: path.to_owned(), nearest };
     }
-    // The library adds the key and the origin again; ours are exact.
-    let message = match error {
-        config::ConfigError::Type { unexpected, expected, .. } => {
-            format!("expected {expected}, not {unexpected}")
-        }
-        _ => message.split(" for key `").next().unwrap_or(&message).to_owned(),
-    };
-    ConfigError::BadValue { origin, key: path.to_owned(), message }
+    ConfigError::BadValue { origin, key: path.to_owned(), message: message.to_owned() }
 }
 
 /// Who set `path`: the last flag or variable at, above or below it, or else the file.

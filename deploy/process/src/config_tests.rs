@@ -12,6 +12,7 @@ struct Root {
     listen: ListenSection,
     peers: Vec<String>,
     threads: Option<u16>,
+    name: Option<String>,
     engine: Engine,
     process: crate::ProcessConfig,
 }
@@ -86,6 +87,8 @@ fn lists_and_options_can_be_set_from_text() {
         load_from(None, &[], &flags(&[("peers", "['x,y']"), ("process.shutdown.drain", "250ms")])).unwrap();
     assert_eq!(root.peers, ["x,y"]);
     assert_eq!(root.process.shutdown.drain.as_millis(), 250);
+    let root: Root = load_from(None, &[], &flags(&[("name", "123"), ("threads", "5")])).unwrap();
+    assert_eq!((root.name.as_deref(), root.threads), (Some("123"), Some(5)));
 }
 
 #[test]
@@ -110,7 +113,12 @@ fn an_unknown_key_names_its_place_and_the_nearest_known_key() {
 fn a_wrong_type_names_the_key_and_what_was_expected() {
     let file = file("[listen]\nbacklog = 'many'\n");
     let text = message(Some(file.path()), &[], &[]);
-    assert!(text.contains("`listen.backlog`: expected") && text.contains("many"), "{text}");
+    assert!(
+        text.contains("`listen.backlog`: invalid type")
+            && text.contains("many")
+            && text.contains("expected u32"),
+        "{text}"
+    );
     assert_eq!(text.lines().count(), 1);
     let text = message(None, &[("BATON_TEST__THREADS", "70000")], &[]);
     assert!(text.starts_with("environment variable BATON_TEST__THREADS: `threads`: "), "{text}");

@@ -21,6 +21,8 @@ pub enum ConfigError {
     Invalid { origin: String, source: Invalid },
     #[error("configuration: {0}")]
     Source(#[from] config::ConfigError),
+    #[error("the configuration's defaults cannot be listed: {0}")]
+    Shape(#[source] serde_json::Error),
     #[error("the configuration cannot be written as TOML: {0}")]
     Print(#[from] toml::ser::Error),
 }

@@ -4,8 +4,8 @@
 //! through [`run`], which answers with the exit status: 0 after a clean stop, 1 after an error, told in one line.
 
 use std::{
-    fmt::Display, future::Future, panic::AssertUnwindSafe, path::PathBuf, process::ExitCode, sync::Arc,
-    time::Duration,
+    any::Any, fmt::Display, future::Future, panic::AssertUnwindSafe, path::PathBuf, process::ExitCode,
+    sync::Arc, time::Duration,
 };
 
 use parking_lot::Mutex;
@@ -215,7 +215,7 @@ fn log_panics() {
         let thread = std::thread::current();
         let thread = thread.name().unwrap_or("unnamed").to_owned();
         let place = info.location().map(ToString::to_string).unwrap_or_default();
-        let message = info.payload_as_str().unwrap_or("no message");
+        let message = message_of(info.payload());
         if std::env::var_os("RUST_BACKTRACE").is_some_and(|value| value != "0") {
             let backtrace = std::backtrace::Backtrace::capture();
             tracing::error!(%thread, %place, %message, %backtrace, "panic");
@@ -223,6 +223,11 @@ fn log_panics() {
             tracing::error!(%thread, %place, %message, "panic");
         }
     }));
+}
+
+fn message_of(payload: &(dyn Any + Send)) -> &str {
+    let text = payload.downcast_ref::<&str>().copied();
+    text.or_else(|| payload.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message")
 }
 
 fn fail(error: &(dyn std::error::Error + 'static)) -> ExitCode {

@@ -147,6 +147,11 @@ mod tests {
 
     use super::*;
 
+    /// A copy under a number that no other test's files get.
+    fn numbered(file: &impl std::os::fd::AsFd, least: RawFd) -> std::os::fd::OwnedFd {
+        rustix::io::fcntl_dupfd_cloexec(file, least).unwrap()
+    }
+
     #[test]
     fn reads_and_writes_addresses() {
         for text in ["127.0.0.1:8000", "localhost:0", "[::1]:80", "fd://3"] {
@@ -176,7 +181,8 @@ mod tests {
         waiting.write_all(b"hello").unwrap();
         waiting.shutdown(std::net::Shutdown::Write).unwrap();
 
-        let fd = parent.into_raw_fd();
+        let fd = numbered(&parent, 700).into_raw_fd();
+        drop(parent);
         let listener = Listen::Inherited(fd).bind().unwrap();
         assert_eq!(listener.local_addr().unwrap(), address);
         listener.set_nonblocking(false).unwrap();
@@ -192,7 +198,7 @@ mod tests {
     fn what_is_no_listening_socket_is_refused() {
         let text = Listen::Inherited(9_999).bind().unwrap_err().to_string();
         assert!(text.contains("it is not open"), "{text}");
-        let file = tempfile::tempfile().unwrap();
+        let file = numbered(&tempfile::tempfile().unwrap(), 800);
         let text = Listen::Inherited(file.as_raw_fd()).bind().unwrap_err().to_string();
         assert!(text.contains("not a socket"), "{text}");
     }
