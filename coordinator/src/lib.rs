@@ -1,1 +1,27 @@
 //! The entry of a Baton cluster: takes OpenAI requests, schedules and streams them.
+//!
+//! Modules in the order a request meets them: [`http`] -> [`serve`] (the path through the stages) -> [`prepare`]
+//! (validate, template, tokenise) -> [`admit`] -> [`schedule`] (pure) -> [`dispatch`] (protocol machine, pure, and what
+//! drives it) -> [`stream`] (detokenise, stop, count) -> [`http`]. Beside that path: [`fleet`] (which instances there
+//! are, and the streams to them), [`requests`] and [`admin`] (what operators ask), [`metrics`].
+//!
+//! [`run`] wires it all; `main` calls it.
+
+pub mod admin;
+pub mod admit;
+mod build;
+pub mod config;
+pub mod dispatch;
+mod error;
+pub mod fleet;
+pub mod http;
+pub mod metrics;
+pub mod prepare;
+pub mod requests;
+pub mod schedule;
+pub mod serve;
+pub mod stream;
+
+pub use build::{Parts, assemble};
+pub use config::CoordinatorConfig;
+pub use error::CoordinatorError;

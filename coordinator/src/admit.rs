@@ -1,0 +1,146 @@
+//! Who may come in, who waits and who is turned away.
+//!
+//! Called by [`crate::http`]. A request takes a [`Ticket`] on arrival, before its body is read, so that the memory of
+//! all requests together is bounded; with it, once prepared, it waits in line for a [`Permit`]. Both are given back by
+//! drop. Overflow policy: a full house is 429 at once, a wait beyond the queue's time is 429 too.
+
+use std::{sync::Arc, time::Duration};
+
+use baton_proto::{ApiError, ErrorCode};
+use prometheus_client::metrics::gauge::Gauge;
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore, TryAcquireError},
+    time::timeout,
+};
+
+use crate::{config::LimitsConfig, metrics::Metrics};
+
+/// What clients are told to wait before they try again.
+pub const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// Keeps the house.
+pub struct Gate {
+    /// One for each request in the house: served, waiting, or being read.
+    house: Arc<Semaphore>,
+    /// One for each request being served, first come first served.
+    seats: Arc<Semaphore>,
+    queue_timeout: Duration,
+    metrics: Arc<Metrics>,
+}
+
+impl Gate {
+    pub fn new(limits: &LimitsConfig, metrics: Arc<Metrics>) -> Self {
+        let most = Semaphore::MAX_PERMITS;
+        let house = limits.max_concurrent.saturating_add(limits.max_queued).min(most);
+        Self {
+            house: Arc::new(Semaphore::new(house)),
+            seats: Arc::new(Semaphore::new(limits.max_concurrent.min(most))),
+            queue_timeout: limits.queue_timeout,
+            metrics,
+        }
+    }
+
+    /// Lets a request into the house, or turns it away.
+    pub fn enter(&self) -> Result<Ticket, ApiError> {
+        match self.house.clone().try_acquire_owned() {
+            Ok(place) => Ok(Ticket { _place: place }),
+            Err(TryAcquireError::NoPermits | TryAcquireError::Closed) => {
+                Err(full("too many requests are waiting; try again in a moment"))
+            }
+        }
+    }
+
+    /// Waits for a seat, in order of asking.
+    pub async fn admit(&self, ticket: Ticket) -> Result<Permit, ApiError> {
+        let seat = match self.seats.clone().try_acquire_owned() {
+            Ok(seat) => seat,
+            Err(_) => {
+                let _waiting = Counted::new(&self.metrics.queued);
+                match timeout(self.queue_timeout, self.seats.clone().acquire_owned()).await {
+                    Ok(Ok(seat)) => seat,
+                    Ok(Err(_)) | Err(_) => {
+                        return Err(full("the request waited too long to be served; try again in a moment"));
+                    }
+                }
+            }
+        };
+        Ok(Permit { _served: Counted::new(&self.metrics.in_flight), _seat: seat, _ticket: ticket })
+    }
+}
+
+fn full(message: &str) -> ApiError {
+    ApiError::new(ErrorCode::QueueFull, message)
+}
+
+/// A place in the house.
+pub struct Ticket {
+    _place: OwnedSemaphorePermit,
+}
+
+/// A seat: the request may be served.
+pub struct Permit {
+    _served: Counted,
+    _seat: OwnedSemaphorePermit,
+    _ticket: Ticket,
+}
+
+/// Counted in a gauge for as long as it lives.
+struct Counted(Gauge);
+
+impl Counted {
+    fn new(gauge: &Gauge) -> Self {
+        gauge.inc();
+        Self(gauge.clone())
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use prometheus_client::registry::Registry;
+
+    use super::*;
+
+    fn gate(max_concurrent: usize, max_queued: usize) -> Gate {
+        let limits = LimitsConfig {
+            max_concurrent,
+            max_queued,
+            queue_timeout: Duration::from_secs(5),
+            ..LimitsConfig::default()
+        };
+        Gate::new(&limits, Metrics::register(&mut Registry::default()))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_full_house_turns_away_and_a_seat_given_back_lets_in() {
+        let gate = gate(1, 1);
+        let first = gate.admit(gate.enter().expect("room")).await.expect("a seat");
+        let waiting = gate.enter().expect("room to wait");
+        let Err(refused) = gate.enter() else { panic!("the house was full") };
+        assert_eq!(refused.code, ErrorCode::QueueFull);
+        let mut second = Box::pin(gate.admit(waiting));
+        assert!(futures::poll!(&mut second).is_pending());
+        assert_eq!((gate.metrics.in_flight.get(), gate.metrics.queued.get()), (1, 1));
+        drop(first);
+        let second = second.await.expect("the seat given back");
+        assert_eq!((gate.metrics.in_flight.get(), gate.metrics.queued.get()), (1, 0));
+        drop(second);
+        assert!(gate.enter().is_ok());
+        assert_eq!(gate.metrics.in_flight.get(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_wait_ends_with_429_at_its_deadline() {
+        let gate = gate(1, 1);
+        let _held = gate.admit(gate.enter().expect("room")).await.expect("a seat");
+        let Err(error) = gate.admit(gate.enter().expect("room")).await else { panic!("no seat was free") };
+        assert_eq!(error.code, ErrorCode::QueueFull);
+        assert_eq!(gate.metrics.queued.get(), 0);
+        assert!(gate.enter().is_ok(), "the place in line was given back");
+    }
+}

@@ -1,0 +1,202 @@
+//! The coordinator's configuration: one nested struct, checked at start.
+
+use std::{path::PathBuf, time::Duration};
+
+use baton_process::{Invalid, Listen, ProcessConfig, ServiceConfig, duration};
+use baton_proto::CoordinatorId;
+use serde::{Deserialize, Serialize};
+
+/// Everything a coordinator can be told.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CoordinatorConfig {
+    /// Name of this coordinator among others, as in `coordinator-0`.
+    pub id: String,
+    /// Where clients are served (HTTP).
+    pub listen: Listen,
+    /// Where operators are served (gRPC: RequestAdmin, health, reflection).
+    pub admin_listen: Listen,
+    pub store: StoreConfig,
+    pub model: ModelConfig,
+    pub limits: LimitsConfig,
+    pub fleet: FleetConfig,
+    pub process: ProcessConfig,
+}
+
+impl Default for CoordinatorConfig {
+    fn default() -> Self {
+        Self {
+            id: "coordinator-0".into(),
+            listen: Listen::address("127.0.0.1", 8000),
+            admin_listen: Listen::address("127.0.0.1", 8001),
+            store: StoreConfig::default(),
+            model: ModelConfig::default(),
+            limits: LimitsConfig::default(),
+            fleet: FleetConfig::default(),
+            process: ProcessConfig::default(),
+        }
+    }
+}
+
+/// Where the cluster's state is read: exactly one of the two.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct StoreConfig {
+    /// `host:port` of a controller that embeds the store. Empty = etcd is used.
+    pub controller: String,
+    /// `host:port` of each etcd member.
+    pub etcd: Vec<String>,
+}
+
+/// The model whose tokenizer, chat template and limits apply.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ModelConfig {
+    /// A GGUF file or a Hugging Face directory.
+    pub path: PathBuf,
+    /// What clients say in `model`. Empty = the checkpoint's own name.
+    pub name: String,
+    /// Context to offer, in tokens, if less than the model's. 0 = the model's.
+    pub max_context_tokens: u32,
+}
+
+/// What one client, and all together, may ask for.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LimitsConfig {
+    /// Largest request body.
+    pub max_body_bytes: usize,
+    /// Requests served at once; more wait.
+    pub max_concurrent: usize,
+    /// Requests that wait at once; more are refused with 429.
+    pub max_queued: usize,
+    /// How long a request waits before it is refused with 429.
+    #[serde(with = "duration")]
+    pub queue_timeout: Duration,
+    /// From arrival to the last token.
+    #[serde(with = "duration")]
+    pub request_timeout: Duration,
+    /// Most tokens one request may generate; also what is taken when a request does not say. 0 = the context's rest.
+    pub max_completion_tokens: u32,
+}
+
+impl Default for LimitsConfig {
+    fn default() -> Self {
+        Self {
+            max_body_bytes: 8 << 20,
+            max_concurrent: 1024,
+            max_queued: 1024,
+            queue_timeout: Duration::from_secs(30),
+            request_timeout: Duration::from_secs(600),
+            max_completion_tokens: 0,
+        }
+    }
+}
+
+/// How instances are reached and when they are given up.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct FleetConfig {
+    /// For a connection and the instance's welcome on it.
+    #[serde(with = "duration")]
+    pub connect_timeout: Duration,
+    /// First and longest pause between attempts to connect.
+    #[serde(with = "duration")]
+    pub reconnect_min: Duration,
+    #[serde(with = "duration")]
+    pub reconnect_max: Duration,
+    /// An instance that answers no HTTP/2 ping for twice this long is lost.
+    #[serde(with = "duration")]
+    pub keep_alive: Duration,
+    /// How long an instance that the store no longer lists, but whose stream lives, is still used.
+    #[serde(with = "duration")]
+    pub absent_grace: Duration,
+    /// How often instances that are gone are cleared away.
+    #[serde(with = "duration")]
+    pub sweep: Duration,
+}
+
+impl Default for FleetConfig {
+    fn default() -> Self {
+        Self {
+            connect_timeout: Duration::from_secs(3),
+            reconnect_min: Duration::from_millis(50),
+            reconnect_max: Duration::from_secs(2),
+            keep_alive: Duration::from_secs(3),
+            absent_grace: Duration::from_secs(60),
+            sweep: Duration::from_secs(5),
+        }
+    }
+}
+
+impl ServiceConfig for CoordinatorConfig {
+    fn process(&self) -> &ProcessConfig {
+        &self.process
+    }
+
+    fn validate(&self) -> Result<(), Invalid> {
+        CoordinatorId::new(self.id.as_str()).map_err(|error| Invalid::new("id", error.to_string()))?;
+        let require = |good: bool, key: &str, expected: &str| {
+            if good { Ok(()) } else { Err(Invalid::new(key, expected)) }
+        };
+        require(
+            self.store.controller.is_empty() != self.store.etcd.is_empty(),
+            "store",
+            "expected either `controller` (HOST:PORT) or `etcd` (a list of HOST:PORT), not both and not neither",
+        )?;
+        require(
+            !self.model.path.as_os_str().is_empty(),
+            "model.path",
+            "expected a GGUF file or a Hugging Face directory; set it, as in --model FILE",
+        )?;
+        let limits = &self.limits;
+        require(limits.max_body_bytes > 0, "limits.max_body_bytes", "expected at least 1")?;
+        require(limits.max_concurrent > 0, "limits.max_concurrent", "expected at least 1")?;
+        require(!limits.request_timeout.is_zero(), "limits.request_timeout", "expected more than 0")?;
+        let fleet = &self.fleet;
+        for (value, key) in [
+            (fleet.connect_timeout, "fleet.connect_timeout"),
+            (fleet.reconnect_min, "fleet.reconnect_min"),
+            (fleet.keep_alive, "fleet.keep_alive"),
+            (fleet.sweep, "fleet.sweep"),
+        ] {
+            require(!value.is_zero(), key, "expected more than 0")?;
+        }
+        require(
+            fleet.reconnect_min <= fleet.reconnect_max,
+            "fleet.reconnect_max",
+            "expected at least fleet.reconnect_min",
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn good() -> CoordinatorConfig {
+        let mut config = CoordinatorConfig::default();
+        config.store.controller = "127.0.0.1:9000".into();
+        config.model.path = "model.gguf".into();
+        config
+    }
+
+    #[test]
+    fn what_types_cannot_say_is_checked_with_its_key() {
+        assert!(good().validate().is_ok());
+        let cases: [(&str, fn(&mut CoordinatorConfig)); 7] = [
+            ("id", |c| c.id = "Upper".into()),
+            ("store", |c| c.store.controller.clear()),
+            ("store", |c| c.store.etcd.push("127.0.0.1:2379".into())),
+            ("model.path", |c| c.model.path = PathBuf::new()),
+            ("limits.max_concurrent", |c| c.limits.max_concurrent = 0),
+            ("fleet.keep_alive", |c| c.fleet.keep_alive = Duration::ZERO),
+            ("fleet.reconnect_max", |c| c.fleet.reconnect_max = Duration::ZERO),
+        ];
+        for (key, change) in cases {
+            let mut config = good();
+            change(&mut config);
+            assert_eq!(config.validate().expect_err(key).key, key);
+        }
+    }
+}

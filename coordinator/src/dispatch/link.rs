@@ -1,0 +1,337 @@
+//! One Attach stream to one instance: its task, and the handle through which requests use it.
+//!
+//! Started and stopped by [`crate::fleet::keeper`]. States: *down* -> connecting -> *up* (Welcome has come) -> down, with
+//! a growing pause between attempts. While it is up, legs are dispatched over it and every message of the instance is
+//! handed to the mailboxes of the legs in it, or to the board. When it breaks, every leg on it fails with
+//! `instance_lost`; the instance cancels them on its side.
+//!
+//! The outbound queue holds [`OUTBOUND_FRAMES`]. Overflow policy: a dispatch is refused; a cancel that finds no room cuts
+//! the stream, which cancels everything on it: an instance that reads nothing is as good as lost.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use baton_proto::{ApiError, CoordinatorId, ErrorCode, Incarnation, InstanceId, LegId, v1};
+use parking_lot::Mutex;
+use tokio::{
+    sync::{mpsc, watch},
+    time::{Instant, sleep, timeout},
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{Streaming, transport::Endpoint};
+use v1::{attach_request::Frame as Ask, attach_response::Frame as Answer, inference_client::InferenceClient};
+
+use super::{
+    leg::{Output, Side},
+    mailbox::Mailbox,
+};
+use crate::{config::FleetConfig, fleet::Duty, metrics::Metrics, schedule::board::Board};
+
+/// Frames queued towards one instance.
+const OUTBOUND_FRAMES: usize = 1024;
+/// Largest message an instance may send: a step's tokens of all legs.
+const INBOUND_BYTES_MOST: usize = 16 << 20;
+
+/// Where the instance is now; a change makes the task reconnect.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Target {
+    /// `host:port` of its Inference service.
+    pub endpoint: String,
+    pub incarnation: Incarnation,
+}
+
+/// A leg waiting for output.
+struct Slot {
+    side: Side,
+    mailbox: Arc<Mailbox>,
+}
+
+struct Channel {
+    outbound: mpsc::Sender<v1::AttachRequest>,
+    legs: HashMap<LegId, Slot>,
+    /// Ends the stream.
+    cut: CancellationToken,
+}
+
+/// Handle to the stream of one instance.
+pub struct Link {
+    instance: InstanceId,
+    next_leg: AtomicU64,
+    /// `None` while down.
+    channel: Mutex<Option<Channel>>,
+    metrics: Arc<Metrics>,
+}
+
+impl Link {
+    pub fn new(instance: InstanceId, metrics: Arc<Metrics>) -> Arc<Self> {
+        Arc::new(Self { instance, next_leg: AtomicU64::new(1), channel: Mutex::new(None), metrics })
+    }
+
+    /// Sends one leg; its output goes to `mailbox` until the guard is dropped.
+    pub fn dispatch(
+        self: &Arc<Self>,
+        side: Side,
+        mailbox: &Arc<Mailbox>,
+        mut dispatch: v1::Dispatch,
+    ) -> Result<LegGuard, ApiError> {
+        let mut channel = self.channel.lock();
+        let Some(up) = channel.as_mut() else {
+            return Err(lost(&self.instance));
+        };
+        let leg = LegId(self.next_leg.fetch_add(1, Ordering::Relaxed));
+        dispatch.leg = leg.0;
+        let frame = v1::AttachRequest { frame: Some(Ask::Dispatch(dispatch)) };
+        if up.outbound.try_send(frame).is_err() {
+            let message = format!("instance {} takes no requests now; try again in a moment", self.instance);
+            return Err(ApiError::new(ErrorCode::Unavailable, message));
+        }
+        up.legs.insert(leg, Slot { side, mailbox: mailbox.clone() });
+        Ok(LegGuard { link: self.clone(), leg, done: false })
+    }
+
+    fn cancel(&self, leg: LegId, reason: &'static str) {
+        let mut channel = self.channel.lock();
+        let Some(up) = channel.as_mut() else { return };
+        if up.legs.remove(&leg).is_none() {
+            return;
+        }
+        self.metrics.cancels.get_or_create(&crate::metrics::reason(reason)).inc();
+        let cancel = v1::Cancel { leg: leg.0, reason: reason.into() };
+        if up.outbound.try_send(v1::AttachRequest { frame: Some(Ask::Cancel(cancel)) }).is_err() {
+            tracing::warn!(instance = %self.instance, "cutting the stream: the instance does not read");
+            up.cut.cancel();
+        }
+    }
+
+    /// Legs on the stream now.
+    pub fn legs(&self) -> usize {
+        self.channel.lock().as_ref().map_or(0, |up| up.legs.len())
+    }
+
+    fn deliver(&self, step: v1::StepOutput) {
+        let mut channel = self.channel.lock();
+        let Some(up) = channel.as_mut() else { return };
+        for output in step.legs {
+            let leg = LegId(output.leg);
+            let slot = if output.end.is_some() {
+                up.legs.remove(&leg).map(|slot| (slot.side, slot.mailbox))
+            } else {
+                up.legs.get(&leg).map(|slot| (slot.side, slot.mailbox.clone()))
+            };
+            // A leg that is not there was cancelled, and the instance had not read that yet.
+            if let Some((side, mailbox)) = slot {
+                mailbox.deliver(side, Output::from(output));
+            }
+        }
+    }
+
+    /// The stream is gone: every leg on it fails.
+    fn break_off(&self) {
+        let Some(up) = self.channel.lock().take() else { return };
+        if !up.legs.is_empty() {
+            self.metrics.legs_lost.inc_by(up.legs.len() as u64);
+        }
+        for slot in up.legs.into_values() {
+            slot.mailbox.deliver(slot.side, Output::failed(lost(&self.instance)));
+        }
+    }
+}
+
+fn lost(instance: &InstanceId) -> ApiError {
+    let message = format!("the connection to instance {instance} was lost; send the request again");
+    ApiError::new(ErrorCode::InstanceLost, message)
+}
+
+/// One leg on one stream. Dropped before [`LegGuard::ended`], it cancels the leg at once.
+pub struct LegGuard {
+    link: Arc<Link>,
+    leg: LegId,
+    done: bool,
+}
+
+impl LegGuard {
+    pub fn instance(&self) -> &InstanceId {
+        &self.link.instance
+    }
+
+    /// The instance has ended the leg.
+    pub fn ended(mut self) {
+        self.done = true;
+    }
+
+    /// Tells the instance to stop, and why (for its log).
+    pub fn cancel(mut self, reason: &'static str) {
+        self.done = true;
+        self.link.cancel(self.leg, reason);
+    }
+}
+
+impl Drop for LegGuard {
+    fn drop(&mut self) {
+        if !self.done {
+            self.link.cancel(self.leg, "client_gone");
+        }
+    }
+}
+
+/// Why a stream ended or was not opened; for the log only.
+#[derive(Debug, thiserror::Error)]
+enum BreakReason {
+    #[error("cannot connect to {endpoint}: {source}")]
+    Connect { endpoint: String, source: tonic::transport::Error },
+    #[error("no stream: {0}")]
+    Attach(#[from] Box<tonic::Status>),
+    #[error("no welcome within the time")]
+    NoWelcome,
+    #[error("the peer did not greet, or is not {expected}: {got}")]
+    WrongPeer { expected: InstanceId, got: String },
+    #[error("the instance ended the stream")]
+    Ended,
+    #[error("cut")]
+    Cut,
+    #[error("the instance was restarted or moved")]
+    Moved,
+}
+
+/// Keeps the stream up until `stop`.
+pub struct LinkTask {
+    pub link: Arc<Link>,
+    pub board: Arc<Board>,
+    pub coordinator: CoordinatorId,
+    pub config: FleetConfig,
+    pub target: watch::Receiver<Target>,
+    pub stop: CancellationToken,
+}
+
+impl LinkTask {
+    /// Runs until stopped; reconnects with a growing pause.
+    pub async fn run(mut self) {
+        let mut pause = self.config.reconnect_min;
+        loop {
+            let began = Instant::now();
+            let stop = self.stop.clone();
+            let reason = tokio::select! {
+                biased;
+                () = stop.cancelled() => None,
+                reason = self.connect_and_serve() => Some(reason),
+            };
+            self.link.break_off();
+            self.board.down(&self.link.instance, Instant::now());
+            let Some(reason) = reason else { return };
+            tracing::info!(instance = %self.link.instance, %reason, "stream is down");
+            if matches!(reason, BreakReason::Moved) || began.elapsed() > self.config.reconnect_max {
+                pause = self.config.reconnect_min;
+            }
+            let jittered = pause.mul_f64(rand::random_range(0.5..1.0));
+            tokio::select! {
+                biased;
+                () = self.stop.cancelled() => return,
+                moved = self.target.changed() => {
+                    if moved.is_err() {
+                        return;
+                    }
+                    pause = self.config.reconnect_min;
+                }
+                () = sleep(jittered) => pause = (pause * 2).min(self.config.reconnect_max),
+            }
+        }
+    }
+
+    async fn connect_and_serve(&mut self) -> BreakReason {
+        match self.attach().await {
+            Ok((mut inbound, cut)) => self.serve(&mut inbound, &cut).await,
+            Err(reason) => reason,
+        }
+    }
+
+    async fn attach(&mut self) -> Result<(Streaming<v1::AttachResponse>, CancellationToken), BreakReason> {
+        let target = self.target.borrow_and_update().clone();
+        let failed = |source| BreakReason::Connect { endpoint: target.endpoint.clone(), source };
+        let channel = Endpoint::from_shared(format!("http://{}", target.endpoint))
+            .map_err(failed)?
+            .connect_timeout(self.config.connect_timeout)
+            .http2_keep_alive_interval(self.config.keep_alive)
+            .keep_alive_timeout(self.config.keep_alive)
+            .keep_alive_while_idle(true)
+            .tcp_nodelay(true)
+            .connect()
+            .await
+            .map_err(failed)?;
+        let mut client = InferenceClient::new(channel).max_decoding_message_size(INBOUND_BYTES_MOST);
+        let (outbound, frames) = mpsc::channel(OUTBOUND_FRAMES);
+        let hello = v1::attach_request::Hello { coordinator_id: self.coordinator.to_string() };
+        let hello = v1::AttachRequest { frame: Some(Ask::Hello(hello)) };
+        if outbound.try_send(hello).is_err() {
+            return Err(BreakReason::Ended);
+        }
+        let greeted = async {
+            let mut inbound =
+                client.attach(ReceiverStream::new(frames)).await.map_err(Box::new)?.into_inner();
+            let first = inbound.message().await.map_err(Box::new)?;
+            Ok::<_, BreakReason>((inbound, first))
+        };
+        let greeted = timeout(self.config.connect_timeout, greeted).await;
+        let (inbound, first) = greeted.map_err(|_| BreakReason::NoWelcome)??;
+        let expected = self.link.instance.clone();
+        let (incarnation, duty) = match first.and_then(|first| first.frame) {
+            Some(Answer::Welcome(v1::attach_response::Welcome {
+                instance_id,
+                incarnation,
+                role: Some(role),
+            })) if instance_id == expected.as_str() => (Incarnation(incarnation), Duty::from(&role)),
+            other => {
+                let got = format!("{other:.80?}");
+                return Err(BreakReason::WrongPeer { expected, got });
+            }
+        };
+        let cut = CancellationToken::new();
+        let up = Channel { outbound, legs: HashMap::new(), cut: cut.clone() };
+        *self.link.channel.lock() = Some(up);
+        self.board.up(&self.link.instance, incarnation, duty);
+        tracing::info!(instance = %self.link.instance, endpoint = %target.endpoint, ?duty, "stream is up");
+        Ok((inbound, cut))
+    }
+
+    async fn serve(
+        &mut self,
+        inbound: &mut Streaming<v1::AttachResponse>,
+        cut: &CancellationToken,
+    ) -> BreakReason {
+        loop {
+            let message = tokio::select! {
+                biased;
+                () = cut.cancelled() => return BreakReason::Cut,
+                moved = self.target.changed() => match moved {
+                    Ok(()) => return BreakReason::Moved,
+                    Err(_) => return BreakReason::Cut,
+                },
+                message = inbound.message() => message,
+            };
+            match message {
+                Ok(Some(v1::AttachResponse { frame: Some(frame) })) => self.take(frame),
+                Ok(Some(v1::AttachResponse { frame: None })) => {}
+                Ok(None) => return BreakReason::Ended,
+                Err(status) => return BreakReason::Attach(Box::new(status)),
+            }
+        }
+    }
+
+    fn take(&self, frame: Answer) {
+        let instance = &self.link.instance;
+        match frame {
+            Answer::Step(step) => self.link.deliver(step),
+            Answer::Load(load) => self.board.load(instance, (&load).into()),
+            Answer::Role(change) => {
+                tracing::info!(%instance, role = ?change.role(), phase = ?change.phase(), "instance changed");
+                self.board.duty(instance, (&change).into());
+            }
+            Answer::Welcome(_) => {}
+        }
+    }
+}

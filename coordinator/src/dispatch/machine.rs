@@ -1,0 +1,287 @@
+//! The protocol of one attempt at a request: what the legs say in, what to do out. Pure.
+//!
+//! Driven by [`super::generation`]. States: *running* (legs open, tokens come) -> *lingering* (every token is there,
+//! prefill has yet to say how much of the prompt was cached) -> *over*. Two instances speak over two streams, so
+//! decode's tokens may overtake prefill's token 0: tokens are put in order by position, and given out in order only.
+//!
+//! Whoever ends first: prefill ending the sequence itself (token 0 was a stop token, or the only one wanted) cancels
+//! decode; a failing leg cancels the other, unless decode is generating already and no longer needs prefill.
+
+use std::collections::BTreeMap;
+
+use baton_proto::{ApiError, ErrorCode};
+
+use super::leg::{LegEnd, Output, Side, StopReason};
+
+/// What the driver is to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Command {
+    /// Tell the leg's instance to stop.
+    Cancel(Side),
+    /// Every token is there; send [`Machine::linger_over`] if prefill has not reported within a short while.
+    Linger,
+    /// The request has ended; nothing follows.
+    End(Result<Completed, ApiError>),
+}
+
+/// A sequence that ran to its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Completed {
+    pub reason: StopReason,
+    /// Of the prompt, taken from a prefix cache.
+    pub cached_tokens: u32,
+}
+
+/// Legs that have not ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Open {
+    Whole,
+    Both,
+    Prefill,
+    Decode,
+    Neither,
+}
+
+impl Open {
+    fn has(self, side: Side) -> bool {
+        matches!(
+            (self, side),
+            (Self::Whole, Side::Whole)
+                | (Self::Both, Side::Prefill | Side::Decode)
+                | (Self::Prefill, Side::Prefill)
+                | (Self::Decode, Side::Decode)
+        )
+    }
+
+    fn without(self, side: Side) -> Self {
+        match (self, side) {
+            (Self::Both, Side::Prefill) => Self::Decode,
+            (Self::Both, Side::Decode) => Self::Prefill,
+            (Self::Whole, Side::Whole) | (Self::Prefill, Side::Prefill) | (Self::Decode, Side::Decode) => {
+                Self::Neither
+            }
+            (unchanged, _) => unchanged,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Running,
+    /// Decode (or the whole leg) has said its last; a token of prefill's may still be on its way.
+    Closing(StopReason),
+    Lingering(StopReason),
+    Over,
+}
+
+/// One attempt at one request.
+#[derive(Debug)]
+pub struct Machine {
+    max_tokens: u32,
+    open: Open,
+    state: State,
+    /// The completion so far, without gaps.
+    tokens: Vec<u32>,
+    /// How many of `tokens` have been given out.
+    given: usize,
+    /// Tokens that arrived before one of a lower position.
+    early: BTreeMap<u32, u32>,
+    /// Decode has taken the cache up: it generates, or has ended.
+    decode_spoke: bool,
+    cached_tokens: u32,
+}
+
+impl Machine {
+    /// Both parts on one instance.
+    pub fn whole(max_tokens: u32) -> Self {
+        Self::new(max_tokens, Open::Whole)
+    }
+
+    /// Prefill and decode on two.
+    pub fn apart(max_tokens: u32) -> Self {
+        Self::new(max_tokens, Open::Both)
+    }
+
+    fn new(max_tokens: u32, open: Open) -> Self {
+        Self {
+            max_tokens,
+            open,
+            state: State::Running,
+            tokens: Vec::new(),
+            given: 0,
+            early: BTreeMap::new(),
+            decode_spoke: false,
+            cached_tokens: 0,
+        }
+    }
+
+    /// All tokens so far, in order.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// Tokens not yet given out, in order; each is given once.
+    pub fn take_fresh(&mut self) -> &[u32] {
+        let from = std::mem::replace(&mut self.given, self.tokens.len());
+        &self.tokens[from..]
+    }
+
+    pub fn is_over(&self) -> bool {
+        self.state == State::Over
+    }
+
+    /// A leg has said something.
+    pub fn output(&mut self, side: Side, output: Output) -> Vec<Command> {
+        if self.is_over() || !self.open.has(side) {
+            return Vec::new();
+        }
+        if let Err(error) = self.take_tokens(side, &output) {
+            return self.fail(error);
+        }
+        match output.end {
+            None => self.settle(),
+            Some(end) => self.take_end(side, end),
+        }
+    }
+
+    /// The reader has seen enough: a stop string matched.
+    pub fn stop(&mut self) -> Vec<Command> {
+        if self.is_over() {
+            return Vec::new();
+        }
+        self.finish(StopReason::Stop)
+    }
+
+    /// The client has gone, or the time is up.
+    pub fn abort(&mut self, error: ApiError) -> Vec<Command> {
+        if self.is_over() {
+            return Vec::new();
+        }
+        self.fail(error)
+    }
+
+    /// Prefill has been silent for long enough after [`Command::Linger`].
+    pub fn linger_over(&mut self) -> Vec<Command> {
+        match self.state {
+            State::Lingering(reason) => {
+                // Decode owns the cache, so prefill's leg is ending by itself: nothing to cancel.
+                self.open = Open::Neither;
+                self.finish(reason)
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    fn take_tokens(&mut self, side: Side, output: &Output) -> Result<(), ApiError> {
+        for (index, &token) in output.tokens.iter().enumerate() {
+            let position = u32::try_from(index).ok().and_then(|i| output.first_position.checked_add(i));
+            let Some(position) = position.filter(|&position| position < self.max_tokens) else {
+                return Err(broken(side, "sent more tokens than were asked for"));
+            };
+            if side == Side::Prefill && position != 0 {
+                return Err(broken(side, "sent a token that is decode's"));
+            }
+            let held = match self.tokens.get(position as usize) {
+                Some(&held) => held,
+                None => *self.early.entry(position).or_insert(token),
+            };
+            if held != token {
+                return Err(broken(side, "sent two different tokens for one position"));
+            }
+        }
+        self.decode_spoke |= side == Side::Decode && !output.tokens.is_empty();
+        while let Some(entry) = self.early.first_entry() {
+            if *entry.key() as usize != self.tokens.len() {
+                break;
+            }
+            self.tokens.push(entry.remove());
+        }
+        Ok(())
+    }
+
+    fn take_end(&mut self, side: Side, end: LegEnd) -> Vec<Command> {
+        self.open = self.open.without(side);
+        match (side, end) {
+            (Side::Prefill, LegEnd::HandedOff { cached_tokens }) => {
+                self.cached_tokens = self.cached_tokens.max(cached_tokens);
+                if self.tokens.is_empty() {
+                    return self.fail(broken(side, "handed over without a first token"));
+                }
+                self.settle()
+            }
+            (_, LegEnd::HandedOff { .. }) => self.fail(broken(side, "handed over what it was to finish")),
+            (Side::Prefill, LegEnd::Complete { reason, cached_tokens }) => {
+                self.cached_tokens = self.cached_tokens.max(cached_tokens);
+                self.finish(reason)
+            }
+            (_, LegEnd::Complete { reason, cached_tokens }) => {
+                self.cached_tokens = self.cached_tokens.max(cached_tokens);
+                self.decode_spoke = true;
+                self.state = State::Closing(reason);
+                self.settle()
+            }
+            // Decode has the cache and goes on by itself; only the count of cached tokens is lost.
+            (Side::Prefill, _) if self.decode_spoke && !self.tokens.is_empty() => self.settle(),
+            (_, LegEnd::Cancelled) => self.fail(ApiError::new(
+                ErrorCode::Unavailable,
+                format!(
+                    "the {} instance stopped before the request was complete; send it again",
+                    side.name()
+                ),
+            )),
+            (_, LegEnd::Failed(error)) => self.fail(error),
+        }
+    }
+
+    /// Ends the request once all that was announced is there.
+    fn settle(&mut self) -> Vec<Command> {
+        match self.state {
+            State::Running | State::Over => Vec::new(),
+            State::Closing(reason) => {
+                let whole = self.early.is_empty() && (!self.tokens.is_empty() || self.open == Open::Neither);
+                match (whole, self.open) {
+                    (true, Open::Neither) => self.finish(reason),
+                    (true, _) => {
+                        self.state = State::Lingering(reason);
+                        vec![Command::Linger]
+                    }
+                    (false, Open::Neither) => {
+                        self.fail(ApiError::new(ErrorCode::Internal, "a token of the answer was lost"))
+                    }
+                    (false, _) => Vec::new(),
+                }
+            }
+            State::Lingering(reason) if self.open == Open::Neither => self.finish(reason),
+            State::Lingering(_) => Vec::new(),
+        }
+    }
+
+    fn finish(&mut self, reason: StopReason) -> Vec<Command> {
+        let mut commands = self.cancel_open();
+        commands.push(Command::End(Ok(Completed { reason, cached_tokens: self.cached_tokens })));
+        commands
+    }
+
+    fn fail(&mut self, error: ApiError) -> Vec<Command> {
+        let mut commands = self.cancel_open();
+        commands.push(Command::End(Err(error)));
+        commands
+    }
+
+    fn cancel_open(&mut self) -> Vec<Command> {
+        let open = std::mem::replace(&mut self.open, Open::Neither);
+        self.state = State::Over;
+        [Side::Whole, Side::Prefill, Side::Decode]
+            .into_iter()
+            .filter(|&side| open.has(side))
+            .map(Command::Cancel)
+            .collect()
+    }
+}
+
+fn broken(side: Side, what: &str) -> ApiError {
+    ApiError::new(ErrorCode::Internal, format!("the {} instance {what}", side.name()))
+}
+
+#[cfg(test)]
+mod tests;

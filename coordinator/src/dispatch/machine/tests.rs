@@ -1,0 +1,201 @@
+//! Tables over the orders in which two streams may speak, and a property over all of them.
+
+use proptest::prelude::*;
+
+use super::*;
+
+fn out(first_position: u32, tokens: &[u32]) -> Output {
+    Output { first_position, tokens: tokens.to_vec(), end: None }
+}
+
+fn end(end: LegEnd) -> Output {
+    Output { first_position: 0, tokens: vec![], end: Some(end) }
+}
+
+fn handed(cached_tokens: u32) -> Output {
+    end(LegEnd::HandedOff { cached_tokens })
+}
+
+fn complete(reason: StopReason) -> Output {
+    end(LegEnd::Complete { reason, cached_tokens: 0 })
+}
+
+fn lost() -> ApiError {
+    ApiError::new(ErrorCode::InstanceLost, "gone")
+}
+
+fn ok(reason: StopReason, cached_tokens: u32) -> Command {
+    Command::End(Ok(Completed { reason, cached_tokens }))
+}
+
+#[test]
+fn tokens_of_two_legs_come_in_order() {
+    let mut machine = Machine::apart(10);
+    assert!(machine.output(Side::Decode, out(1, &[11, 12])).is_empty());
+    assert!(machine.take_fresh().is_empty(), "token 0 is missing");
+    assert!(machine.output(Side::Prefill, out(0, &[10])).is_empty());
+    assert_eq!(machine.take_fresh(), [10, 11, 12]);
+    assert!(machine.take_fresh().is_empty());
+    machine.output(Side::Prefill, handed(4));
+    machine.output(Side::Decode, out(3, &[13]));
+    assert_eq!(machine.take_fresh(), [13]);
+    assert_eq!(machine.output(Side::Decode, complete(StopReason::Length)), [ok(StopReason::Length, 4)]);
+}
+
+#[test]
+fn repeated_tokens_are_dropped_and_contradictions_fail() {
+    let mut machine = Machine::apart(10);
+    machine.output(Side::Prefill, out(0, &[10]));
+    machine.output(Side::Decode, out(0, &[10, 11]));
+    machine.output(Side::Decode, out(1, &[11, 12]));
+    assert_eq!(machine.take_fresh(), [10, 11, 12]);
+    let commands = machine.output(Side::Decode, out(2, &[99]));
+    assert_eq!(commands[..2], [Command::Cancel(Side::Prefill), Command::Cancel(Side::Decode)]);
+    assert!(matches!(&commands[2], Command::End(Err(error)) if error.code == ErrorCode::Internal));
+    assert!(machine.output(Side::Decode, out(3, &[13])).is_empty(), "over is over");
+}
+
+#[test]
+fn prefill_that_ends_the_sequence_cancels_decode() {
+    for reason in [StopReason::Stop, StopReason::Length] {
+        let mut machine = Machine::apart(10);
+        let last = Output { end: Some(LegEnd::Complete { reason, cached_tokens: 3 }), ..out(0, &[10]) };
+        let commands = machine.output(Side::Prefill, last);
+        assert_eq!(commands, [Command::Cancel(Side::Decode), ok(reason, 3)]);
+        assert_eq!(machine.take_fresh(), [10]);
+    }
+}
+
+#[test]
+fn a_failing_leg_cancels_the_other() {
+    for (fails, other) in [(Side::Prefill, Side::Decode), (Side::Decode, Side::Prefill)] {
+        let mut machine = Machine::apart(10);
+        let commands = machine.output(fails, Output::failed(lost()));
+        assert_eq!(commands, [Command::Cancel(other), Command::End(Err(lost()))]);
+        assert!(machine.output(other, Output::failed(lost())).is_empty(), "one error only");
+    }
+}
+
+#[test]
+fn prefill_lost_after_decode_took_over_changes_nothing() {
+    let mut machine = Machine::apart(10);
+    machine.output(Side::Prefill, out(0, &[10]));
+    machine.output(Side::Decode, out(1, &[11]));
+    assert!(machine.output(Side::Prefill, Output::failed(lost())).is_empty());
+    let last = Output { end: complete(StopReason::Stop).end, ..out(2, &[12]) };
+    assert_eq!(machine.output(Side::Decode, last), [ok(StopReason::Stop, 0)]);
+    assert_eq!(machine.take_fresh(), [10, 11, 12]);
+}
+
+#[test]
+fn prefill_lost_before_its_token_fails_even_if_decode_spoke() {
+    let mut machine = Machine::apart(10);
+    machine.output(Side::Decode, out(1, &[11]));
+    let commands = machine.output(Side::Prefill, Output::failed(lost()));
+    assert_eq!(commands, [Command::Cancel(Side::Decode), Command::End(Err(lost()))]);
+}
+
+#[test]
+fn decode_that_finishes_first_waits_for_token_zero_and_the_count_of_cached_tokens() {
+    let mut machine = Machine::apart(3);
+    let last = Output { end: complete(StopReason::Length).end, ..out(1, &[11, 12]) };
+    assert!(machine.output(Side::Decode, last).is_empty());
+    assert_eq!(machine.output(Side::Prefill, out(0, &[10])), [Command::Linger]);
+    assert_eq!(machine.take_fresh(), [10, 11, 12], "nothing but the end waits");
+    assert_eq!(machine.output(Side::Prefill, handed(7)), [ok(StopReason::Length, 7)]);
+}
+
+#[test]
+fn a_silent_prefill_does_not_hold_the_end_for_ever() {
+    let mut machine = Machine::apart(2);
+    machine.output(Side::Prefill, out(0, &[10]));
+    let last = Output { end: complete(StopReason::Length).end, ..out(1, &[11]) };
+    assert_eq!(machine.output(Side::Decode, last), [Command::Linger]);
+    assert_eq!(machine.linger_over(), [ok(StopReason::Length, 0)]);
+}
+
+#[test]
+fn lost_tokens_are_an_error_not_a_short_answer() {
+    let mut machine = Machine::whole(10);
+    machine.output(Side::Whole, out(0, &[1]));
+    let last = Output { end: complete(StopReason::Stop).end, ..out(2, &[3]) };
+    assert!(matches!(machine.output(Side::Whole, last)[..], [Command::End(Err(_))]));
+}
+
+#[test]
+fn stop_and_abort_cancel_what_is_open() {
+    let mut machine = Machine::apart(10);
+    machine.output(Side::Prefill, out(0, &[10]));
+    machine.output(Side::Prefill, handed(0));
+    assert_eq!(machine.stop(), [Command::Cancel(Side::Decode), ok(StopReason::Stop, 0)]);
+    assert!(machine.abort(lost()).is_empty());
+    let mut machine = Machine::whole(10);
+    assert_eq!(machine.abort(lost()), [Command::Cancel(Side::Whole), Command::End(Err(lost()))]);
+}
+
+#[test]
+fn instances_that_break_the_contract_are_told_apart() {
+    let cases = [
+        (Side::Prefill, out(1, &[5])),
+        (Side::Prefill, handed(0)),
+        (Side::Decode, handed(0)),
+        (Side::Decode, out(3, &[1, 2])),
+        (Side::Decode, out(u32::MAX, &[1, 2])),
+    ];
+    for (side, output) in cases {
+        let commands = Machine::apart(4).output(side, output.clone());
+        let Some(Command::End(Err(error))) = commands.last() else { panic!("{output:?} was taken") };
+        assert!(error.message.contains(side.name()), "{error}");
+    }
+}
+
+proptest! {
+    /// However the two streams interleave and repeat themselves, the client gets every token once, in order, and the
+    /// request ends exactly once.
+    #[test]
+    fn any_interleaving_gives_the_same_answer(
+        length in 2u32..20,
+        cuts in prop::collection::vec(1u32..4, 20),
+        order in prop::collection::vec(any::<bool>(), 60),
+        repeat in prop::collection::vec(any::<bool>(), 20),
+    ) {
+        let token = |position: u32| 100 + position;
+        let mut prefill = vec![out(0, &[token(0)]), handed(2)].into_iter().peekable();
+        let mut decode = Vec::new();
+        let mut at = 1;
+        for (cut, again) in cuts.into_iter().zip(repeat) {
+            let to = (at + cut).min(length);
+            let from = if again && at > 1 { at - 1 } else { at };
+            if at < to {
+                decode.push(out(from, &(from..to).map(token).collect::<Vec<_>>()));
+            }
+            at = to;
+        }
+        prop_assume!(at == length);
+        decode.push(complete(StopReason::Length));
+        let mut decode = decode.into_iter().peekable();
+        let mut order = order.into_iter();
+        let mut machine = Machine::apart(length);
+        let (mut got, mut ends) = (Vec::new(), 0);
+        while prefill.peek().is_some() || decode.peek().is_some() {
+            let from_prefill = order.next().unwrap_or(true);
+            let commands = match (from_prefill, prefill.peek().is_some(), decode.peek().is_some()) {
+                (true, true, _) | (_, true, false) => machine.output(Side::Prefill, prefill.next().expect("peeked")),
+                _ => machine.output(Side::Decode, decode.next().expect("peeked")),
+            };
+            got.extend_from_slice(machine.take_fresh());
+            for command in commands {
+                match command {
+                    Command::End(end) => {
+                        ends += 1;
+                        prop_assert_eq!(end, Ok(Completed { reason: StopReason::Length, cached_tokens: 2 }));
+                    }
+                    Command::Linger => {}
+                    Command::Cancel(side) => prop_assert!(false, "cancelled {side:?}"),
+                }
+            }
+        }
+        prop_assert_eq!(got, (0..length).map(token).collect::<Vec<_>>());
+        prop_assert_eq!(ends, 1);
+    }
+}

@@ -1,0 +1,146 @@
+//! Where the legs of one request deliver, and its reader picks up.
+//!
+//! Written by the links' tasks, read by [`super::generation`]. A delivery never waits: one slow client must not hold up
+//! the stream that carries everybody else's tokens. It is bounded all the same: what follows on from the last delivery
+//! of the same leg is appended to it, so a reader that is away costs four bytes a token and no more than the request
+//! may generate; beyond [`MOST_DELIVERIES`] pieces that do not follow on, the instance is at fault and the leg fails.
+
+use std::{
+    collections::VecDeque,
+    task::{Context, Poll, Waker},
+};
+
+use baton_proto::{ApiError, ErrorCode};
+use parking_lot::Mutex;
+
+use super::leg::{LegEnd, Output, Side};
+
+/// Deliveries that may lie in the box. In order, they merge: only a peer that breaks the contract comes near it.
+const MOST_DELIVERIES: usize = 64;
+
+#[derive(Debug, Default)]
+struct Inner {
+    deliveries: VecDeque<(Side, Output)>,
+    reader: Option<Waker>,
+}
+
+/// The box of one request.
+#[derive(Debug, Default)]
+pub struct Mailbox {
+    inner: Mutex<Inner>,
+}
+
+impl Mailbox {
+    /// Leaves what a leg brought.
+    pub fn deliver(&self, side: Side, mut output: Output) {
+        let mut inner = self.inner.lock();
+        let full = inner.deliveries.len() >= MOST_DELIVERIES;
+        match inner.deliveries.back_mut() {
+            Some((last_side, last)) if *last_side == side && follows_on(last, &output) => {
+                last.tokens.append(&mut output.tokens);
+                last.end = output.end;
+            }
+            Some((last_side, last)) if full && *last_side == side => {
+                if last.end.is_none() {
+                    let flood = "the instance floods the request with disordered output";
+                    last.end = Some(LegEnd::Failed(ApiError::new(ErrorCode::Internal, flood)));
+                }
+            }
+            // The other leg's last word is always taken.
+            _ if full && output.end.is_none() => {}
+            _ => inner.deliveries.push_back((side, output)),
+        }
+        let reader = inner.reader.take();
+        drop(inner);
+        if let Some(reader) = reader {
+            reader.wake();
+        }
+    }
+
+    /// Swaps what lies there into `into`, which must be empty; waits if there is nothing.
+    pub fn poll_take(&self, context: &mut Context<'_>, into: &mut VecDeque<(Side, Output)>) -> Poll<()> {
+        debug_assert!(into.is_empty());
+        let mut inner = self.inner.lock();
+        if inner.deliveries.is_empty() {
+            match &mut inner.reader {
+                Some(reader) => reader.clone_from(context.waker()),
+                vacant => *vacant = Some(context.waker().clone()),
+            }
+            return Poll::Pending;
+        }
+        std::mem::swap(&mut inner.deliveries, into);
+        Poll::Ready(())
+    }
+}
+
+fn follows_on(last: &Output, next: &Output) -> bool {
+    last.end.is_none()
+        && (next.tokens.is_empty()
+            || (!last.tokens.is_empty()
+                && u64::from(last.first_position) + last.tokens.len() as u64
+                    == u64::from(next.first_position)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn output(first_position: u32, tokens: &[u32]) -> Output {
+        Output { first_position, tokens: tokens.to_vec(), end: None }
+    }
+
+    fn take(mailbox: &Mailbox) -> Vec<(Side, Output)> {
+        let mut into = VecDeque::new();
+        let _ = mailbox.poll_take(&mut Context::from_waker(Waker::noop()), &mut into);
+        into.into()
+    }
+
+    #[test]
+    fn what_follows_on_is_merged() {
+        let mailbox = Mailbox::default();
+        assert!(take(&mailbox).is_empty());
+        mailbox.deliver(Side::Decode, output(1, &[1]));
+        for position in 2..5000 {
+            mailbox.deliver(Side::Decode, output(position, &[position]));
+        }
+        mailbox.deliver(Side::Decode, Output { end: Some(LegEnd::Cancelled), ..output(0, &[]) });
+        let got = take(&mailbox);
+        assert_eq!(got.len(), 1);
+        assert_eq!(got[0].1.tokens, (1..5000).collect::<Vec<_>>());
+        assert_eq!(got[0].1.end, Some(LegEnd::Cancelled));
+    }
+
+    #[test]
+    fn legs_and_gaps_stay_apart() {
+        let mailbox = Mailbox::default();
+        mailbox.deliver(Side::Decode, output(1, &[1]));
+        mailbox.deliver(Side::Prefill, output(0, &[0]));
+        mailbox.deliver(Side::Prefill, output(3, &[3]));
+        assert_eq!(take(&mailbox).len(), 3);
+    }
+
+    #[test]
+    fn a_flood_fails_the_leg_and_stays_bounded() {
+        let mailbox = Mailbox::default();
+        for position in 0..10_000 {
+            mailbox.deliver(Side::Whole, output(position * 2, &[1]));
+        }
+        let got = take(&mailbox);
+        assert_eq!(got.len(), MOST_DELIVERIES);
+        assert!(matches!(got.last(), Some((_, Output { end: Some(LegEnd::Failed(_)), .. }))));
+    }
+
+    #[test]
+    fn the_reader_is_woken() {
+        let mailbox = std::sync::Arc::new(Mailbox::default());
+        let runtime = tokio::runtime::Builder::new_multi_thread().build().expect("a runtime");
+        let reader = mailbox.clone();
+        let got = runtime.spawn(async move {
+            let mut into = VecDeque::new();
+            std::future::poll_fn(|context| reader.poll_take(context, &mut into)).await;
+            into.len()
+        });
+        mailbox.deliver(Side::Whole, output(0, &[1]));
+        assert_eq!(runtime.block_on(got).expect("the reader ends"), 1);
+    }
+}

@@ -1,0 +1,16 @@
+//! From a placement to tokens in order: both legs out at once, what they bring back merged.
+//!
+//! Called by [`crate::serve`] with a placed request; leaves text to [`crate::stream`]. [`machine`] is the protocol
+//! (pure), [`generation`] drives it for one request, [`link`] is the stream to one instance that all requests share,
+//! [`mailbox`] lies between the two.
+
+mod generation;
+mod leg;
+mod link;
+pub mod machine;
+mod mailbox;
+
+pub use generation::{Assignment, Generation, Progress};
+pub use leg::{LegEnd, Output, Side, StopReason};
+pub use link::{LegGuard, Link, LinkTask, Target};
+pub use machine::Completed;

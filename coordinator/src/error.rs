@@ -1,0 +1,21 @@
+//! Why a coordinator does not start or had to stop. Failures of requests are [`baton_proto::ApiError`]s.
+
+use baton_checkpoint::CheckpointError;
+use baton_process::{ListenError, ProcessError};
+use baton_registry::StoreError;
+
+#[derive(Debug, thiserror::Error)]
+pub enum CoordinatorError {
+    #[error("model.path: {0}")]
+    Checkpoint(#[from] Box<CheckpointError>),
+    #[error("model.path: the text side of the model cannot be used: {0}")]
+    Text(Box<dyn std::error::Error + Send + Sync>),
+    #[error("{key}: {source}")]
+    Listen { key: &'static str, source: ListenError },
+    #[error("the state store cannot be reached: {0}")]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Process(#[from] ProcessError),
+    #[error(transparent)]
+    Id(#[from] baton_proto::IdError),
+}

@@ -1,0 +1,143 @@
+//! Keeps one link per instance of the store's list.
+//!
+//! Spawned once by [`crate::build`]. Reads the list as it changes, starts, retargets and stops [`LinkTask`]s, and hands
+//! out links by instance. Ends at shutdown; the links live on while requests drain over them, until
+//! [`Links::stop_all`].
+
+use std::{collections::HashMap, sync::Arc};
+
+use baton_proto::{CoordinatorId, InstanceId};
+use baton_registry::{FleetSnapshot, Revision};
+use parking_lot::RwLock;
+use tokio::{
+    sync::watch,
+    time::{Instant, MissedTickBehavior, interval},
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use super::{Change, Spec};
+use crate::{
+    config::FleetConfig,
+    dispatch::{Link, LinkTask, Target},
+    metrics::Metrics,
+    schedule::board::Board,
+};
+
+struct Entry {
+    link: Arc<Link>,
+    target: watch::Sender<Target>,
+    stop: CancellationToken,
+}
+
+/// Links by instance.
+#[derive(Default)]
+pub struct Links {
+    entries: RwLock<HashMap<InstanceId, Entry>>,
+}
+
+impl Links {
+    pub fn get(&self, instance: &InstanceId) -> Option<Arc<Link>> {
+        self.entries.read().get(instance).map(|entry| entry.link.clone())
+    }
+
+    /// Ends every stream; what is still on them fails. For the end of a drain.
+    pub fn stop_all(&self) {
+        for entry in self.entries.write().values() {
+            entry.stop.cancel();
+        }
+    }
+}
+
+/// The task that owns the links.
+pub struct Keeper {
+    pub board: Arc<Board>,
+    pub links: Arc<Links>,
+    pub coordinator: CoordinatorId,
+    pub config: FleetConfig,
+    pub metrics: Arc<Metrics>,
+    /// The store's list.
+    pub listed: watch::Receiver<Arc<FleetSnapshot>>,
+    pub tasks: TaskTracker,
+    pub shutdown: CancellationToken,
+}
+
+impl Keeper {
+    /// Runs until shutdown.
+    pub async fn run(mut self) {
+        let mut tick = interval(self.config.sweep);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut source_alive = true;
+        self.take_list();
+        loop {
+            tokio::select! {
+                biased;
+                () = self.shutdown.cancelled() => break,
+                changed = self.listed.changed(), if source_alive => match changed {
+                    Ok(()) => self.take_list(),
+                    Err(_) => source_alive = false,
+                },
+                _ = tick.tick() => {
+                    let changes = self.board.sweep(Instant::now());
+                    self.apply(changes);
+                }
+            }
+        }
+    }
+
+    fn take_list(&mut self) {
+        let listed = self.listed.borrow_and_update().clone();
+        if listed.revision == Revision::default() {
+            // The store has not been read yet.
+            return;
+        }
+        let specs: Vec<_> = listed.instances.values().map(|instance| Spec::from(&instance.spec)).collect();
+        let changes = self.board.list(&specs, Instant::now());
+        self.apply(changes);
+    }
+
+    fn apply(&self, changes: Vec<Change>) {
+        let mut entries = self.links.entries.write();
+        for change in changes {
+            match change {
+                Change::Target(spec) => {
+                    let target =
+                        Target { endpoint: spec.inference_endpoint.clone(), incarnation: spec.incarnation };
+                    match entries.get(&spec.id) {
+                        Some(entry) => {
+                            entry.target.send_if_modified(|held| {
+                                let moved = *held != target;
+                                *held = target;
+                                moved
+                            });
+                        }
+                        None => {
+                            entries.insert(spec.id.clone(), self.start(spec.id, target));
+                        }
+                    }
+                }
+                Change::Forget(id) => {
+                    if let Some(entry) = entries.remove(&id) {
+                        entry.stop.cancel();
+                    }
+                }
+            }
+        }
+    }
+
+    fn start(&self, instance: InstanceId, target: Target) -> Entry {
+        let (target, receiver) = watch::channel(target);
+        let link = Link::new(instance, self.metrics.clone());
+        // Not a child of the shutdown token: requests in flight drain over the links first.
+        let stop = CancellationToken::new();
+        let task = LinkTask {
+            link: link.clone(),
+            board: self.board.clone(),
+            coordinator: self.coordinator.clone(),
+            config: self.config.clone(),
+            target: receiver,
+            stop: stop.clone(),
+        };
+        self.tasks.spawn(task.run());
+        Entry { link, target, stop }
+    }
+}

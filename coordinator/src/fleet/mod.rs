@@ -1,0 +1,268 @@
+//! What this coordinator knows of the instances: the store's list merged with what each instance says on its stream.
+//!
+//! Pure. The [`keeper`] feeds it, [`crate::schedule`] reads it. Three sources disagree at times, and each is believed
+//! for what it knows best: the store says which instances exist and where they are; the stream says which role an
+//! instance has *now* and how busy it is; a broken stream says that it cannot be reached. The last view is kept while
+//! the store is away: loss of the controller stops changes, never traffic.
+
+pub mod keeper;
+
+use std::{collections::BTreeMap, time::Duration};
+
+use baton_proto::{Incarnation, InstanceId, RoleEpoch, v1};
+use baton_registry::InstanceSpec;
+pub use baton_registry::Role;
+use tokio::time::Instant;
+
+/// The role an instance holds, and whether it takes new requests in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Duty {
+    pub role: Role,
+    pub epoch: RoleEpoch,
+    pub ready: bool,
+}
+
+impl From<&v1::RoleChange> for Duty {
+    fn from(change: &v1::RoleChange) -> Self {
+        Self {
+            // A role this build does not know is none that it can use.
+            role: Role::from_wire(change.role).unwrap_or(Role::None),
+            epoch: RoleEpoch(change.epoch),
+            ready: change.phase() == v1::Phase::Ready,
+        }
+    }
+}
+
+/// Where an instance is and what it runs; fixed for one incarnation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Spec {
+    pub id: InstanceId,
+    pub incarnation: Incarnation,
+    /// Prefill and decode are paired within a group.
+    pub group: String,
+    pub model: String,
+    pub revision: String,
+    pub context_tokens: u32,
+    /// Prefill and decode are paired only if their KV caches are laid out alike.
+    pub layout: String,
+    pub block_tokens: u32,
+    /// `host:port` of its Inference service.
+    pub inference_endpoint: String,
+    /// `host:port` of its Handoff service.
+    pub handoff_endpoint: String,
+}
+
+impl From<&InstanceSpec> for Spec {
+    fn from(spec: &InstanceSpec) -> Self {
+        Self {
+            id: spec.id.clone(),
+            incarnation: spec.incarnation,
+            group: spec.group.clone(),
+            model: spec.model.name.clone(),
+            revision: spec.model.revision.clone(),
+            context_tokens: spec.model.context_tokens,
+            layout: spec.kv_layout.fingerprint.clone(),
+            block_tokens: spec.kv_layout.block_tokens.max(1),
+            inference_endpoint: spec.inference_endpoint.clone(),
+            handoff_endpoint: spec.handoff_endpoint.clone(),
+        }
+    }
+}
+
+/// How busy an instance said it is, over all coordinators.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Load {
+    /// Running and waiting.
+    pub sequences: u32,
+    /// Prompt tokens accepted and not yet computed.
+    pub queued_prefill_tokens: u64,
+    /// 0 = not said.
+    pub kv_blocks_total: u32,
+    pub kv_blocks_free: u32,
+    /// 0 = not yet measured.
+    pub prefill_tokens_per_second: u64,
+    /// 0 = not yet measured.
+    pub decode_step_micros: u64,
+}
+
+impl From<&v1::InstanceLoad> for Load {
+    fn from(load: &v1::InstanceLoad) -> Self {
+        Self {
+            sequences: load.running_sequences.saturating_add(load.waiting_sequences),
+            queued_prefill_tokens: load.queued_prefill_tokens,
+            kv_blocks_total: load.kv_blocks_total,
+            kv_blocks_free: load.kv_blocks_free,
+            prefill_tokens_per_second: load.prefill_tokens_per_second,
+            decode_step_micros: load.decode_step_micros,
+        }
+    }
+}
+
+/// Whether the store's list has the instance.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Listing {
+    Listed,
+    Missing { since: Instant },
+}
+
+/// The stream to the instance.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Contact {
+    Down { since: Instant },
+    Up { incarnation: Incarnation, duty: Duty, load: Option<Load> },
+}
+
+/// One instance as this coordinator sees it.
+#[derive(Debug, Clone)]
+pub struct Instance {
+    pub spec: Spec,
+    listing: Listing,
+    contact: Contact,
+}
+
+impl Instance {
+    /// The role it may be given requests in, if any.
+    pub fn duty(&self) -> Option<Duty> {
+        match self.contact {
+            // A stream to another incarnation than the listed one: the list is behind, and its endpoints may be too.
+            Contact::Up { incarnation, duty, .. } if duty.ready && incarnation == self.spec.incarnation => {
+                Some(duty)
+            }
+            _ => None,
+        }
+    }
+
+    /// What it last said of its load; zeros until it has.
+    pub fn load(&self) -> Load {
+        match self.contact {
+            Contact::Up { load, .. } => load.unwrap_or_default(),
+            Contact::Down { .. } => Load::default(),
+        }
+    }
+}
+
+/// What changed between the store's lists, for whoever keeps the streams.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Change {
+    /// A new instance, or a new incarnation or address of a known one: (re)connect.
+    Target(Spec),
+    /// Gone from the list and unreachable for longer than the grace: forget it.
+    Forget(InstanceId),
+}
+
+/// All instances that the store lists or listed lately.
+#[derive(Debug)]
+pub struct Fleet {
+    instances: BTreeMap<InstanceId, Instance>,
+    absent_grace: Duration,
+}
+
+impl Fleet {
+    /// `absent_grace`: how long an instance that the store no longer lists, but whose stream lives, is still used.
+    pub fn new(absent_grace: Duration) -> Self {
+        Self { instances: BTreeMap::new(), absent_grace }
+    }
+
+    /// Takes the store's present list.
+    pub fn list(&mut self, specs: &[Spec], now: Instant) -> Vec<Change> {
+        let mut changes = Vec::new();
+        for spec in specs {
+            match self.instances.get_mut(&spec.id) {
+                Some(known) => {
+                    known.listing = Listing::Listed;
+                    if known.spec != *spec {
+                        known.spec = spec.clone();
+                        changes.push(Change::Target(spec.clone()));
+                    }
+                }
+                None => {
+                    let contact = Contact::Down { since: now };
+                    let instance = Instance { spec: spec.clone(), listing: Listing::Listed, contact };
+                    self.instances.insert(spec.id.clone(), instance);
+                    changes.push(Change::Target(spec.clone()));
+                }
+            }
+        }
+        for (id, instance) in &mut self.instances {
+            if instance.listing == Listing::Listed && !specs.iter().any(|spec| spec.id == *id) {
+                instance.listing = Listing::Missing { since: now };
+            }
+        }
+        changes
+    }
+
+    /// Forgets instances that have been both unlisted and unreachable for longer than the grace.
+    pub fn sweep(&mut self, now: Instant) -> Vec<Change> {
+        let grace = self.absent_grace;
+        let gone = |since: Instant| now.saturating_duration_since(since) > grace;
+        let mut changes = Vec::new();
+        self.instances.retain(|id, instance| {
+            let forget = matches!(
+                (instance.listing, instance.contact),
+                (Listing::Missing { since: a }, Contact::Down { since: b }) if gone(a) && gone(b)
+            );
+            if forget {
+                changes.push(Change::Forget(id.clone()));
+            }
+            !forget
+        });
+        changes
+    }
+
+    /// The stream to an instance stands.
+    pub fn up(&mut self, id: &InstanceId, incarnation: Incarnation, duty: Duty) {
+        if let Some(instance) = self.instances.get_mut(id) {
+            instance.contact = Contact::Up { incarnation, duty, load: None };
+        }
+    }
+
+    /// The stream to an instance broke, or could not be opened.
+    pub fn down(&mut self, id: &InstanceId, now: Instant) {
+        if let Some(instance) = self.instances.get_mut(id)
+            && matches!(instance.contact, Contact::Up { .. })
+        {
+            instance.contact = Contact::Down { since: now };
+        }
+    }
+
+    /// The instance says what it is now. Older epochs than the one held are ignored.
+    pub fn duty(&mut self, id: &InstanceId, change: Duty) {
+        if let Some(Instance { contact: Contact::Up { duty, .. }, .. }) = self.instances.get_mut(id)
+            && change.epoch >= duty.epoch
+        {
+            *duty = change;
+        }
+    }
+
+    /// The instance says how busy it is.
+    pub fn load(&mut self, id: &InstanceId, report: Load) {
+        if let Some(Instance { contact: Contact::Up { load, .. }, .. }) = self.instances.get_mut(id) {
+            *load = Some(report);
+        }
+    }
+
+    /// Instances that may be given new requests, by id.
+    ///
+    /// One that the store dropped while it lists others was taken out on purpose: it is used for the grace, no longer.
+    /// When the store lists none at all, the controller is the one that is away, and live streams are the truth.
+    pub fn usable(&self, now: Instant) -> impl Iterator<Item = (&Instance, Duty)> {
+        let orphaned = !self.instances.values().any(|instance| instance.listing == Listing::Listed);
+        self.instances.values().filter_map(move |instance| {
+            let trusted = match instance.listing {
+                Listing::Listed => true,
+                Listing::Missing { since } => {
+                    orphaned || now.saturating_duration_since(since) <= self.absent_grace
+                }
+            };
+            instance.duty().filter(|_| trusted).map(|duty| (instance, duty))
+        })
+    }
+
+    /// Every instance, usable or not.
+    pub fn all(&self) -> impl ExactSizeIterator<Item = &Instance> {
+        self.instances.values()
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -1,0 +1,157 @@
+//! What clients see: the OpenAI endpoints, models, probes and metrics over HTTP.
+//!
+//! Thin: reads the body within its limits, hands it to [`crate::serve`], and writes the answer as JSON or as
+//! server-sent events. Every error, of whatever path, is an OpenAI-shaped JSON body. When the client goes away, hyper
+//! drops the handler or the body, and with it everything that the request holds.
+
+mod body;
+mod reply;
+mod sse;
+
+use std::{sync::Arc, time::Duration};
+
+use axum::{
+    Router,
+    body::Body,
+    extract::{Path, Request, State},
+    http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header},
+    response::Response,
+    routing::{get, post},
+};
+use baton_process::{HealthHandle, telemetry};
+use baton_proto::{ApiError, ErrorCode, RequestId};
+use tokio::time::{Instant, timeout};
+use tracing::Instrument;
+
+use crate::{
+    admit::RETRY_AFTER,
+    prepare::Endpoint,
+    serve::{Received, Report, Service},
+    stream::{Step, Streaming},
+};
+
+pub use reply::{error_json, error_response};
+use sse::SseBody;
+
+const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const TRACEPARENT: &str = "traceparent";
+/// A stream's head waits this long for the first token, so that what fails before it has a status of its own.
+const HEAD_PATIENCE: Duration = Duration::from_secs(2);
+
+/// All routes.
+pub fn router(service: Arc<Service>, metrics: baton_process::Metrics, health: HealthHandle) -> Router {
+    Router::new()
+        .route(Endpoint::Chat.route(), post(chat))
+        .route(Endpoint::Text.route(), post(text))
+        .route("/v1/models", get(models))
+        .route("/v1/models/{*id}", get(model))
+        .with_state(service)
+        .merge(baton_process::http::router(metrics, health))
+        .method_not_allowed_fallback(wrong_method)
+        .fallback(wrong_path)
+}
+
+async fn chat(State(service): State<Arc<Service>>, request: Request) -> Response {
+    complete(service, Endpoint::Chat, request).await
+}
+
+async fn text(State(service): State<Arc<Service>>, request: Request) -> Response {
+    complete(service, Endpoint::Text, request).await
+}
+
+async fn complete(service: Arc<Service>, endpoint: Endpoint, request: Request) -> Response {
+    let arrived = Instant::now();
+    let (head, body) = request.into_parts();
+    let id = request_id(&head.headers);
+    let span = tracing::info_span!("request", request_id = %id, route = endpoint.route());
+    telemetry::adopt_http(&span, &head.headers);
+    let mut report = Report::new(service.metrics.clone(), endpoint.route(), arrived, span.clone());
+    let answered = async {
+        let ticket = service.gate.enter().inspect_err(|error| report.failed(error))?;
+        let card = service.roster.enter(id.clone(), arrived);
+        let read = body::read(&head.headers, body, service.limits.max_body_bytes).await;
+        let body = read.inspect_err(|error| report.failed(error))?;
+        let traceparent = traceparent(&head.headers);
+        let received = Received { endpoint, body, traceparent, ticket, card, report };
+        let streaming = service.carry(received).await?;
+        answer(&service, &id, streaming).await
+    };
+    let answered = answered.instrument(span).await;
+    let mut response = answered.unwrap_or_else(|error| error_response(&error));
+    if let Ok(value) = HeaderValue::from_str(id.as_str()) {
+        response.headers_mut().insert(X_REQUEST_ID, value);
+    }
+    response
+}
+
+/// Writes the answer: a stream once its first token is there, JSON once it is complete.
+async fn answer(service: &Service, id: &RequestId, mut streaming: Streaming) -> Result<Response, ApiError> {
+    let voice = reply::Voice::new(&service.served, streaming.shape, id);
+    let mut text = String::new();
+    if !streaming.shape.stream {
+        loop {
+            match streaming.step(&mut text).await {
+                Step::More => {}
+                Step::End(Ok(finish)) => return Ok(voice.whole(&text, &finish)),
+                Step::End(Err(error)) => return Err(error),
+            }
+        }
+    }
+    let first = match timeout(HEAD_PATIENCE, streaming.step(&mut text)).await {
+        Ok(Step::End(Err(error))) if text.is_empty() => return Err(error),
+        Ok(step) => Some(step),
+        Err(_) => None,
+    };
+    let body = SseBody::new(voice, streaming, text, first);
+    let mut response = Response::new(Body::from_stream(body));
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+    // Proxies in front must not gather tokens.
+    headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+    Ok(response)
+}
+
+/// The client's id if it sent a usable one, or a fresh one.
+fn request_id(headers: &HeaderMap) -> RequestId {
+    let theirs = headers.get(&X_REQUEST_ID).and_then(|value| value.to_str().ok()).map(RequestId::adopt);
+    theirs.filter(|id| !id.as_str().is_empty()).unwrap_or_else(RequestId::generate)
+}
+
+/// Of the current span if traces are exported, else the client's own, passed on.
+fn traceparent(headers: &HeaderMap) -> String {
+    let mut ours = HeaderMap::new();
+    telemetry::inject_http(&mut ours);
+    let value = ours.get(TRACEPARENT).or_else(|| headers.get(TRACEPARENT));
+    value.and_then(|value| value.to_str().ok()).unwrap_or_default().to_owned()
+}
+
+async fn models(State(service): State<Arc<Service>>) -> Response {
+    reply::models(&service.served)
+}
+
+async fn model(State(service): State<Arc<Service>>, Path(id): Path<String>) -> Response {
+    if id == service.served.name {
+        return reply::model(&service.served);
+    }
+    let message = format!("there is no model `{id}`; there is `{}`", service.served.name);
+    error_response(&ApiError::new(ErrorCode::ModelNotFound, message).param("model"))
+}
+
+async fn wrong_path(uri: Uri) -> Response {
+    let message =
+        format!("there is nothing at {}; see /v1/chat/completions, /v1/completions, /v1/models", uri.path());
+    error_response(&ApiError::new(ErrorCode::NotFound, message))
+}
+
+async fn wrong_method(method: Method, uri: Uri) -> Response {
+    let message = format!("{} is not called with {method}", uri.path());
+    let mut response = error_response(&ApiError::new(ErrorCode::InvalidArgument, message));
+    *response.status_mut() = StatusCode::METHOD_NOT_ALLOWED;
+    response
+}
+
+/// Seconds for the `Retry-After` header.
+fn retry_after() -> HeaderValue {
+    HeaderValue::from(RETRY_AFTER.as_secs())
+}

@@ -1,0 +1,78 @@
+//! The body of a streamed answer: server-sent events, one write per engine step.
+
+use std::{
+    convert::Infallible,
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use bytes::Bytes;
+use futures::Stream;
+
+use super::reply::Voice;
+use crate::stream::{Step, Streaming};
+
+/// Reads the answer as the client reads; dropped by hyper when the client has gone.
+pub(super) struct SseBody {
+    voice: Voice,
+    /// `None` once the answer has ended.
+    streaming: Option<Streaming>,
+    /// What came while the head waited.
+    first: Option<Step>,
+    /// Text that has not been written, reused from step to step.
+    text: String,
+    opened: bool,
+}
+
+impl SseBody {
+    pub(super) fn new(voice: Voice, streaming: Streaming, text: String, first: Option<Step>) -> Self {
+        Self { voice, streaming: Some(streaming), first, text, opened: false }
+    }
+
+    fn write(&mut self, step: Step) -> Bytes {
+        let mut out = Vec::with_capacity(512);
+        if !std::mem::replace(&mut self.opened, true) {
+            self.voice.opening(&mut out);
+        }
+        if !self.text.is_empty() {
+            self.voice.text(&mut out, &self.text);
+            self.text.clear();
+        }
+        match step {
+            Step::More => {}
+            Step::End(end) => {
+                match end {
+                    Ok(finish) => self.voice.closing(&mut out, &finish),
+                    Err(error) => self.voice.failure(&mut out, &error),
+                }
+                // Gives the seat back now, not when the client has read everything.
+                self.streaming = None;
+            }
+        }
+        out.into()
+    }
+}
+
+impl Stream for SseBody {
+    type Item = Result<Bytes, Infallible>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let body = &mut *self;
+        let Some(streaming) = &mut body.streaming else { return Poll::Ready(None) };
+        let step = match body.first.take() {
+            Some(step) => step,
+            None => match streaming.poll_step(context, &mut body.text) {
+                Poll::Ready(step) => step,
+                // The head has gone out without a token: the opening tells the client that it is being served.
+                Poll::Pending if !body.opened => Step::More,
+                Poll::Pending => return Poll::Pending,
+            },
+        };
+        let bytes = body.write(step);
+        // A text completion's opening is nothing: wait for more.
+        if bytes.is_empty() {
+            return self.poll_next(context);
+        }
+        Poll::Ready(Some(Ok(bytes)))
+    }
+}

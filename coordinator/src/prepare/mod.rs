@@ -1,0 +1,194 @@
+//! From a request's body to what instances understand: validated, through the chat template, tokenised once.
+//!
+//! Called by [`crate::serve`]. Pure but for the model's tables: randomness comes in as an argument. From here on only
+//! token ids travel.
+
+pub mod openai;
+mod sampling;
+pub mod served;
+
+use std::sync::Arc;
+
+use baton_proto::{ApiError, ErrorCode};
+
+pub use sampling::{Sampling, TokenLimits};
+pub use served::{Served, TextModel, TextReader, Turn};
+
+use openai::{Content, Message, Prompt, Request};
+
+/// Which of OpenAI's two endpoints was called.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Endpoint {
+    Chat,
+    Text,
+}
+
+impl Endpoint {
+    /// Its path.
+    pub fn route(self) -> &'static str {
+        match self {
+            Self::Chat => "/v1/chat/completions",
+            Self::Text => "/v1/completions",
+        }
+    }
+}
+
+/// How the answer is to look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shape {
+    pub endpoint: Endpoint,
+    pub stream: bool,
+    /// A last chunk with the usage.
+    pub include_usage: bool,
+}
+
+/// A request that is valid and tokenised.
+#[derive(Debug)]
+pub struct Prepared {
+    pub shape: Shape,
+    pub prompt: Arc<[u32]>,
+    pub sampling: Sampling,
+    pub stops: Vec<String>,
+}
+
+impl Prepared {
+    /// Its length; fits, as it is within the context.
+    pub fn prompt_tokens(&self) -> u32 {
+        self.prompt.len() as u32
+    }
+}
+
+fn invalid(field: impl Into<String>, message: &str) -> ApiError {
+    let field = field.into();
+    ApiError::new(ErrorCode::InvalidArgument, format!("{field}: {message}")).param(field)
+}
+
+/// Checks and tokenises one body. `seed` is used if the request names none.
+pub fn prepare(served: &Served, endpoint: Endpoint, body: &[u8], seed: u64) -> Result<Prepared, ApiError> {
+    let request = openai::parse(body)?;
+    check_model(served, &request)?;
+    request.refuse_unserved()?;
+    let shape = shape(endpoint, &request)?;
+    let prompt = match endpoint {
+        Endpoint::Chat => served.text.tokenise_chat(&turns(request.messages.as_deref())?)?,
+        Endpoint::Text => text_prompt(served, request.prompt.as_ref())?,
+    };
+    if prompt.is_empty() {
+        let field = if endpoint == Endpoint::Chat { "messages" } else { "prompt" };
+        return Err(invalid(field, "must not be empty"));
+    }
+    let prompt_tokens = u32::try_from(prompt.len()).unwrap_or(u32::MAX);
+    let sampling = sampling::sampling(&request, prompt_tokens, served.limits, &served.stop_tokens, seed)?;
+    let vocabulary = served.text.vocabulary();
+    if let Some(id) = sampling.stop_token_ids.iter().find(|&&id| id >= vocabulary) {
+        return Err(invalid("stop_token_ids", &format!("{id} is no token: ids end at {}", vocabulary - 1)));
+    }
+    let stops = sampling::stops(request)?;
+    Ok(Prepared { shape, prompt: prompt.into(), sampling, stops })
+}
+
+fn check_model(served: &Served, request: &Request) -> Result<(), ApiError> {
+    match &request.model {
+        Some(model) if *model == served.name => Ok(()),
+        Some(model) => {
+            let message = format!("model: there is no model `{model}`; there is `{}`", served.name);
+            Err(ApiError::new(ErrorCode::ModelNotFound, message).param("model"))
+        }
+        None => Err(invalid("model", &format!("must be given; there is `{}`", served.name))),
+    }
+}
+
+fn shape(endpoint: Endpoint, request: &Request) -> Result<Shape, ApiError> {
+    let stream = request.stream.unwrap_or(false);
+    if request.stream_options.is_some() && !stream {
+        return Err(invalid("stream_options", "is allowed only with `stream`: true"));
+    }
+    let include_usage = request.stream_options.as_ref().and_then(|options| options.include_usage);
+    Ok(Shape { endpoint, stream, include_usage: include_usage.unwrap_or(false) })
+}
+
+fn turns(messages: Option<&[Message]>) -> Result<Vec<Turn>, ApiError> {
+    let messages = messages.ok_or_else(|| invalid("messages", "must be given: a list of messages"))?;
+    if messages.is_empty() {
+        return Err(invalid("messages", "must hold at least one message"));
+    }
+    messages.iter().enumerate().map(|(index, message)| turn(index, message)).collect()
+}
+
+fn turn(index: usize, message: &Message) -> Result<Turn, ApiError> {
+    let field = |name: &str| format!("messages[{index}].{name}");
+    let unserved = |name: &str, why: &str| {
+        ApiError::new(ErrorCode::Unsupported, format!("{}: {why}", field(name))).param(field(name))
+    };
+    let role = match message.role.as_deref() {
+        Some("system" | "developer") => "system",
+        Some("user") => "user",
+        Some("assistant") => "assistant",
+        Some("tool" | "function") => return Err(unserved("role", "tools are not served")),
+        Some(other) => {
+            let message = format!("must be `system`, `user` or `assistant`, got `{other}`");
+            return Err(invalid(field("role"), &message));
+        }
+        None => return Err(invalid(field("role"), "must be given: `system`, `user` or `assistant`")),
+    };
+    if message.tool_calls.as_ref().is_some_and(|calls| calls.as_array().is_none_or(|list| !list.is_empty())) {
+        return Err(unserved("tool_calls", "tools are not served"));
+    }
+    let content = match &message.content {
+        Some(Content::Text(text)) => text.clone(),
+        Some(Content::Parts(parts)) => {
+            let mut whole = String::new();
+            for (at, part) in parts.iter().enumerate() {
+                match (part.kind.as_deref(), &part.text) {
+                    (Some("text"), Some(text)) => whole.push_str(text),
+                    (Some("text"), None) => {
+                        return Err(invalid(field(&format!("content[{at}].text")), "must be given"));
+                    }
+                    (Some(kind), _) => {
+                        let why = format!("only parts of type `text` are served, got `{kind}`");
+                        return Err(unserved(&format!("content[{at}].type"), &why));
+                    }
+                    (None, _) => {
+                        return Err(invalid(field(&format!("content[{at}].type")), "must be given"));
+                    }
+                }
+            }
+            whole
+        }
+        // An assistant's turn without words is what clients send back after tool calls.
+        None if role == "assistant" => String::new(),
+        None => return Err(invalid(field("content"), "must be given: a string or a list of text parts")),
+    };
+    Ok(Turn { role, content })
+}
+
+fn text_prompt(served: &Served, prompt: Option<&Prompt>) -> Result<Vec<u32>, ApiError> {
+    let several = |count: usize| {
+        let message =
+            format!("prompt: one prompt per request is served, got {count}; send one request for each");
+        ApiError::new(ErrorCode::Unsupported, message).param("prompt")
+    };
+    let tokens = |ids: &[u32]| {
+        let vocabulary = served.text.vocabulary();
+        match ids.iter().find(|&&id| id >= vocabulary) {
+            Some(id) => Err(invalid("prompt", &format!("{id} is no token: ids end at {}", vocabulary - 1))),
+            None => Ok(ids.to_vec()),
+        }
+    };
+    match prompt {
+        None => Err(invalid("prompt", "must be given: a string or a list of token ids")),
+        Some(Prompt::Text(text)) => served.text.tokenise_text(text),
+        Some(Prompt::Tokens(ids)) => tokens(ids),
+        Some(Prompt::Texts(texts)) => match texts.as_slice() {
+            [text] => served.text.tokenise_text(text),
+            more => Err(several(more.len())),
+        },
+        Some(Prompt::TokenLists(lists)) => match lists.as_slice() {
+            [ids] => tokens(ids),
+            more => Err(several(more.len())),
+        },
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

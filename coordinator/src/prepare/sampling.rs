@@ -1,0 +1,274 @@
+//! How tokens are chosen, checked and with every default filled in.
+
+use baton_proto::{ApiError, ErrorCode, v1};
+
+use super::openai::Request;
+
+/// Stop strings a request may name, and the longest of them.
+const STOPS_MOST: usize = 16;
+const STOP_BYTES_MOST: usize = 1024;
+/// Stop tokens a request may name.
+const STOP_TOKENS_MOST: usize = 64;
+
+/// Sampling as instances are told it. Randomness is a pure function of (seed, position).
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sampling {
+    /// 0 = greedy.
+    pub temperature: f32,
+    /// 1 = off.
+    pub top_p: f32,
+    /// 0 = off.
+    pub top_k: u32,
+    /// 0 = off.
+    pub min_p: f32,
+    pub frequency_penalty: f32,
+    pub presence_penalty: f32,
+    /// 1 = off.
+    pub repetition_penalty: f32,
+    pub seed: u64,
+    /// At least 1.
+    pub max_tokens: u32,
+    pub stop_token_ids: Vec<u32>,
+    /// Stop tokens do not end the sequence.
+    pub ignore_eos: bool,
+}
+
+impl From<&Sampling> for v1::Sampling {
+    fn from(sampling: &Sampling) -> Self {
+        Self {
+            temperature: sampling.temperature,
+            top_p: sampling.top_p,
+            top_k: sampling.top_k,
+            min_p: sampling.min_p,
+            frequency_penalty: sampling.frequency_penalty,
+            presence_penalty: sampling.presence_penalty,
+            repetition_penalty: sampling.repetition_penalty,
+            seed: sampling.seed,
+            max_tokens: sampling.max_tokens,
+            stop_token_ids: sampling.stop_token_ids.clone(),
+            ignore_eos: sampling.ignore_eos,
+        }
+    }
+}
+
+/// What bounds the number of tokens.
+#[derive(Debug, Clone, Copy)]
+pub struct TokenLimits {
+    pub context_tokens: u32,
+    /// 0 = the context's rest.
+    pub max_completion_tokens: u32,
+}
+
+fn invalid(field: &str, message: String) -> ApiError {
+    ApiError::new(ErrorCode::InvalidArgument, format!("{field}: {message}")).param(field)
+}
+
+fn within(field: &str, value: Option<f64>, default: f32, least: f64, most: f64) -> Result<f32, ApiError> {
+    match value {
+        None => Ok(default),
+        Some(value) if (least..=most).contains(&value) => Ok(value as f32),
+        Some(value) => Err(invalid(field, format!("must be {least} to {most}, got {value}"))),
+    }
+}
+
+/// Checks the sampling fields of a request. `seed` is taken if the request names none; `model_stops` are the tokens
+/// that end a sequence of this model.
+pub(super) fn sampling(
+    request: &Request,
+    prompt_tokens: u32,
+    limits: TokenLimits,
+    model_stops: &[u32],
+    seed: u64,
+) -> Result<Sampling, ApiError> {
+    let top_p = within("top_p", request.top_p, 1.0, 0.0, 1.0)?;
+    let temperature = within("temperature", request.temperature, 1.0, 0.0, 2.0)?;
+    let top_k = match request.top_k {
+        None | Some(-1 | 0) => 0,
+        Some(k) => u32::try_from(k)
+            .map_err(|_| invalid("top_k", format!("must be 0 (off) to {}, got {k}", u32::MAX)))?,
+    };
+    let repetition_penalty = match request.repetition_penalty {
+        Some(value) if !(value > 0.0 && value <= 10.0) => {
+            return Err(invalid(
+                "repetition_penalty",
+                format!("must be above 0 and at most 10, got {value}"),
+            ));
+        }
+        other => other.unwrap_or(1.0) as f32,
+    };
+    let mut stop_token_ids = model_stops.to_vec();
+    let asked = request.stop_token_ids.as_deref().unwrap_or_default();
+    if asked.len() > STOP_TOKENS_MOST {
+        let message = format!("at most {STOP_TOKENS_MOST} may be given, got {}", asked.len());
+        return Err(invalid("stop_token_ids", message));
+    }
+    stop_token_ids.extend(asked);
+    stop_token_ids.sort_unstable();
+    stop_token_ids.dedup();
+    Ok(Sampling {
+        // An empty nucleus leaves the likeliest token only.
+        temperature: if top_p == 0.0 { 0.0 } else { temperature },
+        top_p: if top_p == 0.0 { 1.0 } else { top_p },
+        top_k,
+        min_p: within("min_p", request.min_p, 0.0, 0.0, 1.0)?,
+        frequency_penalty: within("frequency_penalty", request.frequency_penalty, 0.0, -2.0, 2.0)?,
+        presence_penalty: within("presence_penalty", request.presence_penalty, 0.0, -2.0, 2.0)?,
+        repetition_penalty,
+        seed: request.seed.map_or(seed, i64::cast_unsigned),
+        max_tokens: max_tokens(request, prompt_tokens, limits)?,
+        stop_token_ids,
+        ignore_eos: request.ignore_eos.unwrap_or(false),
+    })
+}
+
+fn max_tokens(request: &Request, prompt_tokens: u32, limits: TokenLimits) -> Result<u32, ApiError> {
+    let context = limits.context_tokens;
+    let too_long =
+        |message: String, field: &str| ApiError::new(ErrorCode::ContextLengthExceeded, message).param(field);
+    let prompt_field = if request.messages.is_some() { "messages" } else { "prompt" };
+    let Some(rest) = context.checked_sub(prompt_tokens).filter(|&rest| rest > 0) else {
+        let message = format!(
+            "the model's context is {context} tokens and the prompt has {prompt_tokens}; at least 1 must be left for the answer: shorten the prompt"
+        );
+        return Err(too_long(message, prompt_field));
+    };
+    let (field, asked) = match (request.max_completion_tokens, request.max_tokens) {
+        (Some(asked), _) => ("max_completion_tokens", asked),
+        (None, Some(asked)) => ("max_tokens", asked),
+        (None, None) => {
+            let most = limits.max_completion_tokens;
+            return Ok(if most == 0 { rest } else { rest.min(most) });
+        }
+    };
+    let asked = u32::try_from(asked)
+        .ok()
+        .filter(|&asked| asked > 0)
+        .ok_or_else(|| invalid(field, format!("must be at least 1, got {asked}")))?;
+    if asked > rest {
+        let message = format!(
+            "the model's context is {context} tokens, but {} were asked for: {prompt_tokens} in the prompt and {asked} in the answer ({field}); lessen one of them",
+            u64::from(prompt_tokens) + u64::from(asked),
+        );
+        return Err(too_long(message, field));
+    }
+    match limits.max_completion_tokens {
+        most if most > 0 && asked > most => {
+            Err(invalid(field, format!("must be 1 to {most} here, got {asked}")))
+        }
+        _ => Ok(asked),
+    }
+}
+
+/// Checks the stop strings of a request.
+pub(super) fn stops(request: Request) -> Result<Vec<String>, ApiError> {
+    use super::openai::Stop;
+    let stops = match request.stop {
+        None => Vec::new(),
+        Some(Stop::One(stop)) => vec![stop],
+        Some(Stop::Many(stops)) => stops,
+    };
+    if stops.len() > STOPS_MOST {
+        return Err(invalid(
+            "stop",
+            format!("at most {STOPS_MOST} strings may be given, got {}", stops.len()),
+        ));
+    }
+    if stops.iter().any(String::is_empty) {
+        return Err(invalid("stop", "must not hold an empty string".into()));
+    }
+    if let Some(long) = stops.iter().find(|stop| stop.len() > STOP_BYTES_MOST) {
+        let message = format!("a string may have at most {STOP_BYTES_MOST} bytes, got {}", long.len());
+        return Err(invalid("stop", message));
+    }
+    Ok(stops)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::openai::parse, *};
+
+    const LIMITS: TokenLimits = TokenLimits { context_tokens: 100, max_completion_tokens: 0 };
+
+    fn check(body: &str) -> Result<Sampling, ApiError> {
+        sampling(&parse(body.as_bytes()).expect(body), 10, LIMITS, &[2], 7)
+    }
+
+    #[test]
+    fn defaults_are_those_of_openai() {
+        let sampling = check("{}").expect("is taken");
+        let expected = Sampling {
+            temperature: 1.0,
+            top_p: 1.0,
+            top_k: 0,
+            min_p: 0.0,
+            frequency_penalty: 0.0,
+            presence_penalty: 0.0,
+            repetition_penalty: 1.0,
+            seed: 7,
+            max_tokens: 90,
+            stop_token_ids: vec![2],
+            ignore_eos: false,
+        };
+        assert_eq!(sampling, expected);
+    }
+
+    #[test]
+    fn values_out_of_range_are_refused_by_name_and_range() {
+        let cases = [
+            (r#"{"temperature": 2.1}"#, "temperature", "0 to 2"),
+            (r#"{"temperature": -0.1}"#, "temperature", "0 to 2"),
+            (r#"{"top_p": 1.01}"#, "top_p", "0 to 1"),
+            (r#"{"top_k": -2}"#, "top_k", "0 (off) to"),
+            (r#"{"min_p": 2}"#, "min_p", "0 to 1"),
+            (r#"{"frequency_penalty": 3}"#, "frequency_penalty", "-2 to 2"),
+            (r#"{"presence_penalty": -3}"#, "presence_penalty", "-2 to 2"),
+            (r#"{"repetition_penalty": 0}"#, "repetition_penalty", "above 0"),
+            (r#"{"max_tokens": 0}"#, "max_tokens", "at least 1"),
+            (r#"{"max_tokens": -5}"#, "max_tokens", "at least 1"),
+            (r#"{"max_completion_tokens": 0}"#, "max_completion_tokens", "at least 1"),
+        ];
+        for (body, field, range) in cases {
+            let error = check(body).expect_err(body);
+            assert_eq!((error.code, error.param.as_deref()), (ErrorCode::InvalidArgument, Some(field)));
+            assert!(error.message.contains(range) && error.message.contains(field), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_context_bounds_the_answer_and_errors_count() {
+        assert_eq!(check(r#"{"max_tokens": 90}"#).expect("fits").max_tokens, 90);
+        let error = check(r#"{"max_tokens": 91, "prompt": "x"}"#).expect_err("too long");
+        assert_eq!(error.code, ErrorCode::ContextLengthExceeded);
+        for count in ["100", "101", "10 in the prompt", "91 in the answer"] {
+            assert!(error.message.contains(count), "{error}");
+        }
+        let request = parse(br#"{"prompt": "x"}"#).expect("parses");
+        let error = sampling(&request, 100, LIMITS, &[], 0).expect_err("no room for an answer");
+        assert_eq!((error.code, error.param.as_deref()), (ErrorCode::ContextLengthExceeded, Some("prompt")));
+        let tight = TokenLimits { max_completion_tokens: 5, ..LIMITS };
+        assert_eq!(sampling(&request, 1, tight, &[], 0).expect("fits").max_tokens, 5);
+        let request = parse(br#"{"max_tokens": 6}"#).expect("parses");
+        assert!(sampling(&request, 1, tight, &[], 0).is_err());
+    }
+
+    #[test]
+    fn the_newer_name_wins_and_an_empty_nucleus_is_greedy() {
+        let both = check(r#"{"max_tokens": 5, "max_completion_tokens": 6}"#).expect("is taken");
+        assert_eq!(both.max_tokens, 6);
+        let greedy = check(r#"{"top_p": 0, "temperature": 1.5, "seed": -1, "top_k": -1}"#).expect("is taken");
+        assert_eq!((greedy.temperature, greedy.top_p, greedy.seed), (0.0, 1.0, u64::MAX));
+    }
+
+    #[test]
+    fn stops_are_one_or_many_and_never_empty() {
+        let check = |body: &str| stops(parse(body.as_bytes()).expect(body));
+        assert_eq!(check(r#"{"stop": "a"}"#).expect("is taken"), ["a"]);
+        assert_eq!(check(r#"{"stop": ["a", "b", "c", "d", "e"]}"#).expect("is taken").len(), 5);
+        assert!(check("{}").expect("is taken").is_empty());
+        for bad in [r#"{"stop": ""}"#, r#"{"stop": ["a", ""]}"#] {
+            assert_eq!(check(bad).expect_err(bad).param.as_deref(), Some("stop"));
+        }
+        let many = format!(r#"{{"stop": {:?}}}"#, vec!["x"; STOPS_MOST + 1]);
+        assert!(check(&many).expect_err("too many").message.contains("at most 16"));
+    }
+}

@@ -1,0 +1,158 @@
+//! Bad requests by field, good ones by what they become; a byte-per-token model that other tests share.
+
+use super::*;
+
+/// One token per byte; the template is `role:content\n` per turn and `assistant:`.
+pub(crate) struct Bytes;
+
+struct ByteReader {
+    stops: Vec<String>,
+    all: String,
+    given: usize,
+}
+
+impl TextModel for Bytes {
+    fn tokenise_text(&self, text: &str) -> Result<Vec<u32>, ApiError> {
+        Ok(text.bytes().map(u32::from).collect())
+    }
+
+    fn tokenise_chat(&self, turns: &[Turn]) -> Result<Vec<u32>, ApiError> {
+        let mut text: String = turns.iter().map(|turn| format!("{}:{}\n", turn.role, turn.content)).collect();
+        text.push_str("assistant:");
+        self.tokenise_text(&text)
+    }
+
+    fn reader(&self, stops: Vec<String>) -> Box<dyn TextReader> {
+        Box::new(ByteReader { stops, all: String::new(), given: 0 })
+    }
+
+    fn vocabulary(&self) -> u32 {
+        256
+    }
+}
+
+impl TextReader for ByteReader {
+    fn push(&mut self, token: u32, text: &mut String) -> bool {
+        self.all.push(char::from(token as u8));
+        if let Some(at) = self.stops.iter().filter_map(|stop| self.all.find(stop.as_str())).min() {
+            text.push_str(&self.all[self.given..at.max(self.given)]);
+            return true;
+        }
+        let longest = self.stops.iter().map(String::len).max().unwrap_or(0).saturating_sub(1);
+        let certain = self.all.len().saturating_sub(longest).max(self.given);
+        text.push_str(&self.all[self.given..certain]);
+        self.given = certain;
+        false
+    }
+
+    fn finish(&mut self, text: &mut String) {
+        text.push_str(&self.all[self.given..]);
+        self.given = self.all.len();
+    }
+}
+
+pub(crate) fn served() -> Served {
+    Served {
+        name: "tiny".into(),
+        checkpoint: "tiny".into(),
+        revision: "r1".into(),
+        limits: TokenLimits { context_tokens: 200, max_completion_tokens: 0 },
+        stop_tokens: vec![0],
+        since: 1,
+        text: Arc::new(Bytes),
+    }
+}
+
+fn chat(body: &str) -> Result<Prepared, ApiError> {
+    prepare(&served(), Endpoint::Chat, body.as_bytes(), 1)
+}
+
+fn text(body: &str) -> Result<Prepared, ApiError> {
+    prepare(&served(), Endpoint::Text, body.as_bytes(), 1)
+}
+
+fn words(prepared: &Prepared) -> String {
+    prepared.prompt.iter().map(|&token| char::from(token as u8)).collect()
+}
+
+#[test]
+fn chats_go_through_the_template() {
+    let prepared = chat(
+        r#"{"model": "tiny", "stream": true, "stream_options": {"include_usage": true}, "messages": [
+            {"role": "developer", "content": "be brief"},
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+            {"role": "assistant", "content": null},
+            {"role": "user", "content": "c"}]}"#,
+    )
+    .expect("is taken");
+    assert_eq!(words(&prepared), "system:be brief\nuser:ab\nassistant:\nuser:c\nassistant:");
+    assert_eq!(prepared.shape, Shape { endpoint: Endpoint::Chat, stream: true, include_usage: true });
+    assert_eq!(prepared.sampling.stop_token_ids, [0]);
+}
+
+#[test]
+fn prompts_come_as_text_or_tokens_one_at_a_time() {
+    for prompt in [r#""hi""#, "[104, 105]", r#"["hi"]"#, "[[104, 105]]"] {
+        let prepared = text(&format!(r#"{{"model": "tiny", "prompt": {prompt}}}"#)).expect(prompt);
+        assert_eq!(words(&prepared), "hi", "{prompt}");
+    }
+    for (prompt, code) in [
+        (r#"["a", "b"]"#, ErrorCode::Unsupported),
+        ("[[1], [2]]", ErrorCode::Unsupported),
+        ("[]", ErrorCode::InvalidArgument),
+        (r#""""#, ErrorCode::InvalidArgument),
+        ("[256]", ErrorCode::InvalidArgument),
+        ("null", ErrorCode::InvalidArgument),
+    ] {
+        let error = text(&format!(r#"{{"model": "tiny", "prompt": {prompt}}}"#)).expect_err(prompt);
+        assert_eq!((error.code, error.param.as_deref()), (code, Some("prompt")), "{prompt}");
+    }
+}
+
+#[test]
+fn bad_chats_are_told_by_field() {
+    use ErrorCode::{ContextLengthExceeded, InvalidArgument, ModelNotFound, Unsupported};
+    let long =
+        format!(r#""model": "tiny", "messages": [{{"role": "user", "content": "{}"}}]"#, "x".repeat(300));
+    let cases = [
+        (r#""messages": []"#, InvalidArgument, "model"),
+        (r#""model": "other""#, ModelNotFound, "model"),
+        (r#""model": "tiny""#, InvalidArgument, "messages"),
+        (r#""model": "tiny", "messages": []"#, InvalidArgument, "messages"),
+        (r#""model": "tiny", "messages": [{"content": "x"}]"#, InvalidArgument, "messages[0].role"),
+        (
+            r#""model": "tiny", "messages": [{"role": "user", "content": "x"}, {"role": "king", "content": "x"}]"#,
+            InvalidArgument,
+            "messages[1].role",
+        ),
+        (
+            r#""model": "tiny", "messages": [{"role": "tool", "content": "x"}]"#,
+            Unsupported,
+            "messages[0].role",
+        ),
+        (r#""model": "tiny", "messages": [{"role": "user"}]"#, InvalidArgument, "messages[0].content"),
+        (
+            r#""model": "tiny", "messages": [{"role": "user", "content": [{"type": "image_url"}]}]"#,
+            Unsupported,
+            "messages[0].content[0].type",
+        ),
+        (
+            r#""model": "tiny", "messages": [{"role": "user", "content": "x"}], "stream_options": {}"#,
+            InvalidArgument,
+            "stream_options",
+        ),
+        (
+            r#""model": "tiny", "messages": [{"role": "user", "content": "x"}], "stop_token_ids": [256]"#,
+            InvalidArgument,
+            "stop_token_ids",
+        ),
+        (&long, ContextLengthExceeded, "messages"),
+    ];
+    for (body, code, field) in cases {
+        let error = chat(&format!("{{{body}}}")).expect_err(body);
+        assert_eq!((error.code, error.param.as_deref()), (code, Some(field)), "{body}: {error}");
+        assert!(error.message.starts_with(field) || code == ContextLengthExceeded, "{error}");
+    }
+    let unknown = chat(r#"{"model": "other"}"#).expect_err("unknown");
+    assert!(unknown.message.contains("`tiny`"), "{unknown}");
+}

@@ -1,0 +1,169 @@
+//! The fleet and the ledger behind one lock, held for microseconds, never across an await.
+//!
+//! Written by the fleet's keeper, the links and the guards of placed work; read by whoever places a request.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use baton_proto::{Incarnation, InstanceId};
+use parking_lot::Mutex;
+use tokio::{sync::watch, time::Instant};
+
+use super::{
+    Ask, NoPlace, Placement, Receipt, Seat,
+    ledger::{Ledger, Work},
+    place,
+};
+use crate::fleet::{Change, Duty, Fleet, Load, Spec};
+
+struct State {
+    fleet: Fleet,
+    ledger: Ledger,
+}
+
+/// What placement is decided from.
+pub struct Board {
+    state: Mutex<State>,
+    turns: AtomicU64,
+    /// Counts changes of who is usable.
+    version: watch::Sender<u64>,
+}
+
+impl Board {
+    /// `absent_grace`: see [`Fleet::new`].
+    pub fn new(absent_grace: Duration) -> Arc<Self> {
+        let state = State { fleet: Fleet::new(absent_grace), ledger: Ledger::default() };
+        Arc::new(Self { state: Mutex::new(state), turns: AtomicU64::new(0), version: watch::Sender::new(0) })
+    }
+
+    /// Wakes on every change of who is usable.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.version.subscribe()
+    }
+
+    fn changed<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        let result = change(&mut self.state.lock());
+        self.version.send_modify(|version| *version += 1);
+        result
+    }
+
+    /// The store's present list of instances.
+    pub fn list(&self, specs: &[Spec], now: Instant) -> Vec<Change> {
+        self.changed(|state| state.fleet.list(specs, now))
+    }
+
+    /// Instances to forget.
+    pub fn sweep(&self, now: Instant) -> Vec<Change> {
+        self.state.lock().fleet.sweep(now)
+    }
+
+    pub fn up(&self, id: &InstanceId, incarnation: Incarnation, duty: Duty) {
+        self.changed(|state| state.fleet.up(id, incarnation, duty));
+    }
+
+    pub fn down(&self, id: &InstanceId, now: Instant) {
+        self.changed(|state| {
+            state.fleet.down(id, now);
+            state.ledger.forget_report(id);
+        });
+    }
+
+    pub fn duty(&self, id: &InstanceId, duty: Duty) {
+        self.changed(|state| state.fleet.duty(id, duty));
+    }
+
+    pub fn load(&self, id: &InstanceId, load: Load) {
+        let state = &mut *self.state.lock();
+        state.fleet.load(id, load);
+        state.ledger.reported(id);
+    }
+
+    /// Whether a request of one token could be placed now.
+    pub fn can_serve(&self, model: &str, revision: &str) -> Result<(), NoPlace> {
+        let state = self.state.lock();
+        let ask = Ask { prompt_tokens: 1, max_tokens: 1, model, revision, turn: 0 };
+        place(&state.fleet, &state.ledger, &ask, Instant::now()).map(drop)
+    }
+
+    /// Chooses where a request goes and books its work there at once.
+    pub fn place(
+        self: &Arc<Self>,
+        prompt_tokens: u32,
+        max_tokens: u32,
+        model: &str,
+        revision: &str,
+    ) -> Result<Booking, NoPlace> {
+        let turn = self.turns.fetch_add(1, Ordering::Relaxed);
+        let ask = Ask { prompt_tokens, max_tokens, model, revision, turn };
+        let state = &mut *self.state.lock();
+        let (placement, receipt) = place(&state.fleet, &state.ledger, &ask, Instant::now())?;
+        let prompt = u64::from(prompt_tokens);
+        let entry = |seat: &Seat, prefill_tokens| {
+            let work = Work { prefill_tokens, sequences: 1, blocks: seat.blocks };
+            (seat.instance.clone(), work)
+        };
+        let (prefill, decode) = match &placement {
+            Placement::Mixed(seat) => (entry(seat, prompt), None),
+            Placement::Apart { prefill, decode } => (entry(prefill, prompt), Some(entry(decode, 0))),
+        };
+        for (instance, work) in [Some(&prefill), decode.as_ref()].into_iter().flatten() {
+            state.ledger.credit(instance, *work);
+        }
+        Ok(Booking { placement, receipt, credit: Credit { board: self.clone(), prefill, decode } })
+    }
+
+    /// Names of all known instances and this coordinator's work on each, for metrics and tests.
+    pub fn own_work(&self) -> Vec<(InstanceId, Work)> {
+        let state = self.state.lock();
+        let own = |id: &InstanceId| (id.clone(), state.ledger.own(id));
+        state.fleet.all().map(|instance| own(&instance.spec.id)).collect()
+    }
+}
+
+/// A placement whose work is on the ledger.
+pub struct Booking {
+    pub placement: Placement,
+    pub receipt: Receipt,
+    pub credit: Credit,
+}
+
+/// Work on the ledger; taken off as it is done, and all of it on drop.
+pub struct Credit {
+    board: Arc<Board>,
+    /// The instance that prefills, or does everything.
+    prefill: (InstanceId, Work),
+    decode: Option<(InstanceId, Work)>,
+}
+
+impl Credit {
+    /// The prompt has been computed.
+    pub fn prefilled(&mut self) {
+        let tokens = std::mem::take(&mut self.prefill.1.prefill_tokens);
+        if tokens > 0 {
+            let done = Work { prefill_tokens: tokens, ..Work::default() };
+            self.board.state.lock().ledger.release(&self.prefill.0, done);
+        }
+    }
+
+    /// Prefill has handed over: nothing of the request is left there.
+    pub fn handed_off(&mut self) {
+        if self.decode.is_some() {
+            let done = std::mem::take(&mut self.prefill.1);
+            self.board.state.lock().ledger.release(&self.prefill.0, done);
+        }
+    }
+}
+
+impl Drop for Credit {
+    fn drop(&mut self) {
+        let state = &mut *self.board.state.lock();
+        for (instance, work) in [Some(&self.prefill), self.decode.as_ref()].into_iter().flatten() {
+            state.ledger.release(instance, *work);
+        }
+    }
+}

@@ -1,0 +1,266 @@
+//! Where a request goes: prefill and decode chosen together. Pure.
+//!
+//! Called by [`board`] with the fleet, the ledger of this coordinator's own work and the request; leaves the sending to
+//! [`crate::dispatch`]. Costs are predicted time, so that unlike machines compare:
+//!
+//! - prefill: (prompt tokens queued there + this prompt) / its measured tokens per second;
+//! - decode: the tokens expected x its decode step, half of which is taken as fixed and half as growing with the number
+//!   of sequences; plus a wait as long again, scaled by the shortfall, when its free KV blocks do not hold the request;
+//! - an instance that does both costs the sum of the two.
+//!
+//! The cheapest pair of one group, model revision and KV layout is taken, or the cheapest mixed instance if that is
+//! cheaper. Equal costs take turns. Time is O(instances).
+
+pub mod board;
+pub mod ledger;
+
+use baton_proto::{ApiError, ErrorCode, Incarnation, InstanceId, RoleEpoch};
+use tokio::time::Instant;
+
+use crate::{
+    dispatch::Side,
+    fleet::{Fleet, Instance, Role, Spec},
+};
+use ledger::{Ledger, Standing};
+
+/// Taken for an instance that has not yet measured its prefill.
+const UNMEASURED_PREFILL_TOKENS_PER_SECOND: u64 = 2_000;
+/// Taken for an instance that has not yet measured a decode step.
+const UNMEASURED_DECODE_STEP_MICROS: u64 = 30_000;
+/// Output lengths are not known beforehand: at most this much of what is allowed is expected.
+const EXPECTED_TOKENS_MOST: u32 = 128;
+/// Candidates a receipt keeps, cheapest first.
+const RECEIPT_MOST: usize = 8;
+
+/// What the scheduler needs to know of a request.
+#[derive(Debug, Clone, Copy)]
+pub struct Ask<'a> {
+    pub prompt_tokens: u32,
+    pub max_tokens: u32,
+    /// The model's name and, where known, its revision: instances that run something else are no candidates.
+    pub model: &'a str,
+    pub revision: &'a str,
+    /// Any number that differs from request to request: equal costs take turns by it.
+    pub turn: u64,
+}
+
+/// One instance chosen for one leg, and the role it was seen in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Seat {
+    pub instance: InstanceId,
+    pub incarnation: Incarnation,
+    pub role_epoch: RoleEpoch,
+    pub model: String,
+    pub handoff_endpoint: String,
+    /// KV blocks the request is expected to take there.
+    pub blocks: u64,
+}
+
+/// Where a request goes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Placement {
+    Mixed(Seat),
+    Apart { prefill: Seat, decode: Seat },
+}
+
+/// A candidate and its predicted cost.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Scored {
+    pub instance: InstanceId,
+    pub side: Side,
+    pub cost_micros: u64,
+}
+
+/// Why a request went where it went.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Receipt {
+    /// How many instances were looked at.
+    pub candidates: usize,
+    /// The cheapest of them, cheapest first.
+    pub cheapest: Vec<Scored>,
+}
+
+impl Receipt {
+    fn note(&mut self, instance: &Instance, side: Side, cost_micros: u64) {
+        self.candidates += 1;
+        let at = self.cheapest.partition_point(|scored| scored.cost_micros <= cost_micros);
+        if at < RECEIPT_MOST {
+            self.cheapest.truncate(RECEIPT_MOST - 1);
+            self.cheapest.insert(at, Scored { instance: instance.spec.id.clone(), side, cost_micros });
+        }
+    }
+}
+
+/// Why a request cannot be placed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum NoPlace {
+    #[error("no instance is ready to serve; try again in a moment")]
+    NoInstance,
+    #[error("a decode instance is ready but no prefill instance is; try again in a moment")]
+    NoPrefill,
+    #[error("a prefill instance is ready but no decode instance fits it; try again in a moment")]
+    NoDecode,
+    #[error("the prompt has {0} tokens, more than the KV cache of any ready instance holds; shorten it")]
+    TooLarge(u32),
+}
+
+impl From<NoPlace> for ApiError {
+    fn from(reason: NoPlace) -> Self {
+        let code = match reason {
+            NoPlace::TooLarge(_) => ErrorCode::KvExhausted,
+            NoPlace::NoInstance | NoPlace::NoPrefill | NoPlace::NoDecode => ErrorCode::Unavailable,
+        };
+        ApiError::new(code, reason.to_string())
+    }
+}
+
+/// The cheapest candidate of a kind so far: cost, then whose turn it is.
+type Best<'a> = Option<((u64, u64), &'a Instance, RoleEpoch)>;
+
+fn keep<'a>(best: &mut Best<'a>, cost: (u64, u64), instance: &'a Instance, epoch: RoleEpoch) {
+    if best.as_ref().is_none_or(|(held, ..)| cost < *held) {
+        *best = Some((cost, instance, epoch));
+    }
+}
+
+/// Instances that can hand KV caches to each other.
+struct Class<'a> {
+    like: &'a Spec,
+    prefill: Best<'a>,
+    decode: Best<'a>,
+}
+
+/// Chooses where `ask` goes.
+pub fn place(
+    fleet: &Fleet,
+    ledger: &Ledger,
+    ask: &Ask<'_>,
+    now: Instant,
+) -> Result<(Placement, Receipt), NoPlace> {
+    let mut receipt = Receipt::default();
+    let mut mixed: Best<'_> = None;
+    let mut classes: Vec<Class<'_>> = Vec::new();
+    let mut too_small = false;
+    let count = fleet.all().len() as u64;
+    for (index, (instance, duty)) in fleet.usable(now).enumerate() {
+        if !runs(&instance.spec, ask) {
+            continue;
+        }
+        let standing = ledger.standing(&instance.spec.id, &instance.load());
+        if !fits(&instance.spec, &standing, ask) {
+            too_small = true;
+            continue;
+        }
+        let turn = (index as u64).wrapping_add(ask.turn) % count.max(1);
+        let scored = |cost: u64| (cost, turn);
+        match duty.role {
+            Role::None => {}
+            Role::Mixed => {
+                let cost = prefill_micros(&standing, ask) + decode_micros(&instance.spec, &standing, ask);
+                receipt.note(instance, Side::Whole, cost);
+                keep(&mut mixed, scored(cost), instance, duty.epoch);
+            }
+            Role::Prefill => {
+                let cost = prefill_micros(&standing, ask);
+                receipt.note(instance, Side::Prefill, cost);
+                keep(&mut class_of(&mut classes, &instance.spec).prefill, scored(cost), instance, duty.epoch);
+            }
+            Role::Decode => {
+                let cost = decode_micros(&instance.spec, &standing, ask);
+                receipt.note(instance, Side::Decode, cost);
+                keep(&mut class_of(&mut classes, &instance.spec).decode, scored(cost), instance, duty.epoch);
+            }
+        }
+    }
+    let pair = classes
+        .iter()
+        .filter_map(|class| Some((class.prefill?, class.decode?)))
+        .min_by_key(|(prefill, decode)| (prefill.0.0 + decode.0.0, prefill.0.1));
+    let pair_cost = pair.map(|(prefill, decode)| prefill.0.0 + decode.0.0);
+    match (pair, mixed) {
+        (_, Some((cost, instance, epoch))) if pair_cost.is_none_or(|pair| cost.0 < pair) => {
+            Ok((Placement::Mixed(seat(instance, epoch, ask)), receipt))
+        }
+        (Some((prefill, decode)), _) => {
+            let apart = Placement::Apart {
+                prefill: seat(prefill.1, prefill.2, ask),
+                decode: seat(decode.1, decode.2, ask),
+            };
+            Ok((apart, receipt))
+        }
+        _ if too_small => Err(NoPlace::TooLarge(ask.prompt_tokens)),
+        _ if classes.iter().any(|class| class.prefill.is_some()) => Err(NoPlace::NoDecode),
+        _ if classes.iter().any(|class| class.decode.is_some()) => Err(NoPlace::NoPrefill),
+        _ => Err(NoPlace::NoInstance),
+    }
+}
+
+fn class_of<'c, 'a>(classes: &'c mut Vec<Class<'a>>, spec: &'a Spec) -> &'c mut Class<'a> {
+    let alike = |class: &Class<'_>| {
+        class.like.group == spec.group
+            && class.like.revision == spec.revision
+            && class.like.layout == spec.layout
+    };
+    let at = classes.iter().position(alike).unwrap_or_else(|| {
+        classes.push(Class { like: spec, prefill: None, decode: None });
+        classes.len() - 1
+    });
+    &mut classes[at]
+}
+
+/// Whether the instance runs the model asked for.
+fn runs(spec: &Spec, ask: &Ask<'_>) -> bool {
+    spec.model == ask.model || spec.revision == ask.revision
+}
+
+/// Whether the prompt and one more token could ever be held there.
+fn fits(spec: &Spec, standing: &Standing, ask: &Ask<'_>) -> bool {
+    let context = spec.context_tokens == 0 || ask.prompt_tokens < spec.context_tokens;
+    let blocks = blocks_for(spec, ask.prompt_tokens + 1);
+    context && standing.blocks_total.is_none_or(|total| blocks <= total)
+}
+
+fn blocks_for(spec: &Spec, tokens: u32) -> u64 {
+    u64::from(tokens.div_ceil(spec.block_tokens))
+}
+
+fn expected_tokens(ask: &Ask<'_>) -> u32 {
+    ask.max_tokens.min(EXPECTED_TOKENS_MOST)
+}
+
+fn prefill_micros(standing: &Standing, ask: &Ask<'_>) -> u64 {
+    let rate = match standing.prefill_tokens_per_second {
+        0 => UNMEASURED_PREFILL_TOKENS_PER_SECOND,
+        measured => measured,
+    };
+    (standing.queued_prefill_tokens + u64::from(ask.prompt_tokens)).saturating_mul(1_000_000) / rate
+}
+
+fn decode_micros(spec: &Spec, standing: &Standing, ask: &Ask<'_>) -> u64 {
+    let step = match standing.decode_step_micros {
+        0 => UNMEASURED_DECODE_STEP_MICROS,
+        measured => measured,
+    };
+    let expected = expected_tokens(ask);
+    let sequences = standing.sequences + 1;
+    let generating =
+        u64::from(expected) * (step / 2 + step / 2 * sequences / standing.measured_sequences.max(1));
+    let wanted = blocks_for(spec, ask.prompt_tokens + expected);
+    let missing = standing.blocks_free.map_or(0, |free| wanted.saturating_sub(free));
+    generating + generating * missing / wanted.max(1)
+}
+
+fn seat(instance: &Instance, role_epoch: RoleEpoch, ask: &Ask<'_>) -> Seat {
+    let spec = &instance.spec;
+    Seat {
+        instance: spec.id.clone(),
+        incarnation: spec.incarnation,
+        role_epoch,
+        model: spec.model.clone(),
+        handoff_endpoint: spec.handoff_endpoint.clone(),
+        blocks: blocks_for(spec, ask.prompt_tokens + expected_tokens(ask)),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,188 @@
+//! Tables over fleets: who is chosen, and what is said when nobody can be.
+
+use std::time::Duration;
+
+use proptest::prelude::*;
+
+use super::{ledger::Work, *};
+use crate::fleet::{
+    Load,
+    tests::{ready, spec},
+};
+
+fn fleet(instances: &[(&str, Role)]) -> Fleet {
+    fleet_of(instances.iter().map(|(id, role)| (spec(id), *role, Load::default())).collect())
+}
+
+fn fleet_of(instances: Vec<(Spec, Role, Load)>) -> Fleet {
+    let mut fleet = Fleet::new(Duration::from_secs(1));
+    let specs: Vec<_> = instances.iter().map(|(spec, ..)| spec.clone()).collect();
+    fleet.list(&specs, Instant::now());
+    for (spec, role, load) in instances {
+        fleet.up(&spec.id, spec.incarnation, ready(role));
+        fleet.load(&spec.id, load);
+    }
+    fleet
+}
+
+fn ask(prompt_tokens: u32) -> Ask<'static> {
+    Ask { prompt_tokens, max_tokens: 64, model: "tiny", revision: "r1", turn: 0 }
+}
+
+fn chosen(fleet: &Fleet, ledger: &Ledger, ask: &Ask<'_>) -> Result<Vec<String>, NoPlace> {
+    let (placement, _) = place(fleet, ledger, ask, Instant::now())?;
+    Ok(match placement {
+        Placement::Mixed(seat) => vec![seat.instance.to_string()],
+        Placement::Apart { prefill, decode } => {
+            vec![prefill.instance.to_string(), decode.instance.to_string()]
+        }
+    })
+}
+
+#[test]
+fn a_pair_or_a_mixed_instance_serves() {
+    let none = Ledger::default();
+    let pair = fleet(&[("d", Role::Decode), ("p", Role::Prefill)]);
+    assert_eq!(chosen(&pair, &none, &ask(10)).as_deref(), Ok(&["p".to_owned(), "d".to_owned()][..]));
+    let alone = fleet(&[("m", Role::Mixed)]);
+    assert_eq!(chosen(&alone, &none, &ask(10)).as_deref(), Ok(&["m".to_owned()][..]));
+}
+
+#[test]
+fn what_lacks_is_said() {
+    let none = Ledger::default();
+    let cases = [
+        (vec![], NoPlace::NoInstance),
+        (vec![("x", Role::None)], NoPlace::NoInstance),
+        (vec![("p", Role::Prefill)], NoPlace::NoDecode),
+        (vec![("d", Role::Decode)], NoPlace::NoPrefill),
+    ];
+    for (instances, why) in cases {
+        assert_eq!(chosen(&fleet(&instances), &none, &ask(10)), Err(why));
+    }
+    let small = Load { kv_blocks_total: 2, kv_blocks_free: 2, ..Load::default() };
+    let fleet = fleet_of(vec![(spec("m"), Role::Mixed, small)]);
+    assert!(chosen(&fleet, &none, &ask(31)).is_ok());
+    assert_eq!(chosen(&fleet, &none, &ask(32)), Err(NoPlace::TooLarge(32)));
+}
+
+#[test]
+fn unlike_instances_are_never_paired() {
+    type Change = fn(&mut Spec);
+    let changes: [Change; 3] = [
+        |spec| spec.group = "other".into(),
+        |spec| spec.revision = "r2".into(),
+        |spec| spec.layout = "l2".into(),
+    ];
+    for change in changes {
+        let mut decode = spec("d");
+        change(&mut decode);
+        let fleet = fleet_of(vec![
+            (spec("p"), Role::Prefill, Load::default()),
+            (decode, Role::Decode, Load::default()),
+        ]);
+        assert_eq!(chosen(&fleet, &Ledger::default(), &ask(10)), Err(NoPlace::NoDecode));
+    }
+    let other = Spec { model: "other".into(), revision: "r9".into(), ..spec("m") };
+    let fleet = fleet_of(vec![(other, Role::Mixed, Load::default())]);
+    assert_eq!(chosen(&fleet, &Ledger::default(), &ask(10)), Err(NoPlace::NoInstance));
+}
+
+#[test]
+fn the_least_queued_prefill_and_the_emptiest_decode_are_taken() {
+    let queued = |tokens| Load { queued_prefill_tokens: tokens, ..Load::default() };
+    let running = |sequences, kv_blocks_free| Load {
+        sequences,
+        decode_step_micros: 10_000,
+        kv_blocks_total: 100,
+        kv_blocks_free,
+        ..Load::default()
+    };
+    let fleet = fleet_of(vec![
+        (spec("p0"), Role::Prefill, queued(5_000)),
+        (spec("p1"), Role::Prefill, queued(100)),
+        (spec("d0"), Role::Decode, running(1, 0)),
+        (spec("d1"), Role::Decode, running(1, 90)),
+    ]);
+    let both = ["p1".to_owned(), "d1".to_owned()];
+    assert_eq!(chosen(&fleet, &Ledger::default(), &ask(50)).as_deref(), Ok(&both[..]));
+}
+
+#[test]
+fn rates_turn_queues_into_time() {
+    let load = |tokens, rate| Load {
+        queued_prefill_tokens: tokens,
+        prefill_tokens_per_second: rate,
+        ..Load::default()
+    };
+    let fleet = fleet_of(vec![
+        (spec("fast"), Role::Prefill, load(4_000, 40_000)),
+        (spec("slow"), Role::Prefill, load(1_000, 1_000)),
+        (spec("d"), Role::Decode, Load::default()),
+    ]);
+    assert_eq!(chosen(&fleet, &Ledger::default(), &ask(50)).expect("places")[0], "fast");
+}
+
+#[test]
+fn work_just_placed_turns_the_next_request_away() {
+    let fleet = fleet(&[("p0", Role::Prefill), ("p1", Role::Prefill), ("d", Role::Decode)]);
+    let mut ledger = Ledger::default();
+    let first = chosen(&fleet, &ledger, &ask(100)).expect("places")[0].clone();
+    let id = InstanceId::new(first.clone()).expect("a good id");
+    ledger.credit(&id, Work { prefill_tokens: 100, sequences: 1, blocks: 1 });
+    assert_ne!(chosen(&fleet, &ledger, &ask(100)).expect("places")[0], first);
+}
+
+#[test]
+fn equal_costs_take_turns() {
+    let fleet = fleet(&[("m0", Role::Mixed), ("m1", Role::Mixed), ("m2", Role::Mixed)]);
+    let mut seen: Vec<_> = (0..3)
+        .map(|turn| chosen(&fleet, &Ledger::default(), &Ask { turn, ..ask(1) }).expect("places").remove(0))
+        .collect();
+    seen.sort();
+    assert_eq!(seen, ["m0", "m1", "m2"]);
+}
+
+#[test]
+fn the_receipt_keeps_the_cheapest_in_order() {
+    let instances: Vec<_> = (0..20)
+        .map(|n| {
+            let load = Load { queued_prefill_tokens: 1000 * ((n * 7) % 20), ..Load::default() };
+            (spec(&format!("m{n}")), Role::Mixed, load)
+        })
+        .collect();
+    let (placement, receipt) =
+        place(&fleet_of(instances), &Ledger::default(), &ask(10), Instant::now()).expect("places");
+    assert_eq!((receipt.candidates, receipt.cheapest.len()), (20, RECEIPT_MOST));
+    assert!(receipt.cheapest.is_sorted_by_key(|scored| scored.cost_micros));
+    assert!(matches!(placement, Placement::Mixed(seat) if seat.instance == receipt.cheapest[0].instance));
+}
+
+proptest! {
+    /// Whoever is chosen is ready in the right role, and no instance of that role is cheaper.
+    #[test]
+    fn the_choice_is_the_cheapest(loads in prop::collection::vec((0u64..100_000, 0u32..50, 0u32..200), 2..12)) {
+        let instances = loads.iter().enumerate().map(|(n, &(queued, sequences, free))| {
+            let role = if n % 2 == 0 { Role::Prefill } else { Role::Decode };
+            let load = Load {
+                queued_prefill_tokens: queued,
+                sequences,
+                kv_blocks_total: 200,
+                kv_blocks_free: free,
+                ..Load::default()
+            };
+            (spec(&format!("i{n}")), role, load)
+        });
+        let fleet = fleet_of(instances.collect());
+        let (placement, receipt) =
+            place(&fleet, &Ledger::default(), &ask(100), Instant::now()).expect("a pair is there");
+        let Placement::Apart { prefill, decode } = placement else { panic!("nobody is mixed") };
+        for (seat, side) in [(prefill, Side::Prefill), (decode, Side::Decode)] {
+            let least = receipt.cheapest.iter().find(|scored| scored.side == side);
+            let held = receipt.cheapest.iter().find(|scored| scored.instance == seat.instance);
+            if let (Some(least), Some(held)) = (least, held) {
+                prop_assert_eq!(held.cost_micros, least.cost_micros);
+            }
+        }
+    }
+}

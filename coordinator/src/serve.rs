@@ -1,0 +1,260 @@
+//! The path of a request through the stages: Received -> Prepared -> Admitted -> Placed -> Streaming.
+//!
+//! Called by [`crate::http`] with what arrived; answers with a [`Streaming`] or one error. Each stage consumes the one
+//! before it, so that nothing can be skipped and everything a request holds is given back wherever it is dropped.
+
+use std::sync::Arc;
+
+use baton_proto::ApiError;
+use bytes::Bytes;
+use tokio::time::Instant;
+use tracing::Span;
+
+use crate::{
+    admit::{Gate, Permit, Ticket},
+    config::LimitsConfig,
+    dispatch::{Assignment, Generation},
+    fleet::keeper::Links,
+    metrics::{Metrics, RequestLabels},
+    prepare::{Endpoint, Prepared, Sampling, Served, prepare},
+    requests::{CardGuard, Roster, Stage},
+    schedule::{
+        NoPlace,
+        board::{Board, Booking},
+    },
+    stream::{Streaming, Usage},
+};
+
+/// Bodies up to this size are prepared on the spot; tokenising larger ones would hold up everybody else's tokens.
+const PREPARE_INLINE_BYTES: usize = 8 << 10;
+/// How often a request is placed before its failure is told.
+const ATTEMPTS_MOST: u32 = 2;
+
+/// Everything the stages need.
+pub struct Service {
+    pub served: Arc<Served>,
+    pub limits: LimitsConfig,
+    pub gate: Gate,
+    pub board: Arc<Board>,
+    pub links: Arc<Links>,
+    pub roster: Arc<Roster>,
+    pub metrics: Arc<Metrics>,
+}
+
+/// A request whose body has been read.
+pub struct Received {
+    pub endpoint: Endpoint,
+    pub body: Bytes,
+    /// W3C trace context for instances; empty = none.
+    pub traceparent: String,
+    pub ticket: Ticket,
+    pub card: CardGuard,
+    pub report: Report,
+}
+
+struct Admitted {
+    prepared: Prepared,
+    permit: Permit,
+    traceparent: String,
+    card: CardGuard,
+    report: Report,
+}
+
+struct Placed {
+    admitted: Admitted,
+    booking: Booking,
+}
+
+impl Service {
+    /// Carries a request to where its answer streams.
+    pub async fn carry(self: &Arc<Self>, received: Received) -> Result<Streaming, ApiError> {
+        let mut report = received.report;
+        let result = async {
+            let prepared = self.prepare(received.endpoint, received.body).await?;
+            received.card.set(Stage::Queued { prompt_tokens: prepared.prompt_tokens() });
+            // Told at once: a request that nobody can serve does not wait in line.
+            self.can_serve()?;
+            let permit = self.gate.admit(received.ticket).await?;
+            Ok((prepared, permit))
+        }
+        .await;
+        let (prepared, permit) = result.inspect_err(|error| report.failed(error))?;
+        report.prepared(prepared.prompt_tokens());
+        let admitted =
+            Admitted { prepared, permit, traceparent: received.traceparent, card: received.card, report };
+        let placed = self.place(admitted)?;
+        self.dispatch(placed)
+    }
+
+    /// Whether any request could be served now.
+    pub fn can_serve(&self) -> Result<(), NoPlace> {
+        self.board.can_serve(&self.served.checkpoint, &self.served.revision)
+    }
+
+    async fn prepare(&self, endpoint: Endpoint, body: Bytes) -> Result<Prepared, ApiError> {
+        let seed = rand::random();
+        if body.len() <= PREPARE_INLINE_BYTES {
+            return prepare(&self.served, endpoint, &body, seed);
+        }
+        let served = self.served.clone();
+        let prepared = tokio::task::spawn_blocking(move || prepare(&served, endpoint, &body, seed)).await;
+        prepared.unwrap_or_else(|error| {
+            tracing::error!(%error, "preparing a request panicked");
+            Err(ApiError::new(baton_proto::ErrorCode::Internal, "the request could not be prepared"))
+        })
+    }
+
+    fn book(&self, prompt_tokens: u32, sampling: &Sampling) -> Result<Booking, ApiError> {
+        let booking = self.board.place(
+            prompt_tokens,
+            sampling.max_tokens,
+            &self.served.checkpoint,
+            &self.served.revision,
+        )?;
+        tracing::debug!(placement = ?booking.placement, receipt = ?booking.receipt, "placed");
+        Ok(booking)
+    }
+
+    fn place(&self, mut admitted: Admitted) -> Result<Placed, ApiError> {
+        let prepared = &admitted.prepared;
+        match self.book(prepared.prompt_tokens(), &prepared.sampling) {
+            Ok(booking) => {
+                admitted.card.set(Stage::placed(prepared.prompt_tokens(), &booking.placement));
+                Ok(Placed { admitted, booking })
+            }
+            Err(error) => {
+                admitted.report.failed(&error);
+                Err(error)
+            }
+        }
+    }
+
+    fn dispatch(self: &Arc<Self>, placed: Placed) -> Result<Streaming, ApiError> {
+        let Placed { admitted: Admitted { prepared, permit, traceparent, card, mut report }, booking } =
+            placed;
+        let assignment = Assignment {
+            request: card.card().request.clone(),
+            traceparent,
+            prompt: prepared.prompt,
+            sampling: prepared.sampling,
+            deadline: card.card().arrived + self.limits.request_timeout,
+        };
+        let mut attempts = Attempts { service: self.clone(), assignment, made: 1 };
+        let generation = attempts
+            .start(booking)
+            .or_else(|error| attempts.again(&card, error))
+            .inspect_err(|error| report.failed(error))?;
+        self.metrics.prompt_tokens.inc_by(u64::from(attempts.prompt_tokens()));
+        let reader = self.served.text.reader(prepared.stops);
+        Ok(Streaming::new(prepared.shape, generation, attempts, reader, report, card, permit))
+    }
+}
+
+/// What it takes to place a request again.
+pub struct Attempts {
+    service: Arc<Service>,
+    assignment: Assignment,
+    made: u32,
+}
+
+impl Attempts {
+    pub fn prompt_tokens(&self) -> u32 {
+        self.assignment.prompt.len() as u32
+    }
+
+    /// Whether the token ends this request's sequence.
+    pub fn ends_sequence(&self, token: u32) -> bool {
+        let sampling = &self.assignment.sampling;
+        !sampling.ignore_eos && sampling.stop_token_ids.binary_search(&token).is_ok()
+    }
+
+    fn start(&self, booking: Booking) -> Result<Generation, ApiError> {
+        Generation::start(&self.service.links, booking, self.assignment.clone())
+    }
+
+    /// Places the request once more after `error`, which is the answer if that cannot be done.
+    pub fn again(&mut self, card: &CardGuard, error: ApiError) -> Result<Generation, ApiError> {
+        if self.made >= ATTEMPTS_MOST || Instant::now() >= self.assignment.deadline {
+            return Err(error);
+        }
+        self.made += 1;
+        let Ok(booking) = self.service.book(self.prompt_tokens(), &self.assignment.sampling) else {
+            return Err(error);
+        };
+        tracing::info!(request = %self.assignment.request, %error, "placing the request again");
+        card.set(Stage::placed(self.prompt_tokens(), &booking.placement));
+        self.start(booking)
+    }
+}
+
+/// What one request adds to the metrics; a request dropped before its end counts as the client's leaving.
+pub struct Report {
+    metrics: Arc<Metrics>,
+    route: &'static str,
+    arrived: Instant,
+    first_token: Option<Instant>,
+    last_token: Instant,
+    tokens: u32,
+    told: bool,
+    /// Open for as long as the request lives.
+    span: Span,
+}
+
+impl Report {
+    pub fn new(metrics: Arc<Metrics>, route: &'static str, arrived: Instant, span: Span) -> Self {
+        Self { metrics, route, arrived, first_token: None, last_token: arrived, tokens: 0, told: false, span }
+    }
+
+    fn prepared(&self, prompt_tokens: u32) {
+        self.metrics.request_prompt_tokens.observe(f64::from(prompt_tokens));
+    }
+
+    /// The answer has this many tokens now.
+    pub fn tokens(&mut self, tokens: u32, now: Instant) {
+        if self.first_token.is_none() {
+            self.first_token = Some(now);
+            self.metrics.time_to_first_token.observe((now - self.arrived).as_secs_f64());
+        }
+        self.metrics.generation_tokens.inc_by(u64::from(tokens - self.tokens));
+        self.tokens = tokens;
+        self.last_token = now;
+    }
+
+    /// The answer is complete.
+    pub fn finished(&mut self, usage: &Usage) {
+        self.metrics.cached_tokens.inc_by(u64::from(usage.cached_tokens));
+        self.metrics.request_generation_tokens.observe(f64::from(self.tokens));
+        self.metrics.end_to_end.observe(self.arrived.elapsed().as_secs_f64());
+        if let (Some(first), 2..) = (self.first_token, self.tokens) {
+            let later = (self.last_token - first).as_secs_f64() / f64::from(self.tokens - 1);
+            self.metrics.time_per_output_token.observe(later);
+        }
+        self.tell("200");
+        let _entered = self.span.enter();
+        tracing::debug!(?usage, seconds = self.arrived.elapsed().as_secs_f64(), "answered");
+    }
+
+    /// The request ends with an error. Logged here and nowhere else.
+    pub fn failed(&mut self, error: &ApiError) {
+        self.tell(error.code.name());
+        let _entered = self.span.enter();
+        if error.code.http() >= 500 {
+            tracing::warn!(code = error.code.name(), %error, "request failed");
+        } else {
+            tracing::debug!(code = error.code.name(), %error, "request refused");
+        }
+    }
+
+    fn tell(&mut self, code: &str) {
+        if !std::mem::replace(&mut self.told, true) {
+            let labels = RequestLabels { route: self.route, code: code.to_owned() };
+            self.metrics.requests.get_or_create(&labels).inc();
+        }
+    }
+}
+
+impl Drop for Report {
+    fn drop(&mut self) {
+        self.tell("client_gone");
+    }
+}

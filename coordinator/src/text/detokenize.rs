@@ -1,0 +1,154 @@
+//! From token ids to text as they come: never part of a character, constant time a token.
+//!
+//! A token of a byte-level or byte-fallback tokeniser stands for bytes, which need not be whole characters. The
+//! deltas put together are exactly the lossy UTF-8 reading of all bytes together.
+
+use std::sync::Arc;
+
+/// Bytes of every token of a model, in one piece of memory.
+#[derive(Debug)]
+pub struct TokenTexts {
+    bytes: Vec<u8>,
+    /// Token `id` is `bytes[ends[id - 1]..ends[id]]`.
+    ends: Vec<u32>,
+}
+
+impl TokenTexts {
+    /// From the bytes of each token in the order of ids; empty for tokens that are not shown.
+    pub fn new(tokens: impl IntoIterator<Item = Vec<u8>>) -> Self {
+        let (mut bytes, mut ends) = (Vec::new(), Vec::new());
+        for token in tokens {
+            bytes.extend_from_slice(&token);
+            ends.push(u32::try_from(bytes.len()).unwrap_or(u32::MAX));
+        }
+        Self { bytes, ends }
+    }
+
+    /// Number of tokens.
+    pub fn len(&self) -> u32 {
+        self.ends.len() as u32
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.ends.is_empty()
+    }
+
+    /// Bytes of one token; none for an id the tokeniser does not know.
+    pub fn get(&self, id: u32) -> &[u8] {
+        let id = id as usize;
+        let start = if id == 0 { Some(&0) } else { self.ends.get(id - 1) };
+        match (start, self.ends.get(id)) {
+            (Some(&start), Some(&end)) => self.bytes.get(start as usize..end as usize).unwrap_or_default(),
+            _ => &[],
+        }
+    }
+}
+
+/// The state of one answer: at most three bytes of a character whose end is still to come.
+#[derive(Debug, Clone)]
+pub struct Detokenizer {
+    texts: Arc<TokenTexts>,
+    held: Vec<u8>,
+}
+
+impl Detokenizer {
+    pub fn new(texts: Arc<TokenTexts>) -> Self {
+        Self { texts, held: Vec::new() }
+    }
+
+    /// Appends the text that `token` completes; may be none.
+    pub fn push(&mut self, token: u32, text: &mut String) {
+        let bytes = self.texts.get(token);
+        if self.held.is_empty() {
+            let rest = append_characters(bytes, text);
+            self.held.extend_from_slice(rest);
+            return;
+        }
+        self.held.extend_from_slice(bytes);
+        let rest = append_characters(&self.held, text).len();
+        self.held.drain(..self.held.len() - rest);
+    }
+
+    /// Appends a replacement character if the last character never came whole.
+    pub fn finish(&mut self, text: &mut String) {
+        if !self.held.is_empty() {
+            self.held.clear();
+            text.push(char::REPLACEMENT_CHARACTER);
+        }
+    }
+}
+
+/// Appends whole characters, and a replacement for what can never become one; returns what may yet, up to 3 bytes.
+fn append_characters<'a>(mut bytes: &'a [u8], text: &mut String) -> &'a [u8] {
+    loop {
+        match std::str::from_utf8(bytes) {
+            Ok(whole) => {
+                text.push_str(whole);
+                return &[];
+            }
+            Err(error) => {
+                let (whole, rest) = bytes.split_at(error.valid_up_to());
+                // Valid up to here, by the error's own word.
+                text.push_str(&String::from_utf8_lossy(whole));
+                let Some(wrong) = error.error_len() else { return rest };
+                text.push(char::REPLACEMENT_CHARACTER);
+                bytes = &rest[wrong..];
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn read(tokens: &[Vec<u8>]) -> Vec<String> {
+        let texts = Arc::new(TokenTexts::new(tokens.to_vec()));
+        let mut detokenizer = Detokenizer::new(texts);
+        let mut deltas = Vec::new();
+        for id in 0..tokens.len() as u32 {
+            let mut delta = String::new();
+            detokenizer.push(id, &mut delta);
+            deltas.push(delta);
+        }
+        let mut last = String::new();
+        detokenizer.finish(&mut last);
+        deltas.push(last);
+        deltas
+    }
+
+    #[test]
+    fn characters_wait_for_their_last_byte() {
+        // "é☕" in four pieces.
+        let pieces = [vec![0xc3], vec![0xa9, 0xe2], vec![0x98], vec![0x95, b'!']];
+        assert_eq!(read(&pieces), ["", "é", "", "☕!", ""]);
+    }
+
+    #[test]
+    fn a_character_that_never_comes_is_replaced() {
+        assert_eq!(read(&[vec![b'a', 0xe2, 0x98]]), ["a", "\u{fffd}"]);
+        assert_eq!(read(&[vec![0xe2], vec![b'b']]), ["", "\u{fffd}b", ""]);
+    }
+
+    #[test]
+    fn unknown_ids_have_no_text() {
+        let texts = TokenTexts::new([b"a".to_vec(), Vec::new(), b"bc".to_vec()]);
+        assert_eq!((texts.get(0), texts.get(1), texts.get(2)), (b"a".as_slice(), b"".as_slice(), b"bc".as_slice()));
+        assert!(texts.get(3).is_empty() && texts.get(u32::MAX).is_empty());
+    }
+
+    /// Bytes that are often parts of characters.
+    fn byte() -> impl Strategy<Value = u8> {
+        prop_oneof![any::<u8>(), prop::sample::select(b"\xc3\xa9\xe2\x98\x95\xf0\x9f\x8c\x8da".to_vec())]
+    }
+
+    proptest! {
+        #[test]
+        fn deltas_together_are_the_lossy_reading(tokens in prop::collection::vec(prop::collection::vec(byte(), 0..5), 0..20)) {
+            let whole = tokens.concat();
+            prop_assert_eq!(read(&tokens).concat(), String::from_utf8_lossy(&whole));
+        }
+    }
+}

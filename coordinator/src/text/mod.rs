@@ -1,0 +1,87 @@
+//! A model's text side: chat template, tokeniser, and back from tokens to text.
+//!
+//! Opened once from the checkpoint when the coordinator starts; then shared by all requests, which never change it.
+//! `tokenizer` and `ggml` build the tokeniser, `template` renders chats, `detokenize` turns an answer's tokens into
+//! text as they come, `stop` ends it at stop strings. Which tokens end a sequence is not decided here.
+
+mod detokenize;
+mod ggml;
+mod reader;
+mod stop;
+mod template;
+mod tokenizer;
+
+use std::{path::PathBuf, sync::Arc};
+
+use baton_checkpoint::Checkpoint;
+
+pub use detokenize::{Detokenizer, TokenTexts};
+pub use reader::Reader;
+pub use stop::StopMatcher;
+pub use template::{ChatMessage, ChatTemplate, Clock};
+pub use tokenizer::Tokenizer;
+
+/// Why a model's text side cannot be used, or a text not be turned into tokens.
+#[derive(Debug, thiserror::Error)]
+pub enum TextError {
+    #[error("cannot use the tokeniser of {path}: {reason}")]
+    Tokenizer { path: PathBuf, reason: String },
+    #[error("cannot use the chat template of {path}: {reason}")]
+    Template { path: PathBuf, reason: String },
+    /// The template itself refuses the messages, by `raise_exception`.
+    #[error("the model's chat template refuses these messages: {reason}")]
+    Refused { reason: String },
+    #[error("this model has no chat template: use /v1/completions")]
+    NoTemplate,
+    #[error("the model's chat template fails on these messages: {reason}")]
+    Render { reason: String },
+    #[error("cannot tokenise the text: {reason}")]
+    Encode { reason: String },
+}
+
+/// The text side of one model.
+#[derive(Debug)]
+pub struct CheckpointText {
+    tokenizer: Tokenizer,
+    template: Option<ChatTemplate>,
+    texts: Arc<TokenTexts>,
+}
+
+impl CheckpointText {
+    /// Builds tokeniser and template from what the checkpoint holds. `clock` is what `strftime_now` in a template
+    /// tells. Takes some 100 ms.
+    pub fn open(checkpoint: &Checkpoint, clock: Clock) -> Result<Self, TextError> {
+        let (tokenizer, texts) = Tokenizer::open(checkpoint)?;
+        let template = checkpoint.chat_template().map(|source| {
+            ChatTemplate::new(source, checkpoint.bos_token(), checkpoint.eos_token(), clock)
+                .map_err(|reason| TextError::Template { path: checkpoint.path().to_owned(), reason })
+        });
+        Ok(Self { tokenizer, template: template.transpose()?, texts: Arc::new(texts) })
+    }
+
+    /// Tokens of a chat, ready for the assistant's answer. The template writes every special token itself.
+    pub fn encode_chat(&self, messages: &[ChatMessage<'_>]) -> Result<Vec<u32>, TextError> {
+        let template = self.template.as_ref().ok_or(TextError::NoTemplate)?;
+        self.tokenizer.encode(&template.render(messages, true)?, false)
+    }
+
+    /// Tokens of a plain prompt, with those that the model wants around it, such as BOS.
+    pub fn encode_text(&self, text: &str) -> Result<Vec<u32>, TextError> {
+        self.tokenizer.encode(text, true)
+    }
+
+    /// Turns the tokens of one answer into text.
+    pub fn detokenizer(&self) -> Detokenizer {
+        Detokenizer::new(self.texts.clone())
+    }
+
+    /// Turns the tokens of one answer into text that ends before any of `stops`.
+    pub fn reader(&self, stops: Vec<String>) -> Reader {
+        Reader::new(self.detokenizer(), StopMatcher::new(stops))
+    }
+
+    /// One more than the highest token id that has a text.
+    pub fn vocabulary(&self) -> u32 {
+        self.texts.len()
+    }
+}

@@ -1,0 +1,222 @@
+//! Chat templates: the model's Jinja source, rendered as Hugging Face's `apply_chat_template` renders it.
+
+use std::{fmt, time::SystemTime};
+
+use minijinja::{Environment, Error, ErrorKind, context};
+use minijinja_contrib::pycompat::unknown_method_callback;
+use serde::Serialize;
+
+use super::TextError;
+
+/// Tells the time to templates that write the date. UTC.
+pub type Clock = fn() -> SystemTime;
+
+/// One message of a chat, as templates know it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct ChatMessage<'a> {
+    pub role: &'a str,
+    pub content: &'a str,
+}
+
+/// A model's chat template, ready to render.
+pub struct ChatTemplate {
+    environment: Environment<'static>,
+    bos_token: Option<String>,
+    eos_token: Option<String>,
+}
+
+const NAME: &str = "chat";
+/// Steps one rendering may take: far beyond any honest one, so that a template cannot hold a thread for ever.
+const FUEL: u64 = 10_000_000;
+/// Marks errors that the template itself raised.
+const RAISED: &str = "raised by the template: ";
+
+impl ChatTemplate {
+    /// Compiles the template; the error says what is wrong with it.
+    pub fn new(source: &str, bos: Option<&str>, eos: Option<&str>, clock: Clock) -> Result<Self, String> {
+        let mut environment = Environment::new();
+        // As in Hugging Face's own environment.
+        environment.set_trim_blocks(true);
+        environment.set_lstrip_blocks(true);
+        environment.set_fuel(Some(FUEL));
+        environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
+        environment.set_unknown_method_callback(unknown_method_callback);
+        environment.add_function("raise_exception", |reason: String| -> Result<String, Error> {
+            Err(Error::new(ErrorKind::InvalidOperation, format!("{RAISED}{reason}")))
+        });
+        environment.add_function("strftime_now", move |format: String| strftime(&format, clock()));
+        environment.add_template_owned(NAME, without_generation_tags(source)).map_err(|error| error.to_string())?;
+        Ok(Self { environment, bos_token: bos.map(str::to_owned), eos_token: eos.map(str::to_owned) })
+    }
+
+    /// The prompt for these messages; with `add_generation_prompt`, ready for the assistant's answer.
+    pub fn render(&self, messages: &[ChatMessage<'_>], add_generation_prompt: bool) -> Result<String, TextError> {
+        let template =
+            self.environment.get_template(NAME).map_err(|error| TextError::Render { reason: error.to_string() })?;
+        let result = template.render(context! {
+            messages,
+            add_generation_prompt,
+            bos_token => self.bos_token,
+            eos_token => self.eos_token,
+        });
+        result.map_err(|error| match error.detail().and_then(|detail| detail.strip_prefix(RAISED)) {
+            Some(reason) => TextError::Refused { reason: reason.to_owned() },
+            None => TextError::Render { reason: error.to_string() },
+        })
+    }
+}
+
+impl fmt::Debug for ChatTemplate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ChatTemplate").field("bos_token", &self.bos_token).finish_non_exhaustive()
+    }
+}
+
+/// Training marks the assistant's words with `{% generation %}` blocks, an extension of Hugging Face's that changes
+/// nothing about the text; here they become blocks that are always taken.
+fn without_generation_tags(source: &str) -> String {
+    let mut result = String::with_capacity(source.len());
+    let mut rest = source;
+    while let Some(open) = rest.find("{%") {
+        let Some(close) = rest[open..].find("%}") else { break };
+        let (before, tag) = (&rest[..open], &rest[open..open + close + 2]);
+        let word = tag.trim_start_matches(['{', '%', '-', '+']).trim_end_matches(['%', '}', '-', '+']).trim();
+        result.push_str(before);
+        match word {
+            "generation" => result.push_str(&tag.replace(word, "if true")),
+            "endgeneration" => result.push_str(&tag.replace(word, "endif")),
+            _ => result.push_str(tag),
+        }
+        rest = &rest[open + close + 2..];
+    }
+    result.push_str(rest);
+    result
+}
+
+const MONTHS: [&str; 12] = [
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+];
+const DAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
+
+/// Python's `strftime` in UTC, the codes that templates use; others stay as they are.
+fn strftime(format: &str, now: SystemTime) -> String {
+    let seconds = now.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    let (days, second) = (seconds / 86_400, seconds % 86_400);
+    let (year, month, day) = civil(days);
+    let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
+    let month_name = MONTHS[month as usize - 1];
+    let day_name = DAYS[(days % 7) as usize];
+    let mut result = String::new();
+    let mut characters = format.chars();
+    while let Some(character) = characters.next() {
+        if character != '%' {
+            result.push(character);
+            continue;
+        }
+        let code: String = match characters.next() {
+            Some('-') => format!("-{}", characters.next().unwrap_or_default()),
+            Some(code) => code.to_string(),
+            None => String::new(),
+        };
+        let text = match code.as_str() {
+            "Y" => year.to_string(),
+            "y" => format!("{:02}", year % 100),
+            "m" => format!("{month:02}"),
+            "-m" => month.to_string(),
+            "B" => month_name.to_owned(),
+            "b" => month_name[..3].to_owned(),
+            "d" => format!("{day:02}"),
+            "-d" => day.to_string(),
+            "A" => day_name.to_owned(),
+            "a" => day_name[..3].to_owned(),
+            "H" => format!("{hour:02}"),
+            "M" => format!("{minute:02}"),
+            "S" => format!("{second:02}"),
+            "%" => "%".to_owned(),
+            other => format!("%{other}"),
+        };
+        result.push_str(&text);
+    }
+    result
+}
+
+/// Year, month and day of the Gregorian calendar, `days` after 1970-01-01. Eras of 400 years are counted from March, so
+/// that the leap day comes last.
+fn civil(days: u64) -> (u64, u64, u64) {
+    let days = days + 719_468; // from 0000-03-01
+    let (era, day_of_era) = (days / 146_097, days % 146_097);
+    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted = (5 * day_of_year + 2) / 153; // March is 0
+    let day = day_of_year - (153 * shifted + 2) / 5 + 1;
+    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
+    (era * 400 + year_of_era + u64::from(month <= 2), month, day)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    /// 2026-11-23 13:05:09, a Monday.
+    fn clock() -> SystemTime {
+        SystemTime::UNIX_EPOCH + Duration::from_secs(1_795_439_109)
+    }
+
+    fn render(source: &str, messages: &[ChatMessage<'_>]) -> Result<String, TextError> {
+        ChatTemplate::new(source, Some("<s>"), None, clock).expect("the template compiles").render(messages, true)
+    }
+
+    const HELLO: ChatMessage<'_> = ChatMessage { role: "user", content: " Hi <b> " };
+
+    #[test]
+    fn python_methods_slices_and_loop_controls_work() {
+        let source = "{{ bos_token }}{% for m in messages[0:] %}{% if m['role'] == 'tool' %}{% continue %}{% endif %}
+            {{- m.role.upper() }}: {{ m['content'].strip() }}{{ eos_token }}
+{% endfor %}
+{% if add_generation_prompt %}
+A:{% endif %}";
+        assert_eq!(render(source, &[HELLO]).expect("renders"), "<s>USER: Hi <b>\nA:");
+    }
+
+    #[test]
+    fn the_templates_own_refusal_reaches_the_client() {
+        let source = "{{ raise_exception('roles must alternate') }}";
+        assert!(matches!(render(source, &[HELLO]), Err(TextError::Refused { reason }) if reason == "roles must alternate"));
+        assert!(matches!(render("{{ messages[0].a.b.c }}", &[HELLO]), Err(TextError::Render { .. })));
+        assert!(ChatTemplate::new("{% for %}", None, None, clock).is_err());
+    }
+
+    #[test]
+    fn generation_blocks_are_plain_text() {
+        let source = "a{%- generation -%} b {%- endgeneration %}c{% if x %}{%endif%}";
+        assert_eq!(render(source, &[]).expect("renders"), "abc");
+    }
+
+    #[test]
+    fn endless_templates_end() {
+        let source = "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}";
+        assert!(matches!(render(source, &[]), Err(TextError::Render { .. })));
+    }
+
+    #[test]
+    fn dates_are_pythons() {
+        assert_eq!(strftime("%d %b %Y, %A %a %B %-m %-d %H:%M:%S %y %% %Q", clock()),
+            "23 Nov 2026, Monday Mon November 11 23 13:05:09 26 % %Q");
+        let at = |days: u64| civil(days);
+        assert_eq!((at(0), at(59), at(789), at(11_016)), ((1970, 1, 1), (1970, 3, 1), (1972, 2, 29), (2000, 2, 29)));
+        assert_eq!(at(20_819), (2027, 1, 1));
+    }
+}
