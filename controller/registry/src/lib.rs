@@ -1,6 +1,6 @@
 //! The state of a Baton cluster: one [`Store`] contract over etcd, memory or a remote controller, and what is kept in it.
 //!
-//! - [`store`]: the contract, with etcd's semantics, and its implementations: [`MemoryStore`]
+//! - [`store`]: the contract, with etcd's semantics, and its three implementations: [`EtcdStore`], [`MemoryStore`]
 //!   (embedded in a single controller) and [`RemoteStore`] (that one, over gRPC, served by [`StoreService`]).
 //! - [`keys`] and [`records`]: the key layout under `/baton/v1/` and the typed values under it.
 //! - [`election`]: who of the controllers leads, and writes that only the leader can make.
@@ -13,6 +13,8 @@ pub mod fleet;
 pub mod keys;
 pub mod records;
 pub mod store;
+#[cfg(feature = "testing")]
+pub mod testing;
 
 pub use election::{Candidate, Fenced, Leadership};
 pub use fleet::{FleetInstance, FleetSnapshot, FleetWatch, FleetWatchConfig, Leader};
@@ -23,6 +25,7 @@ pub use records::{
 pub use store::{
     Compare, Event, KeyRange, KeyValue, Lease, LeaseId, Listing, Operation, Revision, Store, StoreError, Txn,
     TxnOutcome, Watch, WatchBatch, WatchError,
+    etcd::{EtcdConfig, EtcdStore},
     memory::{MemoryConfig, MemoryStore},
     remote::{RemoteConfig, RemoteStore},
     service::StoreService,

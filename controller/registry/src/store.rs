@@ -13,6 +13,8 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures::{Stream, StreamExt, stream::BoxStream};
 
+pub mod etcd;
+mod failover;
 pub mod memory;
 pub mod remote;
 pub mod service;
@@ -238,7 +240,7 @@ impl Event {
     }
 }
 
-/// Whole transactions, in order. `revision` is how far the watch has come: every change of the watched keys up to and
+/// One whole transaction. `revision` is how far the watch has come: every change of the watched keys up to and
 /// including it has been delivered, so a later watch goes on from `revision.next()`. May be empty: only progress.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WatchBatch {

@@ -1,13 +1,9 @@
 //! A controller's embedded store, over gRPC: what a coordinator reads when there is no etcd.
 //!
-//! One connection per endpoint, made when first used and made again after a break. A read is tried on every endpoint,
-//! twice; a change only where it is certain that it was not made. A broken watch is the reader's to resume.
+//! One connection per endpoint, made when first used and made again after a break. What is tried again, and where, is
+//! `failover`'s. A broken watch is the reader's to resume.
 
-use std::{
-    fmt,
-    sync::atomic::{AtomicUsize, Ordering},
-    time::Duration,
-};
+use std::{fmt, time::Duration};
 
 use async_trait::async_trait;
 use baton_proto::v1::{self, store_client::StoreClient};
@@ -20,6 +16,7 @@ use tonic::{
 use super::{
     KeyRange, Lease, LeaseId, Listing, Revision, Store, StoreError, Txn, TxnOutcome, Watch, WatchBatch,
     WatchError,
+    failover::{self, Failover, Failure, Repeat},
     service::{LEASE_HEADER, MESSAGE_MAX_BYTES},
 };
 
@@ -47,10 +44,7 @@ impl RemoteConfig {
 
 /// The store of the first controller that answers.
 pub struct RemoteStore {
-    clients: Vec<(String, StoreClient<Channel>)>,
-    /// The one that answered last.
-    preferred: AtomicUsize,
-    timeout: Duration,
+    clients: Failover<StoreClient<Channel>>,
 }
 
 impl RemoteStore {
@@ -72,86 +66,46 @@ impl RemoteStore {
                 StoreClient::new(endpoint.connect_lazy()).max_decoding_message_size(MESSAGE_MAX_BYTES);
             Ok((name.clone(), client))
         });
-        let clients = clients.collect::<Result<_, StoreError>>()?;
-        Ok(Self { clients, preferred: AtomicUsize::new(0), timeout: config.timeout })
+        Ok(Self { clients: Failover::new(clients.collect::<Result<_, StoreError>>()?, config.timeout) })
     }
 
-    /// Calls endpoint after endpoint, from the one that answered last, until one answers.
     async fn call<R, F>(
         &self,
-        safe_to_repeat: bool,
+        repeat: Repeat,
         call: impl Fn(StoreClient<Channel>) -> F,
     ) -> Result<R, StoreError>
     where
         F: Future<Output = Result<R, Status>>,
     {
-        let count = self.clients.len();
-        let first = self.preferred.load(Ordering::Relaxed);
-        let mut last = StoreError::Unavailable("no endpoint was tried".into());
-        for attempt in 0..2 * count {
-            let index = (first + attempt) % count;
-            let (name, client) = &self.clients[index];
-            let result = match tokio::time::timeout(self.timeout, call(client.clone())).await {
-                Ok(result) => result,
-                Err(_) => Err(Status::deadline_exceeded(format!("no answer within {:?}", self.timeout))),
-            };
-            match result {
-                Ok(answer) => {
-                    self.preferred.store(index, Ordering::Relaxed);
-                    return Ok(answer);
-                }
-                Err(status) => {
-                    let never_sent = was_never_sent(&status);
-                    last = error_of(name, &status, safe_to_repeat || never_sent);
-                    let passing = matches!(last, StoreError::Unavailable(_));
-                    if !passing {
-                        return Err(last);
-                    }
-                }
-            }
-        }
-        Err(last)
+        let call = |client: &StoreClient<Channel>| {
+            let answer = call(client.clone());
+            async move { answer.await.map_err(|status| failure_of(&status)) }
+        };
+        self.clients.call(repeat, call).await
     }
 }
 
-/// Whether the connection could not even be made.
-fn was_never_sent(status: &Status) -> bool {
-    let mut source = std::error::Error::source(status);
-    while let Some(error) = source {
-        if error
-            .downcast_ref::<std::io::Error>()
-            .is_some_and(|io| io.kind() == std::io::ErrorKind::ConnectionRefused)
-            || error.is::<tonic::ConnectError>()
-        {
-            return true;
+/// What a status of [`super::StoreService`] or of the connection means.
+fn failure_of(status: &Status) -> Failure {
+    let message = status.message().to_owned();
+    let lease = status.metadata().get(LEASE_HEADER).and_then(|id| id.to_str().ok()?.parse().ok());
+    match (status.code(), lease) {
+        (Code::NotFound, Some(lease)) => Failure::Final(StoreError::LeaseNotFound(LeaseId(lease))),
+        (Code::NotFound | Code::InvalidArgument | Code::OutOfRange, _) => {
+            Failure::Final(StoreError::Invalid(message))
         }
-        source = error.source();
-    }
-    false
-}
-
-/// What a status means. `nothing_done` if it is certain, or of no matter, that nothing was.
-fn error_of(endpoint: &str, status: &Status, nothing_done: bool) -> StoreError {
-    let message = format!("{endpoint}: {}", status.message());
-    match status.code() {
-        Code::NotFound => {
-            match status.metadata().get(LEASE_HEADER).and_then(|id| id.to_str().ok()?.parse().ok()) {
-                Some(lease) => StoreError::LeaseNotFound(LeaseId(lease)),
-                None => StoreError::Invalid(message),
-            }
-        }
-        Code::InvalidArgument | Code::OutOfRange => StoreError::Invalid(message),
-        Code::FailedPrecondition | Code::ResourceExhausted | Code::PermissionDenied | Code::Unimplemented => {
-            StoreError::Refused(message)
-        }
-        _ if nothing_done => StoreError::Unavailable(message),
-        _ => StoreError::Unknown(message),
+        (
+            Code::FailedPrecondition | Code::ResourceExhausted | Code::PermissionDenied | Code::Unimplemented,
+            _,
+        ) => Failure::Final(StoreError::Refused(message)),
+        _ => failover::passing(status),
     }
 }
 
 impl fmt::Debug for RemoteStore {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_list().entries(self.clients.iter().map(|(name, _)| name)).finish()
+        f.write_str("RemoteStore ")?;
+        f.debug_list().entries(self.clients.names()).finish()
     }
 }
 
@@ -163,7 +117,7 @@ impl Store for RemoteStore {
             let request = request.clone();
             async move { client.range(request).await }
         };
-        Ok(self.call(true, call).await?.into_inner().into())
+        Ok(self.call(Repeat::Harmless, call).await?.into_inner().into())
     }
 
     async fn txn(&self, txn: Txn) -> Result<TxnOutcome, StoreError> {
@@ -173,7 +127,7 @@ impl Store for RemoteStore {
             let request = request.clone();
             async move { client.txn(request).await }
         };
-        let answer = self.call(false, call).await?.into_inner();
+        let answer = self.call(Repeat::Never, call).await?.into_inner();
         Ok(TxnOutcome { succeeded: answer.succeeded, revision: Revision(answer.revision) })
     }
 
@@ -193,7 +147,7 @@ impl Store for RemoteStore {
                 Ok((first, stream))
             }
         };
-        let (first, rest) = self.call(true, call).await?;
+        let (first, rest) = self.call(Repeat::Harmless, call).await?;
         let batches =
             stream::iter([Ok(first)]).chain(rest).filter_map(|message| std::future::ready(take(message)));
         Ok(Watch::new(batches))
@@ -204,14 +158,14 @@ impl Store for RemoteStore {
             v1::GrantLeaseRequest { ttl_millis: u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX) };
         // A lease granted and not heard of ends by itself.
         let call = |mut client: StoreClient<Channel>| async move { client.grant_lease(request).await };
-        let answer = self.call(true, call).await?.into_inner();
+        let answer = self.call(Repeat::Harmless, call).await?.into_inner();
         Ok(Lease { id: LeaseId(answer.lease), ttl: Duration::from_millis(answer.ttl_millis) })
     }
 
     async fn keep_alive(&self, lease: LeaseId) -> Result<Duration, StoreError> {
         let request = v1::KeepAliveRequest { lease: lease.0 };
         let call = |mut client: StoreClient<Channel>| async move { client.keep_alive(request).await };
-        match self.call(true, call).await?.into_inner().ttl_millis {
+        match self.call(Repeat::Harmless, call).await?.into_inner().ttl_millis {
             0 => Err(StoreError::LeaseNotFound(lease)),
             millis => Ok(Duration::from_millis(millis)),
         }
@@ -220,7 +174,7 @@ impl Store for RemoteStore {
     async fn revoke_lease(&self, lease: LeaseId) -> Result<(), StoreError> {
         let request = v1::RevokeLeaseRequest { lease: lease.0 };
         let call = |mut client: StoreClient<Channel>| async move { client.revoke_lease(request).await };
-        self.call(true, call).await.map(|_| ())
+        self.call(Repeat::Harmless, call).await.map(|_| ())
     }
 }
 

@@ -1,0 +1,402 @@
+//! etcd, 3.4 or later.
+//!
+//! One client per endpoint, so that a call that fails on one member is tried on the next (`failover`): the client's
+//! own balancing does not. A client whose call failed is made anew. A broken watch is the reader's to resume.
+
+use std::{fmt, time::Duration};
+
+use async_trait::async_trait;
+use etcd_client::{
+    Client, CompareOp, ConnectOptions, DeleteOptions, EventType, GetOptions, PutOptions, TxnOp, WatchOptions,
+    WatchResponse, WatchStream,
+};
+use futures::{StreamExt, stream};
+use parking_lot::Mutex;
+use tonic::{Code, Status};
+
+use super::{
+    Compare, Event, KeyRange, KeyValue, Lease, LeaseId, Listing, Operation, Revision, Store, StoreError, Txn,
+    TxnOutcome, Watch, WatchBatch, WatchError,
+    failover::{self, Failover, Failure, Repeat},
+    lease_seconds,
+};
+
+/// The largest answer: a listing of a fleet of thousands is a few megabytes.
+const MESSAGE_MAX_BYTES: usize = 64 << 20;
+
+#[derive(Clone)]
+pub struct EtcdConfig {
+    /// host:port of members, or URLs.
+    pub endpoints: Vec<String>,
+    /// User and password, if etcd asks for them.
+    pub user: Option<(String, String)>,
+    pub connect_timeout: Duration,
+    /// Of one try on one member.
+    pub timeout: Duration,
+    /// A connection that is silent for this long is probed, and given up after as long again.
+    pub keep_alive: Duration,
+}
+
+impl EtcdConfig {
+    pub fn new(endpoints: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        Self {
+            endpoints: endpoints.into_iter().map(Into::into).collect(),
+            user: None,
+            connect_timeout: Duration::from_secs(1),
+            timeout: Duration::from_secs(2),
+            keep_alive: Duration::from_secs(3),
+        }
+    }
+
+    fn options(&self) -> ConnectOptions {
+        let options = ConnectOptions::new()
+            .with_connect_timeout(self.connect_timeout)
+            .with_keep_alive(self.keep_alive, self.keep_alive)
+            .with_keep_alive_while_idle(true)
+            // A member cut off from the others says so, instead of serving an old view.
+            .with_require_leader(true)
+            .with_auto_token_refresh(true);
+        match &self.user {
+            Some((name, password)) => options.with_user(name, password),
+            None => options,
+        }
+    }
+}
+
+impl fmt::Debug for EtcdConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let user = self.user.as_ref().map(|(name, _)| name);
+        f.debug_struct("EtcdConfig")
+            .field("endpoints", &self.endpoints)
+            .field("user", &user)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A cluster of etcd.
+pub struct EtcdStore {
+    members: Failover<Member>,
+}
+
+/// One endpoint and its client, once there is one.
+struct Member {
+    endpoint: String,
+    options: ConnectOptions,
+    client: Mutex<Option<Client>>,
+}
+
+impl EtcdStore {
+    /// Makes the store; connects only when used.
+    pub fn new(config: &EtcdConfig) -> Result<Self, StoreError> {
+        if config.endpoints.is_empty() {
+            return Err(StoreError::Invalid("no etcd endpoint is given: name at least one host:port".into()));
+        }
+        let member = |endpoint: &String| {
+            let member =
+                Member { endpoint: endpoint.clone(), options: config.options(), client: Mutex::new(None) };
+            (endpoint.clone(), member)
+        };
+        Ok(Self { members: Failover::new(config.endpoints.iter().map(member).collect(), config.timeout) })
+    }
+
+    /// Forgets the history up to and including `revision`. Operators usually let etcd do it by itself.
+    pub async fn compact(&self, revision: Revision) -> Result<(), StoreError> {
+        self.call(
+            Repeat::Never,
+            None,
+            |mut client| async move { client.compact(signed(revision.0), None).await },
+        )
+        .await
+        .map(|_| ())
+    }
+
+    /// Calls member after member. `lease` is the one that "lease not found" would be about.
+    async fn call<R, F>(
+        &self,
+        repeat: Repeat,
+        lease: Option<LeaseId>,
+        call: impl Fn(Client) -> F + Sync,
+    ) -> Result<R, StoreError>
+    where
+        F: Future<Output = Result<R, etcd_client::Error>> + Send,
+        R: Send,
+    {
+        let call = &call;
+        self.members
+            .call(repeat, |member| async move {
+                let client = member.client().await?;
+                call(client).await.map_err(|error| {
+                    let failure = failure_of(error, lease);
+                    if !matches!(failure, Failure::Final(_)) {
+                        member.client.lock().take();
+                    }
+                    failure
+                })
+            })
+            .await
+    }
+}
+
+impl Member {
+    async fn client(&self) -> Result<Client, Failure> {
+        if let Some(client) = self.client.lock().clone() {
+            return Ok(client);
+        }
+        // With a user, this asks etcd for a token: nothing of the call itself has been sent yet.
+        let client = match Client::connect([&self.endpoint], Some(self.options.clone())).await {
+            Ok(client) => client,
+            Err(error) => {
+                return Err(match failure_of(error, None) {
+                    Failure::Unclear(error) => Failure::NotDone(error),
+                    failure => failure,
+                });
+            }
+        };
+        *self.client.lock() = Some(client.clone());
+        Ok(client)
+    }
+}
+
+fn failure_of(error: etcd_client::Error, lease: Option<LeaseId>) -> Failure {
+    use etcd_client::Error;
+    match error {
+        Error::GRpcStatus(status) => failure_of_status(&status, lease),
+        // So the client says that the answer to a renewal was "0 s".
+        Error::LeaseKeepAliveError(message) => match lease {
+            Some(lease) if message.contains("not found") => Failure::Final(StoreError::LeaseNotFound(lease)),
+            _ => Failure::Unclear(message),
+        },
+        Error::InvalidArgs(_)
+        | Error::InvalidUri(_)
+        | Error::EndpointError(_)
+        | Error::InvalidMetadataValue(_) => Failure::Final(StoreError::Invalid(error.to_string())),
+        error => Failure::Unclear(error.to_string()),
+    }
+}
+
+fn failure_of_status(status: &Status, lease: Option<LeaseId>) -> Failure {
+    let message = status.message();
+    match (status.code(), lease) {
+        (Code::NotFound, Some(lease)) if message.contains("lease not found") => {
+            Failure::Final(StoreError::LeaseNotFound(lease))
+        }
+        (Code::ResourceExhausted, _) if message.contains("too many requests") => {
+            Failure::NotDone(message.into())
+        }
+        (Code::ResourceExhausted, _) if message.contains("space exceeded") => {
+            Failure::Final(StoreError::Refused(format!(
+                "{message}: compact and defragment etcd or raise its quota, then disarm the alarm"
+            )))
+        }
+        (Code::NotFound | Code::InvalidArgument | Code::OutOfRange, _) => {
+            Failure::Final(StoreError::Invalid(message.into()))
+        }
+        (
+            Code::ResourceExhausted
+            | Code::FailedPrecondition
+            | Code::PermissionDenied
+            | Code::Unauthenticated
+            | Code::Unimplemented,
+            _,
+        ) => Failure::Final(StoreError::Refused(message.into())),
+        // Said before the request is looked at.
+        (Code::Unavailable, _) if message == "etcdserver: no leader" => Failure::NotDone(message.into()),
+        _ => failover::passing(status),
+    }
+}
+
+impl fmt::Debug for EtcdStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("EtcdStore ")?;
+        f.debug_list().entries(self.members.names()).finish()
+    }
+}
+
+#[async_trait]
+impl Store for EtcdStore {
+    async fn range(&self, range: KeyRange) -> Result<Listing, StoreError> {
+        let (key, options) = match range {
+            KeyRange::Exact(key) => (key, GetOptions::new()),
+            KeyRange::Prefix(prefix) if prefix.is_empty() => (prefix, GetOptions::new().with_all_keys()),
+            KeyRange::Prefix(prefix) => (prefix, GetOptions::new().with_prefix()),
+        };
+        let (key, options) = (&key, &options);
+        let answer = self
+            .call(Repeat::Harmless, None, |client| async move {
+                let mut kv = client.kv_client().max_decoding_message_size(MESSAGE_MAX_BYTES);
+                kv.get(key.as_str(), Some(options.clone())).await
+            })
+            .await?;
+        let revision = revision_of(answer.header());
+        Ok(Listing { revision, items: answer.kvs().iter().map(key_value).collect() })
+    }
+
+    async fn txn(&self, txn: Txn) -> Result<TxnOutcome, StoreError> {
+        txn.check()?;
+        let lease = txn.operations.iter().find_map(|operation| match operation {
+            Operation::Put { lease, .. } => *lease,
+            _ => None,
+        });
+        let request = etcd_client::Txn::new()
+            .when(txn.conditions.into_iter().map(condition).collect::<Vec<_>>())
+            .and_then(txn.operations.into_iter().map(change).collect::<Vec<_>>());
+        let request = &request;
+        let answer = self
+            .call(Repeat::Never, lease, |client| async move { client.kv_client().txn(request.clone()).await })
+            .await?;
+        Ok(TxnOutcome { succeeded: answer.succeeded(), revision: revision_of(answer.header()) })
+    }
+
+    async fn watch(&self, range: KeyRange, from: Option<Revision>) -> Result<Watch, StoreError> {
+        let mut options = WatchOptions::new().with_progress_notify();
+        if let Some(from) = from {
+            options = options.with_start_revision(signed(from.0));
+        }
+        let (key, options) = match range {
+            KeyRange::Exact(key) => (key, options),
+            KeyRange::Prefix(prefix) if prefix.is_empty() => (prefix, options.with_all_keys()),
+            KeyRange::Prefix(prefix) => (prefix, options.with_prefix()),
+        };
+        let (key, options) = (&key, &options);
+        let (first, stream) = self
+            .call(Repeat::Harmless, None, |client| async move {
+                let mut watch = client.watch_client().max_decoding_message_size(MESSAGE_MAX_BYTES);
+                let mut stream = watch.watch(key.as_str(), Some(options.clone())).await?;
+                let ended = || etcd_client::Error::WatchError("the watch ended at once".into());
+                let first = stream.message().await?.ok_or_else(ended)?;
+                Ok((first, stream))
+            })
+            .await?;
+        let first = batches_of(&first);
+        let rest = stream::unfold(stream, next_batches).flat_map(stream::iter);
+        Ok(Watch::new(stream::iter(first).chain(rest)))
+    }
+
+    async fn grant_lease(&self, ttl: Duration) -> Result<Lease, StoreError> {
+        let seconds = signed(lease_seconds(ttl)?);
+        // A lease granted and not heard of ends by itself.
+        let grant = |mut client: Client| async move { client.lease_grant(seconds, None).await };
+        let answer = self.call(Repeat::Harmless, None, grant).await?;
+        let ttl = Duration::from_secs(unsigned(answer.ttl()));
+        Ok(Lease { id: LeaseId(unsigned(answer.id())), ttl })
+    }
+
+    async fn keep_alive(&self, lease: LeaseId) -> Result<Duration, StoreError> {
+        let renew = |mut client: Client| async move {
+            // Opening the stream asks once; the time of the answer is not handed on, so it is asked for again.
+            let (mut keeper, mut answers) = client.lease_keep_alive(signed(lease.0)).await?;
+            keeper.keep_alive().await?;
+            answers.message().await
+        };
+        match self.call(Repeat::Harmless, Some(lease), renew).await? {
+            Some(answer) if answer.ttl() > 0 => Ok(Duration::from_secs(unsigned(answer.ttl()))),
+            _ => Err(StoreError::LeaseNotFound(lease)),
+        }
+    }
+
+    async fn revoke_lease(&self, lease: LeaseId) -> Result<(), StoreError> {
+        let revoke = |mut client: Client| async move { client.lease_revoke(signed(lease.0)).await };
+        match self.call(Repeat::Harmless, Some(lease), revoke).await {
+            Ok(_) | Err(StoreError::LeaseNotFound(_)) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// etcd's numbers are signed and never negative.
+fn unsigned(number: i64) -> u64 {
+    number.max(0).unsigned_abs()
+}
+
+fn signed(number: u64) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
+}
+
+fn revision_of(header: Option<&etcd_client::ResponseHeader>) -> Revision {
+    Revision(header.map_or(0, |header| unsigned(header.revision())))
+}
+
+fn key_value(item: &etcd_client::KeyValue) -> KeyValue {
+    KeyValue {
+        key: String::from_utf8_lossy(item.key()).into_owned(),
+        value: item.value().to_vec().into(),
+        create_revision: Revision(unsigned(item.create_revision())),
+        mod_revision: Revision(unsigned(item.mod_revision())),
+        version: unsigned(item.version()),
+        lease: (item.lease() != 0).then(|| LeaseId(unsigned(item.lease()))),
+    }
+}
+
+fn condition(compare: Compare) -> etcd_client::Compare {
+    use etcd_client::Compare as Etcd;
+    match compare {
+        Compare::Absent { key } => Etcd::create_revision(key, CompareOp::Equal, 0),
+        Compare::CreateRevision { key, equals } => {
+            Etcd::create_revision(key, CompareOp::Equal, signed(equals.0))
+        }
+        Compare::ModRevision { key, equals } => Etcd::mod_revision(key, CompareOp::Equal, signed(equals.0)),
+        Compare::Value { key, equals } => Etcd::value(key, CompareOp::Equal, equals),
+    }
+}
+
+fn change(operation: Operation) -> TxnOp {
+    match operation {
+        Operation::Put { key, value, lease } => {
+            let options = lease.map(|lease| PutOptions::new().with_lease(signed(lease.0)));
+            TxnOp::put(key, value, options)
+        }
+        Operation::Delete { key } => TxnOp::delete(key, None),
+        Operation::DeletePrefix { prefix } if prefix.is_empty() => {
+            TxnOp::delete(prefix, Some(DeleteOptions::new().with_all_keys()))
+        }
+        Operation::DeletePrefix { prefix } => TxnOp::delete(prefix, Some(DeleteOptions::new().with_prefix())),
+    }
+}
+
+type Batches = Vec<Result<WatchBatch, WatchError>>;
+
+async fn next_batches(mut stream: WatchStream) -> Option<(Batches, WatchStream)> {
+    let batches = match stream.message().await {
+        Ok(Some(message)) => batches_of(&message),
+        Ok(None) => return None,
+        Err(error) => vec![Err(WatchError::Broken(error.to_string()))],
+    };
+    Some((batches, stream))
+}
+
+/// A message of etcd holds whole transactions, several perhaps; here a batch is one.
+fn batches_of(message: &WatchResponse) -> Batches {
+    if message.canceled() {
+        let error = match unsigned(message.compact_revision()) {
+            0 => WatchError::Broken(message.cancel_reason().to_owned()),
+            compacted => WatchError::Compacted(Revision(compacted)),
+        };
+        return vec![Err(error)];
+    }
+    if message.created() {
+        return Vec::new();
+    }
+    if message.events().is_empty() {
+        // Sent to a watch that has been told everything up to here.
+        return vec![Ok(WatchBatch { revision: revision_of(message.header()), events: Vec::new() })];
+    }
+    let mut batches: Vec<WatchBatch> = Vec::new();
+    for event in message.events().iter().filter_map(event_of) {
+        match batches.last_mut() {
+            Some(batch) if batch.revision == event.revision() => batch.events.push(event),
+            _ => batches.push(WatchBatch { revision: event.revision(), events: vec![event] }),
+        }
+    }
+    batches.into_iter().map(Ok).collect()
+}
+
+fn event_of(event: &etcd_client::Event) -> Option<Event> {
+    let item = event.kv()?;
+    Some(match event.event_type() {
+        EventType::Put => Event::Put(key_value(item)),
+        EventType::Delete => {
+            let item = key_value(item);
+            Event::Delete { key: item.key, revision: item.mod_revision }
+        }
+    })
+}

@@ -1,0 +1,93 @@
+//! A real etcd for tests: started on free ports in a directory of its own, killed when dropped.
+//!
+//! Fails with what to install when there is none: the tests that need it do not pass without it.
+
+use std::{
+    net::TcpListener,
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use crate::{EtcdConfig, EtcdStore, KeyRange, Store};
+
+/// One etcd member.
+#[derive(Debug)]
+pub struct EtcdServer {
+    directory: tempfile::TempDir,
+    client_port: u16,
+    peer_port: u16,
+    child: Option<Child>,
+}
+
+impl EtcdServer {
+    /// Starts a member and waits until it answers.
+    pub async fn start() -> Self {
+        let directory = tempfile::tempdir().expect("cannot make a directory for etcd");
+        let mut server = Self { directory, client_port: free_port(), peer_port: free_port(), child: None };
+        server.restart().await;
+        server
+    }
+
+    /// host:port for clients.
+    pub fn endpoint(&self) -> String {
+        format!("127.0.0.1:{}", self.client_port)
+    }
+
+    /// A store over this member alone.
+    pub fn store(&self) -> EtcdStore {
+        EtcdStore::new(&EtcdConfig::new([self.endpoint()])).expect("a good endpoint")
+    }
+
+    /// The pid, for signals; none while it is stopped.
+    pub fn pid(&self) -> Option<u32> {
+        self.child.as_ref().map(Child::id)
+    }
+
+    /// Kills it; its data stays.
+    pub fn kill(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            // Both fail only if it has ended already.
+            child.kill().ok();
+            child.wait().ok();
+        }
+    }
+
+    /// Starts it again on the same ports and data, and waits until it answers.
+    pub async fn restart(&mut self) {
+        self.kill();
+        let client = format!("http://{}", self.endpoint());
+        let peer = format!("http://127.0.0.1:{}", self.peer_port);
+        let log = std::fs::File::create(self.directory.path().join("log")).expect("cannot write etcd's log");
+        let child = Command::new("etcd")
+            .arg("--data-dir")
+            .arg(self.directory.path().join("data"))
+            .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
+            .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
+            .args(["--initial-cluster", &format!("default={peer}"), "--logger", "zap"])
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .unwrap_or_else(|error| {
+                panic!(
+                    "this test needs etcd 3.4 or later on PATH (Debian: apt-get install etcd-server): {error}"
+                )
+            });
+        self.child = Some(child);
+        let store = self.store();
+        let answers = async { while store.range(KeyRange::exact("/up")).await.is_err() {} };
+        if tokio::time::timeout(Duration::from_secs(30), answers).await.is_err() {
+            let log = std::fs::read_to_string(self.directory.path().join("log")).unwrap_or_default();
+            panic!("etcd did not answer within 30 s; its log:\n{log}");
+        }
+    }
+}
+
+impl Drop for EtcdServer {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("no free port").port()
+}
