@@ -162,7 +162,7 @@ impl Pool {
         unsafe { *self.shared.job.get() = Job { work, tasks } };
         self.shared.next.store(0, Ordering::Relaxed);
         let number = self.shared.gate.load(Ordering::Relaxed) / JOB + 1;
-        self.shared.gate.store(number * JOB | OPEN, Ordering::SeqCst);
+        self.shared.gate.store((number * JOB) | OPEN, Ordering::SeqCst);
         let closing = Closing(&self.shared);
         self.wake();
         self.shared.work(0, &job);
