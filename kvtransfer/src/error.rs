@@ -36,6 +36,8 @@ pub enum TransferError {
     DeadlineExceeded { waiting_for: &'static str },
     #[error("cancelled here: {0}")]
     Cancelled(String),
+    #[error("refused here: {0}")]
+    Refused(ApiError),
     #[error("aborted by the peer: {0}")]
     PeerAborted(ApiError),
     #[error("the data connection failed: {0}")]
@@ -64,7 +66,7 @@ impl TransferError {
             Self::Unreachable { .. } | Self::LinkLost(_) | Self::LeaseExpired { .. } => {
                 ErrorCode::InstanceLost
             }
-            Self::PeerRefused(error) | Self::PeerAborted(error) => error.code,
+            Self::PeerRefused(error) | Self::PeerAborted(error) | Self::Refused(error) => error.code,
             Self::DeadlineExceeded { .. } => ErrorCode::DeadlineExceeded,
             Self::Cancelled(_) => ErrorCode::Cancelled,
             Self::DataPath(_) | Self::Damaged { .. } | Self::Protocol(_) | Self::SealMismatch { .. } => {

@@ -161,7 +161,8 @@ mod tests {
     #[test]
     fn every_field_changes_the_fingerprint_and_is_named_when_it_differs() {
         let ours = layout();
-        let changes: [(&str, fn(&mut KvLayout)); 9] = [
+        type Change = fn(&mut KvLayout);
+        let changes: [(&str, Change); 9] = [
             ("model_revision", |l| l.model_revision = "r2".into()),
             ("format", |l| l.format = "x".into()),
             ("dtype", |l| l.dtype = "bf16".into()),

@@ -178,6 +178,14 @@ pub struct TransferStats {
     pub seal_to_released: Duration,
 }
 
+impl Limits {
+    /// Messages that may wait on a control stream, each way: a handful for each transfer. A fuller queue means a peer
+    /// that does not read, and breaks the stream.
+    pub(crate) fn control_queue(&self) -> usize {
+        64 + 4 * (self.incoming_transfers.max(self.outgoing_transfers) + self.held_offers)
+    }
+}
+
 impl NodeConfig {
     pub(crate) fn validate(&self) -> Result<(), TransferError> {
         let bad = |what: &str| Err(TransferError::Invalid(format!("node configuration: {what}")));

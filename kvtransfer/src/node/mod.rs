@@ -1,158 +1,408 @@
-//! The shell around the transfer sessions: one node per server process.
+//! The shell around the transfer sessions: one node per server process, both sender and receiver.
+//!
+//! Holds the transfers of either direction, the control streams (`link`: ours to peers, `service`: peers' to us), the
+//! transport, and the clock that drives leases and deadlines. Decisions are the sessions' (`crate::session`).
+//! Lock order: a table or a link before a transfer, a transfer before an outbox; the end of a transfer takes none.
 
+mod claims;
 mod config;
+mod inbound;
+mod incoming;
+mod link;
+mod outbound;
+mod outgoing;
+mod service;
+mod stats;
+mod table;
 
-use std::ops::Range;
+use std::{
+    collections::HashMap,
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
 
-use baton_proto::{ErrorCode, TransferId, v1};
-use tokio_util::sync::CancellationToken;
-use tonic::{Request, Response, Status, Streaming};
+use baton_proto::{ApiError, Incarnation, InstanceId, TransferId, v1};
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub use config::{Direction, ExpectSpec, Limits, NodeConfig, OfferSpec, Reclaimed, Sealed, TransferStats};
+pub use incoming::Incoming;
+pub use outgoing::{Outgoing, Progress};
+pub use service::HandoffService;
+pub use stats::{NodeStats, SEAL_BUCKETS_MICROS, SealLatency};
 
-use crate::TransferError;
+use claims::Claims;
+use inbound::Inbound;
+use incoming::{Reservation, check_blocks};
+use link::Link;
+use outbound::Outbound;
+use service::PeerLink;
+use stats::Counters;
+use table::{Ended, Lookup, Table};
+
+use crate::{
+    KvLayout, Slices, TransferError,
+    session::ReceiverTiming,
+    transport::{Found, Inbox, Tcp, Transport},
+};
 
 /// Sends and receives KV caches for one server process. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct KvNode {
-    shutdown: CancellationToken,
+    node: Arc<Node>,
+}
+
+/// What all parts of a node share.
+struct Node {
+    instance_id: InstanceId,
+    incarnation: Incarnation,
+    layout: KvLayout,
+    slices: Slices,
+    lease: Duration,
+    limits: Limits,
+    reclaim: Arc<dyn Fn(Reclaimed) + Send + Sync>,
+    transport: Box<dyn Transport>,
+    claims: Claims,
+    incoming: Table<Inbound>,
+    outgoing: Table<Outbound>,
+    held_offers: AtomicUsize,
+    /// Streams to peers we send to, by endpoint.
+    links: Mutex<HashMap<String, Arc<Link>>>,
+    /// Streams of peers that send to us.
+    peers: Mutex<HashMap<InstanceId, Arc<PeerLink>>>,
+    numbers: AtomicU64,
+    counters: Counters,
+    /// A transfer has been added.
+    activity: Notify,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+}
+
+impl fmt::Debug for Node {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Node").field("instance_id", &self.instance_id).finish_non_exhaustive()
+    }
 }
 
 impl KvNode {
-    /// Starts listening for slices. Must be called within a tokio runtime; `shutdown` aborts every transfer and ends
-    /// every task of the node.
+    /// Starts taking slices in. Must be called within a tokio runtime. `shutdown` aborts every transfer and ends every
+    /// task of the node; see [`KvNode::stopped`].
     pub fn start(config: NodeConfig, shutdown: CancellationToken) -> Result<Self, TransferError> {
         config.validate()?;
-        Ok(Self { shutdown })
+        let slices = config.region.slices(&config.layout, config.blocks)?;
+        let (slice_bytes, limits) = (config.layout.slice_bytes, config.limits);
+        let transport = Tcp::new(config.data_listener, config.advertise, slice_bytes, &limits)?;
+        let node = Arc::new(Node {
+            instance_id: config.instance_id,
+            incarnation: config.incarnation,
+            layout: config.layout,
+            slices,
+            lease: config.lease,
+            reclaim: config.reclaim,
+            transport: Box::new(transport),
+            claims: Claims::new(config.blocks),
+            incoming: Table::new(limits.remembered_transfers),
+            outgoing: Table::new(limits.remembered_transfers),
+            held_offers: AtomicUsize::new(0),
+            links: Mutex::default(),
+            peers: Mutex::default(),
+            numbers: AtomicU64::new(0),
+            counters: Counters::default(),
+            activity: Notify::new(),
+            tasks: TaskTracker::new(),
+            stop: shutdown,
+            limits,
+        });
+        node.transport.receive(node.clone(), &node.tasks, node.stop.clone());
+        node.tasks.spawn(keep_time(node.clone()));
+        node.tasks.close();
+        Ok(Self { node })
     }
 
     /// Resolves once every task of the node has ended after shutdown.
     pub async fn stopped(&self) {
-        self.shutdown.cancelled().await;
+        self.node.stop.cancelled().await;
+        self.node.tasks.wait().await;
     }
 
-    /// The gRPC service to mount: `v1::handoff_server::HandoffServer<HandoffService>`.
+    /// The gRPC service for the server to mount.
     pub fn handoff_service(&self) -> v1::handoff_server::HandoffServer<HandoffService> {
-        v1::handoff_server::HandoffServer::new(HandoffService { _node: self.clone() })
+        v1::handoff_server::HandoffServer::new(HandoffService { node: self.node.clone() })
     }
 
-    /// Reserves a place for a transfer that `spec.sender` offers or will offer.
-    pub fn expect(&self, _spec: ExpectSpec) -> Result<Incoming, TransferError> {
-        Err(TransferError::ShuttingDown)
+    /// `host:port` at which this node takes slices in, as peers are told.
+    pub fn data_address(&self) -> String {
+        self.node.transport.address()
+    }
+
+    /// Names of the transports this node has, best first.
+    pub fn transports(&self) -> Vec<String> {
+        vec![self.node.transport.kind().to_owned()]
+    }
+
+    /// Reserves a place for a transfer that `spec.sender` has offered or will offer.
+    ///
+    /// Refused when the transfer has ended already (then with the reason), when there are too many, or when a block is
+    /// in use by another transfer.
+    pub fn expect(&self, spec: ExpectSpec) -> Result<Incoming, TransferError> {
+        let node = &self.node;
+        let now = node.now();
+        node.check_running()?;
+        let reservation = Reservation::check(spec, &node.layout, now)?;
+        let (missing, held) = (reservation.reserved.missing.clone(), reservation.reserved.held.clone());
+        node.claims.claim(&missing, &held)?;
+        let inbound = node.expect(now, reservation).inspect_err(|_| node.claims.release(&missing, &held))?;
+        if node.stop.is_cancelled() {
+            inbound.cancel(TransferError::ShuttingDown); // the sweep at shutdown may have missed it
+        }
+        Ok(Incoming::new(inbound))
     }
 
     /// Tells the sender of a transfer, now or when its offer comes, that it will not be received.
-    pub fn refuse(&self, _id: TransferId, _reason: baton_proto::ApiError) {}
+    pub fn refuse(&self, id: TransferId, reason: ApiError) {
+        match self.node.incoming.get(&id) {
+            Lookup::Live(inbound) => inbound.cancel(TransferError::Refused(reason)),
+            Lookup::Ended(_) => {}
+            Lookup::Unknown => {
+                let reason = Some(TransferError::Refused(reason));
+                self.node.incoming.end(id, Ended { peer: None, reason });
+            }
+        }
+    }
 
     /// Offers a transfer. Returns at once; connecting and offering happen in the background.
-    pub fn offer(&self, _spec: OfferSpec) -> Result<Outgoing, TransferError> {
-        Err(TransferError::ShuttingDown)
+    ///
+    /// Refused when the id was used before, when there are too many transfers or peers, or when a block is being
+    /// received into.
+    pub fn offer(&self, spec: OfferSpec) -> Result<Outgoing, TransferError> {
+        let node = &self.node;
+        let now = node.now();
+        node.check_running()?;
+        check_blocks(&node.layout, spec.prompt_tokens, &spec.blocks, spec.deadline, now)?;
+        node.claims.claim(&[], &spec.blocks)?;
+        let blocks = spec.blocks.clone();
+        let outbound = node.offer(now, spec).inspect_err(|_| node.claims.release(&[], &blocks))?;
+        if node.stop.is_cancelled() {
+            outbound.cancel(TransferError::ShuttingDown); // the sweep at shutdown may have missed it
+        }
+        Ok(Outgoing::new(outbound))
     }
 
     /// Counters since start and current numbers, for metrics.
     pub fn stats(&self) -> NodeStats {
-        NodeStats::default()
+        let held = self.node.held_offers.load(Ordering::Acquire) as u64;
+        let incoming = (self.node.incoming.len() as u64).saturating_sub(held);
+        self.node.counters.snapshot(incoming, self.node.outgoing.len() as u64, held)
     }
 }
 
-/// Server side of the `Handoff` contract.
-#[derive(Debug, Clone)]
-pub struct HandoffService {
-    _node: KvNode,
-}
+impl Node {
+    /// The clock of leases and deadlines; tests may pause it.
+    fn now(&self) -> Instant {
+        tokio::time::Instant::now().into_std()
+    }
 
-#[tonic::async_trait]
-impl v1::handoff_server::Handoff for HandoffService {
-    type ExchangeStream = tokio_stream::Empty<Result<v1::ReceiverMessage, Status>>;
+    fn slice_bytes(&self) -> u64 {
+        self.layout.slice_bytes
+    }
 
-    async fn exchange(
-        &self,
-        _request: Request<Streaming<v1::SenderMessage>>,
-    ) -> Result<Response<Self::ExchangeStream>, Status> {
-        Err(Status::unavailable("this node is shutting down"))
+    fn receiver_timing(&self) -> ReceiverTiming {
+        let Limits { held_offer, seal_grace, .. } = self.limits;
+        ReceiverTiming { lease: self.lease, held_offer, seal_grace }
+    }
+
+    fn next_number(&self) -> u64 {
+        self.numbers.fetch_add(1, Ordering::Relaxed)
+    }
+
+    fn check_running(&self) -> Result<(), TransferError> {
+        if self.stop.is_cancelled() { Err(TransferError::ShuttingDown) } else { Ok(()) }
+    }
+
+    /// Room for one more offer that nobody expects; given back by `return_held_offer`.
+    fn reserve_held_offer(&self) -> bool {
+        let more = |held| (held < self.limits.held_offers).then_some(held + 1);
+        self.held_offers.fetch_update(Ordering::AcqRel, Ordering::Acquire, more).is_ok()
+    }
+
+    fn return_held_offer(&self) {
+        self.held_offers.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    fn expect(
+        self: &Arc<Self>,
+        now: Instant,
+        reservation: Reservation,
+    ) -> Result<Arc<Inbound>, TransferError> {
+        let id = reservation.id;
+        let mut reservation = Some(reservation);
+        let mut made = None;
+        let found = self.incoming.get_or_add(id, |live| {
+            let limit = self.limits.incoming_transfers;
+            let (Some(reservation), true) = (reservation.take(), live < limit) else {
+                return Err(TransferError::Limit { what: "incoming transfers", limit });
+            };
+            let inbound = Inbound::expected(self, now, reservation);
+            made = Some(inbound.clone());
+            Ok(inbound)
+        })?;
+        match (found, made, reservation) {
+            (Lookup::Unknown, Some(inbound), _) => {
+                self.activity.notify_one();
+                Ok(inbound)
+            }
+            (Lookup::Live(inbound), _, Some(reservation)) if inbound.is_held_offer() => {
+                inbound.adopt(now, reservation)?;
+                Ok(inbound)
+            }
+            (Lookup::Ended(Ended { reason: Some(reason), .. }), ..) => Err(reason),
+            _ => Err(TransferError::AlreadyExists(id)),
+        }
+    }
+
+    fn offer(self: &Arc<Self>, now: Instant, spec: OfferSpec) -> Result<Arc<Outbound>, TransferError> {
+        let (id, endpoint) = (spec.id, spec.peer.clone());
+        loop {
+            let link = self.link(&endpoint)?;
+            let mut made = None;
+            let found = self.outgoing.get_or_add(id, |live| {
+                let limit = self.limits.outgoing_transfers;
+                if live >= limit {
+                    return Err(TransferError::Limit { what: "outgoing transfers", limit });
+                }
+                let outbound = Outbound::new(self, now, spec.clone(), link.clone());
+                made = Some(outbound.clone());
+                Ok(outbound)
+            })?;
+            let (Lookup::Unknown, Some(outbound)) = (found, made) else {
+                return Err(TransferError::AlreadyExists(id));
+            };
+            if link.add(&outbound) {
+                self.activity.notify_one();
+                return Ok(outbound);
+            }
+            // The link ended at this very moment.
+            self.outgoing.forget(&id);
+            self.check_running()?;
+        }
+    }
+
+    /// The link to an endpoint, started if there is none.
+    fn link(self: &Arc<Self>, endpoint: &str) -> Result<Arc<Link>, TransferError> {
+        let mut links = self.links.lock();
+        if let Some(link) = links.get(endpoint).filter(|link| !link.ended()) {
+            return Ok(link.clone());
+        }
+        if links.len() >= self.limits.peers {
+            return Err(TransferError::Limit { what: "peers to send to", limit: self.limits.peers });
+        }
+        let link = Link::new(endpoint.to_owned());
+        links.insert(endpoint.to_owned(), link.clone());
+        self.tasks.spawn(link.clone().run(self.clone(), self.stop.clone()));
+        Ok(link)
+    }
+
+    fn forget_link(&self, endpoint: &str, link: &Arc<Link>) {
+        let mut links = self.links.lock();
+        if links.get(endpoint).is_some_and(|current| Arc::ptr_eq(current, link)) {
+            links.remove(endpoint);
+        }
+    }
+
+    /// Takes a peer's control stream; one that it had before is cut, and what rested on that is over.
+    fn admit_peer(&self, link: &Arc<PeerLink>) -> Result<(), TransferError> {
+        let mut peers = self.peers.lock();
+        let old = peers.get(link.peer()).cloned();
+        match &old {
+            Some(old) if old.incarnation() > link.incarnation() => {
+                let (instance, expected, found) =
+                    (link.peer().clone(), old.incarnation(), link.incarnation());
+                return Err(TransferError::StalePeer { instance, expected, found });
+            }
+            None if peers.len() >= self.limits.peers => {
+                return Err(TransferError::Limit { what: "peers that send", limit: self.limits.peers });
+            }
+            _ => {}
+        }
+        peers.insert(link.peer().clone(), link.clone());
+        drop(peers);
+        if let Some(old) = old {
+            old.cut();
+            self.end_transfers_of(&old, "a new control stream took its place");
+        }
+        Ok(())
+    }
+
+    /// A peer's control stream has ended.
+    fn peer_lost(&self, link: &Arc<PeerLink>, why: &str) {
+        let mut peers = self.peers.lock();
+        if peers.get(link.peer()).is_some_and(|current| current.number() == link.number()) {
+            peers.remove(link.peer());
+        }
+        drop(peers);
+        self.end_transfers_of(link, why);
+    }
+
+    fn end_transfers_of(&self, link: &PeerLink, why: &str) {
+        for inbound in self.incoming.live() {
+            inbound.over_link(link, |session| session.link_lost(why));
+        }
+    }
+
+    fn sender_hello(&self) -> v1::SenderHello {
+        v1::SenderHello {
+            instance_id: self.instance_id.to_string(),
+            incarnation: self.incarnation.0,
+            layout: Some((&self.layout).into()),
+            transports: vec![self.transport.kind().to_owned()],
+        }
+    }
+
+    fn receiver_hello(&self) -> v1::ReceiverHello {
+        let endpoint = v1::DataEndpoint {
+            transport: self.transport.kind().to_owned(),
+            address: self.transport.address(),
+        };
+        v1::ReceiverHello {
+            instance_id: self.instance_id.to_string(),
+            incarnation: self.incarnation.0,
+            layout: Some((&self.layout).into()),
+            endpoints: vec![endpoint],
+        }
     }
 }
 
-/// A transfer being received. Dropping it aborts it, unless it is sealed; its blocks then go to `NodeConfig::reclaim`.
-#[derive(Debug)]
-pub struct Incoming {
-    _node: KvNode,
-}
-
-impl Incoming {
-    /// Resolves when every slice has arrived and matches the seal, or with the reason of the abort. Cancel safe; after
-    /// it has resolved, further calls give the same answer.
-    pub async fn sealed(&mut self) -> Result<Sealed, TransferError> {
-        Err(TransferError::ShuttingDown)
-    }
-
-    /// Aborts the transfer unless it is sealed, tells the sender `reason`, and waits for nothing.
-    pub fn cancel(&self, _reason: &str) {}
-
-    /// Gives the blocks back once no transport can write into them any more; aborts the transfer if it is not sealed.
-    pub async fn close(self) -> Vec<u32> {
-        Vec::new()
+impl Inbox for Node {
+    fn find(&self, id: &TransferId) -> Found {
+        match self.incoming.get(id) {
+            Lookup::Live(inbound) => Found::Live(inbound),
+            Lookup::Ended(_) => Found::Ended,
+            Lookup::Unknown => Found::Unknown,
+        }
     }
 }
 
-/// A transfer being sent. Dropping it aborts it, unless it is released; its blocks then go to `NodeConfig::reclaim`.
-#[derive(Debug)]
-pub struct Outgoing {
-    _node: KvNode,
-}
-
-impl Outgoing {
-    /// The engine's handle to say what is ready.
-    pub fn progress(&self) -> Progress {
-        Progress { _node: self._node.clone() }
-    }
-
-    /// Every slice has been made ready and this is the first token. The seal goes out behind the last slice.
-    pub fn seal(&self, _first_token: u32) {}
-
-    /// Resolves when the receiver has taken the transfer over, or, with the reason, when it is aborted; either way no
-    /// transport reads the blocks any more. Cancel safe; further calls give the same answer.
-    pub async fn finished(&mut self) -> Result<TransferStats, TransferError> {
-        Err(TransferError::ShuttingDown)
-    }
-
-    /// Aborts the transfer unless it is released, tells the receiver `reason`, and waits for nothing.
-    pub fn cancel(&self, _reason: &str) {}
-
-    /// Gives the blocks back once no transport reads them any more; aborts the transfer if it is not released.
-    pub async fn close(self) -> Vec<u32> {
-        Vec::new()
-    }
-}
-
-/// Says, from the engine's thread, which slices are final. Cheap to clone.
-#[derive(Debug, Clone)]
-pub struct Progress {
-    _node: KvNode,
-}
-
-impl Progress {
-    /// Slices of `layer` for `blocks` (indices into the offer's block list) are final and may be read from now on.
-    /// Never blocks. Each slice is named once; a slice out of range or named twice aborts the transfer.
-    pub fn ready(&self, _layer: u32, _blocks: Range<u32>) {}
-}
-
-/// What a node has done and is doing.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct NodeStats {
-    pub incoming_active: u64,
-    pub outgoing_active: u64,
-    pub held_offers: u64,
-    pub incoming_completed: u64,
-    pub outgoing_completed: u64,
-    /// Aborted transfers by direction and the code of the reason.
-    pub aborted: Vec<(Direction, ErrorCode, u64)>,
-    pub slices_received: u64,
-    pub bytes_received: u64,
-    pub slices_sent: u64,
-    pub bytes_sent: u64,
-    /// From seal to release as the sender sees it: how often, sum, and counts of those at most the bound in `SEAL_BUCKETS_MICROS`.
-    pub seal_to_released_count: u64,
-    pub seal_to_released_micros: u64,
-    pub seal_to_released_buckets: Vec<(u64, u64)>,
+/// Tells every transfer the time, often enough for leases to be renewed and deadlines to be kept within a tenth of a
+/// lease. Sleeps while there are none. At shutdown it aborts them all.
+async fn keep_time(node: Arc<Node>) {
+    let interval = (node.lease / 10).clamp(Duration::from_millis(3), Duration::from_millis(500));
+    let time = async {
+        loop {
+            while node.incoming.len() + node.outgoing.len() == 0 {
+                node.activity.notified().await;
+            }
+            tokio::time::sleep(interval).await;
+            let now = node.now();
+            node.incoming.live().iter().for_each(|inbound| inbound.tick(now));
+            node.outgoing.live().iter().for_each(|outbound| outbound.tick(now));
+        }
+    };
+    let _: Option<()> = node.stop.run_until_cancelled(time).await;
+    node.incoming.live().iter().for_each(|inbound| inbound.cancel(TransferError::ShuttingDown));
+    node.outgoing.live().iter().for_each(|outbound| outbound.cancel(TransferError::ShuttingDown));
 }

@@ -1,0 +1,356 @@
+//! A transfer being received: the shell around its session, and what transports see of it.
+//!
+//! Whoever brings an event (control stream, data connection, clock, owner) runs the session under its lock and performs
+//! the commands there and then; none of them waits. So the connection that reads the last slice completes the transfer.
+
+use std::{
+    io::IoSliceMut,
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Instant,
+};
+
+use baton_proto::{ApiError, InstanceId, TransferId, v1};
+use parking_lot::Mutex;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use v1::receiver_message::Body;
+
+use super::{
+    Node,
+    config::{Direction, Reclaimed, Sealed},
+    incoming::{Reservation, Reserved},
+    service::PeerLink,
+    table::Ended,
+};
+use crate::{
+    TransferError,
+    session::{Claim, OfferTerms, Receiver, ReceiverCommand, ReceiverState, SealTerms, SliceRun, crc32c},
+    transport::{DataKey, Landing},
+};
+
+/// One transfer being received.
+#[derive(Debug)]
+pub(super) struct Inbound {
+    id: TransferId,
+    node: Arc<Node>,
+    sender: InstanceId,
+    key: DataKey,
+    state: Mutex<State>,
+    /// Set once the owner has reserved blocks.
+    reserved: OnceLock<Reserved>,
+    /// An offer that nobody expects yet.
+    held_offer: AtomicBool,
+    revoked: CancellationToken,
+    outcome: watch::Sender<Outcome>,
+    span: tracing::Span,
+}
+
+#[derive(Debug)]
+struct State {
+    session: Receiver,
+    /// The control stream that brought the offer.
+    link: Option<Arc<PeerLink>>,
+    reason: Option<TransferError>,
+    /// The owner dropped its handle: blocks go to `reclaim`.
+    orphaned: bool,
+    settled: bool,
+}
+
+/// What the owner waits for.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Outcome {
+    pub(super) result: Option<Result<Sealed, TransferError>>,
+    /// No transport touches the blocks any more, and they may be lent again.
+    pub(super) settled: bool,
+}
+
+impl Outcome {
+    /// Success counts once the blocks are free to be lent on; failure counts at once.
+    pub(super) fn known(&self) -> bool {
+        matches!(self.result, Some(Err(_))) || (self.result.is_some() && self.settled)
+    }
+}
+
+impl Inbound {
+    /// Blocks are reserved and claimed; the offer has not come yet.
+    pub(super) fn expected(node: &Arc<Node>, now: Instant, reservation: Reservation) -> Arc<Self> {
+        let Reservation { id, expectation, reserved } = reservation;
+        let sender = expectation.sender.clone();
+        let session = Receiver::expected(now, node.receiver_timing(), node.slice_bytes(), expectation);
+        let inbound = Self::new(node, id, sender, session, None);
+        let _ = inbound.reserved.set(reserved);
+        Arc::new(inbound)
+    }
+
+    /// An offer has come that nobody expects yet.
+    pub(super) fn offered(
+        node: &Arc<Node>,
+        now: Instant,
+        id: TransferId,
+        terms: OfferTerms,
+        link: Arc<PeerLink>,
+    ) -> Arc<Self> {
+        let sender = terms.sender.clone();
+        let session = Receiver::offered(now, node.receiver_timing(), node.slice_bytes(), terms);
+        let inbound = Self::new(node, id, sender, session, Some(link));
+        inbound.held_offer.store(true, Ordering::Release);
+        Arc::new(inbound)
+    }
+
+    fn new(
+        node: &Arc<Node>,
+        id: TransferId,
+        sender: InstanceId,
+        session: Receiver,
+        link: Option<Arc<PeerLink>>,
+    ) -> Self {
+        let span = tracing::info_span!("kv_receive", transfer = %id, peer = %sender);
+        Self {
+            id,
+            node: node.clone(),
+            sender,
+            key: DataKey::generate(),
+            state: Mutex::new(State { session, link, reason: None, orphaned: false, settled: false }),
+            reserved: OnceLock::new(),
+            held_offer: AtomicBool::new(false),
+            revoked: CancellationToken::new(),
+            outcome: watch::Sender::new(Outcome::default()),
+            span,
+        }
+    }
+
+    pub(super) fn id(&self) -> TransferId {
+        self.id
+    }
+
+    pub(super) fn blocks(&self) -> &[u32] {
+        self.reserved.get().map_or(&[], |reserved| &reserved.blocks)
+    }
+
+    pub(super) fn watch(&self) -> watch::Receiver<Outcome> {
+        self.outcome.subscribe()
+    }
+
+    /// Whether this is an offer that nobody expects yet.
+    pub(super) fn is_held_offer(&self) -> bool {
+        self.held_offer.load(Ordering::Acquire)
+    }
+
+    /// Blocks, already claimed, for a held offer. On an error the claim is still the caller's.
+    pub(super) fn adopt(&self, now: Instant, reservation: Reservation) -> Result<(), TransferError> {
+        let Reservation { expectation, reserved, .. } = reservation;
+        let mut state = self.state.lock();
+        if let Some(reason) = &state.reason {
+            return Err(reason.clone());
+        }
+        let commands = state.session.expect(now, expectation)?;
+        let _ = self.reserved.set(reserved);
+        self.no_longer_held();
+        self.finish(state, commands);
+        Ok(())
+    }
+
+    /// An offer over `link`. An error refuses it.
+    pub(super) fn offer(
+        &self,
+        now: Instant,
+        terms: OfferTerms,
+        link: &Arc<PeerLink>,
+    ) -> Result<(), TransferError> {
+        let mut state = self.state.lock();
+        let own = state.link.as_ref().is_some_and(|own| own.number() == link.number());
+        let commands = match state.session.offer(now, terms) {
+            Ok(commands) => {
+                state.link = Some(link.clone());
+                commands
+            }
+            // The same stream offers twice: its sender is confused, and the first offer not to be trusted either.
+            Err(reason) if own => state.session.cancel(reason),
+            Err(reason) => return Err(reason),
+        };
+        self.finish(state, commands);
+        Ok(())
+    }
+
+    /// Runs an event that came over `link`; false if the transfer belongs to another control stream.
+    pub(super) fn over_link(
+        &self,
+        link: &PeerLink,
+        step: impl FnOnce(&mut Receiver) -> Vec<ReceiverCommand>,
+    ) -> bool {
+        let mut state = self.state.lock();
+        if state.link.as_ref().is_none_or(|own| own.number() != link.number()) {
+            return false;
+        }
+        let commands = step(&mut state.session);
+        self.finish(state, commands);
+        true
+    }
+
+    fn no_longer_held(&self) {
+        if self.held_offer.swap(false, Ordering::AcqRel) {
+            self.node.return_held_offer();
+        }
+    }
+
+    pub(super) fn seal(&self, now: Instant, link: &PeerLink, terms: SealTerms) -> bool {
+        self.over_link(link, |session| session.seal(now, terms))
+    }
+
+    pub(super) fn cancel(&self, reason: TransferError) {
+        self.run(|session| session.cancel(reason));
+    }
+
+    pub(super) fn tick(&self, now: Instant) {
+        self.run(|session| session.tick(now));
+    }
+
+    /// The owner's handle is gone.
+    pub(super) fn orphan(&self) {
+        let mut state = self.state.lock();
+        state.orphaned = true;
+        let settled = state.settled;
+        drop(state);
+        if settled {
+            self.reclaim();
+        }
+    }
+
+    fn run(&self, step: impl FnOnce(&mut Receiver) -> Vec<ReceiverCommand>) {
+        let mut state = self.state.lock();
+        let commands = step(&mut state.session);
+        self.finish(state, commands);
+    }
+
+    /// Performs commands under the lock, so that messages keep their order, and what follows the end without it.
+    fn finish(&self, mut state: parking_lot::MutexGuard<'_, State>, commands: Vec<ReceiverCommand>) {
+        if commands.is_empty() {
+            return;
+        }
+        let mut settled = false;
+        for command in commands {
+            settled |= command == ReceiverCommand::Settled;
+            self.perform(&mut state, command);
+        }
+        if !settled {
+            return;
+        }
+        state.link = None;
+        let reason = state.reason.clone();
+        drop(state);
+        self.no_longer_held();
+        if let Some(reserved) = self.reserved.get() {
+            self.node.claims.release(&reserved.missing, &reserved.held);
+        }
+        self.node.incoming.end(self.id, Ended { peer: Some(self.sender.clone()), reason });
+        let mut state = self.state.lock();
+        state.settled = true;
+        let orphaned = state.orphaned;
+        drop(state);
+        self.outcome.send_modify(|outcome| outcome.settled = true);
+        if orphaned {
+            self.reclaim();
+        }
+    }
+
+    fn perform(&self, state: &mut State, command: ReceiverCommand) {
+        match command {
+            ReceiverCommand::Accept => self.accept(state),
+            ReceiverCommand::Renew => self.send(state, Body::Renew(v1::Renew {})),
+            ReceiverCommand::Released => self.send(state, Body::Released(v1::Released {})),
+            ReceiverCommand::Abort(reason) => {
+                self.send(state, Body::Abort(v1::Abort { reason: Some(ApiError::from(reason).into()) }));
+                if state.session.state() == ReceiverState::Expected {
+                    state.link = None; // the offer came from the wrong sender; the right one may still come
+                }
+            }
+            ReceiverCommand::Revoke => self.revoked.cancel(),
+            ReceiverCommand::Complete { first_token, tally, took } => {
+                let (slices, bytes) = (tally.slices, tally.bytes);
+                self.node.counters.incoming_completed();
+                self.span.in_scope(|| tracing::debug!(slices, bytes, ?took, "kv transfer received"));
+                let sealed = Sealed { first_token, slices, bytes, took };
+                self.outcome.send_modify(|outcome| outcome.result = Some(Ok(sealed)));
+            }
+            ReceiverCommand::Fail(reason) => {
+                self.node.counters.aborted(Direction::Incoming, reason.code());
+                self.span.in_scope(|| tracing::info!(%reason, "kv transfer aborted"));
+                state.reason = Some(reason.clone());
+                self.outcome.send_modify(|outcome| outcome.result = Some(Err(reason)));
+            }
+            ReceiverCommand::Settled => {}
+        }
+    }
+
+    fn accept(&self, state: &State) {
+        let held = state.session.held();
+        let accept = v1::Accept {
+            held: held.to_vec(),
+            lease_millis: u32::try_from(self.node.lease.as_millis()).unwrap_or(u32::MAX),
+            data_key: self.key.as_bytes().to_vec().into(),
+            receiver_epoch: self.node.incarnation.0,
+        };
+        self.send(state, Body::Accept(accept));
+    }
+
+    fn send(&self, state: &State, body: Body) {
+        if let Some(link) = &state.link {
+            link.send(Some(self.id), body);
+        }
+    }
+
+    fn reclaim(&self) {
+        if let Some(reserved) = self.reserved.get() {
+            let blocks = reserved.blocks.clone();
+            (self.node.reclaim)(Reclaimed { id: self.id, direction: Direction::Incoming, blocks });
+        }
+    }
+
+    /// Pool index of a block of this transfer.
+    fn block(&self, index: u32) -> Result<u32, TransferError> {
+        let block = self.blocks().get(index as usize).copied();
+        block.ok_or_else(|| TransferError::Protocol(format!("the transfer has no block {index}")))
+    }
+}
+
+impl Landing for Inbound {
+    fn data_key(&self) -> &DataKey {
+        &self.key
+    }
+
+    fn claim(&self, run: SliceRun, crcs: &[u32]) -> Claim {
+        let mut state = self.state.lock();
+        let (claim, commands) = state.session.claim(self.node.now(), run, crcs);
+        self.finish(state, commands);
+        claim
+    }
+
+    fn landed(&self, run: SliceRun) {
+        self.node.counters.received(run.count.into(), self.node.slice_bytes());
+        let now = self.node.now();
+        self.run(|session| session.landed(now, run));
+    }
+
+    fn damaged(&self, run: SliceRun, block: u32) {
+        self.run(|session| session.damaged(run, block));
+    }
+
+    fn interrupted(&self, run: SliceRun, why: &str) {
+        self.run(|session| session.interrupted(run, why));
+    }
+
+    fn target(&self, layer: u32, block: u32, skip: usize) -> Result<IoSliceMut<'_>, TransferError> {
+        self.node.slices.io_slice_mut(layer, self.block(block)?, skip)
+    }
+
+    fn crc(&self, layer: u32, block: u32) -> Result<u32, TransferError> {
+        Ok(crc32c(self.node.slices.source(layer, self.block(block)?)?))
+    }
+
+    fn revoked(&self) -> &CancellationToken {
+        &self.revoked
+    }
+}

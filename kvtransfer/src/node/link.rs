@@ -1,0 +1,362 @@
+//! The control stream to one peer's `Handoff` service, as the sender keeps it: one for all transfers to that peer.
+//!
+//! Opened when there is something to offer, kept while there are transfers and some time longer. When it breaks, every
+//! transfer that is not sealed is over (`Outbound::link_lost`), and the stream is opened again only if transfers wait
+//! for it, with growing pauses and a bounded number of attempts.
+
+use std::{collections::HashMap, fmt, sync::Arc, time::Duration};
+
+use baton_proto::{ApiError, ErrorCode, Incarnation, InstanceId, TransferId, v1};
+use parking_lot::Mutex;
+use tokio::{
+    sync::{Notify, mpsc},
+    time::{Instant, sleep, timeout},
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{Status, Streaming, transport::Endpoint};
+use v1::{handoff_client::HandoffClient, receiver_message, sender_message::Body};
+
+use super::{Node, config::OfferSpec, outbound::Outbound, service::from_status};
+use crate::{TransferError, transport::Outbox};
+
+/// The pause before the second attempt; each further one is twice as long.
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+/// Pings of the HTTP/2 connection, so that a peer cut off from the network is noticed.
+const KEEP_ALIVE: Duration = Duration::from_secs(10);
+
+/// The way to one peer.
+pub(super) struct Link {
+    /// `host:port` of its `Handoff` service.
+    endpoint: String,
+    state: Mutex<State>,
+    /// A transfer has come, or the last one has gone.
+    changed: Notify,
+}
+
+#[derive(Default)]
+struct State {
+    up: Option<LinkUp>,
+    transfers: HashMap<TransferId, Arc<Outbound>>,
+    /// The task has ended and takes no transfers any more.
+    ended: bool,
+}
+
+/// A control stream that stands. Cheap to clone.
+#[derive(Clone)]
+pub(super) struct LinkUp {
+    messages: mpsc::Sender<v1::SenderMessage>,
+    outbox: Arc<Outbox>,
+    broken: CancellationToken,
+    receiver: InstanceId,
+    incarnation: Incarnation,
+}
+
+impl fmt::Debug for LinkUp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LinkUp").field("receiver", &self.receiver).finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for Link {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Link").field("endpoint", &self.endpoint).finish_non_exhaustive()
+    }
+}
+
+impl LinkUp {
+    /// Queues a message. A queue that is full means a peer that does not read: the stream is given up.
+    pub(super) fn send(&self, id: Option<TransferId>, body: Body) {
+        let message = v1::SenderMessage { transfer_id: wire_id(id), body: Some(body) };
+        if self.messages.try_send(message).is_err() {
+            self.broken.cancel();
+        }
+    }
+
+    pub(super) fn wake(&self, outbound: Arc<Outbound>) {
+        self.outbox.wake(outbound);
+    }
+
+    /// Whether the instance at the other end is the one a transfer is meant for.
+    pub(super) fn check_receiver(&self, spec: &OfferSpec) -> Result<(), TransferError> {
+        if spec.receiver != self.receiver {
+            let (expected, found) = (spec.receiver.clone(), self.receiver.clone());
+            return Err(TransferError::WrongPeer { expected, found });
+        }
+        match spec.receiver_incarnation {
+            Some(expected) if expected != self.incarnation => {
+                let (instance, found) = (self.receiver.clone(), self.incarnation);
+                Err(TransferError::StalePeer { instance, expected, found })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// A transfer id as a message carries it; none in hellos.
+pub(super) fn wire_id(id: Option<TransferId>) -> bytes::Bytes {
+    id.map_or_else(bytes::Bytes::new, |id| bytes::Bytes::copy_from_slice(id.as_bytes()))
+}
+
+/// How an attempt to open the stream, or the stream itself, ended.
+enum Break {
+    /// The peer cannot be reached; trying again may help.
+    Unreachable(String),
+    /// The peer does not want this stream; trying again will not help.
+    Refused(TransferError),
+    /// The stream stood and is gone.
+    Lost(String),
+    /// Nothing to do for long.
+    Idle,
+}
+
+impl Link {
+    pub(super) fn new(endpoint: String) -> Arc<Self> {
+        Arc::new(Self { endpoint, state: Mutex::new(State::default()), changed: Notify::new() })
+    }
+
+    /// Adds a transfer; it is offered as soon as the stream stands. False if this link has ended: use a new one.
+    pub(super) fn add(&self, outbound: &Arc<Outbound>) -> bool {
+        let mut state = self.state.lock();
+        if state.ended {
+            return false;
+        }
+        state.transfers.insert(outbound.id(), outbound.clone());
+        if let Some(up) = state.up.clone() {
+            // Not under the lock: a refusal ends the transfer, which removes it here.
+            drop(state);
+            outbound.link_up(&up);
+            if !self.stands(&up) {
+                outbound.link_lost("it ended as the transfer was offered");
+            }
+        } else {
+            drop(state);
+            self.changed.notify_one();
+        }
+        true
+    }
+
+    pub(super) fn remove(&self, id: &TransferId) {
+        let mut state = self.state.lock();
+        state.transfers.remove(id);
+        if state.transfers.is_empty() {
+            self.changed.notify_one();
+        }
+    }
+
+    /// Whether the link may be dropped; if so, it takes no more transfers.
+    fn end_if_empty(&self) -> bool {
+        let mut state = self.state.lock();
+        state.ended = state.transfers.is_empty();
+        state.ended
+    }
+
+    fn stands(&self, up: &LinkUp) -> bool {
+        self.state.lock().up.as_ref().is_some_and(|current| Arc::ptr_eq(&current.outbox, &up.outbox))
+    }
+
+    pub(super) fn ended(&self) -> bool {
+        self.state.lock().ended
+    }
+
+    fn transfers(&self) -> Vec<Arc<Outbound>> {
+        self.state.lock().transfers.values().cloned().collect()
+    }
+
+    fn is_empty(&self) -> bool {
+        self.state.lock().transfers.is_empty()
+    }
+
+    fn get(&self, id: &TransferId) -> Option<Arc<Outbound>> {
+        self.state.lock().transfers.get(id).cloned()
+    }
+
+    /// Keeps the stream for as long as there is use for it, or until `stop`.
+    pub(super) async fn run(self: Arc<Self>, node: Arc<Node>, stop: CancellationToken) {
+        let _ = stop.run_until_cancelled(self.keep(&node)).await;
+        self.down("this node is shutting down");
+        self.state.lock().ended = true;
+        self.transfers().iter().for_each(|outbound| outbound.link_failed(TransferError::ShuttingDown));
+        node.forget_link(&self.endpoint, &self);
+    }
+
+    async fn keep(&self, node: &Arc<Node>) {
+        let mut attempts = 0;
+        let mut pause = FIRST_PAUSE;
+        loop {
+            while self.is_empty() {
+                let waited = timeout(node.limits.idle_link, self.changed.notified()).await;
+                if waited.is_err() && self.end_if_empty() {
+                    return;
+                }
+            }
+            let started = Instant::now();
+            let ended = self.session(node).await;
+            let failed = match ended {
+                Break::Idle => continue,
+                Break::Lost(why) => {
+                    tracing::debug!(peer = %self.endpoint, %why, "control stream broke");
+                    self.down(&why);
+                    attempts = 0;
+                    if started.elapsed() > LONGEST_PAUSE {
+                        pause = FIRST_PAUSE;
+                    }
+                    None
+                }
+                Break::Refused(reason) => Some(reason),
+                Break::Unreachable(reason) => {
+                    attempts += 1;
+                    let endpoint = self.endpoint.clone();
+                    (attempts >= node.limits.connect_attempts)
+                        .then_some(TransferError::Unreachable { endpoint, reason })
+                }
+            };
+            if let Some(reason) = failed {
+                tracing::warn!(peer = %self.endpoint, %reason, "no control stream to this peer");
+                attempts = 0;
+                self.transfers().iter().for_each(|outbound| outbound.link_failed(reason.clone()));
+            }
+            sleep(pause + pause.mul_f64(rand::random::<f64>() / 2.0)).await;
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
+    /// Ends what rests on the stream.
+    fn down(&self, why: &str) {
+        self.state.lock().up = None;
+        self.transfers().iter().for_each(|outbound| outbound.link_lost(why));
+    }
+
+    /// Opens the stream and serves it until it ends.
+    async fn session(&self, node: &Arc<Node>) -> Break {
+        let opened = timeout(node.limits.handshake, self.open(node)).await;
+        let (mut messages, up, address) = match opened {
+            Ok(Ok(opened)) => opened,
+            Ok(Err(ended)) => return ended,
+            Err(_) => return Break::Unreachable("it did not answer within the handshake deadline".into()),
+        };
+        let lanes = up.broken.child_token();
+        let _stop_lanes = lanes.clone().drop_guard();
+        node.transport.send(address, up.outbox.clone(), &node.tasks, lanes);
+        self.state.lock().up = Some(up.clone());
+        self.transfers().iter().for_each(|outbound| outbound.link_up(&up));
+        loop {
+            let idle = self.is_empty();
+            tokio::select! {
+                biased;
+                () = up.broken.cancelled() => return Break::Lost("the peer does not read its messages".into()),
+                message = messages.message() => match message {
+                    Ok(Some(message)) => self.dispatch(node, &up, message),
+                    Ok(None) => return Break::Lost("the peer ended it".into()),
+                    Err(status) => return Break::Lost(status.message().to_owned()),
+                },
+                () = self.changed.notified() => {}
+                () = sleep(node.limits.idle_link), if idle => {
+                    self.state.lock().up = None;
+                    if self.is_empty() {
+                        return Break::Idle;
+                    }
+                    // One was added at this very moment: it waits for a fresh stream.
+                    return Break::Lost("closed for want of transfers".into());
+                }
+            }
+        }
+    }
+
+    /// Connects and exchanges hellos. Also returns the peer's data address.
+    async fn open(
+        &self,
+        node: &Arc<Node>,
+    ) -> Result<(Streaming<v1::ReceiverMessage>, LinkUp, String), Break> {
+        let unreachable = |error: &dyn std::error::Error| Break::Unreachable(innermost(error));
+        let channel = Endpoint::from_shared(format!("http://{}", self.endpoint))
+            .map_err(|error| {
+                Break::Refused(TransferError::Invalid(format!("peer {}: {error}", self.endpoint)))
+            })?
+            .connect_timeout(node.limits.handshake)
+            .tcp_nodelay(true)
+            .http2_keep_alive_interval(KEEP_ALIVE)
+            .keep_alive_timeout(KEEP_ALIVE / 2)
+            .connect()
+            .await
+            .map_err(|error| unreachable(&error))?;
+        let (sender, queue) = mpsc::channel(node.limits.control_queue());
+        let up = |receiver, incarnation| LinkUp {
+            messages: sender.clone(),
+            outbox: Arc::default(),
+            broken: CancellationToken::new(),
+            receiver,
+            incarnation,
+        };
+        let hello = Body::Hello(node.sender_hello());
+        let hello = v1::SenderMessage { transfer_id: wire_id(None), body: Some(hello) };
+        sender.try_send(hello).map_err(|error| unreachable(&error))?;
+        let mut messages = HandoffClient::new(channel)
+            .exchange(ReceiverStream::new(queue))
+            .await
+            .map_err(refused)?
+            .into_inner();
+        let first = messages.message().await.map_err(refused)?;
+        let Some(v1::ReceiverMessage { body: Some(receiver_message::Body::Hello(hello)), .. }) = first else {
+            return Err(protocol("the peer's first message is not its hello"));
+        };
+        let Some(layout) = &hello.layout else {
+            return Err(protocol("the peer's hello has no KV layout"));
+        };
+        node.layout.accepts(layout).map_err(Break::Refused)?;
+        let receiver = InstanceId::new(hello.instance_id)
+            .map_err(|error| protocol(&format!("the peer's hello: {error}")))?;
+        let address =
+            hello.endpoints.into_iter().find(|endpoint| endpoint.transport == node.transport.kind());
+        let Some(address) = address else {
+            return Err(protocol("the peer offers no transport that this node has"));
+        };
+        Ok((messages, up(receiver, Incarnation(hello.incarnation)), address.address))
+    }
+
+    fn dispatch(&self, node: &Node, up: &LinkUp, message: v1::ReceiverMessage) {
+        let Ok(id) = TransferId::try_from(message.transfer_id.as_ref()) else {
+            tracing::warn!(peer = %self.endpoint, "message without a transfer id ignored");
+            return;
+        };
+        // Messages of ended transfers cross with their end: nothing to do for them.
+        let (Some(outbound), Some(body)) = (self.get(&id), message.body) else { return };
+        let now = node.now();
+        match body {
+            receiver_message::Body::Accept(accept) => outbound.accepted(now, &accept, up.incarnation.0),
+            receiver_message::Body::Released(_) => outbound.released(now),
+            receiver_message::Body::Renew(_) => outbound.renewed(now),
+            receiver_message::Body::Abort(abort) => {
+                outbound.peer_aborted(ApiError::from(abort.reason.unwrap_or_default()));
+            }
+            receiver_message::Body::Hello(_) => {
+                outbound.cancel(TransferError::Protocol("a second hello".into()));
+            }
+        }
+    }
+}
+
+fn protocol(what: &str) -> Break {
+    Break::Refused(TransferError::Protocol(what.to_owned()))
+}
+
+/// A peer that is only busy or starting is worth another attempt; one that says no is not.
+fn refused(status: Status) -> Break {
+    let error = from_status(&status);
+    match error.code {
+        ErrorCode::Unavailable | ErrorCode::InstanceLost | ErrorCode::Internal => {
+            Break::Unreachable(error.message)
+        }
+        _ => Break::Refused(TransferError::PeerRefused(error)),
+    }
+}
+
+/// The cause at the bottom of an error, e.g. "connection refused" instead of "transport error".
+fn innermost(error: &dyn std::error::Error) -> String {
+    let mut cause = error;
+    while let Some(next) = cause.source() {
+        cause = next;
+    }
+    cause.to_string()
+}

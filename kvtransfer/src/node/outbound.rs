@@ -1,0 +1,334 @@
+//! A transfer being sent: the shell around its session, and what transports see of it.
+//!
+//! As with `inbound`, whoever brings an event runs the session under its lock and performs the commands; none waits.
+
+use std::{
+    io::IoSlice,
+    ops::Range,
+    sync::{Arc, OnceLock, Weak, atomic::AtomicBool},
+    time::{Duration, Instant},
+};
+
+use baton_proto::{ApiError, TransferId, v1};
+use parking_lot::Mutex;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use v1::sender_message::Body;
+
+use super::{
+    Node,
+    config::{Direction, OfferSpec, Reclaimed, TransferStats},
+    link::{Link, LinkUp},
+    table::Ended,
+};
+use crate::{
+    TransferError,
+    session::{Sender, SenderCommand, SenderTerms, Shape, SliceRun, crc32c},
+    transport::{DataKey, Departure},
+};
+
+/// Leases that a receiver may ask for.
+const LEASE_RANGE: std::ops::RangeInclusive<Duration> = Duration::from_millis(30)..=Duration::from_secs(3600);
+
+/// One transfer being sent.
+#[derive(Debug)]
+pub(super) struct Outbound {
+    me: Weak<Outbound>,
+    node: Arc<Node>,
+    spec: OfferSpec,
+    link: Arc<Link>,
+    state: Mutex<State>,
+    /// Given with `Accept`.
+    key: OnceLock<DataKey>,
+    queued: AtomicBool,
+    revoked: CancellationToken,
+    outcome: watch::Sender<Outcome>,
+    span: tracing::Span,
+}
+
+#[derive(Debug)]
+struct State {
+    session: Sender,
+    up: Option<LinkUp>,
+    reason: Option<TransferError>,
+    /// The owner dropped its handle: blocks go to `reclaim`.
+    orphaned: bool,
+    settled: bool,
+}
+
+/// What the owner waits for.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Outcome {
+    pub(super) result: Option<Result<TransferStats, TransferError>>,
+    /// No transport touches the blocks any more, and they may be lent again.
+    pub(super) settled: bool,
+}
+
+impl Outbound {
+    /// The caller has claimed the blocks.
+    pub(super) fn new(node: &Arc<Node>, now: Instant, spec: OfferSpec, link: Arc<Link>) -> Arc<Self> {
+        let terms = SenderTerms {
+            shape: Shape { layers: node.slices.layers(), blocks: spec.blocks.len() as u32 },
+            slice_bytes: node.slice_bytes(),
+            deadline: spec.deadline,
+            lease: node.lease,
+            seal_grace: node.limits.seal_grace,
+        };
+        let span = tracing::info_span!("kv_send", transfer = %spec.id, peer = %spec.receiver);
+        let session = Sender::new(now, terms);
+        Arc::new_cyclic(|me| Self {
+            me: me.clone(),
+            node: node.clone(),
+            spec,
+            link,
+            state: Mutex::new(State { session, up: None, reason: None, orphaned: false, settled: false }),
+            key: OnceLock::new(),
+            queued: AtomicBool::new(false),
+            revoked: CancellationToken::new(),
+            outcome: watch::Sender::new(Outcome::default()),
+            span,
+        })
+    }
+
+    pub(super) fn id(&self) -> TransferId {
+        self.spec.id
+    }
+
+    pub(super) fn blocks(&self) -> &[u32] {
+        &self.spec.blocks
+    }
+
+    pub(super) fn watch(&self) -> watch::Receiver<Outcome> {
+        self.outcome.subscribe()
+    }
+
+    /// The control stream stands; the receiver at its other end must be the one meant.
+    pub(super) fn link_up(&self, up: &LinkUp) {
+        let wrong = up.check_receiver(&self.spec);
+        let now = self.node.now();
+        let mut state = self.state.lock();
+        let commands = match wrong {
+            Ok(()) => {
+                state.up = Some(up.clone());
+                state.session.link_up(now)
+            }
+            Err(wrong) => state.session.link_failed(wrong),
+        };
+        self.finish(state, commands);
+    }
+
+    pub(super) fn link_lost(&self, why: &str) {
+        let mut state = self.state.lock();
+        state.up = None;
+        let commands = state.session.link_lost(why);
+        self.finish(state, commands);
+    }
+
+    pub(super) fn link_failed(&self, reason: TransferError) {
+        self.run(|session| session.link_failed(reason));
+    }
+
+    pub(super) fn accepted(&self, now: Instant, accept: &v1::Accept, receiver: u64) {
+        let lease = Duration::from_millis(accept.lease_millis.into());
+        let key = DataKey::from_wire(&accept.data_key);
+        self.run(|session| match key {
+            Some(key) if LEASE_RANGE.contains(&lease) && accept.receiver_epoch == receiver => {
+                let _ = self.key.set(key);
+                session.accepted(now, &accept.held, lease)
+            }
+            _ => {
+                let reason = "the accept's data key, lease or epoch is not valid";
+                session.cancel(TransferError::Protocol(reason.into()))
+            }
+        });
+    }
+
+    pub(super) fn ready(&self, layer: u32, blocks: Range<u32>) {
+        let now = self.node.now();
+        self.run(|session| session.ready(now, layer, blocks));
+    }
+
+    pub(super) fn seal(&self, first_token: u32) {
+        let now = self.node.now();
+        self.run(|session| session.seal(now, first_token));
+    }
+
+    pub(super) fn renewed(&self, now: Instant) {
+        self.state.lock().session.renewed(now);
+    }
+
+    pub(super) fn released(&self, now: Instant) {
+        self.run(|session| session.released(now));
+    }
+
+    pub(super) fn peer_aborted(&self, reason: ApiError) {
+        self.run(|session| session.peer_aborted(reason));
+    }
+
+    pub(super) fn cancel(&self, reason: TransferError) {
+        self.run(|session| session.cancel(reason));
+    }
+
+    pub(super) fn tick(&self, now: Instant) {
+        self.run(|session| session.tick(now));
+    }
+
+    /// The owner's handle is gone.
+    pub(super) fn orphan(&self) {
+        let mut state = self.state.lock();
+        state.orphaned = true;
+        let settled = state.settled;
+        drop(state);
+        if settled {
+            self.reclaim();
+        }
+    }
+
+    fn run(&self, step: impl FnOnce(&mut Sender) -> Vec<SenderCommand>) {
+        let mut state = self.state.lock();
+        let commands = step(&mut state.session);
+        self.finish(state, commands);
+    }
+
+    /// Performs commands under the lock, so that messages keep their order, and what follows the end without it.
+    fn finish(&self, mut state: parking_lot::MutexGuard<'_, State>, commands: Vec<SenderCommand>) {
+        if commands.is_empty() {
+            return;
+        }
+        let mut settled = false;
+        for command in commands {
+            settled |= command == SenderCommand::Settled;
+            self.perform(&mut state, command);
+        }
+        if !settled {
+            return;
+        }
+        state.up = None;
+        let reason = state.reason.clone();
+        drop(state);
+        self.node.claims.release(&[], &self.spec.blocks);
+        self.link.remove(&self.spec.id);
+        self.node.outgoing.end(self.spec.id, Ended { peer: Some(self.spec.receiver.clone()), reason });
+        let mut state = self.state.lock();
+        state.settled = true;
+        let orphaned = state.orphaned;
+        drop(state);
+        self.outcome.send_modify(|outcome| outcome.settled = true);
+        if orphaned {
+            self.reclaim();
+        }
+    }
+
+    fn perform(&self, state: &mut State, command: SenderCommand) {
+        match command {
+            SenderCommand::Offer => {
+                let offer = v1::Offer {
+                    prompt_tokens: self.spec.prompt_tokens,
+                    blocks: self.spec.blocks.len() as u32,
+                    layers: self.node.slices.layers(),
+                    sender_epoch: self.node.incarnation.0,
+                };
+                self.send(state, Body::Offer(offer));
+            }
+            SenderCommand::Renew => self.send(state, Body::Renew(v1::Renew {})),
+            SenderCommand::Seal { first_token, tally } => {
+                let (slices, bytes, checksum) = (tally.slices, tally.bytes, tally.checksum);
+                self.send(state, Body::Seal(v1::Seal { first_token, slices, bytes, checksum }));
+            }
+            SenderCommand::Abort(reason) => {
+                self.send(state, Body::Abort(v1::Abort { reason: Some(ApiError::from(reason).into()) }));
+            }
+            SenderCommand::Wake => {
+                if let (Some(up), Some(me)) = (&state.up, self.me.upgrade()) {
+                    up.wake(me);
+                }
+            }
+            SenderCommand::Revoke => self.revoked.cancel(),
+            SenderCommand::Complete { tally, took, seal_to_released } => {
+                let (slices, bytes) = (tally.slices, tally.bytes);
+                self.node.counters.outgoing_completed(seal_to_released);
+                self.span.in_scope(|| {
+                    tracing::debug!(slices, bytes, ?took, ?seal_to_released, "kv transfer sent")
+                });
+                let stats = TransferStats { slices, bytes, took, seal_to_released };
+                self.outcome.send_modify(|outcome| outcome.result = Some(Ok(stats)));
+            }
+            SenderCommand::Fail(reason) => {
+                self.node.counters.aborted(Direction::Outgoing, reason.code());
+                self.span.in_scope(|| tracing::info!(%reason, "kv transfer aborted"));
+                state.reason = Some(reason.clone());
+                self.outcome.send_modify(|outcome| outcome.result = Some(Err(reason)));
+            }
+            SenderCommand::Settled => {}
+        }
+    }
+
+    fn send(&self, state: &State, body: Body) {
+        if let Some(up) = &state.up {
+            up.send(Some(self.spec.id), body);
+        }
+    }
+
+    fn reclaim(&self) {
+        let blocks = self.spec.blocks.clone();
+        (self.node.reclaim)(Reclaimed { id: self.spec.id, direction: Direction::Outgoing, blocks });
+    }
+
+    /// Pool index of a block of this transfer.
+    fn block(&self, index: u32) -> Result<u32, TransferError> {
+        let block = self.spec.blocks.get(index as usize).copied();
+        block.ok_or_else(|| TransferError::Invalid(format!("the transfer has no block {index}")))
+    }
+}
+
+impl Departure for Outbound {
+    fn id(&self) -> TransferId {
+        self.spec.id
+    }
+
+    fn data_key(&self) -> Option<DataKey> {
+        self.key.get().cloned()
+    }
+
+    fn take(&self, most: u32) -> Option<SliceRun> {
+        self.state.lock().session.take(most)
+    }
+
+    fn has_runs(&self) -> bool {
+        self.state.lock().session.has_runs()
+    }
+
+    fn sent(&self, run: SliceRun, crcs: &[u32]) {
+        self.node.counters.sent(run.count.into(), self.node.slice_bytes());
+        let now = self.node.now();
+        self.run(|session| session.sent(now, run, crcs));
+    }
+
+    fn failed(&self, _run: SliceRun, why: &str) {
+        self.run(|session| session.failed(why));
+    }
+
+    fn path_lost(&self, why: &str) {
+        self.run(|session| session.path_lost(why));
+    }
+
+    fn live(&self) -> bool {
+        self.state.lock().session.live()
+    }
+
+    fn queued(&self) -> &AtomicBool {
+        &self.queued
+    }
+
+    fn source(&self, layer: u32, block: u32, skip: usize) -> Result<IoSlice<'_>, TransferError> {
+        self.node.slices.io_slice(layer, self.block(block)?, skip)
+    }
+
+    fn crc(&self, layer: u32, block: u32) -> Result<u32, TransferError> {
+        Ok(crc32c(self.node.slices.source(layer, self.block(block)?)?))
+    }
+
+    fn revoked(&self) -> &CancellationToken {
+        &self.revoked
+    }
+}

@@ -1,0 +1,268 @@
+//! Server side of the `Handoff` contract: the control streams of the peers that send to this node.
+
+use std::{pin::Pin, sync::Arc};
+
+use baton_proto::{ApiError, ErrorCode, Incarnation, InstanceId, TransferId, v1};
+use prost::Message as _;
+use tokio::{sync::mpsc, time::timeout};
+use tokio_stream::{Stream, wrappers::ReceiverStream};
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status, Streaming};
+use v1::{receiver_message::Body, sender_message};
+
+use super::{
+    Node,
+    inbound::Inbound,
+    link::wire_id,
+    table::{Ended, Lookup},
+};
+use crate::{
+    TransferError,
+    session::{OfferTerms, SealTerms, Shape, Tally},
+};
+
+/// A peer's control stream.
+#[derive(Debug)]
+pub(super) struct PeerLink {
+    /// Unique in this process.
+    number: u64,
+    peer: InstanceId,
+    incarnation: Incarnation,
+    messages: mpsc::Sender<Result<v1::ReceiverMessage, Status>>,
+    broken: CancellationToken,
+}
+
+impl PeerLink {
+    pub(super) fn number(&self) -> u64 {
+        self.number
+    }
+
+    pub(super) fn peer(&self) -> &InstanceId {
+        &self.peer
+    }
+
+    pub(super) fn incarnation(&self) -> Incarnation {
+        self.incarnation
+    }
+
+    /// Queues a message. A queue that is full means a peer that does not read: the stream is given up.
+    pub(super) fn send(&self, id: Option<TransferId>, body: Body) {
+        let message = v1::ReceiverMessage { transfer_id: wire_id(id), body: Some(body) };
+        if self.messages.try_send(Ok(message)).is_err() {
+            self.broken.cancel();
+        }
+    }
+
+    /// Ends the stream.
+    pub(super) fn cut(&self) {
+        self.broken.cancel();
+    }
+
+    fn abort(&self, id: TransferId, reason: &TransferError) {
+        self.send(Some(id), Body::Abort(v1::Abort { reason: Some(ApiError::from(reason).into()) }));
+    }
+}
+
+/// The gRPC service; mount it with `KvNode::handoff_service`.
+#[derive(Debug, Clone)]
+pub struct HandoffService {
+    pub(super) node: Arc<Node>,
+}
+
+#[tonic::async_trait]
+impl v1::handoff_server::Handoff for HandoffService {
+    type ExchangeStream = Pin<Box<dyn Stream<Item = Result<v1::ReceiverMessage, Status>> + Send>>;
+
+    async fn exchange(
+        &self,
+        request: Request<Streaming<v1::SenderMessage>>,
+    ) -> Result<Response<Self::ExchangeStream>, Status> {
+        let node = self.node.clone();
+        if node.stop.is_cancelled() {
+            return Err(to_status(&TransferError::ShuttingDown));
+        }
+        let mut incoming = request.into_inner();
+        let hello = match timeout(node.limits.handshake, incoming.message()).await {
+            Ok(Ok(Some(v1::SenderMessage { body: Some(sender_message::Body::Hello(hello)), .. }))) => hello,
+            Ok(Ok(_)) => return Err(protocol("the first message must be a hello")),
+            Ok(Err(status)) => return Err(status),
+            Err(_) => {
+                return Err(to_status(&TransferError::DeadlineExceeded {
+                    waiting_for: "waiting for the hello",
+                }));
+            }
+        };
+        let peer = InstanceId::new(hello.instance_id).map_err(|error| protocol(&error.to_string()))?;
+        let layout = hello.layout.ok_or_else(|| protocol("the hello has no KV layout"))?;
+        node.layout.accepts(&layout).map_err(|error| to_status(&error))?;
+
+        let (messages, queue) = mpsc::channel(node.limits.control_queue());
+        let link = Arc::new(PeerLink {
+            number: node.next_number(),
+            peer,
+            incarnation: Incarnation(hello.incarnation),
+            messages,
+            broken: node.stop.child_token(),
+        });
+        link.send(None, Body::Hello(node.receiver_hello()));
+        node.admit_peer(&link).map_err(|error| to_status(&error))?;
+        tracing::debug!(peer = %link.peer, "control stream opened");
+        let tasks = node.tasks.clone();
+        tasks.spawn(serve(node, link, incoming));
+        Ok(Response::new(Box::pin(ReceiverStream::new(queue))))
+    }
+}
+
+/// Reads one peer's messages until its stream ends; then ends what rested on it.
+async fn serve(node: Arc<Node>, link: Arc<PeerLink>, mut incoming: Streaming<v1::SenderMessage>) {
+    let why = loop {
+        let message = tokio::select! {
+            biased;
+            () = link.broken.cancelled() => break "it was replaced, or the peer does not read its messages".to_owned(),
+            message = incoming.message() => message,
+            () = link.messages.closed() => break "the peer closed it".to_owned(),
+        };
+        match message {
+            Ok(Some(message)) => {
+                if let Err(reason) = handle(&node, &link, message) {
+                    break reason.to_string();
+                }
+            }
+            Ok(None) => break "the peer ended it".to_owned(),
+            Err(status) => break status.message().to_owned(),
+        }
+    };
+    tracing::debug!(peer = %link.peer, %why, "control stream ended");
+    node.peer_lost(&link, &why);
+}
+
+/// One message. An error ends the stream.
+fn handle(node: &Arc<Node>, link: &Arc<PeerLink>, message: v1::SenderMessage) -> Result<(), TransferError> {
+    let id = TransferId::try_from(message.transfer_id.as_ref())
+        .map_err(|error| TransferError::Protocol(error.to_string()))?;
+    let body = message.body.ok_or_else(|| TransferError::Protocol("a message without a body".into()))?;
+    match body {
+        sender_message::Body::Hello(_) => Err(TransferError::Protocol("a second hello".into())),
+        sender_message::Body::Offer(offer) => {
+            if let Err(reason) = take_offer(node, link, id, &offer) {
+                tracing::info!(transfer = %id, peer = %link.peer, %reason, "offer refused");
+                link.abort(id, &reason);
+            }
+            Ok(())
+        }
+        sender_message::Body::Seal(seal) => {
+            take_seal(node, link, id, &seal);
+            Ok(())
+        }
+        sender_message::Body::Renew(_) => {
+            of_live(node, link, id, |inbound, now| {
+                inbound.over_link(link, |session| {
+                    session.renewed(now);
+                    Vec::new()
+                })
+            });
+            Ok(())
+        }
+        sender_message::Body::Abort(abort) => {
+            let reason = ApiError::from(abort.reason.unwrap_or_default());
+            of_live(node, link, id, |inbound, _| {
+                inbound.over_link(link, |session| session.peer_aborted(reason))
+            });
+            Ok(())
+        }
+    }
+}
+
+/// Runs an event of a live transfer. Late messages of ended ones are nothing to worry about.
+fn of_live(
+    node: &Node,
+    link: &PeerLink,
+    id: TransferId,
+    event: impl FnOnce(&Inbound, std::time::Instant) -> bool,
+) {
+    if let Lookup::Live(inbound) = node.incoming.get(&id)
+        && !event(&inbound, node.now())
+    {
+        tracing::warn!(transfer = %id, peer = %link.peer, "message for a transfer of another stream ignored");
+    }
+}
+
+fn take_offer(
+    node: &Arc<Node>,
+    link: &Arc<PeerLink>,
+    id: TransferId,
+    offer: &v1::Offer,
+) -> Result<(), TransferError> {
+    if offer.sender_epoch != link.incarnation.0 {
+        let (instance, found) = (link.peer.clone(), Incarnation(offer.sender_epoch));
+        return Err(TransferError::StalePeer { instance, expected: link.incarnation, found });
+    }
+    let terms = OfferTerms {
+        sender: link.peer.clone(),
+        sender_incarnation: link.incarnation,
+        prompt_tokens: offer.prompt_tokens,
+        shape: Shape { layers: offer.layers, blocks: offer.blocks },
+    };
+    let now = node.now();
+    let found = node.incoming.get_or_add(id, |_| {
+        let limit = node.limits.held_offers;
+        if node.stop.is_cancelled() {
+            return Err(TransferError::ShuttingDown);
+        }
+        if !node.reserve_held_offer() {
+            return Err(TransferError::Limit { what: "offers that nobody expects yet", limit });
+        }
+        Ok(Inbound::offered(node, now, id, terms.clone(), link.clone()))
+    })?;
+    match found {
+        Lookup::Unknown => {
+            node.activity.notify_one();
+            Ok(())
+        }
+        Lookup::Live(inbound) => inbound.offer(now, terms, link),
+        Lookup::Ended(Ended { reason: Some(reason), .. }) => Err(reason),
+        Lookup::Ended(_) => Err(TransferError::AlreadyExists(id)),
+    }
+}
+
+/// A seal may come again after a broken stream, from a sender that has not heard how its transfer ended.
+fn take_seal(node: &Arc<Node>, link: &Arc<PeerLink>, id: TransferId, seal: &v1::Seal) {
+    let tally = Tally { slices: seal.slices, bytes: seal.bytes, checksum: seal.checksum };
+    let terms = SealTerms { first_token: seal.first_token, tally };
+    match node.incoming.get(&id) {
+        Lookup::Live(inbound) if inbound.seal(node.now(), link, terms) => {}
+        Lookup::Ended(Ended { peer: Some(peer), reason: None }) if peer == link.peer => {
+            link.send(Some(id), Body::Released(v1::Released {}));
+        }
+        Lookup::Ended(Ended { peer: Some(peer), reason: Some(reason) }) if peer == link.peer => {
+            link.abort(id, &reason);
+        }
+        _ => link.abort(id, &TransferError::Protocol("a seal for a transfer that is not this peer's".into())),
+    }
+}
+
+fn protocol(what: &str) -> Status {
+    to_status(&TransferError::Protocol(what.to_owned()))
+}
+
+/// A status that carries the whole error in its details.
+fn to_status(error: &TransferError) -> Status {
+    let error = ApiError::from(error);
+    let (code, message) = (error.code.grpc(), error.message.clone());
+    Status::with_details(code, message, v1::ErrorDetail::from(error).encode_to_vec().into())
+}
+
+/// The error that [`to_status`] put in, or the nearest one for statuses of other origin.
+pub(super) fn from_status(status: &Status) -> ApiError {
+    if let Ok(detail) = v1::ErrorDetail::decode(status.details())
+        && !status.details().is_empty()
+    {
+        return ApiError::from(detail);
+    }
+    let code = match status.code() {
+        tonic::Code::Unimplemented => ErrorCode::Unsupported,
+        tonic::Code::InvalidArgument | tonic::Code::FailedPrecondition => ErrorCode::InvalidArgument,
+        _ => ErrorCode::Unavailable,
+    };
+    ApiError::new(code, status.message())
+}

@@ -1,0 +1,55 @@
+//! What a transfer is allowed to do: the two session machines, pure.
+//!
+//! Offered -> Accepted -> Moving -> Sealed -> Released | Aborted, on either side. Events come in as calls that carry the
+//! time; commands go out as a list that the node's shell performs. The machines own every decision: what is legal, when
+//! a lease has run out, when the slices are complete, when nothing touches the blocks any more.
+
+mod receiver;
+mod sender;
+mod slices;
+
+use std::time::{Duration, Instant};
+
+pub(crate) use receiver::{
+    Claim, Expectation, OfferTerms, Receiver, ReceiverCommand, ReceiverState, ReceiverTiming, SealTerms,
+};
+pub(crate) use sender::{Sender, SenderCommand, SenderTerms};
+pub(crate) use slices::{Shape, SliceRun, Tally, crc32c};
+
+/// Signs of life: when the peer was last heard, and when it must hear from here again.
+#[derive(Debug, Clone)]
+struct Lease {
+    length: Duration,
+    heard: Instant,
+    renew_at: Instant,
+}
+
+impl Lease {
+    fn new(now: Instant, length: Duration) -> Self {
+        Self { length, heard: now, renew_at: now + length / 3 }
+    }
+
+    /// Takes over the length that both sides agreed on.
+    fn agree(&mut self, now: Instant, length: Duration) {
+        *self = Self::new(now, length);
+    }
+
+    fn heard(&mut self, now: Instant) {
+        self.heard = self.heard.max(now);
+    }
+
+    /// How long the peer has been silent, if that is longer than the lease.
+    fn expired(&self, now: Instant) -> Option<Duration> {
+        let silent = now.saturating_duration_since(self.heard);
+        (silent >= self.length).then_some(silent)
+    }
+
+    /// Whether a sign of life is due; if so, the next one is scheduled.
+    fn renewal_due(&mut self, now: Instant) -> bool {
+        let due = now >= self.renew_at;
+        if due {
+            self.renew_at = now + self.length / 3;
+        }
+        due
+    }
+}

@@ -1,0 +1,488 @@
+//! The receiving side of one transfer, pure.
+//!
+//! Driven by the node (`node::incoming`): control messages, frames on the data plane, the clock and the local owner are
+//! its events. `Expected` (blocks are reserved, no offer yet) and `Offered` (an offer is held, no blocks yet) both lead
+//! to `Accepted`. A slice is *claimed* before any byte of it is written and *landed* after its checksum was compared;
+//! an aborted session is over only when no claim is open, which is the fence.
+
+use std::time::{Duration, Instant};
+
+use baton_proto::{ApiError, Incarnation, InstanceId};
+
+use super::{
+    Lease,
+    slices::{Shape, SliceRun, SliceSet, Tally},
+};
+use crate::TransferError;
+
+/// What the local owner has reserved.
+#[derive(Debug, Clone)]
+pub(crate) struct Expectation {
+    pub(crate) sender: InstanceId,
+    pub(crate) sender_incarnation: Option<Incarnation>,
+    pub(crate) prompt_tokens: u32,
+    pub(crate) shape: Shape,
+    /// Indices of blocks that are filled already.
+    pub(crate) held: Vec<u32>,
+    pub(crate) deadline: Instant,
+}
+
+/// What a sender offers, and who it is.
+#[derive(Debug, Clone)]
+pub(crate) struct OfferTerms {
+    pub(crate) sender: InstanceId,
+    pub(crate) sender_incarnation: Incarnation,
+    pub(crate) prompt_tokens: u32,
+    pub(crate) shape: Shape,
+}
+
+/// The sender's closing account.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct SealTerms {
+    pub(crate) first_token: u32,
+    pub(crate) tally: Tally,
+}
+
+/// Durations a session is run with.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ReceiverTiming {
+    pub(crate) lease: Duration,
+    pub(crate) held_offer: Duration,
+    pub(crate) seal_grace: Duration,
+}
+
+/// What the shell is to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum ReceiverCommand {
+    /// Open the transfer to the data plane, then tell the sender.
+    Accept,
+    Renew,
+    Released,
+    /// Tell the sender that the transfer is off.
+    Abort(TransferError),
+    /// Make transports let go of the blocks.
+    Revoke,
+    /// The owner's answer: all of it is here. Once, and never with `Fail`.
+    Complete {
+        first_token: u32,
+        tally: Tally,
+        took: Duration,
+    },
+    /// The owner's answer: it will not come. Once.
+    Fail(TransferError),
+    /// No transport touches the blocks any more. Once, last.
+    Settled,
+}
+
+/// What a frame may do with the slices it names.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Claim {
+    /// Write them; every claim is closed by `landed`, `damaged` or `interrupted`.
+    Write,
+    /// Pass over the payload: the same slices are here already, or the transfer is over.
+    Skip,
+    /// The frame broke the protocol; the transfer is aborted. Pass over the payload.
+    Refused,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ReceiverState {
+    Expected,
+    Offered,
+    Accepted,
+    Moving,
+    Sealed,
+    Released,
+    Aborting,
+    Aborted,
+}
+
+type Commands = Vec<ReceiverCommand>;
+
+#[derive(Debug)]
+pub(crate) struct Receiver {
+    state: ReceiverState,
+    timing: ReceiverTiming,
+    slice_bytes: u64,
+    expectation: Option<Expectation>,
+    offer: Option<OfferTerms>,
+    deadline: Instant,
+    lease: Lease,
+    accepted_at: Instant,
+    slices: Option<Slots>,
+    seal: Option<SealTerms>,
+    /// Slices claimed and neither landed nor let go.
+    open_claims: u64,
+}
+
+/// Per-slice account of an accepted transfer.
+#[derive(Debug)]
+struct Slots {
+    shape: Shape,
+    held: Vec<bool>,
+    claimed: SliceSet,
+    /// CRC32C that the claiming frame named, by slice.
+    crcs: Vec<u32>,
+    landed: Tally,
+    expected: u64,
+}
+
+impl Slots {
+    fn new(shape: Shape, held_indices: &[u32]) -> Self {
+        let mut held = vec![false; shape.blocks as usize];
+        held_indices.iter().for_each(|&block| held[block as usize] = true);
+        let missing = held.iter().filter(|&&held| !held).count() as u64;
+        Self {
+            shape,
+            held,
+            claimed: SliceSet::new(shape),
+            crcs: vec![0; shape.slices()],
+            landed: Tally::default(),
+            expected: missing * u64::from(shape.layers),
+        }
+    }
+
+    fn crc(&mut self, layer: u32, block: u32) -> &mut u32 {
+        &mut self.crcs[layer as usize * self.shape.blocks as usize + block as usize]
+    }
+
+    fn claim(&mut self, run: SliceRun, crcs: &[u32]) -> Result<Claim, TransferError> {
+        let refuse = |what: &str| Err(TransferError::Protocol(format!("{what}: {run:?}")));
+        if !self.shape.contains(run) || crcs.len() != run.count as usize {
+            return refuse("a frame names slices outside the transfer");
+        }
+        if run.blocks().any(|block| self.held[block as usize]) {
+            return refuse("a frame carries a block that this side holds already");
+        }
+        let seen = run.blocks().filter(|&block| self.claimed.contains(run.layer, block)).count();
+        if seen == 0 {
+            for (block, &crc) in run.blocks().zip(crcs) {
+                self.claimed.insert(run.layer, block);
+                *self.crc(run.layer, block) = crc;
+            }
+            return Ok(Claim::Write);
+        }
+        let same = run.blocks().zip(crcs).all(|(block, &crc)| *self.crc(run.layer, block) == crc);
+        if seen == run.count as usize && same {
+            return Ok(Claim::Skip);
+        }
+        refuse("a frame repeats slices with other content")
+    }
+}
+
+impl Receiver {
+    /// Blocks are reserved; the offer has not come yet.
+    pub(crate) fn expected(
+        now: Instant,
+        timing: ReceiverTiming,
+        slice_bytes: u64,
+        expectation: Expectation,
+    ) -> Self {
+        let deadline = expectation.deadline;
+        let mut session = Self::new(now, timing, slice_bytes, ReceiverState::Expected, deadline);
+        session.expectation = Some(expectation);
+        session
+    }
+
+    /// An offer has come; no blocks are reserved yet.
+    pub(crate) fn offered(now: Instant, timing: ReceiverTiming, slice_bytes: u64, offer: OfferTerms) -> Self {
+        let deadline = now + timing.held_offer;
+        let mut session = Self::new(now, timing, slice_bytes, ReceiverState::Offered, deadline);
+        session.offer = Some(offer);
+        session
+    }
+
+    fn new(
+        now: Instant,
+        timing: ReceiverTiming,
+        slice_bytes: u64,
+        state: ReceiverState,
+        deadline: Instant,
+    ) -> Self {
+        Self {
+            state,
+            timing,
+            slice_bytes,
+            expectation: None,
+            offer: None,
+            deadline,
+            lease: Lease::new(now, timing.lease),
+            accepted_at: now,
+            slices: None,
+            seal: None,
+            open_claims: 0,
+        }
+    }
+
+    /// Indices of the blocks that the sender is to leave out.
+    pub(crate) fn held(&self) -> &[u32] {
+        self.expectation.as_ref().map_or(&[], |expectation| &expectation.held)
+    }
+
+    pub(crate) fn state(&self) -> ReceiverState {
+        self.state
+    }
+
+    /// Neither released nor aborted nor about to be.
+    pub(crate) fn live(&self) -> bool {
+        !matches!(self.state, ReceiverState::Released | ReceiverState::Aborting | ReceiverState::Aborted)
+    }
+
+    /// The owner reserves blocks for a held offer. An error leaves the session as it was. An offer from the wrong
+    /// sender is sent back, and the session waits for the right one.
+    pub(crate) fn expect(
+        &mut self,
+        now: Instant,
+        expectation: Expectation,
+    ) -> Result<Commands, TransferError> {
+        if self.state != ReceiverState::Offered {
+            return Err(TransferError::Invalid("the transfer is expected already".into()));
+        }
+        let Some(offer) = self.offer.take() else {
+            return Err(TransferError::Invalid("the transfer has no offer".into()));
+        };
+        self.deadline = expectation.deadline;
+        let check = check_sender(&expectation, &offer);
+        self.expectation = Some(expectation);
+        if let Err(wrong) = check {
+            self.state = ReceiverState::Expected;
+            return Ok(vec![ReceiverCommand::Abort(wrong)]);
+        }
+        self.offer = Some(offer);
+        Ok(self.accept(now))
+    }
+
+    /// An offer comes in for expected blocks. An error refuses this offer and leaves the session as it was.
+    pub(crate) fn offer(&mut self, now: Instant, offer: OfferTerms) -> Result<Commands, TransferError> {
+        match (&self.expectation, self.state) {
+            (Some(expectation), ReceiverState::Expected) => {
+                check_sender(expectation, &offer)?;
+                self.offer = Some(offer);
+                Ok(self.accept(now))
+            }
+            (_, ReceiverState::Aborting | ReceiverState::Aborted) => {
+                Err(TransferError::Invalid("the transfer was aborted".into()))
+            }
+            _ => Err(TransferError::Protocol("the transfer was offered twice".into())),
+        }
+    }
+
+    /// Both sides are known: check that they mean the same, then accept.
+    fn accept(&mut self, now: Instant) -> Commands {
+        let (Some(expectation), Some(offer)) = (&self.expectation, &self.offer) else {
+            return Vec::new();
+        };
+        let differs = |what: &str, ours: u32, theirs: u32| {
+            Some(TransferError::Protocol(format!("{what} differ: {ours} expected, {theirs} offered")))
+        };
+        let (ours, theirs) = (expectation.shape, offer.shape);
+        let mismatch = if ours.layers != theirs.layers {
+            differs("layers", ours.layers, theirs.layers)
+        } else if ours.blocks != theirs.blocks {
+            differs("blocks", ours.blocks, theirs.blocks)
+        } else if expectation.prompt_tokens != offer.prompt_tokens {
+            differs("prompt tokens", expectation.prompt_tokens, offer.prompt_tokens)
+        } else {
+            None
+        };
+        let slots = Slots::new(ours, &expectation.held);
+        self.lease.agree(now, self.timing.lease);
+        if let Some(mismatch) = mismatch {
+            return self.abort(mismatch, true);
+        }
+        self.slices = Some(slots);
+        self.state = ReceiverState::Accepted;
+        self.accepted_at = now;
+        vec![ReceiverCommand::Accept]
+    }
+
+    /// A frame wants to write these slices, whose CRC32Cs it names.
+    pub(crate) fn claim(&mut self, now: Instant, run: SliceRun, crcs: &[u32]) -> (Claim, Commands) {
+        if !self.live() {
+            return (Claim::Skip, Vec::new());
+        }
+        let Some(slots) = &mut self.slices else {
+            let early = TransferError::Protocol("slices came before the transfer was accepted".into());
+            return (Claim::Refused, self.abort(early, true));
+        };
+        self.lease.heard(now);
+        match slots.claim(run, crcs) {
+            Ok(Claim::Write) => {
+                self.open_claims += u64::from(run.count);
+                if self.state == ReceiverState::Accepted {
+                    self.state = ReceiverState::Moving;
+                }
+                (Claim::Write, Vec::new())
+            }
+            Ok(other) => (other, Vec::new()),
+            Err(reason) => (Claim::Refused, self.abort(reason, true)),
+        }
+    }
+
+    /// Every slice of a claimed run is in its block and matches its checksum.
+    pub(crate) fn landed(&mut self, now: Instant, run: SliceRun) -> Commands {
+        self.lease.heard(now);
+        if self.live()
+            && let Some(slots) = &mut self.slices
+        {
+            for block in run.blocks() {
+                let crc = *slots.crc(run.layer, block);
+                slots.landed.add(run.layer, block, crc, self.slice_bytes);
+            }
+        }
+        let mut commands = self.close_claim(run);
+        commands.extend(self.settle_seal(now));
+        commands
+    }
+
+    /// A slice of a claimed run does not match its checksum.
+    pub(crate) fn damaged(&mut self, run: SliceRun, block: u32) -> Commands {
+        let mut commands = self.abort(TransferError::Damaged { layer: run.layer, block }, true);
+        commands.extend(self.close_claim(run));
+        commands
+    }
+
+    /// A claimed run will not be written further: its connection failed, or the claim was revoked.
+    pub(crate) fn interrupted(&mut self, run: SliceRun, why: &str) -> Commands {
+        let mut commands = self.abort(TransferError::DataPath(why.to_owned()), true);
+        commands.extend(self.close_claim(run));
+        commands
+    }
+
+    fn close_claim(&mut self, run: SliceRun) -> Commands {
+        self.open_claims = self.open_claims.saturating_sub(u64::from(run.count));
+        self.settle_abort()
+    }
+
+    /// The sender says that everything has been sent.
+    pub(crate) fn seal(&mut self, now: Instant, seal: SealTerms) -> Commands {
+        self.lease.heard(now);
+        match self.state {
+            ReceiverState::Released | ReceiverState::Aborting | ReceiverState::Aborted => return Vec::new(),
+            ReceiverState::Accepted | ReceiverState::Moving => {}
+            ReceiverState::Expected | ReceiverState::Offered => {
+                return self.abort(TransferError::Protocol("sealed before it was accepted".into()), true);
+            }
+            ReceiverState::Sealed => return self.abort(TransferError::Protocol("sealed twice".into()), true),
+        }
+        let expected = self.slices.as_ref().map_or(0, |slots| slots.expected);
+        if let Err(mismatch) = compare("slices", seal.tally.slices, expected)
+            .and_then(|()| compare("bytes", seal.tally.bytes, expected * self.slice_bytes))
+        {
+            return self.abort(mismatch, true);
+        }
+        self.seal = Some(seal);
+        self.state = ReceiverState::Sealed;
+        self.deadline = self.deadline.min(now + self.timing.seal_grace);
+        self.settle_seal(now)
+    }
+
+    /// Releases the sender once the seal is here and every slice is accounted for.
+    fn settle_seal(&mut self, now: Instant) -> Commands {
+        let (ReceiverState::Sealed, Some(seal), Some(slots)) = (self.state, self.seal, &self.slices) else {
+            return Vec::new();
+        };
+        if slots.landed.slices < slots.expected {
+            return Vec::new();
+        }
+        let tally = slots.landed;
+        if let Err(mismatch) = compare("checksum", seal.tally.checksum.into(), tally.checksum.into()) {
+            return self.abort(mismatch, true);
+        }
+        self.state = ReceiverState::Released;
+        let took = now.saturating_duration_since(self.accepted_at);
+        vec![
+            ReceiverCommand::Released,
+            ReceiverCommand::Complete { first_token: seal.first_token, tally, took },
+            ReceiverCommand::Settled,
+        ]
+    }
+
+    /// The sender is alive.
+    pub(crate) fn renewed(&mut self, now: Instant) {
+        self.lease.heard(now);
+    }
+
+    pub(crate) fn peer_aborted(&mut self, reason: ApiError) -> Commands {
+        self.abort(TransferError::PeerAborted(reason), false)
+    }
+
+    /// The control stream is gone, and with it every transfer that is not whole. One whose offer has not come stays.
+    pub(crate) fn link_lost(&mut self, why: &str) -> Commands {
+        if self.state == ReceiverState::Expected {
+            return Vec::new();
+        }
+        self.abort(TransferError::LinkLost(why.to_owned()), false)
+    }
+
+    /// The local owner does not want it any more.
+    pub(crate) fn cancel(&mut self, reason: TransferError) -> Commands {
+        self.abort(reason, true)
+    }
+
+    /// Time has passed.
+    pub(crate) fn tick(&mut self, now: Instant) -> Commands {
+        if !self.live() {
+            return Vec::new();
+        }
+        if now >= self.deadline {
+            let waiting_for = match self.state {
+                ReceiverState::Expected => "waiting for the offer",
+                ReceiverState::Offered => "holding an offer that nobody expected",
+                ReceiverState::Sealed => "waiting for slices that the seal counts",
+                _ => "receiving slices",
+            };
+            return self.abort(TransferError::DeadlineExceeded { waiting_for }, true);
+        }
+        if self.state == ReceiverState::Expected {
+            return Vec::new();
+        }
+        if let Some(silent) = self.lease.expired(now) {
+            return self.abort(TransferError::LeaseExpired { silent }, true);
+        }
+        if self.lease.renewal_due(now) { vec![ReceiverCommand::Renew] } else { Vec::new() }
+    }
+
+    fn abort(&mut self, reason: TransferError, tell_peer: bool) -> Commands {
+        if !self.live() {
+            return Vec::new();
+        }
+        let mut commands = Vec::with_capacity(4);
+        if tell_peer && self.state != ReceiverState::Expected {
+            commands.push(ReceiverCommand::Abort(reason.clone()));
+        }
+        self.state = ReceiverState::Aborting;
+        commands.extend([ReceiverCommand::Revoke, ReceiverCommand::Fail(reason)]);
+        commands.extend(self.settle_abort());
+        commands
+    }
+
+    fn settle_abort(&mut self) -> Commands {
+        if self.state != ReceiverState::Aborting || self.open_claims > 0 {
+            return Vec::new();
+        }
+        self.state = ReceiverState::Aborted;
+        vec![ReceiverCommand::Settled]
+    }
+}
+
+fn compare(what: &'static str, expected: u64, found: u64) -> Result<(), TransferError> {
+    if expected == found { Ok(()) } else { Err(TransferError::SealMismatch { what, expected, found }) }
+}
+
+fn check_sender(expectation: &Expectation, offer: &OfferTerms) -> Result<(), TransferError> {
+    if expectation.sender != offer.sender {
+        return Err(TransferError::WrongPeer {
+            expected: expectation.sender.clone(),
+            found: offer.sender.clone(),
+        });
+    }
+    match expectation.sender_incarnation {
+        Some(expected) if expected != offer.sender_incarnation => Err(TransferError::StalePeer {
+            instance: offer.sender.clone(),
+            expected,
+            found: offer.sender_incarnation,
+        }),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,99 @@
+//! Which transfer's slices go next to one peer: round robin over the transfers that have some, one frame each, so that
+//! a long prompt does not hold a short one up.
+//!
+//! Fed by sender sessions (`Outbox::wake`), emptied by the transport's lanes. Holds each transfer at most once, so it is
+//! bounded by the number of transfers.
+
+use std::{
+    collections::VecDeque,
+    sync::{Arc, atomic::Ordering},
+};
+
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+
+use super::Departure;
+use crate::session::SliceRun;
+
+/// The slices waiting to go to one peer.
+#[derive(Default)]
+pub(crate) struct Outbox {
+    waiting: Mutex<VecDeque<Arc<dyn Departure>>>,
+    woken: Notify,
+}
+
+impl Outbox {
+    /// There is something to take from this transfer. Callable from any thread; never waits.
+    pub(crate) fn wake(&self, departure: Arc<dyn Departure>) {
+        if !departure.queued().swap(true, Ordering::AcqRel) {
+            self.waiting.lock().push_back(departure);
+            self.woken.notify_one();
+        }
+    }
+
+    /// The next run to send, of at most `most` slices. Cancel safe.
+    pub(crate) async fn next(&self, most: u32) -> Ticket {
+        loop {
+            if let Some(ticket) = self.try_next(most) {
+                return ticket;
+            }
+            self.woken.notified().await;
+        }
+    }
+
+    fn try_next(&self, most: u32) -> Option<Ticket> {
+        loop {
+            let departure = self.waiting.lock().pop_front()?;
+            // Cleared before taking: a wake from here on queues it again.
+            departure.queued().store(false, Ordering::Release);
+            let Some(run) = departure.take(most) else { continue };
+            if departure.has_runs() {
+                // Back to the end of the line, and on to another lane if one sleeps.
+                self.wake(departure.clone());
+            }
+            return Some(Ticket { departure, run: Some(run) });
+        }
+    }
+}
+
+/// A run on its way out. Reported exactly once: dropping it unsent counts as failed.
+pub(crate) struct Ticket {
+    departure: Arc<dyn Departure>,
+    run: Option<SliceRun>,
+}
+
+impl Ticket {
+    pub(crate) fn departure(&self) -> &Arc<dyn Departure> {
+        &self.departure
+    }
+
+    /// The run, until it is reported.
+    pub(crate) fn run(&self) -> SliceRun {
+        self.run.unwrap_or(SliceRun { layer: 0, first: 0, count: 0 })
+    }
+
+    /// All of it is on its way.
+    pub(crate) fn sent(mut self, crcs: &[u32]) {
+        if let Some(run) = self.run.take() {
+            self.departure.sent(run, crcs);
+        }
+    }
+
+    /// It is not, or not wholly; its blocks are no longer read.
+    pub(crate) fn failed(&mut self, why: &str) {
+        if let Some(run) = self.run.take() {
+            self.departure.failed(run, why);
+        }
+    }
+
+    /// Whether it has been reported.
+    pub(crate) fn settled(&self) -> bool {
+        self.run.is_none()
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        self.failed("the data connection was given up");
+    }
+}

@@ -1,0 +1,234 @@
+//! One outgoing data connection: takes runs from the outbox, frames them, writes them straight from the KV pool.
+//!
+//! Connects when there is something to send. When the connection breaks, the run in hand fails, every transfer that has
+//! slices on it is told, and the next run connects anew. When a transfer is aborted in the middle of its frame, the frame
+//! is finished from its blocks if that takes no longer than the fence grace, and with zeros after that: the connection
+//! stays in step and the blocks are free.
+
+use std::{
+    collections::HashMap,
+    io::{self, IoSlice},
+    sync::Arc,
+};
+
+use baton_proto::TransferId;
+use tokio::{
+    net::TcpStream,
+    time::{Instant, sleep_until, timeout},
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    Terms,
+    frame::{HEADER_BYTES, Header},
+};
+use crate::transport::{Departure, Outbox, Ticket};
+
+/// Elements of one vectored write. More gain nothing once a write carries a few hundred kilobytes.
+const WRITE_SLICES: usize = 64;
+/// Ended transfers are forgotten whenever a connection remembers this many, or twice what was left the last time.
+const FORGET_AT: usize = 64;
+
+/// What is written in place of blocks that must not be read any more.
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+
+/// One connection's worth of sending.
+pub(super) struct Lane {
+    address: String,
+    terms: Terms,
+    outbox: Arc<Outbox>,
+    head: Vec<u8>,
+    crcs: Vec<u32>,
+    /// Transfers that have slices on the present connection.
+    carried: HashMap<TransferId, Arc<dyn Departure>>,
+    forget_at: usize,
+}
+
+impl Lane {
+    pub(super) fn new(address: String, terms: Terms, outbox: Arc<Outbox>) -> Self {
+        let head = Vec::with_capacity(HEADER_BYTES + 4 * terms.frame_slices as usize);
+        let (crcs, carried) = (Vec::new(), HashMap::new());
+        Self { address, terms, outbox, head, crcs, carried, forget_at: FORGET_AT }
+    }
+
+    /// Sends until `stop`. Whatever is in hand then is reported as failed.
+    pub(super) async fn run(mut self, stop: CancellationToken) {
+        let _ = stop.run_until_cancelled(self.work()).await;
+    }
+
+    async fn work(&mut self) {
+        let mut stream: Option<TcpStream> = None;
+        loop {
+            let ticket = match &stream {
+                None => self.outbox.next(self.terms.frame_slices).await,
+                Some(open) => tokio::select! {
+                    biased;
+                    ticket = self.outbox.next(self.terms.frame_slices) => ticket,
+                    why = closed(open) => {
+                        stream = None;
+                        self.lose(&why);
+                        continue;
+                    }
+                },
+            };
+            stream = self.carry(stream.take(), ticket).await;
+        }
+    }
+
+    /// Sends one run, connecting first if need be; the connection, if it still stands.
+    async fn carry(&mut self, stream: Option<TcpStream>, mut ticket: Ticket) -> Option<TcpStream> {
+        let stream = match stream {
+            Some(stream) => Ok(stream),
+            None => self.connect().await,
+        };
+        let result = match stream {
+            Ok(stream) => self.send(&stream, &mut ticket).await.map(|()| stream),
+            Err(error) => Err(error),
+        };
+        match result {
+            Ok(stream) => {
+                self.remember(ticket.departure());
+                ticket.sent(&self.crcs);
+                Some(stream)
+            }
+            Err(error) => {
+                tracing::debug!(peer = %self.address, %error, "data connection failed");
+                let why = format!("{error} ({})", self.address);
+                ticket.failed(&why);
+                self.lose(&why);
+                None
+            }
+        }
+    }
+
+    async fn connect(&self) -> io::Result<TcpStream> {
+        let stream = timeout(self.terms.connect, TcpStream::connect(&self.address))
+            .await
+            .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "connecting took too long"))??;
+        stream.set_nodelay(true)?;
+        Ok(stream)
+    }
+
+    /// Writes one frame. A ticket whose transfer is aborted meanwhile may be reported on the way.
+    async fn send(&mut self, stream: &TcpStream, ticket: &mut Ticket) -> io::Result<()> {
+        let (run, departure) = (ticket.run(), ticket.departure().clone());
+        self.crcs.clear();
+        for block in run.blocks() {
+            self.crcs.push(departure.crc(run.layer, block).map_err(io::Error::other)?);
+        }
+        let key = departure.data_key().ok_or_else(|| io::Error::other("no data key"))?;
+        let header = Header { transfer: departure.id(), run, slice_bytes: self.terms.slice_bytes };
+        header.encode(&key, &self.crcs, &mut self.head);
+
+        let total = self.head.len() as u64 + header.payload_bytes();
+        let mut written = 0;
+        let mut patience = Patience::new(&self.terms);
+        while written < total {
+            match stream.try_write_vectored(&self.rest(&header, ticket, written)?) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(n) => {
+                    written += n as u64;
+                    patience.progressed(&self.terms);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    patience.wait(stream, ticket, &self.terms).await?;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// What is left of a frame after `written` bytes, as far as one write goes.
+    fn rest<'a>(&'a self, header: &Header, ticket: &'a Ticket, written: u64) -> io::Result<Vec<IoSlice<'a>>> {
+        let mut list = Vec::with_capacity(WRITE_SLICES);
+        let head = self.head.len() as u64;
+        if written < head {
+            list.push(IoSlice::new(&self.head[written as usize..]));
+        }
+        let at = written.saturating_sub(head);
+        if ticket.settled() {
+            let left = (header.payload_bytes() - at).min(ZEROS.len() as u64) as usize;
+            list.push(IoSlice::new(&ZEROS[..left]));
+            return Ok(list);
+        }
+        let slice_bytes = u64::from(header.slice_bytes);
+        let mut skip = (at % slice_bytes) as usize;
+        for block in header.run.blocks().skip((at / slice_bytes) as usize).take(WRITE_SLICES - list.len()) {
+            let slice = ticket.departure().source(header.run.layer, block, skip).map_err(io::Error::other)?;
+            list.push(slice);
+            skip = 0;
+        }
+        Ok(list)
+    }
+
+    fn remember(&mut self, departure: &Arc<dyn Departure>) {
+        if self.carried.insert(departure.id(), departure.clone()).is_some()
+            || self.carried.len() < self.forget_at
+        {
+            return;
+        }
+        self.carried.retain(|_, departure| departure.live());
+        self.forget_at = FORGET_AT.max(self.carried.len() * 2);
+    }
+
+    /// Slices that went into a broken connection may not have arrived.
+    fn lose(&mut self, why: &str) {
+        self.carried.drain().for_each(|(_, departure)| departure.path_lost(why));
+    }
+}
+
+/// How long a write that does not get on is waited for, and how long an aborted transfer's blocks are still read.
+struct Patience {
+    stalled_at: Instant,
+    fence_by: Option<Instant>,
+}
+
+impl Patience {
+    fn new(terms: &Terms) -> Self {
+        Self { stalled_at: Instant::now() + terms.stall, fence_by: None }
+    }
+
+    fn progressed(&mut self, terms: &Terms) {
+        self.stalled_at = Instant::now() + terms.stall;
+    }
+
+    /// Waits until the stream takes more. Reports the ticket once its transfer has been aborted for long enough.
+    async fn wait(&mut self, stream: &TcpStream, ticket: &mut Ticket, terms: &Terms) -> io::Result<()> {
+        let departure = ticket.departure().clone();
+        let fenced = ticket.settled();
+        let fence_by = self.fence_by.filter(|_| !fenced);
+        if fence_by.is_some_and(|by| by <= Instant::now()) {
+            ticket.failed("the transfer was aborted");
+            return Ok(());
+        }
+        tokio::select! {
+            biased;
+            ready = stream.writable() => ready?,
+            () = departure.revoked().cancelled(), if !fenced && fence_by.is_none() => {
+                self.fence_by = Some(Instant::now() + terms.fence_grace);
+            }
+            () = sleep_until(fence_by.unwrap_or(self.stalled_at)), if fence_by.is_some() => {}
+            () = sleep_until(self.stalled_at) => {
+                return Err(io::Error::new(io::ErrorKind::TimedOut, "the peer takes no more slices"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Resolves when an idle connection is closed by the peer, which has nothing to say on it.
+async fn closed(stream: &TcpStream) -> String {
+    loop {
+        if let Err(error) = stream.readable().await {
+            return error.to_string();
+        }
+        match stream.try_read(&mut [0; 64]) {
+            Ok(0) => return "the peer closed the data connection".into(),
+            Ok(_) => return "the peer wrote on the data connection".into(),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return error.to_string(),
+        }
+    }
+}

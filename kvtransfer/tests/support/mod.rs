@@ -1,0 +1,247 @@
+//! What the tests of this crate stand on: memory with known bytes, and nodes with a real gRPC server on loopback.
+#![allow(dead_code, unreachable_pub)] // each test binary uses its part
+
+use std::{
+    future::Future,
+    net::{SocketAddr, TcpListener},
+    ops::Range,
+    ptr::NonNull,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use baton_kvtransfer::{ExpectSpec, KvLayout, KvNode, Limits, NodeConfig, OfferSpec, Reclaimed, Region};
+use baton_proto::{Incarnation, InstanceId, TransferId};
+use tokio_util::sync::CancellationToken;
+
+pub const LAYERS: u32 = 4;
+pub const BLOCKS: u32 = 64;
+pub const SLICE: usize = 3000;
+pub const BLOCK_TOKENS: u32 = 16;
+
+/// A pool's memory, `[layer][block]`, reached by raw pointers as a device's would be.
+pub struct Pool {
+    words: Box<[u64]>,
+    slice: usize,
+    blocks: u32,
+}
+
+// SAFETY: plain memory; the tests touch only blocks that no node has.
+unsafe impl Sync for Pool {}
+
+impl Pool {
+    pub fn new(layers: u32, blocks: u32, slice: usize) -> Arc<Self> {
+        let bytes = layers as usize * blocks as usize * slice;
+        Arc::new(Self { words: vec![0; bytes.div_ceil(8)].into_boxed_slice(), slice, blocks })
+    }
+
+    pub fn region(self: &Arc<Self>) -> Region {
+        let base = NonNull::new(self.words.as_ptr().cast::<u8>().cast_mut()).expect("a box has an address");
+        // SAFETY: the words live in the owner; blocks lent to a node are left alone by the tests.
+        unsafe { Region::new(self.clone(), base, self.words.len() * 8) }
+    }
+
+    fn slice_ptr(&self, layer: u32, block: u32) -> *mut u8 {
+        let at = (layer as usize * self.blocks as usize + block as usize) * self.slice;
+        assert!(at + self.slice <= self.words.len() * 8);
+        // SAFETY: just checked to be inside.
+        unsafe { self.words.as_ptr().cast::<u8>().cast_mut().add(at) }
+    }
+
+    pub fn write(&self, layer: u32, block: u32, bytes: &[u8]) {
+        assert_eq!(bytes.len(), self.slice);
+        // SAFETY: a whole slice inside the pool, of a block that is the test's.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.slice_ptr(layer, block), self.slice) }
+    }
+
+    pub fn read(&self, layer: u32, block: u32) -> Vec<u8> {
+        let mut bytes = vec![0; self.slice];
+        // SAFETY: a whole slice inside the pool, of a block that is the test's.
+        unsafe { std::ptr::copy_nonoverlapping(self.slice_ptr(layer, block), bytes.as_mut_ptr(), self.slice) }
+        bytes
+    }
+}
+
+/// Bytes that tell seed, layer and block index apart.
+pub fn pattern(seed: u64, layer: u32, index: u32, len: usize) -> Vec<u8> {
+    let mut state =
+        seed ^ (u64::from(layer) << 32 | u64::from(index)).wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    let mut bytes = Vec::with_capacity(len + 8);
+    while bytes.len() < len {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bytes.extend_from_slice(&state.to_le_bytes());
+    }
+    bytes.truncate(len);
+    bytes
+}
+
+pub fn layout() -> KvLayout {
+    KvLayout {
+        model_revision: "r1".into(),
+        format: "test".into(),
+        dtype: "f32".into(),
+        block_tokens: BLOCK_TOKENS,
+        layers: LAYERS,
+        kv_heads: 1,
+        head_dim: 1,
+        tensor_parallel: 1,
+        slice_bytes: SLICE as u64,
+    }
+}
+
+pub fn instance(name: &str) -> InstanceId {
+    InstanceId::new(name).expect("a valid name")
+}
+
+/// How a test's node differs from the usual one.
+pub struct Setup {
+    pub layout: KvLayout,
+    pub blocks: u32,
+    pub lease: Duration,
+    pub limits: Limits,
+    pub incarnation: u64,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        let limits = Limits { handshake: Duration::from_secs(2), ..Limits::default() };
+        Self { layout: layout(), blocks: BLOCKS, lease: Duration::from_secs(20), limits, incarnation: 1 }
+    }
+}
+
+/// A node with its memory, its gRPC server, and the blocks it gave back on its own.
+pub struct Peer {
+    pub name: InstanceId,
+    pub node: KvNode,
+    pub pool: Arc<Pool>,
+    pub address: SocketAddr,
+    pub stop: CancellationToken,
+    pub reclaimed: Arc<Mutex<Vec<Reclaimed>>>,
+}
+
+impl Peer {
+    pub fn start(name: &str) -> Self {
+        Self::start_with(name, Setup::default())
+    }
+
+    pub fn start_with(name: &str, setup: Setup) -> Self {
+        let pool = Pool::new(setup.layout.layers, setup.blocks, setup.layout.slice_bytes as usize);
+        let reclaimed = Arc::new(Mutex::new(Vec::new()));
+        let (stop, sink) = (CancellationToken::new(), reclaimed.clone());
+        let config = NodeConfig {
+            instance_id: instance(name),
+            incarnation: Incarnation(setup.incarnation),
+            layout: setup.layout,
+            region: pool.region(),
+            blocks: setup.blocks,
+            data_listener: TcpListener::bind("127.0.0.1:0").expect("a free port"),
+            advertise: None,
+            lease: setup.lease,
+            limits: setup.limits,
+            reclaim: Arc::new(move |blocks| sink.lock().expect("not poisoned").push(blocks)),
+        };
+        let node = KvNode::start(config, stop.clone()).expect("a valid configuration");
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let address = listener.local_addr().expect("bound");
+        listener.set_nonblocking(true).expect("a socket");
+        let listener = tokio::net::TcpListener::from_std(listener).expect("within a runtime");
+        let incoming = tonic::transport::server::TcpIncoming::from(listener).with_nodelay(Some(true));
+        let (service, stopped) = (node.handoff_service(), stop.clone());
+        tokio::spawn(async move {
+            let server = tonic::transport::Server::builder().add_service(service);
+            stopped.run_until_cancelled(server.serve_with_incoming(incoming)).await
+        });
+        Self { name: instance(name), node, pool, address, stop, reclaimed }
+    }
+
+    /// Fills the blocks of a transfer with its pattern, all layers.
+    pub fn fill(&self, seed: u64, blocks: &[u32]) {
+        for layer in 0..LAYERS {
+            self.fill_layer(seed, layer, blocks, 0..blocks.len() as u32);
+        }
+    }
+
+    pub fn fill_layer(&self, seed: u64, layer: u32, blocks: &[u32], indices: Range<u32>) {
+        for index in indices {
+            self.pool.write(layer, blocks[index as usize], &pattern(seed, layer, index, self.pool.slice));
+        }
+    }
+
+    /// Whether a transfer's pattern lies in these blocks, all layers.
+    pub fn holds(&self, seed: u64, blocks: &[u32]) -> bool {
+        (0..LAYERS).all(|layer| {
+            blocks.iter().enumerate().all(|(index, &block)| {
+                self.pool.read(layer, block) == pattern(seed, layer, index as u32, self.pool.slice)
+            })
+        })
+    }
+
+    /// Waits until no transfer is left in the node.
+    pub async fn idle(&self) {
+        until("no transfer is left", || {
+            let stats = self.node.stats();
+            stats.incoming_active + stats.outgoing_active + stats.held_offers == 0
+        })
+        .await;
+    }
+
+    pub fn reclaimed_blocks(&self) -> Vec<u32> {
+        let mut blocks: Vec<u32> =
+            self.reclaimed.lock().expect("not poisoned").iter().flat_map(|r| r.blocks.clone()).collect();
+        blocks.sort_unstable();
+        blocks
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+pub fn in_secs(secs: u64) -> Instant {
+    Instant::now() + Duration::from_secs(secs)
+}
+
+pub fn expect_spec(id: TransferId, sender: &InstanceId, blocks: &[u32]) -> ExpectSpec {
+    ExpectSpec {
+        id,
+        sender: sender.clone(),
+        sender_incarnation: None,
+        prompt_tokens: blocks.len() as u32 * BLOCK_TOKENS,
+        blocks: blocks.to_vec(),
+        held: Vec::new(),
+        deadline: in_secs(30),
+    }
+}
+
+pub fn offer_spec(id: TransferId, to: &Peer, blocks: &[u32]) -> OfferSpec {
+    OfferSpec {
+        id,
+        peer: to.address.to_string(),
+        receiver: to.name.clone(),
+        receiver_incarnation: None,
+        prompt_tokens: blocks.len() as u32 * BLOCK_TOKENS,
+        blocks: blocks.to_vec(),
+        deadline: in_secs(30),
+    }
+}
+
+/// Waits for a condition that other tasks bring about; fails after ten seconds.
+pub async fn until(what: &str, mut condition: impl FnMut() -> bool) {
+    let by = Instant::now() + Duration::from_secs(10);
+    while !condition() {
+        assert!(Instant::now() < by, "still waiting until {what}");
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
+/// Fails the test instead of hanging it.
+pub async fn within<T>(what: &str, secs: u64, future: impl Future<Output = T>) -> T {
+    match tokio::time::timeout(Duration::from_secs(secs), future).await {
+        Ok(value) => value,
+        Err(_) => panic!("{what} took longer than {secs} s"),
+    }
+}
