@@ -4,8 +4,8 @@
 //! through [`run`], which answers with the exit status: 0 after a clean stop, 1 after an error, told in one line.
 
 use std::{
-    any::Any, fmt::Display, future::Future, panic::AssertUnwindSafe, path::PathBuf, process::ExitCode,
-    sync::Arc, time::Duration,
+    any::Any, fmt::Display, future::Future, io::Write, panic::AssertUnwindSafe, path::PathBuf,
+    process::ExitCode, sync::Arc, time::Duration,
 };
 
 use parking_lot::Mutex;
@@ -81,7 +81,7 @@ where
     if args.check_config {
         return match config::render(&config) {
             Ok(text) => {
-                print!("{text}");
+                let _ = write!(std::io::stdout(), "{text}");
                 ExitCode::SUCCESS
             }
             Err(error) => fail(&error),
@@ -231,6 +231,6 @@ fn message_of(payload: &(dyn Any + Send)) -> &str {
 }
 
 fn fail(error: &(dyn std::error::Error + 'static)) -> ExitCode {
-    eprintln!("error: {}", one_line(error));
+    let _ = writeln!(std::io::stderr(), "error: {}", one_line(error));
     ExitCode::FAILURE
 }

@@ -43,7 +43,8 @@ impl Telemetry {
         let spans = traces.as_ref().map(|provider| {
             tracing_opentelemetry::layer().with_tracer(provider.tracer("baton")).with_filter(trace_filter())
         });
-        let log = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+        // A reader of our logs that went away must not take us along: what cannot be written is dropped in silence.
+        let log = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).log_internal_errors(false);
         let log = match config.log.format {
             LogFormat::Human => log.with_ansi(std::io::stderr().is_terminal()).with_filter(filter).boxed(),
             LogFormat::Json => {

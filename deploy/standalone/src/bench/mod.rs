@@ -1,0 +1,118 @@
+//! `baton bench`: an own load generator against any OpenAI endpoint, and what it measured as a table and as JSON.
+//!
+//! Order of things: [`prompt`] calibrates and makes prompts, [`load`] sends them by concurrency or by rate and times
+//! each ([`request`]), [`summary`] turns timings into percentiles. Load is closed (`--concurrency`: a new request when
+//! one ends) or open (`--rate`: Poisson arrivals, whatever is still running), never both.
+
+use std::{fs, path::PathBuf, time::Duration};
+
+use clap::{ArgGroup, Args};
+use indicatif::{ProgressBar, ProgressStyle};
+
+mod load;
+mod prompt;
+mod request;
+mod summary;
+
+use request::Endpoint;
+
+/// Measure an OpenAI endpoint: TTFT, TPOT and throughput under a load of your choice.
+#[derive(Debug, Clone, Args)]
+#[command(group = ArgGroup::new("load").args(["concurrency", "rate"]))]
+#[command(group = ArgGroup::new("length").args(["requests", "duration_seconds"]))]
+pub(crate) struct BenchArgs {
+    /// Base address of the endpoint, without `/v1`.
+    #[arg(long, default_value = "http://127.0.0.1:8000")]
+    pub(crate) url: String,
+    /// Model to ask for [default: the first that the endpoint lists].
+    #[arg(long)]
+    pub(crate) model: Option<String>,
+    /// Closed load: this many requests at a time [default: 4].
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub(crate) concurrency: Option<u32>,
+    /// Open load: this many requests a second, at random moments (Poisson).
+    #[arg(long, value_parser = positive)]
+    pub(crate) rate: Option<f64>,
+    /// How many requests to measure [default: 40].
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub(crate) requests: Option<u32>,
+    /// Instead of a number of requests: begin new ones for this many seconds.
+    #[arg(long, value_name = "SECONDS", value_parser = positive)]
+    pub(crate) duration_seconds: Option<f64>,
+    /// Tokens of each prompt, chat template included; met to within a few by calibration.
+    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) input_tokens: u32,
+    /// Tokens of each answer, exactly (asks the endpoint to ignore end-of-sequence).
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) output_tokens: u32,
+    /// Requests sent first and not counted.
+    #[arg(long, default_value_t = 2)]
+    pub(crate) warmup: u32,
+    /// Prompts and arrival times are a function of this number.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// Seconds after which a request counts as failed.
+    #[arg(long, value_name = "SECONDS", default_value_t = 300.0, value_parser = positive)]
+    pub(crate) timeout_seconds: f64,
+    /// Write settings, summary and every request's timings to this file.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) json: Option<PathBuf>,
+}
+
+/// Why nothing could be measured.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum BenchError {
+    #[error("{url} does not answer: is a cluster up there? (`--url` sets the address)")]
+    Unreachable { url: String, source: reqwest::Error },
+    #[error("{url} lists no model: name one with `--model`")]
+    NoModel { url: String },
+    #[error("a trial request failed: {0}")]
+    Trial(String),
+    #[error("all {0} requests failed; the first said: {1}")]
+    AllFailed(usize, String),
+    #[error("cannot set up the HTTP client")]
+    Client(#[source] reqwest::Error),
+    #[error("cannot write {path}")]
+    Write { path: PathBuf, source: std::io::Error },
+}
+
+fn positive(text: &str) -> Result<f64, String> {
+    text.parse()
+        .ok()
+        .filter(|&n: &f64| n > 0.0 && n.is_finite())
+        .ok_or_else(|| "must be a number above 0".into())
+}
+
+/// Runs the whole measurement and prints its table.
+pub(crate) async fn run(args: &BenchArgs) -> Result<(), BenchError> {
+    let endpoint = Endpoint::connect(args).await?;
+    let prompts = prompt::Prompts::calibrate(&endpoint, args.input_tokens, args.seed).await?;
+    let bar = progress(args);
+    load::warm_up(&endpoint, &prompts, args).await?;
+    let run = load::run(&endpoint, &prompts, args, &bar).await;
+    bar.finish_and_clear();
+    let summary = summary::Summary::of(&run);
+    if let (0, Some(error)) = (summary.succeeded, run.first_error()) {
+        return Err(BenchError::AllFailed(run.timings.len(), error.to_owned()));
+    }
+    println!("{}", summary.table(args, endpoint.model()));
+    if let Some(path) = &args.json {
+        let text = summary.json(args, endpoint.model(), &run);
+        fs::write(path, text).map_err(|source| BenchError::Write { path: path.clone(), source })?;
+    }
+    Ok(())
+}
+
+fn progress(args: &BenchArgs) -> ProgressBar {
+    let bar = match args.duration_seconds {
+        Some(_) => ProgressBar::new_spinner(),
+        None => ProgressBar::new(load::requests(args).into()),
+    };
+    let style = match args.duration_seconds {
+        Some(_) => "{spinner} {pos} requests in {elapsed}",
+        None => "{bar:32} {pos}/{len} requests, {elapsed} gone, {eta} to go",
+    };
+    bar.set_style(ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar()));
+    bar.enable_steady_tick(Duration::from_millis(200));
+    bar
+}

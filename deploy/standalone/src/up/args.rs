@@ -1,0 +1,66 @@
+//! The flags of `baton up`.
+
+use std::path::PathBuf;
+
+use baton_process::Listen;
+
+/// Run a cluster on this machine: controller, coordinator, prefill and decode servers.
+///
+/// Each service is a process of its own, started again when it dies. Without --model, a small model
+/// (SmolLM2-135M-Instruct, 98 MB) is fetched once and kept. Ctrl-C lets running requests finish and stops
+/// everything; a second Ctrl-C stops at once.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct UpArgs {
+    /// Model to serve: a GGUF file, or a Hugging Face directory (config.json, tokenizer.json, *.safetensors).
+    #[arg(long, value_name = "PATH")]
+    pub(crate) model: Option<PathBuf>,
+
+    /// Servers that prefill. With `--decode 0`, one server does both.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub(crate) prefill: u32,
+
+    /// Servers that decode.
+    #[arg(long, value_name = "M", default_value_t = 1, value_parser = clap::value_parser!(u32).range(0..=64))]
+    pub(crate) decode: u32,
+
+    /// Address of the OpenAI API; port 0 picks a free one.
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8000")]
+    pub(crate) listen: Listen,
+
+    /// Compute threads of each server [default: the machine's cores shared out among the servers, at least one each].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub(crate) threads: Option<u32>,
+
+    /// Where models are kept [default: $XDG_CACHE_HOME/baton or ~/.cache/baton].
+    #[arg(long, value_name = "DIR")]
+    pub(crate) cache_dir: Option<PathBuf>,
+
+    /// Where this run's logs, configuration files and run.json lie [default: a directory by address in
+    /// $XDG_STATE_HOME/baton/runs or ~/.local/state/baton/runs].
+    #[arg(long, value_name = "DIR")]
+    pub(crate) run_dir: Option<PathBuf>,
+
+    /// Set a service's configuration key, as in `--set server.runtime.kv_dtype=bf16` or
+    /// `--set coordinator.limits.max_queued=10`. May be repeated.
+    #[arg(long, value_name = "SERVICE.KEY=VALUE")]
+    pub(crate) set: Vec<String>,
+
+    /// Show the logs of all processes here too.
+    #[arg(long, short)]
+    pub(crate) verbose: bool,
+
+    /// Fetch the default model, print its path, and exit.
+    #[arg(long)]
+    pub(crate) fetch_only: bool,
+
+    /// Stop when standard input closes.
+    #[arg(long, hide = true)]
+    pub(crate) supervised: bool,
+}
+
+impl UpArgs {
+    /// How many servers there will be.
+    pub(crate) fn instances(&self) -> u32 {
+        self.prefill + self.decode
+    }
+}

@@ -1,0 +1,110 @@
+//! `baton up`: a whole cluster on this machine, each service a process of its own.
+//!
+//! In order: the model ([`model`]), the addresses ([`addresses`]), what to start ([`plan`], pure), the supervisor
+//! ([`supervise`]: restarts by [`restart`], pure; logs by [`logs`]), and the wait until it serves ([`ready`]).
+
+mod addresses;
+mod args;
+mod error;
+mod logs;
+mod model;
+mod plan;
+mod ready;
+mod restart;
+mod signals;
+mod supervise;
+
+pub(crate) use args::UpArgs;
+pub(crate) use error::UpError;
+
+use std::{
+    path::PathBuf,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    run_file::{RunFile, cache_directory, runs_directory},
+    screen::{Screen, say},
+};
+use addresses::Addresses;
+use supervise::Supervisor;
+
+/// Runs until the user ends it, or until it cannot go on.
+pub(crate) async fn run(args: UpArgs) -> Result<(), UpError> {
+    let screen = Screen::new();
+    let (stop, kill) = (CancellationToken::new(), CancellationToken::new());
+    signals::watch(&stop, &kill, args.supervised)?;
+
+    let cache = args.cache_dir.clone().or_else(cache_directory).ok_or(UpError::NoHome("--cache-dir"))?;
+    if args.fetch_only {
+        let path = cancellable(&stop, model::fetch(&cache, &screen)).await?;
+        say(&path.display().to_string());
+        return Ok(());
+    }
+    let programs = plan::Programs::beside_this_one()?;
+    // Before anything slow: what would be in the way then is in the way now.
+    let addresses = Addresses::bind(&args.listen)?;
+    let run_dir = run_directory(&args, &addresses)?;
+    let path = match &args.model {
+        Some(path) => path.clone(),
+        None => cancellable(&stop, model::fetch(&cache, &screen)).await?,
+    };
+    let model = model::check(path).await?;
+    let plan = plan::plan(&args, &programs, &model.path, &addresses, &run_dir)?;
+
+    let run_file = RunFile {
+        pid: std::process::id(),
+        started_unix_seconds: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
+        ready: false,
+        model: model.name,
+        model_path: model.path,
+        url: format!("http://{}", addresses.http),
+        controller: addresses.controller.to_string(),
+        coordinator: addresses.coordinator_admin.to_string(),
+        processes: Vec::new(),
+    };
+    let supervisor =
+        Supervisor::start(plan, addresses.listeners, run_file, run_dir, screen.clone(), args.verbose)?;
+    let ended = tokio::select! {
+        error = supervisor.gave_up() => Err(error),
+        served = serve(&supervisor, &screen, args.instances()) => served,
+        () = stop.cancelled() => Ok(()),
+    };
+    supervisor.stop(&kill).await;
+    ended
+}
+
+/// Waits until the cluster serves, says so, and then for ever.
+async fn serve(supervisor: &Supervisor, screen: &Screen, instances: u32) -> Result<(), UpError> {
+    let run = supervisor.run_file();
+    ready::wait(&run, instances, screen).await?;
+    supervisor.mark_ready();
+    say(&ready::greeting(&run, supervisor.run_dir()));
+    std::future::pending().await
+}
+
+async fn cancellable<T>(
+    stop: &CancellationToken,
+    work: impl Future<Output = Result<T, UpError>>,
+) -> Result<T, UpError> {
+    tokio::select! {
+        result = work => result,
+        () = stop.cancelled() => Err(UpError::Interrupted),
+    }
+}
+
+/// One per listening address, so that two clusters never share one.
+fn run_directory(args: &UpArgs, addresses: &Addresses) -> Result<PathBuf, UpError> {
+    let directory = match &args.run_dir {
+        Some(directory) => directory.clone(),
+        None => {
+            let name = addresses.http.to_string().replace([':', '[', ']'], "-");
+            runs_directory().ok_or(UpError::NoHome("--run-dir"))?.join(name)
+        }
+    };
+    std::fs::create_dir_all(&directory)
+        .and_then(|()| directory.canonicalize())
+        .map_err(|source| UpError::RunDir { path: directory, source })
+}

@@ -1,0 +1,266 @@
+//! What to start: programs, their configuration and the sockets they inherit. Pure but for looking whether the programs
+//! are there and writing the configuration files.
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use baton_process::duration;
+use toml::{Table, Value, toml};
+
+use super::{UpArgs, UpError, addresses::Addresses};
+
+/// Where a child finds the first socket that it inherits.
+pub(super) const FIRST_INHERITED_FD: i32 = 3;
+/// How long requests may take to finish once a stop was asked for; the servers have nothing left by then.
+const COORDINATOR_DRAIN: Duration = Duration::from_secs(20);
+const OTHER_DRAIN: Duration = Duration::from_secs(5);
+/// Beyond its own deadline a process gets this long before it is killed.
+const KILL_AFTER: Duration = Duration::from_secs(2);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Service {
+    Controller,
+    Coordinator,
+    Server,
+}
+
+impl Service {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Controller => "controller",
+            Self::Coordinator => "coordinator",
+            Self::Server => "server",
+        }
+    }
+}
+
+/// Sockets by name; which one is a matter of [`Addresses`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Socket {
+    Http,
+    Controller,
+    CoordinatorAdmin,
+}
+
+/// One process to keep running.
+#[derive(Debug, Clone)]
+pub(super) struct ChildSpec {
+    pub(super) name: String,
+    pub(super) service: Service,
+    pub(super) program: PathBuf,
+    pub(super) args: Vec<String>,
+    pub(super) config: PathBuf,
+    /// Inherited under [`FIRST_INHERITED_FD`] and the numbers after it.
+    pub(super) sockets: Vec<Socket>,
+    /// Longest time from SIGTERM to SIGKILL.
+    pub(super) grace: Duration,
+}
+
+/// The three service binaries.
+#[derive(Debug, Clone)]
+pub(super) struct Programs {
+    directory: PathBuf,
+}
+
+impl Programs {
+    /// They lie where this program lies.
+    pub(super) fn beside_this_one() -> Result<Self, UpError> {
+        let this =
+            env::current_exe().map_err(|source| UpError::Spawn { name: "baton".to_owned(), source })?;
+        let directory = this.parent().unwrap_or(Path::new("/")).to_owned();
+        let programs = Self { directory };
+        for service in [Service::Controller, Service::Coordinator, Service::Server] {
+            let path = programs.path(service);
+            if !path.is_file() {
+                let program = format!("baton-{}", service.name());
+                return Err(UpError::MissingProgram { program, beside: this });
+            }
+        }
+        Ok(programs)
+    }
+
+    fn path(&self, service: Service) -> PathBuf {
+        self.directory.join(format!("baton-{}", service.name()))
+    }
+}
+
+/// Decides every process and writes its configuration file into `run_dir`.
+pub(super) fn plan(
+    args: &UpArgs,
+    programs: &Programs,
+    model: &Path,
+    addresses: &Addresses,
+    run_dir: &Path,
+) -> Result<Vec<ChildSpec>, UpError> {
+    let overrides = split_overrides(&args.set)?;
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads =
+        args.threads.map_or_else(|| threads_of_each(cores, args.instances()), |threads| threads as usize);
+    let model = model.display().to_string();
+    let controller = addresses.controller.to_string();
+    let (prefill, decode) = (i64::from(args.prefill), i64::from(args.decode));
+
+    let mut children = Vec::new();
+    let mut add = |name: String, service: Service, config: Table, sockets: Vec<Socket>| {
+        let path = run_dir.join(format!("{name}.toml"));
+        let written = fs::write(&path, config.to_string());
+        written.map_err(|source| UpError::RunDir { path: path.clone(), source })?;
+        let mut arguments =
+            vec!["--supervised".to_owned(), "--config".to_owned(), path.display().to_string()];
+        let own = overrides.iter().filter(|(of, _)| *of == service);
+        arguments.extend(own.clone().flat_map(|(_, setting)| ["--set".to_owned(), setting.clone()]));
+        let (program, grace) =
+            (programs.path(service), grace(service, own.map(|(_, setting)| setting.as_str())));
+        children.push(ChildSpec { name, service, program, args: arguments, config: path, sockets, grace });
+        Ok::<(), UpError>(())
+    };
+
+    let listen = inherited(0);
+    let config = toml! {
+        listen = listen
+        [roles]
+        prefill = prefill
+        decode = decode
+    };
+    add(
+        "controller".to_owned(),
+        Service::Controller,
+        drained(config, OTHER_DRAIN),
+        vec![Socket::Controller],
+    )?;
+
+    for index in 0..args.instances() {
+        let (instance_id, controller, model) = (format!("server-{index}"), controller.clone(), model.clone());
+        let (name, threads) = (instance_id.clone(), i64::try_from(threads).unwrap_or(1));
+        let config = toml! {
+            instance_id = instance_id
+            controllers = [controller]
+            [model]
+            path = model
+            [runtime]
+            threads = threads
+        };
+        add(name, Service::Server, drained(config, OTHER_DRAIN), Vec::new())?;
+    }
+
+    let (listen, admin_listen) = (inherited(0), inherited(1));
+    let config = toml! {
+        listen = listen
+        admin_listen = admin_listen
+        [store]
+        controller = controller
+        [model]
+        path = model
+    };
+    let sockets = vec![Socket::Http, Socket::CoordinatorAdmin];
+    add("coordinator".to_owned(), Service::Coordinator, drained(config, COORDINATOR_DRAIN), sockets)?;
+    Ok(children)
+}
+
+fn inherited(index: i32) -> String {
+    format!("fd://{}", FIRST_INHERITED_FD + index)
+}
+
+fn drained(mut config: Table, drain: Duration) -> Table {
+    let drain = duration::format(drain);
+    config.insert("process".to_owned(), Value::Table(toml! { shutdown = { drain = drain } }));
+    config
+}
+
+/// Prefill of one request and decode of others run at the same time, so each server gets its share of the cores and
+/// none waits for another's; one core is the least.
+fn threads_of_each(cores: usize, servers: u32) -> usize {
+    (cores / servers.max(1) as usize).max(1)
+}
+
+/// The service's own drain deadline, which a `--set` may have changed, and a little.
+fn grace<'a>(service: Service, settings: impl Iterator<Item = &'a str>) -> Duration {
+    let set = settings.filter_map(|setting| setting.strip_prefix("process.shutdown.drain=")).last();
+    let default = if service == Service::Coordinator { COORDINATOR_DRAIN } else { OTHER_DRAIN };
+    set.and_then(|text| duration::parse(text).ok()).unwrap_or(default) + KILL_AFTER
+}
+
+/// `SERVICE.KEY=VALUE` to the service and `KEY=VALUE`.
+fn split_overrides(set: &[String]) -> Result<Vec<(Service, String)>, UpError> {
+    set.iter()
+        .map(|text| {
+            let bad = || UpError::BadSet(text.clone());
+            let (service, setting) =
+                text.split_once('.').filter(|(_, setting)| setting.contains('=')).ok_or_else(bad)?;
+            let services = [Service::Controller, Service::Coordinator, Service::Server];
+            let service = services.into_iter().find(|known| known.name() == service).ok_or_else(bad)?;
+            Ok((service, setting.to_owned()))
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Line {
+        #[command(flatten)]
+        up: UpArgs,
+    }
+
+    fn planned(line: &[&str]) -> (Vec<ChildSpec>, tempfile::TempDir) {
+        let args = Line::parse_from([&["up", "--listen", "127.0.0.1:0"], line].concat()).up;
+        let directory = tempfile::tempdir().unwrap();
+        let programs = Programs { directory: "/programs".into() };
+        let addresses = Addresses::bind(&args.listen).unwrap();
+        let plan = plan(&args, &programs, Path::new("/m odel.gguf"), &addresses, directory.path()).unwrap();
+        (plan, directory)
+    }
+
+    fn config(child: &ChildSpec) -> Table {
+        fs::read_to_string(&child.config).unwrap().parse().unwrap()
+    }
+
+    #[test]
+    fn one_process_each_and_as_many_servers_as_asked() {
+        let (plan, _directory) = planned(&["--prefill", "2", "--decode", "1", "--threads", "3"]);
+        let names: Vec<&str> = plan.iter().map(|child| child.name.as_str()).collect();
+        assert_eq!(names, ["controller", "server-0", "server-1", "server-2", "coordinator"]);
+        let server = config(&plan[3]);
+        assert_eq!(server["instance_id"].as_str(), Some("server-2"));
+        assert_eq!(server["model"]["path"].as_str(), Some("/m odel.gguf"));
+        assert_eq!(server["runtime"]["threads"].as_integer(), Some(3));
+        let coordinator = config(&plan[4]);
+        assert_eq!(coordinator["listen"].as_str(), Some("fd://3"));
+        assert_eq!(coordinator["admin_listen"].as_str(), Some("fd://4"));
+        assert_eq!(coordinator["store"]["controller"], server["controllers"][0]);
+        assert_eq!(plan[4].sockets, [Socket::Http, Socket::CoordinatorAdmin]);
+        assert_eq!(plan[4].program, Path::new("/programs/baton-coordinator"));
+    }
+
+    #[test]
+    fn settings_reach_the_service_they_name() {
+        let (plan, _directory) = planned(&[
+            "--set",
+            "server.runtime.kv_dtype=bf16",
+            "--set",
+            "coordinator.process.shutdown.drain=1m",
+        ]);
+        let has = |child: &ChildSpec, text: &str| child.args.iter().any(|arg| arg == text);
+        assert!(has(&plan[1], "runtime.kv_dtype=bf16") && has(&plan[2], "runtime.kv_dtype=bf16"));
+        assert!(!has(&plan[0], "runtime.kv_dtype=bf16") && !has(&plan[3], "runtime.kv_dtype=bf16"));
+        assert_eq!(plan[3].grace, Duration::from_secs(62));
+        for bad in ["server", "server.x", "engine.x=1", "=", ".a=b"] {
+            assert!(split_overrides(&[bad.to_owned()]).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn cores_are_shared_out_among_servers() {
+        assert_eq!(
+            [(16, 2), (2, 2), (2, 5), (3, 2), (8, 1)].map(|(c, s)| threads_of_each(c, s)),
+            [8, 1, 1, 1, 8]
+        );
+    }
+}
