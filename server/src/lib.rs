@@ -1,5 +1,19 @@
 //! A Baton instance: executes the model, hands KV caches on or takes them up.
+//!
+//! Modules in the order a request meets them: `inference` (the gRPC adapter), `engine` (its own thread: scheduler,
+//! sequences, blocks, sampler), `handoff` (the engine's transfers), and back out through `inference`. Beside that path:
+//! `session` (with the controller), `role` (pure) and `duty` (performs it), `permits` (what a drain waits for). `serving`
+//! and `instance` put them together.
 
+pub mod config;
+pub mod duty;
 pub mod engine;
+pub mod error;
 pub mod handoff;
+pub mod inference;
+pub mod instance;
 pub mod metrics;
+pub mod permits;
+pub mod role;
+pub mod serving;
+pub mod session;

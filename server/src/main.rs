@@ -1,3 +1,55 @@
-//! Starts the server: configuration, telemetry, listeners, run, drain.
+//! Starts the server: flags and configuration, then [`baton_server::instance::run`] until it has drained.
 
-fn main() {}
+use std::{path::PathBuf, process::ExitCode};
+
+use baton_process::CommonArgs;
+use baton_server::{config::ServerConfig, instance};
+use clap::Parser;
+
+/// A Baton instance: runs a model, hands KV caches on or takes them up.
+#[derive(Debug, Parser)]
+#[command(name = "baton-server", version)]
+struct Args {
+    #[command(flatten)]
+    common: CommonArgs,
+
+    /// The model: a GGUF file, or a Hugging Face directory [key: model.path]
+    #[arg(long, value_name = "PATH")]
+    model: Option<PathBuf>,
+
+    /// Name of this instance in the fleet [key: instance_id]
+    #[arg(long, value_name = "NAME")]
+    instance_id: Option<String>,
+
+    /// A controller; may be repeated [key: controllers]
+    #[arg(long = "controller", value_name = "HOST:PORT")]
+    controllers: Vec<String>,
+
+    /// gRPC address; port 0 = any free one [key: listen]
+    #[arg(long, value_name = "HOST:PORT")]
+    listen: Option<String>,
+
+    /// Take this role on at once: prefill, decode or mixed [key: role]
+    #[arg(long)]
+    role: Option<String>,
+}
+
+impl Args {
+    fn overrides(&self) -> Vec<(String, String)> {
+        let controllers = (!self.controllers.is_empty()).then(|| self.controllers.join(","));
+        let flags = [
+            ("model.path", self.model.as_ref().map(|path| path.display().to_string())),
+            ("instance_id", self.instance_id.clone()),
+            ("controllers", controllers),
+            ("listen", self.listen.clone()),
+            ("role", self.role.clone()),
+        ];
+        flags.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?))).collect()
+    }
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let overrides = args.overrides();
+    baton_process::run::<ServerConfig, _, _, _>("server", args.common, overrides, instance::run)
+}

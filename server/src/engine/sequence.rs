@@ -74,6 +74,17 @@ pub enum Work {
     Decode(Inbound),
 }
 
+impl Work {
+    /// For logs and traces.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Whole => "whole",
+            Self::Prefill(_) => "prefill",
+            Self::Decode(_) => "decode",
+        }
+    }
+}
+
 /// Where a prefill leg's cache goes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Outbound {

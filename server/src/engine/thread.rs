@@ -16,7 +16,7 @@ use baton_proto::{ApiError, ErrorCode};
 use baton_runtime::Executor;
 use tokio::{
     runtime::Handle,
-    sync::{mpsc, watch},
+    sync::{mpsc, oneshot, watch},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -73,6 +73,8 @@ pub struct EngineParts {
     pub shutdown: CancellationToken,
     /// Where waiting is done.
     pub runtime: Handle,
+    /// Dropped when the thread ends.
+    pub alive: oneshot::Sender<()>,
 }
 
 /// Starts the thread. It ends after `shutdown`, or if it panics.
@@ -90,7 +92,11 @@ pub fn spawn(parts: EngineParts) -> io::Result<JoinHandle<()>> {
         runtime: parts.runtime,
         not_begun: Vec::new(),
     };
-    thread::Builder::new().name("engine".into()).spawn(move || engine.run())
+    let alive = parts.alive;
+    thread::Builder::new().name("engine".into()).spawn(move || {
+        let _alive = alive;
+        engine.run();
+    })
 }
 
 struct Engine {

@@ -45,6 +45,9 @@ pub struct Occupancy {
     pub waiting: u32,
     /// Held for a transfer alone: prefill legs handed on, and ended legs whose transfer is being closed.
     pub leaving: u32,
+    /// Caches on their way in, and out; counted above too.
+    pub receiving: u32,
+    pub sending: u32,
     /// Prompt tokens accepted and not yet computed here.
     pub queued_prefill_tokens: u64,
     pub blocks_total: u32,
@@ -238,6 +241,8 @@ impl Scheduler {
                 State::Waiting | State::Receiving => occupancy.waiting += 1,
                 State::HandingOff | State::Closing => occupancy.leaving += 1,
             }
+            occupancy.receiving += u32::from(sequence.state == State::Receiving);
+            occupancy.sending += u32::from(sequence.transfers() && matches!(sequence.work, Work::Prefill(_)));
             let computes = matches!(sequence.state, State::Waiting | State::Running);
             if computes && !matches!((&sequence.work, sequence.state), (Work::Decode(_), State::Waiting)) {
                 occupancy.queued_prefill_tokens += u64::from(sequence.remaining()).saturating_sub(1);

@@ -350,7 +350,7 @@ proptest! {
     fn nothing_leaks_and_everything_ends(happenings in prop::collection::vec(happening(), 1..150), blocks in 8u32..40) {
         let mut scheduler = scheduler(blocks);
         let mut world = World::default();
-        let mut run = |scheduler: &mut Scheduler, world: &mut World, token| {
+        let run = |scheduler: &mut Scheduler, world: &mut World, token| {
             let plan = scheduler.schedule();
             check_plan(scheduler, &plan);
             for chunk in &plan {

@@ -1,0 +1,230 @@
+//! The server's configuration: file, `BATON_SERVER__...` variables and flags (see `baton_process::config`).
+
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
+
+use baton_process::{Invalid, Listen, ProcessConfig, ServiceConfig, duration};
+use baton_proto::InstanceId;
+use baton_runtime::KvDtype;
+use serde::{Deserialize, Serialize};
+
+/// Everything that can be set. Defaults suit one small model on one machine.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ServerConfig {
+    /// Name of this instance in the fleet; a restart keeps it. a-z, 0-9, '-' and '.'.
+    pub instance_id: String,
+    /// Prefill and decode are paired within a group.
+    pub group: String,
+    /// Shown by `baton ctl`, and for placement policies.
+    pub labels: BTreeMap<String, String>,
+    /// host:port of the controllers; any of them will do. Empty = without a controller, with the role of `role`.
+    pub controllers: Vec<String>,
+    /// The role taken on at once, without waiting for a controller: "prefill", "decode" or "mixed"; empty = wait.
+    pub role: String,
+    /// gRPC: Inference, Handoff, health, reflection.
+    pub listen: Listen,
+    /// HTTP: /metrics, /health, /readiness.
+    pub metrics_listen: Listen,
+    /// Where KV caches arrive.
+    pub kv_data_listen: Listen,
+    /// Host that peers reach this instance at; empty = the address that is listened on.
+    pub advertise_host: String,
+    pub model: ModelConfig,
+    pub runtime: RuntimeConfig,
+    pub handoff: HandoffConfig,
+    pub process: ProcessConfig,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ModelConfig {
+    /// A GGUF file, or a Hugging Face directory.
+    pub path: PathBuf,
+    /// What clients say in `model`; empty = the name in the model's own files.
+    pub name: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RuntimeConfig {
+    /// Compute threads; 0 = one for each core.
+    pub threads: usize,
+    /// "f32": exact, as Hugging Face transformers computes on a CPU; "bf16": half the memory and half the bytes to
+    /// hand over.
+    pub kv_dtype: String,
+    /// Memory of the KV cache. Rounded down to whole blocks.
+    pub kv_cache_bytes: u64,
+    /// Blocks of the KV cache; not 0 = this instead of `kv_cache_bytes`.
+    pub kv_blocks: u32,
+    /// Most tokens of one step of the engine.
+    pub max_batch_tokens: u32,
+    /// Most sequences computed at a time.
+    pub max_sequences: u32,
+    /// Most sequences that wait; more are refused.
+    pub max_waiting: u32,
+    /// Most tokens of prompt and completion together; 0 = what the model was made for.
+    pub max_context_tokens: u32,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct HandoffConfig {
+    /// A peer that is silent for this long is given up, with its transfers.
+    #[serde(with = "duration")]
+    pub lease: Duration,
+    /// Longest life of a transfer, from reserving blocks to release, if its request has no earlier deadline.
+    #[serde(with = "duration")]
+    pub timeout: Duration,
+}
+
+impl Default for ServerConfig {
+    fn default() -> Self {
+        Self {
+            instance_id: "server-0".into(),
+            group: "default".into(),
+            labels: BTreeMap::new(),
+            controllers: Vec::new(),
+            role: String::new(),
+            listen: Listen::loopback(),
+            metrics_listen: Listen::loopback(),
+            kv_data_listen: Listen::loopback(),
+            advertise_host: String::new(),
+            model: ModelConfig::default(),
+            runtime: RuntimeConfig::default(),
+            handoff: HandoffConfig::default(),
+            process: ProcessConfig::default(),
+        }
+    }
+}
+
+impl Default for RuntimeConfig {
+    fn default() -> Self {
+        Self {
+            threads: 0,
+            kv_dtype: KvDtype::F32.name().into(),
+            kv_cache_bytes: 512 << 20,
+            kv_blocks: 0,
+            max_batch_tokens: 512,
+            max_sequences: 64,
+            max_waiting: 512,
+            max_context_tokens: 0,
+        }
+    }
+}
+
+impl Default for HandoffConfig {
+    fn default() -> Self {
+        Self { lease: Duration::from_secs(3), timeout: Duration::from_secs(120) }
+    }
+}
+
+impl RuntimeConfig {
+    pub fn kv_dtype(&self) -> Result<KvDtype, Invalid> {
+        let dtypes = [KvDtype::F32, KvDtype::Bf16];
+        dtypes.into_iter().find(|dtype| dtype.name() == self.kv_dtype).ok_or_else(|| {
+            Invalid::new("runtime.kv_dtype", format!("expected f32 or bf16, not {}", self.kv_dtype))
+        })
+    }
+
+    /// Blocks of `block_bytes` bytes over all layers.
+    pub fn blocks(&self, block_bytes: u64) -> Result<u32, Invalid> {
+        if self.kv_blocks > 0 {
+            return Ok(self.kv_blocks);
+        }
+        match u32::try_from(self.kv_cache_bytes / block_bytes.max(1)) {
+            Ok(blocks) if blocks > 0 => Ok(blocks),
+            _ => {
+                let expected = format!("expected at least {block_bytes}, one block of this model's KV cache");
+                Err(Invalid::new(
+                    "runtime.kv_cache_bytes",
+                    format!("{expected}, not {}", self.kv_cache_bytes),
+                ))
+            }
+        }
+    }
+
+    /// Checks what depends on the size of a block.
+    pub fn check_batch(&self, block_tokens: u32) -> Result<(), Invalid> {
+        let least = self.max_sequences.saturating_add(block_tokens);
+        if self.max_batch_tokens < least {
+            let expected = format!(
+                "expected at least {least}, a token for each of {} sequences and a block of {block_tokens} for prompts, not {}",
+                self.max_sequences, self.max_batch_tokens
+            );
+            return Err(Invalid::new("runtime.max_batch_tokens", expected));
+        }
+        Ok(())
+    }
+}
+
+impl ServiceConfig for ServerConfig {
+    fn process(&self) -> &ProcessConfig {
+        &self.process
+    }
+
+    fn validate(&self) -> Result<(), Invalid> {
+        InstanceId::new(self.instance_id.as_str())
+            .map_err(|error| Invalid::new("instance_id", error.to_string()))?;
+        if self.model.path.as_os_str().is_empty() {
+            return Err(Invalid::new("model.path", "expected a GGUF file or a Hugging Face directory"));
+        }
+        if !["", "prefill", "decode", "mixed"].contains(&self.role.as_str()) {
+            let expected = format!("expected prefill, decode, mixed or nothing, not {}", self.role);
+            return Err(Invalid::new("role", expected));
+        }
+        if self.controllers.is_empty() && self.role.is_empty() {
+            return Err(Invalid::new("controllers", "expected host:port of a controller, or set `role`"));
+        }
+        self.runtime.kv_dtype()?;
+        let positive = [
+            ("runtime.max_sequences", self.runtime.max_sequences),
+            ("runtime.max_waiting", self.runtime.max_waiting),
+        ];
+        match positive.into_iter().find(|(_, value)| *value == 0) {
+            Some((key, _)) => Err(Invalid::new(key, "expected at least 1")),
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn valid() -> ServerConfig {
+        let mut config = ServerConfig::default();
+        config.model.path = "/m".into();
+        config.controllers = vec!["127.0.0.1:1".into()];
+        config
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        assert_eq!(valid().validate(), Ok(()));
+        let cases: [(&str, fn(&mut ServerConfig)); 6] = [
+            ("instance_id", |c| c.instance_id = "A".into()),
+            ("model.path", |c| c.model.path = PathBuf::new()),
+            ("role", |c| c.role = "both".into()),
+            ("controllers", |c| c.controllers.clear()),
+            ("runtime.kv_dtype", |c| c.runtime.kv_dtype = "int3".into()),
+            ("runtime.max_sequences", |c| c.runtime.max_sequences = 0),
+        ];
+        for (key, change) in cases {
+            let mut config = valid();
+            change(&mut config);
+            assert_eq!(config.validate().expect_err(key).key, key);
+        }
+    }
+
+    #[test]
+    fn blocks_come_from_bytes_or_are_given() {
+        let mut runtime = RuntimeConfig { kv_cache_bytes: 1000, ..RuntimeConfig::default() };
+        assert_eq!(runtime.blocks(300), Ok(3));
+        assert_eq!(runtime.blocks(1001).expect_err("too small").key, "runtime.kv_cache_bytes");
+        runtime.kv_blocks = 7;
+        assert_eq!(runtime.blocks(300), Ok(7));
+        runtime.max_batch_tokens = runtime.max_sequences + 15;
+        assert!(runtime.check_batch(15).is_ok());
+        assert!(runtime.check_batch(16).is_err());
+    }
+}

@@ -1,0 +1,39 @@
+//! Why a server cannot start or go on. Failures of single requests are not here: they become `ApiError`s where they
+//! happen and end their leg.
+
+use baton_checkpoint::CheckpointError;
+use baton_kvtransfer::TransferError;
+use baton_process::{Invalid, ListenError, ProcessError};
+use baton_proto::IdError;
+use baton_runtime::RuntimeError;
+
+/// One line each, which says what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    #[error(transparent)]
+    Config(#[from] Invalid),
+    #[error(transparent)]
+    Id(#[from] IdError),
+    #[error("{what}: {source}")]
+    Listen { what: &'static str, source: ListenError },
+    #[error(
+        "{what} listens on every address: set `advertise_host` to the one that peers reach this machine at"
+    )]
+    Advertise { what: &'static str },
+    #[error("the address of {what} cannot be read: {source}")]
+    Address { what: &'static str, source: std::io::Error },
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    #[error("the model cannot be loaded: {0}")]
+    Runtime(#[from] RuntimeError),
+    #[error("loading the model panicked; the log says where")]
+    LoadPanicked,
+    #[error("cannot start the KV transfer node: {0}")]
+    Transfer(#[from] TransferError),
+    #[error("cannot start the engine's thread: {0}")]
+    Thread(std::io::Error),
+    #[error("the engine's thread ended by itself; the log says where")]
+    EngineDied,
+    #[error(transparent)]
+    Process(#[from] ProcessError),
+}

@@ -1,0 +1,333 @@
+//! The `Inference` service: coordinators' legs in, tokens out. A thin adapter between streams and the engine.
+//!
+//! Each stream has an [`outbox::Outbox`], a task that reads dispatches and cancels, and the response stream that empties
+//! the outbox. Whichever ends first ends the other, and then every leg of the stream is cancelled.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use baton_proto::{CoordinatorId, LegId, v1};
+use futures::{Stream, StreamExt, stream};
+use parking_lot::Mutex;
+use tokio::sync::{mpsc, watch};
+use tokio_util::{
+    sync::{CancellationToken, DropGuard},
+    task::{TaskTracker, task_tracker::TaskTrackerToken},
+};
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::{
+    engine::{
+        sequence::{Address, FinishReason, LegEnd, LegUpdate, NewSequence, SequenceId, StreamId},
+        thread::{Command, Load},
+    },
+    permits::Permits,
+    role::RoleView,
+};
+
+pub mod dispatch;
+pub mod outbox;
+
+use dispatch::{InstanceFacts, Leg};
+use outbox::Outbox;
+
+/// Streams at a time; more are refused.
+const MAX_STREAMS: usize = 256;
+/// How long a new stream may take to say hello.
+const HELLO_WITHIN: Duration = Duration::from_secs(5);
+/// How often coordinators are told the load.
+const LOAD_INTERVAL: Duration = Duration::from_millis(500);
+
+/// The open streams; the engine delivers through it.
+#[derive(Debug, Default)]
+pub struct Streams {
+    open: Mutex<HashMap<StreamId, Arc<Outbox>>>,
+}
+
+impl Streams {
+    /// Takes a step's updates for one stream; those for a stream that is gone are dropped.
+    pub fn deliver(&self, stream: StreamId, updates: Vec<LegUpdate>) {
+        let outbox = self.open.lock().get(&stream).cloned();
+        if let Some(outbox) = outbox {
+            outbox.put(updates);
+        }
+    }
+}
+
+/// What the service works with.
+#[derive(Debug, Clone)]
+pub struct InferenceParts {
+    pub facts: Arc<InstanceFacts>,
+    pub role: watch::Receiver<RoleView>,
+    pub load: watch::Receiver<Load>,
+    pub engine: mpsc::Sender<Command>,
+    pub streams: Arc<Streams>,
+    pub permits: Permits,
+    pub tasks: TaskTracker,
+    /// Ends every stream.
+    pub shutdown: CancellationToken,
+}
+
+/// See the module.
+#[derive(Debug, Clone)]
+pub struct InferenceService {
+    parts: InferenceParts,
+    next: Arc<AtomicU64>,
+}
+
+impl InferenceService {
+    pub fn new(parts: InferenceParts) -> Self {
+        Self { parts, next: Arc::new(AtomicU64::new(1)) }
+    }
+
+    fn fresh(&self) -> u64 {
+        self.next.fetch_add(1, Ordering::Relaxed)
+    }
+}
+
+type AttachStream = std::pin::Pin<Box<dyn Stream<Item = Result<v1::AttachResponse, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl v1::inference_server::Inference for InferenceService {
+    type AttachStream = AttachStream;
+
+    async fn attach(
+        &self,
+        request: Request<Streaming<v1::AttachRequest>>,
+    ) -> Result<Response<AttachStream>, Status> {
+        let mut requests = request.into_inner();
+        let coordinator = hello(&mut requests).await?;
+        let stream = StreamId(self.fresh());
+        let outbox = Arc::new(Outbox::default());
+        {
+            let mut open = self.parts.streams.open.lock();
+            if open.len() >= MAX_STREAMS {
+                return Err(Status::resource_exhausted(format!(
+                    "{MAX_STREAMS} coordinators are attached already"
+                )));
+            }
+            open.insert(stream, outbox.clone());
+        }
+        tracing::info!(%coordinator, "coordinator attached");
+        let ended = self.parts.shutdown.child_token();
+        let reader = Reader { service: self.clone(), stream, outbox: outbox.clone(), ended: ended.clone() };
+        self.parts.tasks.spawn(reader.run(requests, coordinator));
+        Ok(Response::new(self.responses(outbox, ended)))
+    }
+}
+
+async fn hello(requests: &mut Streaming<v1::AttachRequest>) -> Result<CoordinatorId, Status> {
+    let first = tokio::time::timeout(HELLO_WITHIN, requests.message()).await;
+    let first = first.map_err(|_| Status::deadline_exceeded("no hello came"))??;
+    match first.and_then(|request| request.frame) {
+        Some(v1::attach_request::Frame::Hello(hello)) => CoordinatorId::new(hello.coordinator_id)
+            .map_err(|error| Status::invalid_argument(error.to_string())),
+        _ => Err(Status::invalid_argument("the first frame must be a hello")),
+    }
+}
+
+/// Everything the response stream needs from one frame to the next.
+struct Responses {
+    outbox: Arc<Outbox>,
+    role: watch::Receiver<RoleView>,
+    load: watch::Receiver<Load>,
+    ticks: tokio::time::Interval,
+    ended: CancellationToken,
+    _ends_the_reader: DropGuard,
+}
+
+impl InferenceService {
+    fn responses(&self, outbox: Arc<Outbox>, ended: CancellationToken) -> AttachStream {
+        let mut role = self.parts.role.clone();
+        let welcome = v1::attach_response::Welcome {
+            instance_id: self.parts.facts.instance_id.to_string(),
+            incarnation: self.parts.facts.incarnation.0,
+            role: Some(role.borrow_and_update().to_wire()),
+        };
+        let mut ticks = tokio::time::interval(LOAD_INTERVAL);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let responses = Responses {
+            outbox,
+            role,
+            load: self.parts.load.clone(),
+            ticks,
+            _ends_the_reader: ended.clone().drop_guard(),
+            ended,
+        };
+        let rest = stream::unfold(responses, |mut responses| async {
+            let frame = responses.next().await?;
+            Some((frame, responses))
+        });
+        let first = stream::iter([v1::attach_response::Frame::Welcome(welcome)]);
+        first.chain(rest).map(|frame| Ok(v1::AttachResponse { frame: Some(frame) })).boxed()
+    }
+}
+
+impl Responses {
+    async fn next(&mut self) -> Option<v1::attach_response::Frame> {
+        use v1::attach_response::Frame;
+        tokio::select! {
+            biased;
+            () = self.ended.cancelled() => None,
+            Ok(()) = self.role.changed() => Some(Frame::Role(self.role.borrow_and_update().to_wire())),
+            updates = self.outbox.take() => {
+                let legs = updates.into_iter().map(v1::LegOutput::from).collect();
+                Some(Frame::Step(v1::StepOutput { legs }))
+            }
+            _ = self.ticks.tick() => Some(Frame::Load(self.load.borrow().to_wire())),
+        }
+    }
+}
+
+/// Reads one stream's requests.
+struct Reader {
+    service: InferenceService,
+    stream: StreamId,
+    outbox: Arc<Outbox>,
+    ended: CancellationToken,
+}
+
+impl Reader {
+    async fn run(self, mut requests: Streaming<v1::AttachRequest>, coordinator: CoordinatorId) {
+        let reason = loop {
+            let message = async {
+                self.outbox.room().await;
+                requests.message().await
+            };
+            let message = tokio::select! {
+                biased;
+                () = self.ended.cancelled() => break "its response stream is gone".to_owned(),
+                message = message => message,
+            };
+            match message {
+                Ok(Some(request)) => {
+                    if let Err(error) = self.take(request).await {
+                        break error;
+                    }
+                }
+                Ok(None) => break "it has closed its stream".to_owned(),
+                Err(status) => break status.to_string(),
+            }
+        };
+        tracing::info!(%coordinator, %reason, "coordinator detached");
+        self.ended.cancel();
+        self.service.parts.streams.open.lock().remove(&self.stream);
+        // A closed queue means that the engine is gone, and its sequences with it.
+        let _ = self.service.parts.engine.send(Command::CancelStream(self.stream)).await;
+    }
+
+    /// An error breaks the stream.
+    async fn take(&self, request: v1::AttachRequest) -> Result<(), String> {
+        match request.frame {
+            Some(v1::attach_request::Frame::Dispatch(dispatch)) => self.dispatch(dispatch).await,
+            Some(v1::attach_request::Frame::Cancel(cancel)) => {
+                if let Some(id) = self.outbox.sequence(LegId(cancel.leg)) {
+                    tracing::debug!(leg = cancel.leg, reason = cancel.reason, "leg cancelled");
+                    self.command(Command::Cancel(id)).await?;
+                }
+                Ok(())
+            }
+            Some(v1::attach_request::Frame::Hello(_)) => Err("it said hello twice".into()),
+            // From a newer coordinator: an older instance leaves out what it does not know.
+            None => Ok(()),
+        }
+    }
+
+    async fn dispatch(&self, dispatch: v1::Dispatch) -> Result<(), String> {
+        let parts = &self.service.parts;
+        let leg = LegId(dispatch.leg);
+        // Before the role is read: a role switch waits for every permit that was taken before it began.
+        let permit = parts.permits.take();
+        let checked = Leg::try_from(dispatch).and_then(|leg| {
+            let role = *parts.role.borrow();
+            leg.check(&parts.facts, role).map(|()| leg)
+        });
+        let id = SequenceId(self.service.fresh());
+        if !self.outbox.open(leg, id) {
+            return Err(format!("it used the number of leg {leg} twice"));
+        }
+        match checked {
+            Ok(leg) => {
+                let new = self.sequence(id, leg, permit);
+                self.command(Command::Add(Box::new(new))).await
+            }
+            Err(error) => {
+                tracing::debug!(%leg, code = error.code.name(), %error, "leg refused");
+                let end = Some(LegEnd::Failed(error));
+                self.outbox.put([LegUpdate { leg, first_position: 0, tokens: Vec::new(), end }]);
+                Ok(())
+            }
+        }
+    }
+
+    fn sequence(&self, id: SequenceId, leg: Leg, permit: TaskTrackerToken) -> NewSequence {
+        let span = tracing::info_span!("leg", request = %leg.request, work = leg.work.name());
+        if let Ok(traceparent) = leg.traceparent.parse() {
+            let headers =
+                http::HeaderMap::from_iter([(http::HeaderName::from_static("traceparent"), traceparent)]);
+            baton_process::telemetry::adopt_http(&span, &headers);
+        }
+        NewSequence {
+            id,
+            address: Address { stream: self.stream, leg: leg.leg },
+            request: leg.request,
+            prompt: leg.prompt,
+            sampling: leg.sampling,
+            stop: leg.stop,
+            deadline: leg.timeout.and_then(|timeout| Instant::now().checked_add(timeout)),
+            work: leg.work,
+            permit: Some(permit),
+            span,
+        }
+    }
+
+    async fn command(&self, command: Command) -> Result<(), String> {
+        self.service.parts.engine.send(command).await.map_err(|_| "the engine has ended".to_owned())
+    }
+}
+
+impl From<LegUpdate> for v1::LegOutput {
+    fn from(update: LegUpdate) -> Self {
+        let end = update.end.map(|end| match end {
+            LegEnd::Finished { reason, prompt_tokens, cached_tokens, completion_tokens } => {
+                let reason = match reason {
+                    FinishReason::Stop => v1::FinishReason::Stop,
+                    FinishReason::Length => v1::FinishReason::Length,
+                    FinishReason::HandedOff => v1::FinishReason::HandedOff,
+                    FinishReason::Cancelled => v1::FinishReason::Cancelled,
+                };
+                v1::leg_output::End::Finished(v1::Finished {
+                    reason: reason.into(),
+                    prompt_tokens,
+                    cached_tokens,
+                    completion_tokens,
+                })
+            }
+            LegEnd::Failed(error) => v1::leg_output::End::Failed(error.into()),
+        });
+        Self { leg: update.leg.0, first_position: update.first_position, tokens: update.tokens, end }
+    }
+}
+
+impl Load {
+    pub fn to_wire(&self) -> v1::InstanceLoad {
+        let occupancy = &self.occupancy;
+        v1::InstanceLoad {
+            running_sequences: occupancy.running,
+            waiting_sequences: occupancy.waiting,
+            queued_prefill_tokens: occupancy.queued_prefill_tokens,
+            kv_blocks_total: occupancy.blocks_total,
+            kv_blocks_free: occupancy.blocks_free,
+            prefill_tokens_per_second: self.prefill_tokens_per_second as u64,
+            decode_step_micros: u64::try_from(self.decode_step.as_micros()).unwrap_or(u64::MAX),
+            outgoing_transfers: occupancy.sending,
+            incoming_transfers: occupancy.receiving,
+        }
+    }
+}

@@ -1,0 +1,307 @@
+//! From a `Dispatch` on the wire to a sequence the engine takes: every field is checked here, once.
+//!
+//! Two steps: what can be said of the message alone ([`Leg::try_from`]), then what depends on this instance and its
+//! present role ([`Leg::check`]).
+
+use std::time::Duration;
+
+use baton_proto::{
+    ApiError, ErrorCode, Incarnation, InstanceId, LegId, RequestId, RoleEpoch, TransferId, v1,
+};
+
+use crate::{
+    engine::{
+        sampler::SamplingParams,
+        sequence::{Inbound, Outbound, StopRule, Work},
+    },
+    role::{Phase, Role, RoleView},
+};
+
+/// A well-formed leg.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Leg {
+    pub leg: LegId,
+    pub request: RequestId,
+    pub traceparent: String,
+    pub incarnation: Incarnation,
+    pub role_epoch: RoleEpoch,
+    pub model: String,
+    pub prompt: Vec<u32>,
+    pub sampling: SamplingParams,
+    pub stop: StopRule,
+    /// From receipt to the last token.
+    pub timeout: Option<Duration>,
+    pub work: Work,
+}
+
+/// What a leg must fit.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InstanceFacts {
+    pub instance_id: InstanceId,
+    pub incarnation: Incarnation,
+    pub model: String,
+    pub vocabulary: u32,
+    pub context_tokens: u32,
+}
+
+fn invalid(field: &str, message: impl Into<String>) -> ApiError {
+    ApiError::new(ErrorCode::InvalidArgument, message).param(field)
+}
+
+impl TryFrom<v1::Dispatch> for Leg {
+    type Error = ApiError;
+
+    fn try_from(wire: v1::Dispatch) -> Result<Self, ApiError> {
+        let sampling = wire.sampling.ok_or_else(|| invalid("sampling", "sampling is missing"))?;
+        let (sampling, stop) = sampling_params(sampling)?;
+        if wire.prompt_tokens.is_empty() {
+            return Err(invalid("prompt_tokens", "the prompt has no tokens"));
+        }
+        let work = wire.work.ok_or_else(|| invalid("work", "the work to do is missing"))?;
+        Ok(Self {
+            leg: LegId(wire.leg),
+            request: RequestId::adopt(&wire.request_id),
+            traceparent: wire.traceparent,
+            incarnation: Incarnation(wire.incarnation),
+            role_epoch: RoleEpoch(wire.role_epoch),
+            model: wire.model,
+            prompt: wire.prompt_tokens,
+            sampling,
+            stop,
+            timeout: (wire.timeout_millis > 0).then(|| Duration::from_millis(wire.timeout_millis)),
+            work: self::work(work)?,
+        })
+    }
+}
+
+fn work(wire: v1::dispatch::Work) -> Result<Work, ApiError> {
+    let transfer =
+        |id: &[u8]| TransferId::try_from(id).map_err(|error| invalid("transfer_id", error.to_string()));
+    match wire {
+        v1::dispatch::Work::Whole(_) => Ok(Work::Whole),
+        v1::dispatch::Work::Prefill(prefill) => {
+            if prefill.decode_handoff_endpoint.is_empty() {
+                return Err(invalid("decode_handoff_endpoint", "the decode instance's endpoint is missing"));
+            }
+            Ok(Work::Prefill(Outbound {
+                transfer: transfer(&prefill.transfer_id)?,
+                receiver: InstanceId::new(prefill.decode_instance)
+                    .map_err(|error| invalid("decode_instance", error.to_string()))?,
+                receiver_incarnation: Incarnation(prefill.decode_incarnation),
+                endpoint: prefill.decode_handoff_endpoint,
+            }))
+        }
+        v1::dispatch::Work::Decode(decode) => Ok(Work::Decode(Inbound {
+            transfer: transfer(&decode.transfer_id)?,
+            sender: InstanceId::new(decode.prefill_instance)
+                .map_err(|error| invalid("prefill_instance", error.to_string()))?,
+            sender_incarnation: Incarnation(decode.prefill_incarnation),
+        })),
+    }
+}
+
+/// Stop tokens of one request; more are refused.
+const MAX_STOP_TOKENS: usize = 1024;
+
+fn sampling_params(wire: v1::Sampling) -> Result<(SamplingParams, StopRule), ApiError> {
+    let in_range = |field: &str, value: f32, low: f32, high: f32| {
+        let fits = value >= low && value <= high;
+        if fits {
+            Ok(value)
+        } else {
+            Err(invalid(field, format!("{field} is {value}, must be {low} to {high}")))
+        }
+    };
+    if wire.top_p <= 0.0 {
+        return Err(invalid("top_p", format!("top_p is {}, must be above 0", wire.top_p)));
+    }
+    if wire.repetition_penalty <= 0.0 {
+        let message = format!("repetition_penalty is {}, must be above 0", wire.repetition_penalty);
+        return Err(invalid("repetition_penalty", message));
+    }
+    if wire.max_tokens == 0 {
+        return Err(invalid("max_tokens", "max_tokens must be at least 1"));
+    }
+    if wire.stop_token_ids.len() > MAX_STOP_TOKENS {
+        return Err(invalid("stop_token_ids", format!("at most {MAX_STOP_TOKENS} stop tokens are taken")));
+    }
+    let params = SamplingParams {
+        temperature: in_range("temperature", wire.temperature, 0.0, 100.0)?,
+        top_p: in_range("top_p", wire.top_p, 0.0, 1.0)?,
+        top_k: wire.top_k,
+        min_p: in_range("min_p", wire.min_p, 0.0, 1.0)?,
+        frequency_penalty: in_range("frequency_penalty", wire.frequency_penalty, -100.0, 100.0)?,
+        presence_penalty: in_range("presence_penalty", wire.presence_penalty, -100.0, 100.0)?,
+        repetition_penalty: in_range("repetition_penalty", wire.repetition_penalty, 0.0, 100.0)?,
+        seed: wire.seed,
+    };
+    let stop_tokens = if wire.ignore_eos { Vec::new() } else { wire.stop_token_ids };
+    Ok((params, StopRule { max_tokens: wire.max_tokens, stop_tokens }))
+}
+
+impl Leg {
+    /// Whether this instance, in its present role, does this work for this model.
+    pub fn check(&self, facts: &InstanceFacts, role: RoleView) -> Result<(), ApiError> {
+        let stale = |message: String| Err(ApiError::new(ErrorCode::StaleEpoch, message));
+        if self.incarnation != facts.incarnation {
+            return stale(format!(
+                "instance {} is incarnation {}, not {}: it has restarted",
+                facts.instance_id, facts.incarnation, self.incarnation
+            ));
+        }
+        if role.phase != Phase::Ready {
+            let message =
+                format!("instance {} takes no requests now: {}", facts.instance_id, describe(role.phase));
+            return Err(ApiError::new(ErrorCode::Unavailable, message));
+        }
+        if self.role_epoch != role.epoch {
+            return stale(format!(
+                "the role's epoch is {}, not {}: it was assigned anew",
+                role.epoch, self.role_epoch
+            ));
+        }
+        let suits = match self.work {
+            // A decode instance also prefills by itself: prompts too short to be worth a handoff.
+            Work::Whole | Work::Decode(_) => matches!(role.role, Role::Decode | Role::Mixed),
+            Work::Prefill(_) => matches!(role.role, Role::Prefill | Role::Mixed),
+        };
+        if !suits {
+            return stale(format!(
+                "instance {} has the role {:?}, which does not do this work",
+                facts.instance_id, role.role
+            ));
+        }
+        self.check_model(facts)
+    }
+
+    fn check_model(&self, facts: &InstanceFacts) -> Result<(), ApiError> {
+        if self.model != facts.model {
+            let message = format!("the model {:?} is not served here; this is {:?}", self.model, facts.model);
+            return Err(ApiError::new(ErrorCode::ModelNotFound, message).param("model"));
+        }
+        if let Some(token) = self.prompt.iter().find(|token| **token >= facts.vocabulary) {
+            let message = format!("token {token} is outside the vocabulary of {}", facts.vocabulary);
+            return Err(invalid("prompt_tokens", message));
+        }
+        if self.prompt.len() >= facts.context_tokens as usize {
+            let (prompt, context) = (self.prompt.len(), facts.context_tokens);
+            let message = format!("the prompt has {prompt} tokens; with a completion at most {context} fit");
+            return Err(ApiError::new(ErrorCode::ContextLengthExceeded, message).param("prompt_tokens"));
+        }
+        Ok(())
+    }
+}
+
+fn describe(phase: Phase) -> &'static str {
+    match phase {
+        Phase::Loading => "it is loading its model",
+        Phase::Waiting => "it has no role yet",
+        Phase::Switching => "it is switching its role",
+        Phase::Draining => "it is draining",
+        Phase::Ready => "it is ready",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn facts() -> InstanceFacts {
+        InstanceFacts {
+            instance_id: InstanceId::new("s").expect("a name"),
+            incarnation: Incarnation(5),
+            model: "m".into(),
+            vocabulary: 10,
+            context_tokens: 8,
+        }
+    }
+
+    fn view(role: Role) -> RoleView {
+        RoleView { role, epoch: RoleEpoch(3), phase: Phase::Ready, load_permille: 1000 }
+    }
+
+    fn wire() -> v1::Dispatch {
+        v1::Dispatch {
+            leg: 1,
+            request_id: "r".into(),
+            incarnation: 5,
+            role_epoch: 3,
+            model: "m".into(),
+            prompt_tokens: vec![1, 2],
+            sampling: Some(v1::Sampling {
+                top_p: 1.0,
+                repetition_penalty: 1.0,
+                max_tokens: 4,
+                stop_token_ids: vec![9],
+                ..Default::default()
+            }),
+            work: Some(v1::dispatch::Work::Whole(v1::dispatch::Whole {})),
+            ..Default::default()
+        }
+    }
+
+    fn refusal(change: impl FnOnce(&mut v1::Dispatch)) -> ApiError {
+        let mut wire = wire();
+        change(&mut wire);
+        let checked = Leg::try_from(wire).and_then(|leg| leg.check(&facts(), view(Role::Mixed)));
+        checked.expect_err("it was taken")
+    }
+
+    #[test]
+    fn each_bad_field_is_named() {
+        fn sampling(wire: &mut v1::Dispatch) -> &mut v1::Sampling {
+            wire.sampling.as_mut().expect("sampling")
+        }
+        let cases: [(&str, fn(&mut v1::Dispatch)); 14] = [
+            ("sampling", |w| w.sampling = None),
+            ("work", |w| w.work = None),
+            ("prompt_tokens", |w| w.prompt_tokens.clear()),
+            ("prompt_tokens", |w| w.prompt_tokens = vec![10]),
+            ("temperature", |w| sampling(w).temperature = -0.1),
+            ("temperature", |w| sampling(w).temperature = f32::NAN),
+            ("top_p", |w| sampling(w).top_p = 0.0),
+            ("top_p", |w| sampling(w).top_p = f32::NAN),
+            ("min_p", |w| sampling(w).min_p = 1.1),
+            ("repetition_penalty", |w| sampling(w).repetition_penalty = 0.0),
+            ("frequency_penalty", |w| sampling(w).frequency_penalty = f32::INFINITY),
+            ("max_tokens", |w| sampling(w).max_tokens = 0),
+            ("transfer_id", |w| w.work = Some(v1::dispatch::Work::Decode(v1::dispatch::Decode::default()))),
+            ("decode_handoff_endpoint", |w| {
+                w.work = Some(v1::dispatch::Work::Prefill(v1::dispatch::Prefill::default()));
+            }),
+        ];
+        for (field, change) in cases {
+            let error = refusal(change);
+            assert_eq!(
+                (error.code, error.param.as_deref()),
+                (ErrorCode::InvalidArgument, Some(field)),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_is_out_of_date_or_does_not_fit_is_refused() {
+        assert_eq!(refusal(|w| w.incarnation = 4).code, ErrorCode::StaleEpoch);
+        assert_eq!(refusal(|w| w.role_epoch = 2).code, ErrorCode::StaleEpoch);
+        assert_eq!(refusal(|w| w.model = "x".into()).code, ErrorCode::ModelNotFound);
+        assert_eq!(refusal(|w| w.prompt_tokens = vec![1; 8]).code, ErrorCode::ContextLengthExceeded);
+        let leg = Leg::try_from(wire()).expect("valid");
+        for role in [Role::Prefill, Role::None] {
+            assert_eq!(leg.check(&facts(), view(role)).expect_err("wrong role").code, ErrorCode::StaleEpoch);
+        }
+        for phase in [Phase::Loading, Phase::Waiting, Phase::Switching, Phase::Draining] {
+            let error = leg.check(&facts(), RoleView { phase, ..view(Role::Mixed) }).expect_err("not ready");
+            assert_eq!(error.code, ErrorCode::Unavailable);
+        }
+        assert_eq!(leg.check(&facts(), view(Role::Decode)), Ok(()));
+    }
+
+    #[test]
+    fn ignore_eos_drops_the_stop_tokens() {
+        let mut wire = wire();
+        assert_eq!(Leg::try_from(wire.clone()).expect("valid").stop.stop_tokens, [9]);
+        wire.sampling.as_mut().expect("sampling").ignore_eos = true;
+        assert!(Leg::try_from(wire).expect("valid").stop.stop_tokens.is_empty());
+    }
+}

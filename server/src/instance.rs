@@ -1,0 +1,335 @@
+//! Where all components meet: the life of one server process, from its listeners to its goodbye.
+//!
+//! Order of the start: listeners (so that every address is known and free), the model's metadata (so that the hello is
+//! complete), duty and session (so that the controller sees it loading), the weights, then [`crate::serving`] with everything
+//! that needs them. While weights load the gRPC port answers health and reflection alone. The end runs backwards:
+//! drain, goodbye, streams, engine, transfers.
+
+use std::{
+    net::TcpListener,
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use baton_checkpoint::Checkpoint;
+use baton_process::{
+    Listen, Process,
+    grpc::{self, GrpcOptions},
+    http,
+};
+use baton_proto::{FILE_DESCRIPTOR_SET, Incarnation, InstanceId, RoleEpoch, v1};
+use baton_runtime::{DeviceKind, Executor, KvPoolLayout, LoadOptions};
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+
+use crate::{
+    config::ServerConfig,
+    duty::{self, Duty},
+    engine::{
+        scheduler::Limits,
+        thread::{COMMAND_QUEUE, Load},
+    },
+    error::ServerError,
+    handoff::kv_layout,
+    inference::dispatch::InstanceFacts,
+    permits::Permits,
+    role::{Assignment, Event, Role, RoleView},
+    serving::{Serving, ServingParts, Shared},
+    session::Session,
+};
+
+/// How long calls may linger once every leg has ended.
+const LINGER: Duration = Duration::from_secs(2);
+
+/// Runs a server until its process is asked to stop.
+pub async fn run(process: Process<ServerConfig>) -> Result<(), ServerError> {
+    let listeners = Listeners::bind(&process.config)?;
+    let plan = Plan::read(&process.config).await?;
+    let facts = Arc::new(plan.facts(&process.config)?);
+
+    // What must outlive the process's shutdown signal, until the drain is over.
+    let (stop, goodbye) = (CancellationToken::new(), CancellationToken::new());
+    let _ends_with_errors_too = (stop.clone().drop_guard(), goodbye.clone().drop_guard());
+    let (events, incoming_events) = mpsc::channel(duty::EVENT_QUEUE);
+    let (engine, commands) = mpsc::channel(COMMAND_QUEUE);
+    let (view, role) = watch::channel(RoleView::default());
+    let (load_shown, load) = watch::channel(Load::default());
+    let permits = Permits::default();
+    let health = process.health.clone();
+    let duty =
+        Duty { events: incoming_events, view, permits: permits.clone(), engine: engine.clone(), health };
+    let duty = process.tasks.spawn(duty.run());
+
+    let router = http::router(process.metrics.clone(), process.health.clone());
+    process.spawn_essential("http", http::serve(listeners.metrics, router, stop.clone(), LINGER));
+    let controllers = process.config.controllers.clone();
+    let session = (!controllers.is_empty()).then(|| {
+        let spec = plan.spec(&process.config, &facts, &listeners.endpoints);
+        let (role, load, events) = (role.clone(), load.clone(), events.clone());
+        let session = Session { spec, controllers, role, load, events, shutdown: goodbye.clone() };
+        process.tasks.spawn(session.run())
+    });
+    assign_from_config(&process.config, &events).await;
+
+    let executor = {
+        let until_loaded = CancellationToken::new();
+        let _ends_with_loading = until_loaded.clone().drop_guard();
+        let listener = listeners.grpc.try_clone().map_err(|source| address("gRPC", source))?;
+        let options = grpc_options(&process, until_loaded.clone(), Duration::ZERO);
+        let early = process.tasks.spawn(grpc::serve(listener, Routes::default(), options));
+        let executor = tokio::select! {
+            () = process.shutdown.cancelled() => None,
+            loaded = plan.load(events.clone()) => Some(loaded?),
+        };
+        until_loaded.cancel();
+        let _ = early.await;
+        executor
+    };
+    if let Some(executor) = executor {
+        let shared =
+            Shared { facts, role, load, engine, permits, tasks: process.tasks.clone(), stop: stop.clone() };
+        let mut serving = Serving::start(ServingParts {
+            executor,
+            layout: kv_layout(&plan.layout, &plan.revision),
+            limits: plan.limits(&process.config),
+            handoff: process.config.handoff.clone(),
+            data_listener: listeners.data,
+            data_endpoint: listeners.endpoints.data,
+            commands,
+            load: load_shown,
+            metrics: process.metrics.clone(),
+            shared,
+        })?;
+        process.spawn_essential("engine", serving.engine_ended());
+        let options = grpc_options(&process, stop.clone(), LINGER);
+        process.spawn_essential("grpc", grpc::serve(listeners.grpc, serving.routes(), options));
+        let _ = events.send(Event::Loaded).await;
+        tracing::info!(
+            instance = %process.config.instance_id,
+            grpc = listeners.endpoints.grpc,
+            metrics = listeners.endpoints.metrics,
+            "loaded and listening"
+        );
+        process.shutdown.cancelled().await;
+    }
+
+    let _ = events.send(Event::Stop { drain: process.drain() }).await;
+    let _ = duty.await;
+    goodbye.cancel();
+    if let Some(session) = session {
+        let _ = session.await;
+    }
+    stop.cancel();
+    Ok(())
+}
+
+fn grpc_options(
+    process: &Process<ServerConfig>,
+    shutdown: CancellationToken,
+    drain: Duration,
+) -> GrpcOptions {
+    GrpcOptions {
+        health: process.health.clone(),
+        services: vec!["baton.v1.Inference", "baton.v1.Handoff"],
+        descriptors: FILE_DESCRIPTOR_SET,
+        shutdown,
+        drain,
+    }
+}
+
+/// A role from the configuration counts as an assignment below any that a controller makes.
+async fn assign_from_config(config: &ServerConfig, events: &mpsc::Sender<Event>) {
+    let role = match config.role.as_str() {
+        "prefill" => Role::Prefill,
+        "decode" => Role::Decode,
+        "mixed" => Role::Mixed,
+        _ => return,
+    };
+    let assignment = Assignment { role, epoch: RoleEpoch(1), drain: Duration::ZERO };
+    let _ = events.send(Event::Assigned(assignment)).await;
+}
+
+/// host:port of each listener, as peers reach it.
+struct Endpoints {
+    grpc: String,
+    metrics: String,
+    data: String,
+}
+
+struct Listeners {
+    grpc: TcpListener,
+    metrics: TcpListener,
+    data: TcpListener,
+    endpoints: Endpoints,
+}
+
+impl Listeners {
+    fn bind(config: &ServerConfig) -> Result<Self, ServerError> {
+        let bind = |what: &'static str, listen: &Listen| {
+            let listener = listen.bind().map_err(|source| ServerError::Listen { what, source })?;
+            let endpoint = advertised(&listener, &config.advertise_host, what)?;
+            Ok::<_, ServerError>((listener, endpoint))
+        };
+        let (grpc, grpc_endpoint) = bind("listen", &config.listen)?;
+        let (metrics, metrics_endpoint) = bind("metrics_listen", &config.metrics_listen)?;
+        let (data, data_endpoint) = bind("kv_data_listen", &config.kv_data_listen)?;
+        let endpoints = Endpoints { grpc: grpc_endpoint, metrics: metrics_endpoint, data: data_endpoint };
+        Ok(Self { grpc, metrics, data, endpoints })
+    }
+}
+
+fn address(what: &'static str, source: std::io::Error) -> ServerError {
+    ServerError::Address { what, source }
+}
+
+fn advertised(listener: &TcpListener, host: &str, what: &'static str) -> Result<String, ServerError> {
+    let local = listener.local_addr().map_err(|source| address(what, source))?;
+    match (host, local.ip().is_unspecified()) {
+        ("", true) => Err(ServerError::Advertise { what }),
+        ("", false) => Ok(local.to_string()),
+        (host, _) if host.contains(':') => Ok(format!("[{host}]:{}", local.port())),
+        (host, _) => Ok(format!("{host}:{}", local.port())),
+    }
+}
+
+/// What is known of the model before its weights are read.
+struct Plan {
+    checkpoint: Arc<Checkpoint>,
+    options: LoadOptions,
+    layout: KvPoolLayout,
+    revision: String,
+}
+
+impl Plan {
+    async fn read(config: &ServerConfig) -> Result<Self, ServerError> {
+        let path = config.model.path.clone();
+        let opened = tokio::task::spawn_blocking(move || {
+            let checkpoint = Checkpoint::open(&path)?;
+            let revision = checkpoint.revision();
+            Ok::<_, ServerError>((checkpoint, revision))
+        });
+        let (checkpoint, revision) = opened.await.map_err(|_| ServerError::LoadPanicked)??;
+        let mut options = LoadOptions {
+            device: DeviceKind::Cpu,
+            threads: config.runtime.threads,
+            kv_dtype: config.runtime.kv_dtype()?,
+            kv_blocks: 1,
+            max_batch_tokens: config.runtime.max_batch_tokens as usize,
+        };
+        let one_block = baton_runtime::kv_layout(checkpoint.config(), &options);
+        config.runtime.check_batch(one_block.block_tokens)?;
+        options.kv_blocks = config.runtime.blocks(one_block.total_bytes() as u64)?;
+        let layout = KvPoolLayout { blocks: options.kv_blocks, ..one_block };
+        let plan = Self { checkpoint: Arc::new(checkpoint), options, layout, revision };
+        let (pool_tokens, context) = (plan.pool_tokens(), plan.context_tokens(config));
+        if pool_tokens < u64::from(context) {
+            tracing::warn!(
+                pool_tokens,
+                context,
+                "the KV cache holds less than one full context: longer requests are refused; raise runtime.kv_cache_bytes"
+            );
+        }
+        Ok(plan)
+    }
+
+    fn pool_tokens(&self) -> u64 {
+        u64::from(self.layout.blocks) * u64::from(self.layout.block_tokens)
+    }
+
+    fn context_tokens(&self, config: &ServerConfig) -> u32 {
+        let own = self.checkpoint.config().context_tokens;
+        match config.runtime.max_context_tokens {
+            0 => own,
+            limit => own.min(limit),
+        }
+    }
+
+    fn facts(&self, config: &ServerConfig) -> Result<InstanceFacts, ServerError> {
+        let name = &config.model.name;
+        Ok(InstanceFacts {
+            instance_id: InstanceId::new(config.instance_id.as_str())?,
+            incarnation: incarnation(),
+            model: if name.is_empty() { self.checkpoint.name().to_owned() } else { name.clone() },
+            vocabulary: self.checkpoint.config().vocabulary,
+            context_tokens: self.context_tokens(config),
+        })
+    }
+
+    fn limits(&self, config: &ServerConfig) -> Limits {
+        Limits {
+            max_batch_tokens: config.runtime.max_batch_tokens,
+            max_sequences: config.runtime.max_sequences,
+            max_waiting: config.runtime.max_waiting,
+            context_tokens: self.context_tokens(config),
+            block_tokens: self.layout.block_tokens,
+        }
+    }
+
+    fn spec(&self, config: &ServerConfig, facts: &InstanceFacts, endpoints: &Endpoints) -> v1::InstanceSpec {
+        v1::InstanceSpec {
+            instance_id: facts.instance_id.to_string(),
+            incarnation: facts.incarnation.0,
+            group: config.group.clone(),
+            device: "cpu".into(),
+            device_count: 1,
+            model: Some(v1::ModelIdentity {
+                name: facts.model.clone(),
+                revision: self.revision.clone(),
+                architecture: self.checkpoint.config().architecture.name().to_owned(),
+                context_tokens: facts.context_tokens,
+                vocabulary_size: facts.vocabulary,
+            }),
+            kv_layout: Some((&kv_layout(&self.layout, &self.revision)).into()),
+            inference_endpoint: endpoints.grpc.clone(),
+            handoff_endpoint: endpoints.grpc.clone(),
+            metrics_endpoint: endpoints.metrics.clone(),
+            transports: vec!["tcp".into()],
+            labels: config.labels.clone().into_iter().collect(),
+            version: env!("CARGO_PKG_VERSION").into(),
+        }
+    }
+
+    /// Reads the weights, on a thread of its own; tells the duty how far it is.
+    async fn load(&self, events: mpsc::Sender<Event>) -> Result<Box<dyn Executor>, ServerError> {
+        let (checkpoint, options) = (self.checkpoint.clone(), self.options.clone());
+        let loading = tokio::task::spawn_blocking(move || {
+            let mut told = 0;
+            let mut progress = |done: u64, total: u64| {
+                let permille = (done.saturating_mul(1000) / total.max(1)).min(1000) as u32;
+                if permille > told {
+                    told = permille;
+                    // Progress is for show: what does not fit into the queue is left out.
+                    let _ = events.try_send(Event::Progress { permille });
+                }
+            };
+            baton_runtime::load(&checkpoint, &options, &mut progress)
+        });
+        Ok(loading.await.map_err(|_| ServerError::LoadPanicked)??)
+    }
+}
+
+/// Milliseconds since 1970: grows with every start of an instance.
+fn incarnation() -> Incarnation {
+    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    Incarnation(u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_advertised_can_be_reached() {
+        let here = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let port = here.local_addr().expect("an address").port();
+        assert_eq!(advertised(&here, "", "listen").expect("fine"), format!("127.0.0.1:{port}"));
+        assert_eq!(advertised(&here, "a.b", "listen").expect("fine"), format!("a.b:{port}"));
+        assert_eq!(advertised(&here, "::1", "listen").expect("fine"), format!("[::1]:{port}"));
+        let everywhere = TcpListener::bind("0.0.0.0:0").expect("a port");
+        assert!(matches!(
+            advertised(&everywhere, "", "listen"),
+            Err(ServerError::Advertise { what: "listen" })
+        ));
+    }
+}

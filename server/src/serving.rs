@@ -1,0 +1,163 @@
+//! The part of an instance that needs the loaded model: engine, transfers and the services over them.
+//!
+//! Built by [`crate::instance`] once the weights are in, and by tests over a model of their own.
+
+use std::{future::Future, net::TcpListener, sync::Arc};
+
+use baton_kvtransfer::{KvLayout, KvNode, Limits as TransferLimits, NodeConfig};
+use baton_process::Metrics;
+use baton_proto::v1::inference_server::InferenceServer;
+use baton_runtime::Executor;
+use tokio::{
+    runtime::Handle,
+    sync::{mpsc, oneshot, watch},
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tonic::service::Routes;
+
+use crate::{
+    config::HandoffConfig,
+    engine::{
+        scheduler::Limits,
+        thread::{self, Command, EngineParts, Load},
+    },
+    error::ServerError,
+    handoff::{Transfers, kv_region},
+    inference::{InferenceParts, InferenceService, Streams, dispatch::InstanceFacts},
+    metrics::{EngineMetrics, HandoffMetrics, TransferMetrics},
+    permits::Permits,
+    role::RoleView,
+};
+
+/// Largest message of a coordinator: a prompt of a million tokens, and then some.
+const MAX_MESSAGE_BYTES: usize = 8 << 20;
+
+/// What serving has in common with the rest of the instance.
+pub struct Shared {
+    pub facts: Arc<InstanceFacts>,
+    pub role: watch::Receiver<RoleView>,
+    pub load: watch::Receiver<Load>,
+    pub engine: mpsc::Sender<Command>,
+    pub permits: Permits,
+    pub tasks: TaskTracker,
+    /// Ends everything here.
+    pub stop: CancellationToken,
+}
+
+/// What serving needs.
+pub struct ServingParts {
+    pub executor: Box<dyn Executor>,
+    pub layout: KvLayout,
+    pub limits: Limits,
+    pub handoff: HandoffConfig,
+    pub data_listener: TcpListener,
+    /// host:port at which peers reach `data_listener`.
+    pub data_endpoint: String,
+    pub commands: mpsc::Receiver<Command>,
+    pub load: watch::Sender<Load>,
+    pub metrics: Metrics,
+    pub shared: Shared,
+}
+
+/// See the module.
+pub struct Serving {
+    node: KvNode,
+    inference: InferenceService,
+    ended: Option<oneshot::Receiver<()>>,
+    stop: CancellationToken,
+}
+
+impl Serving {
+    /// Starts the transfer node and the engine's thread. Must be called within a tokio runtime.
+    pub fn start(parts: ServingParts) -> Result<Self, ServerError> {
+        let shared = &parts.shared;
+        let runtime = Handle::current();
+        let streams = Arc::new(Streams::default());
+        let inference = InferenceService::new(InferenceParts {
+            facts: shared.facts.clone(),
+            role: shared.role.clone(),
+            load: shared.load.clone(),
+            engine: shared.engine.clone(),
+            streams: streams.clone(),
+            permits: shared.permits.clone(),
+            tasks: shared.tasks.clone(),
+            shutdown: shared.stop.clone(),
+        });
+        let pool = parts.executor.kv_pool().clone();
+        let blocks = pool.layout().blocks;
+        let node = KvNode::start(
+            NodeConfig {
+                instance_id: shared.facts.instance_id.clone(),
+                incarnation: shared.facts.incarnation,
+                layout: parts.layout,
+                region: kv_region(&pool),
+                blocks,
+                data_listener: parts.data_listener,
+                advertise: Some(parts.data_endpoint),
+                lease: parts.handoff.lease,
+                // Each transfer holds a block at least, so the pool bounds them.
+                limits: TransferLimits {
+                    incoming_transfers: blocks as usize,
+                    outgoing_transfers: blocks as usize,
+                    ..TransferLimits::default()
+                },
+                // Every transfer's task closes it and waits for that, unless the whole process ends.
+                reclaim: Arc::new(
+                    |reclaimed| tracing::debug!(transfer = %reclaimed.id, "blocks reclaimed at the end"),
+                ),
+            },
+            shared.stop.clone(),
+        )?;
+        let (engine_metrics, handoff_metrics) = parts.metrics.register(|registry| {
+            TransferMetrics::register(registry, node.clone());
+            (EngineMetrics::register(registry), HandoffMetrics::register(registry))
+        });
+        let transfers = Transfers::new(
+            node.clone(),
+            parts.limits.block_tokens,
+            shared.engine.clone(),
+            parts.handoff.timeout,
+            shared.tasks.clone(),
+            runtime.clone(),
+            handoff_metrics,
+        );
+        let (alive, ended) = oneshot::channel();
+        let stop = shared.stop.clone();
+        thread::spawn(EngineParts {
+            executor: parts.executor,
+            limits: parts.limits,
+            commands: parts.commands,
+            transfers,
+            deliver: Arc::new(move |stream, updates| streams.deliver(stream, updates)),
+            load: parts.load,
+            metrics: engine_metrics,
+            shutdown: stop.clone(),
+            runtime,
+            alive,
+        })
+        .map_err(ServerError::Thread)?;
+        Ok(Self { node, inference, ended: Some(ended), stop })
+    }
+
+    /// The gRPC services: Inference and Handoff.
+    pub fn routes(&self) -> Routes {
+        let inference =
+            InferenceServer::new(self.inference.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES);
+        Routes::new(inference).add_service(self.node.handoff_service())
+    }
+
+    /// Resolves when the engine's thread has ended and nothing touches the KV cache: an error unless it was told to.
+    pub fn engine_ended(&mut self) -> impl Future<Output = Result<(), ServerError>> + Send + 'static {
+        let (ended, stop, node) = (self.ended.take(), self.stop.clone(), self.node.clone());
+        async move {
+            if let Some(ended) = ended {
+                let _ = ended.await;
+            }
+            if !stop.is_cancelled() {
+                return Err(ServerError::EngineDied);
+            }
+            node.stopped().await;
+            Ok(())
+        }
+    }
+}

@@ -1,0 +1,225 @@
+//! The session with a controller: who this instance is, how it is, and what it is to be.
+//!
+//! One stream to one of the controllers, opened again after every break with growing, jittered pauses. Role and epoch
+//! live in [`crate::duty`] and survive breaks: without a controller nothing changes, and traffic goes on.
+
+use std::time::Duration;
+
+use baton_proto::{RoleEpoch, v1};
+use futures::StreamExt;
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{Streaming, transport::Endpoint};
+
+use crate::{
+    engine::{sampler::uniform, thread::Load},
+    role::{Assignment, Event, Role, RoleView},
+};
+
+/// Reports that may wait for the stream. A full queue means that the controller does not read: the session is given up.
+const REPORT_QUEUE: usize = 16;
+const CONNECT_WITHIN: Duration = Duration::from_secs(3);
+/// For the first answer, and for a report to find room in the queue.
+const ANSWER_WITHIN: Duration = Duration::from_secs(5);
+const KEEPALIVE: Duration = Duration::from_secs(5);
+/// A silent controller is noticed by keep-alives; a beat is sent at least this often, and at most.
+const BEAT_RANGE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(10));
+/// Pauses between attempts: the first, and the longest.
+const PAUSE_RANGE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(3));
+
+/// See the module.
+#[derive(Debug)]
+pub struct Session {
+    /// Does not change while the process lives.
+    pub spec: v1::InstanceSpec,
+    /// host:port each.
+    pub controllers: Vec<String>,
+    pub role: watch::Receiver<RoleView>,
+    pub load: watch::Receiver<Load>,
+    pub events: mpsc::Sender<Event>,
+    /// Says goodbye and ends.
+    pub shutdown: CancellationToken,
+}
+
+/// Why a session ended, for the log.
+#[derive(Debug, thiserror::Error)]
+enum Broken {
+    #[error("cannot connect: {0}")]
+    Connect(#[source] tonic::transport::Error),
+    #[error("{0}")]
+    Status(#[from] tonic::Status),
+    #[error("no answer in time")]
+    Silent,
+    #[error("the controller closed the session")]
+    Closed,
+    #[error("the controller refused this instance: {0}")]
+    Refused(String),
+    #[error("the controller did not say welcome first")]
+    NoWelcome,
+}
+
+impl Session {
+    /// Runs until `shutdown`.
+    pub async fn run(mut self) {
+        let mut failures = 0u32;
+        let mut attempt = 0u32;
+        while !self.shutdown.is_cancelled() {
+            let controller = self.controllers[attempt as usize % self.controllers.len()].clone();
+            let mut welcomed = false;
+            let result = self.once(&controller, &mut welcomed).await;
+            if self.shutdown.is_cancelled() {
+                return;
+            }
+            if welcomed {
+                failures = 0;
+            }
+            let pause = pause(failures, uniform(self.spec.incarnation, attempt));
+            match result {
+                // Many starts are simultaneous: the controller is often a moment later.
+                Err(error) if !welcomed && failures < 5 => {
+                    tracing::debug!(%controller, %error, ?pause, "no session with the controller yet");
+                }
+                Err(error) => {
+                    tracing::warn!(%controller, %error, ?pause, "no session with the controller; trying again");
+                }
+                Ok(()) => return,
+            }
+            failures = failures.saturating_add(1);
+            attempt = attempt.wrapping_add(1);
+            tokio::select! {
+                () = self.shutdown.cancelled() => return,
+                () = tokio::time::sleep(pause) => {}
+            }
+        }
+    }
+
+    /// One stream, from hello to its end. `Ok` after a goodbye.
+    async fn once(&mut self, controller: &str, welcomed: &mut bool) -> Result<(), Broken> {
+        let (reports, outgoing) = mpsc::channel(REPORT_QUEUE);
+        let hello = v1::InstanceHello { spec: Some(self.spec.clone()), beat: Some(self.beat()) };
+        send(&reports, v1::instance_report::Report::Hello(hello)).await?;
+        let open = async {
+            let mut orders = connect(controller, outgoing).await?;
+            let first = orders.message().await?.and_then(|order| order.order);
+            Ok::<_, Broken>((orders, first))
+        };
+        let (orders, first) = tokio::select! {
+            () = self.shutdown.cancelled() => return Ok(()),
+            opened = tokio::time::timeout(ANSWER_WITHIN, open) => opened.map_err(|_| Broken::Silent)??,
+        };
+        let welcome = match first {
+            Some(v1::controller_order::Order::Welcome(welcome)) => welcome,
+            Some(v1::controller_order::Order::Refuse(refuse)) => return Err(refused(refuse)),
+            Some(v1::controller_order::Order::Assign(_)) | None => return Err(Broken::NoWelcome),
+        };
+        *welcomed = true;
+        tracing::info!(
+            controller = welcome.controller_id,
+            epoch = welcome.leader_epoch,
+            "session with the controller"
+        );
+        let interval = Duration::from_millis(welcome.beat_millis.into()).clamp(BEAT_RANGE.0, BEAT_RANGE.1);
+        self.converse(reports, orders, interval).await
+    }
+
+    async fn converse(
+        &mut self,
+        reports: mpsc::Sender<v1::InstanceReport>,
+        mut orders: Streaming<v1::ControllerOrder>,
+        interval: Duration,
+    ) -> Result<(), Broken> {
+        let mut ticks = tokio::time::interval(interval);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                biased;
+                () = self.shutdown.cancelled() => {
+                    let bye = v1::InstanceBye { reason: "the instance is shutting down".into() };
+                    send(&reports, v1::instance_report::Report::Bye(bye)).await?;
+                    // The controller closes its side once it has read the goodbye.
+                    drop(reports);
+                    let _ = tokio::time::timeout(ANSWER_WITHIN, orders.by_ref().for_each(|_| async {})).await;
+                    return Ok(());
+                }
+                Ok(()) = self.role.changed() => {}
+                order = orders.message() => {
+                    self.obey(order?.ok_or(Broken::Closed)?).await?;
+                    continue;
+                }
+                _ = ticks.tick() => {}
+            }
+            let beat = self.beat();
+            send(&reports, v1::instance_report::Report::Beat(beat)).await?;
+        }
+    }
+
+    async fn obey(&self, order: v1::ControllerOrder) -> Result<(), Broken> {
+        match order.order {
+            Some(v1::controller_order::Order::Assign(assign)) => {
+                let Some(role) = Role::from_wire(assign.role()) else { return Ok(()) };
+                tracing::debug!(?role, epoch = assign.epoch, reason = assign.reason, "role assigned");
+                let drain = Duration::from_millis(assign.drain_millis.into());
+                let assignment = Assignment { role, epoch: RoleEpoch(assign.epoch), drain };
+                // Fails only while the process ends.
+                let _ = self.events.send(Event::Assigned(assignment)).await;
+                Ok(())
+            }
+            Some(v1::controller_order::Order::Refuse(refuse)) => Err(refused(refuse)),
+            // A newer controller may say what this build does not know.
+            Some(v1::controller_order::Order::Welcome(_)) | None => Ok(()),
+        }
+    }
+
+    fn beat(&mut self) -> v1::InstanceBeat {
+        let role = *self.role.borrow_and_update();
+        v1::InstanceBeat {
+            role: role.role.to_wire().into(),
+            role_epoch: role.epoch.0,
+            phase: role.phase.to_wire().into(),
+            load_permille: role.load_permille,
+            load: Some(self.load.borrow().to_wire()),
+        }
+    }
+}
+
+fn refused(refuse: v1::Refuse) -> Broken {
+    Broken::Refused(refuse.reason.map_or_else(|| "without a reason".into(), |reason| reason.message))
+}
+
+async fn connect(
+    controller: &str,
+    reports: mpsc::Receiver<v1::InstanceReport>,
+) -> Result<Streaming<v1::ControllerOrder>, Broken> {
+    let channel = Endpoint::from_shared(format!("http://{controller}"))
+        .map_err(Broken::Connect)?
+        .connect_timeout(CONNECT_WITHIN)
+        .http2_keep_alive_interval(KEEPALIVE)
+        .keep_alive_timeout(KEEPALIVE)
+        .keep_alive_while_idle(true)
+        .connect()
+        .await
+        .map_err(Broken::Connect)?;
+    let mut client = v1::control_client::ControlClient::new(channel);
+    Ok(client.session(ReceiverStream::new(reports)).await?.into_inner())
+}
+
+async fn send(
+    reports: &mpsc::Sender<v1::InstanceReport>,
+    report: v1::instance_report::Report,
+) -> Result<(), Broken> {
+    let sent = reports.send_timeout(v1::InstanceReport { report: Some(report) }, ANSWER_WITHIN).await;
+    sent.map_err(|error| match error {
+        mpsc::error::SendTimeoutError::Timeout(_) => Broken::Silent,
+        mpsc::error::SendTimeoutError::Closed(_) => Broken::Closed,
+    })
+}
+
+/// Doubles with each failure up to the longest; `jitter` in [0, 1) spreads it over its upper half.
+fn pause(failures: u32, jitter: f64) -> Duration {
+    let full = PAUSE_RANGE.0.saturating_mul(1 << failures.min(16)).min(PAUSE_RANGE.1);
+    full.mul_f64(0.5 + 0.5 * jitter)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,155 @@
+//! A scripted controller drives the session.
+
+use super::*;
+use crate::role::Phase;
+use std::sync::Arc;
+use tokio::net::TcpListener;
+use tonic::{Request, Response, Status};
+
+type Answers = ReceiverStream<Result<v1::ControllerOrder, Status>>;
+type Accepted = (Streaming<v1::InstanceReport>, mpsc::Sender<Result<v1::ControllerOrder, Status>>);
+
+/// Hands every session to the test.
+struct Scripted(mpsc::Sender<Accepted>);
+
+#[tonic::async_trait]
+impl v1::control_server::Control for Scripted {
+    type SessionStream = Answers;
+
+    async fn session(
+        &self,
+        request: Request<Streaming<v1::InstanceReport>>,
+    ) -> Result<Response<Answers>, Status> {
+        let (answer, answers) = mpsc::channel(8);
+        self.0
+            .send((request.into_inner(), answer))
+            .await
+            .map_err(|_| Status::unavailable("the test is over"))?;
+        Ok(Response::new(ReceiverStream::new(answers)))
+    }
+}
+
+struct Rig {
+    sessions: mpsc::Receiver<Accepted>,
+    events: mpsc::Receiver<Event>,
+    role: watch::Sender<RoleView>,
+    shutdown: CancellationToken,
+    done: tokio::task::JoinHandle<()>,
+}
+
+async fn rig() -> Rig {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = listener.local_addr().expect("an address").to_string();
+    let (accepted, sessions) = mpsc::channel(1);
+    let service = v1::control_server::ControlServer::from_arc(Arc::new(Scripted(accepted)));
+    tokio::spawn(
+        tonic::transport::Server::builder()
+            .add_service(service)
+            .serve_with_incoming(tokio_stream::wrappers::TcpListenerStream::new(listener)),
+    );
+    let (role, role_seen) = watch::channel(RoleView::default());
+    let (events_in, events) = mpsc::channel(8);
+    let shutdown = CancellationToken::new();
+    let session = Session {
+        spec: v1::InstanceSpec { instance_id: "s".into(), ..Default::default() },
+        controllers: vec![address],
+        role: role_seen,
+        load: watch::channel(Load::default()).1,
+        events: events_in,
+        shutdown: shutdown.clone(),
+    };
+    Rig { sessions, events, role, shutdown, done: tokio::spawn(session.run()) }
+}
+
+fn welcome(beat_millis: u32) -> Result<v1::ControllerOrder, Status> {
+    let welcome = v1::controller_order::Welcome {
+        controller_id: "c".into(),
+        leader_epoch: 1,
+        beat_millis,
+        lease_millis: 10 * beat_millis,
+    };
+    Ok(v1::ControllerOrder { order: Some(v1::controller_order::Order::Welcome(welcome)) })
+}
+
+async fn report(reports: &mut Streaming<v1::InstanceReport>) -> v1::instance_report::Report {
+    reports.message().await.expect("a report").expect("an open stream").report.expect("a report")
+}
+
+async fn hello(reports: &mut Streaming<v1::InstanceReport>) -> v1::InstanceHello {
+    match report(reports).await {
+        v1::instance_report::Report::Hello(hello) => hello,
+        other => panic!("expected hello, got {other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn says_hello_beats_takes_orders_and_says_goodbye() {
+    let mut rig = rig().await;
+    let (mut reports, orders) = rig.sessions.recv().await.expect("a session");
+    let first = hello(&mut reports).await;
+    assert_eq!(first.spec.expect("a spec").instance_id, "s");
+    assert_eq!(first.beat.expect("a beat").phase(), v1::Phase::Loading);
+    // A long interval: the beat after a change of phase must not wait for it.
+    orders.send(welcome(10_000)).await.expect("sent");
+    let v1::instance_report::Report::Beat(_) = report(&mut reports).await else { panic!("expected a beat") };
+    rig.role.send_modify(|view| view.phase = Phase::Waiting);
+    match report(&mut reports).await {
+        v1::instance_report::Report::Beat(beat) => assert_eq!(beat.phase(), v1::Phase::Waiting),
+        other => panic!("expected a beat, got {other:?}"),
+    }
+    let assign =
+        v1::AssignRole { role: v1::Role::Decode.into(), epoch: 7, drain_millis: 5, ..Default::default() };
+    let order = v1::ControllerOrder { order: Some(v1::controller_order::Order::Assign(assign)) };
+    orders.send(Ok(order)).await.expect("sent");
+    let expected = Assignment { role: Role::Decode, epoch: RoleEpoch(7), drain: Duration::from_millis(5) };
+    assert_eq!(rig.events.recv().await, Some(Event::Assigned(expected)));
+    rig.shutdown.cancel();
+    loop {
+        match report(&mut reports).await {
+            v1::instance_report::Report::Beat(_) => {}
+            v1::instance_report::Report::Bye(_) => break,
+            other => panic!("expected goodbye, got {other:?}"),
+        }
+    }
+    drop(orders);
+    rig.done.await.expect("the session ends");
+}
+
+#[tokio::test]
+async fn comes_back_with_its_role_after_a_break() {
+    let mut rig = rig().await;
+    let (mut reports, orders) = rig.sessions.recv().await.expect("a session");
+    hello(&mut reports).await;
+    orders.send(welcome(50)).await.expect("sent");
+    rig.role.send_replace(RoleView {
+        role: Role::Prefill,
+        epoch: RoleEpoch(4),
+        phase: Phase::Ready,
+        load_permille: 1000,
+    });
+    drop((reports, orders));
+    let (mut reports, _orders) = rig.sessions.recv().await.expect("another session");
+    let beat = hello(&mut reports).await.beat.expect("a beat");
+    assert_eq!((beat.role(), beat.role_epoch, beat.phase()), (v1::Role::Prefill, 4, v1::Phase::Ready));
+}
+
+#[tokio::test]
+async fn a_refusal_is_tried_again() {
+    let mut rig = rig().await;
+    let (mut reports, orders) = rig.sessions.recv().await.expect("a session");
+    hello(&mut reports).await;
+    let refuse = v1::Refuse { reason: None };
+    orders
+        .send(Ok(v1::ControllerOrder { order: Some(v1::controller_order::Order::Refuse(refuse)) }))
+        .await
+        .expect("sent");
+    rig.sessions.recv().await.expect("another session");
+}
+
+#[test]
+fn pauses_grow_to_a_bound_and_are_spread() {
+    assert_eq!(pause(0, 0.0), Duration::from_millis(50));
+    assert_eq!(pause(1, 0.0), Duration::from_millis(100));
+    assert!(pause(3, 0.9) > pause(3, 0.1));
+    assert_eq!(pause(60, 1.0), PAUSE_RANGE.1);
+}
