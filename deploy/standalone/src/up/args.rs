@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use baton_process::Listen;
 
+use super::UpError;
+
 /// Run a cluster on this machine: controller, coordinator, prefill and decode servers.
 ///
 /// Each service is a process of its own, started again when it dies. Without --model, a small model
@@ -15,11 +17,11 @@ pub(crate) struct UpArgs {
     #[arg(long, value_name = "PATH")]
     pub(crate) model: Option<PathBuf>,
 
-    /// Servers that prefill. With `--decode 0`, one server does both.
+    /// Servers that prefill.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub(crate) prefill: u32,
 
-    /// Servers that decode.
+    /// Servers that decode. `--prefill 1 --decode 0` runs one server that does both.
     #[arg(long, value_name = "M", default_value_t = 1, value_parser = clap::value_parser!(u32).range(0..=64))]
     pub(crate) decode: u32,
 
@@ -59,6 +61,11 @@ pub(crate) struct UpArgs {
 }
 
 impl UpArgs {
+    /// Apart, or one server alone: anything else could not serve.
+    pub(crate) fn check_counts(&self) -> Result<(), UpError> {
+        if self.decode == 0 && self.prefill > 1 { Err(UpError::NoDecode(self.prefill)) } else { Ok(()) }
+    }
+
     /// How many servers there will be.
     pub(crate) fn instances(&self) -> u32 {
         self.prefill + self.decode

@@ -13,6 +13,10 @@ pub(crate) enum UpError {
     Listen(#[from] ListenError),
     #[error("{program} is not beside {beside}: build it with `cargo build --release --bins`")]
     MissingProgram { program: String, beside: PathBuf },
+    #[error(
+        "{0} servers that prefill and none that decodes cannot serve: give --decode 1 or more, or --prefill 1"
+    )]
+    NoDecode(u32),
     #[error("--set {0}: expected SERVICE.KEY=VALUE with controller, coordinator or server as the service")]
     BadSet(String),
     #[error("cache directory {path} cannot be written: {source}; choose another with --cache-dir", path = .path.display())]

@@ -44,14 +44,18 @@ pub(crate) async fn run(args: UpArgs) -> Result<(), UpError> {
         return Ok(());
     }
     let programs = plan::Programs::beside_this_one()?;
-    // Before anything slow: what would be in the way then is in the way now.
+    args.check_counts()?;
+    // Whatever can be told at once is told before anything slow begins.
+    let given = match &args.model {
+        Some(path) => Some(model::check(path.clone()).await?),
+        None => model::prepare(&cache).map(|()| None)?,
+    };
     let addresses = Addresses::bind(&args.listen)?;
     let run_dir = run_directory(&args, &addresses)?;
-    let path = match &args.model {
-        Some(path) => path.clone(),
-        None => cancellable(&stop, model::fetch(&cache, &screen)).await?,
+    let model = match given {
+        Some(model) => model,
+        None => model::check(cancellable(&stop, model::fetch(&cache, &screen)).await?).await?,
     };
-    let model = model::check(path).await?;
     let plan = plan::plan(&args, &programs, &model.path, &addresses, &run_dir)?;
 
     let run_file = RunFile {

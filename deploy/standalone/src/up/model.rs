@@ -42,11 +42,17 @@ pub(super) async fn check(path: PathBuf) -> Result<Model, UpError> {
     opened.await.unwrap_or_else(|error| Err(UpError::Client(error.to_string())))
 }
 
+/// Makes sure that models can be kept in the cache.
+pub(super) fn prepare(cache: &Path) -> Result<(), UpError> {
+    let models = cache.join("models");
+    fs::create_dir_all(&models).map_err(|source| UpError::Cache { path: models, source })
+}
+
 /// The default model's path; fetches it first when the cache does not have it whole.
 pub(super) async fn fetch(cache: &Path, screen: &Screen) -> Result<PathBuf, UpError> {
     let models = cache.join("models");
     let unwritable = |source| UpError::Cache { path: models.clone(), source };
-    fs::create_dir_all(&models).map_err(unwritable)?;
+    prepare(cache)?;
     let path = models.join(FILE);
     if path.exists() {
         if blocking(move |path: PathBuf| is_whole(&path), path.clone()).await {

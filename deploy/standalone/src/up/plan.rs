@@ -101,7 +101,8 @@ pub(super) fn plan(
         args.threads.map_or_else(|| threads_of_each(cores, args.instances()), |threads| threads as usize);
     let model = model.display().to_string();
     let controller = addresses.controller.to_string();
-    let (prefill, decode) = (i64::from(args.prefill), i64::from(args.decode));
+    // A server alone does both, whatever the ratio; the controller wants at least one of each in it.
+    let (prefill, decode) = (i64::from(args.prefill), i64::from(args.decode.max(1)));
 
     let mut children = Vec::new();
     let mut add = |name: String, service: Service, config: Table, sockets: Vec<Socket>| {
@@ -120,7 +121,9 @@ pub(super) fn plan(
 
     let listen = inherited(0);
     let config = toml! {
+        controller_id = "controller"
         listen = listen
+        metrics_listen = "127.0.0.1:0"
         [roles]
         prefill = prefill
         decode = decode
