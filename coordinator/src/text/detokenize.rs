@@ -135,7 +135,10 @@ mod tests {
     #[test]
     fn unknown_ids_have_no_text() {
         let texts = TokenTexts::new([b"a".to_vec(), Vec::new(), b"bc".to_vec()]);
-        assert_eq!((texts.get(0), texts.get(1), texts.get(2)), (b"a".as_slice(), b"".as_slice(), b"bc".as_slice()));
+        assert_eq!(
+            (texts.get(0), texts.get(1), texts.get(2)),
+            (b"a".as_slice(), b"".as_slice(), b"bc".as_slice())
+        );
         assert!(texts.get(3).is_empty() && texts.get(u32::MAX).is_empty());
     }
 

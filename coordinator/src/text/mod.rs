@@ -85,3 +85,6 @@ impl CheckpointText {
         self.texts.len()
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -44,7 +44,8 @@ mod tests {
     fn a_stop_string_within_characters_split_over_tokens_is_found() {
         // "a☕b" with "☕" in two tokens; "☕b" stops.
         let texts = TokenTexts::new([b"a\xe2".to_vec(), b"\x98\x95".to_vec(), b"b".to_vec()]);
-        let mut reader = Reader::new(Detokenizer::new(Arc::new(texts)), StopMatcher::new(vec!["☕b".to_owned()]));
+        let mut reader =
+            Reader::new(Detokenizer::new(Arc::new(texts)), StopMatcher::new(vec!["☕b".to_owned()]));
         let mut text = String::new();
         assert!(!reader.push(0, &mut text));
         assert!(!reader.push(1, &mut text));
@@ -57,7 +58,8 @@ mod tests {
     #[test]
     fn what_was_held_comes_out_at_the_end() {
         let texts = TokenTexts::new([b"ab".to_vec(), b"\xe2".to_vec()]);
-        let mut reader = Reader::new(Detokenizer::new(Arc::new(texts)), StopMatcher::new(vec!["bc".to_owned()]));
+        let mut reader =
+            Reader::new(Detokenizer::new(Arc::new(texts)), StopMatcher::new(vec!["bc".to_owned()]));
         let mut text = String::new();
         reader.push(0, &mut text);
         reader.push(1, &mut text);

@@ -128,11 +128,10 @@ mod tests {
 
     #[test]
     fn a_false_start_may_hold_the_true_one() {
-        assert_eq!(read(&["aab"], &["aa", "ab", "z"]), [
-            (String::new(), false),
-            ("a".into(), true),
-            (String::new(), true)
-        ]);
+        assert_eq!(
+            read(&["aab"], &["aa", "ab", "z"]),
+            [(String::new(), false), ("a".into(), true), (String::new(), true)]
+        );
     }
 
     #[test]
@@ -149,7 +148,8 @@ mod tests {
     /// Where the text ends by the definition: the shortest beginning that ends with a stop string, without it.
     fn naive(stops: &[String], text: &str) -> Option<usize> {
         (0..=text.len()).filter(|&end| text.is_char_boundary(end)).find_map(|end| {
-            let complete = stops.iter().filter(|stop| !stop.is_empty() && text[..end].ends_with(stop.as_str()));
+            let complete =
+                stops.iter().filter(|stop| !stop.is_empty() && text[..end].ends_with(stop.as_str()));
             complete.map(|stop| end - stop.len()).min()
         })
     }

@@ -2,9 +2,8 @@
 
 use std::{fmt, time::SystemTime};
 
-use minijinja::{Environment, Error, ErrorKind, context};
+use minijinja::{Environment, Error, ErrorKind, Value, context, syntax::SyntaxConfig};
 use minijinja_contrib::pycompat::unknown_method_callback;
-use serde::Serialize;
 
 use super::TextError;
 
@@ -12,7 +11,7 @@ use super::TextError;
 pub type Clock = fn() -> SystemTime;
 
 /// One message of a chat, as templates know it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ChatMessage<'a> {
     pub role: &'a str,
     pub content: &'a str,
@@ -36,8 +35,8 @@ impl ChatTemplate {
     pub fn new(source: &str, bos: Option<&str>, eos: Option<&str>, clock: Clock) -> Result<Self, String> {
         let mut environment = Environment::new();
         // As in Hugging Face's own environment.
-        environment.set_trim_blocks(true);
-        environment.set_lstrip_blocks(true);
+        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+        environment.set_syntax(syntax.map_err(|error| error.to_string())?);
         environment.set_fuel(Some(FUEL));
         environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
         environment.set_unknown_method_callback(unknown_method_callback);
@@ -45,19 +44,32 @@ impl ChatTemplate {
             Err(Error::new(ErrorKind::InvalidOperation, format!("{RAISED}{reason}")))
         });
         environment.add_function("strftime_now", move |format: String| strftime(&format, clock()));
-        environment.add_template_owned(NAME, without_generation_tags(source)).map_err(|error| error.to_string())?;
+        environment
+            .add_template_owned(NAME, without_generation_tags(source))
+            .map_err(|error| error.to_string())?;
         Ok(Self { environment, bos_token: bos.map(str::to_owned), eos_token: eos.map(str::to_owned) })
     }
 
     /// The prompt for these messages; with `add_generation_prompt`, ready for the assistant's answer.
-    pub fn render(&self, messages: &[ChatMessage<'_>], add_generation_prompt: bool) -> Result<String, TextError> {
-        let template =
-            self.environment.get_template(NAME).map_err(|error| TextError::Render { reason: error.to_string() })?;
+    pub fn render(
+        &self,
+        messages: &[ChatMessage<'_>],
+        add_generation_prompt: bool,
+    ) -> Result<String, TextError> {
+        let template = self
+            .environment
+            .get_template(NAME)
+            .map_err(|error| TextError::Render { reason: error.to_string() })?;
+        let message =
+            |message: &ChatMessage<'_>| context! { role => message.role, content => message.content };
+        let messages: Vec<Value> = messages.iter().map(message).collect();
+        // A token that the model does not have is undefined, which prints as nothing; `none` would print as a word.
+        let token = |token: &Option<String>| token.as_deref().map_or(Value::UNDEFINED, Value::from);
         let result = template.render(context! {
             messages,
             add_generation_prompt,
-            bos_token => self.bos_token,
-            eos_token => self.eos_token,
+            bos_token => token(&self.bos_token),
+            eos_token => token(&self.eos_token),
         });
         result.map_err(|error| match error.detail().and_then(|detail| detail.strip_prefix(RAISED)) {
             Some(reason) => TextError::Refused { reason: reason.to_owned() },
@@ -176,14 +188,17 @@ mod tests {
     }
 
     fn render(source: &str, messages: &[ChatMessage<'_>]) -> Result<String, TextError> {
-        ChatTemplate::new(source, Some("<s>"), None, clock).expect("the template compiles").render(messages, true)
+        ChatTemplate::new(source, Some("<s>"), None, clock)
+            .expect("the template compiles")
+            .render(messages, true)
     }
 
     const HELLO: ChatMessage<'_> = ChatMessage { role: "user", content: " Hi <b> " };
 
     #[test]
     fn python_methods_slices_and_loop_controls_work() {
-        let source = "{{ bos_token }}{% for m in messages[0:] %}{% if m['role'] == 'tool' %}{% continue %}{% endif %}
+        let source =
+            "{{ bos_token }}{% for m in messages[0:] %}{% if m['role'] == 'tool' %}{% continue %}{% endif %}
             {{- m.role.upper() }}: {{ m['content'].strip() }}{{ eos_token }}
 {% endfor %}
 {% if add_generation_prompt %}
@@ -194,7 +209,9 @@ A:{% endif %}";
     #[test]
     fn the_templates_own_refusal_reaches_the_client() {
         let source = "{{ raise_exception('roles must alternate') }}";
-        assert!(matches!(render(source, &[HELLO]), Err(TextError::Refused { reason }) if reason == "roles must alternate"));
+        assert!(
+            matches!(render(source, &[HELLO]), Err(TextError::Refused { reason }) if reason == "roles must alternate")
+        );
         assert!(matches!(render("{{ messages[0].a.b.c }}", &[HELLO]), Err(TextError::Render { .. })));
         assert!(ChatTemplate::new("{% for %}", None, None, clock).is_err());
     }
@@ -213,10 +230,15 @@ A:{% endif %}";
 
     #[test]
     fn dates_are_pythons() {
-        assert_eq!(strftime("%d %b %Y, %A %a %B %-m %-d %H:%M:%S %y %% %Q", clock()),
-            "23 Nov 2026, Monday Mon November 11 23 13:05:09 26 % %Q");
+        assert_eq!(
+            strftime("%d %b %Y, %A %a %B %-m %-d %H:%M:%S %y %% %Q", clock()),
+            "23 Nov 2026, Monday Mon November 11 23 13:05:09 26 % %Q"
+        );
         let at = |days: u64| civil(days);
-        assert_eq!((at(0), at(59), at(789), at(11_016)), ((1970, 1, 1), (1970, 3, 1), (1972, 2, 29), (2000, 2, 29)));
+        assert_eq!(
+            (at(0), at(59), at(789), at(11_016)),
+            ((1970, 1, 1), (1970, 3, 1), (1972, 2, 29), (2000, 2, 29))
+        );
         assert_eq!(at(20_819), (2027, 1, 1));
     }
 }

@@ -1,0 +1,85 @@
+//! The real model's text side against Hugging Face's tokeniser and template.
+
+use std::{path::PathBuf, time::SystemTime};
+
+use baton_checkpoint::Checkpoint;
+use serde_json::Value;
+
+use super::*;
+
+fn real() -> CheckpointText {
+    let path = std::env::var_os("BATON_TEST_MODEL").expect(
+        "BATON_TEST_MODEL must be the path of SmolLM2-135M-Instruct.Q4_1.gguf; `deploy/run test` sets it",
+    );
+    open(PathBuf::from(path))
+}
+
+fn open(path: PathBuf) -> CheckpointText {
+    let checkpoint = Checkpoint::open(&path).unwrap_or_else(|error| panic!("{error}"));
+    CheckpointText::open(&checkpoint, || SystemTime::UNIX_EPOCH).unwrap_or_else(|error| panic!("{error}"))
+}
+
+fn reference() -> Value {
+    serde_json::from_str(include_str!("../../tests/reference/tokens.json")).expect("JSON")
+}
+
+fn ids(value: &Value) -> Vec<u32> {
+    value.as_array().expect("ids").iter().map(|id| id.as_u64().expect("an id") as u32).collect()
+}
+
+fn text(value: &Value) -> &str {
+    value.as_str().expect("text")
+}
+
+fn detokenise(model: &CheckpointText, ids: &[u32]) -> String {
+    let (mut detokenizer, mut text) = (model.detokenizer(), String::new());
+    ids.iter().for_each(|&id| detokenizer.push(id, &mut text));
+    detokenizer.finish(&mut text);
+    text
+}
+
+#[test]
+fn the_real_model_tokenises_as_hugging_face_does() {
+    let (model, reference) = (real(), reference());
+    assert_eq!(model.vocabulary(), 49152);
+    for case in reference["texts"].as_array().expect("texts") {
+        let text = text(&case["text"]);
+        assert_eq!(model.encode_text(text).expect("encodes"), ids(&case["ids"]), "{text:?}");
+    }
+    for case in reference["chats"].as_array().expect("chats") {
+        let messages = case["messages"].as_array().expect("messages").iter();
+        let messages: Vec<ChatMessage<'_>> =
+            messages.map(|m| ChatMessage { role: text(&m["role"]), content: text(&m["content"]) }).collect();
+        let template = model.template.as_ref().expect("the model has a template");
+        assert_eq!(template.render(&messages, true).expect("renders"), text(&case["prompt"]));
+        assert_eq!(model.encode_chat(&messages).expect("encodes"), ids(&case["ids"]));
+    }
+    for case in reference["decoded"].as_array().expect("decoded") {
+        assert_eq!(detokenise(&model, &ids(&case["ids"])), text(&case["text"]));
+    }
+}
+
+#[test]
+fn both_formats_of_a_tiny_model_tokenise_alike() {
+    let tiny = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../server/runtime/tests/reference/tiny");
+    let directory = open(tiny.join("hf-bf16-ratio4-llama3"));
+    let file = open(tiny.join("gguf-q4_0/model.gguf"));
+    assert_eq!((directory.vocabulary(), file.vocabulary()), (272, 272));
+    let whole = "the hen, 2 rats & é☕\n<|im_end|>then";
+    for model in [&directory, &file] {
+        assert_eq!(
+            detokenise(model, &model.encode_text(whole).expect("encodes")),
+            whole.replace("<|im_end|>", "")
+        );
+    }
+    let messages = [ChatMessage { role: "user", content: "the one" }];
+    let prompts = [&directory, &file].map(|model| model.encode_chat(&messages).expect("encodes"));
+    assert_eq!(prompts[0], prompts[1]);
+    assert_eq!((prompts[0].first(), prompts[0].contains(&271)), (Some(&270), true));
+}
+
+#[test]
+fn a_model_without_a_template_says_so() {
+    let model = CheckpointText { template: None, ..real() };
+    assert!(matches!(model.encode_chat(&[]), Err(TextError::NoTemplate)));
+}

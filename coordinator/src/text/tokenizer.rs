@@ -1,0 +1,91 @@
+//! The tokeniser of a checkpoint, whatever its source, and the bytes of its tokens.
+
+use std::path::Path;
+
+use baton_checkpoint::{Checkpoint, TokenizerSource};
+use serde_json::Value;
+use tokenizers::Tokenizer as Tables;
+
+use super::{TextError, detokenize::TokenTexts, ggml};
+
+/// Text to token ids. Equal to Hugging Face's tokeniser of the same model.
+#[derive(Debug)]
+pub struct Tokenizer {
+    tables: Tables,
+    /// What encoding puts around a plain text, where the tables do not say so themselves.
+    before: Option<u32>,
+    after: Option<u32>,
+}
+
+impl Tokenizer {
+    /// Builds the tokeniser, and the table of its tokens' bytes.
+    pub(super) fn open(checkpoint: &Checkpoint) -> Result<(Self, TokenTexts), TextError> {
+        let failed = |path: &Path, reason: String| TextError::Tokenizer { path: path.to_owned(), reason };
+        match checkpoint.tokenizer() {
+            TokenizerSource::HuggingFaceJson(path) => {
+                let tables = Tables::from_file(path).map_err(|error| failed(path, error.to_string()))?;
+                let texts = json_texts(&tables).map_err(|reason| failed(path, reason))?;
+                Ok((Self { tables, before: None, after: None }, texts))
+            }
+            TokenizerSource::Ggml(source) => {
+                let built = ggml::build(source).map_err(|reason| failed(checkpoint.path(), reason))?;
+                Ok((Self { tables: built.tables, before: built.before, after: built.after }, built.texts))
+            }
+        }
+    }
+
+    /// Token ids of `text`, special tokens in it matched whole. `surround` adds what the model wants around a plain
+    /// text, such as BOS.
+    pub fn encode(&self, text: &str, surround: bool) -> Result<Vec<u32>, TextError> {
+        let encoding = self
+            .tables
+            .encode_fast(text, surround)
+            .map_err(|error| TextError::Encode { reason: error.to_string() })?;
+        let around = |id: Option<u32>| id.filter(|_| surround);
+        Ok(around(self.before)
+            .into_iter()
+            .chain(encoding.get_ids().iter().copied())
+            .chain(around(self.after))
+            .collect())
+    }
+}
+
+/// How a `tokenizer.json` writes bytes in its tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Spelling {
+    /// GPT-2's characters for bytes.
+    ByteLevel,
+    /// `▁` for a space, `<0xNN>` for a byte.
+    Sentencepiece,
+}
+
+impl Spelling {
+    /// From the decoder of a `tokenizer.json`.
+    fn of(decoder: &Value) -> Option<Self> {
+        match decoder["type"].as_str()? {
+            "ByteLevel" => Some(Self::ByteLevel),
+            "ByteFallback" | "Metaspace" => Some(Self::Sentencepiece),
+            "Sequence" => decoder["decoders"].as_array()?.iter().find_map(Self::of),
+            _ => None,
+        }
+    }
+}
+
+/// The bytes of every token of a `tokenizer.json`; special tokens have none.
+fn json_texts(tables: &Tables) -> Result<TokenTexts, String> {
+    let decoder = serde_json::to_value(tables.get_decoder()).map_err(|error| error.to_string())?;
+    let spelling =
+        Spelling::of(&decoder).ok_or("its decoder is none of ByteLevel, ByteFallback and Metaspace")?;
+    let count = tables.get_vocab(true).into_values().max().map_or(0, |highest| highest + 1);
+    let added = tables.get_added_tokens_decoder();
+    let text = |id| match (added.get(&id), tables.id_to_token(id)) {
+        (Some(token), _) if token.special => Vec::new(),
+        (Some(token), _) => token.content.clone().into_bytes(),
+        (None, None) => Vec::new(),
+        (None, Some(token)) => match spelling {
+            Spelling::ByteLevel => ggml::byte_level(&token),
+            Spelling::Sentencepiece => ggml::sentencepiece(&token),
+        },
+    };
+    Ok(TokenTexts::new((0..count).map(text)))
+}

@@ -1,0 +1,306 @@
+//! Files that are cut, changed or made up: one clear error that names file and field, never a panic, never memory for
+//! what only a number in the file claims.
+
+mod files;
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use baton_checkpoint::{Checkpoint, CheckpointError, LayerWeight, Weight};
+use files::{GgufWriter, config, gguf_model, safetensors, write_hugging_face};
+use proptest::prelude::*;
+use tempfile::TempDir;
+
+struct Place(TempDir);
+
+impl Place {
+    fn new() -> Self {
+        Self(tempfile::tempdir().expect("a temporary directory"))
+    }
+
+    fn gguf(&self, bytes: &[u8]) -> PathBuf {
+        let path = self.0.path().join("tiny.gguf");
+        fs::write(&path, bytes).expect("a file is written");
+        path
+    }
+
+    fn hugging_face(&self) -> &Path {
+        write_hugging_face(self.0.path());
+        self.0.path()
+    }
+}
+
+fn refusal(path: &Path) -> String {
+    Checkpoint::open(path).expect_err("it is refused").to_string()
+}
+
+fn gguf_refusal(writer: &GgufWriter) -> String {
+    let place = Place::new();
+    let path = place.gguf(&writer.finish());
+    let message = refusal(&path);
+    assert!(message.contains("tiny.gguf"), "{message}");
+    message
+}
+
+/// Reads all that there is to read.
+fn use_it(checkpoint: &Checkpoint) {
+    for (_, view) in checkpoint.tensors() {
+        assert_eq!(view.bytes.len(), view.rows() * view.row_bytes());
+        view.to_f32();
+    }
+    checkpoint.revision();
+}
+
+#[test]
+fn whole_files_open_in_both_versions_and_formats() {
+    let place = Place::new();
+    for version in [2, 3] {
+        let mut bytes = gguf_model().finish();
+        bytes[4] = version;
+        let checkpoint = Checkpoint::open(&place.gguf(&bytes)).expect("the tiny GGUF opens");
+        assert_eq!((checkpoint.name(), checkpoint.stop_token_ids()), ("tiny", [3].as_slice()));
+        use_it(&checkpoint);
+    }
+    let checkpoint = Checkpoint::open(place.hugging_face()).expect("the tiny directory opens");
+    assert_eq!((checkpoint.eos_token(), checkpoint.stop_token_ids()), (Some("<|end|>"), [3].as_slice()));
+    assert!(matches!(
+        checkpoint.tensor(Weight::Layer(1, LayerWeight::Query)),
+        Err(CheckpointError::NoTensor { .. })
+    ));
+    use_it(&checkpoint);
+}
+
+#[test]
+fn revisions_follow_the_content() {
+    let place = Place::new();
+    let revision = |bytes: &[u8]| Checkpoint::open(&place.gguf(bytes)).expect("opens").revision();
+    let bytes = gguf_model().finish();
+    let mut changed = bytes.clone();
+    *changed.last_mut().expect("not empty") ^= 1;
+    assert_eq!(revision(&bytes), revision(&bytes));
+    assert_ne!(revision(&bytes), revision(&changed));
+    assert_ne!(revision(&bytes), revision(&gguf_model().u32("llama.context_length", 65).finish()));
+}
+
+#[test]
+fn what_is_no_model_is_told_so() {
+    let place = Place::new();
+    assert!(refusal(&place.0.path().join("absent")).contains("cannot read"));
+    assert!(refusal(&place.gguf(b"")).contains("is not a model"));
+    assert!(refusal(&place.gguf(b"PK\x03\x04 something else")).contains("is not a model"));
+    let directory = place.0.path().join("empty");
+    fs::create_dir(&directory).expect("created");
+    assert!(refusal(&directory).contains("no config.json"));
+}
+
+#[test]
+fn gguf_errors_name_the_field() {
+    let table: Vec<(GgufWriter, &[&str])> = vec![
+        (
+            gguf_model().text("general.architecture", "mamba"),
+            &["general.architecture", "mamba", "supported: llama"],
+        ),
+        (gguf_model().without("general.architecture"), &["general.architecture", "not there"]),
+        (gguf_model().without("llama.block_count"), &["llama.block_count"]),
+        (gguf_model().text("llama.block_count", "one"), &["llama.block_count", "\"one\"", "32-bit number"]),
+        (gguf_model().u32("llama.block_count", 2), &["AttentionNorm of layer 1", "not there"]),
+        (gguf_model().u32("llama.block_count", u32::MAX), &["layers", "not within"]),
+        (gguf_model().u32("llama.attention.head_count", 0), &["heads"]),
+        (gguf_model().u32("llama.attention.head_count_kv", 3), &["key/value heads"]),
+        (gguf_model().u32("llama.attention.head_count", 4), &["blk.0.attn_k.weight", "[2, 8]"]),
+        (gguf_model().u32("llama.expert_count", 8), &["llama.expert_count", "dense"]),
+        (gguf_model().u32("split.count", 3), &["split.count", "llama-gguf-split"]),
+        (gguf_model().u32("general.alignment", 7), &["general.alignment"]),
+        (gguf_model().f32("llama.attention.layer_norm_rms_epsilon", f32::NAN), &["epsilon"]),
+        (gguf_model().f32("llama.rope.freq_base", -1.0), &["rotary"]),
+        (
+            gguf_model().text("llama.rope.scaling.type", "longrope").f32("llama.rope.scaling.factor", 2.0),
+            &["llama.rope.scaling.type", "longrope"],
+        ),
+        (gguf_model().u32("tokenizer.ggml.eos_token_id", 4), &["tokenizer.ggml.eos_token_id", "4 tokens"]),
+        (gguf_model().without("tokenizer.ggml.tokens"), &["tokenizer.ggml.tokens"]),
+        (gguf_model().without("blk.0.attn_k.weight"), &["Key of layer 0", "not there"]),
+        (gguf_model().ones("blk.0.attn_q_norm.weight", &[4]), &["blk.0.attn_q_norm.weight"]),
+        (gguf_model().ones("blk.0.attn_q.bias", &[8]), &["KeyBias of layer 0"]),
+        (gguf_model().ones("token_embd.weight", &[8, 4]), &["token_embd.weight", "twice"]),
+        (
+            gguf_model().without("output_norm.weight").ones("output_norm.weight", &[9]),
+            &["output_norm.weight", "[9]"],
+        ),
+        (
+            gguf_model().tensor("output.weight", &[8, 4], 16, vec![0; 64]),
+            &["output.weight", "type 16", "Q4_K"],
+        ),
+        (
+            gguf_model().tensor("output.weight", &[8, 4], 8, vec![0; 64]),
+            &["output.weight", "whole blocks of Q8_0"],
+        ),
+        (
+            gguf_model().tensor("output.weight", &[8, u64::MAX / 2], 0, vec![0; 64]),
+            &["output.weight", "size"],
+        ),
+        (
+            gguf_model().tensor("output.weight", &[8, 1 << 40], 0, vec![0; 64]),
+            &["output.weight", "ends at byte"],
+        ),
+        (gguf_model().tensor("output.weight", &[], 0, vec![0; 64]), &["output.weight", "axes"]),
+        (GgufWriter::new(1), &["version", "2, 3"]),
+        (GgufWriter::new(3u32.swap_bytes()), &["version", "big-endian"]),
+    ];
+    for (writer, words) in table {
+        let message = gguf_refusal(&writer);
+        for word in words {
+            assert!(message.contains(word), "{word:?} is not in: {message}");
+        }
+    }
+}
+
+#[test]
+fn claims_of_huge_counts_cost_nothing() {
+    let place = Place::new();
+    let whole = gguf_model().finish();
+    // Number of tensors, number of metadata entries, length of the first key, length of the first value's text.
+    for at in [8, 16, 24, 24 + 8 + "general.architecture".len() + 4] {
+        for count in [u64::MAX, u64::MAX / 8, 1 << 40, 1 << 32] {
+            let mut bytes = whole.clone();
+            bytes[at..at + 8].copy_from_slice(&count.to_le_bytes());
+            refusal(&place.gguf(&bytes));
+        }
+    }
+}
+
+fn with_config(change: impl Fn(&mut serde_json::Value)) -> String {
+    let place = Place::new();
+    let directory = place.hugging_face();
+    let mut config = config();
+    change(&mut config);
+    fs::write(directory.join("config.json"), config.to_string()).expect("written");
+    refusal(directory)
+}
+
+#[test]
+fn hugging_face_errors_name_the_field() {
+    let cases: Vec<(String, &[&str])> = vec![
+        (
+            with_config(|c| c["model_type"] = "gpt_neox".into()),
+            &["config.json", "model_type", "gpt_neox", "llama"],
+        ),
+        (with_config(|c| c["hidden_size"] = "wide".into()), &["config.json", "hidden_size", "\"wide\""]),
+        (
+            with_config(|c| c["hidden_size"] = serde_json::Value::Null),
+            &["config.json", "hidden_size", "not there"],
+        ),
+        (with_config(|c| c["num_hidden_layers"] = 4_294_967_296u64.into()), &["num_hidden_layers"]),
+        (
+            with_config(|c| c["vocab_size"] = 5.into()),
+            &["model.safetensors", "embed_tokens", "[4, 8]", "[5, 8]"],
+        ),
+        (with_config(|c| c["tie_word_embeddings"] = false.into()), &["Output", "not there"]),
+        (with_config(|c| c["attention_bias"] = true.into()), &["QueryBias"]),
+        (with_config(|c| c["hidden_act"] = "gelu".into()), &["hidden_act", "silu"]),
+        (
+            with_config(|c| c["quantization_config"] = serde_json::json!({"quant_method": "gptq"})),
+            &["gptq", "GGUF"],
+        ),
+        (
+            with_config(|c| c["rope_scaling"] = serde_json::json!({"type": "dynamic", "factor": 2.0})),
+            &["rope_scaling.rope_type", "dynamic"],
+        ),
+        (
+            with_config(|c| c["rope_scaling"] = serde_json::json!({"rope_type": "linear"})),
+            &["rope_scaling.factor"],
+        ),
+        (with_config(|c| c["eos_token_id"] = "end".into()), &["eos_token_id"]),
+    ];
+    for (message, words) in cases {
+        for word in words {
+            assert!(message.contains(word), "{word:?} is not in: {message}");
+        }
+    }
+}
+
+#[test]
+fn indexes_cannot_lead_out_of_the_directory() {
+    let place = Place::new();
+    let directory = place.hugging_face();
+    for name in ["../model.safetensors", "/etc/passwd", "notes.txt"] {
+        let index = serde_json::json!({"weight_map": {"lm_head.weight": name}});
+        fs::write(directory.join("model.safetensors.index.json"), index.to_string()).expect("written");
+        let message = refusal(directory);
+        assert!(message.contains("weight_map.lm_head.weight"), "{message}");
+    }
+    let index = serde_json::json!({"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}});
+    fs::write(directory.join("model.safetensors.index.json"), index.to_string()).expect("written");
+    assert!(refusal(directory).contains("model-00002-of-00002.safetensors"));
+}
+
+#[test]
+fn every_cut_of_a_file_is_noticed() {
+    let place = Place::new();
+    let whole = gguf_model().finish();
+    // The last tensor fills its alignment, so that every byte counts.
+    for length in 0..whole.len() {
+        refusal(&place.gguf(&whole[..length]));
+    }
+    let directory = place.hugging_face();
+    let whole = safetensors();
+    for length in (0..whole.len()).step_by(3) {
+        fs::write(directory.join("model.safetensors"), &whole[..length]).expect("written");
+        let message = refusal(directory);
+        assert!(message.contains("model.safetensors"), "{message}");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    #[test]
+    fn changed_gguf_files_never_panic(changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6)) {
+        let place = Place::new();
+        let mut bytes = gguf_model().finish();
+        for (at, value) in changes {
+            let at = at.index(bytes.len());
+            bytes[at] = value;
+        }
+        if let Ok(checkpoint) = Checkpoint::open(&place.gguf(&bytes)) {
+            use_it(&checkpoint);
+        }
+    }
+
+    #[test]
+    fn changed_numbers_never_panic(at in any::<prop::sample::Index>(), number in any::<u64>(), wide in any::<bool>()) {
+        let place = Place::new();
+        let mut bytes = gguf_model().finish();
+        let width = if wide { 8 } else { 4 };
+        let at = at.index(bytes.len() - width);
+        bytes[at..at + width].copy_from_slice(&number.to_le_bytes()[..width]);
+        if let Ok(checkpoint) = Checkpoint::open(&place.gguf(&bytes)) {
+            use_it(&checkpoint);
+        }
+    }
+
+    #[test]
+    fn changed_safetensors_never_panic(changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4)) {
+        let place = Place::new();
+        let directory = place.hugging_face();
+        let mut bytes = safetensors();
+        for (at, value) in changes {
+            // Mostly the header, where it matters.
+            let at = at.index(bytes.len().min(1200));
+            bytes[at] = value;
+        }
+        fs::write(directory.join("model.safetensors"), &bytes).expect("written");
+        if let Ok(checkpoint) = Checkpoint::open(directory) {
+            use_it(&checkpoint);
+        }
+    }
+
+    #[test]
+    fn made_up_headers_never_panic(tail in prop::collection::vec(any::<u8>(), 0..200)) {
+        let place = Place::new();
+        let bytes = [b"GGUF\x03\0\0\0".as_slice(), &tail].concat();
+        prop_assert!(Checkpoint::open(&place.gguf(&bytes)).is_err());
+    }
+}
