@@ -1,17 +1,19 @@
 //! Where all components meet: built from the configuration, run until shutdown, drained.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use axum::Router;
-use baton_process::{Health, HealthHandle};
-use baton_proto::CoordinatorId;
-use baton_registry::FleetWatch;
+use baton_process::{Health, HealthHandle, Process, grpc};
+use baton_proto::{CoordinatorId, FILE_DESCRIPTOR_SET, v1::request_admin_server::RequestAdminServer};
+use baton_registry::{EtcdConfig, EtcdStore, FleetWatch, FleetWatchConfig, RemoteConfig, RemoteStore, Store};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tonic::service::Routes;
 
 use crate::{
     CoordinatorError,
+    admin::Admin,
     admit::Gate,
-    config::CoordinatorConfig,
+    config::{CoordinatorConfig, StoreConfig},
     fleet::keeper::{Keeper, Links},
     http,
     metrics::Metrics,
@@ -19,6 +21,11 @@ use crate::{
     schedule::board::Board,
     serve::Service,
 };
+
+/// A silent connection is probed after this long.
+const CLIENT_SILENCE: Duration = Duration::from_secs(30);
+/// A client that takes nothing of what was sent for this long is cut off.
+const CLIENT_STALL: Duration = Duration::from_secs(120);
 
 /// What a coordinator is built from besides its configuration; tests bring their own.
 pub struct Parts {
@@ -79,4 +86,68 @@ async fn watch_readiness(service: Arc<Service>, health: HealthHandle, shutdown: 
         }
     }
     health.set(Health::Draining);
+}
+
+/// The whole of a coordinator process.
+pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorError> {
+    let config = process.config.clone();
+    // Ports first: what is wrong with them is told before a model is read.
+    let bind = |listen: &baton_process::Listen, key| {
+        listen.bind().map_err(|source| CoordinatorError::Listen { key, source })
+    };
+    let listener = bind(&config.listen, "listen")?;
+    watch_clients(&listener);
+    let admin_listener = bind(&config.admin_listen, "admin_listen")?;
+    let served = Served::open(&config.model)?;
+    tracing::info!(model = %served.name, revision = %served.revision, "model opened");
+
+    let store = open_store(&config.store)?;
+    let fleet =
+        FleetWatch::start(store, FleetWatchConfig::default(), process.shutdown.clone(), &process.tasks);
+    // A little less than the process has: what is cut off then still gets its error.
+    let drain = process.drain().mul_f64(0.9);
+    let parts = Parts {
+        served,
+        fleet,
+        metrics: process.metrics.clone(),
+        health: process.health.clone(),
+        tasks: process.tasks.clone(),
+        shutdown: process.shutdown.clone(),
+    };
+    let (service, router) = assemble(&config, parts)?;
+
+    let admin = Admin { roster: service.roster.clone(), model: service.served.name.clone() };
+    let options = grpc::GrpcOptions {
+        health: process.health.clone(),
+        services: vec!["baton.v1.RequestAdmin"],
+        descriptors: FILE_DESCRIPTOR_SET,
+        shutdown: process.shutdown.clone(),
+        drain,
+    };
+    let routes = Routes::new(RequestAdminServer::new(admin));
+    process.spawn_essential("admin", grpc::serve(admin_listener, routes, options));
+    tracing::info!(listen = %config.listen, admin = %config.admin_listen, "serving");
+    let served = baton_process::http::serve(listener, router, process.shutdown.clone(), drain).await;
+    // Requests have drained: the streams to instances may end.
+    service.links.stop_all();
+    Ok(served?)
+}
+
+/// A client that vanished, or that holds its stream open and reads nothing, is cut off by the kernel: accepted sockets
+/// inherit this from the listener. Everything its request holds is then given back.
+fn watch_clients(listener: &std::net::TcpListener) {
+    let socket = socket2::SockRef::from(listener);
+    let keep_alive = socket2::TcpKeepalive::new().with_time(CLIENT_SILENCE).with_interval(CLIENT_SILENCE / 4);
+    let set =
+        socket.set_tcp_keepalive(&keep_alive).and_then(|()| socket.set_tcp_user_timeout(Some(CLIENT_STALL)));
+    if let Err(error) = set {
+        tracing::warn!(%error, "stalled clients will not be noticed");
+    }
+}
+
+fn open_store(config: &StoreConfig) -> Result<Arc<dyn Store>, CoordinatorError> {
+    if config.etcd.is_empty() {
+        return Ok(Arc::new(RemoteStore::new(&RemoteConfig::new([config.controller.as_str()]))?));
+    }
+    Ok(Arc::new(EtcdStore::new(&EtcdConfig::new(&config.etcd))?))
 }

@@ -122,7 +122,7 @@ impl Default for FleetConfig {
             connect_timeout: Duration::from_secs(3),
             reconnect_min: Duration::from_millis(50),
             reconnect_max: Duration::from_secs(2),
-            keep_alive: Duration::from_secs(3),
+            keep_alive: Duration::from_secs(5),
             absent_grace: Duration::from_secs(60),
             sweep: Duration::from_secs(5),
         }
@@ -184,7 +184,8 @@ mod tests {
     #[test]
     fn what_types_cannot_say_is_checked_with_its_key() {
         assert!(good().validate().is_ok());
-        let cases: [(&str, fn(&mut CoordinatorConfig)); 7] = [
+        type Change = fn(&mut CoordinatorConfig);
+        let cases: [(&str, Change); 7] = [
             ("id", |c| c.id = "Upper".into()),
             ("store", |c| c.store.controller.clear()),
             ("store", |c| c.store.etcd.push("127.0.0.1:2379".into())),

@@ -4,15 +4,17 @@ use baton_checkpoint::CheckpointError;
 use baton_process::{ListenError, ProcessError};
 use baton_registry::StoreError;
 
+use crate::text::TextError;
+
 #[derive(Debug, thiserror::Error)]
 pub enum CoordinatorError {
     #[error("model.path: {0}")]
     Checkpoint(#[from] Box<CheckpointError>),
-    #[error("model.path: the text side of the model cannot be used: {0}")]
-    Text(Box<dyn std::error::Error + Send + Sync>),
+    #[error("model.path: {0}")]
+    Text(#[from] TextError),
     #[error("{key}: {source}")]
     Listen { key: &'static str, source: ListenError },
-    #[error("the state store cannot be reached: {0}")]
+    #[error("store: {0}")]
     Store(#[from] StoreError),
     #[error(transparent)]
     Process(#[from] ProcessError),

@@ -1,7 +1,7 @@
 //! The entry of a Baton cluster: takes OpenAI requests, schedules and streams them.
 //!
 //! Modules in the order a request meets them: [`http`] -> [`serve`] (the path through the stages) -> [`prepare`]
-//! (validate, template, tokenise) -> [`admit`] -> [`schedule`] (pure) -> [`dispatch`] (protocol machine, pure, and what
+//! (validate, template, tokenise; [`text`]) -> [`admit`] -> [`schedule`] (pure) -> [`dispatch`] (protocol machine, pure, and what
 //! drives it) -> [`stream`] (detokenise, stop, count) -> [`http`]. Beside that path: [`fleet`] (which instances there
 //! are, and the streams to them), [`requests`] and [`admin`] (what operators ask), [`metrics`].
 //!
@@ -21,7 +21,8 @@ pub mod requests;
 pub mod schedule;
 pub mod serve;
 pub mod stream;
+pub mod text;
 
-pub use build::{Parts, assemble};
+pub use build::{Parts, assemble, run};
 pub use config::CoordinatorConfig;
 pub use error::CoordinatorError;

@@ -1,3 +1,43 @@
-//! Starts the coordinator: configuration, telemetry, listeners, run, drain.
+//! Starts the coordinator: flags and configuration, then [`baton_coordinator::run`] until a shutdown.
 
-fn main() {}
+use std::process::ExitCode;
+
+use baton_process::CommonArgs;
+use clap::Parser;
+
+/// The entry of a Baton cluster: serves the OpenAI API and schedules requests on prefill and decode instances.
+#[derive(Parser)]
+#[command(name = "baton-coordinator", version)]
+struct Args {
+    #[command(flatten)]
+    common: CommonArgs,
+
+    /// Model to serve: a GGUF file or a Hugging Face directory [key: model.path]
+    #[arg(long, value_name = "PATH")]
+    model: Option<String>,
+
+    /// Address for clients, HOST:PORT [key: listen]
+    #[arg(long, value_name = "ADDR")]
+    listen: Option<String>,
+
+    /// Address for operators (gRPC), HOST:PORT [key: admin_listen]
+    #[arg(long, value_name = "ADDR")]
+    admin_listen: Option<String>,
+
+    /// Controller that embeds the state store, HOST:PORT [key: store.controller]
+    #[arg(long, value_name = "ADDR")]
+    controller: Option<String>,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let flags = [
+        ("model.path", args.model),
+        ("listen", args.listen),
+        ("admin_listen", args.admin_listen),
+        ("store.controller", args.controller),
+    ];
+    let overrides =
+        flags.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?))).collect::<Vec<_>>();
+    baton_process::run("coordinator", args.common, overrides, baton_coordinator::run)
+}

@@ -26,7 +26,7 @@ use crate::{
 };
 
 /// Bodies up to this size are prepared on the spot; tokenising larger ones would hold up everybody else's tokens.
-const PREPARE_INLINE_BYTES: usize = 8 << 10;
+const PREPARE_INLINE_BYTES: usize = 2 << 10;
 /// How often a request is placed before its failure is told.
 const ATTEMPTS_MOST: u32 = 2;
 
@@ -72,8 +72,6 @@ impl Service {
         let result = async {
             let prepared = self.prepare(received.endpoint, received.body).await?;
             received.card.set(Stage::Queued { prompt_tokens: prepared.prompt_tokens() });
-            // Told at once: a request that nobody can serve does not wait in line.
-            self.can_serve()?;
             let permit = self.gate.admit(received.ticket).await?;
             Ok((prepared, permit))
         }
@@ -92,12 +90,13 @@ impl Service {
     }
 
     async fn prepare(&self, endpoint: Endpoint, body: Bytes) -> Result<Prepared, ApiError> {
-        let seed = rand::random();
+        let (most, seed) = (self.limits.max_completion_tokens, rand::random());
         if body.len() <= PREPARE_INLINE_BYTES {
-            return prepare(&self.served, endpoint, &body, seed);
+            return prepare(&self.served, endpoint, &body, most, seed);
         }
         let served = self.served.clone();
-        let prepared = tokio::task::spawn_blocking(move || prepare(&served, endpoint, &body, seed)).await;
+        let prepared =
+            tokio::task::spawn_blocking(move || prepare(&served, endpoint, &body, most, seed)).await;
         prepared.unwrap_or_else(|error| {
             tracing::error!(%error, "preparing a request panicked");
             Err(ApiError::new(baton_proto::ErrorCode::Internal, "the request could not be prepared"))

@@ -109,6 +109,11 @@ impl Link {
         }
     }
 
+    /// Whether the stream stands.
+    pub fn is_up(&self) -> bool {
+        self.channel.lock().is_some()
+    }
+
     /// Legs on the stream now.
     pub fn legs(&self) -> usize {
         self.channel.lock().as_ref().map_or(0, |up| up.legs.len())
@@ -199,6 +204,14 @@ enum BreakReason {
     Moved,
 }
 
+/// A stream that stands.
+struct Attached {
+    inbound: Streaming<v1::AttachResponse>,
+    cut: CancellationToken,
+    /// Who answered, and where.
+    target: Target,
+}
+
 /// Keeps the stream up until `stop`.
 pub struct LinkTask {
     pub link: Arc<Link>,
@@ -221,8 +234,9 @@ impl LinkTask {
                 () = stop.cancelled() => None,
                 reason = self.connect_and_serve() => Some(reason),
             };
-            self.link.break_off();
+            // First the board: a leg that fails now may be placed again at once, and not here.
             self.board.down(&self.link.instance, Instant::now());
+            self.link.break_off();
             let Some(reason) = reason else { return };
             tracing::info!(instance = %self.link.instance, %reason, "stream is down");
             if matches!(reason, BreakReason::Moved) || began.elapsed() > self.config.reconnect_max {
@@ -245,12 +259,12 @@ impl LinkTask {
 
     async fn connect_and_serve(&mut self) -> BreakReason {
         match self.attach().await {
-            Ok((mut inbound, cut)) => self.serve(&mut inbound, &cut).await,
+            Ok(attached) => self.serve(attached).await,
             Err(reason) => reason,
         }
     }
 
-    async fn attach(&mut self) -> Result<(Streaming<v1::AttachResponse>, CancellationToken), BreakReason> {
+    async fn attach(&mut self) -> Result<Attached, BreakReason> {
         let target = self.target.borrow_and_update().clone();
         let failed = |source| BreakReason::Connect { endpoint: target.endpoint.clone(), source };
         let channel = Endpoint::from_shared(format!("http://{}", target.endpoint))
@@ -280,11 +294,11 @@ impl LinkTask {
         let (inbound, first) = greeted.map_err(|_| BreakReason::NoWelcome)??;
         let expected = self.link.instance.clone();
         let (incarnation, duty) = match first.and_then(|first| first.frame) {
-            Some(Answer::Welcome(v1::attach_response::Welcome {
-                instance_id,
-                incarnation,
-                role: Some(role),
-            })) if instance_id == expected.as_str() => (Incarnation(incarnation), Duty::from(&role)),
+            Some(Answer::Welcome(v1::attach_response::Welcome { instance_id, incarnation, role }))
+                if instance_id == expected.as_str() =>
+            {
+                (Incarnation(incarnation), Duty::from(&role.unwrap_or_default()))
+            }
             other => {
                 let got = format!("{other:.80?}");
                 return Err(BreakReason::WrongPeer { expected, got });
@@ -295,19 +309,18 @@ impl LinkTask {
         *self.link.channel.lock() = Some(up);
         self.board.up(&self.link.instance, incarnation, duty);
         tracing::info!(instance = %self.link.instance, endpoint = %target.endpoint, ?duty, "stream is up");
-        Ok((inbound, cut))
+        Ok(Attached { inbound, cut, target: Target { incarnation, ..target } })
     }
 
-    async fn serve(
-        &mut self,
-        inbound: &mut Streaming<v1::AttachResponse>,
-        cut: &CancellationToken,
-    ) -> BreakReason {
+    async fn serve(&mut self, attached: Attached) -> BreakReason {
+        let Attached { mut inbound, cut, target } = attached;
         loop {
             let message = tokio::select! {
                 biased;
                 () = cut.cancelled() => return BreakReason::Cut,
                 moved = self.target.changed() => match moved {
+                    // The list has caught up with what was found there.
+                    Ok(()) if *self.target.borrow_and_update() == target => continue,
                     Ok(()) => return BreakReason::Moved,
                     Err(_) => return BreakReason::Cut,
                 },

@@ -32,17 +32,26 @@ struct Entry {
 /// Links by instance.
 #[derive(Default)]
 pub struct Links {
-    entries: RwLock<HashMap<InstanceId, Entry>>,
+    entries: RwLock<Entries>,
+}
+
+#[derive(Default)]
+struct Entries {
+    links: HashMap<InstanceId, Entry>,
+    /// No link is started any more.
+    closed: bool,
 }
 
 impl Links {
     pub fn get(&self, instance: &InstanceId) -> Option<Arc<Link>> {
-        self.entries.read().get(instance).map(|entry| entry.link.clone())
+        self.entries.read().links.get(instance).map(|entry| entry.link.clone())
     }
 
     /// Ends every stream; what is still on them fails. For the end of a drain.
     pub fn stop_all(&self) {
-        for entry in self.entries.write().values() {
+        let mut entries = self.entries.write();
+        entries.closed = true;
+        for entry in entries.links.values() {
             entry.stop.cancel();
         }
     }
@@ -97,6 +106,10 @@ impl Keeper {
 
     fn apply(&self, changes: Vec<Change>) {
         let mut entries = self.links.entries.write();
+        if entries.closed {
+            return;
+        }
+        let entries = &mut entries.links;
         for change in changes {
             match change {
                 Change::Target(spec) => {

@@ -163,8 +163,9 @@ impl Fleet {
         Self { instances: BTreeMap::new(), absent_grace }
     }
 
-    /// Takes the store's present list.
+    /// Takes the store's present list, in the order of ids.
     pub fn list(&mut self, specs: &[Spec], now: Instant) -> Vec<Change> {
+        debug_assert!(specs.is_sorted_by(|a, b| a.id < b.id));
         let mut changes = Vec::new();
         for spec in specs {
             match self.instances.get_mut(&spec.id) {
@@ -184,7 +185,8 @@ impl Fleet {
             }
         }
         for (id, instance) in &mut self.instances {
-            if instance.listing == Listing::Listed && !specs.iter().any(|spec| spec.id == *id) {
+            if instance.listing == Listing::Listed && specs.binary_search_by(|spec| spec.id.cmp(id)).is_err()
+            {
                 instance.listing = Listing::Missing { since: now };
             }
         }

@@ -2,7 +2,13 @@
 
 use std::time::Duration;
 
-use axum::{body::Body, http::HeaderMap, http::header::CONTENT_LENGTH};
+use axum::{
+    body::Body,
+    http::{
+        HeaderMap,
+        header::{CONTENT_LENGTH, EXPECT},
+    },
+};
 use baton_proto::{ApiError, ErrorCode};
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
@@ -22,6 +28,10 @@ pub(super) async fn read(headers: &HeaderMap, body: Body, most: usize) -> Result
     let announced = headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<usize>().ok());
     let mut chunks = body.into_data_stream();
     if announced.is_some_and(|bytes| bytes > most) {
+        if headers.contains_key(EXPECT) {
+            // The client asks before it sends.
+            return Err(over(most));
+        }
         return Err(too_large(&mut chunks, most).await);
     }
     let reading = async {
@@ -62,5 +72,9 @@ async fn too_large(chunks: &mut axum::body::BodyDataStream, most: usize) -> ApiE
         }
     };
     let _ = timeout(DISCARD_TIME, discard).await;
+    over(most)
+}
+
+fn over(most: usize) -> ApiError {
     ApiError::new(ErrorCode::PayloadTooLarge, format!("the request body is over the limit of {most} bytes"))
 }

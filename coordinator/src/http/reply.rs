@@ -78,7 +78,7 @@ struct Model<'a> {
 }
 
 fn entry(served: &Served) -> Model<'_> {
-    let max_model_len = served.limits.context_tokens;
+    let max_model_len = served.context_tokens;
     Model { id: &served.name, object: "model", created: served.since, owned_by: "baton", max_model_len }
 }
 
@@ -144,7 +144,8 @@ impl Voice {
             model: &self.model,
             system_fingerprint: &self.fingerprint,
         };
-        json!(common).to_string()
+        // Strings and a number in a struct: cannot fail.
+        serde_json::to_string(&common).unwrap_or_default()
     }
 
     /// The whole answer.

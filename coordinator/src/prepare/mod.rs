@@ -11,7 +11,8 @@ use std::sync::Arc;
 
 use baton_proto::{ApiError, ErrorCode};
 
-pub use sampling::{Sampling, TokenLimits};
+pub use sampling::Sampling;
+use sampling::TokenLimits;
 pub use served::{Served, TextModel, TextReader, Turn};
 
 use openai::{Content, Message, Prompt, Request};
@@ -63,8 +64,14 @@ fn invalid(field: impl Into<String>, message: &str) -> ApiError {
     ApiError::new(ErrorCode::InvalidArgument, format!("{field}: {message}")).param(field)
 }
 
-/// Checks and tokenises one body. `seed` is used if the request names none.
-pub fn prepare(served: &Served, endpoint: Endpoint, body: &[u8], seed: u64) -> Result<Prepared, ApiError> {
+/// Checks and tokenises one body. `max_completion_tokens`: see [`TokenLimits`]; `seed` is used if the request names none.
+pub fn prepare(
+    served: &Served,
+    endpoint: Endpoint,
+    body: &[u8],
+    max_completion_tokens: u32,
+    seed: u64,
+) -> Result<Prepared, ApiError> {
     let request = openai::parse(body)?;
     check_model(served, &request)?;
     request.refuse_unserved()?;
@@ -78,7 +85,8 @@ pub fn prepare(served: &Served, endpoint: Endpoint, body: &[u8], seed: u64) -> R
         return Err(invalid(field, "must not be empty"));
     }
     let prompt_tokens = u32::try_from(prompt.len()).unwrap_or(u32::MAX);
-    let sampling = sampling::sampling(&request, prompt_tokens, served.limits, &served.stop_tokens, seed)?;
+    let limits = TokenLimits { context_tokens: served.context_tokens, max_completion_tokens };
+    let sampling = sampling::sampling(&request, prompt_tokens, limits, &served.stop_tokens, seed)?;
     let vocabulary = served.text.vocabulary();
     if let Some(id) = sampling.stop_token_ids.iter().find(|&&id| id >= vocabulary) {
         return Err(invalid("stop_token_ids", &format!("{id} is no token: ids end at {}", vocabulary - 1)));

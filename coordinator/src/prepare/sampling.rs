@@ -53,7 +53,7 @@ impl From<&Sampling> for v1::Sampling {
 
 /// What bounds the number of tokens.
 #[derive(Debug, Clone, Copy)]
-pub struct TokenLimits {
+pub(super) struct TokenLimits {
     pub context_tokens: u32,
     /// 0 = the context's rest.
     pub max_completion_tokens: u32,

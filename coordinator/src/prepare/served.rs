@@ -1,10 +1,18 @@
 //! The one model this coordinator serves: its text side and its limits.
 
-use std::sync::Arc;
+use std::{
+    sync::Arc,
+    time::{SystemTime, UNIX_EPOCH},
+};
 
-use baton_proto::ApiError;
+use baton_checkpoint::Checkpoint;
+use baton_proto::{ApiError, ErrorCode};
 
-use super::sampling::TokenLimits;
+use crate::{
+    CoordinatorError,
+    config::ModelConfig,
+    text::{ChatMessage, CheckpointText, Reader, TextError},
+};
 
 /// One turn of a chat, checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -46,7 +54,7 @@ pub struct Served {
     /// The checkpoint's own name and revision: what instances call it.
     pub checkpoint: String,
     pub revision: String,
-    pub limits: TokenLimits,
+    pub context_tokens: u32,
     /// Tokens that end a sequence.
     pub stop_tokens: Vec<u32>,
     /// Unix seconds from which it is served, for `/v1/models`.
@@ -62,4 +70,70 @@ impl Served {
             self.revision.chars().filter(char::is_ascii_alphanumeric).take(12).collect::<String>()
         )
     }
+}
+
+impl Served {
+    /// Opens the model of a configuration.
+    pub fn open(config: &ModelConfig) -> Result<Self, CoordinatorError> {
+        let checkpoint = Checkpoint::open(&config.path).map_err(Box::new)?;
+        let text = CheckpointText::open(&checkpoint, SystemTime::now)?;
+        let context = checkpoint.config().context_tokens;
+        let context_tokens = match config.max_context_tokens {
+            0 => context,
+            most => context.min(most),
+        };
+        let name = if config.name.is_empty() { checkpoint.name() } else { &config.name };
+        Ok(Self {
+            name: name.to_owned(),
+            checkpoint: checkpoint.name().to_owned(),
+            revision: checkpoint.revision(),
+            context_tokens,
+            stop_tokens: checkpoint.stop_token_ids().to_vec(),
+            since: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
+            text: Arc::new(text),
+        })
+    }
+}
+
+impl TextModel for CheckpointText {
+    fn tokenise_text(&self, text: &str) -> Result<Vec<u32>, ApiError> {
+        self.encode_text(text).map_err(|error| refused(&error, "prompt"))
+    }
+
+    fn tokenise_chat(&self, turns: &[Turn]) -> Result<Vec<u32>, ApiError> {
+        let messages: Vec<_> =
+            turns.iter().map(|turn| ChatMessage { role: turn.role, content: &turn.content }).collect();
+        self.encode_chat(&messages).map_err(|error| refused(&error, "messages"))
+    }
+
+    fn reader(&self, stops: Vec<String>) -> Box<dyn TextReader> {
+        Box::new(CheckpointText::reader(self, stops))
+    }
+
+    fn vocabulary(&self) -> u32 {
+        CheckpointText::vocabulary(self)
+    }
+}
+
+impl TextReader for Reader {
+    fn push(&mut self, token: u32, text: &mut String) -> bool {
+        Reader::push(self, token, text)
+    }
+
+    fn finish(&mut self, text: &mut String) {
+        Reader::finish(self, text);
+    }
+}
+
+/// What of a text's failure is the client's to mend.
+fn refused(error: &TextError, field: &str) -> ApiError {
+    let code = match error {
+        TextError::Refused { .. } | TextError::Render { .. } => ErrorCode::InvalidArgument,
+        TextError::NoTemplate => ErrorCode::Unsupported,
+        TextError::Tokenizer { .. } | TextError::Template { .. } | TextError::Encode { .. } => {
+            ErrorCode::Internal
+        }
+    };
+    let error = ApiError::new(code, format!("{field}: {error}"));
+    if code == ErrorCode::Internal { error } else { error.param(field) }
 }

@@ -56,7 +56,7 @@ pub(crate) fn served() -> Served {
         name: "tiny".into(),
         checkpoint: "tiny".into(),
         revision: "r1".into(),
-        limits: TokenLimits { context_tokens: 200, max_completion_tokens: 0 },
+        context_tokens: 200,
         stop_tokens: vec![0],
         since: 1,
         text: Arc::new(Bytes),
@@ -64,11 +64,11 @@ pub(crate) fn served() -> Served {
 }
 
 fn chat(body: &str) -> Result<Prepared, ApiError> {
-    prepare(&served(), Endpoint::Chat, body.as_bytes(), 1)
+    prepare(&served(), Endpoint::Chat, body.as_bytes(), 0, 1)
 }
 
 fn text(body: &str) -> Result<Prepared, ApiError> {
-    prepare(&served(), Endpoint::Text, body.as_bytes(), 1)
+    prepare(&served(), Endpoint::Text, body.as_bytes(), 0, 1)
 }
 
 fn words(prepared: &Prepared) -> String {

@@ -16,7 +16,8 @@ fn fleet(instances: &[(&str, Role)]) -> Fleet {
 
 fn fleet_of(instances: Vec<(Spec, Role, Load)>) -> Fleet {
     let mut fleet = Fleet::new(Duration::from_secs(1));
-    let specs: Vec<_> = instances.iter().map(|(spec, ..)| spec.clone()).collect();
+    let mut specs: Vec<_> = instances.iter().map(|(spec, ..)| spec.clone()).collect();
+    specs.sort_by(|a, b| a.id.cmp(&b.id));
     fleet.list(&specs, Instant::now());
     for (spec, role, load) in instances {
         fleet.up(&spec.id, spec.incarnation, ready(role));

@@ -1,0 +1,198 @@
+//! Requests that go well, and how their answers look.
+
+use crate::scripted::{Cluster, answer, chat_text, events, until};
+use baton_proto::v1;
+use serde_json::{Value, json};
+use v1::{FinishReason, dispatch::Work};
+
+#[tokio::test]
+async fn both_legs_are_dispatched_at_once_with_one_transfer() {
+    let (cluster, mut prefill, mut decode) = Cluster::pair().await;
+    let body = json!({"seed": 7, "temperature": 0.5, "max_tokens": 3});
+    let response = cluster.chat(body);
+    let (p, d) = (prefill.dispatch().await, decode.dispatch().await);
+    let prompt: Vec<u32> = b"user:hi\nassistant:".iter().map(|&byte| u32::from(byte)).collect();
+    assert_eq!((&p.prompt_tokens, &d.prompt_tokens), (&prompt, &prompt));
+    assert_eq!((p.incarnation, p.role_epoch, p.model.as_str()), (1, 1, "tiny"));
+    assert!(p.timeout_millis > 500_000);
+    let sampling = p.sampling.clone().expect("sampling");
+    assert_eq!((sampling.seed, sampling.temperature, sampling.max_tokens), (7, 0.5, 3));
+    assert_eq!((sampling.stop_token_ids.as_slice(), p.sampling == d.sampling), (&[0][..], true));
+    let (Some(Work::Prefill(hand_on)), Some(Work::Decode(take_up))) = (p.work, d.work) else {
+        panic!("wrong work")
+    };
+    assert_eq!((hand_on.transfer_id.len(), &hand_on.transfer_id), (16, &take_up.transfer_id));
+    assert_eq!((hand_on.decode_instance.as_str(), take_up.prefill_instance.as_str()), ("d", "p"));
+    assert_eq!(hand_on.decode_handoff_endpoint, "d-handoff:1");
+    prefill.finish(p.leg, 0, "a", FinishReason::HandedOff);
+    decode.finish(d.leg, 1, "bc", FinishReason::Length);
+    let answer: Value = response.await.expect("ends").json().await.expect("is JSON");
+    assert_eq!(
+        answer["choices"][0]["message"],
+        json!({"role": "assistant", "content": "abc", "refusal": null})
+    );
+    assert_eq!(answer["choices"][0]["finish_reason"], "length");
+    assert_eq!(answer["object"], "chat.completion");
+    let usage = json!({"prompt_tokens": 18, "completion_tokens": 3, "total_tokens": 21,
+        "prompt_tokens_details": {"cached_tokens": 5}});
+    assert_eq!(answer["usage"], usage);
+    cluster.at_rest().await;
+    assert!(prefill.is_quiet() && decode.is_quiet(), "nothing was cancelled");
+}
+
+#[tokio::test]
+async fn a_stream_is_in_order_though_decode_overtakes_prefill() {
+    let (cluster, mut prefill, mut decode) = Cluster::pair().await;
+    let response = cluster.chat(json!({"stream": true, "stream_options": {"include_usage": true}}));
+    let (p, d) = (prefill.dispatch().await, decode.dispatch().await);
+    decode.tokens(d.leg, 1, "b");
+    decode.tokens(d.leg, 1, "bc");
+    prefill.finish(p.leg, 0, "a", FinishReason::HandedOff);
+    // Byte 0 is the stop token: counted, not shown.
+    decode.finish(d.leg, 3, "d\0", FinishReason::Stop);
+    let response = response.await.expect("ends");
+    assert_eq!(response.headers()["content-type"], "text/event-stream; charset=utf-8");
+    let body = response.text().await.expect("a body");
+    let events = events(&body);
+    assert_eq!(chat_text(&events), "abcd");
+    assert_eq!(events.last(), Some(&"[DONE]"));
+    let chunk = |at: usize| serde_json::from_str::<Value>(events[at]).expect("is JSON");
+    assert_eq!(chunk(0)["choices"][0]["delta"]["role"], "assistant");
+    let (finish, usage) = (chunk(events.len() - 3), chunk(events.len() - 2));
+    assert_eq!(finish["choices"][0]["finish_reason"], "stop");
+    assert_eq!((&usage["choices"], &usage["usage"]["completion_tokens"]), (&json!([]), &json!(5)));
+    cluster.at_rest().await;
+}
+
+#[tokio::test]
+async fn a_mixed_instance_answers_alone() {
+    let (cluster, [mut mixed]) = Cluster::start([("m", v1::Role::Mixed)], |_| {}).await;
+    let body = json!({"model": "tiny", "prompt": [104, 105], "stream": true, "max_tokens": 2});
+    let response = cluster.post("/v1/completions", body.to_string());
+    let dispatch = mixed.dispatch().await;
+    assert!(matches!(dispatch.work, Some(Work::Whole(_))));
+    assert_eq!(dispatch.prompt_tokens, [104, 105]);
+    mixed.tokens(dispatch.leg, 0, "x");
+    mixed.finish(dispatch.leg, 1, "y", FinishReason::Length);
+    let body = response.await.expect("ends").text().await.expect("a body");
+    let text: String = events(&body)
+        .iter()
+        .filter_map(|event| serde_json::from_str::<Value>(event).ok())
+        .map(|chunk| chunk["choices"][0]["text"].as_str().expect("text").to_owned())
+        .collect();
+    assert_eq!(text, "xy");
+    cluster.at_rest().await;
+}
+
+#[tokio::test]
+async fn prefill_that_ends_the_answer_cancels_decode() {
+    let (cluster, mut prefill, mut decode) = Cluster::pair().await;
+    let response = cluster.chat(json!({"max_tokens": 1}));
+    let (p, d) = (prefill.dispatch().await, decode.dispatch().await);
+    prefill.finish(p.leg, 0, "a", FinishReason::Length);
+    assert_eq!(decode.cancelled().await.leg, d.leg);
+    let answer: Value = response.await.expect("ends").json().await.expect("is JSON");
+    assert_eq!(answer["choices"][0]["message"]["content"], "a");
+    cluster.at_rest().await;
+}
+
+#[tokio::test]
+async fn a_stop_string_across_tokens_ends_the_answer_and_never_leaks() {
+    for stream in [false, true] {
+        let (cluster, mut prefill, mut decode) = Cluster::pair().await;
+        let response = cluster.chat(json!({"stream": stream, "stop": ["END", "zz"]}));
+        let (p, d) = (prefill.dispatch().await, decode.dispatch().await);
+        prefill.finish(p.leg, 0, "a", FinishReason::HandedOff);
+        decode.tokens(d.leg, 1, "bE");
+        decode.tokens(d.leg, 3, "N");
+        decode.tokens(d.leg, 4, "Dmore");
+        let cancel = decode.cancelled().await;
+        assert_eq!((cancel.leg, cancel.reason.as_str()), (d.leg, "stop_string"));
+        let body = response.await.expect("ends").text().await.expect("a body");
+        assert!(!body.contains("more"), "{body}");
+        if stream {
+            assert_eq!(chat_text(&events(&body)), "ab");
+            assert!(body.contains(r#""finish_reason":"stop""#), "{body}");
+        } else {
+            let answer: Value = serde_json::from_str(&body).expect("is JSON");
+            assert_eq!(answer["choices"][0]["message"]["content"], "ab");
+            assert_eq!(answer["usage"]["completion_tokens"], 5);
+        }
+        cluster.at_rest().await;
+    }
+}
+
+#[tokio::test]
+async fn ids_and_trace_context_are_passed_on() {
+    let (cluster, mut prefill, mut decode) = Cluster::pair().await;
+    let trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    let body = json!({"model": "tiny", "prompt": "x", "max_tokens": 2});
+    let request = cluster.client.post(format!("{}/v1/completions", cluster.url)).body(body.to_string());
+    let sent = tokio::spawn(request.header("x-request-id", "mine-1").header("traceparent", trace).send());
+    let (p, d) = (prefill.dispatch().await, decode.dispatch().await);
+    assert_eq!((p.request_id.as_str(), d.request_id.as_str()), ("mine-1", "mine-1"));
+    assert_eq!((p.traceparent.as_str(), d.traceparent.as_str()), (trace, trace));
+    prefill.finish(p.leg, 0, "a", FinishReason::HandedOff);
+    decode.finish(d.leg, 1, "b", FinishReason::Length);
+    let response = sent.await.expect("ends").expect("an answer");
+    assert_eq!(response.headers()["x-request-id"], "mine-1");
+    let answer: Value = response.json().await.expect("is JSON");
+    assert_eq!(answer["id"], "cmpl-mine-1");
+    let fresh = cluster.get("/nowhere").await;
+    assert_eq!(fresh.status(), 404);
+}
+
+#[tokio::test]
+async fn models_and_metrics_are_shown() {
+    let (cluster, mut prefill, mut decode) = Cluster::pair().await;
+    let models: Value = cluster.get("/v1/models").await.json().await.expect("is JSON");
+    assert_eq!((&models["object"], &models["data"][0]["id"]), (&json!("list"), &json!("tiny")));
+    let model: Value = cluster.get("/v1/models/tiny").await.json().await.expect("is JSON");
+    assert_eq!((&model["object"], &model["owned_by"]), (&json!("model"), &json!("baton")));
+    let other = cluster.get("/v1/models/other/one").await;
+    assert_eq!(other.status(), 404);
+
+    let response = cluster.chat(json!({"max_tokens": 3}));
+    answer(&mut prefill, &mut decode, "abc").await;
+    assert_eq!(response.await.expect("ends").status(), 200);
+    cluster.at_rest().await;
+    let metrics = cluster.get("/metrics").await.text().await.expect("text");
+    for line in [
+        "baton_coordinator_requests_total{route=\"/v1/chat/completions\",code=\"200\"} 1",
+        "baton_coordinator_in_flight 0",
+        "baton_coordinator_generation_tokens_total 3",
+        "baton_coordinator_prompt_tokens_total 18",
+        "baton_coordinator_time_to_first_token_seconds_count 1",
+        "baton_coordinator_time_per_output_token_seconds_count 1",
+        "baton_coordinator_e2e_request_latency_seconds_count 1",
+    ] {
+        assert!(metrics.contains(line), "{line} is not in\n{metrics}");
+    }
+}
+
+#[tokio::test]
+async fn operators_see_what_is_under_way() {
+    use v1::request_admin_server::RequestAdmin;
+    let (cluster, mut prefill, mut decode) = Cluster::pair().await;
+    let roster = cluster.service.roster.clone();
+    let admin = baton_coordinator::admin::Admin { roster: roster.clone(), model: "tiny".into() };
+    let list = async || {
+        let response = admin.list_requests(tonic::Request::new(v1::ListRequestsRequest {})).await;
+        response.expect("a list").into_inner().requests
+    };
+    assert!(list().await.is_empty());
+    let response = cluster.chat(json!({"max_tokens": 2}));
+    let (p, d) = (prefill.dispatch().await, decode.dispatch().await);
+    let shown = list().await;
+    assert_eq!(shown.len(), 1);
+    let view = &shown[0];
+    assert_eq!((view.stage.as_str(), view.prompt_tokens), ("prefill", 18));
+    assert_eq!((view.prefill_instance.as_str(), view.decode_instance.as_str()), ("p", "d"));
+    assert_eq!(view.request_id, p.request_id);
+    prefill.finish(p.leg, 0, "a", FinishReason::HandedOff);
+    until("the first token is counted", || roster.list()[0].completion_tokens() == 1).await;
+    assert_eq!(list().await[0].stage, "decode");
+    decode.finish(d.leg, 1, "b", FinishReason::Length);
+    assert_eq!(response.await.expect("ends").status(), 200);
+    cluster.at_rest().await;
+}

@@ -1,0 +1,234 @@
+//! Requests that do not go well: one clear answer each, and nothing held afterwards.
+
+use std::time::Duration;
+
+use crate::scripted::{Cluster, answer, chat_text, events, until};
+use baton_proto::{ErrorCode, v1};
+use baton_registry::{Store, Txn, keys};
+use futures::StreamExt;
+use serde_json::{Value, json};
+use v1::{FinishReason, attach_response::Frame as Answer};
+
+async fn error_of(response: reqwest::Response) -> (u16, Value) {
+    let status = response.status().as_u16();
+    assert_eq!(response.headers()["content-type"], "application/json");
+    let body: Value = response.json().await.expect("is JSON");
+    (status, body["error"].clone())
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_a_stream_cancels_both_legs() {
+    let (cluster, mut prefill, mut decode) = Cluster::pair().await;
+    let response = cluster.chat(json!({"stream": true}));
+    let (p, d) = (prefill.dispatch().await, decode.dispatch().await);
+    prefill.tokens(p.leg, 0, "a");
+    let mut body = response.await.expect("ends").bytes_stream();
+    body.next().await.expect("a chunk").expect("is read");
+    drop(body);
+    let (gone_p, gone_d) = (prefill.cancelled().await, decode.cancelled().await);
+    assert_eq!((gone_p.leg, gone_d.leg), (p.leg, d.leg));
+    assert_eq!(gone_d.reason, "client_gone");
+    cluster.at_rest().await;
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_before_the_answer_cancels_both_legs() {
+    for stream in [false, true] {
+        let (cluster, mut prefill, mut decode) = Cluster::pair().await;
+        let response = cluster.chat(json!({"stream": stream}));
+        let (p, d) = (prefill.dispatch().await, decode.dispatch().await);
+        response.abort();
+        assert_eq!((prefill.cancelled().await.leg, decode.cancelled().await.leg), (p.leg, d.leg));
+        cluster.at_rest().await;
+    }
+}
+
+#[tokio::test]
+async fn decode_lost_in_mid_stream_ends_it_with_one_error() {
+    let (cluster, mut prefill, mut decode) = Cluster::pair().await;
+    let response = cluster.chat(json!({"stream": true}));
+    let (p, d) = (prefill.dispatch().await, decode.dispatch().await);
+    prefill.tokens(p.leg, 0, "a");
+    decode.tokens(d.leg, 1, "b");
+    let response = response.await.expect("ends");
+    assert_eq!(response.status(), 200);
+    decode.kill().await;
+    let body = response.text().await.expect("the stream ends well");
+    let events = events(&body);
+    assert_eq!(chat_text(&events), "ab");
+    let errors: Vec<Value> = events
+        .iter()
+        .filter_map(|event| serde_json::from_str::<Value>(event).ok())
+        .filter(|event| event.get("error").is_some())
+        .collect();
+    assert_eq!(errors.len(), 1, "{body}");
+    assert_eq!(errors[0]["error"]["code"], "instance_lost");
+    assert!(events.last().expect("events").contains("instance_lost"), "nothing follows the error: {body}");
+    assert_eq!(prefill.cancelled().await.leg, p.leg);
+    cluster.at_rest().await;
+
+    assert_eq!(cluster.get("/readiness").await.status(), 503);
+    let (status, error) = error_of(cluster.chat(json!({})).await.expect("ends")).await;
+    assert_eq!((status, &error["code"]), (503, &json!("unavailable")));
+    assert!(error["message"].as_str().expect("a message").contains("decode"), "{error}");
+
+    decode.restart().await;
+    until("the coordinator is back with it", || cluster.service.can_serve().is_ok()).await;
+    let response = cluster.chat(json!({}));
+    answer(&mut prefill, &mut decode, "again").await;
+    assert_eq!(response.await.expect("ends").status(), 200);
+}
+
+#[tokio::test]
+async fn a_failure_before_the_first_token_has_a_status() {
+    for (code, status) in [(ErrorCode::HandoffFailed, 502), (ErrorCode::KvExhausted, 503)] {
+        let (cluster, mut prefill, mut decode) = Cluster::pair().await;
+        let response = cluster.chat(json!({"stream": true}));
+        // What another attempt may mend is tried once more.
+        let attempts = if code == ErrorCode::HandoffFailed { 2 } else { 1 };
+        for _ in 0..attempts {
+            let (p, d) = (prefill.dispatch().await, decode.dispatch().await);
+            decode.fail(d.leg, code);
+            assert_eq!(prefill.cancelled().await.leg, p.leg);
+        }
+        let (got, error) = error_of(response.await.expect("ends")).await;
+        assert_eq!((got, &error["code"]), (status, &json!(code.name())));
+        cluster.at_rest().await;
+    }
+}
+
+#[tokio::test]
+async fn a_request_without_an_answer_yet_is_placed_again() {
+    let (cluster, mut prefill, mut decode) = Cluster::pair().await;
+    let response = cluster.chat(json!({}));
+    let (first, _) = (prefill.dispatch().await, decode.dispatch().await);
+    prefill.fail(first.leg, ErrorCode::StaleEpoch);
+    decode.cancelled().await;
+    let (p, d) = (prefill.dispatch().await, decode.dispatch().await);
+    assert_eq!(first.prompt_tokens, p.prompt_tokens);
+    assert_eq!(first.sampling, p.sampling, "the seed is kept");
+    let transfer = |dispatch: &v1::Dispatch| match &dispatch.work {
+        Some(v1::dispatch::Work::Prefill(work)) => work.transfer_id.clone(),
+        other => panic!("{other:?}"),
+    };
+    assert_ne!(transfer(&first), transfer(&p), "an attempt has a transfer of its own");
+    prefill.finish(p.leg, 0, "o", FinishReason::HandedOff);
+    decode.finish(d.leg, 1, "k", FinishReason::Stop);
+    let answer: Value = response.await.expect("ends").json().await.expect("is JSON");
+    assert_eq!(answer["choices"][0]["message"]["content"], "ok");
+    cluster.at_rest().await;
+}
+
+#[tokio::test]
+async fn time_runs_out_with_one_error() {
+    let roles = [("p", v1::Role::Prefill), ("d", v1::Role::Decode)];
+    let (cluster, [mut prefill, mut decode]) =
+        Cluster::start(roles, |config| config.limits.request_timeout = Duration::from_millis(200)).await;
+    let response = cluster.chat(json!({}));
+    let (p, d) = (prefill.dispatch().await, decode.dispatch().await);
+    assert!(p.timeout_millis <= 200);
+    let cancel = prefill.cancelled().await;
+    assert_eq!((cancel.leg, cancel.reason.as_str()), (p.leg, "deadline"));
+    assert_eq!(decode.cancelled().await.leg, d.leg);
+    let (status, error) = error_of(response.await.expect("ends")).await;
+    assert_eq!((status, &error["code"]), (504, &json!("deadline_exceeded")));
+    cluster.at_rest().await;
+}
+
+#[tokio::test]
+async fn a_full_house_is_429_with_when_to_come_back() {
+    let roles = [("p", v1::Role::Prefill), ("d", v1::Role::Decode)];
+    let (cluster, [mut prefill, mut decode]) = Cluster::start(roles, |config| {
+        config.limits.max_concurrent = 1;
+        config.limits.max_queued = 1;
+    })
+    .await;
+    let first = cluster.chat(json!({}));
+    let (p, d) = (prefill.dispatch().await, decode.dispatch().await);
+    let second = cluster.chat(json!({}));
+    until("the second waits", || cluster.service.metrics.queued.get() == 1).await;
+    let third = cluster.chat(json!({})).await.expect("ends");
+    assert_eq!(third.headers()["retry-after"], "1");
+    let (status, error) = error_of(third).await;
+    assert_eq!((status, &error["code"]), (429, &json!("queue_full")));
+    prefill.finish(p.leg, 0, "a", FinishReason::HandedOff);
+    decode.finish(d.leg, 1, "b", FinishReason::Length);
+    assert_eq!(first.await.expect("ends").status(), 200);
+    answer(&mut prefill, &mut decode, "cd").await;
+    assert_eq!(second.await.expect("ends").status(), 200);
+    cluster.at_rest().await;
+}
+
+#[tokio::test]
+async fn nobody_there_is_503_until_somebody_is_ready() {
+    let (cluster, [mut alone]) = Cluster::start([("a", v1::Role::None)], |_| {}).await;
+    assert_eq!(cluster.get("/health").await.status(), 200);
+    assert_eq!(cluster.get("/readiness").await.status(), 503);
+    let (status, error) = error_of(cluster.chat(json!({})).await.expect("ends")).await;
+    assert_eq!((status, &error["code"]), (503, &json!("unavailable")));
+
+    let change = |phase: v1::Phase, epoch| {
+        Answer::Role(v1::RoleChange { role: v1::Role::Mixed.into(), epoch, phase: phase.into() })
+    };
+    alone.say(change(v1::Phase::Ready, 2));
+    until("it is ready", || cluster.service.can_serve().is_ok()).await;
+    let response = cluster.chat(json!({}));
+    let dispatch = alone.dispatch().await;
+    assert_eq!(dispatch.role_epoch, 2);
+    alone.say(change(v1::Phase::Draining, 2));
+    until("it drains", || cluster.service.can_serve().is_err()).await;
+    alone.finish(dispatch.leg, 0, "x", FinishReason::Stop);
+    assert_eq!(response.await.expect("ends").status(), 200, "what it had is finished");
+}
+
+#[tokio::test]
+async fn traffic_goes_on_while_the_store_has_nothing() {
+    let (cluster, mut prefill, mut decode) = Cluster::pair().await;
+    cluster.store.txn(Txn::new().delete_prefix(keys::ROOT)).await.expect("deletes");
+    let response = cluster.chat(json!({}));
+    answer(&mut prefill, &mut decode, "still").await;
+    assert_eq!(response.await.expect("ends").status(), 200);
+}
+
+#[tokio::test]
+async fn bad_requests_are_refused_by_field() {
+    let (cluster, [_mixed]) =
+        Cluster::start([("m", v1::Role::Mixed)], |config| config.limits.max_body_bytes = 2000).await;
+    let good = r#""model": "tiny", "messages": [{"role": "user", "content": "hi"}]"#;
+    let long = "x".repeat(1200);
+    let huge = "x".repeat(3000);
+    let cases = [
+        ("{".to_owned(), 400, "invalid_value", None),
+        ("[]".into(), 400, "invalid_value", None),
+        (r#"{"model": "gone", "messages": []}"#.into(), 404, "model_not_found", Some("model")),
+        (r#"{"model": "tiny", "messages": []}"#.into(), 400, "invalid_value", Some("messages")),
+        (format!(r#"{{{good}, "temperature": 3}}"#), 400, "invalid_value", Some("temperature")),
+        (format!(r#"{{{good}, "top_p": "x"}}"#), 400, "invalid_value", Some("top_p")),
+        (format!(r#"{{{good}, "n": 2}}"#), 400, "unsupported", Some("n")),
+        (format!(r#"{{{good}, "max_tokens": 5000}}"#), 400, "context_length_exceeded", Some("max_tokens")),
+        (
+            format!(r#"{{"model": "tiny", "messages": [{{"role": "user", "content": "{long}"}}]}}"#),
+            400,
+            "context_length_exceeded",
+            Some("messages"),
+        ),
+        (format!(r#"{{{good}, "user": "{huge}"}}"#), 413, "payload_too_large", None),
+    ];
+    for (body, status, code, param) in cases {
+        let shown = body.chars().take(80).collect::<String>();
+        let response = cluster.post("/v1/chat/completions", body).await.expect("ends");
+        assert!(response.headers().contains_key("x-request-id"));
+        let (got, error) = error_of(response).await;
+        assert_eq!(
+            (got, &error["code"], error["param"].as_str()),
+            (status, &json!(code), param),
+            "{shown}: {error}"
+        );
+        assert!(error["type"].is_string() && error["message"].is_string());
+    }
+    let (status, error) = error_of(cluster.get("/v1/nothing").await).await;
+    assert_eq!((status, &error["code"]), (404, &json!("not_found")));
+    let (status, error) = error_of(cluster.get("/v1/chat/completions").await).await;
+    assert_eq!((status, &error["type"]), (405, &json!("invalid_request_error")));
+    cluster.at_rest().await;
+}

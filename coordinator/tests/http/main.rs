@@ -1,0 +1,6 @@
+//! The coordinator over HTTP, against scripted instances on loopback and an embedded store.
+
+mod answers;
+mod failures;
+mod real_text;
+mod scripted;

@@ -1,0 +1,409 @@
+//! A coordinator in this process, between a real HTTP client and scripted instances on loopback.
+//!
+//! Tests read what instances are sent and answer it step by step; nothing computes anything here. Tokens are bytes.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use baton_coordinator::{
+    CoordinatorConfig, Parts, assemble,
+    prepare::{Served, TextModel, TextReader, Turn},
+    serve::Service,
+};
+use baton_process::HealthHandle;
+use baton_proto::{ApiError, ErrorCode, Incarnation, InstanceId, v1};
+use baton_registry::{
+    FleetWatch, FleetWatchConfig, InstanceSpec, KvLayoutSpec, MemoryConfig, MemoryStore, ModelIdentity,
+    Revision, Store, Txn, keys,
+};
+use parking_lot::Mutex;
+use serde_json::{Value, json};
+use tokio::{net::TcpListener, sync::mpsc, time::timeout};
+use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tokio_util::{
+    sync::{CancellationToken, DropGuard},
+    task::TaskTracker,
+};
+use tonic::{Request, Response, Status, Streaming};
+use v1::{attach_request::Frame as Ask, attach_response::Frame as Answer, leg_output::End};
+
+/// Longest wait for anything that must happen.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Waits until `what` is true.
+pub(crate) async fn until(what: &str, mut is_true: impl FnMut() -> bool) {
+    let wait = async {
+        while !is_true() {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    };
+    timeout(PATIENCE, wait).await.unwrap_or_else(|_| panic!("never came true: {what}"));
+}
+
+/// One byte is one token; the template is `role:content\n` per turn and `assistant:`.
+struct Bytes;
+
+struct ByteReader {
+    stops: Vec<String>,
+    all: String,
+    given: usize,
+}
+
+impl TextModel for Bytes {
+    fn tokenise_text(&self, text: &str) -> Result<Vec<u32>, ApiError> {
+        Ok(text.bytes().map(u32::from).collect())
+    }
+
+    fn tokenise_chat(&self, turns: &[Turn]) -> Result<Vec<u32>, ApiError> {
+        let text: String = turns.iter().map(|turn| format!("{}:{}\n", turn.role, turn.content)).collect();
+        self.tokenise_text(&(text + "assistant:"))
+    }
+
+    fn reader(&self, stops: Vec<String>) -> Box<dyn TextReader> {
+        Box::new(ByteReader { stops, all: String::new(), given: 0 })
+    }
+
+    fn vocabulary(&self) -> u32 {
+        256
+    }
+}
+
+impl TextReader for ByteReader {
+    fn push(&mut self, token: u32, text: &mut String) -> bool {
+        self.all.push(char::from(token as u8));
+        if let Some(at) = self.stops.iter().filter_map(|stop| self.all.find(stop.as_str())).min() {
+            text.push_str(&self.all[self.given..at]);
+            return true;
+        }
+        let longest = self.stops.iter().map(String::len).max().unwrap_or(1) - 1;
+        let certain = self.all.len().saturating_sub(longest).max(self.given);
+        text.push_str(&self.all[self.given..certain]);
+        self.given = certain;
+        false
+    }
+
+    fn finish(&mut self, text: &mut String) {
+        text.push_str(&self.all[self.given..]);
+    }
+}
+
+/// Byte 0 ends a sequence; the context is 1,000 tokens.
+fn served() -> Served {
+    Served {
+        name: "tiny".into(),
+        checkpoint: "tiny".into(),
+        revision: "r1".into(),
+        context_tokens: 1000,
+        stop_tokens: vec![0],
+        since: 1,
+        text: Arc::new(Bytes),
+    }
+}
+
+/// The sending half of the stream that the coordinator has open, if it has.
+type Outgoing = Arc<Mutex<Option<mpsc::Sender<Result<v1::AttachResponse, Status>>>>>;
+
+struct Script {
+    id: String,
+    role: v1::RoleChange,
+    outgoing: Outgoing,
+    incoming: mpsc::Sender<Ask>,
+}
+
+#[tonic::async_trait]
+impl v1::inference_server::Inference for Script {
+    type AttachStream = ReceiverStream<Result<v1::AttachResponse, Status>>;
+
+    async fn attach(
+        &self,
+        request: Request<Streaming<v1::AttachRequest>>,
+    ) -> Result<Response<Self::AttachStream>, Status> {
+        let mut frames = request.into_inner();
+        let (sender, receiver) = mpsc::channel(256);
+        let welcome = v1::attach_response::Welcome {
+            instance_id: self.id.clone(),
+            incarnation: 1,
+            role: Some(self.role),
+        };
+        let welcome = v1::AttachResponse { frame: Some(Answer::Welcome(welcome)) };
+        sender.try_send(Ok(welcome)).expect("room for the first message");
+        *self.outgoing.lock() = Some(sender);
+        let incoming = self.incoming.clone();
+        tokio::spawn(async move {
+            while let Ok(Some(v1::AttachRequest { frame: Some(frame) })) = frames.message().await {
+                if incoming.send(frame).await.is_err() {
+                    break;
+                }
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+}
+
+/// An instance that does what the test says.
+pub(crate) struct Instance {
+    pub(crate) id: InstanceId,
+    pub(crate) role: v1::Role,
+    address: SocketAddr,
+    outgoing: Outgoing,
+    incoming: mpsc::Receiver<Ask>,
+    stop: Option<DropGuard>,
+    ended: TaskTracker,
+}
+
+impl Instance {
+    async fn start(id: &str, role: v1::Role, at: Option<SocketAddr>) -> Self {
+        let at = at.unwrap_or_else(|| "127.0.0.1:0".parse().expect("an address"));
+        let listener = TcpListener::bind(at).await.expect("a free port");
+        let address = listener.local_addr().expect("is bound");
+        let (sender, incoming) = mpsc::channel(256);
+        let outgoing = Outgoing::default();
+        let change = v1::RoleChange { role: role.into(), epoch: 1, phase: v1::Phase::Ready.into() };
+        let script = Script { id: id.into(), role: change, outgoing: outgoing.clone(), incoming: sender };
+        let stop = CancellationToken::new();
+        let service = v1::inference_server::InferenceServer::new(script);
+        let serve = tonic::transport::Server::builder()
+            .add_service(service)
+            .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop.clone().cancelled_owned());
+        let ended = TaskTracker::new();
+        ended.spawn(serve);
+        ended.close();
+        Self {
+            id: InstanceId::new(id).expect("a good id"),
+            role,
+            address,
+            outgoing,
+            incoming,
+            stop: Some(stop.drop_guard()),
+            ended,
+        }
+    }
+
+    fn spec(&self, served: &Served) -> InstanceSpec {
+        InstanceSpec {
+            id: self.id.clone(),
+            incarnation: Incarnation(1),
+            group: "default".into(),
+            device: "cpu".into(),
+            device_count: 1,
+            model: ModelIdentity {
+                name: served.checkpoint.clone(),
+                revision: served.revision.clone(),
+                architecture: "llama".into(),
+                context_tokens: served.context_tokens,
+                vocabulary_size: served.text.vocabulary(),
+            },
+            kv_layout: KvLayoutSpec {
+                fingerprint: "f".into(),
+                format: "cpu-panel".into(),
+                dtype: "f32".into(),
+                block_tokens: 16,
+                layers: 1,
+                kv_heads: 1,
+                head_dim: 8,
+                tensor_parallel: 1,
+                block_bytes: 1024,
+            },
+            inference_endpoint: self.address.to_string(),
+            handoff_endpoint: format!("{}-handoff:1", self.id),
+            metrics_endpoint: String::new(),
+            transports: vec!["tcp".into()],
+            labels: Default::default(),
+            version: "test".into(),
+        }
+    }
+
+    /// The next frame that is not the greeting.
+    pub(crate) async fn next(&mut self) -> Ask {
+        loop {
+            let frame = timeout(PATIENCE, self.incoming.recv()).await;
+            match frame.unwrap_or_else(|_| panic!("{} was sent nothing", self.id)) {
+                Some(Ask::Hello(_)) => {}
+                Some(frame) => return frame,
+                None => panic!("the stream to {} ended", self.id),
+            }
+        }
+    }
+
+    pub(crate) async fn dispatch(&mut self) -> v1::Dispatch {
+        match self.next().await {
+            Ask::Dispatch(dispatch) => dispatch,
+            other => panic!("{} got {other:?} for a dispatch", self.id),
+        }
+    }
+
+    pub(crate) async fn cancelled(&mut self) -> v1::Cancel {
+        match self.next().await {
+            Ask::Cancel(cancel) => cancel,
+            other => panic!("{} got {other:?} for a cancel", self.id),
+        }
+    }
+
+    /// Whether nothing waits to be read.
+    pub(crate) fn is_quiet(&mut self) -> bool {
+        self.incoming.is_empty()
+    }
+
+    pub(crate) fn say(&self, answer: Answer) {
+        let outgoing = self.outgoing.lock();
+        let sender = outgoing.as_ref().expect("the coordinator is attached");
+        sender.try_send(Ok(v1::AttachResponse { frame: Some(answer) })).expect("room for a message");
+    }
+
+    fn leg(&self, leg: u64, first_position: u32, text: &str, end: Option<End>) {
+        let tokens = text.bytes().map(u32::from).collect();
+        let output = v1::LegOutput { leg, first_position, tokens, end };
+        self.say(Answer::Step(v1::StepOutput { legs: vec![output] }));
+    }
+
+    pub(crate) fn tokens(&self, leg: u64, first_position: u32, text: &str) {
+        self.leg(leg, first_position, text, None);
+    }
+
+    pub(crate) fn finish(&self, leg: u64, first_position: u32, text: &str, reason: v1::FinishReason) {
+        let finished = v1::Finished { reason: reason.into(), cached_tokens: 5, ..Default::default() };
+        self.leg(leg, first_position, text, Some(End::Finished(finished)));
+    }
+
+    pub(crate) fn fail(&self, leg: u64, code: ErrorCode) {
+        let failed = ApiError::new(code, "as scripted").into();
+        self.leg(leg, 0, "", Some(End::Failed(failed)));
+    }
+
+    /// Cuts the stream, as a killed process does.
+    pub(crate) fn cut(&self) {
+        *self.outgoing.lock() = None;
+    }
+
+    /// Ends the instance; its address is free afterwards.
+    pub(crate) async fn kill(&mut self) {
+        self.cut();
+        self.stop = None;
+        timeout(PATIENCE, self.ended.wait()).await.expect("the server ends");
+    }
+
+    /// Starts it again where it was.
+    pub(crate) async fn restart(&mut self) {
+        *self = Self::start(self.id.as_str(), self.role, Some(self.address)).await;
+    }
+}
+
+/// A coordinator and its instances.
+pub(crate) struct Cluster {
+    pub(crate) service: Arc<Service>,
+    pub(crate) store: MemoryStore,
+    pub(crate) url: String,
+    pub(crate) client: reqwest::Client,
+    _stop: DropGuard,
+}
+
+impl Cluster {
+    /// Starts both, with bytes for tokens, and waits until the streams stand.
+    pub(crate) async fn start<const N: usize>(
+        roles: [(&str, v1::Role); N],
+        configure: impl FnOnce(&mut CoordinatorConfig),
+    ) -> (Self, [Instance; N]) {
+        Self::start_with(served(), roles, configure).await
+    }
+
+    /// The same with a model of the test's.
+    pub(crate) async fn start_with<const N: usize>(
+        served: Served,
+        roles: [(&str, v1::Role); N],
+        configure: impl FnOnce(&mut CoordinatorConfig),
+    ) -> (Self, [Instance; N]) {
+        let shutdown = CancellationToken::new();
+        let tasks = TaskTracker::new();
+        let store = MemoryStore::start(MemoryConfig::new(Revision(1)), shutdown.clone(), &tasks);
+        let mut instances = Vec::new();
+        for (id, role) in roles {
+            let instance = Instance::start(id, role, None).await;
+            let spec = instance.spec(&served);
+            let put = Txn::new().put(keys::instance(&instance.id), spec.encode(), None);
+            store.txn(put).await.expect("the store takes it");
+            instances.push(instance);
+        }
+        let mut config = CoordinatorConfig::default();
+        config.fleet.reconnect_min = Duration::from_millis(5);
+        config.fleet.reconnect_max = Duration::from_millis(20);
+        configure(&mut config);
+        let shared: Arc<dyn Store> = Arc::new(store.clone());
+        let fleet = FleetWatch::start(shared, FleetWatchConfig::default(), shutdown.clone(), &tasks);
+        let parts = Parts {
+            served,
+            fleet,
+            metrics: baton_process::Metrics::new("coordinator"),
+            health: HealthHandle::default(),
+            tasks: tasks.clone(),
+            shutdown: shutdown.clone(),
+        };
+        let (service, router) = assemble(&config, parts).expect("is assembled");
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let url = format!("http://{}", listener.local_addr().expect("is bound"));
+        tasks.spawn(baton_process::http::serve(listener, router, shutdown.clone(), Duration::from_secs(1)));
+        let client = reqwest::Client::new();
+        let cluster = Self { service, store, url, client, _stop: shutdown.drop_guard() };
+        let links = cluster.service.links.clone();
+        let ids: Vec<_> = instances.iter().map(|instance| instance.id.clone()).collect();
+        until("all links are up", || ids.iter().all(|id| links.get(id).is_some_and(|link| link.is_up())))
+            .await;
+        (cluster, instances.try_into().unwrap_or_else(|_| panic!("as many as there were roles")))
+    }
+
+    /// One prefill, one decode.
+    pub(crate) async fn pair() -> (Self, Instance, Instance) {
+        let roles = [("p", v1::Role::Prefill), ("d", v1::Role::Decode)];
+        let (cluster, [prefill, decode]) = Self::start(roles, |_| {}).await;
+        (cluster, prefill, decode)
+    }
+
+    /// Sends a request whose body has `model`, `messages` of one turn, and `more`.
+    pub(crate) fn chat(&self, more: Value) -> tokio::task::JoinHandle<reqwest::Response> {
+        let mut body = json!({"model": "tiny", "messages": [{"role": "user", "content": "hi"}]});
+        merge(&mut body, more);
+        self.post("/v1/chat/completions", body.to_string())
+    }
+
+    pub(crate) fn post(&self, path: &str, body: String) -> tokio::task::JoinHandle<reqwest::Response> {
+        let request = self.client.post(format!("{}{path}", self.url)).body(body);
+        tokio::spawn(async move { request.send().await.expect("an answer") })
+    }
+
+    pub(crate) async fn get(&self, path: &str) -> reqwest::Response {
+        self.client.get(format!("{}{path}", self.url)).send().await.expect("an answer")
+    }
+
+    /// Waits until nothing is held for any request.
+    pub(crate) async fn at_rest(&self) {
+        let idle = || {
+            self.service.roster.list().is_empty()
+                && self.service.metrics.in_flight.get() == 0
+                && self.service.board.own_work().iter().all(|(_, work)| *work == Default::default())
+        };
+        until("nothing is held for any request", idle).await;
+    }
+}
+
+pub(crate) fn merge(into: &mut Value, more: Value) {
+    if let (Some(into), Value::Object(more)) = (into.as_object_mut(), more) {
+        into.extend(more);
+    }
+}
+
+/// The events of a stream that has ended, without `data: `.
+pub(crate) fn events(body: &str) -> Vec<&str> {
+    let events = body.split_terminator("\n\n");
+    events.map(|event| event.strip_prefix("data: ").expect("an event")).collect()
+}
+
+/// The text that a chat's stream carried.
+pub(crate) fn chat_text(events: &[&str]) -> String {
+    let chunks = events.iter().filter_map(|event| serde_json::from_str::<Value>(event).ok());
+    chunks.filter_map(|chunk| chunk["choices"][0]["delta"]["content"].as_str().map(str::to_owned)).collect()
+}
+
+/// Answers one request on a pair: `text`'s first byte by prefill, the rest by decode.
+pub(crate) async fn answer(prefill: &mut Instance, decode: &mut Instance, text: &str) {
+    let (p, d) = (prefill.dispatch().await, decode.dispatch().await);
+    prefill.finish(p.leg, 0, &text[..1], v1::FinishReason::HandedOff);
+    decode.finish(d.leg, 1, &text[1..], v1::FinishReason::Length);
+}
