@@ -170,10 +170,10 @@ mod tests {
     }
 
     fn region(len: usize) -> Region {
-        let owner = Arc::new(vec![0u8; len].into_boxed_slice());
-        let base = NonNull::new(owner.as_ptr().cast_mut()).expect("a box has an address");
+        let mut owner = vec![0u8; len];
+        let base = NonNull::new(owner.as_mut_ptr()).expect("a vector has an address");
         // SAFETY: the bytes live in `owner`; these tests are single-threaded and reach them only through the region.
-        unsafe { Region::new(owner, base, len) }
+        unsafe { Region::new(Arc::new(owner), base, len) }
     }
 
     #[test]

@@ -293,6 +293,7 @@ impl Inbound {
             data_key: self.key.as_bytes().to_vec().into(),
             receiver_epoch: self.node.incarnation.0,
         };
+        self.node.counters.accepted(Direction::Incoming);
         self.send(state, Body::Accept(accept));
     }
 

@@ -80,6 +80,9 @@ struct Node {
     /// A transfer has been added.
     activity: Notify,
     tasks: TaskTracker,
+    /// Given by the owner: take nothing new, abort what there is.
+    shutdown: CancellationToken,
+    /// Ours, a moment later: end every stream and connection.
     stop: CancellationToken,
 }
 
@@ -115,7 +118,8 @@ impl KvNode {
             counters: Counters::default(),
             activity: Notify::new(),
             tasks: TaskTracker::new(),
-            stop: shutdown,
+            shutdown,
+            stop: CancellationToken::new(),
             limits,
         });
         node.transport.receive(node.clone(), &node.tasks, node.stop.clone());
@@ -126,7 +130,7 @@ impl KvNode {
 
     /// Resolves once every task of the node has ended after shutdown.
     pub async fn stopped(&self) {
-        self.node.stop.cancelled().await;
+        self.node.shutdown.cancelled().await;
         self.node.tasks.wait().await;
     }
 
@@ -157,7 +161,7 @@ impl KvNode {
         let (missing, held) = (reservation.reserved.missing.clone(), reservation.reserved.held.clone());
         node.claims.claim(&missing, &held)?;
         let inbound = node.expect(now, reservation).inspect_err(|_| node.claims.release(&missing, &held))?;
-        if node.stop.is_cancelled() {
+        if node.shutdown.is_cancelled() {
             inbound.cancel(TransferError::ShuttingDown); // the sweep at shutdown may have missed it
         }
         Ok(Incoming::new(inbound))
@@ -187,7 +191,7 @@ impl KvNode {
         node.claims.claim(&[], &spec.blocks)?;
         let blocks = spec.blocks.clone();
         let outbound = node.offer(now, spec).inspect_err(|_| node.claims.release(&[], &blocks))?;
-        if node.stop.is_cancelled() {
+        if node.shutdown.is_cancelled() {
             outbound.cancel(TransferError::ShuttingDown); // the sweep at shutdown may have missed it
         }
         Ok(Outgoing::new(outbound))
@@ -221,7 +225,7 @@ impl Node {
     }
 
     fn check_running(&self) -> Result<(), TransferError> {
-        if self.stop.is_cancelled() { Err(TransferError::ShuttingDown) } else { Ok(()) }
+        if self.shutdown.is_cancelled() { Err(TransferError::ShuttingDown) } else { Ok(()) }
     }
 
     /// Room for one more offer that nobody expects; given back by `return_held_offer`.
@@ -387,6 +391,9 @@ impl Inbox for Node {
     }
 }
 
+/// For messages on their way out when a node stops.
+const FAREWELL: Duration = Duration::from_millis(5);
+
 /// Tells every transfer the time, often enough for leases to be renewed and deadlines to be kept within a tenth of a
 /// lease. Sleeps while there are none. At shutdown it aborts them all.
 async fn keep_time(node: Arc<Node>) {
@@ -402,7 +409,14 @@ async fn keep_time(node: Arc<Node>) {
             node.outgoing.live().iter().for_each(|outbound| outbound.tick(now));
         }
     };
-    let _: Option<()> = node.stop.run_until_cancelled(time).await;
+    let _: Option<()> = node.shutdown.run_until_cancelled(time).await;
     node.incoming.live().iter().for_each(|inbound| inbound.cancel(TransferError::ShuttingDown));
     node.outgoing.live().iter().for_each(|outbound| outbound.cancel(TransferError::ShuttingDown));
+    // Streams stand a moment longer, so that peers hear why and open frames end in order.
+    let by = tokio::time::Instant::now() + node.limits.fence_grace;
+    tokio::time::sleep(FAREWELL).await;
+    while node.incoming.len() + node.outgoing.len() > 0 && tokio::time::Instant::now() < by {
+        tokio::time::sleep(FAREWELL).await;
+    }
+    node.stop.cancel();
 }

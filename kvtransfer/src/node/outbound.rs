@@ -133,7 +133,9 @@ impl Outbound {
         let key = DataKey::from_wire(&accept.data_key);
         self.run(|session| match key {
             Some(key) if LEASE_RANGE.contains(&lease) && accept.receiver_epoch == receiver => {
-                let _ = self.key.set(key);
+                if self.key.set(key).is_ok() {
+                    self.node.counters.accepted(Direction::Outgoing);
+                }
                 session.accepted(now, &accept.held, lease)
             }
             _ => {

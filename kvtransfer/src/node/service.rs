@@ -78,7 +78,7 @@ impl v1::handoff_server::Handoff for HandoffService {
         request: Request<Streaming<v1::SenderMessage>>,
     ) -> Result<Response<Self::ExchangeStream>, Status> {
         let node = self.node.clone();
-        if node.stop.is_cancelled() {
+        if node.shutdown.is_cancelled() {
             return Err(to_status(&TransferError::ShuttingDown));
         }
         let mut incoming = request.into_inner();
@@ -206,7 +206,7 @@ fn take_offer(
     let now = node.now();
     let found = node.incoming.get_or_add(id, |_| {
         let limit = node.limits.held_offers;
-        if node.stop.is_cancelled() {
+        if node.shutdown.is_cancelled() {
             return Err(TransferError::ShuttingDown);
         }
         if !node.reserve_held_offer() {

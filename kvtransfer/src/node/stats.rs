@@ -24,6 +24,9 @@ pub struct NodeStats {
     pub outgoing_active: u64,
     /// Offers that nobody has expected yet.
     pub held_offers: u64,
+    /// Transfers that both sides have agreed on, since the start.
+    pub incoming_accepted: u64,
+    pub outgoing_accepted: u64,
     pub incoming_completed: u64,
     pub outgoing_completed: u64,
     /// How many transfers were aborted, by direction and the code of the reason. Codes never met are left out.
@@ -51,6 +54,8 @@ type AbortKey = (bool, &'static str);
 /// Where the counts are kept.
 #[derive(Debug, Default)]
 pub(super) struct Counters {
+    incoming_accepted: AtomicU64,
+    outgoing_accepted: AtomicU64,
     incoming_completed: AtomicU64,
     outgoing_completed: AtomicU64,
     slices_received: AtomicU64,
@@ -70,6 +75,14 @@ impl Counters {
     pub(super) fn sent(&self, slices: u64, slice_bytes: u64) {
         self.slices_sent.fetch_add(slices, Relaxed);
         self.bytes_sent.fetch_add(slices * slice_bytes, Relaxed);
+    }
+
+    pub(super) fn accepted(&self, direction: Direction) {
+        let counter = match direction {
+            Direction::Incoming => &self.incoming_accepted,
+            Direction::Outgoing => &self.outgoing_accepted,
+        };
+        counter.fetch_add(1, Relaxed);
     }
 
     pub(super) fn incoming_completed(&self) {
@@ -96,6 +109,8 @@ impl Counters {
             incoming_active,
             outgoing_active,
             held_offers,
+            incoming_accepted: self.incoming_accepted.load(Relaxed),
+            outgoing_accepted: self.outgoing_accepted.load(Relaxed),
             incoming_completed: self.incoming_completed.load(Relaxed),
             outgoing_completed: self.outgoing_completed.load(Relaxed),
             aborted: self.aborted.lock().values().copied().collect(),

@@ -1,6 +1,8 @@
 //! What the tests of this crate stand on: memory with known bytes, and nodes with a real gRPC server on loopback.
 #![allow(dead_code, unreachable_pub)] // each test binary uses its part
 
+pub mod scripted;
+
 use std::{
     future::Future,
     net::{SocketAddr, TcpListener},
@@ -21,31 +23,35 @@ pub const BLOCK_TOKENS: u32 = 16;
 
 /// A pool's memory, `[layer][block]`, reached by raw pointers as a device's would be.
 pub struct Pool {
-    words: Box<[u64]>,
+    base: NonNull<u64>,
+    words: Vec<u64>,
     slice: usize,
     blocks: u32,
 }
 
-// SAFETY: plain memory; the tests touch only blocks that no node has.
+// SAFETY: plain memory that goes with the pool; the tests touch only blocks that no node has.
+unsafe impl Send for Pool {}
+// SAFETY: as above.
 unsafe impl Sync for Pool {}
 
 impl Pool {
     pub fn new(layers: u32, blocks: u32, slice: usize) -> Arc<Self> {
         let bytes = layers as usize * blocks as usize * slice;
-        Arc::new(Self { words: vec![0; bytes.div_ceil(8)].into_boxed_slice(), slice, blocks })
+        let mut words = vec![0; bytes.div_ceil(8)];
+        let base = NonNull::new(words.as_mut_ptr()).expect("a vector has an address");
+        Arc::new(Self { base, words, slice, blocks })
     }
 
     pub fn region(self: &Arc<Self>) -> Region {
-        let base = NonNull::new(self.words.as_ptr().cast::<u8>().cast_mut()).expect("a box has an address");
         // SAFETY: the words live in the owner; blocks lent to a node are left alone by the tests.
-        unsafe { Region::new(self.clone(), base, self.words.len() * 8) }
+        unsafe { Region::new(self.clone(), self.base.cast(), self.words.len() * 8) }
     }
 
     fn slice_ptr(&self, layer: u32, block: u32) -> *mut u8 {
         let at = (layer as usize * self.blocks as usize + block as usize) * self.slice;
         assert!(at + self.slice <= self.words.len() * 8);
         // SAFETY: just checked to be inside.
-        unsafe { self.words.as_ptr().cast::<u8>().cast_mut().add(at) }
+        unsafe { self.base.as_ptr().cast::<u8>().add(at) }
     }
 
     pub fn write(&self, layer: u32, block: u32, bytes: &[u8]) {

@@ -1,0 +1,323 @@
+//! Senders that break the protocol: nothing they write lands outside what was accepted, and each lie ends in one clear
+//! refusal with every block back.
+
+mod support;
+
+use std::time::Duration;
+
+use baton_kvtransfer::{Incoming, Limits, TransferError};
+use baton_proto::{ErrorCode, TransferId, v1};
+use support::{scripted::*, *};
+use tokio::net::TcpStream;
+use v1::sender_message::Body;
+
+const LIAR: &str = "liar";
+const BLOCKS_LENT: [u32; 3] = [10, 40, 20];
+
+/// A decode node with an accepted transfer of three blocks, and the scripted sender of it.
+struct Scene {
+    decode: Peer,
+    sender: ScriptedSender,
+    data: TcpStream,
+    id: TransferId,
+    key: Vec<u8>,
+    incoming: Incoming,
+}
+
+async fn scene() -> Scene {
+    let decode = Peer::start("decode-0");
+    let mut sender = ScriptedSender::open(&decode, LIAR, 1).await.expect("welcome");
+    let id = TransferId::generate();
+    let incoming = decode.node.expect(expect_spec(id, &instance(LIAR), &BLOCKS_LENT)).expect("room");
+    sender.offer(id, 3, 1).await;
+    let key = sender.accepted().await;
+    let data = connect_data(sender.data).await;
+    Scene { decode, sender, data, id, key, incoming }
+}
+
+impl Scene {
+    fn frame(&self, layer: u32, first: u32, count: u32) -> RawFrame {
+        RawFrame::new(self.id, &self.key, layer, first, slices(1, layer, first..first + count))
+    }
+
+    async fn send(&mut self, frame: &RawFrame) {
+        write(&mut self.data, &frame.bytes()).await;
+    }
+
+    /// Everything, frame by frame; the seal that fits it.
+    async fn send_all(&mut self) -> v1::Seal {
+        let mut all = Vec::new();
+        for layer in 0..LAYERS {
+            self.send(&self.frame(layer, 0, 3)).await;
+            all.extend((0..3).map(|block| (layer, block, pattern(1, layer, block, SLICE))));
+        }
+        seal(9, &all)
+    }
+
+    /// The transfer fails with `code` on both sides and its blocks come back.
+    async fn fails(mut self, code: ErrorCode) -> (TransferError, Peer) {
+        let error = within("the refusal", 10, self.incoming.sealed()).await.expect_err("must not be taken");
+        assert_eq!(error.code(), code, "{error}");
+        assert_eq!(self.sender.aborted().await.code(), code.to_wire());
+        assert_eq!(within("the fence", 10, self.incoming.close()).await, BLOCKS_LENT);
+        self.decode.idle().await;
+        (error, self.decode)
+    }
+}
+
+#[tokio::test]
+async fn the_scripted_sender_can_tell_the_truth() {
+    let mut scene = scene().await;
+    let seal = scene.send_all().await;
+    scene.sender.say(scene.id, Body::Seal(seal)).await;
+    let sealed = within("sealed", 10, scene.incoming.sealed()).await.expect("whole");
+    assert_eq!(sealed.first_token, 9);
+    assert!(scene.decode.holds(1, &BLOCKS_LENT));
+    assert!(matches!(scene.sender.hear().await.1, v1::receiver_message::Body::Released(_)));
+}
+
+#[tokio::test]
+async fn a_frame_without_the_key_closes_the_connection_and_touches_nothing() {
+    let mut scene = scene().await;
+    let mut forged = scene.frame(0, 0, 3);
+    forged.key = vec![0; 16];
+    scene.send(&forged).await;
+    closed_by_peer(&mut scene.data).await;
+    assert_eq!(scene.decode.pool.read(0, BLOCKS_LENT[0]), vec![0; SLICE]);
+    // The true sender is not harmed.
+    scene.data = connect_data(scene.sender.data).await;
+    let seal = scene.send_all().await;
+    scene.sender.say(scene.id, Body::Seal(seal)).await;
+    within("sealed", 10, scene.incoming.sealed()).await.expect("whole");
+}
+
+#[tokio::test]
+async fn slices_outside_the_transfer_abort_it() {
+    for (layer, first, count) in
+        [(LAYERS, 0, 1), (0, 3, 1), (0, 2, 2), (u32::MAX, u32::MAX, 1), (0, u32::MAX, 3)]
+    {
+        let mut scene = scene().await;
+        let payload = (0..count).map(|_| vec![0xAB; SLICE]).collect();
+        scene.send(&RawFrame::new(scene.id, &scene.key, layer, first, payload)).await;
+        let (error, decode) = scene.fails(ErrorCode::HandoffFailed).await;
+        assert!(error.to_string().contains("outside the transfer"), "{error}");
+        for (layer, block) in (0..LAYERS).flat_map(|layer| (0..BLOCKS).map(move |block| (layer, block))) {
+            assert_eq!(decode.pool.read(layer, block), vec![0; SLICE], "layer {layer} block {block}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_flipped_bit_aborts_the_transfer_and_names_the_block() {
+    for at in [64 + 12, 64 + 12 + SLICE + 17, frame_bytes(3) - 1] {
+        let mut scene = scene().await;
+        let mut bytes = scene.frame(2, 0, 3).bytes();
+        bytes[at] ^= 0x10;
+        write(&mut scene.data, &bytes).await;
+        let block = ((at - 64 - 12) / SLICE) as u32;
+        let (error, _) = scene.fails(ErrorCode::HandoffFailed).await;
+        assert_eq!(error, TransferError::Damaged { layer: 2, block });
+    }
+}
+
+#[tokio::test]
+async fn the_connection_of_a_damaged_transfer_serves_others_on() {
+    let mut scene = scene().await;
+    let mut bytes = scene.frame(0, 0, 3).bytes();
+    bytes[64 + 12] ^= 1;
+    write(&mut scene.data, &bytes).await;
+    within("the refusal", 10, scene.incoming.sealed()).await.expect_err("damaged");
+    assert_eq!(scene.sender.aborted().await.code(), v1::ErrorCode::HandoffFailed);
+    // A late frame of the same transfer is read past, and one of the next transfer lands.
+    scene.send(&scene.frame(1, 0, 3)).await;
+    scene.id = TransferId::generate();
+    let spec = expect_spec(scene.id, &instance(LIAR), &[1, 2, 3]);
+    let mut incoming = scene.decode.node.expect(spec).expect("room");
+    scene.sender.offer(scene.id, 3, 1).await;
+    scene.key = scene.sender.accepted().await;
+    let seal = scene.send_all().await;
+    scene.sender.say(scene.id, Body::Seal(seal)).await;
+    within("sealed", 10, incoming.sealed()).await.expect("whole");
+    assert!(scene.decode.holds(1, &[1, 2, 3]));
+    assert_eq!(scene.decode.pool.read(1, BLOCKS_LENT[0]), vec![0; SLICE], "the late frame was not written");
+}
+
+#[tokio::test]
+async fn a_repeated_slice_is_passed_over_if_equal_and_aborts_if_not() {
+    let mut scene = scene().await;
+    scene.send(&scene.frame(0, 0, 3)).await;
+    scene.send(&scene.frame(0, 1, 1)).await;
+    until("three slices are in", || scene.decode.node.stats().slices_received == 3).await;
+    let mut other = scene.frame(0, 1, 1);
+    other.payload[0][5] ^= 1;
+    scene.send(&other).await;
+    let (error, decode) = scene.fails(ErrorCode::HandoffFailed).await;
+    assert!(error.to_string().contains("repeats"), "{error}");
+    assert_eq!(decode.pool.read(0, BLOCKS_LENT[1]), pattern(1, 0, 1, SLICE), "the first one stays");
+}
+
+#[tokio::test]
+async fn a_seal_that_does_not_fit_aborts() {
+    let bend: [fn(&mut v1::Seal); 4] =
+        [|s| s.slices -= 1, |s| s.slices += 1, |s| s.bytes -= 1, |s| s.checksum ^= 1];
+    for bend in bend {
+        let mut scene = scene().await;
+        let mut seal = scene.send_all().await;
+        bend(&mut seal);
+        scene.sender.say(scene.id, Body::Seal(seal)).await;
+        let (error, _) = scene.fails(ErrorCode::HandoffFailed).await;
+        assert!(matches!(error, TransferError::SealMismatch { .. }), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn a_seal_waits_for_its_last_slices_but_not_for_ever() {
+    let setup = Setup {
+        limits: Limits { seal_grace: Duration::from_millis(200), ..Limits::default() },
+        ..Setup::default()
+    };
+    let decode = Peer::start_with("decode-0", setup);
+    let mut sender = ScriptedSender::open(&decode, LIAR, 1).await.expect("welcome");
+    let mut outcomes = Vec::new();
+    for send_last in [true, false] {
+        let id = TransferId::generate();
+        let mut incoming = decode.node.expect(expect_spec(id, &instance(LIAR), &[4])).expect("room");
+        sender.offer(id, 1, 1).await;
+        let key = sender.accepted().await;
+        let mut data = connect_data(sender.data).await;
+        let all: Vec<_> = (0..LAYERS).map(|layer| (layer, 0, pattern(1, layer, 0, SLICE))).collect();
+        sender.say(id, Body::Seal(seal(1, &all))).await;
+        for layer in 0..LAYERS - u32::from(!send_last) {
+            write(&mut data, &RawFrame::new(id, &key, layer, 0, slices(1, layer, 0..1)).bytes()).await;
+        }
+        outcomes.push(within("an outcome", 10, incoming.sealed()).await.map_err(|error| error.code()));
+        sender.hear().await;
+    }
+    assert!(outcomes[0].is_ok());
+    assert_eq!(outcomes[1], Err(ErrorCode::DeadlineExceeded));
+}
+
+#[tokio::test]
+async fn messages_out_of_turn_abort() {
+    for case in 0..4 {
+        let mut scene = scene().await;
+        match case {
+            0 => scene.sender.offer(scene.id, 3, 1).await,
+            1 => scene.sender.say(scene.id, Body::Seal(seal(1, &[]))).await,
+            2 => {
+                let seal = scene.frame(0, 0, 3);
+                let all: Vec<_> = (0..LAYERS * 3).map(|n| (n / 3, n % 3, seal.payload[0].clone())).collect();
+                let seal = support::scripted::seal(1, &all);
+                scene.sender.say(scene.id, Body::Seal(seal)).await;
+                scene.sender.say(scene.id, Body::Seal(seal)).await;
+            }
+            _ => {
+                // A length that no frame may have ends the connection, with the transfer's slice open.
+                let mut bytes = scene.frame(0, 0, 1).bytes();
+                bytes.truncate(200);
+                write(&mut scene.data, &bytes).await;
+                until("the claim is open", || scene.decode.node.stats().incoming_active == 1).await;
+                scene.data = connect_data(scene.sender.data).await;
+            }
+        }
+        scene.fails(ErrorCode::HandoffFailed).await;
+    }
+}
+
+#[tokio::test]
+async fn what_is_not_a_frame_closes_the_connection() {
+    let scene = scene().await;
+    let oversized = RawFrame { slice_bytes: 1 << 30, ..scene.frame(0, 0, 1) }.bytes();
+    let unknown = RawFrame::new(TransferId::generate(), &scene.key, 0, 0, slices(1, 0, 0..1)).bytes();
+    for bytes in [
+        b"GET / HTTP/1.1\r\nHost: decode-0\r\nAccept: text/html, and so on\r\n\r\n".to_vec(),
+        oversized,
+        unknown,
+    ] {
+        let mut data = connect_data(scene.sender.data).await;
+        write(&mut data, &bytes).await;
+        closed_by_peer(&mut data).await;
+    }
+    assert_eq!(scene.incoming.close().await, BLOCKS_LENT);
+}
+
+#[tokio::test]
+async fn a_connection_that_says_nothing_is_closed() {
+    let limits = Limits { handshake: Duration::from_millis(100), ..Limits::default() };
+    let decode = Peer::start_with("decode-0", Setup { limits, ..Setup::default() });
+    let mut data = connect_data(decode.node.data_address().parse().expect("an address")).await;
+    closed_by_peer(&mut data).await;
+}
+
+#[tokio::test]
+async fn nobody_meddles_with_another_peers_transfer() {
+    let mut scene = scene().await;
+    let other = ScriptedSender::open(&scene.decode, "meddler", 1).await.expect("welcome");
+    other.say(scene.id, Body::Abort(v1::Abort { reason: None })).await;
+    other.say(scene.id, Body::Seal(seal(1, &[]))).await;
+    other.offer(scene.id, 3, 1).await;
+    let seal = scene.send_all().await;
+    scene.sender.say(scene.id, Body::Seal(seal)).await;
+    within("sealed", 10, scene.incoming.sealed()).await.expect("whole");
+}
+
+#[tokio::test]
+async fn an_offer_from_the_wrong_peer_is_refused_and_the_right_one_still_welcome() {
+    let decode = Peer::start("decode-0");
+    let id = TransferId::generate();
+    let mut wrong = ScriptedSender::open(&decode, "meddler", 1).await.expect("welcome");
+    // Once before and once after it is expected.
+    for early in [true, false] {
+        let id = if early { id } else { TransferId::generate() };
+        if early {
+            wrong.offer(id, 1, 1).await;
+            until("the offer is held", || decode.node.stats().held_offers == 1).await;
+        }
+        let mut incoming = decode.node.expect(expect_spec(id, &instance("prefill-0"), &[3])).expect("room");
+        if !early {
+            wrong.offer(id, 1, 1).await;
+        }
+        assert_eq!(wrong.aborted().await.code(), v1::ErrorCode::InvalidArgument);
+        let prefill = Peer::start("prefill-0");
+        let mut outgoing = prefill.node.offer(offer_spec(id, &decode, &[3])).expect("room");
+        (0..LAYERS).for_each(|layer| outgoing.progress().ready(layer, 0..1));
+        outgoing.seal(1);
+        within("sealed", 10, incoming.sealed()).await.expect("whole");
+        within("finished", 10, outgoing.finished()).await.expect("released");
+        incoming.close().await;
+        prefill.stop.cancel();
+        prefill.node.stopped().await;
+    }
+}
+
+#[tokio::test]
+async fn hellos_are_checked() {
+    let decode = Peer::start("decode-0");
+    let hello = |change: fn(&mut v1::SenderHello)| {
+        let mut hello = v1::SenderHello {
+            instance_id: LIAR.into(),
+            incarnation: 1,
+            layout: Some((&layout()).into()),
+            transports: vec![],
+        };
+        change(&mut hello);
+        Body::Hello(hello)
+    };
+    let cases = [
+        (Body::Renew(v1::Renew {}), "hello"),
+        (hello(|h| h.instance_id = "No Name".into()), "instance id"),
+        (hello(|h| h.layout = None), "layout"),
+        (hello(|h| h.layout.as_mut().expect("set").head_dim = 7), "head_dim"),
+        (hello(|h| h.layout.as_mut().expect("set").fingerprint = "0".into()), "model_revision"),
+    ];
+    for (first, names) in cases {
+        let refusal = ScriptedSender::open_with(&decode, first).await.err().expect("refused");
+        assert!(refusal.message().contains(names), "{refusal}");
+    }
+    ScriptedSender::open(&decode, LIAR, 5).await.expect("welcome");
+    let held =
+        ScriptedSender::open(&decode, LIAR, 5).await.expect("a second stream takes the first one's place");
+    let stale = ScriptedSender::open(&decode, LIAR, 4).await.err().expect("an earlier start of the process");
+    assert!(stale.message().contains("incarnation"), "{stale}");
+    drop(held);
+}
