@@ -19,15 +19,17 @@ pub(crate) fn watch(shutdown: CancellationToken) -> Result<(), ProcessError> {
     let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
     // Lives as long as the runtime: the second signal must be heard during the shutdown that the first began.
     tokio::spawn(async move {
+        let mut asked = false;
         loop {
             let name = tokio::select! {
                 _ = terminate.recv() => "SIGTERM",
                 _ = interrupt.recv() => "SIGINT",
             };
-            if shutdown.is_cancelled() {
+            if asked {
                 tracing::warn!(signal = name, "asked again to stop: stopping at once");
                 std::process::exit(AT_ONCE);
             }
+            asked = true;
             tracing::info!(signal = name, "asked to stop: draining");
             shutdown.cancel();
         }

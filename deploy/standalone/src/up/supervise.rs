@@ -243,6 +243,8 @@ async fn live(
         }
     };
     shared.change(|run| run.processes[index].pid = child.id());
+    // Held to the end of this life: waiting for a child would close what is left in it, and its end is our death.
+    let _held = child.stdin.take();
     let follow = log.follow(output);
     tokio::pin!(follow);
     let (mut following, mut stopped) = (true, false);
