@@ -1,0 +1,53 @@
+//! Real processes: started, signalled by pid, and never left behind.
+
+use std::{
+    io::Read,
+    process::{Child, ExitStatus, Output},
+    time::{Duration, Instant},
+};
+
+use rustix::process::{Pid, Signal, kill_process};
+
+/// Sends a signal to a process of this test's own.
+pub fn signal(pid: u32, signal: Signal) {
+    let pid = Pid::from_raw(pid as i32).expect("a pid is positive");
+    kill_process(pid, signal).unwrap_or_else(|error| panic!("cannot signal {pid:?}: {error}"));
+}
+
+/// Whether a process still runs (a zombie does not).
+pub fn alive(pid: u32) -> bool {
+    std::fs::read_to_string(format!("/proc/{pid}/stat"))
+        .is_ok_and(|stat| !matches!(stat.rsplit(") ").next().and_then(|rest| rest.chars().next()), Some('Z' | 'X')))
+}
+
+/// Waits for a child to end by itself.
+pub fn wait_exit(child: &mut Child, patience: Duration) -> ExitStatus {
+    let begin = Instant::now();
+    loop {
+        if let Some(status) = child.try_wait().expect("a child can be waited for") {
+            return status;
+        }
+        if begin.elapsed() > patience {
+            let _ = child.kill();
+            panic!("process {} did not end within {patience:?}", child.id());
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Runs a child whose pipes are captured to its end, however little time it is given.
+pub fn finish(mut child: Child, patience: Duration) -> Output {
+    let mut pipes = (child.stdout.take(), child.stderr.take());
+    let readers = std::thread::spawn(move || {
+        let (mut out, mut err) = (Vec::new(), Vec::new());
+        let stdout = pipes.0.as_mut().map(|pipe| pipe.read_to_end(&mut out));
+        let stderr = pipes.1.as_mut().map(|pipe| pipe.read_to_end(&mut err));
+        for read in [stdout, stderr].into_iter().flatten() {
+            read.expect("a child's pipe can be read");
+        }
+        (out, err)
+    });
+    let status = wait_exit(&mut child, patience);
+    let (stdout, stderr) = readers.join().expect("the readers do not panic");
+    Output { status, stdout, stderr }
+}

@@ -1,0 +1,105 @@
+//! `baton up` from outside: how it ends, and what it says when it cannot begin.
+
+use std::{
+    fs,
+    net::TcpListener,
+    process::{Command, Output, Stdio},
+    time::Duration,
+};
+
+use baton_integration_tests::{
+    Cluster, binary,
+    chat::{Events, request},
+    model, process,
+};
+use rustix::process::Signal;
+
+/// `baton up` with arguments that must fail.
+fn refused(arguments: &[&str]) -> Output {
+    let up = Command::new(binary("baton"))
+        .arg("up")
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("baton starts");
+    let output = process::finish(up, Duration::from_secs(60));
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.code().is_some_and(|code| code != 0), "{arguments:?} ended with {}: {said}", output.status);
+    assert!(!said.contains("panicked"), "{said}");
+    assert_eq!(said.lines().filter(|line| line.starts_with("error: ")).count(), 1, "{said}");
+    output
+}
+
+fn says(output: &Output, words: &[&str]) {
+    let said = String::from_utf8_lossy(&output.stderr);
+    words.iter().for_each(|word| assert!(said.contains(word), "no {word:?} in: {said}"));
+}
+
+#[test]
+fn what_cannot_start_says_why_in_one_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let run_dir = dir.path().join("run");
+    let run_dir = ["--run-dir", run_dir.to_str().unwrap()];
+    let up = |more: &[&str]| refused(&[&run_dir, more].concat());
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+
+    says(&up(&["--model", "/no/such/model.gguf"]), &["/no/such/model.gguf"]);
+
+    let damaged = path("damaged.gguf");
+    fs::write(&damaged, &fs::read(model()).unwrap()[..1 << 20]).unwrap();
+    says(&up(&["--model", &damaged]), &["damaged.gguf"]);
+    let nonsense = path("nonsense.gguf");
+    fs::write(&nonsense, b"this is no model").unwrap();
+    says(&up(&["--model", &nonsense]), &["nonsense.gguf"]);
+    fs::create_dir(path("empty")).unwrap();
+    says(&up(&["--model", &path("empty")]), &["config.json"]);
+
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    let model = model();
+    let listen = format!("127.0.0.1:{port}");
+    says(&up(&["--model", model.to_str().unwrap(), "--listen", &listen]), &[&port, "in use"]);
+
+    fs::write(path("file"), b"").unwrap();
+    says(&up(&["--cache-dir", &path("file/cache")]), &["file/cache"]);
+    says(&refused(&["--model", model.to_str().unwrap(), "--run-dir", &path("file/run")]), &["file/run"]);
+}
+
+#[tokio::test]
+async fn ctrl_c_finishes_what_runs_and_leaves_no_process() {
+    let cluster = Cluster::start(&[]).await;
+    let mut events = Events::open(cluster.url(), &request(cluster.model(), "Tell me a story.", 60, true)).await;
+    events.next().await.expect("the stream goes on");
+    let pids = cluster.pids();
+    assert_eq!(pids.len(), 4, "{pids:?}");
+    let stopping = tokio::spawn(cluster.stop());
+    let (text, error) = events.rest().await;
+    assert_eq!(error, None);
+    assert!(!text.is_empty());
+    stopping.await.expect("up ends in order");
+    pids.iter().for_each(|(name, pid)| assert!(!process::alive(*pid), "{name} is still there"));
+}
+
+#[tokio::test]
+async fn no_process_outlives_a_killed_supervisor() {
+    let cluster = Cluster::start(&[]).await;
+    let pids = cluster.pids();
+    cluster.signal_up(Signal::KILL);
+    baton_integration_tests::eventually("every service ended", || async {
+        pids.values().all(|pid| !process::alive(*pid)).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn more_instances_share_the_work() {
+    let cluster = Cluster::start(&["--prefill", "2", "--decode", "1"]).await;
+    assert_eq!(cluster.roles().await, ["decode", "prefill", "prefill"]);
+    let bodies: Vec<_> =
+        (0..8).map(|i| request(cluster.model(), &format!("Tell me about the number {i}."), 16, false)).collect();
+    let answers = baton_integration_tests::chat::ask_all(cluster.url(), &bodies).await;
+    assert!(answers.iter().all(|answer| !answer.is_empty()));
+    cluster.assert_nothing_held().await;
+}
