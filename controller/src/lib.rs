@@ -1,1 +1,25 @@
 //! Which instances exist and which role each has.
+//!
+//! The controller is the single writer of cluster state. Modules stand in the order the news travels: an instance's
+//! report comes in by [`session`], through the [`desk`] to the task that leads (`reign`), which keeps what is observed
+//! ([`fleet`]), decides what is wanted ([`plan`]), draws the difference ([`reconcile`]) and carries it out: writes to
+//! the store, fenced by its leadership, and orders back to the instances. Operators ask through [`admin`].
+//!
+//! `fleet`, `plan` and `reconcile` are pure: no IO, and time is an argument. The state store and the election are
+//! baton-registry's.
+
+pub mod admin;
+mod build;
+pub mod config;
+pub mod desk;
+mod error;
+pub mod fleet;
+pub mod metrics;
+pub mod plan;
+pub mod reconcile;
+mod reign;
+pub mod session;
+
+pub use build::{Parts, open_store, run};
+pub use config::ControllerConfig;
+pub use error::ControllerError;

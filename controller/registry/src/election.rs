@@ -2,18 +2,19 @@
 //!
 //! The leader key is created, under a lease, by a transaction that needs it to be absent. Its create revision is the
 //! [`LeaderEpoch`]. A [`Leadership`] lasts as long as [`Leadership::hold`] renews the lease; every write of the leader
-//! carries the condition that the key still has that create revision, so that what a deposed leader still sends has
-//! no effect, whatever its clock or its pauses.
+//! carries the condition that the key is still as this leader last put it, so that what a deposed leader still sends
+//! has no effect, whatever its clock or its pauses. A write whose answer was lost might still be under way: before the
+//! next one the leader puts its key again, so that the lost one, if it comes late, finds another key and fails.
 
 use std::{sync::Arc, time::Duration};
 
 use baton_proto::LeaderEpoch;
-use tokio::time::Instant;
+use tokio::{sync::Mutex, time::Instant};
 use tracing::{debug, info, warn};
 
 use crate::{
-    Compare, Event, KeyRange, LeaderRecord, Lease, LeaseId, Revision, Store, StoreError, Txn, WatchError,
-    keys,
+    Compare, Event, KeyRange, LeaderRecord, Lease, LeaseId, Revision, Store, StoreError, Txn, TxnOutcome,
+    WatchError, keys,
 };
 
 /// Waits at most this long before it looks at the leader key again, and after an error.
@@ -45,8 +46,18 @@ pub struct Leadership {
     store: Arc<dyn Store>,
     lease: Lease,
     epoch: LeaderEpoch,
+    record: LeaderRecord,
+    fence: Arc<Mutex<Fence>>,
     /// From when on the lease is known to have been good for its whole time.
     renewed: Instant,
+}
+
+#[derive(Debug)]
+struct Fence {
+    /// Of the leader key, as this leader last put it.
+    mod_revision: Revision,
+    /// A write is unanswered.
+    in_doubt: bool,
 }
 
 /// Why a leadership ended.
@@ -100,7 +111,9 @@ impl Candidate {
         match held {
             Some(created) => {
                 let epoch = LeaderEpoch(created.0);
-                Ok(Some(Leadership { store: self.store.clone(), lease, epoch, renewed }))
+                let fence = Arc::new(Mutex::new(Fence { mod_revision: created, in_doubt: false }));
+                let (store, record) = (self.store.clone(), self.record.clone());
+                Ok(Some(Leadership { store, lease, epoch, record, fence, renewed }))
             }
             None => {
                 if let Err(error) = self.store.revoke_lease(lease.id).await {
@@ -172,24 +185,41 @@ impl Leadership {
         }
     }
 
-    /// The condition that this leader still leads.
-    pub fn fence(&self) -> Compare {
-        Compare::create_revision(keys::LEADER, Revision(self.epoch.0))
-    }
-
-    /// Makes a write that only this leader can make.
+    /// Makes a write that only this leader can make. One at a time: writes of clones wait for each other.
     pub async fn txn(&self, txn: Txn) -> Result<Fenced, StoreError> {
-        let outcome = self.store.txn(txn.when(self.fence())).await?;
-        if outcome.succeeded {
-            return Ok(Fenced::Applied(outcome.revision));
+        let mut fence = self.fence.lock().await;
+        if fence.in_doubt {
+            let again = Txn::new().when(Compare::create_revision(keys::LEADER, Revision(self.epoch.0))).put(
+                keys::LEADER,
+                self.record.encode(),
+                Some(self.lease.id),
+            );
+            let outcome = self.store.txn(again).await?;
+            if !outcome.succeeded {
+                return Ok(Fenced::Deposed);
+            }
+            *fence = Fence { mod_revision: outcome.revision, in_doubt: false };
         }
-        let leader = self.store.range(KeyRange::exact(keys::LEADER)).await?;
-        let leads = leader.items.first().is_some_and(|item| item.create_revision.0 == self.epoch.0);
-        Ok(if leads { Fenced::Conflict } else { Fenced::Deposed })
+        // Set before the wait: a caller that gives up waiting leaves the write in doubt, too.
+        fence.in_doubt = true;
+        let outcome = self.store.txn(txn.when(Compare::mod_revision(keys::LEADER, fence.mod_revision))).await;
+        fence.in_doubt = matches!(outcome, Err(StoreError::Unknown(_)));
+        if let TxnOutcome { succeeded: true, revision } = outcome? {
+            return Ok(Fenced::Applied(revision));
+        }
+        let listing = self.store.range(KeyRange::exact(keys::LEADER)).await?;
+        match listing.items.first().filter(|item| item.create_revision.0 == self.epoch.0) {
+            Some(item) => {
+                // A renewed key of ours whose answer was lost has arrived.
+                fence.mod_revision = item.mod_revision;
+                Ok(Fenced::Conflict)
+            }
+            None => Ok(Fenced::Deposed),
+        }
     }
 
     /// Gives the leadership up at once, so that another need not wait for the lease.
-    pub async fn resign(self) -> Result<(), StoreError> {
+    pub async fn resign(&self) -> Result<(), StoreError> {
         self.store.revoke_lease(self.lease.id).await
     }
 }

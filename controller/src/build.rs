@@ -1,0 +1,138 @@
+//! Where all parts of a controller meet.
+
+use std::{
+    net::TcpListener,
+    sync::Arc,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use baton_process::{HealthHandle, Metrics, Process, grpc, http};
+use baton_proto::v1::{control_server::ControlServer, fleet_admin_server::FleetAdminServer};
+use baton_registry::{EtcdConfig, EtcdStore, MemoryConfig, MemoryStore, Revision, Store, StoreService};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tonic::service::Routes;
+
+use crate::{
+    admin::AdminService,
+    config::{ControllerConfig, EtcdSettings, StoreKind},
+    desk::Desk,
+    error::ControllerError,
+    metrics::ControllerMetrics,
+    reign::Reigns,
+    session::ControlService,
+};
+
+/// gRPC services whose health is the controller's.
+const SERVICES: [&str; 2] = ["baton.v1.Control", "baton.v1.FleetAdmin"];
+
+/// The whole process, until its shutdown.
+pub async fn run(process: Process<ControllerConfig>) -> Result<(), ControllerError> {
+    let mut config = process.config.clone();
+    let grpc_listener = config.listen.bind()?;
+    let http_listener = config.metrics_listen.bind()?;
+    let address = grpc_listener.local_addr().map_err(ControllerError::Address)?;
+    if config.advertise.is_empty() {
+        config.advertise = address.to_string();
+    }
+    if config.controller_id.is_empty() {
+        config.controller_id = host_name();
+    }
+    let store = open_store(&config, &process.shutdown, &process.tasks)?;
+    tracing::info!(%address, controller = config.controller_id, ?store, "listening");
+    let router = http::router(process.metrics.clone(), process.health.clone());
+    process.spawn_essential(
+        "http",
+        http::serve(http_listener, router, process.shutdown.clone(), process.drain()),
+    );
+    let parts = Parts {
+        config,
+        store,
+        metrics: process.metrics.clone(),
+        health: process.health.clone(),
+        shutdown: process.shutdown.clone(),
+        tasks: process.tasks.clone(),
+    };
+    parts.serve(grpc_listener, process.drain()).await
+}
+
+/// What a controller is made of, for [`run`] and for tests.
+#[derive(Debug)]
+pub struct Parts {
+    /// With `controller_id` and `advertise` filled in.
+    pub config: ControllerConfig,
+    pub store: Arc<dyn Store>,
+    pub metrics: Metrics,
+    pub health: HealthHandle,
+    pub shutdown: CancellationToken,
+    pub tasks: TaskTracker,
+}
+
+impl Parts {
+    /// Leads when it can and serves, until the shutdown and for up to `drain` after it.
+    pub async fn serve(
+        self,
+        listener: TcpListener,
+        drain: std::time::Duration,
+    ) -> Result<(), ControllerError> {
+        let Self { config, store, metrics, health, shutdown, tasks } = self;
+        let config = Arc::new(config);
+        let (open, desk) = Desk::new();
+        let (ending, workers) = (shutdown.clone(), tasks.clone());
+        let control = ControlService::new(config.clone(), store.clone(), desk.clone(), ending, workers);
+        let mut routes = Routes::new(ControlServer::new(control))
+            .add_service(FleetAdminServer::new(AdminService::new(store.clone(), desk)));
+        let mut services = SERVICES.to_vec();
+        if config.store.kind == StoreKind::Embedded {
+            routes = routes.add_service(StoreService::new(store.clone(), shutdown.clone()).into_server());
+            services.push("baton.v1.Store");
+        }
+        let reigns = Reigns {
+            candidate: Reigns::candidate(&config, &store, config.advertise.clone()),
+            config,
+            store,
+            desk: open,
+            metrics: ControllerMetrics::register(&metrics),
+            health: health.clone(),
+            shutdown: shutdown.clone(),
+        };
+        let descriptors = baton_proto::FILE_DESCRIPTOR_SET;
+        let options = grpc::GrpcOptions { health, services, descriptors, shutdown, drain };
+        let (served, ()) = tokio::join!(grpc::serve(listener, routes, options), reigns.run());
+        Ok(served?)
+    }
+}
+
+/// Opens the configured store.
+pub fn open_store(
+    config: &ControllerConfig,
+    shutdown: &CancellationToken,
+    tasks: &TaskTracker,
+) -> Result<Arc<dyn Store>, ControllerError> {
+    match config.store.kind {
+        StoreKind::Embedded => {
+            // Revisions, and with them epochs, keep growing over restarts: see `MemoryConfig::start`.
+            let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+            let start = Revision(u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX));
+            Ok(Arc::new(MemoryStore::start(MemoryConfig::new(start), shutdown.clone(), tasks)))
+        }
+        StoreKind::Etcd => Ok(Arc::new(EtcdStore::new(&etcd_config(&config.store.etcd)?)?)),
+    }
+}
+
+fn etcd_config(settings: &EtcdSettings) -> Result<EtcdConfig, ControllerError> {
+    let mut config = EtcdConfig::new(&settings.endpoints);
+    (config.connect_timeout, config.timeout) = (settings.connect_timeout, settings.timeout);
+    if !settings.user.is_empty() {
+        let path = settings.password_file.clone();
+        let password =
+            std::fs::read_to_string(&path).map_err(|source| ControllerError::Password { path, source })?;
+        config.user = Some((settings.user.clone(), password.trim_end().to_owned()));
+    }
+    Ok(config)
+}
+
+fn host_name() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let name = name.trim();
+    if name.is_empty() { "controller".to_owned() } else { name.to_owned() }
+}

@@ -1,0 +1,196 @@
+//! What an operator can set, checked at start.
+
+use std::time::Duration;
+
+use baton_process::{Invalid, Listen, ProcessConfig, ServiceConfig, duration};
+use serde::{Deserialize, Serialize};
+
+/// The configuration of `baton-controller`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ControllerConfig {
+    /// This controller's name among the controllers of a cluster. Empty = the host's name.
+    pub controller_id: String,
+    /// Where servers, coordinators and `baton ctl` reach it (gRPC).
+    pub listen: Listen,
+    /// host:port that others are told to reach it at. Empty = where it listens.
+    pub advertise: String,
+    /// Where `/metrics`, `/health` and `/readiness` are served (HTTP).
+    pub metrics_listen: Listen,
+    pub store: StoreConfig,
+    pub leader: LeaderConfig,
+    pub sessions: SessionConfig,
+    pub roles: RoleConfig,
+    pub process: ProcessConfig,
+}
+
+impl Default for ControllerConfig {
+    fn default() -> Self {
+        Self {
+            controller_id: String::new(),
+            listen: Listen::address("127.0.0.1", 7100),
+            advertise: String::new(),
+            metrics_listen: Listen::address("127.0.0.1", 7101),
+            store: StoreConfig::default(),
+            leader: LeaderConfig::default(),
+            sessions: SessionConfig::default(),
+            roles: RoleConfig::default(),
+            process: ProcessConfig::default(),
+        }
+    }
+}
+
+/// Who keeps the state.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum StoreKind {
+    /// This controller, in memory, and it serves the state to coordinators. For a single controller.
+    #[default]
+    Embedded,
+    Etcd,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct StoreConfig {
+    /// `embedded` or `etcd`.
+    pub kind: StoreKind,
+    pub etcd: EtcdSettings,
+}
+
+#[derive(Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct EtcdSettings {
+    /// host:port of every member.
+    pub endpoints: Vec<String>,
+    /// Empty = etcd asks for no user.
+    pub user: String,
+    /// A file that holds the user's password.
+    pub password_file: String,
+    /// How long one member may take to accept a connection.
+    #[serde(with = "duration")]
+    pub connect_timeout: Duration,
+    /// How long one member may take to answer before the next is asked.
+    #[serde(with = "duration")]
+    pub timeout: Duration,
+}
+
+impl Default for EtcdSettings {
+    fn default() -> Self {
+        Self {
+            endpoints: Vec::new(),
+            user: String::new(),
+            password_file: String::new(),
+            connect_timeout: Duration::from_secs(1),
+            timeout: Duration::from_secs(2),
+        }
+    }
+}
+
+impl std::fmt::Debug for EtcdSettings {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("EtcdSettings").field("endpoints", &self.endpoints).field("user", &self.user).finish()
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LeaderConfig {
+    /// How long a leader may be silent before another controller takes over.
+    #[serde(with = "duration")]
+    pub ttl: Duration,
+    /// How long what the leader said of instances outlives it in the store.
+    #[serde(with = "duration")]
+    pub records_ttl: Duration,
+}
+
+impl Default for LeaderConfig {
+    fn default() -> Self {
+        Self { ttl: Duration::from_secs(3), records_ttl: Duration::from_secs(60) }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SessionConfig {
+    /// How often an instance reports.
+    #[serde(with = "duration")]
+    pub beat: Duration,
+    /// How long an instance may be silent before its registration ends.
+    #[serde(with = "duration")]
+    pub lease: Duration,
+    /// Instances at a time; more are refused.
+    pub max_instances: usize,
+}
+
+impl Default for SessionConfig {
+    fn default() -> Self {
+        Self { beat: Duration::from_secs(1), lease: Duration::from_secs(6), max_instances: 10_000 }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RoleConfig {
+    /// Prefill instances wanted in a group. With `decode` it is also the ratio in which any number is divided.
+    pub prefill: u32,
+    /// Decode instances wanted in a group.
+    pub decode: u32,
+    /// How long the first instances of a group wait for others before roles are given, unless as many as wanted are
+    /// there.
+    #[serde(with = "duration")]
+    pub settle: Duration,
+    /// How long a lost instance's role is kept for its return.
+    #[serde(with = "duration")]
+    pub lost_grace: Duration,
+    /// How long an instance that has a role may load before the others do without it.
+    #[serde(with = "duration")]
+    pub load_grace: Duration,
+    /// How long running requests may take to finish before an instance changes its role.
+    #[serde(with = "duration")]
+    pub drain: Duration,
+    /// How long the role of an instance that is gone is remembered, for its return under the same name.
+    #[serde(with = "duration")]
+    pub memory: Duration,
+}
+
+impl Default for RoleConfig {
+    fn default() -> Self {
+        Self {
+            prefill: 1,
+            decode: 1,
+            settle: Duration::from_millis(1500),
+            lost_grace: Duration::from_secs(10),
+            load_grace: Duration::from_secs(60),
+            drain: Duration::from_secs(30),
+            memory: Duration::from_secs(3600),
+        }
+    }
+}
+
+impl ServiceConfig for ControllerConfig {
+    fn process(&self) -> &ProcessConfig {
+        &self.process
+    }
+
+    fn validate(&self) -> Result<(), Invalid> {
+        let require = |holds: bool, key: &str, expected: &str| {
+            if holds { Ok(()) } else { Err(Invalid::new(key, expected)) }
+        };
+        let (sessions, roles) = (&self.sessions, &self.roles);
+        require(roles.prefill > 0, "roles.prefill", "expected at least 1")?;
+        require(roles.decode > 0, "roles.decode", "expected at least 1")?;
+        require(sessions.max_instances > 0, "sessions.max_instances", "expected at least 1")?;
+        require(sessions.beat >= Duration::from_millis(10), "sessions.beat", "expected at least 10ms")?;
+        let lease = "expected at least twice `sessions.beat`, so that one late report ends no registration";
+        require(sessions.lease >= sessions.beat * 2, "sessions.lease", lease)?;
+        require(self.leader.ttl >= Duration::from_secs(2), "leader.ttl", "expected at least 2s")?;
+        let records = "expected at least `leader.ttl`, so that the next leader finds what this one knew";
+        require(self.leader.records_ttl >= self.leader.ttl, "leader.records_ttl", records)?;
+        let etcd = &self.store.etcd;
+        let named = self.store.kind == StoreKind::Embedded || !etcd.endpoints.is_empty();
+        require(named, "store.etcd.endpoints", "expected host:port of at least one etcd member")?;
+        let both = etcd.user.is_empty() == etcd.password_file.is_empty();
+        require(both, "store.etcd.password_file", "expected both a user and a password file, or neither")
+    }
+}

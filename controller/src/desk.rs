@@ -1,0 +1,78 @@
+//! Where sessions and operators bring what they have for the leading controller.
+//!
+//! Between the gRPC adapters ([`crate::session`], [`crate::admin`]) and the task that leads ([`crate::reign`]). There
+//! is an inbox only while this controller leads; without one the adapters refuse.
+
+use baton_proto::{InstanceId, LeaderEpoch};
+use baton_registry::DesiredRole;
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    time::Instant,
+};
+use tokio_util::sync::DropGuard;
+
+use crate::{
+    fleet::{Members, SessionId},
+    reconcile::{Event, Order},
+};
+
+/// Messages that wait for the leading task. When it is full, whoever brings one waits, and so does its instance.
+pub const INBOX_CAPACITY: usize = 1024;
+
+/// Orders that wait for an instance to read them. One more and its session is ended: it can call again.
+pub const ORDERS_CAPACITY: usize = 32;
+
+/// What is brought.
+#[derive(Debug)]
+pub enum Message {
+    /// A hello, and the way back to the instance.
+    Hello {
+        event: Event,
+        session: SessionId,
+        line: Line,
+    },
+    Event(Event),
+    Report(oneshot::Sender<Report>),
+}
+
+/// The way to an instance. Dropping it ends the session once it has read what it was sent.
+#[derive(Debug)]
+pub struct Line {
+    pub orders: mpsc::Sender<Order>,
+    pub end: DropGuard,
+}
+
+/// The fleet as operators see it.
+#[derive(Debug)]
+pub struct Report {
+    pub members: Members,
+    /// Roles of instances that are gone.
+    pub remembered: Vec<(InstanceId, DesiredRole)>,
+    pub at: Instant,
+}
+
+/// The leading task's inbox, for the time of its reign.
+#[derive(Debug, Clone)]
+pub struct Inbox {
+    pub messages: mpsc::Sender<Message>,
+    pub epoch: LeaderEpoch,
+}
+
+/// The adapters' end. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Desk {
+    inbox: watch::Receiver<Option<Inbox>>,
+}
+
+impl Desk {
+    /// A desk and what opens and closes it.
+    pub fn new() -> (watch::Sender<Option<Inbox>>, Self) {
+        let (sender, inbox) = watch::channel(None);
+        (sender, Self { inbox })
+    }
+
+    /// None unless this controller leads.
+    pub fn inbox(&self) -> Option<Inbox> {
+        self.inbox.borrow().clone()
+    }
+}

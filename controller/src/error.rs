@@ -1,0 +1,20 @@
+//! What can go wrong with a controller as a whole.
+
+use baton_process::{ListenError, ProcessError};
+use baton_registry::StoreError;
+
+#[derive(Debug, thiserror::Error)]
+pub enum ControllerError {
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    #[error(transparent)]
+    Process(#[from] ProcessError),
+    #[error("cannot read the etcd password from {path}: {source}")]
+    Password { path: String, source: std::io::Error },
+    #[error("{0:?} cannot be this controller's name: set controller_id")]
+    Name(String),
+    #[error("cannot find out where this controller listens: {0}")]
+    Address(std::io::Error),
+}

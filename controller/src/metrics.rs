@@ -1,0 +1,72 @@
+//! What the controller shows of the fleet and of itself.
+
+use baton_process::Metrics;
+use baton_registry::{Phase, Role};
+use prometheus_client::{
+    encoding::EncodeLabelSet,
+    metrics::{counter::Counter, family::Family, gauge::Gauge},
+};
+
+use crate::fleet::Members;
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct InstanceLabels {
+    role: &'static str,
+    phase: &'static str,
+}
+
+/// Handles to the registered metrics; cheap to clone.
+#[derive(Debug, Clone, Default)]
+pub struct ControllerMetrics {
+    instances: Family<InstanceLabels, Gauge>,
+    lost: Gauge,
+    /// 1 while this controller leads.
+    pub leading: Gauge,
+    pub leader_epoch: Gauge,
+    pub role_changes: Counter,
+    pub sessions: Gauge,
+    pub store_writes: Counter,
+    pub store_errors: Counter,
+}
+
+impl ControllerMetrics {
+    pub fn register(metrics: &Metrics) -> Self {
+        let own = Self::default();
+        metrics.register(|registry| {
+            let registry = registry.sub_registry_with_prefix("baton_controller");
+            registry.register(
+                "instances",
+                "Registered instances by observed role and phase",
+                own.instances.clone(),
+            );
+            registry.register(
+                "instances_lost",
+                "Instances whose place is kept for their return",
+                own.lost.clone(),
+            );
+            registry.register("leading", "1 while this controller leads", own.leading.clone());
+            registry.register("leader_epoch", "Epoch of the present or last reign", own.leader_epoch.clone());
+            registry.register("role_changes", "Roles decided", own.role_changes.clone());
+            registry.register("sessions", "Sessions of instances", own.sessions.clone());
+            registry.register("store_writes", "Keys written to the state store", own.store_writes.clone());
+            registry.register("store_errors", "Failed calls of the state store", own.store_errors.clone());
+        });
+        own
+    }
+
+    /// Counts the fleet anew.
+    pub fn observe(&self, members: &Members) {
+        for role in Role::ALL {
+            for phase in Phase::ALL {
+                let alike = |member: &&crate::fleet::Member| {
+                    member.is_registered() && (member.beat.role, member.beat.phase) == (role, phase)
+                };
+                let count = members.values().filter(alike).count();
+                let labels = InstanceLabels { role: role.name(), phase: phase.name() };
+                self.instances.get_or_create(&labels).set(i64::try_from(count).unwrap_or(i64::MAX));
+            }
+        }
+        let lost = members.values().filter(|member| !member.is_registered()).count();
+        self.lost.set(i64::try_from(lost).unwrap_or(i64::MAX));
+    }
+}

@@ -1,0 +1,267 @@
+//! The plan's rules, as a table and as properties over random fleets.
+
+use baton_proto::{Incarnation, InstanceId};
+use baton_registry::{KvLayoutSpec, ModelIdentity};
+use proptest::prelude::*;
+
+use super::*;
+
+fn spec(name: &str, layout: &str) -> InstanceSpec {
+    InstanceSpec {
+        id: InstanceId::new(name).expect("a good id"),
+        incarnation: Incarnation(1),
+        group: "default".into(),
+        device: "cpu".into(),
+        device_count: 1,
+        model: ModelIdentity {
+            name: "m".into(),
+            revision: "r".into(),
+            architecture: "llama".into(),
+            context_tokens: 100,
+            vocabulary_size: 10,
+        },
+        kv_layout: KvLayoutSpec {
+            fingerprint: layout.into(),
+            format: "panel".into(),
+            dtype: "f32".into(),
+            block_tokens: 16,
+            layers: 2,
+            kv_heads: 2,
+            head_dim: 8,
+            tensor_parallel: 1,
+            block_bytes: 1024,
+        },
+        inference_endpoint: "127.0.0.1:1".into(),
+        handoff_endpoint: "127.0.0.1:2".into(),
+        metrics_endpoint: String::new(),
+        transports: vec!["tcp".into()],
+        labels: BTreeMap::new(),
+        version: String::new(),
+    }
+}
+
+#[derive(Debug, Clone)]
+struct Given {
+    spec: InstanceSpec,
+    role: Option<Role>,
+    serving: bool,
+}
+
+fn decide(policy: Policy, fleet: &[Given]) -> BTreeMap<InstanceId, Role> {
+    let candidates: Vec<_> =
+        fleet.iter().map(|g| Candidate { spec: &g.spec, role: g.role, serving: g.serving }).collect();
+    plan(policy, &candidates).into_iter().map(|(id, decision)| (id.clone(), decision.role)).collect()
+}
+
+/// A fleet from letters, a to z by name: p, d, m = has that role and serves, capitals = does not serve, - = none.
+fn fleet(roles: &str) -> Vec<Given> {
+    let given = |(index, letter): (usize, char)| Given {
+        spec: spec(&format!("i{index:02}"), "x"),
+        role: match letter.to_ascii_lowercase() {
+            'p' => Some(Role::Prefill),
+            'd' => Some(Role::Decode),
+            'm' => Some(Role::Mixed),
+            _ => None,
+        },
+        serving: letter.is_ascii_lowercase(),
+    };
+    roles.chars().enumerate().map(given).collect()
+}
+
+fn letters(plan: &BTreeMap<InstanceId, Role>) -> String {
+    plan.values()
+        .map(|role| match role {
+            Role::Prefill => 'p',
+            Role::Decode => 'd',
+            Role::Mixed => 'm',
+            Role::None => '-',
+        })
+        .collect()
+}
+
+#[test]
+fn fleets_and_their_plans() {
+    let table = [
+        // policy, fleet, plan
+        ((1, 1), "-", "m"),
+        ((1, 1), "p", "m"),
+        ((1, 1), "--", "pd"),
+        ((1, 1), "dp", "dp"),
+        ((1, 1), "m-", "dp"), // the mixed one decodes on
+        ((1, 1), "-m", "pd"),
+        ((1, 1), "md", "pd"),
+        ((1, 1), "mp", "dp"),
+        ((1, 1), "pp", "pd"), // one of two alike has to move
+        ((1, 1), "Pp", "dp"), // the one that does not serve yet
+        ((1, 1), "---", "pdd"),
+        ((1, 1), "ppd", "ppd"), // 1.5 is wanted: two will do
+        ((1, 1), "dpd", "dpd"),
+        ((1, 1), "ddd", "ddp"),
+        ((1, 1), "ppdd-", "ppddd"),
+        ((1, 1), "pppd", "ppdd"),
+        ((2, 1), "---", "ppd"),
+        ((1, 3), "----", "pddd"),
+        ((1, 3), "p-dd", "pddd"),
+        ((1, 3), "--------", "ppdddddd"),
+        ((1, 7), "--", "pd"),
+        ((7, 1), "--", "pd"),
+        ((2, 2), "ppd", "ppd"),
+        ((2, 2), "pdd", "pdd"),
+    ];
+    for ((prefill, decode), given, expected) in table {
+        let plan = decide(Policy { prefill, decode }, &fleet(given));
+        assert_eq!(letters(&plan), expected, "{prefill}:{decode} {given}");
+    }
+}
+
+#[test]
+fn nobody_is_planned_where_nobody_is() {
+    assert!(decide(Policy { prefill: 1, decode: 1 }, &[]).is_empty());
+}
+
+#[test]
+fn who_cannot_join_has_no_role_and_a_reason() {
+    let mut fleet = fleet("pd");
+    let mut stranger = fleet[0].clone();
+    stranger.spec = spec("z", "another");
+    stranger.role = None;
+    fleet.push(stranger);
+    let candidates: Vec<_> =
+        fleet.iter().map(|g| Candidate { spec: &g.spec, role: g.role, serving: g.serving }).collect();
+    let plan = plan(Policy { prefill: 1, decode: 1 }, &candidates);
+    let decision = &plan[&fleet[2].spec.id];
+    assert_eq!(decision.role, Role::None);
+    assert_eq!(
+        decision.reason,
+        "cannot join the group's other instances: its KV layout is another, that of i00 is x"
+    );
+    assert_eq!(plan[&fleet[0].spec.id].role, Role::Prefill);
+    assert_eq!(plan[&fleet[1].spec.id].role, Role::Decode);
+}
+
+#[test]
+fn each_difference_is_named() {
+    let base = spec("a", "x");
+    let mut others = vec![("model", base.clone()), ("revision", base.clone()), ("device type", base.clone())];
+    others[0].1.model.name = "n".into();
+    others[1].1.model.revision = "s".into();
+    others[2].1.device = "ascend".into();
+    others.push(("device count", InstanceSpec { device_count: 2, ..base.clone() }));
+    others.push(("KV layout", spec("a", "y")));
+    for (named, other) in others {
+        let reason = incompatibility(&base, &other).expect(named);
+        assert!(reason.contains(named), "{reason}");
+        assert!(incompatibility(&other, &base).is_some());
+    }
+    assert_eq!(incompatibility(&base, &InstanceSpec { group: "g".into(), ..base.clone() }), None);
+}
+
+#[test]
+fn those_who_serve_outweigh_newcomers() {
+    let mut fleet = fleet("pd");
+    for name in ["a", "b", "c"] {
+        fleet.push(Given { spec: spec(name, "new"), role: None, serving: false });
+    }
+    let plan = decide(Policy { prefill: 1, decode: 1 }, &fleet);
+    assert_eq!(letters(&plan), "---pd");
+}
+
+fn any_fleet() -> impl Strategy<Value = (Policy, Vec<Given>)> {
+    let role = prop_oneof![
+        Just(None),
+        Just(Some(Role::Prefill)),
+        Just(Some(Role::Decode)),
+        Just(Some(Role::Mixed)),
+        Just(Some(Role::None)),
+    ];
+    let instance = (role, any::<bool>(), prop_oneof![9 => Just("x"), 1 => Just("y")]);
+    let fleet = proptest::collection::vec(instance, 1..24).prop_map(|instances| {
+        let given = |(index, (role, serving, layout)): (usize, (Option<Role>, bool, &str))| Given {
+            spec: spec(&format!("i{index:02}"), layout),
+            role,
+            serving,
+        };
+        instances.into_iter().enumerate().map(given).collect()
+    });
+    ((1u32..6, 1u32..6).prop_map(|(prefill, decode)| Policy { prefill, decode }), fleet)
+}
+
+fn count(plan: &BTreeMap<InstanceId, Role>, role: Role) -> usize {
+    plan.values().filter(|planned| **planned == role).count()
+}
+
+fn with_roles(fleet: &[Given], plan: &BTreeMap<InstanceId, Role>) -> Vec<Given> {
+    let given = |g: &Given| Given { role: plan.get(&g.spec.id).copied(), serving: true, ..g.clone() };
+    fleet.iter().map(given).collect()
+}
+
+/// Serving roles that differ between two plans, over the instances in both.
+fn moves(before: &BTreeMap<InstanceId, Role>, after: &BTreeMap<InstanceId, Role>) -> usize {
+    before
+        .iter()
+        .filter(|(id, role)| **role != Role::None && after.get(*id).is_some_and(|now| now != *role))
+        .count()
+}
+
+proptest! {
+    #[test]
+    fn every_plan_keeps_the_rules((policy, fleet) in any_fleet(), seed in any::<u64>()) {
+        let plan = decide(policy, &fleet);
+        prop_assert_eq!(plan.len(), fleet.len(), "everyone gets an answer");
+
+        let party: Vec<_> = plan.iter().filter(|(_, role)| **role != Role::None).map(|(id, _)| id).collect();
+        prop_assert!(!party.is_empty());
+        let layouts: std::collections::BTreeSet<_> = fleet.iter().filter(|g| party.contains(&&g.spec.id))
+            .map(|g| &g.spec.kv_layout.fingerprint).collect();
+        prop_assert_eq!(layouts.len(), 1, "all who serve understand each other");
+
+        let (prefill, decode, mixed) = (count(&plan, Role::Prefill), count(&plan, Role::Decode), count(&plan, Role::Mixed));
+        if party.len() == 1 {
+            prop_assert_eq!(mixed, 1);
+        } else {
+            prop_assert_eq!(mixed, 0);
+            prop_assert!(prefill >= 1 && decode >= 1);
+            let ideal = party.len() as f64 * f64::from(policy.prefill) / f64::from(policy.prefill + policy.decode);
+            let bounded = ideal.clamp(1.0, (party.len() - 1) as f64);
+            prop_assert!((prefill as f64 - bounded).abs() < 1.0, "{} for {}", prefill, ideal);
+        }
+
+        prop_assert_eq!(&decide(policy, &with_roles(&fleet, &plan)), &plan, "planned again, nothing changes");
+
+        let mut shuffled = fleet.clone();
+        for index in (1..shuffled.len()).rev() {
+            shuffled.swap(index, (seed.rotate_left(index as u32 * 7) % (index as u64 + 1)) as usize);
+        }
+        prop_assert_eq!(&decide(policy, &shuffled), &plan, "the order does not matter");
+    }
+
+    #[test]
+    fn one_more_or_one_less_moves_at_most_one((policy, fleet) in any_fleet(), gone in any::<prop::sample::Index>()) {
+        let fleet: Vec<_> = fleet.into_iter().filter(|g| g.spec.kv_layout.fingerprint == "x").collect();
+        prop_assume!(fleet.len() > 2);
+        let plan = decide(policy, &fleet);
+        let settled = with_roles(&fleet, &plan);
+        let mut fewer = settled.clone();
+        fewer.remove(gone.index(fewer.len()));
+        let after = decide(policy, &fewer);
+        prop_assert!(moves(&plan, &after) <= 1, "{} became {}", letters(&plan), letters(&after));
+        let mut more = settled;
+        more.push(Given { spec: spec("zz", "x"), role: None, serving: false });
+        prop_assert!(moves(&plan, &decide(policy, &more)) <= 1);
+    }
+
+    #[test]
+    fn no_cheaper_division_was_passed_over(prefill in 1u32..6, decode in 1u32..6, n in 2usize..20, held in (0usize..20, 0usize..20)) {
+        let prefilling = held.0.min(n);
+        let decoding = held.1.min(n - prefilling);
+        let chosen = prefill_count(Policy { prefill, decode }, n, prefilling, decoding);
+        let ideal = n as f64 * f64::from(prefill) / f64::from(prefill + decode);
+        let moved = |count: usize| prefilling.saturating_sub(count) + decoding.saturating_sub(n - count);
+        for other in 1..n {
+            if (other as f64 - ideal).abs() < 1.0 - 1e-9 {
+                prop_assert!((chosen as f64 - ideal).abs() < 1.0);
+                prop_assert!(moved(chosen) <= moved(other), "{chosen} moves {}, {other} {}", moved(chosen), moved(other));
+            }
+        }
+    }
+}

@@ -1,0 +1,136 @@
+//! Who counts in a plan, and when a change it asks for is made.
+//!
+//! Those who have loaded count, and those who have a role and are on their way (lost and within their grace, or
+//! loading it again); while nobody has loaded, all do, so that a fresh fleet has its roles before its weights. What
+//! serves is moved one at a time in a group, and only once every other has taken on what it was given.
+
+use std::collections::BTreeMap;
+
+use baton_proto::{InstanceId, RoleEpoch};
+use baton_registry::{DesiredRole, Phase, Role};
+use tokio::time::Instant;
+use tracing::info;
+
+use super::{Kind, Reconciler, SHORTEST_WAIT};
+use crate::{
+    fleet::{Contact, Member},
+    plan::{Candidate, Decision, plan},
+};
+
+/// A group that keeps growing is planned after this many times the settling time at the latest.
+const SETTLE_TIMES: u32 = 4;
+
+impl Reconciler {
+    /// Plans every group and decides what may be done of it now.
+    pub(super) fn replan(&mut self, now: Instant) {
+        let mut groups: BTreeMap<&str, Vec<&Member>> = BTreeMap::new();
+        for member in self.members.values() {
+            groups.entry(member.spec.group.as_str()).or_default().push(member);
+        }
+        let mut decided = Vec::new();
+        let mut again: Vec<Instant> = Vec::new();
+        for members in groups.values() {
+            if let Some(until) = self.unsettled(members, now) {
+                again.push(until);
+                continue;
+            }
+            let counting: Vec<_> = members.iter().copied().filter(|m| self.counts(m, members, now)).collect();
+            again.extend(members.iter().filter_map(|member| self.counts_until(member, now)));
+            let candidates: Vec<_> = counting
+                .iter()
+                .map(|m| Candidate { spec: &m.spec, role: m.serving_role(), serving: m.is_serving() })
+                .collect();
+            let plan = plan(self.policy(), &candidates);
+            let (permitted, wait) = self.permitted(&counting, plan, now);
+            again.extend(wait);
+            decided.extend(permitted);
+        }
+        self.plan_at = again.into_iter().min().map(|at| at.max(now + SHORTEST_WAIT));
+        for (id, decision) in decided {
+            self.decide(&id, decision);
+        }
+    }
+
+    /// Until when a group that has no roles yet waits for more instances.
+    fn unsettled(&self, members: &[&Member], now: Instant) -> Option<Instant> {
+        let wanted = (self.roles_config.prefill + self.roles_config.decode) as usize;
+        if members.len() >= wanted || members.iter().any(|member| member.serving_role().is_some()) {
+            return None;
+        }
+        let settle = self.roles_config.settle;
+        let first = members.iter().map(|member| member.joined).min()?;
+        let last = members.iter().map(|member| member.joined).max()?;
+        let until = (last + settle).min(first + settle * SETTLE_TIMES);
+        (until > now).then_some(until)
+    }
+
+    fn counts(&self, member: &Member, group: &[&Member], now: Instant) -> bool {
+        match member.contact {
+            // Its place is kept.
+            Contact::Lost { .. } => member.serving_role().is_some(),
+            _ if member.beat.phase != Phase::Loading => true,
+            _ if member.serving_role().is_some() => {
+                self.counts_until(member, now).is_some() || !group.iter().any(|member| member.is_serving())
+            }
+            _ => !group.iter().any(|m| m.beat.phase != Phase::Loading || m.serving_role().is_some()),
+        }
+    }
+
+    /// When a loading instance with a role ceases to count; none if it has, or if it is not of that kind.
+    fn counts_until(&self, member: &Member, now: Instant) -> Option<Instant> {
+        let until = member.joined + self.roles_config.load_grace;
+        let loading = member.is_registered() && member.beat.phase == Phase::Loading;
+        (loading && member.serving_role().is_some() && until > now).then_some(until)
+    }
+
+    /// Which of the plan's changes are made now, and when to look at the others again if time will change that.
+    fn permitted(
+        &self,
+        counting: &[&Member],
+        mut plan: BTreeMap<&InstanceId, Decision>,
+        now: Instant,
+    ) -> (Vec<(InstanceId, Decision)>, Option<Instant>) {
+        // While others with roles of the same time may be on their way back, who has a role keeps it.
+        let hold =
+            Some(self.began + self.roles_config.lost_grace).filter(|until| self.adopted && now < *until);
+        let (mut permitted, mut moves, mut wait) = (Vec::new(), Vec::new(), None);
+        for member in counting {
+            let Some(decision) = plan.remove(&member.spec.id) else { continue };
+            let has = member.desired.as_ref().map(|desired| desired.role);
+            if has == Some(decision.role) {
+                continue;
+            }
+            let change = (member.spec.id.clone(), decision);
+            if member.serving_role().is_none() || change.1.role == Role::None {
+                permitted.push(change);
+            } else if hold.is_some() {
+                wait = hold;
+            } else if member.is_serving() {
+                moves.push(change);
+            } else {
+                permitted.push(change);
+            }
+        }
+        let on_the_way = |member: &&Member| {
+            member.is_registered() && member.serving_role().is_some() && !member.has_converged()
+        };
+        if permitted.is_empty() && !counting.iter().any(on_the_way) {
+            permitted.extend(moves.into_iter().next());
+        }
+        (permitted, wait)
+    }
+
+    fn decide(&mut self, id: &InstanceId, decision: Decision) {
+        let leader_epoch = self.leader_epoch;
+        let Some(member) = self.members.get_mut(id) else { return };
+        let before = member.desired.as_ref().map_or(RoleEpoch(0), |desired| desired.epoch);
+        // Later than what the instance holds and than anything an earlier leader gave.
+        let epoch = RoleEpoch((before.max(member.beat.role_epoch).0 + 1).max(leader_epoch.0));
+        let was = member.desired.as_ref().map_or("none", |desired| desired.role.name());
+        let Decision { role, reason } = decision;
+        info!(instance = %id, was, role = role.name(), %epoch, reason, "a role is decided");
+        member.desired = Some(DesiredRole { role, epoch, reason, leader_epoch });
+        self.role_changes += 1;
+        self.mark(Kind::Role, id);
+    }
+}

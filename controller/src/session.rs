@@ -1,0 +1,197 @@
+//! The gRPC adapter of `Control.Session`: reports in, orders out.
+//!
+//! Thin: it checks and converts, and hands everything to the leading task through the [`Desk`]. A session ends when
+//! the instance ends it, when the leading task drops its [`Line`], or when the process stops. A controller that does
+//! not lead refuses with `UNAVAILABLE`, naming the one that does: the server goes on to another.
+
+use std::{
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use baton_proto::{
+    ApiError, ErrorCode, LeaderEpoch,
+    v1::{self, control_server, controller_order, instance_report::Report as Wire},
+};
+use baton_registry::{InstanceSpec, KeyRange, LeaderRecord, RecordError, Store, keys};
+use futures::{Stream, StreamExt};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tonic::{Request, Response, Status, Streaming};
+use tracing::debug;
+
+use crate::{
+    config::ControllerConfig,
+    desk::{Desk, Inbox, Line, Message, ORDERS_CAPACITY},
+    fleet::{Beat, SessionId},
+    reconcile::{Event, Order},
+};
+
+/// How long a new session may take to say who it is.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Takes instances' sessions.
+#[derive(Debug)]
+pub struct ControlService {
+    config: Arc<ControllerConfig>,
+    store: Arc<dyn Store>,
+    desk: Desk,
+    last_session: AtomicU64,
+    shutdown: CancellationToken,
+    tasks: TaskTracker,
+}
+
+impl ControlService {
+    pub fn new(
+        config: Arc<ControllerConfig>,
+        store: Arc<dyn Store>,
+        desk: Desk,
+        shutdown: CancellationToken,
+        tasks: TaskTracker,
+    ) -> Self {
+        Self { config, store, desk, last_session: AtomicU64::new(0), shutdown, tasks }
+    }
+}
+
+/// What a controller that does not lead answers with.
+pub(crate) async fn not_leading(store: &dyn Store) -> Status {
+    let leader =
+        store.range(KeyRange::exact(keys::LEADER)).await.ok().and_then(|mut listing| listing.items.pop());
+    let message = match leader.and_then(|item| LeaderRecord::decode(&item.value).ok()) {
+        Some(leader) => {
+            format!("this controller does not lead: ask {} at {}", leader.controller_id, leader.endpoint)
+        }
+        None => "no controller leads at the moment: try again".to_owned(),
+    };
+    ApiError::new(ErrorCode::Unavailable, message).into()
+}
+
+fn invalid(error: RecordError) -> Status {
+    ApiError::new(ErrorCode::InvalidArgument, format!("this report cannot be taken: {error}")).into()
+}
+
+#[tonic::async_trait]
+impl control_server::Control for ControlService {
+    type SessionStream = Pin<Box<dyn Stream<Item = Result<v1::ControllerOrder, Status>> + Send>>;
+
+    async fn session(
+        &self,
+        request: Request<Streaming<v1::InstanceReport>>,
+    ) -> Result<Response<Self::SessionStream>, Status> {
+        let Some(inbox) = self.desk.inbox() else { return Err(not_leading(&*self.store).await) };
+        let mut reports = request.into_inner();
+        let (spec, beat) =
+            tokio::time::timeout(HELLO_TIMEOUT, hello(&mut reports)).await.map_err(|_| {
+                Status::from(ApiError::new(ErrorCode::DeadlineExceeded, "no hello came in time"))
+            })??;
+        let session = SessionId(self.last_session.fetch_add(1, Ordering::Relaxed) + 1);
+        let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let unix_millis = u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX);
+        let (orders, receiver) = mpsc::channel(ORDERS_CAPACITY);
+        let end = self.shutdown.child_token();
+        let line = Line { orders, end: end.clone().drop_guard() };
+        let event = Event::Hello { session, spec, beat, unix_millis };
+        if inbox.messages.send(Message::Hello { event, session, line }).await.is_err() {
+            return Err(not_leading(&*self.store).await);
+        }
+        let welcome = welcome(&self.config, inbox.epoch);
+        let drain = self.config.roles.drain;
+        self.tasks.spawn(read(session, reports, inbox, end));
+        let answers =
+            ReceiverStream::new(receiver).map(move |order| Ok(order_to_wire(order, &welcome, drain)));
+        let shutdown = self.shutdown.clone().cancelled_owned();
+        Ok(Response::new(answers.take_until(shutdown).boxed()))
+    }
+}
+
+/// The first report of a session.
+async fn hello(reports: &mut Streaming<v1::InstanceReport>) -> Result<(InstanceSpec, Beat), Status> {
+    let first = reports.message().await?.and_then(|report| report.report);
+    let Some(Wire::Hello(hello)) = first else {
+        return Err(ApiError::new(ErrorCode::InvalidArgument, "a session begins with a hello").into());
+    };
+    let spec =
+        hello.spec.ok_or(RecordError::Missing("spec")).and_then(InstanceSpec::try_from).map_err(invalid)?;
+    let beat = hello.beat.ok_or(RecordError::Missing("beat")).and_then(Beat::try_from).map_err(invalid)?;
+    Ok((spec, beat))
+}
+
+/// Hands reports on until one side ends the session, and says so.
+async fn read(
+    session: SessionId,
+    mut reports: Streaming<v1::InstanceReport>,
+    inbox: Inbox,
+    end: CancellationToken,
+) {
+    let reading = async {
+        loop {
+            let event = match reports.message().await {
+                Ok(Some(report)) => match event_of(session, report) {
+                    Ok(Some(event)) => event,
+                    // Of a kind that a later version may send.
+                    Ok(None) => continue,
+                    Err(error) => {
+                        debug!(%session, %error, "a report that cannot be read ends the session");
+                        break;
+                    }
+                },
+                Ok(None) => break,
+                Err(status) => {
+                    debug!(%session, %status, "a session broke");
+                    break;
+                }
+            };
+            if inbox.messages.send(Message::Event(event)).await.is_err() {
+                break;
+            }
+        }
+    };
+    tokio::select! {
+        () = end.cancelled() => {}
+        () = reading => {
+            // Nobody reads it if the reign has ended; then there is nothing to close either.
+            inbox.messages.send(Message::Event(Event::Closed { session })).await.ok();
+        }
+    }
+}
+
+fn event_of(session: SessionId, report: v1::InstanceReport) -> Result<Option<Event>, RecordError> {
+    Ok(match report.report {
+        Some(Wire::Beat(beat)) => Some(Event::Beat { session, beat: beat.try_into()? }),
+        Some(Wire::Bye(bye)) => Some(Event::Bye { session, reason: bye.reason }),
+        Some(Wire::Hello(_)) => return Err(RecordError::Decode("a second hello".to_owned())),
+        None => None,
+    })
+}
+
+fn millis(duration: Duration) -> u32 {
+    u32::try_from(duration.as_millis()).unwrap_or(u32::MAX)
+}
+
+fn welcome(config: &ControllerConfig, epoch: LeaderEpoch) -> controller_order::Welcome {
+    controller_order::Welcome {
+        controller_id: config.controller_id.clone(),
+        leader_epoch: epoch.0,
+        beat_millis: millis(config.sessions.beat),
+        lease_millis: millis(config.sessions.lease),
+    }
+}
+
+fn order_to_wire(order: Order, welcome: &controller_order::Welcome, drain: Duration) -> v1::ControllerOrder {
+    let order = match order {
+        Order::Welcome => controller_order::Order::Welcome(welcome.clone()),
+        Order::Assign(desired) => controller_order::Order::Assign(v1::AssignRole {
+            role: desired.role.to_wire().into(),
+            epoch: desired.epoch.0,
+            reason: desired.reason,
+            drain_millis: millis(drain),
+        }),
+        Order::Refuse(error) => controller_order::Order::Refuse(v1::Refuse { reason: Some(error.into()) }),
+    };
+    v1::ControllerOrder { order: Some(order) }
+}
