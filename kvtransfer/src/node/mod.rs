@@ -27,7 +27,7 @@ use std::{
 
 use baton_proto::{ApiError, Incarnation, InstanceId, TransferId, v1};
 use parking_lot::Mutex;
-use tokio::sync::Notify;
+use tokio::{runtime::Handle, sync::Notify};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub use config::{Direction, ExpectSpec, Limits, NodeConfig, OfferSpec, Reclaimed, Sealed, TransferStats};
@@ -80,6 +80,8 @@ struct Node {
     /// A transfer has been added.
     activity: Notify,
     tasks: TaskTracker,
+    /// Where tasks run: transfers are offered from threads that belong to no runtime, too.
+    runtime: Handle,
     /// Given by the owner: take nothing new, abort what there is.
     shutdown: CancellationToken,
     /// Ours, a moment later: end every stream and connection.
@@ -118,6 +120,7 @@ impl KvNode {
             counters: Counters::default(),
             activity: Notify::new(),
             tasks: TaskTracker::new(),
+            runtime: Handle::current(),
             shutdown,
             stop: CancellationToken::new(),
             limits,
@@ -307,7 +310,7 @@ impl Node {
         }
         let link = Link::new(endpoint.to_owned());
         links.insert(endpoint.to_owned(), link.clone());
-        self.tasks.spawn(link.clone().run(self.clone(), self.stop.clone()));
+        self.tasks.spawn_on(link.clone().run(self.clone(), self.stop.clone()), &self.runtime);
         Ok(link)
     }
 
