@@ -125,8 +125,10 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
         drain,
     };
     let routes = Routes::new(RequestAdminServer::new(admin));
+    let address = |listener: &std::net::TcpListener| listener.local_addr().map(|address| address.to_string());
+    let (http, grpc) = (address(&listener).unwrap_or_default(), address(&admin_listener).unwrap_or_default());
     process.spawn_essential("admin", grpc::serve(admin_listener, routes, options));
-    tracing::info!(listen = %config.listen, admin = %config.admin_listen, "serving");
+    tracing::info!(%http, %grpc, "serving");
     let served = baton_process::http::serve(listener, router, process.shutdown.clone(), drain).await;
     // Requests have drained: the streams to instances may end.
     service.links.stop_all();

@@ -121,7 +121,7 @@ impl Default for FleetConfig {
         Self {
             connect_timeout: Duration::from_secs(3),
             reconnect_min: Duration::from_millis(50),
-            reconnect_max: Duration::from_secs(2),
+            reconnect_max: Duration::from_secs(1),
             keep_alive: Duration::from_secs(5),
             absent_grace: Duration::from_secs(60),
             sweep: Duration::from_secs(5),

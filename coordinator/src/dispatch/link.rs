@@ -17,6 +17,7 @@ use std::{
 };
 
 use baton_proto::{ApiError, CoordinatorId, ErrorCode, Incarnation, InstanceId, LegId, v1};
+use baton_registry::ObservedStatus;
 use parking_lot::Mutex;
 use tokio::{
     sync::{mpsc, watch},
@@ -38,12 +39,20 @@ const OUTBOUND_FRAMES: usize = 1024;
 /// Largest message an instance may send: a step's tokens of all legs.
 const INBOUND_BYTES_MOST: usize = 16 << 20;
 
-/// Where the instance is now; a change makes the task reconnect.
+/// Where the instance is now. A change ends any pause before the next attempt to connect.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Target {
     /// `host:port` of its Inference service.
     pub endpoint: String,
     pub incarnation: Incarnation,
+    /// What it last told the controller: an instance that has just become ready is called at once.
+    pub status: Option<ObservedStatus>,
+}
+
+impl Target {
+    fn same_process(&self, other: &Self) -> bool {
+        self.endpoint == other.endpoint && self.incarnation == other.incarnation
+    }
 }
 
 /// A leg waiting for output.
@@ -136,15 +145,16 @@ impl Link {
         }
     }
 
-    /// The stream is gone: every leg on it fails.
-    fn break_off(&self) {
-        let Some(up) = self.channel.lock().take() else { return };
+    /// The stream is gone: every leg on it fails. False: there was none.
+    fn break_off(&self) -> bool {
+        let Some(up) = self.channel.lock().take() else { return false };
         if !up.legs.is_empty() {
             self.metrics.legs_lost.inc_by(up.legs.len() as u64);
         }
         for slot in up.legs.into_values() {
             slot.mailbox.deliver(slot.side, Output::failed(lost(&self.instance)));
         }
+        true
     }
 }
 
@@ -236,9 +246,13 @@ impl LinkTask {
             };
             // First the board: a leg that fails now may be placed again at once, and not here.
             self.board.down(&self.link.instance, Instant::now());
-            self.link.break_off();
+            let was_up = self.link.break_off();
             let Some(reason) = reason else { return };
-            tracing::info!(instance = %self.link.instance, %reason, "stream is down");
+            if was_up {
+                tracing::info!(instance = %self.link.instance, %reason, "stream is down");
+            } else {
+                tracing::debug!(instance = %self.link.instance, %reason, "cannot connect yet");
+            }
             if matches!(reason, BreakReason::Moved) || began.elapsed() > self.config.reconnect_max {
                 pause = self.config.reconnect_min;
             }
@@ -319,8 +333,8 @@ impl LinkTask {
                 biased;
                 () = cut.cancelled() => return BreakReason::Cut,
                 moved = self.target.changed() => match moved {
-                    // The list has caught up with what was found there.
-                    Ok(()) if *self.target.borrow_and_update() == target => continue,
+                    // Only its status is new, or the list has caught up with what was found there.
+                    Ok(()) if self.target.borrow_and_update().same_process(&target) => continue,
                     Ok(()) => return BreakReason::Moved,
                     Err(_) => return BreakReason::Cut,
                 },

