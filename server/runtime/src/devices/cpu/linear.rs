@@ -1,13 +1,13 @@
 //! Matrix products with packed weights: how the work is cut into tasks for the kernels.
 //!
-//! One row goes through `gemv`, which reads panels as stored. More rows go block by block: a piece of a panel is turned
+//! Up to four rows go through `few`, which reads panels as stored. More rows go block by block: a piece of a panel is turned
 //! into f32 once and multiplied with all rows of the block while it lies in the first-level cache. The cuts differ
 //! between the two and with the number of rows; the order in which an output's products are added does not.
 
 use std::sync::{Mutex, PoisonError};
 
 use super::{
-    kernels::{Gemv, Kernels, Tiles},
+    kernels::{Few, Kernels, MOST_FEW, Tiles},
     lanes::LANES,
     memory::Disjoint,
     pack::Packed,
@@ -22,8 +22,8 @@ const K_BLOCK: usize = 256;
 const PANEL_BLOCK: usize = 8;
 /// Tasks for each thread to aim at, so that all end at about the same time.
 const TASKS_PER_THREAD: usize = 6;
-/// Fewest panels of a `gemv` task: below, handing out tasks costs more than it evens out.
-const GEMV_PANELS: usize = 4;
+/// Fewest panels of a `few` task: below, handing out tasks costs more than it evens out.
+const FEW_PANELS: usize = 4;
 
 /// A worker's own memory.
 pub(crate) struct Scratch {
@@ -89,9 +89,10 @@ impl Linear {
         );
         let tasks = pool.threads() * TASKS_PER_THREAD;
         let results = Disjoint::new(out);
-        if rows == 1 {
-            let pieces = self.pieces(self.panels().div_ceil(tasks).next_multiple_of(2).max(GEMV_PANELS));
-            pool.run(pieces.len(), &|_, task| gemv(kernels, &pieces[task], x, results));
+        if rows <= MOST_FEW {
+            let pieces = self.pieces(self.panels().div_ceil(tasks).next_multiple_of(2).max(FEW_PANELS));
+            let block = Block { x, first: 0, rows };
+            pool.run(pieces.len(), &|_, task| few(kernels, &pieces[task], &block, self.outputs, results));
             return;
         }
         let row_blocks = rows.div_ceil(ROW_BLOCK);
@@ -117,43 +118,47 @@ impl Linear {
     }
 }
 
-fn gemv(kernels: &Kernels, piece: &Piece<'_>, x: &[f32], out: Disjoint<f32>) {
-    let part = piece.part;
-    let kernel = kernels.gemv[part.format as usize];
-    let full = (part.rows / LANES).saturating_sub(piece.first_panel).min(piece.panels);
-    let panel = |index: usize| &part.bytes.as_slice()[(piece.first_panel + index) * part.panel_bytes..];
-    let init = &part.init[piece.first_panel * LANES..];
-    // SAFETY: the outputs of `full` whole panels lie within `out`, and every output is one piece's only.
-    let to = unsafe { out.slice(piece.output, full * LANES) };
-    let task = |index: usize, panels, out: *mut f32| Gemv {
-        x: x.as_ptr(),
-        k: part.k,
-        panel: panel(index).as_ptr(),
-        panel_bytes: part.panel_bytes,
-        panels,
-        init: init[index * LANES..].as_ptr(),
-        out,
-    };
-    if full > 0 {
-        // SAFETY: `x` has `k` values; the panels, their starts and outputs are there for `full` panels.
-        unsafe { kernel(&task(0, full, to.as_mut_ptr())) };
-    }
-    if full < piece.panels {
-        let mut edge = [0.0; LANES];
-        // SAFETY: as above for the last panel, whose outputs go to `edge`.
-        unsafe { kernel(&task(full, 1, edge.as_mut_ptr())) };
-        let rows = part.rows % LANES;
-        // SAFETY: the part's last outputs, this piece's only.
-        unsafe { out.slice(piece.output + full * LANES, rows) }.copy_from_slice(&edge[..rows]);
-    }
-}
-
 /// Rows of activations that one task multiplies.
 struct Block<'a> {
     /// From the first row on.
     x: &'a [f32],
     first: usize,
     rows: usize,
+}
+
+fn few(kernels: &Kernels, piece: &Piece<'_>, block: &Block<'_>, outputs: usize, out: Disjoint<f32>) {
+    let part = piece.part;
+    let kernel = kernels.few[part.format as usize];
+    let full = (part.rows / LANES).saturating_sub(piece.first_panel).min(piece.panels);
+    let task = |index: usize, panels, out: *mut f32, out_stride| Few {
+        x: block.x.as_ptr(),
+        x_stride: part.k,
+        rows: block.rows,
+        k: part.k,
+        panel: part.bytes.as_slice()[(piece.first_panel + index) * part.panel_bytes..].as_ptr(),
+        panel_bytes: part.panel_bytes,
+        panels,
+        init: part.init[(piece.first_panel + index) * LANES..].as_ptr(),
+        out,
+        out_stride,
+    };
+    if full > 0 {
+        let to = out.pointer().wrapping_add(block.first * outputs + piece.output);
+        // SAFETY: `x` has `rows` rows of `k`; the panels and their starts are there; the outputs of whole panels lie
+        // within `out`'s rows and are one piece's only.
+        unsafe { kernel(&task(0, full, to, outputs)) };
+    }
+    if full < piece.panels {
+        let mut edge = [0.0; MOST_FEW * LANES];
+        // SAFETY: as above for the last panel, whose outputs go to `edge`.
+        unsafe { kernel(&task(full, 1, edge.as_mut_ptr(), LANES)) };
+        let (rows, output) = (part.rows % LANES, piece.output + full * LANES);
+        for (row, values) in edge.chunks_exact(LANES).take(block.rows).enumerate() {
+            // SAFETY: the part's last outputs, this piece's only.
+            let to = unsafe { out.slice((block.first + row) * outputs + output, rows) };
+            to.copy_from_slice(&values[..rows]);
+        }
+    }
 }
 
 fn gemm(

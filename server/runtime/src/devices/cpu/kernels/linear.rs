@@ -1,7 +1,7 @@
 //! The three inner loops of a matrix product with a packed panel.
 //!
-//! `gemv` multiplies one row of activations with panels as they are stored. For more rows, `expand` turns a piece of a
-//! panel into f32 once and `tiles` multiplies it with all rows. Either way each output is
+//! `few` multiplies one to four rows of activations with panels as they are stored. For more rows, `expand` turns a
+//! piece of a panel into f32 once and `tiles` multiplies it with all rows. Either way each output is
 //! `fma(x[k], w[k], ... fma(x[0], w[0], init))`, so the two agree bit for bit.
 #![allow(
     unsafe_op_in_unsafe_fn,
@@ -10,13 +10,17 @@
 
 use super::{
     super::lanes::{LANES, Lanes},
-    Gemv, Tiles,
+    Few, MOST_FEW, Tiles,
     format::Format,
 };
 
 /// Rows of activations that one pass over an expanded panel multiplies: with 6, accumulators and operands just fit the
 /// sixteen registers of AVX2.
 const TILE_ROWS: usize = 6;
+
+const CACHE_LINE: usize = 64;
+/// How far ahead of the weights in use the next ones are asked for, in bytes.
+const PREFETCH: usize = 1536;
 
 #[inline(always)]
 pub(super) unsafe fn expand<V: Lanes, F: Format>(panel: *const u8, k: usize, out: *mut f32) {
@@ -33,41 +37,68 @@ pub(super) unsafe fn expand<V: Lanes, F: Format>(panel: *const u8, k: usize, out
 }
 
 #[inline(always)]
-pub(super) unsafe fn gemv<V: Lanes, F: Format>(task: &Gemv) {
-    let mut panel = 0;
-    while panel + 2 <= task.panels {
-        panels::<V, F, 2>(task, panel);
-        panel += 2;
-    }
-    if panel < task.panels {
-        panels::<V, F, 1>(task, panel);
+pub(super) unsafe fn few<V: Lanes, F: Format>(task: &Few) {
+    match task.rows {
+        1 => pairs_of_panels::<V, F, 1>(task),
+        2 => pairs_of_panels::<V, F, 2>(task),
+        3 => (0..task.panels).for_each(|panel| panels::<V, F, 3, 1>(task, panel)),
+        _ => (0..task.panels).for_each(|panel| panels::<V, F, MOST_FEW, 1>(task, panel)),
     }
 }
 
-/// `N` panels side by side, so that their chains of multiply-adds hide each other's latency.
 #[inline(always)]
-unsafe fn panels<V: Lanes, F: Format, const N: usize>(task: &Gemv, first: usize) {
-    let mut sums = [V::splat(0.0); N];
-    for (i, sum) in sums.iter_mut().enumerate() {
-        *sum = V::load(task.init.add((first + i) * LANES));
+unsafe fn pairs_of_panels<V: Lanes, F: Format, const R: usize>(task: &Few) {
+    let mut panel = 0;
+    while panel + 2 <= task.panels {
+        panels::<V, F, R, 2>(task, panel);
+        panel += 2;
     }
-    for block in 0..task.k / F::GROUP {
-        let x = task.x.add(block * F::GROUP);
-        let at = |i: usize| task.panel.wrapping_add((first + i) * task.panel_bytes + block * F::BYTES);
-        let mut scales = [F::scales::<V>(at(0)); N];
-        for (i, scale) in scales.iter_mut().enumerate().skip(1) {
-            *scale = F::scales::<V>(at(i));
+    if panel < task.panels {
+        panels::<V, F, R, 1>(task, panel);
+    }
+}
+
+/// `R` rows by `N` panels, so many that their chains of multiply-adds hide each other's latency.
+#[inline(always)]
+unsafe fn panels<V: Lanes, F: Format, const R: usize, const N: usize>(task: &Few, first: usize) {
+    let mut sums = [[V::splat(0.0); N]; R];
+    for row in &mut sums {
+        for (i, sum) in row.iter_mut().enumerate() {
+            *sum = V::load(task.init.add((first + i) * LANES));
         }
-        for pair in 0..F::GROUP / 2 {
-            let (x0, x1) = (V::splat(*x.add(2 * pair)), V::splat(*x.add(2 * pair + 1)));
-            for i in 0..N {
-                let (w0, w1) = F::pair::<V>(at(i), scales[i], pair);
-                sums[i] = x1.fma(w1, x0.fma(w0, sums[i]));
+    }
+    let mut at = [task.panel.add(first * task.panel_bytes); N];
+    for (i, at) in at.iter_mut().enumerate() {
+        *at = at.add(i * task.panel_bytes);
+    }
+    let mut x = task.x;
+    for _ in 0..task.k / F::GROUP {
+        let mut scales = [F::scales::<V>(at[0]); N];
+        for i in 0..N {
+            scales[i] = F::scales::<V>(at[i]);
+            // The hardware's own prefetching stops at the end of a page and knows few streams.
+            for line in (0..F::BYTES).step_by(CACHE_LINE) {
+                V::prefetch(at[i].wrapping_add(PREFETCH + line));
             }
         }
+        for pair in 0..F::GROUP / 2 {
+            for i in 0..N {
+                let (w0, w1) = F::pair::<V>(at[i], scales[i], pair);
+                for (r, row) in sums.iter_mut().enumerate() {
+                    let x = x.add(r * task.x_stride + 2 * pair);
+                    row[i] = V::splat(*x.add(1)).fma(w1, V::splat(*x).fma(w0, row[i]));
+                }
+            }
+        }
+        for at in &mut at {
+            *at = at.add(F::BYTES);
+        }
+        x = x.add(F::GROUP);
     }
-    for (i, sum) in sums.into_iter().enumerate() {
-        sum.store(task.out.add((first + i) * LANES));
+    for (r, row) in sums.into_iter().enumerate() {
+        for (i, sum) in row.into_iter().enumerate() {
+            sum.store(task.out.add(r * task.out_stride + (first + i) * LANES));
+        }
     }
 }
 
@@ -75,7 +106,10 @@ unsafe fn panels<V: Lanes, F: Format, const N: usize>(task: &Gemv, first: usize)
 pub(super) unsafe fn tiles<V: Lanes>(task: &Tiles) {
     let mut row = 0;
     while row < task.rows {
-        let rows = (task.rows - row).min(TILE_ROWS);
+        let left = task.rows - row;
+        // Seven rows as 4 + 3, not 6 + 1: a tile of few rows waits for its own sums.
+        let rows =
+            if left > TILE_ROWS && left < 2 * TILE_ROWS { left.div_ceil(2) } else { left.min(TILE_ROWS) };
         match rows {
             1 => tile::<V, 1>(task, row),
             2 => tile::<V, 2>(task, row),

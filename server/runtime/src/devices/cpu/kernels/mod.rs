@@ -14,10 +14,16 @@ pub(crate) use format::PanelFormat;
 #[cfg(doc)]
 use super::lanes::Lanes;
 
-/// One row of activations times consecutive packed panels.
-pub(crate) struct Gemv {
-    /// `k` values.
+/// Most rows of [`Few`].
+pub(crate) const MOST_FEW: usize = 4;
+
+/// A few rows of activations times consecutive packed panels.
+pub(crate) struct Few {
+    /// `rows` rows of `k` values, `x_stride` values apart.
     pub(crate) x: *const f32,
+    pub(crate) x_stride: usize,
+    /// 1 to [`MOST_FEW`].
+    pub(crate) rows: usize,
     pub(crate) k: usize,
     /// First of `panels` panels, each `panel_bytes` after the other.
     pub(crate) panel: *const u8,
@@ -25,8 +31,9 @@ pub(crate) struct Gemv {
     pub(crate) panels: usize,
     /// What the sums start from: 16 values for each panel.
     pub(crate) init: *const f32,
-    /// 16 values for each panel.
+    /// `rows` rows of 16 values for each panel, `out_stride` values apart.
     pub(crate) out: *mut f32,
+    pub(crate) out_stride: usize,
 }
 
 /// Rows of activations times sixteen f32 columns.
@@ -55,7 +62,7 @@ pub(crate) struct Kernels {
     /// By [`PanelFormat`]: `k` columns (whole blocks) of a panel to `k * 16` f32.
     pub(crate) expand: [unsafe fn(panel: *const u8, k: usize, out: *mut f32); PanelFormat::COUNT],
     /// By [`PanelFormat`].
-    pub(crate) gemv: [unsafe fn(&Gemv); PanelFormat::COUNT],
+    pub(crate) few: [unsafe fn(&Few); PanelFormat::COUNT],
     pub(crate) tiles: unsafe fn(&Tiles),
     /// `out = x / sqrt(mean(x^2) + epsilon) * weight`, all `length` long.
     pub(crate) rms_norm:
@@ -102,13 +109,13 @@ macro_rules! compiled {
 macro_rules! kernels {
     ($module:ident, $lanes:ident, $name:literal $(, $features:literal)?) => {
         mod $module {
-            use super::{super::lanes::$lanes as V, Gemv, Kernels, Tiles, format, linear, rows};
+            use super::{super::lanes::$lanes as V, Few, Kernels, Tiles, format, linear, rows};
 
             compiled! {
                 $(#[target_feature(enable = $features)])?
                 fn expand<F>(panel: *const u8, k: usize, out: *mut f32) = linear::expand::<V, F>;
                 $(#[target_feature(enable = $features)])?
-                fn gemv<F>(task: &Gemv) = linear::gemv::<V, F>;
+                fn few<F>(task: &Few) = linear::few::<V, F>;
                 $(#[target_feature(enable = $features)])?
                 fn tiles(task: &Tiles) = linear::tiles::<V>;
                 $(#[target_feature(enable = $features)])?
@@ -127,7 +134,7 @@ macro_rules! kernels {
             pub(super) static KERNELS: Kernels = Kernels {
                 name: $name,
                 expand: by_format!(expand),
-                gemv: by_format!(gemv),
+                few: by_format!(few),
                 tiles,
                 rms_norm,
                 add,

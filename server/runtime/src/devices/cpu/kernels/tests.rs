@@ -1,6 +1,6 @@
 //! Every instruction set against the portable kernels, bit for bit, and those against plain arithmetic in f64.
 
-use super::{Gemv, Kernels, PanelFormat, Tiles, available};
+use super::{Few, Kernels, MOST_FEW, PanelFormat, Tiles, available};
 
 const FORMATS: [PanelFormat; PanelFormat::COUNT] = [
     PanelFormat::F32,
@@ -66,19 +66,29 @@ fn expand(kernels: &Kernels, format: PanelFormat, panel: &[u8], k: usize) -> Vec
     out
 }
 
-fn gemv(kernels: &Kernels, format: PanelFormat, panels: &[u8], x: &[f32], init: &[f32]) -> Vec<f32> {
-    let mut out = vec![0.0; init.len()];
-    let task = Gemv {
+fn few(
+    kernels: &Kernels,
+    format: PanelFormat,
+    panels: &[u8],
+    (x, rows): (&[f32], usize),
+    init: &[f32],
+) -> Vec<f32> {
+    let k = x.len() / rows;
+    let mut out = vec![0.0; init.len() * rows];
+    let task = Few {
         x: x.as_ptr(),
-        k: x.len(),
+        x_stride: k,
+        rows,
+        k,
         panel: panels.as_ptr(),
-        panel_bytes: format.panel_bytes(x.len()),
+        panel_bytes: format.panel_bytes(k),
         panels: init.len() / 16,
         init: init.as_ptr(),
         out: out.as_mut_ptr(),
+        out_stride: init.len(),
     };
     // SAFETY: lengths agree as above.
-    unsafe { kernels.gemv[format as usize](&task) };
+    unsafe { kernels.few[format as usize](&task) };
     out
 }
 
@@ -115,11 +125,19 @@ fn instruction_sets_agree_bit_for_bit() {
         for format in FORMATS {
             let k = 96;
             let panels: Vec<u8> = (0..3).flat_map(|_| panel(format, k, numbers)).collect();
-            let (x, init) = (numbers.floats(k), numbers.floats(48));
+            let init = numbers.floats(48);
             let expanded = expand(portable, format, &panels[..format.panel_bytes(k)], k);
             assert_eq!(expand(kernels, format, &panels[..format.panel_bytes(k)], k), expanded, "{format:?}");
-            let product = gemv(portable, format, &panels, &x, &init);
-            assert_eq!(gemv(kernels, format, &panels, &x, &init), product, "{} {format:?}", kernels.name);
+            for rows in 1..=MOST_FEW {
+                let x = numbers.floats(rows * k);
+                let product = few(portable, format, &panels, (&x, rows), &init);
+                assert_eq!(
+                    few(kernels, format, &panels, (&x, rows), &init),
+                    product,
+                    "{} {format:?}",
+                    kernels.name
+                );
+            }
         }
         for rows in 1..14 {
             let (x, panel, init) = (numbers.floats(rows * 33), numbers.floats(33 * 16), numbers.floats(16));
@@ -138,13 +156,11 @@ fn rows_do_not_depend_on_their_number() {
             let packed = panel(format, k, numbers);
             let (x, init) = (numbers.floats(7 * k), numbers.floats(16));
             let together = tiles(kernels, &x, 7, &expand(kernels, format, &packed, k), &init);
-            for (row, expected) in x.chunks_exact(k).zip(together.chunks_exact(16)) {
-                assert_eq!(
-                    gemv(kernels, format, &packed, row, &init),
-                    expected,
-                    "{} {format:?}",
-                    kernels.name
-                );
+            for rows in 1..=MOST_FEW {
+                for (x, expected) in x.chunks_exact(rows * k).zip(together.chunks_exact(rows * 16)) {
+                    let product = few(kernels, format, &packed, (x, rows), &init);
+                    assert_eq!(product, expected, "{} {format:?}, {rows} rows", kernels.name);
+                }
             }
         }
     }
@@ -158,7 +174,7 @@ fn products_are_right() {
         let packed = panel(format, k, numbers);
         let weights = expand(kernels, format, &packed, k);
         let (x, init) = (numbers.floats(k), numbers.floats(16));
-        let product = gemv(kernels, format, &packed, &x, &init);
+        let product = few(kernels, format, &packed, (&x, 1), &init);
         for lane in 0..16 {
             let terms = (0..k).map(|i| f64::from(x[i]) * f64::from(weights[i * 16 + lane]));
             let exact = f64::from(init[lane]) + terms.sum::<f64>();

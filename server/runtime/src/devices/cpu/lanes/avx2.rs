@@ -110,4 +110,8 @@ impl Lanes for Avx2 {
         };
         Self(scale(self.0, biased.0), scale(self.1, biased.1))
     }
+    #[inline(always)]
+    unsafe fn prefetch(from: *const u8) {
+        _mm_prefetch::<_MM_HINT_T0>(from.cast());
+    }
 }

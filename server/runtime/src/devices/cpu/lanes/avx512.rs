@@ -87,4 +87,8 @@ impl Lanes for Avx512 {
         let shifted = _mm512_slli_epi32(_mm512_castps_si512(biased.0), 23);
         Self(_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(self.0), shifted)))
     }
+    #[inline(always)]
+    unsafe fn prefetch(from: *const u8) {
+        _mm_prefetch::<_MM_HINT_T0>(from.cast());
+    }
 }

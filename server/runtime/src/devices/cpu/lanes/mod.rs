@@ -49,4 +49,6 @@ pub(crate) trait Lanes: Copy {
     unsafe fn load_nibbles(from: *const u8) -> (Self, Self);
     /// `self * 2^n`, where `biased` holds `n + 1.5 * 2^23` (so that n stands in its low bits), for normal results.
     unsafe fn scale_by_exponent(self, biased: Self) -> Self;
+    /// Asks for the cache line at `from`, which need not be valid.
+    unsafe fn prefetch(from: *const u8);
 }

@@ -96,4 +96,6 @@ impl Lanes for Portable {
     unsafe fn scale_by_exponent(self, biased: Self) -> Self {
         self.zip(biased, |a, n| f32::from_bits(a.to_bits().wrapping_add(n.to_bits() << 23)))
     }
+    #[inline(always)]
+    unsafe fn prefetch(_: *const u8) {}
 }
