@@ -6,10 +6,9 @@ use std::{
     io::{self, Write},
     os::fd::OwnedFd,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Mutex},
 };
 
-use std::sync::Mutex;
 use tokio::{io::AsyncReadExt, net::unix::pipe};
 
 use crate::screen::Screen;
@@ -45,16 +44,26 @@ impl Last {
         line.clone_into(&mut last.1);
     }
 
-    /// Forgets, for the next life.
-    pub(super) fn take(&self) -> String {
+    /// What there is to say of the life that ended; forgets it, for the next one.
+    pub(super) fn take(&self) -> Words {
         let mut last = self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let (error, line) = std::mem::take(&mut *last);
         match error {
-            Some(error) => error,
-            None if line.is_empty() => "it wrote nothing".to_owned(),
-            None => line,
+            Some(error) => Words::Error(error),
+            None if line.is_empty() => Words::Nothing,
+            None => Words::Line(line),
         }
     }
+}
+
+/// The last words of a process.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Words {
+    /// It said why it ended.
+    Error(String),
+    /// It wrote this last; whether that has to do with its end is open.
+    Line(String),
+    Nothing,
 }
 
 impl Log {
@@ -139,14 +148,14 @@ mod tests {
     fn lines_are_kept_and_the_telling_one_is_remembered() {
         let directory = tempfile::tempdir().unwrap();
         let mut log = Log::create(directory.path(), "x", None).unwrap();
-        assert_eq!(log.last().take(), "it wrote nothing");
+        assert_eq!(log.last().take(), Words::Nothing);
         for bytes in ["one\ner", "ror: bad model\n", "last"] {
             log.take_in(bytes.as_bytes());
         }
         log.end_line();
-        assert_eq!(log.last().take(), "bad model");
+        assert_eq!(log.last().take(), Words::Error("bad model".to_owned()));
         log.take_in(b"a plain line\n");
-        assert_eq!(log.last().take(), "a plain line");
+        assert_eq!(log.last().take(), Words::Line("a plain line".to_owned()));
         let kept = fs::read_to_string(directory.path().join("x.log")).unwrap();
         assert_eq!(kept, "one\nerror: bad model\nlasta plain line\n");
     }
@@ -159,6 +168,7 @@ mod tests {
         log.take_in(b"new\n");
         assert_eq!(fs::read_to_string(directory.path().join("x.log")).unwrap(), "new\n");
         assert_eq!(fs::metadata(directory.path().join("x.log.1")).unwrap().len(), FILE_BYTES);
-        assert!(log.last().take().len() <= LINE_BYTES);
+        let Words::Line(line) = log.last().take() else { panic!("a line was written") };
+        assert!(line.len() <= LINE_BYTES);
     }
 }

@@ -149,6 +149,7 @@ pub(super) fn plan(
         add(name, Service::Server, drained(config, OTHER_DRAIN), Vec::new())?;
     }
 
+    // Servers on the same machine cost nothing to ask again, and a restarted one is back the sooner.
     let (listen, admin_listen) = (inherited(0), inherited(1));
     let config = toml! {
         listen = listen
@@ -157,6 +158,8 @@ pub(super) fn plan(
         controller = controller
         [model]
         path = model
+        [fleet]
+        reconnect_max = "300ms"
     };
     let sockets = vec![Socket::Http, Socket::CoordinatorAdmin];
     add("coordinator".to_owned(), Service::Coordinator, drained(config, COORDINATOR_DRAIN), sockets)?;

@@ -27,7 +27,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     UpError,
     addresses::Listeners,
-    logs::Log,
+    logs::{Log, Words},
     plan::{ChildSpec, FIRST_INHERITED_FD, Service, Socket},
     restart::{Decision, RestartPolicy},
 };
@@ -210,13 +210,16 @@ async fn keep(index: usize, spec: ChildSpec, mut log: Log, stop: CancellationTok
         match policy.died(lived, shared.served.load(Ordering::Relaxed)) {
             Decision::GiveUp { deaths } => {
                 let (name, log) = (spec.name.clone(), log.path().to_owned());
-                return shared.give_up(UpError::KeepsDying { name, deaths, status, last: words, log });
+                let last = match words {
+                    Words::Error(words) | Words::Line(words) => words,
+                    Words::Nothing => "it wrote nothing".to_owned(),
+                };
+                return shared.give_up(UpError::KeepsDying { name, deaths, status, last, log });
             }
             Decision::StartAfter(pause) => {
                 let name = &spec.name;
-                shared
-                    .screen
-                    .line(&format!("{name} died ({status}): {words}; starting it again in {pause:?}"));
+                let why = if let Words::Error(error) = words { format!(": {error}") } else { String::new() };
+                shared.screen.line(&format!("{name} died ({status}){why}; starting it again in {pause:?}"));
                 tokio::select! {
                     () = tokio::time::sleep(pause) => {}
                     () = stop.cancelled() => return,
