@@ -152,5 +152,4 @@ fn prefill_count(policy: Policy, n: usize, prefilling: usize, decoding: usize) -
 }
 
 #[cfg(test)]
-#[path = "plan_tests.rs"]
 mod tests;

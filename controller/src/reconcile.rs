@@ -233,6 +233,10 @@ impl Reconciler {
                 Vec::new()
             }
             Event::RoleStored { id, epoch } => {
+                if let Some(remembered) = self.remembered.get_mut(&id) {
+                    // It left while its role was being written, and may come back.
+                    remembered.stored = Some(epoch);
+                }
                 let Some(member) = self.members.get_mut(&id) else { return Vec::new() };
                 member.stored = Some(epoch);
                 offer(member).into_iter().collect()
@@ -551,3 +555,6 @@ const SILENT: Beat = Beat {
 
 /// Never shorter than this, so that a wait of zero cannot spin.
 const SHORTEST_WAIT: Duration = Duration::from_millis(1);
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,515 @@
+//! The reconciler, driven by events and a clock that is moved by hand. Its store is this file: writes succeed at once
+//! unless a test takes them itself.
+
+use baton_proto::Incarnation;
+use baton_registry::{KvLayoutSpec, ModelIdentity, Phase};
+
+use super::*;
+
+const EPOCH: u64 = 1000;
+
+fn spec(name: &str, incarnation: u64) -> InstanceSpec {
+    InstanceSpec {
+        id: InstanceId::new(name).expect("a good id"),
+        incarnation: Incarnation(incarnation),
+        group: "default".into(),
+        device: "cpu".into(),
+        device_count: 1,
+        model: ModelIdentity {
+            name: "m".into(),
+            revision: "r".into(),
+            architecture: "llama".into(),
+            context_tokens: 100,
+            vocabulary_size: 10,
+        },
+        kv_layout: KvLayoutSpec {
+            fingerprint: "x".into(),
+            format: "panel".into(),
+            dtype: "f32".into(),
+            block_tokens: 16,
+            layers: 2,
+            kv_heads: 2,
+            head_dim: 8,
+            tensor_parallel: 1,
+            block_bytes: 1024,
+        },
+        inference_endpoint: "127.0.0.1:1".into(),
+        handoff_endpoint: "127.0.0.1:2".into(),
+        metrics_endpoint: String::new(),
+        transports: vec!["tcp".into()],
+        labels: BTreeMap::new(),
+        version: String::new(),
+    }
+}
+
+fn id(name: &str) -> InstanceId {
+    InstanceId::new(name).expect("a good id")
+}
+
+fn beat(phase: Phase, role: Role, epoch: u64) -> Beat {
+    Beat { role, role_epoch: RoleEpoch(epoch), phase, ..SILENT }
+}
+
+const LOADING: Beat = SILENT;
+
+/// The reconciler, its clock, its store, and instances that do as they are told.
+struct World {
+    mind: Reconciler,
+    now: Instant,
+    last_session: u64,
+    stored: BTreeMap<String, Bytes>,
+    /// Assignments made, per session, and sessions closed and refused.
+    assigned: Vec<(SessionId, DesiredRole)>,
+    closed: Vec<SessionId>,
+    refused: Vec<(SessionId, ErrorCode)>,
+    writes: usize,
+}
+
+impl World {
+    fn new() -> Self {
+        Self::under(EPOCH)
+    }
+
+    fn under(epoch: u64) -> Self {
+        let now = Instant::now() + Duration::from_secs(1000);
+        let mind = Reconciler::new(SessionConfig::default(), RoleConfig::default(), LeaderEpoch(epoch), now);
+        Self {
+            mind,
+            now,
+            last_session: epoch,
+            stored: BTreeMap::new(),
+            assigned: Vec::new(),
+            closed: Vec::new(),
+            refused: Vec::new(),
+            writes: 0,
+        }
+    }
+
+    fn take(&mut self, commands: Vec<Command>) {
+        for command in commands {
+            match command {
+                Command::Close(session) => self.closed.push(session),
+                Command::Order(session, Order::Assign(desired)) => self.assigned.push((session, desired)),
+                Command::Order(session, Order::Refuse(error)) => self.refused.push((session, error.code)),
+                Command::Order(_, Order::Welcome) => {}
+            }
+        }
+    }
+
+    fn event(&mut self, event: Event) {
+        let commands = self.mind.handle(event, self.now);
+        self.take(commands);
+        self.settle();
+    }
+
+    /// Concludes, and lets every write succeed.
+    fn settle(&mut self) {
+        let commands = self.mind.conclude(self.now);
+        self.take(commands);
+        for write in self.mind.take_writes(usize::MAX) {
+            self.writes += 1;
+            match &write.value {
+                Some(value) => drop(self.stored.insert(write.key(), value.clone())),
+                None => drop(self.stored.remove(&write.key())),
+            }
+            if let Some(epoch) = write.epoch {
+                let commands = self.mind.handle(Event::RoleStored { id: write.id, epoch }, self.now);
+                self.take(commands);
+            }
+        }
+    }
+
+    fn hello(&mut self, name: &str, incarnation: u64, beat: Beat) -> SessionId {
+        self.last_session += 1;
+        let session = SessionId(self.last_session);
+        self.event(Event::Hello { session, spec: spec(name, incarnation), beat, unix_millis: 0 });
+        session
+    }
+
+    fn beat(&mut self, session: SessionId, beat: Beat) {
+        self.event(Event::Beat { session, beat });
+    }
+
+    /// The instance takes on what it was last assigned and serves it.
+    fn obey(&mut self, session: SessionId) -> (Role, u64) {
+        let desired = self.last_assigned(session);
+        self.beat(session, beat(Phase::Ready, desired.role, desired.epoch.0));
+        (desired.role, desired.epoch.0)
+    }
+
+    fn last_assigned(&self, session: SessionId) -> DesiredRole {
+        let last = self.assigned.iter().rfind(|(to, _)| *to == session);
+        last.map(|(_, desired)| desired.clone()).expect("nothing was assigned")
+    }
+
+    fn roles(&self) -> String {
+        let role = |member: &Member| match member.desired.as_ref().map(|desired| desired.role) {
+            Some(Role::Prefill) => 'p',
+            Some(Role::Decode) => 'd',
+            Some(Role::Mixed) => 'm',
+            Some(Role::None) => '0',
+            None => '-',
+        };
+        self.mind.members().values().map(role).collect()
+    }
+
+    /// Lets time pass with the sessions beating; deadlines are met on the way.
+    fn pass(&mut self, time: Duration, beating: &[SessionId]) {
+        let end = self.now + time;
+        while self.now < end {
+            self.now = (self.now + Duration::from_millis(250)).min(end);
+            for session in beating {
+                if let Some(id) = self.mind.sessions.get(session) {
+                    let same = self.mind.members()[id].beat;
+                    self.beat(*session, same);
+                }
+            }
+            self.settle();
+        }
+    }
+
+    /// Two instances that serve, a prefills and b decodes.
+    fn pair() -> (Self, SessionId, SessionId) {
+        let mut world = Self::new();
+        let a = world.hello("a", 1, LOADING);
+        let b = world.hello("b", 1, LOADING);
+        world.obey(a);
+        world.obey(b);
+        assert_eq!(world.roles(), "pd");
+        (world, a, b)
+    }
+}
+
+fn secs(seconds: u64) -> Duration {
+    Duration::from_secs(seconds)
+}
+
+#[test]
+fn two_get_their_roles_at_once_and_while_they_load() {
+    let mut world = World::new();
+    let a = world.hello("a", 1, LOADING);
+    assert_eq!(world.assigned, [], "one alone waits for another");
+    let b = world.hello("b", 1, LOADING);
+    assert_eq!(world.last_assigned(a).role, Role::Prefill);
+    assert_eq!(world.last_assigned(b).role, Role::Decode);
+    assert!(world.last_assigned(a).epoch.0 >= EPOCH, "epochs begin at the leader's");
+    let record = DesiredRole::decode(&world.stored["/baton/v1/roles/a"]).expect("a record");
+    assert_eq!(record, world.last_assigned(a));
+    assert_eq!(record.leader_epoch, LeaderEpoch(EPOCH));
+}
+
+#[test]
+fn nothing_is_assigned_before_it_is_written() {
+    let mut world = World::new();
+    for name in ["a", "b"] {
+        world.last_session += 1;
+        let session = SessionId(world.last_session);
+        world
+            .mind
+            .handle(Event::Hello { session, spec: spec(name, 1), beat: LOADING, unix_millis: 0 }, world.now);
+    }
+    assert_eq!(world.mind.conclude(world.now), []);
+    let writes = world.mind.take_writes(usize::MAX);
+    assert_eq!(writes.len(), 6);
+    // The store could not be reached: the same keys come again, and still nobody is told.
+    world.mind.give_back(writes.clone());
+    assert_eq!(world.mind.conclude(world.now), []);
+    let again = world.mind.take_writes(usize::MAX);
+    assert_eq!(again, writes);
+    let role = again.iter().find(|write| write.kind == Kind::Role).expect("a role");
+    let stored = Event::RoleStored { id: role.id.clone(), epoch: role.epoch.expect("its epoch") };
+    let told = world.mind.handle(stored, world.now);
+    assert!(matches!(&told[..], [Command::Order(_, Order::Assign(_))]), "{told:?}");
+}
+
+#[test]
+fn one_alone_is_mixed_until_another_serves() {
+    let mut world = World::new();
+    let a = world.hello("a", 1, beat(Phase::Waiting, Role::None, 0));
+    world.pass(Duration::from_millis(1250), &[a]);
+    assert_eq!(world.roles(), "-");
+    world.pass(Duration::from_millis(500), &[a]);
+    let (role, first) = world.obey(a);
+    assert_eq!(role, Role::Mixed);
+
+    let b = world.hello("b", 1, LOADING);
+    world.pass(secs(20), &[a, b]);
+    assert_eq!(world.roles(), "m-", "who loads does not count while another serves");
+    world.beat(b, beat(Phase::Waiting, Role::None, 0));
+    assert_eq!(world.roles(), "mp", "the one that serves stays until the other does");
+    world.pass(secs(20), &[a, b]);
+    assert_eq!(world.roles(), "mp");
+    world.obey(b);
+    assert_eq!(world.roles(), "dp");
+    let (role, second) = world.obey(a);
+    assert_eq!(role, Role::Decode);
+    assert!(second > first);
+}
+
+#[test]
+fn a_lost_instance_keeps_its_place_for_a_while() {
+    let (mut world, a, b) = World::pair();
+    world.event(Event::Closed { session: b });
+    world.pass(secs(5), &[a]);
+    assert!(world.stored.contains_key("/baton/v1/instances/b"), "the lease still runs");
+    world.pass(secs(2), &[a]);
+    assert!(!world.stored.contains_key("/baton/v1/instances/b"));
+    assert!(!world.stored.contains_key("/baton/v1/status/b"));
+    assert!(world.stored.contains_key("/baton/v1/roles/b"), "a role survives its instance");
+    assert_eq!(world.roles(), "pd", "its place is kept");
+
+    let b = world.hello("b", 2, LOADING);
+    let again = world.last_assigned(b);
+    assert_eq!(again.role, Role::Decode);
+    world.obey(b);
+    assert_eq!(world.roles(), "pd");
+    let spec = InstanceSpec::decode(&world.stored["/baton/v1/instances/b"]).expect("a record");
+    assert_eq!(spec.incarnation, Incarnation(2));
+}
+
+#[test]
+fn a_lost_instance_that_stays_away_is_done_without() {
+    let (mut world, a, b) = World::pair();
+    world.event(Event::Closed { session: b });
+    world.pass(secs(11), &[a]);
+    assert_eq!(world.roles(), "m");
+    world.obey(a);
+    // Its role is remembered: on its return the other makes room, once it serves.
+    let b = world.hello("b", 2, LOADING);
+    assert_eq!(world.last_assigned(b).role, Role::Decode);
+    world.pass(secs(1), &[a, b]);
+    assert_eq!(world.roles(), "md");
+    world.obey(b);
+    assert_eq!(world.roles(), "pd");
+}
+
+#[test]
+fn silence_alone_ends_a_registration() {
+    let (mut world, a, b) = World::pair();
+    world.pass(secs(5), &[a]);
+    assert!(world.closed.is_empty());
+    world.pass(secs(2), &[a]);
+    assert_eq!(world.closed, [b]);
+    assert!(!world.stored.contains_key("/baton/v1/instances/b"));
+    // A late beat of the ended session changes nothing.
+    world.beat(b, beat(Phase::Ready, Role::Mixed, EPOCH + 100));
+    assert!(!world.stored.contains_key("/baton/v1/instances/b"));
+}
+
+#[test]
+fn a_clean_leave_gives_the_place_up_at_once() {
+    let (mut world, a, b) = World::pair();
+    world.event(Event::Bye { session: b, reason: "scaled in".into() });
+    assert_eq!(world.closed, [b]);
+    assert!(!world.stored.contains_key("/baton/v1/instances/b"));
+    assert_eq!(world.roles(), "m");
+    assert_eq!(world.last_assigned(a).role, Role::Mixed);
+}
+
+#[test]
+fn incarnations_are_fenced() {
+    let mut world = World::new();
+    let first = world.hello("a", 5, LOADING);
+    let older = world.hello("a", 4, LOADING);
+    assert_eq!(world.refused, [(older, ErrorCode::StaleEpoch)]);
+    let twin = world.hello("a", 6, LOADING);
+    assert_eq!(world.refused[1..], [(twin, ErrorCode::AlreadyExists)], "one process per id");
+    assert_eq!(world.closed, [older, twin]);
+
+    let same = world.hello("a", 5, LOADING);
+    assert_eq!(world.closed[2..], [first], "the same process called again");
+    world.event(Event::Closed { session: first });
+    assert_eq!(world.mind.members()[&id("a")].session(), Some(same), "the old session's end is no news");
+
+    world.event(Event::Closed { session: same });
+    let newer = world.hello("a", 6, LOADING);
+    assert_eq!(world.refused.len(), 2);
+    assert_eq!(world.mind.members()[&id("a")].session(), Some(newer));
+}
+
+#[test]
+fn an_embedded_store_that_begins_anew_changes_no_role() {
+    let (world, a, b) = World::pair();
+    let held = |session| {
+        let desired = world.last_assigned(session);
+        beat(Phase::Ready, desired.role, desired.epoch.0)
+    };
+    let (beat_a, beat_b) = (held(a), held(b));
+    let mut world = World::under(EPOCH + 50);
+    let b = world.hello("b", 1, beat_b);
+    // Only one is back, and that for longer than it takes to settle.
+    world.pass(secs(5), &[b]);
+    assert_eq!(world.roles(), "d");
+    let a = world.hello("a", 1, beat_a);
+    world.pass(secs(60), &[a, b]);
+    assert_eq!(world.roles(), "pd");
+    assert_eq!(world.assigned, [], "nobody was told anything");
+    let record = DesiredRole::decode(&world.stored["/baton/v1/roles/a"]).expect("a record");
+    assert_eq!((record.role, record.epoch), (beat_a.role, beat_a.role_epoch));
+
+    // The next change is later than all before, for everyone.
+    world.event(Event::Bye { session: b, reason: String::new() });
+    assert!(world.last_assigned(a).epoch.0 >= EPOCH + 50);
+}
+
+#[test]
+fn an_adopted_instance_that_stays_alone_becomes_mixed_in_the_end() {
+    let mut world = World::under(EPOCH + 50);
+    let b = world.hello("b", 1, beat(Phase::Ready, Role::Decode, EPOCH + 1));
+    world.pass(secs(9), &[b]);
+    assert_eq!(world.roles(), "d");
+    world.pass(secs(2), &[b]);
+    assert_eq!(world.roles(), "m");
+}
+
+#[test]
+fn a_new_leader_inherits_without_a_change() {
+    let (old, a, b) = World::pair();
+    let roles: BTreeMap<_, _> =
+        [("a", a), ("b", b)].map(|(name, session)| (id(name), old.last_assigned(session))).into();
+    let beats = |name: &str| {
+        let desired = &roles[&id(name)];
+        beat(Phase::Ready, desired.role, desired.epoch.0)
+    };
+    let (beat_a, beat_b) = (beats("a"), beats("b"));
+    let mut world = World::under(EPOCH + 50);
+    let left = vec![(spec("a", 1), Some(beat_a)), (spec("b", 1), Some(beat_b))];
+    world.mind.inherit(left, roles.clone(), world.now);
+    world.settle();
+    assert_eq!(world.stored.len(), 4, "instances and status stand under the new leader's lease");
+    let a = world.hello("a", 1, beat_a);
+    world.pass(secs(1), &[a]);
+    let b = world.hello("b", 1, beat_b);
+    world.pass(secs(30), &[a, b]);
+    assert_eq!(world.roles(), "pd");
+    assert_eq!(world.assigned, []);
+
+    // One that missed its last assignment is told on its return.
+    let mut world = World::under(EPOCH + 60);
+    world.mind.inherit(
+        vec![(spec("a", 1), Some(beat_a)), (spec("b", 1), Some(beat_b))],
+        roles.clone(),
+        world.now,
+    );
+    let a = world.hello("a", 1, beat(Phase::Waiting, Role::None, 0));
+    assert_eq!(world.last_assigned(a), roles[&id("a")]);
+}
+
+#[test]
+fn an_inherited_instance_that_never_calls_is_dropped() {
+    let (old, a, b) = World::pair();
+    let roles: BTreeMap<_, _> =
+        [("a", a), ("b", b)].map(|(name, session)| (id(name), old.last_assigned(session))).into();
+    let mut world = World::under(EPOCH + 50);
+    world.mind.inherit(vec![(spec("a", 1), None), (spec("b", 1), None)], roles.clone(), world.now);
+    let a = world.hello("a", 1, beat(Phase::Ready, Role::Prefill, roles[&id("a")].epoch.0));
+    world.pass(secs(7), &[a]);
+    assert!(!world.stored.contains_key("/baton/v1/instances/b"));
+    assert_eq!(world.roles(), "pd");
+    world.pass(secs(4), &[a]);
+    assert_eq!(world.roles(), "m");
+}
+
+#[test]
+fn beats_write_only_what_changed() {
+    let (mut world, a, b) = World::pair();
+    let before = world.writes;
+    world.pass(secs(60), &[a, b]);
+    assert_eq!(world.writes, before);
+    let loading = |permille| Beat { load_permille: permille, ..LOADING };
+    let c = world.hello("c", 1, loading(0));
+    let before = world.writes;
+    for permille in 1..=1000 {
+        world.beat(c, loading(permille));
+    }
+    assert_eq!(world.writes - before, 10);
+}
+
+#[test]
+fn a_group_with_roles_takes_one_more_without_a_move() {
+    let (mut world, a, b) = World::pair();
+    let c = world.hello("c", 1, beat(Phase::Waiting, Role::None, 0));
+    assert_eq!(world.roles(), "pdd");
+    world.obey(c);
+    let d = world.hello("d", 1, beat(Phase::Waiting, Role::None, 0));
+    world.obey(d);
+    assert_eq!(world.roles(), "pddp");
+    assert_eq!(world.assigned.len(), 4);
+    world.pass(secs(30), &[a, b, c, d]);
+    assert_eq!(world.assigned.len(), 4);
+}
+
+#[test]
+fn a_serving_instance_is_moved_only_when_all_others_have_arrived() {
+    let (mut world, a, b) = World::pair();
+    let c = world.hello("c", 1, beat(Phase::Waiting, Role::None, 0));
+    world.obey(c);
+    let d = world.hello("d", 1, beat(Phase::Waiting, Role::None, 0));
+    // Both prefilling ones of four go: of the two left, one has to move, and at once.
+    world.obey(d);
+    assert_eq!(world.roles(), "pddp");
+    world.event(Event::Bye { session: a, reason: String::new() });
+    world.event(Event::Bye { session: d, reason: String::new() });
+    assert_eq!(world.roles(), "dp");
+    assert_eq!(world.last_assigned(c).role, Role::Prefill);
+    world.pass(secs(10), &[b, c]);
+    assert_eq!(world.roles(), "dp");
+}
+
+#[test]
+fn groups_are_planned_apart() {
+    let mut world = World::new();
+    for (name, group) in [("a", "x"), ("b", "y"), ("c", "x"), ("d", "y")] {
+        world.last_session += 1;
+        let session = SessionId(world.last_session);
+        let spec = InstanceSpec { group: group.into(), ..spec(name, 1) };
+        world.event(Event::Hello { session, spec, beat: LOADING, unix_millis: 0 });
+    }
+    assert_eq!(world.roles(), "ppdd");
+}
+
+#[test]
+fn one_that_cannot_join_is_told_why() {
+    let (mut world, a, b) = World::pair();
+    world.last_session += 1;
+    let session = SessionId(world.last_session);
+    let mut other = spec("c", 1);
+    other.kv_layout.fingerprint = "y".into();
+    world.event(Event::Hello {
+        session,
+        spec: other,
+        beat: beat(Phase::Waiting, Role::None, 0),
+        unix_millis: 0,
+    });
+    let told = world.last_assigned(session);
+    assert_eq!(told.role, Role::None);
+    assert!(told.reason.contains("KV layout"), "{}", told.reason);
+    world.obey(session);
+    world.pass(secs(10), &[a, b, session]);
+    assert_eq!(world.roles(), "pd0");
+    assert_eq!(world.assigned.len(), 3);
+}
+
+#[test]
+fn too_many_instances_are_refused() {
+    let mut world = World::new();
+    world.mind.sessions_config.max_instances = 2;
+    world.hello("a", 1, LOADING);
+    world.hello("b", 1, LOADING);
+    let c = world.hello("c", 1, LOADING);
+    assert_eq!(world.refused, [(c, ErrorCode::QueueFull)]);
+}
+
+#[test]
+fn roles_of_the_gone_fade_from_memory() {
+    let (mut world, a, b) = World::pair();
+    world.event(Event::Bye { session: b, reason: String::new() });
+    assert_eq!(world.mind.remembered().count(), 1);
+    world.pass(secs(3590), &[a]);
+    assert!(world.stored.contains_key("/baton/v1/roles/b"));
+    world.pass(secs(20), &[a]);
+    assert!(!world.stored.contains_key("/baton/v1/roles/b"));
+    assert_eq!(world.mind.remembered().count(), 0);
+}
+
+mod storm;
