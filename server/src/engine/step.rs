@@ -1,9 +1,11 @@
 //! One step of the engine: run the planned batch through the model, sample, report back to the scheduler.
 //!
 //! Called by [`super::thread`] on the engine's thread. A failure ends the sequences it touches and nothing else: a
-//! forward pass that fails or panics ends those of its batch, logits that are not numbers end their own sequence.
+//! forward pass that fails or panics ends those of its batch, one that fails through a single sequence, and logits that
+//! are not numbers, end that sequence.
 
 use std::{
+    fmt::Display,
     ops::Range,
     panic::{AssertUnwindSafe, catch_unwind},
     time::{Duration, Instant},
@@ -11,10 +13,10 @@ use std::{
 
 use baton_kvtransfer::Progress;
 use baton_proto::{ApiError, ErrorCode};
-use baton_runtime::{Executor, SequenceChunk};
+use baton_runtime::{Executor, RuntimeError, SequenceChunk};
 
 use super::{
-    sampler::{BadLogits, Sampler},
+    sampler::Sampler,
     scheduler::{Chunk, Scheduler},
     sequence::SequenceId,
 };
@@ -57,21 +59,22 @@ impl Stepper {
                 stats.prefill_tokens += chunk.tokens;
             }
             match sampled {
-                Ok(token) => scheduler.computed(chunk, token),
-                Err(error) => scheduler.fail(chunk.id, error),
+                Computed::Yes(token) => scheduler.computed(chunk, token),
+                Computed::No => {}
+                Computed::Failed(error) => scheduler.fail(chunk.id, error),
             }
         }
         stats.took = started.elapsed();
         stats
     }
 
-    /// One result for each chunk: its next token if it wanted one.
+    /// One result for each chunk.
     fn forward(
         &mut self,
         scheduler: &Scheduler,
         plan: &[Chunk],
         progress: impl Fn(SequenceId) -> Option<Progress>,
-    ) -> Vec<Result<Option<u32>, ApiError>> {
+    ) -> Vec<Computed> {
         let batch: Vec<SequenceChunk<'_>> = plan
             .iter()
             .map(|chunk| {
@@ -79,35 +82,61 @@ impl Stepper {
                 SequenceChunk { tokens, start: chunk.start, blocks, logits: chunk.logits }
             })
             .collect();
-        let outgoing: Vec<(Progress, Range<u32>)> =
-            plan.iter().filter_map(|chunk| Some((progress(chunk.id)?, scheduler.blocks_of(chunk)))).collect();
-        let mut on_layer =
-            |layer| outgoing.iter().for_each(|(progress, blocks)| progress.ready(layer, blocks.clone()));
+        let outgoing: Vec<Option<(Progress, Range<u32>)>> =
+            plan.iter().map(|chunk| Some((progress(chunk.id)?, scheduler.blocks_of(chunk)))).collect();
+        let mut on_layer = |layer| {
+            outgoing.iter().flatten().for_each(|(progress, blocks)| progress.ready(layer, blocks.clone()));
+        };
         let Self { executor, sampler } = self;
         let (batch, on_layer) = (&batch[..], &mut on_layer);
-        let computed = catch_panic(move || executor.forward(batch, on_layer));
-        let failed = |message: String| {
-            let error =
-                ApiError::new(ErrorCode::Internal, format!("the model failed to compute a batch: {message}"));
-            vec![Err(error); plan.len()]
-        };
-        let logits = match computed {
+        let logits = match catch_panic(move || executor.forward(batch, on_layer)) {
             Ok(Ok(logits)) => logits,
-            Ok(Err(error)) => return failed(error.to_string()),
-            Err(_) => return failed("it panicked; the server's log says where".into()),
+            Ok(Err(RuntimeError::Sequence { sequence, fault })) => return blame(&outgoing, sequence, &fault),
+            Ok(Err(error @ RuntimeError::NonFinite { sequence })) => {
+                return blame(&outgoing, sequence, &error);
+            }
+            Ok(Err(error)) => return vec![failed(&error); plan.len()],
+            Err(_) => return vec![failed(&"it panicked; the server's log says where"); plan.len()],
         };
         let mut rows = logits.rows();
         let wanted = plan.iter().filter(|chunk| chunk.logits).count();
         if rows.len() != wanted {
-            return failed(format!("{} rows of logits for {wanted} sequences", rows.len()));
+            let reason = format!("{} rows of logits for {wanted} sequences", rows.len());
+            return vec![failed(&reason); plan.len()];
         }
         plan.iter()
-            .map(|chunk| {
-                let row = if chunk.logits { rows.next() } else { None };
-                row.map(|row| sample(sampler, scheduler, chunk, row)).transpose()
+            .map(|chunk| match if chunk.logits { rows.next() } else { None } {
+                Some(row) => sample(sampler, scheduler, chunk, row),
+                None => Computed::Yes(None),
             })
             .collect()
     }
+}
+
+/// What became of a chunk.
+#[derive(Debug, Clone)]
+enum Computed {
+    /// Its K and V are in the cache; its next token, if it wanted one.
+    Yes(Option<u32>),
+    /// It was in a batch that failed through another's fault: it is computed again.
+    No,
+    Failed(ApiError),
+}
+
+fn failed(reason: &dyn Display) -> Computed {
+    let message = format!("the model failed to compute a batch: {reason}");
+    Computed::Failed(ApiError::new(ErrorCode::Internal, message))
+}
+
+/// A batch failed through one of its sequences. The others are computed again, except those whose blocks may be on the
+/// wire already: they must not be written a second time.
+fn blame(outgoing: &[Option<(Progress, Range<u32>)>], culprit: usize, reason: &dyn Display) -> Vec<Computed> {
+    // A culprit that does not exist would have everything computed again for ever.
+    let known = culprit < outgoing.len();
+    let fate = |(index, outgoing): (usize, &Option<_>)| {
+        if known && index != culprit && outgoing.is_none() { Computed::No } else { failed(reason) }
+    };
+    outgoing.iter().enumerate().map(fate).collect()
 }
 
 /// A panic of the model must not take the other sequences with it.
@@ -115,14 +144,11 @@ fn catch_panic<R>(of: impl FnOnce() -> R) -> std::thread::Result<R> {
     catch_unwind(AssertUnwindSafe(of))
 }
 
-fn sample(
-    sampler: &mut Sampler,
-    scheduler: &Scheduler,
-    chunk: &Chunk,
-    logits: &[f32],
-) -> Result<u32, ApiError> {
+fn sample(sampler: &mut Sampler, scheduler: &Scheduler, chunk: &Chunk, logits: &[f32]) -> Computed {
     let sequence = scheduler.sequence(chunk.id);
-    sampler
-        .sample(logits, &sequence.sampling, sequence.counts.as_ref(), sequence.completion_tokens())
-        .map_err(|error: BadLogits| ApiError::new(ErrorCode::Internal, error.to_string()))
+    let counts = sequence.counts.as_ref();
+    match sampler.sample(logits, &sequence.sampling, counts, sequence.completion_tokens()) {
+        Ok(token) => Computed::Yes(Some(token)),
+        Err(error) => Computed::Failed(ApiError::new(ErrorCode::Internal, error.to_string())),
+    }
 }

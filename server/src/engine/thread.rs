@@ -95,6 +95,8 @@ pub fn spawn(parts: EngineParts) -> io::Result<JoinHandle<()>> {
     let alive = parts.alive;
     thread::Builder::new().name("engine".into()).spawn(move || {
         let _alive = alive;
+        let runtime = engine.runtime.clone();
+        let _entered = runtime.enter();
         engine.run();
     })
 }
