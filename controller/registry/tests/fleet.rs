@@ -1,0 +1,220 @@
+//! The readers' view: over a real etcd that stops, returns and compacts, and over an embedded store that begins anew.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use baton_proto::{Incarnation, InstanceId, LeaderEpoch, RoleEpoch};
+use baton_registry::{
+    DesiredRole, FleetSnapshot, FleetWatch, FleetWatchConfig, InstanceSpec, KvLayoutSpec, LeaderRecord,
+    MemoryConfig, MemoryStore, ModelIdentity, ObservedStatus, Phase, Revision, Role, Store, Txn, keys,
+    testing::EtcdServer,
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+fn id(name: &str) -> InstanceId {
+    InstanceId::new(name).expect("a good id")
+}
+
+fn spec(name: &str, incarnation: u64) -> InstanceSpec {
+    InstanceSpec {
+        id: id(name),
+        incarnation: Incarnation(incarnation),
+        group: "default".into(),
+        device: "cpu".into(),
+        device_count: 1,
+        model: ModelIdentity {
+            name: "m".into(),
+            revision: "r".into(),
+            architecture: "llama".into(),
+            context_tokens: 100,
+            vocabulary_size: 10,
+        },
+        kv_layout: KvLayoutSpec {
+            fingerprint: "x".into(),
+            format: "panel".into(),
+            dtype: "f32".into(),
+            block_tokens: 16,
+            layers: 2,
+            kv_heads: 2,
+            head_dim: 8,
+            tensor_parallel: 1,
+            block_bytes: 1024,
+        },
+        inference_endpoint: "127.0.0.1:1".into(),
+        handoff_endpoint: "127.0.0.1:2".into(),
+        metrics_endpoint: String::new(),
+        transports: vec!["tcp".into()],
+        labels: BTreeMap::from([("zone".into(), "a".into())]),
+        version: "1".into(),
+    }
+}
+
+fn status(incarnation: u64, phase: Phase) -> ObservedStatus {
+    ObservedStatus {
+        incarnation: Incarnation(incarnation),
+        role: Role::Decode,
+        role_epoch: RoleEpoch(7),
+        phase,
+        load_permille: 0,
+    }
+}
+
+fn desired() -> DesiredRole {
+    DesiredRole {
+        role: Role::Decode,
+        epoch: RoleEpoch(7),
+        reason: "why".into(),
+        leader_epoch: LeaderEpoch(3),
+    }
+}
+
+fn announce(name: &str) -> Txn {
+    Txn::new()
+        .put(keys::instance(&id(name)), spec(name, 1).encode(), None)
+        .put(keys::role(&id(name)), desired().encode(), None)
+        .put(keys::status(&id(name)), status(1, Phase::Ready).encode(), None)
+}
+
+async fn txn(store: &dyn Store, txn: Txn) {
+    assert!(store.txn(txn).await.expect("txn").succeeded);
+}
+
+async fn lead(store: &dyn Store, name: &str) {
+    txn(store, Txn::new().delete(keys::LEADER)).await;
+    let record = LeaderRecord { controller_id: name.into(), endpoint: "e:1".into() };
+    txn(store, Txn::new().put(keys::LEADER, record.encode(), None)).await;
+}
+
+fn config() -> FleetWatchConfig {
+    FleetWatchConfig { reconfirm: Duration::from_millis(600), ..FleetWatchConfig::default() }
+}
+
+struct Reader {
+    watch: FleetWatch,
+    shutdown: CancellationToken,
+    tasks: TaskTracker,
+}
+
+impl Reader {
+    fn of(store: Arc<dyn Store>) -> Self {
+        let (shutdown, tasks) = (CancellationToken::new(), TaskTracker::new());
+        Self { watch: FleetWatch::start(store, config(), shutdown.clone(), &tasks), shutdown, tasks }
+    }
+
+    async fn until(&self, what: &str, condition: impl FnMut(&FleetSnapshot) -> bool) -> Arc<FleetSnapshot> {
+        let mut condition = condition;
+        let mut snapshots = self.watch.subscribe();
+        let reached = snapshots.wait_for(|snapshot| condition(snapshot));
+        match tokio::time::timeout(Duration::from_secs(20), reached).await {
+            Ok(reached) => reached.expect("the watch ended").clone(),
+            Err(_) => panic!("never {what}: {:?}", self.watch.current()),
+        }
+    }
+
+    async fn end(self) {
+        self.shutdown.cancel();
+        self.tasks.close();
+        self.tasks.wait().await;
+    }
+}
+
+fn names(snapshot: &FleetSnapshot) -> Vec<&str> {
+    snapshot.instances.keys().map(InstanceId::as_str).collect()
+}
+
+#[tokio::test]
+async fn follows_etcd_through_an_outage_and_a_compaction() {
+    let mut server = EtcdServer::start().await;
+    let store: Arc<dyn Store> = Arc::new(server.store());
+    lead(&*store, "c").await;
+    txn(&*store, announce("a")).await;
+    let reader = Reader::of(store.clone());
+    assert!(reader.watch.current().stale_since.is_some(), "nothing has been read yet");
+    let seen = reader.until("current", |view| view.stale_since.is_none() && !view.instances.is_empty()).await;
+    let a = &seen.instances[&id("a")];
+    assert_eq!((&a.spec, a.desired.as_ref(), a.confirmed), (&spec("a", 1), Some(&desired()), true));
+    assert_eq!(a.serving(), Some((Role::Decode, RoleEpoch(7))));
+    assert_eq!(seen.leader.as_ref().map(|leader| leader.controller_id.as_str()), Some("c"));
+
+    txn(&*store, announce("b")).await;
+    reader.until("b", |view| names(view) == ["a", "b"]).await;
+    server.kill();
+    let stale = reader.until("stale", |view| view.stale_since.is_some()).await;
+    assert_eq!(names(&stale), ["a", "b"], "the last view stays");
+    server.restart().await;
+    // Missed while the view was away, and compacted before it is back: listing again shows it all the same.
+    let writer = server.store();
+    txn(&writer, announce("c").delete(keys::instance(&id("b")))).await;
+    let revision = writer.range(baton_registry::KeyRange::prefix(keys::ROOT)).await.expect("range").revision;
+    writer.compact(revision).await.expect("compact");
+    reader.until("b gone and c there", |view| names(view) == ["a", "c"] && view.stale_since.is_none()).await;
+    txn(&writer, Txn::new().delete(keys::instance(&id("c")))).await;
+    reader.until("c gone", |view| names(view) == ["a"]).await;
+    reader.end().await;
+}
+
+#[tokio::test]
+async fn what_a_new_leader_has_not_confirmed_stays_for_a_while() {
+    let store = Arc::new(MemoryStore::start(
+        MemoryConfig::new(Revision(1)),
+        CancellationToken::new(),
+        &TaskTracker::new(),
+    ));
+    lead(&*store, "c").await;
+    txn(&*store, announce("a")).await;
+    txn(&*store, announce("b")).await;
+    let reader = Reader::of(store.clone());
+    reader.until("both", |view| names(view) == ["a", "b"]).await;
+
+    // The leader is gone, and with it its lease: the keys vanish, the instances do not.
+    txn(&*store, Txn::new().delete(keys::LEADER)).await;
+    txn(&*store, Txn::new().delete_prefix(keys::INSTANCES).delete_prefix(keys::STATUS)).await;
+    let kept = reader.until("unconfirmed", |view| view.instances.values().all(|i| !i.confirmed)).await;
+    assert_eq!(names(&kept), ["a", "b"]);
+    assert!(kept.instances[&id("a")].serving().is_some());
+    // Longer than `reconfirm`: without a leader nothing is given up.
+    tokio::time::sleep(Duration::from_millis(800)).await;
+    assert_eq!(names(&reader.watch.current()), ["a", "b"]);
+
+    lead(&*store, "d").await;
+    txn(&*store, announce("a")).await;
+    let half = reader.until("a confirmed", |view| view.instances[&id("a")].confirmed).await;
+    assert_eq!(names(&half), ["a", "b"], "b may still be on its way");
+    reader.until("b given up", |view| names(view) == ["a"]).await;
+    // What this leader wrote, it also takes away.
+    txn(&*store, announce("b")).await;
+    reader.until("b back", |view| names(view) == ["a", "b"]).await;
+    txn(&*store, Txn::new().delete(keys::instance(&id("b")))).await;
+    reader.until("b gone", |view| names(view) == ["a"]).await;
+    reader.end().await;
+}
+
+#[tokio::test]
+async fn a_status_of_another_incarnation_is_not_this_ones() {
+    let store = Arc::new(MemoryStore::start(
+        MemoryConfig::new(Revision(1)),
+        CancellationToken::new(),
+        &TaskTracker::new(),
+    ));
+    lead(&*store, "c").await;
+    txn(&*store, announce("a")).await;
+    let reader = Reader::of(store.clone());
+    reader.until("a serves", |view| view.instances.values().any(|i| i.serving().is_some())).await;
+    txn(&*store, Txn::new().put(keys::instance(&id("a")), spec("a", 2).encode(), None)).await;
+    let seen = reader.until("2", |view| view.instances[&id("a")].spec.incarnation == Incarnation(2)).await;
+    assert_eq!(seen.instances[&id("a")].serving(), None);
+    txn(&*store, Txn::new().put(keys::status(&id("a")), status(2, Phase::Loading).encode(), None)).await;
+    reader.until("loading", |view| view.instances[&id("a")].status.is_some()).await;
+    assert_eq!(reader.watch.current().instances[&id("a")].serving(), None);
+    // A record that cannot be read is no reason to forget a good one.
+    txn(&*store, Txn::new().put(keys::status(&id("a")), "\u{1}not a record", None)).await;
+    txn(&*store, Txn::new().put(keys::instance(&id("b")), spec("x", 2).encode(), None)).await;
+    let last = txn_revision(&*store).await;
+    let seen = reader.until("all read", |view| view.revision >= last).await;
+    assert!(seen.instances[&id("a")].status.is_some());
+    assert_eq!(names(&seen), ["a"]);
+    reader.end().await;
+}
+
+async fn txn_revision(store: &dyn Store) -> Revision {
+    store.txn(Txn::new().put("/baton/v1/config/x", "1", None)).await.expect("txn").revision
+}
