@@ -66,7 +66,7 @@ async fn specimen(process: Process<Specimen>) -> Result<(), ProcessError> {
             Ok::<(), ProcessError>(())
         });
     }
-    process.health.set_ready();
+    tracing::info_span!(target: "baton_specimen", "getting ready").in_scope(|| process.health.set_ready());
     println!("ready");
     if process.config.mode == "stuck" {
         tokio::time::sleep(Duration::from_secs(3600)).await;

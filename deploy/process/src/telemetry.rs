@@ -15,7 +15,6 @@ use opentelemetry_sdk::{
     propagation::TraceContextPropagator,
     trace::{Sampler, SdkTracerProvider},
 };
-use tonic::metadata::{MetadataKey, MetadataMap, MetadataValue};
 use tracing::Span;
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 use tracing_subscriber::{EnvFilter, Layer, layer::SubscriberExt, util::SubscriberInitExt};
@@ -78,11 +77,9 @@ fn filter(config: &ProcessConfig) -> Result<EnvFilter, ProcessError> {
     })
 }
 
-/// Spans of ours at info and above; the libraries' own would drown them, and those of the exporter would feed it.
+/// Spans of ours (a directive covers every target that begins with it) at info and above; the libraries' own would drown them, and those of the exporter would feed it.
 fn trace_filter() -> EnvFilter {
-    EnvFilter::new(
-        "off,baton=info,baton_controller=info,baton_coordinator=info,baton_server=info,baton_kvtransfer=info,baton_registry=info,baton_runtime=info,baton_process=info",
-    )
+    EnvFilter::new("off,baton=info")
 }
 
 fn exporter(
@@ -104,49 +101,16 @@ fn exporter(
     Ok(Some(provider.build()))
 }
 
-/// Writes the current span's trace context into gRPC metadata, for the peer to go on from.
-pub fn inject(metadata: &mut MetadataMap) {
-    TraceContextPropagator::new().inject_context(&Span::current().context(), &mut Metadata(metadata));
-}
-
-/// Makes `span` a child of the trace in gRPC metadata, if one is there. Call before the span is entered.
-pub fn adopt(span: &Span, metadata: &mut MetadataMap) {
-    let parent = TraceContextPropagator::new().extract(&Metadata(metadata));
-    // Fails only where traces are not exported, and then there is nothing to join.
-    let _ = span.set_parent(parent);
-}
-
-/// As [`inject`], into HTTP headers.
+/// Writes the current span's trace context into headers, for the peer to go on from. gRPC metadata is headers too.
 pub fn inject_http(headers: &mut HeaderMap) {
     TraceContextPropagator::new().inject_context(&Span::current().context(), &mut Headers(headers));
 }
 
-/// As [`adopt`], from HTTP headers.
+/// Makes `span` a child of the trace in headers, if one is there. Call before the span is entered.
 pub fn adopt_http(span: &Span, headers: &HeaderMap) {
     let parent = TraceContextPropagator::new().extract(&HeadersIn(headers));
+    // Fails only where traces are not exported, and then there is nothing to join.
     let _ = span.set_parent(parent);
-}
-
-struct Metadata<'a>(&'a mut MetadataMap);
-
-impl Injector for Metadata<'_> {
-    fn set(&mut self, key: &str, value: String) {
-        if let (Ok(key), Ok(value)) =
-            (MetadataKey::from_bytes(key.as_bytes()), MetadataValue::try_from(&value))
-        {
-            self.0.insert(key, value);
-        }
-    }
-}
-
-impl Extractor for Metadata<'_> {
-    fn get(&self, key: &str) -> Option<&str> {
-        self.0.get(key)?.to_str().ok()
-    }
-
-    fn keys(&self) -> Vec<&str> {
-        Vec::new() // asked for by baggage only
-    }
 }
 
 struct Headers<'a>(&'a mut HeaderMap);
@@ -167,6 +131,39 @@ impl Extractor for HeadersIn<'_> {
     }
 
     fn keys(&self) -> Vec<&str> {
-        Vec::new()
+        Vec::new() // asked for by baggage only
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use opentelemetry::trace::TraceContextExt;
+
+    use super::*;
+
+    #[test]
+    fn a_trace_goes_on_from_one_process_to_the_next() {
+        let provider = SdkTracerProvider::builder().build();
+        let layer = tracing_opentelemetry::layer().with_tracer(provider.tracer("test"));
+        tracing::subscriber::with_default(tracing_subscriber::registry().with(layer), || {
+            let caller = tracing::info_span!("caller");
+            let mut headers = HeaderMap::new();
+            caller.in_scope(|| inject_http(&mut headers));
+            assert_eq!(headers.len(), 2, "traceparent and tracestate: {headers:?}");
+            let callee = tracing::info_span!("callee");
+            adopt_http(&callee, &headers);
+            let trace = |span: &Span| span.context().span().span_context().trace_id();
+            assert_eq!(trace(&caller), trace(&callee));
+            let stranger = tracing::info_span!("stranger");
+            adopt_http(&stranger, &HeaderMap::new());
+            assert_ne!(trace(&caller), trace(&stranger));
+        });
+    }
+
+    #[test]
+    fn without_traces_nothing_is_written() {
+        let mut headers = HeaderMap::new();
+        tracing::info_span!("x").in_scope(|| inject_http(&mut headers));
+        assert!(headers.is_empty());
     }
 }

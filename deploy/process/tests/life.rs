@@ -8,6 +8,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use opentelemetry_proto::tonic::collector::trace::v1::{
+    ExportTraceServiceRequest, ExportTraceServiceResponse,
+    trace_service_server::{TraceService, TraceServiceServer},
+};
 use rustix::process::{Pid, Signal, kill_process};
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
@@ -127,6 +131,43 @@ async fn grpc_health_and_reflection_answer() {
     assert!(names.contains(&"baton.v1.Inference") && names.contains(&"grpc.health.v1.Health"), "{names:?}");
     specimen.child.kill().unwrap();
     specimen.child.wait().unwrap();
+}
+
+/// Keeps what is exported.
+struct Collector(tokio::sync::mpsc::Sender<ExportTraceServiceRequest>);
+
+#[tonic::async_trait]
+impl TraceService for Collector {
+    async fn export(
+        &self,
+        request: tonic::Request<ExportTraceServiceRequest>,
+    ) -> Result<tonic::Response<ExportTraceServiceResponse>, tonic::Status> {
+        self.0.send(request.into_inner()).await.unwrap();
+        Ok(tonic::Response::new(ExportTraceServiceResponse::default()))
+    }
+}
+
+#[tokio::test]
+async fn traces_reach_a_collector_before_the_process_ends() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let endpoint = format!("process.otlp.endpoint=http://{}", listener.local_addr().unwrap());
+    let (sender, mut exported) = tokio::sync::mpsc::channel(16);
+    let mut server = tonic::transport::Server::builder();
+    let server = server.add_service(TraceServiceServer::new(Collector(sender)));
+    tokio::spawn(server.serve_with_incoming(tokio_stream::wrappers::TcpListenerStream::new(listener)));
+
+    let ended = tokio::task::spawn_blocking(move || {
+        let specimen = Specimen::start(&["--set", &endpoint]);
+        specimen.signal(Signal::TERM);
+        specimen.end()
+    });
+    let (status, log) = ended.await.unwrap();
+    assert_eq!(status.code(), Some(0), "{log}");
+    let export = exported.try_recv().expect("traces are exported before the end");
+    let resource = &export.resource_spans[0];
+    let spans = resource.scope_spans.iter().flat_map(|scope| &scope.spans);
+    assert_eq!(spans.map(|span| span.name.as_str()).collect::<Vec<_>>(), ["getting ready"]);
+    assert!(format!("{:?}", resource.resource).contains("baton-specimen"), "{:?}", resource.resource);
 }
 
 #[test]
