@@ -1,4 +1,111 @@
-//! Moves KV caches between instances: layouts, sessions, leases, transports.
+//! Moves KV caches between instances: whole, checked, and never into memory that is not the transfer's.
+//!
+//! A process has one [`KvNode`] over its KV pool (a [`Region`] laid out `[layer][block]`). A *slice*, one block of one
+//! layer, is the unit that moves. The receiver [`expect`](KvNode::expect)s a transfer into blocks it has reserved; the
+//! sender [`offer`](KvNode::offer)s it, says which slices are [`ready`](Progress::ready) while it still computes the
+//! rest, and seals it. The receiver has it once every slice is accounted for and matches the seal; the sender may then
+//! free its blocks. Either side can end it at any time, and then both are told why.
+//!
+//! # Who does what
+//! - `session`: what a transfer may do, as two pure state machines; leases, deadlines, counts, fences.
+//! - `node`: the shell around them: handles, control streams (`Handoff.Exchange`), the clock.
+//! - `transport`: how slices travel, behind one trait; here `tcp`.
+//! - `memory`: the only `unsafe` code: bounds-checked access to the region.
+//!
+//! # Promises
+//! - A receiver completes only with every expected slice in place, each matching its CRC32C, all matching the seal.
+//! - Blocks come back exactly once, and only when no transport can touch them any more.
+//! - A peer names slices of a transfer that it was given the key of, never addresses; it can write nowhere else.
+//! - Silence is bounded by the lease, waiting by deadlines, memory by [`Limits`].
+//!
+//! What it leaves to others: which blocks, which peer, when; and authenticating the peer of a control stream, which so
+//! far is whoever can reach the port. The data plane is authenticated by keys given over that stream, not encrypted.
+//!
+//! # Example
+//! Two nodes in one process; `pool` stands for a device's memory.
+//! ```
+//! use std::{net::TcpListener, ptr::NonNull, sync::Arc, time::{Duration, Instant}};
+//! use baton_kvtransfer::{ExpectSpec, KvLayout, KvNode, Limits, NodeConfig, OfferSpec, Region};
+//! use baton_proto::{Incarnation, InstanceId, TransferId};
+//! use tokio_util::sync::CancellationToken;
+//!
+//! # fn node(name: &str, shutdown: &CancellationToken) -> Result<KvNode, Box<dyn std::error::Error>> {
+//! let layout = KvLayout {
+//!     model_revision: "0123abcd".into(),
+//!     format: "cpu-panel".into(),
+//!     dtype: "f32".into(),
+//!     block_tokens: 16,
+//!     layers: 2,
+//!     kv_heads: 1,
+//!     head_dim: 8,
+//!     tensor_parallel: 1,
+//!     slice_bytes: 2 * 16 * 8 * 4,
+//! };
+//! let mut pool = vec![0u8; 2 * 10 * layout.slice_bytes as usize]; // 2 layers of 10 blocks
+//! let base = NonNull::new(pool.as_mut_ptr()).ok_or("no memory")?;
+//! let len = pool.len();
+//! // SAFETY: the pool lives in the owner; blocks lent to the node are left alone until they come back.
+//! let region = unsafe { Region::new(Arc::new(pool), base, len) };
+//! let config = NodeConfig {
+//!     instance_id: InstanceId::new(name)?,
+//!     incarnation: Incarnation(1),
+//!     layout,
+//!     region,
+//!     blocks: 10,
+//!     data_listener: TcpListener::bind("127.0.0.1:0")?,
+//!     advertise: None,
+//!     lease: Duration::from_secs(5),
+//!     limits: Limits::default(),
+//!     reclaim: Arc::new(|back| println!("blocks {:?} are free again", back.blocks)),
+//! };
+//! let node = KvNode::start(config, shutdown.clone())?;
+//! # Ok(node) }
+//! # #[tokio::main] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let shutdown = CancellationToken::new();
+//! # let (prefill, decode) = (node("prefill-0", &shutdown)?, node("decode-0", &shutdown)?);
+//!
+//! // The receiver's server mounts the node's gRPC service.
+//! let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+//! let peer = listener.local_addr()?.to_string();
+//! let server = tonic::transport::Server::builder().add_service(decode.handoff_service());
+//! tokio::spawn(server.serve_with_incoming(tonic::transport::server::TcpIncoming::from(listener)));
+//!
+//! // Both sides learn of the transfer, in whichever order.
+//! let (id, deadline) = (TransferId::generate(), Instant::now() + Duration::from_secs(30));
+//! let mut incoming = decode.expect(ExpectSpec {
+//!     id,
+//!     sender: InstanceId::new("prefill-0")?,
+//!     sender_incarnation: None,
+//!     prompt_tokens: 40,
+//!     blocks: vec![7, 2, 4],
+//!     held: vec![],
+//!     deadline,
+//! })?;
+//! let mut outgoing = prefill.offer(OfferSpec {
+//!     id,
+//!     peer,
+//!     receiver: InstanceId::new("decode-0")?,
+//!     receiver_incarnation: None,
+//!     prompt_tokens: 40,
+//!     blocks: vec![0, 1, 9],
+//!     deadline,
+//! })?;
+//!
+//! // The engine reports each layer as it is computed, from its own thread, and seals with the first token.
+//! let progress = outgoing.progress();
+//! for layer in 0..2 {
+//!     progress.ready(layer, 0..3);
+//! }
+//! outgoing.seal(42);
+//!
+//! let sealed = incoming.sealed().await?;
+//! assert_eq!((sealed.first_token, sealed.slices), (42, 6));
+//! outgoing.finished().await?;
+//! assert_eq!(outgoing.close().await, [0, 1, 9]);
+//! assert_eq!(incoming.close().await, [7, 2, 4]);
+//! # shutdown.cancel();
+//! # Ok(()) }
+//! ```
 
 mod error;
 mod layout;

@@ -8,6 +8,9 @@ mod receiver;
 mod sender;
 mod slices;
 
+#[cfg(test)]
+mod tests;
+
 use std::time::{Duration, Instant};
 
 pub(crate) use receiver::{
