@@ -78,20 +78,14 @@ class Chat(unittest.TestCase):
         self.assertEqual(chat(temperature=1.0, top_p=1e-6).choices[0].message.content, greedy)
         self.assertEqual(chat(temperature=1.0, extra_body={"min_p": 1.0}).choices[0].message.content, greedy)
 
-    def test_penalties_change_the_text(self):
-        asked = dict(messages=[{"role": "user", "content": "Repeat the word tea many times."}], max_tokens=48)
-        plain = chat(**asked).choices[0].message.content
-        for penalty in (
-            dict(frequency_penalty=2.0),
-            dict(presence_penalty=2.0),
-            dict(extra_body={"repetition_penalty": 1.8}),
-        ):
-            self.assertNotEqual(chat(**asked, **penalty).choices[0].message.content, plain, penalty)
-
-    def test_system_prompt_and_parts(self):
+    def test_parts_are_one_text(self):
         parts = [{"type": "text", "text": "What is the capital"}, {"type": "text", "text": " of France?"}]
-        answer = chat(messages=[{"role": "system", "content": "You answer briefly."}, {"role": "user", "content": parts}])
-        self.assertIn("Paris", answer.choices[0].message.content)
+        self.assertIn("Paris", chat(messages=[{"role": "user", "content": parts}]).choices[0].message.content)
+
+    def test_a_system_message_is_taken(self):
+        system = {"role": "system", "content": "You are a helpful AI assistant named SmolLM, trained by Hugging Face"}
+        self.assertEqual(chat(messages=[system, *FRANCE]).usage.prompt_tokens, chat().usage.prompt_tokens)
+        self.assertNotEqual(chat(messages=[{**system, "content": "Talk."}, *FRANCE]).usage.prompt_tokens, chat().usage.prompt_tokens)
 
 
 class Stop(unittest.TestCase):
@@ -128,6 +122,17 @@ class Completions(unittest.TestCase):
         self.assertEqual("".join(c.choices[0].text for c in stream if c.choices), self.complete().choices[0].text)
         self.assertEqual(stream[-1].usage.completion_tokens, 12)
 
+    def test_penalties_change_the_text(self):
+        asked = dict(prompt="tea tea tea tea tea tea tea", max_tokens=16)
+        plain = self.complete(**asked).choices[0].text
+        self.assertIn("tea tea tea", plain)
+        for penalty in (
+            dict(frequency_penalty=2.0),
+            dict(presence_penalty=2.0),
+            dict(extra_body={"repetition_penalty": 1.8}),
+        ):
+            self.assertNotEqual(self.complete(**asked, **penalty).choices[0].text, plain, penalty)
+
     def test_token_prompt(self):
         self.assertTrue(self.complete(prompt=[504, 3575, 282, 4649, 314]).choices[0].text)
 
@@ -154,7 +159,7 @@ class Refusals(unittest.TestCase):
         self.refused(bad, "messages", messages=[])
         self.refused(bad, "temperature", temperature=-0.1)
         self.refused(bad, "temperature", temperature=2.5)
-        self.refused(bad, "top_p", top_p=0)
+        self.refused(bad, "top_p", top_p=-0.1)
         self.refused(bad, "top_p", top_p=1.1)
         self.refused(bad, "max_tokens", max_tokens=0)
         self.refused(bad, "frequency_penalty", frequency_penalty=3)

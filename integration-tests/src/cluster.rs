@@ -108,7 +108,8 @@ impl Cluster {
     /// Waits until the supervisor has a new process in the place of `old`.
     pub async fn assert_restarted(&self, name: &str, old: u32) {
         let what = format!("{name} started again");
-        eventually(&what, || async { self.pids().get(name).is_some_and(|pid| *pid != old).then_some(()) }).await;
+        eventually(&what, || async { self.pids().get(name).is_some_and(|pid| *pid != old).then_some(()) })
+            .await;
     }
 
     /// Ends the cluster as Ctrl-C does, and checks that it ends in order.
@@ -129,7 +130,8 @@ impl Cluster {
         let mut ctl = Command::new(binary("baton"));
         ctl.args(["ctl", "get", what, "-o", "json", "--controller", &self.run.controller]);
         ctl.args(["--coordinator", &self.run.coordinator]).stdin(Stdio::null());
-        let output = tokio::task::spawn_blocking(move || ctl.output()).await.expect("no panic").expect("baton starts");
+        let output =
+            tokio::task::spawn_blocking(move || ctl.output()).await.expect("no panic").expect("baton starts");
         output.status.success().then(|| serde_json::from_slice(&output.stdout).expect("ctl prints JSON"))
     }
 
@@ -139,7 +141,8 @@ impl Cluster {
 
     /// Observed roles, sorted.
     pub async fn roles(&self) -> Vec<String> {
-        let mut roles: Vec<String> = self.ctl("roles").await.iter().map(|view| text(view, "observed_role")).collect();
+        let mut roles: Vec<String> =
+            self.ctl("roles").await.iter().map(|view| text(view, "observed_role")).collect();
         roles.sort();
         roles
     }

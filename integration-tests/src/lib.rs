@@ -23,7 +23,8 @@ pub const PATIENCE: Duration = Duration::from_secs(90);
 
 /// What `deploy/run test` has to provide.
 pub fn required(variable: &str) -> String {
-    env::var(variable).unwrap_or_else(|_| panic!("{variable} is not set: run the tests with `./deploy/run test`"))
+    env::var(variable)
+        .unwrap_or_else(|_| panic!("{variable} is not set: run the tests with `./deploy/run test`"))
 }
 
 /// The model file that every test serves.

@@ -8,7 +8,8 @@ use serde_json::{Value, json};
 
 /// Short, long (several chunks, many blocks), and block-border prompts; greedy and sampled.
 fn requests(model: &str) -> Vec<Value> {
-    let prompts = ["Hi", "What is the capital of France?", "Write a haiku about rain.", "Count from one to twenty."];
+    let prompts =
+        ["Hi", "What is the capital of France?", "Write a haiku about rain.", "Count from one to twenty."];
     let long = [14, 15, 16, 17, 180, 700, 1500].map(long_prompt);
     let mut all = Vec::new();
     for prompt in prompts.iter().map(|prompt| prompt.to_string()).chain(long) {

@@ -10,7 +10,10 @@ async fn error_of(response: Response) -> (u16, Value) {
     let body: Value = serde_json::from_str(&text).unwrap_or_else(|_| panic!("{status}: not JSON: {text}"));
     let error = body["error"].clone();
     assert!(error["message"].as_str().is_some_and(|message| !message.is_empty()), "{status}: {body}");
-    assert!(error["type"].is_string() && error.get("param").is_some() && error.get("code").is_some(), "{body}");
+    assert!(
+        error["type"].is_string() && error.get("param").is_some() && error.get("code").is_some(),
+        "{body}"
+    );
     (status, error)
 }
 
@@ -20,7 +23,8 @@ async fn wrong_requests_get_clear_errors() {
     let client = reqwest::Client::new();
     let chat = format!("{}/v1/chat/completions", cluster.url());
     let post = |body: String| client.post(&chat).header("content-type", "application/json").body(body).send();
-    let ok = json!({"model": cluster.model(), "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2});
+    let ok =
+        json!({"model": cluster.model(), "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2});
 
     let (status, error) = error_of(post("{\"model\": ".into()).await.unwrap()).await;
     assert_eq!(status, 400, "{error}");
@@ -56,18 +60,27 @@ async fn wrong_requests_get_clear_errors() {
         let shown: String = change.to_string().chars().take(80).collect();
         assert_eq!(status, expected, "{shown}: {error}");
         let param = error["param"].as_str().unwrap_or_else(|| panic!("{shown}: no param: {error}"));
-        assert!(param == field || param.starts_with(&format!("{field}[")) || param.starts_with(&format!("{field}.")), "{shown}: {error}");
+        assert!(
+            param == field
+                || param.starts_with(&format!("{field}["))
+                || param.starts_with(&format!("{field}.")),
+            "{shown}: {error}"
+        );
     }
 
-    let huge = post(json!({"model": "x", "messages": [{"role": "user", "content": "a".repeat(40 << 20)}]}).to_string());
+    let huge = post(
+        json!({"model": "x", "messages": [{"role": "user", "content": "a".repeat(40 << 20)}]}).to_string(),
+    );
     let (status, error) = error_of(huge.await.unwrap()).await;
     assert_eq!(status, 413, "{error}");
 
     let (status, _) = error_of(client.get(&chat).send().await.unwrap()).await;
     assert_eq!(status, 405);
-    let (status, _) = error_of(client.post(format!("{}/v1/nothing", cluster.url())).send().await.unwrap()).await;
+    let (status, _) =
+        error_of(client.post(format!("{}/v1/nothing", cluster.url())).send().await.unwrap()).await;
     assert_eq!(status, 404);
-    let (status, _) = error_of(client.get(format!("{}/v1/models/nope", cluster.url())).send().await.unwrap()).await;
+    let (status, _) =
+        error_of(client.get(format!("{}/v1/models/nope", cluster.url())).send().await.unwrap()).await;
     assert_eq!(status, 404);
 
     for path in ["/health", "/readiness", "/metrics", "/v1/models"] {

@@ -13,7 +13,8 @@ async fn leaving_frees_every_block_on_both_sides() {
 
     // While decoding.
     for tokens_seen in [2, 3, 10] {
-        let mut events = Events::open(cluster.url(), &request(cluster.model(), "Tell me a story.", 4000, true)).await;
+        let mut events =
+            Events::open(cluster.url(), &request(cluster.model(), "Tell me a story.", 4000, true)).await;
         for _ in 0..tokens_seen {
             events.next().await.expect("the stream goes on");
         }
@@ -39,6 +40,7 @@ async fn leaving_frees_every_block_on_both_sides() {
     cluster.assert_nothing_held().await;
 
     // And the cluster is as good as new.
-    let answer = ask(cluster.url(), &request(cluster.model(), "What is the capital of France?", 12, false)).await;
+    let answer =
+        ask(cluster.url(), &request(cluster.model(), "What is the capital of France?", 12, false)).await;
     assert!(answer.contains("Paris"), "{answer}");
 }

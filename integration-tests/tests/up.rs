@@ -26,7 +26,11 @@ fn refused(arguments: &[&str]) -> Output {
         .expect("baton starts");
     let output = process::finish(up, Duration::from_secs(60));
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(output.status.code().is_some_and(|code| code != 0), "{arguments:?} ended with {}: {said}", output.status);
+    assert!(
+        output.status.code().is_some_and(|code| code != 0),
+        "{arguments:?} ended with {}: {said}",
+        output.status
+    );
     assert!(!said.contains("panicked"), "{said}");
     assert_eq!(said.lines().filter(|line| line.starts_with("error: ")).count(), 1, "{said}");
     output
@@ -70,7 +74,8 @@ fn what_cannot_start_says_why_in_one_line() {
 #[tokio::test]
 async fn ctrl_c_finishes_what_runs_and_leaves_no_process() {
     let cluster = Cluster::start(&[]).await;
-    let mut events = Events::open(cluster.url(), &request(cluster.model(), "Tell me a story.", 60, true)).await;
+    let mut events =
+        Events::open(cluster.url(), &request(cluster.model(), "Tell me a story.", 60, true)).await;
     events.next().await.expect("the stream goes on");
     let pids = cluster.pids();
     assert_eq!(pids.len(), 4, "{pids:?}");
@@ -97,8 +102,9 @@ async fn no_process_outlives_a_killed_supervisor() {
 async fn more_instances_share_the_work() {
     let cluster = Cluster::start(&["--prefill", "2", "--decode", "1"]).await;
     assert_eq!(cluster.roles().await, ["decode", "prefill", "prefill"]);
-    let bodies: Vec<_> =
-        (0..8).map(|i| request(cluster.model(), &format!("Tell me about the number {i}."), 16, false)).collect();
+    let bodies: Vec<_> = (0..8)
+        .map(|i| request(cluster.model(), &format!("Tell me about the number {i}."), 16, false))
+        .collect();
     let answers = baton_integration_tests::chat::ask_all(cluster.url(), &bodies).await;
     assert!(answers.iter().all(|answer| !answer.is_empty()));
     cluster.assert_nothing_held().await;

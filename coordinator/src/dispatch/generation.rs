@@ -32,7 +32,7 @@ use crate::{
 };
 
 /// How long the end of an answer waits for prefill to say how much of the prompt was cached.
-const LINGER: Duration = Duration::from_millis(250);
+const LINGER: Duration = Duration::from_millis(50);
 
 /// What a request is, as far as instances are told.
 #[derive(Debug, Clone)]
@@ -201,6 +201,7 @@ impl Generation {
             commands = self.machine.abort(ApiError::new(ErrorCode::DeadlineExceeded, message));
         } else if self.linger.as_mut().is_some_and(|linger| linger.as_mut().poll(context).is_ready()) {
             self.linger = None;
+            self.why_cancelled = "answer_complete";
             commands = self.machine.linger_over();
         }
         match self.perform(commands) {

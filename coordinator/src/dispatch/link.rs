@@ -107,9 +107,8 @@ impl Link {
     fn cancel(&self, leg: LegId, reason: &'static str) {
         let mut channel = self.channel.lock();
         let Some(up) = channel.as_mut() else { return };
-        if up.legs.remove(&leg).is_none() {
-            return;
-        }
+        let Some(slot) = up.legs.remove(&leg) else { return };
+        tracing::debug!(instance = %self.instance, %leg, side = slot.side.name(), reason, "cancelling");
         self.metrics.cancels.get_or_create(&crate::metrics::reason(reason)).inc();
         let cancel = v1::Cancel { leg: leg.0, reason: reason.into() };
         if up.outbound.try_send(v1::AttachRequest { frame: Some(Ask::Cancel(cancel)) }).is_err() {

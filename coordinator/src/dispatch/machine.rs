@@ -5,7 +5,9 @@
 //! decode's tokens may overtake prefill's token 0: tokens are put in order by position, and given out in order only.
 //!
 //! Whoever ends first: prefill ending the sequence itself (token 0 was a stop token, or the only one wanted) cancels
-//! decode; a failing leg cancels the other, unless decode is generating already and no longer needs prefill.
+//! decode; a failing leg cancels the other, unless decode is generating already and no longer needs prefill. A decode
+//! leg whose transfer was broken off from the other side says so before prefill says why, or that it needs no decode:
+//! that failure waits for prefill's word, which always comes, if only as the break of its stream.
 
 use std::collections::BTreeMap;
 
@@ -88,6 +90,8 @@ pub struct Machine {
     early: BTreeMap<u32, u32>,
     /// Decode has taken the cache up: it generates, or has ended.
     decode_spoke: bool,
+    /// Why decode has no cache to go on from; prefill's word decides whether it matters.
+    transfer_broken: Option<ApiError>,
     cached_tokens: u32,
 }
 
@@ -111,6 +115,7 @@ impl Machine {
             given: 0,
             early: BTreeMap::new(),
             decode_spoke: false,
+            transfer_broken: None,
             cached_tokens: 0,
         }
     }
@@ -163,11 +168,8 @@ impl Machine {
     /// Prefill has been silent for long enough after [`Command::Linger`].
     pub fn linger_over(&mut self) -> Vec<Command> {
         match self.state {
-            State::Lingering(reason) => {
-                // Decode owns the cache, so prefill's leg is ending by itself: nothing to cancel.
-                self.open = Open::Neither;
-                self.finish(reason)
-            }
+            // Decode owns the cache, so prefill's leg is ending by itself; the cancel only says that nobody listens.
+            State::Lingering(reason) => self.finish(reason),
             _ => Vec::new(),
         }
     }
@@ -207,6 +209,9 @@ impl Machine {
                 if self.tokens.is_empty() {
                     return self.fail(broken(side, "handed over without a first token"));
                 }
+                if let Some(error) = self.transfer_broken.take() {
+                    return self.fail(error);
+                }
                 self.settle()
             }
             (_, LegEnd::HandedOff { .. }) => self.fail(broken(side, "handed over what it was to finish")),
@@ -220,8 +225,18 @@ impl Machine {
                 self.state = State::Closing(reason);
                 self.settle()
             }
+            (Side::Decode, LegEnd::Failed(error))
+                if self.open == Open::Prefill && of_the_transfer(&error) =>
+            {
+                self.transfer_broken = Some(error);
+                self.settle()
+            }
             // Decode has the cache and goes on by itself; only the count of cached tokens is lost.
-            (Side::Prefill, _) if self.decode_spoke && !self.tokens.is_empty() => self.settle(),
+            (Side::Prefill, _)
+                if self.decode_spoke && self.transfer_broken.is_none() && !self.tokens.is_empty() =>
+            {
+                self.settle()
+            }
             (_, LegEnd::Cancelled) => self.fail(ApiError::new(
                 ErrorCode::Unavailable,
                 format!(
@@ -277,6 +292,11 @@ impl Machine {
             .map(Command::Cancel)
             .collect()
     }
+}
+
+/// Whether the other side of a transfer knows better why it ended.
+fn of_the_transfer(error: &ApiError) -> bool {
+    matches!(error.code, ErrorCode::Cancelled | ErrorCode::HandoffFailed)
 }
 
 fn broken(side: Side, what: &str) -> ApiError {

@@ -67,6 +67,29 @@ fn prefill_that_ends_the_sequence_cancels_decode() {
 }
 
 #[test]
+fn a_broken_transfer_waits_for_prefills_word() {
+    let broken = |code| Output::failed(ApiError::new(code, "the transfer was broken off"));
+    for code in [ErrorCode::Cancelled, ErrorCode::HandoffFailed] {
+        // Prefill needed no decode.
+        let mut machine = Machine::apart(10);
+        assert!(machine.output(Side::Decode, broken(code)).is_empty());
+        let last = Output { end: complete(StopReason::Length).end, ..out(0, &[10]) };
+        assert_eq!(machine.output(Side::Prefill, last), [ok(StopReason::Length, 0)]);
+        // Prefill failed and says why.
+        let mut machine = Machine::apart(10);
+        assert!(machine.output(Side::Decode, broken(code)).is_empty());
+        assert!(machine.output(Side::Prefill, out(0, &[10])).is_empty());
+        assert_eq!(machine.output(Side::Prefill, Output::failed(lost())), [Command::End(Err(lost()))]);
+        // Prefill believes that decode has the cache.
+        let mut machine = Machine::apart(10);
+        machine.output(Side::Prefill, out(0, &[10]));
+        assert!(machine.output(Side::Decode, broken(code)).is_empty());
+        let commands = machine.output(Side::Prefill, handed(0));
+        assert!(matches!(&commands[..], [Command::End(Err(error))] if error.code == code), "{commands:?}");
+    }
+}
+
+#[test]
 fn a_failing_leg_cancels_the_other() {
     for (fails, other) in [(Side::Prefill, Side::Decode), (Side::Decode, Side::Prefill)] {
         let mut machine = Machine::apart(10);
@@ -111,7 +134,7 @@ fn a_silent_prefill_does_not_hold_the_end_for_ever() {
     machine.output(Side::Prefill, out(0, &[10]));
     let last = Output { end: complete(StopReason::Length).end, ..out(1, &[11]) };
     assert_eq!(machine.output(Side::Decode, last), [Command::Linger]);
-    assert_eq!(machine.linger_over(), [ok(StopReason::Length, 0)]);
+    assert_eq!(machine.linger_over(), [Command::Cancel(Side::Prefill), ok(StopReason::Length, 0)]);
 }
 
 #[test]
