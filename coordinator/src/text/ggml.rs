@@ -15,7 +15,7 @@ use tokenizers::{
     },
 };
 
-use super::detokenize::TokenTexts;
+use super::{detokenize::TokenTexts, sentencepiece};
 
 /// What [`build`] makes.
 pub(super) struct Built {
@@ -84,22 +84,24 @@ impl Pre {
 
 /// Builds the tokeniser; the error says what is wrong or not supported.
 pub(super) fn build(source: &GgmlTokenizer) -> Result<Built, String> {
-    if source.model != "gpt2" {
-        return Err(format!(
-            "tokenizer.ggml.model is {:?}; supported: \"gpt2\" (byte-level BPE). A Hugging Face directory with tokenizer.json may be served instead",
-            source.model
-        ));
+    match source.model.as_str() {
+        "gpt2" => byte_level_bpe(source),
+        "llama" => sentencepiece::build(source),
+        other => Err(format!(
+            "tokenizer.ggml.model is {other:?}; supported: gpt2 (byte-level BPE), llama (SentencePiece BPE)"
+        )),
     }
+}
+
+fn byte_level_bpe(source: &GgmlTokenizer) -> Result<Built, String> {
     let pre = Pre::parse(&source.pre)
         .ok_or_else(|| format!("tokenizer.ggml.pre is {:?}; supported: {SUPPORTED}", source.pre))?;
-    let vocabulary: Vocab =
-        source.tokens.iter().enumerate().map(|(id, token)| (token.clone(), id as u32)).collect();
     let merges = source.merges.iter().enumerate().map(|(at, merge)| {
         let pair = merge.split_once(' ').map(|(left, right)| (left.to_owned(), right.to_owned()));
         pair.ok_or_else(|| format!("tokenizer.ggml.merges[{at}] is {merge:?}, not two tokens"))
     });
     let bpe = BPE::builder()
-        .vocab_and_merges(vocabulary, merges.collect::<Result<_, String>>()?)
+        .vocab_and_merges(vocabulary(source), merges.collect::<Result<_, String>>()?)
         // LLaMA 3's tokeniser takes a whole word that is a token before it merges.
         .ignore_merges(pre == Pre::Llama3)
         .build()
@@ -119,8 +121,13 @@ pub(super) fn build(source: &GgmlTokenizer) -> Result<Built, String> {
     })
 }
 
+/// Ids by token.
+pub(super) fn vocabulary(source: &GgmlTokenizer) -> Vocab {
+    source.tokens.iter().enumerate().map(|(id, token)| (token.clone(), id as u32)).collect()
+}
+
 /// Tokens that are matched whole in a prompt.
-fn added_tokens(source: &GgmlTokenizer) -> Vec<AddedToken> {
+pub(super) fn added_tokens(source: &GgmlTokenizer) -> Vec<AddedToken> {
     let added = |(token, kind): (&String, &TokenKind)| match kind {
         TokenKind::Control | TokenKind::Unknown => Some(AddedToken::from(token.clone(), true)),
         TokenKind::UserDefined => Some(AddedToken::from(token.clone(), false).normalized(false)),
@@ -157,15 +164,6 @@ fn byte_of(character: char) -> Option<u8> {
 
 const fn is_printable(byte: u8) -> bool {
     matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff)
-}
-
-/// The bytes of a token in SentencePiece's spelling: `▁` is a space, `<0xNN>` a byte.
-pub(super) fn sentencepiece(token: &str) -> Vec<u8> {
-    let hex = token.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>')).filter(|hex| hex.len() == 2);
-    match hex.and_then(|hex| u8::from_str_radix(hex, 16).ok()) {
-        Some(byte) => vec![byte],
-        None => token.replace('▁', " ").into_bytes(),
-    }
 }
 
 #[cfg(test)]
@@ -250,18 +248,11 @@ mod tests {
     fn what_is_not_supported_is_named() {
         assert!(message(build(&tables("chatglm-bpe"))).contains("chatglm-bpe"));
         assert!(message(build(&tables(""))).contains("supported: gpt-2"));
-        let sentencepiece = GgmlTokenizer { model: "llama".to_owned(), ..tables("default") };
-        assert!(message(build(&sentencepiece)).contains("\"llama\""));
+        let wordpiece = GgmlTokenizer { model: "bert".to_owned(), ..tables("default") };
+        assert!(message(build(&wordpiece)).contains("\"bert\""));
         let broken = GgmlTokenizer { merges: vec!["ab".to_owned()], ..tables("gpt-2") };
         assert!(message(build(&broken)).contains("merges[0]"));
         let unknown = GgmlTokenizer { merges: vec!["a xyz".to_owned()], ..tables("gpt-2") };
         assert!(message(build(&unknown)).contains("xyz"));
-    }
-
-    #[test]
-    fn sentencepiece_spelling_is_read() {
-        assert_eq!(sentencepiece("▁a▁"), b" a ");
-        assert_eq!(sentencepiece("<0xE2>"), [0xe2]);
-        assert_eq!(sentencepiece("<0xE>"), b"<0xE>");
     }
 }

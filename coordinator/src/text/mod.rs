@@ -1,12 +1,14 @@
 //! A model's text side: chat template, tokeniser, and back from tokens to text.
 //!
 //! Opened once from the checkpoint when the coordinator starts; then shared by all requests, which never change it.
-//! `tokenizer` and `ggml` build the tokeniser, `template` renders chats, `detokenize` turns an answer's tokens into
+//! `tokenizer`, `ggml` and `sentencepiece` build the
+//! tokeniser, `template` renders chats, `detokenize` turns an answer's tokens into
 //! text as they come, `stop` ends it at stop strings. Which tokens end a sequence is not decided here.
 
 mod detokenize;
 mod ggml;
 mod reader;
+mod sentencepiece;
 mod stop;
 mod template;
 mod tokenizer;

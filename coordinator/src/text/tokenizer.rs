@@ -6,7 +6,7 @@ use baton_checkpoint::{Checkpoint, TokenizerSource};
 use serde_json::Value;
 use tokenizers::Tokenizer as Tables;
 
-use super::{TextError, detokenize::TokenTexts, ggml};
+use super::{TextError, detokenize::TokenTexts, ggml, sentencepiece};
 
 /// Text to token ids. Equal to Hugging Face's tokeniser of the same model.
 #[derive(Debug)]
@@ -23,7 +23,10 @@ impl Tokenizer {
         let failed = |path: &Path, reason: String| TextError::Tokenizer { path: path.to_owned(), reason };
         match checkpoint.tokenizer() {
             TokenizerSource::HuggingFaceJson(path) => {
-                let tables = Tables::from_file(path).map_err(|error| failed(path, error.to_string()))?;
+                let mut tables = Tables::from_file(path).map_err(|error| failed(path, error.to_string()))?;
+                // Left over from training in some files: a prompt is never cut or filled up here.
+                tables.with_padding(None);
+                tables.with_truncation(None).map_err(|error| failed(path, error.to_string()))?;
                 let texts = json_texts(&tables).map_err(|reason| failed(path, reason))?;
                 Ok((Self { tables, before: None, after: None }, texts))
             }
@@ -84,7 +87,7 @@ fn json_texts(tables: &Tables) -> Result<TokenTexts, String> {
         (None, None) => Vec::new(),
         (None, Some(token)) => match spelling {
             Spelling::ByteLevel => ggml::byte_level(&token),
-            Spelling::Sentencepiece => ggml::sentencepiece(&token),
+            Spelling::Sentencepiece => sentencepiece::bytes(&token),
         },
     };
     Ok(TokenTexts::new((0..count).map(text)))

@@ -79,7 +79,7 @@ def sentencepiece_model():
         sentence_iterator=iter((TEXTS + english * 4) * 3),
         model_writer=trained,
         model_type="bpe",
-        vocab_size=420,
+        vocab_size=560,
         character_coverage=0.98,
         byte_fallback=True,
         split_digits=True,

@@ -112,6 +112,14 @@ impl Checkpoint {
         self.parts.tensors.get(&weight).map(|entry| self.view(entry)).ok_or_else(missing)
     }
 
+    /// Says that a tensor's bytes will not be needed soon, so that the mapped file and what was made of it need not be
+    /// in memory both. Views of it stay valid.
+    pub fn release(&self, weight: Weight) {
+        if let Some(entry) = self.parts.tensors.get(&weight) {
+            self.parts.files[entry.extent.file].release(&entry.extent);
+        }
+    }
+
     /// Every stored tensor, in the order of [`Weight`]; a tied output projection is not listed.
     pub fn tensors(&self) -> impl Iterator<Item = (Weight, TensorView<'_>)> {
         self.parts.tensors.iter().map(|(&weight, entry)| (weight, self.view(entry)))

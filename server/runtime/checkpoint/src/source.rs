@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use memmap2::Mmap;
+use memmap2::{Mmap, UncheckedAdvice};
 
 use crate::CheckpointError;
 
@@ -47,5 +47,15 @@ impl MappedFile {
     /// The bytes of an extent of this file.
     pub(crate) fn bytes(&self, extent: &Extent) -> &[u8] {
         &self.map[extent.start..extent.start + extent.length]
+    }
+
+    /// Lets the system take back the memory that holds an extent; it is read again from the file when next used.
+    pub(crate) fn release(&self, extent: &Extent) {
+        // SAFETY: the mapping is of a file and never written, so that pages dropped come back with the same content.
+        let advised = unsafe {
+            self.map.unchecked_advise_range(UncheckedAdvice::DontNeed, extent.start, extent.length)
+        };
+        // Advice only: where it is not taken, the pages stay until there is need for them.
+        let _ = advised;
     }
 }

@@ -11,6 +11,10 @@ pub enum TokenizerSource {
     Ggml(Box<GgmlTokenizer>),
 }
 
+/// Special tokens that are known to end a turn, for files that leave unsaid which do.
+pub(crate) const ENDINGS: [&str; 6] =
+    ["<|eot_id|>", "<|im_end|>", "<|end|>", "<|end_of_text|>", "<|endoftext|>", "<end_of_turn>"];
+
 /// `tokenizer.ggml.*` of a GGUF file.
 #[derive(Debug, Clone, PartialEq)]
 pub struct GgmlTokenizer {

@@ -73,6 +73,18 @@ fn whole_files_open_in_both_versions_and_formats() {
 }
 
 #[test]
+fn known_endings_count_where_nothing_says_what_ends_a_turn() {
+    let place = Place::new();
+    let directory = place.hugging_face();
+    let mut config = config();
+    config["eos_token_id"] = serde_json::Value::Null;
+    fs::write(directory.join("config.json"), config.to_string()).expect("written");
+    assert_eq!(Checkpoint::open(directory).expect("opens").stop_token_ids(), [3]);
+    fs::write(directory.join("generation_config.json"), r#"{"eos_token_id": [1, 2]}"#).expect("written");
+    assert_eq!(Checkpoint::open(directory).expect("opens").stop_token_ids(), [1, 2]);
+}
+
+#[test]
 fn revisions_follow_the_content() {
     let place = Place::new();
     let revision = |bytes: &[u8]| Checkpoint::open(&place.gguf(bytes)).expect("opens").revision();

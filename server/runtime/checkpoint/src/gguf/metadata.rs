@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     Architecture, GgmlTokenizer, LayerWeight, ModelConfig, Rope, RopeOrder, RopeScaling, TokenKind, Weight,
-    source::MappedFile,
+    source::MappedFile, tokenizer::ENDINGS,
 };
 
 /// Typed access to metadata by key.
@@ -227,8 +227,6 @@ impl<'a> Metadata<'a> {
     /// EOS, end of turn, end of message, and control tokens that are known to end a turn although files often leave
     /// them unnamed.
     pub(crate) fn stop_token_ids(&self, tokenizer: &GgmlTokenizer) -> Result<Vec<u32>, Fault> {
-        const ENDINGS: [&str; 6] =
-            ["<|eot_id|>", "<|im_end|>", "<|end|>", "<|end_of_text|>", "<|endoftext|>", "<end_of_turn>"];
         let mut ids: Vec<u32> = tokenizer.eos.into_iter().collect();
         for name in ["eot", "eom"] {
             ids.extend(self.token_id(name, tokenizer.tokens.len())?);

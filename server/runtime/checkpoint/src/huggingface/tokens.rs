@@ -6,7 +6,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::{JsonFile, read_text};
-use crate::CheckpointError;
+use crate::{CheckpointError, tokenizer::ENDINGS};
 
 pub(super) struct Tokens {
     pub(super) chat_template: Option<String>,
@@ -33,6 +33,10 @@ pub(super) fn read(directory: &Path, config: &JsonFile, tokenizer: &Path) -> Res
     let bos = name("bos_token").map_or_else(|| by_id("bos_token_id"), |name| Ok(Some(name)))?;
     let eos = name("eos_token").map_or_else(|| by_id("eos_token_id"), |name| Ok(Some(name)))?;
     stop_ids.extend(added.iter().filter(|token| Some(&token.content) == eos.as_ref()).map(|token| token.id));
+    if generation.is_none() {
+        let ends = |token: &&AddedToken| token.special && ENDINGS.contains(&token.content.as_str());
+        stop_ids.extend(added.iter().filter(ends).map(|token| token.id));
+    }
     let chat_template = match read_text(&directory.join("chat_template.jinja"))? {
         Some(template) => Some(template),
         None => settings.as_ref().and_then(|settings| template(settings.get("chat_template")?)),
@@ -67,6 +71,8 @@ fn template(value: &Value) -> Option<String> {
 struct AddedToken {
     id: u32,
     content: String,
+    #[serde(default)]
+    special: bool,
 }
 
 /// The list that `tokenizer.json` has beside its large tables.
