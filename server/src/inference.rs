@@ -174,15 +174,21 @@ impl Responses {
         use v1::attach_response::Frame;
         tokio::select! {
             biased;
-            () = self.ended.cancelled() => None,
-            Ok(()) = self.role.changed() => Some(Frame::Role(self.role.borrow_and_update().to_wire())),
-            updates = self.outbox.take() => {
-                let legs = updates.into_iter().map(v1::LegOutput::from).collect();
-                Some(Frame::Step(v1::StepOutput { legs }))
+            () = self.ended.cancelled() => {
+                // The instance may be stopping, and these the last ends of its legs.
+                let rest = self.outbox.take_now();
+                (!rest.is_empty()).then(|| step(rest))
             }
+            Ok(()) = self.role.changed() => Some(Frame::Role(self.role.borrow_and_update().to_wire())),
+            updates = self.outbox.take() => Some(step(updates)),
             _ = self.ticks.tick() => Some(Frame::Load(self.load.borrow().to_wire())),
         }
     }
+}
+
+fn step(updates: Vec<LegUpdate>) -> v1::attach_response::Frame {
+    let legs = updates.into_iter().map(v1::LegOutput::from).collect();
+    v1::attach_response::Frame::Step(v1::StepOutput { legs })
 }
 
 /// Reads one stream's requests.

@@ -99,6 +99,9 @@ impl Serving {
                 limits: TransferLimits {
                     incoming_transfers: blocks as usize,
                     outgoing_transfers: blocks as usize,
+                    // A decode leg may wait for blocks for as long as its prefill leg lives.
+                    held_offers: (parts.limits.max_waiting + parts.limits.max_sequences) as usize,
+                    held_offer: parts.handoff.timeout,
                     ..TransferLimits::default()
                 },
                 // Every transfer's task closes it and waits for that, unless the whole process ends.

@@ -66,17 +66,22 @@ impl Outbox {
     /// Everything that waits, as soon as anything does. Cancel safe. One caller at a time.
     pub async fn take(&self) -> Vec<LegUpdate> {
         loop {
-            let updates = {
-                let mut state = self.state.lock();
-                state.entries.clear();
-                std::mem::take(&mut state.updates)
-            };
+            let updates = self.take_now();
             if !updates.is_empty() {
-                self.emptied.notify_one();
                 return updates;
             }
             self.filled.notified().await;
         }
+    }
+
+    /// Everything that waits; maybe nothing.
+    pub fn take_now(&self) -> Vec<LegUpdate> {
+        let mut state = self.state.lock();
+        state.entries.clear();
+        let updates = std::mem::take(&mut state.updates);
+        drop(state);
+        self.emptied.notify_one();
+        updates
     }
 
     /// Resolves while there is room for more. One caller at a time.

@@ -1,0 +1,80 @@
+//! The real model, handed over between two instances. `BATON_TEST_MODEL` names it: the GGUF file of
+//! SmolLM2-135M-Instruct.
+
+mod support;
+
+use std::{path::PathBuf, sync::Arc};
+
+use baton_checkpoint::Checkpoint;
+use baton_runtime::{Executor, KvDtype, LoadOptions};
+use baton_server::{config::HandoffConfig, engine::scheduler::Limits, role::Role};
+use support::{Attached, Instance, Pair, Request, model::Faults, whole};
+
+/// Prompts of 1 to 400 tokens, several chunks and blocks, some ending at a block's border.
+const PROMPTS: [u32; 6] = [1, 15, 16, 33, 128, 400];
+const MAX_TOKENS: u32 = 16;
+
+fn load(kv_dtype: KvDtype) -> Box<dyn Executor> {
+    let path = std::env::var_os("BATON_TEST_MODEL").map(PathBuf::from).expect(
+        "set BATON_TEST_MODEL to the GGUF file of SmolLM2-135M-Instruct; `./deploy/run test` fetches it",
+    );
+    let checkpoint = Checkpoint::open(&path).expect("the test model");
+    let options = LoadOptions { kv_dtype, kv_blocks: 200, max_batch_tokens: 128, ..LoadOptions::default() };
+    baton_runtime::load(&checkpoint, &options, &mut |_, _| {}).expect("the test model loads")
+}
+
+async fn instance(id: &str, role: Role, kv_dtype: KvDtype) -> Instance {
+    let executor = load(kv_dtype);
+    let limits = Limits {
+        max_batch_tokens: 128,
+        max_sequences: 16,
+        max_waiting: 64,
+        context_tokens: 2048,
+        block_tokens: executor.kv_pool().layout().block_tokens,
+    };
+    Instance::over(id, role, executor, limits, HandoffConfig::default(), Arc::new(Faults::default())).await
+}
+
+fn requests() -> Vec<Request> {
+    let prompt = |length: u32| (0..length).map(|i| (i * i * 31 + i * 17 + length) % 40_000 + 100).collect();
+    let greedy = PROMPTS.map(|length| Request { prompt: prompt(length), ..Request::greedy(1, MAX_TOKENS) });
+    let sampled = PROMPTS.map(|length| {
+        let request = Request::sampled(1, MAX_TOKENS, u64::from(length));
+        Request { prompt: prompt(length), ..request }
+    });
+    greedy.into_iter().chain(sampled).collect()
+}
+
+async fn apart_equals_whole(kv_dtype: KvDtype) {
+    let prefill = instance("p", Role::Prefill, kv_dtype).await;
+    let decode = instance("d", Role::Decode, kv_dtype).await;
+    let (to_prefill, to_decode) = (Attached::to(&prefill).await, Attached::to(&decode).await);
+    let mut alone = Attached::to(&decode).await;
+    let mut pair = Pair { prefill, decode, to_prefill, to_decode };
+
+    // One at a time on one instance: nothing else is in the batch.
+    let mut expected = Vec::new();
+    for (leg, request) in (1..).zip(requests()) {
+        alone.dispatch(leg, &request, whole()).await;
+        expected.push(alone.until_end(leg).await.tokens);
+    }
+    assert!(expected.iter().all(|tokens| tokens.len() == MAX_TOKENS as usize));
+    // All at once, apart.
+    for (leg, request) in (1..).zip(requests()) {
+        pair.dispatch(leg, &request).await;
+    }
+    for (leg, expected) in (1..).zip(expected) {
+        assert_eq!(pair.completion(leg).await, expected, "leg {leg}");
+    }
+    pair.until_idle().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn apart_is_token_for_token_what_one_instance_gives() {
+    apart_equals_whole(KvDtype::F32).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn so_it_is_with_a_cache_of_half_precision() {
+    apart_equals_whole(KvDtype::Bf16).await;
+}
