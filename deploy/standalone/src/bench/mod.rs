@@ -14,6 +14,7 @@ mod prompt;
 mod request;
 mod summary;
 
+use crate::screen::say;
 use request::Endpoint;
 
 /// Measure an OpenAI endpoint: TTFT, TPOT and throughput under a load of your choice.
@@ -95,7 +96,7 @@ pub(crate) async fn run(args: &BenchArgs) -> Result<(), BenchError> {
     if let (0, Some(error)) = (summary.succeeded, run.first_error()) {
         return Err(BenchError::AllFailed(run.timings.len(), error.to_owned()));
     }
-    println!("{}", summary.table(args, endpoint.model()));
+    say(&summary.table(args, endpoint.model()));
     if let Some(path) = &args.json {
         let text = summary.json(args, endpoint.model(), &run);
         fs::write(path, text).map_err(|source| BenchError::Write { path: path.clone(), source })?;
