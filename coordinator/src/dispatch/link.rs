@@ -199,7 +199,7 @@ impl Drop for LegGuard {
 enum BreakReason {
     #[error("cannot connect to {endpoint}: {source}")]
     Connect { endpoint: String, source: tonic::transport::Error },
-    #[error("no stream: {0}")]
+    #[error("no stream: {} {}", .0.code(), .0.message())]
     Attach(#[from] Box<tonic::Status>),
     #[error("no welcome within the time")]
     NoWelcome,
