@@ -483,7 +483,8 @@ async fn a_data_connection_cut_in_a_frame_aborts_both_sides() {
 
 #[tokio::test]
 async fn the_engines_mistakes_abort_and_say_so() {
-    let mistakes: [(fn(&Outgoing), &str); 5] = [
+    type Mistake = fn(&Outgoing);
+    let mistakes: [(Mistake, &str); 5] = [
         (|o| o.progress().ready(LAYERS, 0..1), "does not have"),
         (|o| o.progress().ready(0, 2..4), "does not have"),
         (|o| (0..2).for_each(|_| o.progress().ready(0, 1..2)), "twice"),

@@ -26,7 +26,8 @@ pub struct NodeConfig {
     pub data_listener: TcpListener,
     /// `host:port` at which peers reach `data_listener`; `None` = its local address.
     pub advertise: Option<String>,
-    /// Silence of a peer for this long ends its transfers. Signs of life are sent three times as often.
+    /// Silence of a peer for this long ends its transfers. Signs of life are sent three times as often. The receiver's
+    /// lease holds once it has accepted, the sender's before; give all nodes of a fleet the same.
     pub lease: Duration,
     pub limits: Limits,
     /// Gets the blocks of transfers whose handle was dropped, once no transport touches them any more. It is called

@@ -5,6 +5,7 @@
 //! Lock order: a table or a link before a transfer, a transfer before an outbox; the end of a transfer takes none.
 
 mod claims;
+mod clock;
 mod config;
 mod inbound;
 mod incoming;
@@ -126,7 +127,7 @@ impl KvNode {
             limits,
         });
         node.transport.receive(node.clone(), &node.tasks, node.stop.clone());
-        node.tasks.spawn(keep_time(node.clone()));
+        node.tasks.spawn(clock::keep_time(node.clone()));
         node.tasks.close();
         Ok(Self { node })
     }
@@ -321,46 +322,6 @@ impl Node {
         }
     }
 
-    /// Takes a peer's control stream; one that it had before is cut, and what rested on that is over.
-    fn admit_peer(&self, link: &Arc<PeerLink>) -> Result<(), TransferError> {
-        let mut peers = self.peers.lock();
-        let old = peers.get(link.peer()).cloned();
-        match &old {
-            Some(old) if old.incarnation() > link.incarnation() => {
-                let (instance, expected, found) =
-                    (link.peer().clone(), old.incarnation(), link.incarnation());
-                return Err(TransferError::StalePeer { instance, expected, found });
-            }
-            None if peers.len() >= self.limits.peers => {
-                return Err(TransferError::Limit { what: "peers that send", limit: self.limits.peers });
-            }
-            _ => {}
-        }
-        peers.insert(link.peer().clone(), link.clone());
-        drop(peers);
-        if let Some(old) = old {
-            old.cut();
-            self.end_transfers_of(&old, "a new control stream took its place");
-        }
-        Ok(())
-    }
-
-    /// A peer's control stream has ended.
-    fn peer_lost(&self, link: &Arc<PeerLink>, why: &str) {
-        let mut peers = self.peers.lock();
-        if peers.get(link.peer()).is_some_and(|current| current.number() == link.number()) {
-            peers.remove(link.peer());
-        }
-        drop(peers);
-        self.end_transfers_of(link, why);
-    }
-
-    fn end_transfers_of(&self, link: &PeerLink, why: &str) {
-        for inbound in self.incoming.live() {
-            inbound.over_link(link, |session| session.link_lost(why));
-        }
-    }
-
     fn sender_hello(&self) -> v1::SenderHello {
         v1::SenderHello {
             instance_id: self.instance_id.to_string(),
@@ -392,34 +353,4 @@ impl Inbox for Node {
             Lookup::Unknown => Found::Unknown,
         }
     }
-}
-
-/// For messages on their way out when a node stops.
-const FAREWELL: Duration = Duration::from_millis(5);
-
-/// Tells every transfer the time, often enough for leases to be renewed and deadlines to be kept within a tenth of a
-/// lease. Sleeps while there are none. At shutdown it aborts them all.
-async fn keep_time(node: Arc<Node>) {
-    let interval = (node.lease / 10).clamp(Duration::from_millis(3), Duration::from_millis(500));
-    let time = async {
-        loop {
-            while node.incoming.len() + node.outgoing.len() == 0 {
-                node.activity.notified().await;
-            }
-            tokio::time::sleep(interval).await;
-            let now = node.now();
-            node.incoming.live().iter().for_each(|inbound| inbound.tick(now));
-            node.outgoing.live().iter().for_each(|outbound| outbound.tick(now));
-        }
-    };
-    let _: Option<()> = node.shutdown.run_until_cancelled(time).await;
-    node.incoming.live().iter().for_each(|inbound| inbound.cancel(TransferError::ShuttingDown));
-    node.outgoing.live().iter().for_each(|outbound| outbound.cancel(TransferError::ShuttingDown));
-    // Streams stand a moment longer, so that peers hear why and open frames end in order.
-    let by = tokio::time::Instant::now() + node.limits.fence_grace;
-    tokio::time::sleep(FAREWELL).await;
-    while node.incoming.len() + node.outgoing.len() > 0 && tokio::time::Instant::now() < by {
-        tokio::time::sleep(FAREWELL).await;
-    }
-    node.stop.cancel();
 }

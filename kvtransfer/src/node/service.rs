@@ -241,6 +241,48 @@ fn take_seal(node: &Arc<Node>, link: &Arc<PeerLink>, id: TransferId, seal: &v1::
     }
 }
 
+impl Node {
+    /// Takes a peer's control stream; one that it had before is cut, and what rested on that is over.
+    fn admit_peer(&self, link: &Arc<PeerLink>) -> Result<(), TransferError> {
+        let mut peers = self.peers.lock();
+        let old = peers.get(link.peer()).cloned();
+        match &old {
+            Some(old) if old.incarnation() > link.incarnation() => {
+                let (instance, expected, found) =
+                    (link.peer().clone(), old.incarnation(), link.incarnation());
+                return Err(TransferError::StalePeer { instance, expected, found });
+            }
+            None if peers.len() >= self.limits.peers => {
+                return Err(TransferError::Limit { what: "peers that send", limit: self.limits.peers });
+            }
+            _ => {}
+        }
+        peers.insert(link.peer().clone(), link.clone());
+        drop(peers);
+        if let Some(old) = old {
+            old.cut();
+            self.end_transfers_of(&old, "a new control stream took its place");
+        }
+        Ok(())
+    }
+
+    /// A peer's control stream has ended.
+    fn peer_lost(&self, link: &Arc<PeerLink>, why: &str) {
+        let mut peers = self.peers.lock();
+        if peers.get(link.peer()).is_some_and(|current| current.number() == link.number()) {
+            peers.remove(link.peer());
+        }
+        drop(peers);
+        self.end_transfers_of(link, why);
+    }
+
+    fn end_transfers_of(&self, link: &PeerLink, why: &str) {
+        for inbound in self.incoming.live() {
+            inbound.over_link(link, |session| session.link_lost(why));
+        }
+    }
+}
+
 fn protocol(what: &str) -> Status {
     to_status(&TransferError::Protocol(what.to_owned()))
 }

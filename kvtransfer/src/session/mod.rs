@@ -7,6 +7,7 @@
 mod receiver;
 mod sender;
 mod slices;
+mod slots;
 
 #[cfg(test)]
 mod tests;

@@ -11,7 +11,8 @@ use baton_proto::{ApiError, Incarnation, InstanceId};
 
 use super::{
     Lease,
-    slices::{Shape, SliceRun, SliceSet, Tally},
+    slices::{Shape, SliceRun, Tally},
+    slots::Slots,
 };
 use crate::TransferError;
 
@@ -113,61 +114,6 @@ pub(crate) struct Receiver {
     seal: Option<SealTerms>,
     /// Slices claimed and neither landed nor let go.
     open_claims: u64,
-}
-
-/// Per-slice account of an accepted transfer.
-#[derive(Debug)]
-struct Slots {
-    shape: Shape,
-    held: Vec<bool>,
-    claimed: SliceSet,
-    /// CRC32C that the claiming frame named, by slice.
-    crcs: Vec<u32>,
-    landed: Tally,
-    expected: u64,
-}
-
-impl Slots {
-    fn new(shape: Shape, held_indices: &[u32]) -> Self {
-        let mut held = vec![false; shape.blocks as usize];
-        held_indices.iter().for_each(|&block| held[block as usize] = true);
-        let missing = held.iter().filter(|&&held| !held).count() as u64;
-        Self {
-            shape,
-            held,
-            claimed: SliceSet::new(shape),
-            crcs: vec![0; shape.slices()],
-            landed: Tally::default(),
-            expected: missing * u64::from(shape.layers),
-        }
-    }
-
-    fn crc(&mut self, layer: u32, block: u32) -> &mut u32 {
-        &mut self.crcs[layer as usize * self.shape.blocks as usize + block as usize]
-    }
-
-    fn claim(&mut self, run: SliceRun, crcs: &[u32]) -> Result<Claim, TransferError> {
-        let refuse = |what: &str| Err(TransferError::Protocol(format!("{what}: {run:?}")));
-        if !self.shape.contains(run) || crcs.len() != run.count as usize {
-            return refuse("a frame names slices outside the transfer");
-        }
-        if run.blocks().any(|block| self.held[block as usize]) {
-            return refuse("a frame carries a block that this side holds already");
-        }
-        let seen = run.blocks().filter(|&block| self.claimed.contains(run.layer, block)).count();
-        if seen == 0 {
-            for (block, &crc) in run.blocks().zip(crcs) {
-                self.claimed.insert(run.layer, block);
-                *self.crc(run.layer, block) = crc;
-            }
-            return Ok(Claim::Write);
-        }
-        let same = run.blocks().zip(crcs).all(|(block, &crc)| *self.crc(run.layer, block) == crc);
-        if seen == run.count as usize && same {
-            return Ok(Claim::Skip);
-        }
-        refuse("a frame repeats slices with other content")
-    }
 }
 
 impl Receiver {
@@ -326,8 +272,7 @@ impl Receiver {
             && let Some(slots) = &mut self.slices
         {
             for block in run.blocks() {
-                let crc = *slots.crc(run.layer, block);
-                slots.landed.add(run.layer, block, crc, self.slice_bytes);
+                slots.land(run.layer, block, self.slice_bytes);
             }
         }
         let mut commands = self.close_claim(run);
@@ -365,7 +310,7 @@ impl Receiver {
             }
             ReceiverState::Sealed => return self.abort(TransferError::Protocol("sealed twice".into()), true),
         }
-        let expected = self.slices.as_ref().map_or(0, |slots| slots.expected);
+        let expected = self.slices.as_ref().map_or(0, Slots::expected);
         if let Err(mismatch) = compare("slices", seal.tally.slices, expected)
             .and_then(|()| compare("bytes", seal.tally.bytes, expected * self.slice_bytes))
         {
@@ -382,10 +327,10 @@ impl Receiver {
         let (ReceiverState::Sealed, Some(seal), Some(slots)) = (self.state, self.seal, &self.slices) else {
             return Vec::new();
         };
-        if slots.landed.slices < slots.expected {
+        let tally = slots.landed();
+        if tally.slices < slots.expected() {
             return Vec::new();
         }
-        let tally = slots.landed;
         if let Err(mismatch) = compare("checksum", seal.tally.checksum.into(), tally.checksum.into()) {
             return self.abort(mismatch, true);
         }

@@ -159,7 +159,8 @@ impl World {
 
     fn break_link(&mut self) {
         self.broken = true;
-        (self.to_sender.clear(), self.to_receiver.clear());
+        self.to_sender.clear();
+        self.to_receiver.clear();
         let commands = self.sender.link_lost("test");
         self.of_sender(commands);
         let commands = self.receiver.link_lost("test");

@@ -62,13 +62,14 @@ impl Lane {
             let ticket = match &stream {
                 None => self.outbox.next(self.terms.frame_slices).await,
                 Some(open) => tokio::select! {
+                    // First, so that no run is given to a connection that is known to be gone.
                     biased;
-                    ticket = self.outbox.next(self.terms.frame_slices) => ticket,
                     why = closed(open) => {
                         stream = None;
                         self.lose(&why);
                         continue;
                     }
+                    ticket = self.outbox.next(self.terms.frame_slices) => ticket,
                 },
             };
             stream = self.carry(stream.take(), ticket).await;
