@@ -10,14 +10,10 @@
 //!
 //! [`crate::reign`] feeds it and carries its commands out.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    time::Duration,
-};
+use std::collections::{BTreeMap, BTreeSet};
 
 use baton_proto::{ApiError, ErrorCode, InstanceId, LeaderEpoch, RoleEpoch};
-use baton_registry::{DesiredRole, InstanceSpec, Operation, Role, keys};
-use bytes::Bytes;
+use baton_registry::{DesiredRole, InstanceSpec, Role};
 use tokio::time::Instant;
 use tracing::info;
 
@@ -27,14 +23,18 @@ use crate::{
     plan::Policy,
 };
 
+mod places;
 mod planning;
+mod writes;
+
+pub use writes::{Kind, Write};
 
 /// What happened.
 #[derive(Debug, Clone)]
 pub enum Event {
     Hello {
         session: SessionId,
-        spec: InstanceSpec,
+        spec: Box<InstanceSpec>,
         beat: Beat,
         unix_millis: u64,
     },
@@ -72,44 +72,6 @@ pub enum Command {
     Order(SessionId, Order),
     /// End a session that has nothing more to say or to hear.
     Close(SessionId),
-}
-
-/// Which of an instance's keys.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Kind {
-    Instance,
-    Role,
-    Status,
-}
-
-/// A key and what the store should have there.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Write {
-    pub kind: Kind,
-    pub id: InstanceId,
-    /// None = no such key.
-    pub value: Option<Bytes>,
-    /// Of a role record.
-    pub epoch: Option<RoleEpoch>,
-}
-
-impl Write {
-    pub fn key(&self) -> String {
-        match self.kind {
-            Kind::Instance => keys::instance(&self.id),
-            Kind::Role => keys::role(&self.id),
-            Kind::Status => keys::status(&self.id),
-        }
-    }
-
-    /// As a change of the store. Roles outlive the instance and the leader, the others end with `lease`.
-    pub fn operation(&self, lease: baton_registry::LeaseId) -> Operation {
-        let lease = (self.kind != Kind::Role).then_some(lease);
-        match &self.value {
-            Some(value) => Operation::Put { key: self.key(), value: value.clone(), lease },
-            None => Operation::Delete { key: self.key() },
-        }
-    }
 }
 
 /// The role of an instance that is gone.
@@ -224,7 +186,7 @@ impl Reconciler {
     pub fn handle(&mut self, event: Event, now: Instant) -> Vec<Command> {
         match event {
             Event::Hello { session, spec, beat, unix_millis } => {
-                self.hello(session, spec, beat, unix_millis, now)
+                self.hello(session, *spec, beat, unix_millis, now)
             }
             Event::Beat { session, beat } => self.beat(session, beat, now),
             Event::Bye { session, reason } => self.bye(session, &reason, now),
@@ -387,10 +349,6 @@ impl Reconciler {
         self.plan_due = true;
     }
 
-    fn mark(&mut self, kind: Kind, id: &InstanceId) {
-        self.unwritten.insert((kind, id.clone()));
-    }
-
     /// Draws the consequences of events and of time: ended leases, places given up, new roles.
     pub fn conclude(&mut self, now: Instant) -> Vec<Command> {
         let mut commands = Vec::new();
@@ -406,114 +364,9 @@ impl Reconciler {
         commands
     }
 
-    /// Ends registrations whose lease has run out.
-    fn expire(&mut self, now: Instant) -> Vec<Command> {
-        let lease = self.sessions_config.lease;
-        let mut commands = Vec::new();
-        let silent: Vec<InstanceId> = self
-            .members
-            .iter()
-            .filter(|(_, member)| member.is_registered() && now.duration_since(member.last_beat) >= lease)
-            .map(|(id, _)| id.clone())
-            .collect();
-        for id in silent {
-            let Some(member) = self.members.get_mut(&id) else { continue };
-            let since = match member.contact {
-                Contact::Silent { since } => since,
-                _ => member.last_beat,
-            };
-            if let Contact::Connected(session) = member.contact {
-                self.sessions.remove(&session);
-                commands.push(Command::Close(session));
-            }
-            info!(instance = %id, silent = ?now.duration_since(member.last_beat), "an instance is lost");
-            member.contact = Contact::Lost { since };
-            self.unregister(&id);
-        }
-        commands
-    }
-
-    /// Gives up the places of those that did not come back in time, and in the end the memory of their roles.
-    fn give_up(&mut self, now: Instant) {
-        let grace = self.roles_config.lost_grace;
-        let overdue = |_: &InstanceId, member: &mut Member| matches!(member.contact, Contact::Lost { since } if now.duration_since(since) >= grace);
-        let gone: Vec<_> = self.members.extract_if(.., overdue).collect();
-        for (id, member) in gone {
-            info!(instance = %id, "its place is given up");
-            self.plan_due = true;
-            self.remember(id, member, now);
-        }
-        let memory = self.roles_config.memory;
-        let faded =
-            |_: &InstanceId, remembered: &mut Remembered| now.duration_since(remembered.since) >= memory;
-        for (id, _) in self.remembered.extract_if(.., faded) {
-            self.unwritten.insert((Kind::Role, id));
-        }
-    }
-
-    fn remember(&mut self, id: InstanceId, member: Member, now: Instant) {
-        if let Some(desired) = member.desired {
-            let remembered = Remembered { desired, stored: member.stored, since: now };
-            self.remembered.insert(id, remembered);
-            self.check_at = self.check_at.min(now + self.roles_config.memory);
-        }
-    }
-
-    /// When the next lease, place or memory may end. Later beats only put it off, so it need not follow them.
-    fn next_check(&self, now: Instant) -> Instant {
-        let leases = self.members.values().map(|member| match member.contact {
-            Contact::Lost { since } => since + self.roles_config.lost_grace,
-            _ => member.last_beat + self.sessions_config.lease,
-        });
-        let memories = self.remembered.values().map(|remembered| remembered.since + self.roles_config.memory);
-        let never = now + Duration::from_secs(24 * 3600);
-        leases.chain(memories).min().unwrap_or(never).max(now + SHORTEST_WAIT)
-    }
-
     /// When [`Self::conclude`] will have something to do without an event.
     pub fn next_deadline(&self) -> Instant {
         self.plan_at.map_or(self.check_at, |at| at.min(self.check_at))
-    }
-
-    pub fn has_writes(&self) -> bool {
-        !self.unwritten.is_empty()
-    }
-
-    /// What to write next, at most `limit` keys.
-    pub fn take_writes(&mut self, limit: usize) -> Vec<Write> {
-        let mut writes = Vec::new();
-        while writes.len() < limit
-            && let Some((kind, id)) = self.unwritten.pop_first()
-        {
-            let member = self.members.get(&id);
-            let registered = member.filter(|member| member.is_registered());
-            let desired = member.map_or_else(
-                || self.remembered.get(&id).map(|r| &r.desired),
-                |member| member.desired.as_ref(),
-            );
-            let value = match kind {
-                Kind::Instance => registered.map(|member| member.spec.encode()),
-                Kind::Status => registered.map(|member| member.status().encode()),
-                Kind::Role => desired.map(DesiredRole::encode),
-            };
-            let epoch = desired.filter(|_| kind == Kind::Role).map(|desired| desired.epoch);
-            writes.push(Write { kind, id, value, epoch });
-        }
-        writes
-    }
-
-    /// Marks what could not be written, to be looked up and written again.
-    pub fn give_back(&mut self, writes: impl IntoIterator<Item = Write>) {
-        self.unwritten.extend(writes.into_iter().map(|write| (write.kind, write.id)));
-    }
-
-    /// Everything that stands under the leader's lease has to be written again: the lease has ended.
-    pub fn lease_ended(&mut self) {
-        let ids: Vec<_> = self.members.keys().cloned().collect();
-        for id in &ids {
-            self.mark(Kind::Instance, id);
-            self.mark(Kind::Status, id);
-        }
     }
 
     fn policy(&self) -> Policy {
@@ -552,9 +405,6 @@ const SILENT: Beat = Beat {
         incoming_transfers: 0,
     },
 };
-
-/// Never shorter than this, so that a wait of zero cannot spin.
-const SHORTEST_WAIT: Duration = Duration::from_millis(1);
 
 #[cfg(test)]
 mod tests;

@@ -95,7 +95,7 @@ impl control_server::Control for ControlService {
         let (orders, receiver) = mpsc::channel(ORDERS_CAPACITY);
         let end = self.shutdown.child_token();
         let line = Line { orders, end: end.clone().drop_guard() };
-        let event = Event::Hello { session, spec, beat, unix_millis };
+        let event = Event::Hello { session, spec: Box::new(spec), beat, unix_millis };
         if inbox.messages.send(Message::Hello { event, session, line }).await.is_err() {
             return Err(not_leading(&*self.store).await);
         }

@@ -160,7 +160,8 @@ async fn an_unanswered_write_that_arrives_late_has_no_effect() {
     *lossy.lose_next.lock() = true;
     leadership.txn(Txn::new().put("/x", "newer", None)).await.expect_err("lost");
     assert!(matches!(write(&leadership, "/x", "newest").await, Fenced::Applied(_)));
-    for late in std::mem::take(&mut *lossy.lost.lock()) {
+    let lost = std::mem::take(&mut *lossy.lost.lock());
+    for late in lost {
         lossy.inner.txn(late).await.expect("txn");
     }
     assert_eq!(value(&store, "/x").await.as_deref(), Some("newest"));

@@ -11,7 +11,7 @@ use baton_registry::{DesiredRole, Phase, Role};
 use tokio::time::Instant;
 use tracing::info;
 
-use super::{Kind, Reconciler, SHORTEST_WAIT};
+use super::{Kind, Reconciler, places::SHORTEST_WAIT};
 use crate::{
     fleet::{Contact, Member},
     plan::{Candidate, Decision, plan},

@@ -1,8 +1,11 @@
 //! The reconciler, driven by events and a clock that is moved by hand. Its store is this file: writes succeed at once
 //! unless a test takes them itself.
 
+use std::time::Duration;
+
 use baton_proto::Incarnation;
-use baton_registry::{KvLayoutSpec, ModelIdentity, Phase};
+use baton_registry::{KvLayoutSpec, ModelIdentity, Phase, keys};
+use bytes::Bytes;
 
 use super::*;
 
@@ -122,7 +125,7 @@ impl World {
     fn hello(&mut self, name: &str, incarnation: u64, beat: Beat) -> SessionId {
         self.last_session += 1;
         let session = SessionId(self.last_session);
-        self.event(Event::Hello { session, spec: spec(name, incarnation), beat, unix_millis: 0 });
+        self.event(Event::Hello { session, spec: Box::new(spec(name, incarnation)), beat, unix_millis: 0 });
         session
     }
 
@@ -204,9 +207,10 @@ fn nothing_is_assigned_before_it_is_written() {
     for name in ["a", "b"] {
         world.last_session += 1;
         let session = SessionId(world.last_session);
-        world
-            .mind
-            .handle(Event::Hello { session, spec: spec(name, 1), beat: LOADING, unix_millis: 0 }, world.now);
+        world.mind.handle(
+            Event::Hello { session, spec: Box::new(spec(name, 1)), beat: LOADING, unix_millis: 0 },
+            world.now,
+        );
     }
     assert_eq!(world.mind.conclude(world.now), []);
     let writes = world.mind.take_writes(usize::MAX);
@@ -462,7 +466,7 @@ fn groups_are_planned_apart() {
     for (name, group) in [("a", "x"), ("b", "y"), ("c", "x"), ("d", "y")] {
         world.last_session += 1;
         let session = SessionId(world.last_session);
-        let spec = InstanceSpec { group: group.into(), ..spec(name, 1) };
+        let spec = Box::new(InstanceSpec { group: group.into(), ..spec(name, 1) });
         world.event(Event::Hello { session, spec, beat: LOADING, unix_millis: 0 });
     }
     assert_eq!(world.roles(), "ppdd");
@@ -477,7 +481,7 @@ fn one_that_cannot_join_is_told_why() {
     other.kv_layout.fingerprint = "y".into();
     world.event(Event::Hello {
         session,
-        spec: other,
+        spec: Box::new(other),
         beat: beat(Phase::Waiting, Role::None, 0),
         unix_millis: 0,
     });

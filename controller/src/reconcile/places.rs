@@ -1,0 +1,85 @@
+//! What time ends: leases of the silent, places of the lost, memories of the gone.
+
+use std::time::Duration;
+
+use baton_proto::InstanceId;
+use tokio::time::Instant;
+use tracing::info;
+
+use super::{Command, Kind, Reconciler, Remembered};
+use crate::fleet::{Contact, Member};
+
+/// Never shorter than this, so that a wait of zero cannot spin.
+pub(super) const SHORTEST_WAIT: Duration = Duration::from_millis(1);
+
+impl Reconciler {
+    /// Ends registrations whose lease has run out.
+    pub(super) fn expire(&mut self, now: Instant) -> Vec<Command> {
+        let lease = self.sessions_config.lease;
+        let mut commands = Vec::new();
+        let silent: Vec<InstanceId> = self
+            .members
+            .iter()
+            .filter(|(_, member)| member.is_registered() && now.duration_since(member.last_beat) >= lease)
+            .map(|(id, _)| id.clone())
+            .collect();
+        for id in silent {
+            let Some(member) = self.members.get_mut(&id) else { continue };
+            let since = match member.contact {
+                Contact::Silent { since } => since,
+                _ => member.last_beat,
+            };
+            if let Contact::Connected(session) = member.contact {
+                self.sessions.remove(&session);
+                commands.push(Command::Close(session));
+            }
+            info!(instance = %id, silent = ?now.duration_since(member.last_beat), "an instance is lost");
+            member.contact = Contact::Lost { since };
+            self.unregister(&id);
+        }
+        commands
+    }
+
+    /// Gives up the places of those that did not come back in time, and in the end the memory of their roles.
+    pub(super) fn give_up(&mut self, now: Instant) {
+        let grace = self.roles_config.lost_grace;
+        let overdue = |member: &Member| matches!(member.contact, Contact::Lost { since } if now.duration_since(since) >= grace);
+        let gone: Vec<_> =
+            self.members.iter().filter(|(_, member)| overdue(member)).map(|(id, _)| id.clone()).collect();
+        for id in gone {
+            info!(instance = %id, "its place is given up");
+            self.plan_due = true;
+            if let Some(member) = self.members.remove(&id) {
+                self.remember(id, member, now);
+            }
+        }
+        let memory = self.roles_config.memory;
+        let unwritten = &mut self.unwritten;
+        self.remembered.retain(|id, remembered| {
+            let faded = now.duration_since(remembered.since) >= memory;
+            if faded {
+                unwritten.insert((Kind::Role, id.clone()));
+            }
+            !faded
+        });
+    }
+
+    pub(super) fn remember(&mut self, id: InstanceId, member: Member, now: Instant) {
+        if let Some(desired) = member.desired {
+            let remembered = Remembered { desired, stored: member.stored, since: now };
+            self.remembered.insert(id, remembered);
+            self.check_at = self.check_at.min(now + self.roles_config.memory);
+        }
+    }
+
+    /// When the next lease, place or memory may end. Later beats only put it off, so it need not follow them.
+    pub(super) fn next_check(&self, now: Instant) -> Instant {
+        let leases = self.members.values().map(|member| match member.contact {
+            Contact::Lost { since } => since + self.roles_config.lost_grace,
+            _ => member.last_beat + self.sessions_config.lease,
+        });
+        let memories = self.remembered.values().map(|remembered| remembered.since + self.roles_config.memory);
+        let never = now + Duration::from_secs(24 * 3600);
+        leases.chain(memories).min().unwrap_or(never).max(now + SHORTEST_WAIT)
+    }
+}

@@ -1,0 +1,5 @@
+//! The controller as a whole: real gRPC over loopback, its embedded store and a real etcd, scripted servers.
+
+mod cluster;
+mod sessions;
+mod takeover;
