@@ -201,7 +201,8 @@ mod tests {
     #[test]
     fn what_is_wrong_is_named() {
         assert_eq!(valid().validate(), Ok(()));
-        let cases: [(&str, fn(&mut ServerConfig)); 6] = [
+        type Change = fn(&mut ServerConfig);
+        let cases: [(&str, Change); 6] = [
             ("instance_id", |c| c.instance_id = "A".into()),
             ("model.path", |c| c.model.path = PathBuf::new()),
             ("role", |c| c.role = "both".into()),

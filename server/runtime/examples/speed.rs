@@ -29,12 +29,11 @@ fn run() -> Result<(), Box<dyn std::error::Error>> {
     let checkpoint = Checkpoint::open(Path::new(&model))?;
     let start = Instant::now();
     let mut executor = load(&checkpoint, &options, &mut |_, _| {})?;
-    println!(
-        "{} loaded in {:.2} s, KV {}",
-        checkpoint.name(),
-        start.elapsed().as_secs_f64(),
-        kv_dtype.name()
-    );
+    let seconds = start.elapsed().as_secs_f64();
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap_or("unknown").trim();
+    let (name, kv) = (checkpoint.name(), kv_dtype.name());
+    println!("{name} loaded in {seconds:.2} s, peak memory {peak}, KV {kv}");
 
     println!("{:<24} {:>12} {:>12} {:>12}", "", "tok/s", "ms a step", "best tok/s");
     let prompt: Vec<u32> = (0..PROMPT).map(|i| (i * 37 + 11) % executor.shape().vocabulary).collect();

@@ -252,7 +252,8 @@ mod tests {
         fn sampling(wire: &mut v1::Dispatch) -> &mut v1::Sampling {
             wire.sampling.as_mut().expect("sampling")
         }
-        let cases: [(&str, fn(&mut v1::Dispatch)); 14] = [
+        type Change = fn(&mut v1::Dispatch);
+        let cases: [(&str, Change); 14] = [
             ("sampling", |w| w.sampling = None),
             ("work", |w| w.work = None),
             ("prompt_tokens", |w| w.prompt_tokens.clear()),

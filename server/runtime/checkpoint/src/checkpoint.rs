@@ -63,10 +63,14 @@ impl Checkpoint {
     /// supported type and of the right shape.
     pub fn open(path: &Path) -> Result<Self, CheckpointError> {
         let io = |source| CheckpointError::Io { path: path.to_owned(), source };
-        let parts = if std::fs::metadata(path).map_err(io)?.is_dir() {
+        let kind = std::fs::metadata(path).map_err(io)?.file_type();
+        let parts = if kind.is_dir() {
             huggingface::read(path)?
-        } else {
+        } else if kind.is_file() {
             gguf::read(path)?
+        } else {
+            let reason = "it is neither a file nor a directory".to_owned();
+            return Err(CheckpointError::NotAModel { path: path.to_owned(), reason });
         };
         let checkpoint = Self { path: path.to_owned(), parts, revision: OnceLock::new() };
         checkpoint.check()?;

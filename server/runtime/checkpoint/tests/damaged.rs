@@ -104,7 +104,10 @@ fn what_is_no_model_is_told_so() {
     assert!(refusal(&place.gguf(b"PK\x03\x04 something else")).contains("is not a model"));
     let directory = place.0.path().join("empty");
     fs::create_dir(&directory).expect("created");
-    assert!(refusal(&directory).contains("no config.json"));
+    assert!(refusal(&directory).contains("no config.json; give"));
+    fs::write(directory.join("a.gguf"), "").expect("written");
+    assert!(refusal(&directory).contains("no config.json, though it holds a.gguf"));
+    assert!(refusal(Path::new("/dev/null")).contains("neither a file nor a directory"));
 }
 
 #[test]

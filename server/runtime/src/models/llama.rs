@@ -62,9 +62,9 @@ struct Loader<'a, D: Device> {
 }
 
 impl<D: Device> Loader<'_, D> {
-    fn linear(&mut self, parts: &[(Weight, Option<Weight>, RowOrder)]) -> Result<D::Linear, RuntimeError> {
+    fn linear(&mut self, weights: &[(Weight, Option<Weight>, RowOrder)]) -> Result<D::Linear, RuntimeError> {
         let checkpoint = self.checkpoint;
-        let parts = parts
+        let parts = weights
             .iter()
             .map(|&(weight, bias, rows)| {
                 let bias = bias.map(|bias| checkpoint.tensor(bias)).transpose()?;
@@ -72,10 +72,12 @@ impl<D: Device> Loader<'_, D> {
             })
             .collect::<Result<Vec<_>, RuntimeError>>()?;
         let (done, total, progress) = (&mut self.done, self.total, &mut *self.progress);
-        self.device.load_linear(&parts, &mut |bytes| {
+        let linear = self.device.load_linear(&parts, &mut |bytes| {
             *done = (*done + bytes).min(total);
             progress(*done, total);
-        })
+        })?;
+        weights.iter().for_each(|&(weight, ..)| checkpoint.release(weight));
+        Ok(linear)
     }
 
     fn vector(&mut self, weight: Weight) -> Result<D::Vector, RuntimeError> {

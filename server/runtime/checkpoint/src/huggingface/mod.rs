@@ -46,7 +46,14 @@ pub(crate) fn read(directory: &Path) -> Result<Parts, CheckpointError> {
 }
 
 fn lacks(directory: &Path, file: &str) -> CheckpointError {
-    CheckpointError::NotAModel { path: directory.to_owned(), reason: format!("it has no {file}") }
+    let is_gguf =
+        |name: &std::ffi::OsString| Path::new(name).extension().is_some_and(|ending| ending == "gguf");
+    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+    let reason = match entries.map(|entry| entry.file_name()).find(is_gguf) {
+        Some(name) => format!("it has no {file}, though it holds {}", name.display()),
+        None => format!("it has no {file}"),
+    };
+    CheckpointError::NotAModel { path: directory.to_owned(), reason }
 }
 
 /// The last part of the path, also of `.` and `models/..`.

@@ -14,8 +14,11 @@ use super::{
     threads::Pool,
 };
 
-/// Rows of one task: with `K_BLOCK` columns they stay in the second-level cache.
+/// Most rows of one task: with `K_BLOCK` columns they stay in the second-level cache. A multiple of the six rows that
+/// the kernel takes at a time.
 const ROW_BLOCK: usize = 96;
+/// Activations that stay in the second-level cache while a task goes through its panels: 256 KiB of f32.
+const CACHED: usize = 64 * 1024;
 /// Columns of a panel that are expanded at once: 16 KiB of f32. A multiple of every format's group.
 const K_BLOCK: usize = 256;
 /// Most panels of one task.
@@ -96,12 +99,13 @@ impl Linear {
             return;
         }
         let row_blocks = rows.div_ceil(ROW_BLOCK);
+        let row_block = rows.div_ceil(row_blocks).next_multiple_of(6);
         let most = (self.panels() * row_blocks).div_ceil(tasks).clamp(1, PANEL_BLOCK);
         let pieces = self.pieces(most);
         pool.run(pieces.len() * row_blocks, &|worker, task| {
             let mut scratch = scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
-            let first = task / pieces.len() * ROW_BLOCK;
-            let block = Block { x: &x[first * self.inputs..], first, rows: ROW_BLOCK.min(rows - first) };
+            let first = task / pieces.len() * row_block;
+            let block = Block { x: &x[first * self.inputs..], first, rows: row_block.min(rows - first) };
             gemm(kernels, &pieces[task % pieces.len()], &block, self.outputs, results, &mut scratch);
         });
     }
@@ -172,36 +176,38 @@ fn gemm(
     let part = piece.part;
     let expand = kernels.expand[part.format as usize];
     let out_at = |row: usize, output: usize| (block.first + row) * outputs + output;
-    for start in (0..part.k).step_by(K_BLOCK) {
+    let steps = part.k.div_ceil(K_BLOCK);
+    // Panel by panel reads the weights in the order of memory; where the rows are too many for the cache, a piece of
+    // every panel at a time reads the rows less often.
+    let by_panel = block.rows * part.k <= CACHED;
+    for turn in 0..steps * piece.panels {
+        let (index, step) =
+            if by_panel { (turn / steps, turn % steps) } else { (turn % piece.panels, turn / piece.panels) };
+        let (panel, start) = (piece.first_panel + index, step * K_BLOCK);
         let columns = K_BLOCK.min(part.k - start);
-        for index in 0..piece.panels {
-            let panel = piece.first_panel + index;
-            let offset = panel * part.panel_bytes + part.format.panel_bytes(start);
-            // SAFETY: `columns` columns of the panel from `start` on, whole groups, and room for K_BLOCK of them.
-            unsafe {
-                expand(part.bytes.as_slice()[offset..].as_ptr(), columns, scratch.expanded.as_mut_ptr())
-            };
-            let whole = (panel + 1) * LANES <= part.rows;
-            let (to, out_stride) = if whole {
-                (out.pointer().wrapping_add(out_at(0, piece.output + index * LANES)), outputs)
-            } else {
-                (scratch.edge.as_mut_ptr(), LANES)
-            };
-            let task = Tiles {
-                x: block.x[start..].as_ptr(),
-                x_stride: part.k,
-                rows: block.rows,
-                k: columns,
-                panel: scratch.expanded.as_ptr(),
-                panel_stride: LANES,
-                init: if start == 0 { part.init[panel * LANES..].as_ptr() } else { std::ptr::null() },
-                out: to,
-                out_stride,
-            };
-            // SAFETY: `x` has `rows` rows of `k`; a whole panel's outputs are sixteen columns of `out` that no other
-            // task has for these rows, an edge has ROW_BLOCK rows.
-            unsafe { (kernels.tiles)(&task) };
-        }
+        let offset = panel * part.panel_bytes + part.format.panel_bytes(start);
+        // SAFETY: `columns` columns of the panel from `start` on, whole groups, and room for K_BLOCK of them.
+        unsafe { expand(part.bytes.as_slice()[offset..].as_ptr(), columns, scratch.expanded.as_mut_ptr()) };
+        let whole = (panel + 1) * LANES <= part.rows;
+        let (to, out_stride) = if whole {
+            (out.pointer().wrapping_add(out_at(0, piece.output + index * LANES)), outputs)
+        } else {
+            (scratch.edge.as_mut_ptr(), LANES)
+        };
+        let task = Tiles {
+            x: block.x[start..].as_ptr(),
+            x_stride: part.k,
+            rows: block.rows,
+            k: columns,
+            panel: scratch.expanded.as_ptr(),
+            panel_stride: LANES,
+            init: if start == 0 { part.init[panel * LANES..].as_ptr() } else { std::ptr::null() },
+            out: to,
+            out_stride,
+        };
+        // SAFETY: `x` has `rows` rows of `k`; a whole panel's outputs are sixteen columns of `out` that no other task
+        // has for these rows, an edge has ROW_BLOCK rows.
+        unsafe { (kernels.tiles)(&task) };
     }
     let edge = part.rows % LANES;
     if edge > 0 && piece.first_panel + piece.panels == part.panels() {

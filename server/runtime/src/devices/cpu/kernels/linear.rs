@@ -22,12 +22,21 @@ const CACHE_LINE: usize = 64;
 /// How far ahead of the weights in use the next ones are asked for, in bytes.
 const PREFETCH: usize = 1536;
 
+/// Asks for the weights a little after `block`: the hardware's own prefetching stops at the end of a page.
+#[inline(always)]
+unsafe fn prefetch<V: Lanes, F: Format>(block: *const u8) {
+    for line in (0..F::BYTES).step_by(CACHE_LINE) {
+        V::prefetch(block.wrapping_add(PREFETCH + line));
+    }
+}
+
 #[inline(always)]
 pub(super) unsafe fn expand<V: Lanes, F: Format>(panel: *const u8, k: usize, out: *mut f32) {
     for block in 0..k / F::GROUP {
         let from = panel.add(block * F::BYTES);
         let to = out.add(block * F::GROUP * LANES);
         let scales = F::scales::<V>(from);
+        prefetch::<V, F>(from);
         for pair in 0..F::GROUP / 2 {
             let (first, second) = F::pair::<V>(from, scales, pair);
             first.store(to.add(2 * pair * LANES));
@@ -76,10 +85,7 @@ unsafe fn panels<V: Lanes, F: Format, const R: usize, const N: usize>(task: &Few
         let mut scales = [F::scales::<V>(at[0]); N];
         for i in 0..N {
             scales[i] = F::scales::<V>(at[i]);
-            // The hardware's own prefetching stops at the end of a page and knows few streams.
-            for line in (0..F::BYTES).step_by(CACHE_LINE) {
-                V::prefetch(at[i].wrapping_add(PREFETCH + line));
-            }
+            prefetch::<V, F>(at[i]);
         }
         for pair in 0..F::GROUP / 2 {
             for i in 0..N {
@@ -131,12 +137,16 @@ unsafe fn tile<V: Lanes, const R: usize>(task: &Tiles, row: usize) {
         let from = if task.init.is_null() { out.add(i * task.out_stride).cast_const() } else { task.init };
         *sum = V::load(from);
     }
+    let mut rows = [x; R];
+    for (i, row) in rows.iter_mut().enumerate() {
+        *row = x.add(i * task.x_stride);
+    }
     let mut panel = task.panel;
     for k in 0..task.k {
         let weights = V::load(panel);
         panel = panel.wrapping_add(task.panel_stride);
-        for (i, sum) in sums.iter_mut().enumerate() {
-            *sum = V::splat(*x.add(i * task.x_stride + k)).fma(weights, *sum);
+        for (sum, row) in sums.iter_mut().zip(rows) {
+            *sum = V::splat(*row.add(k)).fma(weights, *sum);
         }
     }
     for (i, sum) in sums.into_iter().enumerate() {
