@@ -60,7 +60,8 @@ impl RunFile {
         let _ = fs::remove_file(directory.join(FILE));
     }
 
-    fn is_alive(&self) -> bool {
+    /// Whether the `baton up` that wrote it still runs.
+    pub(crate) fn is_alive(&self) -> bool {
         i32::try_from(self.pid)
             .ok()
             .and_then(rustix::process::Pid::from_raw)

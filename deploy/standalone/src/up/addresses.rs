@@ -2,7 +2,7 @@
 //! that process is being started again, connections wait in the socket's queue instead of being refused.
 
 use std::{
-    net::{SocketAddr, TcpListener},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
     os::fd::OwnedFd,
     sync::Arc,
 };
@@ -39,9 +39,37 @@ impl Addresses {
     }
 }
 
+/// Where this machine reaches an address: one that means "all addresses" is reached at the loopback.
+pub(super) fn reachable(address: SocketAddr) -> SocketAddr {
+    let loopback: IpAddr =
+        if address.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() };
+    let ip = if address.ip().is_unspecified() { loopback } else { address.ip() };
+    SocketAddr::new(ip, address.port())
+}
+
 fn bound(listen: &Listen) -> Result<(SocketAddr, Arc<OwnedFd>), ListenError> {
     let listener: TcpListener = listen.bind()?;
     let at = listener.local_addr();
     let at = at.map_err(|source| ListenError::Bind { address: listen.to_string(), source })?;
     Ok((at, Arc::new(listener.into())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_addresses_are_reached_at_the_loopback() {
+        let at = |text: &str| reachable(text.parse().unwrap()).to_string();
+        assert_eq!(at("0.0.0.0:80"), "127.0.0.1:80");
+        assert_eq!(at("[::]:80"), "[::1]:80");
+        assert_eq!(at("192.0.2.1:80"), "192.0.2.1:80");
+    }
+
+    #[test]
+    fn a_port_in_use_is_told() {
+        let first = Addresses::bind(&Listen::loopback()).unwrap();
+        let again = Listen::address("127.0.0.1", first.http.port());
+        assert!(matches!(Addresses::bind(&again), Err(ListenError::InUse { .. })));
+    }
 }

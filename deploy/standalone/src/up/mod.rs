@@ -64,7 +64,7 @@ pub(crate) async fn run(args: UpArgs) -> Result<(), UpError> {
         ready: false,
         model: model.name,
         model_path: model.path,
-        url: format!("http://{}", addresses.http),
+        url: format!("http://{}", addresses::reachable(addresses.http)),
         controller: addresses.controller.to_string(),
         coordinator: addresses.coordinator_admin.to_string(),
         processes: Vec::new(),
@@ -108,6 +108,9 @@ fn run_directory(args: &UpArgs, addresses: &Addresses) -> Result<PathBuf, UpErro
             runs_directory().ok_or(UpError::NoHome("--run-dir"))?.join(name)
         }
     };
+    if let Some(other) = RunFile::read(&directory).filter(RunFile::is_alive) {
+        return Err(UpError::RunDirInUse { path: directory, pid: other.pid });
+    }
     std::fs::create_dir_all(&directory)
         .and_then(|()| directory.canonicalize())
         .map_err(|source| UpError::RunDir { path: directory, source })
