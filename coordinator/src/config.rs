@@ -73,6 +73,10 @@ pub struct LimitsConfig {
     /// How long a request waits before it is refused with 429.
     #[serde(with = "duration")]
     pub queue_timeout: Duration,
+    /// How long a request waits for an instance that can take it, while one restarts, say, before it is refused with
+    /// 503.
+    #[serde(with = "duration")]
+    pub placement_timeout: Duration,
     /// From arrival to the last token.
     #[serde(with = "duration")]
     pub request_timeout: Duration,
@@ -87,6 +91,7 @@ impl Default for LimitsConfig {
             max_concurrent: 1024,
             max_queued: 1024,
             queue_timeout: Duration::from_secs(30),
+            placement_timeout: Duration::from_secs(5),
             request_timeout: Duration::from_secs(600),
             max_completion_tokens: 0,
         }

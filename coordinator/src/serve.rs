@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use baton_proto::ApiError;
 use bytes::Bytes;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 use tracing::Span;
 
 use crate::{
@@ -80,7 +80,7 @@ impl Service {
         report.prepared(prepared.prompt_tokens());
         let admitted =
             Admitted { prepared, permit, traceparent: received.traceparent, card: received.card, report };
-        let placed = self.place(admitted)?;
+        let placed = self.place(admitted).await?;
         self.dispatch(placed)
     }
 
@@ -103,7 +103,7 @@ impl Service {
         })
     }
 
-    fn book(&self, prompt_tokens: u32, sampling: &Sampling) -> Result<Booking, ApiError> {
+    fn book(&self, prompt_tokens: u32, sampling: &Sampling) -> Result<Booking, NoPlace> {
         let booking = self.board.place(
             prompt_tokens,
             sampling.max_tokens,
@@ -114,16 +114,38 @@ impl Service {
         Ok(booking)
     }
 
-    fn place(&self, mut admitted: Admitted) -> Result<Placed, ApiError> {
+    async fn place(&self, mut admitted: Admitted) -> Result<Placed, ApiError> {
         let prepared = &admitted.prepared;
-        match self.book(prepared.prompt_tokens(), &prepared.sampling) {
+        let deadline = Instant::now() + self.limits.placement_timeout;
+        match self.book_by(deadline, prepared.prompt_tokens(), &prepared.sampling).await {
             Ok(booking) => {
                 admitted.card.set(Stage::placed(prepared.prompt_tokens(), &booking.placement));
                 Ok(Placed { admitted, booking })
             }
-            Err(error) => {
+            Err(reason) => {
+                let error = reason.into();
                 admitted.report.failed(&error);
                 Err(error)
+            }
+        }
+    }
+
+    /// Books as soon as an instance can take the request: one that is being started again is worth a short wait.
+    async fn book_by(
+        &self,
+        deadline: Instant,
+        prompt_tokens: u32,
+        sampling: &Sampling,
+    ) -> Result<Booking, NoPlace> {
+        let mut changes = self.board.changes();
+        loop {
+            changes.borrow_and_update();
+            match self.book(prompt_tokens, sampling) {
+                Err(reason) if reason.may_pass() => match timeout_at(deadline, changes.changed()).await {
+                    Ok(Ok(())) => {}
+                    Ok(Err(_)) | Err(_) => return Err(reason),
+                },
+                settled => return settled,
             }
         }
     }

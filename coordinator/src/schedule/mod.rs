@@ -104,6 +104,13 @@ pub enum NoPlace {
     TooLarge(u32),
 }
 
+impl NoPlace {
+    /// Whether waiting for the fleet to change can help.
+    pub fn may_pass(self) -> bool {
+        !matches!(self, Self::TooLarge(_))
+    }
+}
+
 impl From<NoPlace> for ApiError {
     fn from(reason: NoPlace) -> Self {
         let code = match reason {

@@ -325,6 +325,7 @@ impl Cluster {
         let mut config = CoordinatorConfig::default();
         config.fleet.reconnect_min = Duration::from_millis(5);
         config.fleet.reconnect_max = Duration::from_millis(20);
+        config.limits.placement_timeout = Duration::from_millis(50);
         configure(&mut config);
         let shared: Arc<dyn Store> = Arc::new(store.clone());
         let fleet = FleetWatch::start(shared, FleetWatchConfig::default(), shutdown.clone(), &tasks);
