@@ -54,6 +54,7 @@ impl CheckpointText {
     /// tells. Takes some 100 ms.
     pub fn open(checkpoint: &Checkpoint, clock: Clock) -> Result<Self, TextError> {
         let (tokenizer, texts) = Tokenizer::open(checkpoint)?;
+        check_vocabulary(checkpoint, &texts)?;
         let template = checkpoint.chat_template().map(|source| {
             ChatTemplate::new(source, checkpoint.bos_token(), checkpoint.eos_token(), clock)
                 .map_err(|reason| TextError::Template { path: checkpoint.path().to_owned(), reason })
@@ -86,6 +87,17 @@ impl CheckpointText {
     pub fn vocabulary(&self) -> u32 {
         self.texts.len()
     }
+}
+
+/// Refuses a tokeniser that makes ids for which the model has no embedding.
+fn check_vocabulary(checkpoint: &Checkpoint, texts: &TokenTexts) -> Result<(), TextError> {
+    let rows = checkpoint.config().vocabulary;
+    if texts.len() > rows {
+        let reason =
+            format!("it knows {} tokens, the model {rows}; the files are not of one model", texts.len());
+        return Err(TextError::Tokenizer { path: checkpoint.path().to_owned(), reason });
+    }
+    Ok(())
 }
 
 #[cfg(test)]

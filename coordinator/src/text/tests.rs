@@ -79,6 +79,16 @@ fn both_formats_of_a_tiny_model_tokenise_alike() {
 }
 
 #[test]
+fn a_tokeniser_of_another_model_is_refused() {
+    let tiny = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../server/runtime/tests/reference/tiny");
+    let checkpoint = Checkpoint::open(&tiny.join("gguf-q4_0/model.gguf")).expect("opens");
+    let texts = |count| TokenTexts::new(vec![Vec::new(); count]);
+    assert!(check_vocabulary(&checkpoint, &texts(272)).is_ok());
+    let error = check_vocabulary(&checkpoint, &texts(273)).expect_err("refused").to_string();
+    assert!(error.contains("knows 273 tokens, the model 272"), "{error}");
+}
+
+#[test]
 fn a_model_without_a_template_says_so() {
     let model = CheckpointText { template: None, ..real() };
     assert!(matches!(model.encode_chat(&[]), Err(TextError::NoTemplate)));
