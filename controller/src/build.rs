@@ -96,8 +96,14 @@ impl Parts {
             shutdown: shutdown.clone(),
         };
         let descriptors = baton_proto::FILE_DESCRIPTOR_SET;
-        let options = grpc::GrpcOptions { health, services, descriptors, shutdown, drain };
-        let (served, ()) = tokio::join!(grpc::serve(listener, routes, options), reigns.run());
+        let options = grpc::GrpcOptions { health, services, descriptors, shutdown: shutdown.clone(), drain };
+        let serving = async {
+            let served = grpc::serve(listener, routes, options).await;
+            // Who cannot be reached must not lead.
+            shutdown.cancel();
+            served
+        };
+        let (served, ()) = tokio::join!(serving, reigns.run());
         Ok(served?)
     }
 }
