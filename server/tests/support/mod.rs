@@ -204,22 +204,37 @@ pub struct Attached {
     pub requests: mpsc::Sender<v1::AttachRequest>,
     responses: Streaming<v1::AttachResponse>,
     heard: HashMap<u64, Heard>,
-    incarnation: u64,
+    target: Target,
+}
+
+/// What a coordinator believes of an instance.
+#[derive(Debug, Clone)]
+pub struct Target {
+    pub instance: String,
+    pub incarnation: u64,
+    pub epoch: u64,
+    pub model: String,
 }
 
 impl Attached {
     pub async fn to(instance: &Instance) -> Self {
-        let endpoint = format!("http://{}", instance.endpoint);
+        let (id, incarnation) = (instance.id.clone(), instance.incarnation);
+        let target = Target { instance: id, incarnation, epoch: EPOCH, model: "hash".into() };
+        Self::open(&instance.endpoint, target).await
+    }
+
+    pub async fn open(endpoint: &str, target: Target) -> Self {
+        let endpoint = format!("http://{endpoint}");
         let mut client = v1::inference_client::InferenceClient::connect(endpoint).await.expect("it listens");
         let (requests, outgoing) = mpsc::channel(64);
         let hello = v1::attach_request::Hello { coordinator_id: "c".into() };
         let hello = v1::AttachRequest { frame: Some(v1::attach_request::Frame::Hello(hello)) };
         requests.send(hello).await.expect("room");
         let responses = client.attach(ReceiverStream::new(outgoing)).await.expect("a stream").into_inner();
-        let mut this = Self { requests, responses, heard: HashMap::new(), incarnation: instance.incarnation };
+        let mut this = Self { requests, responses, heard: HashMap::new(), target };
         match this.frame().await {
             Some(v1::attach_response::Frame::Welcome(welcome)) => {
-                assert_eq!(welcome.instance_id, instance.id)
+                assert_eq!(welcome.instance_id, this.target.instance)
             }
             other => panic!("expected welcome, got {other:?}"),
         }
@@ -240,9 +255,9 @@ impl Attached {
         let dispatch = v1::Dispatch {
             leg,
             request_id: format!("r{leg}"),
-            incarnation: self.incarnation,
-            role_epoch: EPOCH,
-            model: "hash".into(),
+            incarnation: self.target.incarnation,
+            role_epoch: self.target.epoch,
+            model: self.target.model.clone(),
             prompt_tokens: request.prompt.clone(),
             sampling: Some(request.sampling.clone()),
             timeout_millis: request.timeout_millis,

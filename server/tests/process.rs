@@ -1,0 +1,151 @@
+//! The binary itself, with the real model, under a scripted controller: it registers while it loads, takes a role on,
+//! serves, and on SIGTERM finishes what runs before it says goodbye.
+
+mod support;
+
+use std::{
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::Arc,
+    time::Duration,
+};
+
+use baton_proto::{ErrorCode, v1};
+use support::{Attached, PATIENCE, Request, Target, whole};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tonic::{Request as GrpcRequest, Response, Status, Streaming};
+
+type Orders = mpsc::Sender<Result<v1::ControllerOrder, Status>>;
+
+/// Hands every session to the test.
+struct Scripted(mpsc::Sender<(Streaming<v1::InstanceReport>, Orders)>);
+
+#[tonic::async_trait]
+impl v1::control_server::Control for Scripted {
+    type SessionStream = ReceiverStream<Result<v1::ControllerOrder, Status>>;
+
+    async fn session(
+        &self,
+        request: GrpcRequest<Streaming<v1::InstanceReport>>,
+    ) -> Result<Response<Self::SessionStream>, Status> {
+        let (orders, stream) = mpsc::channel(8);
+        self.0
+            .send((request.into_inner(), orders))
+            .await
+            .map_err(|_| Status::unavailable("the test is over"))?;
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+}
+
+/// Ends the process if the test fails.
+struct Server(Child);
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+impl Server {
+    fn start(controller: &str) -> Self {
+        let model = std::env::var_os("BATON_TEST_MODEL").expect(
+            "set BATON_TEST_MODEL to the GGUF file of SmolLM2-135M-Instruct; `./deploy/run test` fetches it",
+        );
+        let mut command = Command::new(env!("CARGO_BIN_EXE_baton-server"));
+        command.arg("--model").arg(model).args(["--controller", controller, "--instance-id", "s"]);
+        command.args(["--set", "model.name=real"]).stdin(Stdio::null()).stdout(Stdio::null());
+        Self(command.spawn().expect("the server starts"))
+    }
+
+    fn terminate(&self) {
+        let killed = Command::new("kill").args(["-TERM", &self.0.id().to_string()]).status();
+        assert!(killed.expect("kill runs").success());
+    }
+
+    async fn exit(mut self) -> ExitStatus {
+        let exited = async {
+            loop {
+                if let Some(status) = self.0.try_wait().expect("a child") {
+                    return status;
+                }
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, exited).await.expect("the server ends")
+    }
+}
+
+/// The session's reports, one after the other.
+struct Reports(Streaming<v1::InstanceReport>);
+
+impl Reports {
+    async fn next(&mut self) -> v1::instance_report::Report {
+        let message = tokio::time::timeout(PATIENCE, self.0.message()).await.expect("a report in time");
+        message.expect("a healthy stream").expect("an open stream").report.expect("a report")
+    }
+
+    async fn until(&mut self, phase: v1::Phase) -> v1::InstanceBeat {
+        loop {
+            match self.next().await {
+                v1::instance_report::Report::Beat(beat) if beat.phase() == phase => return beat,
+                v1::instance_report::Report::Beat(_) => {}
+                other => panic!("expected a beat, got {other:?}"),
+            }
+        }
+    }
+}
+
+fn order(order: v1::controller_order::Order) -> Result<v1::ControllerOrder, Status> {
+    Ok(v1::ControllerOrder { order: Some(order) })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn it_registers_serves_and_drains() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = listener.local_addr().expect("an address").to_string();
+    let (accepted, mut sessions) = mpsc::channel(1);
+    let control = v1::control_server::ControlServer::from_arc(Arc::new(Scripted(accepted)));
+    let serve = tonic::transport::Server::builder().add_service(control);
+    tokio::spawn(serve.serve_with_incoming(TcpListenerStream::new(listener)));
+
+    let server = Server::start(&address);
+    let session = tokio::time::timeout(PATIENCE, sessions.recv()).await.expect("a session in time");
+    let (reports, orders) = session.expect("a session");
+    let mut reports = Reports(reports);
+    let v1::instance_report::Report::Hello(hello) = reports.next().await else { panic!("expected hello") };
+    let spec = hello.spec.expect("a spec");
+    let model = spec.model.expect("a model");
+    assert_eq!((spec.instance_id.as_str(), model.name.as_str()), ("s", "real"));
+    assert_eq!((model.context_tokens, model.vocabulary_size), (8192, 49_152));
+    assert_eq!(spec.kv_layout.expect("a layout").layers, 30);
+
+    let welcome = v1::controller_order::Welcome { beat_millis: 200, ..Default::default() };
+    orders.send(order(v1::controller_order::Order::Welcome(welcome))).await.expect("sent");
+    let assign = v1::AssignRole { role: v1::Role::Mixed.into(), epoch: 3, ..Default::default() };
+    orders.send(order(v1::controller_order::Order::Assign(assign))).await.expect("sent");
+    let ready = reports.until(v1::Phase::Ready).await;
+    assert_eq!((ready.role(), ready.role_epoch), (v1::Role::Mixed, 3));
+
+    let target =
+        Target { instance: "s".into(), incarnation: spec.incarnation, epoch: 3, model: "real".into() };
+    let mut coordinator = Attached::open(&spec.inference_endpoint, target).await;
+    let request = Request::greedy(20, 60);
+    coordinator.dispatch(1, &request, whole()).await;
+    coordinator.until_tokens(1, 3).await;
+    server.terminate();
+    reports.until(v1::Phase::Draining).await;
+    coordinator.dispatch(2, &request, whole()).await;
+    assert_eq!(coordinator.until_end(2).await.failed(), ErrorCode::Unavailable);
+    let heard = coordinator.until_end(1).await;
+    assert_eq!((heard.tokens.len(), heard.finished()), (60, v1::FinishReason::Length));
+    loop {
+        match reports.next().await {
+            v1::instance_report::Report::Beat(_) => {}
+            v1::instance_report::Report::Bye(_) => break,
+            other => panic!("expected goodbye, got {other:?}"),
+        }
+    }
+    drop(orders);
+    assert!(server.exit().await.success());
+}
