@@ -99,4 +99,10 @@ impl Progress {
     pub fn ready(&self, layer: u32, blocks: Range<u32>) {
         self.outbound.ready(layer, blocks);
     }
+
+    /// As [`Outgoing::seal`], for an engine that does not hold the transfer itself: sealing from its thread spares a
+    /// hop between the last layer and the receiver. To be called once, by either of the two.
+    pub fn seal(&self, first_token: u32) {
+        self.outbound.seal(first_token);
+    }
 }

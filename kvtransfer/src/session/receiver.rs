@@ -232,6 +232,7 @@ impl Receiver {
             None
         };
         let slots = Slots::new(ours, &expectation.held);
+        self.state = ReceiverState::Offered; // whichever came first: from here on there is a sender to tell
         self.lease.agree(now, self.timing.lease);
         if let Some(mismatch) = mismatch {
             return self.abort(mismatch, true);

@@ -1,0 +1,106 @@
+//! The control stream breaks, with the process still alive, in every phase: what is not sealed is over on both sides.
+
+mod support;
+
+use std::time::Duration;
+
+use baton_kvtransfer::{Outgoing, TransferError};
+use baton_proto::{ErrorCode, TransferId, v1};
+use support::{scripted::*, *};
+use v1::sender_message::Body as FromSender;
+
+const BLOCKS_LENT: [u32; 3] = [10, 40, 20];
+
+#[tokio::test]
+async fn the_senders_stream_breaks_in_every_phase() {
+    let decode = Peer::start("decode-0");
+    for phase in ["offered", "accepted", "in a frame", "between frames", "seal without its last slices"] {
+        let mut sender = ScriptedSender::open(&decode, "prefill-9", 1).await.expect("welcome");
+        let id = TransferId::generate();
+        let expect = || decode.node.expect(expect_spec(id, &instance("prefill-9"), &BLOCKS_LENT));
+        if phase == "offered" {
+            sender.offer(id, 3, 1).await;
+            until("the offer is held", || decode.node.stats().held_offers == 1).await;
+            drop(sender);
+            until("it is let go", || decode.node.stats().held_offers == 0).await;
+            assert_eq!(expect().expect_err("its offer is gone").code(), ErrorCode::InstanceLost);
+            continue;
+        }
+        let mut incoming = expect().expect("room");
+        sender.offer(id, 3, 1).await;
+        let key = sender.accepted().await;
+        let mut data = connect_data(sender.data).await;
+        let frame = RawFrame::new(id, &key, 0, 0, slices(1, 0, 0..3)).bytes();
+        match phase {
+            "in a frame" => write(&mut data, &frame[..frame.len() / 2]).await,
+            "between frames" => write(&mut data, &frame).await,
+            "seal without its last slices" => {
+                let all: Vec<_> =
+                    (0..LAYERS * 3).map(|n| (n / 3, n % 3, pattern(1, n / 3, n % 3, SLICE))).collect();
+                sender.say(id, FromSender::Seal(seal(1, &all))).await;
+            }
+            _ => {}
+        }
+        drop(sender);
+        let error = within("noticing", 5, incoming.sealed()).await.expect_err(phase);
+        assert!(matches!(error, TransferError::LinkLost(_)), "{phase}: {error}");
+        assert_eq!(within("the fence", 5, incoming.close()).await, BLOCKS_LENT, "{phase}");
+    }
+    decode.idle().await;
+}
+
+#[tokio::test]
+async fn a_restarted_sender_ends_what_its_earlier_start_began() {
+    let decode = Peer::start("decode-0");
+    let mut earlier = ScriptedSender::open(&decode, "prefill-9", 1).await.expect("welcome");
+    let id = TransferId::generate();
+    let mut incoming =
+        decode.node.expect(expect_spec(id, &instance("prefill-9"), &BLOCKS_LENT)).expect("room");
+    earlier.offer(id, 3, 1).await;
+    earlier.accepted().await;
+    // The earlier process is half gone: its stream still stands when the next one calls.
+    let _later = ScriptedSender::open(&decode, "prefill-9", 2).await.expect("welcome");
+    let error = within("noticing", 5, incoming.sealed()).await.expect_err("replaced");
+    assert_eq!(error.code(), ErrorCode::InstanceLost);
+    assert_eq!(incoming.close().await, BLOCKS_LENT);
+}
+
+#[tokio::test]
+async fn the_receivers_stream_breaks_in_every_phase() {
+    let mut receiver = ScriptedReceiver::start().await;
+    let prefill = Peer::start("prefill-0");
+    let decode = Peer::start("decode-0"); // gives the spec its form only
+    for phase in ["hello", "offered", "accepted", "moving"] {
+        let mut spec = offer_spec(TransferId::generate(), &decode, &BLOCKS_LENT);
+        (spec.peer, spec.receiver) = (receiver.address.to_string(), instance("decode-9"));
+        let mut outgoing: Outgoing = prefill.node.offer(spec).expect("room");
+        let mut stream = receiver.stream("decode-9", 1).await;
+        if phase != "hello" {
+            let (id, _) = stream.hear().await;
+            if phase != "offered" {
+                stream.accept(id, Duration::from_secs(20)).await;
+                until("it is accepted", || prefill.node.stats().outgoing_accepted > 0).await;
+            }
+        }
+        if phase == "moving" {
+            let sent = prefill.node.stats().slices_sent;
+            outgoing.progress().ready(0, 0..3);
+            until("slices are on their way", || prefill.node.stats().slices_sent == sent + 3).await;
+        }
+        drop(stream);
+        // An offer that had not gone out would wait for the next stream; these have all gone out, or go out there.
+        if phase == "hello" {
+            tokio::select! {
+                _ = outgoing.finished() => {}
+                mut stream = receiver.stream("decode-9", 1) => {
+                    stream.hear().await;
+                    drop(stream);
+                }
+            }
+        }
+        let error = within("noticing", 5, outgoing.finished()).await.expect_err(phase);
+        assert!(matches!(error, TransferError::LinkLost(_)), "{phase}: {error}");
+        assert_eq!(within("the fence", 5, outgoing.close()).await, BLOCKS_LENT, "{phase}");
+    }
+    prefill.idle().await;
+}

@@ -1,0 +1,104 @@
+//! Every bound refuses what is over it, by name, and has room again afterwards.
+
+mod support;
+
+use baton_kvtransfer::{Limits, TransferError};
+use baton_proto::TransferId;
+use support::{scripted::*, *};
+
+fn limited(change: fn(&mut Limits)) -> Setup {
+    let mut setup = Setup::default();
+    change(&mut setup.limits);
+    setup
+}
+
+#[tokio::test]
+async fn transfers_are_bounded_each_way() {
+    let decode = Peer::start_with("decode-0", limited(|limits| limits.incoming_transfers = 2));
+    let prefill = Peer::start_with("prefill-0", limited(|limits| limits.outgoing_transfers = 2));
+    let expect = |block| decode.node.expect(expect_spec(TransferId::generate(), &prefill.name, &[block]));
+    let offer = |block| prefill.node.offer(offer_spec(TransferId::generate(), &decode, &[block]));
+    let (incoming, outgoing) = ([expect(1), expect(2)], [offer(1), offer(2)]);
+    let over = expect(3).expect_err("over the limit");
+    assert_eq!(over, TransferError::Limit { what: "incoming transfers", limit: 2 });
+    let over = offer(3).expect_err("over the limit");
+    assert_eq!(over, TransferError::Limit { what: "outgoing transfers", limit: 2 });
+    for (incoming, outgoing) in incoming.into_iter().zip(outgoing) {
+        incoming.expect("room").close().await;
+        outgoing.expect("room").close().await;
+    }
+    // The refused ones left no claim on their blocks.
+    expect(3).expect("room again").close().await;
+    offer(3).expect("room again").close().await;
+}
+
+#[tokio::test]
+async fn peers_are_bounded_each_way() {
+    let decode = Peer::start_with("decode-0", limited(|limits| limits.peers = 1));
+    let first = ScriptedSender::open(&decode, "prefill-1", 1).await.expect("welcome");
+    let refusal = ScriptedSender::open(&decode, "prefill-2", 1).await.err().expect("over the limit");
+    assert!(refusal.message().contains("no more than 1 peers that send"), "{refusal}");
+    ScriptedSender::open(&decode, "prefill-1", 1).await.expect("the same peer again is no second one");
+    drop(first);
+    let offer = |to: &Peer| decode.node.offer(offer_spec(TransferId::generate(), to, &[1]));
+    let (one, two) = (Peer::start("one"), Peer::start("two"));
+    let _outgoing = offer(&one).expect("room");
+    assert!(matches!(offer(&two), Err(TransferError::Limit { what: "peers to send to", .. })));
+}
+
+#[tokio::test]
+async fn data_connections_are_bounded() {
+    let decode = Peer::start_with("decode-0", limited(|limits| limits.data_connections = 2));
+    let address = decode.node.data_address().parse().expect("an address");
+    let (first, _second) = (connect_data(address).await, connect_data(address).await);
+    closed_by_peer(&mut connect_data(address).await).await;
+    drop(first);
+    // Room again: a connection that lasts long enough to carry a transfer.
+    let mut sender = ScriptedSender::open(&decode, "prefill-9", 1).await.expect("welcome");
+    let id = TransferId::generate();
+    let _incoming = decode.node.expect(expect_spec(id, &instance("prefill-9"), &[3])).expect("room");
+    sender.offer(id, 1, 1).await;
+    let frame = RawFrame::new(id, &sender.accepted().await, 0, 0, slices(1, 0, 0..1)).bytes();
+    let by = in_secs(10);
+    while decode.node.stats().slices_received == 0 {
+        assert!(std::time::Instant::now() < by, "no connection was let in again");
+        let mut data = connect_data(address).await;
+        let _ = tokio::io::AsyncWriteExt::write_all(&mut data, &frame).await;
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
+}
+
+#[tokio::test]
+async fn specs_that_make_no_sense_are_refused() {
+    let (prefill, decode) = (Peer::start("prefill-0"), Peer::start("decode-0"));
+    let mut too_few = expect_spec(TransferId::generate(), &prefill.name, &[1, 2]);
+    too_few.prompt_tokens += 1;
+    let mut none = expect_spec(TransferId::generate(), &prefill.name, &[]);
+    none.prompt_tokens = 0;
+    let mut held = expect_spec(TransferId::generate(), &prefill.name, &[1, 2]);
+    held.held = vec![2];
+    for spec in [too_few, none, held] {
+        assert!(matches!(decode.node.expect(spec), Err(TransferError::Invalid(_))));
+    }
+    let mut offer = offer_spec(TransferId::generate(), &decode, &[1]);
+    offer.prompt_tokens += 16;
+    assert!(matches!(prefill.node.offer(offer), Err(TransferError::Invalid(_))));
+    // What the two sides mean differs: told apart when the offer meets the expectation.
+    let id = TransferId::generate();
+    let mut incoming = decode.node.expect(expect_spec(id, &prefill.name, &[1, 2])).expect("room");
+    let mut outgoing = prefill.node.offer(offer_spec(id, &decode, &[1])).expect("room");
+    for error in [incoming.sealed().await.map(|_| ()), outgoing.finished().await.map(|_| ())] {
+        assert!(error.expect_err("they differ").to_string().contains("blocks differ: 2 expected, 1 offered"));
+    }
+}
+
+#[tokio::test]
+async fn a_node_that_is_stopping_takes_nothing() {
+    let (prefill, decode) = (Peer::start("prefill-0"), Peer::start("decode-0"));
+    decode.stop.cancel();
+    within("its end", 10, decode.node.stopped()).await;
+    let expected = decode.node.expect(expect_spec(TransferId::generate(), &prefill.name, &[1]));
+    assert_eq!(expected.map(|_| ()), Err(TransferError::ShuttingDown));
+    let offered = decode.node.offer(offer_spec(TransferId::generate(), &prefill, &[1]));
+    assert_eq!(offered.map(|_| ()), Err(TransferError::ShuttingDown));
+}
