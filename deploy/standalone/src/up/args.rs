@@ -29,7 +29,7 @@ pub(crate) struct UpArgs {
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8000")]
     pub(crate) listen: Listen,
 
-    /// Compute threads of each server [default: the machine's cores shared out among the servers, at least one each].
+    /// Compute threads of each server [default: the machine's cores, shared among the servers of a role].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub(crate) threads: Option<u32>,
 

@@ -97,8 +97,9 @@ pub(super) fn plan(
 ) -> Result<Vec<ChildSpec>, UpError> {
     let overrides = split_overrides(&args.set)?;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads =
-        args.threads.map_or_else(|| threads_of_each(cores, args.instances()), |threads| threads as usize);
+    let threads = args
+        .threads
+        .map_or_else(|| threads_of_each(cores, args.prefill, args.decode), |threads| threads as usize);
     let model = model.display().to_string();
     let controller = addresses.controller.to_string();
     // A server alone does both, whatever the ratio; the controller wants at least one of each in it.
@@ -176,10 +177,10 @@ fn drained(mut config: Table, drain: Duration) -> Table {
     config
 }
 
-/// Prefill of one request and decode of others run at the same time, so each server gets its share of the cores and
-/// none waits for another's; one core is the least.
-fn threads_of_each(cores: usize, servers: u32) -> usize {
-    (cores / servers.max(1) as usize).max(1)
+/// Prefill and decode mostly take turns (they measured alike under load when each had half the cores, and a request
+/// alone is served faster when neither leaves cores idle), so the servers of one role share all cores.
+fn threads_of_each(cores: usize, prefill: u32, decode: u32) -> usize {
+    (cores / prefill.max(decode).max(1) as usize).max(1)
 }
 
 /// The service's own drain deadline, which a `--set` may have changed, and a little.
@@ -263,10 +264,8 @@ mod tests {
     }
 
     #[test]
-    fn cores_are_shared_out_among_servers() {
-        assert_eq!(
-            [(16, 2), (2, 2), (2, 5), (3, 2), (8, 1)].map(|(c, s)| threads_of_each(c, s)),
-            [8, 1, 1, 1, 8]
-        );
+    fn the_servers_of_a_role_share_the_cores() {
+        let threads = [(16, 1, 1), (16, 2, 1), (2, 1, 1), (2, 1, 4), (3, 2, 1), (8, 1, 0)];
+        assert_eq!(threads.map(|(cores, p, d)| threads_of_each(cores, p, d)), [16, 8, 2, 1, 1, 8]);
     }
 }
