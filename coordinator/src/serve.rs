@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use baton_proto::ApiError;
 use bytes::Bytes;
+use futures::{FutureExt, future::BoxFuture};
 use tokio::time::{Instant, timeout_at};
 use tracing::Span;
 
@@ -81,7 +82,7 @@ impl Service {
         let admitted =
             Admitted { prepared, permit, traceparent: received.traceparent, card: received.card, report };
         let placed = self.place(admitted).await?;
-        self.dispatch(placed)
+        self.dispatch(placed).await
     }
 
     /// Whether any request could be served now.
@@ -150,7 +151,7 @@ impl Service {
         }
     }
 
-    fn dispatch(self: &Arc<Self>, placed: Placed) -> Result<Streaming, ApiError> {
+    async fn dispatch(self: &Arc<Self>, placed: Placed) -> Result<Streaming, ApiError> {
         let Placed { admitted: Admitted { prepared, permit, traceparent, card, mut report }, booking } =
             placed;
         let assignment = Assignment {
@@ -161,15 +162,25 @@ impl Service {
             deadline: card.card().arrived + self.limits.request_timeout,
         };
         let mut attempts = Attempts { service: self.clone(), assignment, made: 1 };
-        let generation = attempts
-            .start(booking)
-            .or_else(|error| attempts.again(&card, error))
-            .inspect_err(|error| report.failed(error))?;
+        let started = match Generation::start(&self.links, booking, attempts.assignment.clone()) {
+            Ok(generation) => Ok(generation),
+            Err(error) => match attempts.again(error) {
+                Ok(replacing) => replacing.await.map(|(generation, stage)| {
+                    card.set(stage);
+                    generation
+                }),
+                Err(error) => Err(error),
+            },
+        };
+        let generation = started.inspect_err(|error| report.failed(error))?;
         self.metrics.prompt_tokens.inc_by(u64::from(attempts.prompt_tokens()));
         let reader = self.served.text.reader(prepared.stops);
         Ok(Streaming::new(prepared.shape, generation, attempts, reader, report, card, permit))
     }
 }
+
+/// A request on its way to another place.
+pub type Replacing = BoxFuture<'static, Result<(Generation, Stage), ApiError>>;
 
 /// What it takes to place a request again.
 pub struct Attempts {
@@ -183,28 +194,30 @@ impl Attempts {
         self.assignment.prompt.len() as u32
     }
 
-    /// Whether the token ends this request's sequence.
-    pub fn ends_sequence(&self, token: u32) -> bool {
+    /// Tokens that end this request's sequence, ascending.
+    pub fn ends_sequence(&self) -> Vec<u32> {
         let sampling = &self.assignment.sampling;
-        !sampling.ignore_eos && sampling.stop_token_ids.binary_search(&token).is_ok()
+        if sampling.ignore_eos { Vec::new() } else { sampling.stop_token_ids.clone() }
     }
 
-    fn start(&self, booking: Booking) -> Result<Generation, ApiError> {
-        Generation::start(&self.service.links, booking, self.assignment.clone())
-    }
-
-    /// Places the request once more after `error`, which is the answer if that cannot be done.
-    pub fn again(&mut self, card: &CardGuard, error: ApiError) -> Result<Generation, ApiError> {
-        if self.made >= ATTEMPTS_MOST || Instant::now() >= self.assignment.deadline {
+    /// Places the request once more after `error`, as soon as an instance can take it; `error` is the answer if none can
+    /// within the time.
+    pub fn again(&mut self, error: ApiError) -> Result<Replacing, ApiError> {
+        if self.made >= ATTEMPTS_MOST {
             return Err(error);
         }
         self.made += 1;
-        let Ok(booking) = self.service.book(self.prompt_tokens(), &self.assignment.sampling) else {
-            return Err(error);
+        let (service, assignment) = (self.service.clone(), self.assignment.clone());
+        let prompt_tokens = self.prompt_tokens();
+        let replacing = async move {
+            let deadline = (Instant::now() + service.limits.placement_timeout).min(assignment.deadline);
+            let booked = service.book_by(deadline, prompt_tokens, &assignment.sampling).await;
+            let Ok(booking) = booked else { return Err(error) };
+            tracing::info!(request = %assignment.request, %error, "placing the request again");
+            let stage = Stage::placed(prompt_tokens, &booking.placement);
+            Ok((Generation::start(&service.links, booking, assignment)?, stage))
         };
-        tracing::info!(request = %self.assignment.request, %error, "placing the request again");
-        card.set(Stage::placed(self.prompt_tokens(), &booking.placement));
-        self.start(booking)
+        Ok(replacing.boxed())
     }
 }
 

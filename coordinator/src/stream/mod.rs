@@ -13,7 +13,7 @@ use crate::{
     dispatch::{Completed, Generation, Progress, StopReason},
     prepare::{Shape, TextReader},
     requests::CardGuard,
-    serve::{Attempts, Report},
+    serve::{Attempts, Replacing, Report},
 };
 
 /// Token counts as clients are told them.
@@ -39,14 +39,20 @@ pub enum Step {
     End(Result<Finish, ApiError>),
 }
 
+/// Who works at the answer.
+enum Work {
+    Generating(Generation),
+    /// The first instances failed before they said anything; others are being looked for.
+    Replacing(Replacing),
+}
+
 /// An answer on its way.
 pub struct Streaming {
     pub shape: Shape,
     // Dropped in this order: legs are cancelled first, the seat is given back last.
-    generation: Generation,
+    work: Work,
     attempts: Attempts,
-    reader: Box<dyn TextReader>,
-    consumed: u32,
+    reading: Reading,
     report: Report,
     card: CardGuard,
     _permit: Permit,
@@ -62,30 +68,45 @@ impl Streaming {
         card: CardGuard,
         permit: Permit,
     ) -> Self {
-        Self { shape, generation, attempts, reader, consumed: 0, report, card, _permit: permit }
+        let work = Work::Generating(generation);
+        let reading = Reading { reader, ends_sequence: attempts.ends_sequence(), consumed: 0 };
+        Self { shape, work, attempts, reading, report, card, _permit: permit }
     }
 
     /// Waits for text that is certain, and appends it, or for the end. Must not be called after the end.
     pub fn poll_step(&mut self, context: &mut Context<'_>, text: &mut String) -> Poll<Step> {
         loop {
-            let progress = ready!(self.generation.poll(context));
-            if self.read_fresh(text) {
-                let completed = self.generation.stop();
-                return Poll::Ready(Step::End(Ok(self.finish(completed))));
+            let generation = match &mut self.work {
+                Work::Generating(generation) => generation,
+                Work::Replacing(replacing) => match ready!(replacing.as_mut().poll(context)) {
+                    Ok((generation, stage)) => {
+                        self.card.set(stage);
+                        self.work = Work::Generating(generation);
+                        continue;
+                    }
+                    Err(error) => return Poll::Ready(self.fail(error)),
+                },
+            };
+            let progress = ready!(generation.poll(context));
+            let read = self.reading.take(generation.fresh(), text);
+            if read.tokens > 0 {
+                self.report.tokens(self.reading.consumed, Instant::now());
+                self.card.set_completion_tokens(self.reading.consumed);
+            }
+            if read.stopped {
+                let completed = generation.stop();
+                return Poll::Ready(self.finish(completed));
             }
             match progress {
                 Progress::Tokens if text.is_empty() => {}
                 Progress::Tokens => return Poll::Ready(Step::More),
                 Progress::End(Ok(completed)) => {
-                    self.reader.finish(text);
-                    return Poll::Ready(Step::End(Ok(self.finish(completed))));
+                    self.reading.reader.finish(text);
+                    return Poll::Ready(self.finish(completed));
                 }
                 Progress::End(Err(error)) => match self.again(error) {
-                    Ok(()) => {}
-                    Err(error) => {
-                        self.report.failed(&error);
-                        return Poll::Ready(Step::End(Err(error)));
-                    }
+                    Ok(replacing) => self.work = Work::Replacing(replacing),
+                    Err(error) => return Poll::Ready(self.fail(error)),
                 },
             }
         }
@@ -96,28 +117,8 @@ impl Streaming {
         std::future::poll_fn(|context| self.poll_step(context, text)).await
     }
 
-    /// True: a stop string has matched.
-    fn read_fresh(&mut self, text: &mut String) -> bool {
-        let fresh = self.generation.fresh();
-        if fresh.is_empty() {
-            return false;
-        }
-        let mut matched = false;
-        for &token in fresh {
-            self.consumed += 1;
-            // A token that ends the sequence is counted and has no text.
-            if !self.attempts.ends_sequence(token) && self.reader.push(token, text) {
-                matched = true;
-                break;
-            }
-        }
-        self.report.tokens(self.consumed, Instant::now());
-        self.card.set_completion_tokens(self.consumed);
-        matched
-    }
-
-    /// Places the request once more if nothing of it has been answered yet and another instance may do better.
-    fn again(&mut self, error: ApiError) -> Result<(), ApiError> {
+    /// Places the request once more if nothing of it has been answered yet and another attempt may do better.
+    fn again(&mut self, error: ApiError) -> Result<Replacing, ApiError> {
         let worth_it = matches!(
             error.code,
             ErrorCode::InstanceLost
@@ -125,20 +126,53 @@ impl Streaming {
                 | ErrorCode::HandoffFailed
                 | ErrorCode::Unavailable
         );
-        if !worth_it || self.consumed > 0 {
-            return Err(error);
-        }
-        self.generation = self.attempts.again(&self.card, error)?;
-        Ok(())
+        if worth_it && self.reading.consumed == 0 { self.attempts.again(error) } else { Err(error) }
     }
 
-    fn finish(&mut self, completed: Completed) -> Finish {
+    fn fail(&mut self, error: ApiError) -> Step {
+        self.report.failed(&error);
+        Step::End(Err(error))
+    }
+
+    fn finish(&mut self, completed: Completed) -> Step {
         let usage = Usage {
             prompt_tokens: self.attempts.prompt_tokens(),
-            completion_tokens: self.consumed,
+            completion_tokens: self.reading.consumed,
             cached_tokens: completed.cached_tokens,
         };
         self.report.finished(&usage);
-        Finish { reason: completed.reason, usage }
+        Step::End(Ok(Finish { reason: completed.reason, usage }))
+    }
+}
+
+/// Tokens into text.
+struct Reading {
+    reader: Box<dyn TextReader>,
+    /// Ascending.
+    ends_sequence: Vec<u32>,
+    /// Tokens of the answer so far.
+    consumed: u32,
+}
+
+/// What reading some tokens brought.
+struct Read {
+    tokens: u32,
+    /// A stop string has matched: the answer ends before it.
+    stopped: bool,
+}
+
+impl Reading {
+    fn take(&mut self, fresh: &[u32], text: &mut String) -> Read {
+        let before = self.consumed;
+        let mut stopped = false;
+        for &token in fresh {
+            self.consumed += 1;
+            // A token that ends the sequence is counted and has no text.
+            if self.ends_sequence.binary_search(&token).is_err() && self.reader.push(token, text) {
+                stopped = true;
+                break;
+            }
+        }
+        Read { tokens: self.consumed - before, stopped }
     }
 }

@@ -202,6 +202,25 @@ async fn a_request_waits_a_little_for_an_instance_that_is_coming() {
 }
 
 #[tokio::test]
+async fn an_instance_lost_before_the_first_token_is_waited_for() {
+    let roles = [("p", v1::Role::Prefill), ("d", v1::Role::Decode)];
+    for stream in [false, true] {
+        let (cluster, [mut prefill, mut decode]) =
+            Cluster::start(roles, |config| config.limits.placement_timeout = Duration::from_secs(60)).await;
+        let response = cluster.chat(json!({"stream": stream}));
+        let (p, _) = (prefill.dispatch().await, decode.dispatch().await);
+        decode.kill().await;
+        assert_eq!(prefill.cancelled().await.leg, p.leg);
+        decode.restart().await;
+        answer(&mut prefill, &mut decode, "ok").await;
+        let response = response.await.expect("ends");
+        assert_eq!(response.status(), 200);
+        assert!(!response.text().await.expect("a body").contains("error"));
+        cluster.at_rest().await;
+    }
+}
+
+#[tokio::test]
 async fn traffic_goes_on_while_the_store_has_nothing() {
     let (cluster, mut prefill, mut decode) = Cluster::pair().await;
     cluster.store.txn(Txn::new().delete_prefix(keys::ROOT)).await.expect("deletes");
