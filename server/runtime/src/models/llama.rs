@@ -233,7 +233,8 @@ impl<D: Device> Executor for Llama<D> {
             return Ok(Logits::new(&[], vocabulary));
         }
         let logits = Logits::new(self.device.read(&self.activations.logits)?, vocabulary);
-        let finite = |row: &[f32]| row.iter().all(|value| value.is_finite());
+        // Without a way out in the middle the compiler looks at several values at once.
+        let finite = |row: &[f32]| row.iter().fold(true, |finite, value| finite & value.is_finite());
         match logits.rows().zip(&step.logits_sequences).find(|(row, _)| !finite(row)) {
             Some((_, &sequence)) => Err(RuntimeError::NonFinite { sequence }),
             None => Ok(logits),
