@@ -45,18 +45,23 @@ pub async fn serve(listener: TcpListener, routes: Routes, options: GrpcOptions) 
     let incoming = TcpIncoming::from(listener).with_nodelay(Some(true)).with_keepalive(Some(KEEPALIVE));
 
     let (reporter, health_service) = health_reporter();
-    let reflection = tonic_reflection::server::Builder::configure()
-        .register_encoded_file_descriptor_set(options.descriptors)
-        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-        .build_v1()
-        .map_err(|error| setup(error.into()))?;
+    // Both versions: grpcurl and the Python client still ask in the older one.
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(options.descriptors)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+    };
+    let reflection_v1 = reflection().build_v1().map_err(|error| setup(error.into()))?;
+    let reflection_v1alpha = reflection().build_v1alpha().map_err(|error| setup(error.into()))?;
+    let routes =
+        routes.add_service(health_service).add_service(reflection_v1).add_service(reflection_v1alpha);
 
     let server = Server::builder()
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE))
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-        .add_routes(routes.add_service(health_service).add_service(reflection))
+        .add_routes(routes)
         .serve_with_incoming_shutdown(incoming, options.shutdown.clone().cancelled_owned());
     let cut_off = async {
         options.shutdown.cancelled().await;

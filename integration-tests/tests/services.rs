@@ -1,0 +1,177 @@
+//! The three services as binaries of their own, as on several machines: a real etcd holds the state, each process is
+//! configured by file, environment and flags, and standard gRPC tools see health and reflection.
+
+use std::{
+    fs,
+    net::TcpListener,
+    path::Path,
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use baton_integration_tests::{binary, chat, eventually, folder, model, process, required};
+use rustix::process::Signal;
+use serde_json::Value;
+
+/// A child that does not outlive its test.
+struct Service(Child);
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn start(command: &mut Command, log: &Path) -> Service {
+    let log = fs::File::create(log).expect("a log file");
+    command.stdin(Stdio::null()).stdout(log.try_clone().expect("a file can be shared")).stderr(log);
+    Service(command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}")))
+}
+
+fn free_address() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    listener.local_addr().expect("it has an address").to_string()
+}
+
+fn etcd(dir: &Path, client: &str) -> Service {
+    let peer = free_address();
+    let mut etcd = Command::new("etcd");
+    etcd.arg("--data-dir").arg(dir.join("etcd"));
+    for (flag, address) in [
+        ("--listen-client-urls", client),
+        ("--advertise-client-urls", client),
+        ("--listen-peer-urls", &peer),
+        ("--initial-advertise-peer-urls", &peer),
+    ] {
+        etcd.args([flag, &format!("http://{address}")]);
+    }
+    etcd.arg(format!("--initial-cluster=default=http://{peer}"));
+    start(&mut etcd, &dir.join("etcd.log"))
+}
+
+async fn ctl(controller: &str, what: &str) -> Option<Vec<Value>> {
+    let mut ctl = Command::new(binary("baton"));
+    ctl.args(["ctl", "get", what, "-o", "json", "--controller", controller]).stdin(Stdio::null());
+    let output =
+        tokio::task::spawn_blocking(move || ctl.output()).await.expect("no panic").expect("baton starts");
+    output.status.success().then(|| serde_json::from_slice(&output.stdout).expect("ctl prints JSON"))
+}
+
+async fn probe(address: &str, services: &[&str]) {
+    let probe = Command::new(required("BATON_TEST_PYTHON"))
+        .arg(folder().join("python/grpc_probe.py"))
+        .arg(address)
+        .args(services)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the probe starts");
+    let output = process::finish(probe, Duration::from_secs(60));
+    assert!(output.status.success(), "{address}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[tokio::test]
+async fn three_services_and_etcd() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let dir = dir.path();
+    let [etcd_at, controller_at, http_at, admin_at] = [(); 4].map(|()| free_address());
+    let mut store = etcd(dir, &etcd_at);
+
+    // By file.
+    let config = dir.join("controller.toml");
+    let text = format!(
+        "listen = \"{controller_at}\"\nmetrics_listen = \"127.0.0.1:0\"\n\
+         [store]\nkind = \"etcd\"\netcd.endpoints = [\"{etcd_at}\"]\n"
+    );
+    fs::write(&config, text).expect("a file");
+    let mut controller = start(
+        Command::new(binary("baton-controller")).arg("--config").arg(&config),
+        &dir.join("controller.log"),
+    );
+    // By environment.
+    let _coordinator = start(
+        Command::new(binary("baton-coordinator"))
+            .env("BATON_COORDINATOR__STORE__ETCD", &etcd_at)
+            .env("BATON_COORDINATOR__MODEL__PATH", model())
+            .env("BATON_COORDINATOR__LISTEN", &http_at)
+            .env("BATON_COORDINATOR__ADMIN_LISTEN", &admin_at),
+        &dir.join("coordinator.log"),
+    );
+    // By flags.
+    let mut servers = ["alpha", "beta"].map(|name| {
+        start(
+            Command::new(binary("baton-server"))
+                .args([
+                    "--instance-id",
+                    name,
+                    "--controller",
+                    &controller_at,
+                    "--set",
+                    "runtime.threads=1",
+                    "--model",
+                ])
+                .arg(model()),
+            &dir.join(format!("{name}.log")),
+        )
+    });
+
+    let url = format!("http://{http_at}");
+    eventually("a coordinator that is ready", || async {
+        reqwest::get(format!("{url}/readiness")).await.ok()?.error_for_status().ok().map(drop)
+    })
+    .await;
+    let body = chat::request("SmolLM2-135M-Instruct", "What is the capital of France?", 12, false);
+    let answer = chat::ask(&url, &body).await;
+    assert!(answer.contains("Paris"), "{answer}");
+
+    let instances = ctl(&controller_at, "instances").await.expect("the controller answers");
+    assert_eq!(instances.len(), 2);
+    for instance in &instances {
+        let endpoint = instance["inference_endpoint"].as_str().expect("an endpoint");
+        probe(endpoint, &["baton.v1.Inference", "baton.v1.Handoff"]).await;
+    }
+    probe(&controller_at, &["baton.v1.Control", "baton.v1.FleetAdmin"]).await;
+    probe(&admin_at, &["baton.v1.RequestAdmin"]).await;
+
+    // Without etcd, and without a controller, traffic goes on.
+    process::signal(store.0.id(), Signal::KILL);
+    process::wait_exit(&mut store.0, Duration::from_secs(10));
+    assert_eq!(chat::ask(&url, &body).await, answer);
+    process::signal(controller.0.id(), Signal::KILL);
+    process::wait_exit(&mut controller.0, Duration::from_secs(10));
+    assert_eq!(chat::ask(&url, &body).await, answer);
+
+    // A server ends in order when asked to.
+    for server in &mut servers {
+        process::signal(server.0.id(), Signal::TERM);
+        assert!(process::wait_exit(&mut server.0, Duration::from_secs(30)).success());
+    }
+}
+
+#[test]
+fn wrong_configuration_is_one_clear_line() {
+    let cases: [(&str, &[&str], &[&str]); 6] = [
+        ("baton-controller", &["--set", "roles.prefil=2"], &["roles.prefil", "roles.prefill"]),
+        ("baton-controller", &["--set", "sessions.beat=soon"], &["sessions.beat"]),
+        ("baton-controller", &["--config", "/no/such/file.toml"], &["/no/such/file.toml"]),
+        ("baton-coordinator", &["--set", "store.controller=127.0.0.1:1"], &["model.path"]),
+        ("baton-server", &["--model", "/no/such/model", "--role", "mixed"], &["/no/such/model"]),
+        ("baton-server", &["--model", "x", "--role", "boss"], &["role", "boss"]),
+    ];
+    for (service, arguments, words) in cases {
+        let child = Command::new(binary(service))
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("it starts");
+        let output = process::finish(child, Duration::from_secs(30));
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && !said.contains("panicked"), "{service} {arguments:?}: {said}");
+        let errors: Vec<&str> = said.lines().filter(|line| line.starts_with("error: ")).collect();
+        assert_eq!(errors.len(), 1, "{service} {arguments:?}: {said}");
+        words.iter().for_each(|word| assert!(errors[0].contains(word), "no {word:?} in: {said}"));
+    }
+}
