@@ -41,7 +41,7 @@ pub enum Step {
 
 /// Who works at the answer.
 enum Work {
-    Generating(Generation),
+    Generating(Box<Generation>),
     /// The first instances failed before they said anything; others are being looked for.
     Replacing(Replacing),
 }
@@ -68,7 +68,7 @@ impl Streaming {
         card: CardGuard,
         permit: Permit,
     ) -> Self {
-        let work = Work::Generating(generation);
+        let work = Work::Generating(Box::new(generation));
         let reading = Reading { reader, ends_sequence: attempts.ends_sequence(), consumed: 0 };
         Self { shape, work, attempts, reading, report, card, _permit: permit }
     }
@@ -81,7 +81,7 @@ impl Streaming {
                 Work::Replacing(replacing) => match ready!(replacing.as_mut().poll(context)) {
                     Ok((generation, stage)) => {
                         self.card.set(stage);
-                        self.work = Work::Generating(generation);
+                        self.work = Work::Generating(Box::new(generation));
                         continue;
                     }
                     Err(error) => return Poll::Ready(self.fail(error)),
