@@ -14,18 +14,46 @@ use crate::{EtcdConfig, EtcdStore, KeyRange, Store};
 #[derive(Debug)]
 pub struct EtcdServer {
     directory: tempfile::TempDir,
+    name: String,
     client_port: u16,
     peer_port: u16,
+    /// `--initial-cluster`: every member's name and peer address.
+    cluster: String,
     child: Option<Child>,
 }
 
 impl EtcdServer {
-    /// Starts a member and waits until it answers.
+    /// Starts a cluster of one and waits until it answers.
     pub async fn start() -> Self {
-        let directory = tempfile::tempdir().expect("cannot make a directory for etcd");
-        let mut server = Self { directory, client_port: free_port(), peer_port: free_port(), child: None };
-        server.restart().await;
-        server
+        let mut members = Self::start_cluster(1).await;
+        members.remove(0)
+    }
+
+    /// Starts a cluster and waits until every member answers.
+    pub async fn start_cluster(members: usize) -> Vec<Self> {
+        let member = |index: usize| Self {
+            directory: tempfile::tempdir().expect("cannot make a directory for etcd"),
+            name: format!("m{index}"),
+            client_port: free_port(),
+            peer_port: free_port(),
+            cluster: String::new(),
+            child: None,
+        };
+        let mut members: Vec<_> = (0..members).map(member).collect();
+        let cluster: Vec<_> =
+            members.iter().map(|member| format!("{}={}", member.name, member.peer_url())).collect();
+        for member in &mut members {
+            member.cluster = cluster.join(",");
+            member.spawn();
+        }
+        for member in &members {
+            member.answers().await;
+        }
+        members
+    }
+
+    fn peer_url(&self) -> String {
+        format!("http://127.0.0.1:{}", self.peer_port)
     }
 
     /// host:port for clients.
@@ -55,15 +83,20 @@ impl EtcdServer {
     /// Starts it again on the same ports and data, and waits until it answers.
     pub async fn restart(&mut self) {
         self.kill();
+        self.spawn();
+        self.answers().await;
+    }
+
+    fn spawn(&mut self) {
         let client = format!("http://{}", self.endpoint());
-        let peer = format!("http://127.0.0.1:{}", self.peer_port);
+        let peer = self.peer_url();
         let log = std::fs::File::create(self.directory.path().join("log")).expect("cannot write etcd's log");
         let child = Command::new("etcd")
-            .arg("--data-dir")
+            .args(["--name", &self.name, "--data-dir"])
             .arg(self.directory.path().join("data"))
             .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
             .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
-            .args(["--initial-cluster", &format!("default={peer}"), "--logger", "zap"])
+            .args(["--initial-cluster", &self.cluster, "--logger", "zap"])
             .stdout(Stdio::null())
             .stderr(log)
             .spawn()
@@ -73,6 +106,9 @@ impl EtcdServer {
                 )
             });
         self.child = Some(child);
+    }
+
+    async fn answers(&self) {
         let store = self.store();
         let answers = async { while store.range(KeyRange::exact("/up")).await.is_err() {} };
         if tokio::time::timeout(Duration::from_secs(30), answers).await.is_err() {
