@@ -105,9 +105,10 @@ pub struct FleetConfig {
     /// For a connection and the instance's welcome on it.
     #[serde(with = "duration")]
     pub connect_timeout: Duration,
-    /// First and longest pause between attempts to connect.
+    /// First pause between attempts to connect; it doubles up to `reconnect_max`.
     #[serde(with = "duration")]
     pub reconnect_min: Duration,
+    /// Longest pause between attempts to connect.
     #[serde(with = "duration")]
     pub reconnect_max: Duration,
     /// An instance that answers no HTTP/2 ping for twice this long is lost.

@@ -19,6 +19,7 @@ pub struct ProcessConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct LogConfig {
+    /// `human` or `json`.
     pub format: LogFormat,
     /// `error`, `warn`, `info`, `debug`, `trace`, or directives as in `info,baton_server=debug`. The environment
     /// variable `BATON_LOG` wins over it.
