@@ -17,6 +17,22 @@ use crate::{
     plan::{Candidate, Decision, plan},
 };
 
+/// What matters of a group to one that loads.
+#[derive(Clone, Copy)]
+struct Around {
+    /// Some member serves.
+    serving: bool,
+    /// Some member has loaded, or has a role.
+    begun: bool,
+}
+
+impl Around {
+    fn of(group: &[&Member]) -> Self {
+        let begun = |member: &&Member| member.beat.phase != Phase::Loading || member.serving_role().is_some();
+        Self { serving: group.iter().any(|member| member.is_serving()), begun: group.iter().any(begun) }
+    }
+}
+
 /// A group that keeps growing is planned after this many times the settling time at the latest.
 const SETTLE_TIMES: u32 = 4;
 
@@ -34,7 +50,8 @@ impl Reconciler {
                 again.push(until);
                 continue;
             }
-            let counting: Vec<_> = members.iter().copied().filter(|m| self.counts(m, members, now)).collect();
+            let around = Around::of(members);
+            let counting: Vec<_> = members.iter().copied().filter(|m| self.counts(m, around, now)).collect();
             again.extend(members.iter().filter_map(|member| self.counts_until(member, now)));
             let candidates: Vec<_> = counting
                 .iter()
@@ -64,15 +81,14 @@ impl Reconciler {
         (until > now).then_some(until)
     }
 
-    fn counts(&self, member: &Member, group: &[&Member], now: Instant) -> bool {
+    fn counts(&self, member: &Member, around: Around, now: Instant) -> bool {
+        let has_role = member.serving_role().is_some();
         match member.contact {
             // Its place is kept.
-            Contact::Lost { .. } => member.serving_role().is_some(),
+            Contact::Lost { .. } => has_role,
             _ if member.beat.phase != Phase::Loading => true,
-            _ if member.serving_role().is_some() => {
-                self.counts_until(member, now).is_some() || !group.iter().any(|member| member.is_serving())
-            }
-            _ => !group.iter().any(|m| m.beat.phase != Phase::Loading || m.serving_role().is_some()),
+            _ if has_role => self.counts_until(member, now).is_some() || !around.serving,
+            _ => !around.begun,
         }
     }
 

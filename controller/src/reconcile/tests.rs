@@ -516,4 +516,26 @@ fn roles_of_the_gone_fade_from_memory() {
     assert_eq!(world.mind.remembered().count(), 0);
 }
 
+#[test]
+fn two_thousand_instances_are_planned_at_once() {
+    let mut world = World::new();
+    world.mind.roles_config.prefill = 1;
+    world.mind.roles_config.decode = 3;
+    for index in 0..2000u64 {
+        let session = SessionId(index);
+        let spec = Box::new(spec(&format!("i{index:04}"), 1));
+        world.mind.handle(Event::Hello { session, spec, beat: LOADING, unix_millis: 0 }, world.now);
+    }
+    let since = std::time::Instant::now();
+    world.mind.conclude(world.now);
+    let took = since.elapsed();
+    // The aim is 50 ms for an optimised build; this bound holds for an unoptimised one on a busy machine and fails
+    // for anything quadratic.
+    assert!(took < Duration::from_secs(2), "planning took {took:?}");
+    let roles = world.roles();
+    assert_eq!(roles.matches('p').count(), 500);
+    assert_eq!(roles.matches('d').count(), 1500);
+    println!("planned 2000 instances in {took:?}");
+}
+
 mod storm;
