@@ -170,7 +170,8 @@ mod tests {
 
     #[test]
     fn detail_round_trips() {
-        let error = ApiError::new(ErrorCode::InvalidArgument, "temperature must be 0 to 2").param("temperature");
+        let error =
+            ApiError::new(ErrorCode::InvalidArgument, "temperature must be 0 to 2").param("temperature");
         assert_eq!(ApiError::from(v1::ErrorDetail::from(error.clone())), error);
     }
 }

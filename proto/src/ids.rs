@@ -7,7 +7,9 @@ use serde::{Deserialize, Serialize};
 /// An id on the wire that is not one.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum IdError {
-    #[error("{what} must be 1 to 63 characters of a-z, 0-9, '-' and '.', starting and ending with a letter or digit; got {got:?}")]
+    #[error(
+        "{what} must be 1 to 63 characters of a-z, 0-9, '-' and '.', starting and ending with a letter or digit; got {got:?}"
+    )]
     Name { what: &'static str, got: String },
     #[error("a transfer id is 16 bytes, got {0}")]
     TransferLength(usize),

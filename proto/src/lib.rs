@@ -9,7 +9,9 @@ mod error;
 mod ids;
 
 pub use error::{ApiError, ErrorCode};
-pub use ids::{CoordinatorId, IdError, Incarnation, InstanceId, LeaderEpoch, LegId, RequestId, RoleEpoch, TransferId};
+pub use ids::{
+    CoordinatorId, IdError, Incarnation, InstanceId, LeaderEpoch, LegId, RequestId, RoleEpoch, TransferId,
+};
 
 /// Types and services generated from `protos/baton/v1/*.proto`.
 #[allow(missing_docs, unreachable_pub, clippy::all)]
