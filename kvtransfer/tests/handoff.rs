@@ -57,6 +57,24 @@ async fn everything_ready_before_the_receiver_expects_it() {
 }
 
 #[tokio::test]
+async fn a_receiver_can_wait_for_the_offer_before_it_reserves() {
+    let (prefill, decode) = (Peer::start("prefill-0"), Peer::start("decode-0"));
+    let (id, expected) = (TransferId::generate(), TransferId::generate());
+    let waiting = tokio::spawn(decode.node.offered(id));
+    let stranger = tokio::spawn(decode.node.offered(TransferId::generate()));
+    tokio::task::yield_now().await;
+    assert!(!waiting.is_finished());
+    let _outgoing = prefill.node.offer(offer_spec(id, &decode, &MANY)).expect("room");
+    within("the offer", 10, waiting).await.expect("no panic");
+    assert_eq!(decode.node.stats().held_offers, 1);
+    within("an offer that is held", 10, decode.node.offered(id)).await;
+    let _incoming = decode.node.expect(expect_spec(expected, &prefill.name, &[9])).expect("room");
+    within("an expected transfer", 10, decode.node.offered(expected)).await;
+    assert!(!stranger.is_finished(), "another transfer's offer is not its own");
+    stranger.abort();
+}
+
+#[tokio::test]
 async fn held_blocks_are_not_sent() {
     let (prefill, decode) = (Peer::start("prefill-0"), Peer::start("decode-0"));
     let id = TransferId::generate();

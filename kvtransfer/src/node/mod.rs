@@ -19,6 +19,7 @@ mod table;
 use std::{
     collections::HashMap,
     fmt,
+    future::Future,
     sync::{
         Arc,
         atomic::{AtomicU64, AtomicUsize, Ordering},
@@ -169,6 +170,14 @@ impl KvNode {
             inbound.cancel(TransferError::ShuttingDown); // the sweep at shutdown may have missed it
         }
         Ok(Incoming::new(inbound))
+    }
+
+    /// Resolves once an offer of this transfer is held, or the transfer is live here for another reason; at once if that
+    /// is so already. Stays pending otherwise, also for a transfer that has ended: bound it by the request's deadline.
+    /// Cancel safe; what it takes to wait is given back when it resolves or is dropped.
+    pub fn offered(&self, id: TransferId) -> impl Future<Output = ()> + Send + use<> {
+        let node = self.node.clone();
+        async move { node.incoming.alive(id).await }
     }
 
     /// Tells the sender of a transfer, now or when its offer comes, that it will not be received.
