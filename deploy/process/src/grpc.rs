@@ -71,7 +71,10 @@ pub async fn serve(listener: TcpListener, routes: Routes, options: GrpcOptions) 
         result = server => result.map_err(ProcessError::Grpc),
         () = mirror(options.health.subscribe(), reporter, &options.services) => Ok(()),
         () = cut_off => {
-            tracing::warn!(drain = ?options.drain, "some calls did not end in time and are cut off");
+            // Without a drain nothing was promised any time.
+            if !options.drain.is_zero() {
+                tracing::warn!(drain = ?options.drain, "some calls did not end in time and are cut off");
+            }
             Ok(())
         }
     }
