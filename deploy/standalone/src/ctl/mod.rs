@@ -1,7 +1,10 @@
 //! `baton ctl`: looks inside a cluster over the admin gRPC services. [`view`] turns answers into rows; this file finds
 //! the endpoints, asks, and prints.
 
-use std::time::Duration;
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use baton_proto::v1::{
     ListInstancesRequest, ListRequestsRequest, ListRolesRequest, fleet_admin_client::FleetAdminClient,
@@ -27,6 +30,11 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// Look inside a running cluster.
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct CtlArgs {
+    /// Run directory of the cluster to look into, as given to `baton up --run-dir` [default: the cluster that runs
+    /// here]. An address given with --controller or --coordinator wins.
+    #[arg(long, value_name = "DIR", global = true)]
+    run_dir: Option<PathBuf>,
+
     #[command(subcommand)]
     command: CtlCommand,
 }
@@ -73,8 +81,12 @@ enum Output {
 /// Why nothing can be shown.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CtlError {
-    #[error("no cluster runs here: start one with `baton up`, or say where one is with --{0} HOST:PORT")]
+    #[error(
+        "no cluster runs here: start one with `baton up`, or say where one is with --run-dir DIR or --{0} HOST:PORT"
+    )]
     NoCluster(&'static str),
+    #[error("no cluster runs in {dir}: start one with `baton up --run-dir {dir}`, or say where one is with --{service} HOST:PORT", dir = .run_dir.display())]
+    NotInRunDir { run_dir: PathBuf, service: &'static str },
     #[error("`{0}` is not an address; expected HOST:PORT, as in 127.0.0.1:7000")]
     Address(String),
     #[error("the {service} at {address} does not answer: {reason}")]
@@ -85,20 +97,25 @@ pub(crate) enum CtlError {
 
 /// Answers one question.
 pub(crate) async fn run(args: CtlArgs) -> Result<(), CtlError> {
+    let run_dir = args.run_dir;
+    let run_dir = run_dir.as_deref();
     let CtlCommand::Get(args) = args.command;
     let table = match args.what {
         What::Instances => {
-            let (address, channel) = connect("controller", args.controller, |run| run.controller).await?;
+            let (address, channel) =
+                connect("controller", args.controller, run_dir, |run| run.controller).await?;
             let answer = FleetAdminClient::new(channel).list_instances(ListInstancesRequest {}).await;
             view::instances(answer.map_err(refused("controller", &address))?.into_inner().instances)
         }
         What::Roles => {
-            let (address, channel) = connect("controller", args.controller, |run| run.controller).await?;
+            let (address, channel) =
+                connect("controller", args.controller, run_dir, |run| run.controller).await?;
             let answer = FleetAdminClient::new(channel).list_roles(ListRolesRequest {}).await;
             view::roles(answer.map_err(refused("controller", &address))?.into_inner().roles)
         }
         What::Requests => {
-            let (address, channel) = connect("coordinator", args.coordinator, |run| run.coordinator).await?;
+            let (address, channel) =
+                connect("coordinator", args.coordinator, run_dir, |run| run.coordinator).await?;
             let answer = RequestAdminClient::new(channel).list_requests(ListRequestsRequest {}).await;
             view::requests(answer.map_err(refused("coordinator", &address))?.into_inner().requests)
         }
@@ -113,11 +130,12 @@ pub(crate) async fn run(args: CtlArgs) -> Result<(), CtlError> {
 async fn connect(
     service: &'static str,
     given: Option<String>,
+    run_dir: Option<&Path>,
     of: impl FnOnce(RunFile) -> String,
 ) -> Result<(String, Channel), CtlError> {
     let address = match given {
         Some(address) => address,
-        None => of(cluster().ok_or(CtlError::NoCluster(service))?),
+        None => of(cluster(service, run_dir)?),
     };
     let bare = address.trim_start_matches("http://").trim_end_matches('/');
     let endpoint = Endpoint::from_shared(format!("http://{bare}")).ok().filter(|_| bare.contains(':'));
@@ -133,13 +151,17 @@ async fn connect(
     }
 }
 
-/// The one that runs here; the latest, if there are several.
-fn cluster() -> Option<RunFile> {
-    let mut found = living(&runs_directory()?);
+/// The one of the run directory; without one, that which runs here; the latest, if there are several.
+fn cluster(service: &'static str, run_dir: Option<&Path>) -> Result<RunFile, CtlError> {
+    if let Some(directory) = run_dir {
+        let run = RunFile::read(directory).filter(RunFile::is_alive);
+        return run.ok_or_else(|| CtlError::NotInRunDir { run_dir: directory.to_owned(), service });
+    }
+    let mut found = runs_directory().map(|runs| living(&runs)).unwrap_or_default();
     if found.len() > 1 {
         complain(&format!("{} clusters run here: showing the latest, {}", found.len(), found[0].url));
     }
-    (!found.is_empty()).then(|| found.swap_remove(0))
+    if found.is_empty() { Err(CtlError::NoCluster(service)) } else { Ok(found.swap_remove(0)) }
 }
 
 fn refused(service: &'static str, address: &str) -> impl FnOnce(Status) -> CtlError {
@@ -161,13 +183,38 @@ mod tests {
         let held = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = held.local_addr().unwrap().to_string();
         drop(held);
-        let text =
-            connect("controller", Some(address.clone()), |run| run.controller).await.unwrap_err().to_string();
+        let text = connect("controller", Some(address.clone()), None, |run| run.controller)
+            .await
+            .unwrap_err()
+            .to_string();
         assert!(text.starts_with(&format!("the controller at {address} does not answer: ")), "{text}");
-        let text = connect("controller", Some("nowhere".into()), |run| run.controller)
+        let text = connect("controller", Some("nowhere".into()), None, |run| run.controller)
             .await
             .unwrap_err()
             .to_string();
         assert!(text.contains("expected HOST:PORT"), "{text}");
+    }
+
+    #[test]
+    fn a_run_directory_says_where_its_cluster_is() {
+        let directory = tempfile::tempdir().unwrap();
+        let text = cluster("controller", Some(directory.path())).unwrap_err().to_string();
+        assert!(text.starts_with(&format!("no cluster runs in {}: ", directory.path().display())), "{text}");
+        let run = crate::run_file::tests::example(std::process::id(), 1);
+        run.write(directory.path()).unwrap();
+        assert_eq!(cluster("controller", Some(directory.path())).unwrap(), run);
+    }
+
+    #[test]
+    fn the_run_directory_may_stand_after_the_question() {
+        #[derive(Debug, clap::Parser)]
+        struct Line {
+            #[command(flatten)]
+            ctl: CtlArgs,
+        }
+        for line in [["x", "get", "roles", "--run-dir", "/d"], ["x", "--run-dir", "/d", "get", "roles"]] {
+            let line = <Line as clap::Parser>::try_parse_from(line).unwrap();
+            assert_eq!(line.ctl.run_dir.as_deref(), Some(Path::new("/d")));
+        }
     }
 }

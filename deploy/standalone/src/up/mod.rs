@@ -73,7 +73,7 @@ pub(crate) async fn run(args: UpArgs) -> Result<(), UpError> {
         Supervisor::start(plan, addresses.listeners, run_file, run_dir, screen.clone(), args.verbose)?;
     let ended = tokio::select! {
         error = supervisor.gave_up() => Err(error),
-        served = serve(&supervisor, &screen, args.instances()) => served,
+        served = serve(&supervisor, &screen, &args) => served,
         () = stop.cancelled() => Ok(()),
     };
     supervisor.stop(&kill).await;
@@ -81,11 +81,11 @@ pub(crate) async fn run(args: UpArgs) -> Result<(), UpError> {
 }
 
 /// Waits until the cluster serves, says so, and then for ever.
-async fn serve(supervisor: &Supervisor, screen: &Screen, instances: u32) -> Result<(), UpError> {
+async fn serve(supervisor: &Supervisor, screen: &Screen, args: &UpArgs) -> Result<(), UpError> {
     let run = supervisor.run_file();
-    ready::wait(&run, instances, screen).await?;
+    ready::wait(&run, args.instances(), screen).await?;
     supervisor.mark_ready();
-    say(&ready::greeting(&run, supervisor.run_dir()));
+    say(&ready::greeting(&run, supervisor.run_dir(), args.run_dir.is_some()));
     std::future::pending().await
 }
 

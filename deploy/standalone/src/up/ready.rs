@@ -68,7 +68,7 @@ impl<'a> Shown<'a> {
             let id = instance.spec.as_ref().map_or_else(String::new, |spec| spec.instance_id.clone());
             let beat = instance.beat.unwrap_or_default();
             let words = match beat.phase() {
-                Phase::Ready => format!("ready to {}", ctl::role(beat.role)),
+                Phase::Ready => ready_to(beat.role()),
                 phase => ctl::phase(phase.into()),
             };
             if self.screen.is_terminal() {
@@ -88,23 +88,39 @@ impl<'a> Shown<'a> {
     }
 }
 
-/// What to do now.
-pub(super) fn greeting(run: &RunFile, run_dir: &Path) -> String {
+fn ready_to(role: Role) -> String {
+    match role {
+        Role::Mixed => "ready to prefill and decode".to_owned(),
+        Role::Prefill | Role::Decode => format!("ready to {}", ctl::role(role.into())),
+        Role::None | Role::Unspecified => "ready for a role".to_owned(),
+    }
+}
+
+/// What to do now. `chosen` says that the run directory lies where only its user knows, so that `ctl` must be told.
+pub(super) fn greeting(run: &RunFile, run_dir: &Path, chosen: bool) -> String {
     let baton = this_program();
+    let of_run = if chosen { format!(" --run-dir {}", shell_word(run_dir)) } else { String::new() };
     let RunFile { url, model, .. } = run;
     let (ready, logs) = (format!("Baton serves {model} at {url}"), run_dir.display());
     format!(
         r#"
 {ready}
 
-  ask       curl -N {url}/v1/chat/completions -H 'content-type: application/json' -d '{{"model": "{model}", "stream": true, "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
+  ask       curl -N {url}/v1/chat/completions -H 'content-type: application/json' -d '{{"model": "{model}", "stream": true, "temperature": 0, "max_tokens": 200, "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
   openai    OpenAI(base_url="{url}/v1", api_key="none")
-  look      {baton} ctl get instances     (or: roles, requests)
+  look      {baton} ctl get instances{of_run}     (or: roles, requests)
   measure   {baton} bench --url {url}
   logs      {logs}
   stop      Ctrl-C
 "#
     )
+}
+
+/// As a shell reads it back whole.
+fn shell_word(path: &Path) -> String {
+    let text = path.display().to_string();
+    let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+:@%,=".contains(c);
+    if text.chars().all(plain) { text } else { format!("'{}'", text.replace('\'', r"'\''")) }
 }
 
 /// As one would type it from here.
@@ -115,5 +131,26 @@ fn this_program() -> String {
     match relative {
         Some(relative) => format!("./{}", relative.display()),
         None => path.display().to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::run_file::tests::example;
+
+    #[test]
+    fn a_chosen_run_directory_is_named_to_ctl() {
+        let run = example(1, 1);
+        let greets = |path: &str, chosen: bool| greeting(&run, Path::new(path), chosen);
+        assert!(greets("/tmp/x", true).contains("ctl get instances --run-dir /tmp/x  "));
+        assert!(greets("/tmp/it's x", true).contains(r"ctl get instances --run-dir '/tmp/it'\''s x'  "));
+        assert!(!greets("/tmp/x", false).contains("--run-dir"));
+    }
+
+    #[test]
+    fn a_line_says_what_an_instance_is_ready_for() {
+        assert_eq!(ready_to(Role::Mixed), "ready to prefill and decode");
+        assert_eq!(ready_to(Role::Prefill), "ready to prefill");
     }
 }
