@@ -5,9 +5,12 @@
 //! decode's tokens may overtake prefill's token 0: tokens are put in order by position, and given out in order only.
 //!
 //! Whoever ends first: prefill ending the sequence itself (token 0 was a stop token, or the only one wanted) cancels
-//! decode; a failing leg cancels the other, unless decode is generating already and no longer needs prefill. A decode
+//! decode; a failing leg cancels the other, unless decode may have the cache already and no longer needs prefill. A decode
 //! leg whose transfer was broken off from the other side says so before prefill says why, or that it needs no decode:
-//! that failure waits for prefill's word, which always comes, if only as the break of its stream.
+//! that failure waits for prefill's word, which always comes, if only as the break of its stream. The other way round,
+//! a prefill leg that fails after its token may have handed over already: decode, which says nothing before its first
+//! token, knows. Its word is waited for; it comes, as decode notices a lost sender by itself, and at the latest the
+//! request's deadline ends the wait.
 
 use std::collections::BTreeMap;
 
@@ -92,6 +95,8 @@ pub struct Machine {
     decode_spoke: bool,
     /// Why decode has no cache to go on from; prefill's word decides whether it matters.
     transfer_broken: Option<ApiError>,
+    /// Why prefill's leg failed after its token; decode's word decides whether it matters.
+    prefill_lost: Option<ApiError>,
     cached_tokens: u32,
 }
 
@@ -116,6 +121,7 @@ impl Machine {
             early: BTreeMap::new(),
             decode_spoke: false,
             transfer_broken: None,
+            prefill_lost: None,
             cached_tokens: 0,
         }
     }
@@ -215,6 +221,10 @@ impl Machine {
                 self.settle()
             }
             (_, LegEnd::HandedOff { .. }) => self.fail(broken(side, "handed over what it was to finish")),
+            // Even a sequence that ends at once has the token that ends it.
+            (Side::Prefill | Side::Whole, LegEnd::Complete { .. }) if self.tokens.is_empty() => {
+                self.fail(broken(side, "ended the request without a first token"))
+            }
             (Side::Prefill, LegEnd::Complete { reason, cached_tokens }) => {
                 self.cached_tokens = self.cached_tokens.max(cached_tokens);
                 self.finish(reason)
@@ -231,21 +241,37 @@ impl Machine {
                 self.transfer_broken = Some(error);
                 self.settle()
             }
-            // Decode has the cache and goes on by itself; only the count of cached tokens is lost.
-            (Side::Prefill, _)
-                if self.decode_spoke && self.transfer_broken.is_none() && !self.tokens.is_empty() =>
-            {
-                self.settle()
+            // Decode may have the cache and goes on by itself then; only the count of cached tokens is lost.
+            (Side::Prefill, LegEnd::Cancelled) if self.may_be_with_decode() => {
+                self.lose_prefill(stopped(side))
             }
-            (_, LegEnd::Cancelled) => self.fail(ApiError::new(
-                ErrorCode::Unavailable,
-                format!(
-                    "the {} instance stopped before the request was complete; send it again",
-                    side.name()
-                ),
-            )),
+            (Side::Prefill, LegEnd::Failed(error)) if self.may_be_with_decode() => self.lose_prefill(error),
+            (Side::Decode, LegEnd::Cancelled) => {
+                let error = self.cause_of(stopped(side));
+                self.fail(error)
+            }
+            (Side::Decode, LegEnd::Failed(error)) if of_the_transfer(&error) => {
+                let error = self.cause_of(error);
+                self.fail(error)
+            }
+            (_, LegEnd::Cancelled) => self.fail(stopped(side)),
             (_, LegEnd::Failed(error)) => self.fail(error),
         }
+    }
+
+    /// Whether decode can finish without prefill, as far as is known.
+    fn may_be_with_decode(&self) -> bool {
+        !self.tokens.is_empty() && self.transfer_broken.is_none()
+    }
+
+    fn lose_prefill(&mut self, error: ApiError) -> Vec<Command> {
+        self.prefill_lost = Some(error);
+        self.settle()
+    }
+
+    /// Why decode got no cache: what ended prefill, if that came first, else what decode says.
+    fn cause_of(&mut self, decodes: ApiError) -> ApiError {
+        self.prefill_lost.take().filter(|_| !self.decode_spoke).unwrap_or(decodes)
     }
 
     /// Ends the request once all that was announced is there.
@@ -297,6 +323,12 @@ impl Machine {
 /// Whether the other side of a transfer knows better why it ended.
 fn of_the_transfer(error: &ApiError) -> bool {
     matches!(error.code, ErrorCode::Cancelled | ErrorCode::HandoffFailed)
+}
+
+fn stopped(side: Side) -> ApiError {
+    let message =
+        format!("the {} instance stopped before the request was complete; send it again", side.name());
+    ApiError::new(ErrorCode::Unavailable, message)
 }
 
 fn broken(side: Side, what: &str) -> ApiError {

@@ -111,6 +111,47 @@ fn prefill_lost_after_decode_took_over_changes_nothing() {
 }
 
 #[test]
+fn prefill_lost_after_its_token_waits_for_decodes_word() {
+    let waiting = |end: fn() -> LegEnd| {
+        let mut machine = Machine::apart(10);
+        machine.output(Side::Prefill, out(0, &[10]));
+        assert!(machine.output(Side::Prefill, self::end(end())).is_empty(), "decode may have the cache");
+        machine
+    };
+    for how in [|| LegEnd::Failed(lost()), || LegEnd::Cancelled] as [fn() -> LegEnd; 2] {
+        // It has it, and goes on.
+        let mut machine = waiting(how);
+        assert!(machine.output(Side::Decode, out(1, &[11])).is_empty());
+        let last = Output { end: complete(StopReason::Stop).end, ..out(2, &[12]) };
+        assert_eq!(machine.output(Side::Decode, last), [ok(StopReason::Stop, 0)]);
+        assert_eq!(machine.take_fresh(), [10, 11, 12]);
+        // It never says so.
+        assert_eq!(waiting(how).abort(lost()), [Command::Cancel(Side::Decode), Command::End(Err(lost()))]);
+    }
+    // It has not: prefill's end is why.
+    let of_transfer = |code| LegEnd::Failed(ApiError::new(code, "the transfer was broken off"));
+    for word in [of_transfer(ErrorCode::HandoffFailed), of_transfer(ErrorCode::Cancelled), LegEnd::Cancelled]
+    {
+        let mut machine = waiting(|| LegEnd::Failed(lost()));
+        assert_eq!(machine.output(Side::Decode, end(word)), [Command::End(Err(lost()))]);
+    }
+    // It failed for a reason of its own.
+    let full = ApiError::new(ErrorCode::KvExhausted, "full");
+    let mut machine = waiting(|| LegEnd::Failed(lost()));
+    assert_eq!(machine.output(Side::Decode, Output::failed(full.clone())), [Command::End(Err(full))]);
+}
+
+#[test]
+fn decode_that_stops_after_taking_over_is_not_prefills_fault() {
+    let mut machine = Machine::apart(10);
+    machine.output(Side::Prefill, out(0, &[10]));
+    machine.output(Side::Prefill, Output::failed(lost()));
+    machine.output(Side::Decode, out(1, &[11]));
+    let commands = machine.output(Side::Decode, end(LegEnd::Cancelled));
+    assert!(matches!(&commands[..], [Command::End(Err(error))] if error.code == ErrorCode::Unavailable));
+}
+
+#[test]
 fn prefill_lost_before_its_token_fails_even_if_decode_spoke() {
     let mut machine = Machine::apart(10);
     machine.output(Side::Decode, out(1, &[11]));
@@ -146,6 +187,12 @@ fn lost_tokens_are_an_error_not_a_short_answer() {
 }
 
 #[test]
+fn a_whole_leg_without_a_token_is_no_answer() {
+    let commands = Machine::whole(4).output(Side::Whole, complete(StopReason::Stop));
+    assert!(matches!(&commands[..], [Command::End(Err(error))] if error.code == ErrorCode::Internal));
+}
+
+#[test]
 fn stop_and_abort_cancel_what_is_open() {
     let mut machine = Machine::apart(10);
     machine.output(Side::Prefill, out(0, &[10]));
@@ -161,6 +208,7 @@ fn instances_that_break_the_contract_are_told_apart() {
     let cases = [
         (Side::Prefill, out(1, &[5])),
         (Side::Prefill, handed(0)),
+        (Side::Prefill, complete(StopReason::Stop)),
         (Side::Decode, handed(0)),
         (Side::Decode, out(3, &[1, 2])),
         (Side::Decode, out(u32::MAX, &[1, 2])),
