@@ -85,15 +85,21 @@ pub struct Load {
     pub decode_step_micros: u64,
 }
 
+/// Most prompt tokens an instance is believed to have queued.
+const QUEUED_TOKENS_MOST: u64 = 1 << 32;
+/// Longest decode step an instance is believed to have measured: one minute.
+const DECODE_STEP_MICROS_MOST: u64 = 60_000_000;
+
+/// Numbers beyond reason are cut down to where costs of instances still compare.
 impl From<&v1::InstanceLoad> for Load {
     fn from(load: &v1::InstanceLoad) -> Self {
         Self {
             sequences: load.running_sequences.saturating_add(load.waiting_sequences),
-            queued_prefill_tokens: load.queued_prefill_tokens,
+            queued_prefill_tokens: load.queued_prefill_tokens.min(QUEUED_TOKENS_MOST),
             kv_blocks_total: load.kv_blocks_total,
-            kv_blocks_free: load.kv_blocks_free,
+            kv_blocks_free: load.kv_blocks_free.min(load.kv_blocks_total),
             prefill_tokens_per_second: load.prefill_tokens_per_second,
-            decode_step_micros: load.decode_step_micros,
+            decode_step_micros: load.decode_step_micros.min(DECODE_STEP_MICROS_MOST),
         }
     }
 }

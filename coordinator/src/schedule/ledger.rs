@@ -100,6 +100,9 @@ impl Ledger {
     pub fn forget_report(&mut self, instance: &InstanceId) {
         if let Some(account) = self.accounts.get_mut(instance) {
             account.at_report = Work::default();
+            if account.now.is_none() {
+                self.accounts.remove(instance);
+            }
         }
     }
 
@@ -114,7 +117,7 @@ impl Ledger {
             Some(account) => (account.now, account.at_report),
             None => Default::default(),
         };
-        let sum = |reported: u64, then: u64, now: u64| reported.saturating_sub(then) + now;
+        let sum = |reported: u64, then: u64, now: u64| reported.saturating_sub(then).saturating_add(now);
         let total = u64::from(load.kv_blocks_total);
         let used = total.saturating_sub(u64::from(load.kv_blocks_free));
         Standing {
@@ -177,5 +180,19 @@ mod tests {
         ledger.reported(&id());
         assert!(ledger.accounts.is_empty());
         assert_eq!(ledger.standing(&id(), &Load::default()).blocks_free, None);
+    }
+
+    #[test]
+    fn forgetting_the_report_of_an_idle_instance_forgets_its_account() {
+        let mut ledger = Ledger::default();
+        ledger.credit(&id(), work(50, 1, 4));
+        ledger.reported(&id());
+        ledger.forget_report(&id());
+        assert_eq!(ledger.own(&id()), work(50, 1, 4), "our work is still there");
+        ledger.reported(&id());
+        ledger.release(&id(), work(50, 1, 4));
+        assert_eq!(ledger.accounts.len(), 1, "the report still counts it");
+        ledger.forget_report(&id());
+        assert!(ledger.accounts.is_empty());
     }
 }

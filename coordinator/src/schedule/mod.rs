@@ -9,7 +9,8 @@
 //! - an instance that does both costs the sum of the two.
 //!
 //! The cheapest pair of one group, model revision and KV layout is taken, or the cheapest mixed instance if that is
-//! cheaper. Equal costs take turns. Time is O(instances).
+//! cheaper. Equal costs take turns. Time is O(instances). What instances report is theirs to say: the arithmetic over it
+//! saturates.
 
 pub mod board;
 pub mod ledger;
@@ -163,7 +164,8 @@ pub fn place(
         match duty.role {
             Role::None => {}
             Role::Mixed => {
-                let cost = prefill_micros(&standing, ask) + decode_micros(&instance.spec, &standing, ask);
+                let decode = decode_micros(&instance.spec, &standing, ask);
+                let cost = prefill_micros(&standing, ask).saturating_add(decode);
                 receipt.note(instance, Side::Whole, cost);
                 keep(&mut mixed, scored(cost), instance, duty.epoch);
             }
@@ -182,8 +184,8 @@ pub fn place(
     let pair = classes
         .iter()
         .filter_map(|class| Some((class.prefill?, class.decode?)))
-        .min_by_key(|(prefill, decode)| (prefill.0.0 + decode.0.0, prefill.0.1));
-    let pair_cost = pair.map(|(prefill, decode)| prefill.0.0 + decode.0.0);
+        .min_by_key(|(prefill, decode)| (prefill.0.0.saturating_add(decode.0.0), prefill.0.1));
+    let pair_cost = pair.map(|(prefill, decode)| prefill.0.0.saturating_add(decode.0.0));
     match (pair, mixed) {
         (_, Some((cost, instance, epoch))) if pair_cost.is_none_or(|pair| cost.0 < pair) => {
             Ok((Placement::Mixed(seat(instance, epoch, ask)), receipt))
@@ -223,7 +225,7 @@ fn runs(spec: &Spec, ask: &Ask<'_>) -> bool {
 /// Whether the prompt and one more token could ever be held there.
 fn fits(spec: &Spec, standing: &Standing, ask: &Ask<'_>) -> bool {
     let context = spec.context_tokens == 0 || ask.prompt_tokens < spec.context_tokens;
-    let blocks = blocks_for(spec, ask.prompt_tokens + 1);
+    let blocks = blocks_for(spec, ask.prompt_tokens.saturating_add(1));
     context && standing.blocks_total.is_none_or(|total| blocks <= total)
 }
 
@@ -240,7 +242,8 @@ fn prefill_micros(standing: &Standing, ask: &Ask<'_>) -> u64 {
         0 => UNMEASURED_PREFILL_TOKENS_PER_SECOND,
         measured => measured,
     };
-    (standing.queued_prefill_tokens + u64::from(ask.prompt_tokens)).saturating_mul(1_000_000) / rate
+    let tokens = standing.queued_prefill_tokens.saturating_add(u64::from(ask.prompt_tokens));
+    tokens.saturating_mul(1_000_000) / rate
 }
 
 fn decode_micros(spec: &Spec, standing: &Standing, ask: &Ask<'_>) -> u64 {
@@ -249,12 +252,12 @@ fn decode_micros(spec: &Spec, standing: &Standing, ask: &Ask<'_>) -> u64 {
         measured => measured,
     };
     let expected = expected_tokens(ask);
-    let sequences = standing.sequences + 1;
-    let generating =
-        u64::from(expected) * (step / 2 + step / 2 * sequences / standing.measured_sequences.max(1));
-    let wanted = blocks_for(spec, ask.prompt_tokens + expected);
+    let sequences = standing.sequences.saturating_add(1);
+    let growing = (step / 2).saturating_mul(sequences) / standing.measured_sequences.max(1);
+    let generating = u64::from(expected).saturating_mul((step / 2).saturating_add(growing));
+    let wanted = blocks_for(spec, ask.prompt_tokens.saturating_add(expected));
     let missing = standing.blocks_free.map_or(0, |free| wanted.saturating_sub(free));
-    generating + generating * missing / wanted.max(1)
+    generating.saturating_add(generating.saturating_mul(missing) / wanted.max(1))
 }
 
 fn seat(instance: &Instance, role_epoch: RoleEpoch, ask: &Ask<'_>) -> Seat {
@@ -265,7 +268,7 @@ fn seat(instance: &Instance, role_epoch: RoleEpoch, ask: &Ask<'_>) -> Seat {
         role_epoch,
         model: spec.model.clone(),
         handoff_endpoint: spec.handoff_endpoint.clone(),
-        blocks: blocks_for(spec, ask.prompt_tokens + expected_tokens(ask)),
+        blocks: blocks_for(spec, ask.prompt_tokens.saturating_add(expected_tokens(ask))),
     }
 }
 
