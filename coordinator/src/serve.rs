@@ -71,9 +71,9 @@ impl Service {
     pub async fn carry(self: &Arc<Self>, received: Received) -> Result<Streaming, ApiError> {
         let mut report = received.report;
         let result = async {
-            let prepared = self.prepare(received.endpoint, received.body).await?;
+            let (prepared, ticket) = self.prepare(received.endpoint, received.body, received.ticket).await?;
             received.card.set(Stage::Queued { prompt_tokens: prepared.prompt_tokens() });
-            let permit = self.gate.admit(received.ticket).await?;
+            let permit = self.gate.admit(ticket).await?;
             Ok((prepared, permit))
         }
         .await;
@@ -90,15 +90,21 @@ impl Service {
         self.board.can_serve(&self.served.checkpoint, &self.served.revision)
     }
 
-    async fn prepare(&self, endpoint: Endpoint, body: Bytes) -> Result<Prepared, ApiError> {
+    /// The ticket goes where the body goes: work on a large one goes on after its client has left, and its place in the
+    /// house is taken until it is done.
+    async fn prepare(
+        &self,
+        endpoint: Endpoint,
+        body: Bytes,
+        ticket: Ticket,
+    ) -> Result<(Prepared, Ticket), ApiError> {
         let (most, seed) = (self.limits.max_completion_tokens, rand::random());
-        if body.len() <= PREPARE_INLINE_BYTES {
-            return prepare(&self.served, endpoint, &body, most, seed);
+        let (served, inline) = (self.served.clone(), body.len() <= PREPARE_INLINE_BYTES);
+        let work = move || Ok((prepare(&served, endpoint, &body, most, seed)?, ticket));
+        if inline {
+            return work();
         }
-        let served = self.served.clone();
-        let prepared =
-            tokio::task::spawn_blocking(move || prepare(&served, endpoint, &body, most, seed)).await;
-        prepared.unwrap_or_else(|error| {
+        tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| {
             tracing::error!(%error, "preparing a request panicked");
             Err(ApiError::new(baton_proto::ErrorCode::Internal, "the request could not be prepared"))
         })

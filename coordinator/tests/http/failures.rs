@@ -1,9 +1,17 @@
 //! Requests that do not go well: one clear answer each, and nothing held afterwards.
 
-use std::time::Duration;
+use std::{
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
+    time::Duration,
+};
 
-use crate::scripted::{Cluster, answer, chat_text, events, until};
-use baton_proto::{ErrorCode, v1};
+use crate::scripted::{Cluster, answer, chat_text, events, served, until};
+use baton_coordinator::prepare::{TextModel, TextReader, Turn};
+use baton_proto::{ApiError, ErrorCode, v1};
 use baton_registry::{Store, Txn, keys};
 use futures::StreamExt;
 use serde_json::{Value, json};
@@ -162,6 +170,64 @@ async fn a_full_house_is_429_with_when_to_come_back() {
     answer(&mut prefill, &mut decode, "cd").await;
     assert_eq!(second.await.expect("ends").status(), 200);
     cluster.at_rest().await;
+}
+
+/// Tokenises once it is let.
+struct Held {
+    text: Arc<dyn TextModel>,
+    entered: AtomicBool,
+    let_go: Mutex<mpsc::Receiver<()>>,
+}
+
+impl TextModel for Held {
+    fn tokenise_text(&self, text: &str) -> Result<Vec<u32>, ApiError> {
+        self.entered.store(true, Ordering::Release);
+        // Lasts until the test drops the other end.
+        let _ = self.let_go.lock().map(|let_go| let_go.recv());
+        self.text.tokenise_text(text)
+    }
+
+    fn tokenise_chat(&self, turns: &[Turn]) -> Result<Vec<u32>, ApiError> {
+        self.text.tokenise_chat(turns)
+    }
+
+    fn reader(&self, stops: Vec<String>) -> Box<dyn TextReader> {
+        self.text.reader(stops)
+    }
+
+    fn vocabulary(&self) -> u32 {
+        self.text.vocabulary()
+    }
+}
+
+#[tokio::test]
+async fn a_body_that_is_still_worked_on_keeps_its_place_when_the_client_leaves() {
+    let (let_go, held) = mpsc::channel();
+    let mut served = served();
+    let text = Arc::new(Held {
+        text: served.text.clone(),
+        entered: AtomicBool::new(false),
+        let_go: Mutex::new(held),
+    });
+    served.text = text.clone();
+    let roles = [("p", v1::Role::Prefill), ("d", v1::Role::Decode)];
+    let (cluster, [mut prefill, mut decode]) = Cluster::start_with(served, roles, |config| {
+        config.limits.max_concurrent = 1;
+        config.limits.max_queued = 0;
+    })
+    .await;
+    let body = json!({"model": "tiny", "prompt": "x".repeat(4096)}).to_string();
+    let left = cluster.post("/v1/completions", body);
+    until("it is worked on", || text.entered.load(Ordering::Acquire)).await;
+    left.abort();
+    until("its client is missed", || cluster.service.roster.list().is_empty()).await;
+    let (status, _) = error_of(cluster.chat(json!({})).await.expect("ends")).await;
+    assert_eq!(status, 429, "the memory of the first is still in use");
+    drop(let_go);
+    until("its place is given back", || cluster.service.gate.enter().is_ok()).await;
+    let response = cluster.chat(json!({}));
+    answer(&mut prefill, &mut decode, "ok").await;
+    assert_eq!(response.await.expect("ends").status(), 200);
 }
 
 #[tokio::test]

@@ -87,7 +87,7 @@ impl TextReader for ByteReader {
 }
 
 /// Byte 0 ends a sequence; the context is 1,000 tokens.
-fn served() -> Served {
+pub(crate) fn served() -> Served {
     Served {
         name: "tiny".into(),
         checkpoint: "tiny".into(),
