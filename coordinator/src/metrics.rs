@@ -8,7 +8,7 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
-/// A finished request: the route and the HTTP status, or the error's code once a stream had begun.
+/// A request that has ended: the route, and `200`, the name of the error's code, or `client_gone`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct RequestLabels {
     pub route: &'static str,

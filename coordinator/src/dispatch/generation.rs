@@ -137,11 +137,6 @@ impl Generation {
         self.machine.take_fresh()
     }
 
-    /// How many tokens have come in all.
-    pub fn generated(&self) -> usize {
-        self.machine.tokens().len()
-    }
-
     /// The reader has seen enough (a stop string): the legs are cancelled. The answer is [`Progress::End`]'s.
     pub fn stop(&mut self) -> Completed {
         self.why_cancelled = "stop_string";

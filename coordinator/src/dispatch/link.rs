@@ -122,11 +122,6 @@ impl Link {
         self.channel.lock().is_some()
     }
 
-    /// Legs on the stream now.
-    pub fn legs(&self) -> usize {
-        self.channel.lock().as_ref().map_or(0, |up| up.legs.len())
-    }
-
     fn deliver(&self, step: v1::StepOutput) {
         let mut channel = self.channel.lock();
         let Some(up) = channel.as_mut() else { return };
@@ -170,10 +165,6 @@ pub struct LegGuard {
 }
 
 impl LegGuard {
-    pub fn instance(&self) -> &InstanceId {
-        &self.link.instance
-    }
-
     /// The instance has ended the leg.
     pub fn ended(mut self) {
         self.done = true;

@@ -117,7 +117,7 @@ impl Board {
         Ok(Booking { placement, receipt, credit: Credit { board: self.clone(), prefill, decode } })
     }
 
-    /// Names of all known instances and this coordinator's work on each, for metrics and tests.
+    /// All known instances and this coordinator's work on each; tests see by it that nothing is left behind.
     pub fn own_work(&self) -> Vec<(InstanceId, Work)> {
         let state = self.state.lock();
         let own = |id: &InstanceId| (id.clone(), state.ledger.own(id));
