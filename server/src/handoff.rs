@@ -51,13 +51,14 @@ pub fn kv_region(pool: &Arc<KvPool>) -> Region {
     // SAFETY: the pool's memory lives as long as the pool, which the region keeps. Blocks are lent to transfers by
     // sequences alone: a receiving sequence is not in the batch, so nothing reads or writes its blocks, and a sending
     // one reports a block of a layer ready only once the model has written all of it (chunks end at block borders) and
-    // does not write it again. Neither frees its blocks before the transfer's fence (see `engine::sequence`, Closing).
+    // does not write it again; that holds for the last, partly filled block of a prompt too, since a prefill leg never
+    // decodes and so appends nothing to it. Neither frees its blocks before the transfer's fence (see `engine::sequence`, Closing).
     unsafe { Region::new(owner, pool.base(), pool.layout().total_bytes()) }
 }
 
 /// What the engine's thread holds of an open transfer.
 enum Open {
-    Outgoing { progress: Progress, seal: Option<oneshot::Sender<u32>>, close: oneshot::Sender<()> },
+    Outgoing { progress: Progress, close: oneshot::Sender<()> },
     Incoming { close: oneshot::Sender<()> },
 }
 
@@ -106,13 +107,12 @@ impl Transfers {
             blocks: indices(blocks, prompt_tokens.div_ceil(self.block_tokens)),
             deadline: self.deadline(deadline),
         })?;
-        let (seal, sealed) = oneshot::channel();
         let (close, closed) = oneshot::channel();
-        self.open.insert(id, Open::Outgoing { progress: outgoing.progress(), seal: Some(seal), close });
+        self.open.insert(id, Open::Outgoing { progress: outgoing.progress(), close });
         let (engine, metrics) = (self.engine.clone(), self.metrics.clone());
         self.tasks.spawn_on(
             async move {
-                let result = send(outgoing, sealed, closed, &metrics).await;
+                let result = send(outgoing, closed, &metrics).await;
                 // A closed queue means that the engine is gone, and its blocks with it.
                 let _ =
                     engine.send(Command::TransferEnded { id, result: result.map_err(ApiError::from) }).await;
@@ -170,12 +170,9 @@ impl Transfers {
     }
 
     /// Every layer of every block of an outgoing transfer is reported.
-    pub fn seal(&mut self, id: SequenceId, first_token: u32) {
-        if let Some(Open::Outgoing { seal, .. }) = self.open.get_mut(&id)
-            && let Some(seal) = seal.take()
-        {
-            // The task has ended if nobody listens; its command is on the way.
-            let _ = seal.send(first_token);
+    pub fn seal(&self, id: SequenceId, first_token: u32) {
+        if let Some(progress) = self.progress(id) {
+            progress.seal(first_token);
         }
     }
 
@@ -209,22 +206,12 @@ fn incarnation(of: Incarnation) -> Option<Incarnation> {
 
 async fn send(
     mut outgoing: Outgoing,
-    sealed: oneshot::Receiver<u32>,
     closed: oneshot::Receiver<()>,
     metrics: &HandoffMetrics,
 ) -> Result<(), TransferError> {
-    let followed = async {
-        tokio::select! {
-            biased;
-            result = outgoing.finished() => return result,
-            // Without a sender the transfer is being closed, or it was given up and will end by itself.
-            Ok(first_token) = sealed => outgoing.seal(first_token),
-        }
-        outgoing.finished().await
-    };
     let result = tokio::select! {
         biased;
-        result = followed => result,
+        result = outgoing.finished() => result,
         _ = closed => {
             outgoing.cancel("the prefill leg has ended");
             Err(TransferError::Cancelled("the prefill leg has ended".into()))

@@ -180,8 +180,9 @@ impl Responses {
                 (!rest.is_empty()).then(|| step(rest))
             }
             Ok(()) = self.role.changed() => Some(Frame::Role(self.role.borrow_and_update().to_wire())),
-            updates = self.outbox.take() => Some(step(updates)),
+            // Before the outbox: it is seldom due, and under load the outbox is never empty.
             _ = self.ticks.tick() => Some(Frame::Load(self.load.borrow().to_wire())),
+            updates = self.outbox.take() => Some(step(updates)),
         }
     }
 }

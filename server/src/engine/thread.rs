@@ -7,6 +7,7 @@
 use std::{
     collections::HashMap,
     io,
+    ops::ControlFlow,
     sync::Arc,
     thread::{self, JoinHandle},
     time::{Duration, Instant},
@@ -115,6 +116,15 @@ struct Engine {
     not_begun: Vec<(SequenceId, ApiError)>,
 }
 
+/// Why the engine woke up.
+enum Woken {
+    Command(Command),
+    /// Everyone who could send a command is gone.
+    Deserted,
+    /// A deadline or shutdown.
+    Other,
+}
+
 impl Engine {
     fn run(mut self) {
         self.publish(None);
@@ -123,8 +133,8 @@ impl Engine {
                 self.obey(command);
             }
             let worked = self.step();
-            if !worked {
-                self.wait();
+            if !worked && self.wait().is_break() {
+                break;
             }
         }
         self.scheduler.fail_all(&ApiError::new(ErrorCode::Unavailable, "the instance is shutting down"));
@@ -151,11 +161,11 @@ impl Engine {
         !plan.is_empty()
     }
 
-    /// Sleeps until a command, a deadline or shutdown.
-    fn wait(&mut self) {
+    /// Sleeps until a command, a deadline or shutdown. Breaks when no command can come any more.
+    fn wait(&mut self) -> ControlFlow<()> {
         let deadline = self.scheduler.next_deadline();
         let (commands, shutdown) = (&mut self.commands, &self.shutdown);
-        let command = self.runtime.block_on(async {
+        let woken = self.runtime.block_on(async {
             let due = async {
                 match deadline {
                     Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
@@ -164,14 +174,17 @@ impl Engine {
             };
             tokio::select! {
                 biased;
-                () = shutdown.cancelled() => None,
-                command = commands.recv() => command,
-                () = due => None,
+                () = shutdown.cancelled() => Woken::Other,
+                command = commands.recv() => command.map_or(Woken::Deserted, Woken::Command),
+                () = due => Woken::Other,
             }
         });
-        if let Some(command) = command {
-            self.obey(command);
+        match woken {
+            Woken::Command(command) => self.obey(command),
+            Woken::Deserted => return ControlFlow::Break(()),
+            Woken::Other => {}
         }
+        ControlFlow::Continue(())
     }
 
     fn obey(&mut self, command: Command) {
