@@ -15,7 +15,7 @@ pub struct ServerConfig {
     pub instance_id: String,
     /// Prefill and decode are paired within a group.
     pub group: String,
-    /// Shown by `baton ctl`, and for placement policies.
+    /// Shown by `baton ctl`.
     pub labels: BTreeMap<String, String>,
     /// host:port of the controllers; any of them will do. Empty = without a controller, with the role of `role`.
     pub controllers: Vec<String>,
@@ -72,7 +72,7 @@ pub struct HandoffConfig {
     /// A peer that is silent for this long is given up, with its transfers.
     #[serde(with = "duration")]
     pub lease: Duration,
-    /// Longest life of a transfer, from reserving blocks to release, if its request has no earlier deadline.
+    /// Longest life of a transfer, from reserving blocks to release, if its request has no deadline of its own.
     #[serde(with = "duration")]
     pub timeout: Duration,
 }

@@ -2,7 +2,7 @@
 //!
 //! Built by [`crate::instance`] once the weights are in, and by tests over a model of their own.
 
-use std::{future::Future, net::TcpListener, sync::Arc};
+use std::{future::Future, net::TcpListener, sync::Arc, thread::JoinHandle, time::Duration};
 
 use baton_kvtransfer::{KvLayout, KvNode, Limits as TransferLimits, NodeConfig};
 use baton_process::Metrics;
@@ -28,6 +28,10 @@ use crate::{
     permits::Permits,
     role::RoleView,
 };
+
+/// An offer may wait as long as its request: the sender keeps to the request's deadline and lets go of it first. This
+/// is for a sender that does not.
+const HELD_OFFER: Duration = Duration::from_secs(3600);
 
 /// Largest message of a coordinator: a prompt of a million tokens, and then some.
 const MAX_MESSAGE_BYTES: usize = 8 << 20;
@@ -63,7 +67,7 @@ pub struct ServingParts {
 pub struct Serving {
     node: KvNode,
     inference: InferenceService,
-    ended: Option<oneshot::Receiver<()>>,
+    ended: Option<(oneshot::Receiver<()>, JoinHandle<()>)>,
     stop: CancellationToken,
 }
 
@@ -101,7 +105,7 @@ impl Serving {
                     outgoing_transfers: blocks as usize,
                     // A decode leg may wait for blocks for as long as its prefill leg lives.
                     held_offers: (parts.limits.max_waiting + parts.limits.max_sequences) as usize,
-                    held_offer: parts.handoff.timeout,
+                    held_offer: parts.handoff.timeout.max(HELD_OFFER),
                     ..TransferLimits::default()
                 },
                 // Every transfer's task closes it and waits for that, unless the whole process ends.
@@ -126,7 +130,7 @@ impl Serving {
         );
         let (alive, ended) = oneshot::channel();
         let stop = shared.stop.clone();
-        thread::spawn(EngineParts {
+        let thread = thread::spawn(EngineParts {
             executor: parts.executor,
             limits: parts.limits,
             commands: parts.commands,
@@ -139,7 +143,7 @@ impl Serving {
             alive,
         })
         .map_err(ServerError::Thread)?;
-        Ok(Self { node, inference, ended: Some(ended), stop })
+        Ok(Self { node, inference, ended: Some((ended, thread)), stop })
     }
 
     /// The gRPC services: Inference and Handoff.
@@ -153,8 +157,13 @@ impl Serving {
     pub fn engine_ended(&mut self) -> impl Future<Output = Result<(), ServerError>> + Send + 'static {
         let (ended, stop, node) = (self.ended.take(), self.stop.clone(), self.node.clone());
         async move {
-            if let Some(ended) = ended {
+            if let Some((ended, thread)) = ended {
                 let _ = ended.await;
+                // The thread's last act was to end that channel: this does not wait for anything.
+                match tokio::task::spawn_blocking(|| thread.join()).await {
+                    Ok(Ok(())) => {}
+                    Ok(Err(_)) | Err(_) => return Err(ServerError::EngineDied),
+                }
             }
             if !stop.is_cancelled() {
                 return Err(ServerError::EngineDied);
