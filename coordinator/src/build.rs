@@ -13,7 +13,7 @@ use crate::{
     CoordinatorError,
     admin::Admin,
     admit::Gate,
-    config::{CoordinatorConfig, StoreConfig},
+    config::{CoordinatorConfig, EtcdSettings, StoreConfig},
     fleet::keeper::{Keeper, Links},
     http,
     metrics::Metrics,
@@ -148,8 +148,43 @@ fn watch_clients(listener: &std::net::TcpListener) {
 }
 
 fn open_store(config: &StoreConfig) -> Result<Arc<dyn Store>, CoordinatorError> {
-    if config.etcd.is_empty() {
+    if config.etcd.endpoints.is_empty() {
         return Ok(Arc::new(RemoteStore::new(&RemoteConfig::new([config.controller.as_str()]))?));
     }
-    Ok(Arc::new(EtcdStore::new(&EtcdConfig::new(&config.etcd))?))
+    Ok(Arc::new(EtcdStore::new(&etcd_config(&config.etcd)?)?))
+}
+
+fn etcd_config(settings: &EtcdSettings) -> Result<EtcdConfig, CoordinatorError> {
+    let mut config = EtcdConfig::new(&settings.endpoints);
+    (config.connect_timeout, config.timeout) = (settings.connect_timeout, settings.timeout);
+    if !settings.user.is_empty() {
+        let path = settings.password_file.clone();
+        let password =
+            std::fs::read_to_string(&path).map_err(|source| CoordinatorError::Password { path, source })?;
+        config.user = Some((settings.user.clone(), password.trim_end().to_owned()));
+    }
+    Ok(config)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_password_of_etcd_comes_from_its_file() {
+        let settings = |password_file: &str| EtcdSettings {
+            endpoints: vec!["127.0.0.1:2379".into()],
+            user: "baton".into(),
+            password_file: password_file.into(),
+            ..EtcdSettings::default()
+        };
+        let path = std::env::temp_dir().join(format!("baton-password-{}", std::process::id()));
+        std::fs::write(&path, "secret\n").expect("a file");
+        let config = etcd_config(&settings(&path.to_string_lossy()));
+        std::fs::remove_file(&path).expect("was there");
+        let config = config.expect("is read");
+        assert_eq!(config.user, Some(("baton".to_owned(), "secret".to_owned())));
+        let Err(missing) = etcd_config(&settings("/nowhere/password")) else { panic!("is not there") };
+        assert!(missing.to_string().contains("/nowhere/password"), "{missing}");
+    }
 }

@@ -44,8 +44,43 @@ impl Default for CoordinatorConfig {
 pub struct StoreConfig {
     /// `host:port` of a controller that embeds the store. Empty = etcd is used.
     pub controller: String,
-    /// `host:port` of each etcd member.
-    pub etcd: Vec<String>,
+    pub etcd: EtcdSettings,
+}
+
+/// How etcd is reached; the same as in a controller's configuration.
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct EtcdSettings {
+    /// `host:port` of every member.
+    pub endpoints: Vec<String>,
+    /// Empty = etcd asks for no user.
+    pub user: String,
+    /// A file that holds the user's password.
+    pub password_file: String,
+    /// How long one member may take to accept a connection.
+    #[serde(with = "duration")]
+    pub connect_timeout: Duration,
+    /// How long one member may take to answer before the next is asked.
+    #[serde(with = "duration")]
+    pub timeout: Duration,
+}
+
+impl Default for EtcdSettings {
+    fn default() -> Self {
+        Self {
+            endpoints: Vec::new(),
+            user: String::new(),
+            password_file: String::new(),
+            connect_timeout: Duration::from_secs(1),
+            timeout: Duration::from_secs(2),
+        }
+    }
+}
+
+impl std::fmt::Debug for EtcdSettings {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("EtcdSettings").field("endpoints", &self.endpoints).field("user", &self.user).finish()
+    }
 }
 
 /// The model whose tokenizer, chat template and limits apply.
@@ -146,9 +181,14 @@ impl ServiceConfig for CoordinatorConfig {
             if good { Ok(()) } else { Err(Invalid::new(key, expected)) }
         };
         require(
-            self.store.controller.is_empty() != self.store.etcd.is_empty(),
+            self.store.controller.is_empty() != self.store.etcd.endpoints.is_empty(),
             "store",
-            "expected either `controller` (HOST:PORT) or `etcd` (a list of HOST:PORT), not both and not neither",
+            "expected either `controller` (HOST:PORT) or `etcd.endpoints` (a list of HOST:PORT), not both and not neither",
+        )?;
+        require(
+            self.store.etcd.user.is_empty() == self.store.etcd.password_file.is_empty(),
+            "store.etcd.password_file",
+            "expected both a user and a password file, or neither",
         )?;
         require(
             !self.model.path.as_os_str().is_empty(),
@@ -191,10 +231,11 @@ mod tests {
     fn what_types_cannot_say_is_checked_with_its_key() {
         assert!(good().validate().is_ok());
         type Change = fn(&mut CoordinatorConfig);
-        let cases: [(&str, Change); 7] = [
+        let cases: [(&str, Change); 8] = [
             ("id", |c| c.id = "Upper".into()),
             ("store", |c| c.store.controller.clear()),
-            ("store", |c| c.store.etcd.push("127.0.0.1:2379".into())),
+            ("store", |c| c.store.etcd.endpoints.push("127.0.0.1:2379".into())),
+            ("store.etcd.password_file", |c| c.store.etcd.user = "baton".into()),
             ("model.path", |c| c.model.path = PathBuf::new()),
             ("limits.max_concurrent", |c| c.limits.max_concurrent = 0),
             ("fleet.keep_alive", |c| c.fleet.keep_alive = Duration::ZERO),

@@ -14,6 +14,8 @@ pub enum CoordinatorError {
     Text(#[from] TextError),
     #[error("{key}: {source}")]
     Listen { key: &'static str, source: ListenError },
+    #[error("cannot read the etcd password from {path}: {source}")]
+    Password { path: String, source: std::io::Error },
     #[error("store: {0}")]
     Store(#[from] StoreError),
     #[error(transparent)]

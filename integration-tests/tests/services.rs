@@ -92,7 +92,7 @@ async fn three_services_and_etcd() {
     // By environment.
     let _coordinator = start(
         Command::new(binary("baton-coordinator"))
-            .env("BATON_COORDINATOR__STORE__ETCD", &etcd_at)
+            .env("BATON_COORDINATOR__STORE__ETCD__ENDPOINTS", &etcd_at)
             .env("BATON_COORDINATOR__MODEL__PATH", model())
             .env("BATON_COORDINATOR__LISTEN", &http_at)
             .env("BATON_COORDINATOR__ADMIN_LISTEN", &admin_at),
