@@ -149,11 +149,6 @@ impl KvNode {
         self.node.transport.address()
     }
 
-    /// Names of the transports this node has, best first.
-    pub fn transports(&self) -> Vec<String> {
-        vec![self.node.transport.kind().to_owned()]
-    }
-
     /// Reserves a place for a transfer that `spec.sender` has offered or will offer.
     ///
     /// Refused when the transfer has ended already (then with the reason), when there are too many, or when a block is
@@ -182,13 +177,10 @@ impl KvNode {
 
     /// Tells the sender of a transfer, now or when its offer comes, that it will not be received.
     pub fn refuse(&self, id: TransferId, reason: ApiError) {
-        match self.node.incoming.get(&id) {
-            Lookup::Live(inbound) => inbound.cancel(TransferError::Refused(reason)),
-            Lookup::Ended(_) => {}
-            Lookup::Unknown => {
-                let reason = Some(TransferError::Refused(reason));
-                self.node.incoming.end(id, Ended { peer: None, reason });
-            }
+        let reason = TransferError::Refused(reason);
+        let ended = Ended { peer: None, reason: Some(reason.clone()) };
+        if let Some(inbound) = self.node.incoming.end_unless_live(id, ended) {
+            inbound.cancel(reason);
         }
     }
 

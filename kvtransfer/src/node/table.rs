@@ -115,18 +115,23 @@ impl<T> Table<T> {
         Some(Waiter { table: self, id, signal: Some(signal) })
     }
 
-    /// Moves a transfer to the ended ones; also for ids that were never alive.
+    /// Moves a transfer to the ended ones.
     pub(super) fn end(&self, id: TransferId, how: Ended) {
         let mut state = self.state.lock();
         state.live.remove(&id);
-        if state.ended.insert(id, how).is_none() {
-            state.order.push_back(id);
+        state.remember(id, how, self.remember);
+    }
+
+    /// Has an id that is not known ended before it was ever alive; one that has ended stays as it is. A live transfer is
+    /// returned instead, for the caller to end: it cannot come alive unseen in between.
+    pub(super) fn end_unless_live(&self, id: TransferId, how: Ended) -> Option<Arc<T>> {
+        let mut state = self.state.lock();
+        match state.get(&id) {
+            Lookup::Live(live) => return Some(live),
+            Lookup::Ended(_) => {}
+            Lookup::Unknown => state.remember(id, how, self.remember),
         }
-        while state.order.len() > self.remember {
-            if let Some(oldest) = state.order.pop_front() {
-                state.ended.remove(&oldest);
-            }
-        }
+        None
     }
 
     /// Takes back an addition as if it had not been.
@@ -149,6 +154,17 @@ impl<T> State<T> {
             (Some(live), _) => Lookup::Live(live.clone()),
             (None, Some(ended)) => Lookup::Ended(ended.clone()),
             (None, None) => Lookup::Unknown,
+        }
+    }
+
+    fn remember(&mut self, id: TransferId, how: Ended, most: usize) {
+        if self.ended.insert(id, how).is_none() {
+            self.order.push_back(id);
+        }
+        while self.order.len() > most {
+            if let Some(oldest) = self.order.pop_front() {
+                self.ended.remove(&oldest);
+            }
         }
     }
 }
@@ -199,6 +215,32 @@ mod tests {
         table.end(id, Ended { peer: None, reason: None });
         assert!(!ready(pin!(table.alive(id))), "ended");
         assert_eq!(awaited(), 0);
+    }
+
+    #[test]
+    fn an_id_either_comes_alive_and_is_seen_or_never_does() {
+        let table = Table::<u32>::new(4);
+        let refused = || Ended { peer: None, reason: Some(TransferError::ShuttingDown) };
+        for _ in 0..2000 {
+            let id = TransferId::generate();
+            let barrier = std::sync::Barrier::new(2);
+            let (added, seen) = std::thread::scope(|scope| {
+                let adding = scope.spawn(|| {
+                    barrier.wait();
+                    matches!(table.get_or_add(id, |_| Ok(Arc::new(1))), Ok(Lookup::Unknown))
+                });
+                barrier.wait();
+                let seen = table.end_unless_live(id, refused()).is_some();
+                (adding.join().expect("no panic"), seen)
+            });
+            assert_eq!(added, seen, "whoever ends an id is given what was added");
+            assert_eq!(table.len(), usize::from(added), "nothing is taken away behind its owner's back");
+            table.forget(&id);
+        }
+        let id = TransferId::generate();
+        table.end(id, Ended { peer: None, reason: None });
+        assert!(table.end_unless_live(id, refused()).is_none());
+        assert!(matches!(table.get(&id), Lookup::Ended(Ended { reason: None, .. })), "the first end stays");
     }
 
     #[test]
