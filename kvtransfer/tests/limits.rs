@@ -69,6 +69,41 @@ async fn data_connections_are_bounded() {
 }
 
 #[tokio::test]
+async fn a_transfer_offered_before_the_idle_limit_outlives_it() {
+    let idle = std::time::Duration::from_millis(200);
+    let prefill = Peer::start_with(
+        "prefill-0",
+        limited(|limits| limits.idle_link = std::time::Duration::from_millis(200)),
+    );
+    let decode = Peer::start("decode-0");
+    // The control stream stands and has nothing to do.
+    let first = TransferId::generate();
+    let mut incoming = decode.node.expect(expect_spec(first, &prefill.name, &[1])).expect("room");
+    let mut outgoing = prefill.node.offer(offer_spec(first, &decode, &[1])).expect("room");
+    (0..LAYERS).for_each(|layer| outgoing.progress().ready(layer, 0..1));
+    outgoing.seal(1);
+    within("sealed", 10, incoming.sealed()).await.expect("whole");
+    within("finished", 10, outgoing.finished()).await.expect("released");
+    prefill.idle().await;
+    // Nobody expects the next one for longer than that: no message comes back until then.
+    let second = TransferId::generate();
+    let mut outgoing = prefill.node.offer(offer_spec(second, &decode, &[2])).expect("room");
+    let lasts = tokio::time::timeout(idle * 3, outgoing.finished()).await;
+    assert!(lasts.is_err(), "it ended of itself: {lasts:?}");
+    let mut incoming = decode.node.expect(expect_spec(second, &prefill.name, &[2])).expect("room");
+    (0..LAYERS).for_each(|layer| outgoing.progress().ready(layer, 0..1));
+    outgoing.seal(1);
+    within("sealed", 10, incoming.sealed()).await.expect("whole");
+    within("finished", 10, outgoing.finished()).await.expect("released");
+    // A stream closed for want of transfers is opened again for the next one.
+    drop(outgoing);
+    tokio::time::sleep(idle + idle / 2).await;
+    let third = TransferId::generate();
+    let _outgoing = prefill.node.offer(offer_spec(third, &decode, &[3])).expect("room");
+    within("the offer", 10, decode.node.offered(third)).await;
+}
+
+#[tokio::test]
 async fn specs_that_make_no_sense_are_refused() {
     let (prefill, decode) = (Peer::start("prefill-0"), Peer::start("decode-0"));
     let mut too_few = expect_spec(TransferId::generate(), &prefill.name, &[1, 2]);

@@ -123,6 +123,7 @@ impl Link {
             return false;
         }
         state.transfers.insert(outbound.id(), outbound.clone());
+        self.changed.notify_one();
         if let Some(up) = state.up.clone() {
             // Not under the lock: a refusal ends the transfer, which removes it here.
             drop(state);
@@ -130,9 +131,6 @@ impl Link {
             if !self.stands(&up) {
                 outbound.link_lost("it ended as the transfer was offered");
             }
-        } else {
-            drop(state);
-            self.changed.notify_one();
         }
         true
     }
@@ -150,6 +148,15 @@ impl Link {
         let mut state = self.state.lock();
         state.ended = state.transfers.is_empty();
         state.ended
+    }
+
+    /// Takes a stream without transfers down; false if there is one. None can come in between and rest on it.
+    fn down_if_empty(&self) -> bool {
+        let mut state = self.state.lock();
+        if state.transfers.is_empty() {
+            state.up = None;
+        }
+        state.up.is_none()
     }
 
     fn stands(&self, up: &LinkUp) -> bool {
@@ -252,13 +259,8 @@ impl Link {
                     Err(status) => return Break::Lost(status.message().to_owned()),
                 },
                 () = self.changed.notified() => {}
-                () = sleep(node.limits.idle_link), if idle => {
-                    self.state.lock().up = None;
-                    if self.is_empty() {
-                        return Break::Idle;
-                    }
-                    // One was added at this very moment: it waits for a fresh stream.
-                    return Break::Lost("closed for want of transfers".into());
+                () = sleep(node.limits.idle_link), if idle => if self.down_if_empty() {
+                    return Break::Idle;
                 }
             }
         }
