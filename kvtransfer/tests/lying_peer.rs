@@ -228,17 +228,65 @@ async fn messages_out_of_turn_abort() {
 async fn what_is_not_a_frame_closes_the_connection() {
     let scene = scene().await;
     let oversized = RawFrame { slice_bytes: 1 << 30, ..scene.frame(0, 0, 1) }.bytes();
-    let unknown = RawFrame::new(TransferId::generate(), &scene.key, 0, 0, slices(1, 0, 0..1)).bytes();
-    for bytes in [
-        b"GET / HTTP/1.1\r\nHost: decode-0\r\nAccept: text/html, and so on\r\n\r\n".to_vec(),
-        oversized,
-        unknown,
-    ] {
+    for bytes in
+        [b"GET / HTTP/1.1\r\nHost: decode-0\r\nAccept: text/html, and so on\r\n\r\n".to_vec(), oversized]
+    {
         let mut data = connect_data(scene.sender.data).await;
         write(&mut data, &bytes).await;
         closed_by_peer(&mut data).await;
     }
     assert_eq!(scene.incoming.close().await, BLOCKS_LENT);
+}
+
+#[tokio::test]
+async fn late_frames_of_a_forgotten_transfer_do_not_harm_others_on_the_connection() {
+    let limits = Limits { remembered_transfers: 1, ..Limits::default() };
+    let decode = Peer::start_with("decode-0", Setup { limits, ..Setup::default() });
+    let mut sender = ScriptedSender::open(&decode, LIAR, 1).await.expect("welcome");
+    let mut data = connect_data(sender.data).await;
+    let (forgotten, live) = (TransferId::generate(), TransferId::generate());
+    let gone = decode.node.expect(expect_spec(forgotten, &instance(LIAR), &[1, 2, 3])).expect("room");
+    sender.offer(forgotten, 3, 1).await;
+    let old_key = sender.accepted().await;
+    write(&mut data, &RawFrame::new(forgotten, &old_key, 0, 0, slices(1, 0, 0..3)).bytes()).await;
+    until("slices are in", || decode.node.stats().slices_received == 3).await;
+    gone.close().await;
+    sender.aborted().await;
+    let mut incoming = decode.node.expect(expect_spec(live, &instance(LIAR), &[4])).expect("room");
+    sender.offer(live, 1, 1).await;
+    let key = sender.accepted().await;
+    // The one place is another's now.
+    decode.node.refuse(TransferId::generate(), baton_proto::ApiError::new(ErrorCode::Cancelled, "no"));
+    let mut all = Vec::new();
+    for layer in 0..LAYERS {
+        write(&mut data, &RawFrame::new(forgotten, &old_key, layer, 0, slices(2, layer, 0..3)).bytes()).await;
+        write(&mut data, &RawFrame::new(live, &key, layer, 0, slices(1, layer, 0..1)).bytes()).await;
+        all.push((layer, 0, pattern(1, layer, 0, SLICE)));
+    }
+    sender.say(live, Body::Seal(seal(9, &all))).await;
+    within("sealed", 10, incoming.sealed()).await.expect("whole");
+    assert!(decode.holds(1, &[4]));
+    assert_eq!(decode.pool.read(1, 1), vec![0; SLICE], "the late frames were not written");
+}
+
+#[tokio::test]
+async fn frames_of_unknown_transfers_are_passed_over_within_bounds() {
+    let scene = scene().await;
+    // 12 MB each; 64 MiB are allowed between two proven frames.
+    let large = RawFrame::new(TransferId::generate(), &scene.key, 0, 0, vec![vec![1; SLICE]; 4096]).bytes();
+    let mut data = connect_data(scene.sender.data).await;
+    let mut taken = 0;
+    while taken < 10 && tokio::io::AsyncWriteExt::write_all(&mut data, &large).await.is_ok() {
+        taken += 1;
+    }
+    assert!((5..10).contains(&taken), "{taken} frames were taken");
+    // Nor does one of them keep a connection open.
+    let limits = Limits { handshake: Duration::from_millis(100), ..Limits::default() };
+    let decode = Peer::start_with("decode-0", Setup { limits, ..Setup::default() });
+    let mut data = connect_data(decode.node.data_address().parse().expect("an address")).await;
+    write(&mut data, &RawFrame::new(TransferId::generate(), &scene.key, 0, 0, slices(1, 0, 0..1)).bytes())
+        .await;
+    closed_by_peer(&mut data).await;
 }
 
 #[tokio::test]

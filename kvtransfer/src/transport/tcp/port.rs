@@ -1,8 +1,9 @@
 //! Incoming data connections: frames are checked, then read straight into the blocks they belong to.
 //!
-//! A frame of a live transfer must be proven; one that is not, or that names an unknown transfer, closes the connection
-//! and touches nothing. Late frames of ended transfers are read past. A frame whose claim is refused is read past too,
-//! and its transfer is aborted by its session.
+//! A frame of a live transfer must be proven; one that is not closes the connection and touches nothing. Late frames of
+//! ended transfers are read past. So are those of unknown ones, for a while: they ended longer ago than is remembered,
+//! and the connection carries others' slices too. A frame whose claim is refused is read past as well, and its transfer
+//! is aborted by its session.
 
 use std::{
     io::{self, IoSliceMut},
@@ -29,6 +30,9 @@ use crate::{
 /// Elements of one vectored read.
 const READ_SLICES: usize = 64;
 const SCRAP_BYTES: usize = 64 << 10;
+/// What a connection may carry for unknown transfers between two proven frames; more closes it. A peer that was told of
+/// an end has far less on its way.
+const STRAY_BYTES: u64 = 64 << 20;
 /// Pause after `accept` itself failed, e.g. for want of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -39,8 +43,8 @@ enum Closed {
     Frame(#[from] FrameError),
     #[error("a frame without the transfer's proof")]
     Unproven,
-    #[error("a frame of a transfer that is not known here")]
-    Unknown,
+    #[error("too many frames of transfers that are not known here")]
+    Strays,
     #[error("no frame within the handshake deadline")]
     Silent,
     #[error("a frame made no progress")]
@@ -94,12 +98,14 @@ struct Connection {
     table: Vec<u8>,
     crcs: Vec<u32>,
     scrap: Vec<u8>,
+    /// How much more of unknown transfers is read past.
+    strays_left: u64,
 }
 
 impl Connection {
     fn new(stream: TcpStream, terms: Terms, inbox: Arc<dyn Inbox>) -> Self {
         let (head, table, crcs, scrap) = ([0; HEADER_BYTES], Vec::new(), Vec::new(), Vec::new());
-        Self { stream, terms, inbox, head, have: 0, table, crcs, scrap }
+        Self { stream, terms, inbox, head, have: 0, table, crcs, scrap, strays_left: STRAY_BYTES }
     }
 
     /// Reads frames until the peer closes.
@@ -110,9 +116,15 @@ impl Connection {
             self.have = 0;
             self.read_table(&header).await?;
             match self.inbox.find(&header.transfer) {
-                Found::Live(landing) => self.deliver(&header, &*landing).await?,
+                Found::Live(landing) => {
+                    self.deliver(&header, &*landing).await?;
+                    self.strays_left = STRAY_BYTES;
+                }
                 Found::Ended => self.pass_over(header.payload_bytes()).await?,
-                Found::Unknown => return Err(Closed::Unknown),
+                Found::Unknown => {
+                    self.pass_over_stray(&header).await?;
+                    continue; // anybody can write such a frame: it does not keep a connection open
+                }
             }
             first_by = None;
         }
@@ -251,6 +263,14 @@ impl Connection {
             list.push(IoSliceMut::new(&mut self.head));
         }
         self.stream.try_read_vectored(&mut list)
+    }
+
+    /// Reads past a frame of an unknown transfer, within what is allowed of such.
+    async fn pass_over_stray(&mut self, header: &Header) -> Result<(), Closed> {
+        let bytes = header.payload_bytes() + (HEADER_BYTES + header.table_bytes()) as u64;
+        self.strays_left = self.strays_left.checked_sub(bytes).ok_or(Closed::Strays)?;
+        tracing::debug!(transfer = %header.transfer, bytes, "frame of an unknown transfer passed over");
+        self.pass_over(header.payload_bytes()).await
     }
 
     /// Reads `left` bytes of payload and forgets them.
