@@ -35,16 +35,22 @@ fn main() -> ExitCode {
     let ended = runtime.block_on(async {
         match args.command {
             Command::Up(args) => up::run(*args).await.map_err(Box::<dyn std::error::Error>::from),
-            Command::Ctl(args) => ctl::run(args).await.map_err(Box::<dyn std::error::Error>::from),
-            Command::Bench(args) => bench::run(&args).await.map_err(Box::<dyn std::error::Error>::from),
+            Command::Ctl(args) => ctl::run(args).await.map(done).map_err(Box::<dyn std::error::Error>::from),
+            Command::Bench(args) => {
+                bench::run(&args).await.map(done).map_err(Box::<dyn std::error::Error>::from)
+            }
         }
     });
     // A read of standard input or of a slow disk must not hold the end up.
     runtime.shutdown_background();
     match ended {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => fail(error.as_ref()),
     }
+}
+
+fn done(_: ()) -> ExitCode {
+    ExitCode::SUCCESS
 }
 
 fn fail(error: &(dyn std::error::Error + 'static)) -> ExitCode {

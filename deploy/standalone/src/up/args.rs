@@ -10,7 +10,7 @@ use super::UpError;
 ///
 /// Each service is a process of its own, started again when it dies. Without --model, a small model
 /// (SmolLM2-135M-Instruct, 98 MB) is fetched once and kept. Ctrl-C lets running requests finish and stops
-/// everything; a second Ctrl-C stops at once.
+/// everything; a second Ctrl-C stops at once (exit status 130).
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct UpArgs {
     /// Model to serve: a GGUF file, or a Hugging Face directory (config.json, tokenizer.json, *.safetensors).

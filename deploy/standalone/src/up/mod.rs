@@ -19,6 +19,7 @@ pub(crate) use error::UpError;
 
 use std::{
     path::PathBuf,
+    process::ExitCode,
     time::{SystemTime, UNIX_EPOCH},
 };
 
@@ -29,10 +30,13 @@ use crate::{
     screen::{Screen, say},
 };
 use addresses::Addresses;
-use supervise::Supervisor;
+use supervise::{Stop, Supervisor};
+
+/// What a shell reports of a program that Ctrl-C ended: this one ended before it was done.
+const FORCED: u8 = 130;
 
 /// Runs until the user ends it, or until it cannot go on.
-pub(crate) async fn run(args: UpArgs) -> Result<(), UpError> {
+pub(crate) async fn run(args: UpArgs) -> Result<ExitCode, UpError> {
     let screen = Screen::new();
     let (stop, kill) = (CancellationToken::new(), CancellationToken::new());
     signals::watch(&stop, &kill, args.supervised)?;
@@ -41,7 +45,7 @@ pub(crate) async fn run(args: UpArgs) -> Result<(), UpError> {
     if args.fetch_only {
         let path = cancellable(&stop, model::fetch(&cache, &screen)).await?;
         say(&path.display().to_string());
-        return Ok(());
+        return Ok(ExitCode::SUCCESS);
     }
     let programs = plan::Programs::beside_this_one()?;
     args.check_counts()?;
@@ -76,8 +80,8 @@ pub(crate) async fn run(args: UpArgs) -> Result<(), UpError> {
         served = serve(&supervisor, &screen, &args) => served,
         () = stop.cancelled() => Ok(()),
     };
-    supervisor.stop(&kill).await;
-    ended
+    let how = supervisor.stop(&kill).await;
+    ended.map(|()| if how == Stop::Forced { ExitCode::from(FORCED) } else { ExitCode::SUCCESS })
 }
 
 /// Waits until the cluster serves, says so, and then for ever.

@@ -45,6 +45,14 @@ pub(super) struct Supervisor {
     shared: Arc<Shared>,
 }
 
+/// How a stop went.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Stop {
+    InOrder,
+    /// It was cut short: requests may have been cut off.
+    Forced,
+}
+
 /// One process and the task that keeps it running.
 struct Keeper {
     service: Service,
@@ -132,8 +140,8 @@ impl Supervisor {
         self.shared.change(|run| run.ready = true);
     }
 
-    /// Stops all processes and waits for their ends. `kill` cuts every wait short.
-    pub(super) async fn stop(self, kill: &CancellationToken) {
+    /// Stops all processes and waits for their ends. `kill` cuts every wait short; the answer says whether it did.
+    pub(super) async fn stop(self, kill: &CancellationToken) -> Stop {
         let shared = self.shared.clone();
         shared.screen.line("stopping: letting running requests finish (Ctrl-C again stops at once)");
         let in_order = async {
@@ -150,15 +158,17 @@ impl Supervisor {
             }
         };
         tokio::pin!(in_order);
-        tokio::select! {
-            () = &mut in_order => {}
+        let how = tokio::select! {
+            () = &mut in_order => Stop::InOrder,
             () = kill.cancelled() => {
                 shared.kill.cancel();
                 in_order.await;
+                Stop::Forced
             }
-        }
+        };
         RunFile::remove(&shared.run_dir);
         shared.screen.line("stopped");
+        how
     }
 }
 
@@ -197,11 +207,16 @@ enum Ended {
     Stopped,
 }
 
-/// One process, over all its lives, until `stop`.
+/// Whether a process is to end for good: its turn has come, or all are to end at once.
+fn is_over(stop: &CancellationToken, shared: &Shared) -> bool {
+    stop.is_cancelled() || shared.kill.is_cancelled()
+}
+
+/// One process, over all its lives, until `stop` or the kill of all.
 async fn keep(index: usize, spec: ChildSpec, mut log: Log, stop: CancellationToken, shared: Arc<Shared>) {
     let mut policy = RestartPolicy::default();
     let last = log.last();
-    loop {
+    while !is_over(&stop, &shared) {
         let Ended::Died { status, lived } = live(index, &spec, &mut log, &stop, &shared).await else {
             return;
         };
@@ -223,6 +238,7 @@ async fn keep(index: usize, spec: ChildSpec, mut log: Log, stop: CancellationTok
                 tokio::select! {
                     () = tokio::time::sleep(pause) => {}
                     () = stop.cancelled() => return,
+                    () = shared.kill.cancelled() => return,
                 }
                 shared.change(|run| run.processes[index].restarts += 1);
             }
@@ -269,7 +285,7 @@ async fn live(
     if following {
         let _ = tokio::time::timeout(LAST_WORDS, follow).await;
     }
-    if stop.is_cancelled() {
+    if is_over(stop, shared) {
         return Ended::Stopped;
     }
     let status = status.map_or_else(|error| error.to_string(), describe);

@@ -102,7 +102,7 @@ async fn a_stop_goes_coordinator_servers_controller() {
     for name in ["controller", "server-0", "coordinator"] {
         until("a trap", || bench.written(&format!("{name}.log")).contains("up")).await;
     }
-    supervisor.stop(&CancellationToken::new()).await;
+    assert_eq!(supervisor.stop(&CancellationToken::new()).await, Stop::InOrder);
     assert_eq!(bench.written("trail"), "coordinator\nserver-0\ncontroller\n");
 }
 
@@ -117,8 +117,43 @@ async fn a_second_stop_kills_what_does_not_listen() {
     let pid = entry(&supervisor, 0).pid.unwrap();
     let kill = CancellationToken::new();
     kill.cancel();
-    tokio::time::timeout(PATIENCE, supervisor.stop(&kill)).await.unwrap();
+    assert_eq!(tokio::time::timeout(PATIENCE, supervisor.stop(&kill)).await.unwrap(), Stop::Forced);
     assert!(gone(pid));
+}
+
+#[tokio::test]
+async fn a_second_stop_starts_nothing_again() {
+    let bench = Bench::new();
+    // The coordinator's child holds its output open, so that its end takes a while to be seen: long enough for those
+    // whose turn has not come to be started again, were they taken to have died.
+    let drains = "trap 'echo draining' TERM; sleep 5 & echo up; while :; do sleep 0.01; done";
+    let mut coordinator = bench.shell("coordinator", Service::Coordinator, drains, Vec::new());
+    coordinator.grace = Duration::from_secs(3600);
+    let other = |name, service| bench.shell(name, service, "exec sleep 3600", Vec::new());
+    let supervisor = bench.start(vec![
+        other("controller", Service::Controller),
+        other("server-0", Service::Server),
+        other("server-1", Service::Server),
+        coordinator,
+    ]);
+    supervisor.mark_ready();
+    until("all to run", || {
+        let up = bench.written("coordinator.log").contains("up");
+        up && (0..4).all(|index| entry(&supervisor, index).pid.is_some())
+    })
+    .await;
+    let before = supervisor.run_file().processes;
+    let (shared, kill) = (supervisor.shared.clone(), CancellationToken::new());
+    let stopping = tokio::spawn({
+        let kill = kill.clone();
+        async move { supervisor.stop(&kill).await }
+    });
+    until("a drain", || bench.written("coordinator.log").contains("draining")).await;
+    kill.cancel();
+    assert_eq!(tokio::time::timeout(PATIENCE, stopping).await.unwrap().unwrap(), Stop::Forced);
+    // A death would have been written there, and a new life too.
+    assert_eq!(locked(&shared.run).processes, before);
+    assert!(before.iter().all(|process| gone(process.pid.unwrap())));
 }
 
 #[tokio::test]
