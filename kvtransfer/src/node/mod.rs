@@ -19,7 +19,6 @@ mod table;
 use std::{
     collections::HashMap,
     fmt,
-    future::Future,
     sync::{
         Arc,
         atomic::{AtomicU64, AtomicUsize, Ordering},

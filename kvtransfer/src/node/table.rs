@@ -4,7 +4,6 @@
 
 use std::{
     collections::{HashMap, VecDeque},
-    future::Future,
     sync::{Arc, Weak},
 };
 
@@ -92,15 +91,10 @@ impl<T> Table<T> {
     }
 
     /// Resolves once `id` is alive, at once if it is; also when it has ended again by the time this is polled.
-    pub(super) fn alive(&self, id: TransferId) -> impl Future<Output = ()> + Send + '_
-    where
-        T: Send + Sync,
-    {
-        async move {
-            let Some(waiter) = self.wait(id) else { return };
-            if let Some(signal) = &waiter.signal {
-                signal.cancelled().await;
-            }
+    pub(super) async fn alive(&self, id: TransferId) {
+        let Some(waiter) = self.wait(id) else { return };
+        if let Some(signal) = &waiter.signal {
+            signal.cancelled().await;
         }
     }
 
