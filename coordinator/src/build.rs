@@ -129,7 +129,8 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
     let (http, grpc) = (address(&listener).unwrap_or_default(), address(&admin_listener).unwrap_or_default());
     process.spawn_essential("admin", grpc::serve(admin_listener, routes, options));
     tracing::info!(%http, %grpc, "serving");
-    let served = baton_process::http::serve(listener, router, process.shutdown.clone(), drain).await;
+    let (most, shutdown) = (config.limits.max_connections, process.shutdown.clone());
+    let served = baton_process::http::serve_many(listener, router, most, shutdown, drain).await;
     // Requests have drained: the streams to instances may end.
     service.links.stop_all();
     Ok(served?)

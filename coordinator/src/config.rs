@@ -101,6 +101,8 @@ pub struct ModelConfig {
 pub struct LimitsConfig {
     /// Largest request body.
     pub max_body_bytes: usize,
+    /// Connections of clients at once; more wait to be taken.
+    pub max_connections: usize,
     /// Requests served at once; more wait.
     pub max_concurrent: usize,
     /// Requests that wait at once; more are refused with 429.
@@ -123,6 +125,7 @@ impl Default for LimitsConfig {
     fn default() -> Self {
         Self {
             max_body_bytes: 8 << 20,
+            max_connections: 8192,
             max_concurrent: 1024,
             max_queued: 1024,
             queue_timeout: Duration::from_secs(30),
@@ -197,6 +200,7 @@ impl ServiceConfig for CoordinatorConfig {
         )?;
         let limits = &self.limits;
         require(limits.max_body_bytes > 0, "limits.max_body_bytes", "expected at least 1")?;
+        require(limits.max_connections > 0, "limits.max_connections", "expected at least 1")?;
         require(limits.max_concurrent > 0, "limits.max_concurrent", "expected at least 1")?;
         require(!limits.request_timeout.is_zero(), "limits.request_timeout", "expected more than 0")?;
         let fleet = &self.fleet;
