@@ -14,7 +14,7 @@ use std::{
 use baton_kvtransfer::{
     ExpectSpec, Incoming, KvLayout, KvNode, OfferSpec, Outgoing, Progress, Region, TransferError,
 };
-use baton_proto::{ApiError, Incarnation, TransferId};
+use baton_proto::{ApiError, ErrorCode, Incarnation, TransferId};
 use baton_runtime::{BlockId, KvPool, KvPoolLayout};
 use tokio::{
     runtime::Handle,
@@ -66,9 +66,11 @@ enum Open {
 pub struct Transfers {
     node: KvNode,
     open: HashMap<SequenceId, Open>,
+    /// Decode legs without an offer; dropping the sender ends the watch.
+    watched: HashMap<SequenceId, oneshot::Sender<()>>,
     engine: mpsc::Sender<Command>,
     block_tokens: u32,
-    /// A transfer that no deadline of its request ends earlier ends after this long.
+    /// A transfer whose request has no deadline ends after this long.
     timeout: Duration,
     tasks: TaskTracker,
     runtime: Handle,
@@ -86,7 +88,17 @@ impl Transfers {
         runtime: Handle,
         metrics: HandoffMetrics,
     ) -> Self {
-        Self { node, open: HashMap::new(), engine, block_tokens, timeout, tasks, runtime, metrics }
+        Self {
+            node,
+            open: HashMap::new(),
+            watched: HashMap::new(),
+            engine,
+            block_tokens,
+            timeout,
+            tasks,
+            runtime,
+            metrics,
+        }
     }
 
     /// Starts to send a sequence's cache. After an error there is no transfer.
@@ -120,6 +132,34 @@ impl Transfers {
             &self.runtime,
         );
         Ok(())
+    }
+
+    /// Sends `Command::Offered` once a transfer is offered, or at the deadline; nothing after [`Self::unwatch`].
+    pub fn watch(&mut self, id: SequenceId, transfer: TransferId, deadline: Option<Instant>) {
+        let (unwatch, unwatched) = oneshot::channel::<()>();
+        self.watched.insert(id, unwatch);
+        let (deadline, offered) = (self.deadline(deadline), self.node.offered(transfer));
+        let engine = self.engine.clone();
+        self.tasks.spawn_on(
+            async move {
+                let result = tokio::select! {
+                    biased;
+                    _ = unwatched => return,
+                    () = offered => Ok(()),
+                    () = tokio::time::sleep_until(deadline.into()) => {
+                        let message = "the prefill instance did not offer the cache in time";
+                        Err(ApiError::new(ErrorCode::HandoffFailed, message))
+                    }
+                };
+                let _ = engine.send(Command::Offered { id, result }).await;
+            },
+            &self.runtime,
+        );
+    }
+
+    /// The leg has been told, or has ended.
+    pub fn unwatch(&mut self, id: SequenceId) {
+        self.watched.remove(&id);
     }
 
     /// Lets a sequence's cache arrive. After an error there is no transfer.

@@ -120,7 +120,7 @@ async fn cancelling_in_any_phase_frees_every_block_on_both_sides() {
         }
         match moment {
             Moment::OnlyDecode => {
-                pair.decode.load.wait_for(|load| load.occupancy.receiving == 1).await.expect("it runs");
+                pair.decode.load.wait_for(|load| load.occupancy.waiting == 1).await.expect("it runs");
             }
             Moment::OnlyPrefill => drop(pair.to_prefill.until_tokens(leg, 1).await),
             Moment::AtOnce => {}
@@ -174,6 +174,25 @@ async fn fewer_blocks_than_wanted_still_complete_everything() {
         assert_eq!(pair.completion(leg).await, request.expected(), "leg {leg}");
     }
     assert!(pair.decode.preemptions() > 0, "the test did not make blocks scarce");
+    pair.until_idle().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn opposite_orders_on_full_pools_do_not_wait_for_each_other() {
+    let prefill = Shape { blocks: 2, ..Shape::default() };
+    let mut pair = Pair::start(prefill, Shape { blocks: 3, ..Shape::default() }).await;
+    let request = Request::greedy(8, 4);
+    let legs = [1, 2].map(|leg| (leg, apart(&pair.prefill, &pair.decode)));
+    for (leg, (_, decode)) in legs.iter().rev() {
+        pair.to_decode.dispatch(*leg, &request, decode.clone()).await;
+    }
+    pair.decode.load.wait_for(|load| load.occupancy.waiting == 2).await.expect("it runs");
+    for (leg, (prefill, _)) in &legs {
+        pair.to_prefill.dispatch(*leg, &request, prefill.clone()).await;
+    }
+    for leg in [1, 2] {
+        assert_eq!(pair.completion(leg).await, request.expected(), "leg {leg}");
+    }
     pair.until_idle().await;
 }
 

@@ -13,6 +13,9 @@
 //!   sequence that grows, so that an arrival does not preempt what runs. A prefill leg gets all its blocks at once and
 //!   is never preempted, since its blocks may be on the wire; a decode leg reserves its prompt's blocks plus one token
 //!   and receives its cache into them.
+//! - A decode leg queues only once its cache has been offered, which its prefill leg does with its own blocks in hand.
+//!   So whoever holds blocks here for a cache to come waits for a prefill that holds its blocks already, and never the
+//!   other way round: two instances with full pools cannot wait for each other.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -40,7 +43,7 @@ pub struct Limits {
     pub max_batch_tokens: u32,
     /// Most sequences that run or receive at a time.
     pub max_sequences: u32,
-    /// Most sequences that wait; more are refused.
+    /// Most sequences that wait, for service or for an offer; more are refused.
     pub max_waiting: u32,
     /// Most tokens of prompt and completion together.
     pub context_tokens: u32,
@@ -68,6 +71,8 @@ pub enum Effect {
         blocks: Vec<BlockId>,
         deadline: Option<Instant>,
     },
+    /// Say by [`Scheduler::offered`] when the transfer of a decode leg has been offered, or that it has not been in time.
+    Watch { id: SequenceId, transfer: TransferId, deadline: Option<Instant> },
     /// Let a decode leg's cache be written into these blocks.
     Expect {
         id: SequenceId,
@@ -80,6 +85,8 @@ pub enum Effect {
     Seal { id: SequenceId, first_token: u32 },
     /// Tell the sender that its transfer will not be expected here.
     Refuse { transfer: TransferId, reason: ApiError },
+    /// Watch no more for an offer.
+    Unwatch { id: SequenceId },
     /// End a transfer; [`Scheduler::transfer_ended`] must follow once it can touch the blocks no more.
     Close { id: SequenceId },
 }
@@ -95,6 +102,8 @@ pub struct Scheduler {
     /// By arrival.
     running: Vec<SequenceId>,
     receiving: u32,
+    /// Decode legs whose offer has not come: neither in `waiting` nor in service.
+    announced: u32,
     arrivals: u64,
     outputs: Vec<(Address, LegUpdate)>,
     effects: Vec<Effect>,
@@ -111,6 +120,7 @@ impl Scheduler {
             waiting: VecDeque::new(),
             running: Vec::new(),
             receiving: 0,
+            announced: 0,
             arrivals: 0,
             outputs: Vec::new(),
             effects: Vec::new(),

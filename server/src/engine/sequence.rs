@@ -2,6 +2,8 @@
 //!
 //! States:
 //! ```text
+//! Announced (decode only) ── offer is here ──> Waiting
+//!
 //!            whole, prefill                           last chunk of a prefill leg
 //! Waiting ───────────────────────────────> Running ─────────────────────────────> HandingOff
 //!    │  ^                                   ^  │                                       │
@@ -136,6 +138,8 @@ pub enum FinishReason {
 /// See the module.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum State {
+    /// A decode leg whose cache nobody has offered yet. It is not in the queue: see [`super::scheduler`].
+    Announced,
     Waiting,
     Receiving,
     Running,
@@ -174,7 +178,7 @@ impl Sequence {
         Self {
             id: new.id,
             address: new.address,
-            state: State::Waiting,
+            state: if matches!(new.work, Work::Decode(_)) { State::Announced } else { State::Waiting },
             arrival,
             tokens: new.prompt,
             prompt_tokens,
@@ -216,7 +220,7 @@ impl Sequence {
         match self.state {
             State::Receiving | State::HandingOff | State::Closing => true,
             State::Running => matches!(self.work, Work::Prefill(_)),
-            State::Waiting => false,
+            State::Announced | State::Waiting => false,
         }
     }
 

@@ -42,6 +42,8 @@ pub enum Command {
     CancelStream(StreamId),
     /// End everything with this error.
     FailAll(ApiError),
+    /// A decode leg's cache has been offered, or it has not been in time.
+    Offered { id: SequenceId, result: Result<(), ApiError> },
     /// A decode leg's cache is whole; no transport touches its blocks any more.
     Received { id: SequenceId, first_token: u32 },
     /// A transfer is over; no transport touches its blocks any more.
@@ -193,6 +195,10 @@ impl Engine {
             Command::Cancel(id) => self.scheduler.cancel(id),
             Command::CancelStream(stream) => self.scheduler.cancel_stream(stream),
             Command::FailAll(error) => self.scheduler.fail_all(&error),
+            Command::Offered { id, result } => {
+                self.transfers.unwatch(id);
+                self.scheduler.offered(id, result);
+            }
             Command::Received { id, first_token } => {
                 self.transfers.ended(id);
                 self.scheduler.received(id, first_token);
@@ -215,6 +221,14 @@ impl Engine {
                     .transfers
                     .expect(id, from, prompt_tokens, &blocks, deadline)
                     .map_err(|error| (id, error)),
+                Effect::Watch { id, transfer, deadline } => {
+                    self.transfers.watch(id, transfer, deadline);
+                    Ok(())
+                }
+                Effect::Unwatch { id } => {
+                    self.transfers.unwatch(id);
+                    Ok(())
+                }
                 Effect::Seal { id, first_token } => {
                     self.transfers.seal(id, first_token);
                     Ok(())

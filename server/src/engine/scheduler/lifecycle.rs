@@ -41,7 +41,7 @@ impl From<Refused> for ApiError {
 pub struct Occupancy {
     /// In the batch.
     pub running: u32,
-    /// In the queue, or with a cache still on its way.
+    /// In the queue, or with a cache not offered yet or still on its way.
     pub waiting: u32,
     /// Held for a transfer alone: prefill legs handed on, and ended legs whose transfer is being closed.
     pub leaving: u32,
@@ -67,7 +67,14 @@ impl Scheduler {
             return;
         }
         self.arrivals += 1;
-        self.waiting.push_back(sequence.id);
+        match &sequence.work {
+            Work::Decode(from) => {
+                let (id, transfer, deadline) = (sequence.id, from.transfer, sequence.deadline);
+                self.effects.push(Effect::Watch { id, transfer, deadline });
+                self.announced += 1;
+            }
+            Work::Whole | Work::Prefill(_) => self.waiting.push_back(sequence.id),
+        }
         self.sequences.insert(sequence.id, sequence);
     }
 
@@ -80,11 +87,26 @@ impl Scheduler {
         if needed > total {
             return Err(Refused::TooLarge { needed, total });
         }
-        let waiting = self.waiting.len() as u32;
+        let waiting = self.waiting.len() as u32 + self.announced;
         if waiting >= self.limits.max_waiting {
             return Err(Refused::QueueFull { waiting });
         }
         Ok(())
+    }
+
+    /// A decode leg's cache has been offered, so that it may queue for its blocks, or it has not been in time.
+    pub fn offered(&mut self, id: SequenceId, result: Result<(), ApiError>) {
+        let announced = |sequence: &&mut Sequence| sequence.state == State::Announced;
+        // The leg may have ended in the meantime.
+        let Some(sequence) = self.sequences.get_mut(&id).filter(announced) else { return };
+        match result {
+            Ok(()) => {
+                sequence.state = State::Waiting;
+                self.announced -= 1;
+                self.waiting.push_back(id);
+            }
+            Err(error) => self.fail(id, error),
+        }
     }
 
     /// Ends a sequence on behalf of its coordinator.
@@ -145,7 +167,7 @@ impl Scheduler {
                 }
             }
             State::Closing => self.remove(id),
-            State::Waiting | State::Running | State::HandingOff => {
+            State::Announced | State::Waiting | State::Running | State::HandingOff => {
                 debug_assert!(false, "{:?} received a cache", self.sequences[&id]);
             }
         }
@@ -238,7 +260,7 @@ impl Scheduler {
         for sequence in self.sequences.values() {
             match sequence.state {
                 State::Running => occupancy.running += 1,
-                State::Waiting | State::Receiving => occupancy.waiting += 1,
+                State::Announced | State::Waiting | State::Receiving => occupancy.waiting += 1,
                 State::HandingOff | State::Closing => occupancy.leaving += 1,
             }
             occupancy.receiving += u32::from(sequence.state == State::Receiving);
@@ -258,7 +280,10 @@ impl Scheduler {
             return;
         }
         let transfers = sequence.transfers();
-        if sequence.state == State::Waiting {
+        if sequence.state == State::Announced {
+            self.effects.push(Effect::Unwatch { id });
+        }
+        if matches!(sequence.state, State::Announced | State::Waiting) {
             let work = sequence.work.clone();
             self.refuse_transfer(&work, &end);
         }
@@ -289,6 +314,7 @@ impl Scheduler {
     /// Takes a sequence out of the queue or the batch that its state says it is in.
     fn leave_batch(&mut self, id: SequenceId) {
         match self.sequences[&id].state {
+            State::Announced => self.announced -= 1,
             State::Waiting => self.waiting.retain(|&other| other != id),
             State::Running => self.running.retain(|&other| other != id),
             State::Receiving => self.receiving -= 1,

@@ -174,6 +174,35 @@ fn the_youngest_is_preempted_and_computed_again() {
 }
 
 #[test]
+fn a_decode_leg_without_an_offer_holds_nothing_but_its_place() {
+    let mut scheduler = scheduler(8);
+    (0..8).for_each(|id| scheduler.add(sequence(id, 4, 4, decode())));
+    scheduler.add(sequence(8, 4, 4, Work::Whole));
+    assert!(matches!(&ends(&mut scheduler)[..], [(8, LegEnd::Failed(e))] if e.code == ErrorCode::QueueFull));
+    assert_eq!((scheduler.occupancy().waiting, scheduler.occupancy().blocks_free), (8, 8));
+    scheduler.take_effects();
+    scheduler.cancel(SequenceId(0));
+    assert!(matches!(
+        &scheduler.take_effects()[..],
+        [Effect::Unwatch { id: SequenceId(0) }, Effect::Refuse { .. }]
+    ));
+    // What is behind them in time is served before them.
+    scheduler.add(sequence(9, 4, 1, Work::Whole));
+    assert_eq!(step(&mut scheduler, 1), [(9, 0, 4)]);
+    let late = ApiError::new(ErrorCode::HandoffFailed, "late");
+    scheduler.offered(SequenceId(1), Err(late.clone()));
+    scheduler.offered(SequenceId(0), Ok(()));
+    scheduler.offered(SequenceId(3), Ok(()));
+    let ends = ends(&mut scheduler);
+    assert!(ends.contains(&(1, LegEnd::Failed(late))), "{ends:?}");
+    step(&mut scheduler, 1);
+    let expected =
+        scheduler.take_effects().into_iter().filter(|effect| matches!(effect, Effect::Expect { .. }));
+    assert_eq!(expected.count(), 1);
+    assert_eq!(scheduler.occupancy().receiving, 1);
+}
+
+#[test]
 fn a_prefill_leg_hands_on_and_keeps_its_blocks_until_released() {
     let mut scheduler = scheduler(8);
     scheduler.add(sequence(1, 20, 9, prefill()));
@@ -209,6 +238,10 @@ fn a_decode_leg_reserves_receives_and_goes_on_from_the_first_token() {
     let mut scheduler = scheduler(8);
     scheduler.add(sequence(1, 8, 3, decode()));
     assert_eq!(step(&mut scheduler, 3), []);
+    assert!(matches!(&scheduler.take_effects()[..], [Effect::Watch { .. }]));
+    assert_eq!(scheduler.occupancy().blocks_free, 8, "it holds blocks before its prefill does");
+    scheduler.offered(SequenceId(1), Ok(()));
+    assert_eq!(step(&mut scheduler, 3), []);
     assert!(matches!(&scheduler.take_effects()[..], [Effect::Expect { blocks, .. }] if blocks.len() == 3));
     scheduler.received(SequenceId(1), 42);
     assert_eq!(step(&mut scheduler, 3), [(1, 8, 1)]);
@@ -228,11 +261,14 @@ fn the_deadline_ends_a_sequence_in_any_state() {
         let deadline = Some(now + Duration::from_secs(id));
         scheduler.add(NewSequence { deadline, ..sequence(id, 7, 9, work) });
     }
+    scheduler.offered(SequenceId(3), Ok(()));
+    scheduler
+        .add(NewSequence { deadline: Some(now + Duration::from_secs(2)), ..sequence(4, 7, 9, decode()) });
     step(&mut scheduler, 1);
     assert_eq!(scheduler.next_deadline(), Some(now + Duration::from_secs(1)));
     scheduler.expire(now + Duration::from_secs(3));
     let ends = ends(&mut scheduler);
-    assert_eq!(ends.len(), 3);
+    assert_eq!(ends.len(), 4);
     assert!(
         ends.iter().all(|(_, end)| matches!(end, LegEnd::Failed(e) if e.code == ErrorCode::DeadlineExceeded))
     );
@@ -247,6 +283,7 @@ enum Happening {
     Cancel(usize),
     CancelStream(u64),
     TransferEnds { which: usize, well: bool },
+    Offered { which: usize, well: bool },
     Fails(usize),
     Step { token: u32 },
 }
@@ -259,6 +296,7 @@ fn happening() -> impl Strategy<Value = Happening> {
         1 => (0u64..2).prop_map(Happening::CancelStream),
         3 => (0usize..100, prop::bool::weighted(0.8))
             .prop_map(|(which, well)| Happening::TransferEnds { which, well }),
+        3 => (0usize..100, prop::bool::weighted(0.8)).prop_map(|(which, well)| Happening::Offered { which, well }),
         1 => (0usize..100).prop_map(Happening::Fails),
         12 => prop_oneof![20 => Just(1u32), 1 => Just(99u32)].prop_map(|token| Happening::Step { token }),
     ]
@@ -269,6 +307,7 @@ fn happening() -> impl Strategy<Value = Happening> {
 struct World {
     added: Vec<u64>,
     open: Vec<(SequenceId, bool /* incoming */)>,
+    watched: Vec<SequenceId>,
     sealed: HashSet<SequenceId>,
     told: HashMap<u64, (u32, bool /* ended */)>,
 }
@@ -279,6 +318,11 @@ impl World {
             match effect {
                 Effect::Offer { id, .. } => self.open.push((id, false)),
                 Effect::Expect { id, .. } => self.open.push((id, true)),
+                Effect::Watch { id, .. } => self.watched.push(id),
+                Effect::Unwatch { id } => {
+                    // Its offer may be on its way to the engine already: that must do no harm.
+                    self.watched.retain(|&other| other != id || id.0 % 2 == 0);
+                }
                 Effect::Refuse { .. } => {}
                 Effect::Seal { id, .. } => assert!(self.sealed.insert(id), "sealed twice"),
                 Effect::Close { id } => {
@@ -292,6 +336,14 @@ impl World {
             assert_eq!(told.0, update.first_position, "leg {} has a gap or a repetition", update.leg);
             told.0 += update.tokens.len() as u32;
             told.1 = update.end.is_some();
+        }
+    }
+
+    fn offer(&mut self, scheduler: &mut Scheduler, which: usize, well: bool) {
+        if !self.watched.is_empty() {
+            let id = self.watched.remove(which % self.watched.len());
+            let late = || ApiError::new(ErrorCode::HandoffFailed, "late");
+            scheduler.offered(id, if well { Ok(()) } else { Err(late()) });
         }
     }
 
@@ -319,12 +371,13 @@ fn check_invariants(scheduler: &Scheduler) {
         assert_eq!(scheduler.running.contains(id), sequence.state == State::Running, "{sequence:?}");
         assert_eq!(scheduler.waiting.contains(id), sequence.state == State::Waiting, "{sequence:?}");
         assert!(
-            sequence.state != State::Waiting || sequence.blocks.count() == 0,
+            !matches!(sequence.state, State::Announced | State::Waiting) || sequence.blocks.count() == 0,
             "{sequence:?} waits with blocks"
         );
     }
-    let receiving = scheduler.sequences.values().filter(|s| s.state == State::Receiving).count();
-    assert_eq!(receiving as u32, scheduler.receiving);
+    let count = |state| scheduler.sequences.values().filter(|s| s.state == state).count() as u32;
+    assert_eq!(count(State::Receiving), scheduler.receiving);
+    assert_eq!(count(State::Announced), scheduler.announced);
     assert!(scheduler.running.is_sorted_by_key(|id| scheduler.sequences[id].arrival));
 }
 
@@ -375,6 +428,7 @@ proptest! {
                     .for_each(|id| scheduler.fail(SequenceId(id), ApiError::new(ErrorCode::Internal, "broken"))),
                 Happening::CancelStream(stream) => scheduler.cancel_stream(StreamId(stream)),
                 Happening::TransferEnds { which, well } => world.end_transfer(&mut scheduler, which, well),
+                Happening::Offered { which, well } => world.offer(&mut scheduler, which, well),
                 Happening::Step { token } => {
                     run(&mut scheduler, &mut world, token);
                 }
@@ -385,9 +439,10 @@ proptest! {
         // From here on everything goes well: all of it must end by itself.
         for _ in 0..20_000 {
             if !run(&mut scheduler, &mut world, 1) {
-                if world.open.is_empty() {
+                if world.open.is_empty() && world.watched.is_empty() {
                     break;
                 }
+                world.offer(&mut scheduler, 0, true);
                 world.end_transfer(&mut scheduler, 0, true);
                 world.absorb(&mut scheduler);
             }
