@@ -227,7 +227,7 @@ impl Plan {
             tracing::warn!(
                 pool_tokens,
                 context,
-                "the KV cache holds less than one full context: longer requests are refused; raise runtime.kv_cache_bytes"
+                "the KV cache holds less than one full context, so that less is offered; raise runtime.kv_cache_bytes"
             );
         }
         Ok(plan)
@@ -235,6 +235,11 @@ impl Plan {
 
     fn pool_tokens(&self) -> u64 {
         u64::from(self.layout.blocks) * u64::from(self.layout.block_tokens)
+    }
+
+    /// What clients are told: a context that is never refused for want of blocks.
+    fn offered_context_tokens(&self, config: &ServerConfig) -> u32 {
+        self.context_tokens(config).min(u32::try_from(self.pool_tokens()).unwrap_or(u32::MAX))
     }
 
     fn context_tokens(&self, config: &ServerConfig) -> u32 {
@@ -277,7 +282,7 @@ impl Plan {
                 name: facts.model.clone(),
                 revision: self.revision.clone(),
                 architecture: self.checkpoint.config().architecture.name().to_owned(),
-                context_tokens: facts.context_tokens,
+                context_tokens: self.offered_context_tokens(config),
                 vocabulary_size: facts.vocabulary,
             }),
             kv_layout: Some((&kv_layout(&self.layout, &self.revision)).into()),

@@ -43,6 +43,11 @@ impl BlockManager {
         self.references.len() as u32
     }
 
+    /// Tokens that all blocks together hold.
+    pub fn total_tokens(&self) -> u32 {
+        self.total().saturating_mul(self.block_tokens)
+    }
+
     pub fn free(&self) -> u32 {
         self.free.len() as u32
     }

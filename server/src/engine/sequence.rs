@@ -128,7 +128,7 @@ pub enum LegEnd {
 pub enum FinishReason {
     /// A stop token, which is the last of the completion's tokens.
     Stop,
-    /// `max_tokens` or the context is full.
+    /// `max_tokens`, or the context or the whole KV cache is full.
     Length,
     /// Decode has the cache and goes on.
     HandedOff,
@@ -162,7 +162,7 @@ pub(super) struct Sequence {
     pub(super) sampling: SamplingParams,
     pub(super) counts: Option<TokenCounts>,
     pub(super) stop_tokens: Vec<u32>,
-    /// Most tokens the completion may have: `max_tokens` within the context.
+    /// Most tokens the completion may have: `max_tokens` within the context and what the pool holds.
     pub(super) completion_limit: u32,
     pub(super) deadline: Option<Instant>,
     pub(super) work: Work,
@@ -172,9 +172,16 @@ pub(super) struct Sequence {
 }
 
 impl Sequence {
-    pub(super) fn new(new: NewSequence, arrival: u64, context_tokens: u32) -> Self {
+    /// `context_tokens` bounds prompt and completion together, `pool_tokens` what of them is held here at a time.
+    pub(super) fn new(new: NewSequence, arrival: u64, context_tokens: u32, pool_tokens: u32) -> Self {
         let prompt_tokens = new.prompt.len() as u32;
         let counts = new.sampling.penalises().then(|| TokenCounts::new(&new.prompt, &[]));
+        // The last token of a completion is never computed, so it needs no room. A prefill leg's completion is held
+        // elsewhere.
+        let room = match new.work {
+            Work::Prefill(_) => context_tokens,
+            Work::Whole | Work::Decode(_) => context_tokens.min(pool_tokens.saturating_add(1)),
+        };
         Self {
             id: new.id,
             address: new.address,
@@ -187,7 +194,7 @@ impl Sequence {
             sampling: new.sampling,
             counts,
             stop_tokens: new.stop.stop_tokens,
-            completion_limit: new.stop.max_tokens.min(context_tokens.saturating_sub(prompt_tokens)).max(1),
+            completion_limit: new.stop.max_tokens.min(room.saturating_sub(prompt_tokens)).max(1),
             deadline: new.deadline,
             work: new.work,
             request: new.request,

@@ -16,7 +16,7 @@ pub enum Refused {
     #[error("{waiting} requests wait already: try again later")]
     QueueFull { waiting: u32 },
     #[error(
-        "the request may need {needed} KV blocks and the instance has {total}: lower max_tokens or shorten the prompt"
+        "the prompt needs {needed} KV blocks and the instance has {total}: shorten it, or give the instance more memory"
     )]
     TooLarge { needed: u32, total: u32 },
     #[error(
@@ -59,7 +59,8 @@ pub struct Occupancy {
 impl Scheduler {
     /// Queues a sequence. If it cannot be taken the leg is ended with the reason.
     pub fn add(&mut self, new: NewSequence) {
-        let sequence = Sequence::new(new, self.arrivals, self.limits.context_tokens);
+        let sequence =
+            Sequence::new(new, self.arrivals, self.limits.context_tokens, self.blocks.total_tokens());
         if let Err(refused) = self.check(&sequence) {
             let end = LegEnd::Failed(refused.into());
             self.refuse_transfer(&sequence.work, &end);

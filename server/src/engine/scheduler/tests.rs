@@ -119,7 +119,7 @@ fn a_completion_ends_by_stop_token_length_or_context() {
 fn what_can_never_fit_is_refused_at_once() {
     let mut scheduler = scheduler(3);
     let cases = [
-        (sequence(1, 10, 4, Work::Whole), ErrorCode::KvExhausted),
+        (sequence(1, 13, 1, Work::Whole), ErrorCode::KvExhausted),
         (sequence(2, 12, 1, decode()), ErrorCode::KvExhausted),
         (sequence(3, 13, 1, prefill()), ErrorCode::KvExhausted),
         (sequence(4, 64, 1, Work::Whole), ErrorCode::ContextLengthExceeded),
@@ -137,6 +137,30 @@ fn what_can_never_fit_is_refused_at_once() {
         scheduler.add(new);
     }
     assert_eq!(ends(&mut scheduler), []);
+}
+
+#[test]
+fn a_completion_without_a_limit_ends_where_the_pool_does() {
+    for work in [Work::Whole, decode()] {
+        let mut scheduler = scheduler(3);
+        scheduler.add(sequence(1, 10, u32::MAX, work));
+        scheduler.schedule().iter().for_each(|chunk| scheduler.computed(chunk, chunk.logits.then_some(5)));
+        scheduler.offered(SequenceId(1), Ok(()));
+        step(&mut scheduler, 5);
+        if scheduler.occupancy().receiving == 1 {
+            scheduler.received(SequenceId(1), 5);
+        }
+        while !step(&mut scheduler, 5).is_empty() {}
+        // Twelve tokens are held, and the last one is not.
+        let end = LegEnd::Finished {
+            reason: FinishReason::Length,
+            prompt_tokens: 10,
+            cached_tokens: 0,
+            completion_tokens: 3,
+        };
+        assert_eq!(ends(&mut scheduler), [(1, end)]);
+        assert_eq!(scheduler.occupancy().preemptions, 0);
+    }
 }
 
 #[test]
