@@ -20,7 +20,7 @@ use crate::{
 pub const EVENT_QUEUE: usize = 64;
 
 /// After a drain's deadline, how long the last transfers may take to let go of their blocks.
-const FENCES_WITHIN: Duration = Duration::from_secs(5);
+pub const FENCES_WITHIN: Duration = Duration::from_secs(5);
 
 /// See the module.
 #[derive(Debug)]

@@ -36,8 +36,12 @@ use crate::{
     permits::Permits,
     role::{Assignment, Event, Role, RoleView},
     serving::{Serving, ServingParts, Shared},
-    session::Session,
+    session::{self, Session},
 };
+
+/// What a drain's end needs of the process's own: to fail what still runs and wait for its fences, to say goodbye, and
+/// to let the last calls linger. Of a drain too short for that, half.
+const ENDGAME: Duration = duty::FENCES_WITHIN.saturating_add(session::GOODBYE_WITHIN).saturating_add(LINGER);
 
 /// How long calls may linger once every leg has ended.
 const LINGER: Duration = Duration::from_secs(2);
@@ -114,7 +118,7 @@ pub async fn run(process: Process<ServerConfig>) -> Result<(), ServerError> {
         process.shutdown.cancelled().await;
     }
 
-    let _ = events.send(Event::Stop { drain: process.drain() }).await;
+    let _ = events.send(Event::Stop { drain: drain_of_legs(process.drain()) }).await;
     let _ = duty.await;
     goodbye.cancel();
     if let Some(session) = session {
@@ -122,6 +126,11 @@ pub async fn run(process: Process<ServerConfig>) -> Result<(), ServerError> {
     }
     stop.cancel();
     Ok(())
+}
+
+/// The process is ended at the end of `whole`, however far it is.
+fn drain_of_legs(whole: Duration) -> Duration {
+    whole - ENDGAME.min(whole / 2)
 }
 
 fn grpc_options(
@@ -323,6 +332,14 @@ fn incarnation() -> Incarnation {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn legs_leave_time_for_the_end() {
+        let seconds = Duration::from_secs;
+        assert_eq!(drain_of_legs(seconds(30)), seconds(30) - ENDGAME);
+        assert_eq!(drain_of_legs(seconds(4)), seconds(2));
+        assert_eq!(drain_of_legs(Duration::ZERO), Duration::ZERO);
+    }
 
     #[test]
     fn what_is_advertised_can_be_reached() {

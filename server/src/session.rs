@@ -22,6 +22,8 @@ const REPORT_QUEUE: usize = 16;
 const CONNECT_WITHIN: Duration = Duration::from_secs(3);
 /// For the first answer, and for a report to find room in the queue.
 const ANSWER_WITHIN: Duration = Duration::from_secs(5);
+/// For the controller to close its side after a goodbye.
+pub const GOODBYE_WITHIN: Duration = Duration::from_secs(2);
 const KEEPALIVE: Duration = Duration::from_secs(5);
 /// A silent controller is noticed by keep-alives; a beat is sent at least this often, and at most.
 const BEAT_RANGE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(10));
@@ -139,7 +141,7 @@ impl Session {
                     send(&reports, v1::instance_report::Report::Bye(bye)).await?;
                     // The controller closes its side once it has read the goodbye.
                     drop(reports);
-                    let _ = tokio::time::timeout(ANSWER_WITHIN, orders.by_ref().for_each(|_| async {})).await;
+                    let _ = tokio::time::timeout(GOODBYE_WITHIN, orders.by_ref().for_each(|_| async {})).await;
                     return Ok(());
                 }
                 Ok(()) = self.role.changed() => {}

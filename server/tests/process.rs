@@ -48,13 +48,16 @@ impl Drop for Server {
 }
 
 impl Server {
-    fn start(controller: &str) -> Self {
+    fn start(controller: &str, settings: &[&str]) -> Self {
         let model = std::env::var_os("BATON_TEST_MODEL").expect(
             "set BATON_TEST_MODEL to the GGUF file of SmolLM2-135M-Instruct; `./deploy/run test` fetches it",
         );
         let mut command = Command::new(env!("CARGO_BIN_EXE_baton-server"));
         command.arg("--model").arg(model).args(["--controller", controller, "--instance-id", "s"]);
-        command.args(["--set", "model.name=real"]).stdin(Stdio::null()).stdout(Stdio::null());
+        for setting in ["model.name=real"].iter().chain(settings) {
+            command.args(["--set", setting]);
+        }
+        command.stdin(Stdio::null()).stdout(Stdio::null());
         Self(command.spawn().expect("the server starts"))
     }
 
@@ -94,14 +97,24 @@ impl Reports {
             }
         }
     }
+
+    async fn until_goodbye(&mut self) {
+        loop {
+            match self.next().await {
+                v1::instance_report::Report::Beat(_) => {}
+                v1::instance_report::Report::Bye(_) => return,
+                other @ v1::instance_report::Report::Hello(_) => panic!("expected goodbye, got {other:?}"),
+            }
+        }
+    }
 }
 
 fn order(order: v1::controller_order::Order) -> Result<v1::ControllerOrder, Status> {
     Ok(v1::ControllerOrder { order: Some(order) })
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn it_registers_serves_and_drains() {
+/// A server that is ready, the controller's side of its session, and a coordinator attached to it.
+async fn ready(settings: &[&str]) -> (Server, Reports, Orders, Attached) {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let address = listener.local_addr().expect("an address").to_string();
     let (accepted, mut sessions) = mpsc::channel(1);
@@ -109,7 +122,7 @@ async fn it_registers_serves_and_drains() {
     let serve = tonic::transport::Server::builder().add_service(control);
     tokio::spawn(serve.serve_with_incoming(TcpListenerStream::new(listener)));
 
-    let server = Server::start(&address);
+    let server = Server::start(&address, settings);
     let session = tokio::time::timeout(PATIENCE, sessions.recv()).await.expect("a session in time");
     let (reports, orders) = session.expect("a session");
     let mut reports = Reports(reports);
@@ -129,7 +142,13 @@ async fn it_registers_serves_and_drains() {
 
     let target =
         Target { instance: "s".into(), incarnation: spec.incarnation, epoch: 3, model: "real".into() };
-    let mut coordinator = Attached::open(&spec.inference_endpoint, target).await;
+    let coordinator = Attached::open(&spec.inference_endpoint, target).await;
+    (server, reports, orders, coordinator)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn it_registers_serves_and_drains() {
+    let (server, mut reports, orders, mut coordinator) = ready(&[]).await;
     let request = Request::greedy(20, 60);
     coordinator.dispatch(1, &request, whole()).await;
     coordinator.until_tokens(1, 3).await;
@@ -139,13 +158,19 @@ async fn it_registers_serves_and_drains() {
     assert_eq!(coordinator.until_end(2).await.failed(), ErrorCode::Unavailable);
     let heard = coordinator.until_end(1).await;
     assert_eq!((heard.tokens.len(), heard.finished()), (60, v1::FinishReason::Length));
-    loop {
-        match reports.next().await {
-            v1::instance_report::Report::Beat(_) => {}
-            v1::instance_report::Report::Bye(_) => break,
-            other => panic!("expected goodbye, got {other:?}"),
-        }
-    }
+    reports.until_goodbye().await;
+    drop(orders);
+    assert!(server.exit().await.success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_outlasts_its_drain_is_told_so() {
+    let (server, mut reports, orders, mut coordinator) = ready(&["process.shutdown.drain=3s"]).await;
+    coordinator.dispatch(1, &Request::greedy(20, 8000), whole()).await;
+    coordinator.until_tokens(1, 1).await;
+    server.terminate();
+    assert_eq!(coordinator.until_end(1).await.failed(), ErrorCode::Unavailable);
+    reports.until_goodbye().await;
     drop(orders);
     assert!(server.exit().await.success());
 }
