@@ -66,6 +66,11 @@ fn what_cannot_start_says_why_in_one_line() {
     let listen = format!("127.0.0.1:{port}");
     says(&up(&["--model", model.to_str().unwrap(), "--listen", &listen]), &[&port, "in use"]);
 
+    let misspelt = ["--listen", "127.0.0.1:0", "--set", "server.runtme.threads=1"];
+    let misspelt = up(&[&["--model", model.to_str().unwrap()], &misspelt[..]].concat());
+    says(&misspelt, &["error: server: ", "runtme"]);
+    assert!(!dir.path().join("run/server-0.log").exists(), "nothing was started");
+
     fs::write(path("file"), b"").unwrap();
     says(&up(&["--cache-dir", &path("file/cache")]), &["file/cache"]);
     says(&refused(&["--model", model.to_str().unwrap(), "--run-dir", &path("file/run")]), &["file/run"]);

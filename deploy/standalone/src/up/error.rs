@@ -41,6 +41,8 @@ pub(crate) enum UpError {
     NoModel(PathBuf),
     #[error("model {path} cannot be used: {source}", path = .path.display())]
     Model { path: PathBuf, source: CheckpointError },
+    #[error("{service}: {reason}")]
+    Config { service: &'static str, reason: String },
     #[error("{name} cannot be started: {source}")]
     Spawn { name: String, source: io::Error },
     #[error("{name} ended {deaths} times in a row while starting, the last time with {status}: {last}; its log is {log}", log = .log.display())]

@@ -1,10 +1,12 @@
 //! `baton up`: a whole cluster on this machine, each service a process of its own.
 //!
-//! In order: the model ([`model`]), the addresses ([`addresses`]), what to start ([`plan`], pure), the supervisor
-//! ([`supervise`]: restarts by [`restart`], pure; logs by [`logs`]), and the wait until it serves ([`ready`]).
+//! In order: the model ([`model`]), the addresses ([`addresses`]), what to start ([`plan`], pure), whether the services
+//! understand it ([`check`]), the supervisor ([`supervise`]: restarts by [`restart`], pure; logs by [`logs`]), and the
+//! wait until it serves ([`ready`]).
 
 mod addresses;
 mod args;
+mod check;
 mod error;
 mod logs;
 mod model;
@@ -61,6 +63,7 @@ pub(crate) async fn run(args: UpArgs) -> Result<ExitCode, UpError> {
         None => model::check(cancellable(&stop, model::fetch(&cache, &screen)).await?).await?,
     };
     let plan = plan::plan(&args, &programs, &model.path, &addresses, &run_dir)?;
+    cancellable(&stop, check::check(&plan)).await?;
 
     let run_file = RunFile {
         pid: std::process::id(),

@@ -28,7 +28,7 @@ pub(super) enum Service {
 }
 
 impl Service {
-    fn name(self) -> &'static str {
+    pub(super) fn name(self) -> &'static str {
         match self {
             Self::Controller => "controller",
             Self::Coordinator => "coordinator",
