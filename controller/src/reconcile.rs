@@ -249,7 +249,7 @@ impl Reconciler {
             told: None,
         };
         self.sessions.insert(session, id.clone());
-        if self.adopt(&mut member) {
+        if self.adopt(&mut member) || self.renew(&mut member) {
             self.mark(Kind::Role, &id);
         }
         self.mark(Kind::Instance, &id);
@@ -301,6 +301,21 @@ impl Reconciler {
         member.desired = Some(DesiredRole { role, epoch, reason, leader_epoch: self.leader_epoch });
         self.adopted |= role != Role::None;
         true
+    }
+
+    /// An adopted role that has to be told to a new process gets an epoch of this reign: the earlier leader may have
+    /// told the earlier process a later one, which is lost with that leader's store.
+    fn renew(&self, member: &mut Member) -> bool {
+        let held = member.beat.role_epoch;
+        let Some(desired) = &mut member.desired else { return false };
+        // What a leader decides itself has an epoch no lower than its own.
+        let adopted = desired.epoch.0 < desired.leader_epoch.0;
+        let due = adopted && held < desired.epoch;
+        if due {
+            desired.epoch = RoleEpoch(self.leader_epoch.0);
+            desired.leader_epoch = self.leader_epoch;
+        }
+        due
     }
 
     fn beat(&mut self, session: SessionId, beat: Beat, now: Instant) -> Vec<Command> {

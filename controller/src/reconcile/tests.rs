@@ -357,6 +357,18 @@ fn an_embedded_store_that_begins_anew_changes_no_role() {
 }
 
 #[test]
+fn an_adopted_role_is_told_to_the_next_process_under_an_epoch_of_this_reign() {
+    // The store that began anew does not know of EPOCH + 9, which this id was told and had not taken on.
+    let mut world = World::under(EPOCH + 50);
+    let session = world.hello("b", 1, beat(Phase::Ready, Role::Decode, EPOCH + 1));
+    world.pass(secs(1), &[session]);
+    world.event(Event::Closed { session });
+    let session = world.hello("b", 2, beat(Phase::Loading, Role::None, 0));
+    let told = world.last_assigned(session);
+    assert_eq!((told.role, told.epoch.0), (Role::Decode, EPOCH + 50));
+}
+
+#[test]
 fn an_adopted_instance_that_stays_alone_becomes_mixed_in_the_end() {
     let mut world = World::under(EPOCH + 50);
     let b = world.hello("b", 1, beat(Phase::Ready, Role::Decode, EPOCH + 1));
