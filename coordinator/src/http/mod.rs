@@ -8,7 +8,7 @@ mod body;
 mod reply;
 mod sse;
 
-use std::{sync::Arc, time::Duration};
+use std::{any::Any, sync::Arc, time::Duration};
 
 use axum::{
     Router,
@@ -21,6 +21,8 @@ use axum::{
 use baton_process::{HealthHandle, telemetry};
 use baton_proto::{ApiError, ErrorCode, RequestId};
 use tokio::time::{Instant, timeout};
+use tower::ServiceBuilder;
+use tower_http::catch_panic::CatchPanicLayer;
 use tracing::Instrument;
 
 use crate::{
@@ -40,7 +42,7 @@ const HEAD_PATIENCE: Duration = Duration::from_secs(2);
 
 /// All routes.
 pub fn router(service: Arc<Service>, metrics: baton_process::Metrics, health: HealthHandle) -> Router {
-    Router::new()
+    let routes = Router::new()
         .route(Endpoint::Chat.route(), post(chat))
         .route(Endpoint::Text.route(), post(text))
         .route("/v1/models", get(models))
@@ -48,7 +50,17 @@ pub fn router(service: Arc<Service>, metrics: baton_process::Metrics, health: He
         .with_state(service)
         .merge(baton_process::http::router(metrics, health))
         .method_not_allowed_fallback(wrong_method)
-        .fallback(wrong_path)
+        .fallback(wrong_path);
+    guarded(routes)
+}
+
+/// A bug in a handler ends its request with an error of the usual shape, not with a cut connection.
+fn guarded(routes: Router) -> Router {
+    let told = |_: Box<dyn Any + Send>| {
+        let message = "the request met a bug in the coordinator; its log says where";
+        error_response(&ApiError::new(ErrorCode::Internal, message))
+    };
+    routes.layer(ServiceBuilder::new().layer(CatchPanicLayer::custom(told)))
 }
 
 async fn chat(State(service): State<Arc<Service>>, request: Request) -> Response {
@@ -154,4 +166,26 @@ async fn wrong_method(method: Method, uri: Uri) -> Response {
 /// Seconds for the `Retry-After` header.
 fn retry_after() -> HeaderValue {
     HeaderValue::from(RETRY_AFTER.as_secs())
+}
+
+#[cfg(test)]
+mod tests {
+    use tower::ServiceExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_bug_in_a_handler_is_an_answer() {
+        async fn bug() -> StatusCode {
+            panic!("as the test wants it")
+        }
+        let buggy = get(bug);
+        let routes = guarded(Router::new().route("/", buggy));
+        let request = Request::get("/").body(Body::empty()).expect("a request");
+        let response = routes.oneshot(request).await.expect("an answer");
+        assert_eq!(response.status(), 500);
+        let body = axum::body::to_bytes(response.into_body(), 4096).await.expect("a body");
+        let body: serde_json::Value = serde_json::from_slice(&body).expect("JSON");
+        assert_eq!(body["error"]["code"], "internal_error");
+    }
 }
