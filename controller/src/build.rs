@@ -3,7 +3,7 @@
 use std::{
     net::TcpListener,
     sync::Arc,
-    time::{SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use baton_process::{HealthHandle, Metrics, Process, grpc, http};
@@ -42,7 +42,7 @@ pub async fn run(process: Process<ControllerConfig>) -> Result<(), ControllerErr
     let router = http::router(process.metrics.clone(), process.health.clone());
     process.spawn_essential(
         "http",
-        http::serve(http_listener, router, process.shutdown.clone(), process.drain()),
+        http::serve(http_listener, router, process.shutdown.clone(), drain_of_calls(process.drain())),
     );
     let parts = Parts {
         config,
@@ -52,7 +52,13 @@ pub async fn run(process: Process<ControllerConfig>) -> Result<(), ControllerErr
         shutdown: process.shutdown.clone(),
         tasks: process.tasks.clone(),
     };
-    parts.serve(grpc_listener, process.drain()).await
+    parts.serve(grpc_listener, drain_of_calls(process.drain())).await
+}
+
+/// The process is ended at the end of `whole`, however far it is: what outlasts this is cut off before, so that the
+/// reign can be laid down and the store closed. A quarter is plenty for both, and two seconds are in any case.
+fn drain_of_calls(whole: Duration) -> Duration {
+    whole - (whole / 4).min(Duration::from_secs(2))
 }
 
 /// What a controller is made of, for [`run`] and for tests.
@@ -69,11 +75,7 @@ pub struct Parts {
 
 impl Parts {
     /// Leads when it can and serves, until the shutdown and for up to `drain` after it.
-    pub async fn serve(
-        self,
-        listener: TcpListener,
-        drain: std::time::Duration,
-    ) -> Result<(), ControllerError> {
+    pub async fn serve(self, listener: TcpListener, drain: Duration) -> Result<(), ControllerError> {
         let Self { config, store, metrics, health, shutdown, tasks } = self;
         let config = Arc::new(config);
         let (open, desk) = Desk::new();
