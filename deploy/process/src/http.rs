@@ -28,8 +28,10 @@ use crate::{HealthHandle, Metrics, ProcessError, metrics};
 
 /// Connections of those who only observe a process.
 const OBSERVERS_MOST: usize = 256;
-/// A connection brings the head of a request within this time, or is closed.
+/// A new connection brings the head of a request within this time, or is closed.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+/// Between one request and the next, longer than clients and proxies commonly keep connections for later.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(75);
 /// After a connection could not be accepted.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -121,7 +123,7 @@ async fn converse(stream: TcpStream, router: Router, shutdown: CancellationToken
         service.call(request)
     });
     let mut builder = auto::Builder::new(TokioExecutor::new());
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT);
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(IDLE_TIMEOUT);
     builder.http2().timer(TokioTimer::new());
     let mut connection =
         std::pin::pin!(builder.serve_connection_with_upgrades(TokioIo::new(stream), service));

@@ -1,0 +1,94 @@
+//! House rules that no compiler checks, each with its reason.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use baton_integration_tests::folder;
+
+/// Which of our crates a crate may use. Dependencies point one way, and the services never depend on each other, so
+/// that each can be built, deployed and understood alone.
+const MAY_USE: [(&str, &[&str]); 11] = [
+    ("proto", &[]),
+    ("controller/registry", &["baton-proto"]),
+    ("controller", &["baton-process", "baton-proto", "baton-registry"]),
+    ("coordinator", &["baton-checkpoint", "baton-process", "baton-proto", "baton-registry"]),
+    ("server/runtime/checkpoint", &[]),
+    ("server/runtime", &["baton-checkpoint"]),
+    ("kvtransfer", &["baton-proto"]),
+    ("server", &["baton-checkpoint", "baton-kvtransfer", "baton-process", "baton-proto", "baton-runtime"]),
+    ("deploy/process", &[]),
+    ("deploy/standalone", &["baton-checkpoint", "baton-process", "baton-proto"]),
+    ("integration-tests", &[]),
+];
+
+/// Longer files want to be split by meaning; tests and their support may be somewhat longer.
+const LINES: usize = 450;
+const TEST_LINES: usize = 560;
+
+fn root() -> PathBuf {
+    folder().join("..")
+}
+
+/// Every Rust file of the crates.
+fn sources() -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut folders: Vec<PathBuf> = MAY_USE.iter().map(|(folder, _)| root().join(folder)).collect();
+    while let Some(folder) = folders.pop() {
+        for entry in
+            fs::read_dir(&folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display())).flatten()
+        {
+            let path = entry.path();
+            if path.is_dir() && !path.ends_with("target") {
+                folders.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                found.push(path);
+            }
+        }
+    }
+    found.sort();
+    found.dedup();
+    found
+}
+
+fn is_test(path: &Path) -> bool {
+    path.components().any(|part| part.as_os_str() == "tests") || path.to_string_lossy().contains("tests.rs")
+}
+
+#[test]
+fn every_file_opens_with_what_it_is() {
+    let sources = sources();
+    assert!(sources.len() > 100, "only {} files were found", sources.len());
+    for path in sources {
+        let text = fs::read_to_string(&path).expect("a source file can be read");
+        assert!(text.starts_with("//!"), "{} does not open with //!", path.display());
+    }
+}
+
+#[test]
+fn no_file_is_too_long_to_be_read_at_a_sitting() {
+    for path in sources() {
+        let lines = fs::read_to_string(&path).expect("a source file can be read").lines().count();
+        let most = if is_test(&path) { TEST_LINES } else { LINES };
+        assert!(lines <= most, "{} has {lines} lines, more than {most}", path.display());
+    }
+}
+
+#[test]
+fn dependencies_point_one_way() {
+    let may_use: BTreeMap<&str, &[&str]> = MAY_USE.into_iter().collect();
+    for (crate_folder, allowed) in may_use {
+        let manifest = fs::read_to_string(root().join(crate_folder).join("Cargo.toml")).expect("a manifest");
+        // What tests use beside it is their own affair.
+        let own = manifest.split("[dev-dependencies]").next().unwrap_or_default();
+        let used = own
+            .lines()
+            .filter(|line| line.starts_with("baton-"))
+            .filter_map(|line| line.split(['.', ' ', '=']).next());
+        for name in used {
+            assert!(allowed.contains(&name), "{crate_folder} uses {name}");
+        }
+    }
+}
