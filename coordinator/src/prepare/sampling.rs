@@ -140,17 +140,16 @@ fn max_tokens(request: &Request, prompt_tokens: u32, limits: TokenLimits) -> Res
             return Ok(if most == 0 { rest } else { rest.min(most) });
         }
     };
-    let asked = u32::try_from(asked)
-        .ok()
-        .filter(|&asked| asked > 0)
-        .ok_or_else(|| invalid(field, format!("must be at least 1, got {asked}")))?;
-    if asked > rest {
+    if asked < 1 {
+        return Err(invalid(field, format!("must be at least 1, got {asked}")));
+    }
+    let Some(asked) = u32::try_from(asked).ok().filter(|&asked| asked <= rest) else {
         let message = format!(
             "the model's context is {context} tokens, but {} were asked for: {prompt_tokens} in the prompt and {asked} in the answer ({field}); lessen one of them",
-            u64::from(prompt_tokens) + u64::from(asked),
+            i64::from(prompt_tokens).saturating_add(asked),
         );
         return Err(too_long(message, field));
-    }
+    };
     match limits.max_completion_tokens {
         most if most > 0 && asked > most => {
             Err(invalid(field, format!("must be 1 to {most} here, got {asked}")))
@@ -242,6 +241,8 @@ mod tests {
         for count in ["100", "101", "10 in the prompt", "91 in the answer"] {
             assert!(error.message.contains(count), "{error}");
         }
+        let error = check(r#"{"max_tokens": 1000000000000}"#).expect_err("far too long");
+        assert_eq!(error.code, ErrorCode::ContextLengthExceeded);
         let request = parse(br#"{"prompt": "x"}"#).expect("parses");
         let error = sampling(&request, 100, LIMITS, &[], 0).expect_err("no room for an answer");
         assert_eq!((error.code, error.param.as_deref()), (ErrorCode::ContextLengthExceeded, Some("prompt")));

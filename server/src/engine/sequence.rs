@@ -15,7 +15,7 @@
 
 use std::{fmt, time::Instant};
 
-use baton_proto::{ApiError, Incarnation, InstanceId, LegId, RequestId, TransferId};
+use baton_proto::{ApiError, ErrorCode, Incarnation, InstanceId, LegId, RequestId, TransferId};
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use super::{
@@ -271,6 +271,10 @@ impl Sequence {
         match end {
             LegEnd::Finished { reason, completion_tokens, .. } => {
                 tracing::debug!(request = %self.request, ?reason, completion_tokens, "leg finished");
+            }
+            // The other side needs it no more: a completion of one token, say, leaves nothing to decode.
+            LegEnd::Failed(error) if error.code == ErrorCode::Cancelled => {
+                tracing::debug!(request = %self.request, %error, "leg cancelled");
             }
             LegEnd::Failed(error) => {
                 tracing::warn!(request = %self.request, code = error.code.name(), %error, "leg failed");
