@@ -64,7 +64,10 @@ async fn killed_while_the_cache_crosses_leaves_no_block_on_the_other_side() {
         .await;
         let killed = cluster.kill(&victim, Signal::KILL);
         let answer = asking.await.expect("the client does not panic").expect("the coordinator answers");
-        assert!(answer.contains("\"error\"") && answer.contains("message"), "{role}: {answer}");
+        // Nothing had been said yet, so the request may be placed again and complete; or it ends with one clear error.
+        let whole = answer.contains("\"finish_reason\":\"length\"") && answer.ends_with("data: [DONE]\n\n");
+        let refused = answer.matches("\"error\"").count() == 1 && answer.contains("\"message\"");
+        assert!(whole != refused, "{role}: {answer}");
         cluster.assert_restarted(&victim, killed).await;
         serves_again(&cluster).await;
     }

@@ -134,11 +134,12 @@ impl Transfers {
         Ok(())
     }
 
-    /// Sends `Command::Offered` once a transfer is offered, or at the deadline; nothing after [`Self::unwatch`].
+    /// Sends `Command::Offered` once a transfer is offered; nothing after [`Self::unwatch`]. A leg without a deadline is
+    /// given up after `handoff.timeout`; the deadline of one that has it is the engine's to keep.
     pub fn watch(&mut self, id: SequenceId, transfer: TransferId, deadline: Option<Instant>) {
         let (unwatch, unwatched) = oneshot::channel::<()>();
         self.watched.insert(id, unwatch);
-        let (deadline, offered) = (self.deadline(deadline), self.node.offered(transfer));
+        let (give_up, offered) = (self.deadline(None), self.node.offered(transfer));
         let engine = self.engine.clone();
         self.tasks.spawn_on(
             async move {
@@ -146,7 +147,7 @@ impl Transfers {
                     biased;
                     _ = unwatched => return,
                     () = offered => Ok(()),
-                    () = tokio::time::sleep_until(deadline.into()) => {
+                    () = tokio::time::sleep_until(give_up.into()), if deadline.is_none() => {
                         let message = "the prefill instance did not offer the cache in time";
                         Err(ApiError::new(ErrorCode::HandoffFailed, message))
                     }
