@@ -84,6 +84,11 @@ impl Cluster {
         &self.run.model
     }
 
+    /// What `baton up` has printed so far.
+    pub fn screen(&self) -> String {
+        fs::read_to_string(self.dir.path().join("up.log")).expect("the screen's file is there")
+    }
+
     fn run_file(&self) -> RunFile {
         read_run_file(self.dir.path()).expect("the run file is there while the cluster runs")
     }

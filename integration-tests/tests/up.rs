@@ -77,6 +77,30 @@ fn what_cannot_start_says_why_in_one_line() {
 }
 
 #[tokio::test]
+async fn the_printed_lines_work_when_pasted() {
+    let cluster = Cluster::start(&[]).await;
+    let pasted = async |name: &str| {
+        let screen = baton_integration_tests::eventually("the greeting", || async {
+            let screen = cluster.screen();
+            screen.contains("Ctrl-C").then_some(screen)
+        })
+        .await;
+        let line =
+            screen.lines().find_map(|line| line.trim().strip_prefix(name)).expect("the line is printed");
+        let line = line.split("     (").next().expect("a command").trim().to_owned();
+        let shell =
+            Command::new("sh").args(["-c", &line]).stdin(Stdio::null()).stdout(Stdio::piped()).spawn();
+        let output = process::finish(shell.expect("a shell starts"), Duration::from_secs(60));
+        assert!(output.status.success(), "{line}");
+        String::from_utf8(output.stdout).expect("UTF-8")
+    };
+    let events = pasted("ask ").await;
+    assert!(events.contains("Paris") && events.trim_end().ends_with("data: [DONE]"), "{events}");
+    let instances = pasted("look ").await;
+    assert!(instances.contains("server-0") && instances.contains("server-1"), "{instances}");
+}
+
+#[tokio::test]
 async fn ctrl_c_finishes_what_runs_and_leaves_no_process() {
     let cluster = Cluster::start(&[]).await;
     let mut events =
