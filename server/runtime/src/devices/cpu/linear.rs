@@ -85,29 +85,10 @@ impl Linear {
         x: &[f32],
         out: &mut [f32],
     ) {
-        let rows = x.len() / self.inputs;
-        assert!(
-            x.len() == rows * self.inputs && out.len() == rows * self.outputs,
-            "activations of another shape"
-        );
-        let tasks = pool.threads() * TASKS_PER_THREAD;
-        let results = Disjoint::new(out);
-        if rows <= MOST_FEW {
-            let pieces = self.pieces(self.panels().div_ceil(tasks).next_multiple_of(2).max(FEW_PANELS));
-            let block = Block { x, first: 0, rows };
-            pool.run(pieces.len(), &|_, task| few(kernels, &pieces[task], &block, self.outputs, results));
-            return;
-        }
-        let row_blocks = rows.div_ceil(ROW_BLOCK);
-        let row_block = rows.div_ceil(row_blocks).next_multiple_of(6);
-        let most = (self.panels() * row_blocks).div_ceil(tasks).clamp(1, PANEL_BLOCK);
-        let pieces = self.pieces(most);
-        pool.run(pieces.len() * row_blocks, &|worker, task| {
-            let mut scratch = scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
-            let first = task / pieces.len() * row_block;
-            let block = Block { x: &x[first * self.inputs..], first, rows: row_block.min(rows - first) };
-            gemm(kernels, &pieces[task % pieces.len()], &block, self.outputs, results, &mut scratch);
-        });
+        assert_eq!(out.len(), x.len() / self.inputs * self.outputs, "activations of another shape");
+        let product = Product { weight: self, x, out: Disjoint::new(out) };
+        // SAFETY: `out` has room for the product's rows and is borrowed until this returns.
+        unsafe { multiply(&[product], kernels, pool, scratch) };
     }
 
     /// The part that has output `row`, and the row's index in it.
@@ -120,6 +101,68 @@ impl Linear {
         }
         panic!("row outside the matrix: token ids were checked against the vocabulary");
     }
+}
+
+/// A matrix product: `out[rows][outputs] = x[rows][inputs] * weight^T + bias`.
+pub(crate) struct Product<'a> {
+    pub(crate) weight: &'a Linear,
+    /// Whole rows.
+    pub(crate) x: &'a [f32],
+    pub(crate) out: Disjoint<f32>,
+}
+
+/// Part of a product that one task computes.
+struct Share<'a> {
+    product: &'a Product<'a>,
+    piece: Piece<'a>,
+    first_row: usize,
+    rows: usize,
+}
+
+/// Computes all products in one job of the threads, however many they are: a mixture's experts, an attention's heads.
+///
+/// # Safety
+/// Each `out` is valid for its product's rows, nobody else uses it meanwhile, and no two products share any of it.
+pub(crate) unsafe fn multiply(
+    products: &[Product<'_>],
+    kernels: &Kernels,
+    pool: &mut Pool,
+    scratch: &[Mutex<Scratch>],
+) {
+    let tasks = pool.threads() * TASKS_PER_THREAD;
+    let mut shares = Vec::new();
+    let panels: usize = products.iter().map(|product| product.weight.panels()).sum();
+    for product in products {
+        let rows = product.x.len() / product.weight.inputs;
+        assert_eq!(product.x.len(), rows * product.weight.inputs, "activations of another shape");
+        if rows == 0 {
+            continue;
+        }
+        if rows <= MOST_FEW {
+            let most = panels.div_ceil(tasks).next_multiple_of(2).max(FEW_PANELS);
+            let pieces = product.weight.pieces(most).into_iter();
+            shares.extend(pieces.map(|piece| Share { product, piece, first_row: 0, rows }));
+            continue;
+        }
+        let row_blocks = rows.div_ceil(ROW_BLOCK);
+        let row_block = rows.div_ceil(row_blocks).next_multiple_of(6);
+        let most = (panels * row_blocks).div_ceil(tasks).clamp(1, PANEL_BLOCK);
+        for first_row in (0..rows).step_by(row_block) {
+            let rows = row_block.min(rows - first_row);
+            let pieces = product.weight.pieces(most).into_iter();
+            shares.extend(pieces.map(|piece| Share { product, piece, first_row, rows }));
+        }
+    }
+    pool.run(shares.len(), &|worker, task| {
+        let Share { product: Product { weight, x, out }, piece, first_row: first, rows } = &shares[task];
+        let block = Block { x: &x[first * weight.inputs..], first: *first, rows: *rows };
+        if x.len() <= MOST_FEW * weight.inputs {
+            few(kernels, piece, &block, weight.outputs, *out);
+        } else {
+            let mut scratch = scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
+            gemm(kernels, piece, &block, weight.outputs, *out, &mut scratch);
+        }
+    });
 }
 
 /// Rows of activations that one task multiplies.
