@@ -1,14 +1,53 @@
-//! A real etcd for tests: started on free ports in a directory of its own, killed when dropped.
+//! For tests, here and in the controller: a real etcd, started on free ports in a directory of its own and killed when
+//! dropped, and an instance as it would announce itself.
 //!
-//! Fails with what to install when there is none: the tests that need it do not pass without it.
+//! Fails with what to install when there is no etcd: the tests that need it do not pass without it.
 
 use std::{
+    collections::BTreeMap,
     net::TcpListener,
     process::{Child, Command, Stdio},
     time::Duration,
 };
 
-use crate::{EtcdConfig, EtcdStore, KeyRange, Store};
+use baton_proto::{Incarnation, InstanceId};
+
+use crate::{EtcdConfig, EtcdStore, InstanceSpec, KeyRange, KvLayoutSpec, ModelIdentity, Store};
+
+/// A CPU server of group `default` with one small model; two of them can hand over to each other.
+pub fn instance_spec(name: &str, incarnation: u64) -> InstanceSpec {
+    InstanceSpec {
+        id: InstanceId::new(name).expect("a good id"),
+        incarnation: Incarnation(incarnation),
+        group: "default".into(),
+        device: "cpu".into(),
+        device_count: 1,
+        model: ModelIdentity {
+            name: "m".into(),
+            revision: "r".into(),
+            architecture: "llama".into(),
+            context_tokens: 100,
+            vocabulary_size: 10,
+        },
+        kv_layout: KvLayoutSpec {
+            fingerprint: "x".into(),
+            format: "panel".into(),
+            dtype: "f32".into(),
+            block_tokens: 16,
+            layers: 2,
+            kv_heads: 2,
+            head_dim: 8,
+            tensor_parallel: 1,
+            block_bytes: 1024,
+        },
+        inference_endpoint: "127.0.0.1:1".into(),
+        handoff_endpoint: "127.0.0.1:2".into(),
+        metrics_endpoint: String::new(),
+        transports: vec!["tcp".into()],
+        labels: BTreeMap::from([("zone".into(), "a".into())]),
+        version: "1".into(),
+    }
+}
 
 /// One etcd member.
 #[derive(Debug)]

@@ -1,51 +1,17 @@
 //! The readers' view: over a real etcd that stops, returns and compacts, and over an embedded store that begins anew.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use baton_proto::{Incarnation, InstanceId, LeaderEpoch, RoleEpoch};
 use baton_registry::{
-    DesiredRole, FleetSnapshot, FleetWatch, FleetWatchConfig, InstanceSpec, KvLayoutSpec, LeaderRecord,
-    MemoryConfig, MemoryStore, ModelIdentity, ObservedStatus, Phase, Revision, Role, Store, Txn, keys,
-    testing::EtcdServer,
+    DesiredRole, FleetSnapshot, FleetWatch, FleetWatchConfig, LeaderRecord, MemoryConfig, MemoryStore,
+    ObservedStatus, Phase, Revision, Role, Store, Txn, keys,
+    testing::{EtcdServer, instance_spec},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 fn id(name: &str) -> InstanceId {
     InstanceId::new(name).expect("a good id")
-}
-
-fn spec(name: &str, incarnation: u64) -> InstanceSpec {
-    InstanceSpec {
-        id: id(name),
-        incarnation: Incarnation(incarnation),
-        group: "default".into(),
-        device: "cpu".into(),
-        device_count: 1,
-        model: ModelIdentity {
-            name: "m".into(),
-            revision: "r".into(),
-            architecture: "llama".into(),
-            context_tokens: 100,
-            vocabulary_size: 10,
-        },
-        kv_layout: KvLayoutSpec {
-            fingerprint: "x".into(),
-            format: "panel".into(),
-            dtype: "f32".into(),
-            block_tokens: 16,
-            layers: 2,
-            kv_heads: 2,
-            head_dim: 8,
-            tensor_parallel: 1,
-            block_bytes: 1024,
-        },
-        inference_endpoint: "127.0.0.1:1".into(),
-        handoff_endpoint: "127.0.0.1:2".into(),
-        metrics_endpoint: String::new(),
-        transports: vec!["tcp".into()],
-        labels: BTreeMap::from([("zone".into(), "a".into())]),
-        version: "1".into(),
-    }
 }
 
 fn status(incarnation: u64, phase: Phase) -> ObservedStatus {
@@ -69,7 +35,7 @@ fn desired() -> DesiredRole {
 
 fn announce(name: &str) -> Txn {
     Txn::new()
-        .put(keys::instance(&id(name)), spec(name, 1).encode(), None)
+        .put(keys::instance(&id(name)), instance_spec(name, 1).encode(), None)
         .put(keys::role(&id(name)), desired().encode(), None)
         .put(keys::status(&id(name)), status(1, Phase::Ready).encode(), None)
 }
@@ -131,7 +97,7 @@ async fn follows_etcd_through_an_outage_and_a_compaction() {
     assert!(reader.watch.current().stale_since.is_some(), "nothing has been read yet");
     let seen = reader.until("current", |view| view.stale_since.is_none() && !view.instances.is_empty()).await;
     let a = &seen.instances[&id("a")];
-    assert_eq!((&a.spec, a.desired.as_ref(), a.confirmed), (&spec("a", 1), Some(&desired()), true));
+    assert_eq!((&a.spec, a.desired.as_ref(), a.confirmed), (&instance_spec("a", 1), Some(&desired()), true));
     assert_eq!(a.serving(), Some((Role::Decode, RoleEpoch(7))));
     assert_eq!(seen.leader.as_ref().map(|leader| leader.controller_id.as_str()), Some("c"));
 
@@ -199,7 +165,7 @@ async fn a_status_of_another_incarnation_is_not_this_ones() {
     txn(&*store, announce("a")).await;
     let reader = Reader::of(store.clone());
     reader.until("a serves", |view| view.instances.values().any(|i| i.serving().is_some())).await;
-    txn(&*store, Txn::new().put(keys::instance(&id("a")), spec("a", 2).encode(), None)).await;
+    txn(&*store, Txn::new().put(keys::instance(&id("a")), instance_spec("a", 2).encode(), None)).await;
     let seen = reader.until("2", |view| view.instances[&id("a")].spec.incarnation == Incarnation(2)).await;
     assert_eq!(seen.instances[&id("a")].serving(), None);
     txn(&*store, Txn::new().put(keys::status(&id("a")), status(2, Phase::Loading).encode(), None)).await;
@@ -207,7 +173,7 @@ async fn a_status_of_another_incarnation_is_not_this_ones() {
     assert_eq!(reader.watch.current().instances[&id("a")].serving(), None);
     // A record that cannot be read is no reason to forget a good one.
     txn(&*store, Txn::new().put(keys::status(&id("a")), "\u{1}not a record", None)).await;
-    txn(&*store, Txn::new().put(keys::instance(&id("b")), spec("x", 2).encode(), None)).await;
+    txn(&*store, Txn::new().put(keys::instance(&id("b")), instance_spec("x", 2).encode(), None)).await;
     let last = txn_revision(&*store).await;
     let seen = reader.until("all read", |view| view.revision >= last).await;
     assert!(seen.instances[&id("a")].status.is_some());

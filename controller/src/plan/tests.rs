@@ -1,43 +1,15 @@
 //! The plan's rules, as a table and as properties over random fleets.
 
-use baton_proto::{Incarnation, InstanceId};
-use baton_registry::{KvLayoutSpec, ModelIdentity};
+use baton_proto::InstanceId;
+use baton_registry::testing::instance_spec;
 use proptest::prelude::*;
 
 use super::*;
 
 fn spec(name: &str, layout: &str) -> InstanceSpec {
-    InstanceSpec {
-        id: InstanceId::new(name).expect("a good id"),
-        incarnation: Incarnation(1),
-        group: "default".into(),
-        device: "cpu".into(),
-        device_count: 1,
-        model: ModelIdentity {
-            name: "m".into(),
-            revision: "r".into(),
-            architecture: "llama".into(),
-            context_tokens: 100,
-            vocabulary_size: 10,
-        },
-        kv_layout: KvLayoutSpec {
-            fingerprint: layout.into(),
-            format: "panel".into(),
-            dtype: "f32".into(),
-            block_tokens: 16,
-            layers: 2,
-            kv_heads: 2,
-            head_dim: 8,
-            tensor_parallel: 1,
-            block_bytes: 1024,
-        },
-        inference_endpoint: "127.0.0.1:1".into(),
-        handoff_endpoint: "127.0.0.1:2".into(),
-        metrics_endpoint: String::new(),
-        transports: vec!["tcp".into()],
-        labels: BTreeMap::new(),
-        version: String::new(),
-    }
+    let mut spec = instance_spec(name, 1);
+    spec.kv_layout.fingerprint = layout.into();
+    spec
 }
 
 #[derive(Debug, Clone)]

@@ -4,46 +4,12 @@
 use std::time::Duration;
 
 use baton_proto::Incarnation;
-use baton_registry::{KvLayoutSpec, ModelIdentity, Phase, keys};
+use baton_registry::{Phase, keys, testing::instance_spec};
 use bytes::Bytes;
 
 use super::*;
 
 const EPOCH: u64 = 1000;
-
-fn spec(name: &str, incarnation: u64) -> InstanceSpec {
-    InstanceSpec {
-        id: InstanceId::new(name).expect("a good id"),
-        incarnation: Incarnation(incarnation),
-        group: "default".into(),
-        device: "cpu".into(),
-        device_count: 1,
-        model: ModelIdentity {
-            name: "m".into(),
-            revision: "r".into(),
-            architecture: "llama".into(),
-            context_tokens: 100,
-            vocabulary_size: 10,
-        },
-        kv_layout: KvLayoutSpec {
-            fingerprint: "x".into(),
-            format: "panel".into(),
-            dtype: "f32".into(),
-            block_tokens: 16,
-            layers: 2,
-            kv_heads: 2,
-            head_dim: 8,
-            tensor_parallel: 1,
-            block_bytes: 1024,
-        },
-        inference_endpoint: "127.0.0.1:1".into(),
-        handoff_endpoint: "127.0.0.1:2".into(),
-        metrics_endpoint: String::new(),
-        transports: vec!["tcp".into()],
-        labels: BTreeMap::new(),
-        version: String::new(),
-    }
-}
 
 fn id(name: &str) -> InstanceId {
     InstanceId::new(name).expect("a good id")
@@ -125,7 +91,12 @@ impl World {
     fn hello(&mut self, name: &str, incarnation: u64, beat: Beat) -> SessionId {
         self.last_session += 1;
         let session = SessionId(self.last_session);
-        self.event(Event::Hello { session, spec: Box::new(spec(name, incarnation)), beat, unix_millis: 0 });
+        self.event(Event::Hello {
+            session,
+            spec: Box::new(instance_spec(name, incarnation)),
+            beat,
+            unix_millis: 0,
+        });
         session
     }
 
@@ -208,7 +179,7 @@ fn nothing_is_assigned_before_it_is_written() {
         world.last_session += 1;
         let session = SessionId(world.last_session);
         world.mind.handle(
-            Event::Hello { session, spec: Box::new(spec(name, 1)), beat: LOADING, unix_millis: 0 },
+            Event::Hello { session, spec: Box::new(instance_spec(name, 1)), beat: LOADING, unix_millis: 0 },
             world.now,
         );
     }
@@ -389,7 +360,7 @@ fn a_new_leader_inherits_without_a_change() {
     };
     let (beat_a, beat_b) = (beats("a"), beats("b"));
     let mut world = World::under(EPOCH + 50);
-    let left = vec![(spec("a", 1), Some(beat_a)), (spec("b", 1), Some(beat_b))];
+    let left = vec![(instance_spec("a", 1), Some(beat_a)), (instance_spec("b", 1), Some(beat_b))];
     world.mind.inherit(left, roles.clone(), world.now);
     world.settle();
     assert_eq!(world.stored.len(), 4, "instances and status stand under the new leader's lease");
@@ -403,7 +374,7 @@ fn a_new_leader_inherits_without_a_change() {
     // One that missed its last assignment is told on its return.
     let mut world = World::under(EPOCH + 60);
     world.mind.inherit(
-        vec![(spec("a", 1), Some(beat_a)), (spec("b", 1), Some(beat_b))],
+        vec![(instance_spec("a", 1), Some(beat_a)), (instance_spec("b", 1), Some(beat_b))],
         roles.clone(),
         world.now,
     );
@@ -417,7 +388,11 @@ fn an_inherited_instance_that_never_calls_is_dropped() {
     let roles: BTreeMap<_, _> =
         [("a", a), ("b", b)].map(|(name, session)| (id(name), old.last_assigned(session))).into();
     let mut world = World::under(EPOCH + 50);
-    world.mind.inherit(vec![(spec("a", 1), None), (spec("b", 1), None)], roles.clone(), world.now);
+    world.mind.inherit(
+        vec![(instance_spec("a", 1), None), (instance_spec("b", 1), None)],
+        roles.clone(),
+        world.now,
+    );
     let a = world.hello("a", 1, beat(Phase::Ready, Role::Prefill, roles[&id("a")].epoch.0));
     world.pass(secs(7), &[a]);
     assert!(!world.stored.contains_key("/baton/v1/instances/b"));
@@ -478,7 +453,7 @@ fn groups_are_planned_apart() {
     for (name, group) in [("a", "x"), ("b", "y"), ("c", "x"), ("d", "y")] {
         world.last_session += 1;
         let session = SessionId(world.last_session);
-        let spec = Box::new(InstanceSpec { group: group.into(), ..spec(name, 1) });
+        let spec = Box::new(InstanceSpec { group: group.into(), ..instance_spec(name, 1) });
         world.event(Event::Hello { session, spec, beat: LOADING, unix_millis: 0 });
     }
     assert_eq!(world.roles(), "ppdd");
@@ -489,7 +464,7 @@ fn one_that_cannot_join_is_told_why() {
     let (mut world, a, b) = World::pair();
     world.last_session += 1;
     let session = SessionId(world.last_session);
-    let mut other = spec("c", 1);
+    let mut other = instance_spec("c", 1);
     other.kv_layout.fingerprint = "y".into();
     world.event(Event::Hello {
         session,
@@ -535,7 +510,7 @@ fn two_thousand_instances_are_planned_at_once() {
     world.mind.roles_config.decode = 3;
     for index in 0..2000u64 {
         let session = SessionId(index);
-        let spec = Box::new(spec(&format!("i{index:04}"), 1));
+        let spec = Box::new(instance_spec(&format!("i{index:04}"), 1));
         world.mind.handle(Event::Hello { session, spec, beat: LOADING, unix_millis: 0 }, world.now);
     }
     let since = std::time::Instant::now();

@@ -143,7 +143,7 @@ impl Storm {
                     self.last_session += 1;
                     let session = SessionId(self.last_session);
                     self.servers.get_mut(&who).expect("it lives").session = Some(session);
-                    let spec = Box::new(spec(NAMES[who], server.incarnation));
+                    let spec = Box::new(instance_spec(NAMES[who], server.incarnation));
                     self.event(Event::Hello { session, spec, beat: server.beat, unix_millis: 0 });
                 }
             }
