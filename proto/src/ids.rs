@@ -13,6 +13,8 @@ pub enum IdError {
     Name { what: &'static str, got: String },
     #[error("a transfer id is 16 bytes, got {0}")]
     TransferLength(usize),
+    #[error("a block hash is 16 bytes, got {0}")]
+    BlockHashLength(usize),
 }
 
 macro_rules! name_id {

@@ -1,13 +1,15 @@
-//! Everything that crosses a process boundary: the protobuf contracts, the newtypes of the ids in them, and the one
-//! table of error codes.
+//! Everything that crosses a process boundary: the protobuf contracts, the newtypes of the ids in them, the
+//! hashes of KV blocks, and the one table of error codes.
 //!
 //! The services talk in [`v1`] types at their edges only: adapters turn them into domain types (`TryFrom`) on the way
 //! in and back on the way out. Contracts, a gRPC service each: `Inference`, `Handoff`, `Control`, `Store`,
 //! `FleetAdmin`, `RequestAdmin`; their files are under `protos/baton/v1`.
 
+mod block_hash;
 mod error;
 mod ids;
 
+pub use block_hash::BlockHash;
 pub use error::{ApiError, ErrorCode};
 pub use ids::{
     CoordinatorId, IdError, Incarnation, InstanceId, LeaderEpoch, LegId, RequestId, RoleEpoch, TransferId,

@@ -75,6 +75,17 @@ pub(crate) fn plan<'a>(
     }
 }
 
+/// Checks that all blocks named exist.
+pub(crate) fn check_copies(copies: &[(BlockId, BlockId)], layout: &KvPoolLayout) -> Result<(), RuntimeError> {
+    let mut named = copies.iter().flat_map(|&(from, to)| [from, to]);
+    match named.find(|block| block.0 >= layout.blocks) {
+        Some(BlockId(block)) => {
+            Err(RuntimeError::Batch(BatchFault::NoSuchBlock { block, blocks: layout.blocks }))
+        }
+        None => Ok(()),
+    }
+}
+
 /// Checks one chunk; gives the blocks it needs.
 fn check<'a>(
     chunk: &SequenceChunk<'a>,

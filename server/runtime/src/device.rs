@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use baton_checkpoint::{RopeOrder, TensorView};
 
-use crate::{KvPool, RuntimeError, batch::Step};
+use crate::{BlockId, KvPool, RuntimeError, batch::Step};
 
 /// One stored matrix that becomes part of a [`Device::Linear`], its outputs following those of the part before.
 pub(crate) struct LinearPart<'a> {
@@ -163,6 +163,9 @@ pub(crate) trait Device: Send {
         x: &Self::Tensor,
         out: &mut Self::Tensor,
     ) -> Result<(), RuntimeError>;
+
+    /// Copies blocks of the pool, in every layer and in order (InplaceIndexCopy); the blocks exist. Done when it returns.
+    fn copy_blocks(&mut self, copies: &[(BlockId, BlockId)]) -> Result<(), RuntimeError>;
 
     /// The values, row-major, once everything that writes them is done.
     fn read<'a>(&mut self, x: &'a Self::Tensor) -> Result<&'a [f32], RuntimeError>;

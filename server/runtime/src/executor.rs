@@ -73,4 +73,7 @@ pub trait Executor: Send {
         batch: &[SequenceChunk<'_>],
         on_layer: &mut dyn FnMut(u32),
     ) -> Result<Logits<'_>, RuntimeError>;
+
+    /// Copies blocks of the pool, in every layer, each pair (from, to) after the one before it. Done when it returns.
+    fn copy_blocks(&mut self, copies: &[(BlockId, BlockId)]) -> Result<(), RuntimeError>;
 }

@@ -102,6 +102,25 @@ impl KvPool {
         assert!(layer < self.layout.layers && block.0 < self.layout.blocks, "slice outside the KV pool");
         (layer as usize * self.layout.blocks as usize + block.0 as usize) * self.layout.slice_bytes()
     }
+
+    /// Copies a block's slices of all layers over another's. Panics if a block lies outside the pool.
+    ///
+    /// # Safety
+    /// Nobody writes `from` and nobody touches `to` meanwhile.
+    pub unsafe fn copy_block(&self, from: BlockId, to: BlockId) {
+        if from == to {
+            return;
+        }
+        for layer in 0..self.layout.layers {
+            let (from, to) = (self.slice_offset(layer, from), self.slice_offset(layer, to));
+            // SAFETY: `slice_offset` gives whole slices within the pool, and two of different blocks do not overlap; the
+            // caller keeps others away.
+            unsafe {
+                let base = self.base.as_ptr();
+                base.add(to).copy_from_nonoverlapping(base.add(from), self.layout.slice_bytes());
+            }
+        }
+    }
 }
 
 impl Drop for KvPool {

@@ -165,6 +165,25 @@ fn slices_mean_the_same_in_other_blocks_of_another_pool() {
 }
 
 #[test]
+fn a_copied_block_serves_a_fork_and_leaves_the_first_alone() {
+    for (model, kv_dtype) in MODELS.into_iter().zip([KvDtype::Bf16, KvDtype::F32].into_iter().cycle()) {
+        let mut session = Session::open(&tiny(model), &options(2, kv_dtype));
+        let prompt = prompt(session.executor.as_ref(), 40, 9);
+        let alone: Vec<Vec<u32>> = [3, 5]
+            .map(|token| bits(&session.step(&[&prompt[..], &[token]].concat(), 0, &blocks(20..24))))
+            .into();
+        session.step(&prompt, 0, &blocks(0..3));
+        session.executor.copy_blocks(&[(BlockId(2), BlockId(7)), (BlockId(7), BlockId(8))]).unwrap();
+        let fork = [BlockId(0), BlockId(1), BlockId(8)];
+        assert_eq!(bits(&session.step(&[5], 40, &fork)), alone[1], "{model}: the fork");
+        assert_eq!(bits(&session.step(&[3], 40, &blocks(0..3))), alone[0], "{model}: the first");
+        let error = session.executor.copy_blocks(&[(BlockId(0), BlockId(48))]).unwrap_err();
+        let no_such_block = BatchFault::NoSuchBlock { block: 48, blocks: 48 };
+        assert!(matches!(error, RuntimeError::Batch(fault) if fault == no_such_block));
+    }
+}
+
+#[test]
 fn a_layer_is_announced_when_its_slices_are_final() {
     let mut session = Session::open(&tiny(MODELS[0]), &options(2, KvDtype::F32));
     let pool = session.executor.kv_pool().clone();

@@ -225,7 +225,7 @@ impl Scheduler {
                 return;
             }
             let tokens = sequence.tokens.len() as u32 + u32::from(receives);
-            if self.blocks.blocks_for(tokens) + self.growing() > self.blocks.free() {
+            if self.blocks.blocks_for(tokens) + self.growing() > self.blocks.room() {
                 return;
             }
             self.waiting.pop_front();

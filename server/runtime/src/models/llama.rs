@@ -5,7 +5,7 @@ use std::sync::Arc;
 use baton_checkpoint::{Checkpoint, LayerWeight, ModelConfig, Weight};
 
 use crate::{
-    Executor, KvPool, LoadOptions, Logits, ModelShape, RuntimeError, SequenceChunk,
+    BlockId, Executor, KvPool, LoadOptions, Logits, ModelShape, RuntimeError, SequenceChunk,
     batch::{self, Step},
     device::{Device, LinearPart, RowOrder},
 };
@@ -239,5 +239,10 @@ impl<D: Device> Executor for Llama<D> {
             Some((_, &sequence)) => Err(RuntimeError::NonFinite { sequence }),
             None => Ok(logits),
         }
+    }
+
+    fn copy_blocks(&mut self, copies: &[(BlockId, BlockId)]) -> Result<(), RuntimeError> {
+        batch::check_copies(copies, self.device.kv_pool().layout())?;
+        self.device.copy_blocks(copies)
     }
 }

@@ -254,7 +254,7 @@ impl Scheduler {
     pub fn occupancy(&self) -> Occupancy {
         let mut occupancy = Occupancy {
             blocks_total: self.blocks.total(),
-            blocks_free: self.blocks.free(),
+            blocks_free: self.blocks.room(),
             preemptions: self.preemptions,
             ..Occupancy::default()
         };

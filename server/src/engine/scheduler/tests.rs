@@ -389,7 +389,7 @@ fn check_invariants(scheduler: &Scheduler) {
         scheduler.sequences.values().flat_map(|s| s.blocks.as_slice().iter().copied()).collect();
     let distinct: HashSet<BlockId> = held.iter().copied().collect();
     assert_eq!(held.len(), distinct.len(), "a block has two owners");
-    assert_eq!(held.len() as u32 + scheduler.blocks.free(), scheduler.blocks.total(), "a block is lost");
+    assert_eq!(held.len() as u32 + scheduler.blocks.room(), scheduler.blocks.total(), "a block is lost");
     for sequence in scheduler.sequences.values() {
         let id = &sequence.id;
         assert_eq!(scheduler.running.contains(id), sequence.state == State::Running, "{sequence:?}");
@@ -472,7 +472,7 @@ proptest! {
             }
         }
         prop_assert_eq!(scheduler.sequences.len(), 0, "stuck: {:?}", scheduler);
-        prop_assert_eq!(scheduler.blocks.free(), blocks);
+        prop_assert_eq!(scheduler.blocks.room(), blocks);
         for id in &world.added {
             prop_assert!(world.told.get(id).is_some_and(|told| told.1), "leg {} never ended", id);
         }

@@ -27,7 +27,7 @@ use self::{
     threads::Pool,
 };
 use crate::{
-    KvPool, KvPoolLayout, LoadOptions, RuntimeError,
+    BlockId, KvPool, KvPoolLayout, LoadOptions, RuntimeError,
     batch::Step,
     device::{Device, Heads, LinearPart},
 };
@@ -361,6 +361,15 @@ impl Device for CpuDevice {
         let selected = out.reset(plan.logits_rows.len()).chunks_exact_mut(width);
         for (to, &row) in selected.zip(&plan.logits_rows) {
             to.copy_from_slice(&x.values()[row * width..][..width]);
+        }
+        Ok(())
+    }
+
+    fn copy_blocks(&mut self, copies: &[(BlockId, BlockId)]) -> Result<(), RuntimeError> {
+        for &(from, to) in copies {
+            // SAFETY: the engine, whose accounting says who may touch which block, has asked for it, and no other
+            // operation of this device is running.
+            unsafe { self.kv.copy_block(from, to) };
         }
         Ok(())
     }

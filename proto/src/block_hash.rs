@@ -1,0 +1,100 @@
+//! Names of KV blocks by what is in them, the same on every instance and coordinator of a cluster.
+//!
+//! A block's K and V depend on the model, the way it is stored and every token up to the block's end, so that is what
+//! its hash covers: a chain from a root over model revision, KV layout and adapter, one link for each full block.
+//! Computed by the engine for what it caches; sent in `KvEvents`; computed by whoever wants to know who caches a prompt.
+
+use std::fmt;
+
+use sha2::{Digest, Sha256};
+
+use crate::IdError;
+
+/// The first 128 bits of a SHA-256: nobody finds two prompts that share one, by chance or on purpose, so that a hash that
+/// is equal stands for blocks that are.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct BlockHash([u8; 16]);
+
+impl BlockHash {
+    pub const BYTES: usize = 16;
+
+    /// The start of every chain of one model. `layout_fingerprint` is that of `baton-kvtransfer`'s `KvLayout`, which
+    /// covers the model's revision; `adapter` is empty as long as there are none.
+    pub fn root(layout_fingerprint: &str, adapter: &str) -> Self {
+        let mut hash = Sha256::new();
+        hash.update(b"baton kv root\0");
+        for part in [layout_fingerprint, adapter] {
+            hash.update((part.len() as u64).to_le_bytes());
+            hash.update(part);
+        }
+        Self::first_half(hash)
+    }
+
+    /// The hash of the block that follows this one (or the root) and holds `tokens`.
+    pub fn child(&self, tokens: &[u32]) -> Self {
+        let mut hash = Sha256::new();
+        hash.update(b"baton kv block\0");
+        hash.update(self.0);
+        for token in tokens {
+            hash.update(token.to_le_bytes());
+        }
+        Self::first_half(hash)
+    }
+
+    pub fn as_bytes(&self) -> &[u8; Self::BYTES] {
+        &self.0
+    }
+
+    fn first_half(hash: Sha256) -> Self {
+        let mut half = [0; Self::BYTES];
+        half.copy_from_slice(&hash.finalize()[..Self::BYTES]);
+        Self(half)
+    }
+}
+
+impl TryFrom<&[u8]> for BlockHash {
+    type Error = IdError;
+
+    fn try_from(bytes: &[u8]) -> Result<Self, IdError> {
+        bytes.try_into().map(Self).map_err(|_| IdError::BlockHashLength(bytes.len()))
+    }
+}
+
+impl fmt::Display for BlockHash {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl fmt::Debug for BlockHash {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "BlockHash({self})")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashSet;
+
+    #[test]
+    fn everything_that_makes_a_block_changes_its_hash() {
+        let roots = [("fp", ""), ("fq", ""), ("fp", "a"), ("f", "p"), ("", "fp")];
+        let mut seen: HashSet<BlockHash> = roots.iter().map(|(fp, a)| BlockHash::root(fp, a)).collect();
+        let root = BlockHash::root("fp", "");
+        let blocks = [&[1u32, 2][..], &[2, 1], &[1, 3], &[258], &[1, 2, 0], &[]];
+        seen.extend(blocks.iter().map(|tokens| root.child(tokens)));
+        seen.extend(blocks.iter().map(|tokens| root.child(&[9, 9]).child(tokens)));
+        assert_eq!(seen.len(), roots.len() + 2 * blocks.len());
+    }
+
+    /// Instances of different versions must agree; Python's hashlib gave these.
+    #[test]
+    fn hashes_stay_what_they_are() {
+        let root = BlockHash::root("fp", "");
+        assert_eq!(root.to_string(), "a695f2330be8b4adde6f4d0a2222b376");
+        assert_eq!(root.child(&[1, 2, 70_000]).to_string(), "599478b30e6fff1beaead4990bafa181");
+        assert_eq!(BlockHash::try_from(&root.as_bytes()[..]), Ok(root));
+        assert_eq!(BlockHash::try_from(&[0u8; 15][..]), Err(IdError::BlockHashLength(15)));
+    }
+}
