@@ -56,6 +56,8 @@ pub struct RuntimeConfig {
     pub kv_cache_bytes: u64,
     /// Blocks of the KV cache; not 0 = this instead of `kv_cache_bytes`.
     pub kv_blocks: u32,
+    /// Whether requests that begin alike share the KV cache of what they have in common.
+    pub prefix_cache: bool,
     /// Most tokens of one step of the engine.
     pub max_batch_tokens: u32,
     /// Most sequences computed at a time.
@@ -104,6 +106,7 @@ impl Default for RuntimeConfig {
             kv_dtype: KvDtype::F32.name().into(),
             kv_cache_bytes: 512 << 20,
             kv_blocks: 0,
+            prefix_cache: true,
             max_batch_tokens: 512,
             max_sequences: 64,
             max_waiting: 512,

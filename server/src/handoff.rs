@@ -51,7 +51,7 @@ pub fn kv_region(pool: &Arc<KvPool>) -> Region {
     // SAFETY: the pool's memory lives as long as the pool, which the region keeps. Blocks are lent to transfers by
     // sequences alone: a receiving sequence is not in the batch, so nothing reads or writes its blocks, and a sending
     // one reports a block of a layer ready only once the model has written all of it (chunks end at block borders) and
-    // does not write it again; that holds for the last, partly filled block of a prompt too, since a prefill leg never
+    // does not write it again. That holds for blocks of a shared prefix, which were final before, and for the last, partly filled block of a prompt, since a prefill leg never
     // decodes and so appends nothing to it. Neither frees its blocks before the transfer's fence (see `engine::sequence`, Closing).
     unsafe { Region::new(owner, pool.base(), pool.layout().total_bytes()) }
 }
@@ -70,6 +70,7 @@ pub struct Transfers {
     watched: HashMap<SequenceId, oneshot::Sender<()>>,
     engine: mpsc::Sender<Command>,
     block_tokens: u32,
+    layers: u32,
     /// A transfer whose request has no deadline ends after this long.
     timeout: Duration,
     tasks: TaskTracker,
@@ -81,7 +82,7 @@ impl Transfers {
     /// `engine` is the engine's own command queue; the transfers' tasks go to `tasks`, on `runtime`.
     pub fn new(
         node: KvNode,
-        block_tokens: u32,
+        pool: &KvPoolLayout,
         engine: mpsc::Sender<Command>,
         timeout: Duration,
         tasks: TaskTracker,
@@ -93,7 +94,8 @@ impl Transfers {
             open: HashMap::new(),
             watched: HashMap::new(),
             engine,
-            block_tokens,
+            block_tokens: pool.block_tokens,
+            layers: pool.layers,
             timeout,
             tasks,
             runtime,
@@ -101,13 +103,14 @@ impl Transfers {
         }
     }
 
-    /// Starts to send a sequence's cache. After an error there is no transfer.
+    /// Starts to send a sequence's cache, of which the first `cached` blocks are final. After an error there is no
+    /// transfer.
     pub fn offer(
         &mut self,
         id: SequenceId,
         to: Outbound,
         prompt_tokens: u32,
-        blocks: &[BlockId],
+        (blocks, cached): (&[BlockId], u32),
         deadline: Option<Instant>,
     ) -> Result<(), ApiError> {
         let outgoing = self.node.offer(OfferSpec {
@@ -120,7 +123,9 @@ impl Transfers {
             deadline: self.deadline(deadline),
         })?;
         let (close, closed) = oneshot::channel();
-        self.open.insert(id, Open::Outgoing { progress: outgoing.progress(), close });
+        let progress = outgoing.progress();
+        (0..self.layers).for_each(|layer| progress.ready(layer, 0..cached));
+        self.open.insert(id, Open::Outgoing { progress, close });
         let (engine, metrics) = (self.engine.clone(), self.metrics.clone());
         self.tasks.spawn_on(
             async move {
@@ -163,13 +168,13 @@ impl Transfers {
         self.watched.remove(&id);
     }
 
-    /// Lets a sequence's cache arrive. After an error there is no transfer.
+    /// Lets a sequence's cache arrive, except for the first `held` blocks. After an error there is no transfer.
     pub fn expect(
         &mut self,
         id: SequenceId,
         from: Inbound,
         prompt_tokens: u32,
-        blocks: &[BlockId],
+        (blocks, held): (&[BlockId], u32),
         deadline: Option<Instant>,
     ) -> Result<(), ApiError> {
         let incoming = self.node.expect(ExpectSpec {
@@ -178,7 +183,7 @@ impl Transfers {
             sender_incarnation: incarnation(from.sender_incarnation),
             prompt_tokens,
             blocks: indices(blocks, prompt_tokens.div_ceil(self.block_tokens)),
-            held: Vec::new(),
+            held: (0..held).collect(),
             deadline: self.deadline(deadline),
         })?;
         let (close, closed) = oneshot::channel();

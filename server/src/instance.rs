@@ -277,6 +277,7 @@ impl Plan {
             max_waiting: config.runtime.max_waiting,
             context_tokens: self.context_tokens(config),
             block_tokens: self.layout.block_tokens,
+            prefix_cache: config.runtime.prefix_cache,
         }
     }
 

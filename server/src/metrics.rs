@@ -51,6 +51,11 @@ pub struct EngineMetrics {
     decode_tokens: Counter,
     steps: StepTimes,
     preemptions: Counter,
+    blocks_cached: Gauge,
+    evictions: Counter,
+    prefix_hit_tokens: Counter,
+    prefix_miss_tokens: Counter,
+    held_blocks: Counter,
     legs: Family<Outcome, Counter>,
 }
 
@@ -73,6 +78,11 @@ impl EngineMetrics {
             decode_tokens: Counter::default(),
             steps: Family::new_with_constructor(step_times),
             preemptions: Counter::default(),
+            blocks_cached: Gauge::default(),
+            evictions: Counter::default(),
+            prefix_hit_tokens: Counter::default(),
+            prefix_miss_tokens: Counter::default(),
+            held_blocks: Counter::default(),
             legs: Family::default(),
         };
         let m = &metrics;
@@ -93,6 +103,16 @@ impl EngineMetrics {
             "Sequences whose blocks were taken for others",
             m.preemptions.clone(),
         );
+        let help = "KV blocks that nobody holds and whose content can be used again";
+        registry.register("kv_blocks_cached", help, m.blocks_cached.clone());
+        let help = "Cached KV blocks that were given up for others";
+        registry.register("kv_blocks_evicted", help, m.evictions.clone());
+        let help = "Tokens of prompts that were in the prefix cache";
+        registry.register("prefix_hit_tokens", help, m.prefix_hit_tokens.clone());
+        let help = "Tokens of prompts that were not in the prefix cache";
+        registry.register("prefix_miss_tokens", help, m.prefix_miss_tokens.clone());
+        let help = "KV blocks of handed over caches that decode held already, so that they were not sent";
+        registry.register("handoff_held_blocks", help, m.held_blocks.clone());
         registry.register("legs", "Legs that ended, by outcome", m.legs.clone());
         metrics
     }
@@ -106,7 +126,18 @@ impl EngineMetrics {
         self.blocks_free.set(occupancy.blocks_free.into());
         self.blocks_used.set((occupancy.blocks_total - occupancy.blocks_free).into());
         self.queued_prefill_tokens.set(occupancy.queued_prefill_tokens.try_into().unwrap_or(i64::MAX));
-        self.preemptions.inc_by(occupancy.preemptions - self.preemptions.get());
+        self.blocks_cached.set(occupancy.blocks_cached.into());
+        let counts = &occupancy.counts;
+        let counters = [
+            (&self.preemptions, counts.preemptions),
+            (&self.evictions, counts.evictions),
+            (&self.prefix_hit_tokens, counts.prefix_hit_tokens),
+            (&self.prefix_miss_tokens, counts.prefix_miss_tokens),
+            (&self.held_blocks, counts.held_blocks),
+        ];
+        for (counter, now) in counters {
+            counter.inc_by(now - counter.get());
+        }
         let Some(stats) = stats else { return };
         self.prefill_tokens.inc_by(stats.prefill_tokens.into());
         self.decode_tokens.inc_by(stats.decode_tokens.into());

@@ -6,7 +6,7 @@ use std::{future::Future, net::TcpListener, sync::Arc, thread::JoinHandle, time:
 
 use baton_kvtransfer::{KvLayout, KvNode, Limits as TransferLimits, NodeConfig};
 use baton_process::Metrics;
-use baton_proto::v1::inference_server::InferenceServer;
+use baton_proto::{BlockHash, v1::inference_server::InferenceServer};
 use baton_runtime::Executor;
 use tokio::{
     runtime::Handle,
@@ -88,6 +88,7 @@ impl Serving {
             shutdown: shared.stop.clone(),
         });
         let pool = parts.executor.kv_pool().clone();
+        let root = BlockHash::root(&parts.layout.fingerprint(), "");
         let blocks = pool.layout().blocks;
         let node = KvNode::start(
             NodeConfig {
@@ -121,7 +122,7 @@ impl Serving {
         });
         let transfers = Transfers::new(
             node.clone(),
-            parts.limits.block_tokens,
+            pool.layout(),
             shared.engine.clone(),
             parts.handoff.timeout,
             shared.tasks.clone(),
@@ -133,6 +134,7 @@ impl Serving {
         let thread = thread::spawn(EngineParts {
             executor: parts.executor,
             limits: parts.limits,
+            root,
             commands: parts.commands,
             transfers,
             deliver: Arc::new(move |stream, updates| streams.deliver(stream, updates)),

@@ -31,6 +31,7 @@ async fn instance(id: &str, role: Role, kv_dtype: KvDtype) -> Instance {
         max_waiting: 64,
         context_tokens: 2048,
         block_tokens: executor.kv_pool().layout().block_tokens,
+        prefix_cache: true,
     };
     Instance::over(id, role, executor, limits, HandoffConfig::default(), Arc::new(Faults::default())).await
 }
@@ -49,7 +50,9 @@ async fn apart_equals_whole(kv_dtype: KvDtype) {
     let prefill = instance("p", Role::Prefill, kv_dtype).await;
     let decode = instance("d", Role::Decode, kv_dtype).await;
     let (to_prefill, to_decode) = (Attached::to(&prefill).await, Attached::to(&decode).await);
-    let mut alone = Attached::to(&decode).await;
+    // Of its own, so that the others have nothing in their caches.
+    let mixed = instance("m", Role::Mixed, kv_dtype).await;
+    let mut alone = Attached::to(&mixed).await;
     let mut pair = Pair { prefill, decode, to_prefill, to_decode };
 
     // One at a time on one instance: nothing else is in the batch.
@@ -59,14 +62,31 @@ async fn apart_equals_whole(kv_dtype: KvDtype) {
         expected.push(alone.until_end(leg).await.tokens);
     }
     assert!(expected.iter().all(|tokens| tokens.len() == MAX_TOKENS as usize));
-    // All at once, apart.
-    for (leg, request) in (1..).zip(requests()) {
-        pair.dispatch(leg, &request).await;
+    // All at once, apart; then again, with what both have of them in their caches by then.
+    for round in [0, 100] {
+        for (leg, request) in (round + 1..).zip(requests()) {
+            pair.dispatch(leg, &request).await;
+        }
+        for (leg, expected) in (round + 1..).zip(&expected) {
+            assert_eq!(&pair.completion(leg).await, expected, "leg {leg}");
+        }
+        pair.until_idle().await;
     }
-    for (leg, expected) in (1..).zip(expected) {
-        assert_eq!(pair.completion(leg).await, expected, "leg {leg}");
+    assert_eq!(pair.to_prefill.until_end(112).await.cached_tokens(), 384);
+    // A prompt that goes on from a completion, computed on the instance that decoded it and on one that has not.
+    let last = requests().remove(5);
+    let prompt = [&last.prompt[..], &expected[5], &[7, 8, 9]].concat();
+    let more = Request { prompt, ..last };
+    let mut answers = Vec::new();
+    for (coordinator, cached) in [(&mut alone, 400), (&mut Attached::to(&pair.decode).await, 400)] {
+        coordinator.dispatch(200, &more, whole()).await;
+        let heard = coordinator.until_end(200).await;
+        assert_eq!(heard.cached_tokens(), cached);
+        answers.push(heard.tokens);
     }
-    pair.until_idle().await;
+    pair.dispatch(300, &more).await;
+    assert_eq!(pair.completion(300).await, answers[0]);
+    assert_eq!(answers[1], answers[0]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -164,6 +164,30 @@ fn slices_mean_the_same_in_other_blocks_of_another_pool() {
     }
 }
 
+/// Bits of the logits after `prompt`, whose first 64 tokens were left in blocks 0 to 3 by a sequence that was given 37
+/// of them and was fed the others one at a time, and of those after the same prompt computed at once.
+fn with_and_without_a_prefix(model: &Path, kv_dtype: KvDtype) -> (Vec<u32>, Vec<u32>) {
+    let mut session = Session::open(model, &options(2, kv_dtype));
+    let prompt = prompt(session.executor.as_ref(), 75, 4);
+    session.step(&prompt[..37], 0, &blocks(0..4));
+    for position in 37..64 {
+        session.step(&prompt[position..=position], position, &blocks(0..4));
+    }
+    let shared = [blocks(0..4), blocks(30..31)].concat();
+    let warm = session.step(&prompt[64..], 64, &shared);
+    (bits(&warm), bits(&session.step(&prompt, 0, &blocks(10..15))))
+}
+
+#[test]
+fn a_prefix_that_another_sequence_decoded_is_as_good_as_one_computed_at_once() {
+    for model in MODELS.map(tiny).into_iter().chain([smollm2()]) {
+        for kv_dtype in [KvDtype::F32, KvDtype::Bf16] {
+            let (warm, cold) = with_and_without_a_prefix(&model, kv_dtype);
+            assert_eq!(warm, cold, "{} {kv_dtype:?}", model.display());
+        }
+    }
+}
+
 #[test]
 fn a_copied_block_serves_a_fork_and_leaves_the_first_alone() {
     for (model, kv_dtype) in MODELS.into_iter().zip([KvDtype::Bf16, KvDtype::F32].into_iter().cycle()) {

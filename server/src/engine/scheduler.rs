@@ -13,6 +13,9 @@
 //!   sequence that grows, so that an arrival does not preempt what runs. A prefill leg gets all its blocks at once and
 //!   is never preempted, since its blocks may be on the wire; a decode leg reserves its prompt's blocks plus one token
 //!   and receives its cache into them.
+//! - A sequence starts with the longest chain of full blocks that the cache has of it; it computes its last token at
+//!   least, since that is where its logits come from. Every block that becomes full and final is sealed, whichever way
+//!   its content came, and can be shared from then on. A decode leg holds what it found while the rest is received.
 //! - A decode leg queues only once its cache has been offered, which its prefill leg does with its own blocks in hand.
 //!   So whoever holds blocks here for a cache to come waits for a prefill that holds its blocks already, and never the
 //!   other way round: two instances with full pools cannot wait for each other.
@@ -22,11 +25,11 @@ use std::{
     time::Instant,
 };
 
-use baton_proto::{ApiError, TransferId};
+use baton_proto::{ApiError, BlockHash, TransferId};
 use baton_runtime::BlockId;
 
 use super::{
-    blocks::BlockManager,
+    blocks::{BlockManager, Cached},
     sequence::{Address, Inbound, LegUpdate, Outbound, Sequence, SequenceId, State, Work},
 };
 
@@ -34,7 +37,7 @@ mod lifecycle;
 #[cfg(test)]
 mod tests;
 
-pub use lifecycle::{Occupancy, Refused};
+pub use lifecycle::{Counts, Occupancy, Refused};
 
 /// Limits the scheduler keeps.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -48,6 +51,8 @@ pub struct Limits {
     /// Most tokens of prompt and completion together.
     pub context_tokens: u32,
     pub block_tokens: u32,
+    /// Whether sequences share blocks of equal content.
+    pub prefix_cache: bool,
 }
 
 /// Part of a sequence that the next step computes.
@@ -63,22 +68,24 @@ pub struct Chunk {
 /// What has to be done outside.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Effect {
-    /// Offer a prefill leg's blocks to its receiver.
+    /// Offer a prefill leg's blocks to its receiver; the first `cached` of them are final already.
     Offer {
         id: SequenceId,
         to: Outbound,
         prompt_tokens: u32,
         blocks: Vec<BlockId>,
+        cached: u32,
         deadline: Option<Instant>,
     },
     /// Say by [`Scheduler::offered`] when the transfer of a decode leg has been offered, or that it has not been in time.
     Watch { id: SequenceId, transfer: TransferId, deadline: Option<Instant> },
-    /// Let a decode leg's cache be written into these blocks.
+    /// Let a decode leg's cache be written into these blocks, except the first `held`, which have their content.
     Expect {
         id: SequenceId,
         from: Inbound,
         prompt_tokens: u32,
         blocks: Vec<BlockId>,
+        held: u32,
         deadline: Option<Instant>,
     },
     /// All of a prefill leg's cache is computed; this is the first token.
@@ -95,6 +102,8 @@ pub enum Effect {
 #[derive(Debug)]
 pub struct Scheduler {
     limits: Limits,
+    /// Where the hashes of blocks start.
+    root: BlockHash,
     blocks: BlockManager,
     sequences: HashMap<SequenceId, Sequence>,
     /// In order of service.
@@ -107,13 +116,14 @@ pub struct Scheduler {
     arrivals: u64,
     outputs: Vec<(Address, LegUpdate)>,
     effects: Vec<Effect>,
-    preemptions: u64,
+    counts: Counts,
 }
 
 impl Scheduler {
-    /// A scheduler of a pool of `blocks` blocks.
-    pub fn new(limits: Limits, blocks: u32) -> Self {
+    /// A scheduler of a pool of `blocks` blocks, whose content is named by chains of hashes that start at `root`.
+    pub fn new(limits: Limits, blocks: u32, root: BlockHash) -> Self {
         Self {
+            root,
             blocks: BlockManager::new(blocks, limits.block_tokens),
             limits,
             sequences: HashMap::new(),
@@ -124,7 +134,7 @@ impl Scheduler {
             arrivals: 0,
             outputs: Vec::new(),
             effects: Vec::new(),
-            preemptions: 0,
+            counts: Counts::default(),
         }
     }
 
@@ -207,11 +217,12 @@ impl Scheduler {
         let Some(sequence) = self.sequences.get_mut(&id) else { return };
         self.blocks.release(std::mem::take(&mut sequence.blocks));
         sequence.computed = 0;
+        sequence.sealed = 0;
         sequence.state = State::Waiting;
         // From now on it is computed here, wherever its cache first came from.
         sequence.work = Work::Whole;
         self.waiting.push_front(id);
-        self.preemptions += 1;
+        self.counts.preemptions += 1;
     }
 
     fn admit(&mut self, plan: &mut Vec<Chunk>, budget: &mut u32) {
@@ -219,21 +230,33 @@ impl Scheduler {
             if self.running.len() as u32 + self.receiving >= self.limits.max_sequences {
                 return;
             }
+            let receives = matches!(self.sequences[&id].work, Work::Decode(_));
+            if !receives && *budget == 0 {
+                return;
+            }
+            let (block_tokens, cached) = (self.limits.block_tokens, self.find_cached(id));
             let sequence = &self.sequences[&id];
-            let receives = matches!(sequence.work, Work::Decode(_));
-            if !receives && *budget < self.limits.block_tokens.min(sequence.remaining()) {
+            let remaining = sequence.remaining() - cached.blocks * block_tokens * u32::from(!receives);
+            if !receives && *budget < block_tokens.min(remaining) {
                 return;
             }
             let tokens = sequence.tokens.len() as u32 + u32::from(receives);
-            if self.blocks.blocks_for(tokens) + self.growing() > self.blocks.room() {
+            let needed = self.blocks.blocks_for(tokens) - cached.blocks + cached.idle;
+            if needed + self.growing() > self.blocks.room() {
                 return;
             }
             self.waiting.pop_front();
-            self.start(id, tokens);
+            self.start(id, tokens, cached);
             if !receives {
                 self.plan_chunk(id, plan, budget, |_| true);
             }
         }
+    }
+
+    /// What the cache has of a waiting sequence, as far as it may be used.
+    fn find_cached(&mut self, id: SequenceId) -> Cached {
+        let Some(sequence) = self.sequences.get_mut(&id) else { return Cached::default() };
+        self.blocks.find(usable_hashes(sequence, self.root, &self.limits))
     }
 
     /// Sequences that may need another block while they run.
@@ -242,9 +265,13 @@ impl Scheduler {
         running + self.receiving
     }
 
-    /// Takes a sequence from the queue into service, with blocks for `tokens` tokens, which are free.
-    fn start(&mut self, id: SequenceId, tokens: u32) {
+    /// Takes a sequence from the queue into service, with blocks for `tokens` tokens, for which there is room beside
+    /// those that are `cached`.
+    fn start(&mut self, id: SequenceId, tokens: u32, cached: Cached) {
         let Some(sequence) = self.sequences.get_mut(&id) else { return };
+        let (cached, hashes) = (cached.blocks, usable_hashes(sequence, self.root, &self.limits));
+        sequence.blocks = self.blocks.take(&hashes[..cached as usize]);
+        sequence.sealed = cached;
         let extended = self.blocks.extend(&mut sequence.blocks, tokens);
         debug_assert!(extended, "admitted without free blocks");
         let (prompt_tokens, deadline) = (sequence.prompt_tokens, sequence.deadline);
@@ -252,16 +279,26 @@ impl Scheduler {
         match &sequence.work {
             Work::Decode(from) => {
                 let from = from.clone();
-                self.effects.push(Effect::Expect { id, from, prompt_tokens, blocks: blocks(), deadline });
+                let blocks = blocks();
+                let expect = Effect::Expect { id, from, prompt_tokens, blocks, held: cached, deadline };
+                self.effects.push(expect);
+                self.counts.held_blocks += u64::from(cached);
+                sequence.cached = Some(0);
                 sequence.state = State::Receiving;
                 self.receiving += 1;
                 return;
             }
             Work::Prefill(to) => {
-                let to = to.clone();
-                self.effects.push(Effect::Offer { id, to, prompt_tokens, blocks: blocks(), deadline });
+                let (to, blocks) = (to.clone(), blocks());
+                self.effects.push(Effect::Offer { id, to, prompt_tokens, blocks, cached, deadline });
             }
             Work::Whole => {}
+        }
+        sequence.computed = cached * self.limits.block_tokens;
+        if sequence.cached.is_none() {
+            sequence.cached = Some(sequence.computed);
+            self.counts.prefix_hit_tokens += u64::from(sequence.computed);
+            self.counts.prefix_miss_tokens += u64::from(prompt_tokens - sequence.computed);
         }
         self.run(id);
     }
@@ -274,4 +311,15 @@ impl Scheduler {
         let at = self.running.partition_point(|other| self.sequences[other].arrival < arrival);
         self.running.insert(at, id);
     }
+}
+
+/// Hashes of the blocks that a waiting sequence need not compute, or receive, if the cache has them.
+fn usable_hashes<'s>(sequence: &'s mut Sequence, root: BlockHash, limits: &Limits) -> &'s [BlockHash] {
+    if !limits.prefix_cache {
+        return &[];
+    }
+    // Logits come from computing the last token; who receives its cache receives the next token with it.
+    let receives = matches!(sequence.work, Work::Decode(_));
+    let usable = sequence.tokens.len() - usize::from(!receives);
+    &sequence.hashes(root, limits.block_tokens)[..usable / limits.block_tokens as usize]
 }

@@ -15,7 +15,7 @@
 
 use std::{fmt, time::Instant};
 
-use baton_proto::{ApiError, ErrorCode, Incarnation, InstanceId, LegId, RequestId, TransferId};
+use baton_proto::{ApiError, BlockHash, ErrorCode, Incarnation, InstanceId, LegId, RequestId, TransferId};
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use super::{
@@ -119,7 +119,13 @@ pub struct LegUpdate {
 /// How a leg ended.
 #[derive(Debug, Clone, PartialEq)]
 pub enum LegEnd {
-    Finished { reason: FinishReason, prompt_tokens: u32, cached_tokens: u32, completion_tokens: u32 },
+    Finished {
+        reason: FinishReason,
+        prompt_tokens: u32,
+        /// Of the prompt, not computed because they were in the prefix cache; 0 for a decode leg, which computes none.
+        cached_tokens: u32,
+        completion_tokens: u32,
+    },
     Failed(ApiError),
 }
 
@@ -159,6 +165,12 @@ pub(super) struct Sequence {
     /// Tokens whose K and V are in `blocks`.
     pub(super) computed: u32,
     pub(super) blocks: BlockList,
+    /// Hashes of the full blocks of `tokens`, as far as they have been asked for.
+    hashes: Vec<BlockHash>,
+    /// Blocks from the first on that are sealed: never written again, and others may share them.
+    pub(super) sealed: u32,
+    /// Tokens of the prompt that were in the cache when it was first computed here. None before that.
+    pub(super) cached: Option<u32>,
     pub(super) sampling: SamplingParams,
     pub(super) counts: Option<TokenCounts>,
     pub(super) stop_tokens: Vec<u32>,
@@ -191,6 +203,9 @@ impl Sequence {
             prompt_tokens,
             computed: 0,
             blocks: BlockList::default(),
+            hashes: Vec::new(),
+            sealed: 0,
+            cached: None,
             sampling: new.sampling,
             counts,
             stop_tokens: new.stop.stop_tokens,
@@ -201,6 +216,22 @@ impl Sequence {
             span: new.span,
             _permit: new.permit,
         }
+    }
+
+    /// Hashes of the full blocks of its tokens, in a chain that starts at `root`.
+    pub(super) fn hashes(&mut self, root: BlockHash, block_tokens: u32) -> &[BlockHash] {
+        let block_tokens = block_tokens as usize;
+        let mut parent = self.hashes.last().copied().unwrap_or(root);
+        for block in self.tokens.chunks_exact(block_tokens).skip(self.hashes.len()) {
+            parent = parent.child(block);
+            self.hashes.push(parent);
+        }
+        &self.hashes
+    }
+
+    /// Hash of one of its full blocks, which [`Self::hashes`] has computed.
+    pub(super) fn hash(&self, block: u32) -> BlockHash {
+        self.hashes[block as usize]
     }
 
     /// Tokens still to be computed before the next one can be sampled.
@@ -260,7 +291,7 @@ impl Sequence {
         LegEnd::Finished {
             reason,
             prompt_tokens: self.prompt_tokens,
-            cached_tokens: 0,
+            cached_tokens: self.cached.unwrap_or(0),
             completion_tokens: self.completion_tokens(),
         }
     }

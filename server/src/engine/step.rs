@@ -62,6 +62,7 @@ impl Stepper {
                 Computed::Yes(token) => scheduler.computed(chunk, token),
                 Computed::No => {}
                 Computed::Failed(error) => scheduler.fail(chunk.id, error),
+                Computed::Damaged(error) => scheduler.fail_damaged(chunk.id, error),
             }
         }
         stats.took = started.elapsed();
@@ -121,6 +122,8 @@ enum Computed {
     /// It was in a batch that failed through another's fault: it is computed again.
     No,
     Failed(ApiError),
+    /// Its logits are not numbers, so its cache may not be either.
+    Damaged(ApiError),
 }
 
 fn failed(reason: &dyn Display) -> Computed {
@@ -149,6 +152,6 @@ fn sample(sampler: &mut Sampler, scheduler: &Scheduler, chunk: &Chunk, logits: &
     let counts = sequence.counts.as_ref();
     match sampler.sample(logits, &sequence.sampling, counts, sequence.completion_tokens()) {
         Ok(token) => Computed::Yes(Some(token)),
-        Err(error) => Computed::Failed(ApiError::new(ErrorCode::Internal, error.to_string())),
+        Err(error) => Computed::Damaged(ApiError::new(ErrorCode::Internal, error.to_string())),
     }
 }

@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use baton_proto::{ApiError, ErrorCode};
+use baton_proto::{ApiError, BlockHash, ErrorCode};
 use baton_runtime::Executor;
 use tokio::{
     runtime::Handle,
@@ -67,6 +67,8 @@ pub type Deliver = Arc<dyn Fn(StreamId, Vec<LegUpdate>) + Send + Sync>;
 pub struct EngineParts {
     pub executor: Box<dyn Executor>,
     pub limits: Limits,
+    /// Where the hashes of the KV pool's blocks start.
+    pub root: BlockHash,
     pub commands: mpsc::Receiver<Command>,
     pub transfers: Transfers,
     pub deliver: Deliver,
@@ -84,7 +86,7 @@ pub struct EngineParts {
 pub fn spawn(parts: EngineParts) -> io::Result<JoinHandle<()>> {
     let blocks = parts.executor.kv_pool().layout().blocks;
     let engine = Engine {
-        scheduler: Scheduler::new(parts.limits, blocks),
+        scheduler: Scheduler::new(parts.limits, blocks, parts.root),
         stepper: Stepper::new(parts.executor),
         commands: parts.commands,
         transfers: parts.transfers,
@@ -213,13 +215,13 @@ impl Engine {
     fn perform(&mut self) {
         for effect in self.scheduler.take_effects() {
             let begun = match effect {
-                Effect::Offer { id, to, prompt_tokens, blocks, deadline } => self
+                Effect::Offer { id, to, prompt_tokens, blocks, cached, deadline } => self
                     .transfers
-                    .offer(id, to, prompt_tokens, &blocks, deadline)
+                    .offer(id, to, prompt_tokens, (&blocks, cached), deadline)
                     .map_err(|error| (id, error)),
-                Effect::Expect { id, from, prompt_tokens, blocks, deadline } => self
+                Effect::Expect { id, from, prompt_tokens, blocks, held, deadline } => self
                     .transfers
-                    .expect(id, from, prompt_tokens, &blocks, deadline)
+                    .expect(id, from, prompt_tokens, (&blocks, held), deadline)
                     .map_err(|error| (id, error)),
                 Effect::Watch { id, transfer, deadline } => {
                     self.transfers.watch(id, transfer, deadline);

@@ -79,6 +79,7 @@ impl Instance {
             max_waiting: shape.max_waiting,
             context_tokens: model::CONTEXT_TOKENS,
             block_tokens: model::BLOCK_TOKENS,
+            prefix_cache: true,
         };
         let handoff = HandoffConfig { lease: shape.lease, timeout: PATIENCE };
         Self::over(id, role, executor, limits, handoff, faults).await
@@ -173,7 +174,7 @@ impl Instance {
     }
 
     pub fn preemptions(&self) -> u64 {
-        self.load.borrow().occupancy.preemptions
+        self.load.borrow().occupancy.counts.preemptions
     }
 
     /// The value of a metric without labels.
@@ -312,6 +313,13 @@ impl Heard {
     pub fn finished(&self) -> v1::FinishReason {
         match &self.end {
             Some(v1::leg_output::End::Finished(finished)) => finished.reason(),
+            other => panic!("not finished: {other:?}"),
+        }
+    }
+
+    pub fn cached_tokens(&self) -> u32 {
+        match &self.end {
+            Some(v1::leg_output::End::Finished(finished)) => finished.cached_tokens,
             other => panic!("not finished: {other:?}"),
         }
     }

@@ -18,7 +18,7 @@ use baton_runtime::{
 pub const VOCABULARY: u32 = 64;
 pub const CONTEXT_TOKENS: u32 = 256;
 pub const BLOCK_TOKENS: u32 = 4;
-const LAYERS: u32 = 3;
+pub const LAYERS: u32 = 3;
 
 /// Misbehaviour on demand.
 #[derive(Debug, Default)]

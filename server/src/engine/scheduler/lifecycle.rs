@@ -51,9 +51,25 @@ pub struct Occupancy {
     /// Prompt tokens accepted and not yet computed here.
     pub queued_prefill_tokens: u64,
     pub blocks_total: u32,
+    /// Blocks that nobody holds.
     pub blocks_free: u32,
-    /// Since the start.
+    /// How many of them have content that can be taken again.
+    pub blocks_cached: u32,
+    pub counts: Counts,
+}
+
+/// What has happened since the start.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Sequences whose blocks were taken for others.
     pub preemptions: u64,
+    /// Cached blocks that were given up for others.
+    pub evictions: u64,
+    /// Tokens of prompts that were in the cache, and those that had to be computed.
+    pub prefix_hit_tokens: u64,
+    pub prefix_miss_tokens: u64,
+    /// Blocks of decode legs that need not be sent to them.
+    pub held_blocks: u64,
 }
 
 impl Scheduler {
@@ -160,6 +176,8 @@ impl Scheduler {
             State::Receiving => {
                 self.receiving -= 1;
                 sequence.computed = sequence.prompt_tokens;
+                self.seal_blocks(id);
+                let Some(sequence) = self.sequences.get_mut(&id) else { return };
                 sequence.push(first_token);
                 let over = sequence.finish_reason().map(|reason| sequence.finished(reason));
                 self.run(id);
@@ -200,7 +218,8 @@ impl Scheduler {
     pub fn computed(&mut self, chunk: &Chunk, sampled: Option<u32>) {
         let Some(sequence) = self.sequences.get_mut(&chunk.id) else { return };
         sequence.computed = chunk.start + chunk.tokens;
-        let Some(token) = sampled else { return };
+        self.seal_blocks(chunk.id);
+        let (Some(token), Some(sequence)) = (sampled, self.sequences.get_mut(&chunk.id)) else { return };
         let first_position = sequence.completion_tokens();
         sequence.push(token);
         let over = sequence.finish_reason();
@@ -217,6 +236,25 @@ impl Scheduler {
         } else if handoff {
             self.running.retain(|&id| id != chunk.id);
         }
+    }
+
+    /// The blocks that have become full are final: others may share them.
+    fn seal_blocks(&mut self, id: SequenceId) {
+        let Some(sequence) = self.sequences.get_mut(&id).filter(|_| self.limits.prefix_cache) else { return };
+        let full = sequence.computed / self.limits.block_tokens;
+        let new = sequence.sealed..full;
+        sequence.sealed = full;
+        sequence.hashes(self.root, self.limits.block_tokens);
+        let sequence = &self.sequences[&id];
+        new.for_each(|index| self.blocks.seal(&sequence.blocks, index, sequence.hash(index)));
+    }
+
+    /// Ends a sequence whose cache may be damaged: nobody is to share its blocks from now on.
+    pub fn fail_damaged(&mut self, id: SequenceId, error: ApiError) {
+        if let Some(sequence) = self.sequences.get(&id) {
+            self.blocks.distrust(&sequence.blocks);
+        }
+        self.fail(id, error);
     }
 
     /// What legs are to be told since the last call, in order.
@@ -255,7 +293,8 @@ impl Scheduler {
         let mut occupancy = Occupancy {
             blocks_total: self.blocks.total(),
             blocks_free: self.blocks.room(),
-            preemptions: self.preemptions,
+            blocks_cached: self.blocks.idle(),
+            counts: Counts { evictions: self.blocks.evictions(), ..self.counts },
             ..Occupancy::default()
         };
         for sequence in self.sequences.values() {
