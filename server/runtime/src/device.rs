@@ -137,6 +137,15 @@ pub(crate) trait Device: Send {
         out: &mut Self::Tensor,
     ) -> Result<(), RuntimeError>;
 
+    /// Each head of Q becomes `head / rms(head) * query`, each of K likewise with `key`, in place (RmsNorm).
+    fn head_norm(
+        &mut self,
+        qkv: &mut Self::Tensor,
+        query: &Self::Vector,
+        key: &Self::Vector,
+        epsilon: f32,
+    ) -> Result<(), RuntimeError>;
+
     /// Rotates the queries and keys in rows of Q, K and V by their positions, in halves (ApplyRotaryPosEmbV2).
     fn rope(&mut self, plan: &Self::Plan, qkv: &mut Self::Tensor) -> Result<(), RuntimeError>;
 

@@ -1,11 +1,11 @@
-//! From a checkpoint on disk to an [`Executor`]: chooses device and model family.
+//! From a checkpoint on disk to an [`Executor`]: chooses the device.
 
-use baton_checkpoint::{Architecture, Checkpoint, ModelConfig};
+use baton_checkpoint::{Checkpoint, ModelConfig};
 
 use crate::{
     Executor, KvDtype, KvPoolLayout, RuntimeError,
     devices::cpu::{self, CpuDevice},
-    models::Llama,
+    models::Decoder,
 };
 
 /// Which hardware runs the model.
@@ -63,11 +63,10 @@ pub fn load(
     if options.max_batch_tokens == 0 {
         return Err(RuntimeError::Option { option: "max_batch_tokens", found: 0, wanted: positive });
     }
-    let config = checkpoint.config();
-    match (options.device, config.architecture) {
-        (DeviceKind::Cpu, Architecture::Llama) => {
-            let device = CpuDevice::new(config, options)?;
-            Ok(Box::new(Llama::load(device, checkpoint, options, progress)?))
+    match options.device {
+        DeviceKind::Cpu => {
+            let device = CpuDevice::new(checkpoint.config(), options)?;
+            Ok(Box::new(Decoder::load(device, checkpoint, options, progress)?))
         }
     }
 }

@@ -6,11 +6,16 @@ mod session;
 use std::path::Path;
 
 use baton_runtime::{BatchFault, BlockId, Executor, KvDtype, LoadOptions, RuntimeError, SequenceChunk};
-use session::{Session, argmax, blocks, smollm2, tiny};
+use session::{Session, argmax, blocks, slice, smollm2, tiny, write_slice};
 
-/// Unlike in head sizes (64-wide groups, 20, 12), KV sharing and weight types.
-const MODELS: [&str; 4] =
-    ["gguf-q4_1-like-smollm2", "hf-f16-ratio3-wide-heads", "hf-f32-ratio1-tied", "gguf-q4_k-q5_k-q6_k"];
+/// Unlike in head sizes (64-wide groups, 20, 12), KV sharing, head norms and weight types.
+const MODELS: [&str; 5] = [
+    "gguf-q4_1-like-smollm2",
+    "hf-f16-ratio3-wide-heads",
+    "hf-f32-ratio1-tied",
+    "gguf-q4_k-q5_k-q6_k",
+    "hf-bf16-qwen3-wide-heads",
+];
 
 fn options(threads: usize, kv_dtype: KvDtype) -> LoadOptions {
     LoadOptions { threads, kv_dtype, kv_blocks: 48, max_batch_tokens: 256, ..LoadOptions::default() }
@@ -22,26 +27,6 @@ fn prompt(executor: &dyn Executor, length: u32, seed: u32) -> Vec<u32> {
 
 fn bits(logits: &[f32]) -> Vec<u32> {
     logits.iter().map(|value| value.to_bits()).collect()
-}
-
-/// Bytes of one slice of a pool.
-fn slice(executor: &dyn Executor, layer: u32, block: BlockId) -> &[u8] {
-    let pool = executor.kv_pool();
-    // SAFETY: the offset is that of a whole slice inside the pool, and no forward pass is running.
-    unsafe {
-        let start = pool.base().as_ptr().add(pool.slice_offset(layer, block));
-        std::slice::from_raw_parts(start, pool.layout().slice_bytes())
-    }
-}
-
-fn write_slice(executor: &mut dyn Executor, layer: u32, block: BlockId, bytes: &[u8]) {
-    let pool = executor.kv_pool();
-    assert_eq!(bytes.len(), pool.layout().slice_bytes());
-    // SAFETY: as in `slice`, and `&mut` keeps forward passes away.
-    unsafe {
-        let start = pool.base().as_ptr().add(pool.slice_offset(layer, block));
-        start.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len());
-    }
 }
 
 /// The reference: the prompt at once, alone, then some greedy tokens.

@@ -10,8 +10,9 @@ use std::{
 use sha2::{Digest, Sha256};
 
 use crate::{
-    CheckpointError, Dtype, LayerWeight, ModelConfig, TensorView, TokenizerSource, Weight, gguf, huggingface,
+    CheckpointError, Dtype, ModelConfig, TensorView, TokenizerSource, Weight, gguf, huggingface,
     source::{Extent, MappedFile},
+    wanted::wanted,
 };
 
 /// What a model's files are.
@@ -176,15 +177,16 @@ impl Checkpoint {
             field: field.to_owned(),
             reason,
         })?;
-        for (weight, shape) in wanted(config) {
-            let Some(entry) = self.parts.tensors.get(&weight) else {
+        let wanted = wanted(config);
+        for (weight, shape) in &wanted {
+            let Some(entry) = self.parts.tensors.get(weight) else {
                 return Err(CheckpointError::Damaged {
                     path: self.path.clone(),
                     field: format!("tensor for {weight}"),
                     reason: "the configuration calls for it, but it is not there".to_owned(),
                 });
             };
-            if entry.shape != shape {
+            if &entry.shape != shape {
                 return Err(CheckpointError::Damaged {
                     path: self.file_of(entry),
                     field: format!("tensor {}", entry.name),
@@ -192,7 +194,7 @@ impl Checkpoint {
                 });
             }
         }
-        let wanted: BTreeSet<Weight> = wanted(config).into_iter().map(|(weight, _)| weight).collect();
+        let wanted: BTreeSet<Weight> = wanted.into_iter().map(|(weight, _)| weight).collect();
         match self.parts.tensors.iter().find(|(weight, _)| !wanted.contains(weight)) {
             Some((_, entry)) => Err(CheckpointError::Damaged {
                 path: self.file_of(entry),
@@ -237,43 +239,4 @@ fn sample(bytes: &[u8], mut take: impl FnMut(&[u8])) {
         let start = (last as u128 * piece as u128 / (PIECES as u128 - 1)) as usize;
         take(&bytes[start..start + PIECE]);
     }
-}
-
-/// The tensors that a configuration calls for, with their shapes.
-fn wanted(config: &ModelConfig) -> Vec<(Weight, Vec<usize>)> {
-    let [hidden, ffn, vocabulary, query, kv] =
-        [config.hidden, config.ffn, config.vocabulary, config.query_width(), config.kv_width()]
-            .map(|n| n as usize);
-    let mut list = vec![(Weight::Embedding, vec![vocabulary, hidden]), (Weight::OutputNorm, vec![hidden])];
-    if !config.tied_embeddings {
-        list.push((Weight::Output, vec![vocabulary, hidden]));
-    }
-    let mut per_layer = vec![
-        (LayerWeight::AttentionNorm, vec![hidden]),
-        (LayerWeight::Query, vec![query, hidden]),
-        (LayerWeight::Key, vec![kv, hidden]),
-        (LayerWeight::Value, vec![kv, hidden]),
-        (LayerWeight::AttentionOutput, vec![hidden, query]),
-        (LayerWeight::FfnNorm, vec![hidden]),
-        (LayerWeight::Gate, vec![ffn, hidden]),
-        (LayerWeight::Up, vec![ffn, hidden]),
-        (LayerWeight::Down, vec![hidden, ffn]),
-    ];
-    if config.qkv_bias {
-        let biases =
-            [(LayerWeight::QueryBias, query), (LayerWeight::KeyBias, kv), (LayerWeight::ValueBias, kv)];
-        per_layer.extend(biases.map(|(weight, width)| (weight, vec![width])));
-    }
-    if config.attention_output_bias {
-        per_layer.push((LayerWeight::AttentionOutputBias, vec![hidden]));
-    }
-    if config.ffn_bias {
-        let biases =
-            [(LayerWeight::GateBias, ffn), (LayerWeight::UpBias, ffn), (LayerWeight::DownBias, hidden)];
-        per_layer.extend(biases.map(|(weight, width)| (weight, vec![width])));
-    }
-    for layer in 0..config.layers {
-        list.extend(per_layer.iter().map(|(weight, shape)| (Weight::Layer(layer, *weight), shape.clone())));
-    }
-    list
 }

@@ -10,23 +10,84 @@ pub enum Architecture {
     /// LLaMA 2 and 3 and models of their shape (SmolLM2, ...): RMS norm, rotary positions, grouped-query attention,
     /// gated SiLU feed-forward.
     Llama,
+    /// LLaMA's shape under another name; without its sliding window.
+    Mistral,
+    /// Qwen2 and Qwen2.5: LLaMA's shape with biases on Q, K and V.
+    Qwen2,
+    /// Qwen3, dense: LLaMA's shape with an RMS norm of each head of Q and K.
+    Qwen3,
 }
 
 impl Architecture {
-    /// What is supported, for error messages.
-    pub(crate) const SUPPORTED: &'static str = "llama";
+    /// Those that Baton runs.
+    pub const ALL: [Self; 4] = [Self::Llama, Self::Mistral, Self::Qwen2, Self::Qwen3];
 
-    /// The name in GGUF's `general.architecture` and in `ModelIdentity.architecture`.
+    /// `model_type` in a Hugging Face `config.json`, and what `ModelIdentity.architecture` says.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Llama => "llama",
+            Self::Mistral => "mistral",
+            Self::Qwen2 => "qwen2",
+            Self::Qwen3 => "qwen3",
         }
+    }
+
+    /// `general.architecture` in a GGUF file. Several may have the same one: there a Mistral is a LLaMA.
+    pub const fn gguf_name(self) -> &'static str {
+        match self {
+            Self::Llama | Self::Mistral => "llama",
+            Self::Qwen2 => "qwen2",
+            Self::Qwen3 => "qwen3",
+        }
+    }
+
+    /// The architectures' names, each once, for error messages.
+    pub(crate) fn listed(name: impl Fn(Self) -> &'static str) -> String {
+        let mut names: Vec<&str> = Self::ALL.into_iter().map(name).collect();
+        names.dedup();
+        names.join(", ")
     }
 }
 
 impl fmt::Display for Architecture {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
+    }
+}
+
+/// How a model attends.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Attention {
+    /// Keys and values of their own, each shared by a group of query heads.
+    GroupedQuery(GroupedQuery),
+}
+
+/// Grouped-query attention.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GroupedQuery {
+    /// Query heads.
+    pub heads: u32,
+    /// Key and value heads; divides `heads`.
+    pub kv_heads: u32,
+    /// Width of one head; even. `heads * head_dim` need not be the hidden size.
+    pub head_dim: u32,
+    /// Q, K and V projections add a bias.
+    pub qkv_bias: bool,
+    /// The output projection adds a bias.
+    pub output_bias: bool,
+    /// Each head of Q and K goes through an RMS norm before it is rotated.
+    pub head_norms: bool,
+}
+
+impl GroupedQuery {
+    /// Width of the query projection: `heads * head_dim`.
+    pub fn query_width(&self) -> u32 {
+        self.heads * self.head_dim
+    }
+
+    /// Width of the key projection and of the value projection: `kv_heads * head_dim`.
+    pub fn kv_width(&self) -> u32 {
+        self.kv_heads * self.head_dim
     }
 }
 
@@ -38,16 +99,13 @@ pub struct ModelConfig {
     pub layers: u32,
     /// Width of the residual stream.
     pub hidden: u32,
+    pub attention: Attention,
     /// Width of the feed-forward layer between gate/up and down.
     pub ffn: u32,
-    /// Query heads.
-    pub heads: u32,
-    /// Key and value heads; divides `heads`.
-    pub kv_heads: u32,
-    /// Width of one head; even. `heads * head_dim` need not be `hidden`.
-    pub head_dim: u32,
+    /// Gate, up and down projections add a bias.
+    pub ffn_bias: bool,
     pub rope: Rope,
-    /// Added to the mean square in every RMS norm.
+    /// Added to the mean square in RMS norms.
     pub rms_eps: f32,
     /// Longest sequence, prompt and completion together, in tokens.
     pub context_tokens: u32,
@@ -55,43 +113,46 @@ pub struct ModelConfig {
     pub vocabulary: u32,
     /// The output projection is the embedding; [`crate::Weight::Output`] then gives the embedding's tensor.
     pub tied_embeddings: bool,
-    /// Q, K and V projections add a bias.
-    pub qkv_bias: bool,
-    /// The attention's output projection adds a bias.
-    pub attention_output_bias: bool,
-    /// Gate, up and down projections add a bias.
-    pub ffn_bias: bool,
 }
 
-impl ModelConfig {
-    /// Width of the query projection: `heads * head_dim`.
-    pub fn query_width(&self) -> u32 {
-        self.heads * self.head_dim
-    }
+/// A number that must be within 1 to the last.
+type Bounded = (&'static str, u32, u32);
 
-    /// Width of the key projection and of the value projection: `kv_heads * head_dim`.
-    pub fn kv_width(&self) -> u32 {
-        self.kv_heads * self.head_dim
+impl ModelConfig {
+    /// Elements of a head that are rotated.
+    pub fn rope_dim(&self) -> u32 {
+        match &self.attention {
+            Attention::GroupedQuery(attention) => attention.head_dim,
+        }
     }
 
     /// Checks that the numbers fit together; the error is (field, reason).
     pub(crate) fn check(&self) -> Result<(), (&'static str, String)> {
         // Generous bounds that no real model comes near: they keep every product of two of these within u64.
-        let bounded = [
+        within(&[
             ("layers", self.layers, 4096),
             ("hidden size", self.hidden, 1 << 20),
             ("feed-forward size", self.ffn, 1 << 22),
+            ("context length", self.context_tokens, 1 << 30),
+            ("vocabulary size", self.vocabulary, 1 << 24),
+        ])?;
+        match &self.attention {
+            Attention::GroupedQuery(attention) => attention.check()?,
+        }
+        if !(self.rms_eps.is_finite() && self.rms_eps >= 0.0) {
+            return Err(("RMS norm epsilon", format!("{} is not a small positive number", self.rms_eps)));
+        }
+        self.rope.check(self.rope_dim()).map_err(|reason| ("rotary positions", reason))
+    }
+}
+
+impl GroupedQuery {
+    fn check(&self) -> Result<(), (&'static str, String)> {
+        within(&[
             ("attention heads", self.heads, 1 << 14),
             ("key/value heads", self.kv_heads, 1 << 14),
             ("head size", self.head_dim, 1 << 14),
-            ("context length", self.context_tokens, 1 << 30),
-            ("vocabulary size", self.vocabulary, 1 << 24),
-        ];
-        for (field, value, most) in bounded {
-            if value == 0 || value > most {
-                return Err((field, format!("{value} is not within 1 to {most}")));
-            }
-        }
+        ])?;
         if !self.heads.is_multiple_of(self.kv_heads) {
             return Err((
                 "key/value heads",
@@ -101,9 +162,13 @@ impl ModelConfig {
         if !self.head_dim.is_multiple_of(2) {
             return Err(("head size", format!("{} is odd", self.head_dim)));
         }
-        if !(self.rms_eps.is_finite() && self.rms_eps >= 0.0) {
-            return Err(("RMS norm epsilon", format!("{} is not a small positive number", self.rms_eps)));
-        }
-        self.rope.check(self.head_dim).map_err(|reason| ("rotary positions", reason))
+        Ok(())
+    }
+}
+
+fn within(numbers: &[Bounded]) -> Result<(), (&'static str, String)> {
+    match numbers.iter().find(|(_, value, most)| *value == 0 || value > most) {
+        Some((field, value, most)) => Err((field, format!("{value} is not within 1 to {most}"))),
+        None => Ok(()),
     }
 }

@@ -19,9 +19,10 @@ mod rope;
 mod source;
 mod tensor;
 mod tokenizer;
+mod wanted;
 
 pub use checkpoint::{Checkpoint, Format};
-pub use config::{Architecture, ModelConfig};
+pub use config::{Architecture, Attention, GroupedQuery, ModelConfig};
 pub use dtype::Dtype;
 pub use error::CheckpointError;
 pub use rope::{Rope, RopeFrequencies, RopeOrder, RopeScaling};

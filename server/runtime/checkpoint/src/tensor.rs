@@ -33,6 +33,10 @@ pub enum LayerWeight {
     Value,
     /// `[kv_heads * head_dim]`.
     ValueBias,
+    /// RMS norm of each query head, `[head_dim]`, in the order of [`crate::Rope::order`].
+    QueryNorm,
+    /// RMS norm of each key head, `[head_dim]`, in the order of [`crate::Rope::order`].
+    KeyNorm,
     /// `[hidden, heads * head_dim]`.
     AttentionOutput,
     /// `[hidden]`.

@@ -228,12 +228,44 @@ fn hugging_face_errors_name_the_field() {
             &["rope_scaling.factor"],
         ),
         (with_config(|c| c["eos_token_id"] = "end".into()), &["eos_token_id"]),
+        (
+            with_config(|c| (c["model_type"], c["sliding_window"]) = ("mistral".into(), 32.into())),
+            &["sliding_window", "32", "64 tokens"],
+        ),
+        (
+            with_config(|c| {
+                (c["model_type"], c["sliding_window"]) = ("qwen2".into(), 32.into());
+                c["use_sliding_window"] = true.into();
+            }),
+            &["sliding_window", "32"],
+        ),
+        (
+            with_config(|c| {
+                c["model_type"] = "qwen3".into();
+                c["layer_types"] = serde_json::json!(["sliding_attention"]);
+            }),
+            &["layer_types", "sliding_attention", "full_attention"],
+        ),
+        // What the family has and the file has not.
+        (with_config(|c| c["model_type"] = "qwen2".into()), &["QueryBias of layer 0"]),
+        (with_config(|c| c["model_type"] = "qwen3".into()), &["Norm of layer 0"]),
     ];
     for (message, words) in cases {
         for word in words {
             assert!(message.contains(word), "{word:?} is not in: {message}");
         }
     }
+}
+
+#[test]
+fn a_window_that_nothing_feels_is_no_window() {
+    let place = Place::new();
+    let directory = place.hugging_face();
+    let mut config = config();
+    config["model_type"] = "mistral".into();
+    config["sliding_window"] = 64.into();
+    fs::write(directory.join("config.json"), config.to_string()).expect("written");
+    Checkpoint::open(directory).expect("as long as the context");
 }
 
 #[test]

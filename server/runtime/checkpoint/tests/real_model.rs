@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 
 use baton_checkpoint::{
-    Architecture, Checkpoint, Dtype, Format, LayerWeight, RopeOrder, RopeScaling, TokenizerSource, Weight,
+    Architecture, Attention, Checkpoint, Dtype, Format, LayerWeight, RopeOrder, RopeScaling, TokenizerSource,
+    Weight,
 };
 
 fn model() -> Checkpoint {
@@ -20,11 +21,12 @@ fn configuration_and_tensors_are_as_published() {
     let config = model.config();
     assert_eq!(config.architecture, Architecture::Llama);
     assert_eq!((config.layers, config.hidden, config.ffn), (30, 576, 1536));
-    assert_eq!((config.heads, config.kv_heads, config.head_dim), (9, 3, 64));
+    let Attention::GroupedQuery(attention) = &config.attention;
+    assert_eq!((attention.heads, attention.kv_heads, attention.head_dim), (9, 3, 64));
     assert_eq!((config.context_tokens, config.vocabulary), (8192, 49152));
     assert_eq!((config.rope.theta, config.rope.order), (100_000.0, RopeOrder::Interleaved));
     assert_eq!(config.rope.scaling, RopeScaling::None);
-    assert!(config.tied_embeddings && !config.qkv_bias && !config.attention_output_bias && !config.ffn_bias);
+    assert!(config.tied_embeddings && !attention.qkv_bias && !attention.output_bias && !config.ffn_bias);
     assert!((config.rms_eps - 1e-5).abs() < 1e-9);
 
     let embedding = model.tensor(Weight::Embedding).expect("embedding");

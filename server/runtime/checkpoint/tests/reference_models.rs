@@ -2,7 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use baton_checkpoint::{Checkpoint, Dtype, LayerWeight, RopeOrder, RopeScaling, TokenizerSource, Weight};
+use baton_checkpoint::{
+    Attention, Checkpoint, Dtype, GroupedQuery, LayerWeight, RopeOrder, RopeScaling, TokenizerSource, Weight,
+};
 
 fn open(name: &str) -> Checkpoint {
     let directory: PathBuf = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/reference/tiny").join(name);
@@ -10,12 +12,18 @@ fn open(name: &str) -> Checkpoint {
     Checkpoint::open(&path).unwrap_or_else(|error| panic!("{error}"))
 }
 
+fn grouped_query(model: &Checkpoint) -> &GroupedQuery {
+    let Attention::GroupedQuery(attention) = &model.config().attention;
+    attention
+}
+
 #[test]
 fn hugging_face_directories_open() {
     let model = open("hf-bf16-ratio4-llama3");
     let config = model.config();
+    let attention = grouped_query(&model);
     assert_eq!(
-        (model.name(), config.heads, config.kv_heads, config.head_dim),
+        (model.name(), attention.heads, attention.kv_heads, attention.head_dim),
         ("hf-bf16-ratio4-llama3", 8, 2, 16)
     );
     assert_eq!((config.rope.theta, config.rope.order), (50_000.0, RopeOrder::Halves));
@@ -44,7 +52,7 @@ fn hugging_face_directories_open() {
     assert_eq!((bias.shape, bias.rows(), bias.columns()), ([56].as_slice(), 1, 56));
 
     let wide = open("hf-f16-ratio3-wide-heads");
-    assert_eq!((wide.config().query_width(), wide.config().hidden), (120, 48));
+    assert_eq!((grouped_query(&wide).query_width(), wide.config().hidden), (120, 48));
     assert!(open("hf-f32-ratio1-tied").config().tied_embeddings);
 }
 
@@ -66,7 +74,7 @@ fn gguf_files_open() {
         assert_eq!(model.tensor(Weight::Layer(0, LayerWeight::Query)).expect("query").dtype, dtype);
         assert_eq!(model.stop_token_ids(), [269, 271]);
     }
-    assert!(open("gguf-q8_0-bias").config().qkv_bias);
+    assert!(grouped_query(&open("gguf-q8_0-bias")).qkv_bias);
     let divisors = open("gguf-q8_0-llama3-divisors");
     let same = open("hf-bf16-ratio4-llama3");
     let (a, b) = (divisors.config().rope.frequencies(16), same.config().rope.frequencies(16));

@@ -43,6 +43,27 @@ impl Session {
     }
 }
 
+/// Bytes of one slice of a pool.
+pub(crate) fn slice(executor: &dyn Executor, layer: u32, block: BlockId) -> &[u8] {
+    let pool = executor.kv_pool();
+    // SAFETY: the offset is that of a whole slice inside the pool, and no forward pass is running.
+    unsafe {
+        let start = pool.base().as_ptr().add(pool.slice_offset(layer, block));
+        std::slice::from_raw_parts(start, pool.layout().slice_bytes())
+    }
+}
+
+/// Overwrites one slice of a pool.
+pub(crate) fn write_slice(executor: &mut dyn Executor, layer: u32, block: BlockId, bytes: &[u8]) {
+    let pool = executor.kv_pool();
+    assert_eq!(bytes.len(), pool.layout().slice_bytes());
+    // SAFETY: as in `slice`, and `&mut` keeps forward passes away.
+    unsafe {
+        let start = pool.base().as_ptr().add(pool.slice_offset(layer, block));
+        start.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len());
+    }
+}
+
 /// The blocks `from..to`.
 pub(crate) fn blocks(range: std::ops::Range<u32>) -> Vec<BlockId> {
     range.map(BlockId).collect()

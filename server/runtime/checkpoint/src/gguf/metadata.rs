@@ -1,15 +1,9 @@
-//! What the metadata of a GGUF file says: the configuration, the tokeniser's tables, the tokens that stop.
+//! What the metadata of a GGUF file says, key by key; the tokeniser's tables and the tokens that stop.
 
 use std::{collections::BTreeMap, fmt};
 
-use super::{
-    header::{Array, Fault, Value},
-    tensors::Table,
-};
-use crate::{
-    Architecture, GgmlTokenizer, LayerWeight, ModelConfig, Rope, RopeOrder, RopeScaling, TokenKind, Weight,
-    source::MappedFile, tokenizer::ENDINGS,
-};
+use super::header::{Array, Fault, Value};
+use crate::{GgmlTokenizer, TokenKind, tokenizer::ENDINGS};
 
 /// Typed access to metadata by key.
 pub(crate) struct Metadata<'a> {
@@ -28,7 +22,7 @@ impl<'a> Metadata<'a> {
         })
     }
 
-    fn u32(&self, key: &str) -> Result<Option<u32>, Fault> {
+    pub(crate) fn u32(&self, key: &str) -> Result<Option<u32>, Fault> {
         self.read(key, "a 32-bit number", |value| match *value {
             Value::Unsigned(n) => n.try_into().ok(),
             Value::Signed(n) => n.try_into().ok(),
@@ -36,7 +30,7 @@ impl<'a> Metadata<'a> {
         })
     }
 
-    fn f32(&self, key: &str) -> Result<Option<f32>, Fault> {
+    pub(crate) fn f32(&self, key: &str) -> Result<Option<f32>, Fault> {
         self.read(key, "a number", |value| match *value {
             Value::Float(x) => Some(x as f32),
             Value::Unsigned(n) => Some(n as f32),
@@ -45,14 +39,14 @@ impl<'a> Metadata<'a> {
         })
     }
 
-    fn bool(&self, key: &str) -> Result<Option<bool>, Fault> {
+    pub(crate) fn bool(&self, key: &str) -> Result<Option<bool>, Fault> {
         self.read(key, "true or false", |value| match *value {
             Value::Bool(flag) => Some(flag),
             _ => None,
         })
     }
 
-    fn array(&self, key: &str) -> Result<Option<&'a Array<'a>>, Fault> {
+    pub(crate) fn array(&self, key: &str) -> Result<Option<&'a Array<'a>>, Fault> {
         self.read(key, "an array", |value| match value {
             Value::Array(array) => Some(array),
             _ => None,
@@ -68,100 +62,6 @@ impl<'a> Metadata<'a> {
         let Some(value) = self.values.get(key) else { return Ok(None) };
         let wrong = || Fault::damaged(key, format!("{} is not {kind}", Shown(value)));
         convert(value).ok_or_else(wrong).map(Some)
-    }
-
-    /// Refuses what is well formed but cannot be run.
-    pub(crate) fn check_supported(&self) -> Result<(), Fault> {
-        let key = "general.architecture";
-        let architecture = self.text(key)?.ok_or_else(|| missing(key))?;
-        if architecture != Architecture::Llama.name() {
-            return Err(Fault::unsupported(key, format!("{architecture:?}"), Architecture::SUPPORTED));
-        }
-        if self.u32("split.count")?.is_some_and(|count| count > 1) {
-            let supported = "one whole file; join the parts with `llama-gguf-split --merge`";
-            return Err(Fault::unsupported("split.count", "more than one file", supported));
-        }
-        if let Some(experts) = self.u32("llama.expert_count")?.filter(|&count| count > 0) {
-            return Err(Fault::unsupported("llama.expert_count", experts.to_string(), "dense models"));
-        }
-        Ok(())
-    }
-
-    fn needed(&self, key: &str) -> Result<u32, Fault> {
-        self.u32(key)?.ok_or_else(|| missing(key))
-    }
-
-    pub(crate) fn config(&self, table: &Table, file: &MappedFile) -> Result<ModelConfig, Fault> {
-        let hidden = self.needed("llama.embedding_length")?;
-        let heads = self.needed("llama.attention.head_count")?;
-        let head_dim = match self.u32("llama.attention.key_length")? {
-            Some(width) => width,
-            None => hidden.checked_div(heads).unwrap_or(0),
-        };
-        if let Some(width) = self.u32("llama.attention.value_length")?.filter(|&width| width != head_dim) {
-            let key = "llama.attention.value_length";
-            return Err(Fault::unsupported(key, width.to_string(), format!("the key length, {head_dim}")));
-        }
-        if let Some(width) = self.u32("llama.rope.dimension_count")?.filter(|&width| width != head_dim) {
-            let key = "llama.rope.dimension_count";
-            return Err(Fault::unsupported(key, width.to_string(), format!("the head size, {head_dim}")));
-        }
-        let context_tokens = self.needed("llama.context_length")?;
-        // The embedding has the last word: `vocab_size` is not in every file.
-        let rows = table.tensors.get(&Weight::Embedding).and_then(|entry| entry.shape.first().copied());
-        let vocabulary = rows.and_then(|rows| u32::try_from(rows).ok()).unwrap_or(0);
-        let has = |weight| table.tensors.contains_key(&Weight::Layer(0, weight));
-        Ok(ModelConfig {
-            architecture: Architecture::Llama,
-            layers: self.needed("llama.block_count")?,
-            hidden,
-            ffn: self.needed("llama.feed_forward_length")?,
-            heads,
-            kv_heads: self.u32("llama.attention.head_count_kv")?.unwrap_or(heads),
-            head_dim,
-            rope: self.rope(table, file, context_tokens)?,
-            rms_eps: self
-                .f32("llama.attention.layer_norm_rms_epsilon")?
-                .ok_or_else(|| missing("llama.attention.layer_norm_rms_epsilon"))?,
-            context_tokens,
-            vocabulary,
-            tied_embeddings: !table.tensors.contains_key(&Weight::Output),
-            qkv_bias: has(LayerWeight::QueryBias),
-            attention_output_bias: has(LayerWeight::AttentionOutputBias),
-            ffn_bias: has(LayerWeight::GateBias),
-        })
-    }
-
-    fn rope(&self, table: &Table, file: &MappedFile, context_tokens: u32) -> Result<Rope, Fault> {
-        let theta = self.f32("llama.rope.freq_base")?.unwrap_or(10_000.0);
-        let rope = |scaling| Ok(Rope { theta, scaling, order: RopeOrder::Interleaved });
-        if let Some(entry) = &table.rope_divisors {
-            let mut divisors = vec![0.0; entry.shape.iter().product()];
-            entry.dtype.dequantize(file.bytes(&entry.extent), &mut divisors);
-            return rope(RopeScaling::Divisors(divisors));
-        }
-        let key = "llama.rope.scaling.type";
-        let old = self.f32("llama.rope.scale_linear")?;
-        let factor = self.f32("llama.rope.scaling.factor")?.or(old);
-        match (self.text(key)?, factor) {
-            (Some("none"), _) | (None, None) => rope(RopeScaling::None),
-            (Some("linear") | None, Some(factor)) => rope(RopeScaling::Linear { factor }),
-            (Some("yarn"), Some(factor)) => {
-                let original =
-                    self.u32("llama.rope.scaling.original_context_length")?.unwrap_or(context_tokens);
-                let given = self.f32("llama.rope.scaling.attn_factor")?.unwrap_or(1.0);
-                rope(RopeScaling::Yarn {
-                    factor,
-                    original_context_tokens: original,
-                    beta_fast: self.f32("llama.rope.scaling.yarn_beta_fast")?.unwrap_or(32.0),
-                    beta_slow: self.f32("llama.rope.scaling.yarn_beta_slow")?.unwrap_or(1.0),
-                    attention_factor: given * RopeScaling::yarn_attention_factor(factor, 1.0),
-                    truncate: true,
-                })
-            }
-            (Some("linear" | "yarn"), None) => Err(missing("llama.rope.scaling.factor")),
-            (Some(other), _) => Err(Fault::unsupported(key, format!("{other:?}"), "none, linear, yarn")),
-        }
     }
 
     pub(crate) fn tokenizer(&self) -> Result<GgmlTokenizer, Fault> {
@@ -241,7 +141,7 @@ impl<'a> Metadata<'a> {
     }
 }
 
-fn missing(key: &str) -> Fault {
+pub(crate) fn missing(key: &str) -> Fault {
     Fault::damaged(key, "it is not there")
 }
 

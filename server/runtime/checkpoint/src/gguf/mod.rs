@@ -1,5 +1,6 @@
 //! GGUF files: one file with configuration, tokeniser and tensors.
 
+mod config;
 mod header;
 mod metadata;
 mod tensors;
@@ -34,9 +35,9 @@ pub(crate) fn read(path: &Path) -> Result<Parts, CheckpointError> {
 fn parse(file: &MappedFile, path: &Path) -> Result<Parts, Fault> {
     let header = Header::parse(file.all())?;
     let metadata = metadata::Metadata::new(&header.metadata);
-    metadata.check_supported()?;
+    let architecture = config::architecture(&metadata)?;
     let table = tensors::table(&header, file.all().len())?;
-    let config = metadata.config(&table, file)?;
+    let config = config::read(architecture, &metadata, &table, file)?;
     let tokenizer = metadata.tokenizer()?;
     let text_of = |id: Option<u32>| id.and_then(|id| tokenizer.tokens.get(id as usize)).cloned();
     Ok(Parts {

@@ -83,8 +83,9 @@ fn role(name: &str) -> Result<Role, Fault> {
         "rope_freqs.weight" => return Ok(Role::RopeDivisors),
         _ => name.strip_prefix("blk.").and_then(layer_weight),
     };
-    let unknown =
-        || Fault::unsupported(format!("tensor {name}"), "not one of the llama architecture's", "its tensors");
+    let unknown = || {
+        Fault::unsupported(format!("tensor {name}"), "not one that Baton knows", "the architecture's tensors")
+    };
     found.map(Role::Weight).ok_or_else(unknown)
 }
 
@@ -99,6 +100,8 @@ fn layer_weight(rest: &str) -> Option<Weight> {
         "attn_k.bias" => LayerWeight::KeyBias,
         "attn_v.weight" => LayerWeight::Value,
         "attn_v.bias" => LayerWeight::ValueBias,
+        "attn_q_norm.weight" => LayerWeight::QueryNorm,
+        "attn_k_norm.weight" => LayerWeight::KeyNorm,
         "attn_output.weight" => LayerWeight::AttentionOutput,
         "attn_output.bias" => LayerWeight::AttentionOutputBias,
         "ffn_norm.weight" => LayerWeight::FfnNorm,

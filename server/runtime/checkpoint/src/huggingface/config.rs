@@ -1,48 +1,73 @@
 //! `config.json`: the model's configuration, as transformers 4 and 5 write it.
 
-use super::JsonFile;
-use crate::{Architecture, CheckpointError, ModelConfig, Rope, RopeOrder, RopeScaling};
+use super::{JsonFile, rope::rope};
+use crate::{Architecture, Attention, CheckpointError, GroupedQuery, ModelConfig, RopeOrder};
 
 /// The configuration, and whether the embeddings are tied. The vocabulary is what the file says; the tensors' shapes
 /// are checked against it later.
 pub(super) fn model(file: &JsonFile) -> Result<(ModelConfig, bool), CheckpointError> {
-    check_supported(file)?;
-    let needed = |field: &str| file.u32(field)?.ok_or_else(|| file.damaged(field, "it is not there"));
-    let hidden = needed("hidden_size")?;
-    let heads = needed("num_attention_heads")?;
+    let architecture = architecture(file)?;
     let context_tokens = file.u32("max_position_embeddings")?.unwrap_or(2048);
-    let attention_bias = file.bool("attention_bias")?.unwrap_or(false);
+    let layers = needed(file, "num_hidden_layers")?;
+    check_supported(file, architecture, layers, context_tokens)?;
     let tied = file.bool("tie_word_embeddings")?.unwrap_or(false);
     let config = ModelConfig {
-        architecture: Architecture::Llama,
-        layers: needed("num_hidden_layers")?,
-        hidden,
-        ffn: needed("intermediate_size")?,
-        heads,
-        kv_heads: file.u32("num_key_value_heads")?.unwrap_or(heads),
-        head_dim: match file.u32("head_dim")? {
-            Some(width) => width,
-            None => hidden.checked_div(heads).unwrap_or(0),
-        },
-        rope: rope(file, context_tokens)?,
+        architecture,
+        layers,
+        hidden: needed(file, "hidden_size")?,
+        attention: Attention::GroupedQuery(grouped_query(file, architecture)?),
+        ffn: needed(file, "intermediate_size")?,
+        ffn_bias: architecture == Architecture::Llama && file.bool("mlp_bias")?.unwrap_or(false),
+        rope: rope(file, context_tokens, RopeOrder::Halves)?,
         rms_eps: file.f32("rms_norm_eps")?.unwrap_or(1e-6),
         context_tokens,
-        vocabulary: needed("vocab_size")?,
+        vocabulary: needed(file, "vocab_size")?,
         tied_embeddings: tied,
-        qkv_bias: attention_bias,
-        attention_output_bias: attention_bias,
-        ffn_bias: file.bool("mlp_bias")?.unwrap_or(false),
     };
     Ok((config, tied))
 }
 
-/// Refuses what is well formed but cannot be run.
-fn check_supported(file: &JsonFile) -> Result<(), CheckpointError> {
+fn needed(file: &JsonFile, field: &str) -> Result<u32, CheckpointError> {
+    file.u32(field)?.ok_or_else(|| file.damaged(field, "it is not there"))
+}
+
+fn architecture(file: &JsonFile) -> Result<Architecture, CheckpointError> {
     let field = "model_type";
     let kind = file.text(field)?.ok_or_else(|| file.damaged(field, "it is not there"))?;
-    if kind != Architecture::Llama.name() {
-        return Err(file.unsupported(field, format!("{kind:?}"), Architecture::SUPPORTED));
-    }
+    let found = Architecture::ALL.into_iter().find(|architecture| architecture.name() == kind);
+    let supported = || Architecture::listed(Architecture::name);
+    found.ok_or_else(|| file.unsupported(field, format!("{kind:?}"), &supported()))
+}
+
+fn grouped_query(file: &JsonFile, architecture: Architecture) -> Result<GroupedQuery, CheckpointError> {
+    let heads = needed(file, "num_attention_heads")?;
+    // What transformers' classes do: Qwen2 always has biases on Q, K and V, Mistral never has any.
+    let attention_bias = file.bool("attention_bias")?.unwrap_or(false);
+    let (qkv_bias, output_bias) = match architecture {
+        Architecture::Llama | Architecture::Qwen3 => (attention_bias, attention_bias),
+        Architecture::Qwen2 => (true, false),
+        Architecture::Mistral => (false, false),
+    };
+    Ok(GroupedQuery {
+        heads,
+        kv_heads: file.u32("num_key_value_heads")?.unwrap_or(heads),
+        head_dim: match file.u32("head_dim")? {
+            Some(width) => width,
+            None => needed(file, "hidden_size")?.checked_div(heads).unwrap_or(0),
+        },
+        qkv_bias,
+        output_bias,
+        head_norms: architecture == Architecture::Qwen3,
+    })
+}
+
+/// Refuses what is well formed but cannot be run.
+fn check_supported(
+    file: &JsonFile,
+    architecture: Architecture,
+    layers: u32,
+    context_tokens: u32,
+) -> Result<(), CheckpointError> {
     if let Some(activation) = file.text("hidden_act")?.filter(|&name| name != "silu") {
         return Err(file.unsupported("hidden_act", format!("{activation:?}"), "silu"));
     }
@@ -56,55 +81,35 @@ fn check_supported(file: &JsonFile) -> Result<(), CheckpointError> {
             return Err(file.unsupported(field, part.to_string(), "1.0"));
         }
     }
-    Ok(())
+    sliding_window(file, architecture, layers, context_tokens)
 }
 
-/// Rotary positions: `rope_theta` with `rope_scaling` (transformers 4) or `rope_parameters` (transformers 5).
-fn rope(file: &JsonFile, context_tokens: u32) -> Result<Rope, CheckpointError> {
-    let at = if file.get("rope_parameters").is_some() { "rope_parameters" } else { "rope_scaling" };
-    let number = |name: &str| file.f32(&format!("{at}.{name}"));
-    let needed = |name: &str| {
-        number(name)?.ok_or_else(|| file.damaged(&format!("{at}.{name}"), "the kind of scaling calls for it"))
-    };
-    let theta = number("rope_theta")?.map_or_else(|| file.f32("rope_theta"), |theta| Ok(Some(theta)))?;
-    // Older files say `type`.
-    let kind = file
-        .text(&format!("{at}.rope_type"))?
-        .map_or_else(|| file.text(&format!("{at}.type")), |k| Ok(Some(k)))?;
-    let original = file.u32(&format!("{at}.original_max_position_embeddings"))?.unwrap_or(context_tokens);
-    let scaling = match kind.unwrap_or("default") {
-        "default" => RopeScaling::None,
-        "linear" => RopeScaling::Linear { factor: needed("factor")? },
-        "llama3" => RopeScaling::Llama3 {
-            factor: needed("factor")?,
-            low_freq_factor: needed("low_freq_factor")?,
-            high_freq_factor: needed("high_freq_factor")?,
-            original_context_tokens: original,
-        },
-        "yarn" => {
-            let factor = needed("factor")?;
-            let attention_factor =
-                match (number("attention_factor")?, number("mscale")?, number("mscale_all_dim")?) {
-                    (Some(given), ..) => given,
-                    (None, Some(mscale), Some(all)) if mscale != 0.0 && all != 0.0 => {
-                        let scale = |mscale| RopeScaling::yarn_attention_factor(factor, mscale);
-                        scale(mscale) / scale(all)
-                    }
-                    _ => RopeScaling::yarn_attention_factor(factor, 1.0),
-                };
-            RopeScaling::Yarn {
-                factor,
-                original_context_tokens: original,
-                beta_fast: number("beta_fast")?.unwrap_or(32.0),
-                beta_slow: number("beta_slow")?.unwrap_or(1.0),
-                attention_factor,
-                truncate: file.bool(&format!("{at}.truncate"))?.unwrap_or(true),
-            }
-        }
-        other => {
-            let field = format!("{at}.rope_type");
-            return Err(file.unsupported(&field, format!("{other:?}"), "default, linear, llama3, yarn"));
+/// Refuses a sliding window that some layer would feel.
+fn sliding_window(
+    file: &JsonFile,
+    architecture: Architecture,
+    layers: u32,
+    context_tokens: u32,
+) -> Result<(), CheckpointError> {
+    let listed = file.get("layer_types").and_then(|kinds| kinds.as_array());
+    if let Some(kind) = listed.into_iter().flatten().find(|kind| *kind != "full_attention") {
+        return Err(file.unsupported("layer_types", kind.to_string(), "full_attention"));
+    }
+    let used = match architecture {
+        Architecture::Llama => false,
+        Architecture::Mistral => true,
+        // The first `max_window_layers` layers are without; a list of kinds has the last word.
+        Architecture::Qwen2 | Architecture::Qwen3 => {
+            let without = file.u32("max_window_layers")?.unwrap_or(0);
+            file.bool("use_sliding_window")?.unwrap_or(false) && listed.is_none() && without < layers
         }
     };
-    Ok(Rope { theta: theta.unwrap_or(10_000.0), scaling, order: RopeOrder::Halves })
+    let window = file.u32("sliding_window")?.filter(|&window| used && window < context_tokens);
+    match window {
+        Some(window) => {
+            let supported = format!("none, or one of at least the context's {context_tokens} tokens");
+            Err(file.unsupported("sliding_window", window.to_string(), &supported))
+        }
+        None => Ok(()),
+    }
 }

@@ -2,6 +2,7 @@
 //! `chat_template.jinja`, `model.safetensors` or its shards.
 
 mod config;
+mod rope;
 mod tokens;
 mod weights;
 
@@ -24,9 +25,8 @@ pub(crate) fn read(directory: &Path) -> Result<Parts, CheckpointError> {
     if !tokenizer.is_file() {
         return Err(lacks(directory, "tokenizer.json"));
     }
-    let (files, tensors) = weights::read(directory)?;
     let (model, tied) = config::model(&config)?;
-    let mut tensors = tensors;
+    let (files, mut tensors) = weights::read(directory, &model)?;
     if tied {
         tensors.remove(&crate::Weight::Output);
     }

@@ -9,7 +9,7 @@ use safetensors::{Dtype as StoredDtype, SafeTensors};
 
 use super::{JsonFile, lacks};
 use crate::{
-    CheckpointError, Dtype, LayerWeight, Weight,
+    CheckpointError, Dtype, LayerWeight, ModelConfig, Weight,
     checkpoint::TensorEntry,
     source::{Extent, MappedFile},
 };
@@ -19,7 +19,10 @@ const INDEX: &str = "model.safetensors.index.json";
 
 type Table = BTreeMap<Weight, TensorEntry>;
 
-pub(super) fn read(directory: &Path) -> Result<(Vec<MappedFile>, Table), CheckpointError> {
+pub(super) fn read(
+    directory: &Path,
+    config: &ModelConfig,
+) -> Result<(Vec<MappedFile>, Table), CheckpointError> {
     let names = match JsonFile::open(directory, INDEX)? {
         Some(index) => shards(&index)?,
         None if directory.join(SINGLE).is_file() => vec![SINGLE.to_owned()],
@@ -29,7 +32,7 @@ pub(super) fn read(directory: &Path) -> Result<(Vec<MappedFile>, Table), Checkpo
     let mut tensors = Table::new();
     for name in names {
         let file = MappedFile::open(&directory.join(name))?;
-        add(&mut tensors, &file, files.len())?;
+        add(&mut tensors, &file, files.len(), config)?;
         files.push(file);
     }
     Ok((files, tensors))
@@ -55,7 +58,12 @@ fn shards(index: &JsonFile) -> Result<Vec<String>, CheckpointError> {
 }
 
 /// Adds the tensors of one file.
-fn add(tensors: &mut Table, file: &MappedFile, index: usize) -> Result<(), CheckpointError> {
+fn add(
+    tensors: &mut Table,
+    file: &MappedFile,
+    index: usize,
+    config: &ModelConfig,
+) -> Result<(), CheckpointError> {
     let damaged = |field: String, reason: String| CheckpointError::Damaged {
         path: file.path().to_owned(),
         field,
@@ -73,7 +81,7 @@ fn add(tensors: &mut Table, file: &MappedFile, index: usize) -> Result<(), Check
             return Err(CheckpointError::Unsupported {
                 path: file.path().to_owned(),
                 field: format!("tensor {name}"),
-                found: "not one of the llama architecture's".to_owned(),
+                found: format!("not one of the {} architecture's", config.architecture),
                 supported: "its tensors".to_owned(),
             });
         };
@@ -124,6 +132,8 @@ fn layer_weight(rest: &str) -> Option<Weight> {
         "self_attn.k_proj.bias" => LayerWeight::KeyBias,
         "self_attn.v_proj.weight" => LayerWeight::Value,
         "self_attn.v_proj.bias" => LayerWeight::ValueBias,
+        "self_attn.q_norm.weight" => LayerWeight::QueryNorm,
+        "self_attn.k_norm.weight" => LayerWeight::KeyNorm,
         "self_attn.o_proj.weight" => LayerWeight::AttentionOutput,
         "self_attn.o_proj.bias" => LayerWeight::AttentionOutputBias,
         "post_attention_layernorm.weight" => LayerWeight::FfnNorm,

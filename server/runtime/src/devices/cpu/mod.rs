@@ -16,7 +16,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use baton_checkpoint::{ModelConfig, RopeFrequencies, TensorView};
+use baton_checkpoint::{Attention, ModelConfig, RopeFrequencies, TensorView};
 
 use self::{
     attention::{Layer, Sequence, Tile},
@@ -84,13 +84,14 @@ pub(crate) struct CpuDevice {
 
 /// The layout of the KV pool for a model on this device.
 pub(crate) fn kv_layout(config: &ModelConfig, options: &LoadOptions) -> KvPoolLayout {
+    let Attention::GroupedQuery(shape) = &config.attention;
     KvPoolLayout {
         format: attention::FORMAT,
         dtype: options.kv_dtype,
         block_tokens: attention::BLOCK_TOKENS as u32,
         layers: config.layers,
-        kv_heads: config.kv_heads,
-        head_dim: config.head_dim,
+        kv_heads: shape.kv_heads,
+        head_dim: shape.head_dim,
         blocks: options.kv_blocks,
     }
 }
@@ -106,6 +107,7 @@ impl CpuDevice {
             let wanted = "at most 1024, or 0 for one a core";
             return Err(RuntimeError::Option { option: "threads", found: threads as u64, wanted });
         }
+        let Attention::GroupedQuery(shape) = &config.attention;
         let kernels = kernels::best();
         tracing::debug!(instructions = kernels.name, threads, "the cpu device is up");
         Ok(Self {
@@ -113,11 +115,11 @@ impl CpuDevice {
             pool: Pool::start(threads).map_err(RuntimeError::Threads)?,
             kv: Arc::new(KvPool::allocate(kv_layout(config, options))?),
             heads: Heads {
-                heads: config.heads as usize,
-                kv_heads: config.kv_heads as usize,
-                head_dim: config.head_dim as usize,
+                heads: shape.heads as usize,
+                kv_heads: shape.kv_heads as usize,
+                head_dim: shape.head_dim as usize,
             },
-            frequencies: config.rope.frequencies(config.head_dim),
+            frequencies: config.rope.frequencies(config.rope_dim()),
             linear_scratch: (0..threads).map(|_| Mutex::new(linear::Scratch::new())).collect(),
             attention_scratch: (0..threads).map(|_| Mutex::default()).collect(),
         })
@@ -261,6 +263,32 @@ impl Device for CpuDevice {
     fn linear(&mut self, x: &Tensor, weight: &Linear, out: &mut Tensor) -> Result<(), RuntimeError> {
         assert!(x.width == weight.inputs && out.width == weight.outputs, "activations of another width");
         weight.apply(self.kernels, &mut self.pool, &self.linear_scratch, x.values(), out.reset(x.rows));
+        Ok(())
+    }
+
+    fn head_norm(
+        &mut self,
+        qkv: &mut Tensor,
+        query: &Vec<f32>,
+        key: &Vec<f32>,
+        epsilon: f32,
+    ) -> Result<(), RuntimeError> {
+        let (kernels, heads) = (self.kernels, self.heads);
+        let (width, dim) = (heads.width(), heads.head_dim);
+        assert!(qkv.width == width && query.len() == dim && key.len() == dim, "activations of another width");
+        let values = Disjoint::new(&mut qkv.values);
+        self.by_rows(qkv.rows, &|first, rows| {
+            for row in first..first + rows {
+                // SAFETY: row `row` is this call's only.
+                let row = unsafe { values.slice(row * width, heads.query_width() + heads.kv_width()) };
+                for (head, values) in row.chunks_exact_mut(dim).enumerate() {
+                    let weight = if head < heads.heads { query } else { key };
+                    let values = values.as_mut_ptr();
+                    // SAFETY: `dim` values of each; the kernel reads a value before it writes its place.
+                    unsafe { (kernels.rms_norm)(values, weight.as_ptr(), epsilon, values, dim) };
+                }
+            }
+        });
         Ok(())
     }
 

@@ -1,0 +1,157 @@
+//! The configuration out of a GGUF file's metadata and table of tensors. Its keys begin with the architecture's name.
+
+use super::{
+    header::Fault,
+    metadata::{Metadata, missing},
+    tensors::Table,
+};
+use crate::{
+    Architecture, Attention, GroupedQuery, LayerWeight, ModelConfig, Rope, RopeOrder, RopeScaling, Weight,
+    source::MappedFile,
+};
+
+/// The architecture, if the file is one that can be run.
+pub(crate) fn architecture(metadata: &Metadata<'_>) -> Result<Architecture, Fault> {
+    let key = "general.architecture";
+    let name = metadata.text(key)?.ok_or_else(|| missing(key))?;
+    let found = Architecture::ALL.into_iter().find(|architecture| architecture.gguf_name() == name);
+    let supported = || Architecture::listed(Architecture::gguf_name);
+    let architecture = found.ok_or_else(|| Fault::unsupported(key, format!("{name:?}"), supported()))?;
+    if metadata.u32("split.count")?.is_some_and(|count| count > 1) {
+        let supported = "one whole file; join the parts with `llama-gguf-split --merge`";
+        return Err(Fault::unsupported("split.count", "more than one file", supported));
+    }
+    Ok(architecture)
+}
+
+/// Reads the configuration.
+pub(crate) fn read(
+    architecture: Architecture,
+    metadata: &Metadata<'_>,
+    table: &Table,
+    file: &MappedFile,
+) -> Result<ModelConfig, Fault> {
+    Reader { architecture, metadata, table }.config(file)
+}
+
+struct Reader<'a> {
+    architecture: Architecture,
+    metadata: &'a Metadata<'a>,
+    table: &'a Table,
+}
+
+impl Reader<'_> {
+    fn key(&self, name: &str) -> String {
+        format!("{}.{name}", self.architecture.gguf_name())
+    }
+
+    fn u32(&self, name: &str) -> Result<Option<u32>, Fault> {
+        self.metadata.u32(&self.key(name))
+    }
+
+    fn f32(&self, name: &str) -> Result<Option<f32>, Fault> {
+        self.metadata.f32(&self.key(name))
+    }
+
+    fn needed(&self, name: &str) -> Result<u32, Fault> {
+        self.u32(name)?.ok_or_else(|| missing(&self.key(name)))
+    }
+
+    /// Whether the first layer has such a tensor.
+    fn has(&self, weight: LayerWeight) -> bool {
+        self.table.tensors.contains_key(&Weight::Layer(0, weight))
+    }
+
+    fn config(&self, file: &MappedFile) -> Result<ModelConfig, Fault> {
+        if let Some(experts) = self.u32("expert_count")?.filter(|&count| count > 0) {
+            return Err(Fault::unsupported(self.key("expert_count"), experts.to_string(), "dense models"));
+        }
+        let context_tokens = self.needed("context_length")?;
+        // The embedding has the last word: `vocab_size` is not in every file.
+        let embedding = self.table.tensors.get(&Weight::Embedding);
+        let rows = embedding.and_then(|entry| entry.shape.first().copied());
+        let epsilon = "attention.layer_norm_rms_epsilon";
+        Ok(ModelConfig {
+            architecture: self.architecture,
+            layers: self.needed("block_count")?,
+            hidden: self.needed("embedding_length")?,
+            attention: Attention::GroupedQuery(self.grouped_query()?),
+            ffn: self.needed("feed_forward_length")?,
+            ffn_bias: self.has(LayerWeight::GateBias),
+            rope: self.rope(file, context_tokens)?,
+            rms_eps: self.f32(epsilon)?.ok_or_else(|| missing(&self.key(epsilon)))?,
+            context_tokens,
+            vocabulary: rows.and_then(|rows| u32::try_from(rows).ok()).unwrap_or(0),
+            tied_embeddings: !self.table.tensors.contains_key(&Weight::Output),
+        })
+    }
+
+    fn grouped_query(&self) -> Result<GroupedQuery, Fault> {
+        let heads = self.needed("attention.head_count")?;
+        let head_dim = match self.u32("attention.key_length")? {
+            Some(width) => width,
+            None => self.needed("embedding_length")?.checked_div(heads).unwrap_or(0),
+        };
+        for (name, what) in [("attention.value_length", "key length"), ("rope.dimension_count", "head size")]
+        {
+            if let Some(width) = self.u32(name)?.filter(|&width| width != head_dim) {
+                let supported = format!("the {what}, {head_dim}");
+                return Err(Fault::unsupported(self.key(name), width.to_string(), supported));
+            }
+        }
+        let context_tokens = self.needed("context_length")?;
+        let felt = |window: &u32| (1..context_tokens).contains(window);
+        if let Some(window) = self.u32("attention.sliding_window")?.filter(felt) {
+            let key = self.key("attention.sliding_window");
+            return Err(Fault::unsupported(key, window.to_string(), "attention to the whole context"));
+        }
+        Ok(GroupedQuery {
+            heads,
+            kv_heads: self.u32("attention.head_count_kv")?.unwrap_or(heads),
+            head_dim,
+            qkv_bias: self.has(LayerWeight::QueryBias),
+            output_bias: self.has(LayerWeight::AttentionOutputBias),
+            head_norms: self.architecture == Architecture::Qwen3,
+        })
+    }
+
+    /// How this architecture's files order the pairs that are rotated together.
+    fn rope_order(&self) -> RopeOrder {
+        match self.architecture {
+            Architecture::Llama | Architecture::Mistral => RopeOrder::Interleaved,
+            Architecture::Qwen2 | Architecture::Qwen3 => RopeOrder::Halves,
+        }
+    }
+
+    fn rope(&self, file: &MappedFile, context_tokens: u32) -> Result<Rope, Fault> {
+        let theta = self.f32("rope.freq_base")?.unwrap_or(10_000.0);
+        let rope = |scaling| Ok(Rope { theta, scaling, order: self.rope_order() });
+        if let Some(entry) = &self.table.rope_divisors {
+            let mut divisors = vec![0.0; entry.shape.iter().product()];
+            entry.dtype.dequantize(file.bytes(&entry.extent), &mut divisors);
+            return rope(RopeScaling::Divisors(divisors));
+        }
+        let key = self.key("rope.scaling.type");
+        let old = self.f32("rope.scale_linear")?;
+        let factor = self.f32("rope.scaling.factor")?.or(old);
+        match (self.metadata.text(&key)?, factor) {
+            (Some("none"), _) | (None, None) => rope(RopeScaling::None),
+            (Some("linear") | None, Some(factor)) => rope(RopeScaling::Linear { factor }),
+            (Some("yarn"), Some(factor)) => {
+                let given = self.f32("rope.scaling.attn_factor")?.unwrap_or(1.0);
+                rope(RopeScaling::Yarn {
+                    factor,
+                    original_context_tokens: self
+                        .u32("rope.scaling.original_context_length")?
+                        .unwrap_or(context_tokens),
+                    beta_fast: self.f32("rope.scaling.yarn_beta_fast")?.unwrap_or(32.0),
+                    beta_slow: self.f32("rope.scaling.yarn_beta_slow")?.unwrap_or(1.0),
+                    attention_factor: given * RopeScaling::yarn_attention_factor(factor, 1.0),
+                    truncate: true,
+                })
+            }
+            (Some("linear" | "yarn"), None) => Err(missing(&self.key("rope.scaling.factor"))),
+            (Some(other), _) => Err(Fault::unsupported(key, format!("{other:?}"), "none, linear, yarn")),
+        }
+    }
+}

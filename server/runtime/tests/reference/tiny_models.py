@@ -1,0 +1,154 @@
+"""What each tiny model is there to show, and the making of it.
+
+Of a spec, `dtype` is the type of the tensors in a Hugging Face directory, `quants` with its exceptions the types in a GGUF
+file, and `extra` are fields of the family's configuration in transformers.
+"""
+
+import torch
+from transformers import (
+    DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM,
+    MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)  # fmt: skip
+
+MERGES = "Ġ t|h e|i n|e r|Ġ a|o n|Ġt he|r e|a n|Ġ s|i s|Ġ w|e n".split("|")
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+VOCABULARY = 256 + len(MERGES) + len(SPECIAL)
+FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+    "deepseek_v2": (DeepseekV2Config, DeepseekV2ForCausalLM),
+    "deepseek_v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
+}
+
+LLAMA3 = dict(
+    rope_parameters=dict(
+        rope_type="llama3",
+        rope_theta=50000.0,
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=64,
+    )
+)
+
+NO_WINDOW = dict(sliding_window=None)
+
+BASE = dict(family="llama", layers=2, hidden=32, ffn=32, heads=4, kv_heads=4, head_dim=16, tied=False, extra={})
+HF_MODELS = {
+    "hf-f32-ratio1-tied": BASE | dict(layers=1, hidden=40, ffn=24, heads=4, kv_heads=4, head_dim=12, tied=True, dtype="f32"),
+    "hf-f32-bias-linear": BASE
+    | dict(
+        hidden=32,
+        ffn=56,
+        heads=4,
+        kv_heads=2,
+        head_dim=8,
+        layers=1,
+        tied=True,
+        dtype="f32",
+        extra=dict(attention_bias=True, mlp_bias=True, rope_parameters=dict(rope_type="linear", factor=4.0)),
+    ),
+    "hf-f16-ratio3-wide-heads": BASE | dict(layers=1, hidden=48, heads=6, kv_heads=2, head_dim=20, dtype="f16"),
+    "hf-bf16-ratio4-llama3": BASE
+    | dict(
+        heads=8,
+        kv_heads=2,
+        head_dim=16,
+        dtype="bf16",
+        # Written as transformers 4 does: rope_theta and rope_scaling at the top.
+        old_config=True,
+        extra=LLAMA3,
+    ),
+    "hf-bf16-sharded-yarn": BASE
+    | dict(
+        heads=4,
+        kv_heads=1,
+        head_dim=32,
+        dtype="bf16",
+        shards=2,
+        extra=dict(
+            rope_parameters=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, rope_theta=10000.0)
+        ),
+    ),
+    "hf-bf16-mistral": BASE | dict(family="mistral", layers=1, kv_heads=2, tied=True, dtype="bf16", extra=NO_WINDOW),
+    "hf-bf16-qwen2-ratio8-tied": BASE
+    | dict(family="qwen2", layers=1, hidden=64, heads=8, kv_heads=1, head_dim=None, tied=True, dtype="bf16"),
+    "hf-bf16-qwen3-wide-heads": BASE | dict(family="qwen3", heads=6, kv_heads=2, dtype="bf16"),
+    "hf-f32-qwen3-bias-yarn": BASE
+    | dict(
+        family="qwen3",
+        layers=1,
+        head_dim=8,
+        tied=True,
+        dtype="f32",
+        extra=dict(
+            attention_bias=True,
+            rope_parameters=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, rope_theta=10000.0),
+        ),
+    ),
+}
+GGUF_MODELS = {
+    "gguf-f32": BASE | dict(layers=1, head_dim=8, kv_heads=2, quants="F32"),
+    "gguf-f16-tied": BASE | dict(layers=1, hidden=48, quants="F16", tied=True, heads=6, kv_heads=2),
+    "gguf-q8_0-bias": BASE | dict(quants="Q8_0", heads=8, kv_heads=2, extra=dict(attention_bias=True)),
+    "gguf-q4_0": BASE | dict(quants="Q4_0", heads=4, kv_heads=1, head_dim=32),
+    "gguf-q4_1-like-smollm2": BASE | dict(hidden=96, ffn=64, quants="Q4_1", embedding="Q8_0", tied=True, heads=6, kv_heads=2),
+    "gguf-q5_0-q5_1": BASE | dict(quants="Q5_0", down="Q5_1"),
+    "gguf-q8_0-llama3-divisors": BASE | dict(quants="Q8_0", heads=4, kv_heads=1, extra=LLAMA3),
+    # Blocks of 256 elements: as a Q4_K_M file mixes them.
+    "gguf-q4_k-q5_k-q6_k": BASE
+    | dict(
+        layers=1,
+        hidden=256,
+        ffn=256,
+        heads=4,
+        kv_heads=1,
+        head_dim=64,
+        tied=True,
+        quants="Q4_K",
+        embedding="Q6_K",
+        value="Q6_K",
+        output="Q5_K",
+        down="Q6_K",
+    ),
+    "gguf-q8_0-qwen2": BASE | dict(family="qwen2", quants="Q8_0", kv_heads=2, head_dim=None, tied=True),
+    "gguf-q8_0-qwen3": BASE | dict(family="qwen3", quants="Q8_0", kv_heads=2),
+}
+
+
+def random_model(spec, seed):
+    """A model with weights large enough that logits differ clearly and every part matters."""
+    configuration, architecture = FAMILIES[spec["family"]]
+    shape = dict(num_key_value_heads=spec["kv_heads"], head_dim=spec["head_dim"])
+    config = configuration(
+        vocab_size=VOCABULARY,
+        hidden_size=spec["hidden"],
+        intermediate_size=spec["ffn"],
+        num_hidden_layers=spec["layers"],
+        num_attention_heads=spec["heads"],
+        max_position_embeddings=256,
+        rms_norm_eps=spec.get("epsilon", 1e-5),
+        tie_word_embeddings=spec["tied"],
+        bos_token_id=VOCABULARY - 2,
+        eos_token_id=VOCABULARY - 1,
+        attn_implementation="eager",
+        **{name: value for name, value in shape.items() if value is not None},
+        **spec["extra"],
+    )
+    model = architecture(config).eval()
+    torch.manual_seed(seed)
+    rounding = {"f16": torch.float16, "bf16": torch.bfloat16}.get(spec.get("dtype"), torch.float32)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("norm.weight"):
+                weight.normal_(1.0, 0.2)
+            elif name.endswith(".bias"):
+                weight.normal_(0.0, 0.3)
+            else:
+                weight.normal_(0.0, 1.5 / weight.shape[-1] ** 0.5)
+            weight.copy_(weight.to(rounding).float())
+    return model
