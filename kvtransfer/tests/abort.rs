@@ -248,13 +248,20 @@ async fn offers_that_nobody_expects_are_bounded_in_number_and_time() {
     let offer = || prefill.node.offer(offer_spec(TransferId::generate(), &decode, &FROM)).expect("room");
     let mut held = [offer(), offer()];
     until("two are held", || decode.node.stats().held_offers == 2).await;
-    let error = within("the refusal", 10, offer().finished()).await.expect_err("too many");
+    let mut refused = offer();
+    let waits_for_it = tokio::spawn(decode.node.offered(refused.id()));
+    let error = within("the refusal", 10, refused.finished()).await.expect_err("too many");
     assert_eq!(error.code(), ErrorCode::QueueFull);
+    // Whoever waits for the offer learns that it was made and will not come again.
+    within("the same on this side", 10, waits_for_it).await.expect("no panic");
+    let spec = expect_spec(refused.id(), &prefill.name, &TO);
+    assert_eq!(decode.node.expect(spec).expect_err("refused").code(), ErrorCode::QueueFull);
     for outgoing in &mut held {
         let error = within("its deadline", 10, outgoing.finished()).await.expect_err("never expected");
         assert_eq!(error.code(), ErrorCode::DeadlineExceeded);
     }
     until("room for offers again", || decode.node.stats().held_offers == 0).await;
+    within("an offer that is over", 10, decode.node.offered(held[0].id())).await;
     let late = decode.node.expect(expect_spec(held[0].id(), &prefill.name, &TO)).expect_err("over");
     assert_eq!(late.code(), ErrorCode::DeadlineExceeded);
 }

@@ -33,6 +33,9 @@ use crate::{
 
 /// How long the end of an answer waits for prefill to say how much of the prompt was cached.
 const LINGER: Duration = Duration::from_millis(50);
+/// How long decode may say nothing once prefill is lost: what slices on their way get to arrive (`seal_grace` of
+/// kvtransfer), and some for a step.
+const DECODE_PATIENCE: Duration = Duration::from_secs(15);
 
 /// What a request is, as far as instances are told.
 #[derive(Debug, Clone)]
@@ -71,6 +74,15 @@ pub enum Progress {
     End(Result<Completed, ApiError>),
 }
 
+/// A wait that the machine asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wait {
+    /// For prefill's report.
+    Linger,
+    /// For decode's first word.
+    Decode,
+}
+
 /// A request whose legs have been dispatched.
 pub struct Generation {
     machine: Machine,
@@ -80,7 +92,8 @@ pub struct Generation {
     mailbox: Arc<Mailbox>,
     inbox: VecDeque<(Side, Output)>,
     deadline: Pin<Box<Sleep>>,
-    linger: Option<Pin<Box<Sleep>>>,
+    /// At most one at a time: what ends the first rules the second out.
+    wait: Option<(Wait, Pin<Box<Sleep>>)>,
     why_cancelled: &'static str,
 }
 
@@ -127,7 +140,7 @@ impl Generation {
             mailbox,
             inbox: VecDeque::new(),
             deadline: Box::pin(sleep_until(assignment.deadline)),
-            linger: None,
+            wait: None,
             why_cancelled: "other_leg_ended",
         })
     }
@@ -194,20 +207,22 @@ impl Generation {
             let message =
                 "the request did not finish within its time; ask for fewer tokens or try again later";
             commands = self.machine.abort(ApiError::new(ErrorCode::DeadlineExceeded, message));
-        } else if self.linger.as_mut().is_some_and(|linger| linger.as_mut().poll(context).is_ready()) {
-            self.linger = None;
-            self.why_cancelled = "answer_complete";
-            commands = self.machine.linger_over();
+        } else if let Some((wait, sleep)) = &mut self.wait
+            && sleep.as_mut().poll(context).is_ready()
+        {
+            let wait = *wait;
+            self.wait = None;
+            let (why, asked) = match wait {
+                Wait::Linger => ("answer_complete", self.machine.linger_over()),
+                Wait::Decode => ("prefill_lost", self.machine.decode_silent()),
+            };
+            if !asked.is_empty() {
+                (self.why_cancelled, commands) = (why, asked);
+            }
         }
         match self.perform(commands) {
             Some(end) => Poll::Ready(Progress::End(end)),
-            None => {
-                // A linger timer that was just set has to be polled once to wake this task.
-                if let Some(linger) = self.linger.as_mut() {
-                    let _ = linger.as_mut().poll(context);
-                }
-                Poll::Pending
-            }
+            None => Poll::Pending,
         }
     }
 
@@ -220,11 +235,17 @@ impl Generation {
                         guard.cancel(self.why_cancelled);
                     }
                 }
-                Command::Linger => self.linger = Some(Box::pin(sleep_until(Instant::now() + LINGER))),
+                Command::Linger => self.wait_for(Wait::Linger, LINGER),
+                Command::AwaitDecode => self.wait_for(Wait::Decode, DECODE_PATIENCE),
                 Command::End(end) => ended = Some(end),
             }
         }
         ended
+    }
+
+    /// The timer is set before [`Self::poll_timers`] is reached, which polls it.
+    fn wait_for(&mut self, wait: Wait, time: Duration) {
+        self.wait = Some((wait, Box::pin(sleep_until(Instant::now() + time))));
     }
 }
 
@@ -241,5 +262,70 @@ fn dispatch(seat: &Seat, assignment: &Assignment, work: Work) -> v1::Dispatch {
         sampling: Some((&assignment.sampling).into()),
         timeout_millis: u64::try_from(left.as_millis()).unwrap_or(u64::MAX).max(1),
         work: Some(work),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        dispatch::LegEnd,
+        fleet::{
+            Role,
+            tests::{ready, spec},
+        },
+        schedule::board::Board,
+    };
+
+    /// A request on a pair, as if its legs had been dispatched.
+    fn generation(deadline: Duration) -> Generation {
+        let board = Board::new(Duration::from_secs(1));
+        let (d, p) = (spec("d"), spec("p"));
+        board.list(&[d.clone(), p.clone()], Instant::now());
+        board.up(&d.id, d.incarnation, ready(Role::Decode));
+        board.up(&p.id, p.incarnation, ready(Role::Prefill));
+        let booking = board.place(10, 10, "tiny", "r1").expect("a place");
+        Generation {
+            machine: Machine::apart(10),
+            legs: Legs::default(),
+            credit: booking.credit,
+            mailbox: Arc::default(),
+            inbox: VecDeque::new(),
+            deadline: Box::pin(sleep_until(Instant::now() + deadline)),
+            wait: None,
+            why_cancelled: "other_leg_ended",
+        }
+    }
+
+    async fn next(generation: &mut Generation) -> Progress {
+        std::future::poll_fn(|context| generation.poll(context)).await
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_decode_that_says_nothing_after_prefill_was_lost_is_waited_for_in_measure() {
+        let lost = ApiError::new(ErrorCode::InstanceLost, "cannot reach the peer's handoff service");
+        let first = Output { first_position: 0, tokens: vec![7], end: None };
+        let failed = || Output::failed(lost.clone());
+
+        let mut silent = generation(Duration::from_secs(600));
+        silent.mailbox.deliver(Side::Prefill, first.clone());
+        assert_eq!(next(&mut silent).await, Progress::Tokens);
+        let began = Instant::now();
+        silent.mailbox.deliver(Side::Prefill, failed());
+        assert_eq!(next(&mut silent).await, Progress::End(Err(lost.clone())));
+        assert_eq!(began.elapsed().as_secs(), DECODE_PATIENCE.as_secs());
+
+        let mut speaks = generation(Duration::from_secs(600));
+        speaks.mailbox.deliver(Side::Prefill, first);
+        speaks.mailbox.deliver(Side::Prefill, failed());
+        assert_eq!(next(&mut speaks).await, Progress::Tokens);
+        speaks.mailbox.deliver(Side::Decode, Output { first_position: 1, tokens: vec![8], end: None });
+        assert_eq!(next(&mut speaks).await, Progress::Tokens);
+        let later = DECODE_PATIENCE * 2;
+        assert!(tokio::time::timeout(later, next(&mut speaks)).await.is_err(), "it goes on");
+        let reason = super::super::StopReason::Stop;
+        let last = LegEnd::Complete { reason, cached_tokens: 0 };
+        speaks.mailbox.deliver(Side::Decode, Output { first_position: 2, tokens: vec![9], end: Some(last) });
+        assert_eq!(next(&mut speaks).await, Progress::End(Ok(Completed { reason, cached_tokens: 0 })));
     }
 }

@@ -1,16 +1,17 @@
 //! The protocol of one attempt at a request: what the legs say in, what to do out. Pure.
 //!
-//! Driven by [`super::generation`]. States: *running* (legs open, tokens come) -> *lingering* (every token is there,
-//! prefill has yet to say how much of the prompt was cached) -> *over*. Two instances speak over two streams, so
-//! decode's tokens may overtake prefill's token 0: tokens are put in order by position, and given out in order only.
+//! Driven by [`super::generation`]. States: *running* (legs open, tokens come) -> *closing* (decode has said its last, a
+//! token of prefill's is still on its way) -> *lingering* (every token is there, prefill has yet to say how much of the
+//! prompt was cached) -> *over*. Two instances speak over two streams, so decode's tokens may overtake prefill's token
+//! 0: tokens are put in order by position, and given out in order only.
 //!
 //! Whoever ends first: prefill ending the sequence itself (token 0 was a stop token, or the only one wanted) cancels
 //! decode; a failing leg cancels the other, unless decode may have the cache already and no longer needs prefill. A decode
 //! leg whose transfer was broken off from the other side says so before prefill says why, or that it needs no decode:
 //! that failure waits for prefill's word, which always comes, if only as the break of its stream. The other way round,
 //! a prefill leg that fails after its token may have handed over already: decode, which says nothing before its first
-//! token, knows. Its word is waited for; it comes, as decode notices a lost sender by itself, and at the latest the
-//! request's deadline ends the wait.
+//! token, knows. Its word is waited for, but not for long: a decode that was never offered the cache has nobody to miss
+//! and says nothing at all.
 
 use std::collections::BTreeMap;
 
@@ -25,6 +26,8 @@ pub enum Command {
     Cancel(Side),
     /// Every token is there; send [`Machine::linger_over`] if prefill has not reported within a short while.
     Linger,
+    /// Prefill is gone and decode may have the cache; send [`Machine::decode_silent`] if it has not spoken in time.
+    AwaitDecode,
     /// The request has ended; nothing follows.
     End(Result<Completed, ApiError>),
 }
@@ -180,6 +183,17 @@ impl Machine {
         }
     }
 
+    /// Decode has been silent for long enough after [`Command::AwaitDecode`].
+    pub fn decode_silent(&mut self) -> Vec<Command> {
+        match self.prefill_lost.take() {
+            Some(error) if self.awaits_decode() => self.fail(error),
+            kept => {
+                self.prefill_lost = kept;
+                Vec::new()
+            }
+        }
+    }
+
     fn take_tokens(&mut self, side: Side, output: &Output) -> Result<(), ApiError> {
         for (index, &token) in output.tokens.iter().enumerate() {
             let position = u32::try_from(index).ok().and_then(|i| output.first_position.checked_add(i));
@@ -266,7 +280,12 @@ impl Machine {
 
     fn lose_prefill(&mut self, error: ApiError) -> Vec<Command> {
         self.prefill_lost = Some(error);
-        self.settle()
+        if self.awaits_decode() { vec![Command::AwaitDecode] } else { self.settle() }
+    }
+
+    /// Whether all depends on a decode that has said nothing yet.
+    fn awaits_decode(&self) -> bool {
+        self.state == State::Running && !self.decode_spoke
     }
 
     /// Why decode got no cache: what ended prefill, if that came first, else what decode says.

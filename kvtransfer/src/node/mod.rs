@@ -166,12 +166,12 @@ impl KvNode {
         Ok(Incoming::new(inbound))
     }
 
-    /// Resolves once an offer of this transfer is held, or the transfer is live here for another reason; at once if that
-    /// is so already. Stays pending otherwise, also for a transfer that has ended: bound it by the request's deadline.
+    /// Resolves once an offer of this transfer has come, at once if it has, and also if the transfer has ended for
+    /// whatever reason; [`KvNode::expect`] then tells which. Stays pending otherwise: bound it by the request's deadline.
     /// Cancel safe; what it takes to wait is given back when it resolves or is dropped.
     pub fn offered(&self, id: TransferId) -> impl Future<Output = ()> + Send + use<> {
         let node = self.node.clone();
-        async move { node.incoming.alive(id).await }
+        async move { node.incoming.known(id).await }
     }
 
     /// Tells the sender of a transfer, now or when its offer comes, that it will not be received.

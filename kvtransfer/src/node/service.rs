@@ -213,6 +213,13 @@ fn take_offer(
             return Err(TransferError::Limit { what: "offers that nobody expects yet", limit });
         }
         Ok(Inbound::offered(node, now, id, terms.clone(), link.clone()))
+    });
+    // A sender offers once: whoever is to expect this transfer must learn that it will not come.
+    let found = found.inspect_err(|reason| {
+        let ended = Ended { peer: Some(link.peer.clone()), reason: Some(reason.clone()) };
+        if let Some(expected_by_now) = node.incoming.end_unless_live(id, ended) {
+            expected_by_now.cancel(reason.clone());
+        }
     })?;
     match found {
         Lookup::Unknown => {

@@ -38,7 +38,7 @@ struct State<T> {
     awaited: HashMap<TransferId, Weak<CancellationToken>>,
 }
 
-/// One who waits for an id to come alive. The signal is cancelled when it does.
+/// One who waits for an id to come alive or to be refused. The signal is cancelled when it is.
 struct Waiter<'a, T> {
     table: &'a Table<T>,
     id: TransferId,
@@ -80,28 +80,26 @@ impl<T> Table<T> {
         if matches!(found, Lookup::Unknown) {
             let live = state.live.len();
             state.live.insert(id, make(live)?);
-            let signal = state.awaited.remove(&id).and_then(|signal| signal.upgrade());
+            let awaited = state.no_longer_awaited(&id);
             // Not under the lock: who is woken may come straight back here.
             drop(state);
-            if let Some(signal) = signal {
-                signal.cancel();
-            }
+            wake(awaited);
         }
         Ok(found)
     }
 
-    /// Resolves once `id` is alive, at once if it is; also when it has ended again by the time this is polled.
-    pub(super) async fn alive(&self, id: TransferId) {
+    /// Resolves once `id` is known, at once if it is: alive, or ended.
+    pub(super) async fn known(&self, id: TransferId) {
         let Some(waiter) = self.wait(id) else { return };
         if let Some(signal) = &waiter.signal {
             signal.cancelled().await;
         }
     }
 
-    /// `None` if `id` is alive already.
+    /// `None` if `id` is known already.
     fn wait(&self, id: TransferId) -> Option<Waiter<'_, T>> {
         let mut state = self.state.lock();
-        if state.live.contains_key(&id) {
+        if !matches!(state.get(&id), Lookup::Unknown) {
             return None;
         }
         let signal = state.awaited.get(&id).and_then(Weak::upgrade).unwrap_or_default();
@@ -123,7 +121,12 @@ impl<T> Table<T> {
         match state.get(&id) {
             Lookup::Live(live) => return Some(live),
             Lookup::Ended(_) => {}
-            Lookup::Unknown => state.remember(id, how, self.remember),
+            Lookup::Unknown => {
+                state.remember(id, how, self.remember);
+                let awaited = state.no_longer_awaited(&id);
+                drop(state);
+                wake(awaited);
+            }
         }
         None
     }
@@ -151,6 +154,11 @@ impl<T> State<T> {
         }
     }
 
+    /// The signal of those who wait for an id that is known now.
+    fn no_longer_awaited(&mut self, id: &TransferId) -> Option<Arc<CancellationToken>> {
+        self.awaited.remove(id).and_then(|signal| signal.upgrade())
+    }
+
     fn remember(&mut self, id: TransferId, how: Ended, most: usize) {
         if self.ended.insert(id, how).is_none() {
             self.order.push_back(id);
@@ -160,6 +168,12 @@ impl<T> State<T> {
                 self.ended.remove(&oldest);
             }
         }
+    }
+}
+
+fn wake(awaited: Option<Arc<CancellationToken>>) {
+    if let Some(signal) = awaited {
+        signal.cancel();
     }
 }
 
@@ -194,8 +208,8 @@ mod tests {
         let (id, other) = (TransferId::generate(), TransferId::generate());
         let awaited = || table.state.lock().awaited.len();
         {
-            let (mut first, mut second) = (pin!(table.alive(id)), Box::pin(table.alive(id)));
-            let mut stranger = pin!(table.alive(other));
+            let (mut first, mut second) = (pin!(table.known(id)), Box::pin(table.known(id)));
+            let mut stranger = pin!(table.known(other));
             assert!(!ready(first.as_mut()) && !ready(second.as_mut()) && !ready(stranger.as_mut()));
             assert_eq!(awaited(), 2);
             drop(second);
@@ -205,9 +219,14 @@ mod tests {
             assert!(!ready(stranger.as_mut()), "its id is not");
         }
         assert_eq!(awaited(), 0);
-        assert!(ready(pin!(table.alive(id))), "alive already");
+        assert!(ready(pin!(table.known(id))), "alive already");
         table.end(id, Ended { peer: None, reason: None });
-        assert!(!ready(pin!(table.alive(id))), "ended");
+        assert!(ready(pin!(table.known(id))), "ended");
+        let refused = TransferId::generate();
+        let mut waits = pin!(table.known(refused));
+        assert!(!ready(waits.as_mut()));
+        assert!(table.end_unless_live(refused, Ended { peer: None, reason: None }).is_none());
+        assert!(ready(waits.as_mut()), "ended before it was ever alive");
         assert_eq!(awaited(), 0);
     }
 

@@ -104,7 +104,7 @@ fn prefill_lost_after_decode_took_over_changes_nothing() {
     let mut machine = Machine::apart(10);
     machine.output(Side::Prefill, out(0, &[10]));
     machine.output(Side::Decode, out(1, &[11]));
-    assert!(machine.output(Side::Prefill, Output::failed(lost())).is_empty());
+    assert!(machine.output(Side::Prefill, Output::failed(lost())).is_empty(), "nobody needs to be waited for");
     let last = Output { end: complete(StopReason::Stop).end, ..out(2, &[12]) };
     assert_eq!(machine.output(Side::Decode, last), [ok(StopReason::Stop, 0)]);
     assert_eq!(machine.take_fresh(), [10, 11, 12]);
@@ -115,7 +115,8 @@ fn prefill_lost_after_its_token_waits_for_decodes_word() {
     let waiting = |end: fn() -> LegEnd| {
         let mut machine = Machine::apart(10);
         machine.output(Side::Prefill, out(0, &[10]));
-        assert!(machine.output(Side::Prefill, self::end(end())).is_empty(), "decode may have the cache");
+        let commands = machine.output(Side::Prefill, self::end(end()));
+        assert_eq!(commands, [Command::AwaitDecode], "decode may have the cache");
         machine
     };
     for how in [|| LegEnd::Failed(lost()), || LegEnd::Cancelled] as [fn() -> LegEnd; 2] {
@@ -128,6 +129,14 @@ fn prefill_lost_after_its_token_waits_for_decodes_word() {
         // It never says so.
         assert_eq!(waiting(how).abort(lost()), [Command::Cancel(Side::Decode), Command::End(Err(lost()))]);
     }
+    // Nor anything else.
+    let mut machine = waiting(|| LegEnd::Failed(lost()));
+    assert_eq!(machine.decode_silent(), [Command::Cancel(Side::Decode), Command::End(Err(lost()))]);
+    assert!(machine.decode_silent().is_empty());
+    // Silence after its first word is the engine's business.
+    let mut machine = waiting(|| LegEnd::Failed(lost()));
+    machine.output(Side::Decode, out(1, &[11]));
+    assert!(machine.decode_silent().is_empty() && !machine.is_over());
     // It has not: prefill's end is why.
     let of_transfer = |code| LegEnd::Failed(ApiError::new(code, "the transfer was broken off"));
     for word in [of_transfer(ErrorCode::HandoffFailed), of_transfer(ErrorCode::Cancelled), LegEnd::Cancelled]
@@ -262,6 +271,7 @@ proptest! {
                         prop_assert_eq!(end, Ok(Completed { reason: StopReason::Length, cached_tokens: 2 }));
                     }
                     Command::Linger => {}
+                    Command::AwaitDecode => prop_assert!(false, "prefill was not lost"),
                     Command::Cancel(side) => prop_assert!(false, "cancelled {side:?}"),
                 }
             }
