@@ -287,6 +287,7 @@ impl Reader {
             prompt: leg.prompt,
             sampling: leg.sampling,
             stop: leg.stop,
+            priority: leg.priority,
             deadline: leg.timeout.and_then(|timeout| Instant::now().checked_add(timeout)),
             work: leg.work,
             permit: Some(permit),

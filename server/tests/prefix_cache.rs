@@ -87,7 +87,8 @@ async fn prompts_that_overlap_come_out_right_while_blocks_are_scarce() {
         .map(|i| {
             let own: Vec<u32> = (0..i % 7).map(|k| (k * 5 + i) % model::VOCABULARY).collect();
             let prompt = prompt(i % 3, 3 + (i * 13) % 50, &own);
-            Request { prompt, ..Request::sampled(1, 2 + (i * 7) % 40, u64::from(i)) }
+            let priority = (i % 4) as i32 - 2;
+            Request { prompt, priority, ..Request::sampled(1, 2 + (i * 7) % 40, u64::from(i)) }
         })
         .collect();
     for (first, wave) in requests.chunks(20).enumerate() {

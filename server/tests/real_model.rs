@@ -14,17 +14,20 @@ use support::{Attached, Instance, Pair, Request, model::Faults, whole};
 const PROMPTS: [u32; 6] = [1, 15, 16, 33, 128, 400];
 const MAX_TOKENS: u32 = 16;
 
-fn load(kv_dtype: KvDtype) -> Box<dyn Executor> {
+fn load(kv_dtype: KvDtype, kv_blocks: u32) -> Box<dyn Executor> {
     let path = std::env::var_os("BATON_TEST_MODEL").map(PathBuf::from).expect(
         "set BATON_TEST_MODEL to the GGUF file of SmolLM2-135M-Instruct; `./deploy/run test` fetches it",
     );
     let checkpoint = Checkpoint::open(&path).expect("the test model");
-    let options = LoadOptions { kv_dtype, kv_blocks: 200, max_batch_tokens: 128, ..LoadOptions::default() };
+    let options = LoadOptions { kv_dtype, kv_blocks, max_batch_tokens: 128, ..LoadOptions::default() };
     baton_runtime::load(&checkpoint, &options, &mut |_, _| {}).expect("the test model loads")
 }
 
 async fn instance(id: &str, role: Role, kv_dtype: KvDtype) -> Instance {
-    let executor = load(kv_dtype);
+    instance_of(id, role, load(kv_dtype, 200)).await
+}
+
+async fn instance_of(id: &str, role: Role, executor: Box<dyn Executor>) -> Instance {
     let limits = Limits {
         max_batch_tokens: 128,
         max_sequences: 16,
@@ -97,4 +100,27 @@ async fn apart_is_token_for_token_what_one_instance_gives() {
 #[tokio::test(flavor = "multi_thread")]
 async fn so_it_is_with_a_cache_of_half_precision() {
     apart_equals_whole(KvDtype::Bf16).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn preempted_sequences_go_on_as_if_nothing_had_happened() {
+    // Each comes to seven blocks; eleven are too few for two of them.
+    let request = |seed: u64| {
+        let prompt = (0..40).map(|i| (i * 37 + seed as u32 * 1009) % 40_000 + 100).collect();
+        Request { prompt, ..Request::sampled(1, 60, seed) }
+    };
+    let mut told = Vec::new();
+    for blocks in [200, 11] {
+        let mut mixed = instance_of("m", Role::Mixed, load(KvDtype::Bf16, blocks)).await;
+        let mut coordinator = Attached::to(&mixed).await;
+        for leg in 1..4 {
+            coordinator.dispatch(leg, &request(leg), whole()).await;
+        }
+        for leg in 1..4 {
+            told.push(coordinator.until_end(leg).await.tokens);
+        }
+        mixed.until_idle().await;
+        assert_eq!(mixed.preemptions() > 0, blocks == 11, "{blocks} blocks");
+    }
+    assert_eq!(told[..3], told[3..]);
 }

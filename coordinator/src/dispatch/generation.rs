@@ -262,6 +262,7 @@ fn dispatch(seat: &Seat, assignment: &Assignment, work: Work) -> v1::Dispatch {
         sampling: Some((&assignment.sampling).into()),
         timeout_millis: u64::try_from(left.as_millis()).unwrap_or(u64::MAX).max(1),
         work: Some(work),
+        priority: 0,
     }
 }
 

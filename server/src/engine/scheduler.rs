@@ -4,10 +4,11 @@
 //! Called by the engine's thread ([`super::step`] between steps, [`super::thread`] for events from outside). The life
 //! of a sequence (arrival, end, transfers) is in [`lifecycle`]; this file holds the planning:
 //!
-//! - Decode first: every running sequence that needs one more token gets it, oldest first. When blocks run out, the
-//!   youngest sequence that can be computed again is preempted: its blocks are freed and it waits, first in line, to be
-//!   recomputed from its tokens. A sequence preempts itself if it is the youngest, so the oldest always goes on.
-//! - What is left of the token budget goes to chunks of prompts, oldest first. A chunk ends at a block border unless it
+//! - Everything is done by rank: priority, then age. The first in rank always goes on, so everything ends.
+//! - Decode first: every running sequence that needs one more token gets it. When blocks run out, the last in rank that
+//!   can be computed again is preempted: its blocks are let go and it waits to be recomputed from its tokens, of which
+//!   the cache may still have most. A sequence preempts itself if it is the last.
+//! - What is left of the token budget goes to chunks of prompts. A chunk ends at a block border unless it
 //!   ends its prompt, so that a full block is final and can be handed on at once.
 //! - Waiting sequences are admitted strictly in order while there are slots and blocks. One free block is left for each
 //!   sequence that grows, so that an arrival does not preempt what runs. A prefill leg gets all its blocks at once and
@@ -34,10 +35,12 @@ use super::{
 };
 
 mod lifecycle;
+mod occupancy;
 #[cfg(test)]
 mod tests;
 
-pub use lifecycle::{Counts, Occupancy, Refused};
+pub use lifecycle::Refused;
+pub use occupancy::{Counts, Occupancy};
 
 /// Limits the scheduler keeps.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -106,9 +109,9 @@ pub struct Scheduler {
     root: BlockHash,
     blocks: BlockManager,
     sequences: HashMap<SequenceId, Sequence>,
-    /// In order of service.
+    /// By rank.
     waiting: VecDeque<SequenceId>,
-    /// By arrival.
+    /// By rank.
     running: Vec<SequenceId>,
     receiving: u32,
     /// Decode legs whose offer has not come: neither in `waiting` nor in service.
@@ -193,7 +196,7 @@ impl Scheduler {
         }
     }
 
-    /// Gives a sequence the block for its next token, taking blocks from younger ones if it must. False if it had to
+    /// Gives a sequence the block for its next token, taking blocks from those behind it if it must. False if it had to
     /// preempt itself.
     fn grow_or_preempt(&mut self, id: SequenceId) -> bool {
         loop {
@@ -202,10 +205,10 @@ impl Scheduler {
             if self.blocks.extend(&mut sequence.blocks, tokens) {
                 return true;
             }
-            // `running` is by arrival, so whoever is found was not planned in this step yet, or is `id` itself.
+            // `running` is by rank, so whoever is found was not planned in this step yet, or is `id` itself.
             let sequences = &self.sequences;
-            let youngest = self.running.iter().rposition(|id| sequences[id].preemptible());
-            let Some(victim) = youngest.map(|index| self.running.remove(index)) else { return false };
+            let last = self.running.iter().rposition(|id| sequences[id].preemptible());
+            let Some(victim) = last.map(|index| self.running.remove(index)) else { return false };
             self.preempt(victim);
             if victim == id {
                 return false;
@@ -221,7 +224,7 @@ impl Scheduler {
         sequence.state = State::Waiting;
         // From now on it is computed here, wherever its cache first came from.
         sequence.work = Work::Whole;
-        self.waiting.push_front(id);
+        self.queue(id);
         self.counts.preemptions += 1;
     }
 
@@ -303,12 +306,19 @@ impl Scheduler {
         self.run(id);
     }
 
-    /// Puts a sequence into the running batch, by arrival.
+    /// Puts a sequence into the queue.
+    fn queue(&mut self, id: SequenceId) {
+        let rank = self.sequences[&id].rank;
+        let at = self.waiting.partition_point(|other| self.sequences[other].rank < rank);
+        self.waiting.insert(at, id);
+    }
+
+    /// Puts a sequence into the running batch.
     fn run(&mut self, id: SequenceId) {
         let Some(sequence) = self.sequences.get_mut(&id) else { return };
         sequence.state = State::Running;
-        let arrival = sequence.arrival;
-        let at = self.running.partition_point(|other| self.sequences[other].arrival < arrival);
+        let rank = sequence.rank;
+        let at = self.running.partition_point(|other| self.sequences[other].rank < rank);
         self.running.insert(at, id);
     }
 }

@@ -48,6 +48,8 @@ pub struct NewSequence {
     pub prompt: Vec<u32>,
     pub sampling: SamplingParams,
     pub stop: StopRule,
+    /// Lower is served first, and preempted last.
+    pub priority: i32,
     /// The last token must be out by then.
     pub deadline: Option<Instant>,
     pub work: Work,
@@ -153,12 +155,20 @@ pub(super) enum State {
     Closing,
 }
 
+/// Who is served first: the lower. Who is preempted first: the higher. No two sequences have the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Rank {
+    pub(super) priority: i32,
+    /// Order in which sequences came to the queue, a decode leg when its cache was offered.
+    pub(super) arrival: u64,
+}
+
 pub(super) struct Sequence {
     pub(super) id: SequenceId,
     pub(super) address: Address,
     pub(super) state: State,
-    /// Order of arrival: lower = earlier = served first.
-    pub(super) arrival: u64,
+    /// Place among all that want to be served.
+    pub(super) rank: Rank,
     /// Prompt, then completion so far.
     pub(super) tokens: Vec<u32>,
     pub(super) prompt_tokens: u32,
@@ -198,7 +208,7 @@ impl Sequence {
             id: new.id,
             address: new.address,
             state: if matches!(new.work, Work::Decode(_)) { State::Announced } else { State::Waiting },
-            arrival,
+            rank: Rank { priority: new.priority, arrival },
             tokens: new.prompt,
             prompt_tokens,
             computed: 0,

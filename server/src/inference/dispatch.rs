@@ -29,6 +29,8 @@ pub struct Leg {
     pub prompt: Vec<u32>,
     pub sampling: SamplingParams,
     pub stop: StopRule,
+    /// Lower is served first.
+    pub priority: i32,
     /// From receipt to the last token.
     pub timeout: Option<Duration>,
     pub work: Work,
@@ -68,6 +70,7 @@ impl TryFrom<v1::Dispatch> for Leg {
             prompt: wire.prompt_tokens,
             sampling,
             stop,
+            priority: wire.priority,
             timeout: (wire.timeout_millis > 0).then(|| Duration::from_millis(wire.timeout_millis)),
             work: self::work(work)?,
         })

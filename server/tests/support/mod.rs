@@ -262,6 +262,7 @@ impl Attached {
             prompt_tokens: request.prompt.clone(),
             sampling: Some(request.sampling.clone()),
             timeout_millis: request.timeout_millis,
+            priority: request.priority,
             work: Some(work),
             ..Default::default()
         };
@@ -338,13 +339,14 @@ pub struct Request {
     pub prompt: Vec<u32>,
     pub sampling: v1::Sampling,
     pub timeout_millis: u64,
+    pub priority: i32,
 }
 
 impl Request {
     pub fn greedy(prompt_tokens: u32, max_tokens: u32) -> Self {
         let sampling = v1::Sampling { top_p: 1.0, repetition_penalty: 1.0, max_tokens, ..Default::default() };
         let prompt = (0..prompt_tokens).map(|i| (i * 7 + prompt_tokens) % model::VOCABULARY).collect();
-        Self { prompt, sampling, timeout_millis: 0 }
+        Self { prompt, sampling, timeout_millis: 0, priority: 0 }
     }
 
     pub fn sampled(prompt_tokens: u32, max_tokens: u32, seed: u64) -> Self {

@@ -36,42 +36,6 @@ impl From<Refused> for ApiError {
     }
 }
 
-/// How many sequences and blocks there are, by use.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Occupancy {
-    /// In the batch.
-    pub running: u32,
-    /// In the queue, or with a cache not offered yet or still on its way.
-    pub waiting: u32,
-    /// Held for a transfer alone: prefill legs handed on, and ended legs whose transfer is being closed.
-    pub leaving: u32,
-    /// Caches on their way in, and out; counted above too.
-    pub receiving: u32,
-    pub sending: u32,
-    /// Prompt tokens accepted and not yet computed here.
-    pub queued_prefill_tokens: u64,
-    pub blocks_total: u32,
-    /// Blocks that nobody holds.
-    pub blocks_free: u32,
-    /// How many of them have content that can be taken again.
-    pub blocks_cached: u32,
-    pub counts: Counts,
-}
-
-/// What has happened since the start.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Counts {
-    /// Sequences whose blocks were taken for others.
-    pub preemptions: u64,
-    /// Cached blocks that were given up for others.
-    pub evictions: u64,
-    /// Tokens of prompts that were in the cache, and those that had to be computed.
-    pub prefix_hit_tokens: u64,
-    pub prefix_miss_tokens: u64,
-    /// Blocks of decode legs that need not be sent to them.
-    pub held_blocks: u64,
-}
-
 impl Scheduler {
     /// Queues a sequence. If it cannot be taken the leg is ended with the reason.
     pub fn add(&mut self, new: NewSequence) {
@@ -84,15 +48,19 @@ impl Scheduler {
             return;
         }
         self.arrivals += 1;
-        match &sequence.work {
-            Work::Decode(from) => {
-                let (id, transfer, deadline) = (sequence.id, from.transfer, sequence.deadline);
+        let (id, deadline) = (sequence.id, sequence.deadline);
+        let awaits = match &sequence.work {
+            Work::Decode(from) => Some(from.transfer),
+            Work::Whole | Work::Prefill(_) => None,
+        };
+        self.sequences.insert(id, sequence);
+        match awaits {
+            Some(transfer) => {
                 self.effects.push(Effect::Watch { id, transfer, deadline });
                 self.announced += 1;
             }
-            Work::Whole | Work::Prefill(_) => self.waiting.push_back(sequence.id),
+            None => self.queue(id),
         }
-        self.sequences.insert(sequence.id, sequence);
     }
 
     fn check(&self, sequence: &Sequence) -> Result<(), Refused> {
@@ -119,8 +87,10 @@ impl Scheduler {
         match result {
             Ok(()) => {
                 sequence.state = State::Waiting;
+                sequence.rank.arrival = self.arrivals;
+                self.arrivals += 1;
                 self.announced -= 1;
-                self.waiting.push_back(id);
+                self.queue(id);
             }
             Err(error) => self.fail(id, error),
         }
@@ -287,30 +257,6 @@ impl Scheduler {
     /// The sequence of a planned chunk, for sampling.
     pub(in crate::engine) fn sequence(&self, id: SequenceId) -> &Sequence {
         &self.sequences[&id]
-    }
-
-    pub fn occupancy(&self) -> Occupancy {
-        let mut occupancy = Occupancy {
-            blocks_total: self.blocks.total(),
-            blocks_free: self.blocks.room(),
-            blocks_cached: self.blocks.idle(),
-            counts: Counts { evictions: self.blocks.evictions(), ..self.counts },
-            ..Occupancy::default()
-        };
-        for sequence in self.sequences.values() {
-            match sequence.state {
-                State::Running => occupancy.running += 1,
-                State::Announced | State::Waiting | State::Receiving => occupancy.waiting += 1,
-                State::HandingOff | State::Closing => occupancy.leaving += 1,
-            }
-            occupancy.receiving += u32::from(sequence.state == State::Receiving);
-            occupancy.sending += u32::from(sequence.transfers() && matches!(sequence.work, Work::Prefill(_)));
-            let computes = matches!(sequence.state, State::Waiting | State::Running);
-            if computes && !matches!((&sequence.work, sequence.state), (Work::Decode(_), State::Waiting)) {
-                occupancy.queued_prefill_tokens += u64::from(sequence.remaining()).saturating_sub(1);
-            }
-        }
-        occupancy
     }
 
     /// Ends a sequence: the leg is told, its blocks go back now or when its transfer is closed.

@@ -1,16 +1,16 @@
-//! Tables for the planning rules, and a property: whatever happens in whatever order, no block is lost or shared, and
-//! every leg ends exactly once.
+//! Tables for the planning rules; `histories` holds the property.
 
-use std::{collections::HashSet, time::Duration};
+use std::time::Duration;
 
 use baton_proto::{ApiError, ErrorCode, Incarnation, InstanceId, LegId, RequestId, TransferId};
-use proptest::prelude::*;
 
 use super::*;
 use crate::engine::{
     sampler::SamplingParams,
     sequence::{FinishReason, LegEnd, NewSequence, StopRule, StreamId},
 };
+
+mod histories;
 
 const BLOCK: u32 = 4;
 
@@ -51,6 +51,7 @@ fn sequence(id: u64, prompt: u32, max_tokens: u32, work: Work) -> NewSequence {
         prompt: (0..prompt).map(|position| position + 1000 * id as u32).collect(),
         sampling: SamplingParams::GREEDY,
         stop: StopRule { max_tokens, stop_tokens: vec![99] },
+        priority: 0,
         deadline: None,
         work,
         permit: None,
@@ -301,200 +302,48 @@ fn the_deadline_ends_a_sequence_in_any_state() {
     assert_eq!(scheduler.occupancy().leaving, 2);
 }
 
-/// What may happen between two steps.
-#[derive(Debug, Clone)]
-enum Happening {
-    Add { prompt: u32, max_tokens: u32, kind: u8 },
-    Cancel(usize),
-    CancelStream(u64),
-    TransferEnds { which: usize, well: bool },
-    Offered { which: usize, well: bool },
-    Fails(usize),
-    Step { token: u32 },
-}
-
-fn happening() -> impl Strategy<Value = Happening> {
-    prop_oneof![
-        4 => (1u32..40, 1u32..30, 0u8..3)
-            .prop_map(|(prompt, max_tokens, kind)| Happening::Add { prompt, max_tokens, kind }),
-        1 => (0usize..100).prop_map(Happening::Cancel),
-        1 => (0u64..2).prop_map(Happening::CancelStream),
-        3 => (0usize..100, prop::bool::weighted(0.8))
-            .prop_map(|(which, well)| Happening::TransferEnds { which, well }),
-        3 => (0usize..100, prop::bool::weighted(0.8)).prop_map(|(which, well)| Happening::Offered { which, well }),
-        1 => (0usize..100).prop_map(Happening::Fails),
-        12 => prop_oneof![20 => Just(1u32), 1 => Just(99u32)].prop_map(|token| Happening::Step { token }),
-    ]
-}
-
-/// Plays the outside world: transfers that are open, legs that were added, what each was told.
-#[derive(Default)]
-struct World {
-    added: Vec<u64>,
-    open: Vec<(SequenceId, bool /* incoming */)>,
-    watched: Vec<SequenceId>,
-    sealed: HashSet<SequenceId>,
-    told: HashMap<u64, (u32, bool /* ended */)>,
-}
-
-impl World {
-    fn absorb(&mut self, scheduler: &mut Scheduler) {
-        for effect in scheduler.take_effects() {
-            match effect {
-                Effect::Offer { id, .. } => self.open.push((id, false)),
-                Effect::Expect { id, .. } => self.open.push((id, true)),
-                Effect::Watch { id, .. } => self.watched.push(id),
-                Effect::Unwatch { id } => {
-                    // Its offer may be on its way to the engine already: that must do no harm.
-                    self.watched.retain(|&other| other != id || id.0 % 2 == 0);
-                }
-                Effect::Refuse { .. } => {}
-                Effect::Seal { id, .. } => assert!(self.sealed.insert(id), "sealed twice"),
-                Effect::Close { id } => {
-                    assert!(self.open.iter().any(|(open, _)| *open == id), "closed, not open")
-                }
-            }
-        }
-        for (_, update) in scheduler.take_outputs() {
-            let told = self.told.entry(update.leg.0).or_insert((update.first_position, false));
-            assert!(!told.1, "leg {} was told more after its end", update.leg);
-            assert_eq!(told.0, update.first_position, "leg {} has a gap or a repetition", update.leg);
-            told.0 += update.tokens.len() as u32;
-            told.1 = update.end.is_some();
-        }
+#[test]
+fn rank_decides_who_is_admitted_and_who_is_preempted() {
+    let mut scheduler = scheduler(6);
+    let with = |id, priority| NewSequence { priority, ..sequence(id, 7, 9, Work::Whole) };
+    scheduler.add(with(1, 5));
+    assert_eq!(step(&mut scheduler, 1), [(1, 0, 7)]);
+    // Two wait, and the later one is more urgent; both are more urgent than the one that runs.
+    scheduler.add(with(2, 0));
+    scheduler.add(with(3, -1));
+    assert_eq!(step(&mut scheduler, 1), [(1, 7, 1), (3, 0, 7)]);
+    assert_eq!(scheduler.waiting, [SequenceId(2)]);
+    // Each needs a third block, and there are two.
+    assert_eq!(step(&mut scheduler, 1), [(3, 7, 1), (1, 8, 1)]);
+    assert_eq!(step(&mut scheduler, 1), [(3, 8, 1), (1, 9, 1)]);
+    let mut ended = Vec::new();
+    while !step(&mut scheduler, 1).is_empty() {
+        ended.extend(ends(&mut scheduler).into_iter().map(|(id, _)| id));
     }
-
-    fn offer(&mut self, scheduler: &mut Scheduler, which: usize, well: bool) {
-        if !self.watched.is_empty() {
-            let id = self.watched.remove(which % self.watched.len());
-            let late = || ApiError::new(ErrorCode::HandoffFailed, "late");
-            scheduler.offered(id, if well { Ok(()) } else { Err(late()) });
-        }
-    }
-
-    fn end_transfer(&mut self, scheduler: &mut Scheduler, which: usize, well: bool) {
-        if self.open.is_empty() {
-            return;
-        }
-        let (id, incoming) = self.open.remove(which % self.open.len());
-        match (well, incoming) {
-            (true, true) => scheduler.received(id, 1),
-            (true, false) if self.sealed.contains(&id) => scheduler.transfer_ended(id, Ok(())),
-            _ => scheduler.transfer_ended(id, Err(ApiError::new(ErrorCode::HandoffFailed, "broken"))),
-        }
-    }
+    assert_eq!(ended, [3, 2, 1]);
+    assert!(scheduler.occupancy().counts.preemptions > 0);
 }
 
-fn check_invariants(scheduler: &Scheduler) {
-    let held: Vec<BlockId> =
-        scheduler.sequences.values().flat_map(|s| s.blocks.as_slice().iter().copied()).collect();
-    let distinct: HashSet<BlockId> = held.iter().copied().collect();
-    assert_eq!(distinct.len() as u32 + scheduler.blocks.room(), scheduler.blocks.total(), "a block is lost");
-    check_shared(scheduler);
-    for sequence in scheduler.sequences.values() {
-        let id = &sequence.id;
-        assert_eq!(scheduler.running.contains(id), sequence.state == State::Running, "{sequence:?}");
-        assert_eq!(scheduler.waiting.contains(id), sequence.state == State::Waiting, "{sequence:?}");
-        assert!(
-            !matches!(sequence.state, State::Announced | State::Waiting) || sequence.blocks.count() == 0,
-            "{sequence:?} waits with blocks"
-        );
+#[test]
+fn a_preempted_sequence_goes_on_from_what_is_still_cached() {
+    let mut scheduler = scheduler(7);
+    scheduler.add(sequence(1, 7, 12, Work::Whole));
+    scheduler.add(sequence(2, 11, 9, Work::Whole));
+    let mut again = Vec::new();
+    loop {
+        let preempted = scheduler.occupancy().counts.preemptions > 0;
+        let plan = step(&mut scheduler, 1);
+        if plan.is_empty() {
+            break;
+        }
+        again.extend(plan.into_iter().filter(|(id, _, tokens)| preempted && *id == 2 && *tokens > 1));
     }
-    let count = |state| scheduler.sequences.values().filter(|s| s.state == state).count() as u32;
-    assert_eq!(count(State::Receiving), scheduler.receiving);
-    assert_eq!(count(State::Announced), scheduler.announced);
-    assert!(scheduler.running.is_sorted_by_key(|id| scheduler.sequences[id].arrival));
-}
-
-/// A block stands in two lists only if it is final in both, and then it holds the same in both.
-fn check_shared(scheduler: &Scheduler) {
-    let mut contents: HashMap<BlockId, Option<Vec<u32>>> = HashMap::new();
-    for sequence in scheduler.sequences.values() {
-        for (index, &block) in (0..).zip(sequence.blocks.as_slice()) {
-            let end = (index as usize + 1) * BLOCK as usize;
-            let content = (index < sequence.sealed).then(|| sequence.tokens[..end].to_vec());
-            let shared = contents.insert(block, content.clone());
-            assert!(
-                shared.is_none_or(|other| other.is_some() && other == content),
-                "{sequence:?}: block {index}"
-            );
-        }
-    }
-}
-
-fn check_plan(scheduler: &Scheduler, plan: &[Chunk]) {
-    let limits = &scheduler.limits;
-    assert!(plan.iter().map(|chunk| chunk.tokens).sum::<u32>() <= limits.max_batch_tokens);
-    let distinct: HashSet<SequenceId> = plan.iter().map(|chunk| chunk.id).collect();
-    assert_eq!(distinct.len(), plan.len(), "planned twice in one step");
-    for chunk in plan {
-        let sequence = &scheduler.sequences[&chunk.id];
-        let end = chunk.start + chunk.tokens;
-        assert_eq!((sequence.state, sequence.computed), (State::Running, chunk.start));
-        assert!(chunk.start >= sequence.sealed * BLOCK, "{sequence:?} writes into a block that is final");
-        assert!(chunk.tokens > 0 && end <= sequence.tokens.len() as u32);
-        assert!(end <= sequence.blocks.count() * BLOCK, "{sequence:?} has no room for {end} tokens");
-        assert_eq!(chunk.logits, end == sequence.tokens.len() as u32);
-        assert!(chunk.logits || end.is_multiple_of(BLOCK), "a chunk ends within a block");
-    }
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(400))]
-    #[test]
-    fn nothing_leaks_and_everything_ends(happenings in prop::collection::vec(happening(), 1..150), blocks in 8u32..40) {
-        let mut scheduler = scheduler(blocks);
-        let mut world = World::default();
-        let run = |scheduler: &mut Scheduler, world: &mut World, token| {
-            let plan = scheduler.schedule();
-            check_plan(scheduler, &plan);
-            for chunk in &plan {
-                scheduler.computed(chunk, chunk.logits.then_some(token));
-            }
-            world.absorb(scheduler);
-            check_invariants(scheduler);
-            !plan.is_empty()
-        };
-        for happening in happenings {
-            let pick = |which: usize, world: &World| world.added.get(which % world.added.len().max(1)).copied();
-            match happening {
-                Happening::Add { prompt, max_tokens, kind } => {
-                    let id = world.added.len() as u64;
-                    let work = [Work::Whole, prefill(), decode()][usize::from(kind)].clone();
-                    world.added.push(id);
-                    // Two families of prompts that begin alike.
-                    let tokens = (0..prompt).map(|position| position + 1000 * (prompt % 2)).collect();
-                    scheduler.add(NewSequence { prompt: tokens, ..sequence(id, prompt, max_tokens, work) });
-                }
-                Happening::Cancel(which) => pick(which, &world).into_iter().for_each(|id| scheduler.cancel(SequenceId(id))),
-                Happening::Fails(which) => pick(which, &world)
-                    .into_iter()
-                    .for_each(|id| scheduler.fail(SequenceId(id), ApiError::new(ErrorCode::Internal, "broken"))),
-                Happening::CancelStream(stream) => scheduler.cancel_stream(StreamId(stream)),
-                Happening::TransferEnds { which, well } => world.end_transfer(&mut scheduler, which, well),
-                Happening::Offered { which, well } => world.offer(&mut scheduler, which, well),
-                Happening::Step { token } => {
-                    run(&mut scheduler, &mut world, token);
-                }
-            }
-            world.absorb(&mut scheduler);
-            check_invariants(&scheduler);
-        }
-        // From here on everything goes well: all of it must end by itself.
-        for _ in 0..20_000 {
-            if !run(&mut scheduler, &mut world, 1) {
-                if world.open.is_empty() && world.watched.is_empty() {
-                    break;
-                }
-                world.offer(&mut scheduler, 0, true);
-                world.end_transfer(&mut scheduler, 0, true);
-                world.absorb(&mut scheduler);
-            }
-        }
-        prop_assert_eq!(scheduler.sequences.len(), 0, "stuck: {:?}", scheduler);
-        prop_assert_eq!(scheduler.blocks.room(), blocks);
-        for id in &world.added {
-            prop_assert!(world.told.get(id).is_some_and(|told| told.1), "leg {} never ended", id);
-        }
+    let (counts, ended) = (scheduler.occupancy().counts, ends(&mut scheduler));
+    assert_eq!((counts.preemptions, again.len(), ended.len()), (1, 1, 2));
+    let (_, start, _) = again[0];
+    assert!(start > 0, "all of it was computed again");
+    assert_eq!((counts.prefix_hit_tokens, counts.prefix_miss_tokens), (0, 18), "prompts count once");
+    for (_, end) in ended {
+        assert!(matches!(end, LegEnd::Finished { cached_tokens: 0, .. }), "{end:?}");
     }
 }

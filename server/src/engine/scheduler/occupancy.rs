@@ -1,0 +1,66 @@
+//! How full a scheduler is: read after each step, for coordinators and metrics.
+
+use super::Scheduler;
+use crate::engine::sequence::{State, Work};
+
+/// How many sequences and blocks there are, by use.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Occupancy {
+    /// In the batch.
+    pub running: u32,
+    /// In the queue, or with a cache not offered yet or still on its way.
+    pub waiting: u32,
+    /// Held for a transfer alone: prefill legs handed on, and ended legs whose transfer is being closed.
+    pub leaving: u32,
+    /// Caches on their way in, and out; counted above too.
+    pub receiving: u32,
+    pub sending: u32,
+    /// Prompt tokens accepted and not yet computed here.
+    pub queued_prefill_tokens: u64,
+    pub blocks_total: u32,
+    /// Blocks that nobody holds.
+    pub blocks_free: u32,
+    /// How many of them have content that can be taken again.
+    pub blocks_cached: u32,
+    pub counts: Counts,
+}
+
+/// What has happened since the start.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Sequences whose blocks were taken for others.
+    pub preemptions: u64,
+    /// Cached blocks that were given up for others.
+    pub evictions: u64,
+    /// Tokens of prompts that were in the cache, and those that had to be computed.
+    pub prefix_hit_tokens: u64,
+    pub prefix_miss_tokens: u64,
+    /// Blocks of decode legs that need not be sent to them.
+    pub held_blocks: u64,
+}
+
+impl Scheduler {
+    pub fn occupancy(&self) -> Occupancy {
+        let mut occupancy = Occupancy {
+            blocks_total: self.blocks.total(),
+            blocks_free: self.blocks.room(),
+            blocks_cached: self.blocks.idle(),
+            counts: Counts { evictions: self.blocks.evictions(), ..self.counts },
+            ..Occupancy::default()
+        };
+        for sequence in self.sequences.values() {
+            match sequence.state {
+                State::Running => occupancy.running += 1,
+                State::Announced | State::Waiting | State::Receiving => occupancy.waiting += 1,
+                State::HandingOff | State::Closing => occupancy.leaving += 1,
+            }
+            occupancy.receiving += u32::from(sequence.state == State::Receiving);
+            occupancy.sending += u32::from(sequence.transfers() && matches!(sequence.work, Work::Prefill(_)));
+            let computes = matches!(sequence.state, State::Waiting | State::Running);
+            if computes && !matches!((&sequence.work, sequence.state), (Work::Decode(_), State::Waiting)) {
+                occupancy.queued_prefill_tokens += u64::from(sequence.remaining()).saturating_sub(1);
+            }
+        }
+        occupancy
+    }
+}
