@@ -104,7 +104,10 @@ fn prefill_lost_after_decode_took_over_changes_nothing() {
     let mut machine = Machine::apart(10);
     machine.output(Side::Prefill, out(0, &[10]));
     machine.output(Side::Decode, out(1, &[11]));
-    assert!(machine.output(Side::Prefill, Output::failed(lost())).is_empty(), "nobody needs to be waited for");
+    assert!(
+        machine.output(Side::Prefill, Output::failed(lost())).is_empty(),
+        "nobody needs to be waited for"
+    );
     let last = Output { end: complete(StopReason::Stop).end, ..out(2, &[12]) };
     assert_eq!(machine.output(Side::Decode, last), [ok(StopReason::Stop, 0)]);
     assert_eq!(machine.take_fresh(), [10, 11, 12]);

@@ -8,7 +8,7 @@
 use half::bf16;
 
 use super::{
-    kernels::{Kernels, Tiles},
+    kernels::{Kernels, Rows, Tiles},
     lanes::LANES,
     memory::Disjoint,
 };
@@ -173,7 +173,7 @@ pub(crate) unsafe fn attend(
     for block in 0..blocks {
         let task = Tiles {
             x: scratch.queries.as_ptr(),
-            x_stride: dim,
+            layout: Rows::Apart(dim),
             rows: queries,
             k: dim,
             panel: keys(kernels, layer, sequence.blocks[block], kv_head, &mut scratch.block),
@@ -225,7 +225,7 @@ fn weigh(
             for column in (0..padded).step_by(LANES) {
                 let task = Tiles {
                     x: scores[query * stride + from..].as_ptr(),
-                    x_stride: stride,
+                    layout: Rows::Apart(stride),
                     rows,
                     k: tokens,
                     panel: values.wrapping_add(column),

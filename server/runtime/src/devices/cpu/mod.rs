@@ -78,7 +78,7 @@ pub(crate) struct CpuDevice {
     kv: Arc<KvPool>,
     heads: Heads,
     frequencies: RopeFrequencies,
-    linear_scratch: Vec<Mutex<linear::Scratch>>,
+    workspace: linear::Workspace,
     attention_scratch: Vec<Mutex<attention::Scratch>>,
 }
 
@@ -120,7 +120,7 @@ impl CpuDevice {
                 head_dim: shape.head_dim as usize,
             },
             frequencies: config.rope.frequencies(config.rope_dim()),
-            linear_scratch: (0..threads).map(|_| Mutex::new(linear::Scratch::new())).collect(),
+            workspace: linear::Workspace::new(threads),
             attention_scratch: (0..threads).map(|_| Mutex::default()).collect(),
         })
     }
@@ -262,7 +262,7 @@ impl Device for CpuDevice {
 
     fn linear(&mut self, x: &Tensor, weight: &Linear, out: &mut Tensor) -> Result<(), RuntimeError> {
         assert!(x.width == weight.inputs && out.width == weight.outputs, "activations of another width");
-        weight.apply(self.kernels, &mut self.pool, &self.linear_scratch, x.values(), out.reset(x.rows));
+        weight.apply(self.kernels, &mut self.pool, &mut self.workspace, x.values(), out.reset(x.rows));
         Ok(())
     }
 

@@ -1,6 +1,6 @@
 //! The three inner loops of a matrix product with a packed panel.
 //!
-//! `few` multiplies one to four rows of activations with panels as they are stored. For more rows, `expand` turns a
+//! `few` multiplies up to eight rows of activations with panels as they are stored. For more rows, `expand` turns a
 //! piece of a panel into f32 once and `tiles` multiplies it with all rows. Either way each output is
 //! `fma(x[k], w[k], ... fma(x[0], w[0], init))`, so the two agree bit for bit.
 #![allow(
@@ -10,13 +10,14 @@
 
 use super::{
     super::lanes::{LANES, Lanes},
-    Few, MOST_FEW, Tiles,
+    Few, Rows, Tiles,
     format::Format,
 };
 
-/// Rows of activations that one pass over an expanded panel multiplies: with 6, accumulators and operands just fit the
-/// sixteen registers of AVX2.
-const TILE_ROWS: usize = 6;
+/// Rows that `few` multiplies with a panel in one pass.
+const FEW_TILE: usize = 4;
+/// Columns of a tile between two tests for its end.
+const UNROLL: usize = 4;
 
 const CACHE_LINE: usize = 64;
 /// How far ahead of the weights in use the next ones are asked for, in bytes.
@@ -28,6 +29,11 @@ unsafe fn prefetch<V: Lanes, F: Format>(block: *const u8) {
     for line in (0..F::BYTES).step_by(CACHE_LINE) {
         V::prefetch(block.wrapping_add(PREFETCH + line));
     }
+}
+
+/// Rows of each tile when `rows` rows are cut into as few tiles as there can be, of nearly equal height.
+pub(crate) fn tile_height(rows: usize, most: usize) -> usize {
+    rows.div_ceil(rows.div_ceil(most).max(1)).max(1)
 }
 
 #[inline(always)]
@@ -47,29 +53,31 @@ pub(super) unsafe fn expand<V: Lanes, F: Format>(panel: *const u8, k: usize, out
 
 #[inline(always)]
 pub(super) unsafe fn few<V: Lanes, F: Format>(task: &Few) {
-    match task.rows {
-        1 => pairs_of_panels::<V, F, 1>(task),
-        2 => pairs_of_panels::<V, F, 2>(task),
-        3 => (0..task.panels).for_each(|panel| panels::<V, F, 3, 1>(task, panel)),
-        _ => (0..task.panels).for_each(|panel| panels::<V, F, MOST_FEW, 1>(task, panel)),
-    }
-}
-
-#[inline(always)]
-unsafe fn pairs_of_panels<V: Lanes, F: Format, const R: usize>(task: &Few) {
-    let mut panel = 0;
-    while panel + 2 <= task.panels {
-        panels::<V, F, R, 2>(task, panel);
-        panel += 2;
-    }
-    if panel < task.panels {
-        panels::<V, F, R, 1>(task, panel);
+    let height = tile_height(task.rows, FEW_TILE);
+    let together = if height <= 2 { 2 } else { 1 };
+    for panel in (0..task.panels).step_by(together) {
+        let two = panel + together <= task.panels && together == 2;
+        // The second pass over a panel finds it in a cache.
+        for row in (0..task.rows).step_by(height) {
+            match (height.min(task.rows - row), two) {
+                (1, true) => panels::<V, F, 1, 2>(task, row, panel),
+                (1, false) => panels::<V, F, 1, 1>(task, row, panel),
+                (2, true) => panels::<V, F, 2, 2>(task, row, panel),
+                (2, false) => panels::<V, F, 2, 1>(task, row, panel),
+                (3, _) => panels::<V, F, 3, 1>(task, row, panel),
+                _ => panels::<V, F, FEW_TILE, 1>(task, row, panel),
+            }
+        }
     }
 }
 
 /// `R` rows by `N` panels, so many that their chains of multiply-adds hide each other's latency.
 #[inline(always)]
-unsafe fn panels<V: Lanes, F: Format, const R: usize, const N: usize>(task: &Few, first: usize) {
+unsafe fn panels<V: Lanes, F: Format, const R: usize, const N: usize>(
+    task: &Few,
+    first_row: usize,
+    first: usize,
+) {
     let mut sums = [[V::splat(0.0); N]; R];
     for row in &mut sums {
         for (i, sum) in row.iter_mut().enumerate() {
@@ -80,7 +88,7 @@ unsafe fn panels<V: Lanes, F: Format, const R: usize, const N: usize>(task: &Few
     for (i, at) in at.iter_mut().enumerate() {
         *at = at.add(i * task.panel_bytes);
     }
-    let mut x = task.x;
+    let mut x = task.x.add(first_row * task.x_stride);
     for _ in 0..task.k / F::GROUP {
         let mut scales = [F::scales::<V>(at[0]); N];
         for i in 0..N {
@@ -103,51 +111,86 @@ unsafe fn panels<V: Lanes, F: Format, const R: usize, const N: usize>(task: &Few
     }
     for (r, row) in sums.into_iter().enumerate() {
         for (i, sum) in row.into_iter().enumerate() {
-            sum.store(task.out.add(r * task.out_stride + (first + i) * LANES));
+            sum.store(task.out.add((first_row + r) * task.out_stride + (first + i) * LANES));
+        }
+    }
+}
+
+/// Copies rows into tiles: of each tile `[k][height]`, so that the kernel reads one run of memory.
+pub(crate) unsafe fn tile_rows(x: *const f32, rows: usize, k: usize, height: usize, out: *mut f32) {
+    for first in (0..rows).step_by(height) {
+        let (x, out) = (x.add(first * k), out.add(first * k));
+        let height = height.min(rows - first);
+        for row in 0..height {
+            for at in 0..k {
+                *out.add(at * height + row) = *x.add(row * k + at);
+            }
         }
     }
 }
 
 #[inline(always)]
 pub(super) unsafe fn tiles<V: Lanes>(task: &Tiles) {
-    let mut row = 0;
-    while row < task.rows {
-        let left = task.rows - row;
+    let (height, tiled) = match task.layout {
+        Rows::Tiled { height, .. } => (height, true),
         // Seven rows as 4 + 3, not 6 + 1: a tile of few rows waits for its own sums.
-        let rows =
-            if left > TILE_ROWS && left < 2 * TILE_ROWS { left.div_ceil(2) } else { left.min(TILE_ROWS) };
-        match rows {
-            1 => tile::<V, 1>(task, row),
-            2 => tile::<V, 2>(task, row),
-            3 => tile::<V, 3>(task, row),
-            4 => tile::<V, 4>(task, row),
-            5 => tile::<V, 5>(task, row),
-            _ => tile::<V, TILE_ROWS>(task, row),
-        }
-        row += rows;
+        Rows::Apart(_) => (tile_height(task.rows, V::TILE_ROWS), false),
+    };
+    for row in (0..task.rows).step_by(height) {
+        let rows = height.min(task.rows - row);
+        if tiled { tile_of::<V, true>(task, row, rows) } else { tile_of::<V, false>(task, row, rows) }
     }
 }
 
 #[inline(always)]
-unsafe fn tile<V: Lanes, const R: usize>(task: &Tiles, row: usize) {
-    let x = task.x.add(row * task.x_stride);
+unsafe fn tile_of<V: Lanes, const TILED: bool>(task: &Tiles, row: usize, rows: usize) {
+    macro_rules! heights {
+        ($($rows:literal)*) => {
+            match rows {
+                $($rows if $rows <= V::TILE_ROWS => tile::<V, $rows, TILED>(task, row),)*
+                _ => unreachable!("tiles are at most TILE_ROWS high"),
+            }
+        };
+    }
+    heights!(1 2 3 4 5 6 7 8 9 10 11 12);
+}
+
+/// `R` rows from `row` on by sixteen columns, all sums in registers.
+#[inline(always)]
+unsafe fn tile<V: Lanes, const R: usize, const TILED: bool>(task: &Tiles, row: usize) {
     let out = task.out.add(row * task.out_stride);
     let mut sums = [V::splat(0.0); R];
     for (i, sum) in sums.iter_mut().enumerate() {
         let from = if task.init.is_null() { out.add(i * task.out_stride).cast_const() } else { task.init };
         *sum = V::load(from);
     }
-    let mut rows = [x; R];
-    for (i, row) in rows.iter_mut().enumerate() {
-        *row = x.add(i * task.x_stride);
-    }
+    let (mut x, stride) = match task.layout {
+        Rows::Tiled { k, start, .. } => (task.x.add(row * k + start * R), 0),
+        Rows::Apart(stride) => (task.x.add(row * stride), stride),
+    };
     let mut panel = task.panel;
-    for k in 0..task.k {
+    let mut k = 0;
+    while k + UNROLL <= task.k {
+        for step in 0..UNROLL {
+            let weights = V::load(panel);
+            panel = panel.wrapping_add(task.panel_stride);
+            for (i, sum) in sums.iter_mut().enumerate() {
+                let at = if TILED { x.add(step * R + i) } else { x.add(i * stride + step) };
+                *sum = V::splat(*at).fma(weights, *sum);
+            }
+        }
+        x = x.add(if TILED { UNROLL * R } else { UNROLL });
+        k += UNROLL;
+    }
+    while k < task.k {
         let weights = V::load(panel);
         panel = panel.wrapping_add(task.panel_stride);
-        for (sum, row) in sums.iter_mut().zip(rows) {
-            *sum = V::splat(*row.add(k)).fma(weights, *sum);
+        for (i, sum) in sums.iter_mut().enumerate() {
+            let at = if TILED { x.add(i) } else { x.add(i * stride) };
+            *sum = V::splat(*at).fma(weights, *sum);
         }
+        x = x.add(if TILED { R } else { 1 });
+        k += 1;
     }
     for (i, sum) in sums.into_iter().enumerate() {
         sum.store(out.add(i * task.out_stride));

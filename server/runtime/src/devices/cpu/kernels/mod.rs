@@ -10,12 +10,13 @@ mod rows;
 mod tests;
 
 pub(crate) use format::PanelFormat;
+pub(crate) use linear::{tile_height, tile_rows};
 
 #[cfg(doc)]
 use super::lanes::Lanes;
 
-/// Most rows of [`Few`].
-pub(crate) const MOST_FEW: usize = 4;
+/// Most rows of [`Few`]: two passes over a panel as it is stored cost less than expanding it.
+pub(crate) const MOST_FEW: usize = 8;
 
 /// A few rows of activations times consecutive packed panels.
 pub(crate) struct Few {
@@ -36,11 +37,21 @@ pub(crate) struct Few {
     pub(crate) out_stride: usize,
 }
 
+/// Where the rows of [`Tiles`] lie.
+#[derive(Clone, Copy)]
+pub(crate) enum Rows {
+    /// Each so many values after the one before.
+    Apart(usize),
+    /// Tiles of `height` rows, the last of what is left over, each `[k][height]` as [`tile_rows`] makes them; used are
+    /// the columns from `start` on.
+    Tiled { height: usize, k: usize, start: usize },
+}
+
 /// Rows of activations times sixteen f32 columns.
 pub(crate) struct Tiles {
-    /// `rows` rows of `k` values, `x_stride` values apart.
+    /// `rows` rows of `k` values.
     pub(crate) x: *const f32,
-    pub(crate) x_stride: usize,
+    pub(crate) layout: Rows,
     pub(crate) rows: usize,
     pub(crate) k: usize,
     /// `k` times 16 values, `panel_stride` values apart.
@@ -63,6 +74,8 @@ pub(crate) struct Kernels {
     pub(crate) expand: [unsafe fn(panel: *const u8, k: usize, out: *mut f32); PanelFormat::COUNT],
     /// By [`PanelFormat`].
     pub(crate) few: [unsafe fn(&Few); PanelFormat::COUNT],
+    /// Most rows of a tile.
+    pub(crate) tile_rows: usize,
     pub(crate) tiles: unsafe fn(&Tiles),
     /// `out = x / sqrt(mean(x^2) + epsilon) * weight`, all `length` long.
     pub(crate) rms_norm:
@@ -109,7 +122,7 @@ macro_rules! compiled {
 macro_rules! kernels {
     ($module:ident, $lanes:ident, $name:literal $(, $features:literal)?) => {
         mod $module {
-            use super::{super::lanes::$lanes as V, Few, Kernels, Tiles, format, linear, rows};
+            use super::{super::lanes::{$lanes as V, Lanes as _}, Few, Kernels, Tiles, format, linear, rows};
 
             compiled! {
                 $(#[target_feature(enable = $features)])?
@@ -135,6 +148,7 @@ macro_rules! kernels {
                 name: $name,
                 expand: by_format!(expand),
                 few: by_format!(few),
+                tile_rows: V::TILE_ROWS,
                 tiles,
                 rms_norm,
                 add,

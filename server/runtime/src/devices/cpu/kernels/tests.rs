@@ -1,6 +1,6 @@
 //! Every instruction set against the portable kernels, bit for bit, and those against plain arithmetic in f64.
 
-use super::{Few, Kernels, MOST_FEW, PanelFormat, Tiles, available};
+use super::{Few, Kernels, MOST_FEW, PanelFormat, Rows, Tiles, available, tile_height, tile_rows};
 
 const FORMATS: [PanelFormat; PanelFormat::COUNT] = [
     PanelFormat::F32,
@@ -92,12 +92,18 @@ fn few(
     out
 }
 
-fn tiles(kernels: &Kernels, x: &[f32], rows: usize, panel: &[f32], init: &[f32]) -> Vec<f32> {
+fn tiles(kernels: &Kernels, x: &[f32], rows: usize, panel: &[f32], init: &[f32], tiled: bool) -> Vec<f32> {
     let (k, mut out) = (x.len() / rows, vec![0.0; rows * 16]);
     let half = k / 2;
+    let height = tile_height(rows, kernels.tile_rows);
+    let mut copy = vec![0.0; x.len()];
+    // SAFETY: `rows` rows of `k`, and as much room.
+    unsafe { tile_rows(x.as_ptr(), rows, k, height, copy.as_mut_ptr()) };
+    let x = if tiled { &copy } else { x };
+    let layout = |start| if tiled { Rows::Tiled { height, k, start } } else { Rows::Apart(k) };
     let mut task = Tiles {
         x: x.as_ptr(),
-        x_stride: k,
+        layout: layout(0),
         rows,
         k: half,
         panel: panel.as_ptr(),
@@ -109,7 +115,8 @@ fn tiles(kernels: &Kernels, x: &[f32], rows: usize, panel: &[f32], init: &[f32])
     // SAFETY: `x` is `rows` rows of `k`, `panel` has `k` rows and `out` has `rows` rows of 16.
     unsafe { (kernels.tiles)(&task) };
     // In two steps, as `linear` does for long rows.
-    (task.x, task.panel) = (x[half..].as_ptr(), panel[half * 16..].as_ptr());
+    (task.layout, task.panel) = (layout(half), panel[half * 16..].as_ptr());
+    task.x = if tiled { x.as_ptr() } else { x[half..].as_ptr() };
     (task.k, task.init) = (k - half, std::ptr::null());
     // SAFETY: the second half of the same.
     unsafe { (kernels.tiles)(&task) };
@@ -141,8 +148,11 @@ fn instruction_sets_agree_bit_for_bit() {
         }
         for rows in 1..14 {
             let (x, panel, init) = (numbers.floats(rows * 33), numbers.floats(33 * 16), numbers.floats(16));
-            let product = tiles(portable, &x, rows, &panel, &init);
-            assert_eq!(tiles(kernels, &x, rows, &panel, &init), product, "{} {rows} rows", kernels.name);
+            let product = tiles(portable, &x, rows, &panel, &init, false);
+            for tiled in [false, true] {
+                let same = tiles(kernels, &x, rows, &panel, &init, tiled);
+                assert_eq!(same, product, "{} {rows} rows, tiled: {tiled}", kernels.name);
+            }
         }
     }
 }
@@ -154,8 +164,8 @@ fn rows_do_not_depend_on_their_number() {
         for format in FORMATS {
             let k = 64;
             let packed = panel(format, k, numbers);
-            let (x, init) = (numbers.floats(7 * k), numbers.floats(16));
-            let together = tiles(kernels, &x, 7, &expand(kernels, format, &packed, k), &init);
+            let (x, init) = (numbers.floats(11 * k), numbers.floats(16));
+            let together = tiles(kernels, &x, 11, &expand(kernels, format, &packed, k), &init, true);
             for rows in 1..=MOST_FEW {
                 for (x, expected) in x.chunks_exact(rows * k).zip(together.chunks_exact(rows * 16)) {
                     let product = few(kernels, format, &packed, (x, rows), &init);

@@ -9,6 +9,8 @@ use super::Lanes;
 pub(crate) struct Avx2(__m256, __m256);
 
 impl Lanes for Avx2 {
+    const TILE_ROWS: usize = 6;
+
     #[inline(always)]
     unsafe fn splat(value: f32) -> Self {
         let all = _mm256_set1_ps(value);

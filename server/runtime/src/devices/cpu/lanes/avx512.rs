@@ -9,6 +9,8 @@ use super::Lanes;
 pub(crate) struct Avx512(__m512);
 
 impl Lanes for Avx512 {
+    const TILE_ROWS: usize = 12;
+
     #[inline(always)]
     unsafe fn splat(value: f32) -> Self {
         Self(_mm512_set1_ps(value))

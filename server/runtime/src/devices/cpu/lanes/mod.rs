@@ -29,6 +29,9 @@ pub(crate) const LANES: usize = 16;
 /// require that 16 values of the pointer's type can be read from it (or written to it); no alignment beyond that of the
 /// value type is needed.
 pub(crate) trait Lanes: Copy {
+    /// Rows by sixteen columns whose sums fit the registers along with the operands, enough to hide each other's latency.
+    const TILE_ROWS: usize;
+
     unsafe fn splat(value: f32) -> Self;
     unsafe fn load(from: *const f32) -> Self;
     unsafe fn store(self, to: *mut f32);

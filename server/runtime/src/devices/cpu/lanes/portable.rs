@@ -19,6 +19,8 @@ impl Portable {
 }
 
 impl Lanes for Portable {
+    const TILE_ROWS: usize = 6;
+
     #[inline(always)]
     unsafe fn splat(value: f32) -> Self {
         Self([value; LANES])
