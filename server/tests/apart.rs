@@ -237,22 +237,6 @@ async fn the_death_of_decode_ends_the_prefill_leg() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn failures_end_their_requests_and_nothing_else() {
-    let mut mixed = Instance::start("m", Role::Mixed, Shape::default()).await;
-    let mut coordinator = Attached::to(&mixed).await;
-    let request = Request::greedy(20, 5);
-    let faults = mixed.faults.clone();
-    for (leg, fault) in [(1, &faults.error), (2, &faults.panic), (3, &faults.nan)] {
-        fault.store(true, Ordering::Relaxed);
-        coordinator.dispatch(leg, &request, whole()).await;
-        assert_eq!(coordinator.until_end(leg).await.failed(), ErrorCode::Internal);
-        coordinator.dispatch(100 + leg, &request, whole()).await;
-        assert_eq!(coordinator.until_end(100 + leg).await.tokens, request.expected());
-    }
-    mixed.until_idle().await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn a_deadline_ends_a_leg_that_waits() {
     let mut pair = Pair::start(Shape::default(), Shape::default()).await;
     let request = Request { timeout_millis: 50, ..Request::greedy(20, 5) };

@@ -14,8 +14,6 @@ pub(crate) struct Step<'a> {
     pub(crate) sequences: Vec<Span<'a>>,
     /// Rows whose logits are wanted, ascending.
     pub(crate) logits_rows: Vec<usize>,
-    /// For each of `logits_rows` the index of its chunk in the batch.
-    pub(crate) logits_sequences: Vec<usize>,
 }
 
 /// The rows of one sequence in a step.
@@ -47,7 +45,6 @@ pub(crate) fn plan<'a>(
         positions: Vec::with_capacity(tokens),
         sequences: Vec::with_capacity(batch.len()),
         logits_rows: Vec::new(),
-        logits_sequences: Vec::new(),
     };
     let mut written: Vec<(BlockId, usize)> = Vec::new();
     for (sequence, chunk) in batch.iter().enumerate() {
@@ -59,7 +56,6 @@ pub(crate) fn plan<'a>(
         let rows = first..step.tokens.len();
         if chunk.logits {
             step.logits_rows.push(rows.end - 1);
-            step.logits_sequences.push(sequence);
         }
         let touched = &blocks[(chunk.start / layout.block_tokens) as usize..];
         written.extend(touched.iter().map(|&block| (block, sequence)));
@@ -146,10 +142,7 @@ mod tests {
         let blocks = [BlockId(3), BlockId(1), BlockId(7)];
         let batch = [chunk(&[5; 17], 0, &blocks[..2]), chunk(&[6], 3, &blocks[2..])];
         let step = plan(&batch, &SHAPE, &layout(), 40).unwrap();
-        assert_eq!(
-            (step.tokens.len(), step.logits_rows, step.logits_sequences),
-            (18, vec![16, 17], vec![0, 1])
-        );
+        assert_eq!((step.tokens.len(), step.logits_rows), (18, vec![16, 17]));
         assert_eq!(step.positions[16..], [16, 3]);
         assert_eq!(step.sequences[1].rows, 17..18);
     }

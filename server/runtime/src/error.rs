@@ -25,8 +25,6 @@ pub enum RuntimeError {
         #[source]
         fault: BatchFault,
     },
-    #[error("the model gave logits that are not finite for sequence {sequence} of the batch")]
-    NonFinite { sequence: usize },
 }
 
 /// What is wrong with a batch. The batch was refused as a whole: nothing was computed or written.

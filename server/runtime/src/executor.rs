@@ -66,6 +66,9 @@ pub trait Executor: Send {
 
     /// Computes one batch: appends K and V of every chunk's tokens to the pool and returns the logits asked for.
     ///
+    /// Values of a row may be no finite numbers: then that sequence cannot go on, while the others' rows are what they
+    /// would be without it. Whoever chooses tokens looks at every value anyway and is to check.
+    ///
     /// `on_layer(l)` is called once layer `l`'s K and V of all chunks are in the pool; the caller may then let them be
     /// read by others. It must return quickly.
     fn forward(

@@ -1,8 +1,8 @@
 //! One step of the engine: run the planned batch through the model, sample, report back to the scheduler.
 //!
 //! Called by [`super::thread`] on the engine's thread. A failure ends the sequences it touches and nothing else: a
-//! forward pass that fails or panics ends those of its batch, one that fails through a single sequence, and logits that
-//! are not numbers, end that sequence.
+//! forward pass that fails or panics ends those of its batch; a batch that is refused for one sequence, and logits that
+//! are not numbers, end that one. What a failed pass may have left half written is in blocks that are not sealed yet.
 
 use std::{
     fmt::Display,
@@ -13,7 +13,7 @@ use std::{
 
 use baton_kvtransfer::Progress;
 use baton_proto::{ApiError, ErrorCode};
-use baton_runtime::{Executor, RuntimeError, SequenceChunk};
+use baton_runtime::{BatchFault, Executor, RuntimeError, SequenceChunk};
 
 use super::{
     sampler::Sampler,
@@ -35,6 +35,8 @@ pub struct StepStats {
     /// Sequences that got one more token.
     pub decode_tokens: u32,
     pub took: Duration,
+    /// The model failed to compute any of it.
+    pub failed: bool,
 }
 
 impl Stepper {
@@ -51,7 +53,8 @@ impl Stepper {
     ) -> StepStats {
         let started = Instant::now();
         let sampled = self.forward(scheduler, plan, progress);
-        let mut stats = StepStats::default();
+        let failed = |sampled: &Computed| matches!(sampled, Computed::Failed(_));
+        let mut stats = StepStats { failed: sampled.iter().all(failed), ..StepStats::default() };
         for (chunk, sampled) in plan.iter().zip(sampled) {
             if scheduler.is_decode(chunk) {
                 stats.decode_tokens += 1;
@@ -92,9 +95,8 @@ impl Stepper {
         let (batch, on_layer) = (&batch[..], &mut on_layer);
         let logits = match catch_panic(move || executor.forward(batch, on_layer)) {
             Ok(Ok(logits)) => logits,
-            Ok(Err(RuntimeError::Sequence { sequence, fault })) => return blame(&outgoing, sequence, &fault),
-            Ok(Err(error @ RuntimeError::NonFinite { sequence })) => {
-                return blame(&outgoing, sequence, &error);
+            Ok(Err(RuntimeError::Sequence { sequence, fault })) => {
+                return blame(plan.len(), sequence, &fault);
             }
             Ok(Err(error)) => return vec![failed(&error); plan.len()],
             Err(_) => return vec![failed(&"it panicked; the server's log says where"); plan.len()],
@@ -119,7 +121,7 @@ impl Stepper {
 enum Computed {
     /// Its K and V are in the cache; its next token, if it wanted one.
     Yes(Option<u32>),
-    /// It was in a batch that failed through another's fault: it is computed again.
+    /// It was in a batch that was refused for another: it is planned again.
     No,
     Failed(ApiError),
     /// Its logits are not numbers, so its cache may not be either.
@@ -131,15 +133,11 @@ fn failed(reason: &dyn Display) -> Computed {
     Computed::Failed(ApiError::new(ErrorCode::Internal, message))
 }
 
-/// A batch failed through one of its sequences. The others are computed again, except those whose blocks may be on the
-/// wire already: they must not be written a second time.
-fn blame(outgoing: &[Option<(Progress, Range<u32>)>], culprit: usize, reason: &dyn Display) -> Vec<Computed> {
-    // A culprit that does not exist would have everything computed again for ever.
-    let known = culprit < outgoing.len();
-    let fate = |(index, outgoing): (usize, &Option<_>)| {
-        if known && index != culprit && outgoing.is_none() { Computed::No } else { failed(reason) }
-    };
-    outgoing.iter().enumerate().map(fate).collect()
+/// A batch was refused for one of its sequences, before anything was computed: the others are planned again.
+fn blame(chunks: usize, culprit: usize, fault: &BatchFault) -> Vec<Computed> {
+    // A culprit that does not exist would have everything planned again for ever.
+    let known = culprit < chunks;
+    (0..chunks).map(|index| if known && index != culprit { Computed::No } else { failed(fault) }).collect()
 }
 
 /// A panic of the model must not take the other sequences with it.

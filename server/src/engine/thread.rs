@@ -28,6 +28,10 @@ use super::{
 };
 use crate::{handoff::Transfers, metrics::EngineMetrics};
 
+/// After this many steps of which the model computed nothing, one after the other, it is taken to be beyond repair: the
+/// thread ends, the process with it, and whoever supervises it starts another.
+const FAILED_STEPS: u32 = 16;
+
 /// Commands that may wait for the engine; whoever sends more waits in turn, at most for a step.
 pub const COMMAND_QUEUE: usize = 1024;
 
@@ -82,7 +86,7 @@ pub struct EngineParts {
     pub alive: oneshot::Sender<()>,
 }
 
-/// Starts the thread. It ends after `shutdown`, or if it panics.
+/// Starts the thread. It ends after `shutdown`, if it panics, or if the model only fails any more.
 pub fn spawn(parts: EngineParts) -> io::Result<JoinHandle<()>> {
     let blocks = parts.executor.kv_pool().layout().blocks;
     let engine = Engine {
@@ -96,6 +100,7 @@ pub fn spawn(parts: EngineParts) -> io::Result<JoinHandle<()>> {
         shutdown: parts.shutdown,
         runtime: parts.runtime,
         not_begun: Vec::new(),
+        failed_steps: 0,
     };
     let alive = parts.alive;
     thread::Builder::new().name("engine".into()).spawn(move || {
@@ -118,6 +123,8 @@ struct Engine {
     runtime: Handle,
     /// Transfers that could not even begin; reported after the step that they were planned for.
     not_begun: Vec<(SequenceId, ApiError)>,
+    /// Steps in a row of which the model computed nothing.
+    failed_steps: u32,
 }
 
 /// Why the engine woke up.
@@ -132,7 +139,7 @@ enum Woken {
 impl Engine {
     fn run(mut self) {
         self.publish(None);
-        while !self.shutdown.is_cancelled() {
+        while !self.shutdown.is_cancelled() && self.failed_steps < FAILED_STEPS {
             while let Ok(command) = self.commands.try_recv() {
                 self.obey(command);
             }
@@ -141,7 +148,13 @@ impl Engine {
                 break;
             }
         }
-        self.scheduler.fail_all(&ApiError::new(ErrorCode::Unavailable, "the instance is shutting down"));
+        let reason = if self.failed_steps < FAILED_STEPS {
+            "the instance is shutting down"
+        } else {
+            tracing::error!(steps = FAILED_STEPS, "the model computes nothing any more; the engine gives up");
+            "the instance's model fails, and it is being restarted"
+        };
+        self.scheduler.fail_all(&ApiError::new(ErrorCode::Unavailable, reason));
         self.perform();
         self.deliver();
     }
@@ -162,6 +175,9 @@ impl Engine {
         self.perform();
         self.deliver();
         self.publish(stats);
+        if let Some(stats) = stats {
+            self.failed_steps = if stats.failed { self.failed_steps + 1 } else { 0 };
+        }
         !plan.is_empty()
     }
 

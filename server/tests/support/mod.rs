@@ -27,6 +27,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::Streaming;
 
 pub mod model;
+pub mod wire;
 
 /// Nothing in a test takes longer, unless it hangs.
 pub const PATIENCE: Duration = Duration::from_secs(30);
@@ -55,6 +56,8 @@ pub struct Shape {
     pub max_sequences: u32,
     pub max_waiting: u32,
     pub lease: Duration,
+    /// Whether KV caches come over a wire that can damage them.
+    pub wire: bool,
 }
 
 impl Default for Shape {
@@ -65,13 +68,14 @@ impl Default for Shape {
             max_sequences: 16,
             max_waiting: 64,
             lease: Duration::from_secs(2),
+            wire: false,
         }
     }
 }
 
 impl Instance {
     pub async fn start(id: &str, role: Role, shape: Shape) -> Self {
-        let faults = Arc::new(model::Faults::default());
+        let faults = Arc::new(model::Faults { has_wire: shape.wire, ..model::Faults::default() });
         let executor = Box::new(model::HashModel::new(shape.blocks, faults.clone()));
         let limits = Limits {
             max_batch_tokens: shape.max_batch_tokens,
@@ -109,13 +113,19 @@ impl Instance {
         };
         let data_listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         data_listener.set_nonblocking(true).expect("a socket");
+        let data_address = data_listener.local_addr().expect("an address");
+        let data_endpoint = if faults.has_wire {
+            wire::open(data_address, faults.clone(), stop.clone()).await
+        } else {
+            data_address.to_string()
+        };
         let metrics = Metrics::new("server");
         let serving = Serving::start(ServingParts {
             layout: kv_layout(executor.kv_pool().layout(), "r1"),
             executor,
             limits,
             handoff,
-            data_endpoint: data_listener.local_addr().expect("an address").to_string(),
+            data_endpoint,
             data_listener,
             commands,
             load: load_shown,
@@ -393,6 +403,10 @@ impl Request {
         }
         completion
     }
+}
+
+pub fn is_failure(end: &v1::leg_output::End) -> bool {
+    matches!(end, v1::leg_output::End::Failed(_))
 }
 
 pub fn whole() -> v1::dispatch::Work {

@@ -11,8 +11,7 @@ use std::{
 };
 
 use baton_runtime::{
-    BatchFault, BlockId, Executor, KvDtype, KvPool, KvPoolLayout, Logits, ModelShape, RuntimeError,
-    SequenceChunk,
+    BlockId, Executor, KvDtype, KvPool, KvPoolLayout, Logits, ModelShape, RuntimeError, SequenceChunk,
 };
 
 pub const VOCABULARY: u32 = 64;
@@ -23,12 +22,19 @@ pub const LAYERS: u32 = 3;
 /// Misbehaviour on demand.
 #[derive(Debug, Default)]
 pub struct Faults {
-    /// The next batch fails.
+    /// The next batch fails, for want of memory.
     pub error: AtomicBool,
-    /// The next batch panics.
+    /// Every batch fails.
+    pub broken: AtomicBool,
+    /// The next batch panics when it has written all but its last layer.
     pub panic: AtomicBool,
     /// The next logits are NaN.
     pub nan: AtomicBool,
+    /// Whether a wire lies before the instance's data port.
+    pub has_wire: bool,
+    /// Not 0: the wire before the instance's data port damages a byte of what comes over it next, then sets this to 0.
+    /// A number of its own each time.
+    pub wire: AtomicU64,
     /// How long a batch takes.
     pub batch_micros: AtomicU64,
 }
@@ -120,11 +126,12 @@ impl Executor for HashModel {
         on_layer: &mut dyn FnMut(u32),
     ) -> Result<Logits<'_>, RuntimeError> {
         std::thread::sleep(Duration::from_micros(self.faults.batch_micros.load(Ordering::Relaxed)));
-        if self.faults.error.swap(false, Ordering::Relaxed) {
-            return Err(RuntimeError::Batch(BatchFault::Empty));
+        if self.faults.error.swap(false, Ordering::Relaxed) || self.faults.broken.load(Ordering::Relaxed) {
+            return Err(RuntimeError::Memory { bytes: 1 << 40 });
         }
-        assert!(!self.faults.panic.swap(false, Ordering::Relaxed), "the model was told to panic");
         for layer in 0..LAYERS {
+            let panics = layer == LAYERS - 1 && self.faults.panic.swap(false, Ordering::Relaxed);
+            assert!(!panics, "the model was told to panic");
             for chunk in batch {
                 for (position, &token) in (chunk.start..).zip(chunk.tokens) {
                     let value = cached(layer, position, token);
@@ -145,7 +152,7 @@ impl Executor for HashModel {
             }
             logits_of(state, &mut self.logits);
         }
-        if self.faults.nan.swap(false, Ordering::Relaxed) {
+        if !self.logits.is_empty() && self.faults.nan.swap(false, Ordering::Relaxed) {
             self.logits.fill(f32::NAN);
         }
         Ok(Logits::new(&self.logits, VOCABULARY as usize))

@@ -156,13 +156,7 @@ impl<D: Device> Executor for Decoder<D> {
         if step.logits_rows.is_empty() {
             return Ok(Logits::new(&[], vocabulary));
         }
-        let logits = Logits::new(self.device.read(&self.activations.logits)?, vocabulary);
-        // Without a way out in the middle the compiler looks at several values at once.
-        let finite = |row: &[f32]| row.iter().fold(true, |finite, value| finite & value.is_finite());
-        match logits.rows().zip(&step.logits_sequences).find(|(row, _)| !finite(row)) {
-            Some((_, &sequence)) => Err(RuntimeError::NonFinite { sequence }),
-            None => Ok(logits),
-        }
+        Ok(Logits::new(self.device.read(&self.activations.logits)?, vocabulary))
     }
 
     fn copy_blocks(&mut self, copies: &[(BlockId, BlockId)]) -> Result<(), RuntimeError> {
