@@ -10,7 +10,9 @@
 
 use std::sync::Arc;
 
-use baton_checkpoint::{RopeOrder, TensorView};
+#[cfg(doc)]
+use baton_checkpoint::Routing;
+use baton_checkpoint::{Mixture, RopeOrder, TensorView};
 
 use crate::{BlockId, KvPool, RuntimeError, batch::Step};
 
@@ -74,6 +76,13 @@ impl Heads {
     }
 }
 
+/// One expert of a mixture.
+pub(crate) struct Expert<L> {
+    /// Gate and up stacked.
+    pub(crate) gate_up: L,
+    pub(crate) down: L,
+}
+
 /// Hardware that runs models.
 pub(crate) trait Device: Send {
     /// Weight matrix, also usable as an embedding table.
@@ -82,6 +91,8 @@ pub(crate) trait Device: Send {
     type Vector: Send;
     /// Activations, `[rows][width]`; rows change from step to step.
     type Tensor: Send;
+    /// The experts of each row and their weights.
+    type Routes: Send;
     /// A step's indices as the device wants them: positions, sines, slot mapping, block tables.
     type Plan;
 
@@ -99,6 +110,9 @@ pub(crate) trait Device: Send {
 
     /// Activations of `width`, without rows as yet.
     fn tensor(&mut self, width: usize) -> Result<Self::Tensor, RuntimeError>;
+
+    /// Room for routes, without rows as yet.
+    fn routes(&mut self) -> Result<Self::Routes, RuntimeError>;
 
     fn plan(&mut self, step: &Step<'_>) -> Result<Self::Plan, RuntimeError>;
 
@@ -164,6 +178,28 @@ pub(crate) trait Device: Send {
 
     /// `x` is gate and up side by side; `out = silu(gate) * up`, half as wide (SwiGlu).
     fn silu_mul(&mut self, x: &Self::Tensor, out: &mut Self::Tensor) -> Result<(), RuntimeError>;
+
+    /// Chooses and weighs each row's experts by `scores`, the router's outputs `[rows][experts]`; `bias` is the
+    /// correction that [`Routing::correction_bias`] speaks of (MoeGatingTopKSoftmaxV2, MoeGatingTopK).
+    fn route(
+        &mut self,
+        scores: &Self::Tensor,
+        bias: Option<&Self::Vector>,
+        mixture: &Mixture,
+        out: &mut Self::Routes,
+    ) -> Result<(), RuntimeError>;
+
+    /// `out = the weighted sum of what each row's experts make of it + shared`. Rows go to their experts together
+    /// (MoeInitRoutingV2, GroupedMatmulV4, SwiGlu, GroupedMatmulV4, MoeFinalizeRoutingV2, whose `x1` is `shared`); a
+    /// row's sum is in the order of its experts' indices.
+    fn experts(
+        &mut self,
+        x: &Self::Tensor,
+        routes: &Self::Routes,
+        experts: &[Expert<Self::Linear>],
+        shared: Option<&Self::Tensor>,
+        out: &mut Self::Tensor,
+    ) -> Result<(), RuntimeError>;
 
     /// The rows whose logits are wanted (GatherV2).
     fn select_logits_rows(

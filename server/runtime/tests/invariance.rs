@@ -8,13 +8,15 @@ use std::path::Path;
 use baton_runtime::{BatchFault, BlockId, Executor, KvDtype, LoadOptions, RuntimeError, SequenceChunk};
 use session::{Session, argmax, blocks, slice, smollm2, tiny, write_slice};
 
-/// Unlike in head sizes (64-wide groups, 20, 12), KV sharing, head norms and weight types.
-const MODELS: [&str; 5] = [
+/// Unlike in head sizes (64-wide groups, 20, 12), KV sharing, head norms, experts and weight types.
+const MODELS: [&str; 7] = [
     "gguf-q4_1-like-smollm2",
     "hf-f16-ratio3-wide-heads",
     "hf-f32-ratio1-tied",
     "gguf-q4_k-q5_k-q6_k",
     "hf-bf16-qwen3-wide-heads",
+    "hf-bf16-qwen3moe-some-dense",
+    "gguf-q8_0-qwen3moe",
 ];
 
 fn options(threads: usize, kv_dtype: KvDtype) -> LoadOptions {

@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use crate::{
     CheckpointError, Dtype, ModelConfig, TensorView, TokenizerSource, Weight, gguf, huggingface,
     source::{Extent, MappedFile},
-    wanted::wanted,
+    wanted,
 };
 
 /// What a model's files are.
@@ -177,7 +177,29 @@ impl Checkpoint {
             field: field.to_owned(),
             reason,
         })?;
-        let wanted = wanted(config);
+        // Layer by layer: numbers in a file may call for more tensors than there is memory to list.
+        let mut called_for = self.check_shapes(wanted::outside(config))?;
+        for layer in 0..config.layers {
+            called_for += self.check_shapes(wanted::of_layer(config, layer))?;
+        }
+        if called_for == self.parts.tensors.len() {
+            return Ok(());
+        }
+        let layers = (0..config.layers).flat_map(|layer| wanted::of_layer(config, layer));
+        let all = wanted::outside(config).into_iter().chain(layers);
+        let wanted: BTreeSet<Weight> = all.map(|(weight, _)| weight).collect();
+        match self.parts.tensors.iter().find(|(weight, _)| !wanted.contains(weight)) {
+            Some((_, entry)) => Err(CheckpointError::Damaged {
+                path: self.file_of(entry),
+                field: format!("tensor {}", entry.name),
+                reason: "the configuration does not call for it".to_owned(),
+            }),
+            None => Ok(()),
+        }
+    }
+
+    /// Checks that these tensors are there, each of its shape; gives their number.
+    fn check_shapes(&self, wanted: Vec<(Weight, Vec<usize>)>) -> Result<usize, CheckpointError> {
         for (weight, shape) in &wanted {
             let Some(entry) = self.parts.tensors.get(weight) else {
                 return Err(CheckpointError::Damaged {
@@ -194,15 +216,7 @@ impl Checkpoint {
                 });
             }
         }
-        let wanted: BTreeSet<Weight> = wanted.into_iter().map(|(weight, _)| weight).collect();
-        match self.parts.tensors.iter().find(|(weight, _)| !wanted.contains(weight)) {
-            Some((_, entry)) => Err(CheckpointError::Damaged {
-                path: self.file_of(entry),
-                field: format!("tensor {}", entry.name),
-                reason: "the configuration does not call for it".to_owned(),
-            }),
-            None => Ok(()),
-        }
+        Ok(wanted.len())
     }
 
     fn digest(&self) -> String {

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::Rope;
+use crate::{Mixture, Rope};
 
 /// A family of models that Baton can run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -16,11 +16,13 @@ pub enum Architecture {
     Qwen2,
     /// Qwen3, dense: LLaMA's shape with an RMS norm of each head of Q and K.
     Qwen3,
+    /// Qwen3 with a mixture of experts.
+    Qwen3Moe,
 }
 
 impl Architecture {
     /// Those that Baton runs.
-    pub const ALL: [Self; 4] = [Self::Llama, Self::Mistral, Self::Qwen2, Self::Qwen3];
+    pub const ALL: [Self; 5] = [Self::Llama, Self::Mistral, Self::Qwen2, Self::Qwen3, Self::Qwen3Moe];
 
     /// `model_type` in a Hugging Face `config.json`, and what `ModelIdentity.architecture` says.
     pub const fn name(self) -> &'static str {
@@ -29,6 +31,7 @@ impl Architecture {
             Self::Mistral => "mistral",
             Self::Qwen2 => "qwen2",
             Self::Qwen3 => "qwen3",
+            Self::Qwen3Moe => "qwen3_moe",
         }
     }
 
@@ -38,6 +41,7 @@ impl Architecture {
             Self::Llama | Self::Mistral => "llama",
             Self::Qwen2 => "qwen2",
             Self::Qwen3 => "qwen3",
+            Self::Qwen3Moe => "qwen3moe",
         }
     }
 
@@ -100,10 +104,12 @@ pub struct ModelConfig {
     /// Width of the residual stream.
     pub hidden: u32,
     pub attention: Attention,
-    /// Width of the feed-forward layer between gate/up and down.
+    /// Width of a dense feed-forward block between gate/up and down.
     pub ffn: u32,
-    /// Gate, up and down projections add a bias.
+    /// Gate, up and down projections of dense blocks add a bias.
     pub ffn_bias: bool,
+    /// The experts, if some layers have a mixture of them instead of a dense block.
+    pub mixture: Option<Mixture>,
     pub rope: Rope,
     /// Added to the mean square in RMS norms.
     pub rms_eps: f32,
@@ -116,7 +122,7 @@ pub struct ModelConfig {
 }
 
 /// A number that must be within 1 to the last.
-type Bounded = (&'static str, u32, u32);
+pub(crate) type Bounded = (&'static str, u32, u32);
 
 impl ModelConfig {
     /// Elements of a head that are rotated.
@@ -138,6 +144,9 @@ impl ModelConfig {
         ])?;
         match &self.attention {
             Attention::GroupedQuery(attention) => attention.check()?,
+        }
+        if let Some(mixture) = &self.mixture {
+            mixture.check()?;
         }
         if !(self.rms_eps.is_finite() && self.rms_eps >= 0.0) {
             return Err(("RMS norm epsilon", format!("{} is not a small positive number", self.rms_eps)));
@@ -166,7 +175,8 @@ impl GroupedQuery {
     }
 }
 
-fn within(numbers: &[Bounded]) -> Result<(), (&'static str, String)> {
+/// The first number out of its bounds is an error.
+pub(crate) fn within(numbers: &[Bounded]) -> Result<(), (&'static str, String)> {
     match numbers.iter().find(|(_, value, most)| *value == 0 || value > most) {
         Some((field, value, most)) => Err((field, format!("{value} is not within 1 to {most}"))),
         None => Ok(()),

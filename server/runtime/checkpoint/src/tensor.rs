@@ -10,6 +10,8 @@ pub enum Weight {
     /// Token embedding, `[vocabulary, hidden]`.
     Embedding,
     Layer(u32, LayerWeight),
+    /// Of a layer's expert: (layer, expert, what).
+    Expert(u32, u32, ExpertWeight),
     /// RMS norm before the output projection, `[hidden]`.
     OutputNorm,
     /// Output projection, `[vocabulary, hidden]`; the embedding itself where that is tied.
@@ -55,12 +57,36 @@ pub enum LayerWeight {
     Down,
     /// `[hidden]`.
     DownBias,
+    /// Of a mixture of experts: `[experts, hidden]`.
+    Router,
+    /// Added to the router's scores for choosing, `[experts]`.
+    RouterBias,
+    /// Of the shared experts together, `[shared_ffn, hidden]`.
+    SharedGate,
+    /// `[shared_ffn, hidden]`.
+    SharedUp,
+    /// `[hidden, shared_ffn]`.
+    SharedDown,
+}
+
+/// A tensor of one expert.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum ExpertWeight {
+    /// `[expert_ffn, hidden]`.
+    Gate,
+    /// `[expert_ffn, hidden]`.
+    Up,
+    /// `[hidden, expert_ffn]`.
+    Down,
 }
 
 impl fmt::Display for Weight {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Layer(layer, weight) => write!(f, "{weight:?} of layer {layer}"),
+            Self::Expert(layer, expert, weight) => {
+                write!(f, "{weight:?} of expert {expert} of layer {layer}")
+            }
             other => write!(f, "{other:?}"),
         }
     }

@@ -1,26 +1,60 @@
 //! The tensors that a configuration calls for. `checkpoint` compares them with those that are there.
 
-use crate::{Attention, GroupedQuery, LayerWeight, ModelConfig, Weight};
+use crate::{Attention, ExpertWeight, GroupedQuery, LayerWeight, Mixture, ModelConfig, Weight};
 
 type LayerList = Vec<(LayerWeight, Vec<usize>)>;
 
-/// Every tensor that a checked configuration calls for, with its shape.
-pub(crate) fn wanted(config: &ModelConfig) -> Vec<(Weight, Vec<usize>)> {
+/// The tensors outside of layers that a checked configuration calls for, with their shapes.
+pub(crate) fn outside(config: &ModelConfig) -> Vec<(Weight, Vec<usize>)> {
     let (hidden, vocabulary) = (config.hidden as usize, config.vocabulary as usize);
     let mut list = vec![(Weight::Embedding, vec![vocabulary, hidden]), (Weight::OutputNorm, vec![hidden])];
     if !config.tied_embeddings {
         list.push((Weight::Output, vec![vocabulary, hidden]));
     }
-    let mut layer_list =
-        vec![(LayerWeight::AttentionNorm, vec![hidden]), (LayerWeight::FfnNorm, vec![hidden])];
-    match &config.attention {
-        Attention::GroupedQuery(attention) => grouped_query(attention, hidden, &mut layer_list),
-    }
-    dense(config, &mut layer_list);
-    for layer in 0..config.layers {
-        list.extend(layer_list.iter().map(|(weight, shape)| (Weight::Layer(layer, *weight), shape.clone())));
-    }
     list
+}
+
+/// The tensors of a layer that a checked configuration calls for, with their shapes.
+pub(crate) fn of_layer(config: &ModelConfig, layer: u32) -> Vec<(Weight, Vec<usize>)> {
+    let hidden = config.hidden as usize;
+    let mut list = vec![(LayerWeight::AttentionNorm, vec![hidden]), (LayerWeight::FfnNorm, vec![hidden])];
+    match &config.attention {
+        Attention::GroupedQuery(attention) => grouped_query(attention, hidden, &mut list),
+    }
+    let mixture = config.mixture.as_ref().filter(|mixture| mixture.at(layer));
+    match mixture {
+        Some(mixture) => router(mixture, hidden, &mut list),
+        None => dense(config, &mut list),
+    }
+    let named = list.into_iter().map(|(weight, shape)| (Weight::Layer(layer, weight), shape));
+    named.chain(mixture.into_iter().flat_map(|mixture| experts(mixture, hidden, layer))).collect()
+}
+
+fn router(mixture: &Mixture, hidden: usize, list: &mut LayerList) {
+    let (experts, shared) = (mixture.experts as usize, mixture.shared_ffn as usize);
+    list.push((LayerWeight::Router, vec![experts, hidden]));
+    if mixture.routing.correction_bias {
+        list.push((LayerWeight::RouterBias, vec![experts]));
+    }
+    if shared > 0 {
+        list.extend([
+            (LayerWeight::SharedGate, vec![shared, hidden]),
+            (LayerWeight::SharedUp, vec![shared, hidden]),
+            (LayerWeight::SharedDown, vec![hidden, shared]),
+        ]);
+    }
+}
+
+fn experts(mixture: &Mixture, hidden: usize, layer: u32) -> impl Iterator<Item = (Weight, Vec<usize>)> {
+    let ffn = mixture.expert_ffn as usize;
+    let shapes = [
+        (ExpertWeight::Gate, [ffn, hidden]),
+        (ExpertWeight::Up, [ffn, hidden]),
+        (ExpertWeight::Down, [hidden, ffn]),
+    ];
+    let of =
+        move |expert| shapes.map(|(weight, shape)| (Weight::Expert(layer, expert, weight), shape.to_vec()));
+    (0..mixture.experts).flat_map(of)
 }
 
 fn grouped_query(attention: &GroupedQuery, hidden: usize, list: &mut LayerList) {

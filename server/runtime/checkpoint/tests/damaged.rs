@@ -126,6 +126,14 @@ fn gguf_errors_name_the_field() {
         (gguf_model().u32("llama.attention.head_count_kv", 3), &["key/value heads"]),
         (gguf_model().u32("llama.attention.head_count", 4), &["blk.0.attn_k.weight", "[2, 8]"]),
         (gguf_model().u32("llama.expert_count", 8), &["llama.expert_count", "dense"]),
+        (
+            gguf_model().ones("blk.0.ffn_gate_exps.weight", &[8]),
+            &["blk.0.ffn_gate_exps.weight", "stack of matrices"],
+        ),
+        (
+            gguf_model().ones("blk.0.ffn_gate_exps.weight", &[8, 12, 2]),
+            &["blk.0.ffn_gate_exps.weight", "does not call for it"],
+        ),
         (gguf_model().u32("split.count", 3), &["split.count", "llama-gguf-split"]),
         (gguf_model().u32("general.alignment", 7), &["general.alignment"]),
         (gguf_model().f32("llama.attention.layer_norm_rms_epsilon", f32::NAN), &["epsilon"]),
@@ -195,6 +203,16 @@ fn with_config(change: impl Fn(&mut serde_json::Value)) -> String {
     refusal(directory)
 }
 
+fn with_mixture(change: impl Fn(&mut serde_json::Value)) -> String {
+    with_config(|config| {
+        config["model_type"] = "qwen3_moe".into();
+        config["num_experts"] = 4.into();
+        config["num_experts_per_tok"] = 2.into();
+        config["moe_intermediate_size"] = 4.into();
+        change(config);
+    })
+}
+
 #[test]
 fn hugging_face_errors_name_the_field() {
     let cases: Vec<(String, &[&str])> = vec![
@@ -245,6 +263,15 @@ fn hugging_face_errors_name_the_field() {
                 c["layer_types"] = serde_json::json!(["sliding_attention"]);
             }),
             &["layer_types", "sliding_attention", "full_attention"],
+        ),
+        (with_mixture(|c| c["num_experts_per_tok"] = 5.into()), &["experts of a token", "1 to 4"]),
+        (with_mixture(|c| c["mlp_only_layers"] = 0.into()), &["mlp_only_layers", "list"]),
+        (with_mixture(|c| c["decoder_sparse_step"] = 0.into()), &["decoder_sparse_step"]),
+        (with_mixture(|c| c["num_experts"] = serde_json::Value::Null), &["num_local_experts"]),
+        // As many tensors as cannot be listed are not.
+        (
+            with_mixture(|c| (c["num_experts"], c["num_hidden_layers"]) = (16_384.into(), 4096.into())),
+            &["not there"],
         ),
         // What the family has and the file has not.
         (with_config(|c| c["model_type"] = "qwen2".into()), &["QueryBias of layer 0"]),

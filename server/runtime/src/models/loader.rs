@@ -1,6 +1,6 @@
 //! Brings weights from the checkpoint to the device and counts their bytes.
 
-use baton_checkpoint::{Checkpoint, LayerWeight, ModelConfig, Weight};
+use baton_checkpoint::{Checkpoint, Dtype, LayerWeight, ModelConfig, TensorView, Weight};
 
 use crate::{
     RuntimeError,
@@ -55,10 +55,29 @@ impl<'a, D: Device> Loader<'a, D> {
         Ok(linear)
     }
 
+    /// Loads a matrix as f32 whatever it is stored as: for a router, where a little rounding may choose other experts.
+    pub(super) fn exact(&mut self, weight: Weight) -> Result<D::Linear, RuntimeError> {
+        let stored = self.checkpoint.tensor(weight)?;
+        let bytes: Vec<u8> = stored.to_f32().into_iter().flat_map(f32::to_le_bytes).collect();
+        let view = TensorView { dtype: Dtype::F32, shape: stored.shape, bytes: &bytes };
+        let part =
+            LinearPart { name: weight.to_string(), weight: view, bias: None, rows: RowOrder::AsStored };
+        let linear = self.device.load_linear(&[part], &mut |_| {})?;
+        self.took(stored.bytes.len());
+        Ok(linear)
+    }
+
     pub(super) fn vector(&mut self, weight: Weight) -> Result<D::Vector, RuntimeError> {
         let view = self.checkpoint.tensor(weight)?;
-        self.done += view.bytes.len() as u64;
-        self.device.load_vector(&view)
+        let vector = self.device.load_vector(&view)?;
+        self.took(view.bytes.len());
+        Ok(vector)
+    }
+
+    /// Counts bytes that were taken in.
+    fn took(&mut self, bytes: usize) {
+        self.done = (self.done + bytes as u64).min(self.total);
+        (self.progress)(self.done, self.total);
     }
 
     /// Says that all is loaded.

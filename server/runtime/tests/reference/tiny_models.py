@@ -35,6 +35,7 @@ LLAMA3 = dict(
     )
 )
 
+QWEN3_MOE = dict(moe_intermediate_size=16, num_experts=8, num_experts_per_tok=3, norm_topk_prob=True)
 NO_WINDOW = dict(sliding_window=None)
 
 BASE = dict(family="llama", layers=2, hidden=32, ffn=32, heads=4, kv_heads=4, head_dim=16, tied=False, extra={})
@@ -90,6 +91,27 @@ HF_MODELS = {
             rope_parameters=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, rope_theta=10000.0),
         ),
     ),
+    # Layers 0 and 2 are dense because of the step, layer 3 because it is listed.
+    "hf-bf16-qwen3moe-some-dense": BASE
+    | dict(
+        family="qwen3_moe",
+        layers=4,
+        heads=4,
+        kv_heads=1,
+        head_dim=8,
+        tied=True,
+        dtype="bf16",
+        extra=QWEN3_MOE | dict(decoder_sparse_step=2, mlp_only_layers=[3]),
+    ),
+    "hf-f32-qwen3moe-unnormalised": BASE
+    | dict(
+        family="qwen3_moe",
+        layers=1,
+        head_dim=8,
+        tied=True,
+        dtype="f32",
+        extra=QWEN3_MOE | dict(num_experts=12, moe_intermediate_size=8, norm_topk_prob=False),
+    ),
 }
 GGUF_MODELS = {
     "gguf-f32": BASE | dict(layers=1, head_dim=8, kv_heads=2, quants="F32"),
@@ -117,6 +139,10 @@ GGUF_MODELS = {
     ),
     "gguf-q8_0-qwen2": BASE | dict(family="qwen2", quants="Q8_0", kv_heads=2, head_dim=None, tied=True),
     "gguf-q8_0-qwen3": BASE | dict(family="qwen3", quants="Q8_0", kv_heads=2),
+    "gguf-q8_0-qwen3moe": BASE
+    | dict(
+        family="qwen3_moe", quants="Q8_0", kv_heads=2, tied=True, extra=QWEN3_MOE | dict(moe_intermediate_size=32)
+    ),
 }
 
 
@@ -151,4 +177,7 @@ def random_model(spec, seed):
             else:
                 weight.normal_(0.0, 1.5 / weight.shape[-1] ** 0.5)
             weight.copy_(weight.to(rounding).float())
+        for name, bias in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                bias.normal_(0.0, 0.2)
     return model

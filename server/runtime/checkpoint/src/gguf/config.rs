@@ -6,8 +6,8 @@ use super::{
     tensors::Table,
 };
 use crate::{
-    Architecture, Attention, GroupedQuery, LayerWeight, ModelConfig, Rope, RopeOrder, RopeScaling, Weight,
-    source::MappedFile,
+    Architecture, Attention, GroupedQuery, LayerWeight, Mixture, ModelConfig, Rope, RopeOrder, RopeScaling,
+    RouterScores, Routing, Weight, source::MappedFile,
 };
 
 /// The architecture, if the file is one that can be run.
@@ -63,9 +63,6 @@ impl Reader<'_> {
     }
 
     fn config(&self, file: &MappedFile) -> Result<ModelConfig, Fault> {
-        if let Some(experts) = self.u32("expert_count")?.filter(|&count| count > 0) {
-            return Err(Fault::unsupported(self.key("expert_count"), experts.to_string(), "dense models"));
-        }
         let context_tokens = self.needed("context_length")?;
         // The embedding has the last word: `vocab_size` is not in every file.
         let embedding = self.table.tensors.get(&Weight::Embedding);
@@ -78,6 +75,7 @@ impl Reader<'_> {
             attention: Attention::GroupedQuery(self.grouped_query()?),
             ffn: self.needed("feed_forward_length")?,
             ffn_bias: self.has(LayerWeight::GateBias),
+            mixture: self.mixture()?,
             rope: self.rope(file, context_tokens)?,
             rms_eps: self.f32(epsilon)?.ok_or_else(|| missing(&self.key(epsilon)))?,
             context_tokens,
@@ -111,15 +109,46 @@ impl Reader<'_> {
             head_dim,
             qkv_bias: self.has(LayerWeight::QueryBias),
             output_bias: self.has(LayerWeight::AttentionOutputBias),
-            head_norms: self.architecture == Architecture::Qwen3,
+            head_norms: matches!(self.architecture, Architecture::Qwen3 | Architecture::Qwen3Moe),
         })
+    }
+
+    fn mixture(&self) -> Result<Option<Mixture>, Fault> {
+        let experts = self.u32("expert_count")?.unwrap_or(0);
+        match self.architecture {
+            Architecture::Qwen3Moe => {}
+            _ if experts == 0 => return Ok(None),
+            _ => {
+                let key = self.key("expert_count");
+                return Err(Fault::unsupported(
+                    key,
+                    experts.to_string(),
+                    "dense models of this architecture",
+                ));
+            }
+        }
+        Ok(Some(Mixture {
+            experts,
+            experts_per_token: self.needed("expert_used_count")?,
+            expert_ffn: self.needed("expert_feed_forward_length")?,
+            shared_ffn: 0,
+            routing: Routing {
+                scores: RouterScores::Softmax,
+                groups: None,
+                correction_bias: false,
+                // Every published Qwen3 does, and files leave it unsaid.
+                normalise: self.metadata.bool(&self.key("expert_weights_norm"))?.unwrap_or(true),
+                scale: self.f32("expert_weights_scale")?.unwrap_or(1.0),
+            },
+            dense_layers: Vec::new(),
+        }))
     }
 
     /// How this architecture's files order the pairs that are rotated together.
     fn rope_order(&self) -> RopeOrder {
         match self.architecture {
             Architecture::Llama | Architecture::Mistral => RopeOrder::Interleaved,
-            Architecture::Qwen2 | Architecture::Qwen3 => RopeOrder::Halves,
+            Architecture::Qwen2 | Architecture::Qwen3 | Architecture::Qwen3Moe => RopeOrder::Halves,
         }
     }
 

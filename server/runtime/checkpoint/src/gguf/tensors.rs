@@ -3,7 +3,10 @@
 use std::collections::BTreeMap;
 
 use super::header::{Fault, Header, TensorLine};
-use crate::{Dtype, LayerWeight, Weight, checkpoint::TensorEntry, source::Extent};
+use crate::{Dtype, ExpertWeight, LayerWeight, Weight, checkpoint::TensorEntry, source::Extent};
+
+/// More experts than any configuration may have; what is beyond is not called for anyway.
+const MOST_EXPERTS: usize = (1 << 14) + 1;
 
 /// The tensors of a file.
 pub(crate) struct Table {
@@ -12,12 +15,37 @@ pub(crate) struct Table {
     pub(crate) rope_divisors: Option<TensorEntry>,
 }
 
+impl Table {
+    /// Cuts a stack of all experts' tensors into one for each. Says whether one was there already.
+    fn add_experts(&mut self, layer: u32, weight: ExpertWeight, stack: &TensorEntry) -> Result<bool, Fault> {
+        // A stack of one has lost its outermost axis.
+        let (experts, shape) = match stack.shape[..] {
+            [experts, rows, columns] => (experts, vec![rows, columns]),
+            [rows, columns] => (1, vec![rows, columns]),
+            _ => {
+                let reason = format!("its shape {:?} is not a stack of matrices", stack.shape);
+                return Err(Fault::damaged(format!("tensor {}", stack.name), reason));
+            }
+        };
+        // Whole rows, so that each has the same whole number of bytes; none at all where an axis is 0.
+        let length = stack.extent.length.checked_div(experts).unwrap_or(0);
+        let mut twice = false;
+        for expert in 0..experts.min(MOST_EXPERTS) {
+            let extent = Extent { start: stack.extent.start + expert * length, length, ..stack.extent };
+            let entry = TensorEntry { shape: shape.clone(), extent, ..stack.clone() };
+            twice |= self.tensors.insert(Weight::Expert(layer, expert as u32, weight), entry).is_some();
+        }
+        Ok(twice)
+    }
+}
+
 pub(crate) fn table(header: &Header<'_>, file_bytes: usize) -> Result<Table, Fault> {
     let mut table = Table { tensors: BTreeMap::new(), rope_divisors: None };
     for line in &header.tensors {
         let entry = entry(header, line, file_bytes)?;
         let twice = match role(line.name)? {
             Role::Weight(weight) => table.tensors.insert(weight, entry).is_some(),
+            Role::Experts(layer, weight) => table.add_experts(layer, weight, &entry)?,
             Role::RopeDivisors => table.rope_divisors.replace(entry).is_some(),
         };
         if twice {
@@ -72,6 +100,8 @@ fn dtype(kind: u32) -> Option<Dtype> {
 
 enum Role {
     Weight(Weight),
+    /// All experts of a layer, stacked.
+    Experts(u32, ExpertWeight),
     RopeDivisors,
 }
 
@@ -86,7 +116,20 @@ fn role(name: &str) -> Result<Role, Fault> {
     let unknown = || {
         Fault::unsupported(format!("tensor {name}"), "not one that Baton knows", "the architecture's tensors")
     };
-    found.map(Role::Weight).ok_or_else(unknown)
+    let stacked = || name.strip_prefix("blk.").and_then(expert_weights);
+    found.map(Role::Weight).or_else(stacked).ok_or_else(unknown)
+}
+
+/// `"3.ffn_gate_exps.weight"` and the like.
+fn expert_weights(rest: &str) -> Option<Role> {
+    let (layer, name) = rest.split_once('.')?;
+    let weight = match name {
+        "ffn_gate_exps.weight" => ExpertWeight::Gate,
+        "ffn_up_exps.weight" => ExpertWeight::Up,
+        "ffn_down_exps.weight" => ExpertWeight::Down,
+        _ => return None,
+    };
+    Some(Role::Experts(layer.parse().ok()?, weight))
 }
 
 /// `"3.attn_q.weight"` and the like.
@@ -111,6 +154,11 @@ fn layer_weight(rest: &str) -> Option<Weight> {
         "ffn_up.bias" => LayerWeight::UpBias,
         "ffn_down.weight" => LayerWeight::Down,
         "ffn_down.bias" => LayerWeight::DownBias,
+        "ffn_gate_inp.weight" => LayerWeight::Router,
+        "exp_probs_b.bias" => LayerWeight::RouterBias,
+        "ffn_gate_shexp.weight" => LayerWeight::SharedGate,
+        "ffn_up_shexp.weight" => LayerWeight::SharedUp,
+        "ffn_down_shexp.weight" => LayerWeight::SharedDown,
         _ => return None,
     };
     Some(Weight::Layer(layer.parse().ok()?, weight))

@@ -1,6 +1,6 @@
 //! `config.json`: the model's configuration, as transformers 4 and 5 write it.
 
-use super::{JsonFile, rope::rope};
+use super::{JsonFile, mixture::mixture, rope::rope};
 use crate::{Architecture, Attention, CheckpointError, GroupedQuery, ModelConfig, RopeOrder};
 
 /// The configuration, and whether the embeddings are tied. The vocabulary is what the file says; the tensors' shapes
@@ -18,6 +18,7 @@ pub(super) fn model(file: &JsonFile) -> Result<(ModelConfig, bool), CheckpointEr
         attention: Attention::GroupedQuery(grouped_query(file, architecture)?),
         ffn: needed(file, "intermediate_size")?,
         ffn_bias: architecture == Architecture::Llama && file.bool("mlp_bias")?.unwrap_or(false),
+        mixture: mixture(file, architecture, layers)?,
         rope: rope(file, context_tokens, RopeOrder::Halves)?,
         rms_eps: file.f32("rms_norm_eps")?.unwrap_or(1e-6),
         context_tokens,
@@ -27,7 +28,8 @@ pub(super) fn model(file: &JsonFile) -> Result<(ModelConfig, bool), CheckpointEr
     Ok((config, tied))
 }
 
-fn needed(file: &JsonFile, field: &str) -> Result<u32, CheckpointError> {
+/// A number that must be there.
+pub(super) fn needed(file: &JsonFile, field: &str) -> Result<u32, CheckpointError> {
     file.u32(field)?.ok_or_else(|| file.damaged(field, "it is not there"))
 }
 
@@ -44,7 +46,9 @@ fn grouped_query(file: &JsonFile, architecture: Architecture) -> Result<GroupedQ
     // What transformers' classes do: Qwen2 always has biases on Q, K and V, Mistral never has any.
     let attention_bias = file.bool("attention_bias")?.unwrap_or(false);
     let (qkv_bias, output_bias) = match architecture {
-        Architecture::Llama | Architecture::Qwen3 => (attention_bias, attention_bias),
+        Architecture::Llama | Architecture::Qwen3 | Architecture::Qwen3Moe => {
+            (attention_bias, attention_bias)
+        }
         Architecture::Qwen2 => (true, false),
         Architecture::Mistral => (false, false),
     };
@@ -57,7 +61,7 @@ fn grouped_query(file: &JsonFile, architecture: Architecture) -> Result<GroupedQ
         },
         qkv_bias,
         output_bias,
-        head_norms: architecture == Architecture::Qwen3,
+        head_norms: matches!(architecture, Architecture::Qwen3 | Architecture::Qwen3Moe),
     })
 }
 
@@ -103,6 +107,7 @@ fn sliding_window(
             let without = file.u32("max_window_layers")?.unwrap_or(0);
             file.bool("use_sliding_window")?.unwrap_or(false) && listed.is_none() && without < layers
         }
+        Architecture::Qwen3Moe => file.bool("use_sliding_window")?.unwrap_or(false),
     };
     let window = file.u32("sliding_window")?.filter(|&window| used && window < context_tokens);
     match window {

@@ -9,7 +9,7 @@ use safetensors::{Dtype as StoredDtype, SafeTensors};
 
 use super::{JsonFile, lacks};
 use crate::{
-    CheckpointError, Dtype, LayerWeight, ModelConfig, Weight,
+    CheckpointError, Dtype, ExpertWeight, LayerWeight, ModelConfig, Weight,
     checkpoint::TensorEntry,
     source::{Extent, MappedFile},
 };
@@ -124,6 +124,17 @@ fn role(name: &str) -> Option<Weight> {
 /// `"3.self_attn.q_proj.weight"` and the like.
 fn layer_weight(rest: &str) -> Option<Weight> {
     let (layer, name) = rest.split_once('.')?;
+    let layer = layer.parse().ok()?;
+    if let Some(rest) = name.strip_prefix("mlp.experts.") {
+        let (expert, name) = rest.split_once('.')?;
+        let weight = match name {
+            "gate_proj.weight" => ExpertWeight::Gate,
+            "up_proj.weight" => ExpertWeight::Up,
+            "down_proj.weight" => ExpertWeight::Down,
+            _ => return None,
+        };
+        return Some(Weight::Expert(layer, expert.parse().ok()?, weight));
+    }
     let weight = match name {
         "input_layernorm.weight" => LayerWeight::AttentionNorm,
         "self_attn.q_proj.weight" => LayerWeight::Query,
@@ -143,7 +154,12 @@ fn layer_weight(rest: &str) -> Option<Weight> {
         "mlp.up_proj.bias" => LayerWeight::UpBias,
         "mlp.down_proj.weight" => LayerWeight::Down,
         "mlp.down_proj.bias" => LayerWeight::DownBias,
+        "mlp.gate.weight" => LayerWeight::Router,
+        "mlp.gate.e_score_correction_bias" => LayerWeight::RouterBias,
+        "mlp.shared_experts.gate_proj.weight" => LayerWeight::SharedGate,
+        "mlp.shared_experts.up_proj.weight" => LayerWeight::SharedUp,
+        "mlp.shared_experts.down_proj.weight" => LayerWeight::SharedDown,
         _ => return None,
     };
-    Some(Weight::Layer(layer.parse().ok()?, weight))
+    Some(Weight::Layer(layer, weight))
 }

@@ -4,11 +4,13 @@
 //! `kernels`; those are written over `lanes`. Activations are f32 throughout. This file puts them together.
 
 mod attention;
+mod experts;
 mod kernels;
 mod lanes;
 mod linear;
 mod memory;
 mod pack;
+mod routing;
 mod threads;
 
 use std::{
@@ -16,7 +18,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use baton_checkpoint::{Attention, ModelConfig, RopeFrequencies, TensorView};
+use baton_checkpoint::{Attention, Mixture, ModelConfig, RopeFrequencies, TensorView};
 
 use self::{
     attention::{Layer, Sequence, Tile},
@@ -24,12 +26,13 @@ use self::{
     lanes::LANES,
     linear::Linear,
     memory::Disjoint,
+    routing::Routes,
     threads::Pool,
 };
 use crate::{
     BlockId, KvPool, KvPoolLayout, LoadOptions, RuntimeError,
     batch::Step,
-    device::{Device, Heads, LinearPart},
+    device::{Device, Expert, Heads, LinearPart},
 };
 
 /// Rows of one task in operations that work row by row.
@@ -80,6 +83,8 @@ pub(crate) struct CpuDevice {
     frequencies: RopeFrequencies,
     workspace: linear::Workspace,
     attention_scratch: Vec<Mutex<attention::Scratch>>,
+    routing: routing::Room,
+    experts: experts::Room,
 }
 
 /// The layout of the KV pool for a model on this device.
@@ -122,6 +127,8 @@ impl CpuDevice {
             frequencies: config.rope.frequencies(config.rope_dim()),
             workspace: linear::Workspace::new(threads),
             attention_scratch: (0..threads).map(|_| Mutex::default()).collect(),
+            routing: routing::Room::default(),
+            experts: experts::Room::default(),
         })
     }
 
@@ -141,6 +148,7 @@ impl Device for CpuDevice {
     type Linear = Linear;
     type Vector = Vec<f32>;
     type Tensor = Tensor;
+    type Routes = Routes;
     type Plan = Plan;
 
     fn kv_pool(&self) -> &Arc<KvPool> {
@@ -173,6 +181,10 @@ impl Device for CpuDevice {
 
     fn tensor(&mut self, width: usize) -> Result<Tensor, RuntimeError> {
         Ok(Tensor { values: Vec::new(), rows: 0, width })
+    }
+
+    fn routes(&mut self) -> Result<Routes, RuntimeError> {
+        Ok(Routes::default())
     }
 
     fn plan(&mut self, step: &Step<'_>) -> Result<Plan, RuntimeError> {
@@ -380,6 +392,35 @@ impl Device for CpuDevice {
                 }
             }
         });
+        Ok(())
+    }
+
+    fn route(
+        &mut self,
+        scores: &Tensor,
+        bias: Option<&Vec<f32>>,
+        mixture: &Mixture,
+        out: &mut Routes,
+    ) -> Result<(), RuntimeError> {
+        assert_eq!(scores.width, mixture.experts as usize, "activations of another width");
+        out.fill(scores.values(), bias.map(Vec::as_slice), mixture, &mut self.routing);
+        Ok(())
+    }
+
+    fn experts(
+        &mut self,
+        x: &Tensor,
+        routes: &Routes,
+        experts: &[Expert<Linear>],
+        shared: Option<&Tensor>,
+        out: &mut Tensor,
+    ) -> Result<(), RuntimeError> {
+        let same = |other: &Tensor| other.width == x.width && other.rows == x.rows;
+        assert!(x.width == out.width && shared.is_none_or(same), "activations of another shape");
+        let workspace = &mut self.workspace;
+        let workers = experts::Workers { kernels: self.kernels, pool: &mut self.pool, workspace };
+        let tensors = (x.values(), shared.map(Tensor::values), out.reset(x.rows));
+        experts::run(workers, &mut self.experts, tensors, routes, experts);
         Ok(())
     }
 
