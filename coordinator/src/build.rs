@@ -17,6 +17,7 @@ use crate::{
     fleet::keeper::{Keeper, Links},
     http,
     metrics::Metrics,
+    place::Placer,
     prepare::Served,
     schedule::board::Board,
     serve::Service,
@@ -56,12 +57,13 @@ pub fn assemble(
         shutdown: parts.shutdown.clone(),
     };
     parts.tasks.spawn(keeper.run());
+    let served = Arc::new(parts.served);
+    let patience = config.limits.placement_timeout;
     let service = Arc::new(Service {
-        served: Arc::new(parts.served),
+        placer: Arc::new(Placer { served: served.clone(), board, links, patience }),
+        served,
         limits: config.limits.clone(),
         gate: Gate::new(&config.limits, metrics.clone()),
-        board,
-        links,
         roster: Arc::default(),
         metrics,
     });
@@ -72,7 +74,7 @@ pub fn assemble(
 
 /// Ready while a request could be served.
 async fn watch_readiness(service: Arc<Service>, health: HealthHandle, shutdown: CancellationToken) {
-    let mut changes = service.board.changes();
+    let mut changes = service.placer.board.changes();
     loop {
         changes.borrow_and_update();
         match service.can_serve() {
@@ -132,7 +134,7 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
     let (most, shutdown) = (config.limits.max_connections, process.shutdown.clone());
     let served = baton_process::http::serve_many(listener, router, most, shutdown, drain).await;
     // Requests have drained: the streams to instances may end.
-    service.links.stop_all();
+    service.placer.links.stop_all();
     Ok(served?)
 }
 

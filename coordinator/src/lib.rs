@@ -1,9 +1,10 @@
 //! The entry of a Baton cluster: takes OpenAI requests, schedules and streams them.
 //!
 //! Modules in the order a request meets them: [`http`] -> [`serve`] (the path through the stages) -> [`prepare`]
-//! (validate, template, tokenise; [`text`]) -> [`admit`] -> [`schedule`] (pure) -> [`dispatch`] (protocol machine, pure, and what
-//! drives it) -> [`stream`] (detokenise, stop, count) -> [`http`]. Beside that path: [`fleet`] (which instances there
-//! are, and the streams to them), [`requests`] and [`admin`] (what operators ask), [`metrics`].
+//! (validate, template, tokenise; [`text`]) -> [`admit`] -> [`place`] (waits for one; [`schedule`] chooses, pure) ->
+//! [`dispatch`] (protocol machine, pure, and what drives it) -> [`stream`] (detokenise, stop, count) -> [`http`]. Beside
+//! that path: [`fleet`] (which instances there are, and the streams to them), [`requests`] and [`admin`] (what operators
+//! ask), [`report`] and [`metrics`].
 //!
 //! [`run`] wires it all; `main` calls it.
 
@@ -16,7 +17,9 @@ mod error;
 pub mod fleet;
 pub mod http;
 pub mod metrics;
+pub mod place;
 pub mod prepare;
+pub mod report;
 pub mod requests;
 pub mod schedule;
 pub mod serve;

@@ -7,37 +7,29 @@ use std::sync::Arc;
 
 use baton_proto::ApiError;
 use bytes::Bytes;
-use futures::{FutureExt, future::BoxFuture};
-use tokio::time::{Instant, timeout_at};
-use tracing::Span;
 
 use crate::{
     admit::{Gate, Permit, Ticket},
     config::LimitsConfig,
     dispatch::{Assignment, Generation},
-    fleet::keeper::Links,
-    metrics::{Metrics, RequestLabels},
-    prepare::{Endpoint, Prepared, Sampling, Served, prepare},
+    metrics::Metrics,
+    place::{Attempts, Placer},
+    prepare::{Endpoint, Prepared, Served, prepare},
+    report::Report,
     requests::{CardGuard, Roster, Stage},
-    schedule::{
-        NoPlace,
-        board::{Board, Booking},
-    },
-    stream::{Streaming, Usage},
+    schedule::{NoPlace, board::Booking},
+    stream::{Lane, Reading, Streaming},
 };
 
 /// Bodies up to this size are prepared on the spot; tokenising larger ones would hold up everybody else's tokens.
 const PREPARE_INLINE_BYTES: usize = 2 << 10;
-/// How often a request is placed before its failure is told.
-const ATTEMPTS_MOST: u32 = 2;
 
 /// Everything the stages need.
 pub struct Service {
     pub served: Arc<Served>,
     pub limits: LimitsConfig,
     pub gate: Gate,
-    pub board: Arc<Board>,
-    pub links: Arc<Links>,
+    pub placer: Arc<Placer>,
     pub roster: Arc<Roster>,
     pub metrics: Arc<Metrics>,
 }
@@ -87,7 +79,7 @@ impl Service {
 
     /// Whether any request could be served now.
     pub fn can_serve(&self) -> Result<(), NoPlace> {
-        self.board.can_serve(&self.served.checkpoint, &self.served.revision)
+        self.placer.board.can_serve(&self.served.checkpoint, &self.served.revision)
     }
 
     /// The ticket goes where the body goes: work on a large one goes on after its client has left, and its place in the
@@ -110,21 +102,9 @@ impl Service {
         })
     }
 
-    fn book(&self, prompt_tokens: u32, sampling: &Sampling) -> Result<Booking, NoPlace> {
-        let booking = self.board.place(
-            prompt_tokens,
-            sampling.max_tokens,
-            &self.served.checkpoint,
-            &self.served.revision,
-        )?;
-        tracing::debug!(placement = ?booking.placement, receipt = ?booking.receipt, "placed");
-        Ok(booking)
-    }
-
     async fn place(&self, mut admitted: Admitted) -> Result<Placed, ApiError> {
         let prepared = &admitted.prepared;
-        let deadline = Instant::now() + self.limits.placement_timeout;
-        match self.book_by(deadline, prepared.prompt_tokens(), &prepared.sampling).await {
+        match self.placer.book(prepared.prompt_tokens(), &prepared.sampling).await {
             Ok(booking) => {
                 admitted.card.set(Stage::placed(prepared.prompt_tokens(), &booking.placement));
                 Ok(Placed { admitted, booking })
@@ -133,26 +113,6 @@ impl Service {
                 let error = reason.into();
                 admitted.report.failed(&error);
                 Err(error)
-            }
-        }
-    }
-
-    /// Books as soon as an instance can take the request: one that is being started again is worth a short wait.
-    async fn book_by(
-        &self,
-        deadline: Instant,
-        prompt_tokens: u32,
-        sampling: &Sampling,
-    ) -> Result<Booking, NoPlace> {
-        let mut changes = self.board.changes();
-        loop {
-            changes.borrow_and_update();
-            match self.book(prompt_tokens, sampling) {
-                Err(reason) if reason.may_pass() => match timeout_at(deadline, changes.changed()).await {
-                    Ok(Ok(())) => {}
-                    Ok(Err(_)) | Err(_) => return Err(reason),
-                },
-                settled => return settled,
             }
         }
     }
@@ -167,8 +127,8 @@ impl Service {
             sampling: prepared.sampling,
             deadline: card.card().arrived + self.limits.request_timeout,
         };
-        let mut attempts = Attempts { service: self.clone(), assignment, made: 1 };
-        let started = match Generation::start(&self.links, booking, attempts.assignment.clone()) {
+        let mut attempts = Attempts::new(self.placer.clone(), assignment);
+        let started = match Generation::start(&self.placer.links, booking, attempts.assignment().clone()) {
             Ok(generation) => Ok(generation),
             Err(error) => match attempts.again(error) {
                 Ok(replacing) => replacing.await.map(|(generation, stage)| {
@@ -180,121 +140,13 @@ impl Service {
         };
         let generation = started.inspect_err(|error| report.failed(error))?;
         self.metrics.prompt_tokens.inc_by(u64::from(attempts.prompt_tokens()));
-        let reader = self.served.text.reader(prepared.stops);
-        Ok(Streaming::new(prepared.shape, generation, attempts, reader, report, card, permit))
-    }
-}
-
-/// A request on its way to another place.
-pub type Replacing = BoxFuture<'static, Result<(Generation, Stage), ApiError>>;
-
-/// What it takes to place a request again.
-pub struct Attempts {
-    service: Arc<Service>,
-    assignment: Assignment,
-    made: u32,
-}
-
-impl Attempts {
-    pub fn prompt_tokens(&self) -> u32 {
-        self.assignment.prompt.len() as u32
-    }
-
-    /// Tokens that end this request's sequence, ascending.
-    pub fn ends_sequence(&self) -> Vec<u32> {
-        let sampling = &self.assignment.sampling;
-        if sampling.ignore_eos { Vec::new() } else { sampling.stop_token_ids.clone() }
-    }
-
-    /// Places the request once more after `error`, as soon as an instance can take it; `error` is the answer if none can
-    /// within the time.
-    pub fn again(&mut self, error: ApiError) -> Result<Replacing, ApiError> {
-        if self.made >= ATTEMPTS_MOST {
-            return Err(error);
-        }
-        self.made += 1;
-        let (service, assignment) = (self.service.clone(), self.assignment.clone());
-        let prompt_tokens = self.prompt_tokens();
-        let replacing = async move {
-            let deadline = (Instant::now() + service.limits.placement_timeout).min(assignment.deadline);
-            let booked = service.book_by(deadline, prompt_tokens, &assignment.sampling).await;
-            let Ok(booking) = booked else { return Err(error) };
-            tracing::info!(request = %assignment.request, %error, "placing the request again");
-            let stage = Stage::placed(prompt_tokens, &booking.placement);
-            Ok((Generation::start(&service.links, booking, assignment)?, stage))
-        };
-        Ok(replacing.boxed())
-    }
-}
-
-/// What one request adds to the metrics; a request dropped before its end counts as the client's leaving.
-pub struct Report {
-    metrics: Arc<Metrics>,
-    route: &'static str,
-    arrived: Instant,
-    first_token: Option<Instant>,
-    last_token: Instant,
-    tokens: u32,
-    told: bool,
-    /// Open for as long as the request lives.
-    span: Span,
-}
-
-impl Report {
-    pub fn new(metrics: Arc<Metrics>, route: &'static str, arrived: Instant, span: Span) -> Self {
-        Self { metrics, route, arrived, first_token: None, last_token: arrived, tokens: 0, told: false, span }
-    }
-
-    fn prepared(&self, prompt_tokens: u32) {
-        self.metrics.request_prompt_tokens.observe(f64::from(prompt_tokens));
-    }
-
-    /// The answer has this many tokens now.
-    pub fn tokens(&mut self, tokens: u32, now: Instant) {
-        if self.first_token.is_none() {
-            self.first_token = Some(now);
-            self.metrics.time_to_first_token.observe((now - self.arrived).as_secs_f64());
-        }
-        self.metrics.generation_tokens.inc_by(u64::from(tokens - self.tokens));
-        self.tokens = tokens;
-        self.last_token = now;
-    }
-
-    /// The answer is complete.
-    pub fn finished(&mut self, usage: &Usage) {
-        self.metrics.cached_tokens.inc_by(u64::from(usage.cached_tokens));
-        self.metrics.request_generation_tokens.observe(f64::from(self.tokens));
-        self.metrics.end_to_end.observe(self.arrived.elapsed().as_secs_f64());
-        if let (Some(first), 2..) = (self.first_token, self.tokens) {
-            let later = (self.last_token - first).as_secs_f64() / f64::from(self.tokens - 1);
-            self.metrics.time_per_output_token.observe(later);
-        }
-        self.tell("200");
-        let _entered = self.span.enter();
-        tracing::debug!(?usage, seconds = self.arrived.elapsed().as_secs_f64(), "answered");
-    }
-
-    /// The request ends with an error. Logged here and nowhere else.
-    pub fn failed(&mut self, error: &ApiError) {
-        self.tell(error.code.name());
-        let _entered = self.span.enter();
-        if error.code.http() >= 500 {
-            tracing::warn!(code = error.code.name(), %error, "request failed");
-        } else {
-            tracing::debug!(code = error.code.name(), %error, "request refused");
-        }
-    }
-
-    fn tell(&mut self, code: &str) {
-        if !std::mem::replace(&mut self.told, true) {
-            let labels = RequestLabels { route: self.route, code: code.to_owned() };
-            self.metrics.requests.get_or_create(&labels).inc();
-        }
-    }
-}
-
-impl Drop for Report {
-    fn drop(&mut self) {
-        self.tell("client_gone");
+        let readers = vec![Reading::new(
+            self.served.text.reader(&prepared.stops),
+            attempts.assignment(),
+            prepared.stops.included,
+            &prepared.echo,
+        )];
+        let lane = Lane::new(generation, attempts, readers);
+        Ok(Streaming::new(prepared.shape, vec![lane], report, card, permit))
     }
 }

@@ -24,6 +24,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
     engine::{
+        sampler::logprobs::TokenLogprobs,
         sequence::{Address, FinishReason, LegEnd, LegUpdate, NewSequence, SequenceId, StreamId},
         thread::{Command, Load},
     },
@@ -267,7 +268,8 @@ impl Reader {
             Err(error) => {
                 tracing::debug!(%leg, code = error.code.name(), %error, "leg refused");
                 let end = Some(LegEnd::Failed(error));
-                self.outbox.put([LegUpdate { leg, first_position: 0, tokens: Vec::new(), end }]);
+                let (tokens, logprobs) = (Vec::new(), Vec::new());
+                self.outbox.put([LegUpdate { leg, first_position: 0, tokens, logprobs, end }]);
                 Ok(())
             }
         }
@@ -287,6 +289,7 @@ impl Reader {
             prompt: leg.prompt,
             sampling: leg.sampling,
             stop: leg.stop,
+            top_logprobs: leg.top_logprobs,
             priority: leg.priority,
             deadline: leg.timeout.and_then(|timeout| Instant::now().checked_add(timeout)),
             work: leg.work,
@@ -319,7 +322,20 @@ impl From<LegUpdate> for v1::LegOutput {
             }
             LegEnd::Failed(error) => v1::leg_output::End::Failed(error.into()),
         });
-        Self { leg: update.leg.0, first_position: update.first_position, tokens: update.tokens, end }
+        Self {
+            leg: update.leg.0,
+            first_position: update.first_position,
+            tokens: update.tokens,
+            logprobs: update.logprobs.into_iter().map(v1::TokenLogprobs::from).collect(),
+            end,
+        }
+    }
+}
+
+impl From<TokenLogprobs> for v1::TokenLogprobs {
+    fn from(of: TokenLogprobs) -> Self {
+        let (top_tokens, top_logprobs) = of.top.into_iter().unzip();
+        Self { logprob: of.logprob, top_tokens, top_logprobs }
     }
 }
 

@@ -19,7 +19,7 @@ use v1::dispatch::Work;
 use super::{
     leg::{Output, Side},
     link::LegGuard,
-    machine::{Command, Completed, Machine},
+    machine::{Command, Completed, Fresh, Machine},
     mailbox::Mailbox,
 };
 use crate::{
@@ -66,12 +66,22 @@ impl Legs {
     }
 }
 
-/// What polling brought; new tokens are in [`Generation::fresh`].
+/// What polling brought.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Progress {
-    Tokens,
-    /// The last; fresh tokens may have come with it.
-    End(Result<Completed, ApiError>),
+    /// New tokens of a choice, see [`Generation::fresh`], or its end, or both.
+    Choice { choice: u32, end: Option<Completed> },
+    /// The request cannot be completed.
+    Failed(ApiError),
+}
+
+impl From<Result<Completed, ApiError>> for Progress {
+    fn from(end: Result<Completed, ApiError>) -> Self {
+        match end {
+            Ok(completed) => Self::Choice { choice: 0, end: Some(completed) },
+            Err(error) => Self::Failed(error),
+        }
+    }
 }
 
 /// A wait that the machine asked for.
@@ -134,7 +144,7 @@ impl Generation {
             }
         };
         Ok(Self {
-            machine,
+            machine: machine.with_logprobs(assignment.sampling.top_logprobs.is_some()),
             legs,
             credit: booking.credit,
             mailbox,
@@ -145,13 +155,13 @@ impl Generation {
         })
     }
 
-    /// Tokens that came since the last call, in order.
-    pub fn fresh(&mut self) -> &[u32] {
+    /// Tokens of a choice that came since the last call, in order.
+    pub fn fresh(&mut self, _choice: u32) -> Fresh<'_> {
         self.machine.take_fresh()
     }
 
-    /// The reader has seen enough (a stop string): the legs are cancelled. The answer is [`Progress::End`]'s.
-    pub fn stop(&mut self) -> Completed {
+    /// The reader has seen enough of a choice (a stop string): it is cancelled. The answer is that of its end.
+    pub fn stop(&mut self, _choice: u32) -> Completed {
         self.why_cancelled = "stop_string";
         let commands = self.machine.stop();
         match self.perform(commands) {
@@ -167,10 +177,10 @@ impl Generation {
                 Poll::Ready(()) => {
                     let before = self.machine.tokens().len();
                     if let Some(end) = self.drain_inbox() {
-                        return Poll::Ready(Progress::End(end));
+                        return Poll::Ready(end.into());
                     }
                     if self.machine.tokens().len() > before {
-                        return Poll::Ready(Progress::Tokens);
+                        return Poll::Ready(Progress::Choice { choice: 0, end: None });
                     }
                 }
                 Poll::Pending => return self.poll_timers(context),
@@ -221,7 +231,7 @@ impl Generation {
             }
         }
         match self.perform(commands) {
-            Some(end) => Poll::Ready(Progress::End(end)),
+            Some(end) => Poll::Ready(end.into()),
             None => Poll::Pending,
         }
     }
@@ -305,28 +315,37 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_decode_that_says_nothing_after_prefill_was_lost_is_waited_for_in_measure() {
         let lost = ApiError::new(ErrorCode::InstanceLost, "cannot reach the peer's handoff service");
-        let first = Output { first_position: 0, tokens: vec![7], end: None };
+        let first = Output { first_position: 0, tokens: vec![7], logprobs: vec![], end: None };
         let failed = || Output::failed(lost.clone());
 
         let mut silent = generation(Duration::from_secs(600));
         silent.mailbox.deliver(Side::Prefill, first.clone());
-        assert_eq!(next(&mut silent).await, Progress::Tokens);
+        assert_eq!(next(&mut silent).await, Progress::Choice { choice: 0, end: None });
         let began = Instant::now();
         silent.mailbox.deliver(Side::Prefill, failed());
-        assert_eq!(next(&mut silent).await, Progress::End(Err(lost.clone())));
+        assert_eq!(next(&mut silent).await, Progress::Failed(lost.clone()));
         assert_eq!(began.elapsed().as_secs(), DECODE_PATIENCE.as_secs());
 
         let mut speaks = generation(Duration::from_secs(600));
         speaks.mailbox.deliver(Side::Prefill, first);
         speaks.mailbox.deliver(Side::Prefill, failed());
-        assert_eq!(next(&mut speaks).await, Progress::Tokens);
-        speaks.mailbox.deliver(Side::Decode, Output { first_position: 1, tokens: vec![8], end: None });
-        assert_eq!(next(&mut speaks).await, Progress::Tokens);
+        assert_eq!(next(&mut speaks).await, Progress::Choice { choice: 0, end: None });
+        speaks.mailbox.deliver(
+            Side::Decode,
+            Output { first_position: 1, tokens: vec![8], logprobs: vec![], end: None },
+        );
+        assert_eq!(next(&mut speaks).await, Progress::Choice { choice: 0, end: None });
         let later = DECODE_PATIENCE * 2;
         assert!(tokio::time::timeout(later, next(&mut speaks)).await.is_err(), "it goes on");
         let reason = super::super::StopReason::Stop;
         let last = LegEnd::Complete { reason, cached_tokens: 0 };
-        speaks.mailbox.deliver(Side::Decode, Output { first_position: 2, tokens: vec![9], end: Some(last) });
-        assert_eq!(next(&mut speaks).await, Progress::End(Ok(Completed { reason, cached_tokens: 0 })));
+        speaks.mailbox.deliver(
+            Side::Decode,
+            Output { first_position: 2, tokens: vec![9], logprobs: vec![], end: Some(last) },
+        );
+        assert_eq!(
+            next(&mut speaks).await,
+            Progress::Choice { choice: 0, end: Some(Completed { reason, cached_tokens: 0 }) }
+        );
     }
 }

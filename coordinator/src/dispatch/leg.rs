@@ -45,19 +45,30 @@ pub enum LegEnd {
     Failed(ApiError),
 }
 
+/// How likely the model held a token, by natural logarithms.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TokenLogprobs {
+    pub logprob: f32,
+    /// The likeliest tokens, likeliest first; the chosen one may or may not be among them.
+    pub top: Vec<(u32, f32)>,
+}
+
 /// What one leg brought in one engine step.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Output {
     /// Index in the completion of `tokens[0]`.
     pub first_position: u32,
     pub tokens: Vec<u32>,
+    /// One for each of `tokens` if they were asked for.
+    pub logprobs: Vec<TokenLogprobs>,
     pub end: Option<LegEnd>,
 }
 
 impl Output {
     /// The leg failed with nothing more to say.
     pub fn failed(error: ApiError) -> Self {
-        Self { first_position: 0, tokens: Vec::new(), end: Some(LegEnd::Failed(error)) }
+        let end = Some(LegEnd::Failed(error));
+        Self { first_position: 0, tokens: Vec::new(), logprobs: Vec::new(), end }
     }
 }
 
@@ -68,7 +79,14 @@ impl From<v1::LegOutput> for Output {
             End::Finished(finished) => finished.into(),
             End::Failed(detail) => LegEnd::Failed(detail.into()),
         });
-        Self { first_position: wire.first_position, tokens: wire.tokens, end }
+        let logprobs = wire.logprobs.into_iter().map(TokenLogprobs::from).collect();
+        Self { first_position: wire.first_position, tokens: wire.tokens, logprobs, end }
+    }
+}
+
+impl From<v1::TokenLogprobs> for TokenLogprobs {
+    fn from(wire: v1::TokenLogprobs) -> Self {
+        Self { logprob: wire.logprob, top: wire.top_tokens.into_iter().zip(wire.top_logprobs).collect() }
     }
 }
 

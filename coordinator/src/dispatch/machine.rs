@@ -17,7 +17,7 @@ use std::collections::BTreeMap;
 
 use baton_proto::{ApiError, ErrorCode};
 
-use super::leg::{LegEnd, Output, Side, StopReason};
+use super::leg::{LegEnd, Output, Side, StopReason, TokenLogprobs};
 
 /// What the driver is to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,6 +38,14 @@ pub struct Completed {
     pub reason: StopReason,
     /// Of the prompt, taken from a prefix cache.
     pub cached_tokens: u32,
+}
+
+/// Tokens not given out before, in order.
+#[derive(Debug, PartialEq)]
+pub struct Fresh<'a> {
+    pub tokens: &'a [u32],
+    /// One for each of `tokens` if they were asked for, else none.
+    pub logprobs: Vec<TokenLogprobs>,
 }
 
 /// Legs that have not ended.
@@ -92,8 +100,11 @@ pub struct Machine {
     tokens: Vec<u32>,
     /// How many of `tokens` have been given out.
     given: usize,
+    /// Of the tokens that have not been given out.
+    logprobs: Vec<TokenLogprobs>,
+    wants_logprobs: bool,
     /// Tokens that arrived before one of a lower position.
-    early: BTreeMap<u32, u32>,
+    early: BTreeMap<u32, (u32, Option<TokenLogprobs>)>,
     /// Decode has taken the cache up: it generates, or has ended.
     decode_spoke: bool,
     /// Why decode has no cache to go on from; prefill's word decides whether it matters.
@@ -114,6 +125,12 @@ impl Machine {
         Self::new(max_tokens, Open::Both)
     }
 
+    /// Every token must come with its log probabilities.
+    #[must_use]
+    pub fn with_logprobs(self, wanted: bool) -> Self {
+        Self { wants_logprobs: wanted, ..self }
+    }
+
     fn new(max_tokens: u32, open: Open) -> Self {
         Self {
             max_tokens,
@@ -121,6 +138,8 @@ impl Machine {
             state: State::Running,
             tokens: Vec::new(),
             given: 0,
+            logprobs: Vec::new(),
+            wants_logprobs: false,
             early: BTreeMap::new(),
             decode_spoke: false,
             transfer_broken: None,
@@ -135,9 +154,9 @@ impl Machine {
     }
 
     /// Tokens not yet given out, in order; each is given once.
-    pub fn take_fresh(&mut self) -> &[u32] {
+    pub fn take_fresh(&mut self) -> Fresh<'_> {
         let from = std::mem::replace(&mut self.given, self.tokens.len());
-        &self.tokens[from..]
+        Fresh { tokens: &self.tokens[from..], logprobs: std::mem::take(&mut self.logprobs) }
     }
 
     pub fn is_over(&self) -> bool {
@@ -145,11 +164,11 @@ impl Machine {
     }
 
     /// A leg has said something.
-    pub fn output(&mut self, side: Side, output: Output) -> Vec<Command> {
+    pub fn output(&mut self, side: Side, mut output: Output) -> Vec<Command> {
         if self.is_over() || !self.open.has(side) {
             return Vec::new();
         }
-        if let Err(error) = self.take_tokens(side, &output) {
+        if let Err(error) = self.take_tokens(side, &mut output) {
             return self.fail(error);
         }
         match output.end {
@@ -194,7 +213,11 @@ impl Machine {
         }
     }
 
-    fn take_tokens(&mut self, side: Side, output: &Output) -> Result<(), ApiError> {
+    fn take_tokens(&mut self, side: Side, output: &mut Output) -> Result<(), ApiError> {
+        if self.wants_logprobs && output.logprobs.len() != output.tokens.len() {
+            return Err(broken(side, "sent tokens without their log probabilities"));
+        }
+        let mut logprobs = std::mem::take(&mut output.logprobs).into_iter();
         for (index, &token) in output.tokens.iter().enumerate() {
             let position = u32::try_from(index).ok().and_then(|i| output.first_position.checked_add(i));
             let Some(position) = position.filter(|&position| position < self.max_tokens) else {
@@ -203,9 +226,10 @@ impl Machine {
             if side == Side::Prefill && position != 0 {
                 return Err(broken(side, "sent a token that is decode's"));
             }
+            let logprobs = logprobs.next().filter(|_| self.wants_logprobs);
             let held = match self.tokens.get(position as usize) {
                 Some(&held) => held,
-                None => *self.early.entry(position).or_insert(token),
+                None => self.early.entry(position).or_insert((token, logprobs)).0,
             };
             if held != token {
                 return Err(broken(side, "sent two different tokens for one position"));
@@ -216,7 +240,9 @@ impl Machine {
             if *entry.key() as usize != self.tokens.len() {
                 break;
             }
-            self.tokens.push(entry.remove());
+            let (token, logprobs) = entry.remove();
+            self.tokens.push(token);
+            self.logprobs.extend(logprobs);
         }
         Ok(())
     }

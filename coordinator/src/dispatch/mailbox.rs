@@ -2,8 +2,8 @@
 //!
 //! Written by the links' tasks, read by [`super::generation`]. A delivery never waits: one slow client must not hold up
 //! the stream that carries everybody else's tokens. It is bounded all the same: what follows on from the last delivery
-//! of the same leg is appended to it, so a reader that is away costs four bytes a token and no more than the request
-//! may generate; beyond [`MOST_DELIVERIES`] pieces that do not follow on, the instance is at fault and the leg fails.
+//! of the same leg is appended to it, so a reader that is away costs four bytes a token (some 200 with log
+//! probabilities) and no more than the request may generate; beyond [`MOST_DELIVERIES`] pieces that do not follow on, the instance is at fault and the leg fails.
 
 use std::{
     collections::VecDeque,
@@ -38,6 +38,7 @@ impl Mailbox {
         match inner.deliveries.back_mut() {
             Some((last_side, last)) if *last_side == side && follows_on(last, &output) => {
                 last.tokens.append(&mut output.tokens);
+                last.logprobs.append(&mut output.logprobs);
                 last.end = output.end;
             }
             Some((last_side, last)) if full && *last_side == side => {
@@ -86,7 +87,7 @@ mod tests {
     use super::*;
 
     fn output(first_position: u32, tokens: &[u32]) -> Output {
-        Output { first_position, tokens: tokens.to_vec(), end: None }
+        Output { first_position, tokens: tokens.to_vec(), logprobs: Vec::new(), end: None }
     }
 
     fn take(mailbox: &Mailbox) -> Vec<(Side, Output)> {

@@ -11,6 +11,6 @@ pub mod machine;
 mod mailbox;
 
 pub use generation::{Assignment, Generation, Progress};
-pub use leg::{LegEnd, Output, Side, StopReason};
+pub use leg::{LegEnd, Output, Side, StopReason, TokenLogprobs};
 pub use link::{LegGuard, Link, LinkTask, Target};
-pub use machine::Completed;
+pub use machine::{Completed, Fresh};

@@ -5,6 +5,7 @@
 //! drops the handler or the body, and with it everything that the request holds.
 
 mod body;
+mod logprobs;
 mod reply;
 mod sse;
 
@@ -28,8 +29,9 @@ use tracing::Instrument;
 use crate::{
     admit::RETRY_AFTER,
     prepare::Endpoint,
-    serve::{Received, Report, Service},
-    stream::{Step, Streaming},
+    report::Report,
+    serve::{Received, Service},
+    stream::{Piece, Step, Streaming},
 };
 
 pub use reply::{error_json, error_response};
@@ -99,22 +101,19 @@ async fn complete(service: Arc<Service>, endpoint: Endpoint, request: Request) -
 /// Writes the answer: a stream once its first token is there, JSON once it is complete.
 async fn answer(service: &Service, id: &RequestId, mut streaming: Streaming) -> Result<Response, ApiError> {
     let voice = reply::Voice::new(&service.served, streaming.shape, id);
-    let mut text = String::new();
+    let mut pieces = streaming.pieces();
     if !streaming.shape.stream {
-        loop {
-            match streaming.step(&mut text).await {
-                Step::More => {}
-                Step::End(Ok(finish)) => return Ok(voice.whole(&text, &finish)),
-                Step::End(Err(error)) => return Err(error),
-            }
-        }
+        return match streaming.rest(&mut pieces).await {
+            Ok(usage) => Ok(voice.whole(&pieces, &usage)),
+            Err(error) => Err(error),
+        };
     }
-    let first = match timeout(HEAD_PATIENCE, streaming.step(&mut text)).await {
-        Ok(Step::End(Err(error))) if text.is_empty() => return Err(error),
+    let first = match timeout(HEAD_PATIENCE, streaming.step(&mut pieces)).await {
+        Ok(Step::End(Err(error))) if pieces.iter().all(Piece::is_empty) => return Err(error),
         Ok(step) => Some(step),
         Err(_) => None,
     };
-    let body = SseBody::new(voice, streaming, text, first);
+    let body = SseBody::new(voice, streaming, pieces, first);
     let mut response = Response::new(Body::from_stream(body));
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));

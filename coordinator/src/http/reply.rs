@@ -1,6 +1,9 @@
 //! OpenAI's response bodies: whole answers, chunks of streams, models, errors.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::{
+    sync::Arc,
+    time::{SystemTime, UNIX_EPOCH},
+};
 
 use axum::{
     body::Body,
@@ -11,22 +14,15 @@ use baton_proto::{ApiError, ErrorCode, RequestId};
 use serde::Serialize;
 use serde_json::json;
 
+use super::logprobs;
 use crate::{
     dispatch::StopReason,
-    prepare::{Endpoint, Served, Shape},
-    stream::{Finish, Usage},
+    prepare::{Endpoint, Served, Shape, TextModel},
+    stream::{Piece, Usage},
 };
 
-/// `finish_reason` as OpenAI spells it.
-fn reason(reason: StopReason) -> &'static str {
-    match reason {
-        StopReason::Stop => "stop",
-        StopReason::Length => "length",
-    }
-}
-
 /// The `usage` object.
-fn usage(usage: &Usage) -> serde_json::Value {
+fn usage_json(usage: &Usage) -> serde_json::Value {
     json!({
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
@@ -94,41 +90,13 @@ pub(super) fn model(served: &Served) -> Response {
 /// How one request is answered: its shape, and what all of its chunks have in common, written once.
 pub(super) struct Voice {
     shape: Shape,
-    id: String,
-    created: u64,
-    model: String,
-    fingerprint: String,
-    /// `data: {"id": ..., "model": ..., ` up to the choices.
-    chunk_head: Vec<u8>,
+    text: Arc<dyn TextModel>,
+    /// `{"id": ..., "object": ..., ` up to the choices.
+    head: Vec<u8>,
 }
 
 impl Voice {
     pub(super) fn new(served: &Served, shape: Shape, request: &RequestId) -> Self {
-        let prefix = match shape.endpoint {
-            Endpoint::Chat => "chatcmpl-",
-            Endpoint::Text => "cmpl-",
-        };
-        let created = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        let mut voice = Self {
-            shape,
-            id: format!("{prefix}{request}"),
-            created,
-            model: served.name.clone(),
-            fingerprint: served.fingerprint(),
-            chunk_head: Vec::new(),
-        };
-        if shape.stream {
-            let mut head = voice.common(match shape.endpoint {
-                Endpoint::Chat => "chat.completion.chunk",
-                Endpoint::Text => "text_completion",
-            });
-            head.pop();
-            voice.chunk_head = format!("data: {head},").into_bytes();
-        }
-        voice
-    }
-
-    fn common(&self, object: &str) -> String {
         #[derive(Serialize)]
         struct Common<'a> {
             id: &'a str,
@@ -137,77 +105,88 @@ impl Voice {
             model: &'a str,
             system_fingerprint: &'a str,
         }
-        let common = Common {
-            id: &self.id,
-            object,
-            created: self.created,
-            model: &self.model,
-            system_fingerprint: &self.fingerprint,
+        let (prefix, object) = match (shape.endpoint, shape.stream) {
+            (Endpoint::Chat, false) => ("chatcmpl-", "chat.completion"),
+            (Endpoint::Chat, true) => ("chatcmpl-", "chat.completion.chunk"),
+            (Endpoint::Text, _) => ("cmpl-", "text_completion"),
         };
-        // Strings and a number in a struct: cannot fail.
-        serde_json::to_string(&common).unwrap_or_default()
+        let common = Common {
+            id: &format!("{prefix}{request}"),
+            object,
+            created: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
+            model: &served.name,
+            system_fingerprint: &served.fingerprint(),
+        };
+        let mut head = Vec::new();
+        write_json(&mut head, &common);
+        // The closing brace.
+        head.pop();
+        head.extend_from_slice(b",\"choices\":[");
+        Self { shape, text: served.text.clone(), head }
     }
 
     /// The whole answer.
-    pub(super) fn whole(&self, text: &str, finish: &Finish) -> Response {
-        let reason = reason(finish.reason);
-        let (object, choice) = match self.shape.endpoint {
-            Endpoint::Chat => (
-                "chat.completion",
-                json!({
-                    "index": 0,
-                    "message": { "role": "assistant", "content": text, "refusal": null },
-                    "logprobs": null,
-                    "finish_reason": reason,
-                }),
-            ),
-            Endpoint::Text => (
-                "text_completion",
-                json!({ "index": 0, "text": text, "logprobs": null, "finish_reason": reason }),
-            ),
-        };
-        let body = json!({
-            "id": self.id,
-            "object": object,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": self.fingerprint,
-            "choices": [choice],
-            "usage": usage(&finish.usage),
-        });
-        json_response(StatusCode::OK, body.to_string().into_bytes())
+    pub(super) fn whole(&self, choices: &[Piece], usage: &Usage) -> Response {
+        let mut out = self.head.clone();
+        for (index, piece) in choices.iter().enumerate() {
+            if index > 0 {
+                out.push(b',');
+            }
+            let (before, after): (&[u8], &[u8]) = match self.shape.endpoint {
+                Endpoint::Chat => (br#""message":{"role":"assistant","content":"#, br#","refusal":null}"#),
+                Endpoint::Text => (br#""text":"#, b""),
+            };
+            self.choice(&mut out, index, piece, |out| {
+                out.extend_from_slice(before);
+                write_json(out, &piece.text);
+                out.extend_from_slice(after);
+            });
+        }
+        out.extend_from_slice(b"],\"usage\":");
+        write_json(&mut out, &usage_json(usage));
+        out.push(b'}');
+        json_response(StatusCode::OK, out)
     }
 
-    /// The chunk that opens a chat.
-    pub(super) fn opening(&self, out: &mut Vec<u8>) {
+    /// The chunks that open a chat, one for each choice.
+    pub(super) fn opening(&self, out: &mut Vec<u8>, choices: usize) {
         if self.shape.endpoint == Endpoint::Chat {
-            self.choice(out, r#""delta":{"role":"assistant","content":""}"#.as_bytes(), "", b"", "null");
+            for index in 0..choices {
+                self.chunk(out, index, &Piece::default(), |out| {
+                    out.extend_from_slice(br#""delta":{"role":"assistant","content":""}"#);
+                });
+            }
         }
     }
 
-    /// A chunk of text.
-    pub(super) fn text(&self, out: &mut Vec<u8>, text: &str) {
-        match self.shape.endpoint {
-            Endpoint::Chat => self.choice(out, br#""delta":{"content":"#, text, b"}", "null"),
-            Endpoint::Text => self.choice(out, br#""text":"#, text, b"", "null"),
+    /// What one choice has to say: a chunk of text if there is any, and one that closes it at its end.
+    pub(super) fn piece(&self, out: &mut Vec<u8>, index: usize, piece: &mut Piece) {
+        let finish = piece.finish.take();
+        let (open, close, nothing): (&[u8], &[u8], &[u8]) = match self.shape.endpoint {
+            Endpoint::Chat => (br#""delta":{"content":"#, b"}", br#""delta":{}"#),
+            Endpoint::Text => (br#""text":"#, b"", br#""text":"""#),
+        };
+        if !piece.is_empty() {
+            self.chunk(out, index, piece, |out| {
+                out.extend_from_slice(open);
+                write_json(out, &piece.text);
+                out.extend_from_slice(close);
+            });
         }
+        if finish.is_some() {
+            let end = Piece { finish, ..Piece::default() };
+            self.chunk(out, index, &end, |out| out.extend_from_slice(nothing));
+        }
+        piece.clear();
     }
 
-    /// The chunks that close a complete answer, and the end mark.
-    pub(super) fn closing(&self, out: &mut Vec<u8>, finish: &Finish) {
-        let reason = match finish.reason {
-            StopReason::Stop => "\"stop\"",
-            StopReason::Length => "\"length\"",
-        };
-        let nothing: &[u8] = match self.shape.endpoint {
-            Endpoint::Chat => br#""delta":{}"#,
-            Endpoint::Text => br#""text":"""#,
-        };
-        self.choice(out, nothing, "", b"", reason);
+    /// What follows the last choice's end: usage if it was asked for, and the end mark.
+    pub(super) fn closing(&self, out: &mut Vec<u8>, usage: &Usage) {
         if self.shape.include_usage {
-            out.extend_from_slice(&self.chunk_head);
-            out.extend_from_slice(br#""choices":[],"usage":"#);
-            out.extend_from_slice(usage(&finish.usage).to_string().as_bytes());
+            out.extend_from_slice(b"data: ");
+            out.extend_from_slice(&self.head);
+            out.extend_from_slice(b"],\"usage\":");
+            write_json(out, &usage_json(usage));
             out.extend_from_slice(b"}\n\n");
         }
         out.extend_from_slice(b"data: [DONE]\n\n");
@@ -220,20 +199,38 @@ impl Voice {
         out.extend_from_slice(b"\n\n");
     }
 
-    /// One chunk with one choice: `before`, then `text` as a JSON string unless it is empty, then `after`.
-    fn choice(&self, out: &mut Vec<u8>, before: &[u8], text: &str, after: &[u8], finish_reason: &str) {
-        out.extend_from_slice(&self.chunk_head);
-        out.extend_from_slice(br#""choices":[{"index":0,"#);
-        out.extend_from_slice(before);
-        if !text.is_empty() {
-            // Writing to memory and a str's escaping cannot fail.
-            let _ = serde_json::to_writer(&mut *out, text);
-        }
-        out.extend_from_slice(after);
-        out.extend_from_slice(br#","logprobs":null,"finish_reason":"#);
-        out.extend_from_slice(finish_reason.as_bytes());
-        out.extend_from_slice(if self.shape.include_usage { b"}],\"usage\":null}\n\n" } else { b"}]}\n\n" });
+    /// One event with one choice.
+    fn chunk(&self, out: &mut Vec<u8>, index: usize, piece: &Piece, body: impl FnOnce(&mut Vec<u8>)) {
+        out.extend_from_slice(b"data: ");
+        out.extend_from_slice(&self.head);
+        self.choice(out, index, piece, body);
+        out.extend_from_slice(if self.shape.include_usage { b"],\"usage\":null}\n\n" } else { b"]}\n\n" });
     }
+
+    /// One choice: its index, what `body` writes, and what `piece` says besides text.
+    fn choice(&self, out: &mut Vec<u8>, index: usize, piece: &Piece, body: impl FnOnce(&mut Vec<u8>)) {
+        out.extend_from_slice(format!("{{\"index\":{index},").as_bytes());
+        body(out);
+        out.extend_from_slice(br#","logprobs":"#);
+        // A chunk without tokens has none to tell; a whole answer that was to tell them has a list, be it empty.
+        if self.shape.logprobs && !(self.shape.stream && piece.tokens.is_empty()) {
+            write_json(out, &logprobs::object(self.shape.endpoint, &*self.text, &piece.tokens));
+        } else {
+            out.extend_from_slice(b"null");
+        }
+        out.extend_from_slice(br#","finish_reason":"#);
+        out.extend_from_slice(match piece.finish {
+            None => b"null",
+            Some(StopReason::Stop) => br#""stop""#,
+            Some(StopReason::Length) => br#""length""#,
+        });
+        out.push(b'}');
+    }
+}
+
+/// Writing to memory, of types that JSON can say, cannot fail.
+fn write_json(out: &mut Vec<u8>, value: &impl Serialize) {
+    let _ = serde_json::to_writer(out, value);
 }
 
 #[cfg(test)]
@@ -244,7 +241,7 @@ mod tests {
     use crate::prepare::tests::served;
 
     fn events(write: impl Fn(&Voice, &mut Vec<u8>), endpoint: Endpoint, include_usage: bool) -> Vec<String> {
-        let shape = Shape { endpoint, stream: true, include_usage };
+        let shape = Shape { endpoint, stream: true, include_usage, logprobs: false };
         let voice = Voice::new(&served(), shape, &RequestId::adopt("r"));
         let mut out = Vec::new();
         write(&voice, &mut out);
@@ -257,17 +254,18 @@ mod tests {
         serde_json::from_str(event).expect("is JSON")
     }
 
-    const FINISH: Finish = Finish {
-        reason: StopReason::Length,
-        usage: Usage { prompt_tokens: 3, completion_tokens: 4, cached_tokens: 2 },
-    };
+    const USAGE: Usage = Usage { prompt_tokens: 3, completion_tokens: 4, cached_tokens: 2 };
+
+    fn last(text: &str) -> Piece {
+        Piece { text: text.into(), tokens: vec![], finish: Some(StopReason::Length) }
+    }
 
     #[test]
     fn a_chat_streams_in_chunks() {
         let write = |voice: &Voice, out: &mut Vec<u8>| {
-            voice.opening(out);
-            voice.text(out, "a \"b\"\n\u{1F600}\u{7}");
-            voice.closing(out, &FINISH);
+            voice.opening(out, 1);
+            voice.piece(out, 0, &mut last("a \"b\"\n\u{1F600}\u{7}"));
+            voice.closing(out, &USAGE);
         };
         let events = events(write, Endpoint::Chat, true);
         assert_eq!(events.len(), 5);
@@ -291,9 +289,9 @@ mod tests {
     #[test]
     fn a_text_completion_streams_without_an_opening() {
         let write = |voice: &Voice, out: &mut Vec<u8>| {
-            voice.opening(out);
-            voice.text(out, "x");
-            voice.closing(out, &FINISH);
+            voice.opening(out, 1);
+            voice.piece(out, 0, &mut last("x"));
+            voice.closing(out, &USAGE);
         };
         let events = events(write, Endpoint::Text, false);
         assert_eq!(events.len(), 3);

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use futures::Stream;
 
 use super::reply::Voice;
-use crate::stream::{Step, Streaming};
+use crate::stream::{Piece, Step, Streaming};
 
 /// Reads the answer as the client reads; dropped by hyper when the client has gone.
 pub(super) struct SseBody {
@@ -19,30 +19,29 @@ pub(super) struct SseBody {
     streaming: Option<Streaming>,
     /// What came while the head waited.
     first: Option<Step>,
-    /// Text that has not been written, reused from step to step.
-    text: String,
+    /// What has not been written of each choice, reused from step to step.
+    pieces: Vec<Piece>,
     opened: bool,
 }
 
 impl SseBody {
-    pub(super) fn new(voice: Voice, streaming: Streaming, text: String, first: Option<Step>) -> Self {
-        Self { voice, streaming: Some(streaming), first, text, opened: false }
+    pub(super) fn new(voice: Voice, streaming: Streaming, pieces: Vec<Piece>, first: Option<Step>) -> Self {
+        Self { voice, streaming: Some(streaming), first, pieces, opened: false }
     }
 
     fn write(&mut self, step: Step) -> Bytes {
         let mut out = Vec::with_capacity(512);
         if !std::mem::replace(&mut self.opened, true) {
-            self.voice.opening(&mut out);
+            self.voice.opening(&mut out, self.pieces.len());
         }
-        if !self.text.is_empty() {
-            self.voice.text(&mut out, &self.text);
-            self.text.clear();
+        for (index, piece) in self.pieces.iter_mut().enumerate() {
+            self.voice.piece(&mut out, index, piece);
         }
         match step {
             Step::More => {}
             Step::End(end) => {
                 match end {
-                    Ok(finish) => self.voice.closing(&mut out, &finish),
+                    Ok(usage) => self.voice.closing(&mut out, &usage),
                     Err(error) => self.voice.failure(&mut out, &error),
                 }
                 // Gives the seat back now, not when the client has read everything.
@@ -61,7 +60,7 @@ impl Stream for SseBody {
         let Some(streaming) = &mut body.streaming else { return Poll::Ready(None) };
         let step = match body.first.take() {
             Some(step) => step,
-            None => match streaming.poll_step(context, &mut body.text) {
+            None => match streaming.poll_step(context, &mut body.pieces) {
                 Poll::Ready(step) => step,
                 // The head has gone out without a token: the opening tells the client that it is being served.
                 Poll::Pending if !body.opened => Step::More,

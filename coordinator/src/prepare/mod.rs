@@ -3,6 +3,9 @@
 //! Called by [`crate::serve`]. Pure but for the model's tables: randomness comes in as an argument. From here on only
 //! token ids travel.
 
+mod choices;
+mod ends;
+mod logits;
 pub mod openai;
 mod sampling;
 pub mod served;
@@ -13,8 +16,9 @@ use baton_proto::{ApiError, ErrorCode};
 
 pub use sampling::Sampling;
 use sampling::TokenLimits;
-pub use served::{Served, TextModel, TextReader, Turn};
+pub use served::{Served, Spelling, TextModel, TextReader, Turn};
 
+use crate::text::TextStops;
 use openai::{Content, Message, Prompt, Request};
 
 /// Which of OpenAI's two endpoints was called.
@@ -41,6 +45,8 @@ pub struct Shape {
     pub stream: bool,
     /// A last chunk with the usage.
     pub include_usage: bool,
+    /// With the log probabilities of each token.
+    pub logprobs: bool,
 }
 
 /// A request that is valid and tokenised.
@@ -49,7 +55,9 @@ pub struct Prepared {
     pub shape: Shape,
     pub prompt: Arc<[u32]>,
     pub sampling: Sampling,
-    pub stops: Vec<String>,
+    pub stops: TextStops,
+    /// What the answer's text begins with: the prompt, if it is to be echoed.
+    pub echo: String,
 }
 
 impl Prepared {
@@ -74,8 +82,9 @@ pub fn prepare(
 ) -> Result<Prepared, ApiError> {
     let request = openai::parse(body)?;
     check_model(served, &request)?;
-    request.refuse_unserved()?;
-    let shape = shape(endpoint, &request)?;
+    request.unserved.refuse()?;
+    choices::check(&request)?;
+    let mut shape = shape(endpoint, &request)?;
     let prompt = match endpoint {
         Endpoint::Chat => served.text.tokenise_chat(&turns(request.messages.as_deref())?)?,
         Endpoint::Text => text_prompt(served, request.prompt.as_ref())?,
@@ -86,13 +95,43 @@ pub fn prepare(
     }
     let prompt_tokens = u32::try_from(prompt.len()).unwrap_or(u32::MAX);
     let limits = TokenLimits { context_tokens: served.context_tokens, max_completion_tokens };
-    let sampling = sampling::sampling(&request, prompt_tokens, limits, &served.stop_tokens, seed)?;
-    let vocabulary = served.text.vocabulary();
-    if let Some(id) = sampling.stop_token_ids.iter().find(|&&id| id >= vocabulary) {
-        return Err(invalid("stop_token_ids", &format!("{id} is no token: ids end at {}", vocabulary - 1)));
+    let sampling = sampling::sampling(served, endpoint, &request, prompt_tokens, limits, seed)?;
+    shape.logprobs = sampling.top_logprobs.is_some();
+    let echo = if echoes(endpoint, &request)? {
+        shown(served, request.prompt.as_ref(), &prompt)
+    } else {
+        String::new()
+    };
+    let stops = ends::text_stops(&request, sampling.min_tokens)?;
+    Ok(Prepared { shape, prompt: prompt.into(), sampling, stops, echo })
+}
+
+/// Whether the answer is to begin with the prompt.
+fn echoes(endpoint: Endpoint, request: &Request) -> Result<bool, ApiError> {
+    let unserved =
+        |message: &str| ApiError::new(ErrorCode::Unsupported, format!("echo: {message}")).param("echo");
+    match (request.echo, endpoint) {
+        (None | Some(false), _) => Ok(false),
+        (Some(true), Endpoint::Chat) => Err(unserved("is for /v1/completions")),
+        (Some(true), Endpoint::Text) if request.logprobs.as_ref().is_some_and(|asked| *asked != false) => {
+            Err(unserved("log probabilities of the prompt are not served; leave out `echo` or `logprobs`"))
+        }
+        (Some(true), Endpoint::Text) => Ok(true),
     }
-    let stops = sampling::stops(request)?;
-    Ok(Prepared { shape, prompt: prompt.into(), sampling, stops })
+}
+
+/// The text of a prompt: as it came, or as its tokens read.
+fn shown(served: &Served, prompt: Option<&Prompt>, tokens: &[u32]) -> String {
+    match prompt {
+        Some(Prompt::Text(text)) => text.clone(),
+        Some(Prompt::Texts(texts)) => texts.concat(),
+        _ => {
+            let (mut reader, mut text) = (served.text.reader(&TextStops::default()), String::new());
+            tokens.iter().for_each(|&token| _ = reader.push(token, &mut text));
+            reader.finish(&mut text);
+            text
+        }
+    }
 }
 
 fn check_model(served: &Served, request: &Request) -> Result<(), ApiError> {
@@ -112,7 +151,7 @@ fn shape(endpoint: Endpoint, request: &Request) -> Result<Shape, ApiError> {
         return Err(invalid("stream_options", "is allowed only with `stream`: true"));
     }
     let include_usage = request.stream_options.as_ref().and_then(|options| options.include_usage);
-    Ok(Shape { endpoint, stream, include_usage: include_usage.unwrap_or(false) })
+    Ok(Shape { endpoint, stream, include_usage: include_usage.unwrap_or(false), logprobs: false })
 }
 
 fn turns(messages: Option<&[Message]>) -> Result<Vec<Turn>, ApiError> {

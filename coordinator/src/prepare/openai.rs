@@ -2,55 +2,58 @@
 //!
 //! Read by [`super::prepare`], which checks it and hands nothing of it on. Fields that are not here are ignored, as
 //! clients send many (`user`, `metadata`, `store`, ...). Fields that would change the answer and are not served yet are
-//! here to be refused by name.
+//! in [`unserved`], to be refused by name.
 
 use baton_proto::{ApiError, ErrorCode};
 use serde::Deserialize;
 use serde_json::Value;
+
+mod unserved;
+mod values;
+
+use unserved::Unserved;
+pub use values::{Integer, List, Number};
 
 /// Body of `POST /v1/chat/completions` and `POST /v1/completions`.
 #[derive(Debug, Default, Deserialize)]
 #[serde(expecting = "a JSON object")]
 pub struct Request {
     pub model: Option<String>,
-    pub messages: Option<Vec<Message>>,
+    pub messages: Option<List<Message>>,
     pub prompt: Option<Prompt>,
     pub stream: Option<bool>,
     pub stream_options: Option<StreamOptions>,
+    pub echo: Option<bool>,
+    pub n: Option<Integer>,
+    pub best_of: Option<Integer>,
+    /// A switch for chats, a number for completions.
+    pub logprobs: Option<Value>,
+    pub top_logprobs: Option<Integer>,
 
-    pub temperature: Option<f64>,
-    pub top_p: Option<f64>,
-    pub top_k: Option<i64>,
-    pub min_p: Option<f64>,
-    pub frequency_penalty: Option<f64>,
-    pub presence_penalty: Option<f64>,
-    pub repetition_penalty: Option<f64>,
-    pub seed: Option<i64>,
-    pub max_tokens: Option<i64>,
-    pub max_completion_tokens: Option<i64>,
+    pub temperature: Option<Number>,
+    pub top_p: Option<Number>,
+    pub top_k: Option<Integer>,
+    pub min_p: Option<Number>,
+    pub frequency_penalty: Option<Number>,
+    pub presence_penalty: Option<Number>,
+    pub repetition_penalty: Option<Number>,
+    pub logit_bias: Option<Value>,
+    pub seed: Option<Integer>,
+    pub max_tokens: Option<Integer>,
+    pub max_completion_tokens: Option<Integer>,
+    pub min_tokens: Option<Integer>,
     pub stop: Option<Stop>,
-    pub stop_token_ids: Option<Vec<u32>>,
+    pub stop_token_ids: Option<List<Integer>>,
+    pub include_stop_str_in_output: Option<bool>,
     pub ignore_eos: Option<bool>,
 
-    // Refused unless they ask for nothing.
-    pub n: Option<i64>,
-    pub best_of: Option<i64>,
-    pub echo: Option<bool>,
-    pub suffix: Option<String>,
-    pub logprobs: Option<Value>,
-    pub top_logprobs: Option<Value>,
-    pub logit_bias: Option<Value>,
-    pub tools: Option<Value>,
-    pub tool_choice: Option<Value>,
-    pub functions: Option<Value>,
-    pub function_call: Option<Value>,
-    pub response_format: Option<Value>,
-    pub modalities: Option<Vec<String>>,
-    pub audio: Option<Value>,
+    #[serde(flatten)]
+    pub unserved: Unserved,
 }
 
 /// One turn of a chat.
 #[derive(Debug, Deserialize)]
+#[serde(expecting = "a message, as in {\"role\": \"user\", \"content\": ...}")]
 pub struct Message {
     pub role: Option<String>,
     pub content: Option<Content>,
@@ -88,6 +91,7 @@ pub enum Stop {
 }
 
 #[derive(Debug, Default, Deserialize)]
+#[serde(expecting = "an object, as in {\"include_usage\": true}")]
 pub struct StreamOptions {
     pub include_usage: Option<bool>,
 }
@@ -102,7 +106,8 @@ pub fn parse(body: &[u8]) -> Result<Request, ApiError> {
             // An object that is none at all has no path.
             let field = if path == "." { None } else { Some(path) };
             let subject = field.as_deref().unwrap_or("the request body");
-            let error = ApiError::new(ErrorCode::InvalidArgument, format!("{subject}: {inner}"));
+            let message = format!("{subject}: {}", in_words_of_json(&inner.to_string()));
+            let error = ApiError::new(ErrorCode::InvalidArgument, message);
             return match field {
                 Some(field) => error.param(field),
                 None => error,
@@ -114,49 +119,21 @@ pub fn parse(body: &[u8]) -> Result<Request, ApiError> {
     Ok(request)
 }
 
-fn not_json(error: &serde_json::Error) -> ApiError {
-    ApiError::new(ErrorCode::InvalidArgument, format!("the request body is not valid JSON: {error}"))
+/// The parser calls what it met by names of its own.
+fn in_words_of_json(message: &str) -> String {
+    const NAMES: [(&str, &str); 4] = [
+        ("invalid type: map,", "invalid type: object,"),
+        ("invalid type: sequence,", "invalid type: list,"),
+        ("invalid type: floating point ", "invalid type: number "),
+        ("invalid type: integer ", "invalid type: number "),
+    ];
+    let named =
+        NAMES.iter().find_map(|(theirs, ours)| Some(format!("{ours}{}", message.strip_prefix(theirs)?)));
+    named.unwrap_or_else(|| message.to_owned())
 }
 
-impl Request {
-    /// Refuses what is not served, by field.
-    pub fn refuse_unserved(&self) -> Result<(), ApiError> {
-        let one = |count: Option<i64>| matches!(count, None | Some(1));
-        let unset = |value: &Option<Value>| match value {
-            None | Some(Value::Null | Value::Bool(false)) => true,
-            Some(Value::Array(list)) => list.is_empty(),
-            Some(Value::Object(map)) => map.is_empty(),
-            Some(Value::String(choice)) => choice == "none" || choice == "auto",
-            Some(_) => false,
-        };
-        let text_format = match &self.response_format {
-            Some(Value::Object(format)) => format.get("type").is_none_or(|kind| kind == "text"),
-            other => unset(other),
-        };
-        let text_only = self.modalities.iter().flatten().all(|modality| modality == "text");
-        let served: [(&str, bool, &str); 14] = [
-            ("n", one(self.n), "only 1 choice per request is served; send one request per choice"),
-            ("best_of", one(self.best_of), "only best_of 1 is served"),
-            ("echo", self.echo != Some(true), "the prompt cannot be echoed; leave it out"),
-            ("suffix", self.suffix.as_deref().unwrap_or_default().is_empty(), "insertion is not served"),
-            ("logprobs", unset(&self.logprobs), "log probabilities are not served"),
-            ("top_logprobs", unset(&self.top_logprobs), "log probabilities are not served"),
-            ("logit_bias", unset(&self.logit_bias), "logit bias is not served"),
-            ("tools", unset(&self.tools), "tools are not served"),
-            ("tool_choice", unset(&self.tool_choice), "tools are not served"),
-            ("functions", unset(&self.functions), "functions are not served"),
-            ("function_call", unset(&self.function_call), "functions are not served"),
-            ("response_format", text_format, "only the response format {\"type\": \"text\"} is served"),
-            ("modalities", text_only, "only text is served"),
-            ("audio", unset(&self.audio), "only text is served"),
-        ];
-        match served.iter().find(|(_, good, _)| !good) {
-            Some((field, _, why)) => {
-                Err(ApiError::new(ErrorCode::Unsupported, format!("{field}: {why}")).param(*field))
-            }
-            None => Ok(()),
-        }
-    }
+fn not_json(error: &serde_json::Error) -> ApiError {
+    ApiError::new(ErrorCode::InvalidArgument, format!("the request body is not valid JSON: {error}"))
 }
 
 #[cfg(test)]
@@ -177,6 +154,10 @@ mod tests {
         let cases = [
             (r#"{"temperature": "hot"}"#, "temperature"),
             (r#"{"max_tokens": 1.5}"#, "max_tokens"),
+            (r#"{"max_tokens": "1"}"#, "max_tokens"),
+            (r#"{"seed": 18446744073709551615}"#, "seed"),
+            (r#"{"stop_token_ids": 5}"#, "stop_token_ids"),
+            (r#"{"stop_token_ids": [1, "x"]}"#, "stop_token_ids[1]"),
             (r#"{"messages": {}}"#, "messages"),
             (r#"{"messages": [{"role": 1}]}"#, "messages[0].role"),
             (r#"{"messages": [{"role": "user", "content": 1}]}"#, "messages[0].content"),
@@ -192,8 +173,23 @@ mod tests {
             assert_eq!(error.param.as_deref(), Some(field), "{body}: {error}");
             assert!(error.message.contains(field), "{error}");
         }
+        let message = |body: &str| parse(body.as_bytes()).expect_err(body).message;
+        let hot = "temperature: invalid type: string \"hot\", expected a number";
+        assert!(message(r#"{"temperature": "hot"}"#).starts_with(hot));
+        let half = "max_tokens: invalid type: number `1.5`, expected a whole number";
+        assert!(message(r#"{"max_tokens": 1.5}"#).starts_with(half));
+        let object = "messages: invalid type: object, expected a list";
+        assert!(message(r#"{"messages": {}}"#).starts_with(object));
         let error = parse(b"[]").expect_err("no object");
         assert!(error.param.is_none() && error.message.contains("a JSON object"), "{error}");
+    }
+
+    #[test]
+    fn whole_numbers_may_be_written_with_a_point() {
+        let request =
+            parse(br#"{"max_tokens": 2.0, "n": 1e0, "seed": -3, "temperature": 1}"#).expect("is taken");
+        assert_eq!((request.max_tokens, request.n), (Some(Integer(2)), Some(Integer(1))));
+        assert_eq!((request.seed, request.temperature), (Some(Integer(-3)), Some(Number(1.0))));
     }
 
     #[test]
@@ -201,33 +197,6 @@ mod tests {
         let body = r#"{"user": "u", "metadata": {"a": 1}, "store": true, "temperature": null, "stop": null,
             "messages": [{"role": "user", "name": "n", "content": [{"type": "text", "text": "hi"}]}]}"#;
         let request = parse(body.as_bytes()).expect("is taken");
-        assert!(request.temperature.is_none() && request.refuse_unserved().is_ok());
-    }
-
-    #[test]
-    fn what_is_not_served_is_refused_by_name() {
-        let refused = [
-            (r#"{"n": 2}"#, "n"),
-            (r#"{"n": 0}"#, "n"),
-            (r#"{"best_of": 3}"#, "best_of"),
-            (r#"{"echo": true}"#, "echo"),
-            (r#"{"suffix": "x"}"#, "suffix"),
-            (r#"{"logprobs": true}"#, "logprobs"),
-            (r#"{"logprobs": 0}"#, "logprobs"),
-            (r#"{"top_logprobs": 2}"#, "top_logprobs"),
-            (r#"{"logit_bias": {"1": 2}}"#, "logit_bias"),
-            (r#"{"tools": [{"type": "function"}]}"#, "tools"),
-            (r#"{"tool_choice": "required"}"#, "tool_choice"),
-            (r#"{"functions": [{}]}"#, "functions"),
-            (r#"{"response_format": {"type": "json_object"}}"#, "response_format"),
-            (r#"{"modalities": ["audio"]}"#, "modalities"),
-        ];
-        for (body, field) in refused {
-            let error = parse(body.as_bytes()).expect(body).refuse_unserved().expect_err(body);
-            assert_eq!((error.code, error.param.as_deref()), (ErrorCode::Unsupported, Some(field)));
-        }
-        let taken = r#"{"n": 1, "best_of": 1, "echo": false, "suffix": "", "logprobs": false, "tools": [],
-            "tool_choice": "none", "logit_bias": {}, "response_format": {"type": "text"}}"#;
-        assert!(parse(taken.as_bytes()).expect("parses").refuse_unserved().is_ok());
+        assert!(request.temperature.is_none() && request.unserved.refuse().is_ok());
     }
 }

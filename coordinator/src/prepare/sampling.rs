@@ -2,13 +2,10 @@
 
 use baton_proto::{ApiError, ErrorCode, v1};
 
-use super::openai::Request;
-
-/// Stop strings a request may name, and the longest of them.
-const STOPS_MOST: usize = 16;
-const STOP_BYTES_MOST: usize = 1024;
-/// Stop tokens a request may name.
-const STOP_TOKENS_MOST: usize = 64;
+use super::{
+    Endpoint, Served, ends, invalid, logits,
+    openai::{Integer, Number, Request},
+};
 
 /// Sampling as instances are told it. Randomness is a pure function of (seed, position).
 #[derive(Debug, Clone, PartialEq)]
@@ -28,9 +25,14 @@ pub struct Sampling {
     pub seed: u64,
     /// At least 1.
     pub max_tokens: u32,
+    /// All tokens that end this sequence, ascending.
     pub stop_token_ids: Vec<u32>,
-    /// Stop tokens do not end the sequence.
-    pub ignore_eos: bool,
+    /// Tokens before any of `stop_token_ids` can be chosen; within `max_tokens`.
+    pub min_tokens: u32,
+    /// Added to the logits of single tokens; ascending by token, each once.
+    pub logit_bias: Vec<(u32, f32)>,
+    /// Log probabilities are wanted, with as many of the likeliest tokens.
+    pub top_logprobs: Option<u32>,
 }
 
 impl From<&Sampling> for v1::Sampling {
@@ -46,7 +48,13 @@ impl From<&Sampling> for v1::Sampling {
             seed: sampling.seed,
             max_tokens: sampling.max_tokens,
             stop_token_ids: sampling.stop_token_ids.clone(),
-            ignore_eos: sampling.ignore_eos,
+            logit_bias: sampling
+                .logit_bias
+                .iter()
+                .map(|&(token, bias)| v1::LogitBias { token, bias })
+                .collect(),
+            min_tokens: sampling.min_tokens,
+            top_logprobs: sampling.top_logprobs,
         }
     }
 }
@@ -59,52 +67,39 @@ pub(super) struct TokenLimits {
     pub max_completion_tokens: u32,
 }
 
-fn invalid(field: &str, message: String) -> ApiError {
-    ApiError::new(ErrorCode::InvalidArgument, format!("{field}: {message}")).param(field)
-}
-
-fn within(field: &str, value: Option<f64>, default: f32, least: f64, most: f64) -> Result<f32, ApiError> {
-    match value {
+fn within(field: &str, value: Option<Number>, default: f32, least: f64, most: f64) -> Result<f32, ApiError> {
+    match value.map(|number| number.0) {
         None => Ok(default),
         Some(value) if (least..=most).contains(&value) => Ok(value as f32),
-        Some(value) => Err(invalid(field, format!("must be {least} to {most}, got {value}"))),
+        Some(value) => Err(invalid(field, &format!("must be {least} to {most}, got {value}"))),
     }
 }
 
-/// Checks the sampling fields of a request. `seed` is taken if the request names none; `model_stops` are the tokens
-/// that end a sequence of this model.
+/// Checks the sampling fields of a request. `seed` is taken if the request names none.
 pub(super) fn sampling(
+    served: &Served,
+    endpoint: Endpoint,
     request: &Request,
     prompt_tokens: u32,
     limits: TokenLimits,
-    model_stops: &[u32],
     seed: u64,
 ) -> Result<Sampling, ApiError> {
+    let vocabulary = served.text.vocabulary();
     let top_p = within("top_p", request.top_p, 1.0, 0.0, 1.0)?;
     let temperature = within("temperature", request.temperature, 1.0, 0.0, 2.0)?;
     let top_k = match request.top_k {
-        None | Some(-1 | 0) => 0,
-        Some(k) => u32::try_from(k)
-            .map_err(|_| invalid("top_k", format!("must be 0 (off) to {}, got {k}", u32::MAX)))?,
+        None | Some(Integer(-1 | 0)) => 0,
+        Some(Integer(k)) => u32::try_from(k)
+            .map_err(|_| invalid("top_k", &format!("must be 0 (off) to {}, got {k}", u32::MAX)))?,
     };
     let repetition_penalty = match request.repetition_penalty {
-        Some(value) if !(value > 0.0 && value <= 10.0) => {
-            return Err(invalid(
-                "repetition_penalty",
-                format!("must be above 0 and at most 10, got {value}"),
-            ));
+        Some(Number(value)) if !(value > 0.0 && value <= 10.0) => {
+            let message = format!("must be above 0 and at most 10, got {value}");
+            return Err(invalid("repetition_penalty", &message));
         }
-        other => other.unwrap_or(1.0) as f32,
+        other => other.map_or(1.0, |number| number.0 as f32),
     };
-    let mut stop_token_ids = model_stops.to_vec();
-    let asked = request.stop_token_ids.as_deref().unwrap_or_default();
-    if asked.len() > STOP_TOKENS_MOST {
-        let message = format!("at most {STOP_TOKENS_MOST} may be given, got {}", asked.len());
-        return Err(invalid("stop_token_ids", message));
-    }
-    stop_token_ids.extend(asked);
-    stop_token_ids.sort_unstable();
-    stop_token_ids.dedup();
+    let max_tokens = max_tokens(request, prompt_tokens, limits)?;
     Ok(Sampling {
         // An empty nucleus leaves the likeliest token only.
         temperature: if top_p == 0.0 { 0.0 } else { temperature },
@@ -114,10 +109,12 @@ pub(super) fn sampling(
         frequency_penalty: within("frequency_penalty", request.frequency_penalty, 0.0, -2.0, 2.0)?,
         presence_penalty: within("presence_penalty", request.presence_penalty, 0.0, -2.0, 2.0)?,
         repetition_penalty,
-        seed: request.seed.map_or(seed, i64::cast_unsigned),
-        max_tokens: max_tokens(request, prompt_tokens, limits)?,
-        stop_token_ids,
-        ignore_eos: request.ignore_eos.unwrap_or(false),
+        seed: request.seed.map_or(seed, |seed| seed.0.cast_unsigned()),
+        max_tokens,
+        stop_token_ids: ends::stop_tokens(request, &served.stop_tokens, vocabulary)?,
+        min_tokens: ends::min_tokens(request, max_tokens)?,
+        logit_bias: logits::logit_bias(request, vocabulary)?,
+        top_logprobs: logits::top_logprobs(endpoint, request)?,
     })
 }
 
@@ -133,15 +130,15 @@ fn max_tokens(request: &Request, prompt_tokens: u32, limits: TokenLimits) -> Res
         return Err(too_long(message, prompt_field));
     };
     let (field, asked) = match (request.max_completion_tokens, request.max_tokens) {
-        (Some(asked), _) => ("max_completion_tokens", asked),
-        (None, Some(asked)) => ("max_tokens", asked),
+        (Some(Integer(asked)), _) => ("max_completion_tokens", asked),
+        (None, Some(Integer(asked))) => ("max_tokens", asked),
         (None, None) => {
             let most = limits.max_completion_tokens;
             return Ok(if most == 0 { rest } else { rest.min(most) });
         }
     };
     if asked < 1 {
-        return Err(invalid(field, format!("must be at least 1, got {asked}")));
+        return Err(invalid(field, &format!("must be at least 1, got {asked}")));
     }
     let Some(asked) = u32::try_from(asked).ok().filter(|&asked| asked <= rest) else {
         let message = format!(
@@ -152,44 +149,25 @@ fn max_tokens(request: &Request, prompt_tokens: u32, limits: TokenLimits) -> Res
     };
     match limits.max_completion_tokens {
         most if most > 0 && asked > most => {
-            Err(invalid(field, format!("must be 1 to {most} here, got {asked}")))
+            Err(invalid(field, &format!("must be 1 to {most} here, got {asked}")))
         }
         _ => Ok(asked),
     }
 }
 
-/// Checks the stop strings of a request.
-pub(super) fn stops(request: Request) -> Result<Vec<String>, ApiError> {
-    use super::openai::Stop;
-    let stops = match request.stop {
-        None => Vec::new(),
-        Some(Stop::One(stop)) => vec![stop],
-        Some(Stop::Many(stops)) => stops,
-    };
-    if stops.len() > STOPS_MOST {
-        return Err(invalid(
-            "stop",
-            format!("at most {STOPS_MOST} strings may be given, got {}", stops.len()),
-        ));
-    }
-    if stops.iter().any(String::is_empty) {
-        return Err(invalid("stop", "must not hold an empty string".into()));
-    }
-    if let Some(long) = stops.iter().find(|stop| stop.len() > STOP_BYTES_MOST) {
-        let message = format!("a string may have at most {STOP_BYTES_MOST} bytes, got {}", long.len());
-        return Err(invalid("stop", message));
-    }
-    Ok(stops)
-}
-
 #[cfg(test)]
 mod tests {
-    use super::{super::openai::parse, *};
+    use super::{
+        super::{openai::parse, tests::served},
+        *,
+    };
 
     const LIMITS: TokenLimits = TokenLimits { context_tokens: 100, max_completion_tokens: 0 };
 
+    /// `prompt_tokens` 10, seed 7 and the stop token 0 unless the request says otherwise.
     fn check(body: &str) -> Result<Sampling, ApiError> {
-        sampling(&parse(body.as_bytes()).expect(body), 10, LIMITS, &[2], 7)
+        let request = parse(body.as_bytes()).expect(body);
+        sampling(&served(), Endpoint::Chat, &request, 10, LIMITS, 7)
     }
 
     #[test]
@@ -205,8 +183,10 @@ mod tests {
             repetition_penalty: 1.0,
             seed: 7,
             max_tokens: 90,
-            stop_token_ids: vec![2],
-            ignore_eos: false,
+            stop_token_ids: vec![0],
+            min_tokens: 0,
+            logit_bias: Vec::new(),
+            top_logprobs: None,
         };
         assert_eq!(sampling, expected);
     }
@@ -225,6 +205,10 @@ mod tests {
             (r#"{"max_tokens": 0}"#, "max_tokens", "at least 1"),
             (r#"{"max_tokens": -5}"#, "max_tokens", "at least 1"),
             (r#"{"max_completion_tokens": 0}"#, "max_completion_tokens", "at least 1"),
+            (r#"{"min_tokens": 6, "max_tokens": 5}"#, "min_tokens", "0 to the 5"),
+            (r#"{"logit_bias": {"256": 1}}"#, "logit_bias", "0 to 255"),
+            (r#"{"stop_token_ids": [256]}"#, "stop_token_ids", "0 to 255"),
+            (r#"{"logprobs": true, "top_logprobs": 21}"#, "top_logprobs", "0 to 20"),
         ];
         for (body, field, range) in cases {
             let error = check(body).expect_err(body);
@@ -244,12 +228,15 @@ mod tests {
         let error = check(r#"{"max_tokens": 1000000000000}"#).expect_err("far too long");
         assert_eq!(error.code, ErrorCode::ContextLengthExceeded);
         let request = parse(br#"{"prompt": "x"}"#).expect("parses");
-        let error = sampling(&request, 100, LIMITS, &[], 0).expect_err("no room for an answer");
+        let sampling = |request: &Request, prompt_tokens, limits| {
+            sampling(&served(), Endpoint::Text, request, prompt_tokens, limits, 0)
+        };
+        let error = sampling(&request, 100, LIMITS).expect_err("no room for an answer");
         assert_eq!((error.code, error.param.as_deref()), (ErrorCode::ContextLengthExceeded, Some("prompt")));
         let tight = TokenLimits { max_completion_tokens: 5, ..LIMITS };
-        assert_eq!(sampling(&request, 1, tight, &[], 0).expect("fits").max_tokens, 5);
+        assert_eq!(sampling(&request, 1, tight).expect("fits").max_tokens, 5);
         let request = parse(br#"{"max_tokens": 6}"#).expect("parses");
-        assert!(sampling(&request, 1, tight, &[], 0).is_err());
+        assert!(sampling(&request, 1, tight).is_err());
     }
 
     #[test]
@@ -258,18 +245,5 @@ mod tests {
         assert_eq!(both.max_tokens, 6);
         let greedy = check(r#"{"top_p": 0, "temperature": 1.5, "seed": -1, "top_k": -1}"#).expect("is taken");
         assert_eq!((greedy.temperature, greedy.top_p, greedy.seed), (0.0, 1.0, u64::MAX));
-    }
-
-    #[test]
-    fn stops_are_one_or_many_and_never_empty() {
-        let check = |body: &str| stops(parse(body.as_bytes()).expect(body));
-        assert_eq!(check(r#"{"stop": "a"}"#).expect("is taken"), ["a"]);
-        assert_eq!(check(r#"{"stop": ["a", "b", "c", "d", "e"]}"#).expect("is taken").len(), 5);
-        assert!(check("{}").expect("is taken").is_empty());
-        for bad in [r#"{"stop": ""}"#, r#"{"stop": ["a", ""]}"#] {
-            assert_eq!(check(bad).expect_err(bad).param.as_deref(), Some("stop"));
-        }
-        let many = format!(r#"{{"stop": {:?}}}"#, vec!["x"; STOPS_MOST + 1]);
-        assert!(check(&many).expect_err("too many").message.contains("at most 16"));
     }
 }

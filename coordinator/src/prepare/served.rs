@@ -1,6 +1,7 @@
 //! The one model this coordinator serves: its text side and its limits.
 
 use std::{
+    borrow::Cow,
     sync::Arc,
     time::{SystemTime, UNIX_EPOCH},
 };
@@ -11,7 +12,7 @@ use baton_proto::{ApiError, ErrorCode};
 use crate::{
     CoordinatorError,
     config::ModelConfig,
-    text::{ChatMessage, CheckpointText, Reader, TextError},
+    text::{ChatMessage, CheckpointText, Reader, TextError, TextStops},
 };
 
 /// One turn of a chat, checked.
@@ -30,18 +31,33 @@ pub trait TextModel: Send + Sync {
     /// Tokens of a chat through the model's template, ready for the assistant's answer.
     fn tokenise_chat(&self, turns: &[Turn]) -> Result<Vec<u32>, ApiError>;
 
-    /// Reads an answer that ends before any of `stops`.
-    fn reader(&self, stops: Vec<String>) -> Box<dyn TextReader>;
+    /// Reads an answer that ends at any of `stops`.
+    fn reader(&self, stops: &TextStops) -> Box<dyn TextReader>;
+
+    /// How a token is told of by itself.
+    fn spelling(&self, token: u32) -> Spelling<'_>;
 
     /// One more than the highest token id.
     fn vocabulary(&self) -> u32;
 }
 
+/// One token on paper.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Spelling<'a> {
+    /// The bytes of text it stands for, which need not be whole characters.
+    Bytes(&'a [u8]),
+    /// It has no text, only a name.
+    Name(Cow<'a, str>),
+}
+
 /// Turns the tokens of one answer into text, holding back what is not certain yet: parts of characters, and what may
 /// become a stop string.
 pub trait TextReader: Send {
-    /// Appends text that has become certain. True: a stop string has matched and the answer ends before it.
+    /// Appends text that has become certain. True: a stop string has matched and the answer ends there.
     fn push(&mut self, token: u32, text: &mut String) -> bool;
+
+    /// Characters that the tokens so far stand for, appended or held back; those that are not whole yet not counted.
+    fn characters(&self) -> u32;
 
     /// Appends what was held back: no more tokens come.
     fn finish(&mut self, text: &mut String);
@@ -106,8 +122,15 @@ impl TextModel for CheckpointText {
         self.encode_chat(&messages).map_err(|error| refused(&error, "messages"))
     }
 
-    fn reader(&self, stops: Vec<String>) -> Box<dyn TextReader> {
+    fn reader(&self, stops: &TextStops) -> Box<dyn TextReader> {
         Box::new(CheckpointText::reader(self, stops))
+    }
+
+    fn spelling(&self, token: u32) -> Spelling<'_> {
+        match self.tokens().name(token) {
+            Some(name) => Spelling::Name(name),
+            None => Spelling::Bytes(self.tokens().get(token)),
+        }
     }
 
     fn vocabulary(&self) -> u32 {
@@ -118,6 +141,10 @@ impl TextModel for CheckpointText {
 impl TextReader for Reader {
     fn push(&mut self, token: u32, text: &mut String) -> bool {
         Reader::push(self, token, text)
+    }
+
+    fn characters(&self) -> u32 {
+        Reader::characters(self)
     }
 
     fn finish(&mut self, text: &mut String) {

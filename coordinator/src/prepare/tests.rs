@@ -5,6 +5,16 @@ use super::*;
 /// One token per byte; the template is `role:content\n` per turn and `assistant:`.
 pub(crate) struct Bytes;
 
+static BYTES: [u8; 256] = {
+    let mut bytes = [0; 256];
+    let mut at = 0;
+    while at < 256 {
+        bytes[at] = at as u8;
+        at += 1;
+    }
+    bytes
+};
+
 struct ByteReader {
     stops: Vec<String>,
     all: String,
@@ -22,8 +32,15 @@ impl TextModel for Bytes {
         self.tokenise_text(&text)
     }
 
-    fn reader(&self, stops: Vec<String>) -> Box<dyn TextReader> {
-        Box::new(ByteReader { stops, all: String::new(), given: 0 })
+    fn reader(&self, stops: &TextStops) -> Box<dyn TextReader> {
+        Box::new(ByteReader { stops: stops.strings.clone(), all: String::new(), given: 0 })
+    }
+
+    fn spelling(&self, token: u32) -> Spelling<'_> {
+        match token {
+            0 => Spelling::Name("<end>".into()),
+            byte => Spelling::Bytes(&BYTES[byte as usize..][..1]),
+        }
     }
 
     fn vocabulary(&self) -> u32 {
@@ -43,6 +60,10 @@ impl TextReader for ByteReader {
         text.push_str(&self.all[self.given..certain]);
         self.given = certain;
         false
+    }
+
+    fn characters(&self) -> u32 {
+        self.all.chars().count() as u32
     }
 
     fn finish(&mut self, text: &mut String) {
@@ -86,7 +107,10 @@ fn chats_go_through_the_template() {
     )
     .expect("is taken");
     assert_eq!(words(&prepared), "system:be brief\nuser:ab\nassistant:\nuser:c\nassistant:");
-    assert_eq!(prepared.shape, Shape { endpoint: Endpoint::Chat, stream: true, include_usage: true });
+    assert_eq!(
+        prepared.shape,
+        Shape { endpoint: Endpoint::Chat, stream: true, include_usage: true, logprobs: false }
+    );
     assert_eq!(prepared.sampling.stop_token_ids, [0]);
 }
 

@@ -2,177 +2,106 @@
 //!
 //! Made by [`crate::serve`], read by [`crate::http`] as fast as the client reads. Holds everything the request holds;
 //! dropping it (the client has gone) cancels both legs, gives the seat back and takes the work off the ledger.
+//! [`reading`] is one choice's text, [`lane`] one prompt with the legs that work at it.
 
-use std::task::{Context, Poll, ready};
+mod lane;
+mod reading;
 
-use baton_proto::{ApiError, ErrorCode};
+use std::task::{Context, Poll};
+
+use baton_proto::ApiError;
 use tokio::time::Instant;
 
-use crate::{
-    admit::Permit,
-    dispatch::{Completed, Generation, Progress, StopReason},
-    prepare::{Shape, TextReader},
-    requests::CardGuard,
-    serve::{Attempts, Replacing, Report},
-};
+use crate::{admit::Permit, prepare::Shape, report::Report, requests::CardGuard};
 
-/// Token counts as clients are told them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Usage {
-    pub prompt_tokens: u32,
-    pub completion_tokens: u32,
-    /// Of the prompt, taken from a prefix cache.
-    pub cached_tokens: u32,
-}
+pub use crate::report::Usage;
+pub use lane::Lane;
+pub use reading::{Piece, Reading, ScoredToken};
 
-/// The end of an answer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Finish {
-    pub reason: StopReason,
-    pub usage: Usage,
-}
-
-/// What reading brought, besides text.
+/// What reading brought, besides pieces.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Step {
     More,
-    End(Result<Finish, ApiError>),
-}
-
-/// Who works at the answer.
-enum Work {
-    Generating(Box<Generation>),
-    /// The first instances failed before they said anything; others are being looked for.
-    Replacing(Replacing),
+    /// Every choice's last piece has been given.
+    End(Result<Usage, ApiError>),
 }
 
 /// An answer on its way.
 pub struct Streaming {
     pub shape: Shape,
     // Dropped in this order: legs are cancelled first, the seat is given back last.
-    work: Work,
-    attempts: Attempts,
-    reading: Reading,
+    lanes: Vec<Lane>,
     report: Report,
     card: CardGuard,
     _permit: Permit,
 }
 
 impl Streaming {
-    pub fn new(
-        shape: Shape,
-        generation: Generation,
-        attempts: Attempts,
-        reader: Box<dyn TextReader>,
-        report: Report,
-        card: CardGuard,
-        permit: Permit,
-    ) -> Self {
-        let work = Work::Generating(Box::new(generation));
-        let reading = Reading { reader, ends_sequence: attempts.ends_sequence(), consumed: 0 };
-        Self { shape, work, attempts, reading, report, card, _permit: permit }
+    /// A request with as many prompts as `lanes`; choices are counted through all of them.
+    pub fn new(shape: Shape, lanes: Vec<Lane>, report: Report, card: CardGuard, permit: Permit) -> Self {
+        Self { shape, lanes, report, card, _permit: permit }
     }
 
-    /// Waits for text that is certain, and appends it, or for the end. Must not be called after the end.
-    pub fn poll_step(&mut self, context: &mut Context<'_>, text: &mut String) -> Poll<Step> {
-        loop {
-            let generation = match &mut self.work {
-                Work::Generating(generation) => generation,
-                Work::Replacing(replacing) => match ready!(replacing.as_mut().poll(context)) {
-                    Ok((generation, stage)) => {
-                        self.card.set(stage);
-                        self.work = Work::Generating(Box::new(generation));
-                        continue;
-                    }
-                    Err(error) => return Poll::Ready(self.fail(error)),
-                },
-            };
-            let progress = ready!(generation.poll(context));
-            let read = self.reading.take(generation.fresh(), text);
-            if read.tokens > 0 {
-                self.report.tokens(self.reading.consumed, Instant::now());
-                self.card.set_completion_tokens(self.reading.consumed);
-            }
-            if read.stopped {
-                let completed = generation.stop();
-                return Poll::Ready(self.finish(completed));
-            }
-            match progress {
-                Progress::Tokens if text.is_empty() => {}
-                Progress::Tokens => return Poll::Ready(Step::More),
-                Progress::End(Ok(completed)) => {
-                    self.reading.reader.finish(text);
-                    return Poll::Ready(self.finish(completed));
+    /// An empty piece for each choice.
+    pub fn pieces(&self) -> Vec<Piece> {
+        let choices = self.lanes.iter().map(Lane::choices).sum();
+        vec![Piece::default(); choices]
+    }
+
+    /// Waits for anything that is certain, and adds it to the choices' pieces, or for the end. Must not be called after
+    /// the end.
+    pub fn poll_step(&mut self, context: &mut Context<'_>, pieces: &mut [Piece]) -> Poll<Step> {
+        let (mut rest, mut done) = (&mut *pieces, true);
+        for lane in &mut self.lanes {
+            let (own, others) = rest.split_at_mut(lane.choices());
+            rest = others;
+            match lane.poll(context, &self.card, own) {
+                Poll::Ready(Ok(())) => {}
+                Poll::Ready(Err(error)) => {
+                    self.report.failed(&error);
+                    return Poll::Ready(Step::End(Err(error)));
                 }
-                Progress::End(Err(error)) => match self.again(error) {
-                    Ok(replacing) => self.work = Work::Replacing(replacing),
-                    Err(error) => return Poll::Ready(self.fail(error)),
-                },
+                Poll::Pending => done = false,
             }
         }
+        self.count();
+        if done {
+            return Poll::Ready(self.finish());
+        }
+        if pieces.iter().all(Piece::is_empty) { Poll::Pending } else { Poll::Ready(Step::More) }
     }
 
     /// Waits for the next step.
-    pub async fn step(&mut self, text: &mut String) -> Step {
-        std::future::poll_fn(|context| self.poll_step(context, text)).await
+    pub async fn step(&mut self, pieces: &mut [Piece]) -> Step {
+        std::future::poll_fn(|context| self.poll_step(context, pieces)).await
     }
 
-    /// Places the request once more if nothing of it has been answered yet and another attempt may do better.
-    fn again(&mut self, error: ApiError) -> Result<Replacing, ApiError> {
-        let worth_it = matches!(
-            error.code,
-            ErrorCode::InstanceLost
-                | ErrorCode::StaleEpoch
-                | ErrorCode::HandoffFailed
-                | ErrorCode::Unavailable
-        );
-        if worth_it && self.reading.consumed == 0 { self.attempts.again(error) } else { Err(error) }
-    }
-
-    fn fail(&mut self, error: ApiError) -> Step {
-        self.report.failed(&error);
-        Step::End(Err(error))
-    }
-
-    fn finish(&mut self, completed: Completed) -> Step {
-        let usage = Usage {
-            prompt_tokens: self.attempts.prompt_tokens(),
-            completion_tokens: self.reading.consumed,
-            cached_tokens: completed.cached_tokens,
+    /// Waits for the end, and adds all that comes before it to the choices' pieces.
+    pub async fn rest(&mut self, pieces: &mut [Piece]) -> Result<Usage, ApiError> {
+        // Either way every lane has been polled until it waits, and will wake this task.
+        let whole = |context: &mut Context<'_>| match self.poll_step(context, pieces) {
+            Poll::Ready(Step::End(end)) => Poll::Ready(end),
+            Poll::Ready(Step::More) | Poll::Pending => Poll::Pending,
         };
-        self.report.finished(&usage);
-        Step::End(Ok(Finish { reason: completed.reason, usage }))
+        std::future::poll_fn(whole).await
     }
-}
 
-/// Tokens into text.
-struct Reading {
-    reader: Box<dyn TextReader>,
-    /// Ascending.
-    ends_sequence: Vec<u32>,
-    /// Tokens of the answer so far.
-    consumed: u32,
-}
-
-/// What reading some tokens brought.
-struct Read {
-    tokens: u32,
-    /// A stop string has matched: the answer ends before it.
-    stopped: bool,
-}
-
-impl Reading {
-    fn take(&mut self, fresh: &[u32], text: &mut String) -> Read {
-        let before = self.consumed;
-        let mut stopped = false;
-        for &token in fresh {
-            self.consumed += 1;
-            // A token that ends the sequence is counted and has no text.
-            if self.ends_sequence.binary_search(&token).is_err() && self.reader.push(token, text) {
-                stopped = true;
-                break;
-            }
+    fn count(&mut self) {
+        let tokens = self.lanes.iter().flat_map(Lane::consumed).sum();
+        if tokens > self.card.card().completion_tokens() {
+            self.report.tokens(tokens, Instant::now());
+            self.card.set_completion_tokens(tokens);
         }
-        Read { tokens: self.consumed - before, stopped }
+    }
+
+    fn finish(&mut self) -> Step {
+        let usage = Usage {
+            prompt_tokens: self.lanes.iter().map(Lane::prompt_tokens).sum(),
+            completion_tokens: self.lanes.iter().flat_map(Lane::consumed).sum(),
+            cached_tokens: self.lanes.iter().map(Lane::cached_tokens).sum(),
+        };
+        let longest = self.lanes.iter().flat_map(Lane::consumed).max().unwrap_or(0);
+        self.report.finished(&usage, longest);
+        Step::End(Ok(usage))
     }
 }

@@ -3,25 +3,48 @@
 //! A token of a byte-level or byte-fallback tokeniser stands for bytes, which need not be whole characters. The
 //! deltas put together are exactly the lossy UTF-8 reading of all bytes together.
 
-use std::sync::Arc;
+use std::{borrow::Cow, sync::Arc};
 
-/// Bytes of every token of a model, in one piece of memory.
+/// One token of a tokeniser.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Piece {
+    /// Stands for these bytes of text.
+    Shown(Vec<u8>),
+    /// Has no text, only a name, such as `<|im_end|>`.
+    Hidden(String),
+}
+
+impl From<Vec<u8>> for Piece {
+    fn from(bytes: Vec<u8>) -> Self {
+        Self::Shown(bytes)
+    }
+}
+
+/// Every token of a model, in one piece of memory.
 #[derive(Debug)]
 pub struct TokenTexts {
     bytes: Vec<u8>,
     /// Token `id` is `bytes[ends[id - 1]..ends[id]]`.
     ends: Vec<u32>,
+    /// Tokens whose bytes are a name, ascending.
+    hidden: Vec<u32>,
 }
 
 impl TokenTexts {
-    /// From the bytes of each token in the order of ids; empty for tokens that are not shown.
-    pub fn new(tokens: impl IntoIterator<Item = Vec<u8>>) -> Self {
-        let (mut bytes, mut ends) = (Vec::new(), Vec::new());
+    /// From each token in the order of ids.
+    pub fn new<P: Into<Piece>>(tokens: impl IntoIterator<Item = P>) -> Self {
+        let mut texts = Self { bytes: Vec::new(), ends: Vec::new(), hidden: Vec::new() };
         for token in tokens {
-            bytes.extend_from_slice(&token);
-            ends.push(u32::try_from(bytes.len()).unwrap_or(u32::MAX));
+            match token.into() {
+                Piece::Shown(bytes) => texts.bytes.extend_from_slice(&bytes),
+                Piece::Hidden(name) => {
+                    texts.hidden.push(texts.len());
+                    texts.bytes.extend_from_slice(name.as_bytes());
+                }
+            }
+            texts.ends.push(u32::try_from(texts.bytes.len()).unwrap_or(u32::MAX));
         }
-        Self { bytes, ends }
+        texts
     }
 
     /// Number of tokens.
@@ -33,8 +56,20 @@ impl TokenTexts {
         self.ends.is_empty()
     }
 
-    /// Bytes of one token; none for an id the tokeniser does not know.
+    /// Bytes of text that a token stands for; none for one that has no text, or that the tokeniser does not know.
     pub fn get(&self, id: u32) -> &[u8] {
+        if self.hidden.binary_search(&id).is_ok() { &[] } else { self.spelt(id) }
+    }
+
+    /// The name of a token without text; `None` if it has text.
+    pub fn name(&self, id: u32) -> Option<Cow<'_, str>> {
+        if id >= self.len() {
+            return Some(format!("token_id:{id}").into());
+        }
+        self.hidden.binary_search(&id).ok().map(|_| String::from_utf8_lossy(self.spelt(id)))
+    }
+
+    fn spelt(&self, id: u32) -> &[u8] {
         let id = id as usize;
         let start = if id == 0 { Some(&0) } else { self.ends.get(id - 1) };
         match (start, self.ends.get(id)) {
@@ -130,6 +165,18 @@ mod tests {
     fn a_character_that_never_comes_is_replaced() {
         assert_eq!(read(&[vec![b'a', 0xe2, 0x98]]), ["a", "\u{fffd}"]);
         assert_eq!(read(&[vec![0xe2], vec![b'b']]), ["", "\u{fffd}b", ""]);
+    }
+
+    #[test]
+    fn hidden_tokens_have_a_name_and_no_text() {
+        let texts = TokenTexts::new([
+            Piece::Shown(b"a".to_vec()),
+            Piece::Hidden("<end>".into()),
+            Piece::Shown(b"b".to_vec()),
+        ]);
+        assert_eq!([0, 1, 2, 3].map(|id| texts.get(id)), [b"a".as_slice(), b"", b"b", b""]);
+        let names = [0, 1, 2, 3].map(|id| texts.name(id).map(Cow::into_owned));
+        assert_eq!(names, [None, Some("<end>".into()), None, Some("token_id:3".into())]);
     }
 
     #[test]

@@ -15,7 +15,10 @@ use tokenizers::{
     },
 };
 
-use super::{detokenize::TokenTexts, sentencepiece};
+use super::{
+    detokenize::{Piece, TokenTexts},
+    sentencepiece,
+};
 
 /// What [`build`] makes.
 pub(super) struct Built {
@@ -137,12 +140,12 @@ pub(super) fn added_tokens(source: &GgmlTokenizer) -> Vec<AddedToken> {
     tokens.filter(|token| !token.content.is_empty()).collect()
 }
 
-/// The bytes that a token shows.
-fn text(token: &str, kind: TokenKind) -> Vec<u8> {
+/// What a token shows.
+fn text(token: &str, kind: TokenKind) -> Piece {
     match kind {
-        TokenKind::Control | TokenKind::Unknown | TokenKind::Unused => Vec::new(),
-        TokenKind::UserDefined => token.as_bytes().to_vec(),
-        TokenKind::Normal | TokenKind::Byte => byte_level(token),
+        TokenKind::Control | TokenKind::Unknown | TokenKind::Unused => Piece::Hidden(token.to_owned()),
+        TokenKind::UserDefined => Piece::Shown(token.as_bytes().to_vec()),
+        TokenKind::Normal | TokenKind::Byte => Piece::Shown(byte_level(token)),
     }
 }
 

@@ -18,7 +18,7 @@ use std::{path::PathBuf, sync::Arc};
 use baton_checkpoint::Checkpoint;
 
 pub use detokenize::{Detokenizer, TokenTexts};
-pub use reader::Reader;
+pub use reader::{Reader, TextStops};
 pub use stop::StopMatcher;
 pub use template::{ChatMessage, ChatTemplate, Clock};
 pub use tokenizer::Tokenizer;
@@ -78,9 +78,14 @@ impl CheckpointText {
         Detokenizer::new(self.texts.clone())
     }
 
-    /// Turns the tokens of one answer into text that ends before any of `stops`.
-    pub fn reader(&self, stops: Vec<String>) -> Reader {
-        Reader::new(self.detokenizer(), StopMatcher::new(stops))
+    /// Turns the tokens of one answer into text that ends at any of `stops`.
+    pub fn reader(&self, stops: &TextStops) -> Reader {
+        Reader::new(self.detokenizer(), stops)
+    }
+
+    /// All tokens.
+    pub fn tokens(&self) -> &TokenTexts {
+        &self.texts
     }
 
     /// One more than the highest token id that has a text.

@@ -2,32 +2,60 @@
 
 use super::{Detokenizer, StopMatcher};
 
+/// What ends an answer's text.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct TextStops {
+    pub strings: Vec<String>,
+    /// The text ends after the stop string, not before it.
+    pub included: bool,
+    /// Within this many tokens stop strings stop nothing.
+    pub min_tokens: u32,
+}
+
 /// The state of one answer.
 #[derive(Debug, Clone)]
 pub struct Reader {
     detokenizer: Detokenizer,
     stops: StopMatcher,
+    min_tokens: u32,
+    tokens: u32,
+    /// Characters that the tokens so far stand for.
+    characters: u32,
     /// Reused for every token.
     fresh: String,
 }
 
 impl Reader {
-    pub fn new(detokenizer: Detokenizer, stops: StopMatcher) -> Self {
-        Self { detokenizer, stops, fresh: String::new() }
+    pub fn new(detokenizer: Detokenizer, stops: &TextStops) -> Self {
+        Self {
+            detokenizer,
+            stops: StopMatcher::new(&stops.strings, stops.included),
+            min_tokens: stops.min_tokens,
+            tokens: 0,
+            characters: 0,
+            fresh: String::new(),
+        }
     }
 
-    /// Appends text that has become certain. True: a stop string has matched and the answer ends before it.
+    /// Appends text that has become certain. True: a stop string has matched and the answer ends there.
     pub fn push(&mut self, token: u32, text: &mut String) -> bool {
         self.fresh.clear();
         self.detokenizer.push(token, &mut self.fresh);
-        self.stops.push(&self.fresh, text)
+        self.tokens += 1;
+        self.characters += self.fresh.chars().count() as u32;
+        self.stops.push(&self.fresh, self.tokens > self.min_tokens, text)
+    }
+
+    /// Characters that the tokens so far stand for, those held back counted, and a character that is not whole not.
+    pub fn characters(&self) -> u32 {
+        self.characters
     }
 
     /// Appends what was held back: no more tokens come.
     pub fn finish(&mut self, text: &mut String) {
         self.fresh.clear();
         self.detokenizer.finish(&mut self.fresh);
-        if !self.stops.push(&self.fresh, text) {
+        if !self.stops.push(&self.fresh, self.tokens > self.min_tokens, text) {
             self.stops.finish(text);
         }
     }
@@ -40,12 +68,15 @@ mod tests {
     use super::*;
     use crate::text::TokenTexts;
 
+    fn stops(string: &str) -> TextStops {
+        TextStops { strings: vec![string.to_owned()], ..TextStops::default() }
+    }
+
     #[test]
     fn a_stop_string_within_characters_split_over_tokens_is_found() {
         // "a☕b" with "☕" in two tokens; "☕b" stops.
         let texts = TokenTexts::new([b"a\xe2".to_vec(), b"\x98\x95".to_vec(), b"b".to_vec()]);
-        let mut reader =
-            Reader::new(Detokenizer::new(Arc::new(texts)), StopMatcher::new(vec!["☕b".to_owned()]));
+        let mut reader = Reader::new(Detokenizer::new(Arc::new(texts)), &stops("☕b"));
         let mut text = String::new();
         assert!(!reader.push(0, &mut text));
         assert!(!reader.push(1, &mut text));
@@ -56,10 +87,22 @@ mod tests {
     }
 
     #[test]
+    fn stop_strings_count_only_after_min_tokens() {
+        let texts = Arc::new(TokenTexts::new([b"ab".to_vec(), b"b".to_vec()]));
+        for (min_tokens, expected) in [(0, ("a", true)), (1, ("ab", true)), (2, ("abb", false))] {
+            let stops = TextStops { min_tokens, ..stops("b") };
+            let mut reader = Reader::new(Detokenizer::new(texts.clone()), &stops);
+            let mut text = String::new();
+            let stopped = reader.push(0, &mut text) || reader.push(1, &mut text);
+            reader.finish(&mut text);
+            assert_eq!((text.as_str(), stopped), expected, "min_tokens {min_tokens}");
+        }
+    }
+
+    #[test]
     fn what_was_held_comes_out_at_the_end() {
         let texts = TokenTexts::new([b"ab".to_vec(), b"\xe2".to_vec()]);
-        let mut reader =
-            Reader::new(Detokenizer::new(Arc::new(texts)), StopMatcher::new(vec!["bc".to_owned()]));
+        let mut reader = Reader::new(Detokenizer::new(Arc::new(texts)), &stops("bc"));
         let mut text = String::new();
         reader.push(0, &mut text);
         reader.push(1, &mut text);

@@ -14,7 +14,7 @@ use tokenizers::{
 };
 
 use super::{
-    detokenize::TokenTexts,
+    detokenize::{Piece, TokenTexts},
     ggml::{Built, added_tokens, vocabulary},
 };
 
@@ -41,8 +41,8 @@ pub(super) fn build(source: &GgmlTokenizer) -> Result<Built, String> {
     tables.with_normalizer(Some(Sequence::new(steps))).map_err(text)?;
     tables.add_tokens(added_tokens(source)).map_err(text)?;
     let shown = source.tokens.iter().zip(&source.kinds).map(|(token, &kind)| match kind {
-        TokenKind::Control | TokenKind::Unknown | TokenKind::Unused => Vec::new(),
-        TokenKind::Normal | TokenKind::UserDefined | TokenKind::Byte => bytes(token),
+        TokenKind::Control | TokenKind::Unknown | TokenKind::Unused => Piece::Hidden(token.clone()),
+        TokenKind::Normal | TokenKind::UserDefined | TokenKind::Byte => Piece::Shown(bytes(token)),
     });
     Ok(Built {
         tables,

@@ -2,7 +2,7 @@
 //!
 //! Text comes in pieces cut anywhere. What has been shown cannot be taken back, so the end of the text is held back for
 //! as long as it may be the beginning of a stop string, and no longer. The stop string that is complete first wins; of
-//! several complete at the same place, the longest.
+//! several complete at the same place, the longest. One that is complete too early (`min_tokens`) is text like any other.
 
 /// One stop string with its Knuth-Morris-Pratt table.
 #[derive(Debug, Clone)]
@@ -31,6 +31,10 @@ impl Pattern {
 
     /// Takes one byte of the text; true if the pattern is complete with it.
     fn step(&mut self, byte: u8) -> bool {
+        if self.matched == self.bytes.len() {
+            // Complete before, when it did not count.
+            self.matched = self.fallback[self.matched];
+        }
         while self.matched > 0 && self.bytes[self.matched] != byte {
             self.matched = self.fallback[self.matched];
         }
@@ -46,18 +50,21 @@ pub struct StopMatcher {
     /// Text that may be the beginning of a stop string.
     held: String,
     matched: bool,
+    /// The stop string itself is shown.
+    included: bool,
 }
 
 impl StopMatcher {
-    /// Empty stop strings are ignored.
-    pub fn new(stops: Vec<String>) -> Self {
+    /// Empty stop strings are ignored. `included`: the text ends after the stop string, not before it.
+    pub fn new(stops: &[String], included: bool) -> Self {
         let patterns = stops.iter().filter(|stop| !stop.is_empty()).map(|stop| Pattern::new(stop)).collect();
-        Self { patterns, held: String::new(), matched: false }
+        Self { patterns, held: String::new(), matched: false, included }
     }
 
     /// Takes more text and appends to `out` what is certain to come before any stop string. True: a stop string is
-    /// complete, everything before it is in `out`, and nothing more will be appended.
-    pub fn push(&mut self, text: &str, out: &mut String) -> bool {
+    /// complete, everything before it is in `out`, and nothing more will be appended. Unless `counts`, stop strings that
+    /// are complete within `text` stop nothing.
+    pub fn push(&mut self, text: &str, counts: bool, out: &mut String) -> bool {
         if self.matched {
             return true;
         }
@@ -74,15 +81,20 @@ impl StopMatcher {
                     longest = longest.max(pattern.bytes.len());
                 }
             }
-            if longest > 0 {
+            if longest > 0 && counts {
                 self.matched = true;
                 // A stop string begins where a character does: its first byte is a character's first.
-                out.push_str(&self.held[..before + at + 1 - longest]);
+                let end = before + at + 1;
+                out.push_str(&self.held[..if self.included { end } else { end - longest }]);
                 self.held.clear();
                 return true;
             }
         }
-        let keep = self.patterns.iter().map(|pattern| pattern.matched).max().unwrap_or(0);
+        let begun = |pattern: &Pattern| match pattern.matched {
+            whole if whole == pattern.bytes.len() => pattern.fallback[whole],
+            part => part,
+        };
+        let keep = self.patterns.iter().map(begun).max().unwrap_or(0);
         let certain = self.held.len() - keep;
         out.push_str(&self.held[..certain]);
         self.held.drain(..certain);
@@ -104,10 +116,11 @@ mod tests {
 
     /// What is shown after each piece, and whether a stop string has matched by then.
     fn read(stops: &[&str], pieces: &[&str]) -> Vec<(String, bool)> {
-        let mut matcher = StopMatcher::new(stops.iter().map(|stop| (*stop).to_owned()).collect());
+        let stops: Vec<String> = stops.iter().map(|stop| (*stop).to_owned()).collect();
+        let mut matcher = StopMatcher::new(&stops, false);
         let push = |piece: &&str| {
             let mut out = String::new();
-            let matched = matcher.push(piece, &mut out);
+            let matched = matcher.push(piece, true, &mut out);
             (out, matched)
         };
         pieces.iter().map(push).collect()
@@ -145,6 +158,30 @@ mod tests {
         assert_eq!(read(&[""], &["abc"]), [("abc".into(), false)]);
     }
 
+    #[test]
+    fn one_that_is_complete_too_early_is_text() {
+        let mut matcher = StopMatcher::new(&["abab".to_owned()], false);
+        let mut out = String::new();
+        assert!(!matcher.push("xabab", false, &mut out));
+        assert_eq!(out, "xab", "the second half may begin another");
+        assert!(matcher.push("abz", true, &mut out));
+        assert_eq!(out, "xab");
+        let mut matcher = StopMatcher::new(&["b".to_owned()], false);
+        let mut out = String::new();
+        assert!(!matcher.push("ab", false, &mut out) && matcher.push("cb", true, &mut out));
+        assert_eq!(out, "abc");
+    }
+
+    #[test]
+    fn an_included_one_is_the_end_of_the_text() {
+        let mut matcher = StopMatcher::new(&["END".to_owned()], true);
+        let mut out = String::new();
+        assert!(!matcher.push("one EN", true, &mut out));
+        assert_eq!(out, "one ");
+        assert!(matcher.push("D two", true, &mut out) && matcher.push("three", true, &mut out));
+        assert_eq!(out, "one END");
+    }
+
     /// Where the text ends by the definition: the shortest beginning that ends with a stop string, without it.
     fn naive(stops: &[String], text: &str) -> Option<usize> {
         (0..=text.len()).filter(|&end| text.is_char_boundary(end)).find_map(|end| {
@@ -173,11 +210,11 @@ mod tests {
             stops in prop::collection::vec(word(5), 0..4),
             pieces in prop::collection::vec(word(5), 0..12),
         ) {
-            let mut matcher = StopMatcher::new(stops.clone());
+            let mut matcher = StopMatcher::new(&stops, false);
             let (mut shown, mut whole) = (String::new(), String::new());
             for piece in &pieces {
                 whole.push_str(piece);
-                let matched = matcher.push(piece, &mut shown);
+                let matched = matcher.push(piece, true, &mut shown);
                 match naive(&stops, &whole) {
                     Some(end) => {
                         prop_assert!(matched);

@@ -6,7 +6,11 @@ use baton_checkpoint::{Checkpoint, TokenizerSource};
 use serde_json::Value;
 use tokenizers::Tokenizer as Tables;
 
-use super::{TextError, detokenize::TokenTexts, ggml, sentencepiece};
+use super::{
+    TextError,
+    detokenize::{Piece, TokenTexts},
+    ggml, sentencepiece,
+};
 
 /// Text to token ids. Equal to Hugging Face's tokeniser of the same model.
 #[derive(Debug)]
@@ -74,7 +78,7 @@ impl Spelling {
     }
 }
 
-/// The bytes of every token of a `tokenizer.json`; special tokens have none.
+/// Every token of a `tokenizer.json`; special ones have no text.
 fn json_texts(tables: &Tables) -> Result<TokenTexts, String> {
     let decoder = serde_json::to_value(tables.get_decoder()).map_err(|error| error.to_string())?;
     let spelling =
@@ -82,13 +86,13 @@ fn json_texts(tables: &Tables) -> Result<TokenTexts, String> {
     let count = tables.get_vocab(true).into_values().max().map_or(0, |highest| highest + 1);
     let added = tables.get_added_tokens_decoder();
     let text = |id| match (added.get(&id), tables.id_to_token(id)) {
-        (Some(token), _) if token.special => Vec::new(),
-        (Some(token), _) => token.content.clone().into_bytes(),
-        (None, None) => Vec::new(),
-        (None, Some(token)) => match spelling {
+        (Some(token), _) if token.special => Piece::Hidden(token.content.clone()),
+        (Some(token), _) => Piece::Shown(token.content.clone().into_bytes()),
+        (None, None) => Piece::Hidden(format!("token_id:{id}")),
+        (None, Some(token)) => Piece::Shown(match spelling {
             Spelling::ByteLevel => ggml::byte_level(&token),
             Spelling::Sentencepiece => sentencepiece::bytes(&token),
-        },
+        }),
     };
     Ok(TokenTexts::new((0..count).map(text)))
 }

@@ -196,3 +196,86 @@ async fn operators_see_what_is_under_way() {
     assert_eq!(response.await.expect("ends").status(), 200);
     cluster.at_rest().await;
 }
+
+/// What the scripted instances hold of a token: its logarithm is minus its byte over 100, and the next byte is likelier.
+fn logprobs(text: &str) -> Vec<v1::TokenLogprobs> {
+    let of = |byte: u8| v1::TokenLogprobs {
+        logprob: -f32::from(byte) / 100.0,
+        top_tokens: vec![u32::from(byte) + 1],
+        top_logprobs: vec![-0.5],
+    };
+    text.bytes().map(of).collect()
+}
+
+#[tokio::test]
+async fn log_probabilities_of_both_legs_stay_with_their_text() {
+    let (cluster, mut prefill, mut decode) = Cluster::pair().await;
+    let body = json!({"logprobs": true, "top_logprobs": 1, "stream": true, "stop": "de", "max_tokens": 9});
+    let response = cluster.chat(body);
+    let (p, d) = (prefill.dispatch().await, decode.dispatch().await);
+    let asked = [p.sampling, d.sampling].map(|sampling| sampling.expect("sampling").top_logprobs);
+    assert_eq!(asked, [Some(1), Some(1)]);
+    decode.scored(d.leg, 1, "bcd", logprobs("bcd"), None);
+    let handed = v1::Finished { reason: FinishReason::HandedOff.into(), ..Default::default() };
+    prefill.scored(p.leg, 0, "a", logprobs("a"), Some(v1::leg_output::End::Finished(handed)));
+    decode.scored(d.leg, 4, "e", logprobs("e"), None);
+    let body = response.await.expect("ends").text().await.expect("a body");
+    let chunks = events(&body).into_iter().filter_map(|event| serde_json::from_str::<Value>(event).ok());
+    let mut told = Vec::new();
+    for chunk in chunks {
+        let choice = &chunk["choices"][0];
+        let tokens = choice["logprobs"]["content"].as_array().cloned().unwrap_or_default();
+        let text: String = tokens.iter().map(|token| token["token"].as_str().expect("text")).collect();
+        assert_eq!(text, choice["delta"]["content"].as_str().unwrap_or_default(), "told apart");
+        told.extend(tokens);
+    }
+    // "d" and "e" are the stop string.
+    let texts: Vec<&str> = told.iter().filter_map(|token| token["token"].as_str()).collect();
+    assert_eq!(texts, ["a", "b", "c"]);
+    let alternative = json!([{"token": "d", "logprob": -0.5, "bytes": [100]}]);
+    assert_eq!((&told[2]["top_logprobs"], &told[2]["bytes"]), (&alternative, &json!([99])));
+    assert!((told[2]["logprob"].as_f64().expect("a number") + 0.99).abs() < 1e-6);
+    assert_eq!(decode.cancelled().await.leg, d.leg);
+    cluster.at_rest().await;
+}
+
+#[tokio::test]
+async fn an_instance_that_leaves_log_probabilities_out_is_told() {
+    let (cluster, [mut mixed]) = Cluster::start([("m", v1::Role::Mixed)], |_| {}).await;
+    let response = cluster.chat(json!({"logprobs": true}));
+    let dispatch = mixed.dispatch().await;
+    mixed.tokens(dispatch.leg, 0, "x");
+    let response = response.await.expect("ends");
+    assert_eq!(response.status(), 500);
+    let body: Value = response.json().await.expect("JSON");
+    assert!(body["error"]["message"].as_str().expect("text").contains("log probabilities"), "{body}");
+    cluster.at_rest().await;
+}
+
+#[tokio::test]
+async fn a_completion_echoes_its_prompt_and_tells_lists_side_by_side() {
+    let (cluster, [mut mixed]) = Cluster::start([("m", v1::Role::Mixed)], |_| {}).await;
+    let ask = |more: &str| {
+        let body = format!(r#"{{"model": "tiny", "prompt": "hi ", "max_tokens": 2, {more}}}"#);
+        cluster.post("/v1/completions", body)
+    };
+    let response = ask(r#""echo": true"#);
+    let dispatch = mixed.dispatch().await;
+    mixed.finish(dispatch.leg, 0, "xy", FinishReason::Length);
+    let answer: Value = response.await.expect("ends").json().await.expect("is JSON");
+    assert_eq!(
+        (&answer["choices"][0]["text"], &answer["choices"][0]["logprobs"]),
+        (&json!("hi xy"), &Value::Null)
+    );
+
+    let response = ask(r#""logprobs": 1"#);
+    let dispatch = mixed.dispatch().await;
+    mixed.scored(dispatch.leg, 0, "xy", logprobs("xy"), None);
+    mixed.finish(dispatch.leg, 2, "", FinishReason::Length);
+    let answer: Value = response.await.expect("ends").json().await.expect("is JSON");
+    let told = &answer["choices"][0]["logprobs"];
+    assert_eq!((&told["tokens"], &told["text_offset"]), (&json!(["x", "y"]), &json!([0, 1])));
+    assert_eq!(told["top_logprobs"][0]["y"], -0.5);
+    assert_eq!(told["top_logprobs"][0]["x"], told["token_logprobs"][0]);
+    cluster.at_rest().await;
+}

@@ -10,7 +10,10 @@ use std::{
 };
 
 use crate::scripted::{Cluster, answer, chat_text, events, served, until};
-use baton_coordinator::prepare::{TextModel, TextReader, Turn};
+use baton_coordinator::{
+    prepare::{Spelling, TextModel, TextReader, Turn},
+    text::TextStops,
+};
 use baton_proto::{ApiError, ErrorCode, v1};
 use baton_registry::{Store, Txn, keys};
 use futures::StreamExt;
@@ -191,8 +194,12 @@ impl TextModel for Held {
         self.text.tokenise_chat(turns)
     }
 
-    fn reader(&self, stops: Vec<String>) -> Box<dyn TextReader> {
+    fn reader(&self, stops: &TextStops) -> Box<dyn TextReader> {
         self.text.reader(stops)
+    }
+
+    fn spelling(&self, token: u32) -> Spelling<'_> {
+        self.text.spelling(token)
     }
 
     fn vocabulary(&self) -> u32 {

@@ -41,7 +41,8 @@ async fn words_characters_and_stop_strings_cross_token_borders() {
                 (1, 3)
             );
             let step = |leg, first_position, tokens: &[u32], end| {
-                let output = v1::LegOutput { leg, first_position, tokens: tokens.to_vec(), end };
+                let output =
+                    v1::LegOutput { leg, first_position, tokens: tokens.to_vec(), end, ..Default::default() };
                 Answer::Step(v1::StepOutput { legs: vec![output] })
             };
             let end = |reason: FinishReason| {

@@ -6,8 +6,9 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use baton_coordinator::{
     CoordinatorConfig, Parts, assemble,
-    prepare::{Served, TextModel, TextReader, Turn},
+    prepare::{Served, Spelling, TextModel, TextReader, Turn},
     serve::Service,
+    text::TextStops,
 };
 use baton_process::HealthHandle;
 use baton_proto::{ApiError, ErrorCode, Incarnation, InstanceId, v1};
@@ -42,6 +43,16 @@ pub(crate) async fn until(what: &str, mut is_true: impl FnMut() -> bool) {
 /// One byte is one token; the template is `role:content\n` per turn and `assistant:`.
 struct Bytes;
 
+static BYTES: [u8; 256] = {
+    let mut bytes = [0; 256];
+    let mut at = 0;
+    while at < 256 {
+        bytes[at] = at as u8;
+        at += 1;
+    }
+    bytes
+};
+
 struct ByteReader {
     stops: Vec<String>,
     all: String,
@@ -58,8 +69,12 @@ impl TextModel for Bytes {
         self.tokenise_text(&(text + "assistant:"))
     }
 
-    fn reader(&self, stops: Vec<String>) -> Box<dyn TextReader> {
-        Box::new(ByteReader { stops, all: String::new(), given: 0 })
+    fn reader(&self, stops: &TextStops) -> Box<dyn TextReader> {
+        Box::new(ByteReader { stops: stops.strings.clone(), all: String::new(), given: 0 })
+    }
+
+    fn spelling(&self, token: u32) -> Spelling<'_> {
+        Spelling::Bytes(&BYTES[token as usize..][..1])
     }
 
     fn vocabulary(&self) -> u32 {
@@ -79,6 +94,10 @@ impl TextReader for ByteReader {
         text.push_str(&self.all[self.given..certain]);
         self.given = certain;
         false
+    }
+
+    fn characters(&self) -> u32 {
+        self.all.chars().count() as u32
     }
 
     fn finish(&mut self, text: &mut String) {
@@ -250,8 +269,20 @@ impl Instance {
     }
 
     fn leg(&self, leg: u64, first_position: u32, text: &str, end: Option<End>) {
+        self.scored(leg, first_position, text, Vec::new(), end);
+    }
+
+    /// Tokens with their log probabilities.
+    pub(crate) fn scored(
+        &self,
+        leg: u64,
+        first_position: u32,
+        text: &str,
+        logprobs: Vec<v1::TokenLogprobs>,
+        end: Option<End>,
+    ) {
         let tokens = text.bytes().map(u32::from).collect();
-        let output = v1::LegOutput { leg, first_position, tokens, end };
+        let output = v1::LegOutput { leg, first_position, tokens, end, logprobs };
         self.say(Answer::Step(v1::StepOutput { legs: vec![output] }));
     }
 
@@ -343,7 +374,7 @@ impl Cluster {
         tasks.spawn(baton_process::http::serve(listener, router, shutdown.clone(), Duration::from_secs(1)));
         let client = reqwest::Client::new();
         let cluster = Self { service, store, url, client, _stop: shutdown.drop_guard() };
-        let links = cluster.service.links.clone();
+        let links = cluster.service.placer.links.clone();
         let ids: Vec<_> = instances.iter().map(|instance| instance.id.clone()).collect();
         until("all links are up", || ids.iter().all(|id| links.get(id).is_some_and(|link| link.is_up())))
             .await;
@@ -378,7 +409,7 @@ impl Cluster {
         let idle = || {
             self.service.roster.list().is_empty()
                 && self.service.metrics.in_flight.get() == 0
-                && self.service.board.own_work().iter().all(|(_, work)| *work == Default::default())
+                && self.service.placer.board.own_work().iter().all(|(_, work)| *work == Default::default())
         };
         until("nothing is held for any request", idle).await;
     }

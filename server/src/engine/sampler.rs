@@ -3,8 +3,9 @@
 //! Called by [`super::step`] for each sequence that wants a token. Pure: the same logits, parameters, history, seed and
 //! position give the same token on any instance, which is what lets a request move between instances unnoticed.
 //!
-//! Order of operations (that of vLLM): repetition, frequency and presence penalty; greedy choice if the temperature is
-//! 0; temperature; min_p; top_k; top_p over what top_k left, renormalised; one draw.
+//! Order of operations (that of vLLM): logit bias; stop tokens ruled out before `min_tokens`; repetition, frequency and
+//! presence penalty; greedy choice if the temperature is 0; temperature; min_p; top_k; top_p over what top_k left,
+//! renormalised; one draw. What the model itself holds likely, before all of that, is [`logprobs`]'s to say.
 //! Penalties as defined by Hugging Face (repetition: over prompt and completion, logit / p if positive, * p if not) and
 //! by OpenAI (frequency: - p * count, presence: - p if present, both over the completion alone).
 //!
@@ -12,6 +13,8 @@
 //! position to the next.
 
 use std::{cmp::Ordering, collections::HashMap};
+
+pub mod logprobs;
 
 /// How tokens are chosen; every field is in range (see the adapter in [`crate::inference`]).
 #[derive(Debug, Clone, PartialEq)]
@@ -31,6 +34,11 @@ pub struct SamplingParams {
     /// 1 = off.
     pub repetition_penalty: f32,
     pub seed: u64,
+    /// Added to the logits of these tokens.
+    pub logit_bias: Vec<(u32, f32)>,
+    /// Tokens of the completion before any of `stop_tokens` can be chosen.
+    pub min_tokens: u32,
+    pub stop_tokens: Vec<u32>,
 }
 
 impl SamplingParams {
@@ -44,6 +52,9 @@ impl SamplingParams {
         presence_penalty: 0.0,
         repetition_penalty: 1.0,
         seed: 0,
+        logit_bias: Vec::new(),
+        min_tokens: 0,
+        stop_tokens: Vec::new(),
     };
 
     /// Whether the choice depends on tokens seen before.
@@ -108,14 +119,18 @@ impl Sampler {
         counts: Option<&TokenCounts>,
         position: u32,
     ) -> Result<u32, BadLogits> {
-        let logits = match counts {
-            Some(counts) if params.penalises() => {
-                self.logits.clear();
-                self.logits.extend_from_slice(logits);
+        let counts = counts.filter(|_| params.penalises());
+        let too_early = if position < params.min_tokens { &params.stop_tokens[..] } else { &[] };
+        let logits = if counts.is_some() || !params.logit_bias.is_empty() || !too_early.is_empty() {
+            self.logits.clear();
+            self.logits.extend_from_slice(logits);
+            bias(&mut self.logits, &params.logit_bias, too_early);
+            if let Some(counts) = counts {
                 penalise(&mut self.logits, params, counts);
-                &self.logits
             }
-            _ => logits,
+            &self.logits
+        } else {
+            logits
         };
         let (best, largest) = argmax(logits)?;
         if params.temperature < MIN_TEMPERATURE {
@@ -144,6 +159,19 @@ pub fn uniform(seed: u64, position: u32) -> f64 {
     let start = mix(seed.wrapping_add(GOLDEN));
     let bits = mix(start.wrapping_add((u64::from(position) + 1).wrapping_mul(GOLDEN)));
     (bits >> 11) as f64 / (1u64 << 53) as f64
+}
+
+fn bias(logits: &mut [f32], biases: &[(u32, f32)], ruled_out: &[u32]) {
+    for &(token, bias) in biases {
+        if let Some(logit) = logits.get_mut(token as usize) {
+            *logit += bias;
+        }
+    }
+    for &token in ruled_out {
+        if let Some(logit) = logits.get_mut(token as usize) {
+            *logit = f32::NEG_INFINITY;
+        }
+    }
 }
 
 fn penalise(logits: &mut [f32], params: &SamplingParams, counts: &TokenCounts) {

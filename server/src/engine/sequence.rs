@@ -20,7 +20,7 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use super::{
     blocks::BlockList,
-    sampler::{SamplingParams, TokenCounts},
+    sampler::{SamplingParams, TokenCounts, logprobs::TokenLogprobs},
 };
 
 /// A sequence in this engine; never reused.
@@ -48,6 +48,8 @@ pub struct NewSequence {
     pub prompt: Vec<u32>,
     pub sampling: SamplingParams,
     pub stop: StopRule,
+    /// Log probabilities are wanted, with as many of the likeliest tokens.
+    pub top_logprobs: Option<u32>,
     /// Lower is served first, and preempted last.
     pub priority: i32,
     /// The last token must be out by then.
@@ -114,8 +116,17 @@ pub struct LegUpdate {
     /// Index in the completion of the first of `tokens`.
     pub first_position: u32,
     pub tokens: Vec<u32>,
+    /// One for each of `tokens` if they are wanted, else none.
+    pub logprobs: Vec<TokenLogprobs>,
     /// Set once, with the last update.
     pub end: Option<LegEnd>,
+}
+
+/// A token just chosen.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sampled {
+    pub token: u32,
+    pub logprobs: Option<TokenLogprobs>,
 }
 
 /// How a leg ended.
@@ -184,6 +195,7 @@ pub(super) struct Sequence {
     pub(super) sampling: SamplingParams,
     pub(super) counts: Option<TokenCounts>,
     pub(super) stop_tokens: Vec<u32>,
+    pub(super) top_logprobs: Option<u32>,
     /// Most tokens the completion may have: `max_tokens` within the context and what the pool holds.
     pub(super) completion_limit: u32,
     pub(super) deadline: Option<Instant>,
@@ -219,6 +231,7 @@ impl Sequence {
             sampling: new.sampling,
             counts,
             stop_tokens: new.stop.stop_tokens,
+            top_logprobs: new.top_logprobs,
             completion_limit: new.stop.max_tokens.min(room.saturating_sub(prompt_tokens)).max(1),
             deadline: new.deadline,
             work: new.work,

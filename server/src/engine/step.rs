@@ -16,9 +16,9 @@ use baton_proto::{ApiError, ErrorCode};
 use baton_runtime::{BatchFault, Executor, RuntimeError, SequenceChunk};
 
 use super::{
-    sampler::Sampler,
+    sampler::{Sampler, logprobs::logprobs},
     scheduler::{Chunk, Scheduler},
-    sequence::SequenceId,
+    sequence::{Sampled, SequenceId},
 };
 
 /// Runs batches on one model.
@@ -120,7 +120,7 @@ impl Stepper {
 #[derive(Debug, Clone)]
 enum Computed {
     /// Its K and V are in the cache; its next token, if it wanted one.
-    Yes(Option<u32>),
+    Yes(Option<Sampled>),
     /// It was in a batch that was refused for another: it is planned again.
     No,
     Failed(ApiError),
@@ -149,7 +149,10 @@ fn sample(sampler: &mut Sampler, scheduler: &Scheduler, chunk: &Chunk, logits: &
     let sequence = scheduler.sequence(chunk.id);
     let counts = sequence.counts.as_ref();
     match sampler.sample(logits, &sequence.sampling, counts, sequence.completion_tokens()) {
-        Ok(token) => Computed::Yes(Some(token)),
+        Ok(token) => {
+            let logprobs = sequence.top_logprobs.map(|top| logprobs(logits, token, top));
+            Computed::Yes(Some(Sampled { token, logprobs }))
+        }
         Err(error) => Computed::Damaged(ApiError::new(ErrorCode::Internal, error.to_string())),
     }
 }

@@ -29,6 +29,8 @@ pub struct Leg {
     pub prompt: Vec<u32>,
     pub sampling: SamplingParams,
     pub stop: StopRule,
+    /// Log probabilities are wanted, with as many of the likeliest tokens.
+    pub top_logprobs: Option<u32>,
     /// Lower is served first.
     pub priority: i32,
     /// From receipt to the last token.
@@ -55,6 +57,7 @@ impl TryFrom<v1::Dispatch> for Leg {
 
     fn try_from(wire: v1::Dispatch) -> Result<Self, ApiError> {
         let sampling = wire.sampling.ok_or_else(|| invalid("sampling", "sampling is missing"))?;
+        let top_logprobs = top_logprobs(sampling.top_logprobs)?;
         let (sampling, stop) = sampling_params(sampling)?;
         if wire.prompt_tokens.is_empty() {
             return Err(invalid("prompt_tokens", "the prompt has no tokens"));
@@ -70,6 +73,7 @@ impl TryFrom<v1::Dispatch> for Leg {
             prompt: wire.prompt_tokens,
             sampling,
             stop,
+            top_logprobs,
             priority: wire.priority,
             timeout: (wire.timeout_millis > 0).then(|| Duration::from_millis(wire.timeout_millis)),
             work: self::work(work)?,
@@ -105,6 +109,33 @@ fn work(wire: v1::dispatch::Work) -> Result<Work, ApiError> {
 
 /// Stop tokens of one request; more are refused.
 const MAX_STOP_TOKENS: usize = 1024;
+/// Biases of one request; more are refused.
+const MAX_LOGIT_BIASES: usize = 1024;
+/// Likeliest tokens told beside each; more are refused.
+const MAX_TOP_LOGPROBS: u32 = 20;
+
+fn top_logprobs(wire: Option<u32>) -> Result<Option<u32>, ApiError> {
+    match wire {
+        Some(top) if top > MAX_TOP_LOGPROBS => {
+            Err(invalid("top_logprobs", format!("top_logprobs is {top}, must be at most {MAX_TOP_LOGPROBS}")))
+        }
+        other => Ok(other),
+    }
+}
+
+fn logit_bias(wire: Vec<v1::LogitBias>) -> Result<Vec<(u32, f32)>, ApiError> {
+    if wire.len() > MAX_LOGIT_BIASES {
+        return Err(invalid("logit_bias", format!("at most {MAX_LOGIT_BIASES} biases are taken")));
+    }
+    let checked = |bias: v1::LogitBias| match bias.bias {
+        value if value.abs() <= 100.0 => Ok((bias.token, value)),
+        value => Err(invalid(
+            "logit_bias",
+            format!("the bias of token {} is {value}, must be -100 to 100", bias.token),
+        )),
+    };
+    wire.into_iter().map(checked).collect()
+}
 
 fn sampling_params(wire: v1::Sampling) -> Result<(SamplingParams, StopRule), ApiError> {
     let in_range = |field: &str, value: f32, low: f32, high: f32| {
@@ -137,9 +168,11 @@ fn sampling_params(wire: v1::Sampling) -> Result<(SamplingParams, StopRule), Api
         presence_penalty: in_range("presence_penalty", wire.presence_penalty, -100.0, 100.0)?,
         repetition_penalty: in_range("repetition_penalty", wire.repetition_penalty, 0.0, 100.0)?,
         seed: wire.seed,
+        logit_bias: logit_bias(wire.logit_bias)?,
+        min_tokens: wire.min_tokens,
+        stop_tokens: if wire.min_tokens > 0 { wire.stop_token_ids.clone() } else { Vec::new() },
     };
-    let stop_tokens = if wire.ignore_eos { Vec::new() } else { wire.stop_token_ids };
-    Ok((params, StopRule { max_tokens: wire.max_tokens, stop_tokens }))
+    Ok((params, StopRule { max_tokens: wire.max_tokens, stop_tokens: wire.stop_token_ids }))
 }
 
 impl Leg {
@@ -256,7 +289,7 @@ mod tests {
             wire.sampling.as_mut().expect("sampling")
         }
         type Change = fn(&mut v1::Dispatch);
-        let cases: [(&str, Change); 14] = [
+        let cases: [(&str, Change); 18] = [
             ("sampling", |w| w.sampling = None),
             ("work", |w| w.work = None),
             ("prompt_tokens", |w| w.prompt_tokens.clear()),
@@ -269,6 +302,10 @@ mod tests {
             ("repetition_penalty", |w| sampling(w).repetition_penalty = 0.0),
             ("frequency_penalty", |w| sampling(w).frequency_penalty = f32::INFINITY),
             ("max_tokens", |w| sampling(w).max_tokens = 0),
+            ("top_logprobs", |w| sampling(w).top_logprobs = Some(21)),
+            ("logit_bias", |w| sampling(w).logit_bias = vec![v1::LogitBias { token: 1, bias: 100.5 }]),
+            ("logit_bias", |w| sampling(w).logit_bias = vec![v1::LogitBias { token: 1, bias: f32::NAN }]),
+            ("logit_bias", |w| sampling(w).logit_bias = vec![v1::LogitBias::default(); 1025]),
             ("transfer_id", |w| w.work = Some(v1::dispatch::Work::Decode(v1::dispatch::Decode::default()))),
             ("decode_handoff_endpoint", |w| {
                 w.work = Some(v1::dispatch::Work::Prefill(v1::dispatch::Prefill::default()));
@@ -302,10 +339,12 @@ mod tests {
     }
 
     #[test]
-    fn ignore_eos_drops_the_stop_tokens() {
+    fn stop_tokens_are_ruled_out_only_as_long_as_min_tokens_says() {
         let mut wire = wire();
-        assert_eq!(Leg::try_from(wire.clone()).expect("valid").stop.stop_tokens, [9]);
-        wire.sampling.as_mut().expect("sampling").ignore_eos = true;
-        assert!(Leg::try_from(wire).expect("valid").stop.stop_tokens.is_empty());
+        let leg = Leg::try_from(wire.clone()).expect("valid");
+        assert_eq!((&leg.stop.stop_tokens[..], leg.sampling.stop_tokens.len()), (&[9][..], 0));
+        wire.sampling.as_mut().expect("sampling").min_tokens = 2;
+        let leg = Leg::try_from(wire).expect("valid");
+        assert_eq!((leg.sampling.min_tokens, leg.sampling.stop_tokens), (2, vec![9]));
     }
 }

@@ -1,7 +1,8 @@
 //! What waits to be sent on one coordinator's stream.
 //!
 //! Filled by the engine's thread, which never waits for it; emptied by the stream. Updates of a leg that still wait are
-//! merged, so a slow coordinator costs one entry for each of its legs, and each leg at most its tokens. Only refusals
+//! merged, so a slow coordinator costs one entry for each of its legs, and each leg at most its tokens (with log probabilities
+//! 20 pairs of numbers beside each). Only refusals
 //! add entries without a live leg; the reader of the stream stops reading while there are too many ([`Outbox::room`]).
 
 use std::collections::HashMap;
@@ -103,6 +104,7 @@ impl State {
                 update.first_position as usize
             );
             waiting.tokens.extend(update.tokens);
+            waiting.logprobs.extend(update.logprobs);
             waiting.end = update.end;
         } else {
             self.entries.insert(update.leg, self.updates.len());
@@ -117,7 +119,13 @@ mod tests {
     use crate::engine::sequence::{FinishReason, LegEnd};
 
     fn update(leg: u64, first_position: u32, tokens: &[u32]) -> LegUpdate {
-        LegUpdate { leg: LegId(leg), first_position, tokens: tokens.to_vec(), end: None }
+        LegUpdate {
+            leg: LegId(leg),
+            first_position,
+            tokens: tokens.to_vec(),
+            logprobs: Vec::new(),
+            end: None,
+        }
     }
 
     fn end() -> Option<LegEnd> {

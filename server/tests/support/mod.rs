@@ -387,6 +387,9 @@ impl Request {
             presence_penalty: s.presence_penalty,
             repetition_penalty: s.repetition_penalty,
             seed: s.seed,
+            logit_bias: s.logit_bias.iter().map(|bias| (bias.token, bias.bias)).collect(),
+            min_tokens: s.min_tokens,
+            stop_tokens: s.stop_token_ids.clone(),
         };
         let (mut tokens, mut completion) = (self.prompt.clone(), Vec::new());
         while completion.len() < s.max_tokens as usize && tokens.len() < model::CONTEXT_TOKENS as usize {

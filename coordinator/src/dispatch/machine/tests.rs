@@ -5,11 +5,11 @@ use proptest::prelude::*;
 use super::*;
 
 fn out(first_position: u32, tokens: &[u32]) -> Output {
-    Output { first_position, tokens: tokens.to_vec(), end: None }
+    Output { first_position, tokens: tokens.to_vec(), logprobs: vec![], end: None }
 }
 
 fn end(end: LegEnd) -> Output {
-    Output { first_position: 0, tokens: vec![], end: Some(end) }
+    Output { first_position: 0, tokens: vec![], logprobs: vec![], end: Some(end) }
 }
 
 fn handed(cached_tokens: u32) -> Output {
@@ -32,13 +32,13 @@ fn ok(reason: StopReason, cached_tokens: u32) -> Command {
 fn tokens_of_two_legs_come_in_order() {
     let mut machine = Machine::apart(10);
     assert!(machine.output(Side::Decode, out(1, &[11, 12])).is_empty());
-    assert!(machine.take_fresh().is_empty(), "token 0 is missing");
+    assert!(machine.take_fresh().tokens.is_empty(), "token 0 is missing");
     assert!(machine.output(Side::Prefill, out(0, &[10])).is_empty());
-    assert_eq!(machine.take_fresh(), [10, 11, 12]);
-    assert!(machine.take_fresh().is_empty());
+    assert_eq!(machine.take_fresh().tokens, [10, 11, 12]);
+    assert!(machine.take_fresh().tokens.is_empty());
     machine.output(Side::Prefill, handed(4));
     machine.output(Side::Decode, out(3, &[13]));
-    assert_eq!(machine.take_fresh(), [13]);
+    assert_eq!(machine.take_fresh().tokens, [13]);
     assert_eq!(machine.output(Side::Decode, complete(StopReason::Length)), [ok(StopReason::Length, 4)]);
 }
 
@@ -48,11 +48,33 @@ fn repeated_tokens_are_dropped_and_contradictions_fail() {
     machine.output(Side::Prefill, out(0, &[10]));
     machine.output(Side::Decode, out(0, &[10, 11]));
     machine.output(Side::Decode, out(1, &[11, 12]));
-    assert_eq!(machine.take_fresh(), [10, 11, 12]);
+    assert_eq!(machine.take_fresh().tokens, [10, 11, 12]);
     let commands = machine.output(Side::Decode, out(2, &[99]));
     assert_eq!(commands[..2], [Command::Cancel(Side::Prefill), Command::Cancel(Side::Decode)]);
     assert!(matches!(&commands[2], Command::End(Err(error)) if error.code == ErrorCode::Internal));
     assert!(machine.output(Side::Decode, out(3, &[13])).is_empty(), "over is over");
+}
+
+#[test]
+fn log_probabilities_stay_with_their_tokens() {
+    let scored = |first_position, tokens: &[u32]| Output {
+        logprobs: tokens
+            .iter()
+            .map(|&token| TokenLogprobs { logprob: -(token as f32), top: vec![] })
+            .collect(),
+        ..out(first_position, tokens)
+    };
+    let mut machine = Machine::apart(10).with_logprobs(true);
+    machine.output(Side::Decode, scored(1, &[11, 12]));
+    assert!(machine.take_fresh().logprobs.is_empty());
+    machine.output(Side::Prefill, scored(0, &[10]));
+    machine.output(Side::Decode, scored(2, &[12, 13]));
+    let fresh = machine.take_fresh();
+    assert_eq!(fresh.tokens, [10, 11, 12, 13]);
+    assert_eq!(fresh.logprobs, scored(0, &[10, 11, 12, 13]).logprobs);
+    assert!(machine.take_fresh().logprobs.is_empty());
+    let commands = machine.output(Side::Decode, out(4, &[14]));
+    assert!(matches!(commands.last(), Some(Command::End(Err(_)))), "a token without is a broken contract");
 }
 
 #[test]
@@ -62,7 +84,7 @@ fn prefill_that_ends_the_sequence_cancels_decode() {
         let last = Output { end: Some(LegEnd::Complete { reason, cached_tokens: 3 }), ..out(0, &[10]) };
         let commands = machine.output(Side::Prefill, last);
         assert_eq!(commands, [Command::Cancel(Side::Decode), ok(reason, 3)]);
-        assert_eq!(machine.take_fresh(), [10]);
+        assert_eq!(machine.take_fresh().tokens, [10]);
     }
 }
 
@@ -110,7 +132,7 @@ fn prefill_lost_after_decode_took_over_changes_nothing() {
     );
     let last = Output { end: complete(StopReason::Stop).end, ..out(2, &[12]) };
     assert_eq!(machine.output(Side::Decode, last), [ok(StopReason::Stop, 0)]);
-    assert_eq!(machine.take_fresh(), [10, 11, 12]);
+    assert_eq!(machine.take_fresh().tokens, [10, 11, 12]);
 }
 
 #[test]
@@ -128,7 +150,7 @@ fn prefill_lost_after_its_token_waits_for_decodes_word() {
         assert!(machine.output(Side::Decode, out(1, &[11])).is_empty());
         let last = Output { end: complete(StopReason::Stop).end, ..out(2, &[12]) };
         assert_eq!(machine.output(Side::Decode, last), [ok(StopReason::Stop, 0)]);
-        assert_eq!(machine.take_fresh(), [10, 11, 12]);
+        assert_eq!(machine.take_fresh().tokens, [10, 11, 12]);
         // It never says so.
         assert_eq!(waiting(how).abort(lost()), [Command::Cancel(Side::Decode), Command::End(Err(lost()))]);
     }
@@ -177,7 +199,7 @@ fn decode_that_finishes_first_waits_for_token_zero_and_the_count_of_cached_token
     let last = Output { end: complete(StopReason::Length).end, ..out(1, &[11, 12]) };
     assert!(machine.output(Side::Decode, last).is_empty());
     assert_eq!(machine.output(Side::Prefill, out(0, &[10])), [Command::Linger]);
-    assert_eq!(machine.take_fresh(), [10, 11, 12], "nothing but the end waits");
+    assert_eq!(machine.take_fresh().tokens, [10, 11, 12], "nothing but the end waits");
     assert_eq!(machine.output(Side::Prefill, handed(7)), [ok(StopReason::Length, 7)]);
 }
 
@@ -266,7 +288,7 @@ proptest! {
                 (true, true, _) | (_, true, false) => machine.output(Side::Prefill, prefill.next().expect("peeked")),
                 _ => machine.output(Side::Decode, decode.next().expect("peeked")),
             };
-            got.extend_from_slice(machine.take_fresh());
+            got.extend_from_slice(machine.take_fresh().tokens);
             for command in commands {
                 match command {
                     Command::End(end) => {

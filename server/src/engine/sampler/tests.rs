@@ -54,6 +54,33 @@ fn penalties_act_on_greedy_choices_too() {
     assert_eq!(choose(&[1.5, 1.0], &params, Some(&counts), 1), 1);
 }
 
+#[test]
+fn bias_moves_bans_and_forces_before_penalties() {
+    let biased = |logit_bias: &[(u32, f32)]| SamplingParams {
+        logit_bias: logit_bias.to_vec(),
+        ..SamplingParams::GREEDY
+    };
+    let logits = [1.0, 0.5, -3.0];
+    assert_eq!(choose(&logits, &biased(&[(1, 0.25)]), None, 0), 0);
+    assert_eq!(choose(&logits, &biased(&[(1, 0.75)]), None, 0), 1);
+    assert_eq!(choose(&logits, &biased(&[(2, 100.0)]), None, 0), 2);
+    assert_eq!(choose(&logits, &biased(&[(0, -100.0), (9, 100.0)]), None, 0), 1, "9 is no token");
+    // 1.5 / 2 after the bias; before it, it would be 1.25.
+    let halved = SamplingParams { repetition_penalty: 2.0, ..biased(&[(0, 0.5)]) };
+    assert_eq!(choose(&[1.0, 1.0, -3.0], &halved, Some(&TokenCounts::new(&[0], &[])), 0), 1);
+    for position in 0..200 {
+        let params = SamplingParams { temperature: 1.0, ..biased(&[(0, -100.0)]) };
+        assert_ne!(choose(&logits, &params, None, position), 0);
+    }
+}
+
+#[test]
+fn stop_tokens_wait_for_min_tokens() {
+    let params = SamplingParams { min_tokens: 2, stop_tokens: vec![0, 2, 77], ..SamplingParams::GREEDY };
+    let chosen = [0, 1, 2, 3].map(|position| choose(&[3.0, 1.0, 2.0], &params, None, position));
+    assert_eq!(chosen, [1, 1, 0, 0]);
+}
+
 /// Draws at many positions and compares frequencies with probabilities by a chi-squared test.
 fn check_distribution(logits: &[f32], params: &SamplingParams, expected: &[f64]) {
     const DRAWS: u32 = 60_000;

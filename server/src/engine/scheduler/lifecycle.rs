@@ -7,7 +7,8 @@ use baton_runtime::BlockId;
 
 use super::{Chunk, Effect, Scheduler};
 use crate::engine::sequence::{
-    Address, FinishReason, LegEnd, LegUpdate, NewSequence, Sequence, SequenceId, State, StreamId, Work,
+    Address, FinishReason, LegEnd, LegUpdate, NewSequence, Sampled, Sequence, SequenceId, State, StreamId,
+    Work,
 };
 
 /// Why a sequence was not taken.
@@ -185,11 +186,12 @@ impl Scheduler {
     }
 
     /// One chunk of the last plan is in the cache; `sampled` is its next token if its logits were wanted.
-    pub fn computed(&mut self, chunk: &Chunk, sampled: Option<u32>) {
+    pub fn computed(&mut self, chunk: &Chunk, sampled: Option<Sampled>) {
         let Some(sequence) = self.sequences.get_mut(&chunk.id) else { return };
         sequence.computed = chunk.start + chunk.tokens;
         self.seal_blocks(chunk.id);
-        let (Some(token), Some(sequence)) = (sampled, self.sequences.get_mut(&chunk.id)) else { return };
+        let (Some(sampled), Some(sequence)) = (sampled, self.sequences.get_mut(&chunk.id)) else { return };
+        let Sampled { token, logprobs } = sampled;
         let first_position = sequence.completion_tokens();
         sequence.push(token);
         let over = sequence.finish_reason();
@@ -199,8 +201,9 @@ impl Scheduler {
             self.effects.push(Effect::Seal { id: chunk.id, first_token: token });
         }
         let (address, end) = (sequence.address, over.map(|reason| sequence.finished(reason)));
-        self.outputs
-            .push((address, LegUpdate { leg: address.leg, first_position, tokens: vec![token], end: None }));
+        let logprobs = logprobs.into_iter().collect();
+        let update = LegUpdate { leg: address.leg, first_position, tokens: vec![token], logprobs, end: None };
+        self.outputs.push((address, update));
         if let Some(end) = end {
             self.end(chunk.id, end);
         } else if handoff {
@@ -320,5 +323,6 @@ fn last_update(sequence: &Sequence, end: LegEnd) -> (Address, LegUpdate) {
     sequence.log_end(&end);
     let address = sequence.address;
     let first_position = sequence.completion_tokens();
-    (address, LegUpdate { leg: address.leg, first_position, tokens: Vec::new(), end: Some(end) })
+    let (tokens, logprobs) = (Vec::new(), Vec::new());
+    (address, LegUpdate { leg: address.leg, first_position, tokens, logprobs, end: Some(end) })
 }

@@ -7,7 +7,7 @@ use baton_proto::{ApiError, ErrorCode, Incarnation, InstanceId, LegId, RequestId
 use super::*;
 use crate::engine::{
     sampler::SamplingParams,
-    sequence::{FinishReason, LegEnd, NewSequence, StopRule, StreamId},
+    sequence::{FinishReason, LegEnd, NewSequence, Sampled, StopRule, StreamId},
 };
 
 mod histories;
@@ -51,6 +51,7 @@ fn sequence(id: u64, prompt: u32, max_tokens: u32, work: Work) -> NewSequence {
         prompt: (0..prompt).map(|position| position + 1000 * id as u32).collect(),
         sampling: SamplingParams::GREEDY,
         stop: StopRule { max_tokens, stop_tokens: vec![99] },
+        top_logprobs: None,
         priority: 0,
         deadline: None,
         work,
@@ -59,11 +60,15 @@ fn sequence(id: u64, prompt: u32, max_tokens: u32, work: Work) -> NewSequence {
     }
 }
 
+fn sampled(chunk: &Chunk, token: u32) -> Option<Sampled> {
+    chunk.logits.then_some(Sampled { token, logprobs: None })
+}
+
 /// Runs one step; every sampled token is `token`.
 fn step(scheduler: &mut Scheduler, token: u32) -> Vec<(u64, u32, u32)> {
     let plan = scheduler.schedule();
     for chunk in &plan {
-        scheduler.computed(chunk, chunk.logits.then_some(token));
+        scheduler.computed(chunk, sampled(chunk, token));
     }
     plan.iter().map(|chunk| (chunk.id.0, chunk.start, chunk.tokens)).collect()
 }
@@ -93,7 +98,7 @@ fn a_completion_ends_by_stop_token_length_or_context() {
     for (id, prompt, max_tokens) in [(1, 4, 1), (2, 4, 9), (3, 63, 9)] {
         scheduler.add(sequence(id, prompt, max_tokens, Work::Whole));
     }
-    scheduler.schedule().iter().for_each(|chunk| scheduler.computed(chunk, chunk.logits.then_some(5)));
+    scheduler.schedule().iter().for_each(|chunk| scheduler.computed(chunk, sampled(chunk, 5)));
     while !step(&mut scheduler, 99).is_empty() {}
     let finished = |reason, prompt_tokens, completion_tokens| LegEnd::Finished {
         reason,
@@ -146,7 +151,7 @@ fn a_completion_without_a_limit_ends_where_the_pool_does() {
     for work in [Work::Whole, decode()] {
         let mut scheduler = scheduler(3);
         scheduler.add(sequence(1, 10, u32::MAX, work));
-        scheduler.schedule().iter().for_each(|chunk| scheduler.computed(chunk, chunk.logits.then_some(5)));
+        scheduler.schedule().iter().for_each(|chunk| scheduler.computed(chunk, sampled(chunk, 5)));
         scheduler.offered(SequenceId(1), Ok(()));
         step(&mut scheduler, 5);
         if scheduler.occupancy().receiving == 1 {

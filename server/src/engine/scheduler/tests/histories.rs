@@ -157,7 +157,7 @@ proptest! {
             let plan = scheduler.schedule();
             check_plan(scheduler, &plan);
             for chunk in &plan {
-                scheduler.computed(chunk, chunk.logits.then_some(token));
+                scheduler.computed(chunk, sampled(chunk, token));
             }
             world.absorb(scheduler);
             check_invariants(scheduler);

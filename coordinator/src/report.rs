@@ -1,0 +1,95 @@
+//! What one request adds to the metrics and the log.
+//!
+//! Made by [`crate::http`] on arrival; told how far the request is by [`crate::serve`] and [`crate::stream`]. A request
+//! dropped before its end counts as the client's leaving.
+
+use std::sync::Arc;
+
+use baton_proto::ApiError;
+use tokio::time::Instant;
+use tracing::Span;
+
+use crate::metrics::{Metrics, RequestLabels};
+
+/// Token counts as clients are told them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Usage {
+    pub prompt_tokens: u32,
+    /// Of all choices together.
+    pub completion_tokens: u32,
+    /// Of the prompt, taken from a prefix cache.
+    pub cached_tokens: u32,
+}
+
+/// See the module.
+pub struct Report {
+    metrics: Arc<Metrics>,
+    route: &'static str,
+    arrived: Instant,
+    first_token: Option<Instant>,
+    last_token: Instant,
+    tokens: u32,
+    told: bool,
+    /// Open for as long as the request lives.
+    span: Span,
+}
+
+impl Report {
+    pub fn new(metrics: Arc<Metrics>, route: &'static str, arrived: Instant, span: Span) -> Self {
+        Self { metrics, route, arrived, first_token: None, last_token: arrived, tokens: 0, told: false, span }
+    }
+
+    /// The request is valid and admitted.
+    pub fn prepared(&self, prompt_tokens: u32) {
+        self.metrics.request_prompt_tokens.observe(f64::from(prompt_tokens));
+    }
+
+    /// The answer has this many tokens now.
+    pub fn tokens(&mut self, tokens: u32, now: Instant) {
+        if self.first_token.is_none() {
+            self.first_token = Some(now);
+            self.metrics.time_to_first_token.observe((now - self.arrived).as_secs_f64());
+        }
+        self.metrics.generation_tokens.inc_by(u64::from(tokens - self.tokens));
+        self.tokens = tokens;
+        self.last_token = now;
+    }
+
+    /// The answer is complete; its longest choice has `longest` tokens.
+    pub fn finished(&mut self, usage: &Usage, longest: u32) {
+        self.metrics.cached_tokens.inc_by(u64::from(usage.cached_tokens));
+        self.metrics.request_generation_tokens.observe(f64::from(self.tokens));
+        self.metrics.end_to_end.observe(self.arrived.elapsed().as_secs_f64());
+        if let (Some(first), 2..) = (self.first_token, longest) {
+            let later = (self.last_token - first).as_secs_f64() / f64::from(longest - 1);
+            self.metrics.time_per_output_token.observe(later);
+        }
+        self.tell("200");
+        let _entered = self.span.enter();
+        tracing::debug!(?usage, seconds = self.arrived.elapsed().as_secs_f64(), "answered");
+    }
+
+    /// The request ends with an error. Logged here and nowhere else.
+    pub fn failed(&mut self, error: &ApiError) {
+        self.tell(error.code.name());
+        let _entered = self.span.enter();
+        if error.code.http() >= 500 {
+            tracing::warn!(code = error.code.name(), %error, "request failed");
+        } else {
+            tracing::debug!(code = error.code.name(), %error, "request refused");
+        }
+    }
+
+    fn tell(&mut self, code: &str) {
+        if !std::mem::replace(&mut self.told, true) {
+            let labels = RequestLabels { route: self.route, code: code.to_owned() };
+            self.metrics.requests.get_or_create(&labels).inc();
+        }
+    }
+}
+
+impl Drop for Report {
+    fn drop(&mut self) {
+        self.tell("client_gone");
+    }
+}

@@ -1,0 +1,230 @@
+//! One choice's way from tokens in order to text: detokenised as it comes, stopped at stop strings, counted, and each
+//! token told together with the text that it begins in.
+
+use std::{collections::VecDeque, mem, sync::Arc};
+
+use crate::{
+    dispatch::{Assignment, Fresh, StopReason, TokenLogprobs},
+    prepare::TextReader,
+};
+
+/// What reading brought of one choice since it was last written.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Piece {
+    pub text: String,
+    /// The tokens that begin in `text`, and those without text between them; only if log probabilities were asked for.
+    pub tokens: Vec<ScoredToken>,
+    /// With the choice's last piece: why it ended.
+    pub finish: Option<StopReason>,
+}
+
+impl Piece {
+    /// There is nothing to write.
+    pub fn is_empty(&self) -> bool {
+        self.text.is_empty() && self.tokens.is_empty() && self.finish.is_none()
+    }
+
+    /// There is nothing to write any more.
+    pub fn clear(&mut self) {
+        self.text.clear();
+        self.tokens.clear();
+        self.finish = None;
+    }
+}
+
+/// A token of the answer with what the model held of it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ScoredToken {
+    pub token: u32,
+    /// Characters of the choice's text before it.
+    pub text_offset: u32,
+    pub logprobs: TokenLogprobs,
+}
+
+/// See the module.
+pub struct Reading {
+    reader: Box<dyn TextReader>,
+    /// Ascending.
+    ends_sequence: Arc<[u32]>,
+    /// A token that ends the sequence is shown as any other.
+    shows_end: bool,
+    /// Text that comes before that of the tokens.
+    echo: String,
+    /// Tokens of the answer so far.
+    consumed: u32,
+    scored: bool,
+    /// Tokens whose text has not begun to be shown.
+    waiting: VecDeque<ScoredToken>,
+    /// Characters that have been shown.
+    shown: u32,
+    finished: bool,
+}
+
+impl Reading {
+    /// `shows_end`: tokens that end the sequence are shown if they have text. `echo` comes first.
+    pub fn new(reader: Box<dyn TextReader>, assignment: &Assignment, shows_end: bool, echo: &str) -> Self {
+        Self {
+            reader,
+            ends_sequence: assignment.sampling.stop_token_ids.as_slice().into(),
+            shows_end,
+            echo: echo.to_owned(),
+            consumed: 0,
+            scored: assignment.sampling.top_logprobs.is_some(),
+            waiting: VecDeque::new(),
+            shown: 0,
+            finished: false,
+        }
+    }
+
+    /// Tokens of the answer so far.
+    pub(super) fn consumed(&self) -> u32 {
+        self.consumed
+    }
+
+    pub(super) fn finished(&self) -> bool {
+        self.finished
+    }
+
+    /// Takes tokens in. True: a stop string has matched, and the choice ends with what is in `piece`.
+    pub(super) fn take(&mut self, fresh: Fresh<'_>, piece: &mut Piece) -> bool {
+        if !fresh.tokens.is_empty() {
+            piece.text.push_str(&mem::take(&mut self.echo));
+        }
+        let mut logprobs = fresh.logprobs.into_iter();
+        for &token in fresh.tokens {
+            self.consumed += 1;
+            let logprobs = logprobs.next();
+            // A token that ends the sequence is counted and has no text.
+            if !self.shows_end && self.ends_sequence.binary_search(&token).is_ok() {
+                continue;
+            }
+            let (text_offset, before) = (self.reader.characters(), piece.text.len());
+            let stopped = self.reader.push(token, &mut piece.text);
+            if self.scored {
+                let scored = logprobs.map(|logprobs| ScoredToken { token, text_offset, logprobs });
+                self.waiting.extend(scored);
+                self.shown += piece.text[before..].chars().count() as u32;
+                self.show(piece);
+            }
+            if stopped {
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Moves the tokens whose text has begun to be shown to `piece`.
+    fn show(&mut self, piece: &mut Piece) {
+        let begun = self.waiting.iter().take_while(|token| token.text_offset < self.shown).count();
+        piece.tokens.extend(self.waiting.drain(..begun));
+    }
+
+    /// No more tokens come. What was held back is shown, unless it is part of a stop string that has matched.
+    pub(super) fn finish(&mut self, reason: StopReason, stopped: bool, piece: &mut Piece) {
+        if !stopped {
+            self.reader.finish(&mut piece.text);
+            piece.tokens.extend(self.waiting.drain(..));
+        }
+        piece.finish = Some(reason);
+        self.finished = true;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        prepare::{Endpoint, prepare, tests::served},
+        text::{Detokenizer, Reader, TextStops, TokenTexts},
+    };
+
+    /// "a", "☕" in two tokens, "bc", "d", one without text that does not end the sequence, and one that does.
+    const TOKENS: [&[u8]; 7] = [b"a", b"\xe2\x98", b"\x95", b"bc", b"d", b"", b""];
+    const END: u32 = 6;
+
+    fn reading(stops: TextStops) -> Reading {
+        let body =
+            br#"{"model": "tiny", "prompt": "x", "logprobs": 0, "ignore_eos": true, "stop_token_ids": [6]}"#;
+        let prepared = prepare(&served(), Endpoint::Text, body, 0, 1).expect("is taken");
+        let texts = TokenTexts::new(TOKENS.map(<[u8]>::to_vec));
+        let reader = Reader::new(Detokenizer::new(Arc::new(texts)), &stops);
+        let assignment = Assignment {
+            request: baton_proto::RequestId::adopt("r"),
+            traceparent: String::new(),
+            prompt: prepared.prompt,
+            sampling: prepared.sampling,
+            deadline: tokio::time::Instant::now(),
+        };
+        Reading::new(Box::new(reader), &assignment, false, "")
+    }
+
+    /// What each token brings: text, and offsets of the tokens told with it; then what the end brings.
+    fn read(stop: &str, tokens: &[u32]) -> Vec<(String, Vec<(u32, u32)>)> {
+        let strings = if stop.is_empty() { vec![] } else { vec![stop.to_owned()] };
+        let mut reading = reading(TextStops { strings, ..TextStops::default() });
+        let mut pieces = Vec::new();
+        let mut stopped = false;
+        for token in tokens {
+            let mut piece = Piece::default();
+            let logprobs = vec![TokenLogprobs { logprob: -(*token as f32), top: vec![] }];
+            stopped = reading.take(Fresh { tokens: &[*token], logprobs }, &mut piece);
+            pieces.push(piece);
+            if stopped {
+                break;
+            }
+        }
+        pieces.push(Piece::default());
+        reading.finish(StopReason::Stop, stopped, pieces.last_mut().expect("pushed"));
+        let told = |scored: &ScoredToken| {
+            assert_eq!(scored.logprobs.logprob, -(scored.token as f32), "told with another's figures");
+            (scored.token, scored.text_offset)
+        };
+        pieces.iter().map(|piece| (piece.text.clone(), piece.tokens.iter().map(told).collect())).collect()
+    }
+
+    fn piece(text: &str, tokens: &[(u32, u32)]) -> (String, Vec<(u32, u32)>) {
+        (text.to_owned(), tokens.to_vec())
+    }
+
+    #[test]
+    fn tokens_are_told_with_the_text_they_begin_in() {
+        let whole = read("", &[0, 1, 2, 3, END]);
+        let expected = [
+            piece("a", &[(0, 0)]),
+            piece("", &[]),
+            piece("☕", &[(1, 1), (2, 1)]),
+            piece("bc", &[(3, 2)]),
+            piece("", &[]),
+            piece("", &[]),
+        ];
+        assert_eq!(whole, expected);
+    }
+
+    #[test]
+    fn text_held_back_holds_its_tokens_back() {
+        let held = read("cdx", &[0, 3, 4, 0]);
+        let expected =
+            [piece("a", &[(0, 0)]), piece("b", &[(3, 1)]), piece("", &[]), piece("cda", &[(4, 3), (0, 4)])];
+        assert_eq!(held[..4], expected);
+    }
+
+    #[test]
+    fn a_stop_string_takes_the_tokens_that_begin_in_it() {
+        // "cd": the token "bc" begins before it, "d" within it.
+        assert_eq!(
+            read("cd", &[0, 3, 4]),
+            [piece("a", &[(0, 0)]), piece("b", &[(3, 1)]), piece("", &[]), piece("", &[])]
+        );
+    }
+
+    #[test]
+    fn tokens_without_text_are_told_in_their_place_or_at_the_end() {
+        assert_eq!(
+            read("", &[0, 5, 4]),
+            [piece("a", &[(0, 0)]), piece("", &[]), piece("d", &[(5, 1), (4, 1)]), piece("", &[])]
+        );
+        assert_eq!(read("", &[0, 5])[1..], [piece("", &[]), piece("", &[(5, 1)])]);
+        // A character that never comes whole.
+        assert_eq!(read("", &[0, 1])[1..], [piece("", &[]), piece("\u{fffd}", &[(1, 1)])]);
+    }
+}
