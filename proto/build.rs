@@ -3,7 +3,8 @@
 use prost::Message;
 use std::{env, error::Error, fs, path::PathBuf};
 
-const PROTOS: [&str; 7] = ["common", "inference", "handoff", "control", "state", "store", "admin"];
+const PROTOS: [&str; 8] =
+    ["common", "inference", "handoff", "kv_cache", "control", "state", "store", "admin"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=protos");

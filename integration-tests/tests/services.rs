@@ -129,7 +129,7 @@ async fn three_services_and_etcd() {
     assert_eq!(instances.len(), 2);
     for instance in &instances {
         let endpoint = instance["inference_endpoint"].as_str().expect("an endpoint");
-        probe(endpoint, &["baton.v1.Inference", "baton.v1.Handoff"]).await;
+        probe(endpoint, &["baton.v1.Inference", "baton.v1.Handoff", "baton.v1.KvCache"]).await;
     }
     probe(&controller_at, &["baton.v1.Control", "baton.v1.FleetAdmin"]).await;
     probe(&admin_at, &["baton.v1.RequestAdmin"]).await;

@@ -2,7 +2,7 @@
 //! hashes of KV blocks, and the one table of error codes.
 //!
 //! The services talk in [`v1`] types at their edges only: adapters turn them into domain types (`TryFrom`) on the way
-//! in and back on the way out. Contracts, a gRPC service each: `Inference`, `Handoff`, `Control`, `Store`,
+//! in and back on the way out. Contracts, a gRPC service each: `Inference`, `Handoff`, `KvCache`, `Control`, `Store`,
 //! `FleetAdmin`, `RequestAdmin`; their files are under `protos/baton/v1`.
 
 mod block_hash;

@@ -140,7 +140,7 @@ fn grpc_options(
 ) -> GrpcOptions {
     GrpcOptions {
         health: process.health.clone(),
-        services: vec!["baton.v1.Inference", "baton.v1.Handoff"],
+        services: vec!["baton.v1.Inference", "baton.v1.Handoff", "baton.v1.KvCache"],
         descriptors: FILE_DESCRIPTOR_SET,
         shutdown,
         drain,

@@ -2,7 +2,7 @@
 //!
 //! Modules in the order a request meets them: `inference` (the gRPC adapter), `engine` (its own thread: scheduler,
 //! sequences, blocks, sampler), `handoff` (the engine's transfers), and back out through `inference`. Beside that path:
-//! `session` (with the controller), `role` (pure) and `duty` (performs it), `permits` (what a drain waits for). `serving`
+//! `kv_cache` (tells coordinators what is cached), `session` (with the controller), `role` (pure) and `duty` (performs it), `permits` (what a drain waits for). `serving`
 //! and `instance` put them together.
 
 pub mod config;
@@ -12,6 +12,7 @@ pub mod error;
 pub mod handoff;
 pub mod inference;
 pub mod instance;
+pub mod kv_cache;
 pub mod metrics;
 pub mod permits;
 pub mod role;

@@ -6,7 +6,10 @@ use std::{future::Future, net::TcpListener, sync::Arc, thread::JoinHandle, time:
 
 use baton_kvtransfer::{KvLayout, KvNode, Limits as TransferLimits, NodeConfig};
 use baton_process::Metrics;
-use baton_proto::{BlockHash, v1::inference_server::InferenceServer};
+use baton_proto::{
+    BlockHash,
+    v1::{inference_server::InferenceServer, kv_cache_server::KvCacheServer},
+};
 use baton_runtime::Executor;
 use tokio::{
     runtime::Handle,
@@ -18,12 +21,14 @@ use tonic::service::Routes;
 use crate::{
     config::HandoffConfig,
     engine::{
+        cache_events::CacheEvents,
         scheduler::Limits,
         thread::{self, Command, EngineParts, Load},
     },
     error::ServerError,
     handoff::{Transfers, kv_region},
     inference::{InferenceParts, InferenceService, Streams, dispatch::InstanceFacts},
+    kv_cache::{CacheFacts, KvCacheService},
     metrics::{EngineMetrics, HandoffMetrics, TransferMetrics},
     permits::Permits,
     role::RoleView,
@@ -67,6 +72,7 @@ pub struct ServingParts {
 pub struct Serving {
     node: KvNode,
     inference: InferenceService,
+    kv_cache: KvCacheService,
     ended: Option<(oneshot::Receiver<()>, JoinHandle<()>)>,
     stop: CancellationToken,
 }
@@ -88,7 +94,14 @@ impl Serving {
             shutdown: shared.stop.clone(),
         });
         let pool = parts.executor.kv_pool().clone();
-        let root = BlockHash::root(&parts.layout.fingerprint(), "");
+        let cache_facts = CacheFacts {
+            incarnation: shared.facts.incarnation,
+            layout_fingerprint: parts.layout.fingerprint(),
+            block_tokens: pool.layout().block_tokens,
+        };
+        let root = BlockHash::root(&cache_facts.layout_fingerprint, "");
+        let cache_events = Arc::new(CacheEvents::default());
+        let kv_cache = KvCacheService::new(cache_facts, cache_events.clone(), shared.stop.clone());
         let blocks = pool.layout().blocks;
         let node = KvNode::start(
             NodeConfig {
@@ -137,6 +150,7 @@ impl Serving {
             root,
             commands: parts.commands,
             transfers,
+            cache_events,
             deliver: Arc::new(move |stream, updates| streams.deliver(stream, updates)),
             load: parts.load,
             metrics: engine_metrics,
@@ -145,14 +159,16 @@ impl Serving {
             alive,
         })
         .map_err(ServerError::Thread)?;
-        Ok(Self { node, inference, ended: Some((ended, thread)), stop })
+        Ok(Self { node, inference, kv_cache, ended: Some((ended, thread)), stop })
     }
 
-    /// The gRPC services: Inference and Handoff.
+    /// The gRPC services: Inference, Handoff and KvCache.
     pub fn routes(&self) -> Routes {
         let inference =
             InferenceServer::new(self.inference.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES);
-        Routes::new(inference).add_service(self.node.handoff_service())
+        Routes::new(inference)
+            .add_service(self.node.handoff_service())
+            .add_service(KvCacheServer::new(self.kv_cache.clone()))
     }
 
     /// Resolves when the engine's thread has ended and nothing touches the KV cache: an error unless it was told to.

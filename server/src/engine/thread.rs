@@ -22,6 +22,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    cache_events::CacheEvents,
     scheduler::{Effect, Limits, Occupancy, Scheduler},
     sequence::{LegUpdate, NewSequence, SequenceId, StreamId},
     step::{StepStats, Stepper},
@@ -76,6 +77,7 @@ pub struct EngineParts {
     pub commands: mpsc::Receiver<Command>,
     pub transfers: Transfers,
     pub deliver: Deliver,
+    pub cache_events: Arc<CacheEvents>,
     pub load: watch::Sender<Load>,
     pub metrics: EngineMetrics,
     /// Ends the thread; what is still running is failed.
@@ -95,6 +97,7 @@ pub fn spawn(parts: EngineParts) -> io::Result<JoinHandle<()>> {
         commands: parts.commands,
         transfers: parts.transfers,
         deliver: parts.deliver,
+        cache_events: parts.cache_events,
         load: parts.load,
         metrics: parts.metrics,
         shutdown: parts.shutdown,
@@ -117,6 +120,7 @@ struct Engine {
     commands: mpsc::Receiver<Command>,
     transfers: Transfers,
     deliver: Deliver,
+    cache_events: Arc<CacheEvents>,
     load: watch::Sender<Load>,
     metrics: EngineMetrics,
     shutdown: CancellationToken,
@@ -278,6 +282,7 @@ impl Engine {
     }
 
     fn publish(&mut self, stats: Option<StepStats>) {
+        self.cache_events.publish(self.scheduler.take_cache_changes());
         let occupancy = self.scheduler.occupancy();
         self.metrics.observe(&occupancy, stats.as_ref());
         self.load.send_if_modified(|load| {

@@ -6,6 +6,7 @@ use baton_proto::{ApiError, ErrorCode};
 use baton_runtime::BlockId;
 
 use super::{Chunk, Effect, Scheduler};
+use crate::engine::blocks::CacheChange;
 use crate::engine::sequence::{
     Address, FinishReason, LegEnd, LegUpdate, NewSequence, Sampled, Sequence, SequenceId, State, StreamId,
     Work,
@@ -233,6 +234,11 @@ impl Scheduler {
     /// What legs are to be told since the last call, in order.
     pub fn take_outputs(&mut self) -> Vec<(Address, LegUpdate)> {
         std::mem::take(&mut self.outputs)
+    }
+
+    /// What the cache took in and gave up since the last call, in order.
+    pub fn take_cache_changes(&mut self) -> Vec<CacheChange> {
+        self.blocks.take_changes()
     }
 
     /// What is to be done outside since the last call, in order.

@@ -1,0 +1,140 @@
+//! The events of the KV cache over a real stream: whoever reads them knows what is cached, however slowly they read.
+
+mod support;
+
+use std::collections::HashSet;
+
+use baton_proto::{BlockHash, v1};
+use baton_server::{handoff::kv_layout, role::Role};
+use support::{Attached, Instance, PATIENCE, Request, Shape, model, whole};
+use tonic::{Code, Streaming, transport::Endpoint};
+use v1::{kv_cache_client::KvCacheClient, kv_events::Events};
+
+/// A coordinator that reads events, and what it knows from them.
+struct Listener {
+    stream: Streaming<v1::KvEvents>,
+    sequence: u64,
+    stored: HashSet<BlockHash>,
+    snapshots: u32,
+    /// Keeps what the other side may send ahead small.
+    _client: KvCacheClient<tonic::transport::Channel>,
+}
+
+async fn client(instance: &Instance) -> KvCacheClient<tonic::transport::Channel> {
+    let endpoint = Endpoint::from_shared(format!("http://{}", instance.endpoint)).expect("an address");
+    let channel = endpoint.initial_stream_window_size(1024).connect().await.expect("it listens");
+    KvCacheClient::new(channel)
+}
+
+fn hashes(wire: &[bytes::Bytes]) -> Vec<BlockHash> {
+    wire.iter().map(|hash| BlockHash::try_from(&hash[..]).expect("16 bytes")).collect()
+}
+
+impl Listener {
+    async fn to(instance: &Instance) -> Self {
+        let mut client = client(instance).await;
+        let request = v1::KvEventsRequest { coordinator_id: "c".into() };
+        let stream = client.events(request).await.expect("a stream").into_inner();
+        let mut this = Self { stream, sequence: 0, stored: HashSet::new(), snapshots: 0, _client: client };
+        this.next().await;
+        this
+    }
+
+    async fn next(&mut self) {
+        let message = tokio::time::timeout(PATIENCE, self.stream.message()).await.expect("an event in time");
+        let message = message.expect("a healthy stream").expect("an open stream");
+        match message.events.expect("events") {
+            Events::Snapshot(snapshot) => {
+                assert_eq!((snapshot.part, snapshot.last), (0, true));
+                assert_eq!(
+                    (snapshot.layout_fingerprint, snapshot.block_tokens),
+                    (fingerprint(), model::BLOCK_TOKENS)
+                );
+                self.stored = hashes(&snapshot.stored).into_iter().collect();
+                self.snapshots += 1;
+            }
+            Events::Change(change) => {
+                assert_eq!(message.sequence, self.sequence + 1, "something is missing");
+                assert!(hashes(&change.stored).into_iter().all(|hash| self.stored.insert(hash)));
+                assert!(hashes(&change.evicted).iter().all(|hash| self.stored.remove(hash)));
+            }
+        }
+        self.sequence = message.sequence;
+    }
+
+    async fn until(&mut self, sequence: u64) {
+        while self.sequence < sequence {
+            self.next().await;
+        }
+    }
+}
+
+fn fingerprint() -> String {
+    kv_layout(&model::layout(1), "r1").fingerprint()
+}
+
+/// The hashes of the full blocks of `tokens`.
+fn chain(tokens: &[u32]) -> Vec<BlockHash> {
+    let mut parent = BlockHash::root(&fingerprint(), "");
+    let link = |block: &[u32]| {
+        parent = parent.child(block);
+        parent
+    };
+    tokens.chunks_exact(model::BLOCK_TOKENS as usize).map(link).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn readers_know_what_is_cached_from_their_first_message_on() {
+    let mut mixed = Instance::start("m", Role::Mixed, Shape::default()).await;
+    let mut early = Listener::to(&mixed).await;
+    assert!(early.stored.is_empty());
+    let mut coordinator = Attached::to(&mixed).await;
+    let request = Request::greedy(30, 11);
+    coordinator.dispatch(1, &request, whole()).await;
+    coordinator.until_end(1).await;
+    mixed.until_idle().await;
+    let late = Listener::to(&mixed).await;
+    early.until(late.sequence).await;
+    // 40 of the 41 tokens have been computed.
+    let expected = chain(&[&request.prompt[..], &request.expected()[..10]].concat());
+    assert_eq!(expected.len(), 10);
+    assert_eq!(early.stored, expected.into_iter().collect());
+    assert_eq!((early.stored, early.snapshots), (late.stored, 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_reader_gets_a_new_snapshot_and_the_engine_does_not_wait_for_it() {
+    let shape = Shape { blocks: 24, ..Shape::default() };
+    let mut mixed = Instance::start("m", Role::Mixed, shape).await;
+    let mut slow = Listener::to(&mixed).await;
+    let mut coordinator = Attached::to(&mixed).await;
+    for leg in 1..=600 {
+        // No two begin alike, so each stores seven blocks and soon evicts as many.
+        let prompt =
+            (0..29).map(|i| ((leg as u32).wrapping_mul(2_654_435_761) >> (i % 4 * 6)) % 64).collect();
+        coordinator.dispatch(leg, &Request { prompt, ..Request::greedy(1, 1) }, whole()).await;
+        coordinator.until_end(leg).await;
+    }
+    mixed.until_idle().await;
+    let fresh = Listener::to(&mixed).await;
+    assert!(fresh.sequence > 500, "only {} changes", fresh.sequence);
+    slow.until(fresh.sequence).await;
+    assert!(slow.snapshots > 1, "it was never too slow");
+    assert_eq!(slow.stored, fresh.stored);
+    assert_eq!(mixed.metric("baton_server_kv_blocks_cached"), slow.stored.len() as f64);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn readers_say_who_they_are_and_are_bounded() {
+    let mixed = Instance::start("m", Role::Mixed, Shape::default()).await;
+    let nameless = v1::KvEventsRequest::default();
+    let status = client(&mixed).await.events(nameless).await.expect_err("it has no name");
+    assert_eq!(status.code(), Code::InvalidArgument);
+    let mut readers = Vec::new();
+    for _ in 0..64 {
+        readers.push(Listener::to(&mixed).await);
+    }
+    let request = v1::KvEventsRequest { coordinator_id: "c".into() };
+    let status = client(&mixed).await.events(request).await.expect_err("there are too many");
+    assert_eq!(status.code(), Code::ResourceExhausted);
+}
