@@ -4,7 +4,9 @@
 //! Blocks are handed out by the engine; the pool only owns the memory. The engine's kernels and the transports access
 //! it through raw pointers, because they touch disjoint blocks of it at the same time from different threads.
 
-use std::{alloc, ptr::NonNull};
+use std::ptr::NonNull;
+
+use memmap2::MmapMut;
 
 use crate::{BlockId, RuntimeError};
 
@@ -61,12 +63,13 @@ impl KvPoolLayout {
     }
 }
 
-/// The memory of a pool. Freed when the last `Arc` to it goes.
+/// The memory of a pool, taken from the system as blocks are first written. Freed when the last `Arc` to it goes.
 #[derive(Debug)]
 pub struct KvPool {
     layout: KvPoolLayout,
     base: NonNull<u8>,
-    allocation: alloc::Layout,
+    /// Owns what `base` points to.
+    _memory: MmapMut,
 }
 
 // SAFETY: the pool is plain memory; who may touch which block when is the engine's block accounting (see the module).
@@ -75,17 +78,13 @@ unsafe impl Send for KvPool {}
 unsafe impl Sync for KvPool {}
 
 impl KvPool {
-    const ALIGN: usize = 4096;
-
-    /// Allocates zeroed memory for `layout`.
+    /// Maps zeroed memory for `layout`.
     pub fn allocate(layout: KvPoolLayout) -> Result<Self, RuntimeError> {
         let bytes = layout.total_bytes();
         let exhausted = || RuntimeError::KvPool { bytes };
-        let allocation =
-            alloc::Layout::from_size_align(bytes.max(1), Self::ALIGN).map_err(|_| exhausted())?;
-        // SAFETY: `allocation` has a size of at least one byte.
-        let base = NonNull::new(unsafe { alloc::alloc_zeroed(allocation) }).ok_or_else(exhausted)?;
-        Ok(Self { layout, base, allocation })
+        let mut memory = MmapMut::map_anon(bytes.max(1)).map_err(|_| exhausted())?;
+        let base = NonNull::new(memory.as_mut_ptr()).ok_or_else(exhausted)?;
+        Ok(Self { layout, base, _memory: memory })
     }
 
     pub fn layout(&self) -> &KvPoolLayout {
@@ -120,12 +119,5 @@ impl KvPool {
                 base.add(to).copy_from_nonoverlapping(base.add(from), self.layout.slice_bytes());
             }
         }
-    }
-}
-
-impl Drop for KvPool {
-    fn drop(&mut self) {
-        // SAFETY: `base` came from `alloc_zeroed` with this very layout.
-        unsafe { alloc::dealloc(self.base.as_ptr(), self.allocation) }
     }
 }

@@ -1,32 +1,75 @@
-//! Zeroed memory on a cache line's border, for packed weights.
+//! Zeroed memory for packed weights, and pointers into memory that tasks share.
 
-use std::{alloc, ptr::NonNull, slice};
+use std::{ptr::NonNull, slice, sync::Arc};
+
+use memmap2::MmapMut;
 
 use crate::RuntimeError;
+
+/// Least bytes of one mapping; what is not used of it costs no memory.
+const MAPPING_BYTES: usize = 64 << 20;
+
+/// A mapping that several matrices share.
+struct Mapping {
+    base: NonNull<u8>,
+    /// Owns what `base` points to.
+    _memory: MmapMut,
+}
+
+// SAFETY: plain memory; each `AlignedBytes` touches its own part of it only.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+/// Hands out memory for one model's weights. Neighbours share large pages: the hardware looks far fewer of them up.
+#[derive(Default)]
+pub(crate) struct Arena {
+    mapping: Option<Arc<Mapping>>,
+    /// Bytes of the mapping that are handed out, and all of them.
+    used: usize,
+    length: usize,
+}
+
+impl Arena {
+    /// Zeroed bytes on a cache line's border.
+    pub(crate) fn zeroed(&mut self, length: usize) -> Result<AlignedBytes, RuntimeError> {
+        let exhausted = || RuntimeError::Memory { bytes: length };
+        let needed = length.checked_next_multiple_of(AlignedBytes::ALIGN).ok_or_else(exhausted)?;
+        let mapping = match &self.mapping {
+            Some(mapping) if needed <= self.length - self.used => Arc::clone(mapping),
+            _ => {
+                let bytes = needed.max(MAPPING_BYTES);
+                let mut memory = MmapMut::map_anon(bytes).map_err(|_| exhausted())?;
+                // Advice only: without large pages all works as well, a little slower.
+                #[cfg(target_os = "linux")]
+                let _ = memory.advise(memmap2::Advice::HugePage);
+                let base = NonNull::new(memory.as_mut_ptr()).ok_or_else(exhausted)?;
+                (self.used, self.length) = (0, bytes);
+                let mapping = Arc::new(Mapping { base, _memory: memory });
+                Arc::clone(self.mapping.insert(mapping))
+            }
+        };
+        // SAFETY: `needed` bytes from `used` on are within the mapping.
+        let base = unsafe { mapping.base.add(self.used) };
+        self.used += needed;
+        Ok(AlignedBytes { base, length, _mapping: mapping })
+    }
+}
 
 /// A fixed run of bytes.
 pub(crate) struct AlignedBytes {
     base: NonNull<u8>,
-    allocation: alloc::Layout,
     length: usize,
+    _mapping: Arc<Mapping>,
 }
 
-// SAFETY: owns plain bytes, like a boxed slice.
+// SAFETY: the only one that has these plain bytes, like a boxed slice.
 unsafe impl Send for AlignedBytes {}
 // SAFETY: as above; shared references only read.
 unsafe impl Sync for AlignedBytes {}
 
 impl AlignedBytes {
     const ALIGN: usize = 64;
-
-    pub(crate) fn zeroed(length: usize) -> Result<Self, RuntimeError> {
-        let exhausted = || RuntimeError::Memory { bytes: length };
-        let allocation =
-            alloc::Layout::from_size_align(length.max(1), Self::ALIGN).map_err(|_| exhausted())?;
-        // SAFETY: `allocation` has a size of at least one byte.
-        let base = NonNull::new(unsafe { alloc::alloc_zeroed(allocation) }).ok_or_else(exhausted)?;
-        Ok(Self { base, allocation, length })
-    }
 
     pub(crate) fn as_slice(&self) -> &[u8] {
         // SAFETY: `length` initialised bytes from `base` are ours.
@@ -36,13 +79,6 @@ impl AlignedBytes {
     pub(crate) fn as_mut_slice(&mut self) -> &mut [u8] {
         // SAFETY: as above, and `&mut self` makes them ours alone.
         unsafe { slice::from_raw_parts_mut(self.base.as_ptr(), self.length) }
-    }
-}
-
-impl Drop for AlignedBytes {
-    fn drop(&mut self) {
-        // SAFETY: `base` came from `alloc_zeroed` with this very layout.
-        unsafe { alloc::dealloc(self.base.as_ptr(), self.allocation) }
     }
 }
 

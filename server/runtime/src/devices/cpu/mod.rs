@@ -25,7 +25,7 @@ use self::{
     kernels::Kernels,
     lanes::LANES,
     linear::Linear,
-    memory::Disjoint,
+    memory::{Arena, Disjoint},
     routing::Routes,
     threads::Pool,
 };
@@ -81,6 +81,8 @@ pub(crate) struct CpuDevice {
     kv: Arc<KvPool>,
     heads: Heads,
     frequencies: RopeFrequencies,
+    /// What weights are packed into.
+    arena: Arena,
     workspace: linear::Workspace,
     attention_scratch: Vec<Mutex<attention::Scratch>>,
     routing: routing::Room,
@@ -125,6 +127,7 @@ impl CpuDevice {
                 head_dim: shape.head_dim as usize,
             },
             frequencies: config.rope.frequencies(config.rope_dim()),
+            arena: Arena::default(),
             workspace: linear::Workspace::new(threads),
             attention_scratch: (0..threads).map(|_| Mutex::default()).collect(),
             routing: routing::Room::default(),
@@ -167,7 +170,7 @@ impl Device for CpuDevice {
                 let reason = format!("it has {} inputs, its neighbours {inputs}", part.weight.columns());
                 return Err(RuntimeError::Tensor { tensor: part.name.clone(), reason });
             }
-            let packed = pack::pack(part, &mut self.pool)?;
+            let packed = pack::pack(part, &mut self.arena, &mut self.pool)?;
             linear.outputs += packed.rows;
             linear.parts.push(packed);
             loaded(part.weight.bytes.len() as u64);

@@ -9,7 +9,7 @@ use half::f16;
 use super::{
     kernels::PanelFormat,
     lanes::LANES,
-    memory::{AlignedBytes, Disjoint},
+    memory::{AlignedBytes, Arena, Disjoint},
     threads::Pool,
 };
 use crate::{RuntimeError, device::LinearPart};
@@ -46,7 +46,11 @@ pub(crate) fn format_of(dtype: Dtype) -> PanelFormat {
     }
 }
 
-pub(crate) fn pack(part: &LinearPart<'_>, pool: &mut Pool) -> Result<Packed, RuntimeError> {
+pub(crate) fn pack(
+    part: &LinearPart<'_>,
+    arena: &mut Arena,
+    pool: &mut Pool,
+) -> Result<Packed, RuntimeError> {
     let TensorView { dtype, .. } = part.weight;
     let (rows, k, format) = (part.weight.rows(), part.weight.columns(), format_of(dtype));
     if !k.is_multiple_of(format.group()) {
@@ -55,7 +59,7 @@ pub(crate) fn pack(part: &LinearPart<'_>, pool: &mut Pool) -> Result<Packed, Run
     }
     let panel_bytes = format.panel_bytes(k);
     let panels = rows.div_ceil(LANES);
-    let mut bytes = AlignedBytes::zeroed(panels * panel_bytes)?;
+    let mut bytes = arena.zeroed(panels * panel_bytes)?;
     let memory = Disjoint::new(bytes.as_mut_slice());
     pool.run(panels, &|_, panel| {
         // SAFETY: each task has a panel of its own, within the `panels * panel_bytes` allocated.
@@ -230,7 +234,7 @@ mod tests {
             let weight = TensorView { dtype, shape: &shape, bytes: &stored };
             let order = RowOrder::Rotary { head_dim: 8, stored: baton_checkpoint::RopeOrder::Interleaved };
             let part = LinearPart { name: "w".into(), weight, bias: None, rows: order };
-            let packed = pack(&part, &mut pool).unwrap();
+            let packed = pack(&part, &mut Arena::default(), &mut pool).unwrap();
             for panel in 0..packed.panels() {
                 let mut lanes = vec![0.0; k * LANES];
                 let bytes = &packed.bytes.as_slice()[panel * packed.panel_bytes..][..packed.panel_bytes];

@@ -1,0 +1,29 @@
+//! What loading costs in memory. Alone in its file: the peak is the whole process's.
+#![cfg(target_os = "linux")]
+
+#[allow(dead_code, reason = "only the real model is needed of it")]
+mod session;
+
+use std::fs;
+
+use baton_checkpoint::Checkpoint;
+use baton_runtime::{LoadOptions, load};
+use session::smollm2;
+
+/// The process's largest memory so far, mapped files included.
+fn peak_bytes() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    peak.split_whitespace().next().unwrap().parse::<u64>().unwrap() * 1024
+}
+
+#[test]
+fn loading_takes_little_more_than_the_weights() {
+    let checkpoint = Checkpoint::open(&smollm2()).unwrap();
+    let before = peak_bytes();
+    let options = LoadOptions { threads: 2, kv_blocks: 4096, ..LoadOptions::default() };
+    let executor = load(&checkpoint, &options, &mut |_, _| {}).unwrap();
+    let (taken, weights) = (peak_bytes() - before, checkpoint.weight_bytes());
+    assert!(executor.kv_pool().layout().total_bytes() as u64 > 20 * weights, "a pool that would be noticed");
+    assert!(taken * 100 <= weights * 125, "{taken} bytes for {weights} bytes of weights");
+}
