@@ -19,7 +19,7 @@ use super::{
 const ROW_BLOCK: usize = 192;
 /// Most columns of a panel that are expanded at once: 16 KiB of f32.
 const K_BLOCK: usize = 256;
-/// Columns that every piece of a panel is a multiple of, as every format's group divides it.
+/// Columns that every piece of a panel is a multiple of, unless the format's blocks are larger.
 const K_UNIT: usize = 32;
 /// Most panels of one task.
 const PANEL_BLOCK: usize = 8;
@@ -290,7 +290,7 @@ fn gemm(
 ) {
     let part = piece.part;
     let out_at = |row: usize, output: usize| (block.first + row) * outputs + output;
-    let step = part.k.div_ceil(part.k.div_ceil(K_BLOCK)).next_multiple_of(K_UNIT);
+    let step = part.k.div_ceil(part.k.div_ceil(K_BLOCK)).next_multiple_of(K_UNIT.max(part.format.block()));
     for start in (0..part.k).step_by(step) {
         let columns = step.min(part.k - start);
         for index in 0..piece.panels {

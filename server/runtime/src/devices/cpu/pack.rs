@@ -1,13 +1,13 @@
 //! Repacks a stored matrix, `[out, in]` row by row, into panels of sixteen outputs in one of the kernels' formats.
 //!
-//! Plain types and Q8_0, Q4_0, Q4_1 keep their size; the other types become the nearest wider format, so that every
-//! weight keeps the value it had in the file (up to one rounding to f32). All threads pack, each its own panels.
+//! Every weight keeps the value it had in the file (up to one rounding to f32), and its bits but for the minima that
+//! Q4_0 and Q5_0 imply, which are written out. All threads pack, each its own panels.
 
 use baton_checkpoint::{Dtype, TensorView};
 use half::f16;
 
 use super::{
-    kernels::PanelFormat,
+    kernels::{PanelFormat, nibble_bytes},
     lanes::LANES,
     memory::{AlignedBytes, Arena, Disjoint},
     threads::Pool,
@@ -41,8 +41,10 @@ pub(crate) fn format_of(dtype: Dtype) -> PanelFormat {
         Dtype::Bf16 => PanelFormat::Bf16,
         Dtype::Q8_0 => PanelFormat::Q8,
         Dtype::Q4_0 | Dtype::Q4_1 => PanelFormat::Q4,
-        Dtype::Q4K => PanelFormat::Q4Wide,
-        Dtype::Q5_0 | Dtype::Q5_1 | Dtype::Q5K | Dtype::Q6K => PanelFormat::Q8Wide,
+        Dtype::Q5_0 | Dtype::Q5_1 => PanelFormat::Q5,
+        Dtype::Q4K => PanelFormat::K4,
+        Dtype::Q5K => PanelFormat::K5,
+        Dtype::Q6K => PanelFormat::K6,
     }
 }
 
@@ -53,8 +55,8 @@ pub(crate) fn pack(
 ) -> Result<Packed, RuntimeError> {
     let TensorView { dtype, .. } = part.weight;
     let (rows, k, format) = (part.weight.rows(), part.weight.columns(), format_of(dtype));
-    if !k.is_multiple_of(format.group()) {
-        let reason = format!("rows of {k} elements are not whole groups of {}", format.group());
+    if !k.is_multiple_of(format.block()) {
+        let reason = format!("rows of {k} elements are not whole blocks of {}", format.block());
         return Err(RuntimeError::Tensor { tensor: part.name.clone(), reason });
     }
     let panel_bytes = format.panel_bytes(k);
@@ -81,50 +83,81 @@ pub(crate) fn pack(
 
 /// Puts one stored row into its lane of a panel.
 fn pack_row(dtype: Dtype, row: &[u8], panel: &mut [u8], lane: usize) {
-    let blocks = row.chunks_exact(dtype.block_bytes());
-    match dtype {
-        Dtype::F32 => spread::<4>(row, panel, lane),
-        Dtype::F16 | Dtype::Bf16 => spread::<2>(row, panel, lane),
-        Dtype::Q8_0 => {
-            for (from, to) in blocks.zip(panel.chunks_exact_mut(PanelFormat::Q8.block_bytes())) {
-                let (scales, quants) = to.split_at_mut(2 * LANES);
-                scales[2 * lane..][..2].copy_from_slice(&from[..2]);
-                spread::<1>(&from[2..], quants, lane);
-            }
+    let block: fn(Dtype, &[u8], &mut [u8], usize) = match dtype {
+        Dtype::F32 => |_, from, to, lane| spread::<4>(from, to, lane),
+        Dtype::F16 | Dtype::Bf16 => |_, from, to, lane| spread::<2>(from, to, lane),
+        Dtype::Q8_0 => |_, from, to, lane| {
+            let (scales, quants) = to.split_at_mut(2 * LANES);
+            spread::<2>(&from[..2], scales, lane);
+            spread::<1>(&from[2..], quants, lane);
+        },
+        Dtype::Q4_0 | Dtype::Q4_1 | Dtype::Q5_0 | Dtype::Q5_1 => pack_small,
+        Dtype::Q4K | Dtype::Q5K => pack_k45,
+        Dtype::Q6K => pack_k6,
+    };
+    let format = format_of(dtype);
+    let stored = format.block() / dtype.block_elements() * dtype.block_bytes();
+    for (from, to) in row.chunks_exact(stored).zip(panel.chunks_exact_mut(format.block_bytes())) {
+        block(dtype, from, to, lane);
+    }
+}
+
+/// Types of 32 elements with an f16 scale: minimum, if there is one, fifth bits, if there are any, four bits.
+fn pack_small(dtype: Dtype, from: &[u8], to: &mut [u8], lane: usize) {
+    let (header, halves) = from.split_at(from.len() - 16);
+    // d (q - 8) is d q - 8 d; 8 d is exact in f16, so that the rounding is the same.
+    let implied = |middle: f32| f16::from_f32(-middle * f16_at(header, 0)).to_le_bytes();
+    let minimum = match dtype {
+        Dtype::Q4_0 => implied(8.0),
+        Dtype::Q5_0 => implied(16.0),
+        _ => [header[2], header[3]],
+    };
+    let (scales, rest) = to.split_at_mut(2 * LANES);
+    let (minima, quants) = rest.split_at_mut(2 * LANES);
+    spread::<2>(&header[..2], scales, lane);
+    spread::<2>(&minimum, minima, lane);
+    let (nibbles, fifth) = quants.split_at_mut(nibble_bytes(32));
+    put_nibbles(|i| if i < 16 { halves[i] & 15 } else { halves[i - 16] >> 4 }, nibbles, lane);
+    if matches!(dtype, Dtype::Q5_0 | Dtype::Q5_1) {
+        spread::<4>(&header[header.len() - 4..], fifth, lane);
+    }
+}
+
+/// Q4_K and Q5_K: factors of scales and minima, six bits of each for every group, fifth bits, four bits.
+fn pack_k45(dtype: Dtype, from: &[u8], to: &mut [u8], lane: usize) {
+    let (factors, groups) = to.split_at_mut(4 * LANES);
+    let (scales, minima) = factors.split_at_mut(2 * LANES);
+    spread::<2>(&from[..2], scales, lane);
+    // The minimum is taken off: its sign goes into the factor.
+    spread::<2>(&[from[2], from[3] ^ 0x80], minima, lane);
+    let (fifth, quants) = if dtype == Dtype::Q5K { from[16..].split_at(32) } else { (&[][..], &from[16..]) };
+    let group_bytes = groups.len() / 8;
+    for (group, to) in groups.chunks_exact_mut(group_bytes).enumerate() {
+        let (scale, minimum) = k_scales(&from[4..16], group);
+        (to[lane], to[LANES + lane]) = (scale, minimum);
+        let (nibbles, above) = to[2 * LANES..].split_at_mut(nibble_bytes(32));
+        let halves = &quants[group / 2 * 32..][..32];
+        put_nibbles(|i| if group % 2 == 0 { halves[i] & 15 } else { halves[i] >> 4 }, nibbles, lane);
+        if dtype == Dtype::Q5K {
+            put_above::<1>(|i| fifth[i] >> group & 1, above, lane);
         }
-        Dtype::Q4_0 | Dtype::Q4_1 => {
-            for (from, to) in blocks.zip(panel.chunks_exact_mut(PanelFormat::Q4.block_bytes())) {
-                let (scales, rest) = to.split_at_mut(2 * LANES);
-                let (minima, quants) = rest.split_at_mut(2 * LANES);
-                let (header, halves) = from.split_at(from.len() - 16);
-                scales[2 * lane..][..2].copy_from_slice(&header[..2]);
-                // Q4_0's d (q - 8) is d q - 8 d; 8 d is exact, so that the rounding is the same.
-                let minimum = if dtype == Dtype::Q4_1 { f16_at(header, 2) } else { -8.0 * f16_at(header, 0) };
-                minima[2 * lane..][..2].copy_from_slice(&f16::from_f32(minimum).to_le_bytes());
-                let quant = |i: usize| if i < 16 { halves[i] & 15 } else { halves[i - 16] >> 4 };
-                pair_up(quant, quants, lane);
-            }
-        }
-        Dtype::Q4K => {
-            let groups = panel.chunks_exact_mut(PanelFormat::Q4Wide.block_bytes());
-            let source = blocks.flat_map(|block| (0..8).map(move |group| (block, group)));
-            for ((block, group), to) in source.zip(groups) {
-                let (scale, minimum) = k_scales(block, group);
-                let quants = write_scales(to, lane, scale, minimum);
-                let halves = &block[16 + group / 2 * 32..][..32];
-                pair_up(|i| if group % 2 == 0 { halves[i] & 15 } else { halves[i] >> 4 }, quants, lane);
-            }
-        }
-        Dtype::Q5_0 | Dtype::Q5_1 | Dtype::Q5K | Dtype::Q6K => {
-            let groups = panel.chunks_exact_mut(PanelFormat::Q8Wide.block_bytes());
-            let in_block = dtype.block_elements() / 16;
-            let source = blocks.flat_map(|block| (0..in_block).map(move |group| (block, group)));
-            for ((block, group), to) in source.zip(groups) {
-                let (scale, minimum, values) = sixteen(dtype, block, group);
-                let quants = write_scales(to, lane, scale, minimum);
-                spread::<1>(&values.map(|q| q as u8), quants, lane);
-            }
-        }
+    }
+}
+
+/// Q6_K: four bits, two bits, a scale for every sixteen, their factor.
+fn pack_k6(_: Dtype, from: &[u8], to: &mut [u8], lane: usize) {
+    let (factors, groups) = to.split_at_mut(2 * LANES);
+    spread::<2>(&from[208..], factors, lane);
+    let group_bytes = groups.len() / 16;
+    for (group, to) in groups.chunks_exact_mut(group_bytes).enumerate() {
+        to[lane] = from[192 + group];
+        let (nibbles, above) = to[LANES..].split_at_mut(nibble_bytes(16));
+        // Within each half of 128: quarters of 32 share bytes; see the checkpoint's description of Q6_K.
+        let (half, quarter, at) = (group / 8, group % 8 / 2, group % 2 * 16);
+        let halves = &from[half * 64 + quarter % 2 * 32 + at..][..16];
+        put_nibbles(|i| if quarter < 2 { halves[i] & 15 } else { halves[i] >> 4 }, nibbles, lane);
+        let upper = &from[128 + half * 32 + at..][..16];
+        put_above::<2>(|i| upper[i] >> (2 * quarter) & 3, above, lane);
     }
 }
 
@@ -135,20 +168,17 @@ fn spread<const SIZE: usize>(values: &[u8], panel: &mut [u8], lane: usize) {
     }
 }
 
-/// Writes 32 four-bit quants to a lane, two consecutive ones in a byte.
-fn pair_up(quant: impl Fn(usize) -> u8, quants: &mut [u8], lane: usize) {
-    for (pair, to) in quants.chunks_exact_mut(LANES).enumerate() {
+/// Writes four-bit quants to a lane, two consecutive ones in a byte.
+fn put_nibbles(quant: impl Fn(usize) -> u8, nibbles: &mut [u8], lane: usize) {
+    for (pair, to) in nibbles.chunks_exact_mut(LANES).enumerate() {
         to[lane] = quant(2 * pair) | quant(2 * pair + 1) << 4;
     }
 }
 
-/// Writes a lane's scale and minimum of a wide format; gives the block's quants.
-fn write_scales(block: &mut [u8], lane: usize, scale: f32, minimum: f32) -> &mut [u8] {
-    let (scales, rest) = block.split_at_mut(4 * LANES);
-    let (minima, quants) = rest.split_at_mut(4 * LANES);
-    scales[4 * lane..][..4].copy_from_slice(&scale.to_le_bytes());
-    minima[4 * lane..][..4].copy_from_slice(&minimum.to_le_bytes());
-    quants
+/// Writes what quants have above their four bits, `BITS` each, to a lane's word.
+fn put_above<const BITS: usize>(bits: impl Fn(usize) -> u8, words: &mut [u8], lane: usize) {
+    let word = (0..32 / BITS).fold(0, |word, i| word | u32::from(bits(i)) << (BITS * i));
+    words[4 * lane..][..4].copy_from_slice(&word.to_le_bytes());
 }
 
 fn f16_at(bytes: &[u8], at: usize) -> f32 {
@@ -156,53 +186,12 @@ fn f16_at(bytes: &[u8], at: usize) -> f32 {
 }
 
 /// Scale and minimum of a group of 32 in a block of Q4_K or Q5_K: six bits each, packed in twelve bytes.
-fn k_scales(block: &[u8], group: usize) -> (f32, f32) {
-    let packed = &block[4..16];
-    let (scale, minimum) = if group < 4 {
-        (packed[group] & 63, packed[group + 4] & 63)
-    } else {
-        let low = packed[group + 4];
-        (low & 15 | packed[group - 4] >> 6 << 4, low >> 4 | packed[group] >> 6 << 4)
-    };
-    (f16_at(block, 0) * f32::from(scale), -(f16_at(block, 2) * f32::from(minimum)))
-}
-
-/// Scale, minimum and quants of the `group`th sixteen elements of a block.
-fn sixteen(dtype: Dtype, block: &[u8], group: usize) -> (f32, f32, [i8; 16]) {
-    let mut quants = [0; 16];
-    let nibble = |byte: u8, high: bool| if high { byte >> 4 } else { byte & 15 };
-    let (scale, minimum) = match dtype {
-        Dtype::Q5_0 | Dtype::Q5_1 => {
-            let (header, rest) = block.split_at(block.len() - 20);
-            for (i, quant) in quants.iter_mut().enumerate() {
-                let element = 16 * group + i;
-                let fifth = rest[element / 8] >> (element % 8) & 1;
-                *quant = (nibble(rest[4 + i], group == 1) | fifth << 4) as i8;
-            }
-            let scale = f16_at(header, 0);
-            (scale, if dtype == Dtype::Q5_1 { f16_at(header, 2) } else { -16.0 * scale })
-        }
-        Dtype::Q5K => {
-            let pair = group / 2;
-            for (i, quant) in quants.iter_mut().enumerate() {
-                let at = group % 2 * 16 + i;
-                let fifth = block[16 + at] >> pair & 1;
-                *quant = (nibble(block[48 + pair / 2 * 32 + at], pair % 2 == 1) | fifth << 4) as i8;
-            }
-            k_scales(block, pair)
-        }
-        _ => {
-            for (i, quant) in quants.iter_mut().enumerate() {
-                // Within each half of 128: quarters of 32 share bytes; see the checkpoint's description of Q6_K.
-                let (half, quarter, at) = (group / 8, group % 8 / 2, group % 2 * 16 + i);
-                let low = nibble(block[half * 64 + quarter % 2 * 32 + at], quarter >= 2);
-                let high = block[128 + half * 32 + at] >> (2 * quarter) & 3;
-                *quant = (low | high << 4) as i8 - 32;
-            }
-            (f16_at(block, 208) * f32::from(block[192 + group] as i8), 0.0)
-        }
-    };
-    (scale, minimum, quants)
+fn k_scales(packed: &[u8], group: usize) -> (u8, u8) {
+    if group < 4 {
+        return (packed[group] & 63, packed[group + 4] & 63);
+    }
+    let low = packed[group + 4];
+    (low & 15 | packed[group - 4] >> 6 << 4, low >> 4 | packed[group] >> 6 << 4)
 }
 
 #[cfg(test)]

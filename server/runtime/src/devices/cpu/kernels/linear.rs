@@ -23,11 +23,11 @@ const CACHE_LINE: usize = 64;
 /// How far ahead of the weights in use the next ones are asked for, in bytes.
 const PREFETCH: usize = 1536;
 
-/// Asks for the weights a little after `block`: the hardware's own prefetching stops at the end of a page.
+/// Asks for the weights a little after `group`: the hardware's own prefetching stops at the end of a page.
 #[inline(always)]
-unsafe fn prefetch<V: Lanes, F: Format>(block: *const u8) {
-    for line in (0..F::BYTES).step_by(CACHE_LINE) {
-        V::prefetch(block.wrapping_add(PREFETCH + line));
+unsafe fn prefetch<V: Lanes, F: Format>(group: *const u8) {
+    for line in (0..F::GROUP_BYTES).step_by(CACHE_LINE) {
+        V::prefetch(group.wrapping_add(PREFETCH + line));
     }
 }
 
@@ -38,15 +38,19 @@ pub(crate) fn tile_height(rows: usize, most: usize) -> usize {
 
 #[inline(always)]
 pub(super) unsafe fn expand<V: Lanes, F: Format>(panel: *const u8, k: usize, out: *mut f32) {
-    for block in 0..k / F::GROUP {
-        let from = panel.add(block * F::BYTES);
-        let to = out.add(block * F::GROUP * LANES);
-        let scales = F::scales::<V>(from);
-        prefetch::<V, F>(from);
-        for pair in 0..F::GROUP / 2 {
-            let (first, second) = F::pair::<V>(from, scales, pair);
-            first.store(to.add(2 * pair * LANES));
-            second.store(to.add((2 * pair + 1) * LANES));
+    let mut to = out;
+    for block in 0..k / F::BLOCK {
+        let block = panel.add(block * F::BYTES);
+        for group in 0..F::BLOCK / F::GROUP {
+            let group = block.add(F::HEADER_BYTES + group * F::GROUP_BYTES);
+            let scales = F::scales::<V>(block, group);
+            prefetch::<V, F>(group);
+            for pair in 0..F::GROUP / 2 {
+                let (first, second) = F::pair::<V>(group, scales, pair);
+                first.store(to.add(2 * pair * LANES));
+                second.store(to.add((2 * pair + 1) * LANES));
+            }
+            to = to.add(F::GROUP * LANES);
         }
     }
 }
@@ -84,30 +88,34 @@ unsafe fn panels<V: Lanes, F: Format, const R: usize, const N: usize>(
             *sum = V::load(task.init.add((first + i) * LANES));
         }
     }
-    let mut at = [task.panel.add(first * task.panel_bytes); N];
-    for (i, at) in at.iter_mut().enumerate() {
-        *at = at.add(i * task.panel_bytes);
+    let mut blocks = [task.panel.add(first * task.panel_bytes); N];
+    for (i, block) in blocks.iter_mut().enumerate() {
+        *block = block.add(i * task.panel_bytes);
     }
     let mut x = task.x.add(first_row * task.x_stride);
-    for _ in 0..task.k / F::GROUP {
-        let mut scales = [F::scales::<V>(at[0]); N];
-        for i in 0..N {
-            scales[i] = F::scales::<V>(at[i]);
-            prefetch::<V, F>(at[i]);
-        }
-        for pair in 0..F::GROUP / 2 {
+    for _ in 0..task.k / F::BLOCK {
+        for group in 0..F::BLOCK / F::GROUP {
+            let mut groups = blocks;
+            let mut scales = [F::scales::<V>(blocks[0], blocks[0].add(F::HEADER_BYTES)); N];
             for i in 0..N {
-                let (w0, w1) = F::pair::<V>(at[i], scales[i], pair);
-                for (r, row) in sums.iter_mut().enumerate() {
-                    let x = x.add(r * task.x_stride + 2 * pair);
-                    row[i] = V::splat(*x.add(1)).fma(w1, V::splat(*x).fma(w0, row[i]));
+                groups[i] = blocks[i].add(F::HEADER_BYTES + group * F::GROUP_BYTES);
+                scales[i] = F::scales::<V>(blocks[i], groups[i]);
+                prefetch::<V, F>(groups[i]);
+            }
+            for pair in 0..F::GROUP / 2 {
+                for i in 0..N {
+                    let (w0, w1) = F::pair::<V>(groups[i], scales[i], pair);
+                    for (r, row) in sums.iter_mut().enumerate() {
+                        let x = x.add(r * task.x_stride + 2 * pair);
+                        row[i] = V::splat(*x.add(1)).fma(w1, V::splat(*x).fma(w0, row[i]));
+                    }
                 }
             }
+            x = x.add(F::GROUP);
         }
-        for at in &mut at {
-            *at = at.add(F::BYTES);
+        for block in &mut blocks {
+            *block = block.add(F::BYTES);
         }
-        x = x.add(F::GROUP);
     }
     for (r, row) in sums.into_iter().enumerate() {
         for (i, sum) in row.into_iter().enumerate() {

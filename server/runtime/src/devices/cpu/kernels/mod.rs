@@ -9,7 +9,7 @@ mod rows;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use format::PanelFormat;
+pub(crate) use format::{PanelFormat, nibble_bytes};
 pub(crate) use linear::{tile_height, tile_rows};
 
 #[cfg(doc)]
@@ -100,8 +100,10 @@ macro_rules! by_format {
             $function::<format::Bf16>,
             $function::<format::Q8>,
             $function::<format::Q4>,
-            $function::<format::Q8Wide>,
-            $function::<format::Q4Wide>,
+            $function::<format::Q5>,
+            $function::<format::K4>,
+            $function::<format::K5>,
+            $function::<format::K6>,
         ]
     };
 }

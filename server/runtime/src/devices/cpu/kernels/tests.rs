@@ -8,8 +8,10 @@ const FORMATS: [PanelFormat; PanelFormat::COUNT] = [
     PanelFormat::Bf16,
     PanelFormat::Q8,
     PanelFormat::Q4,
-    PanelFormat::Q8Wide,
-    PanelFormat::Q4Wide,
+    PanelFormat::Q5,
+    PanelFormat::K4,
+    PanelFormat::K5,
+    PanelFormat::K6,
 ];
 
 /// A small generator of reproducible numbers (splitmix64).
@@ -45,9 +47,8 @@ fn panel(format: PanelFormat, k: usize, numbers: &mut Numbers) -> Vec<u8> {
                 }
                 (0, 0)
             }
-            PanelFormat::Q8 => (32, 0),
-            PanelFormat::Q4 => (64, 0),
-            PanelFormat::Q8Wide | PanelFormat::Q4Wide => (0, 128),
+            PanelFormat::Q8 | PanelFormat::K6 => (32, 0),
+            PanelFormat::Q4 | PanelFormat::Q5 | PanelFormat::K4 | PanelFormat::K5 => (64, 0),
         };
         for value in block[..halves].chunks_exact_mut(2) {
             value.copy_from_slice(&half::f16::from_f32(numbers.around_zero()).to_le_bytes());
@@ -130,7 +131,7 @@ fn instruction_sets_agree_bit_for_bit() {
     let numbers = &mut Numbers(1);
     for kernels in &sets[..sets.len() - 1] {
         for format in FORMATS {
-            let k = 96;
+            let k = format.block().max(96);
             let panels: Vec<u8> = (0..3).flat_map(|_| panel(format, k, numbers)).collect();
             let init = numbers.floats(48);
             let expanded = expand(portable, format, &panels[..format.panel_bytes(k)], k);
@@ -162,7 +163,7 @@ fn rows_do_not_depend_on_their_number() {
     let numbers = &mut Numbers(2);
     for kernels in available() {
         for format in FORMATS {
-            let k = 64;
+            let k = format.block().max(64);
             let packed = panel(format, k, numbers);
             let (x, init) = (numbers.floats(11 * k), numbers.floats(16));
             let together = tiles(kernels, &x, 11, &expand(kernels, format, &packed, k), &init, true);

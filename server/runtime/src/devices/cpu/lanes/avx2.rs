@@ -89,6 +89,13 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn load_u8(from: *const u8) -> Self {
+        let low = _mm256_cvtepu8_epi32(_mm_loadl_epi64(from.cast()));
+        let high = _mm256_cvtepu8_epi32(_mm_loadl_epi64(from.add(8).cast()));
+        Self(_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(high))
+    }
+
+    #[inline(always)]
     unsafe fn load_nibbles(from: *const u8) -> (Self, Self) {
         let mask = _mm256_set1_epi32(15);
         let first = _mm256_cvtepu8_epi32(_mm_loadl_epi64(from.cast()));
@@ -102,6 +109,27 @@ impl Lanes for Avx2 {
             _mm256_cvtepi32_ps(_mm256_srli_epi32(second, 4)),
         );
         (low, high)
+    }
+
+    #[inline(always)]
+    unsafe fn load_nibbles_and<const BITS: u32>(
+        from: *const u8,
+        above: *const u32,
+        shift: u32,
+    ) -> (Self, Self) {
+        let eight = |at: usize| {
+            let bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(from.add(at).cast()));
+            let words = _mm256_loadu_si256(above.add(at).cast());
+            let more = |shift: u32| {
+                let shifted = _mm256_srl_epi32(words, _mm_cvtsi32_si128(shift as i32));
+                _mm256_and_si256(_mm256_slli_epi32(shifted, 4), _mm256_set1_epi32(((1 << BITS) - 1) << 4))
+            };
+            let low = _mm256_or_si256(_mm256_and_si256(bytes, _mm256_set1_epi32(15)), more(shift));
+            let high = _mm256_or_si256(_mm256_srli_epi32(bytes, 4), more(shift + BITS));
+            (_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(high))
+        };
+        let (first, second) = (eight(0), eight(8));
+        (Self(first.0, second.0), Self(first.1, second.1))
     }
 
     #[inline(always)]
