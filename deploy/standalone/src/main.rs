@@ -23,7 +23,7 @@ struct Args {
 enum Command {
     Up(Box<up::UpArgs>),
     Ctl(ctl::CtlArgs),
-    Bench(bench::BenchArgs),
+    Bench(Box<bench::BenchCommand>),
 }
 
 fn main() -> ExitCode {

@@ -1,4 +1,5 @@
-//! `baton bench`: an own load generator against any OpenAI endpoint, and what it measured as a table and as JSON.
+//! `baton bench`: an own load generator against any OpenAI endpoint, and what it measured as a table and as JSON; and
+//! `baton bench engine`, one instance's engine beside llama.cpp ([`engine`]).
 //!
 //! Order of things: [`prompt`] calibrates and makes prompts, [`load`] sends them by concurrency or by rate and times
 //! each ([`request`]), [`summary`] turns timings into percentiles. Load is closed (`--concurrency`: a new request when
@@ -6,9 +7,10 @@
 
 use std::{fs, path::PathBuf, time::Duration};
 
-use clap::{ArgGroup, Args};
+use clap::{ArgGroup, Args, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 
+mod engine;
 mod load;
 mod prompt;
 mod request;
@@ -18,6 +20,21 @@ use crate::screen::say;
 use request::Endpoint;
 
 /// Measure an OpenAI endpoint: TTFT, TPOT and throughput under a load of your choice.
+#[derive(Debug, Clone, Args)]
+#[command(args_conflicts_with_subcommands = true)]
+pub(crate) struct BenchCommand {
+    #[command(subcommand)]
+    what: Option<What>,
+    #[command(flatten)]
+    load: BenchArgs,
+}
+
+#[derive(Debug, Clone, Subcommand)]
+enum What {
+    Engine(engine::EngineArgs),
+}
+
+/// A load and the endpoint that takes it.
 #[derive(Debug, Clone, Args)]
 #[command(group = ArgGroup::new("load").args(["concurrency", "rate"]))]
 #[command(group = ArgGroup::new("length").args(["requests", "duration_seconds"]))]
@@ -75,6 +92,8 @@ pub(crate) enum BenchError {
     Client(#[source] reqwest::Error),
     #[error("cannot write {path}")]
     Write { path: PathBuf, source: std::io::Error },
+    #[error(transparent)]
+    Engine(#[from] engine::EngineError),
 }
 
 fn positive(text: &str) -> Result<f64, String> {
@@ -85,7 +104,11 @@ fn positive(text: &str) -> Result<f64, String> {
 }
 
 /// Runs the whole measurement and prints its table.
-pub(crate) async fn run(args: &BenchArgs) -> Result<(), BenchError> {
+pub(crate) async fn run(command: &BenchCommand) -> Result<(), BenchError> {
+    let args = match &command.what {
+        Some(What::Engine(args)) => return Ok(engine::run(args).await?),
+        None => &command.load,
+    };
     let endpoint = Endpoint::connect(args).await?;
     let prompts = prompt::Prompts::calibrate(&endpoint, args.input_tokens, args.seed).await?;
     let bar = progress(args);

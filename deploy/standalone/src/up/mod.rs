@@ -87,6 +87,13 @@ pub(crate) async fn run(args: UpArgs) -> Result<ExitCode, UpError> {
     ended.map(|()| if how == Stop::Forced { ExitCode::from(FORCED) } else { ExitCode::SUCCESS })
 }
 
+/// The model that is served when none is named, fetched if need be.
+pub(crate) async fn default_model() -> Result<PathBuf, UpError> {
+    let cache = cache_directory().ok_or(UpError::NoHome("--model"))?;
+    model::prepare(&cache)?;
+    model::fetch(&cache, &Screen::new()).await
+}
+
 /// Waits until the cluster serves, says so, and then for ever.
 async fn serve(supervisor: &Supervisor, screen: &Screen, args: &UpArgs) -> Result<(), UpError> {
     let run = supervisor.run_file();
