@@ -23,10 +23,11 @@ fn bench(arguments: &[&str]) -> (Output, Value) {
 #[test]
 fn the_engine_is_measured_through_a_server() {
     let model = model().display().to_string();
-    let (output, figures) = bench(&["engine", "--rounds", "1", "--model", &model]);
+    let short = ["--rounds", "1", "--prompt-tokens", "64", "--decode-tokens", "8", "--batch", "3"];
+    let (output, figures) = bench(&[&["engine", "--model", &model], &short[..]].concat());
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let table = String::from_utf8_lossy(&output.stdout);
-    assert!(table.contains("prefill 512") && table.contains("decode, batch 8"), "{table}");
+    assert!(table.contains("prefill 64") && table.contains("decode, batch 3"), "{table}");
     let rows = figures["rows"].as_array().expect("rows");
     assert_eq!(rows.len(), 2);
     for row in rows {

@@ -20,7 +20,7 @@ use tokio::{
 };
 use tonic::Streaming;
 
-use super::{super::prompt::mix, EngineError, Rates, WORKS, Work};
+use super::{super::prompt::mix, EngineError, Rates, Work};
 
 /// Where the child finds the socket it serves on.
 const SOCKET: i32 = 3;
@@ -53,6 +53,7 @@ impl Baton {
         model: &Path,
         vocabulary: u32,
         threads: u16,
+        works: &[Work],
         set: &[String],
     ) -> Result<Self, EngineError> {
         let this = std::env::current_exe().unwrap_or_default();
@@ -69,7 +70,7 @@ impl Baton {
             "role=mixed".to_owned(),
             format!("listen=fd://{SOCKET}"),
             format!("runtime.threads={threads}"),
-            format!("runtime.kv_blocks={}", WORKS.iter().map(blocks).max().unwrap_or(1)),
+            format!("runtime.kv_blocks={}", works.iter().map(blocks).max().unwrap_or(1)),
             "process.log.level=warn".to_owned(),
         ];
         settings.extend_from_slice(set);
@@ -190,7 +191,6 @@ impl Baton {
                 top_p: 1.0,
                 repetition_penalty: 1.0,
                 max_tokens,
-                ignore_eos: true,
                 ..v1::Sampling::default()
             }),
             work: Some(Leg::Whole(v1::dispatch::Whole {})),

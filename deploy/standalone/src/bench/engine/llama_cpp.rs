@@ -13,7 +13,7 @@ use tokio::{
     process::{Child, ChildStdin, ChildStdout, Command},
 };
 
-use super::{EngineError, Rates, WORKS, Work};
+use super::{EngineError, Rates, Work};
 use crate::{run_file::cache_directory, up::UpError};
 
 const SCRIPT: &str = include_str!("yardstick.py");
@@ -39,8 +39,13 @@ struct Seconds {
 }
 
 impl LlamaCpp {
-    pub(super) async fn start(python: &Path, model: &Path, threads: u16) -> Result<Self, EngineError> {
-        let room = WORKS.iter().map(|work| work.prompt_tokens + work.decode_tokens).max().unwrap_or(0);
+    pub(super) async fn start(
+        python: &Path,
+        model: &Path,
+        threads: u16,
+        works: &[Work],
+    ) -> Result<Self, EngineError> {
+        let room = works.iter().map(|work| work.prompt_tokens + work.decode_tokens).max().unwrap_or(0);
         let model = model.display().to_string();
         // Whole pages of its cache.
         let room = room.next_multiple_of(256).to_string();

@@ -36,6 +36,15 @@ pub(crate) struct EngineArgs {
     /// Compute threads of each.
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: u16,
+    /// Tokens of each prompt.
+    #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    prompt_tokens: u32,
+    /// Tokens of each answer after the first.
+    #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    decode_tokens: u32,
+    /// Sequences of the batch that is decoded.
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=64))]
+    batch: u32,
     /// Times that each is measured, after one round that does not count.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: u32,
@@ -78,18 +87,23 @@ struct Work {
     decode_tokens: u32,
 }
 
+impl EngineArgs {
+    /// A prompt alone and a decode alone behind it; then a batch.
+    fn works(&self) -> [Work; 2] {
+        [1, self.batch].map(|sequences| Work {
+            sequences,
+            prompt_tokens: self.prompt_tokens,
+            decode_tokens: self.decode_tokens,
+        })
+    }
+}
+
 /// Tokens a second.
 #[derive(Debug, Clone, Copy, serde::Serialize)]
 struct Rates {
     prefill: f64,
     decode: f64,
 }
-
-/// A prompt alone and a decode alone behind it; then a batch.
-const WORKS: [Work; 2] = [
-    Work { sequences: 1, prompt_tokens: 512, decode_tokens: 64 },
-    Work { sequences: 8, prompt_tokens: 512, decode_tokens: 32 },
-];
 
 /// Runs the whole measurement and prints its table.
 pub(crate) async fn run(args: &EngineArgs) -> Result<(), EngineError> {
@@ -116,16 +130,17 @@ async fn measure(
     bar: &ProgressBar,
     report: &mut Report,
 ) -> Result<(), EngineError> {
+    let works = args.works();
     let vocabulary = Checkpoint::open(model)?.config().vocabulary;
-    let mut baton = Baton::start(model, vocabulary, args.threads, &args.set).await?;
+    let mut baton = Baton::start(model, vocabulary, args.threads, &works, &args.set).await?;
     let mut llama_cpp = match &args.llama_cpp {
-        Some(python) => Some(LlamaCpp::start(python, model, args.threads).await?),
+        Some(python) => Some(LlamaCpp::start(python, model, args.threads, &works).await?),
         None => None,
     };
     bar.set_message(name_of(model));
-    let mut rows = WORKS.map(|work| Row::new(name_of(model), work));
+    let mut rows = works.map(|work| Row::new(name_of(model), work));
     for round in 0..=args.rounds {
-        for (row, work) in rows.iter_mut().zip(WORKS) {
+        for (row, work) in rows.iter_mut().zip(works) {
             let ours = baton.measure(work, round).await?;
             let theirs = match &mut llama_cpp {
                 Some(llama_cpp) => Some(llama_cpp.measure(work, round).await?),
