@@ -9,6 +9,8 @@ pub enum RuntimeError {
     KvPool { bytes: usize },
     #[error("cannot allocate {bytes} bytes for weights: the model is too large for this machine's memory")]
     Memory { bytes: usize },
+    #[error("cannot allocate {bytes} bytes for activations: lower the number of tokens in a batch")]
+    Activations { bytes: usize },
     #[error("cannot start the compute threads: {0}; lower the number of threads")]
     Threads(#[source] std::io::Error),
     #[error(transparent)]

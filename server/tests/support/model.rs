@@ -127,7 +127,7 @@ impl Executor for HashModel {
     ) -> Result<Logits<'_>, RuntimeError> {
         std::thread::sleep(Duration::from_micros(self.faults.batch_micros.load(Ordering::Relaxed)));
         if self.faults.error.swap(false, Ordering::Relaxed) || self.faults.broken.load(Ordering::Relaxed) {
-            return Err(RuntimeError::Memory { bytes: 1 << 40 });
+            return Err(RuntimeError::Activations { bytes: 1 << 40 });
         }
         for layer in 0..LAYERS {
             let panics = layer == LAYERS - 1 && self.faults.panic.swap(false, Ordering::Relaxed);

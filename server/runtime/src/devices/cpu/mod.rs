@@ -11,6 +11,7 @@ mod linear;
 mod memory;
 mod pack;
 mod routing;
+mod tensor;
 mod threads;
 
 use std::{
@@ -27,6 +28,7 @@ use self::{
     linear::Linear,
     memory::{Arena, Disjoint},
     routing::Routes,
+    tensor::Tensor,
     threads::Pool,
 };
 use crate::{
@@ -39,30 +41,6 @@ use crate::{
 const ROWS_PER_TASK: usize = 16;
 /// Most threads that can be asked for.
 const MOST_THREADS: usize = 1024;
-
-/// Activations on the CPU.
-#[derive(Debug)]
-pub(crate) struct Tensor {
-    values: Vec<f32>,
-    rows: usize,
-    width: usize,
-}
-
-impl Tensor {
-    /// The values of `rows` rows, to be written.
-    fn reset(&mut self, rows: usize) -> &mut [f32] {
-        let length = rows * self.width;
-        if self.values.len() < length {
-            self.values.resize(length, 0.0);
-        }
-        self.rows = rows;
-        &mut self.values[..length]
-    }
-
-    fn values(&self) -> &[f32] {
-        &self.values[..self.rows * self.width]
-    }
-}
 
 /// A step's indices.
 pub(crate) struct Plan {
@@ -183,7 +161,7 @@ impl Device for CpuDevice {
     }
 
     fn tensor(&mut self, width: usize) -> Result<Tensor, RuntimeError> {
-        Ok(Tensor { values: Vec::new(), rows: 0, width })
+        Ok(Tensor::new(width))
     }
 
     fn routes(&mut self) -> Result<Routes, RuntimeError> {
@@ -219,7 +197,7 @@ impl Device for CpuDevice {
         let (kernels, width) = (self.kernels, out.width);
         assert_eq!(width, table.inputs, "activations of another width");
         let mut panel = vec![0.0; width * LANES];
-        for (&token, row) in plan.tokens.iter().zip(out.reset(plan.tokens.len()).chunks_exact_mut(width)) {
+        for (&token, row) in plan.tokens.iter().zip(out.reset(plan.tokens.len())?.chunks_exact_mut(width)) {
             let (part, index) = table.locate(token as usize);
             let bytes = &part.bytes.as_slice()[index / LANES * part.panel_bytes..][..part.panel_bytes];
             // SAFETY: a whole panel of `width` columns, and room for sixteen of each.
@@ -239,7 +217,7 @@ impl Device for CpuDevice {
     ) -> Result<(), RuntimeError> {
         let (kernels, width) = (self.kernels, x.width);
         assert!(width == weight.len() && width == out.width, "activations of another width");
-        let (from, to) = (x.values(), Disjoint::new(out.reset(x.rows)));
+        let (from, to) = (x.values(), Disjoint::new(out.reset(x.rows)?));
         self.by_rows(x.rows, &|first, rows| {
             for row in first..first + rows {
                 let from = &from[row * width..][..width];
@@ -277,7 +255,7 @@ impl Device for CpuDevice {
 
     fn linear(&mut self, x: &Tensor, weight: &Linear, out: &mut Tensor) -> Result<(), RuntimeError> {
         assert!(x.width == weight.inputs && out.width == weight.outputs, "activations of another width");
-        weight.apply(self.kernels, &mut self.pool, &mut self.workspace, x.values(), out.reset(x.rows));
+        weight.apply(self.kernels, &mut self.pool, &mut self.workspace, x.values(), out.reset(x.rows)?);
         Ok(())
     }
 
@@ -369,7 +347,7 @@ impl Device for CpuDevice {
             qkv.width == heads.width() && out.width == heads.query_width(),
             "activations of another width"
         );
-        let (from, to) = (qkv.values(), Disjoint::new(out.reset(qkv.rows)));
+        let (from, to) = (qkv.values(), Disjoint::new(out.reset(qkv.rows)?));
         let scratch = &self.attention_scratch;
         self.pool.run(plan.tiles.len() * heads.kv_heads, &|worker, task| {
             let (tile, kv_head) = (plan.tiles[task / heads.kv_heads], task % heads.kv_heads);
@@ -384,7 +362,7 @@ impl Device for CpuDevice {
     fn silu_mul(&mut self, x: &Tensor, out: &mut Tensor) -> Result<(), RuntimeError> {
         let (kernels, width) = (self.kernels, out.width);
         assert_eq!(x.width, 2 * width, "activations of another width");
-        let (from, to) = (x.values(), Disjoint::new(out.reset(x.rows)));
+        let (from, to) = (x.values(), Disjoint::new(out.reset(x.rows)?));
         self.by_rows(x.rows, &|first, rows| {
             for row in first..first + rows {
                 let (gate, up) = from[row * 2 * width..][..2 * width].split_at(width);
@@ -422,7 +400,7 @@ impl Device for CpuDevice {
         assert!(x.width == out.width && shared.is_none_or(same), "activations of another shape");
         let workspace = &mut self.workspace;
         let workers = experts::Workers { kernels: self.kernels, pool: &mut self.pool, workspace };
-        let tensors = (x.values(), shared.map(Tensor::values), out.reset(x.rows));
+        let tensors = (x.values(), shared.map(Tensor::values), out.reset(x.rows)?);
         experts::run(workers, &mut self.experts, tensors, routes, experts);
         Ok(())
     }
@@ -430,7 +408,7 @@ impl Device for CpuDevice {
     fn select_logits_rows(&mut self, plan: &Plan, x: &Tensor, out: &mut Tensor) -> Result<(), RuntimeError> {
         let width = x.width;
         assert_eq!(width, out.width, "activations of another width");
-        let selected = out.reset(plan.logits_rows.len()).chunks_exact_mut(width);
+        let selected = out.reset(plan.logits_rows.len())?.chunks_exact_mut(width);
         for (to, &row) in selected.zip(&plan.logits_rows) {
             to.copy_from_slice(&x.values()[row * width..][..width]);
         }
