@@ -110,13 +110,14 @@ fn check<'a>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::KvDtype;
+    use crate::{KvContent, KvDtype};
 
     const SHAPE: ModelShape = ModelShape { layers: 1, vocabulary: 100, context_tokens: 64 };
 
     fn layout() -> KvPoolLayout {
         KvPoolLayout {
             format: "test",
+            content: KvContent::KeysAndValues,
             dtype: KvDtype::F32,
             block_tokens: 16,
             layers: 1,

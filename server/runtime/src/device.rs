@@ -1,10 +1,11 @@
 //! What a model asks of the hardware: a small set of fused operations over the device's own types.
 //!
 //! Models are written once over [`Device`]. Calls come from one thread, in order; a device may queue them and need only
-//! have finished where a call's result becomes visible to the host: in [`Device::read`], and in [`Device::append_kv`],
-//! whose slices may be read by transports as soon as it returns. Activations are matrices `[rows][width]` of which only
-//! the device knows the element type (f32 on the CPU). Shapes are fixed when the model is loaded and indices are checked
-//! in `batch`, so what an operation reports is a failure of the hardware or of its runtime.
+//! have finished where a call's result becomes visible to the host: in [`Device::read`], and in [`Device::append_kv`] and
+//! [`Device::append_latents`], whose slices may be read by transports as soon as they return. Activations are matrices
+//! `[rows][width]` of which only the device knows the element type (f32 on the CPU). Shapes are fixed when the model is
+//! loaded and indices are checked in `batch`, so what an operation reports is a failure of the hardware or of its
+//! runtime. A device is made for one kind of attention; a model calls the operations of its own kind.
 //!
 //! Each operation names the Ascend operator (aclnn) it was cut to fit.
 
@@ -76,6 +77,26 @@ impl Heads {
     }
 }
 
+/// Heads of latent attention as its operations need them. All heads share one key and value for each token, the latent
+/// and the rotated part side by side: `[rank + rope]`, of which the value is the latent.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct LatentHeads {
+    pub(crate) heads: usize,
+    /// Width of the latent.
+    pub(crate) rank: usize,
+    /// Width of the rotated part.
+    pub(crate) rope: usize,
+    /// Factor of the scores.
+    pub(crate) scale: f32,
+}
+
+impl LatentHeads {
+    /// Width of what is kept of a token.
+    pub(crate) fn kept(&self) -> usize {
+        self.rank + self.rope
+    }
+}
+
 /// One expert of a mixture.
 pub(crate) struct Expert<L> {
     /// Gate and up stacked.
@@ -96,7 +117,7 @@ pub(crate) trait Device: Send {
     /// A step's indices as the device wants them: positions, sines, slot mapping, block tables.
     type Plan;
 
-    /// The pool that `append_kv` writes and `attention` reads.
+    /// The pool that `append_kv` or `append_latents` writes and `attention` or `latent_attention` reads.
     fn kv_pool(&self) -> &Arc<KvPool>;
 
     /// Loads matrices, stacked by output. `loaded(bytes)` is called as bytes of the checkpoint have been taken in.
@@ -173,6 +194,40 @@ pub(crate) trait Device: Send {
         plan: &Self::Plan,
         layer: u32,
         qkv: &Self::Tensor,
+        out: &mut Self::Tensor,
+    ) -> Result<(), RuntimeError>;
+
+    /// Each head's columns of `x` times a matrix of its own, `weights[head]`, into the head's columns of `out`
+    /// (BatchMatMul).
+    fn linear_by_head(
+        &mut self,
+        x: &Self::Tensor,
+        weights: &[Self::Linear],
+        out: &mut Self::Tensor,
+    ) -> Result<(), RuntimeError>;
+
+    /// Rotates all of `x`, heads as wide as the rotated part, by the rows' positions, in halves (ApplyRotaryPosEmbV2).
+    fn rope_latent_queries(&mut self, plan: &Self::Plan, x: &mut Self::Tensor) -> Result<(), RuntimeError>;
+
+    /// `kept` is latent and rotated part of every row, `[rows][rank + rope]`: norms the one, rotates the other, and
+    /// writes both to their slots of `layer` (KvRmsNormRopeCache).
+    fn append_latents(
+        &mut self,
+        plan: &Self::Plan,
+        layer: u32,
+        kept: &mut Self::Tensor,
+        norm: &Self::Vector,
+        epsilon: f32,
+    ) -> Result<(), RuntimeError>;
+
+    /// Causal attention of every row over the latents of its sequence's blocks of `layer`. `latent` and `rotated` are
+    /// the two parts of queries, `[rows][heads][rank]` and `[rows][heads][rope]`; `out` is `[rows][heads][rank]`
+    /// (FusedInferAttentionScoreV3 with `queryRope` and `keyRope`, one KV head and a block table).
+    fn latent_attention(
+        &mut self,
+        plan: &Self::Plan,
+        layer: u32,
+        queries: (&Self::Tensor, &Self::Tensor),
         out: &mut Self::Tensor,
     ) -> Result<(), RuntimeError>;
 

@@ -33,11 +33,31 @@ impl KvDtype {
     }
 }
 
+/// What a pool keeps of each token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KvContent {
+    /// A key and a value for each KV head, `head_dim` wide both.
+    KeysAndValues,
+    /// One vector for each KV head that is both: the value is a prefix of the key (latent attention).
+    Latents,
+}
+
+impl KvContent {
+    /// Vectors kept for each KV head of each token.
+    pub const fn vectors(self) -> usize {
+        match self {
+            Self::KeysAndValues => 2,
+            Self::Latents => 1,
+        }
+    }
+}
+
 /// Shape of a pool.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KvPoolLayout {
     /// Arrangement within a slice; two pools exchange bytes only if it is equal.
     pub format: &'static str,
+    pub content: KvContent,
     pub dtype: KvDtype,
     pub block_tokens: u32,
     pub layers: u32,
@@ -48,9 +68,10 @@ pub struct KvPoolLayout {
 }
 
 impl KvPoolLayout {
-    /// Bytes of one block of one layer: K and V of `block_tokens` tokens.
+    /// Bytes of one block of one layer: all that is kept of `block_tokens` tokens.
     pub fn slice_bytes(&self) -> usize {
-        2 * self.block_tokens as usize * self.kv_heads as usize * self.head_dim as usize * self.dtype.bytes()
+        let vectors = self.content.vectors() * self.kv_heads as usize;
+        self.block_tokens as usize * vectors * self.head_dim as usize * self.dtype.bytes()
     }
 
     pub fn total_bytes(&self) -> usize {

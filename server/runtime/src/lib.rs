@@ -15,5 +15,5 @@ mod models;
 
 pub use error::{BatchFault, RuntimeError};
 pub use executor::{BlockId, Executor, Logits, ModelShape, SequenceChunk};
-pub use kv_pool::{KvDtype, KvPool, KvPoolLayout};
+pub use kv_pool::{KvContent, KvDtype, KvPool, KvPoolLayout};
 pub use load::{DeviceKind, LoadOptions, kv_layout, load};

@@ -8,8 +8,8 @@ use std::path::Path;
 use baton_runtime::{BatchFault, BlockId, Executor, KvDtype, LoadOptions, RuntimeError, SequenceChunk};
 use session::{Session, argmax, blocks, slice, smollm2, tiny, write_slice};
 
-/// Unlike in head sizes (64-wide groups, 20, 12), KV sharing, head norms, experts and weight types.
-const MODELS: [&str; 7] = [
+/// Unlike in head sizes (64-wide groups, 20, 12), KV sharing, head norms, experts, latents and weight types.
+const MODELS: [&str; 11] = [
     "gguf-q4_1-like-smollm2",
     "hf-f16-ratio3-wide-heads",
     "hf-f32-ratio1-tied",
@@ -17,6 +17,10 @@ const MODELS: [&str; 7] = [
     "hf-bf16-qwen3-wide-heads",
     "hf-bf16-qwen3moe-some-dense",
     "gguf-q8_0-qwen3moe",
+    "hf-bf16-deepseek2-lite-yarn",
+    "hf-f32-deepseek2-groups",
+    "hf-f32-deepseek3-halves",
+    "gguf-q8_0-deepseek3-split",
 ];
 
 fn options(threads: usize, kv_dtype: KvDtype) -> LoadOptions {

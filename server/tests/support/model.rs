@@ -11,7 +11,8 @@ use std::{
 };
 
 use baton_runtime::{
-    BlockId, Executor, KvDtype, KvPool, KvPoolLayout, Logits, ModelShape, RuntimeError, SequenceChunk,
+    BlockId, Executor, KvContent, KvDtype, KvPool, KvPoolLayout, Logits, ModelShape, RuntimeError,
+    SequenceChunk,
 };
 
 pub const VOCABULARY: u32 = 64;
@@ -49,6 +50,7 @@ pub struct HashModel {
 pub fn layout(blocks: u32) -> KvPoolLayout {
     KvPoolLayout {
         format: "hash",
+        content: KvContent::KeysAndValues,
         dtype: KvDtype::F32,
         block_tokens: BLOCK_TOKENS,
         layers: LAYERS,

@@ -18,11 +18,23 @@ pub enum Architecture {
     Qwen3,
     /// Qwen3 with a mixture of experts.
     Qwen3Moe,
+    /// DeepSeek V2: multi-head latent attention, shared and routed experts chosen by softmax.
+    DeepseekV2,
+    /// DeepSeek V3 and R1: as V2, experts chosen by sigmoid with a correction.
+    DeepseekV3,
 }
 
 impl Architecture {
     /// Those that Baton runs.
-    pub const ALL: [Self; 5] = [Self::Llama, Self::Mistral, Self::Qwen2, Self::Qwen3, Self::Qwen3Moe];
+    pub const ALL: [Self; 7] = [
+        Self::Llama,
+        Self::Mistral,
+        Self::Qwen2,
+        Self::Qwen3,
+        Self::Qwen3Moe,
+        Self::DeepseekV2,
+        Self::DeepseekV3,
+    ];
 
     /// `model_type` in a Hugging Face `config.json`, and what `ModelIdentity.architecture` says.
     pub const fn name(self) -> &'static str {
@@ -32,16 +44,20 @@ impl Architecture {
             Self::Qwen2 => "qwen2",
             Self::Qwen3 => "qwen3",
             Self::Qwen3Moe => "qwen3_moe",
+            Self::DeepseekV2 => "deepseek_v2",
+            Self::DeepseekV3 => "deepseek_v3",
         }
     }
 
-    /// `general.architecture` in a GGUF file. Several may have the same one: there a Mistral is a LLaMA.
+    /// `general.architecture` in a GGUF file. Several may have the same one: there a Mistral is a LLaMA, and
+    /// both DeepSeeks are one.
     pub const fn gguf_name(self) -> &'static str {
         match self {
             Self::Llama | Self::Mistral => "llama",
             Self::Qwen2 => "qwen2",
             Self::Qwen3 => "qwen3",
             Self::Qwen3Moe => "qwen3moe",
+            Self::DeepseekV2 | Self::DeepseekV3 => "deepseek2",
         }
     }
 
@@ -64,6 +80,8 @@ impl fmt::Display for Architecture {
 pub enum Attention {
     /// Keys and values of their own, each shared by a group of query heads.
     GroupedQuery(GroupedQuery),
+    /// Keys and values that all heads make of one latent each token keeps (multi-head latent attention).
+    Latent(LatentAttention),
 }
 
 /// Grouped-query attention.
@@ -81,6 +99,63 @@ pub struct GroupedQuery {
     pub output_bias: bool,
     /// Each head of Q and K goes through an RMS norm before it is rotated.
     pub head_norms: bool,
+}
+
+/// Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434).
+///
+/// Of a token is kept: a latent `kv_rank` wide, normalised, and a key `rope_dim` wide, rotated, that all heads share.
+/// A head's key is `nope_dim` values made of the latent, then the shared ones; its value is made of the latent too.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LatentAttention {
+    pub heads: u32,
+    /// Width of the latent that queries are made of; `None` if they are made of the hidden state.
+    pub query_rank: Option<u32>,
+    /// Width of the latent that keys and values are made of.
+    pub kv_rank: u32,
+    /// Elements of a head's query and key that are not rotated.
+    pub nope_dim: u32,
+    /// Elements that are; even.
+    pub rope_dim: u32,
+    /// Width of a head's value.
+    pub value_dim: u32,
+    /// Added to the mean square in the norms of latents.
+    pub norm_eps: f32,
+    /// Factor of the scores.
+    pub scale: f32,
+    /// What makes keys and values of the latent is stored as two tensors, keys' transposed ([`crate::LayerWeight::KeyUp`]).
+    pub split_up: bool,
+}
+
+impl LatentAttention {
+    /// Width of a head's query: `nope_dim + rope_dim`.
+    pub fn query_dim(&self) -> u32 {
+        self.nope_dim + self.rope_dim
+    }
+
+    /// Width of what is kept of a token: `kv_rank + rope_dim`.
+    pub fn kept_dim(&self) -> u32 {
+        self.kv_rank + self.rope_dim
+    }
+
+    fn check(&self) -> Result<(), (&'static str, String)> {
+        within(&[
+            ("attention heads", self.heads, 1 << 14),
+            ("rank of queries", self.query_rank.unwrap_or(1), 1 << 20),
+            ("rank of keys and values", self.kv_rank, 1 << 20),
+            ("head size without positions", self.nope_dim, 1 << 14),
+            ("head size with positions", self.rope_dim, 1 << 14),
+            ("head size of values", self.value_dim, 1 << 14),
+        ])?;
+        if !self.rope_dim.is_multiple_of(2) {
+            return Err(("head size with positions", format!("{} is odd", self.rope_dim)));
+        }
+        let small = |value: f32| value.is_finite() && value >= 0.0;
+        if !(small(self.norm_eps) && small(self.scale)) {
+            let reason = format!("{} or the scale {} is not a small number", self.norm_eps, self.scale);
+            return Err(("norm epsilon of latents", reason));
+        }
+        Ok(())
+    }
 }
 
 impl GroupedQuery {
@@ -129,6 +204,7 @@ impl ModelConfig {
     pub fn rope_dim(&self) -> u32 {
         match &self.attention {
             Attention::GroupedQuery(attention) => attention.head_dim,
+            Attention::Latent(attention) => attention.rope_dim,
         }
     }
 
@@ -144,6 +220,7 @@ impl ModelConfig {
         ])?;
         match &self.attention {
             Attention::GroupedQuery(attention) => attention.check()?,
+            Attention::Latent(attention) => attention.check()?,
         }
         if let Some(mixture) = &self.mixture {
             mixture.check()?;

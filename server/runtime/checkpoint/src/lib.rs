@@ -23,7 +23,7 @@ mod tokenizer;
 mod wanted;
 
 pub use checkpoint::{Checkpoint, Format};
-pub use config::{Architecture, Attention, GroupedQuery, ModelConfig};
+pub use config::{Architecture, Attention, GroupedQuery, LatentAttention, ModelConfig};
 pub use dtype::Dtype;
 pub use error::CheckpointError;
 pub use mixture::{ExpertGroups, GroupScore, Mixture, RouterScores, Routing};

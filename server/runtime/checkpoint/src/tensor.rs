@@ -23,7 +23,8 @@ pub enum Weight {
 pub enum LayerWeight {
     /// RMS norm before attention, `[hidden]`.
     AttentionNorm,
-    /// `[heads * head_dim, hidden]`, rows of a head in the order of [`crate::Rope::order`].
+    /// `[heads * head_dim, hidden]`, rows of a head in the order of [`crate::Rope::order`]. In latent attention without
+    /// a latent of queries `[heads * (nope_dim + rope_dim), hidden]`, where that order is of the last `rope_dim` rows.
     Query,
     /// `[heads * head_dim]`, in the order of [`crate::Rope::order`].
     QueryBias,
@@ -39,7 +40,25 @@ pub enum LayerWeight {
     QueryNorm,
     /// RMS norm of each key head, `[head_dim]`, in the order of [`crate::Rope::order`].
     KeyNorm,
-    /// `[hidden, heads * head_dim]`.
+    /// Hidden state to the latent of queries, `[query_rank, hidden]`.
+    QueryDown,
+    /// RMS norm of that latent, `[query_rank]`.
+    QueryDownNorm,
+    /// Latent to queries, `[heads * (nope_dim + rope_dim), query_rank]`; the last `rope_dim` rows of each head in the
+    /// order of [`crate::Rope::order`].
+    QueryUp,
+    /// Hidden state to the latent of keys and values and to the shared rotated key, `[kv_rank + rope_dim, hidden]`; the
+    /// last `rope_dim` rows in the order of [`crate::Rope::order`].
+    KvDown,
+    /// RMS norm of the latent, `[kv_rank]`.
+    KvDownNorm,
+    /// Latent to keys and values, `[heads * (nope_dim + value_dim), kv_rank]`.
+    KvUp,
+    /// Instead of [`Self::KvUp`]: the keys' part transposed, `[heads, kv_rank, nope_dim]`.
+    KeyUp,
+    /// Instead of [`Self::KvUp`]: the values' part, `[heads, value_dim, kv_rank]`.
+    ValueUp,
+    /// `[hidden, heads * head_dim]`; in latent attention `[hidden, heads * value_dim]`.
     AttentionOutput,
     /// `[hidden]`.
     AttentionOutputBias,

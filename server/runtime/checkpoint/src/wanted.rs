@@ -1,6 +1,8 @@
 //! The tensors that a configuration calls for. `checkpoint` compares them with those that are there.
 
-use crate::{Attention, ExpertWeight, GroupedQuery, LayerWeight, Mixture, ModelConfig, Weight};
+use crate::{
+    Attention, ExpertWeight, GroupedQuery, LatentAttention, LayerWeight, Mixture, ModelConfig, Weight,
+};
 
 type LayerList = Vec<(LayerWeight, Vec<usize>)>;
 
@@ -20,6 +22,7 @@ pub(crate) fn of_layer(config: &ModelConfig, layer: u32) -> Vec<(Weight, Vec<usi
     let mut list = vec![(LayerWeight::AttentionNorm, vec![hidden]), (LayerWeight::FfnNorm, vec![hidden])];
     match &config.attention {
         Attention::GroupedQuery(attention) => grouped_query(attention, hidden, &mut list),
+        Attention::Latent(attention) => latent(attention, hidden, &mut list),
     }
     let mixture = config.mixture.as_ref().filter(|mixture| mixture.at(layer));
     match mixture {
@@ -76,6 +79,33 @@ fn grouped_query(attention: &GroupedQuery, hidden: usize, list: &mut LayerList) 
     }
     if attention.head_norms {
         list.extend([(LayerWeight::QueryNorm, vec![head]), (LayerWeight::KeyNorm, vec![head])]);
+    }
+}
+
+fn latent(attention: &LatentAttention, hidden: usize, list: &mut LayerList) {
+    let [heads, rank, nope, value] =
+        [attention.heads, attention.kv_rank, attention.nope_dim, attention.value_dim].map(|n| n as usize);
+    let queries = heads * attention.query_dim() as usize;
+    match attention.query_rank.map(|rank| rank as usize) {
+        Some(rank) => list.extend([
+            (LayerWeight::QueryDown, vec![rank, hidden]),
+            (LayerWeight::QueryDownNorm, vec![rank]),
+            (LayerWeight::QueryUp, vec![queries, rank]),
+        ]),
+        None => list.push((LayerWeight::Query, vec![queries, hidden])),
+    }
+    list.extend([
+        (LayerWeight::KvDown, vec![attention.kept_dim() as usize, hidden]),
+        (LayerWeight::KvDownNorm, vec![rank]),
+        (LayerWeight::AttentionOutput, vec![hidden, heads * value]),
+    ]);
+    if attention.split_up {
+        list.extend([
+            (LayerWeight::KeyUp, vec![heads, rank, nope]),
+            (LayerWeight::ValueUp, vec![heads, value, rank]),
+        ]);
+    } else {
+        list.push((LayerWeight::KvUp, vec![heads * (nope + value), rank]));
     }
 }
 

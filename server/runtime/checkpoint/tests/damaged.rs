@@ -213,6 +213,28 @@ fn with_mixture(change: impl Fn(&mut serde_json::Value)) -> String {
     })
 }
 
+fn with_deepseek(change: impl Fn(&mut serde_json::Value)) -> String {
+    with_config(|config| {
+        config["model_type"] = "deepseek_v3".into();
+        config["num_key_value_heads"] = 2.into();
+        let numbers = [
+            ("kv_lora_rank", 4),
+            ("qk_nope_head_dim", 4),
+            ("qk_rope_head_dim", 2),
+            ("v_head_dim", 4),
+            ("n_routed_experts", 4),
+            ("num_experts_per_tok", 2),
+            ("moe_intermediate_size", 4),
+            ("n_group", 2),
+            ("topk_group", 1),
+        ];
+        for (field, number) in numbers {
+            config[field] = number.into();
+        }
+        change(config);
+    })
+}
+
 #[test]
 fn hugging_face_errors_name_the_field() {
     let cases: Vec<(String, &[&str])> = vec![
@@ -268,6 +290,23 @@ fn hugging_face_errors_name_the_field() {
         (with_mixture(|c| c["mlp_only_layers"] = 0.into()), &["mlp_only_layers", "list"]),
         (with_mixture(|c| c["decoder_sparse_step"] = 0.into()), &["decoder_sparse_step"]),
         (with_mixture(|c| c["num_experts"] = serde_json::Value::Null), &["num_local_experts"]),
+        (with_deepseek(|c| c["scoring_func"] = "softmax".into()), &["scoring_func", "softmax", "sigmoid"]),
+        (with_deepseek(|c| c["topk_method"] = "greedy".into()), &["topk_method", "greedy", "noaux_tc"]),
+        (with_deepseek(|c| c["n_group"] = 3.into()), &["groups of experts", "4 experts"]),
+        (with_deepseek(|c| c["topk_group"] = 3.into()), &["chosen groups", "1 to 2"]),
+        (with_deepseek(|c| c["num_experts_per_tok"] = 3.into()), &["experts of a token", "1 groups"]),
+        (with_deepseek(|c| c["attention_bias"] = true.into()), &["attention_bias", "false"]),
+        (with_deepseek(|c| c["num_key_value_heads"] = 1.into()), &["num_key_value_heads", "2"]),
+        (with_deepseek(|c| c["moe_layer_freq"] = 2.into()), &["moe_layer_freq"]),
+        (with_deepseek(|c| c["qk_rope_head_dim"] = 3.into()), &["head size with positions", "odd"]),
+        (with_deepseek(|c| c["kv_lora_rank"] = 0.into()), &["rank of keys and values"]),
+        (
+            with_deepseek(|c| {
+                (c["model_type"], c["topk_method"]) = ("deepseek_v2".into(), "greedy".into());
+                c["norm_topk_prob"] = true.into();
+            }),
+            &["norm_topk_prob", "deepseek_v2", "false"],
+        ),
         // As many tensors as cannot be listed are not.
         (
             with_mixture(|c| (c["num_experts"], c["num_hidden_layers"]) = (16_384.into(), 4096.into())),

@@ -21,7 +21,7 @@ fn configuration_and_tensors_are_as_published() {
     let config = model.config();
     assert_eq!(config.architecture, Architecture::Llama);
     assert_eq!((config.layers, config.hidden, config.ffn), (30, 576, 1536));
-    let Attention::GroupedQuery(attention) = &config.attention;
+    let Attention::GroupedQuery(attention) = &config.attention else { panic!("{config:?}") };
     assert_eq!((attention.heads, attention.kv_heads, attention.head_dim), (9, 3, 64));
     assert_eq!((config.context_tokens, config.vocabulary), (8192, 49152));
     assert_eq!((config.rope.theta, config.rope.order), (100_000.0, RopeOrder::Interleaved));

@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use baton_checkpoint::{
-    Attention, Checkpoint, Dtype, GroupedQuery, LayerWeight, RopeOrder, RopeScaling, TokenizerSource, Weight,
+    Architecture, Attention, Checkpoint, Dtype, ExpertWeight, GroupScore, GroupedQuery, LayerWeight,
+    RopeOrder, RopeScaling, RouterScores, TokenizerSource, Weight,
 };
 
 fn open(name: &str) -> Checkpoint {
@@ -13,8 +14,10 @@ fn open(name: &str) -> Checkpoint {
 }
 
 fn grouped_query(model: &Checkpoint) -> &GroupedQuery {
-    let Attention::GroupedQuery(attention) = &model.config().attention;
-    attention
+    match &model.config().attention {
+        Attention::GroupedQuery(attention) => attention,
+        other => panic!("{other:?}"),
+    }
 }
 
 #[test]
@@ -86,4 +89,29 @@ fn gguf_files_open() {
 /// Frequencies relative to the first, which no scaling here changes.
 fn divisors_of(inverse: &[f32]) -> Vec<f32> {
     inverse.iter().map(|f| f / inverse[0]).collect()
+}
+
+#[test]
+fn deepseek_is_read_alike_from_both_formats() {
+    let directory = open("hf-bf16-deepseek3-yarn-mtp");
+    let Attention::Latent(attention) = &directory.config().attention else { panic!("{directory:?}") };
+    assert_eq!((attention.query_rank, attention.kept_dim(), attention.query_dim()), (Some(16), 24, 16));
+    let mscale = 0.1 * 0.7 * 8f32.ln() + 1.0;
+    assert!((attention.scale - mscale * mscale / 4.0).abs() < 1e-6, "{}", attention.scale);
+    let mixture = directory.config().mixture.as_ref().expect("a mixture");
+    assert_eq!((mixture.at(0), mixture.at(1), mixture.shared_ffn), (false, true, 16));
+    assert_eq!(directory.config().rope.order, RopeOrder::Interleaved);
+
+    let file = open("gguf-q8_0-deepseek3-split");
+    assert_eq!(file.config().architecture, Architecture::DeepseekV3);
+    let Attention::Latent(attention) = &file.config().attention else { panic!("{file:?}") };
+    assert_eq!((attention.query_rank, attention.kept_dim(), attention.query_dim()), (Some(32), 40, 40));
+    let mscale = 0.1 * 8f32.ln() + 1.0;
+    assert!((attention.scale - mscale * mscale / 40f32.sqrt()).abs() < 1e-6, "{}", attention.scale);
+    let mixture = file.config().mixture.as_ref().expect("a mixture");
+    assert_eq!(mixture.routing.scores, RouterScores::Sigmoid);
+    assert_eq!(mixture.routing.groups.map(|groups| groups.score), Some(GroupScore::BestTwo));
+    let expert = file.tensor(Weight::Expert(1, 7, ExpertWeight::Down)).expect("the last expert");
+    assert_eq!((expert.shape, expert.dtype), ([32, 32].as_slice(), Dtype::Q8_0));
+    assert_eq!(open("gguf-q8_0-deepseek2").config().architecture, Architecture::DeepseekV2);
 }

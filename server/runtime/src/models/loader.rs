@@ -55,6 +55,35 @@ impl<'a, D: Device> Loader<'a, D> {
         Ok(linear)
     }
 
+    /// A tensor as it is stored, to be loaded by [`Self::rows`]; [`Self::done_with`] follows.
+    pub(super) fn stored(&self, weight: Weight) -> Result<TensorView<'a>, RuntimeError> {
+        Ok(self.checkpoint.tensor(weight)?)
+    }
+
+    /// Loads some rows of a tensor, or of what was made of it, in the order given.
+    pub(super) fn rows(
+        &mut self,
+        weight: Weight,
+        view: &TensorView<'_>,
+        rows: impl IntoIterator<Item = usize>,
+    ) -> Result<D::Linear, RuntimeError> {
+        let mut bytes = Vec::new();
+        rows.into_iter().for_each(|row| bytes.extend_from_slice(view.row(row)));
+        let shape = [bytes.len() / view.row_bytes(), view.columns()];
+        let picked = TensorView { dtype: view.dtype, shape: &shape, bytes: &bytes };
+        let part =
+            LinearPart { name: weight.to_string(), weight: picked, bias: None, rows: RowOrder::AsStored };
+        self.device.load_linear(&[part], &mut |_| {})
+    }
+
+    /// Counts a tensor's bytes as loaded.
+    pub(super) fn done_with(&mut self, weight: Weight) -> Result<(), RuntimeError> {
+        let bytes = self.checkpoint.tensor(weight)?.bytes.len();
+        self.checkpoint.release(weight);
+        self.took(bytes);
+        Ok(())
+    }
+
     /// Loads a matrix as f32 whatever it is stored as: for a router, where a little rounding may choose other experts.
     pub(super) fn exact(&mut self, weight: Weight) -> Result<D::Linear, RuntimeError> {
         let stored = self.checkpoint.tensor(weight)?;

@@ -51,7 +51,11 @@ def stored_type(name, dtype):
 def write_hugging_face(directory, model, spec):
     dtype = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[spec["dtype"]]
     state = {name: tensor.detach().to(stored_type(name, dtype)).contiguous() for name, tensor in tensors(model)}
-    state |= {name: tensor.to(dtype) for name, tensor in spec.get("beside", {}).items()}
+    if spec.get("predicts_ahead"):
+        # What a checkpoint has of a layer for predicting several tokens, in part: it must not matter.
+        layer, hidden = model.config.num_hidden_layers, model.config.hidden_size
+        for name, shape in {"eh_proj": (hidden, 2 * hidden), "enorm": (hidden,), "input_layernorm": (hidden,)}.items():
+            state[f"model.layers.{layer}.{name}.weight"] = torch.ones(shape, dtype=dtype)
     names, count = sorted(state), spec.get("shards", 1)
     if count == 1:
         save_file(state, directory / "model.safetensors", metadata={"format": "pt"})

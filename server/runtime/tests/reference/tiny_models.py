@@ -36,6 +36,12 @@ LLAMA3 = dict(
 )
 
 QWEN3_MOE = dict(moe_intermediate_size=16, num_experts=8, num_experts_per_tok=3, norm_topk_prob=True)
+DEEPSEEK = dict(
+    kv_lora_rank=16, q_lora_rank=None, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, n_routed_experts=8,
+    num_experts_per_tok=3, moe_intermediate_size=16, n_shared_experts=2, first_k_dense_replace=1,
+)  # fmt: skip
+YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=8.0, original_max_position_embeddings=32, beta_fast=32, beta_slow=1)
+QUANTISABLE = dict(kv_lora_rank=32, qk_nope_head_dim=32, v_head_dim=16, moe_intermediate_size=32, n_shared_experts=1)
 NO_WINDOW = dict(sliding_window=None)
 
 BASE = dict(family="llama", layers=2, hidden=32, ffn=32, heads=4, kv_heads=4, head_dim=16, tied=False, extra={})
@@ -112,6 +118,61 @@ HF_MODELS = {
         dtype="f32",
         extra=QWEN3_MOE | dict(num_experts=12, moe_intermediate_size=8, norm_topk_prob=False),
     ),
+    # The shape of V2-Lite: queries without a latent of their own, the best experts of all.
+    "hf-bf16-deepseek2-lite-yarn": BASE
+    | dict(
+        family="deepseek_v2",
+        head_dim=None,
+        tied=True,
+        dtype="bf16",
+        extra=DEEPSEEK | dict(topk_method="greedy", rope_parameters=YARN | dict(mscale=0.707, mscale_all_dim=0.707)),
+    ),
+    "hf-f32-deepseek2-groups": BASE
+    | dict(
+        family="deepseek_v2",
+        layers=1,
+        heads=2,
+        kv_heads=2,
+        head_dim=None,
+        tied=True,
+        dtype="f32",
+        extra=DEEPSEEK
+        | dict(
+            first_k_dense_replace=0, q_lora_rank=12, kv_lora_rank=20, qk_nope_head_dim=6, v_head_dim=10,
+            moe_intermediate_size=8, n_shared_experts=1, topk_method="group_limited_greedy", n_group=4, topk_group=2,
+            routed_scaling_factor=1.5,
+        ),  # fmt: skip
+    ),
+    "hf-bf16-deepseek3-yarn-mtp": BASE
+    | dict(
+        family="deepseek_v3",
+        head_dim=None,
+        tied=True,
+        dtype="bf16",
+        predicts_ahead=True,
+        extra=DEEPSEEK
+        | dict(
+            q_lora_rank=16, n_shared_experts=1, n_group=4, topk_group=2,
+            rope_parameters=YARN | dict(mscale=1.0, mscale_all_dim=0.7),
+        ),  # fmt: skip
+    ),
+    # More heads than the sixteen that are computed at a time.
+    "hf-f32-deepseek3-halves": BASE
+    | dict(
+        family="deepseek_v3",
+        layers=1,
+        heads=20,
+        kv_heads=20,
+        head_dim=None,
+        tied=True,
+        dtype="f32",
+        extra=DEEPSEEK
+        | dict(
+            first_k_dense_replace=0, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=4,
+            moe_intermediate_size=8, n_shared_experts=1, n_group=2, topk_group=1, norm_topk_prob=False,
+            rope_interleave=False,
+        ),  # fmt: skip
+    ),
 }
 GGUF_MODELS = {
     "gguf-f32": BASE | dict(layers=1, head_dim=8, kv_heads=2, quants="F32"),
@@ -142,6 +203,32 @@ GGUF_MODELS = {
     "gguf-q8_0-qwen3moe": BASE
     | dict(
         family="qwen3_moe", quants="Q8_0", kv_heads=2, tied=True, extra=QWEN3_MOE | dict(moe_intermediate_size=32)
+    ),
+    "gguf-q8_0-deepseek2": BASE
+    | dict(
+        family="deepseek_v2",
+        quants="Q8_0",
+        heads=2,
+        kv_heads=2,
+        head_dim=None,
+        tied=True,
+        epsilon=1e-6,
+        extra=DEEPSEEK | QUANTISABLE | dict(topk_method="greedy", n_routed_experts=4, num_experts_per_tok=2),
+    ),
+    # Newer files: what makes keys and what makes values apart.
+    "gguf-q8_0-deepseek3-split": BASE
+    | dict(
+        family="deepseek_v3",
+        quants="Q8_0",
+        heads=2,
+        kv_heads=2,
+        head_dim=None,
+        tied=True,
+        epsilon=1e-6,
+        split_kv_b=True,
+        extra=DEEPSEEK
+        | QUANTISABLE
+        | dict(q_lora_rank=32, n_group=2, topk_group=1, rope_parameters=YARN | dict(mscale=1.0, mscale_all_dim=1.0)),
     ),
 }
 

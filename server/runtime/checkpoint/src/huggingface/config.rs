@@ -1,6 +1,6 @@
 //! `config.json`: the model's configuration, as transformers 4 and 5 write it.
 
-use super::{JsonFile, mixture::mixture, rope::rope};
+use super::{JsonFile, latent, mixture::mixture, rope::rope};
 use crate::{Architecture, Attention, CheckpointError, GroupedQuery, ModelConfig, RopeOrder};
 
 /// The configuration, and whether the embeddings are tied. The vocabulary is what the file says; the tensors' shapes
@@ -10,16 +10,22 @@ pub(super) fn model(file: &JsonFile) -> Result<(ModelConfig, bool), CheckpointEr
     let context_tokens = file.u32("max_position_embeddings")?.unwrap_or(2048);
     let layers = needed(file, "num_hidden_layers")?;
     check_supported(file, architecture, layers, context_tokens)?;
+    let deepseek = matches!(architecture, Architecture::DeepseekV2 | Architecture::DeepseekV3);
+    let (attention, order) = if deepseek {
+        latent::attention(file, architecture)?
+    } else {
+        (Attention::GroupedQuery(grouped_query(file, architecture)?), RopeOrder::Halves)
+    };
     let tied = file.bool("tie_word_embeddings")?.unwrap_or(false);
     let config = ModelConfig {
         architecture,
         layers,
         hidden: needed(file, "hidden_size")?,
-        attention: Attention::GroupedQuery(grouped_query(file, architecture)?),
+        attention,
         ffn: needed(file, "intermediate_size")?,
         ffn_bias: architecture == Architecture::Llama && file.bool("mlp_bias")?.unwrap_or(false),
         mixture: mixture(file, architecture, layers)?,
-        rope: rope(file, context_tokens, RopeOrder::Halves)?,
+        rope: rope(file, context_tokens, order)?,
         rms_eps: file.f32("rms_norm_eps")?.unwrap_or(1e-6),
         context_tokens,
         vocabulary: needed(file, "vocab_size")?,
@@ -50,7 +56,7 @@ fn grouped_query(file: &JsonFile, architecture: Architecture) -> Result<GroupedQ
             (attention_bias, attention_bias)
         }
         Architecture::Qwen2 => (true, false),
-        Architecture::Mistral => (false, false),
+        Architecture::Mistral | Architecture::DeepseekV2 | Architecture::DeepseekV3 => (false, false),
     };
     Ok(GroupedQuery {
         heads,
@@ -100,7 +106,7 @@ fn sliding_window(
         return Err(file.unsupported("layer_types", kind.to_string(), "full_attention"));
     }
     let used = match architecture {
-        Architecture::Llama => false,
+        Architecture::Llama | Architecture::DeepseekV2 | Architecture::DeepseekV3 => false,
         Architecture::Mistral => true,
         // The first `max_window_layers` layers are without; a list of kinds has the last word.
         Architecture::Qwen2 | Architecture::Qwen3 => {

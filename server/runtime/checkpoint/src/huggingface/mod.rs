@@ -2,6 +2,7 @@
 //! `chat_template.jinja`, `model.safetensors` or its shards.
 
 mod config;
+mod latent;
 mod mixture;
 mod rope;
 mod tokens;

@@ -9,7 +9,7 @@ use safetensors::{Dtype as StoredDtype, SafeTensors};
 
 use super::{JsonFile, lacks};
 use crate::{
-    CheckpointError, Dtype, ExpertWeight, LayerWeight, ModelConfig, Weight,
+    Architecture, CheckpointError, Dtype, ExpertWeight, LayerWeight, ModelConfig, Weight,
     checkpoint::TensorEntry,
     source::{Extent, MappedFile},
 };
@@ -74,6 +74,9 @@ fn add(
         .map_err(|error| damaged("its header".to_owned(), error.to_string()))?;
     let data_start = header_bytes.saturating_add(8);
     for (name, info) in header.tensors() {
+        if predicts_further_tokens(&name, config) {
+            continue;
+        }
         let Some(weight) = role(&name) else {
             if name.ends_with(".rotary_emb.inv_freq") {
                 continue; // old exports store what follows from the configuration
@@ -112,6 +115,13 @@ fn add(
     Ok(())
 }
 
+/// Whether a tensor is of the layers behind the model's own that DeepSeek's checkpoints have for predicting several
+/// tokens at once: the model is whole without them.
+fn predicts_further_tokens(name: &str, config: &ModelConfig) -> bool {
+    let layer = || name.strip_prefix("model.layers.")?.split_once('.')?.0.parse::<u32>().ok();
+    config.architecture == Architecture::DeepseekV3 && layer().is_some_and(|layer| layer >= config.layers)
+}
+
 fn role(name: &str) -> Option<Weight> {
     match name {
         "model.embed_tokens.weight" => Some(Weight::Embedding),
@@ -145,6 +155,12 @@ fn layer_weight(rest: &str) -> Option<Weight> {
         "self_attn.v_proj.bias" => LayerWeight::ValueBias,
         "self_attn.q_norm.weight" => LayerWeight::QueryNorm,
         "self_attn.k_norm.weight" => LayerWeight::KeyNorm,
+        "self_attn.q_a_proj.weight" => LayerWeight::QueryDown,
+        "self_attn.q_a_layernorm.weight" => LayerWeight::QueryDownNorm,
+        "self_attn.q_b_proj.weight" => LayerWeight::QueryUp,
+        "self_attn.kv_a_proj_with_mqa.weight" => LayerWeight::KvDown,
+        "self_attn.kv_a_layernorm.weight" => LayerWeight::KvDownNorm,
+        "self_attn.kv_b_proj.weight" => LayerWeight::KvUp,
         "self_attn.o_proj.weight" => LayerWeight::AttentionOutput,
         "self_attn.o_proj.bias" => LayerWeight::AttentionOutputBias,
         "post_attention_layernorm.weight" => LayerWeight::FfnNorm,

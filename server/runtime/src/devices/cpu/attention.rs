@@ -41,9 +41,13 @@ pub(crate) struct Tile {
     pub(crate) tokens: usize,
 }
 
-/// Cuts a step into tiles, those with most to look back at first.
-pub(crate) fn tiles(sequences: &[Sequence], heads: &Heads) -> Vec<Tile> {
-    let most = (TASK_QUERIES * heads.kv_heads / heads.heads).max(1);
+/// Tokens of one task, for one KV head.
+pub(crate) fn task_tokens(heads: &Heads) -> usize {
+    (TASK_QUERIES * heads.kv_heads / heads.heads).max(1)
+}
+
+/// Cuts a step into tiles of at most `most` tokens, those with most to look back at first.
+pub(crate) fn tiles(sequences: &[Sequence], most: usize) -> Vec<Tile> {
     let cut = |(sequence, s): (usize, &Sequence)| {
         let rows = s.rows;
         (0..rows).step_by(most).map(move |first| Tile { sequence, first, tokens: most.min(rows - first) })
@@ -130,13 +134,14 @@ pub(crate) struct Scratch {
     block: Vec<f32>,
 }
 
-fn grow(values: &mut Vec<f32>, length: usize) {
+/// Makes room for `length` values.
+pub(crate) fn grow(values: &mut Vec<f32>, length: usize) {
     if values.len() < length {
         values.resize(length, 0.0);
     }
 }
 
-static ZEROS: [f32; LANES] = [0.0; LANES];
+pub(crate) static ZEROS: [f32; LANES] = [0.0; LANES];
 
 /// Attention of one tile's tokens for the query heads of one KV head. `qkv` and `out` hold all rows of the step;
 /// of `out`, the tile's tokens and heads are written.

@@ -5,8 +5,10 @@
 
 mod attention;
 mod experts;
+mod heads;
 mod kernels;
 mod lanes;
+mod latent;
 mod linear;
 mod memory;
 mod pack;
@@ -16,13 +18,14 @@ mod threads;
 
 use std::{
     num::NonZero,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex},
 };
 
 use baton_checkpoint::{Attention, Mixture, ModelConfig, RopeFrequencies, TensorView};
 
 use self::{
-    attention::{Layer, Sequence, Tile},
+    attention::{Sequence, Tile},
+    heads::Kind,
     kernels::Kernels,
     lanes::LANES,
     linear::Linear,
@@ -32,9 +35,9 @@ use self::{
     threads::Pool,
 };
 use crate::{
-    BlockId, KvPool, KvPoolLayout, LoadOptions, RuntimeError,
+    BlockId, KvContent, KvPool, KvPoolLayout, LoadOptions, RuntimeError,
     batch::Step,
-    device::{Device, Expert, Heads, LinearPart},
+    device::{Device, Expert, LinearPart},
 };
 
 /// Rows of one task in operations that work row by row.
@@ -48,7 +51,7 @@ pub(crate) struct Plan {
     sequences: Vec<Sequence>,
     tiles: Vec<Tile>,
     logits_rows: Vec<usize>,
-    /// Cosines and sines of each row, `[rows][2][head_dim / 2]`.
+    /// Cosines and sines of each row, `[rows][2][rotated elements / 2]`.
     rotations: Vec<f32>,
 }
 
@@ -57,26 +60,34 @@ pub(crate) struct CpuDevice {
     kernels: &'static Kernels,
     pool: Pool,
     kv: Arc<KvPool>,
-    heads: Heads,
+    kind: Kind,
     frequencies: RopeFrequencies,
     /// What weights are packed into.
     arena: Arena,
     workspace: linear::Workspace,
     attention_scratch: Vec<Mutex<attention::Scratch>>,
+    latent_scratch: Vec<Mutex<latent::Scratch>>,
+    by_head: heads::Room,
     routing: routing::Room,
     experts: experts::Room,
 }
 
 /// The layout of the KV pool for a model on this device.
 pub(crate) fn kv_layout(config: &ModelConfig, options: &LoadOptions) -> KvPoolLayout {
-    let Attention::GroupedQuery(shape) = &config.attention;
+    let (format, content, kv_heads, head_dim) = match &config.attention {
+        Attention::GroupedQuery(shape) => {
+            (attention::FORMAT, KvContent::KeysAndValues, shape.kv_heads, shape.head_dim)
+        }
+        Attention::Latent(shape) => (latent::FORMAT, KvContent::Latents, 1, shape.kept_dim()),
+    };
     KvPoolLayout {
-        format: attention::FORMAT,
+        format,
+        content,
         dtype: options.kv_dtype,
         block_tokens: attention::BLOCK_TOKENS as u32,
         layers: config.layers,
-        kv_heads: shape.kv_heads,
-        head_dim: shape.head_dim,
+        kv_heads,
+        head_dim,
         blocks: options.kv_blocks,
     }
 }
@@ -92,22 +103,19 @@ impl CpuDevice {
             let wanted = "at most 1024, or 0 for one a core";
             return Err(RuntimeError::Option { option: "threads", found: threads as u64, wanted });
         }
-        let Attention::GroupedQuery(shape) = &config.attention;
         let kernels = kernels::best();
         tracing::debug!(instructions = kernels.name, threads, "the cpu device is up");
         Ok(Self {
             kernels,
             pool: Pool::start(threads).map_err(RuntimeError::Threads)?,
             kv: Arc::new(KvPool::allocate(kv_layout(config, options))?),
-            heads: Heads {
-                heads: shape.heads as usize,
-                kv_heads: shape.kv_heads as usize,
-                head_dim: shape.head_dim as usize,
-            },
+            kind: Kind::of(&config.attention),
             frequencies: config.rope.frequencies(config.rope_dim()),
             arena: Arena::default(),
             workspace: linear::Workspace::new(threads),
             attention_scratch: (0..threads).map(|_| Mutex::default()).collect(),
+            latent_scratch: (0..threads).map(|_| Mutex::default()).collect(),
+            by_head: heads::Room::default(),
             routing: routing::Room::default(),
             experts: experts::Room::default(),
         })
@@ -186,7 +194,7 @@ impl Device for CpuDevice {
         }
         Ok(Plan {
             tokens: step.tokens.clone(),
-            tiles: attention::tiles(&sequences, &self.heads),
+            tiles: attention::tiles(&sequences, self.kind.task_tokens()),
             sequences,
             logits_rows: step.logits_rows.clone(),
             rotations,
@@ -266,71 +274,19 @@ impl Device for CpuDevice {
         key: &Vec<f32>,
         epsilon: f32,
     ) -> Result<(), RuntimeError> {
-        let (kernels, heads) = (self.kernels, self.heads);
-        let (width, dim) = (heads.width(), heads.head_dim);
-        assert!(qkv.width == width && query.len() == dim && key.len() == dim, "activations of another width");
-        let values = Disjoint::new(&mut qkv.values);
-        self.by_rows(qkv.rows, &|first, rows| {
-            for row in first..first + rows {
-                // SAFETY: row `row` is this call's only.
-                let row = unsafe { values.slice(row * width, heads.query_width() + heads.kv_width()) };
-                for (head, values) in row.chunks_exact_mut(dim).enumerate() {
-                    let weight = if head < heads.heads { query } else { key };
-                    let values = values.as_mut_ptr();
-                    // SAFETY: `dim` values of each; the kernel reads a value before it writes its place.
-                    unsafe { (kernels.rms_norm)(values, weight.as_ptr(), epsilon, values, dim) };
-                }
-            }
-        });
+        self.norm_heads(qkv, query, key, epsilon);
         Ok(())
     }
 
     fn rope(&mut self, plan: &Plan, qkv: &mut Tensor) -> Result<(), RuntimeError> {
-        let (heads, rows) = (self.heads, qkv.rows);
-        let (width, dim) = (heads.width(), heads.head_dim);
-        let rotated = heads.query_width() + heads.kv_width();
-        assert!(qkv.width == width && plan.rotations.len() == rows * dim, "activations of another shape");
-        let values = Disjoint::new(&mut qkv.values);
-        self.by_rows(rows, &|first, rows| {
-            for row in first..first + rows {
-                let (cosines, sines) = plan.rotations[row * dim..][..dim].split_at(dim / 2);
-                // SAFETY: row `row` is this call's only.
-                let row = unsafe { values.slice(row * width, rotated) };
-                for head in row.chunks_exact_mut(dim) {
-                    let (low, high) = head.split_at_mut(dim / 2);
-                    let pairs = low.iter_mut().zip(high).zip(cosines.iter().zip(sines));
-                    pairs.for_each(|((a, b), (cos, sin))| {
-                        (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin)
-                    });
-                }
-            }
-        });
+        let heads = self.kind.grouped();
+        assert_eq!(qkv.width, heads.width(), "activations of another width");
+        self.rotate(plan, qkv, 0, heads.query_width() + heads.kv_width());
         Ok(())
     }
 
     fn append_kv(&mut self, plan: &Plan, layer: u32, qkv: &Tensor) -> Result<(), RuntimeError> {
-        let kv = Arc::clone(&self.kv);
-        let layer = Layer { pool: &kv, layer, heads: self.heads };
-        assert_eq!(qkv.width, self.heads.width(), "activations of another width");
-        let values = qkv.values();
-        let runs: Vec<(&Sequence, usize)> = plan
-            .sequences
-            .iter()
-            .flat_map(|sequence| {
-                (0..sequence.rows).step_by(ROWS_PER_TASK).map(move |first| (sequence, first))
-            })
-            .collect();
-        let append = |(sequence, first): (&Sequence, usize)| {
-            let tokens = ROWS_PER_TASK.min(sequence.rows - first);
-            // SAFETY: no two runs share a token's place in the pool: written blocks are one sequence's only (checked
-            // in `batch`), and others read a block's places only after this call.
-            unsafe { layer.append(sequence, first, tokens, values) };
-        };
-        if qkv.rows <= ROWS_PER_TASK {
-            runs.into_iter().for_each(append);
-        } else {
-            self.pool.run(runs.len(), &|_, task| append(runs[task]));
-        }
+        self.append_keys_and_values(plan, layer, qkv);
         Ok(())
     }
 
@@ -341,22 +297,45 @@ impl Device for CpuDevice {
         qkv: &Tensor,
         out: &mut Tensor,
     ) -> Result<(), RuntimeError> {
-        let (kernels, heads, kv) = (self.kernels, self.heads, Arc::clone(&self.kv));
-        let layer = Layer { pool: &kv, layer, heads };
-        assert!(
-            qkv.width == heads.width() && out.width == heads.query_width(),
-            "activations of another width"
-        );
-        let (from, to) = (qkv.values(), Disjoint::new(out.reset(qkv.rows)?));
-        let scratch = &self.attention_scratch;
-        self.pool.run(plan.tiles.len() * heads.kv_heads, &|worker, task| {
-            let (tile, kv_head) = (plan.tiles[task / heads.kv_heads], task % heads.kv_heads);
-            let sequence = &plan.sequences[tile.sequence];
-            let mut scratch = scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
-            // SAFETY: appending to this layer is over, and tile and KV head are this task's only.
-            unsafe { attention::attend(kernels, &layer, (sequence, tile, kv_head), from, to, &mut scratch) };
-        });
+        self.attend_grouped(plan, layer, qkv, out)
+    }
+
+    fn linear_by_head(
+        &mut self,
+        x: &Tensor,
+        weights: &[Linear],
+        out: &mut Tensor,
+    ) -> Result<(), RuntimeError> {
+        self.multiply_by_head(x, weights, out)
+    }
+
+    fn rope_latent_queries(&mut self, plan: &Plan, x: &mut Tensor) -> Result<(), RuntimeError> {
+        self.rotate(plan, x, 0, x.width);
         Ok(())
+    }
+
+    fn append_latents(
+        &mut self,
+        plan: &Plan,
+        layer: u32,
+        kept: &mut Tensor,
+        norm: &Vec<f32>,
+        epsilon: f32,
+    ) -> Result<(), RuntimeError> {
+        self.norm_latents(kept, norm, epsilon);
+        self.rotate(plan, kept, norm.len(), kept.width);
+        self.append_kept(plan, layer, kept);
+        Ok(())
+    }
+
+    fn latent_attention(
+        &mut self,
+        plan: &Plan,
+        layer: u32,
+        queries: (&Tensor, &Tensor),
+        out: &mut Tensor,
+    ) -> Result<(), RuntimeError> {
+        self.attend_latents(plan, layer, queries, out)
     }
 
     fn silu_mul(&mut self, x: &Tensor, out: &mut Tensor) -> Result<(), RuntimeError> {
