@@ -208,8 +208,8 @@ pub(crate) unsafe fn attend(
 
 /// Adds up the values, each times its score, into `scratch.sums`.
 ///
-/// All queries of the tile go together over the blocks that even the first of them sees whole. After that each goes
-/// alone, exactly as far as it may see, so that what lies behind in a block never enters, whatever it is.
+/// All queries of the tile go together over the blocks that even the first of them sees whole. After that those of each
+/// token go alone, exactly as far as they may see, so that what lies behind in a block never enters, whatever it is.
 fn weigh(
     kernels: &Kernels,
     layer: &Layer<'_>,
@@ -249,7 +249,7 @@ fn weigh(
         }
         for token in (0..tile.tokens).filter(|token| start + token >= from) {
             let tokens = BLOCK_TOKENS.min(start + token + 1 - from);
-            (0..group).for_each(|head| add(token * group + head, 1, tokens));
+            add(token * group, group, tokens);
         }
     }
 }

@@ -1,13 +1,13 @@
 //! Repacks a stored matrix, `[out, in]` row by row, into panels of sixteen outputs in one of the kernels' formats.
 //!
-//! Every weight keeps the value it had in the file (up to one rounding to f32), and its bits but for the minima that
-//! Q4_0 and Q5_0 imply, which are written out. All threads pack, each its own panels.
+//! Every weight keeps the value it had in the file (up to one rounding to f32). Types of five and six bits are packed as
+//! bytes, the others at their size but for the minimum that Q4_0 implies, which is written out. All threads pack, each its own panels.
 
 use baton_checkpoint::{Dtype, TensorView};
 use half::f16;
 
 use super::{
-    kernels::{PanelFormat, nibble_bytes},
+    kernels::PanelFormat,
     lanes::LANES,
     memory::{AlignedBytes, Arena, Disjoint},
     threads::Pool,
@@ -39,9 +39,9 @@ pub(crate) fn format_of(dtype: Dtype) -> PanelFormat {
         Dtype::F32 => PanelFormat::F32,
         Dtype::F16 => PanelFormat::F16,
         Dtype::Bf16 => PanelFormat::Bf16,
-        Dtype::Q8_0 => PanelFormat::Q8,
+        Dtype::Q8_0 | Dtype::Q5_0 => PanelFormat::Q8,
         Dtype::Q4_0 | Dtype::Q4_1 => PanelFormat::Q4,
-        Dtype::Q5_0 | Dtype::Q5_1 => PanelFormat::Q5,
+        Dtype::Q5_1 => PanelFormat::Q5,
         Dtype::Q4K => PanelFormat::K4,
         Dtype::Q5K => PanelFormat::K5,
         Dtype::Q6K => PanelFormat::K6,
@@ -91,7 +91,8 @@ fn pack_row(dtype: Dtype, row: &[u8], panel: &mut [u8], lane: usize) {
             spread::<2>(&from[..2], scales, lane);
             spread::<1>(&from[2..], quants, lane);
         },
-        Dtype::Q4_0 | Dtype::Q4_1 | Dtype::Q5_0 | Dtype::Q5_1 => pack_small,
+        Dtype::Q4_0 | Dtype::Q4_1 => pack_4,
+        Dtype::Q5_0 | Dtype::Q5_1 => pack_5,
         Dtype::Q4K | Dtype::Q5K => pack_k45,
         Dtype::Q6K => pack_k6,
     };
@@ -102,25 +103,35 @@ fn pack_row(dtype: Dtype, row: &[u8], panel: &mut [u8], lane: usize) {
     }
 }
 
-/// Types of 32 elements with an f16 scale: minimum, if there is one, fifth bits, if there are any, four bits.
-fn pack_small(dtype: Dtype, from: &[u8], to: &mut [u8], lane: usize) {
+/// Q4_0 and Q4_1: a scale, a minimum where the type has one, and 32 times four bits.
+fn pack_4(dtype: Dtype, from: &[u8], to: &mut [u8], lane: usize) {
     let (header, halves) = from.split_at(from.len() - 16);
-    // d (q - 8) is d q - 8 d; 8 d is exact in f16, so that the rounding is the same.
-    let implied = |middle: f32| f16::from_f32(-middle * f16_at(header, 0)).to_le_bytes();
-    let minimum = match dtype {
-        Dtype::Q4_0 => implied(8.0),
-        Dtype::Q5_0 => implied(16.0),
-        _ => [header[2], header[3]],
-    };
+    // Q4_0's d (q - 8) is d q - 8 d; 8 d is exact, so that the rounding is the same.
+    let implied = f16::from_f32(-8.0 * f16_at(header, 0)).to_le_bytes();
     let (scales, rest) = to.split_at_mut(2 * LANES);
-    let (minima, quants) = rest.split_at_mut(2 * LANES);
+    let (minima, nibbles) = rest.split_at_mut(2 * LANES);
     spread::<2>(&header[..2], scales, lane);
-    spread::<2>(&minimum, minima, lane);
-    let (nibbles, fifth) = quants.split_at_mut(nibble_bytes(32));
+    spread::<2>(if dtype == Dtype::Q4_1 { &header[2..] } else { &implied }, minima, lane);
     put_nibbles(|i| if i < 16 { halves[i] & 15 } else { halves[i - 16] >> 4 }, nibbles, lane);
-    if matches!(dtype, Dtype::Q5_0 | Dtype::Q5_1) {
-        spread::<4>(&header[header.len() - 4..], fifth, lane);
+}
+
+/// Q5_0 and Q5_1: a scale, a minimum where the type has one, 32 fifth bits and 32 times four bits. Without a minimum
+/// the quants are those less 16.
+fn pack_5(dtype: Dtype, from: &[u8], to: &mut [u8], lane: usize) {
+    let (header, halves) = from.split_at(from.len() - 16);
+    let (numbers, fifth) = header.split_at(header.len() - 4);
+    let less = if dtype == Dtype::Q5_0 { 16 } else { 0 };
+    let quants: [u8; 32] = std::array::from_fn(|i| {
+        let four = if i < 16 { halves[i] & 15 } else { halves[i - 16] >> 4 };
+        (four | (fifth[i / 8] >> (i % 8) & 1) << 4).wrapping_sub(less)
+    });
+    let mut to = to;
+    for number in numbers.chunks_exact(2) {
+        let (lanes, rest) = to.split_at_mut(2 * LANES);
+        spread::<2>(number, lanes, lane);
+        to = rest;
     }
+    spread::<1>(&quants, to, lane);
 }
 
 /// Q4_K and Q5_K: factors of scales and minima, six bits of each for every group, fifth bits, four bits.
@@ -130,34 +141,36 @@ fn pack_k45(dtype: Dtype, from: &[u8], to: &mut [u8], lane: usize) {
     spread::<2>(&from[..2], scales, lane);
     // The minimum is taken off: its sign goes into the factor.
     spread::<2>(&[from[2], from[3] ^ 0x80], minima, lane);
-    let (fifth, quants) = if dtype == Dtype::Q5K { from[16..].split_at(32) } else { (&[][..], &from[16..]) };
+    let (fifth, fours) = from[16..].split_at(from.len() - 16 - 128);
     let group_bytes = groups.len() / 8;
     for (group, to) in groups.chunks_exact_mut(group_bytes).enumerate() {
-        let (scale, minimum) = k_scales(&from[4..16], group);
-        (to[lane], to[LANES + lane]) = (scale, minimum);
-        let (nibbles, above) = to[2 * LANES..].split_at_mut(nibble_bytes(32));
-        let halves = &quants[group / 2 * 32..][..32];
-        put_nibbles(|i| if group % 2 == 0 { halves[i] & 15 } else { halves[i] >> 4 }, nibbles, lane);
-        if dtype == Dtype::Q5K {
-            put_above::<1>(|i| fifth[i] >> group & 1, above, lane);
+        (to[lane], to[LANES + lane]) = k_scales(&from[4..16], group);
+        let halves = &fours[group / 2 * 32..][..32];
+        let four = |i: usize| if group % 2 == 0 { halves[i] & 15 } else { halves[i] >> 4 };
+        if dtype == Dtype::Q4K {
+            put_nibbles(four, &mut to[2 * LANES..], lane);
+        } else {
+            let quants: [u8; 32] = std::array::from_fn(|i| four(i) | (fifth[i] >> group & 1) << 4);
+            spread::<1>(&quants, &mut to[2 * LANES..], lane);
         }
     }
 }
 
-/// Q6_K: four bits, two bits, a scale for every sixteen, their factor.
+/// Q6_K: four bits, two bits, a scale for every sixteen, their factor. Quants are stored 32 too large.
 fn pack_k6(_: Dtype, from: &[u8], to: &mut [u8], lane: usize) {
     let (factors, groups) = to.split_at_mut(2 * LANES);
     spread::<2>(&from[208..], factors, lane);
     let group_bytes = groups.len() / 16;
     for (group, to) in groups.chunks_exact_mut(group_bytes).enumerate() {
         to[lane] = from[192 + group];
-        let (nibbles, above) = to[LANES..].split_at_mut(nibble_bytes(16));
         // Within each half of 128: quarters of 32 share bytes; see the checkpoint's description of Q6_K.
         let (half, quarter, at) = (group / 8, group % 8 / 2, group % 2 * 16);
-        let halves = &from[half * 64 + quarter % 2 * 32 + at..][..16];
-        put_nibbles(|i| if quarter < 2 { halves[i] & 15 } else { halves[i] >> 4 }, nibbles, lane);
-        let upper = &from[128 + half * 32 + at..][..16];
-        put_above::<2>(|i| upper[i] >> (2 * quarter) & 3, above, lane);
+        let (low, high) = (&from[half * 64 + quarter % 2 * 32 + at..], &from[128 + half * 32 + at..]);
+        let quants: [u8; 16] = std::array::from_fn(|i| {
+            let four = if quarter < 2 { low[i] & 15 } else { low[i] >> 4 };
+            (four | (high[i] >> (2 * quarter) & 3) << 4).wrapping_sub(32)
+        });
+        spread::<1>(&quants, &mut to[LANES..], lane);
     }
 }
 
@@ -173,12 +186,6 @@ fn put_nibbles(quant: impl Fn(usize) -> u8, nibbles: &mut [u8], lane: usize) {
     for (pair, to) in nibbles.chunks_exact_mut(LANES).enumerate() {
         to[lane] = quant(2 * pair) | quant(2 * pair + 1) << 4;
     }
-}
-
-/// Writes what quants have above their four bits, `BITS` each, to a lane's word.
-fn put_above<const BITS: usize>(bits: impl Fn(usize) -> u8, words: &mut [u8], lane: usize) {
-    let word = (0..32 / BITS).fold(0, |word, i| word | u32::from(bits(i)) << (BITS * i));
-    words[4 * lane..][..4].copy_from_slice(&word.to_le_bytes());
 }
 
 fn f16_at(bytes: &[u8], at: usize) -> f32 {

@@ -1,8 +1,8 @@
 //! How a panel of sixteen weight rows is stored, and how its weights become f32 lanes.
 //!
 //! A panel is a run of blocks along k; a block holds `BLOCK` consecutive k of all sixteen rows in groups of `GROUP` that
-//! share their scales. Within a group the sixteen values of one k lie together. Formats take no more memory than the
-//! types they are made from, up to a minimum that some of those imply. Written by `pack`, read by `linear`. Every format
+//! share their scales. Within a group the sixteen values of one k lie together. Quants of five and six bits are kept as
+//! bytes: putting them together costs more time than the memory they save. Written by `pack`, read by `linear`. Every format
 //! turns a stored number into f32 by the same single operation on every path, so the weight seen by the kernels is one
 //! well-defined f32.
 #![allow(unsafe_op_in_unsafe_fn, reason = "the contract of every method is the trait's")]
@@ -19,14 +19,13 @@ pub(crate) enum PanelFormat {
     Q8,
     /// 32 k: f16 scales, f16 minima, 4-bit quants, two consecutive k in a byte.
     Q4,
-    /// As Q4, then the fifth bits: a word of 32 for each row, bit k for the quant of k.
+    /// 32 k: f16 scales, f16 minima, i8 quants.
     Q5,
     /// 256 k: f16 factors of scales and of minima; 8 groups of 32 k: u8 scales, u8 minima, 4-bit quants as in Q4.
     K4,
-    /// As K4 with fifth bits as in Q5 at the end of every group.
+    /// As K4 with i8 quants.
     K5,
-    /// 256 k: f16 factors of scales; 16 groups of 16 k: i8 scales, 4-bit quants as in Q4, a word of upper two bits for
-    /// each row, from bit 2 k on for the quant of k. Quants are 32 too large.
+    /// 256 k: f16 factors of scales; 16 groups of 16 k: i8 scales, i8 quants.
     K6,
 }
 
@@ -64,7 +63,7 @@ impl PanelFormat {
 }
 
 /// Bytes of 4-bit quants of `k` columns.
-pub(crate) const fn nibble_bytes(k: usize) -> usize {
+const fn nibble_bytes(k: usize) -> usize {
     k / 2 * LANES
 }
 
@@ -163,7 +162,7 @@ pub(crate) struct Q5;
 
 impl Format for Q5 {
     const BLOCK: usize = 32;
-    const GROUP_BYTES: usize = 4 * LANES + nibble_bytes(Self::GROUP) + 4 * LANES;
+    const GROUP_BYTES: usize = 4 * LANES + Self::GROUP * LANES;
     type Scales<V: Lanes> = (V, V);
 
     #[inline(always)]
@@ -173,10 +172,8 @@ impl Format for Q5 {
 
     #[inline(always)]
     unsafe fn pair<V: Lanes>(group: *const u8, (scale, minimum): (V, V), pair: usize) -> (V, V) {
-        let nibbles = group.add(4 * LANES);
-        let above = nibbles.add(nibble_bytes(Self::GROUP)).cast();
-        let (low, high) = V::load_nibbles_and::<1>(nibbles.add(pair * LANES), above, 2 * pair as u32);
-        (low.fma(scale, minimum), high.fma(scale, minimum))
+        let quants = group.add(4 * LANES + 2 * pair * LANES).cast();
+        (V::load_i8(quants).fma(scale, minimum), V::load_i8(quants.add(LANES)).fma(scale, minimum))
     }
 }
 
@@ -214,7 +211,7 @@ impl Format for K5 {
     const BLOCK: usize = 256;
     const GROUP: usize = 32;
     const HEADER_BYTES: usize = 4 * LANES;
-    const GROUP_BYTES: usize = 2 * LANES + nibble_bytes(Self::GROUP) + 4 * LANES;
+    const GROUP_BYTES: usize = 2 * LANES + Self::GROUP * LANES;
     type Scales<V: Lanes> = (V, V);
 
     #[inline(always)]
@@ -224,10 +221,8 @@ impl Format for K5 {
 
     #[inline(always)]
     unsafe fn pair<V: Lanes>(group: *const u8, (scale, minimum): (V, V), pair: usize) -> (V, V) {
-        let nibbles = group.add(2 * LANES);
-        let above = nibbles.add(nibble_bytes(Self::GROUP)).cast();
-        let (low, high) = V::load_nibbles_and::<1>(nibbles.add(pair * LANES), above, 2 * pair as u32);
-        (low.fma(scale, minimum), high.fma(scale, minimum))
+        let quants = group.add(2 * LANES + 2 * pair * LANES).cast();
+        (V::load_i8(quants).fma(scale, minimum), V::load_i8(quants.add(LANES)).fma(scale, minimum))
     }
 }
 
@@ -237,20 +232,17 @@ impl Format for K6 {
     const BLOCK: usize = 256;
     const GROUP: usize = 16;
     const HEADER_BYTES: usize = 2 * LANES;
-    const GROUP_BYTES: usize = LANES + nibble_bytes(Self::GROUP) + 4 * LANES;
-    type Scales<V: Lanes> = (V, V);
+    const GROUP_BYTES: usize = LANES + Self::GROUP * LANES;
+    type Scales<V: Lanes> = V;
 
     #[inline(always)]
-    unsafe fn scales<V: Lanes>(block: *const u8, group: *const u8) -> (V, V) {
-        let scale = V::load_f16(block.cast()).mul(V::load_i8(group.cast()));
-        (scale, scale.mul(V::splat(-32.0)))
+    unsafe fn scales<V: Lanes>(block: *const u8, group: *const u8) -> V {
+        V::load_f16(block.cast()).mul(V::load_i8(group.cast()))
     }
 
     #[inline(always)]
-    unsafe fn pair<V: Lanes>(group: *const u8, (scale, minimum): (V, V), pair: usize) -> (V, V) {
-        let nibbles = group.add(LANES);
-        let above = nibbles.add(nibble_bytes(Self::GROUP)).cast();
-        let (low, high) = V::load_nibbles_and::<2>(nibbles.add(pair * LANES), above, 4 * pair as u32);
-        (low.fma(scale, minimum), high.fma(scale, minimum))
+    unsafe fn pair<V: Lanes>(group: *const u8, scale: V, pair: usize) -> (V, V) {
+        let quants = group.add(LANES + 2 * pair * LANES).cast();
+        (V::load_i8(quants).mul(scale), V::load_i8(quants.add(LANES)).mul(scale))
     }
 }

@@ -9,7 +9,7 @@ mod rows;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use format::{PanelFormat, nibble_bytes};
+pub(crate) use format::PanelFormat;
 pub(crate) use linear::{tile_height, tile_rows};
 
 #[cfg(doc)]

@@ -8,6 +8,14 @@ use super::Lanes;
 #[derive(Clone, Copy)]
 pub(crate) struct Avx2(__m256, __m256);
 
+/// `value * 2^n`, n standing in the low bits of the other. Not a closure: those are compiled without the caller's
+/// instruction set unless they happen to be inlined.
+#[inline(always)]
+unsafe fn add_exponent(value: __m256, n: __m256) -> __m256 {
+    let shifted = _mm256_slli_epi32(_mm256_castps_si256(n), 23);
+    _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(value), shifted))
+}
+
 impl Lanes for Avx2 {
     const TILE_ROWS: usize = 6;
 
@@ -112,33 +120,8 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn load_nibbles_and<const BITS: u32>(
-        from: *const u8,
-        above: *const u32,
-        shift: u32,
-    ) -> (Self, Self) {
-        let eight = |at: usize| {
-            let bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(from.add(at).cast()));
-            let words = _mm256_loadu_si256(above.add(at).cast());
-            let more = |shift: u32| {
-                let shifted = _mm256_srl_epi32(words, _mm_cvtsi32_si128(shift as i32));
-                _mm256_and_si256(_mm256_slli_epi32(shifted, 4), _mm256_set1_epi32(((1 << BITS) - 1) << 4))
-            };
-            let low = _mm256_or_si256(_mm256_and_si256(bytes, _mm256_set1_epi32(15)), more(shift));
-            let high = _mm256_or_si256(_mm256_srli_epi32(bytes, 4), more(shift + BITS));
-            (_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(high))
-        };
-        let (first, second) = (eight(0), eight(8));
-        (Self(first.0, second.0), Self(first.1, second.1))
-    }
-
-    #[inline(always)]
     unsafe fn scale_by_exponent(self, biased: Self) -> Self {
-        let scale = |value, n| {
-            let shifted = _mm256_slli_epi32(_mm256_castps_si256(n), 23);
-            _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(value), shifted))
-        };
-        Self(scale(self.0, biased.0), scale(self.1, biased.1))
+        Self(add_exponent(self.0, biased.0), add_exponent(self.1, biased.1))
     }
     #[inline(always)]
     unsafe fn prefetch(from: *const u8) {

@@ -90,23 +90,6 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn load_nibbles_and<const BITS: u32>(
-        from: *const u8,
-        above: *const u32,
-        shift: u32,
-    ) -> (Self, Self) {
-        let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()));
-        let words = _mm512_loadu_si512(above.cast());
-        let more = |shift: u32| {
-            let shifted = _mm512_srl_epi32(words, _mm_cvtsi32_si128(shift as i32));
-            _mm512_and_si512(_mm512_slli_epi32(shifted, 4), _mm512_set1_epi32(((1 << BITS) - 1) << 4))
-        };
-        let low = _mm512_or_si512(_mm512_and_si512(bytes, _mm512_set1_epi32(15)), more(shift));
-        let high = _mm512_or_si512(_mm512_srli_epi32(bytes, 4), more(shift + BITS));
-        (Self(_mm512_cvtepi32_ps(low)), Self(_mm512_cvtepi32_ps(high)))
-    }
-
-    #[inline(always)]
     unsafe fn scale_by_exponent(self, biased: Self) -> Self {
         let shifted = _mm512_slli_epi32(_mm512_castps_si512(biased.0), 23);
         Self(_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(self.0), shifted)))

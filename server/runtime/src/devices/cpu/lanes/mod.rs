@@ -51,13 +51,6 @@ pub(crate) trait Lanes: Copy {
     unsafe fn load_u8(from: *const u8) -> Self;
     /// The low and the high four bits of 16 bytes, as unsigned numbers.
     unsafe fn load_nibbles(from: *const u8) -> (Self, Self);
-    /// As `load_nibbles`, each number with `BITS` more bits above the four: of the 16 words at `above`, the bits from
-    /// `shift` on for the low halves and those next to them for the high ones.
-    unsafe fn load_nibbles_and<const BITS: u32>(
-        from: *const u8,
-        above: *const u32,
-        shift: u32,
-    ) -> (Self, Self);
     /// `self * 2^n`, where `biased` holds `n + 1.5 * 2^23` (so that n stands in its low bits), for normal results.
     unsafe fn scale_by_exponent(self, biased: Self) -> Self;
     /// Asks for the cache line at `from`, which need not be valid.

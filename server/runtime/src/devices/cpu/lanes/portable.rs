@@ -100,21 +100,6 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
-    unsafe fn load_nibbles_and<const BITS: u32>(
-        from: *const u8,
-        above: *const u32,
-        shift: u32,
-    ) -> (Self, Self) {
-        let bytes = from.cast::<[u8; LANES]>().read_unaligned();
-        let words = above.cast::<[u32; LANES]>().read_unaligned();
-        let more = |word: u32, shift| (word >> shift & ((1 << BITS) - 1)) << 4;
-        (
-            Self(array::from_fn(|i| (u32::from(bytes[i] & 15) | more(words[i], shift)) as f32)),
-            Self(array::from_fn(|i| (u32::from(bytes[i] >> 4) | more(words[i], shift + BITS)) as f32)),
-        )
-    }
-
-    #[inline(always)]
     unsafe fn scale_by_exponent(self, biased: Self) -> Self {
         self.zip(biased, |a, n| f32::from_bits(a.to_bits().wrapping_add(n.to_bits() << 23)))
     }
