@@ -83,6 +83,34 @@ async fn a_completion_of_one_token_needs_no_decode() {
     pair.until_idle().await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leg_that_waits_goes_on_when_the_one_before_it_cannot_begin() {
+    let one_at_a_time = Shape { max_sequences: 1, ..Shape::default() };
+    let mut pair = Pair::start(Shape::default(), one_at_a_time).await;
+    let held = "baton_server_transfer_offers_held";
+    pair.decode.faults.batch_micros.store(20_000, Ordering::Relaxed);
+    pair.dispatch(1, &Request::greedy(20, 200)).await;
+    pair.to_prefill.until_end(1).await;
+    pair.to_decode.until_tokens(1, 1).await;
+    // The second leg's offer is over before the leg is there: its transfer cannot begin.
+    let (prefill, decode) = apart(&pair.prefill, &pair.decode);
+    pair.to_prefill.dispatch(2, &Request::greedy(40, 5), prefill).await;
+    pair.decode.until_metric(held, |held| held == 1.0).await;
+    pair.to_prefill.cancel(2).await;
+    pair.to_prefill.until_end(2).await;
+    pair.decode.until_metric(held, |held| held == 0.0).await;
+    pair.to_decode.dispatch(2, &Request::greedy(40, 5), decode).await;
+    let third = Request { timeout_millis: 20_000, ..Request::greedy(41, 5) };
+    pair.dispatch(3, &third).await;
+    pair.decode.until_metric(held, |held| held == 1.0).await;
+    pair.decode.load.wait_for(|load| load.occupancy.waiting == 2).await.expect("it runs");
+    pair.to_decode.cancel(1).await;
+    pair.to_decode.until_end(2).await;
+    assert_eq!(pair.completion(3).await, third.expected());
+    pair.to_decode.until_end(1).await;
+    pair.until_idle().await;
+}
+
 /// When a client goes away.
 #[derive(Debug, Clone, Copy)]
 enum Moment {

@@ -163,7 +163,7 @@ impl Engine {
         self.deliver();
     }
 
-    /// Plans and computes one step. False if there was nothing to compute.
+    /// Plans and computes one step. False if there is nothing to do before something happens.
     fn step(&mut self) -> bool {
         self.scheduler.expire(Instant::now());
         let plan = self.scheduler.schedule();
@@ -173,7 +173,10 @@ impl Engine {
             let transfers = &self.transfers;
             self.stepper.run(&mut self.scheduler, &plan, |id| transfers.progress(id))
         });
-        for (id, error) in std::mem::take(&mut self.not_begun) {
+        let not_begun = std::mem::take(&mut self.not_begun);
+        // Their blocks and places are free now: whoever waits for them is to be looked at again.
+        let worked = !plan.is_empty() || !not_begun.is_empty();
+        for (id, error) in not_begun {
             self.scheduler.transfer_ended(id, Err(error));
         }
         self.perform();
@@ -182,7 +185,7 @@ impl Engine {
         if let Some(stats) = stats {
             self.failed_steps = if stats.failed { self.failed_steps + 1 } else { 0 };
         }
-        !plan.is_empty()
+        worked
     }
 
     /// Sleeps until a command, a deadline or shutdown. Breaks when no command can come any more.
