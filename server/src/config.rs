@@ -1,11 +1,16 @@
 //! The server's configuration: file, `BATON_SERVER__...` variables and flags (see `baton_process::config`).
 
-use std::{collections::BTreeMap, path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, ops::RangeInclusive, path::PathBuf, time::Duration};
 
 use baton_process::{Invalid, Listen, ProcessConfig, ServiceConfig, duration};
 use baton_proto::InstanceId;
 use baton_runtime::KvDtype;
 use serde::{Deserialize, Serialize};
+
+/// Most compute threads.
+const THREADS_MOST: usize = 1024;
+/// What kvtransfer takes for a lease.
+const LEASE_RANGE: RangeInclusive<Duration> = Duration::from_millis(30)..=Duration::from_secs(3600);
 
 /// Everything that can be set. Defaults suit one small model on one machine.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -183,10 +188,20 @@ impl ServiceConfig for ServerConfig {
             ("runtime.max_sequences", self.runtime.max_sequences),
             ("runtime.max_waiting", self.runtime.max_waiting),
         ];
-        match positive.into_iter().find(|(_, value)| *value == 0) {
-            Some((key, _)) => Err(Invalid::new(key, "expected at least 1")),
-            None => Ok(()),
+        if let Some((key, _)) = positive.into_iter().find(|(_, value)| *value == 0) {
+            return Err(Invalid::new(key, "expected at least 1"));
         }
+        if self.runtime.threads > THREADS_MOST {
+            let expected = format!("expected 0 (one for each core) to {THREADS_MOST}");
+            return Err(Invalid::new("runtime.threads", expected));
+        }
+        if !LEASE_RANGE.contains(&self.handoff.lease) {
+            return Err(Invalid::new("handoff.lease", "expected 30ms to 1h"));
+        }
+        if self.handoff.timeout.is_zero() {
+            return Err(Invalid::new("handoff.timeout", "expected more than 0"));
+        }
+        Ok(())
     }
 }
 
@@ -205,13 +220,17 @@ mod tests {
     fn what_is_wrong_is_named() {
         assert_eq!(valid().validate(), Ok(()));
         type Change = fn(&mut ServerConfig);
-        let cases: [(&str, Change); 6] = [
+        let cases: [(&str, Change); 10] = [
             ("instance_id", |c| c.instance_id = "A".into()),
             ("model.path", |c| c.model.path = PathBuf::new()),
             ("role", |c| c.role = "both".into()),
             ("controllers", |c| c.controllers.clear()),
             ("runtime.kv_dtype", |c| c.runtime.kv_dtype = "int3".into()),
             ("runtime.max_sequences", |c| c.runtime.max_sequences = 0),
+            ("runtime.threads", |c| c.runtime.threads = 1025),
+            ("handoff.lease", |c| c.handoff.lease = Duration::from_millis(10)),
+            ("handoff.lease", |c| c.handoff.lease = Duration::from_secs(3601)),
+            ("handoff.timeout", |c| c.handoff.timeout = Duration::ZERO),
         ];
         for (key, change) in cases {
             let mut config = valid();

@@ -118,7 +118,7 @@ impl Serving {
                     incoming_transfers: blocks as usize,
                     outgoing_transfers: blocks as usize,
                     // A decode leg may wait for blocks for as long as its prefill leg lives.
-                    held_offers: (parts.limits.max_waiting + parts.limits.max_sequences) as usize,
+                    held_offers: parts.limits.max_waiting as usize + parts.limits.max_sequences as usize,
                     held_offer: parts.handoff.timeout.max(HELD_OFFER),
                     ..TransferLimits::default()
                 },

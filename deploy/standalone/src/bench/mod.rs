@@ -96,11 +96,15 @@ pub(crate) enum BenchError {
     Engine(#[from] engine::EngineError),
 }
 
+/// Rates and seconds with which times can be computed.
+const POSITIVE_LEAST: f64 = 1e-6;
+const POSITIVE_MOST: f64 = 1e9;
+
 fn positive(text: &str) -> Result<f64, String> {
     text.parse()
         .ok()
-        .filter(|&n: &f64| n > 0.0 && n.is_finite())
-        .ok_or_else(|| "must be a number above 0".into())
+        .filter(|n| (POSITIVE_LEAST..=POSITIVE_MOST).contains(n))
+        .ok_or_else(|| format!("must be a number from {POSITIVE_LEAST} to {POSITIVE_MOST}"))
 }
 
 /// Runs the whole measurement and prints its table.
@@ -139,4 +143,21 @@ fn progress(args: &BenchArgs) -> ProgressBar {
     bar.set_style(ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar()));
     bar.enable_steady_tick(Duration::from_millis(200));
     bar
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_that_no_time_can_be_made_of_are_refused() {
+        for text in ["0", "-1", "1e-20", "1e300", "inf", "nan", "x"] {
+            assert!(positive(text).is_err(), "{text}");
+        }
+        for text in ["0.000001", "1e9", "0.5"] {
+            let number = positive(text).expect(text);
+            // What is made of a rate and of a time.
+            let _ = (Duration::from_secs_f64(37.0 / number), Duration::from_secs_f64(number));
+        }
+    }
 }
