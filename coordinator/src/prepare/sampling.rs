@@ -92,13 +92,8 @@ pub(super) fn sampling(
         Some(Integer(k)) => u32::try_from(k)
             .map_err(|_| invalid("top_k", &format!("must be 0 (off) to {}, got {k}", u32::MAX)))?,
     };
-    let repetition_penalty = match request.repetition_penalty {
-        Some(Number(value)) if !(value > 0.0 && value <= 10.0) => {
-            let message = format!("must be above 0 and at most 10, got {value}");
-            return Err(invalid("repetition_penalty", &message));
-        }
-        other => other.map_or(1.0, |number| number.0 as f32),
-    };
+    // It divides: so small a number that the quotient overflows means nothing.
+    let repetition_penalty = within("repetition_penalty", request.repetition_penalty, 1.0, 0.01, 10.0)?;
     let max_tokens = max_tokens(request, prompt_tokens, limits)?;
     Ok(Sampling {
         // An empty nucleus leaves the likeliest token only.
@@ -201,7 +196,7 @@ mod tests {
             (r#"{"min_p": 2}"#, "min_p", "0 to 1"),
             (r#"{"frequency_penalty": 3}"#, "frequency_penalty", "-2 to 2"),
             (r#"{"presence_penalty": -3}"#, "presence_penalty", "-2 to 2"),
-            (r#"{"repetition_penalty": 0}"#, "repetition_penalty", "above 0"),
+            (r#"{"repetition_penalty": 1e-40}"#, "repetition_penalty", "0.01 to 10"),
             (r#"{"max_tokens": 0}"#, "max_tokens", "at least 1"),
             (r#"{"max_tokens": -5}"#, "max_tokens", "at least 1"),
             (r#"{"max_completion_tokens": 0}"#, "max_completion_tokens", "at least 1"),

@@ -177,6 +177,7 @@ fn bias(logits: &mut [f32], biases: &[(u32, f32)], ruled_out: &[u32]) {
 fn penalise(logits: &mut [f32], params: &SamplingParams, counts: &TokenCounts) {
     for (&token, count) in &counts.0 {
         let Some(logit) = logits.get_mut(token as usize) else { continue };
+        let sound = logit.is_finite();
         if count.prompt + count.completion > 0 {
             *logit = if *logit > 0.0 {
                 *logit / params.repetition_penalty
@@ -186,6 +187,10 @@ fn penalise(logits: &mut [f32], params: &SamplingParams, counts: &TokenCounts) {
         }
         if count.completion > 0 {
             *logit -= params.frequency_penalty * count.completion as f32 + params.presence_penalty;
+        }
+        if sound {
+            // A penalty may overflow; that is not the model's fault.
+            *logit = logit.clamp(f32::MIN, f32::MAX);
         }
     }
 }

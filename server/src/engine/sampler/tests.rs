@@ -48,6 +48,22 @@ fn penalties_follow_their_definitions() {
 }
 
 #[test]
+fn no_penalty_makes_a_sound_logit_unsound() {
+    let counts = TokenCounts::new(&[0, 1], &[0, 1]);
+    for repetition_penalty in [f32::MIN_POSITIVE / 1e3, 1e-30, f32::MAX] {
+        let params =
+            SamplingParams { repetition_penalty, frequency_penalty: f32::MAX, ..SamplingParams::GREEDY };
+        for mut logits in [[1e10, -1e10, 0.5], [-1e10, 1e10, 0.5]] {
+            penalise(&mut logits, &params, &counts);
+            assert!(logits.iter().all(|logit| logit.is_finite()), "{repetition_penalty}: {logits:?}");
+        }
+    }
+    let mut broken = [f32::NAN, f32::INFINITY, 0.5];
+    penalise(&mut broken, &SamplingParams::GREEDY, &counts);
+    assert!(broken[0].is_nan() && broken[1].is_infinite(), "what the model broke stays seen");
+}
+
+#[test]
 fn penalties_act_on_greedy_choices_too() {
     let params = SamplingParams { presence_penalty: 2.0, ..SamplingParams::GREEDY };
     let counts = TokenCounts::new(&[], &[0]);
