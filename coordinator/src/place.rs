@@ -58,12 +58,7 @@ impl Placer {
     }
 
     fn book_now(&self, prompt_tokens: u32, sampling: &Sampling) -> Result<Booking, NoPlace> {
-        let booking = self.board.place(
-            prompt_tokens,
-            sampling.max_tokens,
-            &self.served.checkpoint,
-            &self.served.revision,
-        )?;
+        let booking = self.board.place(prompt_tokens, sampling.max_tokens, &self.served.revision)?;
         tracing::debug!(placement = ?booking.placement, receipt = ?booking.receipt, "placed");
         Ok(booking)
     }

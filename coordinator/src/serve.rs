@@ -79,7 +79,7 @@ impl Service {
 
     /// Whether any request could be served now.
     pub fn can_serve(&self) -> Result<(), NoPlace> {
-        self.placer.board.can_serve(&self.served.checkpoint, &self.served.revision)
+        self.placer.board.can_serve(&self.served.revision)
     }
 
     /// The ticket goes where the body goes: work on a large one goes on after its client has left, and its place in the

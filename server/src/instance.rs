@@ -215,7 +215,7 @@ impl Plan {
         let path = config.model.path.clone();
         let opened = tokio::task::spawn_blocking(move || {
             let checkpoint = Checkpoint::open(&path)?;
-            let revision = checkpoint.revision();
+            let revision = checkpoint.revision()?;
             Ok::<_, ServerError>((checkpoint, revision))
         });
         let (checkpoint, revision) = opened.await.map_err(|_| ServerError::LoadPanicked)??;

@@ -295,7 +295,7 @@ mod tests {
         board.list(&[d.clone(), p.clone()], Instant::now());
         board.up(&d.id, d.incarnation, ready(Role::Decode));
         board.up(&p.id, p.incarnation, ready(Role::Prefill));
-        let booking = board.place(10, 10, "tiny", "r1").expect("a place");
+        let booking = board.place(10, 10, "r1").expect("a place");
         Generation {
             machine: Machine::apart(10),
             legs: Legs::default(),

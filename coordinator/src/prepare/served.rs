@@ -67,8 +67,7 @@ pub trait TextReader: Send {
 pub struct Served {
     /// What clients say in `model`.
     pub name: String,
-    /// The checkpoint's own name and revision: what instances call it.
-    pub checkpoint: String,
+    /// The checkpoint's revision: instances that have another run another model.
     pub revision: String,
     pub context_tokens: u32,
     /// Tokens that end a sequence.
@@ -101,8 +100,7 @@ impl Served {
         let name = if config.name.is_empty() { checkpoint.name() } else { &config.name };
         Ok(Self {
             name: name.to_owned(),
-            checkpoint: checkpoint.name().to_owned(),
-            revision: checkpoint.revision(),
+            revision: checkpoint.revision().map_err(Box::new)?,
             context_tokens,
             stop_tokens: checkpoint.stop_token_ids().to_vec(),
             since: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),

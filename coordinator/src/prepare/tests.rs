@@ -75,7 +75,6 @@ impl TextReader for ByteReader {
 pub(crate) fn served() -> Served {
     Served {
         name: "tiny".into(),
-        checkpoint: "tiny".into(),
         revision: "r1".into(),
         context_tokens: 200,
         stop_tokens: vec![0],

@@ -84,9 +84,9 @@ impl Board {
     }
 
     /// Whether a request of one token could be placed now.
-    pub fn can_serve(&self, model: &str, revision: &str) -> Result<(), NoPlace> {
+    pub fn can_serve(&self, revision: &str) -> Result<(), NoPlace> {
         let state = self.state.lock();
-        let ask = Ask { prompt_tokens: 1, max_tokens: 1, model, revision, turn: 0 };
+        let ask = Ask { prompt_tokens: 1, max_tokens: 1, revision, turn: 0 };
         place(&state.fleet, &state.ledger, &ask, Instant::now()).map(drop)
     }
 
@@ -95,11 +95,10 @@ impl Board {
         self: &Arc<Self>,
         prompt_tokens: u32,
         max_tokens: u32,
-        model: &str,
         revision: &str,
     ) -> Result<Booking, NoPlace> {
         let turn = self.turns.fetch_add(1, Ordering::Relaxed);
-        let ask = Ask { prompt_tokens, max_tokens, model, revision, turn };
+        let ask = Ask { prompt_tokens, max_tokens, revision, turn };
         let state = &mut *self.state.lock();
         let (placement, receipt) = place(&state.fleet, &state.ledger, &ask, Instant::now())?;
         let prompt = u64::from(prompt_tokens);

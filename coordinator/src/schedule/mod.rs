@@ -38,8 +38,7 @@ const RECEIPT_MOST: usize = 8;
 pub struct Ask<'a> {
     pub prompt_tokens: u32,
     pub max_tokens: u32,
-    /// The model's name and, where known, its revision: instances that run something else are no candidates.
-    pub model: &'a str,
+    /// The very model that the prompt was tokenised for: to instances of any other its token ids mean something else.
     pub revision: &'a str,
     /// Any number that differs from request to request: equal costs take turns by it.
     pub turn: u64,
@@ -97,6 +96,10 @@ impl Receipt {
 pub enum NoPlace {
     #[error("no instance is ready to serve; try again in a moment")]
     NoInstance,
+    #[error(
+        "the instances that are ready run another model than this coordinator tokenises for; start both with one"
+    )]
+    OtherModel,
     #[error("a decode instance is ready but no prefill instance is; try again in a moment")]
     NoPrefill,
     #[error("a prefill instance is ready but no decode instance fits it; try again in a moment")]
@@ -115,8 +118,10 @@ impl NoPlace {
 impl From<NoPlace> for ApiError {
     fn from(reason: NoPlace) -> Self {
         let code = match reason {
-            NoPlace::TooLarge(_) => ErrorCode::KvExhausted,
-            NoPlace::NoInstance | NoPlace::NoPrefill | NoPlace::NoDecode => ErrorCode::Unavailable,
+            NoPlace::TooLarge(_) => ErrorCode::ContextLengthExceeded,
+            NoPlace::NoInstance | NoPlace::OtherModel | NoPlace::NoPrefill | NoPlace::NoDecode => {
+                ErrorCode::Unavailable
+            }
         };
         ApiError::new(code, reason.to_string())
     }
@@ -134,8 +139,27 @@ fn keep<'a>(best: &mut Best<'a>, cost: (u64, u64), instance: &'a Instance, epoch
 /// Instances that can hand KV caches to each other.
 struct Class<'a> {
     like: &'a Spec,
-    prefill: Best<'a>,
-    decode: Best<'a>,
+    prefill: Half<'a>,
+    decode: Half<'a>,
+}
+
+/// The instances of one role in a class.
+#[derive(Default)]
+struct Half<'a> {
+    best: Best<'a>,
+    /// One of them can never hold the request.
+    too_small: bool,
+}
+
+impl<'a> Half<'a> {
+    fn take(&mut self, cost: (u64, u64), instance: &'a Instance, epoch: RoleEpoch) {
+        keep(&mut self.best, cost, instance, epoch);
+    }
+
+    /// Nobody is there, small or large.
+    fn is_vacant(&self) -> bool {
+        self.best.is_none() && !self.too_small
+    }
 }
 
 /// Chooses where `ask` goes.
@@ -148,15 +172,22 @@ pub fn place(
     let mut receipt = Receipt::default();
     let mut mixed: Best<'_> = None;
     let mut classes: Vec<Class<'_>> = Vec::new();
-    let mut too_small = false;
+    let mut seen = Seen::default();
     let count = fleet.all().len() as u64;
     for (index, (instance, duty)) in fleet.usable(now).enumerate() {
         if !runs(&instance.spec, ask) {
+            seen.other_model |= duty.role != Role::None;
             continue;
         }
+        seen.ready += 1;
         let standing = ledger.standing(&instance.spec.id, &instance.load());
         if !fits(&instance.spec, &standing, ask) {
-            too_small = true;
+            match duty.role {
+                Role::None => {}
+                Role::Mixed => seen.too_small = true,
+                Role::Prefill => class_of(&mut classes, &instance.spec).prefill.too_small = true,
+                Role::Decode => class_of(&mut classes, &instance.spec).decode.too_small = true,
+            }
             continue;
         }
         let turn = (index as u64).wrapping_add(ask.turn) % count.max(1);
@@ -172,18 +203,18 @@ pub fn place(
             Role::Prefill => {
                 let cost = prefill_micros(&standing, ask);
                 receipt.note(instance, Side::Prefill, cost);
-                keep(&mut class_of(&mut classes, &instance.spec).prefill, scored(cost), instance, duty.epoch);
+                class_of(&mut classes, &instance.spec).prefill.take(scored(cost), instance, duty.epoch);
             }
             Role::Decode => {
                 let cost = decode_micros(&instance.spec, &standing, ask);
                 receipt.note(instance, Side::Decode, cost);
-                keep(&mut class_of(&mut classes, &instance.spec).decode, scored(cost), instance, duty.epoch);
+                class_of(&mut classes, &instance.spec).decode.take(scored(cost), instance, duty.epoch);
             }
         }
     }
     let pair = classes
         .iter()
-        .filter_map(|class| Some((class.prefill?, class.decode?)))
+        .filter_map(|class| Some((class.prefill.best?, class.decode.best?)))
         .min_by_key(|(prefill, decode)| (prefill.0.0.saturating_add(decode.0.0), prefill.0.1));
     let pair_cost = pair.map(|(prefill, decode)| prefill.0.0.saturating_add(decode.0.0));
     match (pair, mixed) {
@@ -197,10 +228,39 @@ pub fn place(
             };
             Ok((apart, receipt))
         }
-        _ if too_small => Err(NoPlace::TooLarge(ask.prompt_tokens)),
-        _ if classes.iter().any(|class| class.prefill.is_some()) => Err(NoPlace::NoDecode),
-        _ if classes.iter().any(|class| class.decode.is_some()) => Err(NoPlace::NoPrefill),
-        _ => Err(NoPlace::NoInstance),
+        _ => {
+            seen.all = fleet.all().filter(|instance| runs(&instance.spec, ask)).count();
+            Err(seen.lack(&classes, ask))
+        }
+    }
+}
+
+/// What was met on the way to no place.
+#[derive(Default)]
+struct Seen {
+    /// Instances of the model that are ready, and all that are known.
+    ready: usize,
+    all: usize,
+    /// A mixed instance can never hold the request.
+    too_small: bool,
+    other_model: bool,
+}
+
+impl Seen {
+    /// Why nobody takes the request. It is too large only if nobody who is known, and not ready just now, might hold it.
+    fn lack(&self, classes: &[Class<'_>], ask: &Ask<'_>) -> NoPlace {
+        let small = |class: &Class<'_>| class.prefill.too_small || class.decode.too_small;
+        if classes.iter().any(|class| class.prefill.best.is_some() && class.decode.is_vacant()) {
+            NoPlace::NoDecode
+        } else if classes.iter().any(|class| class.decode.best.is_some() && class.prefill.is_vacant()) {
+            NoPlace::NoPrefill
+        } else if self.ready == self.all && (self.too_small || classes.iter().any(small)) {
+            NoPlace::TooLarge(ask.prompt_tokens)
+        } else if self.all == 0 && self.other_model {
+            NoPlace::OtherModel
+        } else {
+            NoPlace::NoInstance
+        }
     }
 }
 
@@ -211,7 +271,7 @@ fn class_of<'c, 'a>(classes: &'c mut Vec<Class<'a>>, spec: &'a Spec) -> &'c mut 
             && class.like.layout == spec.layout
     };
     let at = classes.iter().position(alike).unwrap_or_else(|| {
-        classes.push(Class { like: spec, prefill: None, decode: None });
+        classes.push(Class { like: spec, prefill: Half::default(), decode: Half::default() });
         classes.len() - 1
     });
     &mut classes[at]
@@ -219,7 +279,7 @@ fn class_of<'c, 'a>(classes: &'c mut Vec<Class<'a>>, spec: &'a Spec) -> &'c mut 
 
 /// Whether the instance runs the model asked for.
 fn runs(spec: &Spec, ask: &Ask<'_>) -> bool {
-    spec.model == ask.model || spec.revision == ask.revision
+    spec.revision == ask.revision
 }
 
 /// Whether the prompt and one more token could ever be held there.

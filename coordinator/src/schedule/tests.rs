@@ -28,7 +28,7 @@ fn fleet_of(instances: Vec<(Spec, Role, Load)>) -> Fleet {
 }
 
 fn ask(prompt_tokens: u32) -> Ask<'static> {
-    Ask { prompt_tokens, max_tokens: 64, model: "tiny", revision: "r1", turn: 0 }
+    Ask { prompt_tokens, max_tokens: 64, revision: "r1", turn: 0 }
 }
 
 fn chosen(fleet: &Fleet, ledger: &Ledger, ask: &Ask<'_>) -> Result<Vec<String>, NoPlace> {
@@ -85,9 +85,51 @@ fn unlike_instances_are_never_paired() {
         ]);
         assert_eq!(chosen(&fleet, &Ledger::default(), &ask(10)), Err(NoPlace::NoDecode));
     }
-    let other = Spec { model: "other".into(), revision: "r9".into(), ..spec("m") };
-    let fleet = fleet_of(vec![(other, Role::Mixed, Load::default())]);
-    assert_eq!(chosen(&fleet, &Ledger::default(), &ask(10)), Err(NoPlace::NoInstance));
+}
+
+#[test]
+fn only_the_model_that_the_prompt_was_tokenised_for_is_given_it() {
+    let none = Ledger::default();
+    // Two directories of the same name, say.
+    let namesake = Spec { revision: "r9".into(), ..spec("m") };
+    let fleet = fleet_of(vec![(namesake.clone(), Role::Mixed, Load::default())]);
+    assert_eq!(chosen(&fleet, &none, &ask(10)), Err(NoPlace::OtherModel));
+    let renamed = Spec { model: "its name here".into(), ..spec("n") };
+    let both = fleet_of(vec![
+        (namesake, Role::Mixed, Load::default()),
+        (renamed, Role::Mixed, Load { queued_prefill_tokens: 1 << 30, ..Load::default() }),
+    ]);
+    assert_eq!(chosen(&both, &none, &ask(10)).as_deref(), Ok(&["n".to_owned()][..]));
+}
+
+#[test]
+fn a_request_is_too_large_only_if_nobody_who_may_come_could_hold_it() {
+    let none = Ledger::default();
+    let small = Load { kv_blocks_total: 2, kv_blocks_free: 2, ..Load::default() };
+    let large = Load::default();
+    type Instances<'a> = &'a [(&'a str, Role, Load)];
+    let of = |instances: Instances<'_>| {
+        fleet_of(instances.iter().map(|(id, role, load)| (spec(id), *role, *load)).collect())
+    };
+    let cases: [(Instances<'_>, NoPlace); 6] = [
+        (&[("m", Role::Mixed, small)], NoPlace::TooLarge(100)),
+        (&[("p", Role::Prefill, large), ("d", Role::Decode, small)], NoPlace::TooLarge(100)),
+        (&[("p", Role::Prefill, small), ("d", Role::Decode, large)], NoPlace::TooLarge(100)),
+        // The pair's other half would do.
+        (&[("p", Role::Prefill, large), ("m", Role::Mixed, small)], NoPlace::NoDecode),
+        (&[("d", Role::Decode, large), ("m", Role::Mixed, small)], NoPlace::NoPrefill),
+        // An instance that has no role is not too small for one.
+        (&[("x", Role::None, small)], NoPlace::NoInstance),
+    ];
+    for (instances, why) in cases {
+        assert_eq!(chosen(&of(instances), &none, &ask(100)), Err(why), "{instances:?}");
+    }
+    // A large one has just gone away.
+    let mut fleet = of(&[("m", Role::Mixed, small), ("n", Role::Mixed, large)]);
+    fleet.down(&spec("n").id, Instant::now());
+    assert_eq!(chosen(&fleet, &none, &ask(100)), Err(NoPlace::NoInstance));
+    assert_eq!(ApiError::from(NoPlace::TooLarge(100)).code.http(), 400, "the client has to shorten it");
+    assert!(NoPlace::NoInstance.may_pass() && !NoPlace::TooLarge(100).may_pass());
 }
 
 #[test]

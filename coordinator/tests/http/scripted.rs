@@ -109,7 +109,6 @@ impl TextReader for ByteReader {
 pub(crate) fn served() -> Served {
     Served {
         name: "tiny".into(),
-        checkpoint: "tiny".into(),
         revision: "r1".into(),
         context_tokens: 1000,
         stop_tokens: vec![0],
@@ -205,7 +204,7 @@ impl Instance {
             device: "cpu".into(),
             device_count: 1,
             model: ModelIdentity {
-                name: served.checkpoint.clone(),
+                name: served.name.clone(),
                 revision: served.revision.clone(),
                 architecture: "llama".into(),
                 context_tokens: served.context_tokens,

@@ -15,6 +15,9 @@ use crate::{
     wanted,
 };
 
+/// What goes into [`Checkpoint::revision`], and in which order; to be changed with either.
+const REVISION_FORMAT: &str = "baton model revision 1";
+
 /// What a model's files are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
@@ -97,11 +100,16 @@ impl Checkpoint {
         &self.parts.name
     }
 
-    /// Hex SHA-256 digest over the configuration, the table of tensors, the tokeniser and samples of every tensor's
-    /// content. Equal for copies of a model, different for any two models in practice. The first call reads a few
-    /// pages of every tensor.
-    pub fn revision(&self) -> String {
-        self.revision.get_or_init(|| self.digest()).clone()
+    /// Hex SHA-256 digest over what the files say of configuration and tokeniser, as they say it, the table of tensors
+    /// and samples of every tensor's content. Equal for copies of a model, different for any two models in practice,
+    /// and the same in every release that has this [`REVISION_FORMAT`]. The first call reads a few pages of every
+    /// tensor; an error if a file cannot be read any more.
+    pub fn revision(&self) -> Result<String, CheckpointError> {
+        if let Some(known) = self.revision.get() {
+            return Ok(known.clone());
+        }
+        let digest = self.digest()?;
+        Ok(self.revision.get_or_init(|| digest).clone())
     }
 
     /// The tensor for `weight`. With tied embeddings [`Weight::Output`] is the embedding.
@@ -219,18 +227,40 @@ impl Checkpoint {
         Ok(wanted.len())
     }
 
-    fn digest(&self) -> String {
+    /// Over the files' own bytes and names: nothing in it depends on how this code represents a model.
+    fn digest(&self) -> Result<String, CheckpointError> {
         let mut hash = Sha256::new();
-        hash.update(format!("{:?}\n", self.parts.config));
+        let mut field = |bytes: &[u8]| {
+            hash.update((bytes.len() as u64).to_le_bytes());
+            hash.update(bytes);
+        };
+        field(REVISION_FORMAT.as_bytes());
         match &self.parts.tokenizer {
-            TokenizerSource::HuggingFaceJson(path) => hash.update(std::fs::read(path).unwrap_or_default()),
-            TokenizerSource::Ggml(tables) => hash.update(format!("{tables:?}\n")),
+            TokenizerSource::HuggingFaceJson(tokenizer) => {
+                for path in [&self.path.join("config.json"), tokenizer] {
+                    let io = |source| CheckpointError::Io { path: path.clone(), source };
+                    field(&std::fs::read(path).map_err(io)?);
+                }
+            }
+            // Both lie before the first tensor.
+            TokenizerSource::Ggml(_) => {
+                let first = self.parts.tensors.values().map(|entry| entry.extent.start).min();
+                let head = self.parts.files.first().zip(first).map(|(file, first)| &file.all()[..first]);
+                field(head.unwrap_or_default());
+            }
         }
-        for (weight, view) in self.tensors() {
-            hash.update(format!("{weight:?} {:?} {:?}\n", view.dtype, view.shape));
-            sample(view.bytes, |piece| hash.update(piece));
+        let mut tensors: Vec<_> = self.parts.tensors.values().collect();
+        // Several may be parts of one tensor of the file.
+        tensors.sort_by_key(|entry| (&entry.name, entry.extent.start));
+        for entry in tensors {
+            let view = self.view(entry);
+            field(entry.name.as_bytes());
+            field(view.dtype.name().as_bytes());
+            let shape: Vec<u8> = view.shape.iter().flat_map(|&axis| (axis as u64).to_le_bytes()).collect();
+            field(&shape);
+            sample(view.bytes, &mut field);
         }
-        hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+        Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
     }
 }
 
