@@ -20,7 +20,7 @@ use tokio::{
     time::Instant,
 };
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, info, warn};
+use tracing::{debug, error, info, warn};
 
 use crate::{
     config::ControllerConfig,
@@ -105,7 +105,8 @@ impl Reigns {
         let (messages, mut inbox) = mpsc::channel(INBOX_CAPACITY);
         self.desk.send_replace(Some(Inbox { messages, epoch: leadership.epoch() }));
         self.health.set_ready();
-        let mut reign = Reign { mind, lines: BTreeMap::new(), metrics: &self.metrics, changes: 0 };
+        let mut reign =
+            Reign { mind, lines: BTreeMap::new(), metrics: &self.metrics, changes: 0, one_by_one: 0 };
         let mut ends_of_lease = self.new_lease(Some(lease)).boxed();
         let mut write: Option<BoxFuture<'_, Written>> = None;
         let mut write_after = now;
@@ -119,7 +120,7 @@ impl Reigns {
                 observe_at = now + OBSERVE_EVERY;
             }
             if write.is_none() && write_after <= now && reign.mind.has_writes() {
-                let writes = reign.mind.take_writes(WRITES_PER_TXN);
+                let writes = reign.take_writes();
                 write = Some(make(leadership, lease.id, writes).boxed());
             }
             let mut wake = reign.mind.next_deadline().min(observe_at);
@@ -265,6 +266,8 @@ struct Reign<'a> {
     lines: BTreeMap<SessionId, Line>,
     metrics: &'a ControllerMetrics,
     changes: u64,
+    /// So many keys are written alone, because the store refused one of them.
+    one_by_one: usize,
 }
 
 impl Reign<'_> {
@@ -320,6 +323,12 @@ impl Reign<'_> {
         }
     }
 
+    fn take_writes(&mut self) -> Vec<Write> {
+        let alone = self.one_by_one > 0;
+        self.one_by_one = self.one_by_one.saturating_sub(1);
+        self.mind.take_writes(if alone { 1 } else { WRITES_PER_TXN })
+    }
+
     fn written(&mut self, written: Written) -> After {
         let Written { writes, outcome } = written;
         match outcome {
@@ -337,6 +346,18 @@ impl Reign<'_> {
             Ok(Fenced::Deposed) => After::Deposed,
             Ok(Fenced::Conflict) => {
                 self.mind.give_back(writes);
+                After::GoOn
+            }
+            // Another try would be refused, too, and hold up everybody else's: the key at fault is left out.
+            Err(StoreError::Invalid(reason)) => {
+                self.metrics.store_errors.inc();
+                match writes.as_slice() {
+                    [write] => error!(key = write.key(), reason, "the state store refuses this record"),
+                    _ => {
+                        self.one_by_one = writes.len();
+                        self.mind.give_back(writes);
+                    }
+                }
                 After::GoOn
             }
             Err(error) => {

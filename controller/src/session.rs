@@ -35,6 +35,9 @@ use crate::{
 /// How long a new session may take to say who it is.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// Largest spec that is taken, as the store keeps it: a batch of them has to fit one request to etcd (1.5 MiB).
+const SPEC_MAX_BYTES: usize = 8 << 10;
+
 /// Takes instances' sessions.
 #[derive(Debug)]
 pub struct ControlService {
@@ -117,6 +120,14 @@ async fn hello(reports: &mut Streaming<v1::InstanceReport>) -> Result<(InstanceS
     };
     let spec =
         hello.spec.ok_or(RecordError::Missing("spec")).and_then(InstanceSpec::try_from).map_err(invalid)?;
+    let size = spec.encode().len();
+    if size > SPEC_MAX_BYTES {
+        let message = format!(
+            "the spec of {} has {size} bytes, over the limit of {SPEC_MAX_BYTES}: give it fewer or shorter labels",
+            spec.id
+        );
+        return Err(ApiError::new(ErrorCode::InvalidArgument, message).into());
+    }
     let beat = hello.beat.ok_or(RecordError::Missing("beat")).and_then(Beat::try_from).map_err(invalid)?;
     Ok((spec, beat))
 }

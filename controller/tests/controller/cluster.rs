@@ -13,6 +13,7 @@ use baton_proto::v1::{
     self, control_client::ControlClient, controller_order, fleet_admin_client::FleetAdminClient,
     instance_report,
 };
+use baton_registry::{RemoteConfig, RemoteStore, Store};
 use tokio::{runtime::Runtime, sync::mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -54,7 +55,23 @@ impl Node {
         Self::start_at(config, "127.0.0.1:0")
     }
 
-    pub(crate) fn start_at(mut config: ControllerConfig, address: &str) -> Self {
+    pub(crate) fn start_at(config: ControllerConfig, address: &str) -> Self {
+        Self::start_with(config, address, |store| store)
+    }
+
+    /// One that sees the store through what the test puts before it.
+    pub(crate) fn start_over(
+        config: ControllerConfig,
+        before: impl FnOnce(Arc<dyn Store>) -> Arc<dyn Store> + Send + 'static,
+    ) -> Self {
+        Self::start_with(config, "127.0.0.1:0", before)
+    }
+
+    fn start_with(
+        mut config: ControllerConfig,
+        address: &str,
+        before: impl FnOnce(Arc<dyn Store>) -> Arc<dyn Store> + Send + 'static,
+    ) -> Self {
         let until = Instant::now() + PATIENCE;
         let listener = loop {
             match TcpListener::bind(address) {
@@ -73,7 +90,7 @@ impl Node {
         let served = {
             let (shutdown, metrics) = (shutdown.clone(), metrics.clone());
             runtime.spawn(async move {
-                let store = open_store(&config, &shutdown, &tasks).expect("a store");
+                let store = before(open_store(&config, &shutdown, &tasks).expect("a store"));
                 let parts = Parts {
                     config,
                     store,
@@ -270,8 +287,6 @@ impl Server {
 }
 
 /// A store over what a node serves.
-pub(crate) fn remote(endpoint: &str) -> Arc<dyn baton_registry::Store> {
-    Arc::new(
-        baton_registry::RemoteStore::new(&baton_registry::RemoteConfig::new([endpoint])).expect("a client"),
-    )
+pub(crate) fn remote(endpoint: &str) -> Arc<dyn Store> {
+    Arc::new(RemoteStore::new(&RemoteConfig::new([endpoint])).expect("a client"))
 }

@@ -1,10 +1,13 @@
 //! A controller with its embedded store and scripted servers, over real loopback gRPC.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use crate::cluster::{Node, PATIENCE, Server, beat, config, remote, spec, waiting};
 use baton_proto::{InstanceId, v1};
-use baton_registry::{FleetWatch, FleetWatchConfig, Role};
+use baton_registry::{
+    FleetWatch, FleetWatchConfig, KeyRange, Lease, LeaseId, Listing, Operation, Revision, Role, Store,
+    StoreError, Txn, TxnOutcome, Watch, keys,
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::Code;
 
@@ -129,6 +132,10 @@ async fn bad_hellos_and_wrong_incarnations_are_refused() {
             v1::InstanceSpec { inference_endpoint: String::new(), ..spec("b", 1) },
             "inference_endpoint is missing",
         ),
+        (
+            v1::InstanceSpec { labels: [("l".into(), "x".repeat(9 << 10))].into(), ..spec("b", 1) },
+            "over the limit of 8192: give it fewer or shorter labels",
+        ),
     ];
     for (spec, says) in wrong {
         let status = Server::call(&endpoint, spec, waiting()).await.err().expect("a refusal");
@@ -139,6 +146,58 @@ async fn bad_hellos_and_wrong_incarnations_are_refused() {
     let status = Server::call(&endpoint, spec("b", 1), phase).await.err().expect("a refusal");
     assert_eq!(status.code(), Code::InvalidArgument);
     assert!(!a.is_finished(), "the one that is here is not disturbed");
+}
+
+/// A store that will not have one key.
+#[derive(Debug)]
+struct Picky(Arc<dyn Store>, String);
+
+#[async_trait::async_trait]
+impl Store for Picky {
+    async fn range(&self, range: KeyRange) -> Result<Listing, StoreError> {
+        self.0.range(range).await
+    }
+
+    async fn txn(&self, txn: Txn) -> Result<TxnOutcome, StoreError> {
+        if txn.operations.iter().any(|it| matches!(it, Operation::Put { key, .. } if *key == self.1)) {
+            return Err(StoreError::Invalid("as the test wants it".into()));
+        }
+        self.0.txn(txn).await
+    }
+
+    async fn watch(&self, range: KeyRange, from: Option<Revision>) -> Result<Watch, StoreError> {
+        self.0.watch(range, from).await
+    }
+
+    async fn grant_lease(&self, ttl: Duration) -> Result<Lease, StoreError> {
+        self.0.grant_lease(ttl).await
+    }
+
+    async fn keep_alive(&self, lease: LeaseId) -> Result<Duration, StoreError> {
+        self.0.keep_alive(lease).await
+    }
+
+    async fn revoke_lease(&self, lease: LeaseId) -> Result<(), StoreError> {
+        self.0.revoke_lease(lease).await
+    }
+}
+
+#[tokio::test]
+async fn a_record_that_the_store_refuses_holds_up_no_other() {
+    let refused = InstanceId::new("a").expect("an id");
+    let node = Node::start_over(config(), move |store| Arc::new(Picky(store, keys::instance(&refused))));
+    let store = remote(&node.endpoint);
+    let (mut a, mut b) = (
+        Server::join_any(&[&node.endpoint], spec("a", 1), waiting()).await,
+        Server::join_any(&[&node.endpoint], spec("b", 1), waiting()).await,
+    );
+    assert_eq!(
+        (a.next_role().await.role(), b.next_role().await.role()),
+        (v1::Role::Prefill, v1::Role::Decode)
+    );
+    let listed = store.range(KeyRange::prefix(keys::INSTANCES)).await.expect("lists");
+    let b = keys::instance(&InstanceId::new("b").expect("an id"));
+    assert_eq!(listed.items.iter().map(|item| &item.key).collect::<Vec<_>>(), [&b]);
 }
 
 #[tokio::test]
