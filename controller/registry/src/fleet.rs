@@ -201,7 +201,7 @@ impl Follower {
         }
     }
 
-    fn publish(&self) {
+    fn publish(&mut self) {
         let snapshot = Arc::new(self.view.snapshot(self.stale_since));
         self.publish.send_if_modified(|published| {
             let changed = **published != *snapshot;

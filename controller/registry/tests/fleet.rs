@@ -155,6 +155,34 @@ async fn what_a_new_leader_has_not_confirmed_stays_for_a_while() {
 }
 
 #[tokio::test]
+async fn what_has_not_changed_is_shared_between_snapshots() {
+    let mut server = EtcdServer::start().await;
+    let store: Arc<dyn Store> = Arc::new(server.store());
+    lead(&*store, "c").await;
+    txn(&*store, announce("a")).await;
+    txn(&*store, announce("b")).await;
+    let reader = Reader::of(store.clone());
+    let before = reader.until("both", |view| names(view) == ["a", "b"] && view.stale_since.is_none()).await;
+    txn(&*store, Txn::new().put(keys::status(&id("b")), status(1, Phase::Draining).encode(), None)).await;
+    let draining = |view: &FleetSnapshot| {
+        view.instances[&id("b")].status.is_some_and(|status| status.phase == Phase::Draining)
+    };
+    let after = reader.until("b drains", draining).await;
+    assert!(Arc::ptr_eq(&before.instances[&id("a")], &after.instances[&id("a")]));
+    // Also when all is listed again.
+    server.kill();
+    reader.until("stale", |view| view.stale_since.is_some()).await;
+    server.restart().await;
+    let writer = server.store();
+    let last = txn_revision(&writer).await;
+    writer.compact(last).await.expect("compact");
+    let again = reader.until("current", |view| view.stale_since.is_none() && view.revision >= last).await;
+    assert!(Arc::ptr_eq(&before.instances[&id("a")], &again.instances[&id("a")]));
+    assert!(Arc::ptr_eq(&after.instances[&id("b")], &again.instances[&id("b")]));
+    reader.end().await;
+}
+
+#[tokio::test]
 async fn a_status_of_another_incarnation_is_not_this_ones() {
     let store = Arc::new(MemoryStore::start(
         MemoryConfig::new(Revision(1)),

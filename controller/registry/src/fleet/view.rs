@@ -5,7 +5,11 @@
 //! under the present leader is removed when its key is; anything else is kept, unconfirmed, until a leader has led for
 //! the `reconfirm` time, and for as long as there is none.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use baton_proto::{InstanceId, LeaderEpoch};
 use tokio::time::Instant;
@@ -31,8 +35,21 @@ impl<T> Default for Slot<T> {
 }
 
 impl<T> Slot<T> {
-    fn put(&mut self, value: T, written: Revision) {
+    /// Whether that changes anything for readers.
+    fn put(&mut self, value: T, written: Revision) -> bool
+    where
+        T: PartialEq,
+    {
+        let changed = !self.present || self.value.as_ref() != Some(&value);
         *self = Self { value: Some(value), present: true, written };
+        changed
+    }
+
+    fn remove(&mut self, gone_for_good: impl Fn(Revision) -> bool) {
+        self.present = false;
+        if gone_for_good(self.written) {
+            self.value = None;
+        }
     }
 
     fn is_lingering(&self) -> bool {
@@ -51,6 +68,32 @@ struct Entry {
     spec: Slot<InstanceSpec>,
     role: Slot<DesiredRole>,
     status: Slot<ObservedStatus>,
+    /// What readers were last given; none = it has changed since.
+    shown: Option<Arc<FleetInstance>>,
+}
+
+impl Entry {
+    fn changed(&mut self, changed: bool) {
+        if changed {
+            self.shown = None;
+        }
+    }
+
+    fn is_lingering(&self) -> bool {
+        self.spec.is_lingering() || self.role.is_lingering() || self.status.is_lingering()
+    }
+
+    /// As readers see it, if there is a spec; made anew only after a change.
+    fn show(&mut self) -> Option<Arc<FleetInstance>> {
+        if self.shown.is_none() {
+            let spec = self.spec.value.clone()?;
+            let status = self.status.value.filter(|status| status.incarnation == spec.incarnation);
+            let desired = self.role.value.clone();
+            let instance = FleetInstance { spec, desired, status, confirmed: self.spec.present };
+            self.shown = Some(Arc::new(instance));
+        }
+        self.shown.clone()
+    }
 }
 
 struct CurrentLeader {
@@ -99,7 +142,8 @@ impl View {
             ];
             missing.extend(slots.into_iter().filter(|(present, _)| *present).map(|(_, key)| key));
         }
-        missing.retain(|key| !listing.items.iter().any(|item| item.key == *key));
+        let listed: HashSet<&str> = listing.items.iter().map(|item| item.key.as_str()).collect();
+        missing.retain(|key| !listed.contains(key.as_str()));
         // The leader first: it decides how the rest is read.
         match listing.items.iter().find(|item| Key::parse(&item.key) == Key::Leader) {
             Some(item) => self.put(item.clone(), now),
@@ -141,13 +185,21 @@ impl View {
                 if spec.id != id {
                     return Err(RecordError::Missing("the instance id of the key"));
                 }
-                self.entries.entry(id).or_default().spec.put(spec, written);
+                let entry = self.entries.entry(id).or_default();
+                let changed = entry.spec.put(spec, written);
+                entry.changed(changed);
                 Ok(())
             }),
-            Key::Role(id) => DesiredRole::decode(&item.value)
-                .map(|role| self.entries.entry(id).or_default().role.put(role, written)),
-            Key::Status(id) => ObservedStatus::decode(&item.value)
-                .map(|status| self.entries.entry(id).or_default().status.put(status, written)),
+            Key::Role(id) => DesiredRole::decode(&item.value).map(|role| {
+                let entry = self.entries.entry(id).or_default();
+                let changed = entry.role.put(role, written);
+                entry.changed(changed);
+            }),
+            Key::Status(id) => ObservedStatus::decode(&item.value).map(|status| {
+                let entry = self.entries.entry(id).or_default();
+                let changed = entry.status.put(status, written);
+                entry.changed(changed);
+            }),
             Key::Other => Ok(()),
         };
         if let Err(error) = taken {
@@ -169,17 +221,20 @@ impl View {
         let settled = self.settled(now);
         let reign = self.leader.as_ref().map(|current| Revision(current.leader.epoch.0));
         let gone_for_good = |written: Revision| settled || reign.is_some_and(|since| written > since);
-        match Key::parse(key) {
-            Key::Leader => self.leader = None,
-            Key::Instance(id) => {
-                remove(self.entries.get_mut(&id).map(|entry| &mut entry.spec), gone_for_good)
+        let key = Key::parse(key);
+        let (Key::Instance(id) | Key::Role(id) | Key::Status(id)) = &key else {
+            if key == Key::Leader {
+                self.leader = None;
             }
-            Key::Role(id) => remove(self.entries.get_mut(&id).map(|entry| &mut entry.role), gone_for_good),
-            Key::Status(id) => {
-                remove(self.entries.get_mut(&id).map(|entry| &mut entry.status), gone_for_good)
-            }
-            Key::Other => {}
+            return;
+        };
+        let Some(entry) = self.entries.get_mut(id) else { return };
+        match &key {
+            Key::Instance(_) => entry.spec.remove(gone_for_good),
+            Key::Role(_) => entry.role.remove(gone_for_good),
+            _ => entry.status.remove(gone_for_good),
         }
+        entry.changed(true);
     }
 
     /// Whether the present leader has led long enough to have heard from every instance there is.
@@ -189,11 +244,8 @@ impl View {
 
     /// When [`Self::sweep`] will next have something to do.
     pub(super) fn next_sweep(&self) -> Option<Instant> {
-        let lingering = |entry: &Entry| {
-            entry.spec.is_lingering() || entry.role.is_lingering() || entry.status.is_lingering()
-        };
         let leader = self.leader.as_ref()?;
-        self.entries.values().any(lingering).then_some(leader.since + self.reconfirm)
+        self.entries.values().any(Entry::is_lingering).then_some(leader.since + self.reconfirm)
     }
 
     /// Drops what the present leader has had time to confirm and did not.
@@ -202,6 +254,8 @@ impl View {
             return;
         }
         self.entries.retain(|_, entry| {
+            let lingered = entry.is_lingering();
+            entry.changed(lingered);
             entry.spec.drop_lingering();
             entry.role.drop_lingering();
             entry.status.drop_lingering();
@@ -209,30 +263,15 @@ impl View {
         });
     }
 
-    pub(super) fn snapshot(&self, stale_since: Option<Instant>) -> FleetSnapshot {
-        let instances = self.entries.iter().filter_map(|(id, entry)| {
-            let spec = entry.spec.value.clone()?;
-            let status = entry.status.value.filter(|status| status.incarnation == spec.incarnation);
-            let desired = entry.role.value.clone();
-            Some((
-                id.clone(),
-                Arc::new(FleetInstance { spec, desired, status, confirmed: entry.spec.present }),
-            ))
-        });
+    /// Instances that have not changed are shared with the snapshots before.
+    pub(super) fn snapshot(&mut self, stale_since: Option<Instant>) -> FleetSnapshot {
+        let instances = self.entries.iter_mut().filter_map(|(id, entry)| Some((id.clone(), entry.show()?)));
+        let instances = instances.collect();
         FleetSnapshot {
             revision: self.last_revision,
             leader: self.leader.as_ref().map(|current| current.leader.clone()),
-            instances: instances.collect(),
+            instances,
             stale_since,
-        }
-    }
-}
-
-fn remove<T>(slot: Option<&mut Slot<T>>, gone_for_good: impl Fn(Revision) -> bool) {
-    if let Some(slot) = slot {
-        slot.present = false;
-        if gone_for_good(slot.written) {
-            slot.value = None;
         }
     }
 }
