@@ -65,15 +65,25 @@ pub fn assemble(
         limits: config.limits.clone(),
         gate: Gate::new(&config.limits, metrics.clone()),
         roster: Arc::default(),
+        overdue: Arc::default(),
         metrics,
     });
-    parts.tasks.spawn(watch_readiness(service.clone(), parts.health.clone(), parts.shutdown));
+    let (overdue, shutdown) = (service.overdue.clone(), parts.shutdown.clone());
+    parts.tasks.spawn(async move { overdue.run(shutdown).await });
+    let readiness =
+        watch_readiness(service.clone(), parts.health.clone(), config.fleet.sweep, parts.shutdown);
+    parts.tasks.spawn(readiness);
     let router = http::router(service.clone(), parts.metrics, parts.health);
     Ok((service, router))
 }
 
-/// Ready while a request could be served.
-async fn watch_readiness(service: Arc<Service>, health: HealthHandle, shutdown: CancellationToken) {
+/// Ready while a request could be served. Looked at on every change, and now and then without one: graces pass, too.
+async fn watch_readiness(
+    service: Arc<Service>,
+    health: HealthHandle,
+    every: Duration,
+    shutdown: CancellationToken,
+) {
     let mut changes = service.placer.board.changes();
     loop {
         changes.borrow_and_update();
@@ -85,6 +95,7 @@ async fn watch_readiness(service: Arc<Service>, health: HealthHandle, shutdown: 
             biased;
             () = shutdown.cancelled() => break,
             changed = changes.changed() => if changed.is_err() { break },
+            () = tokio::time::sleep(every) => {}
         }
     }
     health.set(Health::Draining);

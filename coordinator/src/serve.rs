@@ -18,7 +18,7 @@ use crate::{
     report::Report,
     requests::{CardGuard, Roster, Stage},
     schedule::{NoPlace, board::Booking},
-    stream::{Lane, Reading, Streaming},
+    stream::{Lane, Overdue, Reading, Streaming},
 };
 
 /// Bodies up to this size are prepared on the spot; tokenising larger ones would hold up everybody else's tokens.
@@ -31,6 +31,7 @@ pub struct Service {
     pub gate: Gate,
     pub placer: Arc<Placer>,
     pub roster: Arc<Roster>,
+    pub overdue: Arc<Overdue>,
     pub metrics: Arc<Metrics>,
 }
 

@@ -214,9 +214,7 @@ impl Generation {
         let mut commands = Vec::new();
         if self.deadline.as_mut().poll(context).is_ready() {
             self.why_cancelled = "deadline";
-            let message =
-                "the request did not finish within its time; ask for fewer tokens or try again later";
-            commands = self.machine.abort(ApiError::new(ErrorCode::DeadlineExceeded, message));
+            commands = self.machine.abort(deadline_passed());
         } else if let Some((wait, sleep)) = &mut self.wait
             && sleep.as_mut().poll(context).is_ready()
         {
@@ -257,6 +255,12 @@ impl Generation {
     fn wait_for(&mut self, wait: Wait, time: Duration) {
         self.wait = Some((wait, Box::pin(sleep_until(Instant::now() + time))));
     }
+}
+
+/// What a request that is not complete by its deadline ends with.
+pub fn deadline_passed() -> ApiError {
+    let message = "the request did not finish within its time; ask for fewer tokens or try again later";
+    ApiError::new(ErrorCode::DeadlineExceeded, message)
 }
 
 fn dispatch(seat: &Seat, assignment: &Assignment, work: Work) -> v1::Dispatch {

@@ -10,7 +10,7 @@ mod link;
 pub mod machine;
 mod mailbox;
 
-pub use generation::{Assignment, Generation, Progress};
+pub use generation::{Assignment, Generation, Progress, deadline_passed};
 pub use leg::{LegEnd, Output, Side, StopReason, TokenLogprobs};
 pub use link::{LegGuard, Link, LinkTask, Target};
 pub use machine::{Completed, Fresh};

@@ -113,7 +113,7 @@ async fn answer(service: &Service, id: &RequestId, mut streaming: Streaming) -> 
         Ok(step) => Some(step),
         Err(_) => None,
     };
-    let body = SseBody::new(voice, streaming, pieces, first);
+    let body = SseBody::new(voice, service.overdue.hold(streaming), pieces, first);
     let mut response = Response::new(Body::from_stream(body));
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));

@@ -10,13 +10,16 @@ use bytes::Bytes;
 use futures::Stream;
 
 use super::reply::Voice;
-use crate::stream::{Piece, Step, Streaming};
+use crate::{
+    dispatch::deadline_passed,
+    stream::{Piece, Place, Step},
+};
 
 /// Reads the answer as the client reads; dropped by hyper when the client has gone.
 pub(super) struct SseBody {
     voice: Voice,
-    /// `None` once the answer has ended.
-    streaming: Option<Streaming>,
+    /// `None` once the answer has ended; emptied from elsewhere if the client reads too slowly.
+    place: Option<Place>,
     /// What came while the head waited.
     first: Option<Step>,
     /// What has not been written of each choice, reused from step to step.
@@ -25,8 +28,8 @@ pub(super) struct SseBody {
 }
 
 impl SseBody {
-    pub(super) fn new(voice: Voice, streaming: Streaming, pieces: Vec<Piece>, first: Option<Step>) -> Self {
-        Self { voice, streaming: Some(streaming), first, pieces, opened: false }
+    pub(super) fn new(voice: Voice, place: Place, pieces: Vec<Piece>, first: Option<Step>) -> Self {
+        Self { voice, place: Some(place), first, pieces, opened: false }
     }
 
     fn write(&mut self, step: Step) -> Bytes {
@@ -45,7 +48,10 @@ impl SseBody {
                     Err(error) => self.voice.failure(&mut out, &error),
                 }
                 // Gives the seat back now, not when the client has read everything.
-                self.streaming = None;
+                if let Some(place) = self.place.take() {
+                    let ended = place.lock().take();
+                    drop(ended);
+                }
             }
         }
         out.into()
@@ -57,14 +63,15 @@ impl Stream for SseBody {
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let body = &mut *self;
-        let Some(streaming) = &mut body.streaming else { return Poll::Ready(None) };
+        let Some(place) = &body.place else { return Poll::Ready(None) };
         let step = match body.first.take() {
             Some(step) => step,
-            None => match streaming.poll_step(context, &mut body.pieces) {
-                Poll::Ready(step) => step,
+            None => match place.lock().as_mut().map(|held| held.poll_step(context, &mut body.pieces)) {
+                Some(Poll::Ready(step)) => step,
                 // The head has gone out without a token: the opening tells the client that it is being served.
-                Poll::Pending if !body.opened => Step::More,
-                Poll::Pending => return Poll::Pending,
+                Some(Poll::Pending) if !body.opened => Step::More,
+                Some(Poll::Pending) => return Poll::Pending,
+                None => Step::End(Err(deadline_passed())),
             },
         };
         let bytes = body.write(step);

@@ -3,6 +3,7 @@
 use std::task::{Context, Poll, ready};
 
 use baton_proto::{ApiError, ErrorCode};
+use tokio::time::Instant;
 
 use super::reading::{Piece, Reading};
 use crate::{
@@ -42,6 +43,10 @@ impl Lane {
     /// Every choice has ended.
     pub(super) fn done(&self) -> bool {
         self.readings.iter().all(Reading::finished)
+    }
+
+    pub(super) fn deadline(&self) -> Instant {
+        self.attempts.assignment().deadline
     }
 
     pub(super) fn prompt_tokens(&self) -> u32 {

@@ -2,9 +2,10 @@
 //!
 //! Made by [`crate::serve`], read by [`crate::http`] as fast as the client reads. Holds everything the request holds;
 //! dropping it (the client has gone) cancels both legs, gives the seat back and takes the work off the ledger.
-//! [`reading`] is one choice's text, [`lane`] one prompt with the legs that work at it.
+//! [`reading`] is one choice's text, [`lane`] one prompt with the legs that work at it; [`overdue`] ends what nobody reads.
 
 mod lane;
+mod overdue;
 mod reading;
 
 use std::task::{Context, Poll};
@@ -12,10 +13,13 @@ use std::task::{Context, Poll};
 use baton_proto::ApiError;
 use tokio::time::Instant;
 
-use crate::{admit::Permit, prepare::Shape, report::Report, requests::CardGuard};
+use crate::{
+    admit::Permit, dispatch::deadline_passed, prepare::Shape, report::Report, requests::CardGuard,
+};
 
 pub use crate::report::Usage;
 pub use lane::Lane;
+pub use overdue::{Overdue, Place};
 pub use reading::{Piece, Reading, ScoredToken};
 
 /// What reading brought, besides pieces.
@@ -69,6 +73,16 @@ impl Streaming {
             return Poll::Ready(self.finish());
         }
         if pieces.iter().all(Piece::is_empty) { Poll::Pending } else { Poll::Ready(Step::More) }
+    }
+
+    /// By when the answer must be there, if any of it is still to come.
+    fn deadline(&self) -> Option<Instant> {
+        self.lanes.iter().map(Lane::deadline).max()
+    }
+
+    /// Ends an answer that nobody has read up to its deadline.
+    fn expire(mut self) {
+        self.report.failed(&deadline_passed());
     }
 
     /// Waits for the next step.

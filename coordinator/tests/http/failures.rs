@@ -9,15 +9,17 @@ use std::{
     time::Duration,
 };
 
-use crate::scripted::{Cluster, answer, chat_text, events, served, until};
+use crate::scripted::{Cluster, PATIENCE, answer, chat_text, events, served, until};
 use baton_coordinator::{
     prepare::{Spelling, TextModel, TextReader, Turn},
     text::TextStops,
 };
 use baton_proto::{ApiError, ErrorCode, v1};
-use baton_registry::{Store, Txn, keys};
+use baton_registry::{KeyRange, LeaderRecord, Store, Txn, keys};
+use bytes::Bytes;
 use futures::StreamExt;
 use serde_json::{Value, json};
+use tokio::{net::TcpStream, time::timeout};
 use v1::{FinishReason, attach_response::Frame as Answer};
 
 async fn error_of(response: reqwest::Response) -> (u16, Value) {
@@ -148,6 +150,31 @@ async fn time_runs_out_with_one_error() {
     assert_eq!(decode.cancelled().await.leg, d.leg);
     let (status, error) = error_of(response.await.expect("ends")).await;
     assert_eq!((status, &error["code"]), (504, &json!("deadline_exceeded")));
+    cluster.at_rest().await;
+}
+
+#[tokio::test]
+async fn a_client_that_gives_no_room_holds_nothing_past_the_deadline() {
+    let roles = [("p", v1::Role::Prefill), ("d", v1::Role::Decode)];
+    let (cluster, [mut prefill, mut decode]) =
+        Cluster::start(roles, |config| config.limits.request_timeout = Duration::from_millis(500)).await;
+    // It acknowledges all and takes no byte of any answer.
+    let address = cluster.url.strip_prefix("http://").expect("a URL");
+    let stream = TcpStream::connect(address).await.expect("connects");
+    let (mut client, connection) = h2::client::Builder::new()
+        .initial_window_size(0)
+        .handshake::<_, Bytes>(stream)
+        .await
+        .expect("greets");
+    tokio::spawn(connection);
+    let request = http::Request::post(format!("{}/v1/completions", cluster.url)).body(()).expect("a request");
+    let (response, mut body) = client.send_request(request, false).expect("is sent");
+    let asked = json!({"model": "tiny", "prompt": "hi", "stream": true}).to_string();
+    body.send_data(asked.into(), true).expect("is sent");
+    let (p, d) = (prefill.dispatch().await, decode.dispatch().await);
+    prefill.finish(p.leg, 0, "a", FinishReason::HandedOff);
+    assert_eq!(response.await.expect("a head").status(), 200);
+    assert_eq!(decode.cancelled().await.leg, d.leg);
     cluster.at_rest().await;
 }
 
@@ -300,6 +327,27 @@ async fn traffic_goes_on_while_the_store_has_nothing() {
     let response = cluster.chat(json!({}));
     answer(&mut prefill, &mut decode, "still").await;
     assert_eq!(response.await.expect("ends").status(), 200);
+}
+
+#[tokio::test]
+async fn readiness_ends_with_the_grace_of_an_instance_that_was_taken_out() {
+    let roles = [("p", v1::Role::Prefill), ("d", v1::Role::Decode)];
+    let (cluster, [_prefill, decode]) = Cluster::start(roles, |config| {
+        config.fleet.absent_grace = Duration::from_millis(100);
+        config.fleet.sweep = Duration::from_millis(20);
+    })
+    .await;
+    assert_eq!(cluster.get("/readiness").await.status(), 200);
+    // A leader, and what it wrote itself, so that what it takes away is gone for good.
+    let (key, store) = (keys::instance(&decode.id), &cluster.store);
+    let leader = LeaderRecord { controller_id: "c".into(), endpoint: "c:1".into() };
+    store.txn(Txn::new().put(keys::LEADER, leader.encode(), None)).await.expect("puts");
+    let listed = store.range(KeyRange::exact(&key)).await.expect("lists").items.remove(0).value;
+    store.txn(Txn::new().put(&key, listed, None)).await.expect("puts");
+    store.txn(Txn::new().delete(&key)).await.expect("deletes");
+    // Its stream stands and says nothing: time alone makes the difference.
+    let ends = async { while cluster.get("/readiness").await.status() == 200 {} };
+    timeout(PATIENCE, ends).await.expect("it is not ready");
 }
 
 #[tokio::test]
