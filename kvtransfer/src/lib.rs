@@ -119,5 +119,5 @@ pub use layout::KvLayout;
 pub use memory::{Region, Slices};
 pub use node::{
     Direction, ExpectSpec, HandoffService, Incoming, KvNode, Limits, NodeConfig, NodeStats, OfferSpec,
-    Outgoing, Progress, Reclaimed, SEAL_BUCKETS_MICROS, SealLatency, Sealed, TransferStats,
+    Outgoing, Progress, Reclaimed, Sealed, TransferStats,
 };

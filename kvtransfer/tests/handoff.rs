@@ -36,7 +36,7 @@ async fn bytes_arrive_in_scattered_blocks_while_the_sender_still_produces() {
     prefill.idle().await;
     decode.idle().await;
     assert!(prefill.reclaimed_blocks().is_empty() && decode.reclaimed_blocks().is_empty());
-    assert_eq!(prefill.node.stats().seal_to_released.count, 1);
+    assert_eq!(prefill.node.stats().outgoing_completed, 1);
 }
 
 #[tokio::test]

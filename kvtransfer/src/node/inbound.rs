@@ -21,8 +21,9 @@ use v1::receiver_message::Body;
 use super::{
     Node,
     config::{Direction, Reclaimed, Sealed},
-    incoming::{Reservation, Reserved},
-    service::PeerLink,
+    peer_link::PeerLink,
+    reservation::{Reservation, Reserved},
+    shell::{Outcome, Shell, State},
     table::Ended,
 };
 use crate::{
@@ -38,40 +39,14 @@ pub(super) struct Inbound {
     node: Arc<Node>,
     sender: InstanceId,
     key: DataKey,
-    state: Mutex<State>,
+    state: Mutex<State<Receiver, Arc<PeerLink>>>,
     /// Set once the owner has reserved blocks.
     reserved: OnceLock<Reserved>,
     /// An offer that nobody expects yet.
     held_offer: AtomicBool,
     revoked: CancellationToken,
-    outcome: watch::Sender<Outcome>,
+    outcome: watch::Sender<Outcome<Sealed>>,
     span: tracing::Span,
-}
-
-#[derive(Debug)]
-struct State {
-    session: Receiver,
-    /// The control stream that brought the offer.
-    link: Option<Arc<PeerLink>>,
-    reason: Option<TransferError>,
-    /// The owner dropped its handle: blocks go to `reclaim`.
-    orphaned: bool,
-    settled: bool,
-}
-
-/// What the owner waits for.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Outcome {
-    pub(super) result: Option<Result<Sealed, TransferError>>,
-    /// No transport touches the blocks any more, and they may be lent again.
-    pub(super) settled: bool,
-}
-
-impl Outcome {
-    /// Success counts once the blocks are free to be lent on; failure counts at once.
-    pub(super) fn known(&self) -> bool {
-        matches!(self.result, Some(Err(_))) || (self.result.is_some() && self.settled)
-    }
 }
 
 impl Inbound {
@@ -113,11 +88,11 @@ impl Inbound {
             node: node.clone(),
             sender,
             key: DataKey::generate(),
-            state: Mutex::new(State { session, link, reason: None, orphaned: false, settled: false }),
+            state: State::new(session, link),
             reserved: OnceLock::new(),
             held_offer: AtomicBool::new(false),
             revoked: CancellationToken::new(),
-            outcome: watch::Sender::new(Outcome::default()),
+            outcome: Outcome::watched(),
             span,
         }
     }
@@ -130,7 +105,7 @@ impl Inbound {
         self.reserved.get().map_or(&[], |reserved| &reserved.blocks)
     }
 
-    pub(super) fn watch(&self) -> watch::Receiver<Outcome> {
+    pub(super) fn watch(&self) -> watch::Receiver<Outcome<Sealed>> {
         self.outcome.subscribe()
     }
 
@@ -143,7 +118,7 @@ impl Inbound {
     pub(super) fn adopt(&self, now: Instant, reservation: Reservation) -> Result<(), TransferError> {
         let Reservation { expectation, reserved, .. } = reservation;
         let mut state = self.state.lock();
-        if let Some(reason) = &state.reason {
+        if let Some(reason) = &state.ending.reason {
             return Err(reason.clone());
         }
         let commands = state.session.expect(now, expectation)?;
@@ -208,55 +183,47 @@ impl Inbound {
         self.run(|session| session.tick(now));
     }
 
-    /// The owner's handle is gone.
-    pub(super) fn orphan(&self) {
-        let mut state = self.state.lock();
-        state.orphaned = true;
-        let settled = state.settled;
-        drop(state);
-        if settled {
-            self.reclaim();
+    fn accept(&self, state: &State<Receiver, Arc<PeerLink>>) {
+        let held = state.session.held();
+        let accept = v1::Accept {
+            held: held.to_vec(),
+            lease_millis: u32::try_from(self.node.lease.as_millis()).unwrap_or(u32::MAX),
+            data_key: self.key.as_bytes().to_vec().into(),
+            receiver_epoch: self.node.incarnation.0,
+        };
+        self.send(state, Body::Accept(accept));
+    }
+
+    fn send(&self, state: &State<Receiver, Arc<PeerLink>>, body: Body) {
+        if let Some(link) = &state.link {
+            link.send(Some(self.id), body);
         }
     }
 
-    fn run(&self, step: impl FnOnce(&mut Receiver) -> Vec<ReceiverCommand>) {
-        let mut state = self.state.lock();
-        let commands = step(&mut state.session);
-        self.finish(state, commands);
+    /// Pool index of a block of this transfer.
+    fn block(&self, index: u32) -> Result<u32, TransferError> {
+        let block = self.blocks().get(index as usize).copied();
+        block.ok_or_else(|| TransferError::Protocol(format!("the transfer has no block {index}")))
+    }
+}
+
+impl Shell for Inbound {
+    type Session = Receiver;
+    type Command = ReceiverCommand;
+    type Link = Arc<PeerLink>;
+    type Success = Sealed;
+
+    const SETTLED: ReceiverCommand = ReceiverCommand::Settled;
+
+    fn state(&self) -> &Mutex<State<Receiver, Arc<PeerLink>>> {
+        &self.state
     }
 
-    /// Performs commands under the lock, so that messages keep their order, and what follows the end without it.
-    fn finish(&self, mut state: parking_lot::MutexGuard<'_, State>, commands: Vec<ReceiverCommand>) {
-        if commands.is_empty() {
-            return;
-        }
-        let mut settled = false;
-        for command in commands {
-            settled |= command == ReceiverCommand::Settled;
-            self.perform(&mut state, command);
-        }
-        if !settled {
-            return;
-        }
-        state.link = None;
-        let reason = state.reason.clone();
-        drop(state);
-        self.no_longer_held();
-        if let Some(reserved) = self.reserved.get() {
-            self.node.claims.release(&reserved.missing, &reserved.held);
-        }
-        self.node.incoming.end(self.id, Ended { peer: Some(self.sender.clone()), reason });
-        let mut state = self.state.lock();
-        state.settled = true;
-        let orphaned = state.orphaned;
-        drop(state);
-        self.outcome.send_modify(|outcome| outcome.settled = true);
-        if orphaned {
-            self.reclaim();
-        }
+    fn outcome(&self) -> &watch::Sender<Outcome<Sealed>> {
+        &self.outcome
     }
 
-    fn perform(&self, state: &mut State, command: ReceiverCommand) {
+    fn perform(&self, state: &mut State<Receiver, Arc<PeerLink>>, command: ReceiverCommand) {
         match command {
             ReceiverCommand::Accept => self.accept(state),
             ReceiverCommand::Renew => self.send(state, Body::Renew(v1::Renew {})),
@@ -278,29 +245,19 @@ impl Inbound {
             ReceiverCommand::Fail(reason) => {
                 self.node.counters.aborted(Direction::Incoming, reason.code());
                 self.span.in_scope(|| tracing::info!(%reason, "kv transfer aborted"));
-                state.reason = Some(reason.clone());
+                state.ending.reason = Some(reason.clone());
                 self.outcome.send_modify(|outcome| outcome.result = Some(Err(reason)));
             }
             ReceiverCommand::Settled => {}
         }
     }
 
-    fn accept(&self, state: &State) {
-        let held = state.session.held();
-        let accept = v1::Accept {
-            held: held.to_vec(),
-            lease_millis: u32::try_from(self.node.lease.as_millis()).unwrap_or(u32::MAX),
-            data_key: self.key.as_bytes().to_vec().into(),
-            receiver_epoch: self.node.incarnation.0,
-        };
-        self.node.counters.accepted(Direction::Incoming);
-        self.send(state, Body::Accept(accept));
-    }
-
-    fn send(&self, state: &State, body: Body) {
-        if let Some(link) = &state.link {
-            link.send(Some(self.id), body);
+    fn let_go(&self, reason: Option<TransferError>) {
+        self.no_longer_held();
+        if let Some(reserved) = self.reserved.get() {
+            self.node.claims.release(&reserved.missing, &reserved.held);
         }
+        self.node.incoming.end(self.id, Ended { peer: Some(self.sender.clone()), reason });
     }
 
     fn reclaim(&self) {
@@ -308,12 +265,6 @@ impl Inbound {
             let blocks = reserved.blocks.clone();
             (self.node.reclaim)(Reclaimed { id: self.id, direction: Direction::Incoming, blocks });
         }
-    }
-
-    /// Pool index of a block of this transfer.
-    fn block(&self, index: u32) -> Result<u32, TransferError> {
-        let block = self.blocks().get(index as usize).copied();
-        block.ok_or_else(|| TransferError::Protocol(format!("the transfer has no block {index}")))
     }
 }
 

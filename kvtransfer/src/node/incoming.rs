@@ -1,80 +1,16 @@
-//! The owner's side of a transfer being received: what it reserves, and the handle it holds.
+//! The owner's side of a transfer being received: the handle it holds.
 
-use std::{sync::Arc, time::Instant};
+use std::sync::Arc;
 
 use baton_proto::TransferId;
 use tokio::sync::watch;
 
 use super::{
-    config::{ExpectSpec, Sealed},
-    inbound::{Inbound, Outcome},
+    config::Sealed,
+    inbound::Inbound,
+    shell::{Outcome, Shell},
 };
-use crate::{
-    KvLayout, TransferError,
-    session::{Expectation, Shape},
-};
-
-/// A checked `ExpectSpec`.
-#[derive(Debug)]
-pub(super) struct Reservation {
-    pub(super) id: TransferId,
-    pub(super) expectation: Expectation,
-    pub(super) reserved: Reserved,
-}
-
-/// The blocks of a transfer being received.
-#[derive(Debug)]
-pub(super) struct Reserved {
-    /// In prompt order.
-    pub(super) blocks: Vec<u32>,
-    /// Those of them that will be written.
-    pub(super) missing: Vec<u32>,
-    /// Those of them that are filled already.
-    pub(super) held: Vec<u32>,
-}
-
-impl Reservation {
-    /// Checks a spec against the node's layout.
-    pub(super) fn check(spec: ExpectSpec, layout: &KvLayout, now: Instant) -> Result<Self, TransferError> {
-        let ExpectSpec { id, sender, sender_incarnation, prompt_tokens, blocks, mut held, deadline } = spec;
-        let count = check_blocks(layout, prompt_tokens, &blocks, deadline, now)?;
-        held.sort_unstable();
-        held.dedup();
-        if held.last().is_some_and(|&last| last >= count) {
-            return Err(TransferError::Invalid("held names an index outside blocks".into()));
-        }
-        let is_held = |index: usize| held.binary_search(&(index as u32)).is_ok();
-        let (mut missing, mut held_blocks) = (Vec::with_capacity(blocks.len()), Vec::new());
-        for (index, &block) in blocks.iter().enumerate() {
-            if is_held(index) { held_blocks.push(block) } else { missing.push(block) }
-        }
-        let shape = Shape { layers: layout.layers, blocks: count };
-        let expectation = Expectation { sender, sender_incarnation, prompt_tokens, shape, held, deadline };
-        Ok(Self { id, expectation, reserved: Reserved { blocks, missing, held: held_blocks } })
-    }
-}
-
-/// Checks what both directions have in common; the number of blocks.
-pub(super) fn check_blocks(
-    layout: &KvLayout,
-    prompt_tokens: u32,
-    blocks: &[u32],
-    deadline: Instant,
-    now: Instant,
-) -> Result<u32, TransferError> {
-    let needed = layout.blocks_for(prompt_tokens);
-    if prompt_tokens == 0 || blocks.len() != needed as usize {
-        return Err(TransferError::Invalid(format!(
-            "{prompt_tokens} prompt tokens need {needed} blocks of {} tokens, got {}",
-            layout.block_tokens,
-            blocks.len()
-        )));
-    }
-    if deadline <= now {
-        return Err(TransferError::DeadlineExceeded { waiting_for: "starting the transfer" });
-    }
-    Ok(needed)
-}
+use crate::TransferError;
 
 /// A transfer being received.
 ///
@@ -83,7 +19,7 @@ pub(super) fn check_blocks(
 #[derive(Debug)]
 pub struct Incoming {
     inbound: Arc<Inbound>,
-    outcome: watch::Receiver<Outcome>,
+    outcome: watch::Receiver<Outcome<Sealed>>,
     returned: bool,
 }
 
@@ -114,7 +50,7 @@ impl Incoming {
     /// Gives the blocks back once no transport can write into them any more. Aborts the transfer if it is not sealed.
     pub async fn close(mut self) -> Vec<u32> {
         self.cancel("closed by the receiver");
-        let _ = self.outcome.wait_for(|outcome| outcome.settled).await;
+        let _ = self.outcome.wait_for(Outcome::is_settled).await;
         self.returned = true;
         self.inbound.blocks().to_vec()
     }

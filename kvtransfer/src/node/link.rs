@@ -17,8 +17,13 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Status, Streaming, transport::Endpoint};
 use v1::{handoff_client::HandoffClient, receiver_message, sender_message::Body};
 
-use super::{Node, config::OfferSpec, outbound::Outbound, service::from_status};
-use crate::{TransferError, transport::Outbox};
+use super::{
+    Node,
+    link_up::LinkUp,
+    outbound::Outbound,
+    wire::{from_status, wire_id},
+};
+use crate::TransferError;
 
 /// The pause before the second attempt; each further one is twice as long.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
@@ -43,60 +48,10 @@ struct State {
     ended: bool,
 }
 
-/// A control stream that stands. Cheap to clone.
-#[derive(Clone)]
-pub(super) struct LinkUp {
-    messages: mpsc::Sender<v1::SenderMessage>,
-    outbox: Arc<Outbox>,
-    broken: CancellationToken,
-    receiver: InstanceId,
-    incarnation: Incarnation,
-}
-
-impl fmt::Debug for LinkUp {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("LinkUp").field("receiver", &self.receiver).finish_non_exhaustive()
-    }
-}
-
 impl fmt::Debug for Link {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Link").field("endpoint", &self.endpoint).finish_non_exhaustive()
     }
-}
-
-impl LinkUp {
-    /// Queues a message. A queue that is full means a peer that does not read: the stream is given up.
-    pub(super) fn send(&self, id: Option<TransferId>, body: Body) {
-        let message = v1::SenderMessage { transfer_id: wire_id(id), body: Some(body) };
-        if self.messages.try_send(message).is_err() {
-            self.broken.cancel();
-        }
-    }
-
-    pub(super) fn wake(&self, outbound: Arc<Outbound>) {
-        self.outbox.wake(outbound);
-    }
-
-    /// Whether the instance at the other end is the one a transfer is meant for.
-    pub(super) fn check_receiver(&self, spec: &OfferSpec) -> Result<(), TransferError> {
-        if spec.receiver != self.receiver {
-            let (expected, found) = (spec.receiver.clone(), self.receiver.clone());
-            return Err(TransferError::WrongPeer { expected, found });
-        }
-        match spec.receiver_incarnation {
-            Some(expected) if expected != self.incarnation => {
-                let (instance, found) = (self.receiver.clone(), self.incarnation);
-                Err(TransferError::StalePeer { instance, expected, found })
-            }
-            _ => Ok(()),
-        }
-    }
-}
-
-/// A transfer id as a message carries it; none in hellos.
-pub(super) fn wire_id(id: Option<TransferId>) -> bytes::Bytes {
-    id.map_or_else(bytes::Bytes::new, |id| bytes::Bytes::copy_from_slice(id.as_bytes()))
 }
 
 /// How an attempt to open the stream, or the stream itself, ended.
@@ -160,7 +115,7 @@ impl Link {
     }
 
     fn stands(&self, up: &LinkUp) -> bool {
-        self.state.lock().up.as_ref().is_some_and(|current| Arc::ptr_eq(&current.outbox, &up.outbox))
+        self.state.lock().up.as_ref().is_some_and(|current| current.is(up))
     }
 
     pub(super) fn ended(&self) -> bool {
@@ -243,16 +198,16 @@ impl Link {
             Ok(Err(ended)) => return ended,
             Err(_) => return Break::Unreachable("it did not answer within the handshake deadline".into()),
         };
-        let lanes = up.broken.child_token();
+        let lanes = up.broken().child_token();
         let _stop_lanes = lanes.clone().drop_guard();
-        node.transport.send(address, up.outbox.clone(), &node.tasks, lanes);
+        node.transport.send(address, up.outbox().clone(), &node.tasks, lanes);
         self.state.lock().up = Some(up.clone());
         self.transfers().iter().for_each(|outbound| outbound.link_up(&up));
         loop {
             let idle = self.is_empty();
             tokio::select! {
                 biased;
-                () = up.broken.cancelled() => return Break::Lost("the peer does not read its messages".into()),
+                () = up.broken().cancelled() => return Break::Lost("the peer does not read its messages".into()),
                 message = messages.message() => match message {
                     Ok(Some(message)) => self.dispatch(node, &up, message),
                     Ok(None) => return Break::Lost("the peer ended it".into()),
@@ -284,13 +239,6 @@ impl Link {
             .await
             .map_err(|error| unreachable(&error))?;
         let (sender, queue) = mpsc::channel(node.limits.control_queue());
-        let up = |receiver, incarnation| LinkUp {
-            messages: sender.clone(),
-            outbox: Arc::default(),
-            broken: CancellationToken::new(),
-            receiver,
-            incarnation,
-        };
         let hello = Body::Hello(node.sender_hello());
         let hello = v1::SenderMessage { transfer_id: wire_id(None), body: Some(hello) };
         sender.try_send(hello).map_err(|error| unreachable(&error))?;
@@ -314,7 +262,8 @@ impl Link {
         let Some(address) = address else {
             return Err(protocol("the peer offers no transport that this node has"));
         };
-        Ok((messages, up(receiver, Incarnation(hello.incarnation)), address.address))
+        let up = LinkUp::new(sender, receiver, Incarnation(hello.incarnation));
+        Ok((messages, up, address.address))
     }
 
     fn dispatch(&self, node: &Node, up: &LinkUp, message: v1::ReceiverMessage) {
@@ -326,7 +275,7 @@ impl Link {
         let (Some(outbound), Some(body)) = (self.get(&id), message.body) else { return };
         let now = node.now();
         match body {
-            receiver_message::Body::Accept(accept) => outbound.accepted(now, &accept, up.incarnation.0),
+            receiver_message::Body::Accept(accept) => outbound.accepted(now, &accept, up.incarnation().0),
             receiver_message::Body::Released(_) => outbound.released(now),
             receiver_message::Body::Renew(_) => outbound.renewed(now),
             receiver_message::Body::Abort(abort) => {

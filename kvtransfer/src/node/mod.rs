@@ -10,11 +10,16 @@ mod config;
 mod inbound;
 mod incoming;
 mod link;
+mod link_up;
 mod outbound;
 mod outgoing;
+mod peer_link;
+mod reservation;
 mod service;
+mod shell;
 mod stats;
 mod table;
+mod wire;
 
 use std::{
     collections::HashMap,
@@ -35,14 +40,14 @@ pub use config::{Direction, ExpectSpec, Limits, NodeConfig, OfferSpec, Reclaimed
 pub use incoming::Incoming;
 pub use outgoing::{Outgoing, Progress};
 pub use service::HandoffService;
-pub use stats::{NodeStats, SEAL_BUCKETS_MICROS, SealLatency};
+pub use stats::NodeStats;
 
 use claims::Claims;
 use inbound::Inbound;
-use incoming::{Reservation, check_blocks};
 use link::Link;
 use outbound::Outbound;
-use service::PeerLink;
+use peer_link::PeerLink;
+use reservation::{Reservation, check_blocks};
 use stats::Counters;
 use table::{Ended, Lookup, Table};
 
@@ -283,7 +288,9 @@ impl Node {
                 if live >= limit {
                     return Err(TransferError::Limit { what: "outgoing transfers", limit });
                 }
-                let outbound = Outbound::new(self, now, spec.clone(), link.clone());
+                let off = link.clone();
+                let ended = Box::new(move |id: &TransferId| off.remove(id));
+                let outbound = Outbound::new(self, now, spec.clone(), ended);
                 made = Some(outbound.clone());
                 Ok(outbound)
             })?;

@@ -3,6 +3,7 @@
 //! As with `inbound`, whoever brings an event runs the session under its lock and performs the commands; none waits.
 
 use std::{
+    fmt,
     io::IoSlice,
     ops::Range,
     sync::{Arc, OnceLock, Weak, atomic::AtomicBool},
@@ -18,7 +19,8 @@ use v1::sender_message::Body;
 use super::{
     Node,
     config::{Direction, OfferSpec, Reclaimed, TransferStats},
-    link::{Link, LinkUp},
+    link_up::LinkUp,
+    shell::{Outcome, Shell, State},
     table::Ended,
 };
 use crate::{
@@ -31,42 +33,29 @@ use crate::{
 const LEASE_RANGE: std::ops::RangeInclusive<Duration> = Duration::from_millis(30)..=Duration::from_secs(3600);
 
 /// One transfer being sent.
-#[derive(Debug)]
 pub(super) struct Outbound {
     me: Weak<Outbound>,
     node: Arc<Node>,
     spec: OfferSpec,
-    link: Arc<Link>,
-    state: Mutex<State>,
+    /// Takes it off the stream it was offered on.
+    ended: Box<dyn Fn(&TransferId) + Send + Sync>,
+    state: Mutex<State<Sender, LinkUp>>,
     /// Given with `Accept`.
     key: OnceLock<DataKey>,
     queued: AtomicBool,
     revoked: CancellationToken,
-    outcome: watch::Sender<Outcome>,
+    outcome: watch::Sender<Outcome<TransferStats>>,
     span: tracing::Span,
 }
 
-#[derive(Debug)]
-struct State {
-    session: Sender,
-    up: Option<LinkUp>,
-    reason: Option<TransferError>,
-    /// The owner dropped its handle: blocks go to `reclaim`.
-    orphaned: bool,
-    settled: bool,
-}
-
-/// What the owner waits for.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Outcome {
-    pub(super) result: Option<Result<TransferStats, TransferError>>,
-    /// No transport touches the blocks any more, and they may be lent again.
-    pub(super) settled: bool,
-}
-
 impl Outbound {
-    /// The caller has claimed the blocks.
-    pub(super) fn new(node: &Arc<Node>, now: Instant, spec: OfferSpec, link: Arc<Link>) -> Arc<Self> {
+    /// The caller has claimed the blocks; `ended` is called with the id once no transport touches them any more.
+    pub(super) fn new(
+        node: &Arc<Node>,
+        now: Instant,
+        spec: OfferSpec,
+        ended: Box<dyn Fn(&TransferId) + Send + Sync>,
+    ) -> Arc<Self> {
         let terms = SenderTerms {
             shape: Shape { layers: node.slices.layers(), blocks: spec.blocks.len() as u32 },
             slice_bytes: node.slice_bytes(),
@@ -80,12 +69,12 @@ impl Outbound {
             me: me.clone(),
             node: node.clone(),
             spec,
-            link,
-            state: Mutex::new(State { session, up: None, reason: None, orphaned: false, settled: false }),
+            ended,
+            state: State::new(session, None),
             key: OnceLock::new(),
             queued: AtomicBool::new(false),
             revoked: CancellationToken::new(),
-            outcome: watch::Sender::new(Outcome::default()),
+            outcome: Outcome::watched(),
             span,
         })
     }
@@ -98,7 +87,7 @@ impl Outbound {
         &self.spec.blocks
     }
 
-    pub(super) fn watch(&self) -> watch::Receiver<Outcome> {
+    pub(super) fn watch(&self) -> watch::Receiver<Outcome<TransferStats>> {
         self.outcome.subscribe()
     }
 
@@ -109,7 +98,7 @@ impl Outbound {
         let mut state = self.state.lock();
         let commands = match wrong {
             Ok(()) => {
-                state.up = Some(up.clone());
+                state.link = Some(up.clone());
                 state.session.link_up(now)
             }
             Err(wrong) => state.session.link_failed(wrong),
@@ -119,7 +108,7 @@ impl Outbound {
 
     pub(super) fn link_lost(&self, why: &str) {
         let mut state = self.state.lock();
-        state.up = None;
+        state.link = None;
         let commands = state.session.link_lost(why);
         self.finish(state, commands);
     }
@@ -134,7 +123,7 @@ impl Outbound {
         self.run(|session| match key {
             Some(key) if LEASE_RANGE.contains(&lease) && accept.receiver_epoch == receiver => {
                 if self.key.set(key).is_ok() {
-                    self.node.counters.accepted(Direction::Outgoing);
+                    self.node.counters.outgoing_accepted();
                 }
                 session.accepted(now, &accept.held, lease)
             }
@@ -175,53 +164,36 @@ impl Outbound {
         self.run(|session| session.tick(now));
     }
 
-    /// The owner's handle is gone.
-    pub(super) fn orphan(&self) {
-        let mut state = self.state.lock();
-        state.orphaned = true;
-        let settled = state.settled;
-        drop(state);
-        if settled {
-            self.reclaim();
+    fn send(&self, state: &State<Sender, LinkUp>, body: Body) {
+        if let Some(up) = &state.link {
+            up.send(Some(self.spec.id), body);
         }
     }
 
-    fn run(&self, step: impl FnOnce(&mut Sender) -> Vec<SenderCommand>) {
-        let mut state = self.state.lock();
-        let commands = step(&mut state.session);
-        self.finish(state, commands);
+    /// Pool index of a block of this transfer.
+    fn block(&self, index: u32) -> Result<u32, TransferError> {
+        let block = self.spec.blocks.get(index as usize).copied();
+        block.ok_or_else(|| TransferError::Invalid(format!("the transfer has no block {index}")))
+    }
+}
+
+impl Shell for Outbound {
+    type Session = Sender;
+    type Command = SenderCommand;
+    type Link = LinkUp;
+    type Success = TransferStats;
+
+    const SETTLED: SenderCommand = SenderCommand::Settled;
+
+    fn state(&self) -> &Mutex<State<Sender, LinkUp>> {
+        &self.state
     }
 
-    /// Performs commands under the lock, so that messages keep their order, and what follows the end without it.
-    fn finish(&self, mut state: parking_lot::MutexGuard<'_, State>, commands: Vec<SenderCommand>) {
-        if commands.is_empty() {
-            return;
-        }
-        let mut settled = false;
-        for command in commands {
-            settled |= command == SenderCommand::Settled;
-            self.perform(&mut state, command);
-        }
-        if !settled {
-            return;
-        }
-        state.up = None;
-        let reason = state.reason.clone();
-        drop(state);
-        self.node.claims.release(&[], &self.spec.blocks);
-        self.link.remove(&self.spec.id);
-        self.node.outgoing.end(self.spec.id, Ended { peer: Some(self.spec.receiver.clone()), reason });
-        let mut state = self.state.lock();
-        state.settled = true;
-        let orphaned = state.orphaned;
-        drop(state);
-        self.outcome.send_modify(|outcome| outcome.settled = true);
-        if orphaned {
-            self.reclaim();
-        }
+    fn outcome(&self) -> &watch::Sender<Outcome<TransferStats>> {
+        &self.outcome
     }
 
-    fn perform(&self, state: &mut State, command: SenderCommand) {
+    fn perform(&self, state: &mut State<Sender, LinkUp>, command: SenderCommand) {
         match command {
             SenderCommand::Offer => {
                 let offer = v1::Offer {
@@ -241,14 +213,14 @@ impl Outbound {
                 self.send(state, Body::Abort(v1::Abort { reason: Some(ApiError::from(reason).into()) }));
             }
             SenderCommand::Wake => {
-                if let (Some(up), Some(me)) = (&state.up, self.me.upgrade()) {
+                if let (Some(up), Some(me)) = (&state.link, self.me.upgrade()) {
                     up.wake(me);
                 }
             }
             SenderCommand::Revoke => self.revoked.cancel(),
             SenderCommand::Complete { tally, took, seal_to_released } => {
                 let (slices, bytes) = (tally.slices, tally.bytes);
-                self.node.counters.outgoing_completed(seal_to_released);
+                self.node.counters.outgoing_completed();
                 self.span.in_scope(|| {
                     tracing::debug!(slices, bytes, ?took, ?seal_to_released, "kv transfer sent")
                 });
@@ -258,28 +230,31 @@ impl Outbound {
             SenderCommand::Fail(reason) => {
                 self.node.counters.aborted(Direction::Outgoing, reason.code());
                 self.span.in_scope(|| tracing::info!(%reason, "kv transfer aborted"));
-                state.reason = Some(reason.clone());
+                state.ending.reason = Some(reason.clone());
                 self.outcome.send_modify(|outcome| outcome.result = Some(Err(reason)));
             }
             SenderCommand::Settled => {}
         }
     }
 
-    fn send(&self, state: &State, body: Body) {
-        if let Some(up) = &state.up {
-            up.send(Some(self.spec.id), body);
-        }
+    fn let_go(&self, reason: Option<TransferError>) {
+        self.node.claims.release(&[], &self.spec.blocks);
+        (self.ended)(&self.spec.id);
+        self.node.outgoing.end(self.spec.id, Ended { peer: Some(self.spec.receiver.clone()), reason });
     }
 
     fn reclaim(&self) {
         let blocks = self.spec.blocks.clone();
         (self.node.reclaim)(Reclaimed { id: self.spec.id, direction: Direction::Outgoing, blocks });
     }
+}
 
-    /// Pool index of a block of this transfer.
-    fn block(&self, index: u32) -> Result<u32, TransferError> {
-        let block = self.spec.blocks.get(index as usize).copied();
-        block.ok_or_else(|| TransferError::Invalid(format!("the transfer has no block {index}")))
+impl fmt::Debug for Outbound {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Outbound")
+            .field("spec", &self.spec)
+            .field("state", &self.state)
+            .finish_non_exhaustive()
     }
 }
 

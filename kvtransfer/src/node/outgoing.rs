@@ -7,7 +7,8 @@ use tokio::sync::watch;
 
 use super::{
     config::TransferStats,
-    outbound::{Outbound, Outcome},
+    outbound::Outbound,
+    shell::{Outcome, Shell},
 };
 use crate::TransferError;
 
@@ -18,7 +19,7 @@ use crate::TransferError;
 #[derive(Debug)]
 pub struct Outgoing {
     outbound: Arc<Outbound>,
-    outcome: watch::Receiver<Outcome>,
+    outcome: watch::Receiver<Outcome<TransferStats>>,
     returned: bool,
 }
 
@@ -46,7 +47,7 @@ impl Outgoing {
     /// Resolves when the receiver has taken the transfer over, or, with the reason, when it has been aborted; either way
     /// no transport reads the blocks any more. Cancel safe; asked again, it gives the same answer.
     pub async fn finished(&mut self) -> Result<TransferStats, TransferError> {
-        match self.outcome.wait_for(|outcome| outcome.settled).await {
+        match self.outcome.wait_for(Outcome::is_settled).await {
             Ok(outcome) => outcome.result.clone().unwrap_or(Err(TransferError::ShuttingDown)),
             Err(_) => Err(TransferError::ShuttingDown),
         }
@@ -55,7 +56,7 @@ impl Outgoing {
     /// Resolves with the reason as soon as the transfer is aborted, before its blocks are free; never if it is not.
     /// So a prefill that has lost its receiver can stop computing. Cancel safe.
     pub async fn aborted(&mut self) -> TransferError {
-        let failed = |outcome: &Outcome| matches!(outcome.result, Some(Err(_)));
+        let failed = |outcome: &Outcome<TransferStats>| matches!(outcome.result, Some(Err(_)));
         match self.outcome.wait_for(failed).await.map(|outcome| outcome.result.clone()) {
             Ok(Some(Err(reason))) => reason,
             _ => std::future::pending().await,
@@ -70,7 +71,7 @@ impl Outgoing {
     /// Gives the blocks back once no transport reads them any more. Aborts the transfer if it is not released.
     pub async fn close(mut self) -> Vec<u32> {
         self.cancel("closed by the sender");
-        let _ = self.outcome.wait_for(|outcome| outcome.settled).await;
+        let _ = self.outcome.wait_for(Outcome::is_settled).await;
         self.returned = true;
         self.outbound.blocks().to_vec()
     }

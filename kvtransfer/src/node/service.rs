@@ -2,66 +2,23 @@
 
 use std::{pin::Pin, sync::Arc};
 
-use baton_proto::{ApiError, ErrorCode, Incarnation, InstanceId, TransferId, v1};
-use prost::Message as _;
+use baton_proto::{ApiError, Incarnation, InstanceId, TransferId, v1};
 use tokio::{sync::mpsc, time::timeout};
 use tokio_stream::{Stream, wrappers::ReceiverStream};
-use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 use v1::{receiver_message::Body, sender_message};
 
 use super::{
     Node,
     inbound::Inbound,
-    link::wire_id,
+    peer_link::PeerLink,
     table::{Ended, Lookup},
+    wire::to_status,
 };
 use crate::{
     TransferError,
     session::{OfferTerms, SealTerms, Shape, Tally},
 };
-
-/// A peer's control stream.
-#[derive(Debug)]
-pub(super) struct PeerLink {
-    /// Unique in this process.
-    number: u64,
-    peer: InstanceId,
-    incarnation: Incarnation,
-    messages: mpsc::Sender<Result<v1::ReceiverMessage, Status>>,
-    broken: CancellationToken,
-}
-
-impl PeerLink {
-    pub(super) fn number(&self) -> u64 {
-        self.number
-    }
-
-    pub(super) fn peer(&self) -> &InstanceId {
-        &self.peer
-    }
-
-    pub(super) fn incarnation(&self) -> Incarnation {
-        self.incarnation
-    }
-
-    /// Queues a message. A queue that is full means a peer that does not read: the stream is given up.
-    pub(super) fn send(&self, id: Option<TransferId>, body: Body) {
-        let message = v1::ReceiverMessage { transfer_id: wire_id(id), body: Some(body) };
-        if self.messages.try_send(Ok(message)).is_err() {
-            self.broken.cancel();
-        }
-    }
-
-    /// Ends the stream.
-    pub(super) fn cut(&self) {
-        self.broken.cancel();
-    }
-
-    fn abort(&self, id: TransferId, reason: &TransferError) {
-        self.send(Some(id), Body::Abort(v1::Abort { reason: Some(ApiError::from(reason).into()) }));
-    }
-}
 
 /// The gRPC service; mount it with `KvNode::handoff_service`.
 #[derive(Debug, Clone)]
@@ -97,16 +54,11 @@ impl v1::handoff_server::Handoff for HandoffService {
         node.layout.accepts(&layout).map_err(|error| to_status(&error))?;
 
         let (messages, queue) = mpsc::channel(node.limits.control_queue());
-        let link = Arc::new(PeerLink {
-            number: node.next_number(),
-            peer,
-            incarnation: Incarnation(hello.incarnation),
-            messages,
-            broken: node.stop.child_token(),
-        });
+        let (number, incarnation) = (node.next_number(), Incarnation(hello.incarnation));
+        let link = Arc::new(PeerLink::new(number, peer, incarnation, messages, node.stop.child_token()));
         link.send(None, Body::Hello(node.receiver_hello()));
         node.admit_peer(&link).map_err(|error| to_status(&error))?;
-        tracing::debug!(peer = %link.peer, "control stream opened");
+        tracing::debug!(peer = %link.peer(), "control stream opened");
         let tasks = node.tasks.clone();
         tasks.spawn(serve(node, link, incoming));
         Ok(Response::new(Box::pin(ReceiverStream::new(queue))))
@@ -118,9 +70,9 @@ async fn serve(node: Arc<Node>, link: Arc<PeerLink>, mut incoming: Streaming<v1:
     let why = loop {
         let message = tokio::select! {
             biased;
-            () = link.broken.cancelled() => break "it was replaced, or the peer does not read its messages".to_owned(),
+            () = link.broken() => break "it was replaced, or the peer does not read its messages".to_owned(),
             message = incoming.message() => message,
-            () = link.messages.closed() => break "the peer closed it".to_owned(),
+            () = link.closed() => break "the peer closed it".to_owned(),
         };
         match message {
             Ok(Some(message)) => {
@@ -132,7 +84,7 @@ async fn serve(node: Arc<Node>, link: Arc<PeerLink>, mut incoming: Streaming<v1:
             Err(status) => break status.message().to_owned(),
         }
     };
-    tracing::debug!(peer = %link.peer, %why, "control stream ended");
+    tracing::debug!(peer = %link.peer(), %why, "control stream ended");
     node.peer_lost(&link, &why);
 }
 
@@ -145,7 +97,7 @@ fn handle(node: &Arc<Node>, link: &Arc<PeerLink>, message: v1::SenderMessage) ->
         sender_message::Body::Hello(_) => Err(TransferError::Protocol("a second hello".into())),
         sender_message::Body::Offer(offer) => {
             if let Err(reason) = take_offer(node, link, id, &offer) {
-                tracing::info!(transfer = %id, peer = %link.peer, %reason, "offer refused");
+                tracing::info!(transfer = %id, peer = %link.peer(), %reason, "offer refused");
                 link.abort(id, &reason);
             }
             Ok(())
@@ -183,7 +135,7 @@ fn of_live(
     if let Lookup::Live(inbound) = node.incoming.get(&id)
         && !event(&inbound, node.now())
     {
-        tracing::warn!(transfer = %id, peer = %link.peer, "message for a transfer of another stream ignored");
+        tracing::warn!(transfer = %id, peer = %link.peer(), "message for a transfer of another stream ignored");
     }
 }
 
@@ -193,13 +145,13 @@ fn take_offer(
     id: TransferId,
     offer: &v1::Offer,
 ) -> Result<(), TransferError> {
-    if offer.sender_epoch != link.incarnation.0 {
-        let (instance, found) = (link.peer.clone(), Incarnation(offer.sender_epoch));
-        return Err(TransferError::StalePeer { instance, expected: link.incarnation, found });
+    if offer.sender_epoch != link.incarnation().0 {
+        let (instance, found) = (link.peer().clone(), Incarnation(offer.sender_epoch));
+        return Err(TransferError::StalePeer { instance, expected: link.incarnation(), found });
     }
     let terms = OfferTerms {
-        sender: link.peer.clone(),
-        sender_incarnation: link.incarnation,
+        sender: link.peer().clone(),
+        sender_incarnation: link.incarnation(),
         prompt_tokens: offer.prompt_tokens,
         shape: Shape { layers: offer.layers, blocks: offer.blocks },
     };
@@ -216,7 +168,7 @@ fn take_offer(
     });
     // A sender offers once: whoever is to expect this transfer must learn that it will not come.
     let found = found.inspect_err(|reason| {
-        let ended = Ended { peer: Some(link.peer.clone()), reason: Some(reason.clone()) };
+        let ended = Ended { peer: Some(link.peer().clone()), reason: Some(reason.clone()) };
         if let Some(expected_by_now) = node.incoming.end_unless_live(id, ended) {
             expected_by_now.cancel(reason.clone());
         }
@@ -238,10 +190,10 @@ fn take_seal(node: &Arc<Node>, link: &Arc<PeerLink>, id: TransferId, seal: &v1::
     let terms = SealTerms { first_token: seal.first_token, tally };
     match node.incoming.get(&id) {
         Lookup::Live(inbound) if inbound.seal(node.now(), link, terms) => {}
-        Lookup::Ended(Ended { peer: Some(peer), reason: None }) if peer == link.peer => {
+        Lookup::Ended(Ended { peer: Some(peer), reason: None }) if peer == *link.peer() => {
             link.send(Some(id), Body::Released(v1::Released {}));
         }
-        Lookup::Ended(Ended { peer: Some(peer), reason: Some(reason) }) if peer == link.peer => {
+        Lookup::Ended(Ended { peer: Some(peer), reason: Some(reason) }) if peer == *link.peer() => {
             link.abort(id, &reason);
         }
         _ => link.abort(id, &TransferError::Protocol("a seal for a transfer that is not this peer's".into())),
@@ -292,26 +244,4 @@ impl Node {
 
 fn protocol(what: &str) -> Status {
     to_status(&TransferError::Protocol(what.to_owned()))
-}
-
-/// A status that carries the whole error in its details.
-fn to_status(error: &TransferError) -> Status {
-    let error = ApiError::from(error);
-    let (code, message) = (error.code.grpc(), error.message.clone());
-    Status::with_details(code, message, v1::ErrorDetail::from(error).encode_to_vec().into())
-}
-
-/// The error that [`to_status`] put in, or the nearest one for statuses of other origin.
-pub(super) fn from_status(status: &Status) -> ApiError {
-    if let Ok(detail) = v1::ErrorDetail::decode(status.details())
-        && !status.details().is_empty()
-    {
-        return ApiError::from(detail);
-    }
-    let code = match status.code() {
-        tonic::Code::Unimplemented => ErrorCode::Unsupported,
-        tonic::Code::InvalidArgument | tonic::Code::FailedPrecondition => ErrorCode::InvalidArgument,
-        _ => ErrorCode::Unavailable,
-    };
-    ApiError::new(code, status.message())
 }

@@ -3,17 +3,12 @@
 use std::{
     collections::BTreeMap,
     sync::atomic::{AtomicU64, Ordering::Relaxed},
-    time::Duration,
 };
 
 use baton_proto::ErrorCode;
 use parking_lot::Mutex;
 
 use super::config::Direction;
-
-/// Upper bounds, in microseconds, of the buckets of [`NodeStats::seal_to_released`]; the last bucket has none.
-pub const SEAL_BUCKETS_MICROS: [u64; 12] =
-    [100, 250, 500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 1_000_000, 10_000_000];
 
 /// What a node has done since it started, and what it is doing.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -24,8 +19,7 @@ pub struct NodeStats {
     pub outgoing_active: u64,
     /// Offers that nobody has expected yet.
     pub held_offers: u64,
-    /// Transfers that both sides have agreed on, since the start.
-    pub incoming_accepted: u64,
+    /// Transfers that a receiver has accepted, since the start.
     pub outgoing_accepted: u64,
     pub incoming_completed: u64,
     pub outgoing_completed: u64,
@@ -35,17 +29,6 @@ pub struct NodeStats {
     pub bytes_received: u64,
     pub slices_sent: u64,
     pub bytes_sent: u64,
-    /// Time from seal to release as the sender sees it.
-    pub seal_to_released: SealLatency,
-}
-
-/// A histogram. `buckets[i]` counts what was at most `SEAL_BUCKETS_MICROS[i]` and over the bound before; the last one
-/// counts the rest.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct SealLatency {
-    pub count: u64,
-    pub sum_micros: u64,
-    pub buckets: [u64; SEAL_BUCKETS_MICROS.len() + 1],
 }
 
 /// Sorts by direction, then by the code's name.
@@ -54,7 +37,6 @@ type AbortKey = (bool, &'static str);
 /// Where the counts are kept.
 #[derive(Debug, Default)]
 pub(super) struct Counters {
-    incoming_accepted: AtomicU64,
     outgoing_accepted: AtomicU64,
     incoming_completed: AtomicU64,
     outgoing_completed: AtomicU64,
@@ -63,7 +45,6 @@ pub(super) struct Counters {
     slices_sent: AtomicU64,
     bytes_sent: AtomicU64,
     aborted: Mutex<BTreeMap<AbortKey, (Direction, ErrorCode, u64)>>,
-    seal: Mutex<SealLatency>,
 }
 
 impl Counters {
@@ -77,26 +58,16 @@ impl Counters {
         self.bytes_sent.fetch_add(slices * slice_bytes, Relaxed);
     }
 
-    pub(super) fn accepted(&self, direction: Direction) {
-        let counter = match direction {
-            Direction::Incoming => &self.incoming_accepted,
-            Direction::Outgoing => &self.outgoing_accepted,
-        };
-        counter.fetch_add(1, Relaxed);
+    pub(super) fn outgoing_accepted(&self) {
+        self.outgoing_accepted.fetch_add(1, Relaxed);
     }
 
     pub(super) fn incoming_completed(&self) {
         self.incoming_completed.fetch_add(1, Relaxed);
     }
 
-    pub(super) fn outgoing_completed(&self, seal_to_released: Duration) {
+    pub(super) fn outgoing_completed(&self) {
         self.outgoing_completed.fetch_add(1, Relaxed);
-        let micros = u64::try_from(seal_to_released.as_micros()).unwrap_or(u64::MAX);
-        let bucket = SEAL_BUCKETS_MICROS.partition_point(|&bound| bound < micros);
-        let mut seal = self.seal.lock();
-        seal.count += 1;
-        seal.sum_micros = seal.sum_micros.saturating_add(micros);
-        seal.buckets[bucket] += 1;
     }
 
     pub(super) fn aborted(&self, direction: Direction, code: ErrorCode) {
@@ -109,7 +80,6 @@ impl Counters {
             incoming_active,
             outgoing_active,
             held_offers,
-            incoming_accepted: self.incoming_accepted.load(Relaxed),
             outgoing_accepted: self.outgoing_accepted.load(Relaxed),
             incoming_completed: self.incoming_completed.load(Relaxed),
             outgoing_completed: self.outgoing_completed.load(Relaxed),
@@ -118,23 +88,6 @@ impl Counters {
             bytes_received: self.bytes_received.load(Relaxed),
             slices_sent: self.slices_sent.load(Relaxed),
             bytes_sent: self.bytes_sent.load(Relaxed),
-            seal_to_released: *self.seal.lock(),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn latencies_fall_into_the_bucket_that_bounds_them() {
-        let counters = Counters::default();
-        for micros in [1, 100, 101, 10_000_000, 10_000_001] {
-            counters.outgoing_completed(Duration::from_micros(micros));
-        }
-        let seal = counters.snapshot(0, 0, 0).seal_to_released;
-        assert_eq!((seal.buckets[0], seal.buckets[1], seal.buckets[11], seal.buckets[12]), (2, 1, 1, 1));
-        assert_eq!((seal.count, seal.buckets.iter().sum::<u64>()), (5, 5));
     }
 }

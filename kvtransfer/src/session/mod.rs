@@ -15,10 +15,10 @@ mod tests;
 use std::time::{Duration, Instant};
 
 pub(crate) use receiver::{
-    Claim, Expectation, OfferTerms, Receiver, ReceiverCommand, ReceiverState, ReceiverTiming, SealTerms,
+    Expectation, OfferTerms, Receiver, ReceiverCommand, ReceiverState, ReceiverTiming, SealTerms,
 };
 pub(crate) use sender::{Sender, SenderCommand, SenderTerms};
-pub(crate) use slices::{Shape, SliceRun, Tally, crc32c};
+pub(crate) use slices::{Claim, Shape, SliceRun, Tally, crc32c};
 
 /// Signs of life: when the peer was last heard, and when it must hear from here again.
 #[derive(Debug, Clone)]

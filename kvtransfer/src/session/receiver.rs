@@ -1,9 +1,11 @@
 //! The receiving side of one transfer, pure.
 //!
-//! Driven by the node (`node::incoming`): control messages, frames on the data plane, the clock and the local owner are
+//! Driven by the node (`node::inbound`): control messages, frames on the data plane, the clock and the local owner are
 //! its events. `Expected` (blocks are reserved, no offer yet) and `Offered` (an offer is held, no blocks yet) both lead
 //! to `Accepted`. A slice is *claimed* before any byte of it is written and *landed* after its checksum was compared;
 //! an aborted session is over only when no claim is open, which is the fence.
+
+mod agreement;
 
 use std::time::{Duration, Instant};
 
@@ -11,7 +13,7 @@ use baton_proto::{ApiError, Incarnation, InstanceId};
 
 use super::{
     Lease,
-    slices::{Shape, SliceRun, Tally},
+    slices::{Claim, Shape, SliceRun, Tally},
     slots::Slots,
 };
 use crate::TransferError;
@@ -73,17 +75,6 @@ pub(crate) enum ReceiverCommand {
     Fail(TransferError),
     /// No transport touches the blocks any more. Once, last.
     Settled,
-}
-
-/// What a frame may do with the slices it names.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Claim {
-    /// Write them; every claim is closed by `landed`, `damaged` or `interrupted`.
-    Write,
-    /// Pass over the payload: the same slices are here already, or the transfer is over.
-    Skip,
-    /// The frame broke the protocol; the transfer is aborted. Pass over the payload.
-    Refused,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -172,75 +163,6 @@ impl Receiver {
     /// Neither released nor aborted nor about to be.
     pub(crate) fn live(&self) -> bool {
         !matches!(self.state, ReceiverState::Released | ReceiverState::Aborting | ReceiverState::Aborted)
-    }
-
-    /// The owner reserves blocks for a held offer. An error leaves the session as it was. An offer from the wrong
-    /// sender is sent back, and the session waits for the right one.
-    pub(crate) fn expect(
-        &mut self,
-        now: Instant,
-        expectation: Expectation,
-    ) -> Result<Commands, TransferError> {
-        if self.state != ReceiverState::Offered {
-            return Err(TransferError::Invalid("the transfer is expected already".into()));
-        }
-        let Some(offer) = self.offer.take() else {
-            return Err(TransferError::Invalid("the transfer has no offer".into()));
-        };
-        self.deadline = expectation.deadline;
-        let check = check_sender(&expectation, &offer);
-        self.expectation = Some(expectation);
-        if let Err(wrong) = check {
-            self.state = ReceiverState::Expected;
-            return Ok(vec![ReceiverCommand::Abort(wrong)]);
-        }
-        self.offer = Some(offer);
-        Ok(self.accept(now))
-    }
-
-    /// An offer comes in for expected blocks. An error refuses this offer and leaves the session as it was.
-    pub(crate) fn offer(&mut self, now: Instant, offer: OfferTerms) -> Result<Commands, TransferError> {
-        match (&self.expectation, self.state) {
-            (Some(expectation), ReceiverState::Expected) => {
-                check_sender(expectation, &offer)?;
-                self.offer = Some(offer);
-                Ok(self.accept(now))
-            }
-            (_, ReceiverState::Aborting | ReceiverState::Aborted) => {
-                Err(TransferError::Invalid("the transfer was aborted".into()))
-            }
-            _ => Err(TransferError::Protocol("the transfer was offered twice".into())),
-        }
-    }
-
-    /// Both sides are known: check that they mean the same, then accept.
-    fn accept(&mut self, now: Instant) -> Commands {
-        let (Some(expectation), Some(offer)) = (&self.expectation, &self.offer) else {
-            return Vec::new();
-        };
-        let differs = |what: &str, ours: u32, theirs: u32| {
-            Some(TransferError::Protocol(format!("{what} differ: {ours} expected, {theirs} offered")))
-        };
-        let (ours, theirs) = (expectation.shape, offer.shape);
-        let mismatch = if ours.layers != theirs.layers {
-            differs("layers", ours.layers, theirs.layers)
-        } else if ours.blocks != theirs.blocks {
-            differs("blocks", ours.blocks, theirs.blocks)
-        } else if expectation.prompt_tokens != offer.prompt_tokens {
-            differs("prompt tokens", expectation.prompt_tokens, offer.prompt_tokens)
-        } else {
-            None
-        };
-        let slots = Slots::new(ours, &expectation.held);
-        self.state = ReceiverState::Offered; // whichever came first: from here on there is a sender to tell
-        self.lease.agree(now, self.timing.lease);
-        if let Some(mismatch) = mismatch {
-            return self.abort(mismatch, true);
-        }
-        self.slices = Some(slots);
-        self.state = ReceiverState::Accepted;
-        self.accepted_at = now;
-        vec![ReceiverCommand::Accept]
     }
 
     /// A frame wants to write these slices, whose CRC32Cs it names.
@@ -414,21 +336,4 @@ impl Receiver {
 
 fn compare(what: &'static str, expected: u64, found: u64) -> Result<(), TransferError> {
     if expected == found { Ok(()) } else { Err(TransferError::SealMismatch { what, expected, found }) }
-}
-
-fn check_sender(expectation: &Expectation, offer: &OfferTerms) -> Result<(), TransferError> {
-    if expectation.sender != offer.sender {
-        return Err(TransferError::WrongPeer {
-            expected: expectation.sender.clone(),
-            found: offer.sender.clone(),
-        });
-    }
-    match expectation.sender_incarnation {
-        Some(expected) if expected != offer.sender_incarnation => Err(TransferError::StalePeer {
-            instance: offer.sender.clone(),
-            expected,
-            found: offer.sender_incarnation,
-        }),
-        _ => Ok(()),
-    }
 }

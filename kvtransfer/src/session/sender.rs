@@ -1,6 +1,6 @@
 //! The sending side of one transfer, pure.
 //!
-//! Driven by the node (`node::outgoing`): the engine's progress, control messages, transports and the clock are its
+//! Driven by the node (`node::outbound`): the engine's progress, control messages, transports and the clock are its
 //! events. Slices that become ready before the receiver has accepted wait here; afterwards transports *take* runs of
 //! them and report each as sent or failed. An aborted session is over only when no run is taken, which is the fence.
 

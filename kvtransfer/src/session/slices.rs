@@ -39,6 +39,17 @@ impl SliceRun {
     }
 }
 
+/// What a frame may do with the slices it names.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Claim {
+    /// Write them; every claim is closed by `landed`, `damaged` or `interrupted`.
+    Write,
+    /// Pass over the payload: the same slices are here already, or the transfer is over.
+    Skip,
+    /// The frame broke the protocol; the transfer is aborted. Pass over the payload.
+    Refused,
+}
+
 /// A set of slices of one shape.
 #[derive(Debug, Clone)]
 pub(crate) struct SliceSet {

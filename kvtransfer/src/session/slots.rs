@@ -1,9 +1,6 @@
 //! Which slices of an accepted transfer are claimed, and what has landed. Used by the receiver's session.
 
-use super::{
-    receiver::Claim,
-    slices::{Shape, SliceRun, SliceSet, Tally},
-};
+use super::slices::{Claim, Shape, SliceRun, SliceSet, Tally};
 use crate::TransferError;
 
 /// Per-slice account of an accepted transfer.

@@ -1,0 +1,90 @@
+//! A control stream to a peer, while it stands, as the transfers that rest on it use it.
+//!
+//! Made by [`super::link`], which opens the stream and reads it.
+
+use std::{fmt, sync::Arc};
+
+use baton_proto::{Incarnation, InstanceId, TransferId, v1};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use v1::sender_message::Body;
+
+use super::{config::OfferSpec, wire::wire_id};
+use crate::{
+    TransferError,
+    transport::{Departure, Outbox},
+};
+
+/// A control stream that stands. Cheap to clone.
+#[derive(Clone)]
+pub(super) struct LinkUp {
+    messages: mpsc::Sender<v1::SenderMessage>,
+    outbox: Arc<Outbox>,
+    broken: CancellationToken,
+    receiver: InstanceId,
+    incarnation: Incarnation,
+}
+
+impl fmt::Debug for LinkUp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LinkUp").field("receiver", &self.receiver).finish_non_exhaustive()
+    }
+}
+
+impl LinkUp {
+    /// `messages` is the stream's outbound half; the instance at its other end has said who it is.
+    pub(super) fn new(
+        messages: mpsc::Sender<v1::SenderMessage>,
+        receiver: InstanceId,
+        incarnation: Incarnation,
+    ) -> Self {
+        Self { messages, outbox: Arc::default(), broken: CancellationToken::new(), receiver, incarnation }
+    }
+
+    /// Which start of the receiver.
+    pub(super) fn incarnation(&self) -> Incarnation {
+        self.incarnation
+    }
+
+    /// What is to go over the data plane.
+    pub(super) fn outbox(&self) -> &Arc<Outbox> {
+        &self.outbox
+    }
+
+    /// Cancelled when the stream is given up.
+    pub(super) fn broken(&self) -> &CancellationToken {
+        &self.broken
+    }
+
+    pub(super) fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.outbox, &other.outbox)
+    }
+
+    /// Queues a message. A queue that is full means a peer that does not read: the stream is given up.
+    pub(super) fn send(&self, id: Option<TransferId>, body: Body) {
+        let message = v1::SenderMessage { transfer_id: wire_id(id), body: Some(body) };
+        if self.messages.try_send(message).is_err() {
+            self.broken.cancel();
+        }
+    }
+
+    /// There is something to take from this transfer.
+    pub(super) fn wake(&self, departure: Arc<dyn Departure>) {
+        self.outbox.wake(departure);
+    }
+
+    /// Whether the instance at the other end is the one a transfer is meant for.
+    pub(super) fn check_receiver(&self, spec: &OfferSpec) -> Result<(), TransferError> {
+        if spec.receiver != self.receiver {
+            let (expected, found) = (spec.receiver.clone(), self.receiver.clone());
+            return Err(TransferError::WrongPeer { expected, found });
+        }
+        match spec.receiver_incarnation {
+            Some(expected) if expected != self.incarnation => {
+                let (instance, found) = (self.receiver.clone(), self.incarnation);
+                Err(TransferError::StalePeer { instance, expected, found })
+            }
+            _ => Ok(()),
+        }
+    }
+}

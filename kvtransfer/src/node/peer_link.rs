@@ -1,0 +1,74 @@
+//! The control stream of one peer that sends to this node, as its transfers use it.
+//!
+//! Made and read by [`super::service`]; transfers being received answer over it.
+
+use baton_proto::{ApiError, Incarnation, InstanceId, TransferId, v1};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use tonic::Status;
+use v1::receiver_message::Body;
+
+use super::wire::wire_id;
+use crate::TransferError;
+
+/// A peer's control stream.
+#[derive(Debug)]
+pub(super) struct PeerLink {
+    number: u64,
+    peer: InstanceId,
+    incarnation: Incarnation,
+    messages: mpsc::Sender<Result<v1::ReceiverMessage, Status>>,
+    broken: CancellationToken,
+}
+
+impl PeerLink {
+    /// `number` is unique in this process; `broken` is cancelled to end the stream.
+    pub(super) fn new(
+        number: u64,
+        peer: InstanceId,
+        incarnation: Incarnation,
+        messages: mpsc::Sender<Result<v1::ReceiverMessage, Status>>,
+        broken: CancellationToken,
+    ) -> Self {
+        Self { number, peer, incarnation, messages, broken }
+    }
+
+    pub(super) fn number(&self) -> u64 {
+        self.number
+    }
+
+    pub(super) fn peer(&self) -> &InstanceId {
+        &self.peer
+    }
+
+    pub(super) fn incarnation(&self) -> Incarnation {
+        self.incarnation
+    }
+
+    /// Queues a message. A queue that is full means a peer that does not read: the stream is given up.
+    pub(super) fn send(&self, id: Option<TransferId>, body: Body) {
+        let message = v1::ReceiverMessage { transfer_id: wire_id(id), body: Some(body) };
+        if self.messages.try_send(Ok(message)).is_err() {
+            self.broken.cancel();
+        }
+    }
+
+    /// Ends the stream.
+    pub(super) fn cut(&self) {
+        self.broken.cancel();
+    }
+
+    /// Resolves once the stream is to end.
+    pub(super) async fn broken(&self) {
+        self.broken.cancelled().await;
+    }
+
+    /// Resolves once the peer takes no more messages.
+    pub(super) async fn closed(&self) {
+        self.messages.closed().await;
+    }
+
+    pub(super) fn abort(&self, id: TransferId, reason: &TransferError) {
+        self.send(Some(id), Body::Abort(v1::Abort { reason: Some(ApiError::from(reason).into()) }));
+    }
+}
