@@ -8,13 +8,13 @@ use std::{
 
 use baton_process::{HealthHandle, Metrics, Process, grpc, http};
 use baton_proto::v1::{control_server::ControlServer, fleet_admin_server::FleetAdminServer};
-use baton_registry::{EtcdConfig, EtcdStore, MemoryConfig, MemoryStore, Revision, Store, StoreService};
+use baton_registry::{MemoryConfig, MemoryStore, Revision, Store, StoreService};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::service::Routes;
 
 use crate::{
     admin::AdminService,
-    config::{ControllerConfig, EtcdSettings, StoreKind},
+    config::{ControllerConfig, StoreKind},
     desk::Desk,
     error::ControllerError,
     metrics::ControllerMetrics,
@@ -123,20 +123,8 @@ pub fn open_store(
             let start = Revision(u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX));
             Ok(Arc::new(MemoryStore::start(MemoryConfig::new(start), shutdown.clone(), tasks)))
         }
-        StoreKind::Etcd => Ok(Arc::new(EtcdStore::new(&etcd_config(&config.store.etcd)?)?)),
+        StoreKind::Etcd => Ok(Arc::new(config.store.etcd.open()?)),
     }
-}
-
-fn etcd_config(settings: &EtcdSettings) -> Result<EtcdConfig, ControllerError> {
-    let mut config = EtcdConfig::new(&settings.endpoints);
-    (config.connect_timeout, config.timeout) = (settings.connect_timeout, settings.timeout);
-    if !settings.user.is_empty() {
-        let path = settings.password_file.clone();
-        let password =
-            std::fs::read_to_string(&path).map_err(|source| ControllerError::Password { path, source })?;
-        config.user = Some((settings.user.clone(), password.trim_end().to_owned()));
-    }
-    Ok(config)
 }
 
 fn host_name() -> String {

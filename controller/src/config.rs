@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use baton_process::{Invalid, Listen, ProcessConfig, ServiceConfig, duration};
+use baton_registry::EtcdSettings;
 use serde::{Deserialize, Serialize};
 
 /// The configuration of `baton-controller`.
@@ -56,41 +57,6 @@ pub struct StoreConfig {
     /// `embedded` or `etcd`.
     pub kind: StoreKind,
     pub etcd: EtcdSettings,
-}
-
-#[derive(Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct EtcdSettings {
-    /// host:port of every member.
-    pub endpoints: Vec<String>,
-    /// Empty = etcd asks for no user.
-    pub user: String,
-    /// A file that holds the user's password.
-    pub password_file: String,
-    /// How long one member may take to accept a connection.
-    #[serde(with = "duration")]
-    pub connect_timeout: Duration,
-    /// How long one member may take to answer before the next is asked.
-    #[serde(with = "duration")]
-    pub timeout: Duration,
-}
-
-impl Default for EtcdSettings {
-    fn default() -> Self {
-        Self {
-            endpoints: Vec::new(),
-            user: String::new(),
-            password_file: String::new(),
-            connect_timeout: Duration::from_secs(1),
-            timeout: Duration::from_secs(2),
-        }
-    }
-}
-
-impl std::fmt::Debug for EtcdSettings {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("EtcdSettings").field("endpoints", &self.endpoints).field("user", &self.user).finish()
-    }
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -190,7 +156,6 @@ impl ServiceConfig for ControllerConfig {
         let etcd = &self.store.etcd;
         let named = self.store.kind == StoreKind::Embedded || !etcd.endpoints.is_empty();
         require(named, "store.etcd.endpoints", "expected host:port of at least one etcd member")?;
-        let both = etcd.user.is_empty() == etcd.password_file.is_empty();
-        require(both, "store.etcd.password_file", "expected both a user and a password file, or neither")
+        etcd.validate()
     }
 }

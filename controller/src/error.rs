@@ -1,7 +1,7 @@
 //! What can go wrong with a controller as a whole.
 
 use baton_process::{ListenError, ProcessError};
-use baton_registry::StoreError;
+use baton_registry::{EtcdOpenError, StoreError};
 
 #[derive(Debug, thiserror::Error)]
 pub enum ControllerError {
@@ -11,8 +11,8 @@ pub enum ControllerError {
     Listen(#[from] ListenError),
     #[error(transparent)]
     Process(#[from] ProcessError),
-    #[error("cannot read the etcd password from {path}: {source}")]
-    Password { path: String, source: std::io::Error },
+    #[error(transparent)]
+    Etcd(#[from] EtcdOpenError),
     #[error("{0:?} cannot be this controller's name: set controller_id")]
     Name(String),
     #[error("cannot find out where this controller listens: {0}")]

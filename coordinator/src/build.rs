@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use axum::Router;
 use baton_process::{Health, HealthHandle, Process, grpc};
 use baton_proto::{CoordinatorId, FILE_DESCRIPTOR_SET, v1::request_admin_server::RequestAdminServer};
-use baton_registry::{EtcdConfig, EtcdStore, FleetWatch, FleetWatchConfig, RemoteConfig, RemoteStore, Store};
+use baton_registry::{FleetWatch, FleetWatchConfig, RemoteConfig, RemoteStore, Store};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::service::Routes;
 
@@ -13,7 +13,7 @@ use crate::{
     CoordinatorError,
     admin::Admin,
     admit::Gate,
-    config::{CoordinatorConfig, EtcdSettings, StoreConfig},
+    config::{CoordinatorConfig, StoreConfig},
     fleet::keeper::{Keeper, Links},
     http,
     metrics::Metrics,
@@ -165,40 +165,5 @@ fn open_store(config: &StoreConfig) -> Result<Arc<dyn Store>, CoordinatorError> 
     if config.etcd.endpoints.is_empty() {
         return Ok(Arc::new(RemoteStore::new(&RemoteConfig::new([config.controller.as_str()]))?));
     }
-    Ok(Arc::new(EtcdStore::new(&etcd_config(&config.etcd)?)?))
-}
-
-fn etcd_config(settings: &EtcdSettings) -> Result<EtcdConfig, CoordinatorError> {
-    let mut config = EtcdConfig::new(&settings.endpoints);
-    (config.connect_timeout, config.timeout) = (settings.connect_timeout, settings.timeout);
-    if !settings.user.is_empty() {
-        let path = settings.password_file.clone();
-        let password =
-            std::fs::read_to_string(&path).map_err(|source| CoordinatorError::Password { path, source })?;
-        config.user = Some((settings.user.clone(), password.trim_end().to_owned()));
-    }
-    Ok(config)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_password_of_etcd_comes_from_its_file() {
-        let settings = |password_file: &str| EtcdSettings {
-            endpoints: vec!["127.0.0.1:2379".into()],
-            user: "baton".into(),
-            password_file: password_file.into(),
-            ..EtcdSettings::default()
-        };
-        let path = std::env::temp_dir().join(format!("baton-password-{}", std::process::id()));
-        std::fs::write(&path, "secret\n").expect("a file");
-        let config = etcd_config(&settings(&path.to_string_lossy()));
-        std::fs::remove_file(&path).expect("was there");
-        let config = config.expect("is read");
-        assert_eq!(config.user, Some(("baton".to_owned(), "secret".to_owned())));
-        let Err(missing) = etcd_config(&settings("/nowhere/password")) else { panic!("is not there") };
-        assert!(missing.to_string().contains("/nowhere/password"), "{missing}");
-    }
+    Ok(Arc::new(config.etcd.open()?))
 }

@@ -4,6 +4,7 @@ use std::{path::PathBuf, time::Duration};
 
 use baton_process::{Invalid, Listen, ProcessConfig, ServiceConfig, duration};
 use baton_proto::CoordinatorId;
+use baton_registry::EtcdSettings;
 use serde::{Deserialize, Serialize};
 
 /// Everything a coordinator can be told.
@@ -45,42 +46,6 @@ pub struct StoreConfig {
     /// `host:port` of a controller that embeds the store. Empty = etcd is used.
     pub controller: String,
     pub etcd: EtcdSettings,
-}
-
-/// How etcd is reached; the same as in a controller's configuration.
-#[derive(Clone, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct EtcdSettings {
-    /// `host:port` of every member.
-    pub endpoints: Vec<String>,
-    /// Empty = etcd asks for no user.
-    pub user: String,
-    /// A file that holds the user's password.
-    pub password_file: String,
-    /// How long one member may take to accept a connection.
-    #[serde(with = "duration")]
-    pub connect_timeout: Duration,
-    /// How long one member may take to answer before the next is asked.
-    #[serde(with = "duration")]
-    pub timeout: Duration,
-}
-
-impl Default for EtcdSettings {
-    fn default() -> Self {
-        Self {
-            endpoints: Vec::new(),
-            user: String::new(),
-            password_file: String::new(),
-            connect_timeout: Duration::from_secs(1),
-            timeout: Duration::from_secs(2),
-        }
-    }
-}
-
-impl std::fmt::Debug for EtcdSettings {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("EtcdSettings").field("endpoints", &self.endpoints).field("user", &self.user).finish()
-    }
 }
 
 /// The model whose tokenizer, chat template and limits apply.
@@ -188,11 +153,7 @@ impl ServiceConfig for CoordinatorConfig {
             "store",
             "expected either `controller` (HOST:PORT) or `etcd.endpoints` (a list of HOST:PORT), not both and not neither",
         )?;
-        require(
-            self.store.etcd.user.is_empty() == self.store.etcd.password_file.is_empty(),
-            "store.etcd.password_file",
-            "expected both a user and a password file, or neither",
-        )?;
+        self.store.etcd.validate()?;
         require(
             !self.model.path.as_os_str().is_empty(),
             "model.path",

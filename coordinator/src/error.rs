@@ -2,7 +2,7 @@
 
 use baton_checkpoint::CheckpointError;
 use baton_process::{ListenError, ProcessError};
-use baton_registry::StoreError;
+use baton_registry::{EtcdOpenError, StoreError};
 
 use crate::text::TextError;
 
@@ -14,8 +14,8 @@ pub enum CoordinatorError {
     Text(#[from] TextError),
     #[error("{key}: {source}")]
     Listen { key: &'static str, source: ListenError },
-    #[error("cannot read the etcd password from {path}: {source}")]
-    Password { path: String, source: std::io::Error },
+    #[error("store: {0}")]
+    Etcd(#[from] EtcdOpenError),
     #[error("store: {0}")]
     Store(#[from] StoreError),
     #[error(transparent)]

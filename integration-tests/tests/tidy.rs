@@ -12,7 +12,7 @@ use baton_integration_tests::folder;
 /// that each can be built, deployed and understood alone.
 const MAY_USE: [(&str, &[&str]); 11] = [
     ("proto", &[]),
-    ("controller/registry", &["baton-proto"]),
+    ("controller/registry", &["baton-process", "baton-proto"]),
     ("controller", &["baton-process", "baton-proto", "baton-registry"]),
     ("coordinator", &["baton-checkpoint", "baton-process", "baton-proto", "baton-registry"]),
     ("server/runtime/checkpoint", &[]),

@@ -18,6 +18,7 @@ mod failover;
 pub mod memory;
 pub mod remote;
 pub mod service;
+pub mod settings;
 mod wire;
 
 /// Lease times outside of this are an error; etcd keeps whole seconds, so shorter ones are rounded up.
