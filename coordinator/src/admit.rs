@@ -1,8 +1,8 @@
 //! Who may come in, who waits and who is turned away.
 //!
-//! Called by [`crate::http`]. A request takes a [`Ticket`] on arrival, before its body is read, so that the memory of
-//! all requests together is bounded; with it, once prepared, it waits in line for a [`Permit`]. Both are given back by
-//! drop. Overflow policy: a full house is 429 at once, a wait beyond the queue's time is 429 too.
+//! A request takes a [`Ticket`] on arrival ([`crate::http`]), before its body is read, so that the memory of all requests
+//! together is bounded; with it, once prepared, it waits in line for a [`Permit`] ([`crate::serve`]). Both are given back
+//! by drop. Overflow policy: a full house is 429 at once, a wait beyond the queue's time is 429 too.
 
 use std::{sync::Arc, time::Duration};
 

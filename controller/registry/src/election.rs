@@ -17,7 +17,7 @@ use crate::{
     WatchError, keys,
 };
 
-/// Waits at most this long before it looks at the leader key again, and after an error.
+/// After an error, before the leader key is looked at again.
 const RETRY: Duration = Duration::from_millis(300);
 
 /// A controller that would lead.

@@ -112,12 +112,6 @@ impl FleetWatch {
         Self { snapshots }
     }
 
-    /// A watch that never changes: for tests and for readers that have a fixed fleet.
-    pub fn fixed(snapshot: FleetSnapshot) -> Self {
-        let (_, snapshots) = watch::channel(Arc::new(snapshot));
-        Self { snapshots }
-    }
-
     pub fn current(&self) -> Arc<FleetSnapshot> {
         self.snapshots.borrow().clone()
     }

@@ -12,8 +12,6 @@ pub const INSTANCES: &str = "/baton/v1/instances/";
 pub const ROLES: &str = "/baton/v1/roles/";
 /// What instances last said they are: a [`crate::ObservedStatus`] each, leased.
 pub const STATUS: &str = "/baton/v1/status/";
-/// What operators set at run time.
-pub const CONFIG: &str = "/baton/v1/config/";
 
 pub fn instance(id: &InstanceId) -> String {
     format!("{INSTANCES}{id}")

@@ -139,7 +139,15 @@ impl Generation {
                     decode_incarnation: decode.incarnation.0,
                     decode_handoff_endpoint: decode.handoff_endpoint.clone(),
                 };
-                legs.prefill = Some(send(Side::Prefill, prefill, Work::Prefill(hand_on))?);
+                match send(Side::Prefill, prefill, Work::Prefill(hand_on)) {
+                    Ok(guard) => legs.prefill = Some(guard),
+                    Err(error) => {
+                        if let Some(decode) = legs.decode.take() {
+                            decode.cancel("prefill_not_dispatched");
+                        }
+                        return Err(error);
+                    }
+                }
                 Machine::apart(max_tokens)
             }
         };

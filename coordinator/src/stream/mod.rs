@@ -13,9 +13,7 @@ use std::task::{Context, Poll};
 use baton_proto::ApiError;
 use tokio::time::Instant;
 
-use crate::{
-    admit::Permit, dispatch::deadline_passed, prepare::Shape, report::Report, requests::CardGuard,
-};
+use crate::{admit::Permit, dispatch::deadline_passed, prepare::Shape, report::Report, requests::CardGuard};
 
 pub use crate::report::Usage;
 pub use lane::Lane;

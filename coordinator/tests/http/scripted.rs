@@ -11,10 +11,10 @@ use baton_coordinator::{
     text::TextStops,
 };
 use baton_process::HealthHandle;
-use baton_proto::{ApiError, ErrorCode, Incarnation, InstanceId, v1};
+use baton_proto::{ApiError, ErrorCode, InstanceId, v1};
 use baton_registry::{
-    FleetWatch, FleetWatchConfig, InstanceSpec, KvLayoutSpec, MemoryConfig, MemoryStore, ModelIdentity,
-    Revision, Store, Txn, keys,
+    FleetWatch, FleetWatchConfig, InstanceSpec, MemoryConfig, MemoryStore, ModelIdentity, Revision, Store,
+    Txn, keys, testing::instance_spec,
 };
 use parking_lot::Mutex;
 use serde_json::{Value, json};
@@ -197,36 +197,18 @@ impl Instance {
     }
 
     fn spec(&self, served: &Served) -> InstanceSpec {
+        let spec = instance_spec(self.id.as_str(), 1);
         InstanceSpec {
-            id: self.id.clone(),
-            incarnation: Incarnation(1),
-            group: "default".into(),
-            device: "cpu".into(),
-            device_count: 1,
             model: ModelIdentity {
                 name: served.name.clone(),
                 revision: served.revision.clone(),
-                architecture: "llama".into(),
                 context_tokens: served.context_tokens,
                 vocabulary_size: served.text.vocabulary(),
-            },
-            kv_layout: KvLayoutSpec {
-                fingerprint: "f".into(),
-                format: "cpu-panel".into(),
-                dtype: "f32".into(),
-                block_tokens: 16,
-                layers: 1,
-                kv_heads: 1,
-                head_dim: 8,
-                tensor_parallel: 1,
-                block_bytes: 1024,
+                ..spec.model
             },
             inference_endpoint: self.address.to_string(),
             handoff_endpoint: format!("{}-handoff:1", self.id),
-            metrics_endpoint: String::new(),
-            transports: vec!["tcp".into()],
-            labels: Default::default(),
-            version: "test".into(),
+            ..spec
         }
     }
 
