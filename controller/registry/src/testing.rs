@@ -1,12 +1,13 @@
-//! For tests, here and in the controller: a real etcd, started on free ports in a directory of its own and killed when
-//! dropped, and an instance as it would announce itself.
+//! For tests, here and in the controller: a real etcd, started at addresses and in a directory of its own and killed
+//! when dropped, and an instance as it would announce itself.
 //!
 //! Fails with what to install when there is no etcd: the tests that need it do not pass without it.
 
 use std::{
     collections::BTreeMap,
-    net::TcpListener,
+    net::{Ipv4Addr, SocketAddrV4},
     process::{Child, Command, Stdio},
+    sync::atomic::{AtomicU16, Ordering},
     time::Duration,
 };
 
@@ -54,8 +55,8 @@ pub fn instance_spec(name: &str, incarnation: u64) -> InstanceSpec {
 pub struct EtcdServer {
     directory: tempfile::TempDir,
     name: String,
-    client_port: u16,
-    peer_port: u16,
+    client: SocketAddrV4,
+    peer: SocketAddrV4,
     /// `--initial-cluster`: every member's name and peer address.
     cluster: String,
     child: Option<Child>,
@@ -73,8 +74,8 @@ impl EtcdServer {
         let member = |index: usize| Self {
             directory: tempfile::tempdir().expect("cannot make a directory for etcd"),
             name: format!("m{index}"),
-            client_port: free_port(),
-            peer_port: free_port(),
+            client: own_address(),
+            peer: own_address(),
             cluster: String::new(),
             child: None,
         };
@@ -92,12 +93,12 @@ impl EtcdServer {
     }
 
     fn peer_url(&self) -> String {
-        format!("http://127.0.0.1:{}", self.peer_port)
+        format!("http://{}", self.peer)
     }
 
     /// host:port for clients.
     pub fn endpoint(&self) -> String {
-        format!("127.0.0.1:{}", self.client_port)
+        self.client.to_string()
     }
 
     /// A store over this member alone.
@@ -163,6 +164,28 @@ impl Drop for EtcdServer {
     }
 }
 
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("no free port").port()
+/// An address that nobody else takes, not even while the member is down.
+///
+/// A port found free by binding it is free for others, too, once it is let go: two members were given the same one, now
+/// and then. So every process has an IP address of its own here (on Linux all of 127/8 is this machine), and gives each
+/// port once, from below those that the system hands out.
+fn own_address() -> SocketAddrV4 {
+    static NEXT: AtomicU16 = AtomicU16::new(20_000);
+    // Process ids have 22 bits at most.
+    let [_, high, middle, low] = std::process::id().to_be_bytes();
+    let address = Ipv4Addr::new(127, 64 | (high & 0x3f), middle, low);
+    SocketAddrV4::new(address, NEXT.fetch_add(1, Ordering::Relaxed))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_address_is_given_twice_and_each_can_be_listened_at() {
+        let addresses: Vec<_> = (0..100).map(|_| own_address()).collect();
+        let held: Vec<_> =
+            addresses.iter().map(|at| std::net::TcpListener::bind(at).expect("is free")).collect();
+        assert_eq!(held.len(), addresses.len());
+    }
 }
