@@ -28,6 +28,13 @@ fn requests(model: &str) -> Vec<Value> {
     all
 }
 
+/// What one answer says it cost.
+async fn usage_of(url: &str, body: &Value) -> Value {
+    let response = reqwest::Client::new().post(format!("{url}/v1/chat/completions")).json(body).send().await;
+    let answer: Value = response.expect("the coordinator answers").json().await.expect("answers are JSON");
+    answer["usage"].clone()
+}
+
 #[tokio::test]
 async fn apart_equals_mixed() {
     let apart = Cluster::start(&["--prefill", "1", "--decode", "1"]).await;
@@ -38,6 +45,10 @@ async fn apart_equals_mixed() {
         one_by_one.push(ask(apart.url(), request).await);
     }
     let together = ask_all(apart.url(), &requests).await;
+    // By now both have the prompts in their caches: full blocks of 16 tokens, all but the last token at most.
+    let usage = usage_of(apart.url(), &requests[20]).await;
+    let cached = usage["prompt_tokens_details"]["cached_tokens"].as_u64();
+    assert_eq!(cached, usage["prompt_tokens"].as_u64().map(|tokens| (tokens - 1) / 16 * 16), "{usage}");
     apart.assert_nothing_held().await;
     let handed_off = apart.server_metric("baton_server_transfers_out_total", "").await;
     assert!(handed_off >= 2.0 * requests.len() as f64, "only {handed_off} caches crossed");
