@@ -22,6 +22,7 @@ pub struct KvLayout {
     /// Tokens in a block.
     pub block_tokens: u32,
     pub layers: u32,
+    /// 1 where all heads share one latent; `format` then says that there is no value beside it.
     pub kv_heads: u32,
     pub head_dim: u32,
     pub tensor_parallel: u32,
