@@ -7,6 +7,8 @@ use baton_proto::CoordinatorId;
 use baton_registry::EtcdSettings;
 use serde::{Deserialize, Serialize};
 
+use crate::dispatch::CHOICES_MOST;
+
 /// Everything a coordinator can be told.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -84,6 +86,8 @@ pub struct LimitsConfig {
     pub request_timeout: Duration,
     /// Most tokens one request may generate; also what is taken when a request does not say. 0 = the context's rest.
     pub max_completion_tokens: u32,
+    /// Most answers one request may ask for, `n` times its prompts; 1 to 128.
+    pub max_choices: u32,
 }
 
 impl Default for LimitsConfig {
@@ -97,6 +101,7 @@ impl Default for LimitsConfig {
             placement_timeout: Duration::from_secs(5),
             request_timeout: Duration::from_secs(600),
             max_completion_tokens: 0,
+            max_choices: 32,
         }
     }
 }
@@ -163,6 +168,7 @@ impl ServiceConfig for CoordinatorConfig {
         require(limits.max_body_bytes > 0, "limits.max_body_bytes", "expected at least 1")?;
         require(limits.max_connections > 0, "limits.max_connections", "expected at least 1")?;
         require(limits.max_concurrent > 0, "limits.max_concurrent", "expected at least 1")?;
+        require((1..=CHOICES_MOST).contains(&limits.max_choices), "limits.max_choices", "expected 1 to 128")?;
         require(!limits.request_timeout.is_zero(), "limits.request_timeout", "expected more than 0")?;
         let fleet = &self.fleet;
         for (value, key) in [
@@ -196,13 +202,15 @@ mod tests {
     fn what_types_cannot_say_is_checked_with_its_key() {
         assert!(good().validate().is_ok());
         type Change = fn(&mut CoordinatorConfig);
-        let cases: [(&str, Change); 8] = [
+        let cases: [(&str, Change); 10] = [
             ("id", |c| c.id = "Upper".into()),
             ("store", |c| c.store.controller.clear()),
             ("store", |c| c.store.etcd.endpoints.push("127.0.0.1:2379".into())),
             ("store.etcd.password_file", |c| c.store.etcd.user = "baton".into()),
             ("model.path", |c| c.model.path = PathBuf::new()),
             ("limits.max_concurrent", |c| c.limits.max_concurrent = 0),
+            ("limits.max_choices", |c| c.limits.max_choices = 0),
+            ("limits.max_choices", |c| c.limits.max_choices = 129),
             ("fleet.keep_alive", |c| c.fleet.keep_alive = Duration::ZERO),
             ("fleet.reconnect_max", |c| c.fleet.reconnect_max = Duration::ZERO),
         ];

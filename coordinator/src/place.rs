@@ -58,7 +58,8 @@ impl Placer {
     }
 
     fn book_now(&self, prompt_tokens: u32, sampling: &Sampling) -> Result<Booking, NoPlace> {
-        let booking = self.board.place(prompt_tokens, sampling.max_tokens, &self.served.revision)?;
+        let asked = (sampling.max_tokens, sampling.choices);
+        let booking = self.board.place(prompt_tokens, asked, &self.served.revision)?;
         tracing::debug!(placement = ?booking.placement, receipt = ?booking.receipt, "placed");
         Ok(booking)
     }

@@ -31,7 +31,7 @@ impl Stage {
     /// A request has been placed.
     pub fn placed(prompt_tokens: u32, placement: &Placement) -> Self {
         let (prefill, decode) = match placement {
-            Placement::Mixed(seat) => (seat, seat),
+            Placement::Alone(seat) => (seat, seat),
             Placement::Apart { prefill, decode } => (prefill, decode),
         };
         Self::Placed { prompt_tokens, prefill: prefill.instance.clone(), decode: decode.instance.clone() }

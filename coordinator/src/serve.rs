@@ -14,7 +14,7 @@ use crate::{
     dispatch::{Assignment, Generation},
     metrics::Metrics,
     place::{Attempts, Placer},
-    prepare::{Endpoint, Prepared, Served, prepare},
+    prepare::{Endpoint, Prepared, PreparedPrompt, RequestLimits, Served, prepare},
     report::Report,
     requests::{CardGuard, Roster, Stage},
     schedule::{NoPlace, board::Booking},
@@ -56,7 +56,8 @@ struct Admitted {
 
 struct Placed {
     admitted: Admitted,
-    booking: Booking,
+    /// One for each prompt.
+    bookings: Vec<Booking>,
 }
 
 impl Service {
@@ -91,9 +92,13 @@ impl Service {
         body: Bytes,
         ticket: Ticket,
     ) -> Result<(Prepared, Ticket), ApiError> {
-        let (most, seed) = (self.limits.max_completion_tokens, rand::random());
+        let limits = RequestLimits {
+            max_completion_tokens: self.limits.max_completion_tokens,
+            max_choices: self.limits.max_choices,
+        };
+        let seed = rand::random();
         let (served, inline) = (self.served.clone(), body.len() <= PREPARE_INLINE_BYTES);
-        let work = move || Ok((prepare(&served, endpoint, &body, most, seed)?, ticket));
+        let work = move || Ok((prepare(&served, endpoint, &body, limits, seed)?, ticket));
         if inline {
             return work();
         }
@@ -104,50 +109,65 @@ impl Service {
     }
 
     async fn place(&self, mut admitted: Admitted) -> Result<Placed, ApiError> {
-        let prepared = &admitted.prepared;
-        match self.placer.book(prepared.prompt_tokens(), &prepared.sampling).await {
-            Ok(booking) => {
-                admitted.card.set(Stage::placed(prepared.prompt_tokens(), &booking.placement));
-                Ok(Placed { admitted, booking })
-            }
-            Err(reason) => {
-                let error = reason.into();
-                admitted.report.failed(&error);
-                Err(error)
+        let mut bookings = Vec::new();
+        for prompt in &admitted.prepared.prompts {
+            match self.placer.book(prompt.prompt_tokens(), &prompt.sampling).await {
+                Ok(booking) => {
+                    admitted.card.set(Stage::placed(admitted.prepared.prompt_tokens(), &booking.placement));
+                    bookings.push(booking);
+                }
+                Err(reason) => {
+                    let error = reason.into();
+                    admitted.report.failed(&error);
+                    return Err(error);
+                }
             }
         }
+        Ok(Placed { admitted, bookings })
     }
 
     async fn dispatch(self: &Arc<Self>, placed: Placed) -> Result<Streaming, ApiError> {
-        let Placed { admitted: Admitted { prepared, permit, traceparent, card, mut report }, booking } =
-            placed;
+        let Placed { admitted, bookings } = placed;
+        let Admitted { prepared, permit, traceparent, card, mut report } = admitted;
+        let mut lanes = Vec::new();
+        for (prompt, booking) in prepared.prompts.iter().zip(bookings) {
+            let lane = self.lane(prompt, &prepared, booking, &traceparent, &card).await;
+            lanes.push(lane.inspect_err(|error| report.failed(error))?);
+        }
+        self.metrics.prompt_tokens.inc_by(u64::from(prepared.prompt_tokens()));
+        Ok(Streaming::new(prepared.shape, lanes, report, card, permit))
+    }
+
+    /// Sends one prompt on its way; once more if it fails at once.
+    async fn lane(
+        &self,
+        prompt: &PreparedPrompt,
+        prepared: &Prepared,
+        booking: Booking,
+        traceparent: &str,
+        card: &CardGuard,
+    ) -> Result<Lane, ApiError> {
         let assignment = Assignment {
             request: card.card().request.clone(),
-            traceparent,
-            prompt: prepared.prompt,
-            sampling: prepared.sampling,
+            traceparent: traceparent.to_owned(),
+            prompt: prompt.tokens.clone(),
+            sampling: prompt.sampling.clone(),
             deadline: card.card().arrived + self.limits.request_timeout,
         };
         let mut attempts = Attempts::new(self.placer.clone(), assignment);
-        let started = match Generation::start(&self.placer.links, booking, attempts.assignment().clone()) {
-            Ok(generation) => Ok(generation),
-            Err(error) => match attempts.again(error) {
-                Ok(replacing) => replacing.await.map(|(generation, stage)| {
-                    card.set(stage);
-                    generation
-                }),
-                Err(error) => Err(error),
-            },
+        let generation = match Generation::start(&self.placer.links, booking, attempts.assignment().clone()) {
+            Ok(generation) => generation,
+            Err(error) => {
+                let (generation, stage) = attempts.again(error)?.await?;
+                card.set(stage);
+                generation
+            }
         };
-        let generation = started.inspect_err(|error| report.failed(error))?;
-        self.metrics.prompt_tokens.inc_by(u64::from(attempts.prompt_tokens()));
-        let readers = vec![Reading::new(
-            self.served.text.reader(&prepared.stops),
-            attempts.assignment(),
-            prepared.stops.included,
-            &prepared.echo,
-        )];
-        let lane = Lane::new(generation, attempts, readers);
-        Ok(Streaming::new(prepared.shape, vec![lane], report, card, permit))
+        let reading = |_| {
+            let reader = self.served.text.reader(&prepared.stops);
+            Reading::new(reader, attempts.assignment(), prepared.stops.included, &prompt.echo)
+        };
+        let readings = (0..prompt.sampling.choices).map(reading).collect();
+        Ok(Lane::new(generation, attempts, readings))
     }
 }

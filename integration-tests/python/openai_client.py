@@ -216,6 +216,50 @@ class Sampling(unittest.TestCase):
         self.assertEqual(chat(extra_body={"max_tokens": 3.0}).usage.completion_tokens, 3)
 
 
+class Choices(unittest.TestCase):
+    SAMPLED = dict(temperature=1.0, top_p=0.95, seed=42, max_tokens=20)
+
+    def test_each_is_what_a_request_with_its_seed_gives(self):
+        answer = chat(n=3, **self.SAMPLED)
+        self.assertEqual([choice.index for choice in answer.choices], [0, 1, 2])
+        alone = [chat(**{**self.SAMPLED, "seed": 42 + i}) for i in range(3)]
+        self.assertEqual([choice.message.content for choice in answer.choices], [one.choices[0].message.content for one in alone])
+        self.assertEqual([choice.finish_reason for choice in answer.choices], [one.choices[0].finish_reason for one in alone])
+        self.assertEqual(len({choice.message.content for choice in answer.choices}), 3)
+        self.assertEqual(answer.usage.prompt_tokens, alone[0].usage.prompt_tokens)
+        self.assertEqual(answer.usage.completion_tokens, sum(one.usage.completion_tokens for one in alone))
+
+    def test_stream_says_the_same_as_no_stream(self):
+        asked = dict(n=3, logprobs=True, stop=[",", " and"], stream_options={"include_usage": True}, **self.SAMPLED)
+        stream = chunks(**asked)
+        asked.pop("stream_options")
+        whole = chat(**asked)
+        for choice in whole.choices:
+            own = [c.choices[0] for c in stream if c.choices and c.choices[0].index == choice.index]
+            self.assertEqual("".join(c.delta.content or "" for c in own), choice.message.content)
+            self.assertEqual([c.finish_reason for c in own if c.finish_reason], [choice.finish_reason])
+            told = [entry for c in own if c.logprobs for entry in c.logprobs.content]
+            self.assertEqual(told, choice.logprobs.content)
+        self.assertEqual(stream[-1].usage, whole.usage)
+
+    def test_greedy_choices_are_alike(self):
+        self.assertEqual(len({choice.message.content for choice in chat(n=2).choices}), 1)
+
+    def test_prompts_and_choices_of_completions(self):
+        prompts = ["The capital of France is", "One, two, three,"]
+        asked = dict(model=MODEL, temperature=0.9, seed=5, max_tokens=8, n=2, extra_body={"best_of": 2})
+        answer = CLIENT.completions.create(prompt=prompts, **asked)
+        self.assertEqual([choice.index for choice in answer.choices], [0, 1, 2, 3])
+        alone = [CLIENT.completions.create(prompt=prompt, **asked) for prompt in prompts]
+        self.assertEqual([c.text for c in answer.choices], [c.text for one in alone for c in one.choices])
+        self.assertEqual(answer.usage.completion_tokens, sum(one.usage.completion_tokens for one in alone))
+        texts = [""] * 4
+        for chunk in CLIENT.completions.create(prompt=prompts, stream=True, **asked):
+            for choice in chunk.choices:
+                texts[choice.index] += choice.text
+        self.assertEqual(texts, [c.text for c in answer.choices])
+
+
 class Stop(unittest.TestCase):
     def test_every_cut_of_the_text_stops_there_and_never_leaks(self):
         """Stop strings of every small length and place, most of them across token borders."""
@@ -306,6 +350,7 @@ class Refusals(unittest.TestCase):
         self.refused(bad, "repetition_penalty", extra_body={"repetition_penalty": 0})
         self.refused(bad, "stop", stop=[""])
         self.refused(bad, "n", n=0)
+        self.refused(bad, "n", n=33)
         self.refused(bad, "top_logprobs", logprobs=True, top_logprobs=21)
         self.refused(bad, "top_logprobs", top_logprobs=1)
         self.refused(bad, "logit_bias", logit_bias={"504": 101})

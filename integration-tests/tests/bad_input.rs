@@ -49,8 +49,11 @@ async fn wrong_requests_get_clear_errors() {
         ("max_completion_tokens", json!({"max_completion_tokens": -4}), 400),
         ("stop", json!({"stop": [1]}), 400),
         ("stream_options", json!({"stream_options": {"include_usage": true}}), 400),
-        ("n", json!({"n": 3}), 400),
-        ("logprobs", json!({"logprobs": true}), 400),
+        ("n", json!({"n": 33}), 400),
+        ("best_of", json!({"best_of": 2}), 400),
+        ("logprobs", json!({"logprobs": "yes"}), 400),
+        ("top_logprobs", json!({"logprobs": true, "top_logprobs": 21}), 400),
+        ("logit_bias", json!({"logit_bias": {"word": 1}}), 400),
         ("tools", json!({"tools": [{"type": "function", "function": {"name": "f"}}]}), 400),
     ];
     for (field, change, expected) in cases {

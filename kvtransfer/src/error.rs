@@ -36,6 +36,8 @@ pub enum TransferError {
     DeadlineExceeded { waiting_for: &'static str },
     #[error("cancelled here: {0}")]
     Cancelled(String),
+    #[error("not needed: {0}")]
+    NotNeeded(String),
     #[error("refused here: {0}")]
     Refused(ApiError),
     #[error("aborted by the peer: {0}")]
@@ -69,6 +71,7 @@ impl TransferError {
             Self::PeerRefused(error) | Self::PeerAborted(error) | Self::Refused(error) => error.code,
             Self::DeadlineExceeded { .. } => ErrorCode::DeadlineExceeded,
             Self::Cancelled(_) => ErrorCode::Cancelled,
+            Self::NotNeeded(_) => ErrorCode::NotNeeded,
             Self::DataPath(_) | Self::Damaged { .. } | Self::Protocol(_) | Self::SealMismatch { .. } => {
                 ErrorCode::HandoffFailed
             }

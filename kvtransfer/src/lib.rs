@@ -108,6 +108,7 @@
 //! ```
 
 mod error;
+mod first_tokens;
 mod layout;
 mod memory;
 mod node;
@@ -115,6 +116,7 @@ mod session;
 mod transport;
 
 pub use error::TransferError;
+pub use first_tokens::FirstTokens;
 pub use layout::KvLayout;
 pub use memory::{Region, Slices};
 pub use node::{

@@ -464,11 +464,11 @@ async fn decode_answers_a_repeated_seal_as_the_transfer_ended() {
         write(&mut data, &RawFrame::new(id, &key, layer, 0, slices(1, layer, 0..1)).bytes()).await;
     }
     let seal = seal(1, &all);
-    sender.say(id, FromSender::Seal(seal)).await;
+    sender.say(id, FromSender::Seal(seal.clone())).await;
     within("sealed", 10, incoming.sealed()).await.expect("whole");
     drop(sender);
     let mut sender = ScriptedSender::open(&decode, "prefill-9", 1).await.expect("welcome");
-    sender.say(id, FromSender::Seal(seal)).await;
+    sender.say(id, FromSender::Seal(seal.clone())).await;
     assert!(matches!(sender.hear().await.1, receiver_message::Body::Released(_)));
     let mut other = ScriptedSender::open(&decode, "meddler", 1).await.expect("welcome");
     other.say(id, FromSender::Seal(seal)).await;

@@ -26,7 +26,7 @@ async fn bytes_arrive_in_scattered_blocks_while_the_sender_still_produces() {
     }
     outgoing.seal(4242);
     let sealed = within("sealed", 10, incoming.sealed()).await.expect("whole");
-    assert_eq!((sealed.first_token, sealed.slices), (4242, 36));
+    assert_eq!((sealed.first_tokens, sealed.slices), (4242.into(), 36));
     assert_eq!(sealed.bytes, 36 * SLICE as u64);
     let stats = within("finished", 10, outgoing.finished()).await.expect("released");
     assert_eq!((stats.slices, stats.bytes), (36, 36 * SLICE as u64));
@@ -111,7 +111,7 @@ async fn a_transfer_that_decode_holds_already_moves_nothing() {
     let mut outgoing = prefill.node.offer(offer_spec(id, &decode, &MANY)).expect("room");
     outgoing.seal(77);
     let sealed = within("sealed", 10, incoming.sealed()).await.expect("whole");
-    assert_eq!((sealed.first_token, sealed.slices, sealed.bytes), (77, 0, 0));
+    assert_eq!((sealed.first_tokens, sealed.slices, sealed.bytes), (77.into(), 0, 0));
     within("finished", 10, outgoing.finished()).await.expect("released");
 }
 
@@ -186,7 +186,7 @@ async fn two_hundred_at_once() {
             outgoing.seal(n);
             let sealed = incoming.sealed().await.expect("whole");
             outgoing.finished().await.expect("released");
-            assert_eq!(sealed.first_token, n);
+            assert_eq!(sealed.first_tokens, n.into());
             (n, incoming.close().await, outgoing.close().await)
         });
     }

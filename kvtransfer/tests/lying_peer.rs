@@ -71,7 +71,7 @@ async fn the_scripted_sender_can_tell_the_truth() {
     let seal = scene.send_all().await;
     scene.sender.say(scene.id, Body::Seal(seal)).await;
     let sealed = within("sealed", 10, scene.incoming.sealed()).await.expect("whole");
-    assert_eq!(sealed.first_token, 9);
+    assert_eq!(sealed.first_tokens, 9.into());
     assert!(scene.decode.holds(1, &BLOCKS_LENT));
     assert!(matches!(scene.sender.hear().await.1, v1::receiver_message::Body::Released(_)));
 }
@@ -208,7 +208,7 @@ async fn messages_out_of_turn_abort() {
                 let seal = scene.frame(0, 0, 3);
                 let all: Vec<_> = (0..LAYERS * 3).map(|n| (n / 3, n % 3, seal.payload[0].clone())).collect();
                 let seal = support::scripted::seal(1, &all);
-                scene.sender.say(scene.id, Body::Seal(seal)).await;
+                scene.sender.say(scene.id, Body::Seal(seal.clone())).await;
                 scene.sender.say(scene.id, Body::Seal(seal)).await;
             }
             _ => {

@@ -25,6 +25,8 @@ pub enum ErrorCode {
     NotFound,
     AlreadyExists,
     Unsupported,
+    NotNeeded,
+    MethodNotAllowed,
 }
 
 struct Row {
@@ -67,6 +69,8 @@ const TABLE: &[Row] = table! {
     NotFound,              NotFound,           404, "invalid_request_error", "not_found";
     AlreadyExists,         AlreadyExists,      409, "invalid_request_error", "already_exists";
     Unsupported,           Unimplemented,      400, "invalid_request_error", "unsupported";
+    NotNeeded,             Cancelled,          499, "server_error",          "not_needed";
+    MethodNotAllowed,      Unimplemented,      405, "invalid_request_error", "method_not_allowed";
 };
 
 impl ErrorCode {

@@ -12,7 +12,7 @@ use std::{
 };
 
 use baton_kvtransfer::{
-    ExpectSpec, Incoming, KvLayout, KvNode, OfferSpec, Outgoing, Progress, Region, TransferError,
+    ExpectSpec, FirstTokens, Incoming, KvLayout, KvNode, OfferSpec, Outgoing, Progress, Region, TransferError,
 };
 use baton_proto::{ApiError, ErrorCode, Incarnation, TransferId};
 use baton_runtime::{BlockId, KvPool, KvPoolLayout};
@@ -56,10 +56,13 @@ pub fn kv_region(pool: &Arc<KvPool>) -> Region {
     unsafe { Region::new(owner, pool.base(), pool.layout().total_bytes()) }
 }
 
+/// Whether a transfer that is closed would still have been wanted.
+type Needed = bool;
+
 /// What the engine's thread holds of an open transfer.
 enum Open {
-    Outgoing { progress: Progress, close: oneshot::Sender<()> },
-    Incoming { close: oneshot::Sender<()> },
+    Outgoing { progress: Progress, close: oneshot::Sender<Needed> },
+    Incoming { close: oneshot::Sender<Needed> },
 }
 
 /// See the module.
@@ -192,7 +195,7 @@ impl Transfers {
         self.tasks.spawn_on(
             async move {
                 let command = match receive(incoming, closed, &metrics).await {
-                    Ok(first_token) => Command::Received { id, first_token },
+                    Ok(first_tokens) => Command::Received { id, first_tokens },
                     Err(error) => Command::TransferEnded { id, result: Err(error.into()) },
                 };
                 let _ = engine.send(command).await;
@@ -216,16 +219,16 @@ impl Transfers {
     }
 
     /// Every layer of every block of an outgoing transfer is reported.
-    pub fn seal(&self, id: SequenceId, first_token: u32) {
+    pub fn seal(&self, id: SequenceId, first_tokens: FirstTokens) {
         if let Some(progress) = self.progress(id) {
-            progress.seal(first_token);
+            progress.seal(first_tokens);
         }
     }
 
     /// Ends a transfer early. Its command follows.
-    pub fn close(&mut self, id: SequenceId) {
+    pub fn close(&mut self, id: SequenceId, needed: Needed) {
         if let Some(Open::Outgoing { close, .. } | Open::Incoming { close }) = self.open.remove(&id) {
-            let _ = close.send(());
+            let _ = close.send(needed);
         }
     }
 
@@ -253,15 +256,20 @@ fn incarnation(of: Incarnation) -> Option<Incarnation> {
 
 async fn send(
     mut outgoing: Outgoing,
-    closed: oneshot::Receiver<()>,
+    closed: oneshot::Receiver<Needed>,
     metrics: &HandoffMetrics,
 ) -> Result<(), TransferError> {
     let result = tokio::select! {
         biased;
         result = outgoing.finished() => result,
-        _ = closed => {
-            outgoing.cancel("the prefill leg has ended");
-            Err(TransferError::Cancelled("the prefill leg has ended".into()))
+        needed = closed => {
+            let why = "the prefill leg has ended";
+            if needed == Ok(false) {
+                outgoing.withdraw("the sequence ended with its first token");
+            } else {
+                outgoing.cancel(why);
+            }
+            Err(TransferError::Cancelled(why.into()))
         }
     };
     outgoing.close().await;
@@ -271,12 +279,12 @@ async fn send(
     Ok(())
 }
 
-/// The first token, once the cache is whole.
+/// The first tokens, once the cache is whole.
 async fn receive(
     mut incoming: Incoming,
-    closed: oneshot::Receiver<()>,
+    closed: oneshot::Receiver<Needed>,
     metrics: &HandoffMetrics,
-) -> Result<u32, TransferError> {
+) -> Result<FirstTokens, TransferError> {
     let result = tokio::select! {
         biased;
         result = incoming.sealed() => result,
@@ -289,5 +297,5 @@ async fn receive(
     let sealed = result?;
     metrics.received(sealed.took);
     tracing::debug!(slices = sealed.slices, bytes = sealed.bytes, took = ?sealed.took, "cache received");
-    Ok(sealed.first_token)
+    Ok(sealed.first_tokens)
 }

@@ -87,8 +87,9 @@ impl InferenceService {
         Self { parts, next: Arc::new(AtomicU64::new(1)) }
     }
 
-    fn fresh(&self) -> u64 {
-        self.next.fetch_add(1, Ordering::Relaxed)
+    /// The first of `count` numbers that nobody else has.
+    fn fresh(&self, count: u32) -> u64 {
+        self.next.fetch_add(count.into(), Ordering::Relaxed)
     }
 }
 
@@ -104,7 +105,7 @@ impl v1::inference_server::Inference for InferenceService {
     ) -> Result<Response<AttachStream>, Status> {
         let mut requests = request.into_inner();
         let coordinator = hello(&mut requests).await?;
-        let stream = StreamId(self.fresh());
+        let stream = StreamId(self.fresh(1));
         let outbox = Arc::new(Outbox::default());
         {
             let mut open = self.parts.streams.open.lock();
@@ -193,6 +194,23 @@ fn step(updates: Vec<LegUpdate>) -> v1::attach_response::Frame {
     v1::attach_response::Frame::Step(v1::StepOutput { legs })
 }
 
+/// Why a coordinator's stream is over; for the log.
+#[derive(Debug, thiserror::Error)]
+enum Detached {
+    #[error("its response stream is gone")]
+    ResponsesGone,
+    #[error("it has closed its stream")]
+    Closed,
+    #[error("its stream broke: {0}")]
+    Broken(Box<Status>),
+    #[error("it said hello twice")]
+    HelloTwice,
+    #[error("it used the number of leg {0} twice")]
+    LegTwice(LegId),
+    #[error("the engine has ended")]
+    EngineGone,
+}
+
 /// Reads one stream's requests.
 struct Reader {
     service: InferenceService,
@@ -210,7 +228,7 @@ impl Reader {
             };
             let message = tokio::select! {
                 biased;
-                () = self.ended.cancelled() => break "its response stream is gone".to_owned(),
+                () = self.ended.cancelled() => break Detached::ResponsesGone,
                 message = message => message,
             };
             match message {
@@ -219,8 +237,8 @@ impl Reader {
                         break error;
                     }
                 }
-                Ok(None) => break "it has closed its stream".to_owned(),
-                Err(status) => break status.to_string(),
+                Ok(None) => break Detached::Closed,
+                Err(status) => break Detached::Broken(Box::new(status)),
             }
         };
         tracing::info!(%coordinator, %reason, "coordinator detached");
@@ -231,23 +249,24 @@ impl Reader {
     }
 
     /// An error breaks the stream.
-    async fn take(&self, request: v1::AttachRequest) -> Result<(), String> {
+    async fn take(&self, request: v1::AttachRequest) -> Result<(), Detached> {
         match request.frame {
             Some(v1::attach_request::Frame::Dispatch(dispatch)) => self.dispatch(dispatch).await,
             Some(v1::attach_request::Frame::Cancel(cancel)) => {
-                if let Some(id) = self.outbox.sequence(LegId(cancel.leg)) {
-                    tracing::debug!(leg = cancel.leg, reason = cancel.reason, "leg cancelled");
-                    self.command(Command::Cancel(id)).await?;
+                if let Some((leg, choices)) = self.outbox.sequence(LegId(cancel.leg)) {
+                    tracing::debug!(leg = cancel.leg, choice = ?cancel.choice, reason = cancel.reason, "cancelled");
+                    let choices = cancel.choice.map_or(0..choices, |choice| choice..choice.saturating_add(1));
+                    self.command(Command::Cancel { leg, choices }).await?;
                 }
                 Ok(())
             }
-            Some(v1::attach_request::Frame::Hello(_)) => Err("it said hello twice".into()),
+            Some(v1::attach_request::Frame::Hello(_)) => Err(Detached::HelloTwice),
             // From a newer coordinator: an older instance leaves out what it does not know.
             None => Ok(()),
         }
     }
 
-    async fn dispatch(&self, dispatch: v1::Dispatch) -> Result<(), String> {
+    async fn dispatch(&self, dispatch: v1::Dispatch) -> Result<(), Detached> {
         let parts = &self.service.parts;
         let leg = LegId(dispatch.leg);
         // Before the role is read: a role switch waits for every permit that was taken before it began.
@@ -256,9 +275,10 @@ impl Reader {
             let role = *parts.role.borrow();
             leg.check(&parts.facts, role).map(|()| leg)
         });
-        let id = SequenceId(self.service.fresh());
-        if !self.outbox.open(leg, id) {
-            return Err(format!("it used the number of leg {leg} twice"));
+        let choices = checked.as_ref().map_or(1, |leg| leg.choices);
+        let id = SequenceId(self.service.fresh(choices));
+        if !self.outbox.open(leg, id, choices) {
+            return Err(Detached::LegTwice(leg));
         }
         match checked {
             Ok(leg) => {
@@ -269,7 +289,7 @@ impl Reader {
                 tracing::debug!(%leg, code = error.code.name(), %error, "leg refused");
                 let end = Some(LegEnd::Failed(error));
                 let (tokens, logprobs) = (Vec::new(), Vec::new());
-                self.outbox.put([LegUpdate { leg, first_position: 0, tokens, logprobs, end }]);
+                self.outbox.put([LegUpdate { leg, choice: 0, first_position: 0, tokens, logprobs, end }]);
                 Ok(())
             }
         }
@@ -286,6 +306,7 @@ impl Reader {
             id,
             address: Address { stream: self.stream, leg: leg.leg },
             request: leg.request,
+            choices: leg.choices,
             prompt: leg.prompt,
             sampling: leg.sampling,
             stop: leg.stop,
@@ -298,8 +319,8 @@ impl Reader {
         }
     }
 
-    async fn command(&self, command: Command) -> Result<(), String> {
-        self.service.parts.engine.send(command).await.map_err(|_| "the engine has ended".to_owned())
+    async fn command(&self, command: Command) -> Result<(), Detached> {
+        self.service.parts.engine.send(command).await.map_err(|_| Detached::EngineGone)
     }
 }
 
@@ -324,6 +345,7 @@ impl From<LegUpdate> for v1::LegOutput {
         });
         Self {
             leg: update.leg.0,
+            choice: update.choice,
             first_position: update.first_position,
             tokens: update.tokens,
             logprobs: update.logprobs.into_iter().map(v1::TokenLogprobs::from).collect(),

@@ -59,7 +59,10 @@ async fn a_stop_token_ends_it_on_either_side() {
         let first = pair.to_prefill.until_end(leg).await;
         if at == 0 {
             assert_eq!((first.finished(), &first.tokens[..]), (v1::FinishReason::Stop, &completion[..1]));
-            // The prefill leg has ended the transfer; the decode leg learns that from it.
+            // The prefill leg has ended the transfer, which nobody needed; the decode leg learns that from it.
+            pair.prefill.until_idle().await;
+            let withdrawn = r#"baton_server_transfers_aborted_total{direction="out",reason="not_needed"}"#;
+            assert_eq!(pair.prefill.metric(withdrawn), 1.0);
             pair.to_decode.cancel(leg).await;
             let _ = pair.to_decode.until_end(leg).await;
         } else {

@@ -75,10 +75,10 @@ pub enum Progress {
     Failed(ApiError),
 }
 
-impl From<Result<Completed, ApiError>> for Progress {
-    fn from(end: Result<Completed, ApiError>) -> Self {
+impl Progress {
+    fn of(choice: u32, end: Result<Completed, ApiError>) -> Self {
         match end {
-            Ok(completed) => Self::Choice { choice: 0, end: Some(completed) },
+            Ok(completed) => Self::Choice { choice, end: Some(completed) },
             Err(error) => Self::Failed(error),
         }
     }
@@ -93,24 +93,32 @@ enum Wait {
     Decode,
 }
 
+/// One of the answers to a request.
+struct Choice {
+    machine: Machine,
+    /// At most one at a time: what ends the first rules the second out.
+    wait: Option<(Wait, Pin<Box<Sleep>>)>,
+}
+
 /// A request whose legs have been dispatched.
 pub struct Generation {
-    machine: Machine,
+    choices: Vec<Choice>,
     // Before `credit`: cancels leave before the work is taken off the ledger.
     legs: Legs,
     credit: Credit,
     mailbox: Arc<Mailbox>,
     inbox: VecDeque<(Side, Output)>,
+    /// What has been made of the inbox and not been told.
+    news: VecDeque<Progress>,
     deadline: Pin<Box<Sleep>>,
-    /// At most one at a time: what ends the first rules the second out.
-    wait: Option<(Wait, Pin<Box<Sleep>>)>,
     why_cancelled: &'static str,
 }
 
 impl Generation {
     /// Dispatches both legs of a booked placement, or the only one. The booking's work is taken off if it fails.
     pub fn start(links: &Links, booking: Booking, assignment: Assignment) -> Result<Self, ApiError> {
-        let mailbox = Arc::new(Mailbox::default());
+        let sampling = &assignment.sampling;
+        let mailbox = Arc::new(Mailbox::new(sampling.choices));
         let mut legs = Legs::default();
         let send = |side: Side, seat: &Seat, work: Work| {
             let link = links.get(&seat.instance).ok_or_else(|| {
@@ -118,11 +126,10 @@ impl Generation {
             })?;
             link.dispatch(side, &mailbox, dispatch(seat, &assignment, work))
         };
-        let max_tokens = assignment.sampling.max_tokens;
-        let machine = match &booking.placement {
-            Placement::Mixed(seat) => {
+        let machine: fn(u32) -> Machine = match &booking.placement {
+            Placement::Alone(seat) => {
                 legs.whole = Some(send(Side::Whole, seat, Work::Whole(v1::dispatch::Whole {}))?);
-                Machine::whole(max_tokens)
+                Machine::whole
             }
             Placement::Apart { prefill, decode } => {
                 let transfer = TransferId::generate();
@@ -143,116 +150,123 @@ impl Generation {
                     Ok(guard) => legs.prefill = Some(guard),
                     Err(error) => {
                         if let Some(decode) = legs.decode.take() {
-                            decode.cancel("prefill_not_dispatched");
+                            decode.cancel_all("prefill_not_dispatched");
                         }
                         return Err(error);
                     }
                 }
-                Machine::apart(max_tokens)
+                Machine::apart
             }
         };
+        let choice = |_| {
+            let machine = machine(sampling.max_tokens).with_logprobs(sampling.top_logprobs.is_some());
+            Choice { machine, wait: None }
+        };
         Ok(Self {
-            machine: machine.with_logprobs(assignment.sampling.top_logprobs.is_some()),
+            choices: (0..sampling.choices).map(choice).collect(),
             legs,
             credit: booking.credit,
             mailbox,
             inbox: VecDeque::new(),
+            news: VecDeque::new(),
             deadline: Box::pin(sleep_until(assignment.deadline)),
-            wait: None,
             why_cancelled: "other_leg_ended",
         })
     }
 
     /// Tokens of a choice that came since the last call, in order.
-    pub fn fresh(&mut self, _choice: u32) -> Fresh<'_> {
-        self.machine.take_fresh()
+    pub fn fresh(&mut self, choice: u32) -> Option<Fresh<'_>> {
+        Some(self.choices.get_mut(choice as usize)?.machine.take_fresh())
     }
 
-    /// The reader has seen enough of a choice (a stop string): it is cancelled. The answer is that of its end.
-    pub fn stop(&mut self, _choice: u32) -> Completed {
+    /// The reader has seen enough of a choice (a stop string): it is cancelled, and nothing more will be told of it.
+    pub fn stop(&mut self, choice: u32) -> Completed {
         self.why_cancelled = "stop_string";
-        let commands = self.machine.stop();
-        match self.perform(commands) {
+        let commands = self.choices.get_mut(choice as usize).map(|choice| choice.machine.stop());
+        match self.perform(choice, commands.unwrap_or_default()) {
             Some(Ok(completed)) => completed,
             _ => Completed { reason: super::StopReason::Stop, cached_tokens: 0 },
         }
     }
 
-    /// Waits for the next tokens or the end. Must not be called after the end.
+    /// Waits for news of any choice. Must not be called after the end of the last, or a failure.
     pub fn poll(&mut self, context: &mut Context<'_>) -> Poll<Progress> {
         loop {
+            if let Some(news) = self.news.pop_front() {
+                return Poll::Ready(news);
+            }
             match self.mailbox.poll_take(context, &mut self.inbox) {
-                Poll::Ready(()) => {
-                    let before = self.machine.tokens().len();
-                    if let Some(end) = self.drain_inbox() {
-                        return Poll::Ready(end.into());
-                    }
-                    if self.machine.tokens().len() > before {
-                        return Poll::Ready(Progress::Choice { choice: 0, end: None });
+                Poll::Ready(()) => self.drain_inbox(),
+                Poll::Pending => {
+                    self.poll_timers(context);
+                    if self.news.is_empty() {
+                        return Poll::Pending;
                     }
                 }
-                Poll::Pending => return self.poll_timers(context),
             }
         }
     }
 
-    fn drain_inbox(&mut self) -> Option<Result<Completed, ApiError>> {
+    fn drain_inbox(&mut self) {
         while let Some((side, output)) = self.inbox.pop_front() {
-            let leg_ended = output.end.is_some();
-            let handed_off = matches!(output.end, Some(super::LegEnd::HandedOff { .. }));
-            let commands = self.machine.output(side, output);
-            if leg_ended && let Some(guard) = self.legs.of(side).take() {
-                guard.ended();
-            }
-            if !self.machine.tokens().is_empty() {
+            let (choice, leg_ended) = (output.choice, output.end.is_some());
+            let Some(of) = self.choices.get_mut(choice as usize) else { continue };
+            let before = of.machine.tokens().len();
+            let commands = of.machine.output(side, output);
+            let grown = of.machine.tokens().len() > before;
+            if grown {
                 self.credit.prefilled();
             }
-            if handed_off {
+            let guard = self.legs.of(side).as_mut();
+            if leg_ended && guard.is_some_and(|guard| guard.ended(choice)) && side == Side::Prefill {
                 self.credit.handed_off();
             }
-            if let Some(end) = self.perform(commands) {
-                self.inbox.clear();
-                return Some(end);
+            match self.perform(choice, commands) {
+                Some(end) => self.news.push_back(Progress::of(choice, end)),
+                None if grown => self.news.push_back(Progress::Choice { choice, end: None }),
+                None => {}
             }
-        }
-        None
-    }
-
-    fn poll_timers(&mut self, context: &mut Context<'_>) -> Poll<Progress> {
-        let mut commands = Vec::new();
-        if self.deadline.as_mut().poll(context).is_ready() {
-            self.why_cancelled = "deadline";
-            commands = self.machine.abort(deadline_passed());
-        } else if let Some((wait, sleep)) = &mut self.wait
-            && sleep.as_mut().poll(context).is_ready()
-        {
-            let wait = *wait;
-            self.wait = None;
-            let (why, asked) = match wait {
-                Wait::Linger => ("answer_complete", self.machine.linger_over()),
-                Wait::Decode => ("prefill_lost", self.machine.decode_silent()),
-            };
-            if !asked.is_empty() {
-                (self.why_cancelled, commands) = (why, asked);
-            }
-        }
-        match self.perform(commands) {
-            Some(end) => Poll::Ready(end.into()),
-            None => Poll::Pending,
         }
     }
 
-    fn perform(&mut self, commands: Vec<Command>) -> Option<Result<Completed, ApiError>> {
+    fn poll_timers(&mut self, context: &mut Context<'_>) {
+        let late = self.deadline.as_mut().poll(context).is_ready();
+        for choice in 0..self.choices.len() as u32 {
+            let of = &mut self.choices[choice as usize];
+            let mut commands = Vec::new();
+            if late {
+                self.why_cancelled = "deadline";
+                commands = of.machine.abort(deadline_passed());
+            } else if let Some((wait, sleep)) = &mut of.wait
+                && sleep.as_mut().poll(context).is_ready()
+            {
+                let wait = *wait;
+                of.wait = None;
+                let (why, asked) = match wait {
+                    Wait::Linger => ("answer_complete", of.machine.linger_over()),
+                    Wait::Decode => ("prefill_lost", of.machine.decode_silent()),
+                };
+                if !asked.is_empty() {
+                    (self.why_cancelled, commands) = (why, asked);
+                }
+            }
+            if let Some(end) = self.perform(choice, commands) {
+                self.news.push_back(Progress::of(choice, end));
+            }
+        }
+    }
+
+    fn perform(&mut self, choice: u32, commands: Vec<Command>) -> Option<Result<Completed, ApiError>> {
         let mut ended = None;
         for command in commands {
             match command {
                 Command::Cancel(side) => {
-                    if let Some(guard) = self.legs.of(side).take() {
-                        guard.cancel(self.why_cancelled);
+                    if let Some(guard) = self.legs.of(side) {
+                        guard.cancel(choice, self.why_cancelled);
                     }
                 }
-                Command::Linger => self.wait_for(Wait::Linger, LINGER),
-                Command::AwaitDecode => self.wait_for(Wait::Decode, DECODE_PATIENCE),
+                Command::Linger => self.wait_for(choice, Wait::Linger, LINGER),
+                Command::AwaitDecode => self.wait_for(choice, Wait::Decode, DECODE_PATIENCE),
                 Command::End(end) => ended = Some(end),
             }
         }
@@ -260,8 +274,10 @@ impl Generation {
     }
 
     /// The timer is set before [`Self::poll_timers`] is reached, which polls it.
-    fn wait_for(&mut self, wait: Wait, time: Duration) {
-        self.wait = Some((wait, Box::pin(sleep_until(Instant::now() + time))));
+    fn wait_for(&mut self, choice: u32, wait: Wait, time: Duration) {
+        if let Some(choice) = self.choices.get_mut(choice as usize) {
+            choice.wait = Some((wait, Box::pin(sleep_until(Instant::now() + time))));
+        }
     }
 }
 
@@ -307,15 +323,15 @@ mod tests {
         board.list(&[d.clone(), p.clone()], Instant::now());
         board.up(&d.id, d.incarnation, ready(Role::Decode));
         board.up(&p.id, p.incarnation, ready(Role::Prefill));
-        let booking = board.place(10, 10, "r1").expect("a place");
+        let booking = board.place(10, (10, 1), "r1").expect("a place");
         Generation {
-            machine: Machine::apart(10),
+            choices: vec![Choice { machine: Machine::apart(10), wait: None }],
             legs: Legs::default(),
             credit: booking.credit,
-            mailbox: Arc::default(),
+            mailbox: Arc::new(Mailbox::new(1)),
             inbox: VecDeque::new(),
+            news: VecDeque::new(),
             deadline: Box::pin(sleep_until(Instant::now() + deadline)),
-            wait: None,
             why_cancelled: "other_leg_ended",
         }
     }
@@ -327,7 +343,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_decode_that_says_nothing_after_prefill_was_lost_is_waited_for_in_measure() {
         let lost = ApiError::new(ErrorCode::InstanceLost, "cannot reach the peer's handoff service");
-        let first = Output { first_position: 0, tokens: vec![7], logprobs: vec![], end: None };
+        let first = Output { choice: 0, first_position: 0, tokens: vec![7], logprobs: vec![], end: None };
         let failed = || Output::failed(lost.clone());
 
         let mut silent = generation(Duration::from_secs(600));
@@ -344,7 +360,7 @@ mod tests {
         assert_eq!(next(&mut speaks).await, Progress::Choice { choice: 0, end: None });
         speaks.mailbox.deliver(
             Side::Decode,
-            Output { first_position: 1, tokens: vec![8], logprobs: vec![], end: None },
+            Output { choice: 0, first_position: 1, tokens: vec![8], logprobs: vec![], end: None },
         );
         assert_eq!(next(&mut speaks).await, Progress::Choice { choice: 0, end: None });
         let later = DECODE_PATIENCE * 2;
@@ -353,7 +369,7 @@ mod tests {
         let last = LegEnd::Complete { reason, cached_tokens: 0 };
         speaks.mailbox.deliver(
             Side::Decode,
-            Output { first_position: 2, tokens: vec![9], logprobs: vec![], end: Some(last) },
+            Output { choice: 0, first_position: 2, tokens: vec![9], logprobs: vec![], end: Some(last) },
         );
         assert_eq!(
             next(&mut speaks).await,

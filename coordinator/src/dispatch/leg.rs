@@ -56,6 +56,7 @@ pub struct TokenLogprobs {
 /// What one leg brought in one engine step.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Output {
+    pub choice: u32,
     /// Index in the completion of `tokens[0]`.
     pub first_position: u32,
     pub tokens: Vec<u32>,
@@ -68,7 +69,7 @@ impl Output {
     /// The leg failed with nothing more to say.
     pub fn failed(error: ApiError) -> Self {
         let end = Some(LegEnd::Failed(error));
-        Self { first_position: 0, tokens: Vec::new(), logprobs: Vec::new(), end }
+        Self { choice: 0, first_position: 0, tokens: Vec::new(), logprobs: Vec::new(), end }
     }
 }
 
@@ -80,7 +81,7 @@ impl From<v1::LegOutput> for Output {
             End::Failed(detail) => LegEnd::Failed(detail.into()),
         });
         let logprobs = wire.logprobs.into_iter().map(TokenLogprobs::from).collect();
-        Self { first_position: wire.first_position, tokens: wire.tokens, logprobs, end }
+        Self { choice: wire.choice, first_position: wire.first_position, tokens: wire.tokens, logprobs, end }
     }
 }
 

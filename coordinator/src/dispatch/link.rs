@@ -55,10 +55,26 @@ impl Target {
     }
 }
 
+/// Choices of one leg.
+pub const CHOICES_MOST: u32 = 128;
+
+/// A set of choices.
+type Choices = u128;
+
+fn first_choices(count: u32) -> Choices {
+    Choices::MAX >> (CHOICES_MOST - count.clamp(1, CHOICES_MOST))
+}
+
+fn only(choice: u32) -> Choices {
+    if choice < CHOICES_MOST { 1 << choice } else { 0 }
+}
+
 /// A leg waiting for output.
 struct Slot {
     side: Side,
     mailbox: Arc<Mailbox>,
+    /// Choices that have not ended.
+    open: Choices,
 }
 
 struct Channel {
@@ -95,22 +111,35 @@ impl Link {
         };
         let leg = LegId(self.next_leg.fetch_add(1, Ordering::Relaxed));
         dispatch.leg = leg.0;
+        let choices = dispatch.sampling.as_ref().map_or(1, |sampling| sampling.choices);
+        let open = first_choices(choices);
         let frame = v1::AttachRequest { frame: Some(Ask::Dispatch(dispatch)) };
         if up.outbound.try_send(frame).is_err() {
             let message = format!("instance {} takes no requests now; try again in a moment", self.instance);
             return Err(ApiError::new(ErrorCode::Unavailable, message));
         }
-        up.legs.insert(leg, Slot { side, mailbox: mailbox.clone() });
-        Ok(LegGuard { link: self.clone(), leg, done: false })
+        up.legs.insert(leg, Slot { side, mailbox: mailbox.clone(), open });
+        Ok(LegGuard { link: self.clone(), leg, open })
     }
 
-    fn cancel(&self, leg: LegId, reason: &'static str) {
+    /// Cancels choices of a leg; those that have ended are let be.
+    fn cancel(&self, leg: LegId, choices: Choices, reason: &'static str) {
         let mut channel = self.channel.lock();
         let Some(up) = channel.as_mut() else { return };
-        let Some(slot) = up.legs.remove(&leg) else { return };
-        tracing::debug!(instance = %self.instance, %leg, side = slot.side.name(), reason, "cancelling");
-        self.metrics.cancels.get_or_create(&crate::metrics::reason(reason)).inc();
-        let cancel = v1::Cancel { leg: leg.0, reason: reason.into() };
+        let Some(slot) = up.legs.get_mut(&leg) else { return };
+        let choices = choices & slot.open;
+        slot.open &= !choices;
+        let choice = match (choices, slot.open) {
+            (0, _) => return,
+            (_, 0) => None,
+            (choices, _) => Some(choices.trailing_zeros()),
+        };
+        tracing::debug!(instance = %self.instance, %leg, side = slot.side.name(), ?choice, reason, "cancelling");
+        if choice.is_none() {
+            up.legs.remove(&leg);
+            self.metrics.cancels.get_or_create(&crate::metrics::reason(reason)).inc();
+        }
+        let cancel = v1::Cancel { leg: leg.0, reason: reason.into(), choice };
         if up.outbound.try_send(v1::AttachRequest { frame: Some(Ask::Cancel(cancel)) }).is_err() {
             tracing::warn!(instance = %self.instance, "cutting the stream: the instance does not read");
             up.cut.cancel();
@@ -127,14 +156,17 @@ impl Link {
         let Some(up) = channel.as_mut() else { return };
         for output in step.legs {
             let leg = LegId(output.leg);
-            let slot = if output.end.is_some() {
-                up.legs.remove(&leg).map(|slot| (slot.side, slot.mailbox))
-            } else {
-                up.legs.get(&leg).map(|slot| (slot.side, slot.mailbox.clone()))
+            // What is not there was cancelled, and the instance had not read that yet.
+            let Some(slot) = up.legs.get_mut(&leg).filter(|slot| slot.open & only(output.choice) != 0) else {
+                continue;
             };
-            // A leg that is not there was cancelled, and the instance had not read that yet.
-            if let Some((side, mailbox)) = slot {
-                mailbox.deliver(side, Output::from(output));
+            if output.end.is_some() {
+                slot.open &= !only(output.choice);
+            }
+            let over = slot.open == 0;
+            slot.mailbox.deliver(slot.side, Output::from(output));
+            if over {
+                up.legs.remove(&leg);
             }
         }
     }
@@ -146,7 +178,9 @@ impl Link {
             self.metrics.legs_lost.inc_by(up.legs.len() as u64);
         }
         for slot in up.legs.into_values() {
-            slot.mailbox.deliver(slot.side, Output::failed(lost(&self.instance)));
+            for choice in (0..CHOICES_MOST).filter(|&choice| slot.open & only(choice) != 0) {
+                slot.mailbox.deliver(slot.side, Output { choice, ..Output::failed(lost(&self.instance)) });
+            }
         }
         true
     }
@@ -157,30 +191,40 @@ fn lost(instance: &InstanceId) -> ApiError {
     ApiError::new(ErrorCode::InstanceLost, message)
 }
 
-/// One leg on one stream. Dropped before [`LegGuard::ended`], it cancels the leg at once.
+/// One leg on one stream. Dropped before all of its choices have ended, it cancels the rest at once.
 pub struct LegGuard {
     link: Arc<Link>,
     leg: LegId,
-    done: bool,
+    /// Choices that have neither ended nor been cancelled.
+    open: Choices,
 }
 
 impl LegGuard {
-    /// The instance has ended the leg.
-    pub fn ended(mut self) {
-        self.done = true;
+    /// The instance has ended a choice. True: that was the last.
+    pub fn ended(&mut self, choice: u32) -> bool {
+        let before = self.open;
+        self.open &= !only(choice);
+        before != 0 && self.open == 0
     }
 
-    /// Tells the instance to stop, and why (for its log).
-    pub fn cancel(mut self, reason: &'static str) {
-        self.done = true;
-        self.link.cancel(self.leg, reason);
+    /// Tells the instance to stop work on a choice, and why (for its log).
+    pub fn cancel(&mut self, choice: u32, reason: &'static str) {
+        if self.open & only(choice) != 0 {
+            self.open &= !only(choice);
+            self.link.cancel(self.leg, only(choice), reason);
+        }
+    }
+
+    /// Tells the instance to stop work on every choice.
+    pub fn cancel_all(mut self, reason: &'static str) {
+        self.link.cancel(self.leg, std::mem::take(&mut self.open), reason);
     }
 }
 
 impl Drop for LegGuard {
     fn drop(&mut self) {
-        if !self.done {
-            self.link.cancel(self.leg, "client_gone");
+        if self.open != 0 {
+            self.link.cancel(self.leg, self.open, "client_gone");
         }
     }
 }

@@ -367,7 +367,7 @@ impl Machine {
 
 /// Whether the other side of a transfer knows better why it ended.
 fn of_the_transfer(error: &ApiError) -> bool {
-    matches!(error.code, ErrorCode::Cancelled | ErrorCode::HandoffFailed)
+    matches!(error.code, ErrorCode::Cancelled | ErrorCode::NotNeeded | ErrorCode::HandoffFailed)
 }
 
 fn stopped(side: Side) -> ApiError {

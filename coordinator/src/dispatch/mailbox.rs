@@ -2,7 +2,7 @@
 //!
 //! Written by the links' tasks, read by [`super::generation`]. A delivery never waits: one slow client must not hold up
 //! the stream that carries everybody else's tokens. It is bounded all the same: what follows on from the last delivery
-//! of the same leg is appended to it, so a reader that is away costs four bytes a token (some 200 with log
+//! of the same choice of the same leg is appended to it, so a reader that is away costs four bytes a token (some 200 with log
 //! probabilities) and no more than the request may generate; beyond [`MOST_DELIVERIES`] pieces that do not follow on, the instance is at fault and the leg fails.
 
 use std::{
@@ -15,33 +15,42 @@ use parking_lot::Mutex;
 
 use super::leg::{LegEnd, Output, Side};
 
-/// Deliveries that may lie in the box. In order, they merge: only a peer that breaks the contract comes near it.
+/// Deliveries that may lie in the box for each choice. In order, they merge: only a peer that breaks the contract comes
+/// near it.
 const MOST_DELIVERIES: usize = 64;
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Inner {
     deliveries: VecDeque<(Side, Output)>,
+    most: usize,
     reader: Option<Waker>,
 }
 
 /// The box of one request.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Mailbox {
     inner: Mutex<Inner>,
 }
 
 impl Mailbox {
+    /// For a request of so many choices.
+    pub fn new(choices: u32) -> Self {
+        let most = MOST_DELIVERIES * choices.max(1) as usize;
+        Self { inner: Mutex::new(Inner { deliveries: VecDeque::new(), most, reader: None }) }
+    }
+
     /// Leaves what a leg brought.
     pub fn deliver(&self, side: Side, mut output: Output) {
         let mut inner = self.inner.lock();
-        let full = inner.deliveries.len() >= MOST_DELIVERIES;
-        match inner.deliveries.back_mut() {
-            Some((last_side, last)) if *last_side == side && follows_on(last, &output) => {
+        let full = inner.deliveries.len() >= inner.most;
+        let same = |(of, other): &&mut (Side, Output)| *of == side && other.choice == output.choice;
+        match inner.deliveries.iter_mut().rev().find(same) {
+            Some((_, last)) if follows_on(last, &output) => {
                 last.tokens.append(&mut output.tokens);
                 last.logprobs.append(&mut output.logprobs);
                 last.end = output.end;
             }
-            Some((last_side, last)) if full && *last_side == side => {
+            Some((_, last)) if full => {
                 if last.end.is_none() {
                     let flood = "the instance floods the request with disordered output";
                     last.end = Some(LegEnd::Failed(ApiError::new(ErrorCode::Internal, flood)));
@@ -87,7 +96,7 @@ mod tests {
     use super::*;
 
     fn output(first_position: u32, tokens: &[u32]) -> Output {
-        Output { first_position, tokens: tokens.to_vec(), logprobs: Vec::new(), end: None }
+        Output { choice: 0, first_position, tokens: tokens.to_vec(), logprobs: Vec::new(), end: None }
     }
 
     fn take(mailbox: &Mailbox) -> Vec<(Side, Output)> {
@@ -98,7 +107,7 @@ mod tests {
 
     #[test]
     fn what_follows_on_is_merged() {
-        let mailbox = Mailbox::default();
+        let mailbox = Mailbox::new(1);
         assert!(take(&mailbox).is_empty());
         mailbox.deliver(Side::Decode, output(1, &[1]));
         for position in 2..5000 {
@@ -113,7 +122,7 @@ mod tests {
 
     #[test]
     fn legs_and_gaps_stay_apart() {
-        let mailbox = Mailbox::default();
+        let mailbox = Mailbox::new(1);
         mailbox.deliver(Side::Decode, output(1, &[1]));
         mailbox.deliver(Side::Prefill, output(0, &[0]));
         mailbox.deliver(Side::Prefill, output(3, &[3]));
@@ -121,8 +130,24 @@ mod tests {
     }
 
     #[test]
+    fn choices_that_take_turns_are_merged_each_for_itself() {
+        let mailbox = Mailbox::new(3);
+        for position in 1..1000 {
+            for choice in 0..3 {
+                mailbox.deliver(Side::Decode, Output { choice, ..output(position, &[position + choice]) });
+            }
+        }
+        let got = take(&mailbox);
+        assert_eq!(got.len(), 3);
+        for (choice, (_, output)) in (0..).zip(got) {
+            assert_eq!((output.choice, output.tokens.len()), (choice, 999));
+            assert_eq!(output.tokens[0], 1 + choice);
+        }
+    }
+
+    #[test]
     fn a_flood_fails_the_leg_and_stays_bounded() {
-        let mailbox = Mailbox::default();
+        let mailbox = Mailbox::new(1);
         for position in 0..10_000 {
             mailbox.deliver(Side::Whole, output(position * 2, &[1]));
         }
@@ -133,7 +158,7 @@ mod tests {
 
     #[test]
     fn the_reader_is_woken() {
-        let mailbox = std::sync::Arc::new(Mailbox::default());
+        let mailbox = std::sync::Arc::new(Mailbox::new(1));
         let runtime = tokio::runtime::Builder::new_multi_thread().build().expect("a runtime");
         let reader = mailbox.clone();
         let got = runtime.spawn(async move {

@@ -12,5 +12,5 @@ mod mailbox;
 
 pub use generation::{Assignment, Generation, Progress, deadline_passed};
 pub use leg::{LegEnd, Output, Side, StopReason, TokenLogprobs};
-pub use link::{LegGuard, Link, LinkTask, Target};
+pub use link::{CHOICES_MOST, LegGuard, Link, LinkTask, Target};
 pub use machine::{Completed, Fresh};

@@ -15,7 +15,7 @@ use axum::{
     Router,
     body::Body,
     extract::{Path, Request, State},
-    http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header},
+    http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, header},
     response::Response,
     routing::{get, post},
 };
@@ -157,9 +157,7 @@ async fn wrong_path(uri: Uri) -> Response {
 
 async fn wrong_method(method: Method, uri: Uri) -> Response {
     let message = format!("{} is not called with {method}", uri.path());
-    let mut response = error_response(&ApiError::new(ErrorCode::InvalidArgument, message));
-    *response.status_mut() = StatusCode::METHOD_NOT_ALLOWED;
-    response
+    error_response(&ApiError::new(ErrorCode::MethodNotAllowed, message))
 }
 
 /// Seconds for the `Retry-After` header.
@@ -169,6 +167,7 @@ fn retry_after() -> HeaderValue {
 
 #[cfg(test)]
 mod tests {
+    use axum::http::StatusCode;
     use tower::ServiceExt;
 
     use super::*;

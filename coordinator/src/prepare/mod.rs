@@ -19,7 +19,7 @@ use sampling::TokenLimits;
 pub use served::{Served, Spelling, TextModel, TextReader, Turn};
 
 use crate::text::TextStops;
-use openai::{Content, Message, Prompt, Request};
+use openai::{Content, Message, OnePrompt, Request};
 
 /// Which of OpenAI's two endpoints was called.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,18 +53,41 @@ pub struct Shape {
 #[derive(Debug)]
 pub struct Prepared {
     pub shape: Shape,
-    pub prompt: Arc<[u32]>,
-    pub sampling: Sampling,
+    /// At least one; of chats exactly one.
+    pub prompts: Vec<PreparedPrompt>,
     pub stops: TextStops,
-    /// What the answer's text begins with: the prompt, if it is to be echoed.
+}
+
+/// One prompt of a request.
+#[derive(Debug)]
+pub struct PreparedPrompt {
+    pub tokens: Arc<[u32]>,
+    pub sampling: Sampling,
+    /// What its answers' text begins with: the prompt, if it is to be echoed.
     pub echo: String,
 }
 
-impl Prepared {
+impl PreparedPrompt {
     /// Its length; fits, as it is within the context.
     pub fn prompt_tokens(&self) -> u32 {
-        self.prompt.len() as u32
+        self.tokens.len() as u32
     }
+}
+
+impl Prepared {
+    /// Of all prompts.
+    pub fn prompt_tokens(&self) -> u32 {
+        self.prompts.iter().map(PreparedPrompt::prompt_tokens).fold(0, u32::saturating_add)
+    }
+}
+
+/// What bounds a request beside the model.
+#[derive(Debug, Clone, Copy)]
+pub struct RequestLimits {
+    /// Tokens of one answer; also what is taken when a request does not say. 0 = the context's rest.
+    pub max_completion_tokens: u32,
+    /// Answers to all prompts together.
+    pub max_choices: u32,
 }
 
 fn invalid(field: impl Into<String>, message: &str) -> ApiError {
@@ -72,38 +95,56 @@ fn invalid(field: impl Into<String>, message: &str) -> ApiError {
     ApiError::new(ErrorCode::InvalidArgument, format!("{field}: {message}")).param(field)
 }
 
-/// Checks and tokenises one body. `max_completion_tokens`: see [`TokenLimits`]; `seed` is used if the request names none.
+/// Checks and tokenises one body. `seed` is used if the request names none.
 pub fn prepare(
     served: &Served,
     endpoint: Endpoint,
     body: &[u8],
-    max_completion_tokens: u32,
+    limits: RequestLimits,
     seed: u64,
 ) -> Result<Prepared, ApiError> {
     let request = openai::parse(body)?;
     check_model(served, &request)?;
     request.unserved.refuse()?;
-    choices::check(&request)?;
     let mut shape = shape(endpoint, &request)?;
-    let prompt = match endpoint {
-        Endpoint::Chat => served.text.tokenise_chat(&turns(request.messages.as_deref())?)?,
-        Endpoint::Text => text_prompt(served, request.prompt.as_ref())?,
+    let prompts = match endpoint {
+        Endpoint::Chat => None,
+        Endpoint::Text => {
+            let missing =
+                || invalid("prompt", "must be given: a string, a list of token ids, or a list of either");
+            Some(request.prompt.as_ref().ok_or_else(missing)?.each())
+        }
     };
-    if prompt.is_empty() {
-        let field = if endpoint == Endpoint::Chat { "messages" } else { "prompt" };
-        return Err(invalid(field, "must not be empty"));
-    }
-    let prompt_tokens = u32::try_from(prompt.len()).unwrap_or(u32::MAX);
-    let limits = TokenLimits { context_tokens: served.context_tokens, max_completion_tokens };
-    let sampling = sampling::sampling(served, endpoint, &request, prompt_tokens, limits, seed)?;
-    shape.logprobs = sampling.top_logprobs.is_some();
-    let echo = if echoes(endpoint, &request)? {
-        shown(served, request.prompt.as_ref(), &prompt)
-    } else {
-        String::new()
+    let choices = choices::choices(&request, prompts.as_ref().map_or(1, Vec::len), limits.max_choices)?;
+    let echoes = echoes(endpoint, &request)?;
+    let prompt = |tokens: Vec<u32>, echo: String| {
+        if tokens.is_empty() {
+            let field = if endpoint == Endpoint::Chat { "messages" } else { "prompt" };
+            return Err(invalid(field, "must not be empty"));
+        }
+        let prompt_tokens = u32::try_from(tokens.len()).unwrap_or(u32::MAX);
+        let limits = TokenLimits {
+            context_tokens: served.context_tokens,
+            max_completion_tokens: limits.max_completion_tokens,
+        };
+        let sampling =
+            sampling::sampling(served, endpoint, &request, prompt_tokens, limits, (seed, choices))?;
+        Ok(PreparedPrompt { tokens: tokens.into(), sampling, echo })
     };
-    let stops = ends::text_stops(&request, sampling.min_tokens)?;
-    Ok(Prepared { shape, prompt: prompt.into(), sampling, stops, echo })
+    let prompts = match prompts {
+        None => {
+            let tokens = served.text.tokenise_chat(&turns(request.messages.as_deref())?)?;
+            vec![prompt(tokens, String::new())?]
+        }
+        Some(prompts) => {
+            let each = |one: OnePrompt<'_>| prompt(tokenised(served, one)?, shown(served, one, echoes));
+            prompts.into_iter().map(each).collect::<Result<_, _>>()?
+        }
+    };
+    let sampling = prompts.first().map(|prompt: &PreparedPrompt| &prompt.sampling);
+    shape.logprobs = sampling.is_some_and(|sampling| sampling.top_logprobs.is_some());
+    let stops = ends::text_stops(&request, sampling.map_or(0, |sampling| sampling.min_tokens))?;
+    Ok(Prepared { shape, prompts, stops })
 }
 
 /// Whether the answer is to begin with the prompt.
@@ -120,12 +161,12 @@ fn echoes(endpoint: Endpoint, request: &Request) -> Result<bool, ApiError> {
     }
 }
 
-/// The text of a prompt: as it came, or as its tokens read.
-fn shown(served: &Served, prompt: Option<&Prompt>, tokens: &[u32]) -> String {
+/// The text of a prompt, if it is to be echoed: as it came, or as its tokens read.
+fn shown(served: &Served, prompt: OnePrompt<'_>, echoes: bool) -> String {
     match prompt {
-        Some(Prompt::Text(text)) => text.clone(),
-        Some(Prompt::Texts(texts)) => texts.concat(),
-        _ => {
+        _ if !echoes => String::new(),
+        OnePrompt::Text(text) => text.to_owned(),
+        OnePrompt::Tokens(tokens) => {
             let (mut reader, mut text) = (served.text.reader(&TextStops::default()), String::new());
             tokens.iter().for_each(|&token| _ = reader.push(token, &mut text));
             reader.finish(&mut text);
@@ -209,31 +250,16 @@ fn turn(index: usize, message: &Message) -> Result<Turn, ApiError> {
     Ok(Turn { role, content })
 }
 
-fn text_prompt(served: &Served, prompt: Option<&Prompt>) -> Result<Vec<u32>, ApiError> {
-    let several = |count: usize| {
-        let message =
-            format!("prompt: one prompt per request is served, got {count}; send one request for each");
-        ApiError::new(ErrorCode::Unsupported, message).param("prompt")
-    };
-    let tokens = |ids: &[u32]| {
-        let vocabulary = served.text.vocabulary();
-        match ids.iter().find(|&&id| id >= vocabulary) {
-            Some(id) => Err(invalid("prompt", &format!("{id} is no token: ids end at {}", vocabulary - 1))),
-            None => Ok(ids.to_vec()),
-        }
-    };
+fn tokenised(served: &Served, prompt: OnePrompt<'_>) -> Result<Vec<u32>, ApiError> {
     match prompt {
-        None => Err(invalid("prompt", "must be given: a string or a list of token ids")),
-        Some(Prompt::Text(text)) => served.text.tokenise_text(text),
-        Some(Prompt::Tokens(ids)) => tokens(ids),
-        Some(Prompt::Texts(texts)) => match texts.as_slice() {
-            [text] => served.text.tokenise_text(text),
-            more => Err(several(more.len())),
-        },
-        Some(Prompt::TokenLists(lists)) => match lists.as_slice() {
-            [ids] => tokens(ids),
-            more => Err(several(more.len())),
-        },
+        OnePrompt::Text(text) => served.text.tokenise_text(text),
+        OnePrompt::Tokens(ids) => {
+            let vocabulary = served.text.vocabulary();
+            match ids.iter().find(|&&id| id >= vocabulary) {
+                Some(&id) => Err(ends::no_token("prompt", id.into(), vocabulary)),
+                None => Ok(ids.to_vec()),
+            }
+        }
     }
 }
 

@@ -75,12 +75,31 @@ pub struct Part {
 }
 
 #[derive(Debug, Deserialize)]
-#[serde(untagged, expecting = "expected a string, a list of token ids, or a list that holds one of either")]
+#[serde(untagged, expecting = "expected a string, a list of token ids, or a list of either")]
 pub enum Prompt {
     Text(String),
     Tokens(Vec<u32>),
     Texts(Vec<String>),
     TokenLists(Vec<Vec<u32>>),
+}
+
+/// One of the prompts of a request.
+#[derive(Debug, Clone, Copy)]
+pub enum OnePrompt<'a> {
+    Text(&'a str),
+    Tokens(&'a [u32]),
+}
+
+impl Prompt {
+    /// All of them, in order.
+    pub fn each(&self) -> Vec<OnePrompt<'_>> {
+        match self {
+            Self::Text(text) => vec![OnePrompt::Text(text)],
+            Self::Tokens(tokens) => vec![OnePrompt::Tokens(tokens)],
+            Self::Texts(texts) => texts.iter().map(|text| OnePrompt::Text(text)).collect(),
+            Self::TokenLists(lists) => lists.iter().map(|tokens| OnePrompt::Tokens(tokens)).collect(),
+        }
+    }
 }
 
 #[derive(Debug, Deserialize)]

@@ -22,7 +22,10 @@ pub struct Sampling {
     pub presence_penalty: f32,
     /// 1 = off.
     pub repetition_penalty: f32,
+    /// Of choice 0; choice i has this + i.
     pub seed: u64,
+    /// Answers to the prompt; at least 1.
+    pub choices: u32,
     /// At least 1.
     pub max_tokens: u32,
     /// All tokens that end this sequence, ascending.
@@ -46,6 +49,7 @@ impl From<&Sampling> for v1::Sampling {
             presence_penalty: sampling.presence_penalty,
             repetition_penalty: sampling.repetition_penalty,
             seed: sampling.seed,
+            choices: sampling.choices,
             max_tokens: sampling.max_tokens,
             stop_token_ids: sampling.stop_token_ids.clone(),
             logit_bias: sampling
@@ -82,7 +86,7 @@ pub(super) fn sampling(
     request: &Request,
     prompt_tokens: u32,
     limits: TokenLimits,
-    seed: u64,
+    (seed, choices): (u64, u32),
 ) -> Result<Sampling, ApiError> {
     let vocabulary = served.text.vocabulary();
     let top_p = within("top_p", request.top_p, 1.0, 0.0, 1.0)?;
@@ -105,6 +109,7 @@ pub(super) fn sampling(
         presence_penalty: within("presence_penalty", request.presence_penalty, 0.0, -2.0, 2.0)?,
         repetition_penalty,
         seed: request.seed.map_or(seed, |seed| seed.0.cast_unsigned()),
+        choices,
         max_tokens,
         stop_token_ids: ends::stop_tokens(request, &served.stop_tokens, vocabulary)?,
         min_tokens: ends::min_tokens(request, max_tokens)?,
@@ -162,7 +167,7 @@ mod tests {
     /// `prompt_tokens` 10, seed 7 and the stop token 0 unless the request says otherwise.
     fn check(body: &str) -> Result<Sampling, ApiError> {
         let request = parse(body.as_bytes()).expect(body);
-        sampling(&served(), Endpoint::Chat, &request, 10, LIMITS, 7)
+        sampling(&served(), Endpoint::Chat, &request, 10, LIMITS, (7, 1))
     }
 
     #[test]
@@ -177,6 +182,7 @@ mod tests {
             presence_penalty: 0.0,
             repetition_penalty: 1.0,
             seed: 7,
+            choices: 1,
             max_tokens: 90,
             stop_token_ids: vec![0],
             min_tokens: 0,
@@ -224,7 +230,7 @@ mod tests {
         assert_eq!(error.code, ErrorCode::ContextLengthExceeded);
         let request = parse(br#"{"prompt": "x"}"#).expect("parses");
         let sampling = |request: &Request, prompt_tokens, limits| {
-            sampling(&served(), Endpoint::Text, request, prompt_tokens, limits, 0)
+            sampling(&served(), Endpoint::Text, request, prompt_tokens, limits, (0, 1))
         };
         let error = sampling(&request, 100, LIMITS).expect_err("no room for an answer");
         assert_eq!((error.code, error.param.as_deref()), (ErrorCode::ContextLengthExceeded, Some("prompt")));

@@ -153,9 +153,9 @@ impl TextReader for Reader {
 /// What of a text's failure is the client's to mend.
 fn refused(error: &TextError, field: &str) -> ApiError {
     let code = match error {
-        TextError::Refused { .. } | TextError::Render { .. } => ErrorCode::InvalidArgument,
+        TextError::Refused { .. } | TextError::Render(_) => ErrorCode::InvalidArgument,
         TextError::NoTemplate => ErrorCode::Unsupported,
-        TextError::Tokenizer { .. } | TextError::Template { .. } | TextError::Encode { .. } => {
+        TextError::Tokenizer { .. } | TextError::Template { .. } | TextError::Encode(_) => {
             ErrorCode::Internal
         }
     };

@@ -83,16 +83,20 @@ pub(crate) fn served() -> Served {
     }
 }
 
+pub(crate) const LIMITS: RequestLimits = RequestLimits { max_completion_tokens: 0, max_choices: 8 };
+
 fn chat(body: &str) -> Result<Prepared, ApiError> {
-    prepare(&served(), Endpoint::Chat, body.as_bytes(), 0, 1)
+    prepare(&served(), Endpoint::Chat, body.as_bytes(), LIMITS, 1)
 }
 
 fn text(body: &str) -> Result<Prepared, ApiError> {
-    prepare(&served(), Endpoint::Text, body.as_bytes(), 0, 1)
+    prepare(&served(), Endpoint::Text, body.as_bytes(), LIMITS, 1)
 }
 
+/// The prompts, one after the other.
 fn words(prepared: &Prepared) -> String {
-    prepared.prompt.iter().map(|&token| char::from(token as u8)).collect()
+    let of = |prompt: &PreparedPrompt| prompt.tokens.iter().map(|&token| char::from(token as u8)).collect();
+    prepared.prompts.iter().map(of).collect::<Vec<String>>().join("|")
 }
 
 #[test]
@@ -110,18 +114,28 @@ fn chats_go_through_the_template() {
         prepared.shape,
         Shape { endpoint: Endpoint::Chat, stream: true, include_usage: true, logprobs: false }
     );
-    assert_eq!(prepared.sampling.stop_token_ids, [0]);
+    assert_eq!(prepared.prompts[0].sampling.stop_token_ids, [0]);
 }
 
 #[test]
-fn prompts_come_as_text_or_tokens_one_at_a_time() {
+fn prompts_come_as_text_or_tokens_one_or_several() {
     for prompt in [r#""hi""#, "[104, 105]", r#"["hi"]"#, "[[104, 105]]"] {
         let prepared = text(&format!(r#"{{"model": "tiny", "prompt": {prompt}}}"#)).expect(prompt);
         assert_eq!(words(&prepared), "hi", "{prompt}");
     }
+    for prompt in [r#"["hi", "ho"]"#, "[[104, 105], [104, 111]]"] {
+        let body = format!(r#"{{"model": "tiny", "prompt": {prompt}, "n": 2, "seed": 5, "echo": true}}"#);
+        let prepared = text(&body).expect(prompt);
+        assert_eq!(words(&prepared), "hi|ho", "{prompt}");
+        let each =
+            prepared.prompts.iter().map(|one| (one.sampling.choices, one.sampling.seed, one.echo.as_str()));
+        assert_eq!(each.collect::<Vec<_>>(), [(2, 5, "hi"), (2, 5, "ho")]);
+    }
+    let many = r#"{"model": "tiny", "prompt": ["a", "b", "c"], "n": 3}"#;
+    assert_eq!(text(many).expect_err("9 answers").param.as_deref(), Some("n"));
     for (prompt, code) in [
-        (r#"["a", "b"]"#, ErrorCode::Unsupported),
-        ("[[1], [2]]", ErrorCode::Unsupported),
+        (r#"["a", ""]"#, ErrorCode::InvalidArgument),
+        ("[[1], [256]]", ErrorCode::InvalidArgument),
         ("[]", ErrorCode::InvalidArgument),
         (r#""""#, ErrorCode::InvalidArgument),
         ("[256]", ErrorCode::InvalidArgument),

@@ -83,10 +83,10 @@ impl Board {
         state.ledger.reported(id);
     }
 
-    /// Whether a request of one token could be placed now.
+    /// Whether a request could be placed now.
     pub fn can_serve(&self, revision: &str) -> Result<(), NoPlace> {
         let state = self.state.lock();
-        let ask = Ask { prompt_tokens: 1, max_tokens: 1, revision, turn: 0 };
+        let ask = Ask { prompt_tokens: 1, max_tokens: 2, choices: 1, revision, turn: 0 };
         place(&state.fleet, &state.ledger, &ask, Instant::now()).map(drop)
     }
 
@@ -94,21 +94,23 @@ impl Board {
     pub fn place(
         self: &Arc<Self>,
         prompt_tokens: u32,
-        max_tokens: u32,
+        (max_tokens, choices): (u32, u32),
         revision: &str,
     ) -> Result<Booking, NoPlace> {
         let turn = self.turns.fetch_add(1, Ordering::Relaxed);
-        let ask = Ask { prompt_tokens, max_tokens, revision, turn };
+        let ask = Ask { prompt_tokens, max_tokens, choices, revision, turn };
         let state = &mut *self.state.lock();
         let (placement, receipt) = place(&state.fleet, &state.ledger, &ask, Instant::now())?;
         let prompt = u64::from(prompt_tokens);
-        let entry = |seat: &Seat, prefill_tokens| {
-            let work = Work { prefill_tokens, sequences: 1, blocks: seat.blocks };
+        let entry = |seat: &Seat, prefill_tokens, sequences: u32| {
+            let work = Work { prefill_tokens, sequences: sequences.into(), blocks: seat.blocks };
             (seat.instance.clone(), work)
         };
         let (prefill, decode) = match &placement {
-            Placement::Mixed(seat) => (entry(seat, prompt), None),
-            Placement::Apart { prefill, decode } => (entry(prefill, prompt), Some(entry(decode, 0))),
+            Placement::Alone(seat) => (entry(seat, prompt, choices), None),
+            Placement::Apart { prefill, decode } => {
+                (entry(prefill, prompt, 1), Some(entry(decode, 0, choices)))
+            }
         };
         for (instance, work) in [Some(&prefill), decode.as_ref()].into_iter().flatten() {
             state.ledger.credit(instance, *work);

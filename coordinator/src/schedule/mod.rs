@@ -6,7 +6,8 @@
 //! - prefill: (prompt tokens queued there + this prompt) / its measured tokens per second;
 //! - decode: the tokens expected x its decode step, half of which is taken as fixed and half as growing with the number
 //!   of sequences; plus a wait as long again, scaled by the shortfall, when its free KV blocks do not hold the request;
-//! - an instance that does both costs the sum of the two.
+//! - an instance that does both costs the sum of the two;
+//! - of several choices each is decoded, and the prompt is computed once.
 //!
 //! The cheapest pair of one group, model revision and KV layout is taken, or the cheapest mixed instance if that is
 //! cheaper. Equal costs take turns. Time is O(instances). What instances report is theirs to say: the arithmetic over it
@@ -38,6 +39,8 @@ const RECEIPT_MOST: usize = 8;
 pub struct Ask<'a> {
     pub prompt_tokens: u32,
     pub max_tokens: u32,
+    /// Answers to the one prompt.
+    pub choices: u32,
     /// The very model that the prompt was tokenised for: to instances of any other its token ids mean something else.
     pub revision: &'a str,
     /// Any number that differs from request to request: equal costs take turns by it.
@@ -59,8 +62,12 @@ pub struct Seat {
 /// Where a request goes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Placement {
-    Mixed(Seat),
-    Apart { prefill: Seat, decode: Seat },
+    /// All of it on one instance: a mixed one, or one of prefill's for a request of one token.
+    Alone(Seat),
+    Apart {
+        prefill: Seat,
+        decode: Seat,
+    },
 }
 
 /// A candidate and its predicted cost.
@@ -216,10 +223,17 @@ pub fn place(
         .iter()
         .filter_map(|class| Some((class.prefill.best?, class.decode.best?)))
         .min_by_key(|(prefill, decode)| (prefill.0.0.saturating_add(decode.0.0), prefill.0.1));
+    // One token is prefill's work alone: nothing is reserved, or handed over.
+    if ask.max_tokens == 1 {
+        let prefill = classes.iter().filter_map(|class| class.prefill.best).min_by_key(|best| best.0);
+        if let Some((cost, instance, epoch)) = prefill {
+            keep(&mut mixed, cost, instance, epoch);
+        }
+    }
     let pair_cost = pair.map(|(prefill, decode)| prefill.0.0.saturating_add(decode.0.0));
     match (pair, mixed) {
         (_, Some((cost, instance, epoch))) if pair_cost.is_none_or(|pair| cost.0 < pair) => {
-            Ok((Placement::Mixed(seat(instance, epoch, ask)), receipt))
+            Ok((Placement::Alone(seat(instance, epoch, ask)), receipt))
         }
         (Some((prefill, decode)), _) => {
             let apart = Placement::Apart {
@@ -293,6 +307,12 @@ fn blocks_for(spec: &Spec, tokens: u32) -> u64 {
     u64::from(tokens.div_ceil(spec.block_tokens))
 }
 
+/// The prompt's once, and each choice's own.
+fn blocks_wanted(spec: &Spec, ask: &Ask<'_>) -> u64 {
+    let own = expected_tokens(ask).saturating_mul(ask.choices);
+    blocks_for(spec, ask.prompt_tokens.saturating_add(own))
+}
+
 fn expected_tokens(ask: &Ask<'_>) -> u32 {
     ask.max_tokens.min(EXPECTED_TOKENS_MOST)
 }
@@ -312,10 +332,10 @@ fn decode_micros(spec: &Spec, standing: &Standing, ask: &Ask<'_>) -> u64 {
         measured => measured,
     };
     let expected = expected_tokens(ask);
-    let sequences = standing.sequences.saturating_add(1);
+    let sequences = standing.sequences.saturating_add(u64::from(ask.choices));
     let growing = (step / 2).saturating_mul(sequences) / standing.measured_sequences.max(1);
     let generating = u64::from(expected).saturating_mul((step / 2).saturating_add(growing));
-    let wanted = blocks_for(spec, ask.prompt_tokens.saturating_add(expected));
+    let wanted = blocks_wanted(spec, ask);
     let missing = standing.blocks_free.map_or(0, |free| wanted.saturating_sub(free));
     generating.saturating_add(generating.saturating_mul(missing) / wanted.max(1))
 }
@@ -328,7 +348,7 @@ fn seat(instance: &Instance, role_epoch: RoleEpoch, ask: &Ask<'_>) -> Seat {
         role_epoch,
         model: spec.model.clone(),
         handoff_endpoint: spec.handoff_endpoint.clone(),
-        blocks: blocks_for(spec, ask.prompt_tokens.saturating_add(expected_tokens(ask))),
+        blocks: blocks_wanted(spec, ask),
     }
 }
 

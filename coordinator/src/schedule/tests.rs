@@ -28,13 +28,13 @@ fn fleet_of(instances: Vec<(Spec, Role, Load)>) -> Fleet {
 }
 
 fn ask(prompt_tokens: u32) -> Ask<'static> {
-    Ask { prompt_tokens, max_tokens: 64, revision: "r1", turn: 0 }
+    Ask { prompt_tokens, max_tokens: 64, choices: 1, revision: "r1", turn: 0 }
 }
 
 fn chosen(fleet: &Fleet, ledger: &Ledger, ask: &Ask<'_>) -> Result<Vec<String>, NoPlace> {
     let (placement, _) = place(fleet, ledger, ask, Instant::now())?;
     Ok(match placement {
-        Placement::Mixed(seat) => vec![seat.instance.to_string()],
+        Placement::Alone(seat) => vec![seat.instance.to_string()],
         Placement::Apart { prefill, decode } => {
             vec![prefill.instance.to_string(), decode.instance.to_string()]
         }
@@ -48,6 +48,27 @@ fn a_pair_or_a_mixed_instance_serves() {
     assert_eq!(chosen(&pair, &none, &ask(10)).as_deref(), Ok(&["p".to_owned(), "d".to_owned()][..]));
     let alone = fleet(&[("m", Role::Mixed)]);
     assert_eq!(chosen(&alone, &none, &ask(10)).as_deref(), Ok(&["m".to_owned()][..]));
+}
+
+#[test]
+fn one_token_is_prefills_work_alone() {
+    let none = Ledger::default();
+    let one = Ask { max_tokens: 1, ..ask(10) };
+    let pair = fleet(&[("d", Role::Decode), ("p", Role::Prefill)]);
+    assert_eq!(chosen(&pair, &none, &one).as_deref(), Ok(&["p".to_owned()][..]));
+    assert_eq!(chosen(&fleet(&[("d", Role::Decode)]), &none, &one), Err(NoPlace::NoPrefill));
+}
+
+#[test]
+fn each_choice_takes_a_seat_and_blocks_of_its_own() {
+    let pair = fleet(&[("d", Role::Decode), ("p", Role::Prefill)]);
+    let blocks = |choices| match place(&pair, &Ledger::default(), &Ask { choices, ..ask(32) }, Instant::now())
+    {
+        Ok((Placement::Apart { decode, .. }, _)) => decode.blocks,
+        other => panic!("{other:?}"),
+    };
+    // Two blocks of 16 tokens for the prompt, four for the 64 tokens of each answer.
+    assert_eq!([blocks(1), blocks(3)], [6, 14]);
 }
 
 #[test]
@@ -199,7 +220,7 @@ fn the_receipt_keeps_the_cheapest_in_order() {
         place(&fleet_of(instances), &Ledger::default(), &ask(10), Instant::now()).expect("places");
     assert_eq!((receipt.candidates, receipt.cheapest.len()), (20, RECEIPT_MOST));
     assert!(receipt.cheapest.is_sorted_by_key(|scored| scored.cost_micros));
-    assert!(matches!(placement, Placement::Mixed(seat) if seat.instance == receipt.cheapest[0].instance));
+    assert!(matches!(placement, Placement::Alone(seat) if seat.instance == receipt.cheapest[0].instance));
 }
 
 proptest! {

@@ -107,7 +107,8 @@ impl Lane {
         if reading.finished() {
             return Ok(());
         }
-        let stopped = reading.take(generation.fresh(choice), piece);
+        let Some(fresh) = generation.fresh(choice) else { return Ok(()) };
+        let stopped = reading.take(fresh, piece);
         let end = if stopped { Some(generation.stop(choice)) } else { end };
         if let Some(completed) = end {
             self.cached_tokens = self.cached_tokens.max(completed.cached_tokens);

@@ -134,7 +134,10 @@ impl Reading {
 mod tests {
     use super::*;
     use crate::{
-        prepare::{Endpoint, prepare, tests::served},
+        prepare::{
+            Endpoint, prepare,
+            tests::{LIMITS, served},
+        },
         text::{Detokenizer, Reader, TextStops, TokenTexts},
     };
 
@@ -145,14 +148,14 @@ mod tests {
     fn reading(stops: TextStops) -> Reading {
         let body =
             br#"{"model": "tiny", "prompt": "x", "logprobs": 0, "ignore_eos": true, "stop_token_ids": [6]}"#;
-        let prepared = prepare(&served(), Endpoint::Text, body, 0, 1).expect("is taken");
+        let prepared = prepare(&served(), Endpoint::Text, body, LIMITS, 1).expect("is taken");
         let texts = TokenTexts::new(TOKENS.map(<[u8]>::to_vec));
         let reader = Reader::new(Detokenizer::new(Arc::new(texts)), &stops);
         let assignment = Assignment {
             request: baton_proto::RequestId::adopt("r"),
             traceparent: String::new(),
-            prompt: prepared.prompt,
-            sampling: prepared.sampling,
+            prompt: prepared.prompts[0].tokens.clone(),
+            sampling: prepared.prompts[0].sampling.clone(),
             deadline: tokio::time::Instant::now(),
         };
         Reading::new(Box::new(reader), &assignment, false, "")

@@ -16,6 +16,7 @@ use tokenizers::{
 };
 
 use super::{
+    TokenizerError,
     detokenize::{Piece, TokenTexts},
     sentencepiece,
 };
@@ -66,11 +67,10 @@ impl Pre {
         (self == Self::Qwen2).then(|| NFC.into())
     }
 
-    fn splits(self) -> Result<PreTokenizerWrapper, String> {
+    fn splits(self) -> Result<PreTokenizerWrapper, TokenizerError> {
         let split = |pattern: &str| {
             Split::new(SplitPattern::Regex(pattern.to_owned()), SplitDelimiterBehavior::Isolated, false)
                 .map(PreTokenizerWrapper::from)
-                .map_err(|error| error.to_string())
         };
         let bytes = |also_split| PreTokenizerWrapper::from(ByteLevel::new(false, true, also_split));
         let mut steps: Vec<PreTokenizerWrapper> = match self {
@@ -86,33 +86,30 @@ impl Pre {
 }
 
 /// Builds the tokeniser; the error says what is wrong or not supported.
-pub(super) fn build(source: &GgmlTokenizer) -> Result<Built, String> {
+pub(super) fn build(source: &GgmlTokenizer) -> Result<Built, TokenizerError> {
     match source.model.as_str() {
         "gpt2" => byte_level_bpe(source),
         "llama" => sentencepiece::build(source),
-        other => Err(format!(
-            "tokenizer.ggml.model is {other:?}; supported: gpt2 (byte-level BPE), llama (SentencePiece BPE)"
-        )),
+        other => Err(TokenizerError::UnknownModel(other.to_owned())),
     }
 }
 
-fn byte_level_bpe(source: &GgmlTokenizer) -> Result<Built, String> {
+fn byte_level_bpe(source: &GgmlTokenizer) -> Result<Built, TokenizerError> {
     let pre = Pre::parse(&source.pre)
-        .ok_or_else(|| format!("tokenizer.ggml.pre is {:?}; supported: {SUPPORTED}", source.pre))?;
+        .ok_or_else(|| TokenizerError::UnknownSplits { found: source.pre.clone(), supported: SUPPORTED })?;
     let merges = source.merges.iter().enumerate().map(|(at, merge)| {
         let pair = merge.split_once(' ').map(|(left, right)| (left.to_owned(), right.to_owned()));
-        pair.ok_or_else(|| format!("tokenizer.ggml.merges[{at}] is {merge:?}, not two tokens"))
+        pair.ok_or_else(|| TokenizerError::BadMerge { at, merge: merge.clone() })
     });
     let bpe = BPE::builder()
-        .vocab_and_merges(vocabulary(source), merges.collect::<Result<_, String>>()?)
+        .vocab_and_merges(vocabulary(source), merges.collect::<Result<_, TokenizerError>>()?)
         // LLaMA 3's tokeniser takes a whole word that is a token before it merges.
         .ignore_merges(pre == Pre::Llama3)
-        .build()
-        .map_err(|error| error.to_string())?;
+        .build()?;
     let mut tables = Tokenizer::new(bpe);
-    tables.with_normalizer(pre.normalizer()).map_err(|error| error.to_string())?;
+    tables.with_normalizer(pre.normalizer())?;
     tables.with_pre_tokenizer(Some(pre.splits()?));
-    tables.add_tokens(added_tokens(source)).map_err(|error| error.to_string())?;
+    tables.add_tokens(added_tokens(source))?;
     let adds_bos = source.add_bos.unwrap_or(pre == Pre::Llama3);
     Ok(Built {
         tables,
@@ -203,8 +200,8 @@ mod tests {
         }
     }
 
-    fn message(result: Result<Built, String>) -> String {
-        result.err().expect("it is refused")
+    fn message(result: Result<Built, TokenizerError>) -> String {
+        result.err().expect("it is refused").to_string()
     }
 
     #[test]

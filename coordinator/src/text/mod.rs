@@ -6,6 +6,7 @@
 //! text as they come, `stop` ends it at stop strings. Which tokens end a sequence is not decided here.
 
 mod detokenize;
+mod error;
 mod ggml;
 mod reader;
 mod sentencepiece;
@@ -13,33 +14,16 @@ mod stop;
 mod template;
 mod tokenizer;
 
-use std::{path::PathBuf, sync::Arc};
+use std::sync::Arc;
 
 use baton_checkpoint::Checkpoint;
 
 pub use detokenize::{Detokenizer, TokenTexts};
+pub use error::{TextError, TokenizerError};
 pub use reader::{Reader, TextStops};
 pub use stop::StopMatcher;
 pub use template::{ChatMessage, ChatTemplate, Clock};
 pub use tokenizer::Tokenizer;
-
-/// Why a model's text side cannot be used, or a text not be turned into tokens.
-#[derive(Debug, thiserror::Error)]
-pub enum TextError {
-    #[error("cannot use the tokeniser of {path}: {reason}")]
-    Tokenizer { path: PathBuf, reason: String },
-    #[error("cannot use the chat template of {path}: {reason}")]
-    Template { path: PathBuf, reason: String },
-    /// The template itself refuses the messages, by `raise_exception`.
-    #[error("the model's chat template refuses these messages: {reason}")]
-    Refused { reason: String },
-    #[error("this model has no chat template: use /v1/completions")]
-    NoTemplate,
-    #[error("the model's chat template fails on these messages: {reason}")]
-    Render { reason: String },
-    #[error("cannot tokenise the text: {reason}")]
-    Encode { reason: String },
-}
 
 /// The text side of one model.
 #[derive(Debug)]
@@ -57,7 +41,7 @@ impl CheckpointText {
         check_vocabulary(checkpoint, &texts)?;
         let template = checkpoint.chat_template().map(|source| {
             ChatTemplate::new(source, checkpoint.bos_token(), checkpoint.eos_token(), clock)
-                .map_err(|reason| TextError::Template { path: checkpoint.path().to_owned(), reason })
+                .map_err(|source| TextError::Template { path: checkpoint.path().to_owned(), source })
         });
         Ok(Self { tokenizer, template: template.transpose()?, texts: Arc::new(texts) })
     }
@@ -98,9 +82,8 @@ impl CheckpointText {
 fn check_vocabulary(checkpoint: &Checkpoint, texts: &TokenTexts) -> Result<(), TextError> {
     let rows = checkpoint.config().vocabulary;
     if texts.len() > rows {
-        let reason =
-            format!("it knows {} tokens, the model {rows}; the files are not of one model", texts.len());
-        return Err(TextError::Tokenizer { path: checkpoint.path().to_owned(), reason });
+        let source = TokenizerError::OtherModel { knows: texts.len(), rows };
+        return Err(TextError::Tokenizer { path: checkpoint.path().to_owned(), source });
     }
     Ok(())
 }

@@ -14,6 +14,7 @@ use tokenizers::{
 };
 
 use super::{
+    TokenizerError,
     detokenize::{Piece, TokenTexts},
     ggml::{Built, added_tokens, vocabulary},
 };
@@ -21,9 +22,9 @@ use super::{
 /// How SentencePiece writes a space.
 const SPACE: &str = "▁";
 
-pub(super) fn build(source: &GgmlTokenizer) -> Result<Built, String> {
+pub(super) fn build(source: &GgmlTokenizer) -> Result<Built, TokenizerError> {
     if source.scores.len() != source.tokens.len() {
-        return Err("tokenizer.ggml.scores is not there; SentencePiece needs one for each token".to_owned());
+        return Err(TokenizerError::NoScores);
     }
     let vocabulary = vocabulary(source);
     let merges = merges(source, &vocabulary);
@@ -31,15 +32,14 @@ pub(super) fn build(source: &GgmlTokenizer) -> Result<Built, String> {
     if let Some(unknown) = source.unknown.and_then(|id| source.tokens.get(id as usize)) {
         bpe = bpe.unk_token(unknown.clone());
     }
-    let text = |error: tokenizers::Error| error.to_string();
-    let mut tables = Tokenizer::new(bpe.build().map_err(text)?);
+    let mut tables = Tokenizer::new(bpe.build()?);
     let mut steps: Vec<NormalizerWrapper> = Vec::new();
     if source.add_space_prefix != Some(false) {
         steps.push(Prepend::new(SPACE.to_owned()).into());
     }
-    steps.push(Replace::new(" ", SPACE).map_err(text)?.into());
-    tables.with_normalizer(Some(Sequence::new(steps))).map_err(text)?;
-    tables.add_tokens(added_tokens(source)).map_err(text)?;
+    steps.push(Replace::new(" ", SPACE)?.into());
+    tables.with_normalizer(Some(Sequence::new(steps)))?;
+    tables.add_tokens(added_tokens(source))?;
     let shown = source.tokens.iter().zip(&source.kinds).map(|(token, &kind)| match kind {
         TokenKind::Control | TokenKind::Unknown | TokenKind::Unused => Piece::Hidden(token.clone()),
         TokenKind::Normal | TokenKind::UserDefined | TokenKind::Byte => Piece::Shown(bytes(token)),
@@ -156,7 +156,7 @@ mod tests {
     #[test]
     fn tables_without_scores_are_refused() {
         let source = GgmlTokenizer { scores: Vec::new(), ..reference().0 };
-        assert!(build(&source).err().expect("refused").contains("tokenizer.ggml.scores"));
+        assert!(build(&source).err().expect("refused").to_string().contains("tokenizer.ggml.scores"));
     }
 
     #[test]

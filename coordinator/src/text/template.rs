@@ -32,11 +32,11 @@ const RAISED: &str = "raised by the template: ";
 
 impl ChatTemplate {
     /// Compiles the template; the error says what is wrong with it.
-    pub fn new(source: &str, bos: Option<&str>, eos: Option<&str>, clock: Clock) -> Result<Self, String> {
+    pub fn new(source: &str, bos: Option<&str>, eos: Option<&str>, clock: Clock) -> Result<Self, Error> {
         let mut environment = Environment::new();
         // As in Hugging Face's own environment.
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
-        environment.set_syntax(syntax.map_err(|error| error.to_string())?);
+        environment.set_syntax(syntax?);
         environment.set_fuel(Some(FUEL));
         environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
         environment.set_unknown_method_callback(unknown_method_callback);
@@ -44,9 +44,7 @@ impl ChatTemplate {
             Err(Error::new(ErrorKind::InvalidOperation, format!("{RAISED}{reason}")))
         });
         environment.add_function("strftime_now", move |format: String| strftime(&format, clock()));
-        environment
-            .add_template_owned(NAME, without_generation_tags(source))
-            .map_err(|error| error.to_string())?;
+        environment.add_template_owned(NAME, without_generation_tags(source))?;
         Ok(Self { environment, bos_token: bos.map(str::to_owned), eos_token: eos.map(str::to_owned) })
     }
 
@@ -56,10 +54,7 @@ impl ChatTemplate {
         messages: &[ChatMessage<'_>],
         add_generation_prompt: bool,
     ) -> Result<String, TextError> {
-        let template = self
-            .environment
-            .get_template(NAME)
-            .map_err(|error| TextError::Render { reason: error.to_string() })?;
+        let template = self.environment.get_template(NAME).map_err(TextError::Render)?;
         let message =
             |message: &ChatMessage<'_>| context! { role => message.role, content => message.content };
         let messages: Vec<Value> = messages.iter().map(message).collect();
@@ -73,7 +68,7 @@ impl ChatTemplate {
         });
         result.map_err(|error| match error.detail().and_then(|detail| detail.strip_prefix(RAISED)) {
             Some(reason) => TextError::Refused { reason: reason.to_owned() },
-            None => TextError::Render { reason: error.to_string() },
+            None => TextError::Render(error),
         })
     }
 }

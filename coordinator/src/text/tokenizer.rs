@@ -7,7 +7,7 @@ use serde_json::Value;
 use tokenizers::Tokenizer as Tables;
 
 use super::{
-    TextError,
+    TextError, TokenizerError,
     detokenize::{Piece, TokenTexts},
     ggml, sentencepiece,
 };
@@ -24,18 +24,18 @@ pub struct Tokenizer {
 impl Tokenizer {
     /// Builds the tokeniser, and the table of its tokens' bytes.
     pub(super) fn open(checkpoint: &Checkpoint) -> Result<(Self, TokenTexts), TextError> {
-        let failed = |path: &Path, reason: String| TextError::Tokenizer { path: path.to_owned(), reason };
+        let failed = |path: &Path, source| TextError::Tokenizer { path: path.to_owned(), source };
         match checkpoint.tokenizer() {
             TokenizerSource::HuggingFaceJson(path) => {
-                let mut tables = Tables::from_file(path).map_err(|error| failed(path, error.to_string()))?;
+                let mut tables = Tables::from_file(path).map_err(|error| failed(path, error.into()))?;
                 // Left over from training in some files: a prompt is never cut or filled up here.
                 tables.with_padding(None);
-                tables.with_truncation(None).map_err(|error| failed(path, error.to_string()))?;
-                let texts = json_texts(&tables).map_err(|reason| failed(path, reason))?;
+                tables.with_truncation(None).map_err(|error| failed(path, error.into()))?;
+                let texts = json_texts(&tables).map_err(|source| failed(path, source))?;
                 Ok((Self { tables, before: None, after: None }, texts))
             }
             TokenizerSource::Ggml(source) => {
-                let built = ggml::build(source).map_err(|reason| failed(checkpoint.path(), reason))?;
+                let built = ggml::build(source).map_err(|source| failed(checkpoint.path(), source))?;
                 Ok((Self { tables: built.tables, before: built.before, after: built.after }, built.texts))
             }
         }
@@ -44,10 +44,7 @@ impl Tokenizer {
     /// Token ids of `text`, special tokens in it matched whole. `surround` adds what the model wants around a plain
     /// text, such as BOS.
     pub fn encode(&self, text: &str, surround: bool) -> Result<Vec<u32>, TextError> {
-        let encoding = self
-            .tables
-            .encode_fast(text, surround)
-            .map_err(|error| TextError::Encode { reason: error.to_string() })?;
+        let encoding = self.tables.encode_fast(text, surround).map_err(TextError::Encode)?;
         let around = |id: Option<u32>| id.filter(|_| surround);
         Ok(around(self.before)
             .into_iter()
@@ -79,10 +76,9 @@ impl Spelling {
 }
 
 /// Every token of a `tokenizer.json`; special ones have no text.
-fn json_texts(tables: &Tables) -> Result<TokenTexts, String> {
-    let decoder = serde_json::to_value(tables.get_decoder()).map_err(|error| error.to_string())?;
-    let spelling =
-        Spelling::of(&decoder).ok_or("its decoder is none of ByteLevel, ByteFallback and Metaspace")?;
+fn json_texts(tables: &Tables) -> Result<TokenTexts, TokenizerError> {
+    let decoder = serde_json::to_value(tables.get_decoder())?;
+    let spelling = Spelling::of(&decoder).ok_or(TokenizerError::UnknownDecoder)?;
     let count = tables.get_vocab(true).into_values().max().map_or(0, |highest| highest + 1);
     let added = tables.get_added_tokens_decoder();
     let text = |id| match (added.get(&id), tables.id_to_token(id)) {

@@ -87,12 +87,33 @@ async fn a_mixed_instance_answers_alone() {
 #[tokio::test]
 async fn prefill_that_ends_the_answer_cancels_decode() {
     let (cluster, mut prefill, mut decode) = Cluster::pair().await;
-    let response = cluster.chat(json!({"max_tokens": 1}));
+    let response = cluster.chat(json!({"max_tokens": 5}));
     let (p, d) = (prefill.dispatch().await, decode.dispatch().await);
-    prefill.finish(p.leg, 0, "a", FinishReason::Length);
+    prefill.finish(p.leg, 0, "\0", FinishReason::Stop);
     assert_eq!(decode.cancelled().await.leg, d.leg);
     let answer: Value = response.await.expect("ends").json().await.expect("is JSON");
+    assert_eq!(answer["choices"][0]["message"]["content"], "");
+    assert_eq!(answer["usage"]["completion_tokens"], 1);
+    cluster.at_rest().await;
+}
+
+#[tokio::test]
+async fn one_token_is_asked_of_prefill_alone() {
+    let (cluster, mut prefill, mut decode) = Cluster::pair().await;
+    let response = cluster.chat(json!({"max_tokens": 1}));
+    let dispatch = prefill.dispatch().await;
+    assert!(matches!(dispatch.work, Some(Work::Whole(_))));
+    prefill.finish(dispatch.leg, 0, "a", FinishReason::Length);
+    let answer: Value = response.await.expect("ends").json().await.expect("is JSON");
     assert_eq!(answer["choices"][0]["message"]["content"], "a");
+    cluster.at_rest().await;
+    // The first that decode hears of is a request of two.
+    let response = cluster.chat(json!({"max_tokens": 2}));
+    let (p, d) = (prefill.dispatch().await, decode.dispatch().await);
+    assert_eq!(d.sampling.expect("sampling").max_tokens, 2);
+    prefill.finish(p.leg, 0, "a", FinishReason::HandedOff);
+    decode.finish(d.leg, 1, "b", FinishReason::Length);
+    assert_eq!(response.await.expect("ends").status(), 200);
     cluster.at_rest().await;
 }
 

@@ -364,7 +364,8 @@ async fn bad_requests_are_refused_by_field() {
         (r#"{"model": "tiny", "messages": []}"#.into(), 400, "invalid_value", Some("messages")),
         (format!(r#"{{{good}, "temperature": 3}}"#), 400, "invalid_value", Some("temperature")),
         (format!(r#"{{{good}, "top_p": "x"}}"#), 400, "invalid_value", Some("top_p")),
-        (format!(r#"{{{good}, "n": 2}}"#), 400, "unsupported", Some("n")),
+        (format!(r#"{{{good}, "n": 33}}"#), 400, "invalid_value", Some("n")),
+        (format!(r#"{{{good}, "best_of": 2}}"#), 400, "unsupported", Some("best_of")),
         (format!(r#"{{{good}, "max_tokens": 5000}}"#), 400, "context_length_exceeded", Some("max_tokens")),
         (
             format!(r#"{{"model": "tiny", "messages": [{{"role": "user", "content": "{long}"}}]}}"#),
@@ -389,6 +390,9 @@ async fn bad_requests_are_refused_by_field() {
     let (status, error) = error_of(cluster.get("/v1/nothing").await).await;
     assert_eq!((status, &error["code"]), (404, &json!("not_found")));
     let (status, error) = error_of(cluster.get("/v1/chat/completions").await).await;
-    assert_eq!((status, &error["type"]), (405, &json!("invalid_request_error")));
+    assert_eq!(
+        (status, &error["type"], &error["code"]),
+        (405, &json!("invalid_request_error"), &json!("method_not_allowed"))
+    );
     cluster.at_rest().await;
 }

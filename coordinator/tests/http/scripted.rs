@@ -249,6 +249,23 @@ impl Instance {
         sender.try_send(Ok(v1::AttachResponse { frame: Some(answer) })).expect("room for a message");
     }
 
+    /// Tokens of one of a leg's choices, and its end.
+    pub(crate) fn of_choice(
+        &self,
+        (leg, choice): (u64, u32),
+        first_position: u32,
+        text: &str,
+        end: Option<v1::FinishReason>,
+    ) {
+        let finished = |reason: v1::FinishReason| {
+            End::Finished(v1::Finished { reason: reason.into(), cached_tokens: 5, ..Default::default() })
+        };
+        let tokens = text.bytes().map(u32::from).collect();
+        let (end, logprobs) = (end.map(finished), Vec::new());
+        let output = v1::LegOutput { leg, choice, first_position, tokens, end, logprobs };
+        self.say(Answer::Step(v1::StepOutput { legs: vec![output] }));
+    }
+
     fn leg(&self, leg: u64, first_position: u32, text: &str, end: Option<End>) {
         self.scored(leg, first_position, text, Vec::new(), end);
     }
@@ -263,7 +280,7 @@ impl Instance {
         end: Option<End>,
     ) {
         let tokens = text.bytes().map(u32::from).collect();
-        let output = v1::LegOutput { leg, first_position, tokens, end, logprobs };
+        let output = v1::LegOutput { leg, choice: 0, first_position, tokens, end, logprobs };
         self.say(Answer::Step(v1::StepOutput { legs: vec![output] }));
     }
 

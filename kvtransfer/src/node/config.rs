@@ -9,7 +9,7 @@ use std::{
 
 use baton_proto::{Incarnation, InstanceId, TransferId};
 
-use crate::{KvLayout, Region, TransferError};
+use crate::{FirstTokens, KvLayout, Region, TransferError};
 
 /// How a node is set up. There is one node for each server process.
 pub struct NodeConfig {
@@ -159,8 +159,8 @@ pub struct Reclaimed {
 /// A received transfer: every slice is in its block and matches its checksum.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sealed {
-    /// The completion's first token, sampled by the sender.
-    pub first_token: u32,
+    /// Of every choice, sampled by the sender.
+    pub first_tokens: FirstTokens,
     /// (layer, block) pairs that were sent; held ones are not among them.
     pub slices: u64,
     pub bytes: u64,

@@ -235,11 +235,11 @@ impl Shell for Inbound {
                 }
             }
             ReceiverCommand::Revoke => self.revoked.cancel(),
-            ReceiverCommand::Complete { first_token, tally, took } => {
+            ReceiverCommand::Complete { first_tokens, tally, took } => {
                 let (slices, bytes) = (tally.slices, tally.bytes);
                 self.node.counters.incoming_completed();
                 self.span.in_scope(|| tracing::debug!(slices, bytes, ?took, "kv transfer received"));
-                let sealed = Sealed { first_token, slices, bytes, took };
+                let sealed = Sealed { first_tokens, slices, bytes, took };
                 self.outcome.send_modify(|outcome| outcome.result = Some(Ok(sealed)));
             }
             ReceiverCommand::Fail(reason) => {

@@ -24,7 +24,7 @@ use super::{
     table::Ended,
 };
 use crate::{
-    TransferError,
+    FirstTokens, TransferError,
     session::{Sender, SenderCommand, SenderTerms, Shape, SliceRun, crc32c},
     transport::{DataKey, Departure},
 };
@@ -139,9 +139,9 @@ impl Outbound {
         self.run(|session| session.ready(now, layer, blocks));
     }
 
-    pub(super) fn seal(&self, first_token: u32) {
+    pub(super) fn seal(&self, first_tokens: FirstTokens) {
         let now = self.node.now();
-        self.run(|session| session.seal(now, first_token));
+        self.run(|session| session.seal(now, first_tokens));
     }
 
     pub(super) fn renewed(&self, now: Instant) {
@@ -205,9 +205,17 @@ impl Shell for Outbound {
                 self.send(state, Body::Offer(offer));
             }
             SenderCommand::Renew => self.send(state, Body::Renew(v1::Renew {})),
-            SenderCommand::Seal { first_token, tally } => {
+            SenderCommand::Seal { first_tokens, tally } => {
                 let (slices, bytes, checksum) = (tally.slices, tally.bytes, tally.checksum);
-                self.send(state, Body::Seal(v1::Seal { first_token, slices, bytes, checksum }));
+                self.send(
+                    state,
+                    Body::Seal(v1::Seal {
+                        first_tokens: first_tokens.as_slice().to_vec(),
+                        slices,
+                        bytes,
+                        checksum,
+                    }),
+                );
             }
             SenderCommand::Abort(reason) => {
                 self.send(state, Body::Abort(v1::Abort { reason: Some(ApiError::from(reason).into()) }));

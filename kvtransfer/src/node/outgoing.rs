@@ -10,7 +10,7 @@ use super::{
     outbound::Outbound,
     shell::{Outcome, Shell},
 };
-use crate::TransferError;
+use crate::{FirstTokens, TransferError};
 
 /// A transfer being sent.
 ///
@@ -40,8 +40,8 @@ impl Outgoing {
 
     /// Every slice has been made ready (those of blocks that the receiver holds need not be) and this is the first
     /// token. The seal goes out behind the last slice. Does not wait.
-    pub fn seal(&self, first_token: u32) {
-        self.outbound.seal(first_token);
+    pub fn seal(&self, first_tokens: impl Into<FirstTokens>) {
+        self.outbound.seal(first_tokens.into());
     }
 
     /// Resolves when the receiver has taken the transfer over, or, with the reason, when it has been aborted; either way
@@ -66,6 +66,11 @@ impl Outgoing {
     /// Aborts the transfer unless it is released, and tells the receiver why. Does not wait; see [`Outgoing::close`].
     pub fn cancel(&self, reason: &str) {
         self.outbound.cancel(TransferError::Cancelled(reason.to_owned()));
+    }
+
+    /// Aborts it too, and has it counted, here and at the receiver, as one that nobody wants any more.
+    pub fn withdraw(&self, reason: &str) {
+        self.outbound.cancel(TransferError::NotNeeded(reason.to_owned()));
     }
 
     /// Gives the blocks back once no transport reads them any more. Aborts the transfer if it is not released.
@@ -103,7 +108,7 @@ impl Progress {
 
     /// As [`Outgoing::seal`], for an engine that does not hold the transfer itself: sealing from its thread spares a
     /// hop between the last layer and the receiver. To be called once, by either of the two.
-    pub fn seal(&self, first_token: u32) {
-        self.outbound.seal(first_token);
+    pub fn seal(&self, first_tokens: impl Into<FirstTokens>) {
+        self.outbound.seal(first_tokens.into());
     }
 }

@@ -16,7 +16,7 @@ use super::{
     wire::to_status,
 };
 use crate::{
-    TransferError,
+    FirstTokens, TransferError,
     session::{OfferTerms, SealTerms, Shape, Tally},
 };
 
@@ -187,7 +187,11 @@ fn take_offer(
 /// A seal may come again after a broken stream, from a sender that has not heard how its transfer ended.
 fn take_seal(node: &Arc<Node>, link: &Arc<PeerLink>, id: TransferId, seal: &v1::Seal) {
     let tally = Tally { slices: seal.slices, bytes: seal.bytes, checksum: seal.checksum };
-    let terms = SealTerms { first_token: seal.first_token, tally };
+    let first_tokens = match FirstTokens::new(&seal.first_tokens) {
+        Ok(first_tokens) => first_tokens,
+        Err(error) => return link.abort(id, &TransferError::Protocol(error.to_string())),
+    };
+    let terms = SealTerms { first_tokens, tally };
     match node.incoming.get(&id) {
         Lookup::Live(inbound) if inbound.seal(node.now(), link, terms) => {}
         Lookup::Ended(Ended { peer: Some(peer), reason: None }) if peer == *link.peer() => {

@@ -16,7 +16,7 @@ use super::{
     slices::{Claim, Shape, SliceRun, Tally},
     slots::Slots,
 };
-use crate::TransferError;
+use crate::{FirstTokens, TransferError};
 
 /// What the local owner has reserved.
 #[derive(Debug, Clone)]
@@ -40,9 +40,9 @@ pub(crate) struct OfferTerms {
 }
 
 /// The sender's closing account.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct SealTerms {
-    pub(crate) first_token: u32,
+    pub(crate) first_tokens: FirstTokens,
     pub(crate) tally: Tally,
 }
 
@@ -67,7 +67,7 @@ pub(crate) enum ReceiverCommand {
     Revoke,
     /// The owner's answer: all of it is here. Once, and never with `Fail`.
     Complete {
-        first_token: u32,
+        first_tokens: FirstTokens,
         tally: Tally,
         took: Duration,
     },
@@ -247,7 +247,8 @@ impl Receiver {
 
     /// Releases the sender once the seal is here and every slice is accounted for.
     fn settle_seal(&mut self, now: Instant) -> Commands {
-        let (ReceiverState::Sealed, Some(seal), Some(slots)) = (self.state, self.seal, &self.slices) else {
+        let (ReceiverState::Sealed, Some(seal), Some(slots)) = (self.state, self.seal.clone(), &self.slices)
+        else {
             return Vec::new();
         };
         let tally = slots.landed();
@@ -261,7 +262,7 @@ impl Receiver {
         let took = now.saturating_duration_since(self.accepted_at);
         vec![
             ReceiverCommand::Released,
-            ReceiverCommand::Complete { first_token: seal.first_token, tally, took },
+            ReceiverCommand::Complete { first_tokens: seal.first_tokens, tally, took },
             ReceiverCommand::Settled,
         ]
     }

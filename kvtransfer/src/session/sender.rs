@@ -16,7 +16,7 @@ use super::{
     Lease,
     slices::{Shape, SliceRun, SliceSet, Tally},
 };
-use crate::TransferError;
+use crate::{FirstTokens, TransferError};
 
 /// What a sender session is started with.
 #[derive(Debug, Clone, Copy)]
@@ -35,7 +35,7 @@ pub(crate) enum SenderCommand {
     Offer,
     Renew,
     Seal {
-        first_token: u32,
+        first_tokens: FirstTokens,
         tally: Tally,
     },
     /// Tell the receiver that the transfer is off.
@@ -88,7 +88,7 @@ pub(crate) struct Sender {
     /// Runs taken by transports and not reported yet.
     taken: u64,
     sent: Tally,
-    first_token: Option<u32>,
+    first_tokens: Option<FirstTokens>,
     sealed_at: Instant,
 }
 
@@ -108,7 +108,7 @@ impl Sender {
             queue: VecDeque::new(),
             taken: 0,
             sent: Tally::default(),
-            first_token: None,
+            first_tokens: None,
             sealed_at: now,
         }
     }
@@ -127,7 +127,7 @@ impl Sender {
                 self.lease.agree(now, self.terms.lease);
                 vec![SenderCommand::Offer]
             }
-            SenderState::Sealed => vec![self.seal_command()],
+            SenderState::Sealed => self.seal_command().into_iter().collect(),
             _ => Vec::new(),
         }
     }
@@ -188,7 +188,7 @@ impl Sender {
             let reason = format!("slices were made ready that the transfer does not have: {run:?}");
             return self.abort(TransferError::Invalid(reason), true);
         }
-        if self.first_token.is_some() || !blocks.clone().all(|block| self.ready.insert(layer, block)) {
+        if self.first_tokens.is_some() || !blocks.clone().all(|block| self.ready.insert(layer, block)) {
             let reason = format!("slices were made ready twice or after the seal: {run:?}");
             return self.abort(TransferError::Invalid(reason), true);
         }
@@ -267,11 +267,11 @@ impl Sender {
     }
 
     /// The engine has made everything ready and has the first token.
-    pub(crate) fn seal(&mut self, now: Instant, first_token: u32) -> Commands {
+    pub(crate) fn seal(&mut self, now: Instant, first_tokens: FirstTokens) -> Commands {
         if !self.live() {
             return Vec::new();
         }
-        if self.first_token.replace(first_token).is_some() {
+        if self.first_tokens.replace(first_tokens).is_some() {
             return self.abort(TransferError::Invalid("the transfer was sealed twice".into()), true);
         }
         if self.state == SenderState::Offered {
@@ -282,7 +282,7 @@ impl Sender {
 
     /// With the seal asked for, every slice must be ready: a missing one would never come.
     fn check_sealable(&mut self) -> Option<Commands> {
-        self.first_token?;
+        self.first_tokens.as_ref()?;
         let shape = self.terms.shape;
         let missing = (0..shape.layers)
             .flat_map(|layer| (0..shape.blocks).map(move |block| (layer, block)))
@@ -299,17 +299,17 @@ impl Sender {
             return vec![SenderCommand::Wake];
         }
         let moving = matches!(self.state, SenderState::Accepted | SenderState::Moving);
-        if moving && self.first_token.is_some() && self.sent.slices == self.expected {
+        if moving && self.first_tokens.is_some() && self.sent.slices == self.expected {
             self.state = SenderState::Sealed;
             self.sealed_at = now;
             self.deadline = self.deadline.min(now + self.terms.seal_grace);
-            return vec![self.seal_command()];
+            return self.seal_command().into_iter().collect();
         }
         Vec::new()
     }
 
-    fn seal_command(&self) -> SenderCommand {
-        SenderCommand::Seal { first_token: self.first_token.unwrap_or_default(), tally: self.sent }
+    fn seal_command(&self) -> Option<SenderCommand> {
+        Some(SenderCommand::Seal { first_tokens: self.first_tokens.clone()?, tally: self.sent })
     }
 
     /// The receiver is alive.

@@ -147,7 +147,7 @@ pub fn seal(first_token: u32, slices: &[(u32, u32, Vec<u8>)]) -> v1::Seal {
         checksum ^= crc32c(&record);
     }
     let bytes = slices.iter().map(|(_, _, bytes)| bytes.len() as u64).sum();
-    v1::Seal { first_token, slices: slices.len() as u64, bytes, checksum }
+    v1::Seal { first_tokens: vec![first_token], slices: slices.len() as u64, bytes, checksum }
 }
 
 pub async fn connect_data(to: SocketAddr) -> TcpStream {

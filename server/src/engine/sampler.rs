@@ -57,6 +57,13 @@ impl SamplingParams {
         stop_tokens: Vec::new(),
     };
 
+    /// Those of one choice of several to the same prompt: its seed is as far from the request's as it is from the first.
+    /// Seeds are hashed (see [`uniform`]), so neighbours have nothing in common.
+    #[must_use]
+    pub fn of_choice(&self, choice: u32) -> Self {
+        Self { seed: self.seed.wrapping_add(choice.into()), ..self.clone() }
+    }
+
     /// Whether the choice depends on tokens seen before.
     pub fn penalises(&self) -> bool {
         self.frequency_penalty != 0.0 || self.presence_penalty != 0.0 || self.repetition_penalty != 1.0
@@ -64,10 +71,10 @@ impl SamplingParams {
 }
 
 /// How often each token stands in the prompt and in the completion. Kept only for sequences with penalties.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct TokenCounts(HashMap<u32, Count>);
 
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 struct Count {
     prompt: u32,
     completion: u32,

@@ -2,7 +2,8 @@
 //! plans, outputs and effects, and touches neither the model nor a transfer.
 //!
 //! Called by the engine's thread ([`super::step`] between steps, [`super::thread`] for events from outside). The life
-//! of a sequence (arrival, end, transfers) is in [`lifecycle`]; this file holds the planning:
+//! of a sequence (arrival, end, transfers) is in [`lifecycle`], that of its choices in [`choices`]; this file holds the
+//! planning:
 //!
 //! - Everything is done by rank: priority, then age. The first in rank always goes on, so everything ends.
 //! - Decode first: every running sequence that needs one more token gets it. When blocks run out, the last in rank that
@@ -26,14 +27,16 @@ use std::{
     time::Instant,
 };
 
+use baton_kvtransfer::FirstTokens;
 use baton_proto::{ApiError, BlockHash, TransferId};
 use baton_runtime::BlockId;
 
 use super::{
-    blocks::{BlockManager, Cached},
+    blocks::{BlockManager, Cached, Write},
     sequence::{Address, Inbound, LegUpdate, Outbound, Sequence, SequenceId, State, Work},
 };
 
+mod choices;
 mod lifecycle;
 mod occupancy;
 #[cfg(test)]
@@ -91,14 +94,15 @@ pub enum Effect {
         held: u32,
         deadline: Option<Instant>,
     },
-    /// All of a prefill leg's cache is computed; this is the first token.
-    Seal { id: SequenceId, first_token: u32 },
+    /// All of a prefill leg's cache is computed; this is the first token of each choice.
+    Seal { id: SequenceId, first_tokens: FirstTokens },
     /// Tell the sender that its transfer will not be expected here.
     Refuse { transfer: TransferId, reason: ApiError },
     /// Watch no more for an offer.
     Unwatch { id: SequenceId },
-    /// End a transfer; [`Scheduler::transfer_ended`] must follow once it can touch the blocks no more.
-    Close { id: SequenceId },
+    /// End a transfer; [`Scheduler::transfer_ended`] must follow once it can touch the blocks no more. Unless `needed`,
+    /// its sequence has come to its own end already.
+    Close { id: SequenceId, needed: bool },
 }
 
 /// See the module.
@@ -119,6 +123,8 @@ pub struct Scheduler {
     arrivals: u64,
     outputs: Vec<(Address, LegUpdate)>,
     effects: Vec<Effect>,
+    /// What the next step copies before it computes.
+    copies: Vec<(BlockId, BlockId)>,
     counts: Counts,
 }
 
@@ -137,6 +143,7 @@ impl Scheduler {
             arrivals: 0,
             outputs: Vec::new(),
             effects: Vec::new(),
+            copies: Vec::new(),
             counts: Counts::default(),
         }
     }
@@ -196,13 +203,22 @@ impl Scheduler {
         }
     }
 
-    /// Gives a sequence the block for its next token, taking blocks from those behind it if it must. False if it had to
-    /// preempt itself.
+    /// Gives a sequence a block of its own for its next token, taking blocks from those behind it if it must. False if it
+    /// had to preempt itself.
     fn grow_or_preempt(&mut self, id: SequenceId) -> bool {
         loop {
             let Some(sequence) = self.sequences.get_mut(&id) else { return false };
-            let tokens = sequence.computed + 1;
-            if self.blocks.extend(&mut sequence.blocks, tokens) {
+            let index = sequence.computed / self.limits.block_tokens;
+            if index < sequence.blocks.count() {
+                match self.blocks.write(&mut sequence.blocks, index) {
+                    Write::InPlace => return true,
+                    Write::Copy { from, to } => {
+                        self.copies.push((from, to));
+                        return true;
+                    }
+                    Write::NoRoom => {}
+                }
+            } else if self.blocks.extend(&mut sequence.blocks, sequence.computed + 1) {
                 return true;
             }
             // `running` is by rank, so whoever is found was not planned in this step yet, or is `id` itself.
@@ -230,7 +246,8 @@ impl Scheduler {
 
     fn admit(&mut self, plan: &mut Vec<Chunk>, budget: &mut u32) {
         while let Some(&id) = self.waiting.front() {
-            if self.running.len() as u32 + self.receiving >= self.limits.max_sequences {
+            let choices = self.sequences[&id].choices.len() as u32;
+            if self.seats() + choices > self.limits.max_sequences {
                 return;
             }
             let receives = matches!(self.sequences[&id].work, Work::Decode(_));
@@ -245,7 +262,9 @@ impl Scheduler {
             }
             let tokens = sequence.tokens.len() as u32 + u32::from(receives);
             let needed = self.blocks.blocks_for(tokens) - cached.blocks + cached.idle;
-            if needed + self.growing() > self.blocks.room() {
+            // Each choice but one will want a last block of its own; they take turns if there never are as many.
+            let own = if self.seats() == 0 { 0 } else { choices - 1 };
+            if needed + own + self.growing() > self.blocks.room() {
                 return;
             }
             self.waiting.pop_front();
@@ -262,10 +281,22 @@ impl Scheduler {
         self.blocks.find(usable_hashes(sequence, self.root, &self.limits))
     }
 
-    /// Sequences that may need another block while they run.
+    /// Choices that may need another block while they run.
     fn growing(&self) -> u32 {
-        let running = self.running.iter().filter(|id| self.sequences[id].preemptible()).count() as u32;
-        running + self.receiving
+        let running = self.running.iter().map(|id| &self.sequences[id]).filter(|s| s.preemptible());
+        running.map(choices_of).sum::<u32>() + self.receiving_choices()
+    }
+
+    /// Choices in service.
+    fn seats(&self) -> u32 {
+        self.running.iter().map(|id| choices_of(&self.sequences[id])).sum::<u32>() + self.receiving_choices()
+    }
+
+    fn receiving_choices(&self) -> u32 {
+        if self.receiving == 0 {
+            return 0;
+        }
+        self.sequences.values().filter(|s| s.state == State::Receiving).map(choices_of).sum()
     }
 
     /// Takes a sequence from the queue into service, with blocks for `tokens` tokens, for which there is room beside
@@ -321,6 +352,10 @@ impl Scheduler {
         let at = self.running.partition_point(|other| self.sequences[other].rank < rank);
         self.running.insert(at, id);
     }
+}
+
+fn choices_of(sequence: &Sequence) -> u32 {
+    sequence.choices.len() as u32
 }
 
 /// Hashes of the blocks that a waiting sequence need not compute, or receive, if the cache has them.

@@ -10,10 +10,14 @@
 //!    │  └────────── preempted ──────────────┼──┘        end while a transfer is open   v
 //!    └── decode ──> Receiving ── sealed ────┘     any ─────────────────────────────> Closing ──> gone
 //! ```
+//! A sequence may stand for several choices, answers to one prompt: it computes, or receives, the prompt once. A prefill
+//! leg's samples the first token of each and never stands for fewer than have not ended; another is forked, when the
+//! first tokens are there, into a sequence for each choice, which share the prompt's blocks.
+//!
 //! A sequence without an open transfer is gone as soon as it ends. With one it stays, as `Closing`, until the transfer
 //! can touch its blocks no more.
 
-use std::{fmt, time::Instant};
+use std::{borrow::Cow, fmt, time::Instant};
 
 use baton_proto::{ApiError, BlockHash, ErrorCode, Incarnation, InstanceId, LegId, RequestId, TransferId};
 use tokio_util::task::task_tracker::TaskTrackerToken;
@@ -41,9 +45,12 @@ pub struct Address {
 /// A validated request for one leg.
 #[derive(Debug)]
 pub struct NewSequence {
+    /// The ids that follow are taken too, as many as there are choices.
     pub id: SequenceId,
     pub address: Address,
     pub request: RequestId,
+    /// At least 1.
+    pub choices: u32,
     /// At least one token, fewer than the context holds.
     pub prompt: Vec<u32>,
     pub sampling: SamplingParams,
@@ -113,6 +120,7 @@ pub struct Inbound {
 #[derive(Debug, Clone, PartialEq)]
 pub struct LegUpdate {
     pub leg: LegId,
+    pub choice: u32,
     /// Index in the completion of the first of `tokens`.
     pub first_position: u32,
     pub tokens: Vec<u32>,
@@ -125,6 +133,7 @@ pub struct LegUpdate {
 /// A token just chosen.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sampled {
+    pub choice: u32,
     pub token: u32,
     pub logprobs: Option<TokenLogprobs>,
 }
@@ -172,12 +181,18 @@ pub(super) struct Rank {
     pub(super) priority: i32,
     /// Order in which sequences came to the queue, a decode leg when its cache was offered.
     pub(super) arrival: u64,
+    /// Which of a leg's sequences it is, once they are forked.
+    pub(super) fork: u32,
 }
 
 pub(super) struct Sequence {
     pub(super) id: SequenceId,
     pub(super) address: Address,
     pub(super) state: State,
+    /// The choices that it stands for and that have not ended, ascending.
+    pub(super) choices: Vec<u32>,
+    /// How many choices are to be forked off it; 1 = it stands for its one choice alone.
+    pub(super) unforked: u32,
     /// Place among all that want to be served.
     pub(super) rank: Rank,
     /// Prompt, then completion so far.
@@ -220,7 +235,9 @@ impl Sequence {
             id: new.id,
             address: new.address,
             state: if matches!(new.work, Work::Decode(_)) { State::Announced } else { State::Waiting },
-            rank: Rank { priority: new.priority, arrival },
+            choices: (0..new.choices).collect(),
+            unforked: new.choices,
+            rank: Rank { priority: new.priority, arrival, fork: 0 },
             tokens: new.prompt,
             prompt_tokens,
             computed: 0,
@@ -267,6 +284,11 @@ impl Sequence {
         self.tokens.len() as u32 - self.prompt_tokens
     }
 
+    /// Index in a choice's completion of the token that comes next. Of a leg that hands over there is only the first.
+    pub(super) fn first_untold(&self) -> u32 {
+        if matches!(self.work, Work::Prefill(_)) { 0 } else { self.completion_tokens() }
+    }
+
     /// Most tokens that will ever have to be in the KV cache here. The last token of a completion is never computed.
     pub(super) fn most_cached_tokens(&self) -> u32 {
         match self.work {
@@ -290,6 +312,62 @@ impl Sequence {
         self.state == State::Running && !matches!(self.work, Work::Prefill(_))
     }
 
+    /// The choices that its next logits are sampled for. All of a prefill leg's, though some may have ended: the other
+    /// side counts them.
+    pub(super) fn sampled_choices(&self) -> Vec<u32> {
+        match self.work {
+            Work::Prefill(_) => (0..self.unforked).collect(),
+            Work::Whole | Work::Decode(_) => self.choices.clone(),
+        }
+    }
+
+    /// How one of its choices is sampled.
+    pub(super) fn sampling_of(&self, choice: u32) -> Cow<'_, SamplingParams> {
+        if self.unforked > 1 {
+            Cow::Owned(self.sampling.of_choice(choice))
+        } else {
+            Cow::Borrowed(&self.sampling)
+        }
+    }
+
+    /// The sequence of one of its choices, which it no longer stands for, over blocks that hold the same.
+    pub(super) fn fork(&mut self, choice: u32, blocks: BlockList) -> Self {
+        self.choices.retain(|&other| other != choice);
+        Self {
+            id: SequenceId(self.id.0 + u64::from(choice)),
+            address: self.address,
+            state: self.state,
+            choices: vec![choice],
+            unforked: 1,
+            rank: Rank { fork: choice, ..self.rank },
+            tokens: self.tokens.clone(),
+            prompt_tokens: self.prompt_tokens,
+            computed: self.computed,
+            blocks,
+            hashes: self.hashes.clone(),
+            sealed: self.sealed,
+            cached: self.cached,
+            sampling: self.sampling.of_choice(choice),
+            counts: self.counts.clone(),
+            stop_tokens: self.stop_tokens.clone(),
+            top_logprobs: self.top_logprobs,
+            completion_limit: self.completion_limit,
+            deadline: self.deadline,
+            work: self.work.clone(),
+            request: self.request.clone(),
+            span: self.span.clone(),
+            _permit: self._permit.clone(),
+        }
+    }
+
+    /// It stands for its one remaining choice alone from now on.
+    pub(super) fn settle(&mut self) {
+        if let ([choice], 2..) = (&self.choices[..], self.unforked) {
+            self.sampling = self.sampling.of_choice(*choice);
+            self.unforked = 1;
+        }
+    }
+
     /// Appends a token of the completion.
     pub(super) fn push(&mut self, token: u32) {
         self.tokens.push(token);
@@ -301,7 +379,12 @@ impl Sequence {
     /// Why the completion is over with its last token, if it is.
     pub(super) fn finish_reason(&self) -> Option<FinishReason> {
         let last = self.tokens.last().filter(|_| self.completion_tokens() > 0)?;
-        if self.stop_tokens.contains(last) {
+        self.finish_reason_of(*last)
+    }
+
+    /// The same, if its last token were `last`.
+    pub(super) fn finish_reason_of(&self, last: u32) -> Option<FinishReason> {
+        if self.stop_tokens.contains(&last) {
             Some(FinishReason::Stop)
         } else if self.completion_tokens() >= self.completion_limit {
             Some(FinishReason::Length)
@@ -327,7 +410,7 @@ impl Sequence {
                 tracing::debug!(request = %self.request, ?reason, completion_tokens, "leg finished");
             }
             // The other side needs it no more: a completion of one token, say, leaves nothing to decode.
-            LegEnd::Failed(error) if error.code == ErrorCode::Cancelled => {
+            LegEnd::Failed(error) if matches!(error.code, ErrorCode::Cancelled | ErrorCode::NotNeeded) => {
                 tracing::debug!(request = %self.request, %error, "leg cancelled");
             }
             LegEnd::Failed(error) => {

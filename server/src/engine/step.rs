@@ -13,10 +13,10 @@ use std::{
 
 use baton_kvtransfer::Progress;
 use baton_proto::{ApiError, ErrorCode};
-use baton_runtime::{BatchFault, Executor, RuntimeError, SequenceChunk};
+use baton_runtime::{BatchFault, BlockId, Executor, RuntimeError, SequenceChunk};
 
 use super::{
-    sampler::{Sampler, logprobs::logprobs},
+    sampler::{BadLogits, Sampler, logprobs::logprobs},
     scheduler::{Chunk, Scheduler},
     sequence::{Sampled, SequenceId},
 };
@@ -52,7 +52,11 @@ impl Stepper {
         progress: impl Fn(SequenceId) -> Option<Progress>,
     ) -> StepStats {
         let started = Instant::now();
-        let sampled = self.forward(scheduler, plan, progress);
+        let copies = scheduler.take_copies();
+        let sampled = match self.copy(&copies) {
+            Ok(()) => self.forward(scheduler, plan, progress),
+            Err(failed) => vec![failed; plan.len()],
+        };
         let failed = |sampled: &Computed| matches!(sampled, Computed::Failed(_));
         let mut stats = StepStats { failed: sampled.iter().all(failed), ..StepStats::default() };
         for (chunk, sampled) in plan.iter().zip(sampled) {
@@ -62,7 +66,7 @@ impl Stepper {
                 stats.prefill_tokens += chunk.tokens;
             }
             match sampled {
-                Computed::Yes(token) => scheduler.computed(chunk, token),
+                Computed::Yes(sampled) => scheduler.computed(chunk, sampled),
                 Computed::No => {}
                 Computed::Failed(error) => scheduler.fail(chunk.id, error),
                 Computed::Damaged(error) => scheduler.fail_damaged(chunk.id, error),
@@ -70,6 +74,19 @@ impl Stepper {
         }
         stats.took = started.elapsed();
         stats
+    }
+
+    /// Gives sequences that share blocks and want to write into them copies of their own.
+    fn copy(&mut self, copies: &[(BlockId, BlockId)]) -> Result<(), Computed> {
+        if copies.is_empty() {
+            return Ok(());
+        }
+        let executor = &mut self.executor;
+        match catch_panic(move || executor.copy_blocks(copies)) {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => Err(failed(&error)),
+            Err(_) => Err(failed(&"it panicked; the server's log says where")),
+        }
     }
 
     /// One result for each chunk.
@@ -110,7 +127,7 @@ impl Stepper {
         plan.iter()
             .map(|chunk| match if chunk.logits { rows.next() } else { None } {
                 Some(row) => sample(sampler, scheduler, chunk, row),
-                None => Computed::Yes(None),
+                None => Computed::Yes(Vec::new()),
             })
             .collect()
     }
@@ -119,8 +136,8 @@ impl Stepper {
 /// What became of a chunk.
 #[derive(Debug, Clone)]
 enum Computed {
-    /// Its K and V are in the cache; its next token, if it wanted one.
-    Yes(Option<Sampled>),
+    /// Its K and V are in the cache; the next token of each of its choices, if it wanted any.
+    Yes(Vec<Sampled>),
     /// It was in a batch that was refused for another: it is planned again.
     No,
     Failed(ApiError),
@@ -147,12 +164,14 @@ fn catch_panic<R>(of: impl FnOnce() -> R) -> std::thread::Result<R> {
 
 fn sample(sampler: &mut Sampler, scheduler: &Scheduler, chunk: &Chunk, logits: &[f32]) -> Computed {
     let sequence = scheduler.sequence(chunk.id);
-    let counts = sequence.counts.as_ref();
-    match sampler.sample(logits, &sequence.sampling, counts, sequence.completion_tokens()) {
-        Ok(token) => {
-            let logprobs = sequence.top_logprobs.map(|top| logprobs(logits, token, top));
-            Computed::Yes(Some(Sampled { token, logprobs }))
-        }
+    let (counts, position) = (sequence.counts.as_ref(), sequence.completion_tokens());
+    let of = |choice| {
+        let token = sampler.sample(logits, &sequence.sampling_of(choice), counts, position)?;
+        let logprobs = sequence.top_logprobs.map(|top| logprobs(logits, token, top));
+        Ok(Sampled { choice, token, logprobs })
+    };
+    match sequence.sampled_choices().into_iter().map(of).collect::<Result<Vec<_>, BadLogits>>() {
+        Ok(sampled) => Computed::Yes(sampled),
         Err(error) => Computed::Damaged(ApiError::new(ErrorCode::Internal, error.to_string())),
     }
 }

@@ -7,12 +7,13 @@
 use std::{
     collections::HashMap,
     io,
-    ops::ControlFlow,
+    ops::{ControlFlow, Range},
     sync::Arc,
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
+use baton_kvtransfer::FirstTokens;
 use baton_proto::{ApiError, BlockHash, ErrorCode};
 use baton_runtime::Executor;
 use tokio::{
@@ -41,8 +42,8 @@ pub const COMMAND_QUEUE: usize = 1024;
 pub enum Command {
     /// Take a leg on.
     Add(Box<NewSequence>),
-    /// The coordinator wants no more of a leg.
-    Cancel(SequenceId),
+    /// The coordinator wants no more of these choices of a leg.
+    Cancel { leg: SequenceId, choices: Range<u32> },
     /// A coordinator's stream is gone.
     CancelStream(StreamId),
     /// End everything with this error.
@@ -50,7 +51,7 @@ pub enum Command {
     /// A decode leg's cache has been offered, or it has not been in time.
     Offered { id: SequenceId, result: Result<(), ApiError> },
     /// A decode leg's cache is whole; no transport touches its blocks any more.
-    Received { id: SequenceId, first_token: u32 },
+    Received { id: SequenceId, first_tokens: FirstTokens },
     /// A transfer is over; no transport touches its blocks any more.
     TransferEnded { id: SequenceId, result: Result<(), ApiError> },
 }
@@ -217,16 +218,16 @@ impl Engine {
     fn obey(&mut self, command: Command) {
         match command {
             Command::Add(new) => self.scheduler.add(*new),
-            Command::Cancel(id) => self.scheduler.cancel(id),
+            Command::Cancel { leg, choices } => self.scheduler.cancel_choices(leg, choices),
             Command::CancelStream(stream) => self.scheduler.cancel_stream(stream),
             Command::FailAll(error) => self.scheduler.fail_all(&error),
             Command::Offered { id, result } => {
                 self.transfers.unwatch(id);
                 self.scheduler.offered(id, result);
             }
-            Command::Received { id, first_token } => {
+            Command::Received { id, first_tokens } => {
                 self.transfers.ended(id);
-                self.scheduler.received(id, first_token);
+                self.scheduler.received(id, first_tokens.as_slice());
             }
             Command::TransferEnded { id, result } => {
                 self.transfers.ended(id);
@@ -254,16 +255,16 @@ impl Engine {
                     self.transfers.unwatch(id);
                     Ok(())
                 }
-                Effect::Seal { id, first_token } => {
-                    self.transfers.seal(id, first_token);
+                Effect::Seal { id, first_tokens } => {
+                    self.transfers.seal(id, first_tokens);
                     Ok(())
                 }
                 Effect::Refuse { transfer, reason } => {
                     self.transfers.refuse(transfer, reason);
                     Ok(())
                 }
-                Effect::Close { id } => {
-                    self.transfers.close(id);
+                Effect::Close { id, needed } => {
+                    self.transfers.close(id, needed);
                     Ok(())
                 }
             };

@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use baton_kvtransfer::FirstTokens;
 use baton_proto::{
     ApiError, ErrorCode, Incarnation, InstanceId, LegId, RequestId, RoleEpoch, TransferId, v1,
 };
@@ -27,6 +28,8 @@ pub struct Leg {
     pub role_epoch: RoleEpoch,
     pub model: String,
     pub prompt: Vec<u32>,
+    /// At least 1.
+    pub choices: u32,
     pub sampling: SamplingParams,
     pub stop: StopRule,
     /// Log probabilities are wanted, with as many of the likeliest tokens.
@@ -58,6 +61,10 @@ impl TryFrom<v1::Dispatch> for Leg {
     fn try_from(wire: v1::Dispatch) -> Result<Self, ApiError> {
         let sampling = wire.sampling.ok_or_else(|| invalid("sampling", "sampling is missing"))?;
         let top_logprobs = top_logprobs(sampling.top_logprobs)?;
+        let choices = sampling.choices.max(1);
+        if choices as usize > FirstTokens::MOST {
+            return Err(invalid("n", format!("n is {choices}, must be at most {}", FirstTokens::MOST)));
+        }
         let (sampling, stop) = sampling_params(sampling)?;
         if wire.prompt_tokens.is_empty() {
             return Err(invalid("prompt_tokens", "the prompt has no tokens"));
@@ -71,6 +78,7 @@ impl TryFrom<v1::Dispatch> for Leg {
             role_epoch: RoleEpoch(wire.role_epoch),
             model: wire.model,
             prompt: wire.prompt_tokens,
+            choices,
             sampling,
             stop,
             top_logprobs,
@@ -197,6 +205,8 @@ impl Leg {
             ));
         }
         let suits = match self.work {
+            // One token is all prefill's work: there is nothing to hand over.
+            Work::Whole if self.stop.max_tokens == 1 => role.role != Role::None,
             // A decode instance also prefills by itself: prompts too short to be worth a handoff.
             Work::Whole | Work::Decode(_) => matches!(role.role, Role::Decode | Role::Mixed),
             Work::Prefill(_) => matches!(role.role, Role::Prefill | Role::Mixed),
@@ -289,7 +299,7 @@ mod tests {
             wire.sampling.as_mut().expect("sampling")
         }
         type Change = fn(&mut v1::Dispatch);
-        let cases: [(&str, Change); 18] = [
+        let cases: [(&str, Change); 19] = [
             ("sampling", |w| w.sampling = None),
             ("work", |w| w.work = None),
             ("prompt_tokens", |w| w.prompt_tokens.clear()),
@@ -302,6 +312,7 @@ mod tests {
             ("repetition_penalty", |w| sampling(w).repetition_penalty = 0.0),
             ("frequency_penalty", |w| sampling(w).frequency_penalty = f32::INFINITY),
             ("max_tokens", |w| sampling(w).max_tokens = 0),
+            ("n", |w| sampling(w).choices = 129),
             ("top_logprobs", |w| sampling(w).top_logprobs = Some(21)),
             ("logit_bias", |w| sampling(w).logit_bias = vec![v1::LogitBias { token: 1, bias: 100.5 }]),
             ("logit_bias", |w| sampling(w).logit_bias = vec![v1::LogitBias { token: 1, bias: f32::NAN }]),
@@ -331,6 +342,10 @@ mod tests {
         for role in [Role::Prefill, Role::None] {
             assert_eq!(leg.check(&facts(), view(role)).expect_err("wrong role").code, ErrorCode::StaleEpoch);
         }
+        let mut one_token = leg.clone();
+        one_token.stop.max_tokens = 1;
+        assert_eq!(one_token.check(&facts(), view(Role::Prefill)), Ok(()));
+        assert!(one_token.check(&facts(), view(Role::None)).is_err());
         for phase in [Phase::Loading, Phase::Waiting, Phase::Switching, Phase::Draining] {
             let error = leg.check(&facts(), RoleView { phase, ..view(Role::Mixed) }).expect_err("not ready");
             assert_eq!(error.code, ErrorCode::Unavailable);

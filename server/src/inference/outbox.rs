@@ -1,7 +1,7 @@
 //! What waits to be sent on one coordinator's stream.
 //!
-//! Filled by the engine's thread, which never waits for it; emptied by the stream. Updates of a leg that still wait are
-//! merged, so a slow coordinator costs one entry for each of its legs, and each leg at most its tokens (with log probabilities
+//! Filled by the engine's thread, which never waits for it; emptied by the stream. Updates of a leg's choice that still
+//! wait are merged, so a slow coordinator costs one entry for each of them, and each at most its tokens (with log probabilities
 //! 20 pairs of numbers beside each). Only refusals
 //! add entries without a live leg; the reader of the stream stops reading while there are too many ([`Outbox::room`]).
 
@@ -28,27 +28,35 @@ pub struct Outbox {
 struct State {
     /// In the order in which their legs first had something to say.
     updates: Vec<LegUpdate>,
-    /// Where in `updates` a leg's entry is.
-    entries: HashMap<LegId, usize>,
+    /// Where in `updates` the entry of a leg's choice is.
+    entries: HashMap<(LegId, u32), usize>,
     /// Legs that have not ended.
-    live: HashMap<LegId, SequenceId>,
+    live: HashMap<LegId, Live>,
+}
+
+#[derive(Debug)]
+struct Live {
+    id: SequenceId,
+    choices: u32,
+    /// Choices that have not ended.
+    open: u32,
 }
 
 impl Outbox {
-    /// Registers a leg. False if one of that number lives.
+    /// Registers a leg of so many choices. False if one of that number lives.
     #[must_use]
-    pub fn open(&self, leg: LegId, id: SequenceId) -> bool {
+    pub fn open(&self, leg: LegId, id: SequenceId, choices: u32) -> bool {
         let mut state = self.state.lock();
         if state.live.contains_key(&leg) {
             return false;
         }
-        state.live.insert(leg, id);
+        state.live.insert(leg, Live { id, choices, open: choices });
         true
     }
 
-    /// The sequence of a leg that has not ended.
-    pub fn sequence(&self, leg: LegId) -> Option<SequenceId> {
-        self.state.lock().live.get(&leg).copied()
+    /// The sequence and the choices of a leg that has not ended.
+    pub fn sequence(&self, leg: LegId) -> Option<(SequenceId, u32)> {
+        self.state.lock().live.get(&leg).map(|live| (live.id, live.choices))
     }
 
     /// Takes updates in. Never blocks.
@@ -56,7 +64,7 @@ impl Outbox {
         let mut state = self.state.lock();
         for update in updates {
             if update.end.is_some() {
-                state.live.remove(&update.leg);
+                state.choice_ended(update.leg);
             }
             state.merge(update);
         }
@@ -94,8 +102,16 @@ impl Outbox {
 }
 
 impl State {
+    fn choice_ended(&mut self, leg: LegId) {
+        let Some(live) = self.live.get_mut(&leg) else { return };
+        live.open = live.open.saturating_sub(1);
+        if live.open == 0 {
+            self.live.remove(&leg);
+        }
+    }
+
     fn merge(&mut self, update: LegUpdate) {
-        if let Some(&at) = self.entries.get(&update.leg)
+        if let Some(&at) = self.entries.get(&(update.leg, update.choice))
             && let Some(waiting) = self.updates.get_mut(at)
             && waiting.end.is_none()
         {
@@ -107,7 +123,7 @@ impl State {
             waiting.logprobs.extend(update.logprobs);
             waiting.end = update.end;
         } else {
-            self.entries.insert(update.leg, self.updates.len());
+            self.entries.insert((update.leg, update.choice), self.updates.len());
             self.updates.push(update);
         }
     }
@@ -121,6 +137,7 @@ mod tests {
     fn update(leg: u64, first_position: u32, tokens: &[u32]) -> LegUpdate {
         LegUpdate {
             leg: LegId(leg),
+            choice: 0,
             first_position,
             tokens: tokens.to_vec(),
             logprobs: Vec::new(),
@@ -136,8 +153,8 @@ mod tests {
     #[tokio::test]
     async fn what_waits_is_merged_by_leg() {
         let outbox = Outbox::default();
-        assert!(outbox.open(LegId(1), SequenceId(10)));
-        assert!(!outbox.open(LegId(1), SequenceId(11)));
+        assert!(outbox.open(LegId(1), SequenceId(10), 1));
+        assert!(!outbox.open(LegId(1), SequenceId(11), 1));
         outbox.put([update(1, 0, &[5]), update(2, 7, &[6])]);
         outbox.put([update(1, 1, &[7])]);
         outbox.put([LegUpdate { end: end(), ..update(1, 2, &[8]) }]);
@@ -145,6 +162,20 @@ mod tests {
         let taken = outbox.take().await;
         assert_eq!(taken, [LegUpdate { end: end(), ..update(1, 0, &[5, 7, 8]) }, update(2, 7, &[6])]);
         assert!(futures::poll!(Box::pin(outbox.take())).is_pending());
+    }
+
+    #[tokio::test]
+    async fn a_leg_lives_until_its_last_choice_has_ended() {
+        let outbox = Outbox::default();
+        assert!(outbox.open(LegId(1), SequenceId(10), 2));
+        let of_choice = |choice, tokens| LegUpdate { choice, ..update(1, 0, tokens) };
+        outbox.put([of_choice(0, &[5]), of_choice(1, &[6])]);
+        outbox.put([LegUpdate { end: end(), choice: 1, ..update(1, 1, &[]) }]);
+        assert_eq!(outbox.sequence(LegId(1)), Some((SequenceId(10), 2)));
+        let taken = outbox.take().await;
+        assert_eq!(taken, [of_choice(0, &[5]), LegUpdate { end: end(), ..of_choice(1, &[6]) }]);
+        outbox.put([LegUpdate { end: end(), ..of_choice(0, &[]) }]);
+        assert_eq!(outbox.sequence(LegId(1)), None);
     }
 
     #[tokio::test]

@@ -206,6 +206,7 @@ impl Drop for Instance {
 #[derive(Debug, Clone, Default)]
 pub struct Heard {
     pub tokens: Vec<u32>,
+    pub logprobs: Vec<v1::TokenLogprobs>,
     pub first_position: Option<u32>,
     pub end: Option<v1::leg_output::End>,
 }
@@ -214,7 +215,8 @@ pub struct Heard {
 pub struct Attached {
     pub requests: mpsc::Sender<v1::AttachRequest>,
     responses: Streaming<v1::AttachResponse>,
-    heard: HashMap<u64, Heard>,
+    /// By leg and choice.
+    heard: HashMap<(u64, u32), Heard>,
     target: Target,
 }
 
@@ -279,15 +281,25 @@ impl Attached {
         self.send(v1::attach_request::Frame::Dispatch(dispatch)).await;
     }
 
-    pub async fn cancel(&self, leg: u64) {
-        self.send(v1::attach_request::Frame::Cancel(v1::Cancel { leg, reason: "test".into() })).await;
+    pub async fn cancel_choice(&self, leg: u64, choice: u32) {
+        let cancel = v1::Cancel { leg, reason: "test".into(), choice: Some(choice) };
+        self.send(v1::attach_request::Frame::Cancel(cancel)).await;
     }
 
-    /// Reads until `enough` of a leg. Checks that no token is lost, repeated or late.
+    pub async fn cancel(&self, leg: u64) {
+        self.send(v1::attach_request::Frame::Cancel(v1::Cancel { leg, reason: "test".into(), choice: None }))
+            .await;
+    }
+
+    /// Reads until `enough` of a leg's first choice. Checks that no token is lost, repeated or late.
     pub async fn until(&mut self, leg: u64, enough: impl Fn(&Heard) -> bool) -> Heard {
+        self.until_of_choice(leg, 0, enough).await
+    }
+
+    pub async fn until_of_choice(&mut self, leg: u64, choice: u32, enough: impl Fn(&Heard) -> bool) -> Heard {
         let deadline = tokio::time::Instant::now() + PATIENCE;
         loop {
-            let heard = self.heard.entry(leg).or_default();
+            let heard = self.heard.entry((leg, choice)).or_default();
             if enough(heard) {
                 return heard.clone();
             }
@@ -303,11 +315,12 @@ impl Attached {
     }
 
     fn hear(&mut self, output: v1::LegOutput) {
-        let heard = self.heard.entry(output.leg).or_default();
+        let heard = self.heard.entry((output.leg, output.choice)).or_default();
         assert!(heard.end.is_none(), "leg {} goes on after its end", output.leg);
         let first = *heard.first_position.get_or_insert(output.first_position);
         assert_eq!(first + heard.tokens.len() as u32, output.first_position, "leg {} has a gap", output.leg);
         heard.tokens.extend(output.tokens);
+        heard.logprobs.extend(output.logprobs);
         heard.end = output.end;
     }
 
@@ -372,6 +385,14 @@ impl Request {
             seed,
             ..request.sampling
         };
+        request
+    }
+
+    /// The request that has one of its choices for its only one.
+    pub fn of_choice(&self, choice: u32) -> Self {
+        let mut request = self.clone();
+        request.sampling.choices = 1;
+        request.sampling.seed += u64::from(choice);
         request
     }
 

@@ -5,11 +5,11 @@ use proptest::prelude::*;
 use super::*;
 
 fn out(first_position: u32, tokens: &[u32]) -> Output {
-    Output { first_position, tokens: tokens.to_vec(), logprobs: vec![], end: None }
+    Output { choice: 0, first_position, tokens: tokens.to_vec(), logprobs: vec![], end: None }
 }
 
 fn end(end: LegEnd) -> Output {
-    Output { first_position: 0, tokens: vec![], logprobs: vec![], end: Some(end) }
+    Output { choice: 0, first_position: 0, tokens: vec![], logprobs: vec![], end: Some(end) }
 }
 
 fn handed(cached_tokens: u32) -> Output {
@@ -91,7 +91,7 @@ fn prefill_that_ends_the_sequence_cancels_decode() {
 #[test]
 fn a_broken_transfer_waits_for_prefills_word() {
     let broken = |code| Output::failed(ApiError::new(code, "the transfer was broken off"));
-    for code in [ErrorCode::Cancelled, ErrorCode::HandoffFailed] {
+    for code in [ErrorCode::Cancelled, ErrorCode::NotNeeded, ErrorCode::HandoffFailed] {
         // Prefill needed no decode.
         let mut machine = Machine::apart(10);
         assert!(machine.output(Side::Decode, broken(code)).is_empty());

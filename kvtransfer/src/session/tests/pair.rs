@@ -56,7 +56,9 @@ impl World {
             let message = match command {
                 SenderCommand::Offer => Message::Offer,
                 SenderCommand::Renew => Message::Renew,
-                SenderCommand::Seal { first_token, tally } => Message::Seal(SealTerms { first_token, tally }),
+                SenderCommand::Seal { first_tokens, tally } => {
+                    Message::Seal(SealTerms { first_tokens, tally })
+                }
                 SenderCommand::Abort(_) => Message::Abort,
                 SenderCommand::Complete { .. } => {
                     assert_eq!(self.received, Some(true), "released by a receiver that has not all of it");
@@ -172,7 +174,7 @@ impl World {
             let commands = self.sender.ready(self.now, layer, 0..self.shape.blocks);
             self.of_sender(commands);
         }
-        let commands = self.sender.seal(self.now, 1);
+        let commands = self.sender.seal(self.now, 1.into());
         self.of_sender(commands);
     }
 }

@@ -129,7 +129,7 @@ impl Run {
                     _ => {}
                 }
                 self.sealed_well |= self.session.live() && tally == whole(self.shape, &self.held);
-                self.session.seal(now, SealTerms { first_token: 5, tally })
+                self.session.seal(now, SealTerms { first_tokens: 5.into(), tally })
             }
             Event::Renewed => {
                 self.session.renewed(now);

@@ -113,7 +113,7 @@ impl Run {
                 if sent { self.session.sent(now, run, &crcs(run)) } else { self.session.failed("test") }
             }
             Event::PathLost => self.session.path_lost("test"),
-            Event::Seal => self.session.seal(now, 5),
+            Event::Seal => self.session.seal(now, 5.into()),
             Event::Renewed => {
                 self.session.renewed(now);
                 Vec::new()
@@ -138,10 +138,10 @@ impl Run {
         for command in commands {
             assert!(!self.settled, "{command:?} after the end");
             match command {
-                SenderCommand::Seal { tally, first_token } => {
+                SenderCommand::Seal { tally, first_tokens } => {
                     assert_eq!(
-                        (tally, first_token),
-                        (whole(self.shape, &self.held), 5),
+                        (tally, first_tokens),
+                        (whole(self.shape, &self.held), 5.into()),
                         "sealed what was not sent"
                     );
                     assert!(self.taken.is_empty() && self.answers == 0);

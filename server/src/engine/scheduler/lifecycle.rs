@@ -15,6 +15,10 @@ use crate::engine::sequence::{
 /// Why a sequence was not taken.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {
+    #[error(
+        "{choices} choices were asked for, and the instance runs at most {most} sequences: ask for fewer"
+    )]
+    TooManyChoices { choices: u32, most: u32 },
     #[error("{waiting} requests wait already: try again later")]
     QueueFull { waiting: u32 },
     #[error(
@@ -30,11 +34,13 @@ pub enum Refused {
 impl From<Refused> for ApiError {
     fn from(refused: Refused) -> Self {
         let code = match refused {
+            Refused::TooManyChoices { .. } => ErrorCode::InvalidArgument,
             Refused::QueueFull { .. } => ErrorCode::QueueFull,
             Refused::TooLarge { .. } => ErrorCode::KvExhausted,
             Refused::ContextFull { .. } => ErrorCode::ContextLengthExceeded,
         };
-        Self::new(code, refused.to_string())
+        let error = Self::new(code, refused.to_string());
+        if matches!(refused, Refused::TooManyChoices { .. }) { error.param("n") } else { error }
     }
 }
 
@@ -46,7 +52,8 @@ impl Scheduler {
         if let Err(refused) = self.check(&sequence) {
             let end = LegEnd::Failed(refused.into());
             self.refuse_transfer(&sequence.work, &end);
-            self.outputs.push(last_update(&sequence, end));
+            let updates = sequence.choices.iter().map(|&choice| last_update(&sequence, choice, &end));
+            self.outputs.extend(updates);
             return;
         }
         self.arrivals += 1;
@@ -69,6 +76,10 @@ impl Scheduler {
         let context = self.limits.context_tokens;
         if sequence.prompt_tokens >= context {
             return Err(Refused::ContextFull { prompt: sequence.prompt_tokens, context });
+        }
+        let (choices, most) = (sequence.unforked, self.limits.max_sequences);
+        if choices > most {
+            return Err(Refused::TooManyChoices { choices, most });
         }
         let (needed, total) = (self.blocks.blocks_for(sequence.most_cached_tokens()), self.blocks.total());
         if needed > total {
@@ -141,20 +152,23 @@ impl Scheduler {
         self.sequences.values().filter(|s| s.state != State::Closing).filter_map(|s| s.deadline).min()
     }
 
-    /// A decode leg's cache is whole and no transport touches its blocks any more: it joins the batch.
-    pub fn received(&mut self, id: SequenceId, first_token: u32) {
+    /// A decode leg's cache is whole and no transport touches its blocks any more: its choices join the batch.
+    pub fn received(&mut self, id: SequenceId, first_tokens: &[u32]) {
         let Some(sequence) = self.sequences.get_mut(&id) else { return };
         match sequence.state {
             State::Receiving => {
                 self.receiving -= 1;
                 sequence.computed = sequence.prompt_tokens;
+                let choices = sequence.unforked as usize;
                 self.seal_blocks(id);
-                let Some(sequence) = self.sequences.get_mut(&id) else { return };
-                sequence.push(first_token);
-                let over = sequence.finish_reason().map(|reason| sequence.finished(reason));
                 self.run(id);
-                if let Some(end) = over {
-                    self.end(id, end);
+                if first_tokens.len() != choices {
+                    let message =
+                        format!("prefill sent {} first tokens for {choices} choices", first_tokens.len());
+                    return self.fail(id, ApiError::new(ErrorCode::HandoffFailed, message));
+                }
+                for (id, choice) in self.fork(id) {
+                    self.append(id, first_tokens[choice as usize]);
                 }
             }
             State::Closing => self.remove(id),
@@ -180,35 +194,28 @@ impl Scheduler {
             Err(error) => LegEnd::Failed(error),
         };
         if sequence.state != State::Closing {
-            self.outputs.push(last_update(sequence, end));
+            self.tell_end(id, &end);
             self.leave_batch(id);
         }
         self.remove(id);
     }
 
-    /// One chunk of the last plan is in the cache; `sampled` is its next token if its logits were wanted.
-    pub fn computed(&mut self, chunk: &Chunk, sampled: Option<Sampled>) {
+    /// One chunk of the last plan is in the cache; `sampled` is the next token of each choice if its logits were wanted.
+    pub fn computed(&mut self, chunk: &Chunk, sampled: Vec<Sampled>) {
         let Some(sequence) = self.sequences.get_mut(&chunk.id) else { return };
         sequence.computed = chunk.start + chunk.tokens;
         self.seal_blocks(chunk.id);
-        let (Some(sampled), Some(sequence)) = (sampled, self.sequences.get_mut(&chunk.id)) else { return };
-        let Sampled { token, logprobs } = sampled;
-        let first_position = sequence.completion_tokens();
-        sequence.push(token);
-        let over = sequence.finish_reason();
-        let handoff = matches!(sequence.work, Work::Prefill(_));
-        if handoff && over.is_none() {
-            sequence.state = State::HandingOff;
-            self.effects.push(Effect::Seal { id: chunk.id, first_token: token });
+        let Some(sequence) = self.sequences.get(&chunk.id).filter(|_| !sampled.is_empty()) else { return };
+        if matches!(sequence.work, Work::Prefill(_)) {
+            return self.hand_off(chunk.id, sampled);
         }
-        let (address, end) = (sequence.address, over.map(|reason| sequence.finished(reason)));
-        let logprobs = logprobs.into_iter().collect();
-        let update = LegUpdate { leg: address.leg, first_position, tokens: vec![token], logprobs, end: None };
-        self.outputs.push((address, update));
-        if let Some(end) = end {
-            self.end(chunk.id, end);
-        } else if handoff {
-            self.running.retain(|&id| id != chunk.id);
+        let forks = self.fork(chunk.id);
+        for sampled in sampled {
+            if let Some(&(id, _)) = forks.iter().find(|(_, choice)| *choice == sampled.choice) {
+                let token = sampled.token;
+                self.tell_token(id, sampled);
+                self.append(id, token);
+            }
         }
     }
 
@@ -246,6 +253,11 @@ impl Scheduler {
         std::mem::take(&mut self.effects)
     }
 
+    /// Blocks to copy, each pair after the one before it, before the last plan is computed.
+    pub fn take_copies(&mut self) -> Vec<(BlockId, BlockId)> {
+        std::mem::take(&mut self.copies)
+    }
+
     /// Tokens and blocks of a planned chunk's sequence.
     pub fn view(&self, chunk: &Chunk) -> (&[u32], &[BlockId]) {
         let sequence = &self.sequences[&chunk.id];
@@ -269,12 +281,14 @@ impl Scheduler {
     }
 
     /// Ends a sequence: the leg is told, its blocks go back now or when its transfer is closed.
-    fn end(&mut self, id: SequenceId, end: LegEnd) {
+    pub(super) fn end(&mut self, id: SequenceId, end: LegEnd) {
         let Some(sequence) = self.sequences.get(&id) else { return };
         if sequence.state == State::Closing {
             return;
         }
         let transfers = sequence.transfers();
+        let over = |reason: &FinishReason| matches!(reason, FinishReason::Stop | FinishReason::Length);
+        let needed = !matches!(&end, LegEnd::Finished { reason, .. } if over(reason));
         if sequence.state == State::Announced {
             self.effects.push(Effect::Unwatch { id });
         }
@@ -282,15 +296,21 @@ impl Scheduler {
             let work = sequence.work.clone();
             self.refuse_transfer(&work, &end);
         }
-        let Some(sequence) = self.sequences.get(&id) else { return };
-        self.outputs.push(last_update(sequence, end));
+        self.tell_end(id, &end);
         self.leave_batch(id);
         if !transfers {
             self.remove(id);
         } else if let Some(sequence) = self.sequences.get_mut(&id) {
             sequence.state = State::Closing;
-            self.effects.push(Effect::Close { id });
+            self.effects.push(Effect::Close { id, needed });
         }
+    }
+
+    /// Tells every choice that a sequence stands for its end.
+    fn tell_end(&mut self, id: SequenceId, end: &LegEnd) {
+        let Some(sequence) = self.sequences.get(&id) else { return };
+        let updates = sequence.choices.iter().map(|&choice| last_update(sequence, choice, end));
+        self.outputs.extend(updates);
     }
 
     /// A decode leg that never came to expect its transfer says so to the sender, which would wait otherwise.
@@ -324,11 +344,12 @@ impl Scheduler {
     }
 }
 
-/// The update that tells a leg its end.
-fn last_update(sequence: &Sequence, end: LegEnd) -> (Address, LegUpdate) {
-    sequence.log_end(&end);
+/// The update that tells a choice its end.
+pub(super) fn last_update(sequence: &Sequence, choice: u32, end: &LegEnd) -> (Address, LegUpdate) {
+    sequence.log_end(end);
     let address = sequence.address;
     let first_position = sequence.completion_tokens();
     let (tokens, logprobs) = (Vec::new(), Vec::new());
-    (address, LegUpdate { leg: address.leg, first_position, tokens, logprobs, end: Some(end) })
+    let end = Some(end.clone());
+    (address, LegUpdate { leg: address.leg, choice, first_position, tokens, logprobs, end })
 }

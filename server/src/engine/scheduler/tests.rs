@@ -48,6 +48,7 @@ fn sequence(id: u64, prompt: u32, max_tokens: u32, work: Work) -> NewSequence {
         id: SequenceId(id),
         address: Address { stream: StreamId(id % 2), leg: LegId(id) },
         request: RequestId::adopt("test"),
+        choices: 1,
         prompt: (0..prompt).map(|position| position + 1000 * id as u32).collect(),
         sampling: SamplingParams::GREEDY,
         stop: StopRule { max_tokens, stop_tokens: vec![99] },
@@ -60,15 +61,23 @@ fn sequence(id: u64, prompt: u32, max_tokens: u32, work: Work) -> NewSequence {
     }
 }
 
-fn sampled(chunk: &Chunk, token: u32) -> Option<Sampled> {
-    chunk.logits.then_some(Sampled { token, logprobs: None })
+/// The same token for each choice.
+fn sampled(scheduler: &Scheduler, chunk: &Chunk, token: u32) -> Vec<Sampled> {
+    let of = |choice| Sampled { choice, token, logprobs: None };
+    let choices = scheduler.sequences[&chunk.id].sampled_choices();
+    choices.into_iter().filter(|_| chunk.logits).map(of).collect()
+}
+
+fn computed(scheduler: &mut Scheduler, chunk: &Chunk, token: u32) {
+    let sampled = sampled(scheduler, chunk, token);
+    scheduler.computed(chunk, sampled);
 }
 
 /// Runs one step; every sampled token is `token`.
 fn step(scheduler: &mut Scheduler, token: u32) -> Vec<(u64, u32, u32)> {
     let plan = scheduler.schedule();
     for chunk in &plan {
-        scheduler.computed(chunk, sampled(chunk, token));
+        computed(scheduler, chunk, token);
     }
     plan.iter().map(|chunk| (chunk.id.0, chunk.start, chunk.tokens)).collect()
 }
@@ -98,7 +107,7 @@ fn a_completion_ends_by_stop_token_length_or_context() {
     for (id, prompt, max_tokens) in [(1, 4, 1), (2, 4, 9), (3, 63, 9)] {
         scheduler.add(sequence(id, prompt, max_tokens, Work::Whole));
     }
-    scheduler.schedule().iter().for_each(|chunk| scheduler.computed(chunk, sampled(chunk, 5)));
+    step(&mut scheduler, 5);
     while !step(&mut scheduler, 99).is_empty() {}
     let finished = |reason, prompt_tokens, completion_tokens| LegEnd::Finished {
         reason,
@@ -151,11 +160,11 @@ fn a_completion_without_a_limit_ends_where_the_pool_does() {
     for work in [Work::Whole, decode()] {
         let mut scheduler = scheduler(3);
         scheduler.add(sequence(1, 10, u32::MAX, work));
-        scheduler.schedule().iter().for_each(|chunk| scheduler.computed(chunk, sampled(chunk, 5)));
+        step(&mut scheduler, 5);
         scheduler.offered(SequenceId(1), Ok(()));
         step(&mut scheduler, 5);
         if scheduler.occupancy().receiving == 1 {
-            scheduler.received(SequenceId(1), 5);
+            scheduler.received(SequenceId(1), &[5]);
         }
         while !step(&mut scheduler, 5).is_empty() {}
         // Twelve tokens are held, and the last one is not.
@@ -240,7 +249,7 @@ fn a_prefill_leg_hands_on_and_keeps_its_blocks_until_released() {
     assert_eq!(step(&mut scheduler, 3), [(1, 0, 16)]);
     assert!(matches!(&scheduler.take_effects()[..], [Effect::Offer { blocks, .. }] if blocks.len() == 5));
     assert_eq!(step(&mut scheduler, 3), [(1, 16, 4)]);
-    assert_eq!(scheduler.take_effects(), [Effect::Seal { id: SequenceId(1), first_token: 3 }]);
+    assert_eq!(scheduler.take_effects(), [Effect::Seal { id: SequenceId(1), first_tokens: 3.into() }]);
     assert_eq!(step(&mut scheduler, 3), []);
     assert_eq!(scheduler.occupancy().blocks_free, 3);
     scheduler.transfer_ended(SequenceId(1), Ok(()));
@@ -274,7 +283,7 @@ fn a_decode_leg_reserves_receives_and_goes_on_from_the_first_token() {
     scheduler.offered(SequenceId(1), Ok(()));
     assert_eq!(step(&mut scheduler, 3), []);
     assert!(matches!(&scheduler.take_effects()[..], [Effect::Expect { blocks, .. }] if blocks.len() == 3));
-    scheduler.received(SequenceId(1), 42);
+    scheduler.received(SequenceId(1), &[42]);
     assert_eq!(step(&mut scheduler, 3), [(1, 8, 1)]);
     assert_eq!(step(&mut scheduler, 4), [(1, 9, 1)]);
     let outputs = scheduler.take_outputs();
@@ -350,5 +359,58 @@ fn a_preempted_sequence_goes_on_from_what_is_still_cached() {
     assert_eq!((counts.prefix_hit_tokens, counts.prefix_miss_tokens), (0, 18), "prompts count once");
     for (_, end) in ended {
         assert!(matches!(end, LegEnd::Finished { cached_tokens: 0, .. }), "{end:?}");
+    }
+}
+
+/// (leg's choice, first position, tokens, whether it has ended), as told since the last call.
+fn told(scheduler: &mut Scheduler) -> Vec<(u32, u32, Vec<u32>, bool)> {
+    let outputs = scheduler.take_outputs().into_iter();
+    outputs.map(|(_, u)| (u.choice, u.first_position, u.tokens, u.end.is_some())).collect()
+}
+
+#[test]
+fn choices_share_their_prompt_and_copy_its_last_block() {
+    let mut scheduler = scheduler(20);
+    scheduler.add(NewSequence { choices: 3, ..sequence(10, 6, 3, Work::Whole) });
+    assert_eq!(step(&mut scheduler, 1), [(10, 0, 6)]);
+    assert_eq!(told(&mut scheduler), [0, 1, 2].map(|choice| (choice, 0, vec![1], false)));
+    assert_eq!(scheduler.blocks.room(), 18, "the prompt is held once");
+    assert_eq!(step(&mut scheduler, 1), [(10, 6, 1), (11, 6, 1), (12, 6, 1)]);
+    assert_eq!(scheduler.take_copies().len(), 2, "the last to write does so in place");
+    assert_eq!(scheduler.blocks.room(), 16);
+    scheduler.cancel_choices(SequenceId(10), 1..2);
+    assert_eq!(step(&mut scheduler, 1), [(10, 7, 1), (12, 7, 1)]);
+    let ends = ends(&mut scheduler).into_iter().map(|(leg, _)| leg).collect::<Vec<_>>();
+    assert_eq!((ends, scheduler.blocks.room()), (vec![10, 10, 10], 20));
+}
+
+#[test]
+fn a_prefill_leg_seals_the_first_token_of_every_choice() {
+    let mut scheduler = scheduler(20);
+    scheduler.add(NewSequence { choices: 3, ..sequence(1, 6, 5, prefill()) });
+    scheduler.cancel_choices(SequenceId(1), 0..1);
+    let plan = scheduler.schedule();
+    scheduler.take_effects();
+    // The second choice ends with its first token; the first has been cancelled, and is counted all the same.
+    let sampled = [(0, 7), (1, 99), (2, 8)].map(|(choice, token)| Sampled { choice, token, logprobs: None });
+    scheduler.computed(&plan[0], sampled.to_vec());
+    let seal = Effect::Seal { id: SequenceId(1), first_tokens: FirstTokens::new(&[7, 99, 8]).expect("few") };
+    assert_eq!(scheduler.take_effects(), [seal]);
+    let expected =
+        [(0, 0, vec![], true), (1, 0, vec![99], false), (2, 0, vec![8], false), (1, 1, vec![], true)];
+    assert_eq!(told(&mut scheduler), expected);
+    scheduler.transfer_ended(SequenceId(1), Ok(()));
+    assert_eq!(told(&mut scheduler), [(2, 1, vec![], true)]);
+}
+
+#[test]
+fn more_choices_than_sequences_are_refused_by_name() {
+    let mut scheduler = scheduler(20);
+    scheduler.add(NewSequence { choices: 5, ..sequence(1, 6, 5, Work::Whole) });
+    let ends = ends(&mut scheduler);
+    assert_eq!(ends.len(), 5);
+    for (_, end) in ends {
+        let LegEnd::Failed(error) = end else { panic!("{end:?}") };
+        assert_eq!((error.code, error.param.as_deref()), (ErrorCode::InvalidArgument, Some("n")));
     }
 }

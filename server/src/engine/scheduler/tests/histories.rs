@@ -1,5 +1,5 @@
-//! A property: whatever happens in whatever order, no block is lost, none is shared that is not final, everything is done
-//! by rank, and every leg ends exactly once.
+//! A property: whatever happens in whatever order, no block is lost, none is written that others hold, everything is done
+//! by rank, and every choice of every leg ends exactly once.
 
 use std::collections::HashSet;
 
@@ -7,11 +7,14 @@ use proptest::prelude::*;
 
 use super::*;
 
+/// Of one leg; each takes an id.
+const CHOICES_MOST: u32 = 3;
+
 /// What may happen between two steps.
 #[derive(Debug, Clone)]
 enum Happening {
-    Add { prompt: u32, max_tokens: u32, kind: u8, priority: i32 },
-    Cancel(usize),
+    Add { prompt: u32, max_tokens: u32, kind: u8, priority: i32, choices: u32 },
+    Cancel(usize, Option<u32>),
     CancelStream(u64),
     TransferEnds { which: usize, well: bool },
     Offered { which: usize, well: bool },
@@ -21,10 +24,12 @@ enum Happening {
 
 fn happening() -> impl Strategy<Value = Happening> {
     prop_oneof![
-        4 => (1u32..40, 1u32..30, 0u8..3, -1..2).prop_map(|(prompt, max_tokens, kind, priority)| {
-            Happening::Add { prompt, max_tokens, kind, priority }
-        }),
-        1 => (0usize..100).prop_map(Happening::Cancel),
+        4 => (1u32..40, 1u32..30, 0u8..3, -1..2, prop_oneof![2 => Just(1u32), 1 => 2u32..=CHOICES_MOST])
+            .prop_map(|(prompt, max_tokens, kind, priority, choices)| {
+                Happening::Add { prompt, max_tokens, kind, priority, choices }
+            }),
+        2 => (0usize..100, prop::option::of(0..CHOICES_MOST))
+            .prop_map(|(which, choice)| Happening::Cancel(which, choice)),
         1 => (0u64..2).prop_map(Happening::CancelStream),
         3 => (0usize..100, prop::bool::weighted(0.8))
             .prop_map(|(which, well)| Happening::TransferEnds { which, well }),
@@ -37,11 +42,13 @@ fn happening() -> impl Strategy<Value = Happening> {
 /// Plays the outside world: transfers that are open, legs that were added, what each was told.
 #[derive(Default)]
 struct World {
-    added: Vec<u64>,
+    /// With its choices.
+    added: Vec<(u64, u32)>,
     open: Vec<(SequenceId, bool /* incoming */)>,
     watched: Vec<SequenceId>,
     sealed: HashSet<SequenceId>,
-    told: HashMap<u64, (u32, bool /* ended */)>,
+    /// By leg and choice.
+    told: HashMap<(u64, u32), (u32, bool /* ended */)>,
 }
 
 impl World {
@@ -53,17 +60,18 @@ impl World {
                 Effect::Watch { id, .. } => self.watched.push(id),
                 Effect::Unwatch { id } => {
                     // Its offer may be on its way to the engine already: that must do no harm.
-                    self.watched.retain(|&other| other != id || id.0 % 2 == 0);
+                    self.watched.retain(|&other| other != id || (id.0 / 8).is_multiple_of(2));
                 }
                 Effect::Refuse { .. } => {}
                 Effect::Seal { id, .. } => assert!(self.sealed.insert(id), "sealed twice"),
-                Effect::Close { id } => {
+                Effect::Close { id, .. } => {
                     assert!(self.open.iter().any(|(open, _)| *open == id), "closed, not open")
                 }
             }
         }
         for (_, update) in scheduler.take_outputs() {
-            let told = self.told.entry(update.leg.0).or_insert((update.first_position, false));
+            let told =
+                self.told.entry((update.leg.0, update.choice)).or_insert((update.first_position, false));
             assert!(!told.1, "leg {} was told more after its end", update.leg);
             assert_eq!(told.0, update.first_position, "leg {} has a gap or a repetition", update.leg);
             told.0 += update.tokens.len() as u32;
@@ -85,7 +93,11 @@ impl World {
         }
         let (id, incoming) = self.open.remove(which % self.open.len());
         match (well, incoming) {
-            (true, true) => scheduler.received(id, 1),
+            (true, true) => {
+                let choices =
+                    self.added.iter().find(|(leg, _)| *leg == id.0).map_or(1, |(_, choices)| *choices);
+                scheduler.received(id, &vec![1; choices as usize]);
+            }
             (true, false) if self.sealed.contains(&id) => scheduler.transfer_ended(id, Ok(())),
             _ => scheduler.transfer_ended(id, Err(ApiError::new(ErrorCode::HandoffFailed, "broken"))),
         }
@@ -114,18 +126,16 @@ fn check_invariants(scheduler: &Scheduler) {
     assert!(scheduler.waiting.iter().is_sorted_by_key(|id| scheduler.sequences[id].rank));
 }
 
-/// A block stands in two lists only if it is final in both, and then it holds the same in both.
+/// A block stands in two lists only if it holds the same in both, as far as it is filled.
 fn check_shared(scheduler: &Scheduler) {
-    let mut contents: HashMap<BlockId, Option<Vec<u32>>> = HashMap::new();
+    let mut contents: HashMap<BlockId, Vec<u32>> = HashMap::new();
     for sequence in scheduler.sequences.values() {
         for (index, &block) in (0..).zip(sequence.blocks.as_slice()) {
-            let end = (index as usize + 1) * BLOCK as usize;
-            let content = (index < sequence.sealed).then(|| sequence.tokens[..end].to_vec());
+            let end =
+                ((index + 1) * BLOCK).min(if index < sequence.sealed { u32::MAX } else { sequence.computed });
+            let content = sequence.tokens[..end as usize].to_vec();
             let shared = contents.insert(block, content.clone());
-            assert!(
-                shared.is_none_or(|other| other.is_some() && other == content),
-                "{sequence:?}: block {index}"
-            );
+            assert!(shared.is_none_or(|other| other == content), "{sequence:?}: block {index}");
         }
     }
 }
@@ -140,6 +150,12 @@ fn check_plan(scheduler: &Scheduler, plan: &[Chunk]) {
         let end = chunk.start + chunk.tokens;
         assert_eq!((sequence.state, sequence.computed), (State::Running, chunk.start));
         assert!(chunk.start >= sequence.sealed * BLOCK, "{sequence:?} writes into a block that is final");
+        for index in chunk.start / BLOCK..end.div_ceil(BLOCK) {
+            let block = sequence.blocks.as_slice()[index as usize];
+            let holders =
+                scheduler.sequences.values().filter(|other| other.blocks.as_slice().contains(&block));
+            assert_eq!(holders.count(), 1, "{sequence:?} writes into a block that others hold");
+        }
         assert!(chunk.tokens > 0 && end <= sequence.tokens.len() as u32);
         assert!(end <= sequence.blocks.count() * BLOCK, "{sequence:?} has no room for {end} tokens");
         assert_eq!(chunk.logits, end == sequence.tokens.len() as u32);
@@ -157,27 +173,34 @@ proptest! {
             let plan = scheduler.schedule();
             check_plan(scheduler, &plan);
             for chunk in &plan {
-                scheduler.computed(chunk, sampled(chunk, token));
+                computed(scheduler, chunk, token);
             }
             world.absorb(scheduler);
             check_invariants(scheduler);
             !plan.is_empty()
         };
         for happening in happenings {
-            let pick = |which: usize, world: &World| world.added.get(which % world.added.len().max(1)).copied();
+            let pick = |which: usize, world: &World| {
+                world.added.get(which % world.added.len().max(1)).map(|(id, _)| SequenceId(*id))
+            };
             match happening {
-                Happening::Add { prompt, max_tokens, kind, priority } => {
-                    let id = world.added.len() as u64;
+                Happening::Add { prompt, max_tokens, kind, priority, choices } => {
+                    let id = 8 * world.added.len() as u64;
                     let work = [Work::Whole, prefill(), decode()][usize::from(kind)].clone();
-                    world.added.push(id);
+                    world.added.push((id, choices));
                     // Two families of prompts that begin alike.
                     let tokens = (0..prompt).map(|position| position + 1000 * (prompt % 2)).collect();
-                    scheduler.add(NewSequence { prompt: tokens, priority, ..sequence(id, prompt, max_tokens, work) });
+                    let address = Address { stream: StreamId(id / 8 % 2), leg: LegId(id) };
+                    let new = sequence(id, prompt, max_tokens, work);
+                    scheduler.add(NewSequence { prompt: tokens, priority, choices, address, ..new });
                 }
-                Happening::Cancel(which) => pick(which, &world).into_iter().for_each(|id| scheduler.cancel(SequenceId(id))),
+                Happening::Cancel(which, choice) => {
+                    let choices = choice.map_or(0..CHOICES_MOST, |choice| choice..choice + 1);
+                    pick(which, &world).into_iter().for_each(|id| scheduler.cancel_choices(id, choices.clone()));
+                }
                 Happening::Fails(which) => pick(which, &world)
                     .into_iter()
-                    .for_each(|id| scheduler.fail(SequenceId(id), ApiError::new(ErrorCode::Internal, "broken"))),
+                    .for_each(|id| scheduler.fail(id, ApiError::new(ErrorCode::Internal, "broken"))),
                 Happening::CancelStream(stream) => scheduler.cancel_stream(StreamId(stream)),
                 Happening::TransferEnds { which, well } => world.end_transfer(&mut scheduler, which, well),
                 Happening::Offered { which, well } => world.offer(&mut scheduler, which, well),
@@ -201,8 +224,11 @@ proptest! {
         }
         prop_assert_eq!(scheduler.sequences.len(), 0, "stuck: {:?}", scheduler);
         prop_assert_eq!(scheduler.blocks.room(), blocks);
-        for id in &world.added {
-            prop_assert!(world.told.get(id).is_some_and(|told| told.1), "leg {} never ended", id);
+        for &(id, choices) in &world.added {
+            for choice in 0..choices {
+                let told = world.told.get(&(id, choice));
+                prop_assert!(told.is_some_and(|told| told.1), "choice {} of leg {} never ended", choice, id);
+            }
         }
     }
 }
