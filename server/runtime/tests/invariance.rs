@@ -5,7 +5,9 @@ mod session;
 
 use std::path::Path;
 
-use baton_runtime::{BatchFault, BlockId, Executor, KvDtype, LoadOptions, RuntimeError, SequenceChunk};
+use baton_runtime::{
+    BatchFault, BlockId, Executor, KvContent, KvDtype, LoadOptions, RuntimeError, SequenceChunk,
+};
 use session::{Session, argmax, blocks, slice, smollm2, tiny, write_slice};
 
 /// Unlike in head sizes (64-wide groups, 20, 12), KV sharing, head norms, experts, latents and weight types.
@@ -281,4 +283,16 @@ fn loading_reports_its_progress_and_refuses_nonsense() {
     for options in nonsense {
         assert!(baton_runtime::load(&checkpoint, &options, &mut |_, _| {}).is_err(), "{options:?}");
     }
+}
+
+#[test]
+fn a_latent_is_kept_once_for_all_heads() {
+    let session = Session::open(&tiny("hf-bf16-deepseek3-yarn-mtp"), &options(1, KvDtype::Bf16));
+    let layout = session.executor.kv_pool().layout();
+    assert_eq!((layout.content, layout.kv_heads, layout.head_dim), (KvContent::Latents, 1, 16 + 8));
+    assert_eq!(layout.slice_bytes(), 16 * (16 + 8) * 2);
+    let grouped = Session::open(&tiny("hf-bf16-mistral"), &options(1, KvDtype::Bf16));
+    let other = grouped.executor.kv_pool().layout();
+    assert_eq!((other.content, other.slice_bytes()), (KvContent::KeysAndValues, 2 * 16 * 2 * 16 * 2));
+    assert_ne!(layout.format, other.format);
 }
