@@ -46,8 +46,13 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// Starts `baton up` with `arguments` and waits until it serves.
+    /// Starts `baton up` with `arguments` and waits until it serves the model that tests use.
     pub async fn start(arguments: &[&str]) -> Self {
+        Self::start_with(&model(), arguments).await
+    }
+
+    /// As [`Self::start`], with a model of one's own.
+    pub async fn start_with(model: &Path, arguments: &[&str]) -> Self {
         let turn = ONE_AT_A_TIME.lock().await;
         let dir = tempfile::tempdir().expect("a temporary directory");
         let screen = File::create(dir.path().join("up.log")).expect("a file in it");
@@ -55,7 +60,7 @@ impl Cluster {
             .args(["up", "--listen", "127.0.0.1:0", "--run-dir"])
             .arg(dir.path())
             .arg("--model")
-            .arg(model())
+            .arg(model)
             .args(arguments)
             .stdin(Stdio::null())
             .stdout(screen.try_clone().expect("a file can be shared"))
