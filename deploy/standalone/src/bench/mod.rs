@@ -5,7 +5,11 @@
 //! each ([`request`]), [`summary`] turns timings into percentiles. Load is closed (`--concurrency`: a new request when
 //! one ends) or open (`--rate`: Poisson arrivals, whatever is still running), never both.
 
-use std::{fs, path::PathBuf, time::Duration};
+use std::{
+    fs,
+    path::PathBuf,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use clap::{ArgGroup, Args, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -66,8 +70,9 @@ pub(crate) struct BenchArgs {
     /// Requests sent first and not counted.
     #[arg(long, default_value_t = 2)]
     pub(crate) warmup: u32,
-    /// Prompts and arrival times are a function of this number.
-    #[arg(long, default_value_t = 0)]
+    /// Prompts and arrival times are a function of this number; the same again finds its prompts in the prefix cache
+    /// [default: drawn anew].
+    #[arg(long, default_value_t = drawn(), hide_default_value = true)]
     pub(crate) seed: u64,
     /// Seconds after which a request counts as failed.
     #[arg(long, value_name = "SECONDS", default_value_t = 300.0, value_parser = positive)]
@@ -99,6 +104,12 @@ pub(crate) enum BenchError {
 /// Rates and seconds with which times can be computed.
 const POSITIVE_LEAST: f64 = 1e-6;
 const POSITIVE_MOST: f64 = 1e9;
+
+/// Another number each time.
+fn drawn() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    prompt::mix(now.as_nanos() as u64)
+}
 
 fn positive(text: &str) -> Result<f64, String> {
     text.parse()

@@ -134,8 +134,9 @@ impl Baton {
     pub(super) async fn measure(&mut self, work: Work, seed: u32) -> Result<Rates, EngineError> {
         let first = self.legs;
         let begin = Instant::now();
-        for sequence in 0..work.sequences {
-            let leg = self.dispatch(work, u64::from(seed) << 32 | u64::from(sequence));
+        for _ in 0..work.sequences {
+            // A prompt that no leg had before: none of it is in the prefix cache.
+            let leg = self.dispatch(work, mix(seed.into()) ^ self.legs);
             let sent = self.ask.send(v1::AttachRequest { frame: Some(Ask::Dispatch(leg)) }).await;
             sent.map_err(|_| EngineError::Refused("it is gone".to_owned()))?;
         }
