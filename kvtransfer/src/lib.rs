@@ -99,7 +99,7 @@
 //! outgoing.seal(42);
 //!
 //! let sealed = incoming.sealed().await?;
-//! assert_eq!((sealed.first_token, sealed.slices), (42, 6));
+//! assert_eq!((sealed.first_tokens.as_slice(), sealed.slices), (&[42][..], 6));
 //! outgoing.finished().await?;
 //! assert_eq!(outgoing.close().await, [0, 1, 9]);
 //! assert_eq!(incoming.close().await, [7, 2, 4]);
