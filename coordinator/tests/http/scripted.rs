@@ -27,6 +27,10 @@ use tokio_util::{
 use tonic::{Request, Response, Status, Streaming};
 use v1::{attach_request::Frame as Ask, attach_response::Frame as Answer, leg_output::End};
 
+#[path = "../../src/prepare/bytes.rs"]
+mod bytes;
+use bytes::Bytes;
+
 /// Longest wait for anything that must happen.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -38,71 +42,6 @@ pub(crate) async fn until(what: &str, mut is_true: impl FnMut() -> bool) {
         }
     };
     timeout(PATIENCE, wait).await.unwrap_or_else(|_| panic!("never came true: {what}"));
-}
-
-/// One byte is one token; the template is `role:content\n` per turn and `assistant:`.
-struct Bytes;
-
-static BYTES: [u8; 256] = {
-    let mut bytes = [0; 256];
-    let mut at = 0;
-    while at < 256 {
-        bytes[at] = at as u8;
-        at += 1;
-    }
-    bytes
-};
-
-struct ByteReader {
-    stops: Vec<String>,
-    all: String,
-    given: usize,
-}
-
-impl TextModel for Bytes {
-    fn tokenise_text(&self, text: &str) -> Result<Vec<u32>, ApiError> {
-        Ok(text.bytes().map(u32::from).collect())
-    }
-
-    fn tokenise_chat(&self, turns: &[Turn]) -> Result<Vec<u32>, ApiError> {
-        let text: String = turns.iter().map(|turn| format!("{}:{}\n", turn.role, turn.content)).collect();
-        self.tokenise_text(&(text + "assistant:"))
-    }
-
-    fn reader(&self, stops: &TextStops) -> Box<dyn TextReader> {
-        Box::new(ByteReader { stops: stops.strings.clone(), all: String::new(), given: 0 })
-    }
-
-    fn spelling(&self, token: u32) -> Spelling<'_> {
-        Spelling::Bytes(&BYTES[token as usize..][..1])
-    }
-
-    fn vocabulary(&self) -> u32 {
-        256
-    }
-}
-
-impl TextReader for ByteReader {
-    fn push(&mut self, token: u32, text: &mut String) -> bool {
-        self.all.push(char::from(token as u8));
-        if let Some(at) = self.stops.iter().filter_map(|stop| self.all.find(stop.as_str())).min() {
-            text.push_str(&self.all[self.given..at]);
-            return true;
-        }
-        let longest = self.stops.iter().map(String::len).max().unwrap_or(1) - 1;
-        let certain = self.all.len().saturating_sub(longest).max(self.given);
-        text.push_str(&self.all[self.given..certain]);
-        self.given = certain;
-        false
-    }
-
-    fn characters(&self) -> u32 {
-        self.all.chars().count() as u32
-    }
-
-    fn finish(&mut self, text: &mut String) {
-        text.push_str(&self.all[self.given..]);
-    }
 }
 
 /// Byte 0 ends a sequence; the context is 1,000 tokens.
