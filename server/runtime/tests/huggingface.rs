@@ -12,12 +12,15 @@ use parity::{Check, Outcome, difference};
 use serde::Deserialize;
 use session::{Session, argmax, blocks, smollm2};
 
-/// Largest difference of a logit with an f32 KV cache: only the order of f32 sums separates us from the reference.
-const F32_BOUND: f32 = 2e-4;
+/// Largest difference of a logit with an f32 KV cache and weights as they are in the file: only the order of f32 sums
+/// separates us from the reference.
+const EXACT_BOUND: f32 = 2e-4;
+/// Quantised weights are multiplied with activations that are rounded to 16 bits.
+const INTEGER_BOUND: f32 = 4e-3;
 /// With a bf16 cache K and V are rounded to 8 bits: 0.4% each.
 const BF16_BOUND: f32 = 0.1;
-/// SmolLM2 sums over 30 layers, and its logits are about 20.
-const SMOLLM2_F32_BOUND: f32 = 2e-3;
+/// SmolLM2's logits are about 20, and some of its activations some thousand times as large as others.
+const SMOLLM2_BOUND: f32 = 2.5e-2;
 
 #[derive(Deserialize)]
 struct Smollm2 {
@@ -68,7 +71,8 @@ fn every_family_gives_the_same_logits_and_tokens() {
 /// What is out of bounds.
 fn faults(outcome: &Outcome) -> Vec<String> {
     let bound = match outcome.kv_dtype {
-        KvDtype::F32 => F32_BOUND,
+        KvDtype::F32 if outcome.integers => INTEGER_BOUND,
+        KvDtype::F32 => EXACT_BOUND,
         KvDtype::Bf16 => BF16_BOUND,
     };
     let who = format!("{}, KV in {}", outcome.model, outcome.kv_dtype.name());
@@ -97,12 +101,12 @@ fn smollm2_gives_the_same_logits_and_tokens() {
         let logits = session.step(&case.prompt, 0, &blocks);
         assert_eq!(logits.len(), expected.vocabulary);
         let sampled = difference(expected.indices.iter().map(|&i| logits[i]), &case.logits);
-        assert!(sampled <= SMOLLM2_F32_BOUND, "{name}: a logit is {sampled} off");
+        assert!(sampled <= SMOLLM2_BOUND, "{name}: a logit is {sampled} off");
         let top = difference(case.top.iter().map(|&i| logits[i as usize]), &case.top_logits);
-        assert!(top <= SMOLLM2_F32_BOUND, "{name}: one of the best logits is {top} off");
+        assert!(top <= SMOLLM2_BOUND, "{name}: one of the best logits is {top} off");
         assert_eq!(argmax(&logits), case.top[0], "{name}: the most likely token");
         let sum: f64 = logits.iter().map(|&x| f64::from(x).exp()).sum();
-        assert!((sum.ln() - case.logsumexp).abs() <= f64::from(SMOLLM2_F32_BOUND), "{name}: log of the sum");
+        assert!((sum.ln() - case.logsumexp).abs() <= f64::from(SMOLLM2_BOUND), "{name}: log of the sum");
         let greedy = session.greedy(logits, case.prompt.len(), case.greedy.len(), &blocks);
         assert_eq!(greedy, case.greedy, "{name}: greedy tokens");
         println!("{name}: {} tokens, logits within {}", case.prompt.len(), sampled.max(top));

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, fmt::Write as _, fs, path::Path};
 
-use baton_checkpoint::Checkpoint;
+use baton_checkpoint::{Checkpoint, TensorView};
 use baton_runtime::{BlockId, KvDtype, LoadOptions, SequenceChunk};
 use serde::Deserialize;
 
@@ -44,6 +44,8 @@ pub(crate) struct Outcome {
     pub(crate) family: &'static str,
     pub(crate) model: String,
     pub(crate) kv_dtype: KvDtype,
+    /// Whether products are computed in integers: some weights are quantised.
+    pub(crate) integers: bool,
     /// Largest difference of a logit by check.
     pub(crate) differences: BTreeMap<Check, f32>,
     /// Greedy tokens that are the reference's, and how many there are: alone, in a batch and after a handoff together.
@@ -74,6 +76,8 @@ pub(crate) fn examine(name: &str, kv_dtype: KvDtype) -> Outcome {
     let expected: Expected = serde_json::from_str(&expected).unwrap();
     let checkpoint = Checkpoint::open(&tiny(name)).unwrap();
     let family = checkpoint.config().architecture.name();
+    let quantised = |(_, tensor): (_, TensorView<'_>)| tensor.dtype.block_elements() > 1;
+    let integers = checkpoint.tensors().any(quantised);
     let mut exam = Exam {
         session: open(name, kv_dtype),
         vocabulary: checkpoint.config().vocabulary as usize,
@@ -82,6 +86,7 @@ pub(crate) fn examine(name: &str, kv_dtype: KvDtype) -> Outcome {
             family,
             model: name.to_owned(),
             kv_dtype,
+            integers,
             differences: BTreeMap::new(),
             equal_tokens: (0, 0),
         },

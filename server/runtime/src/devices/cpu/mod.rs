@@ -210,7 +210,7 @@ impl Device for CpuDevice {
             let (part, index) = table.locate(token as usize);
             let bytes = &part.bytes.as_slice()[index / LANES * part.panel_bytes..][..part.panel_bytes];
             // SAFETY: a whole panel of `width` columns, and room for sixteen of each.
-            unsafe { kernels.expand[part.format as usize](bytes.as_ptr(), width, panel.as_mut_ptr()) };
+            unsafe { kernels.expand(part.format)(bytes.as_ptr(), width, panel.as_mut_ptr()) };
             let lane = panel[index % LANES..].iter().step_by(LANES);
             row.iter_mut().zip(lane).for_each(|(to, value)| *to = *value);
         }

@@ -1,18 +1,16 @@
 //! Repacks a stored matrix, `[out, in]` row by row, into panels of sixteen outputs in one of the kernels' formats.
 //!
-//! Every weight keeps the value it had in the file (up to one rounding to f32). Types of five and six bits are packed as
-//! bytes, the others at their size but for the minimum that Q4_0 implies, which is written out. All threads pack, each its own panels.
-
-use baton_checkpoint::{Dtype, TensorView};
-use half::f16;
+//! Every weight keeps the value it had in the file. Types of five and six bits are packed as bytes, the others at their
+//! size. All threads pack, each its own panels.
 
 use super::{
-    kernels::PanelFormat,
+    kernels::{DenseFormat, PanelFormat, QuantisedFormat},
     lanes::LANES,
     memory::{AlignedBytes, Arena, Disjoint},
     threads::Pool,
 };
 use crate::{RuntimeError, device::LinearPart};
+use baton_checkpoint::{Dtype, TensorView};
 
 /// A matrix in panels.
 pub(crate) struct Packed {
@@ -36,15 +34,16 @@ impl Packed {
 /// The format a stored type is packed into.
 pub(crate) fn format_of(dtype: Dtype) -> PanelFormat {
     match dtype {
-        Dtype::F32 => PanelFormat::F32,
-        Dtype::F16 => PanelFormat::F16,
-        Dtype::Bf16 => PanelFormat::Bf16,
-        Dtype::Q8_0 | Dtype::Q5_0 => PanelFormat::Q8,
-        Dtype::Q4_0 | Dtype::Q4_1 => PanelFormat::Q4,
-        Dtype::Q5_1 => PanelFormat::Q5,
-        Dtype::Q4K => PanelFormat::K4,
-        Dtype::Q5K => PanelFormat::K5,
-        Dtype::Q6K => PanelFormat::K6,
+        Dtype::F32 => PanelFormat::Dense(DenseFormat::F32),
+        Dtype::F16 => PanelFormat::Dense(DenseFormat::F16),
+        Dtype::Bf16 => PanelFormat::Dense(DenseFormat::Bf16),
+        Dtype::Q8_0 | Dtype::Q5_0 => PanelFormat::Quantised(QuantisedFormat::Q8),
+        Dtype::Q4_0 => PanelFormat::Quantised(QuantisedFormat::Q4),
+        Dtype::Q4_1 => PanelFormat::Quantised(QuantisedFormat::Q4Minimum),
+        Dtype::Q5_1 => PanelFormat::Quantised(QuantisedFormat::Q5Minimum),
+        Dtype::Q4K => PanelFormat::Quantised(QuantisedFormat::K4),
+        Dtype::Q5K => PanelFormat::Quantised(QuantisedFormat::K5),
+        Dtype::Q6K => PanelFormat::Quantised(QuantisedFormat::K6),
     }
 }
 
@@ -89,7 +88,7 @@ fn pack_row(dtype: Dtype, row: &[u8], panel: &mut [u8], lane: usize) {
         Dtype::Q8_0 => |_, from, to, lane| {
             let (scales, quants) = to.split_at_mut(2 * LANES);
             spread::<2>(&from[..2], scales, lane);
-            spread::<1>(&from[2..], quants, lane);
+            put_bytes(|i| from[2 + i], quants, lane);
         },
         Dtype::Q4_0 | Dtype::Q4_1 => pack_4,
         Dtype::Q5_0 | Dtype::Q5_1 => pack_5,
@@ -104,14 +103,9 @@ fn pack_row(dtype: Dtype, row: &[u8], panel: &mut [u8], lane: usize) {
 }
 
 /// Q4_0 and Q4_1: a scale, a minimum where the type has one, and 32 times four bits.
-fn pack_4(dtype: Dtype, from: &[u8], to: &mut [u8], lane: usize) {
-    let (header, halves) = from.split_at(from.len() - 16);
-    // Q4_0's d (q - 8) is d q - 8 d; 8 d is exact, so that the rounding is the same.
-    let implied = f16::from_f32(-8.0 * f16_at(header, 0)).to_le_bytes();
-    let (scales, rest) = to.split_at_mut(2 * LANES);
-    let (minima, nibbles) = rest.split_at_mut(2 * LANES);
-    spread::<2>(&header[..2], scales, lane);
-    spread::<2>(if dtype == Dtype::Q4_1 { &header[2..] } else { &implied }, minima, lane);
+fn pack_4(_: Dtype, from: &[u8], to: &mut [u8], lane: usize) {
+    let (numbers, halves) = from.split_at(from.len() - 16);
+    let nibbles = spread_numbers(numbers, to, lane);
     put_nibbles(|i| if i < 16 { halves[i] & 15 } else { halves[i - 16] >> 4 }, nibbles, lane);
 }
 
@@ -125,13 +119,15 @@ fn pack_5(dtype: Dtype, from: &[u8], to: &mut [u8], lane: usize) {
         let four = if i < 16 { halves[i] & 15 } else { halves[i - 16] >> 4 };
         (four | (fifth[i / 8] >> (i % 8) & 1) << 4).wrapping_sub(less)
     });
-    let mut to = to;
-    for number in numbers.chunks_exact(2) {
-        let (lanes, rest) = to.split_at_mut(2 * LANES);
-        spread::<2>(number, lanes, lane);
-        to = rest;
-    }
-    spread::<1>(&quants, to, lane);
+    let to = spread_numbers(numbers, to, lane);
+    put_bytes(|i| quants[i], to, lane);
+}
+
+/// Copies f16 numbers to one lane of rows of sixteen; gives what follows them.
+fn spread_numbers<'a>(numbers: &[u8], to: &'a mut [u8], lane: usize) -> &'a mut [u8] {
+    let (lanes, rest) = to.split_at_mut(numbers.len() * LANES);
+    spread::<2>(numbers, lanes, lane);
+    rest
 }
 
 /// Q4_K and Q5_K: factors of scales and minima, six bits of each for every group, fifth bits, four bits.
@@ -151,7 +147,7 @@ fn pack_k45(dtype: Dtype, from: &[u8], to: &mut [u8], lane: usize) {
             put_nibbles(four, &mut to[2 * LANES..], lane);
         } else {
             let quants: [u8; 32] = std::array::from_fn(|i| four(i) | (fifth[i] >> group & 1) << 4);
-            spread::<1>(&quants, &mut to[2 * LANES..], lane);
+            put_bytes(|i| quants[i], &mut to[2 * LANES..], lane);
         }
     }
 }
@@ -170,7 +166,7 @@ fn pack_k6(_: Dtype, from: &[u8], to: &mut [u8], lane: usize) {
             let four = if quarter < 2 { low[i] & 15 } else { low[i] >> 4 };
             (four | (high[i] >> (2 * quarter) & 3) << 4).wrapping_sub(32)
         });
-        spread::<1>(&quants, &mut to[LANES..], lane);
+        put_bytes(|i| quants[i], &mut to[LANES..], lane);
     }
 }
 
@@ -181,15 +177,22 @@ fn spread<const SIZE: usize>(values: &[u8], panel: &mut [u8], lane: usize) {
     }
 }
 
-/// Writes four-bit quants to a lane, two consecutive ones in a byte.
-fn put_nibbles(quant: impl Fn(usize) -> u8, nibbles: &mut [u8], lane: usize) {
-    for (pair, to) in nibbles.chunks_exact_mut(LANES).enumerate() {
-        to[lane] = quant(2 * pair) | quant(2 * pair + 1) << 4;
+/// Writes quants to a lane, two of consecutive k side by side.
+fn put_bytes(quant: impl Fn(usize) -> u8, bytes: &mut [u8], lane: usize) {
+    for (pair, to) in bytes.chunks_exact_mut(2 * LANES).enumerate() {
+        (to[2 * lane], to[2 * lane + 1]) = (quant(2 * pair), quant(2 * pair + 1));
     }
 }
 
-fn f16_at(bytes: &[u8], at: usize) -> f32 {
-    f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32()
+/// Writes four-bit quants to a lane: of every eight, those of even k in one word of 16 bits, those of odd k in the next.
+fn put_nibbles(quant: impl Fn(usize) -> u8, words: &mut [u8], lane: usize) {
+    for (eight, to) in words.chunks_exact_mut(4 * LANES).enumerate() {
+        for odd in 0..2 {
+            let four = |i: usize| u16::from(quant(8 * eight + 2 * i + odd)) << (4 * i);
+            let word = four(0) | four(1) | four(2) | four(3);
+            to[4 * lane + 2 * odd..][..2].copy_from_slice(&word.to_le_bytes());
+        }
+    }
 }
 
 /// Scale and minimum of a group of 32 in a block of Q4_K or Q5_K: six bits each, packed in twelve bytes.
@@ -203,6 +206,8 @@ fn k_scales(packed: &[u8], group: usize) -> (u8, u8) {
 
 #[cfg(test)]
 mod tests {
+    use half::f16;
+
     use super::*;
     use crate::{device::RowOrder, devices::cpu::kernels};
 
@@ -235,9 +240,7 @@ mod tests {
                 let mut lanes = vec![0.0; k * LANES];
                 let bytes = &packed.bytes.as_slice()[panel * packed.panel_bytes..][..packed.panel_bytes];
                 // SAFETY: a whole panel of `k` columns, and room for sixteen of each.
-                unsafe {
-                    kernels::best().expand[packed.format as usize](bytes.as_ptr(), k, lanes.as_mut_ptr())
-                };
+                unsafe { kernels::best().expand(packed.format)(bytes.as_ptr(), k, lanes.as_mut_ptr()) };
                 for lane in 0..LANES.min(rows - panel * LANES) {
                     let mut row = vec![0.0; k];
                     weight.dequantize_row(order.stored_row(panel * LANES + lane), &mut row);

@@ -1,27 +1,44 @@
-//! How a panel of sixteen weight rows is stored, and how its weights become f32 lanes.
+//! How a panel of sixteen weight rows is stored, and how the kernels see its weights.
 //!
-//! A panel is a run of blocks along k; a block holds `BLOCK` consecutive k of all sixteen rows in groups of `GROUP` that
-//! share their scales. Within a group the sixteen values of one k lie together. Quants of five and six bits are kept as
-//! bytes: putting them together costs more time than the memory they save. Written by `pack`, read by `linear`. Every format
-//! turns a stored number into f32 by the same single operation on every path, so the weight seen by the kernels is one
-//! well-defined f32.
+//! A panel is a run of blocks along k; a block holds `BLOCK` consecutive k of all sixteen rows. Written by `pack`, read
+//! by `dense` and `quantised`. [`Dense`] weights become f32 lanes. [`Quantised`] ones stay integers, in pairs of
+//! consecutive k, and go in groups of `GROUP` k that share a scale and, in some formats, a minimum:
+//! `weight = scale * quant + minimum`. Quants of five and six bits are kept as bytes: putting them together costs more
+//! time than the memory they save.
 #![allow(unsafe_op_in_unsafe_fn, reason = "the contract of every method is the trait's")]
 
 use super::super::lanes::{LANES, Lanes};
 
-/// Formats of packed weights, by name: the index into the kernel tables.
+/// Formats of packed weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum PanelFormat {
+    Dense(DenseFormat),
+    Quantised(QuantisedFormat),
+}
+
+/// Formats that hold each weight by itself; the index into the kernel tables.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum DenseFormat {
     F32,
     F16,
     Bf16,
+}
+
+/// Formats that hold small integers and what they are multiples of; the index into the kernel tables.
+///
+/// Bytes of a group are `[k / 2][16 lanes][2]`. Quants of four bits are `[k / 8][16 lanes][2]` words of 16 bits, of
+/// which word `b` of a lane holds k = b, b + 2, b + 4 and b + 6, lowest bits first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum QuantisedFormat {
     /// 32 k: f16 scales, i8 quants.
     Q8,
-    /// 32 k: f16 scales, f16 minima, 4-bit quants, two consecutive k in a byte.
+    /// 32 k: f16 scales, 4-bit quants stored 8 too large.
     Q4,
+    /// 32 k: f16 scales, f16 minima, 4-bit quants.
+    Q4Minimum,
     /// 32 k: f16 scales, f16 minima, i8 quants.
-    Q5,
-    /// 256 k: f16 factors of scales and of minima; 8 groups of 32 k: u8 scales, u8 minima, 4-bit quants as in Q4.
+    Q5Minimum,
+    /// 256 k: f16 factors of scales and of minima; 8 groups of 32 k: u8 scales, u8 minima, 4-bit quants.
     K4,
     /// As K4 with i8 quants.
     K5,
@@ -30,8 +47,6 @@ pub(crate) enum PanelFormat {
 }
 
 impl PanelFormat {
-    pub(crate) const COUNT: usize = 9;
-
     /// Consecutive k in one block; rows must be a multiple of it long.
     pub(crate) const fn block(self) -> usize {
         self.of_format().0
@@ -44,15 +59,16 @@ impl PanelFormat {
 
     const fn of_format(self) -> (usize, usize) {
         match self {
-            Self::F32 => (F32::BLOCK, F32::BYTES),
-            Self::F16 => (F16::BLOCK, F16::BYTES),
-            Self::Bf16 => (Bf16::BLOCK, Bf16::BYTES),
-            Self::Q8 => (Q8::BLOCK, Q8::BYTES),
-            Self::Q4 => (Q4::BLOCK, Q4::BYTES),
-            Self::Q5 => (Q5::BLOCK, Q5::BYTES),
-            Self::K4 => (K4::BLOCK, K4::BYTES),
-            Self::K5 => (K5::BLOCK, K5::BYTES),
-            Self::K6 => (K6::BLOCK, K6::BYTES),
+            Self::Dense(DenseFormat::F32) => (<F32 as Dense>::BLOCK, F32::BYTES),
+            Self::Dense(DenseFormat::F16) => (<F16 as Dense>::BLOCK, F16::BYTES),
+            Self::Dense(DenseFormat::Bf16) => (<Bf16 as Dense>::BLOCK, Bf16::BYTES),
+            Self::Quantised(QuantisedFormat::Q8) => (Q8::BLOCK, Q8::BYTES),
+            Self::Quantised(QuantisedFormat::Q4) => (Q4::BLOCK, Q4::BYTES),
+            Self::Quantised(QuantisedFormat::Q4Minimum) => (Q4Minimum::BLOCK, Q4Minimum::BYTES),
+            Self::Quantised(QuantisedFormat::Q5Minimum) => (Q5Minimum::BLOCK, Q5Minimum::BYTES),
+            Self::Quantised(QuantisedFormat::K4) => (K4::BLOCK, K4::BYTES),
+            Self::Quantised(QuantisedFormat::K5) => (K5::BLOCK, K5::BYTES),
+            Self::Quantised(QuantisedFormat::K6) => (K6::BLOCK, K6::BYTES),
         }
     }
 
@@ -62,48 +78,52 @@ impl PanelFormat {
     }
 }
 
-/// Bytes of 4-bit quants of `k` columns.
-const fn nibble_bytes(k: usize) -> usize {
-    k / 2 * LANES
+impl DenseFormat {
+    pub(crate) const COUNT: usize = 3;
 }
 
-/// A storage format as the kernels see it.
+impl QuantisedFormat {
+    pub(crate) const COUNT: usize = 7;
+
+    /// Consecutive k that share a scale.
+    pub(crate) const fn group(self) -> usize {
+        match self {
+            Self::K6 => K6::GROUP,
+            _ => 32,
+        }
+    }
+
+    pub(crate) const fn has_minima(self) -> bool {
+        match self {
+            Self::Q8 | Self::Q4 | Self::K6 => false,
+            Self::Q4Minimum | Self::Q5Minimum | Self::K4 | Self::K5 => true,
+        }
+    }
+}
+
+/// Weights by themselves.
 ///
 /// # Safety
-/// `block` points to a whole block of the format, `group` to that group of it, and the CPU has `V`'s features;
-/// `pair < GROUP / 2`.
-pub(crate) trait Format {
+/// `block` points to a whole block, and the CPU has `V`'s features.
+pub(crate) trait Dense {
     /// Columns of a block.
-    const BLOCK: usize;
-    /// Columns of a group.
-    const GROUP: usize = Self::BLOCK;
-    /// Bytes of a block before its first group.
-    const HEADER_BYTES: usize = 0;
-    const GROUP_BYTES: usize;
-    const BYTES: usize = Self::HEADER_BYTES + Self::BLOCK / Self::GROUP * Self::GROUP_BYTES;
-    /// What all weights of a group share.
-    type Scales<V: Lanes>: Copy;
+    const BLOCK: usize = 2;
+    const BYTES: usize;
 
-    unsafe fn scales<V: Lanes>(block: *const u8, group: *const u8) -> Self::Scales<V>;
-    /// The weights at k = `2 pair` and `2 pair + 1` of the group.
-    unsafe fn pair<V: Lanes>(group: *const u8, scales: Self::Scales<V>, pair: usize) -> (V, V);
+    /// The weights of a block's two k.
+    unsafe fn pair<V: Lanes>(block: *const u8) -> (V, V);
 }
 
 macro_rules! dense {
     ($name:ident, $value:ty, $load:ident) => {
         pub(crate) struct $name;
 
-        impl Format for $name {
-            const BLOCK: usize = 2;
-            const GROUP_BYTES: usize = 2 * LANES * size_of::<$value>();
-            type Scales<V: Lanes> = ();
+        impl Dense for $name {
+            const BYTES: usize = 2 * LANES * size_of::<$value>();
 
             #[inline(always)]
-            unsafe fn scales<V: Lanes>(_: *const u8, _: *const u8) {}
-
-            #[inline(always)]
-            unsafe fn pair<V: Lanes>(group: *const u8, (): (), _: usize) -> (V, V) {
-                let values = group.cast::<$value>();
+            unsafe fn pair<V: Lanes>(block: *const u8) -> (V, V) {
+                let values = block.cast::<$value>();
                 (V::$load(values), V::$load(values.add(LANES)))
             }
         }
@@ -114,135 +134,172 @@ dense!(F32, f32, load);
 dense!(F16, u16, load_f16);
 dense!(Bf16, u16, load_bf16);
 
+/// Weights as integers.
+///
+/// # Safety
+/// `block` points to a whole block of the format, `group` to that group of it, and the CPU has `V`'s features;
+/// `eight < GROUP / 8`.
+pub(crate) trait Quantised {
+    /// Columns of a block.
+    const BLOCK: usize;
+    /// Columns of a group.
+    const GROUP: usize = 32;
+    /// Bytes of a block before its first group.
+    const HEADER_BYTES: usize = 0;
+    const GROUP_BYTES: usize;
+    const BYTES: usize = Self::HEADER_BYTES + Self::BLOCK / Self::GROUP * Self::GROUP_BYTES;
+    /// Whether [`Self::minimum`] is anything but zero.
+    const MINIMA: bool;
+
+    unsafe fn scale<V: Lanes>(block: *const u8, group: *const u8) -> V;
+    unsafe fn minimum<V: Lanes>(_block: *const u8, _group: *const u8) -> V {
+        V::splat(0.0)
+    }
+    /// The quants of eight consecutive k of the group, a pair of k in each.
+    unsafe fn quants<V: Lanes>(group: *const u8, eight: usize) -> [V::Pairs; 4];
+}
+
+/// Bytes of 4-bit quants of `k` columns.
+const fn nibble_bytes(k: usize) -> usize {
+    k / 2 * LANES
+}
+
+/// Eight columns of bytes.
+#[inline(always)]
+unsafe fn bytes<V: Lanes>(quants: *const u8, eight: usize) -> [V::Pairs; 4] {
+    let first = quants.add(8 * eight * LANES).cast::<i8>();
+    let pair = |index: usize| first.wrapping_add(2 * index * LANES);
+    [
+        V::load_pairs_i8(pair(0)),
+        V::load_pairs_i8(pair(1)),
+        V::load_pairs_i8(pair(2)),
+        V::load_pairs_i8(pair(3)),
+    ]
+}
+
+/// Eight columns of four bits.
+#[inline(always)]
+unsafe fn nibbles<V: Lanes>(quants: *const u8, eight: usize) -> [V::Pairs; 4] {
+    V::load_pairs_u4(quants.add(nibble_bytes(8 * eight)).cast())
+}
+
 pub(crate) struct Q8;
 
-impl Format for Q8 {
+impl Quantised for Q8 {
     const BLOCK: usize = 32;
     const GROUP_BYTES: usize = 2 * LANES + Self::GROUP * LANES;
-    type Scales<V: Lanes> = V;
+    const MINIMA: bool = false;
 
     #[inline(always)]
-    unsafe fn scales<V: Lanes>(_: *const u8, group: *const u8) -> V {
+    unsafe fn scale<V: Lanes>(_: *const u8, group: *const u8) -> V {
         V::load_f16(group.cast())
     }
 
     #[inline(always)]
-    unsafe fn pair<V: Lanes>(group: *const u8, scale: V, pair: usize) -> (V, V) {
-        let quants = group.add(2 * LANES + 2 * pair * LANES).cast();
-        (V::load_i8(quants).mul(scale), V::load_i8(quants.add(LANES)).mul(scale))
+    unsafe fn quants<V: Lanes>(group: *const u8, eight: usize) -> [V::Pairs; 4] {
+        bytes::<V>(group.add(2 * LANES), eight)
     }
-}
-
-/// Scales and minima as f16, one after the other.
-#[inline(always)]
-unsafe fn f16_scales<V: Lanes>(group: *const u8) -> (V, V) {
-    (V::load_f16(group.cast()), V::load_f16(group.add(2 * LANES).cast()))
 }
 
 pub(crate) struct Q4;
 
-impl Format for Q4 {
+impl Quantised for Q4 {
     const BLOCK: usize = 32;
-    const GROUP_BYTES: usize = 4 * LANES + nibble_bytes(Self::GROUP);
-    type Scales<V: Lanes> = (V, V);
-
-    #[inline(always)]
-    unsafe fn scales<V: Lanes>(_: *const u8, group: *const u8) -> (V, V) {
-        f16_scales(group)
-    }
-
-    #[inline(always)]
-    unsafe fn pair<V: Lanes>(group: *const u8, (scale, minimum): (V, V), pair: usize) -> (V, V) {
-        let (low, high) = V::load_nibbles(group.add(4 * LANES + pair * LANES));
-        (low.fma(scale, minimum), high.fma(scale, minimum))
-    }
-}
-
-pub(crate) struct Q5;
-
-impl Format for Q5 {
-    const BLOCK: usize = 32;
-    const GROUP_BYTES: usize = 4 * LANES + Self::GROUP * LANES;
-    type Scales<V: Lanes> = (V, V);
-
-    #[inline(always)]
-    unsafe fn scales<V: Lanes>(_: *const u8, group: *const u8) -> (V, V) {
-        f16_scales(group)
-    }
-
-    #[inline(always)]
-    unsafe fn pair<V: Lanes>(group: *const u8, (scale, minimum): (V, V), pair: usize) -> (V, V) {
-        let quants = group.add(4 * LANES + 2 * pair * LANES).cast();
-        (V::load_i8(quants).fma(scale, minimum), V::load_i8(quants.add(LANES)).fma(scale, minimum))
-    }
-}
-
-/// Scales and minima as products of the block's factors and the group's bytes; both are exact.
-#[inline(always)]
-unsafe fn k_scales<V: Lanes>(block: *const u8, group: *const u8) -> (V, V) {
-    let (scale, minimum) = f16_scales::<V>(block);
-    (scale.mul(V::load_u8(group)), minimum.mul(V::load_u8(group.add(LANES))))
-}
-
-pub(crate) struct K4;
-
-impl Format for K4 {
-    const BLOCK: usize = 256;
-    const GROUP: usize = 32;
-    const HEADER_BYTES: usize = 4 * LANES;
     const GROUP_BYTES: usize = 2 * LANES + nibble_bytes(Self::GROUP);
-    type Scales<V: Lanes> = (V, V);
+    const MINIMA: bool = false;
 
     #[inline(always)]
-    unsafe fn scales<V: Lanes>(block: *const u8, group: *const u8) -> (V, V) {
-        k_scales(block, group)
+    unsafe fn scale<V: Lanes>(_: *const u8, group: *const u8) -> V {
+        V::load_f16(group.cast())
     }
 
     #[inline(always)]
-    unsafe fn pair<V: Lanes>(group: *const u8, (scale, minimum): (V, V), pair: usize) -> (V, V) {
-        let (low, high) = V::load_nibbles(group.add(2 * LANES + pair * LANES));
-        (low.fma(scale, minimum), high.fma(scale, minimum))
-    }
-}
-
-pub(crate) struct K5;
-
-impl Format for K5 {
-    const BLOCK: usize = 256;
-    const GROUP: usize = 32;
-    const HEADER_BYTES: usize = 4 * LANES;
-    const GROUP_BYTES: usize = 2 * LANES + Self::GROUP * LANES;
-    type Scales<V: Lanes> = (V, V);
-
-    #[inline(always)]
-    unsafe fn scales<V: Lanes>(block: *const u8, group: *const u8) -> (V, V) {
-        k_scales(block, group)
-    }
-
-    #[inline(always)]
-    unsafe fn pair<V: Lanes>(group: *const u8, (scale, minimum): (V, V), pair: usize) -> (V, V) {
-        let quants = group.add(2 * LANES + 2 * pair * LANES).cast();
-        (V::load_i8(quants).fma(scale, minimum), V::load_i8(quants.add(LANES)).fma(scale, minimum))
+    unsafe fn quants<V: Lanes>(group: *const u8, eight: usize) -> [V::Pairs; 4] {
+        let [a, b, c, d] = nibbles::<V>(group.add(2 * LANES), eight);
+        [V::lessen(a, 8), V::lessen(b, 8), V::lessen(c, 8), V::lessen(d, 8)]
     }
 }
+
+/// Groups of 32 k with a scale and a minimum as f16 before their quants.
+macro_rules! with_minimum {
+    ($name:ident, $quant_bytes:expr, $quants:ident) => {
+        pub(crate) struct $name;
+
+        impl Quantised for $name {
+            const BLOCK: usize = 32;
+            const GROUP_BYTES: usize = 4 * LANES + $quant_bytes;
+            const MINIMA: bool = true;
+
+            #[inline(always)]
+            unsafe fn scale<V: Lanes>(_: *const u8, group: *const u8) -> V {
+                V::load_f16(group.cast())
+            }
+
+            #[inline(always)]
+            unsafe fn minimum<V: Lanes>(_: *const u8, group: *const u8) -> V {
+                V::load_f16(group.add(2 * LANES).cast())
+            }
+
+            #[inline(always)]
+            unsafe fn quants<V: Lanes>(group: *const u8, eight: usize) -> [V::Pairs; 4] {
+                $quants::<V>(group.add(4 * LANES), eight)
+            }
+        }
+    };
+}
+
+with_minimum!(Q4Minimum, nibble_bytes(Self::GROUP), nibbles);
+with_minimum!(Q5Minimum, Self::GROUP * LANES, bytes);
+
+/// Blocks of 256 k whose groups have scales and minima in six bits, multiples of the block's f16 factors. The products
+/// are exact.
+macro_rules! of_factors {
+    ($name:ident, $quant_bytes:expr, $quants:ident) => {
+        pub(crate) struct $name;
+
+        impl Quantised for $name {
+            const BLOCK: usize = 256;
+            const HEADER_BYTES: usize = 4 * LANES;
+            const GROUP_BYTES: usize = 2 * LANES + $quant_bytes;
+            const MINIMA: bool = true;
+
+            #[inline(always)]
+            unsafe fn scale<V: Lanes>(block: *const u8, group: *const u8) -> V {
+                V::load_f16(block.cast()).mul(V::load_u8(group))
+            }
+
+            #[inline(always)]
+            unsafe fn minimum<V: Lanes>(block: *const u8, group: *const u8) -> V {
+                V::load_f16(block.add(2 * LANES).cast()).mul(V::load_u8(group.add(LANES)))
+            }
+
+            #[inline(always)]
+            unsafe fn quants<V: Lanes>(group: *const u8, eight: usize) -> [V::Pairs; 4] {
+                $quants::<V>(group.add(2 * LANES), eight)
+            }
+        }
+    };
+}
+
+of_factors!(K4, nibble_bytes(Self::GROUP), nibbles);
+of_factors!(K5, Self::GROUP * LANES, bytes);
 
 pub(crate) struct K6;
 
-impl Format for K6 {
+impl Quantised for K6 {
     const BLOCK: usize = 256;
     const GROUP: usize = 16;
     const HEADER_BYTES: usize = 2 * LANES;
     const GROUP_BYTES: usize = LANES + Self::GROUP * LANES;
-    type Scales<V: Lanes> = V;
+    const MINIMA: bool = false;
 
     #[inline(always)]
-    unsafe fn scales<V: Lanes>(block: *const u8, group: *const u8) -> V {
+    unsafe fn scale<V: Lanes>(block: *const u8, group: *const u8) -> V {
         V::load_f16(block.cast()).mul(V::load_i8(group.cast()))
     }
 
     #[inline(always)]
-    unsafe fn pair<V: Lanes>(group: *const u8, scale: V, pair: usize) -> (V, V) {
-        let quants = group.add(LANES + 2 * pair * LANES).cast();
-        (V::load_i8(quants).mul(scale), V::load_i8(quants.add(LANES)).mul(scale))
+    unsafe fn quants<V: Lanes>(group: *const u8, eight: usize) -> [V::Pairs; 4] {
+        bytes::<V>(group.add(LANES), eight)
     }
 }

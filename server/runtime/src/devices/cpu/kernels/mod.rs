@@ -3,20 +3,66 @@
 //! [`best`] chooses a table of them for the CPU at hand; `ops` and `attention` call through it. Everything here is raw
 //! pointers: bounds are the callers' business, who derive them from checked shapes.
 
+mod dense;
 mod format;
-mod linear;
+mod quantised;
 mod rows;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use format::PanelFormat;
-pub(crate) use linear::{tile_height, tile_rows};
-
-#[cfg(doc)]
 use super::lanes::Lanes;
+pub(crate) use format::{DenseFormat, PanelFormat, QuantisedFormat};
 
-/// Most rows of [`Few`]: two passes over a panel as it is stored cost less than expanding it.
+/// Most rows of [`Few`] and [`QuantisedFew`]: two passes over a panel as it is stored cost less than expanding it.
 pub(crate) const MOST_FEW: usize = 8;
+/// Columns of a row of quantised activations that share a scale.
+pub(crate) const X_BLOCK: usize = 256;
+/// Columns of a row of quantised activations whose sum is kept.
+pub(crate) const SUM_COLUMNS: usize = 32;
+
+/// Rows that `few` multiplies with a panel in one pass.
+const FEW_TILE: usize = 4;
+
+const CACHE_LINE: usize = 64;
+/// How far ahead of the weights in use the next ones are asked for, in bytes.
+const PREFETCH: usize = 1536;
+
+/// Asks for the weights a little after those at `weights`: the hardware's own prefetching stops at the end of a page.
+///
+/// # Safety
+/// The CPU has `V`'s features.
+#[inline(always)]
+unsafe fn prefetch<V: Lanes>(weights: *const u8, bytes: usize) {
+    for line in (0..bytes).step_by(CACHE_LINE) {
+        // SAFETY: the caller's promise; the line need not be valid.
+        unsafe { V::prefetch(weights.wrapping_add(PREFETCH + line)) };
+    }
+}
+
+/// Rows of each tile when `rows` rows are cut into as few tiles as there can be, of nearly equal height.
+pub(crate) fn tile_height(rows: usize, most: usize) -> usize {
+    rows.div_ceil(rows.div_ceil(most).max(1)).max(1)
+}
+
+/// Copies rows of `k` words into tiles: of each tile `[k][height]`, so that a kernel reads one run of memory. A word is
+/// an f32 or a pair of i16, aligned or not.
+///
+/// # Safety
+/// `x` can be read and `out` written for `rows * k` words.
+pub(crate) unsafe fn tile_rows(x: *const u32, rows: usize, k: usize, height: usize, out: *mut u32) {
+    for first in (0..rows).step_by(height) {
+        let height = height.min(rows - first);
+        for row in 0..height {
+            for at in 0..k {
+                // SAFETY: within the first `rows * k` words of both.
+                unsafe {
+                    let word = x.add((first + row) * k + at).read_unaligned();
+                    out.add(first * k + at * height + row).write_unaligned(word);
+                }
+            }
+        }
+    }
+}
 
 /// A few rows of activations times consecutive packed panels.
 pub(crate) struct Few {
@@ -64,19 +110,88 @@ pub(crate) struct Tiles {
     pub(crate) out_stride: usize,
 }
 
+/// A few rows of quantised activations times consecutive packed panels.
+pub(crate) struct QuantisedFew {
+    /// `rows` rows of `k` values.
+    pub(crate) x: *const i16,
+    /// `rows` rows of a scale for each [`X_BLOCK`] columns, the last of fewer.
+    pub(crate) scales: *const f32,
+    /// `rows` rows of a sum for each [`SUM_COLUMNS`] columns.
+    pub(crate) sums: *const f32,
+    /// 1 to [`MOST_FEW`].
+    pub(crate) rows: usize,
+    pub(crate) k: usize,
+    /// First of `panels` panels, each `panel_bytes` after the other.
+    pub(crate) panel: *const u8,
+    pub(crate) panel_bytes: usize,
+    pub(crate) panels: usize,
+    /// What the sums start from: 16 values for each panel.
+    pub(crate) init: *const f32,
+    /// `rows` rows of 16 values for each panel, `out_stride` values apart.
+    pub(crate) out: *mut f32,
+    pub(crate) out_stride: usize,
+}
+
+/// Rows of quantised activations times a piece of a panel that was unpacked, of at most [`X_BLOCK`] columns.
+pub(crate) struct QuantisedTiles {
+    /// Tiles of `height` rows, the last of what is left over, each `[row_columns / 2][height][2]`; used are the columns
+    /// from `start` on.
+    pub(crate) x: *const i16,
+    pub(crate) height: usize,
+    pub(crate) row_columns: usize,
+    pub(crate) start: usize,
+    /// The scale of those columns of the first row, and how far the next row's is.
+    pub(crate) scales: *const f32,
+    pub(crate) scales_stride: usize,
+    /// The sums of those columns of the first row, and how far the next row's are.
+    pub(crate) sums: *const f32,
+    pub(crate) sums_stride: usize,
+    pub(crate) rows: usize,
+    pub(crate) k: usize,
+    /// `[k / 2][16][2]`.
+    pub(crate) panel: *const i16,
+    /// Columns that share a scale of the panel's, and a minimum.
+    pub(crate) group: usize,
+    /// `[k / group][16]`.
+    pub(crate) panel_scales: *const f32,
+    /// `[k / group][16]`; null if all are zero.
+    pub(crate) panel_minima: *const f32,
+    /// What every row's sums start from: 16 values; null to go on from what `out` holds.
+    pub(crate) init: *const f32,
+    /// `rows` rows of 16 values, `out_stride` values apart.
+    pub(crate) out: *mut f32,
+    pub(crate) out_stride: usize,
+}
+
+/// `k` columns (whole blocks) of a panel to f32, `[k][16]`.
+type Expand = unsafe fn(panel: *const u8, k: usize, out: *mut f32);
+/// `k` columns (whole blocks) of a panel to `[k / 2][16][2]` quants, scales and minima of groups, `[group][16]`.
+type Unpack = unsafe fn(panel: *const u8, k: usize, quants: *mut i16, scales: *mut f32, minima: *mut f32);
+
 /// The kernels of one instruction set.
 ///
 /// All functions require that the CPU has that instruction set, which [`available`] ascertains, and that pointers are
 /// valid for what is said of them here and in the tasks.
 pub(crate) struct Kernels {
     pub(crate) name: &'static str,
-    /// By [`PanelFormat`]: `k` columns (whole blocks) of a panel to `k * 16` f32.
-    pub(crate) expand: [unsafe fn(panel: *const u8, k: usize, out: *mut f32); PanelFormat::COUNT],
-    /// By [`PanelFormat`].
-    pub(crate) few: [unsafe fn(&Few); PanelFormat::COUNT],
+    /// By [`DenseFormat`].
+    pub(crate) expand_dense: [Expand; DenseFormat::COUNT],
+    /// By [`QuantisedFormat`].
+    pub(crate) expand_quantised: [Expand; QuantisedFormat::COUNT],
+    /// By [`DenseFormat`].
+    pub(crate) few: [unsafe fn(&Few); DenseFormat::COUNT],
     /// Most rows of a tile.
     pub(crate) tile_rows: usize,
     pub(crate) tiles: unsafe fn(&Tiles),
+    /// A row of `k` activations, a multiple of [`SUM_COLUMNS`], to quants, a scale for each [`X_BLOCK`] of them and a sum
+    /// for each [`SUM_COLUMNS`].
+    pub(crate) quantise:
+        unsafe fn(x: *const f32, k: usize, quants: *mut i16, scales: *mut f32, sums: *mut f32),
+    /// By [`QuantisedFormat`].
+    pub(crate) quantised_few: [unsafe fn(&QuantisedFew); QuantisedFormat::COUNT],
+    /// By [`QuantisedFormat`].
+    pub(crate) unpack: [Unpack; QuantisedFormat::COUNT],
+    pub(crate) quantised_tiles: unsafe fn(&QuantisedTiles),
     /// `out = x / sqrt(mean(x^2) + epsilon) * weight`, all `length` long.
     pub(crate) rms_norm:
         unsafe fn(x: *const f32, weight: *const f32, epsilon: f32, out: *mut f32, length: usize),
@@ -91,16 +206,31 @@ pub(crate) struct Kernels {
     pub(crate) widen_bf16: unsafe fn(from: *const u16, to: *mut f32, length: usize),
 }
 
-/// One function of a table for each format.
-macro_rules! by_format {
+impl Kernels {
+    /// What turns `k` columns (whole blocks) of a panel of that format into f32, `[k][16]`.
+    pub(crate) fn expand(&self, format: PanelFormat) -> Expand {
+        match format {
+            PanelFormat::Dense(format) => self.expand_dense[format as usize],
+            PanelFormat::Quantised(format) => self.expand_quantised[format as usize],
+        }
+    }
+}
+
+/// One function of a table for each dense format.
+macro_rules! by_dense_format {
+    ($function:ident) => {
+        [$function::<format::F32>, $function::<format::F16>, $function::<format::Bf16>]
+    };
+}
+
+/// One function of a table for each quantised format.
+macro_rules! by_quantised_format {
     ($function:ident) => {
         [
-            $function::<format::F32>,
-            $function::<format::F16>,
-            $function::<format::Bf16>,
             $function::<format::Q8>,
             $function::<format::Q4>,
-            $function::<format::Q5>,
+            $function::<format::Q4Minimum>,
+            $function::<format::Q5Minimum>,
             $function::<format::K4>,
             $function::<format::K5>,
             $function::<format::K6>,
@@ -110,10 +240,10 @@ macro_rules! by_format {
 
 /// Functions that are the generic ones compiled for one instruction set.
 macro_rules! compiled {
-    ($($(#[$attribute:meta])* fn $name:ident$(<$format:ident>)?($($argument:ident: $type:ty),*) $(-> $result:ty)? = $generic:expr;)*) => {
+    ($($(#[$attribute:meta])* fn $name:ident$(<$format:ident: $kind:ident>)?($($argument:ident: $type:ty),*) $(-> $result:ty)? = $generic:expr;)*) => {
         $(
             $(#[$attribute])*
-            unsafe fn $name$(<$format: super::format::Format>)?($($argument: $type),*) $(-> $result)? {
+            unsafe fn $name$(<$format: super::format::$kind>)?($($argument: $type),*) $(-> $result)? {
                 // SAFETY: the caller keeps the contract of the table's field.
                 unsafe { $generic($($argument),*) }
             }
@@ -122,17 +252,40 @@ macro_rules! compiled {
 }
 
 macro_rules! kernels {
-    ($module:ident, $lanes:ident, $name:literal $(, $features:literal)?) => {
+    ($module:ident, $lanes:ty, $name:literal $(, $features:literal)?) => {
         mod $module {
-            use super::{super::lanes::{$lanes as V, Lanes as _}, Few, Kernels, Tiles, format, linear, rows};
+            use super::{
+                super::lanes::{self, Lanes as _},
+                Few, Kernels, QuantisedFew, QuantisedTiles, Tiles, dense, format, quantised, rows,
+            };
+
+            type V = $lanes;
 
             compiled! {
                 $(#[target_feature(enable = $features)])?
-                fn expand<F>(panel: *const u8, k: usize, out: *mut f32) = linear::expand::<V, F>;
+                fn expand_dense<F: Dense>(panel: *const u8, k: usize, out: *mut f32) = dense::expand::<V, F>;
                 $(#[target_feature(enable = $features)])?
-                fn few<F>(task: &Few) = linear::few::<V, F>;
+                fn expand_quantised<F: Quantised>(panel: *const u8, k: usize, out: *mut f32)
+                    = quantised::expand::<V, F>;
                 $(#[target_feature(enable = $features)])?
-                fn tiles(task: &Tiles) = linear::tiles::<V>;
+                fn few<F: Dense>(task: &Few) = dense::few::<V, F>;
+                $(#[target_feature(enable = $features)])?
+                fn tiles(task: &Tiles) = dense::tiles::<V>;
+                $(#[target_feature(enable = $features)])?
+                fn quantise(x: *const f32, k: usize, quants: *mut i16, scales: *mut f32, sums: *mut f32)
+                    = quantised::quantise::<V>;
+                $(#[target_feature(enable = $features)])?
+                fn quantised_few<F: Quantised>(task: &QuantisedFew) = quantised::few::<V, F>;
+                $(#[target_feature(enable = $features)])?
+                fn unpack<F: Quantised>(
+                    panel: *const u8,
+                    k: usize,
+                    quants: *mut i16,
+                    scales: *mut f32,
+                    minima: *mut f32
+                ) = quantised::unpack::<V, F>;
+                $(#[target_feature(enable = $features)])?
+                fn quantised_tiles(task: &QuantisedTiles) = quantised::tiles::<V>;
                 $(#[target_feature(enable = $features)])?
                 fn rms_norm(x: *const f32, weight: *const f32, epsilon: f32, out: *mut f32, length: usize)
                     = rows::rms_norm::<V>;
@@ -148,10 +301,15 @@ macro_rules! kernels {
 
             pub(super) static KERNELS: Kernels = Kernels {
                 name: $name,
-                expand: by_format!(expand),
-                few: by_format!(few),
+                expand_dense: by_dense_format!(expand_dense),
+                expand_quantised: by_quantised_format!(expand_quantised),
+                few: by_dense_format!(few),
                 tile_rows: V::TILE_ROWS,
                 tiles,
+                quantise,
+                quantised_few: by_quantised_format!(quantised_few),
+                unpack: by_quantised_format!(unpack),
+                quantised_tiles,
                 rms_norm,
                 add,
                 silu_mul,
@@ -162,11 +320,13 @@ macro_rules! kernels {
     };
 }
 
-kernels!(portable, Portable, "portable");
+kernels!(portable, lanes::Portable, "portable");
 #[cfg(target_arch = "x86_64")]
-kernels!(avx2, Avx2, "avx2", "avx2,fma,f16c");
+kernels!(avx2, lanes::Avx2, "avx2", "avx2,fma,f16c");
 #[cfg(target_arch = "x86_64")]
-kernels!(avx512, Avx512, "avx512", "avx512f,avx2,fma,f16c");
+kernels!(avx512, lanes::Avx512<false>, "avx512", "avx512f,avx512bw,avx2,fma,f16c");
+#[cfg(target_arch = "x86_64")]
+kernels!(avx512vnni, lanes::Avx512<true>, "avx512 vnni", "avx512f,avx512bw,avx512vnni,avx2,fma,f16c");
 
 /// The kernels this CPU can run, best first. The last are the portable ones, which any can.
 pub(crate) fn available() -> Vec<&'static Kernels> {
@@ -176,7 +336,11 @@ pub(crate) fn available() -> Vec<&'static Kernels> {
         let avx2 = is_x86_feature_detected!("avx2")
             && is_x86_feature_detected!("fma")
             && is_x86_feature_detected!("f16c");
-        if avx2 && is_x86_feature_detected!("avx512f") {
+        let avx512 = avx2 && is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
+        if avx512 && is_x86_feature_detected!("avx512vnni") {
+            found.push(&avx512vnni::KERNELS);
+        }
+        if avx512 {
             found.push(&avx512::KERNELS);
         }
         if avx2 {

@@ -1,7 +1,7 @@
 //! Lanes as two 256-bit registers: AVX2, FMA and F16C.
 #![allow(unsafe_op_in_unsafe_fn, reason = "the contract of every method is the trait's")]
 
-use std::arch::x86_64::*;
+use std::arch::{asm, x86_64::*};
 
 use super::Lanes;
 
@@ -14,6 +14,32 @@ pub(crate) struct Avx2(__m256, __m256);
 unsafe fn add_exponent(value: __m256, n: __m256) -> __m256 {
     let shifted = _mm256_slli_epi32(_mm256_castps_si256(n), 23);
     _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(value), shifted))
+}
+
+/// `sums + a.0 * b.0 + a.1 * b.1`. Written as instructions because the compiler, which may add integers in any order,
+/// makes a tree of a chain of them that does not fit the registers.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn add_products(mut sums: __m256i, a: __m256i, b: __m256i) -> __m256i {
+    // SAFETY: two instructions of AVX2 on registers.
+    unsafe {
+        asm!(
+            "vpmaddwd {products}, {a}, {b}",
+            "vpaddd {sums}, {sums}, {products}",
+            products = out(ymm_reg) _,
+            sums = inout(ymm_reg) sums,
+            a = in(ymm_reg) a,
+            b = in(ymm_reg) b,
+            options(pure, nomem, nostack, preserves_flags)
+        );
+    }
+    sums
+}
+
+/// The low half of each i32, with its sign.
+#[inline(always)]
+unsafe fn first_of_pairs(pairs: __m256i) -> __m256i {
+    _mm256_srai_epi32(_mm256_slli_epi32(pairs, 16), 16)
 }
 
 impl Lanes for Avx2 {
@@ -104,27 +130,94 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn load_nibbles(from: *const u8) -> (Self, Self) {
-        let mask = _mm256_set1_epi32(15);
-        let first = _mm256_cvtepu8_epi32(_mm_loadl_epi64(from.cast()));
-        let second = _mm256_cvtepu8_epi32(_mm_loadl_epi64(from.add(8).cast()));
-        let low = Self(
-            _mm256_cvtepi32_ps(_mm256_and_si256(first, mask)),
-            _mm256_cvtepi32_ps(_mm256_and_si256(second, mask)),
-        );
-        let high = Self(
-            _mm256_cvtepi32_ps(_mm256_srli_epi32(first, 4)),
-            _mm256_cvtepi32_ps(_mm256_srli_epi32(second, 4)),
-        );
-        (low, high)
-    }
-
-    #[inline(always)]
     unsafe fn scale_by_exponent(self, biased: Self) -> Self {
         Self(add_exponent(self.0, biased.0), add_exponent(self.1, biased.1))
     }
+
     #[inline(always)]
     unsafe fn prefetch(from: *const u8) {
         _mm_prefetch::<_MM_HINT_T0>(from.cast());
+    }
+
+    type Ints = [__m256i; 2];
+    type Pairs = [__m256i; 2];
+
+    #[inline(always)]
+    unsafe fn ints(value: i32) -> Self::Ints {
+        [_mm256_set1_epi32(value); 2]
+    }
+
+    #[inline(always)]
+    unsafe fn dot(sums: Self::Ints, a: Self::Pairs, b: Self::Pairs) -> Self::Ints {
+        [add_products(sums[0], a[0], b[0]), add_products(sums[1], a[1], b[1])]
+    }
+
+    #[inline(always)]
+    unsafe fn total(ints: Self::Ints) -> i32 {
+        let mut lanes = [0; 8];
+        _mm256_storeu_si256(lanes.as_mut_ptr().cast(), _mm256_add_epi32(ints[0], ints[1]));
+        lanes.iter().sum()
+    }
+
+    #[inline(always)]
+    unsafe fn from_ints(ints: Self::Ints) -> Self {
+        Self(_mm256_cvtepi32_ps(ints[0]), _mm256_cvtepi32_ps(ints[1]))
+    }
+
+    #[inline(always)]
+    unsafe fn split(pairs: Self::Pairs) -> (Self, Self) {
+        let low = [first_of_pairs(pairs[0]), first_of_pairs(pairs[1])];
+        let high = [_mm256_srai_epi32(pairs[0], 16), _mm256_srai_epi32(pairs[1], 16)];
+        (Self::from_ints(low), Self::from_ints(high))
+    }
+
+    #[inline(always)]
+    unsafe fn splat_pair(from: *const i16) -> Self::Pairs {
+        [_mm256_set1_epi32(from.cast::<i32>().read_unaligned()); 2]
+    }
+
+    #[inline(always)]
+    unsafe fn load_pairs(from: *const i16) -> Self::Pairs {
+        [_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(16).cast())]
+    }
+
+    #[inline(always)]
+    unsafe fn store_pairs(pairs: Self::Pairs, to: *mut i16) {
+        _mm256_storeu_si256(to.cast(), pairs[0]);
+        _mm256_storeu_si256(to.add(16).cast(), pairs[1]);
+    }
+
+    #[inline(always)]
+    unsafe fn load_pairs_i8(from: *const i8) -> Self::Pairs {
+        [
+            _mm256_cvtepi8_epi16(_mm_loadu_si128(from.cast())),
+            _mm256_cvtepi8_epi16(_mm_loadu_si128(from.add(16).cast())),
+        ]
+    }
+
+    #[inline(always)]
+    unsafe fn load_pairs_u4(from: *const u16) -> [Self::Pairs; 4] {
+        let words = Self::load_pairs(from.cast());
+        let low = _mm256_set1_epi16(15);
+        let (a, b) = (words[0], words[1]);
+        [
+            [_mm256_and_si256(a, low), _mm256_and_si256(b, low)],
+            [_mm256_and_si256(_mm256_srli_epi16(a, 4), low), _mm256_and_si256(_mm256_srli_epi16(b, 4), low)],
+            [_mm256_and_si256(_mm256_srli_epi16(a, 8), low), _mm256_and_si256(_mm256_srli_epi16(b, 8), low)],
+            [_mm256_srli_epi16(a, 12), _mm256_srli_epi16(b, 12)],
+        ]
+    }
+
+    #[inline(always)]
+    unsafe fn lessen(pairs: Self::Pairs, value: i16) -> Self::Pairs {
+        let value = _mm256_set1_epi16(value);
+        [_mm256_sub_epi16(pairs[0], value), _mm256_sub_epi16(pairs[1], value)]
+    }
+
+    #[inline(always)]
+    unsafe fn store_i16(self, to: *mut i16) {
+        let packed = _mm256_packs_epi32(_mm256_cvtps_epi32(self.0), _mm256_cvtps_epi32(self.1));
+        // Packing works within halves of the register: their middle quarters change places.
+        _mm256_storeu_si256(to.cast(), _mm256_permute4x64_epi64(packed, 0b11_01_10_00));
     }
 }

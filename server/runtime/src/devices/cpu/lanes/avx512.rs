@@ -1,4 +1,4 @@
-//! Lanes as one 512-bit register: AVX-512F.
+//! Lanes as one 512-bit register: AVX-512F and BW, with VNNI's sums of products where the CPU has them.
 #![allow(unsafe_op_in_unsafe_fn, reason = "the contract of every method is the trait's")]
 
 use std::arch::x86_64::*;
@@ -6,9 +6,9 @@ use std::arch::x86_64::*;
 use super::Lanes;
 
 #[derive(Clone, Copy)]
-pub(crate) struct Avx512(__m512);
+pub(crate) struct Avx512<const VNNI: bool>(__m512);
 
-impl Lanes for Avx512 {
+impl<const VNNI: bool> Lanes for Avx512<VNNI> {
     const TILE_ROWS: usize = 12;
 
     #[inline(always)]
@@ -83,19 +83,83 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn load_nibbles(from: *const u8) -> (Self, Self) {
-        let wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()));
-        let low = _mm512_and_si512(wide, _mm512_set1_epi32(15));
-        (Self(_mm512_cvtepi32_ps(low)), Self(_mm512_cvtepi32_ps(_mm512_srli_epi32(wide, 4))))
-    }
-
-    #[inline(always)]
     unsafe fn scale_by_exponent(self, biased: Self) -> Self {
         let shifted = _mm512_slli_epi32(_mm512_castps_si512(biased.0), 23);
         Self(_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(self.0), shifted)))
     }
+
     #[inline(always)]
     unsafe fn prefetch(from: *const u8) {
         _mm_prefetch::<_MM_HINT_T0>(from.cast());
+    }
+
+    type Ints = __m512i;
+    type Pairs = __m512i;
+
+    #[inline(always)]
+    unsafe fn ints(value: i32) -> __m512i {
+        _mm512_set1_epi32(value)
+    }
+
+    #[inline(always)]
+    unsafe fn dot(sums: __m512i, a: __m512i, b: __m512i) -> __m512i {
+        if VNNI { _mm512_dpwssd_epi32(sums, a, b) } else { _mm512_add_epi32(sums, _mm512_madd_epi16(a, b)) }
+    }
+
+    #[inline(always)]
+    unsafe fn total(ints: __m512i) -> i32 {
+        _mm512_reduce_add_epi32(ints)
+    }
+
+    #[inline(always)]
+    unsafe fn from_ints(ints: __m512i) -> Self {
+        Self(_mm512_cvtepi32_ps(ints))
+    }
+
+    #[inline(always)]
+    unsafe fn split(pairs: __m512i) -> (Self, Self) {
+        let low = _mm512_srai_epi32(_mm512_slli_epi32(pairs, 16), 16);
+        (Self::from_ints(low), Self::from_ints(_mm512_srai_epi32(pairs, 16)))
+    }
+
+    #[inline(always)]
+    unsafe fn splat_pair(from: *const i16) -> __m512i {
+        _mm512_set1_epi32(from.cast::<i32>().read_unaligned())
+    }
+
+    #[inline(always)]
+    unsafe fn load_pairs(from: *const i16) -> __m512i {
+        _mm512_loadu_si512(from.cast())
+    }
+
+    #[inline(always)]
+    unsafe fn store_pairs(pairs: __m512i, to: *mut i16) {
+        _mm512_storeu_si512(to.cast(), pairs);
+    }
+
+    #[inline(always)]
+    unsafe fn load_pairs_i8(from: *const i8) -> __m512i {
+        _mm512_cvtepi8_epi16(_mm256_loadu_si256(from.cast()))
+    }
+
+    #[inline(always)]
+    unsafe fn load_pairs_u4(from: *const u16) -> [__m512i; 4] {
+        let (words, low) = (Self::load_pairs(from.cast()), _mm512_set1_epi16(15));
+        [
+            _mm512_and_si512(words, low),
+            _mm512_and_si512(_mm512_srli_epi16(words, 4), low),
+            _mm512_and_si512(_mm512_srli_epi16(words, 8), low),
+            _mm512_srli_epi16(words, 12),
+        ]
+    }
+
+    #[inline(always)]
+    unsafe fn lessen(pairs: __m512i, value: i16) -> __m512i {
+        _mm512_sub_epi16(pairs, _mm512_set1_epi16(value))
+    }
+
+    #[inline(always)]
+    unsafe fn store_i16(self, to: *mut i16) {
+        _mm256_storeu_si256(to.cast(), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(self.0)));
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! A lane is an output row of a weight panel or a token of a KV block, so kernels never add across lanes while they walk
 //! along k: each output is one chain of fused multiply-adds in one order. That is why results are the same bit for bit
-//! on every instruction set, for every batch and every number of threads.
+//! on every instruction set, for every batch and every number of threads. Beside the f32 lanes stand integers for
+//! quantised weights: [`Lanes::Pairs`], two i16 for each lane, whose products are added up in [`Lanes::Ints`], exactly.
 //!
 //! Used by `kernels` only. Methods are unsafe because the implementing type stands for CPU features that the caller has
 //! checked, and because loads and stores take raw pointers; the contract stands here once, for all implementations.
@@ -49,10 +50,36 @@ pub(crate) trait Lanes: Copy {
     unsafe fn load_bf16(from: *const u16) -> Self;
     unsafe fn load_i8(from: *const i8) -> Self;
     unsafe fn load_u8(from: *const u8) -> Self;
-    /// The low and the high four bits of 16 bytes, as unsigned numbers.
-    unsafe fn load_nibbles(from: *const u8) -> (Self, Self);
     /// `self * 2^n`, where `biased` holds `n + 1.5 * 2^23` (so that n stands in its low bits), for normal results.
     unsafe fn scale_by_exponent(self, biased: Self) -> Self;
     /// Asks for the cache line at `from`, which need not be valid.
     unsafe fn prefetch(from: *const u8);
+
+    /// Sixteen i32.
+    type Ints: Copy;
+    /// Sixteen pairs of i16.
+    type Pairs: Copy;
+
+    /// All the same.
+    unsafe fn ints(value: i32) -> Self::Ints;
+    /// `sums + a.0 * b.0 + a.1 * b.1`; neither products nor sums may overflow.
+    unsafe fn dot(sums: Self::Ints, a: Self::Pairs, b: Self::Pairs) -> Self::Ints;
+    /// All lanes added up.
+    unsafe fn total(ints: Self::Ints) -> i32;
+    unsafe fn from_ints(ints: Self::Ints) -> Self;
+    /// The first of each pair, and the second.
+    unsafe fn split(pairs: Self::Pairs) -> (Self, Self);
+    /// All the same: the pair at `from`.
+    unsafe fn splat_pair(from: *const i16) -> Self::Pairs;
+    /// 32 values.
+    unsafe fn load_pairs(from: *const i16) -> Self::Pairs;
+    unsafe fn store_pairs(pairs: Self::Pairs, to: *mut i16);
+    /// 32 values.
+    unsafe fn load_pairs_i8(from: *const i8) -> Self::Pairs;
+    /// The four bits of 32 words, lowest first, as pairs of unsigned numbers: 128 in all.
+    unsafe fn load_pairs_u4(from: *const u16) -> [Self::Pairs; 4];
+    /// `pairs - value`, each.
+    unsafe fn lessen(pairs: Self::Pairs, value: i16) -> Self::Pairs;
+    /// Rounds to whole numbers, halves to even, and stores them; those that are none or too large become any.
+    unsafe fn store_i16(self, to: *mut i16);
 }

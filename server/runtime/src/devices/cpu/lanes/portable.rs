@@ -94,15 +94,75 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
-    unsafe fn load_nibbles(from: *const u8) -> (Self, Self) {
-        let bytes = from.cast::<[u8; LANES]>().read_unaligned();
-        (Self(bytes.map(|b| f32::from(b & 15))), Self(bytes.map(|b| f32::from(b >> 4))))
-    }
-
-    #[inline(always)]
     unsafe fn scale_by_exponent(self, biased: Self) -> Self {
         self.zip(biased, |a, n| f32::from_bits(a.to_bits().wrapping_add(n.to_bits() << 23)))
     }
+
     #[inline(always)]
     unsafe fn prefetch(_: *const u8) {}
+
+    type Ints = [i32; LANES];
+    type Pairs = [[i16; 2]; LANES];
+
+    #[inline(always)]
+    unsafe fn ints(value: i32) -> Self::Ints {
+        [value; LANES]
+    }
+
+    #[inline(always)]
+    unsafe fn dot(sums: Self::Ints, a: Self::Pairs, b: Self::Pairs) -> Self::Ints {
+        let product = |i: usize, half: usize| i32::from(a[i][half]) * i32::from(b[i][half]);
+        array::from_fn(|i| sums[i] + product(i, 0) + product(i, 1))
+    }
+
+    #[inline(always)]
+    unsafe fn total(ints: Self::Ints) -> i32 {
+        ints.iter().sum()
+    }
+
+    #[inline(always)]
+    unsafe fn from_ints(ints: Self::Ints) -> Self {
+        Self(ints.map(|value| value as f32))
+    }
+
+    #[inline(always)]
+    unsafe fn split(pairs: Self::Pairs) -> (Self, Self) {
+        (Self(pairs.map(|[first, _]| first.into())), Self(pairs.map(|[_, second]| second.into())))
+    }
+
+    #[inline(always)]
+    unsafe fn splat_pair(from: *const i16) -> Self::Pairs {
+        [from.cast::<[i16; 2]>().read_unaligned(); LANES]
+    }
+
+    #[inline(always)]
+    unsafe fn load_pairs(from: *const i16) -> Self::Pairs {
+        from.cast::<Self::Pairs>().read_unaligned()
+    }
+
+    #[inline(always)]
+    unsafe fn store_pairs(pairs: Self::Pairs, to: *mut i16) {
+        to.cast::<Self::Pairs>().write_unaligned(pairs);
+    }
+
+    #[inline(always)]
+    unsafe fn load_pairs_i8(from: *const i8) -> Self::Pairs {
+        from.cast::<[[i8; 2]; LANES]>().read_unaligned().map(|pair| pair.map(i16::from))
+    }
+
+    #[inline(always)]
+    unsafe fn load_pairs_u4(from: *const u16) -> [Self::Pairs; 4] {
+        let words = from.cast::<[[u16; 2]; LANES]>().read_unaligned();
+        array::from_fn(|four| words.map(|pair| pair.map(|word| (word >> (4 * four) & 15) as i16)))
+    }
+
+    #[inline(always)]
+    unsafe fn lessen(pairs: Self::Pairs, value: i16) -> Self::Pairs {
+        pairs.map(|pair| pair.map(|quant| quant - value))
+    }
+
+    #[inline(always)]
+    unsafe fn store_i16(self, to: *mut i16) {
+        to.cast::<[i16; LANES]>().write_unaligned(self.0.map(|value| value.round_ties_even() as i16));
+    }
 }

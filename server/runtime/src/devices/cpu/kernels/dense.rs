@@ -1,4 +1,4 @@
-//! The three inner loops of a matrix product with a packed panel.
+//! The inner loops of a matrix product with a packed panel of dense weights, in f32.
 //!
 //! `few` multiplies up to eight rows of activations with panels as they are stored. For more rows, `expand` turns a
 //! piece of a panel into f32 once and `tiles` multiplies it with all rows. Either way each output is
@@ -10,53 +10,27 @@
 
 use super::{
     super::lanes::{LANES, Lanes},
-    Few, Rows, Tiles,
-    format::Format,
+    FEW_TILE, Few, Rows, Tiles,
+    format::Dense,
+    prefetch, tile_height,
 };
 
-/// Rows that `few` multiplies with a panel in one pass.
-const FEW_TILE: usize = 4;
 /// Columns of a tile between two tests for its end.
 const UNROLL: usize = 4;
 
-const CACHE_LINE: usize = 64;
-/// How far ahead of the weights in use the next ones are asked for, in bytes.
-const PREFETCH: usize = 1536;
-
-/// Asks for the weights a little after `group`: the hardware's own prefetching stops at the end of a page.
+/// `k` columns (whole blocks) of a panel as f32, `[k][16]`.
 #[inline(always)]
-unsafe fn prefetch<V: Lanes, F: Format>(group: *const u8) {
-    for line in (0..F::GROUP_BYTES).step_by(CACHE_LINE) {
-        V::prefetch(group.wrapping_add(PREFETCH + line));
-    }
-}
-
-/// Rows of each tile when `rows` rows are cut into as few tiles as there can be, of nearly equal height.
-pub(crate) fn tile_height(rows: usize, most: usize) -> usize {
-    rows.div_ceil(rows.div_ceil(most).max(1)).max(1)
-}
-
-#[inline(always)]
-pub(super) unsafe fn expand<V: Lanes, F: Format>(panel: *const u8, k: usize, out: *mut f32) {
-    let mut to = out;
+pub(super) unsafe fn expand<V: Lanes, F: Dense>(panel: *const u8, k: usize, out: *mut f32) {
     for block in 0..k / F::BLOCK {
-        let block = panel.add(block * F::BYTES);
-        for group in 0..F::BLOCK / F::GROUP {
-            let group = block.add(F::HEADER_BYTES + group * F::GROUP_BYTES);
-            let scales = F::scales::<V>(block, group);
-            prefetch::<V, F>(group);
-            for pair in 0..F::GROUP / 2 {
-                let (first, second) = F::pair::<V>(group, scales, pair);
-                first.store(to.add(2 * pair * LANES));
-                second.store(to.add((2 * pair + 1) * LANES));
-            }
-            to = to.add(F::GROUP * LANES);
-        }
+        let (first, second) = F::pair::<V>(panel.add(block * F::BYTES));
+        prefetch::<V>(panel.add(block * F::BYTES), F::BYTES);
+        first.store(out.add(2 * block * LANES));
+        second.store(out.add((2 * block + 1) * LANES));
     }
 }
 
 #[inline(always)]
-pub(super) unsafe fn few<V: Lanes, F: Format>(task: &Few) {
+pub(super) unsafe fn few<V: Lanes, F: Dense>(task: &Few) {
     let height = tile_height(task.rows, FEW_TILE);
     let together = if height <= 2 { 2 } else { 1 };
     for panel in (0..task.panels).step_by(together) {
@@ -77,7 +51,7 @@ pub(super) unsafe fn few<V: Lanes, F: Format>(task: &Few) {
 
 /// `R` rows by `N` panels, so many that their chains of multiply-adds hide each other's latency.
 #[inline(always)]
-unsafe fn panels<V: Lanes, F: Format, const R: usize, const N: usize>(
+unsafe fn panels<V: Lanes, F: Dense, const R: usize, const N: usize>(
     task: &Few,
     first_row: usize,
     first: usize,
@@ -94,45 +68,20 @@ unsafe fn panels<V: Lanes, F: Format, const R: usize, const N: usize>(
     }
     let mut x = task.x.add(first_row * task.x_stride);
     for _ in 0..task.k / F::BLOCK {
-        for group in 0..F::BLOCK / F::GROUP {
-            let mut groups = blocks;
-            let mut scales = [F::scales::<V>(blocks[0], blocks[0].add(F::HEADER_BYTES)); N];
-            for i in 0..N {
-                groups[i] = blocks[i].add(F::HEADER_BYTES + group * F::GROUP_BYTES);
-                scales[i] = F::scales::<V>(blocks[i], groups[i]);
-                prefetch::<V, F>(groups[i]);
+        for (i, block) in blocks.iter_mut().enumerate() {
+            let (w0, w1) = F::pair::<V>(*block);
+            prefetch::<V>(*block, F::BYTES);
+            for (r, row) in sums.iter_mut().enumerate() {
+                let x = x.add(r * task.x_stride);
+                row[i] = V::splat(*x.add(1)).fma(w1, V::splat(*x).fma(w0, row[i]));
             }
-            for pair in 0..F::GROUP / 2 {
-                for i in 0..N {
-                    let (w0, w1) = F::pair::<V>(groups[i], scales[i], pair);
-                    for (r, row) in sums.iter_mut().enumerate() {
-                        let x = x.add(r * task.x_stride + 2 * pair);
-                        row[i] = V::splat(*x.add(1)).fma(w1, V::splat(*x).fma(w0, row[i]));
-                    }
-                }
-            }
-            x = x.add(F::GROUP);
-        }
-        for block in &mut blocks {
             *block = block.add(F::BYTES);
         }
+        x = x.add(F::BLOCK);
     }
     for (r, row) in sums.into_iter().enumerate() {
         for (i, sum) in row.into_iter().enumerate() {
             sum.store(task.out.add((first_row + r) * task.out_stride + (first + i) * LANES));
-        }
-    }
-}
-
-/// Copies rows into tiles: of each tile `[k][height]`, so that the kernel reads one run of memory.
-pub(crate) unsafe fn tile_rows(x: *const f32, rows: usize, k: usize, height: usize, out: *mut f32) {
-    for first in (0..rows).step_by(height) {
-        let (x, out) = (x.add(first * k), out.add(first * k));
-        let height = height.min(rows - first);
-        for row in 0..height {
-            for at in 0..k {
-                *out.add(at * height + row) = *x.add(row * k + at);
-            }
         }
     }
 }
