@@ -128,9 +128,8 @@ impl Default for HandoffConfig {
 
 impl RuntimeConfig {
     pub fn kv_dtype(&self) -> Result<KvDtype, Invalid> {
-        let dtypes = [KvDtype::F32, KvDtype::Bf16];
-        dtypes.into_iter().find(|dtype| dtype.name() == self.kv_dtype).ok_or_else(|| {
-            Invalid::new("runtime.kv_dtype", format!("expected f32 or bf16, not {}", self.kv_dtype))
+        KvDtype::ALL.into_iter().find(|dtype| dtype.name() == self.kv_dtype).ok_or_else(|| {
+            Invalid::new("runtime.kv_dtype", format!("expected f32, bf16 or int8, not {}", self.kv_dtype))
         })
     }
 

@@ -1,4 +1,4 @@
-//! Measures prefill and decode of a model: `speed MODEL [THREADS] [f32|bf16] [prefill|decode]`. Prints a table of tokens a second, on average and in
+//! Measures prefill and decode of a model: `speed MODEL [THREADS] [f32|bf16|int8] [prefill|decode]`. Prints a table of tokens a second, on average and in
 //! the best step (what a machine with nothing else to do would give).
 
 use std::{env, path::Path, process::ExitCode, time::Instant};
@@ -20,9 +20,11 @@ fn main() -> ExitCode {
 
 fn run() -> Result<(), Box<dyn std::error::Error>> {
     let mut arguments = env::args().skip(1);
-    let model = arguments.next().ok_or("usage: speed MODEL [THREADS] [f32|bf16] [prefill|decode]")?;
+    let model = arguments.next().ok_or("usage: speed MODEL [THREADS] [f32|bf16|int8] [prefill|decode]")?;
     let threads = arguments.next().map_or(Ok(0), |n| n.parse())?;
-    let kv_dtype = if arguments.next().as_deref() == Some("bf16") { KvDtype::Bf16 } else { KvDtype::F32 };
+    let kv_dtype = arguments.next().unwrap_or_else(|| "bf16".into());
+    let kv_dtype =
+        KvDtype::ALL.into_iter().find(|dtype| dtype.name() == kv_dtype).ok_or("no such KV type")?;
     let only = arguments.next();
     let wanted = |what: &str| only.as_deref().is_none_or(|only| only == what);
     let options = LoadOptions { threads, kv_dtype, kv_blocks: 512, ..LoadOptions::default() };

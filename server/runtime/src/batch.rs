@@ -123,6 +123,7 @@ mod tests {
             layers: 1,
             kv_heads: 1,
             head_dim: 2,
+            stored_dim: 4,
             blocks: 8,
         }
     }

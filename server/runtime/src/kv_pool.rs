@@ -15,13 +15,28 @@ use crate::{BlockId, RuntimeError};
 pub enum KvDtype {
     F32,
     Bf16,
+    /// Multiples of an f32 scale for each vector: every head's key and value of every token has its own.
+    Int8,
 }
 
 impl KvDtype {
+    pub const ALL: [Self; Self::COUNT] = [Self::F32, Self::Bf16, Self::Int8];
+    pub(crate) const COUNT: usize = 3;
+
+    /// Of a value.
     pub const fn bytes(self) -> usize {
         match self {
             Self::F32 => 4,
             Self::Bf16 => 2,
+            Self::Int8 => 1,
+        }
+    }
+
+    /// Of what is kept of a vector besides its values.
+    pub const fn scale_bytes(self) -> usize {
+        match self {
+            Self::F32 | Self::Bf16 => 0,
+            Self::Int8 => 4,
         }
     }
 
@@ -29,6 +44,7 @@ impl KvDtype {
         match self {
             Self::F32 => "f32",
             Self::Bf16 => "bf16",
+            Self::Int8 => "int8",
         }
     }
 }
@@ -43,13 +59,9 @@ pub enum KvContent {
 }
 
 impl KvContent {
-    /// Vectors kept for each KV head of each token.
-    pub const fn vectors(self) -> usize {
-        match self {
-            Self::KeysAndValues => 2,
-            Self::Latents => 1,
-        }
-    }
+    /// Vectors of each KV head of each token that have a scale of their own, in types that have scales: key and value, or
+    /// a latent's two parts.
+    const SCALED_VECTORS: usize = 2;
 }
 
 /// Shape of a pool.
@@ -57,6 +69,8 @@ impl KvContent {
 pub struct KvPoolLayout {
     /// Arrangement within a slice; two pools exchange bytes only if it is equal.
     pub format: &'static str,
+    /// Elements of a token's vectors for one KV head, all of them together, with what fills them up.
+    pub stored_dim: u32,
     pub content: KvContent,
     pub dtype: KvDtype,
     pub block_tokens: u32,
@@ -70,8 +84,9 @@ pub struct KvPoolLayout {
 impl KvPoolLayout {
     /// Bytes of one block of one layer: all that is kept of `block_tokens` tokens.
     pub fn slice_bytes(&self) -> usize {
-        let vectors = self.content.vectors() * self.kv_heads as usize;
-        self.block_tokens as usize * vectors * self.head_dim as usize * self.dtype.bytes()
+        let head = self.stored_dim as usize * self.dtype.bytes()
+            + KvContent::SCALED_VECTORS * self.dtype.scale_bytes();
+        self.block_tokens as usize * self.kv_heads as usize * head
     }
 
     pub fn total_bytes(&self) -> usize {

@@ -119,7 +119,7 @@ fn in_company(session: &mut Session, prompt_a: &[u32]) -> (Vec<f32>, Vec<u32>) {
 #[test]
 fn tiny_models_do_not_care_how_they_are_batched() {
     for model in MODELS {
-        for kv_dtype in [KvDtype::F32, KvDtype::Bf16] {
+        for kv_dtype in KvDtype::ALL {
             chunked_and_batched_is_the_same(&tiny(model), kv_dtype, &[16, 32, 48]);
         }
     }
@@ -132,7 +132,7 @@ fn smollm2_does_not_care_how_it_is_batched() {
 
 #[test]
 fn slices_mean_the_same_in_other_blocks_of_another_pool() {
-    for (model, kv_dtype) in MODELS.into_iter().zip([KvDtype::F32, KvDtype::Bf16].into_iter().cycle()) {
+    for (model, kv_dtype) in MODELS.into_iter().zip(KvDtype::ALL.into_iter().cycle()) {
         let mut prefill = Session::open(&tiny(model), &options(2, kv_dtype));
         let mut decode = Session::open(&tiny(model), &options(1, kv_dtype));
         let (from, to) = (blocks(2..8), [40, 3, 17, 4, 9, 30].map(BlockId));
@@ -174,7 +174,7 @@ fn with_and_without_a_prefix(model: &Path, kv_dtype: KvDtype) -> (Vec<u32>, Vec<
 #[test]
 fn a_prefix_that_another_sequence_decoded_is_as_good_as_one_computed_at_once() {
     for model in MODELS.map(tiny).into_iter().chain([smollm2()]) {
-        for kv_dtype in [KvDtype::F32, KvDtype::Bf16] {
+        for kv_dtype in KvDtype::ALL {
             let (warm, cold) = with_and_without_a_prefix(&model, kv_dtype);
             assert_eq!(warm, cold, "{} {kv_dtype:?}", model.display());
         }
@@ -183,7 +183,7 @@ fn a_prefix_that_another_sequence_decoded_is_as_good_as_one_computed_at_once() {
 
 #[test]
 fn a_copied_block_serves_a_fork_and_leaves_the_first_alone() {
-    for (model, kv_dtype) in MODELS.into_iter().zip([KvDtype::Bf16, KvDtype::F32].into_iter().cycle()) {
+    for (model, kv_dtype) in MODELS.into_iter().zip(KvDtype::ALL.into_iter().rev().cycle()) {
         let mut session = Session::open(&tiny(model), &options(2, kv_dtype));
         let prompt = prompt(session.executor.as_ref(), 40, 9);
         let alone: Vec<Vec<u32>> = [3, 5]
@@ -295,4 +295,14 @@ fn a_latent_is_kept_once_for_all_heads() {
     let other = grouped.executor.kv_pool().layout();
     assert_eq!((other.content, other.slice_bytes()), (KvContent::KeysAndValues, 2 * 16 * 2 * 16 * 2));
     assert_ne!(layout.format, other.format);
+    for (model, values) in [("hf-bf16-deepseek3-yarn-mtp", 16 + 8), ("hf-bf16-mistral", 2 * 2 * 16)] {
+        let session = Session::open(&tiny(model), &options(1, KvDtype::Int8));
+        let (layout, vectors) =
+            (session.executor.kv_pool().layout().clone(), if values == 24 { 2 } else { 4 });
+        assert_eq!(
+            layout.slice_bytes(),
+            16 * (values + vectors * 4),
+            "{model}: a byte a value, a scale a vector"
+        );
+    }
 }

@@ -56,6 +56,7 @@ pub fn layout(blocks: u32) -> KvPoolLayout {
         layers: LAYERS,
         kv_heads: 1,
         head_dim: 4,
+        stored_dim: 8,
         blocks,
     }
 }

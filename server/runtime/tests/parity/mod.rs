@@ -235,7 +235,7 @@ pub(crate) fn report(outcomes: &[Outcome]) -> std::path::PathBuf {
          the stored weights; logits spread over about 1.5),\nand greedy tokens that are the same ones. Written by \
          `cargo test -p baton-runtime --test huggingface`.\n",
     );
-    for kv_dtype in [KvDtype::F32, KvDtype::Bf16] {
+    for kv_dtype in KvDtype::ALL {
         let of_type = || outcomes.iter().filter(|outcome| outcome.kv_dtype == kv_dtype);
         let mut families: Vec<&str> = of_type().map(|outcome| outcome.family).collect();
         families.sort_unstable();
@@ -247,7 +247,7 @@ pub(crate) fn report(outcomes: &[Outcome]) -> std::path::PathBuf {
             row(&mut text, family, &members);
         }
     }
-    for kv_dtype in [KvDtype::F32, KvDtype::Bf16] {
+    for kv_dtype in KvDtype::ALL {
         let _ = write!(text, "\n## By model, KV cache in {}\n\n", kv_dtype.name());
         heading(&mut text, "model");
         for outcome in outcomes.iter().filter(|outcome| outcome.kv_dtype == kv_dtype) {

@@ -1,21 +1,22 @@
 //! The KV pool's slices as the CPU keeps them, and causal attention over them.
 //!
-//! A slice holds the K of every head as `[head_dim][16 tokens]`, then the V of every head as `[16 tokens][head_dim]`.
-//! So scores take tokens as lanes and sums of values take head elements as lanes, both with the kernel of the matrix
-//! products, and neither adds across lanes. For one query: scores in order of blocks, softmax over all it may see, then
-//! values added up in order of tokens. None of this depends on other queries or on where a chunk began.
+//! A slice holds the K of every head as `[head_dim][16 tokens]`, then the V of every head as
+//! `[head_dim / 16][16 tokens][16]`, `head_dim` filled up to a multiple of 16; then, where values have scales, those of
+//! the tokens' K for every head and those of their V. So scores take tokens as lanes and sums of values take head
+//! elements as lanes, and neither adds across lanes. For one query: scores in order of blocks, softmax over all it may
+//! see, then values added up in order of tokens. None of this depends on other queries or on where a chunk began.
 
 use half::bf16;
 
 use super::{
-    kernels::{Kernels, Rows, Tiles},
+    kernels::{Kernels, Scores, Weigh, tile_height},
     lanes::LANES,
     memory::Disjoint,
 };
 use crate::{BlockId, KvDtype, KvPool, device::Heads};
 
 /// Name of this arrangement of a slice.
-pub(crate) const FORMAT: &str = "cpu-panel-16";
+pub(crate) const FORMAT: &str = "cpu-panel-16-columns";
 /// Tokens of a block: one for each lane.
 pub(crate) const BLOCK_TOKENS: usize = LANES;
 /// Queries (tokens times heads that share a KV head) that one task aims at.
@@ -57,6 +58,11 @@ pub(crate) fn tiles(sequences: &[Sequence], most: usize) -> Vec<Tile> {
     tiles
 }
 
+/// Elements that a slice keeps of each token for one KV head: of its K, and of its V filled up.
+pub(crate) fn stored_dim(head_dim: usize) -> usize {
+    head_dim + head_dim.next_multiple_of(LANES)
+}
+
 /// One layer of the pool.
 #[derive(Clone, Copy)]
 pub(crate) struct Layer<'a> {
@@ -65,13 +71,31 @@ pub(crate) struct Layer<'a> {
     pub(crate) heads: Heads,
 }
 
+/// Where in a slice, in bytes, something of one KV head begins.
+#[derive(Clone, Copy)]
+struct Places {
+    keys: usize,
+    values: usize,
+    key_scales: usize,
+    value_scales: usize,
+}
+
 impl Layer<'_> {
-    /// Where a head's K and V of a block begin, in values of the pool's type.
-    fn parts<T>(&self, block: BlockId, kv_head: usize) -> (*mut T, *mut T) {
-        let slice =
-            self.pool.base().as_ptr().wrapping_add(self.pool.slice_offset(self.layer, block)).cast::<T>();
-        let head = self.heads.head_dim * BLOCK_TOKENS;
-        (slice.wrapping_add(kv_head * head), slice.wrapping_add((self.heads.kv_heads + kv_head) * head))
+    fn slice(&self, block: BlockId) -> *mut u8 {
+        self.pool.base().as_ptr().wrapping_add(self.pool.slice_offset(self.layer, block))
+    }
+
+    fn places(&self, kv_head: usize) -> Places {
+        let (dim, heads, bytes) =
+            (self.heads.head_dim, self.heads.kv_heads, self.pool.layout().dtype.bytes() * BLOCK_TOKENS);
+        let padded = dim.next_multiple_of(LANES);
+        let (scales, row) = (heads * (dim + padded) * bytes, BLOCK_TOKENS * size_of::<f32>());
+        Places {
+            keys: kv_head * dim * bytes,
+            values: (heads * dim + kv_head * padded) * bytes,
+            key_scales: scales + kv_head * row,
+            value_scales: scales + (heads + kv_head) * row,
+        }
     }
 
     /// Writes the K and V of `tokens` rows of a sequence, from its row `first` on. `qkv` holds all rows of the step.
@@ -82,47 +106,89 @@ impl Layer<'_> {
         let (heads, dim) = (&self.heads, self.heads.head_dim);
         for row in first..first + tokens {
             let position = sequence.start + row;
-            let (block, slot) = (sequence.blocks[position / BLOCK_TOKENS], position % BLOCK_TOKENS);
+            let (slice, slot) =
+                (self.slice(sequence.blocks[position / BLOCK_TOKENS]), position % BLOCK_TOKENS);
             let values = &qkv[(sequence.first_row + row) * heads.width()..][..heads.width()];
             let (k, v) = values[heads.query_width()..].split_at(heads.kv_width());
             for (kv_head, (k, v)) in k.chunks_exact(dim).zip(v.chunks_exact(dim)).enumerate() {
-                // SAFETY: `parts` are the head's `head_dim * 16` values of K and of V in a slice of the pool, aligned
-                // because slices are whole multiples of their values' size; the caller keeps others away.
-                unsafe {
-                    match self.pool.layout().dtype {
-                        KvDtype::F32 => put(self.parts::<f32>(block, kv_head), slot, k, v, |x| x),
-                        KvDtype::Bf16 => put(self.parts::<bf16>(block, kv_head), slot, k, v, bf16::from_f32),
-                    }
+                // SAFETY: the head's places lie within a slice of the pool and are aligned, because slices and their
+                // parts are whole multiples of sixteen values; `slot < 16`; the caller keeps others away.
+                unsafe { self.put(slice, self.places(kv_head), slot, k, v) };
+            }
+        }
+    }
+
+    /// Writes one token's K and V of one head.
+    ///
+    /// # Safety
+    /// `slice` is a slice of this layer, `places` a head's in it, `slot < 16`, and nobody else touches that token's.
+    unsafe fn put(&self, slice: *mut u8, places: Places, slot: usize, k: &[f32], v: &[f32]) {
+        let (keys, values) = (slice.wrapping_add(places.keys), slice.wrapping_add(places.values));
+        let key_at = |i: usize| i * BLOCK_TOKENS + slot;
+        let value_at = |i: usize| (i / LANES * BLOCK_TOKENS + slot) * LANES + i % LANES;
+        // SAFETY: the caller's promise; elements of a head of `head_dim`, in K's arrangement and in V's.
+        unsafe {
+            match self.pool.layout().dtype {
+                KvDtype::F32 => {
+                    write(keys.cast(), k, key_at, |x| x);
+                    write(values.cast(), v, value_at, |x| x);
+                }
+                KvDtype::Bf16 => {
+                    write(keys.cast(), k, key_at, bf16::from_f32);
+                    write(values.cast(), v, value_at, bf16::from_f32);
+                }
+                KvDtype::Int8 => {
+                    let (key, value) = (Int8::of(k), Int8::of(v));
+                    write(keys.cast(), k, key_at, |x| key.quant(x));
+                    write(values.cast(), v, value_at, |x| value.quant(x));
+                    slice.wrapping_add(places.key_scales).cast::<f32>().add(slot).write(key.scale);
+                    slice.wrapping_add(places.value_scales).cast::<f32>().add(slot).write(value.scale);
                 }
             }
         }
     }
 }
 
-/// Writes one token's K and V of one head.
+/// Writes the elements of a vector, each where `at` says.
 ///
 /// # Safety
-/// `k_part` and `v_part` are valid for writes of `16 * k.len()` values, and `slot < 16`.
-unsafe fn put<T>(
-    (k_part, v_part): (*mut T, *mut T),
-    slot: usize,
-    k: &[f32],
-    v: &[f32],
+/// `to` is valid for writes at all these places.
+pub(crate) unsafe fn write<T>(
+    to: *mut T,
+    elements: &[f32],
+    at: impl Fn(usize) -> usize,
     convert: impl Fn(f32) -> T,
 ) {
-    for (i, (&k_value, &v_value)) in k.iter().zip(v).enumerate() {
-        // SAFETY: `i < k.len()` and `slot < 16` keep both within their parts.
-        unsafe {
-            k_part.add(i * BLOCK_TOKENS + slot).write(convert(k_value));
-            v_part.add(slot * k.len() + i).write(convert(v_value));
-        }
+    for (i, &element) in elements.iter().enumerate() {
+        // SAFETY: the caller's promise.
+        unsafe { to.add(at(i)).write(convert(element)) };
+    }
+}
+
+/// How a vector becomes bytes.
+pub(crate) struct Int8 {
+    /// NaN if any element is no finite number, so that whatever is computed with the vector is NaN, too.
+    pub(crate) scale: f32,
+    inverse: f32,
+}
+
+impl Int8 {
+    pub(crate) fn of(vector: &[f32]) -> Self {
+        let most = vector.iter().fold(0.0_f32, |most, x| most.max(x.abs()));
+        let faults: f32 = vector.iter().map(|x| x * 0.0).sum();
+        let inverse = if most < f32::MIN_POSITIVE * 127.0 { 0.0 } else { 127.0 / most };
+        Self { scale: most / 127.0 + faults, inverse }
+    }
+
+    pub(crate) fn quant(&self, element: f32) -> i8 {
+        (element * self.inverse).round_ties_even() as i8
     }
 }
 
 /// A worker's own memory.
 #[derive(Default)]
 pub(crate) struct Scratch {
-    /// `[queries][head_dim]`, scaled.
+    /// Tiles of queries, each `[head_dim][height]`, scaled.
     queries: Vec<f32>,
     /// `[queries][blocks * 16]`.
     scores: Vec<f32>,
@@ -130,9 +196,12 @@ pub(crate) struct Scratch {
     norms: Vec<f32>,
     /// `[queries][padded head_dim]`.
     sums: Vec<f32>,
-    /// A head's K or V of one block as f32, head elements of V padded to a multiple of 16.
-    block: Vec<f32>,
+    /// The slices of the sequence's blocks.
+    slices: Vec<*const u8>,
 }
+
+// SAFETY: the pointers are only kept for their memory; each task fills them in anew.
+unsafe impl Send for Scratch {}
 
 /// Makes room for `length` values.
 pub(crate) fn grow(values: &mut Vec<f32>, length: usize) {
@@ -140,8 +209,6 @@ pub(crate) fn grow(values: &mut Vec<f32>, length: usize) {
         values.resize(length, 0.0);
     }
 }
-
-pub(crate) static ZEROS: [f32; LANES] = [0.0; LANES];
 
 /// Attention of one tile's tokens for the query heads of one KV head. `qkv` and `out` hold all rows of the step;
 /// of `out`, the tile's tokens and heads are written.
@@ -167,36 +234,48 @@ pub(crate) unsafe fn attend(
     grow(&mut scratch.scores, queries * stride);
     grow(&mut scratch.norms, queries);
     grow(&mut scratch.sums, queries * padded);
-    grow(&mut scratch.block, padded * BLOCK_TOKENS);
+    scratch.slices.clear();
+    scratch.slices.extend(sequence.blocks[..blocks].iter().map(|&block| layer.slice(block).cast_const()));
 
-    let scale = 1.0 / (dim as f32).sqrt();
+    let dtype = layer.pool.layout().dtype;
+    let places = layer.places(kv_head);
     let first_row = sequence.first_row + tile.first;
-    for (token, to) in scratch.queries.chunks_exact_mut(group * dim).take(tile.tokens).enumerate() {
-        let from = &qkv[(first_row + token) * heads.width() + kv_head * group * dim..][..group * dim];
-        to.iter_mut().zip(from).for_each(|(to, from)| *to = from * scale);
-    }
-    for block in 0..blocks {
-        let task = Tiles {
-            x: scratch.queries.as_ptr(),
-            layout: Rows::Apart(dim),
-            rows: queries,
-            k: dim,
-            panel: keys(kernels, layer, sequence.blocks[block], kv_head, &mut scratch.block),
-            panel_stride: LANES,
-            init: ZEROS.as_ptr(),
-            out: scratch.scores[block * BLOCK_TOKENS..].as_mut_ptr(),
-            out_stride: stride,
-        };
-        // SAFETY: `queries` rows of `dim`, K of `dim` rows of 16, and 16 scores of each query for this block.
-        unsafe { (kernels.tiles)(&task) };
-    }
+    let height = tile_height(queries, kernels.tile_rows);
+    let scale = 1.0 / (dim as f32).sqrt();
     for query in 0..queries {
-        let scores = &mut scratch.scores[query * stride..][..stride];
-        // SAFETY: `stride` is a multiple of 16 that holds every position the query may see.
-        let total = unsafe { (kernels.softmax)(scores.as_mut_ptr(), start + query / group + 1) };
-        scratch.norms[query] = 1.0 / total;
+        let at = (first_row + query / group) * heads.width() + (kv_head * group + query % group) * dim;
+        let (tile, lane) = (query / height * height, query % height);
+        let lanes = height.min(queries - tile);
+        let to = scratch.queries[tile * dim + lane..].iter_mut().step_by(lanes);
+        to.zip(&qkv[at..][..dim]).for_each(|(to, from)| *to = from * scale);
     }
-    weigh(kernels, layer, (sequence, tile, kv_head), stride, scratch);
+    let task = Scores {
+        queries: scratch.queries.as_ptr(),
+        rows: queries,
+        height,
+        dim,
+        slices: scratch.slices.as_ptr(),
+        blocks,
+        keys: places.keys,
+        scales: places.key_scales,
+        out: scratch.scores.as_mut_ptr(),
+        out_stride: stride,
+    };
+    // SAFETY: `queries` rows of `dim` in tiles, slices of the pool with the head's K, and `stride` scores of each query.
+    unsafe { (kernels.scores[dtype as usize])(&task) };
+    for query in 0..queries {
+        let (scores, visible) = (&mut scratch.scores[query * stride..][..stride], start + query / group + 1);
+        // SAFETY: `stride` is a multiple of 16 that holds every position the query may see.
+        let total = unsafe { (kernels.softmax)(scores.as_mut_ptr(), visible) };
+        scratch.norms[query] = 1.0 / total;
+        if dtype.scale_bytes() > 0 {
+            for (scores, slice) in scores.chunks_exact_mut(BLOCK_TOKENS).zip(&scratch.slices) {
+                // SAFETY: sixteen scores, and the scales of the block's V for this head.
+                unsafe { (kernels.scale)(scores.as_mut_ptr(), slice.add(places.value_scales).cast()) };
+            }
+        }
+    }
+    weigh(kernels, layer, (tile, kv_head), start, scratch);
     for query in 0..queries {
         let (sums, norm) = (&scratch.sums[query * padded..][..dim], scratch.norms[query]);
         let at = (first_row + query / group) * heads.query_width() + (kv_head * group + query % group) * dim;
@@ -213,98 +292,41 @@ pub(crate) unsafe fn attend(
 fn weigh(
     kernels: &Kernels,
     layer: &Layer<'_>,
-    (sequence, tile, kv_head): (&Sequence, Tile, usize),
-    stride: usize,
+    (tile, kv_head): (Tile, usize),
+    start: usize,
     scratch: &mut Scratch,
 ) {
     let (dim, group) = (layer.heads.head_dim, layer.heads.heads / layer.heads.kv_heads);
-    let padded = dim.next_multiple_of(LANES);
-    let start = sequence.start + tile.first;
-    let whole = (start + 1) / BLOCK_TOKENS;
-    for block in 0..stride / BLOCK_TOKENS {
-        let (values, value_stride) =
-            values(kernels, layer, sequence.blocks[block], kv_head, &mut scratch.block);
-        let from = block * BLOCK_TOKENS;
-        let (scores, sums) = (&scratch.scores, &mut scratch.sums);
-        let mut add = |query: usize, rows: usize, tokens: usize| {
-            for column in (0..padded).step_by(LANES) {
-                let task = Tiles {
-                    x: scores[query * stride + from..].as_ptr(),
-                    layout: Rows::Apart(stride),
-                    rows,
-                    k: tokens,
-                    panel: values.wrapping_add(column),
-                    panel_stride: value_stride,
-                    init: if block == 0 { ZEROS.as_ptr() } else { std::ptr::null() },
-                    out: sums[query * padded + column..].as_mut_ptr(),
-                    out_stride: padded,
-                };
-                // SAFETY: `rows` rows of `tokens` scores, V of as many rows, and `padded` sums of each query.
-                unsafe { (kernels.tiles)(&task) };
-            }
+    let columns = dim.div_ceil(LANES);
+    let (values, dtype) = (layer.places(kv_head).values, layer.pool.layout().dtype);
+    let (slices, stride) = (&scratch.slices, scratch.slices.len() * BLOCK_TOKENS);
+    let (scores, sums) = (&scratch.scores, &mut scratch.sums);
+    let mut add = |query: usize, rows: usize, from: usize, tokens: usize| {
+        let task = Weigh {
+            scores: scores[query * stride + from..].as_ptr(),
+            scores_stride: stride,
+            rows,
+            height: tile_height(rows, kernels.tile_rows),
+            slices: slices[from / BLOCK_TOKENS..].as_ptr(),
+            tokens,
+            values,
+            columns,
+            sums: sums[query * columns * LANES..].as_mut_ptr(),
+            sums_stride: columns * LANES,
+            resume: from > 0,
         };
-        if block < whole {
-            add(0, tile.tokens * group, BLOCK_TOKENS);
-            continue;
-        }
-        for token in (0..tile.tokens).filter(|token| start + token >= from) {
-            let tokens = BLOCK_TOKENS.min(start + token + 1 - from);
-            add(token * group, group, tokens);
+        // SAFETY: `rows` rows of `tokens` scores, slices of the pool with as many tokens of the head's V, and padded sums
+        // of each query.
+        unsafe { (kernels.weigh[dtype as usize])(&task) };
+    };
+    let whole = (start + 1) / BLOCK_TOKENS * BLOCK_TOKENS;
+    if whole > 0 {
+        add(0, tile.tokens * group, 0, whole);
+    }
+    for token in 0..tile.tokens {
+        let rest = start + token + 1 - whole;
+        if rest > 0 {
+            add(token * group, group, whole, rest);
         }
     }
-}
-
-/// A head's K of a block as f32, `[head_dim][16]`: in the pool itself, or widened into `room`.
-fn keys(
-    kernels: &Kernels,
-    layer: &Layer<'_>,
-    block: BlockId,
-    kv_head: usize,
-    room: &mut [f32],
-) -> *const f32 {
-    match layer.pool.layout().dtype {
-        KvDtype::F32 => layer.parts::<f32>(block, kv_head).0,
-        KvDtype::Bf16 => {
-            let from = layer.parts::<u16>(block, kv_head).0;
-            let length = layer.heads.head_dim * BLOCK_TOKENS;
-            // SAFETY: the head's K has `length` values, a multiple of 16, and `room` at least as many.
-            unsafe { (kernels.widen_bf16)(from, room[..length].as_mut_ptr(), length) };
-            room.as_ptr()
-        }
-    }
-}
-
-/// A head's V of a block as f32 and the distance between its tokens; readable up to the next multiple of 16 elements.
-fn values(
-    kernels: &Kernels,
-    layer: &Layer<'_>,
-    block: BlockId,
-    kv_head: usize,
-    room: &mut [f32],
-) -> (*const f32, usize) {
-    let dim = layer.heads.head_dim;
-    let (padded, length) = (dim.next_multiple_of(LANES), dim * BLOCK_TOKENS);
-    match layer.pool.layout().dtype {
-        KvDtype::F32 if padded == dim => return (layer.parts::<f32>(block, kv_head).1, dim),
-        KvDtype::Bf16 if padded == dim => {
-            let from = layer.parts::<u16>(block, kv_head).1;
-            // SAFETY: the head's V has `length` values, a multiple of 16, and `room` at least as many.
-            unsafe { (kernels.widen_bf16)(from, room[..length].as_mut_ptr(), length) };
-        }
-        dtype => {
-            for token in 0..BLOCK_TOKENS {
-                for (i, to) in room[token * padded..][..dim].iter_mut().enumerate() {
-                    let at = token * dim + i;
-                    // SAFETY: the head's V has `16 * dim` values.
-                    *to = unsafe {
-                        match dtype {
-                            KvDtype::F32 => layer.parts::<f32>(block, kv_head).1.add(at).read(),
-                            KvDtype::Bf16 => layer.parts::<bf16>(block, kv_head).1.add(at).read().to_f32(),
-                        }
-                    };
-                }
-            }
-        }
-    }
-    (room.as_ptr(), padded)
 }

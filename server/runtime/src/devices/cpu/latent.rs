@@ -1,6 +1,7 @@
 //! Latent attention on the CPU: one latent for each token, kept once, that all heads read as key and as value.
 //!
-//! A slice holds, for its sixteen tokens, latent and rotated part as `[rank + rope][16 tokens]`. Scores take tokens as
+//! A slice holds, for its sixteen tokens, latent and rotated part as `[rank + rope][16 tokens]`, and their scales where
+//! values have some. Scores take tokens as
 //! lanes, as in `attention`. Sums of values take heads as lanes, so that the same memory serves without being turned:
 //! its first `rank` rows are the values' rows of a matrix product whose columns are the heads' scores. Neither adds
 //! across lanes, and each row of the step goes alone over the tokens it may see, so nothing depends on the batch.
@@ -8,7 +9,7 @@
 use half::bf16;
 
 use super::{
-    attention::{BLOCK_TOKENS, Sequence, Tile, ZEROS, grow},
+    attention::{BLOCK_TOKENS, Int8, Sequence, Tile, grow, write},
     kernels::{Kernels, Rows, Tiles},
     lanes::LANES,
     memory::Disjoint,
@@ -44,41 +45,55 @@ impl Layer<'_> {
             let position = sequence.start + row;
             let (block, slot) = (sequence.blocks[position / BLOCK_TOKENS], position % BLOCK_TOKENS);
             let values = &kept[(sequence.first_row + row) * width..][..width];
-            // SAFETY: a slice has `width * 16` values of the pool's type, aligned because slices are whole multiples
-            // of their values' size; `slot < 16`; the caller keeps others away.
+            let at = |i: usize| i * BLOCK_TOKENS + slot;
+            // SAFETY: a slice has `width * 16` values of the pool's type and their scales, aligned because slices and
+            // their parts are whole multiples of sixteen values; `slot < 16`; the caller keeps others away.
             unsafe {
                 match self.pool.layout().dtype {
-                    KvDtype::F32 => put(self.start::<f32>(block), slot, values, |x| x),
-                    KvDtype::Bf16 => put(self.start::<bf16>(block), slot, values, bf16::from_f32),
+                    KvDtype::F32 => write(self.start(block), values, at, |x| x),
+                    KvDtype::Bf16 => write(self.start(block), values, at, bf16::from_f32),
+                    KvDtype::Int8 => {
+                        let (latent, rotated) = values.split_at(self.heads.rank);
+                        for (part, first, scales) in [(latent, 0, 0), (rotated, latent.len(), BLOCK_TOKENS)] {
+                            let int8 = Int8::of(part);
+                            write(self.start(block), part, |i| at(first + i), |x| int8.quant(x));
+                            self.scales(block).add(scales + slot).write(int8.scale);
+                        }
+                    }
                 }
             }
         }
     }
 
+    /// The scales of a block's tokens, where they have some: of the latents, then of the rotated parts.
+    fn scales(&self, block: BlockId) -> *mut f32 {
+        let values = self.heads.kept() * BLOCK_TOKENS * self.pool.layout().dtype.bytes();
+        self.start::<u8>(block).wrapping_add(values).cast()
+    }
+
     /// A block's first `length` rows as f32, `[length][16]`: in the pool itself, or widened into `room`.
     fn rows(&self, kernels: &Kernels, block: BlockId, length: usize, room: &mut [f32]) -> *const f32 {
-        match self.pool.layout().dtype {
-            KvDtype::F32 => self.start::<f32>(block),
-            KvDtype::Bf16 => {
-                let room = &mut room[..length * BLOCK_TOKENS];
-                // SAFETY: a slice has at least so many values, a multiple of 16, and so has `room`.
-                unsafe { (kernels.widen_bf16)(self.start::<u16>(block), room.as_mut_ptr(), room.len()) };
-                room.as_ptr()
-            }
+        let dtype = self.pool.layout().dtype;
+        if dtype == KvDtype::F32 {
+            return self.start::<f32>(block);
         }
+        let (widen, from, scales) =
+            (kernels.widen[dtype as usize], self.start::<u8>(block), self.scales(block));
+        let latent = length.min(self.heads.rank) * BLOCK_TOKENS;
+        let (latent, rotated) = room[..length * BLOCK_TOKENS].split_at_mut(latent);
+        // SAFETY: a slice has at least so many values, multiples of 16, and so has `room`; the scales are there if the
+        // type has any.
+        unsafe {
+            widen(from, scales, latent.as_mut_ptr(), latent.len());
+            let from = from.add(latent.len() * dtype.bytes());
+            widen(from, scales.wrapping_add(BLOCK_TOKENS), rotated.as_mut_ptr(), rotated.len());
+        }
+        room.as_ptr()
     }
 }
 
-/// Writes one token's values.
-///
-/// # Safety
-/// `to` is valid for writes of `16 * values.len()` values, and `slot < 16`.
-unsafe fn put<T>(to: *mut T, slot: usize, values: &[f32], convert: impl Fn(f32) -> T) {
-    for (i, &value) in values.iter().enumerate() {
-        // SAFETY: `i < values.len()` and `slot < 16`.
-        unsafe { to.add(i * BLOCK_TOKENS + slot).write(convert(value)) };
-    }
-}
+/// What sums start from.
+static ZEROS: [f32; LANES] = [0.0; LANES];
 
 /// A worker's own memory.
 #[derive(Default)]

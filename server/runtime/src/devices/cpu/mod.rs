@@ -75,11 +75,14 @@ pub(crate) struct CpuDevice {
 
 /// The layout of the KV pool for a model on this device.
 pub(crate) fn kv_layout(config: &ModelConfig, options: &LoadOptions) -> KvPoolLayout {
-    let (format, content, kv_heads, head_dim) = match &config.attention {
+    let (format, content, kv_heads, head_dim, stored_dim) = match &config.attention {
         Attention::GroupedQuery(shape) => {
-            (attention::FORMAT, KvContent::KeysAndValues, shape.kv_heads, shape.head_dim)
+            let stored = attention::stored_dim(shape.head_dim as usize) as u32;
+            (attention::FORMAT, KvContent::KeysAndValues, shape.kv_heads, shape.head_dim, stored)
         }
-        Attention::Latent(shape) => (latent::FORMAT, KvContent::Latents, 1, shape.kept_dim()),
+        Attention::Latent(shape) => {
+            (latent::FORMAT, KvContent::Latents, 1, shape.kept_dim(), shape.kept_dim())
+        }
     };
     KvPoolLayout {
         format,
@@ -89,6 +92,7 @@ pub(crate) fn kv_layout(config: &ModelConfig, options: &LoadOptions) -> KvPoolLa
         layers: config.layers,
         kv_heads,
         head_dim,
+        stored_dim,
         blocks: options.kv_blocks,
     }
 }

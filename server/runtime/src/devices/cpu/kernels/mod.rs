@@ -1,8 +1,9 @@
 //! The CPU's inner loops, written once over [`Lanes`] and compiled for each instruction set.
 //!
-//! [`best`] chooses a table of them for the CPU at hand; `ops` and `attention` call through it. Everything here is raw
+//! [`best`] chooses a table of them for the CPU at hand; the device's operations call through it. Everything here is raw
 //! pointers: bounds are the callers' business, who derive them from checked shapes.
 
+mod cache;
 mod dense;
 mod format;
 mod quantised;
@@ -11,6 +12,7 @@ mod rows;
 mod tests;
 
 use super::lanes::Lanes;
+use crate::KvDtype;
 pub(crate) use format::{DenseFormat, PanelFormat, QuantisedFormat};
 
 /// Most rows of [`Few`] and [`QuantisedFew`]: two passes over a panel as it is stored cost less than expanding it.
@@ -163,10 +165,53 @@ pub(crate) struct QuantisedTiles {
     pub(crate) out_stride: usize,
 }
 
+/// Scores of queries, all of them with all tokens of some blocks of the KV pool, for one KV head.
+pub(crate) struct Scores {
+    /// Tiles of `height` rows, the last of what is left over, each `[dim][height]`.
+    pub(crate) queries: *const f32,
+    pub(crate) rows: usize,
+    pub(crate) height: usize,
+    pub(crate) dim: usize,
+    /// The slices of `blocks` blocks.
+    pub(crate) slices: *const *const u8,
+    pub(crate) blocks: usize,
+    /// Where in a slice the head's keys begin, `[dim][16 tokens]`.
+    pub(crate) keys: usize,
+    /// Where in a slice the sixteen scales of those keys begin, if they have any.
+    pub(crate) scales: usize,
+    /// `rows` rows of 16 values for each block, `out_stride` values apart.
+    pub(crate) out: *mut f32,
+    pub(crate) out_stride: usize,
+}
+
+/// Sums of values of the KV pool, each times its token's score, for one KV head.
+pub(crate) struct Weigh {
+    /// `rows` rows of `tokens` values, `scores_stride` values apart.
+    pub(crate) scores: *const f32,
+    pub(crate) scores_stride: usize,
+    pub(crate) rows: usize,
+    /// Rows that go together.
+    pub(crate) height: usize,
+    /// The slices of the blocks that hold the tokens.
+    pub(crate) slices: *const *const u8,
+    pub(crate) tokens: usize,
+    /// Where in a slice the head's values begin, `[columns][16 tokens][16]`.
+    pub(crate) values: usize,
+    /// Sixteens of elements.
+    pub(crate) columns: usize,
+    /// `rows` rows of 16 values for each of `columns`, `sums_stride` values apart.
+    pub(crate) sums: *mut f32,
+    pub(crate) sums_stride: usize,
+    /// Whether the sums go on from what is there.
+    pub(crate) resume: bool,
+}
+
 /// `k` columns (whole blocks) of a panel to f32, `[k][16]`.
 type Expand = unsafe fn(panel: *const u8, k: usize, out: *mut f32);
 /// `k` columns (whole blocks) of a panel to `[k / 2][16][2]` quants, scales and minima of groups, `[group][16]`.
 type Unpack = unsafe fn(panel: *const u8, k: usize, quants: *mut i16, scales: *mut f32, minima: *mut f32);
+
+type Widen = unsafe fn(from: *const u8, scales: *const f32, to: *mut f32, length: usize);
 
 /// The kernels of one instruction set.
 ///
@@ -202,8 +247,15 @@ pub(crate) struct Kernels {
     /// Replaces the first `visible` (at least 1) scores by `exp(score - largest)` and gives their sum; what follows up
     /// to the next multiple of 16 becomes 0 and must be writable.
     pub(crate) softmax: unsafe fn(scores: *mut f32, visible: usize) -> f32,
-    /// `length` (a multiple of 16) bf16 to f32.
-    pub(crate) widen_bf16: unsafe fn(from: *const u16, to: *mut f32, length: usize),
+    /// By [`KvDtype`].
+    pub(crate) scores: [unsafe fn(&Scores); KvDtype::COUNT],
+    /// By [`KvDtype`].
+    pub(crate) weigh: [unsafe fn(&Weigh); KvDtype::COUNT],
+    /// By [`KvDtype`]: `length` (a multiple of 16) values of sixteen tokens side by side, with the tokens' scales if they
+    /// have any, to f32.
+    pub(crate) widen: [Widen; KvDtype::COUNT],
+    /// `x *= factors`, sixteen values.
+    pub(crate) scale: unsafe fn(x: *mut f32, factors: *const f32),
 }
 
 impl Kernels {
@@ -238,12 +290,19 @@ macro_rules! by_quantised_format {
     };
 }
 
+/// One function of a table for each type of KV cache.
+macro_rules! by_kv_dtype {
+    ($function:ident) => {
+        [$function::<cache::F32>, $function::<cache::Bf16>, $function::<cache::Int8>]
+    };
+}
+
 /// Functions that are the generic ones compiled for one instruction set.
 macro_rules! compiled {
     ($($(#[$attribute:meta])* fn $name:ident$(<$format:ident: $kind:ident>)?($($argument:ident: $type:ty),*) $(-> $result:ty)? = $generic:expr;)*) => {
         $(
             $(#[$attribute])*
-            unsafe fn $name$(<$format: super::format::$kind>)?($($argument: $type),*) $(-> $result)? {
+            unsafe fn $name$(<$format: $kind>)?($($argument: $type),*) $(-> $result)? {
                 // SAFETY: the caller keeps the contract of the table's field.
                 unsafe { $generic($($argument),*) }
             }
@@ -256,7 +315,11 @@ macro_rules! kernels {
         mod $module {
             use super::{
                 super::lanes::{self, Lanes as _},
-                Few, Kernels, QuantisedFew, QuantisedTiles, Tiles, dense, format, quantised, rows,
+                Few, Kernels, QuantisedFew, QuantisedTiles, Scores, Tiles, Weigh,
+                cache::{self, Stored},
+                dense,
+                format::{self, Dense, Quantised},
+                quantised, rows,
             };
 
             type V = $lanes;
@@ -296,7 +359,14 @@ macro_rules! kernels {
                 $(#[target_feature(enable = $features)])?
                 fn softmax(scores: *mut f32, visible: usize) -> f32 = rows::softmax::<V>;
                 $(#[target_feature(enable = $features)])?
-                fn widen_bf16(from: *const u16, to: *mut f32, length: usize) = rows::widen_bf16::<V>;
+                fn scores<S: Stored>(task: &Scores) = cache::scores::<V, S>;
+                $(#[target_feature(enable = $features)])?
+                fn weigh<S: Stored>(task: &Weigh) = cache::weigh::<V, S>;
+                $(#[target_feature(enable = $features)])?
+                fn widen<S: Stored>(from: *const u8, scales: *const f32, to: *mut f32, length: usize)
+                    = cache::widen::<V, S>;
+                $(#[target_feature(enable = $features)])?
+                fn scale(x: *mut f32, factors: *const f32) = rows::scale::<V>;
             }
 
             pub(super) static KERNELS: Kernels = Kernels {
@@ -314,7 +384,10 @@ macro_rules! kernels {
                 add,
                 silu_mul,
                 softmax,
-                widen_bf16,
+                scores: by_kv_dtype!(scores),
+                weigh: by_kv_dtype!(weigh),
+                widen: by_kv_dtype!(widen),
+                scale,
             };
         }
     };

@@ -156,8 +156,6 @@ pub(super) unsafe fn softmax<V: Lanes>(scores: *mut f32, visible: usize) -> f32 
 }
 
 #[inline(always)]
-pub(super) unsafe fn widen_bf16<V: Lanes>(from: *const u16, to: *mut f32, length: usize) {
-    for at in (0..length).step_by(LANES) {
-        V::load_bf16(from.add(at)).store(to.add(at));
-    }
+pub(super) unsafe fn scale<V: Lanes>(x: *mut f32, factors: *const f32) {
+    V::load(x).mul(V::load(factors)).store(x);
 }
