@@ -223,6 +223,7 @@ impl Plan {
             device: DeviceKind::Cpu,
             threads: config.runtime.threads,
             kv_dtype: config.runtime.kv_dtype()?,
+            exact_bf16: config.runtime.exact_bf16,
             kv_blocks: 1,
             max_batch_tokens: config.runtime.max_batch_tokens as usize,
         };

@@ -13,6 +13,7 @@ mod kv_pool;
 mod load;
 mod models;
 
+pub use devices::cpu::product_rate;
 pub use error::{BatchFault, RuntimeError};
 pub use executor::{BlockId, Executor, Logits, ModelShape, SequenceChunk};
 pub use kv_pool::{KvContent, KvDtype, KvPool, KvPoolLayout};

@@ -22,6 +22,9 @@ pub struct LoadOptions {
     /// Compute threads, the calling one included; 0 for one a core.
     pub threads: usize,
     pub kv_dtype: KvDtype,
+    /// Whether weights in bf16 are kept and multiplied as they are, in f32. If not, every 32 of them become multiples of
+    /// 12 bits of one scale: three quarters of the memory, and products in integers.
+    pub exact_bf16: bool,
     /// Blocks of the KV pool, in each layer.
     pub kv_blocks: u32,
     /// Most tokens of one forward pass.
@@ -33,7 +36,8 @@ impl Default for LoadOptions {
         Self {
             device: DeviceKind::Cpu,
             threads: 0,
-            kv_dtype: KvDtype::F32,
+            kv_dtype: KvDtype::Bf16,
+            exact_bf16: false,
             kv_blocks: 1024,
             max_batch_tokens: 512,
         }

@@ -21,7 +21,7 @@ fn peak_bytes() -> u64 {
 fn loading_takes_little_more_than_the_weights() {
     let checkpoint = Checkpoint::open(&smollm2()).unwrap();
     let before = peak_bytes();
-    let options = LoadOptions { threads: 2, kv_blocks: 4096, ..LoadOptions::default() };
+    let options = LoadOptions { threads: 2, kv_blocks: 8192, ..LoadOptions::default() };
     let executor = load(&checkpoint, &options, &mut |_, _| {}).unwrap();
     let (taken, weights) = (peak_bytes() - before, checkpoint.weight_bytes());
     assert!(executor.kv_pool().layout().total_bytes() as u64 > 20 * weights, "a pool that would be noticed");

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, fmt::Write as _, fs, path::Path};
 
-use baton_checkpoint::{Checkpoint, TensorView};
+use baton_checkpoint::{Checkpoint, Dtype};
 use baton_runtime::{BlockId, KvDtype, LoadOptions, SequenceChunk};
 use serde::Deserialize;
 
@@ -44,19 +44,67 @@ pub(crate) struct Outcome {
     pub(crate) family: &'static str,
     pub(crate) model: String,
     pub(crate) kv_dtype: KvDtype,
-    /// Whether products are computed in integers: some weights are quantised.
-    pub(crate) integers: bool,
+    pub(crate) weights: Weights,
     /// Largest difference of a logit by check.
     pub(crate) differences: BTreeMap<Check, f32>,
     /// Greedy tokens that are the reference's, and how many there are: alone, in a batch and after a handoff together.
     pub(crate) equal_tokens: (usize, usize),
 }
 
-/// Loads a tiny model as an engine would.
-fn open(name: &str, kv_dtype: KvDtype) -> Session {
-    let options =
-        LoadOptions { threads: 2, kv_dtype, kv_blocks: 64, max_batch_tokens: 1024, ..LoadOptions::default() };
-    Session::open(&tiny(name), &options)
+/// What products are computed with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Weights {
+    /// As they are in the file, in f32.
+    Exact,
+    /// Quantised ones, some of them, in integers.
+    Quantised,
+    /// Those in bf16 as multiples of 12 bits, in integers.
+    Bf16Blocks,
+}
+
+impl Weights {
+    const ALL: [(Self, &'static str); 3] = [
+        (Self::Exact, "exact weights"),
+        (Self::Quantised, "quantised weights"),
+        (Self::Bf16Blocks, "bf16 weights in blocks of 12 bits"),
+    ];
+
+    fn of(checkpoint: &Checkpoint, how: How) -> Self {
+        if checkpoint.tensors().any(|(_, tensor)| tensor.dtype.block_elements() > 1) {
+            Self::Quantised
+        } else if checkpoint.tensors().any(|(_, tensor)| tensor.dtype == Dtype::Bf16) && !how.exact_bf16 {
+            Self::Bf16Blocks
+        } else {
+            Self::Exact
+        }
+    }
+}
+
+/// How a tiny model is loaded.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct How {
+    pub(crate) kv_dtype: KvDtype,
+    pub(crate) exact_bf16: bool,
+}
+
+impl How {
+    /// Those that make a difference for a model, every type of cache among them.
+    pub(crate) fn all(name: &str) -> Vec<Self> {
+        let mut all = KvDtype::ALL.map(|kv_dtype| Self { kv_dtype, exact_bf16: false }).to_vec();
+        if name.contains("bf16") {
+            all.push(Self { kv_dtype: KvDtype::F32, exact_bf16: true });
+        }
+        all
+    }
+
+    /// Loads a tiny model as an engine would.
+    fn open(self, name: &str) -> Session {
+        let Self { kv_dtype, exact_bf16 } = self;
+        let (threads, kv_blocks, max_batch_tokens) = (2, 64, 1024);
+        let rest = LoadOptions::default();
+        let options = LoadOptions { threads, kv_dtype, exact_bf16, kv_blocks, max_batch_tokens, ..rest };
+        Session::open(&tiny(name), &options)
+    }
 }
 
 /// The larger; NaN if either is.
@@ -70,23 +118,22 @@ pub(crate) fn difference(got: impl IntoIterator<Item = f32>, want: &[f32]) -> f3
 }
 
 /// Runs a model through every check.
-pub(crate) fn examine(name: &str, kv_dtype: KvDtype) -> Outcome {
+pub(crate) fn examine(name: &str, how: How) -> Outcome {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/reference/tiny").join(name);
     let expected = fs::read_to_string(path.join("expected.json")).unwrap();
     let expected: Expected = serde_json::from_str(&expected).unwrap();
     let checkpoint = Checkpoint::open(&tiny(name)).unwrap();
     let family = checkpoint.config().architecture.name();
-    let quantised = |(_, tensor): (_, TensorView<'_>)| tensor.dtype.block_elements() > 1;
-    let integers = checkpoint.tensors().any(quantised);
+    let exact = if how.exact_bf16 { ", exact" } else { "" };
     let mut exam = Exam {
-        session: open(name, kv_dtype),
+        session: how.open(name),
         vocabulary: checkpoint.config().vocabulary as usize,
         expected,
         outcome: Outcome {
             family,
-            model: name.to_owned(),
-            kv_dtype,
-            integers,
+            model: format!("{name}{exact}"),
+            kv_dtype: how.kv_dtype,
+            weights: Weights::of(&checkpoint, how),
             differences: BTreeMap::new(),
             equal_tokens: (0, 0),
         },
@@ -95,7 +142,7 @@ pub(crate) fn examine(name: &str, kv_dtype: KvDtype) -> Outcome {
     exam.chunks();
     exam.decode();
     exam.mixed_batch();
-    exam.handoff(open(name, kv_dtype));
+    exam.handoff(how.open(name));
     exam.outcome
 }
 
@@ -235,12 +282,14 @@ pub(crate) fn report(outcomes: &[Outcome]) -> std::path::PathBuf {
          the stored weights; logits spread over about 1.5),\nand greedy tokens that are the same ones. Written by \
          `cargo test -p baton-runtime --test huggingface`.\n",
     );
-    for kv_dtype in KvDtype::ALL {
-        let of_type = || outcomes.iter().filter(|outcome| outcome.kv_dtype == kv_dtype);
+    for (kv_dtype, weights) in
+        KvDtype::ALL.into_iter().flat_map(|kv| Weights::ALL.map(|weights| (kv, weights)))
+    {
+        let of_type = || outcomes.iter().filter(|o| o.kv_dtype == kv_dtype && o.weights == weights.0);
         let mut families: Vec<&str> = of_type().map(|outcome| outcome.family).collect();
         families.sort_unstable();
         families.dedup();
-        let _ = write!(text, "\n## By family, KV cache in {}\n\n", kv_dtype.name());
+        let _ = write!(text, "\n## By family, {}, KV cache in {}\n\n", weights.1, kv_dtype.name());
         heading(&mut text, "family");
         for family in families {
             let members: Vec<&Outcome> = of_type().filter(|outcome| outcome.family == family).collect();

@@ -3,20 +3,25 @@
 //! Both load each model and are then measured in turns, round after round, so that whatever else the machine does falls
 //! on both; figures are medians over rounds, the ratio is the median of each round's own. [`baton`] is a `baton-server`
 //! of its own, role `mixed`, driven over gRPC as a coordinator would; [`llama_cpp`] a Python child with the package
-//! llama-cpp-python. [`report`] makes the table.
+//! llama-cpp-python. [`limits`] says what the machine could do at best, in every round as well. [`report`] makes the table.
 
 mod baton;
+mod hogs;
+mod limits;
 mod llama_cpp;
 mod report;
 
 use std::path::{Path, PathBuf};
 
 use baton_checkpoint::{Checkpoint, CheckpointError};
+use baton_runtime::RuntimeError;
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::{screen::say, up};
 use baton::Baton;
+use hogs::Hogs;
+use limits::{Demand, Limits};
 use llama_cpp::LlamaCpp;
 use report::{Report, Row};
 
@@ -48,6 +53,9 @@ pub(crate) struct EngineArgs {
     /// Times that each is measured, after one round that does not count.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: u32,
+    /// Threads that do nothing but compute beside both, to see how they share a machine.
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=1024))]
+    hogs: u16,
     /// A setting of the server, as in `runtime.kv_dtype=bf16`; may be repeated.
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
@@ -73,6 +81,8 @@ pub(crate) enum EngineError {
     Refused(String),
     #[error("{program} ended early; it said: {words}")]
     LlamaCpp { program: PathBuf, words: String },
+    #[error("cannot measure what the machine can do")]
+    Limits(#[from] RuntimeError),
     #[error("cannot write {path}")]
     Write { path: PathBuf, source: std::io::Error },
 }
@@ -131,15 +141,21 @@ async fn measure(
     report: &mut Report,
 ) -> Result<(), EngineError> {
     let works = args.works();
-    let vocabulary = Checkpoint::open(model)?.config().vocabulary;
+    let checkpoint = Checkpoint::open(model)?;
+    let demand = Demand::of(&checkpoint)?;
+    let vocabulary = checkpoint.config().vocabulary;
+    drop(checkpoint);
     let mut baton = Baton::start(model, vocabulary, args.threads, &works, &args.set).await?;
     let mut llama_cpp = match &args.llama_cpp {
         Some(python) => Some(LlamaCpp::start(python, model, args.threads, &works).await?),
         None => None,
     };
     bar.set_message(name_of(model));
-    let mut rows = works.map(|work| Row::new(name_of(model), work));
+    let mut rows = works.map(|work| Row::new(name_of(model), work, demand));
+    let _hogs = Hogs::start(args.hogs);
     for round in 0..=args.rounds {
+        // The engines wait meanwhile: nothing has been asked of them.
+        let limits = Limits::measure(args.threads)?;
         for (row, work) in rows.iter_mut().zip(works) {
             let ours = baton.measure(work, round).await?;
             let theirs = match &mut llama_cpp {
@@ -147,7 +163,7 @@ async fn measure(
                 None => None,
             };
             if round > 0 {
-                row.push(ours, theirs);
+                row.push(ours, theirs, limits);
             }
         }
         bar.inc(1);

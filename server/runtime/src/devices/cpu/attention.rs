@@ -10,7 +10,7 @@ use half::bf16;
 
 use super::{
     kernels::{Kernels, Scores, Weigh, tile_height},
-    lanes::LANES,
+    lanes::{LANES, nearest},
     memory::Disjoint,
 };
 use crate::{BlockId, KvDtype, KvPool, device::Heads};
@@ -181,7 +181,7 @@ impl Int8 {
     }
 
     pub(crate) fn quant(&self, element: f32) -> i8 {
-        (element * self.inverse).round_ties_even() as i8
+        nearest(element * self.inverse) as i8
     }
 }
 

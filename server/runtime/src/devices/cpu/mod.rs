@@ -11,6 +11,7 @@ mod kernels;
 mod lanes;
 mod latent;
 mod linear;
+mod measure;
 mod memory;
 mod pack;
 mod routing;
@@ -41,6 +42,8 @@ use crate::{
     device::{Device, Expert, LinearPart},
 };
 
+pub use measure::product_rate;
+
 /// Rows of one task in operations that work row by row.
 const ROWS_PER_TASK: usize = 16;
 /// Most threads that can be asked for.
@@ -63,6 +66,7 @@ pub(crate) struct CpuDevice {
     kv: Arc<KvPool>,
     kind: Kind,
     frequencies: RopeFrequencies,
+    exact_bf16: bool,
     /// What weights are packed into.
     arena: Arena,
     workspace: linear::Workspace,
@@ -97,17 +101,22 @@ pub(crate) fn kv_layout(config: &ModelConfig, options: &LoadOptions) -> KvPoolLa
     }
 }
 
+/// The number of threads asked for.
+fn threads_of(options: &LoadOptions) -> Result<usize, RuntimeError> {
+    match options.threads {
+        0 => Ok(std::thread::available_parallelism().map_or(1, NonZero::get)),
+        1..=MOST_THREADS => Ok(options.threads),
+        threads => {
+            let wanted = "at most 1024, or 0 for one a core";
+            Err(RuntimeError::Option { option: "threads", found: threads as u64, wanted })
+        }
+    }
+}
+
 impl CpuDevice {
     /// Starts the threads and allocates the KV pool.
     pub(crate) fn new(config: &ModelConfig, options: &LoadOptions) -> Result<Self, RuntimeError> {
-        let threads = match options.threads {
-            0 => std::thread::available_parallelism().map_or(1, NonZero::get),
-            threads => threads,
-        };
-        if threads > MOST_THREADS {
-            let wanted = "at most 1024, or 0 for one a core";
-            return Err(RuntimeError::Option { option: "threads", found: threads as u64, wanted });
-        }
+        let threads = threads_of(options)?;
         let kernels = kernels::best();
         tracing::debug!(instructions = kernels.name, threads, "the cpu device is up");
         Ok(Self {
@@ -116,6 +125,7 @@ impl CpuDevice {
             kv: Arc::new(KvPool::allocate(kv_layout(config, options))?),
             kind: Kind::of(&config.attention),
             frequencies: config.rope.frequencies(config.rope_dim()),
+            exact_bf16: options.exact_bf16,
             arena: Arena::default(),
             workspace: linear::Workspace::new(threads),
             attention_scratch: (0..threads).map(|_| Mutex::default()).collect(),
@@ -161,7 +171,7 @@ impl Device for CpuDevice {
                 let reason = format!("it has {} inputs, its neighbours {inputs}", part.weight.columns());
                 return Err(RuntimeError::Tensor { tensor: part.name.clone(), reason });
             }
-            let packed = pack::pack(part, &mut self.arena, &mut self.pool)?;
+            let packed = pack::pack(part, self.exact_bf16, &mut self.arena, &mut self.pool)?;
             linear.outputs += packed.rows;
             linear.parts.push(packed);
             loaded(part.weight.bytes.len() as u64);

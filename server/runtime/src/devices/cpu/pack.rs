@@ -1,16 +1,18 @@
 //! Repacks a stored matrix, `[out, in]` row by row, into panels of sixteen outputs in one of the kernels' formats.
 //!
-//! Every weight keeps the value it had in the file. Types of five and six bits are packed as bytes, the others at their
-//! size. All threads pack, each its own panels.
+//! Quantised weights keep the values they had in the file; types of five and six bits are packed as bytes, the others at
+//! their size. Those in bf16 become multiples of a scale for every 32 of them, [`B12`], unless they are to be exact. All
+//! threads pack, each its own panels.
 
 use super::{
-    kernels::{DenseFormat, PanelFormat, QuantisedFormat},
-    lanes::LANES,
+    kernels::{B12, DenseFormat, PanelFormat, QuantisedFormat},
+    lanes::{LANES, nearest},
     memory::{AlignedBytes, Arena, Disjoint},
     threads::Pool,
 };
 use crate::{RuntimeError, device::LinearPart};
 use baton_checkpoint::{Dtype, TensorView};
+use half::bf16;
 
 /// A matrix in panels.
 pub(crate) struct Packed {
@@ -31,9 +33,11 @@ impl Packed {
     }
 }
 
-/// The format a stored type is packed into.
-pub(crate) fn format_of(dtype: Dtype) -> PanelFormat {
+/// The format that rows of `k` weights of a stored type are packed into.
+pub(crate) fn format_of(dtype: Dtype, k: usize, exact_bf16: bool) -> PanelFormat {
+    const BF16: PanelFormat = PanelFormat::Quantised(QuantisedFormat::B12);
     match dtype {
+        Dtype::Bf16 if !exact_bf16 && k.is_multiple_of(BF16.block()) => BF16,
         Dtype::F32 => PanelFormat::Dense(DenseFormat::F32),
         Dtype::F16 => PanelFormat::Dense(DenseFormat::F16),
         Dtype::Bf16 => PanelFormat::Dense(DenseFormat::Bf16),
@@ -49,11 +53,13 @@ pub(crate) fn format_of(dtype: Dtype) -> PanelFormat {
 
 pub(crate) fn pack(
     part: &LinearPart<'_>,
+    exact_bf16: bool,
     arena: &mut Arena,
     pool: &mut Pool,
 ) -> Result<Packed, RuntimeError> {
     let TensorView { dtype, .. } = part.weight;
-    let (rows, k, format) = (part.weight.rows(), part.weight.columns(), format_of(dtype));
+    let (rows, k) = (part.weight.rows(), part.weight.columns());
+    let format = format_of(dtype, k, exact_bf16);
     if !k.is_multiple_of(format.block()) {
         let reason = format!("rows of {k} elements are not whole blocks of {}", format.block());
         return Err(RuntimeError::Tensor { tensor: part.name.clone(), reason });
@@ -67,7 +73,7 @@ pub(crate) fn pack(
         let to = unsafe { memory.slice(panel * panel_bytes, panel_bytes) };
         for lane in 0..LANES.min(rows - panel * LANES) {
             let row = part.weight.row(part.rows.stored_row(panel * LANES + lane));
-            pack_row(dtype, row, to, lane);
+            pack_row(dtype, format, row, to, lane);
         }
     });
     let mut init = vec![0.0; panels * LANES];
@@ -81,8 +87,9 @@ pub(crate) fn pack(
 }
 
 /// Puts one stored row into its lane of a panel.
-fn pack_row(dtype: Dtype, row: &[u8], panel: &mut [u8], lane: usize) {
+fn pack_row(dtype: Dtype, format: PanelFormat, row: &[u8], panel: &mut [u8], lane: usize) {
     let block: fn(Dtype, &[u8], &mut [u8], usize) = match dtype {
+        Dtype::Bf16 if matches!(format, PanelFormat::Quantised(_)) => pack_b12,
         Dtype::F32 => |_, from, to, lane| spread::<4>(from, to, lane),
         Dtype::F16 | Dtype::Bf16 => |_, from, to, lane| spread::<2>(from, to, lane),
         Dtype::Q8_0 => |_, from, to, lane| {
@@ -95,11 +102,30 @@ fn pack_row(dtype: Dtype, row: &[u8], panel: &mut [u8], lane: usize) {
         Dtype::Q4K | Dtype::Q5K => pack_k45,
         Dtype::Q6K => pack_k6,
     };
-    let format = format_of(dtype);
     let stored = format.block() / dtype.block_elements() * dtype.block_bytes();
     for (from, to) in row.chunks_exact(stored).zip(panel.chunks_exact_mut(format.block_bytes())) {
         block(dtype, from, to, lane);
     }
+}
+
+/// 32 weights in bf16 as multiples of one scale: that of the largest, rounded up to bf16.
+fn pack_b12(_: Dtype, from: &[u8], to: &mut [u8], lane: usize) {
+    let weights: [f32; 32] =
+        std::array::from_fn(|i| bf16::from_le_bytes([from[2 * i], from[2 * i + 1]]).to_f32());
+    let most = weights.iter().fold(0.0_f32, |most, weight| most.max(weight.abs()));
+    let exact = most / f32::from(B12::LARGEST);
+    // One that is no finite number makes all products with the block none.
+    let scale = match weights.iter().all(|weight| weight.is_finite()) {
+        true => bf16::from_bits((exact.to_bits().saturating_add(0xffff) >> 16) as u16),
+        false => bf16::NAN,
+    };
+    let value = scale.to_f32();
+    // Of zeros only, 0 / 0; casting makes that 0.
+    let quants = weights.map(|weight| (nearest(weight / value) as i16).clamp(-B12::LARGEST, B12::LARGEST));
+    let rest = spread_numbers(&scale.to_le_bytes(), to, lane);
+    let (low, high) = rest.split_at_mut(32 * LANES);
+    put_bytes(|i| quants[i] as u8, low, lane);
+    put_nibbles(|i| (quants[i] >> 8) as u8 & 15, high, lane);
 }
 
 /// Q4_0 and Q4_1: a scale, a minimum where the type has one, and 32 times four bits.
@@ -228,14 +254,15 @@ mod tests {
             Dtype::Q6K,
         ];
         let mut pool = Pool::start(2).unwrap();
-        for dtype in types {
+        for (dtype, exact_bf16) in types.map(|dtype| (dtype, true)).into_iter().chain([(Dtype::Bf16, false)])
+        {
             let (rows, k) = (24, 512);
             let stored = stored(dtype, rows, k);
             let shape = [rows, k];
             let weight = TensorView { dtype, shape: &shape, bytes: &stored };
             let order = RowOrder::Rotary { head_dim: 8, stored: baton_checkpoint::RopeOrder::Interleaved };
             let part = LinearPart { name: "w".into(), weight, bias: None, rows: order };
-            let packed = pack(&part, &mut Arena::default(), &mut pool).unwrap();
+            let packed = pack(&part, exact_bf16, &mut Arena::default(), &mut pool).unwrap();
             for panel in 0..packed.panels() {
                 let mut lanes = vec![0.0; k * LANES];
                 let bytes = &packed.bytes.as_slice()[panel * packed.panel_bytes..][..packed.panel_bytes];
@@ -246,10 +273,11 @@ mod tests {
                     weight.dequantize_row(order.stored_row(panel * LANES + lane), &mut row);
                     for (i, &want) in row.iter().enumerate() {
                         let got = lanes[i * LANES + lane];
-                        assert!(
-                            (got - want).abs() <= 1e-6 * (1.0 + want.abs()),
-                            "{dtype:?} {i}: {got}, not {want}"
-                        );
+                        let most = row[i / 32 * 32..][..32].iter().fold(0.0_f32, |most, x| most.max(x.abs()));
+                        // Half a step of a scale that was rounded up by at most a 128th; else rounding to f32.
+                        let bound =
+                            if exact_bf16 { 1e-6 * (1.0 + want.abs()) } else { most * 0.5 / 2047.0 * 1.01 };
+                        assert!((got - want).abs() <= bound, "{dtype:?} {i}: {got}, not {want}");
                     }
                 }
             }

@@ -117,6 +117,10 @@ unsafe fn tile_of<V: Lanes, const TILED: bool>(task: &Tiles, row: usize, rows: u
 unsafe fn tile<V: Lanes, const R: usize, const TILED: bool>(task: &Tiles, row: usize) {
     let out = task.out.add(row * task.out_stride);
     let mut sums = [V::splat(0.0); R];
+    // Rows of the result lie far apart; the next tile's arrive while this one's sums are computed.
+    for r in R..2 * R {
+        V::prefetch(out.wrapping_add(r * task.out_stride).cast());
+    }
     for (i, sum) in sums.iter_mut().enumerate() {
         let from = if task.init.is_null() { out.add(i * task.out_stride).cast_const() } else { task.init };
         *sum = V::load(from);

@@ -26,7 +26,7 @@ pub(crate) enum DenseFormat {
 
 /// Formats that hold small integers and what they are multiples of; the index into the kernel tables.
 ///
-/// Bytes of a group are `[k / 2][16 lanes][2]`. Quants of four bits are `[k / 8][16 lanes][2]` words of 16 bits, of
+/// Bytes of a group are `[k / 2][16 lanes][2]`. Bits in fours are `[k / 8][16 lanes][2]` words of 16 bits, of
 /// which word `b` of a lane holds k = b, b + 2, b + 4 and b + 6, lowest bits first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum QuantisedFormat {
@@ -44,6 +44,8 @@ pub(crate) enum QuantisedFormat {
     K5,
     /// 256 k: f16 factors of scales; 16 groups of 16 k: i8 scales, i8 quants.
     K6,
+    /// 32 k: bf16 scales, 12-bit quants: their lower eight bits as bytes, then the upper four.
+    B12,
 }
 
 impl PanelFormat {
@@ -69,6 +71,7 @@ impl PanelFormat {
             Self::Quantised(QuantisedFormat::K4) => (K4::BLOCK, K4::BYTES),
             Self::Quantised(QuantisedFormat::K5) => (K5::BLOCK, K5::BYTES),
             Self::Quantised(QuantisedFormat::K6) => (K6::BLOCK, K6::BYTES),
+            Self::Quantised(QuantisedFormat::B12) => (B12::BLOCK, B12::BYTES),
         }
     }
 
@@ -83,7 +86,7 @@ impl DenseFormat {
 }
 
 impl QuantisedFormat {
-    pub(crate) const COUNT: usize = 7;
+    pub(crate) const COUNT: usize = 8;
 
     /// Consecutive k that share a scale.
     pub(crate) const fn group(self) -> usize {
@@ -95,7 +98,7 @@ impl QuantisedFormat {
 
     pub(crate) const fn has_minima(self) -> bool {
         match self {
-            Self::Q8 | Self::Q4 | Self::K6 => false,
+            Self::Q8 | Self::Q4 | Self::K6 | Self::B12 => false,
             Self::Q4Minimum | Self::Q5Minimum | Self::K4 | Self::K5 => true,
         }
     }
@@ -301,5 +304,31 @@ impl Quantised for K6 {
     #[inline(always)]
     unsafe fn quants<V: Lanes>(group: *const u8, eight: usize) -> [V::Pairs; 4] {
         bytes::<V>(group.add(LANES), eight)
+    }
+}
+
+pub(crate) struct B12;
+
+impl B12 {
+    const LOW_BYTES: usize = Self::GROUP * LANES;
+    /// Largest quant: 32 products with activations of 16 bits add up to less than 2^31.
+    pub(crate) const LARGEST: i16 = 2047;
+}
+
+impl Quantised for B12 {
+    const BLOCK: usize = 32;
+    const GROUP_BYTES: usize = 2 * LANES + Self::LOW_BYTES + nibble_bytes(Self::GROUP);
+    const MINIMA: bool = false;
+
+    #[inline(always)]
+    unsafe fn scale<V: Lanes>(_: *const u8, group: *const u8) -> V {
+        V::load_bf16(group.cast())
+    }
+
+    #[inline(always)]
+    unsafe fn quants<V: Lanes>(group: *const u8, eight: usize) -> [V::Pairs; 4] {
+        let low = group.add(2 * LANES);
+        let high = low.add(Self::LOW_BYTES + nibble_bytes(8 * eight));
+        V::load_pairs_i12(high.cast(), low.add(8 * eight * LANES))
     }
 }

@@ -13,7 +13,7 @@ mod tests;
 
 use super::lanes::Lanes;
 use crate::KvDtype;
-pub(crate) use format::{DenseFormat, PanelFormat, QuantisedFormat};
+pub(crate) use format::{B12, DenseFormat, PanelFormat, QuantisedFormat};
 
 /// Most rows of [`Few`] and [`QuantisedFew`]: two passes over a panel as it is stored cost less than expanding it.
 pub(crate) const MOST_FEW: usize = 8;
@@ -236,6 +236,8 @@ pub(crate) struct Kernels {
     pub(crate) quantised_few: [unsafe fn(&QuantisedFew); QuantisedFormat::COUNT],
     /// By [`QuantisedFormat`].
     pub(crate) unpack: [Unpack; QuantisedFormat::COUNT],
+    /// Most rows of a tile of quantised ones.
+    pub(crate) quantised_tile_rows: usize,
     pub(crate) quantised_tiles: unsafe fn(&QuantisedTiles),
     /// `out = x / sqrt(mean(x^2) + epsilon) * weight`, all `length` long.
     pub(crate) rms_norm:
@@ -286,6 +288,7 @@ macro_rules! by_quantised_format {
             $function::<format::K4>,
             $function::<format::K5>,
             $function::<format::K6>,
+            $function::<format::B12>,
         ]
     };
 }
@@ -379,6 +382,7 @@ macro_rules! kernels {
                 quantise,
                 quantised_few: by_quantised_format!(quantised_few),
                 unpack: by_quantised_format!(unpack),
+                quantised_tile_rows: V::INT_TILE_ROWS,
                 quantised_tiles,
                 rms_norm,
                 add,

@@ -207,8 +207,8 @@ pub(super) unsafe fn tiles<V: Lanes>(task: &QuantisedTiles) {
     macro_rules! heights {
         ($row:expr, $rows:expr; $($height:literal)*) => {
             match $rows {
-                $($height if $height <= V::TILE_ROWS => tile::<V, $height>(task, $row),)*
-                _ => unreachable!("tiles are at most TILE_ROWS high"),
+                $($height if $height <= V::INT_TILE_ROWS => tile::<V, $height>(task, $row),)*
+                _ => unreachable!("tiles are at most INT_TILE_ROWS high"),
             }
         };
     }
@@ -223,6 +223,11 @@ unsafe fn tile<V: Lanes, const R: usize>(task: &QuantisedTiles, row: usize) {
     let mut x = task.x.add(row * task.row_columns + task.start * R);
     let mut panel = task.panel;
     let mut parts = [V::splat(0.0); R];
+    let out = task.out.add(row * task.out_stride);
+    // Rows of the result lie far apart; they arrive while their sums are computed.
+    for r in 0..R {
+        V::prefetch(out.add(r * task.out_stride).cast());
+    }
     for group in 0..task.k / task.group {
         let mut dots = [V::ints(0); R];
         for _ in 0..task.group / 8 {
@@ -247,7 +252,6 @@ unsafe fn tile<V: Lanes, const R: usize>(task: &QuantisedTiles, row: usize) {
             }
         }
     }
-    let out = task.out.add(row * task.out_stride);
     for (r, part) in parts.into_iter().enumerate() {
         let out = out.add(r * task.out_stride);
         let from = if task.init.is_null() { out.cast_const() } else { task.init };

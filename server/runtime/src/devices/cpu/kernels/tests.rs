@@ -14,6 +14,7 @@ const QUANTISED: [QuantisedFormat; QuantisedFormat::COUNT] = [
     QuantisedFormat::K4,
     QuantisedFormat::K5,
     QuantisedFormat::K6,
+    QuantisedFormat::B12,
 ];
 
 /// A small generator of reproducible numbers (splitmix64).
@@ -43,8 +44,9 @@ fn panel(format: PanelFormat, k: usize, numbers: &mut Numbers) -> Vec<u8> {
         let (halves, floats) = match format {
             PanelFormat::Dense(DenseFormat::F32) => (0, block.len()),
             PanelFormat::Dense(DenseFormat::F16) => (block.len(), 0),
-            PanelFormat::Dense(DenseFormat::Bf16) => {
-                for value in block.chunks_exact_mut(2) {
+            PanelFormat::Dense(DenseFormat::Bf16) | PanelFormat::Quantised(QuantisedFormat::B12) => {
+                let numbers_of = if matches!(format, PanelFormat::Dense(_)) { block.len() } else { 32 };
+                for value in block[..numbers_of].chunks_exact_mut(2) {
                     value.copy_from_slice(&half::bf16::from_f32(numbers.around_zero()).to_le_bytes());
                 }
                 (0, 0)
@@ -168,7 +170,7 @@ fn quantised_tiles(
     init: &[f32],
 ) -> Vec<f32> {
     let (k, rows, mut out) = (x.k(), x.rows, vec![0.0; x.rows * 16]);
-    let height = tile_height(rows, kernels.tile_rows);
+    let height = tile_height(rows, kernels.quantised_tile_rows);
     let mut tiled = vec![0_i16; x.values.len()];
     // SAFETY: `rows` rows of `k / 2` pairs, and as much room.
     unsafe { tile_rows(x.values.as_ptr().cast(), rows, k / 2, height, tiled.as_mut_ptr().cast()) };

@@ -36,6 +36,19 @@ unsafe fn add_products(mut sums: __m256i, a: __m256i, b: __m256i) -> __m256i {
     sums
 }
 
+/// Sixteen bytes as i16.
+#[inline(always)]
+unsafe fn widen_u8(from: *const u8) -> __m256i {
+    _mm256_cvtepu8_epi16(_mm_loadu_si128(from.cast()))
+}
+
+/// Numbers of 12 bits: their upper four, with the sign, are the upper four of `high`.
+#[inline(always)]
+unsafe fn join_i12(high: __m256i, low: __m256i) -> __m256i {
+    let upper = _mm256_and_si256(_mm256_srai_epi16(high, 4), _mm256_set1_epi16(!0xff));
+    _mm256_or_si256(upper, low)
+}
+
 /// The low half of each i32, with its sign.
 #[inline(always)]
 unsafe fn first_of_pairs(pairs: __m256i) -> __m256i {
@@ -44,6 +57,7 @@ unsafe fn first_of_pairs(pairs: __m256i) -> __m256i {
 
 impl Lanes for Avx2 {
     const TILE_ROWS: usize = 6;
+    const INT_TILE_ROWS: usize = 5;
 
     #[inline(always)]
     unsafe fn splat(value: f32) -> Self {
@@ -205,6 +219,26 @@ impl Lanes for Avx2 {
             [_mm256_and_si256(_mm256_srli_epi16(a, 4), low), _mm256_and_si256(_mm256_srli_epi16(b, 4), low)],
             [_mm256_and_si256(_mm256_srli_epi16(a, 8), low), _mm256_and_si256(_mm256_srli_epi16(b, 8), low)],
             [_mm256_srli_epi16(a, 12), _mm256_srli_epi16(b, 12)],
+        ]
+    }
+
+    #[inline(always)]
+    unsafe fn load_pairs_i12(high: *const u16, low: *const u8) -> [Self::Pairs; 4] {
+        let [a, b] = Self::load_pairs(high.cast());
+        [
+            [
+                join_i12(_mm256_slli_epi16(a, 12), widen_u8(low.add(0))),
+                join_i12(_mm256_slli_epi16(b, 12), widen_u8(low.add(16))),
+            ],
+            [
+                join_i12(_mm256_slli_epi16(a, 8), widen_u8(low.add(32))),
+                join_i12(_mm256_slli_epi16(b, 8), widen_u8(low.add(48))),
+            ],
+            [
+                join_i12(_mm256_slli_epi16(a, 4), widen_u8(low.add(64))),
+                join_i12(_mm256_slli_epi16(b, 4), widen_u8(low.add(80))),
+            ],
+            [join_i12(a, widen_u8(low.add(96))), join_i12(b, widen_u8(low.add(112)))],
         ]
     }
 

@@ -8,8 +8,16 @@ use super::Lanes;
 #[derive(Clone, Copy)]
 pub(crate) struct Avx512<const VNNI: bool>(__m512);
 
+/// Numbers of 12 bits: their upper four, with the sign, are the upper four of `high`, the others are at `low`.
+#[inline(always)]
+unsafe fn join_i12(high: __m512i, low: *const u8) -> __m512i {
+    let upper = _mm512_and_si512(_mm512_srai_epi16(high, 4), _mm512_set1_epi16(!0xff));
+    _mm512_or_si512(upper, _mm512_cvtepu8_epi16(_mm256_loadu_si256(low.cast())))
+}
+
 impl<const VNNI: bool> Lanes for Avx512<VNNI> {
     const TILE_ROWS: usize = 12;
+    const INT_TILE_ROWS: usize = 12;
 
     #[inline(always)]
     unsafe fn splat(value: f32) -> Self {
@@ -150,6 +158,17 @@ impl<const VNNI: bool> Lanes for Avx512<VNNI> {
             _mm512_and_si512(_mm512_srli_epi16(words, 4), low),
             _mm512_and_si512(_mm512_srli_epi16(words, 8), low),
             _mm512_srli_epi16(words, 12),
+        ]
+    }
+
+    #[inline(always)]
+    unsafe fn load_pairs_i12(high: *const u16, low: *const u8) -> [__m512i; 4] {
+        let high = Self::load_pairs(high.cast());
+        [
+            join_i12(_mm512_slli_epi16(high, 12), low),
+            join_i12(_mm512_slli_epi16(high, 8), low.add(32)),
+            join_i12(_mm512_slli_epi16(high, 4), low.add(64)),
+            join_i12(high, low.add(96)),
         ]
     }
 

@@ -23,6 +23,13 @@ pub(crate) use portable::Portable;
 /// Number of lanes.
 pub(crate) const LANES: usize = 16;
 
+/// Rounds to a whole number, halves to even, if it is smaller than 2^22; NaN stays NaN. Adding rounds: the first x86-64
+/// has no instruction for it, and calling a function takes far longer.
+pub(crate) fn nearest(x: f32) -> f32 {
+    const ROUND: f32 = 12_582_912.0;
+    (x + ROUND) - ROUND
+}
+
 /// Sixteen f32 values.
 ///
 /// # Safety
@@ -32,6 +39,8 @@ pub(crate) const LANES: usize = 16;
 pub(crate) trait Lanes: Copy {
     /// Rows by sixteen columns whose sums fit the registers along with the operands, enough to hide each other's latency.
     const TILE_ROWS: usize;
+    /// The same for sums of integers.
+    const INT_TILE_ROWS: usize;
 
     unsafe fn splat(value: f32) -> Self;
     unsafe fn load(from: *const f32) -> Self;
@@ -78,6 +87,9 @@ pub(crate) trait Lanes: Copy {
     unsafe fn load_pairs_i8(from: *const i8) -> Self::Pairs;
     /// The four bits of 32 words, lowest first, as pairs of unsigned numbers: 128 in all.
     unsafe fn load_pairs_u4(from: *const u16) -> [Self::Pairs; 4];
+    /// 128 numbers of 12 bits with sign, whose upper four are those of 32 words as in `load_pairs_u4` and whose lower
+    /// eight are 128 bytes, 32 for each of the results.
+    unsafe fn load_pairs_i12(high: *const u16, low: *const u8) -> [Self::Pairs; 4];
     /// `pairs - value`, each.
     unsafe fn lessen(pairs: Self::Pairs, value: i16) -> Self::Pairs;
     /// Rounds to whole numbers, halves to even, and stores them; those that are none or too large become any.

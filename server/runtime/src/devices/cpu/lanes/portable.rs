@@ -20,6 +20,7 @@ impl Portable {
 
 impl Lanes for Portable {
     const TILE_ROWS: usize = 6;
+    const INT_TILE_ROWS: usize = 5;
 
     #[inline(always)]
     unsafe fn splat(value: f32) -> Self {
@@ -154,6 +155,17 @@ impl Lanes for Portable {
     unsafe fn load_pairs_u4(from: *const u16) -> [Self::Pairs; 4] {
         let words = from.cast::<[[u16; 2]; LANES]>().read_unaligned();
         array::from_fn(|four| words.map(|pair| pair.map(|word| (word >> (4 * four) & 15) as i16)))
+    }
+
+    #[inline(always)]
+    unsafe fn load_pairs_i12(high: *const u16, low: *const u8) -> [Self::Pairs; 4] {
+        let high = high.cast::<[[u16; 2]; LANES]>().read_unaligned();
+        let low = low.cast::<[[[u8; 2]; LANES]; 4]>().read_unaligned();
+        let number = |four: usize, lane: usize, half: usize| {
+            let high = (high[lane][half] << (12 - 4 * four)) as i16 >> 12;
+            high << 8 | i16::from(low[four][lane][half])
+        };
+        array::from_fn(|four| array::from_fn(|lane| array::from_fn(|half| number(four, lane, half))))
     }
 
     #[inline(always)]

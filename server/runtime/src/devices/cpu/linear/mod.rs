@@ -11,7 +11,7 @@ mod rows;
 
 use std::sync::{Mutex, PoisonError};
 
-use self::rows::{Ready, Room};
+use self::rows::{Heights, Ready, Room};
 use super::{
     kernels::{Kernels, MOST_FEW, PanelFormat},
     lanes::LANES,
@@ -20,8 +20,9 @@ use super::{
     threads::Pool,
 };
 
-/// Most rows of one task: with `K_BLOCK` columns they stay in the second-level cache.
+/// Most rows of one task: `K_BLOCK` columns of them stay in the second-level cache, as f32 and as i16.
 const ROW_BLOCK: usize = 192;
+const QUANTISED_ROW_BLOCK: usize = 288;
 /// Most columns of a panel that are expanded at once: 16 KiB of f32.
 const K_BLOCK: usize = 256;
 /// Columns that every piece of a dense panel is a multiple of.
@@ -53,7 +54,7 @@ struct Scratch {
     /// A piece of a dense panel as f32.
     expanded: Vec<f32>,
     unpacked: quantised::Unpacked,
-    /// Outputs of a last panel that is not full: `[ROW_BLOCK][16]`.
+    /// Outputs of a last panel that is not full: `[QUANTISED_ROW_BLOCK][16]`.
     edge: Vec<f32>,
 }
 
@@ -63,7 +64,7 @@ impl Scratch {
             rows: Vec::new(),
             expanded: vec![0.0; K_BLOCK * LANES],
             unpacked: quantised::Unpacked::new(),
-            edge: vec![0.0; ROW_BLOCK * LANES],
+            edge: vec![0.0; QUANTISED_ROW_BLOCK * LANES],
         }
     }
 }
@@ -179,28 +180,38 @@ pub(crate) unsafe fn multiply(
     let mut shares = Vec::new();
     for (product, ready) in products.iter().zip(ready) {
         let rows = product.rows();
-        let (row_block, most) = match ready.height {
-            None => (rows.max(1), panels.div_ceil(tasks).next_multiple_of(2).max(FEW_PANELS)),
-            Some(height) => {
-                let row_blocks = rows.div_ceil(ROW_BLOCK);
-                let row_block = rows.div_ceil(row_blocks).next_multiple_of(height);
-                (row_block, (panels * row_blocks).div_ceil(tasks).clamp(1, PANEL_BLOCK))
+        let mut cut = |row_block: usize, most: usize, wanted: &dyn Fn(&Piece<'_>) -> bool| {
+            for first in (0..rows).step_by(row_block) {
+                let rows = row_block.min(rows - first);
+                let block = |piece| (Block { product, room: &*room, ready, first, rows }, piece);
+                shares.extend(product.weight.pieces(most).into_iter().filter(wanted).map(block));
             }
         };
-        for first in (0..rows).step_by(row_block) {
-            let rows = row_block.min(rows - first);
-            let block = |piece| (Block { product, room: &*room, ready, first, rows }, piece);
-            shares.extend(product.weight.pieces(most).into_iter().map(block));
+        let Some(Heights { dense, quantised }) = ready.heights else {
+            let most = panels.div_ceil(tasks).next_multiple_of(2).max(FEW_PANELS);
+            cut(rows.max(1), most, &|_| true);
+            continue;
+        };
+        for (is_dense, height, row_block) in
+            [(true, dense, ROW_BLOCK), (false, quantised, QUANTISED_ROW_BLOCK)]
+        {
+            // Blocks of nearly equal size, of whole tiles.
+            let row_blocks = rows.div_ceil(row_block);
+            let row_block = rows.div_ceil(row_blocks).next_multiple_of(height);
+            let most = (panels * row_blocks).div_ceil(tasks).clamp(1, PANEL_BLOCK);
+            cut(row_block, most, &|piece| matches!(piece.part.format, PanelFormat::Dense(_)) == is_dense);
         }
     }
     pool.run(shares.len(), &|worker, task| {
         let (block, piece) = &shares[task];
-        let Some(height) = block.ready.height else { return few(kernels, piece, block) };
+        let Some(heights) = block.ready.heights else { return few(kernels, piece, block) };
         let mut scratch = workers[worker].lock().unwrap_or_else(PoisonError::into_inner);
         match piece.part.format {
-            PanelFormat::Dense(format) => dense::gemm(kernels, format, piece, block, height, &mut scratch),
+            PanelFormat::Dense(format) => {
+                dense::gemm(kernels, format, piece, block, heights.dense, &mut scratch);
+            }
             PanelFormat::Quantised(format) => {
-                quantised::gemm(kernels, format, piece, block, height, &mut scratch);
+                quantised::gemm(kernels, format, piece, block, heights.quantised, &mut scratch);
             }
         }
         piece.copy_edge(block, &scratch.edge);

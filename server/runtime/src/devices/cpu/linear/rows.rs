@@ -10,7 +10,7 @@ use crate::devices::cpu::{
     threads::Pool,
 };
 
-/// Tiles of rows that one task makes.
+/// Tiles of rows that one task makes, if they are of one height.
 const TILES_PER_TASK: usize = 4;
 
 /// Where the rows of all products of a job are made ready; kept from one job to the next.
@@ -35,8 +35,14 @@ pub(super) struct Ready {
     pub(super) scales: usize,
     /// Of the first row's sums.
     pub(super) sums: usize,
-    /// Rows of each tile but the last; none where rows are few and stand by themselves.
-    pub(super) height: Option<usize>,
+    /// Rows of each tile but the last, of dense rows and of quantised; none where rows are few and stand by themselves.
+    pub(super) heights: Option<Heights>,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Heights {
+    pub(super) dense: usize,
+    pub(super) quantised: usize,
 }
 
 /// What rows of `k` columns take.
@@ -67,23 +73,30 @@ impl Room {
         workers: &[Mutex<Scratch>],
     ) -> Vec<Ready> {
         let (mut end, mut all, mut runs) =
-            (Ready { values: 0, scales: 0, sums: 0, height: None }, Vec::new(), Vec::new());
+            (Ready { values: 0, scales: 0, sums: 0, heights: None }, Vec::new(), Vec::new());
         let (mut dense, mut quantised, mut many) = (false, false, false);
         for product in products {
             let (rows, k) = (product.rows(), product.weight.inputs);
             assert_eq!(product.x.len(), rows * k, "activations of another shape");
-            let height = (rows > MOST_FEW).then(|| tile_height(rows, kernels.tile_rows));
-            let ready = Ready { height, ..end };
+            let heights = (rows > MOST_FEW).then(|| Heights {
+                dense: tile_height(rows, kernels.tile_rows),
+                quantised: tile_height(rows, kernels.quantised_tile_rows),
+            });
+            let ready = Ready { heights, ..end };
             all.push(ready);
-            let step = height.map_or(rows.max(1), |height| height * TILES_PER_TASK);
+            // Whole tiles of both.
+            let step = heights.map_or(rows.max(1), |Heights { dense, quantised }| match dense == quantised {
+                true => dense * TILES_PER_TASK,
+                false => dense * quantised,
+            });
             let starts = (0..rows).step_by(step);
             runs.extend(starts.map(|first| Run { product, ready, first, rows: step.min(rows - first) }));
             end.values += rows * k;
             end.scales += rows * scales_of(k);
             end.sums += rows * sums_of(k);
-            dense |= height.is_some() && product.weight.has_dense();
+            dense |= heights.is_some() && product.weight.has_dense();
             quantised |= product.weight.has_quantised();
-            many |= height.is_some();
+            many |= heights.is_some();
         }
         if dense {
             grow(&mut self.dense, end.values);
@@ -129,7 +142,7 @@ impl Shared {
         let k = product.weight.inputs;
         let x = &product.x[first * k..][..rows * k];
         let values = ready.values + first * k;
-        if let Some(height) = ready.height.filter(|_| product.weight.has_dense()) {
+        if let Some(Heights { dense: height, .. }) = ready.heights.filter(|_| product.weight.has_dense()) {
             // SAFETY: `rows` rows of `k` words, here and there.
             unsafe {
                 let to = self.dense.slice(values, rows * k).as_mut_ptr();
@@ -158,7 +171,7 @@ impl Shared {
                 unsafe { (kernels.quantise)(x.as_ptr(), k, to, scales, sums) };
             }
         };
-        let Some(height) = ready.height else { return quantise(to) };
+        let Some(Heights { quantised: height, .. }) = ready.heights else { return quantise(to) };
         let mut scratch = worker.lock().unwrap_or_else(PoisonError::into_inner);
         grow(&mut scratch.rows, rows * k);
         let flat = &mut scratch.rows[..rows * k];
