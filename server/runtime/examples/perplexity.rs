@@ -1,0 +1,37 @@
+//! Tells how likely models find a fixed text: `perplexity MODEL...`, of files with SmolLM2's tokenizer. Prints the
+//! perplexity with each type of KV cache; `tests/reference/perplexity.py print MODEL...` tells llama.cpp's.
+
+#[path = "../tests/likelihood/mod.rs"]
+mod likelihood;
+
+use std::{env, error::Error, path::PathBuf, process::ExitCode};
+
+use baton_runtime::KvDtype;
+use likelihood::{Reference, perplexity};
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<(), Box<dyn Error>> {
+    let models: Vec<PathBuf> = env::args_os().skip(1).map(PathBuf::from).collect();
+    if models.is_empty() {
+        return Err("usage: perplexity MODEL...".into());
+    }
+    let Reference { model, perplexity: whole, exact, windows } = Reference::read()?;
+    println!("llama.cpp with {model}: {whole:.4}, with its weights as F32: {exact:.4}");
+    println!("{:<40} {:>10} {:>10}", "", "KV f32", "KV bf16");
+    for model in models {
+        let name = model.file_stem().unwrap_or(model.as_os_str()).to_string_lossy();
+        let f32 = perplexity(&model, KvDtype::F32, 0, &windows)?;
+        let bf16 = perplexity(&model, KvDtype::Bf16, 0, &windows)?;
+        println!("{name:<40} {f32:>10.4} {bf16:>10.4}");
+    }
+    Ok(())
+}
