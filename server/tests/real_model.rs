@@ -103,6 +103,11 @@ async fn so_it_is_with_a_cache_of_half_precision() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn so_it_is_with_a_cache_of_bytes() {
+    apart_equals_whole(KvDtype::Int8).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn preempted_sequences_go_on_as_if_nothing_had_happened() {
     // Each comes to seven blocks; eleven are too few for two of them.
     let request = |seed: u64| {

@@ -26,12 +26,15 @@ fn run() -> Result<(), Box<dyn Error>> {
     }
     let Reference { model, perplexity: whole, exact, windows } = Reference::read()?;
     println!("llama.cpp with {model}: {whole:.4}, with its weights as F32: {exact:.4}");
-    println!("{:<40} {:>10} {:>10}", "", "KV f32", "KV bf16");
+    let heads = KvDtype::ALL.map(|dtype| format!("{:>10}", format!("KV {}", dtype.name())));
+    println!("{:<40} {}", "", heads.join(" "));
     for model in models {
         let name = model.file_stem().unwrap_or(model.as_os_str()).to_string_lossy();
-        let f32 = perplexity(&model, KvDtype::F32, 0, &windows)?;
-        let bf16 = perplexity(&model, KvDtype::Bf16, 0, &windows)?;
-        println!("{name:<40} {f32:>10.4} {bf16:>10.4}");
+        print!("{name:<40}");
+        for kv_dtype in KvDtype::ALL {
+            print!(" {:>10.4}", perplexity(&model, kv_dtype, 0, &windows)?);
+        }
+        println!();
     }
     Ok(())
 }

@@ -42,7 +42,7 @@ pub(crate) struct UpArgs {
     #[arg(long, value_name = "DIR")]
     pub(crate) run_dir: Option<PathBuf>,
 
-    /// Set a service's configuration key, as in `--set server.runtime.kv_dtype=bf16` or
+    /// Set a service's configuration key, as in `--set server.runtime.kv_dtype=int8` or
     /// `--set coordinator.limits.max_queued=10`. May be repeated.
     #[arg(long, value_name = "SERVICE.KEY=VALUE")]
     pub(crate) set: Vec<String>,

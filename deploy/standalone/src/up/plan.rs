@@ -250,13 +250,13 @@ mod tests {
     fn settings_reach_the_service_they_name() {
         let (plan, _directory) = planned(&[
             "--set",
-            "server.runtime.kv_dtype=bf16",
+            "server.runtime.kv_dtype=int8",
             "--set",
             "coordinator.process.shutdown.drain=1m",
         ]);
         let has = |child: &ChildSpec, text: &str| child.args.iter().any(|arg| arg == text);
-        assert!(has(&plan[1], "runtime.kv_dtype=bf16") && has(&plan[2], "runtime.kv_dtype=bf16"));
-        assert!(!has(&plan[0], "runtime.kv_dtype=bf16") && !has(&plan[3], "runtime.kv_dtype=bf16"));
+        assert!(has(&plan[1], "runtime.kv_dtype=int8") && has(&plan[2], "runtime.kv_dtype=int8"));
+        assert!(!has(&plan[0], "runtime.kv_dtype=int8") && !has(&plan[3], "runtime.kv_dtype=int8"));
         assert_eq!(plan[3].grace, Duration::from_secs(62));
         for bad in ["server", "server.x", "engine.x=1", "=", ".a=b"] {
             assert!(split_overrides(&[bad.to_owned()]).is_err(), "{bad}");

@@ -56,7 +56,7 @@ pub(crate) struct EngineArgs {
     /// Threads that do nothing but compute beside both, to see how they share a machine.
     #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=1024))]
     hogs: u16,
-    /// A setting of the server, as in `runtime.kv_dtype=bf16`; may be repeated.
+    /// A setting of the server, as in `runtime.kv_dtype=int8`; may be repeated.
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
     /// Write every round's figures to this file.

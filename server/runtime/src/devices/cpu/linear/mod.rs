@@ -32,7 +32,7 @@ const PANEL_BLOCK: usize = 8;
 /// Tasks for each thread to aim at, so that all end at about the same time.
 const TASKS_PER_THREAD: usize = 6;
 /// Fewest panels of a task with few rows: below, handing out tasks costs more than it evens out.
-const FEW_PANELS: usize = 4;
+const FEW_PANELS: usize = 2;
 
 /// Memory that matrix products need, kept from one to the next.
 pub(crate) struct Workspace {
