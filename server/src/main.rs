@@ -1,8 +1,9 @@
 //! Starts the server: flags and configuration, then [`baton_server::instance::run`] until it has drained.
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{error::Error, path::PathBuf, process::ExitCode};
 
-use baton_process::CommonArgs;
+use baton_process::{CommonArgs, config};
+use baton_runtime::{LoadOptions, product_rate};
 use baton_server::{config::ServerConfig, instance};
 use clap::Parser;
 
@@ -32,6 +33,11 @@ struct Args {
     /// Take this role on at once: prefill, decode or mixed [key: role]
     #[arg(long)]
     role: Option<String>,
+
+    /// Print how many operations a second products with bf16 weights make on this machine, with the threads and the
+    /// arithmetic of the configuration, and exit
+    #[arg(long)]
+    measure_products: bool,
 }
 
 impl Args {
@@ -51,5 +57,24 @@ impl Args {
 fn main() -> ExitCode {
     let args = Args::parse();
     let overrides = args.overrides();
+    if args.measure_products {
+        return match measure_products(&args.common) {
+            Ok(rate) => {
+                println!("{rate:.0}");
+                ExitCode::SUCCESS
+            }
+            Err(error) => {
+                eprintln!("error: {error}");
+                ExitCode::FAILURE
+            }
+        };
+    }
     baton_process::run::<ServerConfig, _, _, _>("server", args.common, overrides, instance::run)
+}
+
+fn measure_products(common: &CommonArgs) -> Result<f64, Box<dyn Error>> {
+    let set = config::parse_set(&common.set)?;
+    let ServerConfig { runtime, .. } = config::load("server", common.config.as_deref(), &set)?;
+    let (threads, exact_bf16) = (runtime.threads, runtime.exact_bf16);
+    Ok(product_rate(&LoadOptions { threads, exact_bf16, ..LoadOptions::default() })?)
 }

@@ -17,6 +17,20 @@ fn greedy_takes_the_first_of_the_largest() {
     assert_eq!(choose(&[f32::NEG_INFINITY, -5.0], &sampled(1e-6), None, 0), 1);
 }
 
+/// Wherever the largest stands in a vocabulary, and whatever stands behind the last sixteen; one NaN spoils all.
+#[test]
+fn the_largest_is_found_anywhere() {
+    let logits: Vec<f32> = (0..75).map(|i| (i % 7) as f32).collect();
+    for at in 0..logits.len() {
+        let mut one = logits.clone();
+        one[at] = 9.0;
+        *one.last_mut().expect("some") = 9.0;
+        assert_eq!(choose(&one, &SamplingParams::GREEDY, None, 0), at as u32);
+        one[at] = f32::NAN;
+        assert_eq!(Sampler::default().sample(&one, &SamplingParams::GREEDY, None, 0), Err(BadLogits), "{at}");
+    }
+}
+
 #[test]
 fn broken_logits_are_an_error() {
     for broken in [

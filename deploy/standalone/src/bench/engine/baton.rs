@@ -4,7 +4,7 @@
 use std::{
     fs::File,
     io::{Read, Seek, SeekFrom},
-    path::Path,
+    path::{Path, PathBuf},
     process::Stdio,
     time::{Duration, Instant},
 };
@@ -34,6 +34,11 @@ const SMALLEST_BLOCK: u32 = 16;
 const PLAIN: u64 = 100;
 const MODEL: &str = "bench";
 
+/// The server that came with this program.
+pub(super) fn program() -> PathBuf {
+    std::env::current_exe().unwrap_or_default().with_file_name("baton-server")
+}
+
 /// A running server and the one stream to it.
 pub(super) struct Baton {
     child: Child,
@@ -56,8 +61,7 @@ impl Baton {
         works: &[Work],
         set: &[String],
     ) -> Result<Self, EngineError> {
-        let this = std::env::current_exe().unwrap_or_default();
-        let program = this.with_file_name("baton-server");
+        let program = program();
         let failed = |source| EngineError::Spawn { program: program.clone(), source };
         let listener = std::net::TcpListener::bind("127.0.0.1:0").map_err(failed)?;
         let address = listener.local_addr().map_err(failed)?;

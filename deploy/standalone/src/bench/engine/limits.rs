@@ -1,15 +1,17 @@
-//! What the machine could do at best, measured before the engine is: reading memory, which decode waits for, and products
+//! What the machine could do at best, measured before the engine is in every round: reading memory, which decode waits for, and products
 //! of matrices, which prefill waits for.
 
 use std::{thread, time::Instant};
 
 use baton_checkpoint::{Checkpoint, CheckpointError, Weight};
-use baton_runtime::{LoadOptions, RuntimeError, product_rate};
 use serde::Serialize;
+use tokio::process::Command;
+
+use super::{EngineError, baton::program};
 
 /// Memory that each pass reads: far more than any cache holds.
 const BYTES: usize = 512 << 20;
-/// Passes; the fastest counts.
+/// Passes. The one in the middle counts: what the machine gives just then, which is what the engine gets.
 const PASSES: usize = 7;
 
 /// Of this machine, with the threads that the engine is given.
@@ -22,10 +24,25 @@ pub(super) struct Limits {
 }
 
 impl Limits {
-    pub(super) fn measure(threads: u16) -> Result<Self, RuntimeError> {
-        let options = LoadOptions { threads: threads.into(), ..LoadOptions::default() };
-        Ok(Self { read: read_rate(threads.into()), products: product_rate(&options)? })
+    /// `set` is what the engine's configuration is given.
+    pub(super) async fn measure(threads: u16, set: &[String]) -> Result<Self, EngineError> {
+        Ok(Self { read: read_rate(threads.into()), products: product_rate(threads, set).await? })
     }
+}
+
+/// Operations a second as the server measures them, which has the kernels.
+async fn product_rate(threads: u16, set: &[String]) -> Result<f64, EngineError> {
+    let program = program();
+    let threads = format!("runtime.threads={threads}");
+    let settings = [&threads].into_iter().chain(set).flat_map(|setting| ["--set", setting.as_str()]);
+    let output = Command::new(&program).arg("--measure-products").args(settings).output().await;
+    let output = output.map_err(|source| EngineError::Spawn { program, source })?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    let rate = said.trim().parse().ok().filter(|_| output.status.success());
+    rate.ok_or_else(|| {
+        let words = String::from_utf8_lossy(&output.stderr);
+        EngineError::ServerEnded(words.trim().lines().last().unwrap_or("it said nothing").to_owned())
+    })
 }
 
 /// Bytes a second that all threads read together, each its own part.
@@ -42,8 +59,9 @@ fn read_rate(threads: usize) -> f64 {
         });
         begin.elapsed().as_secs_f64()
     };
-    let fastest = (0..PASSES).map(|_| pass()).fold(f64::INFINITY, f64::min);
-    BYTES as f64 / fastest
+    let mut times: Vec<f64> = (0..PASSES).map(|_| pass()).collect();
+    times.sort_by(f64::total_cmp);
+    BYTES as f64 / times[PASSES / 2]
 }
 
 /// What a model asks of the machine.

@@ -14,7 +14,6 @@ mod report;
 use std::path::{Path, PathBuf};
 
 use baton_checkpoint::{Checkpoint, CheckpointError};
-use baton_runtime::RuntimeError;
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -81,8 +80,6 @@ pub(crate) enum EngineError {
     Refused(String),
     #[error("{program} ended early; it said: {words}")]
     LlamaCpp { program: PathBuf, words: String },
-    #[error("cannot measure what the machine can do")]
-    Limits(#[from] RuntimeError),
     #[error("cannot write {path}")]
     Write { path: PathBuf, source: std::io::Error },
 }
@@ -155,7 +152,7 @@ async fn measure(
     let _hogs = Hogs::start(args.hogs);
     for round in 0..=args.rounds {
         // The engines wait meanwhile: nothing has been asked of them.
-        let limits = Limits::measure(args.threads)?;
+        let limits = Limits::measure(args.threads, &args.set).await?;
         for (row, work) in rows.iter_mut().zip(works) {
             let ours = baton.measure(work, round).await?;
             let theirs = match &mut llama_cpp {

@@ -21,7 +21,8 @@ use crate::{
 const ROWS: usize = 512;
 /// Inputs and outputs of the matrix: 4 million weights, more than the caches of a core hold.
 const WIDTH: usize = 2048;
-/// Products that are timed; the fastest counts.
+/// Products that are timed. The one in the middle counts: what the machine gives just then, which is what an engine
+/// measured beside it gets.
 const TIMES: usize = 15;
 
 /// Operations a second, a multiplication and an addition for each weight and row, of products of 512 rows with a matrix
@@ -44,6 +45,7 @@ pub fn product_rate(options: &LoadOptions) -> Result<f64, RuntimeError> {
         begin.elapsed().as_secs_f64()
     };
     seconds();
-    let fastest = (0..TIMES).map(|_| seconds()).fold(f64::INFINITY, f64::min);
-    Ok((2 * ROWS * WIDTH * WIDTH) as f64 / fastest)
+    let mut times: Vec<f64> = (0..TIMES).map(|_| seconds()).collect();
+    times.sort_by(f64::total_cmp);
+    Ok((2 * ROWS * WIDTH * WIDTH) as f64 / times[TIMES / 2])
 }

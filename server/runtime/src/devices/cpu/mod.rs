@@ -1,8 +1,8 @@
 //! The CPU device: packed weights, kernels chosen for the CPU at hand, a few threads.
 //!
 //! `pack` arranges weights at load; `linear`, `heads` (with `attention` and `latent`) and `experts` (with `routing`) cut an
-//! operation into tasks for `threads`, which call the `kernels`; those are written over `lanes`. Activations are f32
-//! throughout. This file puts them together.
+//! operation into tasks for `threads`, which call the `kernels`; those are written over `lanes`. Activations are f32 from
+//! one operation to the next. `measure` times products alone. This file puts them together.
 
 mod attention;
 mod experts;

@@ -119,22 +119,7 @@ unsafe fn each_group<F: Quantised>(panel: *const u8, k: usize, mut with: impl Fn
 
 #[inline(always)]
 pub(super) unsafe fn few<V: Lanes, F: Quantised>(task: &QuantisedFew) {
-    let height = tile_height(task.rows, FEW_TILE);
-    let together = if height <= 2 { 2 } else { 1 };
-    for panel in (0..task.panels).step_by(together) {
-        let two = panel + together <= task.panels && together == 2;
-        // The second pass over a panel finds it in a cache.
-        for row in (0..task.rows).step_by(height) {
-            match (height.min(task.rows - row), two) {
-                (1, true) => panels::<V, F, 1, 2>(task, row, panel),
-                (1, false) => panels::<V, F, 1, 1>(task, row, panel),
-                (2, true) => panels::<V, F, 2, 2>(task, row, panel),
-                (2, false) => panels::<V, F, 2, 1>(task, row, panel),
-                (3, _) => panels::<V, F, 3, 1>(task, row, panel),
-                _ => panels::<V, F, FEW_TILE, 1>(task, row, panel),
-            }
-        }
-    }
+    few_at_once!(panels, task);
 }
 
 /// `R` rows by `N` panels.
