@@ -1,10 +1,18 @@
 //! A task of a product whose weights are dense.
 
-use super::{Block, K_UNIT, Piece, Scratch, ready_step};
+use super::{Block, K_BLOCK, Piece, Scratch};
 use crate::devices::cpu::{
     kernels::{DenseFormat, Few, Kernels, PanelFormat, Rows, Tiles},
     lanes::LANES,
 };
+
+/// Columns that every piece of a panel is a multiple of.
+const K_UNIT: usize = 32;
+
+/// Columns that are expanded at once: pieces of nearly equal length.
+fn piece_columns(k: usize) -> usize {
+    k.div_ceil(k.div_ceil(K_BLOCK)).next_multiple_of(K_UNIT)
+}
 
 /// Few rows by panels as they are stored: those from `first` on, `panels` of them.
 ///
@@ -46,7 +54,7 @@ pub(super) fn gemm(
     scratch: &mut Scratch,
 ) {
     let part = piece.part;
-    let step = ready_step(part.k, K_UNIT);
+    let step = piece_columns(part.k);
     let x = &block.room.dense[block.ready.values + block.first * part.k..];
     for start in (0..part.k).step_by(step) {
         let columns = step.min(part.k - start);
@@ -75,7 +83,7 @@ pub(super) fn gemm(
                 out_stride,
             };
             // SAFETY: `x` has `rows` rows of `k`; a whole panel's outputs are sixteen columns of `out` that no other
-            // task has for these rows, an edge has ROW_BLOCK rows.
+            // task has for these rows; an edge has room for them.
             unsafe { (kernels.tiles)(&task) };
         }
     }

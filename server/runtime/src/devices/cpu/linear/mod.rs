@@ -8,6 +8,8 @@
 mod dense;
 mod quantised;
 mod rows;
+#[cfg(test)]
+mod tests;
 
 use std::sync::{Mutex, PoisonError};
 
@@ -20,13 +22,12 @@ use super::{
     threads::Pool,
 };
 
-/// Most rows of one task: `K_BLOCK` columns of them stay in the second-level cache, as f32 and as i16.
+/// Most rows of one task: `K_BLOCK` columns of them stay in the second-level cache, as f32 and as i16. Multiples of every
+/// instruction set's tiles, so that whole tiles are no more than these.
 const ROW_BLOCK: usize = 192;
-const QUANTISED_ROW_BLOCK: usize = 288;
+const QUANTISED_ROW_BLOCK: usize = 300;
 /// Most columns of a panel that are expanded at once: 16 KiB of f32.
 const K_BLOCK: usize = 256;
-/// Columns that every piece of a dense panel is a multiple of.
-const K_UNIT: usize = 32;
 /// Most panels of one task.
 const PANEL_BLOCK: usize = 8;
 /// Tasks for each thread to aim at, so that all end at about the same time.
@@ -218,11 +219,6 @@ pub(crate) unsafe fn multiply(
     });
 }
 
-/// Columns that are expanded at once: pieces of nearly equal length, multiples of `unit`.
-fn ready_step(k: usize, unit: usize) -> usize {
-    k.div_ceil(k.div_ceil(K_BLOCK)).next_multiple_of(unit)
-}
-
 /// A task of few rows: all whole panels, then the last if it is not full.
 fn few(kernels: &Kernels, piece: &Piece<'_>, block: &Block<'_>) {
     let part = piece.part;
@@ -254,6 +250,7 @@ impl Piece<'_> {
     /// is not full, to `edge`.
     fn place(&self, block: &Block<'_>, index: usize, edge: &mut [f32]) -> (*mut f32, usize) {
         if (self.first_panel + index + 1) * LANES > self.part.rows {
+            assert!(block.rows * LANES <= edge.len(), "rows of a task that the edge has no room for");
             return (edge.as_mut_ptr(), LANES);
         }
         let outputs = block.product.weight.outputs;

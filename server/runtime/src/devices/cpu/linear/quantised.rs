@@ -100,8 +100,7 @@ pub(super) fn gemm(
                 out_stride,
             };
             // SAFETY: the room has `rows` rows of `k` from the block's first on, in tiles, with scales and sums; a whole
-            // panel's outputs are sixteen columns of `out` that no other task has for these rows, an edge has ROW_BLOCK
-            // rows.
+            // panel's outputs are sixteen columns of `out` that no other task has for these rows; an edge has room for the rows.
             unsafe { (kernels.quantised_tiles)(&task) };
         }
     }
