@@ -58,7 +58,8 @@ pub struct RuntimeConfig {
     /// hand over; "int8": a quarter of them and a little more, one scale for each head's key and value of each token.
     pub kv_dtype: String,
     /// Whether weights in bf16 are multiplied as they are, in f32. If not, every 32 of them are kept as multiples of 12
-    /// bits of one scale, in a quarter less memory, and multiplied in integers, which is faster.
+    /// bits of one scale, in a fifth less memory, and multiplied in integers, which is faster. Is to be the same on
+    /// prefill and decode: logits differ a little.
     pub exact_bf16: bool,
     /// Memory of the KV cache. Rounded down to whole blocks.
     pub kv_cache_bytes: u64,

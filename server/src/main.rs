@@ -58,13 +58,19 @@ fn main() -> ExitCode {
     let args = Args::parse();
     let overrides = args.overrides();
     if args.measure_products {
-        return match measure_products(&args.common) {
+        return match measure_products(&args.common, overrides) {
             Ok(rate) => {
                 println!("{rate:.0}");
                 ExitCode::SUCCESS
             }
             Err(error) => {
-                eprintln!("error: {error}");
+                let mut words = error.to_string();
+                let mut cause = error.source();
+                while let Some(error) = cause {
+                    words = format!("{words}: {error}");
+                    cause = error.source();
+                }
+                eprintln!("error: {words}");
                 ExitCode::FAILURE
             }
         };
@@ -72,8 +78,8 @@ fn main() -> ExitCode {
     baton_process::run::<ServerConfig, _, _, _>("server", args.common, overrides, instance::run)
 }
 
-fn measure_products(common: &CommonArgs) -> Result<f64, Box<dyn Error>> {
-    let set = config::parse_set(&common.set)?;
+fn measure_products(common: &CommonArgs, mut set: Vec<(String, String)>) -> Result<f64, Box<dyn Error>> {
+    set.extend(config::parse_set(&common.set)?);
     let ServerConfig { runtime, .. } = config::load("server", common.config.as_deref(), &set)?;
     let (threads, exact_bf16) = (runtime.threads, runtime.exact_bf16);
     Ok(product_rate(&LoadOptions { threads, exact_bf16, ..LoadOptions::default() })?)

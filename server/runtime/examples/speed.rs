@@ -1,5 +1,5 @@
-//! Measures prefill and decode of a model: `speed MODEL [THREADS] [f32|bf16|int8] [prefill|decode]`. Prints a table of tokens a second, on average and in
-//! the best step (what a machine with nothing else to do would give).
+//! Measures prefill and decode of a model: `speed MODEL [THREADS] [f32|bf16|int8] [prefill|decode]`. Prints a table of
+//! tokens a second, on average and in the best step (what a machine with nothing else to do would give).
 
 use std::{env, path::Path, process::ExitCode, time::Instant};
 

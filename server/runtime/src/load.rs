@@ -23,7 +23,7 @@ pub struct LoadOptions {
     pub threads: usize,
     pub kv_dtype: KvDtype,
     /// Whether weights in bf16 are kept and multiplied as they are, in f32. If not, every 32 of them become multiples of
-    /// 12 bits of one scale: three quarters of the memory, and products in integers.
+    /// 12 bits of one scale: four fifths of the memory, and products in integers.
     pub exact_bf16: bool,
     /// Blocks of the KV pool, in each layer.
     pub kv_blocks: u32,

@@ -1,5 +1,5 @@
-//! What the machine could do at best, measured before the engine is in every round: reading memory, which decode waits for, and products
-//! of matrices, which prefill waits for.
+//! What the machine could do at best, measured in every round before the engines are: reading memory, which decode
+//! waits for, and products of matrices, which prefill waits for.
 
 use std::{thread, time::Instant};
 
@@ -41,7 +41,7 @@ async fn product_rate(threads: u16, set: &[String]) -> Result<f64, EngineError> 
     let rate = said.trim().parse().ok().filter(|_| output.status.success());
     rate.ok_or_else(|| {
         let words = String::from_utf8_lossy(&output.stderr);
-        EngineError::ServerEnded(words.trim().lines().last().unwrap_or("it said nothing").to_owned())
+        EngineError::Products(words.trim().lines().last().unwrap_or("it said nothing").to_owned())
     })
 }
 

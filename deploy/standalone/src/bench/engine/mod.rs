@@ -74,6 +74,8 @@ pub(crate) enum EngineError {
     Spawn { program: PathBuf, source: std::io::Error },
     #[error("the server ended before it was ready: {0}")]
     ServerEnded(String),
+    #[error("the server could not measure products: {0}")]
+    Products(String),
     #[error("the server cannot be talked to")]
     Server(#[source] tonic::Status),
     #[error("the server refused the work: {0}")]

@@ -56,8 +56,8 @@ impl Row {
         (median(self.baton.iter().map(of).collect()).unwrap_or(f64::NAN), theirs.zip(ratio))
     }
 
-    /// What share of the machine's limit that is: of products for prefill, of reading memory for the decode of one
-    /// sequence. Several sequences share what they read.
+    /// What share of the machine's limit that is: of products for prefill, of reading the file's weights for the decode
+    /// of one sequence. Several sequences share what they read.
     fn of_limit(&self, figure: Figure) -> Option<f64> {
         let demand = self.demand?;
         if figure == Figure::Decode && self.work.sequences > 1 {
@@ -125,7 +125,7 @@ impl Report {
         let (read, products) = (limit(|limits| limits.read), limit(|limits| limits.products));
         format!(
             "{}\n{threads} threads, medians of {rounds} rounds{beside}\nlimits, measured in every round: memory is read \
-             at {read:.1} GB/s (decode of one sequence, by the file's weights), products with bf16 weights make \
+             at {read:.1} GB/s (decode of one sequence, by the bytes of the file's weights: who keeps them in fewer can pass 100 %), products with bf16 weights make \
              {products:.0} Gop/s (prefill)",
             table.build().with(Style::sharp())
         )

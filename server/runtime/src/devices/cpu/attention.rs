@@ -11,7 +11,7 @@ use half::bf16;
 use super::{
     kernels::{Kernels, Scores, Weigh, tile_height},
     lanes::{LANES, nearest},
-    memory::Disjoint,
+    memory::{Disjoint, grow},
 };
 use crate::{BlockId, KvDtype, KvPool, device::Heads};
 
@@ -202,13 +202,6 @@ pub(crate) struct Scratch {
 
 // SAFETY: the pointers are only kept for their memory; each task fills them in anew.
 unsafe impl Send for Scratch {}
-
-/// Makes room for `length` values.
-pub(crate) fn grow(values: &mut Vec<f32>, length: usize) {
-    if values.len() < length {
-        values.resize(length, 0.0);
-    }
-}
 
 /// Attention of one tile's tokens for the query heads of one KV head. `qkv` and `out` hold all rows of the step;
 /// of `out`, the tile's tokens and heads are written.

@@ -4,7 +4,7 @@
 use super::{
     kernels::Kernels,
     linear::{Linear, Product, Workspace, multiply},
-    memory::Disjoint,
+    memory::{Disjoint, grow},
     routing::Routes,
     threads::Pool,
 };
@@ -48,21 +48,13 @@ pub(crate) fn run(
     room.gather(workers.pool, x, hidden);
     let places = room.rows.len();
     let Room { starts, gathered, gate_up, gated, results, .. } = &mut *room;
-    let gate_up = sized(gate_up, places * 2 * width);
+    let gate_up = grow(gate_up, places * 2 * width);
     each_expert(&mut workers, starts, experts, |expert| &expert.gate_up, gathered, gate_up);
-    let gated = sized(gated, places * width);
+    let gated = grow(gated, places * width);
     gate(&mut workers, gate_up, gated, width);
-    let results = sized(results, places * hidden);
+    let results = grow(results, places * hidden);
     each_expert(&mut workers, starts, experts, |expert| &expert.down, gated, results);
     room.combine(workers.pool, routes, shared, out, hidden);
-}
-
-/// Makes room for `length` values.
-fn sized(values: &mut Vec<f32>, length: usize) -> &mut [f32] {
-    if values.len() < length {
-        values.resize(length, 0.0);
-    }
-    &mut values[..length]
 }
 
 /// Multiplies the places of every expert with its matrix, all in one job.
@@ -129,7 +121,7 @@ impl Room {
 
     fn gather(&mut self, pool: &mut Pool, x: &[f32], hidden: usize) {
         let (rows, places) = (&self.rows, self.rows.len());
-        let to = Disjoint::new(sized(&mut self.gathered, places * hidden));
+        let to = Disjoint::new(grow(&mut self.gathered, places * hidden));
         pool.run(places.div_ceil(ROWS_PER_TASK), &|_, task| {
             let first = task * ROWS_PER_TASK;
             for (place, row) in (first..).zip(&rows[first..places.min(first + ROWS_PER_TASK)]) {

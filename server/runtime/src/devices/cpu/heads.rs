@@ -11,7 +11,7 @@ use super::{
     lanes::LANES,
     latent,
     linear::{Linear, Product, multiply},
-    memory::Disjoint,
+    memory::{Disjoint, grow},
     tensor::Tensor,
 };
 use crate::{
@@ -230,8 +230,8 @@ impl CpuDevice {
         let fits = |weight: &Linear| weight.inputs == inputs && weight.outputs == outputs;
         assert!(weights.iter().all(fits), "activations of another width");
         let Room { from, to } = &mut self.by_head;
-        attention::grow(from, rows * x.width);
-        attention::grow(to, rows * out.width);
+        grow(from, rows * x.width);
+        grow(to, rows * out.width);
         let (from, to) = (&mut from[..rows * x.width], &mut to[..rows * out.width]);
         let (gathered, values) = (Disjoint::new(from), x.values());
         self.pool.run(heads, &|_, head| {

@@ -1,18 +1,18 @@
 //! Latent attention on the CPU: one latent for each token, kept once, that all heads read as key and as value.
 //!
-//! A slice holds, for its sixteen tokens, latent and rotated part as `[rank + rope][16 tokens]`, and their scales where
-//! values have some. Scores take tokens as
-//! lanes, as in `attention`. Sums of values take heads as lanes, so that the same memory serves without being turned:
-//! its first `rank` rows are the values' rows of a matrix product whose columns are the heads' scores. Neither adds
-//! across lanes, and each row of the step goes alone over the tokens it may see, so nothing depends on the batch.
+//! A slice holds, for its sixteen tokens, latent and rotated part as `[rank + rope][16 tokens]`, and the scales of both
+//! where values have some. Scores take tokens as lanes, as in `attention`. Sums of values take heads as lanes, so that
+//! the same memory serves without being turned: its first `rank` rows are the values' rows of a matrix product whose
+//! columns are the heads' scores. Neither adds across lanes, and each row of the step goes alone over the tokens it may
+//! see, so nothing depends on the batch.
 
 use half::bf16;
 
 use super::{
-    attention::{BLOCK_TOKENS, Int8, Sequence, Tile, grow, write},
+    attention::{BLOCK_TOKENS, Int8, Sequence, Tile, write},
     kernels::{Kernels, Rows, Tiles},
     lanes::LANES,
-    memory::Disjoint,
+    memory::{Disjoint, grow},
 };
 use crate::{BlockId, KvDtype, KvPool, device::LatentHeads};
 

@@ -82,6 +82,14 @@ impl AlignedBytes {
     }
 }
 
+/// Makes room for `length` values; they hold whatever was there.
+pub(crate) fn grow<T: Default + Clone>(values: &mut Vec<T>, length: usize) -> &mut [T] {
+    if values.len() < length {
+        values.resize(length, T::default());
+    }
+    &mut values[..length]
+}
+
 /// A pointer to memory of which concurrent tasks write disjoint parts.
 #[derive(Clone, Copy)]
 pub(crate) struct Disjoint<T>(*mut T);

@@ -115,9 +115,10 @@ fn pack_b12(_: Dtype, from: &[u8], to: &mut [u8], lane: usize) {
     let most = weights.iter().fold(0.0_f32, |most, weight| most.max(weight.abs()));
     let exact = most / f32::from(B12::LARGEST);
     // One that is no finite number makes all products with the block none.
-    let scale = match weights.iter().all(|weight| weight.is_finite()) {
-        true => bf16::from_bits((exact.to_bits().saturating_add(0xffff) >> 16) as u16),
-        false => bf16::NAN,
+    let scale = if weights.iter().all(|weight| weight.is_finite()) {
+        bf16::from_bits((exact.to_bits().saturating_add(0xffff) >> 16) as u16)
+    } else {
+        bf16::NAN
     };
     let value = scale.to_f32();
     // Of zeros only, 0 / 0; casting makes that 0.

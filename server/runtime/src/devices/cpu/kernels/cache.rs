@@ -7,6 +7,9 @@
     reason = "the contract of every function is that of the kernel table's field"
 )]
 
+#[cfg(test)]
+mod tests;
+
 use super::{
     super::lanes::{LANES, Lanes},
     Scores, Weigh,

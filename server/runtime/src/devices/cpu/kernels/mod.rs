@@ -96,6 +96,7 @@ type Expand = unsafe fn(panel: *const u8, k: usize, out: *mut f32);
 /// `k` columns (whole blocks) of a panel to `[k / 2][16][2]` quants, scales and minima of groups, `[group][16]`.
 type Unpack = unsafe fn(panel: *const u8, k: usize, quants: *mut i16, scales: *mut f32, minima: *mut f32);
 
+/// Values of the KV cache to f32.
 type Widen = unsafe fn(from: *const u8, scales: *const f32, to: *mut f32, length: usize);
 
 /// The kernels of one instruction set.

@@ -92,6 +92,6 @@ pub(crate) trait Lanes: Copy {
     unsafe fn load_pairs_i12(high: *const u16, low: *const u8) -> [Self::Pairs; 4];
     /// `pairs - value`, each.
     unsafe fn lessen(pairs: Self::Pairs, value: i16) -> Self::Pairs;
-    /// Rounds to whole numbers, halves to even, and stores them; those that are none or too large become any.
+    /// Rounds to whole numbers, halves to even, and stores them; NaN and what does not fit become arbitrary numbers.
     unsafe fn store_i16(self, to: *mut i16);
 }

@@ -6,7 +6,7 @@ use std::sync::{Mutex, PoisonError};
 use super::{Product, Scratch};
 use crate::devices::cpu::{
     kernels::{Kernels, MOST_FEW, SUM_COLUMNS, X_BLOCK, tile_height, tile_rows},
-    memory::Disjoint,
+    memory::{Disjoint, grow},
     threads::Pool,
 };
 
@@ -45,12 +45,12 @@ pub(super) struct Heights {
     pub(super) quantised: usize,
 }
 
-/// What rows of `k` columns take.
+/// Scales of a row of `k` columns.
 pub(super) fn scales_of(k: usize) -> usize {
     k.div_ceil(X_BLOCK)
 }
 
-/// What rows of `k` columns take.
+/// Sums of a row of `k` columns.
 pub(super) fn sums_of(k: usize) -> usize {
     k.div_ceil(SUM_COLUMNS)
 }
@@ -85,9 +85,8 @@ impl Room {
             let ready = Ready { heights, ..end };
             all.push(ready);
             // Whole tiles of both.
-            let step = heights.map_or(rows.max(1), |Heights { dense, quantised }| match dense == quantised {
-                true => dense * TILES_PER_TASK,
-                false => dense * quantised,
+            let step = heights.map_or(rows.max(1), |Heights { dense, quantised }| {
+                if dense == quantised { dense * TILES_PER_TASK } else { dense * quantised }
             });
             let starts = (0..rows).step_by(step);
             runs.extend(starts.map(|first| Run { product, ready, first, rows: step.min(rows - first) }));
@@ -173,17 +172,9 @@ impl Shared {
         };
         let Some(Heights { quantised: height, .. }) = ready.heights else { return quantise(to) };
         let mut scratch = worker.lock().unwrap_or_else(PoisonError::into_inner);
-        grow(&mut scratch.rows, rows * k);
-        let flat = &mut scratch.rows[..rows * k];
+        let flat = grow(&mut scratch.rows, rows * k);
         quantise(flat);
         // SAFETY: `rows` rows of `k / 2` pairs, here and there.
         unsafe { tile_rows(flat.as_ptr().cast(), rows, k / 2, height, to.as_mut_ptr().cast()) };
-    }
-}
-
-/// Makes room for `length` values.
-fn grow<T: Default + Clone>(values: &mut Vec<T>, length: usize) {
-    if values.len() < length {
-        values.resize(length, T::default());
     }
 }
