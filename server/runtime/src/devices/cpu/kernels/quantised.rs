@@ -1,7 +1,7 @@
 //! Matrix products with quantised weights, in integers.
 //!
-//! Rows of activations are turned into i16 first, [`X_BLOCK`] columns with one scale: 15 bits and a sign, where the
-//! field's engines keep seven, so that what is lost is next to nothing beside what the weights have lost. Products of a
+//! Rows of activations are turned into i16 first, [`X_BLOCK`] columns with one scale: 15 bits and a sign, where
+//! llama.cpp keeps seven, so that what is lost is next to nothing beside what the weights have lost. Products of a
 //! group of columns are added up in i32, exactly; groups are put together in f32, in one order:
 //!
 //! ```text
