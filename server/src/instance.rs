@@ -224,6 +224,8 @@ impl Plan {
             threads: config.runtime.threads,
             kv_dtype: config.runtime.kv_dtype()?,
             exact_bf16: config.runtime.exact_bf16,
+            packed_copies: Some(config.runtime.packed_copies.clone())
+                .filter(|folder| !folder.as_os_str().is_empty()),
             kv_blocks: 1,
             max_batch_tokens: config.runtime.max_batch_tokens as usize,
         };

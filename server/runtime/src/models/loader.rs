@@ -111,6 +111,7 @@ impl<'a, D: Device> Loader<'a, D> {
 
     /// Says that all is loaded.
     pub(super) fn finish(self) {
+        self.device.finish_loading();
         (self.progress)(self.total, self.total);
     }
 }

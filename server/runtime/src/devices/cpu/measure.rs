@@ -8,9 +8,8 @@ use half::bf16;
 use super::{
     kernels,
     linear::{Linear, Workspace},
-    memory::Arena,
-    pack,
     threads::Pool,
+    weights::{self, Store},
 };
 use crate::{
     LoadOptions, RuntimeError,
@@ -34,7 +33,7 @@ pub fn product_rate(options: &LoadOptions) -> Result<f64, RuntimeError> {
     let shape = [WIDTH, WIDTH];
     let weight = TensorView { dtype: Dtype::Bf16, shape: &shape, bytes: &bytes };
     let part = LinearPart { name: "weights".into(), weight, bias: None, rows: RowOrder::AsStored };
-    let packed = pack::pack(&part, options.exact_bf16, &mut Arena::default(), &mut pool)?;
+    let packed = weights::pack(&part, options.exact_bf16, &mut Store::default(), &mut pool)?;
     let linear = Linear { parts: vec![packed], outputs: WIDTH, inputs: WIDTH };
     let mut workspace = Workspace::new(pool.threads());
     let x: Vec<f32> = (0..ROWS * WIDTH).map(|i| (i * 31 % 257) as f32 / 257.0 - 0.5).collect();

@@ -4,13 +4,17 @@
 //! their size. Those in bf16 become multiples of a scale for every 32 of them, [`B12`], unless they are to be exact. All
 //! threads pack, each its own panels.
 
-use super::{
-    kernels::{B12, DenseFormat, PanelFormat, QuantisedFormat},
-    lanes::{LANES, nearest},
-    memory::{AlignedBytes, Arena, Disjoint},
-    threads::Pool,
+use super::Store;
+use crate::{
+    RuntimeError,
+    device::LinearPart,
+    devices::cpu::{
+        kernels::{B12, DenseFormat, PanelFormat, QuantisedFormat},
+        lanes::{LANES, nearest},
+        memory::{Bytes, Disjoint},
+        threads::Pool,
+    },
 };
-use crate::{RuntimeError, device::LinearPart};
 use baton_checkpoint::{Dtype, TensorView};
 use half::bf16;
 
@@ -22,7 +26,7 @@ pub(crate) struct Packed {
     /// Inputs.
     pub(crate) k: usize,
     pub(crate) panel_bytes: usize,
-    pub(crate) bytes: AlignedBytes,
+    pub(crate) bytes: Bytes,
     /// What the sums start from, the bias or zero, for all outputs of all panels.
     pub(crate) init: Vec<f32>,
 }
@@ -54,7 +58,7 @@ pub(crate) fn format_of(dtype: Dtype, k: usize, exact_bf16: bool) -> PanelFormat
 pub(crate) fn pack(
     part: &LinearPart<'_>,
     exact_bf16: bool,
-    arena: &mut Arena,
+    store: &mut Store,
     pool: &mut Pool,
 ) -> Result<Packed, RuntimeError> {
     let TensorView { dtype, .. } = part.weight;
@@ -66,16 +70,18 @@ pub(crate) fn pack(
     }
     let panel_bytes = format.panel_bytes(k);
     let panels = rows.div_ceil(LANES);
-    let mut bytes = arena.zeroed(panels * panel_bytes)?;
-    let memory = Disjoint::new(bytes.as_mut_slice());
-    pool.run(panels, &|_, panel| {
-        // SAFETY: each task has a panel of its own, within the `panels * panel_bytes` allocated.
-        let to = unsafe { memory.slice(panel * panel_bytes, panel_bytes) };
-        for lane in 0..LANES.min(rows - panel * LANES) {
-            let row = part.weight.row(part.rows.stored_row(panel * LANES + lane));
-            pack_row(dtype, format, row, to, lane);
-        }
-    });
+    let what = format!("{}: {format:?} {rows} x {k}", part.name);
+    let bytes = store.put(&what, panels * panel_bytes, pool, &mut |bytes, pool| {
+        let memory = Disjoint::new(bytes);
+        pool.run(panels, &|_, panel| {
+            // SAFETY: each task has a panel of its own, within the `panels * panel_bytes` there are.
+            let to = unsafe { memory.slice(panel * panel_bytes, panel_bytes) };
+            for lane in 0..LANES.min(rows - panel * LANES) {
+                let row = part.weight.row(part.rows.stored_row(panel * LANES + lane));
+                pack_row(dtype, format, row, to, lane);
+            }
+        });
+    })?;
     let mut init = vec![0.0; panels * LANES];
     if let Some(bias) = &part.bias {
         let stored = bias.to_f32();
@@ -263,7 +269,7 @@ mod tests {
             let weight = TensorView { dtype, shape: &shape, bytes: &stored };
             let order = RowOrder::Rotary { head_dim: 8, stored: baton_checkpoint::RopeOrder::Interleaved };
             let part = LinearPart { name: "w".into(), weight, bias: None, rows: order };
-            let packed = pack(&part, exact_bf16, &mut Arena::default(), &mut pool).unwrap();
+            let packed = pack(&part, exact_bf16, &mut Store::default(), &mut pool).unwrap();
             for panel in 0..packed.panels() {
                 let mut lanes = vec![0.0; k * LANES];
                 let bytes = &packed.bytes.as_slice()[panel * packed.panel_bytes..][..packed.panel_bytes];
