@@ -31,7 +31,7 @@ pub fn product_rate(options: &LoadOptions) -> Result<f64, RuntimeError> {
     let weight = |i: usize| bf16::from_f32((i * 7919 % 1009) as f32 / 1009.0 - 0.5);
     let bytes: Vec<u8> = (0..WIDTH * WIDTH).flat_map(|i| weight(i).to_le_bytes()).collect();
     let shape = [WIDTH, WIDTH];
-    let weight = TensorView { dtype: Dtype::Bf16, shape: &shape, bytes: &bytes };
+    let weight = TensorView::new(Dtype::Bf16, &shape, &bytes);
     let part = LinearPart { name: "weights".into(), weight, bias: None, rows: RowOrder::AsStored };
     let packed = weights::pack(&part, options.exact_bf16, &mut Store::default(), &mut pool)?;
     let linear = Linear { parts: vec![packed], outputs: WIDTH, inputs: WIDTH };

@@ -30,7 +30,7 @@ fn linear(parts: &[(Dtype, usize)], pool: &mut Pool) -> Linear {
             block[1] = block[1] & 0x80 | 0x3c;
         }
         let shape = [outputs, K];
-        let weight = TensorView { dtype, shape: &shape, bytes: &bytes };
+        let weight = TensorView::new(dtype, &shape, &bytes);
         let part = LinearPart { name: "w".into(), weight, bias: None, rows: RowOrder::AsStored };
         linear.parts.push(weights::pack(&part, false, &mut Store::default(), pool).unwrap());
         linear.outputs += outputs;
