@@ -1,7 +1,13 @@
-//! Measures prefill and decode of a model: `speed MODEL [THREADS] [f32|bf16|int8] [prefill|decode]`. Prints a table of
-//! tokens a second, on average and in the best step (what a machine with nothing else to do would give).
+//! Measures loading, prefill and decode of a model: `speed MODEL [THREADS] [f32|bf16|int8] [prefill|decode|all [FOLDER]]`,
+//! where FOLDER is that of packed copies. Prints a table of tokens a second, on average and in the best step (what a
+//! machine with nothing else to do would give).
 
-use std::{env, path::Path, process::ExitCode, time::Instant};
+use std::{
+    env,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Instant,
+};
 
 use baton_checkpoint::Checkpoint;
 use baton_runtime::{BlockId, Executor, KvDtype, LoadOptions, RuntimeError, SequenceChunk, load};
@@ -20,14 +26,17 @@ fn main() -> ExitCode {
 
 fn run() -> Result<(), Box<dyn std::error::Error>> {
     let mut arguments = env::args().skip(1);
-    let model = arguments.next().ok_or("usage: speed MODEL [THREADS] [f32|bf16|int8] [prefill|decode]")?;
+    let model = arguments
+        .next()
+        .ok_or("usage: speed MODEL [THREADS] [f32|bf16|int8] [prefill|decode|all [FOLDER]]")?;
     let threads = arguments.next().map_or(Ok(0), |n| n.parse())?;
     let kv_dtype = arguments.next().unwrap_or_else(|| "bf16".into());
     let kv_dtype =
         KvDtype::ALL.into_iter().find(|dtype| dtype.name() == kv_dtype).ok_or("no such KV type")?;
-    let only = arguments.next();
-    let wanted = |what: &str| only.as_deref().is_none_or(|only| only == what);
-    let options = LoadOptions { threads, kv_dtype, kv_blocks: 512, ..LoadOptions::default() };
+    let only = arguments.next().unwrap_or_else(|| "all".into());
+    let wanted = |what: &str| only == "all" || only == what;
+    let packed_copies = arguments.next().map(PathBuf::from);
+    let options = LoadOptions { threads, kv_dtype, kv_blocks: 512, packed_copies, ..LoadOptions::default() };
     let checkpoint = Checkpoint::open(Path::new(&model))?;
     let start = Instant::now();
     let mut executor = load(&checkpoint, &options, &mut |_, _| {})?;
