@@ -138,3 +138,44 @@ async fn more_instances_share_the_work() {
     assert!(answers.iter().all(|answer| !answer.is_empty()));
     cluster.assert_nothing_held().await;
 }
+
+/// Kilobytes of a process's mappings of packed copies: all of it, and this process's share.
+fn packed(pid: u32) -> (u64, u64) {
+    let (mut resident, mut share, mut counts) = (0, 0, false);
+    for line in fs::read_to_string(format!("/proc/{pid}/smaps")).expect("it runs").lines() {
+        let mut words = line.split_whitespace();
+        let (first, number) = (words.next().unwrap_or(""), words.next().unwrap_or(""));
+        match first {
+            "Rss:" if counts => resident += number.parse::<u64>().expect("a number"),
+            "Pss:" if counts => share += number.parse::<u64>().expect("a number"),
+            _ if first.ends_with(':') => {}
+            _ => counts = line.ends_with(".packed") || line.ends_with(".packed.part"),
+        }
+    }
+    (resident, share)
+}
+
+#[tokio::test]
+async fn servers_share_the_memory_of_their_weights() {
+    let cache = tempfile::tempdir().expect("a temporary directory");
+    let arguments = ["--cache-dir", cache.path().to_str().expect("UTF-8")];
+    // At first one of the servers writes the copy; both are asked for all weights by an answer.
+    for time in ["first", "second"] {
+        let cluster = Cluster::start(&arguments).await;
+        let body = request(cluster.model(), "Tell me about the moon.", 8, false);
+        let answers = baton_integration_tests::chat::ask_all(cluster.url(), &[body]).await;
+        assert!(!answers[0].is_empty());
+        let weights = fs::metadata(model()).expect("the model is there").len() / 1024;
+        for name in ["server-0", "server-1"] {
+            let (resident, share) = packed(cluster.pids()[name]);
+            assert!(resident > weights * 9 / 10, "{name}, {time}: {resident} kB of {weights} kB");
+            assert!(share < weights * 6 / 10, "{name}, {time}: {share} kB of {weights} kB for itself");
+        }
+        cluster.stop().await;
+    }
+    let copies = fs::read_dir(cache.path().join("packed")).expect("the folder of copies");
+    let names: Vec<String> =
+        copies.map(|entry| entry.expect("readable").file_name().to_string_lossy().into_owned()).collect();
+    assert_eq!(names.iter().filter(|name| name.ends_with(".packed")).count(), 1, "{names:?}");
+    assert!(!names.iter().any(|name| name.ends_with(".part")), "{names:?}");
+}

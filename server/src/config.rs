@@ -58,9 +58,12 @@ pub struct RuntimeConfig {
     /// hand over; "int8": a quarter of them and a little more, one scale for each head's key and value of each token.
     pub kv_dtype: String,
     /// Whether weights in bf16 are multiplied as they are, in f32. If not, every 32 of them are kept as multiples of 12
-    /// bits of one scale, in a fifth less memory, and multiplied in integers, which is faster. Is to be the same on
-    /// prefill and decode: logits differ a little.
+    /// bits of one scale, in a fifth less memory, and multiplied in integers, which is faster. Prefill and
+    /// decode are paired only if it is the same on both: logits differ a little.
     pub exact_bf16: bool,
+    /// Folder of packed copies of weights; empty = none. A model found there is mapped instead of packed, and all servers
+    /// of a host that run it share its memory; one that is not is packed and written there, checked by its digest.
+    pub packed_copies: PathBuf,
     /// Memory of the KV cache. Rounded down to whole blocks.
     pub kv_cache_bytes: u64,
     /// Blocks of the KV cache; not 0 = this instead of `kv_cache_bytes`.
@@ -114,6 +117,7 @@ impl Default for RuntimeConfig {
             threads: 0,
             kv_dtype: KvDtype::Bf16.name().into(),
             exact_bf16: false,
+            packed_copies: PathBuf::new(),
             kv_cache_bytes: 512 << 20,
             kv_blocks: 0,
             prefix_cache: true,

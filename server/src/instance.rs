@@ -11,7 +11,8 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use baton_checkpoint::Checkpoint;
+use baton_checkpoint::{Checkpoint, Dtype};
+use baton_kvtransfer::KvLayout;
 use baton_process::{
     Listen, Process,
     grpc::{self, GrpcOptions},
@@ -95,7 +96,7 @@ pub async fn run(process: Process<ServerConfig>) -> Result<(), ServerError> {
             Shared { facts, role, load, engine, permits, tasks: process.tasks.clone(), stop: stop.clone() };
         let mut serving = Serving::start(ServingParts {
             executor,
-            layout: kv_layout(&plan.layout, &plan.revision),
+            layout: plan.kv_layout(),
             limits: plan.limits(&process.config),
             handoff: process.config.handoff.clone(),
             data_listener: listeners.data,
@@ -224,6 +225,8 @@ impl Plan {
             threads: config.runtime.threads,
             kv_dtype: config.runtime.kv_dtype()?,
             exact_bf16: config.runtime.exact_bf16,
+            packed_copies: Some(config.runtime.packed_copies.clone())
+                .filter(|folder| !folder.as_os_str().is_empty()),
             kv_blocks: 1,
             max_batch_tokens: config.runtime.max_batch_tokens as usize,
         };
@@ -241,6 +244,13 @@ impl Plan {
             );
         }
         Ok(plan)
+    }
+
+    /// What peers must have, too: the model, computed in the same way.
+    fn kv_layout(&self) -> KvLayout {
+        let in_bf16 = || self.checkpoint.tensors().any(|(_, tensor)| tensor.dtype == Dtype::Bf16);
+        let exactly = self.options.exact_bf16 && in_bf16();
+        kv_layout(&self.layout, &format!("{}{}", self.revision, if exactly { ", bf16 as it is" } else { "" }))
     }
 
     fn pool_tokens(&self) -> u64 {
@@ -296,7 +306,7 @@ impl Plan {
                 context_tokens: self.offered_context_tokens(config),
                 vocabulary_size: facts.vocabulary,
             }),
-            kv_layout: Some((&kv_layout(&self.layout, &self.revision)).into()),
+            kv_layout: Some((&self.kv_layout()).into()),
             inference_endpoint: endpoints.grpc.clone(),
             handoff_endpoint: endpoints.grpc.clone(),
             metrics_endpoint: endpoints.metrics.clone(),

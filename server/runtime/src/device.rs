@@ -129,6 +129,9 @@ pub(crate) trait Device: Send {
 
     fn load_vector(&mut self, values: &TensorView<'_>) -> Result<Self::Vector, RuntimeError>;
 
+    /// All weights are loaded: what served loading only may go.
+    fn finish_loading(&mut self);
+
     /// Activations of `width`, without rows as yet.
     fn tensor(&mut self, width: usize) -> Result<Self::Tensor, RuntimeError>;
 

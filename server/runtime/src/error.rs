@@ -1,5 +1,7 @@
 //! Why a model cannot be loaded or a batch not be run.
 
+use std::path::PathBuf;
+
 use baton_checkpoint::CheckpointError;
 
 /// Why a model could not be loaded or run.
@@ -13,6 +15,8 @@ pub enum RuntimeError {
     Activations { bytes: usize },
     #[error("cannot start the compute threads: {0}; lower the number of threads")]
     Threads(#[source] std::io::Error),
+    #[error("the packed copy {} of the weights is damaged: {reason}", path.display())]
+    PackedCopy { path: PathBuf, reason: String },
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
     #[error("tensor {tensor} cannot be loaded: {reason}")]

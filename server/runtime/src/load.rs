@@ -1,10 +1,12 @@
 //! From a checkpoint on disk to an [`Executor`]: chooses the device.
 
+use std::{fs, path::PathBuf};
+
 use baton_checkpoint::{Checkpoint, ModelConfig};
 
 use crate::{
     Executor, KvDtype, KvPoolLayout, RuntimeError,
-    devices::cpu::{self, CpuDevice},
+    devices::cpu::{self, CpuDevice, Store},
     models::Decoder,
 };
 
@@ -25,6 +27,9 @@ pub struct LoadOptions {
     /// Whether weights in bf16 are kept and multiplied as they are, in f32. If not, every 32 of them become multiples of
     /// 12 bits of one scale: four fifths of the memory, and products in integers.
     pub exact_bf16: bool,
+    /// The folder where packed weights are kept on disk, if they are: loading maps them from then on, and all processes
+    /// that do so share their memory. Copies that were not used for 30 days go when another is written.
+    pub packed_copies: Option<PathBuf>,
     /// Blocks of the KV pool, in each layer.
     pub kv_blocks: u32,
     /// Most tokens of one forward pass.
@@ -38,6 +43,7 @@ impl Default for LoadOptions {
             threads: 0,
             kv_dtype: KvDtype::Bf16,
             exact_bf16: false,
+            packed_copies: None,
             kv_blocks: 1024,
             max_batch_tokens: 512,
         }
@@ -68,9 +74,29 @@ pub fn load(
         return Err(RuntimeError::Option { option: "max_batch_tokens", found: 0, wanted: positive });
     }
     match options.device {
-        DeviceKind::Cpu => {
-            let device = CpuDevice::new(checkpoint.config(), options)?;
-            Ok(Box::new(Decoder::load(device, checkpoint, options, progress)?))
-        }
+        DeviceKind::Cpu => match load_cpu(checkpoint, options, progress) {
+            Err(error @ RuntimeError::PackedCopy { .. }) => {
+                tracing::warn!("{error}; it is written anew");
+                load_cpu(checkpoint, options, progress)
+            }
+            result => result,
+        },
     }
+}
+
+/// A packed copy that turns out to be damaged is gone afterwards.
+fn load_cpu(
+    checkpoint: &Checkpoint,
+    options: &LoadOptions,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Box<dyn Executor>, RuntimeError> {
+    let total = checkpoint.weight_bytes();
+    let store = Store::open(checkpoint, options, &mut |bytes| progress(bytes.min(total), total))?;
+    let device = CpuDevice::new(checkpoint.config(), options, store)?;
+    let decoder = Decoder::load(device, checkpoint, options, progress);
+    if let Err(RuntimeError::PackedCopy { path, .. }) = &decoder {
+        // If it cannot be removed, loading fails by it again.
+        let _ = fs::remove_file(path);
+    }
+    Ok(Box::new(decoder?))
 }

@@ -33,7 +33,8 @@ pub(crate) struct UpArgs {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub(crate) threads: Option<u32>,
 
-    /// Where models are kept [default: $XDG_CACHE_HOME/baton or ~/.cache/baton].
+    /// Where models are kept, and packed copies of their weights, which servers share and load faster from [default:
+    /// $XDG_CACHE_HOME/baton or ~/.cache/baton]. `--set server.runtime.packed_copies=` keeps no copies.
     #[arg(long, value_name = "DIR")]
     pub(crate) cache_dir: Option<PathBuf>,
 

@@ -62,7 +62,7 @@ pub(crate) async fn run(args: UpArgs) -> Result<ExitCode, UpError> {
         Some(model) => model,
         None => model::check(cancellable(&stop, model::fetch(&cache, &screen)).await?).await?,
     };
-    let plan = plan::plan(&args, &programs, &model.path, &addresses, &run_dir)?;
+    let plan = plan::plan(&args, &programs, (&model.path, &cache), &addresses, &run_dir)?;
     cancellable(&stop, check::check(&plan)).await?;
 
     let run_file = RunFile {

@@ -87,11 +87,11 @@ impl Programs {
     }
 }
 
-/// Decides every process and writes its configuration file into `run_dir`.
+/// Decides every process and writes its configuration file into `run_dir`. Servers keep copies of packed weights in `cache`.
 pub(super) fn plan(
     args: &UpArgs,
     programs: &Programs,
-    model: &Path,
+    (model, cache): (&Path, &Path),
     addresses: &Addresses,
     run_dir: &Path,
 ) -> Result<Vec<ChildSpec>, UpError> {
@@ -101,6 +101,8 @@ pub(super) fn plan(
         .threads
         .map_or_else(|| threads_of_each(cores, args.prefill, args.decode), |threads| threads as usize);
     let model = model.display().to_string();
+    let packed = std::path::absolute(cache).unwrap_or_else(|_| cache.to_owned()).join("packed");
+    let packed = packed.display().to_string();
     let controller = addresses.controller.to_string();
     // A server alone does both, whatever the ratio; the controller wants at least one of each in it.
     let (prefill, decode) = (i64::from(args.prefill), i64::from(args.decode.max(1)));
@@ -139,6 +141,7 @@ pub(super) fn plan(
     for index in 0..args.instances() {
         let (instance_id, controller, model) = (format!("server-{index}"), controller.clone(), model.clone());
         let (name, threads) = (instance_id.clone(), i64::try_from(threads).unwrap_or(1));
+        let packed = packed.clone();
         let config = toml! {
             instance_id = instance_id
             controllers = [controller]
@@ -146,6 +149,7 @@ pub(super) fn plan(
             path = model
             [runtime]
             threads = threads
+            packed_copies = packed
         };
         add(name, Service::Server, drained(config, OTHER_DRAIN), Vec::new())?;
     }
@@ -221,7 +225,14 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let programs = Programs { directory: "/programs".into() };
         let addresses = Addresses::bind(&args.listen).unwrap();
-        let plan = plan(&args, &programs, Path::new("/m odel.gguf"), &addresses, directory.path()).unwrap();
+        let plan = plan(
+            &args,
+            &programs,
+            (Path::new("/m odel.gguf"), Path::new("/c ache")),
+            &addresses,
+            directory.path(),
+        )
+        .unwrap();
         (plan, directory)
     }
 
@@ -238,6 +249,7 @@ mod tests {
         assert_eq!(server["instance_id"].as_str(), Some("server-2"));
         assert_eq!(server["model"]["path"].as_str(), Some("/m odel.gguf"));
         assert_eq!(server["runtime"]["threads"].as_integer(), Some(3));
+        assert_eq!(server["runtime"]["packed_copies"].as_str(), Some("/c ache/packed"));
         let coordinator = config(&plan[4]);
         assert_eq!(coordinator["listen"].as_str(), Some("fd://3"));
         assert_eq!(coordinator["admin_listen"].as_str(), Some("fd://4"));

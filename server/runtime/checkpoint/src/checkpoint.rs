@@ -10,7 +10,7 @@ use std::{
 use sha2::{Digest, Sha256};
 
 use crate::{
-    CheckpointError, Dtype, ModelConfig, TensorView, TokenizerSource, Weight, gguf, huggingface,
+    BlockScales, CheckpointError, Dtype, ModelConfig, TensorView, TokenizerSource, Weight, gguf, huggingface,
     source::{Extent, MappedFile},
     wanted,
 };
@@ -33,6 +33,15 @@ pub(crate) struct TensorEntry {
     pub(crate) extent: Extent,
     /// As the file calls it, for error messages.
     pub(crate) name: String,
+    pub(crate) scales: Option<ScalesEntry>,
+}
+
+/// The place of a tensor's [`BlockScales`].
+#[derive(Debug, Clone)]
+pub(crate) struct ScalesEntry {
+    pub(crate) block: [usize; 2],
+    pub(crate) dtype: Dtype,
+    pub(crate) extent: Extent,
 }
 
 /// What a format's reader hands over, not yet checked against the configuration.
@@ -138,7 +147,7 @@ impl Checkpoint {
         self.parts.tensors.iter().map(|(&weight, entry)| (weight, self.view(entry)))
     }
 
-    /// Bytes of all stored tensors together.
+    /// Bytes of all stored tensors together, without their scales where those lie beside them.
     pub fn weight_bytes(&self) -> u64 {
         self.parts.tensors.values().map(|entry| entry.extent.length as u64).sum()
     }
@@ -168,8 +177,13 @@ impl Checkpoint {
     }
 
     fn view<'a>(&'a self, entry: &'a TensorEntry) -> TensorView<'a> {
-        let bytes = self.parts.files[entry.extent.file].bytes(&entry.extent);
-        TensorView { dtype: entry.dtype, shape: &entry.shape, bytes }
+        let bytes = |extent: &Extent| self.parts.files[extent.file].bytes(extent);
+        let scales = entry.scales.as_ref().map(|scales| BlockScales {
+            block: scales.block,
+            dtype: scales.dtype,
+            bytes: bytes(&scales.extent),
+        });
+        TensorView { dtype: entry.dtype, shape: &entry.shape, bytes: bytes(&entry.extent), scales }
     }
 
     /// The file that a tensor lies in, for messages.
@@ -259,6 +273,9 @@ impl Checkpoint {
             let shape: Vec<u8> = view.shape.iter().flat_map(|&axis| (axis as u64).to_le_bytes()).collect();
             field(&shape);
             sample(view.bytes, &mut field);
+            if let Some(scales) = view.scales {
+                sample(scales.bytes, &mut field);
+            }
         }
         Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
     }

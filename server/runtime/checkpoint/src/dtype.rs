@@ -11,6 +11,9 @@ pub enum Dtype {
     F32,
     F16,
     Bf16,
+    /// Sign, four bits of exponent (bias 7), three of mantissa; no infinities, NaN is all ones. Safetensors only, with
+    /// scales beside it ([`crate::BlockScales`]).
+    F8E4M3,
     /// 32 elements: scale f16, 32 x i8. `x = d q`.
     Q8_0,
     /// 32 elements: scale f16, 16 bytes; element `i` in the low half of byte `i`, `i + 16` in the high half.
@@ -35,12 +38,13 @@ impl Dtype {
     pub(crate) const SUPPORTED: &'static str =
         "F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K";
 
-    /// The name that ggml's tools use.
+    /// The name that ggml's tools use, or safetensors'.
     pub const fn name(self) -> &'static str {
         match self {
             Self::F32 => "F32",
             Self::F16 => "F16",
             Self::Bf16 => "BF16",
+            Self::F8E4M3 => "F8_E4M3",
             Self::Q8_0 => "Q8_0",
             Self::Q4_0 => "Q4_0",
             Self::Q4_1 => "Q4_1",
@@ -55,7 +59,7 @@ impl Dtype {
     /// Elements that share one block; 1 for the plain types.
     pub const fn block_elements(self) -> usize {
         match self {
-            Self::F32 | Self::F16 | Self::Bf16 => 1,
+            Self::F32 | Self::F16 | Self::Bf16 | Self::F8E4M3 => 1,
             Self::Q8_0 | Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 => 32,
             Self::Q4K | Self::Q5K | Self::Q6K => 256,
         }
@@ -66,6 +70,7 @@ impl Dtype {
         match self {
             Self::F32 => 4,
             Self::F16 | Self::Bf16 => 2,
+            Self::F8E4M3 => 1,
             Self::Q8_0 => 34,
             Self::Q4_0 => 18,
             Self::Q4_1 => 20,
@@ -98,6 +103,7 @@ impl Dtype {
             Self::F32 => |b, x| x[0] = f32::from_le_bytes([b[0], b[1], b[2], b[3]]),
             Self::F16 => |b, x| x[0] = half_at(b, 0),
             Self::Bf16 => |b, x| x[0] = bf16::from_le_bytes([b[0], b[1]]).to_f32(),
+            Self::F8E4M3 => |b, x| x[0] = e4m3(b[0]),
             Self::Q8_0 => q8_0,
             Self::Q4_0 => |b, x| halves(&b[2..], 0, x, |q| half_at(b, 0) * (q - 8.0)),
             Self::Q4_1 => |b, x| halves(&b[4..], 0, x, |q| half_at(b, 0) * q + half_at(b, 2)),
@@ -116,6 +122,17 @@ impl Dtype {
 /// The f16 at byte `at`.
 fn half_at(bytes: &[u8], at: usize) -> f32 {
     f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32()
+}
+
+/// The number that eight bits stand for in E4M3 as OCP defines it (FN: finite, and NaN).
+fn e4m3(bits: u8) -> f32 {
+    let (exponent, mantissa) = (i32::from(bits >> 3 & 15), f32::from(bits & 7));
+    let size = match exponent {
+        15 if bits & 7 == 7 => f32::NAN,
+        0 => mantissa / 512.0,
+        _ => (1.0 + mantissa / 8.0) * ((exponent - 7) as f32).exp2(),
+    };
+    if bits & 0x80 == 0 { size } else { -size }
 }
 
 fn fifth_bits(bytes: &[u8]) -> u32 {

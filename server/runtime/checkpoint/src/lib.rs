@@ -28,5 +28,5 @@ pub use dtype::Dtype;
 pub use error::CheckpointError;
 pub use mixture::{ExpertGroups, GroupScore, Mixture, RouterScores, Routing};
 pub use rope::{Rope, RopeFrequencies, RopeOrder, RopeScaling};
-pub use tensor::{ExpertWeight, LayerWeight, TensorView, Weight};
+pub use tensor::{BlockScales, ExpertWeight, LayerWeight, TensorView, Weight};
 pub use tokenizer::{GgmlTokenizer, TokenKind, TokenizerSource};

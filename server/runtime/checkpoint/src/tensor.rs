@@ -119,9 +119,41 @@ pub struct TensorView<'a> {
     pub shape: &'a [usize],
     /// Row-major; `rows() * row_bytes()` long. Not aligned to anything.
     pub bytes: &'a [u8],
+    /// What the elements are to be multiplied with.
+    pub scales: Option<BlockScales<'a>>,
+}
+
+/// One factor for each block of rows and columns of a matrix; blocks at its edges may be smaller.
+#[derive(Debug, Clone, Copy)]
+pub struct BlockScales<'a> {
+    /// Rows and columns of a block.
+    pub block: [usize; 2],
+    /// F32 or Bf16.
+    pub dtype: Dtype,
+    /// `[blocks along rows][blocks along columns]`.
+    pub bytes: &'a [u8],
+}
+
+impl BlockScales<'_> {
+    /// Multiplies a row of the matrix.
+    fn scale_row(&self, row: usize, values: &mut [f32]) {
+        let across = values.len().div_ceil(self.block[1]);
+        let size = self.dtype.block_bytes();
+        let scales = &self.bytes[row / self.block[0] * across * size..][..across * size];
+        for (bytes, values) in scales.chunks_exact(size).zip(values.chunks_mut(self.block[1])) {
+            let mut scale = [0.0];
+            self.dtype.dequantize(bytes, &mut scale);
+            values.iter_mut().for_each(|value| *value *= scale[0]);
+        }
+    }
 }
 
 impl<'a> TensorView<'a> {
+    /// A tensor whose elements are what their bytes say.
+    pub fn new(dtype: Dtype, shape: &'a [usize], bytes: &'a [u8]) -> Self {
+        Self { dtype, shape, bytes, scales: None }
+    }
+
     /// Elements of one row: the innermost axis.
     pub fn columns(&self) -> usize {
         self.shape.last().copied().unwrap_or(1)
@@ -137,7 +169,7 @@ impl<'a> TensorView<'a> {
         self.dtype.row_bytes(self.columns()).unwrap_or(0)
     }
 
-    /// Bytes of row `row`. Panics if there is no such row.
+    /// Bytes of row `row`, not scaled. Panics if there is no such row.
     pub fn row(&self, row: usize) -> &'a [u8] {
         let length = self.row_bytes();
         &self.bytes[row * length..(row + 1) * length]
@@ -147,13 +179,17 @@ impl<'a> TensorView<'a> {
     pub fn dequantize_row(&self, row: usize, out: &mut [f32]) {
         assert_eq!(out.len(), self.columns(), "a row of this tensor has another length");
         self.dtype.dequantize(self.row(row), out);
+        if let Some(scales) = &self.scales {
+            scales.scale_row(row, out);
+        }
     }
 
     /// The whole tensor as f32, row-major: for norms, biases and tests.
     pub fn to_f32(&self) -> Vec<f32> {
         let mut values = vec![0.0; self.rows() * self.columns()];
         if !values.is_empty() {
-            self.dtype.dequantize(self.bytes, &mut values);
+            let rows = values.chunks_exact_mut(self.columns()).enumerate();
+            rows.for_each(|(row, values)| self.dequantize_row(row, values));
         }
         values
     }

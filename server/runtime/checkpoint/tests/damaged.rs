@@ -9,7 +9,7 @@ use std::{
 };
 
 use baton_checkpoint::{Checkpoint, CheckpointError, LayerWeight, Weight};
-use files::{GgufWriter, config, gguf_model, safetensors, write_hugging_face};
+use files::{GgufWriter, config, gguf_model, safetensors, stored, write_hugging_face};
 use proptest::prelude::*;
 use tempfile::TempDir;
 
@@ -384,7 +384,7 @@ fn every_cut_of_a_file_is_noticed() {
         refusal(&place.gguf(&whole[..length]));
     }
     let directory = place.hugging_face();
-    let whole = safetensors();
+    let whole = safetensors(&stored());
     for length in (0..whole.len()).step_by(3) {
         fs::write(directory.join("model.safetensors"), &whole[..length]).expect("written");
         let message = refusal(directory);
@@ -424,7 +424,7 @@ proptest! {
     fn changed_safetensors_never_panic(changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4)) {
         let place = Place::new();
         let directory = place.hugging_face();
-        let mut bytes = safetensors();
+        let mut bytes = safetensors(&stored());
         for (at, value) in changes {
             // Mostly the header, where it matters.
             let at = at.index(bytes.len().min(1200));

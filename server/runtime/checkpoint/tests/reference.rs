@@ -52,6 +52,11 @@ fn plain_types_are_read_exactly() {
     assert_eq!(out, [1.0, -2.0]);
     Dtype::Bf16.dequantize(&[0x80, 0x3f, 0, 0xc0], &mut out);
     assert_eq!(out, [1.0, -2.0]);
+    let mut out = [0.0; 8];
+    // The largest, the smallest normal and the smallest; zero of either sign; no number.
+    Dtype::F8E4M3.dequantize(&[0x38, 0xc0, 0x7e, 0x88, 0x01, 0x00, 0x80, 0xff], &mut out);
+    assert_eq!(out[..7], [1.0, -2.0, 448.0, -1.0 / 64.0, 1.0 / 512.0, 0.0, -0.0]);
+    assert!(out[6].is_sign_negative() && out[7].is_nan());
 }
 
 #[test]

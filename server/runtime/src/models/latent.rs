@@ -146,7 +146,8 @@ impl<D: Device> Latent<D> {
         for head in 0..heads {
             let start = head * (nope + value);
             let (dtype, bytes) = transposed(&view, start..start + nope);
-            let turned = TensorView { dtype, shape: &[rank, nope], bytes: &bytes };
+            let shape = [rank, nope];
+            let turned = TensorView::new(dtype, &shape, &bytes);
             keys.push(loader.rows(up, &turned, 0..rank)?);
             values.push(loader.rows(up, &view, start + nope..start + nope + value)?);
         }
@@ -195,7 +196,7 @@ impl<D: Device> Latent<D> {
 /// The transpose of a run of rows: elements as they are stored if each stands alone, else as f32.
 fn transposed(view: &TensorView<'_>, rows: std::ops::Range<usize>) -> (Dtype, Vec<u8>) {
     let (count, columns) = (rows.len(), view.columns());
-    let alone = view.dtype.block_elements() == 1;
+    let alone = view.dtype.block_elements() == 1 && view.scales.is_none();
     let (dtype, size) = if alone { (view.dtype, view.dtype.block_bytes()) } else { (Dtype::F32, 4) };
     let mut turned = vec![0; count * columns * size];
     let mut plain = vec![0.0; columns];

@@ -67,10 +67,20 @@ impl<'a, D: Device> Loader<'a, D> {
         view: &TensorView<'_>,
         rows: impl IntoIterator<Item = usize>,
     ) -> Result<D::Linear, RuntimeError> {
-        let mut bytes = Vec::new();
-        rows.into_iter().for_each(|row| bytes.extend_from_slice(view.row(row)));
-        let shape = [bytes.len() / view.row_bytes(), view.columns()];
-        let picked = TensorView { dtype: view.dtype, shape: &shape, bytes: &bytes };
+        let (mut bytes, mut values) = (Vec::new(), vec![0.0; view.columns()]);
+        // Rows that are scaled in blocks may come to stand in others.
+        let dtype = if view.scales.is_some() { Dtype::F32 } else { view.dtype };
+        for row in rows {
+            if view.scales.is_some() {
+                view.dequantize_row(row, &mut values);
+                bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+            } else {
+                bytes.extend_from_slice(view.row(row));
+            }
+        }
+        let row_bytes = dtype.row_bytes(view.columns()).unwrap_or(bytes.len());
+        let shape = [bytes.len().checked_div(row_bytes).unwrap_or(0), view.columns()];
+        let picked = TensorView::new(dtype, &shape, &bytes);
         let part =
             LinearPart { name: weight.to_string(), weight: picked, bias: None, rows: RowOrder::AsStored };
         self.device.load_linear(&[part], &mut |_| {})
@@ -88,7 +98,7 @@ impl<'a, D: Device> Loader<'a, D> {
     pub(super) fn exact(&mut self, weight: Weight) -> Result<D::Linear, RuntimeError> {
         let stored = self.checkpoint.tensor(weight)?;
         let bytes: Vec<u8> = stored.to_f32().into_iter().flat_map(f32::to_le_bytes).collect();
-        let view = TensorView { dtype: Dtype::F32, shape: stored.shape, bytes: &bytes };
+        let view = TensorView::new(Dtype::F32, stored.shape, &bytes);
         let part =
             LinearPart { name: weight.to_string(), weight: view, bias: None, rows: RowOrder::AsStored };
         let linear = self.device.load_linear(&[part], &mut |_| {})?;
@@ -111,6 +121,7 @@ impl<'a, D: Device> Loader<'a, D> {
 
     /// Says that all is loaded.
     pub(super) fn finish(self) {
+        self.device.finish_loading();
         (self.progress)(self.total, self.total);
     }
 }

@@ -58,7 +58,7 @@ pub(crate) enum Weights {
     Exact,
     /// Quantised ones, some of them, in integers.
     Quantised,
-    /// Those in bf16 as multiples of 12 bits, in integers.
+    /// Those in bf16 or E4M3 as multiples of 12 bits, in integers.
     Bf16Blocks,
 }
 
@@ -66,13 +66,14 @@ impl Weights {
     const ALL: [(Self, &'static str); 3] = [
         (Self::Exact, "exact weights"),
         (Self::Quantised, "quantised weights"),
-        (Self::Bf16Blocks, "bf16 weights in blocks of 12 bits"),
+        (Self::Bf16Blocks, "weights in blocks of 12 bits (from bf16, E4M3)"),
     ];
 
     fn of(checkpoint: &Checkpoint, how: How) -> Self {
+        let has = |dtype: Dtype| checkpoint.tensors().any(|(_, tensor)| tensor.dtype == dtype);
         if checkpoint.tensors().any(|(_, tensor)| tensor.dtype.block_elements() > 1) {
             Self::Quantised
-        } else if checkpoint.tensors().any(|(_, tensor)| tensor.dtype == Dtype::Bf16) && !how.exact_bf16 {
+        } else if has(Dtype::F8E4M3) || has(Dtype::Bf16) && !how.exact_bf16 {
             Self::Bf16Blocks
         } else {
             Self::Exact

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from tiny_models import MERGES, SPECIAL, VOCABULARY
+from tiny_models import MERGES, SPECIAL, VOCABULARY, tensors
 
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -26,23 +26,6 @@ def vocabulary():
     return byte_alphabet() + [merge.replace(" ", "") for merge in MERGES] + SPECIAL
 
 
-def tensors(model):
-    """All tensors by their names in a checkpoint: transformers stacks experts in memory, but not in files."""
-    buffers = ((name, tensor) for name, tensor in model.named_buffers() if name.endswith("e_score_correction_bias"))
-    for name, tensor in [*model.named_parameters(), *buffers]:
-        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-            yield name, tensor
-            continue
-        base = name.rsplit(".", 1)[0]
-        for expert, matrix in enumerate(tensor):
-            if name.endswith("down_proj"):
-                yield f"{base}.{expert}.down_proj.weight", matrix
-            else:
-                gate, up = matrix.chunk(2)
-                yield f"{base}.{expert}.gate_proj.weight", gate
-                yield f"{base}.{expert}.up_proj.weight", up
-
-
 def stored_type(name, dtype):
     """DeepSeek's checkpoints keep this one in f32."""
     return torch.float32 if name.endswith("e_score_correction_bias") else dtype
@@ -51,6 +34,8 @@ def stored_type(name, dtype):
 def write_hugging_face(directory, model, spec):
     dtype = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[spec["dtype"]]
     state = {name: tensor.detach().to(stored_type(name, dtype)).contiguous() for name, tensor in tensors(model)}
+    for name, (quants, scales) in getattr(model, "eight_bits", {}).items():
+        state |= {name: quants, f"{name}_scale_inv": scales}
     if spec.get("predicts_ahead"):
         # What a checkpoint has of a layer for predicting several tokens, in part: it must not matter.
         layer, hidden = model.config.num_hidden_layers, model.config.hidden_size
@@ -69,6 +54,10 @@ def write_hugging_face(directory, model, spec):
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
 
     config = model.config.to_dict() | dict(architectures=[type(model).__name__], dtype=str(dtype)[6:])
+    if "eight_bits" in spec:
+        block = list(spec["eight_bits"])
+        fp8 = dict(activation_scheme="dynamic", fmt="e4m3", quant_method="fp8", weight_block_size=block)
+        config |= dict(quantization_config=fp8)
     if spec.get("old_config"):
         rope = config.pop("rope_parameters")
         config |= dict(rope_theta=rope.pop("rope_theta"), rope_scaling=rope, torch_dtype=config.pop("dtype"))

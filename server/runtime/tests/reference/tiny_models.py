@@ -173,6 +173,16 @@ HF_MODELS = {
             rope_interleave=False,
         ),  # fmt: skip
     ),
+    # As V3 and R1 are published: projections of eight bits with a scale for each block.
+    "hf-f8-deepseek3": BASE
+    | dict(
+        family="deepseek_v3",
+        head_dim=None,
+        tied=True,
+        dtype="bf16",
+        eight_bits=(8, 16),
+        extra=DEEPSEEK | dict(q_lora_rank=16, n_shared_experts=1, n_group=4, topk_group=2),
+    ),
 }
 GGUF_MODELS = {
     "gguf-f32": BASE | dict(layers=1, head_dim=8, kv_heads=2, quants="F32"),
@@ -267,4 +277,46 @@ def random_model(spec, seed):
         for name, bias in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 bias.normal_(0.0, 0.2)
+        if "eight_bits" in spec:
+            to_eight_bits(model, spec["eight_bits"])
     return model
+
+
+def to_eight_bits(model, block):
+    """Makes every projection what its eight bits and scales say; `model.eight_bits` has those by name."""
+    model.eight_bits = {}
+    for name, weight in list(tensors(model)):
+        if name.endswith("proj.weight") or name.endswith("kv_a_proj_with_mqa.weight"):
+            quants, scales = eight_bits(weight.detach(), block)
+            model.eight_bits[name] = quants, scales
+            spread = scales.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+            weight.copy_(quants.float() * spread[: weight.shape[0], : weight.shape[1]])
+
+
+def eight_bits(weight, block):
+    """E4M3 and, for each block of rows and columns, what its largest must be divided by to become E4M3's largest."""
+    rows, columns = (-(-axis // size) for axis, size in zip(weight.shape, block))
+    quants, scales = torch.empty_like(weight, dtype=torch.float8_e4m3fn), torch.empty(rows, columns)
+    for row in range(rows):
+        for column in range(columns):
+            place = (slice(row * block[0], (row + 1) * block[0]), slice(column * block[1], (column + 1) * block[1]))
+            scales[row, column] = weight[place].abs().max() / torch.finfo(torch.float8_e4m3fn).max
+            quants[place] = (weight[place] / scales[row, column]).to(torch.float8_e4m3fn)
+    return quants, scales
+
+
+def tensors(model):
+    """All tensors by their names in a checkpoint: transformers stacks experts in memory, but not in files."""
+    buffers = ((name, tensor) for name, tensor in model.named_buffers() if name.endswith("e_score_correction_bias"))
+    for name, tensor in [*model.named_parameters(), *buffers]:
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            yield name, tensor
+            continue
+        base = name.rsplit(".", 1)[0]
+        for expert, matrix in enumerate(tensor):
+            if name.endswith("down_proj"):
+                yield f"{base}.{expert}.down_proj.weight", matrix
+            else:
+                gate, up = matrix.chunk(2)
+                yield f"{base}.{expert}.gate_proj.weight", gate
+                yield f"{base}.{expert}.up_proj.weight", up

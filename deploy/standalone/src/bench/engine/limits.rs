@@ -3,7 +3,7 @@
 
 use std::{thread, time::Instant};
 
-use baton_checkpoint::{Checkpoint, CheckpointError, Weight};
+use baton_checkpoint::{Attention, Checkpoint, CheckpointError, Weight};
 use serde::Serialize;
 use tokio::process::Command;
 
@@ -69,8 +69,10 @@ fn read_rate(threads: usize) -> f64 {
 pub(super) struct Demand {
     /// Bytes of the file's weights that every token of a decode alone reads.
     pub(super) bytes: f64,
-    /// Operations of matrix products for every token of a prompt: all layers, not the output projection.
-    pub(super) operations: f64,
+    /// Operations of products with weights for every token of a prompt: all layers, not the output projection.
+    pub(super) weights: f64,
+    /// Operations of attention for every token that a token of a prompt sees, itself included.
+    pub(super) attention: f64,
 }
 
 impl Demand {
@@ -89,6 +91,18 @@ impl Demand {
             .filter(|tensor| tensor.shape.len() > 1)
             .map(|tensor| tensor.rows() * tensor.columns())
             .sum();
-        Ok(Some(Self { bytes: bytes as f64, operations: 2.0 * weights as f64 }))
+        let config = checkpoint.config();
+        // Scores and sums of values, of every head; latent attention as it is computed, on latents.
+        let products = match &config.attention {
+            Attention::GroupedQuery(shape) => shape.heads * 2 * shape.head_dim,
+            Attention::Latent(shape) => shape.heads * (2 * shape.kv_rank + shape.rope_dim),
+        };
+        let attention = 2.0 * f64::from(products) * f64::from(config.layers);
+        Ok(Some(Self { bytes: bytes as f64, weights: 2.0 * weights as f64, attention }))
+    }
+
+    /// Operations of the prefill of a prompt, for each of its tokens.
+    pub(super) fn operations(&self, prompt_tokens: u32) -> f64 {
+        self.weights + self.attention * (f64::from(prompt_tokens) + 1.0) / 2.0
     }
 }

@@ -56,7 +56,7 @@ impl Row {
         (median(self.baton.iter().map(of).collect()).unwrap_or(f64::NAN), theirs.zip(ratio))
     }
 
-    /// What share of the machine's limit that is: of products for prefill, of reading the file's weights for the decode
+    /// What share of the machine's limit that is: of products for prefill (attention's among them), of reading the file's weights for the decode
     /// of one sequence. Several sequences share what they read.
     fn of_limit(&self, figure: Figure) -> Option<f64> {
         let demand = self.demand?;
@@ -64,7 +64,7 @@ impl Row {
             return None;
         }
         let share = |(rates, limits): (&Rates, &Limits)| match figure {
-            Figure::Prefill => rates.prefill * demand.operations / limits.products,
+            Figure::Prefill => rates.prefill * demand.operations(self.work.prompt_tokens) / limits.products,
             Figure::Decode => rates.decode * demand.bytes / limits.read,
         };
         median(self.baton.iter().zip(&self.limits).map(share).collect())
@@ -183,7 +183,8 @@ mod tests {
 
     #[test]
     fn shares_are_of_the_same_round_s_limit() {
-        let demand = Demand { bytes: 1e6, operations: 1e9 };
+        // Of 8 tokens each sees 4.5.
+        let demand = Demand { bytes: 1e6, weights: 1e9 - 4.5e7, attention: 1e7 };
         let mut row = row(1, Some(demand));
         row.push(rates(400.0), None, LIMITS);
         row.push(rates(200.0), None, Limits { read: 0.5e9, products: 0.5e12 });

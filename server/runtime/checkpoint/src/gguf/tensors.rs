@@ -77,7 +77,7 @@ fn entry(header: &Header<'_>, line: &TensorLine<'_>, file_bytes: usize) -> Resul
         shape.remove(0);
     }
     let extent = Extent { file: 0, start: range.start, length: bytes };
-    Ok(TensorEntry { dtype, shape, extent, name: line.name.to_owned() })
+    Ok(TensorEntry { dtype, shape, extent, name: line.name.to_owned(), scales: None })
 }
 
 /// ggml's type numbers.

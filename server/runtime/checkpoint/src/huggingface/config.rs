@@ -81,11 +81,6 @@ fn check_supported(
     if let Some(activation) = file.text("hidden_act")?.filter(|&name| name != "silu") {
         return Err(file.unsupported("hidden_act", format!("{activation:?}"), "silu"));
     }
-    if let Some(config) = file.get("quantization_config") {
-        let method = config.get("quant_method").and_then(|method| method.as_str()).unwrap_or("given");
-        let supported = "unquantised safetensors; for quantised weights give a GGUF file";
-        return Err(file.unsupported("quantization_config", method, supported));
-    }
     for field in ["partial_rotary_factor", "rope_parameters.partial_rotary_factor"] {
         if let Some(part) = file.f32(field)?.filter(|&part| part != 1.0) {
             return Err(file.unsupported(field, part.to_string(), "1.0"));
@@ -122,5 +117,31 @@ fn sliding_window(
             Err(file.unsupported("sliding_window", window.to_string(), &supported))
         }
         None => Ok(()),
+    }
+}
+
+/// Rows and columns of the blocks that share a scale, where weights have eight bits: DeepSeek V3 as it is published.
+pub(super) fn scaled_blocks(file: &JsonFile) -> Result<Option<[usize; 2]>, CheckpointError> {
+    let at = |field: &str| format!("quantization_config.{field}");
+    if file.get("quantization_config").is_none() {
+        return Ok(None);
+    }
+    let field = at("quant_method");
+    let supported = "\"fp8\", or unquantised safetensors; for other quantised weights give a GGUF file";
+    match file.text(&field)? {
+        Some("fp8") => {}
+        method => return Err(file.unsupported(&field, format!("{:?}", method.unwrap_or("none")), supported)),
+    }
+    if let Some(format) = file.text(&at("fmt"))?.filter(|&format| format != "e4m3") {
+        return Err(file.unsupported(&at("fmt"), format!("{format:?}"), "\"e4m3\""));
+    }
+    let field = at("weight_block_size");
+    let Some(block) = file.get(&field) else {
+        return Err(file.unsupported(&field, "none", "blocks with a scale each, such as [128, 128]"));
+    };
+    let number = |value: &serde_json::Value| value.as_u64().filter(|&n| n > 0 && n <= 1 << 20);
+    match block.as_array().map(|axes| axes.iter().map(number).collect::<Vec<_>>()).as_deref() {
+        Some(&[Some(rows), Some(columns)]) => Ok(Some([rows as usize, columns as usize])),
+        _ => Err(file.damaged(&field, format!("{block} is not two numbers of at least 1"))),
     }
 }

@@ -28,7 +28,7 @@ pub(crate) fn read(directory: &Path) -> Result<Parts, CheckpointError> {
         return Err(lacks(directory, "tokenizer.json"));
     }
     let (model, tied) = config::model(&config)?;
-    let (files, mut tensors) = weights::read(directory, &model)?;
+    let (files, mut tensors) = weights::read(directory, &model, config::scaled_blocks(&config)?)?;
     if tied {
         tensors.remove(&crate::Weight::Output);
     }

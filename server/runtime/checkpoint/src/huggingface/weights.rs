@@ -10,18 +10,22 @@ use safetensors::{Dtype as StoredDtype, SafeTensors};
 use super::{JsonFile, lacks};
 use crate::{
     Architecture, CheckpointError, Dtype, ExpertWeight, LayerWeight, ModelConfig, Weight,
-    checkpoint::TensorEntry,
+    checkpoint::{ScalesEntry, TensorEntry},
     source::{Extent, MappedFile},
 };
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
+/// What a tensor's scales are called, after the tensor's own name.
+const SCALES: &str = "_scale_inv";
+
 type Table = BTreeMap<Weight, TensorEntry>;
 
 pub(super) fn read(
     directory: &Path,
     config: &ModelConfig,
+    block: Option<[usize; 2]>,
 ) -> Result<(Vec<MappedFile>, Table), CheckpointError> {
     let names = match JsonFile::open(directory, INDEX)? {
         Some(index) => shards(&index)?,
@@ -29,13 +33,57 @@ pub(super) fn read(
         None => return Err(lacks(directory, "model.safetensors and no model.safetensors.index.json")),
     };
     let mut files = Vec::new();
-    let mut tensors = Table::new();
+    let (mut tensors, mut scales) = (Table::new(), Table::new());
     for name in names {
         let file = MappedFile::open(&directory.join(name))?;
-        add(&mut tensors, &file, files.len(), config)?;
+        add(&mut tensors, &mut scales, &file, files.len(), config)?;
         files.push(file);
     }
+    join(&mut tensors, scales, &files, block)?;
     Ok((files, tensors))
+}
+
+/// Gives tensors of eight bits the scales that lie beside them; no others have any.
+fn join(
+    tensors: &mut Table,
+    mut scales: Table,
+    files: &[MappedFile],
+    block: Option<[usize; 2]>,
+) -> Result<(), CheckpointError> {
+    let damaged = |entry: &TensorEntry, reason: String| CheckpointError::Damaged {
+        path: files[entry.extent.file].path().to_owned(),
+        field: format!("tensor {}", entry.name),
+        reason,
+    };
+    for (weight, entry) in tensors.iter_mut().filter(|(_, entry)| entry.dtype == Dtype::F8E4M3) {
+        let given = block.zip(scales.remove(weight));
+        let missing = || {
+            damaged(
+                entry,
+                format!(
+                    "it is of type F8_E4M3 and there is no tensor of that name with {SCALES}, or no quantization_config"
+                ),
+            )
+        };
+        let (block, given) = given.ok_or_else(missing)?;
+        let blocks: Vec<usize> =
+            entry.shape.iter().zip(block).map(|(axis, block)| axis.div_ceil(block)).collect();
+        if entry.shape.len() != 2 || given.shape != blocks {
+            let found = format!(
+                "its shape is {:?}, that of its tensor {:?} calls for {blocks:?}",
+                given.shape, entry.shape
+            );
+            return Err(damaged(&given, found));
+        }
+        if !matches!(given.dtype, Dtype::F32 | Dtype::Bf16) {
+            return Err(damaged(&given, format!("scales of type {} are not supported", given.dtype.name())));
+        }
+        entry.scales = Some(ScalesEntry { block, dtype: given.dtype, extent: given.extent });
+    }
+    match scales.into_values().next() {
+        Some(entry) => Err(damaged(&entry, "there is no tensor of type F8_E4M3 that it scales".to_owned())),
+        None => Ok(()),
+    }
 }
 
 /// The files that the index names, each once. They must lie in the directory itself.
@@ -57,9 +105,10 @@ fn shards(index: &JsonFile) -> Result<Vec<String>, CheckpointError> {
     Ok(names.into_iter().collect())
 }
 
-/// Adds the tensors of one file.
+/// Adds the tensors of one file, and the scales of tensors under what they scale.
 fn add(
     tensors: &mut Table,
+    scales: &mut Table,
     file: &MappedFile,
     index: usize,
     config: &ModelConfig,
@@ -77,7 +126,8 @@ fn add(
         if predicts_further_tokens(&name, config) {
             continue;
         }
-        let Some(weight) = role(&name) else {
+        let scaled = name.strip_suffix(SCALES);
+        let Some(weight) = role(scaled.unwrap_or(&name)) else {
             if name.ends_with(".rotary_emb.inv_freq") {
                 continue; // old exports store what follows from the configuration
             }
@@ -92,12 +142,13 @@ fn add(
             StoredDtype::F32 => Dtype::F32,
             StoredDtype::F16 => Dtype::F16,
             StoredDtype::BF16 => Dtype::Bf16,
+            StoredDtype::F8_E4M3 => Dtype::F8E4M3,
             other => {
                 return Err(CheckpointError::Unsupported {
                     path: file.path().to_owned(),
                     field: format!("tensor {name}"),
                     found: format!("of type {other:?}"),
-                    supported: "F32, F16, BF16".to_owned(),
+                    supported: "F32, F16, BF16, F8_E4M3".to_owned(),
                 });
             }
         };
@@ -107,8 +158,10 @@ fn add(
             return Err(damaged(format!("tensor {name}"), "it ends past the end of the file".to_owned()));
         }
         let extent = Extent { file: index, start, length };
-        let entry = TensorEntry { dtype, shape: info.shape.clone(), extent, name: name.clone() };
-        if tensors.insert(weight, entry).is_some() {
+        let shape = info.shape.clone();
+        let entry = TensorEntry { dtype, shape, extent, name: name.clone(), scales: None };
+        let table = if scaled.is_some() { &mut *scales } else { &mut *tensors };
+        if table.insert(weight, entry).is_some() {
             return Err(damaged(format!("tensor {name}"), "it is in more than one file".to_owned()));
         }
     }

@@ -127,8 +127,11 @@ pub(crate) fn config() -> serde_json::Value {
     })
 }
 
-/// Bytes of `model.safetensors` of the same model, f32 ones.
-pub(crate) fn safetensors() -> Vec<u8> {
+/// A tensor of a safetensors file: name, type, shape, bytes.
+pub(crate) type Stored = (String, &'static str, Vec<usize>, Vec<u8>);
+
+/// The same model's tensors, f32 ones.
+pub(crate) fn stored() -> Vec<Stored> {
     let layer = |name: &str| format!("model.layers.0.{name}.weight");
     let tensors = [
         ("model.embed_tokens.weight".to_owned(), vec![4, 8]),
@@ -143,12 +146,18 @@ pub(crate) fn safetensors() -> Vec<u8> {
         (layer("mlp.up_proj"), vec![12, 8]),
         (layer("mlp.down_proj"), vec![8, 12]),
     ];
+    let ones = |shape: &[usize]| 1f32.to_le_bytes().repeat(shape.iter().product());
+    tensors.map(|(name, shape)| (name, "F32", shape.clone(), ones(&shape))).to_vec()
+}
+
+/// Bytes of a safetensors file.
+pub(crate) fn safetensors(tensors: &[Stored]) -> Vec<u8> {
     let (mut header, mut data) = (serde_json::Map::new(), Vec::new());
-    for (name, shape) in tensors {
+    for (name, dtype, shape, bytes) in tensors {
         let start = data.len();
-        data.extend(1f32.to_le_bytes().repeat(shape.iter().product()));
-        let entry = serde_json::json!({"dtype": "F32", "shape": shape, "data_offsets": [start, data.len()]});
-        header.insert(name, entry);
+        data.extend(bytes);
+        let entry = serde_json::json!({"dtype": dtype, "shape": shape, "data_offsets": [start, data.len()]});
+        header.insert(name.clone(), entry);
     }
     let header = serde_json::Value::Object(header).to_string();
     [(header.len() as u64).to_le_bytes().to_vec(), header.into_bytes(), data].concat()
@@ -159,6 +168,6 @@ pub(crate) fn write_hugging_face(directory: &Path) {
     let write =
         |name: &str, content: &[u8]| fs::write(directory.join(name), content).expect("a file is written");
     write("config.json", config().to_string().as_bytes());
-    write("model.safetensors", &safetensors());
+    write("model.safetensors", &safetensors(&stored()));
     write("tokenizer.json", br#"{"added_tokens": [{"id": 3, "content": "<|end|>", "special": true}]}"#);
 }

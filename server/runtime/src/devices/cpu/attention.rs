@@ -323,3 +323,25 @@ fn weigh(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn vectors_become_bytes_and_what_is_no_number_stays_none() {
+        let back = |vector: &[f32]| -> Vec<f32> {
+            let int8 = Int8::of(vector);
+            vector.iter().map(|&x| f32::from(int8.quant(x)) * int8.scale).collect()
+        };
+        assert_eq!(back(&[0.0, -0.0]), [0.0, 0.0]);
+        assert_eq!(back(&[127.0, -127.0, 1.0, 0.4, -63.6]), [127.0, -127.0, 1.0, 0.0, -64.0]);
+        // Far below what matters, and near the end of what there is.
+        assert!(back(&[1e-40, -1e-39]).iter().all(|x| x.abs() <= 1e-39));
+        let largest = back(&[f32::MAX, -f32::MAX, 0.0]);
+        assert!(largest[0] > 3.4e38 && largest[1] < -3.4e38 && largest[2] == 0.0, "{largest:?}");
+        for fault in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            assert!(back(&[1.0, fault, 0.0]).iter().all(|x| x.is_nan()), "{fault}");
+        }
+    }
+}

@@ -8,9 +8,8 @@ use half::bf16;
 use super::{
     kernels,
     linear::{Linear, Workspace},
-    memory::Arena,
-    pack,
     threads::Pool,
+    weights::{self, Store},
 };
 use crate::{
     LoadOptions, RuntimeError,
@@ -32,9 +31,9 @@ pub fn product_rate(options: &LoadOptions) -> Result<f64, RuntimeError> {
     let weight = |i: usize| bf16::from_f32((i * 7919 % 1009) as f32 / 1009.0 - 0.5);
     let bytes: Vec<u8> = (0..WIDTH * WIDTH).flat_map(|i| weight(i).to_le_bytes()).collect();
     let shape = [WIDTH, WIDTH];
-    let weight = TensorView { dtype: Dtype::Bf16, shape: &shape, bytes: &bytes };
+    let weight = TensorView::new(Dtype::Bf16, &shape, &bytes);
     let part = LinearPart { name: "weights".into(), weight, bias: None, rows: RowOrder::AsStored };
-    let packed = pack::pack(&part, options.exact_bf16, &mut Arena::default(), &mut pool)?;
+    let packed = weights::pack(&part, options.exact_bf16, &mut Store::default(), &mut pool)?;
     let linear = Linear { parts: vec![packed], outputs: WIDTH, inputs: WIDTH };
     let mut workspace = Workspace::new(pool.threads());
     let x: Vec<f32> = (0..ROWS * WIDTH).map(|i| (i * 31 % 257) as f32 / 257.0 - 0.5).collect();

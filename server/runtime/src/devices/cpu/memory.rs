@@ -1,11 +1,13 @@
-//! Zeroed memory for packed weights, and pointers into memory that tasks share.
+//! Memory for packed weights, the system's or a file's, and pointers into memory that tasks share.
 
-use std::{ptr::NonNull, slice, sync::Arc};
+use std::{fs::File, io, ptr::NonNull, slice, sync::Arc};
 
-use memmap2::MmapMut;
+use memmap2::{Mmap, MmapMut, MmapOptions};
 
 use crate::RuntimeError;
 
+/// Where weights begin: on a cache line's border.
+pub(crate) const ALIGN: usize = 64;
 /// Least bytes of one mapping; what is not used of it costs no memory.
 const MAPPING_BYTES: usize = 64 << 20;
 
@@ -13,13 +15,39 @@ const MAPPING_BYTES: usize = 64 << 20;
 struct Mapping {
     base: NonNull<u8>,
     /// Owns what `base` points to.
-    _memory: MmapMut,
+    _memory: Memory,
 }
 
-// SAFETY: plain memory; each `AlignedBytes` touches its own part of it only.
+/// Kept for its end only.
+#[allow(dead_code, reason = "what is mapped is reached through the mapping's base")]
+enum Memory {
+    Anonymous(MmapMut),
+    File(Mmap),
+}
+
+// SAFETY: plain memory; each part of it is written before the `Bytes` of it are made, and only read afterwards.
 unsafe impl Send for Mapping {}
 // SAFETY: as above.
 unsafe impl Sync for Mapping {}
+
+/// Bytes that do not change any more.
+pub(crate) struct Bytes {
+    base: NonNull<u8>,
+    length: usize,
+    _mapping: Arc<Mapping>,
+}
+
+// SAFETY: plain memory that is only read.
+unsafe impl Send for Bytes {}
+// SAFETY: as above.
+unsafe impl Sync for Bytes {}
+
+impl Bytes {
+    pub(crate) fn as_slice(&self) -> &[u8] {
+        // SAFETY: `length` initialised bytes from `base` are there as long as the mapping, and nobody writes them.
+        unsafe { slice::from_raw_parts(self.base.as_ptr(), self.length) }
+    }
+}
 
 /// Hands out memory for one model's weights. Neighbours share large pages: the hardware looks far fewer of them up.
 #[derive(Default)]
@@ -31,10 +59,14 @@ pub(crate) struct Arena {
 }
 
 impl Arena {
-    /// Zeroed bytes on a cache line's border.
-    pub(crate) fn zeroed(&mut self, length: usize) -> Result<AlignedBytes, RuntimeError> {
+    /// Bytes that `fill`, which finds zeros, has written.
+    pub(crate) fn filled(
+        &mut self,
+        length: usize,
+        fill: impl FnOnce(&mut [u8]),
+    ) -> Result<Bytes, RuntimeError> {
         let exhausted = || RuntimeError::Memory { bytes: length };
-        let needed = length.checked_next_multiple_of(AlignedBytes::ALIGN).ok_or_else(exhausted)?;
+        let needed = length.checked_next_multiple_of(ALIGN).ok_or_else(exhausted)?;
         let mapping = match &self.mapping {
             Some(mapping) if needed <= self.length - self.used => Arc::clone(mapping),
             _ => {
@@ -45,40 +77,42 @@ impl Arena {
                 let _ = memory.advise(memmap2::Advice::HugePage);
                 let base = NonNull::new(memory.as_mut_ptr()).ok_or_else(exhausted)?;
                 (self.used, self.length) = (0, bytes);
-                let mapping = Arc::new(Mapping { base, _memory: memory });
+                let mapping = Arc::new(Mapping { base, _memory: Memory::Anonymous(memory) });
                 Arc::clone(self.mapping.insert(mapping))
             }
         };
-        // SAFETY: `needed` bytes from `used` on are within the mapping.
+        // SAFETY: `needed` bytes from `used` on are within the mapping, and nobody else has them.
         let base = unsafe { mapping.base.add(self.used) };
+        // SAFETY: as above; they are zero.
+        fill(unsafe { slice::from_raw_parts_mut(base.as_ptr(), length) });
         self.used += needed;
-        Ok(AlignedBytes { base, length, _mapping: mapping })
+        Ok(Bytes { base, length, _mapping: mapping })
     }
 }
 
-/// A fixed run of bytes.
-pub(crate) struct AlignedBytes {
-    base: NonNull<u8>,
-    length: usize,
-    _mapping: Arc<Mapping>,
-}
+/// A file mapped for reading. All processes that map it share its memory.
+pub(crate) struct MappedFile(Arc<Mapping>);
 
-// SAFETY: the only one that has these plain bytes, like a boxed slice.
-unsafe impl Send for AlignedBytes {}
-// SAFETY: as above; shared references only read.
-unsafe impl Sync for AlignedBytes {}
-
-impl AlignedBytes {
-    const ALIGN: usize = 64;
-
-    pub(crate) fn as_slice(&self) -> &[u8] {
-        // SAFETY: `length` initialised bytes from `base` are ours.
-        unsafe { slice::from_raw_parts(self.base.as_ptr(), self.length) }
+impl MappedFile {
+    /// Maps the first `length` bytes, of which the file need not have all as yet.
+    pub(crate) fn new(file: &File, length: usize) -> io::Result<Self> {
+        // SAFETY: only read, and only where `bytes` is allowed to.
+        let memory = unsafe { MmapOptions::new().len(length).map(file) }?;
+        // Advice only: pages come when they are touched, too.
+        #[cfg(unix)]
+        let _ = memory.advise(memmap2::Advice::WillNeed);
+        let base = NonNull::new(memory.as_ptr().cast_mut()).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Self(Arc::new(Mapping { base, _memory: Memory::File(memory) })))
     }
 
-    pub(crate) fn as_mut_slice(&mut self) -> &mut [u8] {
-        // SAFETY: as above, and `&mut self` makes them ours alone.
-        unsafe { slice::from_raw_parts_mut(self.base.as_ptr(), self.length) }
+    /// Some bytes of the file.
+    ///
+    /// # Safety
+    /// They lie within what is mapped and within the file, which is neither changed there nor cut short while they live.
+    pub(crate) unsafe fn bytes(&self, start: usize, length: usize) -> Bytes {
+        // SAFETY: the caller's promise.
+        let base = unsafe { self.0.base.add(start) };
+        Bytes { base, length, _mapping: Arc::clone(&self.0) }
     }
 }
 

@@ -1,6 +1,6 @@
 //! The CPU device: packed weights, kernels chosen for the CPU at hand, a few threads.
 //!
-//! `pack` arranges weights at load; `linear`, `heads` (with `attention` and `latent`) and `experts` (with `routing`) cut an
+//! `weights` are packed at load; `linear`, `heads` (with `attention` and `latent`) and `experts` (with `routing`) cut an
 //! operation into tasks for `threads`, which call the `kernels`; those are written over `lanes`. Activations are f32 from
 //! one operation to the next. `measure` times products alone. This file puts them together.
 
@@ -13,10 +13,10 @@ mod latent;
 mod linear;
 mod measure;
 mod memory;
-mod pack;
 mod routing;
 mod tensor;
 mod threads;
+mod weights;
 
 use std::{
     num::NonZero,
@@ -31,7 +31,7 @@ use self::{
     kernels::Kernels,
     lanes::LANES,
     linear::Linear,
-    memory::{Arena, Disjoint},
+    memory::Disjoint,
     routing::Routes,
     tensor::Tensor,
     threads::Pool,
@@ -43,6 +43,7 @@ use crate::{
 };
 
 pub use measure::product_rate;
+pub(crate) use weights::Store;
 
 /// Rows of one task in operations that work row by row.
 const ROWS_PER_TASK: usize = 16;
@@ -67,8 +68,7 @@ pub(crate) struct CpuDevice {
     kind: Kind,
     frequencies: RopeFrequencies,
     exact_bf16: bool,
-    /// What weights are packed into.
-    arena: Arena,
+    store: Store,
     workspace: linear::Workspace,
     attention_scratch: Vec<Mutex<attention::Scratch>>,
     latent_scratch: Vec<Mutex<latent::Scratch>>,
@@ -114,8 +114,12 @@ fn threads_of(options: &LoadOptions) -> Result<usize, RuntimeError> {
 }
 
 impl CpuDevice {
-    /// Starts the threads and allocates the KV pool.
-    pub(crate) fn new(config: &ModelConfig, options: &LoadOptions) -> Result<Self, RuntimeError> {
+    /// Starts the threads and allocates the KV pool. Weights will be kept in `store`.
+    pub(crate) fn new(
+        config: &ModelConfig,
+        options: &LoadOptions,
+        store: Store,
+    ) -> Result<Self, RuntimeError> {
         let threads = threads_of(options)?;
         let kernels = kernels::best();
         tracing::debug!(instructions = kernels.name, threads, "the cpu device is up");
@@ -126,7 +130,7 @@ impl CpuDevice {
             kind: Kind::of(&config.attention),
             frequencies: config.rope.frequencies(config.rope_dim()),
             exact_bf16: options.exact_bf16,
-            arena: Arena::default(),
+            store,
             workspace: linear::Workspace::new(threads),
             attention_scratch: (0..threads).map(|_| Mutex::default()).collect(),
             latent_scratch: (0..threads).map(|_| Mutex::default()).collect(),
@@ -171,7 +175,7 @@ impl Device for CpuDevice {
                 let reason = format!("it has {} inputs, its neighbours {inputs}", part.weight.columns());
                 return Err(RuntimeError::Tensor { tensor: part.name.clone(), reason });
             }
-            let packed = pack::pack(part, self.exact_bf16, &mut self.arena, &mut self.pool)?;
+            let packed = weights::pack(part, self.exact_bf16, &mut self.store, &mut self.pool)?;
             linear.outputs += packed.rows;
             linear.parts.push(packed);
             loaded(part.weight.bytes.len() as u64);
@@ -181,6 +185,10 @@ impl Device for CpuDevice {
 
     fn load_vector(&mut self, values: &TensorView<'_>) -> Result<Vec<f32>, RuntimeError> {
         Ok(values.to_f32())
+    }
+
+    fn finish_loading(&mut self) {
+        self.store.finish();
     }
 
     fn tensor(&mut self, width: usize) -> Result<Tensor, RuntimeError> {

@@ -237,6 +237,15 @@ fn tiles(kernels: &Kernels, x: &[f32], rows: usize, panel: &[f32], init: &[f32],
     out
 }
 
+/// Nothing here fails for want of an instruction set; who runs these tests for the sake of one says so.
+#[test]
+fn the_kernels_are_those_expected() {
+    let names: Vec<&str> = available().iter().map(|kernels| kernels.name).collect();
+    if let Ok(expected) = std::env::var("BATON_TEST_KERNELS") {
+        assert_eq!(names.join(", "), expected);
+    }
+}
+
 #[test]
 fn instruction_sets_agree_bit_for_bit() {
     let sets = available();

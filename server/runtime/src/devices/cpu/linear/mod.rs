@@ -18,8 +18,8 @@ use super::{
     kernels::{Kernels, MOST_FEW, PanelFormat},
     lanes::LANES,
     memory::Disjoint,
-    pack::Packed,
     threads::Pool,
+    weights::Packed,
 };
 
 /// Most rows of one task: `K_BLOCK` columns of them stay in the second-level cache, as f32 and as i16. Multiples of every

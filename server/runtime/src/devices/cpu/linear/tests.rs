@@ -5,7 +5,11 @@ use baton_checkpoint::{Dtype, TensorView};
 use super::{Linear, Workspace};
 use crate::{
     device::{LinearPart, RowOrder},
-    devices::cpu::{kernels, memory::Arena, pack, threads::Pool},
+    devices::cpu::{
+        kernels,
+        threads::Pool,
+        weights::{self, Store},
+    },
 };
 
 /// Columns that are no multiple of the blocks in which activations are quantised or panels expanded.
@@ -26,9 +30,9 @@ fn linear(parts: &[(Dtype, usize)], pool: &mut Pool) -> Linear {
             block[1] = block[1] & 0x80 | 0x3c;
         }
         let shape = [outputs, K];
-        let weight = TensorView { dtype, shape: &shape, bytes: &bytes };
+        let weight = TensorView::new(dtype, &shape, &bytes);
         let part = LinearPart { name: "w".into(), weight, bias: None, rows: RowOrder::AsStored };
-        linear.parts.push(pack::pack(&part, false, &mut Arena::default(), pool).unwrap());
+        linear.parts.push(weights::pack(&part, false, &mut Store::default(), pool).unwrap());
         linear.outputs += outputs;
     }
     linear

@@ -1,16 +1,20 @@
 //! Repacks a stored matrix, `[out, in]` row by row, into panels of sixteen outputs in one of the kernels' formats.
 //!
 //! Quantised weights keep the values they had in the file; types of five and six bits are packed as bytes, the others at
-//! their size. Those in bf16 become multiples of a scale for every 32 of them, [`B12`], unless they are to be exact. All
-//! threads pack, each its own panels.
+//! their size. Those in bf16 become multiples of a scale for every 32 of them, [`B12`], unless they are to be exact; those
+//! of eight bits with scales in blocks do, too. All threads pack, each its own panels.
 
-use super::{
-    kernels::{B12, DenseFormat, PanelFormat, QuantisedFormat},
-    lanes::{LANES, nearest},
-    memory::{AlignedBytes, Arena, Disjoint},
-    threads::Pool,
+use super::Store;
+use crate::{
+    RuntimeError,
+    device::LinearPart,
+    devices::cpu::{
+        kernels::{B12, DenseFormat, PanelFormat, QuantisedFormat},
+        lanes::{LANES, nearest},
+        memory::{Bytes, Disjoint},
+        threads::Pool,
+    },
 };
-use crate::{RuntimeError, device::LinearPart};
 use baton_checkpoint::{Dtype, TensorView};
 use half::bf16;
 
@@ -22,7 +26,7 @@ pub(crate) struct Packed {
     /// Inputs.
     pub(crate) k: usize,
     pub(crate) panel_bytes: usize,
-    pub(crate) bytes: AlignedBytes,
+    pub(crate) bytes: Bytes,
     /// What the sums start from, the bias or zero, for all outputs of all panels.
     pub(crate) init: Vec<f32>,
 }
@@ -35,10 +39,12 @@ impl Packed {
 
 /// The format that rows of `k` weights of a stored type are packed into.
 pub(crate) fn format_of(dtype: Dtype, k: usize, exact_bf16: bool) -> PanelFormat {
-    const BF16: PanelFormat = PanelFormat::Quantised(QuantisedFormat::B12);
+    const B12: PanelFormat = PanelFormat::Quantised(QuantisedFormat::B12);
+    let whole = k.is_multiple_of(B12.block());
     match dtype {
-        Dtype::Bf16 if !exact_bf16 && k.is_multiple_of(BF16.block()) => BF16,
-        Dtype::F32 => PanelFormat::Dense(DenseFormat::F32),
+        Dtype::Bf16 if !exact_bf16 && whole => B12,
+        Dtype::F8E4M3 if whole => B12,
+        Dtype::F32 | Dtype::F8E4M3 => PanelFormat::Dense(DenseFormat::F32),
         Dtype::F16 => PanelFormat::Dense(DenseFormat::F16),
         Dtype::Bf16 => PanelFormat::Dense(DenseFormat::Bf16),
         Dtype::Q8_0 | Dtype::Q5_0 => PanelFormat::Quantised(QuantisedFormat::Q8),
@@ -54,7 +60,7 @@ pub(crate) fn format_of(dtype: Dtype, k: usize, exact_bf16: bool) -> PanelFormat
 pub(crate) fn pack(
     part: &LinearPart<'_>,
     exact_bf16: bool,
-    arena: &mut Arena,
+    store: &mut Store,
     pool: &mut Pool,
 ) -> Result<Packed, RuntimeError> {
     let TensorView { dtype, .. } = part.weight;
@@ -66,16 +72,25 @@ pub(crate) fn pack(
     }
     let panel_bytes = format.panel_bytes(k);
     let panels = rows.div_ceil(LANES);
-    let mut bytes = arena.zeroed(panels * panel_bytes)?;
-    let memory = Disjoint::new(bytes.as_mut_slice());
-    pool.run(panels, &|_, panel| {
-        // SAFETY: each task has a panel of its own, within the `panels * panel_bytes` allocated.
-        let to = unsafe { memory.slice(panel * panel_bytes, panel_bytes) };
-        for lane in 0..LANES.min(rows - panel * LANES) {
-            let row = part.weight.row(part.rows.stored_row(panel * LANES + lane));
-            pack_row(dtype, format, row, to, lane);
-        }
-    });
+    let what = format!("{}: {format:?} {rows} x {k}", part.name);
+    let bytes = store.put(&what, panels * panel_bytes, pool, &mut |bytes, pool| {
+        let memory = Disjoint::new(bytes);
+        pool.run(panels, &|_, panel| {
+            // SAFETY: each task has a panel of its own, within the `panels * panel_bytes` there are.
+            let to = unsafe { memory.slice(panel * panel_bytes, panel_bytes) };
+            for lane in 0..LANES.min(rows - panel * LANES) {
+                let row = part.rows.stored_row(panel * LANES + lane);
+                if part.weight.scales.is_some() || dtype == Dtype::F8E4M3 {
+                    let mut values = vec![0.0; k];
+                    part.weight.dequantize_row(row, &mut values);
+                    let bytes: Vec<u8> = values.into_iter().flat_map(f32::to_le_bytes).collect();
+                    pack_row(Dtype::F32, format, &bytes, to, lane);
+                } else {
+                    pack_row(dtype, format, part.weight.row(row), to, lane);
+                }
+            }
+        });
+    })?;
     let mut init = vec![0.0; panels * LANES];
     if let Some(bias) = &part.bias {
         let stored = bias.to_f32();
@@ -89,7 +104,7 @@ pub(crate) fn pack(
 /// Puts one stored row into its lane of a panel.
 fn pack_row(dtype: Dtype, format: PanelFormat, row: &[u8], panel: &mut [u8], lane: usize) {
     let block: fn(Dtype, &[u8], &mut [u8], usize) = match dtype {
-        Dtype::Bf16 if matches!(format, PanelFormat::Quantised(_)) => pack_b12,
+        Dtype::F32 | Dtype::Bf16 if matches!(format, PanelFormat::Quantised(_)) => pack_b12,
         Dtype::F32 => |_, from, to, lane| spread::<4>(from, to, lane),
         Dtype::F16 | Dtype::Bf16 => |_, from, to, lane| spread::<2>(from, to, lane),
         Dtype::Q8_0 => |_, from, to, lane| {
@@ -101,6 +116,7 @@ fn pack_row(dtype: Dtype, format: PanelFormat, row: &[u8], panel: &mut [u8], lan
         Dtype::Q5_0 | Dtype::Q5_1 => pack_5,
         Dtype::Q4K | Dtype::Q5K => pack_k45,
         Dtype::Q6K => pack_k6,
+        Dtype::F8E4M3 => unreachable!("its rows are packed as f32"),
     };
     let stored = format.block() / dtype.block_elements() * dtype.block_bytes();
     for (from, to) in row.chunks_exact(stored).zip(panel.chunks_exact_mut(format.block_bytes())) {
@@ -108,10 +124,10 @@ fn pack_row(dtype: Dtype, format: PanelFormat, row: &[u8], panel: &mut [u8], lan
     }
 }
 
-/// 32 weights in bf16 as multiples of one scale: that of the largest, rounded up to bf16.
-fn pack_b12(_: Dtype, from: &[u8], to: &mut [u8], lane: usize) {
-    let weights: [f32; 32] =
-        std::array::from_fn(|i| bf16::from_le_bytes([from[2 * i], from[2 * i + 1]]).to_f32());
+/// 32 weights in bf16 or f32 as multiples of one scale: that of the largest, rounded up to bf16.
+fn pack_b12(dtype: Dtype, from: &[u8], to: &mut [u8], lane: usize) {
+    let mut weights = [0.0; 32];
+    dtype.dequantize(from, &mut weights);
     let most = weights.iter().fold(0.0_f32, |most, weight| most.max(weight.abs()));
     let exact = most / f32::from(B12::LARGEST);
     // One that is no finite number makes all products with the block none.
@@ -253,6 +269,7 @@ mod tests {
             Dtype::Q4K,
             Dtype::Q5K,
             Dtype::Q6K,
+            Dtype::F8E4M3,
         ];
         let mut pool = Pool::start(2).unwrap();
         for (dtype, exact_bf16) in types.map(|dtype| (dtype, true)).into_iter().chain([(Dtype::Bf16, false)])
@@ -260,10 +277,10 @@ mod tests {
             let (rows, k) = (24, 512);
             let stored = stored(dtype, rows, k);
             let shape = [rows, k];
-            let weight = TensorView { dtype, shape: &shape, bytes: &stored };
+            let weight = TensorView::new(dtype, &shape, &stored);
             let order = RowOrder::Rotary { head_dim: 8, stored: baton_checkpoint::RopeOrder::Interleaved };
             let part = LinearPart { name: "w".into(), weight, bias: None, rows: order };
-            let packed = pack(&part, exact_bf16, &mut Arena::default(), &mut pool).unwrap();
+            let packed = pack(&part, exact_bf16, &mut Store::default(), &mut pool).unwrap();
             for panel in 0..packed.panels() {
                 let mut lanes = vec![0.0; k * LANES];
                 let bytes = &packed.bytes.as_slice()[panel * packed.panel_bytes..][..packed.panel_bytes];
@@ -276,10 +293,46 @@ mod tests {
                         let got = lanes[i * LANES + lane];
                         let most = row[i / 32 * 32..][..32].iter().fold(0.0_f32, |most, x| most.max(x.abs()));
                         // Half a step of a scale that was rounded up by at most a 128th; else rounding to f32.
+                        let exact = exact_bf16 && dtype != Dtype::F8E4M3;
                         let bound =
-                            if exact_bf16 { 1e-6 * (1.0 + want.abs()) } else { most * 0.5 / 2047.0 * 1.01 };
+                            if exact { 1e-6 * (1.0 + want.abs()) } else { most * 0.5 / 2047.0 * 1.01 };
                         assert!((got - want).abs() <= bound, "{dtype:?} {i}: {got}, not {want}");
                     }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn weights_of_12_bits_keep_zeros_and_what_is_no_number() {
+        let mut pool = Pool::start(1).unwrap();
+        let (tiny, largest) = (f32::from_bits(1 << 16), 3.3895314e38);
+        let block = |values: [f32; 4]| [values, [0.0; 4]].concat().repeat(4);
+        let cases = [
+            block([0.0, -0.0, 0.0, 0.0]),
+            block([tiny, -tiny, 3.0 * tiny, 0.0]),
+            block([largest, -largest, 1.0, 0.0]),
+            block([1.0, f32::NAN, 0.0, 0.0]),
+            block([1.0, f32::INFINITY, 0.0, 0.0]),
+            block([f32::NEG_INFINITY, f32::INFINITY, 0.0, 0.0]),
+        ];
+        for values in cases {
+            let bytes: Vec<u8> = values.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect();
+            let shape = [1, 32];
+            let weight = TensorView::new(Dtype::Bf16, &shape, &bytes);
+            let part = LinearPart { name: "w".into(), weight, bias: None, rows: RowOrder::AsStored };
+            let packed = pack(&part, false, &mut Store::default(), &mut pool).unwrap();
+            let mut lanes = vec![0.0; 32 * LANES];
+            let panel = packed.bytes.as_slice().as_ptr();
+            // SAFETY: a whole panel of 32 columns, and room for sixteen of each.
+            unsafe { kernels::best().expand(packed.format)(panel, 32, lanes.as_mut_ptr()) };
+            let most = values.iter().fold(0.0_f32, |most, x| most.max(x.abs()));
+            let bound = (most / 2047.0 * 0.51).max(tiny);
+            for (got, want) in lanes.iter().step_by(LANES).zip(&values) {
+                if values.iter().all(|value| value.is_finite()) {
+                    assert!((got - want).abs() <= bound, "{got}, not {want}");
+                } else {
+                    assert!(got.is_nan(), "{got} beside {most}");
                 }
             }
         }
@@ -302,6 +355,11 @@ mod tests {
                 }
                 Dtype::F16 | Dtype::Bf16 => {
                     block[1] = block[1] & 0x80 | 0x3c;
+                    &[]
+                }
+                // Not the one that is no number.
+                Dtype::F8E4M3 => {
+                    block[0] &= 0xfe;
                     &[]
                 }
                 Dtype::Q8_0 | Dtype::Q4_0 | Dtype::Q5_0 => &[0],
