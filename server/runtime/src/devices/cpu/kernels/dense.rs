@@ -15,9 +15,6 @@ use super::{
     prefetch, tile_height,
 };
 
-/// Columns of a tile between two tests for its end.
-const UNROLL: usize = 4;
-
 /// `k` columns (whole blocks) of a panel as f32, `[k][16]`.
 #[inline(always)]
 pub(super) unsafe fn expand<V: Lanes, F: Dense>(panel: *const u8, k: usize, out: *mut f32) {
@@ -116,8 +113,8 @@ unsafe fn tile<V: Lanes, const R: usize, const TILED: bool>(task: &Tiles, row: u
     };
     let mut panel = task.panel;
     let mut k = 0;
-    while k + UNROLL <= task.k {
-        for step in 0..UNROLL {
+    while k + V::UNROLL <= task.k {
+        for step in 0..V::UNROLL {
             let weights = V::load(panel);
             panel = panel.wrapping_add(task.panel_stride);
             for (i, sum) in sums.iter_mut().enumerate() {
@@ -125,8 +122,8 @@ unsafe fn tile<V: Lanes, const R: usize, const TILED: bool>(task: &Tiles, row: u
                 *sum = V::splat(*at).fma(weights, *sum);
             }
         }
-        x = x.add(if TILED { UNROLL * R } else { UNROLL });
-        k += UNROLL;
+        x = x.add(if TILED { V::UNROLL * R } else { V::UNROLL });
+        k += V::UNROLL;
     }
     while k < task.k {
         let weights = V::load(panel);

@@ -314,12 +314,13 @@ fn rows_become_the_same_integers_everywhere() {
     // A block of zeros, one of next to nothing, and halves between two integers.
     x[..256].fill(0.0);
     x[288..544].iter_mut().for_each(|x| *x *= 1e-33);
-    (0..256).for_each(|i| x[576 + i] = (i as f32 - 127.5) / 2.0);
+    (0..256).for_each(|i| x[576 + i] = (i as f32 - 127.0) / 2.0);
     x[576] = 32_767.0;
     let expected = Quants::new(portable, &x, 3);
     assert!(expected.values[..256].iter().all(|&quant| quant == 0) && expected.scales[0] == 0.0);
     assert_eq!((expected.values[576], expected.values[577], expected.scales[4]), (32_767, -63, 1.0));
-    assert_eq!(expected.values[579], -62, "halves go to even");
+    assert_eq!((x[578], x[580]), (-62.5, -61.5));
+    assert_eq!((expected.values[578], expected.values[580]), (-62, -62), "halves go to even");
     let sum: i32 = expected.values[576..608].iter().map(|&quant| i32::from(quant)).sum();
     assert_eq!(expected.sums[18], sum as f32);
     for kernels in &sets {
@@ -452,13 +453,16 @@ fn not_a_number_is_not_hidden() {
         let mut out = [0.0; 16];
         let mut gate = [1.0; 16];
         gate[3] = f32::NAN;
-        let mut scores = gate;
-        // SAFETY: all are 16 long.
+        let mut scores = [gate, [1.0; 16]].concat();
+        scores[19] = 5.0;
+        // SAFETY: all are 16 long, `scores` twice that.
         let total = unsafe {
             (kernels.silu_mul)(gate.as_ptr(), [1.0; 16].as_ptr(), out.as_mut_ptr(), 16);
-            (kernels.softmax)(scores.as_mut_ptr(), 16)
+            (kernels.softmax)(scores.as_mut_ptr(), 32)
         };
         assert!(out[3].is_nan() && out[4].is_finite());
         assert!(total.is_nan(), "{}", kernels.name);
+        // Nor does it hide a larger number after it in its lane.
+        assert_eq!(scores[19], 1.0, "{}", kernels.name);
     }
 }

@@ -12,12 +12,16 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod portable;
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx512::Avx512;
+#[cfg(target_arch = "aarch64")]
+pub(crate) use neon::Neon;
 pub(crate) use portable::Portable;
 
 /// Number of lanes.
@@ -41,6 +45,8 @@ pub(crate) trait Lanes: Copy {
     const TILE_ROWS: usize;
     /// The same for sums of integers.
     const INT_TILE_ROWS: usize;
+    /// Columns of a tile between two tests for its end.
+    const UNROLL: usize = 4;
 
     unsafe fn splat(value: f32) -> Self;
     unsafe fn load(from: *const f32) -> Self;

@@ -1,5 +1,4 @@
 //! Lanes in plain Rust: the reference that the others are tested against, and the path of CPUs without one of their own.
-//! On aarch64, whose baseline has fused multiply-add, the compiler turns these loops into NEON.
 #![allow(unsafe_op_in_unsafe_fn, reason = "the contract of every method is the trait's")]
 
 use std::array;
