@@ -61,8 +61,9 @@ pub struct RuntimeConfig {
     /// bits of one scale, in a fifth less memory, and multiplied in integers, which is faster. Prefill and
     /// decode are paired only if it is the same on both: logits differ a little.
     pub exact_bf16: bool,
-    /// Folder of packed copies of weights; empty = none. A model found there is mapped instead of packed, and all servers
-    /// of a host that run it share its memory; one that is not is packed and written there, checked by its digest.
+    /// Folder of packed copies of weights; empty = none. A model found there is mapped instead of packed, and all
+    /// servers of a host and user that run it share its memory; one that is not is packed and written there. Copies not
+    /// loaded for 30 days go when another is written.
     pub packed_copies: PathBuf,
     /// Memory of the KV cache. Rounded down to whole blocks.
     pub kv_cache_bytes: u64,

@@ -129,7 +129,7 @@ pub(crate) trait Device: Send {
 
     fn load_vector(&mut self, values: &TensorView<'_>) -> Result<Self::Vector, RuntimeError>;
 
-    /// All weights are loaded: what served loading only may go.
+    /// Called once, when all weights are loaded.
     fn finish_loading(&mut self);
 
     /// Activations of `width`, without rows as yet.

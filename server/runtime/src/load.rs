@@ -1,12 +1,12 @@
 //! From a checkpoint on disk to an [`Executor`]: chooses the device.
 
-use std::{fs, path::PathBuf};
+use std::path::PathBuf;
 
 use baton_checkpoint::{Checkpoint, ModelConfig};
 
 use crate::{
     Executor, KvDtype, KvPoolLayout, RuntimeError,
-    devices::cpu::{self, CpuDevice, Store},
+    devices::cpu::{self, CpuDevice, Found, Place, Store},
     models::Decoder,
 };
 
@@ -59,8 +59,8 @@ pub fn kv_layout(config: &ModelConfig, options: &LoadOptions) -> KvPoolLayout {
 
 /// Loads a model: packs its weights, allocates its KV pool, starts its threads.
 ///
-/// `progress(done_bytes, total_bytes)` counts bytes of the checkpoint's tensors and ends at the total. The checkpoint
-/// may be dropped afterwards.
+/// `progress(done_bytes, total_bytes)` counts bytes of the checkpoint's tensors, never goes back and ends at the total. The
+/// checkpoint may be dropped afterwards.
 pub fn load(
     checkpoint: &Checkpoint,
     options: &LoadOptions,
@@ -74,29 +74,56 @@ pub fn load(
         return Err(RuntimeError::Option { option: "max_batch_tokens", found: 0, wanted: positive });
     }
     match options.device {
-        DeviceKind::Cpu => match load_cpu(checkpoint, options, progress) {
-            Err(error @ RuntimeError::PackedCopy { .. }) => {
-                tracing::warn!("{error}; it is written anew");
-                load_cpu(checkpoint, options, progress)
-            }
-            result => result,
-        },
+        DeviceKind::Cpu => {
+            cpu::threads_of(options)?;
+            let mut most = 0;
+            let mut forwards = |done: u64, total| {
+                most = most.max(done);
+                progress(most, total);
+            };
+            let load = |store| {
+                let device = CpuDevice::new(checkpoint.config(), options, store)?;
+                Decoder::load(device, checkpoint, options, &mut forwards)
+            };
+            Ok(Box::new(load_with_copy(checkpoint, options, load)?))
+        }
     }
 }
 
-/// A packed copy that turns out to be damaged is gone afterwards.
-fn load_cpu(
+/// Loads from the packed copy if there is to be one. One that is not there is written, and then used; one that is damaged is
+/// written anew. Where none can be, weights are in this process's memory.
+fn load_with_copy(
     checkpoint: &Checkpoint,
     options: &LoadOptions,
-    progress: &mut dyn FnMut(u64, u64),
-) -> Result<Box<dyn Executor>, RuntimeError> {
-    let total = checkpoint.weight_bytes();
-    let store = Store::open(checkpoint, options, &mut |bytes| progress(bytes.min(total), total))?;
-    let device = CpuDevice::new(checkpoint.config(), options, store)?;
-    let decoder = Decoder::load(device, checkpoint, options, progress);
-    if let Err(RuntimeError::PackedCopy { path, .. }) = &decoder {
-        // If it cannot be removed, loading fails by it again.
-        let _ = fs::remove_file(path);
+    mut load: impl FnMut(Store) -> Result<Decoder<CpuDevice>, RuntimeError>,
+) -> Result<Decoder<CpuDevice>, RuntimeError> {
+    let Some(folder) = &options.packed_copies else { return load(Store::default()) };
+    let place = Place::new(folder, checkpoint, options.exact_bf16)?;
+    let mut damaged = None;
+    // Damaged, written, used: no way is longer.
+    for _ in 0..3 {
+        match place.find(damaged) {
+            Ok(Found::Copy(reader)) => {
+                let number = reader.number();
+                match load(reader.into()) {
+                    Err(error @ RuntimeError::PackedCopy { .. }) => {
+                        tracing::warn!("{error}; it is written anew");
+                        damaged = Some(number);
+                    }
+                    result => return result,
+                }
+            }
+            Ok(Found::Nothing(writer)) => {
+                let decoder = load(writer.into())?;
+                if !decoder.device().wrote_copy() {
+                    return Ok(decoder);
+                }
+            }
+            Err(error) => {
+                tracing::warn!("no packed copy {} is kept: {error}", place.path().display());
+                break;
+            }
+        }
     }
-    Ok(Box::new(decoder?))
+    load(Store::default())
 }

@@ -13,6 +13,7 @@ use std::{
 use baton_checkpoint::Checkpoint;
 use baton_runtime::{BlockId, Executor, LoadOptions, SequenceChunk, load};
 use session::{smollm2, tiny};
+use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
 const PROMPT: [u32; 5] = [1, 93, 198, 83, 259];
@@ -46,7 +47,12 @@ fn the_copy(folder: &Path) -> PathBuf {
 #[test]
 fn a_model_from_its_copy_is_the_same() {
     // Grouped heads with biases, and a mixture of experts over latents, whose projections are loaded head by head.
-    for model in [smollm2(), tiny("hf-bf16-qwen2-ratio8-tied"), tiny("hf-bf16-deepseek3-yarn-mtp")] {
+    for model in [
+        smollm2(),
+        tiny("hf-bf16-qwen2-ratio8-tied"),
+        tiny("hf-bf16-deepseek3-yarn-mtp"),
+        tiny("hf-f8-deepseek3"),
+    ] {
         let folder = TempDir::new().unwrap();
         let in_memory = logits(open(&model, None).as_mut());
         let written = logits(open(&model, Some(folder.path())).as_mut());
@@ -95,7 +101,7 @@ fn whatever_is_damaged_is_written_anew() {
     }
     // As a process that was killed leaves it.
     fs::remove_file(&copy).unwrap();
-    fs::write(copy.with_extension("packed.part"), &whole[..middle]).unwrap();
+    fs::write(copy.with_extension("1-1.part"), &whole[..middle]).unwrap();
     assert!(logits(open(&model, Some(folder.path())).as_mut()) == want);
     assert!(fs::read(&copy).unwrap() == whole);
 }
@@ -128,17 +134,42 @@ fn where_no_copy_can_be_the_model_is_in_memory() {
 fn of_several_that_load_at_once_one_writes() {
     let (model, folder) = (smollm2(), TempDir::new().unwrap());
     let barrier = Barrier::new(3);
-    let results: Vec<Vec<f32>> = thread::scope(|scope| {
+    let mut executors: Vec<Box<dyn Executor>> = thread::scope(|scope| {
         let load = || {
             barrier.wait();
-            logits(open(&model, Some(folder.path())).as_mut())
+            open(&model, Some(folder.path()))
         };
         let threads: Vec<_> = (0..3).map(|_| scope.spawn(load)).collect();
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     });
+    // Had another written one, too, whoever came first would still have a file without a name.
+    #[cfg(target_os = "linux")]
+    {
+        let maps = fs::read_to_string("/proc/self/maps").unwrap();
+        let copies = maps.lines().filter(|line| line.contains(folder.path().to_str().unwrap()));
+        assert_eq!(copies.clone().filter(|line| line.ends_with(".packed")).count(), 3);
+        assert_eq!(copies.count(), 3, "{maps}");
+    }
+    let results: Vec<Vec<f32>> = executors.iter_mut().map(|executor| logits(executor.as_mut())).collect();
     assert!(results[0] == results[1] && results[0] == results[2]);
     the_copy(folder.path());
     assert!(files(folder.path(), ".part").is_empty());
+}
+
+/// A copy must be what this version would write: if this fails because the arrangement of weights has changed, or the order
+/// in which models load them, then `VERSION` in `weights/copy.rs` has to change with the digest here.
+#[test]
+fn a_version_of_copies_is_one_arrangement() {
+    let mut all = Sha256::new();
+    for model in ["hf-bf16-qwen2-ratio8-tied", "hf-f8-deepseek3", "gguf-q4_k-q5_k-q6_k", "gguf-q8_0-qwen3moe"]
+    {
+        let folder = TempDir::new().unwrap();
+        open(&tiny(model), Some(folder.path()));
+        // Behind the key, which is of these files and when they were changed.
+        all.update(&fs::read(the_copy(folder.path())).unwrap()[64..]);
+    }
+    let digest: String = all.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+    assert_eq!(digest, "6287c72d4e0789a5de91c86ad23c864036e8045e24f03c739288408d7bc03582");
 }
 
 /// Kilobytes of this process's mappings of a file, as resident and as this process's share.

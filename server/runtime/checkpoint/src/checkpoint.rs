@@ -95,6 +95,11 @@ impl Checkpoint {
         &self.path
     }
 
+    /// The files that hold tensors.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        self.parts.files.iter().map(MappedFile::path)
+    }
+
     pub fn format(&self) -> Format {
         self.parts.format
     }
@@ -276,6 +281,8 @@ impl Checkpoint {
             if let Some(scales) = view.scales {
                 sample(scales.bytes, &mut field);
             }
+            // Around each page that is read the system maps others.
+            self.parts.files[entry.extent.file].release(&entry.extent);
         }
         Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
     }

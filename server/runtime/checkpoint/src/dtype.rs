@@ -103,7 +103,7 @@ impl Dtype {
             Self::F32 => |b, x| x[0] = f32::from_le_bytes([b[0], b[1], b[2], b[3]]),
             Self::F16 => |b, x| x[0] = half_at(b, 0),
             Self::Bf16 => |b, x| x[0] = bf16::from_le_bytes([b[0], b[1]]).to_f32(),
-            Self::F8E4M3 => |b, x| x[0] = e4m3(b[0]),
+            Self::F8E4M3 => |b, x| x[0] = E4M3[usize::from(b[0])],
             Self::Q8_0 => q8_0,
             Self::Q4_0 => |b, x| halves(&b[2..], 0, x, |q| half_at(b, 0) * (q - 8.0)),
             Self::Q4_1 => |b, x| halves(&b[4..], 0, x, |q| half_at(b, 0) * q + half_at(b, 2)),
@@ -124,16 +124,22 @@ fn half_at(bytes: &[u8], at: usize) -> f32 {
     f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32()
 }
 
-/// The number that eight bits stand for in E4M3 as OCP defines it (FN: finite, and NaN).
-fn e4m3(bits: u8) -> f32 {
-    let (exponent, mantissa) = (i32::from(bits >> 3 & 15), f32::from(bits & 7));
-    let size = match exponent {
-        15 if bits & 7 == 7 => f32::NAN,
-        0 => mantissa / 512.0,
-        _ => (1.0 + mantissa / 8.0) * ((exponent - 7) as f32).exp2(),
-    };
-    if bits & 0x80 == 0 { size } else { -size }
-}
+/// The numbers that eight bits stand for in E4M3 as OCP defines it (FN: finite, and NaN).
+static E4M3: [f32; 256] = {
+    let mut numbers = [0.0; 256];
+    let mut bits = 0;
+    while bits < 256 {
+        let (exponent, mantissa) = (bits as u32 >> 3 & 15, bits as u32 & 7);
+        let size = match (exponent, mantissa) {
+            (15, 7) => f32::NAN,
+            (0, _) => mantissa as f32 / 512.0,
+            _ => f32::from_bits((exponent + 127 - 7) << 23 | mantissa << 20),
+        };
+        numbers[bits] = if bits < 128 { size } else { -size };
+        bits += 1;
+    }
+    numbers
+};
 
 fn fifth_bits(bytes: &[u8]) -> u32 {
     u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use half::bf16;
+
 use crate::Dtype;
 
 /// What a tensor is for. Both formats' names map to this.
@@ -173,6 +175,21 @@ impl<'a> TensorView<'a> {
     pub fn row(&self, row: usize) -> &'a [u8] {
         let length = self.row_bytes();
         &self.bytes[row * length..(row + 1) * length]
+    }
+
+    /// The type of rows that are taken out of the matrix: bf16 where scales lie beside it, else as they are stored.
+    pub fn row_dtype(&self) -> Dtype {
+        if self.scales.is_some() { Dtype::Bf16 } else { self.dtype }
+    }
+
+    /// Appends row `row` in [`Self::row_dtype`]. Panics if there is no such row.
+    pub fn append_row(&self, row: usize, to: &mut Vec<u8>) {
+        if self.scales.is_none() {
+            return to.extend_from_slice(self.row(row));
+        }
+        let mut values = vec![0.0; self.columns()];
+        self.dequantize_row(row, &mut values);
+        to.extend(values.into_iter().flat_map(|value| bf16::from_f32(value).to_le_bytes()));
     }
 
     /// Row `row` as f32. Panics if there is no such row or `out` is not [`Self::columns`] long.

@@ -105,6 +105,10 @@ impl<D: Device> Decoder<D> {
         })
     }
 
+    pub(crate) fn device(&self) -> &D {
+        &self.device
+    }
+
     /// Runs all layers; afterwards `activations.logits` has the rows asked for.
     fn run(&mut self, step: &Step<'_>, on_layer: &mut dyn FnMut(u32)) -> Result<(), RuntimeError> {
         let (device, a, epsilon) = (&mut self.device, &mut self.activations, self.epsilon);

@@ -196,15 +196,16 @@ impl<D: Device> Latent<D> {
 /// The transpose of a run of rows: elements as they are stored if each stands alone, else as f32.
 fn transposed(view: &TensorView<'_>, rows: std::ops::Range<usize>) -> (Dtype, Vec<u8>) {
     let (count, columns) = (rows.len(), view.columns());
-    let alone = view.dtype.block_elements() == 1 && view.scales.is_none();
-    let (dtype, size) = if alone { (view.dtype, view.dtype.block_bytes()) } else { (Dtype::F32, 4) };
+    let alone = view.row_dtype().block_elements() == 1;
+    let dtype = if alone { view.row_dtype() } else { Dtype::F32 };
+    let size = dtype.block_bytes();
     let mut turned = vec![0; count * columns * size];
     let mut plain = vec![0.0; columns];
     let mut row_bytes = Vec::new();
     for (to, row) in rows.enumerate() {
         row_bytes.clear();
         if alone {
-            row_bytes.extend_from_slice(view.row(row));
+            view.append_row(row, &mut row_bytes);
         } else {
             view.dequantize_row(row, &mut plain);
             row_bytes.extend(plain.iter().flat_map(|value| value.to_le_bytes()));

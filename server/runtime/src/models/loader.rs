@@ -67,20 +67,13 @@ impl<'a, D: Device> Loader<'a, D> {
         view: &TensorView<'_>,
         rows: impl IntoIterator<Item = usize>,
     ) -> Result<D::Linear, RuntimeError> {
-        let (mut bytes, mut values) = (Vec::new(), vec![0.0; view.columns()]);
-        // Rows that are scaled in blocks may come to stand in others.
-        let dtype = if view.scales.is_some() { Dtype::F32 } else { view.dtype };
+        let (mut bytes, mut count) = (Vec::new(), 0);
         for row in rows {
-            if view.scales.is_some() {
-                view.dequantize_row(row, &mut values);
-                bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
-            } else {
-                bytes.extend_from_slice(view.row(row));
-            }
+            view.append_row(row, &mut bytes);
+            count += 1;
         }
-        let row_bytes = dtype.row_bytes(view.columns()).unwrap_or(bytes.len());
-        let shape = [bytes.len().checked_div(row_bytes).unwrap_or(0), view.columns()];
-        let picked = TensorView::new(dtype, &shape, &bytes);
+        let shape = [count, view.columns()];
+        let picked = TensorView::new(view.row_dtype(), &shape, &bytes);
         let part =
             LinearPart { name: weight.to_string(), weight: picked, bias: None, rows: RowOrder::AsStored };
         self.device.load_linear(&[part], &mut |_| {})

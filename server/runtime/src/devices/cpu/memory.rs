@@ -2,7 +2,7 @@
 
 use std::{fs::File, io, ptr::NonNull, slice, sync::Arc};
 
-use memmap2::{Mmap, MmapMut, MmapOptions};
+use memmap2::{Mmap, MmapMut};
 
 use crate::RuntimeError;
 
@@ -90,29 +90,28 @@ impl Arena {
     }
 }
 
-/// A file mapped for reading. All processes that map it share its memory.
-pub(crate) struct MappedFile(Arc<Mapping>);
+/// A whole file mapped for reading. All processes that map it share its memory.
+pub(crate) struct MappedFile {
+    mapping: Arc<Mapping>,
+    length: usize,
+}
 
 impl MappedFile {
-    /// Maps the first `length` bytes, of which the file need not have all as yet.
-    pub(crate) fn new(file: &File, length: usize) -> io::Result<Self> {
-        // SAFETY: only read, and only where `bytes` is allowed to.
-        let memory = unsafe { MmapOptions::new().len(length).map(file) }?;
-        // Advice only: pages come when they are touched, too.
-        #[cfg(unix)]
-        let _ = memory.advise(memmap2::Advice::WillNeed);
+    pub(crate) fn new(file: &File) -> io::Result<Self> {
+        // SAFETY: only read. Should somebody change the file meanwhile, which nothing of ours does, the bytes read change;
+        // should somebody cut it short, the process ends with SIGBUS. So it is with a checkpoint's files.
+        let memory = unsafe { Mmap::map(file) }?;
+        let length = memory.len();
         let base = NonNull::new(memory.as_ptr().cast_mut()).ok_or(io::ErrorKind::OutOfMemory)?;
-        Ok(Self(Arc::new(Mapping { base, _memory: Memory::File(memory) })))
+        Ok(Self { mapping: Arc::new(Mapping { base, _memory: Memory::File(memory) }), length })
     }
 
-    /// Some bytes of the file.
-    ///
-    /// # Safety
-    /// They lie within what is mapped and within the file, which is neither changed there nor cut short while they live.
-    pub(crate) unsafe fn bytes(&self, start: usize, length: usize) -> Bytes {
-        // SAFETY: the caller's promise.
-        let base = unsafe { self.0.base.add(start) };
-        Bytes { base, length, _mapping: Arc::clone(&self.0) }
+    /// Some bytes of the file; `None` if it has not so many.
+    pub(crate) fn bytes(&self, start: usize, length: usize) -> Option<Bytes> {
+        start.checked_add(length).filter(|&end| end <= self.length)?;
+        // SAFETY: `start` lies within the mapping or at its end.
+        let base = unsafe { self.mapping.base.add(start) };
+        Some(Bytes { base, length, _mapping: Arc::clone(&self.mapping) })
     }
 }
 

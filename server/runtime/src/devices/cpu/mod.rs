@@ -43,7 +43,7 @@ use crate::{
 };
 
 pub use measure::product_rate;
-pub(crate) use weights::Store;
+pub(crate) use weights::{Found, Place, Store};
 
 /// Rows of one task in operations that work row by row.
 const ROWS_PER_TASK: usize = 16;
@@ -69,6 +69,8 @@ pub(crate) struct CpuDevice {
     frequencies: RopeFrequencies,
     exact_bf16: bool,
     store: Store,
+    /// Whether `store` has written a packed copy.
+    wrote_copy: bool,
     workspace: linear::Workspace,
     attention_scratch: Vec<Mutex<attention::Scratch>>,
     latent_scratch: Vec<Mutex<latent::Scratch>>,
@@ -102,7 +104,7 @@ pub(crate) fn kv_layout(config: &ModelConfig, options: &LoadOptions) -> KvPoolLa
 }
 
 /// The number of threads asked for.
-fn threads_of(options: &LoadOptions) -> Result<usize, RuntimeError> {
+pub(crate) fn threads_of(options: &LoadOptions) -> Result<usize, RuntimeError> {
     match options.threads {
         0 => Ok(std::thread::available_parallelism().map_or(1, NonZero::get)),
         1..=MOST_THREADS => Ok(options.threads),
@@ -131,6 +133,7 @@ impl CpuDevice {
             frequencies: config.rope.frequencies(config.rope_dim()),
             exact_bf16: options.exact_bf16,
             store,
+            wrote_copy: false,
             workspace: linear::Workspace::new(threads),
             attention_scratch: (0..threads).map(|_| Mutex::default()).collect(),
             latent_scratch: (0..threads).map(|_| Mutex::default()).collect(),
@@ -138,6 +141,11 @@ impl CpuDevice {
             routing: routing::Room::default(),
             experts: experts::Room::default(),
         })
+    }
+
+    /// Whether loading has written a packed copy of the weights, which is to be used instead of this.
+    pub(crate) fn wrote_copy(&self) -> bool {
+        self.wrote_copy
     }
 
     /// Calls `work(first, rows)` for runs of rows, on all threads if there are enough of them.
@@ -188,7 +196,7 @@ impl Device for CpuDevice {
     }
 
     fn finish_loading(&mut self) {
-        self.store.finish();
+        self.wrote_copy = self.store.finish();
     }
 
     fn tensor(&mut self, width: usize) -> Result<Tensor, RuntimeError> {

@@ -290,7 +290,7 @@ kernels!(avx2, lanes::Avx2, "avx2", "avx2,fma,f16c");
 kernels!(avx512, lanes::Avx512<false>, "avx512", "avx512f,avx512bw,avx2,fma,f16c");
 #[cfg(target_arch = "x86_64")]
 kernels!(avx512vnni, lanes::Avx512<true>, "avx512 vnni", "avx512f,avx512bw,avx512vnni,avx2,fma,f16c");
-#[cfg(target_arch = "aarch64")]
+#[cfg(all(target_arch = "aarch64", target_endian = "little"))]
 kernels!(neon, lanes::Neon, "neon", "neon");
 
 /// The kernels this CPU can run, best first. The last are the portable ones, which any can.
@@ -312,7 +312,7 @@ pub(crate) fn available() -> Vec<&'static Kernels> {
             found.push(&avx2::KERNELS);
         }
     }
-    #[cfg(target_arch = "aarch64")]
+    #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
     if std::arch::is_aarch64_feature_detected!("neon") {
         found.push(&neon::KERNELS);
     }

@@ -6,15 +6,19 @@
 //! record = digest (32), length (u64, little endian), zeros up to 64 bytes, panels, zeros up to a multiple of 64
 //! ```
 //!
-//! Records stand in the order in which the model asks for its matrices. A digest is over what the matrix is and over its
-//! bytes; it is checked before they are used. A copy is written by one process at a time, who holds a lock, under another
-//! name; it takes its own when it is whole, and is never changed afterwards.
+//! Records stand in the order in which the model asks for its matrices. A digest is over which matrix that is and over its
+//! bytes; it is checked before they are used. A copy is written to a file of another name and takes its own when it is
+//! whole; then it is never changed, only replaced. So a lock is needed for nothing but to save work: of several processes
+//! that want a copy at once, one writes it and the others wait.
+
+#[cfg(test)]
+mod tests;
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions, TryLockError},
     io::{self, Seek, SeekFrom, Write},
     path::{Path, PathBuf},
-    thread,
+    process, thread,
     time::{Duration, Instant, SystemTime},
 };
 
@@ -29,108 +33,123 @@ use crate::{
     },
 };
 
-/// Begins every copy. To be changed with what [`super::pack`] makes of a matrix.
-const MAGIC: &[u8; 32] = b"baton packed weights, 1         ";
+/// Begins every copy, whatever its version.
+const NAME: &str = "baton packed weights, ";
+/// Stands behind [`NAME`]. To be changed whenever another file would be made of the same model: in `pack`, in the order in
+/// which models load their matrices, here. A test with a digest of a whole copy says when.
+const VERSION: &str = "1         ";
 const HEADER_BYTES: usize = 64;
 const RECORD_BYTES: usize = 64;
-/// Bytes that are digested by one task.
+/// Bytes that are digested by one task, and written at once.
 const PIECE: usize = 1 << 20;
-/// A copy has at most so many times the bytes of the checkpoint's weights. Address space only.
-const MOST_TIMES: usize = 4;
-/// How often a process that waits for another's copy looks at it, and how long it waits when nothing comes.
+/// How often a process that waits for another's copy looks at it, and how long it waits when nothing happens.
 const LOOK: Duration = Duration::from_millis(50);
-const STALLED: Duration = Duration::from_secs(30);
-/// Copies that nobody has used for so long are removed when another is written.
+const STALLED: Duration = Duration::from_secs(60);
+/// Copies that nobody has loaded for so long are removed when another is written, and what dead writers have left.
 const UNUSED: Duration = Duration::from_secs(30 * 24 * 3600);
 
 type Hash = [u8; 32];
 
-pub(super) enum Copy {
-    Whole(Reader),
-    Begun(Writer),
+/// Where the copy of a model packed in one way is, or would be.
+pub(crate) struct Place {
+    path: PathBuf,
+    key: Hash,
 }
 
-pub(super) enum Found {
-    Copy(Copy),
-    /// Why there is none and cannot be.
-    Unusable(String),
+/// What there is at a [`Place`].
+pub(crate) enum Found {
+    Copy(Reader),
+    /// None yet, and this process is to write it.
+    Nothing(Writer),
 }
 
-/// Finds a model's copy in a folder, or begins one. Waits for another process that is writing it, telling `waiting` how
-/// many bytes there are, unless that one gets stuck.
-pub(super) fn open(
-    folder: &Path,
-    checkpoint: &Checkpoint,
-    exact_bf16: bool,
-    waiting: &mut dyn FnMut(u64),
-) -> Result<Found, RuntimeError> {
-    let key = key(&checkpoint.revision()?, exact_bf16);
-    let short: String = key[..8].iter().map(|byte| format!("{byte:02x}")).collect();
-    let path = folder.join(format!("{}-{short}.packed", checkpoint.name()));
-    let room = MOST_TIMES * checkpoint.weight_bytes() as usize + HEADER_BYTES;
-    let found = find(path, &key, room, waiting);
-    Ok(found.unwrap_or_else(|error| Found::Unusable(error.to_string())))
-}
-
-fn find(path: PathBuf, key: &Hash, room: usize, waiting: &mut dyn FnMut(u64)) -> io::Result<Found> {
-    if let Some(reader) = Reader::open(&path, key)? {
-        return Ok(Found::Copy(Copy::Whole(reader)));
-    }
-    if let Some(folder) = path.parent() {
-        let mut builder = DirBuilder::new();
-        #[cfg(unix)]
-        std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
-        builder.recursive(true).create(folder)?;
-    }
-    let partial = path.with_extension("packed.part");
-    let Some(lock) = lock(&path.with_extension("packed.lock"), &partial, STALLED, waiting)? else {
-        let stuck = format!("another process has begun {} and does not go on", partial.display());
-        return Ok(Found::Unusable(stuck));
-    };
-    // Whoever had the lock may have finished.
-    Ok(Found::Copy(match Reader::open(&path, key)? {
-        Some(reader) => Copy::Whole(reader),
-        None => Copy::Begun(Writer::begin(path, partial, lock, *key, room)?),
-    }))
-}
-
-/// What a copy is of: these bytes of a model, packed in this way.
-fn key(revision: &str, exact_bf16: bool) -> Hash {
-    let mut hash = Sha256::new();
-    hash.update(MAGIC);
-    hash.update([u8::from(exact_bf16)]);
-    hash.update(revision);
-    hash.finalize().into()
-}
-
-/// Waits for the lock until what its holder writes has not grown for `stalled`.
-fn lock(
-    path: &Path,
-    written: &Path,
-    stalled: Duration,
-    waiting: &mut dyn FnMut(u64),
-) -> io::Result<Option<File>> {
-    let file = File::create(path)?;
-    let (mut bytes, mut since) = (0, Instant::now());
-    loop {
-        match file.try_lock() {
-            Ok(()) => return Ok(Some(file)),
-            Err(TryLockError::Error(error)) => return Err(error),
-            Err(TryLockError::WouldBlock) => {}
+impl Place {
+    /// Copies are of these very files: another length or time of change makes another copy.
+    pub(crate) fn new(
+        folder: &Path,
+        checkpoint: &Checkpoint,
+        exact_bf16: bool,
+    ) -> Result<Self, RuntimeError> {
+        let mut hash = Sha256::new();
+        hash.update(NAME);
+        hash.update(VERSION);
+        hash.update([u8::from(exact_bf16)]);
+        hash.update(checkpoint.revision()?);
+        for path in checkpoint.files() {
+            // A file that cannot be looked at will not be loaded either.
+            let metadata = fs::metadata(path).ok();
+            let changed = metadata.as_ref().and_then(|metadata| metadata.modified().ok());
+            let age = changed.and_then(|time| time.duration_since(SystemTime::UNIX_EPOCH).ok());
+            hash.update(metadata.map_or(0, |metadata| metadata.len()).to_le_bytes());
+            hash.update(age.map_or(0, |age| age.as_nanos()).to_le_bytes());
         }
-        let now = fs::metadata(written).map_or(0, |metadata| metadata.len());
-        if now != bytes {
-            (bytes, since) = (now, Instant::now());
-        } else if since.elapsed() > stalled {
-            return Ok(None);
+        let key: Hash = hash.finalize().into();
+        let short: String = key[..8].iter().map(|byte| format!("{byte:02x}")).collect();
+        Ok(Self { path: folder.join(format!("{}-{short}.packed", checkpoint.name())), key })
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Finds the copy or begins one; waits for another process that writes it, unless that one gets stuck. `damaged` is the
+    /// number of a copy that is of no use.
+    pub(crate) fn find(&self, damaged: Option<u64>) -> io::Result<Found> {
+        let usable = || Ok::<_, io::Error>(Reader::open(self)?.filter(|found| damaged != Some(found.number)));
+        if let Some(reader) = usable()? {
+            return Ok(Found::Copy(reader));
         }
-        waiting(bytes);
-        thread::sleep(LOOK);
+        if let Some(folder) = self.path.parent() {
+            let mut builder = DirBuilder::new();
+            #[cfg(unix)]
+            std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+            builder.recursive(true).create(folder)?;
+        }
+        let lock = self.lock(STALLED)?;
+        // Whoever had the lock may have finished.
+        match usable()? {
+            Some(reader) => Ok(Found::Copy(reader)),
+            None => Ok(Found::Nothing(Writer::begin(self, lock)?)),
+        }
+    }
+
+    /// Waits for the lock as long as its holder shows, by the file's time of change, that it goes on.
+    fn lock(&self, stalled: Duration) -> io::Result<File> {
+        let path = self.path.with_extension("lock");
+        let file = private().create(true).truncate(false).open(&path)?;
+        let (mut changed, mut since) = (None, Instant::now());
+        loop {
+            match file.try_lock() {
+                Ok(()) => return Ok(file),
+                Err(TryLockError::Error(error)) => return Err(error),
+                Err(TryLockError::WouldBlock) => {}
+            }
+            if changed.is_none() {
+                tracing::info!(path = %self.path.display(), "another process packs this model: waiting for its copy");
+            }
+            let now = fs::metadata(&path).and_then(|metadata| metadata.modified()).ok();
+            if now != changed {
+                (changed, since) = (now, Instant::now());
+            } else if since.elapsed() > stalled {
+                let stuck = format!("who holds {} does not go on", path.display());
+                return Err(io::Error::new(io::ErrorKind::TimedOut, stuck));
+            }
+            thread::sleep(LOOK);
+        }
     }
 }
 
-/// The digest of a matrix: of what it is, and of the digests of its pieces.
-fn digest(what: &str, bytes: &[u8], pool: &mut Pool) -> Hash {
+/// A file to be written that nobody else may read or write.
+fn private() -> OpenOptions {
+    let mut options = OpenOptions::new();
+    options.write(true);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    options
+}
+
+/// The digest of the matrix of that index: of what it is, and of the digests of its pieces.
+fn digest(index: u64, what: &str, bytes: &[u8], pool: &mut Pool) -> Hash {
     let mut digests = vec![Hash::default(); bytes.len().div_ceil(PIECE)];
     let (pieces, to) = (digests.len(), Disjoint::new(&mut digests));
     pool.run(pieces, &|_, piece| {
@@ -140,6 +159,7 @@ fn digest(what: &str, bytes: &[u8], pool: &mut Pool) -> Hash {
         to[0] = Sha256::digest(&bytes[..PIECE.min(bytes.len())]).into();
     });
     let mut hash = Sha256::new();
+    hash.update(index.to_le_bytes());
     hash.update((bytes.len() as u64).to_le_bytes());
     digests.iter().for_each(|digest| hash.update(digest));
     hash.update(what);
@@ -147,35 +167,45 @@ fn digest(what: &str, bytes: &[u8], pool: &mut Pool) -> Hash {
 }
 
 /// A whole copy that is being used.
-pub(super) struct Reader {
+pub(crate) struct Reader {
     path: PathBuf,
+    /// Which file it is, whatever its name.
+    number: u64,
     mapped: MappedFile,
-    length: usize,
-    /// Where the next record begins.
+    /// Where the next record begins, and its index.
     at: usize,
+    index: u64,
 }
 
 impl Reader {
-    /// `None` if there is no copy, or one of something else.
-    fn open(path: &Path, key: &Hash) -> io::Result<Option<Self>> {
-        let file = match File::open(path) {
+    /// `None` if there is no copy, or one of something else, or one that is not to be trusted.
+    fn open(place: &Place) -> io::Result<Option<Self>> {
+        let file = match File::open(&place.path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             other => other?,
         };
-        let length = file.metadata()?.len() as usize;
-        if length < HEADER_BYTES {
+        let metadata = file.metadata()?;
+        if metadata.len() < HEADER_BYTES as u64 {
             return Ok(None);
         }
-        let mapped = MappedFile::new(&file, length)?;
-        // SAFETY: within the file. Copies are never changed in place; should somebody do so nevertheless, what is read has
-        // been checked or is wrong, and should somebody cut it short, the process ends, as with a checkpoint's files.
-        let header = unsafe { mapped.bytes(0, HEADER_BYTES) };
-        if header.as_slice() != [MAGIC.as_slice(), key].concat() {
+        if !is_ours(&metadata) {
+            let path = place.path.display();
+            tracing::warn!("the packed copy {path} is not used: others than this user may have written it");
+            return Ok(None);
+        }
+        let mapped = MappedFile::new(&file)?;
+        let header = mapped.bytes(0, HEADER_BYTES);
+        if header.is_none_or(|header| header.as_slice() != place.header()) {
             return Ok(None);
         }
         // That it is in use; of no consequence where it may not be said.
         let _ = file.set_modified(SystemTime::now());
-        Ok(Some(Self { path: path.to_owned(), mapped, length, at: HEADER_BYTES }))
+        let number = number(&metadata);
+        Ok(Some(Self { path: place.path.clone(), number, mapped, at: HEADER_BYTES, index: 0 }))
+    }
+
+    pub(crate) fn number(&self) -> u64 {
+        self.number
     }
 
     /// The next matrix, whose digest has been checked.
@@ -185,152 +215,154 @@ impl Reader {
             reason: format!("{what}: {reason}"),
         };
         let start = self.at + RECORD_BYTES;
-        let end = start.checked_add(length).filter(|&end| end <= self.length);
-        let end = end.ok_or_else(|| damaged("the file ends before it"))?;
-        // SAFETY: within the file, as just checked; see `open`.
-        let (record, bytes) =
-            unsafe { (self.mapped.bytes(self.at, RECORD_BYTES), self.mapped.bytes(start, length)) };
+        let found = self.mapped.bytes(self.at, RECORD_BYTES).zip(self.mapped.bytes(start, length));
+        let (record, bytes) = found.ok_or_else(|| damaged("the file ends before it"))?;
         if record.as_slice()[32..40] != (length as u64).to_le_bytes() {
             return Err(damaged("its length is another"));
         }
-        if record.as_slice()[..32] != digest(what, bytes.as_slice(), pool) {
+        if record.as_slice()[..32] != digest(self.index, what, bytes.as_slice(), pool) {
             return Err(damaged("its digest is another"));
         }
-        self.at = end.next_multiple_of(ALIGN);
+        self.at = (start + length).next_multiple_of(ALIGN);
+        self.index += 1;
         Ok(bytes)
     }
 }
 
-/// A copy that is being written. What has been written is used at once, from the file's memory.
-pub(super) struct Writer {
+impl Place {
+    fn header(&self) -> Vec<u8> {
+        [NAME.as_bytes(), VERSION.as_bytes(), &self.key].concat()
+    }
+}
+
+/// Whether only this user, or root, can have written a file.
+#[cfg(unix)]
+fn is_ours(metadata: &fs::Metadata) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let owner = metadata.uid();
+    (owner == 0 || owner == rustix::process::geteuid().as_raw()) && metadata.mode() & 0o022 == 0
+}
+
+#[cfg(not(unix))]
+fn is_ours(_: &fs::Metadata) -> bool {
+    true
+}
+
+#[cfg(unix)]
+fn number(metadata: &fs::Metadata) -> u64 {
+    std::os::unix::fs::MetadataExt::ino(metadata)
+}
+
+#[cfg(not(unix))]
+fn number(_: &fs::Metadata) -> u64 {
+    0
+}
+
+/// A copy that is being written.
+pub(crate) struct Writer {
     path: PathBuf,
-    partial: PathBuf,
+    header: Vec<u8>,
+    partial: Partial,
     file: File,
-    _lock: File,
-    key: Hash,
-    mapped: MappedFile,
-    /// Bytes that are mapped, and those that are written.
-    room: usize,
-    at: usize,
-    scratch: Vec<u8>,
-    whole: bool,
+    lock: File,
+    index: u64,
+}
+
+/// The file's name while it is not whole; gone when dropped, unless it has been renamed.
+struct Partial(PathBuf);
+
+impl Drop for Partial {
+    fn drop(&mut self) {
+        // Not there if it has its own name by now.
+        let _ = fs::remove_file(&self.0);
+    }
 }
 
 impl Writer {
-    fn begin(path: PathBuf, partial: PathBuf, lock: File, key: Hash, room: usize) -> io::Result<Self> {
-        let mut options = OpenOptions::new();
-        #[cfg(unix)]
-        std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
-        let mut file = options.read(true).write(true).create(true).truncate(true).open(&partial)?;
+    fn begin(place: &Place, lock: File) -> io::Result<Self> {
+        // Of others that had the lock before: dead, or about to find that theirs is gone.
+        for path in files_beside(&place.path) {
+            if stem_of(&path, "part").is_some_and(|stem| Some(stem) == stem_of(&place.path, "packed")) {
+                let _ = fs::remove_file(path);
+            }
+        }
+        let begun = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_nanos();
+        let path = place.path.with_extension(format!("{}-{begun}.part", process::id()));
+        let mut file = private().create_new(true).open(&path)?;
+        let partial = Partial(path);
         // The header comes last.
         file.write_all(&[0; HEADER_BYTES])?;
-        let mapped = MappedFile::new(&file, room)?;
-        let (at, scratch) = (HEADER_BYTES, Vec::new());
-        Ok(Self { path, partial, file, _lock: lock, key, mapped, room, at, scratch, whole: false })
+        Ok(Self { path: place.path.clone(), header: place.header(), partial, file, lock, index: 0 })
     }
 
-    pub(super) fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// Writes what `fill` makes of `length` zeros.
-    pub(super) fn append(
-        &mut self,
-        what: &str,
-        length: usize,
-        pool: &mut Pool,
-        fill: &mut dyn FnMut(&mut [u8], &mut Pool),
-    ) -> io::Result<Bytes> {
-        let start = self.at + RECORD_BYTES;
-        let end = start + length.next_multiple_of(ALIGN);
-        if end > self.room {
-            return Err(io::Error::other("it grows beyond all expectation"));
+    /// Writes the next matrix.
+    pub(super) fn append(&mut self, what: &str, bytes: &[u8], pool: &mut Pool) -> io::Result<()> {
+        self.goes_on();
+        let mut record = [0; RECORD_BYTES];
+        record[..32].copy_from_slice(&digest(self.index, what, bytes, pool));
+        record[32..40].copy_from_slice(&(bytes.len() as u64).to_le_bytes());
+        self.file.write_all(&record)?;
+        for piece in bytes.chunks(16 * PIECE) {
+            self.file.write_all(piece)?;
+            self.goes_on();
         }
-        let record = &mut self.scratch;
-        record.clear();
-        record.resize(end - self.at, 0);
-        fill(&mut record[RECORD_BYTES..][..length], pool);
-        let digest = digest(what, &record[RECORD_BYTES..][..length], pool);
-        record[..32].copy_from_slice(&digest);
-        record[32..40].copy_from_slice(&(length as u64).to_le_bytes());
-        self.file.write_all(record)?;
-        self.at = end;
-        // SAFETY: within what is mapped and, now, within the file, which nobody else writes.
-        Ok(unsafe { self.mapped.bytes(start, length) })
+        self.file.write_all(&[0; ALIGN][..bytes.len().next_multiple_of(ALIGN) - bytes.len()])?;
+        self.index += 1;
+        Ok(())
     }
 
-    /// Gives the copy its name; gives its length. Not waited for is that it reaches the disk: digests tell.
-    pub(super) fn finish(mut self) -> io::Result<u64> {
+    /// Shows those who wait that there is progress.
+    fn goes_on(&self) {
+        // If it cannot be shown they will pack for themselves.
+        let _ = self.lock.set_modified(SystemTime::now());
+    }
+
+    /// Gives the copy its name. Not waited for is that it reaches the disk: digests tell.
+    pub(super) fn finish(mut self) -> io::Result<()> {
         self.file.seek(SeekFrom::Start(0))?;
-        self.file.write_all(MAGIC)?;
-        self.file.write_all(&self.key)?;
-        fs::rename(&self.partial, &self.path)?;
-        self.whole = true;
-        if let Some(folder) = self.path.parent() {
-            remove_unused(folder);
-        }
-        Ok(self.at as u64)
+        self.file.write_all(&self.header)?;
+        fs::rename(&self.partial.0, &self.path)?;
+        let bytes = self.file.metadata()?.len();
+        tracing::info!(path = %self.path.display(), bytes, "packed copy written");
+        remove_unused(&self.path);
+        Ok(())
     }
 }
 
-impl Drop for Writer {
-    fn drop(&mut self) {
-        if !self.whole {
-            // What was used of it stays mapped.
-            let _ = fs::remove_file(&self.partial);
+/// All files of the folder that a path is in; none if it cannot be read.
+fn files_beside(path: &Path) -> impl Iterator<Item = PathBuf> {
+    let folder = path.parent().unwrap_or(Path::new("."));
+    fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path())
+}
+
+/// Removes copies that nobody loads any more, and what dead writers have left; what cannot be looked at or removed stays.
+fn remove_unused(path: &Path) {
+    for path in files_beside(path) {
+        let changed = fs::metadata(&path).and_then(|metadata| metadata.modified());
+        let age = changed.ok().and_then(|changed| SystemTime::now().duration_since(changed).ok());
+        if age.is_none_or(|age| age < UNUSED) {
+            continue;
+        }
+        let left_over = ["part", "lock"].into_iter().any(|ending| stem_of(&path, ending).is_some());
+        let unused = stem_of(&path, "packed").is_some() && is_copy(&path);
+        if (left_over || unused) && fs::remove_file(&path).is_ok() {
+            tracing::info!(path = %path.display(), "removed a packed copy that was not loaded for 30 days");
         }
     }
 }
 
-/// Removes copies that nobody uses any more; those that cannot be looked at or removed stay.
-fn remove_unused(folder: &Path) {
-    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
-        let path = entry.path();
-        let used = entry.metadata().and_then(|metadata| metadata.modified());
-        let age = used.ok().and_then(|used| SystemTime::now().duration_since(used).ok());
-        let is_copy = path.extension().is_some_and(|ending| ending == "packed");
-        if is_copy && age.is_some_and(|age| age > UNUSED) && fs::remove_file(&path).is_ok() {
-            tracing::info!(path = %path.display(), "removed a packed copy that was not used for 30 days");
-        }
-    }
+/// What the names of a copy, of its lock (`STEM.lock`) and of what is to become one (`STEM.N-N.part`) begin with: the
+/// model's name and eight bytes of the key. `None` if it is no such name.
+fn stem_of(path: &Path, ending: &str) -> Option<String> {
+    let name = path.file_name()?.to_str()?.strip_suffix(ending)?.strip_suffix('.')?;
+    let stem = if ending == "part" { name.rsplit_once('.')?.0 } else { name };
+    let (_, key) = stem.rsplit_once('-')?;
+    (key.len() == 16 && key.bytes().all(|byte| byte.is_ascii_hexdigit())).then(|| stem.to_owned())
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_stuck_writer_is_not_waited_for() {
-        let folder = tempfile::tempdir().unwrap();
-        let (path, partial) = (folder.path().join("lock"), folder.path().join("part"));
-        let stalled = Duration::from_millis(300);
-        let held = lock(&path, &partial, stalled, &mut |_| {}).unwrap().unwrap();
-        let (mut looked, begun) = (0_u64, Instant::now());
-        let second = lock(&path, &partial, stalled, &mut |bytes| {
-            assert_eq!(bytes, looked.min(10));
-            looked += 1;
-            // As long as it grows, it is no matter how long it takes.
-            if looked <= 10 {
-                fs::write(&partial, vec![0; looked as usize]).unwrap();
-            }
-        });
-        assert!(second.unwrap().is_none());
-        assert!(begun.elapsed() > stalled + 10 * LOOK, "{looked} looks");
-        drop(held);
-        assert!(lock(&path, &partial, stalled, &mut |_| panic!("it is free")).unwrap().is_some());
-    }
-
-    #[test]
-    fn only_copies_long_unused_are_removed() {
-        let folder = tempfile::tempdir().unwrap();
-        let day = Duration::from_secs(24 * 3600);
-        let files = [("old.packed", 31), ("used.packed", 29), ("model.gguf", 90)];
-        for (name, days) in files {
-            let file = File::create(folder.path().join(name)).unwrap();
-            file.set_modified(SystemTime::now() - days * day).unwrap();
-        }
-        remove_unused(folder.path());
-        let left = files.map(|(name, _)| folder.path().join(name).exists());
-        assert_eq!(left, [false, true, true]);
-    }
+/// Whether a file is a copy, of whatever version.
+fn is_copy(path: &Path) -> bool {
+    let mut name = [0; NAME.len()];
+    let read = File::open(path).and_then(|mut file| io::Read::read_exact(&mut file, &mut name));
+    read.is_ok() && name == NAME.as_bytes()
 }

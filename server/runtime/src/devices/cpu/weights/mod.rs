@@ -3,44 +3,42 @@
 mod copy;
 mod pack;
 
-use baton_checkpoint::Checkpoint;
+use std::io;
 
-use self::copy::{Copy, Found};
-pub(crate) use self::pack::{Packed, pack};
+use self::copy::{Reader, Writer};
+pub(crate) use self::{
+    copy::{Found, Place},
+    pack::{Packed, pack},
+};
 use super::{
     memory::{Arena, Bytes},
     threads::Pool,
 };
-use crate::{LoadOptions, RuntimeError};
+use crate::RuntimeError;
 
 /// Keeps the weights of one model as they are loaded, one matrix after the other.
 #[derive(Default)]
 pub(crate) struct Store {
     arena: Arena,
-    copy: Option<Copy>,
+    /// Where packed weights are taken from instead of packing.
+    reader: Option<Reader>,
+    /// What they are written to besides.
+    writer: Option<Writer>,
+}
+
+impl From<Reader> for Store {
+    fn from(reader: Reader) -> Self {
+        Self { reader: Some(reader), ..Self::default() }
+    }
+}
+
+impl From<Writer> for Store {
+    fn from(writer: Writer) -> Self {
+        Self { writer: Some(writer), ..Self::default() }
+    }
 }
 
 impl Store {
-    /// Uses the packed copy if there is to be one. Where that cannot be, weights are kept in memory, and the log says why.
-    /// `waiting(bytes)` is called while another process writes the copy.
-    pub(crate) fn open(
-        checkpoint: &Checkpoint,
-        options: &LoadOptions,
-        waiting: &mut dyn FnMut(u64),
-    ) -> Result<Self, RuntimeError> {
-        let Some(folder) = &options.packed_copies else { return Ok(Self::default()) };
-        let found = copy::open(folder, checkpoint, options.exact_bf16, waiting);
-        let copy = match found? {
-            Found::Copy(copy) => Some(copy),
-            Found::Unusable(reason) => {
-                let folder = folder.display();
-                tracing::warn!("no packed copy of the weights is kept in {folder}: {reason}");
-                None
-            }
-        };
-        Ok(Self { arena: Arena::default(), copy })
-    }
-
     /// The bytes of the next matrix, which `what` describes: those that the copy has, or what `fill` makes of zeros.
     fn put(
         &mut self,
@@ -49,30 +47,32 @@ impl Store {
         pool: &mut Pool,
         fill: &mut dyn FnMut(&mut [u8], &mut Pool),
     ) -> Result<Bytes, RuntimeError> {
-        match &mut self.copy {
-            Some(Copy::Whole(reader)) => return reader.next(what, length, pool),
-            Some(Copy::Begun(writer)) => match writer.append(what, length, pool, fill) {
-                Ok(bytes) => return Ok(bytes),
-                Err(error) => {
-                    let path = writer.path().display();
-                    tracing::warn!("the packed copy {path} is given up, it cannot be written: {error}");
-                    self.copy = None;
-                }
-            },
-            None => {}
+        if let Some(reader) = &mut self.reader {
+            return reader.next(what, length, pool);
         }
-        self.arena.filled(length, |bytes| fill(bytes, pool))
+        let bytes = self.arena.filled(length, |bytes| fill(bytes, pool))?;
+        if let Some(writer) = &mut self.writer
+            && let Err(error) = writer.append(what, bytes.as_slice(), pool)
+        {
+            self.give_up(&error);
+        }
+        Ok(bytes)
     }
 
-    /// Says that all matrices are there.
-    pub(crate) fn finish(&mut self) {
-        self.arena = Arena::default();
-        if let Some(Copy::Begun(writer)) = self.copy.take() {
-            let path = writer.path().to_owned();
-            match writer.finish() {
-                Ok(bytes) => tracing::info!(path = %path.display(), bytes, "packed copy written"),
-                Err(error) => tracing::warn!("the packed copy {} is not kept: {error}", path.display()),
+    /// Says that all matrices are there; gives whether they have just been written to a copy.
+    pub(crate) fn finish(&mut self) -> bool {
+        match self.writer.take().map(Writer::finish) {
+            None => false,
+            Some(Ok(())) => true,
+            Some(Err(error)) => {
+                self.give_up(&error);
+                false
             }
         }
+    }
+
+    fn give_up(&mut self, error: &io::Error) {
+        tracing::warn!("no packed copy of the weights is kept, it cannot be written: {error}");
+        self.writer = None;
     }
 }

@@ -78,13 +78,12 @@ pub(crate) fn pack(
         pool.run(panels, &|_, panel| {
             // SAFETY: each task has a panel of its own, within the `panels * panel_bytes` there are.
             let to = unsafe { memory.slice(panel * panel_bytes, panel_bytes) };
+            let mut values = vec![0.0; if dtype == Dtype::F8E4M3 { k } else { 0 }];
             for lane in 0..LANES.min(rows - panel * LANES) {
                 let row = part.rows.stored_row(panel * LANES + lane);
-                if part.weight.scales.is_some() || dtype == Dtype::F8E4M3 {
-                    let mut values = vec![0.0; k];
+                if dtype == Dtype::F8E4M3 {
                     part.weight.dequantize_row(row, &mut values);
-                    let bytes: Vec<u8> = values.into_iter().flat_map(f32::to_le_bytes).collect();
-                    pack_row(Dtype::F32, format, &bytes, to, lane);
+                    pack_values(&values, format, to, lane);
                 } else {
                     pack_row(dtype, format, part.weight.row(row), to, lane);
                 }
@@ -104,7 +103,11 @@ pub(crate) fn pack(
 /// Puts one stored row into its lane of a panel.
 fn pack_row(dtype: Dtype, format: PanelFormat, row: &[u8], panel: &mut [u8], lane: usize) {
     let block: fn(Dtype, &[u8], &mut [u8], usize) = match dtype {
-        Dtype::F32 | Dtype::Bf16 if matches!(format, PanelFormat::Quantised(_)) => pack_b12,
+        Dtype::Bf16 if matches!(format, PanelFormat::Quantised(_)) => |dtype, from, to, lane| {
+            let mut weights = [0.0; 32];
+            dtype.dequantize(from, &mut weights);
+            pack_b12(&weights, to, lane);
+        },
         Dtype::F32 => |_, from, to, lane| spread::<4>(from, to, lane),
         Dtype::F16 | Dtype::Bf16 => |_, from, to, lane| spread::<2>(from, to, lane),
         Dtype::Q8_0 => |_, from, to, lane| {
@@ -116,7 +119,7 @@ fn pack_row(dtype: Dtype, format: PanelFormat, row: &[u8], panel: &mut [u8], lan
         Dtype::Q5_0 | Dtype::Q5_1 => pack_5,
         Dtype::Q4K | Dtype::Q5K => pack_k45,
         Dtype::Q6K => pack_k6,
-        Dtype::F8E4M3 => unreachable!("its rows are packed as f32"),
+        Dtype::F8E4M3 => unreachable!("its values are packed, with their scales"),
     };
     let stored = format.block() / dtype.block_elements() * dtype.block_bytes();
     for (from, to) in row.chunks_exact(stored).zip(panel.chunks_exact_mut(format.block_bytes())) {
@@ -124,10 +127,24 @@ fn pack_row(dtype: Dtype, format: PanelFormat, row: &[u8], panel: &mut [u8], lan
     }
 }
 
-/// 32 weights in bf16 or f32 as multiples of one scale: that of the largest, rounded up to bf16.
-fn pack_b12(dtype: Dtype, from: &[u8], to: &mut [u8], lane: usize) {
-    let mut weights = [0.0; 32];
-    dtype.dequantize(from, &mut weights);
+/// Puts a row's values into its lane of a panel.
+fn pack_values(values: &[f32], format: PanelFormat, panel: &mut [u8], lane: usize) {
+    match format {
+        PanelFormat::Quantised(_) => {
+            let (blocks, _) = values.as_chunks::<32>();
+            let panel = panel.chunks_exact_mut(format.block_bytes());
+            blocks.iter().zip(panel).for_each(|(weights, to)| pack_b12(weights, to, lane));
+        }
+        PanelFormat::Dense(_) => {
+            for (value, to) in values.iter().zip(panel.chunks_exact_mut(4 * LANES)) {
+                to[4 * lane..][..4].copy_from_slice(&value.to_le_bytes());
+            }
+        }
+    }
+}
+
+/// 32 weights as multiples of one scale: that of the largest, rounded up to bf16.
+fn pack_b12(weights: &[f32; 32], to: &mut [u8], lane: usize) {
     let most = weights.iter().fold(0.0_f32, |most, weight| most.max(weight.abs()));
     let exact = most / f32::from(B12::LARGEST);
     // One that is no finite number makes all products with the block none.

@@ -1,0 +1,31 @@
+//! What writing a packed copy and using it cost in memory. Alone in its file: the peak is the whole process's.
+#![cfg(target_os = "linux")]
+
+#[allow(dead_code, reason = "only the real model is needed of it")]
+mod session;
+
+use std::fs;
+
+use baton_checkpoint::Checkpoint;
+use baton_runtime::{LoadOptions, load};
+use session::smollm2;
+
+/// The process's largest memory so far, mapped files included.
+fn peak_bytes() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    peak.split_whitespace().next().unwrap().parse::<u64>().unwrap() * 1024
+}
+
+#[test]
+fn a_copy_takes_no_more_than_the_weights() {
+    let folder = tempfile::tempdir().unwrap();
+    let checkpoint = Checkpoint::open(&smollm2()).unwrap();
+    let before = peak_bytes();
+    let packed_copies = Some(folder.path().to_owned());
+    let options = LoadOptions { threads: 2, kv_blocks: 64, packed_copies, ..LoadOptions::default() };
+    load(&checkpoint, &options, &mut |_, _| {}).unwrap();
+    let (taken, weights) = (peak_bytes() - before, checkpoint.weight_bytes());
+    assert!(taken * 100 <= weights * 125, "{taken} bytes for {weights} bytes of weights");
+    assert!(fs::read_dir(folder.path()).unwrap().count() > 0, "nothing was written");
+}
