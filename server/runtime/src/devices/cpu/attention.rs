@@ -188,7 +188,7 @@ impl Int8 {
 /// A worker's own memory.
 #[derive(Default)]
 pub(crate) struct Scratch {
-    /// Tiles of queries, each `[head_dim][height]`, scaled.
+    /// `[queries][head_dim]`, scaled.
     queries: Vec<f32>,
     /// `[queries][blocks * 16]`.
     scores: Vec<f32>,
@@ -233,19 +233,15 @@ pub(crate) unsafe fn attend(
     let dtype = layer.pool.layout().dtype;
     let places = layer.places(kv_head);
     let first_row = sequence.first_row + tile.first;
-    let height = tile_height(queries, kernels.tile_rows);
     let scale = 1.0 / (dim as f32).sqrt();
-    for query in 0..queries {
+    for (query, to) in scratch.queries.chunks_exact_mut(dim).take(queries).enumerate() {
         let at = (first_row + query / group) * heads.width() + (kv_head * group + query % group) * dim;
-        let (tile, lane) = (query / height * height, query % height);
-        let lanes = height.min(queries - tile);
-        let to = scratch.queries[tile * dim + lane..].iter_mut().step_by(lanes);
-        to.zip(&qkv[at..][..dim]).for_each(|(to, from)| *to = from * scale);
+        to.iter_mut().zip(&qkv[at..][..dim]).for_each(|(to, from)| *to = from * scale);
     }
     let task = Scores {
         queries: scratch.queries.as_ptr(),
         rows: queries,
-        height,
+        height: tile_height(queries, kernels.tile_rows),
         dim,
         slices: scratch.slices.as_ptr(),
         blocks,
@@ -254,7 +250,7 @@ pub(crate) unsafe fn attend(
         out: scratch.scores.as_mut_ptr(),
         out_stride: stride,
     };
-    // SAFETY: `queries` rows of `dim` in tiles, slices of the pool with the head's K, and `stride` scores of each query.
+    // SAFETY: `queries` rows of `dim`, slices of the pool with the head's K, and `stride` scores of each query.
     unsafe { (kernels.scores[dtype as usize])(&task) };
     for query in 0..queries {
         let (scores, visible) = (&mut scratch.scores[query * stride..][..stride], start + query / group + 1);

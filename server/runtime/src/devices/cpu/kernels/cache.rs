@@ -110,16 +110,15 @@ unsafe fn score<V: Lanes, S: Stored, const R: usize, const N: usize>(
     for (i, keys) in keys.iter_mut().enumerate() {
         *keys = (*slices.add(i)).add(task.keys);
     }
-    let mut queries = task.queries.add(row * task.dim);
+    let queries = task.queries.add(row * task.dim);
     let mut sums = [[V::splat(0.0); R]; N];
     for at in 0..task.dim {
         for (keys, sums) in keys.iter().zip(&mut sums) {
             let keys = S::load::<V>(keys.add(at * LANES * S::BYTES));
             for (r, sum) in sums.iter_mut().enumerate() {
-                *sum = V::splat(*queries.add(r)).fma(keys, *sum);
+                *sum = V::splat(*queries.add(r * task.dim + at)).fma(keys, *sum);
             }
         }
-        queries = queries.add(R);
     }
     for (i, sums) in sums.into_iter().enumerate() {
         let scale = if S::SCALED { V::load((*slices.add(i)).add(task.scales).cast()) } else { V::splat(1.0) };

@@ -105,9 +105,10 @@ pub(crate) struct QuantisedTiles {
 
 /// Scores of queries, all of them with all tokens of some blocks of the KV pool, for one KV head.
 pub(crate) struct Scores {
-    /// Tiles of `height` rows, the last of what is left over, each `[dim][height]`.
+    /// `[rows][dim]`.
     pub(crate) queries: *const f32,
     pub(crate) rows: usize,
+    /// Rows that go together.
     pub(crate) height: usize,
     pub(crate) dim: usize,
     /// The slices of `blocks` blocks.

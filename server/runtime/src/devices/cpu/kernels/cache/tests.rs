@@ -79,13 +79,9 @@ impl Cache {
 fn scores(kernels: &Kernels, cache: &Cache, queries: &[f32]) -> Vec<f32> {
     let (dim, blocks, rows) = (cache.dim, cache.slices.len(), queries.len() / cache.dim);
     let height = tile_height(rows, kernels.tile_rows);
-    let mut tiled = Vec::new();
-    for tile in queries.chunks(height * dim) {
-        (0..dim).for_each(|at| tiled.extend(tile[at..].iter().step_by(dim)));
-    }
     let (pointers, mut out) = (cache.pointers(), vec![f32::NAN; rows * blocks * 16]);
     let task = Scores {
-        queries: tiled.as_ptr(),
+        queries: queries.as_ptr(),
         rows,
         height,
         dim,
@@ -96,7 +92,7 @@ fn scores(kernels: &Kernels, cache: &Cache, queries: &[f32]) -> Vec<f32> {
         out: out.as_mut_ptr(),
         out_stride: blocks * 16,
     };
-    // SAFETY: tiles of `rows` queries, slices as `Cache` lays them out, and scores of all tokens for each query.
+    // SAFETY: `rows` queries, slices as `Cache` lays them out, and scores of all tokens for each query.
     unsafe { (kernels.scores[cache.dtype as usize])(&task) };
     out
 }
