@@ -92,6 +92,10 @@ impl Place {
         &self.path
     }
 
+    fn header(&self) -> Vec<u8> {
+        [NAME.as_bytes(), VERSION.as_bytes(), &self.key].concat()
+    }
+
     /// Finds the copy or begins one; waits for another process that writes it, unless that one gets stuck. `damaged` is the
     /// number of a copy that is of no use.
     pub(crate) fn find(&self, damaged: Option<u64>) -> io::Result<Found> {
@@ -226,12 +230,6 @@ impl Reader {
         self.at = (start + length).next_multiple_of(ALIGN);
         self.index += 1;
         Ok(bytes)
-    }
-}
-
-impl Place {
-    fn header(&self) -> Vec<u8> {
-        [NAME.as_bytes(), VERSION.as_bytes(), &self.key].concat()
     }
 }
 

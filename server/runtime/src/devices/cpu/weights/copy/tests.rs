@@ -1,6 +1,6 @@
 //! Waiting, what is left behind and who may have written a copy; `tests/packed_copy.rs` has whole models.
 
-use super::*;
+use super::{super::Store, *};
 
 fn place(folder: &Path) -> Place {
     Place { path: folder.join("a.model-0123456789abcdef.packed"), key: [7; 32] }
@@ -156,4 +156,23 @@ fn what_others_can_write_is_not_used() {
         fs::set_permissions(&place.path, fs::Permissions::from_mode(mode)).unwrap();
         assert_eq!(Reader::open(&place).unwrap().is_some(), used, "{mode:o}");
     }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_disk_costs_the_copy_only() {
+    let folder = tempfile::tempdir().unwrap();
+    let (place, mut pool) = (place(folder.path()), Pool::start(1).unwrap());
+    let mut writer = writer(&place);
+    writer.file = OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let mut store = Store::from(writer);
+    for value in [7, 8] {
+        let bytes = store.put("a matrix", 100, &mut pool, &mut |to, _| to.fill(value)).unwrap();
+        assert_eq!(bytes.as_slice(), [value; 100]);
+        let left: Vec<PathBuf> = files_beside(&place.path).collect();
+        assert_eq!(left, [place.path.with_extension("lock")]);
+    }
+    assert!(!store.finish());
+    // Another may try.
+    assert!(matches!(place.find(None), Ok(Found::Nothing(_))));
 }
