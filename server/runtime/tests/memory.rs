@@ -4,18 +4,9 @@
 #[allow(dead_code, reason = "only the real model is needed of it")]
 mod session;
 
-use std::fs;
-
 use baton_checkpoint::Checkpoint;
 use baton_runtime::{LoadOptions, load};
-use session::smollm2;
-
-/// The process's largest memory so far, mapped files included.
-fn peak_bytes() -> u64 {
-    let status = fs::read_to_string("/proc/self/status").unwrap();
-    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
-    peak.split_whitespace().next().unwrap().parse::<u64>().unwrap() * 1024
-}
+use session::{peak_bytes, smollm2};
 
 #[test]
 fn loading_takes_little_more_than_the_weights() {

@@ -87,3 +87,12 @@ pub(crate) fn smollm2() -> PathBuf {
     let path = std::env::var_os("BATON_TEST_MODEL");
     path.expect("set BATON_TEST_MODEL to the path of SmolLM2-135M-Instruct.Q4_1.gguf").into()
 }
+
+/// The process's largest memory so far, mapped files included.
+#[cfg(target_os = "linux")]
+#[allow(dead_code, reason = "not every test uses it")]
+pub(crate) fn peak_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    peak.split_whitespace().next().unwrap().parse::<u64>().unwrap() * 1024
+}
