@@ -152,6 +152,7 @@ impl Service {
             traceparent: traceparent.to_owned(),
             prompt: prompt.tokens.clone(),
             sampling: prompt.sampling.clone(),
+            priority: prepared.priority,
             deadline: card.card().arrived + self.limits.request_timeout,
         };
         let mut attempts = Attempts::new(self.placer.clone(), assignment);

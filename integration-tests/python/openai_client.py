@@ -357,6 +357,7 @@ class Refusals(unittest.TestCase):
         self.refused(bad, "logit_bias", logit_bias={"The": 1})
         self.refused(bad, "min_tokens", extra_body={"min_tokens": 25})
         self.refused(bad, "stop_token_ids", extra_body={"stop_token_ids": [49152]})
+        self.refused(bad, "priority", extra_body={"priority": 1 << 40})
         self.refused(bad, "best_of", extra_body={"best_of": 2})
         self.refused(bad, "use_beam_search", extra_body={"use_beam_search": True})
         self.refused(bad, "echo", extra_body={"echo": True})

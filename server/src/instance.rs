@@ -353,6 +353,25 @@ mod tests {
         assert_eq!(drain_of_legs(Duration::ZERO), Duration::ZERO);
     }
 
+    /// The layout that a server over the tiny model of this name tells.
+    async fn layout_of(tiny: &str, exact_bf16: bool) -> KvLayout {
+        let tiny = format!("{}/runtime/tests/reference/tiny/{tiny}", env!("CARGO_MANIFEST_DIR"));
+        let mut config = ServerConfig::default();
+        config.model.path = tiny.into();
+        config.runtime.exact_bf16 = exact_bf16;
+        Plan::read(&config).await.expect("the model reads").kv_layout()
+    }
+
+    #[tokio::test]
+    async fn those_that_round_bf16_weights_do_not_pair_with_those_that_do_not() {
+        let (rounds, exact) =
+            (layout_of("hf-bf16-mistral", false).await, layout_of("hf-bf16-mistral", true).await);
+        assert!(rounds.compatible_with(&exact).is_err() && rounds.fingerprint() != exact.fingerprint());
+        let (one, other) =
+            (layout_of("hf-f32-ratio1-tied", false).await, layout_of("hf-f32-ratio1-tied", true).await);
+        assert_eq!(one.compatible_with(&other), Ok(()), "without bf16 weights there is no difference");
+    }
+
     #[test]
     fn what_is_advertised_can_be_reached() {
         let here = TcpListener::bind("127.0.0.1:0").expect("a port");

@@ -45,6 +45,8 @@ pub struct Assignment {
     pub traceparent: String,
     pub prompt: Arc<[u32]>,
     pub sampling: Sampling,
+    /// Lower is served first and preempted last.
+    pub priority: i32,
     pub deadline: Instant,
 }
 
@@ -300,7 +302,7 @@ fn dispatch(seat: &Seat, assignment: &Assignment, work: Work) -> v1::Dispatch {
         sampling: Some((&assignment.sampling).into()),
         timeout_millis: u64::try_from(left.as_millis()).unwrap_or(u64::MAX).max(1),
         work: Some(work),
-        priority: 0,
+        priority: assignment.priority,
     }
 }
 

@@ -56,6 +56,8 @@ pub struct Prepared {
     /// At least one; of chats exactly one.
     pub prompts: Vec<PreparedPrompt>,
     pub stops: TextStops,
+    /// Among the requests of an instance: lower is served first and preempted last.
+    pub priority: i32,
 }
 
 /// One prompt of a request.
@@ -144,7 +146,15 @@ pub fn prepare(
     let sampling = prompts.first().map(|prompt: &PreparedPrompt| &prompt.sampling);
     shape.logprobs = sampling.is_some_and(|sampling| sampling.top_logprobs.is_some());
     let stops = ends::text_stops(&request, sampling.map_or(0, |sampling| sampling.min_tokens))?;
-    Ok(Prepared { shape, prompts, stops })
+    Ok(Prepared { shape, prompts, stops, priority: priority(&request)? })
+}
+
+/// As vLLM's: 0 unless the request says otherwise.
+fn priority(request: &Request) -> Result<i32, ApiError> {
+    let asked = request.priority.map_or(0, |asked| asked.0);
+    i32::try_from(asked).map_err(|_| {
+        invalid("priority", &format!("must be {} (first) to {} (last), got {asked}", i32::MIN, i32::MAX))
+    })
 }
 
 /// Whether the answer is to begin with the prompt.

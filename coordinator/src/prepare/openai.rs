@@ -26,6 +26,7 @@ pub struct Request {
     pub echo: Option<bool>,
     pub n: Option<Integer>,
     pub best_of: Option<Integer>,
+    pub priority: Option<Integer>,
     /// A switch for chats, a number for completions.
     pub logprobs: Option<Value>,
     pub top_logprobs: Option<Integer>,

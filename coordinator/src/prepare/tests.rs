@@ -127,3 +127,15 @@ fn bad_chats_are_told_by_field() {
     let unknown = chat(r#"{"model": "other"}"#).expect_err("unknown");
     assert!(unknown.message.contains("`tiny`"), "{unknown}");
 }
+
+#[test]
+fn priority_is_any_whole_number_that_the_wire_holds() {
+    let asked = |priority: &str| text(&format!(r#"{{"model": "tiny", "prompt": "x"{priority}}}"#));
+    for (body, priority) in [("", 0), (r#", "priority": -3"#, -3), (r#", "priority": 2147483647"#, i32::MAX)]
+    {
+        assert_eq!(asked(body).expect(body).priority, priority);
+    }
+    let error = asked(r#", "priority": 2147483648"#).expect_err("too large");
+    assert_eq!((error.code, error.param.as_deref()), (ErrorCode::InvalidArgument, Some("priority")));
+    assert!(error.message.contains("-2147483648 (first) to 2147483647 (last)"), "{error}");
+}

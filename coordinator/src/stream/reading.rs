@@ -156,6 +156,7 @@ mod tests {
             traceparent: String::new(),
             prompt: prepared.prompts[0].tokens.clone(),
             sampling: prepared.prompts[0].sampling.clone(),
+            priority: 0,
             deadline: tokio::time::Instant::now(),
         };
         Reading::new(Box::new(reader), &assignment, false, "")

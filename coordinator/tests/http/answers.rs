@@ -8,13 +8,14 @@ use v1::{FinishReason, dispatch::Work};
 #[tokio::test]
 async fn both_legs_are_dispatched_at_once_with_one_transfer() {
     let (cluster, mut prefill, mut decode) = Cluster::pair().await;
-    let body = json!({"seed": 7, "temperature": 0.5, "max_tokens": 3});
+    let body = json!({"seed": 7, "temperature": 0.5, "max_tokens": 3, "priority": -2});
     let response = cluster.chat(body);
     let (p, d) = (prefill.dispatch().await, decode.dispatch().await);
     let prompt: Vec<u32> = b"user:hi\nassistant:".iter().map(|&byte| u32::from(byte)).collect();
     assert_eq!((&p.prompt_tokens, &d.prompt_tokens), (&prompt, &prompt));
     assert_eq!((p.incarnation, p.role_epoch, p.model.as_str()), (1, 1, "tiny"));
     assert!(p.timeout_millis > 500_000);
+    assert_eq!((p.priority, d.priority), (-2, -2));
     let sampling = p.sampling.clone().expect("sampling");
     assert_eq!((sampling.seed, sampling.temperature, sampling.max_tokens), (7, 0.5, 3));
     assert_eq!((sampling.stop_token_ids.as_slice(), p.sampling == d.sampling), (&[0][..], true));
