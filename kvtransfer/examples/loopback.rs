@@ -13,7 +13,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use baton_kvtransfer::{ExpectSpec, KvLayout, KvNode, Limits, NodeConfig, OfferSpec, Region};
+use baton_kvtransfer::{
+    ExpectSpec, KvLayout, KvNode, Limits, NodeConfig, OfferSpec, Region, TcpConfig, TransportConfig,
+};
 use baton_proto::{Incarnation, InstanceId, TransferId};
 use tokio_util::sync::CancellationToken;
 
@@ -184,8 +186,8 @@ fn node(name: &str, slice_bytes: u64, blocks: u32, stop: &CancellationToken) -> 
         layout,
         region,
         blocks,
-        data_listener: TcpListener::bind("127.0.0.1:0")?,
-        advertise: None,
+        transports: vec![TransportConfig::Tcp(TcpConfig::new(TcpListener::bind("127.0.0.1:0")?))],
+        secret: None,
         lease: Duration::from_secs(10),
         limits: Limits::default(),
         reclaim: Arc::new(|_| {}),

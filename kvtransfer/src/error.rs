@@ -28,6 +28,10 @@ pub enum TransferError {
     Unreachable { endpoint: String, reason: String },
     #[error("the peer refused the control stream: {0}")]
     PeerRefused(ApiError),
+    #[error(
+        "the peer does not show that it belongs to this fleet: give both the same handoff secret, or neither one"
+    )]
+    Unauthenticated,
     #[error("the control stream to the peer broke: {0}")]
     LinkLost(String),
     #[error("no sign of life from the peer for {} ms", .silent.as_millis())]
@@ -72,9 +76,11 @@ impl TransferError {
             Self::DeadlineExceeded { .. } => ErrorCode::DeadlineExceeded,
             Self::Cancelled(_) => ErrorCode::Cancelled,
             Self::NotNeeded(_) => ErrorCode::NotNeeded,
-            Self::DataPath(_) | Self::Damaged { .. } | Self::Protocol(_) | Self::SealMismatch { .. } => {
-                ErrorCode::HandoffFailed
-            }
+            Self::Unauthenticated
+            | Self::DataPath(_)
+            | Self::Damaged { .. }
+            | Self::Protocol(_)
+            | Self::SealMismatch { .. } => ErrorCode::HandoffFailed,
             Self::ShuttingDown => ErrorCode::Unavailable,
             Self::Io { .. } => ErrorCode::Internal,
         }

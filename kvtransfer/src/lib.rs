@@ -25,7 +25,9 @@
 //! Two nodes in one process; `pool` stands for a device's memory.
 //! ```
 //! use std::{net::TcpListener, ptr::NonNull, sync::Arc, time::{Duration, Instant}};
-//! use baton_kvtransfer::{ExpectSpec, KvLayout, KvNode, Limits, NodeConfig, OfferSpec, Region};
+//! use baton_kvtransfer::{
+//!     ExpectSpec, KvLayout, KvNode, Limits, NodeConfig, OfferSpec, Region, TcpConfig, TransportConfig,
+//! };
 //! use baton_proto::{Incarnation, InstanceId, TransferId};
 //! use tokio_util::sync::CancellationToken;
 //!
@@ -52,8 +54,8 @@
 //!     layout,
 //!     region,
 //!     blocks: 10,
-//!     data_listener: TcpListener::bind("127.0.0.1:0")?,
-//!     advertise: None,
+//!     transports: vec![TransportConfig::Tcp(TcpConfig::new(TcpListener::bind("127.0.0.1:0")?))],
+//!     secret: None,
 //!     lease: Duration::from_secs(5),
 //!     limits: Limits::default(),
 //!     reclaim: Arc::new(|back| println!("blocks {:?} are free again", back.blocks)),
@@ -120,6 +122,7 @@ pub use first_tokens::FirstTokens;
 pub use layout::KvLayout;
 pub use memory::{Region, Slices};
 pub use node::{
-    Direction, ExpectSpec, HandoffService, Incoming, KvNode, Limits, NodeConfig, NodeStats, OfferSpec,
-    Outgoing, Progress, Reclaimed, Sealed, TransferStats,
+    Direction, ExpectSpec, FleetSecret, HandoffService, Incoming, KvNode, Limits, NodeConfig, NodeStats,
+    OfferSpec, Outgoing, Progress, Reclaimed, Sealed, TransferStats, TransportConfig,
 };
+pub use transport::{TcpConfig, TransportKind, TransportStats};

@@ -8,6 +8,7 @@
 use std::{
     any::Any,
     fmt,
+    fs::File,
     io::{IoSlice, IoSliceMut},
     ptr::NonNull,
     sync::Arc,
@@ -19,6 +20,7 @@ use crate::{KvLayout, TransferError};
 #[derive(Clone)]
 pub struct Region {
     inner: Arc<Inner>,
+    file: Option<Arc<File>>,
 }
 
 struct Inner {
@@ -43,7 +45,19 @@ impl Region {
     /// - Blocks being sent (`OfferSpec::blocks`) are not written, in a layer once `Progress::ready` has named them
     ///   there, until they come back (`Outgoing::close` or `NodeConfig::reclaim`).
     pub unsafe fn new(owner: Arc<dyn Any + Send + Sync>, base: NonNull<u8>, len: usize) -> Self {
-        Self { inner: Arc::new(Inner { base, len, _owner: owner }) }
+        Self { inner: Arc::new(Inner { base, len, _owner: owner }), file: None }
+    }
+
+    /// The same region, known to be a shared mapping of this file (`memfd_create`, with sealing allowed) from its start,
+    /// so that processes of the same host can read it in place. The file must not be mapped for writing again.
+    pub fn backed_by(mut self, file: Arc<File>) -> Self {
+        self.file = Some(file);
+        self
+    }
+
+    /// What it is a mapping of, if that is known.
+    pub(crate) fn file(&self) -> Option<Arc<File>> {
+        self.file.clone()
     }
 
     /// Size in bytes.
@@ -103,31 +117,37 @@ impl Slices {
         self.blocks
     }
 
-    /// Address of a slice; refuses slices outside the region.
-    fn locate(&self, layer: u32, block: u32) -> Result<NonNull<u8>, TransferError> {
+    /// Where a slice starts in the region, in bytes; refuses slices outside it.
+    pub(crate) fn offset(&self, layer: u32, block: u32) -> Result<u64, TransferError> {
         if layer >= self.layers || block >= self.blocks {
             return Err(TransferError::Invalid(format!(
                 "slice (layer {layer}, block {block}) lies outside {} layers of {} blocks",
                 self.layers, self.blocks
             )));
         }
-        let offset = (layer as usize * self.blocks as usize + block as usize) * self.slice_bytes;
-        // SAFETY: `Region::slices` checked layers * blocks * slice_bytes <= len, so this stays inside the region.
+        // `Region::slices` checked that layers * blocks * slice_bytes is within a region's length, a `usize`.
+        Ok(((layer as usize * self.blocks as usize + block as usize) * self.slice_bytes) as u64)
+    }
+
+    /// Address of a slice, for those that write it by other means. Only for slices that the caller has claimed.
+    pub(crate) fn place(&self, layer: u32, block: u32) -> Result<NonNull<u8>, TransferError> {
+        let offset = self.offset(layer, block)? as usize;
+        // SAFETY: `offset` lies inside the region.
         Ok(unsafe { self.region.inner.base.add(offset) })
     }
 
     /// One slice's bytes, for a transport that sends them. Only for slices that a transfer has been told are ready.
     pub(crate) fn source(&self, layer: u32, block: u32) -> Result<&[u8], TransferError> {
-        let start = self.locate(layer, block)?;
-        // SAFETY: in bounds (`locate`), alive while `self` holds the region, and, by the contract of `Region::new` and
+        let start = self.place(layer, block)?;
+        // SAFETY: in bounds (`place`), alive while `self` holds the region, and, by the contract of `Region::new` and
         // the node's claims, written by nobody while it is readable here.
         Ok(unsafe { std::slice::from_raw_parts(start.as_ptr(), self.slice_bytes) })
     }
 
     #[allow(clippy::mut_from_ref)] // exclusive by the contract of `Region::new` and the node's claims
     fn target(&self, layer: u32, block: u32) -> Result<&mut [u8], TransferError> {
-        let start = self.locate(layer, block)?;
-        // SAFETY: in bounds (`locate`), alive while `self` holds the region; the only one to reach these bytes now: a
+        let start = self.place(layer, block)?;
+        // SAFETY: in bounds (`place`), alive while `self` holds the region; the only one to reach these bytes now: a
         // receiving transfer's blocks are its alone and each of its slices is claimed by one frame at a time.
         Ok(unsafe { std::slice::from_raw_parts_mut(start.as_ptr(), self.slice_bytes) })
     }

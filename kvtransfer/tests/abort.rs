@@ -315,7 +315,7 @@ async fn a_frozen_sender_loses_its_lease() {
         if let Some(mut incoming) = incoming {
             let key = sender.accepted().await;
             // Frozen in the middle of a frame.
-            let mut data = connect_data(sender.data).await;
+            let mut data = sender.connect_data().await;
             let bytes = RawFrame::new(id, &key, 0, 0, slices(1, 0, 0..3)).bytes();
             write(&mut data, &bytes[..200]).await;
             let error = within("the lease", 5, incoming.sealed()).await.expect_err("frozen");
@@ -373,8 +373,10 @@ async fn a_receiver_that_does_not_read_cannot_keep_the_blocks() {
     let mut big = layout();
     big.slice_bytes = 8 << 20; // more than the sockets take in
     let limits = Limits { fence_grace: Duration::from_millis(50), ..Limits::default() };
-    let prefill =
-        Peer::start_with("prefill-0", Setup { layout: big.clone(), blocks: 2, limits, ..Setup::default() });
+    let prefill = Peer::start_with(
+        "prefill-0",
+        Setup { layout: big.clone(), blocks: 2, limits, lanes: 1, ..Setup::default() },
+    );
     let decode = Peer::start("decode-0");
     let mut spec = offer_spec(TransferId::generate(), &decode, &[0]);
     (spec.peer, spec.receiver) = (receiver.address.to_string(), instance("frozen"));
@@ -385,7 +387,7 @@ async fn a_receiver_that_does_not_read_cannot_keep_the_blocks() {
     let (id, _) = stream.hear().await;
     stream.accept(id, Duration::from_secs(20)).await;
     outgoing.progress().ready(0, 0..1);
-    let (mut data, _) = within("a data connection", 10, receiver.data.accept()).await.expect("accepted");
+    let mut data = receiver.data().await;
     let mut start = vec![0; 68 + 1000];
     within("the frame's start", 10, data.read_exact(&mut start)).await.expect("open");
     assert_eq!(start[68..], slice[..1000]);
@@ -403,7 +405,7 @@ async fn a_receiver_that_does_not_read_cannot_keep_the_blocks() {
 #[tokio::test]
 async fn a_seal_whose_answer_was_lost_is_asked_again() {
     let mut receiver = ScriptedReceiver::start().await;
-    let prefill = Peer::start("prefill-0");
+    let prefill = Peer::start_with("prefill-0", Setup { lanes: 1, ..Setup::default() });
     let decode = Peer::start("decode-0");
     let mut before = None;
     for released in [true, false] {
@@ -418,7 +420,7 @@ async fn a_seal_whose_answer_was_lost_is_asked_again() {
         stream.accept(id, Duration::from_secs(20)).await;
         (0..LAYERS).for_each(|layer| outgoing.progress().ready(layer, 0..3));
         outgoing.seal(5);
-        let data = within("a data connection", 10, receiver.data.accept()).await.expect("accepted").0;
+        let data = receiver.data().await;
         let draining = tokio::spawn(drain(data));
         let (_, first) = stream.hear().await;
         drop(stream);
@@ -458,7 +460,7 @@ async fn decode_answers_a_repeated_seal_as_the_transfer_ended() {
     let mut incoming = decode.node.expect(expect_spec(id, &instance("prefill-9"), &[3])).expect("room");
     sender.offer(id, 1, 1).await;
     let key = sender.accepted().await;
-    let mut data = connect_data(sender.data).await;
+    let mut data = sender.connect_data().await;
     let all: Vec<_> = (0..LAYERS).map(|layer| (layer, 0, pattern(1, layer, 0, SLICE))).collect();
     for layer in 0..LAYERS {
         write(&mut data, &RawFrame::new(id, &key, layer, 0, slices(1, layer, 0..1)).bytes()).await;
@@ -478,7 +480,7 @@ async fn decode_answers_a_repeated_seal_as_the_transfer_ended() {
 #[tokio::test]
 async fn a_data_connection_cut_in_a_frame_aborts_both_sides() {
     let mut receiver = ScriptedReceiver::start().await;
-    let prefill = Peer::start("prefill-0");
+    let prefill = Peer::start_with("prefill-0", Setup { lanes: 1, ..Setup::default() });
     let decode = Peer::start("decode-0");
     let mut spec = offer_spec(TransferId::generate(), &decode, &FROM);
     (spec.peer, spec.receiver) = (receiver.address.to_string(), instance("decode-9"));
@@ -487,7 +489,8 @@ async fn a_data_connection_cut_in_a_frame_aborts_both_sides() {
     let (id, _) = stream.hear().await;
     stream.accept(id, Duration::from_secs(20)).await;
     outgoing.progress().ready(0, 0..3);
-    let (data, _) = within("a data connection", 10, receiver.data.accept()).await.expect("accepted");
+    let mut data = receiver.data().await;
+    data.read_exact(&mut [0; 100]).await.expect("the start of a frame");
     drop(data);
     let error = within("the abort", 10, outgoing.finished()).await.expect_err("cut");
     assert!(matches!(error, TransferError::DataPath(_)), "{error}");

@@ -29,7 +29,7 @@ async fn the_senders_stream_breaks_in_every_phase() {
         let mut incoming = expect().expect("room");
         sender.offer(id, 3, 1).await;
         let key = sender.accepted().await;
-        let mut data = connect_data(sender.data).await;
+        let mut data = sender.connect_data().await;
         let frame = RawFrame::new(id, &key, 0, 0, slices(1, 0, 0..3)).bytes();
         match phase {
             "in a frame" => write(&mut data, &frame[..frame.len() / 2]).await,
@@ -68,7 +68,7 @@ async fn a_restarted_sender_ends_what_its_earlier_start_began() {
 #[tokio::test]
 async fn the_receivers_stream_breaks_in_every_phase() {
     let mut receiver = ScriptedReceiver::start().await;
-    let prefill = Peer::start("prefill-0");
+    let prefill = Peer::start_with("prefill-0", Setup { lanes: 1, ..Setup::default() });
     let decode = Peer::start("decode-0"); // gives the spec its form only
     for phase in ["hello", "offered", "accepted", "moving"] {
         let mut spec = offer_spec(TransferId::generate(), &decode, &BLOCKS_LENT);

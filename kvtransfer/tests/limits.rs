@@ -5,6 +5,7 @@ mod support;
 use baton_kvtransfer::{Limits, TransferError};
 use baton_proto::TransferId;
 use support::{scripted::*, *};
+use tokio::io::AsyncReadExt;
 
 fn limited(change: fn(&mut Limits)) -> Setup {
     let mut setup = Setup::default();
@@ -48,22 +49,20 @@ async fn peers_are_bounded_each_way() {
 
 #[tokio::test]
 async fn data_connections_are_bounded() {
-    let decode = Peer::start_with("decode-0", limited(|limits| limits.data_connections = 2));
-    let address = decode.node.data_address().parse().expect("an address");
-    let (first, _second) = (connect_data(address).await, connect_data(address).await);
-    closed_by_peer(&mut connect_data(address).await).await;
+    let decode = Peer::start_with("decode-0", Setup { connections: 2, ..Setup::default() });
+    let sender = ScriptedSender::open(&decode, "prefill-9", 1).await.expect("welcome");
+    let (first, _second) = (sender.connect_data().await, sender.connect_data().await);
+    closed_by_peer(&mut connect_data(decode.data_address()).await).await;
     drop(first);
-    // Room again: a connection that lasts long enough to carry a transfer.
-    let mut sender = ScriptedSender::open(&decode, "prefill-9", 1).await.expect("welcome");
-    let id = TransferId::generate();
-    let _incoming = decode.node.expect(expect_spec(id, &instance("prefill-9"), &[3])).expect("room");
-    sender.offer(id, 1, 1).await;
-    let frame = RawFrame::new(id, &sender.accepted().await, 0, 0, slices(1, 0, 0..1)).bytes();
+    // Room again, as soon as the end of the first has been seen.
     let by = in_secs(10);
-    while decode.node.stats().slices_received == 0 {
+    loop {
         assert!(std::time::Instant::now() < by, "no connection was let in again");
-        let mut data = connect_data(address).await;
-        let _ = tokio::io::AsyncWriteExt::write_all(&mut data, &frame).await;
+        let mut data = connect_data(decode.data_address()).await;
+        write(&mut data, &data_hello(&sender.pass, 0)).await;
+        if data.read_exact(&mut [0; 32]).await.is_ok() {
+            break;
+        }
         tokio::time::sleep(std::time::Duration::from_millis(5)).await;
     }
 }

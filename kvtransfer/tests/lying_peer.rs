@@ -31,7 +31,7 @@ async fn scene() -> Scene {
     let incoming = decode.node.expect(expect_spec(id, &instance(LIAR), &BLOCKS_LENT)).expect("room");
     sender.offer(id, 3, 1).await;
     let key = sender.accepted().await;
-    let data = connect_data(sender.data).await;
+    let data = sender.connect_data().await;
     Scene { decode, sender, data, id, key, incoming }
 }
 
@@ -85,7 +85,7 @@ async fn a_frame_without_the_key_closes_the_connection_and_touches_nothing() {
     closed_by_peer(&mut scene.data).await;
     assert_eq!(scene.decode.pool.read(0, BLOCKS_LENT[0]), vec![0; SLICE]);
     // The true sender is not harmed.
-    scene.data = connect_data(scene.sender.data).await;
+    scene.data = scene.sender.connect_data().await;
     let seal = scene.send_all().await;
     scene.sender.say(scene.id, Body::Seal(seal)).await;
     within("sealed", 10, scene.incoming.sealed()).await.expect("whole");
@@ -184,7 +184,7 @@ async fn a_seal_waits_for_its_last_slices_but_not_for_ever() {
         let mut incoming = decode.node.expect(expect_spec(id, &instance(LIAR), &[4])).expect("room");
         sender.offer(id, 1, 1).await;
         let key = sender.accepted().await;
-        let mut data = connect_data(sender.data).await;
+        let mut data = sender.connect_data().await;
         let all: Vec<_> = (0..LAYERS).map(|layer| (layer, 0, pattern(1, layer, 0, SLICE))).collect();
         sender.say(id, Body::Seal(seal(1, &all))).await;
         for layer in 0..LAYERS - u32::from(!send_last) {
@@ -217,7 +217,7 @@ async fn messages_out_of_turn_abort() {
                 bytes.truncate(200);
                 write(&mut scene.data, &bytes).await;
                 until("the claim is open", || scene.decode.node.stats().incoming_active == 1).await;
-                scene.data = connect_data(scene.sender.data).await;
+                scene.data = scene.sender.connect_data().await;
             }
         }
         scene.fails(ErrorCode::HandoffFailed).await;
@@ -231,7 +231,7 @@ async fn what_is_not_a_frame_closes_the_connection() {
     for bytes in
         [b"GET / HTTP/1.1\r\nHost: decode-0\r\nAccept: text/html, and so on\r\n\r\n".to_vec(), oversized]
     {
-        let mut data = connect_data(scene.sender.data).await;
+        let mut data = scene.sender.connect_data().await;
         write(&mut data, &bytes).await;
         closed_by_peer(&mut data).await;
     }
@@ -243,7 +243,7 @@ async fn late_frames_of_a_forgotten_transfer_do_not_harm_others_on_the_connectio
     let limits = Limits { remembered_transfers: 1, ..Limits::default() };
     let decode = Peer::start_with("decode-0", Setup { limits, ..Setup::default() });
     let mut sender = ScriptedSender::open(&decode, LIAR, 1).await.expect("welcome");
-    let mut data = connect_data(sender.data).await;
+    let mut data = sender.connect_data().await;
     let (forgotten, live) = (TransferId::generate(), TransferId::generate());
     let gone = decode.node.expect(expect_spec(forgotten, &instance(LIAR), &[1, 2, 3])).expect("room");
     sender.offer(forgotten, 3, 1).await;
@@ -270,22 +270,26 @@ async fn late_frames_of_a_forgotten_transfer_do_not_harm_others_on_the_connectio
 }
 
 #[tokio::test]
-async fn frames_of_unknown_transfers_are_passed_over_within_bounds() {
-    let scene = scene().await;
-    // 12 MB each; 64 MiB are allowed between two proven frames.
-    let large = RawFrame::new(TransferId::generate(), &scene.key, 0, 0, vec![vec![1; SLICE]; 4096]).bytes();
-    let mut data = connect_data(scene.sender.data).await;
-    let mut taken = 0;
-    while taken < 10 && tokio::io::AsyncWriteExt::write_all(&mut data, &large).await.is_ok() {
-        taken += 1;
+async fn a_data_connection_without_a_control_stream_is_closed() {
+    let decode = Peer::start("decode-0");
+    let sender = ScriptedSender::open(&decode, LIAR, 1).await.expect("welcome");
+    let (mut no_link, mut no_key) = (sender.pass.clone(), sender.pass.clone());
+    no_link.id[0] ^= 1;
+    no_key.key[0] ^= 1;
+    let (good, mut bent) = (data_hello(&sender.pass, 0), data_hello(&sender.pass, 0));
+    bent[40] ^= 1;
+    let hellos = [data_hello(&no_link, 0), data_hello(&no_key, 0), data_hello(&sender.pass, 1), bent];
+    for hello in hellos {
+        let mut data = connect_data(sender.data).await;
+        write(&mut data, &hello).await;
+        closed_by_peer(&mut data).await;
     }
-    assert!((5..10).contains(&taken), "{taken} frames were taken");
-    // Nor does one of them keep a connection open.
-    let limits = Limits { handshake: Duration::from_millis(100), ..Limits::default() };
-    let decode = Peer::start_with("decode-0", Setup { limits, ..Setup::default() });
-    let mut data = connect_data(decode.node.data_address().parse().expect("an address")).await;
-    write(&mut data, &RawFrame::new(TransferId::generate(), &scene.key, 0, 0, slices(1, 0, 0..1)).bytes())
-        .await;
+    // One that has a stream ends with it, and nobody comes back by an ended one.
+    let mut data = sender.connect_data().await;
+    drop(sender);
+    closed_by_peer(&mut data).await;
+    let mut data = connect_data(decode.data_address()).await;
+    write(&mut data, &good).await;
     closed_by_peer(&mut data).await;
 }
 
@@ -293,7 +297,7 @@ async fn frames_of_unknown_transfers_are_passed_over_within_bounds() {
 async fn a_connection_that_says_nothing_is_closed() {
     let limits = Limits { handshake: Duration::from_millis(100), ..Limits::default() };
     let decode = Peer::start_with("decode-0", Setup { limits, ..Setup::default() });
-    let mut data = connect_data(decode.node.data_address().parse().expect("an address")).await;
+    let mut data = connect_data(decode.data_address()).await;
     closed_by_peer(&mut data).await;
 }
 
@@ -346,7 +350,7 @@ async fn hellos_are_checked() {
             instance_id: LIAR.into(),
             incarnation: 1,
             layout: Some((&layout()).into()),
-            transports: vec![],
+            nonce: vec![1; 16].into(),
         };
         change(&mut hello);
         Body::Hello(hello)
@@ -355,6 +359,7 @@ async fn hellos_are_checked() {
         (Body::Renew(v1::Renew {}), "hello"),
         (hello(|h| h.instance_id = "No Name".into()), "instance id"),
         (hello(|h| h.layout = None), "layout"),
+        (hello(|h| h.nonce = vec![1; 15].into()), "nonce"),
         (hello(|h| h.layout.as_mut().expect("set").head_dim = 7), "head_dim"),
         (hello(|h| h.layout.as_mut().expect("set").fingerprint = "0".into()), "model_revision"),
     ];

@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeMap, ops::RangeInclusive, path::PathBuf, time::Duration};
 
+use baton_kvtransfer::{FleetSecret, TransportKind};
 use baton_process::{Invalid, Listen, ProcessConfig, ServiceConfig, duration};
 use baton_proto::InstanceId;
 use baton_runtime::KvDtype;
@@ -90,6 +91,12 @@ pub struct HandoffConfig {
     /// Longest life of a transfer, from reserving blocks to release, if its request has no deadline of its own.
     #[serde(with = "duration")]
     pub timeout: Duration,
+    /// How KV caches may travel, the best first: "shm", copied from the memory of a server of the same host, and "tcp". The
+    /// first that both servers have and that works is taken.
+    pub transports: Vec<String>,
+    /// File with a secret of at least 16 bytes that all servers of the fleet share; who does not show it is given no KV
+    /// cache and can send none. Empty = whoever reaches `listen` is believed.
+    pub secret_file: PathBuf,
 }
 
 impl Default for ServerConfig {
@@ -132,7 +139,47 @@ impl Default for RuntimeConfig {
 
 impl Default for HandoffConfig {
     fn default() -> Self {
-        Self { lease: Duration::from_secs(3), timeout: Duration::from_secs(120) }
+        Self {
+            lease: Duration::from_secs(3),
+            timeout: Duration::from_secs(120),
+            transports: TransportKind::ALL.map(|kind| kind.name().to_owned()).to_vec(),
+            secret_file: PathBuf::new(),
+        }
+    }
+}
+
+impl HandoffConfig {
+    /// The best first.
+    pub fn transports(&self) -> Result<Vec<TransportKind>, Invalid> {
+        let field = "handoff.transports";
+        let known = || TransportKind::ALL.map(TransportKind::name).join(", ");
+        let mut kinds = Vec::new();
+        for name in &self.transports {
+            match TransportKind::from_name(name) {
+                Some(kind) if !kinds.contains(&kind) => kinds.push(kind),
+                Some(kind) => return Err(Invalid::new(field, format!("{kind} is named twice"))),
+                None => return Err(Invalid::new(field, format!("expected some of {}, not {name}", known()))),
+            }
+        }
+        if kinds.is_empty() {
+            return Err(Invalid::new(field, format!("expected at least one of {}", known())));
+        }
+        Ok(kinds)
+    }
+
+    /// What the secret's file holds, without white space at its ends.
+    pub fn secret(&self) -> Result<Option<FleetSecret>, Invalid> {
+        if self.secret_file.as_os_str().is_empty() {
+            return Ok(None);
+        }
+        let unusable = |why: String| {
+            Invalid::new(
+                "handoff.secret_file",
+                format!("{} cannot be used: {why}", self.secret_file.display()),
+            )
+        };
+        let bytes = std::fs::read(&self.secret_file).map_err(|error| unusable(error.to_string()))?;
+        FleetSecret::new(bytes.trim_ascii()).map(Some).map_err(|error| unusable(error.to_string()))
     }
 }
 
@@ -210,6 +257,8 @@ impl ServiceConfig for ServerConfig {
         if self.handoff.timeout.is_zero() {
             return Err(Invalid::new("handoff.timeout", "expected more than 0"));
         }
+        self.handoff.transports()?;
+        self.handoff.secret()?;
         Ok(())
     }
 }
@@ -229,7 +278,7 @@ mod tests {
     fn what_is_wrong_is_named() {
         assert_eq!(valid().validate(), Ok(()));
         type Change = fn(&mut ServerConfig);
-        let cases: [(&str, Change); 10] = [
+        let cases: [(&str, Change); 15] = [
             ("instance_id", |c| c.instance_id = "A".into()),
             ("model.path", |c| c.model.path = PathBuf::new()),
             ("role", |c| c.role = "both".into()),
@@ -240,6 +289,11 @@ mod tests {
             ("handoff.lease", |c| c.handoff.lease = Duration::from_millis(10)),
             ("handoff.lease", |c| c.handoff.lease = Duration::from_secs(3601)),
             ("handoff.timeout", |c| c.handoff.timeout = Duration::ZERO),
+            ("handoff.transports", |c| c.handoff.transports = vec!["udp".into()]),
+            ("handoff.transports", |c| c.handoff.transports = vec!["tcp".into(); 2]),
+            ("handoff.transports", |c| c.handoff.transports.clear()),
+            ("handoff.secret_file", |c| c.handoff.secret_file = "/does/not/exist".into()),
+            ("handoff.secret_file", |c| c.handoff.secret_file = "/dev/null".into()),
         ];
         for (key, change) in cases {
             let mut config = valid();

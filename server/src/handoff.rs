@@ -51,9 +51,14 @@ pub fn kv_region(pool: &Arc<KvPool>) -> Region {
     // SAFETY: the pool's memory lives as long as the pool, which the region keeps. Blocks are lent to transfers by
     // sequences alone: a receiving sequence is not in the batch, so nothing reads or writes its blocks, and a sending
     // one reports a block of a layer ready only once the model has written all of it (chunks end at block borders) and
-    // does not write it again. That holds for blocks of a shared prefix, which were final before, and for the last, partly filled block of a prompt, since a prefill leg never
-    // decodes and so appends nothing to it. Neither frees its blocks before the transfer's fence (see `engine::sequence`, Closing).
-    unsafe { Region::new(owner, pool.base(), pool.layout().total_bytes()) }
+    // does not write it again. That holds for blocks of a shared prefix, which were final before, and for the last,
+    // partly filled block of a prompt, since a prefill leg never decodes and so appends nothing to it. Neither frees its
+    // blocks before the transfer's fence (see `engine::sequence`, Closing).
+    let region = unsafe { Region::new(owner, pool.base(), pool.layout().total_bytes()) };
+    match pool.file() {
+        Some(file) => region.backed_by(file.clone()),
+        None => region,
+    }
 }
 
 /// Whether a transfer that is closed would still have been wanted.

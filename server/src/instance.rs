@@ -310,7 +310,7 @@ impl Plan {
             inference_endpoint: endpoints.grpc.clone(),
             handoff_endpoint: endpoints.grpc.clone(),
             metrics_endpoint: endpoints.metrics.clone(),
-            transports: vec!["tcp".into()],
+            transports: config.handoff.transports.clone(),
             labels: config.labels.clone().into_iter().collect(),
             version: env!("CARGO_PKG_VERSION").into(),
         }

@@ -1,7 +1,7 @@
 //! What the server shows of itself to Prometheus. Registered once by [`crate::instance`]; every name begins with
 //! `baton_server_`.
 
-use baton_kvtransfer::{Direction, KvNode};
+use baton_kvtransfer::{Direction, KvNode, TransportStats};
 use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric},
@@ -171,6 +171,11 @@ struct Abort {
     reason: &'static str,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Transport {
+    transport: &'static str,
+}
+
 /// Shows a node's counters at the time of each scrape.
 #[derive(Debug)]
 pub struct TransferMetrics {
@@ -199,15 +204,30 @@ impl Collector for TransferMetrics {
         let counters = [
             ("transfers_in", "KV caches received whole", stats.incoming_completed),
             ("transfers_out", "KV caches handed on", stats.outgoing_completed),
-            ("transfer_bytes_in", "Bytes of KV caches received", stats.bytes_received),
-            ("transfer_bytes_out", "Bytes of KV caches sent", stats.bytes_sent),
-            ("transfer_slices_in", "Slices of KV caches received", stats.slices_received),
-            ("transfer_slices_out", "Slices of KV caches sent", stats.slices_sent),
         ];
         for (name, help, value) in counters {
             let counter = ConstCounter::new(value);
             let name = format!("{PREFIX}_{name}");
             counter.encode(encoder.encode_descriptor(&name, help, None, counter.metric_type())?)?;
+        }
+        type Of = fn(&TransportStats) -> u64;
+        let by_transport: [(_, _, Of); 8] = [
+            ("bytes_in", "Bytes of KV caches received", |one| one.bytes_received),
+            ("bytes_out", "Bytes of KV caches sent", |one| one.bytes_sent),
+            ("slices_in", "Slices of KV caches received", |one| one.slices_received),
+            ("slices_out", "Slices of KV caches sent", |one| one.slices_sent),
+            ("slices_damaged", "Slices that arrived other than they were sent", |one| one.damaged),
+            ("interruptions", "Runs of slices that did not arrive wholly", |one| one.interrupted),
+            ("paths_opened", "Data paths opened to peers", |one| one.opened),
+            ("paths_failed", "Data paths to peers that could not be opened", |one| one.failed),
+        ];
+        for (name, help, of) in by_transport {
+            let name = format!("{PREFIX}_transfer_{name}");
+            let mut family = encoder.encode_descriptor(&name, help, None, MetricType::Counter)?;
+            for one in &stats.by_transport {
+                let labels = Transport { transport: one.kind.name() };
+                ConstCounter::new(of(one)).encode(family.encode_family(&labels)?)?;
+            }
         }
         let name = format!("{PREFIX}_transfers_aborted");
         let help = "KV caches that did not arrive, by direction and reason";

@@ -4,7 +4,9 @@
 
 use std::{future::Future, net::TcpListener, sync::Arc, thread::JoinHandle, time::Duration};
 
-use baton_kvtransfer::{KvLayout, KvNode, Limits as TransferLimits, NodeConfig};
+use baton_kvtransfer::{
+    KvLayout, KvNode, Limits as TransferLimits, NodeConfig, TcpConfig, TransportConfig, TransportKind,
+};
 use baton_process::Metrics;
 use baton_proto::{
     BlockHash,
@@ -103,6 +105,7 @@ impl Serving {
         let cache_events = Arc::new(CacheEvents::default());
         let kv_cache = KvCacheService::new(cache_facts, cache_events.clone(), shared.stop.clone());
         let blocks = pool.layout().blocks;
+        let transports = transports(&parts.handoff, parts.data_listener, parts.data_endpoint)?;
         let node = KvNode::start(
             NodeConfig {
                 instance_id: shared.facts.instance_id.clone(),
@@ -110,8 +113,8 @@ impl Serving {
                 layout: parts.layout,
                 region: kv_region(&pool),
                 blocks,
-                data_listener: parts.data_listener,
-                advertise: Some(parts.data_endpoint),
+                transports,
+                secret: parts.handoff.secret()?,
                 lease: parts.handoff.lease,
                 // Each transfer holds a block at least, so the pool bounds them.
                 limits: TransferLimits {
@@ -190,4 +193,18 @@ impl Serving {
             Ok(())
         }
     }
+}
+
+/// What the configuration says, with what it needs.
+fn transports(
+    handoff: &HandoffConfig,
+    listener: TcpListener,
+    endpoint: String,
+) -> Result<Vec<TransportConfig>, ServerError> {
+    let mut tcp = Some(TcpConfig { advertise: Some(endpoint), ..TcpConfig::new(listener) });
+    let config = |kind| match kind {
+        TransportKind::Shm => Some(TransportConfig::Shm),
+        TransportKind::Tcp => tcp.take().map(TransportConfig::Tcp),
+    };
+    Ok(handoff.transports()?.into_iter().filter_map(config).collect())
 }

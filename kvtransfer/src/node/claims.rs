@@ -3,25 +3,28 @@
 //! The owner's own accounting should see to that already; this check is what keeps a mistake there from becoming one
 //! request reading another's cache.
 
+use std::{fmt, sync::Arc};
+
 use parking_lot::Mutex;
 
 use crate::TransferError;
 
-#[derive(Debug)]
+/// Cheap to clone.
+#[derive(Debug, Clone)]
 pub(super) struct Claims {
     /// By block: 0 = free, `WRITER` = being written, otherwise the number of readers.
-    blocks: Mutex<Vec<u32>>,
+    blocks: Arc<Mutex<Vec<u32>>>,
 }
 
 const WRITER: u32 = u32::MAX;
 
 impl Claims {
     pub(super) fn new(blocks: u32) -> Self {
-        Self { blocks: Mutex::new(vec![0; blocks as usize]) }
+        Self { blocks: Arc::new(Mutex::new(vec![0; blocks as usize])) }
     }
 
-    /// Claims all of `write` and `read`, or nothing.
-    pub(super) fn claim(&self, write: &[u32], read: &[u32]) -> Result<(), TransferError> {
+    /// Claims all of `write` and `read`, until the result is dropped, or nothing.
+    pub(super) fn claim(&self, write: &[u32], read: &[u32]) -> Result<Claimed, TransferError> {
         let mut blocks = self.blocks.lock();
         let mut taken = (0, 0);
         let failed = 'claim: {
@@ -41,7 +44,9 @@ impl Claims {
             }
             None
         };
-        let Some((block, exists)) = failed else { return Ok(()) };
+        let Some((block, exists)) = failed else {
+            return Ok(Claimed { claims: self.clone(), write: write.into(), read: read.into() });
+        };
         release(&mut blocks, &write[..taken.0], &read[..taken.1]);
         Err(TransferError::Invalid(if exists {
             format!("block {block} is in use by another transfer")
@@ -49,15 +54,33 @@ impl Claims {
             format!("block {block} does not exist: the pool has {}", blocks.len())
         }))
     }
+}
 
-    pub(super) fn release(&self, write: &[u32], read: &[u32]) {
-        release(&mut self.blocks.lock(), write, read);
+/// Blocks that a transfer touches; let go of when this is dropped.
+pub(super) struct Claimed {
+    claims: Claims,
+    write: Box<[u32]>,
+    read: Box<[u32]>,
+}
+
+impl Drop for Claimed {
+    fn drop(&mut self) {
+        release(&mut self.claims.blocks.lock(), &self.write, &self.read);
+    }
+}
+
+impl fmt::Debug for Claimed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Claimed")
+            .field("write", &self.write)
+            .field("read", &self.read)
+            .finish_non_exhaustive()
     }
 }
 
 fn release(blocks: &mut [u32], write: &[u32], read: &[u32]) {
     write.iter().for_each(|&block| blocks[block as usize] = 0);
-    read.iter().for_each(|&block| blocks[block as usize] = blocks[block as usize].saturating_sub(1));
+    read.iter().for_each(|&block| blocks[block as usize] -= 1);
 }
 
 #[cfg(test)]
@@ -67,16 +90,15 @@ mod tests {
     #[test]
     fn one_writer_or_many_readers_and_a_refusal_leaves_nothing() {
         let claims = Claims::new(4);
-        claims.claim(&[0, 1], &[2]).expect("free");
-        claims.claim(&[], &[2, 3]).expect("readers share");
+        let writer = claims.claim(&[0, 1], &[2]).expect("free");
+        let reader = claims.claim(&[], &[2, 3]).expect("readers share");
         for (write, read) in
             [(&[3u32, 1][..], &[][..]), (&[2], &[]), (&[], &[3, 0]), (&[9], &[]), (&[], &[9])]
         {
             claims.claim(write, read).expect_err("conflict");
         }
-        claims.release(&[0, 1], &[2]);
-        claims.release(&[], &[2, 3]);
-        claims.claim(&[0, 1, 2, 3], &[]).expect("all free again");
+        drop((writer, reader));
+        let _all = claims.claim(&[0, 1, 2, 3], &[]).expect("all free again");
         claims.claim(&[], &[0]).expect_err("being written");
     }
 

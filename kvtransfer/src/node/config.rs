@@ -2,14 +2,17 @@
 
 use std::{
     fmt,
-    net::TcpListener,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use baton_proto::{Incarnation, InstanceId, TransferId};
 
-use crate::{FirstTokens, KvLayout, Region, TransferError};
+use super::secret::FleetSecret;
+use crate::{
+    FirstTokens, KvLayout, Region, TransferError,
+    transport::{TcpConfig, Terms},
+};
 
 /// How a node is set up. There is one node for each server process.
 pub struct NodeConfig {
@@ -22,10 +25,10 @@ pub struct NodeConfig {
     pub region: Region,
     /// Blocks in each layer of the region.
     pub blocks: u32,
-    /// Where slices arrive over TCP.
-    pub data_listener: TcpListener,
-    /// `host:port` at which peers reach `data_listener`; `None` = its local address.
-    pub advertise: Option<String>,
+    /// How slices may travel, the best first; each kind once. What cannot be had on this host is left out and logged.
+    pub transports: Vec<TransportConfig>,
+    /// Shared by the fleet; a peer that does not show it is refused. `None` = whoever reaches the port is believed.
+    pub secret: Option<FleetSecret>,
     /// Silence of a peer for this long ends its transfers. Signs of life are sent three times as often. The receiver's
     /// lease holds once it has accepted, the sender's before; give all nodes of a fleet the same.
     pub lease: Duration,
@@ -42,11 +45,19 @@ impl fmt::Debug for NodeConfig {
             .field("incarnation", &self.incarnation)
             .field("layout", &self.layout)
             .field("blocks", &self.blocks)
-            .field("data_listener", &self.data_listener)
+            .field("transports", &self.transports)
             .field("lease", &self.lease)
             .field("limits", &self.limits)
             .finish_non_exhaustive()
     }
+}
+
+/// A way for slices to travel, as a node is given it.
+#[derive(Debug)]
+pub enum TransportConfig {
+    /// Between processes of one host; needs a region that is `backed_by` a file.
+    Shm,
+    Tcp(TcpConfig),
 }
 
 /// Bounds of everything that could grow. What is over a bound is refused with an error that names it.
@@ -64,21 +75,18 @@ pub struct Limits {
     pub remembered_transfers: usize,
     /// Peers with a control stream, each way.
     pub peers: usize,
-    /// Data connections accepted in all.
-    pub data_connections: usize,
-    /// Data connections opened to one peer.
-    pub data_connections_per_peer: usize,
     /// Payload bytes of one frame; at least one slice travels in a frame, however large.
     pub frame_bytes: usize,
-    /// For connecting, for the hellos of a control stream, and for a data connection's first frame.
+    /// For connecting, for the hellos of a control stream, and for those of a data connection, each.
     pub handshake: Duration,
-    /// Attempts to open a control stream before the offers that wait for it fail.
+    /// Attempts to open a control stream, or a data path, before the transfers that wait for it fail.
     pub connect_attempts: u32,
     /// A control stream without transfers is closed after this long.
     pub idle_link: Duration,
     /// How long a sealed transfer may wait for slices that are still on their way, or for `Released`.
     pub seal_grace: Duration,
-    /// How long an aborted transfer lets a frame that is being written finish from its blocks; then zeros follow.
+    /// How long an aborted transfer lets a frame that is being written finish from its blocks; then zeros follow. Where
+    /// the receiver fetches, it may take ten times as long to let go of the sender's blocks; then its path is cut.
     pub fence_grace: Duration,
     /// A data connection on which a frame makes no progress for this long is closed.
     pub data_stall: Duration,
@@ -93,8 +101,6 @@ impl Default for Limits {
             held_offer: Duration::from_secs(30),
             remembered_transfers: 8192,
             peers: 256,
-            data_connections: 1024,
-            data_connections_per_peer: 2,
             frame_bytes: 1 << 20,
             handshake: Duration::from_secs(5),
             connect_attempts: 4,
@@ -180,6 +186,10 @@ pub struct TransferStats {
 }
 
 impl Limits {
+    pub(crate) fn terms(&self, slice_bytes: u64) -> Result<Terms, TransferError> {
+        Terms::new(slice_bytes, self.frame_bytes, self.handshake, self.fence_grace, self.data_stall)
+    }
+
     /// Messages that may wait on a control stream, each way: a handful for each transfer. A fuller queue means a peer
     /// that does not read, and breaks the stream.
     pub(crate) fn control_queue(&self) -> usize {
@@ -194,8 +204,8 @@ impl NodeConfig {
         if self.lease < Duration::from_millis(30) || self.lease > Duration::from_secs(3600) {
             return bad("lease must be 30 ms to 1 h");
         }
-        if limits.data_connections_per_peer == 0 || limits.peers == 0 || limits.data_connections == 0 {
-            return bad("peers, data_connections and data_connections_per_peer must be at least 1");
+        if limits.peers == 0 {
+            return bad("peers must be at least 1");
         }
         if limits.connect_attempts == 0 {
             return bad("connect_attempts must be at least 1");

@@ -5,6 +5,7 @@
 
 use std::{
     io::IoSliceMut,
+    ptr::NonNull,
     sync::{
         Arc, OnceLock,
         atomic::{AtomicBool, Ordering},
@@ -28,7 +29,7 @@ use super::{
 };
 use crate::{
     TransferError,
-    session::{Claim, OfferTerms, Receiver, ReceiverCommand, ReceiverState, SealTerms, SliceRun, crc32c},
+    session::{Claim, OfferTerms, Receiver, ReceiverCommand, ReceiverState, SealTerms, SliceRun},
     transport::{DataKey, Landing},
 };
 
@@ -114,7 +115,7 @@ impl Inbound {
         self.held_offer.load(Ordering::Acquire)
     }
 
-    /// Blocks, already claimed, for a held offer. On an error the claim is still the caller's.
+    /// Blocks for a held offer.
     pub(super) fn adopt(&self, now: Instant, reservation: Reservation) -> Result<(), TransferError> {
         let Reservation { expectation, reserved, .. } = reservation;
         let mut state = self.state.lock();
@@ -255,7 +256,7 @@ impl Shell for Inbound {
     fn let_go(&self, reason: Option<TransferError>) {
         self.no_longer_held();
         if let Some(reserved) = self.reserved.get() {
-            self.node.claims.release(&reserved.missing, &reserved.held);
+            drop(reserved.claimed.lock().take());
         }
         self.node.incoming.end(self.id, Ended { peer: Some(self.sender.clone()), reason });
     }
@@ -281,7 +282,6 @@ impl Landing for Inbound {
     }
 
     fn landed(&self, run: SliceRun) {
-        self.node.counters.received(run.count.into(), self.node.slice_bytes());
         let now = self.node.now();
         self.run(|session| session.landed(now, run));
     }
@@ -298,8 +298,12 @@ impl Landing for Inbound {
         self.node.slices.io_slice_mut(layer, self.block(block)?, skip)
     }
 
-    fn crc(&self, layer: u32, block: u32) -> Result<u32, TransferError> {
-        Ok(crc32c(self.node.slices.source(layer, self.block(block)?)?))
+    fn place(&self, layer: u32, block: u32) -> Result<NonNull<u8>, TransferError> {
+        self.node.slices.place(layer, self.block(block)?)
+    }
+
+    fn content(&self, layer: u32, block: u32) -> Result<&[u8], TransferError> {
+        self.node.slices.source(layer, self.block(block)?)
     }
 
     fn revoked(&self) -> &CancellationToken {

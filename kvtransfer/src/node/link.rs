@@ -21,9 +21,14 @@ use super::{
     Node,
     link_up::LinkUp,
     outbound::Outbound,
+    route::Route,
+    secret::{End, Hellos, nonce},
     wire::{from_status, wire_id},
 };
-use crate::TransferError;
+use crate::{
+    TransferError,
+    transport::{DataKey, LinkPass},
+};
 
 /// The pause before the second attempt; each further one is twice as long.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
@@ -193,14 +198,14 @@ impl Link {
     /// Opens the stream and serves it until it ends.
     async fn session(&self, node: &Arc<Node>) -> Break {
         let opened = timeout(node.limits.handshake, self.open(node)).await;
-        let (mut messages, up, address) = match opened {
+        let (mut messages, up, route) = match opened {
             Ok(Ok(opened)) => opened,
             Ok(Err(ended)) => return ended,
             Err(_) => return Break::Unreachable("it did not answer within the handshake deadline".into()),
         };
-        let lanes = up.broken().child_token();
-        let _stop_lanes = lanes.clone().drop_guard();
-        node.transport.send(address, up.outbox().clone(), &node.tasks, lanes);
+        let stop = up.broken().child_token();
+        let _stop_paths = stop.clone().drop_guard();
+        let mut route = std::pin::pin!(route.keep(node, &stop));
         self.state.lock().up = Some(up.clone());
         self.transfers().iter().for_each(|outbound| outbound.link_up(&up));
         loop {
@@ -213,6 +218,7 @@ impl Link {
                     Ok(None) => return Break::Lost("the peer ended it".into()),
                     Err(status) => return Break::Lost(status.message().to_owned()),
                 },
+                why = &mut route => return Break::Lost(why),
                 () = self.changed.notified() => {}
                 () = sleep(node.limits.idle_link), if idle => if self.down_if_empty() {
                     return Break::Idle;
@@ -221,11 +227,8 @@ impl Link {
         }
     }
 
-    /// Connects and exchanges hellos. Also returns the peer's data address.
-    async fn open(
-        &self,
-        node: &Arc<Node>,
-    ) -> Result<(Streaming<v1::ReceiverMessage>, LinkUp, String), Break> {
+    /// Connects and exchanges hellos.
+    async fn open(&self, node: &Arc<Node>) -> Result<(Streaming<v1::ReceiverMessage>, LinkUp, Route), Break> {
         let unreachable = |error: &dyn std::error::Error| Break::Unreachable(innermost(error));
         let channel = Endpoint::from_shared(format!("http://{}", self.endpoint))
             .map_err(|error| {
@@ -239,16 +242,18 @@ impl Link {
             .await
             .map_err(|error| unreachable(&error))?;
         let (sender, queue) = mpsc::channel(node.limits.control_queue());
-        let hello = Body::Hello(node.sender_hello());
-        let hello = v1::SenderMessage { transfer_id: wire_id(None), body: Some(hello) };
-        sender.try_send(hello).map_err(|error| unreachable(&error))?;
+        let say = |body| {
+            let message = v1::SenderMessage { transfer_id: wire_id(None), body: Some(body) };
+            sender.try_send(message).map_err(|error| unreachable(&error))
+        };
+        let own = rand::random::<[u8; 16]>();
+        say(Body::Hello(node.sender_hello(own)))?;
         let mut messages = HandoffClient::new(channel)
             .exchange(ReceiverStream::new(queue))
             .await
             .map_err(refused)?
             .into_inner();
-        let first = messages.message().await.map_err(refused)?;
-        let Some(v1::ReceiverMessage { body: Some(receiver_message::Body::Hello(hello)), .. }) = first else {
+        let Some(receiver_message::Body::Hello(hello)) = next(&mut messages).await? else {
             return Err(protocol("the peer's first message is not its hello"));
         };
         let Some(layout) = &hello.layout else {
@@ -257,13 +262,22 @@ impl Link {
         node.layout.accepts(layout).map_err(Break::Refused)?;
         let receiver = InstanceId::new(hello.instance_id)
             .map_err(|error| protocol(&format!("the peer's hello: {error}")))?;
-        let address =
-            hello.endpoints.into_iter().find(|endpoint| endpoint.transport == node.transport.kind());
-        let Some(address) = address else {
-            return Err(protocol("the peer offers no transport that this node has"));
+        let incarnation = Incarnation(hello.incarnation);
+        let hellos = Hellos {
+            nonces: [own, nonce(&hello.nonce).map_err(Break::Refused)?],
+            sender: node.identity(),
+            receiver: (receiver.clone(), incarnation),
         };
-        let up = LinkUp::new(sender, receiver, Incarnation(hello.incarnation));
-        Ok((messages, up, address.address))
+        let secret = node.secret.as_ref();
+        hellos.check(secret, End::Receiver, &hello.proof).map_err(Break::Refused)?;
+        say(Body::Proof(v1::Proof { proof: hellos.prove(secret, End::Sender).into() }))?;
+        let Some(receiver_message::Body::Welcome(welcome)) = next(&mut messages).await? else {
+            return Err(protocol("the peer's second message is not its welcome"));
+        };
+        let pass = pass(&welcome).ok_or_else(|| protocol("the peer's welcome has no link id or key"))?;
+        let up = LinkUp::new(sender.clone(), receiver, incarnation);
+        let route = Route::new(node, &welcome.endpoints, pass, up.outbox().clone());
+        Ok((messages, up, route.map_err(|why| protocol(&why))?))
     }
 
     fn dispatch(&self, node: &Node, up: &LinkUp, message: v1::ReceiverMessage) {
@@ -281,9 +295,32 @@ impl Link {
             receiver_message::Body::Abort(abort) => {
                 outbound.peer_aborted(ApiError::from(abort.reason.unwrap_or_default()));
             }
-            receiver_message::Body::Hello(_) => {
+            receiver_message::Body::Hello(_) | receiver_message::Body::Welcome(_) => {
                 outbound.cancel(TransferError::Protocol("a second hello".into()));
             }
+        }
+    }
+}
+
+async fn next(
+    messages: &mut Streaming<v1::ReceiverMessage>,
+) -> Result<Option<receiver_message::Body>, Break> {
+    Ok(messages.message().await.map_err(refused)?.and_then(|message| message.body))
+}
+
+/// What data connections show.
+fn pass(welcome: &v1::Welcome) -> Option<LinkPass> {
+    let id = welcome.link_id.as_ref().try_into().ok()?;
+    Some(LinkPass { id, key: DataKey::from_wire(&welcome.link_key)? })
+}
+
+impl Node {
+    fn sender_hello(&self, nonce: [u8; 16]) -> v1::SenderHello {
+        v1::SenderHello {
+            instance_id: self.instance_id.to_string(),
+            incarnation: self.incarnation.0,
+            layout: Some((&self.layout).into()),
+            nonce: nonce.to_vec().into(),
         }
     }
 }

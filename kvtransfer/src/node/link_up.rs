@@ -19,7 +19,7 @@ use crate::{
 #[derive(Clone)]
 pub(super) struct LinkUp {
     messages: mpsc::Sender<v1::SenderMessage>,
-    outbox: Arc<Outbox>,
+    outbox: Outbox,
     broken: CancellationToken,
     receiver: InstanceId,
     incarnation: Incarnation,
@@ -38,7 +38,7 @@ impl LinkUp {
         receiver: InstanceId,
         incarnation: Incarnation,
     ) -> Self {
-        Self { messages, outbox: Arc::default(), broken: CancellationToken::new(), receiver, incarnation }
+        Self { messages, outbox: Outbox::default(), broken: CancellationToken::new(), receiver, incarnation }
     }
 
     /// Which start of the receiver.
@@ -47,7 +47,7 @@ impl LinkUp {
     }
 
     /// What is to go over the data plane.
-    pub(super) fn outbox(&self) -> &Arc<Outbox> {
+    pub(super) fn outbox(&self) -> &Outbox {
         &self.outbox
     }
 
@@ -57,7 +57,7 @@ impl LinkUp {
     }
 
     pub(super) fn is(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.outbox, &other.outbox)
+        self.outbox.is(&other.outbox)
     }
 
     /// Queues a message. A queue that is full means a peer that does not read: the stream is given up.

@@ -15,6 +15,8 @@ mod outbound;
 mod outgoing;
 mod peer_link;
 mod reservation;
+mod route;
+mod secret;
 mod service;
 mod shell;
 mod stats;
@@ -36,9 +38,12 @@ use parking_lot::Mutex;
 use tokio::{runtime::Handle, sync::Notify};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-pub use config::{Direction, ExpectSpec, Limits, NodeConfig, OfferSpec, Reclaimed, Sealed, TransferStats};
+pub use config::{
+    Direction, ExpectSpec, Limits, NodeConfig, OfferSpec, Reclaimed, Sealed, TransferStats, TransportConfig,
+};
 pub use incoming::Incoming;
 pub use outgoing::{Outgoing, Progress};
+pub use secret::FleetSecret;
 pub use service::HandoffService;
 pub use stats::NodeStats;
 
@@ -52,9 +57,9 @@ use stats::Counters;
 use table::{Ended, Lookup, Table};
 
 use crate::{
-    KvLayout, Slices, TransferError,
+    KvLayout, Region, Slices, TransferError,
     session::ReceiverTiming,
-    transport::{Found, Inbox, Tcp, Transport},
+    transport::{Admission, Found, Inbox, LinkId, Observed, Shm, Tcp, Terms, Transport, TransportKind},
 };
 
 /// Sends and receives KV caches for one server process. Cheap to clone.
@@ -72,7 +77,9 @@ struct Node {
     lease: Duration,
     limits: Limits,
     reclaim: Arc<dyn Fn(Reclaimed) + Send + Sync>,
-    transport: Box<dyn Transport>,
+    secret: Option<FleetSecret>,
+    /// The best first.
+    transports: Vec<Observed>,
     claims: Claims,
     incoming: Table<Inbound>,
     outgoing: Table<Outbound>,
@@ -106,8 +113,9 @@ impl KvNode {
     pub fn start(config: NodeConfig, shutdown: CancellationToken) -> Result<Self, TransferError> {
         config.validate()?;
         let slices = config.region.slices(&config.layout, config.blocks)?;
-        let (slice_bytes, limits) = (config.layout.slice_bytes, config.limits);
-        let transport = Tcp::new(config.data_listener, config.advertise, slice_bytes, &limits)?;
+        let limits = config.limits;
+        let terms = limits.terms(config.layout.slice_bytes)?;
+        let transports = transports(config.transports, &config.region, terms)?;
         let node = Arc::new(Node {
             instance_id: config.instance_id,
             incarnation: config.incarnation,
@@ -115,7 +123,8 @@ impl KvNode {
             slices,
             lease: config.lease,
             reclaim: config.reclaim,
-            transport: Box::new(transport),
+            secret: config.secret,
+            transports,
             claims: Claims::new(config.blocks),
             incoming: Table::new(limits.remembered_transfers),
             outgoing: Table::new(limits.remembered_transfers),
@@ -131,7 +140,9 @@ impl KvNode {
             stop: CancellationToken::new(),
             limits,
         });
-        node.transport.receive(node.clone(), &node.tasks, node.stop.clone());
+        for transport in &node.transports {
+            transport.receive(node.clone(), &node.tasks, node.stop.clone());
+        }
         node.tasks.spawn(clock::keep_time(node.clone()));
         node.tasks.close();
         Ok(Self { node })
@@ -148,9 +159,9 @@ impl KvNode {
         v1::handoff_server::HandoffServer::new(HandoffService { node: self.node.clone() })
     }
 
-    /// `host:port` at which this node takes slices in, as peers are told.
-    pub fn data_address(&self) -> String {
-        self.node.transport.address()
+    /// The ways by which this node takes slices in, the best first, with the address that peers are told.
+    pub fn transports(&self) -> Vec<(TransportKind, String)> {
+        self.node.transports.iter().map(|transport| (transport.kind(), transport.address())).collect()
     }
 
     /// Reserves a place for a transfer that `spec.sender` has offered or will offer.
@@ -161,10 +172,8 @@ impl KvNode {
         let node = &self.node;
         let now = node.now();
         node.check_running()?;
-        let reservation = Reservation::check(spec, &node.layout, now)?;
-        let (missing, held) = (reservation.reserved.missing.clone(), reservation.reserved.held.clone());
-        node.claims.claim(&missing, &held)?;
-        let inbound = node.expect(now, reservation).inspect_err(|_| node.claims.release(&missing, &held))?;
+        let reservation = Reservation::new(spec, &node.layout, &node.claims, now)?;
+        let inbound = node.expect(now, reservation)?;
         if node.shutdown.is_cancelled() {
             inbound.cancel(TransferError::ShuttingDown); // the sweep at shutdown may have missed it
         }
@@ -197,9 +206,7 @@ impl KvNode {
         let now = node.now();
         node.check_running()?;
         check_blocks(&node.layout, spec.prompt_tokens, &spec.blocks, spec.deadline, now)?;
-        node.claims.claim(&[], &spec.blocks)?;
-        let blocks = spec.blocks.clone();
-        let outbound = node.offer(now, spec).inspect_err(|_| node.claims.release(&[], &blocks))?;
+        let outbound = node.offer(now, spec)?;
         if node.shutdown.is_cancelled() {
             outbound.cancel(TransferError::ShuttingDown); // the sweep at shutdown may have missed it
         }
@@ -210,7 +217,8 @@ impl KvNode {
     pub fn stats(&self) -> NodeStats {
         let held = self.node.held_offers.load(Ordering::Acquire) as u64;
         let incoming = (self.node.incoming.len() as u64).saturating_sub(held);
-        self.node.counters.snapshot(incoming, self.node.outgoing.len() as u64, held)
+        let active = (incoming, self.node.outgoing.len() as u64, held);
+        self.node.counters.snapshot(active, self.node.transports.iter().map(Observed::stats).collect())
     }
 }
 
@@ -282,15 +290,16 @@ impl Node {
         let (id, endpoint) = (spec.id, spec.peer.clone());
         loop {
             let link = self.link(&endpoint)?;
+            let mut claimed = Some(self.claims.claim(&[], &spec.blocks)?);
             let mut made = None;
             let found = self.outgoing.get_or_add(id, |live| {
                 let limit = self.limits.outgoing_transfers;
-                if live >= limit {
+                let (Some(claimed), true) = (claimed.take(), live < limit) else {
                     return Err(TransferError::Limit { what: "outgoing transfers", limit });
-                }
+                };
                 let off = link.clone();
                 let ended = Box::new(move |id: &TransferId| off.remove(id));
-                let outbound = Outbound::new(self, now, spec.clone(), ended);
+                let outbound = Outbound::new(self, now, spec.clone(), claimed, ended);
                 made = Some(outbound.clone());
                 Ok(outbound)
             })?;
@@ -329,35 +338,65 @@ impl Node {
         }
     }
 
-    fn sender_hello(&self) -> v1::SenderHello {
-        v1::SenderHello {
-            instance_id: self.instance_id.to_string(),
-            incarnation: self.incarnation.0,
-            layout: Some((&self.layout).into()),
-            transports: vec![self.transport.kind().to_owned()],
-        }
+    fn identity(&self) -> (InstanceId, Incarnation) {
+        (self.instance_id.clone(), self.incarnation)
     }
 
-    fn receiver_hello(&self) -> v1::ReceiverHello {
-        let endpoint = v1::DataEndpoint {
-            transport: self.transport.kind().to_owned(),
-            address: self.transport.address(),
+    /// What an authenticated sender is told.
+    fn welcome(&self, link: &PeerLink) -> v1::Welcome {
+        let endpoint = |transport: &Observed| v1::DataEndpoint {
+            transport: transport.kind().name().to_owned(),
+            address: transport.address(),
         };
-        v1::ReceiverHello {
-            instance_id: self.instance_id.to_string(),
-            incarnation: self.incarnation.0,
-            layout: Some((&self.layout).into()),
-            endpoints: vec![endpoint],
+        let pass = link.pass();
+        v1::Welcome {
+            endpoints: self.transports.iter().map(endpoint).collect(),
+            link_id: pass.id.to_vec().into(),
+            link_key: pass.key.as_bytes().to_vec().into(),
         }
     }
 }
 
+/// Those of the transports that can be had here; an error if that is none.
+fn transports(
+    configs: Vec<TransportConfig>,
+    region: &Region,
+    terms: Terms,
+) -> Result<Vec<Observed>, TransferError> {
+    let mut transports: Vec<Observed> = Vec::new();
+    for config in configs {
+        let transport: Box<dyn Transport> = match config {
+            TransportConfig::Tcp(config) => Box::new(Tcp::new(config, terms)?),
+            TransportConfig::Shm => match Shm::new(region, terms) {
+                Ok(shm) => Box::new(shm),
+                Err(reason) => {
+                    tracing::info!(%reason, "shared memory is left out");
+                    continue;
+                }
+            },
+        };
+        if transports.iter().any(|other| other.kind() == transport.kind()) {
+            return Err(TransferError::Invalid(format!("transport {} is named twice", transport.kind())));
+        }
+        transports.push(Observed::new(transport, terms.slice_bytes.into()));
+    }
+    if transports.is_empty() {
+        return Err(TransferError::Invalid("no transport can be had; add tcp".into()));
+    }
+    Ok(transports)
+}
+
 impl Inbox for Node {
+    fn link(&self, id: &LinkId) -> Option<Admission> {
+        let peers = self.peers.lock();
+        let link = peers.values().find(|link| link.pass().id == *id)?;
+        Some(Admission { key: link.pass().key.clone(), ended: link.ended().clone() })
+    }
+
     fn find(&self, id: &TransferId) -> Found {
         match self.incoming.get(id) {
             Lookup::Live(inbound) => Found::Live(inbound),
-            Lookup::Ended(_) => Found::Ended,
-            Lookup::Unknown => Found::Unknown,
+            Lookup::Ended(_) | Lookup::Unknown => Found::Over,
         }
     }
 }

@@ -18,6 +18,7 @@ use v1::sender_message::Body;
 
 use super::{
     Node,
+    claims::Claimed,
     config::{Direction, OfferSpec, Reclaimed, TransferStats},
     link_up::LinkUp,
     shell::{Outcome, Shell, State},
@@ -25,7 +26,7 @@ use super::{
 };
 use crate::{
     FirstTokens, TransferError,
-    session::{Sender, SenderCommand, SenderTerms, Shape, SliceRun, crc32c},
+    session::{Sender, SenderCommand, SenderTerms, Shape, SliceRun},
     transport::{DataKey, Departure},
 };
 
@@ -37,6 +38,8 @@ pub(super) struct Outbound {
     me: Weak<Outbound>,
     node: Arc<Node>,
     spec: OfferSpec,
+    /// Reads the blocks. None once the transfer is over.
+    claimed: Mutex<Option<Claimed>>,
     /// Takes it off the stream it was offered on.
     ended: Box<dyn Fn(&TransferId) + Send + Sync>,
     state: Mutex<State<Sender, LinkUp>>,
@@ -49,11 +52,12 @@ pub(super) struct Outbound {
 }
 
 impl Outbound {
-    /// The caller has claimed the blocks; `ended` is called with the id once no transport touches them any more.
+    /// `claimed` is the claim on the blocks; `ended` is called with the id once no transport touches them any more.
     pub(super) fn new(
         node: &Arc<Node>,
         now: Instant,
         spec: OfferSpec,
+        claimed: Claimed,
         ended: Box<dyn Fn(&TransferId) + Send + Sync>,
     ) -> Arc<Self> {
         let terms = SenderTerms {
@@ -69,6 +73,7 @@ impl Outbound {
             me: me.clone(),
             node: node.clone(),
             spec,
+            claimed: Mutex::new(Some(claimed)),
             ended,
             state: State::new(session, None),
             key: OnceLock::new(),
@@ -246,7 +251,7 @@ impl Shell for Outbound {
     }
 
     fn let_go(&self, reason: Option<TransferError>) {
-        self.node.claims.release(&[], &self.spec.blocks);
+        drop(self.claimed.lock().take());
         (self.ended)(&self.spec.id);
         self.node.outgoing.end(self.spec.id, Ended { peer: Some(self.spec.receiver.clone()), reason });
     }
@@ -284,7 +289,6 @@ impl Departure for Outbound {
     }
 
     fn sent(&self, run: SliceRun, crcs: &[u32]) {
-        self.node.counters.sent(run.count.into(), self.node.slice_bytes());
         let now = self.node.now();
         self.run(|session| session.sent(now, run, crcs));
     }
@@ -309,8 +313,8 @@ impl Departure for Outbound {
         self.node.slices.io_slice(layer, self.block(block)?, skip)
     }
 
-    fn crc(&self, layer: u32, block: u32) -> Result<u32, TransferError> {
-        Ok(crc32c(self.node.slices.source(layer, self.block(block)?)?))
+    fn offset(&self, layer: u32, block: u32) -> Result<u64, TransferError> {
+        self.node.slices.offset(layer, self.block(block)?)
     }
 
     fn revoked(&self) -> &CancellationToken {

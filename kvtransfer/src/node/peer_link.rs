@@ -9,7 +9,7 @@ use tonic::Status;
 use v1::receiver_message::Body;
 
 use super::wire::wire_id;
-use crate::TransferError;
+use crate::{TransferError, transport::LinkPass};
 
 /// A peer's control stream.
 #[derive(Debug)]
@@ -18,6 +18,8 @@ pub(super) struct PeerLink {
     peer: InstanceId,
     incarnation: Incarnation,
     messages: mpsc::Sender<Result<v1::ReceiverMessage, Status>>,
+    /// What its data connections show.
+    pass: LinkPass,
     broken: CancellationToken,
 }
 
@@ -30,7 +32,7 @@ impl PeerLink {
         messages: mpsc::Sender<Result<v1::ReceiverMessage, Status>>,
         broken: CancellationToken,
     ) -> Self {
-        Self { number, peer, incarnation, messages, broken }
+        Self { number, peer, incarnation, messages, pass: LinkPass::generate(), broken }
     }
 
     pub(super) fn number(&self) -> u64 {
@@ -53,9 +55,23 @@ impl PeerLink {
         }
     }
 
-    /// Ends the stream.
+    pub(super) fn pass(&self) -> &LinkPass {
+        &self.pass
+    }
+
+    /// Cancelled when the stream has ended or is to end.
+    pub(super) fn ended(&self) -> &CancellationToken {
+        &self.broken
+    }
+
+    /// Ends the stream, and its data connections.
     pub(super) fn cut(&self) {
         self.broken.cancel();
+    }
+
+    /// Ends the stream with an error.
+    pub(super) async fn refuse(&self, status: Status) {
+        let _ = self.messages.send(Err(status)).await;
     }
 
     /// Resolves once the stream is to end.

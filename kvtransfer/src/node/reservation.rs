@@ -3,14 +3,18 @@
 use std::time::Instant;
 
 use baton_proto::TransferId;
+use parking_lot::Mutex;
 
-use super::config::ExpectSpec;
+use super::{
+    claims::{Claimed, Claims},
+    config::ExpectSpec,
+};
 use crate::{
     KvLayout, TransferError,
     session::{Expectation, Shape},
 };
 
-/// A checked `ExpectSpec`.
+/// A checked `ExpectSpec` and the claim on its blocks.
 #[derive(Debug)]
 pub(super) struct Reservation {
     pub(super) id: TransferId,
@@ -23,15 +27,18 @@ pub(super) struct Reservation {
 pub(super) struct Reserved {
     /// In prompt order.
     pub(super) blocks: Vec<u32>,
-    /// Those of them that will be written.
-    pub(super) missing: Vec<u32>,
-    /// Those of them that are filled already.
-    pub(super) held: Vec<u32>,
+    /// Writes those that will be written, reads those that are filled already. None once the transfer is over.
+    pub(super) claimed: Mutex<Option<Claimed>>,
 }
 
 impl Reservation {
-    /// Checks a spec against the node's layout.
-    pub(super) fn check(spec: ExpectSpec, layout: &KvLayout, now: Instant) -> Result<Self, TransferError> {
+    /// Checks a spec against the node's layout and claims its blocks.
+    pub(super) fn new(
+        spec: ExpectSpec,
+        layout: &KvLayout,
+        claims: &Claims,
+        now: Instant,
+    ) -> Result<Self, TransferError> {
         let ExpectSpec { id, sender, sender_incarnation, prompt_tokens, blocks, mut held, deadline } = spec;
         let count = check_blocks(layout, prompt_tokens, &blocks, deadline, now)?;
         held.sort_unstable();
@@ -46,7 +53,8 @@ impl Reservation {
         }
         let shape = Shape { layers: layout.layers, blocks: count };
         let expectation = Expectation { sender, sender_incarnation, prompt_tokens, shape, held, deadline };
-        Ok(Self { id, expectation, reserved: Reserved { blocks, missing, held: held_blocks } })
+        let claimed = Mutex::new(Some(claims.claim(&missing, &held_blocks)?));
+        Ok(Self { id, expectation, reserved: Reserved { blocks, claimed } })
     }
 }
 

@@ -12,6 +12,7 @@ use super::{
     Node,
     inbound::Inbound,
     peer_link::PeerLink,
+    secret::{End, Hellos, nonce},
     table::{Ended, Lookup},
     wire::to_status,
 };
@@ -39,30 +40,65 @@ impl v1::handoff_server::Handoff for HandoffService {
             return Err(to_status(&TransferError::ShuttingDown));
         }
         let mut incoming = request.into_inner();
-        let hello = match timeout(node.limits.handshake, incoming.message()).await {
-            Ok(Ok(Some(v1::SenderMessage { body: Some(sender_message::Body::Hello(hello)), .. }))) => hello,
-            Ok(Ok(_)) => return Err(protocol("the first message must be a hello")),
-            Ok(Err(status)) => return Err(status),
-            Err(_) => {
-                return Err(to_status(&TransferError::DeadlineExceeded {
-                    waiting_for: "waiting for the hello",
-                }));
-            }
+        let hello = match next(&node, &mut incoming, "the hello").await? {
+            sender_message::Body::Hello(hello) => hello,
+            _ => return Err(protocol("the first message must be a hello")),
         };
         let peer = InstanceId::new(hello.instance_id).map_err(|error| protocol(&error.to_string()))?;
         let layout = hello.layout.ok_or_else(|| protocol("the hello has no KV layout"))?;
         node.layout.accepts(&layout).map_err(|error| to_status(&error))?;
+        let (number, incarnation) = (node.next_number(), Incarnation(hello.incarnation));
+        let hellos = Hellos {
+            nonces: [nonce(&hello.nonce).map_err(|error| to_status(&error))?, rand::random()],
+            sender: (peer.clone(), incarnation),
+            receiver: node.identity(),
+        };
 
         let (messages, queue) = mpsc::channel(node.limits.control_queue());
-        let (number, incarnation) = (node.next_number(), Incarnation(hello.incarnation));
         let link = Arc::new(PeerLink::new(number, peer, incarnation, messages, node.stop.child_token()));
-        link.send(None, Body::Hello(node.receiver_hello()));
-        node.admit_peer(&link).map_err(|error| to_status(&error))?;
-        tracing::debug!(peer = %link.peer(), "control stream opened");
+        link.send(None, Body::Hello(node.receiver_hello(&hellos)));
         let tasks = node.tasks.clone();
-        tasks.spawn(serve(node, link, incoming));
+        tasks.spawn(async move {
+            let refused = match admit(&node, &link, &hellos, &mut incoming).await {
+                Ok(()) => return serve(node, link, incoming).await,
+                Err(status) => status,
+            };
+            tracing::info!(peer = %link.peer(), reason = refused.message(), "control stream refused");
+            link.refuse(refused).await;
+        });
         Ok(Response::new(Box::pin(ReceiverStream::new(queue))))
     }
+}
+
+/// The next message's body, within the handshake deadline.
+async fn next(
+    node: &Node,
+    incoming: &mut Streaming<v1::SenderMessage>,
+    what: &'static str,
+) -> Result<sender_message::Body, Status> {
+    match timeout(node.limits.handshake, incoming.message()).await {
+        Ok(Ok(Some(v1::SenderMessage { body: Some(body), .. }))) => Ok(body),
+        Ok(Ok(_)) => Err(protocol(&format!("the stream ended, or a message was empty, in place of {what}"))),
+        Ok(Err(status)) => Err(status),
+        Err(_) => Err(to_status(&TransferError::DeadlineExceeded { waiting_for: what })),
+    }
+}
+
+/// Takes a peer in that proves to belong to the fleet. Before that it learns nothing and displaces nobody.
+async fn admit(
+    node: &Node,
+    link: &Arc<PeerLink>,
+    hellos: &Hellos,
+    incoming: &mut Streaming<v1::SenderMessage>,
+) -> Result<(), Status> {
+    let sender_message::Body::Proof(proof) = next(node, incoming, "the proof").await? else {
+        return Err(protocol("the second message must be a proof"));
+    };
+    let proven = hellos.check(node.secret.as_ref(), End::Sender, &proof.proof);
+    proven.and_then(|()| node.admit_peer(link)).map_err(|error| to_status(&error))?;
+    tracing::debug!(peer = %link.peer(), "control stream opened");
+    link.send(None, Body::Welcome(node.welcome(link)));
+    Ok(())
 }
 
 /// Reads one peer's messages until its stream ends; then ends what rested on it.
@@ -94,7 +130,9 @@ fn handle(node: &Arc<Node>, link: &Arc<PeerLink>, message: v1::SenderMessage) ->
         .map_err(|error| TransferError::Protocol(error.to_string()))?;
     let body = message.body.ok_or_else(|| TransferError::Protocol("a message without a body".into()))?;
     match body {
-        sender_message::Body::Hello(_) => Err(TransferError::Protocol("a second hello".into())),
+        sender_message::Body::Hello(_) | sender_message::Body::Proof(_) => {
+            Err(TransferError::Protocol("a second hello".into()))
+        }
         sender_message::Body::Offer(offer) => {
             if let Err(reason) = take_offer(node, link, id, &offer) {
                 tracing::info!(transfer = %id, peer = %link.peer(), %reason, "offer refused");
@@ -229,8 +267,19 @@ impl Node {
         Ok(())
     }
 
+    fn receiver_hello(&self, hellos: &Hellos) -> v1::ReceiverHello {
+        v1::ReceiverHello {
+            instance_id: self.instance_id.to_string(),
+            incarnation: self.incarnation.0,
+            layout: Some((&self.layout).into()),
+            nonce: hellos.nonces[1].to_vec().into(),
+            proof: hellos.prove(self.secret.as_ref(), End::Receiver).into(),
+        }
+    }
+
     /// A peer's control stream has ended.
     fn peer_lost(&self, link: &Arc<PeerLink>, why: &str) {
+        link.cut();
         let mut peers = self.peers.lock();
         if peers.get(link.peer()).is_some_and(|current| current.number() == link.number()) {
             peers.remove(link.peer());

@@ -9,6 +9,7 @@ use baton_proto::ErrorCode;
 use parking_lot::Mutex;
 
 use super::config::Direction;
+use crate::transport::TransportStats;
 
 /// What a node has done since it started, and what it is doing.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,10 +26,13 @@ pub struct NodeStats {
     pub outgoing_completed: u64,
     /// How many transfers were aborted, by direction and the code of the reason. Codes never met are left out.
     pub aborted: Vec<(Direction, ErrorCode, u64)>,
+    /// Slices that came in, by any transport; so the next three.
     pub slices_received: u64,
     pub bytes_received: u64,
     pub slices_sent: u64,
     pub bytes_sent: u64,
+    /// One for each kind that the node has, the best first.
+    pub by_transport: Vec<TransportStats>,
 }
 
 /// Sorts by direction, then by the code's name.
@@ -40,24 +44,10 @@ pub(super) struct Counters {
     outgoing_accepted: AtomicU64,
     incoming_completed: AtomicU64,
     outgoing_completed: AtomicU64,
-    slices_received: AtomicU64,
-    bytes_received: AtomicU64,
-    slices_sent: AtomicU64,
-    bytes_sent: AtomicU64,
     aborted: Mutex<BTreeMap<AbortKey, (Direction, ErrorCode, u64)>>,
 }
 
 impl Counters {
-    pub(super) fn received(&self, slices: u64, slice_bytes: u64) {
-        self.slices_received.fetch_add(slices, Relaxed);
-        self.bytes_received.fetch_add(slices * slice_bytes, Relaxed);
-    }
-
-    pub(super) fn sent(&self, slices: u64, slice_bytes: u64) {
-        self.slices_sent.fetch_add(slices, Relaxed);
-        self.bytes_sent.fetch_add(slices * slice_bytes, Relaxed);
-    }
-
     pub(super) fn outgoing_accepted(&self) {
         self.outgoing_accepted.fetch_add(1, Relaxed);
     }
@@ -75,7 +65,12 @@ impl Counters {
         self.aborted.lock().entry(key).or_insert((direction, code, 0)).2 += 1;
     }
 
-    pub(super) fn snapshot(&self, incoming_active: u64, outgoing_active: u64, held_offers: u64) -> NodeStats {
+    pub(super) fn snapshot(
+        &self,
+        (incoming_active, outgoing_active, held_offers): (u64, u64, u64),
+        by_transport: Vec<TransportStats>,
+    ) -> NodeStats {
+        let sum = |of: fn(&TransportStats) -> u64| by_transport.iter().map(of).sum();
         NodeStats {
             incoming_active,
             outgoing_active,
@@ -84,10 +79,11 @@ impl Counters {
             incoming_completed: self.incoming_completed.load(Relaxed),
             outgoing_completed: self.outgoing_completed.load(Relaxed),
             aborted: self.aborted.lock().values().copied().collect(),
-            slices_received: self.slices_received.load(Relaxed),
-            bytes_received: self.bytes_received.load(Relaxed),
-            slices_sent: self.slices_sent.load(Relaxed),
-            bytes_sent: self.bytes_sent.load(Relaxed),
+            slices_received: sum(|one| one.slices_received),
+            bytes_received: sum(|one| one.bytes_received),
+            slices_sent: sum(|one| one.slices_sent),
+            bytes_sent: sum(|one| one.bytes_sent),
+            by_transport,
         }
     }
 }

@@ -1,95 +1,182 @@
 //! How slices travel: one small trait for every kind of transport, and the seams it sees of the transfers.
 //!
-//! A transport moves runs of slices and reports on each run exactly once; it decides nothing about a transfer. Fencing:
-//! a transfer that is aborted cancels `revoked`, upon which the transport lets go of its blocks (within
-//! `Limits::fence_grace`) and reports the runs it had; the session is over when all have been reported.
+//! A transport moves runs of slices and reports on each run exactly once; it decides nothing about a transfer. Bytes are
+//! always written by the side whose memory they go to: `tcp` reads them from its connections, the kinds of `fetch` copy
+//! them out of the sender's memory once it has announced them. So the receiver's fence is its own: a transfer that is
+//! aborted cancels `revoked`, upon which the transport lets go of its blocks (within `Limits::fence_grace`) and reports
+//! the runs it had; the session is over when all have been reported.
 
+mod claimed;
+pub(crate) mod fetch;
+mod frame;
+mod hello;
+mod key;
+mod observed;
 mod outbox;
+mod path;
+mod shm;
 mod tcp;
 
 use std::{
-    fmt,
+    fmt, io,
     io::{IoSlice, IoSliceMut},
+    pin::Pin,
+    ptr::NonNull,
     sync::{Arc, atomic::AtomicBool},
+    time::Duration,
 };
 
 use baton_proto::TransferId;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
+pub(crate) use claimed::Claimed;
+pub(crate) use hello::{LinkId, LinkPass};
+pub(crate) use key::DataKey;
+pub(crate) use observed::Observed;
+pub use observed::TransportStats;
 pub(crate) use outbox::{Outbox, Ticket};
+pub(crate) use path::{Path, PathEnd};
+pub(crate) use shm::Shm;
 pub(crate) use tcp::Tcp;
+pub use tcp::TcpConfig;
 
 use crate::{
     TransferError,
     session::{Claim, SliceRun},
 };
 
-/// Shown by every frame of a transfer, given to the sender with `Accept`. Never printed.
-#[derive(Clone, PartialEq, Eq)]
-pub(crate) struct DataKey([u8; 16]);
+/// The ways that slices can travel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum TransportKind {
+    /// Over connections of a network.
+    Tcp,
+    /// Copied from the memory of a process of the same host.
+    Shm,
+}
 
-impl DataKey {
-    pub(crate) fn generate() -> Self {
-        Self(rand::random())
+impl TransportKind {
+    /// All of them, the best first.
+    pub const ALL: [Self; 2] = [Self::Shm, Self::Tcp];
+
+    /// Its name on the wire and in metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Shm => "shm",
+        }
     }
 
-    pub(crate) fn from_wire(bytes: &[u8]) -> Option<Self> {
-        bytes.try_into().ok().map(Self)
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.name() == name)
     }
 
-    pub(crate) fn as_bytes(&self) -> &[u8; 16] {
-        &self.0
+    fn wire(self) -> u8 {
+        self as u8
+    }
+
+    fn from_wire(wire: u8) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.wire() == wire)
     }
 }
 
-impl fmt::Debug for DataKey {
+impl fmt::Display for TransportKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("DataKey(..)")
+        f.write_str(self.name())
     }
 }
+
+/// What every transport of a node is run with.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Terms {
+    pub(crate) slice_bytes: u32,
+    /// Most slices in a frame.
+    pub(crate) frame_slices: u32,
+    /// For connecting and for a connection's hello, each.
+    pub(crate) handshake: Duration,
+    pub(crate) fence_grace: Duration,
+    /// Without progress for this long, a frame's connection is given up.
+    pub(crate) stall: Duration,
+}
+
+impl Terms {
+    pub(crate) fn new(
+        slice_bytes: u64,
+        frame_bytes: usize,
+        handshake: Duration,
+        fence_grace: Duration,
+        stall: Duration,
+    ) -> Result<Self, TransferError> {
+        let slice_bytes = u32::try_from(slice_bytes)
+            .map_err(|_| TransferError::Invalid("slices must be smaller than 4 GiB".into()))?;
+        let frame_slices = u32::try_from(frame_bytes / slice_bytes as usize).unwrap_or(u32::MAX);
+        let frame_slices = frame_slices.clamp(1, frame::MAX_FRAME_SLICES);
+        Ok(Self { slice_bytes, frame_slices, handshake, fence_grace, stall })
+    }
+}
+
+/// Where a peer takes slices in, and what entitles this node to bring them.
+#[derive(Debug, Clone)]
+pub(crate) struct Destination {
+    pub(crate) address: String,
+    pub(crate) pass: LinkPass,
+}
+
+pub(crate) type Opening = Pin<Box<dyn Future<Output = io::Result<Path>> + Send>>;
 
 /// One way for slices to travel between two nodes.
 pub(crate) trait Transport: Send + Sync + 'static {
-    /// Its name on the wire, e.g. `tcp`.
-    fn kind(&self) -> &'static str;
+    fn kind(&self) -> TransportKind;
 
     /// Where peers' senders reach this node.
     fn address(&self) -> String;
 
-    /// Takes slices in for the transfers of `inbox` until `stop`.
+    /// Takes slices in for the transfers of `inbox` until `stop`. To be called once.
     fn receive(&self, inbox: Arc<dyn Inbox>, tasks: &TaskTracker, stop: CancellationToken);
 
-    /// Sends what comes out of `outbox` to the node at `address` until `stop`.
-    fn send(&self, address: String, outbox: Arc<Outbox>, tasks: &TaskTracker, stop: CancellationToken);
+    /// Connects to a peer; what comes out of `outbox` then goes to it until the path ends or `stop`. After an error
+    /// nothing has been taken out: another transport may be tried.
+    fn open(&self, to: Destination, outbox: Outbox, tasks: &TaskTracker, stop: &CancellationToken)
+    -> Opening;
 }
 
-/// The transfers that a node is receiving, as a transport sees them.
+/// The links and transfers by which a node receives, as a transport sees them.
 pub(crate) trait Inbox: Send + Sync + 'static {
+    /// The control stream that a data connection says it belongs to.
+    fn link(&self, id: &LinkId) -> Option<Admission>;
     fn find(&self, id: &TransferId) -> Found;
+}
+
+/// A control stream that stands.
+pub(crate) struct Admission {
+    pub(crate) key: DataKey,
+    /// Cancelled when it ends, and its data connections with it.
+    pub(crate) ended: CancellationToken,
 }
 
 /// What a transfer id in a frame stands for.
 pub(crate) enum Found {
     Live(Arc<dyn Landing>),
-    /// It was received or aborted a while ago: late frames are passed over.
-    Ended,
-    Unknown,
+    /// It is over, or was never known: late frames are passed over.
+    Over,
 }
 
 /// A transfer being received.
 pub(crate) trait Landing: Send + Sync {
     fn data_key(&self) -> &DataKey;
 
-    /// Asks to write these slices. After `Claim::Write` the run is reported with one of the next three.
-    fn claim(&self, run: SliceRun, crcs: &[u32]) -> Claim;
+    /// Asks to write these slices, whose checksums are to be `sums`. After `Claim::Write` the run is reported with one
+    /// of the next three.
+    fn claim(&self, run: SliceRun, sums: &[u32]) -> Claim;
     fn landed(&self, run: SliceRun);
     fn damaged(&self, run: SliceRun, block: u32);
     fn interrupted(&self, run: SliceRun, why: &str);
 
     /// Where a claimed slice goes, from byte `skip` on. `block` is an index into the transfer's block list.
     fn target(&self, layer: u32, block: u32, skip: usize) -> Result<IoSliceMut<'_>, TransferError>;
-    /// CRC32C of a claimed slice as it now is in memory.
-    fn crc(&self, layer: u32, block: u32) -> Result<u32, TransferError>;
+    /// Start of a claimed slice, for those that write it by other means.
+    fn place(&self, layer: u32, block: u32) -> Result<NonNull<u8>, TransferError>;
+    /// A claimed slice as it now is in memory.
+    fn content(&self, layer: u32, block: u32) -> Result<&[u8], TransferError>;
 
     /// Cancelled when the transfer is over and its blocks must be let go of.
     fn revoked(&self) -> &CancellationToken;
@@ -105,7 +192,7 @@ pub(crate) trait Departure: Send + Sync + 'static {
     fn take(&self, most: u32) -> Option<SliceRun>;
     /// Whether there is more to take.
     fn has_runs(&self) -> bool;
-    fn sent(&self, run: SliceRun, crcs: &[u32]);
+    fn sent(&self, run: SliceRun, sums: &[u32]);
     fn failed(&self, run: SliceRun, why: &str);
     /// A connection that had carried some of this transfer's slices broke.
     fn path_lost(&self, why: &str);
@@ -116,7 +203,8 @@ pub(crate) trait Departure: Send + Sync + 'static {
 
     /// A taken slice as part of a vectored write, from byte `skip` on.
     fn source(&self, layer: u32, block: u32, skip: usize) -> Result<IoSlice<'_>, TransferError>;
-    fn crc(&self, layer: u32, block: u32) -> Result<u32, TransferError>;
+    /// Where a taken slice starts in this node's region, in bytes.
+    fn offset(&self, layer: u32, block: u32) -> Result<u64, TransferError>;
 
     /// Cancelled when the transfer is over and its blocks must be let go of.
     fn revoked(&self) -> &CancellationToken;

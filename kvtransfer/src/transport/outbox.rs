@@ -12,22 +12,38 @@ use std::{
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
-use super::Departure;
+use super::{Departure, observed::Counts};
 use crate::session::SliceRun;
 
-/// The slices waiting to go to one peer.
-#[derive(Default)]
+/// The slices waiting to go to one peer. Cheap to clone: one queue, whoever takes from it.
+#[derive(Clone, Default)]
 pub(crate) struct Outbox {
+    queue: Arc<Queue>,
+    counts: Option<Arc<Counts>>,
+}
+
+#[derive(Default)]
+struct Queue {
     waiting: Mutex<VecDeque<Arc<dyn Departure>>>,
     woken: Notify,
 }
 
 impl Outbox {
+    /// The same, with what is taken by this handle counted.
+    pub(super) fn counted_by(&self, counts: Arc<Counts>) -> Self {
+        Self { queue: self.queue.clone(), counts: Some(counts) }
+    }
+
+    /// Whether both are of one queue.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.queue, &other.queue)
+    }
+
     /// There is something to take from this transfer. Callable from any thread; never waits.
     pub(crate) fn wake(&self, departure: Arc<dyn Departure>) {
         if !departure.queued().swap(true, Ordering::AcqRel) {
-            self.waiting.lock().push_back(departure);
-            self.woken.notify_one();
+            self.queue.waiting.lock().push_back(departure);
+            self.queue.woken.notify_one();
         }
     }
 
@@ -37,13 +53,13 @@ impl Outbox {
             if let Some(ticket) = self.try_next(most) {
                 return ticket;
             }
-            self.woken.notified().await;
+            self.queue.woken.notified().await;
         }
     }
 
     fn try_next(&self, most: u32) -> Option<Ticket> {
         loop {
-            let departure = self.waiting.lock().pop_front()?;
+            let departure = self.queue.waiting.lock().pop_front()?;
             // Cleared before taking: a wake from here on queues it again.
             departure.queued().store(false, Ordering::Release);
             let Some(run) = departure.take(most) else { continue };
@@ -51,7 +67,7 @@ impl Outbox {
                 // Back to the end of the line, and on to another lane if one sleeps.
                 self.wake(departure.clone());
             }
-            return Some(Ticket { departure, run: Some(run) });
+            return Some(Ticket { departure, run: Some(run), counts: self.counts.clone() });
         }
     }
 }
@@ -60,6 +76,7 @@ impl Outbox {
 pub(crate) struct Ticket {
     departure: Arc<dyn Departure>,
     run: Option<SliceRun>,
+    counts: Option<Arc<Counts>>,
 }
 
 impl Ticket {
@@ -73,15 +90,17 @@ impl Ticket {
     }
 
     /// All of it is on its way.
-    pub(crate) fn sent(mut self, crcs: &[u32]) {
+    pub(crate) fn sent(mut self, sums: &[u32]) {
         if let Some(run) = self.run.take() {
-            self.departure.sent(run, crcs);
+            self.counts.iter().for_each(|counts| counts.sent(run));
+            self.departure.sent(run, sums);
         }
     }
 
     /// It is not, or not wholly; its blocks are no longer read.
     pub(crate) fn failed(&mut self, why: &str) {
         if let Some(run) = self.run.take() {
+            self.counts.iter().for_each(|counts| counts.not_sent());
             self.departure.failed(run, why);
         }
     }

@@ -4,6 +4,7 @@
 pub mod scripted;
 
 use std::{
+    fs::File,
     future::Future,
     net::{SocketAddr, TcpListener},
     ops::Range,
@@ -12,8 +13,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use baton_kvtransfer::{ExpectSpec, KvLayout, KvNode, Limits, NodeConfig, OfferSpec, Reclaimed, Region};
+use baton_kvtransfer::{
+    ExpectSpec, FleetSecret, KvLayout, KvNode, Limits, NodeConfig, OfferSpec, Reclaimed, Region, TcpConfig,
+    TransportConfig, TransportKind,
+};
 use baton_proto::{Incarnation, InstanceId, TransferId};
+use memmap2::MmapMut;
+use rustix::fs::{MemfdFlags, memfd_create};
 use tokio_util::sync::CancellationToken;
 
 pub const LAYERS: u32 = 4;
@@ -21,12 +27,14 @@ pub const BLOCKS: u32 = 64;
 pub const SLICE: usize = 3000;
 pub const BLOCK_TOKENS: u32 = 16;
 
-/// A pool's memory, `[layer][block]`, reached by raw pointers as a device's would be.
+/// A pool's memory, `[layer][block]`, reached by raw pointers as a device's would be; a file's, so that it can be shared.
 pub struct Pool {
-    base: NonNull<u64>,
-    words: Vec<u64>,
+    base: NonNull<u8>,
+    bytes: usize,
     slice: usize,
     blocks: u32,
+    file: Arc<File>,
+    _map: MmapMut,
 }
 
 // SAFETY: plain memory that goes with the pool; the tests touch only blocks that no node has.
@@ -37,21 +45,24 @@ unsafe impl Sync for Pool {}
 impl Pool {
     pub fn new(layers: u32, blocks: u32, slice: usize) -> Arc<Self> {
         let bytes = layers as usize * blocks as usize * slice;
-        let mut words = vec![0; bytes.div_ceil(8)];
-        let base = NonNull::new(words.as_mut_ptr()).expect("a vector has an address");
-        Arc::new(Self { base, words, slice, blocks })
+        let file = File::from(memfd_create("kv", MemfdFlags::ALLOW_SEALING).expect("a file"));
+        file.set_len(bytes as u64).expect("room");
+        // SAFETY: nobody but the pool and what it is lent to has the file.
+        let mut map = unsafe { MmapMut::map_mut(&file).expect("mapped") };
+        let base = NonNull::new(map.as_mut_ptr()).expect("a mapping has an address");
+        Arc::new(Self { base, bytes, slice, blocks, file: Arc::new(file), _map: map })
     }
 
     pub fn region(self: &Arc<Self>) -> Region {
-        // SAFETY: the words live in the owner; blocks lent to a node are left alone by the tests.
-        unsafe { Region::new(self.clone(), self.base.cast(), self.words.len() * 8) }
+        // SAFETY: the mapping lives in the owner; blocks lent to a node are left alone by the tests.
+        unsafe { Region::new(self.clone(), self.base, self.bytes) }.backed_by(self.file.clone())
     }
 
     fn slice_ptr(&self, layer: u32, block: u32) -> *mut u8 {
         let at = (layer as usize * self.blocks as usize + block as usize) * self.slice;
-        assert!(at + self.slice <= self.words.len() * 8);
+        assert!(at + self.slice <= self.bytes);
         // SAFETY: just checked to be inside.
-        unsafe { self.base.as_ptr().cast::<u8>().add(at) }
+        unsafe { self.base.as_ptr().add(at) }
     }
 
     pub fn write(&self, layer: u32, block: u32, bytes: &[u8]) {
@@ -108,12 +119,40 @@ pub struct Setup {
     pub lease: Duration,
     pub limits: Limits,
     pub incarnation: u64,
+    /// The best first.
+    pub transports: Vec<TransportKind>,
+    /// Data connections over TCP, accepted in all.
+    pub connections: usize,
+    /// Those opened to one peer.
+    pub lanes: usize,
+    pub secret: Option<FleetSecret>,
 }
 
 impl Default for Setup {
     fn default() -> Self {
         let limits = Limits { handshake: Duration::from_secs(2), ..Limits::default() };
-        Self { layout: layout(), blocks: BLOCKS, lease: Duration::from_secs(20), limits, incarnation: 1 }
+        Self {
+            layout: layout(),
+            blocks: BLOCKS,
+            lease: Duration::from_secs(20),
+            limits,
+            incarnation: 1,
+            transports: vec![TransportKind::Tcp],
+            connections: 1024,
+            lanes: 2,
+            secret: None,
+        }
+    }
+}
+
+fn transport(kind: TransportKind, setup: &Setup) -> TransportConfig {
+    match kind {
+        TransportKind::Shm => TransportConfig::Shm,
+        TransportKind::Tcp => TransportConfig::Tcp(TcpConfig {
+            connections: setup.connections,
+            connections_per_peer: setup.lanes,
+            ..TcpConfig::new(TcpListener::bind("127.0.0.1:0").expect("a free port"))
+        }),
     }
 }
 
@@ -136,14 +175,15 @@ impl Peer {
         let pool = Pool::new(setup.layout.layers, setup.blocks, setup.layout.slice_bytes as usize);
         let reclaimed = Arc::new(Mutex::new(Vec::new()));
         let (stop, sink) = (CancellationToken::new(), reclaimed.clone());
+        let transports = setup.transports.iter().map(|&kind| transport(kind, &setup)).collect();
         let config = NodeConfig {
             instance_id: instance(name),
             incarnation: Incarnation(setup.incarnation),
             layout: setup.layout,
             region: pool.region(),
             blocks: setup.blocks,
-            data_listener: TcpListener::bind("127.0.0.1:0").expect("a free port"),
-            advertise: None,
+            transports,
+            secret: setup.secret,
             lease: setup.lease,
             limits: setup.limits,
             reclaim: Arc::new(move |blocks| sink.lock().expect("not poisoned").push(blocks)),
@@ -160,6 +200,12 @@ impl Peer {
             stopped.run_until_cancelled(server.serve_with_incoming(incoming)).await
         });
         Self { name: instance(name), node, pool, address, stop, reclaimed }
+    }
+
+    /// Where it takes slices in over TCP.
+    pub fn data_address(&self) -> SocketAddr {
+        let tcp = self.node.transports().into_iter().find(|(kind, _)| *kind == TransportKind::Tcp);
+        tcp.expect("tcp").1.parse().expect("an address")
     }
 
     /// Fills the blocks of a transfer with its pattern, all layers.

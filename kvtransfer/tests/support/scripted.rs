@@ -9,7 +9,7 @@ use crc_fast::{CrcAlgorithm, checksum};
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::Sha256;
 use tokio::{
-    io::AsyncWriteExt,
+    io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
     sync::mpsc,
 };
@@ -27,6 +27,14 @@ pub struct ScriptedSender {
     pub to_peer: mpsc::Sender<v1::SenderMessage>,
     pub from_peer: Streaming<v1::ReceiverMessage>,
     pub data: SocketAddr,
+    pub pass: Pass,
+}
+
+/// What data connections show.
+#[derive(Clone)]
+pub struct Pass {
+    pub id: Vec<u8>,
+    pub key: Vec<u8>,
 }
 
 impl ScriptedSender {
@@ -35,7 +43,7 @@ impl ScriptedSender {
             instance_id: name.into(),
             incarnation,
             layout: Some((&layout()).into()),
-            transports: vec!["tcp".into()],
+            nonce: vec![1; 16].into(),
         };
         Self::open_with(peer, FromSender::Hello(hello)).await
     }
@@ -48,8 +56,26 @@ impl ScriptedSender {
         let mut from_peer = client.exchange(ReceiverStream::new(queue)).await?.into_inner();
         let hello = from_peer.message().await?.and_then(|message| message.body);
         let Some(FromReceiver::Hello(hello)) = hello else { panic!("no hello first") };
-        let data = hello.endpoints[0].address.parse().expect("an address");
-        Ok(Self { to_peer, from_peer, data })
+        assert_eq!(hello.nonce.len(), 16);
+        let proof = FromSender::Proof(v1::Proof::default());
+        let message = v1::SenderMessage { transfer_id: Default::default(), body: Some(proof) };
+        to_peer.send(message).await.expect("open");
+        let welcome = from_peer.message().await?.and_then(|message| message.body);
+        let Some(FromReceiver::Welcome(welcome)) = welcome else { panic!("no welcome second") };
+        let tcp = welcome.endpoints.iter().find(|endpoint| endpoint.transport == "tcp").expect("tcp");
+        let data = tcp.address.parse().expect("an address");
+        let pass = Pass { id: welcome.link_id.to_vec(), key: welcome.link_key.to_vec() };
+        Ok(Self { to_peer, from_peer, data, pass })
+    }
+
+    /// A data connection of this sender, hellos exchanged.
+    pub async fn connect_data(&self) -> TcpStream {
+        let mut stream = connect_data(self.data).await;
+        write(&mut stream, &data_hello(&self.pass, 0)).await;
+        let mut answer = [0; 32];
+        within("the answer", 10, stream.read_exact(&mut answer)).await.expect("welcome");
+        assert_eq!(&answer[..4], b"BKA1");
+        stream
     }
 
     pub async fn say(&self, id: TransferId, body: FromSender) {
@@ -123,10 +149,8 @@ impl RawFrame {
         let crcs = self.payload.iter().map(|slice| crc32c(slice));
         let crcs = crcs.enumerate().map(|(i, crc)| if i == 0 { crc ^ self.crc_error } else { crc });
         let table: Vec<u8> = crcs.flat_map(u32::to_le_bytes).collect();
-        let mut mac = <Hmac<Sha256> as KeyInit>::new_from_slice(&self.key).expect("any length");
-        mac.update(&head);
-        mac.update(&table);
-        head.extend(&mac.finalize().into_bytes()[..16]);
+        let proof = hmac(&self.key, &[&head, &table]);
+        head.extend(proof);
         head.extend(table);
         head.extend(self.payload.concat());
         head
@@ -150,6 +174,24 @@ pub fn seal(first_token: u32, slices: &[(u32, u32, Vec<u8>)]) -> v1::Seal {
     v1::Seal { first_tokens: vec![first_token], slices: slices.len() as u64, bytes, checksum }
 }
 
+/// What a data connection begins with.
+pub fn data_hello(pass: &Pass, kind: u8) -> Vec<u8> {
+    let mut head = b"BKH1".to_vec();
+    head.extend([kind, 0, 0, 0]);
+    head.extend(&pass.id);
+    head.extend([0; 8]);
+    head.extend([5; 16]);
+    let proof = hmac(&pass.key, &[&head]);
+    head.extend(proof);
+    head
+}
+
+fn hmac(key: &[u8], parts: &[&[u8]]) -> [u8; 16] {
+    let mut mac = <Hmac<Sha256> as KeyInit>::new_from_slice(key).expect("any length");
+    parts.iter().for_each(|part| mac.update(part));
+    mac.finalize().into_bytes()[..16].try_into().expect("16 bytes")
+}
+
 pub async fn connect_data(to: SocketAddr) -> TcpStream {
     let stream = TcpStream::connect(to).await.expect("listening");
     stream.set_nodelay(true).expect("a socket");
@@ -162,7 +204,7 @@ pub async fn write(stream: &mut TcpStream, bytes: &[u8]) {
 
 /// Waits until the other side closes the connection.
 pub async fn closed_by_peer(stream: &mut TcpStream) {
-    let read = within("the close", 10, tokio::io::AsyncReadExt::read(stream, &mut [0; 1])).await;
+    let read = within("the close", 10, stream.read(&mut [0; 1])).await;
     assert!(matches!(read, Ok(0) | Err(_)), "the peer wrote something");
 }
 
@@ -171,7 +213,11 @@ type Exchange = (Streaming<v1::SenderMessage>, mpsc::Sender<Result<v1::ReceiverM
 /// A receiver that follows a script: each control stream that comes in is handed to the test.
 pub struct ScriptedReceiver {
     pub address: SocketAddr,
-    pub data: TcpListener,
+    data_address: SocketAddr,
+    /// Data connections, hellos exchanged.
+    data: mpsc::Receiver<TcpStream>,
+    /// Where it says that it takes slices in over shared memory.
+    pub shm: Option<String>,
     streams: mpsc::Receiver<Exchange>,
 }
 
@@ -199,14 +245,37 @@ pub struct ReceiverStreamEnd {
 
 impl ScriptedReceiver {
     pub async fn start() -> Self {
-        let data = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let mut receiver = Self::start_without_data().await;
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        receiver.data_address = listener.local_addr().expect("bound");
+        let (connections, data) = mpsc::channel(64);
+        receiver.data = data;
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                if let Ok(stream) = greet(stream).await {
+                    let _ = connections.send(stream).await;
+                }
+            }
+        });
+        receiver
+    }
+
+    /// One at whose data port nobody says anything.
+    pub async fn start_without_data() -> Self {
+        let silent = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let data_address = silent.local_addr().expect("bound");
+        let (connections, data) = mpsc::channel(1);
+        tokio::spawn(async move {
+            connections.closed().await;
+            drop(silent);
+        });
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = listener.local_addr().expect("bound");
         let (sender, streams) = mpsc::channel(8);
         let service = handoff_server::HandoffServer::new(Service(sender));
         let incoming = tonic::transport::server::TcpIncoming::from(listener);
         tokio::spawn(tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming));
-        Self { address, data, streams }
+        Self { address, data_address, data, shm: None, streams }
     }
 
     /// The next control stream, hellos exchanged.
@@ -223,21 +292,53 @@ impl ScriptedReceiver {
         let (mut from_peer, to_peer) = within("a stream", 10, self.streams.recv()).await.expect("serving");
         let first = from_peer.message().await.expect("no error").and_then(|message| message.body);
         assert!(matches!(first, Some(FromSender::Hello(_))), "hello comes first");
-        let address = self.data.local_addr().expect("bound").to_string();
         let hello = v1::ReceiverHello {
             instance_id: name.into(),
             incarnation,
             layout: Some(layout.into()),
-            endpoints: vec![v1::DataEndpoint { transport: "tcp".into(), address }],
+            nonce: vec![2; 16].into(),
+            proof: Default::default(),
         };
-        let message =
-            v1::ReceiverMessage { transfer_id: Default::default(), body: Some(FromReceiver::Hello(hello)) };
-        to_peer.send(Ok(message)).await.expect("open");
-        ReceiverStreamEnd { from_peer, to_peer }
+        let mut stream = ReceiverStreamEnd { from_peer, to_peer };
+        stream.say_first(FromReceiver::Hello(hello)).await;
+        let Ok(Some(proof)) = stream.from_peer.message().await else { return stream };
+        assert!(matches!(proof.body, Some(FromSender::Proof(_))), "the proof comes second");
+        let address = self.data_address.to_string();
+        let endpoint = |kind: &str, address| v1::DataEndpoint { transport: kind.into(), address };
+        let shm = self.shm.iter().map(|name| endpoint("shm", name.clone()));
+        let welcome = v1::Welcome {
+            endpoints: shm.chain([endpoint("tcp", address)]).collect(),
+            link_id: vec![3; 16].into(),
+            link_key: vec![4; 16].into(),
+        };
+        stream.say_first(FromReceiver::Welcome(welcome)).await;
+        stream
+    }
+
+    /// The next data connection, hellos exchanged.
+    pub async fn data(&mut self) -> TcpStream {
+        within("a data connection", 10, self.data.recv()).await.expect("listening")
     }
 }
 
+/// Answers a data connection's hello.
+async fn greet(mut stream: TcpStream) -> std::io::Result<TcpStream> {
+    let mut hello = [0; 64];
+    stream.read_exact(&mut hello).await?;
+    let mut head = b"BKA1".to_vec();
+    head.extend([0; 12]);
+    let proof = hmac(&[4; 16], &[&hello[32..48], &head]);
+    head.extend(proof);
+    stream.write_all(&head).await?;
+    Ok(stream)
+}
+
 impl ReceiverStreamEnd {
+    async fn say_first(&self, body: FromReceiver) {
+        let message = v1::ReceiverMessage { transfer_id: Default::default(), body: Some(body) };
+        self.to_peer.send(Ok(message)).await.expect("open");
+    }
+
     pub async fn say(&self, id: TransferId, body: FromReceiver) {
         let message = v1::ReceiverMessage { transfer_id: id.as_bytes().to_vec().into(), body: Some(body) };
         self.to_peer.send(Ok(message)).await.expect("the stream stands");

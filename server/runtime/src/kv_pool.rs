@@ -4,9 +4,10 @@
 //! Blocks are handed out by the engine; the pool only owns the memory. The engine's kernels and the transports access
 //! it through raw pointers, because they touch disjoint blocks of it at the same time from different threads.
 
-use std::ptr::NonNull;
+use std::{fs::File, ptr::NonNull, sync::Arc};
 
 use memmap2::MmapMut;
+use rustix::fs::{MemfdFlags, memfd_create};
 
 use crate::{BlockId, RuntimeError};
 
@@ -106,6 +107,8 @@ pub struct KvPool {
     base: NonNull<u8>,
     /// Owns what `base` points to.
     _memory: MmapMut,
+    /// What that is a mapping of, where the system has such files.
+    file: Option<Arc<File>>,
 }
 
 // SAFETY: the pool is plain memory; who may touch which block when is the engine's block accounting (see the module).
@@ -118,9 +121,20 @@ impl KvPool {
     pub fn allocate(layout: KvPoolLayout) -> Result<Self, RuntimeError> {
         let bytes = layout.total_bytes();
         let exhausted = || RuntimeError::KvPool { bytes };
-        let mut memory = MmapMut::map_anon(bytes.max(1)).map_err(|_| exhausted())?;
+        let (mut memory, file) = match map_shareable(bytes.max(1)) {
+            Ok((memory, file)) => (memory, Some(Arc::new(file))),
+            Err(error) => {
+                tracing::debug!(%error, "the KV pool cannot be shared with other processes");
+                (MmapMut::map_anon(bytes.max(1)).map_err(|_| exhausted())?, None)
+            }
+        };
         let base = NonNull::new(memory.as_mut_ptr()).ok_or_else(exhausted)?;
-        Ok(Self { layout, base, _memory: memory })
+        Ok(Self { layout, base, _memory: memory, file })
+    }
+
+    /// The file that the pool is a mapping of, from its start, so that other processes of the host can be let read it.
+    pub fn file(&self) -> Option<&Arc<File>> {
+        self.file.as_ref()
     }
 
     pub fn layout(&self) -> &KvPoolLayout {
@@ -156,4 +170,14 @@ impl KvPool {
             }
         }
     }
+}
+
+/// Memory that is a file's, taken from the system as it is first written.
+fn map_shareable(bytes: usize) -> std::io::Result<(MmapMut, File)> {
+    let file = File::from(memfd_create("baton-kv", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?);
+    file.set_len(bytes as u64)?;
+    // SAFETY: the file has no name and is this pool's own; whoever is lent it can neither shrink nor write it (kvtransfer
+    // seals it first), and the pool is reached by raw pointers only.
+    let memory = unsafe { MmapMut::map_mut(&file)? };
+    Ok((memory, file))
 }

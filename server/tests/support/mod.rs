@@ -85,7 +85,7 @@ impl Instance {
             block_tokens: model::BLOCK_TOKENS,
             prefix_cache: true,
         };
-        let handoff = HandoffConfig { lease: shape.lease, timeout: PATIENCE };
+        let handoff = HandoffConfig { lease: shape.lease, timeout: PATIENCE, ..HandoffConfig::default() };
         Self::over(id, role, executor, limits, handoff, faults).await
     }
 
@@ -118,6 +118,10 @@ impl Instance {
             wire::open(data_address, faults.clone(), stop.clone()).await
         } else {
             data_address.to_string()
+        };
+        let handoff = match faults.has_wire {
+            true => HandoffConfig { transports: vec!["tcp".into()], ..handoff },
+            false => handoff,
         };
         let metrics = Metrics::new("server");
         let serving = Serving::start(ServingParts {
@@ -187,12 +191,14 @@ impl Instance {
         self.load.borrow().occupancy.counts.preemptions
     }
 
-    /// The value of a metric without labels.
+    /// The value of a metric; of one with labels, if the name has none, the sum.
     pub fn metric(&self, name: &str) -> f64 {
         let text = self.metrics.render();
-        let line = text.lines().find(|line| line.split(' ').next() == Some(name));
-        line.and_then(|line| line.rsplit(' ').next()?.parse().ok())
-            .unwrap_or_else(|| panic!("no {name} in\n{text}"))
+        let of_name = |line: &&str| line.strip_prefix(name).is_some_and(|rest| rest.starts_with([' ', '{']));
+        let values: Vec<f64> =
+            text.lines().filter(of_name).filter_map(|line| line.rsplit(' ').next()?.parse().ok()).collect();
+        assert!(!values.is_empty(), "no {name} in\n{text}");
+        values.iter().sum()
     }
 }
 

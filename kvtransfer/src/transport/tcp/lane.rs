@@ -1,9 +1,8 @@
 //! One outgoing data connection: takes runs from the outbox, frames them, writes them straight from the KV pool.
 //!
-//! Connects when there is something to send. When the connection breaks, the run in hand fails, every transfer that has
-//! slices on it is told, and the next run connects anew. When a transfer is aborted in the middle of its frame, the frame
-//! is finished from its blocks if that takes no longer than the fence grace, and with zeros after that: the connection
-//! stays in step and the blocks are free.
+//! When the connection breaks, the run in hand fails, every transfer that has slices on it is told, and its path is over.
+//! When a transfer is aborted in the middle of its frame, the frame is finished from its blocks if that takes no longer
+//! than the fence grace, and with zeros after that: the connection stays in step and the blocks are free.
 
 use std::{
     collections::HashMap,
@@ -14,15 +13,16 @@ use std::{
 use baton_proto::TransferId;
 use tokio::{
     net::TcpStream,
-    time::{Instant, sleep_until, timeout},
+    time::{Instant, sleep_until},
 };
-use tokio_util::sync::CancellationToken;
 
-use super::{
-    Terms,
-    frame::{HEADER_BYTES, Header},
+use crate::{
+    session::crc32c,
+    transport::{
+        Departure, Outbox, PathEnd, Terms, Ticket,
+        frame::{Entry, Form, HEADER_BYTES, Header},
+    },
 };
-use crate::transport::{Departure, Outbox, Ticket};
 
 /// Elements of one vectored write. More gain nothing once a write carries a few hundred kilobytes.
 const WRITE_SLICES: usize = 64;
@@ -36,78 +36,48 @@ static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 pub(super) struct Lane {
     address: String,
     terms: Terms,
-    outbox: Arc<Outbox>,
+    outbox: Outbox,
     head: Vec<u8>,
     crcs: Vec<u32>,
-    /// Transfers that have slices on the present connection.
+    /// Transfers that have slices on the connection.
     carried: HashMap<TransferId, Arc<dyn Departure>>,
     forget_at: usize,
 }
 
 impl Lane {
-    pub(super) fn new(address: String, terms: Terms, outbox: Arc<Outbox>) -> Self {
+    pub(super) fn new(address: String, terms: Terms, outbox: Outbox) -> Self {
         let head = Vec::with_capacity(HEADER_BYTES + 4 * terms.frame_slices as usize);
         let (crcs, carried) = (Vec::new(), HashMap::new());
         Self { address, terms, outbox, head, crcs, carried, forget_at: FORGET_AT }
     }
 
-    /// Sends until `stop`. Whatever is in hand then is reported as failed.
-    pub(super) async fn run(mut self, stop: CancellationToken) {
-        let _ = stop.run_until_cancelled(self.work()).await;
+    /// Sends until the path ends. Whatever is in hand then is reported as failed.
+    pub(super) async fn run(mut self, stream: TcpStream, path: PathEnd) {
+        let why = match path.ended().run_until_cancelled(self.work(&stream)).await {
+            Some(error) => format!("{error} ({})", self.address),
+            None => "the data path was given up".into(),
+        };
+        tracing::debug!(peer = %self.address, %why, "data connection ended");
+        self.carried.drain().for_each(|(_, departure)| departure.path_lost(&why));
+        path.broken(why);
     }
 
-    async fn work(&mut self) {
-        let mut stream: Option<TcpStream> = None;
+    /// Sends one run after the other; why that cannot go on.
+    async fn work(&mut self, stream: &TcpStream) -> io::Error {
         loop {
-            let ticket = match &stream {
-                None => self.outbox.next(self.terms.frame_slices).await,
-                Some(open) => tokio::select! {
-                    // First, so that no run is given to a connection that is known to be gone.
-                    biased;
-                    why = closed(open) => {
-                        stream = None;
-                        self.lose(&why);
-                        continue;
-                    }
-                    ticket = self.outbox.next(self.terms.frame_slices) => ticket,
-                },
+            let mut ticket = tokio::select! {
+                // First, so that no run is given to a connection that is known to be gone.
+                biased;
+                error = closed(stream) => return error,
+                ticket = self.outbox.next(self.terms.frame_slices) => ticket,
             };
-            stream = self.carry(stream.take(), ticket).await;
-        }
-    }
-
-    /// Sends one run, connecting first if need be; the connection, if it still stands.
-    async fn carry(&mut self, stream: Option<TcpStream>, mut ticket: Ticket) -> Option<TcpStream> {
-        let stream = match stream {
-            Some(stream) => Ok(stream),
-            None => self.connect().await,
-        };
-        let result = match stream {
-            Ok(stream) => self.send(&stream, &mut ticket).await.map(|()| stream),
-            Err(error) => Err(error),
-        };
-        match result {
-            Ok(stream) => {
-                self.remember(ticket.departure());
-                ticket.sent(&self.crcs);
-                Some(stream)
+            if let Err(error) = self.send(stream, &mut ticket).await {
+                ticket.failed(&format!("{error} ({})", self.address));
+                return error;
             }
-            Err(error) => {
-                tracing::debug!(peer = %self.address, %error, "data connection failed");
-                let why = format!("{error} ({})", self.address);
-                ticket.failed(&why);
-                self.lose(&why);
-                None
-            }
+            self.remember(ticket.departure());
+            ticket.sent(&self.crcs);
         }
-    }
-
-    async fn connect(&self) -> io::Result<TcpStream> {
-        let stream = timeout(self.terms.connect, TcpStream::connect(&self.address))
-            .await
-            .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "connecting took too long"))??;
-        stream.set_nodelay(true)?;
-        Ok(stream)
     }
 
     /// Writes one frame. A ticket whose transfer is aborted meanwhile may be reported on the way.
@@ -115,11 +85,13 @@ impl Lane {
         let (run, departure) = (ticket.run(), ticket.departure().clone());
         self.crcs.clear();
         for block in run.blocks() {
-            self.crcs.push(departure.crc(run.layer, block).map_err(io::Error::other)?);
+            let slice = departure.source(run.layer, block, 0).map_err(io::Error::other)?;
+            self.crcs.push(crc32c(&slice));
         }
         let key = departure.data_key().ok_or_else(|| io::Error::other("no data key"))?;
-        let header = Header { transfer: departure.id(), run, slice_bytes: self.terms.slice_bytes };
-        header.encode(&key, &self.crcs, &mut self.head);
+        let (transfer, slice_bytes) = (departure.id(), self.terms.slice_bytes);
+        let header = Header { form: Form::Carried, transfer, run, slice_bytes };
+        header.encode(&key, self.crcs.iter().map(|&sum| Entry { offset: 0, sum }), &mut self.head);
 
         let total = self.head.len() as u64 + header.payload_bytes();
         let mut written = 0;
@@ -173,11 +145,6 @@ impl Lane {
         self.carried.retain(|_, departure| departure.live());
         self.forget_at = FORGET_AT.max(self.carried.len() * 2);
     }
-
-    /// Slices that went into a broken connection may not have arrived.
-    fn lose(&mut self, why: &str) {
-        self.carried.drain().for_each(|(_, departure)| departure.path_lost(why));
-    }
 }
 
 /// How long a write that does not get on is waited for, and how long an aborted transfer's blocks are still read.
@@ -220,16 +187,16 @@ impl Patience {
 }
 
 /// Resolves when an idle connection is closed by the peer, which has nothing to say on it.
-async fn closed(stream: &TcpStream) -> String {
+async fn closed(stream: &TcpStream) -> io::Error {
     loop {
         if let Err(error) = stream.readable().await {
-            return error.to_string();
+            return error;
         }
         match stream.try_read(&mut [0; 64]) {
-            Ok(0) => return "the peer closed the data connection".into(),
-            Ok(_) => return "the peer wrote on the data connection".into(),
+            Ok(0) => return io::Error::other("the peer closed the data connection"),
+            Ok(_) => return io::Error::other("the peer wrote on the data connection"),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return error.to_string(),
+            Err(error) => return error,
         }
     }
 }

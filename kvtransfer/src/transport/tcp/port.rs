@@ -1,9 +1,9 @@
 //! Incoming data connections: frames are checked, then read straight into the blocks they belong to.
 //!
-//! A frame of a live transfer must be proven; one that is not closes the connection and touches nothing. Late frames of
-//! ended transfers are read past. So are those of unknown ones, for a while: they ended longer ago than is remembered,
-//! and the connection carries others' slices too. A frame whose claim is refused is read past as well, and its transfer
-//! is aborted by its session.
+//! A connection begins with a hello that shows which control stream it belongs to, and ends with that. A frame of a live
+//! transfer must be proven; one that is not closes the connection and touches nothing. Frames of transfers that are over
+//! are read past, since the connection carries others' slices too. So is a frame whose claim is refused; its transfer is
+//! aborted by its session.
 
 use std::{
     io::{self, IoSliceMut},
@@ -12,27 +12,26 @@ use std::{
 };
 
 use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
     sync::Semaphore,
-    time::{Instant, sleep, sleep_until},
+    task::coop::consume_budget,
+    time::{sleep, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use super::{
-    Terms,
-    frame::{FrameError, HEADER_BYTES, Header},
-};
 use crate::{
-    session::{Claim, SliceRun},
-    transport::{Found, Inbox, Landing},
+    session::{Claim, crc32c},
+    transport::{
+        Admission, Claimed, Found, Inbox, Landing, Terms, TransportKind,
+        frame::{Form, FrameError, HEADER_BYTES, Header},
+        hello::{HELLO_BYTES, Hello, HelloError},
+    },
 };
 
 /// Elements of one vectored read.
 const READ_SLICES: usize = 64;
 const SCRAP_BYTES: usize = 64 << 10;
-/// What a connection may carry for unknown transfers between two proven frames; more closes it. A peer that was told of
-/// an end has far less on its way.
-const STRAY_BYTES: u64 = 64 << 20;
 /// Pause after `accept` itself failed, e.g. for want of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -40,12 +39,12 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 #[derive(Debug, thiserror::Error)]
 enum Closed {
     #[error(transparent)]
+    Hello(#[from] HelloError),
+    #[error(transparent)]
     Frame(#[from] FrameError),
     #[error("a frame without the transfer's proof")]
     Unproven,
-    #[error("too many frames of transfers that are not known here")]
-    Strays,
-    #[error("no frame within the handshake deadline")]
+    #[error("no hello within the handshake deadline")]
     Silent,
     #[error("a frame made no progress")]
     Stalled,
@@ -56,12 +55,13 @@ enum Closed {
 /// Accepts data connections until `stop`; over the limit, a connection is closed at once.
 pub(super) async fn serve(
     listener: TcpListener,
+    connections: usize,
     terms: Terms,
     inbox: Arc<dyn Inbox>,
     tasks: TaskTracker,
     stop: CancellationToken,
 ) {
-    let permits = Arc::new(Semaphore::new(terms.connections));
+    let permits = Arc::new(Semaphore::new(connections));
     while let Some(accepted) = stop.run_until_cancelled(listener.accept()).await {
         let (stream, peer) = match accepted {
             Ok(accepted) => accepted,
@@ -72,20 +72,46 @@ pub(super) async fn serve(
             }
         };
         let Ok(permit) = permits.clone().try_acquire_owned() else {
-            tracing::warn!(%peer, limit = terms.connections, "data connection refused: too many are open");
+            tracing::warn!(%peer, limit = connections, "data connection refused: too many are open");
             continue;
         };
-        let connection = Connection::new(stream, terms.clone(), inbox.clone());
-        let stop = stop.clone();
+        let (inbox, stop) = (inbox.clone(), stop.clone());
         tasks.spawn(async move {
             let _permit = permit;
-            match stop.run_until_cancelled(connection.run()).await {
+            match stop.run_until_cancelled(converse(stream, terms, inbox)).await {
                 Some(Err(Closed::Io(error))) => tracing::debug!(%peer, %error, "data connection ended"),
                 Some(Err(reason)) => tracing::warn!(%peer, %reason, "data connection closed"),
                 Some(Ok(())) | None => {}
             }
         });
     }
+}
+
+/// One connection, until the peer closes it or its control stream ends.
+async fn converse(mut stream: TcpStream, terms: Terms, inbox: Arc<dyn Inbox>) -> Result<(), Closed> {
+    super::prepare(&stream, &terms)?;
+    let welcome = timeout(terms.handshake, welcome(&mut stream, &*inbox)).await;
+    let admission = welcome.map_err(|_| Closed::Silent)??;
+    let connection = Connection::new(stream, terms, inbox);
+    admission.ended.run_until_cancelled(connection.run()).await.unwrap_or(Ok(()))
+}
+
+/// Takes a hello and answers it.
+async fn welcome(stream: &mut TcpStream, inbox: &dyn Inbox) -> Result<Admission, Closed> {
+    let mut head = [0; HELLO_BYTES];
+    stream.read_exact(&mut head).await?;
+    let hello = Hello::decode(head)?;
+    let mut terms = vec![0; hello.terms_bytes()];
+    stream.read_exact(&mut terms).await?;
+    let admission = inbox.link(&hello.link()).ok_or(HelloError::Link)?;
+    if !hello.proven(&admission.key, &terms) {
+        return Err(HelloError::Unproven.into());
+    }
+    if hello.kind() != Some(TransportKind::Tcp) {
+        return Err(HelloError::Kind.into());
+    }
+    stream.write_all(&hello.answer(&admission.key, &[])).await?;
+    Ok(admission)
 }
 
 struct Connection {
@@ -98,60 +124,40 @@ struct Connection {
     table: Vec<u8>,
     crcs: Vec<u32>,
     scrap: Vec<u8>,
-    /// How much more of unknown transfers is read past.
-    strays_left: u64,
 }
 
 impl Connection {
     fn new(stream: TcpStream, terms: Terms, inbox: Arc<dyn Inbox>) -> Self {
         let (head, table, crcs, scrap) = ([0; HEADER_BYTES], Vec::new(), Vec::new(), Vec::new());
-        Self { stream, terms, inbox, head, have: 0, table, crcs, scrap, strays_left: STRAY_BYTES }
+        Self { stream, terms, inbox, head, have: 0, table, crcs, scrap }
     }
 
     /// Reads frames until the peer closes.
     async fn run(mut self) -> Result<(), Closed> {
-        let mut first_by = Some(Instant::now() + self.terms.connect);
-        while self.read_head(first_by).await? {
-            let header = Header::decode(&self.head, self.terms.slice_bytes)?;
+        while self.read_head().await? {
+            let header = Header::decode(&self.head, Form::Carried, self.terms.slice_bytes)?;
             self.have = 0;
             self.read_table(&header).await?;
             match self.inbox.find(&header.transfer) {
-                Found::Live(landing) => {
-                    self.deliver(&header, &*landing).await?;
-                    self.strays_left = STRAY_BYTES;
-                }
-                Found::Ended => self.pass_over(header.payload_bytes()).await?,
-                Found::Unknown => {
-                    self.pass_over_stray(&header).await?;
-                    continue; // anybody can write such a frame: it does not keep a connection open
-                }
+                Found::Live(landing) => self.deliver(&header, &*landing).await?,
+                Found::Over => self.pass_over(header.payload_bytes()).await?,
             }
-            first_by = None;
         }
         Ok(())
     }
 
     /// Completes `head`; false at the end of the stream. Between frames there is no hurry.
-    async fn read_head(&mut self, first_by: Option<Instant>) -> Result<bool, Closed> {
+    async fn read_head(&mut self) -> Result<bool, Closed> {
         while self.have < HEADER_BYTES {
+            consume_budget().await;
             match self.stream.try_read(&mut self.head[self.have..]) {
                 Ok(0) if self.have == 0 => return Ok(false),
                 Ok(0) => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
                 Ok(n) => self.have += n,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    let by = match first_by {
-                        Some(by) => Some(by),
-                        None if self.have > 0 => Some(Instant::now() + self.terms.stall),
-                        None => None,
-                    };
-                    tokio::select! {
-                        biased;
-                        ready = self.stream.readable() => ready?,
-                        () = sleep_until(by.unwrap_or_else(Instant::now)), if by.is_some() => {
-                            return Err(if first_by.is_some() { Closed::Silent } else { Closed::Stalled });
-                        }
-                    }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock && self.have == 0 => {
+                    self.stream.readable().await?;
                 }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.readable().await?,
                 Err(error) => return Err(error.into()),
             }
         }
@@ -169,19 +175,14 @@ impl Connection {
                 Err(error) => return Err(error.into()),
             }
         }
-        let words =
-            self.table.chunks_exact(4).map(|word| u32::from_le_bytes([word[0], word[1], word[2], word[3]]));
         self.crcs.clear();
-        self.crcs.extend(words);
+        self.crcs.extend(header.entries(&self.table).map(|entry| entry.sum));
         Ok(())
     }
 
     async fn readable(&self) -> Result<(), Closed> {
-        tokio::select! {
-            biased;
-            ready = self.stream.readable() => Ok(ready?),
-            () = sleep(self.terms.stall) => Err(Closed::Stalled),
-        }
+        timeout(self.terms.stall, self.stream.readable()).await.map_err(|_| Closed::Stalled)??;
+        Ok(())
     }
 
     /// Handles a frame of a live transfer.
@@ -191,7 +192,7 @@ impl Connection {
         }
         match landing.claim(header.run, &self.crcs) {
             Claim::Write => {
-                let claimed = Claimed { landing, run: header.run, open: true };
+                let claimed = Claimed::new(landing, header.run);
                 let left = self.fill(header, claimed).await?;
                 self.pass_over(left).await
             }
@@ -205,7 +206,8 @@ impl Connection {
         let (total, slice_bytes) = (header.payload_bytes(), u64::from(header.slice_bytes));
         let (mut done, mut checked) = (0, 0);
         while done < total {
-            if claimed.landing.revoked().is_cancelled() {
+            consume_budget().await; // a peer that keeps the socket full shares this thread with others
+            if claimed.landing().revoked().is_cancelled() {
                 claimed.interrupted("the transfer was aborted");
                 return Ok(total - done);
             }
@@ -222,7 +224,7 @@ impl Connection {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     tokio::select! {
                         biased;
-                        () = claimed.landing.revoked().cancelled() => {}
+                        () = claimed.landing().revoked().cancelled() => {}
                         ready = self.readable() => if let Err(error) = ready {
                             claimed.interrupted(&format!("the data connection failed: {error}"));
                             return Err(error);
@@ -236,7 +238,7 @@ impl Connection {
             }
             while u64::from(checked + 1) * slice_bytes <= done {
                 let (block, crc) = (header.run.first + checked, self.crcs[checked as usize]);
-                if claimed.landing.crc(header.run.layer, block).ok() != Some(crc) {
+                if claimed.landing().content(header.run.layer, block).map(crc32c) != Ok(crc) {
                     claimed.damaged(block);
                     return Ok(total - done);
                 }
@@ -255,7 +257,7 @@ impl Connection {
         let rest = (done / slice_bytes) as u32..header.run.count;
         let whole = rest.len() <= READ_SLICES;
         for block in rest.take(READ_SLICES) {
-            let target = claimed.landing.target(header.run.layer, header.run.first + block, skip);
+            let target = claimed.landing().target(header.run.layer, header.run.first + block, skip);
             list.push(target.map_err(io::Error::other)?);
             skip = 0;
         }
@@ -265,18 +267,11 @@ impl Connection {
         self.stream.try_read_vectored(&mut list)
     }
 
-    /// Reads past a frame of an unknown transfer, within what is allowed of such.
-    async fn pass_over_stray(&mut self, header: &Header) -> Result<(), Closed> {
-        let bytes = header.payload_bytes() + (HEADER_BYTES + header.table_bytes()) as u64;
-        self.strays_left = self.strays_left.checked_sub(bytes).ok_or(Closed::Strays)?;
-        tracing::debug!(transfer = %header.transfer, bytes, "frame of an unknown transfer passed over");
-        self.pass_over(header.payload_bytes()).await
-    }
-
     /// Reads `left` bytes of payload and forgets them.
     async fn pass_over(&mut self, mut left: u64) -> Result<(), Closed> {
         self.scrap.resize(SCRAP_BYTES, 0);
         while left > 0 {
+            consume_budget().await;
             let most = left.min(SCRAP_BYTES as u64) as usize;
             match self.stream.try_read(&mut self.scrap[..most]) {
                 Ok(0) => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
@@ -286,36 +281,5 @@ impl Connection {
             }
         }
         Ok(())
-    }
-}
-
-/// An open claim. Reported exactly once: dropping it counts as interrupted.
-struct Claimed<'a> {
-    landing: &'a dyn Landing,
-    run: SliceRun,
-    open: bool,
-}
-
-impl Claimed<'_> {
-    fn landed(mut self) {
-        self.open = false;
-        self.landing.landed(self.run);
-    }
-
-    fn damaged(&mut self, block: u32) {
-        self.open = false;
-        self.landing.damaged(self.run, block);
-    }
-
-    fn interrupted(&mut self, why: &str) {
-        if std::mem::take(&mut self.open) {
-            self.landing.interrupted(self.run, why);
-        }
-    }
-}
-
-impl Drop for Claimed<'_> {
-    fn drop(&mut self) {
-        self.interrupted("the data connection was given up");
     }
 }

@@ -1,0 +1,107 @@
+//! Which transport carries a link's slices: the best that both sides have and that works, the next one where it fails.
+
+use std::time::Duration;
+
+use baton_proto::v1;
+use tokio::time::{Instant, sleep};
+use tokio_util::sync::CancellationToken;
+
+use super::Node;
+use crate::transport::{Destination, LinkPass, Observed, Outbox, Path, Transport, TransportKind};
+
+/// The pause before the second attempt to open a path; each further one is twice as long.
+const FIRST_PAUSE: Duration = Duration::from_millis(20);
+/// A path that stood for so long had nothing wrong with its transport.
+const SOUND: Duration = Duration::from_secs(60);
+
+/// Keeps a data path to one peer open.
+pub(super) struct Route {
+    choices: Vec<Choice>,
+    pass: LinkPass,
+    outbox: Outbox,
+}
+
+/// A transport that both sides have.
+struct Choice {
+    kind: TransportKind,
+    address: String,
+    /// Failures since it last stood for long.
+    failures: u32,
+}
+
+impl Route {
+    /// Over what the peer's welcome offers and this node has, in this node's order; none in common is an error.
+    pub(super) fn new(
+        node: &Node,
+        endpoints: &[v1::DataEndpoint],
+        pass: LinkPass,
+        outbox: Outbox,
+    ) -> Result<Self, String> {
+        let offered = |transport: &Observed| {
+            let kind = transport.kind();
+            let endpoint = endpoints.iter().find(|endpoint| endpoint.transport == kind.name())?;
+            Some(Choice { kind, address: endpoint.address.clone(), failures: 0 })
+        };
+        let choices: Vec<_> = node.transports.iter().filter_map(offered).collect();
+        if choices.is_empty() {
+            let names = |kinds: Vec<&str>| kinds.join(", ");
+            let ours = names(node.transports.iter().map(|transport| transport.kind().name()).collect());
+            let theirs = names(endpoints.iter().map(|endpoint| endpoint.transport.as_str()).collect());
+            return Err(format!("no transport in common: this node has {ours}, the peer {theirs}"));
+        }
+        Ok(Self { choices, pass, outbox })
+    }
+
+    /// Opens a path, and the next one whenever it breaks, until `stop`; else why none can be had any more.
+    pub(super) async fn keep(mut self, node: &Node, stop: &CancellationToken) -> String {
+        let (mut attempts, mut pause) = (0, FIRST_PAUSE);
+        loop {
+            let why = match self.open(node, stop).await {
+                Ok((at, path)) => {
+                    let opened = Instant::now();
+                    let why = path.broken().await.to_owned();
+                    let choice = &mut self.choices[at];
+                    if opened.elapsed() >= SOUND {
+                        (attempts, pause, choice.failures) = (0, FIRST_PAUSE, 0);
+                    }
+                    choice.failures += 1;
+                    tracing::debug!(transport = %choice.kind, %why, "data path broke");
+                    why
+                }
+                Err(why) => why,
+            };
+            attempts += 1;
+            if attempts >= node.limits.connect_attempts {
+                return why;
+            }
+            sleep(pause + pause.mul_f64(rand::random::<f64>() / 2.0)).await;
+            pause *= 2;
+        }
+    }
+
+    /// Tries those first that have failed least; which one it is.
+    async fn open(&mut self, node: &Node, stop: &CancellationToken) -> Result<(usize, Path), String> {
+        let mut order: Vec<usize> = (0..self.choices.len()).collect();
+        order.sort_by_key(|&at| self.choices[at].failures);
+        let mut reasons = Vec::new();
+        for at in order {
+            let choice = &mut self.choices[at];
+            let Some(transport) = node.transports.iter().find(|it| it.kind() == choice.kind) else {
+                continue;
+            };
+            let to = Destination { address: choice.address.clone(), pass: self.pass.clone() };
+            match transport.open(to, self.outbox.clone(), &node.tasks, stop).await {
+                Ok(path) => {
+                    tracing::debug!(transport = %choice.kind, address = %choice.address, "data path open");
+                    return Ok((at, path));
+                }
+                Err(error) => {
+                    choice.failures += 1;
+                    tracing::info!(transport = %choice.kind, %error, "data path cannot be opened");
+                    reasons.push(format!("{}: {error}", choice.kind));
+                }
+            }
+        }
+        Err(format!("no data path to the peer ({})", reasons.join("; ")))
+    }
+}

@@ -1,0 +1,125 @@
+//! The sender's end of a connection over which slices are announced.
+//!
+//! A window of announced runs bounds what the receiver has before it; each stays taken until the receiver is done with
+//! it, so that its blocks are not lent again while they may still be read.
+
+use std::{collections::VecDeque, io};
+
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    time::{Instant, sleep, timeout},
+};
+
+use super::digest::digest;
+use crate::transport::{
+    Outbox, PathEnd, Terms, Ticket,
+    frame::{Entry, Form, Header},
+};
+
+/// Runs announced and not done with.
+const WINDOW: usize = 4;
+/// How many times the fence's grace a receiver may take to be done with runs of a transfer that is over. It may be short
+/// of processors; the connection carries other transfers, too.
+const PATIENCE: u32 = 10;
+
+/// An announced run.
+struct Announced {
+    ticket: Ticket,
+    sums: Vec<u32>,
+    at: Instant,
+    /// When its transfer was seen to be over.
+    over: Option<Instant>,
+}
+
+/// One connection's worth of announcing.
+pub(crate) struct Lane {
+    terms: Terms,
+    outbox: Outbox,
+    announced: VecDeque<Announced>,
+    bytes: Vec<u8>,
+}
+
+impl Lane {
+    pub(crate) fn new(terms: Terms, outbox: Outbox) -> Self {
+        Self { terms, outbox, announced: VecDeque::with_capacity(WINDOW), bytes: Vec::new() }
+    }
+
+    /// Announces until the path ends. Whatever the receiver is not done with then is reported as failed.
+    pub(crate) async fn run(mut self, mut stream: impl AsyncRead + AsyncWrite + Unpin, path: PathEnd) {
+        let why = match path.ended().run_until_cancelled(self.work(&mut stream)).await {
+            Some(error) => error.to_string(),
+            None => "the data path was given up".into(),
+        };
+        tracing::debug!(%why, "connection for announced slices ended");
+        drop(stream); // first: the receiver stops to read
+        self.announced.drain(..).for_each(|mut announced| announced.ticket.failed(&why));
+        path.broken(why);
+    }
+
+    async fn work(&mut self, stream: &mut (impl AsyncRead + AsyncWrite + Unpin)) -> io::Error {
+        let mut done = [0; WINDOW];
+        loop {
+            let room = self.announced.len() < WINDOW;
+            let result = tokio::select! {
+                biased;
+                read = stream.read(&mut done) => match read {
+                    Ok(0) => Err(io::Error::other("the peer closed the connection")),
+                    Ok(runs) => self.done(runs),
+                    Err(error) => Err(error),
+                },
+                ticket = self.outbox.next(self.terms.frame_slices), if room => {
+                    self.announce(stream, ticket).await
+                }
+                () = sleep(self.terms.fence_grace), if !self.announced.is_empty() => self.look(),
+            };
+            if let Err(error) = result {
+                return error;
+            }
+        }
+    }
+
+    async fn announce(&mut self, stream: &mut (impl AsyncWrite + Unpin), ticket: Ticket) -> io::Result<()> {
+        let (run, departure) = (ticket.run(), ticket.departure().clone());
+        let key = departure.data_key().ok_or_else(|| io::Error::other("no data key"))?;
+        let mut entries = Vec::with_capacity(run.count as usize);
+        for block in run.blocks() {
+            let slice = departure.source(run.layer, block, 0).map_err(io::Error::other)?;
+            let offset = departure.offset(run.layer, block).map_err(io::Error::other)?;
+            entries.push(Entry { offset, sum: digest(&key, run.layer, block, &slice) });
+        }
+        let (transfer, slice_bytes) = (departure.id(), self.terms.slice_bytes);
+        let header = Header { form: Form::Announced, transfer, run, slice_bytes };
+        header.encode(&key, entries.iter().copied(), &mut self.bytes);
+        let sums = entries.iter().map(|entry| entry.sum).collect();
+        self.announced.push_back(Announced { ticket, sums, at: Instant::now(), over: None });
+        let late = |_| io::Error::new(io::ErrorKind::TimedOut, "the peer does not read what is announced");
+        timeout(self.terms.stall, stream.write_all(&self.bytes)).await.map_err(late)?
+    }
+
+    /// The receiver is done with that many more runs.
+    fn done(&mut self, runs: usize) -> io::Result<()> {
+        for _ in 0..runs {
+            let Some(Announced { ticket, sums, .. }) = self.announced.pop_front() else {
+                return Err(io::Error::other("the peer is done with more than was announced"));
+            };
+            ticket.sent(&sums);
+        }
+        Ok(())
+    }
+
+    /// Gives a receiver up that does not get on.
+    fn look(&mut self) -> io::Result<()> {
+        let now = Instant::now();
+        let Self { terms, announced, .. } = self;
+        for run in announced.iter_mut() {
+            if run.over.is_none() && run.ticket.departure().revoked().is_cancelled() {
+                run.over = Some(now);
+            }
+            let stuck = run.over.is_some_and(|over| now - over >= PATIENCE * terms.fence_grace);
+            if stuck || now - run.at >= terms.stall {
+                return Err(io::Error::new(io::ErrorKind::TimedOut, "the peer takes no more slices"));
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,112 @@
+//! The receiver's end of a connection over which slices are announced, on a thread of its own: copying blocks.
+
+use std::{
+    io::{self, Read, Write},
+    time::{Duration, Instant},
+};
+
+use super::{Piece, RemoteRegion, digest::digest};
+use crate::{
+    session::Claim,
+    transport::{
+        Claimed, Found, Inbox, Landing, Terms,
+        frame::{Form, FrameError, HEADER_BYTES, Header},
+    },
+};
+
+/// A blocking connection.
+pub(crate) trait Wire: Read + Write {
+    /// How long a read or write may wait; `None` = for ever.
+    fn set_patience(&self, patience: Option<Duration>) -> io::Result<()>;
+}
+
+/// Why a connection is closed from this side.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Closed {
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    #[error("a frame without the transfer's proof")]
+    Unproven,
+    #[error("it announces slices outside its region")]
+    Outside,
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+/// Copies what is announced until the peer, or whoever holds the other handle of the connection, closes it.
+pub(crate) fn serve(
+    wire: &mut impl Wire,
+    region: &mut dyn RemoteRegion,
+    terms: Terms,
+    inbox: &dyn Inbox,
+) -> Result<(), Closed> {
+    let (mut head, mut table) = ([0; HEADER_BYTES], Vec::new());
+    while read_head(wire, &mut head, terms.stall)? {
+        let header = Header::decode(&head, Form::Announced, terms.slice_bytes)?;
+        table.resize(header.table_bytes(), 0);
+        wire.read_exact(&mut table)?;
+        if let Found::Live(landing) = inbox.find(&header.transfer) {
+            if !Header::proven(landing.data_key(), &head, &table) {
+                return Err(Closed::Unproven);
+            }
+            fetch(&header, &table, &*landing, region, terms)?;
+        }
+        wire.write_all(&[1])?;
+    }
+    Ok(())
+}
+
+/// Completes a header; false at the end of the stream. Between frames there is no hurry.
+fn read_head(wire: &mut impl Wire, head: &mut [u8; HEADER_BYTES], stall: Duration) -> io::Result<bool> {
+    wire.set_patience(None)?;
+    let have = loop {
+        match wire.read(head) {
+            Ok(0) => return Ok(false),
+            Ok(have) => break have,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    };
+    wire.set_patience(Some(stall))?;
+    wire.read_exact(&mut head[have..])?;
+    Ok(true)
+}
+
+/// Copies one run into its blocks. An error ends the connection; what is wrong with the transfer alone ends that.
+fn fetch(
+    header: &Header,
+    table: &[u8],
+    landing: &dyn Landing,
+    region: &mut dyn RemoteRegion,
+    terms: Terms,
+) -> Result<(), Closed> {
+    let run = header.run;
+    let sums: Vec<u32> = header.entries(table).map(|entry| entry.sum).collect();
+    if landing.claim(run, &sums) != Claim::Write {
+        return Ok(());
+    }
+    let mut claimed = Claimed::new(landing, run);
+    let len = header.slice_bytes as usize;
+    let mut pieces = Vec::with_capacity(sums.len());
+    for (block, entry) in run.blocks().zip(header.entries(table)) {
+        if entry.offset.checked_add(len as u64).is_none_or(|end| end > region.len()) {
+            claimed.interrupted("the peer announced slices outside its region");
+            return Err(Closed::Outside);
+        }
+        let local = landing.place(run.layer, block).map_err(io::Error::other)?;
+        pieces.push(Piece { remote: entry.offset, local, len });
+    }
+    if let Err(error) = region.read(&pieces, Instant::now() + terms.stall) {
+        claimed.interrupted(&format!("the peer's memory cannot be read: {error}"));
+        return Err(error.into());
+    }
+    for (block, sum) in run.blocks().zip(sums) {
+        let content = landing.content(run.layer, block).map_err(io::Error::other)?;
+        if digest(landing.data_key(), run.layer, block, content) != sum {
+            claimed.damaged(block);
+            return Ok(());
+        }
+    }
+    claimed.landed();
+    Ok(())
+}

@@ -1,0 +1,231 @@
+//! Slices between processes of one host: the receiver maps the sender's KV pool and copies out of it.
+//!
+//! A node listens on a socket in the abstract namespace, which goes with the process and is seen within one network
+//! namespace only: a peer elsewhere cannot connect, and its slices take another transport. The sender's hello brings the
+//! file that its pool is made of. The receiver takes it only from a process of its own user, maps it for reading, and
+//! only if it can never shrink, so that no copy runs into the end of a file.
+
+mod mapping;
+mod socket;
+
+use std::{
+    fs::File,
+    io,
+    os::unix::net::{SocketAddr, UnixListener, UnixStream},
+    sync::Arc,
+    time::Duration,
+};
+
+use parking_lot::Mutex;
+use tokio::{
+    io::AsyncReadExt,
+    sync::{Semaphore, oneshot},
+    time::{sleep, timeout},
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use super::{
+    Admission, Destination, Inbox, Opening, Outbox, Path, Terms, Transport, TransportKind,
+    fetch::{self, Lane},
+    hello::{ANSWER_BYTES, Hello, HelloError},
+};
+use crate::{Region, TransferError};
+use mapping::Mapping;
+
+/// Connections, and so threads that copy, in all.
+const CONNECTIONS: usize = 256;
+/// Pause after `accept` itself failed.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// The transport of kind `shm`.
+pub(crate) struct Shm {
+    terms: Terms,
+    /// What this node's pool is made of.
+    file: Arc<File>,
+    region_bytes: u64,
+    listener: Mutex<Option<tokio::net::UnixListener>>,
+    name: String,
+}
+
+impl Shm {
+    /// Refused for a region that is no file's. Must be called within a tokio runtime.
+    pub(crate) fn new(region: &Region, terms: Terms) -> Result<Self, TransferError> {
+        let unavailable =
+            |reason: String| TransferError::Io { what: "share memory with other processes", reason };
+        let file = region.file().ok_or_else(|| unavailable("the KV pool is not a file's memory".into()))?;
+        let name = format!("baton-kv-{:032x}", rand::random::<u128>());
+        let listen = || {
+            mapping::seal(&file)?;
+            let listener = UnixListener::bind_addr(&socket::address(&name)?)?;
+            listener.set_nonblocking(true)?;
+            tokio::net::UnixListener::from_std(listener)
+        };
+        let listener = listen().map_err(|error| unavailable(error.to_string()))?;
+        let region_bytes = region.len() as u64;
+        Ok(Self { terms, file, region_bytes, listener: Mutex::new(Some(listener)), name })
+    }
+}
+
+impl Transport for Shm {
+    fn kind(&self) -> TransportKind {
+        TransportKind::Shm
+    }
+
+    fn address(&self) -> String {
+        self.name.clone()
+    }
+
+    fn receive(&self, inbox: Arc<dyn Inbox>, tasks: &TaskTracker, stop: CancellationToken) {
+        if let Some(listener) = self.listener.lock().take() {
+            tasks.spawn(accept(listener, self.terms, inbox, tasks.clone(), stop));
+        }
+    }
+
+    fn open(
+        &self,
+        to: Destination,
+        outbox: Outbox,
+        tasks: &TaskTracker,
+        stop: &CancellationToken,
+    ) -> Opening {
+        let (terms, tasks, path) = (self.terms, tasks.clone(), Path::new(stop));
+        let (file, region_bytes) = (self.file.clone(), self.region_bytes);
+        Box::pin(async move {
+            let address: SocketAddr = socket::address(&to.address)?;
+            let stream = UnixStream::connect_addr(&address)?; // of the same host: at once or never
+            socket::check_user(&stream)?;
+            let (bytes, hello) = Hello::encode(TransportKind::Shm, &to.pass, &region_bytes.to_le_bytes());
+            socket::send_with_file(&stream, &bytes, &file)?;
+            stream.set_nonblocking(true)?;
+            let mut stream = tokio::net::UnixStream::from_std(stream)?;
+            let late = |_| io::Error::new(io::ErrorKind::TimedOut, "no answer to the hello");
+            timeout(terms.handshake, answered(&mut stream, &hello, &to)).await.map_err(late)??;
+            tasks.spawn(Lane::new(terms, outbox).run(stream, path.end()));
+            Ok(path)
+        })
+    }
+}
+
+async fn answered(stream: &mut tokio::net::UnixStream, hello: &Hello, to: &Destination) -> io::Result<()> {
+    let mut head = [0; ANSWER_BYTES];
+    stream.read_exact(&mut head).await?;
+    let mut terms = vec![0; Hello::answer_terms_bytes(&head).map_err(io::Error::other)?];
+    stream.read_exact(&mut terms).await?;
+    match hello.answered(&to.pass.key, &head, &terms) {
+        true => Ok(()),
+        false => Err(io::Error::other("what listens there is not the peer")),
+    }
+}
+
+/// Accepts connections until `stop`; over the limit, one is closed at once.
+async fn accept(
+    listener: tokio::net::UnixListener,
+    terms: Terms,
+    inbox: Arc<dyn Inbox>,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+) {
+    let permits = Arc::new(Semaphore::new(CONNECTIONS));
+    while let Some(accepted) = stop.run_until_cancelled(listener.accept()).await {
+        let stream = match accepted.and_then(|(stream, _)| stream.into_std()) {
+            Ok(stream) => stream,
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept connections for shared memory for the moment");
+                sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        let Ok(permit) = permits.clone().try_acquire_owned() else {
+            tracing::warn!(limit = CONNECTIONS, "connection for shared memory refused: too many are open");
+            continue;
+        };
+        let (inbox, stop) = (inbox.clone(), stop.clone());
+        tasks.spawn(async move {
+            let _permit = permit;
+            match serve(stream, terms, inbox, stop).await {
+                Ok(()) => {}
+                Err(reason) => tracing::warn!(%reason, "connection for shared memory closed"),
+            }
+        });
+    }
+}
+
+/// Why a connection is closed from this side.
+#[derive(Debug, thiserror::Error)]
+enum Closed {
+    #[error(transparent)]
+    Hello(#[from] HelloError),
+    #[error("the hello does not say how large the region is, or brings no file")]
+    Terms,
+    #[error(transparent)]
+    Fetch(#[from] fetch::Closed),
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+/// One connection: its hello and what it announces, on a thread of its own, until the peer closes it, its control stream
+/// ends, or `stop`.
+async fn serve(
+    stream: UnixStream,
+    terms: Terms,
+    inbox: Arc<dyn Inbox>,
+    stop: CancellationToken,
+) -> Result<(), Closed> {
+    stream.set_nonblocking(false)?;
+    let handle = stream.try_clone()?;
+    let ((admit, admitted), (ended, end)) = (oneshot::channel(), oneshot::channel());
+    let work = move || {
+        let _ = ended.send(copy(stream, terms, &*inbox, admit));
+    };
+    std::thread::Builder::new().name("kv-shm".into()).spawn(work)?;
+    let over = async {
+        match admitted.await {
+            Ok(link_ended) => CancellationToken::cancelled_owned(link_ended).await,
+            Err(_) => std::future::pending().await, // the thread's end tells why
+        }
+    };
+    let mut end = end;
+    tokio::select! {
+        result = &mut end => return result.unwrap_or(Ok(())),
+        () = over => {}
+        () = stop.cancelled() => {}
+    }
+    handle.shutdown(std::net::Shutdown::Both)?;
+    let _ = end.await; // at the latest when the run in hand is copied
+    Ok(())
+}
+
+/// The thread's work.
+fn copy(
+    mut stream: UnixStream,
+    terms: Terms,
+    inbox: &dyn Inbox,
+    admit: oneshot::Sender<CancellationToken>,
+) -> Result<(), Closed> {
+    stream.set_read_timeout(Some(terms.handshake))?;
+    socket::check_user(&stream)?;
+    let (hello, file) = socket::receive_with_file(&mut stream)?;
+    let hello = Hello::decode(hello)?;
+    let mut said = [0; 8];
+    if hello.terms_bytes() != said.len() {
+        return Err(Closed::Terms);
+    }
+    io::Read::read_exact(&mut stream, &mut said)?;
+    let Admission { key, ended } = inbox.link(&hello.link()).ok_or(HelloError::Link)?;
+    if !hello.proven(&key, &said) {
+        return Err(HelloError::Unproven.into());
+    }
+    if hello.kind() != Some(TransportKind::Shm) {
+        return Err(HelloError::Kind.into());
+    }
+    let mut region = Mapping::new(&file.ok_or(Closed::Terms)?, u64::from_le_bytes(said))?;
+    let _ = admit.send(ended);
+    io::Write::write_all(&mut stream, &hello.answer(&key, &[]))?;
+    Ok(fetch::serve(&mut stream, &mut region, terms, inbox)?)
+}
+
+impl fetch::Wire for UnixStream {
+    fn set_patience(&self, patience: Option<Duration>) -> io::Result<()> {
+        self.set_read_timeout(patience)
+    }
+}

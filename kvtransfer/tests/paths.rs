@@ -1,0 +1,173 @@
+//! Which transport carries the slices: the best that works, the next one where it does not; and whole transfers over each.
+
+mod support;
+
+use std::time::Duration;
+
+use baton_kvtransfer::{FleetSecret, KvNode, Limits, TransferError, TransportKind};
+use baton_proto::{ErrorCode, TransferId};
+use support::{scripted::*, *};
+use tokio::io::AsyncReadExt;
+
+use TransportKind::{Shm, Tcp};
+
+const FROM: [u32; 9] = [7, 3, 60, 22, 21, 20, 5, 63, 0];
+const TO: [u32; 9] = [1, 50, 2, 49, 3, 48, 4, 47, 5];
+
+fn over(transports: &[TransportKind]) -> Setup {
+    Setup { transports: transports.to_vec(), ..Setup::default() }
+}
+
+/// One whole transfer, checked byte for byte.
+async fn transfer(prefill: &Peer, decode: &Peer, seed: u64) {
+    let id = TransferId::generate();
+    let mut incoming = decode.node.expect(expect_spec(id, &prefill.name, &TO)).expect("room");
+    let mut outgoing = prefill.node.offer(offer_spec(id, decode, &FROM)).expect("room");
+    for layer in 0..LAYERS {
+        prefill.fill_layer(seed, layer, &FROM, 0..9);
+        outgoing.progress().ready(layer, 0..9);
+    }
+    outgoing.seal(3);
+    within("sealed", 10, incoming.sealed()).await.expect("whole");
+    within("finished", 10, outgoing.finished()).await.expect("released");
+    assert!(decode.holds(seed, &TO));
+    assert_eq!((incoming.close().await, outgoing.close().await), (TO.to_vec(), FROM.to_vec()));
+}
+
+/// Bytes that have come in by each kind.
+fn received(node: &KvNode) -> Vec<(TransportKind, u64)> {
+    node.stats()
+        .by_transport
+        .iter()
+        .map(|one| (one.kind, one.bytes_received))
+        .filter(|(_, bytes)| *bytes > 0)
+        .collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_best_transport_in_common_carries_everything() {
+    let all = u64::from(LAYERS) * 9 * SLICE as u64;
+    for (ours, theirs, carried) in [
+        (&[Shm, Tcp][..], &[Shm, Tcp][..], Shm),
+        (&[Tcp, Shm], &[Shm, Tcp], Tcp),
+        (&[Shm, Tcp], &[Tcp], Tcp),
+        (&[Shm], &[Tcp, Shm], Shm),
+    ] {
+        let prefill = Peer::start_with("prefill-0", over(ours));
+        let decode = Peer::start_with("decode-0", over(theirs));
+        transfer(&prefill, &decode, 1).await;
+        transfer(&prefill, &decode, 2).await;
+        assert_eq!(received(&decode.node), [(carried, 2 * all)], "{ours:?} to {theirs:?}");
+        prefill.idle().await;
+        decode.idle().await;
+    }
+}
+
+#[tokio::test]
+async fn without_a_transport_in_common_the_offer_fails_and_both_lists_are_named() {
+    let prefill = Peer::start_with("prefill-0", over(&[Shm]));
+    let decode = Peer::start_with("decode-0", over(&[Tcp]));
+    let mut outgoing = prefill.node.offer(offer_spec(TransferId::generate(), &decode, &FROM)).expect("room");
+    let error = within("the refusal", 10, outgoing.finished()).await.expect_err("nothing in common");
+    assert!(error.to_string().contains("this node has shm, the peer tcp"), "{error}");
+}
+
+#[tokio::test]
+async fn a_transport_that_cannot_be_opened_gives_way_to_the_next_and_nothing_is_lost() {
+    let mut receiver = ScriptedReceiver::start().await;
+    receiver.shm = Some("baton-kv-of-nobody".into());
+    let prefill = Peer::start_with("prefill-0", Setup { lanes: 1, ..over(&[Shm, Tcp]) });
+    let decode = Peer::start("decode-0"); // gives the spec its form only
+    let mut spec = offer_spec(TransferId::generate(), &decode, &[1, 2, 3]);
+    (spec.peer, spec.receiver) = (receiver.address.to_string(), instance("decode-9"));
+    let outgoing = prefill.node.offer(spec).expect("room");
+    outgoing.progress().ready(0, 0..3);
+    let mut stream = receiver.stream("decode-9", 1).await;
+    let (id, _) = stream.hear().await;
+    stream.accept(id, Duration::from_secs(20)).await;
+    let mut data = receiver.data().await;
+    within("the frame", 10, data.read_exact(&mut vec![0; frame_bytes(3)])).await.expect("whole");
+}
+
+#[tokio::test]
+async fn a_path_that_breaks_is_opened_again() {
+    let mut receiver = ScriptedReceiver::start().await;
+    let prefill = Peer::start_with("prefill-0", Setup { lanes: 1, ..Setup::default() });
+    let decode = Peer::start("decode-0"); // gives the spec its form only
+    let mut spec = offer_spec(TransferId::generate(), &decode, &[1, 2, 3]);
+    (spec.peer, spec.receiver) = (receiver.address.to_string(), instance("decode-9"));
+    let outgoing = prefill.node.offer(spec).expect("room");
+    let mut stream = receiver.stream("decode-9", 1).await;
+    let (id, _) = stream.hear().await;
+    drop(receiver.data().await); // nothing of the transfer has gone over it
+    let mut data = receiver.data().await;
+    stream.accept(id, Duration::from_secs(20)).await;
+    outgoing.progress().ready(0, 0..3);
+    within("the frame", 10, data.read_exact(&mut vec![0; frame_bytes(3)])).await.expect("whole");
+}
+
+#[tokio::test]
+async fn a_peer_whose_data_paths_all_fail_fails_the_transfers_that_wait_for_them() {
+    let mut receiver = ScriptedReceiver::start_without_data().await;
+    let limits = Limits { handshake: Duration::from_millis(100), connect_attempts: 2, ..Limits::default() };
+    let prefill = Peer::start_with("prefill-0", Setup { limits, ..Setup::default() });
+    let decode = Peer::start("decode-0"); // gives the spec its form only
+    let mut spec = offer_spec(TransferId::generate(), &decode, &[1, 2, 3]);
+    (spec.peer, spec.receiver) = (receiver.address.to_string(), instance("decode-9"));
+    let mut outgoing = prefill.node.offer(spec).expect("room");
+    let _stream = receiver.stream("decode-9", 1).await; // nobody answers on its data connections
+    let error = within("the failure", 5, outgoing.finished()).await.expect_err("no path");
+    assert!(error.to_string().contains("no data path to the peer (tcp: "), "{error}");
+    assert_eq!(outgoing.close().await, [1, 2, 3]);
+}
+
+#[tokio::test]
+async fn shared_memory_lets_go_when_either_side_ends() {
+    for ends_first in ["prefill", "decode"] {
+        let (prefill, decode) =
+            (Peer::start_with("prefill-0", over(&[Shm])), Peer::start_with("decode-0", over(&[Shm])));
+        let id = TransferId::generate();
+        let mut incoming = decode.node.expect(expect_spec(id, &prefill.name, &TO)).expect("room");
+        let mut outgoing = prefill.node.offer(offer_spec(id, &decode, &FROM)).expect("room");
+        prefill.fill(1, &FROM);
+        outgoing.progress().ready(0, 0..9);
+        until("a layer is there", || decode.node.stats().slices_received == 9).await;
+        let stops = if ends_first == "prefill" { &prefill } else { &decode };
+        stops.stop.cancel();
+        within("its end", 5, stops.node.stopped()).await;
+        let (there, here) = (incoming.sealed().await.map(|_| ()), outgoing.finished().await.map(|_| ()));
+        assert!(there.is_err() && here.is_err(), "{there:?} {here:?}");
+        assert_eq!((incoming.close().await, outgoing.close().await), (TO.to_vec(), FROM.to_vec()));
+        // The other one serves on.
+        let survivor = if ends_first == "prefill" { decode } else { prefill };
+        let other = Peer::start_with("other-0", over(&[Shm]));
+        match ends_first {
+            "prefill" => transfer(&other, &survivor, 5).await,
+            _ => transfer(&survivor, &other, 5).await,
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_fleet_with_a_secret_takes_its_own_only() {
+    let secret = |byte| Some(FleetSecret::new([byte; 32]).expect("long enough"));
+    let peer = |name, secret| Peer::start_with(name, Setup { secret, ..Setup::default() });
+    let decode = peer("decode-0", secret(1));
+    transfer(&peer("prefill-0", secret(1)), &decode, 1).await;
+    for stranger in [secret(2), None] {
+        let prefill = peer("prefill-1", stranger);
+        let mut outgoing =
+            prefill.node.offer(offer_spec(TransferId::generate(), &decode, &FROM)).expect("room");
+        let error = within("the refusal", 10, outgoing.finished()).await.expect_err("a stranger");
+        assert!(
+            matches!(error, TransferError::Unauthenticated),
+            "the receiver's own proof is looked at: {error}"
+        );
+        assert_eq!(error.code(), ErrorCode::HandoffFailed);
+    }
+    // A stranger that does not look at proofs: refused before it is told anything, and it displaces nobody.
+    let _true_one = peer("prefill-2", secret(1));
+    let refused = ScriptedSender::open(&decode, "prefill-2", 99).await.err().expect("refused");
+    assert!(refused.message().contains("handoff secret"), "{refused}");
+    transfer(&_true_one, &decode, 7).await;
+}
