@@ -68,6 +68,8 @@ mod sharded;
 mod shares;
 mod slice_map;
 mod strided;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 
