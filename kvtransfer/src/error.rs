@@ -16,6 +16,8 @@ pub enum TransferError {
         "KV layouts differ: {field} is {ours} here and {theirs} at the peer; both must run the same model, dtype and block size"
     )]
     LayoutMismatch { field: &'static str, ours: String, theirs: String },
+    #[error("a KV cache with {field} {from} cannot be mapped to one with {field} {to}: {why}")]
+    CannotReshard { field: &'static str, from: String, to: String, why: &'static str },
     #[error("transfer {0} exists already or has ended; use a fresh transfer id for each attempt")]
     AlreadyExists(TransferId),
     #[error("no more than {limit} {what} at a time; try again once one has ended")]
@@ -65,7 +67,7 @@ impl TransferError {
     pub fn code(&self) -> ErrorCode {
         match self {
             Self::Invalid(_) | Self::WrongPeer { .. } => ErrorCode::InvalidArgument,
-            Self::LayoutMismatch { .. } => ErrorCode::Unsupported,
+            Self::LayoutMismatch { .. } | Self::CannotReshard { .. } => ErrorCode::Unsupported,
             Self::AlreadyExists(_) => ErrorCode::AlreadyExists,
             Self::Limit { .. } => ErrorCode::QueueFull,
             Self::StalePeer { .. } => ErrorCode::StaleEpoch,

@@ -10,6 +10,7 @@
 //! - `session`: what a transfer may do, as two pure state machines; leases, deadlines, counts, fences.
 //! - `node`: the shell around them: handles, control streams (`Handoff.Exchange`), the clock.
 //! - `transport`: how slices travel, behind one trait; here `tcp`.
+//! - [`plan`]: which bytes go where between instances that keep the same cache in different ways; pure.
 //! - `memory`: the only `unsafe` code: bounds-checked access to the region.
 //!
 //! # Promises
@@ -114,6 +115,7 @@ mod first_tokens;
 mod layout;
 mod memory;
 mod node;
+pub mod plan;
 mod session;
 mod transport;
 
