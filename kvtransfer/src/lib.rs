@@ -9,8 +9,9 @@
 //! # Who does what
 //! - `session`: what a transfer may do, as two pure state machines; leases, deadlines, counts, fences.
 //! - `node`: the shell around them: handles, control streams (`Handoff.Exchange`), the clock.
-//! - `transport`: how slices travel, behind one trait; here `tcp`.
-//! - `memory`: the only `unsafe` code: bounds-checked access to the region.
+//! - `transport`: how slices travel, behind one trait; here `tcp`. Below it `ascend`, the bindings to the vendor's
+//!   libraries, opened at run time.
+//! - `memory`: bounds-checked access to the region. The only `unsafe` code but for the bindings.
 //!
 //! # Promises
 //! - A receiver completes only with every expected slice in place, each matching its CRC32C, all matching the seal.

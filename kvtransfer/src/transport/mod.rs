@@ -4,7 +4,12 @@
 //! a transfer that is aborted cancels `revoked`, upon which the transport lets go of its blocks (within
 //! `Limits::fence_grace`) and reports the runs it had; the session is over when all have been reported.
 
+// Used by its own tests alone until a transport is built on it.
+#[cfg_attr(not(test), expect(dead_code, unused_imports))]
+mod ascend;
 mod outbox;
+#[cfg_attr(not(test), expect(dead_code))]
+mod remote;
 mod tcp;
 
 use std::{
