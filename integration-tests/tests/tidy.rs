@@ -10,7 +10,7 @@ use baton_integration_tests::folder;
 
 /// Which of our crates a crate may use. Dependencies point one way, and the services never depend on each other, so
 /// that each can be built, deployed and understood alone.
-const MAY_USE: [(&str, &[&str]); 11] = [
+const MAY_USE: [(&str, &[&str]); 12] = [
     ("proto", &[]),
     ("controller/registry", &["baton-process", "baton-proto"]),
     ("controller", &["baton-process", "baton-proto", "baton-registry"]),
@@ -18,6 +18,7 @@ const MAY_USE: [(&str, &[&str]); 11] = [
     ("server/runtime/checkpoint", &[]),
     ("server/runtime", &["baton-checkpoint"]),
     ("kvtransfer", &["baton-proto"]),
+    ("kvtransfer/emulator", &[]),
     ("server", &["baton-checkpoint", "baton-kvtransfer", "baton-process", "baton-proto", "baton-runtime"]),
     ("deploy/process", &[]),
     ("deploy/standalone", &["baton-checkpoint", "baton-process", "baton-proto"]),

@@ -9,9 +9,11 @@
 //! # Who does what
 //! - `session`: what a transfer may do, as two pure state machines; leases, deadlines, counts, fences.
 //! - `node`: the shell around them: handles, control streams (`Handoff.Exchange`), the clock.
-//! - `transport`: how slices travel, behind one trait; here `tcp`.
+//! - `transport`: how slices travel, behind one trait: `tcp`, `shm`. Below it `ascend`, the bindings to the vendor's
+//!   libraries, opened at run time.
 //! - [`plan`]: which bytes go where between instances that keep the same cache in different ways; pure.
-//! - `memory`: the only `unsafe` code: bounds-checked access to the region.
+//! - `memory`: bounds-checked access to the region. The only `unsafe` code but for mappings of other processes' memory
+//!   (`transport::shm`) and the bindings.
 //!
 //! # Promises
 //! - A receiver completes only with every expected slice in place, each matching its CRC32C, all matching the seal.

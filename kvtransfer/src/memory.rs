@@ -1,5 +1,5 @@
 //! The memory that transfers read and write: one region per node, laid out `[layer][block]`. The only module of this
-//! crate with `unsafe` in it.
+//! crate with `unsafe` in it, beside the bindings to Ascend's libraries (`crate::transport::ascend`).
 //!
 //! Whoever makes a [`Region`] promises, once, that blocks lent to the node are left alone until they come back; from
 //! then on every access is bounds-checked here and names slices, never addresses. The node's claims
@@ -58,6 +58,11 @@ impl Region {
     /// What it is a mapping of, if that is known.
     pub(crate) fn file(&self) -> Option<Arc<File>> {
         self.file.clone()
+    }
+
+    /// Where it starts; for transports that register the whole of it.
+    pub(crate) fn base(&self) -> NonNull<u8> {
+        self.inner.base
     }
 
     /// Size in bytes.

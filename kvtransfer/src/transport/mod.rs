@@ -6,6 +6,9 @@
 //! aborted cancels `revoked`, upon which the transport lets go of its blocks (within `Limits::fence_grace`) and reports
 //! the runs it had; the session is over when all have been reported.
 
+// Used by its own tests alone until a transport is built on it.
+#[cfg_attr(not(test), expect(dead_code, unused_imports))]
+mod ascend;
 mod claimed;
 pub(crate) mod fetch;
 mod frame;

@@ -15,7 +15,7 @@ pub(crate) use lane::Lane;
 pub(crate) use port::{Closed, Wire, serve};
 
 /// One piece to copy from the peer's region into this node's.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Piece {
     /// Where it starts in the peer's region, in bytes.
     pub(crate) remote: u64,
