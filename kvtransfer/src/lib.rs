@@ -10,7 +10,8 @@
 //! - `session`: what a transfer may do, as two pure state machines; leases, deadlines, counts, fences.
 //! - `node`: the shell around them: handles, control streams (`Handoff.Exchange`), the clock.
 //! - `transport`: how slices travel, behind one trait; here `tcp`.
-//! - `memory`: the only `unsafe` code: bounds-checked access to the region.
+//! - `memory`: bounds-checked access to the region. `unsafe` code is here and in `transport::rdma`, the binding to the
+//!   RDMA library, alone.
 //!
 //! # Promises
 //! - A receiver completes only with every expected slice in place, each matching its CRC32C, all matching the seal.

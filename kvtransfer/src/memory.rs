@@ -1,5 +1,5 @@
-//! The memory that transfers read and write: one region per node, laid out `[layer][block]`. The only module of this
-//! crate with `unsafe` in it.
+//! The memory that transfers read and write: one region per node, laid out `[layer][block]`. The only module with
+//! `unsafe` in it besides the binding to RDMA (`crate::transport::rdma`).
 //!
 //! Whoever makes a [`Region`] promises, once, that blocks lent to the node are left alone until they come back; from
 //! then on every access is bounds-checked here and names slices, never addresses. The node's claims
@@ -53,6 +53,19 @@ impl Region {
 
     pub fn is_empty(&self) -> bool {
         self.inner.len == 0
+    }
+
+    /// The first byte, for a device to register.
+    #[allow(dead_code, reason = "asked by one-sided transports, which not every build has")]
+    pub(crate) fn base(&self) -> NonNull<u8> {
+        self.inner.base
+    }
+
+    /// Where in the region `len` bytes at `start` lie; nothing if any lies outside.
+    #[allow(dead_code, reason = "asked by one-sided transports, which not every build has")]
+    pub(crate) fn offset_of(&self, start: NonNull<u8>, len: usize) -> Option<usize> {
+        let offset = start.addr().get().checked_sub(self.inner.base.addr().get())?;
+        (offset.checked_add(len)? <= self.inner.len).then_some(offset)
     }
 
     /// Sees the region as slices of `layout` with `blocks` blocks in each layer; refused if it is too small.
@@ -198,6 +211,11 @@ mod tests {
         let region = region(100);
         assert!(region.slices(&layout(2, 10), 6).is_err(), "larger than the region");
         assert!(region.slices(&layout(4096, 1 << 30), u32::MAX).is_err(), "overflows");
+        let at = |offset: usize| region.base().map_addr(|base| base.saturating_add(offset));
+        assert_eq!((region.offset_of(at(0), 100), region.offset_of(at(99), 1)), (Some(0), Some(99)));
+        assert_eq!((region.offset_of(at(100), 0), region.offset_of(at(100), 1)), (Some(100), None));
+        assert_eq!((region.offset_of(at(1), 100), region.offset_of(at(1), usize::MAX)), (None, None));
+        assert_eq!(region.offset_of(NonNull::dangling(), 1), None);
         let slices = region.slices(&layout(2, 10), 5).expect("fits");
         assert!(slices.source(2, 0).is_err());
         assert!(slices.source(0, 5).is_err());

@@ -5,6 +5,12 @@
 //! `Limits::fence_grace`) and reports the runs it had; the session is over when all have been reported.
 
 mod outbox;
+#[cfg(all(feature = "rdma", target_os = "linux", target_pointer_width = "64"))]
+#[cfg_attr(not(test), expect(dead_code, unused_imports, reason = "no transport reads a peer's region yet"))]
+mod rdma;
+#[cfg_attr(not(test), expect(dead_code, reason = "no transport reads a peer's region yet"))]
+#[cfg_attr(test, allow(dead_code, reason = "without RDMA nothing implements it"))]
+mod remote;
 mod tcp;
 
 use std::{
