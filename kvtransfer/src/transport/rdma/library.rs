@@ -1,6 +1,7 @@
 //! libibverbs, found when it is first asked for: a machine without it has no RDMA, which is no reason not to build or run.
 
 use std::{
+    error::Error,
     ffi::{CStr, c_char, c_int, c_void},
     sync::OnceLock,
 };
@@ -57,7 +58,10 @@ impl Library {
     }
 
     pub(super) fn open(name: &str) -> Result<Self, Unavailable> {
-        let missing = |error: libloading::Error| Unavailable::Library(error.to_string());
+        // What failed is in the error, why in its source.
+        let missing = |error: libloading::Error| {
+            Unavailable::Library(error.source().map_or_else(|| error.to_string(), ToString::to_string))
+        };
         // SAFETY: the library's initialisers only set up its own tables; it runs no code of ours.
         let library = unsafe { unix::Library::open(Some(name), unix::RTLD_NOW | unix::RTLD_LOCAL) };
         let library = library.map_err(missing)?;

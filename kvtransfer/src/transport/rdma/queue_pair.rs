@@ -17,10 +17,11 @@ use super::{
 /// Most requests handed to the device at a time.
 pub(super) const BATCH: usize = 16;
 
-/// 4.096 us * 2^14 = 67 ms without an answer, seven times over: half a second to some seconds, as devices choose, until
-/// a peer that is gone is noticed.
+/// 4.096 us * 2^14 = 67 ms without an answer, and as many times again as there are retries: half a second to two, as devices
+/// choose, until a peer that is gone is noticed. Not seven retries, the most there can be: Soft-RoCE takes that for
+/// endlessly many.
 const TIMEOUT: u8 = 14;
-const RETRIES: u8 = 7;
+const RETRIES: u8 = 6;
 /// A read needs no receive buffer; a device that pages memory in may still ask for a little time.
 const RNR_RETRIES: u8 = 6;
 /// 0.64 ms.

@@ -91,10 +91,8 @@ impl Rail {
         }
         let mut patience = Patience::default();
         while share.done < share.posted && Instant::now() < deadline {
-            // An error stands for requests that have been given up, which is what is waited for.
-            if matches!(self.poll(share), Ok(false)) {
-                patience.wait(deadline);
-            }
+            let _ = self.poll(share); // an error stands for requests that have been given up, which is what is waited for
+            patience.wait(deadline);
         }
     }
 }

@@ -35,4 +35,10 @@ impl Serving {
     pub(crate) fn rails(&self) -> usize {
         self.pairs.len()
     }
+
+    /// As a fault of the owner's devices would.
+    #[cfg(test)]
+    pub(super) fn fail(&self) -> io::Result<()> {
+        self.pairs.iter().try_for_each(QueuePair::fail)
+    }
 }

@@ -1,6 +1,7 @@
 //! Reads over real verbs. Those that need a machine with two RoCE ports to themselves are ignored elsewhere:
 //! `deploy/emulated/roce` makes such a machine (`deploy/run test-emulated`).
 
+mod faults;
 mod reads;
 
 use std::{
