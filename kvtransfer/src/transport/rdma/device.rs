@@ -114,31 +114,38 @@ impl Device {
         u8::try_from(self.attributes.max_qp_rd_atom.max(0)).unwrap_or(u8::MAX)
     }
 
-    /// The ports that can be used; `reasons` says why the others cannot.
-    pub(super) fn ports(&self, reasons: &mut Vec<String>) -> Vec<ActivePort> {
-        let gids = self.gids();
-        let mut ports = Vec::new();
-        for number in 1..=self.attributes.ports {
-            match self.port(number, &gids) {
-                Ok(port) => ports.push(port),
-                Err(reason) => reasons.push(format!("{} port {number} {reason}", self.name)),
-            }
-        }
-        ports
+    pub(super) fn port_numbers(&self) -> impl Iterator<Item = u8> + use<> {
+        1..=self.attributes.ports
     }
 
-    fn port(&self, number: u8, gids: &[abi::GidEntry]) -> Result<ActivePort, String> {
+    pub(super) fn is_ethernet(&self, port: u8) -> bool {
+        self.query_port(port).is_ok_and(|port| port.link_layer == abi::LINK_LAYER_ETHERNET)
+    }
+
+    /// A port as it is now, if it can be used.
+    ///
+    /// # Errors
+    /// Why it cannot, in words.
+    pub(super) fn port(&self, number: u8) -> Result<ActivePort, String> {
+        self.active_port(number).map_err(|reason| format!("{} port {number} {reason}", self.name))
+    }
+
+    fn query_port(&self, number: u8) -> io::Result<abi::PortAttributes> {
         let mut port = abi::PortAttributes::zeroed();
         // SAFETY: an open device, and room for the answer.
         let code = unsafe { (self.library.query_port)(self.context(), number, &mut port) };
-        check(code, "be asked for its state").map_err(|error| error.to_string())?;
+        check(code, "be asked for its state").map(|()| port)
+    }
+
+    fn active_port(&self, number: u8) -> Result<ActivePort, String> {
+        let port = self.query_port(number).map_err(|error| error.to_string())?;
         if port.link_layer != abi::LINK_LAYER_ETHERNET {
             return Err("is InfiniBand: only RoCE is supported so far".into());
         }
         if port.state != abi::PORT_ACTIVE {
             return Err(format!("is down (state {})", port.state));
         }
-        let (gid, index) = choose_gid(gids, number)
+        let (gid, index) = choose_gid(&self.gids(), number)
             .ok_or("has no RoCEv2 address: its network device needs an IP address")?;
         let mtu = u8::try_from(port.active_mtu).unwrap_or(0).clamp(1, 5);
         Ok(ActivePort { number, gid, gid_index: index, mtu, max_message_bytes: port.max_message_bytes })

@@ -4,11 +4,12 @@
 //! 0 1  version, 1                      each rail:
 //! 1 1  1 the reader's, 2 the owner's    0  4  number of the queue pair     8 1  MTU, as verbs count it
 //! 2 1  number of rails                  4  4  first packet number          9 1  reads at a time
-//! 3 1  zero                            10  2  zero                        12 16 address (GID)
+//! 3 1  zero                            10  1  the reader's rail           11 1  zero
+//!                                      12 16  address (GID)
 //! the owner's only:                    the owner's only:
 //! 4 8  bytes of the region             28  4  key of the region           32 8  what its first byte is called
 //! ```
-//! Numbers are little endian. A blob is believed as a whole or refused.
+//! Numbers are little endian, and rails in ascending order. A blob is believed as a whole or refused.
 
 use std::io;
 
@@ -25,6 +26,8 @@ const LARGEST_MTU: u8 = 5;
 /// One end of a connection, as the other needs to know it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Endpoint {
+    /// The place of the reader's rail among its ports.
+    pub(super) place: u8,
     /// Of its queue pair.
     pub(super) number: u32,
     /// The number of the first packet it sends.
@@ -85,8 +88,9 @@ impl Request {
 
     pub(super) fn decode(mut blob: &[u8]) -> Result<Self, ParameterError> {
         let count = rails_of(&mut blob, READER)?;
-        let rails = (0..count).map(|_| Endpoint::decode(&mut blob)).collect::<Result<_, _>>()?;
-        if blob.is_empty() { Ok(Self { rails }) } else { Err(ParameterError::Length) }
+        let rails = (0..count).map(|_| Endpoint::decode(&mut blob)).collect::<Result<Vec<_>, _>>()?;
+        check(blob, rails.iter())?;
+        Ok(Self { rails })
     }
 }
 
@@ -117,7 +121,8 @@ impl Answer {
             }
             rails.push((end, window));
         }
-        if blob.is_empty() { Ok(Self { region_bytes, rails }) } else { Err(ParameterError::Length) }
+        check(blob, rails.iter().map(|(end, _)| end))?;
+        Ok(Self { region_bytes, rails })
     }
 }
 
@@ -125,23 +130,23 @@ impl Endpoint {
     fn encode(&self, blob: &mut Vec<u8>) {
         blob.extend(self.number.to_le_bytes());
         blob.extend(self.psn.to_le_bytes());
-        blob.extend([self.mtu, self.reads, 0, 0]);
+        blob.extend([self.mtu, self.reads, self.place, 0]);
         blob.extend(self.gid);
     }
 
     fn decode(blob: &mut &[u8]) -> Result<Self, ParameterError> {
         let number = u32::from_le_bytes(take(blob)?);
         let psn = u32::from_le_bytes(take(blob)?);
-        let [mtu, reads, zero @ ..] = take::<4>(blob)?;
+        let [mtu, reads, place, zero] = take(blob)?;
         let gid = take(blob)?;
         let impossible = match () {
             () if number == 0 || number > LARGEST_NUMBER => "queue pair",
             () if psn > LARGEST_NUMBER => "packet number",
             () if mtu == 0 || mtu > LARGEST_MTU => "MTU",
             () if reads == 0 => "number of reads",
-            () if zero != [0; 2] => "filler",
+            () if zero != 0 => "filler",
             () if gid == [0; 16] => "address",
-            () => return Ok(Self { number, psn, gid, mtu, reads }),
+            () => return Ok(Self { place, number, psn, gid, mtu, reads }),
         };
         Err(ParameterError::Value(impossible))
     }
@@ -164,6 +169,15 @@ fn rails_of(blob: &mut &[u8], expected: u8) -> Result<usize, ParameterError> {
     }
 }
 
+/// Nothing is left of the blob, and no rail comes twice.
+fn check<'a>(rest: &[u8], rails: impl Iterator<Item = &'a Endpoint>) -> Result<(), ParameterError> {
+    if !rest.is_empty() {
+        return Err(ParameterError::Length);
+    }
+    let ascend = rails.map(|end| end.place).is_sorted_by(|one, next| one < next);
+    if ascend { Ok(()) } else { Err(ParameterError::Value("order of rails")) }
+}
+
 fn take<const N: usize>(blob: &mut &[u8]) -> Result<[u8; N], ParameterError> {
     let (taken, rest) = blob.split_first_chunk().ok_or(ParameterError::Length)?;
     *blob = rest;
@@ -174,13 +188,13 @@ fn take<const N: usize>(blob: &mut &[u8]) -> Result<[u8; N], ParameterError> {
 mod tests {
     use super::*;
 
-    fn end(number: u32) -> Endpoint {
-        Endpoint { number, psn: 0xabcdef, gid: [7; 16], mtu: 3, reads: 16 }
+    fn end(place: u8, number: u32) -> Endpoint {
+        Endpoint { place, number, psn: 0xabcdef, gid: [7; 16], mtu: 3, reads: 16 }
     }
 
     fn blobs() -> (Vec<u8>, Vec<u8>) {
         let windows = [Window { key: 9, base: 0x1000 }, Window { key: u32::MAX, base: 0 }];
-        let request = Request { rails: vec![end(17), end(LARGEST_NUMBER)] };
+        let request = Request { rails: vec![end(1, 17), end(4, LARGEST_NUMBER)] };
         let answer =
             Answer { region_bytes: 1 << 40, rails: request.rails.iter().copied().zip(windows).collect() };
         assert_eq!(Request::decode(&request.encode()), Ok(request.clone()));
@@ -226,7 +240,8 @@ mod tests {
         assert_eq!(changed(8, &[0, 0, 0, 1]), value("packet number"));
         assert_eq!(changed(12, &[6]), value("MTU"));
         assert_eq!(changed(13, &[0]), value("number of reads"));
-        assert_eq!(changed(14, &[0, 1]), value("filler"));
+        assert_eq!(changed(14, &[4]), value("order of rails"));
+        assert_eq!(changed(15, &[1]), value("filler"));
         assert_eq!(changed(16, &[0; 16]), value("address"));
         assert_eq!(Answer::decode(&request), Err(ParameterError::Value("kind")));
         let mut huge = answer;

@@ -31,8 +31,13 @@ pub(crate) fn probe() -> Result<Vec<Port>, Unavailable> {
     let mut ports = Vec::new();
     let mut reasons = Vec::new();
     for device in Device::open_all(Library::get()?, &mut reasons)? {
-        for port in device.ports(&mut reasons) {
-            ports.push(Port { device: device.name().to_owned(), number: port.number, gid: port.gid.into() });
+        for number in device.port_numbers() {
+            match device.port(number) {
+                Ok(port) => {
+                    ports.push(Port { device: device.name().to_owned(), number, gid: port.gid.into() })
+                }
+                Err(reason) => reasons.push(reason),
+            }
         }
     }
     if ports.is_empty() { Err(Unavailable::NoPort(reasons)) } else { Ok(ports) }

@@ -10,7 +10,7 @@ use super::{
     parameters::{Answer, Endpoint, Request},
     queue_pair::QueuePair,
     rail::{Rail, Share},
-    rails::Rails,
+    rails::{ActiveRail, Rails},
     stripe::{Chunk, Span, stripe},
 };
 use crate::{
@@ -25,37 +25,40 @@ const DRAIN: Duration = Duration::from_millis(500);
 
 /// A reader that has asked to be let in and waits for the answer.
 pub(crate) struct Dial {
-    rails: Rails,
-    ends: Vec<(QueuePair, Endpoint)>,
+    region: Region,
+    ends: Vec<(ActiveRail, QueuePair, Endpoint)>,
 }
 
 impl Dial {
-    /// Makes queue pairs for every rail, and the request that `Serving::new` answers.
+    /// Makes queue pairs for every rail that is up, and the request that `Serving::new` answers.
     pub(crate) fn new(rails: &Rails) -> io::Result<(Self, Vec<u8>)> {
-        let ends = rails.iter().map(|rail| rail.reading_end()).collect::<io::Result<Vec<_>>>()?;
-        let request = Request { rails: ends.iter().map(|(_, end)| *end).collect() };
-        Ok((Self { rails: rails.clone(), ends }, request.encode()))
+        let mut ends = Vec::new();
+        for rail in rails.active()? {
+            let (pair, end) = rail.reading_end()?;
+            ends.push((rail, pair, end));
+        }
+        let request = Request { rails: ends.iter().map(|(_, _, end)| *end).collect() };
+        Ok((Self { region: rails.region().clone(), ends }, request.encode()))
     }
 
     /// Connects to the owner that gave `answer`.
     pub(crate) fn connect(self, answer: &[u8]) -> io::Result<PeerRegion> {
         let answer = Answer::decode(answer)?;
-        if answer.rails.len() > self.ends.len() {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidData,
-                "the peer answers for more rails than it was asked for",
-            ));
-        }
         let mut rails = Vec::new();
         let mut most = CHUNK_BYTES;
-        for ((local, (pair, own)), (peer, window)) in self.rails.iter().zip(self.ends).zip(answer.rails) {
-            pair.connect(local.port(), &peer, 0)?;
+        let mut answers = answer.rails.into_iter().peekable();
+        for (local, pair, own) in self.ends {
+            let Some((peer, window)) = answers.next_if(|(peer, _)| peer.place == own.place) else { continue };
+            pair.connect(&local.port, &peer, 0)?;
             pair.start(own.psn, own.reads.min(peer.reads))?;
-            most = most.min(local.port().max_message_bytes);
-            rails.push(Rail { name: local.name.clone(), pair, window, depth: local.depth() as usize });
+            most = most.min(local.port.max_message_bytes);
+            rails.push(Rail { name: local.name(), pair, window, depth: local.depth() as usize });
         }
-        let region = self.rails.region().clone();
-        Ok(PeerRegion { rails, region, peer_bytes: answer.region_bytes, most })
+        if answers.next().is_some() {
+            let error = "the peer answers for a rail that it was not asked for";
+            return Err(io::Error::new(io::ErrorKind::InvalidData, error));
+        }
+        Ok(PeerRegion { rails, region: self.region, peer_bytes: answer.region_bytes, most })
     }
 }
 

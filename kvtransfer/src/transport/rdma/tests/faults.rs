@@ -85,19 +85,21 @@ fn an_answer_that_is_late_goes_nowhere() {
     let (owner, reader) = (Node::owner(1 << 20), Node::reader(1 << 20));
     let (dial, request) = Dial::new(&reader.rails).expect("rails");
     let request = Request::decode(&request).expect("parameters");
-    let ends: Vec<_> = owner.rails.iter().map(|rail| rail.serving_end().expect("a queue pair")).collect();
-    let windows = owner.rails.iter().map(|rail| rail.memory());
+    let rails = owner.rails.active().expect("rails");
+    let ends: Vec<_> = rails.iter().map(|rail| rail.serving_end(rail.place).expect("a queue pair")).collect();
+    let windows = rails.iter().map(|rail| rail.memory());
     let windows = windows.map(|memory| Window { key: memory.remote_key(), base: memory.base() });
-    let rails = ends.iter().map(|(_, end)| *end).zip(windows).collect();
-    let mut peer = dial.connect(&Answer { region_bytes: 1 << 20, rails }.encode()).expect("connected");
+    let answer =
+        Answer { region_bytes: 1 << 20, rails: ends.iter().map(|(_, end)| *end).zip(windows).collect() };
+    let mut peer = dial.connect(&answer.encode()).expect("connected");
 
     let deadline = Instant::now() + Duration::from_millis(100);
     let pieces = [reader.piece(0, 0, 4096), reader.piece(4096, 4096, 4096)];
     let error = peer.read(&pieces, deadline).expect_err("no answer");
     assert_eq!(error.kind(), io::ErrorKind::TimedOut);
     reader.fill(PATTERN);
-    for ((rail, (pair, end)), peer) in owner.rails.iter().zip(&ends).zip(&request.rails) {
-        pair.connect(rail.port(), peer, end.reads).expect("ready to answer");
+    for ((rail, (pair, end)), peer) in rails.iter().zip(&ends).zip(&request.rails) {
+        pair.connect(&rail.port, peer, end.reads).expect("ready to answer");
     }
     nothing_writes(&reader);
 }
@@ -139,52 +141,85 @@ fn nothing_can_be_read_once_the_owner_has_closed() {
     reads_again(&reader, &owner);
 }
 
-/// A network device that comes back when this is dropped.
+/// A network device of the machine's two, which comes back when this is dropped.
 struct Unplugged(String);
 
 impl Unplugged {
-    fn new() -> Self {
-        let name =
-            env::var("BATON_TEST_RDMA_UNPLUG").expect("BATON_TEST_RDMA_UNPLUG names a device to set down");
-        Self::set(&name, "down");
-        Self(name)
+    fn new(port: usize) -> Self {
+        let devices = env::var("BATON_TEST_RDMA_NETWORK")
+            .expect("BATON_TEST_RDMA_NETWORK names two devices to set down");
+        let unplugged = Self(devices.split(' ').nth(port).expect("two devices").to_owned());
+        unplugged.set("down");
+        unplugged
     }
 
-    fn set(name: &str, state: &str) {
-        let status = Command::new("ip").args(["link", "set", name, state]).status().expect("ip runs");
+    fn set(&self, state: &str) {
+        let status = Command::new("ip").args(["link", "set", &self.0, state]).status().expect("ip runs");
         assert!(status.success());
     }
 }
 
 impl Drop for Unplugged {
     fn drop(&mut self) {
-        Self::set(&self.0, "up");
+        self.set("up");
     }
 }
 
+/// The port's network device is set down, while both sides go on with what they have registered.
 #[test]
 #[ignore = "needs the ports of deploy/emulated/roce"]
 fn a_port_that_goes_down_ends_the_read_and_the_other_goes_on() {
     let (owner, reader) = (Node::owner(LARGE), Node::reader(LARGE));
-    let (serving, peer) = reader.dial(&owner);
+    let (_serving, peer) = reader.dial(&owner);
     let mut unplugged = None;
-    let error = read_until(&reader, peer, || unplugged = Some(Unplugged::new()));
+    let error = read_until(&reader, peer, || unplugged = Some(Unplugged::new(1)));
     assert!(error.to_string().contains("rail rxe1/1"), "{error}");
     nothing_writes(&reader);
-    drop(serving);
 
-    let (owner, reader) = (Node::owner(1 << 20), Node::reader(1 << 20));
-    let (serving, peer) = reader.dial(&owner);
-    assert_eq!((serving.rails(), peer.rails()), (1, 1));
-    reads_again(&reader, &owner);
+    let rails_of = |reader: &Node, owner: &Node| {
+        let (serving, mut peer) = reader.dial(owner);
+        reader.fill(BLANK);
+        peer.read(&[reader.piece(0, 0, 1 << 20)], soon()).expect("read");
+        assert!((0..1 << 20).all(|at| reader.byte(at) == content(at)));
+        assert_eq!(serving.rails(), peer.rails());
+        peer.rails()
+    };
+    assert_eq!(rails_of(&reader, &owner), 1);
+    // Started while the port is down.
+    let late = Node::reader(1 << 20);
+    assert_eq!(rails_of(&late, &owner), 1);
     drop(unplugged);
+    assert_eq!((rails_of(&reader, &owner), rails_of(&late, &owner)), (2, 2));
+}
 
-    // One side has two ports now, the other still one.
-    let other = Node::owner(1 << 20);
-    let (serving, peer) = reader.dial(&other);
+/// The one that is left is the second: the owner must not answer on its first, which another network would be.
+#[test]
+#[ignore = "needs the ports of deploy/emulated/roce"]
+fn a_reader_with_one_port_is_answered_on_the_same() {
+    let (owner, reader) = (Node::owner(1 << 20), Node::reader(1 << 20));
+    let unplugged = Unplugged::new(0);
+    let (dial, request) = Dial::new(&reader.rails).expect("rails");
+    drop(unplugged);
+    let (serving, answer) = Serving::new(&owner.rails, &request).expect("served");
+    let mut peer = dial.connect(&answer).expect("connected");
+    let end = Answer::decode(&answer).expect("parameters").rails[0].0;
+    assert_eq!((end.place, end.gid[12..].to_owned()), (1, vec![10, 77, 1, 1]));
     assert_eq!((serving.rails(), peer.rails()), (1, 1));
-    reads_again(&reader, &other);
-    reads_again(&other, &owner);
+    peer.read(&[reader.piece(0, 0, 1 << 20)], soon()).expect("read");
+    assert!(reader.holds(content));
+}
+
+#[test]
+#[ignore = "needs the ports of deploy/emulated/roce"]
+fn without_a_port_that_is_up_there_is_a_reason() {
+    let (owner, reader) = (Node::owner(1 << 20), Node::reader(1 << 20));
+    let unplugged = [Unplugged::new(0), Unplugged::new(1)];
+    let why = probe().expect_err("no port is up").to_string();
+    assert!(why.contains("rxe0 port 1 is down") && why.contains("rxe1 port 1 is down"), "{why}");
+    let why = reader.try_dial(&owner).err().expect("no port is up").to_string();
+    assert!(why.contains("rxe1 port 1 is down"), "{why}");
+    drop(unplugged);
+    reads_again(&reader, &owner);
 }
 
 /// The part of the owner in the next test, which starts this as a process of its own.

@@ -21,11 +21,12 @@ fn both_ports_are_found() {
 #[test]
 #[ignore = "needs the ports of deploy/emulated/roce"]
 fn pieces_of_every_size_arrive_whole_and_nothing_else_changes() {
-    let (owner, reader) = (Node::owner(6 * MIB), Node::reader(6 * MIB));
+    const ALL: usize = 4 * MIB + 8192;
+    let (owner, reader) = (Node::owner(ALL), Node::reader(ALL));
     let (serving, mut peer) = reader.dial(&owner);
     assert_eq!((serving.rails(), peer.rails()), (2, 2));
     for len in [1, 2, 63, 1023, 1024, 1025, 4095, 4096, 65_536, 65_537, MIB - 1, MIB, MIB + 1, 4 * MIB] {
-        for (remote, local) in [(0, 0), (13, 4097), (6 * MIB - len, 6 * MIB - len)] {
+        for (remote, local) in [(0, 0), (13, 4097), (ALL - len, ALL - len)] {
             reader.fill(BLANK);
             let started = Instant::now();
             peer.read(&[reader.piece(remote, local, len)], soon()).expect("read");
