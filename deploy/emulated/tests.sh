@@ -43,7 +43,7 @@ test_avx512() {
   grep -q "the_kernels_are_those_expected ... ok" "$cache/avx512.log" || die "the kernels for AVX-512 were not among those tested"
 }
 
-# Reads over the kernel's own RDMA, two ports of it. The fault tests set one of its network devices down. The machine must be
+# Reads over the kernel's own RDMA, two ports of it. The tests of faults set its network devices down. The machine must be
 # made of Debian's packages; where they cannot be had the rest is tested all the same.
 test_roce() {
   local why
@@ -52,7 +52,7 @@ test_roce() {
     return
   fi
   say "testing RDMA, emulated"
-  BATON_TEST_RDMA_UNPLUG=dummy1 CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=$root/deploy/emulated/roce \
+  BATON_TEST_RDMA_NETWORK="dummy0 dummy1" CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=$root/deploy/emulated/roce \
     cargo test --locked -p baton-kvtransfer --lib transport::rdma::tests -- --include-ignored --test-threads 1 2>&1 |
     tee "$cache/roce.log"
   grep -q "both_ports_are_found ... ok" "$cache/roce.log" || die "the tests of RDMA did not run"
