@@ -15,7 +15,7 @@ use super::{
 };
 
 /// Most addresses of one device that are looked at.
-const GIDS: usize = 256;
+const GIDS: usize = 1024;
 
 /// An opened device. Closed when the last object made on it has gone.
 pub(super) struct Device {

@@ -76,8 +76,9 @@ impl MemoryRegion {
         let base = start.as_ptr() as u64 % LARGEST_PAGE;
         let access = abi::ACCESS_LOCAL_WRITE | abi::ACCESS_REMOTE_READ;
         // SAFETY: the bytes are valid for as long as the region is held, which is until they are registered no more. That
-        // the device reads and writes them is what the contract of `Region::new` allows transports: it writes only where
-        // `Rail` tells it to, and a peer reads only blocks that it has been told are ready.
+        // the device writes them is what the contract of `Region::new` allows transports: it does so only where
+        // `QueuePair::post_reads` tells it to. A peer that reads what is just being written gets torn bytes, which is
+        // its own loss.
         let pointer = unsafe {
             (device.library().reg_mr_iova)(
                 domain.pointer(),

@@ -4,7 +4,8 @@
 //! with them and with the key of its region, and from then on the reader's device fetches pieces ([`PeerRegion`]) while
 //! the owner's CPU knows nothing of it. Both messages are small blobs that travel on the control stream of the nodes.
 //!
-//! - `abi`, `library`: libibverbs as it is found at run time. A machine without it has no RDMA, and [`probe`] says so.
+//! - `abi`, `library`: libibverbs as it is found at run time. A machine without it has no RDMA, and [`probe()`] says
+//!   so.
 //! - `device`, `memory`, `completion`, `queue_pair`: the objects of verbs, each owned, freed by dropping it.
 //! - `rails`: a node's ports with its region registered, `parameters`: the blobs, `stripe`: which port reads what.
 //! - `reader` (with `rail`, one port's share of it) and `serving`: the two ends.

@@ -9,6 +9,9 @@ use super::{
 };
 
 /// A peer's way into this node's region. Once it has been dropped the peer can read no more.
+///
+/// Until then it can read all of the region, at any time: the device knows nothing of transfers. So only peers are let in
+/// that may see what others are sent.
 pub(crate) struct Serving {
     pairs: Vec<QueuePair>,
 }
