@@ -1,17 +1,18 @@
-# Tests of the CPU device on instruction sets that this machine lacks, on emulated CPUs. Part of deploy/run, whose functions
-# it uses.
+# Tests on emulated machines: of the CPU device on instruction sets that this machine lacks, and of RDMA. Part of deploy/run,
+# whose functions it uses.
 
 arm=aarch64-unknown-linux-gnu
-skip="(BATON_SKIP_EMULATED=1 leaves the tests of other instruction sets out)"
+skip="(BATON_SKIP_EMULATED=1 leaves the tests on emulated machines out)"
 
 # Where an emulator cannot be had, BATON_SKIP_EMULATED=1 leaves these tests out.
 run_emulated_tests() {
   if [ "${BATON_SKIP_EMULATED:-}" = 1 ]; then
-    say "other instruction sets are NOT tested: BATON_SKIP_EMULATED=1"
+    say "other instruction sets and RDMA are NOT tested: BATON_SKIP_EMULATED=1"
     return
   fi
   case $(uname -m) in
     x86_64)
+      test_roce
       test_arm64
       test_avx512
       ;;
@@ -40,6 +41,21 @@ test_avx512() {
     CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=$root/deploy/emulated/avx512 \
     cargo test --locked -p baton-runtime --lib devices::cpu 2>&1 | tee "$cache/avx512.log"
   grep -q "the_kernels_are_those_expected ... ok" "$cache/avx512.log" || die "the kernels for AVX-512 were not among those tested"
+}
+
+# Reads over the kernel's own RDMA, two ports of it. The tests of faults set its network devices down. The machine must be
+# made of Debian's packages; where they cannot be had the rest is tested all the same.
+test_roce() {
+  local why
+  if ! why=$(deploy/emulated/roce --fetch 2>&1); then
+    say "RDMA is NOT tested, because ${why##*error: }"
+    return
+  fi
+  say "testing RDMA, emulated"
+  BATON_TEST_RDMA_NETWORK="dummy0 dummy1" CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=$root/deploy/emulated/roce \
+    cargo test --locked -p baton-kvtransfer --lib transport::rdma::tests -- --include-ignored --test-threads 1 2>&1 |
+    tee "$cache/roce.log"
+  grep -q "both_ports_are_found ... ok" "$cache/roce.log" || die "the tests of RDMA did not run"
 }
 
 # has_arm RUSTC: that compiler has the standard library of arm64.

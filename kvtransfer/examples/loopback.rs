@@ -14,7 +14,7 @@ use std::{
 };
 
 use baton_kvtransfer::{
-    ExpectSpec, KvLayout, KvNode, Limits, NodeConfig, OfferSpec, Region, TcpConfig, TransportConfig,
+    DataPortConfig, ExpectSpec, KvLayout, KvNode, Limits, NodeConfig, OfferSpec, Region, TransportConfig,
 };
 use baton_proto::{Incarnation, InstanceId, TransferId};
 use tokio_util::sync::CancellationToken;
@@ -186,7 +186,8 @@ fn node(name: &str, slice_bytes: u64, blocks: u32, stop: &CancellationToken) -> 
         layout,
         region,
         blocks,
-        transports: vec![TransportConfig::Tcp(TcpConfig::new(TcpListener::bind("127.0.0.1:0")?))],
+        data_port: DataPortConfig::new(TcpListener::bind("127.0.0.1:0")?),
+        transports: vec![TransportConfig::Tcp { connections: 2 }],
         secret: None,
         lease: Duration::from_secs(10),
         limits: Limits::default(),

@@ -9,11 +9,11 @@
 //! # Who does what
 //! - `session`: what a transfer may do, as two pure state machines; leases, deadlines, counts, fences.
 //! - `node`: the shell around them: handles, control streams (`Handoff.Exchange`), the clock.
-//! - `transport`: how slices travel, behind one trait: `tcp`, `shm`. Below it `ascend`, the bindings to the vendor's
-//!   libraries, opened at run time.
+//! - `transport`: how slices travel, behind one trait: `tcp`, `shm`, `rdma`, `hixl`. The libraries of the last two are
+//!   opened at run time.
 //! - [`plan`]: which bytes go where between instances that keep the same cache in different ways; pure.
-//! - `memory`: bounds-checked access to the region. The only `unsafe` code but for mappings of other processes' memory
-//!   (`transport::shm`) and the bindings.
+//! - `memory`: bounds-checked access to the region. `unsafe` code is here, where another process's memory is mapped
+//!   (`transport::shm`), and in the bindings (`transport::rdma`, `transport::ascend`), alone.
 //!
 //! # Promises
 //! - A receiver completes only with every expected slice in place, each matching its CRC32C, all matching the seal.
@@ -29,7 +29,7 @@
 //! ```
 //! use std::{net::TcpListener, ptr::NonNull, sync::Arc, time::{Duration, Instant}};
 //! use baton_kvtransfer::{
-//!     ExpectSpec, KvLayout, KvNode, Limits, NodeConfig, OfferSpec, Region, TcpConfig, TransportConfig,
+//!     DataPortConfig, ExpectSpec, KvLayout, KvNode, Limits, NodeConfig, OfferSpec, Region, TransportConfig,
 //! };
 //! use baton_proto::{Incarnation, InstanceId, TransferId};
 //! use tokio_util::sync::CancellationToken;
@@ -57,7 +57,8 @@
 //!     layout,
 //!     region,
 //!     blocks: 10,
-//!     transports: vec![TransportConfig::Tcp(TcpConfig::new(TcpListener::bind("127.0.0.1:0")?))],
+//!     data_port: DataPortConfig::new(TcpListener::bind("127.0.0.1:0")?),
+//!     transports: vec![TransportConfig::Tcp { connections: 2 }],
 //!     secret: None,
 //!     lease: Duration::from_secs(5),
 //!     limits: Limits::default(),
@@ -124,9 +125,9 @@ mod transport;
 pub use error::TransferError;
 pub use first_tokens::FirstTokens;
 pub use layout::KvLayout;
-pub use memory::{Region, Slices};
+pub use memory::{DeviceMemory, Region, Slices};
 pub use node::{
     Direction, ExpectSpec, FleetSecret, HandoffService, Incoming, KvNode, Limits, NodeConfig, NodeStats,
     OfferSpec, Outgoing, Progress, Reclaimed, Sealed, TransferStats, TransportConfig,
 };
-pub use transport::{TcpConfig, TransportKind, TransportStats};
+pub use transport::{AscendConfig, DataPortConfig, TransportKind, TransportProbe, TransportStats, probe};

@@ -1,5 +1,4 @@
-//! The memory that transfers read and write: one region per node, laid out `[layer][block]`. The only module of this
-//! crate with `unsafe` in it, beside the bindings to Ascend's libraries (`crate::transport::ascend`).
+//! The memory that transfers read and write: one region per node, laid out `[layer][block]`. Bounds are checked here.
 //!
 //! Whoever makes a [`Region`] promises, once, that blocks lent to the node are left alone until they come back; from
 //! then on every access is bounds-checked here and names slices, never addresses. The node's claims
@@ -9,7 +8,7 @@ use std::{
     any::Any,
     fmt,
     fs::File,
-    io::{IoSlice, IoSliceMut},
+    io::{self, IoSlice, IoSliceMut},
     ptr::NonNull,
     sync::Arc,
 };
@@ -21,6 +20,13 @@ use crate::{KvLayout, TransferError};
 pub struct Region {
     inner: Arc<Inner>,
     file: Option<Arc<File>>,
+    device: Option<Arc<dyn DeviceMemory>>,
+}
+
+/// How the CPU looks into memory that it cannot read in place.
+pub trait DeviceMemory: Send + Sync {
+    /// Copies `into.len()` bytes at `from`, which lie in a region of this device, into `into`. Blocks.
+    fn copy_out(&self, from: NonNull<u8>, into: &mut [u8]) -> io::Result<()>;
 }
 
 struct Inner {
@@ -45,7 +51,7 @@ impl Region {
     /// - Blocks being sent (`OfferSpec::blocks`) are not written, in a layer once `Progress::ready` has named them
     ///   there, until they come back (`Outgoing::close` or `NodeConfig::reclaim`).
     pub unsafe fn new(owner: Arc<dyn Any + Send + Sync>, base: NonNull<u8>, len: usize) -> Self {
-        Self { inner: Arc::new(Inner { base, len, _owner: owner }), file: None }
+        Self { inner: Arc::new(Inner { base, len, _owner: owner }), file: None, device: None }
     }
 
     /// The same region, known to be a shared mapping of this file (`memfd_create`, with sealing allowed) from its start,
@@ -53,6 +59,18 @@ impl Region {
     pub fn backed_by(mut self, file: Arc<File>) -> Self {
         self.file = Some(file);
         self
+    }
+
+    /// The same region, known to be memory of a device: only transports that move such memory can carry it, and the CPU
+    /// looks into it through `device`.
+    pub fn on_device(mut self, device: Arc<dyn DeviceMemory>) -> Self {
+        self.device = Some(device);
+        self
+    }
+
+    /// Whether the CPU cannot read it in place.
+    pub(crate) fn is_on_device(&self) -> bool {
+        self.device.is_some()
     }
 
     /// What it is a mapping of, if that is known.
@@ -65,6 +83,14 @@ impl Region {
         self.inner.base
     }
 
+    /// Where `len` bytes at `offset` start; nothing if any lies outside.
+    pub(crate) fn at(&self, offset: u64, len: usize) -> Option<NonNull<u8>> {
+        let offset = usize::try_from(offset).ok()?;
+        let inside = offset.checked_add(len)? <= self.inner.len;
+        // SAFETY: inside the region, as was just checked.
+        inside.then(|| unsafe { self.inner.base.add(offset) })
+    }
+
     /// Size in bytes.
     pub fn len(&self) -> usize {
         self.inner.len
@@ -72,6 +98,13 @@ impl Region {
 
     pub fn is_empty(&self) -> bool {
         self.inner.len == 0
+    }
+
+    /// Where in the region `len` bytes at `start` lie; nothing if any lies outside.
+    #[allow(dead_code, reason = "asked by one-sided transports, which not every build has")]
+    pub(crate) fn offset_of(&self, start: NonNull<u8>, len: usize) -> Option<usize> {
+        let offset = start.addr().get().checked_sub(self.inner.base.addr().get())?;
+        (offset.checked_add(len)? <= self.inner.len).then_some(offset)
     }
 
     /// Sees the region as slices of `layout` with `blocks` blocks in each layer; refused if it is too small.
@@ -141,7 +174,32 @@ impl Slices {
         Ok(unsafe { self.region.inner.base.add(offset) })
     }
 
-    /// One slice's bytes, for a transport that sends them. Only for slices that a transfer has been told are ready.
+    /// Copies a part of a slice, from byte `from` on, wherever its memory is. Only for slices that a transfer has been
+    /// told are ready, or that the caller has claimed.
+    pub(crate) fn copy_out(
+        &self,
+        layer: u32,
+        block: u32,
+        from: usize,
+        into: &mut [u8],
+    ) -> Result<(), TransferError> {
+        let within = from.checked_add(into.len()).is_some_and(|end| end <= self.slice_bytes);
+        if !within {
+            let message = format!("bytes {from} and on lie outside a slice of {}", self.slice_bytes);
+            return Err(TransferError::Invalid(message));
+        }
+        let Some(device) = &self.region.device else {
+            into.copy_from_slice(&self.source(layer, block)?[from..from + into.len()]);
+            return Ok(());
+        };
+        // SAFETY: inside the slice, as was just checked.
+        let start = unsafe { self.place(layer, block)?.add(from) };
+        let what = "look into the device's memory";
+        device.copy_out(start, into).map_err(|error| TransferError::Io { what, reason: error.to_string() })
+    }
+
+    /// One slice's bytes, for a transport that sends them. Only for slices that a transfer has been told are ready, of
+    /// regions that the CPU can read.
     pub(crate) fn source(&self, layer: u32, block: u32) -> Result<&[u8], TransferError> {
         let start = self.place(layer, block)?;
         // SAFETY: in bounds (`place`), alive while `self` holds the region, and, by the contract of `Region::new` and
@@ -223,6 +281,11 @@ mod tests {
         let region = region(100);
         assert!(region.slices(&layout(2, 10), 6).is_err(), "larger than the region");
         assert!(region.slices(&layout(4096, 1 << 30), u32::MAX).is_err(), "overflows");
+        let at = |offset: usize| region.base().map_addr(|base| base.saturating_add(offset));
+        assert_eq!((region.offset_of(at(0), 100), region.offset_of(at(99), 1)), (Some(0), Some(99)));
+        assert_eq!((region.offset_of(at(100), 0), region.offset_of(at(100), 1)), (Some(100), None));
+        assert_eq!((region.offset_of(at(1), 100), region.offset_of(at(1), usize::MAX)), (None, None));
+        assert_eq!(region.offset_of(NonNull::dangling(), 1), None);
         let slices = region.slices(&layout(2, 10), 5).expect("fits");
         assert!(slices.source(2, 0).is_err());
         assert!(slices.source(0, 5).is_err());

@@ -373,10 +373,8 @@ async fn a_receiver_that_does_not_read_cannot_keep_the_blocks() {
     let mut big = layout();
     big.slice_bytes = 8 << 20; // more than the sockets take in
     let limits = Limits { fence_grace: Duration::from_millis(50), ..Limits::default() };
-    let prefill = Peer::start_with(
-        "prefill-0",
-        Setup { layout: big.clone(), blocks: 2, limits, lanes: 1, ..Setup::default() },
-    );
+    let prefill =
+        Peer::start_with("prefill-0", Setup { layout: big.clone(), blocks: 2, limits, ..one_lane() });
     let decode = Peer::start("decode-0");
     let mut spec = offer_spec(TransferId::generate(), &decode, &[0]);
     (spec.peer, spec.receiver) = (receiver.address.to_string(), instance("frozen"));
@@ -405,7 +403,7 @@ async fn a_receiver_that_does_not_read_cannot_keep_the_blocks() {
 #[tokio::test]
 async fn a_seal_whose_answer_was_lost_is_asked_again() {
     let mut receiver = ScriptedReceiver::start().await;
-    let prefill = Peer::start_with("prefill-0", Setup { lanes: 1, ..Setup::default() });
+    let prefill = Peer::start_with("prefill-0", one_lane());
     let decode = Peer::start("decode-0");
     let mut before = None;
     for released in [true, false] {
@@ -480,7 +478,7 @@ async fn decode_answers_a_repeated_seal_as_the_transfer_ended() {
 #[tokio::test]
 async fn a_data_connection_cut_in_a_frame_aborts_both_sides() {
     let mut receiver = ScriptedReceiver::start().await;
-    let prefill = Peer::start_with("prefill-0", Setup { lanes: 1, ..Setup::default() });
+    let prefill = Peer::start_with("prefill-0", one_lane());
     let decode = Peer::start("decode-0");
     let mut spec = offer_spec(TransferId::generate(), &decode, &FROM);
     (spec.peer, spec.receiver) = (receiver.address.to_string(), instance("decode-9"));

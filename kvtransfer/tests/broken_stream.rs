@@ -68,7 +68,7 @@ async fn a_restarted_sender_ends_what_its_earlier_start_began() {
 #[tokio::test]
 async fn the_receivers_stream_breaks_in_every_phase() {
     let mut receiver = ScriptedReceiver::start().await;
-    let prefill = Peer::start_with("prefill-0", Setup { lanes: 1, ..Setup::default() });
+    let prefill = Peer::start_with("prefill-0", one_lane());
     let decode = Peer::start("decode-0"); // gives the spec its form only
     for phase in ["hello", "offered", "accepted", "moving"] {
         let mut spec = offer_spec(TransferId::generate(), &decode, &BLOCKS_LENT);

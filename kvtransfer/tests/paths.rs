@@ -4,7 +4,7 @@ mod support;
 
 use std::time::Duration;
 
-use baton_kvtransfer::{FleetSecret, KvNode, Limits, TransferError, TransportKind};
+use baton_kvtransfer::{FleetSecret, KvNode, Limits, TransferError, TransportConfig, TransportKind};
 use baton_proto::{ErrorCode, TransferId};
 use support::{scripted::*, *};
 use tokio::io::AsyncReadExt;
@@ -15,7 +15,12 @@ const FROM: [u32; 9] = [7, 3, 60, 22, 21, 20, 5, 63, 0];
 const TO: [u32; 9] = [1, 50, 2, 49, 3, 48, 4, 47, 5];
 
 fn over(transports: &[TransportKind]) -> Setup {
-    Setup { transports: transports.to_vec(), ..Setup::default() }
+    let config = |kind: &TransportKind| match kind {
+        Shm => TransportConfig::Shm,
+        Tcp => TransportConfig::Tcp { connections: 1 },
+        other => panic!("{other} needs what this host may not have"),
+    };
+    Setup { transports: transports.iter().map(config).collect(), ..Setup::default() }
 }
 
 /// One whole transfer, checked byte for byte.
@@ -76,7 +81,7 @@ async fn without_a_transport_in_common_the_offer_fails_and_both_lists_are_named(
 async fn a_transport_that_cannot_be_opened_gives_way_to_the_next_and_nothing_is_lost() {
     let mut receiver = ScriptedReceiver::start().await;
     receiver.shm = Some("baton-kv-of-nobody".into());
-    let prefill = Peer::start_with("prefill-0", Setup { lanes: 1, ..over(&[Shm, Tcp]) });
+    let prefill = Peer::start_with("prefill-0", over(&[Shm, Tcp]));
     let decode = Peer::start("decode-0"); // gives the spec its form only
     let mut spec = offer_spec(TransferId::generate(), &decode, &[1, 2, 3]);
     (spec.peer, spec.receiver) = (receiver.address.to_string(), instance("decode-9"));
@@ -92,7 +97,7 @@ async fn a_transport_that_cannot_be_opened_gives_way_to_the_next_and_nothing_is_
 #[tokio::test]
 async fn a_path_that_breaks_is_opened_again() {
     let mut receiver = ScriptedReceiver::start().await;
-    let prefill = Peer::start_with("prefill-0", Setup { lanes: 1, ..Setup::default() });
+    let prefill = Peer::start_with("prefill-0", one_lane());
     let decode = Peer::start("decode-0"); // gives the spec its form only
     let mut spec = offer_spec(TransferId::generate(), &decode, &[1, 2, 3]);
     (spec.peer, spec.receiver) = (receiver.address.to_string(), instance("decode-9"));

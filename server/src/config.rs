@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, ops::RangeInclusive, path::PathBuf, time::Duration};
 
-use baton_kvtransfer::{FleetSecret, TransportKind};
+use baton_kvtransfer::{FleetSecret, TransportConfig};
 use baton_process::{Invalid, Listen, ProcessConfig, ServiceConfig, duration};
 use baton_proto::InstanceId;
 use baton_runtime::KvDtype;
@@ -10,6 +10,19 @@ use serde::{Deserialize, Serialize};
 
 /// Most compute threads.
 const THREADS_MOST: usize = 1024;
+/// Connections over TCP to each peer.
+const CONNECTIONS_PER_PEER: usize = 2;
+/// How KV caches of a CPU may travel, by name.
+const TRANSPORTS: [(&str, TransportConfig); 3] = [
+    ("shm", TransportConfig::Shm),
+    ("rdma", TransportConfig::Rdma),
+    ("tcp", TransportConfig::Tcp { connections: CONNECTIONS_PER_PEER }),
+];
+
+fn transport_names() -> [&'static str; TRANSPORTS.len()] {
+    TRANSPORTS.map(|(name, _)| name)
+}
+
 /// What kvtransfer takes for a lease.
 const LEASE_RANGE: RangeInclusive<Duration> = Duration::from_millis(30)..=Duration::from_secs(3600);
 
@@ -91,8 +104,9 @@ pub struct HandoffConfig {
     /// Longest life of a transfer, from reserving blocks to release, if its request has no deadline of its own.
     #[serde(with = "duration")]
     pub timeout: Duration,
-    /// How KV caches may travel, the best first: "shm", copied from the memory of a server of the same host, and "tcp". The
-    /// first that both servers have and that works is taken.
+    /// How KV caches may travel, the best first: "shm", copied from the memory of a server of the same host; "rdma", read by
+    /// RoCE cards (libibverbs; all of `runtime.kv_cache_bytes` is taken at once); "tcp". The first that both servers have
+    /// and that works is taken.
     pub transports: Vec<String>,
     /// File with a secret of at least 16 bytes that all servers of the fleet share; who does not show it is given no KV
     /// cache and can send none. Empty = whoever reaches `listen` is believed.
@@ -142,7 +156,7 @@ impl Default for HandoffConfig {
         Self {
             lease: Duration::from_secs(3),
             timeout: Duration::from_secs(120),
-            transports: TransportKind::ALL.map(|kind| kind.name().to_owned()).to_vec(),
+            transports: vec!["shm".into(), "tcp".into()],
             secret_file: PathBuf::new(),
         }
     }
@@ -150,21 +164,22 @@ impl Default for HandoffConfig {
 
 impl HandoffConfig {
     /// The best first.
-    pub fn transports(&self) -> Result<Vec<TransportKind>, Invalid> {
-        let field = "handoff.transports";
-        let known = || TransportKind::ALL.map(TransportKind::name).join(", ");
-        let mut kinds = Vec::new();
+    pub fn transports(&self) -> Result<Vec<TransportConfig>, Invalid> {
+        let invalid = |why: String| Err(Invalid::new("handoff.transports", why));
+        let mut found: Vec<TransportConfig> = Vec::new();
         for name in &self.transports {
-            match TransportKind::from_name(name) {
-                Some(kind) if !kinds.contains(&kind) => kinds.push(kind),
-                Some(kind) => return Err(Invalid::new(field, format!("{kind} is named twice"))),
-                None => return Err(Invalid::new(field, format!("expected some of {}, not {name}", known()))),
+            let Some((_, config)) = TRANSPORTS.iter().find(|(known, _)| known == name) else {
+                return invalid(format!("expected some of {}, not {name}", transport_names().join(", ")));
+            };
+            if found.contains(config) {
+                return invalid(format!("{name} is named twice"));
             }
+            found.push(config.clone());
         }
-        if kinds.is_empty() {
-            return Err(Invalid::new(field, format!("expected at least one of {}", known())));
+        match found.is_empty() {
+            true => invalid(format!("expected at least one of {}", transport_names().join(", "))),
+            false => Ok(found),
         }
-        Ok(kinds)
     }
 
     /// What the secret's file holds, without white space at its ends.

@@ -4,9 +4,7 @@
 
 use std::{future::Future, net::TcpListener, sync::Arc, thread::JoinHandle, time::Duration};
 
-use baton_kvtransfer::{
-    KvLayout, KvNode, Limits as TransferLimits, NodeConfig, TcpConfig, TransportConfig, TransportKind,
-};
+use baton_kvtransfer::{DataPortConfig, KvLayout, KvNode, Limits as TransferLimits, NodeConfig};
 use baton_process::Metrics;
 use baton_proto::{
     BlockHash,
@@ -105,7 +103,10 @@ impl Serving {
         let cache_events = Arc::new(CacheEvents::default());
         let kv_cache = KvCacheService::new(cache_facts, cache_events.clone(), shared.stop.clone());
         let blocks = pool.layout().blocks;
-        let transports = transports(&parts.handoff, parts.data_listener, parts.data_endpoint)?;
+        let data_port = DataPortConfig {
+            advertise: Some(parts.data_endpoint),
+            ..DataPortConfig::new(parts.data_listener)
+        };
         let node = KvNode::start(
             NodeConfig {
                 instance_id: shared.facts.instance_id.clone(),
@@ -113,7 +114,8 @@ impl Serving {
                 layout: parts.layout,
                 region: kv_region(&pool),
                 blocks,
-                transports,
+                data_port,
+                transports: parts.handoff.transports()?,
                 secret: parts.handoff.secret()?,
                 lease: parts.handoff.lease,
                 // Each transfer holds a block at least, so the pool bounds them.
@@ -193,18 +195,4 @@ impl Serving {
             Ok(())
         }
     }
-}
-
-/// What the configuration says, with what it needs.
-fn transports(
-    handoff: &HandoffConfig,
-    listener: TcpListener,
-    endpoint: String,
-) -> Result<Vec<TransportConfig>, ServerError> {
-    let mut tcp = Some(TcpConfig { advertise: Some(endpoint), ..TcpConfig::new(listener) });
-    let config = |kind| match kind {
-        TransportKind::Shm => Some(TransportConfig::Shm),
-        TransportKind::Tcp => tcp.take().map(TransportConfig::Tcp),
-    };
-    Ok(handoff.transports()?.into_iter().filter_map(config).collect())
 }

@@ -11,7 +11,7 @@ use baton_proto::{Incarnation, InstanceId, TransferId};
 use super::secret::FleetSecret;
 use crate::{
     FirstTokens, KvLayout, Region, TransferError,
-    transport::{TcpConfig, Terms},
+    transport::{AscendConfig, DataPortConfig, Terms, TransportKind},
 };
 
 /// How a node is set up. There is one node for each server process.
@@ -25,6 +25,8 @@ pub struct NodeConfig {
     pub region: Region,
     /// Blocks in each layer of the region.
     pub blocks: u32,
+    /// Where peers bring data connections.
+    pub data_port: DataPortConfig,
     /// How slices may travel, the best first; each kind once. What cannot be had on this host is left out and logged.
     pub transports: Vec<TransportConfig>,
     /// Shared by the fleet; a peer that does not show it is refused. `None` = whoever reaches the port is believed.
@@ -45,6 +47,7 @@ impl fmt::Debug for NodeConfig {
             .field("incarnation", &self.incarnation)
             .field("layout", &self.layout)
             .field("blocks", &self.blocks)
+            .field("data_port", &self.data_port)
             .field("transports", &self.transports)
             .field("lease", &self.lease)
             .field("limits", &self.limits)
@@ -53,11 +56,32 @@ impl fmt::Debug for NodeConfig {
 }
 
 /// A way for slices to travel, as a node is given it.
-#[derive(Debug)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum TransportConfig {
     /// Between processes of one host; needs a region that is `backed_by` a file.
     Shm,
-    Tcp(TcpConfig),
+    Tcp {
+        /// Opened to one peer.
+        connections: usize,
+    },
+    /// By the RoCE cards of the machine. Registering the region takes all of its memory from the system at once.
+    Rdma,
+    /// By an Ascend NPU's own network, through HIXL-CS.
+    Hixl(AscendConfig),
+    /// As `Hixl`, through HCCL; the region must be the device's memory.
+    Hccl(AscendConfig),
+}
+
+impl TransportConfig {
+    pub fn kind(&self) -> TransportKind {
+        match self {
+            Self::Shm => TransportKind::Shm,
+            Self::Tcp { .. } => TransportKind::Tcp,
+            Self::Rdma => TransportKind::Rdma,
+            Self::Hixl(_) => TransportKind::Hixl,
+            Self::Hccl(_) => TransportKind::Hccl,
+        }
+    }
 }
 
 /// Bounds of everything that could grow. What is over a bound is refused with an error that names it.

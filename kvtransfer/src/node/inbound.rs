@@ -306,6 +306,10 @@ impl Landing for Inbound {
         self.node.slices.source(layer, self.block(block)?)
     }
 
+    fn copy_out(&self, layer: u32, block: u32, from: usize, into: &mut [u8]) -> Result<(), TransferError> {
+        self.node.slices.copy_out(layer, self.block(block)?, from, into)
+    }
+
     fn revoked(&self) -> &CancellationToken {
         &self.revoked
     }

@@ -21,6 +21,7 @@ mod service;
 mod shell;
 mod stats;
 mod table;
+mod transports;
 mod wire;
 
 use std::{
@@ -57,9 +58,9 @@ use stats::Counters;
 use table::{Ended, Lookup, Table};
 
 use crate::{
-    KvLayout, Region, Slices, TransferError,
+    KvLayout, Slices, TransferError,
     session::ReceiverTiming,
-    transport::{Admission, Found, Inbox, LinkId, Observed, Shm, Tcp, Terms, Transport, TransportKind},
+    transport::{Admission, DataPort, Found, Inbox, LinkId, Observed, Transport, TransportKind},
 };
 
 /// Sends and receives KV caches for one server process. Cheap to clone.
@@ -115,7 +116,8 @@ impl KvNode {
         let slices = config.region.slices(&config.layout, config.blocks)?;
         let limits = config.limits;
         let terms = limits.terms(config.layout.slice_bytes)?;
-        let transports = transports(config.transports, &config.region, terms)?;
+        let port = DataPort::new(config.data_port, terms)?;
+        let transports = transports::open(config.transports, &config.region, &port, terms)?;
         let node = Arc::new(Node {
             instance_id: config.instance_id,
             incarnation: config.incarnation,
@@ -143,6 +145,7 @@ impl KvNode {
         for transport in &node.transports {
             transport.receive(node.clone(), &node.tasks, node.stop.clone());
         }
+        node.tasks.spawn(port.serve(node.clone(), node.tasks.clone(), node.stop.clone()));
         node.tasks.spawn(clock::keep_time(node.clone()));
         node.tasks.close();
         Ok(Self { node })
@@ -355,35 +358,6 @@ impl Node {
             link_key: pass.key.as_bytes().to_vec().into(),
         }
     }
-}
-
-/// Those of the transports that can be had here; an error if that is none.
-fn transports(
-    configs: Vec<TransportConfig>,
-    region: &Region,
-    terms: Terms,
-) -> Result<Vec<Observed>, TransferError> {
-    let mut transports: Vec<Observed> = Vec::new();
-    for config in configs {
-        let transport: Box<dyn Transport> = match config {
-            TransportConfig::Tcp(config) => Box::new(Tcp::new(config, terms)?),
-            TransportConfig::Shm => match Shm::new(region, terms) {
-                Ok(shm) => Box::new(shm),
-                Err(reason) => {
-                    tracing::info!(%reason, "shared memory is left out");
-                    continue;
-                }
-            },
-        };
-        if transports.iter().any(|other| other.kind() == transport.kind()) {
-            return Err(TransferError::Invalid(format!("transport {} is named twice", transport.kind())));
-        }
-        transports.push(Observed::new(transport, terms.slice_bytes.into()));
-    }
-    if transports.is_empty() {
-        return Err(TransferError::Invalid("no transport can be had; add tcp".into()));
-    }
-    Ok(transports)
 }
 
 impl Inbox for Node {

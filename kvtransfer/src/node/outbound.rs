@@ -313,6 +313,10 @@ impl Departure for Outbound {
         self.node.slices.io_slice(layer, self.block(block)?, skip)
     }
 
+    fn copy_out(&self, layer: u32, block: u32, from: usize, into: &mut [u8]) -> Result<(), TransferError> {
+        self.node.slices.copy_out(layer, self.block(block)?, from, into)
+    }
+
     fn offset(&self, layer: u32, block: u32) -> Result<u64, TransferError> {
         self.node.slices.offset(layer, self.block(block)?)
     }

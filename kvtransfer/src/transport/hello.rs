@@ -13,6 +13,11 @@
 //! 48 16  proof (link key; bytes 0..48, terms)
 //! 64     terms
 //! ```
+//! Where the sender's memory is read in place of the connection, it then says how: a grant, and once the receiver is
+//! connected to it, the receiver says one byte.
+//! ```text
+//! 0   4  magic "BKG1"      4  4  bytes of the terms      8  8  zero      16 16  proof as an answer's      32  the terms
+//! ```
 //! Numbers are little endian. Link id and key come with the control stream's hellos.
 
 use super::{DataKey, TransportKind, key::PROOF_BYTES};
@@ -26,6 +31,7 @@ pub(crate) const MAX_TERMS: usize = 16 << 10;
 
 const HELLO: [u8; 4] = *b"BKH1";
 const ANSWER: [u8; 4] = *b"BKA1";
+const GRANT: [u8; 4] = *b"BKG1";
 const NONCE_AT: usize = 32;
 const PROOF_AT: usize = HELLO_BYTES - PROOF_BYTES;
 const ANSWER_PROOF_AT: usize = ANSWER_BYTES - PROOF_BYTES;
@@ -114,8 +120,17 @@ impl Hello {
 
     /// What the receiver answers.
     pub(crate) fn answer(&self, key: &DataKey, terms: &[u8]) -> Vec<u8> {
+        self.reply(ANSWER, key, terms)
+    }
+
+    /// What the sender says to the answer.
+    pub(crate) fn grant(&self, key: &DataKey, terms: &[u8]) -> Vec<u8> {
+        self.reply(GRANT, key, terms)
+    }
+
+    fn reply(&self, magic: [u8; 4], key: &DataKey, terms: &[u8]) -> Vec<u8> {
         let mut head = [0; ANSWER_BYTES];
-        head[..4].copy_from_slice(&ANSWER);
+        head[..4].copy_from_slice(&magic);
         head[4..8].copy_from_slice(&(terms.len() as u32).to_le_bytes());
         let proof = key.prove(&[self.nonce(), &head[..ANSWER_PROOF_AT], terms]);
         head[ANSWER_PROOF_AT..].copy_from_slice(&proof);
@@ -124,14 +139,15 @@ impl Hello {
 
     /// Bytes of the terms that follow the head of an answer.
     pub(crate) fn answer_terms_bytes(head: &[u8; ANSWER_BYTES]) -> Result<usize, HelloError> {
-        match word(head, 4) {
-            _ if head[..4] != ANSWER => Err(HelloError::Magic),
-            length if length as usize > MAX_TERMS => Err(HelloError::Terms(length)),
-            length => Ok(length as usize),
-        }
+        reply_terms_bytes(ANSWER, head)
     }
 
-    /// Whether an answer to this hello comes from whoever has the link's key.
+    /// Bytes of the terms that follow the head of a grant.
+    pub(crate) fn grant_terms_bytes(head: &[u8; ANSWER_BYTES]) -> Result<usize, HelloError> {
+        reply_terms_bytes(GRANT, head)
+    }
+
+    /// Whether an answer to this hello, or the grant after it, comes from whoever has the link's key.
     pub(crate) fn answered(&self, key: &DataKey, head: &[u8; ANSWER_BYTES], terms: &[u8]) -> bool {
         let (head, proof) = head.split_at(ANSWER_PROOF_AT);
         key.proves(&[self.nonce(), head, terms], proof)
@@ -139,6 +155,14 @@ impl Hello {
 
     fn nonce(&self) -> &[u8] {
         &self.bytes[NONCE_AT..PROOF_AT]
+    }
+}
+
+fn reply_terms_bytes(magic: [u8; 4], head: &[u8; ANSWER_BYTES]) -> Result<usize, HelloError> {
+    match word(head, 4) {
+        _ if head[..4] != magic => Err(HelloError::Magic),
+        length if length as usize > MAX_TERMS => Err(HelloError::Terms(length)),
+        length => Ok(length as usize),
     }
 }
 
@@ -178,6 +202,10 @@ mod tests {
         assert_eq!(Hello::answer_terms_bytes(&head(&answer)), Ok(3));
         assert!(asked.answered(&pass.key, &head(&answer), b"yes"));
         assert!(!asked.answered(&DataKey::generate(), &head(&answer), b"yes"));
+        let grant = hello.grant(&pass.key, b"yes");
+        assert!(grant != answer && Hello::answer_terms_bytes(&head(&grant)).is_err(), "one is not the other");
+        assert_eq!(Hello::grant_terms_bytes(&head(&grant)), Ok(3));
+        assert!(asked.answered(&pass.key, &head(&grant), b"yes"));
         let (_, another) = Hello::encode(TransportKind::Shm, &pass, b"terms");
         assert!(!another.answered(&pass.key, &head(&answer), b"yes"), "an answer is to one hello");
     }

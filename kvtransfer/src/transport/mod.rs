@@ -6,8 +6,6 @@
 //! aborted cancels `revoked`, upon which the transport lets go of its blocks (within `Limits::fence_grace`) and reports
 //! the runs it had; the session is over when all have been reported.
 
-// Used by its own tests alone until a transport is built on it.
-#[cfg_attr(not(test), expect(dead_code, unused_imports))]
 mod ascend;
 mod claimed;
 pub(crate) mod fetch;
@@ -17,6 +15,10 @@ mod key;
 mod observed;
 mod outbox;
 mod path;
+mod port;
+mod probe;
+#[cfg(all(feature = "rdma", target_os = "linux", target_pointer_width = "64"))]
+mod rdma;
 mod shm;
 mod tcp;
 
@@ -32,16 +34,22 @@ use std::{
 use baton_proto::TransferId;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
+pub use ascend::AscendConfig;
 pub(crate) use claimed::Claimed;
+pub(crate) use fetch::{Fetched, Medium};
 pub(crate) use hello::{LinkId, LinkPass};
 pub(crate) use key::DataKey;
 pub(crate) use observed::Observed;
 pub use observed::TransportStats;
 pub(crate) use outbox::{Outbox, Ticket};
 pub(crate) use path::{Path, PathEnd};
+pub(crate) use port::DataPort;
+pub use port::DataPortConfig;
+pub use probe::{TransportProbe, probe};
+#[cfg(all(feature = "rdma", target_os = "linux", target_pointer_width = "64"))]
+pub(crate) use rdma::RdmaMedium;
 pub(crate) use shm::Shm;
 pub(crate) use tcp::Tcp;
-pub use tcp::TcpConfig;
 
 use crate::{
     TransferError,
@@ -55,17 +63,26 @@ pub enum TransportKind {
     Tcp,
     /// Copied from the memory of a process of the same host.
     Shm,
+    /// Read by network cards (RoCE).
+    Rdma,
+    /// Read by Ascend NPUs (HIXL-CS).
+    Hixl,
+    /// Exchanged by Ascend NPUs (HCCL), where there is no HIXL.
+    Hccl,
 }
 
 impl TransportKind {
     /// All of them, the best first.
-    pub const ALL: [Self; 2] = [Self::Shm, Self::Tcp];
+    pub const ALL: [Self; 5] = [Self::Hixl, Self::Hccl, Self::Shm, Self::Rdma, Self::Tcp];
 
     /// Its name on the wire and in metrics.
     pub fn name(self) -> &'static str {
         match self {
             Self::Tcp => "tcp",
             Self::Shm => "shm",
+            Self::Rdma => "rdma",
+            Self::Hixl => "hixl",
+            Self::Hccl => "hccl",
         }
     }
 
@@ -178,8 +195,10 @@ pub(crate) trait Landing: Send + Sync {
     fn target(&self, layer: u32, block: u32, skip: usize) -> Result<IoSliceMut<'_>, TransferError>;
     /// Start of a claimed slice, for those that write it by other means.
     fn place(&self, layer: u32, block: u32) -> Result<NonNull<u8>, TransferError>;
-    /// A claimed slice as it now is in memory.
+    /// A claimed slice as it now is in memory that the CPU can read.
     fn content(&self, layer: u32, block: u32) -> Result<&[u8], TransferError>;
+    /// A part of a claimed slice, wherever its memory is.
+    fn copy_out(&self, layer: u32, block: u32, from: usize, into: &mut [u8]) -> Result<(), TransferError>;
 
     /// Cancelled when the transfer is over and its blocks must be let go of.
     fn revoked(&self) -> &CancellationToken;
@@ -206,6 +225,8 @@ pub(crate) trait Departure: Send + Sync + 'static {
 
     /// A taken slice as part of a vectored write, from byte `skip` on.
     fn source(&self, layer: u32, block: u32, skip: usize) -> Result<IoSlice<'_>, TransferError>;
+    /// A part of a taken slice, wherever its memory is.
+    fn copy_out(&self, layer: u32, block: u32, from: usize, into: &mut [u8]) -> Result<(), TransferError>;
     /// Where a taken slice starts in this node's region, in bytes.
     fn offset(&self, layer: u32, block: u32) -> Result<u64, TransferError>;
 

@@ -188,6 +188,10 @@ impl Landing for Counted<dyn Landing> {
         self.inner.content(layer, block)
     }
 
+    fn copy_out(&self, layer: u32, block: u32, from: usize, into: &mut [u8]) -> Result<(), TransferError> {
+        self.inner.copy_out(layer, block, from, into)
+    }
+
     fn revoked(&self) -> &CancellationToken {
         self.inner.revoked()
     }

@@ -14,8 +14,8 @@ use std::{
 };
 
 use baton_kvtransfer::{
-    ExpectSpec, FleetSecret, KvLayout, KvNode, Limits, NodeConfig, OfferSpec, Reclaimed, Region, TcpConfig,
-    TransportConfig, TransportKind,
+    DataPortConfig, ExpectSpec, FleetSecret, KvLayout, KvNode, Limits, NodeConfig, OfferSpec, Reclaimed,
+    Region, TransportConfig, TransportKind,
 };
 use baton_proto::{Incarnation, InstanceId, TransferId};
 use memmap2::MmapMut;
@@ -120,11 +120,9 @@ pub struct Setup {
     pub limits: Limits,
     pub incarnation: u64,
     /// The best first.
-    pub transports: Vec<TransportKind>,
-    /// Data connections over TCP, accepted in all.
+    pub transports: Vec<TransportConfig>,
+    /// Data connections, accepted in all.
     pub connections: usize,
-    /// Those opened to one peer.
-    pub lanes: usize,
     pub secret: Option<FleetSecret>,
 }
 
@@ -137,23 +135,16 @@ impl Default for Setup {
             lease: Duration::from_secs(20),
             limits,
             incarnation: 1,
-            transports: vec![TransportKind::Tcp],
+            transports: vec![TransportConfig::Tcp { connections: 2 }],
             connections: 1024,
-            lanes: 2,
             secret: None,
         }
     }
 }
 
-fn transport(kind: TransportKind, setup: &Setup) -> TransportConfig {
-    match kind {
-        TransportKind::Shm => TransportConfig::Shm,
-        TransportKind::Tcp => TransportConfig::Tcp(TcpConfig {
-            connections: setup.connections,
-            connections_per_peer: setup.lanes,
-            ..TcpConfig::new(TcpListener::bind("127.0.0.1:0").expect("a free port"))
-        }),
-    }
+/// One connection to each peer.
+pub fn one_lane() -> Setup {
+    Setup { transports: vec![TransportConfig::Tcp { connections: 1 }], ..Setup::default() }
 }
 
 /// A node with its memory, its gRPC server, and the blocks it gave back on its own.
@@ -175,14 +166,16 @@ impl Peer {
         let pool = Pool::new(setup.layout.layers, setup.blocks, setup.layout.slice_bytes as usize);
         let reclaimed = Arc::new(Mutex::new(Vec::new()));
         let (stop, sink) = (CancellationToken::new(), reclaimed.clone());
-        let transports = setup.transports.iter().map(|&kind| transport(kind, &setup)).collect();
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let data_port = DataPortConfig { connections: setup.connections, ..DataPortConfig::new(listener) };
         let config = NodeConfig {
             instance_id: instance(name),
             incarnation: Incarnation(setup.incarnation),
             layout: setup.layout,
             region: pool.region(),
             blocks: setup.blocks,
-            transports,
+            data_port,
+            transports: setup.transports,
             secret: setup.secret,
             lease: setup.lease,
             limits: setup.limits,

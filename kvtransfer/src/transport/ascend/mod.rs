@@ -16,14 +16,70 @@ mod library;
 #[cfg(test)]
 mod tests;
 
-use std::{fmt, path::Path, sync::Arc};
-
-pub(crate) use self::{
-    acl::Device,
-    hccl::{Hccl, HcclPair, Rank, RootInfo},
-    hixl::{Endpoint, Hixl, HixlAddress, HixlClient, HixlServer, Memory},
-    library::{Search, Unavailable},
+use std::{
+    fmt, io,
+    net::{IpAddr, SocketAddr},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
 };
+
+pub(crate) use self::library::{Search, Unavailable};
+use self::{
+    acl::Device,
+    hccl::Hccl,
+    hixl::{Endpoint, Hixl},
+};
+use self::{hccl::HcclMedium, hixl::HixlMedium};
+use super::fetch::Medium;
+use crate::Region;
+
+/// Where the network configuration of the devices stands.
+const HCCN_CONF: &str = "/etc/hccn.conf";
+
+/// Which NPU a node's region belongs to, and how peers reach it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AscendConfig {
+    /// As this process numbers its devices.
+    pub device: u32,
+    /// Where HIXL's own control connection is accepted, on the network of the hosts; a port that nobody else has.
+    pub host: SocketAddr,
+    /// The device's RoCE address; `None` = what `/etc/hccn.conf` says.
+    pub address: Option<IpAddr>,
+    /// Where the libraries are; `None` = the loader's path, `$ASCEND_HOME_PATH/lib64`, `/usr/local/Ascend/cann/lib64`.
+    pub libraries: Option<PathBuf>,
+}
+
+impl AscendConfig {
+    fn found(&self) -> Ascend {
+        probe(&self.libraries.as_ref().map_or_else(Search::system, Search::only))
+    }
+
+    fn endpoint(&self, device: &Device) -> io::Result<Endpoint> {
+        match (self.address, device.physical) {
+            (Some(address), physical) => {
+                Ok(Endpoint { address, physical_device: physical.unwrap_or(self.device) })
+            }
+            (None, _) => {
+                Endpoint::configured(device, &std::fs::read_to_string(HCCN_CONF).unwrap_or_default())
+            }
+        }
+    }
+
+    /// The region lent through HIXL. The error says why it cannot be.
+    pub(crate) fn hixl(&self, region: &Region) -> io::Result<Arc<dyn Medium>> {
+        let hixl = self.found().hixl.map_err(io::Error::other)?;
+        let device = hixl.device(self.device)?;
+        Ok(Arc::new(HixlMedium::open(&hixl, &device, self.host, self.endpoint(&device)?, region)?))
+    }
+
+    /// The region exchanged through HCCL, each exchange within `stall`. The error says why it cannot be.
+    pub(crate) fn hccl(&self, region: &Region, stall: Duration) -> io::Result<Arc<dyn Medium>> {
+        let hccl = self.found().hccl.map_err(io::Error::other)?;
+        let device = hccl.device(self.device)?;
+        Ok(Arc::new(HcclMedium::new(&hccl, &device, region, stall)))
+    }
+}
 
 /// What of Ascend's interfaces can be used in this process. Prints as one line for a log.
 pub(crate) struct Ascend {

@@ -11,15 +11,23 @@ const SAMPLES: usize = 16;
 const SAMPLE_BYTES: usize = 64;
 
 /// CRC32C of a short slice; of a long one, that of 64 bytes at its start, at its end and at 14 places between that depend
-/// on the transfer's key, layer and block.
-pub(crate) fn digest(key: &DataKey, layer: u32, block: u32, slice: &[u8]) -> u32 {
-    if slice.len() <= WHOLE {
-        return crc32c(slice);
+/// on the transfer's key, layer and block. `copy_out` gives the slice's bytes from a place on.
+pub(crate) fn digest<E>(
+    key: &DataKey,
+    (layer, block): (u32, u32),
+    slice_bytes: usize,
+    mut copy_out: impl FnMut(usize, &mut [u8]) -> Result<(), E>,
+) -> Result<u32, E> {
+    if slice_bytes <= WHOLE {
+        let mut whole = [0; WHOLE];
+        let whole = &mut whole[..slice_bytes];
+        copy_out(0, whole)?;
+        return Ok(crc32c(whole));
     }
     let (_, seed) = key.as_bytes().split_at(8);
     let mut state = seed.iter().fold(0, |word, &byte| word << 8 | u64::from(byte));
     state ^= u64::from(layer) << 32 | u64::from(block);
-    let last = slice.len() - SAMPLE_BYTES;
+    let last = slice_bytes - SAMPLE_BYTES;
     let mut samples = [0; SAMPLES * SAMPLE_BYTES];
     for (at, sample) in samples.chunks_exact_mut(SAMPLE_BYTES).enumerate() {
         let from = match at {
@@ -27,9 +35,9 @@ pub(crate) fn digest(key: &DataKey, layer: u32, block: u32, slice: &[u8]) -> u32
             1 => last,
             _ => next(&mut state) as usize % last,
         };
-        sample.copy_from_slice(&slice[from..from + SAMPLE_BYTES]);
+        copy_out(from, sample)?;
     }
-    crc32c(&samples)
+    Ok(crc32c(&samples))
 }
 
 /// SplitMix64.
@@ -44,6 +52,14 @@ fn next(state: &mut u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn digest(key: &DataKey, layer: u32, block: u32, slice: &[u8]) -> u32 {
+        let copy_out = |from: usize, into: &mut [u8]| {
+            into.copy_from_slice(&slice[from..from + into.len()]);
+            Ok::<_, std::convert::Infallible>(())
+        };
+        super::digest(key, (layer, block), slice.len(), copy_out).unwrap_or_else(|never| match never {})
+    }
 
     #[test]
     fn sees_another_slice_and_another_time_and_the_ends() {

@@ -7,10 +7,11 @@ use std::{collections::VecDeque, io};
 
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    task::spawn_blocking,
     time::{Instant, sleep, timeout},
 };
 
-use super::digest::digest;
+use super::{DONE, Lent, WANTED, digest::digest};
 use crate::transport::{
     Outbox, PathEnd, Terms, Ticket,
     frame::{Entry, Form, Header},
@@ -25,7 +26,7 @@ const PATIENCE: u32 = 10;
 /// An announced run.
 struct Announced {
     ticket: Ticket,
-    sums: Vec<u32>,
+    entries: Vec<Entry>,
     at: Instant,
     /// When its transfer was seen to be over.
     over: Option<Instant>,
@@ -37,34 +38,40 @@ pub(crate) struct Lane {
     outbox: Outbox,
     announced: VecDeque<Announced>,
     bytes: Vec<u8>,
+    /// What lets the receiver read.
+    lent: Option<Box<dyn Lent>>,
 }
 
 impl Lane {
-    pub(crate) fn new(terms: Terms, outbox: Outbox) -> Self {
-        Self { terms, outbox, announced: VecDeque::with_capacity(WINDOW), bytes: Vec::new() }
+    pub(crate) fn new(terms: Terms, outbox: Outbox, lent: Option<Box<dyn Lent>>) -> Self {
+        Self { terms, outbox, announced: VecDeque::with_capacity(WINDOW), bytes: Vec::new(), lent }
     }
 
-    /// Announces until the path ends. Whatever the receiver is not done with then is reported as failed.
+    /// Announces until the path ends. Then the memory is taken back, and whatever the receiver is not done with is
+    /// reported as failed.
     pub(crate) async fn run(mut self, mut stream: impl AsyncRead + AsyncWrite + Unpin, path: PathEnd) {
         let why = match path.ended().run_until_cancelled(self.work(&mut stream)).await {
             Some(error) => error.to_string(),
             None => "the data path was given up".into(),
         };
         tracing::debug!(%why, "connection for announced slices ended");
-        drop(stream); // first: the receiver stops to read
+        drop(stream);
+        if let Some(lent) = self.lent.take() {
+            let _ = spawn_blocking(move || drop(lent)).await;
+        }
         self.announced.drain(..).for_each(|mut announced| announced.ticket.failed(&why));
         path.broken(why);
     }
 
     async fn work(&mut self, stream: &mut (impl AsyncRead + AsyncWrite + Unpin)) -> io::Error {
-        let mut done = [0; WINDOW];
+        let mut said = [0; 2 * WINDOW];
         loop {
             let room = self.announced.len() < WINDOW;
             let result = tokio::select! {
                 biased;
-                read = stream.read(&mut done) => match read {
+                read = stream.read(&mut said) => match read {
                     Ok(0) => Err(io::Error::other("the peer closed the connection")),
-                    Ok(runs) => self.done(runs),
+                    Ok(bytes) => self.hear(&said[..bytes]),
                     Err(error) => Err(error),
                 },
                 ticket = self.outbox.next(self.terms.frame_slices), if room => {
@@ -83,26 +90,36 @@ impl Lane {
         let key = departure.data_key().ok_or_else(|| io::Error::other("no data key"))?;
         let mut entries = Vec::with_capacity(run.count as usize);
         for block in run.blocks() {
-            let slice = departure.source(run.layer, block, 0).map_err(io::Error::other)?;
+            let (at, bytes) = ((run.layer, block), self.terms.slice_bytes as usize);
+            let sum = digest(&key, at, bytes, |from, into| departure.copy_out(run.layer, block, from, into));
             let offset = departure.offset(run.layer, block).map_err(io::Error::other)?;
-            entries.push(Entry { offset, sum: digest(&key, run.layer, block, &slice) });
+            entries.push(Entry { offset, sum: sum.map_err(io::Error::other)? });
         }
         let (transfer, slice_bytes) = (departure.id(), self.terms.slice_bytes);
         let header = Header { form: Form::Announced, transfer, run, slice_bytes };
         header.encode(&key, entries.iter().copied(), &mut self.bytes);
-        let sums = entries.iter().map(|entry| entry.sum).collect();
-        self.announced.push_back(Announced { ticket, sums, at: Instant::now(), over: None });
+        self.announced.push_back(Announced { ticket, entries, at: Instant::now(), over: None });
         let late = |_| io::Error::new(io::ErrorKind::TimedOut, "the peer does not read what is announced");
         timeout(self.terms.stall, stream.write_all(&self.bytes)).await.map_err(late)?
     }
 
-    /// The receiver is done with that many more runs.
-    fn done(&mut self, runs: usize) -> io::Result<()> {
-        for _ in 0..runs {
-            let Some(Announced { ticket, sums, .. }) = self.announced.pop_front() else {
-                return Err(io::Error::other("the peer is done with more than was announced"));
-            };
-            ticket.sent(&sums);
+    /// What the receiver says is about the oldest run.
+    fn hear(&mut self, said: &[u8]) -> io::Result<()> {
+        for &byte in said {
+            match (byte, self.announced.pop_front(), &mut self.lent) {
+                (DONE, Some(Announced { ticket, entries, .. }), _) => {
+                    let sums: Vec<_> = entries.iter().map(|entry| entry.sum).collect();
+                    ticket.sent(&sums);
+                }
+                (WANTED, Some(announced), Some(lent)) => {
+                    let bytes = self.terms.slice_bytes as usize;
+                    let slices: Vec<_> =
+                        announced.entries.iter().map(|entry| (entry.offset, bytes)).collect();
+                    lent.wanted(&slices)?;
+                    self.announced.push_front(announced);
+                }
+                _ => return Err(io::Error::other("the peer speaks of a run that was not announced")),
+            }
         }
         Ok(())
     }

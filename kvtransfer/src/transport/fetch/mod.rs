@@ -7,12 +7,23 @@
 
 mod digest;
 mod lane;
-mod port;
+mod reader;
+mod tcp;
+mod thread;
 
 use std::{io, ptr::NonNull, time::Instant};
 
+use super::TransportKind;
+
 pub(crate) use lane::Lane;
-pub(crate) use port::{Closed, Wire, serve};
+pub(crate) use reader::{Closed, Wire, serve};
+pub(crate) use tcp::Fetched;
+pub(crate) use thread::on_thread;
+
+/// What the receiver says to the sender, a byte each: it is done with the oldest announced run, whatever it did with it.
+const DONE: u8 = 1;
+/// It is about to fetch that run; see [`RemoteRegion::asks`].
+const WANTED: u8 = 2;
 
 /// One piece to copy from the peer's region into this node's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,7 +40,39 @@ pub(crate) trait RemoteRegion: Send {
     /// Bytes of the region. Pieces beyond it are never asked for.
     fn len(&self) -> u64;
 
+    /// Whether the owner must be told before a read, since it has to act as well.
+    fn asks(&self) -> bool {
+        false
+    }
+
     /// Copies all pieces or fails; after it returns nothing writes to `local` any more. Blocks. An error poisons it:
     /// it is not used again.
     fn read(&mut self, pieces: &[Piece], deadline: Instant) -> io::Result<()>;
+}
+
+/// What lends this node's region to peers and reads theirs, where the two sides talk over the data port.
+pub(crate) trait Medium: Send + Sync + 'static {
+    fn kind(&self) -> TransportKind;
+
+    /// Asks an owner to be let in; what it is to be told. Blocks.
+    fn ask(&self) -> io::Result<(Box<dyn Asking>, Vec<u8>)>;
+
+    /// Lets the peer that asked so in, until the lent thing is dropped; what it is to be told. Blocks, and so does
+    /// dropping it: after that the peer reads no more.
+    fn lend(&self, request: &[u8]) -> io::Result<(Box<dyn Lent>, Vec<u8>)>;
+}
+
+/// This node's region, lent to one peer. See [`Medium::lend`].
+pub(crate) trait Lent: Send {
+    /// The peer is about to fetch these slices, (offset in the region, bytes) each. Does not block. Only of media whose
+    /// reader says so beforehand ([`RemoteRegion::asks`]).
+    fn wanted(&mut self, _slices: &[(u64, usize)]) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A reader that has asked to be let in.
+pub(crate) trait Asking: Send {
+    /// Connects to the owner that said so. Blocks.
+    fn connect(self: Box<Self>, grant: &[u8], deadline: Instant) -> io::Result<Box<dyn RemoteRegion>>;
 }

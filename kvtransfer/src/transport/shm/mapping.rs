@@ -3,7 +3,7 @@
 use std::{fs::File, io, os::fd::AsFd, time::Instant};
 
 use memmap2::{Mmap, MmapOptions};
-use rustix::fs::{SealFlags, fcntl_add_seals, fcntl_get_seals};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, memfd_create};
 
 use crate::transport::fetch::{Piece, RemoteRegion};
 
@@ -11,6 +11,12 @@ use crate::transport::fetch::{Piece, RemoteRegion};
 pub(super) fn seal(file: &File) -> io::Result<()> {
     let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::FUTURE_WRITE;
     Ok(fcntl_add_seals(file.as_fd(), seals)?)
+}
+
+/// Whether memory can be made that is fit to be lent.
+pub(super) fn probe() -> io::Result<()> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    seal(&File::from(memfd_create("baton-kv-probe", flags)?))
 }
 
 /// See the module.
@@ -61,8 +67,6 @@ impl RemoteRegion for Mapping {
 #[cfg(test)]
 mod tests {
     use std::ptr::NonNull;
-
-    use rustix::fs::{MemfdFlags, memfd_create};
 
     use super::*;
 

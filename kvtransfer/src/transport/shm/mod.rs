@@ -26,10 +26,10 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     Admission, Destination, Inbox, Opening, Outbox, Path, Terms, Transport, TransportKind,
-    fetch::{self, Lane},
+    fetch::{self, Lane, on_thread},
     hello::{ANSWER_BYTES, Hello, HelloError},
 };
-use crate::{Region, TransferError};
+use crate::Region;
 use mapping::Mapping;
 
 /// Connections, and so threads that copy, in all.
@@ -49,21 +49,22 @@ pub(crate) struct Shm {
 
 impl Shm {
     /// Refused for a region that is no file's. Must be called within a tokio runtime.
-    pub(crate) fn new(region: &Region, terms: Terms) -> Result<Self, TransferError> {
-        let unavailable =
-            |reason: String| TransferError::Io { what: "share memory with other processes", reason };
-        let file = region.file().ok_or_else(|| unavailable("the KV pool is not a file's memory".into()))?;
+    pub(crate) fn new(region: &Region, terms: Terms) -> io::Result<Self> {
+        let file = region.file().ok_or_else(|| io::Error::other("the KV pool is not a file's memory"))?;
         let name = format!("baton-kv-{:032x}", rand::random::<u128>());
-        let listen = || {
-            mapping::seal(&file)?;
-            let listener = UnixListener::bind_addr(&socket::address(&name)?)?;
-            listener.set_nonblocking(true)?;
-            tokio::net::UnixListener::from_std(listener)
-        };
-        let listener = listen().map_err(|error| unavailable(error.to_string()))?;
+        mapping::seal(&file)?;
+        let listener = UnixListener::bind_addr(&socket::address(&name)?)?;
+        listener.set_nonblocking(true)?;
+        let listener = Mutex::new(Some(tokio::net::UnixListener::from_std(listener)?));
         let region_bytes = region.len() as u64;
-        Ok(Self { terms, file, region_bytes, listener: Mutex::new(Some(listener)), name })
+        Ok(Self { terms, file, region_bytes, listener, name })
     }
+}
+
+/// Whether this host has what it takes.
+pub(super) fn probe() -> io::Result<()> {
+    mapping::probe()?;
+    socket::address("baton-kv").map(|_| ())
 }
 
 impl Transport for Shm {
@@ -100,7 +101,7 @@ impl Transport for Shm {
             let mut stream = tokio::net::UnixStream::from_std(stream)?;
             let late = |_| io::Error::new(io::ErrorKind::TimedOut, "no answer to the hello");
             timeout(terms.handshake, answered(&mut stream, &hello, &to)).await.map_err(late)??;
-            tasks.spawn(Lane::new(terms, outbox).run(stream, path.end()));
+            tasks.spawn(Lane::new(terms, outbox, None).run(stream, path.end()));
             Ok(path)
         })
     }
@@ -173,26 +174,20 @@ async fn serve(
 ) -> Result<(), Closed> {
     stream.set_nonblocking(false)?;
     let handle = stream.try_clone()?;
-    let ((admit, admitted), (ended, end)) = (oneshot::channel(), oneshot::channel());
-    let work = move || {
-        let _ = ended.send(copy(stream, terms, &*inbox, admit));
-    };
-    std::thread::Builder::new().name("kv-shm".into()).spawn(work)?;
-    let over = async {
-        match admitted.await {
-            Ok(link_ended) => CancellationToken::cancelled_owned(link_ended).await,
-            Err(_) => std::future::pending().await, // the thread's end tells why
+    let over = stop.child_token(); // or sooner: with its control stream
+    let (admit, admitted) = oneshot::channel::<CancellationToken>();
+    let ends = over.clone();
+    let link = async move {
+        if let Ok(link_ended) = admitted.await {
+            link_ended.cancelled().await;
+            ends.cancel();
         }
+        std::future::pending::<()>().await
     };
-    let mut end = end;
     tokio::select! {
-        result = &mut end => return result.unwrap_or(Ok(())),
-        () = over => {}
-        () = stop.cancelled() => {}
+        result = on_thread("kv-shm", handle, &over, move || copy(stream, terms, &*inbox, admit)) => result?,
+        () = link => Ok(()),
     }
-    handle.shutdown(std::net::Shutdown::Both)?;
-    let _ = end.await; // at the latest when the run in hand is copied
-    Ok(())
 }
 
 /// The thread's work.

@@ -9,6 +9,7 @@
 
 mod abi;
 mod client;
+mod medium;
 mod server;
 
 use std::{
@@ -28,6 +29,7 @@ use super::{
 use crate::Region;
 
 pub(crate) use client::HixlClient;
+pub(crate) use medium::HixlMedium;
 pub(crate) use server::HixlServer;
 
 /// The name under which a server's region is registered; the library adds regions of its own.

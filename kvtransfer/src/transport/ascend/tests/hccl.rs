@@ -14,7 +14,7 @@ use super::{
     peer::{Peer, hex},
     soon, turn,
 };
-use crate::transport::ascend::{HcclPair, Rank, RootInfo};
+use crate::transport::ascend::hccl::{HcclPair, Rank, RootInfo};
 
 const SIZES: [usize; 6] = [1, 131_072, 4097, 1 << 20, 64, 200_001];
 

@@ -15,7 +15,10 @@ use super::{DeviceMemory, Turn, pattern, peer::Peer, soon, turn};
 use crate::{
     Region,
     transport::{
-        ascend::{Device, Endpoint, HixlAddress, HixlClient, HixlServer, Memory},
+        ascend::{
+            Device,
+            hixl::{Endpoint, HixlAddress, HixlClient, HixlServer, Memory},
+        },
         fetch::{Piece, RemoteRegion},
     },
 };

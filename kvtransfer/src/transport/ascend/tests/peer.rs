@@ -10,7 +10,12 @@ use std::{
 
 use super::{hixl::endpoint, pattern, soon, turn};
 use crate::transport::{
-    ascend::{HcclPair, HixlAddress, HixlClient, HixlServer, Memory, Rank, RootInfo, Search, probe},
+    ascend::{
+        Search,
+        hccl::{HcclPair, Rank, RootInfo},
+        hixl::{HixlAddress, HixlClient, HixlServer, Memory},
+        probe,
+    },
     fetch::{Piece, RemoteRegion},
 };
 

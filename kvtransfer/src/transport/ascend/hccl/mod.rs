@@ -8,6 +8,8 @@
 //! States: joined -> failed (destroyed). What is queued cannot be cancelled alone; on failure or timeout the communicator
 //! and the stream are destroyed before the error is returned, which is the fence: then memory may be used again.
 
+mod medium;
+
 use std::{
     ffi::{c_int, c_void},
     io,
@@ -24,6 +26,8 @@ use super::{
     library::{Search, Unavailable, functions},
 };
 use crate::Region;
+
+pub(crate) use medium::HcclMedium;
 
 /// How rank 0 is found; the other side gets its bytes over the control stream.
 #[repr(C)]

@@ -1,120 +1,53 @@
-//! Incoming data connections: frames are checked, then read straight into the blocks they belong to.
+//! The receiver's end of a TCP connection: frames are checked, then read straight into the blocks they belong to.
 //!
-//! A connection begins with a hello that shows which control stream it belongs to, and ends with that. A frame of a live
-//! transfer must be proven; one that is not closes the connection and touches nothing. Frames of transfers that are over
-//! are read past, since the connection carries others' slices too. So is a frame whose claim is refused; its transfer is
-//! aborted by its session.
+//! A frame of a live transfer must be proven; one that is not closes the connection and touches nothing. Frames of
+//! transfers that are over are read past, since the connection carries others' slices too. So is a frame whose claim is
+//! refused; its transfer is aborted by its session.
 
 use std::{
     io::{self, IoSliceMut},
     sync::Arc,
-    time::Duration,
 };
 
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpListener, TcpStream},
-    sync::Semaphore,
-    task::coop::consume_budget,
-    time::{sleep, timeout},
-};
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio::{net::TcpStream, task::coop::consume_budget, time::timeout};
 
 use crate::{
     session::{Claim, crc32c},
     transport::{
-        Admission, Claimed, Found, Inbox, Landing, Terms, TransportKind,
+        Claimed, Found, Inbox, Landing, Terms,
         frame::{Form, FrameError, HEADER_BYTES, Header},
-        hello::{HELLO_BYTES, Hello, HelloError},
+        port,
     },
 };
 
 /// Elements of one vectored read.
 const READ_SLICES: usize = 64;
 const SCRAP_BYTES: usize = 64 << 10;
-/// Pause after `accept` itself failed, e.g. for want of file descriptors.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
-/// Why a data connection is closed from this side.
+/// Why a connection is closed from this side.
 #[derive(Debug, thiserror::Error)]
 enum Closed {
-    #[error(transparent)]
-    Hello(#[from] HelloError),
     #[error(transparent)]
     Frame(#[from] FrameError),
     #[error("a frame without the transfer's proof")]
     Unproven,
-    #[error("no hello within the handshake deadline")]
-    Silent,
     #[error("a frame made no progress")]
     Stalled,
     #[error(transparent)]
     Io(#[from] io::Error),
 }
 
-/// Accepts data connections until `stop`; over the limit, a connection is closed at once.
-pub(super) async fn serve(
-    listener: TcpListener,
-    connections: usize,
-    terms: Terms,
-    inbox: Arc<dyn Inbox>,
-    tasks: TaskTracker,
-    stop: CancellationToken,
-) {
-    let permits = Arc::new(Semaphore::new(connections));
-    while let Some(accepted) = stop.run_until_cancelled(listener.accept()).await {
-        let (stream, peer) = match accepted {
-            Ok(accepted) => accepted,
-            Err(error) => {
-                tracing::warn!(%error, "cannot accept data connections for the moment");
-                sleep(ACCEPT_PAUSE).await;
-                continue;
-            }
-        };
-        let Ok(permit) = permits.clone().try_acquire_owned() else {
-            tracing::warn!(%peer, limit = connections, "data connection refused: too many are open");
-            continue;
-        };
-        let (inbox, stop) = (inbox.clone(), stop.clone());
-        tasks.spawn(async move {
-            let _permit = permit;
-            match stop.run_until_cancelled(converse(stream, terms, inbox)).await {
-                Some(Err(Closed::Io(error))) => tracing::debug!(%peer, %error, "data connection ended"),
-                Some(Err(reason)) => tracing::warn!(%peer, %reason, "data connection closed"),
-                Some(Ok(())) | None => {}
-            }
-        });
+impl From<Closed> for port::Closed {
+    fn from(closed: Closed) -> Self {
+        match closed {
+            Closed::Io(error) => Self::Io(error),
+            other => Self::Misbehaved(other.to_string()),
+        }
     }
 }
 
-/// One connection, until the peer closes it or its control stream ends.
-async fn converse(mut stream: TcpStream, terms: Terms, inbox: Arc<dyn Inbox>) -> Result<(), Closed> {
-    super::prepare(&stream, &terms)?;
-    let welcome = timeout(terms.handshake, welcome(&mut stream, &*inbox)).await;
-    let admission = welcome.map_err(|_| Closed::Silent)??;
-    let connection = Connection::new(stream, terms, inbox);
-    admission.ended.run_until_cancelled(connection.run()).await.unwrap_or(Ok(()))
-}
-
-/// Takes a hello and answers it.
-async fn welcome(stream: &mut TcpStream, inbox: &dyn Inbox) -> Result<Admission, Closed> {
-    let mut head = [0; HELLO_BYTES];
-    stream.read_exact(&mut head).await?;
-    let hello = Hello::decode(head)?;
-    let mut terms = vec![0; hello.terms_bytes()];
-    stream.read_exact(&mut terms).await?;
-    let admission = inbox.link(&hello.link()).ok_or(HelloError::Link)?;
-    if !hello.proven(&admission.key, &terms) {
-        return Err(HelloError::Unproven.into());
-    }
-    if hello.kind() != Some(TransportKind::Tcp) {
-        return Err(HelloError::Kind.into());
-    }
-    stream.write_all(&hello.answer(&admission.key, &[])).await?;
-    Ok(admission)
-}
-
-struct Connection {
+/// One connection.
+pub(super) struct Reader {
     stream: TcpStream,
     terms: Terms,
     inbox: Arc<dyn Inbox>,
@@ -126,14 +59,18 @@ struct Connection {
     scrap: Vec<u8>,
 }
 
-impl Connection {
-    fn new(stream: TcpStream, terms: Terms, inbox: Arc<dyn Inbox>) -> Self {
+impl Reader {
+    pub(super) fn new(stream: TcpStream, terms: Terms, inbox: Arc<dyn Inbox>) -> Self {
         let (head, table, crcs, scrap) = ([0; HEADER_BYTES], Vec::new(), Vec::new(), Vec::new());
         Self { stream, terms, inbox, head, have: 0, table, crcs, scrap }
     }
 
     /// Reads frames until the peer closes.
-    async fn run(mut self) -> Result<(), Closed> {
+    pub(super) async fn run(mut self) -> Result<(), port::Closed> {
+        Ok(self.read_frames().await?)
+    }
+
+    async fn read_frames(&mut self) -> Result<(), Closed> {
         while self.read_head().await? {
             let header = Header::decode(&self.head, Form::Carried, self.terms.slice_bytes)?;
             self.have = 0;

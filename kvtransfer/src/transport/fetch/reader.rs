@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Piece, RemoteRegion, digest::digest};
+use super::{DONE, Piece, RemoteRegion, WANTED, digest::digest};
 use crate::{
     session::Claim,
     transport::{
@@ -49,9 +49,9 @@ pub(crate) fn serve(
             if !Header::proven(landing.data_key(), &head, &table) {
                 return Err(Closed::Unproven);
             }
-            fetch(&header, &table, &*landing, region, terms)?;
+            fetch(&header, &table, &*landing, wire, region, terms)?;
         }
-        wire.write_all(&[1])?;
+        wire.write_all(&[DONE])?;
     }
     Ok(())
 }
@@ -77,6 +77,7 @@ fn fetch(
     header: &Header,
     table: &[u8],
     landing: &dyn Landing,
+    wire: &mut impl Write,
     region: &mut dyn RemoteRegion,
     terms: Terms,
 ) -> Result<(), Closed> {
@@ -96,13 +97,18 @@ fn fetch(
         let local = landing.place(run.layer, block).map_err(io::Error::other)?;
         pieces.push(Piece { remote: entry.offset, local, len });
     }
+    if region.asks() {
+        wire.write_all(&[WANTED])?;
+    }
     if let Err(error) = region.read(&pieces, Instant::now() + terms.stall) {
         claimed.interrupted(&format!("the peer's memory cannot be read: {error}"));
         return Err(error.into());
     }
     for (block, sum) in run.blocks().zip(sums) {
-        let content = landing.content(run.layer, block).map_err(io::Error::other)?;
-        if digest(landing.data_key(), run.layer, block, content) != sum {
+        let copy_out = |from, into: &mut [u8]| landing.copy_out(run.layer, block, from, into);
+        let found =
+            digest(landing.data_key(), (run.layer, block), len, copy_out).map_err(io::Error::other)?;
+        if found != sum {
             claimed.damaged(block);
             return Ok(());
         }

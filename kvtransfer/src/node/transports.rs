@@ -1,0 +1,78 @@
+//! Which of the transports that a node is given can be had on this host.
+
+use std::{io, sync::Arc};
+
+use super::config::TransportConfig;
+use crate::{
+    Region, TransferError,
+    transport::{DataPort, Fetched, Medium, Observed, Shm, Tcp, Terms, Transport},
+};
+
+/// Those that can be had, in their order; the others are logged with the reason. None at all is an error.
+pub(super) fn open(
+    configs: Vec<TransportConfig>,
+    region: &Region,
+    port: &Arc<DataPort>,
+    terms: Terms,
+) -> Result<Vec<Observed>, TransferError> {
+    let mut transports: Vec<Observed> = Vec::new();
+    let mut reasons = Vec::new();
+    for config in configs {
+        let kind = config.kind();
+        if transports.iter().any(|other| other.kind() == kind) {
+            return Err(TransferError::Invalid(format!("transport {kind} is named twice")));
+        }
+        match open_one(config, region, port, terms) {
+            Ok(transport) => transports.push(Observed::new(transport, terms.slice_bytes.into())),
+            Err(reason) => {
+                tracing::info!(%reason, "KV caches will not travel over {kind}");
+                reasons.push(format!("{kind}: {reason}"));
+            }
+        }
+    }
+    if transports.is_empty() {
+        return Err(TransferError::Invalid(format!("no transport can be had ({})", reasons.join("; "))));
+    }
+    Ok(transports)
+}
+
+fn open_one(
+    config: TransportConfig,
+    region: &Region,
+    port: &Arc<DataPort>,
+    terms: Terms,
+) -> io::Result<Box<dyn Transport>> {
+    let fetched = |medium: Arc<dyn Medium>| -> Box<dyn Transport> {
+        Box::new(Fetched::new(medium, port.clone(), terms))
+    };
+    let in_place = || match region.is_on_device() {
+        true => Err(io::Error::other("the KV pool is a device's memory, which the CPU cannot read in place")),
+        false => Ok(()),
+    };
+    match config {
+        TransportConfig::Tcp { connections } => {
+            in_place()?;
+            Ok(Box::new(Tcp::new(port.clone(), connections, terms)))
+        }
+        TransportConfig::Shm => {
+            in_place()?;
+            Ok(Box::new(Shm::new(region, terms)?))
+        }
+        TransportConfig::Rdma => {
+            in_place()?;
+            Ok(fetched(rdma(region)?))
+        }
+        TransportConfig::Hixl(config) => Ok(fetched(config.hixl(region)?)),
+        TransportConfig::Hccl(config) => Ok(fetched(config.hccl(region, terms.stall)?)),
+    }
+}
+
+#[cfg(all(feature = "rdma", target_os = "linux", target_pointer_width = "64"))]
+fn rdma(region: &Region) -> io::Result<Arc<dyn Medium>> {
+    Ok(Arc::new(crate::transport::RdmaMedium::open(region)?))
+}
+
+#[cfg(not(all(feature = "rdma", target_os = "linux", target_pointer_width = "64")))]
+fn rdma(_: &Region) -> io::Result<Arc<dyn Medium>> {
+    Err(io::Error::other("this build has no RDMA (feature `rdma`, 64-bit Linux)"))
+}

@@ -1,0 +1,198 @@
+//! The data port: where peers' connections arrive over TCP, whatever they are for. A connection begins with a hello that
+//! shows which control stream it belongs to, and ends with that.
+
+use std::{collections::HashMap, io, net::TcpListener, pin::Pin, sync::Arc, time::Duration};
+
+use parking_lot::Mutex;
+use socket2::{SockRef, TcpKeepalive};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    sync::Semaphore,
+    time::{sleep, timeout},
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use super::{
+    Destination, Inbox, Terms, TransportKind,
+    hello::{ANSWER_BYTES, HELLO_BYTES, Hello, HelloError},
+    key::DataKey,
+};
+use crate::TransferError;
+
+/// How often a quiet connection is asked for a sign of life.
+const KEEP_ALIVE: Duration = Duration::from_secs(5);
+/// Pause after `accept` itself failed, e.g. for want of file descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Where a node's peers bring data connections.
+#[derive(Debug)]
+pub struct DataPortConfig {
+    pub listener: TcpListener,
+    /// `host:port` at which peers reach `listener`; `None` = its local address.
+    pub advertise: Option<String>,
+    /// Connections accepted in all.
+    pub connections: usize,
+}
+
+impl DataPortConfig {
+    /// Over this listener, with the usual number of connections.
+    pub fn new(listener: TcpListener) -> Self {
+        Self { listener, advertise: None, connections: 1024 }
+    }
+}
+
+/// A connection whose hello has been proven, and not yet answered.
+pub(crate) struct Greeted {
+    pub(crate) stream: TcpStream,
+    pub(crate) hello: Hello,
+    pub(crate) key: DataKey,
+}
+
+pub(crate) type Handling = Pin<Box<dyn Future<Output = Result<(), Closed>> + Send>>;
+type Handler = Arc<dyn Fn(Greeted) -> Handling + Send + Sync>;
+
+/// Why a data connection is closed from this side.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Closed {
+    #[error(transparent)]
+    Hello(#[from] HelloError),
+    #[error("no hello within the handshake deadline")]
+    Silent,
+    #[error("{0}")]
+    Misbehaved(String),
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+/// See the module.
+pub(crate) struct DataPort {
+    listener: Mutex<Option<tokio::net::TcpListener>>,
+    connections: usize,
+    address: String,
+    handlers: Mutex<HashMap<TransportKind, Handler>>,
+    terms: Terms,
+}
+
+impl DataPort {
+    /// Must be called within a tokio runtime.
+    pub(crate) fn new(config: DataPortConfig, terms: Terms) -> Result<Arc<Self>, TransferError> {
+        let DataPortConfig { listener, advertise, connections } = config;
+        if connections == 0 {
+            return Err(TransferError::Invalid("data connections must be at least 1".into()));
+        }
+        let failed = |what| move |error: io::Error| TransferError::Io { what, reason: error.to_string() };
+        let local = listener.local_addr().map_err(failed("read the data listener's address"))?;
+        listener.set_nonblocking(true).map_err(failed("make the data listener non-blocking"))?;
+        let listener =
+            tokio::net::TcpListener::from_std(listener).map_err(failed("register the data listener"))?;
+        let (listener, handlers) = (Mutex::new(Some(listener)), Mutex::default());
+        let address = advertise.unwrap_or_else(|| local.to_string());
+        Ok(Arc::new(Self { listener, connections, address, handlers, terms }))
+    }
+
+    /// `host:port`, as peers are told.
+    pub(crate) fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// Connections of this kind go to `handler` from now on.
+    pub(crate) fn handle(
+        &self,
+        kind: TransportKind,
+        handler: impl Fn(Greeted) -> Handling + Send + Sync + 'static,
+    ) {
+        self.handlers.lock().insert(kind, Arc::new(handler));
+    }
+
+    /// Accepts connections until `stop`; over the limit, one is closed at once. To be called once.
+    pub(crate) async fn serve(
+        self: Arc<Self>,
+        inbox: Arc<dyn Inbox>,
+        tasks: TaskTracker,
+        stop: CancellationToken,
+    ) {
+        let Some(listener) = self.listener.lock().take() else { return };
+        let permits = Arc::new(Semaphore::new(self.connections));
+        while let Some(accepted) = stop.run_until_cancelled(listener.accept()).await {
+            let (stream, peer) = match accepted {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    tracing::warn!(%error, "cannot accept data connections for the moment");
+                    sleep(ACCEPT_PAUSE).await;
+                    continue;
+                }
+            };
+            let Ok(permit) = permits.clone().try_acquire_owned() else {
+                tracing::warn!(%peer, limit = self.connections, "data connection refused: too many are open");
+                continue;
+            };
+            let (port, inbox, stop) = (self.clone(), inbox.clone(), stop.clone());
+            tasks.spawn(async move {
+                let _permit = permit;
+                match stop.run_until_cancelled(port.converse(stream, inbox)).await {
+                    Some(Err(Closed::Io(error))) => tracing::debug!(%peer, %error, "data connection ended"),
+                    Some(Err(reason)) => tracing::warn!(%peer, %reason, "data connection closed"),
+                    Some(Ok(())) | None => {}
+                }
+            });
+        }
+    }
+
+    /// One connection, until the peer closes it or its control stream ends.
+    async fn converse(&self, mut stream: TcpStream, inbox: Arc<dyn Inbox>) -> Result<(), Closed> {
+        prepare(&stream, &self.terms)?;
+        let hello =
+            timeout(self.terms.handshake, read_hello(&mut stream)).await.map_err(|_| Closed::Silent)??;
+        let admission = inbox.link(&hello.link()).ok_or(HelloError::Link)?;
+        if !hello.proven(&admission.key, &[]) {
+            return Err(HelloError::Unproven.into());
+        }
+        let handler = hello.kind().and_then(|kind| self.handlers.lock().get(&kind).cloned());
+        let handling = handler.ok_or(HelloError::Kind)?(Greeted { stream, hello, key: admission.key });
+        admission.ended.run_until_cancelled(handling).await.unwrap_or(Ok(()))
+    }
+}
+
+async fn read_hello(stream: &mut TcpStream) -> Result<Hello, Closed> {
+    let mut head = [0; HELLO_BYTES];
+    stream.read_exact(&mut head).await?;
+    let hello = Hello::decode(head)?;
+    match hello.terms_bytes() {
+        0 => Ok(hello),
+        bytes => Err(HelloError::Terms(bytes as u32).into()),
+    }
+}
+
+/// Connects to a peer's data port and exchanges hellos; also what the peer said of itself.
+pub(crate) async fn connect(
+    kind: TransportKind,
+    to: &Destination,
+    terms: &Terms,
+) -> io::Result<(TcpStream, Hello, Vec<u8>)> {
+    let late = |_| io::Error::new(io::ErrorKind::TimedOut, "connecting took too long");
+    let mut stream = timeout(terms.handshake, TcpStream::connect(&to.address)).await.map_err(late)??;
+    prepare(&stream, terms)?;
+    let greet = async {
+        let (bytes, hello) = Hello::encode(kind, &to.pass, &[]);
+        stream.write_all(&bytes).await?;
+        let mut head = [0; ANSWER_BYTES];
+        stream.read_exact(&mut head).await?;
+        let mut said = vec![0; Hello::answer_terms_bytes(&head).map_err(io::Error::other)?];
+        stream.read_exact(&mut said).await?;
+        match hello.answered(&to.pass.key, &head, &said) {
+            true => Ok((hello, said)),
+            false => Err(io::Error::other("what listens there is not the peer")),
+        }
+    };
+    let (hello, said) = timeout(terms.handshake, greet).await.map_err(late)??;
+    Ok((stream, hello, said))
+}
+
+/// Sets a connection up so that a peer that has vanished is noticed, whether anything is on its way or not.
+fn prepare(stream: &TcpStream, terms: &Terms) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    let socket = SockRef::from(stream);
+    socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(KEEP_ALIVE).with_interval(KEEP_ALIVE))?;
+    socket.set_tcp_user_timeout(Some(terms.stall))
+}

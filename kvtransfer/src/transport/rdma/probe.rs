@@ -1,0 +1,50 @@
+//! Whether this machine can do RDMA, and if not why.
+
+use super::{device::Device, library::Library};
+
+/// A port that RDMA can use.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Port {
+    /// Its device, e.g. `mlx5_0`.
+    pub(crate) device: String,
+    /// Counted from 1.
+    pub(crate) number: u8,
+    /// Its RoCEv2 address.
+    pub(crate) gid: std::net::Ipv6Addr,
+}
+
+impl std::fmt::Display for Port {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{} ({})", self.device, self.number, self.gid)
+    }
+}
+
+/// Why there is no RDMA.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Unavailable {
+    #[error(
+        "the RDMA library cannot be used ({0}); install rdma-core (Debian: libibverbs1 and ibverbs-providers)"
+    )]
+    Library(String),
+    #[error("there is no RDMA device, or this process may not see it (/dev/infiniband)")]
+    NoDevice,
+    #[error("no RDMA port can be used: {}", .0.join("; "))]
+    NoPort(Vec<String>),
+}
+
+/// The RDMA ports that can be used now.
+pub(crate) fn probe() -> Result<Vec<Port>, Unavailable> {
+    let mut ports = Vec::new();
+    let mut reasons = Vec::new();
+    for device in Device::open_all(Library::get()?, &mut reasons)? {
+        for number in device.port_numbers() {
+            match device.port(number) {
+                Ok(port) => {
+                    ports.push(Port { device: device.name().to_owned(), number, gid: port.gid.into() })
+                }
+                Err(reason) => reasons.push(reason),
+            }
+        }
+    }
+    if ports.is_empty() { Err(Unavailable::NoPort(reasons)) } else { Ok(ports) }
+}
