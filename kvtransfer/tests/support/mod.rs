@@ -14,8 +14,8 @@ use std::{
 };
 
 use baton_kvtransfer::{
-    DataPortConfig, ExpectSpec, FleetSecret, KvLayout, KvNode, Limits, NodeConfig, OfferSpec, Reclaimed,
-    Region, TransportConfig, TransportKind,
+    DataPortConfig, DeviceMemory, ExpectSpec, FleetSecret, KvLayout, KvNode, Limits, NodeConfig, OfferSpec,
+    Reclaimed, Region, TransportConfig, TransportKind,
 };
 use baton_proto::{Incarnation, InstanceId, TransferId};
 use memmap2::MmapMut;
@@ -27,14 +27,21 @@ pub const BLOCKS: u32 = 64;
 pub const SLICE: usize = 3000;
 pub const BLOCK_TOKENS: u32 = 16;
 
-/// A pool's memory, `[layer][block]`, reached by raw pointers as a device's would be; a file's, so that it can be shared.
+/// A pool's memory, `[layer][block]`, reached by raw pointers as a device's would be.
 pub struct Pool {
     base: NonNull<u8>,
     bytes: usize,
     slice: usize,
     blocks: u32,
-    file: Arc<File>,
-    _map: MmapMut,
+    memory: Memory,
+}
+
+/// What a pool is made of.
+enum Memory {
+    /// A file's, so that it can be shared.
+    File { file: Arc<File>, _map: MmapMut },
+    /// An emulated device's, which the tests can reach all the same.
+    Device(Arc<dyn DeviceMemory>),
 }
 
 // SAFETY: plain memory that goes with the pool; the tests touch only blocks that no node has.
@@ -50,12 +57,35 @@ impl Pool {
         // SAFETY: nobody but the pool and what it is lent to has the file.
         let mut map = unsafe { MmapMut::map_mut(&file).expect("mapped") };
         let base = NonNull::new(map.as_mut_ptr()).expect("a mapping has an address");
-        Arc::new(Self { base, bytes, slice, blocks, file: Arc::new(file), _map: map })
+        Arc::new(Self {
+            base,
+            bytes,
+            slice,
+            blocks,
+            memory: Memory::File { file: Arc::new(file), _map: map },
+        })
+    }
+
+    /// One of an emulated device's memory, zeroed, which is never freed.
+    pub fn on_device(
+        layout: &KvLayout,
+        blocks: u32,
+        device: Arc<dyn DeviceMemory>,
+        allocate: impl FnOnce(usize) -> NonNull<u8>,
+    ) -> Arc<Self> {
+        let slice = layout.slice_bytes as usize;
+        let bytes = layout.layers as usize * blocks as usize * slice;
+        let base = allocate(bytes);
+        Arc::new(Self { base, bytes, slice, blocks, memory: Memory::Device(device) })
     }
 
     pub fn region(self: &Arc<Self>) -> Region {
-        // SAFETY: the mapping lives in the owner; blocks lent to a node are left alone by the tests.
-        unsafe { Region::new(self.clone(), self.base, self.bytes) }.backed_by(self.file.clone())
+        // SAFETY: the memory lives in the owner; blocks lent to a node are left alone by the tests.
+        let region = unsafe { Region::new(self.clone(), self.base, self.bytes) };
+        match &self.memory {
+            Memory::File { file, .. } => region.backed_by(file.clone()),
+            Memory::Device(device) => region.on_device(device.clone()),
+        }
     }
 
     fn slice_ptr(&self, layer: u32, block: u32) -> *mut u8 {
@@ -124,6 +154,8 @@ pub struct Setup {
     /// Data connections, accepted in all.
     pub connections: usize,
     pub secret: Option<FleetSecret>,
+    /// `None` = a file's memory.
+    pub pool: Option<Arc<Pool>>,
 }
 
 impl Default for Setup {
@@ -138,6 +170,7 @@ impl Default for Setup {
             transports: vec![TransportConfig::Tcp { connections: 2 }],
             connections: 1024,
             secret: None,
+            pool: None,
         }
     }
 }
@@ -163,7 +196,8 @@ impl Peer {
     }
 
     pub fn start_with(name: &str, setup: Setup) -> Self {
-        let pool = Pool::new(setup.layout.layers, setup.blocks, setup.layout.slice_bytes as usize);
+        let new_pool = || Pool::new(setup.layout.layers, setup.blocks, setup.layout.slice_bytes as usize);
+        let pool = setup.pool.unwrap_or_else(new_pool);
         let reclaimed = Arc::new(Mutex::new(Vec::new()));
         let (stop, sink) = (CancellationToken::new(), reclaimed.clone());
         let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
