@@ -78,11 +78,10 @@ impl TransferError {
             Self::DeadlineExceeded { .. } => ErrorCode::DeadlineExceeded,
             Self::Cancelled(_) => ErrorCode::Cancelled,
             Self::NotNeeded(_) => ErrorCode::NotNeeded,
-            Self::Unauthenticated
-            | Self::DataPath(_)
-            | Self::Damaged { .. }
-            | Self::Protocol(_)
-            | Self::SealMismatch { .. } => ErrorCode::HandoffFailed,
+            Self::Unauthenticated | Self::DataPath(_) | Self::Protocol(_) | Self::SealMismatch { .. } => {
+                ErrorCode::HandoffFailed
+            }
+            Self::Damaged { .. } => ErrorCode::KvDamaged,
             Self::ShuttingDown => ErrorCode::Unavailable,
             Self::Io { .. } => ErrorCode::Internal,
         }

@@ -115,7 +115,7 @@ async fn a_flipped_bit_aborts_the_transfer_and_names_the_block() {
         bytes[at] ^= 0x10;
         write(&mut scene.data, &bytes).await;
         let block = ((at - 64 - 12) / SLICE) as u32;
-        let (error, _) = scene.fails(ErrorCode::HandoffFailed).await;
+        let (error, _) = scene.fails(ErrorCode::KvDamaged).await;
         assert_eq!(error, TransferError::Damaged { layer: 2, block });
     }
 }
@@ -127,7 +127,7 @@ async fn the_connection_of_a_damaged_transfer_serves_others_on() {
     bytes[64 + 12] ^= 1;
     write(&mut scene.data, &bytes).await;
     within("the refusal", 10, scene.incoming.sealed()).await.expect_err("damaged");
-    assert_eq!(scene.sender.aborted().await.code(), v1::ErrorCode::HandoffFailed);
+    assert_eq!(scene.sender.aborted().await.code(), v1::ErrorCode::KvDamaged);
     // A late frame of the same transfer is read past, and one of the next transfer lands.
     scene.send(&scene.frame(1, 0, 3)).await;
     scene.id = TransferId::generate();

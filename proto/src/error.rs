@@ -27,6 +27,7 @@ pub enum ErrorCode {
     Unsupported,
     NotNeeded,
     MethodNotAllowed,
+    KvDamaged,
 }
 
 struct Row {
@@ -71,6 +72,7 @@ const TABLE: &[Row] = table! {
     Unsupported,           Unimplemented,      400, "invalid_request_error", "unsupported";
     NotNeeded,             Cancelled,          499, "server_error",          "not_needed";
     MethodNotAllowed,      Unimplemented,      405, "invalid_request_error", "method_not_allowed";
+    KvDamaged,             Aborted,            502, "server_error",          "kv_damaged";
 };
 
 impl ErrorCode {

@@ -138,16 +138,29 @@ async fn a_damaged_slice_ends_its_request_and_is_never_found_in_the_cache() {
     let through_the_wire = Shape { wire: true, ..Shape::default() };
     let mut pair = Pair::start(Shape::default(), through_the_wire).await;
     let request = Request::greedy(90, 10);
+    // With it both sides hold the first blocks.
+    let start = Request { prompt: request.prompt[..60].to_vec(), ..Request::greedy(60, 2) };
+    pair.dispatch(1, &start).await;
+    assert_eq!(pair.completion(1).await, start.expected());
+    pair.until_idle().await;
+    let cached =
+        |pair: &Pair| [&pair.prefill, &pair.decode].map(|side| side.metric("baton_server_kv_blocks_cached"));
+    assert!(cached(&pair).iter().all(|&blocks| blocks > 0.0));
     pair.decode.faults.wire.store(1, Ordering::Relaxed);
-    pair.dispatch(1, &request).await;
-    assert_eq!(pair.to_decode.until_end(1).await.failed(), ErrorCode::HandoffFailed);
-    pair.to_prefill.until_end(1).await.failed();
+    pair.dispatch(2, &request).await;
+    assert_eq!(pair.to_decode.until_end(2).await.failed(), ErrorCode::KvDamaged);
+    assert_eq!(pair.to_prefill.until_end(2).await.failed(), ErrorCode::KvDamaged);
     pair.until_idle().await;
     assert_eq!(pair.decode.faults.wire.load(Ordering::Relaxed), 0, "nothing was damaged");
-    assert_eq!(pair.decode.metric("baton_server_kv_blocks_cached"), 0.0);
-    pair.dispatch(2, &request).await;
-    assert_eq!(pair.completion(2).await, request.expected());
-    assert_eq!(pair.decode.metric("baton_server_handoff_held_blocks_total"), 0.0);
+    assert_eq!(cached(&pair), [0.0, 0.0], "its prompt's blocks are in quarantine on both sides");
+    let held = pair.decode.metric("baton_server_handoff_held_blocks_total");
+    pair.dispatch(3, &request).await;
+    assert_eq!(pair.completion(3).await, request.expected());
+    assert_eq!(
+        pair.decode.metric("baton_server_handoff_held_blocks_total"),
+        held,
+        "all of it was sent again"
+    );
     pair.until_idle().await;
 
     // One among many.

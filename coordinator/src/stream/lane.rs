@@ -124,6 +124,7 @@ impl Lane {
             ErrorCode::InstanceLost
                 | ErrorCode::StaleEpoch
                 | ErrorCode::HandoffFailed
+                | ErrorCode::KvDamaged
                 | ErrorCode::Unavailable
         );
         if worth_it && self.consumed().all(|tokens| tokens == 0) {

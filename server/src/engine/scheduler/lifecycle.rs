@@ -179,12 +179,16 @@ impl Scheduler {
     }
 
     /// A transfer is over and touches its sequence's blocks no more. For a prefill leg `Ok` means that decode has the
-    /// cache; for a decode leg only errors come here, see [`Self::received`].
+    /// cache; for a decode leg only errors come here, see [`Self::received`]. After damage neither side lets others take
+    /// blocks of that prompt: which of them is wrong, and on which side, cannot be known.
     pub fn transfer_ended(&mut self, id: SequenceId, result: Result<(), ApiError>) {
         let Some(sequence) = self.sequences.get_mut(&id) else { return };
         if !sequence.transfers() {
             debug_assert!(false, "{sequence:?} had no transfer");
             return;
+        }
+        if result.as_ref().is_err_and(|error| error.code == ErrorCode::KvDamaged) {
+            self.blocks.distrust(&sequence.blocks);
         }
         let end = match result {
             Ok(()) if sequence.state == State::HandingOff => sequence.finished(FinishReason::HandedOff),
