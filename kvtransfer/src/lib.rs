@@ -130,4 +130,6 @@ pub use node::{
     Direction, ExpectSpec, FleetSecret, HandoffService, Incoming, KvNode, Limits, NodeConfig, NodeStats,
     OfferSpec, Outgoing, Progress, Reclaimed, Sealed, TransferStats, TransportConfig,
 };
-pub use transport::{AscendConfig, DataPortConfig, TransportKind, TransportProbe, TransportStats, probe};
+pub use transport::{
+    AscendConfig, DataPortConfig, Faults, TransportKind, TransportProbe, TransportStats, probe,
+};

@@ -11,7 +11,7 @@ use baton_proto::{Incarnation, InstanceId, TransferId};
 use super::secret::FleetSecret;
 use crate::{
     FirstTokens, KvLayout, Region, TransferError,
-    transport::{AscendConfig, DataPortConfig, Terms, TransportKind},
+    transport::{AscendConfig, DataPortConfig, Faults, Terms, TransportKind},
 };
 
 /// How a node is set up. There is one node for each server process.
@@ -56,7 +56,7 @@ impl fmt::Debug for NodeConfig {
 }
 
 /// A way for slices to travel, as a node is given it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum TransportConfig {
     /// Between processes of one host; needs a region that is `backed_by` a file.
     Shm,
@@ -70,6 +70,8 @@ pub enum TransportConfig {
     Hixl(AscendConfig),
     /// As `Hixl`, through HCCL; the region must be the device's memory.
     Hccl(AscendConfig),
+    /// Another one, with faults by a seed: for tests of what stands above.
+    Faulty(Box<TransportConfig>, Faults),
 }
 
 impl TransportConfig {
@@ -80,6 +82,7 @@ impl TransportConfig {
             Self::Rdma => TransportKind::Rdma,
             Self::Hixl(_) => TransportKind::Hixl,
             Self::Hccl(_) => TransportKind::Hccl,
+            Self::Faulty(config, _) => config.kind(),
         }
     }
 }

@@ -222,6 +222,7 @@ impl Shell for Outbound {
                     }),
                 );
             }
+            SenderCommand::Doubt => self.send(state, Body::Doubt(v1::Doubt {})),
             SenderCommand::Abort(reason) => {
                 self.send(state, Body::Abort(v1::Abort { reason: Some(ApiError::from(reason).into()) }));
             }

@@ -10,7 +10,8 @@ use super::Node;
 use crate::transport::{Destination, LinkPass, Observed, Outbox, Path, Transport, TransportKind};
 
 /// The pause before the second attempt to open a path; each further one is twice as long.
-const FIRST_PAUSE: Duration = Duration::from_millis(20);
+const FIRST_PAUSE: Duration = Duration::from_millis(10);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 /// A path that stood for so long had nothing wrong with its transport.
 const SOUND: Duration = Duration::from_secs(60);
 
@@ -56,26 +57,30 @@ impl Route {
     pub(super) async fn keep(mut self, node: &Node, stop: &CancellationToken) -> String {
         let (mut attempts, mut pause) = (0, FIRST_PAUSE);
         loop {
-            let why = match self.open(node, stop).await {
+            match self.open(node, stop).await {
                 Ok((at, path)) => {
-                    let opened = Instant::now();
+                    attempts = 0;
+                    let (opened, sent) = (Instant::now(), self.outbox.sent());
                     let why = path.broken().await.to_owned();
                     let choice = &mut self.choices[at];
                     if opened.elapsed() >= SOUND {
-                        (attempts, pause, choice.failures) = (0, FIRST_PAUSE, 0);
+                        choice.failures = 0;
                     }
                     choice.failures += 1;
                     tracing::debug!(transport = %choice.kind, %why, "data path broke");
-                    why
+                    if self.outbox.sent() > sent {
+                        pause = FIRST_PAUSE; // it was of use
+                    }
                 }
-                Err(why) => why,
-            };
-            attempts += 1;
-            if attempts >= node.limits.connect_attempts {
-                return why;
+                Err(why) => {
+                    attempts += 1;
+                    if attempts >= node.limits.connect_attempts {
+                        return why;
+                    }
+                }
             }
             sleep(pause + pause.mul_f64(rand::random::<f64>() / 2.0)).await;
-            pause *= 2;
+            pause = (pause * 2).min(LONGEST_PAUSE);
         }
     }
 

@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     FirstTokens, TransferError,
-    session::{OfferTerms, SealTerms, Shape, Tally},
+    session::{OfferTerms, Receiver, SealTerms, Shape, Tally},
 };
 
 /// The gRPC service; mount it with `KvNode::handoff_service`.
@@ -151,6 +151,10 @@ fn handle(node: &Arc<Node>, link: &Arc<PeerLink>, message: v1::SenderMessage) ->
                     Vec::new()
                 })
             });
+            Ok(())
+        }
+        sender_message::Body::Doubt(_) => {
+            of_live(node, link, id, |inbound, _| inbound.over_link(link, Receiver::doubted));
             Ok(())
         }
         sender_message::Body::Abort(abort) => {

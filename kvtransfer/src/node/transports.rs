@@ -5,7 +5,7 @@ use std::{io, sync::Arc};
 use super::config::TransportConfig;
 use crate::{
     Region, TransferError,
-    transport::{DataPort, Fetched, Medium, Observed, Shm, Tcp, Terms, Transport},
+    transport::{DataPort, Faulty, Fetched, Medium, Observed, Shm, Tcp, Terms, Transport},
 };
 
 /// Those that can be had, in their order; the others are logged with the reason. None at all is an error.
@@ -61,6 +61,9 @@ fn open_one(
         TransportConfig::Rdma => {
             in_place()?;
             Ok(fetched(rdma(region)?))
+        }
+        TransportConfig::Faulty(config, faults) => {
+            Ok(Box::new(Faulty::new(open_one(*config, region, port, terms)?, faults)))
         }
         TransportConfig::Hixl(config) => Ok(fetched(config.hixl(region)?)),
         TransportConfig::Hccl(config) => Ok(fetched(config.hccl(region, terms.stall)?)),

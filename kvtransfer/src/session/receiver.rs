@@ -267,6 +267,15 @@ impl Receiver {
         ]
     }
 
+    /// The sender says that what has not arrived of a sealed transfer will not come.
+    pub(crate) fn doubted(&mut self) -> Commands {
+        if self.state != ReceiverState::Sealed {
+            return Vec::new();
+        }
+        let lost = "a data connection that carried some of the slices broke at the sender";
+        self.abort(TransferError::DataPath(lost.into()), true)
+    }
+
     /// The sender is alive.
     pub(crate) fn renewed(&mut self, now: Instant) {
         self.lease.heard(now);

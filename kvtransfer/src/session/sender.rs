@@ -38,6 +38,8 @@ pub(crate) enum SenderCommand {
         first_tokens: FirstTokens,
         tally: Tally,
     },
+    /// Tell the receiver that what it lacks will not come.
+    Doubt,
     /// Tell the receiver that the transfer is off.
     Abort(TransferError),
     /// There are runs to take.
@@ -255,13 +257,14 @@ impl Sender {
         self.settle_abort()
     }
 
-    /// A connection that carried some of the slices broke, so they may not have arrived. What is sealed waits for the
+    /// A connection that carried some of the slices broke, so they may not have arrived. What is sealed asks for the
     /// receiver's verdict.
     pub(crate) fn path_lost(&mut self, why: &str) -> Commands {
         match self.state {
             SenderState::Accepted | SenderState::Moving => {
                 self.abort(TransferError::DataPath(why.to_owned()), true)
             }
+            SenderState::Sealed if self.link_up => vec![SenderCommand::Doubt],
             _ => Vec::new(),
         }
     }

@@ -8,6 +8,7 @@
 
 mod ascend;
 mod claimed;
+mod faulty;
 pub(crate) mod fetch;
 mod frame;
 mod hello;
@@ -36,6 +37,8 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub use ascend::AscendConfig;
 pub(crate) use claimed::Claimed;
+pub use faulty::Faults;
+pub(crate) use faulty::Faulty;
 pub(crate) use fetch::{Fetched, Medium};
 pub(crate) use hello::{LinkId, LinkPass};
 pub(crate) use key::DataKey;

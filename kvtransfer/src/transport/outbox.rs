@@ -6,7 +6,10 @@
 
 use std::{
     collections::VecDeque,
-    sync::{Arc, atomic::Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use parking_lot::Mutex;
@@ -26,12 +29,19 @@ pub(crate) struct Outbox {
 struct Queue {
     waiting: Mutex<VecDeque<Arc<dyn Departure>>>,
     woken: Notify,
+    /// Runs that were sent.
+    sent: AtomicU64,
 }
 
 impl Outbox {
     /// The same, with what is taken by this handle counted.
     pub(super) fn counted_by(&self, counts: Arc<Counts>) -> Self {
         Self { queue: self.queue.clone(), counts: Some(counts) }
+    }
+
+    /// Runs sent so far, by whichever path.
+    pub(crate) fn sent(&self) -> u64 {
+        self.queue.sent.load(Ordering::Relaxed)
     }
 
     /// Whether both are of one queue.
@@ -67,7 +77,8 @@ impl Outbox {
                 // Back to the end of the line, and on to another lane if one sleeps.
                 self.wake(departure.clone());
             }
-            return Some(Ticket { departure, run: Some(run), counts: self.counts.clone() });
+            let (queue, counts) = (self.queue.clone(), self.counts.clone());
+            return Some(Ticket { departure, run: Some(run), queue, counts });
         }
     }
 }
@@ -76,6 +87,7 @@ impl Outbox {
 pub(crate) struct Ticket {
     departure: Arc<dyn Departure>,
     run: Option<SliceRun>,
+    queue: Arc<Queue>,
     counts: Option<Arc<Counts>>,
 }
 
@@ -92,6 +104,7 @@ impl Ticket {
     /// All of it is on its way.
     pub(crate) fn sent(mut self, sums: &[u32]) {
         if let Some(run) = self.run.take() {
+            self.queue.sent.fetch_add(1, Ordering::Relaxed);
             self.counts.iter().for_each(|counts| counts.sent(run));
             self.departure.sent(run, sums);
         }

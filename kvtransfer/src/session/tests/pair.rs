@@ -12,6 +12,7 @@ enum Message {
     Renew,
     Seal(SealTerms),
     Released,
+    Doubt,
     Abort,
 }
 
@@ -59,6 +60,7 @@ impl World {
                 SenderCommand::Seal { first_tokens, tally } => {
                     Message::Seal(SealTerms { first_tokens, tally })
                 }
+                SenderCommand::Doubt => Message::Doubt,
                 SenderCommand::Abort(_) => Message::Abort,
                 SenderCommand::Complete { .. } => {
                     assert_eq!(self.received, Some(true), "released by a receiver that has not all of it");
@@ -108,6 +110,7 @@ impl World {
                         self.receiver.offer(now, offer(self.shape)).unwrap_or_else(refused)
                     }
                     Some(Message::Seal(seal)) => self.receiver.seal(now, seal),
+                    Some(Message::Doubt) => self.receiver.doubted(),
                     Some(Message::Abort) => self.receiver.peer_aborted(reason()),
                     Some(_) => {
                         self.receiver.renewed(now);

@@ -158,7 +158,9 @@ impl Run {
                     assert_eq!(self.answers, 1);
                     self.settled = true;
                 }
-                SenderCommand::Offer | SenderCommand::Wake => assert_eq!(self.answers, 0),
+                SenderCommand::Offer | SenderCommand::Wake | SenderCommand::Doubt => {
+                    assert_eq!(self.answers, 0)
+                }
                 SenderCommand::Renew | SenderCommand::Abort(_) | SenderCommand::Revoke => {}
             }
             assert!(self.answers <= 1, "two answers");
