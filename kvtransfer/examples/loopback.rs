@@ -112,6 +112,7 @@ impl Pair {
             receiver_incarnation: None,
             prompt_tokens: blocks.len() as u32,
             blocks,
+            priority: 0,
             deadline,
         };
         Ok((expect, offer))

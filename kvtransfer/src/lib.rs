@@ -94,6 +94,7 @@
 //!     receiver_incarnation: None,
 //!     prompt_tokens: 40,
 //!     blocks: vec![0, 1, 9],
+//!     priority: 0,
 //!     deadline,
 //! })?;
 //!

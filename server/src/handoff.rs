@@ -119,7 +119,7 @@ impl Transfers {
         to: Outbound,
         prompt_tokens: u32,
         (blocks, cached): (&[BlockId], u32),
-        deadline: Option<Instant>,
+        (priority, deadline): (i32, Option<Instant>),
     ) -> Result<(), ApiError> {
         let outgoing = self.node.offer(OfferSpec {
             id: to.transfer,
@@ -128,6 +128,7 @@ impl Transfers {
             receiver_incarnation: incarnation(to.receiver_incarnation),
             prompt_tokens,
             blocks: indices(blocks, prompt_tokens.div_ceil(self.block_tokens)),
+            priority,
             deadline: self.deadline(deadline),
         })?;
         let (close, closed) = oneshot::channel();

@@ -170,6 +170,8 @@ pub struct OfferSpec {
     /// The prompt's blocks in order: `layout.blocks_for(prompt_tokens)` pool indices, lent until they come back. Other
     /// transfers may read them at the same time.
     pub blocks: Vec<u32>,
+    /// Among the transfers to one peer: slices of a lower one go first, while the others get every eighth frame.
+    pub priority: i32,
     /// The receiver must have released the transfer by then.
     pub deadline: Instant,
 }

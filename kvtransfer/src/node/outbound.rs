@@ -277,6 +277,10 @@ impl Departure for Outbound {
         self.spec.id
     }
 
+    fn priority(&self) -> i32 {
+        self.spec.priority
+    }
+
     fn data_key(&self) -> Option<DataKey> {
         self.key.get().cloned()
     }

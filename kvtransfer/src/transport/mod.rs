@@ -210,6 +210,8 @@ pub(crate) trait Landing: Send + Sync {
 /// A transfer being sent.
 pub(crate) trait Departure: Send + Sync + 'static {
     fn id(&self) -> TransferId;
+    /// Lower goes first.
+    fn priority(&self) -> i32;
     /// Known once accepted, before any run can be taken.
     fn data_key(&self) -> Option<DataKey>;
 

@@ -1,11 +1,13 @@
 //! Which transfer's slices go next to one peer: round robin over the transfers that have some, one frame each, so that
-//! a long prompt does not hold a short one up.
+//! a long prompt does not hold a short one up. Those of the lowest priority number go first, but for every eighth frame,
+//! which goes to whoever is next in line of the others: nobody starves.
 //!
 //! Fed by sender sessions (`Outbox::wake`), emptied by the transport's lanes. Holds each transfer at most once, so it is
 //! bounded by the number of transfers.
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeMap, VecDeque},
+    ops::Bound,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -27,7 +29,7 @@ pub(crate) struct Outbox {
 
 #[derive(Default)]
 struct Queue {
-    waiting: Mutex<VecDeque<Arc<dyn Departure>>>,
+    waiting: Mutex<Waiting<Arc<dyn Departure>>>,
     woken: Notify,
     /// Runs that were sent.
     sent: AtomicU64,
@@ -52,7 +54,7 @@ impl Outbox {
     /// There is something to take from this transfer. Callable from any thread; never waits.
     pub(crate) fn wake(&self, departure: Arc<dyn Departure>) {
         if !departure.queued().swap(true, Ordering::AcqRel) {
-            self.queue.waiting.lock().push_back(departure);
+            self.queue.waiting.lock().push(departure.priority(), departure);
             self.queue.woken.notify_one();
         }
     }
@@ -69,7 +71,7 @@ impl Outbox {
 
     fn try_next(&self, most: u32) -> Option<Ticket> {
         loop {
-            let departure = self.queue.waiting.lock().pop_front()?;
+            let departure = self.queue.waiting.lock().pop()?;
             // Cleared before taking: a wake from here on queues it again.
             departure.queued().store(false, Ordering::Release);
             let Some(run) = departure.take(most) else { continue };
@@ -80,6 +82,50 @@ impl Outbox {
             let (queue, counts) = (self.queue.clone(), self.counts.clone());
             return Some(Ticket { departure, run: Some(run), queue, counts });
         }
+    }
+}
+
+/// Every so many frames, one goes to those that are not first by priority.
+const TURN: u32 = 8;
+
+/// Who is in line, by priority. No line is empty.
+struct Waiting<T> {
+    lines: BTreeMap<i32, VecDeque<T>>,
+    /// Frames since the others had theirs.
+    first: u32,
+    /// The priority whose turn it was then.
+    turn: i32,
+}
+
+impl<T> Default for Waiting<T> {
+    fn default() -> Self {
+        Self { lines: BTreeMap::new(), first: 0, turn: i32::MIN }
+    }
+}
+
+impl<T> Waiting<T> {
+    fn push(&mut self, priority: i32, one: T) {
+        self.lines.entry(priority).or_default().push_back(one);
+    }
+
+    fn pop(&mut self) -> Option<T> {
+        let (&best, _) = self.lines.first_key_value()?;
+        let mut from = best;
+        self.first += 1;
+        if self.first >= TURN {
+            self.first = 0;
+            let mut after = self.lines.range((Bound::Excluded(self.turn.max(best)), Bound::Unbounded));
+            let mut others = self.lines.range((Bound::Excluded(best), Bound::Unbounded));
+            if let Some((&other, _)) = after.next().or_else(|| others.next()) {
+                (from, self.turn) = (other, other);
+            }
+        }
+        let line = self.lines.get_mut(&from)?;
+        let one = line.pop_front();
+        if line.is_empty() {
+            self.lines.remove(&from);
+        }
+        one
     }
 }
 
@@ -127,5 +173,41 @@ impl Ticket {
 impl Drop for Ticket {
     fn drop(&mut self) {
         self.failed("the data connection was given up");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lower_goes_first_in_turns_and_the_others_get_every_eighth_frame() {
+        let mut waiting = Waiting::default();
+        for (priority, name) in [(5, 'x'), (0, 'a'), (9, 'y'), (0, 'b')] {
+            waiting.push(priority, name);
+        }
+        let priority = |name| match name {
+            'a' | 'b' => 0,
+            'x' => 5,
+            _ => 9,
+        };
+        let mut order = String::new();
+        for _ in 0..32 {
+            let next = waiting.pop().expect("someone is in line");
+            order.push(next);
+            waiting.push(priority(next), next);
+        }
+        assert_eq!(order, "abababaxbabababyabababaxbabababy");
+    }
+
+    #[test]
+    fn whoever_is_alone_has_it_all() {
+        let mut waiting = Waiting::default();
+        assert_eq!(waiting.pop(), None);
+        for round in 0..20 {
+            waiting.push(3, round);
+            assert_eq!(waiting.pop(), Some(round));
+        }
+        assert_eq!(waiting.pop(), None);
     }
 }

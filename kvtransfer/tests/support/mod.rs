@@ -304,6 +304,7 @@ pub fn offer_spec(id: TransferId, to: &Peer, blocks: &[u32]) -> OfferSpec {
         receiver_incarnation: None,
         prompt_tokens: blocks.len() as u32 * BLOCK_TOKENS,
         blocks: blocks.to_vec(),
+        priority: 0,
         deadline: in_secs(30),
     }
 }

@@ -81,6 +81,7 @@ pub enum Effect {
         prompt_tokens: u32,
         blocks: Vec<BlockId>,
         cached: u32,
+        priority: i32,
         deadline: Option<Instant>,
     },
     /// Say by [`Scheduler::offered`] when the transfer of a decode leg has been offered, or that it has not been in time.
@@ -324,7 +325,16 @@ impl Scheduler {
             }
             Work::Prefill(to) => {
                 let (to, blocks) = (to.clone(), blocks());
-                self.effects.push(Effect::Offer { id, to, prompt_tokens, blocks, cached, deadline });
+                let priority = sequence.rank.priority;
+                self.effects.push(Effect::Offer {
+                    id,
+                    to,
+                    prompt_tokens,
+                    blocks,
+                    cached,
+                    priority,
+                    deadline,
+                });
             }
             Work::Whole => {}
         }

@@ -239,9 +239,9 @@ impl Engine {
     fn perform(&mut self) {
         for effect in self.scheduler.take_effects() {
             let begun = match effect {
-                Effect::Offer { id, to, prompt_tokens, blocks, cached, deadline } => self
+                Effect::Offer { id, to, prompt_tokens, blocks, cached, priority, deadline } => self
                     .transfers
-                    .offer(id, to, prompt_tokens, (&blocks, cached), deadline)
+                    .offer(id, to, prompt_tokens, (&blocks, cached), (priority, deadline))
                     .map_err(|error| (id, error)),
                 Effect::Expect { id, from, prompt_tokens, blocks, held, deadline } => self
                     .transfers
