@@ -1,5 +1,6 @@
-//! A process that is killed with SIGKILL in the middle of a transfer: the other side notices, aborts and has its blocks
-//! back. The victim is this test binary itself, started as a child.
+//! A process that is killed with SIGKILL, or frozen with SIGSTOP, in each phase of a transfer: the other side notices,
+//! aborts, has its blocks back and serves on; one that thaws again harms nothing. The victim is this test binary itself,
+//! started as a child.
 
 mod support;
 
@@ -9,33 +10,74 @@ use std::{
     time::Duration,
 };
 
+use baton_kvtransfer::{NodeStats, TransferError, TransportConfig};
 use baton_proto::{ErrorCode, TransferId};
+use rustix::process::{Pid, Signal, kill_process};
 use support::*;
 
 const VICTIM: &str = "BATON_TEST_KV_VICTIM";
+const THERE: [u32; 3] = [1, 2, 3];
+const HERE: [u32; 3] = [7, 8, 9];
+/// Of both sides.
+const LEASE: Duration = Duration::from_secs(1);
 
-/// Not a test of its own: the process that gets killed. Its role comes through the environment; as an ordinary test it
+/// How far the transfer is when its process is struck.
+const PHASES: [&str; 4] = ["offered", "accepted", "moving", "moved"];
+const TRANSPORTS: [&str; 2] = ["tcp", "shm"];
+
+fn over(transport: &str) -> Setup {
+    let transports = match transport {
+        "tcp" => vec![TransportConfig::Tcp { connections: 2 }],
+        _ => vec![TransportConfig::Shm],
+    };
+    Setup { lease: LEASE, transports, ..Setup::default() }
+}
+
+/// What is ready of the transfer in a phase: so many layers.
+fn layers_in(phase: &str) -> u32 {
+    match phase {
+        "moving" => 1,
+        "moved" => LAYERS, // all, and not sealed
+        _ => 0,
+    }
+}
+
+/// Whether a sender's transfer is in a phase.
+fn there(stats: &NodeStats, phase: &str) -> bool {
+    match phase {
+        "offered" => stats.by_transport[0].opened == 1,
+        "accepted" => stats.outgoing_accepted == 1,
+        _ => stats.slices_sent == u64::from(3 * layers_in(phase)),
+    }
+}
+
+/// Not a test of its own: the process that is struck. Its role comes through the environment; as an ordinary test it
 /// has nothing to do.
 #[tokio::test]
 async fn victim() {
     let Ok(role) = std::env::var(VICTIM) else { return };
-    let mut parts = role.split(' ');
-    let peer = Peer::start_with("victim", Setup { lease: Duration::from_secs(2), ..Setup::default() });
-    match (parts.next(), parts.next(), parts.next()) {
-        (Some("prefill"), Some(decode), Some(id)) => {
-            let mut spec = offer_spec(parse_id(id), &peer, &[1, 2, 3]);
+    let words: Vec<&str> = role.split(' ').collect();
+    match words[..] {
+        ["prefill", transport, phase, decode, id] => {
+            let peer = Peer::start_with("victim", over(transport));
+            peer.fill(3, &THERE);
+            let mut spec = offer_spec(parse_id(id), &peer, &THERE);
             (spec.peer, spec.receiver) = (decode.into(), instance("survivor"));
             let outgoing = peer.node.offer(spec).expect("room");
-            outgoing.progress().ready(0, 0..3);
+            (0..layers_in(phase)).for_each(|layer| outgoing.progress().ready(layer, 0..3));
+            until(phase, || there(&peer.node.stats(), phase)).await;
+            println!("\nthere");
             std::future::pending::<()>().await;
         }
-        (Some("decode"), Some(id), None) => {
-            let _incoming =
-                peer.node.expect(expect_spec(parse_id(id), &instance("survivor"), &[7, 8, 9])).expect("room");
-            println!("\nlistening {}", peer.address);
+        ["decode", transport, phase, id] => {
+            let peer = Peer::start_with("victim", over(transport));
+            let incoming =
+                || peer.node.expect(expect_spec(parse_id(id), &instance("survivor"), &HERE)).expect("room");
+            let _incoming = (phase != "offered").then(incoming);
+            println!("\nthere {}", peer.address);
             std::future::pending::<()>().await;
         }
-        other => panic!("not a role: {other:?}"),
+        _ => panic!("not a role: {role}"),
     }
 }
 
@@ -44,7 +86,7 @@ fn parse_id(hex: &str) -> TransferId {
     TransferId::from_bytes(std::array::from_fn(byte))
 }
 
-/// Kills the child also when the test fails.
+/// Ended also when the test fails.
 struct Victim(Child);
 
 impl Victim {
@@ -58,9 +100,20 @@ impl Victim {
         Self(child)
     }
 
-    fn kill(&mut self) {
-        self.0.kill().expect("a child of ours");
-        self.0.wait().expect("a child of ours");
+    /// Waits until it is where it is to be struck, or listens; what it says beside.
+    async fn there(&mut self) -> String {
+        let output = BufReader::new(self.0.stdout.take().expect("piped"));
+        let said = tokio::task::spawn_blocking(move || {
+            let mut lines = output.lines().map_while(Result::ok);
+            let line = lines.find(|line| line.starts_with("there")).expect("the child says that it is there");
+            line.trim_start_matches("there").trim().to_owned()
+        });
+        within("the child", 20, said).await.expect("no panic")
+    }
+
+    fn signal(&self, signal: Signal) {
+        let pid = Pid::from_child(&self.0);
+        kill_process(pid, signal).expect("a child of ours");
     }
 }
 
@@ -71,39 +124,72 @@ impl Drop for Victim {
     }
 }
 
-#[tokio::test]
-async fn decode_outlives_a_killed_prefill() {
-    let decode = Peer::start("survivor");
-    let id = TransferId::generate();
-    let mut incoming = decode.node.expect(expect_spec(id, &instance("victim"), &[4, 5, 6])).expect("room");
-    let mut victim = Victim::start(format!("prefill {} {id}", decode.address));
-    until("slices are moving", || decode.node.stats().slices_received == 3).await;
-    victim.kill();
-    let error = within("noticing", 5, incoming.sealed()).await.expect_err("killed");
-    assert!(matches!(error.code(), ErrorCode::InstanceLost | ErrorCode::HandoffFailed), "{error}");
-    assert_eq!(within("the fence", 5, incoming.close()).await, [4, 5, 6]);
-    decode.idle().await;
+/// Strikes with SIGKILL or SIGSTOP; a frozen one thaws at the end.
+fn cases() -> impl Iterator<Item = (&'static str, &'static str, Signal)> {
+    TRANSPORTS.into_iter().flat_map(|transport| {
+        PHASES.into_iter().flat_map(move |phase| {
+            [Signal::KILL, Signal::STOP].into_iter().map(move |signal| (transport, phase, signal))
+        })
+    })
+}
+
+fn noticed(error: &TransferError, case: &dyn std::fmt::Debug) {
+    let codes = [ErrorCode::InstanceLost, ErrorCode::HandoffFailed];
+    assert!(codes.contains(&error.code()), "{case:?}: {error}");
 }
 
 #[tokio::test]
-async fn prefill_outlives_a_killed_decode() {
-    let prefill = Peer::start("survivor");
-    let id = TransferId::generate();
-    let mut victim = Victim::start(format!("decode {id}"));
-    let output = BufReader::new(victim.0.stdout.take().expect("piped"));
-    let address = tokio::task::spawn_blocking(move || {
-        let line = output.lines().map_while(Result::ok).find(|line| line.starts_with("listening "));
-        line.expect("the child says where it listens").split(' ').nth(1).map(str::to_owned)
-    });
-    let mut spec = offer_spec(id, &prefill, &[1, 2, 3]);
-    spec.peer = within("the child", 20, address).await.expect("no panic").expect("an address");
-    spec.receiver = instance("victim");
-    let mut outgoing = prefill.node.offer(spec).expect("room");
-    outgoing.progress().ready(0, 0..3);
-    until("slices are moving", || prefill.node.stats().slices_sent == 3).await;
-    victim.kill();
-    let error = within("noticing", 5, outgoing.finished()).await.expect_err("killed");
-    assert!(matches!(error.code(), ErrorCode::InstanceLost | ErrorCode::HandoffFailed), "{error}");
-    assert_eq!(outgoing.close().await, [1, 2, 3]);
-    prefill.idle().await;
+async fn decode_outlives_a_prefill_that_is_killed_or_frozen_in_any_phase() {
+    for case in cases() {
+        let (transport, phase, signal) = case;
+        let decode = Peer::start_with("survivor", over(transport));
+        let id = TransferId::generate();
+        let expect = || decode.node.expect(expect_spec(id, &instance("victim"), &HERE)).expect("room");
+        let expected = (phase != "offered").then(expect);
+        let mut victim = Victim::start(format!("prefill {transport} {phase} {} {id}", decode.address));
+        victim.there().await;
+        let landed = u64::from(3 * layers_in(phase));
+        until(phase, || decode.node.stats().slices_received == landed).await;
+        victim.signal(signal);
+        if let Some(mut incoming) = expected {
+            let error = within("noticing", 10, incoming.sealed()).await.expect_err("struck");
+            noticed(&error, &case);
+            assert_eq!(within("the fence", 10, incoming.close()).await, HERE, "{case:?}");
+        }
+        decode.idle().await;
+        // The blocks are another's now, and stay so when the frozen one goes on.
+        let other = Peer::start_with("other", over(transport));
+        let id = TransferId::generate();
+        let mut incoming = decode.node.expect(expect_spec(id, &other.name, &HERE)).expect("room");
+        let mut outgoing = other.node.offer(offer_spec(id, &decode, &THERE)).expect("room");
+        other.fill(4, &THERE);
+        (0..LAYERS).for_each(|layer| outgoing.progress().ready(layer, 0..3));
+        outgoing.seal(1);
+        within("sealed", 10, incoming.sealed()).await.expect("whole");
+        within("finished", 10, outgoing.finished()).await.expect("released");
+        victim.signal(Signal::CONT);
+        tokio::time::sleep(Duration::from_millis(30)).await;
+        assert!(decode.holds(4, &HERE), "{case:?}");
+    }
+}
+
+#[tokio::test]
+async fn prefill_outlives_a_decode_that_is_killed_or_frozen_in_any_phase() {
+    for case in cases() {
+        let (transport, phase, signal) = case;
+        let prefill = Peer::start_with("survivor", over(transport));
+        let id = TransferId::generate();
+        let mut victim = Victim::start(format!("decode {transport} {phase} {id}"));
+        let mut spec = offer_spec(id, &prefill, &THERE);
+        (spec.peer, spec.receiver) = (victim.there().await, instance("victim"));
+        let mut outgoing = prefill.node.offer(spec).expect("room");
+        (0..layers_in(phase)).for_each(|layer| outgoing.progress().ready(layer, 0..3));
+        until(phase, || there(&prefill.node.stats(), phase)).await;
+        victim.signal(signal);
+        let error = within("noticing", 10, outgoing.finished()).await.expect_err("struck");
+        noticed(&error, &case);
+        assert_eq!(within("the fence", 10, outgoing.close()).await, THERE, "{case:?}");
+        prefill.idle().await;
+        victim.signal(Signal::CONT);
+    }
 }
