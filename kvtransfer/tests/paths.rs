@@ -176,3 +176,34 @@ async fn a_fleet_with_a_secret_takes_its_own_only() {
     assert!(refused.message().contains("handoff secret"), "{refused}");
     transfer(&_true_one, &decode, 7).await;
 }
+
+#[tokio::test]
+async fn a_peer_that_takes_no_connection_is_asked_ever_less_often() {
+    let limits = Limits { connect_attempts: 100, ..Limits::default() };
+    let prefill = Peer::start_with("prefill-0", Setup { limits, ..Setup::default() });
+    let decode = Peer::start("decode-0"); // gives the spec its form only
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    // However many transfers wait, one link asks for them all.
+    let outgoing: Vec<_> = (0..20)
+        .map(|block| {
+            let mut spec = offer_spec(TransferId::generate(), &decode, &[block]);
+            spec.peer = listener.local_addr().expect("bound").to_string();
+            prefill.node.offer(spec).expect("room")
+        })
+        .collect();
+    // An attempt may take two connections at once, as the first is lost under it.
+    let (mut pauses, mut before) = (Vec::new(), None::<std::time::Instant>);
+    while pauses.len() < 5 {
+        drop(within("a connection", 10, listener.accept()).await.expect("listening"));
+        let pause =
+            before.replace(std::time::Instant::now()).map_or(Duration::ZERO, |before| before.elapsed());
+        if pause > Duration::from_millis(40) {
+            pauses.push(pause);
+        }
+    }
+    for (pause, least) in pauses.iter().zip([50, 100, 200, 400, 800]) {
+        assert!(*pause >= Duration::from_millis(least) - Duration::from_millis(10), "{pauses:?}");
+    }
+    drop(outgoing);
+    prefill.idle().await;
+}

@@ -176,14 +176,54 @@ pub fn seal(first_token: u32, slices: &[(u32, u32, Vec<u8>)]) -> v1::Seal {
 
 /// What a data connection begins with.
 pub fn data_hello(pass: &Pass, kind: u8) -> Vec<u8> {
+    data_hello_with(pass, kind, &[])
+}
+
+/// With terms.
+pub fn data_hello_with(pass: &Pass, kind: u8, terms: &[u8]) -> Vec<u8> {
     let mut head = b"BKH1".to_vec();
     head.extend([kind, 0, 0, 0]);
     head.extend(&pass.id);
-    head.extend([0; 8]);
+    head.extend((terms.len() as u32).to_le_bytes());
+    head.extend([0; 4]);
     head.extend([5; 16]);
-    let proof = hmac(&pass.key, &[&head]);
+    let proof = hmac(&pass.key, &[&head, terms]);
     head.extend(proof);
+    head.extend(terms);
     head
+}
+
+/// An announcement, field by field.
+#[derive(Clone)]
+pub struct RawNotice {
+    pub id: TransferId,
+    pub layer: u32,
+    pub first: u32,
+    /// (offset in the sender's region, digest) of each slice; that of so short a slice is its CRC32C.
+    pub entries: Vec<(u64, u32)>,
+    pub key: Vec<u8>,
+}
+
+impl RawNotice {
+    pub fn bytes(&self) -> Vec<u8> {
+        let mut head = b"BKN1".to_vec();
+        head.extend(self.layer.to_le_bytes());
+        head.extend(self.id.as_bytes());
+        head.extend(self.first.to_le_bytes());
+        head.extend([0; 4]);
+        head.extend((self.entries.len() as u32).to_le_bytes());
+        head.extend((SLICE as u32).to_le_bytes());
+        head.extend([0; 8]);
+        let table: Vec<u8> = self
+            .entries
+            .iter()
+            .flat_map(|(offset, sum)| [&offset.to_le_bytes()[..], &sum.to_le_bytes()].concat())
+            .collect();
+        let proof = hmac(&self.key, &[&head, &table]);
+        head.extend(proof);
+        head.extend(table);
+        head
+    }
 }
 
 fn hmac(key: &[u8], parts: &[&[u8]]) -> [u8; 16] {
