@@ -405,6 +405,22 @@ fn roles_of_the_gone_fade_from_memory() {
 }
 
 #[test]
+fn no_more_of_the_gone_are_remembered_than_may_be_here() {
+    let mut world = World::new();
+    world.mind.sessions_config.max_instances = 2;
+    for name in ["a", "b", "c", "d"] {
+        let session = world.hello(name, 1, beat(Phase::Waiting, Role::None, 0));
+        world.pass(secs(2), &[session]);
+        world.obey(session);
+        world.event(Event::Bye { session, reason: String::new() });
+    }
+    let remembered: Vec<_> = world.mind.remembered().map(|(id, _)| id.to_string()).collect();
+    assert_eq!(remembered, ["c", "d"], "the longest gone are forgotten");
+    let stored: Vec<_> = world.stored.keys().collect();
+    assert_eq!(stored, ["/baton/v1/roles/c", "/baton/v1/roles/d"]);
+}
+
+#[test]
 fn two_thousand_instances_are_planned_at_once() {
     let mut world = World::new();
     world.mind.roles_config.prefill = 1;

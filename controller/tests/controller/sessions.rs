@@ -148,6 +148,34 @@ async fn bad_hellos_and_wrong_incarnations_are_refused() {
     assert!(!a.is_finished(), "the one that is here is not disturbed");
 }
 
+#[tokio::test]
+async fn the_embedded_store_is_read_by_all_and_written_by_nobody_else() {
+    let node = Node::start(config());
+    let _a = Server::join_any(&[&node.endpoint], spec("a", 1), waiting()).await.live();
+    let store = remote(&node.endpoint);
+    let leader = || async {
+        let listing = store.range(KeyRange::exact(keys::LEADER)).await.expect("is read");
+        listing.items.into_iter().next().expect("a leader")
+    };
+    let before = leader().await;
+    let lease = before.lease.expect("it stands under a lease");
+    let written = [
+        store.txn(Txn::new().delete(keys::LEADER)).await.err(),
+        store.txn(Txn::new().put("/baton/v1/roles/a", "mine", None)).await.err(),
+        store.grant_lease(Duration::from_secs(60)).await.err(),
+        store.keep_alive(lease).await.err(),
+        store.revoke_lease(lease).await.err(),
+    ];
+    for refused in written {
+        assert!(
+            matches!(&refused, Some(StoreError::Refused(why)) if why.contains("only be read")),
+            "{refused:?}"
+        );
+    }
+    assert_eq!(leader().await.create_revision, before.create_revision);
+    store.watch(KeyRange::prefix(keys::ROOT), None).await.expect("is watched");
+}
+
 /// A store that will not have one key.
 #[derive(Debug)]
 struct Picky(Arc<dyn Store>, String);
