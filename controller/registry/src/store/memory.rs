@@ -1,9 +1,11 @@
 //! The embedded store: one controller's state in memory, with the semantics of etcd.
 //!
 //! [`State`] is pure: operations and the time in, answers out. [`MemoryStore`] is its shell: a lock, and a task that
-//! ends leases when their time comes. All it holds is bounded by [`MemoryConfig`]; what goes beyond is refused. Nothing survives the process; that is why a store starts at a revision derived
-//! from the time of its start: revisions, and with them leader and role epochs, keep growing over restarts, and a
-//! watch that an earlier life had promised is answered with "compacted".
+//! ends leases when their time comes. All that it holds is bounded by [`MemoryConfig`]; what goes beyond is refused.
+//!
+//! Nothing survives the process; that is why a store starts at a revision derived from the time of its start: revisions,
+//! and with them leader and role epochs, keep growing over restarts, and a watch that an earlier life had promised is
+//! answered with "compacted".
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -242,8 +244,12 @@ impl State {
     /// Whether the keys that `txn` would add still fit. What it deletes is not counted: a full store takes deletions, and
     /// puts of keys it has, but nothing new beside them.
     fn has_room(&self, txn: &Txn) -> Result<(), StoreError> {
-        let is_new = |operation: &&Operation| matches!(operation, Operation::Put { key, .. } if !self.keys.contains_key(key));
-        let (added, limit) = (txn.operations.iter().filter(is_new).count(), self.config.keys);
+        let limit = self.config.keys;
+        let added = txn
+            .operations
+            .iter()
+            .filter(|made| matches!(made, Operation::Put { key, .. } if !self.keys.contains_key(key)))
+            .count();
         if added == 0 || self.keys.len() + added <= limit {
             return Ok(());
         }
