@@ -7,7 +7,8 @@ use baton_proto::CoordinatorId;
 use baton_registry::EtcdSettings;
 use serde::{Deserialize, Serialize};
 
-use crate::dispatch::CHOICES_MOST;
+/// Answers that one request may have at most: each has a bit in the set of those that a leg still works at.
+pub const CHOICES_MOST: u32 = 128;
 
 /// Everything a coordinator can be told.
 #[derive(Debug, Clone, Serialize, Deserialize)]

@@ -13,7 +13,8 @@ use std::{
 use baton_proto::{ApiError, ErrorCode};
 use parking_lot::Mutex;
 
-use super::leg::{LegEnd, Output, Side};
+use super::leg::{LegEnd, Output};
+use crate::schedule::Side;
 
 /// Deliveries that may lie in the box for each choice. In order, they merge: only a peer that breaks the contract comes
 /// near it.
