@@ -75,7 +75,7 @@ pub struct LimitsConfig {
     pub max_concurrent: usize,
     /// Requests that wait at once; more are refused with 429.
     pub max_queued: usize,
-    /// How long a request waits before it is refused with 429.
+    /// How long a request waits, for a core to prepare it or to be served, before it is refused with 429.
     #[serde(with = "duration")]
     pub queue_timeout: Duration,
     /// How long a request waits for an instance that can take it, while one restarts, say, before it is refused with

@@ -98,11 +98,16 @@ impl Service {
             max_choices: self.limits.max_choices,
         };
         let seed = rand::random();
-        let (served, inline) = (self.served.clone(), body.len() <= PREPARE_INLINE_BYTES);
-        let work = move || Ok((prepare(&served, endpoint, &body, limits, seed)?, ticket));
-        if inline {
-            return work();
+        let (served, bytes) = (self.served.clone(), body.len());
+        let work = move || prepare(&served, endpoint, &body, limits, seed);
+        if bytes <= PREPARE_INLINE_BYTES {
+            return Ok((work()?, ticket));
         }
+        let turn = self.gate.turn(ticket, bytes).await?;
+        let work = move || {
+            let prepared = work()?;
+            Ok((prepared, turn.done()))
+        };
         tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| {
             tracing::error!(%error, "preparing a request panicked");
             Err(ApiError::new(baton_proto::ErrorCode::Internal, "the request could not be prepared"))
