@@ -117,11 +117,14 @@ async fn bad_hellos_and_wrong_incarnations_are_refused() {
     let endpoint = node.endpoint.clone();
     let a = Server::join_any(&[&endpoint], spec("a", 5), waiting()).await;
     let a = a.live();
-    let older =
-        Server::call(&endpoint, spec("a", 4), waiting()).await.expect("a session").err().expect("a refusal");
-    assert_eq!(older.code(), v1::ErrorCode::StaleEpoch);
-    let twin =
-        Server::call(&endpoint, spec("a", 6), waiting()).await.expect("a session").err().expect("a refusal");
+    let refused = async |incarnation| {
+        let called = Server::call(&endpoint, spec("a", incarnation), waiting()).await;
+        let refuse = called.expect("a session").err().expect("a refusal");
+        assert_eq!(refuse.held_incarnation, 5);
+        refuse.reason.expect("a reason")
+    };
+    assert_eq!(refused(4).await.code(), v1::ErrorCode::StaleEpoch);
+    let twin = refused(6).await;
     assert_eq!(twin.code(), v1::ErrorCode::AlreadyExists);
     assert!(twin.message.contains("incarnation 5"), "{}", twin.message);
 
