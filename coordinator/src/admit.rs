@@ -1,9 +1,10 @@
 //! Who may come in, who waits and who is turned away.
 //!
-//! A request takes a [`Ticket`] on arrival ([`crate::http`]), before its body is read, so that the memory of all requests
-//! together is bounded; with it, once prepared, it waits in line for a [`Permit`] ([`crate::serve`]). A body that is not
-//! prepared on the spot waits for a [`Turn`] at a core before. All are given back by drop. Overflow policy: a full house
-//! is 429 at once, a wait beyond the queue's time is 429 too.
+//! A request takes a [`Ticket`] on arrival ([`crate::http`]), before its body is read, so that the memory of
+//! all requests together is bounded; with it, once prepared, it waits in line for a [`Permit`]
+//! ([`crate::serve`]). A body that is not prepared on the spot waits for a [`Turn`] at a core before. All are
+//! given back by drop. Overflow policy: a full house is 429 at once, a wait beyond the queue's time is 429
+//! too.
 
 use std::{sync::Arc, time::Duration};
 
@@ -100,7 +101,8 @@ pub struct Ticket {
     _place: OwnedSemaphorePermit,
 }
 
-/// A turn at a core: the request's body may be worked on. Goes where the work goes, as that does not end with its client.
+/// A turn at a core: the request's body may be worked on. Goes where the work goes, as that does not end with
+/// its client.
 pub struct Turn {
     ticket: Ticket,
     _core: OwnedSemaphorePermit,

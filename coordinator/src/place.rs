@@ -96,8 +96,8 @@ impl Attempts {
         self.assignment.prompt.len() as u32
     }
 
-    /// Places the request once more after `error`, as soon as an instance can take it; `error` is the answer if none can
-    /// within the time.
+    /// Places the request once more after `error`, as soon as an instance can take it; `error` is the answer
+    /// if none can within the time.
     pub fn again(&mut self, error: ApiError) -> Result<Replacing, ApiError> {
         if self.made >= ATTEMPTS_MOST {
             return Err(error);

@@ -48,11 +48,13 @@ pub fn kv_layout(pool: &KvPoolLayout, model_revision: &str) -> KvLayout {
 /// The pool's memory, for the transports.
 pub fn kv_region(pool: &Arc<KvPool>) -> Region {
     let owner: Arc<dyn std::any::Any + Send + Sync> = pool.clone();
-    // SAFETY: the pool's memory lives as long as the pool, which the region keeps. Blocks are lent to transfers by
-    // sequences alone: a receiving sequence is not in the batch, so nothing reads or writes its blocks, and a sending
-    // one reports a block of a layer ready only once the model has written all of it (chunks end at block borders) and
-    // does not write it again. That holds for blocks of a shared prefix, which were final before, and for the last, partly filled block of a prompt, since a prefill leg never
-    // decodes and so appends nothing to it. Neither frees its blocks before the transfer's fence (see `engine::sequence`, Closing).
+    // SAFETY: the pool's memory lives as long as the pool, which the region keeps. Blocks are lent to
+    // transfers by sequences alone: a receiving sequence is not in the batch, so nothing reads or writes its
+    // blocks, and a sending one reports a block of a layer ready only once the model has written all of it
+    // (chunks end at block borders) and does not write it again. That holds for blocks of a shared prefix,
+    // which were final before, and for the last, partly filled block of a prompt, since a prefill leg never
+    // decodes and so appends nothing to it. Neither frees its blocks before the transfer's fence (see
+    // `engine::sequence`, Closing).
     unsafe { Region::new(owner, pool.base(), pool.layout().total_bytes()) }
 }
 

@@ -1,9 +1,9 @@
 //! Where all components meet: the life of one server process, from its listeners to its goodbye.
 //!
-//! Order of the start: listeners (so that every address is known and free), the model's metadata (so that the hello is
-//! complete), duty and session (so that the controller sees it loading), the weights, then [`crate::serving`] with everything
-//! that needs them. While weights load the gRPC port answers health and reflection alone. The end runs backwards:
-//! drain, goodbye, streams, engine, transfers.
+//! Order of the start: listeners (so that every address is known and free), the model's metadata (so that the
+//! hello is complete), duty and session (so that the controller sees it loading), the weights, then
+//! [`crate::serving`] with everything that needs them. While weights load the gRPC port answers health and
+//! reflection alone. The end runs backwards: drain, goodbye, streams, engine, transfers.
 
 use std::{
     net::TcpListener,

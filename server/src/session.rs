@@ -148,8 +148,8 @@ impl Session {
         }
     }
 
-    /// Takes a later incarnation than the one that a controller knows, if that is later than this one's and nobody knows
-    /// this one yet.
+    /// Takes a later incarnation than the one that a controller knows, if that is later than this one's and
+    /// nobody knows this one yet.
     fn rise_above(&mut self, held: u64) {
         let Some(above) = held.checked_add(1).filter(|_| held > self.spec.incarnation) else { return };
         let settled = self.settle.take().is_some_and(|settle| settle.send(Incarnation(above)).is_ok());

@@ -124,8 +124,9 @@ pub async fn serve_many(
     Ok(())
 }
 
-/// One connection, to its end. One that brings no request in time, or nothing for long while no answer is on its way, is
-/// closed, whatever its version of HTTP: it would hold a seat for ever. What is on its way is never cut for that.
+/// One connection, to its end. One that brings no request in time, or nothing for long while no answer is on
+/// its way, is closed, whatever its version of HTTP: it would hold a seat for ever. What is on its way is
+/// never cut for that.
 async fn converse<S>(stream: S, router: Router, shutdown: CancellationToken)
 where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,

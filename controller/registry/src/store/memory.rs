@@ -3,9 +3,9 @@
 //! [`State`] is pure: operations and the time in, answers out. [`MemoryStore`] is its shell: a lock, and a task that
 //! ends leases when their time comes. All that it holds is bounded by [`MemoryConfig`]; what goes beyond is refused.
 //!
-//! Nothing survives the process; that is why a store starts at a revision derived from the time of its start: revisions,
-//! and with them leader and role epochs, keep growing over restarts, and a watch that an earlier life had promised is
-//! answered with "compacted".
+//! Nothing survives the process; that is why a store starts at a revision derived from the time of its start:
+//! revisions, and with them leader and role epochs, keep growing over restarts, and a watch that an earlier
+//! life had promised is answered with "compacted".
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -241,8 +241,8 @@ impl State {
         Ok(TxnOutcome { succeeded: true, revision: self.revision })
     }
 
-    /// Whether the keys that `txn` would add still fit. What it deletes is not counted: a full store takes deletions, and
-    /// puts of keys it has, but nothing new beside them.
+    /// Whether the keys that `txn` would add still fit. What it deletes is not counted: a full store takes
+    /// deletions, and puts of keys it has, but nothing new beside them.
     fn has_room(&self, txn: &Txn) -> Result<(), StoreError> {
         let limit = self.config.keys;
         let added = txn
