@@ -22,6 +22,10 @@ use crate::{
     session::ControlService,
 };
 
+/// Keys that an embedded store has room for, for each instance there may be: three of its own, the role of one that is
+/// gone, and as many again, as what is new may be written before what is old is deleted.
+const KEYS_PER_INSTANCE: usize = 8;
+
 /// gRPC services whose health is the controller's.
 const SERVICES: [&str; 2] = ["baton.v1.Control", "baton.v1.FleetAdmin"];
 
@@ -121,7 +125,9 @@ pub fn open_store(
             // Revisions, and with them epochs, keep growing over restarts: see `MemoryConfig::start`.
             let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
             let start = Revision(u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX));
-            Ok(Arc::new(MemoryStore::start(MemoryConfig::new(start), shutdown.clone(), tasks)))
+            let mut memory = MemoryConfig::new(start);
+            memory.keys = memory.keys.max(config.sessions.max_instances.saturating_mul(KEYS_PER_INSTANCE));
+            Ok(Arc::new(MemoryStore::start(memory, shutdown.clone(), tasks)))
         }
         StoreKind::Etcd => Ok(Arc::new(config.store.etcd.open()?)),
     }

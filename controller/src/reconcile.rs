@@ -12,7 +12,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use baton_proto::{ApiError, ErrorCode, InstanceId, LeaderEpoch, RoleEpoch};
+use baton_proto::{ApiError, ErrorCode, Incarnation, InstanceId, LeaderEpoch, RoleEpoch};
 use baton_registry::{DesiredRole, InstanceSpec, Role};
 use tokio::time::Instant;
 use tracing::info;
@@ -64,7 +64,11 @@ pub enum Order {
     Welcome,
     Assign(DesiredRole),
     /// The last.
-    Refuse(ApiError),
+    Refuse {
+        reason: ApiError,
+        /// Of the process that is known by the same id.
+        held: Option<Incarnation>,
+    },
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -217,7 +221,9 @@ impl Reconciler {
         let id = spec.id.clone();
         if let Err(refusal) = self.admit(&spec) {
             info!(instance = %id, incarnation = %spec.incarnation, %refusal, "a session is refused");
-            return vec![Command::Order(session, Order::Refuse(refusal)), Command::Close(session)];
+            let held = self.members.get(&id).map(|member| member.spec.incarnation);
+            let refuse = Order::Refuse { reason: refusal, held };
+            return vec![Command::Order(session, refuse), Command::Close(session)];
         }
         let mut commands = Vec::new();
         let before = self.members.remove(&id);

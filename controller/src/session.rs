@@ -202,7 +202,10 @@ fn order_to_wire(order: Order, welcome: &controller_order::Welcome, drain: Durat
             reason: desired.reason,
             drain_millis: millis(drain),
         }),
-        Order::Refuse(error) => controller_order::Order::Refuse(v1::Refuse { reason: Some(error.into()) }),
+        Order::Refuse { reason, held } => controller_order::Order::Refuse(v1::Refuse {
+            reason: Some(reason.into()),
+            held_incarnation: held.map_or(0, |held| held.0),
+        }),
     };
     v1::ControllerOrder { order: Some(order) }
 }

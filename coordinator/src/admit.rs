@@ -1,8 +1,10 @@
 //! Who may come in, who waits and who is turned away.
 //!
-//! A request takes a [`Ticket`] on arrival ([`crate::http`]), before its body is read, so that the memory of all requests
-//! together is bounded; with it, once prepared, it waits in line for a [`Permit`] ([`crate::serve`]). Both are given back
-//! by drop. Overflow policy: a full house is 429 at once, a wait beyond the queue's time is 429 too.
+//! A request takes a [`Ticket`] on arrival ([`crate::http`]), before its body is read, so that the memory of
+//! all requests together is bounded; with it, once prepared, it waits in line for a [`Permit`]
+//! ([`crate::serve`]). A body that is not prepared on the spot waits for a [`Turn`] at a core before. All are
+//! given back by drop. Overflow policy: a full house is 429 at once, a wait beyond the queue's time is 429
+//! too.
 
 use std::{sync::Arc, time::Duration};
 
@@ -10,7 +12,7 @@ use baton_proto::{ApiError, ErrorCode};
 use prometheus_client::metrics::gauge::Gauge;
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, TryAcquireError},
-    time::timeout,
+    time::{Instant, timeout_at},
 };
 
 use crate::{config::LimitsConfig, metrics::Metrics};
@@ -18,23 +20,33 @@ use crate::{config::LimitsConfig, metrics::Metrics};
 /// What clients are told to wait before they try again.
 pub const RETRY_AFTER: Duration = Duration::from_secs(1);
 
+/// Bodies from this size on are long work.
+const LONG_WORK_BYTES: usize = 256 << 10;
+
 /// Keeps the house.
 pub struct Gate {
     /// One for each request in the house: served, waiting, or being read.
     house: Arc<Semaphore>,
     /// One for each request being served, first come first served.
     seats: Arc<Semaphore>,
+    /// One for each body that may be worked on at a time, first come first served.
+    cores: Arc<Semaphore>,
+    /// Those of them that long work may take: short work never waits for it alone.
+    for_long_work: Arc<Semaphore>,
     queue_timeout: Duration,
     metrics: Arc<Metrics>,
 }
 
 impl Gate {
-    pub fn new(limits: &LimitsConfig, metrics: Arc<Metrics>) -> Self {
+    /// `cores` is how many bodies are worked on at a time; at least two are.
+    pub fn new(limits: &LimitsConfig, cores: usize, metrics: Arc<Metrics>) -> Self {
         let most = Semaphore::MAX_PERMITS;
         let house = limits.max_concurrent.saturating_add(limits.max_queued).min(most);
         Self {
             house: Arc::new(Semaphore::new(house)),
             seats: Arc::new(Semaphore::new(limits.max_concurrent.min(most))),
+            cores: Arc::new(Semaphore::new(cores.clamp(2, most))),
+            for_long_work: Arc::new(Semaphore::new((cores / 2).clamp(1, most))),
             queue_timeout: limits.queue_timeout,
             metrics,
         }
@@ -52,19 +64,31 @@ impl Gate {
 
     /// Waits for a seat, in order of asking.
     pub async fn admit(&self, ticket: Ticket) -> Result<Permit, ApiError> {
-        let seat = match self.seats.clone().try_acquire_owned() {
-            Ok(seat) => seat,
-            Err(_) => {
-                let _waiting = Counted::new(&self.metrics.queued);
-                match timeout(self.queue_timeout, self.seats.clone().acquire_owned()).await {
-                    Ok(Ok(seat)) => seat,
-                    Ok(Err(_)) | Err(_) => {
-                        return Err(full("the request waited too long to be served; try again in a moment"));
-                    }
-                }
-            }
-        };
+        let seat = self.one_of(&self.seats, Instant::now() + self.queue_timeout).await?;
         Ok(Permit { _served: Counted::new(&self.metrics.in_flight), _seat: seat, _ticket: ticket })
+    }
+
+    /// Waits for a turn at a core, in order of asking, to work on a body of so many bytes.
+    pub async fn turn(&self, ticket: Ticket, bytes: usize) -> Result<Turn, ApiError> {
+        let by = Instant::now() + self.queue_timeout;
+        let long = match bytes >= LONG_WORK_BYTES {
+            true => Some(self.one_of(&self.for_long_work, by).await?),
+            false => None,
+        };
+        Ok(Turn { ticket, _core: self.one_of(&self.cores, by).await?, _long: long })
+    }
+
+    async fn one_of(&self, places: &Arc<Semaphore>, by: Instant) -> Result<OwnedSemaphorePermit, ApiError> {
+        if let Ok(place) = places.clone().try_acquire_owned() {
+            return Ok(place);
+        }
+        let _waiting = Counted::new(&self.metrics.queued);
+        match timeout_at(by, places.clone().acquire_owned()).await {
+            Ok(Ok(place)) => Ok(place),
+            Ok(Err(_)) | Err(_) => {
+                Err(full("the request waited too long to be served; try again in a moment"))
+            }
+        }
     }
 }
 
@@ -75,6 +99,21 @@ fn full(message: &str) -> ApiError {
 /// A place in the house.
 pub struct Ticket {
     _place: OwnedSemaphorePermit,
+}
+
+/// A turn at a core: the request's body may be worked on. Goes where the work goes, as that does not end with
+/// its client.
+pub struct Turn {
+    ticket: Ticket,
+    _core: OwnedSemaphorePermit,
+    _long: Option<OwnedSemaphorePermit>,
+}
+
+impl Turn {
+    /// Leaves the core to the next.
+    pub fn done(self) -> Ticket {
+        self.ticket
+    }
 }
 
 /// A seat: the request may be served.
@@ -113,7 +152,7 @@ mod tests {
             queue_timeout: Duration::from_secs(5),
             ..LimitsConfig::default()
         };
-        Gate::new(&limits, Metrics::register(&mut Registry::default()))
+        Gate::new(&limits, 2, Metrics::register(&mut Registry::default()))
     }
 
     #[tokio::test(start_paused = true)]
@@ -132,6 +171,31 @@ mod tests {
         drop(second);
         assert!(gate.enter().is_ok());
         assert_eq!(gate.metrics.in_flight.get(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn long_work_leaves_a_core_to_short_work() {
+        let gate = gate(8, 8);
+        let turn = |bytes| gate.turn(gate.enter().expect("room"), bytes);
+        let long = turn(LONG_WORK_BYTES).await.expect("a core");
+        let mut next_long = Box::pin(turn(LONG_WORK_BYTES));
+        assert!(futures::poll!(&mut next_long).is_pending());
+        let short = turn(4 << 10).await.expect("the other core");
+        let (mut first, mut second) = (Box::pin(turn(4 << 10)), Box::pin(turn(4 << 10)));
+        assert!(futures::poll!(&mut first).is_pending() && futures::poll!(&mut second).is_pending());
+        assert_eq!(gate.metrics.queued.get(), 3);
+        // Who leaves the line loses nothing and takes nothing along.
+        drop(first);
+        drop(short.done());
+        let second = second.await.expect("the core given back");
+        assert!(futures::poll!(&mut next_long).is_pending());
+        drop(long);
+        let next_long = next_long.await.expect("the core given back");
+        assert_eq!(gate.metrics.queued.get(), 0);
+        let Err(error) = turn(4 << 10).await else { panic!("no core was free") };
+        assert_eq!(error.code, ErrorCode::QueueFull);
+        drop((second, next_long));
+        turn(4 << 10).await.expect("a core");
     }
 
     #[tokio::test(start_paused = true)]

@@ -1,6 +1,6 @@
 //! Where all components meet: built from the configuration, run until shutdown, drained.
 
-use std::{sync::Arc, time::Duration};
+use std::{num::NonZero, sync::Arc, time::Duration};
 
 use axum::Router;
 use baton_process::{Health, HealthHandle, Process, grpc};
@@ -59,11 +59,12 @@ pub fn assemble(
     parts.tasks.spawn(keeper.run());
     let served = Arc::new(parts.served);
     let patience = config.limits.placement_timeout;
+    let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
     let service = Arc::new(Service {
         placer: Arc::new(Placer { served: served.clone(), board, links, patience }),
         served,
         limits: config.limits.clone(),
-        gate: Gate::new(&config.limits, metrics.clone()),
+        gate: Gate::new(&config.limits, cores, metrics.clone()),
         roster: Arc::default(),
         overdue: Arc::default(),
         metrics,

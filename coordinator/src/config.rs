@@ -7,7 +7,8 @@ use baton_proto::CoordinatorId;
 use baton_registry::EtcdSettings;
 use serde::{Deserialize, Serialize};
 
-use crate::dispatch::CHOICES_MOST;
+/// Answers that one request may have at most: each has a bit in the set of those that a leg still works at.
+pub const CHOICES_MOST: u32 = 128;
 
 /// Everything a coordinator can be told.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -74,7 +75,7 @@ pub struct LimitsConfig {
     pub max_concurrent: usize,
     /// Requests that wait at once; more are refused with 429.
     pub max_queued: usize,
-    /// How long a request waits before it is refused with 429.
+    /// How long a request waits, for a core to prepare it or to be served, before it is refused with 429.
     #[serde(with = "duration")]
     pub queue_timeout: Duration,
     /// How long a request waits for an instance that can take it, while one restarts, say, before it is refused with

@@ -81,7 +81,7 @@ impl Metrics {
             self.requests.clone(),
         );
         registry.register("in_flight", "Requests being served", self.in_flight.clone());
-        registry.register("queued", "Requests waiting for admission", self.queued.clone());
+        registry.register("queued", "Requests waiting to be prepared or served", self.queued.clone());
         let seconds = [
             ("time_to_first_token", "From arrival to the first token", &self.time_to_first_token),
             ("time_per_output_token", "Mean of a request's later tokens", &self.time_per_output_token),

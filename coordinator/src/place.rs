@@ -12,10 +12,9 @@ use tokio::time::{Instant, timeout_at};
 use crate::{
     dispatch::{Assignment, Generation},
     fleet::keeper::Links,
-    prepare::{Sampling, Served},
-    requests::Stage,
+    prepare::{PreparedPrompt, Sampling, Served},
     schedule::{
-        NoPlace,
+        NoPlace, Placement,
         board::{Board, Booking},
     },
 };
@@ -33,9 +32,16 @@ pub struct Placer {
 }
 
 impl Placer {
-    /// Books as soon as an instance can take the request: one that is being started again is worth a short wait.
-    pub async fn book(&self, prompt_tokens: u32, sampling: &Sampling) -> Result<Booking, NoPlace> {
-        self.book_by(Instant::now() + self.patience, prompt_tokens, sampling).await
+    /// Books each prompt of a request as soon as an instance can take it: one that is being started again is worth a
+    /// short wait. However many prompts there are, all of them together wait no longer than one would, nor past
+    /// `deadline`.
+    pub async fn book(&self, prompts: &[PreparedPrompt], deadline: Instant) -> Result<Vec<Booking>, NoPlace> {
+        let deadline = deadline.min(Instant::now() + self.patience);
+        let mut bookings = Vec::with_capacity(prompts.len());
+        for prompt in prompts {
+            bookings.push(self.book_by(deadline, prompt.prompt_tokens(), &prompt.sampling).await?);
+        }
+        Ok(bookings)
     }
 
     async fn book_by(
@@ -66,7 +72,7 @@ impl Placer {
 }
 
 /// A request on its way to another place.
-pub type Replacing = BoxFuture<'static, Result<(Generation, Stage), ApiError>>;
+pub type Replacing = BoxFuture<'static, Result<(Generation, Placement), ApiError>>;
 
 /// What it takes to place a request again.
 pub struct Attempts {
@@ -90,8 +96,8 @@ impl Attempts {
         self.assignment.prompt.len() as u32
     }
 
-    /// Places the request once more after `error`, as soon as an instance can take it; `error` is the answer if none can
-    /// within the time.
+    /// Places the request once more after `error`, as soon as an instance can take it; `error` is the answer
+    /// if none can within the time.
     pub fn again(&mut self, error: ApiError) -> Result<Replacing, ApiError> {
         if self.made >= ATTEMPTS_MOST {
             return Err(error);
@@ -104,9 +110,50 @@ impl Attempts {
             let booked = placer.book_by(deadline, prompt_tokens, &assignment.sampling).await;
             let Ok(booking) = booked else { return Err(error) };
             tracing::info!(request = %assignment.request, %error, "placing the request again");
-            let stage = Stage::placed(prompt_tokens, &booking.placement);
-            Ok((Generation::start(&placer.links, booking, assignment)?, stage))
+            let placement = booking.placement.clone();
+            Ok((Generation::start(&placer.links, booking, assignment)?, placement))
         };
         Ok(replacing.boxed())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::{
+        fleet::{
+            Role, Spec,
+            tests::{ready, spec},
+        },
+        prepare::{
+            Endpoint, prepare,
+            tests::{LIMITS, served},
+        },
+    };
+
+    #[tokio::test(start_paused = true)]
+    async fn all_prompts_together_wait_no_longer_than_one() {
+        let patience = Duration::from_secs(5);
+        let board = Board::new(Duration::from_secs(60));
+        let (small, large) = (Spec { context_tokens: 8, ..spec("a") }, spec("b"));
+        board.list(&[small.clone(), large.clone()], Instant::now());
+        let links = Arc::default();
+        let placer = Placer { served: Arc::new(served()), board: board.clone(), links, patience };
+        let body = r#"{"model": "tiny", "prompt": ["short", "one that only the large one holds"]}"#;
+        let prepared = prepare(&placer.served, Endpoint::Text, body.as_bytes(), LIMITS, 1).expect("is good");
+        // The first prompt waits for most of the time, the second for what is left.
+        tokio::spawn(async move {
+            tokio::time::sleep(Duration::from_secs(3)).await;
+            board.up(&small.id, small.incarnation, ready(Role::Mixed));
+        });
+        let began = Instant::now();
+        let hour = began + Duration::from_secs(3600);
+        assert!(matches!(placer.book(&prepared.prompts, hour).await, Err(NoPlace::NoInstance)));
+        assert_eq!(began.elapsed(), patience);
+        let soon = Instant::now() + Duration::from_secs(1);
+        assert!(placer.book(&prepared.prompts, soon).await.is_err());
+        assert_eq!(began.elapsed(), patience + Duration::from_secs(1), "nor past the request's own deadline");
     }
 }

@@ -16,26 +16,15 @@ use tokio::time::Instant;
 
 use crate::schedule::Placement;
 
-/// How far a request has come.
+/// How far a request has come. Tokens are those of all its prompts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Stage {
     /// Its body is being read, checked and tokenised.
     Preparing,
     /// Waits for admission.
     Queued { prompt_tokens: u32 },
-    /// Its legs are with instances.
+    /// Its legs are with instances; of several prompts, those of the one that was placed last.
     Placed { prompt_tokens: u32, prefill: InstanceId, decode: InstanceId },
-}
-
-impl Stage {
-    /// A request has been placed.
-    pub fn placed(prompt_tokens: u32, placement: &Placement) -> Self {
-        let (prefill, decode) = match placement {
-            Placement::Alone(seat) => (seat, seat),
-            Placement::Apart { prefill, decode } => (prefill, decode),
-        };
-        Self::Placed { prompt_tokens, prefill: prefill.instance.clone(), decode: decode.instance.clone() }
-    }
 }
 
 /// One request, as operators see it.
@@ -102,6 +91,24 @@ impl CardGuard {
 
     pub fn set(&self, stage: Stage) {
         *self.card.stage.lock() = stage;
+    }
+
+    /// The request, or one of its prompts, has been placed, or placed again.
+    pub fn placed(&self, placement: &Placement) {
+        let (prefill, decode) = match placement {
+            Placement::Alone(seat) => (seat, seat),
+            Placement::Apart { prefill, decode } => (prefill, decode),
+        };
+        let mut stage = self.card.stage.lock();
+        let prompt_tokens = match *stage {
+            Stage::Preparing => 0,
+            Stage::Queued { prompt_tokens } | Stage::Placed { prompt_tokens, .. } => prompt_tokens,
+        };
+        *stage = Stage::Placed {
+            prompt_tokens,
+            prefill: prefill.instance.clone(),
+            decode: decode.instance.clone(),
+        };
     }
 
     pub fn set_completion_tokens(&self, tokens: u32) {

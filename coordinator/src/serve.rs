@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use baton_proto::ApiError;
 use bytes::Bytes;
+use tokio::time::Instant;
 
 use crate::{
     admit::{Gate, Permit, Ticket},
@@ -76,7 +77,7 @@ impl Service {
         let admitted =
             Admitted { prepared, permit, traceparent: received.traceparent, card: received.card, report };
         let placed = self.place(admitted).await?;
-        self.dispatch(placed).await
+        self.dispatch(placed)
     }
 
     /// Whether any request could be served now.
@@ -97,11 +98,16 @@ impl Service {
             max_choices: self.limits.max_choices,
         };
         let seed = rand::random();
-        let (served, inline) = (self.served.clone(), body.len() <= PREPARE_INLINE_BYTES);
-        let work = move || Ok((prepare(&served, endpoint, &body, limits, seed)?, ticket));
-        if inline {
-            return work();
+        let (served, bytes) = (self.served.clone(), body.len());
+        let work = move || prepare(&served, endpoint, &body, limits, seed);
+        if bytes <= PREPARE_INLINE_BYTES {
+            return Ok((work()?, ticket));
         }
+        let turn = self.gate.turn(ticket, bytes).await?;
+        let work = move || {
+            let prepared = work()?;
+            Ok((prepared, turn.done()))
+        };
         tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| {
             tracing::error!(%error, "preparing a request panicked");
             Err(ApiError::new(baton_proto::ErrorCode::Internal, "the request could not be prepared"))
@@ -109,37 +115,39 @@ impl Service {
     }
 
     async fn place(&self, mut admitted: Admitted) -> Result<Placed, ApiError> {
-        let mut bookings = Vec::new();
-        for prompt in &admitted.prepared.prompts {
-            match self.placer.book(prompt.prompt_tokens(), &prompt.sampling).await {
-                Ok(booking) => {
-                    admitted.card.set(Stage::placed(admitted.prepared.prompt_tokens(), &booking.placement));
-                    bookings.push(booking);
-                }
-                Err(reason) => {
-                    let error = reason.into();
-                    admitted.report.failed(&error);
-                    return Err(error);
-                }
+        let deadline = self.deadline(&admitted.card);
+        match self.placer.book(&admitted.prepared.prompts, deadline).await {
+            Ok(bookings) => {
+                bookings.iter().for_each(|booking| admitted.card.placed(&booking.placement));
+                Ok(Placed { admitted, bookings })
+            }
+            Err(reason) => {
+                let error = reason.into();
+                admitted.report.failed(&error);
+                Err(error)
             }
         }
-        Ok(Placed { admitted, bookings })
     }
 
-    async fn dispatch(self: &Arc<Self>, placed: Placed) -> Result<Streaming, ApiError> {
+    /// By when a request must have been answered.
+    fn deadline(&self, card: &CardGuard) -> Instant {
+        card.card().arrived + self.limits.request_timeout
+    }
+
+    fn dispatch(&self, placed: Placed) -> Result<Streaming, ApiError> {
         let Placed { admitted, bookings } = placed;
         let Admitted { prepared, permit, traceparent, card, mut report } = admitted;
         let mut lanes = Vec::new();
         for (prompt, booking) in prepared.prompts.iter().zip(bookings) {
-            let lane = self.lane(prompt, &prepared, booking, &traceparent, &card).await;
+            let lane = self.lane(prompt, &prepared, booking, &traceparent, &card);
             lanes.push(lane.inspect_err(|error| report.failed(error))?);
         }
         self.metrics.prompt_tokens.inc_by(u64::from(prepared.prompt_tokens()));
         Ok(Streaming::new(prepared.shape, lanes, report, card, permit))
     }
 
-    /// Sends one prompt on its way; once more if it fails at once.
-    async fn lane(
+    /// Sends one prompt on its way.
+    fn lane(
         &self,
         prompt: &PreparedPrompt,
         prepared: &Prepared,
@@ -153,22 +161,15 @@ impl Service {
             prompt: prompt.tokens.clone(),
             sampling: prompt.sampling.clone(),
             priority: prepared.priority,
-            deadline: card.card().arrived + self.limits.request_timeout,
+            deadline: self.deadline(card),
         };
-        let mut attempts = Attempts::new(self.placer.clone(), assignment);
-        let generation = match Generation::start(&self.placer.links, booking, attempts.assignment().clone()) {
-            Ok(generation) => generation,
-            Err(error) => {
-                let (generation, stage) = attempts.again(error)?.await?;
-                card.set(stage);
-                generation
-            }
-        };
+        let attempts = Attempts::new(self.placer.clone(), assignment);
+        let started = Generation::start(&self.placer.links, booking, attempts.assignment().clone());
         let reading = |_| {
             let reader = self.served.text.reader(&prepared.stops);
             Reading::new(reader, attempts.assignment(), prepared.stops.included, &prompt.echo)
         };
         let readings = (0..prompt.sampling.choices).map(reading).collect();
-        Ok(Lane::new(generation, attempts, readings))
+        Lane::new(started, attempts, readings)
     }
 }

@@ -1,9 +1,9 @@
 //! Where all components meet: the life of one server process, from its listeners to its goodbye.
 //!
-//! Order of the start: listeners (so that every address is known and free), the model's metadata (so that the hello is
-//! complete), duty and session (so that the controller sees it loading), the weights, then [`crate::serving`] with everything
-//! that needs them. While weights load the gRPC port answers health and reflection alone. The end runs backwards:
-//! drain, goodbye, streams, engine, transfers.
+//! Order of the start: listeners (so that every address is known and free), the model's metadata (so that the
+//! hello is complete), duty and session (so that the controller sees it loading), the weights, then
+//! [`crate::serving`] with everything that needs them. While weights load the gRPC port answers health and
+//! reflection alone. The end runs backwards: drain, goodbye, streams, engine, transfers.
 
 use std::{
     net::TcpListener,
@@ -20,7 +20,7 @@ use baton_process::{
 };
 use baton_proto::{FILE_DESCRIPTOR_SET, Incarnation, InstanceId, RoleEpoch, v1};
 use baton_runtime::{DeviceKind, Executor, KvPoolLayout, LoadOptions};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 
@@ -47,11 +47,14 @@ const ENDGAME: Duration = duty::FENCES_WITHIN.saturating_add(session::GOODBYE_WI
 /// How long calls may linger once every leg has ended.
 const LINGER: Duration = Duration::from_secs(2);
 
+/// How long an instance that has read its model waits for a controller to say whether its incarnation will do.
+const SETTLED_WITHIN: Duration = Duration::from_secs(5);
+
 /// Runs a server until its process is asked to stop.
 pub async fn run(process: Process<ServerConfig>) -> Result<(), ServerError> {
     let listeners = Listeners::bind(&process.config)?;
     let plan = Plan::read(&process.config).await?;
-    let facts = Arc::new(plan.facts(&process.config)?);
+    let mut facts = plan.facts(&process.config)?;
 
     // What must outlive the process's shutdown signal, until the drain is over.
     let (stop, goodbye) = (CancellationToken::new(), CancellationToken::new());
@@ -69,10 +72,12 @@ pub async fn run(process: Process<ServerConfig>) -> Result<(), ServerError> {
     let router = http::router(process.metrics.clone(), process.health.clone());
     process.spawn_essential("http", http::serve(listeners.metrics, router, stop.clone(), LINGER));
     let controllers = process.config.controllers.clone();
+    let (settle, settled) = oneshot::channel();
     let session = (!controllers.is_empty()).then(|| {
         let spec = plan.spec(&process.config, &facts, &listeners.endpoints);
         let (role, load, events) = (role.clone(), load.clone(), events.clone());
-        let session = Session { spec, controllers, role, load, events, shutdown: goodbye.clone() };
+        let (settle, shutdown) = (Some(settle), goodbye.clone());
+        let session = Session { spec, settle, controllers, role, load, events, shutdown };
         process.tasks.spawn(session.run())
     });
     assign_from_config(&process.config, &events).await;
@@ -83,15 +88,21 @@ pub async fn run(process: Process<ServerConfig>) -> Result<(), ServerError> {
         let listener = listeners.grpc.try_clone().map_err(|source| address("gRPC", source))?;
         let options = grpc_options(&process, until_loaded.clone(), Duration::ZERO);
         let early = process.tasks.spawn(grpc::serve(listener, Routes::default(), options));
+        let loaded = async {
+            let executor = plan.load(events.clone()).await?;
+            facts.incarnation = settled_incarnation(settled, facts.incarnation).await;
+            Ok::<_, ServerError>(executor)
+        };
         let executor = tokio::select! {
             () = process.shutdown.cancelled() => None,
-            loaded = plan.load(events.clone()) => Some(loaded?),
+            loaded = loaded => Some(loaded?),
         };
         until_loaded.cancel();
         let _ = early.await;
         executor
     };
     if let Some(executor) = executor {
+        let facts = Arc::new(facts);
         let shared =
             Shared { facts, role, load, engine, permits, tasks: process.tasks.clone(), stop: stop.clone() };
         let mut serving = Serving::start(ServingParts {
@@ -274,7 +285,7 @@ impl Plan {
         let name = &config.model.name;
         Ok(InstanceFacts {
             instance_id: InstanceId::new(config.instance_id.as_str())?,
-            incarnation: incarnation(),
+            incarnation: incarnation(SystemTime::now()),
             model: if name.is_empty() { self.checkpoint.name().to_owned() } else { name.clone() },
             vocabulary: self.checkpoint.config().vocabulary,
             context_tokens: self.context_tokens(config),
@@ -335,15 +346,49 @@ impl Plan {
     }
 }
 
-/// Milliseconds since 1970: grows with every start of an instance.
-fn incarnation() -> Incarnation {
-    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    Incarnation(u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX))
+/// Milliseconds from 1970: differs from start to start and grows with them, as long as the clock is not set back; what
+/// happens then is [`Session::settle`]'s. Never 0, which means any.
+fn incarnation(now: SystemTime) -> Incarnation {
+    let from_epoch = now.duration_since(UNIX_EPOCH).unwrap_or_else(|before| before.duration());
+    Incarnation(u64::try_from(from_epoch.as_millis()).unwrap_or(u64::MAX).max(1))
+}
+
+/// What the session has settled, or this process's own if it says nothing in time: then that stays.
+async fn settled_incarnation(mut settled: oneshot::Receiver<Incarnation>, own: Incarnation) -> Incarnation {
+    match tokio::time::timeout(SETTLED_WITHIN, &mut settled).await {
+        Ok(settled) => settled.unwrap_or(own),
+        Err(_) => {
+            settled.close();
+            settled.try_recv().unwrap_or(own)
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_incarnation_is_never_the_one_that_means_any() {
+        let at = |millis| incarnation(UNIX_EPOCH + Duration::from_millis(millis));
+        assert_eq!([at(0), at(1), at(1_700_000_000_000)], [1, 1, 1_700_000_000_000].map(Incarnation));
+        let before = |millis| incarnation(UNIX_EPOCH - Duration::from_millis(millis));
+        assert_eq!([before(1), before(86_400_000)], [1, 86_400_000].map(Incarnation));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_incarnation_is_settled_in_time_or_stays() {
+        let own = Incarnation(5);
+        let (settle, settled) = oneshot::channel();
+        settle.send(Incarnation(9)).expect("somebody waits");
+        assert_eq!(settled_incarnation(settled, own).await, Incarnation(9));
+        let (settle, settled) = oneshot::channel();
+        assert_eq!(settled_incarnation(settled, own).await, own);
+        assert!(settle.send(Incarnation(9)).is_err(), "too late");
+        let (settle, settled) = oneshot::channel();
+        drop(settle);
+        assert_eq!(settled_incarnation(settled, own).await, own);
+    }
 
     #[test]
     fn legs_leave_time_for_the_end() {

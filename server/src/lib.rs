@@ -1,9 +1,10 @@
 //! A Baton instance: executes the model, hands KV caches on or takes them up.
 //!
-//! Modules in the order a request meets them: `inference` (the gRPC adapter), `engine` (its own thread: scheduler,
-//! sequences, blocks, sampler), `handoff` (the engine's transfers), and back out through `inference`. Beside that path:
-//! `kv_cache` (tells coordinators what is cached), `session` (with the controller), `role` (pure) and `duty` (performs it), `permits` (what a drain waits for). `serving`
-//! and `instance` put them together.
+//! Modules in the order a request meets them: `inference` (the gRPC adapter), `engine` (its own thread:
+//! scheduler, sequences, blocks, sampler), `handoff` (the engine's transfers), and back out through
+//! `inference`. Beside that path: `kv_cache` (tells coordinators what is cached), `session` (with the
+//! controller), `role` (pure) and `duty` (performs it), `permits` (what a drain waits for). `serving` and
+//! `instance` put them together.
 
 pub mod config;
 pub mod duty;

@@ -2,12 +2,15 @@
 //!
 //! One stream to one of the controllers, opened again after every break with growing, jittered pauses. Role and epoch
 //! live in [`crate::duty`] and survive breaks: without a controller nothing changes, and traffic goes on.
+//!
+//! What this process is called, its incarnation, is settled here, once, before it does any work: see
+//! [`Session::settle`].
 
 use std::time::Duration;
 
-use baton_proto::{RoleEpoch, v1};
+use baton_proto::{Incarnation, RoleEpoch, v1};
 use futures::StreamExt;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Streaming, transport::Endpoint};
@@ -33,8 +36,12 @@ const PAUSE_RANGE: (Duration, Duration) = (Duration::from_millis(100), Duration:
 /// See the module.
 #[derive(Debug)]
 pub struct Session {
-    /// Does not change while the process lives.
+    /// Does not change while the process lives, but for its incarnation until that is settled.
     pub spec: v1::InstanceSpec,
+    /// Told once by which incarnation this process is known. Until then, and as long as somebody waits for it, a
+    /// controller that knows a later one has it raised: the clock that it comes from may have been set back. From then
+    /// on a later one means that this process has been replaced.
+    pub settle: Option<oneshot::Sender<Incarnation>>,
     /// host:port each.
     pub controllers: Vec<String>,
     pub role: watch::Receiver<RoleView>,
@@ -70,6 +77,10 @@ impl Session {
             let controller = self.controllers[attempt as usize % self.controllers.len()].clone();
             let mut welcomed = false;
             let result = self.once(&controller, &mut welcomed).await;
+            if attempt as usize + 1 >= self.controllers.len() {
+                // All have been asked; whoever waits need not wait for one to answer.
+                self.settle();
+            }
             if self.shutdown.is_cancelled() {
                 return;
             }
@@ -112,9 +123,13 @@ impl Session {
         };
         let welcome = match first {
             Some(v1::controller_order::Order::Welcome(welcome)) => welcome,
-            Some(v1::controller_order::Order::Refuse(refuse)) => return Err(refused(refuse)),
+            Some(v1::controller_order::Order::Refuse(refuse)) => {
+                self.rise_above(refuse.held_incarnation);
+                return Err(refused(refuse));
+            }
             Some(v1::controller_order::Order::Assign(_)) | None => return Err(Broken::NoWelcome),
         };
+        self.settle();
         *welcomed = true;
         tracing::info!(
             controller = welcome.controller_id,
@@ -123,6 +138,29 @@ impl Session {
         );
         let interval = Duration::from_millis(welcome.beat_millis.into()).clamp(BEAT_RANGE.0, BEAT_RANGE.1);
         self.converse(reports, orders, interval).await
+    }
+
+    /// From here on the incarnation stays as it is.
+    fn settle(&mut self) {
+        if let Some(settle) = self.settle.take() {
+            // Whoever waited may have done without.
+            let _ = settle.send(Incarnation(self.spec.incarnation));
+        }
+    }
+
+    /// Takes a later incarnation than the one that a controller knows, if that is later than this one's and
+    /// nobody knows this one yet.
+    fn rise_above(&mut self, held: u64) {
+        let Some(above) = held.checked_add(1).filter(|_| held > self.spec.incarnation) else { return };
+        let settled = self.settle.take().is_some_and(|settle| settle.send(Incarnation(above)).is_ok());
+        if settled {
+            tracing::warn!(
+                own = self.spec.incarnation,
+                held,
+                "the clock is behind that of an earlier start of this instance: going on above its incarnation"
+            );
+            self.spec.incarnation = above;
+        }
     }
 
     async fn converse(

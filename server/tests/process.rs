@@ -18,7 +18,9 @@ use tonic::{Request as GrpcRequest, Response, Status, Streaming};
 type Orders = mpsc::Sender<Result<v1::ControllerOrder, Status>>;
 
 /// Hands every session to the test.
-struct Scripted(mpsc::Sender<(Streaming<v1::InstanceReport>, Orders)>);
+struct Scripted(mpsc::Sender<Called>);
+
+type Called = (Streaming<v1::InstanceReport>, Orders);
 
 #[tonic::async_trait]
 impl v1::control_server::Control for Scripted {
@@ -113,8 +115,18 @@ fn order(order: v1::controller_order::Order) -> Result<v1::ControllerOrder, Stat
     Ok(v1::ControllerOrder { order: Some(order) })
 }
 
-/// A server that is ready, the controller's side of its session, and a coordinator attached to it.
-async fn ready(settings: &[&str]) -> (Server, Reports, Orders, Attached) {
+/// The next session and who calls.
+async fn greeted(sessions: &mut mpsc::Receiver<Called>) -> (Reports, Orders, v1::InstanceSpec) {
+    let session = tokio::time::timeout(PATIENCE, sessions.recv()).await.expect("a session in time");
+    let (reports, orders) = session.expect("a session");
+    let mut reports = Reports(reports);
+    let v1::instance_report::Report::Hello(hello) = reports.next().await else { panic!("expected hello") };
+    (reports, orders, hello.spec.expect("a spec"))
+}
+
+/// A server that is ready, the controller's side of its session, and a coordinator attached to it. If `known` is not 0,
+/// the controller first says that it knows the instance from a time so many milliseconds later.
+async fn ready(settings: &[&str], known: u64) -> (Server, Reports, Orders, Attached) {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let address = listener.local_addr().expect("an address").to_string();
     let (accepted, mut sessions) = mpsc::channel(1);
@@ -123,11 +135,14 @@ async fn ready(settings: &[&str]) -> (Server, Reports, Orders, Attached) {
     tokio::spawn(serve.serve_with_incoming(TcpListenerStream::new(listener)));
 
     let server = Server::start(&address, settings);
-    let session = tokio::time::timeout(PATIENCE, sessions.recv()).await.expect("a session in time");
-    let (reports, orders) = session.expect("a session");
-    let mut reports = Reports(reports);
-    let v1::instance_report::Report::Hello(hello) = reports.next().await else { panic!("expected hello") };
-    let spec = hello.spec.expect("a spec");
+    let (mut reports, mut orders, mut spec) = greeted(&mut sessions).await;
+    if known > 0 {
+        let held_incarnation = spec.incarnation + known;
+        let refuse = v1::Refuse { reason: None, held_incarnation };
+        orders.send(order(v1::controller_order::Order::Refuse(refuse))).await.expect("sent");
+        (reports, orders, spec) = greeted(&mut sessions).await;
+        assert_eq!(spec.incarnation, held_incarnation + 1);
+    }
     let model = spec.model.expect("a model");
     assert_eq!((spec.instance_id.as_str(), model.name.as_str()), ("s", "real"));
     assert_eq!((model.context_tokens, model.vocabulary_size), (8192, 49_152));
@@ -148,7 +163,7 @@ async fn ready(settings: &[&str]) -> (Server, Reports, Orders, Attached) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn it_registers_serves_and_drains() {
-    let (server, mut reports, orders, mut coordinator) = ready(&[]).await;
+    let (server, mut reports, orders, mut coordinator) = ready(&[], 0).await;
     let request = Request::greedy(20, 60);
     coordinator.dispatch(1, &request, whole()).await;
     coordinator.until_tokens(1, 3).await;
@@ -165,11 +180,23 @@ async fn it_registers_serves_and_drains() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_outlasts_its_drain_is_told_so() {
-    let (server, mut reports, orders, mut coordinator) = ready(&["process.shutdown.drain=3s"]).await;
+    let (server, mut reports, orders, mut coordinator) = ready(&["process.shutdown.drain=3s"], 0).await;
     coordinator.dispatch(1, &Request::greedy(20, 8000), whole()).await;
     coordinator.until_tokens(1, 1).await;
     server.terminate();
     assert_eq!(coordinator.until_end(1).await.failed(), ErrorCode::Unavailable);
+    reports.until_goodbye().await;
+    drop(orders);
+    assert!(server.exit().await.success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_whose_clock_was_set_back_is_at_work_under_a_later_incarnation() {
+    let (server, mut reports, orders, mut coordinator) = ready(&[], 3_600_000).await;
+    // Meant for the incarnation of its second hello: it would refuse any other.
+    coordinator.dispatch(1, &Request::greedy(20, 5), whole()).await;
+    assert_eq!(coordinator.until_end(1).await.finished(), v1::FinishReason::Length);
+    server.terminate();
     reports.until_goodbye().await;
     drop(orders);
     assert!(server.exit().await.success());

@@ -6,7 +6,8 @@
 //! - [`election`]: who of the controllers leads, and writes that only the leader can make.
 //! - [`fleet`]: the readers' side: [`FleetWatch`] keeps a typed snapshot of instances, roles and status up to date.
 //!
-//! This crate is the only user of etcd, and says how a configuration reaches it ([`EtcdSettings`]). It decides nothing about roles: that is the controller's.
+//! This crate is the only user of etcd, and says how a configuration reaches it ([`EtcdSettings`]). It
+//! decides nothing about roles: that is the controller's.
 
 pub mod election;
 pub mod fleet;

@@ -2,10 +2,11 @@
 
 mod suite;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use baton_registry::{
-    MemoryConfig, MemoryStore, RemoteConfig, RemoteStore, Revision, StoreService, testing::EtcdServer,
+    MemoryConfig, MemoryStore, RemoteConfig, RemoteStore, Revision, Store, StoreError, StoreService, Txn,
+    testing::EtcdServer,
 };
 use suite::Subject;
 use tokio_stream::wrappers::TcpListenerStream;
@@ -39,7 +40,7 @@ async fn remote() {
     let store = memory(&shutdown, &tasks);
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("bind");
     let address = listener.local_addr().expect("address");
-    let service = StoreService::new(Arc::new(store.clone()), shutdown.clone()).into_server();
+    let service = StoreService::new(Arc::new(store.clone()), shutdown.clone()).writable().into_server();
     let server = tonic::transport::Server::builder()
         .add_service(service)
         .serve_with_incoming_shutdown(TcpListenerStream::new(listener), shutdown.clone().cancelled_owned());
@@ -65,4 +66,30 @@ async fn etcd() {
         Box::pin(async move { store.compact(revision).await.expect("compact") })
     };
     suite::run(&Subject { store, compact: Box::new(compact) }).await;
+}
+
+#[tokio::test]
+async fn what_memory_holds_is_bounded() {
+    let (shutdown, tasks) = (CancellationToken::new(), TaskTracker::new());
+    let config = MemoryConfig { keys: 2, leases: 1, ..MemoryConfig::new(Revision(1)) };
+    let store = MemoryStore::start(config, shutdown.clone(), &tasks);
+    let put = |key: &str| store.txn(Txn::new().put(key, "1", None));
+    let refused = |error: Option<StoreError>| matches!(error, Some(StoreError::Refused(why)) if why.contains("limit is 2"));
+    put("a").await.expect("room");
+    let two = Txn::new().put("b", "1", None).put("c", "1", None);
+    assert!(refused(store.txn(two).await.err()), "none of a transaction that does not fit is made");
+    put("b").await.expect("room");
+    assert!(refused(put("c").await.err()));
+    put("a").await.expect("a key that is there may change");
+    store.txn(Txn::new().delete("a")).await.expect("a full store takes deletions");
+    put("c").await.expect("the room given back");
+
+    let lease = store.grant_lease(Duration::from_secs(60)).await.expect("room");
+    let full = store.grant_lease(Duration::from_secs(60)).await;
+    assert!(matches!(&full, Err(StoreError::Refused(why)) if why.contains("1 leases")), "{full:?}");
+    store.revoke_lease(lease.id).await.expect("ends");
+    store.grant_lease(Duration::from_secs(60)).await.expect("the room given back");
+    shutdown.cancel();
+    tasks.close();
+    tasks.wait().await;
 }

@@ -69,6 +69,14 @@ impl Reconciler {
             let remembered = Remembered { desired, stored: member.stored, since: now };
             self.remembered.insert(id, remembered);
             self.check_at = self.check_at.min(now + self.roles_config.memory);
+            // Names that never come back must not fill the store: the longest gone is forgotten first.
+            if self.remembered.len() > self.sessions_config.max_instances
+                && let Some(oldest) = self.remembered.iter().min_by_key(|(_, gone)| gone.since)
+            {
+                let oldest = oldest.0.clone();
+                self.remembered.remove(&oldest);
+                self.mark(Kind::Role, &oldest);
+            }
         }
     }
 

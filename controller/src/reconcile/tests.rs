@@ -30,7 +30,7 @@ struct World {
     /// Assignments made, per session, and sessions closed and refused.
     assigned: Vec<(SessionId, DesiredRole)>,
     closed: Vec<SessionId>,
-    refused: Vec<(SessionId, ErrorCode)>,
+    refused: Vec<(SessionId, ErrorCode, Option<u64>)>,
     writes: usize,
 }
 
@@ -59,7 +59,9 @@ impl World {
             match command {
                 Command::Close(session) => self.closed.push(session),
                 Command::Order(session, Order::Assign(desired)) => self.assigned.push((session, desired)),
-                Command::Order(session, Order::Refuse(error)) => self.refused.push((session, error.code)),
+                Command::Order(session, Order::Refuse { reason, held }) => {
+                    self.refused.push((session, reason.code, held.map(|held| held.0)));
+                }
                 Command::Order(_, Order::Welcome) => {}
             }
         }
@@ -286,9 +288,9 @@ fn incarnations_are_fenced() {
     let mut world = World::new();
     let first = world.hello("a", 5, LOADING);
     let older = world.hello("a", 4, LOADING);
-    assert_eq!(world.refused, [(older, ErrorCode::StaleEpoch)]);
+    assert_eq!(world.refused, [(older, ErrorCode::StaleEpoch, Some(5))]);
     let twin = world.hello("a", 6, LOADING);
-    assert_eq!(world.refused[1..], [(twin, ErrorCode::AlreadyExists)], "one process per id");
+    assert_eq!(world.refused[1..], [(twin, ErrorCode::AlreadyExists, Some(5))], "one process per id");
     assert_eq!(world.closed, [older, twin]);
 
     let same = world.hello("a", 5, LOADING);
@@ -389,7 +391,7 @@ fn too_many_instances_are_refused() {
     world.hello("a", 1, LOADING);
     world.hello("b", 1, LOADING);
     let c = world.hello("c", 1, LOADING);
-    assert_eq!(world.refused, [(c, ErrorCode::QueueFull)]);
+    assert_eq!(world.refused, [(c, ErrorCode::QueueFull, None)]);
 }
 
 #[test]
@@ -402,6 +404,22 @@ fn roles_of_the_gone_fade_from_memory() {
     world.pass(secs(20), &[a]);
     assert!(!world.stored.contains_key("/baton/v1/roles/b"));
     assert_eq!(world.mind.remembered().count(), 0);
+}
+
+#[test]
+fn no_more_of_the_gone_are_remembered_than_may_be_here() {
+    let mut world = World::new();
+    world.mind.sessions_config.max_instances = 2;
+    for name in ["a", "b", "c", "d"] {
+        let session = world.hello(name, 1, beat(Phase::Waiting, Role::None, 0));
+        world.pass(secs(2), &[session]);
+        world.obey(session);
+        world.event(Event::Bye { session, reason: String::new() });
+    }
+    let remembered: Vec<_> = world.mind.remembered().map(|(id, _)| id.to_string()).collect();
+    assert_eq!(remembered, ["c", "d"], "the longest gone are forgotten");
+    let stored: Vec<_> = world.stored.keys().collect();
+    assert_eq!(stored, ["/baton/v1/roles/c", "/baton/v1/roles/d"]);
 }
 
 #[test]

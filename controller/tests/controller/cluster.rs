@@ -185,7 +185,7 @@ impl Server {
         endpoint: &str,
         spec: v1::InstanceSpec,
         state: v1::InstanceBeat,
-    ) -> Result<Result<Self, v1::ErrorDetail>, Status> {
+    ) -> Result<Result<Self, v1::Refuse>, Status> {
         let mut client = ControlClient::connect(format!("http://{endpoint}"))
             .await
             .map_err(|error| Status::unavailable(error.to_string()))?;
@@ -199,7 +199,7 @@ impl Server {
             Some(controller_order::Order::Welcome(welcome)) => {
                 Ok(Ok(Self { state, reports, orders, leader_epoch: welcome.leader_epoch }))
             }
-            Some(controller_order::Order::Refuse(refuse)) => Ok(Err(refuse.reason.expect("a reason"))),
+            Some(controller_order::Order::Refuse(refuse)) => Ok(Err(refuse)),
             other => panic!("the first answer is {other:?}"),
         }
     }

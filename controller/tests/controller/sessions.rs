@@ -117,11 +117,14 @@ async fn bad_hellos_and_wrong_incarnations_are_refused() {
     let endpoint = node.endpoint.clone();
     let a = Server::join_any(&[&endpoint], spec("a", 5), waiting()).await;
     let a = a.live();
-    let older =
-        Server::call(&endpoint, spec("a", 4), waiting()).await.expect("a session").err().expect("a refusal");
-    assert_eq!(older.code(), v1::ErrorCode::StaleEpoch);
-    let twin =
-        Server::call(&endpoint, spec("a", 6), waiting()).await.expect("a session").err().expect("a refusal");
+    let refused = async |incarnation| {
+        let called = Server::call(&endpoint, spec("a", incarnation), waiting()).await;
+        let refuse = called.expect("a session").err().expect("a refusal");
+        assert_eq!(refuse.held_incarnation, 5);
+        refuse.reason.expect("a reason")
+    };
+    assert_eq!(refused(4).await.code(), v1::ErrorCode::StaleEpoch);
+    let twin = refused(6).await;
     assert_eq!(twin.code(), v1::ErrorCode::AlreadyExists);
     assert!(twin.message.contains("incarnation 5"), "{}", twin.message);
 
@@ -146,6 +149,34 @@ async fn bad_hellos_and_wrong_incarnations_are_refused() {
     let status = Server::call(&endpoint, spec("b", 1), phase).await.err().expect("a refusal");
     assert_eq!(status.code(), Code::InvalidArgument);
     assert!(!a.is_finished(), "the one that is here is not disturbed");
+}
+
+#[tokio::test]
+async fn the_embedded_store_is_read_by_all_and_written_by_nobody_else() {
+    let node = Node::start(config());
+    let _a = Server::join_any(&[&node.endpoint], spec("a", 1), waiting()).await.live();
+    let store = remote(&node.endpoint);
+    let leader = || async {
+        let listing = store.range(KeyRange::exact(keys::LEADER)).await.expect("is read");
+        listing.items.into_iter().next().expect("a leader")
+    };
+    let before = leader().await;
+    let lease = before.lease.expect("it stands under a lease");
+    let written = [
+        store.txn(Txn::new().delete(keys::LEADER)).await.err(),
+        store.txn(Txn::new().put("/baton/v1/roles/a", "mine", None)).await.err(),
+        store.grant_lease(Duration::from_secs(60)).await.err(),
+        store.keep_alive(lease).await.err(),
+        store.revoke_lease(lease).await.err(),
+    ];
+    for refused in written {
+        assert!(
+            matches!(&refused, Some(StoreError::Refused(why)) if why.contains("only be read")),
+            "{refused:?}"
+        );
+    }
+    assert_eq!(leader().await.create_revision, before.create_revision);
+    store.watch(KeyRange::prefix(keys::ROOT), None).await.expect("is watched");
 }
 
 /// A store that will not have one key.

@@ -17,7 +17,7 @@ use tokio::time::{Instant, Sleep, sleep_until};
 use v1::dispatch::Work;
 
 use super::{
-    leg::{Output, Side},
+    leg::Output,
     link::LegGuard,
     machine::{Command, Completed, Fresh, Machine},
     mailbox::Mailbox,
@@ -26,7 +26,7 @@ use crate::{
     fleet::keeper::Links,
     prepare::Sampling,
     schedule::{
-        Placement, Seat,
+        Placement, Seat, Side,
         board::{Booking, Credit},
     },
 };

@@ -2,25 +2,6 @@
 
 use baton_proto::{ApiError, ErrorCode, v1};
 
-/// Which part of the work a leg is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Side {
-    /// Prefill and decode on one instance.
-    Whole,
-    Prefill,
-    Decode,
-}
-
-impl Side {
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Whole => "mixed",
-            Self::Prefill => "prefill",
-            Self::Decode => "decode",
-        }
-    }
-}
-
 /// Why a sequence ended, as clients are told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StopReason {

@@ -28,11 +28,13 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Streaming, transport::Endpoint};
 use v1::{attach_request::Frame as Ask, attach_response::Frame as Answer, inference_client::InferenceClient};
 
-use super::{
-    leg::{Output, Side},
-    mailbox::Mailbox,
+use super::{leg::Output, mailbox::Mailbox};
+use crate::{
+    config::{CHOICES_MOST, FleetConfig},
+    fleet::Duty,
+    metrics::Metrics,
+    schedule::{Side, board::Board},
 };
-use crate::{config::FleetConfig, fleet::Duty, metrics::Metrics, schedule::board::Board};
 
 /// Frames queued towards one instance.
 const OUTBOUND_FRAMES: usize = 1024;
@@ -54,9 +56,6 @@ impl Target {
         self.endpoint == other.endpoint && self.incarnation == other.incarnation
     }
 }
-
-/// Choices of one leg.
-pub const CHOICES_MOST: u32 = 128;
 
 /// A set of choices.
 type Choices = u128;

@@ -17,7 +17,8 @@ use std::collections::BTreeMap;
 
 use baton_proto::{ApiError, ErrorCode};
 
-use super::leg::{LegEnd, Output, Side, StopReason, TokenLogprobs};
+use super::leg::{LegEnd, Output, StopReason, TokenLogprobs};
+use crate::schedule::Side;
 
 /// What the driver is to do.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,9 +1,10 @@
 //! Where the legs of one request deliver, and its reader picks up.
 //!
-//! Written by the links' tasks, read by [`super::generation`]. A delivery never waits: one slow client must not hold up
-//! the stream that carries everybody else's tokens. It is bounded all the same: what follows on from the last delivery
-//! of the same choice of the same leg is appended to it, so a reader that is away costs four bytes a token (some 200 with log
-//! probabilities) and no more than the request may generate; beyond [`MOST_DELIVERIES`] pieces that do not follow on, the instance is at fault and the leg fails.
+//! Written by the links' tasks, read by [`super::generation`]. A delivery never waits: one slow client must
+//! not hold up the stream that carries everybody else's tokens. It is bounded all the same: what follows on
+//! from the last delivery of the same choice of the same leg is appended to it, so a reader that is away
+//! costs four bytes a token (some 200 with log probabilities) and no more than the request may generate;
+//! beyond [`MOST_DELIVERIES`] pieces that do not follow on, the instance is at fault and the leg fails.
 
 use std::{
     collections::VecDeque,
@@ -13,7 +14,8 @@ use std::{
 use baton_proto::{ApiError, ErrorCode};
 use parking_lot::Mutex;
 
-use super::leg::{LegEnd, Output, Side};
+use super::leg::{LegEnd, Output};
+use crate::schedule::Side;
 
 /// Deliveries that may lie in the box for each choice. In order, they merge: only a peer that breaks the contract comes
 /// near it.

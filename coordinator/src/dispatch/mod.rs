@@ -11,6 +11,6 @@ pub mod machine;
 mod mailbox;
 
 pub use generation::{Assignment, Generation, Progress, deadline_passed};
-pub use leg::{LegEnd, Output, Side, StopReason, TokenLogprobs};
-pub use link::{CHOICES_MOST, LegGuard, Link, LinkTask, Target};
+pub use leg::{LegEnd, Output, StopReason, TokenLogprobs};
+pub use link::{LegGuard, Link, LinkTask, Target};
 pub use machine::{Completed, Fresh};

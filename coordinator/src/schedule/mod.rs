@@ -19,10 +19,7 @@ pub mod ledger;
 use baton_proto::{ApiError, ErrorCode, Incarnation, InstanceId, RoleEpoch};
 use tokio::time::Instant;
 
-use crate::{
-    dispatch::Side,
-    fleet::{Fleet, Instance, Role, Spec},
-};
+use crate::fleet::{Fleet, Instance, Role, Spec};
 use ledger::{Ledger, Standing};
 
 /// Taken for an instance that has not yet measured its prefill.
@@ -45,6 +42,25 @@ pub struct Ask<'a> {
     pub revision: &'a str,
     /// Any number that differs from request to request: equal costs take turns by it.
     pub turn: u64,
+}
+
+/// Which part of the work a leg is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    /// Prefill and decode on one instance.
+    Whole,
+    Prefill,
+    Decode,
+}
+
+impl Side {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Whole => "mixed",
+            Self::Prefill => "prefill",
+            Self::Decode => "decode",
+        }
+    }
 }
 
 /// One instance chosen for one leg, and the role it was seen in.

@@ -9,13 +9,13 @@ use super::reading::{Piece, Reading};
 use crate::{
     dispatch::{Generation, Progress},
     place::{Attempts, Replacing},
-    requests::{CardGuard, Stage},
+    requests::CardGuard,
 };
 
 /// Who works at the answer.
 enum Work {
     Generating(Box<Generation>),
-    /// The first instances failed before they said anything; others are being looked for.
+    /// The first instances could not be asked, or failed before they said anything; others are being looked for.
     Replacing(Replacing),
 }
 
@@ -30,9 +30,18 @@ pub struct Lane {
 }
 
 impl Lane {
-    /// One reading for each choice.
-    pub fn new(generation: Generation, attempts: Attempts, readings: Vec<Reading>) -> Self {
-        Self { work: Work::Generating(Box::new(generation)), attempts, readings, cached_tokens: 0 }
+    /// One reading for each choice. What could not even be started is placed once more, while the request's other
+    /// prompts go on.
+    pub fn new(
+        started: Result<Generation, ApiError>,
+        mut attempts: Attempts,
+        readings: Vec<Reading>,
+    ) -> Result<Self, ApiError> {
+        let work = match started {
+            Ok(generation) => Work::Generating(Box::new(generation)),
+            Err(error) => Work::Replacing(attempts.again(error)?),
+        };
+        Ok(Self { work, attempts, readings, cached_tokens: 0 })
     }
 
     /// Its choices.
@@ -78,12 +87,11 @@ impl Lane {
                     }
                 }
                 Work::Replacing(replacing) => {
-                    let (generation, stage): (Generation, Stage) =
-                        match ready!(replacing.as_mut().poll(context)) {
-                            Ok(placed) => placed,
-                            Err(error) => return Poll::Ready(Err(error)),
-                        };
-                    card.set(stage);
+                    let (generation, placement) = match ready!(replacing.as_mut().poll(context)) {
+                        Ok(placed) => placed,
+                        Err(error) => return Poll::Ready(Err(error)),
+                    };
+                    card.placed(&placement);
                     self.work = Work::Generating(Box::new(generation));
                 }
             }

@@ -1,6 +1,7 @@
 //! Requests that want several answers: to one prompt, or to several.
 
-use crate::scripted::{Cluster, events};
+use crate::scripted::{Cluster, events, until};
+use baton_coordinator::requests::Stage;
 use baton_proto::v1;
 use serde_json::{Value, json};
 use v1::{FinishReason, dispatch::Work};
@@ -109,6 +110,27 @@ async fn several_prompts_go_their_own_ways_and_count_their_choices_through() {
     let body = response.await.expect("ends").text().await.expect("a body");
     let texts: Vec<String> = streamed(&body, 4).into_iter().map(|(text, _)| text).collect();
     assert_eq!(texts, ["abrs", "abpq", "cx", "cy"]);
+    cluster.at_rest().await;
+}
+
+#[tokio::test]
+async fn a_prompt_that_is_placed_again_leaves_the_whole_requests_tokens_on_its_card() {
+    let (cluster, [mut mixed]) = Cluster::start([("m", v1::Role::Mixed)], |_| {}).await;
+    let body = json!({"model": "tiny", "prompt": ["ab", "c"], "max_tokens": 1});
+    let response = cluster.post("/v1/completions", body.to_string());
+    let legs = [mixed.dispatch().await, mixed.dispatch().await];
+    mixed.fail(legs[0].leg, baton_proto::ErrorCode::StaleEpoch);
+    let again = mixed.dispatch().await;
+    assert_eq!(again.prompt_tokens, legs[0].prompt_tokens);
+    mixed.finish(legs[1].leg, 0, "y", FinishReason::Length);
+    until("the other prompt's token is there", || {
+        cluster.service.roster.list().iter().all(|card| card.completion_tokens() == 1)
+    })
+    .await;
+    let cards = cluster.service.roster.list();
+    assert!(matches!(cards[0].stage(), Stage::Placed { prompt_tokens: 3, .. }), "{:?}", cards[0].stage());
+    mixed.finish(again.leg, 0, "x", FinishReason::Length);
+    assert_eq!(response.await.expect("ends").status(), 200);
     cluster.at_rest().await;
 }
 

@@ -18,13 +18,16 @@ use hyper_util::{
 };
 use serde::Serialize;
 use tokio::{
-    net::TcpStream,
+    io::{AsyncRead, AsyncWrite},
     sync::Semaphore,
     time::{sleep, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{HealthHandle, Metrics, ProcessError, metrics};
+use underway::Underway;
+
+mod underway;
 
 /// Connections of those who only observe a process.
 const OBSERVERS_MOST: usize = 256;
@@ -32,6 +35,13 @@ const OBSERVERS_MOST: usize = 256;
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// Between one request and the next, longer than clients and proxies commonly keep connections for later.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(75);
+/// For a connection that is let go to close. At once, mostly; but the end of the last answer, handed over and not yet
+/// sent, may still wait for a client that reads slowly.
+const GOODBYE_TIMEOUT: Duration = Duration::from_secs(300);
+/// A silent HTTP/2 client is asked this often whether it is still there.
+const PING_EVERY: Duration = Duration::from_secs(30);
+/// And must answer within this time, which is long: many a client answers only while it reads.
+const PING_TIMEOUT: Duration = Duration::from_secs(120);
 /// After a connection could not be accepted.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -87,6 +97,8 @@ pub async fn serve_many(
         };
         match accepted {
             Ok((stream, _)) => {
+                // Tokens are small and must leave at once; a socket that refuses is slow, not broken.
+                let _ = stream.set_nodelay(true);
                 let (router, shutdown) = (router.clone(), shutdown.clone());
                 open.spawn(async move {
                     let _seat = seat;
@@ -112,19 +124,24 @@ pub async fn serve_many(
     Ok(())
 }
 
-/// One connection, to its end. One that brings no request in time, or nothing between two, is closed.
-async fn converse(stream: TcpStream, router: Router, shutdown: CancellationToken) {
-    // Tokens are small and must leave at once; a socket that refuses is slow, not broken.
-    let _ = stream.set_nodelay(true);
-    let begun = CancellationToken::new();
-    let (mark, service) = (begun.clone(), TowerToHyperService::new(router));
+/// One connection, to its end. One that brings no request in time, or nothing for long while no answer is on
+/// its way, is closed, whatever its version of HTTP: it would hold a seat for ever. What is on its way is
+/// never cut for that.
+async fn converse<S>(stream: S, router: Router, shutdown: CancellationToken)
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    let (begun, underway) = (CancellationToken::new(), Underway::default());
+    let (mark, answers, service) = (begun.clone(), underway.clone(), TowerToHyperService::new(router));
     let service = service_fn(move |request| {
         mark.cancel();
-        service.call(request)
+        let (answer, turn) = (service.call(request), answers.begin());
+        async move { answer.await.map(|response| response.map(|body| turn.carry(body))) }
     });
     let mut builder = auto::Builder::new(TokioExecutor::new());
     builder.http1().timer(TokioTimer::new()).header_read_timeout(IDLE_TIMEOUT);
-    builder.http2().timer(TokioTimer::new());
+    let mut http2 = builder.http2();
+    http2.timer(TokioTimer::new()).keep_alive_interval(PING_EVERY).keep_alive_timeout(PING_TIMEOUT);
     let mut connection =
         std::pin::pin!(builder.serve_connection_with_upgrades(TokioIo::new(stream), service));
     let head_is_late = async {
@@ -136,6 +153,14 @@ async fn converse(stream: TcpStream, router: Router, shutdown: CancellationToken
         biased;
         result = connection.as_mut() => result,
         () = head_is_late => return,
+        () = underway.nothing_for(IDLE_TIMEOUT) => {
+            connection.as_mut().graceful_shutdown();
+            // A request that came at the last moment is still answered.
+            tokio::select! {
+                result = connection => result,
+                () = underway.nothing_for(GOODBYE_TIMEOUT) => return,
+            }
+        }
         () = shutdown.cancelled() => {
             connection.as_mut().graceful_shutdown();
             connection.await
@@ -150,9 +175,13 @@ async fn converse(stream: TcpStream, router: Router, shutdown: CancellationToken
 mod tests {
     use std::net::SocketAddr;
 
+    use http::Request;
     use tokio::{
-        io::{AsyncReadExt, AsyncWriteExt},
+        io::{AsyncReadExt, AsyncWriteExt, DuplexStream},
+        net::TcpStream,
+        sync::Notify,
         task::JoinHandle,
+        time::Instant,
     };
 
     use super::*;
@@ -203,5 +232,104 @@ mod tests {
         });
         let [a, b, c] = all;
         assert_eq!(tokio::join!(a, b, c), (true, true, true));
+    }
+
+    /// More than HTTP/2 sends to a client that takes nothing.
+    const LARGE_BYTES: usize = 1 << 20;
+
+    /// A conversation over memory, so that a paused clock goes on only when nobody has anything to do.
+    fn conversation() -> (DuplexStream, JoinHandle<()>, Arc<Notify>) {
+        let (client, server) = tokio::io::duplex(64 << 10);
+        let asked = Arc::new(Notify::new());
+        let never = asked.clone();
+        let router = Router::new()
+            .route("/at-once", get(async || "done"))
+            .route("/late", get(async || sleep(IDLE_TIMEOUT * 5).await))
+            .route("/large", get(async || vec![7; LARGE_BYTES]))
+            .route(
+                "/never",
+                get(async move || {
+                    never.notify_one();
+                    std::future::pending::<()>().await
+                }),
+            );
+        (client, tokio::spawn(converse(server, router, CancellationToken::new())), asked)
+    }
+
+    fn asking(path: &str) -> Request<()> {
+        Request::get(format!("http://x{path}")).body(()).expect("a request")
+    }
+
+    /// How long until the conversation ends from now on.
+    async fn ends(conversation: JoinHandle<()>) -> Duration {
+        let since = Instant::now();
+        timeout(IDLE_TIMEOUT * 10, conversation)
+            .await
+            .expect("it holds its seat for ever")
+            .expect("no panic");
+        since.elapsed()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_idle_client_of_http_1_is_let_go() {
+        let (mut client, conversation, _) = conversation();
+        client.write_all(b"GET /late HTTP/1.1\r\nhost: x\r\n\r\n").await.expect("is sent");
+        let mut answer = [0; 4096];
+        let length = client.read(&mut answer).await.expect("is read");
+        assert!(answer[..length].starts_with(b"HTTP/1.1 200"), "what is on its way is never cut");
+        let took = ends(conversation).await;
+        assert!(took >= IDLE_TIMEOUT && took < IDLE_TIMEOUT * 2, "{took:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_idle_client_of_http_2_is_let_go() {
+        let (client, conversation, _) = conversation();
+        let (mut sender, connection) = h2::client::handshake(client).await.expect("shakes hands");
+        tokio::spawn(connection);
+        for path in ["/at-once", "/late", "/at-once"] {
+            let (answer, _) = sender.send_request(asking(path), true).expect("is sent");
+            let mut body = answer.await.expect("is answered").into_body();
+            while let Some(data) = body.data().await {
+                data.expect("is not cut");
+            }
+            sleep(IDLE_TIMEOUT / 2).await;
+        }
+        let took = ends(conversation).await;
+        assert!(took > Duration::ZERO && took <= IDLE_TIMEOUT, "{took:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_reads_slowly_gets_all() {
+        let (client, conversation, _) = conversation();
+        let (mut sender, connection) = h2::client::handshake(client).await.expect("shakes hands");
+        tokio::spawn(connection);
+        let (answer, _) = sender.send_request(asking("/large"), true).expect("is sent");
+        let mut body = answer.await.expect("is answered").into_body();
+        let (mut read, mut held) = (0, 0);
+        while let Some(data) = body.data().await {
+            let length = data.expect("is not cut").len();
+            (read, held) = (read + length, held + length);
+            // Half of what is sent ahead of it.
+            if held >= 32 << 10 {
+                sleep(IDLE_TIMEOUT / 2).await;
+                body.flow_control().release_capacity(std::mem::take(&mut held)).expect("was taken");
+            }
+        }
+        assert_eq!(read, LARGE_BYTES);
+        ends(conversation).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_answers_no_ping_is_gone() {
+        let (client, conversation, asked) = conversation();
+        let (mut sender, connection) = h2::client::handshake(client).await.expect("shakes hands");
+        let mut connection = Box::pin(connection);
+        let (_answer, _) = sender.send_request(asking("/never"), true).expect("is sent");
+        tokio::select! {
+            _ = connection.as_mut() => panic!("the connection ended"),
+            () = asked.notified() => {}
+        }
+        let took = ends(conversation).await;
+        assert!(took <= (PING_EVERY + PING_TIMEOUT) * 2, "{took:?}");
     }
 }

@@ -77,7 +77,8 @@ fn filter(config: &ProcessConfig) -> Result<EnvFilter, ProcessError> {
     })
 }
 
-/// Spans of ours (a directive covers every target that begins with it) at info and above; the libraries' own would drown them, and those of the exporter would feed it.
+/// Spans of ours (a directive covers every target that begins with it) at info and above; the libraries' own
+/// would drown them, and those of the exporter would feed it.
 fn trace_filter() -> EnvFilter {
     EnvFilter::new("off,baton=info")
 }

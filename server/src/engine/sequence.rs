@@ -10,9 +10,10 @@
 //!    │  └────────── preempted ──────────────┼──┘        end while a transfer is open   v
 //!    └── decode ──> Receiving ── sealed ────┘     any ─────────────────────────────> Closing ──> gone
 //! ```
-//! A sequence may stand for several choices, answers to one prompt: it computes, or receives, the prompt once. A prefill
-//! leg's samples the first token of each and never stands for fewer than have not ended; another is forked, when the
-//! first tokens are there, into a sequence for each choice, which share the prompt's blocks.
+//! A sequence may stand for several choices, answers to one prompt: it computes, or receives, the prompt
+//! once. A prefill leg's samples the first token of each and never stands for fewer than have not ended;
+//! another is forked, when the first tokens are there, into a sequence for each choice, which share the
+//! prompt's blocks.
 //!
 //! A sequence without an open transfer is gone as soon as it ends. With one it stays, as `Closing`, until the transfer
 //! can touch its blocks no more.

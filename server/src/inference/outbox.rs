@@ -1,9 +1,9 @@
 //! What waits to be sent on one coordinator's stream.
 //!
-//! Filled by the engine's thread, which never waits for it; emptied by the stream. Updates of a leg's choice that still
-//! wait are merged, so a slow coordinator costs one entry for each of them, and each at most its tokens (with log probabilities
-//! 20 pairs of numbers beside each). Only refusals
-//! add entries without a live leg; the reader of the stream stops reading while there are too many ([`Outbox::room`]).
+//! Filled by the engine's thread, which never waits for it; emptied by the stream. Updates of a leg's choice
+//! that still wait are merged, so a slow coordinator costs one entry for each of them, and each at most its
+//! tokens (with log probabilities 20 pairs of numbers beside each). Only refusals add entries without a live
+//! leg; the reader of the stream stops reading while there are too many ([`Outbox::room`]).
 
 use std::collections::HashMap;
 

@@ -34,8 +34,12 @@ struct Rig {
     events: mpsc::Receiver<Event>,
     role: watch::Sender<RoleView>,
     shutdown: CancellationToken,
+    settled: oneshot::Receiver<Incarnation>,
     done: tokio::task::JoinHandle<()>,
 }
+
+/// Of the process before its incarnation is raised.
+const OWN: u64 = 5;
 
 async fn rig() -> Rig {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
@@ -50,15 +54,17 @@ async fn rig() -> Rig {
     let (role, role_seen) = watch::channel(RoleView::default());
     let (events_in, events) = mpsc::channel(8);
     let shutdown = CancellationToken::new();
+    let (settle, settled) = oneshot::channel();
     let session = Session {
-        spec: v1::InstanceSpec { instance_id: "s".into(), ..Default::default() },
+        spec: v1::InstanceSpec { instance_id: "s".into(), incarnation: OWN, ..Default::default() },
+        settle: Some(settle),
         controllers: vec![address],
         role: role_seen,
         load: watch::channel(Load::default()).1,
         events: events_in,
         shutdown: shutdown.clone(),
     };
-    Rig { sessions, events, role, shutdown, done: tokio::spawn(session.run()) }
+    Rig { sessions, events, role, shutdown, settled, done: tokio::spawn(session.run()) }
 }
 
 fn welcome(beat_millis: u32) -> Result<v1::ControllerOrder, Status> {
@@ -133,17 +139,52 @@ async fn comes_back_with_its_role_after_a_break() {
     assert_eq!((beat.role(), beat.role_epoch, beat.phase()), (v1::Role::Prefill, 4, v1::Phase::Ready));
 }
 
-#[tokio::test]
-async fn a_refusal_is_tried_again() {
-    let mut rig = rig().await;
+/// A session whose hello is refused because this incarnation is known; returns the hello's own.
+async fn refuse(rig: &mut Rig, held_incarnation: u64) -> u64 {
     let (mut reports, orders) = rig.sessions.recv().await.expect("a session");
-    hello(&mut reports).await;
-    let refuse = v1::Refuse { reason: None };
+    let own = hello(&mut reports).await.spec.expect("a spec").incarnation;
+    let refuse = v1::Refuse { reason: None, held_incarnation };
     orders
         .send(Ok(v1::ControllerOrder { order: Some(v1::controller_order::Order::Refuse(refuse)) }))
         .await
         .expect("sent");
+    own
+}
+
+#[tokio::test]
+async fn a_refusal_is_tried_again() {
+    let mut rig = rig().await;
+    assert_eq!(refuse(&mut rig, 0).await, OWN);
+    assert_eq!(refuse(&mut rig, OWN - 1).await, OWN);
     rig.sessions.recv().await.expect("another session");
+    assert_eq!(rig.settled.await, Ok(Incarnation(OWN)));
+}
+
+#[tokio::test]
+async fn a_start_with_a_clock_that_was_set_back_goes_on_above_the_earlier_one() {
+    let mut rig = rig().await;
+    assert_eq!(refuse(&mut rig, 100).await, OWN);
+    assert_eq!((&mut rig.settled).await, Ok(Incarnation(101)));
+    // Settled: whoever is later now has replaced this process.
+    assert_eq!(refuse(&mut rig, 200).await, 101);
+    assert_eq!(refuse(&mut rig, 200).await, 101);
+}
+
+#[tokio::test]
+async fn a_process_that_is_known_or_at_work_never_changes_its_incarnation() {
+    let mut welcomed = rig().await;
+    let (mut reports, orders) = welcomed.sessions.recv().await.expect("a session");
+    hello(&mut reports).await;
+    orders.send(welcome(50)).await.expect("sent");
+    assert_eq!((&mut welcomed.settled).await, Ok(Incarnation(OWN)));
+    drop((reports, orders));
+    assert_eq!(refuse(&mut welcomed, 100).await, OWN);
+    assert_eq!(refuse(&mut welcomed, 100).await, OWN);
+
+    let mut at_work = rig().await;
+    at_work.settled.close();
+    assert_eq!(refuse(&mut at_work, 100).await, OWN);
+    assert_eq!(refuse(&mut at_work, 100).await, OWN);
 }
 
 #[test]

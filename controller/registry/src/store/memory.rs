@@ -1,9 +1,11 @@
 //! The embedded store: one controller's state in memory, with the semantics of etcd.
 //!
 //! [`State`] is pure: operations and the time in, answers out. [`MemoryStore`] is its shell: a lock, and a task that
-//! ends leases when their time comes. Nothing survives the process; that is why a store starts at a revision derived
-//! from the time of its start: revisions, and with them leader and role epochs, keep growing over restarts, and a
-//! watch that an earlier life had promised is answered with "compacted".
+//! ends leases when their time comes. All that it holds is bounded by [`MemoryConfig`]; what goes beyond is refused.
+//!
+//! Nothing survives the process; that is why a store starts at a revision derived from the time of its start:
+//! revisions, and with them leader and role epochs, keep growing over restarts, and a watch that an earlier
+//! life had promised is answered with "compacted".
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -39,11 +41,15 @@ pub struct MemoryConfig {
     pub history_events: usize,
     /// Watches at a time.
     pub watches: usize,
+    /// Keys at a time.
+    pub keys: usize,
+    /// Leases at a time.
+    pub leases: usize,
 }
 
 impl MemoryConfig {
     pub fn new(start: Revision) -> Self {
-        Self { start, history_events: 16_384, watches: 4096 }
+        Self { start, history_events: 16_384, watches: 4096, keys: 65_536, leases: 1024 }
     }
 }
 
@@ -118,7 +124,7 @@ impl Store for MemoryStore {
 
     async fn grant_lease(&self, ttl: Duration) -> Result<Lease, StoreError> {
         let ttl = Duration::from_secs(lease_seconds(ttl)?);
-        let lease = self.now(|state, now| state.grant(ttl, now));
+        let lease = self.now(|state, now| state.grant(ttl, now))?;
         self.leases_changed.notify_one();
         Ok(lease)
     }
@@ -213,6 +219,7 @@ impl State {
                 return Err(StoreError::LeaseNotFound(*lease));
             }
         }
+        self.has_room(&txn)?;
         let revision = self.revision.next();
         let mut events = Vec::with_capacity(txn.operations.len());
         for operation in txn.operations {
@@ -232,6 +239,22 @@ impl State {
         }
         self.commit(revision, events);
         Ok(TxnOutcome { succeeded: true, revision: self.revision })
+    }
+
+    /// Whether the keys that `txn` would add still fit. What it deletes is not counted: a full store takes
+    /// deletions, and puts of keys it has, but nothing new beside them.
+    fn has_room(&self, txn: &Txn) -> Result<(), StoreError> {
+        let limit = self.config.keys;
+        let added = txn
+            .operations
+            .iter()
+            .filter(|made| matches!(made, Operation::Put { key, .. } if !self.keys.contains_key(key)))
+            .count();
+        if added == 0 || self.keys.len() + added <= limit {
+            return Ok(());
+        }
+        let held = self.keys.len();
+        Err(StoreError::Refused(format!("{held} keys are kept already and the limit is {limit}")))
     }
 
     fn put(&mut self, key: String, value: bytes::Bytes, lease: Option<LeaseId>, revision: Revision) -> Event {
@@ -313,11 +336,15 @@ impl State {
         Ok(Watch::new(stream::iter(past).chain(ReceiverStream::new(receiver))))
     }
 
-    fn grant(&mut self, ttl: Duration, now: Instant) -> Lease {
+    fn grant(&mut self, ttl: Duration, now: Instant) -> Result<Lease, StoreError> {
+        if self.leases.len() >= self.config.leases {
+            let limit = self.config.leases;
+            return Err(StoreError::Refused(format!("{limit} leases run already, which is the limit")));
+        }
         self.last_lease += 1;
         let id = LeaseId(self.last_lease);
         self.leases.insert(id, HeldLease { ttl, ends: now + ttl, keys: BTreeSet::new() });
-        Lease { id, ttl }
+        Ok(Lease { id, ttl })
     }
 
     fn keep_alive(&mut self, lease: LeaseId, now: Instant) -> Result<Duration, StoreError> {

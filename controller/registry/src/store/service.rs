@@ -1,7 +1,7 @@
 //! Serves any [`Store`] over gRPC: how a controller offers its embedded store.
 //!
 //! Thin: messages in, the contract's types to the store, its answer out. Mounted by the controller beside its other
-//! services.
+//! services, for coordinators, which only read: whoever reaches the port may list and watch, and change nothing.
 
 use std::{sync::Arc, time::Duration};
 
@@ -18,6 +18,9 @@ use super::{KeyRange, LeaseId, Revision, Store, StoreError, WatchError, wire};
 /// The largest message either way: a listing of a fleet of thousands is a few megabytes.
 pub(super) const MESSAGE_MAX_BYTES: usize = 64 << 20;
 
+/// The largest request of those who only read: a prefix and a revision. What a write might carry is not even taken in.
+const READ_MAX_BYTES: usize = 64 << 10;
+
 /// Names the lease that a "not found" is about.
 pub(super) const LEASE_HEADER: &str = "baton-lease";
 
@@ -25,20 +28,37 @@ pub(super) const LEASE_HEADER: &str = "baton-lease";
 #[derive(Debug, Clone)]
 pub struct StoreService {
     store: Arc<dyn Store>,
+    writable: bool,
     shutdown: CancellationToken,
 }
 
 impl StoreService {
-    /// Watches end on `shutdown`, so that a server that drains need not wait for their readers.
+    /// For reading only. Watches end on `shutdown`, so that a server that drains need not wait for their readers.
     pub fn new(store: Arc<dyn Store>, shutdown: CancellationToken) -> Self {
-        Self { store, shutdown }
+        Self { store, writable: false, shutdown }
+    }
+
+    /// The whole contract, for tests of it. No one asks callers who they are: whoever reaches the port can write.
+    pub fn writable(self) -> Self {
+        Self { writable: true, ..self }
     }
 
     /// As a service to mount.
     pub fn into_server(self) -> store_server::StoreServer<Self> {
+        let request_max_bytes = if self.writable { MESSAGE_MAX_BYTES } else { READ_MAX_BYTES };
         store_server::StoreServer::new(self)
-            .max_decoding_message_size(MESSAGE_MAX_BYTES)
+            .max_decoding_message_size(request_max_bytes)
             .max_encoding_message_size(MESSAGE_MAX_BYTES)
+    }
+
+    /// The store, for a call that changes it.
+    fn to_write(&self) -> Result<&dyn Store, Status> {
+        if self.writable {
+            return Ok(&*self.store);
+        }
+        let message =
+            "the state can only be read here: the controller that keeps it is the only one to change it";
+        Err(ApiError::new(ErrorCode::Unsupported, message).into())
     }
 }
 
@@ -65,8 +85,9 @@ impl store_server::Store for StoreService {
     }
 
     async fn txn(&self, request: Request<v1::TxnRequest>) -> Result<Response<v1::TxnResponse>, Status> {
+        let store = self.to_write()?;
         let txn = request.into_inner().try_into().map_err(status)?;
-        let outcome = self.store.txn(txn).await.map_err(status)?;
+        let outcome = store.txn(txn).await.map_err(status)?;
         Ok(Response::new(v1::TxnResponse { succeeded: outcome.succeeded, revision: outcome.revision.0 }))
     }
 
@@ -97,7 +118,7 @@ impl store_server::Store for StoreService {
         request: Request<v1::GrantLeaseRequest>,
     ) -> Result<Response<v1::GrantLeaseResponse>, Status> {
         let ttl = Duration::from_millis(request.into_inner().ttl_millis);
-        let lease = self.store.grant_lease(ttl).await.map_err(status)?;
+        let lease = self.to_write()?.grant_lease(ttl).await.map_err(status)?;
         let ttl_millis = u64::try_from(lease.ttl.as_millis()).unwrap_or(u64::MAX);
         Ok(Response::new(v1::GrantLeaseResponse { lease: lease.id.0, ttl_millis }))
     }
@@ -106,8 +127,9 @@ impl store_server::Store for StoreService {
         &self,
         request: Request<v1::KeepAliveRequest>,
     ) -> Result<Response<v1::KeepAliveResponse>, Status> {
+        let store = self.to_write()?;
         let ttl = match wire::lease_from(request.into_inner().lease) {
-            Some(lease) => self.store.keep_alive(lease).await,
+            Some(lease) => store.keep_alive(lease).await,
             None => Err(StoreError::LeaseNotFound(LeaseId(0))),
         };
         let ttl_millis = match ttl {
@@ -122,8 +144,9 @@ impl store_server::Store for StoreService {
         &self,
         request: Request<v1::RevokeLeaseRequest>,
     ) -> Result<Response<v1::RevokeLeaseResponse>, Status> {
+        let store = self.to_write()?;
         if let Some(lease) = wire::lease_from(request.into_inner().lease) {
-            self.store.revoke_lease(lease).await.map_err(status)?;
+            store.revoke_lease(lease).await.map_err(status)?;
         }
         Ok(Response::new(v1::RevokeLeaseResponse {}))
     }

@@ -56,8 +56,8 @@ impl Row {
         (median(self.baton.iter().map(of).collect()).unwrap_or(f64::NAN), theirs.zip(ratio))
     }
 
-    /// What share of the machine's limit that is: of products for prefill (attention's among them), of reading the file's weights for the decode
-    /// of one sequence. Several sequences share what they read.
+    /// What share of the machine's limit that is: of products for prefill (attention's among them), of
+    /// reading the file's weights for the decode of one sequence. Several sequences share what they read.
     fn of_limit(&self, figure: Figure) -> Option<f64> {
         let demand = self.demand?;
         if figure == Figure::Decode && self.work.sequences > 1 {
