@@ -10,6 +10,7 @@ use std::{
     fmt,
     fs::File,
     io::{IoSlice, IoSliceMut},
+    ops::Range,
     ptr::NonNull,
     sync::Arc,
 };
@@ -163,16 +164,17 @@ impl Slices {
         Ok(IoSlice::new(&bytes[skip.min(bytes.len())..]))
     }
 
-    /// One slice as an element of a vectored read, from byte `skip` on. Only for slices that the caller has claimed.
+    /// These bytes of a slice, as far as it has them, as an element of a vectored read. Only for slices that the caller
+    /// has claimed.
     pub(crate) fn io_slice_mut(
         &self,
         layer: u32,
         block: u32,
-        skip: usize,
+        bytes: Range<usize>,
     ) -> Result<IoSliceMut<'_>, TransferError> {
-        let bytes = self.target(layer, block)?;
-        let skip = skip.min(bytes.len());
-        Ok(IoSliceMut::new(&mut bytes[skip..]))
+        let slice = self.target(layer, block)?;
+        let to = bytes.end.min(slice.len());
+        Ok(IoSliceMut::new(&mut slice[bytes.start.min(to)..to]))
     }
 }
 
@@ -206,7 +208,8 @@ mod tests {
         let slices = region(3 * 4 * 10).slices(&layout(3, 10), 4).expect("fits");
         for layer in 0..3u8 {
             for block in 0..4u8 {
-                let mut slice = slices.io_slice_mut(layer.into(), block.into(), 0).expect("in range");
+                let mut slice =
+                    slices.io_slice_mut(layer.into(), block.into(), 0..usize::MAX).expect("in range");
                 slice.fill(layer * 4 + block);
             }
         }
@@ -226,7 +229,10 @@ mod tests {
         let slices = region.slices(&layout(2, 10), 5).expect("fits");
         assert!(slices.source(2, 0).is_err());
         assert!(slices.source(0, 5).is_err());
-        assert!(slices.io_slice_mut(1, 5, 0).is_err());
+        assert!(slices.io_slice_mut(1, 5, 0..1).is_err());
         assert_eq!(slices.io_slice(1, 4, 99).expect("in range").len(), 0);
+        for (bytes, len) in [(0..10, 10), (3..5, 2), (3..99, 7), (10..99, 0), (99..100, 0)] {
+            assert_eq!(slices.io_slice_mut(1, 4, bytes).expect("in range").len(), len);
+        }
     }
 }

@@ -5,6 +5,7 @@
 
 use std::{
     io::IoSliceMut,
+    ops::Range,
     ptr::NonNull,
     sync::{
         Arc, OnceLock,
@@ -294,8 +295,8 @@ impl Landing for Inbound {
         self.run(|session| session.interrupted(run, why));
     }
 
-    fn target(&self, layer: u32, block: u32, skip: usize) -> Result<IoSliceMut<'_>, TransferError> {
-        self.node.slices.io_slice_mut(layer, self.block(block)?, skip)
+    fn target(&self, layer: u32, block: u32, bytes: Range<usize>) -> Result<IoSliceMut<'_>, TransferError> {
+        self.node.slices.io_slice_mut(layer, self.block(block)?, bytes)
     }
 
     fn place(&self, layer: u32, block: u32) -> Result<NonNull<u8>, TransferError> {

@@ -1,6 +1,6 @@
 //! Slices of a transfer: runs of them, sets of them, and the tally that both sides must agree on.
 
-use crc_fast::{CrcAlgorithm, checksum};
+use crc_fast::{CrcAlgorithm, Digest, checksum};
 
 /// How many layers and blocks a transfer has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -98,6 +98,24 @@ impl Tally {
     }
 }
 
+/// A CRC32C of bytes that come in pieces.
+pub(crate) struct RunningCrc(Digest);
+
+impl RunningCrc {
+    pub(crate) fn new() -> Self {
+        Self(Digest::new(CrcAlgorithm::Crc32Iscsi))
+    }
+
+    pub(crate) fn update(&mut self, bytes: &[u8]) {
+        self.0.update(bytes);
+    }
+
+    /// That of all so far; the next piece is the first of another.
+    pub(crate) fn finish(&mut self) -> u32 {
+        self.0.finalize_reset() as u32
+    }
+}
+
 /// CRC32C (Castagnoli), as in iSCSI.
 pub(crate) fn crc32c(bytes: &[u8]) -> u32 {
     checksum(CrcAlgorithm::Crc32Iscsi, bytes) as u32
@@ -110,6 +128,11 @@ mod tests {
     #[test]
     fn crc_is_castagnoli() {
         assert_eq!(crc32c(b"123456789"), 0xE306_9283); // the catalogue's check value of CRC-32/ISCSI
+        let mut running = RunningCrc::new();
+        for _ in 0..2 {
+            [&b"1"[..], b"", b"2345", b"6789"].iter().for_each(|piece| running.update(piece));
+            assert_eq!(running.finish(), 0xE306_9283);
+        }
     }
 
     #[test]

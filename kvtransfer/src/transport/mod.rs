@@ -23,6 +23,7 @@ mod tcp;
 use std::{
     fmt, io,
     io::{IoSlice, IoSliceMut},
+    ops::Range,
     pin::Pin,
     ptr::NonNull,
     sync::{Arc, atomic::AtomicBool},
@@ -174,8 +175,8 @@ pub(crate) trait Landing: Send + Sync {
     fn damaged(&self, run: SliceRun, block: u32);
     fn interrupted(&self, run: SliceRun, why: &str);
 
-    /// Where a claimed slice goes, from byte `skip` on. `block` is an index into the transfer's block list.
-    fn target(&self, layer: u32, block: u32, skip: usize) -> Result<IoSliceMut<'_>, TransferError>;
+    /// Where these bytes of a claimed slice go. `block` is an index into the transfer's block list.
+    fn target(&self, layer: u32, block: u32, bytes: Range<usize>) -> Result<IoSliceMut<'_>, TransferError>;
     /// Start of a claimed slice, for those that write it by other means.
     fn place(&self, layer: u32, block: u32) -> Result<NonNull<u8>, TransferError>;
     /// A claimed slice as it now is in memory.

@@ -2,6 +2,7 @@
 
 use std::{
     io::IoSliceMut,
+    ops::Range,
     ptr::NonNull,
     sync::{
         Arc,
@@ -176,8 +177,8 @@ impl Landing for Counted<dyn Landing> {
         self.inner.interrupted(run, why);
     }
 
-    fn target(&self, layer: u32, block: u32, skip: usize) -> Result<IoSliceMut<'_>, TransferError> {
-        self.inner.target(layer, block, skip)
+    fn target(&self, layer: u32, block: u32, bytes: Range<usize>) -> Result<IoSliceMut<'_>, TransferError> {
+        self.inner.target(layer, block, bytes)
     }
 
     fn place(&self, layer: u32, block: u32) -> Result<NonNull<u8>, TransferError> {

@@ -7,6 +7,7 @@
 
 use std::{
     io::{self, IoSliceMut},
+    ops::Range,
     sync::Arc,
     time::Duration,
 };
@@ -21,7 +22,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
-    session::{Claim, crc32c},
+    session::{Claim, RunningCrc},
     transport::{
         Admission, Claimed, Found, Inbox, Landing, Terms, TransportKind,
         frame::{Form, FrameError, HEADER_BYTES, Header},
@@ -31,6 +32,8 @@ use crate::{
 
 /// Elements of one vectored read.
 const READ_SLICES: usize = 64;
+/// Payload of one read: little enough to be in a core's own cache still when it is summed right after.
+const READ_BYTES: u64 = 64 << 10;
 const SCRAP_BYTES: usize = 64 << 10;
 /// Pause after `accept` itself failed, e.g. for want of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -204,15 +207,15 @@ impl Connection {
     /// over because the transfer ended on the way.
     async fn fill(&mut self, header: &Header, mut claimed: Claimed<'_>) -> Result<u64, Closed> {
         let (total, slice_bytes) = (header.payload_bytes(), u64::from(header.slice_bytes));
-        let (mut done, mut checked) = (0, 0);
+        let (mut done, mut sum) = (0, RunningCrc::new());
         while done < total {
             consume_budget().await; // a peer that keeps the socket full shares this thread with others
             if claimed.landing().revoked().is_cancelled() {
                 claimed.interrupted("the transfer was aborted");
                 return Ok(total - done);
             }
-            let read = self.read_some(header, &claimed, done);
-            match read {
+            let before = done;
+            match self.read_some(header, &claimed, done) {
                 Ok(0) => {
                     claimed.interrupted("the data connection ended inside a slice");
                     return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
@@ -236,13 +239,14 @@ impl Connection {
                     return Err(error.into());
                 }
             }
-            while u64::from(checked + 1) * slice_bytes <= done {
-                let (block, crc) = (header.run.first + checked, self.crcs[checked as usize]);
-                if claimed.landing().content(header.run.layer, block).map(crc32c) != Ok(crc) {
+            for (nth, bytes) in pieces(before..done, slice_bytes) {
+                let (block, ends) = (header.run.first + nth, bytes.end as u64 == slice_bytes);
+                let content = claimed.landing().content(header.run.layer, block).map_err(io::Error::other)?;
+                sum.update(&content[bytes]);
+                if ends && sum.finish() != self.crcs[nth as usize] {
                     claimed.damaged(block);
                     return Ok(total - done);
                 }
-                checked += 1;
             }
         }
         claimed.landed();
@@ -251,17 +255,15 @@ impl Connection {
 
     /// One vectored read into the rest of a run; the last one reaches into the next header.
     fn read_some(&mut self, header: &Header, claimed: &Claimed<'_>, done: u64) -> io::Result<usize> {
-        let slice_bytes = u64::from(header.slice_bytes);
+        let (total, slice_bytes) = (header.payload_bytes(), u64::from(header.slice_bytes));
         let mut list: Vec<IoSliceMut<'_>> = Vec::with_capacity(READ_SLICES + 1);
-        let mut skip = (done % slice_bytes) as usize;
-        let rest = (done / slice_bytes) as u32..header.run.count;
-        let whole = rest.len() <= READ_SLICES;
-        for block in rest.take(READ_SLICES) {
-            let target = claimed.landing().target(header.run.layer, header.run.first + block, skip);
+        let mut asked = done;
+        for (nth, bytes) in pieces(done..total.min(done + READ_BYTES), slice_bytes).take(READ_SLICES) {
+            asked += bytes.len() as u64;
+            let target = claimed.landing().target(header.run.layer, header.run.first + nth, bytes);
             list.push(target.map_err(io::Error::other)?);
-            skip = 0;
         }
-        if whole {
+        if asked == total {
             list.push(IoSliceMut::new(&mut self.head));
         }
         self.stream.try_read_vectored(&mut list)
@@ -281,5 +283,32 @@ impl Connection {
             }
         }
         Ok(())
+    }
+}
+
+/// Where bytes of a run's payload lie: which slice of it, and where in that.
+fn pieces(payload: Range<u64>, slice_bytes: u64) -> impl Iterator<Item = (u32, Range<usize>)> {
+    let mut at = payload.start;
+    std::iter::from_fn(move || {
+        let (nth, from) = (at / slice_bytes, at % slice_bytes);
+        let to = slice_bytes.min(from + payload.end - at);
+        (at < payload.end).then(|| {
+            at += to - from;
+            (nth as u32, from as usize..to as usize)
+        })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn payload_is_cut_where_slices_end() {
+        let cut = |payload| pieces(payload, 10).collect::<Vec<_>>();
+        assert_eq!(cut(0..20), [(0, 0..10), (1, 0..10)]);
+        assert_eq!(cut(7..23), [(0, 7..10), (1, 0..10), (2, 0..3)]);
+        assert_eq!(cut(14..17), [(1, 4..7)]);
+        assert_eq!(cut(20..20), []);
     }
 }
