@@ -1,13 +1,14 @@
-//! The control stream breaks, with the process still alive, in every phase: what is not sealed is over on both sides.
+//! The control stream, or a data connection, breaks with the process still alive, in every phase: what is not whole is over
+//! on both sides.
 
 mod support;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use baton_kvtransfer::{Outgoing, TransferError};
 use baton_proto::{ErrorCode, TransferId, v1};
 use support::{scripted::*, *};
-use v1::sender_message::Body as FromSender;
+use v1::{receiver_message, sender_message::Body as FromSender};
 
 const BLOCKS_LENT: [u32; 3] = [10, 40, 20];
 
@@ -103,4 +104,54 @@ async fn the_receivers_stream_breaks_in_every_phase() {
         assert_eq!(within("the fence", 5, outgoing.close()).await, BLOCKS_LENT, "{phase}");
     }
     prefill.idle().await;
+}
+
+#[tokio::test]
+async fn a_sealed_transfer_whose_connection_broke_is_doubted_and_ends_at_once() {
+    // The sender's side: it says so, and waits for the verdict.
+    let mut receiver = ScriptedReceiver::start().await;
+    let prefill = Peer::start_with("prefill-0", one_lane());
+    let decode = Peer::start("decode-0");
+    let mut spec = offer_spec(TransferId::generate(), &decode, &BLOCKS_LENT);
+    (spec.peer, spec.receiver) = (receiver.address.to_string(), instance("decode-9"));
+    let mut outgoing = prefill.node.offer(spec).expect("room");
+    let mut stream = receiver.stream("decode-9", 1).await;
+    let (id, _) = stream.hear().await;
+    stream.accept(id, Duration::from_secs(20)).await;
+    (0..LAYERS).for_each(|layer| outgoing.progress().ready(layer, 0..3));
+    outgoing.seal(5);
+    assert!(matches!(stream.hear().await.1, FromSender::Seal(_)));
+    drop(receiver.data().await);
+    assert!(matches!(stream.hear().await.1, FromSender::Doubt(_)));
+    stream.say(id, receiver_message::Body::Released(v1::Released {})).await;
+    within("the answer", 10, outgoing.finished()).await.expect("it had arrived all the same");
+
+    // The receiver's side: what it lacks will not come; what it has counts.
+    let mut sender = ScriptedSender::open(&decode, "prefill-9", 1).await.expect("welcome");
+    for whole in [false, true] {
+        let id = TransferId::generate();
+        let mut incoming = decode.node.expect(expect_spec(id, &instance("prefill-9"), &[3])).expect("room");
+        sender.offer(id, 1, 1).await;
+        let key = sender.accepted().await;
+        let mut data = sender.connect_data().await;
+        let all: Vec<_> = (0..LAYERS).map(|layer| (layer, 0, pattern(1, layer, 0, SLICE))).collect();
+        let received = decode.node.stats().slices_received;
+        for layer in 0..LAYERS - u32::from(!whole) {
+            write(&mut data, &RawFrame::new(id, &key, layer, 0, slices(1, layer, 0..1)).bytes()).await;
+        }
+        let sent = u64::from(LAYERS - u32::from(!whole));
+        until("they have landed", || decode.node.stats().slices_received == received + sent).await;
+        sender.say(id, FromSender::Seal(seal(1, &all))).await;
+        sender.say(id, FromSender::Doubt(v1::Doubt {})).await;
+        let started = Instant::now();
+        let sealed = within("an end", 5, incoming.sealed()).await;
+        assert!(started.elapsed() < Duration::from_secs(5), "not only once the seal's grace is over");
+        match sealed {
+            Ok(_) if whole => assert!(matches!(sender.hear().await.1, receiver_message::Body::Released(_))),
+            Err(TransferError::DataPath(_)) if !whole => {
+                assert_eq!(sender.aborted().await.code(), v1::ErrorCode::HandoffFailed);
+            }
+            other => panic!("whole {whole}: {other:?}"),
+        }
+    }
 }
