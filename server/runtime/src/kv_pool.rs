@@ -121,11 +121,13 @@ impl KvPool {
     pub fn allocate(layout: KvPoolLayout) -> Result<Self, RuntimeError> {
         let bytes = layout.total_bytes();
         let exhausted = || RuntimeError::KvPool { bytes };
+        // The system refuses more than it could ever give, but of a file's memory it takes any size.
+        let private = MmapMut::map_anon(bytes.max(1)).map_err(|_| exhausted())?;
         let (mut memory, file) = match map_shareable(bytes.max(1)) {
             Ok((memory, file)) => (memory, Some(Arc::new(file))),
             Err(error) => {
                 tracing::debug!(%error, "the KV pool cannot be shared with other processes");
-                (MmapMut::map_anon(bytes.max(1)).map_err(|_| exhausted())?, None)
+                (private, None)
             }
         };
         let base = NonNull::new(memory.as_mut_ptr()).ok_or_else(exhausted)?;
