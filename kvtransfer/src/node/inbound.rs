@@ -172,8 +172,26 @@ impl Inbound {
         }
     }
 
+    /// A seal over `link`; false if the transfer is not that peer's, or rests on another of its streams.
     pub(super) fn seal(&self, now: Instant, link: &PeerLink, terms: SealTerms) -> bool {
-        self.over_link(link, |session| session.seal(now, terms))
+        let mut state = self.state.lock();
+        if state.link.as_ref().is_some_and(|own| own.number() == link.number()) {
+            let commands = state.session.seal(now, terms);
+            self.finish(state, commands);
+            return true;
+        }
+        // Over, and on its way to the ended ones: the sender asks how it ended, and must be told the same as there.
+        let over = match &state.ending.reason {
+            Some(reason) => Some(Err(reason.clone())),
+            None if state.session.state() == ReceiverState::Released => Some(Ok(())),
+            None => None,
+        };
+        drop(state);
+        match over {
+            Some(how) if self.sender == *link.peer() => link.ended_as(self.id, how),
+            _ => return false,
+        }
+        true
     }
 
     pub(super) fn cancel(&self, reason: TransferError) {

@@ -232,11 +232,8 @@ fn take_seal(node: &Arc<Node>, link: &Arc<PeerLink>, id: TransferId, seal: &v1::
     let terms = SealTerms { first_tokens, tally };
     match node.incoming.get(&id) {
         Lookup::Live(inbound) if inbound.seal(node.now(), link, terms) => {}
-        Lookup::Ended(Ended { peer: Some(peer), reason: None }) if peer == *link.peer() => {
-            link.send(Some(id), Body::Released(v1::Released {}));
-        }
-        Lookup::Ended(Ended { peer: Some(peer), reason: Some(reason) }) if peer == *link.peer() => {
-            link.abort(id, &reason);
+        Lookup::Ended(Ended { peer: Some(peer), reason }) if peer == *link.peer() => {
+            link.ended_as(id, reason.map_or(Ok(()), Err));
         }
         _ => link.abort(id, &TransferError::Protocol("a seal for a transfer that is not this peer's".into())),
     }
