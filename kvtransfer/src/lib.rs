@@ -120,6 +120,7 @@ mod memory;
 mod node;
 pub mod plan;
 mod session;
+mod sync;
 mod transport;
 
 pub use error::TransferError;

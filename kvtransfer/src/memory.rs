@@ -235,10 +235,10 @@ impl Slices {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn layout(layers: u32, slice_bytes: u64) -> KvLayout {
+    pub(crate) fn layout(layers: u32, slice_bytes: u64) -> KvLayout {
         KvLayout {
             model_revision: "r".into(),
             format: "f".into(),
@@ -252,10 +252,11 @@ mod tests {
         }
     }
 
-    fn region(len: usize) -> Region {
+    /// Zeroed memory that goes with the region.
+    pub(crate) fn region(len: usize) -> Region {
         let mut owner = vec![0u8; len];
         let base = NonNull::new(owner.as_mut_ptr()).expect("a vector has an address");
-        // SAFETY: the bytes live in `owner`; these tests are single-threaded and reach them only through the region.
+        // SAFETY: the bytes live in `owner`; tests reach them from one thread at a time, and only through the region.
         unsafe { Region::new(Arc::new(owner), base, len) }
     }
 

@@ -6,15 +6,11 @@
 use std::{
     io::IoSliceMut,
     ptr::NonNull,
-    sync::{
-        Arc, OnceLock,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, OnceLock, atomic::Ordering},
     time::Instant,
 };
 
 use baton_proto::{ApiError, InstanceId, TransferId, v1};
-use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use v1::receiver_message::Body;
@@ -30,6 +26,7 @@ use super::{
 use crate::{
     TransferError,
     session::{Claim, OfferTerms, Receiver, ReceiverCommand, ReceiverState, SealTerms, SliceRun},
+    sync::{AtomicBool, Mutex},
     transport::{DataKey, Landing},
 };
 

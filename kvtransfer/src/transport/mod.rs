@@ -27,7 +27,7 @@ use std::{
     io::{IoSlice, IoSliceMut},
     pin::Pin,
     ptr::NonNull,
-    sync::{Arc, atomic::AtomicBool},
+    sync::Arc,
     time::Duration,
 };
 
@@ -54,6 +54,7 @@ pub(crate) use tcp::Tcp;
 use crate::{
     TransferError,
     session::{Claim, SliceRun},
+    sync::AtomicBool,
 };
 
 /// The ways that slices can travel.
