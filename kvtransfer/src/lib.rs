@@ -115,6 +115,9 @@
 
 mod error;
 mod first_tokens;
+#[cfg(any(all(test, not(feature = "explore")), feature = "fuzz"))]
+#[doc(hidden)]
+pub mod fuzz;
 mod layout;
 mod memory;
 mod node;

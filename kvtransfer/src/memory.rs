@@ -54,6 +54,15 @@ impl Region {
         Self { inner: Arc::new(Inner { base, len, _owner: owner }), file: None, device: None }
     }
 
+    /// Zeroed memory that goes with the region.
+    #[cfg(any(test, feature = "fuzz"))]
+    pub(crate) fn zeroed(len: usize) -> Self {
+        let mut owner = vec![0u8; len];
+        let base = NonNull::new(owner.as_mut_ptr()).expect("a vector has an address");
+        // SAFETY: the bytes live in `owner`; tests reach them from one thread at a time, and only through the region.
+        unsafe { Self::new(Arc::new(owner), base, len) }
+    }
+
     /// The same region, known to be a shared mapping of this file (`memfd_create`, with sealing allowed) from its start,
     /// so that processes of the same host can read it in place. The file must not be mapped for writing again.
     pub fn backed_by(mut self, file: Arc<File>) -> Self {
@@ -252,17 +261,9 @@ pub(crate) mod tests {
         }
     }
 
-    /// Zeroed memory that goes with the region.
-    pub(crate) fn region(len: usize) -> Region {
-        let mut owner = vec![0u8; len];
-        let base = NonNull::new(owner.as_mut_ptr()).expect("a vector has an address");
-        // SAFETY: the bytes live in `owner`; tests reach them from one thread at a time, and only through the region.
-        unsafe { Region::new(Arc::new(owner), base, len) }
-    }
-
     #[test]
     fn slices_lie_layer_by_layer_and_do_not_overlap() {
-        let slices = region(3 * 4 * 10).slices(&layout(3, 10), 4).expect("fits");
+        let slices = Region::zeroed(3 * 4 * 10).slices(&layout(3, 10), 4).expect("fits");
         for layer in 0..3u8 {
             for block in 0..4u8 {
                 let mut slice = slices.io_slice_mut(layer.into(), block.into(), 0).expect("in range");
@@ -279,7 +280,7 @@ pub(crate) mod tests {
 
     #[test]
     fn nothing_outside_can_be_named() {
-        let region = region(100);
+        let region = Region::zeroed(100);
         assert!(region.slices(&layout(2, 10), 6).is_err(), "larger than the region");
         assert!(region.slices(&layout(4096, 1 << 30), u32::MAX).is_err(), "overflows");
         let at = |offset: usize| region.base().map_addr(|base| base.saturating_add(offset));

@@ -9,6 +9,8 @@ mod clock;
 mod config;
 #[cfg(all(test, feature = "explore"))]
 mod explore;
+#[cfg(any(all(test, not(feature = "explore")), feature = "fuzz"))]
+pub(crate) mod fuzz;
 mod inbound;
 mod incoming;
 mod link;

@@ -9,8 +9,8 @@
 mod ascend;
 mod claimed;
 pub(crate) mod fetch;
-mod frame;
-mod hello;
+pub(crate) mod frame;
+pub(crate) mod hello;
 mod key;
 mod observed;
 mod outbox;
@@ -35,6 +35,8 @@ use baton_proto::TransferId;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub use ascend::AscendConfig;
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) use ascend::fuzz as fuzz_ascend;
 pub(crate) use claimed::Claimed;
 pub(crate) use fetch::{Fetched, Medium};
 pub(crate) use hello::{LinkId, LinkPass};
@@ -48,6 +50,13 @@ pub use port::DataPortConfig;
 pub use probe::{TransportProbe, probe};
 #[cfg(all(feature = "rdma", target_os = "linux", target_pointer_width = "64"))]
 pub(crate) use rdma::RdmaMedium;
+#[cfg(all(
+    any(test, feature = "fuzz"),
+    feature = "rdma",
+    target_os = "linux",
+    target_pointer_width = "64"
+))]
+pub(crate) use rdma::fuzz as fuzz_rdma;
 pub(crate) use shm::Shm;
 pub(crate) use tcp::Tcp;
 

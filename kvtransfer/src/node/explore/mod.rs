@@ -107,7 +107,7 @@ impl Stage {
         // Nothing runs on it: links are put in place by hand.
         let build = || tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
         let layout = crate::memory::tests::layout(LAYERS, SLICE_BYTES);
-        let region = crate::memory::tests::region((u64::from(LAYERS * BLOCKS) * SLICE_BYTES) as usize);
+        let region = crate::Region::zeroed((u64::from(LAYERS * BLOCKS) * SLICE_BYTES) as usize);
         let claims = Claims::new(BLOCKS);
         let watch = Arc::new(Watch {
             claims: claims.clone(),
