@@ -79,6 +79,7 @@ mod tests {
     use super::*;
 
     #[test]
+    #[cfg_attr(feature = "explore", ignore = "shuttle's locks work in its own tests only")]
     fn the_corpora_are_taken() {
         #[cfg(all(feature = "rdma", target_os = "linux", target_pointer_width = "64"))]
         replay("rdma", rdma);

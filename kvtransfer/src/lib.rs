@@ -115,7 +115,7 @@
 
 mod error;
 mod first_tokens;
-#[cfg(any(all(test, not(feature = "explore")), feature = "fuzz"))]
+#[cfg(any(test, feature = "fuzz"))]
 #[doc(hidden)]
 pub mod fuzz;
 mod layout;

@@ -9,7 +9,7 @@ mod clock;
 mod config;
 #[cfg(all(test, feature = "explore"))]
 mod explore;
-#[cfg(any(all(test, not(feature = "explore")), feature = "fuzz"))]
+#[cfg(any(test, feature = "fuzz"))]
 pub(crate) mod fuzz;
 mod inbound;
 mod incoming;
