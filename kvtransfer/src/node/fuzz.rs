@@ -355,6 +355,7 @@ pub fn messages(bytes: &[u8]) {
             receiver_incarnation: None,
             prompt_tokens: 16 * BLOCKS.len() as u32,
             blocks: BLOCKS.to_vec(),
+            priority: 0,
             deadline: stage.kv.node.now() + Duration::from_secs(600),
         };
         let outgoing = stage.kv.offer(spec).expect("room");

@@ -20,6 +20,7 @@ enum Message {
     Renew,
     Seal(SealTerms),
     Released,
+    Doubt,
     Abort,
 }
 
@@ -357,6 +358,7 @@ impl World {
             (Some(Message::Abort), Some(_)) if own => {
                 self.receive(|receiver| receiver.peer_aborted(reason()))
             }
+            (Some(Message::Doubt), Some(_)) if own => self.receive(Receiver::doubted),
             (Some(Message::Renew), Some(receiver)) if own => receiver.renewed(now),
             _ => {}
         }
@@ -385,6 +387,7 @@ impl World {
                     assert_eq!(tally, whole(SHAPE, &self.held), "sealed what was not sent");
                     Message::Seal(SealTerms { first_tokens, tally })
                 }
+                SenderCommand::Doubt => Message::Doubt,
                 SenderCommand::Abort(_) => Message::Abort,
                 SenderCommand::Complete { .. } => {
                     assert_eq!(self.received.answer, Some(true), "released by who has not all of it");
