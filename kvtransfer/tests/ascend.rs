@@ -245,6 +245,6 @@ async fn memory_of_a_device_does_not_travel_in_ways_that_the_cpu_must_read() {
         limits: Limits::default(),
         reclaim: Arc::new(|_| {}),
     };
-    let error = KvNode::start(config, Default::default()).err().expect("nothing is left");
+    let error = KvNode::start(config, Default::default()).expect_err("nothing is left");
     assert!(error.to_string().contains("a device's memory"), "{error}");
 }
