@@ -18,6 +18,15 @@ pub(crate) use shuttle::sync::{
     atomic::{AtomicBool, AtomicUsize},
 };
 
+/// Where another thread may come in between, though there is no lock or atomic here: before a signal is waited for.
+#[cfg(not(all(test, feature = "explore")))]
+pub(crate) fn step() {}
+
+#[cfg(all(test, feature = "explore"))]
+pub(crate) fn step() {
+    shuttle::thread::yield_now();
+}
+
 #[cfg(all(test, feature = "explore"))]
 mod explored {
     use std::{fmt, sync::PoisonError};

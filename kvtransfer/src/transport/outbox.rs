@@ -17,7 +17,10 @@ use std::{
 use tokio::sync::Notify;
 
 use super::{Departure, observed::Counts};
-use crate::{session::SliceRun, sync::Mutex};
+use crate::{
+    session::SliceRun,
+    sync::{Mutex, step},
+};
 
 /// The slices waiting to go to one peer. Cheap to clone: one queue, whoever takes from it.
 #[derive(Clone, Default)]
@@ -64,6 +67,7 @@ impl Outbox {
             if let Some(ticket) = self.try_next(most) {
                 return ticket;
             }
+            step();
             self.queue.woken.notified().await;
         }
     }

@@ -32,7 +32,7 @@ impl Seen {
 
 fn writers_and_readers() {
     let (claims, seen) = (Claims::new(BLOCKS), Arc::new(Seen::default()));
-    let wanted: [(&[u32], &[u32]); 3] = [(&[0, 1], &[2]), (&[2, 3], &[]), (&[1], &[3, 2])];
+    let wanted: [(&[u32], &[u32]); 4] = [(&[0, 1], &[2]), (&[3], &[]), (&[1], &[2, 3]), (&[2], &[])];
     let threads = wanted.map(|(write, read)| {
         let (claims, seen) = (claims.clone(), seen.clone());
         shuttle::thread::spawn(move || {

@@ -31,8 +31,8 @@ impl Mishap {
     fn pick() -> Self {
         use Mishap::*;
         let breaks = StreamBreaks(pick(5));
-        [Nothing, ReceiverAborts, breaks, PathLost, ClockRunsOut, NotSent, ConnectionDropped]
-            [pick(7) as usize]
+        [Nothing, ReceiverAborts, PathLost, ClockRunsOut, NotSent, ConnectionDropped, breaks, breaks]
+            [pick(8) as usize]
     }
 }
 
@@ -63,7 +63,6 @@ fn lane(up: &LinkUp, watch: &Watch, sent: &Sent, mishap: Mishap, over: &Cancella
             Mishap::ConnectionDropped if of == 0 => drop(ticket),
             _ => ticket.sent(&[sum(run.layer, run.first)]),
         }
-        // The next one is to find nothing in line but what is asleep or was woken since.
     }
 }
 
@@ -79,7 +78,8 @@ fn receiver(
 ) {
     let (messages, mut said) = mpsc::channel::<v1::SenderMessage>(64);
     let up = LinkUp::new(messages, name("decode-0"), Incarnation(7));
-    for _ in 0..2 {
+    // With one, whoever is to be woken is the only one.
+    for _ in 0..=pick(2) {
         let (up, watch, sent, over) = (up.clone(), stage.watch.clone(), sent.clone(), over.clone());
         lanes.push(thread::spawn(move || lane(&up, &watch, &sent, mishap, &over)));
     }
