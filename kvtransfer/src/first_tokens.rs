@@ -6,6 +6,7 @@ use crate::TransferError;
 
 /// The first token of every choice of a completion, by choice.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(test, derive(Hash))]
 pub struct FirstTokens(Arc<[u32]>);
 
 impl FirstTokens {

@@ -116,11 +116,15 @@
 
 mod error;
 mod first_tokens;
+#[cfg(any(test, feature = "fuzz"))]
+#[doc(hidden)]
+pub mod fuzz;
 mod layout;
 mod memory;
 mod node;
 pub mod plan;
 mod session;
+mod sync;
 mod transport;
 
 pub use error::TransferError;

@@ -54,6 +54,15 @@ impl Region {
         Self { inner: Arc::new(Inner { base, len, _owner: owner }), file: None, device: None }
     }
 
+    /// Zeroed memory that goes with the region.
+    #[cfg(any(test, feature = "fuzz"))]
+    pub(crate) fn zeroed(len: usize) -> Self {
+        let mut owner = vec![0u8; len];
+        let base = NonNull::new(owner.as_mut_ptr()).expect("a vector has an address");
+        // SAFETY: the bytes live in `owner`; tests reach them from one thread at a time, and only through the region.
+        unsafe { Self::new(Arc::new(owner), base, len) }
+    }
+
     /// The same region, known to be a shared mapping of this file (`memfd_create`, with sealing allowed) from its start,
     /// so that processes of the same host can read it in place. The file must not be mapped for writing again.
     pub fn backed_by(mut self, file: Arc<File>) -> Self {
@@ -235,10 +244,10 @@ impl Slices {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn layout(layers: u32, slice_bytes: u64) -> KvLayout {
+    pub(crate) fn layout(layers: u32, slice_bytes: u64) -> KvLayout {
         KvLayout {
             model_revision: "r".into(),
             format: "f".into(),
@@ -252,16 +261,9 @@ mod tests {
         }
     }
 
-    fn region(len: usize) -> Region {
-        let mut owner = vec![0u8; len];
-        let base = NonNull::new(owner.as_mut_ptr()).expect("a vector has an address");
-        // SAFETY: the bytes live in `owner`; these tests are single-threaded and reach them only through the region.
-        unsafe { Region::new(Arc::new(owner), base, len) }
-    }
-
     #[test]
     fn slices_lie_layer_by_layer_and_do_not_overlap() {
-        let slices = region(3 * 4 * 10).slices(&layout(3, 10), 4).expect("fits");
+        let slices = Region::zeroed(3 * 4 * 10).slices(&layout(3, 10), 4).expect("fits");
         for layer in 0..3u8 {
             for block in 0..4u8 {
                 let mut slice = slices.io_slice_mut(layer.into(), block.into(), 0).expect("in range");
@@ -278,7 +280,7 @@ mod tests {
 
     #[test]
     fn nothing_outside_can_be_named() {
-        let region = region(100);
+        let region = Region::zeroed(100);
         assert!(region.slices(&layout(2, 10), 6).is_err(), "larger than the region");
         assert!(region.slices(&layout(4096, 1 << 30), u32::MAX).is_err(), "overflows");
         let at = |offset: usize| region.base().map_addr(|base| base.saturating_add(offset));

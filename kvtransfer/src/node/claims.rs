@@ -5,9 +5,7 @@
 
 use std::{fmt, sync::Arc};
 
-use parking_lot::Mutex;
-
-use crate::TransferError;
+use crate::{TransferError, sync::Mutex};
 
 /// Cheap to clone.
 #[derive(Debug, Clone)]
@@ -83,7 +81,7 @@ fn release(blocks: &mut [u32], write: &[u32], read: &[u32]) {
     read.iter().for_each(|&block| blocks[block as usize] -= 1);
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(feature = "explore")))]
 mod tests {
     use super::*;
 

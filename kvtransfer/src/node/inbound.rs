@@ -6,15 +6,11 @@
 use std::{
     io::IoSliceMut,
     ptr::NonNull,
-    sync::{
-        Arc, OnceLock,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, OnceLock, atomic::Ordering},
     time::Instant,
 };
 
 use baton_proto::{ApiError, InstanceId, TransferId, v1};
-use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use v1::receiver_message::Body;
@@ -30,6 +26,7 @@ use super::{
 use crate::{
     TransferError,
     session::{Claim, OfferTerms, Receiver, ReceiverCommand, ReceiverState, SealTerms, SliceRun},
+    sync::{AtomicBool, Mutex},
     transport::{DataKey, Landing},
 };
 
@@ -172,8 +169,26 @@ impl Inbound {
         }
     }
 
+    /// A seal over `link`; false if the transfer is not that peer's, or rests on another of its streams.
     pub(super) fn seal(&self, now: Instant, link: &PeerLink, terms: SealTerms) -> bool {
-        self.over_link(link, |session| session.seal(now, terms))
+        let mut state = self.state.lock();
+        if state.link.as_ref().is_some_and(|own| own.number() == link.number()) {
+            let commands = state.session.seal(now, terms);
+            self.finish(state, commands);
+            return true;
+        }
+        // Over, and on its way to the ended ones: the sender asks how it ended, and must be told the same as there.
+        let over = match &state.ending.reason {
+            Some(reason) => Some(Err(reason.clone())),
+            None if state.session.state() == ReceiverState::Released => Some(Ok(())),
+            None => None,
+        };
+        drop(state);
+        match over {
+            Some(how) if self.sender == *link.peer() => link.ended_as(self.id, how),
+            _ => return false,
+        }
+        true
     }
 
     pub(super) fn cancel(&self, reason: TransferError) {

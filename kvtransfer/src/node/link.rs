@@ -7,7 +7,6 @@
 use std::{collections::HashMap, fmt, sync::Arc, time::Duration};
 
 use baton_proto::{ApiError, ErrorCode, Incarnation, InstanceId, TransferId, v1};
-use parking_lot::Mutex;
 use tokio::{
     sync::{Notify, mpsc},
     time::{Instant, sleep, timeout},
@@ -27,6 +26,7 @@ use super::{
 };
 use crate::{
     TransferError,
+    sync::Mutex,
     transport::{DataKey, LinkPass},
 };
 
@@ -131,7 +131,7 @@ impl Link {
         self.state.lock().transfers.values().cloned().collect()
     }
 
-    fn is_empty(&self) -> bool {
+    pub(super) fn is_empty(&self) -> bool {
         self.state.lock().transfers.is_empty()
     }
 
@@ -189,8 +189,14 @@ impl Link {
         }
     }
 
+    /// A stream stands: offers what waits for one.
+    pub(super) fn rise(&self, up: &LinkUp) {
+        self.state.lock().up = Some(up.clone());
+        self.transfers().iter().for_each(|outbound| outbound.link_up(up));
+    }
+
     /// Ends what rests on the stream.
-    fn down(&self, why: &str) {
+    pub(super) fn down(&self, why: &str) {
         self.state.lock().up = None;
         self.transfers().iter().for_each(|outbound| outbound.link_lost(why));
     }
@@ -206,8 +212,7 @@ impl Link {
         let stop = up.broken().child_token();
         let _stop_paths = stop.clone().drop_guard();
         let mut route = std::pin::pin!(route.keep(node, &stop));
-        self.state.lock().up = Some(up.clone());
-        self.transfers().iter().for_each(|outbound| outbound.link_up(&up));
+        self.rise(&up);
         loop {
             let idle = self.is_empty();
             tokio::select! {
@@ -280,7 +285,7 @@ impl Link {
         Ok((messages, up, route.map_err(|why| protocol(&why))?))
     }
 
-    fn dispatch(&self, node: &Node, up: &LinkUp, message: v1::ReceiverMessage) {
+    pub(super) fn dispatch(&self, node: &Node, up: &LinkUp, message: v1::ReceiverMessage) {
         let Ok(id) = TransferId::try_from(message.transfer_id.as_ref()) else {
             tracing::warn!(peer = %self.endpoint, "message without a transfer id ignored");
             return;

@@ -7,6 +7,10 @@
 mod claims;
 mod clock;
 mod config;
+#[cfg(all(test, feature = "explore"))]
+mod explore;
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) mod fuzz;
 mod inbound;
 mod incoming;
 mod link;
@@ -29,13 +33,12 @@ use std::{
     fmt,
     sync::{
         Arc,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
 
 use baton_proto::{ApiError, Incarnation, InstanceId, TransferId, v1};
-use parking_lot::Mutex;
 use tokio::{runtime::Handle, sync::Notify};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -60,6 +63,7 @@ use table::{Ended, Lookup, Table};
 use crate::{
     KvLayout, Slices, TransferError,
     session::ReceiverTiming,
+    sync::{AtomicUsize, Mutex},
     transport::{Admission, DataPort, Found, Inbox, LinkId, Observed, Transport, TransportKind},
 };
 

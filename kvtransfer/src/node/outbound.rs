@@ -6,12 +6,11 @@ use std::{
     fmt,
     io::IoSlice,
     ops::Range,
-    sync::{Arc, OnceLock, Weak, atomic::AtomicBool},
+    sync::{Arc, OnceLock, Weak},
     time::{Duration, Instant},
 };
 
 use baton_proto::{ApiError, TransferId, v1};
-use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use v1::sender_message::Body;
@@ -27,6 +26,7 @@ use super::{
 use crate::{
     FirstTokens, TransferError,
     session::{Sender, SenderCommand, SenderTerms, Shape, SliceRun},
+    sync::{AtomicBool, Mutex},
     transport::{DataKey, Departure},
 };
 

@@ -84,6 +84,14 @@ impl PeerLink {
         self.messages.closed().await;
     }
 
+    /// Tells the peer how a transfer ended.
+    pub(super) fn ended_as(&self, id: TransferId, how: Result<(), TransferError>) {
+        match how {
+            Ok(()) => self.send(Some(id), Body::Released(v1::Released {})),
+            Err(reason) => self.abort(id, &reason),
+        }
+    }
+
     pub(super) fn abort(&self, id: TransferId, reason: &TransferError) {
         self.send(Some(id), Body::Abort(v1::Abort { reason: Some(ApiError::from(reason).into()) }));
     }

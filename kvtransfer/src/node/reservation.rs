@@ -3,7 +3,6 @@
 use std::time::Instant;
 
 use baton_proto::TransferId;
-use parking_lot::Mutex;
 
 use super::{
     claims::{Claimed, Claims},
@@ -12,6 +11,7 @@ use super::{
 use crate::{
     KvLayout, TransferError,
     session::{Expectation, Shape},
+    sync::Mutex,
 };
 
 /// A checked `ExpectSpec` and the claim on its blocks.

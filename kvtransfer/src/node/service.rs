@@ -125,7 +125,11 @@ async fn serve(node: Arc<Node>, link: Arc<PeerLink>, mut incoming: Streaming<v1:
 }
 
 /// One message. An error ends the stream.
-fn handle(node: &Arc<Node>, link: &Arc<PeerLink>, message: v1::SenderMessage) -> Result<(), TransferError> {
+pub(super) fn handle(
+    node: &Arc<Node>,
+    link: &Arc<PeerLink>,
+    message: v1::SenderMessage,
+) -> Result<(), TransferError> {
     let id = TransferId::try_from(message.transfer_id.as_ref())
         .map_err(|error| TransferError::Protocol(error.to_string()))?;
     let body = message.body.ok_or_else(|| TransferError::Protocol("a message without a body".into()))?;
@@ -236,11 +240,8 @@ fn take_seal(node: &Arc<Node>, link: &Arc<PeerLink>, id: TransferId, seal: &v1::
     let terms = SealTerms { first_tokens, tally };
     match node.incoming.get(&id) {
         Lookup::Live(inbound) if inbound.seal(node.now(), link, terms) => {}
-        Lookup::Ended(Ended { peer: Some(peer), reason: None }) if peer == *link.peer() => {
-            link.send(Some(id), Body::Released(v1::Released {}));
-        }
-        Lookup::Ended(Ended { peer: Some(peer), reason: Some(reason) }) if peer == *link.peer() => {
-            link.abort(id, &reason);
+        Lookup::Ended(Ended { peer: Some(peer), reason }) if peer == *link.peer() => {
+            link.ended_as(id, reason.map_or(Ok(()), Err));
         }
         _ => link.abort(id, &TransferError::Protocol("a seal for a transfer that is not this peer's".into())),
     }
@@ -248,7 +249,7 @@ fn take_seal(node: &Arc<Node>, link: &Arc<PeerLink>, id: TransferId, seal: &v1::
 
 impl Node {
     /// Takes a peer's control stream; one that it had before is cut, and what rested on that is over.
-    fn admit_peer(&self, link: &Arc<PeerLink>) -> Result<(), TransferError> {
+    pub(super) fn admit_peer(&self, link: &Arc<PeerLink>) -> Result<(), TransferError> {
         let mut peers = self.peers.lock();
         let old = peers.get(link.peer()).cloned();
         match &old {
@@ -282,7 +283,7 @@ impl Node {
     }
 
     /// A peer's control stream has ended.
-    fn peer_lost(&self, link: &Arc<PeerLink>, why: &str) {
+    pub(super) fn peer_lost(&self, link: &Arc<PeerLink>, why: &str) {
         link.cut();
         let mut peers = self.peers.lock();
         if peers.get(link.peer()).is_some_and(|current| current.number() == link.number()) {

@@ -5,10 +5,12 @@
 //! touches the blocks (the session says so, last of all), then nothing here claims them and the tables have moved the
 //! transfer to the ended ones, and only then does the owner learn that they are its own again, once.
 
-use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::watch;
 
-use crate::TransferError;
+use crate::{
+    TransferError,
+    sync::{Mutex, MutexGuard},
+};
 
 /// What a shell keeps under its lock.
 #[derive(Debug)]

@@ -22,6 +22,7 @@ pub(crate) use slices::{Claim, Shape, SliceRun, Tally, crc32c};
 
 /// Signs of life: when the peer was last heard, and when it must hear from here again.
 #[derive(Debug, Clone)]
+#[cfg_attr(test, derive(Hash))]
 struct Lease {
     length: Duration,
     heard: Instant,

@@ -20,6 +20,7 @@ use crate::{FirstTokens, TransferError};
 
 /// What the local owner has reserved.
 #[derive(Debug, Clone)]
+#[cfg_attr(test, derive(Hash))]
 pub(crate) struct Expectation {
     pub(crate) sender: InstanceId,
     pub(crate) sender_incarnation: Option<Incarnation>,
@@ -32,6 +33,7 @@ pub(crate) struct Expectation {
 
 /// What a sender offers, and who it is.
 #[derive(Debug, Clone)]
+#[cfg_attr(test, derive(Hash))]
 pub(crate) struct OfferTerms {
     pub(crate) sender: InstanceId,
     pub(crate) sender_incarnation: Incarnation,
@@ -41,6 +43,7 @@ pub(crate) struct OfferTerms {
 
 /// The sender's closing account.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(test, derive(Hash))]
 pub(crate) struct SealTerms {
     pub(crate) first_tokens: FirstTokens,
     pub(crate) tally: Tally,
@@ -48,6 +51,7 @@ pub(crate) struct SealTerms {
 
 /// Durations a session is run with.
 #[derive(Debug, Clone, Copy)]
+#[cfg_attr(test, derive(Hash))]
 pub(crate) struct ReceiverTiming {
     pub(crate) lease: Duration,
     pub(crate) held_offer: Duration,
@@ -78,6 +82,7 @@ pub(crate) enum ReceiverCommand {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(test, derive(Hash))]
 pub(crate) enum ReceiverState {
     Expected,
     Offered,
@@ -92,6 +97,7 @@ pub(crate) enum ReceiverState {
 type Commands = Vec<ReceiverCommand>;
 
 #[derive(Debug)]
+#[cfg_attr(test, derive(Clone, Hash))]
 pub(crate) struct Receiver {
     state: ReceiverState,
     timing: ReceiverTiming,

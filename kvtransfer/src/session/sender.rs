@@ -20,6 +20,7 @@ use crate::{FirstTokens, TransferError};
 
 /// What a sender session is started with.
 #[derive(Debug, Clone, Copy)]
+#[cfg_attr(test, derive(Hash))]
 pub(crate) struct SenderTerms {
     pub(crate) shape: Shape,
     pub(crate) slice_bytes: u64,
@@ -59,6 +60,7 @@ pub(crate) enum SenderCommand {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(test, derive(Hash))]
 pub(crate) enum SenderState {
     Offered,
     Accepted,
@@ -72,6 +74,7 @@ pub(crate) enum SenderState {
 type Commands = Vec<SenderCommand>;
 
 #[derive(Debug)]
+#[cfg_attr(test, derive(Clone, Hash))]
 pub(crate) struct Sender {
     state: SenderState,
     terms: SenderTerms,

@@ -4,6 +4,7 @@ use crc_fast::{CrcAlgorithm, checksum};
 
 /// How many layers and blocks a transfer has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(test, derive(Hash))]
 pub(crate) struct Shape {
     pub(crate) layers: u32,
     pub(crate) blocks: u32,
@@ -27,6 +28,7 @@ impl Shape {
 
 /// Consecutive blocks of one layer. Block numbers are indices into the transfer's block list.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(test, derive(Hash))]
 pub(crate) struct SliceRun {
     pub(crate) layer: u32,
     pub(crate) first: u32,
@@ -52,6 +54,7 @@ pub(crate) enum Claim {
 
 /// A set of slices of one shape.
 #[derive(Debug, Clone)]
+#[cfg_attr(test, derive(Hash))]
 pub(crate) struct SliceSet {
     shape: Shape,
     words: Vec<u64>,
@@ -80,6 +83,7 @@ impl SliceSet {
 /// Count, bytes and checksum of the slices moved so far. The checksum is an XOR over the slices of the CRC32C of (layer,
 /// block index, slice CRC32C), so the order in which they moved does not matter.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[cfg_attr(test, derive(Hash))]
 pub(crate) struct Tally {
     pub(crate) slices: u64,
     pub(crate) bytes: u64,

@@ -5,6 +5,7 @@ use crate::TransferError;
 
 /// Per-slice account of an accepted transfer.
 #[derive(Debug)]
+#[cfg_attr(test, derive(Clone, Hash))]
 pub(super) struct Slots {
     shape: Shape,
     held: Vec<bool>,

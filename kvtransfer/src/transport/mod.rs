@@ -10,8 +10,8 @@ mod ascend;
 mod claimed;
 mod faulty;
 pub(crate) mod fetch;
-mod frame;
-mod hello;
+pub(crate) mod frame;
+pub(crate) mod hello;
 mod key;
 mod observed;
 mod outbox;
@@ -28,7 +28,7 @@ use std::{
     io::{IoSlice, IoSliceMut},
     pin::Pin,
     ptr::NonNull,
-    sync::{Arc, atomic::AtomicBool},
+    sync::Arc,
     time::Duration,
 };
 
@@ -36,6 +36,8 @@ use baton_proto::TransferId;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub use ascend::AscendConfig;
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) use ascend::fuzz as fuzz_ascend;
 pub(crate) use claimed::Claimed;
 pub use faulty::Faults;
 pub(crate) use faulty::Faulty;
@@ -51,12 +53,20 @@ pub use port::DataPortConfig;
 pub use probe::{TransportProbe, probe};
 #[cfg(all(feature = "rdma", target_os = "linux", target_pointer_width = "64"))]
 pub(crate) use rdma::RdmaMedium;
+#[cfg(all(
+    any(test, feature = "fuzz"),
+    feature = "rdma",
+    target_os = "linux",
+    target_pointer_width = "64"
+))]
+pub(crate) use rdma::fuzz as fuzz_rdma;
 pub(crate) use shm::Shm;
 pub(crate) use tcp::Tcp;
 
 use crate::{
     TransferError,
     session::{Claim, SliceRun},
+    sync::AtomicBool,
 };
 
 /// The ways that slices can travel.

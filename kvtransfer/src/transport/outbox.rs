@@ -14,11 +14,13 @@ use std::{
     },
 };
 
-use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use super::{Departure, observed::Counts};
-use crate::session::SliceRun;
+use crate::{
+    session::SliceRun,
+    sync::{Mutex, step},
+};
 
 /// The slices waiting to go to one peer. Cheap to clone: one queue, whoever takes from it.
 #[derive(Clone, Default)]
@@ -65,8 +67,15 @@ impl Outbox {
             if let Some(ticket) = self.try_next(most) {
                 return ticket;
             }
+            step();
             self.queue.woken.notified().await;
         }
+    }
+
+    /// The transfers in line.
+    #[cfg(all(test, feature = "explore"))]
+    pub(crate) fn waiting(&self) -> Vec<baton_proto::TransferId> {
+        self.queue.waiting.lock().iter().map(|departure| departure.id()).collect()
     }
 
     fn try_next(&self, most: u32) -> Option<Ticket> {

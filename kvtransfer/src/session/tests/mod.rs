@@ -1,5 +1,6 @@
 //! Properties of the session machines under any order of events.
 
+mod every_order;
 mod pair;
 mod receiver;
 mod sender;

@@ -105,6 +105,18 @@ impl fmt::Display for Ascend {
     }
 }
 
+/// Reads bytes as what peers say of themselves: what is read is written the same again.
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    let address = std::str::from_utf8(bytes).ok().and_then(|text| text.parse::<hixl::HixlAddress>().ok());
+    if let Some(address) = address {
+        assert_eq!(address.to_string().parse::<hixl::HixlAddress>().ok(), Some(address));
+    }
+    if let Some(info) = hccl::RootInfo::from_bytes(bytes) {
+        assert_eq!(info.as_bytes(), bytes);
+    }
+}
+
 fn show(f: &mut fmt::Formatter<'_>, name: &str, found: Result<&Path, &Unavailable>) -> fmt::Result {
     match found {
         Ok(file) => write!(f, "{name} available ({})", file.display()),

@@ -38,3 +38,14 @@ use reader::Dial;
 #[cfg(test)]
 use reader::PeerRegion;
 use serving::Serving;
+
+/// Reads bytes as either side's parameters: what is read is written the same again.
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    if let Ok(request) = parameters::Request::decode(bytes) {
+        assert_eq!(request.encode(), bytes);
+    }
+    if let Ok(answer) = parameters::Answer::decode(bytes) {
+        assert_eq!(answer.encode(), bytes);
+    }
+}

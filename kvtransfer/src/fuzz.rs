@@ -1,0 +1,106 @@
+//! What the targets in `kvtransfer/fuzz` call: each takes any bytes and must neither panic nor break a promise. The
+//! corpora that are kept there run with the unit tests, too.
+
+use crate::transport::{
+    DataKey,
+    frame::{Form, HEADER_BYTES, Header, MAX_FRAME_SLICES},
+    hello::{ANSWER_BYTES, HELLO_BYTES, Hello, MAX_TERMS},
+};
+
+pub use crate::node::fuzz::{connection, messages};
+
+fn key() -> Option<DataKey> {
+    DataKey::from_wire(&[7; 16])
+}
+
+/// Headers and tables of frames, of both forms.
+pub fn frames(bytes: &[u8]) {
+    let (Some((&first, rest)), Some(key)) = (bytes.split_first(), key()) else { return };
+    let form = if first % 2 == 0 { Form::Carried } else { Form::Announced };
+    let slice_bytes = u32::from(first / 2);
+    let Some((head, rest)) = rest.split_first_chunk::<HEADER_BYTES>() else { return };
+    let Ok(header) = Header::decode(head, form, slice_bytes) else { return };
+    assert!((1..=MAX_FRAME_SLICES).contains(&header.run.count));
+    assert!(header.table_bytes() <= 48 << 10);
+    assert_eq!(header.payload_bytes(), u64::from(header.run.count) * u64::from(slice_bytes));
+    let Some(table) = rest.get(..header.table_bytes()) else { return };
+    assert_eq!(header.entries(table).count(), header.run.count as usize);
+    assert!(!Header::proven(&key, head, table), "the key was guessed");
+    let mut again = Vec::new();
+    header.encode(&key, header.entries(table), &mut again);
+    let (head, written) = again.split_at(HEADER_BYTES);
+    assert_eq!(written, table);
+    let head = head.try_into().expect("a header");
+    assert!(Header::proven(&key, head, table));
+    assert_eq!(Header::decode(head, form, slice_bytes), Ok(header));
+}
+
+/// How data connections begin: hellos, answers, grants.
+pub fn hellos(bytes: &[u8]) {
+    let Some(key) = key() else { return };
+    if let Some((head, terms)) = bytes.split_first_chunk::<HELLO_BYTES>()
+        && let Ok(hello) = Hello::decode(*head)
+    {
+        assert!(hello.terms_bytes() <= MAX_TERMS);
+        let (_, _) = (hello.kind(), hello.link());
+        assert!(!hello.proven(&key, terms), "the key was guessed");
+        for (reply, length) in [
+            (hello.answer(&key, terms), Hello::answer_terms_bytes as fn(&[u8; ANSWER_BYTES]) -> _),
+            (hello.grant(&key, terms), Hello::grant_terms_bytes),
+        ] {
+            let (head, said) = reply.split_first_chunk::<ANSWER_BYTES>().expect("a whole reply");
+            assert!(terms.len() > MAX_TERMS || length(head) == Ok(terms.len()));
+            assert!(hello.answered(&key, head, said));
+        }
+    }
+    if let Some((head, said)) = bytes.split_first_chunk::<ANSWER_BYTES>() {
+        for length in [Hello::answer_terms_bytes(head), Hello::grant_terms_bytes(head)] {
+            assert!(length.is_err() || length.is_ok_and(|length| length <= MAX_TERMS));
+        }
+        if let Ok(hello) = Hello::decode([0; HELLO_BYTES].map(|_| b'B')) {
+            assert!(!hello.answered(&key, head, said));
+        }
+    }
+}
+
+/// What RDMA peers say of their queue pairs and regions.
+#[cfg(all(feature = "rdma", target_os = "linux", target_pointer_width = "64"))]
+pub fn rdma(bytes: &[u8]) {
+    crate::transport::fuzz_rdma(bytes);
+}
+
+/// What Ascend peers say of their HIXL servers and HCCL roots.
+pub fn ascend(bytes: &[u8]) {
+    crate::transport::fuzz_ascend(bytes);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[cfg_attr(feature = "explore", ignore = "shuttle's locks work in its own tests only")]
+    fn the_corpora_are_taken() {
+        #[cfg(all(feature = "rdma", target_os = "linux", target_pointer_width = "64"))]
+        replay("rdma", rdma);
+        replay("frames", frames);
+        replay("hellos", hellos);
+        replay("ascend", ascend);
+        replay("messages", messages);
+        replay("connection", connection);
+    }
+
+    fn replay(name: &str, target: fn(&[u8])) {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds").join(name);
+        let mut files = 0;
+        for entry in std::fs::read_dir(&folder).expect("the target has seeds") {
+            target(&std::fs::read(entry.expect("readable").path()).expect("readable"));
+            files += 1;
+        }
+        assert!(files > 0, "no seeds in {}", folder.display());
+        // And every seed's beginnings, which is where parsers end too early.
+        for length in 0..64 {
+            target(&vec![b'B'; length]);
+        }
+    }
+}

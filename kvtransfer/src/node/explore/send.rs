@@ -1,0 +1,200 @@
+//! Two transfers being sent: their owners, the engine, the control stream and its receiver, two lanes on one outbox, and
+//! a mishap, all at once, on the real shell, link and outbox.
+
+use std::collections::BTreeSet;
+
+use shuttle::{future::block_on, thread};
+use tokio::sync::mpsc;
+use v1::{receiver_message, sender_message::Body};
+
+use super::*;
+use crate::{node::link_up::LinkUp, transport::Departure};
+
+const PEER: &str = "peer:1";
+/// By transfer.
+const BLOCKS_OF: [[u32; 2]; 2] = [[0, 1], [3, 2]];
+
+/// What goes wrong, at whatever moment.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Mishap {
+    Nothing,
+    ReceiverAborts,
+    /// The control stream breaks after so many messages, and a new one comes.
+    StreamBreaks(u64),
+    PathLost,
+    ClockRunsOut,
+    NotSent,
+    ConnectionDropped,
+}
+
+impl Mishap {
+    fn pick() -> Self {
+        use Mishap::*;
+        let breaks = StreamBreaks(pick(5));
+        [Nothing, ReceiverAborts, PathLost, ClockRunsOut, NotSent, ConnectionDropped, breaks, breaks]
+            [pick(8) as usize]
+    }
+}
+
+/// What the lanes have sent, by transfer, layer and block.
+type Sent = Arc<std::sync::Mutex<BTreeSet<(u8, u32, u32)>>>;
+
+/// A lane of the data path: takes, reads, reports.
+fn lane(up: &LinkUp, watch: &Watch, sent: &Sent, mishap: Mishap, over: &CancellationToken) {
+    loop {
+        let next = block_on(async {
+            tokio::select! {
+                biased;
+                ticket = up.outbox().next(1) => Some(ticket),
+                () = over.cancelled() => None,
+            }
+        });
+        let Some(mut ticket) = next else { return };
+        let (run, of) = (ticket.run(), ticket.departure().id().as_bytes()[0]);
+        watch.touch(BLOCKS_OF[of as usize][run.first as usize], || {
+            ticket.departure().source(run.layer, run.first, 0).expect("taken");
+        });
+        let new = sent.lock().expect("not poisoned").insert((of, run.layer, run.first));
+        assert!(new, "slice {run:?} of transfer {of} was taken twice");
+        let waiting = up.outbox().waiting();
+        assert_eq!(waiting.iter().collect::<BTreeSet<_>>().len(), waiting.len(), "in line twice");
+        match mishap {
+            Mishap::NotSent if of == 0 => ticket.failed("test"),
+            Mishap::ConnectionDropped if of == 0 => drop(ticket),
+            _ => ticket.sent(&[sum(run.layer, run.first)]),
+        }
+    }
+}
+
+/// The receiver's end of one control stream, and the link's task that reads what it says.
+fn receiver(
+    stage: &Stage,
+    link: &Link,
+    sent: &Sent,
+    mishap: Mishap,
+    most: u64,
+    over: &CancellationToken,
+    lanes: &mut Vec<thread::JoinHandle<()>>,
+) {
+    let (messages, mut said) = mpsc::channel::<v1::SenderMessage>(64);
+    let up = LinkUp::new(messages, name("decode-0"), Incarnation(7));
+    // With one, whoever is to be woken is the only one.
+    for _ in 0..=pick(2) {
+        let (up, watch, sent, over) = (up.clone(), stage.watch.clone(), sent.clone(), over.clone());
+        lanes.push(thread::spawn(move || lane(&up, &watch, &sent, mishap, &over)));
+    }
+    link.rise(&up);
+    for _ in 0..most {
+        let message = block_on(async {
+            tokio::select! {
+                biased;
+                message = said.recv() => message,
+                () = over.cancelled() => None,
+            }
+        });
+        let Some(v1::SenderMessage { transfer_id, body: Some(body) }) = message else { return };
+        let answer = match body {
+            Body::Offer(_) if mishap == Mishap::ReceiverAborts && transfer_id[0] == 0 => {
+                receiver_message::Body::Abort(v1::Abort { reason: None })
+            }
+            Body::Offer(_) => receiver_message::Body::Accept(v1::Accept {
+                held: vec![],
+                lease_millis: 60_000,
+                data_key: vec![1; 16].into(),
+                receiver_epoch: 7,
+            }),
+            Body::Seal(v1::Seal { slices, bytes, checksum, .. }) => {
+                assert_eq!(Tally { slices, bytes, checksum }, whole(), "sealed what was not sent");
+                let sent = sent.lock().expect("not poisoned");
+                assert_eq!(sent.iter().filter(|(of, ..)| *of == transfer_id[0]).count(), 4);
+                receiver_message::Body::Released(v1::Released {})
+            }
+            _ => continue,
+        };
+        link.dispatch(&stage.node, &up, v1::ReceiverMessage { transfer_id, body: Some(answer) });
+    }
+    link.down("test");
+}
+
+fn engine(progress: &Progress) {
+    progress.ready(0, 0..2);
+    progress.ready(1, 1..2);
+    progress.ready(1, 0..1);
+    progress.seal(5);
+}
+
+fn send() {
+    let stage = Arc::new(Stage::new());
+    let node = stage.node.clone();
+    let kv = KvNode { node: node.clone() };
+    let mishap = Mishap::pick();
+    let (over, sent) = (CancellationToken::new(), Sent::default());
+    let link = Link::new(PEER.into());
+    node.links.lock().insert(PEER.into(), link.clone());
+    let peer = {
+        let (stage, link, over, sent) = (stage.clone(), link.clone(), over.clone(), sent.clone());
+        thread::spawn(move || {
+            let mut lanes = Vec::new();
+            if let Mishap::StreamBreaks(after) = mishap {
+                receiver(&stage, &link, &sent, mishap, after, &over, &mut lanes);
+            }
+            receiver(&stage, &link, &sent, mishap, 64, &over, &mut lanes);
+            lanes.into_iter().for_each(|lane| lane.join().expect("no panic"));
+        })
+    };
+    let owners = [0, 1].map(|of| {
+        let (stage, kv) = (stage.clone(), kv.clone());
+        thread::spawn(move || owner(&stage, &kv, of, mishap))
+    });
+    owners.into_iter().for_each(|owner| owner.join().expect("no panic"));
+    over.cancel();
+    peer.join().expect("no panic");
+    let (completed, failed) = stage.told(Direction::Outgoing);
+    assert_eq!(completed + failed, 2, "each owner is told once: {completed} {failed}");
+    assert!((0..2).all(|of| stage.watch.has_returned(id(of))), "blocks came back");
+    assert!(link.is_empty() && node.outgoing.len() == 0, "a transfer is left");
+    drop(node.claims.claim(&[0, 1, 2, 3], &[]).expect("no claim is left"));
+}
+
+/// The owner of one transfer. The first may meet the mishap, the second may be given up.
+fn owner(stage: &Arc<Stage>, kv: &KvNode, of: u8, mishap: Mishap) {
+    let spec = OfferSpec {
+        id: id(of),
+        peer: PEER.into(),
+        receiver: name("decode-0"),
+        receiver_incarnation: None,
+        prompt_tokens: 32,
+        blocks: BLOCKS_OF[of as usize].to_vec(),
+        deadline: kv.node.now() + Duration::from_secs(60),
+    };
+    let mut outgoing = kv.offer(spec).expect("room");
+    let progress = outgoing.progress();
+    let engine = thread::spawn(move || engine(&progress));
+    if of == 0 {
+        let live = kv.node.outgoing.live();
+        let meant = live.iter().find(|outbound| outbound.id() == id(of));
+        match (mishap, meant) {
+            (Mishap::PathLost, Some(outbound)) => outbound.path_lost("test"),
+            (Mishap::ClockRunsOut, Some(outbound)) => {
+                outbound.tick(kv.node.now() + Duration::from_secs(100));
+            }
+            _ => {}
+        }
+    } else if pick(2) == 0 {
+        if pick(2) == 0 {
+            outgoing.cancel("test");
+        } else {
+            drop(outgoing);
+            return engine.join().expect("no panic");
+        }
+    }
+    let finished = block_on(outgoing.finished());
+    assert!(finished.is_ok() || mishap != Mishap::Nothing || of == 1, "{finished:?}");
+    stage.watch.returned(id(of), &block_on(outgoing.close()));
+    engine.join().expect("no panic");
+}
+
+#[test]
+fn in_any_order_transfers_being_sent_end_once_and_nothing_ready_is_left() {
+    explore(send);
+}
