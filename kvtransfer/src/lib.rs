@@ -8,21 +8,23 @@
 //!
 //! # Who does what
 //! - `session`: what a transfer may do, as two pure state machines; leases, deadlines, counts, fences.
-//! - `node`: the shell around them: handles, control streams (`Handoff.Exchange`), the clock.
-//! - `transport`: how slices travel, behind one trait: `tcp`, `shm`, `rdma`, `hixl`. The libraries of the last two are
-//!   opened at run time.
+//! - `node`: the shell around them: handles, control streams (`Handoff.Exchange`), routes, the clock.
+//! - `transport`: how slices travel, behind one trait: `tcp`, `shm`, `rdma`, `hixl`, `hccl`. The libraries of the last
+//!   three are opened at run time.
 //! - [`plan`]: which bytes go where between instances that keep the same cache in different ways; pure.
 //! - `memory`: bounds-checked access to the region. `unsafe` code is here, where another process's memory is mapped
 //!   (`transport::shm`), and in the bindings (`transport::rdma`, `transport::ascend`), alone.
 //!
 //! # Promises
-//! - A receiver completes only with every expected slice in place, each matching its CRC32C, all matching the seal.
+//! - A receiver completes only with every expected slice in place, each matching its sum (CRC32C over TCP, a digest of
+//!   samples where memory or a fabric carries it), all matching the seal.
 //! - Blocks come back exactly once, and only when no transport can touch them any more.
 //! - A peer names slices of a transfer that it was given the key of, never addresses; it can write nowhere else.
 //! - Silence is bounded by the lease, waiting by deadlines, memory by [`Limits`].
 //!
-//! What it leaves to others: which blocks, which peer, when; and authenticating the peer of a control stream, which so
-//! far is whoever can reach the port. The data plane is authenticated by keys given over that stream, not encrypted.
+//! What it leaves to others: which blocks, which peer, when. Peers show each other that they know the [`FleetSecret`],
+//! if there is one, before either tells the other anything; without it whoever can reach the port is believed. The data
+//! plane is authenticated by keys given over the control stream; nothing is encrypted.
 //!
 //! # Example
 //! Two nodes in one process; `pool` stands for a device's memory.
