@@ -20,6 +20,10 @@
 //! ```
 //! Numbers are little endian. Link id and key come with the control stream's hellos.
 
+use std::io;
+
+use tokio::io::{AsyncRead, AsyncReadExt};
+
 use super::{DataKey, TransportKind, key::PROOF_BYTES};
 
 /// Bytes of a hello before its terms.
@@ -145,6 +149,22 @@ impl Hello {
     /// Bytes of the terms that follow the head of a grant.
     pub(crate) fn grant_terms_bytes(head: &[u8; ANSWER_BYTES]) -> Result<usize, HelloError> {
         reply_terms_bytes(GRANT, head)
+    }
+
+    /// Reads the answer to this hello; what the peer says of itself. Refused if it does not come from the peer.
+    pub(crate) async fn read_answer(
+        &self,
+        key: &DataKey,
+        stream: &mut (impl AsyncRead + Unpin),
+    ) -> io::Result<Vec<u8>> {
+        let mut head = [0; ANSWER_BYTES];
+        stream.read_exact(&mut head).await?;
+        let mut terms = vec![0; Self::answer_terms_bytes(&head).map_err(io::Error::other)?];
+        stream.read_exact(&mut terms).await?;
+        match self.answered(key, &head, &terms) {
+            true => Ok(terms),
+            false => Err(io::Error::other("what listens there is not the peer")),
+        }
     }
 
     /// Whether an answer to this hello, or the grant after it, comes from whoever has the link's key.

@@ -15,7 +15,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     Destination, Inbox, Terms, TransportKind,
-    hello::{ANSWER_BYTES, HELLO_BYTES, Hello, HelloError},
+    hello::{HELLO_BYTES, Hello, HelloError},
     key::DataKey,
 };
 use crate::TransferError;
@@ -176,14 +176,8 @@ pub(crate) async fn connect(
     let greet = async {
         let (bytes, hello) = Hello::encode(kind, &to.pass, &[]);
         stream.write_all(&bytes).await?;
-        let mut head = [0; ANSWER_BYTES];
-        stream.read_exact(&mut head).await?;
-        let mut said = vec![0; Hello::answer_terms_bytes(&head).map_err(io::Error::other)?];
-        stream.read_exact(&mut said).await?;
-        match hello.answered(&to.pass.key, &head, &said) {
-            true => Ok((hello, said)),
-            false => Err(io::Error::other("what listens there is not the peer")),
-        }
+        let said = hello.read_answer(&to.pass.key, &mut stream).await?;
+        Ok::<_, io::Error>((hello, said))
     };
     let (hello, said) = timeout(terms.handshake, greet).await.map_err(late)??;
     Ok((stream, hello, said))

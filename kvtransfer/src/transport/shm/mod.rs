@@ -11,14 +11,13 @@ mod socket;
 use std::{
     fs::File,
     io,
-    os::unix::net::{SocketAddr, UnixListener, UnixStream},
+    os::unix::net::{UnixListener, UnixStream},
     sync::Arc,
     time::Duration,
 };
 
 use parking_lot::Mutex;
 use tokio::{
-    io::AsyncReadExt,
     sync::{Semaphore, oneshot},
     time::{sleep, timeout},
 };
@@ -27,7 +26,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use super::{
     Admission, Destination, Inbox, Opening, Outbox, Path, Terms, Transport, TransportKind,
     fetch::{self, Lane, on_thread},
-    hello::{ANSWER_BYTES, Hello, HelloError},
+    hello::{Hello, HelloError},
 };
 use crate::Region;
 use mapping::Mapping;
@@ -92,29 +91,17 @@ impl Transport for Shm {
         let (terms, tasks, path) = (self.terms, tasks.clone(), Path::new(stop));
         let (file, region_bytes) = (self.file.clone(), self.region_bytes);
         Box::pin(async move {
-            let address: SocketAddr = socket::address(&to.address)?;
-            let stream = UnixStream::connect_addr(&address)?; // of the same host: at once or never
+            let stream = socket::connect(&to.address)?;
             socket::check_user(&stream)?;
             let (bytes, hello) = Hello::encode(TransportKind::Shm, &to.pass, &region_bytes.to_le_bytes());
             socket::send_with_file(&stream, &bytes, &file)?;
-            stream.set_nonblocking(true)?;
             let mut stream = tokio::net::UnixStream::from_std(stream)?;
             let late = |_| io::Error::new(io::ErrorKind::TimedOut, "no answer to the hello");
-            timeout(terms.handshake, answered(&mut stream, &hello, &to)).await.map_err(late)??;
+            let answer = hello.read_answer(&to.pass.key, &mut stream);
+            timeout(terms.handshake, answer).await.map_err(late)??;
             tasks.spawn(Lane::new(terms, outbox, None).run(stream, path.end()));
             Ok(path)
         })
-    }
-}
-
-async fn answered(stream: &mut tokio::net::UnixStream, hello: &Hello, to: &Destination) -> io::Result<()> {
-    let mut head = [0; ANSWER_BYTES];
-    stream.read_exact(&mut head).await?;
-    let mut terms = vec![0; Hello::answer_terms_bytes(&head).map_err(io::Error::other)?];
-    stream.read_exact(&mut terms).await?;
-    match hello.answered(&to.pass.key, &head, &terms) {
-        true => Ok(()),
-        false => Err(io::Error::other("what listens there is not the peer")),
     }
 }
 

@@ -5,7 +5,7 @@ use std::{
     io::{self, IoSlice, IoSliceMut, Read, Write},
     mem::MaybeUninit,
     os::{
-        fd::AsFd,
+        fd::{AsFd, OwnedFd},
         linux::net::SocketAddrExt,
         unix::net::{SocketAddr, UnixStream},
     },
@@ -16,11 +16,22 @@ use rustix::net::{
     SendFlags, recvmsg, sendmsg, sockopt,
 };
 
+use socket2::{Domain, SockAddr, Socket, Type};
+
 use crate::transport::hello::HELLO_BYTES;
 
 /// The address of this name.
 pub(super) fn address(name: &str) -> io::Result<SocketAddr> {
     SocketAddr::from_abstract_name(name)
+}
+
+/// Connects at once or not at all: a process that takes no connections any more must not hold this one up. What comes out
+/// does not block.
+pub(super) fn connect(name: &str) -> io::Result<UnixStream> {
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    socket.set_nonblocking(true)?;
+    socket.connect(&SockAddr::unix(format!("\0{name}"))?)?;
+    Ok(OwnedFd::from(socket).into())
 }
 
 /// Refuses a process of another user.
@@ -60,4 +71,28 @@ pub(super) fn receive_with_file(stream: &mut UnixStream) -> io::Result<([u8; HEL
     }
     stream.read_exact(&mut head[have..])?;
     Ok((head, file))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whoever_takes_no_connections_holds_nobody_up() {
+        let name = format!("baton-kv-test-{:032x}", rand::random::<u128>());
+        assert!(connect(&name).is_err(), "nobody is there");
+        let listener = Socket::new(Domain::UNIX, Type::STREAM, None).expect("a socket");
+        listener.bind(&SockAddr::unix(format!("\0{name}")).expect("a name")).expect("free");
+        listener.listen(1).expect("bound");
+        // It accepts none: after a few the system takes no more for it.
+        let mut open = Vec::new();
+        let full = loop {
+            match connect(&name) {
+                Ok(stream) => open.push(stream),
+                Err(error) => break error,
+            }
+            assert!(open.len() < 100, "the system takes any number");
+        };
+        assert_eq!(full.kind(), io::ErrorKind::WouldBlock, "after {}", open.len());
+    }
 }
