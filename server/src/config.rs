@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 /// Most compute threads.
 const THREADS_MOST: usize = 1024;
 /// Connections over TCP to each peer.
-const CONNECTIONS_PER_PEER: usize = 2;
+const CONNECTIONS_PER_PEER: usize = 4;
 /// How KV caches of a CPU may travel, by name.
 const TRANSPORTS: [(&str, TransportConfig); 3] = [
     ("shm", TransportConfig::Shm),

@@ -41,7 +41,7 @@ pub(crate) fn node(setup: &Setup, stop: CancellationToken) -> Result<KvNode, Ben
     };
     let transport = match TransportKind::from_name(&setup.transport) {
         Some(TransportKind::Shm) => TransportConfig::Shm,
-        _ => TransportConfig::Tcp { connections: 2 },
+        _ => TransportConfig::Tcp { connections: 4 },
     };
     let listener = TcpListener::bind("127.0.0.1:0").map_err(BenchError::io("listen"))?;
     let config = NodeConfig {

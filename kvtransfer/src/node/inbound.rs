@@ -317,8 +317,9 @@ impl Landing for Inbound {
         self.node.slices.place(layer, self.block(block)?)
     }
 
-    fn content(&self, layer: u32, block: u32) -> Result<&[u8], TransferError> {
-        self.node.slices.source(layer, self.block(block)?)
+    fn content(&self, layer: u32, block: u32, skip: usize) -> Result<&[u8], TransferError> {
+        let slice = self.node.slices.source(layer, self.block(block)?)?;
+        slice.get(skip..).ok_or_else(|| TransferError::Invalid(format!("byte {skip} lies outside a slice")))
     }
 
     fn copy_out(&self, layer: u32, block: u32, from: usize, into: &mut [u8]) -> Result<(), TransferError> {

@@ -18,7 +18,7 @@ pub(crate) use receiver::{
     Expectation, OfferTerms, Receiver, ReceiverCommand, ReceiverState, ReceiverTiming, SealTerms,
 };
 pub(crate) use sender::{Sender, SenderCommand, SenderTerms};
-pub(crate) use slices::{Claim, Shape, SliceRun, Tally, crc32c};
+pub(crate) use slices::{Claim, Crc32c, Shape, SliceRun, Tally, crc32c};
 
 /// Signs of life: when the peer was last heard, and when it must hear from here again.
 #[derive(Debug, Clone)]

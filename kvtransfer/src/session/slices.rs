@@ -1,6 +1,6 @@
 //! Slices of a transfer: runs of them, sets of them, and the tally that both sides must agree on.
 
-use crc_fast::{CrcAlgorithm, checksum};
+use crc_fast::{CrcAlgorithm, Digest, checksum};
 
 /// How many layers and blocks a transfer has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -107,6 +107,25 @@ pub(crate) fn crc32c(bytes: &[u8]) -> u32 {
     checksum(CrcAlgorithm::Crc32Iscsi, bytes) as u32
 }
 
+/// The CRC32C of bytes that come in pieces.
+#[derive(Debug)]
+pub(crate) struct Crc32c(Digest);
+
+impl Crc32c {
+    pub(crate) fn new() -> Self {
+        Self(Digest::new(CrcAlgorithm::Crc32Iscsi))
+    }
+
+    pub(crate) fn add(&mut self, piece: &[u8]) {
+        self.0.update(piece);
+    }
+
+    /// That of everything added since the last time.
+    pub(crate) fn take(&mut self) -> u32 {
+        self.0.finalize_reset() as u32
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -114,6 +133,11 @@ mod tests {
     #[test]
     fn crc_is_castagnoli() {
         assert_eq!(crc32c(b"123456789"), 0xE306_9283); // the catalogue's check value of CRC-32/ISCSI
+        let mut pieces = Crc32c::new();
+        for _ in 0..2 {
+            b"123456789".chunks(4).for_each(|piece| pieces.add(piece));
+            assert_eq!(pieces.take(), 0xE306_9283);
+        }
     }
 
     #[test]

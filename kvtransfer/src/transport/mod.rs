@@ -208,8 +208,8 @@ pub(crate) trait Landing: Send + Sync {
     fn target(&self, layer: u32, block: u32, skip: usize) -> Result<IoSliceMut<'_>, TransferError>;
     /// Start of a claimed slice, for those that write it by other means.
     fn place(&self, layer: u32, block: u32) -> Result<NonNull<u8>, TransferError>;
-    /// A claimed slice as it now is in memory that the CPU can read.
-    fn content(&self, layer: u32, block: u32) -> Result<&[u8], TransferError>;
+    /// A claimed slice, from byte `skip` on, as it now is in memory that the CPU can read.
+    fn content(&self, layer: u32, block: u32, skip: usize) -> Result<&[u8], TransferError>;
     /// A part of a claimed slice, wherever its memory is.
     fn copy_out(&self, layer: u32, block: u32, from: usize, into: &mut [u8]) -> Result<(), TransferError>;
 

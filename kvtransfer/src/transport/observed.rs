@@ -184,8 +184,8 @@ impl Landing for Counted<dyn Landing> {
         self.inner.place(layer, block)
     }
 
-    fn content(&self, layer: u32, block: u32) -> Result<&[u8], TransferError> {
-        self.inner.content(layer, block)
+    fn content(&self, layer: u32, block: u32, skip: usize) -> Result<&[u8], TransferError> {
+        self.inner.content(layer, block, skip)
     }
 
     fn copy_out(&self, layer: u32, block: u32, from: usize, into: &mut [u8]) -> Result<(), TransferError> {

@@ -7,11 +7,14 @@ use crate::{session::crc32c, transport::DataKey};
 
 /// Slices up to this size are looked at whole.
 const WHOLE: usize = 4 << 10;
-const SAMPLES: usize = 16;
+/// Longer ones are sampled once in so many bytes, at least and at most so often. Each sample is a miss of all caches, and
+/// of the table of pages: sixteen of them cost as much as copying 64 KiB.
+const SAMPLE_EVERY: usize = 16 << 10;
+const SAMPLES: std::ops::RangeInclusive<usize> = 4..=16;
 const SAMPLE_BYTES: usize = 64;
 
-/// CRC32C of a short slice; of a long one, that of 64 bytes at its start, at its end and at 14 places between that depend
-/// on the transfer's key, layer and block. `copy_out` gives the slice's bytes from a place on.
+/// CRC32C of a short slice; of a long one, that of 64 bytes at its start, at its end and at 2 to 14 places between that
+/// depend on the transfer's key, layer and block. `copy_out` gives the slice's bytes from a place on.
 pub(crate) fn digest<E>(
     key: &DataKey,
     (layer, block): (u32, u32),
@@ -28,7 +31,9 @@ pub(crate) fn digest<E>(
     let mut state = seed.iter().fold(0, |word, &byte| word << 8 | u64::from(byte));
     state ^= u64::from(layer) << 32 | u64::from(block);
     let last = slice_bytes - SAMPLE_BYTES;
-    let mut samples = [0; SAMPLES * SAMPLE_BYTES];
+    let count = (slice_bytes / SAMPLE_EVERY).clamp(*SAMPLES.start(), *SAMPLES.end());
+    let mut samples = [0; *SAMPLES.end() * SAMPLE_BYTES];
+    let samples = &mut samples[..count * SAMPLE_BYTES];
     for (at, sample) in samples.chunks_exact_mut(SAMPLE_BYTES).enumerate() {
         let from = match at {
             0 => 0,
@@ -37,7 +42,7 @@ pub(crate) fn digest<E>(
         };
         copy_out(from, sample)?;
     }
-    Ok(crc32c(&samples))
+    Ok(crc32c(samples))
 }
 
 /// SplitMix64.

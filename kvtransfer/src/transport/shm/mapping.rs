@@ -5,6 +5,7 @@ use std::{fs::File, io, os::fd::AsFd, time::Instant};
 use memmap2::{Mmap, MmapOptions};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, memfd_create};
 
+use super::stream;
 use crate::transport::fetch::{Piece, RemoteRegion};
 
 /// Makes a pool's file fit to be lent: its size stays, and whoever gets it cannot map it for writing.
@@ -57,7 +58,7 @@ impl RemoteRegion for Mapping {
             // SAFETY: just checked to lie within the mapping; `local` is a claimed slice of this node's region, which
             // nobody else touches and which is no part of a mapping of another process's pool.
             unsafe {
-                self.map.as_ptr().add(remote as usize).copy_to_nonoverlapping(local.as_ptr(), len);
+                stream::copy(self.map.as_ptr().add(remote as usize), local.as_ptr(), len);
             }
         }
         Ok(())

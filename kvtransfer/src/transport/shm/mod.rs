@@ -7,6 +7,7 @@
 
 mod mapping;
 mod socket;
+mod stream;
 
 use std::{
     fs::File,
@@ -33,6 +34,8 @@ use mapping::Mapping;
 
 /// Connections, and so threads that copy, in all.
 const CONNECTIONS: usize = 256;
+/// Opened to one peer. One thread alone does not fill a memory channel while it claims, looks and reports.
+const CONNECTIONS_PER_PEER: usize = 2;
 /// Pause after `accept` itself failed.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -91,18 +94,34 @@ impl Transport for Shm {
         let (terms, tasks, path) = (self.terms, tasks.clone(), Path::new(stop));
         let (file, region_bytes) = (self.file.clone(), self.region_bytes);
         Box::pin(async move {
-            let stream = socket::connect(&to.address)?;
-            socket::check_user(&stream)?;
-            let (bytes, hello) = Hello::encode(TransportKind::Shm, &to.pass, &region_bytes.to_le_bytes());
-            socket::send_with_file(&stream, &bytes, &file)?;
-            let mut stream = tokio::net::UnixStream::from_std(stream)?;
-            let late = |_| io::Error::new(io::ErrorKind::TimedOut, "no answer to the hello");
-            let answer = hello.read_answer(&to.pass.key, &mut stream);
-            timeout(terms.handshake, answer).await.map_err(late)??;
-            tasks.spawn(Lane::new(terms, outbox, None).run(stream, path.end()));
+            let mut streams = Vec::with_capacity(CONNECTIONS_PER_PEER);
+            for _ in 0..CONNECTIONS_PER_PEER {
+                streams.push(connect(&to, &file, region_bytes, terms.handshake).await?);
+            }
+            for stream in streams {
+                tasks.spawn(Lane::new(terms, outbox.clone(), None).run(stream, path.end()));
+            }
             Ok(path)
         })
     }
+}
+
+/// Connects to a peer and shows it this node's pool.
+async fn connect(
+    to: &Destination,
+    file: &File,
+    region_bytes: u64,
+    handshake: Duration,
+) -> io::Result<tokio::net::UnixStream> {
+    let stream = socket::connect(&to.address)?;
+    socket::check_user(&stream)?;
+    let (bytes, hello) = Hello::encode(TransportKind::Shm, &to.pass, &region_bytes.to_le_bytes());
+    socket::send_with_file(&stream, &bytes, file)?;
+    let mut stream = tokio::net::UnixStream::from_std(stream)?;
+    let late = |_| io::Error::new(io::ErrorKind::TimedOut, "no answer to the hello");
+    let answer = hello.read_answer(&to.pass.key, &mut stream);
+    timeout(handshake, answer).await.map_err(late)??;
+    Ok(stream)
 }
 
 /// Accepts connections until `stop`; over the limit, one is closed at once.

@@ -8,6 +8,7 @@ mod reader;
 
 use std::sync::Arc;
 
+use socket2::SockRef;
 use tokio::io::AsyncWriteExt;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -16,6 +17,11 @@ use super::{
     port::{DataPort, Greeted, connect},
 };
 use reader::Reader;
+
+/// Bytes that wait in a connection for the peer's acknowledgement. Few enough that the receiver finds them in the
+/// processors' shared cache where both are on one machine: with what the kernel takes by itself, a quarter slower there.
+/// On a network it is what may be on its way at a time: 4 connections of it are 100 Gbit/s at 160 us there and back.
+const SEND_BUFFER: usize = 512 << 10;
 
 /// The transport of kind `tcp`.
 pub(crate) struct Tcp {
@@ -64,7 +70,9 @@ impl Transport for Tcp {
         Box::pin(async move {
             let mut streams = Vec::with_capacity(connections);
             for _ in 0..connections {
-                streams.push(connect(TransportKind::Tcp, &to, &terms).await?.0);
+                let (stream, ..) = connect(TransportKind::Tcp, &to, &terms).await?;
+                SockRef::from(&stream).set_send_buffer_size(SEND_BUFFER)?;
+                streams.push(stream);
             }
             for stream in streams {
                 let lane = lane::Lane::new(to.address.clone(), terms, outbox.clone());

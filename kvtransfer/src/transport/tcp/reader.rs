@@ -12,7 +12,7 @@ use std::{
 use tokio::{net::TcpStream, task::coop::consume_budget, time::timeout};
 
 use crate::{
-    session::{Claim, crc32c},
+    session::{Claim, Crc32c},
     transport::{
         Claimed, Found, Inbox, Landing, Terms,
         frame::{Form, FrameError, HEADER_BYTES, Header},
@@ -22,6 +22,9 @@ use crate::{
 
 /// Elements of one vectored read.
 const READ_SLICES: usize = 64;
+/// A read ends with the slice that takes it so far: few enough bytes to be in the processor's cache still when they are
+/// summed.
+const READ_BYTES: usize = 256 << 10;
 const SCRAP_BYTES: usize = 64 << 10;
 
 /// Why a connection is closed from this side.
@@ -140,8 +143,8 @@ impl Reader {
     /// Reads a claimed run into its blocks, and the next header with it. Returns how many payload bytes are left to pass
     /// over because the transfer ended on the way.
     async fn fill(&mut self, header: &Header, mut claimed: Claimed<'_>) -> Result<u64, Closed> {
-        let (total, slice_bytes) = (header.payload_bytes(), u64::from(header.slice_bytes));
-        let (mut done, mut checked) = (0, 0);
+        let total = header.payload_bytes();
+        let (mut done, mut check) = (0, Check::new());
         while done < total {
             consume_budget().await; // a peer that keeps the socket full shares this thread with others
             if claimed.landing().revoked().is_cancelled() {
@@ -173,32 +176,33 @@ impl Reader {
                     return Err(error.into());
                 }
             }
-            while u64::from(checked + 1) * slice_bytes <= done {
-                let (block, crc) = (header.run.first + checked, self.crcs[checked as usize]);
-                if claimed.landing().content(header.run.layer, block).map(crc32c) != Ok(crc) {
-                    claimed.damaged(block);
-                    return Ok(total - done);
-                }
-                checked += 1;
+            if let Err(block) = check.up_to(done, header, claimed.landing(), &self.crcs) {
+                claimed.damaged(block);
+                return Ok(total - done);
             }
         }
         claimed.landed();
         Ok(0)
     }
 
-    /// One vectored read into the rest of a run; the last one reaches into the next header.
+    /// One vectored read of the next bytes of a run; the last one reaches into the next header.
     fn read_some(&mut self, header: &Header, claimed: &Claimed<'_>, done: u64) -> io::Result<usize> {
         let slice_bytes = u64::from(header.slice_bytes);
         let mut list: Vec<IoSliceMut<'_>> = Vec::with_capacity(READ_SLICES + 1);
         let mut skip = (done % slice_bytes) as usize;
         let rest = (done / slice_bytes) as u32..header.run.count;
-        let whole = rest.len() <= READ_SLICES;
-        for block in rest.take(READ_SLICES) {
+        let (mut blocks, mut room) = (rest, READ_BYTES);
+        while room > 0
+            && list.len() < READ_SLICES
+            && let Some(block) = blocks.next()
+        {
             let target = claimed.landing().target(header.run.layer, header.run.first + block, skip);
-            list.push(target.map_err(io::Error::other)?);
+            let target = target.map_err(io::Error::other)?;
             skip = 0;
+            room = room.saturating_sub(target.len());
+            list.push(target);
         }
-        if whole {
+        if blocks.is_empty() {
             list.push(IoSliceMut::new(&mut self.head));
         }
         self.stream.try_read_vectored(&mut list)
@@ -215,6 +219,35 @@ impl Reader {
                 Ok(n) => left -= n as u64,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.readable().await?,
                 Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The sums of a run's slices, taken from their bytes as they come.
+struct Check {
+    sum: Crc32c,
+    summed: u64,
+}
+
+impl Check {
+    fn new() -> Self {
+        Self { sum: Crc32c::new(), summed: 0 }
+    }
+
+    /// Sums what has come of a run by now, `done` bytes; an error is a block that does not match.
+    fn up_to(&mut self, done: u64, header: &Header, landing: &dyn Landing, sums: &[u32]) -> Result<(), u32> {
+        let slice_bytes = u64::from(header.slice_bytes);
+        while self.summed < done {
+            let (index, skip) = (self.summed / slice_bytes, self.summed % slice_bytes);
+            let block = header.run.first + index as u32;
+            let come = (slice_bytes - skip).min(done - self.summed);
+            let content = landing.content(header.run.layer, block, skip as usize).map_err(|_| block)?;
+            self.sum.add(&content[..come as usize]);
+            self.summed += come;
+            if skip + come == slice_bytes && self.sum.take() != sums[index as usize] {
+                return Err(block);
             }
         }
         Ok(())
