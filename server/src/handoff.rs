@@ -201,7 +201,7 @@ impl Transfers {
         self.tasks.spawn_on(
             async move {
                 let command = match receive(incoming, closed, &metrics).await {
-                    Ok(first_tokens) => Command::Received { id, first_tokens },
+                    Ok((first_tokens, sealed_at)) => Command::Received { id, first_tokens, sealed_at },
                     Err(error) => Command::TransferEnded { id, result: Err(error.into()) },
                 };
                 let _ = engine.send(command).await;
@@ -280,17 +280,17 @@ async fn send(
     };
     outgoing.close().await;
     let stats = result?;
-    metrics.handed_off(stats.seal_to_released);
+    metrics.handed_off(stats.ready_to_released);
     tracing::debug!(slices = stats.slices, bytes = stats.bytes, took = ?stats.took, "cache handed on");
     Ok(())
 }
 
-/// The first tokens, once the cache is whole.
+/// The first tokens, once the cache is whole, and when it was.
 async fn receive(
     mut incoming: Incoming,
     closed: oneshot::Receiver<Needed>,
     metrics: &HandoffMetrics,
-) -> Result<FirstTokens, TransferError> {
+) -> Result<(FirstTokens, Instant), TransferError> {
     let result = tokio::select! {
         biased;
         result = incoming.sealed() => result,
@@ -303,5 +303,5 @@ async fn receive(
     let sealed = result?;
     metrics.received(sealed.took);
     tracing::debug!(slices = sealed.slices, bytes = sealed.bytes, took = ?sealed.took, "cache received");
-    Ok(sealed.first_tokens)
+    Ok((sealed.first_tokens, sealed.at))
 }

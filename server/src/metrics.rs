@@ -1,6 +1,8 @@
 //! What the server shows of itself to Prometheus. Registered once by [`crate::instance`]; every name begins with
 //! `baton_server_`.
 
+use std::time::Duration;
+
 use baton_kvtransfer::{Direction, KvNode, TransportStats};
 use prometheus_client::{
     collector::Collector,
@@ -57,6 +59,7 @@ pub struct EngineMetrics {
     prefix_miss_tokens: Counter,
     held_blocks: Counter,
     legs: Family<Outcome, Counter>,
+    joins: Histogram,
 }
 
 /// 0.25 ms to about 8 s.
@@ -84,9 +87,12 @@ impl EngineMetrics {
             prefix_miss_tokens: Counter::default(),
             held_blocks: Counter::default(),
             legs: Family::default(),
+            joins: step_times(),
         };
         let m = &metrics;
         let registry = registry.sub_registry_with_prefix(PREFIX);
+        let help = "From the moment that a prompt's cache is whole until the step that goes on from it, seen by decode";
+        registry.register("join_seconds", help, m.joins.clone());
         registry.register("sequences_running", "Sequences in the batch", m.running.clone());
         registry.register("sequences_waiting", "Sequences that wait to be computed", m.waiting.clone());
         registry.register("sequences_leaving", "Sequences held for their transfer alone", m.leaving.clone());
@@ -147,6 +153,11 @@ impl EngineMetrics {
             _ => "both",
         };
         self.steps.get_or_create(&Kind { kind }).observe(stats.took.as_secs_f64());
+    }
+
+    /// A step goes on from a cache that was whole this long ago.
+    pub fn joined(&self, waited: Duration) {
+        self.joins.observe(waited.as_secs_f64());
     }
 
     /// Counts a leg's end.
@@ -247,28 +258,28 @@ impl Collector for TransferMetrics {
 /// Times of handoffs as this instance sees them.
 #[derive(Debug, Clone)]
 pub struct HandoffMetrics {
-    /// Prefill side: from the seal (all computed) until decode has taken the cache over.
-    seal_to_released: Histogram,
+    /// Prefill side: from the last layer until decode has taken the cache over.
+    ready_to_released: Histogram,
     /// Decode side: from the acceptance until the cache is whole.
     accepted_to_sealed: Histogram,
 }
 
 impl HandoffMetrics {
     pub fn register(registry: &mut Registry) -> Self {
-        let metrics = Self { seal_to_released: step_times(), accepted_to_sealed: step_times() };
+        let metrics = Self { ready_to_released: step_times(), accepted_to_sealed: step_times() };
         let registry = registry.sub_registry_with_prefix(PREFIX);
         let help = "From the last layer of a prompt until decode has its cache, seen by prefill";
-        registry.register("handoff_seconds", help, metrics.seal_to_released.clone());
+        registry.register("handoff_seconds", help, metrics.ready_to_released.clone());
         let help = "From accepting a transfer until its cache is whole, seen by decode";
         registry.register("receive_seconds", help, metrics.accepted_to_sealed.clone());
         metrics
     }
 
-    pub fn handed_off(&self, seal_to_released: std::time::Duration) {
-        self.seal_to_released.observe(seal_to_released.as_secs_f64());
+    pub fn handed_off(&self, ready_to_released: Duration) {
+        self.ready_to_released.observe(ready_to_released.as_secs_f64());
     }
 
-    pub fn received(&self, accepted_to_sealed: std::time::Duration) {
+    pub fn received(&self, accepted_to_sealed: Duration) {
         self.accepted_to_sealed.observe(accepted_to_sealed.as_secs_f64());
     }
 }

@@ -201,6 +201,8 @@ pub struct Sealed {
     pub bytes: u64,
     /// From accept to seal.
     pub took: Duration,
+    /// When it was complete.
+    pub at: Instant,
 }
 
 /// A sent transfer that its receiver has taken over.
@@ -210,8 +212,8 @@ pub struct TransferStats {
     pub bytes: u64,
     /// From offer to release.
     pub took: Duration,
-    /// From seal to release.
-    pub seal_to_released: Duration,
+    /// From the moment that the last slice was ready to release.
+    pub ready_to_released: Duration,
 }
 
 impl Limits {

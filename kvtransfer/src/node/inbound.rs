@@ -255,7 +255,8 @@ impl Shell for Inbound {
                 let (slices, bytes) = (tally.slices, tally.bytes);
                 self.node.counters.incoming_completed();
                 self.span.in_scope(|| tracing::debug!(slices, bytes, ?took, "kv transfer received"));
-                let sealed = Sealed { first_tokens, slices, bytes, took };
+                let at = self.node.now();
+                let sealed = Sealed { first_tokens, slices, bytes, took, at };
                 self.outcome.send_modify(|outcome| outcome.result = Some(Ok(sealed)));
             }
             ReceiverCommand::Fail(reason) => {

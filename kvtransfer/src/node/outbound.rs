@@ -232,13 +232,13 @@ impl Shell for Outbound {
                 }
             }
             SenderCommand::Revoke => self.revoked.cancel(),
-            SenderCommand::Complete { tally, took, seal_to_released } => {
+            SenderCommand::Complete { tally, took, ready_to_released } => {
                 let (slices, bytes) = (tally.slices, tally.bytes);
                 self.node.counters.outgoing_completed();
                 self.span.in_scope(|| {
-                    tracing::debug!(slices, bytes, ?took, ?seal_to_released, "kv transfer sent")
+                    tracing::debug!(slices, bytes, ?took, ?ready_to_released, "kv transfer sent")
                 });
-                let stats = TransferStats { slices, bytes, took, seal_to_released };
+                let stats = TransferStats { slices, bytes, took, ready_to_released };
                 self.outcome.send_modify(|outcome| outcome.result = Some(Ok(stats)));
             }
             SenderCommand::Fail(reason) => {

@@ -51,7 +51,7 @@ pub(crate) enum SenderCommand {
     Complete {
         tally: Tally,
         took: Duration,
-        seal_to_released: Duration,
+        ready_to_released: Duration,
     },
     /// The owner's answer: it did not arrive. Once.
     Fail(TransferError),
@@ -94,7 +94,8 @@ pub(crate) struct Sender {
     taken: u64,
     sent: Tally,
     first_tokens: Option<FirstTokens>,
-    sealed_at: Instant,
+    /// When slices became ready last.
+    ready_at: Instant,
 }
 
 impl Sender {
@@ -114,7 +115,7 @@ impl Sender {
             taken: 0,
             sent: Tally::default(),
             first_tokens: None,
-            sealed_at: now,
+            ready_at: now,
         }
     }
 
@@ -197,6 +198,7 @@ impl Sender {
             let reason = format!("slices were made ready twice or after the seal: {run:?}");
             return self.abort(TransferError::Invalid(reason), true);
         }
+        self.ready_at = now;
         if self.state == SenderState::Offered {
             return Vec::new();
         }
@@ -307,7 +309,6 @@ impl Sender {
         let moving = matches!(self.state, SenderState::Accepted | SenderState::Moving);
         if moving && self.first_tokens.is_some() && self.sent.slices == self.expected {
             self.state = SenderState::Sealed;
-            self.sealed_at = now;
             self.deadline = self.deadline.min(now + self.terms.seal_grace);
             return self.seal_command().into_iter().collect();
         }
@@ -330,9 +331,9 @@ impl Sender {
             SenderState::Sealed => {
                 self.state = SenderState::Released;
                 let took = now.saturating_duration_since(self.started);
-                let seal_to_released = now.saturating_duration_since(self.sealed_at);
+                let ready_to_released = now.saturating_duration_since(self.ready_at);
                 vec![
-                    SenderCommand::Complete { tally: self.sent, took, seal_to_released },
+                    SenderCommand::Complete { tally: self.sent, took, ready_to_released },
                     SenderCommand::Settled,
                 ]
             }

@@ -12,7 +12,7 @@ pub(crate) struct Step<'a> {
     /// Position of each row in its sequence.
     pub(crate) positions: Vec<u32>,
     pub(crate) sequences: Vec<Span<'a>>,
-    /// Rows whose logits are wanted, ascending.
+    /// Rows whose logits are wanted, ascending; each is the last of its sequence.
     pub(crate) logits_rows: Vec<usize>,
 }
 
@@ -24,6 +24,26 @@ pub(crate) struct Span<'a> {
     pub(crate) start: u32,
     /// Exactly the blocks that hold positions up to the last row's.
     pub(crate) blocks: &'a [BlockId],
+}
+
+impl<'a> Step<'a> {
+    /// The step of the rows alone whose logits are wanted: what is left to do once no other row is read any more.
+    pub(crate) fn of_logits_rows(&self) -> Self {
+        let last = |span: &Span<'a>| (span.rows.end - 1, span.blocks);
+        let wanted = |&(row, _): &(usize, _)| self.logits_rows.binary_search(&row).is_ok();
+        let rows: Vec<(usize, &[BlockId])> = self.sequences.iter().map(last).filter(wanted).collect();
+        let span = |(row, &(of, blocks)): (usize, &(usize, &'a [BlockId]))| Span {
+            rows: row..row + 1,
+            start: self.positions[of],
+            blocks,
+        };
+        Self {
+            tokens: rows.iter().map(|&(of, _)| self.tokens[of]).collect(),
+            positions: rows.iter().map(|&(of, _)| self.positions[of]).collect(),
+            sequences: rows.iter().enumerate().map(span).collect(),
+            logits_rows: (0..rows.len()).collect(),
+        }
+    }
 }
 
 /// Checks a batch and lays its rows out.
@@ -147,6 +167,18 @@ mod tests {
         assert_eq!((step.tokens.len(), step.logits_rows), (18, vec![16, 17]));
         assert_eq!(step.positions[16..], [16, 3]);
         assert_eq!(step.sequences[1].rows, 17..18);
+    }
+
+    #[test]
+    fn the_rows_whose_logits_are_wanted_make_a_step_of_their_own() {
+        let blocks = [BlockId(3), BlockId(1), BlockId(7), BlockId(0)];
+        let silent = SequenceChunk { logits: false, ..chunk(&[7, 8], 0, &blocks[3..]) };
+        let batch = [chunk(&[5; 17], 0, &blocks[..2]), silent, chunk(&[6], 3, &blocks[2..3])];
+        let step = plan(&batch, &SHAPE, &layout(), 40).unwrap().of_logits_rows();
+        assert_eq!((step.tokens, step.positions, step.logits_rows), (vec![5, 6], vec![16, 3], vec![0, 1]));
+        let spans: Vec<_> =
+            step.sequences.iter().map(|span| (span.rows.clone(), span.start, span.blocks)).collect();
+        assert_eq!(spans, [(0..1, 16, &blocks[..2]), (1..2, 3, &blocks[2..3])]);
     }
 
     #[test]

@@ -51,7 +51,7 @@ pub enum Command {
     /// A decode leg's cache has been offered, or it has not been in time.
     Offered { id: SequenceId, result: Result<(), ApiError> },
     /// A decode leg's cache is whole; no transport touches its blocks any more.
-    Received { id: SequenceId, first_tokens: FirstTokens },
+    Received { id: SequenceId, first_tokens: FirstTokens, sealed_at: Instant },
     /// A transfer is over; no transport touches its blocks any more.
     TransferEnded { id: SequenceId, result: Result<(), ApiError> },
 }
@@ -105,6 +105,7 @@ pub fn spawn(parts: EngineParts) -> io::Result<JoinHandle<()>> {
         runtime: parts.runtime,
         not_begun: Vec::new(),
         failed_steps: 0,
+        arrived: Vec::new(),
     };
     let alive = parts.alive;
     thread::Builder::new().name("engine".into()).spawn(move || {
@@ -130,6 +131,8 @@ struct Engine {
     not_begun: Vec<(SequenceId, ApiError)>,
     /// Steps in a row of which the model computed nothing.
     failed_steps: u32,
+    /// When the caches were whole that have arrived since the last step.
+    arrived: Vec<Instant>,
 }
 
 /// Why the engine woke up.
@@ -170,6 +173,7 @@ impl Engine {
         let plan = self.scheduler.schedule();
         // Offers go out before the first layer is computed, so that their slices can follow at once.
         self.perform();
+        self.arrived.drain(..).for_each(|at| self.metrics.joined(at.elapsed()));
         let stats = (!plan.is_empty()).then(|| {
             let transfers = &self.transfers;
             self.stepper.run(&mut self.scheduler, &plan, |id| transfers.progress(id))
@@ -225,8 +229,9 @@ impl Engine {
                 self.transfers.unwatch(id);
                 self.scheduler.offered(id, result);
             }
-            Command::Received { id, first_tokens } => {
+            Command::Received { id, first_tokens, sealed_at } => {
                 self.transfers.ended(id);
+                self.arrived.push(sealed_at);
                 self.scheduler.received(id, first_tokens.as_slice());
             }
             Command::TransferEnded { id, result } => {

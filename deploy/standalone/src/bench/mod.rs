@@ -1,5 +1,6 @@
-//! `baton bench`: an own load generator against any OpenAI endpoint, and what it measured as a table and as JSON; and
-//! `baton bench engine`, one instance's engine beside llama.cpp ([`engine`]).
+//! `baton bench`: an own load generator against any OpenAI endpoint, and what it measured as a table and as JSON;
+//! `baton bench engine`, one instance's engine beside llama.cpp ([`engine`]); `baton bench handoff`, the time between
+//! prefill and decode ([`handoff`]). The last two start servers of their own ([`server`]).
 //!
 //! Order of things: [`prompt`] calibrates and makes prompts, [`load`] sends them by concurrency or by rate and times
 //! each ([`request`]), [`summary`] turns timings into percentiles. Load is closed (`--concurrency`: a new request when
@@ -15,9 +16,11 @@ use clap::{ArgGroup, Args, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 
 mod engine;
+mod handoff;
 mod load;
 mod prompt;
 mod request;
+mod server;
 mod summary;
 
 use crate::screen::say;
@@ -36,6 +39,7 @@ pub(crate) struct BenchCommand {
 #[derive(Debug, Clone, Subcommand)]
 enum What {
     Engine(engine::EngineArgs),
+    Handoff(handoff::HandoffArgs),
 }
 
 /// A load and the endpoint that takes it.
@@ -99,6 +103,8 @@ pub(crate) enum BenchError {
     Write { path: PathBuf, source: std::io::Error },
     #[error(transparent)]
     Engine(#[from] engine::EngineError),
+    #[error(transparent)]
+    Handoff(#[from] handoff::HandoffError),
 }
 
 /// Rates and seconds with which times can be computed.
@@ -122,6 +128,7 @@ fn positive(text: &str) -> Result<f64, String> {
 pub(crate) async fn run(command: &BenchCommand) -> Result<(), BenchError> {
     let args = match &command.what {
         Some(What::Engine(args)) => return Ok(engine::run(args).await?),
+        Some(What::Handoff(args)) => return Ok(handoff::run(args).await?),
         None => &command.load,
     };
     let endpoint = Endpoint::connect(args).await?;
@@ -152,6 +159,16 @@ fn progress(args: &BenchArgs) -> ProgressBar {
         None => "{bar:32} {pos}/{len} requests, {elapsed} gone, {eta} to go",
     };
     bar.set_style(ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar()));
+    bar.enable_steady_tick(Duration::from_millis(200));
+    bar
+}
+
+/// The bar of a measurement in rounds.
+fn rounds_bar(rounds: u64) -> ProgressBar {
+    let bar = ProgressBar::new(rounds);
+    let style =
+        ProgressStyle::with_template("{bar:32} round {pos}/{len}, {elapsed} gone, {eta} to go, {msg}");
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
     bar.enable_steady_tick(Duration::from_millis(200));
     bar
 }

@@ -45,6 +45,14 @@ impl<D: Device> Attention<D> {
         }
     }
 
+    /// Keeps of what `append` computed the rows whose logits are wanted; `attend` is then given their plan.
+    pub(super) fn select_logits_rows(&mut self, device: &mut D, plan: &D::Plan) -> Result<(), RuntimeError> {
+        match self {
+            Self::GroupedQuery(attention) => attention.select_logits_rows(device, plan),
+            Self::Latent(attention) => attention.select_logits_rows(device, plan),
+        }
+    }
+
     /// Attends and projects; follows `append` of the same layer.
     pub(super) fn attend(
         &mut self,

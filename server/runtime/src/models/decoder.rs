@@ -1,7 +1,7 @@
 //! The decoder-only transformer that all families are: embedding, layers of attention and feed-forward blocks around a
 //! residual stream, a norm and an output projection.
 
-use std::sync::Arc;
+use std::{mem, sync::Arc};
 
 use baton_checkpoint::{Checkpoint, LayerWeight, ModelConfig, Weight};
 
@@ -25,8 +25,8 @@ struct Activations<D: Device> {
     /// What a block of the model adds to the stream.
     delta: D::Tensor,
     normed: D::Tensor,
-    /// Rows of `normed` whose logits are wanted.
-    last: D::Tensor,
+    /// Rows of `stream` whose logits are wanted.
+    selected: D::Tensor,
     logits: D::Tensor,
 }
 
@@ -53,7 +53,7 @@ impl<D: Device> Activations<D> {
             stream: device.tensor(hidden)?,
             delta: device.tensor(hidden)?,
             normed: device.tensor(hidden)?,
-            last: device.tensor(hidden)?,
+            selected: device.tensor(hidden)?,
             logits: device.tensor(config.vocabulary as usize)?,
         })
     }
@@ -112,7 +112,7 @@ impl<D: Device> Decoder<D> {
     /// Runs all layers; afterwards `activations.logits` has the rows asked for.
     fn run(&mut self, step: &Step<'_>, on_layer: &mut dyn FnMut(u32)) -> Result<(), RuntimeError> {
         let (device, a, epsilon) = (&mut self.device, &mut self.activations, self.epsilon);
-        let plan = device.plan(step)?;
+        let mut plan = device.plan(step)?;
         device.embed(&plan, &self.embedding, &mut a.stream)?;
         for (layer, norms) in (0..).zip(&self.norms) {
             if layer == 0 {
@@ -122,16 +122,22 @@ impl<D: Device> Decoder<D> {
             }
             self.attention.append(device, &plan, layer, &a.normed)?;
             on_layer(layer);
-            if layer + 1 == self.shape.layers && step.logits_rows.is_empty() {
-                return Ok(());
+            if layer + 1 == self.shape.layers && step.logits_rows.len() < step.tokens.len() {
+                if step.logits_rows.is_empty() {
+                    return Ok(());
+                }
+                // Nothing reads the other rows any more.
+                device.select_logits_rows(&plan, &a.stream, &mut a.selected)?;
+                mem::swap(&mut a.stream, &mut a.selected);
+                self.attention.select_logits_rows(device, &plan)?;
+                plan = device.plan(&step.of_logits_rows())?;
             }
             self.attention.attend(device, &plan, layer, &mut a.delta)?;
             device.add_rms_norm(&mut a.stream, &a.delta, &norms.feed_forward, epsilon, &mut a.normed)?;
             self.feed_forward.run(device, layer, &a.normed, &mut a.delta)?;
         }
         device.add_rms_norm(&mut a.stream, &a.delta, &self.output_norm, epsilon, &mut a.normed)?;
-        device.select_logits_rows(&plan, &a.normed, &mut a.last)?;
-        device.linear(&a.last, self.output.as_ref().unwrap_or(&self.embedding), &mut a.logits)
+        device.linear(&a.normed, self.output.as_ref().unwrap_or(&self.embedding), &mut a.logits)
     }
 }
 

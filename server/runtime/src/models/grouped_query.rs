@@ -1,6 +1,8 @@
 //! Grouped-query attention: keys and values shared by groups of query heads, with biases and norms of heads where the
 //! family has them.
 
+use std::mem;
+
 use baton_checkpoint::{self as checkpoint, LayerWeight, Weight};
 
 use super::loader::{Loader, plain};
@@ -15,6 +17,8 @@ pub(super) struct GroupedQuery<D: Device> {
     epsilon: f32,
     layers: Vec<GroupedQueryLayer<D>>,
     qkv: D::Tensor,
+    /// Rows of `qkv` whose logits are wanted.
+    selected: D::Tensor,
     attended: D::Tensor,
 }
 
@@ -38,6 +42,7 @@ impl<D: Device> GroupedQuery<D> {
             epsilon,
             layers: Vec::new(),
             qkv: device.tensor(query + 2 * kv)?,
+            selected: device.tensor(query + 2 * kv)?,
             attended: device.tensor(query)?,
         })
     }
@@ -81,6 +86,12 @@ impl<D: Device> GroupedQuery<D> {
         }
         device.rope(plan, &mut self.qkv)?;
         device.append_kv(plan, layer, &self.qkv)
+    }
+
+    pub(super) fn select_logits_rows(&mut self, device: &mut D, plan: &D::Plan) -> Result<(), RuntimeError> {
+        device.select_logits_rows(plan, &self.qkv, &mut self.selected)?;
+        mem::swap(&mut self.qkv, &mut self.selected);
+        Ok(())
     }
 
     pub(super) fn attend(

@@ -2,6 +2,8 @@
 //! the head's query instead, and what would make its value to the weighted sum of latents. So the cache keeps a token's
 //! latent once for all heads, and prompts and single tokens go the same way.
 
+use std::mem;
+
 use baton_checkpoint::{self as checkpoint, Dtype, LayerWeight, RopeOrder, TensorView, Weight};
 
 use super::loader::{Loader, plain};
@@ -17,6 +19,8 @@ pub(super) struct Latent<D: Device> {
     /// Parts of queries, `[rows][heads][nope_dim]` and `[rows][heads][rope_dim]`.
     query: D::Tensor,
     rotated: D::Tensor,
+    /// Rows of the two whose logits are wanted.
+    selected: [D::Tensor; 2],
     /// Queries as latents ask for them, `[rows][heads][kv_rank]`.
     absorbed: D::Tensor,
     /// What the cache keeps of each row.
@@ -60,6 +64,7 @@ impl<D: Device> Latent<D> {
             query_latent,
             query: tensor(shape.heads * shape.nope_dim)?,
             rotated: tensor(shape.heads * shape.rope_dim)?,
+            selected: [tensor(shape.heads * shape.nope_dim)?, tensor(shape.heads * shape.rope_dim)?],
             absorbed: tensor(shape.heads * shape.kv_rank)?,
             kept: tensor(shape.kept_dim())?,
             attended: tensor(shape.heads * shape.kv_rank)?,
@@ -175,6 +180,14 @@ impl<D: Device> Latent<D> {
         device.linear(source, &weights.rotated, &mut self.rotated)?;
         device.linear(normed, &weights.kv_down, &mut self.kept)?;
         device.append_latents(plan, layer, &mut self.kept, &weights.kv_norm, epsilon)
+    }
+
+    pub(super) fn select_logits_rows(&mut self, device: &mut D, plan: &D::Plan) -> Result<(), RuntimeError> {
+        for (rows, selected) in [&mut self.query, &mut self.rotated].into_iter().zip(&mut self.selected) {
+            device.select_logits_rows(plan, rows, selected)?;
+            mem::swap(rows, selected);
+        }
+        Ok(())
     }
 
     pub(super) fn attend(

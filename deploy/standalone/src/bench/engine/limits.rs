@@ -7,7 +7,7 @@ use baton_checkpoint::{Attention, Checkpoint, CheckpointError, Weight};
 use serde::Serialize;
 use tokio::process::Command;
 
-use super::{EngineError, baton::program};
+use super::{super::server::program, EngineError};
 
 /// Memory that each pass reads: far more than any cache holds.
 const BYTES: usize = 512 << 20;

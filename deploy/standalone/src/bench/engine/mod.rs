@@ -1,9 +1,8 @@
 //! `baton bench engine`: how fast one instance's engine is, beside llama.cpp on the same files in the same run.
 //!
 //! Both load each model and are then measured in turns, round after round, so that whatever else the machine does falls
-//! on both; figures are medians over rounds, the ratio is the median of each round's own. [`baton`] is a `baton-server`
-//! of its own, role `mixed`, driven over gRPC as a coordinator would; [`llama_cpp`] a Python child with the package
-//! llama-cpp-python. [`limits`] says what the machine could do at best, in every round as well. [`report`] makes the table.
+//! on both; figures are medians over rounds, the ratio is the median of each round's own. [`baton`] is a server of its own,
+//! [`llama_cpp`] a Python child with the package llama-cpp-python. [`limits`] says what the machine could do at best, in every round as well. [`report`] makes the table.
 
 mod baton;
 mod hogs;
@@ -15,8 +14,9 @@ use std::path::{Path, PathBuf};
 
 use baton_checkpoint::{Checkpoint, CheckpointError};
 use clap::Args;
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 
+use super::{rounds_bar, server::ServerError};
 use crate::{screen::say, up};
 use baton::Baton;
 use hogs::Hogs;
@@ -72,14 +72,10 @@ pub(crate) enum EngineError {
     Checkpoint(#[from] CheckpointError),
     #[error("cannot start {program}")]
     Spawn { program: PathBuf, source: std::io::Error },
-    #[error("the server ended before it was ready: {0}")]
-    ServerEnded(String),
+    #[error(transparent)]
+    Server(#[from] ServerError),
     #[error("the server could not measure products: {0}")]
     Products(String),
-    #[error("the server cannot be talked to")]
-    Server(#[source] tonic::Status),
-    #[error("the server refused the work: {0}")]
-    Refused(String),
     #[error("{program} ended early; it said: {words}")]
     LlamaCpp { program: PathBuf, words: String },
     #[error("cannot write {path}")]
@@ -117,7 +113,7 @@ struct Rates {
 /// Runs the whole measurement and prints its table.
 pub(crate) async fn run(args: &EngineArgs) -> Result<(), EngineError> {
     let models = models(args).await?;
-    let bar = progress(models.len() as u64 * u64::from(args.rounds + 1));
+    let bar = rounds_bar(models.len() as u64 * u64::from(args.rounds + 1));
     let mut report = Report::new(args.threads, args.rounds);
     for model in &models {
         bar.set_message(format!("loading {}", name_of(model)));
@@ -188,13 +184,4 @@ async fn models(args: &EngineArgs) -> Result<Vec<PathBuf>, EngineError> {
 
 fn name_of(model: &Path) -> String {
     model.file_stem().unwrap_or(model.as_os_str()).to_string_lossy().into_owned()
-}
-
-fn progress(rounds: u64) -> ProgressBar {
-    let bar = ProgressBar::new(rounds);
-    let style =
-        ProgressStyle::with_template("{bar:32} round {pos}/{len}, {elapsed} gone, {eta} to go, {msg}");
-    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-    bar.enable_steady_tick(std::time::Duration::from_millis(200));
-    bar
 }

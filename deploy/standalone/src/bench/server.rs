@@ -1,0 +1,246 @@
+//! One `baton-server` of its own, without a controller, asked over gRPC as a coordinator would ask it.
+
+use std::{
+    fs::File,
+    io::{Read, Seek, SeekFrom},
+    net::TcpListener,
+    path::{Path, PathBuf},
+    process::Stdio,
+    time::Duration,
+};
+
+use baton_proto::v1::{
+    self, attach_request::Frame as Ask, attach_response::Frame as Answer, dispatch::Work as Leg,
+    inference_client::InferenceClient,
+};
+use command_fds::{CommandFdExt, FdMapping};
+use tokio::{
+    process::{Child, ChildStdin, Command},
+    sync::mpsc,
+};
+use tonic::Streaming;
+
+use super::prompt::mix;
+
+/// Where the child finds the sockets it serves on: gRPC, and metrics.
+const SOCKETS: [i32; 2] = [3, 4];
+/// Between looks whether the child answers yet.
+const POLL: Duration = Duration::from_millis(50);
+/// How long a child that was told to end may take.
+const GRACE: Duration = Duration::from_secs(5);
+/// First token id that is surely plain text.
+const PLAIN: u64 = 100;
+/// What the server calls its model, and whoever asks it.
+const NAME: &str = "bench";
+
+/// The program that came with this one.
+pub(super) fn program() -> PathBuf {
+    std::env::current_exe().unwrap_or_default().with_file_name("baton-server")
+}
+
+/// Why a server could not be had or asked.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ServerError {
+    #[error("cannot start {program}")]
+    Spawn { program: PathBuf, source: std::io::Error },
+    #[error("the server ended before it was ready: {0}")]
+    Ended(String),
+    #[error("the server cannot be talked to")]
+    Call(#[source] tonic::Status),
+    #[error("the server's metrics cannot be read")]
+    Metrics(#[source] reqwest::Error),
+    #[error("the server refused the work: {0}")]
+    Refused(String),
+}
+
+/// A running server and the one stream to it.
+pub(super) struct Server {
+    child: Child,
+    /// Open for as long as the server is to run.
+    stdin: Option<ChildStdin>,
+    ask: mpsc::Sender<v1::AttachRequest>,
+    answers: Streaming<v1::AttachResponse>,
+    address: String,
+    metrics: String,
+    incarnation: u64,
+    role_epoch: u64,
+    legs: u64,
+}
+
+impl Server {
+    /// Starts the program beside this one with these settings, `KEY=VALUE`, and waits until it is ready.
+    pub(super) async fn start(model: &Path, role: &str, settings: &[String]) -> Result<Self, ServerError> {
+        let program = program();
+        let failed = |source| ServerError::Spawn { program: program.clone(), source };
+        let listeners = [(); SOCKETS.len()].map(|()| TcpListener::bind("127.0.0.1:0"));
+        let (mut mappings, mut addresses) = (Vec::new(), Vec::new());
+        for (listener, child_fd) in listeners.into_iter().zip(SOCKETS) {
+            let listener = listener.map_err(failed)?;
+            addresses.push(listener.local_addr().map_err(failed)?.to_string());
+            mappings.push(FdMapping { parent_fd: listener.into(), child_fd });
+        }
+        let mut log = tempfile::tempfile().map_err(failed)?;
+        let own = [
+            format!("instance_id={role}"),
+            format!("model.path={}", model.display()),
+            format!("model.name={NAME}"),
+            format!("role={role}"),
+            format!("listen=fd://{}", SOCKETS[0]),
+            format!("metrics_listen=fd://{}", SOCKETS[1]),
+            "process.log.level=warn".to_owned(),
+        ];
+        let mut command = Command::new(&program);
+        command
+            .arg("--supervised")
+            .args(own.iter().chain(settings).flat_map(|setting| ["--set", setting.as_str()]))
+            .stdin(Stdio::piped())
+            .stdout(log.try_clone().map_err(failed)?)
+            .stderr(log.try_clone().map_err(failed)?)
+            .kill_on_drop(true);
+        command.fd_mappings(mappings).map_err(|error| failed(std::io::Error::other(error)))?;
+        let mut child = command.spawn().map_err(failed)?;
+        // Waiting for a child closes its standard input.
+        let stdin = child.stdin.take();
+        let [address, metrics] = [addresses.swap_remove(0), addresses.swap_remove(0)];
+        let (ask, mut answers) = attach(&mut child, &mut log, &address).await?;
+        let (incarnation, role_epoch) = ready(&mut answers).await?;
+        Ok(Self { child, stdin, ask, answers, address, metrics, incarnation, role_epoch, legs: 0 })
+    }
+
+    /// `host:port` of its gRPC services.
+    pub(super) fn address(&self) -> &str {
+        &self.address
+    }
+
+    pub(super) fn incarnation(&self) -> u64 {
+        self.incarnation
+    }
+
+    /// The number that the next leg will have.
+    pub(super) fn next_leg(&self) -> u64 {
+        self.legs
+    }
+
+    /// Sends a leg off, which is decoded greedily to exactly so many tokens.
+    pub(super) async fn dispatch(
+        &mut self,
+        prompt_tokens: Vec<u32>,
+        max_tokens: u32,
+        work: Leg,
+    ) -> Result<(), ServerError> {
+        let leg = self.legs;
+        self.legs += 1;
+        let dispatch = v1::Dispatch {
+            leg,
+            request_id: format!("{NAME}-{leg}"),
+            incarnation: self.incarnation,
+            role_epoch: self.role_epoch,
+            model: NAME.to_owned(),
+            prompt_tokens,
+            sampling: Some(v1::Sampling {
+                top_p: 1.0,
+                repetition_penalty: 1.0,
+                max_tokens,
+                ..v1::Sampling::default()
+            }),
+            work: Some(work),
+            ..v1::Dispatch::default()
+        };
+        let sent = self.ask.send(v1::AttachRequest { frame: Some(Ask::Dispatch(dispatch)) }).await;
+        sent.map_err(|_| ServerError::Refused("it is gone".to_owned()))
+    }
+
+    /// What the legs have come to since the last time; an error if one of them failed.
+    pub(super) async fn step(&mut self) -> Result<Vec<v1::LegOutput>, ServerError> {
+        loop {
+            let Answer::Step(step) = next(&mut self.answers).await? else { continue };
+            for leg in &step.legs {
+                if let Some(v1::leg_output::End::Failed(detail)) = &leg.end {
+                    return Err(ServerError::Refused(detail.message.clone()));
+                }
+            }
+            return Ok(step.legs);
+        }
+    }
+
+    /// What it shows to Prometheus.
+    pub(super) async fn metrics(&self) -> Result<String, ServerError> {
+        let text = async {
+            reqwest::get(format!("http://{}/metrics", self.metrics)).await?.error_for_status()?.text().await
+        };
+        text.await.map_err(ServerError::Metrics)
+    }
+
+    /// Ends the server; one that does not end in time is killed.
+    pub(super) async fn stop(mut self) {
+        drop(self.stdin.take());
+        // Whatever comes of it, dropping the child kills it.
+        let _ = tokio::time::timeout(GRACE, self.child.wait()).await;
+    }
+}
+
+/// Opens the stream as soon as the child answers.
+async fn attach(
+    child: &mut Child,
+    log: &mut File,
+    address: &str,
+) -> Result<(mpsc::Sender<v1::AttachRequest>, Streaming<v1::AttachResponse>), ServerError> {
+    loop {
+        let (ask, asked) = mpsc::channel(64);
+        let hello = v1::attach_request::Hello { coordinator_id: NAME.to_owned() };
+        // A new channel holds at least one.
+        let _ = ask.try_send(v1::AttachRequest { frame: Some(Ask::Hello(hello)) });
+        let connecting = async {
+            let mut client = InferenceClient::connect(format!("http://{address}")).await.ok()?;
+            client.attach(tokio_stream::wrappers::ReceiverStream::new(asked)).await.ok()
+        };
+        tokio::select! {
+            biased;
+            _ = child.wait() => return Err(ServerError::Ended(last_words(log))),
+            answered = connecting => if let Some(answers) = answered { return Ok((ask, answers.into_inner())) },
+        }
+        tokio::time::sleep(POLL).await;
+    }
+}
+
+/// Waits until the server has loaded its model; its incarnation and the epoch of its role.
+async fn ready(answers: &mut Streaming<v1::AttachResponse>) -> Result<(u64, u64), ServerError> {
+    let mut incarnation = 0;
+    loop {
+        let role = match next(answers).await? {
+            Answer::Welcome(welcome) => {
+                incarnation = welcome.incarnation;
+                welcome.role
+            }
+            Answer::Role(role) => Some(role),
+            Answer::Step(_) | Answer::Load(_) => None,
+        };
+        if let Some(role) = role.filter(|role| role.phase() == v1::Phase::Ready) {
+            return Ok((incarnation, role.epoch));
+        }
+    }
+}
+
+async fn next(answers: &mut Streaming<v1::AttachResponse>) -> Result<Answer, ServerError> {
+    loop {
+        match answers.message().await.map_err(ServerError::Call)? {
+            Some(v1::AttachResponse { frame: Some(answer) }) => return Ok(answer),
+            Some(_) => {}
+            None => return Err(ServerError::Refused("it closed the stream".to_owned())),
+        }
+    }
+}
+
+fn last_words(log: &mut File) -> String {
+    let mut words = String::new();
+    // A log that cannot be read says nothing.
+    let _ = log.seek(SeekFrom::Start(0)).and_then(|_| log.read_to_string(&mut words));
+    words.trim().lines().last().unwrap_or("it said nothing").to_owned()
+}
+
+/// A prompt of so many tokens that are plain text, the same for the same seed.
+pub(super) fn prompt_tokens(vocabulary: u32, seed: u64, count: u32) -> Vec<u32> {
+    let plain = u64::from(vocabulary).saturating_sub(PLAIN).max(1);
+    let token = |at: u32| (PLAIN.min(u64::from(vocabulary) - 1) + mix(seed ^ mix(at.into())) % plain) as u32;
+    (0..count).map(|at| token(at).min(vocabulary - 1)).collect()
+}
