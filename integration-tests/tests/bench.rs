@@ -39,6 +39,24 @@ fn the_engine_is_measured_through_a_server() {
 }
 
 #[test]
+fn a_handoff_is_measured_between_two_servers() {
+    let model = model().display().to_string();
+    let short = ["--rounds", "1", "--prompt-tokens", "64", "--transports", "tcp,shm"];
+    let (output, figures) = bench(&[&["handoff", "--model", &model], &short[..]].concat());
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let table = String::from_utf8_lossy(&output.stdout);
+    assert!(table.contains("tcp, 64 tokens") && table.contains("shm, 64 tokens"), "{table}");
+    let rows = figures["rows"].as_array().expect("rows");
+    assert_eq!(rows.len(), 2);
+    for row in rows {
+        for figure in ["last_layer_to_first_token", "first_token_to_first_step"] {
+            let millis = row["samples"][0][figure].as_f64().expect("a figure");
+            assert!(millis > 0.0 && millis < 10_000.0, "{figure} {millis}");
+        }
+    }
+}
+
+#[test]
 fn an_engine_that_cannot_start_is_told_in_one_line() {
     let model = model().display().to_string();
     let arguments = ["engine", "--model", &model, "--set", "runtime.kv_dtype=f7"];

@@ -7,7 +7,7 @@
 //! 24  4  first block index                   48 16  proof (the transfer's key; bytes 0..48, table)
 //! 28  4  zero                                64     the table
 //! ```
-//! Form "BKV1", carried: the table is the CRC32C of each slice (4 bytes), and the slices follow. Form "BKN1", announced:
+//! Form "BKV1", carried: the table is the CRC32C of each slice (4 bytes), and the slices follow. Form "BKN2", announced:
 //! the table is, of each slice, its offset in the sender's region (8 bytes) and its digest (4 bytes), and nothing follows.
 //! Numbers are little endian. The proof covers everything but the slices, which the sums in the table cover. Nothing in a
 //! frame is an address: the receiver computes destinations from its own block list.
@@ -37,7 +37,7 @@ impl Form {
     fn magic(self) -> [u8; 4] {
         match self {
             Self::Carried => *b"BKV1",
-            Self::Announced => *b"BKN1",
+            Self::Announced => *b"BKN2",
         }
     }
 

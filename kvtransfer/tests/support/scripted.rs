@@ -206,7 +206,7 @@ pub struct RawNotice {
 
 impl RawNotice {
     pub fn bytes(&self) -> Vec<u8> {
-        let mut head = b"BKN1".to_vec();
+        let mut head = b"BKN2".to_vec();
         head.extend(self.layer.to_le_bytes());
         head.extend(self.id.as_bytes());
         head.extend(self.first.to_le_bytes());

@@ -18,15 +18,19 @@
 //! A sequence without an open transfer is gone as soon as it ends. With one it stays, as `Closing`, until the transfer
 //! can touch its blocks no more.
 
+mod log;
+
 use std::{borrow::Cow, fmt, time::Instant};
 
-use baton_proto::{ApiError, BlockHash, ErrorCode, Incarnation, InstanceId, LegId, RequestId, TransferId};
+use baton_proto::{ApiError, BlockHash, Incarnation, InstanceId, LegId, RequestId, TransferId};
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use super::{
     blocks::BlockList,
     sampler::{SamplingParams, TokenCounts, logprobs::TokenLogprobs},
 };
+
+pub(super) use log::Stage;
 
 /// A sequence in this engine; never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -400,23 +404,6 @@ impl Sequence {
             prompt_tokens: self.prompt_tokens,
             cached_tokens: self.cached.unwrap_or(0),
             completion_tokens: self.completion_tokens(),
-        }
-    }
-
-    /// Says in the log how the leg ended, within its span.
-    pub(super) fn log_end(&self, end: &LegEnd) {
-        let _entered = self.span.enter();
-        match end {
-            LegEnd::Finished { reason, completion_tokens, .. } => {
-                tracing::debug!(request = %self.request, ?reason, completion_tokens, "leg finished");
-            }
-            // The other side needs it no more: a completion of one token, say, leaves nothing to decode.
-            LegEnd::Failed(error) if matches!(error.code, ErrorCode::Cancelled | ErrorCode::NotNeeded) => {
-                tracing::debug!(request = %self.request, %error, "leg cancelled");
-            }
-            LegEnd::Failed(error) => {
-                tracing::warn!(request = %self.request, code = error.code.name(), %error, "leg failed");
-            }
         }
     }
 }

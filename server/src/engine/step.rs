@@ -18,7 +18,7 @@ use baton_runtime::{BatchFault, BlockId, Executor, RuntimeError, SequenceChunk};
 use super::{
     sampler::{BadLogits, Sampler, logprobs::logprobs},
     scheduler::{Chunk, Scheduler},
-    sequence::{Sampled, SequenceId},
+    sequence::{Sampled, SequenceId, Stage},
 };
 
 /// Runs batches on one model.
@@ -105,10 +105,15 @@ impl Stepper {
             .collect();
         let outgoing: Vec<Option<(Progress, Range<u32>)>> =
             plan.iter().map(|chunk| Some((progress(chunk.id)?, scheduler.blocks_of(chunk)))).collect();
+        let Self { executor, sampler } = self;
+        let last_layer = executor.shape().layers - 1;
         let mut on_layer = |layer| {
             outgoing.iter().flatten().for_each(|(progress, blocks)| progress.ready(layer, blocks.clone()));
+            if layer == last_layer {
+                let leaving = plan.iter().zip(&outgoing).filter(|(chunk, to)| chunk.logits && to.is_some());
+                leaving.for_each(|(chunk, _)| scheduler.log(chunk.id, Stage::LastLayer));
+            }
         };
-        let Self { executor, sampler } = self;
         let (batch, on_layer) = (&batch[..], &mut on_layer);
         let logits = match catch_panic(move || executor.forward(batch, on_layer)) {
             Ok(Ok(logits)) => logits,

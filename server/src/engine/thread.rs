@@ -25,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     cache_events::CacheEvents,
     scheduler::{Effect, Limits, Occupancy, Scheduler},
-    sequence::{LegUpdate, NewSequence, SequenceId, StreamId},
+    sequence::{LegUpdate, NewSequence, SequenceId, Stage, StreamId},
     step::{StepStats, Stepper},
 };
 use crate::{handoff::Transfers, metrics::EngineMetrics};
@@ -131,8 +131,8 @@ struct Engine {
     not_begun: Vec<(SequenceId, ApiError)>,
     /// Steps in a row of which the model computed nothing.
     failed_steps: u32,
-    /// When the caches were whole that have arrived since the last step.
-    arrived: Vec<Instant>,
+    /// Whose caches have arrived since the last step, and when they were whole.
+    arrived: Vec<(SequenceId, Instant)>,
 }
 
 /// Why the engine woke up.
@@ -173,7 +173,10 @@ impl Engine {
         let plan = self.scheduler.schedule();
         // Offers go out before the first layer is computed, so that their slices can follow at once.
         self.perform();
-        self.arrived.drain(..).for_each(|at| self.metrics.joined(at.elapsed()));
+        for (id, whole_at) in self.arrived.drain(..) {
+            self.metrics.joined(whole_at.elapsed());
+            self.scheduler.log(id, Stage::FirstStep);
+        }
         let stats = (!plan.is_empty()).then(|| {
             let transfers = &self.transfers;
             self.stepper.run(&mut self.scheduler, &plan, |id| transfers.progress(id))
@@ -231,7 +234,7 @@ impl Engine {
             }
             Command::Received { id, first_tokens, sealed_at } => {
                 self.transfers.ended(id);
-                self.arrived.push(sealed_at);
+                self.arrived.push((id, sealed_at));
                 self.scheduler.received(id, first_tokens.as_slice());
             }
             Command::TransferEnded { id, result } => {
@@ -261,6 +264,7 @@ impl Engine {
                     Ok(())
                 }
                 Effect::Seal { id, first_tokens } => {
+                    self.scheduler.log(id, Stage::FirstToken);
                     self.transfers.seal(id, first_tokens);
                     Ok(())
                 }

@@ -1,13 +1,11 @@
 //! `baton bench handoff`: how long an answer waits for its KV cache to cross.
 //!
 //! Two servers, one of role `prefill`, one of role `decode`, asked as a coordinator would ask them, one request at a time.
-//! What is measured is what they show of each request to Prometheus: on one side the time from a prompt's last layer
-//! until decode has said that its cache is whole, on the other from that moment to the step that goes on from it. Their
-//! sum counts the way back of "it is whole" as well, so it is an upper bound of the time from prefill's last layer to
-//! decode's first step. Between the two lie the layer's transfer, the product with the vocabulary and the sampling of
-//! the first token.
+//! What is measured is what they say in their logs of each request, by the one clock of the machine: when the last keys
+//! and values of its prompt were in prefill's blocks, when its first token was chosen, when decode's first step began.
+//! Between the first two lie the rest of the last layer, for one row, and the product with the vocabulary.
 
-use std::path::PathBuf;
+use std::{borrow::Cow, path::PathBuf};
 
 use baton_checkpoint::{Checkpoint, CheckpointError};
 use baton_proto::{
@@ -15,7 +13,7 @@ use baton_proto::{
     v1::{self, dispatch::Work as Leg},
 };
 use clap::Args;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tabled::{builder::Builder, settings::Style};
 
 use super::{
@@ -64,8 +62,8 @@ pub(crate) enum HandoffError {
     Checkpoint(#[from] CheckpointError),
     #[error(transparent)]
     Server(#[from] ServerError),
-    #[error("the server does not show {0}")]
-    NotShown(&'static str),
+    #[error("the log of the {server} server does not say when request {request} reached {stage}")]
+    NotLogged { server: &'static str, request: String, stage: &'static str },
     #[error("cannot write {path}")]
     Write { path: PathBuf, source: std::io::Error },
 }
@@ -73,10 +71,8 @@ pub(crate) enum HandoffError {
 /// One request's times, milliseconds.
 #[derive(Debug, Clone, Copy, Serialize)]
 struct Sample {
-    /// From the last layer until decode has said that the cache is whole.
-    last_layer_to_whole: f64,
-    /// From there to decode's first step.
-    whole_to_step: f64,
+    last_layer_to_first_token: f64,
+    first_token_to_first_step: f64,
 }
 
 /// All rounds of one prompt length over one transport.
@@ -151,6 +147,8 @@ impl Pair {
             format!("runtime.threads={}", args.threads),
             format!("runtime.kv_blocks={blocks}"),
             format!("handoff.transports=[{transport:?}]"),
+            "process.log.format=json".to_owned(),
+            "process.log.level=warn,baton_server=debug".to_owned(),
         ];
         let prefill = Server::start(model, "prefill", &settings).await?;
         let decode = Server::start(model, "decode", &settings).await?;
@@ -159,7 +157,7 @@ impl Pair {
 
     /// One request from its dispatch to its end on both sides.
     async fn measure(&mut self, tokens: u32) -> Result<Sample, HandoffError> {
-        let before = self.sums().await?;
+        let request = Server::request_id(self.prefill.next_leg());
         let transfer = TransferId::generate();
         let id = || transfer.as_bytes().to_vec().into();
         // A prompt that no request had before: none of it is in a prefix cache.
@@ -180,16 +178,21 @@ impl Pair {
         for server in [&mut self.prefill, &mut self.decode] {
             while !server.step().await?.iter().any(|leg| leg.end.is_some()) {}
         }
-        let after = self.sums().await?;
-        let [last_layer_to_whole, whole_to_step] = [0, 1].map(|nth| (after[nth] - before[nth]) * 1e3);
-        Ok(Sample { last_layer_to_whole, whole_to_step })
-    }
-
-    /// Seconds so far, of all requests: from last layer to whole, from whole to the first step.
-    async fn sums(&self) -> Result<[f64; 2], HandoffError> {
-        let [handoff, join] = ["baton_server_handoff_seconds_sum", "baton_server_join_seconds_sum"];
-        let of = |text: &str, name: &'static str| shown(text, name).ok_or(HandoffError::NotShown(name));
-        Ok([of(&self.prefill.metrics().await?, handoff)?, of(&self.decode.metrics().await?, join)?])
+        let (prefill, decode) = (self.prefill.log()?, self.decode.log()?);
+        let at = |server, log: &str, stage| {
+            reached(log, &request, stage).ok_or_else(|| HandoffError::NotLogged {
+                server,
+                request: request.clone(),
+                stage,
+            })
+        };
+        let last_layer = at("prefill", &prefill, "last_layer")?;
+        let first_token = at("prefill", &prefill, "first_token")?;
+        let first_step = at("decode", &decode, "first_step")?;
+        Ok(Sample {
+            last_layer_to_first_token: between(last_layer, first_token),
+            first_token_to_first_step: between(first_token, first_step),
+        })
     }
 
     async fn stop(self) {
@@ -198,22 +201,55 @@ impl Pair {
     }
 }
 
-/// A sample without labels, in the text that Prometheus reads.
-fn shown(text: &str, name: &str) -> Option<f64> {
-    text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.trim().parse().ok())
+/// A line of a log.
+#[derive(Deserialize)]
+struct Line<'a> {
+    #[serde(borrow)]
+    timestamp: Cow<'a, str>,
+    #[serde(borrow, default)]
+    request: Cow<'a, str>,
+    #[serde(borrow, default)]
+    stage: Cow<'a, str>,
+}
+
+/// When a request was so far: milliseconds of the day.
+fn reached(log: &str, request: &str, stage: &str) -> Option<f64> {
+    let lines = log.lines().filter_map(|line| serde_json::from_str::<Line<'_>>(line).ok());
+    let mut of_it = lines.filter(|line| line.request == request && line.stage == stage);
+    of_it.next().and_then(|line| time_of_day(&line.timestamp))
+}
+
+/// Milliseconds, of a time such as 2026-01-31T10:20:30.123456Z.
+fn time_of_day(timestamp: &str) -> Option<f64> {
+    let mut parts = timestamp.split_once('T')?.1.trim_end_matches('Z').split(':');
+    let mut next = || parts.next()?.parse::<f64>().ok();
+    Some(((next()? * 60.0 + next()?) * 60.0 + next()?) * 1e3)
+}
+
+/// Milliseconds from one time of day to a later one, which may be of the next day.
+fn between(from: f64, to: f64) -> f64 {
+    const DAY: f64 = 86_400e3;
+    if to < from - DAY / 2.0 { to + DAY - from } else { to - from }
 }
 
 fn table(args: &HandoffArgs, rows: &[Row]) -> String {
     let mut table = Builder::default();
-    let head = ["handoff", "last layer to whole", "whole to first step", "together", "longest", "target"];
+    let head = [
+        "handoff",
+        "last layer to first token",
+        "first token to first step",
+        "together",
+        "longest",
+        "target",
+    ];
     table.push_record(head);
     for Row { transport, prompt_tokens, samples } in rows {
-        let sum = |sample: &Sample| sample.last_layer_to_whole + sample.whole_to_step;
+        let sum = |sample: &Sample| sample.last_layer_to_first_token + sample.first_token_to_first_step;
         let millis = |value: f64| format!("{value:.2} ms");
         table.push_record([
             format!("{transport}, {prompt_tokens} tokens"),
-            millis(median(samples, |sample| sample.last_layer_to_whole)),
-            millis(median(samples, |sample| sample.whole_to_step)),
+            millis(median(samples, |sample| sample.last_layer_to_first_token)),
+            millis(median(samples, |sample| sample.first_token_to_first_step)),
             millis(median(samples, sum)),
             millis(samples.iter().map(sum).fold(0.0, f64::max)),
             format!("<= {TARGET_MILLIS} ms + the layer"),
@@ -244,19 +280,30 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_metric_is_found_by_its_whole_name() {
-        let text = "# HELP a_sum x\na_sum_total 1\na_sum 2.5\n";
-        assert_eq!(shown(text, "a_sum"), Some(2.5));
-        assert_eq!(shown(text, "a"), None);
+    fn a_stage_is_found_in_the_log_and_midnight_is_passed() {
+        let log = [
+            "not JSON",
+            r#"{"timestamp":"2026-01-31T23:59:59.999500Z","request":"r-1","stage":"last_layer"}"#,
+            r#"{"timestamp":"2026-02-01T00:00:00.001500Z","request":"r-1","stage":"first_token"}"#,
+        ]
+        .join("\n");
+        let at = |request, stage| reached(&log, request, stage);
+        let (from, to) = (at("r-1", "last_layer").expect("there"), at("r-1", "first_token").expect("there"));
+        assert!((between(from, to) - 2.0).abs() < 1e-6);
+        assert!((between(5.0, 4.0) + 1.0).abs() < 1e-6, "two clocks may disagree a little");
+        assert_eq!((at("r-2", "last_layer"), at("r-1", "first_step")), (None, None));
     }
 
     #[test]
     fn medians_of_even_and_odd_counts() {
-        let samples =
-            |of: &[f64]| of.iter().map(|&v| Sample { last_layer_to_whole: v, whole_to_step: 0.0 }).collect();
+        let samples = |of: &[f64]| {
+            of.iter()
+                .map(|&v| Sample { last_layer_to_first_token: v, first_token_to_first_step: 0.0 })
+                .collect()
+        };
         let of = |values: &[f64]| {
             let samples: Vec<Sample> = samples(values);
-            median(&samples, |sample| sample.last_layer_to_whole)
+            median(&samples, |sample| sample.last_layer_to_first_token)
         };
         assert_eq!((of(&[3.0, 1.0, 2.0]), of(&[4.0, 1.0])), (2.0, 2.5));
         assert!(of(&[]).is_nan());

@@ -1,8 +1,7 @@
 //! One `baton-server` of its own, without a controller, asked over gRPC as a coordinator would ask it.
 
 use std::{
-    fs::File,
-    io::{Read, Seek, SeekFrom},
+    fs,
     net::TcpListener,
     path::{Path, PathBuf},
     process::Stdio,
@@ -14,6 +13,7 @@ use baton_proto::v1::{
     inference_client::InferenceClient,
 };
 use command_fds::{CommandFdExt, FdMapping};
+use tempfile::NamedTempFile;
 use tokio::{
     process::{Child, ChildStdin, Command},
     sync::mpsc,
@@ -22,8 +22,8 @@ use tonic::Streaming;
 
 use super::prompt::mix;
 
-/// Where the child finds the sockets it serves on: gRPC, and metrics.
-const SOCKETS: [i32; 2] = [3, 4];
+/// Where the child finds the socket it serves on.
+const SOCKET: i32 = 3;
 /// Between looks whether the child answers yet.
 const POLL: Duration = Duration::from_millis(50);
 /// How long a child that was told to end may take.
@@ -47,8 +47,8 @@ pub(crate) enum ServerError {
     Ended(String),
     #[error("the server cannot be talked to")]
     Call(#[source] tonic::Status),
-    #[error("the server's metrics cannot be read")]
-    Metrics(#[source] reqwest::Error),
+    #[error("the server's log cannot be read")]
+    Log(#[source] std::io::Error),
     #[error("the server refused the work: {0}")]
     Refused(String),
 }
@@ -58,10 +58,10 @@ pub(super) struct Server {
     child: Child,
     /// Open for as long as the server is to run.
     stdin: Option<ChildStdin>,
+    log: NamedTempFile,
     ask: mpsc::Sender<v1::AttachRequest>,
     answers: Streaming<v1::AttachResponse>,
     address: String,
-    metrics: String,
     incarnation: u64,
     role_epoch: u64,
     legs: u64,
@@ -72,21 +72,15 @@ impl Server {
     pub(super) async fn start(model: &Path, role: &str, settings: &[String]) -> Result<Self, ServerError> {
         let program = program();
         let failed = |source| ServerError::Spawn { program: program.clone(), source };
-        let listeners = [(); SOCKETS.len()].map(|()| TcpListener::bind("127.0.0.1:0"));
-        let (mut mappings, mut addresses) = (Vec::new(), Vec::new());
-        for (listener, child_fd) in listeners.into_iter().zip(SOCKETS) {
-            let listener = listener.map_err(failed)?;
-            addresses.push(listener.local_addr().map_err(failed)?.to_string());
-            mappings.push(FdMapping { parent_fd: listener.into(), child_fd });
-        }
-        let mut log = tempfile::tempfile().map_err(failed)?;
+        let listener = TcpListener::bind("127.0.0.1:0").map_err(failed)?;
+        let address = listener.local_addr().map_err(failed)?.to_string();
+        let log = NamedTempFile::new().map_err(failed)?;
         let own = [
             format!("instance_id={role}"),
             format!("model.path={}", model.display()),
             format!("model.name={NAME}"),
             format!("role={role}"),
-            format!("listen=fd://{}", SOCKETS[0]),
-            format!("metrics_listen=fd://{}", SOCKETS[1]),
+            format!("listen=fd://{SOCKET}"),
             "process.log.level=warn".to_owned(),
         ];
         let mut command = Command::new(&program);
@@ -94,17 +88,17 @@ impl Server {
             .arg("--supervised")
             .args(own.iter().chain(settings).flat_map(|setting| ["--set", setting.as_str()]))
             .stdin(Stdio::piped())
-            .stdout(log.try_clone().map_err(failed)?)
-            .stderr(log.try_clone().map_err(failed)?)
+            .stdout(Stdio::null())
+            .stderr(log.reopen().map_err(failed)?)
             .kill_on_drop(true);
-        command.fd_mappings(mappings).map_err(|error| failed(std::io::Error::other(error)))?;
+        let mapping = FdMapping { parent_fd: listener.into(), child_fd: SOCKET };
+        command.fd_mappings(vec![mapping]).map_err(|error| failed(std::io::Error::other(error)))?;
         let mut child = command.spawn().map_err(failed)?;
         // Waiting for a child closes its standard input.
         let stdin = child.stdin.take();
-        let [address, metrics] = [addresses.swap_remove(0), addresses.swap_remove(0)];
-        let (ask, mut answers) = attach(&mut child, &mut log, &address).await?;
+        let (ask, mut answers) = attach(&mut child, &log, &address).await?;
         let (incarnation, role_epoch) = ready(&mut answers).await?;
-        Ok(Self { child, stdin, ask, answers, address, metrics, incarnation, role_epoch, legs: 0 })
+        Ok(Self { child, stdin, log, ask, answers, address, incarnation, role_epoch, legs: 0 })
     }
 
     /// `host:port` of its gRPC services.
@@ -121,6 +115,11 @@ impl Server {
         self.legs
     }
 
+    /// What a leg's request is called.
+    pub(super) fn request_id(leg: u64) -> String {
+        format!("{NAME}-{leg}")
+    }
+
     /// Sends a leg off, which is decoded greedily to exactly so many tokens.
     pub(super) async fn dispatch(
         &mut self,
@@ -132,7 +131,7 @@ impl Server {
         self.legs += 1;
         let dispatch = v1::Dispatch {
             leg,
-            request_id: format!("{NAME}-{leg}"),
+            request_id: Self::request_id(leg),
             incarnation: self.incarnation,
             role_epoch: self.role_epoch,
             model: NAME.to_owned(),
@@ -163,12 +162,9 @@ impl Server {
         }
     }
 
-    /// What it shows to Prometheus.
-    pub(super) async fn metrics(&self) -> Result<String, ServerError> {
-        let text = async {
-            reqwest::get(format!("http://{}/metrics", self.metrics)).await?.error_for_status()?.text().await
-        };
-        text.await.map_err(ServerError::Metrics)
+    /// What it has written to its log so far.
+    pub(super) fn log(&self) -> Result<String, ServerError> {
+        fs::read_to_string(self.log.path()).map_err(ServerError::Log)
     }
 
     /// Ends the server; one that does not end in time is killed.
@@ -182,7 +178,7 @@ impl Server {
 /// Opens the stream as soon as the child answers.
 async fn attach(
     child: &mut Child,
-    log: &mut File,
+    log: &NamedTempFile,
     address: &str,
 ) -> Result<(mpsc::Sender<v1::AttachRequest>, Streaming<v1::AttachResponse>), ServerError> {
     loop {
@@ -231,10 +227,9 @@ async fn next(answers: &mut Streaming<v1::AttachResponse>) -> Result<Answer, Ser
     }
 }
 
-fn last_words(log: &mut File) -> String {
-    let mut words = String::new();
+fn last_words(log: &NamedTempFile) -> String {
     // A log that cannot be read says nothing.
-    let _ = log.seek(SeekFrom::Start(0)).and_then(|_| log.read_to_string(&mut words));
+    let words = fs::read_to_string(log.path()).unwrap_or_default();
     words.trim().lines().last().unwrap_or("it said nothing").to_owned()
 }
 

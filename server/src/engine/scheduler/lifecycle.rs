@@ -8,8 +8,8 @@ use baton_runtime::BlockId;
 use super::{Chunk, Effect, Scheduler};
 use crate::engine::blocks::CacheChange;
 use crate::engine::sequence::{
-    Address, FinishReason, LegEnd, LegUpdate, NewSequence, Sampled, Sequence, SequenceId, State, StreamId,
-    Work,
+    Address, FinishReason, LegEnd, LegUpdate, NewSequence, Sampled, Sequence, SequenceId, Stage, State,
+    StreamId, Work,
 };
 
 /// Why a sequence was not taken.
@@ -282,6 +282,11 @@ impl Scheduler {
     /// The sequence of a planned chunk, for sampling.
     pub(in crate::engine) fn sequence(&self, id: SequenceId) -> &Sequence {
         &self.sequences[&id]
+    }
+
+    /// Says in the log how far a leg is, if it is still there.
+    pub(in crate::engine) fn log(&self, id: SequenceId, stage: Stage) {
+        self.sequences.get(&id).into_iter().for_each(|sequence| sequence.log(stage));
     }
 
     /// Ends a sequence: the leg is told, its blocks go back now or when its transfer is closed.
