@@ -75,7 +75,7 @@ impl Outbox {
     /// The transfers in line.
     #[cfg(all(test, feature = "explore"))]
     pub(crate) fn waiting(&self) -> Vec<baton_proto::TransferId> {
-        self.queue.waiting.lock().iter().map(|departure| departure.id()).collect()
+        self.queue.waiting.lock().lines.values().flatten().map(|departure| departure.id()).collect()
     }
 
     fn try_next(&self, most: u32) -> Option<Ticket> {

@@ -165,6 +165,7 @@ fn owner(stage: &Arc<Stage>, kv: &KvNode, of: u8, mishap: Mishap) {
         receiver_incarnation: None,
         prompt_tokens: 32,
         blocks: BLOCKS_OF[of as usize].to_vec(),
+        priority: 0,
         deadline: kv.node.now() + Duration::from_secs(60),
     };
     let mut outgoing = kv.offer(spec).expect("room");
