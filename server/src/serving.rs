@@ -125,7 +125,7 @@ impl Serving {
                     // A decode leg may wait for blocks for as long as its prefill leg lives.
                     held_offers: parts.limits.max_waiting as usize + parts.limits.max_sequences as usize,
                     held_offer: parts.handoff.timeout.max(HELD_OFFER),
-                    ..TransferLimits::default()
+                    ..TransferLimits::for_lease(parts.handoff.lease)
                 },
                 // Every transfer's task closes it and waits for that, unless the whole process ends.
                 reclaim: Arc::new(

@@ -120,21 +120,29 @@ pub struct Limits {
 }
 
 impl Default for Limits {
+    /// Those for a lease of 3 s.
     fn default() -> Self {
+        Self::for_lease(Duration::from_secs(3))
+    }
+}
+
+impl Limits {
+    /// Limits in which every wait for a peer follows from the lease: a few of them, and a second at least.
+    pub fn for_lease(lease: Duration) -> Self {
         Self {
             incoming_transfers: 1024,
             outgoing_transfers: 1024,
             held_offers: 256,
-            held_offer: Duration::from_secs(30),
+            held_offer: (lease * 10).max(Duration::from_secs(5)),
             remembered_transfers: 8192,
             peers: 256,
             frame_bytes: 1 << 20,
-            handshake: Duration::from_secs(5),
+            handshake: (lease * 5 / 3).clamp(Duration::from_secs(1), Duration::from_secs(30)),
             connect_attempts: 4,
             idle_link: Duration::from_secs(300),
-            seal_grace: Duration::from_secs(10),
-            fence_grace: Duration::from_millis(100),
-            data_stall: Duration::from_secs(10),
+            seal_grace: (lease * 10 / 3).max(Duration::from_secs(1)),
+            fence_grace: (lease / 30).clamp(Duration::from_millis(10), Duration::from_secs(1)),
+            data_stall: (lease * 10 / 3).max(Duration::from_secs(1)),
         }
     }
 }
@@ -237,6 +245,17 @@ impl NodeConfig {
         }
         if limits.peers == 0 {
             return bad("peers must be at least 1");
+        }
+        let times = [
+            ("held_offer", limits.held_offer),
+            ("handshake", limits.handshake),
+            ("idle_link", limits.idle_link),
+            ("seal_grace", limits.seal_grace),
+            ("fence_grace", limits.fence_grace),
+            ("data_stall", limits.data_stall),
+        ];
+        if let Some((name, _)) = times.iter().find(|(_, time)| time.is_zero()) {
+            return bad(&format!("{name} must be more than 0"));
         }
         if limits.connect_attempts == 0 {
             return bad("connect_attempts must be at least 1");

@@ -35,7 +35,8 @@ use crate::{
 pub(super) struct Inbound {
     id: TransferId,
     node: Arc<Node>,
-    sender: InstanceId,
+    /// Who is to send it: at first whoever offers it, once it is expected whom the owner expects.
+    sender: Mutex<InstanceId>,
     key: DataKey,
     state: Mutex<State<Receiver, Arc<PeerLink>>>,
     /// Set once the owner has reserved blocks.
@@ -84,7 +85,7 @@ impl Inbound {
         Self {
             id,
             node: node.clone(),
-            sender,
+            sender: Mutex::new(sender),
             key: DataKey::generate(),
             state: State::new(session, link),
             reserved: OnceLock::new(),
@@ -119,7 +120,9 @@ impl Inbound {
         if let Some(reason) = &state.ending.reason {
             return Err(reason.clone());
         }
+        let sender = expectation.sender.clone();
         let commands = state.session.expect(now, expectation)?;
+        *self.sender.lock() = sender;
         let _ = self.reserved.set(reserved);
         self.no_longer_held();
         self.finish(state, commands);
@@ -185,7 +188,7 @@ impl Inbound {
         };
         drop(state);
         match over {
-            Some(how) if self.sender == *link.peer() => link.ended_as(self.id, how),
+            Some(how) if *self.sender.lock() == *link.peer() => link.ended_as(self.id, how),
             _ => return false,
         }
         true
@@ -274,7 +277,7 @@ impl Shell for Inbound {
         if let Some(reserved) = self.reserved.get() {
             drop(reserved.claimed.lock().take());
         }
-        self.node.incoming.end(self.id, Ended { peer: Some(self.sender.clone()), reason });
+        self.node.incoming.end(self.id, Ended { peer: Some(self.sender.lock().clone()), reason });
     }
 
     fn reclaim(&self) {

@@ -8,7 +8,7 @@ use std::{collections::VecDeque, io};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     task::spawn_blocking,
-    time::{Instant, sleep, timeout},
+    time::{Instant, MissedTickBehavior, interval, timeout},
 };
 
 use super::{DONE, Lent, WANTED, digest::digest};
@@ -28,6 +28,8 @@ struct Announced {
     ticket: Ticket,
     entries: Vec<Entry>,
     at: Instant,
+    /// The receiver has said that it is about to fetch it.
+    wanted: bool,
     /// When its transfer was seen to be over.
     over: Option<Instant>,
 }
@@ -65,10 +67,14 @@ impl Lane {
 
     async fn work(&mut self, stream: &mut (impl AsyncRead + AsyncWrite + Unpin)) -> io::Error {
         let mut said = [0; 2 * WINDOW];
+        // Not a sleep of each turn: a receiver that keeps talking is given up all the same.
+        let mut looks = interval(self.terms.fence_grace);
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let room = self.announced.len() < WINDOW;
             let result = tokio::select! {
                 biased;
+                _ = looks.tick(), if !self.announced.is_empty() => self.look(),
                 read = stream.read(&mut said) => match read {
                     Ok(0) => Err(io::Error::other("the peer closed the connection")),
                     Ok(bytes) => self.hear(&said[..bytes]),
@@ -77,7 +83,6 @@ impl Lane {
                 ticket = self.outbox.next(self.terms.frame_slices), if room => {
                     self.announce(stream, ticket).await
                 }
-                () = sleep(self.terms.fence_grace), if !self.announced.is_empty() => self.look(),
             };
             if let Err(error) = result {
                 return error;
@@ -98,27 +103,35 @@ impl Lane {
         let (transfer, slice_bytes) = (departure.id(), self.terms.slice_bytes);
         let header = Header { form: Form::Announced, transfer, run, slice_bytes };
         header.encode(&key, entries.iter().copied(), &mut self.bytes);
-        self.announced.push_back(Announced { ticket, entries, at: Instant::now(), over: None });
+        self.announced.push_back(Announced {
+            ticket,
+            entries,
+            at: Instant::now(),
+            wanted: false,
+            over: None,
+        });
         let late = |_| io::Error::new(io::ErrorKind::TimedOut, "the peer does not read what is announced");
         timeout(self.terms.stall, stream.write_all(&self.bytes)).await.map_err(late)?
     }
 
     /// What the receiver says is about the oldest run.
     fn hear(&mut self, said: &[u8]) -> io::Result<()> {
+        let bytes = self.terms.slice_bytes as usize;
         for &byte in said {
-            match (byte, self.announced.pop_front(), &mut self.lent) {
-                (DONE, Some(Announced { ticket, entries, .. }), _) => {
-                    let sums: Vec<_> = entries.iter().map(|entry| entry.sum).collect();
-                    ticket.sent(&sums);
+            match (byte, self.announced.front_mut(), &mut self.lent) {
+                (DONE, Some(_), _) => {
+                    if let Some(Announced { ticket, entries, .. }) = self.announced.pop_front() {
+                        let sums: Vec<_> = entries.iter().map(|entry| entry.sum).collect();
+                        ticket.sent(&sums);
+                    }
                 }
-                (WANTED, Some(announced), Some(lent)) => {
-                    let bytes = self.terms.slice_bytes as usize;
+                (WANTED, Some(announced), Some(lent)) if lent.hears() && !announced.wanted => {
+                    announced.wanted = true;
                     let slices: Vec<_> =
                         announced.entries.iter().map(|entry| (entry.offset, bytes)).collect();
                     lent.wanted(&slices)?;
-                    self.announced.push_front(announced);
                 }
-                _ => return Err(io::Error::other("the peer speaks of a run that was not announced")),
+                _ => return Err(io::Error::other("the peer says what it cannot of an announced run")),
             }
         }
         Ok(())

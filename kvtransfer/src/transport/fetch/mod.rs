@@ -11,6 +11,9 @@ mod reader;
 mod tcp;
 mod thread;
 
+#[cfg(test)]
+mod tests;
+
 use std::{io, ptr::NonNull, time::Instant};
 
 use super::TransportKind;
@@ -64,8 +67,13 @@ pub(crate) trait Medium: Send + Sync + 'static {
 
 /// This node's region, lent to one peer. See [`Medium::lend`].
 pub(crate) trait Lent: Send {
-    /// The peer is about to fetch these slices, (offset in the region, bytes) each. Does not block. Only of media whose
-    /// reader says so beforehand ([`RemoteRegion::asks`]).
+    /// Whether readers say beforehand what they are about to fetch ([`RemoteRegion::asks`]).
+    fn hears(&self) -> bool {
+        false
+    }
+
+    /// The peer is about to fetch these slices, (offset in the region, bytes) each. Does not block. At most once for each
+    /// run, and only where this [`Self::hears`].
     fn wanted(&mut self, _slices: &[(u64, usize)]) -> io::Result<()> {
         Ok(())
     }

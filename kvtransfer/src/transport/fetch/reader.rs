@@ -14,9 +14,9 @@ use crate::{
     },
 };
 
-/// A blocking connection.
+/// A blocking connection whose writes do not wait for ever.
 pub(crate) trait Wire: Read + Write {
-    /// How long a read or write may wait; `None` = for ever.
+    /// How long a read may wait; `None` = for ever.
     fn set_patience(&self, patience: Option<Duration>) -> io::Result<()>;
 }
 

@@ -9,12 +9,13 @@ use std::{
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
+    runtime::Handle,
     task::spawn_blocking,
     time::timeout,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use super::{Lane, Medium, RemoteRegion, Wire, on_thread, serve};
+use super::{Lane, Lent, Medium, RemoteRegion, Wire, on_thread, serve};
 use crate::transport::{
     Destination, Inbox, Opening, Outbox, Path, Terms, Transport, TransportKind,
     hello::{ANSWER_BYTES, Hello},
@@ -66,6 +67,7 @@ impl Transport for Fetched {
             let (mut stream, hello, request) = connect(medium.kind(), &to, &terms).await?;
             let lending = spawn_blocking(move || medium.lend(&request));
             let (lent, grant) = lending.await.map_err(io::Error::other)??;
+            let lent = Returned(Some(lent));
             let late = |_| {
                 io::Error::new(io::ErrorKind::TimedOut, "the peer does not connect to this node's memory")
             };
@@ -76,9 +78,29 @@ impl Transport for Fetched {
             if timeout(terms.handshake, ready).await.map_err(late)?? != READY {
                 return Err(io::Error::other("the peer does not say that it is ready"));
             }
-            tasks.spawn(Lane::new(terms, outbox, Some(lent)).run(stream, path.end()));
+            tasks.spawn(Lane::new(terms, outbox, lent.keep()).run(stream, path.end()));
             Ok(path)
         })
+    }
+}
+
+/// What is lent to a peer that may not be let in after all. Taking it back blocks, so it is done elsewhere.
+struct Returned(Option<Box<dyn Lent>>);
+
+impl Returned {
+    /// The peer is in.
+    fn keep(mut self) -> Option<Box<dyn Lent>> {
+        self.0.take()
+    }
+}
+
+impl Drop for Returned {
+    fn drop(&mut self) {
+        let lent = self.0.take();
+        match Handle::try_current() {
+            Ok(runtime) => drop(runtime.spawn_blocking(move || drop(lent))),
+            Err(_) => drop(lent),
+        }
     }
 }
 
@@ -114,6 +136,7 @@ fn let_in(
 ) -> Result<Box<dyn RemoteRegion>, Closed> {
     let deadline = Instant::now() + terms.handshake;
     stream.set_read_timeout(Some(terms.handshake))?;
+    stream.set_write_timeout(Some(terms.stall))?;
     let (asking, request) = medium.ask()?;
     stream.write_all(&hello.answer(key, &request))?;
     let mut head = [0; ANSWER_BYTES];

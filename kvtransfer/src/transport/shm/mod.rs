@@ -204,6 +204,7 @@ fn copy(
     admit: oneshot::Sender<CancellationToken>,
 ) -> Result<(), Closed> {
     stream.set_read_timeout(Some(terms.handshake))?;
+    stream.set_write_timeout(Some(terms.stall))?;
     socket::check_user(&stream)?;
     let (hello, file) = socket::receive_with_file(&mut stream)?;
     let hello = Hello::decode(hello)?;

@@ -91,6 +91,10 @@ struct Sending {
 }
 
 impl Lent for Sending {
+    fn hears(&self) -> bool {
+        true
+    }
+
     fn wanted(&mut self, slices: &[(u64, usize)]) -> io::Result<()> {
         let told = self.wanted.as_ref().is_some_and(|wanted| wanted.try_send(slices.to_vec()).is_ok());
         if told {

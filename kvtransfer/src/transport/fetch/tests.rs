@@ -1,0 +1,196 @@
+//! Receivers that break the protocol of announced runs: whatever they say, however often, the sender gets its blocks back
+//! within the limits.
+
+use std::{
+    io::IoSlice,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use baton_proto::TransferId;
+use parking_lot::Mutex;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex},
+    time::{sleep, timeout},
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{DONE, Lane, Lent, WANTED};
+use crate::{
+    TransferError,
+    session::SliceRun,
+    sync::AtomicBool,
+    transport::{DataKey, Departure, Outbox, Path, Terms},
+};
+
+const SLICE: usize = 64;
+const STALL: Duration = Duration::from_millis(400);
+const FENCE_GRACE: Duration = Duration::from_millis(20);
+
+/// A transfer of `runs` runs of one slice.
+struct Source {
+    key: DataKey,
+    runs: Mutex<u32>,
+    /// How each run that was taken ended, with the moment.
+    reports: Mutex<Vec<(Result<(), String>, Instant)>>,
+    revoked: CancellationToken,
+    queued: AtomicBool,
+}
+
+impl Departure for Source {
+    fn id(&self) -> TransferId {
+        TransferId::from_bytes([7; 16])
+    }
+
+    fn priority(&self) -> i32 {
+        0
+    }
+
+    fn data_key(&self) -> Option<DataKey> {
+        Some(self.key.clone())
+    }
+
+    fn take(&self, _: u32) -> Option<SliceRun> {
+        let mut runs = self.runs.lock();
+        *runs = runs.checked_sub(1)?;
+        Some(SliceRun { layer: 0, first: *runs, count: 1 })
+    }
+
+    fn has_runs(&self) -> bool {
+        *self.runs.lock() > 0
+    }
+
+    fn sent(&self, _: SliceRun, _: &[u32]) {
+        self.reports.lock().push((Ok(()), Instant::now()));
+    }
+
+    fn failed(&self, _: SliceRun, why: &str) {
+        self.reports.lock().push((Err(why.into()), Instant::now()));
+    }
+
+    fn path_lost(&self, _: &str) {}
+
+    fn live(&self) -> bool {
+        !self.revoked.is_cancelled()
+    }
+
+    fn queued(&self) -> &AtomicBool {
+        &self.queued
+    }
+
+    fn source(&self, _: u32, _: u32, _: usize) -> Result<IoSlice<'_>, TransferError> {
+        Err(TransferError::Invalid("announced slices are not written".into()))
+    }
+
+    fn copy_out(&self, _: u32, _: u32, _: usize, into: &mut [u8]) -> Result<(), TransferError> {
+        into.fill(3);
+        Ok(())
+    }
+
+    fn offset(&self, _: u32, block: u32) -> Result<u64, TransferError> {
+        Ok(u64::from(block) * SLICE as u64)
+    }
+
+    fn revoked(&self) -> &CancellationToken {
+        &self.revoked
+    }
+}
+
+/// Memory whose readers say beforehand what they fetch.
+struct Heard;
+
+impl Lent for Heard {
+    fn hears(&self) -> bool {
+        true
+    }
+}
+
+/// Memory whose readers just read.
+struct Silent;
+
+impl Lent for Silent {}
+
+struct Scene {
+    source: Arc<Source>,
+    receiver: DuplexStream,
+    path: Path,
+    since: Instant,
+}
+
+/// A lane that has announced the first of `runs` runs.
+async fn announced(runs: u32, lent: Option<Box<dyn Lent>>) -> Scene {
+    let terms = Terms::new(SLICE as u64, 1 << 20, STALL, FENCE_GRACE, STALL).expect("sensible");
+    let source = Arc::new(Source {
+        key: DataKey::generate(),
+        runs: Mutex::new(runs),
+        reports: Mutex::default(),
+        revoked: CancellationToken::new(),
+        queued: AtomicBool::new(false),
+    });
+    let (outbox, path) = (Outbox::default(), Path::new(&CancellationToken::new()));
+    let (sender, mut receiver) = duplex(1 << 20);
+    tokio::spawn(Lane::new(terms, outbox.clone(), lent).run(sender, path.end()));
+    outbox.wake(source.clone());
+    receiver.read_exact(&mut [0; 64]).await.expect("an announcement");
+    Scene { source, receiver, path, since: Instant::now() }
+}
+
+impl Scene {
+    /// Waits until all of `runs` have been reported failed; after how long, and why.
+    async fn failed(&self, runs: usize) -> (Duration, String) {
+        let all = async {
+            while self.source.reports.lock().len() < runs {
+                sleep(Duration::from_millis(1)).await;
+            }
+        };
+        timeout(Duration::from_secs(10), all).await.expect("the blocks come back");
+        let reports = self.source.reports.lock();
+        let (result, at) = reports.last().expect("a report");
+        assert!(reports.iter().all(|(result, _)| result.is_err()), "{reports:?}");
+        assert!(self.path.end().ended().is_cancelled());
+        (*at - self.since, result.clone().expect_err("it failed"))
+    }
+}
+
+#[tokio::test]
+async fn a_receiver_that_says_nothing_is_given_up_in_time() {
+    let scene = announced(2, None).await;
+    let (after, why) = scene.failed(2).await;
+    assert!((STALL..STALL * 3).contains(&after), "{after:?}");
+    assert!(why.contains("takes no more slices"), "{why}");
+}
+
+#[tokio::test]
+async fn a_receiver_that_does_not_let_go_of_an_ended_transfer_is_given_up_sooner() {
+    let scene = announced(1, None).await;
+    scene.source.revoked.cancel();
+    let (after, _) = scene.failed(1).await;
+    assert!(after < STALL, "{after:?}");
+}
+
+#[tokio::test]
+async fn a_receiver_that_keeps_saying_what_it_wants_is_cut_off() {
+    for lent in [Some(Box::new(Heard) as Box<dyn Lent>), Some(Box::new(Silent)), None] {
+        let mut scene = announced(1, lent).await;
+        // Until the lane has had enough of it.
+        while scene.receiver.write_all(&[WANTED]).await.is_ok() && scene.since.elapsed() < STALL * 5 {
+            sleep(Duration::from_millis(5)).await;
+        }
+        let (after, why) = scene.failed(1).await;
+        assert!(after < STALL, "{after:?}");
+        assert!(why.contains("says what it cannot"), "{why}");
+    }
+}
+
+#[tokio::test]
+async fn a_receiver_that_is_done_with_more_than_was_announced_is_cut_off() {
+    let mut scene = announced(1, None).await;
+    scene.receiver.write_all(&[DONE, DONE]).await.expect("open");
+    let end = async {
+        while !scene.path.end().ended().is_cancelled() {
+            sleep(Duration::from_millis(1)).await;
+        }
+    };
+    timeout(STALL, end).await.expect("the path ends");
+    assert_eq!(scene.source.reports.lock().len(), 1, "the run that was announced is done");
+}
