@@ -212,11 +212,10 @@ async fn messages_out_of_turn_abort() {
                 scene.sender.say(scene.id, Body::Seal(seal)).await;
             }
             _ => {
-                // A length that no frame may have ends the connection, with the transfer's slice open.
+                // A connection that ends inside a slice.
                 let mut bytes = scene.frame(0, 0, 1).bytes();
                 bytes.truncate(200);
                 write(&mut scene.data, &bytes).await;
-                until("the claim is open", || scene.decode.node.stats().incoming_active == 1).await;
                 scene.data = scene.sender.connect_data().await;
             }
         }
@@ -304,10 +303,14 @@ async fn a_connection_that_says_nothing_is_closed() {
 #[tokio::test]
 async fn nobody_meddles_with_another_peers_transfer() {
     let mut scene = scene().await;
-    let other = ScriptedSender::open(&scene.decode, "meddler", 1).await.expect("welcome");
+    let mut other = ScriptedSender::open(&scene.decode, "meddler", 1).await.expect("welcome");
     other.say(scene.id, Body::Abort(v1::Abort { reason: None })).await;
     other.say(scene.id, Body::Seal(seal(1, &[]))).await;
     other.offer(scene.id, 3, 1).await;
+    // All three lies have been heard by then.
+    for _ in 0..2 {
+        assert_eq!(other.aborted().await.code(), v1::ErrorCode::HandoffFailed);
+    }
     let seal = scene.send_all().await;
     scene.sender.say(scene.id, Body::Seal(seal)).await;
     within("sealed", 10, scene.incoming.sealed()).await.expect("whole");
@@ -340,6 +343,36 @@ async fn an_offer_from_the_wrong_peer_is_refused_and_the_right_one_still_welcome
         prefill.stop.cancel();
         prefill.node.stopped().await;
     }
+}
+
+#[tokio::test]
+async fn how_a_transfer_ended_is_told_to_its_sender_and_not_to_who_offered_it_first() {
+    let decode = Peer::start("decode-0");
+    let id = TransferId::generate();
+    let mut wrong = ScriptedSender::open(&decode, "meddler", 1).await.expect("welcome");
+    wrong.offer(id, 1, 1).await;
+    until("the offer is held", || decode.node.stats().held_offers == 1).await;
+    let mut incoming = decode.node.expect(expect_spec(id, &instance(LIAR), &[3])).expect("room");
+    wrong.aborted().await;
+    let mut right = ScriptedSender::open(&decode, LIAR, 1).await.expect("welcome");
+    right.offer(id, 1, 1).await;
+    let (key, mut data) = (right.accepted().await, right.connect_data().await);
+    let mut all = Vec::new();
+    for layer in 0..LAYERS {
+        let slices = slices(1, layer, 0..1);
+        write(&mut data, &RawFrame::new(id, &key, layer, 0, slices.clone()).bytes()).await;
+        all.extend(slices.into_iter().map(|slice| (layer, 0, slice)));
+    }
+    let seal = Body::Seal(seal(1, &all));
+    right.say(id, seal.clone()).await;
+    within("sealed", 10, incoming.sealed()).await.expect("whole");
+    incoming.close().await;
+    drop(right);
+    wrong.say(id, seal.clone()).await;
+    assert_eq!(wrong.aborted().await.code(), v1::ErrorCode::HandoffFailed);
+    let mut right = ScriptedSender::open(&decode, LIAR, 1).await.expect("welcome");
+    right.say(id, seal).await;
+    assert!(matches!(right.hear().await.1, v1::receiver_message::Body::Released(_)));
 }
 
 #[tokio::test]
