@@ -35,8 +35,9 @@ pub struct NodeConfig {
     /// lease holds once it has accepted, the sender's before; give all nodes of a fleet the same.
     pub lease: Duration,
     pub limits: Limits,
-    /// Gets the blocks of transfers whose handle was dropped, once no transport touches them any more. It is called
-    /// from a runtime thread and must not block.
+    /// Gets the blocks of transfers whose handle was dropped, once no transport touches them any more. It is called by
+    /// whichever thread brings that about, one that drops a handle or reports slices among them: it must not block, nor
+    /// take a lock that such a thread may hold.
     pub reclaim: Arc<dyn Fn(Reclaimed) + Send + Sync>,
 }
 

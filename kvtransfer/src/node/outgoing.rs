@@ -45,7 +45,8 @@ impl Outgoing {
     }
 
     /// Resolves when the receiver has taken the transfer over, or, with the reason, when it has been aborted; either way
-    /// no transport reads the blocks any more. Cancel safe; asked again, it gives the same answer.
+    /// no transport reads the blocks for it any more. (A peer that maps this node's memory, over `shm`, or whose NPU reads
+    /// it, may still be copying when the connection to it breaks; it drops what it reads then.) Cancel safe; asked again, it gives the same answer.
     pub async fn finished(&mut self) -> Result<TransferStats, TransferError> {
         match self.outcome.wait_for(Outcome::is_settled).await {
             Ok(outcome) => outcome.result.clone().unwrap_or(Err(TransferError::ShuttingDown)),

@@ -3,8 +3,9 @@
 //! A transport moves runs of slices and reports on each run exactly once; it decides nothing about a transfer. Bytes are
 //! always written by the side whose memory they go to: `tcp` reads them from its connections, the kinds of `fetch` copy
 //! them out of the sender's memory once it has announced them. So the receiver's fence is its own: a transfer that is
-//! aborted cancels `revoked`, upon which the transport lets go of its blocks (within `Limits::fence_grace`) and reports
-//! the runs it had; the session is over when all have been reported.
+//! aborted cancels `revoked`, upon which the transport lets go of its blocks and reports the runs it had: within
+//! `Limits::fence_grace`, or, where a card or an NPU reads, when that read has ended or failed, within
+//! `Limits::data_stall`. The session is over when all have been reported.
 
 mod ascend;
 mod claimed;

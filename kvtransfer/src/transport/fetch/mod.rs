@@ -61,7 +61,8 @@ pub(crate) trait Medium: Send + Sync + 'static {
     fn ask(&self) -> io::Result<(Box<dyn Asking>, Vec<u8>)>;
 
     /// Lets the peer that asked so in, until the lent thing is dropped; what it is to be told. Blocks, and so does
-    /// dropping it: after that the peer reads no more.
+    /// dropping it: after that the peer reads no more, but over HIXL, where only the peer can end a read. Whatever is read
+    /// after a connection has ended is dropped by its reader.
     fn lend(&self, request: &[u8]) -> io::Result<(Box<dyn Lent>, Vec<u8>)>;
 }
 

@@ -1,4 +1,4 @@
-//! What the two ends tell each other to connect: small blobs that travel on the nodes' control stream.
+//! What the two ends tell each other to connect: small blobs that travel in the hellos of a data connection.
 //!
 //! ```text
 //! 0 1  version, 1                      each rail:
