@@ -37,6 +37,8 @@ pub(super) struct Inbound {
     node: Arc<Node>,
     /// Who is to send it: at first whoever offers it, once it is expected whom the owner expects.
     sender: Mutex<InstanceId>,
+    /// What the sender is told of the key.
+    told: DataKey,
     key: DataKey,
     state: Mutex<State<Receiver, Arc<PeerLink>>>,
     /// Set once the owner has reserved blocks.
@@ -81,12 +83,14 @@ impl Inbound {
         session: Receiver,
         link: Option<Arc<PeerLink>>,
     ) -> Self {
+        let told = DataKey::generate();
         let span = tracing::info_span!("kv_receive", transfer = %id, peer = %sender);
         Self {
             id,
             node: node.clone(),
             sender: Mutex::new(sender),
-            key: DataKey::generate(),
+            key: node.key(&told),
+            told,
             state: State::new(session, link),
             reserved: OnceLock::new(),
             held_offer: AtomicBool::new(false),
@@ -207,7 +211,7 @@ impl Inbound {
         let accept = v1::Accept {
             held: held.to_vec(),
             lease_millis: u32::try_from(self.node.lease.as_millis()).unwrap_or(u32::MAX),
-            data_key: self.key.as_bytes().to_vec().into(),
+            data_key: self.told.as_bytes().to_vec().into(),
             receiver_epoch: self.node.incarnation.0,
         };
         self.send(state, Body::Accept(accept));

@@ -279,7 +279,8 @@ impl Link {
         let Some(receiver_message::Body::Welcome(welcome)) = next(&mut messages).await? else {
             return Err(protocol("the peer's second message is not its welcome"));
         };
-        let pass = pass(&welcome).ok_or_else(|| protocol("the peer's welcome has no link id or key"))?;
+        let pass =
+            pass(node, &welcome).ok_or_else(|| protocol("the peer's welcome has no link id or key"))?;
         let up = LinkUp::new(sender.clone(), receiver, incarnation);
         let route = Route::new(node, &welcome.endpoints, pass, up.outbox().clone());
         Ok((messages, up, route.map_err(|why| protocol(&why))?))
@@ -314,9 +315,9 @@ async fn next(
 }
 
 /// What data connections show.
-fn pass(welcome: &v1::Welcome) -> Option<LinkPass> {
+fn pass(node: &Node, welcome: &v1::Welcome) -> Option<LinkPass> {
     let id = welcome.link_id.as_ref().try_into().ok()?;
-    Some(LinkPass { id, key: DataKey::from_wire(&welcome.link_key)? })
+    Some(LinkPass { id, key: node.key(&DataKey::from_wire(&welcome.link_key)?) })
 }
 
 impl Node {

@@ -64,7 +64,7 @@ use crate::{
     KvLayout, Slices, TransferError,
     session::ReceiverTiming,
     sync::{AtomicUsize, Mutex},
-    transport::{Admission, DataPort, Found, Inbox, LinkId, Observed, Transport, TransportKind},
+    transport::{Admission, DataKey, DataPort, Found, Inbox, LinkId, Observed, Transport, TransportKind},
 };
 
 /// Sends and receives KV caches for one server process. Cheap to clone.
@@ -349,6 +349,11 @@ impl Node {
         (self.instance_id.clone(), self.incarnation)
     }
 
+    /// The key that 16 bytes of the wire stand for: themselves, or what only members of a fleet with a secret make of them.
+    fn key(&self, told: &DataKey) -> DataKey {
+        self.secret.as_ref().map_or_else(|| told.clone(), |secret| secret.key(told))
+    }
+
     /// What an authenticated sender is told.
     fn welcome(&self, link: &PeerLink) -> v1::Welcome {
         let endpoint = |transport: &Observed| v1::DataEndpoint {
@@ -368,7 +373,7 @@ impl Inbox for Node {
     fn link(&self, id: &LinkId) -> Option<Admission> {
         let peers = self.peers.lock();
         let link = peers.values().find(|link| link.pass().id == *id)?;
-        Some(Admission { key: link.pass().key.clone(), ended: link.ended().clone() })
+        Some(Admission { key: self.key(&link.pass().key), ended: link.ended().clone() })
     }
 
     fn find(&self, id: &TransferId) -> Found {

@@ -124,7 +124,7 @@ impl Outbound {
 
     pub(super) fn accepted(&self, now: Instant, accept: &v1::Accept, receiver: u64) {
         let lease = Duration::from_millis(accept.lease_millis.into());
-        let key = DataKey::from_wire(&accept.data_key);
+        let key = DataKey::from_wire(&accept.data_key).map(|told| self.node.key(&told));
         self.run(|session| match key {
             Some(key) if LEASE_RANGE.contains(&lease) && accept.receiver_epoch == receiver => {
                 if self.key.set(key).is_ok() {

@@ -6,7 +6,7 @@ use baton_proto::{Incarnation, InstanceId};
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::Sha256;
 
-use crate::TransferError;
+use crate::{TransferError, transport::DataKey};
 
 /// Fewest bytes of a secret.
 const LEAST: usize = 16;
@@ -25,6 +25,29 @@ impl FleetSecret {
             return Err(TransferError::Invalid(message));
         }
         Ok(Self(bytes))
+    }
+
+    /// The key that 16 bytes of the wire stand for among those who know the secret. Who only reads along cannot use it.
+    pub(super) fn key(&self, told: &DataKey) -> DataKey {
+        let mut mac = self.mac(b"baton-kv-v1 key");
+        mac.update(told.as_bytes());
+        let mut key = [0; 16];
+        key.copy_from_slice(&mac.finalize().into_bytes()[..16]);
+        DataKey::from_bytes(key)
+    }
+
+    fn mac(&self, label: &[u8]) -> Hmac<Sha256> {
+        // Any length will do: longer keys are hashed (RFC 2104).
+        let key = if self.0.len() > 64 {
+            <[u8; 32]>::from(<Sha256 as sha2::Digest>::digest(&self.0)).to_vec()
+        } else {
+            self.0.clone()
+        };
+        let mut block = [0; 64];
+        block[..key.len()].copy_from_slice(&key);
+        let mut mac = <Hmac<Sha256> as KeyInit>::new(&block.into());
+        mac.update(label);
+        mac
     }
 }
 
@@ -84,16 +107,7 @@ impl Hellos {
     }
 
     fn over(&self, secret: &FleetSecret, end: End) -> Hmac<Sha256> {
-        // Any length will do: longer keys are hashed (RFC 2104).
-        let key = if secret.0.len() > 64 {
-            <[u8; 32]>::from(<Sha256 as sha2::Digest>::digest(&secret.0)).to_vec()
-        } else {
-            secret.0.clone()
-        };
-        let mut block = [0; 64];
-        block[..key.len()].copy_from_slice(&key);
-        let mut mac = <Hmac<Sha256> as KeyInit>::new(&block.into());
-        mac.update(end.label());
+        let mut mac = secret.mac(end.label());
         let mut field = |bytes: &[u8]| {
             mac.update(&(bytes.len() as u32).to_le_bytes());
             mac.update(bytes);
@@ -115,6 +129,17 @@ mod tests {
         let end =
             |name: &str, incarnation| (InstanceId::new(name).expect("a name"), Incarnation(incarnation));
         Hellos { nonces: [[1; 16], [2; 16]], sender: end("p", 3), receiver: end("d", 4) }
+    }
+
+    #[test]
+    fn a_key_is_of_one_secret_and_of_what_was_told() {
+        let secrets = [[9; 16], [8; 16]].map(|bytes| FleetSecret::new(bytes).expect("long enough"));
+        let told = [1, 2].map(|byte| DataKey::from_bytes([byte; 16]));
+        let key = secrets[0].key(&told[0]);
+        assert_eq!(key, secrets[0].key(&told[0]));
+        for other in [&told[0], &secrets[0].key(&told[1]), &secrets[1].key(&told[0])] {
+            assert_ne!(key, *other);
+        }
     }
 
     #[test]

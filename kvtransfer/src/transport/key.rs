@@ -1,4 +1,4 @@
-//! The secrets of the data plane, given over an authenticated control stream and shown by proofs, never sent.
+//! The keys of the data plane, agreed on over an authenticated control stream and shown by proofs.
 
 use std::fmt;
 
@@ -15,6 +15,10 @@ pub(crate) struct DataKey([u8; 16]);
 impl DataKey {
     pub(crate) fn generate() -> Self {
         Self(rand::random())
+    }
+
+    pub(crate) fn from_bytes(bytes: [u8; 16]) -> Self {
+        Self(bytes)
     }
 
     pub(crate) fn from_wire(bytes: &[u8]) -> Option<Self> {

@@ -27,7 +27,6 @@ const PATIENCE: u32 = 10;
 struct Announced {
     ticket: Ticket,
     entries: Vec<Entry>,
-    at: Instant,
     /// The receiver has said that it is about to fetch it.
     wanted: bool,
     /// When its transfer was seen to be over.
@@ -39,6 +38,8 @@ pub(crate) struct Lane {
     terms: Terms,
     outbox: Outbox,
     announced: VecDeque<Announced>,
+    /// When the oldest announced run became the oldest.
+    since: Instant,
     bytes: Vec<u8>,
     /// What lets the receiver read.
     lent: Option<Box<dyn Lent>>,
@@ -46,7 +47,14 @@ pub(crate) struct Lane {
 
 impl Lane {
     pub(crate) fn new(terms: Terms, outbox: Outbox, lent: Option<Box<dyn Lent>>) -> Self {
-        Self { terms, outbox, announced: VecDeque::with_capacity(WINDOW), bytes: Vec::new(), lent }
+        Self {
+            terms,
+            outbox,
+            announced: VecDeque::with_capacity(WINDOW),
+            since: Instant::now(),
+            bytes: Vec::new(),
+            lent,
+        }
     }
 
     /// Announces until the path ends. Then the memory is taken back, and whatever the receiver is not done with is
@@ -103,13 +111,10 @@ impl Lane {
         let (transfer, slice_bytes) = (departure.id(), self.terms.slice_bytes);
         let header = Header { form: Form::Announced, transfer, run, slice_bytes };
         header.encode(&key, entries.iter().copied(), &mut self.bytes);
-        self.announced.push_back(Announced {
-            ticket,
-            entries,
-            at: Instant::now(),
-            wanted: false,
-            over: None,
-        });
+        if self.announced.is_empty() {
+            self.since = Instant::now();
+        }
+        self.announced.push_back(Announced { ticket, entries, wanted: false, over: None });
         let late = |_| io::Error::new(io::ErrorKind::TimedOut, "the peer does not read what is announced");
         timeout(self.terms.stall, stream.write_all(&self.bytes)).await.map_err(late)?
     }
@@ -123,6 +128,7 @@ impl Lane {
                     if let Some(Announced { ticket, entries, .. }) = self.announced.pop_front() {
                         let sums: Vec<_> = entries.iter().map(|entry| entry.sum).collect();
                         ticket.sent(&sums);
+                        self.since = Instant::now();
                     }
                 }
                 (WANTED, Some(announced), Some(lent)) if lent.hears() && !announced.wanted => {
@@ -140,16 +146,18 @@ impl Lane {
     /// Gives a receiver up that does not get on.
     fn look(&mut self) -> io::Result<()> {
         let now = Instant::now();
-        let Self { terms, announced, .. } = self;
+        let Self { terms, announced, since, .. } = self;
+        // The receiver gives a read up after `stall` by itself, and then says better why.
+        let mut stuck = !announced.is_empty() && now - *since >= 2 * terms.stall;
         for run in announced.iter_mut() {
             if run.over.is_none() && run.ticket.departure().revoked().is_cancelled() {
                 run.over = Some(now);
             }
-            let stuck = run.over.is_some_and(|over| now - over >= PATIENCE * terms.fence_grace);
-            if stuck || now - run.at >= terms.stall {
-                return Err(io::Error::new(io::ErrorKind::TimedOut, "the peer takes no more slices"));
-            }
+            stuck |= run.over.is_some_and(|over| now - over >= PATIENCE * terms.fence_grace);
         }
-        Ok(())
+        match stuck {
+            true => Err(io::Error::new(io::ErrorKind::TimedOut, "the peer takes no more slices")),
+            false => Ok(()),
+        }
     }
 }
