@@ -45,6 +45,7 @@
 //!     layers: 2,
 //!     kv_heads: 1,
 //!     head_dim: 8,
+//!     rope_dim: 0,
 //!     tensor_parallel: 1,
 //!     slice_bytes: 2 * 16 * 8 * 4,
 //! };
@@ -62,6 +63,7 @@
 //!     data_port: DataPortConfig::new(TcpListener::bind("127.0.0.1:0")?),
 //!     transports: vec![TransportConfig::Tcp { connections: 2 }],
 //!     secret: None,
+//!     convert: false,
 //!     lease: Duration::from_secs(5),
 //!     limits: Limits::default(),
 //!     reclaim: Arc::new(|back| println!("blocks {:?} are free again", back.blocks)),

@@ -60,6 +60,7 @@ impl Stage {
             layers: LAYERS,
             kv_heads: 1,
             head_dim: 1,
+            rope_dim: 0,
             tensor_parallel: 1,
             slice_bytes: SLICE_BYTES,
         };
@@ -73,6 +74,7 @@ impl Stage {
             data_port: DataPortConfig::new(listener),
             transports: vec![TransportConfig::Tcp { connections: 1 }],
             secret: None,
+            convert: true,
             lease: Duration::from_secs(3600),
             limits: Limits { remembered_transfers: 64, ..Limits::default() },
             reclaim: Arc::new(|_| {}),

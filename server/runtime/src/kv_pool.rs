@@ -55,8 +55,9 @@ impl KvDtype {
 pub enum KvContent {
     /// A key and a value for each KV head, `head_dim` wide both.
     KeysAndValues,
-    /// One vector for each KV head that is both: the value is a prefix of the key (latent attention).
-    Latents,
+    /// One vector for each KV head that is both: the value is a prefix of the key (latent attention). The last elements of
+    /// the key are its rotated part.
+    Latents { rope_dim: u32 },
 }
 
 impl KvContent {
