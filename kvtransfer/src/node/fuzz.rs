@@ -329,7 +329,7 @@ pub fn messages(bytes: &[u8]) {
                 let Ok(mut message) = v1::SenderMessage::decode(part) else { continue };
                 if let Some(sender_message::Body::Hello(hello)) = &message.body {
                     let _ = (InstanceId::new(hello.instance_id.clone()), nonce(&hello.nonce));
-                    let _ = hello.layout.as_ref().map(|layout| stage.kv.node.layout.accepts(layout));
+                    let _ = hello.layout.as_ref().map(|layout| stage.kv.node.layout.of_peer(layout));
                 }
                 if message.transfer_id.is_empty() {
                     message.transfer_id = own.clone();
@@ -368,7 +368,7 @@ pub fn messages(bytes: &[u8]) {
             let Ok(mut message) = v1::ReceiverMessage::decode(part) else { continue };
             if let Some(receiver_message::Body::Hello(hello)) = &message.body {
                 let _ = (InstanceId::new(hello.instance_id.clone()), nonce(&hello.nonce));
-                let _ = hello.layout.as_ref().map(|layout| stage.kv.node.layout.accepts(layout));
+                let _ = hello.layout.as_ref().map(|layout| stage.kv.node.layout.of_peer(layout));
             }
             if message.transfer_id.is_empty() {
                 message.transfer_id = own.clone();

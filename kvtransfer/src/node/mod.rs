@@ -359,22 +359,6 @@ impl Node {
     fn identity(&self) -> (InstanceId, Incarnation) {
         (self.instance_id.clone(), self.incarnation)
     }
-
-    /// What an authenticated sender is told.
-    fn welcome(&self, link: &PeerLink) -> v1::Welcome {
-        let endpoint = |transport: &Observed| v1::DataEndpoint {
-            transport: transport.kind().name().to_owned(),
-            address: transport.address(),
-        };
-        let mapped = link.translation().is_some();
-        let able = |transport: &&Observed| !mapped || transport.kind().lands_in_plain_memory();
-        let pass = link.pass();
-        v1::Welcome {
-            endpoints: self.transports.iter().filter(able).map(endpoint).collect(),
-            link_id: pass.id.to_vec().into(),
-            link_key: pass.key.as_bytes().to_vec().into(),
-        }
-    }
 }
 
 impl Inbox for Node {

@@ -20,6 +20,7 @@ use crate::{
     FirstTokens, KvLayout, TransferError,
     plan::PairPlan,
     session::{OfferTerms, Receiver, SealTerms, Shape, Tally},
+    transport::{Observed, Transport},
 };
 
 /// The gRPC service; mount it with `KvNode::handoff_service`.
@@ -290,6 +291,22 @@ impl Node {
             layout: Some((&self.layout).into()),
             nonce: hellos.nonces[1].to_vec().into(),
             proof: hellos.prove(self.secret.as_ref(), End::Receiver).into(),
+        }
+    }
+
+    /// What an authenticated sender is told.
+    fn welcome(&self, link: &PeerLink) -> v1::Welcome {
+        let endpoint = |transport: &Observed| v1::DataEndpoint {
+            transport: transport.kind().name().to_owned(),
+            address: transport.address(),
+        };
+        let mapped = link.translation().is_some();
+        let able = |transport: &&Observed| !mapped || transport.kind().lands_in_plain_memory();
+        let pass = link.pass();
+        v1::Welcome {
+            endpoints: self.transports.iter().filter(able).map(endpoint).collect(),
+            link_id: pass.id.to_vec().into(),
+            link_key: pass.key.as_bytes().to_vec().into(),
         }
     }
 

@@ -80,6 +80,8 @@ impl ShardedLayout {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn layout() -> KvLayout {
@@ -182,6 +184,40 @@ mod tests {
                 assert!(between_nodes(&absurd, &layout()).is_err());
                 assert!(between_nodes(&layout(), &absurd).is_err());
             }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_a_peer_says_is_planned_or_refused_without_panic(
+            format in 0..3_usize,
+            dtype in 0..3_usize,
+            numbers in proptest::array::uniform4(prop_oneof![4 => 0..100_u32, 1 => any::<u32>()]),
+            slice_bytes: u64,
+            bent: bool,
+        ) {
+            let [block_tokens, kv_heads, head_dim, rope_dim] = numbers;
+            let mut said = KvLayout { block_tokens, kv_heads, head_dim, rope_dim, slice_bytes, ..layout() };
+            said.format = ["cpu-panel-16-columns", "cpu-latent-16", "token-major"][format].into();
+            said.dtype = ["f32", "bf16", "int8"][dtype].into();
+            if !bent {
+                // What a liar would do to get further.
+                let shape = |content| SliceShape {
+                    content,
+                    dtype: KvDtype::from_name(&said.dtype).expect("known"),
+                    heads: kv_heads,
+                    block_tokens,
+                };
+                said.slice_bytes = match head_dim.checked_sub(rope_dim) {
+                    Some(rank) if rope_dim > 0 => {
+                        SliceMap::cpu(&shape(Content::Latents { rank, rope: rope_dim })).bytes
+                    }
+                    _ => SliceMap::cpu(&shape(Content::KeysAndValues { head_dim })).bytes,
+                };
+            }
+            let _ = (between_nodes(&said, &said), between_nodes(&said, &layout()));
+            let like = KvLayout { kv_heads, head_dim, rope_dim, ..layout() };
+            let _ = (between_nodes(&said, &like), between_nodes(&like, &said));
         }
     }
 }

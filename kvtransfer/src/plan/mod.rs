@@ -5,6 +5,9 @@
 //! ([`ShardedLayout`]) and says what to do ([`Descriptor`]); a session decides when, and over which transport. Called
 //! once for each pair of instances, and then for each transfer to lay the plan out over its blocks.
 //!
+//! Nodes carry plans out from one rank to one rank, slice by slice as they come (`node::translate`); TP m to n is planned
+//! here and left to whoever has all ranks' transfers in hand.
+//!
 //! # How a plan is made
 //! - `sharded`: which ranks hold which heads, and which differences can be mapped at all.
 //! - `shares`: who sends what to whom.

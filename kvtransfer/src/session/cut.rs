@@ -39,7 +39,7 @@ mod tests {
         for (sender_tokens, own_tokens) in [(16, 32), (32, 16), (24, 16), (16, 24), (16, 16), (1, 7), (40, 3)]
         {
             let cut = Cut { sender_tokens, own_tokens, slice_bytes: 1 };
-            for prompt in [1, 15, 16, 17, 40, 48, 97] {
+            for prompt in [1_u32, 15, 16, 17, 40, 48, 97] {
                 let own = prompt.div_ceil(own_tokens);
                 for pattern in [0, 1, 0b11, 0b101, 0b110, u128::MAX, u128::MAX << 1, 1 << (own - 1).min(127)]
                 {

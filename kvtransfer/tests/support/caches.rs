@@ -135,7 +135,7 @@ impl Form {
     }
 
     /// What it keeps of a vector that came from an instance of another form.
-    fn from_other(self, source: Form, vector: &[f32]) -> Kept {
+    fn kept_from(self, source: Form, vector: &[f32]) -> Kept {
         if (source.dtype, self.dtype) != (Dtype::Int8, Dtype::Bf16) {
             return self.kept(vector);
         }
@@ -196,7 +196,7 @@ pub fn assert_holds(
                     let vector = vector(seed, layer, part, head, index * form.block + token);
                     assert_eq!(
                         form.get(&slice, part, head, token),
-                        form.from_other(source, &vector),
+                        form.kept_from(source, &vector),
                         "{source:?} -> {form:?}, layer {layer}, block {index}, token {token}, part {part}, head {head}"
                     );
                 }

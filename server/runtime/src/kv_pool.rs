@@ -69,7 +69,7 @@ impl KvContent {
 /// Shape of a pool.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KvPoolLayout {
-    /// Arrangement within a slice; two pools exchange bytes only if it is equal.
+    /// Arrangement within a slice; two pools exchange bytes as they are only if it is equal.
     pub format: &'static str,
     /// Elements of a token's vectors for one KV head, all of them together, with what fills them up.
     pub stored_dim: u32,
