@@ -223,7 +223,8 @@ impl Slices {
     fn target(&self, layer: u32, block: u32) -> Result<&mut [u8], TransferError> {
         let start = self.place(layer, block)?;
         // SAFETY: in bounds (`place`), alive while `self` holds the region; the only one to reach these bytes now: a
-        // receiving transfer's blocks are its alone and each of its slices is claimed by one frame at a time.
+        // receiving transfer's blocks are its alone and each of its slices is claimed by one frame at a time, or, where
+        // slices are mapped, written under a lock (`node::translate`).
         Ok(unsafe { std::slice::from_raw_parts_mut(start.as_ptr(), self.slice_bytes) })
     }
 
