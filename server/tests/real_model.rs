@@ -160,7 +160,8 @@ async fn a_cache_that_is_converted_on_its_way_makes_sense_to_the_model() {
             all += expected.len();
         }
         pair.until_idle().await;
-        // A little rounding now and then chooses another token; a cache of other values does at once.
-        assert!(agreed * 2 > all, "{ours:?} to {theirs:?}: {agreed} of {all} tokens");
+        // Rounding chooses another token sooner or later, after half of them here; a cache of other values does at once,
+        // and only the first is the same then, which is prefill's: one of sixteen.
+        assert!(agreed * 4 > all, "{ours:?} to {theirs:?}: {agreed} of {all} tokens");
     }
 }
