@@ -13,7 +13,7 @@ pub enum TransferError {
     #[error("invalid transfer: {0}")]
     Invalid(String),
     #[error(
-        "KV layouts differ: {field} is {ours} here and {theirs} at the peer; both must run the same model, dtype and block size"
+        "KV layouts differ: {field} is {ours} here and {theirs} at the peer; both must run the same model, in layouts that are equal or can be mapped"
     )]
     LayoutMismatch { field: &'static str, ours: String, theirs: String },
     #[error("a KV cache with {field} {from} cannot be mapped to one with {field} {to}: {why}")]

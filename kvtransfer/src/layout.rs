@@ -1,30 +1,39 @@
 //! How one instance lays its KV cache out in memory, and whether two instances can exchange bytes.
 //!
 //! A cache is `[layer][block]`; one block of one layer, a *slice*, is contiguous and the unit that moves. Layouts are
-//! compared field by field when a control stream opens, so that a mismatch is refused with the field's name.
+//! compared field by field when a control stream opens. Where they differ, `plan` says whether the receiver can map the
+//! one to the other as slices arrive; if not, the mismatch is refused with the field's name.
 
 use std::fmt::Write as _;
 
 use baton_proto::v1;
 use sha2::{Digest, Sha256};
 
-use crate::TransferError;
+use crate::{
+    TransferError,
+    plan::{PairPlan, between_nodes},
+};
 
-/// The shape of a KV cache. Two nodes exchange slices only if all fields are equal.
+/// The shape of a KV cache. Nodes whose fields are all equal exchange slices as they are.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
 pub struct KvLayout {
     /// Digest over the model's configuration and weights.
     pub model_revision: String,
-    /// Arrangement within a slice, e.g. `cpu-panel`.
+    /// Arrangement within a slice. Those of the names `cpu-panel-16-columns`, `cpu-latent-16` (see
+    /// [`SliceMap::cpu`](crate::plan::SliceMap::cpu)) and `token-major` can be mapped to each other.
     pub format: String,
     /// Element type, e.g. `f32`, `bf16`.
     pub dtype: String,
     /// Tokens in a block.
     pub block_tokens: u32,
     pub layers: u32,
-    /// 1 where all heads share one latent; `format` then says that there is no value beside it.
+    /// Of the whole model; 1 where all heads share one latent, which has no value beside it.
     pub kv_heads: u32,
+    /// Elements of a key, and of a value; of a latent with its rotated part.
     pub head_dim: u32,
+    /// Those of a latent that are its rotated part; 0 where there are keys and values.
+    pub rope_dim: u32,
+    /// Ranks that share the heads. Slices are mapped on their way between instances of one rank only.
     pub tensor_parallel: u32,
     /// Bytes of one block of one layer.
     pub slice_bytes: u64,
@@ -76,20 +85,41 @@ impl KvLayout {
         }
     }
 
-    /// Compares with what a peer announces. The wire carries the revision only within the fingerprint.
-    pub(crate) fn accepts(&self, wire: &v1::KvLayout) -> Result<(), TransferError> {
+    /// What a peer announces, of the same model. The wire carries the revision only within the fingerprint: that must be
+    /// what this node's revision and the peer's other fields give.
+    pub(crate) fn of_peer(&self, wire: &v1::KvLayout) -> Result<KvLayout, TransferError> {
         let mut peer = KvLayout::try_from(wire)?;
         peer.model_revision.clone_from(&self.model_revision);
-        self.compatible_with(&peer)?;
-        let ours = self.fingerprint();
+        let ours = peer.fingerprint();
         if wire.fingerprint == ours {
-            return Ok(());
+            return Ok(peer);
         }
         let theirs = wire.fingerprint.chars().take(64).collect();
         Err(TransferError::LayoutMismatch { field: "model_revision (fingerprint)", ours, theirs })
     }
 
-    fn fields(&self) -> [(&'static str, String); 9] {
+    /// How slices of this layout become a receiver's; `None` = they are its as they are.
+    pub(crate) fn plan_to(&self, receiver: &KvLayout) -> Result<Option<PairPlan>, TransferError> {
+        between_nodes(self, receiver)
+    }
+
+    /// How slices of a sender become this layout's; `None` = they are as they are.
+    pub(crate) fn plan_from(&self, sender: &KvLayout) -> Result<Option<PairPlan>, TransferError> {
+        between_nodes(sender, self).map_err(|error| match error {
+            TransferError::LayoutMismatch { field, ours: theirs, theirs: ours } => {
+                TransferError::LayoutMismatch { field, ours, theirs }
+            }
+            other => other,
+        })
+    }
+
+    /// The text of a field, by its name.
+    pub(crate) fn field(&self, name: &str) -> String {
+        let field = self.fields().into_iter().find(|(field, _)| *field == name);
+        field.map_or_else(String::new, |(_, value)| value)
+    }
+
+    fn fields(&self) -> [(&'static str, String); 10] {
         [
             ("model_revision", self.model_revision.clone()),
             ("format", self.format.clone()),
@@ -98,6 +128,7 @@ impl KvLayout {
             ("layers", self.layers.to_string()),
             ("kv_heads", self.kv_heads.to_string()),
             ("head_dim", self.head_dim.to_string()),
+            ("rope_dim", self.rope_dim.to_string()),
             ("tensor_parallel", self.tensor_parallel.to_string()),
             ("slice_bytes", self.slice_bytes.to_string()),
         ]
@@ -114,6 +145,7 @@ impl From<&KvLayout> for v1::KvLayout {
             layers: layout.layers,
             kv_heads: layout.kv_heads,
             head_dim: layout.head_dim,
+            rope_dim: layout.rope_dim,
             tensor_parallel: layout.tensor_parallel,
             block_bytes: layout.slice_bytes,
         }
@@ -133,6 +165,7 @@ impl TryFrom<&v1::KvLayout> for KvLayout {
             layers: wire.layers,
             kv_heads: wire.kv_heads,
             head_dim: wire.head_dim,
+            rope_dim: wire.rope_dim,
             tensor_parallel: wire.tensor_parallel,
             slice_bytes: wire.block_bytes,
         };
@@ -154,6 +187,7 @@ mod tests {
             layers: 30,
             kv_heads: 3,
             head_dim: 64,
+            rope_dim: 0,
             tensor_parallel: 1,
             slice_bytes: 24576,
         }
@@ -163,7 +197,7 @@ mod tests {
     fn every_field_changes_the_fingerprint_and_is_named_when_it_differs() {
         let ours = layout();
         type Change = fn(&mut KvLayout);
-        let changes: [(&str, Change); 9] = [
+        let changes: [(&str, Change); 10] = [
             ("model_revision", |l| l.model_revision = "r2".into()),
             ("format", |l| l.format = "x".into()),
             ("dtype", |l| l.dtype = "bf16".into()),
@@ -171,6 +205,7 @@ mod tests {
             ("layers", |l| l.layers = 31),
             ("kv_heads", |l| l.kv_heads = 4),
             ("head_dim", |l| l.head_dim = 128),
+            ("rope_dim", |l| l.rope_dim = 32),
             ("tensor_parallel", |l| l.tensor_parallel = 2),
             ("slice_bytes", |l| l.slice_bytes = 1),
         ];
@@ -181,10 +216,12 @@ mod tests {
             let error = ours.compatible_with(&theirs).expect_err(name);
             assert!(error.to_string().contains(name), "{error}");
             let wire = v1::KvLayout::from(&theirs);
-            assert!(ours.accepts(&wire).expect_err(name).to_string().contains(name));
+            let refused = ours.of_peer(&wire).and_then(|peer| ours.plan_from(&peer)).expect_err(name);
+            assert!(refused.to_string().contains(name), "{refused}");
         }
         assert_eq!(ours.compatible_with(&layout()), Ok(()));
-        assert_eq!(ours.accepts(&v1::KvLayout::from(&ours)), Ok(()));
+        let same = ours.of_peer(&v1::KvLayout::from(&ours)).expect("the same");
+        assert_eq!((&same, ours.plan_from(&same), ours.plan_to(&same)), (&ours, Ok(None), Ok(None)));
         assert_eq!(ours.fingerprint().len(), 64);
     }
 

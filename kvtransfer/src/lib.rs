@@ -11,7 +11,8 @@
 //! - `node`: the shell around them: handles, control streams (`Handoff.Exchange`), routes, the clock.
 //! - `transport`: how slices travel, behind one trait: `tcp`, `shm`, `rdma`, `hixl`, `hccl`. The libraries of the last
 //!   three are opened at run time.
-//! - [`plan`]: which bytes go where between instances that keep the same cache in different ways; pure.
+//! - [`plan`]: which bytes go where between instances that keep the same cache in different ways; pure. A receiver
+//!   carries it out (`node::translate`) on what comes from a sender of another layout, one rank from one rank.
 //! - `memory`: bounds-checked access to the region. `unsafe` code is here, where another process's memory is mapped
 //!   (`transport::shm`), and in the bindings (`transport::rdma`, `transport::ascend`), alone.
 //!
@@ -19,6 +20,8 @@
 //! - A receiver completes only with every expected slice in place, each matching its sum (CRC32C over TCP, a digest of
 //!   samples where memory or a fabric carries it), all matching the seal.
 //! - Blocks come back exactly once, and only when no transport can touch them any more.
+//! - What comes in another layout is checked before it is mapped, and mapped before it counts; blocks that are held
+//!   already are neither sent, as far as they cover the sender's, nor written.
 //! - A peer names slices of a transfer that it was given the key of, never addresses; it can write nowhere else.
 //! - Silence is bounded by the lease, waiting by deadlines, memory by [`Limits`].
 //!
@@ -45,6 +48,7 @@
 //!     layers: 2,
 //!     kv_heads: 1,
 //!     head_dim: 8,
+//!     rope_dim: 0,
 //!     tensor_parallel: 1,
 //!     slice_bytes: 2 * 16 * 8 * 4,
 //! };
@@ -62,6 +66,7 @@
 //!     data_port: DataPortConfig::new(TcpListener::bind("127.0.0.1:0")?),
 //!     transports: vec![TransportConfig::Tcp { connections: 2 }],
 //!     secret: None,
+//!     convert: false,
 //!     lease: Duration::from_secs(5),
 //!     limits: Limits::default(),
 //!     reclaim: Arc::new(|back| println!("blocks {:?} are free again", back.blocks)),

@@ -55,11 +55,11 @@ impl Region {
     }
 
     /// Zeroed memory that goes with the region.
-    #[cfg(any(test, feature = "fuzz"))]
     pub(crate) fn zeroed(len: usize) -> Self {
         let mut owner = vec![0u8; len];
-        let base = NonNull::new(owner.as_mut_ptr()).expect("a vector has an address");
-        // SAFETY: the bytes live in `owner`; tests reach them from one thread at a time, and only through the region.
+        let base = NonNull::from(owner.as_mut_slice()).cast();
+        // SAFETY: the bytes live in `owner`, which nobody else can reach. Whoever has the region lends its slices to one
+        // frame at a time (`node::staging`); tests reach them from one thread at a time.
         unsafe { Self::new(Arc::new(owner), base, len) }
     }
 
@@ -119,16 +119,19 @@ impl Region {
     /// Sees the region as slices of `layout` with `blocks` blocks in each layer; refused if it is too small.
     pub fn slices(&self, layout: &KvLayout, blocks: u32) -> Result<Slices, TransferError> {
         layout.validate()?;
-        let slice_bytes = layout.slice_bytes as usize;
-        let needed =
-            slice_bytes.checked_mul(blocks as usize).and_then(|n| n.checked_mul(layout.layers as usize));
+        self.cut(layout.slice_bytes as usize, layout.layers, blocks)
+    }
+
+    /// As [`Self::slices`], of any size.
+    pub(crate) fn cut(&self, slice_bytes: usize, layers: u32, blocks: u32) -> Result<Slices, TransferError> {
+        let needed = slice_bytes.checked_mul(blocks as usize).and_then(|n| n.checked_mul(layers as usize));
         match needed {
             Some(needed) if needed <= self.inner.len => {
-                Ok(Slices { region: self.clone(), slice_bytes, layers: layout.layers, blocks })
+                Ok(Slices { region: self.clone(), slice_bytes, layers, blocks })
             }
             _ => Err(TransferError::Invalid(format!(
-                "a region of {} bytes is too small for {} layers of {blocks} blocks of {slice_bytes} bytes",
-                self.inner.len, layout.layers
+                "a region of {} bytes is too small for {layers} layers of {blocks} blocks of {slice_bytes} bytes",
+                self.inner.len
             ))),
         }
     }
@@ -220,7 +223,8 @@ impl Slices {
     fn target(&self, layer: u32, block: u32) -> Result<&mut [u8], TransferError> {
         let start = self.place(layer, block)?;
         // SAFETY: in bounds (`place`), alive while `self` holds the region; the only one to reach these bytes now: a
-        // receiving transfer's blocks are its alone and each of its slices is claimed by one frame at a time.
+        // receiving transfer's blocks are its alone and each of its slices is claimed by one frame at a time, or, where
+        // slices are mapped, written under a lock (`node::translate`).
         Ok(unsafe { std::slice::from_raw_parts_mut(start.as_ptr(), self.slice_bytes) })
     }
 
@@ -256,6 +260,7 @@ pub(crate) mod tests {
             layers,
             kv_heads: 1,
             head_dim: 1,
+            rope_dim: 0,
             tensor_parallel: 1,
             slice_bytes,
         }

@@ -241,6 +241,7 @@ async fn memory_of_a_device_does_not_travel_in_ways_that_the_cpu_must_read() {
         data_port: DataPortConfig::new(listener),
         transports: vec![TransportConfig::Shm, TransportConfig::Tcp { connections: 1 }],
         secret: None,
+        convert: false,
         lease: Duration::from_secs(5),
         limits: Limits::default(),
         reclaim: Arc::new(|_| {}),

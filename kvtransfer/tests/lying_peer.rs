@@ -5,7 +5,7 @@ mod support;
 
 use std::time::Duration;
 
-use baton_kvtransfer::{Incoming, Limits, TransferError};
+use baton_kvtransfer::{Incoming, KvLayout, Limits, TransferError};
 use baton_proto::{ErrorCode, TransferId, v1};
 use support::{scripted::*, *};
 use tokio::net::TcpStream;
@@ -393,7 +393,8 @@ async fn hellos_are_checked() {
         (hello(|h| h.instance_id = "No Name".into()), "instance id"),
         (hello(|h| h.layout = None), "layout"),
         (hello(|h| h.nonce = vec![1; 15].into()), "nonce"),
-        (hello(|h| h.layout.as_mut().expect("set").head_dim = 7), "head_dim"),
+        (hello(|h| h.layout = Some((&KvLayout { head_dim: 7, ..layout() }).into())), "head_dim"),
+        (hello(|h| h.layout.as_mut().expect("set").head_dim = 7), "model_revision"),
         (hello(|h| h.layout.as_mut().expect("set").fingerprint = "0".into()), "model_revision"),
     ];
     for (first, names) in cases {

@@ -111,6 +111,10 @@ pub struct HandoffConfig {
     /// File with a secret of at least 16 bytes that all servers of the fleet share; who does not show it is given no KV
     /// cache and can send none. Empty = whoever reaches `listen` is believed.
     pub secret_file: PathBuf,
+    /// Whether a KV cache of another `runtime.kv_dtype` is taken in and converted, bf16 to int8 or the reverse; it is the
+    /// receiving server's that counts. Values are rounded, so that completions may differ from those of one server: not
+    /// done unless asked for. Another block size alone changes no value and needs no switch.
+    pub convert: bool,
 }
 
 impl Default for ServerConfig {
@@ -158,6 +162,7 @@ impl Default for HandoffConfig {
             timeout: Duration::from_secs(120),
             transports: vec!["shm".into(), "tcp".into()],
             secret_file: PathBuf::new(),
+            convert: false,
         }
     }
 }

@@ -15,7 +15,7 @@ use baton_kvtransfer::{
     ExpectSpec, FirstTokens, Incoming, KvLayout, KvNode, OfferSpec, Outgoing, Progress, Region, TransferError,
 };
 use baton_proto::{ApiError, ErrorCode, Incarnation, TransferId};
-use baton_runtime::{BlockId, KvPool, KvPoolLayout};
+use baton_runtime::{BlockId, KvContent, KvPool, KvPoolLayout};
 use tokio::{
     runtime::Handle,
     sync::{mpsc, oneshot},
@@ -40,6 +40,10 @@ pub fn kv_layout(pool: &KvPoolLayout, model_revision: &str) -> KvLayout {
         layers: pool.layers,
         kv_heads: pool.kv_heads,
         head_dim: pool.head_dim,
+        rope_dim: match pool.content {
+            KvContent::KeysAndValues => 0,
+            KvContent::Latents { rope_dim } => rope_dim,
+        },
         tensor_parallel: 1,
         slice_bytes: pool.slice_bytes() as u64,
     }

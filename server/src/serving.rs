@@ -117,6 +117,7 @@ impl Serving {
                 data_port,
                 transports: parts.handoff.transports()?,
                 secret: parts.handoff.secret()?,
+                convert: parts.handoff.convert,
                 lease: parts.handoff.lease,
                 // Each transfer holds a block at least, so the pool bounds them.
                 limits: TransferLimits {

@@ -134,6 +134,7 @@ pub struct KvLayoutSpec {
     pub layers: u32,
     pub kv_heads: u32,
     pub head_dim: u32,
+    pub rope_dim: u32,
     pub tensor_parallel: u32,
     /// Of one block of one layer.
     pub block_bytes: u64,
@@ -231,6 +232,7 @@ impl From<v1::KvLayout> for KvLayoutSpec {
             layers: wire.layers,
             kv_heads: wire.kv_heads,
             head_dim: wire.head_dim,
+            rope_dim: wire.rope_dim,
             tensor_parallel: wire.tensor_parallel,
             block_bytes: wire.block_bytes,
         }
@@ -247,6 +249,7 @@ impl From<KvLayoutSpec> for v1::KvLayout {
             layers: layout.layers,
             kv_heads: layout.kv_heads,
             head_dim: layout.head_dim,
+            rope_dim: layout.rope_dim,
             tensor_parallel: layout.tensor_parallel,
             block_bytes: layout.block_bytes,
         }

@@ -39,6 +39,7 @@ pub fn instance_spec(name: &str, incarnation: u64) -> InstanceSpec {
             kv_heads: 2,
             head_dim: 8,
             tensor_parallel: 1,
+            rope_dim: 0,
             block_bytes: 1024,
         },
         inference_endpoint: "127.0.0.1:1".into(),

@@ -36,6 +36,7 @@ pub(crate) fn node(setup: &Setup, stop: CancellationToken) -> Result<KvNode, Ben
         layers: setup.layers,
         kv_heads: 1,
         head_dim: 1,
+        rope_dim: 0,
         tensor_parallel: 1,
         slice_bytes: setup.slice_bytes,
     };
@@ -53,6 +54,7 @@ pub(crate) fn node(setup: &Setup, stop: CancellationToken) -> Result<KvNode, Ben
         data_port: DataPortConfig::new(listener),
         transports: vec![transport],
         secret: None,
+        convert: false,
         lease: Duration::from_secs(10),
         limits: Limits::default(),
         reclaim: Arc::new(|_| {}),

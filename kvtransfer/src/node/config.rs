@@ -19,7 +19,8 @@ pub struct NodeConfig {
     pub instance_id: InstanceId,
     /// Of this start of the process. Transfers are stamped with both sides' incarnations.
     pub incarnation: Incarnation,
-    /// Must equal the peers'; checked when a control stream opens.
+    /// Must equal the peers', or be one that theirs can be mapped to and it to theirs; checked when a control stream
+    /// opens.
     pub layout: KvLayout,
     /// The KV pool's memory: `layout.layers` x `blocks` slices.
     pub region: Region,
@@ -31,6 +32,9 @@ pub struct NodeConfig {
     pub transports: Vec<TransportConfig>,
     /// Shared by the fleet; a peer that does not show it is refused. `None` = whoever reaches the port is believed.
     pub secret: Option<FleetSecret>,
+    /// Whether caches of another type (bf16, int8) are taken in and converted, which changes values. Other blocks and
+    /// arrangements of the same type change none, and are always taken.
+    pub convert: bool,
     /// Silence of a peer for this long ends its transfers. Signs of life are sent three times as often. The receiver's
     /// lease holds once it has accepted, the sender's before; give all nodes of a fleet the same.
     pub lease: Duration,
@@ -50,6 +54,7 @@ impl fmt::Debug for NodeConfig {
             .field("blocks", &self.blocks)
             .field("data_port", &self.data_port)
             .field("transports", &self.transports)
+            .field("convert", &self.convert)
             .field("lease", &self.lease)
             .field("limits", &self.limits)
             .finish_non_exhaustive()
@@ -105,6 +110,9 @@ pub struct Limits {
     pub peers: usize,
     /// Payload bytes of one frame; at least one slice travels in a frame, however large.
     pub frame_bytes: usize,
+    /// Memory for slices on their way in from peers that lay their cache out otherwise: a frame, rounded up to a power of
+    /// two, for each data connection that brings one at the moment. A transfer that finds none is aborted.
+    pub staging_bytes: usize,
     /// For connecting, for the hellos of a control stream, and for those of a data connection, each.
     pub handshake: Duration,
     /// Attempts to open a control stream, or a data path, before the transfers that wait for it fail.
@@ -138,6 +146,7 @@ impl Limits {
             remembered_transfers: 8192,
             peers: 256,
             frame_bytes: 1 << 20,
+            staging_bytes: 256 << 20,
             handshake: (lease * 5 / 3).clamp(Duration::from_secs(1), Duration::from_secs(30)),
             connect_attempts: 4,
             idle_link: Duration::from_secs(300),

@@ -60,6 +60,7 @@ impl Stage {
             layers: LAYERS,
             kv_heads: 1,
             head_dim: 1,
+            rope_dim: 0,
             tensor_parallel: 1,
             slice_bytes: SLICE_BYTES,
         };
@@ -73,6 +74,7 @@ impl Stage {
             data_port: DataPortConfig::new(listener),
             transports: vec![TransportConfig::Tcp { connections: 1 }],
             secret: None,
+            convert: true,
             lease: Duration::from_secs(3600),
             limits: Limits { remembered_transfers: 64, ..Limits::default() },
             reclaim: Arc::new(|_| {}),
@@ -327,7 +329,7 @@ pub fn messages(bytes: &[u8]) {
                 let Ok(mut message) = v1::SenderMessage::decode(part) else { continue };
                 if let Some(sender_message::Body::Hello(hello)) = &message.body {
                     let _ = (InstanceId::new(hello.instance_id.clone()), nonce(&hello.nonce));
-                    let _ = hello.layout.as_ref().map(|layout| stage.kv.node.layout.accepts(layout));
+                    let _ = hello.layout.as_ref().map(|layout| stage.kv.node.layout.of_peer(layout));
                 }
                 if message.transfer_id.is_empty() {
                     message.transfer_id = own.clone();
@@ -366,7 +368,7 @@ pub fn messages(bytes: &[u8]) {
             let Ok(mut message) = v1::ReceiverMessage::decode(part) else { continue };
             if let Some(receiver_message::Body::Hello(hello)) = &message.body {
                 let _ = (InstanceId::new(hello.instance_id.clone()), nonce(&hello.nonce));
-                let _ = hello.layout.as_ref().map(|layout| stage.kv.node.layout.accepts(layout));
+                let _ = hello.layout.as_ref().map(|layout| stage.kv.node.layout.of_peer(layout));
             }
             if message.transfer_id.is_empty() {
                 message.transfer_id = own.clone();

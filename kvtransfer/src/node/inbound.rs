@@ -22,9 +22,10 @@ use super::{
     reservation::{Reservation, Reserved},
     shell::{Outcome, Shell, State},
     table::Ended,
+    translate::Translation,
 };
 use crate::{
-    TransferError,
+    Slices, TransferError,
     session::{Claim, OfferTerms, Receiver, ReceiverCommand, ReceiverState, SealTerms, SliceRun},
     sync::{AtomicBool, Mutex},
     transport::{DataKey, Landing},
@@ -45,6 +46,8 @@ pub(super) struct Inbound {
     reserved: OnceLock<Reserved>,
     /// An offer that nobody expects yet.
     held_offer: AtomicBool,
+    /// Set with the accept, if the sender lays its cache out otherwise.
+    translation: OnceLock<Arc<Translation>>,
     revoked: CancellationToken,
     outcome: watch::Sender<Outcome<Sealed>>,
     span: tracing::Span,
@@ -94,6 +97,7 @@ impl Inbound {
             state: State::new(session, link),
             reserved: OnceLock::new(),
             held_offer: AtomicBool::new(false),
+            translation: OnceLock::new(),
             revoked: CancellationToken::new(),
             outcome: Outcome::watched(),
             span,
@@ -206,7 +210,38 @@ impl Inbound {
         self.run(|session| session.tick(now));
     }
 
+    /// How its slices become this node's.
+    pub(super) fn translation(&self) -> Option<&Arc<Translation>> {
+        self.translation.get()
+    }
+
+    /// A claimed run cannot be taken in.
+    pub(super) fn let_go_of(&self, run: SliceRun, reason: TransferError) {
+        self.run(|session| session.let_go(run, reason));
+    }
+
+    /// Lets a slice of the sender's be written into this transfer's blocks: `work` is given the prompt's tokens, the
+    /// pool, and which of its blocks one of the transfer's is, `None` for those that are held and not to be written.
+    pub(super) fn take_in(
+        &self,
+        work: impl FnOnce(
+            u32,
+            &Slices,
+            &dyn Fn(u32) -> Result<Option<u32>, TransferError>,
+        ) -> Result<(), TransferError>,
+    ) -> Result<(), TransferError> {
+        let Some(reserved) = self.reserved.get() else { return Ok(()) };
+        let place = |index| match reserved.held.binary_search(&index) {
+            Ok(_) => Ok(None),
+            Err(_) => self.block(index).map(Some),
+        };
+        work(reserved.prompt_tokens, &self.node.slices, &place)
+    }
+
     fn accept(&self, state: &State<Receiver, Arc<PeerLink>>) {
+        if let Some(translation) = state.link.as_ref().and_then(|link| link.translation()) {
+            let _ = self.translation.set(translation.clone());
+        }
         let held = state.session.held();
         let accept = v1::Accept {
             held: held.to_vec(),
@@ -297,11 +332,19 @@ impl Landing for Inbound {
         &self.key
     }
 
+    fn slice_bytes(&self) -> u64 {
+        self.node.slice_bytes()
+    }
+
     fn claim(&self, run: SliceRun, crcs: &[u32]) -> Claim {
         let mut state = self.state.lock();
         let (claim, commands) = state.session.claim(self.node.now(), run, crcs);
         self.finish(state, commands);
         claim
+    }
+
+    fn arrived(&self, _: u32, _: u32) -> Result<(), TransferError> {
+        Ok(()) // it is where it belongs
     }
 
     fn landed(&self, run: SliceRun) {

@@ -264,7 +264,8 @@ impl Link {
         let Some(layout) = &hello.layout else {
             return Err(protocol("the peer's hello has no KV layout"));
         };
-        node.layout.accepts(layout).map_err(Break::Refused)?;
+        let theirs = node.layout.of_peer(layout).map_err(Break::Refused)?;
+        let mapped = node.layout.plan_to(&theirs).map_err(Break::Refused)?.is_some();
         let receiver = InstanceId::new(hello.instance_id)
             .map_err(|error| protocol(&format!("the peer's hello: {error}")))?;
         let incarnation = Incarnation(hello.incarnation);
@@ -282,7 +283,7 @@ impl Link {
         let pass =
             pass(node, &welcome).ok_or_else(|| protocol("the peer's welcome has no link id or key"))?;
         let up = LinkUp::new(sender.clone(), receiver, incarnation);
-        let route = Route::new(node, &welcome.endpoints, pass, up.outbox().clone());
+        let route = Route::new(node, (&welcome.endpoints, mapped), pass, up.outbox().clone());
         Ok((messages, up, route.map_err(|why| protocol(&why))?))
     }
 

@@ -23,8 +23,10 @@ mod route;
 mod secret;
 mod service;
 mod shell;
+mod staging;
 mod stats;
 mod table;
+mod translate;
 mod transports;
 mod wire;
 
@@ -57,8 +59,10 @@ use link::Link;
 use outbound::Outbound;
 use peer_link::PeerLink;
 use reservation::{Reservation, check_blocks};
+use staging::Staging;
 use stats::Counters;
 use table::{Ended, Lookup, Table};
+use translate::{Translated, Translations};
 
 use crate::{
     KvLayout, Slices, TransferError,
@@ -83,6 +87,10 @@ struct Node {
     limits: Limits,
     reclaim: Arc<dyn Fn(Reclaimed) + Send + Sync>,
     secret: Option<FleetSecret>,
+    /// Whether values of another type are taken in.
+    convert: bool,
+    translations: Translations,
+    staging: Staging,
     /// The best first.
     transports: Vec<Observed>,
     claims: Claims,
@@ -130,6 +138,9 @@ impl KvNode {
             lease: config.lease,
             reclaim: config.reclaim,
             secret: config.secret,
+            convert: config.convert,
+            translations: Translations::default(),
+            staging: Staging::new(limits.staging_bytes),
             transports,
             claims: Claims::new(config.blocks),
             incoming: Table::new(limits.remembered_transfers),
@@ -353,32 +364,28 @@ impl Node {
     fn key(&self, told: &DataKey) -> DataKey {
         self.secret.as_ref().map_or_else(|| told.clone(), |secret| secret.key(told))
     }
-
-    /// What an authenticated sender is told.
-    fn welcome(&self, link: &PeerLink) -> v1::Welcome {
-        let endpoint = |transport: &Observed| v1::DataEndpoint {
-            transport: transport.kind().name().to_owned(),
-            address: transport.address(),
-        };
-        let pass = link.pass();
-        v1::Welcome {
-            endpoints: self.transports.iter().map(endpoint).collect(),
-            link_id: pass.id.to_vec().into(),
-            link_key: pass.key.as_bytes().to_vec().into(),
-        }
-    }
 }
 
 impl Inbox for Node {
     fn link(&self, id: &LinkId) -> Option<Admission> {
         let peers = self.peers.lock();
         let link = peers.values().find(|link| link.pass().id == *id)?;
-        Some(Admission { key: self.key(&link.pass().key), ended: link.ended().clone() })
+        let translation = link.translation();
+        let slice_bytes = translation.map_or(self.slice_bytes(), |mapped| mapped.cut().slice_bytes);
+        Some(Admission {
+            key: self.key(&link.pass().key),
+            slice_bytes: u32::try_from(slice_bytes).ok()?,
+            mapped: translation.is_some(),
+            ended: link.ended().clone(),
+        })
     }
 
     fn find(&self, id: &TransferId) -> Found {
         match self.incoming.get(id) {
-            Lookup::Live(inbound) => Found::Live(inbound),
+            Lookup::Live(inbound) => match inbound.translation().cloned() {
+                None => Found::Live(inbound),
+                Some(how) => Found::Live(Arc::new(Translated::new(inbound, how, self.staging.clone()))),
+            },
             Lookup::Ended(_) | Lookup::Unknown => Found::Over,
         }
     }

@@ -2,13 +2,15 @@
 //!
 //! Made and read by [`super::service`]; transfers being received answer over it.
 
+use std::sync::{Arc, OnceLock};
+
 use baton_proto::{ApiError, Incarnation, InstanceId, TransferId, v1};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use v1::receiver_message::Body;
 
-use super::wire::wire_id;
+use super::{translate::Translation, wire::wire_id};
 use crate::{TransferError, transport::LinkPass};
 
 /// A peer's control stream.
@@ -20,6 +22,8 @@ pub(super) struct PeerLink {
     messages: mpsc::Sender<Result<v1::ReceiverMessage, Status>>,
     /// What its data connections show.
     pass: LinkPass,
+    /// Set before it is welcomed, if it lays its cache out otherwise.
+    translation: OnceLock<Arc<Translation>>,
     broken: CancellationToken,
 }
 
@@ -32,7 +36,18 @@ impl PeerLink {
         messages: mpsc::Sender<Result<v1::ReceiverMessage, Status>>,
         broken: CancellationToken,
     ) -> Self {
-        Self { number, peer, incarnation, messages, pass: LinkPass::generate(), broken }
+        let (pass, translation) = (LinkPass::generate(), OnceLock::new());
+        Self { number, peer, incarnation, messages, pass, translation, broken }
+    }
+
+    /// How its slices become this node's; `None` = they are as they are.
+    pub(super) fn translation(&self) -> Option<&Arc<Translation>> {
+        self.translation.get()
+    }
+
+    /// Says how; before the peer is welcomed.
+    pub(super) fn translate(&self, translation: Arc<Translation>) {
+        let _ = self.translation.set(translation);
     }
 
     pub(super) fn number(&self) -> u64 {

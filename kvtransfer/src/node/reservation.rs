@@ -27,6 +27,9 @@ pub(super) struct Reservation {
 pub(super) struct Reserved {
     /// In prompt order.
     pub(super) blocks: Vec<u32>,
+    /// Indices of those that are filled already, in ascending order.
+    pub(super) held: Vec<u32>,
+    pub(super) prompt_tokens: u32,
     /// Writes those that will be written, reads those that are filled already. None once the transfer is over.
     pub(super) claimed: Mutex<Option<Claimed>>,
 }
@@ -52,9 +55,10 @@ impl Reservation {
             if is_held(index) { held_blocks.push(block) } else { missing.push(block) }
         }
         let shape = Shape { layers: layout.layers, blocks: count };
-        let expectation = Expectation { sender, sender_incarnation, prompt_tokens, shape, held, deadline };
         let claimed = Mutex::new(Some(claims.claim(&missing, &held_blocks)?));
-        Ok(Self { id, expectation, reserved: Reserved { blocks, claimed } })
+        let reserved = Reserved { blocks, held: held.clone(), prompt_tokens, claimed };
+        let expectation = Expectation { sender, sender_incarnation, prompt_tokens, shape, held, deadline };
+        Ok(Self { id, expectation, reserved })
     }
 }
 

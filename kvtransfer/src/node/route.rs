@@ -31,10 +31,11 @@ struct Choice {
 }
 
 impl Route {
-    /// Over what the peer's welcome offers and this node has, in this node's order; none in common is an error.
+    /// Over what the peer's welcome offers and this node has, in this node's order; none in common is an error. Slices that
+    /// are `mapped` by the receiver take transports only that can bring them into any memory.
     pub(super) fn new(
         node: &Node,
-        endpoints: &[v1::DataEndpoint],
+        (endpoints, mapped): (&[v1::DataEndpoint], bool),
         pass: LinkPass,
         outbox: Outbox,
     ) -> Result<Self, String> {
@@ -43,12 +44,15 @@ impl Route {
             let endpoint = endpoints.iter().find(|endpoint| endpoint.transport == kind.name())?;
             Some(Choice { kind, address: endpoint.address.clone(), failures: 0 })
         };
-        let choices: Vec<_> = node.transports.iter().filter_map(offered).collect();
+        let able = |transport: &&Observed| !mapped || transport.kind().lands_in_plain_memory();
+        let choices: Vec<_> = node.transports.iter().filter(able).filter_map(offered).collect();
         if choices.is_empty() {
             let names = |kinds: Vec<&str>| kinds.join(", ");
             let ours = names(node.transports.iter().map(|transport| transport.kind().name()).collect());
             let theirs = names(endpoints.iter().map(|endpoint| endpoint.transport.as_str()).collect());
-            return Err(format!("no transport in common: this node has {ours}, the peer {theirs}"));
+            let only =
+                if mapped { "; of tcp and shm, which bring slices that are mapped on arrival" } else { "" };
+            return Err(format!("no transport in common: this node has {ours}, the peer {theirs}{only}"));
         }
         Ok(Self { choices, pass, outbox })
     }

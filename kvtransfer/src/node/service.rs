@@ -17,8 +17,10 @@ use super::{
     wire::to_status,
 };
 use crate::{
-    FirstTokens, TransferError,
+    FirstTokens, KvLayout, TransferError,
+    plan::PairPlan,
     session::{OfferTerms, Receiver, SealTerms, Shape, Tally},
+    transport::{Observed, Transport},
 };
 
 /// The gRPC service; mount it with `KvNode::handoff_service`.
@@ -46,7 +48,8 @@ impl v1::handoff_server::Handoff for HandoffService {
         };
         let peer = InstanceId::new(hello.instance_id).map_err(|error| protocol(&error.to_string()))?;
         let layout = hello.layout.ok_or_else(|| protocol("the hello has no KV layout"))?;
-        node.layout.accepts(&layout).map_err(|error| to_status(&error))?;
+        let layout = node.layout.of_peer(&layout).map_err(|error| to_status(&error))?;
+        let plan = node.plan_from(&layout).map_err(|error| to_status(&error))?;
         let (number, incarnation) = (node.next_number(), Incarnation(hello.incarnation));
         let hellos = Hellos {
             nonces: [nonce(&hello.nonce).map_err(|error| to_status(&error))?, rand::random()],
@@ -59,7 +62,8 @@ impl v1::handoff_server::Handoff for HandoffService {
         link.send(None, Body::Hello(node.receiver_hello(&hellos)));
         let tasks = node.tasks.clone();
         tasks.spawn(async move {
-            let refused = match admit(&node, &link, &hellos, &mut incoming).await {
+            let mapped = plan.map(|plan| (layout, plan));
+            let refused = match admit(&node, &link, &hellos, mapped, &mut incoming).await {
                 Ok(()) => return serve(node, link, incoming).await,
                 Err(status) => status,
             };
@@ -89,13 +93,20 @@ async fn admit(
     node: &Node,
     link: &Arc<PeerLink>,
     hellos: &Hellos,
+    mapped: Option<(KvLayout, PairPlan)>,
     incoming: &mut Streaming<v1::SenderMessage>,
 ) -> Result<(), Status> {
     let sender_message::Body::Proof(proof) = next(node, incoming, "the proof").await? else {
         return Err(protocol("the second message must be a proof"));
     };
     let proven = hellos.check(node.secret.as_ref(), End::Sender, &proof.proof);
-    proven.and_then(|()| node.admit_peer(link)).map_err(|error| to_status(&error))?;
+    proven.map_err(|error| to_status(&error))?;
+    if let Some((layout, plan)) = mapped {
+        let translation = node.translation(&layout, plan).await.map_err(|error| to_status(&error))?;
+        tracing::info!(peer = %link.peer(), "this peer's KV layout is another one; its slices are mapped");
+        link.translate(translation);
+    }
+    node.admit_peer(link).map_err(|error| to_status(&error))?;
     tracing::debug!(peer = %link.peer(), "control stream opened");
     link.send(None, Body::Welcome(node.welcome(link)));
     Ok(())
@@ -200,6 +211,7 @@ fn take_offer(
         sender_incarnation: link.incarnation(),
         prompt_tokens: offer.prompt_tokens,
         shape: Shape { layers: offer.layers, blocks: offer.blocks },
+        cut: link.translation().map(|translation| translation.cut()),
     };
     let now = node.now();
     let found = node.incoming.get_or_add(id, |_| {
@@ -279,6 +291,22 @@ impl Node {
             layout: Some((&self.layout).into()),
             nonce: hellos.nonces[1].to_vec().into(),
             proof: hellos.prove(self.secret.as_ref(), End::Receiver).into(),
+        }
+    }
+
+    /// What an authenticated sender is told.
+    fn welcome(&self, link: &PeerLink) -> v1::Welcome {
+        let endpoint = |transport: &Observed| v1::DataEndpoint {
+            transport: transport.kind().name().to_owned(),
+            address: transport.address(),
+        };
+        let mapped = link.translation().is_some();
+        let able = |transport: &&Observed| !mapped || transport.kind().lands_in_plain_memory();
+        let pass = link.pass();
+        v1::Welcome {
+            endpoints: self.transports.iter().filter(able).map(endpoint).collect(),
+            link_id: pass.id.to_vec().into(),
+            link_key: pass.key.as_bytes().to_vec().into(),
         }
     }
 

@@ -44,27 +44,33 @@ impl PairPlan {
             let (Some(from), Some(to)) = (from, to) else {
                 return Err(outside(&descriptor));
             };
-            match (action, &template.conversion) {
-                (Action::Copy { source_offset, target_offset, bytes }, None) => {
-                    let range = |offset: u64| {
-                        let (start, end) =
-                            (usize::try_from(offset), usize::try_from(offset.checked_add(bytes)?));
-                        Some(start.ok()?..end.ok()?)
-                    };
-                    let from = range(source_offset).and_then(|range| from.get(range));
-                    let to = range(target_offset).and_then(|range| to.get_mut(range));
-                    let (Some(from), Some(to)) = (from, to) else {
-                        return Err(outside(&descriptor));
-                    };
-                    to.copy_from_slice(from);
-                }
-                (Action::Convert(vectors), Some(conversion)) => conversion.run(&vectors, from, to)?,
-                (Action::Copy { .. }, Some(_)) | (Action::Convert(_), None) => {
-                    return Err(TransferError::Invalid("a descriptor of another plan".into()));
-                }
-            }
+            self.carry_out(&action, from, to)?;
         }
         Ok(())
+    }
+
+    /// Carries out one action of this plan from a slice of the sender's into one of the receiver's. Refuses one that
+    /// reaches outside either.
+    pub(crate) fn carry_out(&self, action: &Action, from: &[u8], to: &mut [u8]) -> Result<(), TransferError> {
+        match (action, &self.template().conversion) {
+            (&Action::Copy { source_offset, target_offset, bytes }, None) => {
+                let range = |offset: u64| {
+                    let (start, end) = (usize::try_from(offset), usize::try_from(offset.checked_add(bytes)?));
+                    Some(start.ok()?..end.ok()?)
+                };
+                let from = range(source_offset).and_then(|range| from.get(range));
+                let to = range(target_offset).and_then(|range| to.get_mut(range));
+                let (Some(from), Some(to)) = (from, to) else {
+                    return Err(TransferError::Invalid(format!("{action:?} lies outside its slices")));
+                };
+                to.copy_from_slice(from);
+                Ok(())
+            }
+            (Action::Convert(vectors), Some(conversion)) => conversion.run(vectors, from, to),
+            (Action::Copy { .. }, Some(_)) | (Action::Convert(_), None) => {
+                Err(TransferError::Invalid("a descriptor of another plan".into()))
+            }
+        }
     }
 }
 

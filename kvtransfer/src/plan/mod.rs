@@ -5,6 +5,9 @@
 //! ([`ShardedLayout`]) and says what to do ([`Descriptor`]); a session decides when, and over which transport. Called
 //! once for each pair of instances, and then for each transfer to lay the plan out over its blocks.
 //!
+//! Nodes carry plans out from one rank to one rank, slice by slice as they come (`node::translate`); TP m to n is planned
+//! here and left to whoever has all ranks' transfers in hand.
+//!
 //! # How a plan is made
 //! - `sharded`: which ranks hold which heads, and which differences can be mapped at all.
 //! - `shares`: who sends what to whom.
@@ -14,6 +17,7 @@
 //! - `convert`: the arithmetic between bf16 and int8.
 //! - `pair`: templates, and their descriptors for a sequence.
 //! - `apply`: descriptors carried out on plain bytes.
+//! - `known`: what a node says of its cache ([`KvLayout`](crate::KvLayout)), as a description that can be planned with.
 //!
 //! # Promises
 //! - Every value and scale of every token that the target is to hold is written exactly once, and nothing outside the
@@ -62,6 +66,7 @@
 mod apply;
 mod blocks;
 mod convert;
+mod known;
 mod nest;
 mod pair;
 mod sharded;
@@ -75,6 +80,7 @@ use std::sync::Arc;
 
 pub use apply::PoolBytes;
 pub use convert::{dequantise, quantise};
+pub(crate) use known::between_nodes;
 pub use pair::{Action, Descriptor, Expansion, PairPlan, VectorRun};
 pub use sharded::{ShardedLayout, heads_per_rank};
 pub use slice_map::{Content, KvDtype, PartMap, SliceMap, SliceShape};

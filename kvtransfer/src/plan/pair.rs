@@ -71,6 +71,13 @@ enum Work {
 }
 
 impl Work {
+    fn copies(&self) -> u64 {
+        match self {
+            Self::Copies(_) => self.runs(),
+            Self::Conversions(_) => 0,
+        }
+    }
+
     fn runs(&self) -> u64 {
         match self {
             Self::Copies(nests) => nests.iter().map(Nest::runs).fold(0, u64::saturating_add),
@@ -164,26 +171,36 @@ impl PairPlan {
         &self.template
     }
 
+    /// Copies in a period of blocks of one layer: what an [`Expansion`] takes room for.
+    pub(crate) fn runs(&self) -> u64 {
+        self.template.work.iter().map(Work::copies).fold(0, u64::saturating_add)
+    }
+
     /// Lays the template out. Takes as long as there are runs in a period of blocks of one layer; keep the result for as
     /// long as the plan is used.
-    pub fn expand(&self) -> Expansion<'_> {
+    pub fn expand(&self) -> Expansion {
         let lay_out = |work: &Work| match work {
             Work::Copies(nests) => runs(nests),
             Work::Conversions(_) => Vec::new(),
         };
-        Expansion { pair: self, runs: self.template.work.iter().map(lay_out).collect() }
+        Expansion { pair: self.clone(), runs: self.template.work.iter().map(lay_out).collect() }
     }
 }
 
 /// A plan whose descriptors can be listed, each in constant time.
 #[derive(Debug)]
-pub struct Expansion<'p> {
-    pair: &'p PairPlan,
+pub struct Expansion {
+    pair: PairPlan,
     /// Of each piece of the period.
     runs: Vec<Vec<Run>>,
 }
 
-impl Expansion<'_> {
+impl Expansion {
+    /// The plan that was laid out.
+    pub fn pair(&self) -> &PairPlan {
+        &self.pair
+    }
+
     /// Everything for a sequence of `tokens` tokens, layer by layer and, within one, in order of source blocks.
     pub fn all(&self, tokens: u32) -> impl Iterator<Item = Descriptor> {
         self.pair.layers().iter().flat_map(move |&layer| self.of_blocks(layer, 0..u32::MAX, tokens))

@@ -32,6 +32,10 @@ impl KvDtype {
             Self::Int8 => "int8",
         }
     }
+
+    pub fn from_name(name: &str) -> Option<Self> {
+        [Self::F32, Self::Bf16, Self::Int8].into_iter().find(|dtype| dtype.name() == name)
+    }
 }
 
 /// Bytes of a scale, an f32.

@@ -4,6 +4,7 @@
 //! time; commands go out as a list that the node's shell performs. The machines own every decision: what is legal, when
 //! a lease has run out, when the slices are complete, when nothing touches the blocks any more.
 
+mod cut;
 mod receiver;
 mod sender;
 mod slices;
@@ -14,6 +15,7 @@ mod tests;
 
 use std::time::{Duration, Instant};
 
+pub(crate) use cut::Cut;
 pub(crate) use receiver::{
     Expectation, OfferTerms, Receiver, ReceiverCommand, ReceiverState, ReceiverTiming, SealTerms,
 };

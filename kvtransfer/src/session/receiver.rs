@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use baton_proto::{ApiError, Incarnation, InstanceId};
 
 use super::{
-    Lease,
+    Cut, Lease,
     slices::{Claim, Shape, SliceRun, Tally},
     slots::Slots,
 };
@@ -26,7 +26,7 @@ pub(crate) struct Expectation {
     pub(crate) sender_incarnation: Option<Incarnation>,
     pub(crate) prompt_tokens: u32,
     pub(crate) shape: Shape,
-    /// Indices of blocks that are filled already.
+    /// Indices of blocks that are filled already, in ascending order; from the accept on, of the sender's blocks.
     pub(crate) held: Vec<u32>,
     pub(crate) deadline: Instant,
 }
@@ -38,7 +38,10 @@ pub(crate) struct OfferTerms {
     pub(crate) sender: InstanceId,
     pub(crate) sender_incarnation: Incarnation,
     pub(crate) prompt_tokens: u32,
+    /// In the sender's blocks.
     pub(crate) shape: Shape,
+    /// `None` = the sender lays its cache out as this side does.
+    pub(crate) cut: Option<Cut>,
 }
 
 /// The sender's closing account.
@@ -101,6 +104,7 @@ type Commands = Vec<ReceiverCommand>;
 pub(crate) struct Receiver {
     state: ReceiverState,
     timing: ReceiverTiming,
+    /// Of this side's slices; from the accept on, of the sender's.
     slice_bytes: u64,
     expectation: Option<Expectation>,
     offer: Option<OfferTerms>,
@@ -218,7 +222,12 @@ impl Receiver {
 
     /// A claimed run will not be written further: its connection failed, or the claim was revoked.
     pub(crate) fn interrupted(&mut self, run: SliceRun, why: &str) -> Commands {
-        let mut commands = self.abort(TransferError::DataPath(why.to_owned()), true);
+        self.let_go(run, TransferError::DataPath(why.to_owned()))
+    }
+
+    /// A claimed run cannot be taken in here.
+    pub(crate) fn let_go(&mut self, run: SliceRun, reason: TransferError) -> Commands {
+        let mut commands = self.abort(reason, true);
         commands.extend(self.close_claim(run));
         commands
     }

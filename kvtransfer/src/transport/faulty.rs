@@ -139,8 +139,16 @@ impl Landing for FaultyLanding {
         self.landing.data_key()
     }
 
+    fn slice_bytes(&self) -> u64 {
+        self.landing.slice_bytes()
+    }
+
     fn claim(&self, run: SliceRun, sums: &[u32]) -> Claim {
         self.landing.claim(run, sums)
+    }
+
+    fn arrived(&self, layer: u32, block: u32) -> Result<(), TransferError> {
+        self.landing.arrived(layer, block)
     }
 
     fn landed(&self, run: SliceRun) {

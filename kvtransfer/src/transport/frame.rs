@@ -114,6 +114,17 @@ impl Header {
         Ok(Self { form, transfer: TransferId::from_bytes(id), run, slice_bytes })
     }
 
+    /// Checks that it is of slices as the transfer has them, whichever peer's connection it came over.
+    pub(crate) fn check_slices(&self, of_transfer: u64) -> Result<(), FrameError> {
+        match u32::try_from(of_transfer) {
+            Ok(of_transfer) if of_transfer == self.slice_bytes => Ok(()),
+            of_transfer => {
+                let expected = of_transfer.unwrap_or(u32::MAX);
+                Err(FrameError::SliceBytes { expected, found: self.slice_bytes })
+            }
+        }
+    }
+
     /// Bytes of the table.
     pub(crate) fn table_bytes(&self) -> usize {
         self.run.count as usize * self.form.entry_bytes()

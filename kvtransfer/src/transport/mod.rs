@@ -104,6 +104,11 @@ impl TransportKind {
         Self::ALL.into_iter().find(|kind| kind.name() == name)
     }
 
+    /// Whether slices can be brought into any memory, not only into the region.
+    pub(crate) fn lands_in_plain_memory(self) -> bool {
+        matches!(self, Self::Tcp | Self::Shm)
+    }
+
     fn wire(self) -> u8 {
         self as u8
     }
@@ -183,6 +188,10 @@ pub(crate) trait Inbox: Send + Sync + 'static {
 /// A control stream that stands.
 pub(crate) struct Admission {
     pub(crate) key: DataKey,
+    /// Of the sender's slices.
+    pub(crate) slice_bytes: u32,
+    /// Its slices are mapped to this side's when they have come, which [`TransportKind::lands_in_plain_memory`] takes.
+    pub(crate) mapped: bool,
     /// Cancelled when it ends, and its data connections with it.
     pub(crate) ended: CancellationToken,
 }
@@ -197,10 +206,15 @@ pub(crate) enum Found {
 /// A transfer being received.
 pub(crate) trait Landing: Send + Sync {
     fn data_key(&self) -> &DataKey;
+    /// Of the sender's slices.
+    fn slice_bytes(&self) -> u64;
 
     /// Asks to write these slices, whose checksums are to be `sums`. After `Claim::Write` the run is reported with one
     /// of the next three.
     fn claim(&self, run: SliceRun, sums: &[u32]) -> Claim;
+    /// A slice of a claimed run has come whole and matches its sum; called once for each, before `landed`. After an
+    /// error the run is to be reported as interrupted.
+    fn arrived(&self, layer: u32, block: u32) -> Result<(), TransferError>;
     fn landed(&self, run: SliceRun);
     fn damaged(&self, run: SliceRun, block: u32);
     fn interrupted(&self, run: SliceRun, why: &str);

@@ -42,8 +42,10 @@ pub struct TransportStats {
 #[derive(Debug)]
 pub(crate) struct Counts {
     kind: TransportKind,
+    /// Of this node's slices.
     slice_bytes: u64,
     received: AtomicU64,
+    bytes_received: AtomicU64,
     sent: AtomicU64,
     damaged: AtomicU64,
     interrupted: AtomicU64,
@@ -76,6 +78,7 @@ impl Observed {
             kind: transport.kind(),
             slice_bytes,
             received: zero(),
+            bytes_received: zero(),
             sent: zero(),
             damaged: zero(),
             interrupted: zero(),
@@ -91,7 +94,7 @@ impl Observed {
         TransportStats {
             kind: counts.kind,
             slices_received: received,
-            bytes_received: received * counts.slice_bytes,
+            bytes_received: counts.bytes_received.load(Relaxed),
             slices_sent: sent,
             bytes_sent: sent * counts.slice_bytes,
             damaged: counts.damaged.load(Relaxed),
@@ -157,12 +160,21 @@ impl Landing for Counted<dyn Landing> {
         self.inner.data_key()
     }
 
+    fn slice_bytes(&self) -> u64 {
+        self.inner.slice_bytes()
+    }
+
     fn claim(&self, run: SliceRun, sums: &[u32]) -> Claim {
         self.inner.claim(run, sums)
     }
 
+    fn arrived(&self, layer: u32, block: u32) -> Result<(), TransferError> {
+        self.inner.arrived(layer, block)
+    }
+
     fn landed(&self, run: SliceRun) {
         self.counts.received.fetch_add(run.count.into(), Relaxed);
+        self.counts.bytes_received.fetch_add(u64::from(run.count) * self.inner.slice_bytes(), Relaxed);
         self.inner.landed(run);
     }
 

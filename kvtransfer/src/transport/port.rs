@@ -14,7 +14,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
-    Destination, Inbox, Terms, TransportKind,
+    Admission, Destination, Inbox, Terms, TransportKind,
     hello::{HELLO_BYTES, Hello, HelloError},
     key::DataKey,
 };
@@ -47,6 +47,8 @@ pub(crate) struct Greeted {
     pub(crate) stream: TcpStream,
     pub(crate) hello: Hello,
     pub(crate) key: DataKey,
+    /// Of the peer's slices.
+    pub(crate) slice_bytes: u32,
 }
 
 pub(crate) type Handling = Pin<Box<dyn Future<Output = Result<(), Closed>> + Send>>;
@@ -148,9 +150,11 @@ impl DataPort {
         if !hello.proven(&admission.key, &[]) {
             return Err(HelloError::Unproven.into());
         }
-        let handler = hello.kind().and_then(|kind| self.handlers.lock().get(&kind).cloned());
-        let handling = handler.ok_or(HelloError::Kind)?(Greeted { stream, hello, key: admission.key });
-        admission.ended.run_until_cancelled(handling).await.unwrap_or(Ok(()))
+        let fits = |kind: &TransportKind| !admission.mapped || kind.lands_in_plain_memory();
+        let handler = hello.kind().filter(fits).and_then(|kind| self.handlers.lock().get(&kind).cloned());
+        let Admission { key, slice_bytes, ended, .. } = admission;
+        let handling = handler.ok_or(HelloError::Kind)?(Greeted { stream, hello, key, slice_bytes });
+        ended.run_until_cancelled(handling).await.unwrap_or(Ok(()))
     }
 }
 

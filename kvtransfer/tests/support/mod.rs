@@ -1,6 +1,7 @@
 //! What the tests of this crate stand on: memory with known bytes, and nodes with a real gRPC server on loopback.
 #![allow(dead_code, unreachable_pub)] // each test binary uses its part
 
+pub mod caches;
 pub mod scripted;
 
 use std::{
@@ -133,6 +134,7 @@ pub fn layout() -> KvLayout {
         layers: LAYERS,
         kv_heads: 1,
         head_dim: 1,
+        rope_dim: 0,
         tensor_parallel: 1,
         slice_bytes: SLICE as u64,
     }
@@ -154,6 +156,8 @@ pub struct Setup {
     /// Data connections, accepted in all.
     pub connections: usize,
     pub secret: Option<FleetSecret>,
+    /// Whether caches of another type are taken in.
+    pub convert: bool,
     /// `None` = a file's memory.
     pub pool: Option<Arc<Pool>>,
 }
@@ -170,6 +174,7 @@ impl Default for Setup {
             transports: vec![TransportConfig::Tcp { connections: 2 }],
             connections: 1024,
             secret: None,
+            convert: false,
             pool: None,
         }
     }
@@ -211,6 +216,7 @@ impl Peer {
             data_port,
             transports: setup.transports,
             secret: setup.secret,
+            convert: setup.convert,
             lease: setup.lease,
             limits: setup.limits,
             reclaim: Arc::new(move |blocks| sink.lock().expect("not poisoned").push(blocks)),

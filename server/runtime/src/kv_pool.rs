@@ -55,8 +55,9 @@ impl KvDtype {
 pub enum KvContent {
     /// A key and a value for each KV head, `head_dim` wide both.
     KeysAndValues,
-    /// One vector for each KV head that is both: the value is a prefix of the key (latent attention).
-    Latents,
+    /// One vector for each KV head that is both: the value is a prefix of the key (latent attention). The last elements of
+    /// the key are its rotated part.
+    Latents { rope_dim: u32 },
 }
 
 impl KvContent {
@@ -68,7 +69,7 @@ impl KvContent {
 /// Shape of a pool.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KvPoolLayout {
-    /// Arrangement within a slice; two pools exchange bytes only if it is equal.
+    /// Arrangement within a slice; two pools exchange bytes as they are only if it is equal.
     pub format: &'static str,
     /// Elements of a token's vectors for one KV head, all of them together, with what fills them up.
     pub stored_dim: u32,

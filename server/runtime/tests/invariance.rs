@@ -289,7 +289,10 @@ fn loading_reports_its_progress_and_refuses_nonsense() {
 fn a_latent_is_kept_once_for_all_heads() {
     let session = Session::open(&tiny("hf-bf16-deepseek3-yarn-mtp"), &options(1, KvDtype::Bf16));
     let layout = session.executor.kv_pool().layout();
-    assert_eq!((layout.content, layout.kv_heads, layout.head_dim), (KvContent::Latents, 1, 16 + 8));
+    assert_eq!(
+        (layout.content, layout.kv_heads, layout.head_dim),
+        (KvContent::Latents { rope_dim: 8 }, 1, 16 + 8)
+    );
     assert_eq!(layout.slice_bytes(), 16 * (16 + 8) * 2);
     let grouped = Session::open(&tiny("hf-bf16-mistral"), &options(1, KvDtype::Bf16));
     let other = grouped.executor.kv_pool().layout();

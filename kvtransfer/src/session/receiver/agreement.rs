@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::{Commands, Expectation, OfferTerms, Receiver, ReceiverCommand, ReceiverState, Slots};
+use super::{Commands, Expectation, OfferTerms, Receiver, ReceiverCommand, ReceiverState, Shape, Slots};
 use crate::TransferError;
 
 impl Receiver {
@@ -53,7 +53,11 @@ impl Receiver {
         let differs = |what: &str, ours: u32, theirs: u32| {
             Some(TransferError::Protocol(format!("{what} differ: {ours} expected, {theirs} offered")))
         };
-        let (ours, theirs) = (expectation.shape, offer.shape);
+        let (cut, prompt_tokens, theirs) = (offer.cut, expectation.prompt_tokens, offer.shape);
+        let ours = match cut {
+            None => expectation.shape,
+            Some(cut) => Shape { blocks: cut.blocks(prompt_tokens), ..expectation.shape },
+        };
         let mismatch = if ours.layers != theirs.layers {
             differs("layers", ours.layers, theirs.layers)
         } else if ours.blocks != theirs.blocks {
@@ -63,7 +67,11 @@ impl Receiver {
         } else {
             None
         };
-        let slots = Slots::new(ours, &expectation.held);
+        if let (Some(cut), Some(expectation)) = (cut, &mut self.expectation) {
+            expectation.held = cut.held(prompt_tokens, &expectation.held);
+            self.slice_bytes = cut.slice_bytes;
+        }
+        let slots = Slots::new(ours, self.held());
         self.state = ReceiverState::Offered; // whichever came first: from here on there is a sender to tell
         self.lease.agree(now, self.timing.lease);
         if let Some(mismatch) = mismatch {

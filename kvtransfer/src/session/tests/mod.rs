@@ -35,7 +35,7 @@ fn expectation(shape: Shape, held: Vec<u32>, deadline: Instant) -> Expectation {
 
 fn offer(shape: Shape) -> OfferTerms {
     let (sender, prompt_tokens) = (peer("prefill-0"), shape.blocks * 16);
-    OfferTerms { sender, sender_incarnation: Incarnation(1), prompt_tokens, shape }
+    OfferTerms { sender, sender_incarnation: Incarnation(1), prompt_tokens, shape, cut: None }
 }
 
 fn terms(shape: Shape, now: Instant) -> SenderTerms {

@@ -49,6 +49,7 @@ pub(crate) fn serve(
             if !Header::proven(landing.data_key(), &head, &table) {
                 return Err(Closed::Unproven);
             }
+            header.check_slices(landing.slice_bytes())?;
             fetch(&header, &table, &*landing, wire, region, terms)?;
         }
         wire.write_all(&[DONE])?;
@@ -110,6 +111,10 @@ fn fetch(
             digest(landing.data_key(), (run.layer, block), len, copy_out).map_err(io::Error::other)?;
         if found != sum {
             claimed.damaged(block);
+            return Ok(());
+        }
+        if let Err(reason) = landing.arrived(run.layer, block) {
+            claimed.interrupted(&reason.to_string());
             return Ok(());
         }
     }

@@ -112,7 +112,7 @@ async fn receive(
     terms: Terms,
     stop: CancellationToken,
 ) -> Result<(), Closed> {
-    let Greeted { stream, hello, key } = greeted;
+    let Greeted { stream, hello, key, .. } = greeted;
     let mut stream = stream.into_std()?;
     stream.set_nonblocking(false)?;
     let (handle, name) = (stream.try_clone()?, format!("kv-{}", medium.kind()));

@@ -213,7 +213,7 @@ fn copy(
         return Err(Closed::Terms);
     }
     io::Read::read_exact(&mut stream, &mut said)?;
-    let Admission { key, ended } = inbox.link(&hello.link()).ok_or(HelloError::Link)?;
+    let Admission { key, slice_bytes, ended, .. } = inbox.link(&hello.link()).ok_or(HelloError::Link)?;
     if !hello.proven(&key, &said) {
         return Err(HelloError::Unproven.into());
     }
@@ -223,7 +223,7 @@ fn copy(
     let mut region = Mapping::new(&file.ok_or(Closed::Terms)?, u64::from_le_bytes(said))?;
     let _ = admit.send(ended);
     io::Write::write_all(&mut stream, &hello.answer(&key, &[]))?;
-    Ok(fetch::serve(&mut stream, &mut region, terms, inbox)?)
+    Ok(fetch::serve(&mut stream, &mut region, Terms { slice_bytes, ..terms }, inbox)?)
 }
 
 impl fetch::Wire for UnixStream {

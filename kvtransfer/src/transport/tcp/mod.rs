@@ -51,9 +51,9 @@ impl Transport for Tcp {
         self.port.handle(TransportKind::Tcp, move |greeted| {
             let inbox = inbox.clone();
             Box::pin(async move {
-                let Greeted { mut stream, hello, key } = greeted;
+                let Greeted { mut stream, hello, key, slice_bytes } = greeted;
                 stream.write_all(&hello.answer(&key, &[])).await?;
-                Reader::new(stream, terms, inbox).run().await
+                Reader::new(stream, Terms { slice_bytes, ..terms }, inbox).run().await
             })
         });
     }

@@ -12,6 +12,7 @@ use std::{
 use tokio::{net::TcpStream, task::coop::consume_budget, time::timeout};
 
 use crate::{
+    TransferError,
     session::{Claim, Crc32c},
     transport::{
         Claimed, Found, Inbox, Landing, Terms,
@@ -130,6 +131,7 @@ impl Reader {
         if !Header::proven(landing.data_key(), &self.head, &self.table) {
             return Err(Closed::Unproven);
         }
+        header.check_slices(landing.slice_bytes())?;
         match landing.claim(header.run, &self.crcs) {
             Claim::Write => {
                 let claimed = Claimed::new(landing, header.run);
@@ -176,9 +178,16 @@ impl Reader {
                     return Err(error.into());
                 }
             }
-            if let Err(block) = check.up_to(done, header, claimed.landing(), &self.crcs) {
-                claimed.damaged(block);
-                return Ok(total - done);
+            match check.up_to(done, header, claimed.landing(), &self.crcs) {
+                Ok(()) => {}
+                Err(Unfit::Damaged(block)) => {
+                    claimed.damaged(block);
+                    return Ok(total - done);
+                }
+                Err(Unfit::Refused(reason)) => {
+                    claimed.interrupted(&reason.to_string());
+                    return Ok(total - done);
+                }
             }
         }
         claimed.landed();
@@ -225,6 +234,14 @@ impl Reader {
     }
 }
 
+/// Why a slice is not taken in.
+enum Unfit {
+    /// This block does not match its sum.
+    Damaged(u32),
+    /// It does, and cannot be put where it belongs.
+    Refused(TransferError),
+}
+
 /// The sums of a run's slices, taken from their bytes as they come.
 struct Check {
     sum: Crc32c,
@@ -236,18 +253,28 @@ impl Check {
         Self { sum: Crc32c::new(), summed: 0 }
     }
 
-    /// Sums what has come of a run by now, `done` bytes; an error is a block that does not match.
-    fn up_to(&mut self, done: u64, header: &Header, landing: &dyn Landing, sums: &[u32]) -> Result<(), u32> {
+    /// Sums what has come of a run by now, `done` bytes, and hands slices on that are whole.
+    fn up_to(
+        &mut self,
+        done: u64,
+        header: &Header,
+        landing: &dyn Landing,
+        sums: &[u32],
+    ) -> Result<(), Unfit> {
         let slice_bytes = u64::from(header.slice_bytes);
         while self.summed < done {
             let (index, skip) = (self.summed / slice_bytes, self.summed % slice_bytes);
             let block = header.run.first + index as u32;
             let come = (slice_bytes - skip).min(done - self.summed);
-            let content = landing.content(header.run.layer, block, skip as usize).map_err(|_| block)?;
+            let content = landing.content(header.run.layer, block, skip as usize);
+            let content = content.map_err(|_| Unfit::Damaged(block))?;
             self.sum.add(&content[..come as usize]);
             self.summed += come;
-            if skip + come == slice_bytes && self.sum.take() != sums[index as usize] {
-                return Err(block);
+            if skip + come == slice_bytes {
+                if self.sum.take() != sums[index as usize] {
+                    return Err(Unfit::Damaged(block));
+                }
+                landing.arrived(header.run.layer, block).map_err(Unfit::Refused)?;
             }
         }
         Ok(())

@@ -87,7 +87,8 @@ pub(crate) fn kv_layout(config: &ModelConfig, options: &LoadOptions) -> KvPoolLa
             (attention::FORMAT, KvContent::KeysAndValues, shape.kv_heads, shape.head_dim, stored)
         }
         Attention::Latent(shape) => {
-            (latent::FORMAT, KvContent::Latents, 1, shape.kept_dim(), shape.kept_dim())
+            let content = KvContent::Latents { rope_dim: shape.rope_dim };
+            (latent::FORMAT, content, 1, shape.kept_dim(), shape.kept_dim())
         }
     };
     KvPoolLayout {

@@ -1,0 +1,253 @@
+//! Taking slices in from a peer that lays its cache out otherwise: in other blocks, another arrangement, another type.
+//!
+//! What travels, is counted and is summed are the sender's slices. Each comes into staging memory; once its sum is right,
+//! what the plan says of it is carried out into this node's own blocks, and only then does it count as landed. The claim
+//! is open all the while, so the fence of an abort holds here as anywhere. Blocks that are held already are left alone.
+//!
+//! A [`Translation`] is made when a peer that has proven itself comes with another layout ([`super::service`]), and
+//! shared by all peers of that layout. A [`Translated`] stands before a transfer for one frame (`Inbox::find`).
+
+use std::{
+    io::IoSliceMut,
+    ptr::NonNull,
+    sync::{Arc, OnceLock, Weak},
+};
+
+use tokio::task::spawn_blocking;
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    Node,
+    inbound::Inbound,
+    staging::{Staged, Staging},
+};
+use crate::{
+    KvLayout, Slices, TransferError,
+    plan::{Expansion, PairPlan},
+    session::{Claim, Cut, SliceRun},
+    sync::Mutex,
+    transport::{DataKey, Landing, Transport},
+};
+
+/// Layouts that are mapped at a time. A fleet has one for each kind of sender.
+const LAYOUTS: usize = 4;
+/// Copies in a period of blocks of one layer, 24 bytes each: what a peer's choice of layout may cost this node.
+const MOST_COPIES: u64 = 1 << 19;
+/// Two source blocks may go to one target block: who writes one has its lock. More locks are fewer chance meetings.
+const LOCKS: usize = 16;
+
+/// How slices of one layout become this node's.
+#[derive(Debug)]
+pub(super) struct Translation {
+    /// Of the peers' layout.
+    fingerprint: String,
+    cut: Cut,
+    expansion: Expansion,
+    writing: [Mutex<()>; LOCKS],
+}
+
+impl Translation {
+    pub(super) fn cut(&self) -> Cut {
+        self.cut
+    }
+
+    /// Carries a slice of the sender's out into the blocks that it has tokens for. `place` says which block of the pool
+    /// one of the transfer's is; `None` = it is held.
+    fn carry_out(
+        &self,
+        (layer, source_block): (u32, u32),
+        prompt_tokens: u32,
+        slice: &[u8],
+        pool: &Slices,
+        place: impl Fn(u32) -> Result<Option<u32>, TransferError>,
+    ) -> Result<(), TransferError> {
+        let blocks = source_block..source_block.saturating_add(1);
+        let mut descriptors = self.expansion.of_blocks(layer, blocks, prompt_tokens).peekable();
+        while let Some(first) = descriptors.next() {
+            let same = |next: &crate::plan::Descriptor| next.target_block == first.target_block;
+            let Some(block) = place(first.target_block)? else {
+                while descriptors.next_if(same).is_some() {}
+                continue;
+            };
+            let _alone = self.writing[(layer as usize).wrapping_add(block as usize) % LOCKS].lock();
+            let mut target = pool.io_slice_mut(layer, block, 0)?;
+            self.expansion.pair().carry_out(&first.action, slice, &mut target)?;
+            while let Some(next) = descriptors.next_if(same) {
+                self.expansion.pair().carry_out(&next.action, slice, &mut target)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The translations of a node, for as long as a peer has them.
+#[derive(Debug, Default)]
+pub(super) struct Translations {
+    alive: Mutex<Vec<Weak<Translation>>>,
+}
+
+impl Translations {
+    fn get(&self, fingerprint: &str) -> Option<Arc<Translation>> {
+        self.alive.lock().iter().filter_map(Weak::upgrade).find(|one| one.fingerprint == fingerprint)
+    }
+
+    /// Adds one, or gives the one that was added meanwhile.
+    fn add(&self, made: Translation) -> Result<Arc<Translation>, TransferError> {
+        let mut alive = self.alive.lock();
+        alive.retain(|one| one.strong_count() > 0);
+        let known = alive.iter().filter_map(Weak::upgrade).find(|one| one.fingerprint == made.fingerprint);
+        if let Some(known) = known {
+            return Ok(known);
+        }
+        if alive.len() >= LAYOUTS {
+            return Err(TransferError::Limit { what: "KV layouts to map from", limit: LAYOUTS });
+        }
+        let made = Arc::new(made);
+        alive.push(Arc::downgrade(&made));
+        Ok(made)
+    }
+}
+
+impl Node {
+    /// How slices of a peer's layout would be taken in; `None` = as they are. Refused if they cannot be, or if that would
+    /// change values and is not wanted here. Cheap: the peer has not shown yet who it is.
+    pub(super) fn plan_from(&self, sender: &KvLayout) -> Result<Option<PairPlan>, TransferError> {
+        let Some(plan) = self.layout.plan_from(sender)? else { return Ok(None) };
+        let refuse = |field, why| {
+            let (from, to) = (sender.field(field), self.layout.field(field));
+            Err(TransferError::CannotReshard { field, from, to, why })
+        };
+        if plan.converts() && !self.convert {
+            return refuse(
+                "dtype",
+                "that changes values, which the receiver is not set to (handoff.convert)",
+            );
+        }
+        if sender.slice_bytes > self.limits.staging_bytes as u64 {
+            return refuse("slice_bytes", "one slice is more than the receiver has memory to map it in");
+        }
+        if plan.runs() > MOST_COPIES {
+            return refuse("format", "it takes too many small copies a block; choose smaller blocks");
+        }
+        if !self.transports.iter().any(|transport| transport.kind().lands_in_plain_memory()) {
+            return refuse(
+                "format",
+                "only tcp and shm bring slices to be mapped, and the receiver has neither",
+            );
+        }
+        Ok(Some(plan))
+    }
+
+    /// Lays a plan out for a peer that has shown who it is.
+    pub(super) async fn translation(
+        &self,
+        sender: &KvLayout,
+        plan: PairPlan,
+    ) -> Result<Arc<Translation>, TransferError> {
+        let fingerprint = sender.fingerprint();
+        if let Some(known) = self.translations.get(&fingerprint) {
+            return Ok(known);
+        }
+        let laid_out = spawn_blocking(move || plan.expand()).await;
+        let expansion = laid_out
+            .map_err(|error| TransferError::Io { what: "lay a plan out", reason: error.to_string() })?;
+        let cut = Cut {
+            sender_tokens: sender.block_tokens,
+            own_tokens: self.layout.block_tokens,
+            slice_bytes: sender.slice_bytes,
+        };
+        self.translations.add(Translation { fingerprint, cut, expansion, writing: Default::default() })
+    }
+}
+
+/// A transfer whose slices are mapped, for one frame of it.
+pub(super) struct Translated {
+    inbound: Arc<Inbound>,
+    translation: Arc<Translation>,
+    staging: Staging,
+    staged: OnceLock<Staged>,
+}
+
+impl Translated {
+    pub(super) fn new(inbound: Arc<Inbound>, translation: Arc<Translation>, staging: Staging) -> Self {
+        Self { inbound, translation, staging, staged: OnceLock::new() }
+    }
+
+    /// Where a claimed slice is meanwhile.
+    fn staged(&self, layer: u32, block: u32) -> Result<(&Slices, u32), TransferError> {
+        let none = || TransferError::Invalid("nothing was claimed".into());
+        let staged = self.staged.get().ok_or_else(none)?;
+        Ok((staged.slices(), staged.index(layer, block)?))
+    }
+}
+
+impl Landing for Translated {
+    fn data_key(&self) -> &DataKey {
+        self.inbound.data_key()
+    }
+
+    fn slice_bytes(&self) -> u64 {
+        self.translation.cut.slice_bytes
+    }
+
+    fn claim(&self, run: SliceRun, sums: &[u32]) -> Claim {
+        let claim = self.inbound.claim(run, sums);
+        if claim != Claim::Write {
+            return claim;
+        }
+        let again = |_| TransferError::Invalid("a frame claims once".into());
+        let room = self.staging.take(run, self.translation.cut.slice_bytes as usize);
+        match room.and_then(|room| self.staged.set(room).map_err(again)) {
+            Ok(()) => Claim::Write,
+            Err(reason) => {
+                self.inbound.let_go_of(run, reason);
+                Claim::Refused
+            }
+        }
+    }
+
+    fn arrived(&self, layer: u32, block: u32) -> Result<(), TransferError> {
+        let (slices, index) = self.staged(layer, block)?;
+        self.inbound.take_in(|prompt_tokens, pool, place| {
+            let slice = slices.source(0, index)?;
+            self.translation.carry_out((layer, block), prompt_tokens, slice, pool, place)
+        })
+    }
+
+    fn landed(&self, run: SliceRun) {
+        self.inbound.landed(run);
+    }
+
+    fn damaged(&self, run: SliceRun, block: u32) {
+        self.inbound.damaged(run, block);
+    }
+
+    fn interrupted(&self, run: SliceRun, why: &str) {
+        self.inbound.interrupted(run, why);
+    }
+
+    fn target(&self, layer: u32, block: u32, skip: usize) -> Result<IoSliceMut<'_>, TransferError> {
+        let (slices, index) = self.staged(layer, block)?;
+        slices.io_slice_mut(0, index, skip)
+    }
+
+    fn place(&self, layer: u32, block: u32) -> Result<NonNull<u8>, TransferError> {
+        let (slices, index) = self.staged(layer, block)?;
+        slices.place(0, index)
+    }
+
+    fn content(&self, layer: u32, block: u32, skip: usize) -> Result<&[u8], TransferError> {
+        let (slices, index) = self.staged(layer, block)?;
+        let slice = slices.source(0, index)?;
+        slice.get(skip..).ok_or_else(|| TransferError::Invalid(format!("byte {skip} lies outside a slice")))
+    }
+
+    fn copy_out(&self, layer: u32, block: u32, from: usize, into: &mut [u8]) -> Result<(), TransferError> {
+        let (slices, index) = self.staged(layer, block)?;
+        slices.copy_out(0, index, from, into)
+    }
+
+    fn revoked(&self) -> &CancellationToken {
+        self.inbound.revoked()
+    }
+}

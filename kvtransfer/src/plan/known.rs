@@ -1,0 +1,223 @@
+//! From what a node says of its cache to a description that can be planned with: the arrangements that have a name.
+//!
+//! Asked when a control stream opens, of what a peer has said: every number in it may be a lie, and none is computed with
+//! before its range is known.
+
+use super::{
+    PairPlan, ReshardPlan, ShardedLayout,
+    slice_map::{Content, KvDtype, SliceMap, SliceShape},
+};
+use crate::{KvLayout, TransferError};
+
+/// How a cache laid out as `source` becomes one laid out as `target`, of one rank each; `None` = as it is.
+///
+/// Takes time in proportion to the pieces that blocks of both sizes cut each other into.
+///
+/// # Errors
+/// [`TransferError::CannotReshard`] or, where the arrangement is none that is known here,
+/// [`TransferError::LayoutMismatch`] with the source as "ours"; either names the field.
+pub(crate) fn between_nodes(source: &KvLayout, target: &KvLayout) -> Result<Option<PairPlan>, TransferError> {
+    let Err(mismatch) = source.compatible_with(target) else { return Ok(None) };
+    let described = |layout| {
+        ShardedLayout::of(layout).map_err(|Unknown { field, why }| {
+            let (from, to) = (source.field(field), target.field(field));
+            match from == to {
+                true => mismatch.clone(), // what both have in common is not what stands between them
+                false => TransferError::CannotReshard { field, from, to, why },
+            }
+        })
+    };
+    let plan = ReshardPlan::between(&described(source)?, &described(target)?)?;
+    Ok(plan.pairs().first().cloned())
+}
+
+/// What of a layout cannot be planned with.
+struct Unknown {
+    field: &'static str,
+    why: &'static str,
+}
+
+impl ShardedLayout {
+    /// What a node of one rank says of its cache.
+    fn of(layout: &KvLayout) -> Result<Self, Unknown> {
+        let unknown = |field, why| Err(Unknown { field, why });
+        if layout.tensor_parallel != 1 {
+            return unknown(
+                "tensor_parallel",
+                "only the cache of one rank is mapped on its way, to that of one",
+            );
+        }
+        let Some(dtype) = KvDtype::from_name(&layout.dtype) else {
+            return unknown("dtype", "only f32, bf16 and int8 are known here");
+        };
+        let content = match layout.head_dim.checked_sub(layout.rope_dim) {
+            _ if layout.rope_dim == 0 => Content::KeysAndValues { head_dim: layout.head_dim },
+            Some(rank) if rank > 0 => Content::Latents { rank, rope: layout.rope_dim },
+            _ => return unknown("rope_dim", "the rotated part is less than the whole of a latent"),
+        };
+        let shape = SliceShape { content, dtype, heads: layout.kv_heads, block_tokens: layout.block_tokens };
+        let slice = match (layout.format.as_str(), content) {
+            ("cpu-panel-16-columns", Content::KeysAndValues { .. })
+            | ("cpu-latent-16", Content::Latents { .. }) => SliceMap::cpu(&shape),
+            ("token-major", _) => SliceMap::token_major(&shape),
+            _ => return unknown("format", "no arrangement of this name and content is known here"),
+        };
+        if slice.bytes != layout.slice_bytes {
+            return unknown("slice_bytes", "the size does not follow from the other fields");
+        }
+        Ok(Self {
+            model_revision: layout.model_revision.clone(),
+            content,
+            dtype,
+            layers: layout.layers,
+            kv_heads: layout.kv_heads,
+            block_tokens: layout.block_tokens,
+            tensor_parallel: 1,
+            slice,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn layout() -> KvLayout {
+        KvLayout {
+            model_revision: "r1".into(),
+            format: "cpu-panel-16-columns".into(),
+            dtype: "bf16".into(),
+            block_tokens: 16,
+            layers: 30,
+            kv_heads: 3,
+            head_dim: 64,
+            rope_dim: 0,
+            tensor_parallel: 1,
+            slice_bytes: 2 * 3 * 64 * 16 * 2,
+        }
+    }
+
+    /// The same with another block size or type, and the size of a slice that follows.
+    fn other(change: impl FnOnce(&mut KvLayout)) -> KvLayout {
+        let mut layout = layout();
+        change(&mut layout);
+        let (value, scale) = match layout.dtype.as_str() {
+            "int8" => (1, 4),
+            "f32" => (4, 0),
+            _ => (2, 0),
+        };
+        let vector = u64::from(layout.head_dim) * value + scale;
+        layout.slice_bytes = 2 * u64::from(layout.kv_heads * layout.block_tokens) * vector;
+        layout
+    }
+
+    #[test]
+    fn alike_is_no_plan_and_what_can_be_mapped_is_one() {
+        assert_eq!(between_nodes(&layout(), &layout()), Ok(None));
+        type Change = fn(&mut KvLayout);
+        let changes: [(Change, bool); 4] = [
+            (|l| l.block_tokens = 32, false),
+            (|l| l.dtype = "int8".into(), true),
+            (|l| l.format = "token-major".into(), false),
+            (|l| (l.block_tokens, l.dtype) = (48, "int8".into()), true),
+        ];
+        for (change, converts) in changes {
+            for (source, target) in [(layout(), other(change)), (other(change), layout())] {
+                let plan = between_nodes(&source, &target).expect("can be mapped").expect("differs");
+                assert_eq!((plan.converts(), plan.layers().len()), (converts, 30));
+            }
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_mapped_is_named() {
+        type Change = fn(&mut KvLayout);
+        let changes: [(&str, Change); 11] = [
+            ("model_revision", |l| l.model_revision = "r2".into()),
+            ("format", |l| l.format = "x".into()),
+            ("format", |l| l.format = "cpu-latent-16".into()),
+            ("dtype", |l| l.dtype = "f32".into()),
+            ("dtype", |l| l.dtype = "fp4".into()),
+            ("block_tokens", |l| l.block_tokens = 1009),
+            ("layers", |l| l.layers = 31),
+            ("kv_heads", |l| l.kv_heads = 4),
+            ("head_dim", |l| l.head_dim = 128),
+            ("rope_dim", |l| l.rope_dim = 64),
+            ("tensor_parallel", |l| l.tensor_parallel = 2),
+        ];
+        for (field, change) in changes {
+            for (source, target) in [(layout(), other(change)), (other(change), layout())] {
+                match between_nodes(&source, &target) {
+                    Err(TransferError::CannotReshard { field: named, .. }) => assert_eq!(named, field),
+                    other => panic!("{field}: {other:?}"),
+                }
+            }
+        }
+        let odd = KvLayout { slice_bytes: 1, ..layout() };
+        assert!(between_nodes(&layout(), &odd).expect_err("odd").to_string().contains("slice_bytes"));
+    }
+
+    #[test]
+    fn an_arrangement_that_neither_side_explains_is_not_blamed() {
+        let unnamed = |block_tokens| KvLayout { format: "x".into(), block_tokens, ..layout() };
+        let error = between_nodes(&unnamed(16), &unnamed(32)).expect_err("unknown");
+        assert!(matches!(error, TransferError::LayoutMismatch { field: "block_tokens", .. }), "{error}");
+    }
+
+    #[test]
+    fn absurd_numbers_are_refused_without_computing_with_them() {
+        type Change = fn(&mut KvLayout);
+        let changes: [Change; 6] = [
+            |l| l.block_tokens = u32::MAX,
+            |l| l.kv_heads = u32::MAX,
+            |l| l.head_dim = u32::MAX,
+            |l| (l.rope_dim, l.head_dim) = (u32::MAX, u32::MAX),
+            |l| l.kv_heads = 0,
+            |l| l.head_dim = 0,
+        ];
+        for change in changes {
+            for format in ["cpu-panel-16-columns", "cpu-latent-16", "token-major"] {
+                let mut absurd = KvLayout { format: format.into(), ..layout() };
+                change(&mut absurd);
+                assert!(between_nodes(&absurd, &layout()).is_err());
+                assert!(between_nodes(&layout(), &absurd).is_err());
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_a_peer_says_is_planned_or_refused_without_panic(
+            format in 0..3_usize,
+            dtype in 0..3_usize,
+            numbers in proptest::array::uniform4(prop_oneof![4 => 0..100_u32, 1 => any::<u32>()]),
+            slice_bytes: u64,
+            bent: bool,
+        ) {
+            let [block_tokens, kv_heads, head_dim, rope_dim] = numbers;
+            let mut said = KvLayout { block_tokens, kv_heads, head_dim, rope_dim, slice_bytes, ..layout() };
+            said.format = ["cpu-panel-16-columns", "cpu-latent-16", "token-major"][format].into();
+            said.dtype = ["f32", "bf16", "int8"][dtype].into();
+            if !bent {
+                // What a liar would do to get further.
+                let shape = |content| SliceShape {
+                    content,
+                    dtype: KvDtype::from_name(&said.dtype).expect("known"),
+                    heads: kv_heads,
+                    block_tokens,
+                };
+                said.slice_bytes = match head_dim.checked_sub(rope_dim) {
+                    Some(rank) if rope_dim > 0 => {
+                        SliceMap::cpu(&shape(Content::Latents { rank, rope: rope_dim })).bytes
+                    }
+                    _ => SliceMap::cpu(&shape(Content::KeysAndValues { head_dim })).bytes,
+                };
+            }
+            let _ = (between_nodes(&said, &said), between_nodes(&said, &layout()));
+            let like = KvLayout { kv_heads, head_dim, rope_dim, ..layout() };
+            let _ = (between_nodes(&said, &like), between_nodes(&like, &said));
+        }
+    }
+}
