@@ -12,7 +12,8 @@ use std::{
 };
 
 use baton_kvtransfer::{
-    ExpectSpec, FirstTokens, Incoming, KvLayout, KvNode, OfferSpec, Outgoing, Progress, Region, TransferError,
+    ExpectSpec, FirstTokens, Incoming, KvLayout, KvNode, OfferSpec, Outgoing, Progress, Region, Sealed,
+    TransferError,
 };
 use baton_proto::{ApiError, ErrorCode, Incarnation, TransferId};
 use baton_runtime::{BlockId, KvContent, KvPool, KvPoolLayout};
@@ -205,7 +206,7 @@ impl Transfers {
         self.tasks.spawn_on(
             async move {
                 let command = match receive(incoming, closed, &metrics).await {
-                    Ok((first_tokens, sealed_at)) => Command::Received { id, first_tokens, sealed_at },
+                    Ok(sealed) => Command::Received { id, sealed },
                     Err(error) => Command::TransferEnded { id, result: Err(error.into()) },
                 };
                 let _ = engine.send(command).await;
@@ -289,12 +290,11 @@ async fn send(
     Ok(())
 }
 
-/// The first tokens, once the cache is whole, and when it was.
 async fn receive(
     mut incoming: Incoming,
     closed: oneshot::Receiver<Needed>,
     metrics: &HandoffMetrics,
-) -> Result<(FirstTokens, Instant), TransferError> {
+) -> Result<Sealed, TransferError> {
     let result = tokio::select! {
         biased;
         result = incoming.sealed() => result,
@@ -307,5 +307,5 @@ async fn receive(
     let sealed = result?;
     metrics.received(sealed.took);
     tracing::debug!(slices = sealed.slices, bytes = sealed.bytes, took = ?sealed.took, "cache received");
-    Ok((sealed.first_tokens, sealed.at))
+    Ok(sealed)
 }

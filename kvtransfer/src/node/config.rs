@@ -219,6 +219,8 @@ pub struct Sealed {
     pub bytes: u64,
     /// From accept to seal.
     pub took: Duration,
+    /// When its last slice had landed; the seal may have come later.
+    pub last_slice_at: Instant,
     /// When it was complete.
     pub at: Instant,
 }

@@ -293,12 +293,12 @@ impl Shell for Inbound {
                 }
             }
             ReceiverCommand::Revoke => self.revoked.cancel(),
-            ReceiverCommand::Complete { first_tokens, tally, took } => {
+            ReceiverCommand::Complete { first_tokens, tally, took, last_slice_at } => {
                 let (slices, bytes) = (tally.slices, tally.bytes);
                 self.node.counters.incoming_completed();
                 self.span.in_scope(|| tracing::debug!(slices, bytes, ?took, "kv transfer received"));
                 let at = self.node.now();
-                let sealed = Sealed { first_tokens, slices, bytes, took, at };
+                let sealed = Sealed { first_tokens, slices, bytes, took, last_slice_at, at };
                 self.outcome.send_modify(|outcome| outcome.result = Some(Ok(sealed)));
             }
             ReceiverCommand::Fail(reason) => {

@@ -77,6 +77,7 @@ pub(crate) enum ReceiverCommand {
         first_tokens: FirstTokens,
         tally: Tally,
         took: Duration,
+        last_slice_at: Instant,
     },
     /// The owner's answer: it will not come. Once.
     Fail(TransferError),
@@ -111,6 +112,8 @@ pub(crate) struct Receiver {
     deadline: Instant,
     lease: Lease,
     accepted_at: Instant,
+    /// When the last slice so far landed.
+    last_slice_at: Instant,
     slices: Option<Slots>,
     seal: Option<SealTerms>,
     /// Slices claimed and neither landed nor let go.
@@ -155,6 +158,7 @@ impl Receiver {
             deadline,
             lease: Lease::new(now, timing.lease),
             accepted_at: now,
+            last_slice_at: now,
             slices: None,
             seal: None,
             open_claims: 0,
@@ -204,6 +208,7 @@ impl Receiver {
         if self.live()
             && let Some(slots) = &mut self.slices
         {
+            self.last_slice_at = now;
             for block in run.blocks() {
                 slots.land(run.layer, block, self.slice_bytes);
             }
@@ -275,9 +280,10 @@ impl Receiver {
         }
         self.state = ReceiverState::Released;
         let took = now.saturating_duration_since(self.accepted_at);
+        let (first_tokens, last_slice_at) = (seal.first_tokens, self.last_slice_at);
         vec![
             ReceiverCommand::Released,
-            ReceiverCommand::Complete { first_tokens: seal.first_tokens, tally, took },
+            ReceiverCommand::Complete { first_tokens, tally, took, last_slice_at },
             ReceiverCommand::Settled,
         ]
     }

@@ -111,7 +111,7 @@ impl Stepper {
             outgoing.iter().flatten().for_each(|(progress, blocks)| progress.ready(layer, blocks.clone()));
             if layer == last_layer {
                 let leaving = plan.iter().zip(&outgoing).filter(|(chunk, to)| chunk.logits && to.is_some());
-                leaving.for_each(|(chunk, _)| scheduler.log(chunk.id, Stage::LastLayer));
+                leaving.for_each(|(chunk, _)| scheduler.log(chunk.id, Stage::LastLayer, Instant::now()));
             }
         };
         let (batch, on_layer) = (&batch[..], &mut on_layer);

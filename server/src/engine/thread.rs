@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use baton_kvtransfer::FirstTokens;
+use baton_kvtransfer::Sealed;
 use baton_proto::{ApiError, BlockHash, ErrorCode};
 use baton_runtime::Executor;
 use tokio::{
@@ -51,7 +51,7 @@ pub enum Command {
     /// A decode leg's cache has been offered, or it has not been in time.
     Offered { id: SequenceId, result: Result<(), ApiError> },
     /// A decode leg's cache is whole; no transport touches its blocks any more.
-    Received { id: SequenceId, first_tokens: FirstTokens, sealed_at: Instant },
+    Received { id: SequenceId, sealed: Sealed },
     /// A transfer is over; no transport touches its blocks any more.
     TransferEnded { id: SequenceId, result: Result<(), ApiError> },
 }
@@ -131,8 +131,8 @@ struct Engine {
     not_begun: Vec<(SequenceId, ApiError)>,
     /// Steps in a row of which the model computed nothing.
     failed_steps: u32,
-    /// Whose caches have arrived since the last step, and when they were whole.
-    arrived: Vec<(SequenceId, Instant)>,
+    /// The caches that have arrived since the last step.
+    arrived: Vec<(SequenceId, Sealed)>,
 }
 
 /// Why the engine woke up.
@@ -173,9 +173,10 @@ impl Engine {
         let plan = self.scheduler.schedule();
         // Offers go out before the first layer is computed, so that their slices can follow at once.
         self.perform();
-        for (id, whole_at) in self.arrived.drain(..) {
-            self.metrics.joined(whole_at.elapsed());
-            self.scheduler.log(id, Stage::FirstStep);
+        for (id, sealed) in self.arrived.drain(..) {
+            self.metrics.joined(sealed.at.elapsed());
+            self.scheduler.log(id, Stage::LastSlice, sealed.last_slice_at);
+            self.scheduler.log(id, Stage::FirstStep, Instant::now());
         }
         let stats = (!plan.is_empty()).then(|| {
             let transfers = &self.transfers;
@@ -232,10 +233,10 @@ impl Engine {
                 self.transfers.unwatch(id);
                 self.scheduler.offered(id, result);
             }
-            Command::Received { id, first_tokens, sealed_at } => {
+            Command::Received { id, sealed } => {
                 self.transfers.ended(id);
-                self.arrived.push((id, sealed_at));
-                self.scheduler.received(id, first_tokens.as_slice());
+                self.scheduler.received(id, sealed.first_tokens.as_slice());
+                self.arrived.push((id, sealed));
             }
             Command::TransferEnded { id, result } => {
                 self.transfers.ended(id);
@@ -264,7 +265,7 @@ impl Engine {
                     Ok(())
                 }
                 Effect::Seal { id, first_tokens } => {
-                    self.scheduler.log(id, Stage::FirstToken);
+                    self.scheduler.log(id, Stage::FirstToken, Instant::now());
                     self.transfers.seal(id, first_tokens);
                     Ok(())
                 }

@@ -80,6 +80,7 @@ impl Receiver {
         self.slices = Some(slots);
         self.state = ReceiverState::Accepted;
         self.accepted_at = now;
+        self.last_slice_at = now;
         vec![ReceiverCommand::Accept]
     }
 }

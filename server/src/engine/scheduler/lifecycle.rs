@@ -285,8 +285,8 @@ impl Scheduler {
     }
 
     /// Says in the log how far a leg is, if it is still there.
-    pub(in crate::engine) fn log(&self, id: SequenceId, stage: Stage) {
-        self.sequences.get(&id).into_iter().for_each(|sequence| sequence.log(stage));
+    pub(in crate::engine) fn log(&self, id: SequenceId, stage: Stage, at: Instant) {
+        self.sequences.get(&id).into_iter().for_each(|sequence| sequence.log(stage, at));
     }
 
     /// Ends a sequence: the leg is told, its blocks go back now or when its transfer is closed.

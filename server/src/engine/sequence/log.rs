@@ -1,5 +1,7 @@
 //! What the log says of a leg, within its span.
 
+use std::time::Instant;
+
 use baton_proto::ErrorCode;
 
 use super::{LegEnd, Sequence};
@@ -11,6 +13,8 @@ pub(in crate::engine) enum Stage {
     LastLayer,
     /// Prefill: the first token is chosen.
     FirstToken,
+    /// Decode: the last slice of the cache has landed.
+    LastSlice,
     /// Decode: the first step on the cache that has come begins.
     FirstStep,
 }
@@ -20,16 +24,18 @@ impl Stage {
         match self {
             Self::LastLayer => "last_layer",
             Self::FirstToken => "first_token",
+            Self::LastSlice => "last_slice",
             Self::FirstStep => "first_step",
         }
     }
 }
 
 impl Sequence {
-    /// Says in the log how far the leg is.
-    pub(in crate::engine) fn log(&self, stage: Stage) {
+    /// Says in the log how far the leg is, and how long ago it came there.
+    pub(in crate::engine) fn log(&self, stage: Stage, at: Instant) {
         let _entered = self.span.enter();
-        tracing::debug!(request = %self.request, stage = stage.name(), "leg goes on");
+        let micros_ago = at.elapsed().as_micros() as u64;
+        tracing::debug!(request = %self.request, stage = stage.name(), micros_ago, "leg goes on");
     }
 
     /// Says in the log how the leg ended.
