@@ -10,6 +10,8 @@
 //!
 //! Called by [`crate::reconcile`], which knows who counts as a member and when a change may be made.
 
+pub mod auto;
+
 use std::collections::BTreeMap;
 
 use baton_proto::InstanceId;

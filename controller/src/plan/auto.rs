@@ -1,0 +1,213 @@
+//! How a group's instances are best divided into prefill and decode, from what they are asked for and what they measured.
+//! Pure: [`Demand`], [`Speed`] and [`Targets`] in, a [`Division`] out, which says why in numbers.
+//!
+//! Both phases are forecast for every possible division. A prompt waits as in a queue with several servers
+//! (Sakasegawa's approximation of M/M/c) and is then computed; a token takes a decode step, and how many sequences share
+//! a step follows from Little's law: as many as arrive in the time that one takes. The *pressure* on a division is the
+//! larger of both forecasts, each as a share of its target: above 1 a target is missed.
+//!
+//! Moving an instance empties it first, so the present division is kept unless it is under pressure and another one
+//! has clearly less ([`Caution`]). A division in use is never changed by its own forecast: what is best stays best.
+//!
+//! Called by [`super`]'s planner for groups whose policy is `auto`.
+
+use std::{fmt, time::Duration};
+
+/// What a group is asked for: means over a recent window.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Demand {
+    pub requests_per_second: f64,
+    /// Computed for a request: what a prefix cache held is not among them.
+    pub prompt_tokens: f64,
+    pub completion_tokens: f64,
+}
+
+/// What one instance of the group can do, as measured.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Speed {
+    pub prefill_tokens_per_second: f64,
+    /// Seconds of a decode step, without any sequence.
+    pub step_base: f64,
+    /// Seconds that each sequence adds to a decode step.
+    pub step_per_sequence: f64,
+    /// Tokens that its KV cache holds.
+    pub kv_tokens: f64,
+}
+
+/// What operators promise their users.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Targets {
+    /// From a request's arrival to its first token.
+    pub ttft: Duration,
+    /// Between tokens.
+    pub tpot: Duration,
+}
+
+/// What must hold before an instance is moved.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Caution {
+    /// No division is changed below this pressure.
+    pub pressure: f64,
+    /// By which share the new division's pressure must be smaller.
+    pub gain: f64,
+}
+
+impl Default for Caution {
+    fn default() -> Self {
+        Self { pressure: 0.7, gain: 0.2 }
+    }
+}
+
+/// What is expected of one phase.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Forecast {
+    /// Seconds: mean time to first token, or per token. Infinite if the instances cannot keep up.
+    pub seconds: f64,
+    /// Of what its instances can do; above 1 they cannot keep up.
+    pub utilisation: f64,
+}
+
+impl Forecast {
+    /// Pressure of a phase that cannot keep up: above every one that can, and the more so the more it lacks.
+    const OVERLOAD: f64 = 1e6;
+
+    fn of(seconds: f64, utilisation: f64) -> Self {
+        if utilisation < 1.0 {
+            Self { seconds, utilisation }
+        } else {
+            Self { seconds: f64::INFINITY, utilisation }
+        }
+    }
+
+    fn pressure(&self, target: Duration) -> f64 {
+        if self.seconds.is_finite() {
+            (self.seconds / target.as_secs_f64()).min(Self::OVERLOAD)
+        } else {
+            Self::OVERLOAD * self.utilisation
+        }
+    }
+}
+
+/// Mean time to first token with `prefill` instances.
+pub fn time_to_first_token(demand: &Demand, speed: &Speed, prefill: usize) -> Forecast {
+    let instances = prefill as f64;
+    let service = demand.prompt_tokens / speed.prefill_tokens_per_second;
+    let utilisation = demand.requests_per_second * service / instances;
+    // H. Sakasegawa, "An approximation formula L_q = a rho^b / (1 - rho)", 1977; both variations taken as 1.
+    let wait = service * utilisation.powf((2.0 * (instances + 1.0)).sqrt() - 1.0)
+        / (instances * (1.0 - utilisation));
+    Forecast::of(service + wait, utilisation)
+}
+
+/// Mean time per token with `decode` instances.
+pub fn time_per_token(demand: &Demand, speed: &Speed, decode: usize) -> Forecast {
+    let instances = decode as f64;
+    let tokens_per_second = demand.requests_per_second * demand.completion_tokens / instances;
+    // The batch b that sustains itself: b = tokens/s * step(b), step(b) = base + b * per_sequence.
+    let batch = tokens_per_second * speed.step_base / (1.0 - tokens_per_second * speed.step_per_sequence);
+    // On average a sequence has its prompt and half of its completion in the cache; a full cache is the largest batch.
+    let largest = speed.kv_tokens / (demand.prompt_tokens + demand.completion_tokens / 2.0);
+    let utilisation = tokens_per_second * (speed.step_base / largest + speed.step_per_sequence);
+    Forecast::of(speed.step_base + batch * speed.step_per_sequence, utilisation)
+}
+
+/// A division and what is expected of it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Outlook {
+    pub prefill: usize,
+    pub decode: usize,
+    pub ttft: Forecast,
+    pub tpot: Forecast,
+    pub pressure: f64,
+}
+
+impl Outlook {
+    /// At least one of each.
+    pub fn of(demand: &Demand, speed: &Speed, targets: &Targets, prefill: usize, decode: usize) -> Self {
+        let ttft = time_to_first_token(demand, speed, prefill);
+        let tpot = time_per_token(demand, speed, decode);
+        let pressure = ttft.pressure(targets.ttft).max(tpot.pressure(targets.tpot));
+        Self { prefill, decode, ttft, tpot, pressure }
+    }
+}
+
+impl fmt::Display for Outlook {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { prefill, decode, ttft, tpot, .. } = self;
+        write!(f, "{prefill} prefill, {decode} decode: TTFT {}, TPOT {}", Millis(*ttft), Millis(*tpot))
+    }
+}
+
+struct Millis(Forecast);
+
+impl fmt::Display for Millis {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Forecast { seconds, utilisation } = self.0;
+        let use_percent = utilisation * 100.0;
+        if seconds.is_finite() {
+            write!(f, "{:.1} ms ({use_percent:.0} % used)", seconds * 1e3)
+        } else {
+            write!(f, "without end ({use_percent:.0} % used)")
+        }
+    }
+}
+
+/// How a group is to be divided.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Division {
+    /// The present one.
+    pub present: Outlook,
+    /// The one under the least pressure.
+    pub best: Outlook,
+    /// The one to have: either of the two.
+    pub prefill: usize,
+}
+
+/// Divides `instances >= 2`, of which `prefill` prefill at present.
+///
+/// `prefill` is brought into `1..instances` first: there is always one of each.
+pub fn divide(
+    instances: usize,
+    prefill: usize,
+    (demand, speed, targets): (&Demand, &Speed, &Targets),
+    caution: Caution,
+) -> Division {
+    let outlook = |prefill| Outlook::of(demand, speed, targets, prefill, instances - prefill);
+    let present = outlook(prefill.clamp(1, instances - 1));
+    let best = (1..instances)
+        .map(outlook)
+        // Of equals the one nearest to the present one.
+        .min_by(|a, b| {
+            let away = |it: &Outlook| it.prefill.abs_diff(present.prefill);
+            a.pressure.total_cmp(&b.pressure).then(away(a).cmp(&away(b)))
+        })
+        .unwrap_or(present);
+    let worth =
+        present.pressure > caution.pressure && best.pressure < present.pressure * (1.0 - caution.gain);
+    Division { present, best, prefill: if worth { best.prefill } else { present.prefill } }
+}
+
+/// The fewest instances of each role that meet the targets, up to `most` of each: what to scale to.
+///
+/// A target that not even an idle instance meets is left out: then as many as keep up with ease are wanted.
+pub fn wanted(
+    (demand, speed, targets): (&Demand, &Speed, &Targets),
+    caution: Caution,
+    most: usize,
+) -> (usize, usize) {
+    let fewest = |target: Duration, forecast: &dyn Fn(usize) -> Forecast| {
+        let idle = forecast(usize::MAX / 2).seconds;
+        let enough = |count: &usize| {
+            let of = forecast(*count);
+            let in_time = idle >= target.as_secs_f64() || of.pressure(target) <= 1.0;
+            of.utilisation <= caution.pressure && in_time
+        };
+        (1..=most).find(enough).unwrap_or(most)
+    };
+    let prefill = fewest(targets.ttft, &|count| time_to_first_token(demand, speed, count));
+    let decode = fewest(targets.tpot, &|count| time_per_token(demand, speed, count));
+    (prefill, decode)
+}
+
+#[cfg(test)]
+mod tests;
