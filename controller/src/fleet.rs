@@ -43,6 +43,11 @@ pub struct Load {
     pub decode_step_micros: u64,
     pub outgoing_transfers: u32,
     pub incoming_transfers: u32,
+    /// Since the process started, as are the following: prompts computed to their end.
+    pub prefilled_requests: u64,
+    pub prefilled_tokens: u64,
+    pub decoded_tokens: u64,
+    pub decode_steps: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -160,6 +165,10 @@ impl From<v1::InstanceLoad> for Load {
             decode_step_micros: wire.decode_step_micros,
             outgoing_transfers: wire.outgoing_transfers,
             incoming_transfers: wire.incoming_transfers,
+            prefilled_requests: wire.prefilled_requests,
+            prefilled_tokens: wire.prefilled_tokens,
+            decoded_tokens: wire.decoded_tokens,
+            decode_steps: wire.decode_steps,
         }
     }
 }
@@ -176,6 +185,10 @@ impl From<Load> for v1::InstanceLoad {
             decode_step_micros: load.decode_step_micros,
             outgoing_transfers: load.outgoing_transfers,
             incoming_transfers: load.incoming_transfers,
+            prefilled_requests: load.prefilled_requests,
+            prefilled_tokens: load.prefilled_tokens,
+            decoded_tokens: load.decoded_tokens,
+            decode_steps: load.decode_steps,
         }
     }
 }

@@ -11,6 +11,7 @@
 pub mod admin;
 mod build;
 pub mod config;
+pub mod demand;
 pub mod desk;
 mod error;
 pub mod fleet;

@@ -19,7 +19,7 @@ use tracing::info;
 
 use crate::{
     config::{RoleConfig, SessionConfig},
-    fleet::{Beat, Contact, Member, Members, SessionId},
+    fleet::{Beat, Contact, Load, Member, Members, SessionId},
     plan::Policy,
 };
 
@@ -143,7 +143,7 @@ impl Reconciler {
         for (spec, beat) in instances {
             let desired = roles.get(&spec.id).cloned();
             let stored = desired.as_ref().map(|desired| desired.epoch);
-            let beat = beat.unwrap_or(SILENT);
+            let beat = beat.unwrap_or_else(silent);
             let id = spec.id.clone();
             let contact = Contact::Silent { since: now };
             let (registered_unix_millis, told) = (0, None);
@@ -409,23 +409,10 @@ fn offer(member: &mut Member) -> Option<Command> {
 }
 
 /// Of an instance that has not been heard of.
-const SILENT: Beat = Beat {
-    role: Role::None,
-    role_epoch: RoleEpoch(0),
-    phase: baton_registry::Phase::Loading,
-    load_permille: 0,
-    load: crate::fleet::Load {
-        running_sequences: 0,
-        waiting_sequences: 0,
-        queued_prefill_tokens: 0,
-        kv_blocks_total: 0,
-        kv_blocks_free: 0,
-        prefill_tokens_per_second: 0,
-        decode_step_micros: 0,
-        outgoing_transfers: 0,
-        incoming_transfers: 0,
-    },
-};
+fn silent() -> Beat {
+    let (role, role_epoch) = (Role::None, RoleEpoch(0));
+    Beat { role, role_epoch, phase: baton_registry::Phase::Loading, load_permille: 0, load: Load::default() }
+}
 
 #[cfg(test)]
 mod tests;

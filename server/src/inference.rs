@@ -374,6 +374,10 @@ impl Load {
             decode_step_micros: u64::try_from(self.decode_step.as_micros()).unwrap_or(u64::MAX),
             outgoing_transfers: occupancy.sending,
             incoming_transfers: occupancy.receiving,
+            prefilled_requests: self.done.prompts,
+            prefilled_tokens: self.done.prefill_tokens,
+            decoded_tokens: self.done.decode_tokens,
+            decode_steps: self.done.decode_steps,
         }
     }
 }

@@ -16,10 +16,8 @@ fn id(name: &str) -> InstanceId {
 }
 
 fn beat(phase: Phase, role: Role, epoch: u64) -> Beat {
-    Beat { role, role_epoch: RoleEpoch(epoch), phase, ..SILENT }
+    Beat { role, role_epoch: RoleEpoch(epoch), phase, ..silent() }
 }
-
-const LOADING: Beat = SILENT;
 
 /// The reconciler, its clock, its store, and instances that do as they are told.
 struct World {
@@ -147,8 +145,8 @@ impl World {
     /// Two instances that serve, a prefills and b decodes.
     fn pair() -> (Self, SessionId, SessionId) {
         let mut world = Self::new();
-        let a = world.hello("a", 1, LOADING);
-        let b = world.hello("b", 1, LOADING);
+        let a = world.hello("a", 1, silent());
+        let b = world.hello("b", 1, silent());
         world.obey(a);
         world.obey(b);
         assert_eq!(world.roles(), "pd");
@@ -163,9 +161,9 @@ fn secs(seconds: u64) -> Duration {
 #[test]
 fn two_get_their_roles_at_once_and_while_they_load() {
     let mut world = World::new();
-    let a = world.hello("a", 1, LOADING);
+    let a = world.hello("a", 1, silent());
     assert_eq!(world.assigned, [], "one alone waits for another");
-    let b = world.hello("b", 1, LOADING);
+    let b = world.hello("b", 1, silent());
     assert_eq!(world.last_assigned(a).role, Role::Prefill);
     assert_eq!(world.last_assigned(b).role, Role::Decode);
     assert!(world.last_assigned(a).epoch.0 >= EPOCH, "epochs begin at the leader's");
@@ -181,7 +179,7 @@ fn nothing_is_assigned_before_it_is_written() {
         world.last_session += 1;
         let session = SessionId(world.last_session);
         world.mind.handle(
-            Event::Hello { session, spec: Box::new(instance_spec(name, 1)), beat: LOADING, unix_millis: 0 },
+            Event::Hello { session, spec: Box::new(instance_spec(name, 1)), beat: silent(), unix_millis: 0 },
             world.now,
         );
     }
@@ -209,7 +207,7 @@ fn one_alone_is_mixed_until_another_serves() {
     let (role, first) = world.obey(a);
     assert_eq!(role, Role::Mixed);
 
-    let b = world.hello("b", 1, LOADING);
+    let b = world.hello("b", 1, silent());
     world.pass(secs(20), &[a, b]);
     assert_eq!(world.roles(), "m-", "who loads does not count while another serves");
     world.beat(b, beat(Phase::Waiting, Role::None, 0));
@@ -235,7 +233,7 @@ fn a_lost_instance_keeps_its_place_for_a_while() {
     assert!(world.stored.contains_key("/baton/v1/roles/b"), "a role survives its instance");
     assert_eq!(world.roles(), "pd", "its place is kept");
 
-    let b = world.hello("b", 2, LOADING);
+    let b = world.hello("b", 2, silent());
     let again = world.last_assigned(b);
     assert_eq!(again.role, Role::Decode);
     world.obey(b);
@@ -252,7 +250,7 @@ fn a_lost_instance_that_stays_away_is_done_without() {
     assert_eq!(world.roles(), "m");
     world.obey(a);
     // Its role is remembered: on its return the other makes room, once it serves.
-    let b = world.hello("b", 2, LOADING);
+    let b = world.hello("b", 2, silent());
     assert_eq!(world.last_assigned(b).role, Role::Decode);
     world.pass(secs(1), &[a, b]);
     assert_eq!(world.roles(), "md");
@@ -286,20 +284,20 @@ fn a_clean_leave_gives_the_place_up_at_once() {
 #[test]
 fn incarnations_are_fenced() {
     let mut world = World::new();
-    let first = world.hello("a", 5, LOADING);
-    let older = world.hello("a", 4, LOADING);
+    let first = world.hello("a", 5, silent());
+    let older = world.hello("a", 4, silent());
     assert_eq!(world.refused, [(older, ErrorCode::StaleEpoch, Some(5))]);
-    let twin = world.hello("a", 6, LOADING);
+    let twin = world.hello("a", 6, silent());
     assert_eq!(world.refused[1..], [(twin, ErrorCode::AlreadyExists, Some(5))], "one process per id");
     assert_eq!(world.closed, [older, twin]);
 
-    let same = world.hello("a", 5, LOADING);
+    let same = world.hello("a", 5, silent());
     assert_eq!(world.closed[2..], [first], "the same process called again");
     world.event(Event::Closed { session: first });
     assert_eq!(world.mind.members()[&id("a")].session(), Some(same), "the old session's end is no news");
 
     world.event(Event::Closed { session: same });
-    let newer = world.hello("a", 6, LOADING);
+    let newer = world.hello("a", 6, silent());
     assert_eq!(world.refused.len(), 2);
     assert_eq!(world.mind.members()[&id("a")].session(), Some(newer));
 }
@@ -310,7 +308,7 @@ fn beats_write_only_what_changed() {
     let before = world.writes;
     world.pass(secs(60), &[a, b]);
     assert_eq!(world.writes, before);
-    let loading = |permille| Beat { load_permille: permille, ..LOADING };
+    let loading = |permille| Beat { load_permille: permille, ..silent() };
     let c = world.hello("c", 1, loading(0));
     let before = world.writes;
     for permille in 1..=1000 {
@@ -357,7 +355,7 @@ fn groups_are_planned_apart() {
         world.last_session += 1;
         let session = SessionId(world.last_session);
         let spec = Box::new(InstanceSpec { group: group.into(), ..instance_spec(name, 1) });
-        world.event(Event::Hello { session, spec, beat: LOADING, unix_millis: 0 });
+        world.event(Event::Hello { session, spec, beat: silent(), unix_millis: 0 });
     }
     assert_eq!(world.roles(), "ppdd");
 }
@@ -388,9 +386,9 @@ fn one_that_cannot_join_is_told_why() {
 fn too_many_instances_are_refused() {
     let mut world = World::new();
     world.mind.sessions_config.max_instances = 2;
-    world.hello("a", 1, LOADING);
-    world.hello("b", 1, LOADING);
-    let c = world.hello("c", 1, LOADING);
+    world.hello("a", 1, silent());
+    world.hello("b", 1, silent());
+    let c = world.hello("c", 1, silent());
     assert_eq!(world.refused, [(c, ErrorCode::QueueFull, None)]);
 }
 
@@ -430,7 +428,7 @@ fn two_thousand_instances_are_planned_at_once() {
     for index in 0..2000u64 {
         let session = SessionId(index);
         let spec = Box::new(instance_spec(&format!("i{index:04}"), 1));
-        world.mind.handle(Event::Hello { session, spec, beat: LOADING, unix_millis: 0 }, world.now);
+        world.mind.handle(Event::Hello { session, spec, beat: silent(), unix_millis: 0 }, world.now);
     }
     let since = std::time::Instant::now();
     world.mind.conclude(world.now);

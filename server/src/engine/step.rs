@@ -32,6 +32,8 @@ pub struct Stepper {
 pub struct StepStats {
     /// Tokens of prompts, those computed again after a preemption included.
     pub prefill_tokens: u32,
+    /// Prompts of which the last token was computed.
+    pub prompts: u32,
     /// Sequences that got one more token.
     pub decode_tokens: u32,
     pub took: Duration,
@@ -64,6 +66,7 @@ impl Stepper {
                 stats.decode_tokens += 1;
             } else {
                 stats.prefill_tokens += chunk.tokens;
+                stats.prompts += u32::from(chunk.logits);
             }
             match sampled {
                 Computed::Yes(sampled) => scheduler.computed(chunk, sampled),

@@ -64,6 +64,27 @@ pub struct Load {
     pub prefill_tokens_per_second: f64,
     /// Recent mean of steps that only decode; zero = none yet.
     pub decode_step: Duration,
+    pub done: Done,
+}
+
+/// What the engine has done since it started.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Done {
+    /// Prompts computed to their end.
+    pub prompts: u64,
+    pub prefill_tokens: u64,
+    pub decode_tokens: u64,
+    /// Steps that decoded.
+    pub decode_steps: u64,
+}
+
+impl Done {
+    fn count(&mut self, stats: &StepStats) {
+        self.prompts += u64::from(stats.prompts);
+        self.prefill_tokens += u64::from(stats.prefill_tokens);
+        self.decode_tokens += u64::from(stats.decode_tokens);
+        self.decode_steps += u64::from(stats.decode_tokens > 0);
+    }
 }
 
 /// Takes a step's updates for one stream.
@@ -315,6 +336,7 @@ impl Load {
     const WEIGHT: f64 = 0.1;
 
     fn learn(&mut self, stats: &StepStats) {
+        self.done.count(stats);
         let seconds = stats.took.as_secs_f64();
         let mean = |old: f64, new: f64| if old == 0.0 { new } else { old + Self::WEIGHT * (new - old) };
         if stats.decode_tokens == 0 && seconds > 0.0 {

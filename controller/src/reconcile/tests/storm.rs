@@ -86,7 +86,7 @@ impl Storm {
             Step::Start(who) if !self.servers.contains_key(&who) => {
                 self.incarnations += 1;
                 let incarnation = self.incarnations;
-                self.servers.insert(who, Server { incarnation, beat: LOADING, session: None, order: None });
+                self.servers.insert(who, Server { incarnation, beat: silent(), session: None, order: None });
             }
             Step::Crash(who) => {
                 if let Some(session) = self.servers.remove(&who).and_then(|server| server.session) {

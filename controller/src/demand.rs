@@ -1,0 +1,159 @@
+//! What a group is asked for and what its instances can do, from their reports. Pure: reports in, [`Demand`] and
+//! [`Speed`] out.
+//!
+//! Instances count what they have done since they started; the difference between two reports is what happened between
+//! them. Old differences fade: after [`FADING`] they count a third, so that a shift is seen within two minutes and a
+//! single burst moves nothing. The time of a decode step is a line over the sequences in it, fitted to the same reports.
+//!
+//! Fed by [`crate::reconcile`] with every beat; read by [`crate::plan`] through [`Meter::demand`] and [`Meter::speed`].
+
+use std::{collections::BTreeMap, time::Duration};
+
+use baton_proto::{Incarnation, InstanceId};
+use tokio::time::Instant;
+
+use crate::{
+    fleet::Load,
+    plan::auto::{Demand, Speed},
+};
+
+/// After this long a report's weight has fallen to 1/e.
+pub const FADING: Duration = Duration::from_secs(20);
+/// Reports of less time than this say nothing yet.
+const SHORTEST: Duration = Duration::from_secs(5);
+/// Fewer requests than this, faded ones in part, say nothing of a typical one.
+const FEWEST_REQUESTS: f64 = 3.0;
+/// A step time without known slope is taken to be of a batch that adds as much as this many sequences' worth of base.
+const PRIOR_SEQUENCES: f64 = 32.0;
+/// How many reports the prior weighs, at a spread of one sequence.
+const PRIOR_WEIGHT: f64 = 4.0;
+
+/// A sum of which older parts count less.
+#[derive(Debug, Clone, Copy, Default)]
+struct Faded(f64);
+
+impl Faded {
+    fn add(&mut self, fade: f64, value: f64) {
+        self.0 = self.0 * fade + value;
+    }
+}
+
+/// Sums of one group.
+#[derive(Debug, Clone, Default)]
+pub struct Meter {
+    began: Option<Instant>,
+    at: Option<Instant>,
+    requests: Faded,
+    prompt_tokens: Faded,
+    completion_tokens: Faded,
+    steps: StepLine,
+    instances: BTreeMap<InstanceId, Last>,
+}
+
+/// What an instance said last.
+#[derive(Debug, Clone, Copy)]
+struct Last {
+    incarnation: Incarnation,
+    load: Load,
+}
+
+/// Sums for a weighted line fit: weight, x, y, xx, xy.
+#[derive(Debug, Clone, Copy, Default)]
+struct StepLine([Faded; 5]);
+
+impl StepLine {
+    fn fade(&mut self, fade: f64) {
+        self.0.iter_mut().for_each(|sum| sum.add(fade, 0.0));
+    }
+
+    fn learn(&mut self, sequences: f64, seconds: f64) {
+        let terms = [1.0, sequences, seconds, sequences * sequences, sequences * seconds];
+        self.0.iter_mut().zip(terms).for_each(|(sum, term)| sum.add(1.0, term));
+    }
+
+    /// Base and slope, neither negative; none before the first report.
+    ///
+    /// Ridge regression: with batches all of one size the slope is the prior's, which assumes that sequences cost
+    /// something, so that an instance is not taken to be without limit before it has been seen near it.
+    fn fit(&self) -> Option<(f64, f64)> {
+        let [weight, x, y, xx, xy] = self.0.map(|sum| sum.0);
+        if weight <= 0.0 {
+            return None;
+        }
+        let (mean_x, mean_y) = (x / weight, y / weight);
+        let (spread, together) = (xx - weight * mean_x * mean_x, xy - weight * mean_x * mean_y);
+        let prior = mean_y / (PRIOR_SEQUENCES + mean_x);
+        let slope = (together + PRIOR_WEIGHT * prior) / (spread.max(0.0) + PRIOR_WEIGHT);
+        let slope = slope.clamp(0.0, if mean_x > 0.0 { mean_y / mean_x } else { prior });
+        Some((mean_y - slope * mean_x, slope))
+    }
+}
+
+impl Meter {
+    /// An instance of the group has reported. Counts that went back are of another start: they count from 0.
+    pub fn report(&mut self, now: Instant, id: &InstanceId, incarnation: Incarnation, load: &Load) {
+        self.began.get_or_insert(now);
+        let since = self.at.map_or(Duration::ZERO, |at| now.saturating_duration_since(at));
+        let fade = (-since.as_secs_f64() / FADING.as_secs_f64()).exp();
+        self.at = Some(now);
+        let before =
+            self.instances.get(id).filter(|last| last.incarnation == incarnation).map(|last| last.load);
+        let known = before.unwrap_or(*load);
+        let more = |of: fn(&Load) -> u64| of(load).saturating_sub(of(&known)) as f64;
+        self.requests.add(fade, more(|load| load.prefilled_requests));
+        self.prompt_tokens.add(fade, more(|load| load.prefilled_tokens));
+        self.completion_tokens.add(fade, more(|load| load.decoded_tokens));
+        self.steps.fade(fade);
+        if more(|load| load.decode_steps) > 0.0 {
+            let sequences = more(|load| load.decoded_tokens) / more(|load| load.decode_steps);
+            self.steps.learn(sequences, load.decode_step_micros as f64 / 1e6);
+        }
+        self.instances.insert(id.clone(), Last { incarnation, load: *load });
+    }
+
+    /// An instance is of the group no more.
+    pub fn forget(&mut self, id: &InstanceId) {
+        self.instances.remove(id);
+    }
+
+    /// None until there is something to go by.
+    pub fn demand(&self, now: Instant) -> Option<Demand> {
+        let (began, at) = (self.began?, self.at?);
+        let age = now.saturating_duration_since(began);
+        if age < SHORTEST || self.requests.0 < FEWEST_REQUESTS {
+            return None;
+        }
+        // The weight of the whole time that was watched: what a constant stream of one a second would have summed to.
+        let seconds = |of: Duration| of.as_secs_f64() / FADING.as_secs_f64();
+        let weight = FADING.as_secs_f64() * (1.0 - (-seconds(age)).exp());
+        let fade = (-seconds(now.saturating_duration_since(at))).exp();
+        Some(Demand {
+            requests_per_second: self.requests.0 * fade / weight,
+            prompt_tokens: self.prompt_tokens.0 / self.requests.0,
+            completion_tokens: self.completion_tokens.0 / self.requests.0,
+        })
+    }
+
+    /// Of a typical instance; none until both phases have been measured. `block_tokens` is the group's.
+    pub fn speed(&self, block_tokens: u32) -> Option<Speed> {
+        let measured = |of: fn(&Load) -> u64| {
+            let values: Vec<f64> = self
+                .instances
+                .values()
+                .map(|last| of(&last.load) as f64)
+                .filter(|value| *value > 0.0)
+                .collect();
+            (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
+        };
+        let (step_base, step_per_sequence) = self.steps.fit()?;
+        Some(Speed {
+            prefill_tokens_per_second: measured(|load| load.prefill_tokens_per_second)?,
+            step_base,
+            step_per_sequence,
+            kv_tokens: measured(|load| load.kv_blocks_total.into())? * f64::from(block_tokens),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests;

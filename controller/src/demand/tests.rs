@@ -1,0 +1,105 @@
+//! What a meter makes of reports of streams that are known.
+
+use super::*;
+
+const BEAT: Duration = Duration::from_secs(1);
+
+fn id(name: &str) -> InstanceId {
+    InstanceId::new(name).expect("valid")
+}
+
+/// A group that serves a constant stream, a report a second.
+struct Stream {
+    meter: Meter,
+    now: Instant,
+    load: Load,
+    incarnation: Incarnation,
+}
+
+impl Stream {
+    fn new() -> Self {
+        let load = Load { kv_blocks_total: 1000, prefill_tokens_per_second: 5000, ..Load::default() };
+        Self { meter: Meter::default(), now: Instant::now(), load, incarnation: Incarnation(1) }
+    }
+
+    /// `seconds` of `rate` requests, each of `prompt` and `answer` tokens, decoded `batch` at a time in `step` micros.
+    fn run(&mut self, seconds: u64, (rate, prompt, answer): (u64, u64, u64), (batch, step): (u64, u64)) {
+        for _ in 0..seconds {
+            self.now += BEAT;
+            self.load.prefilled_requests += rate;
+            self.load.prefilled_tokens += rate * prompt;
+            self.load.decoded_tokens += rate * answer;
+            self.load.decode_steps += rate * answer / batch;
+            self.load.decode_step_micros = step;
+            self.meter.report(self.now, &id("a"), self.incarnation, &self.load);
+        }
+    }
+
+    fn demand(&self) -> Demand {
+        self.meter.demand(self.now).expect("enough to go by")
+    }
+}
+
+fn near(a: f64, b: f64, share: f64) -> bool {
+    (a / b - 1.0).abs() < share
+}
+
+#[test]
+fn a_constant_stream_is_seen_as_it_is() {
+    let mut stream = Stream::new();
+    assert_eq!(stream.meter.demand(stream.now), None);
+    stream.run(1, (0, 0, 0), (1, 0));
+    stream.run(60, (4, 1500, 200), (8, 12_000));
+    let demand = stream.demand();
+    assert!(near(demand.requests_per_second, 4.0, 0.05), "{demand:?}");
+    assert!(
+        near(demand.prompt_tokens, 1500.0, 1e-9) && near(demand.completion_tokens, 200.0, 1e-9),
+        "{demand:?}"
+    );
+}
+
+#[test]
+fn a_shift_is_seen_within_two_minutes_and_silence_fades() {
+    let mut stream = Stream::new();
+    stream.run(300, (10, 300, 800), (16, 20_000));
+    stream.run(100, (2, 6000, 100), (2, 9_000));
+    let demand = stream.demand();
+    assert!(
+        near(demand.requests_per_second, 2.0, 0.1) && near(demand.prompt_tokens, 6000.0, 0.15),
+        "{demand:?}"
+    );
+    stream.run(200, (0, 0, 0), (1, 9_000));
+    assert!(stream.meter.demand(stream.now).is_none(), "nothing is asked for any more");
+}
+
+#[test]
+fn an_instance_that_starts_again_is_not_counted_twice() {
+    let mut stream = Stream::new();
+    stream.run(60, (4, 1000, 100), (4, 10_000));
+    let before = stream.demand().requests_per_second;
+    stream.load = Load { prefilled_requests: 1_000_000, ..stream.load };
+    stream.incarnation = Incarnation(2);
+    stream.run(1, (4, 1000, 100), (4, 10_000));
+    assert!(stream.demand().requests_per_second <= before, "its earlier requests were not of this second");
+}
+
+#[test]
+fn the_time_of_a_step_is_a_line_over_its_sequences() {
+    let mut stream = Stream::new();
+    stream.run(1, (0, 0, 0), (1, 0));
+    for batch in [4, 8, 16, 32, 16, 8] {
+        stream.run(10, (8, 100, 320), (batch, 9_000 + 150 * batch));
+    }
+    let speed = stream.meter.speed(16).expect("measured");
+    assert!(near(speed.step_base, 0.009, 0.05) && near(speed.step_per_sequence, 0.000_15, 0.1), "{speed:?}");
+    assert_eq!((speed.prefill_tokens_per_second, speed.kv_tokens), (5000.0, 16_000.0));
+}
+
+#[test]
+fn batches_of_one_size_leave_a_slope_that_is_neither_none_nor_all() {
+    let mut stream = Stream::new();
+    stream.run(60, (8, 100, 320), (8, 10_000));
+    let speed = stream.meter.speed(16).expect("measured");
+    assert!(speed.step_per_sequence > 0.0 && speed.step_base > 0.0, "{speed:?}");
+    assert!(near(speed.step_base + 8.0 * speed.step_per_sequence, 0.01, 0.01), "{speed:?}");
+}
