@@ -26,7 +26,7 @@ pub use records::{
 pub use store::{
     Compare, Event, KeyRange, KeyValue, Lease, LeaseId, Listing, Operation, Revision, Store, StoreError, Txn,
     TxnOutcome, Watch, WatchBatch, WatchError,
-    etcd::{EtcdConfig, EtcdStore},
+    etcd::{EtcdConfig, EtcdStore, EtcdTls},
     memory::{MemoryConfig, MemoryStore},
     remote::{RemoteConfig, RemoteStore},
     service::StoreService,

@@ -6,6 +6,7 @@
 use std::{
     collections::BTreeMap,
     net::{Ipv4Addr, SocketAddrV4},
+    path::Path,
     process::{Child, Command, Stdio},
     sync::atomic::{AtomicU16, Ordering},
     time::Duration,
@@ -60,6 +61,9 @@ pub struct EtcdServer {
     peer: SocketAddrV4,
     /// `--initial-cluster`: every member's name and peer address.
     cluster: String,
+    /// More arguments, and `https` if they make it speak TLS to its clients.
+    arguments: Vec<String>,
+    scheme: &'static str,
     child: Option<Child>,
 }
 
@@ -70,17 +74,40 @@ impl EtcdServer {
         members.remove(0)
     }
 
-    /// Starts a cluster and waits until every member answers.
-    pub async fn start_cluster(members: usize) -> Vec<Self> {
-        let member = |index: usize| Self {
+    /// Starts a cluster of one that speaks TLS to its clients and asks them for certificates; whoever starts it waits until
+    /// it answers. The files are PEM; `ca` signs both sides.
+    pub fn start_tls(ca: &Path, certificate: &Path, key: &Path) -> Self {
+        let mut member = Self::member(0);
+        member.scheme = "https";
+        let files = [("--trusted-ca-file", ca), ("--cert-file", certificate), ("--key-file", key)];
+        let files = files.into_iter().flat_map(|(name, path)| [name.to_owned(), path.display().to_string()]);
+        member.arguments = files.chain(["--client-cert-auth".to_owned()]).collect();
+        member.cluster = format!("{}={}", member.name, member.peer_url());
+        member.spawn();
+        member
+    }
+
+    /// The address that clients reach it at; a certificate has to be of it.
+    pub fn ip(&self) -> Ipv4Addr {
+        *self.client.ip()
+    }
+
+    fn member(index: usize) -> Self {
+        Self {
             directory: tempfile::tempdir().expect("cannot make a directory for etcd"),
             name: format!("m{index}"),
             client: own_address(),
             peer: own_address(),
             cluster: String::new(),
+            arguments: Vec::new(),
+            scheme: "http",
             child: None,
-        };
-        let mut members: Vec<_> = (0..members).map(member).collect();
+        }
+    }
+
+    /// Starts a cluster and waits until every member answers.
+    pub async fn start_cluster(members: usize) -> Vec<Self> {
+        let mut members: Vec<_> = (0..members).map(Self::member).collect();
         let cluster: Vec<_> =
             members.iter().map(|member| format!("{}={}", member.name, member.peer_url())).collect();
         for member in &mut members {
@@ -129,7 +156,7 @@ impl EtcdServer {
     }
 
     fn spawn(&mut self) {
-        let client = format!("http://{}", self.endpoint());
+        let client = format!("{}://{}", self.scheme, self.endpoint());
         let peer = self.peer_url();
         let log = std::fs::File::create(self.directory.path().join("log")).expect("cannot write etcd's log");
         let child = Command::new("etcd")
@@ -138,6 +165,7 @@ impl EtcdServer {
             .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
             .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
             .args(["--initial-cluster", &self.cluster, "--logger", "zap"])
+            .args(&self.arguments)
             .stdout(Stdio::null())
             .stderr(log)
             .spawn()

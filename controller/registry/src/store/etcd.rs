@@ -7,8 +7,8 @@ use std::{fmt, time::Duration};
 
 use async_trait::async_trait;
 use etcd_client::{
-    Client, CompareOp, ConnectOptions, DeleteOptions, EventType, GetOptions, PutOptions, TxnOp, WatchOptions,
-    WatchResponse, WatchStream,
+    Certificate, Client, CompareOp, ConnectOptions, DeleteOptions, EventType, GetOptions, Identity,
+    PutOptions, TlsOptions, TxnOp, WatchOptions, WatchResponse, WatchStream,
 };
 use futures::{StreamExt, stream};
 use parking_lot::Mutex;
@@ -30,6 +30,8 @@ pub struct EtcdConfig {
     pub endpoints: Vec<String>,
     /// User and password, if etcd asks for them.
     pub user: Option<(String, String)>,
+    /// None = without TLS.
+    pub tls: Option<EtcdTls>,
     pub connect_timeout: Duration,
     /// Of one try on one member.
     pub timeout: Duration,
@@ -42,6 +44,7 @@ impl EtcdConfig {
         Self {
             endpoints: endpoints.into_iter().map(Into::into).collect(),
             user: None,
+            tls: None,
             connect_timeout: Duration::from_secs(1),
             timeout: Duration::from_secs(2),
             keep_alive: Duration::from_secs(3),
@@ -56,8 +59,31 @@ impl EtcdConfig {
             // A member cut off from the others says so, instead of serving an old view.
             .with_require_leader(true)
             .with_auto_token_refresh(true);
-        match &self.user {
+        let options = match &self.user {
             Some((name, password)) => options.with_user(name, password),
+            None => options,
+        };
+        match &self.tls {
+            Some(tls) => options.with_tls(tls.options()),
+            None => options,
+        }
+    }
+}
+
+/// What TLS needs, as PEM.
+#[derive(Clone)]
+pub struct EtcdTls {
+    /// Who signs the members' certificates.
+    pub ca: String,
+    /// Certificate and key of this side, if etcd asks for them.
+    pub identity: Option<(String, String)>,
+}
+
+impl EtcdTls {
+    fn options(&self) -> TlsOptions {
+        let options = TlsOptions::new().ca_certificate(Certificate::from_pem(&self.ca));
+        match &self.identity {
+            Some((certificate, key)) => options.identity(Identity::from_pem(certificate, key)),
             None => options,
         }
     }
@@ -69,6 +95,7 @@ impl fmt::Debug for EtcdConfig {
         f.debug_struct("EtcdConfig")
             .field("endpoints", &self.endpoints)
             .field("user", &user)
+            .field("tls", &self.tls.is_some())
             .finish_non_exhaustive()
     }
 }

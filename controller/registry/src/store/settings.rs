@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     StoreError,
-    etcd::{EtcdConfig, EtcdStore},
+    etcd::{EtcdConfig, EtcdStore, EtcdTls},
 };
 
 /// What an operator can set.
@@ -20,6 +20,12 @@ pub struct EtcdSettings {
     pub user: String,
     /// A file that holds the user's password.
     pub password_file: String,
+    /// Certificates (PEM) of who signs those of the members; with it, etcd is reached by TLS. Empty = without.
+    pub ca_file: String,
+    /// This process's own certificate (PEM), if etcd asks for one.
+    pub cert_file: String,
+    /// The key (PEM) of `cert_file`.
+    pub key_file: String,
     /// How long one member may take to accept a connection.
     #[serde(with = "duration")]
     pub connect_timeout: Duration,
@@ -31,8 +37,8 @@ pub struct EtcdSettings {
 /// Why the settings open no store.
 #[derive(Debug, thiserror::Error)]
 pub enum EtcdOpenError {
-    #[error("cannot read the etcd password from {path}: {source}")]
-    Password { path: String, source: io::Error },
+    #[error("cannot read {what} for etcd from {path}: {source}")]
+    File { what: &'static str, path: String, source: io::Error },
     #[error(transparent)]
     Store(#[from] StoreError),
 }
@@ -43,6 +49,9 @@ impl Default for EtcdSettings {
             endpoints: Vec::new(),
             user: String::new(),
             password_file: String::new(),
+            ca_file: String::new(),
+            cert_file: String::new(),
+            key_file: String::new(),
             connect_timeout: Duration::from_secs(1),
             timeout: Duration::from_secs(2),
         }
@@ -51,20 +60,35 @@ impl Default for EtcdSettings {
 
 impl fmt::Debug for EtcdSettings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("EtcdSettings").field("endpoints", &self.endpoints).field("user", &self.user).finish()
+        f.debug_struct("EtcdSettings")
+            .field("endpoints", &self.endpoints)
+            .field("user", &self.user)
+            .field("ca_file", &self.ca_file)
+            .finish_non_exhaustive()
     }
 }
 
 impl EtcdSettings {
     /// Checks what the types cannot say; whether endpoints are needed is the service's to know.
     pub fn validate(&self) -> Result<(), Invalid> {
-        if self.user.is_empty() == self.password_file.is_empty() {
-            return Ok(());
-        }
-        Err(Invalid::new("store.etcd.password_file", "expected both a user and a password file, or neither"))
+        let require = |holds: bool, key: &str, expected: &str| {
+            if holds { Ok(()) } else { Err(Invalid::new(key, expected)) }
+        };
+        let both = self.user.is_empty() == self.password_file.is_empty();
+        require(both, "store.etcd.password_file", "expected both a user and a password file, or neither")?;
+        let both = self.cert_file.is_empty() == self.key_file.is_empty();
+        require(both, "store.etcd.key_file", "expected both a certificate and its key, or neither")?;
+        let trusted = self.cert_file.is_empty() || !self.ca_file.is_empty();
+        require(trusted, "store.etcd.ca_file", "expected with a certificate, so that etcd is known, too")?;
+        let plain = |endpoint: &String| endpoint.starts_with("http://");
+        let secure = |endpoint: &String| endpoint.starts_with("https://");
+        let (mut endpoints, tls) = (self.endpoints.iter(), !self.ca_file.is_empty());
+        let scheme = if tls { !endpoints.any(plain) } else { !endpoints.any(secure) };
+        let expected = "expected host:port, or https:// with `store.etcd.ca_file` and http:// without";
+        require(scheme, "store.etcd.endpoints", expected)
     }
 
-    /// The store. Reads the password; connects only when used.
+    /// The store. Reads the files; connects only when used.
     pub fn open(&self) -> Result<EtcdStore, EtcdOpenError> {
         Ok(EtcdStore::new(&self.config()?)?)
     }
@@ -73,13 +97,25 @@ impl EtcdSettings {
         let mut config = EtcdConfig::new(&self.endpoints);
         (config.connect_timeout, config.timeout) = (self.connect_timeout, self.timeout);
         if !self.user.is_empty() {
-            let path = self.password_file.clone();
-            let password =
-                fs::read_to_string(&path).map_err(|source| EtcdOpenError::Password { path, source })?;
+            let password = read("the password", &self.password_file)?;
             config.user = Some((self.user.clone(), password.trim_end().to_owned()));
+        }
+        if !self.ca_file.is_empty() {
+            let ca = read("the CA's certificates", &self.ca_file)?;
+            let identity = if self.cert_file.is_empty() {
+                None
+            } else {
+                let certificate = read("the certificate", &self.cert_file)?;
+                Some((certificate, read("the certificate's key", &self.key_file)?))
+            };
+            config.tls = Some(EtcdTls { ca, identity });
         }
         Ok(config)
     }
+}
+
+fn read(what: &'static str, path: &str) -> Result<String, EtcdOpenError> {
+    fs::read_to_string(path).map_err(|source| EtcdOpenError::File { what, path: path.to_owned(), source })
 }
 
 #[cfg(test)]
@@ -113,5 +149,30 @@ mod tests {
         assert_eq!(alone.validate().expect_err("no password").key, "store.etcd.password_file");
         let both = EtcdSettings { password_file: "/f".into(), ..alone };
         assert!(both.validate().is_ok());
+    }
+
+    #[test]
+    fn tls_is_whole_or_not_at_all() {
+        let refused = |settings: EtcdSettings| settings.validate().expect_err("half of it").key;
+        let with = |ca: &str, cert: &str, key: &str, endpoint: &str| EtcdSettings {
+            endpoints: vec![endpoint.into()],
+            ca_file: ca.into(),
+            cert_file: cert.into(),
+            key_file: key.into(),
+            ..EtcdSettings::default()
+        };
+        assert_eq!(refused(with("ca", "cert", "", "h:1")), "store.etcd.key_file");
+        assert_eq!(refused(with("", "cert", "key", "h:1")), "store.etcd.ca_file");
+        assert_eq!(refused(with("ca", "", "", "http://h:1")), "store.etcd.endpoints");
+        assert_eq!(refused(with("", "", "", "https://h:1")), "store.etcd.endpoints");
+        for good in [
+            with("ca", "cert", "key", "https://h:1"),
+            with("ca", "", "", "h:1"),
+            with("", "", "", "http://h:1"),
+        ] {
+            assert!(good.validate().is_ok());
+        }
+        let Err(missing) = with("/nowhere/ca.pem", "", "", "h:1").open() else { panic!("is not there") };
+        assert!(missing.to_string().contains("/nowhere/ca.pem"), "{missing}");
     }
 }
