@@ -12,8 +12,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use baton_proto::{ApiError, ErrorCode, Incarnation, InstanceId, LeaderEpoch, RoleEpoch};
-use baton_registry::{DesiredRole, InstanceSpec, Role};
+use baton_proto::{
+    ApiError, ErrorCode, Incarnation, InstanceId, InstanceLoad, InstanceSpec, LeaderEpoch, Phase, Role,
+    RoleEpoch,
+};
+use baton_registry::DesiredRole;
 use tokio::time::Instant;
 use tracing::info;
 
@@ -412,9 +415,9 @@ fn offer(member: &mut Member) -> Option<Command> {
 const SILENT: Beat = Beat {
     role: Role::None,
     role_epoch: RoleEpoch(0),
-    phase: baton_registry::Phase::Loading,
+    phase: Phase::Loading,
     load_permille: 0,
-    load: crate::fleet::Load {
+    load: InstanceLoad {
         running_sequences: 0,
         waiting_sequences: 0,
         queued_prefill_tokens: 0,

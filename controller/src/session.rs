@@ -14,10 +14,10 @@ use std::{
 };
 
 use baton_proto::{
-    ApiError, ErrorCode, LeaderEpoch,
+    ApiError, ErrorCode, InstanceSpec, LeaderEpoch, WireError,
     v1::{self, control_server, controller_order, instance_report::Report as Wire},
 };
-use baton_registry::{InstanceSpec, KeyRange, LeaderRecord, RecordError, Store, keys};
+use baton_registry::{KeyRange, LeaderRecord, Store, keys, records::encode_spec};
 use futures::{Stream, StreamExt};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -74,7 +74,7 @@ pub(crate) async fn not_leading(store: &dyn Store) -> Status {
     ApiError::new(ErrorCode::Unavailable, message).into()
 }
 
-fn invalid(error: RecordError) -> Status {
+fn invalid(error: WireError) -> Status {
     ApiError::new(ErrorCode::InvalidArgument, format!("this report cannot be taken: {error}")).into()
 }
 
@@ -119,8 +119,8 @@ async fn hello(reports: &mut Streaming<v1::InstanceReport>) -> Result<(InstanceS
         return Err(ApiError::new(ErrorCode::InvalidArgument, "a session begins with a hello").into());
     };
     let spec =
-        hello.spec.ok_or(RecordError::Missing("spec")).and_then(InstanceSpec::try_from).map_err(invalid)?;
-    let size = spec.encode().len();
+        hello.spec.ok_or(WireError::Missing("spec")).and_then(InstanceSpec::try_from).map_err(invalid)?;
+    let size = encode_spec(&spec).len();
     if size > SPEC_MAX_BYTES {
         let message = format!(
             "the spec of {} has {size} bytes, over the limit of {SPEC_MAX_BYTES}: give it fewer or shorter labels",
@@ -128,7 +128,7 @@ async fn hello(reports: &mut Streaming<v1::InstanceReport>) -> Result<(InstanceS
         );
         return Err(ApiError::new(ErrorCode::InvalidArgument, message).into());
     }
-    let beat = hello.beat.ok_or(RecordError::Missing("beat")).and_then(Beat::try_from).map_err(invalid)?;
+    let beat = hello.beat.ok_or(WireError::Missing("beat")).and_then(Beat::try_from).map_err(invalid)?;
     Ok((spec, beat))
 }
 
@@ -171,11 +171,11 @@ async fn read(
     }
 }
 
-fn event_of(session: SessionId, report: v1::InstanceReport) -> Result<Option<Event>, RecordError> {
+fn event_of(session: SessionId, report: v1::InstanceReport) -> Result<Option<Event>, WireError> {
     Ok(match report.report {
         Some(Wire::Beat(beat)) => Some(Event::Beat { session, beat: beat.try_into()? }),
         Some(Wire::Bye(bye)) => Some(Event::Bye { session, reason: bye.reason }),
-        Some(Wire::Hello(_)) => return Err(RecordError::Decode("a second hello".to_owned())),
+        Some(Wire::Hello(_)) => return Err(WireError::Unexpected("a second hello")),
         None => None,
     })
 }

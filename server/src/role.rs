@@ -10,29 +10,8 @@
 
 use std::time::Duration;
 
+pub use baton_proto::{Phase, Role};
 use baton_proto::{RoleEpoch, v1};
-
-/// What an instance does for requests.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Role {
-    /// Nothing: not assigned yet, cordoned, or incompatible.
-    #[default]
-    None,
-    Prefill,
-    Decode,
-    Mixed,
-}
-
-/// Where it stands with its role.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Phase {
-    #[default]
-    Loading,
-    Waiting,
-    Switching,
-    Ready,
-    Draining,
-}
 
 /// What others are told.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -156,40 +135,6 @@ impl RoleMachine {
         let pending = self.pending?;
         self.view.phase = Phase::Switching;
         Some(Action::TakeOn(pending.role))
-    }
-}
-
-impl Role {
-    /// `Unspecified` is no role.
-    pub fn from_wire(wire: v1::Role) -> Option<Self> {
-        match wire {
-            v1::Role::Unspecified => None,
-            v1::Role::None => Some(Self::None),
-            v1::Role::Prefill => Some(Self::Prefill),
-            v1::Role::Decode => Some(Self::Decode),
-            v1::Role::Mixed => Some(Self::Mixed),
-        }
-    }
-
-    pub fn to_wire(self) -> v1::Role {
-        match self {
-            Self::None => v1::Role::None,
-            Self::Prefill => v1::Role::Prefill,
-            Self::Decode => v1::Role::Decode,
-            Self::Mixed => v1::Role::Mixed,
-        }
-    }
-}
-
-impl Phase {
-    pub fn to_wire(self) -> v1::Phase {
-        match self {
-            Self::Loading => v1::Phase::Loading,
-            Self::Waiting => v1::Phase::Waiting,
-            Self::Switching => v1::Phase::Switching,
-            Self::Ready => v1::Phase::Ready,
-            Self::Draining => v1::Phase::Draining,
-        }
     }
 }
 

@@ -197,7 +197,9 @@ impl Session {
     async fn obey(&self, order: v1::ControllerOrder) -> Result<(), Broken> {
         match order.order {
             Some(v1::controller_order::Order::Assign(assign)) => {
-                let Some(role) = Role::from_wire(assign.role()) else { return Ok(()) };
+                // A role that this build does not know is not taken on.
+                let known = assign.role() != v1::Role::Unspecified;
+                let Some(role) = Role::from_wire(assign.role).ok().filter(|_| known) else { return Ok(()) };
                 tracing::debug!(?role, epoch = assign.epoch, reason = assign.reason, "role assigned");
                 let drain = Duration::from_millis(assign.drain_millis.into());
                 let assignment = Assignment { role, epoch: RoleEpoch(assign.epoch), drain };

@@ -11,9 +11,9 @@ use std::{
     time::Duration,
 };
 
-use baton_proto::{Incarnation, InstanceId};
+use baton_proto::{Incarnation, InstanceId, InstanceSpec, KvLayoutSpec, ModelIdentity};
 
-use crate::{EtcdConfig, EtcdStore, InstanceSpec, KeyRange, KvLayoutSpec, ModelIdentity, Store};
+use crate::{EtcdConfig, EtcdStore, KeyRange, Store};
 
 /// A CPU server of group `default` with one small model; two of them can hand over to each other.
 pub fn instance_spec(name: &str, incarnation: u64) -> InstanceSpec {

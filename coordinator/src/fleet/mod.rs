@@ -9,9 +9,8 @@ pub mod keeper;
 
 use std::{collections::BTreeMap, time::Duration};
 
-use baton_proto::{Incarnation, InstanceId, RoleEpoch, v1};
-use baton_registry::InstanceSpec;
-pub use baton_registry::Role;
+pub use baton_proto::Role;
+use baton_proto::{Incarnation, InstanceId, InstanceSpec, RoleEpoch, v1};
 use tokio::time::Instant;
 
 /// The role an instance holds, and whether it takes new requests in it.

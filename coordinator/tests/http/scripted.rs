@@ -11,10 +11,10 @@ use baton_coordinator::{
     text::TextStops,
 };
 use baton_process::HealthHandle;
-use baton_proto::{ApiError, ErrorCode, InstanceId, v1};
+use baton_proto::{ApiError, ErrorCode, InstanceId, InstanceSpec, ModelIdentity, v1};
 use baton_registry::{
-    FleetWatch, FleetWatchConfig, InstanceSpec, MemoryConfig, MemoryStore, ModelIdentity, Revision, Store,
-    Txn, keys, testing::instance_spec,
+    FleetWatch, FleetWatchConfig, MemoryConfig, MemoryStore, Revision, Store, Txn, keys,
+    testing::instance_spec,
 };
 use parking_lot::Mutex;
 use serde_json::{Value, json};
@@ -286,7 +286,7 @@ impl Cluster {
         for (id, role) in roles {
             let instance = Instance::start(id, role, None).await;
             let spec = instance.spec(&served);
-            let put = Txn::new().put(keys::instance(&instance.id), spec.encode(), None);
+            let put = Txn::new().put(keys::instance(&instance.id), records::encode_spec(&spec), None);
             store.txn(put).await.expect("the store takes it");
             instances.push(instance);
         }

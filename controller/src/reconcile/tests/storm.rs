@@ -162,7 +162,7 @@ impl Storm {
                 self.stored.get(&write.key()).cloned()
             };
             if let Some(value) = get(Kind::Instance) {
-                instances.push((InstanceSpec::decode(&value).expect("a spec"), None));
+                instances.push((decode_spec(&value).expect("a spec"), None));
             }
             if let Some(value) = get(Kind::Role) {
                 roles.insert(id(name), DesiredRole::decode(&value).expect("a role"));
