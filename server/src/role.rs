@@ -2,11 +2,12 @@
 //!
 //! ```text
 //! Loading ──loaded──> Waiting ──assigned──> Switching ──taken on──> Ready
-//!    └──loaded, assigned before──────────────^   ^                    │ assigned another role
-//!                                                └────drained──── Draining
+//!    └──loaded, assigned before──────────────^   ^                  ^ │ assigned another role
+//!                                                └───drained─── Draining
 //! ```
 //! An assignment counts only if its epoch is above every one seen before; the last one wins, also while an earlier one
-//! is still being taken on. The same role under a new epoch needs no drain. Stopping drains for good.
+//! is still being taken on. The held role under a new epoch needs no drain, and takes back one that is under way.
+//! Stopping drains for good.
 
 use std::time::Duration;
 
@@ -53,6 +54,8 @@ pub enum Event {
 pub enum Action {
     /// Let what runs finish, end it after that time, and report `Drained`.
     Drain { within: Duration },
+    /// Drain no more: the role is kept.
+    KeepOn,
     /// Prepare for the role, and report `TakenOn`.
     TakeOn(Role),
 }
@@ -118,6 +121,12 @@ impl RoleMachine {
             Phase::Waiting => {
                 self.pending = Some(assignment);
                 self.switch()
+            }
+            // The role it still holds: the drain is taken back.
+            Phase::Draining if assignment.role == self.view.role => {
+                self.pending = None;
+                (self.view.epoch, self.view.phase) = (assignment.epoch, Phase::Ready);
+                Some(Action::KeepOn)
             }
             // What is under way goes on and ends in the newest assignment.
             Phase::Loading | Phase::Draining => {
@@ -203,6 +212,16 @@ mod tests {
         assert_eq!(state(&machine), (Role::Prefill, 2, Phase::Ready));
         assert_eq!(machine.on(assign(Role::Decode, 2)), None);
         assert_eq!(state(&machine), (Role::Prefill, 2, Phase::Ready));
+    }
+
+    #[test]
+    fn a_drain_is_taken_back_when_the_held_role_is_assigned_again() {
+        let mut machine = ready(Role::Prefill, 1);
+        assert_eq!(machine.on(assign(Role::Decode, 2)), Some(Action::Drain { within: DRAIN }));
+        assert_eq!(machine.on(assign(Role::Prefill, 3)), Some(Action::KeepOn));
+        assert_eq!(state(&machine), (Role::Prefill, 3, Phase::Ready));
+        assert_eq!(machine.on(Event::Drained), None, "of the drain that was taken back");
+        assert_eq!(state(&machine), (Role::Prefill, 3, Phase::Ready));
     }
 
     #[test]
