@@ -14,7 +14,7 @@ use std::{
 };
 
 use baton_proto::{
-    ApiError, ErrorCode, InstanceSpec, LeaderEpoch, WireError,
+    ApiError, ErrorCode, InstanceSpec, LEADER_METADATA, LeaderEpoch, WireError,
     v1::{self, control_server, controller_order, instance_report::Report as Wire},
 };
 use baton_registry::{KeyRange, LeaderRecord, Store, keys, records::encode_spec};
@@ -65,13 +65,17 @@ impl ControlService {
 pub(crate) async fn not_leading(store: &dyn Store) -> Status {
     let leader =
         store.range(KeyRange::exact(keys::LEADER)).await.ok().and_then(|mut listing| listing.items.pop());
-    let message = match leader.and_then(|item| LeaderRecord::decode(&item.value).ok()) {
-        Some(leader) => {
-            format!("this controller does not lead: ask {} at {}", leader.controller_id, leader.endpoint)
-        }
-        None => "no controller leads at the moment: try again".to_owned(),
+    let Some(leader) = leader.and_then(|item| LeaderRecord::decode(&item.value).ok()) else {
+        let message = "no controller leads at the moment: try again";
+        return ApiError::new(ErrorCode::Unavailable, message).into();
     };
-    ApiError::new(ErrorCode::Unavailable, message).into()
+    let (id, endpoint) = (leader.controller_id, leader.endpoint);
+    let message = format!("this controller does not lead: ask {id} at {endpoint}");
+    let mut status = Status::from(ApiError::new(ErrorCode::Unavailable, message));
+    if let Ok(endpoint) = endpoint.parse() {
+        status.metadata_mut().insert(LEADER_METADATA, endpoint);
+    }
+    status
 }
 
 fn invalid(error: WireError) -> Status {

@@ -23,5 +23,8 @@ pub mod v1 {
     include!(concat!(env!("OUT_DIR"), "/baton.v1.rs"));
 }
 
+/// Metadata of the status with which a controller that does not lead refuses a session: host:port of the one that does.
+pub const LEADER_METADATA: &str = "baton-leader";
+
 /// The encoded `FileDescriptorSet` of all contracts, for gRPC server reflection.
 pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/baton.v1.fds"));

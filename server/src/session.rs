@@ -1,14 +1,15 @@
 //! The session with a controller: who this instance is, how it is, and what it is to be.
 //!
-//! One stream to one of the controllers, opened again after every break with growing, jittered pauses. Role and epoch
-//! live in [`crate::duty`] and survive breaks: without a controller nothing changes, and traffic goes on.
+//! One stream to the controller that leads, opened again after every break: all controllers are asked, and whom they
+//! name, with growing, jittered pauses between the [`rounds`]. Role and epoch live in [`crate::duty`] and survive
+//! breaks: without a controller nothing changes, and traffic goes on.
 //!
 //! What this process is called, its incarnation, is settled here, once, before it does any work: see
 //! [`Session::settle`].
 
 use std::time::Duration;
 
-use baton_proto::{Incarnation, RoleEpoch, v1};
+use baton_proto::{Incarnation, LEADER_METADATA, RoleEpoch, v1};
 use futures::StreamExt;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_stream::wrappers::ReceiverStream;
@@ -20,6 +21,10 @@ use crate::{
     role::{Assignment, Event, Role, RoleView},
 };
 
+mod rounds;
+
+use rounds::Rounds;
+
 /// Reports that may wait for the stream. A full queue means that the controller does not read: the session is given up.
 const REPORT_QUEUE: usize = 16;
 const CONNECT_WITHIN: Duration = Duration::from_secs(3);
@@ -30,8 +35,8 @@ pub const GOODBYE_WITHIN: Duration = Duration::from_secs(2);
 const KEEPALIVE: Duration = Duration::from_secs(5);
 /// A silent controller is noticed by keep-alives; a beat is sent at least this often, and at most.
 const BEAT_RANGE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(10));
-/// Pauses between attempts: the first, and the longest.
-const PAUSE_RANGE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(3));
+/// Pauses between rounds: the first, and the longest, a sixth of the default of `sessions.lease`.
+const PAUSE_RANGE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(1));
 
 /// See the module.
 #[derive(Debug)]
@@ -68,38 +73,43 @@ enum Broken {
     NoWelcome,
 }
 
+impl Broken {
+    /// The leader that a standby names.
+    fn leader(&self) -> Option<String> {
+        let Self::Status(status) = self else { return None };
+        status.metadata().get(LEADER_METADATA)?.to_str().ok().map(str::to_owned)
+    }
+}
+
 impl Session {
     /// Runs until `shutdown`.
     pub async fn run(mut self) {
-        let mut failures = 0u32;
-        let mut attempt = 0u32;
+        let mut rounds = Rounds::new(self.controllers.clone());
+        let mut calls = 0u32;
         while !self.shutdown.is_cancelled() {
-            let controller = self.controllers[attempt as usize % self.controllers.len()].clone();
+            let controller = rounds.call();
             let mut welcomed = false;
-            let result = self.once(&controller, &mut welcomed).await;
-            if attempt as usize + 1 >= self.controllers.len() {
-                // All have been asked; whoever waits need not wait for one to answer.
-                self.settle();
-            }
+            let Err(error) = self.once(&controller, &mut welcomed).await else { return };
             if self.shutdown.is_cancelled() {
                 return;
             }
-            if welcomed {
-                failures = 0;
+            let over = if welcomed {
+                rounds.broke();
+                Some(0)
+            } else {
+                rounds.failed(error.leader())
+            };
+            // Many starts are simultaneous: the controller is often a moment later.
+            if welcomed || over.is_some_and(|before| before >= 4 && before.is_power_of_two()) {
+                tracing::warn!(%controller, %error, "no session with a controller; trying again");
+            } else {
+                tracing::debug!(%controller, %error, "no session with this controller");
             }
-            let pause = pause(failures, uniform(self.spec.incarnation, attempt));
-            match result {
-                // Many starts are simultaneous: the controller is often a moment later.
-                Err(error) if !welcomed && failures < 5 => {
-                    tracing::debug!(%controller, %error, ?pause, "no session with the controller yet");
-                }
-                Err(error) => {
-                    tracing::warn!(%controller, %error, ?pause, "no session with the controller; trying again");
-                }
-                Ok(()) => return,
-            }
-            failures = failures.saturating_add(1);
-            attempt = attempt.wrapping_add(1);
+            calls = calls.wrapping_add(1);
+            let Some(before) = over else { continue };
+            // All have been asked; whoever waits need not wait for one to answer.
+            self.settle();
+            let pause = pause(before, uniform(self.spec.incarnation, calls));
             tokio::select! {
                 () = self.shutdown.cancelled() => return,
                 () = tokio::time::sleep(pause) => {}
@@ -257,9 +267,9 @@ async fn send(
     })
 }
 
-/// Doubles with each failure up to the longest; `jitter` in [0, 1) spreads it over its upper half.
-fn pause(failures: u32, jitter: f64) -> Duration {
-    let full = PAUSE_RANGE.0.saturating_mul(1 << failures.min(16)).min(PAUSE_RANGE.1);
+/// Doubles with each fruitless round up to the longest; `jitter` in [0, 1) spreads it over its upper half.
+fn pause(rounds: u32, jitter: f64) -> Duration {
+    let full = PAUSE_RANGE.0.saturating_mul(1 << rounds.min(16)).min(PAUSE_RANGE.1);
     full.mul_f64(0.5 + 0.5 * jitter)
 }
 

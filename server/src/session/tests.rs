@@ -2,7 +2,6 @@
 
 use super::*;
 use crate::role::Phase;
-use std::sync::Arc;
 use tokio::net::TcpListener;
 use tonic::{Request, Response, Status};
 
@@ -41,16 +40,26 @@ struct Rig {
 /// Of the process before its incarnation is raised.
 const OWN: u64 = 5;
 
-async fn rig() -> Rig {
+/// Serves a controller; returns where.
+async fn serve(controller: impl v1::control_server::Control) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let address = listener.local_addr().expect("an address").to_string();
-    let (accepted, sessions) = mpsc::channel(1);
-    let service = v1::control_server::ControlServer::from_arc(Arc::new(Scripted(accepted)));
+    let service = v1::control_server::ControlServer::new(controller);
     tokio::spawn(
         tonic::transport::Server::builder()
             .add_service(service)
             .serve_with_incoming(tokio_stream::wrappers::TcpListenerStream::new(listener)),
     );
+    address
+}
+
+async fn rig() -> Rig {
+    let (accepted, sessions) = mpsc::channel(1);
+    rig_calling(vec![serve(Scripted(accepted)).await], sessions)
+}
+
+/// A session that calls these controllers, one of which may be the script that hands `sessions` over.
+fn rig_calling(controllers: Vec<String>, sessions: mpsc::Receiver<Accepted>) -> Rig {
     let (role, role_seen) = watch::channel(RoleView::default());
     let (events_in, events) = mpsc::channel(8);
     let shutdown = CancellationToken::new();
@@ -58,7 +67,7 @@ async fn rig() -> Rig {
     let session = Session {
         spec: v1::InstanceSpec { instance_id: "s".into(), incarnation: OWN, ..Default::default() },
         settle: Some(settle),
-        controllers: vec![address],
+        controllers,
         role: role_seen,
         load: watch::channel(Load::default()).1,
         events: events_in,
@@ -186,6 +195,8 @@ async fn a_process_that_is_known_or_at_work_never_changes_its_incarnation() {
     assert_eq!(refuse(&mut at_work, 100).await, OWN);
     assert_eq!(refuse(&mut at_work, 100).await, OWN);
 }
+
+mod controllers;
 
 #[test]
 fn pauses_grow_to_a_bound_and_are_spread() {
