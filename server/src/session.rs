@@ -18,7 +18,7 @@ use tonic::{Streaming, transport::Endpoint};
 
 use crate::{
     engine::{sampler::uniform, thread::Load},
-    role::{Assignment, Event, Role, RoleView},
+    role::{Assignment, Event, Phase, Role, RoleView},
 };
 
 mod rounds;
@@ -181,6 +181,7 @@ impl Session {
     ) -> Result<(), Broken> {
         let mut ticks = tokio::time::interval(interval);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut told = None;
         loop {
             tokio::select! {
                 biased;
@@ -192,7 +193,8 @@ impl Session {
                     let _ = tokio::time::timeout(GOODBYE_WITHIN, orders.by_ref().for_each(|_| async {})).await;
                     return Ok(());
                 }
-                Ok(()) = self.role.changed() => {}
+                // Progress of loading is no news: it goes with the regular beats.
+                Ok(()) = self.role.changed() => if told == Some(news(&self.role.borrow_and_update())) { continue },
                 order = orders.message() => {
                     self.obey(order?.ok_or(Broken::Closed)?).await?;
                     continue;
@@ -200,6 +202,7 @@ impl Session {
                 _ = ticks.tick() => {}
             }
             let beat = self.beat();
+            told = Some(news(&self.role.borrow()));
             send(&reports, v1::instance_report::Report::Beat(beat)).await?;
         }
     }
@@ -233,6 +236,11 @@ impl Session {
             load: Some(self.load.borrow().to_wire()),
         }
     }
+}
+
+/// What the controller is told at once.
+fn news(view: &RoleView) -> (Role, RoleEpoch, Phase) {
+    (view.role, view.epoch, view.phase)
 }
 
 fn refused(refuse: v1::Refuse) -> Broken {

@@ -1,7 +1,6 @@
 //! A scripted controller drives the session.
 
 use super::*;
-use crate::role::Phase;
 use tokio::net::TcpListener;
 use tonic::{Request, Response, Status};
 
@@ -194,6 +193,25 @@ async fn a_process_that_is_known_or_at_work_never_changes_its_incarnation() {
     at_work.settled.close();
     assert_eq!(refuse(&mut at_work, 100).await, OWN);
     assert_eq!(refuse(&mut at_work, 100).await, OWN);
+}
+
+#[tokio::test]
+async fn progress_of_loading_goes_with_the_regular_beats() {
+    let mut rig = rig().await;
+    let (mut reports, orders) = rig.sessions.recv().await.expect("a session");
+    hello(&mut reports).await;
+    // The first beat comes at once, the next in ten seconds.
+    orders.send(welcome(10_000)).await.expect("sent");
+    report(&mut reports).await;
+    for permille in 1..=100 {
+        rig.role.send_modify(|view| view.load_permille = permille);
+        tokio::task::yield_now().await;
+    }
+    rig.role.send_modify(|view| view.phase = Phase::Waiting);
+    let v1::instance_report::Report::Beat(beat) = report(&mut reports).await else {
+        panic!("expected a beat")
+    };
+    assert_eq!((beat.phase(), beat.load_permille), (v1::Phase::Waiting, 100));
 }
 
 mod controllers;
