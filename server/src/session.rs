@@ -21,22 +21,20 @@ use crate::{
     role::{Assignment, Event, Phase, Role, RoleView},
 };
 
+mod patience;
 mod rounds;
 
+use patience::Patience;
 use rounds::Rounds;
 
 /// Reports that may wait for the stream. A full queue means that the controller does not read: the session is given up.
 const REPORT_QUEUE: usize = 16;
-const CONNECT_WITHIN: Duration = Duration::from_secs(3);
-/// For the first answer, and for a report to find room in the queue.
-const ANSWER_WITHIN: Duration = Duration::from_secs(5);
 /// For the controller to close its side after a goodbye.
 pub const GOODBYE_WITHIN: Duration = Duration::from_secs(2);
-const KEEPALIVE: Duration = Duration::from_secs(5);
-/// A silent controller is noticed by keep-alives; a beat is sent at least this often, and at most.
+/// What a beat's interval is kept to, whatever the controller asks for.
 const BEAT_RANGE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(10));
-/// Pauses between rounds: the first, and the longest, a sixth of the default of `sessions.lease`.
-const PAUSE_RANGE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(1));
+/// The first pause between rounds.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
 
 /// See the module.
 #[derive(Debug)]
@@ -85,22 +83,24 @@ impl Session {
     /// Runs until `shutdown`.
     pub async fn run(mut self) {
         let mut rounds = Rounds::new(self.controllers.clone());
+        let mut patience = Patience::default();
         let mut calls = 0u32;
         while !self.shutdown.is_cancelled() {
             let controller = rounds.call();
-            let mut welcomed = false;
-            let Err(error) = self.once(&controller, &mut welcomed).await else { return };
+            let mut welcomed = None;
+            let Err(error) = self.once(&controller, patience, &mut welcomed).await else { return };
             if self.shutdown.is_cancelled() {
                 return;
             }
-            let over = if welcomed {
+            let over = if let Some(told) = welcomed {
+                patience = told;
                 rounds.broke();
                 Some(0)
             } else {
                 rounds.failed(error.leader())
             };
             // Many starts are simultaneous: the controller is often a moment later.
-            if welcomed || over.is_some_and(|before| before >= 4 && before.is_power_of_two()) {
+            if welcomed.is_some() || over.is_some_and(|before| before >= 4 && before.is_power_of_two()) {
                 tracing::warn!(%controller, %error, "no session with a controller; trying again");
             } else {
                 tracing::debug!(%controller, %error, "no session with this controller");
@@ -109,7 +109,7 @@ impl Session {
             let Some(before) = over else { continue };
             // All have been asked; whoever waits need not wait for one to answer.
             self.settle();
-            let pause = pause(before, uniform(self.spec.incarnation, calls));
+            let pause = pause(before, patience.longest_pause(), uniform(self.spec.incarnation, calls));
             tokio::select! {
                 () = self.shutdown.cancelled() => return,
                 () = tokio::time::sleep(pause) => {}
@@ -117,19 +117,25 @@ impl Session {
         }
     }
 
-    /// One stream, from hello to its end. `Ok` after a goodbye.
-    async fn once(&mut self, controller: &str, welcomed: &mut bool) -> Result<(), Broken> {
-        let (reports, outgoing) = mpsc::channel(REPORT_QUEUE);
+    /// One stream, from hello to its end. `Ok` after a goodbye. `welcomed` is what the controller's lease allows for.
+    async fn once(
+        &mut self,
+        controller: &str,
+        patience: Patience,
+        welcomed: &mut Option<Patience>,
+    ) -> Result<(), Broken> {
+        let (queue, outgoing) = mpsc::channel(REPORT_QUEUE);
+        let reports = Reports { queue, within: patience.answer() };
         let hello = v1::InstanceHello { spec: Some(self.spec.clone()), beat: Some(self.beat()) };
-        send(&reports, v1::instance_report::Report::Hello(hello)).await?;
+        reports.send(v1::instance_report::Report::Hello(hello)).await?;
         let open = async {
-            let mut orders = connect(controller, outgoing).await?;
+            let mut orders = connect(controller, patience, outgoing).await?;
             let first = orders.message().await?.and_then(|order| order.order);
             Ok::<_, Broken>((orders, first))
         };
         let (orders, first) = tokio::select! {
             () = self.shutdown.cancelled() => return Ok(()),
-            opened = tokio::time::timeout(ANSWER_WITHIN, open) => opened.map_err(|_| Broken::Silent)??,
+            opened = tokio::time::timeout(patience.answer(), open) => opened.map_err(|_| Broken::Silent)??,
         };
         let welcome = match first {
             Some(v1::controller_order::Order::Welcome(welcome)) => welcome,
@@ -140,7 +146,7 @@ impl Session {
             Some(v1::controller_order::Order::Assign(_)) | None => return Err(Broken::NoWelcome),
         };
         self.settle();
-        *welcomed = true;
+        *welcomed = Some(patience.under(Duration::from_millis(welcome.lease_millis.into())));
         tracing::info!(
             controller = welcome.controller_id,
             epoch = welcome.leader_epoch,
@@ -175,7 +181,7 @@ impl Session {
 
     async fn converse(
         &mut self,
-        reports: mpsc::Sender<v1::InstanceReport>,
+        reports: Reports,
         mut orders: Streaming<v1::ControllerOrder>,
         interval: Duration,
     ) -> Result<(), Broken> {
@@ -187,7 +193,7 @@ impl Session {
                 biased;
                 () = self.shutdown.cancelled() => {
                     let bye = v1::InstanceBye { reason: "the instance is shutting down".into() };
-                    send(&reports, v1::instance_report::Report::Bye(bye)).await?;
+                    reports.send(v1::instance_report::Report::Bye(bye)).await?;
                     // The controller closes its side once it has read the goodbye.
                     drop(reports);
                     let _ = tokio::time::timeout(GOODBYE_WITHIN, orders.by_ref().for_each(|_| async {})).await;
@@ -203,7 +209,7 @@ impl Session {
             }
             let beat = self.beat();
             told = Some(news(&self.role.borrow()));
-            send(&reports, v1::instance_report::Report::Beat(beat)).await?;
+            reports.send(v1::instance_report::Report::Beat(beat)).await?;
         }
     }
 
@@ -249,13 +255,13 @@ fn refused(refuse: v1::Refuse) -> Broken {
 
 async fn connect(
     controller: &str,
+    patience: Patience,
     reports: mpsc::Receiver<v1::InstanceReport>,
 ) -> Result<Streaming<v1::ControllerOrder>, Broken> {
     let channel = Endpoint::from_shared(format!("http://{controller}"))
         .map_err(Broken::Connect)?
-        .connect_timeout(CONNECT_WITHIN)
-        .http2_keep_alive_interval(KEEPALIVE)
-        .keep_alive_timeout(KEEPALIVE)
+        .http2_keep_alive_interval(patience.keep_alive())
+        .keep_alive_timeout(patience.keep_alive())
         .keep_alive_while_idle(true)
         .connect()
         .await
@@ -264,20 +270,26 @@ async fn connect(
     Ok(client.session(ReceiverStream::new(reports)).await?.into_inner())
 }
 
-async fn send(
-    reports: &mpsc::Sender<v1::InstanceReport>,
-    report: v1::instance_report::Report,
-) -> Result<(), Broken> {
-    let sent = reports.send_timeout(v1::InstanceReport { report: Some(report) }, ANSWER_WITHIN).await;
-    sent.map_err(|error| match error {
-        mpsc::error::SendTimeoutError::Timeout(_) => Broken::Silent,
-        mpsc::error::SendTimeoutError::Closed(_) => Broken::Closed,
-    })
+/// The way to the controller.
+struct Reports {
+    queue: mpsc::Sender<v1::InstanceReport>,
+    /// For a report to find room in the queue.
+    within: Duration,
+}
+
+impl Reports {
+    async fn send(&self, report: v1::instance_report::Report) -> Result<(), Broken> {
+        let sent = self.queue.send_timeout(v1::InstanceReport { report: Some(report) }, self.within).await;
+        sent.map_err(|error| match error {
+            mpsc::error::SendTimeoutError::Timeout(_) => Broken::Silent,
+            mpsc::error::SendTimeoutError::Closed(_) => Broken::Closed,
+        })
+    }
 }
 
 /// Doubles with each fruitless round up to the longest; `jitter` in [0, 1) spreads it over its upper half.
-fn pause(rounds: u32, jitter: f64) -> Duration {
-    let full = PAUSE_RANGE.0.saturating_mul(1 << rounds.min(16)).min(PAUSE_RANGE.1);
+fn pause(rounds: u32, longest: Duration, jitter: f64) -> Duration {
+    let full = FIRST_PAUSE.saturating_mul(1 << rounds.min(16)).min(longest);
     full.mul_f64(0.5 + 0.5 * jitter)
 }
 

@@ -218,8 +218,9 @@ mod controllers;
 
 #[test]
 fn pauses_grow_to_a_bound_and_are_spread() {
-    assert_eq!(pause(0, 0.0), Duration::from_millis(50));
-    assert_eq!(pause(1, 0.0), Duration::from_millis(100));
-    assert!(pause(3, 0.9) > pause(3, 0.1));
-    assert_eq!(pause(60, 1.0), PAUSE_RANGE.1);
+    let longest = Duration::from_secs(1);
+    assert_eq!(pause(0, longest, 0.0), Duration::from_millis(50));
+    assert_eq!(pause(1, longest, 0.0), Duration::from_millis(100));
+    assert!(pause(3, longest, 0.9) > pause(3, longest, 0.1));
+    assert_eq!(pause(60, longest, 1.0), longest);
 }

@@ -8,6 +8,8 @@ use std::{
     time::Instant,
 };
 
+use tokio::net::TcpStream;
+
 use super::*;
 
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -85,4 +87,48 @@ async fn all_controllers_are_asked_before_a_pause_grows() {
     })
     .await;
     assert!(since.elapsed() < Duration::from_secs(3), "it took {:?}", since.elapsed());
+}
+
+/// Hands bytes on to a controller and back until it is frozen: then it answers nothing, as a process that was stopped.
+async fn freezable(controller: String) -> (String, watch::Sender<bool>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = listener.local_addr().expect("an address").to_string();
+    let (freeze, frozen) = watch::channel(false);
+    tokio::spawn(async move {
+        loop {
+            let (mut near, _) = listener.accept().await.expect("a connection");
+            let (controller, mut frozen) = (controller.clone(), frozen.clone());
+            tokio::spawn(async move {
+                let mut far = TcpStream::connect(controller).await.expect("the controller");
+                tokio::select! {
+                    () = async { let _ = frozen.wait_for(|frozen| *frozen).await; } => std::future::pending().await,
+                    _ = tokio::io::copy_bidirectional(&mut near, &mut far) => {}
+                }
+            });
+        }
+    });
+    (address, freeze)
+}
+
+#[tokio::test]
+async fn a_frozen_controller_is_noticed_well_before_the_lease_ends() {
+    let (beat_millis, lease) = (200, Duration::from_secs(2));
+    let (accepted, sessions) = mpsc::channel(1);
+    let leader = serve(Scripted(accepted)).await;
+    let (through, freeze) = freezable(leader.clone()).await;
+    let mut rig = rig_calling(vec![leader, through], sessions);
+    let next = async |rig: &mut Rig| {
+        let (mut reports, orders) = in_time("a session", rig.sessions.recv()).await.expect("a session");
+        hello(&mut reports).await;
+        orders.send(welcome(beat_millis)).await.expect("sent");
+        report(&mut reports).await;
+        (reports, orders)
+    };
+    // The first session tells the lease; it breaks, and the next goes to the controller that will freeze.
+    drop(next(&mut rig).await);
+    let _held = next(&mut rig).await;
+    let since = Instant::now();
+    freeze.send_replace(true);
+    next(&mut rig).await;
+    assert!(since.elapsed() < lease, "noticed after {:?}", since.elapsed());
 }
