@@ -109,7 +109,7 @@ impl Phase {
     }
 }
 
-/// The model an instance runs. Two instances agree only if all fields are equal.
+/// The model an instance runs: equal on all that may hand caches to each other.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ModelIdentity {
     /// What clients say in `model`.
@@ -117,7 +117,6 @@ pub struct ModelIdentity {
     /// Hex digest that covers configuration and weights.
     pub revision: String,
     pub architecture: String,
-    pub context_tokens: u32,
     pub vocabulary_size: u32,
 }
 
@@ -148,6 +147,8 @@ pub struct InstanceSpec {
     pub device: String,
     pub device_count: u32,
     pub model: ModelIdentity,
+    /// Longest sequence that it takes: no part of what the model is, as it follows from this one's KV pool too.
+    pub context_tokens: u32,
     pub kv_layout: KvLayoutSpec,
     /// host:port of its Inference service.
     pub inference_endpoint: String,
@@ -186,21 +187,8 @@ impl TryFrom<v1::ModelIdentity> for ModelIdentity {
             name: present(wire.name, "model.name")?,
             revision: wire.revision,
             architecture: wire.architecture,
-            context_tokens: wire.context_tokens,
             vocabulary_size: wire.vocabulary_size,
         })
-    }
-}
-
-impl From<ModelIdentity> for v1::ModelIdentity {
-    fn from(model: ModelIdentity) -> Self {
-        Self {
-            name: model.name,
-            revision: model.revision,
-            architecture: model.architecture,
-            context_tokens: model.context_tokens,
-            vocabulary_size: model.vocabulary_size,
-        }
     }
 }
 
@@ -241,13 +229,15 @@ impl From<KvLayoutSpec> for v1::KvLayout {
 impl TryFrom<v1::InstanceSpec> for InstanceSpec {
     type Error = WireError;
     fn try_from(wire: v1::InstanceSpec) -> Result<Self, WireError> {
+        let model = wire.model.ok_or(WireError::Missing("model"))?;
         Ok(Self {
             id: InstanceId::new(wire.instance_id)?,
             incarnation: Incarnation(wire.incarnation),
             group: wire.group,
             device: wire.device,
             device_count: wire.device_count,
-            model: wire.model.ok_or(WireError::Missing("model"))?.try_into()?,
+            context_tokens: model.context_tokens,
+            model: model.try_into()?,
             kv_layout: wire.kv_layout.ok_or(WireError::Missing("kv_layout"))?.into(),
             inference_endpoint: present(wire.inference_endpoint, "inference_endpoint")?,
             handoff_endpoint: present(wire.handoff_endpoint, "handoff_endpoint")?,
@@ -267,7 +257,13 @@ impl From<InstanceSpec> for v1::InstanceSpec {
             group: spec.group,
             device: spec.device,
             device_count: spec.device_count,
-            model: Some(spec.model.into()),
+            model: Some(v1::ModelIdentity {
+                name: spec.model.name,
+                revision: spec.model.revision,
+                architecture: spec.model.architecture,
+                context_tokens: spec.context_tokens,
+                vocabulary_size: spec.model.vocabulary_size,
+            }),
             kv_layout: Some(spec.kv_layout.into()),
             inference_endpoint: spec.inference_endpoint,
             handoff_endpoint: spec.handoff_endpoint,

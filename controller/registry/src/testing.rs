@@ -27,9 +27,9 @@ pub fn instance_spec(name: &str, incarnation: u64) -> InstanceSpec {
             name: "m".into(),
             revision: "r".into(),
             architecture: "llama".into(),
-            context_tokens: 100,
             vocabulary_size: 10,
         },
+        context_tokens: 100,
         kv_layout: KvLayoutSpec {
             fingerprint: "x".into(),
             format: "panel".into(),

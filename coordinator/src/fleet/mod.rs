@@ -59,7 +59,7 @@ impl From<&InstanceSpec> for Spec {
             group: spec.group.clone(),
             model: spec.model.name.clone(),
             revision: spec.model.revision.clone(),
-            context_tokens: spec.model.context_tokens,
+            context_tokens: spec.context_tokens,
             layout: spec.kv_layout.fingerprint.clone(),
             block_tokens: spec.kv_layout.block_tokens.max(1),
             inference_endpoint: spec.inference_endpoint.clone(),

@@ -141,10 +141,10 @@ impl Instance {
             model: ModelIdentity {
                 name: served.name.clone(),
                 revision: served.revision.clone(),
-                context_tokens: served.context_tokens,
                 vocabulary_size: served.text.vocabulary(),
                 ..spec.model
             },
+            context_tokens: served.context_tokens,
             inference_endpoint: self.address.to_string(),
             handoff_endpoint: format!("{}-handoff:1", self.id),
             ..spec
