@@ -54,6 +54,14 @@ pub struct Session {
     pub shutdown: CancellationToken,
 }
 
+/// Another process is known by this instance's id, and it was started later: no controller will take this one again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("replaced: incarnation {by} of this instance was started after this process, {own}")]
+pub struct Replaced {
+    pub own: u64,
+    pub by: u64,
+}
+
 /// Why a session ended, for the log.
 #[derive(Debug, thiserror::Error)]
 enum Broken {
@@ -67,6 +75,8 @@ enum Broken {
     Closed,
     #[error("the controller refused this instance: {0}")]
     Refused(String),
+    #[error(transparent)]
+    Replaced(#[from] Replaced),
     #[error("the controller did not say welcome first")]
     NoWelcome,
 }
@@ -80,17 +90,20 @@ impl Broken {
 }
 
 impl Session {
-    /// Runs until `shutdown`.
-    pub async fn run(mut self) {
+    /// Runs until `shutdown`, or until this process is replaced.
+    pub async fn run(mut self) -> Result<(), Replaced> {
         let mut rounds = Rounds::new(self.controllers.clone());
         let mut patience = Patience::default();
         let mut calls = 0u32;
         while !self.shutdown.is_cancelled() {
             let controller = rounds.call();
             let mut welcomed = None;
-            let Err(error) = self.once(&controller, patience, &mut welcomed).await else { return };
+            let Err(error) = self.once(&controller, patience, &mut welcomed).await else { return Ok(()) };
             if self.shutdown.is_cancelled() {
-                return;
+                return Ok(());
+            }
+            if let Broken::Replaced(replaced) = error {
+                return Err(replaced);
             }
             let over = if let Some(told) = welcomed {
                 patience = told;
@@ -111,10 +124,11 @@ impl Session {
             self.settle();
             let pause = pause(before, patience.longest_pause(), uniform(self.spec.incarnation, calls));
             tokio::select! {
-                () = self.shutdown.cancelled() => return,
+                () = self.shutdown.cancelled() => return Ok(()),
                 () = tokio::time::sleep(pause) => {}
             }
         }
+        Ok(())
     }
 
     /// One stream, from hello to its end. `Ok` after a goodbye. `welcomed` is what the controller's lease allows for.
@@ -140,8 +154,7 @@ impl Session {
         let welcome = match first {
             Some(v1::controller_order::Order::Welcome(welcome)) => welcome,
             Some(v1::controller_order::Order::Refuse(refuse)) => {
-                self.rise_above(refuse.held_incarnation);
-                return Err(refused(refuse));
+                return Err(self.refused(refuse));
             }
             Some(v1::controller_order::Order::Assign(_)) | None => return Err(Broken::NoWelcome),
         };
@@ -164,19 +177,26 @@ impl Session {
         }
     }
 
-    /// Takes a later incarnation than the one that a controller knows, if that is later than this one's and
-    /// nobody knows this one yet.
-    fn rise_above(&mut self, held: u64) {
-        let Some(above) = held.checked_add(1).filter(|_| held > self.spec.incarnation) else { return };
-        let settled = self.settle.take().is_some_and(|settle| settle.send(Incarnation(above)).is_ok());
-        if settled {
-            tracing::warn!(
-                own = self.spec.incarnation,
-                held,
-                "the clock is behind that of an earlier start of this instance: going on above its incarnation"
-            );
-            self.spec.incarnation = above;
+    /// Takes a later incarnation than the one that a controller knows, if that is later than this one's and nobody
+    /// knows this one yet. Otherwise that one has replaced this process.
+    fn refused(&mut self, refuse: v1::Refuse) -> Broken {
+        let (own, held) = (self.spec.incarnation, refuse.held_incarnation);
+        if held <= own {
+            let reason = refuse.reason.map_or_else(|| "without a reason".into(), |reason| reason.message);
+            return Broken::Refused(reason);
         }
+        let above = held.saturating_add(1);
+        let settled = self.settle.take().is_some_and(|settle| settle.send(Incarnation(above)).is_ok());
+        if !settled {
+            return Replaced { own, by: held }.into();
+        }
+        tracing::warn!(
+            own,
+            held,
+            "the clock is behind that of an earlier start of this instance: going on above its incarnation"
+        );
+        self.spec.incarnation = above;
+        Broken::Refused("its incarnation is behind that of an earlier start".into())
     }
 
     async fn converse(
@@ -213,7 +233,7 @@ impl Session {
         }
     }
 
-    async fn obey(&self, order: v1::ControllerOrder) -> Result<(), Broken> {
+    async fn obey(&mut self, order: v1::ControllerOrder) -> Result<(), Broken> {
         match order.order {
             Some(v1::controller_order::Order::Assign(assign)) => {
                 // A role that this build does not know is not taken on.
@@ -226,7 +246,7 @@ impl Session {
                 let _ = self.events.send(Event::Assigned(assignment)).await;
                 Ok(())
             }
-            Some(v1::controller_order::Order::Refuse(refuse)) => Err(refused(refuse)),
+            Some(v1::controller_order::Order::Refuse(refuse)) => Err(self.refused(refuse)),
             // A newer controller may say what this build does not know.
             Some(v1::controller_order::Order::Welcome(_)) | None => Ok(()),
         }
@@ -247,10 +267,6 @@ impl Session {
 /// What the controller is told at once.
 fn news(view: &RoleView) -> (Role, RoleEpoch, Phase) {
     (view.role, view.epoch, view.phase)
-}
-
-fn refused(refuse: v1::Refuse) -> Broken {
-    Broken::Refused(refuse.reason.map_or_else(|| "without a reason".into(), |reason| reason.message))
 }
 
 async fn connect(

@@ -67,7 +67,8 @@ impl Reconciler {
         commands
     }
 
-    /// Whether a session may be: one process per id, and none that a later one has replaced.
+    /// Whether a session may be: one process per id, and none that a later one has replaced. An incumbent whose session
+    /// has broken, or that this leader has yet to hear of, may be on its way back: its place is held for its lease.
     fn admit(&self, spec: &InstanceSpec) -> Result<(), ApiError> {
         let Some(member) = self.members.get(&spec.id) else {
             let limit = self.sessions_config.max_instances;
@@ -85,10 +86,11 @@ impl Reconciler {
                 format!("instance {id} has been started again since: incarnation {held} replaces {offered}");
             return Err(ApiError::new(ErrorCode::StaleEpoch, message));
         }
-        if offered > held && member.session().is_some() {
+        let gone = !member.is_registered() || (member.session().is_none() && succeeds(&member.spec, spec));
+        if offered > held && !gone {
             let message = format!(
                 "instance {id} is here already, as incarnation {held}: give this process another id, or call again \
-                 once the other is gone"
+                 once the other has been silent for its lease"
             );
             return Err(ApiError::new(ErrorCode::AlreadyExists, message));
         }
@@ -122,4 +124,9 @@ impl Reconciler {
         }
         due
     }
+}
+
+/// Whether the earlier process must have ended: the later one has its address, and was bound to it before it called.
+fn succeeds(earlier: &InstanceSpec, later: &InstanceSpec) -> bool {
+    earlier.inference_endpoint == later.inference_endpoint
 }

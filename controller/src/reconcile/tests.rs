@@ -446,3 +446,4 @@ fn two_thousand_instances_are_planned_at_once() {
 
 mod storm;
 mod successors;
+mod twins;

@@ -33,7 +33,7 @@ struct Rig {
     role: watch::Sender<RoleView>,
     shutdown: CancellationToken,
     settled: oneshot::Receiver<Incarnation>,
-    done: tokio::task::JoinHandle<()>,
+    done: tokio::task::JoinHandle<Result<(), Replaced>>,
 }
 
 /// Of the process before its incarnation is raised.
@@ -126,7 +126,7 @@ async fn says_hello_beats_takes_orders_and_says_goodbye() {
         }
     }
     drop(orders);
-    rig.done.await.expect("the session ends");
+    assert_eq!(rig.done.await.expect("the session ends"), Ok(()));
 }
 
 #[tokio::test]
@@ -175,7 +175,7 @@ async fn a_start_with_a_clock_that_was_set_back_goes_on_above_the_earlier_one() 
     assert_eq!((&mut rig.settled).await, Ok(Incarnation(101)));
     // Settled: whoever is later now has replaced this process.
     assert_eq!(refuse(&mut rig, 200).await, 101);
-    assert_eq!(refuse(&mut rig, 200).await, 101);
+    assert_eq!(replaced(rig).await, Replaced { own: 101, by: 200 });
 }
 
 #[tokio::test]
@@ -186,13 +186,33 @@ async fn a_process_that_is_known_or_at_work_never_changes_its_incarnation() {
     orders.send(welcome(50)).await.expect("sent");
     assert_eq!((&mut welcomed.settled).await, Ok(Incarnation(OWN)));
     drop((reports, orders));
+    // A twin of an earlier start is nothing to this one.
+    assert_eq!(refuse(&mut welcomed, OWN - 1).await, OWN);
     assert_eq!(refuse(&mut welcomed, 100).await, OWN);
-    assert_eq!(refuse(&mut welcomed, 100).await, OWN);
+    assert_eq!(replaced(welcomed).await, Replaced { own: OWN, by: 100 });
 
     let mut at_work = rig().await;
     at_work.settled.close();
     assert_eq!(refuse(&mut at_work, 100).await, OWN);
-    assert_eq!(refuse(&mut at_work, 100).await, OWN);
+    assert_eq!(replaced(at_work).await, Replaced { own: OWN, by: 100 });
+}
+
+#[tokio::test]
+async fn a_process_that_is_replaced_in_the_midst_of_a_session_ends_it() {
+    let mut rig = rig().await;
+    let (mut reports, orders) = rig.sessions.recv().await.expect("a session");
+    hello(&mut reports).await;
+    orders.send(welcome(50)).await.expect("sent");
+    let refuse = v1::Refuse { reason: None, held_incarnation: 9 };
+    let order = v1::ControllerOrder { order: Some(v1::controller_order::Order::Refuse(refuse)) };
+    orders.send(Ok(order)).await.expect("sent");
+    assert_eq!(replaced(rig).await, Replaced { own: OWN, by: 9 });
+}
+
+/// Why the session ends.
+async fn replaced(rig: Rig) -> Replaced {
+    let ended = tokio::time::timeout(Duration::from_secs(10), rig.done).await.expect("it goes on");
+    ended.expect("no panic").expect_err("it ends well")
 }
 
 #[tokio::test]

@@ -143,7 +143,9 @@ impl Storm {
                     self.last_session += 1;
                     let session = SessionId(self.last_session);
                     self.servers.get_mut(&who).expect("it lives").session = Some(session);
-                    let spec = Box::new(instance_spec(NAMES[who], server.incarnation));
+                    let mut spec = Box::new(instance_spec(NAMES[who], server.incarnation));
+                    // Every other start is at another address.
+                    spec.inference_endpoint = format!("x:{}", server.incarnation / 2);
                     self.event(Event::Hello { session, spec, beat: server.beat, unix_millis: 0 });
                 }
             }
