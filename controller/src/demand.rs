@@ -9,13 +9,10 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use baton_proto::{Incarnation, InstanceId};
+use baton_proto::{Incarnation, InstanceId, InstanceLoad};
 use tokio::time::Instant;
 
-use crate::{
-    fleet::Load,
-    plan::auto::{Demand, Speed},
-};
+use crate::plan::auto::{Demand, Speed};
 
 /// After this long a report's weight has fallen to 1/e.
 pub const FADING: Duration = Duration::from_secs(20);
@@ -54,7 +51,7 @@ pub struct Meter {
 #[derive(Debug, Clone, Copy)]
 struct Last {
     incarnation: Incarnation,
-    load: Load,
+    load: InstanceLoad,
 }
 
 /// Sums for a weighted line fit: weight, x, y, xx, xy.
@@ -91,7 +88,7 @@ impl StepLine {
 
 impl Meter {
     /// An instance of the group has reported. Counts that went back are of another start: they count from 0.
-    pub fn report(&mut self, now: Instant, id: &InstanceId, incarnation: Incarnation, load: &Load) {
+    pub fn report(&mut self, now: Instant, id: &InstanceId, incarnation: Incarnation, load: &InstanceLoad) {
         self.began.get_or_insert(now);
         let since = self.at.map_or(Duration::ZERO, |at| now.saturating_duration_since(at));
         let fade = (-since.as_secs_f64() / FADING.as_secs_f64()).exp();
@@ -99,7 +96,7 @@ impl Meter {
         let before =
             self.instances.get(id).filter(|last| last.incarnation == incarnation).map(|last| last.load);
         let known = before.unwrap_or(*load);
-        let more = |of: fn(&Load) -> u64| of(load).saturating_sub(of(&known)) as f64;
+        let more = |of: fn(&InstanceLoad) -> u64| of(load).saturating_sub(of(&known)) as f64;
         self.requests.add(fade, more(|load| load.prefilled_requests));
         self.prompt_tokens.add(fade, more(|load| load.prefilled_tokens));
         self.completion_tokens.add(fade, more(|load| load.decoded_tokens));
@@ -136,7 +133,7 @@ impl Meter {
 
     /// Of a typical instance; none until both phases have been measured. `block_tokens` is the group's.
     pub fn speed(&self, block_tokens: u32) -> Option<Speed> {
-        let measured = |of: fn(&Load) -> u64| {
+        let measured = |of: fn(&InstanceLoad) -> u64| {
             let values: Vec<f64> = self
                 .instances
                 .values()

@@ -5,8 +5,8 @@
 
 use std::{collections::BTreeMap, fmt};
 
-use baton_proto::{InstanceId, RoleEpoch, v1};
-use baton_registry::{DesiredRole, InstanceSpec, ObservedStatus, Phase, RecordError, Role};
+use baton_proto::{InstanceId, InstanceLoad, InstanceSpec, Phase, Role, RoleEpoch, WireError, v1};
+use baton_registry::{DesiredRole, ObservedStatus};
 use tokio::time::Instant;
 
 /// One session of one instance, among all that this process has ever had.
@@ -28,26 +28,7 @@ pub struct Beat {
     pub phase: Phase,
     /// Of the weights, while loading; at most 1000.
     pub load_permille: u32,
-    pub load: Load,
-}
-
-/// How busy it says it is; counts over all coordinators' requests. 0 for rates not yet measured.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Load {
-    pub running_sequences: u32,
-    pub waiting_sequences: u32,
-    pub queued_prefill_tokens: u64,
-    pub kv_blocks_total: u32,
-    pub kv_blocks_free: u32,
-    pub prefill_tokens_per_second: u64,
-    pub decode_step_micros: u64,
-    pub outgoing_transfers: u32,
-    pub incoming_transfers: u32,
-    /// Since the process started, as are the following: prompts computed to their end.
-    pub prefilled_requests: u64,
-    pub prefilled_tokens: u64,
-    pub decoded_tokens: u64,
-    pub decode_steps: u64,
+    pub load: InstanceLoad,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -129,14 +110,14 @@ impl Member {
 pub type Members = BTreeMap<InstanceId, Member>;
 
 impl TryFrom<v1::InstanceBeat> for Beat {
-    type Error = RecordError;
-    fn try_from(wire: v1::InstanceBeat) -> Result<Self, RecordError> {
+    type Error = WireError;
+    fn try_from(wire: v1::InstanceBeat) -> Result<Self, WireError> {
         Ok(Self {
             role: Role::from_wire(wire.role)?,
             role_epoch: RoleEpoch(wire.role_epoch),
             phase: Phase::from_wire(wire.phase)?,
             load_permille: wire.load_permille.min(1000),
-            load: wire.load.map(Load::from).unwrap_or_default(),
+            load: wire.load.map(InstanceLoad::from).unwrap_or_default(),
         })
     }
 }
@@ -149,46 +130,6 @@ impl From<Beat> for v1::InstanceBeat {
             phase: beat.phase.to_wire().into(),
             load_permille: beat.load_permille,
             load: Some(beat.load.into()),
-        }
-    }
-}
-
-impl From<v1::InstanceLoad> for Load {
-    fn from(wire: v1::InstanceLoad) -> Self {
-        Self {
-            running_sequences: wire.running_sequences,
-            waiting_sequences: wire.waiting_sequences,
-            queued_prefill_tokens: wire.queued_prefill_tokens,
-            kv_blocks_total: wire.kv_blocks_total,
-            kv_blocks_free: wire.kv_blocks_free,
-            prefill_tokens_per_second: wire.prefill_tokens_per_second,
-            decode_step_micros: wire.decode_step_micros,
-            outgoing_transfers: wire.outgoing_transfers,
-            incoming_transfers: wire.incoming_transfers,
-            prefilled_requests: wire.prefilled_requests,
-            prefilled_tokens: wire.prefilled_tokens,
-            decoded_tokens: wire.decoded_tokens,
-            decode_steps: wire.decode_steps,
-        }
-    }
-}
-
-impl From<Load> for v1::InstanceLoad {
-    fn from(load: Load) -> Self {
-        Self {
-            running_sequences: load.running_sequences,
-            waiting_sequences: load.waiting_sequences,
-            queued_prefill_tokens: load.queued_prefill_tokens,
-            kv_blocks_total: load.kv_blocks_total,
-            kv_blocks_free: load.kv_blocks_free,
-            prefill_tokens_per_second: load.prefill_tokens_per_second,
-            decode_step_micros: load.decode_step_micros,
-            outgoing_transfers: load.outgoing_transfers,
-            incoming_transfers: load.incoming_transfers,
-            prefilled_requests: load.prefilled_requests,
-            prefilled_tokens: load.prefilled_tokens,
-            decoded_tokens: load.decoded_tokens,
-            decode_steps: load.decode_steps,
         }
     }
 }

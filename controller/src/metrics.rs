@@ -1,7 +1,7 @@
 //! What the controller shows of the fleet and of itself.
 
 use baton_process::Metrics;
-use baton_registry::{Phase, Role};
+use baton_proto::{Phase, Role};
 use prometheus_client::{
     encoding::EncodeLabelSet,
     metrics::{counter::Counter, family::Family, gauge::Gauge},

@@ -14,8 +14,7 @@ pub mod auto;
 
 use std::collections::BTreeMap;
 
-use baton_proto::InstanceId;
-use baton_registry::{InstanceSpec, Role};
+use baton_proto::{InstanceId, InstanceSpec, Role};
 
 /// What operators want of every group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -8,11 +8,12 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use baton_process::HealthHandle;
-use baton_proto::InstanceId;
+use baton_proto::{InstanceId, InstanceLoad, InstanceSpec};
 use baton_registry::{
-    Candidate, DesiredRole, Fenced, InstanceSpec, KeyRange, LeaderRecord, Leadership, Lease, LeaseId,
-    ObservedStatus, Store, StoreError, Txn,
+    Candidate, DesiredRole, Fenced, KeyRange, LeaderRecord, Leadership, Lease, LeaseId, ObservedStatus,
+    Store, StoreError, Txn,
     keys::{self, Key},
+    records,
 };
 use futures::{FutureExt, future::BoxFuture};
 use tokio::{
@@ -25,7 +26,7 @@ use tracing::{debug, error, info, warn};
 use crate::{
     config::ControllerConfig,
     desk::{INBOX_CAPACITY, Inbox, Line, Message, Report},
-    fleet::{Beat, Load, SessionId},
+    fleet::{Beat, SessionId},
     metrics::ControllerMetrics,
     reconcile::{Command, Event, Reconciler, Write},
 };
@@ -204,7 +205,7 @@ impl Reigns {
             (Vec::new(), BTreeMap::new(), BTreeMap::<InstanceId, ObservedStatus>::new());
         for item in listing.items {
             let taken = match Key::parse(&item.key) {
-                Key::Instance(_) => InstanceSpec::decode(&item.value).map(|spec| specs.push(spec)),
+                Key::Instance(_) => records::decode_spec(&item.value).map(|spec| specs.push(spec)),
                 Key::Role(id) => DesiredRole::decode(&item.value).map(|role| roles.extend([(id, role)])),
                 Key::Status(id) => {
                     ObservedStatus::decode(&item.value).map(|status| statuses.extend([(id, status)]))
@@ -230,7 +231,7 @@ fn beat_of(status: &ObservedStatus) -> Beat {
         role_epoch: status.role_epoch,
         phase: status.phase,
         load_permille: status.load_permille,
-        load: Load::default(),
+        load: InstanceLoad::default(),
     }
 }
 

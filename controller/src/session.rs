@@ -14,10 +14,10 @@ use std::{
 };
 
 use baton_proto::{
-    ApiError, ErrorCode, LeaderEpoch,
+    ApiError, ErrorCode, InstanceSpec, LEADER_METADATA, LeaderEpoch, WireError,
     v1::{self, control_server, controller_order, instance_report::Report as Wire},
 };
-use baton_registry::{InstanceSpec, KeyRange, LeaderRecord, RecordError, Store, keys};
+use baton_registry::{KeyRange, LeaderRecord, Store, keys, records::encode_spec};
 use futures::{Stream, StreamExt};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -65,16 +65,20 @@ impl ControlService {
 pub(crate) async fn not_leading(store: &dyn Store) -> Status {
     let leader =
         store.range(KeyRange::exact(keys::LEADER)).await.ok().and_then(|mut listing| listing.items.pop());
-    let message = match leader.and_then(|item| LeaderRecord::decode(&item.value).ok()) {
-        Some(leader) => {
-            format!("this controller does not lead: ask {} at {}", leader.controller_id, leader.endpoint)
-        }
-        None => "no controller leads at the moment: try again".to_owned(),
+    let Some(leader) = leader.and_then(|item| LeaderRecord::decode(&item.value).ok()) else {
+        let message = "no controller leads at the moment: try again";
+        return ApiError::new(ErrorCode::Unavailable, message).into();
     };
-    ApiError::new(ErrorCode::Unavailable, message).into()
+    let (id, endpoint) = (leader.controller_id, leader.endpoint);
+    let message = format!("this controller does not lead: ask {id} at {endpoint}");
+    let mut status = Status::from(ApiError::new(ErrorCode::Unavailable, message));
+    if let Ok(endpoint) = endpoint.parse() {
+        status.metadata_mut().insert(LEADER_METADATA, endpoint);
+    }
+    status
 }
 
-fn invalid(error: RecordError) -> Status {
+fn invalid(error: WireError) -> Status {
     ApiError::new(ErrorCode::InvalidArgument, format!("this report cannot be taken: {error}")).into()
 }
 
@@ -119,8 +123,8 @@ async fn hello(reports: &mut Streaming<v1::InstanceReport>) -> Result<(InstanceS
         return Err(ApiError::new(ErrorCode::InvalidArgument, "a session begins with a hello").into());
     };
     let spec =
-        hello.spec.ok_or(RecordError::Missing("spec")).and_then(InstanceSpec::try_from).map_err(invalid)?;
-    let size = spec.encode().len();
+        hello.spec.ok_or(WireError::Missing("spec")).and_then(InstanceSpec::try_from).map_err(invalid)?;
+    let size = encode_spec(&spec).len();
     if size > SPEC_MAX_BYTES {
         let message = format!(
             "the spec of {} has {size} bytes, over the limit of {SPEC_MAX_BYTES}: give it fewer or shorter labels",
@@ -128,7 +132,7 @@ async fn hello(reports: &mut Streaming<v1::InstanceReport>) -> Result<(InstanceS
         );
         return Err(ApiError::new(ErrorCode::InvalidArgument, message).into());
     }
-    let beat = hello.beat.ok_or(RecordError::Missing("beat")).and_then(Beat::try_from).map_err(invalid)?;
+    let beat = hello.beat.ok_or(WireError::Missing("beat")).and_then(Beat::try_from).map_err(invalid)?;
     Ok((spec, beat))
 }
 
@@ -171,11 +175,11 @@ async fn read(
     }
 }
 
-fn event_of(session: SessionId, report: v1::InstanceReport) -> Result<Option<Event>, RecordError> {
+fn event_of(session: SessionId, report: v1::InstanceReport) -> Result<Option<Event>, WireError> {
     Ok(match report.report {
         Some(Wire::Beat(beat)) => Some(Event::Beat { session, beat: beat.try_into()? }),
         Some(Wire::Bye(bye)) => Some(Event::Bye { session, reason: bye.reason }),
-        Some(Wire::Hello(_)) => return Err(RecordError::Decode("a second hello".to_owned())),
+        Some(Wire::Hello(_)) => return Err(WireError::Unexpected("a second hello")),
         None => None,
     })
 }

@@ -1,5 +1,5 @@
-//! Everything that crosses a process boundary: the protobuf contracts, the newtypes of the ids in them, the
-//! hashes of KV blocks, and the one table of error codes.
+//! Everything that crosses a process boundary: the protobuf contracts, the newtypes of the ids in them, what
+//! every service knows of an instance, the hashes of KV blocks, and the one table of error codes.
 //!
 //! The services talk in [`v1`] types at their edges only: adapters turn them into domain types (`TryFrom`) on the way
 //! in and back on the way out. Contracts, a gRPC service each: `Inference`, `Handoff`, `KvCache`, `Control`, `Store`,
@@ -8,18 +8,23 @@
 mod block_hash;
 mod error;
 mod ids;
+mod instance;
 
 pub use block_hash::BlockHash;
 pub use error::{ApiError, ErrorCode};
 pub use ids::{
     CoordinatorId, IdError, Incarnation, InstanceId, LeaderEpoch, LegId, RequestId, RoleEpoch, TransferId,
 };
+pub use instance::{InstanceLoad, InstanceSpec, KvLayoutSpec, ModelIdentity, Phase, Role, WireError};
 
 /// Types and services generated from `protos/baton/v1/*.proto`.
 #[allow(missing_docs, unreachable_pub, clippy::all)]
 pub mod v1 {
     include!(concat!(env!("OUT_DIR"), "/baton.v1.rs"));
 }
+
+/// Metadata of the status with which a controller that does not lead refuses a session: host:port of the one that does.
+pub const LEADER_METADATA: &str = "baton-leader";
 
 /// The encoded `FileDescriptorSet` of all contracts, for gRPC server reflection.
 pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/baton.v1.fds"));

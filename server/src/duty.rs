@@ -60,6 +60,7 @@ impl Duty {
                     self.show(machine.view(), stopping);
                     drain = Some(self.drain(within)).into();
                 }
+                Some(Action::KeepOn) => drain = None.into(),
                 Some(Action::TakeOn(role)) => {
                     self.show(machine.view(), stopping);
                     // The KV pool and the engine are the same for every role: there is nothing to prepare.
@@ -155,6 +156,22 @@ mod tests {
         drop(permit);
         rig.until(Role::Decode, Phase::Ready).await;
         assert!(rig.commands.try_recv().is_err(), "legs were failed before the deadline");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_drain_that_is_taken_back_fails_no_leg() {
+        let mut rig = rig();
+        rig.tell(Event::Loaded).await;
+        rig.tell(assign(Role::Prefill, 1, Duration::ZERO)).await;
+        rig.until(Role::Prefill, Phase::Ready).await;
+        let _permit = rig.permits.take();
+        rig.tell(assign(Role::Decode, 2, Duration::from_secs(60))).await;
+        rig.until(Role::Prefill, Phase::Draining).await;
+        rig.tell(assign(Role::Prefill, 3, Duration::from_secs(60))).await;
+        rig.view.wait_for(|view| view.epoch == RoleEpoch(3)).await.expect("the duty runs");
+        rig.until(Role::Prefill, Phase::Ready).await;
+        let deadline = tokio::time::timeout(Duration::from_secs(600), rig.commands.recv()).await;
+        assert!(deadline.is_err(), "legs were failed for a switch that was taken back");
     }
 
     #[tokio::test(start_paused = true)]

@@ -7,6 +7,8 @@ use baton_process::{Invalid, ListenError, ProcessError};
 use baton_proto::IdError;
 use baton_runtime::RuntimeError;
 
+use crate::session::Replaced;
+
 /// One line each, which says what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
@@ -34,6 +36,8 @@ pub enum ServerError {
     Thread(std::io::Error),
     #[error("the engine's thread ended by itself; the log says where")]
     EngineDied,
+    #[error(transparent)]
+    Replaced(#[from] Replaced),
     #[error(transparent)]
     Process(#[from] ProcessError),
 }

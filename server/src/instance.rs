@@ -78,7 +78,19 @@ pub async fn run(process: Process<ServerConfig>) -> Result<(), ServerError> {
         let (role, load, events) = (role.clone(), load.clone(), events.clone());
         let (settle, shutdown) = (Some(settle), goodbye.clone());
         let session = Session { spec, settle, controllers, role, load, events, shutdown };
-        process.tasks.spawn(session.run())
+        let end = process.shutdown.clone();
+        process.tasks.spawn(async move {
+            let ended = session.run().await;
+            if let Err(replaced) = &ended {
+                tracing::error!(
+                    %replaced,
+                    "draining, then ending: give one of the two another id, or stop one; a supervisor may start this \
+                     one again"
+                );
+                end.cancel();
+            }
+            ended
+        })
     });
     assign_from_config(&process.config, &events).await;
 
@@ -134,7 +146,10 @@ pub async fn run(process: Process<ServerConfig>) -> Result<(), ServerError> {
     let _ = duty.await;
     goodbye.cancel();
     if let Some(session) = session {
-        let _ = session.await;
+        // Only if it panicked there is nothing to say of how it ended.
+        let ended = session.await.unwrap_or(Ok(()));
+        stop.cancel();
+        ended?;
     }
     stop.cancel();
     Ok(())

@@ -2,37 +2,17 @@
 //!
 //! ```text
 //! Loading ──loaded──> Waiting ──assigned──> Switching ──taken on──> Ready
-//!    └──loaded, assigned before──────────────^   ^                    │ assigned another role
-//!                                                └────drained──── Draining
+//!    └──loaded, assigned before──────────────^   ^                  ^ │ assigned another role
+//!                                                └───drained─── Draining
 //! ```
 //! An assignment counts only if its epoch is above every one seen before; the last one wins, also while an earlier one
-//! is still being taken on. The same role under a new epoch needs no drain. Stopping drains for good.
+//! is still being taken on. The held role under a new epoch needs no drain, and takes back one that is under way.
+//! Stopping drains for good.
 
 use std::time::Duration;
 
+pub use baton_proto::{Phase, Role};
 use baton_proto::{RoleEpoch, v1};
-
-/// What an instance does for requests.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Role {
-    /// Nothing: not assigned yet, cordoned, or incompatible.
-    #[default]
-    None,
-    Prefill,
-    Decode,
-    Mixed,
-}
-
-/// Where it stands with its role.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Phase {
-    #[default]
-    Loading,
-    Waiting,
-    Switching,
-    Ready,
-    Draining,
-}
 
 /// What others are told.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -74,6 +54,8 @@ pub enum Event {
 pub enum Action {
     /// Let what runs finish, end it after that time, and report `Drained`.
     Drain { within: Duration },
+    /// Drain no more: the role is kept.
+    KeepOn,
     /// Prepare for the role, and report `TakenOn`.
     TakeOn(Role),
 }
@@ -140,6 +122,12 @@ impl RoleMachine {
                 self.pending = Some(assignment);
                 self.switch()
             }
+            // The role it still holds: the drain is taken back.
+            Phase::Draining if assignment.role == self.view.role => {
+                self.pending = None;
+                (self.view.epoch, self.view.phase) = (assignment.epoch, Phase::Ready);
+                Some(Action::KeepOn)
+            }
             // What is under way goes on and ends in the newest assignment.
             Phase::Loading | Phase::Draining => {
                 self.pending = Some(assignment);
@@ -156,40 +144,6 @@ impl RoleMachine {
         let pending = self.pending?;
         self.view.phase = Phase::Switching;
         Some(Action::TakeOn(pending.role))
-    }
-}
-
-impl Role {
-    /// `Unspecified` is no role.
-    pub fn from_wire(wire: v1::Role) -> Option<Self> {
-        match wire {
-            v1::Role::Unspecified => None,
-            v1::Role::None => Some(Self::None),
-            v1::Role::Prefill => Some(Self::Prefill),
-            v1::Role::Decode => Some(Self::Decode),
-            v1::Role::Mixed => Some(Self::Mixed),
-        }
-    }
-
-    pub fn to_wire(self) -> v1::Role {
-        match self {
-            Self::None => v1::Role::None,
-            Self::Prefill => v1::Role::Prefill,
-            Self::Decode => v1::Role::Decode,
-            Self::Mixed => v1::Role::Mixed,
-        }
-    }
-}
-
-impl Phase {
-    pub fn to_wire(self) -> v1::Phase {
-        match self {
-            Self::Loading => v1::Phase::Loading,
-            Self::Waiting => v1::Phase::Waiting,
-            Self::Switching => v1::Phase::Switching,
-            Self::Ready => v1::Phase::Ready,
-            Self::Draining => v1::Phase::Draining,
-        }
     }
 }
 
@@ -258,6 +212,16 @@ mod tests {
         assert_eq!(state(&machine), (Role::Prefill, 2, Phase::Ready));
         assert_eq!(machine.on(assign(Role::Decode, 2)), None);
         assert_eq!(state(&machine), (Role::Prefill, 2, Phase::Ready));
+    }
+
+    #[test]
+    fn a_drain_is_taken_back_when_the_held_role_is_assigned_again() {
+        let mut machine = ready(Role::Prefill, 1);
+        assert_eq!(machine.on(assign(Role::Decode, 2)), Some(Action::Drain { within: DRAIN }));
+        assert_eq!(machine.on(assign(Role::Prefill, 3)), Some(Action::KeepOn));
+        assert_eq!(state(&machine), (Role::Prefill, 3, Phase::Ready));
+        assert_eq!(machine.on(Event::Drained), None, "of the drain that was taken back");
+        assert_eq!(state(&machine), (Role::Prefill, 3, Phase::Ready));
     }
 
     #[test]

@@ -1,14 +1,15 @@
 //! The session with a controller: who this instance is, how it is, and what it is to be.
 //!
-//! One stream to one of the controllers, opened again after every break with growing, jittered pauses. Role and epoch
-//! live in [`crate::duty`] and survive breaks: without a controller nothing changes, and traffic goes on.
+//! One stream to the controller that leads, opened again after every break: all controllers are asked, and whom they
+//! name, with growing, jittered pauses between the [`rounds`]. Role and epoch live in [`crate::duty`] and survive
+//! breaks: without a controller nothing changes, and traffic goes on.
 //!
 //! What this process is called, its incarnation, is settled here, once, before it does any work: see
 //! [`Session::settle`].
 
 use std::time::Duration;
 
-use baton_proto::{Incarnation, RoleEpoch, v1};
+use baton_proto::{Incarnation, LEADER_METADATA, RoleEpoch, v1};
 use futures::StreamExt;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_stream::wrappers::ReceiverStream;
@@ -17,21 +18,23 @@ use tonic::{Streaming, transport::Endpoint};
 
 use crate::{
     engine::{sampler::uniform, thread::Load},
-    role::{Assignment, Event, Role, RoleView},
+    role::{Assignment, Event, Phase, Role, RoleView},
 };
+
+mod patience;
+mod rounds;
+
+use patience::Patience;
+use rounds::Rounds;
 
 /// Reports that may wait for the stream. A full queue means that the controller does not read: the session is given up.
 const REPORT_QUEUE: usize = 16;
-const CONNECT_WITHIN: Duration = Duration::from_secs(3);
-/// For the first answer, and for a report to find room in the queue.
-const ANSWER_WITHIN: Duration = Duration::from_secs(5);
 /// For the controller to close its side after a goodbye.
 pub const GOODBYE_WITHIN: Duration = Duration::from_secs(2);
-const KEEPALIVE: Duration = Duration::from_secs(5);
-/// A silent controller is noticed by keep-alives; a beat is sent at least this often, and at most.
+/// What a beat's interval is kept to, whatever the controller asks for.
 const BEAT_RANGE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(10));
-/// Pauses between attempts: the first, and the longest.
-const PAUSE_RANGE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(3));
+/// The first pause between rounds.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
 
 /// See the module.
 #[derive(Debug)]
@@ -51,6 +54,14 @@ pub struct Session {
     pub shutdown: CancellationToken,
 }
 
+/// Another process is known by this instance's id, and it was started later: no controller will take this one again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("replaced: incarnation {by} of this instance was started after this process, {own}")]
+pub struct Replaced {
+    pub own: u64,
+    pub by: u64,
+}
+
 /// Why a session ended, for the log.
 #[derive(Debug, thiserror::Error)]
 enum Broken {
@@ -64,73 +75,91 @@ enum Broken {
     Closed,
     #[error("the controller refused this instance: {0}")]
     Refused(String),
+    #[error(transparent)]
+    Replaced(#[from] Replaced),
     #[error("the controller did not say welcome first")]
     NoWelcome,
 }
 
+impl Broken {
+    /// The leader that a standby names.
+    fn leader(&self) -> Option<String> {
+        let Self::Status(status) = self else { return None };
+        status.metadata().get(LEADER_METADATA)?.to_str().ok().map(str::to_owned)
+    }
+}
+
 impl Session {
-    /// Runs until `shutdown`.
-    pub async fn run(mut self) {
-        let mut failures = 0u32;
-        let mut attempt = 0u32;
+    /// Runs until `shutdown`, or until this process is replaced.
+    pub async fn run(mut self) -> Result<(), Replaced> {
+        let mut rounds = Rounds::new(self.controllers.clone());
+        let mut patience = Patience::default();
+        let mut calls = 0u32;
         while !self.shutdown.is_cancelled() {
-            let controller = self.controllers[attempt as usize % self.controllers.len()].clone();
-            let mut welcomed = false;
-            let result = self.once(&controller, &mut welcomed).await;
-            if attempt as usize + 1 >= self.controllers.len() {
-                // All have been asked; whoever waits need not wait for one to answer.
-                self.settle();
-            }
+            let controller = rounds.call();
+            let mut welcomed = None;
+            let Err(error) = self.once(&controller, patience, &mut welcomed).await else { return Ok(()) };
             if self.shutdown.is_cancelled() {
-                return;
+                return Ok(());
             }
-            if welcomed {
-                failures = 0;
+            if let Broken::Replaced(replaced) = error {
+                return Err(replaced);
             }
-            let pause = pause(failures, uniform(self.spec.incarnation, attempt));
-            match result {
-                // Many starts are simultaneous: the controller is often a moment later.
-                Err(error) if !welcomed && failures < 5 => {
-                    tracing::debug!(%controller, %error, ?pause, "no session with the controller yet");
-                }
-                Err(error) => {
-                    tracing::warn!(%controller, %error, ?pause, "no session with the controller; trying again");
-                }
-                Ok(()) => return,
+            let over = if let Some(told) = welcomed {
+                patience = told;
+                rounds.broke();
+                Some(0)
+            } else {
+                rounds.failed(error.leader())
+            };
+            // Many starts are simultaneous: the controller is often a moment later.
+            if welcomed.is_some() || over.is_some_and(|before| before >= 4 && before.is_power_of_two()) {
+                tracing::warn!(%controller, %error, "no session with a controller; trying again");
+            } else {
+                tracing::debug!(%controller, %error, "no session with this controller");
             }
-            failures = failures.saturating_add(1);
-            attempt = attempt.wrapping_add(1);
+            calls = calls.wrapping_add(1);
+            let Some(before) = over else { continue };
+            // All have been asked; whoever waits need not wait for one to answer.
+            self.settle();
+            let pause = pause(before, patience.longest_pause(), uniform(self.spec.incarnation, calls));
             tokio::select! {
-                () = self.shutdown.cancelled() => return,
+                () = self.shutdown.cancelled() => return Ok(()),
                 () = tokio::time::sleep(pause) => {}
             }
         }
+        Ok(())
     }
 
-    /// One stream, from hello to its end. `Ok` after a goodbye.
-    async fn once(&mut self, controller: &str, welcomed: &mut bool) -> Result<(), Broken> {
-        let (reports, outgoing) = mpsc::channel(REPORT_QUEUE);
+    /// One stream, from hello to its end. `Ok` after a goodbye. `welcomed` is what the controller's lease allows for.
+    async fn once(
+        &mut self,
+        controller: &str,
+        patience: Patience,
+        welcomed: &mut Option<Patience>,
+    ) -> Result<(), Broken> {
+        let (queue, outgoing) = mpsc::channel(REPORT_QUEUE);
+        let reports = Reports { queue, within: patience.answer() };
         let hello = v1::InstanceHello { spec: Some(self.spec.clone()), beat: Some(self.beat()) };
-        send(&reports, v1::instance_report::Report::Hello(hello)).await?;
+        reports.send(v1::instance_report::Report::Hello(hello)).await?;
         let open = async {
-            let mut orders = connect(controller, outgoing).await?;
+            let mut orders = connect(controller, patience, outgoing).await?;
             let first = orders.message().await?.and_then(|order| order.order);
             Ok::<_, Broken>((orders, first))
         };
         let (orders, first) = tokio::select! {
             () = self.shutdown.cancelled() => return Ok(()),
-            opened = tokio::time::timeout(ANSWER_WITHIN, open) => opened.map_err(|_| Broken::Silent)??,
+            opened = tokio::time::timeout(patience.answer(), open) => opened.map_err(|_| Broken::Silent)??,
         };
         let welcome = match first {
             Some(v1::controller_order::Order::Welcome(welcome)) => welcome,
             Some(v1::controller_order::Order::Refuse(refuse)) => {
-                self.rise_above(refuse.held_incarnation);
-                return Err(refused(refuse));
+                return Err(self.refused(refuse));
             }
             Some(v1::controller_order::Order::Assign(_)) | None => return Err(Broken::NoWelcome),
         };
         self.settle();
-        *welcomed = true;
+        *welcomed = Some(patience.under(Duration::from_millis(welcome.lease_millis.into())));
         tracing::info!(
             controller = welcome.controller_id,
             epoch = welcome.leader_epoch,
@@ -148,41 +177,50 @@ impl Session {
         }
     }
 
-    /// Takes a later incarnation than the one that a controller knows, if that is later than this one's and
-    /// nobody knows this one yet.
-    fn rise_above(&mut self, held: u64) {
-        let Some(above) = held.checked_add(1).filter(|_| held > self.spec.incarnation) else { return };
-        let settled = self.settle.take().is_some_and(|settle| settle.send(Incarnation(above)).is_ok());
-        if settled {
-            tracing::warn!(
-                own = self.spec.incarnation,
-                held,
-                "the clock is behind that of an earlier start of this instance: going on above its incarnation"
-            );
-            self.spec.incarnation = above;
+    /// Takes a later incarnation than the one that a controller knows, if that is later than this one's and nobody
+    /// knows this one yet. Otherwise that one has replaced this process.
+    fn refused(&mut self, refuse: v1::Refuse) -> Broken {
+        let (own, held) = (self.spec.incarnation, refuse.held_incarnation);
+        if held <= own {
+            let reason = refuse.reason.map_or_else(|| "without a reason".into(), |reason| reason.message);
+            return Broken::Refused(reason);
         }
+        let above = held.saturating_add(1);
+        let settled = self.settle.take().is_some_and(|settle| settle.send(Incarnation(above)).is_ok());
+        if !settled {
+            return Replaced { own, by: held }.into();
+        }
+        tracing::warn!(
+            own,
+            held,
+            "the clock is behind that of an earlier start of this instance: going on above its incarnation"
+        );
+        self.spec.incarnation = above;
+        Broken::Refused("its incarnation is behind that of an earlier start".into())
     }
 
     async fn converse(
         &mut self,
-        reports: mpsc::Sender<v1::InstanceReport>,
+        reports: Reports,
         mut orders: Streaming<v1::ControllerOrder>,
         interval: Duration,
     ) -> Result<(), Broken> {
         let mut ticks = tokio::time::interval(interval);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut told = None;
         loop {
             tokio::select! {
                 biased;
                 () = self.shutdown.cancelled() => {
                     let bye = v1::InstanceBye { reason: "the instance is shutting down".into() };
-                    send(&reports, v1::instance_report::Report::Bye(bye)).await?;
+                    reports.send(v1::instance_report::Report::Bye(bye)).await?;
                     // The controller closes its side once it has read the goodbye.
                     drop(reports);
                     let _ = tokio::time::timeout(GOODBYE_WITHIN, orders.by_ref().for_each(|_| async {})).await;
                     return Ok(());
                 }
-                Ok(()) = self.role.changed() => {}
+                // Progress of loading is no news: it goes with the regular beats.
+                Ok(()) = self.role.changed() => if told == Some(news(&self.role.borrow_and_update())) { continue },
                 order = orders.message() => {
                     self.obey(order?.ok_or(Broken::Closed)?).await?;
                     continue;
@@ -190,14 +228,17 @@ impl Session {
                 _ = ticks.tick() => {}
             }
             let beat = self.beat();
-            send(&reports, v1::instance_report::Report::Beat(beat)).await?;
+            told = Some(news(&self.role.borrow()));
+            reports.send(v1::instance_report::Report::Beat(beat)).await?;
         }
     }
 
-    async fn obey(&self, order: v1::ControllerOrder) -> Result<(), Broken> {
+    async fn obey(&mut self, order: v1::ControllerOrder) -> Result<(), Broken> {
         match order.order {
             Some(v1::controller_order::Order::Assign(assign)) => {
-                let Some(role) = Role::from_wire(assign.role()) else { return Ok(()) };
+                // A role that this build does not know is not taken on.
+                let known = assign.role() != v1::Role::Unspecified;
+                let Some(role) = Role::from_wire(assign.role).ok().filter(|_| known) else { return Ok(()) };
                 tracing::debug!(?role, epoch = assign.epoch, reason = assign.reason, "role assigned");
                 let drain = Duration::from_millis(assign.drain_millis.into());
                 let assignment = Assignment { role, epoch: RoleEpoch(assign.epoch), drain };
@@ -205,7 +246,7 @@ impl Session {
                 let _ = self.events.send(Event::Assigned(assignment)).await;
                 Ok(())
             }
-            Some(v1::controller_order::Order::Refuse(refuse)) => Err(refused(refuse)),
+            Some(v1::controller_order::Order::Refuse(refuse)) => Err(self.refused(refuse)),
             // A newer controller may say what this build does not know.
             Some(v1::controller_order::Order::Welcome(_)) | None => Ok(()),
         }
@@ -223,19 +264,20 @@ impl Session {
     }
 }
 
-fn refused(refuse: v1::Refuse) -> Broken {
-    Broken::Refused(refuse.reason.map_or_else(|| "without a reason".into(), |reason| reason.message))
+/// What the controller is told at once.
+fn news(view: &RoleView) -> (Role, RoleEpoch, Phase) {
+    (view.role, view.epoch, view.phase)
 }
 
 async fn connect(
     controller: &str,
+    patience: Patience,
     reports: mpsc::Receiver<v1::InstanceReport>,
 ) -> Result<Streaming<v1::ControllerOrder>, Broken> {
     let channel = Endpoint::from_shared(format!("http://{controller}"))
         .map_err(Broken::Connect)?
-        .connect_timeout(CONNECT_WITHIN)
-        .http2_keep_alive_interval(KEEPALIVE)
-        .keep_alive_timeout(KEEPALIVE)
+        .http2_keep_alive_interval(patience.keep_alive())
+        .keep_alive_timeout(patience.keep_alive())
         .keep_alive_while_idle(true)
         .connect()
         .await
@@ -244,20 +286,26 @@ async fn connect(
     Ok(client.session(ReceiverStream::new(reports)).await?.into_inner())
 }
 
-async fn send(
-    reports: &mpsc::Sender<v1::InstanceReport>,
-    report: v1::instance_report::Report,
-) -> Result<(), Broken> {
-    let sent = reports.send_timeout(v1::InstanceReport { report: Some(report) }, ANSWER_WITHIN).await;
-    sent.map_err(|error| match error {
-        mpsc::error::SendTimeoutError::Timeout(_) => Broken::Silent,
-        mpsc::error::SendTimeoutError::Closed(_) => Broken::Closed,
-    })
+/// The way to the controller.
+struct Reports {
+    queue: mpsc::Sender<v1::InstanceReport>,
+    /// For a report to find room in the queue.
+    within: Duration,
 }
 
-/// Doubles with each failure up to the longest; `jitter` in [0, 1) spreads it over its upper half.
-fn pause(failures: u32, jitter: f64) -> Duration {
-    let full = PAUSE_RANGE.0.saturating_mul(1 << failures.min(16)).min(PAUSE_RANGE.1);
+impl Reports {
+    async fn send(&self, report: v1::instance_report::Report) -> Result<(), Broken> {
+        let sent = self.queue.send_timeout(v1::InstanceReport { report: Some(report) }, self.within).await;
+        sent.map_err(|error| match error {
+            mpsc::error::SendTimeoutError::Timeout(_) => Broken::Silent,
+            mpsc::error::SendTimeoutError::Closed(_) => Broken::Closed,
+        })
+    }
+}
+
+/// Doubles with each fruitless round up to the longest; `jitter` in [0, 1) spreads it over its upper half.
+fn pause(rounds: u32, longest: Duration, jitter: f64) -> Duration {
+    let full = FIRST_PAUSE.saturating_mul(1 << rounds.min(16)).min(longest);
     full.mul_f64(0.5 + 0.5 * jitter)
 }
 

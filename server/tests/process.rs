@@ -100,6 +100,17 @@ impl Reports {
         }
     }
 
+    /// Whether the session ends without a goodbye.
+    async fn ended(&mut self) -> bool {
+        loop {
+            match tokio::time::timeout(PATIENCE, self.0.message()).await.expect("an end in time") {
+                Ok(Some(report)) if matches!(report.report, Some(v1::instance_report::Report::Beat(_))) => {}
+                Ok(Some(_)) => return false,
+                Ok(None) | Err(_) => return true,
+            }
+        }
+    }
+
     async fn until_goodbye(&mut self) {
         loop {
             match self.next().await {
@@ -188,6 +199,19 @@ async fn what_outlasts_its_drain_is_told_so() {
     reports.until_goodbye().await;
     drop(orders);
     assert!(server.exit().await.success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_that_is_replaced_drains_and_ends_as_failed() {
+    let (server, mut reports, orders, mut coordinator) = ready(&[], 0).await;
+    coordinator.dispatch(1, &Request::greedy(20, 60), whole()).await;
+    coordinator.until_tokens(1, 3).await;
+    let refuse = v1::Refuse { reason: None, held_incarnation: u64::MAX };
+    orders.send(order(v1::controller_order::Order::Refuse(refuse))).await.expect("sent");
+    let heard = coordinator.until_end(1).await;
+    assert_eq!((heard.tokens.len(), heard.finished()), (60, v1::FinishReason::Length));
+    assert!(reports.ended().await, "it has nothing more to say to this controller");
+    assert!(!server.exit().await.success(), "so that its supervisor starts it again");
 }
 
 #[tokio::test(flavor = "multi_thread")]

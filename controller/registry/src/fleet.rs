@@ -9,15 +9,14 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use baton_proto::{InstanceId, LeaderEpoch, RoleEpoch};
+use baton_proto::{InstanceId, InstanceSpec, LeaderEpoch, Phase, Role, RoleEpoch};
 use futures::FutureExt;
 use tokio::{sync::watch, time::Instant};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{info, warn};
 
 use crate::{
-    DesiredRole, InstanceSpec, KeyRange, ObservedStatus, Phase, Revision, Role, Store, StoreError, Watch,
-    WatchBatch, WatchError, keys,
+    DesiredRole, KeyRange, ObservedStatus, Revision, Store, StoreError, Watch, WatchBatch, WatchError, keys,
 };
 
 mod view;

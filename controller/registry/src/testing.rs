@@ -12,9 +12,9 @@ use std::{
     time::Duration,
 };
 
-use baton_proto::{Incarnation, InstanceId};
+use baton_proto::{Incarnation, InstanceId, InstanceSpec, KvLayoutSpec, ModelIdentity};
 
-use crate::{EtcdConfig, EtcdStore, InstanceSpec, KeyRange, KvLayoutSpec, ModelIdentity, Store};
+use crate::{EtcdConfig, EtcdStore, KeyRange, Store};
 
 /// A CPU server of group `default` with one small model; two of them can hand over to each other.
 pub fn instance_spec(name: &str, incarnation: u64) -> InstanceSpec {
@@ -28,9 +28,9 @@ pub fn instance_spec(name: &str, incarnation: u64) -> InstanceSpec {
             name: "m".into(),
             revision: "r".into(),
             architecture: "llama".into(),
-            context_tokens: 100,
             vocabulary_size: 10,
         },
+        context_tokens: 100,
         kv_layout: KvLayoutSpec {
             fingerprint: "x".into(),
             format: "panel".into(),

@@ -12,13 +12,17 @@ fn id(name: &str) -> InstanceId {
 struct Stream {
     meter: Meter,
     now: Instant,
-    load: Load,
+    load: InstanceLoad,
     incarnation: Incarnation,
 }
 
 impl Stream {
     fn new() -> Self {
-        let load = Load { kv_blocks_total: 1000, prefill_tokens_per_second: 5000, ..Load::default() };
+        let load = InstanceLoad {
+            kv_blocks_total: 1000,
+            prefill_tokens_per_second: 5000,
+            ..InstanceLoad::default()
+        };
         Self { meter: Meter::default(), now: Instant::now(), load, incarnation: Incarnation(1) }
     }
 
@@ -77,7 +81,7 @@ fn an_instance_that_starts_again_is_not_counted_twice() {
     let mut stream = Stream::new();
     stream.run(60, (4, 1000, 100), (4, 10_000));
     let before = stream.demand().requests_per_second;
-    stream.load = Load { prefilled_requests: 1_000_000, ..stream.load };
+    stream.load = InstanceLoad { prefilled_requests: 1_000_000, ..stream.load };
     stream.incarnation = Incarnation(2);
     stream.run(1, (4, 1000, 100), (4, 10_000));
     assert!(stream.demand().requests_per_second <= before, "its earlier requests were not of this second");

@@ -129,6 +129,15 @@ fn each_difference_is_named() {
 }
 
 #[test]
+fn those_with_more_or_less_memory_for_the_kv_cache_pair() {
+    let base = spec("a", "x");
+    let mut smaller = base.clone();
+    // Cut to what its KV pool holds.
+    smaller.context_tokens = 50;
+    assert_eq!(incompatibility(&base, &smaller), None);
+}
+
+#[test]
 fn those_who_serve_outweigh_newcomers() {
     let mut fleet = fleet("pd");
     for name in ["a", "b", "c"] {

@@ -6,8 +6,8 @@
 
 use std::collections::BTreeMap;
 
-use baton_proto::{InstanceId, RoleEpoch};
-use baton_registry::{DesiredRole, Phase, Role};
+use baton_proto::{InstanceId, Phase, Role, RoleEpoch};
+use baton_registry::DesiredRole;
 use tokio::time::Instant;
 use tracing::info;
 

@@ -3,8 +3,8 @@
 
 use std::time::Duration;
 
-use baton_proto::Incarnation;
-use baton_registry::{Phase, keys, testing::instance_spec};
+use baton_proto::{ErrorCode, Incarnation, Phase};
+use baton_registry::{keys, records::decode_spec, testing::instance_spec};
 use bytes::Bytes;
 
 use super::*;
@@ -238,7 +238,7 @@ fn a_lost_instance_keeps_its_place_for_a_while() {
     assert_eq!(again.role, Role::Decode);
     world.obey(b);
     assert_eq!(world.roles(), "pd");
-    let spec = InstanceSpec::decode(&world.stored["/baton/v1/instances/b"]).expect("a record");
+    let spec = decode_spec(&world.stored["/baton/v1/instances/b"]).expect("a record");
     assert_eq!(spec.incarnation, Incarnation(2));
 }
 
@@ -444,3 +444,4 @@ fn two_thousand_instances_are_planned_at_once() {
 
 mod storm;
 mod successors;
+mod twins;

@@ -1,7 +1,7 @@
 //! What is to be written to the store: keys that may differ from it are marked, and looked up when they are written.
 
 use baton_proto::{InstanceId, RoleEpoch};
-use baton_registry::{DesiredRole, Operation, keys};
+use baton_registry::{DesiredRole, Operation, keys, records::encode_spec};
 use bytes::Bytes;
 
 use super::Reconciler;
@@ -66,7 +66,7 @@ impl Reconciler {
                 |member| member.desired.as_ref(),
             );
             let value = match kind {
-                Kind::Instance => registered.map(|member| member.spec.encode()),
+                Kind::Instance => registered.map(|member| encode_spec(&member.spec)),
                 Kind::Status => registered.map(|member| member.status().encode()),
                 Kind::Role => desired.map(DesiredRole::encode),
             };

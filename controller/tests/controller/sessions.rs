@@ -3,10 +3,10 @@
 use std::{sync::Arc, time::Duration};
 
 use crate::cluster::{Node, PATIENCE, Server, beat, config, remote, spec, waiting};
-use baton_proto::{InstanceId, v1};
+use baton_proto::{InstanceId, Role, v1};
 use baton_registry::{
-    FleetWatch, FleetWatchConfig, KeyRange, Lease, LeaseId, Listing, Operation, Revision, Role, Store,
-    StoreError, Txn, TxnOutcome, Watch, keys,
+    FleetWatch, FleetWatchConfig, KeyRange, Lease, LeaseId, Listing, Operation, Revision, Store, StoreError,
+    Txn, TxnOutcome, Watch, keys,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::Code;

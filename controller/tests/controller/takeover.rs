@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::cluster::{Node, PATIENCE, Server, on_etcd, spec, waiting};
-use baton_proto::v1;
+use baton_proto::{LEADER_METADATA, v1};
 use baton_registry::testing::EtcdServer;
 use tonic::Code;
 
@@ -25,6 +25,8 @@ async fn a_standby_refuses_and_names_the_leader() {
     let refusal = Server::call(&standby.endpoint, spec("a", 1), waiting()).await.err().expect("a refusal");
     assert_eq!(refusal.code(), Code::Unavailable);
     assert!(refusal.message().contains(&format!("ask c1 at {}", leader.endpoint)), "{}", refusal.message());
+    let named = refusal.metadata().get(LEADER_METADATA).and_then(|named| named.to_str().ok());
+    assert_eq!(named, Some(leader.endpoint.as_str()), "for servers, which go straight there");
     assert_eq!(standby.roles().await.expect_err("a refusal").code(), Code::Unavailable);
     assert!(leader.metrics.render().contains("baton_controller_leading 1"));
     assert!(standby.metrics.render().contains("baton_controller_leading 0"));

@@ -9,9 +9,8 @@ pub mod keeper;
 
 use std::{collections::BTreeMap, time::Duration};
 
-use baton_proto::{Incarnation, InstanceId, RoleEpoch, v1};
-use baton_registry::InstanceSpec;
-pub use baton_registry::Role;
+pub use baton_proto::Role;
+use baton_proto::{Incarnation, InstanceId, InstanceSpec, RoleEpoch, v1};
 use tokio::time::Instant;
 
 /// The role an instance holds, and whether it takes new requests in it.
@@ -60,7 +59,7 @@ impl From<&InstanceSpec> for Spec {
             group: spec.group.clone(),
             model: spec.model.name.clone(),
             revision: spec.model.revision.clone(),
-            context_tokens: spec.model.context_tokens,
+            context_tokens: spec.context_tokens,
             layout: spec.kv_layout.fingerprint.clone(),
             block_tokens: spec.kv_layout.block_tokens.max(1),
             inference_endpoint: spec.inference_endpoint.clone(),

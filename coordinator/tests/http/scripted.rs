@@ -11,10 +11,10 @@ use baton_coordinator::{
     text::TextStops,
 };
 use baton_process::HealthHandle;
-use baton_proto::{ApiError, ErrorCode, InstanceId, v1};
+use baton_proto::{ApiError, ErrorCode, InstanceId, InstanceSpec, ModelIdentity, v1};
 use baton_registry::{
-    FleetWatch, FleetWatchConfig, InstanceSpec, MemoryConfig, MemoryStore, ModelIdentity, Revision, Store,
-    Txn, keys, testing::instance_spec,
+    FleetWatch, FleetWatchConfig, MemoryConfig, MemoryStore, Revision, Store, Txn, keys,
+    testing::instance_spec,
 };
 use parking_lot::Mutex;
 use serde_json::{Value, json};
@@ -141,10 +141,10 @@ impl Instance {
             model: ModelIdentity {
                 name: served.name.clone(),
                 revision: served.revision.clone(),
-                context_tokens: served.context_tokens,
                 vocabulary_size: served.text.vocabulary(),
                 ..spec.model
             },
+            context_tokens: served.context_tokens,
             inference_endpoint: self.address.to_string(),
             handoff_endpoint: format!("{}-handoff:1", self.id),
             ..spec
@@ -286,7 +286,7 @@ impl Cluster {
         for (id, role) in roles {
             let instance = Instance::start(id, role, None).await;
             let spec = instance.spec(&served);
-            let put = Txn::new().put(keys::instance(&instance.id), spec.encode(), None);
+            let put = Txn::new().put(keys::instance(&instance.id), records::encode_spec(&spec), None);
             store.txn(put).await.expect("the store takes it");
             instances.push(instance);
         }

@@ -1,8 +1,6 @@
 //! A scripted controller drives the session.
 
 use super::*;
-use crate::role::Phase;
-use std::sync::Arc;
 use tokio::net::TcpListener;
 use tonic::{Request, Response, Status};
 
@@ -35,22 +33,32 @@ struct Rig {
     role: watch::Sender<RoleView>,
     shutdown: CancellationToken,
     settled: oneshot::Receiver<Incarnation>,
-    done: tokio::task::JoinHandle<()>,
+    done: tokio::task::JoinHandle<Result<(), Replaced>>,
 }
 
 /// Of the process before its incarnation is raised.
 const OWN: u64 = 5;
 
-async fn rig() -> Rig {
+/// Serves a controller; returns where.
+async fn serve(controller: impl v1::control_server::Control) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let address = listener.local_addr().expect("an address").to_string();
-    let (accepted, sessions) = mpsc::channel(1);
-    let service = v1::control_server::ControlServer::from_arc(Arc::new(Scripted(accepted)));
+    let service = v1::control_server::ControlServer::new(controller);
     tokio::spawn(
         tonic::transport::Server::builder()
             .add_service(service)
             .serve_with_incoming(tokio_stream::wrappers::TcpListenerStream::new(listener)),
     );
+    address
+}
+
+async fn rig() -> Rig {
+    let (accepted, sessions) = mpsc::channel(1);
+    rig_calling(vec![serve(Scripted(accepted)).await], sessions)
+}
+
+/// A session that calls these controllers, one of which may be the script that hands `sessions` over.
+fn rig_calling(controllers: Vec<String>, sessions: mpsc::Receiver<Accepted>) -> Rig {
     let (role, role_seen) = watch::channel(RoleView::default());
     let (events_in, events) = mpsc::channel(8);
     let shutdown = CancellationToken::new();
@@ -58,7 +66,7 @@ async fn rig() -> Rig {
     let session = Session {
         spec: v1::InstanceSpec { instance_id: "s".into(), incarnation: OWN, ..Default::default() },
         settle: Some(settle),
-        controllers: vec![address],
+        controllers,
         role: role_seen,
         load: watch::channel(Load::default()).1,
         events: events_in,
@@ -118,7 +126,7 @@ async fn says_hello_beats_takes_orders_and_says_goodbye() {
         }
     }
     drop(orders);
-    rig.done.await.expect("the session ends");
+    assert_eq!(rig.done.await.expect("the session ends"), Ok(()));
 }
 
 #[tokio::test]
@@ -167,7 +175,7 @@ async fn a_start_with_a_clock_that_was_set_back_goes_on_above_the_earlier_one() 
     assert_eq!((&mut rig.settled).await, Ok(Incarnation(101)));
     // Settled: whoever is later now has replaced this process.
     assert_eq!(refuse(&mut rig, 200).await, 101);
-    assert_eq!(refuse(&mut rig, 200).await, 101);
+    assert_eq!(replaced(rig).await, Replaced { own: 101, by: 200 });
 }
 
 #[tokio::test]
@@ -178,19 +186,61 @@ async fn a_process_that_is_known_or_at_work_never_changes_its_incarnation() {
     orders.send(welcome(50)).await.expect("sent");
     assert_eq!((&mut welcomed.settled).await, Ok(Incarnation(OWN)));
     drop((reports, orders));
+    // A twin of an earlier start is nothing to this one.
+    assert_eq!(refuse(&mut welcomed, OWN - 1).await, OWN);
     assert_eq!(refuse(&mut welcomed, 100).await, OWN);
-    assert_eq!(refuse(&mut welcomed, 100).await, OWN);
+    assert_eq!(replaced(welcomed).await, Replaced { own: OWN, by: 100 });
 
     let mut at_work = rig().await;
     at_work.settled.close();
     assert_eq!(refuse(&mut at_work, 100).await, OWN);
-    assert_eq!(refuse(&mut at_work, 100).await, OWN);
+    assert_eq!(replaced(at_work).await, Replaced { own: OWN, by: 100 });
 }
+
+#[tokio::test]
+async fn a_process_that_is_replaced_in_the_midst_of_a_session_ends_it() {
+    let mut rig = rig().await;
+    let (mut reports, orders) = rig.sessions.recv().await.expect("a session");
+    hello(&mut reports).await;
+    orders.send(welcome(50)).await.expect("sent");
+    let refuse = v1::Refuse { reason: None, held_incarnation: 9 };
+    let order = v1::ControllerOrder { order: Some(v1::controller_order::Order::Refuse(refuse)) };
+    orders.send(Ok(order)).await.expect("sent");
+    assert_eq!(replaced(rig).await, Replaced { own: OWN, by: 9 });
+}
+
+/// Why the session ends.
+async fn replaced(rig: Rig) -> Replaced {
+    let ended = tokio::time::timeout(Duration::from_secs(10), rig.done).await.expect("it goes on");
+    ended.expect("no panic").expect_err("it ends well")
+}
+
+#[tokio::test]
+async fn progress_of_loading_goes_with_the_regular_beats() {
+    let mut rig = rig().await;
+    let (mut reports, orders) = rig.sessions.recv().await.expect("a session");
+    hello(&mut reports).await;
+    // The first beat comes at once, the next in ten seconds.
+    orders.send(welcome(10_000)).await.expect("sent");
+    report(&mut reports).await;
+    for permille in 1..=100 {
+        rig.role.send_modify(|view| view.load_permille = permille);
+        tokio::task::yield_now().await;
+    }
+    rig.role.send_modify(|view| view.phase = Phase::Waiting);
+    let v1::instance_report::Report::Beat(beat) = report(&mut reports).await else {
+        panic!("expected a beat")
+    };
+    assert_eq!((beat.phase(), beat.load_permille), (v1::Phase::Waiting, 100));
+}
+
+mod controllers;
 
 #[test]
 fn pauses_grow_to_a_bound_and_are_spread() {
-    assert_eq!(pause(0, 0.0), Duration::from_millis(50));
-    assert_eq!(pause(1, 0.0), Duration::from_millis(100));
-    assert!(pause(3, 0.9) > pause(3, 0.1));
-    assert_eq!(pause(60, 1.0), PAUSE_RANGE.1);
+    let longest = Duration::from_secs(1);
+    assert_eq!(pause(0, longest, 0.0), Duration::from_millis(50));
+    assert_eq!(pause(1, longest, 0.0), Duration::from_millis(100));
+    assert!(pause(3, longest, 0.9) > pause(3, longest, 0.1));
+    assert_eq!(pause(60, longest, 1.0), longest);
 }

@@ -11,14 +11,14 @@ use std::{
     time::Duration,
 };
 
-use baton_proto::{InstanceId, LeaderEpoch};
+use baton_proto::{InstanceId, InstanceSpec, LeaderEpoch, WireError};
 use tokio::time::Instant;
 use tracing::warn;
 
 use super::{FleetInstance, FleetSnapshot, Leader};
 use crate::{
-    DesiredRole, Event, InstanceSpec, KeyValue, LeaderRecord, Listing, ObservedStatus, RecordError, Revision,
-    WatchBatch, keys::Key,
+    DesiredRole, Event, KeyValue, LeaderRecord, Listing, ObservedStatus, RecordError, Revision, WatchBatch,
+    keys::Key, records::decode_spec,
 };
 
 /// One key's value, and whether the store still has it.
@@ -181,9 +181,9 @@ impl View {
         let written = item.mod_revision;
         let taken = match Key::parse(&item.key) {
             Key::Leader => self.put_leader(&item, now),
-            Key::Instance(id) => InstanceSpec::decode(&item.value).and_then(|spec| {
+            Key::Instance(id) => decode_spec(&item.value).and_then(|spec| {
                 if spec.id != id {
-                    return Err(RecordError::Missing("the instance id of the key"));
+                    return Err(WireError::Missing("the instance id of the key").into());
                 }
                 let entry = self.entries.entry(id).or_default();
                 let changed = entry.spec.put(spec, written);

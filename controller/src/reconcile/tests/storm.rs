@@ -143,7 +143,9 @@ impl Storm {
                     self.last_session += 1;
                     let session = SessionId(self.last_session);
                     self.servers.get_mut(&who).expect("it lives").session = Some(session);
-                    let spec = Box::new(instance_spec(NAMES[who], server.incarnation));
+                    let mut spec = Box::new(instance_spec(NAMES[who], server.incarnation));
+                    // Every other start is at another address.
+                    spec.inference_endpoint = format!("x:{}", server.incarnation / 2);
                     self.event(Event::Hello { session, spec, beat: server.beat, unix_millis: 0 });
                 }
             }
@@ -162,7 +164,7 @@ impl Storm {
                 self.stored.get(&write.key()).cloned()
             };
             if let Some(value) = get(Kind::Instance) {
-                instances.push((InstanceSpec::decode(&value).expect("a spec"), None));
+                instances.push((decode_spec(&value).expect("a spec"), None));
             }
             if let Some(value) = get(Kind::Role) {
                 roles.insert(id(name), DesiredRole::decode(&value).expect("a role"));

@@ -36,20 +36,14 @@ impl Table {
 
 /// As in "prefill"; what this build does not know is "unknown".
 pub(crate) fn role(role: i32) -> String {
-    short(Role::try_from(role).map(|role| role.as_str_name()), "ROLE_")
+    let known = baton_proto::Role::from_wire(role).map(baton_proto::Role::name);
+    if role == Role::Unspecified as i32 { "-".to_owned() } else { known.unwrap_or("unknown").to_owned() }
 }
 
 /// As in "loading".
 pub(crate) fn phase(phase: i32) -> String {
-    short(Phase::try_from(phase).map(|phase| phase.as_str_name()), "PHASE_")
-}
-
-fn short<E>(name: Result<&'static str, E>, prefix: &str) -> String {
-    match name.map(|name| name.strip_prefix(prefix).unwrap_or(name)) {
-        Ok("UNSPECIFIED") => "-".to_owned(),
-        Ok(name) => name.to_lowercase(),
-        Err(_) => "unknown".to_owned(),
-    }
+    let known = baton_proto::Phase::from_wire(phase).map(baton_proto::Phase::name);
+    if phase == Phase::Unspecified as i32 { "-".to_owned() } else { known.unwrap_or("unknown").to_owned() }
 }
 
 pub(super) fn instances(mut instances: Vec<Instance>) -> Table {

@@ -1,0 +1,132 @@
+//! Who may be here, and with which role: the answers to a hello.
+
+use baton_proto::{ApiError, ErrorCode, InstanceSpec, Role, RoleEpoch};
+use baton_registry::DesiredRole;
+use tokio::time::Instant;
+use tracing::info;
+
+use super::{Command, Kind, Order, Reconciler, offer};
+use crate::fleet::{Beat, Contact, Member, SessionId};
+
+impl Reconciler {
+    pub(super) fn hello(
+        &mut self,
+        session: SessionId,
+        spec: InstanceSpec,
+        beat: Beat,
+        unix_millis: u64,
+        now: Instant,
+    ) -> Vec<Command> {
+        let id = spec.id.clone();
+        if let Err(refusal) = self.admit(&spec) {
+            info!(instance = %id, incarnation = %spec.incarnation, %refusal, "a session is refused");
+            let held = self.members.get(&id).map(|member| member.spec.incarnation);
+            let refuse = Order::Refuse { reason: refusal, held };
+            return vec![Command::Order(session, refuse), Command::Close(session)];
+        }
+        let mut commands = Vec::new();
+        let before = self.members.remove(&id);
+        // The same process has called again and the old stream has not broken yet.
+        if let Some(old) = before.as_ref().and_then(Member::session) {
+            self.sessions.remove(&old);
+            commands.push(Command::Close(old));
+        }
+        let known = before.as_ref().is_some_and(|member| member.spec == spec);
+        let (desired, stored) = match (&before, self.remembered.remove(&id)) {
+            (Some(member), _) => (member.desired.clone(), member.stored),
+            (None, Some(remembered)) => (Some(remembered.desired), remembered.stored),
+            (None, None) => (None, None),
+        };
+        info!(
+            instance = %id, incarnation = %spec.incarnation, %session, model = spec.model.name, group = spec.group,
+            role = beat.role.name(), epoch = %beat.role_epoch, "an instance is here"
+        );
+        let joined = before.as_ref().filter(|_| known).map_or(now, |member| member.joined);
+        let mut member = Member {
+            spec,
+            beat,
+            last_beat: now,
+            contact: Contact::Connected(session),
+            registered_unix_millis: unix_millis,
+            joined,
+            desired,
+            stored,
+            told: None,
+        };
+        self.sessions.insert(session, id.clone());
+        if self.adopt(&mut member) || self.renew(&mut member) {
+            self.mark(Kind::Role, &id);
+        }
+        self.mark(Kind::Instance, &id);
+        self.mark(Kind::Status, &id);
+        self.plan_due = true;
+        commands.push(Command::Order(session, Order::Welcome));
+        commands.extend(offer(&mut member));
+        self.members.insert(id, member);
+        self.check_at = self.check_at.min(now + self.sessions_config.lease);
+        commands
+    }
+
+    /// Whether a session may be: one process per id, and none that a later one has replaced. An incumbent whose session
+    /// has broken, or that this leader has yet to hear of, may be on its way back: its place is held for its lease.
+    fn admit(&self, spec: &InstanceSpec) -> Result<(), ApiError> {
+        let Some(member) = self.members.get(&spec.id) else {
+            let limit = self.sessions_config.max_instances;
+            return if self.members.len() < limit {
+                Ok(())
+            } else {
+                let message = format!("{limit} instances are registered, which is the limit");
+                Err(ApiError::new(ErrorCode::QueueFull, message))
+            };
+        };
+        let (held, offered) = (member.spec.incarnation, spec.incarnation);
+        let id = &spec.id;
+        if offered < held {
+            let message =
+                format!("instance {id} has been started again since: incarnation {held} replaces {offered}");
+            return Err(ApiError::new(ErrorCode::StaleEpoch, message));
+        }
+        let gone = !member.is_registered() || (member.session().is_none() && succeeds(&member.spec, spec));
+        if offered > held && !gone {
+            let message = format!(
+                "instance {id} is here already, as incarnation {held}: give this process another id, or call again \
+                 once the other has been silent for its lease"
+            );
+            return Err(ApiError::new(ErrorCode::AlreadyExists, message));
+        }
+        Ok(())
+    }
+
+    /// An instance that holds a later role than is known here has it from an earlier life of the store: it stays.
+    pub(super) fn adopt(&mut self, member: &mut Member) -> bool {
+        let (role, epoch) = (member.beat.role, member.beat.role_epoch);
+        if epoch.0 == 0 || member.desired.as_ref().is_some_and(|desired| desired.epoch >= epoch) {
+            return false;
+        }
+        info!(instance = %member.spec.id, role = role.name(), %epoch, "its role is adopted");
+        let reason = "held when this controller began".to_owned();
+        member.desired = Some(DesiredRole { role, epoch, reason, leader_epoch: self.leader_epoch });
+        self.adopted |= role != Role::None;
+        true
+    }
+
+    /// An adopted role that has to be told to a new process gets an epoch of this reign: the earlier leader may have
+    /// told the earlier process a later one, which is lost with that leader's store.
+    fn renew(&self, member: &mut Member) -> bool {
+        let held = member.beat.role_epoch;
+        let Some(desired) = &mut member.desired else { return false };
+        // What a leader decides itself has an epoch no lower than its own.
+        let adopted = desired.epoch.0 < desired.leader_epoch.0;
+        let due = adopted && held < desired.epoch;
+        if due {
+            desired.epoch = RoleEpoch(self.leader_epoch.0);
+            desired.leader_epoch = self.leader_epoch;
+        }
+        due
+    }
+}
+
+/// Whether the earlier process must have ended: the later one has its address, and was bound to it before it called.
+fn succeeds(earlier: &InstanceSpec, later: &InstanceSpec) -> bool {
+    earlier.inference_endpoint == later.inference_endpoint
+}
