@@ -107,7 +107,9 @@ impl DataPort {
         self.handlers.lock().insert(kind, Arc::new(handler));
     }
 
-    /// Accepts connections until `stop`; over the limit, one is closed at once. To be called once.
+    /// Accepts connections until `stop`; over the limit, one is closed at once. To be called once, after every `handle`:
+    /// at its end, or when it is dropped, the handlers are let go of, and with them the node that they hold, which
+    /// holds this port.
     pub(crate) async fn serve(
         self: Arc<Self>,
         inbox: Arc<dyn Inbox>,
@@ -115,6 +117,7 @@ impl DataPort {
         stop: CancellationToken,
     ) {
         let Some(listener) = self.listener.lock().take() else { return };
+        let _handlers = Handlers(&self.handlers);
         let permits = Arc::new(Semaphore::new(self.connections));
         while let Some(accepted) = stop.run_until_cancelled(listener.accept()).await {
             let (stream, peer) = match accepted {
@@ -155,6 +158,16 @@ impl DataPort {
         let Admission { key, slice_bytes, ended, .. } = admission;
         let handling = handler.ok_or(HelloError::Kind)?(Greeted { stream, hello, key, slice_bytes });
         ended.run_until_cancelled(handling).await.unwrap_or(Ok(()))
+    }
+}
+
+/// Those of a port that accepts.
+struct Handlers<'a>(&'a Mutex<HashMap<TransportKind, Handler>>);
+
+impl Drop for Handlers<'_> {
+    fn drop(&mut self) {
+        let handlers = std::mem::take(&mut *self.0.lock());
+        drop(handlers); // not under the lock: a node may go with them
     }
 }
 
