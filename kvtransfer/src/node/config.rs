@@ -119,7 +119,8 @@ pub struct Limits {
     pub connect_attempts: u32,
     /// A control stream without transfers is closed after this long.
     pub idle_link: Duration,
-    /// How long a sealed transfer may wait for slices that are still on their way, or for `Released`.
+    /// How long a sealed transfer may wait for slices that are still on their way, or for `Released`; a sender that has
+    /// lost the control stream waits so long for another one, and the lease holds again once it stands. A few leases.
     pub seal_grace: Duration,
     /// How long an aborted transfer lets a frame that is being written finish from its blocks; then zeros follow. Where
     /// the receiver fetches, it may take ten times as long to let go of the sender's blocks; then its path is cut.

@@ -22,7 +22,8 @@ pub(crate) use receiver::{
 pub(crate) use sender::{Sender, SenderCommand, SenderTerms};
 pub(crate) use slices::{Claim, Crc32c, Shape, SliceRun, Tally, crc32c};
 
-/// Signs of life: when the peer was last heard, and when it must hear from here again.
+/// Signs of life: when the peer was last heard, and when it must hear from here again. It binds a peer that can be heard:
+/// a sealed sender without a control stream waits for the next one, until its deadline.
 #[derive(Debug, Clone)]
 #[cfg_attr(test, derive(Hash))]
 struct Lease {

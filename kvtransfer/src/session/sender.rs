@@ -124,7 +124,8 @@ impl Sender {
         !matches!(self.state, SenderState::Released | SenderState::Aborting | SenderState::Aborted)
     }
 
-    /// The control stream to the receiver stands. A sealed transfer that lost it asks again how it ended.
+    /// The control stream to the receiver stands. A sealed transfer that lost it asks again how it ended, and gives the
+    /// receiver a lease to answer in.
     pub(crate) fn link_up(&mut self, now: Instant) -> Commands {
         self.link_up = true;
         match self.state {
@@ -133,12 +134,16 @@ impl Sender {
                 self.lease.agree(now, self.terms.lease);
                 vec![SenderCommand::Offer]
             }
-            SenderState::Sealed => self.seal_command().into_iter().collect(),
+            SenderState::Sealed => {
+                self.lease.heard(now);
+                self.seal_command().into_iter().collect()
+            }
             _ => Vec::new(),
         }
     }
 
     /// The control stream broke. Offers not sent yet and sealed transfers wait for the next one; the others are over.
+    /// A sealed one waits until its deadline, `seal_grace` after the seal at the latest: the receiver may own the cache.
     pub(crate) fn link_lost(&mut self, why: &str) -> Commands {
         self.link_up = false;
         match self.state {
@@ -363,14 +368,14 @@ impl Sender {
             };
             return self.abort(TransferError::DeadlineExceeded { waiting_for }, true);
         }
-        if !self.offer_sent {
+        // The lease runs only while there is a stream on which the peer can be heard.
+        if !self.offer_sent || !self.link_up {
             return Vec::new();
         }
         if let Some(silent) = self.lease.expired(now) {
             return self.abort(TransferError::LeaseExpired { silent }, true);
         }
-        let due = self.lease.renewal_due(now);
-        if due && self.link_up { vec![SenderCommand::Renew] } else { Vec::new() }
+        if self.lease.renewal_due(now) { vec![SenderCommand::Renew] } else { Vec::new() }
     }
 
     fn abort(&mut self, reason: TransferError, tell_peer: bool) -> Commands {

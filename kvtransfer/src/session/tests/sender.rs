@@ -237,3 +237,33 @@ fn neighbours_travel_together() {
     assert_eq!(run.session.take(3), Some(SliceRun { layer: 0, first: 0, count: 3 }));
     assert_eq!(run.session.take(3), Some(SliceRun { layer: 0, first: 3, count: 1 }));
 }
+
+/// What was sealed before its stream broke waits for the answer until the seal's own deadline, however short the lease.
+#[test]
+fn a_sealed_transfer_without_a_stream_waits_for_the_seal_grace_and_not_for_the_lease() {
+    for back_after in [LEASE * 2, SEAL_GRACE] {
+        let mut run = Run::new(Shape { layers: 1, blocks: 1 }, vec![]);
+        let millis = |time: Duration| u64::try_from(time.as_millis()).expect("short");
+        run.apply(Event::LinkUp);
+        run.apply(Event::Accepted { bad: false });
+        run.apply(Event::AllReady);
+        run.apply(Event::Seal);
+        run.apply(Event::Take(1));
+        run.apply(Event::Report { which: 0, sent: true });
+        assert!(run.sealed);
+        run.apply(Event::LinkLost); // and `Released` with it
+        run.apply(Event::Pass(millis(back_after) - 1));
+        assert_eq!(run.answers, 0, "given up after {:?} without a stream", back_after);
+        if back_after == SEAL_GRACE {
+            run.apply(Event::Pass(1));
+            assert_eq!((run.answers, run.settled), (1, true), "waits for ever");
+            continue;
+        }
+        // The stream is back: the receiver has a lease to answer in.
+        run.apply(Event::LinkUp);
+        run.apply(Event::Pass(1));
+        assert_eq!(run.answers, 0, "the lease runs while nothing can be heard");
+        run.apply(Event::Released);
+        assert_eq!((run.answers, run.settled), (1, true));
+    }
+}
