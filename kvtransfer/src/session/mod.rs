@@ -52,6 +52,12 @@ impl Lease {
         (silent >= self.length).then_some(silent)
     }
 
+    /// Whether a peer that has a lease to renew, and says nothing at all for so long, cannot be heard: it has missed two
+    /// signs of life at least.
+    fn is_silence(&self, time: Duration) -> bool {
+        time >= self.length * 2 / 3
+    }
+
     /// Whether a sign of life is due; if so, the next one is scheduled.
     fn renewal_due(&mut self, now: Instant) -> bool {
         let due = now >= self.renew_at;

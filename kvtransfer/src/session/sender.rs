@@ -45,6 +45,8 @@ pub(crate) enum SenderCommand {
     Abort(TransferError),
     /// There are runs to take.
     Wake,
+    /// Give the control stream up, which leads nowhere; its end comes as `link_lost`.
+    Cut,
     /// Make transports let go of the blocks.
     Revoke,
     /// The owner's answer: the receiver has it. Once, and never with `Fail`.
@@ -355,8 +357,8 @@ impl Sender {
         self.abort(reason, true)
     }
 
-    /// Time has passed.
-    pub(crate) fn tick(&mut self, now: Instant) -> Commands {
+    /// Time has passed; `stream_heard` is when the peer was last heard on the control stream, whatever it said.
+    pub(crate) fn tick(&mut self, now: Instant, stream_heard: Instant) -> Commands {
         if !self.live() {
             return Vec::new();
         }
@@ -373,7 +375,17 @@ impl Sender {
             return Vec::new();
         }
         if let Some(silent) = self.lease.expired(now) {
-            return self.abort(TransferError::LeaseExpired { silent }, true);
+            let cut = self.lease.is_silence(now.saturating_duration_since(stream_heard));
+            // The receiver of a sealed transfer may own the cache: it is asked over another stream.
+            let over = !(cut && self.state == SenderState::Sealed);
+            let mut commands = Vec::new();
+            if over {
+                commands = self.abort(TransferError::LeaseExpired { silent }, true);
+            }
+            if cut {
+                commands.insert(0, SenderCommand::Cut);
+            }
+            return commands;
         }
         if self.lease.renewal_due(now) { vec![SenderCommand::Renew] } else { Vec::new() }
     }

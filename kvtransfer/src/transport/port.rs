@@ -20,8 +20,6 @@ use super::{
 };
 use crate::TransferError;
 
-/// How often a quiet connection is asked for a sign of life.
-const KEEP_ALIVE: Duration = Duration::from_secs(5);
 /// Pause after `accept` itself failed, e.g. for want of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -204,6 +202,7 @@ pub(crate) async fn connect(
 fn prepare(stream: &TcpStream, terms: &Terms) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let socket = SockRef::from(stream);
-    socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(KEEP_ALIVE).with_interval(KEEP_ALIVE))?;
+    let keep_alive = TcpKeepalive::new().with_time(terms.keep_alive).with_interval(terms.keep_alive);
+    socket.set_tcp_keepalive(&keep_alive)?;
     socket.set_tcp_user_timeout(Some(terms.stall))
 }
