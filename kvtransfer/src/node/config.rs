@@ -108,6 +108,10 @@ pub struct Limits {
     pub remembered_transfers: usize,
     /// Peers with a control stream, each way.
     pub peers: usize,
+    /// Control streams to this node whose peer has not proven yet that it belongs to the fleet; more are refused at once.
+    /// Each may take `handshake` for its hello and for its proof. As many as there are peers, which may all come at once
+    /// when this node has restarted.
+    pub unproven_streams: usize,
     /// Payload bytes of one frame; at least one slice travels in a frame, however large.
     pub frame_bytes: usize,
     /// Memory for slices on their way in from peers that lay their cache out otherwise: a frame, rounded up to a power of
@@ -160,6 +164,7 @@ impl Limits {
             held_offer: (lease * 10).max(Duration::from_secs(5)),
             remembered_transfers: 8192,
             peers: 256,
+            unproven_streams: 256,
             frame_bytes: 1 << 20,
             staging_bytes: 256 << 20,
             handshake: (lease * 5 / 3).clamp(Duration::from_secs(1), Duration::from_secs(30)),
@@ -271,8 +276,8 @@ impl NodeConfig {
         if self.lease < Duration::from_millis(30) || self.lease > Duration::from_secs(3600) {
             return bad("lease must be 30 ms to 1 h");
         }
-        if limits.peers == 0 {
-            return bad("peers must be at least 1");
+        if limits.peers == 0 || limits.unproven_streams == 0 {
+            return bad("peers and unproven_streams must be at least 1");
         }
         let times = [
             ("held_offer", limits.held_offer),
