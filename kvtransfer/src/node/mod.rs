@@ -179,6 +179,12 @@ impl KvNode {
     }
 
     /// The gRPC service for the server to mount.
+    ///
+    /// The server should ask its connections for signs of life (HTTP/2 keep-alive: tonic's `http2_keepalive_interval` and
+    /// `http2_keepalive_timeout`, the latter no less than the lease). Transfers do not need it, their leases run out. But
+    /// only the server can tell that a sender which its network has cut off is gone while it has no transfers: until then
+    /// its control stream and its data connections stay, and count against `Limits::peers` and
+    /// `DataPortConfig::connections`, unless it comes back and replaces them.
     pub fn handoff_service(&self) -> v1::handoff_server::HandoffServer<HandoffService> {
         v1::handoff_server::HandoffServer::new(HandoffService { node: self.node.clone() })
     }
