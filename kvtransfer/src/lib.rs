@@ -25,7 +25,8 @@
 //! - A peer names slices of a transfer that it was given the key of, never addresses; it can write nowhere else.
 //! - Silence is bounded by the lease, waiting by deadlines, memory by [`Limits`].
 //!
-//! What it leaves to others: which blocks, which peer, when. Peers show each other that they know the [`FleetSecret`],
+//! What it leaves to others: which blocks, which peer, when; and HTTP/2 keep-alive on the server that mounts
+//! [`KvNode::handoff_service`], without which a sender that has vanished keeps its control stream. Peers show each other that they know the [`FleetSecret`],
 //! if there is one, before either tells the other anything; without it whoever can reach the port is believed. The data
 //! plane is authenticated by keys given over the control stream; nothing is encrypted.
 //!

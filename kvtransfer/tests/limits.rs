@@ -3,9 +3,10 @@
 mod support;
 
 use baton_kvtransfer::{Limits, TransferError};
-use baton_proto::TransferId;
+use baton_proto::{TransferId, v1};
 use support::{scripted::*, *};
-use tokio::io::AsyncReadExt;
+use tokio::{io::AsyncReadExt, sync::mpsc};
+use tokio_stream::wrappers::ReceiverStream;
 
 fn limited(change: fn(&mut Limits)) -> Setup {
     let mut setup = Setup::default();
@@ -45,6 +46,37 @@ async fn peers_are_bounded_each_way() {
     let (one, two) = (Peer::start("one"), Peer::start("two"));
     let _outgoing = offer(&one).expect("room");
     assert!(matches!(offer(&two), Err(TransferError::Limit { what: "peers to send to", .. })));
+}
+
+#[tokio::test]
+async fn control_streams_without_a_proof_are_bounded() {
+    let decode = Peer::start_with("decode-0", limited(|limits| limits.unproven_streams = 1));
+    let hello = v1::SenderHello {
+        instance_id: "prefill-1".into(),
+        incarnation: 1,
+        layout: Some((&layout()).into()),
+        nonce: vec![1; 16].into(),
+    };
+    let (messages, queue) = mpsc::channel(1);
+    let body = Some(v1::sender_message::Body::Hello(hello));
+    messages.send(v1::SenderMessage { transfer_id: Default::default(), body }).await.expect("open");
+    let client = v1::handoff_client::HandoffClient::connect(format!("http://{}", decode.address));
+    let mut client = client.await.expect("reachable");
+    let unproven = client.exchange(ReceiverStream::new(queue)).await.expect("its hello is answered");
+    let refusal = ScriptedSender::open(&decode, "prefill-2", 1).await.err().expect("over the limit");
+    assert!(refusal.message().contains("no more than 1 control streams without a proof"), "{refusal}");
+    drop((messages, unproven, client));
+    // Room again, as soon as its end has been seen; and what has been proven takes no room of it.
+    let by = in_secs(10);
+    let first = loop {
+        assert!(std::time::Instant::now() < by, "no stream was let in again");
+        match ScriptedSender::open(&decode, "prefill-2", 1).await {
+            Ok(first) => break first,
+            Err(_) => tokio::time::sleep(std::time::Duration::from_millis(5)).await,
+        }
+    };
+    let second = ScriptedSender::open(&decode, "prefill-3", 1).await.expect("the first is proven");
+    drop((first, second));
 }
 
 #[tokio::test]

@@ -108,6 +108,10 @@ pub struct Limits {
     pub remembered_transfers: usize,
     /// Peers with a control stream, each way.
     pub peers: usize,
+    /// Control streams to this node whose peer has not proven yet that it belongs to the fleet; more are refused at once.
+    /// Each may take `handshake` for its hello and for its proof. As many as there are peers, which may all come at once
+    /// when this node has restarted.
+    pub unproven_streams: usize,
     /// Payload bytes of one frame; at least one slice travels in a frame, however large.
     pub frame_bytes: usize,
     /// Memory for slices on their way in from peers that lay their cache out otherwise: a frame, rounded up to a power of
@@ -119,14 +123,25 @@ pub struct Limits {
     pub connect_attempts: u32,
     /// A control stream without transfers is closed after this long.
     pub idle_link: Duration,
-    /// How long a sealed transfer may wait for slices that are still on their way, or for `Released`.
+    /// How long a sealed transfer may wait for slices that are still on their way, or for `Released`; a sender that has
+    /// lost the control stream waits so long for another one, and the lease holds again once it stands. A few leases.
     pub seal_grace: Duration,
     /// How long an aborted transfer lets a frame that is being written finish from its blocks; then zeros follow. Where
     /// the receiver fetches, it may take ten times as long to let go of the sender's blocks; then its path is cut.
     pub fence_grace: Duration,
-    /// A data connection on which a frame makes no progress for this long is closed.
+    /// A data connection on which a frame makes no progress for this long is closed; so is one whose peer does not
+    /// acknowledge what was sent.
     pub data_stall: Duration,
+    /// How often a quiet connection, for control or for data, is asked for a sign of life; a second at least. A third of
+    /// the lease, as transfers say theirs.
+    pub keep_alive: Duration,
+    /// A control connection is given up if it does not answer for this long. Never less than the lease, which a peer
+    /// that only pauses may use up.
+    pub keep_alive_timeout: Duration,
 }
+
+/// TCP's own keep-alive counts in seconds.
+const LEAST_KEEP_ALIVE: Duration = Duration::from_secs(1);
 
 impl Default for Limits {
     /// Those for a lease of 3 s.
@@ -137,6 +152,10 @@ impl Default for Limits {
 
 impl Limits {
     /// Limits in which every wait for a peer follows from the lease: a few of them, and a second at least.
+    ///
+    /// A peer that cannot be reached any more, and whose system says nothing, is noticed after a lease by transfers (the
+    /// control stream is then given up too), after `keep_alive` and `keep_alive_timeout` by a control stream without
+    /// any, and after `data_stall` and a `keep_alive` by a data connection that nothing else has ended.
     pub fn for_lease(lease: Duration) -> Self {
         Self {
             incoming_transfers: 1024,
@@ -145,6 +164,7 @@ impl Limits {
             held_offer: (lease * 10).max(Duration::from_secs(5)),
             remembered_transfers: 8192,
             peers: 256,
+            unproven_streams: 256,
             frame_bytes: 1 << 20,
             staging_bytes: 256 << 20,
             handshake: (lease * 5 / 3).clamp(Duration::from_secs(1), Duration::from_secs(30)),
@@ -153,6 +173,8 @@ impl Limits {
             seal_grace: (lease * 10 / 3).max(Duration::from_secs(1)),
             fence_grace: (lease / 30).clamp(Duration::from_millis(10), Duration::from_secs(1)),
             data_stall: (lease * 10 / 3).max(Duration::from_secs(1)),
+            keep_alive: (lease / 3).clamp(LEAST_KEEP_ALIVE, Duration::from_secs(10)),
+            keep_alive_timeout: lease.max(LEAST_KEEP_ALIVE),
         }
     }
 }
@@ -238,7 +260,8 @@ pub struct TransferStats {
 
 impl Limits {
     pub(crate) fn terms(&self, slice_bytes: u64) -> Result<Terms, TransferError> {
-        Terms::new(slice_bytes, self.frame_bytes, self.handshake, self.fence_grace, self.data_stall)
+        let Self { frame_bytes, handshake, fence_grace, data_stall, keep_alive, .. } = *self;
+        Terms::new(slice_bytes, frame_bytes, handshake, fence_grace, data_stall, keep_alive)
     }
 
     /// Messages that may wait on a control stream, each way: a handful for each transfer. A fuller queue means a peer
@@ -255,8 +278,8 @@ impl NodeConfig {
         if self.lease < Duration::from_millis(30) || self.lease > Duration::from_secs(3600) {
             return bad("lease must be 30 ms to 1 h");
         }
-        if limits.peers == 0 {
-            return bad("peers must be at least 1");
+        if limits.peers == 0 || limits.unproven_streams == 0 {
+            return bad("peers and unproven_streams must be at least 1");
         }
         let times = [
             ("held_offer", limits.held_offer),
@@ -265,13 +288,33 @@ impl NodeConfig {
             ("seal_grace", limits.seal_grace),
             ("fence_grace", limits.fence_grace),
             ("data_stall", limits.data_stall),
+            ("keep_alive_timeout", limits.keep_alive_timeout),
         ];
         if let Some((name, _)) = times.iter().find(|(_, time)| time.is_zero()) {
             return bad(&format!("{name} must be more than 0"));
+        }
+        if limits.keep_alive < LEAST_KEEP_ALIVE {
+            return bad("keep_alive must be at least 1 s");
         }
         if limits.connect_attempts == 0 {
             return bad("connect_attempts must be at least 1");
         }
         self.layout.validate()
+    }
+}
+
+#[cfg(all(test, not(feature = "explore")))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_ends_a_connection_to_a_peer_that_pauses_within_its_lease() {
+        for millis in [30, 1000, 3000, 60_000, 3_600_000] {
+            let lease = Duration::from_millis(millis);
+            let Limits { keep_alive, keep_alive_timeout, data_stall, seal_grace, .. } =
+                Limits::for_lease(lease);
+            assert!(keep_alive_timeout >= lease && data_stall >= lease && seal_grace >= lease);
+            assert!(keep_alive >= LEAST_KEEP_ALIVE && keep_alive <= keep_alive_timeout);
+        }
     }
 }

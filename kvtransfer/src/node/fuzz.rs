@@ -348,7 +348,7 @@ pub fn messages(bytes: &[u8]) {
         let link = Link::new(PEER.into());
         stage.kv.node.links.lock().insert(PEER.into(), link.clone());
         let (messages, mut said) = mpsc::channel(64);
-        let up = LinkUp::new(messages, instance("peer"), Incarnation(9));
+        let up = LinkUp::new(stage.kv.node.now(), messages, instance("peer"), Incarnation(9));
         link.rise(&up);
         let spec = OfferSpec {
             id,

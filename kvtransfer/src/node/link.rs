@@ -3,6 +3,9 @@
 //! Opened when there is something to offer, kept while there are transfers and some time longer. When it breaks, every
 //! transfer that is not sealed is over (`Outbound::link_lost`), and the stream is opened again only if transfers wait
 //! for it, with growing pauses and a bounded number of attempts.
+//!
+//! A stream that leads nowhere, with nobody to say so, is given up when a transfer's lease runs out on it and nothing
+//! else has been heard either (`SenderCommand::Cut`); one without transfers by HTTP/2's pings (`Limits::keep_alive`).
 
 use std::{collections::HashMap, fmt, sync::Arc, time::Duration};
 
@@ -33,8 +36,6 @@ use crate::{
 /// The pause before the second attempt; each further one is twice as long.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
-/// Pings of the HTTP/2 connection, so that a peer cut off from the network is noticed.
-const KEEP_ALIVE: Duration = Duration::from_secs(10);
 
 /// The way to one peer.
 pub(super) struct Link {
@@ -217,7 +218,9 @@ impl Link {
             let idle = self.is_empty();
             tokio::select! {
                 biased;
-                () = up.broken().cancelled() => return Break::Lost("the peer does not read its messages".into()),
+                () = up.broken().cancelled() => {
+                    return Break::Lost("the peer is silent, or does not read its messages".into());
+                }
                 message = messages.message() => match message {
                     Ok(Some(message)) => self.dispatch(node, &up, message),
                     Ok(None) => return Break::Lost("the peer ended it".into()),
@@ -241,8 +244,8 @@ impl Link {
             })?
             .connect_timeout(node.limits.handshake)
             .tcp_nodelay(true)
-            .http2_keep_alive_interval(KEEP_ALIVE)
-            .keep_alive_timeout(KEEP_ALIVE / 2)
+            .http2_keep_alive_interval(node.limits.keep_alive)
+            .keep_alive_timeout(node.limits.keep_alive_timeout)
             .connect()
             .await
             .map_err(|error| unreachable(&error))?;
@@ -282,19 +285,20 @@ impl Link {
         };
         let pass =
             pass(node, &welcome).ok_or_else(|| protocol("the peer's welcome has no link id or key"))?;
-        let up = LinkUp::new(sender.clone(), receiver, incarnation);
+        let up = LinkUp::new(node.now(), sender.clone(), receiver, incarnation);
         let route = Route::new(node, (&welcome.endpoints, mapped), pass, up.outbox().clone());
         Ok((messages, up, route.map_err(|why| protocol(&why))?))
     }
 
     pub(super) fn dispatch(&self, node: &Node, up: &LinkUp, message: v1::ReceiverMessage) {
+        let now = node.now();
+        up.hear(now);
         let Ok(id) = TransferId::try_from(message.transfer_id.as_ref()) else {
             tracing::warn!(peer = %self.endpoint, "message without a transfer id ignored");
             return;
         };
         // Messages of ended transfers cross with their end: nothing to do for them.
         let (Some(outbound), Some(body)) = (self.get(&id), message.body) else { return };
-        let now = node.now();
         match body {
             receiver_message::Body::Accept(accept) => outbound.accepted(now, &accept, up.incarnation().0),
             receiver_message::Body::Released(_) => outbound.released(now),

@@ -2,7 +2,7 @@
 //!
 //! Made by [`super::link`], which opens the stream and reads it.
 
-use std::{fmt, sync::Arc};
+use std::{fmt, sync::Arc, time::Instant};
 
 use baton_proto::{Incarnation, InstanceId, TransferId, v1};
 use tokio::sync::mpsc;
@@ -12,6 +12,7 @@ use v1::sender_message::Body;
 use super::{config::OfferSpec, wire::wire_id};
 use crate::{
     TransferError,
+    sync::Mutex,
     transport::{Departure, Outbox},
 };
 
@@ -21,6 +22,8 @@ pub(super) struct LinkUp {
     messages: mpsc::Sender<v1::SenderMessage>,
     outbox: Outbox,
     broken: CancellationToken,
+    /// When the peer last said anything.
+    heard: Arc<Mutex<Instant>>,
     receiver: InstanceId,
     incarnation: Incarnation,
 }
@@ -34,11 +37,13 @@ impl fmt::Debug for LinkUp {
 impl LinkUp {
     /// `messages` is the stream's outbound half; the instance at its other end has said who it is.
     pub(super) fn new(
+        now: Instant,
         messages: mpsc::Sender<v1::SenderMessage>,
         receiver: InstanceId,
         incarnation: Incarnation,
     ) -> Self {
-        Self { messages, outbox: Outbox::default(), broken: CancellationToken::new(), receiver, incarnation }
+        let (outbox, broken) = (Outbox::default(), CancellationToken::new());
+        Self { messages, outbox, broken, heard: Arc::new(Mutex::new(now)), receiver, incarnation }
     }
 
     /// Which start of the receiver.
@@ -54,6 +59,20 @@ impl LinkUp {
     /// Cancelled when the stream is given up.
     pub(super) fn broken(&self) -> &CancellationToken {
         &self.broken
+    }
+
+    /// Gives the stream up.
+    pub(super) fn cut(&self) {
+        self.broken.cancel();
+    }
+
+    /// The peer has said something.
+    pub(super) fn hear(&self, now: Instant) {
+        *self.heard.lock() = now;
+    }
+
+    pub(super) fn heard(&self) -> Instant {
+        *self.heard.lock()
     }
 
     pub(super) fn is(&self, other: &Self) -> bool {

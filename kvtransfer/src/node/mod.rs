@@ -41,7 +41,10 @@ use std::{
 };
 
 use baton_proto::{ApiError, Incarnation, InstanceId, TransferId, v1};
-use tokio::{runtime::Handle, sync::Notify};
+use tokio::{
+    runtime::Handle,
+    sync::{Notify, Semaphore},
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub use config::{
@@ -101,6 +104,8 @@ struct Node {
     links: Mutex<HashMap<String, Arc<Link>>>,
     /// Streams of peers that send to us.
     peers: Mutex<HashMap<InstanceId, Arc<PeerLink>>>,
+    /// Room for streams of peers that have proven nothing yet.
+    unproven: Arc<Semaphore>,
     numbers: AtomicU64,
     counters: Counters,
     /// A transfer has been added.
@@ -148,6 +153,7 @@ impl KvNode {
             held_offers: AtomicUsize::new(0),
             links: Mutex::default(),
             peers: Mutex::default(),
+            unproven: Arc::new(Semaphore::new(limits.unproven_streams)),
             numbers: AtomicU64::new(0),
             counters: Counters::default(),
             activity: Notify::new(),
@@ -173,6 +179,12 @@ impl KvNode {
     }
 
     /// The gRPC service for the server to mount.
+    ///
+    /// The server should ask its connections for signs of life (HTTP/2 keep-alive: tonic's `http2_keepalive_interval` and
+    /// `http2_keepalive_timeout`, the latter no less than the lease). Transfers do not need it, their leases run out. But
+    /// only the server can tell that a sender which its network has cut off is gone while it has no transfers: until then
+    /// its control stream and its data connections stay, and count against `Limits::peers` and
+    /// `DataPortConfig::connections`, unless it comes back and replaces them.
     pub fn handoff_service(&self) -> v1::handoff_server::HandoffServer<HandoffService> {
         v1::handoff_server::HandoffServer::new(HandoffService { node: self.node.clone() })
     }

@@ -166,7 +166,10 @@ impl Outbound {
     }
 
     pub(super) fn tick(&self, now: Instant) {
-        self.run(|session| session.tick(now));
+        let mut state = self.state.lock();
+        let stream_heard = state.link.as_ref().map_or(now, LinkUp::heard);
+        let commands = state.session.tick(now, stream_heard);
+        self.finish(state, commands);
     }
 
     fn send(&self, state: &State<Sender, LinkUp>, body: Body) {
@@ -229,6 +232,11 @@ impl Shell for Outbound {
             SenderCommand::Wake => {
                 if let (Some(up), Some(me)) = (&state.link, self.me.upgrade()) {
                     up.wake(me);
+                }
+            }
+            SenderCommand::Cut => {
+                if let Some(up) = &state.link {
+                    up.cut();
                 }
             }
             SenderCommand::Revoke => self.revoked.cancel(),

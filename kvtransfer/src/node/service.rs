@@ -41,6 +41,9 @@ impl v1::handoff_server::Handoff for HandoffService {
         if node.shutdown.is_cancelled() {
             return Err(to_status(&TransferError::ShuttingDown));
         }
+        let limit = node.limits.unproven_streams;
+        let over = |_| to_status(&TransferError::Limit { what: "control streams without a proof", limit });
+        let unproven = node.unproven.clone().try_acquire_owned().map_err(over)?;
         let mut incoming = request.into_inner();
         let hello = match next(&node, &mut incoming, "the hello").await? {
             sender_message::Body::Hello(hello) => hello,
@@ -63,7 +66,9 @@ impl v1::handoff_server::Handoff for HandoffService {
         let tasks = node.tasks.clone();
         tasks.spawn(async move {
             let mapped = plan.map(|plan| (layout, plan));
-            let refused = match admit(&node, &link, &hellos, mapped, &mut incoming).await {
+            let admitted = admit(&node, &link, &hellos, mapped, &mut incoming).await;
+            drop(unproven);
+            let refused = match admitted {
                 Ok(()) => return serve(node, link, incoming).await,
                 Err(status) => status,
             };

@@ -22,7 +22,8 @@ pub(crate) use receiver::{
 pub(crate) use sender::{Sender, SenderCommand, SenderTerms};
 pub(crate) use slices::{Claim, Crc32c, Shape, SliceRun, Tally, crc32c};
 
-/// Signs of life: when the peer was last heard, and when it must hear from here again.
+/// Signs of life: when the peer was last heard, and when it must hear from here again. It binds a peer that can be heard:
+/// a sealed sender without a control stream waits for the next one, until its deadline.
 #[derive(Debug, Clone)]
 #[cfg_attr(test, derive(Hash))]
 struct Lease {
@@ -49,6 +50,12 @@ impl Lease {
     fn expired(&self, now: Instant) -> Option<Duration> {
         let silent = now.saturating_duration_since(self.heard);
         (silent >= self.length).then_some(silent)
+    }
+
+    /// Whether a peer that has a lease to renew, and says nothing at all for so long, cannot be heard: it has missed two
+    /// signs of life at least.
+    fn is_silence(&self, time: Duration) -> bool {
+        time >= self.length * 2 / 3
     }
 
     /// Whether a sign of life is due; if so, the next one is scheduled.

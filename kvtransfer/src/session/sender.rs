@@ -45,6 +45,8 @@ pub(crate) enum SenderCommand {
     Abort(TransferError),
     /// There are runs to take.
     Wake,
+    /// Give the control stream up, which leads nowhere; its end comes as `link_lost`.
+    Cut,
     /// Make transports let go of the blocks.
     Revoke,
     /// The owner's answer: the receiver has it. Once, and never with `Fail`.
@@ -124,7 +126,8 @@ impl Sender {
         !matches!(self.state, SenderState::Released | SenderState::Aborting | SenderState::Aborted)
     }
 
-    /// The control stream to the receiver stands. A sealed transfer that lost it asks again how it ended.
+    /// The control stream to the receiver stands. A sealed transfer that lost it asks again how it ended, and gives the
+    /// receiver a lease to answer in.
     pub(crate) fn link_up(&mut self, now: Instant) -> Commands {
         self.link_up = true;
         match self.state {
@@ -133,12 +136,16 @@ impl Sender {
                 self.lease.agree(now, self.terms.lease);
                 vec![SenderCommand::Offer]
             }
-            SenderState::Sealed => self.seal_command().into_iter().collect(),
+            SenderState::Sealed => {
+                self.lease.heard(now);
+                self.seal_command().into_iter().collect()
+            }
             _ => Vec::new(),
         }
     }
 
     /// The control stream broke. Offers not sent yet and sealed transfers wait for the next one; the others are over.
+    /// A sealed one waits until its deadline, `seal_grace` after the seal at the latest: the receiver may own the cache.
     pub(crate) fn link_lost(&mut self, why: &str) -> Commands {
         self.link_up = false;
         match self.state {
@@ -350,8 +357,8 @@ impl Sender {
         self.abort(reason, true)
     }
 
-    /// Time has passed.
-    pub(crate) fn tick(&mut self, now: Instant) -> Commands {
+    /// Time has passed; `stream_heard` is when the peer was last heard on the control stream, whatever it said.
+    pub(crate) fn tick(&mut self, now: Instant, stream_heard: Instant) -> Commands {
         if !self.live() {
             return Vec::new();
         }
@@ -363,14 +370,24 @@ impl Sender {
             };
             return self.abort(TransferError::DeadlineExceeded { waiting_for }, true);
         }
-        if !self.offer_sent {
+        // The lease runs only while there is a stream on which the peer can be heard.
+        if !self.offer_sent || !self.link_up {
             return Vec::new();
         }
         if let Some(silent) = self.lease.expired(now) {
-            return self.abort(TransferError::LeaseExpired { silent }, true);
+            let cut = self.lease.is_silence(now.saturating_duration_since(stream_heard));
+            // The receiver of a sealed transfer may own the cache: it is asked over another stream.
+            let over = !(cut && self.state == SenderState::Sealed);
+            let mut commands = Vec::new();
+            if over {
+                commands = self.abort(TransferError::LeaseExpired { silent }, true);
+            }
+            if cut {
+                commands.insert(0, SenderCommand::Cut);
+            }
+            return commands;
         }
-        let due = self.lease.renewal_due(now);
-        if due && self.link_up { vec![SenderCommand::Renew] } else { Vec::new() }
+        if self.lease.renewal_due(now) { vec![SenderCommand::Renew] } else { Vec::new() }
     }
 
     fn abort(&mut self, reason: TransferError, tell_peer: bool) -> Commands {

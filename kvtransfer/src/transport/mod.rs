@@ -135,6 +135,8 @@ pub(crate) struct Terms {
     pub(crate) fence_grace: Duration,
     /// Without progress for this long, a frame's connection is given up.
     pub(crate) stall: Duration,
+    /// How often a quiet connection is asked for a sign of life.
+    pub(crate) keep_alive: Duration,
 }
 
 impl Terms {
@@ -144,12 +146,13 @@ impl Terms {
         handshake: Duration,
         fence_grace: Duration,
         stall: Duration,
+        keep_alive: Duration,
     ) -> Result<Self, TransferError> {
         let slice_bytes = u32::try_from(slice_bytes)
             .map_err(|_| TransferError::Invalid("slices must be smaller than 4 GiB".into()))?;
         let frame_slices = u32::try_from(frame_bytes / slice_bytes as usize).unwrap_or(u32::MAX);
         let frame_slices = frame_slices.clamp(1, frame::MAX_FRAME_SLICES);
-        Ok(Self { slice_bytes, frame_slices, handshake, fence_grace, stall })
+        Ok(Self { slice_bytes, frame_slices, handshake, fence_grace, stall, keep_alive })
     }
 }
 

@@ -20,8 +20,6 @@ use super::{
 };
 use crate::TransferError;
 
-/// How often a quiet connection is asked for a sign of life.
-const KEEP_ALIVE: Duration = Duration::from_secs(5);
 /// Pause after `accept` itself failed, e.g. for want of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -107,7 +105,9 @@ impl DataPort {
         self.handlers.lock().insert(kind, Arc::new(handler));
     }
 
-    /// Accepts connections until `stop`; over the limit, one is closed at once. To be called once.
+    /// Accepts connections until `stop`; over the limit, one is closed at once. To be called once, after every `handle`:
+    /// at its end, or when it is dropped, the handlers are let go of, and with them the node that they hold, which
+    /// holds this port.
     pub(crate) async fn serve(
         self: Arc<Self>,
         inbox: Arc<dyn Inbox>,
@@ -115,6 +115,7 @@ impl DataPort {
         stop: CancellationToken,
     ) {
         let Some(listener) = self.listener.lock().take() else { return };
+        let _handlers = Handlers(&self.handlers);
         let permits = Arc::new(Semaphore::new(self.connections));
         while let Some(accepted) = stop.run_until_cancelled(listener.accept()).await {
             let (stream, peer) = match accepted {
@@ -158,6 +159,16 @@ impl DataPort {
     }
 }
 
+/// Those of a port that accepts.
+struct Handlers<'a>(&'a Mutex<HashMap<TransportKind, Handler>>);
+
+impl Drop for Handlers<'_> {
+    fn drop(&mut self) {
+        let handlers = std::mem::take(&mut *self.0.lock());
+        drop(handlers); // not under the lock: a node may go with them
+    }
+}
+
 async fn read_hello(stream: &mut TcpStream) -> Result<Hello, Closed> {
     let mut head = [0; HELLO_BYTES];
     stream.read_exact(&mut head).await?;
@@ -191,6 +202,7 @@ pub(crate) async fn connect(
 fn prepare(stream: &TcpStream, terms: &Terms) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let socket = SockRef::from(stream);
-    socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(KEEP_ALIVE).with_interval(KEEP_ALIVE))?;
+    let keep_alive = TcpKeepalive::new().with_time(terms.keep_alive).with_interval(terms.keep_alive);
+    socket.set_tcp_keepalive(&keep_alive)?;
     socket.set_tcp_user_timeout(Some(terms.stall))
 }

@@ -7,7 +7,7 @@ pub mod scripted;
 use std::{
     fs::File,
     future::Future,
-    net::{SocketAddr, TcpListener},
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener},
     ops::Range,
     ptr::NonNull,
     sync::{Arc, Mutex},
@@ -151,6 +151,8 @@ pub struct Setup {
     pub lease: Duration,
     pub limits: Limits,
     pub incarnation: u64,
+    /// Where it listens.
+    pub host: IpAddr,
     /// The best first.
     pub transports: Vec<TransportConfig>,
     /// Data connections, accepted in all.
@@ -171,6 +173,7 @@ impl Default for Setup {
             lease: Duration::from_secs(20),
             limits,
             incarnation: 1,
+            host: Ipv4Addr::LOCALHOST.into(),
             transports: vec![TransportConfig::Tcp { connections: 2 }],
             connections: 1024,
             secret: None,
@@ -205,7 +208,7 @@ impl Peer {
         let pool = setup.pool.unwrap_or_else(new_pool);
         let reclaimed = Arc::new(Mutex::new(Vec::new()));
         let (stop, sink) = (CancellationToken::new(), reclaimed.clone());
-        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let listener = TcpListener::bind((setup.host, 0)).expect("a free port");
         let data_port = DataPortConfig { connections: setup.connections, ..DataPortConfig::new(listener) };
         let config = NodeConfig {
             instance_id: instance(name),
@@ -222,7 +225,7 @@ impl Peer {
             reclaim: Arc::new(move |blocks| sink.lock().expect("not poisoned").push(blocks)),
         };
         let node = KvNode::start(config, stop.clone()).expect("a valid configuration");
-        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let listener = TcpListener::bind((setup.host, 0)).expect("a free port");
         let address = listener.local_addr().expect("bound");
         listener.set_nonblocking(true).expect("a socket");
         let listener = tokio::net::TcpListener::from_std(listener).expect("within a runtime");

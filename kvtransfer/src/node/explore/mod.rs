@@ -134,6 +134,7 @@ impl Stage {
             held_offers: AtomicUsize::new(0),
             links: Mutex::default(),
             peers: Mutex::default(),
+            unproven: Arc::new(Semaphore::new(limits.unproven_streams)),
             numbers: AtomicU64::new(0),
             counters: Counters::default(),
             activity: Notify::new(),

@@ -77,7 +77,7 @@ fn receiver(
     lanes: &mut Vec<thread::JoinHandle<()>>,
 ) {
     let (messages, mut said) = mpsc::channel::<v1::SenderMessage>(64);
-    let up = LinkUp::new(messages, name("decode-0"), Incarnation(7));
+    let up = LinkUp::new(stage.node.now(), messages, name("decode-0"), Incarnation(7));
     // With one, whoever is to be woken is the only one.
     for _ in 0..=pick(2) {
         let (up, watch, sent, over) = (up.clone(), stage.watch.clone(), sent.clone(), over.clone());

@@ -83,6 +83,8 @@ struct World {
     mishaps: u8,
     /// The seal has gone out.
     sealed: bool,
+    /// When the sender heard anything on the stream.
+    heard: Instant,
     /// Nothing has gone wrong so far, and no time has passed.
     fair: bool,
 }
@@ -138,6 +140,7 @@ impl World {
             steps,
             mishaps,
             sealed: false,
+            heard: now,
             fair: true,
         };
         let commands = world.sender.link_up(now);
@@ -218,6 +221,7 @@ impl World {
             }
             ToReceiver => self.hear_sender(),
             ToSender => {
+                self.heard = now;
                 let commands = match self.to_sender.pop_front() {
                     Some(Message::Accept) => self.sender.accepted(now, &self.held, LEASE),
                     Some(Message::Released) => self.sender.released(now),
@@ -277,11 +281,7 @@ impl World {
                 self.of_sender(commands);
             }
             CancelReceived => self.receive(|receiver| receiver.cancel(cancelled())),
-            Break => {
-                self.stream = Stream::Down { sender: true, receiver: true };
-                self.to_receiver.clear();
-                self.to_sender.clear();
-            }
+            Break => self.break_stream(),
             SenderLearns => {
                 if let Stream::Down { sender, .. } = &mut self.stream {
                     *sender = false;
@@ -295,6 +295,7 @@ impl World {
                 self.receiver_learns();
                 self.stream = Stream::Up;
                 self.number += 1;
+                self.heard = now;
                 let commands = self.sender.link_up(now);
                 self.of_sender(commands);
             }
@@ -312,6 +313,12 @@ impl World {
     fn add_frame(&mut self, run: SliceRun) {
         self.frames.push(run);
         self.frames.sort_unstable_by_key(|run| (run.layer, run.first));
+    }
+
+    fn break_stream(&mut self) {
+        self.stream = Stream::Down { sender: true, receiver: true };
+        self.to_receiver.clear();
+        self.to_sender.clear();
     }
 
     fn receiver_learns(&mut self) {
@@ -375,7 +382,7 @@ impl World {
     fn pass(&mut self, time: Duration) {
         self.now += time;
         let now = self.now;
-        let commands = self.sender.tick(now);
+        let commands = self.sender.tick(now, self.heard);
         self.of_sender(commands);
         self.receive(|receiver| receiver.tick(now));
     }
@@ -398,8 +405,16 @@ impl World {
                     self.sent.told(true);
                     continue;
                 }
-                SenderCommand::Fail(_) => {
+                SenderCommand::Fail(reason) => {
+                    let by_lease = matches!(reason, TransferError::LeaseExpired { .. });
+                    assert!(!(self.sealed && by_lease), "given up while the receiver may own it");
                     self.sent.told(false);
+                    continue;
+                }
+                SenderCommand::Cut => {
+                    if self.stream == Stream::Up {
+                        self.break_stream();
+                    }
                     continue;
                 }
                 SenderCommand::Settled => {
@@ -446,7 +461,8 @@ impl World {
     }
 
     /// From here on nothing is heard any more, and nobody is told: both sides end by themselves, once transports have
-    /// let go of what they had.
+    /// let go of what they had. By their leases; a sender that has sealed may wait for another stream as long as the seal
+    /// lets it.
     fn check_silence(mut self) {
         self.to_receiver.clear();
         self.to_sender.clear();
@@ -455,7 +471,11 @@ impl World {
         if self.receiver.as_ref().is_some_and(|receiver| receiver.state() != ReceiverState::Expected) {
             assert!(self.received.answer.is_some(), "the lease does not run out: {:?}", self.receiver);
         }
-        assert!(self.sent.answer.is_some(), "the lease does not run out: {:?}", self.sender);
+        if self.sent.answer.is_none() {
+            assert!(self.sealed, "the lease does not run out: {:?}", self.sender);
+            self.pass(SEAL_GRACE);
+        }
+        assert!(self.sent.answer.is_some(), "the seal's grace does not run out: {:?}", self.sender);
         self.pass(Duration::from_secs(60));
         self.mishaps = u8::MAX;
         while !self.taken.is_empty() {

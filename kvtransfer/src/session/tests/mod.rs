@@ -15,6 +15,7 @@ use crate::TransferError;
 
 const SLICE_BYTES: u64 = 10;
 const LEASE: Duration = Duration::from_millis(900);
+const SEAL_GRACE: Duration = Duration::from_secs(2);
 
 fn peer(name: &str) -> InstanceId {
     InstanceId::new(name).expect("a valid name")
@@ -25,7 +26,7 @@ fn reason() -> ApiError {
 }
 
 fn timing() -> ReceiverTiming {
-    ReceiverTiming { lease: LEASE, held_offer: Duration::from_secs(3), seal_grace: Duration::from_secs(2) }
+    ReceiverTiming { lease: LEASE, held_offer: Duration::from_secs(3), seal_grace: SEAL_GRACE }
 }
 
 fn expectation(shape: Shape, held: Vec<u32>, deadline: Instant) -> Expectation {
@@ -44,7 +45,7 @@ fn terms(shape: Shape, now: Instant) -> SenderTerms {
         slice_bytes: SLICE_BYTES,
         deadline: now + Duration::from_secs(60),
         lease: LEASE,
-        seal_grace: Duration::from_secs(2),
+        seal_grace: SEAL_GRACE,
     }
 }
 

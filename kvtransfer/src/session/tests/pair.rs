@@ -26,6 +26,8 @@ struct World {
     to_sender: VecDeque<Message>,
     frames: Vec<SliceRun>,
     broken: bool,
+    /// When the sender heard anything on the stream.
+    heard: Instant,
     sent: Option<bool>,
     received: Option<bool>,
 }
@@ -44,6 +46,7 @@ impl World {
             to_sender: VecDeque::new(),
             frames: Vec::new(),
             broken: false,
+            heard: now,
             sent: None,
             received: None,
         };
@@ -69,6 +72,10 @@ impl World {
                 }
                 SenderCommand::Fail(_) => {
                     self.sent = Some(false);
+                    continue;
+                }
+                SenderCommand::Cut => {
+                    self.break_link();
                     continue;
                 }
                 SenderCommand::Wake | SenderCommand::Revoke | SenderCommand::Settled => continue,
@@ -121,6 +128,9 @@ impl World {
                 self.of_receiver(commands);
             }
             1 if !self.broken => {
+                if !self.to_sender.is_empty() {
+                    self.heard = now;
+                }
                 let commands = match self.to_sender.pop_front() {
                     Some(Message::Accept) => self.sender.accepted(now, &self.held, LEASE),
                     Some(Message::Released) => self.sender.released(now),
@@ -156,7 +166,7 @@ impl World {
 
     fn pass(&mut self, time: Duration) {
         self.now += time;
-        let commands = self.sender.tick(self.now);
+        let commands = self.sender.tick(self.now, self.heard);
         self.of_sender(commands);
         let commands = self.receiver.tick(self.now);
         self.of_receiver(commands);

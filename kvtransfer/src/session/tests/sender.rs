@@ -24,6 +24,8 @@ enum Event {
     PathLost,
     Seal,
     Renewed,
+    /// The peer says something on the stream, of another transfer.
+    HeardOfAnother,
     Released,
     PeerAborted,
     Cancel,
@@ -40,6 +42,7 @@ fn any_event() -> impl Strategy<Value = Event> {
         10 => (any::<usize>(), prop::bool::weighted(0.98)).prop_map(|(which, sent)| Event::Report { which, sent }),
         2 => Just(Event::Seal),
         3 => Just(Event::Renewed),
+        1 => Just(Event::HeardOfAnother),
         1 => Just(Event::Released),
         1 => prop_oneof![
             Just(Event::LinkLost), Just(Event::LinkFailed), Just(Event::PathLost), Just(Event::PeerAborted),
@@ -52,6 +55,8 @@ fn any_event() -> impl Strategy<Value = Event> {
 struct Run {
     session: Sender,
     now: Instant,
+    /// When anything was heard on the stream.
+    heard: Instant,
     shape: Shape,
     held: Vec<u32>,
     ready: BTreeSet<(u32, u32)>,
@@ -60,19 +65,24 @@ struct Run {
     sealed: bool,
     answers: usize,
     settled: bool,
+    /// The stream was given up.
+    cut: bool,
 }
 
 impl Run {
     fn new(shape: Shape, held: Vec<u32>) -> Self {
         let now = Instant::now();
         let (ready, taken, given) = Default::default();
-        let (sealed, answers, settled) = Default::default();
+        let (sealed, answers, settled, cut) = Default::default();
         let session = Sender::new(now, terms(shape, now));
-        Self { session, now, shape, held, ready, taken, given, sealed, answers, settled }
+        Self { session, now, heard: now, shape, held, ready, taken, given, sealed, answers, settled, cut }
     }
 
     fn apply(&mut self, event: Event) {
         let now = self.now;
+        if matches!(event, Event::LinkUp | Event::Accepted { .. } | Event::Renewed | Event::HeardOfAnother) {
+            self.heard = now;
+        }
         let commands = match event {
             Event::LinkUp => self.session.link_up(now),
             Event::LinkLost => self.session.link_lost("test"),
@@ -118,12 +128,13 @@ impl Run {
                 self.session.renewed(now);
                 Vec::new()
             }
+            Event::HeardOfAnother => Vec::new(),
             Event::Released => self.session.released(now),
             Event::PeerAborted => self.session.peer_aborted(reason()),
             Event::Cancel => self.session.cancel(TransferError::Cancelled("test".into())),
             Event::Pass(millis) => {
                 self.now += Duration::from_millis(millis);
-                self.session.tick(self.now)
+                self.session.tick(self.now, self.heard)
             }
         };
         self.check(commands);
@@ -161,6 +172,7 @@ impl Run {
                 SenderCommand::Offer | SenderCommand::Wake | SenderCommand::Doubt => {
                     assert_eq!(self.answers, 0)
                 }
+                SenderCommand::Cut => self.cut = true,
                 SenderCommand::Renew | SenderCommand::Abort(_) | SenderCommand::Revoke => {}
             }
             assert!(self.answers <= 1, "two answers");
@@ -236,4 +248,63 @@ fn neighbours_travel_together() {
     run.apply(Event::Ready(0, 1..4));
     assert_eq!(run.session.take(3), Some(SliceRun { layer: 0, first: 0, count: 3 }));
     assert_eq!(run.session.take(3), Some(SliceRun { layer: 0, first: 3, count: 1 }));
+}
+
+/// What was sealed before its stream broke waits for the answer until the seal's own deadline, however short the lease.
+#[test]
+fn a_sealed_transfer_without_a_stream_waits_for_the_seal_grace_and_not_for_the_lease() {
+    for back_after in [LEASE * 2, SEAL_GRACE] {
+        let mut run = Run::new(Shape { layers: 1, blocks: 1 }, vec![]);
+        let millis = |time: Duration| u64::try_from(time.as_millis()).expect("short");
+        run.apply(Event::LinkUp);
+        run.apply(Event::Accepted { bad: false });
+        run.apply(Event::AllReady);
+        run.apply(Event::Seal);
+        run.apply(Event::Take(1));
+        run.apply(Event::Report { which: 0, sent: true });
+        assert!(run.sealed);
+        run.apply(Event::LinkLost); // and `Released` with it
+        run.apply(Event::Pass(millis(back_after) - 1));
+        assert_eq!(run.answers, 0, "given up after {:?} without a stream", back_after);
+        if back_after == SEAL_GRACE {
+            run.apply(Event::Pass(1));
+            assert_eq!((run.answers, run.settled), (1, true), "waits for ever");
+            continue;
+        }
+        // The stream is back: the receiver has a lease to answer in.
+        run.apply(Event::LinkUp);
+        run.apply(Event::Pass(1));
+        assert_eq!(run.answers, 0, "the lease runs while nothing can be heard");
+        run.apply(Event::Released);
+        assert_eq!((run.answers, run.settled), (1, true));
+    }
+}
+
+/// A lease that runs out on a stream on which nothing else was heard takes the stream along, and a sealed transfer stays
+/// to ask over the next one. A peer that speaks of others is there: only this transfer is over.
+#[test]
+fn a_lease_that_runs_out_on_a_silent_stream_ends_the_stream_too() {
+    let lease = u64::try_from(LEASE.as_millis()).expect("short");
+    for (seal, heard_of_another, answers) in
+        [(false, false, 1), (false, true, 1), (true, false, 0), (true, true, 1)]
+    {
+        let mut run = Run::new(Shape { layers: 1, blocks: 1 }, vec![]);
+        run.apply(Event::LinkUp);
+        run.apply(Event::Accepted { bad: false });
+        if seal {
+            run.apply(Event::AllReady);
+            run.apply(Event::Seal);
+            run.apply(Event::Take(1));
+            run.apply(Event::Report { which: 0, sent: true });
+        }
+        run.apply(Event::Pass(lease / 2));
+        if heard_of_another {
+            run.apply(Event::HeardOfAnother);
+        }
+        run.apply(Event::Pass(lease / 2 - 1));
+        assert!(!run.cut && run.answers == 0);
+        run.apply(Event::Pass(1));
+        let case = (seal, heard_of_another);
+        assert_eq!((run.cut, run.answers), (!heard_of_another, answers), "{case:?}");
+    }
 }

@@ -119,7 +119,7 @@ struct Scene {
 
 /// A lane that has announced the first of `runs` runs.
 async fn announced(runs: u32, lent: Option<Box<dyn Lent>>) -> Scene {
-    let terms = Terms::new(SLICE as u64, 1 << 20, STALL, FENCE_GRACE, STALL).expect("sensible");
+    let terms = Terms::new(SLICE as u64, 1 << 20, STALL, FENCE_GRACE, STALL, STALL).expect("sensible");
     let source = Arc::new(Source {
         key: DataKey::generate(),
         runs: Mutex::new(runs),
