@@ -13,8 +13,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use baton_proto::{
-    ApiError, ErrorCode, Incarnation, InstanceId, InstanceLoad, InstanceSpec, LeaderEpoch, Phase, Role,
-    RoleEpoch,
+    ApiError, Incarnation, InstanceId, InstanceLoad, InstanceSpec, LeaderEpoch, Phase, Role, RoleEpoch,
 };
 use baton_registry::DesiredRole;
 use tokio::time::Instant;

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use baton_proto::{Incarnation, Phase};
+use baton_proto::{ErrorCode, Incarnation, Phase};
 use baton_registry::{keys, records::decode_spec, testing::instance_spec};
 use bytes::Bytes;
 
@@ -392,6 +392,14 @@ fn too_many_instances_are_refused() {
     world.hello("b", 1, LOADING);
     let c = world.hello("c", 1, LOADING);
     assert_eq!(world.refused, [(c, ErrorCode::QueueFull, None)]);
+}
+
+#[test]
+fn the_latest_epoch_that_a_peer_may_claim_is_counted_on_from() {
+    let mut world = World::new();
+    let a = world.hello("a", 1, beat(Phase::Waiting, Role::None, RoleEpoch::MOST.0));
+    world.pass(secs(2), &[a]);
+    assert_eq!(world.last_assigned(a).epoch.0, RoleEpoch::MOST.0 + 1);
 }
 
 #[test]

@@ -148,6 +148,10 @@ async fn bad_hellos_and_wrong_incarnations_are_refused() {
     let phase = v1::InstanceBeat { phase: 99, ..waiting() };
     let status = Server::call(&endpoint, spec("b", 1), phase).await.err().expect("a refusal");
     assert_eq!(status.code(), Code::InvalidArgument);
+    let epoch = v1::InstanceBeat { role_epoch: u64::MAX, ..waiting() };
+    let status = Server::call(&endpoint, spec("b", 1), epoch).await.err().expect("a refusal");
+    assert_eq!(status.code(), Code::InvalidArgument);
+    assert!(status.message().contains("a role epoch is at most 2^62"), "{}", status.message());
     assert!(!a.is_finished(), "the one that is here is not disturbed");
 }
 
