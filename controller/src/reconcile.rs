@@ -26,6 +26,7 @@ use crate::{
 };
 
 mod admit;
+mod cover;
 mod places;
 mod planning;
 mod writes;
