@@ -3,7 +3,7 @@
 //! Those who have loaded count, and those who have a role and are on their way (lost and within their grace, or
 //! loading it again); while nobody has loaded, all do, so that a fresh fleet has its roles before its weights. What
 //! serves is moved, or left without a role, one at a time in a group, only once every other has taken on what it was
-//! given, and only if both phases go on being served.
+//! given, and only if both phases go on being served. The [stuck](super::stuck) do not count.
 
 use std::collections::BTreeMap;
 
@@ -52,7 +52,11 @@ impl Reconciler {
                 continue;
             }
             let around = Around::of(members);
-            let counting: Vec<_> = members.iter().copied().filter(|m| self.counts(m, around, now)).collect();
+            let counting: Vec<_> = members
+                .iter()
+                .copied()
+                .filter(|m| m.stuck.is_none() && self.counts(m, around, now))
+                .collect();
             again.extend(members.iter().filter_map(|member| self.counts_until(member, now)));
             let candidates: Vec<_> = counting
                 .iter()
@@ -118,14 +122,14 @@ impl Reconciler {
             let has = member.desired.as_ref().map(|desired| desired.role);
             let unwanted = decision.role == Role::None;
             if has == Some(decision.role) {
-                settling |= is_on_its_way(member);
+                settling |= member.is_on_its_way();
             } else if member.serving_role().is_none() || (unwanted && !member.is_serving()) {
                 settling |= !unwanted;
                 permitted.push((member.spec.id.clone(), decision));
             } else if hold.is_some() {
                 wait = hold;
             } else if member.is_serving() {
-                settling |= is_on_its_way(member);
+                settling |= member.is_on_its_way();
                 moves.push((*member, decision));
             } else {
                 settling = true;
@@ -150,12 +154,8 @@ impl Reconciler {
         let Decision { role, reason } = decision;
         info!(instance = %id, was, role = role.name(), %epoch, reason, "a role is decided");
         member.desired = Some(DesiredRole { role, epoch, reason, leader_epoch });
+        member.late_since = None;
         self.role_changes += 1;
         self.mark(Kind::Role, id);
     }
-}
-
-/// Whether it has been given a role that it has yet to take on.
-fn is_on_its_way(member: &Member) -> bool {
-    member.is_registered() && member.serving_role().is_some() && !member.has_converged()
 }

@@ -32,6 +32,8 @@ struct World {
     closed: Vec<SessionId>,
     refused: Vec<(SessionId, ErrorCode, Option<u64>)>,
     writes: usize,
+    /// A key that the store will not have.
+    refuses: Option<String>,
 }
 
 impl World {
@@ -51,6 +53,7 @@ impl World {
             closed: Vec::new(),
             refused: Vec::new(),
             writes: 0,
+            refuses: None,
         }
     }
 
@@ -73,12 +76,17 @@ impl World {
         self.settle();
     }
 
-    /// Concludes, and lets every write succeed.
+    /// Concludes, and lets every write succeed but a refused one.
     fn settle(&mut self) {
         let commands = self.mind.conclude(self.now);
         self.take(commands);
         for write in self.mind.take_writes(usize::MAX) {
             self.writes += 1;
+            if self.refuses.as_ref() == Some(&write.key()) {
+                let (kind, id, reason) = (write.kind, write.id, "as the test wants it".to_owned());
+                self.mind.handle(Event::Refused { kind, id, reason }, self.now);
+                continue;
+            }
             match &write.value {
                 Some(value) => drop(self.stored.insert(write.key(), value.clone())),
                 None => drop(self.stored.remove(&write.key())),
@@ -454,5 +462,6 @@ fn two_thousand_instances_are_planned_at_once() {
 
 mod revisions;
 mod storm;
+mod stuck;
 mod successors;
 mod twins;

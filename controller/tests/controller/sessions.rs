@@ -236,6 +236,19 @@ async fn a_record_that_the_store_refuses_holds_up_no_other() {
 }
 
 #[tokio::test]
+async fn an_instance_whose_role_the_store_refuses_is_done_without() {
+    let refused = InstanceId::new("a").expect("an id");
+    let node = Node::start_over(config(), move |store| Arc::new(Picky(store, keys::role(&refused))));
+    let _a = Server::join_any(&[&node.endpoint], spec("a", 1), waiting()).await.live();
+    let mut b = Server::join_any(&[&node.endpoint], spec("b", 1), waiting()).await;
+    while b.next_role().await.role() != v1::Role::Mixed {}
+    let roles = node.roles().await.expect("roles");
+    assert_eq!(roles[0].stuck, "the state store refuses its role record: as the test wants it");
+    assert_eq!((roles[0].instance_id.as_str(), roles[1].stuck.as_str()), ("a", ""));
+    assert!(node.metrics.render().contains("baton_controller_instances_stuck"));
+}
+
+#[tokio::test]
 async fn a_controller_that_starts_anew_changes_nothing() {
     let mut node = Node::start(config());
     let endpoint = node.endpoint.clone();
