@@ -88,5 +88,6 @@ fn role_view(id: &str, desired: Option<&DesiredRole>, member: Option<&Member>) -
         observed_epoch: member.map_or(0, |member| member.beat.role_epoch.0),
         phase: member.map_or(v1::Phase::Unspecified, |member| member.beat.phase.to_wire()).into(),
         registered: member.is_some(),
+        stuck: member.and_then(|member| member.stuck.as_ref()).map(ToString::to_string).unwrap_or_default(),
     }
 }

@@ -115,6 +115,10 @@ pub struct RoleConfig {
     /// How long running requests may take to finish before an instance changes its role.
     #[serde(with = "duration")]
     pub drain: Duration,
+    /// How long beyond `drain` an instance may take to change its role before it counts as stuck and others go on
+    /// without it.
+    #[serde(with = "duration")]
+    pub switch_grace: Duration,
     /// How long the role of an instance that is gone is remembered, for its return under the same name.
     #[serde(with = "duration")]
     pub memory: Duration,
@@ -129,6 +133,7 @@ impl Default for RoleConfig {
             lost_grace: Duration::from_secs(10),
             load_grace: Duration::from_secs(60),
             drain: Duration::from_secs(30),
+            switch_grace: Duration::from_secs(30),
             memory: Duration::from_secs(3600),
         }
     }

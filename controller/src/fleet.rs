@@ -3,7 +3,7 @@
 //! A member is `Connected` (a session reports), `Silent` (no session, but its lease runs: it may be on its way back)
 //! or `Lost` (its registration has ended, its place is kept for a while). Pure data; [`crate::reconcile`] moves it.
 
-use std::{collections::BTreeMap, fmt};
+use std::{collections::BTreeMap, fmt, time::Duration};
 
 use baton_proto::{InstanceId, InstanceLoad, InstanceSpec, Phase, Role, RoleEpoch, WireError, v1};
 use baton_registry::{DesiredRole, ObservedStatus};
@@ -61,6 +61,19 @@ pub struct Member {
     pub stored: Option<RoleEpoch>,
     /// The epoch that its session has been told of.
     pub told: Option<RoleEpoch>,
+    /// Since when it has been on its way to its role, loaded and told; for the deadline of that.
+    pub late_since: Option<Instant>,
+    /// Others are planned without it.
+    pub stuck: Option<Stuck>,
+}
+
+/// Why an instance does not become what it should be.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Stuck {
+    #[error("has not taken on its role within {0:?}")]
+    Overdue(Duration),
+    #[error("the state store refuses its role record: {0}")]
+    Unwritable(String),
 }
 
 impl Member {
@@ -89,6 +102,21 @@ impl Member {
         })
     }
 
+    /// Whether it has been given a role that it has yet to take on.
+    pub fn is_on_its_way(&self) -> bool {
+        self.is_registered() && self.serving_role().is_some() && !self.has_converged()
+    }
+
+    /// Whether it has been told what it should be.
+    pub fn knows_its_role(&self) -> bool {
+        let known = self.told.max(Some(self.beat.role_epoch));
+        self.desired.as_ref().is_some_and(|desired| known >= Some(desired.epoch))
+    }
+
+    pub fn is_loading(&self) -> bool {
+        self.beat.phase == Phase::Loading
+    }
+
     /// Whether requests can be served by it now, as far as is known.
     pub fn is_serving(&self) -> bool {
         self.is_registered() && self.beat.phase == Phase::Ready && self.beat.role != Role::None
@@ -114,7 +142,7 @@ impl TryFrom<v1::InstanceBeat> for Beat {
     fn try_from(wire: v1::InstanceBeat) -> Result<Self, WireError> {
         Ok(Self {
             role: Role::from_wire(wire.role)?,
-            role_epoch: RoleEpoch(wire.role_epoch),
+            role_epoch: RoleEpoch::from_wire(wire.role_epoch)?,
             phase: Phase::from_wire(wire.phase)?,
             load_permille: wire.load_permille.min(1000),
             load: wire.load.map(InstanceLoad::from).unwrap_or_default(),

@@ -20,6 +20,7 @@ struct InstanceLabels {
 pub struct ControllerMetrics {
     instances: Family<InstanceLabels, Gauge>,
     lost: Gauge,
+    stuck: Gauge,
     /// 1 while this controller leads.
     pub leading: Gauge,
     pub leader_epoch: Gauge,
@@ -43,6 +44,11 @@ impl ControllerMetrics {
                 "instances_lost",
                 "Instances whose place is kept for their return",
                 own.lost.clone(),
+            );
+            registry.register(
+                "instances_stuck",
+                "Instances that do not become what they should be",
+                own.stuck.clone(),
             );
             registry.register("leading", "1 while this controller leads", own.leading.clone());
             registry.register("leader_epoch", "Epoch of the present or last reign", own.leader_epoch.clone());
@@ -68,5 +74,7 @@ impl ControllerMetrics {
         }
         let lost = members.values().filter(|member| !member.is_registered()).count();
         self.lost.set(i64::try_from(lost).unwrap_or(i64::MAX));
+        let stuck = members.values().filter(|member| member.stuck.is_some()).count();
+        self.stuck.set(i64::try_from(stuck).unwrap_or(i64::MAX));
     }
 }

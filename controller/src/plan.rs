@@ -61,19 +61,25 @@ pub fn plan<'a>(policy: Policy, candidates: &[Candidate<'a>]) -> BTreeMap<&'a In
     decisions
 }
 
-/// The instance whose like the group is made of: of the party with the most members that have a serving role, then
-/// the most members, then the first name.
+/// The instance whose like the group is made of: of the party with the most members that serve, then the most that
+/// have a serving role, then the most members, then the first name.
 fn reference<'a>(candidates: &[Candidate<'a>]) -> Option<&'a InstanceSpec> {
-    let mut parties: Vec<(&InstanceSpec, usize, usize)> = Vec::new();
+    let mut parties: Vec<(&InstanceSpec, [usize; 3])> = Vec::new();
     for candidate in candidates {
-        let holds = usize::from(candidate.role.is_some_and(|role| role != Role::None));
-        match parties.iter_mut().find(|(spec, ..)| incompatibility(spec, candidate.spec).is_none()) {
-            Some((_, holding, members)) => (*holding, *members) = (*holding + holds, *members + 1),
-            None => parties.push((candidate.spec, holds, 1)),
+        let holds = candidate.role.is_some_and(|role| role != Role::None);
+        let weight = [usize::from(holds && candidate.serving), usize::from(holds), 1];
+        match parties.iter_mut().find(|(spec, _)| compatible(spec, candidate.spec)) {
+            Some((_, sum)) => sum.iter_mut().zip(weight).for_each(|(sum, more)| *sum += more),
+            None => parties.push((candidate.spec, weight)),
         }
     }
     // `max_by_key` takes the last of equals; the first name should win.
-    parties.into_iter().rev().max_by_key(|(_, holding, members)| (*holding, *members)).map(|(spec, ..)| spec)
+    parties.into_iter().rev().max_by_key(|(_, weight)| *weight).map(|(spec, _)| spec)
+}
+
+/// Whether the two can hand caches to each other.
+pub(crate) fn compatible(one: &InstanceSpec, other: &InstanceSpec) -> bool {
+    incompatibility(one, other).is_none()
 }
 
 /// Why caches of one cannot be handed to the other. An equivalence: none for equals, and for all of a party.

@@ -26,8 +26,10 @@ use crate::{
 };
 
 mod admit;
+mod cover;
 mod places;
 mod planning;
+mod stuck;
 mod writes;
 
 pub use writes::{Kind, Write};
@@ -53,6 +55,12 @@ pub enum Event {
     /// The session broke.
     Closed {
         session: SessionId,
+    },
+    /// The store will not have this record, as it is.
+    Refused {
+        kind: Kind,
+        id: InstanceId,
+        reason: String,
     },
     /// The store has this role record now.
     RoleStored {
@@ -100,6 +108,8 @@ pub struct Reconciler {
     sessions: BTreeMap<SessionId, InstanceId>,
     remembered: BTreeMap<InstanceId, Remembered>,
     unwritten: BTreeSet<(Kind, InstanceId)>,
+    /// Records that the store refused, and when to try again.
+    refused: BTreeMap<(Kind, InstanceId), Instant>,
     /// Something that plans depend on has changed.
     plan_due: bool,
     /// When leases, places and memories are to be looked at.
@@ -128,6 +138,7 @@ impl Reconciler {
             sessions: BTreeMap::new(),
             remembered: BTreeMap::new(),
             unwritten: BTreeSet::new(),
+            refused: BTreeMap::new(),
             plan_due: true,
             check_at: now,
             plan_at: None,
@@ -160,6 +171,8 @@ impl Reconciler {
                 desired,
                 stored,
                 told,
+                late_since: None,
+                stuck: None,
             };
             // Under this leader's own lease: the earlier one's ends.
             self.mark(Kind::Instance, &id);
@@ -208,7 +221,13 @@ impl Reconciler {
                 }
                 let Some(member) = self.members.get_mut(&id) else { return Vec::new() };
                 member.stored = Some(epoch);
-                offer(member).into_iter().collect()
+                let order = offer(member);
+                self.follow(&id, now);
+                order.into_iter().collect()
+            }
+            Event::Refused { kind, id, reason } => {
+                self.refused(kind, id, reason, now);
+                Vec::new()
             }
         }
     }
@@ -228,7 +247,8 @@ impl Reconciler {
         if self.adopt(&mut member) {
             self.mark(Kind::Role, &id);
         }
-        self.members.insert(id, member);
+        self.members.insert(id.clone(), member);
+        self.follow(&id, now);
         Vec::new()
     }
 
@@ -265,6 +285,7 @@ impl Reconciler {
         if self.check_at <= now {
             commands = self.expire(now);
             self.give_up(now);
+            self.find_stuck(now);
             self.check_at = self.next_check(now);
         }
         if self.plan_due || self.plan_at.is_some_and(|at| at <= now) {

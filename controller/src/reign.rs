@@ -349,11 +349,15 @@ impl Reign<'_> {
                 self.mind.give_back(writes);
                 After::GoOn
             }
-            // Another try would be refused, too, and hold up everybody else's: the key at fault is left out.
+            // Another try would be refused, too, and hold up everybody else's: the key at fault is left out for a while.
             Err(StoreError::Invalid(reason)) => {
                 self.metrics.store_errors.inc();
                 match writes.as_slice() {
-                    [write] => error!(key = write.key(), reason, "the state store refuses this record"),
+                    [write] => {
+                        error!(key = write.key(), reason, "the state store refuses this record");
+                        let (kind, id) = (write.kind, write.id.clone());
+                        self.handle(Event::Refused { kind, id, reason }, Instant::now());
+                    }
                     _ => {
                         self.one_by_one = writes.len();
                         self.mind.give_back(writes);

@@ -15,6 +15,8 @@ pub enum IdError {
     TransferLength(usize),
     #[error("a block hash is 16 bytes, got {0}")]
     BlockHashLength(usize),
+    #[error("a role epoch is at most 2^62, got {0}")]
+    RoleEpoch(u64),
 }
 
 macro_rules! name_id {
@@ -102,6 +104,16 @@ number_id!(
 number_id!(
     /// Which assignment of a role to an instance: grows with every assignment, over controller restarts too.
     RoleEpoch);
+impl RoleEpoch {
+    /// No controller gives later ones: they begin at revisions of its store. So counting on from any never overflows.
+    pub const MOST: Self = Self(1 << 62);
+
+    /// Checks a peer's number.
+    pub fn from_wire(epoch: u64) -> Result<Self, IdError> {
+        if epoch <= Self::MOST.0 { Ok(Self(epoch)) } else { Err(IdError::RoleEpoch(epoch)) }
+    }
+}
+
 number_id!(
     /// Which reign of which controller: grows with every election. Fences writes.
     LeaderEpoch);

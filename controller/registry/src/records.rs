@@ -77,7 +77,7 @@ impl DesiredRole {
         let wire = decode::<v1::RoleRecord>(value)?;
         Ok(Self {
             role: Role::from_wire(wire.role)?,
-            epoch: RoleEpoch(wire.epoch),
+            epoch: RoleEpoch::from_wire(wire.epoch).map_err(WireError::from)?,
             reason: wire.reason,
             leader_epoch: LeaderEpoch(wire.leader_epoch),
         })
@@ -103,7 +103,7 @@ impl ObservedStatus {
         Ok(Self {
             incarnation: Incarnation(wire.incarnation),
             role: Role::from_wire(wire.role)?,
-            role_epoch: RoleEpoch(wire.role_epoch),
+            role_epoch: RoleEpoch::from_wire(wire.role_epoch).map_err(WireError::from)?,
             phase: Phase::from_wire(wire.phase)?,
             load_permille: wire.load_permille,
         })
@@ -124,5 +124,22 @@ impl LeaderRecord {
             return Err(WireError::Missing("controller_id").into());
         }
         Ok(Self { controller_id: wire.controller_id, endpoint: wire.endpoint })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_record_has_an_epoch_that_nobody_could_count_on_from() {
+        let record = |epoch| v1::RoleRecord { epoch, ..Default::default() }.encode_to_vec();
+        let epoch = |epoch| DesiredRole::decode(&record(epoch)).map(|desired| desired.epoch);
+        assert_eq!(epoch(RoleEpoch::MOST.0), Ok(RoleEpoch::MOST));
+        for beyond in [RoleEpoch::MOST.0 + 1, u64::MAX] {
+            assert!(epoch(beyond).is_err());
+            let status = v1::StatusRecord { role_epoch: beyond, phase: 1, ..Default::default() };
+            assert!(ObservedStatus::decode(&status.encode_to_vec()).is_err());
+        }
     }
 }

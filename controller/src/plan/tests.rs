@@ -147,6 +147,16 @@ fn those_who_serve_outweigh_newcomers() {
     assert_eq!(letters(&plan), "---pd");
 }
 
+#[test]
+fn one_that_serves_outweighs_two_that_do_not() {
+    let mut fleet = fleet("p");
+    for (name, role) in [("b", Some(Role::Decode)), ("c", None)] {
+        fleet.push(Given { spec: spec(name, "new"), role, serving: false });
+    }
+    let plan = decide(Policy { prefill: 1, decode: 1 }, &fleet);
+    assert_eq!(letters(&plan), "--m");
+}
+
 fn any_fleet() -> impl Strategy<Value = (Policy, Vec<Given>)> {
     let role = prop_oneof![
         Just(None),

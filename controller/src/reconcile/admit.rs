@@ -41,6 +41,8 @@ impl Reconciler {
             instance = %id, incarnation = %spec.incarnation, %session, model = spec.model.name, group = spec.group,
             role = beat.role.name(), epoch = %beat.role_epoch, "an instance is here"
         );
+        let late_since = before.as_ref().filter(|_| known).and_then(|member| member.late_since);
+        let stuck = before.as_ref().filter(|_| known).and_then(|member| member.stuck.clone());
         let joined = before.as_ref().filter(|_| known).map_or(now, |member| member.joined);
         let mut member = Member {
             spec,
@@ -52,6 +54,8 @@ impl Reconciler {
             desired,
             stored,
             told: None,
+            late_since,
+            stuck,
         };
         self.sessions.insert(session, id.clone());
         if self.adopt(&mut member) || self.renew(&mut member) {
@@ -62,7 +66,8 @@ impl Reconciler {
         self.plan_due = true;
         commands.push(Command::Order(session, Order::Welcome));
         commands.extend(offer(&mut member));
-        self.members.insert(id, member);
+        self.members.insert(id.clone(), member);
+        self.follow(&id, now);
         self.check_at = self.check_at.min(now + self.sessions_config.lease);
         commands
     }

@@ -80,14 +80,18 @@ impl Reconciler {
         }
     }
 
-    /// When the next lease, place or memory may end. Later beats only put it off, so it need not follow them.
+    /// When the next lease, place, move or memory may end. Later beats only put it off, so it need not follow them.
     pub(super) fn next_check(&self, now: Instant) -> Instant {
         let leases = self.members.values().map(|member| match member.contact {
             Contact::Lost { since } => since + self.roles_config.lost_grace,
             _ => member.last_beat + self.sessions_config.lease,
         });
+        let patience = self.patience();
+        let moves = self.members.values().filter(|member| member.stuck.is_none());
+        let moves = moves.filter_map(|member| Some(member.late_since? + patience));
+        let refused = self.refused.values().copied();
         let memories = self.remembered.values().map(|remembered| remembered.since + self.roles_config.memory);
         let never = now + Duration::from_secs(24 * 3600);
-        leases.chain(memories).min().unwrap_or(never).max(now + SHORTEST_WAIT)
+        leases.chain(memories).chain(moves).chain(refused).min().unwrap_or(never).max(now + SHORTEST_WAIT)
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! Those who have loaded count, and those who have a role and are on their way (lost and within their grace, or
 //! loading it again); while nobody has loaded, all do, so that a fresh fleet has its roles before its weights. What
-//! serves is moved one at a time in a group, and only once every other has taken on what it was given.
+//! serves is moved, or left without a role, one at a time in a group, only once every other has taken on what it was
+//! given, and only if both phases go on being served. The [stuck](super::stuck) do not count.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +12,7 @@ use baton_registry::DesiredRole;
 use tokio::time::Instant;
 use tracing::info;
 
-use super::{Kind, Reconciler, places::SHORTEST_WAIT};
+use super::{Kind, Reconciler, cover::Cover, places::SHORTEST_WAIT};
 use crate::{
     fleet::{Contact, Member},
     plan::{Candidate, Decision, plan},
@@ -51,14 +52,18 @@ impl Reconciler {
                 continue;
             }
             let around = Around::of(members);
-            let counting: Vec<_> = members.iter().copied().filter(|m| self.counts(m, around, now)).collect();
+            let counting: Vec<_> = members
+                .iter()
+                .copied()
+                .filter(|m| m.stuck.is_none() && self.counts(m, around, now))
+                .collect();
             again.extend(members.iter().filter_map(|member| self.counts_until(member, now)));
             let candidates: Vec<_> = counting
                 .iter()
                 .map(|m| Candidate { spec: &m.spec, role: m.serving_role(), serving: m.is_serving() })
                 .collect();
             let plan = plan(self.policy(), &candidates);
-            let (permitted, wait) = self.permitted(&counting, plan, now);
+            let (permitted, wait) = self.permitted(members, &counting, plan, now);
             again.extend(wait);
             decided.extend(permitted);
         }
@@ -102,6 +107,7 @@ impl Reconciler {
     /// Which of the plan's changes are made now, and when to look at the others again if time will change that.
     fn permitted(
         &self,
+        group: &[&Member],
         counting: &[&Member],
         mut plan: BTreeMap<&InstanceId, Decision>,
         now: Instant,
@@ -110,28 +116,30 @@ impl Reconciler {
         let hold =
             Some(self.began + self.roles_config.lost_grace).filter(|until| self.adopted && now < *until);
         let (mut permitted, mut moves, mut wait) = (Vec::new(), Vec::new(), None);
+        let mut settling = false;
         for member in counting {
             let Some(decision) = plan.remove(&member.spec.id) else { continue };
             let has = member.desired.as_ref().map(|desired| desired.role);
+            let unwanted = decision.role == Role::None;
             if has == Some(decision.role) {
-                continue;
-            }
-            let change = (member.spec.id.clone(), decision);
-            if member.serving_role().is_none() || change.1.role == Role::None {
-                permitted.push(change);
+                settling |= member.is_on_its_way();
+            } else if member.serving_role().is_none() || (unwanted && !member.is_serving()) {
+                settling |= !unwanted;
+                permitted.push((member.spec.id.clone(), decision));
             } else if hold.is_some() {
                 wait = hold;
             } else if member.is_serving() {
-                moves.push(change);
+                settling |= member.is_on_its_way();
+                moves.push((*member, decision));
             } else {
-                permitted.push(change);
+                settling = true;
+                permitted.push((member.spec.id.clone(), decision));
             }
         }
-        let on_the_way = |member: &&Member| {
-            member.is_registered() && member.serving_role().is_some() && !member.has_converged()
-        };
-        if permitted.is_empty() && !counting.iter().any(on_the_way) {
-            permitted.extend(moves.into_iter().next());
+        if !settling {
+            let cover = Cover::of(group);
+            let affordable = moves.into_iter().find(|(member, decision)| cover.spares(member, decision.role));
+            permitted.extend(affordable.map(|(member, decision)| (member.spec.id.clone(), decision)));
         }
         (permitted, wait)
     }
@@ -146,6 +154,7 @@ impl Reconciler {
         let Decision { role, reason } = decision;
         info!(instance = %id, was, role = role.name(), %epoch, reason, "a role is decided");
         member.desired = Some(DesiredRole { role, epoch, reason, leader_epoch });
+        member.late_since = None;
         self.role_changes += 1;
         self.mark(Kind::Role, id);
     }

@@ -30,6 +30,8 @@ struct World {
     closed: Vec<SessionId>,
     refused: Vec<(SessionId, ErrorCode, Option<u64>)>,
     writes: usize,
+    /// A key that the store will not have.
+    refuses: Option<String>,
 }
 
 impl World {
@@ -49,6 +51,7 @@ impl World {
             closed: Vec::new(),
             refused: Vec::new(),
             writes: 0,
+            refuses: None,
         }
     }
 
@@ -71,12 +74,17 @@ impl World {
         self.settle();
     }
 
-    /// Concludes, and lets every write succeed.
+    /// Concludes, and lets every write succeed but a refused one.
     fn settle(&mut self) {
         let commands = self.mind.conclude(self.now);
         self.take(commands);
         for write in self.mind.take_writes(usize::MAX) {
             self.writes += 1;
+            if self.refuses.as_ref() == Some(&write.key()) {
+                let (kind, id, reason) = (write.kind, write.id, "as the test wants it".to_owned());
+                self.mind.handle(Event::Refused { kind, id, reason }, self.now);
+                continue;
+            }
             match &write.value {
                 Some(value) => drop(self.stored.insert(write.key(), value.clone())),
                 None => drop(self.stored.remove(&write.key())),
@@ -393,6 +401,14 @@ fn too_many_instances_are_refused() {
 }
 
 #[test]
+fn the_latest_epoch_that_a_peer_may_claim_is_counted_on_from() {
+    let mut world = World::new();
+    let a = world.hello("a", 1, beat(Phase::Waiting, Role::None, RoleEpoch::MOST.0));
+    world.pass(secs(2), &[a]);
+    assert_eq!(world.last_assigned(a).epoch.0, RoleEpoch::MOST.0 + 1);
+}
+
+#[test]
 fn roles_of_the_gone_fade_from_memory() {
     let (mut world, a, b) = World::pair();
     world.event(Event::Bye { session: b, reason: String::new() });
@@ -442,6 +458,8 @@ fn two_thousand_instances_are_planned_at_once() {
     println!("planned 2000 instances in {took:?}");
 }
 
+mod revisions;
 mod storm;
+mod stuck;
 mod successors;
 mod twins;

@@ -148,6 +148,10 @@ async fn bad_hellos_and_wrong_incarnations_are_refused() {
     let phase = v1::InstanceBeat { phase: 99, ..waiting() };
     let status = Server::call(&endpoint, spec("b", 1), phase).await.err().expect("a refusal");
     assert_eq!(status.code(), Code::InvalidArgument);
+    let epoch = v1::InstanceBeat { role_epoch: u64::MAX, ..waiting() };
+    let status = Server::call(&endpoint, spec("b", 1), epoch).await.err().expect("a refusal");
+    assert_eq!(status.code(), Code::InvalidArgument);
+    assert!(status.message().contains("a role epoch is at most 2^62"), "{}", status.message());
     assert!(!a.is_finished(), "the one that is here is not disturbed");
 }
 
@@ -229,6 +233,19 @@ async fn a_record_that_the_store_refuses_holds_up_no_other() {
     let listed = store.range(KeyRange::prefix(keys::INSTANCES)).await.expect("lists");
     let b = keys::instance(&InstanceId::new("b").expect("an id"));
     assert_eq!(listed.items.iter().map(|item| &item.key).collect::<Vec<_>>(), [&b]);
+}
+
+#[tokio::test]
+async fn an_instance_whose_role_the_store_refuses_is_done_without() {
+    let refused = InstanceId::new("a").expect("an id");
+    let node = Node::start_over(config(), move |store| Arc::new(Picky(store, keys::role(&refused))));
+    let _a = Server::join_any(&[&node.endpoint], spec("a", 1), waiting()).await.live();
+    let mut b = Server::join_any(&[&node.endpoint], spec("b", 1), waiting()).await;
+    while b.next_role().await.role() != v1::Role::Mixed {}
+    let roles = node.roles().await.expect("roles");
+    assert_eq!(roles[0].stuck, "the state store refuses its role record: as the test wants it");
+    assert_eq!((roles[0].instance_id.as_str(), roles[1].stuck.as_str()), ("a", ""));
+    assert!(node.metrics.render().contains("baton_controller_instances_stuck"));
 }
 
 #[tokio::test]

@@ -273,6 +273,7 @@ impl Storm {
         let stored: BTreeSet<_> =
             self.stored.keys().filter(|key| key.starts_with(keys::INSTANCES)).cloned().collect();
         assert_eq!(stored, registered, "the store knows who is here, and nobody else");
+        assert!(self.mind.members().values().all(|member| member.stuck.is_none()), "stuck for ever");
         for (who, server) in &self.servers {
             let stored = DesiredRole::decode(&self.stored[&keys::role(&id(NAMES[*who]))]).expect("a role");
             assert_eq!((stored.role, stored.epoch), (server.beat.role, server.beat.role_epoch));

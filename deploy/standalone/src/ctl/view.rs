@@ -158,7 +158,7 @@ pub(super) fn roles(mut roles: Vec<RoleView>) -> Table {
             role(view.observed_role),
             view.observed_epoch.to_string(),
             if view.registered { phase(view.phase) } else { "gone".to_owned() },
-            view.reason.clone(),
+            if view.stuck.is_empty() { view.reason.clone() } else { format!("stuck: {}", view.stuck) },
         ]
     };
     let object = |view: &RoleView| {
@@ -171,6 +171,7 @@ pub(super) fn roles(mut roles: Vec<RoleView>) -> Table {
             "phase": phase(view.phase),
             "registered": view.registered,
             "reason": view.reason,
+            "stuck": view.stuck,
         })
     };
     Table {
@@ -281,13 +282,16 @@ mod tests {
             observed_epoch: 6,
             phase: Phase::Switching.into(),
             registered: true,
+            stuck: String::new(),
         };
-        let text =
-            roles(vec![view.clone(), RoleView { registered: false, instance_id: "x".into(), ..view }]).text();
+        let gone = RoleView { registered: false, instance_id: "x".into(), ..view.clone() };
+        let stuck = RoleView { stuck: "has not taken on its role".into(), ..gone.clone() };
+        let text = roles(vec![view, gone, stuck]).text();
         let lines: Vec<Vec<&str>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
         assert_eq!(lines[1][..6], ["server-0", "prefill", "7", "mixed", "6", "switching"]);
         assert_eq!(lines[2][5], "gone");
         assert!(text.contains("fixed ratio 1:1"));
+        assert!(lines[3].join(" ").ends_with("stuck: has not taken on its role"), "{text}");
     }
 
     #[test]
