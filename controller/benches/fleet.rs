@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use baton_controller::plan::{Candidate, Policy, plan};
+use baton_controller::plan::{Candidate, Policy, Ratio, plan};
 use baton_proto::{
     InstanceSpec, Phase, Role,
     v1::{self, control_client::ControlClient, controller_order::Order, instance_report::Report},
@@ -206,7 +206,7 @@ fn plan_time(instances: u32) -> Duration {
     let mut times: Vec<Duration> = (0..21)
         .map(|_| {
             let began = Instant::now();
-            let decisions: BTreeMap<_, _> = plan(Policy { prefill: 1, decode: 2 }, &candidates);
+            let decisions: BTreeMap<_, _> = plan(Policy::Ratio(Ratio { prefill: 1, decode: 2 }), &candidates);
             assert_eq!(decisions.len(), candidates.len(), "everyone is given a role");
             began.elapsed()
         })

@@ -98,6 +98,9 @@ impl Default for SessionConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct RoleConfig {
+    /// `ratio`: a group is divided as `prefill` to `decode`; `auto`: by what its instances measure, so that as little as
+    /// can be misses the targets of `auto`.
+    pub policy: RolePolicy,
     /// Prefill instances wanted in a group. With `decode` it is also the ratio in which any number is divided.
     pub prefill: u32,
     /// Decode instances wanted in a group.
@@ -122,11 +125,52 @@ pub struct RoleConfig {
     /// How long the role of an instance that is gone is remembered, for its return under the same name.
     #[serde(with = "duration")]
     pub memory: Duration,
+    pub auto: AutoConfig,
+}
+
+/// How a group is divided.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RolePolicy {
+    #[default]
+    Ratio,
+    Auto,
+}
+
+/// For `roles.policy = "auto"`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AutoConfig {
+    /// Wanted mean time from a request's arrival to its first token.
+    #[serde(with = "duration")]
+    pub ttft: Duration,
+    /// Wanted mean time between tokens.
+    #[serde(with = "duration")]
+    pub tpot: Duration,
+    /// How often the division is looked at.
+    #[serde(with = "duration")]
+    pub every: Duration,
+    /// How long a group is left alone after one of its instances was moved.
+    #[serde(with = "duration")]
+    pub pause: Duration,
+}
+
+impl Default for AutoConfig {
+    fn default() -> Self {
+        Self {
+            ttft: Duration::from_secs(1),
+            tpot: Duration::from_millis(50),
+            every: Duration::from_secs(5),
+            pause: Duration::from_secs(20),
+        }
+    }
 }
 
 impl Default for RoleConfig {
     fn default() -> Self {
         Self {
+            policy: RolePolicy::Ratio,
+            auto: AutoConfig::default(),
             prefill: 1,
             decode: 1,
             settle: Duration::from_millis(1500),
@@ -151,6 +195,13 @@ impl ServiceConfig for ControllerConfig {
         let (sessions, roles) = (&self.sessions, &self.roles);
         require(roles.prefill > 0, "roles.prefill", "expected at least 1")?;
         require(roles.decode > 0, "roles.decode", "expected at least 1")?;
+        for (key, time) in [
+            ("roles.auto.ttft", roles.auto.ttft),
+            ("roles.auto.tpot", roles.auto.tpot),
+            ("roles.auto.every", roles.auto.every),
+        ] {
+            require(time >= Duration::from_millis(1), key, "expected at least 1ms")?;
+        }
         require(sessions.max_instances > 0, "sessions.max_instances", "expected at least 1")?;
         require(sessions.beat >= Duration::from_millis(10), "sessions.beat", "expected at least 10ms")?;
         let lease = "expected at least twice `sessions.beat`, so that one late report ends no registration";

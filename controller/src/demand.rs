@@ -42,7 +42,8 @@ pub struct Meter {
     at: Option<Instant>,
     requests: Faded,
     prompt_tokens: Faded,
-    completion_tokens: Faded,
+    finished: Faded,
+    finished_tokens: Faded,
     steps: StepLine,
     instances: BTreeMap<InstanceId, Last>,
 }
@@ -99,7 +100,8 @@ impl Meter {
         let more = |of: fn(&InstanceLoad) -> u64| of(load).saturating_sub(of(&known)) as f64;
         self.requests.add(fade, more(|load| load.prefilled_requests));
         self.prompt_tokens.add(fade, more(|load| load.prefilled_tokens));
-        self.completion_tokens.add(fade, more(|load| load.decoded_tokens));
+        self.finished.add(fade, more(|load| load.finished_requests));
+        self.finished_tokens.add(fade, more(|load| load.finished_tokens));
         self.steps.fade(fade);
         if more(|load| load.decode_steps) > 0.0 {
             let sequences = more(|load| load.decoded_tokens) / more(|load| load.decode_steps);
@@ -117,7 +119,7 @@ impl Meter {
     pub fn demand(&self, now: Instant) -> Option<Demand> {
         let (began, at) = (self.began?, self.at?);
         let age = now.saturating_duration_since(began);
-        if age < SHORTEST || self.requests.0 < FEWEST_REQUESTS {
+        if age < SHORTEST || self.requests.0.min(self.finished.0) < FEWEST_REQUESTS {
             return None;
         }
         // The weight of the whole time that was watched: what a constant stream of one a second would have summed to.
@@ -127,7 +129,8 @@ impl Meter {
         Some(Demand {
             requests_per_second: self.requests.0 * fade / weight,
             prompt_tokens: self.prompt_tokens.0 / self.requests.0,
-            completion_tokens: self.completion_tokens.0 / self.requests.0,
+            // Of those that ended: what has been decoded of the others says nothing of what is still to come.
+            completion_tokens: self.finished_tokens.0 / self.finished.0,
         })
     }
 
@@ -147,6 +150,7 @@ impl Meter {
             prefill_tokens_per_second: measured(|load| load.prefill_tokens_per_second)?,
             step_base,
             step_per_sequence,
+            sequences: measured(|load| load.max_sequences.into())?,
             kv_tokens: measured(|load| load.kv_blocks_total.into())? * f64::from(block_tokens),
         })
     }

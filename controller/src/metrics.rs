@@ -1,5 +1,7 @@
 //! What the controller shows of the fleet and of itself.
 
+use std::collections::BTreeMap;
+
 use baton_process::Metrics;
 use baton_proto::{Phase, Role};
 use prometheus_client::{
@@ -7,7 +9,7 @@ use prometheus_client::{
     metrics::{counter::Counter, family::Family, gauge::Gauge},
 };
 
-use crate::fleet::Members;
+use crate::{fleet::Members, reconcile::Wanted};
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct InstanceLabels {
@@ -15,10 +17,17 @@ struct InstanceLabels {
     phase: &'static str,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct WantedLabels {
+    group: String,
+    role: &'static str,
+}
+
 /// Handles to the registered metrics; cheap to clone.
 #[derive(Debug, Clone, Default)]
 pub struct ControllerMetrics {
     instances: Family<InstanceLabels, Gauge>,
+    wanted: Family<WantedLabels, Gauge>,
     lost: Gauge,
     stuck: Gauge,
     /// 1 while this controller leads.
@@ -41,6 +50,11 @@ impl ControllerMetrics {
                 own.instances.clone(),
             );
             registry.register(
+                "instances_wanted",
+                "The fewest instances of a role with which a group would meet its targets",
+                own.wanted.clone(),
+            );
+            registry.register(
                 "instances_lost",
                 "Instances whose place is kept for their return",
                 own.lost.clone(),
@@ -61,7 +75,14 @@ impl ControllerMetrics {
     }
 
     /// Counts the fleet anew.
-    pub fn observe(&self, members: &Members) {
+    pub fn observe(&self, members: &Members, wanted: &BTreeMap<&str, Wanted>) {
+        self.wanted.clear();
+        for (group, wanted) in wanted {
+            for (role, count) in [(Role::Prefill, wanted.prefill), (Role::Decode, wanted.decode)] {
+                let labels = WantedLabels { group: (*group).to_owned(), role: role.name() };
+                self.wanted.get_or_create(&labels).set(i64::try_from(count).unwrap_or(i64::MAX));
+            }
+        }
         for role in Role::ALL {
             for phase in Phase::ALL {
                 let alike = |member: &&crate::fleet::Member| {

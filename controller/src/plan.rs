@@ -2,7 +2,7 @@
 //!
 //! Within a group, prefill and decode instances have to understand each other's KV caches, so the group's largest
 //! party of compatible instances is planned and the rest gets [`Role::None`] with the reason. One instance alone is
-//! [`Role::Mixed`]. Of `n >= 2`, the ideal number of prefill instances is `n * prefill / (prefill + decode)` of the
+//! [`Role::Mixed`]. What is measured divides as [`auto`] says. By a ratio, of `n >= 2`, the ideal number of prefill instances is `n * prefill / (prefill + decode)` of the
 //! policy; any number less than one away from it will do, at least one of each kind there is, and of those the plan
 //! takes the one that changes the fewest present roles, then the nearest to the ideal, then the one with less prefill.
 //! So the plan is stable: planned again with its own result it changes nothing, and one instance more or less moves
@@ -16,10 +16,19 @@ use std::collections::BTreeMap;
 
 use baton_proto::{InstanceId, InstanceSpec, Role};
 
-/// What operators want of every group.
+use auto::Measured;
+
+/// How a group is divided.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Policy {
+    Ratio(Ratio),
+    /// So that as little as can be misses its targets.
+    Measured(Measured),
+}
+
+/// Prefill to decode; at least 1 each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Policy {
-    /// At least 1 each.
+pub struct Ratio {
     pub prefill: u32,
     pub decode: u32,
 }
@@ -113,7 +122,22 @@ fn divide<'a>(policy: Policy, party: &[Candidate<'a>], decisions: &mut BTreeMap<
         return;
     }
     let held = |role: Role| party.iter().filter(move |candidate| candidate.role == Some(role));
-    let prefill = prefill_count(policy, party.len(), held(Role::Prefill).count(), held(Role::Decode).count());
+    let n = party.len();
+    let present = (held(Role::Prefill).count(), held(Role::Decode).count());
+    let (prefill, reason) = match policy {
+        Policy::Ratio(ratio) => {
+            let prefill = prefill_count(ratio, n, present.0, present.1);
+            let (decode, Ratio { prefill: of, decode: to }) = (n - prefill, ratio);
+            (
+                prefill,
+                format!("{prefill} prefill and {decode} decode of {n} instances, for a ratio of {of}:{to}"),
+            )
+        }
+        Policy::Measured(measured) => {
+            let division = auto::divide(n, present, &measured);
+            (division.prefill, division.to_string())
+        }
+    };
 
     // Who has a role keeps it; those who are too many, the idle before the serving, join the ones without.
     let mut places = [(Role::Prefill, prefill), (Role::Decode, party.len() - prefill)];
@@ -134,20 +158,15 @@ fn divide<'a>(policy: Policy, party: &[Candidate<'a>], decisions: &mut BTreeMap<
         places[0].1 = places[0].1.saturating_sub(1);
         chosen.push((candidate, role));
     }
-    let (n, decode) = (party.len(), party.len() - prefill);
-    let reason = format!(
-        "{prefill} prefill and {decode} decode of {n} instances, for a ratio of {}:{}",
-        policy.prefill, policy.decode
-    );
     for (candidate, role) in chosen {
         decisions.insert(&candidate.spec.id, Decision { role, reason: reason.clone() });
     }
 }
 
 /// How many of `n >= 2` prefill, when `prefilling` and `decoding` of them do so already.
-fn prefill_count(policy: Policy, n: usize, prefilling: usize, decoding: usize) -> usize {
+fn prefill_count(ratio: Ratio, n: usize, prefilling: usize, decoding: usize) -> usize {
     // In units of 1 / (prefill + decode), so that all is exact.
-    let (share, whole) = (u64::from(policy.prefill), u64::from(policy.prefill) + u64::from(policy.decode));
+    let (share, whole) = (u64::from(ratio.prefill), u64::from(ratio.prefill) + u64::from(ratio.decode));
     let ideal = n as u64 * share;
     let cost = |prefill: &usize| {
         let off = (*prefill as u64 * whole).abs_diff(ideal);

@@ -22,15 +22,17 @@ use tracing::info;
 use crate::{
     config::{RoleConfig, SessionConfig},
     fleet::{Beat, Contact, Member, Members, SessionId},
-    plan::Policy,
 };
 
 mod admit;
 mod cover;
 mod places;
 mod planning;
+mod ratio;
 mod stuck;
 mod writes;
+
+pub use ratio::Wanted;
 
 pub use writes::{Kind, Write};
 
@@ -120,6 +122,8 @@ pub struct Reconciler {
     /// may be on their way back with theirs.
     adopted: bool,
     role_changes: u64,
+    /// What is known of groups beside their members.
+    groups: BTreeMap<String, ratio::Group>,
 }
 
 impl Reconciler {
@@ -139,6 +143,7 @@ impl Reconciler {
             remembered: BTreeMap::new(),
             unwritten: BTreeSet::new(),
             refused: BTreeMap::new(),
+            groups: BTreeMap::new(),
             plan_due: true,
             check_at: now,
             plan_at: None,
@@ -241,6 +246,7 @@ impl Reconciler {
         }
         member.beat = beat;
         member.last_beat = now;
+        self.measure(&member, now);
         if member.status() != status {
             self.mark(Kind::Status, &id);
         }
@@ -298,10 +304,6 @@ impl Reconciler {
     /// When [`Self::conclude`] will have something to do without an event.
     pub fn next_deadline(&self) -> Instant {
         self.plan_at.map_or(self.check_at, |at| at.min(self.check_at))
-    }
-
-    fn policy(&self) -> Policy {
-        Policy { prefill: self.roles_config.prefill, decode: self.roles_config.decode }
     }
 }
 

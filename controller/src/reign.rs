@@ -117,7 +117,7 @@ impl Reigns {
             let now = Instant::now();
             reign.conclude(now);
             if observe_at <= now {
-                self.metrics.observe(reign.mind.members());
+                self.metrics.observe(reign.mind.members(), &reign.mind.wanted());
                 observe_at = now + OBSERVE_EVERY;
             }
             if write.is_none() && write_after <= now && reign.mind.has_writes() {

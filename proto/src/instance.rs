@@ -182,6 +182,12 @@ pub struct InstanceLoad {
     pub decoded_tokens: u64,
     /// Steps that decoded.
     pub decode_steps: u64,
+    /// Completions that came to their end.
+    pub finished_requests: u64,
+    /// Tokens of these completions.
+    pub finished_tokens: u64,
+    /// Most sequences that it decodes at a time.
+    pub max_sequences: u32,
 }
 
 fn present(value: String, field: &'static str) -> Result<String, WireError> {
@@ -299,6 +305,9 @@ impl From<v1::InstanceLoad> for InstanceLoad {
             prefilled_tokens: wire.prefilled_tokens,
             decoded_tokens: wire.decoded_tokens,
             decode_steps: wire.decode_steps,
+            finished_requests: wire.finished_requests,
+            finished_tokens: wire.finished_tokens,
+            max_sequences: wire.max_sequences,
         }
     }
 }
@@ -319,6 +328,9 @@ impl From<InstanceLoad> for v1::InstanceLoad {
             prefilled_tokens: load.prefilled_tokens,
             decoded_tokens: load.decoded_tokens,
             decode_steps: load.decode_steps,
+            finished_requests: load.finished_requests,
+            finished_tokens: load.finished_tokens,
+            max_sequences: load.max_sequences,
         }
     }
 }

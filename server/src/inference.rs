@@ -378,6 +378,9 @@ impl Load {
             prefilled_tokens: self.done.prefill_tokens,
             decoded_tokens: self.done.decode_tokens,
             decode_steps: self.done.decode_steps,
+            finished_requests: self.done.requests,
+            finished_tokens: self.done.completion_tokens,
+            max_sequences: occupancy.places,
         }
     }
 }

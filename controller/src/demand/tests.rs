@@ -20,6 +20,7 @@ impl Stream {
     fn new() -> Self {
         let load = InstanceLoad {
             kv_blocks_total: 1000,
+            max_sequences: 64,
             prefill_tokens_per_second: 5000,
             ..InstanceLoad::default()
         };
@@ -33,6 +34,8 @@ impl Stream {
             self.load.prefilled_requests += rate;
             self.load.prefilled_tokens += rate * prompt;
             self.load.decoded_tokens += rate * answer;
+            self.load.finished_requests += rate;
+            self.load.finished_tokens += rate * answer;
             self.load.decode_steps += rate * answer / batch;
             self.load.decode_step_micros = step;
             self.meter.report(self.now, &id("a"), self.incarnation, &self.load);

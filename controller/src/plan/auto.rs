@@ -1,5 +1,5 @@
 //! How a group's instances are best divided into prefill and decode, from what they are asked for and what they measured.
-//! Pure: [`Demand`], [`Speed`] and [`Targets`] in, a [`Division`] out, which says why in numbers.
+//! Pure: [`Measured`] in, a [`Division`] out, which says why in numbers.
 //!
 //! Both phases are forecast for every possible division. A prompt waits as in a queue with several servers
 //! (Sakasegawa's approximation of M/M/c) and is then computed; a token takes a decode step, and how many sequences share
@@ -11,7 +11,7 @@
 //!
 //! Called by [`super`]'s planner for groups whose policy is `auto`.
 
-use std::{fmt, time::Duration};
+use std::{fmt, ops::RangeInclusive, time::Duration};
 
 /// What a group is asked for: means over a recent window.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -30,6 +30,8 @@ pub struct Speed {
     pub step_base: f64,
     /// Seconds that each sequence adds to a decode step.
     pub step_per_sequence: f64,
+    /// Most sequences that it decodes at a time.
+    pub sequences: f64,
     /// Tokens that its KV cache holds.
     pub kv_tokens: f64,
 }
@@ -56,6 +58,15 @@ impl Default for Caution {
     fn default() -> Self {
         Self { pressure: 0.7, gain: 0.2 }
     }
+}
+
+/// All that a division is decided from.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Measured {
+    pub demand: Demand,
+    pub speed: Speed,
+    pub targets: Targets,
+    pub caution: Caution,
 }
 
 /// What is expected of one phase.
@@ -105,8 +116,9 @@ pub fn time_per_token(demand: &Demand, speed: &Speed, decode: usize) -> Forecast
     let tokens_per_second = demand.requests_per_second * demand.completion_tokens / instances;
     // The batch b that sustains itself: b = tokens/s * step(b), step(b) = base + b * per_sequence.
     let batch = tokens_per_second * speed.step_base / (1.0 - tokens_per_second * speed.step_per_sequence);
-    // On average a sequence has its prompt and half of its completion in the cache; a full cache is the largest batch.
-    let largest = speed.kv_tokens / (demand.prompt_tokens + demand.completion_tokens / 2.0);
+    // On average a sequence has its prompt and half of its completion in the cache; what is full first is the largest batch.
+    let in_cache = speed.kv_tokens / (demand.prompt_tokens + demand.completion_tokens / 2.0);
+    let largest = in_cache.min(speed.sequences);
     let utilisation = tokens_per_second * (speed.step_base / largest + speed.step_per_sequence);
     Forecast::of(speed.step_base + batch * speed.step_per_sequence, utilisation)
 }
@@ -123,7 +135,8 @@ pub struct Outlook {
 
 impl Outlook {
     /// At least one of each.
-    pub fn of(demand: &Demand, speed: &Speed, targets: &Targets, prefill: usize, decode: usize) -> Self {
+    pub fn of(measured: &Measured, prefill: usize, decode: usize) -> Self {
+        let Measured { demand, speed, targets, .. } = measured;
         let ttft = time_to_first_token(demand, speed, prefill);
         let tpot = time_per_token(demand, speed, decode);
         let pressure = ttft.pressure(targets.ttft).max(tpot.pressure(targets.tpot));
@@ -163,38 +176,44 @@ pub struct Division {
     pub prefill: usize,
 }
 
-/// Divides `instances >= 2`, of which `prefill` prefill at present.
-///
-/// `prefill` is brought into `1..instances` first: there is always one of each.
-pub fn divide(
-    instances: usize,
-    prefill: usize,
-    (demand, speed, targets): (&Demand, &Speed, &Targets),
-    caution: Caution,
-) -> Division {
-    let outlook = |prefill| Outlook::of(demand, speed, targets, prefill, instances - prefill);
-    let present = outlook(prefill.clamp(1, instances - 1));
-    let best = (1..instances)
-        .map(outlook)
-        // Of equals the one nearest to the present one.
-        .min_by(|a, b| {
-            let away = |it: &Outlook| it.prefill.abs_diff(present.prefill);
+impl fmt::Display for Division {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { present, best, prefill } = self;
+        if *prefill != present.prefill {
+            write!(f, "{best}; better than {present}")
+        } else if best.prefill == present.prefill {
+            write!(f, "{present}; the best there is")
+        } else {
+            write!(f, "{present}; enough, or not much worse than {best}")
+        }
+    }
+}
+
+/// Divides `instances >= 2`, of which so many prefill and decode at present; the others are free to do either, and are
+/// given what is best without a move. There is always one of each.
+pub fn divide(instances: usize, (prefilling, decoding): (usize, usize), measured: &Measured) -> Division {
+    let Caution { pressure, gain } = measured.caution;
+    let least = |range: RangeInclusive<usize>, near: usize| {
+        let outlooks = range.map(|prefill| Outlook::of(measured, prefill, instances - prefill));
+        outlooks.min_by(|a, b| {
+            let away = |it: &Outlook| it.prefill.abs_diff(near);
             a.pressure.total_cmp(&b.pressure).then(away(a).cmp(&away(b)))
         })
-        .unwrap_or(present);
-    let worth =
-        present.pressure > caution.pressure && best.pressure < present.pressure * (1.0 - caution.gain);
+    };
+    let fewest = prefilling.clamp(1, instances - 1);
+    let most = instances.saturating_sub(decoding).clamp(fewest, instances - 1);
+    let present =
+        least(fewest..=most, fewest).unwrap_or_else(|| Outlook::of(measured, fewest, instances - fewest));
+    let best = least(1..=instances - 1, present.prefill).unwrap_or(present);
+    let worth = present.pressure > pressure && best.pressure < present.pressure * (1.0 - gain);
     Division { present, best, prefill: if worth { best.prefill } else { present.prefill } }
 }
 
 /// The fewest instances of each role that meet the targets, up to `most` of each: what to scale to.
 ///
 /// A target that not even an idle instance meets is left out: then as many as keep up with ease are wanted.
-pub fn wanted(
-    (demand, speed, targets): (&Demand, &Speed, &Targets),
-    caution: Caution,
-    most: usize,
-) -> (usize, usize) {
+pub fn wanted(measured: &Measured, most: usize) -> (usize, usize) {
+    let Measured { demand, speed, targets, caution } = measured;
     let fewest = |target: Duration, forecast: &dyn Fn(usize) -> Forecast| {
         let idle = forecast(usize::MAX / 2).seconds;
         let enough = |count: &usize| {

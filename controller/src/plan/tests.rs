@@ -12,6 +12,10 @@ fn spec(name: &str, layout: &str) -> InstanceSpec {
     spec
 }
 
+fn ratio(prefill: u32, decode: u32) -> Ratio {
+    Ratio { prefill, decode }
+}
+
 #[derive(Debug, Clone)]
 struct Given {
     spec: InstanceSpec,
@@ -19,10 +23,13 @@ struct Given {
     serving: bool,
 }
 
-fn decide(policy: Policy, fleet: &[Given]) -> BTreeMap<InstanceId, Role> {
+fn decide(ratio: Ratio, fleet: &[Given]) -> BTreeMap<InstanceId, Role> {
     let candidates: Vec<_> =
         fleet.iter().map(|g| Candidate { spec: &g.spec, role: g.role, serving: g.serving }).collect();
-    plan(policy, &candidates).into_iter().map(|(id, decision)| (id.clone(), decision.role)).collect()
+    plan(Policy::Ratio(ratio), &candidates)
+        .into_iter()
+        .map(|(id, decision)| (id.clone(), decision.role))
+        .collect()
 }
 
 /// A fleet from letters, a to z by name: p, d, m = has that role and serves, capitals = does not serve, - = none.
@@ -81,14 +88,14 @@ fn fleets_and_their_plans() {
         ((2, 2), "pdd", "pdd"),
     ];
     for ((prefill, decode), given, expected) in table {
-        let plan = decide(Policy { prefill, decode }, &fleet(given));
+        let plan = decide(ratio(prefill, decode), &fleet(given));
         assert_eq!(letters(&plan), expected, "{prefill}:{decode} {given}");
     }
 }
 
 #[test]
 fn nobody_is_planned_where_nobody_is() {
-    assert!(decide(Policy { prefill: 1, decode: 1 }, &[]).is_empty());
+    assert!(decide(ratio(1, 1), &[]).is_empty());
 }
 
 #[test]
@@ -100,7 +107,7 @@ fn who_cannot_join_has_no_role_and_a_reason() {
     fleet.push(stranger);
     let candidates: Vec<_> =
         fleet.iter().map(|g| Candidate { spec: &g.spec, role: g.role, serving: g.serving }).collect();
-    let plan = plan(Policy { prefill: 1, decode: 1 }, &candidates);
+    let plan = plan(Policy::Ratio(ratio(1, 1)), &candidates);
     let decision = &plan[&fleet[2].spec.id];
     assert_eq!(decision.role, Role::None);
     assert_eq!(
@@ -143,7 +150,7 @@ fn those_who_serve_outweigh_newcomers() {
     for name in ["a", "b", "c"] {
         fleet.push(Given { spec: spec(name, "new"), role: None, serving: false });
     }
-    let plan = decide(Policy { prefill: 1, decode: 1 }, &fleet);
+    let plan = decide(ratio(1, 1), &fleet);
     assert_eq!(letters(&plan), "---pd");
 }
 
@@ -153,11 +160,11 @@ fn one_that_serves_outweighs_two_that_do_not() {
     for (name, role) in [("b", Some(Role::Decode)), ("c", None)] {
         fleet.push(Given { spec: spec(name, "new"), role, serving: false });
     }
-    let plan = decide(Policy { prefill: 1, decode: 1 }, &fleet);
+    let plan = decide(ratio(1, 1), &fleet);
     assert_eq!(letters(&plan), "--m");
 }
 
-fn any_fleet() -> impl Strategy<Value = (Policy, Vec<Given>)> {
+fn any_fleet() -> impl Strategy<Value = (Ratio, Vec<Given>)> {
     let role = prop_oneof![
         Just(None),
         Just(Some(Role::Prefill)),
@@ -174,7 +181,7 @@ fn any_fleet() -> impl Strategy<Value = (Policy, Vec<Given>)> {
         };
         instances.into_iter().enumerate().map(given).collect()
     });
-    ((1u32..6, 1u32..6).prop_map(|(prefill, decode)| Policy { prefill, decode }), fleet)
+    ((1u32..6, 1u32..6).prop_map(|(prefill, decode)| Ratio { prefill, decode }), fleet)
 }
 
 fn count(plan: &BTreeMap<InstanceId, Role>, role: Role) -> usize {
@@ -245,7 +252,7 @@ proptest! {
     fn no_cheaper_division_was_passed_over(prefill in 1u32..6, decode in 1u32..6, n in 2usize..20, held in (0usize..20, 0usize..20)) {
         let prefilling = held.0.min(n);
         let decoding = held.1.min(n - prefilling);
-        let chosen = prefill_count(Policy { prefill, decode }, n, prefilling, decoding);
+        let chosen = prefill_count(ratio(prefill, decode), n, prefilling, decoding);
         let ideal = n as f64 * f64::from(prefill) / f64::from(prefill + decode);
         let moved = |count: usize| prefilling.saturating_sub(count) + decoding.saturating_sub(n - count);
         for other in 1..n {

@@ -40,13 +40,14 @@ const SETTLE_TIMES: u32 = 4;
 impl Reconciler {
     /// Plans every group and decides what may be done of it now.
     pub(super) fn replan(&mut self, now: Instant) {
+        self.take_stock(now);
         let mut groups: BTreeMap<&str, Vec<&Member>> = BTreeMap::new();
         for member in self.members.values() {
             groups.entry(member.spec.group.as_str()).or_default().push(member);
         }
         let mut decided = Vec::new();
-        let mut again: Vec<Instant> = Vec::new();
-        for members in groups.values() {
+        let mut again: Vec<Instant> = self.plan_again_after().map(|after| now + after).into_iter().collect();
+        for (group, members) in &groups {
             if let Some(until) = self.unsettled(members, now) {
                 again.push(until);
                 continue;
@@ -62,14 +63,14 @@ impl Reconciler {
                 .iter()
                 .map(|m| Candidate { spec: &m.spec, role: m.serving_role(), serving: m.is_serving() })
                 .collect();
-            let plan = plan(self.policy(), &candidates);
+            let plan = plan(self.policy_of(group, now), &candidates);
             let (permitted, wait) = self.permitted(members, &counting, plan, now);
             again.extend(wait);
             decided.extend(permitted);
         }
         self.plan_at = again.into_iter().min().map(|at| at.max(now + SHORTEST_WAIT));
         for (id, decision) in decided {
-            self.decide(&id, decision);
+            self.decide(&id, decision, now);
         }
     }
 
@@ -144,7 +145,7 @@ impl Reconciler {
         (permitted, wait)
     }
 
-    fn decide(&mut self, id: &InstanceId, decision: Decision) {
+    fn decide(&mut self, id: &InstanceId, decision: Decision, now: Instant) {
         let leader_epoch = self.leader_epoch;
         let Some(member) = self.members.get_mut(id) else { return };
         let before = member.desired.as_ref().map_or(RoleEpoch(0), |desired| desired.epoch);
@@ -155,7 +156,11 @@ impl Reconciler {
         info!(instance = %id, was, role = role.name(), %epoch, reason, "a role is decided");
         member.desired = Some(DesiredRole { role, epoch, reason, leader_epoch });
         member.late_since = None;
+        let moved = member.is_serving().then(|| member.spec.group.clone());
         self.role_changes += 1;
         self.mark(Kind::Role, id);
+        if let Some(group) = moved {
+            self.moved(&group, now);
+        }
     }
 }

@@ -458,6 +458,7 @@ fn two_thousand_instances_are_planned_at_once() {
     println!("planned 2000 instances in {took:?}");
 }
 
+mod auto;
 mod revisions;
 mod storm;
 mod stuck;

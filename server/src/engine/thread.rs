@@ -25,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     cache_events::CacheEvents,
     scheduler::{Effect, Limits, Occupancy, Scheduler},
-    sequence::{LegUpdate, NewSequence, SequenceId, Stage, StreamId},
+    sequence::{FinishReason, LegEnd, LegUpdate, NewSequence, SequenceId, Stage, StreamId},
     step::{StepStats, Stepper},
 };
 use crate::{handoff::Transfers, metrics::EngineMetrics};
@@ -76,6 +76,10 @@ pub struct Done {
     pub decode_tokens: u64,
     /// Steps that decoded.
     pub decode_steps: u64,
+    /// Completions that came to their end.
+    pub requests: u64,
+    /// Tokens of these completions.
+    pub completion_tokens: u64,
 }
 
 impl Done {
@@ -84,6 +88,15 @@ impl Done {
         self.prefill_tokens += u64::from(stats.prefill_tokens);
         self.decode_tokens += u64::from(stats.decode_tokens);
         self.decode_steps += u64::from(stats.decode_tokens > 0);
+    }
+
+    fn ended(&mut self, end: Option<&LegEnd>) {
+        if let Some(LegEnd::Finished { reason, completion_tokens, .. }) = end
+            && *reason != FinishReason::HandedOff
+        {
+            self.requests += 1;
+            self.completion_tokens += u64::from(*completion_tokens);
+        }
     }
 }
 
@@ -126,6 +139,7 @@ pub fn spawn(parts: EngineParts) -> io::Result<JoinHandle<()>> {
         runtime: parts.runtime,
         not_begun: Vec::new(),
         failed_steps: 0,
+        done: Done::default(),
         arrived: Vec::new(),
     };
     let alive = parts.alive;
@@ -152,6 +166,7 @@ struct Engine {
     not_begun: Vec<(SequenceId, ApiError)>,
     /// Steps in a row of which the model computed nothing.
     failed_steps: u32,
+    done: Done,
     /// The caches that have arrived since the last step.
     arrived: Vec<(SequenceId, Sealed)>,
 }
@@ -309,6 +324,7 @@ impl Engine {
         let mut streams: HashMap<StreamId, Vec<LegUpdate>> = HashMap::new();
         for (address, update) in outputs {
             self.metrics.ended(update.end.as_ref());
+            self.done.ended(update.end.as_ref());
             streams.entry(address.stream).or_default().push(update);
         }
         for (stream, updates) in streams {
@@ -320,9 +336,13 @@ impl Engine {
         self.cache_events.publish(self.scheduler.take_cache_changes());
         let occupancy = self.scheduler.occupancy();
         self.metrics.observe(&occupancy, stats.as_ref());
+        if let Some(stats) = &stats {
+            self.done.count(stats);
+        }
         self.load.send_if_modified(|load| {
             let before = *load;
             load.occupancy = occupancy;
+            load.done = self.done;
             if let Some(stats) = stats {
                 load.learn(&stats);
             }
@@ -336,7 +356,6 @@ impl Load {
     const WEIGHT: f64 = 0.1;
 
     fn learn(&mut self, stats: &StepStats) {
-        self.done.count(stats);
         let seconds = stats.took.as_secs_f64();
         let mean = |old: f64, new: f64| if old == 0.0 { new } else { old + Self::WEIGHT * (new - old) };
         if stats.decode_tokens == 0 && seconds > 0.0 {

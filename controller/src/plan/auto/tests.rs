@@ -9,6 +9,7 @@ const SPEED: Speed = Speed {
     prefill_tokens_per_second: 12_000.0,
     step_base: 0.009,
     step_per_sequence: 0.000_15,
+    sequences: 1000.0,
     kv_tokens: 400_000.0,
 };
 const TARGETS: Targets = Targets { ttft: Duration::from_millis(800), tpot: Duration::from_millis(40) };
@@ -17,8 +18,12 @@ fn demand(requests_per_second: f64, prompt_tokens: f64, completion_tokens: f64) 
     Demand { requests_per_second, prompt_tokens, completion_tokens }
 }
 
+fn measured(demand: &Demand) -> Measured {
+    Measured { demand: *demand, speed: SPEED, targets: TARGETS, caution: Caution::default() }
+}
+
 fn divided(instances: usize, prefill: usize, demand: &Demand) -> Division {
-    divide(instances, prefill, (demand, &SPEED, &TARGETS), Caution::default())
+    divide(instances, (prefill, instances.saturating_sub(prefill)), &measured(demand))
 }
 
 #[test]
@@ -45,6 +50,15 @@ fn a_group_that_cannot_keep_up_is_divided_to_lose_least() {
     assert_eq!(division.prefill, 3, "prefill lacks the most: {division:?}");
     let text = division.best.to_string();
     assert!(text.contains("3 prefill, 1 decode") && text.contains("without end"), "{text}");
+}
+
+#[test]
+fn who_is_free_goes_where_it_helps_most() {
+    let summaries = demand(6.0, 9_000.0, 150.0);
+    let division = divide(8, (1, 1), &measured(&summaries));
+    assert_eq!(division.prefill, division.best.prefill, "six of eight have no role yet: {division}");
+    let division = divide(8, (1, 6), &measured(&demand(0.1, 100.0, 20.0)));
+    assert!((1..=2).contains(&division.prefill), "without pressure nobody is moved: {division}");
 }
 
 /// What `instances` make of a stream of arrivals with the service times of [`SPEED`]: mean seconds to the first token.
@@ -103,14 +117,14 @@ fn caches_that_are_full_count_like_time() {
 #[test]
 fn what_is_wanted_meets_the_targets_and_one_less_does_not() {
     let demand = demand(25.0, 3_000.0, 400.0);
-    let (prefill, decode) = wanted((&demand, &SPEED, &TARGETS), Caution::default(), 100);
+    let (prefill, decode) = wanted(&measured(&demand), 100);
     let enough = |of: Forecast, target| of.pressure(target) <= 1.0 && of.utilisation <= 0.7;
     let ttft = |count| enough(time_to_first_token(&demand, &SPEED, count), TARGETS.ttft);
     let tpot = |count| enough(time_per_token(&demand, &SPEED, count), TARGETS.tpot);
     assert!(ttft(prefill) && !ttft(prefill - 1), "{prefill} prefill");
     assert!(tpot(decode) && !tpot(decode - 1), "{decode} decode");
     let impossible = Targets { ttft: Duration::from_millis(1), ..TARGETS };
-    let (prefill, _) = wanted((&demand, &SPEED, &impossible), Caution::default(), 100);
+    let (prefill, _) = wanted(&Measured { targets: impossible, ..measured(&demand) }, 100);
     assert!(prefill < 100, "a target that nobody can meet asks for no endless fleet: {prefill}");
 }
 
@@ -126,7 +140,7 @@ proptest! {
         let again = divided(instances, first.prefill, &demand);
         prop_assert_eq!(again.prefill, first.prefill, "planned again it changes nothing");
         for other in 1..instances {
-            let outlook = Outlook::of(&demand, &SPEED, &TARGETS, other, instances - other);
+            let outlook = Outlook::of(&measured(&demand), other, instances - other);
             prop_assert!(first.best.pressure <= outlook.pressure);
         }
     }
@@ -141,7 +155,7 @@ proptest! {
 
     #[test]
     fn no_forecast_is_not_a_number(demand in demands(), prefill in 1_usize..40, decode in 1_usize..40) {
-        let outlook = Outlook::of(&demand, &SPEED, &TARGETS, prefill, decode);
+        let outlook = Outlook::of(&measured(&demand), prefill, decode);
         prop_assert!(!outlook.pressure.is_nan() && outlook.pressure >= 0.0, "{outlook:?}");
     }
 }

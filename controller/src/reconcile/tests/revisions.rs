@@ -20,15 +20,15 @@ fn waiting() -> Beat {
 #[test]
 fn the_only_one_that_serves_is_not_cordoned_for_two_that_load() {
     let mut world = World::new();
-    let a = world.hello_of("a", 1, "one", LOADING);
-    let b = world.hello_of("b", 1, "one", LOADING);
+    let a = world.hello_of("a", 1, "one", silent());
+    let b = world.hello_of("b", 1, "one", silent());
     world.obey(a);
     world.obey(b);
     let c = world.hello_of("c", 1, "two", waiting());
     world.obey(c);
     assert_eq!(world.roles(), "pd0");
     world.event(Event::Closed { session: b });
-    let b = world.hello_of("b", 2, "two", LOADING);
+    let b = world.hello_of("b", 2, "two", silent());
     assert_eq!(world.roles(), "m00", "it serves alone, as its partner is another now");
     world.obey(a);
     world.pass(secs(30), &[a, b, c]);
@@ -36,7 +36,7 @@ fn the_only_one_that_serves_is_not_cordoned_for_two_that_load() {
 
     // Only when it goes do the others take over.
     world.event(Event::Closed { session: a });
-    let a = world.hello_of("a", 2, "two", LOADING);
+    let a = world.hello_of("a", 2, "two", silent());
     world.beat(b, waiting());
     world.pass(secs(1), &[a, b, c]);
     let mut roles: Vec<_> = world.roles().chars().collect();

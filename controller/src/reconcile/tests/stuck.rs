@@ -38,7 +38,7 @@ fn one_that_arrives_late_counts_again() {
 #[test]
 fn who_loads_is_not_stuck() {
     let mut world = World::new();
-    let (a, b) = (world.hello("a", 1, LOADING), world.hello("b", 1, LOADING));
+    let (a, b) = (world.hello("a", 1, silent()), world.hello("b", 1, silent()));
     world.pass(secs(300), &[a, b]);
     assert!(world.mind.members().values().all(|member| member.stuck.is_none()));
     world.beat(a, beat(Phase::Waiting, Role::None, 0));
@@ -71,7 +71,7 @@ fn a_refused_role_record_is_written_again_when_nobody_else_moves() {
 fn a_refused_instance_record_is_written_again() {
     let mut world = World::new();
     world.refuses = Some(keys::instance(&id("a")));
-    let a = world.hello("a", 1, LOADING);
+    let a = world.hello("a", 1, silent());
     world.refuses = None;
     world.pass(secs(9), &[a]);
     assert!(!world.stored.contains_key("/baton/v1/instances/a"));

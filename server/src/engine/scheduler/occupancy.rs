@@ -6,6 +6,8 @@ use crate::engine::sequence::{State, Work};
 /// How many sequences and blocks there are, by use.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Occupancy {
+    /// Most that can be in the batch.
+    pub places: u32,
     /// In the batch.
     pub running: u32,
     /// In the queue, or with a cache not offered yet or still on its way.
@@ -42,6 +44,7 @@ pub struct Counts {
 impl Scheduler {
     pub fn occupancy(&self) -> Occupancy {
         let mut occupancy = Occupancy {
+            places: self.limits.max_sequences,
             blocks_total: self.blocks.total(),
             blocks_free: self.blocks.room(),
             blocks_cached: self.blocks.idle(),
