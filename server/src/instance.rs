@@ -6,20 +6,16 @@
 //! reflection alone. The end runs backwards: drain, goodbye, streams, engine, transfers.
 
 use std::{
-    net::TcpListener,
     sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use baton_checkpoint::{Checkpoint, Dtype};
-use baton_kvtransfer::KvLayout;
 use baton_process::{
-    Listen, Process,
+    Process,
     grpc::{self, GrpcOptions},
     http,
 };
-use baton_proto::{FILE_DESCRIPTOR_SET, Incarnation, InstanceId, RoleEpoch, v1};
-use baton_runtime::{DeviceKind, Executor, KvPoolLayout, LoadOptions};
+use baton_proto::{FILE_DESCRIPTOR_SET, Incarnation, RoleEpoch};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
@@ -27,18 +23,19 @@ use tonic::service::Routes;
 use crate::{
     config::ServerConfig,
     duty::{self, Duty},
-    engine::{
-        scheduler::Limits,
-        thread::{COMMAND_QUEUE, Load},
-    },
+    engine::thread::{COMMAND_QUEUE, Load},
     error::ServerError,
-    handoff::kv_layout,
-    inference::dispatch::InstanceFacts,
     permits::Permits,
     role::{Assignment, Event, Role, RoleView},
     serving::{Serving, ServingParts, Shared},
     session::{self, Session},
 };
+
+mod listeners;
+mod plan;
+
+use listeners::{Listeners, address};
+use plan::Plan;
 
 /// What a drain's end needs of the process's own: to fail what still runs and wait for its fences, to say goodbye, and
 /// to let the last calls linger. Of a drain too short for that, half.
@@ -186,181 +183,6 @@ async fn assign_from_config(config: &ServerConfig, events: &mpsc::Sender<Event>)
     let _ = events.send(Event::Assigned(assignment)).await;
 }
 
-/// host:port of each listener, as peers reach it.
-struct Endpoints {
-    grpc: String,
-    metrics: String,
-    data: String,
-}
-
-struct Listeners {
-    grpc: TcpListener,
-    metrics: TcpListener,
-    data: TcpListener,
-    endpoints: Endpoints,
-}
-
-impl Listeners {
-    fn bind(config: &ServerConfig) -> Result<Self, ServerError> {
-        let bind = |what: &'static str, listen: &Listen| {
-            let listener = listen.bind().map_err(|source| ServerError::Listen { what, source })?;
-            let endpoint = advertised(&listener, &config.advertise_host, what)?;
-            Ok::<_, ServerError>((listener, endpoint))
-        };
-        let (grpc, grpc_endpoint) = bind("listen", &config.listen)?;
-        let (metrics, metrics_endpoint) = bind("metrics_listen", &config.metrics_listen)?;
-        let (data, data_endpoint) = bind("kv_data_listen", &config.kv_data_listen)?;
-        let endpoints = Endpoints { grpc: grpc_endpoint, metrics: metrics_endpoint, data: data_endpoint };
-        Ok(Self { grpc, metrics, data, endpoints })
-    }
-}
-
-fn address(what: &'static str, source: std::io::Error) -> ServerError {
-    ServerError::Address { what, source }
-}
-
-fn advertised(listener: &TcpListener, host: &str, what: &'static str) -> Result<String, ServerError> {
-    let local = listener.local_addr().map_err(|source| address(what, source))?;
-    match (host, local.ip().is_unspecified()) {
-        ("", true) => Err(ServerError::Advertise { what }),
-        ("", false) => Ok(local.to_string()),
-        (host, _) if host.contains(':') => Ok(format!("[{host}]:{}", local.port())),
-        (host, _) => Ok(format!("{host}:{}", local.port())),
-    }
-}
-
-/// What is known of the model before its weights are read.
-struct Plan {
-    checkpoint: Arc<Checkpoint>,
-    options: LoadOptions,
-    layout: KvPoolLayout,
-    revision: String,
-}
-
-impl Plan {
-    async fn read(config: &ServerConfig) -> Result<Self, ServerError> {
-        let path = config.model.path.clone();
-        let opened = tokio::task::spawn_blocking(move || {
-            let checkpoint = Checkpoint::open(&path)?;
-            let revision = checkpoint.revision()?;
-            Ok::<_, ServerError>((checkpoint, revision))
-        });
-        let (checkpoint, revision) = opened.await.map_err(|_| ServerError::LoadPanicked)??;
-        let mut options = LoadOptions {
-            device: DeviceKind::Cpu,
-            threads: config.runtime.threads,
-            kv_dtype: config.runtime.kv_dtype()?,
-            exact_bf16: config.runtime.exact_bf16,
-            packed_copies: Some(config.runtime.packed_copies.clone())
-                .filter(|folder| !folder.as_os_str().is_empty()),
-            kv_blocks: 1,
-            max_batch_tokens: config.runtime.max_batch_tokens as usize,
-        };
-        let one_block = baton_runtime::kv_layout(checkpoint.config(), &options);
-        config.runtime.check_batch(one_block.block_tokens)?;
-        options.kv_blocks = config.runtime.blocks(one_block.total_bytes() as u64)?;
-        let layout = KvPoolLayout { blocks: options.kv_blocks, ..one_block };
-        let plan = Self { checkpoint: Arc::new(checkpoint), options, layout, revision };
-        let (pool_tokens, context) = (plan.pool_tokens(), plan.context_tokens(config));
-        if pool_tokens < u64::from(context) {
-            tracing::warn!(
-                pool_tokens,
-                context,
-                "the KV cache holds less than one full context, so that less is offered; raise runtime.kv_cache_bytes"
-            );
-        }
-        Ok(plan)
-    }
-
-    /// What peers must have, too: the model, computed in the same way.
-    fn kv_layout(&self) -> KvLayout {
-        let in_bf16 = || self.checkpoint.tensors().any(|(_, tensor)| tensor.dtype == Dtype::Bf16);
-        let exactly = self.options.exact_bf16 && in_bf16();
-        kv_layout(&self.layout, &format!("{}{}", self.revision, if exactly { ", bf16 as it is" } else { "" }))
-    }
-
-    fn pool_tokens(&self) -> u64 {
-        u64::from(self.layout.blocks) * u64::from(self.layout.block_tokens)
-    }
-
-    /// What clients are told: a context that is never refused for want of blocks.
-    fn offered_context_tokens(&self, config: &ServerConfig) -> u32 {
-        self.context_tokens(config).min(u32::try_from(self.pool_tokens()).unwrap_or(u32::MAX))
-    }
-
-    fn context_tokens(&self, config: &ServerConfig) -> u32 {
-        let own = self.checkpoint.config().context_tokens;
-        match config.runtime.max_context_tokens {
-            0 => own,
-            limit => own.min(limit),
-        }
-    }
-
-    fn facts(&self, config: &ServerConfig) -> Result<InstanceFacts, ServerError> {
-        let name = &config.model.name;
-        Ok(InstanceFacts {
-            instance_id: InstanceId::new(config.instance_id.as_str())?,
-            incarnation: incarnation(SystemTime::now()),
-            model: if name.is_empty() { self.checkpoint.name().to_owned() } else { name.clone() },
-            vocabulary: self.checkpoint.config().vocabulary,
-            context_tokens: self.context_tokens(config),
-        })
-    }
-
-    fn limits(&self, config: &ServerConfig) -> Limits {
-        Limits {
-            max_batch_tokens: config.runtime.max_batch_tokens,
-            max_sequences: config.runtime.max_sequences,
-            max_waiting: config.runtime.max_waiting,
-            context_tokens: self.context_tokens(config),
-            block_tokens: self.layout.block_tokens,
-            prefix_cache: config.runtime.prefix_cache,
-        }
-    }
-
-    fn spec(&self, config: &ServerConfig, facts: &InstanceFacts, endpoints: &Endpoints) -> v1::InstanceSpec {
-        v1::InstanceSpec {
-            instance_id: facts.instance_id.to_string(),
-            incarnation: facts.incarnation.0,
-            group: config.group.clone(),
-            device: "cpu".into(),
-            device_count: 1,
-            model: Some(v1::ModelIdentity {
-                name: facts.model.clone(),
-                revision: self.revision.clone(),
-                architecture: self.checkpoint.config().architecture.name().to_owned(),
-                context_tokens: self.offered_context_tokens(config),
-                vocabulary_size: facts.vocabulary,
-            }),
-            kv_layout: Some((&self.kv_layout()).into()),
-            inference_endpoint: endpoints.grpc.clone(),
-            handoff_endpoint: endpoints.grpc.clone(),
-            metrics_endpoint: endpoints.metrics.clone(),
-            transports: config.handoff.transports.clone(),
-            labels: config.labels.clone().into_iter().collect(),
-            version: env!("CARGO_PKG_VERSION").into(),
-        }
-    }
-
-    /// Reads the weights, on a thread of its own; tells the duty how far it is.
-    async fn load(&self, events: mpsc::Sender<Event>) -> Result<Box<dyn Executor>, ServerError> {
-        let (checkpoint, options) = (self.checkpoint.clone(), self.options.clone());
-        let loading = tokio::task::spawn_blocking(move || {
-            let mut told = 0;
-            let mut progress = |done: u64, total: u64| {
-                let permille = (done.saturating_mul(1000) / total.max(1)).min(1000) as u32;
-                if permille > told {
-                    told = permille;
-                    // Progress is for show: what does not fit into the queue is left out.
-                    let _ = events.try_send(Event::Progress { permille });
-                }
-            };
-            baton_runtime::load(&checkpoint, &options, &mut progress)
-        });
-        Ok(loading.await.map_err(|_| ServerError::LoadPanicked)??)
-    }
-}
-
 /// Milliseconds from 1970: differs from start to start and grows with them, as long as the clock is not set back; what
 /// happens then is [`Session::settle`]'s. Never 0, which means any.
 fn incarnation(now: SystemTime) -> Incarnation {
@@ -411,38 +233,5 @@ mod tests {
         assert_eq!(drain_of_legs(seconds(30)), seconds(30) - ENDGAME);
         assert_eq!(drain_of_legs(seconds(4)), seconds(2));
         assert_eq!(drain_of_legs(Duration::ZERO), Duration::ZERO);
-    }
-
-    /// The layout that a server over the tiny model of this name tells.
-    async fn layout_of(tiny: &str, exact_bf16: bool) -> KvLayout {
-        let tiny = format!("{}/runtime/tests/reference/tiny/{tiny}", env!("CARGO_MANIFEST_DIR"));
-        let mut config = ServerConfig::default();
-        config.model.path = tiny.into();
-        config.runtime.exact_bf16 = exact_bf16;
-        Plan::read(&config).await.expect("the model reads").kv_layout()
-    }
-
-    #[tokio::test]
-    async fn those_that_round_bf16_weights_do_not_pair_with_those_that_do_not() {
-        let (rounds, exact) =
-            (layout_of("hf-bf16-mistral", false).await, layout_of("hf-bf16-mistral", true).await);
-        assert!(rounds.compatible_with(&exact).is_err() && rounds.fingerprint() != exact.fingerprint());
-        let (one, other) =
-            (layout_of("hf-f32-ratio1-tied", false).await, layout_of("hf-f32-ratio1-tied", true).await);
-        assert_eq!(one.compatible_with(&other), Ok(()), "without bf16 weights there is no difference");
-    }
-
-    #[test]
-    fn what_is_advertised_can_be_reached() {
-        let here = TcpListener::bind("127.0.0.1:0").expect("a port");
-        let port = here.local_addr().expect("an address").port();
-        assert_eq!(advertised(&here, "", "listen").expect("fine"), format!("127.0.0.1:{port}"));
-        assert_eq!(advertised(&here, "a.b", "listen").expect("fine"), format!("a.b:{port}"));
-        assert_eq!(advertised(&here, "::1", "listen").expect("fine"), format!("[::1]:{port}"));
-        let everywhere = TcpListener::bind("0.0.0.0:0").expect("a port");
-        assert!(matches!(
-            advertised(&everywhere, "", "listen"),
-            Err(ServerError::Advertise { what: "listen" })
-        ));
     }
 }

@@ -7,19 +7,20 @@ use std::{fmt, time::Duration};
 
 use async_trait::async_trait;
 use etcd_client::{
-    Certificate, Client, CompareOp, ConnectOptions, DeleteOptions, EventType, GetOptions, Identity,
-    PutOptions, TlsOptions, TxnOp, WatchOptions, WatchResponse, WatchStream,
+    Certificate, Client, CompareOp, ConnectOptions, DeleteOptions, GetOptions, Identity, PutOptions,
+    TlsOptions, TxnOp, WatchOptions,
 };
-use futures::{StreamExt, stream};
 use parking_lot::Mutex;
 use tonic::{Code, Status};
 
 use super::{
-    Compare, Event, KeyRange, KeyValue, Lease, LeaseId, Listing, Operation, Revision, Store, StoreError, Txn,
-    TxnOutcome, Watch, WatchBatch, WatchError,
+    Compare, KeyRange, KeyValue, Lease, LeaseId, Listing, Operation, Revision, Store, StoreError, Txn,
+    TxnOutcome, Watch,
     failover::{self, Failover, Failure, Repeat},
     lease_seconds,
 };
+
+mod watch;
 
 /// The largest answer: a listing of a fleet of thousands is a few megabytes.
 const MESSAGE_MAX_BYTES: usize = 64 << 20;
@@ -294,9 +295,7 @@ impl Store for EtcdStore {
                 Ok((first, stream))
             })
             .await?;
-        let first = batches_of(&first);
-        let rest = stream::unfold(stream, next_batches).flat_map(stream::iter);
-        Ok(Watch::new(stream::iter(first).chain(rest)))
+        Ok(Watch::new(watch::batches(&first, stream)))
     }
 
     async fn grant_lease(&self, ttl: Duration) -> Result<Lease, StoreError> {
@@ -378,52 +377,4 @@ fn change(operation: Operation) -> TxnOp {
         }
         Operation::DeletePrefix { prefix } => TxnOp::delete(prefix, Some(DeleteOptions::new().with_prefix())),
     }
-}
-
-type Batches = Vec<Result<WatchBatch, WatchError>>;
-
-async fn next_batches(mut stream: WatchStream) -> Option<(Batches, WatchStream)> {
-    let batches = match stream.message().await {
-        Ok(Some(message)) => batches_of(&message),
-        Ok(None) => return None,
-        Err(error) => vec![Err(WatchError::Broken(error.to_string()))],
-    };
-    Some((batches, stream))
-}
-
-/// A message of etcd holds whole transactions, several perhaps; here a batch is one.
-fn batches_of(message: &WatchResponse) -> Batches {
-    if message.canceled() {
-        let error = match unsigned(message.compact_revision()) {
-            0 => WatchError::Broken(message.cancel_reason().to_owned()),
-            compacted => WatchError::Compacted(Revision(compacted)),
-        };
-        return vec![Err(error)];
-    }
-    if message.created() {
-        return Vec::new();
-    }
-    if message.events().is_empty() {
-        // Sent to a watch that has been told everything up to here.
-        return vec![Ok(WatchBatch { revision: revision_of(message.header()), events: Vec::new() })];
-    }
-    let mut batches: Vec<WatchBatch> = Vec::new();
-    for event in message.events().iter().filter_map(event_of) {
-        match batches.last_mut() {
-            Some(batch) if batch.revision == event.revision() => batch.events.push(event),
-            _ => batches.push(WatchBatch { revision: event.revision(), events: vec![event] }),
-        }
-    }
-    batches.into_iter().map(Ok).collect()
-}
-
-fn event_of(event: &etcd_client::Event) -> Option<Event> {
-    let item = event.kv()?;
-    Some(match event.event_type() {
-        EventType::Put => Event::Put(key_value(item)),
-        EventType::Delete => {
-            let item = key_value(item);
-            Event::Delete { key: item.key, revision: item.mod_revision }
-        }
-    })
 }
