@@ -142,17 +142,17 @@ async fn etcd_whose_members_die_and_freeze() {
     let pause = || tokio::time::sleep(A_WHILE);
     let faults = async {
         // Each in turn, so that the leader is among them.
-        for index in 0..members.len() {
+        for member in &mut members {
             pause().await;
-            let pid = i32::try_from(members[index].pid().expect("it runs")).ok().and_then(Pid::from_raw);
+            let pid = i32::try_from(member.pid().expect("it runs")).ok().and_then(Pid::from_raw);
             let signal = |signal| kill_process(pid.expect("a pid"), signal).expect("it runs");
             signal(Signal::STOP);
             pause().await;
             signal(Signal::CONT);
             pause().await;
-            members[index].kill();
+            member.kill();
             pause().await;
-            members[index].restart().await;
+            member.restart().await;
         }
     };
     run(store, A_WHILE * 14, faults).await;
