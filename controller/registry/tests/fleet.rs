@@ -2,10 +2,11 @@
 
 use std::{sync::Arc, time::Duration};
 
-use baton_proto::{Incarnation, InstanceId, LeaderEpoch, RoleEpoch};
+use baton_proto::{Incarnation, InstanceId, LeaderEpoch, Phase, Role, RoleEpoch};
 use baton_registry::{
     DesiredRole, FleetSnapshot, FleetWatch, FleetWatchConfig, LeaderRecord, MemoryConfig, MemoryStore,
-    ObservedStatus, Phase, Revision, Role, Store, Txn, keys,
+    ObservedStatus, Revision, Store, Txn, keys,
+    records::encode_spec,
     testing::{EtcdServer, instance_spec},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -35,7 +36,7 @@ fn desired() -> DesiredRole {
 
 fn announce(name: &str) -> Txn {
     Txn::new()
-        .put(keys::instance(&id(name)), instance_spec(name, 1).encode(), None)
+        .put(keys::instance(&id(name)), encode_spec(&instance_spec(name, 1)), None)
         .put(keys::role(&id(name)), desired().encode(), None)
         .put(keys::status(&id(name)), status(1, Phase::Ready).encode(), None)
 }
@@ -193,7 +194,7 @@ async fn a_status_of_another_incarnation_is_not_this_ones() {
     txn(&*store, announce("a")).await;
     let reader = Reader::of(store.clone());
     reader.until("a serves", |view| view.instances.values().any(|i| i.serving().is_some())).await;
-    txn(&*store, Txn::new().put(keys::instance(&id("a")), instance_spec("a", 2).encode(), None)).await;
+    txn(&*store, Txn::new().put(keys::instance(&id("a")), encode_spec(&instance_spec("a", 2)), None)).await;
     let seen = reader.until("2", |view| view.instances[&id("a")].spec.incarnation == Incarnation(2)).await;
     assert_eq!(seen.instances[&id("a")].serving(), None);
     txn(&*store, Txn::new().put(keys::status(&id("a")), status(2, Phase::Loading).encode(), None)).await;
@@ -201,7 +202,7 @@ async fn a_status_of_another_incarnation_is_not_this_ones() {
     assert_eq!(reader.watch.current().instances[&id("a")].serving(), None);
     // A record that cannot be read is no reason to forget a good one.
     txn(&*store, Txn::new().put(keys::status(&id("a")), "\u{1}not a record", None)).await;
-    txn(&*store, Txn::new().put(keys::instance(&id("b")), instance_spec("x", 2).encode(), None)).await;
+    txn(&*store, Txn::new().put(keys::instance(&id("b")), encode_spec(&instance_spec("x", 2)), None)).await;
     let last = txn_revision(&*store).await;
     let seen = reader.until("all read", |view| view.revision >= last).await;
     assert!(seen.instances[&id("a")].status.is_some());

@@ -286,7 +286,11 @@ impl Cluster {
         for (id, role) in roles {
             let instance = Instance::start(id, role, None).await;
             let spec = instance.spec(&served);
-            let put = Txn::new().put(keys::instance(&instance.id), records::encode_spec(&spec), None);
+            let put = Txn::new().put(
+                keys::instance(&instance.id),
+                baton_registry::records::encode_spec(&spec),
+                None,
+            );
             store.txn(put).await.expect("the store takes it");
             instances.push(instance);
         }
