@@ -54,6 +54,8 @@ pub enum Command {
     Received { id: SequenceId, first_tokens: FirstTokens, sealed_at: Instant },
     /// A transfer is over; no transport touches its blocks any more.
     TransferEnded { id: SequenceId, result: Result<(), ApiError> },
+    /// Answer once the updates of all that has ended are delivered: a leg lets go of its permit before.
+    Settle(oneshot::Sender<()>),
 }
 
 /// How busy the engine is.
@@ -106,6 +108,7 @@ pub fn spawn(parts: EngineParts) -> io::Result<JoinHandle<()>> {
         not_begun: Vec::new(),
         failed_steps: 0,
         arrived: Vec::new(),
+        settling: Vec::new(),
     };
     let alive = parts.alive;
     thread::Builder::new().name("engine".into()).spawn(move || {
@@ -133,6 +136,8 @@ struct Engine {
     failed_steps: u32,
     /// Whose caches have arrived since the last step, and when they were whole.
     arrived: Vec<(SequenceId, Instant)>,
+    /// To be answered after the next delivery.
+    settling: Vec<oneshot::Sender<()>>,
 }
 
 /// Why the engine woke up.
@@ -228,6 +233,7 @@ impl Engine {
             Command::Cancel { leg, choices } => self.scheduler.cancel_choices(leg, choices),
             Command::CancelStream(stream) => self.scheduler.cancel_stream(stream),
             Command::FailAll(error) => self.scheduler.fail_all(&error),
+            Command::Settle(answer) => self.settling.push(answer),
             Command::Offered { id, result } => {
                 self.transfers.unwatch(id);
                 self.scheduler.offered(id, result);
@@ -291,6 +297,10 @@ impl Engine {
         }
         for (stream, updates) in streams {
             (self.deliver)(stream, updates);
+        }
+        for answer in self.settling.drain(..) {
+            // Whoever asked may have gone.
+            let _ = answer.send(());
         }
     }
 
