@@ -34,7 +34,8 @@ pub struct ServerConfig {
     pub instance_id: String,
     /// Prefill and decode are paired within a group.
     pub group: String,
-    /// Shown by `baton ctl`.
+    /// Shown by `baton ctl`. `supervisor` names who starts this process again, and only once it has ended: the next one is
+    /// let in without waiting for this one's lease.
     pub labels: BTreeMap<String, String>,
     /// host:port of the controllers; any of them will do. Empty = without a controller, with the role of `role`.
     pub controllers: Vec<String>,

@@ -23,7 +23,7 @@ use tonic::service::Routes;
 use crate::{
     config::ServerConfig,
     duty::{self, Duty},
-    engine::thread::{COMMAND_QUEUE, Load},
+    engine::thread::{COMMAND_QUEUE, Command, Load},
     error::ServerError,
     permits::Permits,
     role::{Assignment, Event, Role, RoleView},
@@ -110,6 +110,7 @@ pub async fn run(process: Process<ServerConfig>) -> Result<(), ServerError> {
         let _ = early.await;
         executor
     };
+    let at_work = executor.is_some().then(|| engine.clone());
     if let Some(executor) = executor {
         let facts = Arc::new(facts);
         let shared =
@@ -141,6 +142,12 @@ pub async fn run(process: Process<ServerConfig>) -> Result<(), ServerError> {
 
     let _ = events.send(Event::Stop { drain: drain_of_legs(process.drain()) }).await;
     let _ = duty.await;
+    if let Some(engine) = at_work {
+        // What the last legs said must be on their streams before these end.
+        let (answer, settled) = oneshot::channel();
+        let _ = engine.send(Command::Settle(answer)).await;
+        let _ = tokio::time::timeout(LINGER, settled).await;
+    }
     goodbye.cancel();
     if let Some(session) = session {
         // Only if it panicked there is nothing to say of how it ended.

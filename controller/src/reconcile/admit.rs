@@ -131,7 +131,12 @@ impl Reconciler {
     }
 }
 
-/// Whether the earlier process must have ended: the later one has its address, and was bound to it before it called.
+/// Says who starts the process: one supervisor starts the next process of an id only when the last has ended.
+const SUPERVISOR_LABEL: &str = "supervisor";
+
+/// Whether the earlier process must have ended: the later one has its address, to which it was bound before it called,
+/// or its supervisor.
 fn succeeds(earlier: &InstanceSpec, later: &InstanceSpec) -> bool {
-    earlier.inference_endpoint == later.inference_endpoint
+    let (before, after) = (earlier.labels.get(SUPERVISOR_LABEL), later.labels.get(SUPERVISOR_LABEL));
+    earlier.inference_endpoint == later.inference_endpoint || (before.is_some() && before == after)
 }

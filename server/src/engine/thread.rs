@@ -54,6 +54,8 @@ pub enum Command {
     Received { id: SequenceId, sealed: Sealed },
     /// A transfer is over; no transport touches its blocks any more.
     TransferEnded { id: SequenceId, result: Result<(), ApiError> },
+    /// Answer once the updates of all that has ended are delivered: a leg lets go of its permit before.
+    Settle(oneshot::Sender<()>),
 }
 
 /// How busy the engine is.
@@ -141,6 +143,7 @@ pub fn spawn(parts: EngineParts) -> io::Result<JoinHandle<()>> {
         failed_steps: 0,
         done: Done::default(),
         arrived: Vec::new(),
+        settling: Vec::new(),
     };
     let alive = parts.alive;
     thread::Builder::new().name("engine".into()).spawn(move || {
@@ -169,6 +172,8 @@ struct Engine {
     done: Done,
     /// The caches that have arrived since the last step.
     arrived: Vec<(SequenceId, Sealed)>,
+    /// To be answered after the next delivery.
+    settling: Vec<oneshot::Sender<()>>,
 }
 
 /// Why the engine woke up.
@@ -265,6 +270,7 @@ impl Engine {
             Command::Cancel { leg, choices } => self.scheduler.cancel_choices(leg, choices),
             Command::CancelStream(stream) => self.scheduler.cancel_stream(stream),
             Command::FailAll(error) => self.scheduler.fail_all(&error),
+            Command::Settle(answer) => self.settling.push(answer),
             Command::Offered { id, result } => {
                 self.transfers.unwatch(id);
                 self.scheduler.offered(id, result);
@@ -329,6 +335,10 @@ impl Engine {
         }
         for (stream, updates) in streams {
             (self.deliver)(stream, updates);
+        }
+        for answer in self.settling.drain(..) {
+            // Whoever asked may have gone.
+            let _ = answer.send(());
         }
     }
 

@@ -50,6 +50,24 @@ fn a_twin_does_not_get_in_after_a_takeover() {
 }
 
 #[test]
+fn a_process_that_its_supervisor_starts_again_need_not_wait() {
+    let mut world = World::new();
+    let mut start = |incarnation: u64, supervisor: &str| {
+        let mut spec = instance_spec("a", incarnation);
+        spec.inference_endpoint = format!("x:{incarnation}");
+        spec.labels.insert("supervisor".into(), supervisor.into());
+        world.last_session += 1;
+        let session = SessionId(world.last_session);
+        world.event(Event::Hello { session, spec: Box::new(spec), beat: LOADING, unix_millis: 0 });
+        world.event(Event::Closed { session });
+        (world.refused.len(), world.incarnation("a"))
+    };
+    assert_eq!(start(5, "one"), (0, 5));
+    assert_eq!(start(6, "one"), (0, 6));
+    assert_eq!(start(7, "another"), (1, 6), "of another supervisor");
+}
+
+#[test]
 fn a_process_that_starts_again_at_its_address_need_not_wait() {
     let mut world = World::new();
     let first = world.hello_from("a", 5, "x:1");

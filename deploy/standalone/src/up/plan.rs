@@ -4,7 +4,7 @@
 use std::{
     env, fs,
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use baton_process::duration;
@@ -107,6 +107,10 @@ pub(super) fn plan(
     // A server alone does both, whatever the ratio; the controller wants at least one of each in it.
     let (prefill, decode) = (i64::from(args.prefill), i64::from(args.decode.max(1)));
 
+    // A server that is started again tells the controller by it that the one before has ended.
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let supervisor = format!("up-{}-{}", std::process::id(), since.as_millis());
+
     let mut children = Vec::new();
     let mut add = |name: String, service: Service, config: Table, sockets: Vec<Socket>| {
         let path = run_dir.join(format!("{name}.toml"));
@@ -141,7 +145,7 @@ pub(super) fn plan(
     for index in 0..args.instances() {
         let (instance_id, controller, model) = (format!("server-{index}"), controller.clone(), model.clone());
         let (name, threads) = (instance_id.clone(), i64::try_from(threads).unwrap_or(1));
-        let packed = packed.clone();
+        let (packed, supervisor) = (packed.clone(), supervisor.clone());
         let config = toml! {
             instance_id = instance_id
             controllers = [controller]
@@ -150,6 +154,8 @@ pub(super) fn plan(
             [runtime]
             threads = threads
             packed_copies = packed
+            [labels]
+            supervisor = supervisor
         };
         add(name, Service::Server, drained(config, OTHER_DRAIN), Vec::new())?;
     }
@@ -249,6 +255,8 @@ mod tests {
         assert_eq!(server["instance_id"].as_str(), Some("server-2"));
         assert_eq!(server["model"]["path"].as_str(), Some("/m odel.gguf"));
         assert_eq!(server["runtime"]["threads"].as_integer(), Some(3));
+        assert!(server["labels"]["supervisor"].as_str().is_some_and(|label| label.starts_with("up-")));
+        assert_eq!(server["labels"], config(&plan[1])["labels"]);
         assert_eq!(server["runtime"]["packed_copies"].as_str(), Some("/c ache/packed"));
         let coordinator = config(&plan[4]);
         assert_eq!(coordinator["listen"].as_str(), Some("fd://3"));
