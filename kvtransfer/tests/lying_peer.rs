@@ -317,6 +317,21 @@ async fn nobody_meddles_with_another_peers_transfer() {
 }
 
 #[tokio::test]
+async fn an_offer_that_does_not_name_its_prompt_is_refused() {
+    let decode = Peer::start("decode-0");
+    let mut sender = ScriptedSender::open(&decode, LIAR, 1).await.expect("welcome");
+    for prompt_digest in [vec![], vec![1; 16]] {
+        let prompt_digest = prompt_digest.into();
+        let offer =
+            v1::Offer { prompt_tokens: 16, blocks: 1, layers: LAYERS, sender_epoch: 1, prompt_digest };
+        sender.say(TransferId::generate(), Body::Offer(offer)).await;
+        let refusal = sender.aborted().await;
+        assert!(refusal.message.contains("does not say of which prompt"), "{refusal:?}");
+        assert_eq!(decode.node.stats().held_offers, 0);
+    }
+}
+
+#[tokio::test]
 async fn an_offer_from_the_wrong_peer_is_refused_and_the_right_one_still_welcome() {
     let decode = Peer::start("decode-0");
     let id = TransferId::generate();

@@ -15,6 +15,8 @@ pub enum IdError {
     TransferLength(usize),
     #[error("a block hash is 16 bytes, got {0}")]
     BlockHashLength(usize),
+    #[error("a prompt digest is 32 bytes, got {0}")]
+    PromptDigestLength(usize),
 }
 
 macro_rules! name_id {

@@ -1,5 +1,5 @@
 //! Everything that crosses a process boundary: the protobuf contracts, the newtypes of the ids in them, the
-//! hashes of KV blocks, and the one table of error codes.
+//! hashes of KV blocks and prompts, and the one table of error codes.
 //!
 //! The services talk in [`v1`] types at their edges only: adapters turn them into domain types (`TryFrom`) on the way
 //! in and back on the way out. Contracts, a gRPC service each: `Inference`, `Handoff`, `KvCache`, `Control`, `Store`,
@@ -8,12 +8,14 @@
 mod block_hash;
 mod error;
 mod ids;
+mod prompt_digest;
 
 pub use block_hash::BlockHash;
 pub use error::{ApiError, ErrorCode};
 pub use ids::{
     CoordinatorId, IdError, Incarnation, InstanceId, LeaderEpoch, LegId, RequestId, RoleEpoch, TransferId,
 };
+pub use prompt_digest::PromptDigest;
 
 /// Types and services generated from `protos/baton/v1/*.proto`.
 #[allow(missing_docs, unreachable_pub, clippy::all)]

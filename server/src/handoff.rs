@@ -14,7 +14,7 @@ use std::{
 use baton_kvtransfer::{
     ExpectSpec, FirstTokens, Incoming, KvLayout, KvNode, OfferSpec, Outgoing, Progress, Region, TransferError,
 };
-use baton_proto::{ApiError, ErrorCode, Incarnation, TransferId};
+use baton_proto::{ApiError, ErrorCode, Incarnation, PromptDigest, TransferId};
 use baton_runtime::{BlockId, KvContent, KvPool, KvPoolLayout};
 use tokio::{
     runtime::Handle,
@@ -121,7 +121,7 @@ impl Transfers {
         &mut self,
         id: SequenceId,
         to: Outbound,
-        prompt_tokens: u32,
+        (prompt_tokens, prompt_digest): (u32, PromptDigest),
         (blocks, cached): (&[BlockId], u32),
         (priority, deadline): (i32, Option<Instant>),
     ) -> Result<(), ApiError> {
@@ -131,6 +131,7 @@ impl Transfers {
             receiver: to.receiver,
             receiver_incarnation: incarnation(to.receiver_incarnation),
             prompt_tokens,
+            prompt_digest,
             blocks: indices(blocks, prompt_tokens.div_ceil(self.block_tokens)),
             priority,
             deadline: self.deadline(deadline),
@@ -186,7 +187,7 @@ impl Transfers {
         &mut self,
         id: SequenceId,
         from: Inbound,
-        prompt_tokens: u32,
+        (prompt_tokens, prompt_digest): (u32, PromptDigest),
         (blocks, held): (&[BlockId], u32),
         deadline: Option<Instant>,
     ) -> Result<(), ApiError> {
@@ -195,6 +196,7 @@ impl Transfers {
             sender: from.sender,
             sender_incarnation: incarnation(from.sender_incarnation),
             prompt_tokens,
+            prompt_digest,
             blocks: indices(blocks, prompt_tokens.div_ceil(self.block_tokens)),
             held: (0..held).collect(),
             deadline: self.deadline(deadline),

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use baton_proto::{Incarnation, InstanceId, TransferId};
+use baton_proto::{Incarnation, InstanceId, PromptDigest, TransferId};
 
 use super::secret::FleetSecret;
 use crate::{
@@ -166,6 +166,8 @@ pub struct ExpectSpec {
     /// Which start of the sender; `None` = any.
     pub sender_incarnation: Option<Incarnation>,
     pub prompt_tokens: u32,
+    /// Of the prompt whose cache is to come, and of whose cache the held blocks are. An offer of another is refused.
+    pub prompt_digest: PromptDigest,
     /// Where the prompt's blocks go, in order: `layout.blocks_for(prompt_tokens)` pool indices, lent until they come
     /// back or the transfer is sealed.
     pub blocks: Vec<u32>,
@@ -185,6 +187,8 @@ pub struct OfferSpec {
     /// Which start of the receiver; `None` = any.
     pub receiver_incarnation: Option<Incarnation>,
     pub prompt_tokens: u32,
+    /// Of the prompt whose cache this is.
+    pub prompt_digest: PromptDigest,
     /// The prompt's blocks in order: `layout.blocks_for(prompt_tokens)` pool indices, lent until they come back. Other
     /// transfers may read them at the same time.
     pub blocks: Vec<u32>,

@@ -8,6 +8,7 @@ use std::{
     task::Poll,
 };
 
+use baton_proto::PromptDigest;
 use prost::Message as _;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -38,6 +39,11 @@ const HELD: u32 = 2;
 const PEER: &str = "peer:1";
 /// A script's frames are few and small, so that many scripts run in a second.
 const MOST_FRAMES: usize = 32;
+
+/// Of every transfer.
+fn prompt() -> PromptDigest {
+    PromptDigest::of(&[1, 2, 3])
+}
 
 struct Stage {
     runtime: Runtime,
@@ -101,6 +107,7 @@ impl Stage {
             sender: instance("peer"),
             sender_incarnation: None,
             prompt_tokens: 16 * BLOCKS.len() as u32,
+            prompt_digest: prompt(),
             blocks: BLOCKS.to_vec(),
             held: vec![HELD],
             deadline: self.kv.node.now() + Duration::from_secs(600),
@@ -245,7 +252,13 @@ pub fn connection(bytes: &[u8]) {
         let id = stage.next_id();
         let mut incoming = stage.expect(id);
         let (prompt_tokens, blocks) = (16 * BLOCKS.len() as u32, BLOCKS.len() as u32);
-        let offer = v1::Offer { prompt_tokens, blocks, layers: LAYERS, sender_epoch: 9 };
+        let offer = v1::Offer {
+            prompt_tokens,
+            blocks,
+            layers: LAYERS,
+            sender_epoch: 9,
+            prompt_digest: prompt().as_bytes().to_vec().into(),
+        };
         stage.say(id, sender_message::Body::Offer(offer));
         let Some(Ok(v1::ReceiverMessage { body: Some(receiver_message::Body::Accept(accept)), .. })) =
             answers.recv().await
@@ -356,6 +369,7 @@ pub fn messages(bytes: &[u8]) {
             receiver: instance("peer"),
             receiver_incarnation: None,
             prompt_tokens: 16 * BLOCKS.len() as u32,
+            prompt_digest: prompt(),
             blocks: BLOCKS.to_vec(),
             priority: 0,
             deadline: stage.kv.node.now() + Duration::from_secs(600),

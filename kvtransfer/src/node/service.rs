@@ -2,7 +2,7 @@
 
 use std::{pin::Pin, sync::Arc};
 
-use baton_proto::{ApiError, Incarnation, InstanceId, TransferId, v1};
+use baton_proto::{ApiError, Incarnation, InstanceId, PromptDigest, TransferId, v1};
 use tokio::{sync::mpsc, time::timeout};
 use tokio_stream::{Stream, wrappers::ReceiverStream};
 use tonic::{Request, Response, Status, Streaming};
@@ -206,10 +206,14 @@ fn take_offer(
         let (instance, found) = (link.peer().clone(), Incarnation(offer.sender_epoch));
         return Err(TransferError::StalePeer { instance, expected: link.incarnation(), found });
     }
+    let prompt_digest = PromptDigest::try_from(offer.prompt_digest.as_ref()).map_err(|error| {
+        TransferError::Protocol(format!("the offer does not say of which prompt: {error}"))
+    })?;
     let terms = OfferTerms {
         sender: link.peer().clone(),
         sender_incarnation: link.incarnation(),
         prompt_tokens: offer.prompt_tokens,
+        prompt_digest,
         shape: Shape { layers: offer.layers, blocks: offer.blocks },
         cut: link.translation().map(|translation| translation.cut()),
     };

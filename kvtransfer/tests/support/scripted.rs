@@ -85,7 +85,13 @@ impl ScriptedSender {
 
     pub async fn offer(&self, id: TransferId, blocks: u32, incarnation: u64) {
         let prompt_tokens = blocks * super::BLOCK_TOKENS;
-        let offer = v1::Offer { prompt_tokens, blocks, layers: LAYERS, sender_epoch: incarnation };
+        let offer = v1::Offer {
+            prompt_tokens,
+            blocks,
+            layers: LAYERS,
+            sender_epoch: incarnation,
+            prompt_digest: super::prompt().as_bytes().to_vec().into(),
+        };
         self.say(id, FromSender::Offer(offer)).await;
     }
 

@@ -108,7 +108,8 @@ fn sender(
 ) -> Option<Body> {
     let (node, watch) = (&stage.node, &stage.watch);
     let (layers, blocks) = (LAYERS, 2);
-    let offer = v1::Offer { prompt_tokens: 32, blocks, layers, sender_epoch: 9 };
+    let offer =
+        v1::Offer { prompt_tokens: 32, blocks, layers, sender_epoch: 9, prompt_digest: vec![7; 32].into() };
     say(node, link, sender_message::Body::Offer(offer));
     let mut lanes = Vec::new();
     let mut ends = Vec::new();
@@ -175,6 +176,7 @@ fn receive() {
         sender: name("prefill-0"),
         sender_incarnation: None,
         prompt_tokens: 32,
+        prompt_digest: baton_proto::PromptDigest::try_from(&[7; 32][..]).expect("32 bytes"),
         blocks: BLOCKS_OF_IT.to_vec(),
         held: vec![],
         deadline: node.now() + Duration::from_secs(60),

@@ -164,6 +164,7 @@ fn owner(stage: &Arc<Stage>, kv: &KvNode, of: u8, mishap: Mishap) {
         receiver: name("decode-0"),
         receiver_incarnation: None,
         prompt_tokens: 32,
+        prompt_digest: baton_proto::PromptDigest::of(&[]),
         blocks: BLOCKS_OF[of as usize].to_vec(),
         priority: 0,
         deadline: kv.node.now() + Duration::from_secs(60),
