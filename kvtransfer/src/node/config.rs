@@ -104,7 +104,8 @@ pub struct Limits {
     pub held_offers: usize,
     /// How long such an offer is held.
     pub held_offer: Duration,
-    /// Ended transfers remembered, so that their late messages are told from unknown ones and their ids not reused.
+    /// Ended transfers remembered, so that their late messages are told from unknown ones and their ids not reused; and,
+    /// apart from them, as many offers that were refused or withdrawn before anybody expected them.
     pub remembered_transfers: usize,
     /// Peers with a control stream, each way.
     pub peers: usize,

@@ -352,7 +352,7 @@ pub fn messages(bytes: &[u8]) {
             if let Some(incoming) = incoming {
                 stage.close(incoming).await;
             }
-            for held in stage.kv.node.incoming.live() {
+            for held in stage.kv.node.incoming.all() {
                 held.cancel(TransferError::ShuttingDown);
             }
             assert_eq!(stage.kv.node.held_offers.load(Ordering::Acquire), 0);

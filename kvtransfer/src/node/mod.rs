@@ -11,6 +11,7 @@ mod config;
 mod explore;
 #[cfg(any(test, feature = "fuzz"))]
 pub(crate) mod fuzz;
+mod held;
 mod inbound;
 mod incoming;
 mod link;
@@ -61,7 +62,7 @@ use peer_link::PeerLink;
 use reservation::{Reservation, check_blocks};
 use staging::Staging;
 use stats::Counters;
-use table::{Ended, Lookup, Table};
+use table::{Ended, Expected, Lookup, Table};
 use translate::{Translated, Translations};
 
 use crate::{
@@ -210,8 +211,8 @@ impl KvNode {
     pub fn refuse(&self, id: TransferId, reason: ApiError) {
         let reason = TransferError::Refused(reason);
         let ended = Ended { peer: None, reason: Some(reason.clone()) };
-        if let Some(inbound) = self.node.incoming.end_unless_live(id, ended) {
-            inbound.cancel(reason);
+        for inbound in self.node.incoming.end_unless_live(id, ended) {
+            inbound.cancel(reason.clone());
         }
     }
 
@@ -278,28 +279,34 @@ impl Node {
         now: Instant,
         reservation: Reservation,
     ) -> Result<Arc<Inbound>, TransferError> {
-        let id = reservation.id;
+        let (id, sender) = (reservation.id, reservation.expectation.sender.clone());
         let mut reservation = Some(reservation);
         let mut made = None;
-        let found = self.incoming.get_or_add(id, |live| {
+        let (found, strays) = self.incoming.expect(id, &sender, |live, offer| {
             let limit = self.limits.incoming_transfers;
-            let (Some(reservation), true) = (reservation.take(), live < limit) else {
+            if live >= limit {
                 return Err(TransferError::Limit { what: "incoming transfers", limit });
-            };
-            let inbound = Inbound::expected(self, now, reservation);
-            made = Some(inbound.clone());
-            Ok(inbound)
+            }
+            if let Some(offer) = offer {
+                return Ok(offer.clone());
+            }
+            let reservation = reservation.take().ok_or(TransferError::AlreadyExists(id))?;
+            Ok(made.insert(Inbound::expected(self, now, reservation)).clone())
         })?;
+        for stray in strays {
+            let (expected, found) = (sender.clone(), stray.sender().clone());
+            stray.cancel(TransferError::WrongPeer { expected, found });
+        }
         match (found, made, reservation) {
-            (Lookup::Unknown, Some(inbound), _) => {
+            (Expected::Made, Some(inbound), _) => {
                 self.activity.notify_one();
                 Ok(inbound)
             }
-            (Lookup::Live(inbound), _, Some(reservation)) if inbound.is_held_offer() => {
+            (Expected::Offered(inbound), _, Some(reservation)) => {
                 inbound.adopt(now, reservation)?;
                 Ok(inbound)
             }
-            (Lookup::Ended(Ended { reason: Some(reason), .. }), ..) => Err(reason),
+            (Expected::Ended(Ended { reason: Some(reason), .. }), ..) => Err(reason),
             _ => Err(TransferError::AlreadyExists(id)),
         }
     }

@@ -189,7 +189,7 @@ fn of_live(
     id: TransferId,
     event: impl FnOnce(&Inbound, std::time::Instant) -> bool,
 ) {
-    if let Lookup::Live(inbound) = node.incoming.get(&id)
+    if let Lookup::Live(inbound) = node.incoming.get_from(&id, link.peer())
         && !event(&inbound, node.now())
     {
         tracing::warn!(transfer = %id, peer = %link.peer(), "message for a transfer of another stream ignored");
@@ -218,7 +218,8 @@ fn take_offer(
         cut: link.translation().map(|translation| translation.cut()),
     };
     let now = node.now();
-    let found = node.incoming.get_or_add(id, |_| {
+    // A sender offers once: whoever is to expect this transfer from it must learn that it will not come.
+    let found = node.incoming.hold(id, link.peer(), || {
         let limit = node.limits.held_offers;
         if node.shutdown.is_cancelled() {
             return Err(TransferError::ShuttingDown);
@@ -227,13 +228,6 @@ fn take_offer(
             return Err(TransferError::Limit { what: "offers that nobody expects yet", limit });
         }
         Ok(Inbound::offered(node, now, id, terms.clone(), link.clone()))
-    });
-    // A sender offers once: whoever is to expect this transfer must learn that it will not come.
-    let found = found.inspect_err(|reason| {
-        let ended = Ended { peer: Some(link.peer().clone()), reason: Some(reason.clone()) };
-        if let Some(expected_by_now) = node.incoming.end_unless_live(id, ended) {
-            expected_by_now.cancel(reason.clone());
-        }
     })?;
     match found {
         Lookup::Unknown => {
@@ -254,7 +248,7 @@ fn take_seal(node: &Arc<Node>, link: &Arc<PeerLink>, id: TransferId, seal: &v1::
         Err(error) => return link.abort(id, &TransferError::Protocol(error.to_string())),
     };
     let terms = SealTerms { first_tokens, tally };
-    match node.incoming.get(&id) {
+    match node.incoming.get_from(&id, link.peer()) {
         Lookup::Live(inbound) if inbound.seal(node.now(), link, terms) => {}
         Lookup::Ended(Ended { peer: Some(peer), reason }) if peer == *link.peer() => {
             link.ended_as(id, reason.map_or(Ok(()), Err));
@@ -326,7 +320,7 @@ impl Node {
     }
 
     fn end_transfers_of(&self, link: &PeerLink, why: &str) {
-        for inbound in self.incoming.live() {
+        for inbound in self.incoming.all() {
             inbound.over_link(link, |session| session.link_lost(why));
         }
     }

@@ -165,7 +165,7 @@ fn receive() {
             Mishap::StreamEnds => kv.node.peer_lost(&link, "test"),
             Mishap::ClockRunsOut => {
                 let late = kv.node.now() + Duration::from_secs(100);
-                kv.node.incoming.live().iter().for_each(|inbound| inbound.tick(late));
+                kv.node.incoming.all().iter().for_each(|inbound| inbound.tick(late));
             }
             Mishap::Refused => kv.refuse(id(ID), ApiError::new(baton_proto::ErrorCode::Unavailable, "test")),
             _ => {}
@@ -230,7 +230,7 @@ fn end(
     let last = peer.join().expect("no panic");
     if !handle {
         // An offer that came late may still be held, for an owner that has been told no.
-        stage.node.incoming.live().iter().for_each(|inbound| inbound.cancel(TransferError::ShuttingDown));
+        stage.node.incoming.all().iter().for_each(|inbound| inbound.cancel(TransferError::ShuttingDown));
     }
     let (completed, failed) = stage.told(Direction::Incoming);
     assert_eq!(stage.watch.has_returned(id(ID)), handle, "blocks come back if they were lent");

@@ -173,7 +173,7 @@ fn owner(stage: &Arc<Stage>, kv: &KvNode, of: u8, mishap: Mishap) {
     let progress = outgoing.progress();
     let engine = thread::spawn(move || engine(&progress));
     if of == 0 {
-        let live = kv.node.outgoing.live();
+        let live = kv.node.outgoing.all();
         let meant = live.iter().find(|outbound| outbound.id() == id(of));
         match (mishap, meant) {
             (Mishap::PathLost, Some(outbound)) => outbound.path_lost("test"),
