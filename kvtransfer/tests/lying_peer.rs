@@ -109,7 +109,7 @@ async fn slices_outside_the_transfer_abort_it() {
 
 #[tokio::test]
 async fn a_flipped_bit_aborts_the_transfer_and_names_the_block() {
-    for at in [64 + 12, 64 + 12 + SLICE + 17, frame_bytes(3) - 1] {
+    for at in [64 + 12, 64 + 12 + SLICE + 17, frame_bytes(3) - 5] {
         let mut scene = scene().await;
         let mut bytes = scene.frame(2, 0, 3).bytes();
         bytes[at] ^= 0x10;
@@ -118,6 +118,29 @@ async fn a_flipped_bit_aborts_the_transfer_and_names_the_block() {
         let (error, _) = scene.fails(ErrorCode::KvDamaged).await;
         assert_eq!(error, TransferError::Damaged { layer: 2, block });
     }
+}
+
+#[tokio::test]
+async fn a_frame_that_its_sender_gave_up_is_not_taken_for_damage() {
+    // The sender's abort is lost, or late: zeros are all that comes of its end.
+    for whole in 0..3 {
+        let mut scene = scene().await;
+        let mut bytes = RawFrame { end: CUT_SHORT, ..scene.frame(2, 0, 3) }.bytes();
+        let len = bytes.len() - 4;
+        bytes[64 + 12 + whole * SLICE + 1000..len].fill(0);
+        write(&mut scene.data, &bytes).await;
+        let (error, decode) = scene.fails(ErrorCode::HandoffFailed).await;
+        assert!(matches!(&error, TransferError::DataPath(why) if why.contains("gave")), "{error}");
+        let stats = decode.node.stats();
+        assert_eq!(stats.by_transport.iter().map(|transport| transport.damaged).sum::<u64>(), 0);
+    }
+    // Nor is one that does not match and whose end does not come.
+    let mut scene = scene().await;
+    let mut bytes = scene.frame(2, 0, 3).bytes();
+    bytes[64 + 12] ^= 1;
+    write(&mut scene.data, &bytes[..bytes.len() - 4]).await;
+    scene.data = scene.sender.connect_data().await;
+    scene.fails(ErrorCode::HandoffFailed).await;
 }
 
 #[tokio::test]

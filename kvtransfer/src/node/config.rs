@@ -122,7 +122,8 @@ pub struct Limits {
     pub idle_link: Duration,
     /// How long a sealed transfer may wait for slices that are still on their way, or for `Released`.
     pub seal_grace: Duration,
-    /// How long an aborted transfer lets a frame that is being written finish from its blocks; then zeros follow. Where
+    /// How long an aborted transfer lets a frame that is being written finish from its blocks; then zeros follow, marked
+    /// as such. Where
     /// the receiver fetches, it may take ten times as long to let go of the sender's blocks; then its path is cut.
     pub fence_grace: Duration,
     /// A data connection on which a frame makes no progress for this long is closed.

@@ -25,7 +25,7 @@ use crate::{
     session::{SliceRun, Tally, crc32c},
     transport::{
         DataKey,
-        frame::{Entry, Form, Header},
+        frame::{End, Entry, Form, Header},
         hello::Hello,
     },
 };
@@ -227,6 +227,8 @@ impl<'a> Script<'a> {
             bytes[at] ^= 1 << (how >> 5);
         }
         slices().for_each(|slice| bytes.extend(slice));
+        let end = if lie != 0 && first % 2 != 0 { End::CutShort } else { End::Whole };
+        bytes.extend(end.bytes());
         if how & 32 != 0 {
             let cut = self.byte()? as usize;
             bytes.truncate(bytes.len().saturating_sub(cut));

@@ -136,15 +136,21 @@ pub struct RawFrame {
     /// XORed into the first slice's CRC.
     pub crc_error: u32,
     pub slice_bytes: u32,
+    pub end: [u8; 4],
 }
+
+/// How a frame ends that was written from its blocks to the last byte, and how one whose rest is zeros.
+pub const WHOLE: [u8; 4] = *b"BKE1";
+pub const CUT_SHORT: [u8; 4] = *b"BKX1";
 
 impl RawFrame {
     pub fn new(id: TransferId, key: &[u8], layer: u32, first: u32, payload: Vec<Vec<u8>>) -> Self {
-        Self { id, layer, first, payload, key: key.to_vec(), crc_error: 0, slice_bytes: SLICE as u32 }
+        let (key, slice_bytes) = (key.to_vec(), SLICE as u32);
+        Self { id, layer, first, payload, key, crc_error: 0, slice_bytes, end: WHOLE }
     }
 
     pub fn bytes(&self) -> Vec<u8> {
-        let mut head = b"BKV1".to_vec();
+        let mut head = b"BKV2".to_vec();
         head.extend(self.layer.to_le_bytes());
         head.extend(self.id.as_bytes());
         head.extend(self.first.to_le_bytes());
@@ -159,6 +165,7 @@ impl RawFrame {
         head.extend(proof);
         head.extend(table);
         head.extend(self.payload.concat());
+        head.extend(self.end);
         head
     }
 }
@@ -413,7 +420,7 @@ impl ReceiverStreamEnd {
 
 /// What a frame with `count` slices weighs on the wire.
 pub fn frame_bytes(count: usize) -> usize {
-    64 + count * (4 + SLICE)
+    64 + count * (4 + SLICE) + 4
 }
 
 /// Slices of one layer, as a test's transfer has them.
