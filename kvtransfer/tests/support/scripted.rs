@@ -28,6 +28,8 @@ pub struct ScriptedSender {
     pub from_peer: Streaming<v1::ReceiverMessage>,
     pub data: SocketAddr,
     pub pass: Pass,
+    /// The kinds of transport it was told of.
+    pub told: Vec<String>,
 }
 
 /// What data connections show.
@@ -65,7 +67,8 @@ impl ScriptedSender {
         let tcp = welcome.endpoints.iter().find(|endpoint| endpoint.transport == "tcp").expect("tcp");
         let data = tcp.address.parse().expect("an address");
         let pass = Pass { id: welcome.link_id.to_vec(), key: welcome.link_key.to_vec() };
-        Ok(Self { to_peer, from_peer, data, pass })
+        let told = welcome.endpoints.into_iter().map(|endpoint| endpoint.transport).collect();
+        Ok(Self { to_peer, from_peer, data, pass, told })
     }
 
     /// A data connection of this sender, hellos exchanged.
@@ -271,6 +274,8 @@ pub struct ScriptedReceiver {
     data: mpsc::Receiver<TcpStream>,
     /// Where it says that it takes slices in over shared memory.
     pub shm: Option<String>,
+    /// Of other transports that it says it has, kind and address, the best.
+    pub also: Vec<(&'static str, String)>,
     streams: mpsc::Receiver<Exchange>,
 }
 
@@ -328,7 +333,7 @@ impl ScriptedReceiver {
         let service = handoff_server::HandoffServer::new(Service(sender));
         let incoming = tonic::transport::server::TcpIncoming::from(listener);
         tokio::spawn(tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming));
-        Self { address, data_address, data, shm: None, streams }
+        Self { address, data_address, data, shm: None, also: Vec::new(), streams }
     }
 
     /// The next control stream, hellos exchanged.
@@ -358,9 +363,10 @@ impl ScriptedReceiver {
         assert!(matches!(proof.body, Some(FromSender::Proof(_))), "the proof comes second");
         let address = self.data_address.to_string();
         let endpoint = |kind: &str, address| v1::DataEndpoint { transport: kind.into(), address };
+        let also = self.also.iter().map(|(kind, address)| endpoint(kind, address.clone()));
         let shm = self.shm.iter().map(|name| endpoint("shm", name.clone()));
         let welcome = v1::Welcome {
-            endpoints: shm.chain([endpoint("tcp", address)]).collect(),
+            endpoints: also.chain(shm).chain([endpoint("tcp", address)]).collect(),
             link_id: vec![3; 16].into(),
             link_key: vec![4; 16].into(),
         };
