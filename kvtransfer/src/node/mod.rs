@@ -185,8 +185,15 @@ impl KvNode {
 
     /// Reserves a place for a transfer that `spec.sender` has offered or will offer.
     ///
-    /// Refused when the transfer has ended already (then with the reason), when there are too many, or when a block is
-    /// in use by another transfer.
+    /// # Errors
+    /// - `ShuttingDown`: the node takes nothing new.
+    /// - `Invalid`: the blocks are not as many as the prompt's tokens need, do not exist or are in use by another transfer,
+    ///   or `held` names one outside them.
+    /// - `DeadlineExceeded`: the deadline has passed already.
+    /// - `Limit`: as many transfers are being received as [`Limits::incoming_transfers`] allows.
+    /// - `AlreadyExists`: the id is expected already, or its transfer was received.
+    /// - Whatever ended the transfer, or this sender's offer of it, before: `Refused` or `PeerAborted`, `LinkLost`,
+    ///   `LeaseExpired` or any other.
     pub fn expect(&self, spec: ExpectSpec) -> Result<Incoming, TransferError> {
         let node = &self.node;
         let now = node.now();
@@ -218,8 +225,13 @@ impl KvNode {
 
     /// Offers a transfer. Returns at once; connecting and offering happen in the background.
     ///
-    /// Refused when the id was used before, when there are too many transfers or peers, or when a block is being
-    /// received into.
+    /// # Errors
+    /// - `ShuttingDown`: the node takes nothing new.
+    /// - `Invalid`: the blocks are not as many as the prompt's tokens need, do not exist or are being received into.
+    /// - `DeadlineExceeded`: the deadline has passed already.
+    /// - `AlreadyExists`: the id was used before.
+    /// - `Limit`: as many transfers are being sent as [`Limits::outgoing_transfers`] allows, or to as many peers as
+    ///   [`Limits::peers`].
     pub fn offer(&self, spec: OfferSpec) -> Result<Outgoing, TransferError> {
         let node = &self.node;
         let now = node.now();
