@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use baton_proto::{ApiError, ErrorCode, Incarnation, InstanceId, TransferId};
+use baton_proto::{ApiError, ErrorCode, Incarnation, InstanceId, PromptDigest, TransferId};
 
 /// Why a transfer was refused or aborted, or a node did not start.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -26,6 +26,8 @@ pub enum TransferError {
     StalePeer { instance: InstanceId, expected: Incarnation, found: Incarnation },
     #[error("transfer belongs to instance {expected}, not to {found}")]
     WrongPeer { expected: InstanceId, found: InstanceId },
+    #[error("the prompts differ: the cache of {expected} was expected, that of {found} is offered")]
+    OtherPrompt { expected: PromptDigest, found: PromptDigest },
     #[error("cannot reach the peer's handoff service at {endpoint}: {reason}")]
     Unreachable { endpoint: String, reason: String },
     #[error("the peer refused the control stream: {0}")]
@@ -78,9 +80,11 @@ impl TransferError {
             Self::DeadlineExceeded { .. } => ErrorCode::DeadlineExceeded,
             Self::Cancelled(_) => ErrorCode::Cancelled,
             Self::NotNeeded(_) => ErrorCode::NotNeeded,
-            Self::Unauthenticated | Self::DataPath(_) | Self::Protocol(_) | Self::SealMismatch { .. } => {
-                ErrorCode::HandoffFailed
-            }
+            Self::OtherPrompt { .. }
+            | Self::Unauthenticated
+            | Self::DataPath(_)
+            | Self::Protocol(_)
+            | Self::SealMismatch { .. } => ErrorCode::HandoffFailed,
             Self::Damaged { .. } => ErrorCode::KvDamaged,
             Self::ShuttingDown => ErrorCode::Unavailable,
             Self::Io { .. } => ErrorCode::Internal,

@@ -37,7 +37,7 @@
 //! use baton_kvtransfer::{
 //!     DataPortConfig, ExpectSpec, KvLayout, KvNode, Limits, NodeConfig, OfferSpec, Region, TransportConfig,
 //! };
-//! use baton_proto::{Incarnation, InstanceId, TransferId};
+//! use baton_proto::{Incarnation, InstanceId, PromptDigest, TransferId};
 //! use tokio_util::sync::CancellationToken;
 //!
 //! # fn node(name: &str, shutdown: &CancellationToken) -> Result<KvNode, Box<dyn std::error::Error>> {
@@ -85,12 +85,14 @@
 //! tokio::spawn(server.serve_with_incoming(tonic::transport::server::TcpIncoming::from(listener)));
 //!
 //! // Both sides learn of the transfer, in whichever order.
+//! let prompt: Vec<u32> = (0..40).collect();
 //! let (id, deadline) = (TransferId::generate(), Instant::now() + Duration::from_secs(30));
 //! let mut incoming = decode.expect(ExpectSpec {
 //!     id,
 //!     sender: InstanceId::new("prefill-0")?,
 //!     sender_incarnation: None,
 //!     prompt_tokens: 40,
+//!     prompt_digest: PromptDigest::of(&prompt),
 //!     blocks: vec![7, 2, 4],
 //!     held: vec![],
 //!     deadline,
@@ -101,6 +103,7 @@
 //!     receiver: InstanceId::new("decode-0")?,
 //!     receiver_incarnation: None,
 //!     prompt_tokens: 40,
+//!     prompt_digest: PromptDigest::of(&prompt),
 //!     blocks: vec![0, 1, 9],
 //!     priority: 0,
 //!     deadline,

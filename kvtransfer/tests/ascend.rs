@@ -18,9 +18,9 @@ use baton_ascend_emulator::fault::{self, Fault};
 use baton_kvtransfer::{
     AscendConfig, DataPortConfig, DeviceMemory, KvNode, Limits, NodeConfig, TransferError, TransportConfig,
 };
-use baton_proto::{Incarnation, TransferId};
+use baton_proto::{Incarnation, TransferId, v1};
 use libloading::os::unix::{Library, Symbol};
-use support::*;
+use support::{caches::*, scripted::*, *};
 use tempfile::TempDir;
 
 const SENDER: &str = "BATON_TEST_ASCEND_SENDER";
@@ -248,4 +248,47 @@ async fn memory_of_a_device_does_not_travel_in_ways_that_the_cpu_must_read() {
     };
     let error = KvNode::start(config, Default::default()).expect_err("nothing is left");
     assert!(error.to_string().contains("a device's memory"), "{error}");
+}
+
+/// Slices that are mapped on arrival do not go where a card or an NPU would put them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn mapped_pairs_leave_out_the_transports_that_write_into_the_pool() {
+    let _turn = TURNS.lock().await;
+    let installed = Installed::new(&ALL);
+    let (here, there) = (panel(Dtype::Bf16, 16), panel(Dtype::Bf16, 32));
+    let setup = || Setup {
+        layout: here.layout(),
+        transports: vec![TransportConfig::Hixl(installed.config()), TransportConfig::Tcp { connections: 1 }],
+        ..Setup::default()
+    };
+    // A receiver does not tell of them.
+    let decode = Peer::start_with("decode-0", setup());
+    for (form, told) in [(here, &["hixl", "tcp"][..]), (there, &["tcp"])] {
+        let hello = v1::SenderHello {
+            instance_id: "prefill-9".into(),
+            incarnation: 1,
+            layout: Some((&form.layout()).into()),
+            nonce: vec![1; 16].into(),
+        };
+        let hello = v1::sender_message::Body::Hello(hello);
+        let sender = ScriptedSender::open_with(&decode, hello).await.expect("welcome");
+        assert_eq!(sender.told, told);
+    }
+    // A sender does not take them, though it is told.
+    for (form, tried) in [(here, true), (there, false)] {
+        let prefill = Peer::start_with("prefill-0", setup());
+        let mut receiver = ScriptedReceiver::start().await;
+        receiver.also = ["rdma", "hixl", "hccl"].map(|kind| (kind, "127.0.0.1:1".into())).into();
+        let mut spec = offer_spec(TransferId::generate(), &decode, &[1]);
+        (spec.peer, spec.receiver) = (receiver.address.to_string(), instance("decode-9"));
+        let _outgoing = prefill.node.offer(spec).expect("room");
+        let _stream = receiver.stream_with("decode-9", 1, &form.layout()).await;
+        let tries = |kind: &str| {
+            let by_transport = prefill.node.stats().by_transport;
+            let of_kind = by_transport.iter().filter(|one| one.kind.name() == kind);
+            of_kind.map(|one| one.opened + one.failed).sum::<u64>()
+        };
+        until("it has a path or not", || tries(if tried { "hixl" } else { "tcp" }) > 0).await;
+        assert_eq!(tries("hixl") > 0, tried);
+    }
 }

@@ -2,8 +2,8 @@
 
 mod support;
 
-use baton_kvtransfer::TransferError;
-use baton_proto::{ErrorCode, TransferId};
+use baton_kvtransfer::{ExpectSpec, OfferSpec, TransferError};
+use baton_proto::{ErrorCode, PromptDigest, TransferId};
 use support::*;
 
 const MANY: [u32; 9] = [7, 3, 60, 22, 21, 20, 5, 63, 0];
@@ -206,4 +206,31 @@ async fn two_hundred_at_once() {
     let stats = (prefill.node.stats(), decode.node.stats());
     assert_eq!((stats.0.outgoing_completed, stats.1.incoming_completed), (COUNT.into(), COUNT.into()));
     assert!(stats.0.aborted.is_empty() && stats.1.aborted.is_empty(), "{stats:?}");
+}
+
+#[tokio::test]
+async fn prompts_that_are_as_long_and_not_the_same_never_meet() {
+    let (prefill, decode) = (Peer::start("prefill-0"), Peer::start("decode-0"));
+    let other = PromptDigest::of(&[1, 2, 4]);
+    for offered_first in [true, false] {
+        let id = TransferId::generate();
+        // Of one block the receiver has the content: of its own prompt, which the sender must not fill up.
+        let expect = ExpectSpec { held: vec![0], ..expect_spec(id, &prefill.name, &[1, 2]) };
+        let offer = OfferSpec { prompt_digest: other, ..offer_spec(id, &decode, &[5, 6]) };
+        let expect = || decode.node.expect(expect.clone()).expect("room");
+        let early = (!offered_first).then(expect);
+        let mut outgoing = prefill.node.offer(offer).expect("room");
+        (0..LAYERS).for_each(|layer| outgoing.progress().ready(layer, 0..2));
+        outgoing.seal(1);
+        within("the offer", 10, decode.node.offered(id)).await;
+        let mut incoming = early.unwrap_or_else(expect);
+        let error = within("the refusal", 10, incoming.sealed()).await.expect_err("of another prompt");
+        let expected = TransferError::OtherPrompt { expected: prompt(), found: other };
+        assert_eq!(error, expected);
+        let error = within("the refusal", 10, outgoing.finished()).await.expect_err("of another prompt");
+        assert!(error.to_string().contains("the prompts differ"), "{error}");
+        assert_eq!(error.code(), ErrorCode::HandoffFailed);
+        assert_eq!((incoming.close().await, outgoing.close().await), (vec![1, 2], vec![5, 6]));
+        assert_eq!(decode.node.stats().slices_received, 0);
+    }
 }

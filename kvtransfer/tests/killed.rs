@@ -5,8 +5,8 @@
 mod support;
 
 use std::{
-    io::{BufRead, BufReader},
-    process::{Child, Command, Stdio},
+    io::{BufRead, BufReader, Read},
+    process::{Child, ChildStdout, Command, Stdio},
     time::Duration,
 };
 
@@ -21,8 +21,8 @@ const HERE: [u32; 3] = [7, 8, 9];
 /// Of both sides.
 const LEASE: Duration = Duration::from_secs(1);
 
-/// How far the transfer is when a process of it is struck. "sealed", a receiver's only: everything is there, and the seal
-/// finds nobody. A sender that has sealed is needed no more.
+/// How far the transfer is when a process of it is struck. "sealed", of a receiver: everything is there, and the seal
+/// finds nobody; of a sender, which has a test of its own: it has said so, and what it said may arrive or not.
 const SENDER: &[&str] = &["offered", "accepted", "moving", "moved"];
 const RECEIVER: &[&str] = &["offered", "accepted", "moving", "moved", "sealed"];
 const TRANSPORTS: [&str; 2] = ["tcp", "shm"];
@@ -67,6 +67,9 @@ async fn victim() {
             (spec.peer, spec.receiver) = (decode.into(), instance("survivor"));
             let outgoing = peer.node.offer(spec).expect("room");
             (0..layers_in(phase)).for_each(|layer| outgoing.progress().ready(layer, 0..3));
+            if phase == "sealed" {
+                outgoing.seal(1);
+            }
             until(phase, || there(&peer.node.stats(), phase)).await;
             println!("\nthere");
             std::future::pending::<()>().await;
@@ -79,6 +82,18 @@ async fn victim() {
             println!("\nthere {}", peer.address);
             std::future::pending::<()>().await;
         }
+        // A receiver that says how its transfer ended.
+        ["take", transport, id] => {
+            let peer = Peer::start_with("victim", over(transport));
+            let spec = expect_spec(parse_id(id), &instance("survivor"), &HERE);
+            let mut incoming = peer.node.expect(spec).expect("room");
+            println!("\nthere {}", peer.address);
+            match incoming.sealed().await {
+                Ok(_) => println!("\nended sealed {}", peer.holds(3, &HERE)),
+                Err(error) => println!("\nended {:?} {error}", error.code()),
+            }
+            std::future::pending::<()>().await;
+        }
         _ => panic!("not a role: {role}"),
     }
 }
@@ -89,28 +104,36 @@ fn parse_id(hex: &str) -> TransferId {
 }
 
 /// Ended also when the test fails.
-struct Victim(Child);
+struct Victim(Child, Option<BufReader<ChildStdout>>);
 
 impl Victim {
     fn start(role: String) -> Self {
-        let child = Command::new(std::env::current_exe().expect("this test"))
+        let mut child = Command::new(std::env::current_exe().expect("this test"))
             .args(["--exact", "victim", "--nocapture"])
             .env(VICTIM, role)
             .stdout(Stdio::piped())
             .spawn()
             .expect("this test starts");
-        Self(child)
+        let output = child.stdout.take().map(BufReader::new);
+        Self(child, output)
     }
 
     /// Waits until it is where it is to be struck, or listens; what it says beside.
     async fn there(&mut self) -> String {
-        let output = BufReader::new(self.0.stdout.take().expect("piped"));
+        self.says("there").await
+    }
+
+    /// Waits for a line that begins so; the rest of it.
+    async fn says(&mut self, what: &'static str) -> String {
+        let mut output = self.1.take().expect("piped");
         let said = tokio::task::spawn_blocking(move || {
-            let mut lines = output.lines().map_while(Result::ok);
-            let line = lines.find(|line| line.starts_with("there")).expect("the child says that it is there");
-            line.trim_start_matches("there").trim().to_owned()
+            let mut lines = output.by_ref().lines().map_while(Result::ok);
+            let line = lines.find(|line| line.starts_with(what)).expect("the child says so");
+            (line.trim_start_matches(what).trim().to_owned(), output)
         });
-        within("the child", 20, said).await.expect("no panic")
+        let (said, output) = within("the child", 20, said).await.expect("no panic");
+        self.1 = Some(output);
+        said
     }
 
     /// Lets a frozen one go on, until it has run and has nothing left to do; where it was killed there is nothing to do.
@@ -242,5 +265,93 @@ async fn prefill_outlives_a_decode_that_is_killed_or_frozen_in_any_phase() {
         prefill.idle().await;
         victim.thaw(signal).await;
         prefill.idle().await;
+    }
+}
+
+#[tokio::test]
+async fn a_sender_struck_as_it_seals_leaves_a_whole_cache_or_a_reason() {
+    for case in cases(&["sealed"]) {
+        let (transport, phase, signal) = case;
+        let decode = Peer::start_with("survivor", over(transport));
+        let id = TransferId::generate();
+        let mut incoming = decode.node.expect(expect_spec(id, &instance("victim"), &HERE)).expect("room");
+        let mut victim = Victim::start(format!("prefill {transport} {phase} {} {id}", decode.address));
+        victim.there().await;
+        victim.strike(signal).await;
+        match within("an end", 10, incoming.sealed()).await {
+            Ok(_) => assert!(decode.holds(3, &HERE), "{case:?}"),
+            Err(error) => noticed(&error, &case),
+        }
+        assert_eq!(within("the fence", 10, incoming.close()).await, HERE, "{case:?}");
+        decode.idle().await;
+        decode.fill(5, &HERE);
+        victim.thaw(signal).await;
+        assert!(decode.holds(5, &HERE), "{case:?}");
+        decode.idle().await;
+    }
+}
+
+/// The sender's blocks are lent on and written anew while the receiver, which maps them, cannot notice anything.
+#[tokio::test]
+async fn a_receiver_that_thaws_never_takes_blocks_in_that_the_sender_has_freed() {
+    for (early, sealed) in [(0, false), (0, true), (LAYERS - 1, true)] {
+        let prefill = Peer::start_with("survivor", over("shm"));
+        prefill.fill(3, &THERE);
+        let id = TransferId::generate();
+        let mut victim = Victim::start(format!("take shm {id}"));
+        let mut spec = offer_spec(id, &prefill, &THERE);
+        (spec.peer, spec.receiver) = (victim.there().await, instance("victim"));
+        let mut outgoing = prefill.node.offer(spec).expect("room");
+        (0..early).for_each(|layer| outgoing.progress().ready(layer, 0..3));
+        until("it is accepted", || prefill.node.stats().outgoing_accepted == 1).await;
+        until("it is opened", || prefill.node.stats().by_transport[0].opened == 1).await;
+        until("some is there", || prefill.node.stats().slices_sent == u64::from(3 * early)).await;
+        victim.strike(Signal::STOP).await;
+        // Announced, and not read.
+        (early..LAYERS).for_each(|layer| outgoing.progress().ready(layer, 0..3));
+        if sealed {
+            outgoing.seal(1);
+        }
+        within("noticing", 10, outgoing.finished()).await.expect_err("frozen");
+        assert_eq!(within("the fence", 10, outgoing.close()).await, THERE);
+        prefill.fill(4, &THERE);
+        victim.signal(Signal::CONT);
+        let ended = victim.says("ended").await;
+        assert!(!ended.starts_with("sealed"), "{ended}");
+        // Nor does it take them for damage: what the sender had before was sound.
+        assert!(!ended.contains("KvDamaged"), "{ended}");
+    }
+}
+
+#[tokio::test]
+async fn a_restarted_sender_transfers_at_once_and_the_receiver_need_not_restart() {
+    for case in cases(&["moving"]) {
+        let (transport, phase, signal) = case;
+        let decode = Peer::start_with("survivor", over(transport));
+        let lost = TransferId::generate();
+        let mut incoming = decode.node.expect(expect_spec(lost, &instance("victim"), &HERE)).expect("room");
+        let mut victim = Victim::start(format!("prefill {transport} {phase} {} {lost}", decode.address));
+        victim.there().await;
+        victim.strike(signal).await;
+        // The same instance again, before any lease has run out.
+        let again = Peer::start_with("victim", Setup { incarnation: 2, ..over(transport) });
+        again.fill(6, &THERE);
+        let id = TransferId::generate();
+        let mut next = decode.node.expect(expect_spec(id, &again.name, &[20, 21, 22])).expect("room");
+        let mut outgoing = again.node.offer(offer_spec(id, &decode, &THERE)).expect("room");
+        (0..LAYERS).for_each(|layer| outgoing.progress().ready(layer, 0..3));
+        outgoing.seal(1);
+        let started = std::time::Instant::now();
+        within("sealed", 10, next.sealed()).await.expect("whole");
+        within("finished", 10, outgoing.finished()).await.expect("released");
+        assert!(started.elapsed() < LEASE, "{case:?}: it waited for the old one's lease");
+        assert!(decode.holds(6, &[20, 21, 22]), "{case:?}");
+        let error = within("noticing", 10, incoming.sealed()).await.expect_err("of the old one");
+        noticed(&error, &case);
+        assert_eq!(within("the fence", 10, incoming.close()).await, HERE, "{case:?}");
+        decode.fill(5, &HERE);
+        victim.thaw(signal).await;
+        assert!(decode.holds(5, &HERE) && decode.holds(6, &[20, 21, 22]), "{case:?}");
+        decode.idle().await;
     }
 }

@@ -66,7 +66,13 @@ fn spec(id: TransferId, sender: &str) -> ExpectSpec {
 }
 
 fn offer(blocks: u32) -> v1::Offer {
-    v1::Offer { prompt_tokens: TOKENS as u32, blocks, layers: LAYERS, sender_epoch: 1 }
+    v1::Offer {
+        prompt_tokens: TOKENS as u32,
+        blocks,
+        layers: LAYERS,
+        sender_epoch: 1,
+        prompt_digest: prompt().as_bytes().to_vec().into(),
+    }
 }
 
 impl Scene {

@@ -17,6 +17,8 @@ pub enum IdError {
     BlockHashLength(usize),
     #[error("a role epoch is at most 2^62, got {0}")]
     RoleEpoch(u64),
+    #[error("a prompt digest is 32 bytes, got {0}")]
+    PromptDigestLength(usize),
 }
 
 macro_rules! name_id {

@@ -1,5 +1,5 @@
 //! Everything that crosses a process boundary: the protobuf contracts, the newtypes of the ids in them, what
-//! every service knows of an instance, the hashes of KV blocks, and the one table of error codes.
+//! every service knows of an instance, the hashes of KV blocks and prompts, and the one table of error codes.
 //!
 //! The services talk in [`v1`] types at their edges only: adapters turn them into domain types (`TryFrom`) on the way
 //! in and back on the way out. Contracts, a gRPC service each: `Inference`, `Handoff`, `KvCache`, `Control`, `Store`,
@@ -9,6 +9,7 @@ mod block_hash;
 mod error;
 mod ids;
 mod instance;
+mod prompt_digest;
 
 pub use block_hash::BlockHash;
 pub use error::{ApiError, ErrorCode};
@@ -16,6 +17,7 @@ pub use ids::{
     CoordinatorId, IdError, Incarnation, InstanceId, LeaderEpoch, LegId, RequestId, RoleEpoch, TransferId,
 };
 pub use instance::{InstanceLoad, InstanceSpec, KvLayoutSpec, ModelIdentity, Phase, Role, WireError};
+pub use prompt_digest::PromptDigest;
 
 /// Types and services generated from `protos/baton/v1/*.proto`.
 #[allow(missing_docs, unreachable_pub, clippy::all)]

@@ -15,7 +15,7 @@ use baton_kvtransfer::{
     ExpectSpec, FirstTokens, Incoming, KvLayout, KvNode, OfferSpec, Outgoing, Progress, Region, Sealed,
     TransferError,
 };
-use baton_proto::{ApiError, ErrorCode, Incarnation, TransferId};
+use baton_proto::{ApiError, ErrorCode, Incarnation, PromptDigest, TransferId};
 use baton_runtime::{BlockId, KvContent, KvPool, KvPoolLayout};
 use tokio::{
     runtime::Handle,
@@ -122,7 +122,7 @@ impl Transfers {
         &mut self,
         id: SequenceId,
         to: Outbound,
-        prompt_tokens: u32,
+        (prompt_tokens, prompt_digest): (u32, PromptDigest),
         (blocks, cached): (&[BlockId], u32),
         (priority, deadline): (i32, Option<Instant>),
     ) -> Result<(), ApiError> {
@@ -132,6 +132,7 @@ impl Transfers {
             receiver: to.receiver,
             receiver_incarnation: incarnation(to.receiver_incarnation),
             prompt_tokens,
+            prompt_digest,
             blocks: indices(blocks, prompt_tokens.div_ceil(self.block_tokens)),
             priority,
             deadline: self.deadline(deadline),
@@ -187,7 +188,7 @@ impl Transfers {
         &mut self,
         id: SequenceId,
         from: Inbound,
-        prompt_tokens: u32,
+        (prompt_tokens, prompt_digest): (u32, PromptDigest),
         (blocks, held): (&[BlockId], u32),
         deadline: Option<Instant>,
     ) -> Result<(), ApiError> {
@@ -196,6 +197,7 @@ impl Transfers {
             sender: from.sender,
             sender_incarnation: incarnation(from.sender_incarnation),
             prompt_tokens,
+            prompt_digest,
             blocks: indices(blocks, prompt_tokens.div_ceil(self.block_tokens)),
             held: (0..held).collect(),
             deadline: self.deadline(deadline),

@@ -7,6 +7,7 @@ use std::{
 };
 
 use baton_kvtransfer::{ExpectSpec, Incoming, KvNode, OfferSpec, Outgoing};
+use baton_proto::PromptDigest;
 use tokio::{
     io::{AsyncBufReadExt, BufReader, Lines, Stdin},
     net::TcpListener,
@@ -155,6 +156,7 @@ impl Peer {
             sender: pool::instance(SENDER)?,
             sender_incarnation: None,
             prompt_tokens: item.blocks,
+            prompt_digest: PromptDigest::of(&[]),
             blocks: blocks(item).collect(),
             held: Vec::new(),
             deadline: Instant::now() + DEADLINE,
@@ -168,6 +170,7 @@ impl Peer {
             receiver: pool::instance(RECEIVER)?,
             receiver_incarnation: None,
             prompt_tokens: item.blocks,
+            prompt_digest: PromptDigest::of(&[]),
             blocks: blocks(item).collect(),
             priority: 0,
             deadline: Instant::now() + DEADLINE,

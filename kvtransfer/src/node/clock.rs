@@ -19,13 +19,13 @@ pub(super) async fn keep_time(node: Arc<Node>) {
             }
             tokio::time::sleep(interval).await;
             let now = node.now();
-            node.incoming.live().iter().for_each(|inbound| inbound.tick(now));
-            node.outgoing.live().iter().for_each(|outbound| outbound.tick(now));
+            node.incoming.all().iter().for_each(|inbound| inbound.tick(now));
+            node.outgoing.all().iter().for_each(|outbound| outbound.tick(now));
         }
     };
     let _: Option<()> = node.shutdown.run_until_cancelled(time).await;
-    node.incoming.live().iter().for_each(|inbound| inbound.cancel(TransferError::ShuttingDown));
-    node.outgoing.live().iter().for_each(|outbound| outbound.cancel(TransferError::ShuttingDown));
+    node.incoming.all().iter().for_each(|inbound| inbound.cancel(TransferError::ShuttingDown));
+    node.outgoing.all().iter().for_each(|outbound| outbound.cancel(TransferError::ShuttingDown));
     // Streams stand a moment longer, so that peers hear why and open frames end in order.
     let by = tokio::time::Instant::now() + node.limits.fence_grace;
     tokio::time::sleep(FAREWELL).await;

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use baton_proto::{Incarnation, InstanceId, TransferId};
+use baton_proto::{Incarnation, InstanceId, PromptDigest, TransferId};
 
 use super::secret::FleetSecret;
 use crate::{
@@ -104,7 +104,8 @@ pub struct Limits {
     pub held_offers: usize,
     /// How long such an offer is held.
     pub held_offer: Duration,
-    /// Ended transfers remembered, so that their late messages are told from unknown ones and their ids not reused.
+    /// Ended transfers remembered, so that their late messages are told from unknown ones and their ids not reused; and,
+    /// apart from them, as many offers that were refused or withdrawn before anybody expected them.
     pub remembered_transfers: usize,
     /// Peers with a control stream, each way.
     pub peers: usize,
@@ -126,7 +127,8 @@ pub struct Limits {
     /// How long a sealed transfer may wait for slices that are still on their way, or for `Released`; a sender that has
     /// lost the control stream waits so long for another one, and the lease holds again once it stands. A few leases.
     pub seal_grace: Duration,
-    /// How long an aborted transfer lets a frame that is being written finish from its blocks; then zeros follow. Where
+    /// How long an aborted transfer lets a frame that is being written finish from its blocks; then zeros follow, marked
+    /// as such. Where
     /// the receiver fetches, it may take ten times as long to let go of the sender's blocks; then its path is cut.
     pub fence_grace: Duration,
     /// A data connection on which a frame makes no progress for this long is closed; so is one whose peer does not
@@ -188,6 +190,8 @@ pub struct ExpectSpec {
     /// Which start of the sender; `None` = any.
     pub sender_incarnation: Option<Incarnation>,
     pub prompt_tokens: u32,
+    /// Of the prompt whose cache is to come, and of whose cache the held blocks are. An offer of another is refused.
+    pub prompt_digest: PromptDigest,
     /// Where the prompt's blocks go, in order: `layout.blocks_for(prompt_tokens)` pool indices, lent until they come
     /// back or the transfer is sealed.
     pub blocks: Vec<u32>,
@@ -207,6 +211,8 @@ pub struct OfferSpec {
     /// Which start of the receiver; `None` = any.
     pub receiver_incarnation: Option<Incarnation>,
     pub prompt_tokens: u32,
+    /// Of the prompt whose cache this is.
+    pub prompt_digest: PromptDigest,
     /// The prompt's blocks in order: `layout.blocks_for(prompt_tokens)` pool indices, lent until they come back. Other
     /// transfers may read them at the same time.
     pub blocks: Vec<u32>,

@@ -8,6 +8,7 @@ use std::{
     task::Poll,
 };
 
+use baton_proto::PromptDigest;
 use prost::Message as _;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -24,7 +25,7 @@ use crate::{
     session::{SliceRun, Tally, crc32c},
     transport::{
         DataKey,
-        frame::{Entry, Form, Header},
+        frame::{End, Entry, Form, Header},
         hello::Hello,
     },
 };
@@ -38,6 +39,11 @@ const HELD: u32 = 2;
 const PEER: &str = "peer:1";
 /// A script's frames are few and small, so that many scripts run in a second.
 const MOST_FRAMES: usize = 32;
+
+/// Of every transfer.
+fn prompt() -> PromptDigest {
+    PromptDigest::of(&[1, 2, 3])
+}
 
 struct Stage {
     runtime: Runtime,
@@ -101,6 +107,7 @@ impl Stage {
             sender: instance("peer"),
             sender_incarnation: None,
             prompt_tokens: 16 * BLOCKS.len() as u32,
+            prompt_digest: prompt(),
             blocks: BLOCKS.to_vec(),
             held: vec![HELD],
             deadline: self.kv.node.now() + Duration::from_secs(600),
@@ -220,6 +227,8 @@ impl<'a> Script<'a> {
             bytes[at] ^= 1 << (how >> 5);
         }
         slices().for_each(|slice| bytes.extend(slice));
+        let end = if lie != 0 && first % 2 != 0 { End::CutShort } else { End::Whole };
+        bytes.extend(end.bytes());
         if how & 32 != 0 {
             let cut = self.byte()? as usize;
             bytes.truncate(bytes.len().saturating_sub(cut));
@@ -245,7 +254,13 @@ pub fn connection(bytes: &[u8]) {
         let id = stage.next_id();
         let mut incoming = stage.expect(id);
         let (prompt_tokens, blocks) = (16 * BLOCKS.len() as u32, BLOCKS.len() as u32);
-        let offer = v1::Offer { prompt_tokens, blocks, layers: LAYERS, sender_epoch: 9 };
+        let offer = v1::Offer {
+            prompt_tokens,
+            blocks,
+            layers: LAYERS,
+            sender_epoch: 9,
+            prompt_digest: prompt().as_bytes().to_vec().into(),
+        };
         stage.say(id, sender_message::Body::Offer(offer));
         let Some(Ok(v1::ReceiverMessage { body: Some(receiver_message::Body::Accept(accept)), .. })) =
             answers.recv().await
@@ -339,7 +354,7 @@ pub fn messages(bytes: &[u8]) {
             if let Some(incoming) = incoming {
                 stage.close(incoming).await;
             }
-            for held in stage.kv.node.incoming.live() {
+            for held in stage.kv.node.incoming.all() {
                 held.cancel(TransferError::ShuttingDown);
             }
             assert_eq!(stage.kv.node.held_offers.load(Ordering::Acquire), 0);
@@ -356,6 +371,7 @@ pub fn messages(bytes: &[u8]) {
             receiver: instance("peer"),
             receiver_incarnation: None,
             prompt_tokens: 16 * BLOCKS.len() as u32,
+            prompt_digest: prompt(),
             blocks: BLOCKS.to_vec(),
             priority: 0,
             deadline: stage.kv.node.now() + Duration::from_secs(600),

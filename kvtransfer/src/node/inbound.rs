@@ -21,7 +21,6 @@ use super::{
     peer_link::PeerLink,
     reservation::{Reservation, Reserved},
     shell::{Outcome, Shell, State},
-    table::Ended,
     translate::Translation,
 };
 use crate::{
@@ -36,8 +35,8 @@ use crate::{
 pub(super) struct Inbound {
     id: TransferId,
     node: Arc<Node>,
-    /// Who is to send it: at first whoever offers it, once it is expected whom the owner expects.
-    sender: Mutex<InstanceId>,
+    /// Who is to send it.
+    sender: InstanceId,
     /// What the sender is told of the key.
     told: DataKey,
     key: DataKey,
@@ -91,7 +90,7 @@ impl Inbound {
         Self {
             id,
             node: node.clone(),
-            sender: Mutex::new(sender),
+            sender,
             key: node.key(&told),
             told,
             state: State::new(session, link),
@@ -116,21 +115,18 @@ impl Inbound {
         self.outcome.subscribe()
     }
 
-    /// Whether this is an offer that nobody expects yet.
-    pub(super) fn is_held_offer(&self) -> bool {
-        self.held_offer.load(Ordering::Acquire)
+    pub(super) fn sender(&self) -> &InstanceId {
+        &self.sender
     }
 
-    /// Blocks for a held offer.
+    /// Blocks for a held offer of the sender that is expected.
     pub(super) fn adopt(&self, now: Instant, reservation: Reservation) -> Result<(), TransferError> {
         let Reservation { expectation, reserved, .. } = reservation;
         let mut state = self.state.lock();
         if let Some(reason) = &state.ending.reason {
             return Err(reason.clone());
         }
-        let sender = expectation.sender.clone();
         let commands = state.session.expect(now, expectation)?;
-        *self.sender.lock() = sender;
         let _ = self.reserved.set(reserved);
         self.no_longer_held();
         self.finish(state, commands);
@@ -196,7 +192,7 @@ impl Inbound {
         };
         drop(state);
         match over {
-            Some(how) if *self.sender.lock() == *link.peer() => link.ended_as(self.id, how),
+            Some(how) if self.sender == *link.peer() => link.ended_as(self.id, how),
             _ => return false,
         }
         true
@@ -289,7 +285,7 @@ impl Shell for Inbound {
             ReceiverCommand::Abort(reason) => {
                 self.send(state, Body::Abort(v1::Abort { reason: Some(ApiError::from(reason).into()) }));
                 if state.session.state() == ReceiverState::Expected {
-                    state.link = None; // the offer came from the wrong sender; the right one may still come
+                    state.link = None; // another start of the sender offered it; the right one may still come
                 }
             }
             ReceiverCommand::Revoke => self.revoked.cancel(),
@@ -316,7 +312,7 @@ impl Shell for Inbound {
         if let Some(reserved) = self.reserved.get() {
             drop(reserved.claimed.lock().take());
         }
-        self.node.incoming.end(self.id, Ended { peer: Some(self.sender.lock().clone()), reason });
+        self.node.incoming.leave(self.id, &self.sender, self, reason);
     }
 
     fn reclaim(&self) {

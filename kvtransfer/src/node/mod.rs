@@ -11,6 +11,7 @@ mod config;
 mod explore;
 #[cfg(any(test, feature = "fuzz"))]
 pub(crate) mod fuzz;
+mod held;
 mod inbound;
 mod incoming;
 mod link;
@@ -64,7 +65,7 @@ use peer_link::PeerLink;
 use reservation::{Reservation, check_blocks};
 use staging::Staging;
 use stats::Counters;
-use table::{Ended, Lookup, Table};
+use table::{Ended, Expected, Lookup, Table};
 use translate::{Translated, Translations};
 
 use crate::{
@@ -196,8 +197,15 @@ impl KvNode {
 
     /// Reserves a place for a transfer that `spec.sender` has offered or will offer.
     ///
-    /// Refused when the transfer has ended already (then with the reason), when there are too many, or when a block is
-    /// in use by another transfer.
+    /// # Errors
+    /// - `ShuttingDown`: the node takes nothing new.
+    /// - `Invalid`: the blocks are not as many as the prompt's tokens need, do not exist or are in use by another transfer,
+    ///   or `held` names one outside them.
+    /// - `DeadlineExceeded`: the deadline has passed already.
+    /// - `Limit`: as many transfers are being received as [`Limits::incoming_transfers`] allows.
+    /// - `AlreadyExists`: the id is expected already, or its transfer was received.
+    /// - Whatever ended the transfer, or this sender's offer of it, before: `Refused` or `PeerAborted`, `LinkLost`,
+    ///   `LeaseExpired` or any other.
     pub fn expect(&self, spec: ExpectSpec) -> Result<Incoming, TransferError> {
         let node = &self.node;
         let now = node.now();
@@ -222,15 +230,20 @@ impl KvNode {
     pub fn refuse(&self, id: TransferId, reason: ApiError) {
         let reason = TransferError::Refused(reason);
         let ended = Ended { peer: None, reason: Some(reason.clone()) };
-        if let Some(inbound) = self.node.incoming.end_unless_live(id, ended) {
-            inbound.cancel(reason);
+        for inbound in self.node.incoming.end_unless_live(id, ended) {
+            inbound.cancel(reason.clone());
         }
     }
 
     /// Offers a transfer. Returns at once; connecting and offering happen in the background.
     ///
-    /// Refused when the id was used before, when there are too many transfers or peers, or when a block is being
-    /// received into.
+    /// # Errors
+    /// - `ShuttingDown`: the node takes nothing new.
+    /// - `Invalid`: the blocks are not as many as the prompt's tokens need, do not exist or are being received into.
+    /// - `DeadlineExceeded`: the deadline has passed already.
+    /// - `AlreadyExists`: the id was used before.
+    /// - `Limit`: as many transfers are being sent as [`Limits::outgoing_transfers`] allows, or to as many peers as
+    ///   [`Limits::peers`].
     pub fn offer(&self, spec: OfferSpec) -> Result<Outgoing, TransferError> {
         let node = &self.node;
         let now = node.now();
@@ -290,28 +303,34 @@ impl Node {
         now: Instant,
         reservation: Reservation,
     ) -> Result<Arc<Inbound>, TransferError> {
-        let id = reservation.id;
+        let (id, sender) = (reservation.id, reservation.expectation.sender.clone());
         let mut reservation = Some(reservation);
         let mut made = None;
-        let found = self.incoming.get_or_add(id, |live| {
+        let (found, strays) = self.incoming.expect(id, &sender, |live, offer| {
             let limit = self.limits.incoming_transfers;
-            let (Some(reservation), true) = (reservation.take(), live < limit) else {
+            if live >= limit {
                 return Err(TransferError::Limit { what: "incoming transfers", limit });
-            };
-            let inbound = Inbound::expected(self, now, reservation);
-            made = Some(inbound.clone());
-            Ok(inbound)
+            }
+            if let Some(offer) = offer {
+                return Ok(offer.clone());
+            }
+            let reservation = reservation.take().ok_or(TransferError::AlreadyExists(id))?;
+            Ok(made.insert(Inbound::expected(self, now, reservation)).clone())
         })?;
+        for stray in strays {
+            let (expected, found) = (sender.clone(), stray.sender().clone());
+            stray.cancel(TransferError::WrongPeer { expected, found });
+        }
         match (found, made, reservation) {
-            (Lookup::Unknown, Some(inbound), _) => {
+            (Expected::Made, Some(inbound), _) => {
                 self.activity.notify_one();
                 Ok(inbound)
             }
-            (Lookup::Live(inbound), _, Some(reservation)) if inbound.is_held_offer() => {
+            (Expected::Offered(inbound), _, Some(reservation)) => {
                 inbound.adopt(now, reservation)?;
                 Ok(inbound)
             }
-            (Lookup::Ended(Ended { reason: Some(reason), .. }), ..) => Err(reason),
+            (Expected::Ended(Ended { reason: Some(reason), .. }), ..) => Err(reason),
             _ => Err(TransferError::AlreadyExists(id)),
         }
     }

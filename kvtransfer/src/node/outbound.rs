@@ -209,6 +209,7 @@ impl Shell for Outbound {
                     blocks: self.spec.blocks.len() as u32,
                     layers: self.node.slices.layers(),
                     sender_epoch: self.node.incarnation.0,
+                    prompt_digest: self.spec.prompt_digest.as_bytes().to_vec().into(),
                 };
                 self.send(state, Body::Offer(offer));
             }

@@ -42,7 +42,8 @@ impl Reservation {
         claims: &Claims,
         now: Instant,
     ) -> Result<Self, TransferError> {
-        let ExpectSpec { id, sender, sender_incarnation, prompt_tokens, blocks, mut held, deadline } = spec;
+        let ExpectSpec { id, sender, sender_incarnation, prompt_tokens, prompt_digest, .. } = spec;
+        let ExpectSpec { blocks, mut held, deadline, .. } = spec;
         let count = check_blocks(layout, prompt_tokens, &blocks, deadline, now)?;
         held.sort_unstable();
         held.dedup();
@@ -57,7 +58,8 @@ impl Reservation {
         let shape = Shape { layers: layout.layers, blocks: count };
         let claimed = Mutex::new(Some(claims.claim(&missing, &held_blocks)?));
         let reserved = Reserved { blocks, held: held.clone(), prompt_tokens, claimed };
-        let expectation = Expectation { sender, sender_incarnation, prompt_tokens, shape, held, deadline };
+        let expectation =
+            Expectation { sender, sender_incarnation, prompt_tokens, prompt_digest, shape, held, deadline };
         Ok(Self { id, expectation, reserved })
     }
 }

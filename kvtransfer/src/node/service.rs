@@ -2,7 +2,7 @@
 
 use std::{pin::Pin, sync::Arc};
 
-use baton_proto::{ApiError, Incarnation, InstanceId, TransferId, v1};
+use baton_proto::{ApiError, Incarnation, InstanceId, PromptDigest, TransferId, v1};
 use tokio::{sync::mpsc, time::timeout};
 use tokio_stream::{Stream, wrappers::ReceiverStream};
 use tonic::{Request, Response, Status, Streaming};
@@ -194,7 +194,7 @@ fn of_live(
     id: TransferId,
     event: impl FnOnce(&Inbound, std::time::Instant) -> bool,
 ) {
-    if let Lookup::Live(inbound) = node.incoming.get(&id)
+    if let Lookup::Live(inbound) = node.incoming.get_from(&id, link.peer())
         && !event(&inbound, node.now())
     {
         tracing::warn!(transfer = %id, peer = %link.peer(), "message for a transfer of another stream ignored");
@@ -211,15 +211,20 @@ fn take_offer(
         let (instance, found) = (link.peer().clone(), Incarnation(offer.sender_epoch));
         return Err(TransferError::StalePeer { instance, expected: link.incarnation(), found });
     }
+    let prompt_digest = PromptDigest::try_from(offer.prompt_digest.as_ref()).map_err(|error| {
+        TransferError::Protocol(format!("the offer does not say of which prompt: {error}"))
+    })?;
     let terms = OfferTerms {
         sender: link.peer().clone(),
         sender_incarnation: link.incarnation(),
         prompt_tokens: offer.prompt_tokens,
+        prompt_digest,
         shape: Shape { layers: offer.layers, blocks: offer.blocks },
         cut: link.translation().map(|translation| translation.cut()),
     };
     let now = node.now();
-    let found = node.incoming.get_or_add(id, |_| {
+    // A sender offers once: whoever is to expect this transfer from it must learn that it will not come.
+    let found = node.incoming.hold(id, link.peer(), || {
         let limit = node.limits.held_offers;
         if node.shutdown.is_cancelled() {
             return Err(TransferError::ShuttingDown);
@@ -228,13 +233,6 @@ fn take_offer(
             return Err(TransferError::Limit { what: "offers that nobody expects yet", limit });
         }
         Ok(Inbound::offered(node, now, id, terms.clone(), link.clone()))
-    });
-    // A sender offers once: whoever is to expect this transfer must learn that it will not come.
-    let found = found.inspect_err(|reason| {
-        let ended = Ended { peer: Some(link.peer().clone()), reason: Some(reason.clone()) };
-        if let Some(expected_by_now) = node.incoming.end_unless_live(id, ended) {
-            expected_by_now.cancel(reason.clone());
-        }
     })?;
     match found {
         Lookup::Unknown => {
@@ -255,7 +253,7 @@ fn take_seal(node: &Arc<Node>, link: &Arc<PeerLink>, id: TransferId, seal: &v1::
         Err(error) => return link.abort(id, &TransferError::Protocol(error.to_string())),
     };
     let terms = SealTerms { first_tokens, tally };
-    match node.incoming.get(&id) {
+    match node.incoming.get_from(&id, link.peer()) {
         Lookup::Live(inbound) if inbound.seal(node.now(), link, terms) => {}
         Lookup::Ended(Ended { peer: Some(peer), reason }) if peer == *link.peer() => {
             link.ended_as(id, reason.map_or(Ok(()), Err));
@@ -327,7 +325,7 @@ impl Node {
     }
 
     fn end_transfers_of(&self, link: &PeerLink, why: &str) {
-        for inbound in self.incoming.live() {
+        for inbound in self.incoming.all() {
             inbound.over_link(link, |session| session.link_lost(why));
         }
     }

@@ -1,6 +1,7 @@
 //! The transfers of one direction: those alive, and the last of those that ended.
 //!
-//! Remembering the ended ones is what keeps an id from being used twice and tells a late message from a wrong one.
+//! Remembering the ended ones is what keeps an id from being used twice and tells a late message from a wrong one. What
+//! peers offer that nobody expects yet is in [`super::held`], under the same lock.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -10,6 +11,7 @@ use std::{
 use baton_proto::{InstanceId, TransferId};
 use tokio_util::sync::CancellationToken;
 
+use super::held::Held;
 use crate::{TransferError, sync::Mutex};
 
 /// How a transfer ended.
@@ -30,6 +32,8 @@ pub(super) struct Table<T> {
 #[derive(Debug)]
 struct State<T> {
     live: HashMap<TransferId, Arc<T>>,
+    /// Nobody here expects them yet.
+    held: Held<T>,
     ended: HashMap<TransferId, Ended>,
     /// Ended ids, oldest first.
     order: VecDeque<TransferId>,
@@ -52,10 +56,21 @@ pub(super) enum Lookup<T> {
     Unknown,
 }
 
+/// What became of an id that is to be expected.
+pub(super) enum Expected<T> {
+    /// It is alive from now on.
+    Made,
+    /// It is alive from now on, and is the offer that was held.
+    Offered(Arc<T>),
+    Exists,
+    Ended(Ended),
+}
+
 impl<T> Table<T> {
     pub(super) fn new(remember: usize) -> Self {
         let state = State {
             live: HashMap::new(),
+            held: Held::default(),
             ended: HashMap::new(),
             order: VecDeque::new(),
             awaited: HashMap::new(),
@@ -87,7 +102,82 @@ impl<T> Table<T> {
         Ok(found)
     }
 
-    /// Resolves once `id` is known, at once if it is: alive, or ended.
+    /// What an id stands for when `peer` names it: a live transfer, or that peer's offer.
+    pub(super) fn get_from(&self, id: &TransferId, peer: &InstanceId) -> Lookup<T> {
+        self.state.lock().get_from(id, peer)
+    }
+
+    /// Looks up what `peer` offers; if it is unknown, `make` may have it held. A refusal is this peer's answer from then
+    /// on. `make` must not come back to this table.
+    pub(super) fn hold(
+        &self,
+        id: TransferId,
+        peer: &InstanceId,
+        make: impl FnOnce() -> Result<Arc<T>, TransferError>,
+    ) -> Result<Lookup<T>, TransferError> {
+        let mut state = self.state.lock();
+        let found = state.get_from(&id, peer);
+        if !matches!(found, Lookup::Unknown) {
+            return Ok(found);
+        }
+        let made = make();
+        match &made {
+            Ok(offer) => state.held.add(id, peer.clone(), offer.clone()),
+            Err(reason) => state.held.remember(id, peer, reason.clone(), self.remember),
+        }
+        let awaited = state.no_longer_awaited(&id);
+        drop(state);
+        wake(awaited);
+        made.map(|_| Lookup::Unknown)
+    }
+
+    /// Has an id come alive that `from` is to send, unless it is known already: as the offer of it that is held, or as
+    /// what `make` gives. `make` gets the number of live transfers and that offer, and must not come back to this table.
+    /// Other peers' offers of the id are given back, for the caller to refuse.
+    pub(super) fn expect(
+        &self,
+        id: TransferId,
+        from: &InstanceId,
+        make: impl FnOnce(usize, Option<&Arc<T>>) -> Result<Arc<T>, TransferError>,
+    ) -> Result<(Expected<T>, Vec<Arc<T>>), TransferError> {
+        let mut state = self.state.lock();
+        match state.get(&id) {
+            Lookup::Live(_) => return Ok((Expected::Exists, Vec::new())),
+            Lookup::Ended(ended) => return Ok((Expected::Ended(ended), Vec::new())),
+            Lookup::Unknown => {}
+        }
+        if let Some(reason) = state.held.end(&id, from) {
+            let ended = Ended { peer: Some(from.clone()), reason: Some(reason.clone()) };
+            return Ok((Expected::Ended(ended), Vec::new()));
+        }
+        let offer = state.held.get(&id, from).cloned();
+        let live = make(state.live.len(), offer.as_ref())?;
+        if let Some(offer) = &offer {
+            state.held.remove(&id, offer);
+        }
+        state.live.insert(id, live);
+        let strays = state.held.of(&id);
+        let awaited = state.no_longer_awaited(&id);
+        drop(state);
+        wake(awaited);
+        Ok((offer.map_or(Expected::Made, Expected::Offered), strays))
+    }
+
+    /// Takes leave of one that was received or was to be: a live transfer ends, an offer that was held is remembered as
+    /// its peer's.
+    pub(super) fn leave(&self, id: TransferId, peer: &InstanceId, it: &T, reason: Option<TransferError>) {
+        let mut state = self.state.lock();
+        if state.held.remove(&id, it) {
+            if let (Some(reason), false) = (reason, state.ended.contains_key(&id)) {
+                state.held.remember(id, peer, reason, self.remember);
+            }
+            return;
+        }
+        state.live.remove(&id);
+        state.remember(id, Ended { peer: Some(peer.clone()), reason }, self.remember);
+    }
+
+    /// Resolves once `id` is known, at once if it is: alive, offered, or ended.
     pub(super) async fn known(&self, id: TransferId) {
         let Some(waiter) = self.wait(id) else { return };
         if let Some(signal) = &waiter.signal {
@@ -98,7 +188,7 @@ impl<T> Table<T> {
     /// `None` if `id` is known already.
     fn wait(&self, id: TransferId) -> Option<Waiter<'_, T>> {
         let mut state = self.state.lock();
-        if !matches!(state.get(&id), Lookup::Unknown) {
+        if !matches!(state.get(&id), Lookup::Unknown) || state.held.knows(&id) {
             return None;
         }
         let signal = state.awaited.get(&id).and_then(Weak::upgrade).unwrap_or_default();
@@ -113,21 +203,22 @@ impl<T> Table<T> {
         state.remember(id, how, self.remember);
     }
 
-    /// Has an id that is not known ended before it was ever alive; one that has ended stays as it is. A live transfer is
-    /// returned instead, for the caller to end: it cannot come alive unseen in between.
-    pub(super) fn end_unless_live(&self, id: TransferId, how: Ended) -> Option<Arc<T>> {
+    /// Has an id that is not alive ended before it ever was; one that has ended stays as it is. A live transfer is
+    /// returned instead, for the caller to end, and so is what is held of the id: neither can come alive unseen in
+    /// between.
+    pub(super) fn end_unless_live(&self, id: TransferId, how: Ended) -> Vec<Arc<T>> {
         let mut state = self.state.lock();
         match state.get(&id) {
-            Lookup::Live(live) => return Some(live),
-            Lookup::Ended(_) => {}
-            Lookup::Unknown => {
-                state.remember(id, how, self.remember);
-                let awaited = state.no_longer_awaited(&id);
-                drop(state);
-                wake(awaited);
-            }
+            Lookup::Live(live) => return vec![live],
+            Lookup::Ended(_) => return Vec::new(),
+            Lookup::Unknown => {}
         }
-        None
+        state.remember(id, how, self.remember);
+        let offers = state.held.of(&id);
+        let awaited = state.no_longer_awaited(&id);
+        drop(state);
+        wake(awaited);
+        offers
     }
 
     /// Takes back an addition as if it had not been.
@@ -135,12 +226,16 @@ impl<T> Table<T> {
         self.state.lock().live.remove(id);
     }
 
-    pub(super) fn live(&self) -> Vec<Arc<T>> {
-        self.state.lock().live.values().cloned().collect()
+    /// Live transfers, and offers that are held.
+    pub(super) fn all(&self) -> Vec<Arc<T>> {
+        let state = self.state.lock();
+        state.live.values().chain(state.held.all()).cloned().collect()
     }
 
+    /// How many [`Self::all`] are.
     pub(super) fn len(&self) -> usize {
-        self.state.lock().live.len()
+        let state = self.state.lock();
+        state.live.len() + state.held.len()
     }
 
     /// Ids that somebody waits for.
@@ -155,6 +250,20 @@ impl<T> State<T> {
         match (self.live.get(id), self.ended.get(id)) {
             (Some(live), _) => Lookup::Live(live.clone()),
             (None, Some(ended)) => Lookup::Ended(ended.clone()),
+            (None, None) => Lookup::Unknown,
+        }
+    }
+
+    fn get_from(&self, id: &TransferId, peer: &InstanceId) -> Lookup<T> {
+        let found = self.get(id);
+        if !matches!(found, Lookup::Unknown) {
+            return found;
+        }
+        match (self.held.get(id, peer), self.held.end(id, peer)) {
+            (Some(offer), _) => Lookup::Live(offer.clone()),
+            (None, Some(reason)) => {
+                Lookup::Ended(Ended { peer: Some(peer.clone()), reason: Some(reason.clone()) })
+            }
             (None, None) => Lookup::Unknown,
         }
     }
@@ -230,7 +339,7 @@ mod tests {
         let refused = TransferId::generate();
         let mut waits = pin!(table.known(refused));
         assert!(!ready(waits.as_mut()));
-        assert!(table.end_unless_live(refused, Ended { peer: None, reason: None }).is_none());
+        assert!(table.end_unless_live(refused, Ended { peer: None, reason: None }).is_empty());
         assert!(ready(waits.as_mut()), "ended before it was ever alive");
         assert_eq!(awaited(), 0);
     }
@@ -248,7 +357,7 @@ mod tests {
                     matches!(table.get_or_add(id, |_| Ok(Arc::new(1))), Ok(Lookup::Unknown))
                 });
                 barrier.wait();
-                let seen = table.end_unless_live(id, refused()).is_some();
+                let seen = !table.end_unless_live(id, refused()).is_empty();
                 (adding.join().expect("no panic"), seen)
             });
             assert_eq!(added, seen, "whoever ends an id is given what was added");
@@ -257,7 +366,7 @@ mod tests {
         }
         let id = TransferId::generate();
         table.end(id, Ended { peer: None, reason: None });
-        assert!(table.end_unless_live(id, refused()).is_none());
+        assert!(table.end_unless_live(id, refused()).is_empty());
         assert!(matches!(table.get(&id), Lookup::Ended(Ended { reason: None, .. })), "the first end stays");
     }
 

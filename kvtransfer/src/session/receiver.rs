@@ -9,7 +9,7 @@ mod agreement;
 
 use std::time::{Duration, Instant};
 
-use baton_proto::{ApiError, Incarnation, InstanceId};
+use baton_proto::{ApiError, Incarnation, InstanceId, PromptDigest};
 
 use super::{
     Cut, Lease,
@@ -25,6 +25,7 @@ pub(crate) struct Expectation {
     pub(crate) sender: InstanceId,
     pub(crate) sender_incarnation: Option<Incarnation>,
     pub(crate) prompt_tokens: u32,
+    pub(crate) prompt_digest: PromptDigest,
     pub(crate) shape: Shape,
     /// Indices of blocks that are filled already, in ascending order; from the accept on, of the sender's blocks.
     pub(crate) held: Vec<u32>,
@@ -38,6 +39,7 @@ pub(crate) struct OfferTerms {
     pub(crate) sender: InstanceId,
     pub(crate) sender_incarnation: Incarnation,
     pub(crate) prompt_tokens: u32,
+    pub(crate) prompt_digest: PromptDigest,
     /// In the sender's blocks.
     pub(crate) shape: Shape,
     /// `None` = the sender lays its cache out as this side does.

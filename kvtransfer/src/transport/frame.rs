@@ -7,8 +7,10 @@
 //! 24  4  first block index                   48 16  proof (the transfer's key; bytes 0..48, table)
 //! 28  4  zero                                64     the table
 //! ```
-//! Form "BKV1", carried: the table is the CRC32C of each slice (4 bytes), and the slices follow. Form "BKN2", announced:
-//! the table is, of each slice, its offset in the sender's region (8 bytes) and its digest (4 bytes), and nothing follows.
+//! Form "BKV2", carried: the table is the CRC32C of each slice (4 bytes); the slices follow, and 4 bytes that say how the
+//! frame has ended ([`End`]): "BKE1", or "BKX1" where the sender had to give the slices up on the way and wrote zeros.
+//! Form "BKN2", announced: the table is, of each slice, its offset in the sender's region (8 bytes) and its digest (4
+//! bytes), and nothing follows.
 //! Numbers are little endian. The proof covers everything but the slices, which the sums in the table cover. Nothing in a
 //! frame is an address: the receiver computes destinations from its own block list.
 
@@ -27,7 +29,7 @@ const PROOF_AT: usize = HEADER_BYTES - PROOF_BYTES;
 /// What follows the header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Form {
-    /// The slices' sums, then the slices.
+    /// The slices' sums, then the slices and the frame's end.
     Carried,
     /// Where the slices lie, and their sums.
     Announced,
@@ -36,7 +38,7 @@ pub(crate) enum Form {
 impl Form {
     fn magic(self) -> [u8; 4] {
         match self {
-            Self::Carried => *b"BKV1",
+            Self::Carried => *b"BKV2",
             Self::Announced => *b"BKN2",
         }
     }
@@ -47,6 +49,32 @@ impl Form {
             Self::Carried => 4,
             Self::Announced => 12,
         }
+    }
+}
+
+/// Bytes of a carried frame's end.
+pub(crate) const END_BYTES: usize = 4;
+
+/// How a carried frame ended. Only slices of a whole one can be damaged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum End {
+    /// Every slice was written from its block.
+    Whole,
+    /// Zeros were written in place of the rest.
+    CutShort,
+}
+
+impl End {
+    pub(crate) fn bytes(self) -> &'static [u8; END_BYTES] {
+        match self {
+            Self::Whole => b"BKE1",
+            Self::CutShort => b"BKX1",
+        }
+    }
+
+    pub(crate) fn decode(bytes: &[u8; END_BYTES]) -> Result<Self, FrameError> {
+        let known = [Self::Whole, Self::CutShort].into_iter().find(|end| end.bytes() == bytes);
+        known.ok_or(FrameError::End)
     }
 }
 
@@ -64,6 +92,8 @@ pub(crate) struct Header {
 pub(crate) enum FrameError {
     #[error("not a frame of this protocol version")]
     Magic,
+    #[error("a frame that does not end as frames do")]
+    End,
     #[error("a frame of {0} slices; at least 1 and at most {MAX_FRAME_SLICES} are allowed")]
     Count(u32),
     #[error("a frame with slices of {found} bytes; they are {expected} here")]

@@ -18,7 +18,7 @@ use baton_kvtransfer::{
     DataPortConfig, DeviceMemory, ExpectSpec, FleetSecret, KvLayout, KvNode, Limits, NodeConfig, OfferSpec,
     Reclaimed, Region, TransportConfig, TransportKind,
 };
-use baton_proto::{Incarnation, InstanceId, TransferId};
+use baton_proto::{Incarnation, InstanceId, PromptDigest, TransferId};
 use memmap2::MmapMut;
 use rustix::fs::{MemfdFlags, memfd_create};
 use tokio_util::sync::CancellationToken;
@@ -293,12 +293,18 @@ pub fn in_secs(secs: u64) -> Instant {
     Instant::now() + Duration::from_secs(secs)
 }
 
+/// That of every test's transfer.
+pub fn prompt() -> PromptDigest {
+    PromptDigest::of(&[1, 2, 3])
+}
+
 pub fn expect_spec(id: TransferId, sender: &InstanceId, blocks: &[u32]) -> ExpectSpec {
     ExpectSpec {
         id,
         sender: sender.clone(),
         sender_incarnation: None,
         prompt_tokens: blocks.len() as u32 * BLOCK_TOKENS,
+        prompt_digest: prompt(),
         blocks: blocks.to_vec(),
         held: Vec::new(),
         deadline: in_secs(30),
@@ -312,6 +318,7 @@ pub fn offer_spec(id: TransferId, to: &Peer, blocks: &[u32]) -> OfferSpec {
         receiver: to.name.clone(),
         receiver_incarnation: None,
         prompt_tokens: blocks.len() as u32 * BLOCK_TOKENS,
+        prompt_digest: prompt(),
         blocks: blocks.to_vec(),
         priority: 0,
         deadline: in_secs(30),

@@ -28,6 +28,8 @@ pub struct ScriptedSender {
     pub from_peer: Streaming<v1::ReceiverMessage>,
     pub data: SocketAddr,
     pub pass: Pass,
+    /// The kinds of transport it was told of.
+    pub told: Vec<String>,
 }
 
 /// What data connections show.
@@ -65,7 +67,8 @@ impl ScriptedSender {
         let tcp = welcome.endpoints.iter().find(|endpoint| endpoint.transport == "tcp").expect("tcp");
         let data = tcp.address.parse().expect("an address");
         let pass = Pass { id: welcome.link_id.to_vec(), key: welcome.link_key.to_vec() };
-        Ok(Self { to_peer, from_peer, data, pass })
+        let told = welcome.endpoints.into_iter().map(|endpoint| endpoint.transport).collect();
+        Ok(Self { to_peer, from_peer, data, pass, told })
     }
 
     /// A data connection of this sender, hellos exchanged.
@@ -85,7 +88,13 @@ impl ScriptedSender {
 
     pub async fn offer(&self, id: TransferId, blocks: u32, incarnation: u64) {
         let prompt_tokens = blocks * super::BLOCK_TOKENS;
-        let offer = v1::Offer { prompt_tokens, blocks, layers: LAYERS, sender_epoch: incarnation };
+        let offer = v1::Offer {
+            prompt_tokens,
+            blocks,
+            layers: LAYERS,
+            sender_epoch: incarnation,
+            prompt_digest: super::prompt().as_bytes().to_vec().into(),
+        };
         self.say(id, FromSender::Offer(offer)).await;
     }
 
@@ -130,15 +139,21 @@ pub struct RawFrame {
     /// XORed into the first slice's CRC.
     pub crc_error: u32,
     pub slice_bytes: u32,
+    pub end: [u8; 4],
 }
+
+/// How a frame ends that was written from its blocks to the last byte, and how one whose rest is zeros.
+pub const WHOLE: [u8; 4] = *b"BKE1";
+pub const CUT_SHORT: [u8; 4] = *b"BKX1";
 
 impl RawFrame {
     pub fn new(id: TransferId, key: &[u8], layer: u32, first: u32, payload: Vec<Vec<u8>>) -> Self {
-        Self { id, layer, first, payload, key: key.to_vec(), crc_error: 0, slice_bytes: SLICE as u32 }
+        let (key, slice_bytes) = (key.to_vec(), SLICE as u32);
+        Self { id, layer, first, payload, key, crc_error: 0, slice_bytes, end: WHOLE }
     }
 
     pub fn bytes(&self) -> Vec<u8> {
-        let mut head = b"BKV1".to_vec();
+        let mut head = b"BKV2".to_vec();
         head.extend(self.layer.to_le_bytes());
         head.extend(self.id.as_bytes());
         head.extend(self.first.to_le_bytes());
@@ -153,6 +168,7 @@ impl RawFrame {
         head.extend(proof);
         head.extend(table);
         head.extend(self.payload.concat());
+        head.extend(self.end);
         head
     }
 }
@@ -258,6 +274,8 @@ pub struct ScriptedReceiver {
     data: mpsc::Receiver<TcpStream>,
     /// Where it says that it takes slices in over shared memory.
     pub shm: Option<String>,
+    /// Of other transports that it says it has, kind and address, the best.
+    pub also: Vec<(&'static str, String)>,
     streams: mpsc::Receiver<Exchange>,
 }
 
@@ -315,7 +333,7 @@ impl ScriptedReceiver {
         let service = handoff_server::HandoffServer::new(Service(sender));
         let incoming = tonic::transport::server::TcpIncoming::from(listener);
         tokio::spawn(tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming));
-        Self { address, data_address, data, shm: None, streams }
+        Self { address, data_address, data, shm: None, also: Vec::new(), streams }
     }
 
     /// The next control stream, hellos exchanged.
@@ -345,9 +363,10 @@ impl ScriptedReceiver {
         assert!(matches!(proof.body, Some(FromSender::Proof(_))), "the proof comes second");
         let address = self.data_address.to_string();
         let endpoint = |kind: &str, address| v1::DataEndpoint { transport: kind.into(), address };
+        let also = self.also.iter().map(|(kind, address)| endpoint(kind, address.clone()));
         let shm = self.shm.iter().map(|name| endpoint("shm", name.clone()));
         let welcome = v1::Welcome {
-            endpoints: shm.chain([endpoint("tcp", address)]).collect(),
+            endpoints: also.chain(shm).chain([endpoint("tcp", address)]).collect(),
             link_id: vec![3; 16].into(),
             link_key: vec![4; 16].into(),
         };
@@ -407,7 +426,7 @@ impl ReceiverStreamEnd {
 
 /// What a frame with `count` slices weighs on the wire.
 pub fn frame_bytes(count: usize) -> usize {
-    64 + count * (4 + SLICE)
+    64 + count * (4 + SLICE) + 4
 }
 
 /// Slices of one layer, as a test's transfer has them.

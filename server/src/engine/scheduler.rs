@@ -28,7 +28,7 @@ use std::{
 };
 
 use baton_kvtransfer::FirstTokens;
-use baton_proto::{ApiError, BlockHash, TransferId};
+use baton_proto::{ApiError, BlockHash, PromptDigest, TransferId};
 use baton_runtime::BlockId;
 
 use super::{
@@ -74,11 +74,12 @@ pub struct Chunk {
 /// What has to be done outside.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Effect {
-    /// Offer a prefill leg's blocks to its receiver; the first `cached` of them are final already.
+    /// Offer a prefill leg's blocks, those of a prompt of so many tokens, to its receiver; the first `cached` of them are
+    /// final already.
     Offer {
         id: SequenceId,
         to: Outbound,
-        prompt_tokens: u32,
+        prompt: (u32, PromptDigest),
         blocks: Vec<BlockId>,
         cached: u32,
         priority: i32,
@@ -90,7 +91,7 @@ pub enum Effect {
     Expect {
         id: SequenceId,
         from: Inbound,
-        prompt_tokens: u32,
+        prompt: (u32, PromptDigest),
         blocks: Vec<BlockId>,
         held: u32,
         deadline: Option<Instant>,
@@ -315,7 +316,8 @@ impl Scheduler {
             Work::Decode(from) => {
                 let from = from.clone();
                 let blocks = blocks();
-                let expect = Effect::Expect { id, from, prompt_tokens, blocks, held: cached, deadline };
+                let prompt = (prompt_tokens, sequence.prompt_digest());
+                let expect = Effect::Expect { id, from, prompt, blocks, held: cached, deadline };
                 self.effects.push(expect);
                 self.counts.held_blocks += u64::from(cached);
                 sequence.cached = Some(0);
@@ -326,15 +328,9 @@ impl Scheduler {
             Work::Prefill(to) => {
                 let (to, blocks) = (to.clone(), blocks());
                 let priority = sequence.rank.priority;
-                self.effects.push(Effect::Offer {
-                    id,
-                    to,
-                    prompt_tokens,
-                    blocks,
-                    cached,
-                    priority,
-                    deadline,
-                });
+                let prompt = (prompt_tokens, sequence.prompt_digest());
+                let offer = Effect::Offer { id, to, prompt, blocks, cached, priority, deadline };
+                self.effects.push(offer);
             }
             Work::Whole => {}
         }

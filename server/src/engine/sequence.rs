@@ -22,7 +22,7 @@ mod log;
 
 use std::{borrow::Cow, fmt, time::Instant};
 
-use baton_proto::{ApiError, BlockHash, Incarnation, InstanceId, LegId, RequestId, TransferId};
+use baton_proto::{ApiError, BlockHash, Incarnation, InstanceId, LegId, PromptDigest, RequestId, TransferId};
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use super::{
@@ -277,6 +277,11 @@ impl Sequence {
     /// Hash of one of its full blocks, which [`Self::hashes`] has computed.
     pub(super) fn hash(&self, block: u32) -> BlockHash {
         self.hashes[block as usize]
+    }
+
+    /// By which the two sides of a handoff know that they mean the same prompt.
+    pub(super) fn prompt_digest(&self) -> PromptDigest {
+        PromptDigest::of(&self.tokens[..self.prompt_tokens as usize])
     }
 
     /// Tokens still to be computed before the next one can be sampled.

@@ -290,13 +290,13 @@ impl Engine {
     fn perform(&mut self) {
         for effect in self.scheduler.take_effects() {
             let begun = match effect {
-                Effect::Offer { id, to, prompt_tokens, blocks, cached, priority, deadline } => self
+                Effect::Offer { id, to, prompt, blocks, cached, priority, deadline } => self
                     .transfers
-                    .offer(id, to, prompt_tokens, (&blocks, cached), (priority, deadline))
+                    .offer(id, to, prompt, (&blocks, cached), (priority, deadline))
                     .map_err(|error| (id, error)),
-                Effect::Expect { id, from, prompt_tokens, blocks, held, deadline } => self
+                Effect::Expect { id, from, prompt, blocks, held, deadline } => self
                     .transfers
-                    .expect(id, from, prompt_tokens, (&blocks, held), deadline)
+                    .expect(id, from, prompt, (&blocks, held), deadline)
                     .map_err(|error| (id, error)),
                 Effect::Watch { id, transfer, deadline } => {
                     self.transfers.watch(id, transfer, deadline);

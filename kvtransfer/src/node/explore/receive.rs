@@ -108,7 +108,8 @@ fn sender(
 ) -> Option<Body> {
     let (node, watch) = (&stage.node, &stage.watch);
     let (layers, blocks) = (LAYERS, 2);
-    let offer = v1::Offer { prompt_tokens: 32, blocks, layers, sender_epoch: 9 };
+    let offer =
+        v1::Offer { prompt_tokens: 32, blocks, layers, sender_epoch: 9, prompt_digest: vec![7; 32].into() };
     say(node, link, sender_message::Body::Offer(offer));
     let mut lanes = Vec::new();
     let mut ends = Vec::new();
@@ -164,7 +165,7 @@ fn receive() {
             Mishap::StreamEnds => kv.node.peer_lost(&link, "test"),
             Mishap::ClockRunsOut => {
                 let late = kv.node.now() + Duration::from_secs(100);
-                kv.node.incoming.live().iter().for_each(|inbound| inbound.tick(late));
+                kv.node.incoming.all().iter().for_each(|inbound| inbound.tick(late));
             }
             Mishap::Refused => kv.refuse(id(ID), ApiError::new(baton_proto::ErrorCode::Unavailable, "test")),
             _ => {}
@@ -175,6 +176,7 @@ fn receive() {
         sender: name("prefill-0"),
         sender_incarnation: None,
         prompt_tokens: 32,
+        prompt_digest: baton_proto::PromptDigest::try_from(&[7; 32][..]).expect("32 bytes"),
         blocks: BLOCKS_OF_IT.to_vec(),
         held: vec![],
         deadline: node.now() + Duration::from_secs(60),
@@ -228,7 +230,7 @@ fn end(
     let last = peer.join().expect("no panic");
     if !handle {
         // An offer that came late may still be held, for an owner that has been told no.
-        stage.node.incoming.live().iter().for_each(|inbound| inbound.cancel(TransferError::ShuttingDown));
+        stage.node.incoming.all().iter().for_each(|inbound| inbound.cancel(TransferError::ShuttingDown));
     }
     let (completed, failed) = stage.told(Direction::Incoming);
     assert_eq!(stage.watch.has_returned(id(ID)), handle, "blocks come back if they were lent");

@@ -164,6 +164,7 @@ fn owner(stage: &Arc<Stage>, kv: &KvNode, of: u8, mishap: Mishap) {
         receiver: name("decode-0"),
         receiver_incarnation: None,
         prompt_tokens: 32,
+        prompt_digest: baton_proto::PromptDigest::of(&[]),
         blocks: BLOCKS_OF[of as usize].to_vec(),
         priority: 0,
         deadline: kv.node.now() + Duration::from_secs(60),
@@ -172,7 +173,7 @@ fn owner(stage: &Arc<Stage>, kv: &KvNode, of: u8, mishap: Mishap) {
     let progress = outgoing.progress();
     let engine = thread::spawn(move || engine(&progress));
     if of == 0 {
-        let live = kv.node.outgoing.live();
+        let live = kv.node.outgoing.all();
         let meant = live.iter().find(|outbound| outbound.id() == id(of));
         match (mishap, meant) {
             (Mishap::PathLost, Some(outbound)) => outbound.path_lost("test"),

@@ -27,13 +27,11 @@ fn one_id() {
     });
     let refusing = {
         let table = table.clone();
-        thread::spawn(move || match table.end_unless_live(id(1), refusal()) {
-            Some(live) => {
-                // As `KvNode::refuse`: it is cancelled, and its shell ends it.
-                table.end(id(1), refusal());
-                Some(*live)
-            }
-            None => None,
+        thread::spawn(move || {
+            let live = table.end_unless_live(id(1), refusal()).pop()?;
+            // As `KvNode::refuse`: it is cancelled, and its shell ends it.
+            table.end(id(1), refusal());
+            Some(*live)
         })
     };
     let waiting = [true, true, false].map(|patient| {

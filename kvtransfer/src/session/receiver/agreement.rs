@@ -64,6 +64,9 @@ impl Receiver {
             differs("blocks", ours.blocks, theirs.blocks)
         } else if expectation.prompt_tokens != offer.prompt_tokens {
             differs("prompt tokens", expectation.prompt_tokens, offer.prompt_tokens)
+        } else if expectation.prompt_digest != offer.prompt_digest {
+            let (expected, found) = (expectation.prompt_digest, offer.prompt_digest);
+            Some(TransferError::OtherPrompt { expected, found })
         } else {
             None
         };

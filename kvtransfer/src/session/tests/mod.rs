@@ -7,7 +7,7 @@ mod sender;
 
 use std::time::{Duration, Instant};
 
-use baton_proto::{ApiError, ErrorCode, Incarnation, InstanceId};
+use baton_proto::{ApiError, ErrorCode, Incarnation, InstanceId, PromptDigest};
 use proptest::prelude::*;
 
 use super::*;
@@ -31,12 +31,27 @@ fn timing() -> ReceiverTiming {
 
 fn expectation(shape: Shape, held: Vec<u32>, deadline: Instant) -> Expectation {
     let (sender, prompt_tokens) = (peer("prefill-0"), shape.blocks * 16);
-    Expectation { sender, sender_incarnation: Some(Incarnation(1)), prompt_tokens, shape, held, deadline }
+    Expectation {
+        sender,
+        sender_incarnation: Some(Incarnation(1)),
+        prompt_tokens,
+        prompt_digest: PromptDigest::of(&[1]),
+        shape,
+        held,
+        deadline,
+    }
 }
 
 fn offer(shape: Shape) -> OfferTerms {
     let (sender, prompt_tokens) = (peer("prefill-0"), shape.blocks * 16);
-    OfferTerms { sender, sender_incarnation: Incarnation(1), prompt_tokens, shape, cut: None }
+    OfferTerms {
+        sender,
+        sender_incarnation: Incarnation(1),
+        prompt_tokens,
+        prompt_digest: PromptDigest::of(&[1]),
+        shape,
+        cut: None,
+    }
 }
 
 fn terms(shape: Shape, now: Instant) -> SenderTerms {

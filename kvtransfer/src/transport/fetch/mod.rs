@@ -19,7 +19,7 @@ use std::{io, ptr::NonNull, time::Instant};
 use super::TransportKind;
 
 pub(crate) use lane::Lane;
-pub(crate) use reader::{Closed, Wire, serve};
+pub(crate) use reader::{Closed, Wire, hung_up, serve};
 pub(crate) use tcp::Fetched;
 pub(crate) use thread::on_thread;
 

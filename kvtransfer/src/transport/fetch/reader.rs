@@ -2,8 +2,11 @@
 
 use std::{
     io::{self, Read, Write},
+    os::fd::AsFd,
     time::{Duration, Instant},
 };
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::{DONE, Piece, RemoteRegion, WANTED, digest::digest};
 use crate::{
@@ -18,6 +21,16 @@ use crate::{
 pub(crate) trait Wire: Read + Write {
     /// How long a read may wait; `None` = for ever.
     fn set_patience(&self, patience: Option<Duration>) -> io::Result<()>;
+
+    /// Whether the peer has closed it, though some of what it said may be unread yet.
+    fn ended(&self) -> bool;
+}
+
+/// [`Wire::ended`] of a socket. One that cannot be asked is taken to have ended.
+pub(crate) fn hung_up(socket: &impl AsFd) -> bool {
+    let mut asked = [PollFd::new(socket, PollFlags::RDHUP)];
+    let over = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
+    poll(&mut asked, Some(&Timespec::default())).is_err() || asked[0].revents().intersects(over)
 }
 
 /// Why a connection is closed from this side.
@@ -78,7 +91,7 @@ fn fetch(
     header: &Header,
     table: &[u8],
     landing: &dyn Landing,
-    wire: &mut impl Write,
+    wire: &mut impl Wire,
     region: &mut dyn RemoteRegion,
     terms: Terms,
 ) -> Result<(), Closed> {
@@ -104,6 +117,12 @@ fn fetch(
     if let Err(error) = region.read(&pieces, Instant::now() + terms.stall) {
         claimed.interrupted(&format!("the peer's memory cannot be read: {error}"));
         return Err(error.into());
+    }
+    // The sender closes the connection before it lets go of its blocks. What was copied while it stood is what was
+    // announced, or damaged; later the blocks may be another's, and nothing can be said of them.
+    if wire.ended() {
+        claimed.interrupted("the sender gave the slices up before they were copied");
+        return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
     }
     for (block, sum) in run.blocks().zip(sums) {
         let copy_out = |from, into: &mut [u8]| landing.copy_out(run.layer, block, from, into);

@@ -15,7 +15,7 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use super::{Lane, Lent, Medium, RemoteRegion, Wire, on_thread, serve};
+use super::{Lane, Lent, Medium, RemoteRegion, Wire, hung_up, on_thread, serve};
 use crate::transport::{
     Destination, Inbox, Opening, Outbox, Path, Terms, Transport, TransportKind,
     hello::{ANSWER_BYTES, Hello},
@@ -154,5 +154,9 @@ fn let_in(
 impl Wire for TcpStream {
     fn set_patience(&self, patience: Option<Duration>) -> io::Result<()> {
         self.set_read_timeout(patience)
+    }
+
+    fn ended(&self) -> bool {
+        hung_up(self)
     }
 }

@@ -230,4 +230,8 @@ impl fetch::Wire for UnixStream {
     fn set_patience(&self, patience: Option<Duration>) -> io::Result<()> {
         self.set_read_timeout(patience)
     }
+
+    fn ended(&self) -> bool {
+        fetch::hung_up(self)
+    }
 }

@@ -2,7 +2,8 @@
 //!
 //! When the connection breaks, the run in hand fails, every transfer that has slices on it is told, and its path is over.
 //! When a transfer is aborted in the middle of its frame, the frame is finished from its blocks if that takes no longer
-//! than the fence grace, and with zeros after that: the connection stays in step and the blocks are free.
+//! than the fence grace, and with zeros after that, which its end tells: the connection stays in step, the blocks are
+//! free, and the receiver does not take the zeros for damage, though it may hear of the abort later.
 
 use std::{
     collections::HashMap,
@@ -20,7 +21,7 @@ use crate::{
     session::crc32c,
     transport::{
         Departure, Outbox, PathEnd, Terms, Ticket,
-        frame::{Entry, Form, HEADER_BYTES, Header},
+        frame::{END_BYTES, End, Entry, Form, HEADER_BYTES, Header},
     },
 };
 
@@ -93,11 +94,15 @@ impl Lane {
         let header = Header { form: Form::Carried, transfer, run, slice_bytes };
         header.encode(&key, self.crcs.iter().map(|&sum| Entry { offset: 0, sum }), &mut self.head);
 
-        let total = self.head.len() as u64 + header.payload_bytes();
-        let mut written = 0;
+        let end_at = self.head.len() as u64 + header.payload_bytes();
+        let total = end_at + END_BYTES as u64;
+        let (mut written, mut end) = (0, End::Whole);
         let mut patience = Patience::new(&self.terms);
         while written < total {
-            match stream.try_write_vectored(&self.rest(&header, ticket, written)?) {
+            if ticket.settled() && written < end_at {
+                end = End::CutShort;
+            }
+            match stream.try_write_vectored(&self.rest(&header, ticket, end, written)?) {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Ok(n) => {
                     written += n as u64;
@@ -114,24 +119,39 @@ impl Lane {
     }
 
     /// What is left of a frame after `written` bytes, as far as one write goes.
-    fn rest<'a>(&'a self, header: &Header, ticket: &'a Ticket, written: u64) -> io::Result<Vec<IoSlice<'a>>> {
+    fn rest<'a>(
+        &'a self,
+        header: &Header,
+        ticket: &'a Ticket,
+        end: End,
+        written: u64,
+    ) -> io::Result<Vec<IoSlice<'a>>> {
         let mut list = Vec::with_capacity(WRITE_SLICES);
         let head = self.head.len() as u64;
         if written < head {
             list.push(IoSlice::new(&self.head[written as usize..]));
         }
         let at = written.saturating_sub(head);
-        if ticket.settled() {
-            let left = (header.payload_bytes() - at).min(ZEROS.len() as u64) as usize;
-            list.push(IoSlice::new(&ZEROS[..left]));
+        let left = header.payload_bytes().saturating_sub(at);
+        if left == 0 {
+            let told = (at - header.payload_bytes()) as usize;
+            list.push(IoSlice::new(&end.bytes()[told..]));
+            return Ok(list);
+        }
+        if end == End::CutShort {
+            list.push(IoSlice::new(&ZEROS[..left.min(ZEROS.len() as u64) as usize]));
             return Ok(list);
         }
         let slice_bytes = u64::from(header.slice_bytes);
         let mut skip = (at % slice_bytes) as usize;
-        for block in header.run.blocks().skip((at / slice_bytes) as usize).take(WRITE_SLICES - list.len()) {
+        let mut blocks = header.run.blocks().skip((at / slice_bytes) as usize);
+        for block in blocks.by_ref().take(WRITE_SLICES - list.len()) {
             let slice = ticket.departure().source(header.run.layer, block, skip).map_err(io::Error::other)?;
             list.push(slice);
             skip = 0;
+        }
+        if blocks.next().is_none() {
+            list.push(IoSlice::new(end.bytes()));
         }
         Ok(list)
     }

@@ -2,7 +2,8 @@
 //!
 //! A frame of a live transfer must be proven; one that is not closes the connection and touches nothing. Frames of
 //! transfers that are over are read past, since the connection carries others' slices too. So is a frame whose claim is
-//! refused; its transfer is aborted by its session.
+//! refused; its transfer is aborted by its session. A slice that does not match its sum is damaged if its frame ends whole;
+//! until then it may be the zeros of a sender that has given the frame up.
 
 use std::{
     io::{self, IoSliceMut},
@@ -16,7 +17,7 @@ use crate::{
     session::{Claim, Crc32c},
     transport::{
         Claimed, Found, Inbox, Landing, Terms,
-        frame::{Form, FrameError, HEADER_BYTES, Header},
+        frame::{END_BYTES, End, Form, FrameError, HEADER_BYTES, Header},
         port,
     },
 };
@@ -55,8 +56,10 @@ pub(super) struct Reader {
     stream: TcpStream,
     terms: Terms,
     inbox: Arc<dyn Inbox>,
+    /// How the frame before ended, and the next header.
+    end: [u8; END_BYTES],
     head: [u8; HEADER_BYTES],
-    /// Bytes of the next header that are in `head` already: read together with the payload before it.
+    /// Bytes of both that are there already: read together with the payload before them.
     have: usize,
     table: Vec<u8>,
     crcs: Vec<u32>,
@@ -65,8 +68,10 @@ pub(super) struct Reader {
 
 impl Reader {
     pub(super) fn new(stream: TcpStream, terms: Terms, inbox: Arc<dyn Inbox>) -> Self {
-        let (head, table, crcs, scrap) = ([0; HEADER_BYTES], Vec::new(), Vec::new(), Vec::new());
-        Self { stream, terms, inbox, head, have: 0, table, crcs, scrap }
+        let (table, crcs, scrap) = (Vec::new(), Vec::new(), Vec::new());
+        // As if a frame had gone before.
+        let (end, head, have) = (*End::Whole.bytes(), [0; HEADER_BYTES], END_BYTES);
+        Self { stream, terms, inbox, end, head, have, table, crcs, scrap }
     }
 
     /// Reads frames until the peer closes.
@@ -81,21 +86,23 @@ impl Reader {
             self.read_table(&header).await?;
             match self.inbox.find(&header.transfer) {
                 Found::Live(landing) => self.deliver(&header, &*landing).await?,
-                Found::Over => self.pass_over(header.payload_bytes()).await?,
+                Found::Over => self.pass_over(&mut header.payload_bytes()).await?,
             }
         }
         Ok(())
     }
 
-    /// Completes `head`; false at the end of the stream. Between frames there is no hurry.
+    /// Completes `end` and `head`; false at the end of the stream. Between frames there is no hurry.
     async fn read_head(&mut self) -> Result<bool, Closed> {
-        while self.have < HEADER_BYTES {
+        self.read_end().await?;
+        while self.have < END_BYTES + HEADER_BYTES {
             consume_budget().await;
-            match self.stream.try_read(&mut self.head[self.have..]) {
-                Ok(0) if self.have == 0 => return Ok(false),
+            let between = self.have == END_BYTES;
+            match self.read_ahead() {
+                Ok(0) if between => return Ok(false),
                 Ok(0) => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
                 Ok(n) => self.have += n,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock && self.have == 0 => {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock && between => {
                     self.stream.readable().await?;
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.readable().await?,
@@ -103,6 +110,26 @@ impl Reader {
             }
         }
         Ok(true)
+    }
+
+    /// How the frame ended whose payload has been read. Cancel safe.
+    async fn read_end(&mut self) -> Result<End, Closed> {
+        while self.have < END_BYTES {
+            match self.read_ahead() {
+                Ok(0) => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
+                Ok(n) => self.have += n,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.readable().await?,
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(End::decode(&self.end)?)
+    }
+
+    /// Reads on in `end` and `head`.
+    fn read_ahead(&mut self) -> io::Result<usize> {
+        let end = IoSliceMut::new(&mut self.end[self.have.min(END_BYTES)..]);
+        let head = IoSliceMut::new(&mut self.head[self.have.saturating_sub(END_BYTES)..]);
+        self.stream.try_read_vectored(&mut [end, head])
     }
 
     async fn read_table(&mut self, header: &Header) -> Result<(), Closed> {
@@ -133,25 +160,43 @@ impl Reader {
         }
         header.check_slices(landing.slice_bytes())?;
         match landing.claim(header.run, &self.crcs) {
-            Claim::Write => {
-                let claimed = Claimed::new(landing, header.run);
-                let left = self.fill(header, claimed).await?;
-                self.pass_over(left).await
-            }
-            Claim::Skip | Claim::Refused => self.pass_over(header.payload_bytes()).await,
+            Claim::Write => match self.fill(header, Claimed::new(landing, header.run)).await? {
+                Filled::Settled { mut left } => self.pass_over(&mut left).await,
+                Filled::Differs { claimed, block, left } => self.judge(claimed, block, left).await,
+            },
+            Claim::Skip | Claim::Refused => self.pass_over(&mut header.payload_bytes()).await,
         }
     }
 
-    /// Reads a claimed run into its blocks, and the next header with it. Returns how many payload bytes are left to pass
-    /// over because the transfer ended on the way.
-    async fn fill(&mut self, header: &Header, mut claimed: Claimed<'_>) -> Result<u64, Closed> {
+    /// A slice does not match its sum. Whether it is damaged, the frame's end says, `left` bytes of payload further on;
+    /// nothing more is written.
+    async fn judge(&mut self, mut claimed: Claimed<'_>, block: u32, mut left: u64) -> Result<(), Closed> {
+        let end = async {
+            self.pass_over(&mut left).await?;
+            self.read_end().await
+        };
+        let end = claimed.landing().revoked().run_until_cancelled(end).await;
+        match end {
+            None => claimed.interrupted("the transfer was aborted"),
+            Some(Ok(End::Whole)) => claimed.damaged(block),
+            Some(Ok(End::CutShort)) => claimed.interrupted("the sender gave the frame up on the way"),
+            Some(Err(error)) => {
+                claimed.interrupted(&format!("the data connection failed: {error}"));
+                return Err(error);
+            }
+        }
+        self.pass_over(&mut left).await
+    }
+
+    /// Reads a claimed run into its blocks, and the next header with it.
+    async fn fill<'a>(&mut self, header: &Header, mut claimed: Claimed<'a>) -> Result<Filled<'a>, Closed> {
         let total = header.payload_bytes();
         let (mut done, mut check) = (0, Check::new());
         while done < total {
             consume_budget().await; // a peer that keeps the socket full shares this thread with others
             if claimed.landing().revoked().is_cancelled() {
                 claimed.interrupted("the transfer was aborted");
-                return Ok(total - done);
+                return Ok(Filled::Settled { left: total - done });
             }
             let read = self.read_some(header, &claimed, done);
             match read {
@@ -180,24 +225,23 @@ impl Reader {
             }
             match check.up_to(done, header, claimed.landing(), &self.crcs) {
                 Ok(()) => {}
-                Err(Unfit::Damaged(block)) => {
-                    claimed.damaged(block);
-                    return Ok(total - done);
+                Err(Unfit::Differs(block)) => {
+                    return Ok(Filled::Differs { claimed, block, left: total - done });
                 }
                 Err(Unfit::Refused(reason)) => {
                     claimed.interrupted(&reason.to_string());
-                    return Ok(total - done);
+                    return Ok(Filled::Settled { left: total - done });
                 }
             }
         }
         claimed.landed();
-        Ok(0)
+        Ok(Filled::Settled { left: 0 })
     }
 
     /// One vectored read of the next bytes of a run; the last one reaches into the next header.
     fn read_some(&mut self, header: &Header, claimed: &Claimed<'_>, done: u64) -> io::Result<usize> {
         let slice_bytes = u64::from(header.slice_bytes);
-        let mut list: Vec<IoSliceMut<'_>> = Vec::with_capacity(READ_SLICES + 1);
+        let mut list: Vec<IoSliceMut<'_>> = Vec::with_capacity(READ_SLICES + 2);
         let mut skip = (done % slice_bytes) as usize;
         let rest = (done / slice_bytes) as u32..header.run.count;
         let (mut blocks, mut room) = (rest, READ_BYTES);
@@ -212,20 +256,20 @@ impl Reader {
             list.push(target);
         }
         if blocks.is_empty() {
-            list.push(IoSliceMut::new(&mut self.head));
+            list.extend([IoSliceMut::new(&mut self.end), IoSliceMut::new(&mut self.head)]);
         }
         self.stream.try_read_vectored(&mut list)
     }
 
-    /// Reads `left` bytes of payload and forgets them.
-    async fn pass_over(&mut self, mut left: u64) -> Result<(), Closed> {
+    /// Reads `left` bytes of payload and forgets them. Cancel safe, as `left` says how many remain.
+    async fn pass_over(&mut self, left: &mut u64) -> Result<(), Closed> {
         self.scrap.resize(SCRAP_BYTES, 0);
-        while left > 0 {
+        while *left > 0 {
             consume_budget().await;
-            let most = left.min(SCRAP_BYTES as u64) as usize;
+            let most = (*left).min(SCRAP_BYTES as u64) as usize;
             match self.stream.try_read(&mut self.scrap[..most]) {
                 Ok(0) => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
-                Ok(n) => left -= n as u64,
+                Ok(n) => *left -= n as u64,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.readable().await?,
                 Err(error) => return Err(error.into()),
             }
@@ -234,10 +278,18 @@ impl Reader {
     }
 }
 
+/// What has become of a claimed run, with so many bytes of payload left to pass over.
+enum Filled<'a> {
+    /// It was reported.
+    Settled { left: u64 },
+    /// This block does not match its sum.
+    Differs { claimed: Claimed<'a>, block: u32, left: u64 },
+}
+
 /// Why a slice is not taken in.
 enum Unfit {
     /// This block does not match its sum.
-    Damaged(u32),
+    Differs(u32),
     /// It does, and cannot be put where it belongs.
     Refused(TransferError),
 }
@@ -267,12 +319,12 @@ impl Check {
             let block = header.run.first + index as u32;
             let come = (slice_bytes - skip).min(done - self.summed);
             let content = landing.content(header.run.layer, block, skip as usize);
-            let content = content.map_err(|_| Unfit::Damaged(block))?;
+            let content = content.map_err(|_| Unfit::Differs(block))?;
             self.sum.add(&content[..come as usize]);
             self.summed += come;
             if skip + come == slice_bytes {
                 if self.sum.take() != sums[index as usize] {
-                    return Err(Unfit::Damaged(block));
+                    return Err(Unfit::Differs(block));
                 }
                 landing.arrived(header.run.layer, block).map_err(Unfit::Refused)?;
             }
