@@ -58,7 +58,7 @@ fn a_process_that_its_supervisor_starts_again_need_not_wait() {
         spec.labels.insert("supervisor".into(), supervisor.into());
         world.last_session += 1;
         let session = SessionId(world.last_session);
-        world.event(Event::Hello { session, spec: Box::new(spec), beat: LOADING, unix_millis: 0 });
+        world.event(Event::Hello { session, spec: Box::new(spec), beat: silent(), unix_millis: 0 });
         world.event(Event::Closed { session });
         (world.refused.len(), world.incarnation("a"))
     };
