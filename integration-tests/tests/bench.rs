@@ -49,10 +49,12 @@ fn a_handoff_is_measured_between_two_servers() {
     let rows = figures["rows"].as_array().expect("rows");
     assert_eq!(rows.len(), 2);
     for row in rows {
-        for figure in ["last_layer_to_first_token", "first_token_to_first_step"] {
+        for figure in ["first_token", "last_slice", "first_step"] {
             let millis = row["samples"][0][figure].as_f64().expect("a figure");
             assert!(millis > 0.0 && millis < 10_000.0, "{figure} {millis}");
         }
+        let at = |figure| row["samples"][0][figure].as_f64().expect("a figure");
+        assert!(at("first_token") < at("first_step") && at("last_slice") < at("first_step"), "{row}");
     }
 }
 
