@@ -110,9 +110,9 @@ impl Meter {
         self.instances.insert(id.clone(), Last { incarnation, load: *load });
     }
 
-    /// An instance is of the group no more.
-    pub fn forget(&mut self, id: &InstanceId) {
-        self.instances.remove(id);
+    /// Forgets instances that are of the group no more.
+    pub fn retain(&mut self, member: impl Fn(&InstanceId) -> bool) {
+        self.instances.retain(|id, _| member(id));
     }
 
     /// None until there is something to go by.

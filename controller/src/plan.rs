@@ -22,6 +22,8 @@ use auto::Measured;
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Policy {
     Ratio(Ratio),
+    /// As near to the ratio as it goes without moving anyone.
+    Keep(Ratio),
     /// So that as little as can be misses its targets.
     Measured(Measured),
 }
@@ -125,8 +127,12 @@ fn divide<'a>(policy: Policy, party: &[Candidate<'a>], decisions: &mut BTreeMap<
     let n = party.len();
     let present = (held(Role::Prefill).count(), held(Role::Decode).count());
     let (prefill, reason) = match policy {
-        Policy::Ratio(ratio) => {
-            let prefill = prefill_count(ratio, n, present.0, present.1);
+        Policy::Ratio(ratio) | Policy::Keep(ratio) => {
+            let mut prefill = prefill_count(ratio, n, present.0, present.1);
+            if matches!(policy, Policy::Keep(_)) {
+                let fewest = present.0.clamp(1, n - 1);
+                prefill = prefill.clamp(fewest, (n - present.1).clamp(fewest, n - 1));
+            }
             let (decode, Ratio { prefill: of, decode: to }) = (n - prefill, ratio);
             (
                 prefill,

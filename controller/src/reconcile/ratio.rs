@@ -2,7 +2,8 @@
 //!
 //! Every beat feeds the meter of its group. With `roles.policy = "auto"` the plans of [`super::planning`] are made anew
 //! every `roles.auto.every`, and after a move a group is left alone for `roles.auto.pause`: the instance has to be
-//! emptied and to show what it does in its new role. Until there is something to go by, the ratio counts.
+//! emptied and to show what it does in its new role. While there is nothing to go by (at first, at night, after a change of
+//! leader) nobody is moved, and who has no role yet is given one by the ratio.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -58,6 +59,9 @@ impl Reconciler {
     pub(super) fn take_stock(&mut self, now: Instant) {
         let members = &self.members;
         self.groups.retain(|name, _| members.values().any(|member| member.spec.group == *name));
+        for (name, group) in &mut self.groups {
+            group.meter.retain(|id| members.get(id).is_some_and(|member| member.spec.group == *name));
+        }
         let most = self.sessions_config.max_instances;
         let wanted: Vec<_> = self
             .groups
@@ -78,9 +82,12 @@ impl Reconciler {
     }
 
     pub(super) fn policy_of(&self, group: &str, now: Instant) -> Policy {
-        let ratio = Ratio { prefill: self.roles_config.prefill, decode: self.roles_config.decode };
+        let configured = Ratio { prefill: self.roles_config.prefill, decode: self.roles_config.decode };
+        if self.roles_config.policy == RolePolicy::Ratio {
+            return Policy::Ratio(configured);
+        }
         let measured = self.groups.get(group).and_then(|group| self.measured(group, now));
-        measured.map_or(Policy::Ratio(ratio), Policy::Measured)
+        measured.map_or(Policy::Keep(configured), Policy::Measured)
     }
 
     fn measured(&self, group: &Group, now: Instant) -> Option<Measured> {

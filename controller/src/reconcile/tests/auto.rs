@@ -117,6 +117,17 @@ fn a_shift_of_the_load_moves_instances_within_two_minutes_and_back() {
 }
 
 #[test]
+fn when_nothing_is_asked_for_a_group_stays_as_it_is() {
+    let mut group = Group::new(4);
+    group.until(CHATS, 120, |prefill, decode| (prefill, decode) == (1, 3));
+    let changes = group.world.mind.role_changes;
+    let silence = Stream { requests_per_second: 0.0, ..CHATS };
+    (0..600).for_each(|_| group.second(silence));
+    assert!(group.world.mind.wanted().is_empty(), "it has nothing to go by any more");
+    assert_eq!((group.world.mind.role_changes, group.count(Role::Decode)), (changes, 3));
+}
+
+#[test]
 fn moves_of_a_group_are_a_pause_apart() {
     let mut group = Group::new(8);
     let mut moved = Vec::new();
