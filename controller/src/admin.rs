@@ -64,6 +64,62 @@ impl fleet_admin_server::FleetAdmin for AdminService {
         roles.sort_by(|a, b| a.instance_id.cmp(&b.instance_id));
         Ok(Response::new(v1::ListRolesResponse { roles }))
     }
+
+    async fn list_coordinators(
+        &self,
+        _: Request<v1::ListCoordinatorsRequest>,
+    ) -> Result<Response<v1::ListCoordinatorsResponse>, Status> {
+        Err(Status::unimplemented("not yet"))
+    }
+
+    async fn list_links(
+        &self,
+        _: Request<v1::ListLinksRequest>,
+    ) -> Result<Response<v1::ListLinksResponse>, Status> {
+        Err(Status::unimplemented("not yet"))
+    }
+
+    async fn explain_plan(
+        &self,
+        _: Request<v1::ExplainPlanRequest>,
+    ) -> Result<Response<v1::PlanResponse>, Status> {
+        Err(Status::unimplemented("not yet"))
+    }
+
+    async fn cordon(&self, _: Request<v1::CordonRequest>) -> Result<Response<v1::PlanResponse>, Status> {
+        Err(Status::unimplemented("not yet"))
+    }
+
+    async fn uncordon(&self, _: Request<v1::UncordonRequest>) -> Result<Response<v1::PlanResponse>, Status> {
+        Err(Status::unimplemented("not yet"))
+    }
+
+    async fn set_role(&self, _: Request<v1::SetRoleRequest>) -> Result<Response<v1::PlanResponse>, Status> {
+        Err(Status::unimplemented("not yet"))
+    }
+
+    async fn set_targets(
+        &self,
+        _: Request<v1::SetTargetsRequest>,
+    ) -> Result<Response<v1::PlanResponse>, Status> {
+        Err(Status::unimplemented("not yet"))
+    }
+
+    async fn rebalance(
+        &self,
+        _: Request<v1::RebalanceRequest>,
+    ) -> Result<Response<v1::PlanResponse>, Status> {
+        Err(Status::unimplemented("not yet"))
+    }
+
+    type WatchEventsStream = futures::stream::BoxStream<'static, Result<v1::FleetEvent, Status>>;
+
+    async fn watch_events(
+        &self,
+        _: Request<v1::WatchEventsRequest>,
+    ) -> Result<Response<Self::WatchEventsStream>, Status> {
+        Err(Status::unimplemented("not yet"))
+    }
 }
 
 fn instance(member: &Member, now: Instant) -> v1::Instance {
@@ -89,5 +145,6 @@ fn role_view(id: &str, desired: Option<&DesiredRole>, member: Option<&Member>) -
         phase: member.map_or(v1::Phase::Unspecified, |member| member.beat.phase.to_wire()).into(),
         registered: member.is_some(),
         stuck: member.and_then(|member| member.stuck.as_ref()).map(ToString::to_string).unwrap_or_default(),
+        intent: None,
     }
 }

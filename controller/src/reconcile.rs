@@ -13,7 +13,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use baton_proto::{
-    ApiError, Incarnation, InstanceId, InstanceLoad, InstanceSpec, LeaderEpoch, Phase, Role, RoleEpoch,
+    ApiError, GroupName, Incarnation, InstanceId, InstanceLoad, InstanceSpec, LeaderEpoch, Phase, Role,
+    RoleEpoch,
 };
 use baton_registry::DesiredRole;
 use tokio::time::Instant;
@@ -123,7 +124,7 @@ pub struct Reconciler {
     adopted: bool,
     role_changes: u64,
     /// What is known of groups beside their members.
-    groups: BTreeMap<String, ratio::Group>,
+    groups: BTreeMap<GroupName, ratio::Group>,
 }
 
 impl Reconciler {

@@ -84,6 +84,15 @@ fn invalid(error: WireError) -> Status {
 
 #[tonic::async_trait]
 impl control_server::Control for ControlService {
+    type CoordinateStream = futures::stream::BoxStream<'static, Result<v1::CoordinatorOrder, Status>>;
+
+    async fn coordinate(
+        &self,
+        _: Request<Streaming<v1::CoordinatorReport>>,
+    ) -> Result<Response<Self::CoordinateStream>, Status> {
+        Err(Status::unimplemented("not yet"))
+    }
+
     type SessionStream = Pin<Box<dyn Stream<Item = Result<v1::ControllerOrder, Status>> + Send>>;
 
     async fn session(

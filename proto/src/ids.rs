@@ -40,6 +40,12 @@ macro_rules! name_id {
             }
         }
 
+        impl AsRef<str> for $name {
+            fn as_ref(&self) -> &str {
+                &self.0
+            }
+        }
+
         impl fmt::Display for $name {
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str(&self.0)
@@ -50,6 +56,13 @@ macro_rules! name_id {
             type Err = IdError;
             fn from_str(name: &str) -> Result<Self, IdError> {
                 Self::new(name)
+            }
+        }
+
+        /// By name, in maps of what has one.
+        impl std::borrow::Borrow<str> for $name {
+            fn borrow(&self) -> &str {
+                &self.0
             }
         }
 
@@ -71,6 +84,17 @@ macro_rules! name_id {
 name_id!(
     /// A server, for as long as its place in the fleet exists: restarts keep it.
     InstanceId, "an instance id");
+name_id!(
+    /// Instances among which prefill and decode are paired.
+    GroupName, "a group's name");
+
+impl Default for GroupName {
+    /// Of instances that are told no other.
+    fn default() -> Self {
+        Self("default".to_owned())
+    }
+}
+
 name_id!(
     /// A coordinator process.
     CoordinatorId, "a coordinator id");

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::{IdError, Incarnation, InstanceId, v1};
+use crate::{GroupName, IdError, Incarnation, InstanceId, v1};
 
 /// A message that is not one.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -143,7 +143,7 @@ pub struct InstanceSpec {
     pub id: InstanceId,
     pub incarnation: Incarnation,
     /// Prefill and decode are paired within a group.
-    pub group: String,
+    pub group: GroupName,
     pub device: String,
     pub device_count: u32,
     pub model: ModelIdentity,
@@ -247,7 +247,7 @@ impl TryFrom<v1::InstanceSpec> for InstanceSpec {
         Ok(Self {
             id: InstanceId::new(wire.instance_id)?,
             incarnation: Incarnation(wire.incarnation),
-            group: wire.group,
+            group: GroupName::new(wire.group)?,
             device: wire.device,
             device_count: wire.device_count,
             context_tokens: model.context_tokens,
@@ -268,7 +268,7 @@ impl From<InstanceSpec> for v1::InstanceSpec {
         Self {
             instance_id: spec.id.into(),
             incarnation: spec.incarnation.0,
-            group: spec.group,
+            group: spec.group.into(),
             device: spec.device,
             device_count: spec.device_count,
             model: Some(v1::ModelIdentity {

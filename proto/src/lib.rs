@@ -14,7 +14,8 @@ mod prompt_digest;
 pub use block_hash::BlockHash;
 pub use error::{ApiError, ErrorCode};
 pub use ids::{
-    CoordinatorId, IdError, Incarnation, InstanceId, LeaderEpoch, LegId, RequestId, RoleEpoch, TransferId,
+    CoordinatorId, GroupName, IdError, Incarnation, InstanceId, LeaderEpoch, LegId, RequestId, RoleEpoch,
+    TransferId,
 };
 pub use instance::{InstanceLoad, InstanceSpec, KvLayoutSpec, ModelIdentity, Phase, Role, WireError};
 pub use prompt_digest::PromptDigest;

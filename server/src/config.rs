@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, ops::RangeInclusive, path::PathBuf, time::Durat
 
 use baton_kvtransfer::{FleetSecret, TransportConfig};
 use baton_process::{Invalid, Listen, ProcessConfig, ServiceConfig, duration};
-use baton_proto::InstanceId;
+use baton_proto::{GroupName, InstanceId};
 use baton_runtime::KvDtype;
 use serde::{Deserialize, Serialize};
 
@@ -33,7 +33,7 @@ pub struct ServerConfig {
     /// Name of this instance in the fleet; a restart keeps it. a-z, 0-9, '-' and '.'.
     pub instance_id: String,
     /// Prefill and decode are paired within a group.
-    pub group: String,
+    pub group: GroupName,
     /// Shown by `baton ctl`. `supervisor` names who starts this process again, and only once it has ended: the next one is
     /// let in without waiting for this one's lease.
     pub labels: BTreeMap<String, String>,
@@ -122,7 +122,7 @@ impl Default for ServerConfig {
     fn default() -> Self {
         Self {
             instance_id: "server-0".into(),
-            group: "default".into(),
+            group: GroupName::default(),
             labels: BTreeMap::new(),
             controllers: Vec::new(),
             role: String::new(),

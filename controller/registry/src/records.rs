@@ -68,6 +68,7 @@ impl DesiredRole {
             epoch: self.epoch.0,
             reason: self.reason.clone(),
             leader_epoch: self.leader_epoch.0,
+            drain_millis: 0,
         }
         .encode_to_vec()
         .into()

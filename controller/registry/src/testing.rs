@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use baton_proto::{Incarnation, InstanceId, InstanceSpec, KvLayoutSpec, ModelIdentity};
+use baton_proto::{GroupName, Incarnation, InstanceId, InstanceSpec, KvLayoutSpec, ModelIdentity};
 
 use crate::{EtcdConfig, EtcdStore, KeyRange, Store};
 
@@ -21,7 +21,7 @@ pub fn instance_spec(name: &str, incarnation: u64) -> InstanceSpec {
     InstanceSpec {
         id: InstanceId::new(name).expect("a good id"),
         incarnation: Incarnation(incarnation),
-        group: "default".into(),
+        group: GroupName::default(),
         device: "cpu".into(),
         device_count: 1,
         model: ModelIdentity {

@@ -1,6 +1,6 @@
 //! The plan's rules, as a table and as properties over random fleets.
 
-use baton_proto::InstanceId;
+use baton_proto::{GroupName, InstanceId};
 use baton_registry::testing::instance_spec;
 use proptest::prelude::*;
 
@@ -132,7 +132,13 @@ fn each_difference_is_named() {
         assert!(reason.contains(named), "{reason}");
         assert!(incompatibility(&other, &base).is_some());
     }
-    assert_eq!(incompatibility(&base, &InstanceSpec { group: "g".into(), ..base.clone() }), None);
+    assert_eq!(
+        incompatibility(
+            &base,
+            &InstanceSpec { group: GroupName::new("g").expect("a good name"), ..base.clone() }
+        ),
+        None
+    );
 }
 
 #[test]

@@ -38,7 +38,7 @@ impl Reconciler {
             (None, None) => (None, None),
         };
         info!(
-            instance = %id, incarnation = %spec.incarnation, %session, model = spec.model.name, group = spec.group,
+            instance = %id, incarnation = %spec.incarnation, %session, model = spec.model.name, group = %spec.group,
             role = beat.role.name(), epoch = %beat.role_epoch, "an instance is here"
         );
         let late_since = before.as_ref().filter(|_| known).and_then(|member| member.late_since);

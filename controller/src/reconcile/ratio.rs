@@ -7,6 +7,7 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
+use baton_proto::GroupName;
 use tokio::time::Instant;
 
 use super::Reconciler;
@@ -49,7 +50,7 @@ impl Reconciler {
     }
 
     /// A serving member of the group is given another role.
-    pub(super) fn moved(&mut self, group: &str, now: Instant) {
+    pub(super) fn moved(&mut self, group: &GroupName, now: Instant) {
         if let Some(group) = self.groups.get_mut(group) {
             group.pause_until = Some(now + self.roles_config.auto.pause);
         }

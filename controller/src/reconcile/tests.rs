@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use baton_proto::{ErrorCode, Incarnation, Phase};
+use baton_proto::{ErrorCode, GroupName, Incarnation, Phase};
 use baton_registry::{keys, records::decode_spec, testing::instance_spec};
 use bytes::Bytes;
 
@@ -362,7 +362,10 @@ fn groups_are_planned_apart() {
     for (name, group) in [("a", "x"), ("b", "y"), ("c", "x"), ("d", "y")] {
         world.last_session += 1;
         let session = SessionId(world.last_session);
-        let spec = Box::new(InstanceSpec { group: group.into(), ..instance_spec(name, 1) });
+        let spec = Box::new(InstanceSpec {
+            group: GroupName::new(group).expect("a good name"),
+            ..instance_spec(name, 1)
+        });
         world.event(Event::Hello { session, spec, beat: silent(), unix_millis: 0 });
     }
     assert_eq!(world.roles(), "ppdd");

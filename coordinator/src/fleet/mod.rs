@@ -10,7 +10,7 @@ pub mod keeper;
 use std::{collections::BTreeMap, time::Duration};
 
 pub use baton_proto::Role;
-use baton_proto::{Incarnation, InstanceId, InstanceSpec, RoleEpoch, v1};
+use baton_proto::{GroupName, Incarnation, InstanceId, InstanceSpec, RoleEpoch, v1};
 use tokio::time::Instant;
 
 /// The role an instance holds, and whether it takes new requests in it.
@@ -38,7 +38,7 @@ pub struct Spec {
     pub id: InstanceId,
     pub incarnation: Incarnation,
     /// Prefill and decode are paired within a group.
-    pub group: String,
+    pub group: GroupName,
     pub model: String,
     pub revision: String,
     pub context_tokens: u32,

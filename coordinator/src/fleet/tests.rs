@@ -6,7 +6,7 @@ pub(crate) fn spec(id: &str) -> Spec {
     Spec {
         id: InstanceId::new(id).expect("a good id"),
         incarnation: Incarnation(1),
-        group: "default".into(),
+        group: GroupName::default(),
         model: "tiny".into(),
         revision: "r1".into(),
         context_tokens: 1024,

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use baton_proto::v1;
+use baton_proto::{GroupName, v1};
 use proptest::prelude::*;
 
 use super::{ledger::Work, *};
@@ -93,7 +93,7 @@ fn what_lacks_is_said() {
 fn unlike_instances_are_never_paired() {
     type Change = fn(&mut Spec);
     let changes: [Change; 3] = [
-        |spec| spec.group = "other".into(),
+        |spec| spec.group = GroupName::new("other").expect("a good name"),
         |spec| spec.revision = "r2".into(),
         |spec| spec.layout = "l2".into(),
     ];

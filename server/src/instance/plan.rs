@@ -113,7 +113,7 @@ impl Plan {
         v1::InstanceSpec {
             instance_id: facts.instance_id.to_string(),
             incarnation: facts.incarnation.0,
-            group: config.group.clone(),
+            group: config.group.clone().into(),
             device: "cpu".into(),
             device_count: 1,
             model: Some(v1::ModelIdentity {

@@ -286,6 +286,7 @@ mod tests {
             phase: Phase::Switching.into(),
             registered: true,
             stuck: String::new(),
+            intent: None,
         };
         let gone = RoleView { registered: false, instance_id: "x".into(), ..view.clone() };
         let stuck = RoleView { stuck: "has not taken on its role".into(), ..gone.clone() };
