@@ -200,7 +200,7 @@ fn plan_time(instances: u32) -> Duration {
             1..4 => Some(Role::Prefill),
             _ => Some(Role::Decode),
         };
-        Candidate { spec, role, serving: role.is_some() }
+        Candidate { spec, role, serving: role.is_some(), pin: None }
     };
     let candidates: Vec<_> = specs.iter().enumerate().map(candidate).collect();
     let mut times: Vec<Duration> = (0..21)

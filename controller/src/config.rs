@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use baton_process::{Invalid, Listen, ProcessConfig, ServiceConfig, duration};
+use baton_proto::RolePolicy;
 use baton_registry::EtcdSettings;
 use serde::{Deserialize, Serialize};
 
@@ -126,15 +127,6 @@ pub struct RoleConfig {
     #[serde(with = "duration")]
     pub memory: Duration,
     pub auto: AutoConfig,
-}
-
-/// How a group is divided.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum RolePolicy {
-    #[default]
-    Ratio,
-    Auto,
 }
 
 /// For `roles.policy = "auto"`.

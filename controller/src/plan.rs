@@ -2,17 +2,18 @@
 //!
 //! Within a group, prefill and decode instances have to understand each other's KV caches, so the group's largest
 //! party of compatible instances is planned and the rest gets [`Role::None`] with the reason. One instance alone is
-//! [`Role::Mixed`]. What is measured divides as [`auto`] says. By a ratio, of `n >= 2`, the ideal number of prefill instances is `n * prefill / (prefill + decode)` of the
-//! policy; any number less than one away from it will do, at least one of each kind there is, and of those the plan
-//! takes the one that changes the fewest present roles, then the nearest to the ideal, then the one with less prefill.
-//! So the plan is stable: planned again with its own result it changes nothing, and one instance more or less moves
-//! at most one other, unless it has to.
+//! [`Role::Mixed`]. Who is pinned to a role has it; the others are divided so that the whole fits the policy, with at
+//! least one of each, if need be against a pin. What is measured divides as [`auto`] says. By a ratio, of `n >= 2`, the
+//! ideal number of prefill instances is `n * prefill / (prefill + decode)` of the policy; any number less than one away
+//! from it will do, and of those the plan takes the one that changes the fewest present roles, then the nearest to the
+//! ideal, then the one with less prefill. So the plan is stable: planned again with its own result it changes nothing,
+//! and one instance more or less moves at most one other, unless it has to.
 //!
 //! Called by [`crate::reconcile`], which knows who counts as a member and when a change may be made.
 
 pub mod auto;
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, ops::RangeInclusive};
 
 use baton_proto::{InstanceId, InstanceSpec, Role};
 
@@ -24,8 +25,8 @@ pub enum Policy {
     Ratio(Ratio),
     /// As near to the ratio as it goes without moving anyone.
     Keep(Ratio),
-    /// So that as little as can be misses its targets.
-    Measured(Measured),
+    /// So that as little as can be misses its targets. By the ratio beside one that is mixed, whose share nobody measures.
+    Measured(Measured, Ratio),
 }
 
 /// Prefill to decode; at least 1 each.
@@ -43,6 +44,20 @@ pub struct Candidate<'a> {
     pub role: Option<Role>,
     /// Whether it serves that role now: the last to be moved.
     pub serving: bool,
+    /// The role that it was asked to have, and by whom: "alice" or "its label `role`".
+    pub pin: Option<(Role, &'a str)>,
+}
+
+impl Candidate<'_> {
+    fn is_pinned(&self, role: Role) -> bool {
+        self.pin.is_some_and(|(pin, _)| pin == role)
+    }
+
+    /// What its pin decides, if there is room for it.
+    fn pinned(&self) -> Option<Decision> {
+        let (role, by) = self.pin?;
+        Some(Decision { role, reason: format!("pinned to {} by {by}", role.name()) })
+    }
 }
 
 /// A role and, for people, why.
@@ -119,68 +134,106 @@ fn incompatibility(reference: &InstanceSpec, other: &InstanceSpec) -> Option<Str
 
 fn divide<'a>(policy: Policy, party: &[Candidate<'a>], decisions: &mut BTreeMap<&'a InstanceId, Decision>) {
     if let [alone] = party {
-        let reason = "alone in its group: serves both phases".to_owned();
+        let mut reason = "alone in its group: serves both phases".to_owned();
+        if let Some((role @ (Role::Prefill | Role::Decode), by)) = alone.pin {
+            reason += &format!("; pinned to {} by {by}, once there is another", role.name());
+        }
         decisions.insert(&alone.spec.id, Decision { role: Role::Mixed, reason });
         return;
     }
-    let held = |role: Role| party.iter().filter(move |candidate| candidate.role == Some(role));
+    let (mixed, party): (Vec<_>, Vec<_>) = party.iter().copied().partition(|it| it.is_pinned(Role::Mixed));
+    decisions.extend(mixed.iter().filter_map(|candidate| Some((&candidate.spec.id, candidate.pinned()?))));
     let n = party.len();
-    let present = (held(Role::Prefill).count(), held(Role::Decode).count());
-    let (prefill, reason) = match policy {
-        Policy::Ratio(ratio) | Policy::Keep(ratio) => {
-            let mut prefill = prefill_count(ratio, n, present.0, present.1);
-            if matches!(policy, Policy::Keep(_)) {
-                let fewest = present.0.clamp(1, n - 1);
-                prefill = prefill.clamp(fewest, (n - present.1).clamp(fewest, n - 1));
+    if n == 0 {
+        return;
+    }
+    let pinned = |role| party.iter().filter(|candidate| candidate.is_pinned(role)).count();
+    // Both phases are served by those who are mixed; otherwise there is one of each, whatever is pinned.
+    let fewest = usize::from(mixed.is_empty());
+    let lowest = pinned(Role::Prefill).max(fewest).min(n - fewest);
+    let range = lowest..=(n - pinned(Role::Decode).max(fewest).min(n - fewest)).max(lowest);
+    let held = |role: Role| party.iter().filter(|candidate| candidate.role == Some(role)).count();
+    let present = (held(Role::Prefill), held(Role::Decode));
+    let (prefill, reason) = count(policy, n, present, range);
+    for (candidate, role) in assign(&party, prefill) {
+        let decision = match candidate.pinned() {
+            Some(pinned) if pinned.role == role => pinned,
+            Some(pinned) => {
+                let kept = format!("{}, but nobody else could be {}", pinned.reason, role.name());
+                Decision { role, reason: kept }
             }
-            let (decode, Ratio { prefill: of, decode: to }) = (n - prefill, ratio);
-            (
-                prefill,
-                format!("{prefill} prefill and {decode} decode of {n} instances, for a ratio of {of}:{to}"),
-            )
-        }
-        Policy::Measured(measured) => {
-            let division = auto::divide(n, present, &measured);
+            None => Decision { role, reason: reason.clone() },
+        };
+        decisions.insert(&candidate.spec.id, decision);
+    }
+}
+
+/// How many of `n` prefill, and why, when so many prefill and decode now.
+fn count(policy: Policy, n: usize, present: (usize, usize), range: RangeInclusive<usize>) -> (usize, String) {
+    let (fewest, most) = (*range.start(), *range.end());
+    match policy {
+        Policy::Measured(measured, _) if n >= 2 && fewest >= 1 && most < n => {
+            let division = auto::divide(n, present, range, &measured);
             (division.prefill, division.to_string())
         }
-    };
+        Policy::Ratio(ratio) | Policy::Keep(ratio) | Policy::Measured(_, ratio) => {
+            let mut prefill = by_ratio(ratio, n, present, range);
+            if matches!(policy, Policy::Keep(_)) {
+                let least = present.0.clamp(fewest, most);
+                prefill = prefill.clamp(least, (n - present.1).clamp(least, most));
+            }
+            let (decode, Ratio { prefill: of, decode: to }) = (n - prefill, ratio);
+            let counts = format!("{prefill} prefill and {decode} decode of {n} instances");
+            (prefill, format!("{counts}, for a ratio of {of}:{to}"))
+        }
+    }
+}
 
-    // Who has a role keeps it; those who are too many, the idle before the serving, join the ones without.
+/// Who of the party is one of so many that prefill, and who decodes.
+///
+/// Who is pinned goes where it is pinned, as far as there are places. Of the others, who has a role keeps it; those
+/// who are too many, the idle before the serving, join the ones without.
+fn assign<'a>(party: &[Candidate<'a>], prefill: usize) -> Vec<(Candidate<'a>, Role)> {
     let mut places = [(Role::Prefill, prefill), (Role::Decode, party.len() - prefill)];
-    let mut chosen: Vec<(Candidate<'_>, Role)> = Vec::with_capacity(party.len());
-    let mut free: Vec<Candidate<'_>> =
-        party.iter().filter(|c| !matches!(c.role, Some(Role::Prefill | Role::Decode))).copied().collect();
+    let mut chosen = Vec::with_capacity(party.len());
+    let mut free: Vec<Candidate<'_>> = party.to_vec();
     for (role, places) in &mut places {
-        let mut holders: Vec<_> = held(*role).copied().collect();
-        holders.sort_by_key(|candidate| !candidate.serving);
-        free.extend(holders.split_off(holders.len().min(*places)));
+        // By how hard it is to be taken from the place.
+        let claim = |candidate: &Candidate<'_>| {
+            let holds = candidate.role == Some(*role);
+            [candidate.is_pinned(*role), holds, holds && candidate.serving]
+        };
+        let elsewhere = |candidate: &Candidate<'_>| candidate.pin.is_some() && !candidate.is_pinned(*role);
+        let (mut holders, others): (Vec<_>, Vec<_>) =
+            free.into_iter().partition(|it| (claim(it)[0] || claim(it)[1]) && !elsewhere(it));
+        holders.sort_by_key(|candidate| std::cmp::Reverse(claim(candidate)));
+        free = holders.split_off(holders.len().min(*places));
+        free.extend(others);
         *places -= holders.len();
         chosen.extend(holders.into_iter().map(|candidate| (candidate, *role)));
     }
     // One that was mixed has caches of running requests: it goes on decoding rather than be emptied.
-    free.sort_by_key(|candidate| candidate.role == Some(Role::Mixed));
+    free.sort_by_key(|candidate| (candidate.role == Some(Role::Mixed), candidate.spec.id.clone()));
     for candidate in free {
         let role = if places[0].1 > 0 { Role::Prefill } else { Role::Decode };
         places[0].1 = places[0].1.saturating_sub(1);
         chosen.push((candidate, role));
     }
-    for (candidate, role) in chosen {
-        decisions.insert(&candidate.spec.id, Decision { role, reason: reason.clone() });
-    }
+    chosen
 }
 
-/// How many of `n >= 2` prefill, when `prefilling` and `decoding` of them do so already.
-fn prefill_count(ratio: Ratio, n: usize, prefilling: usize, decoding: usize) -> usize {
+/// How many of `n` prefill by the ratio, when so many prefill and decode already.
+fn by_ratio(ratio: Ratio, n: usize, present: (usize, usize), range: RangeInclusive<usize>) -> usize {
     // In units of 1 / (prefill + decode), so that all is exact.
     let (share, whole) = (u64::from(ratio.prefill), u64::from(ratio.prefill) + u64::from(ratio.decode));
     let ideal = n as u64 * share;
     let cost = |prefill: &usize| {
         let off = (*prefill as u64 * whole).abs_diff(ideal);
         let too_far = if off < whole { 0 } else { off };
-        let moved = prefilling.saturating_sub(*prefill) + decoding.saturating_sub(n - *prefill);
+        let moved = present.0.saturating_sub(*prefill) + present.1.saturating_sub(n - *prefill);
         (too_far, moved, off, *prefill)
     };
-    (1..n).min_by_key(cost).unwrap_or(1)
+    range.min_by_key(cost).unwrap_or(1)
 }
 
 #[cfg(test)]

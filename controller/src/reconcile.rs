@@ -13,8 +13,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use baton_proto::{
-    ApiError, GroupName, Incarnation, InstanceId, InstanceLoad, InstanceSpec, LeaderEpoch, Phase, Role,
-    RoleEpoch,
+    ApiError, GroupName, Incarnation, InstanceId, InstanceLoad, InstanceSpec, Intent, LeaderEpoch, Phase,
+    Role, RoleEpoch, Targets,
 };
 use baton_registry::DesiredRole;
 use tokio::time::Instant;
@@ -26,16 +26,20 @@ use crate::{
 };
 
 mod admit;
+mod aim;
+mod change;
 mod cover;
 mod places;
 mod planning;
-mod ratio;
+mod steps;
 mod stuck;
 mod writes;
 
-pub use ratio::Wanted;
-
-pub use writes::{Kind, Write};
+pub use aim::{Aim, Wanted};
+pub use change::Change;
+pub use planning::{GroupPlan, MemberPlan};
+pub use steps::Step;
+pub use writes::{Record, Write};
 
 /// What happened.
 #[derive(Debug, Clone)]
@@ -61,8 +65,7 @@ pub enum Event {
     },
     /// The store will not have this record, as it is.
     Refused {
-        kind: Kind,
-        id: InstanceId,
+        record: Record,
         reason: String,
     },
     /// The store has this role record now.
@@ -100,7 +103,7 @@ struct Remembered {
     since: Instant,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Reconciler {
     sessions_config: SessionConfig,
     roles_config: RoleConfig,
@@ -110,9 +113,9 @@ pub struct Reconciler {
     members: Members,
     sessions: BTreeMap<SessionId, InstanceId>,
     remembered: BTreeMap<InstanceId, Remembered>,
-    unwritten: BTreeSet<(Kind, InstanceId)>,
+    unwritten: BTreeSet<Record>,
     /// Records that the store refused, and when to try again.
-    refused: BTreeMap<(Kind, InstanceId), Instant>,
+    refused: BTreeMap<Record, Instant>,
     /// Something that plans depend on has changed.
     plan_due: bool,
     /// When leases, places and memories are to be looked at.
@@ -124,7 +127,11 @@ pub struct Reconciler {
     adopted: bool,
     role_changes: u64,
     /// What is known of groups beside their members.
-    groups: BTreeMap<GroupName, ratio::Group>,
+    groups: BTreeMap<GroupName, aim::Group>,
+    /// What operators want of instances, also of those that are not here.
+    intents: BTreeMap<InstanceId, Intent>,
+    /// By what operators want groups divided.
+    targets: BTreeMap<GroupName, Targets>,
 }
 
 impl Reconciler {
@@ -145,6 +152,8 @@ impl Reconciler {
             unwritten: BTreeSet::new(),
             refused: BTreeMap::new(),
             groups: BTreeMap::new(),
+            intents: BTreeMap::new(),
+            targets: BTreeMap::new(),
             plan_due: true,
             check_at: now,
             plan_at: None,
@@ -181,8 +190,7 @@ impl Reconciler {
                 stuck: None,
             };
             // Under this leader's own lease: the earlier one's ends.
-            self.mark(Kind::Instance, &id);
-            self.mark(Kind::Status, &id);
+            self.mark_registration(&id);
             self.members.insert(id, member);
         }
         for (id, desired) in roles {
@@ -231,8 +239,8 @@ impl Reconciler {
                 self.follow(&id, now);
                 order.into_iter().collect()
             }
-            Event::Refused { kind, id, reason } => {
-                self.refused(kind, id, reason, now);
+            Event::Refused { record, reason } => {
+                self.refused(record, reason, now);
                 Vec::new()
             }
         }
@@ -249,10 +257,10 @@ impl Reconciler {
         member.last_beat = now;
         self.measure(&member, now);
         if member.status() != status {
-            self.mark(Kind::Status, &id);
+            self.mark(Record::Status(id.clone()));
         }
         if self.adopt(&mut member) {
-            self.mark(Kind::Role, &id);
+            self.mark(Record::Role(id.clone()));
         }
         self.members.insert(id.clone(), member);
         self.follow(&id, now);
@@ -281,8 +289,7 @@ impl Reconciler {
     }
 
     fn unregister(&mut self, id: &InstanceId) {
-        self.mark(Kind::Instance, id);
-        self.mark(Kind::Status, id);
+        self.mark_registration(id);
         self.plan_due = true;
     }
 

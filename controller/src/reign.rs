@@ -28,7 +28,7 @@ use crate::{
     desk::{INBOX_CAPACITY, Inbox, Line, Message, Report},
     fleet::{Beat, SessionId},
     metrics::ControllerMetrics,
-    reconcile::{Command, Event, Reconciler, Write},
+    reconcile::{Command, Event, Reconciler, Record, Write},
 };
 
 /// Keys written in one transaction; etcd takes 128 operations unless told otherwise.
@@ -210,7 +210,7 @@ impl Reigns {
                 Key::Status(id) => {
                     ObservedStatus::decode(&item.value).map(|status| statuses.extend([(id, status)]))
                 }
-                Key::Leader | Key::Other => Ok(()),
+                Key::Leader | Key::Intent(_) | Key::Targets(_) | Key::Other => Ok(()),
             };
             if let Err(error) = taken {
                 warn!(key = item.key, %error, "a record in the state store is not readable and is left out");
@@ -337,8 +337,8 @@ impl Reign<'_> {
                 debug!(%revision, keys = writes.len(), "written");
                 self.metrics.store_writes.inc_by(writes.len() as u64);
                 let now = Instant::now();
-                for Write { id, epoch, .. } in writes {
-                    if let Some(epoch) = epoch {
+                for Write { record, epoch, .. } in writes {
+                    if let (Record::Role(id), Some(epoch)) = (record, epoch) {
                         self.handle(Event::RoleStored { id, epoch }, now);
                     }
                 }
@@ -355,8 +355,8 @@ impl Reign<'_> {
                 match writes.as_slice() {
                     [write] => {
                         error!(key = write.key(), reason, "the state store refuses this record");
-                        let (kind, id) = (write.kind, write.id.clone());
-                        self.handle(Event::Refused { kind, id, reason }, Instant::now());
+                        let record = write.record.clone();
+                        self.handle(Event::Refused { record, reason }, Instant::now());
                     }
                     _ => {
                         self.one_by_one = writes.len();

@@ -9,6 +9,7 @@ mod block_hash;
 mod error;
 mod ids;
 mod instance;
+mod intent;
 mod prompt_digest;
 
 pub use block_hash::BlockHash;
@@ -18,6 +19,7 @@ pub use ids::{
     TransferId,
 };
 pub use instance::{InstanceLoad, InstanceSpec, KvLayoutSpec, ModelIdentity, Phase, Role, WireError};
+pub use intent::{Cordoned, Intent, RolePolicy, Targets};
 pub use prompt_digest::PromptDigest;
 
 /// Types and services generated from `protos/baton/v1/*.proto`.

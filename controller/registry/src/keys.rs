@@ -1,6 +1,6 @@
 //! The key layout. Everything of Baton lies under `/baton/v1/`; a change of layout is a new version beside it.
 
-use baton_proto::InstanceId;
+use baton_proto::{GroupName, InstanceId};
 
 /// Before every key.
 pub const ROOT: &str = "/baton/v1/";
@@ -12,6 +12,11 @@ pub const INSTANCES: &str = "/baton/v1/instances/";
 pub const ROLES: &str = "/baton/v1/roles/";
 /// What instances last said they are: a [`crate::ObservedStatus`] each, leased.
 pub const STATUS: &str = "/baton/v1/status/";
+
+/// What operators want of instances: a [`baton_proto::Intent`] each. Survives the instance.
+pub const INTENTS: &str = "/baton/v1/config/instances/";
+/// By what operators want groups divided: [`baton_proto::Targets`].
+pub const TARGETS: &str = "/baton/v1/config/groups/";
 
 pub fn instance(id: &InstanceId) -> String {
     format!("{INSTANCES}{id}")
@@ -25,6 +30,14 @@ pub fn status(id: &InstanceId) -> String {
     format!("{STATUS}{id}")
 }
 
+pub fn intent(id: &InstanceId) -> String {
+    format!("{INTENTS}{id}")
+}
+
+pub fn targets(group: &GroupName) -> String {
+    format!("{TARGETS}{group}")
+}
+
 /// A key taken apart.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Key {
@@ -32,6 +45,8 @@ pub enum Key {
     Instance(InstanceId),
     Role(InstanceId),
     Status(InstanceId),
+    Intent(InstanceId),
+    Targets(GroupName),
     /// Under the root, but of a kind this build does not know: to be ignored.
     Other,
 }
@@ -39,9 +54,13 @@ pub enum Key {
 impl Key {
     pub fn parse(key: &str) -> Self {
         type Kind = (&'static str, fn(InstanceId) -> Key);
-        const KINDS: [Kind; 3] = [(INSTANCES, Key::Instance), (ROLES, Key::Role), (STATUS, Key::Status)];
+        const KINDS: [Kind; 4] =
+            [(INSTANCES, Key::Instance), (ROLES, Key::Role), (STATUS, Key::Status), (INTENTS, Key::Intent)];
         if key == LEADER {
             return Self::Leader;
+        }
+        if let Some(group) = key.strip_prefix(TARGETS) {
+            return GroupName::new(group).map_or(Self::Other, Self::Targets);
         }
         KINDS
             .iter()
@@ -59,7 +78,10 @@ mod tests {
         let id = InstanceId::new("server-0").expect("a good id");
         assert_eq!(Key::parse(&instance(&id)), Key::Instance(id.clone()));
         assert_eq!(Key::parse(&role(&id)), Key::Role(id.clone()));
-        assert_eq!(Key::parse(&status(&id)), Key::Status(id));
+        assert_eq!(Key::parse(&status(&id)), Key::Status(id.clone()));
+        assert_eq!(Key::parse(&intent(&id)), Key::Intent(id));
+        let group = GroupName::default();
+        assert_eq!(Key::parse(&targets(&group)), Key::Targets(group));
         assert_eq!(Key::parse(LEADER), Key::Leader);
         for other in ["/baton/v1/instances/", "/baton/v1/roles/a/b", "/baton/v1/config/x", "/other"] {
             assert_eq!(Key::parse(other), Key::Other, "{other}");

@@ -3,7 +3,11 @@
 //! Records are protobuf, so that writers and readers may differ in version: fields are only ever added. What they say
 //! of instances are [`baton_proto`]'s types, as an instance's hello carries the same.
 
-use baton_proto::{Incarnation, InstanceSpec, LeaderEpoch, Phase, Role, RoleEpoch, WireError, v1};
+use std::time::Duration;
+
+use baton_proto::{
+    Incarnation, InstanceSpec, Intent, LeaderEpoch, Phase, Role, RoleEpoch, Targets, WireError, v1,
+};
 use bytes::Bytes;
 use prost::Message;
 
@@ -25,6 +29,8 @@ pub struct DesiredRole {
     pub reason: String,
     /// Of the leader that decided.
     pub leader_epoch: LeaderEpoch,
+    /// How long running requests may take before the change; none = as the controller is configured.
+    pub drain: Option<Duration>,
 }
 
 /// What an instance last said it is.
@@ -60,6 +66,24 @@ pub fn decode_spec(value: &[u8]) -> Result<InstanceSpec, RecordError> {
     Ok(spec.try_into()?)
 }
 
+/// As it lies under `config/instances/`.
+pub fn encode_intent(intent: &Intent) -> Bytes {
+    v1::Intent::from(intent.clone()).encode_to_vec().into()
+}
+
+pub fn decode_intent(value: &[u8]) -> Result<Intent, RecordError> {
+    Ok(decode::<v1::Intent>(value)?.try_into()?)
+}
+
+/// As they lie under `config/groups/`.
+pub fn encode_targets(targets: &Targets) -> Bytes {
+    v1::Targets::from(targets.clone()).encode_to_vec().into()
+}
+
+pub fn decode_targets(value: &[u8]) -> Result<Targets, RecordError> {
+    Ok(decode::<v1::Targets>(value)?.try_into()?)
+}
+
 impl DesiredRole {
     /// As it lies under `roles/`.
     pub fn encode(&self) -> Bytes {
@@ -68,7 +92,7 @@ impl DesiredRole {
             epoch: self.epoch.0,
             reason: self.reason.clone(),
             leader_epoch: self.leader_epoch.0,
-            drain_millis: 0,
+            drain_millis: self.drain.map_or(0, |drain| u32::try_from(drain.as_millis()).unwrap_or(u32::MAX)),
         }
         .encode_to_vec()
         .into()
@@ -81,6 +105,7 @@ impl DesiredRole {
             epoch: RoleEpoch::from_wire(wire.epoch).map_err(WireError::from)?,
             reason: wire.reason,
             leader_epoch: LeaderEpoch(wire.leader_epoch),
+            drain: (wire.drain_millis > 0).then(|| Duration::from_millis(wire.drain_millis.into())),
         })
     }
 }

@@ -31,6 +31,7 @@ fn desired() -> DesiredRole {
         epoch: RoleEpoch(7),
         reason: "why".into(),
         leader_epoch: LeaderEpoch(3),
+        drain: None,
     }
 }
 

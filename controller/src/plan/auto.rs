@@ -54,6 +54,11 @@ pub struct Caution {
     pub gain: f64,
 }
 
+impl Caution {
+    /// Any gain is worth a move.
+    pub const NONE: Self = Self { pressure: 0.0, gain: 0.0 };
+}
+
 impl Default for Caution {
     fn default() -> Self {
         Self { pressure: 0.7, gain: 0.2 }
@@ -190,8 +195,13 @@ impl fmt::Display for Division {
 }
 
 /// Divides `instances >= 2`, of which so many prefill and decode at present; the others are free to do either, and are
-/// given what is best without a move. There is always one of each.
-pub fn divide(instances: usize, (prefilling, decoding): (usize, usize), measured: &Measured) -> Division {
+/// given what is best without a move. As many as `range` says may prefill; there is always one of each.
+pub fn divide(
+    instances: usize,
+    (prefilling, decoding): (usize, usize),
+    range: RangeInclusive<usize>,
+    measured: &Measured,
+) -> Division {
     let Caution { pressure, gain } = measured.caution;
     let least = |range: RangeInclusive<usize>, near: usize| {
         let outlooks = range.map(|prefill| Outlook::of(measured, prefill, instances - prefill));
@@ -200,11 +210,11 @@ pub fn divide(instances: usize, (prefilling, decoding): (usize, usize), measured
             a.pressure.total_cmp(&b.pressure).then(away(a).cmp(&away(b)))
         })
     };
-    let fewest = prefilling.clamp(1, instances - 1);
-    let most = instances.saturating_sub(decoding).clamp(fewest, instances - 1);
+    let fewest = prefilling.clamp(*range.start(), *range.end());
+    let most = instances.saturating_sub(decoding).clamp(fewest, *range.end());
     let present =
         least(fewest..=most, fewest).unwrap_or_else(|| Outlook::of(measured, fewest, instances - fewest));
-    let best = least(1..=instances - 1, present.prefill).unwrap_or(present);
+    let best = least(range, present.prefill).unwrap_or(present);
     let worth = present.pressure > pressure && best.pressure < present.pressure * (1.0 - gain);
     Division { present, best, prefill: if worth { best.prefill } else { present.prefill } }
 }

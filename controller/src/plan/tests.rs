@@ -6,6 +6,8 @@ use proptest::prelude::*;
 
 use super::*;
 
+mod pins;
+
 fn spec(name: &str, layout: &str) -> InstanceSpec {
     let mut spec = instance_spec(name, 1);
     spec.kv_layout.fingerprint = layout.into();
@@ -24,8 +26,10 @@ struct Given {
 }
 
 fn decide(ratio: Ratio, fleet: &[Given]) -> BTreeMap<InstanceId, Role> {
-    let candidates: Vec<_> =
-        fleet.iter().map(|g| Candidate { spec: &g.spec, role: g.role, serving: g.serving }).collect();
+    let candidates: Vec<_> = fleet
+        .iter()
+        .map(|g| Candidate { spec: &g.spec, role: g.role, serving: g.serving, pin: None })
+        .collect();
     plan(Policy::Ratio(ratio), &candidates)
         .into_iter()
         .map(|(id, decision)| (id.clone(), decision.role))
@@ -105,8 +109,10 @@ fn who_cannot_join_has_no_role_and_a_reason() {
     stranger.spec = spec("z", "another");
     stranger.role = None;
     fleet.push(stranger);
-    let candidates: Vec<_> =
-        fleet.iter().map(|g| Candidate { spec: &g.spec, role: g.role, serving: g.serving }).collect();
+    let candidates: Vec<_> = fleet
+        .iter()
+        .map(|g| Candidate { spec: &g.spec, role: g.role, serving: g.serving, pin: None })
+        .collect();
     let plan = plan(Policy::Ratio(ratio(1, 1)), &candidates);
     let decision = &plan[&fleet[2].spec.id];
     assert_eq!(decision.role, Role::None);
@@ -258,7 +264,7 @@ proptest! {
     fn no_cheaper_division_was_passed_over(prefill in 1u32..6, decode in 1u32..6, n in 2usize..20, held in (0usize..20, 0usize..20)) {
         let prefilling = held.0.min(n);
         let decoding = held.1.min(n - prefilling);
-        let chosen = prefill_count(ratio(prefill, decode), n, prefilling, decoding);
+        let chosen = by_ratio(ratio(prefill, decode), n, (prefilling, decoding), 1..=n - 1);
         let ideal = n as f64 * f64::from(prefill) / f64::from(prefill + decode);
         let moved = |count: usize| prefilling.saturating_sub(count) + decoding.saturating_sub(n - count);
         for other in 1..n {

@@ -5,7 +5,7 @@ use baton_registry::DesiredRole;
 use tokio::time::Instant;
 use tracing::info;
 
-use super::{Command, Kind, Order, Reconciler, offer};
+use super::{Command, Order, Reconciler, Record, offer};
 use crate::fleet::{Beat, Contact, Member, SessionId};
 
 impl Reconciler {
@@ -59,10 +59,9 @@ impl Reconciler {
         };
         self.sessions.insert(session, id.clone());
         if self.adopt(&mut member) || self.renew(&mut member) {
-            self.mark(Kind::Role, &id);
+            self.mark(Record::Role(id.clone()));
         }
-        self.mark(Kind::Instance, &id);
-        self.mark(Kind::Status, &id);
+        self.mark_registration(&id);
         self.plan_due = true;
         commands.push(Command::Order(session, Order::Welcome));
         commands.extend(offer(&mut member));
@@ -110,7 +109,8 @@ impl Reconciler {
         }
         info!(instance = %member.spec.id, role = role.name(), %epoch, "its role is adopted");
         let reason = "held when this controller began".to_owned();
-        member.desired = Some(DesiredRole { role, epoch, reason, leader_epoch: self.leader_epoch });
+        member.desired =
+            Some(DesiredRole { role, epoch, reason, leader_epoch: self.leader_epoch, drain: None });
         self.adopted |= role != Role::None;
         true
     }

@@ -6,7 +6,7 @@ use baton_proto::InstanceId;
 use tokio::time::Instant;
 use tracing::info;
 
-use super::{Command, Kind, Reconciler, Remembered};
+use super::{Command, Reconciler, Record, Remembered};
 use crate::fleet::{Contact, Member};
 
 /// Never shorter than this, so that a wait of zero cannot spin.
@@ -54,14 +54,10 @@ impl Reconciler {
             }
         }
         let memory = self.roles_config.memory;
-        let unwritten = &mut self.unwritten;
-        self.remembered.retain(|id, remembered| {
-            let faded = now.duration_since(remembered.since) >= memory;
-            if faded {
-                unwritten.insert((Kind::Role, id.clone()));
-            }
-            !faded
-        });
+        let faded = |remembered: &Remembered| now.duration_since(remembered.since) >= memory;
+        let forgotten: Vec<_> =
+            self.remembered.iter().filter(|(_, it)| faded(it)).map(|(id, _)| id.clone()).collect();
+        forgotten.iter().for_each(|id| self.forget(id));
     }
 
     pub(super) fn remember(&mut self, id: InstanceId, member: Member, now: Instant) {
@@ -74,10 +70,15 @@ impl Reconciler {
                 && let Some(oldest) = self.remembered.iter().min_by_key(|(_, gone)| gone.since)
             {
                 let oldest = oldest.0.clone();
-                self.remembered.remove(&oldest);
-                self.mark(Kind::Role, &oldest);
+                self.forget(&oldest);
             }
         }
+    }
+
+    fn forget(&mut self, id: &InstanceId) {
+        self.remembered.remove(id);
+        self.mark(Record::Role(id.clone()));
+        self.forget_intent(id);
     }
 
     /// When the next lease, place, move or memory may end. Later beats only put it off, so it need not follow them.
@@ -86,9 +87,8 @@ impl Reconciler {
             Contact::Lost { since } => since + self.roles_config.lost_grace,
             _ => member.last_beat + self.sessions_config.lease,
         });
-        let patience = self.patience();
         let moves = self.members.values().filter(|member| member.stuck.is_none());
-        let moves = moves.filter_map(|member| Some(member.late_since? + patience));
+        let moves = moves.filter_map(|member| Some(member.late_since? + self.patience(member)));
         let refused = self.refused.values().copied();
         let memories = self.remembered.values().map(|remembered| remembered.since + self.roles_config.memory);
         let never = now + Duration::from_secs(24 * 3600);

@@ -1,22 +1,48 @@
-//! Who counts in a plan, and when a change it asks for is made.
+//! Who counts in a plan, and what comes of it for each.
 //!
 //! Those who have loaded count, and those who have a role and are on their way (lost and within their grace, or
-//! loading it again); while nobody has loaded, all do, so that a fresh fleet has its roles before its weights. What
-//! serves is moved, or left without a role, one at a time in a group, only once every other has taken on what it was
-//! given, and only if both phases go on being served. The [stuck](super::stuck) do not count.
+//! loading it again); while nobody has loaded, all do, so that a fresh fleet has its roles before its weights. Those
+//! who are set aside, because operators cordoned them, get no role; the [stuck](super::stuck) keep what they have. When
+//! a change is made is for [`super::steps`] to say.
+//!
+//! A plan explains itself: what is carried out is the same [`GroupPlan`] that operators are shown.
 
 use std::collections::BTreeMap;
 
-use baton_proto::{InstanceId, Phase, Role, RoleEpoch};
+use baton_proto::{GroupName, InstanceId, Phase, Role, RoleEpoch};
 use baton_registry::DesiredRole;
 use tokio::time::Instant;
 use tracing::info;
 
-use super::{Kind, Reconciler, cover::Cover, places::SHORTEST_WAIT};
+use super::{Aim, Reconciler, Record, places::SHORTEST_WAIT, steps::Step};
 use crate::{
     fleet::{Contact, Member},
-    plan::{Candidate, Decision, plan},
+    plan::{Candidate, Decision, auto::Measured, plan},
 };
+
+/// What is planned for a group.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GroupPlan {
+    pub group: GroupName,
+    pub aim: Aim,
+    /// What `aim` was weighed against, if it asks for that and enough is known.
+    pub measured: Option<Measured>,
+    /// Why nothing is decided yet; then nobody is in `members`.
+    pub waits: Option<String>,
+    pub members: Vec<MemberPlan>,
+    /// When time alone may change the plan.
+    again: Option<Instant>,
+}
+
+/// What is planned for an instance.
+#[derive(Debug, Clone, PartialEq)]
+pub struct MemberPlan {
+    pub id: InstanceId,
+    /// The role it was given last.
+    pub has: Option<Role>,
+    pub decision: Decision,
+    pub step: Step,
+}
 
 /// What matters of a group to one that loads.
 #[derive(Clone, Copy)]
@@ -41,37 +67,73 @@ impl Reconciler {
     /// Plans every group and decides what may be done of it now.
     pub(super) fn replan(&mut self, now: Instant) {
         self.take_stock(now);
-        let mut groups: BTreeMap<&str, Vec<&Member>> = BTreeMap::new();
-        for member in self.members.values() {
-            groups.entry(member.spec.group.as_str()).or_default().push(member);
-        }
-        let mut decided = Vec::new();
-        let mut again: Vec<Instant> = self.plan_again_after().map(|after| now + after).into_iter().collect();
-        for (group, members) in &groups {
-            if let Some(until) = self.unsettled(members, now) {
-                again.push(until);
-                continue;
+        let plans = self.plans(now);
+        let again = plans.iter().filter_map(|plan| plan.again).min();
+        self.plan_at = again.map(|at| at.max(now + SHORTEST_WAIT));
+        for plan in plans {
+            for member in plan.members.into_iter().filter(|member| member.step == Step::Changes) {
+                self.decide(&member.id, member.decision, now);
             }
+        }
+        self.rebalanced();
+    }
+
+    /// What is planned, by group.
+    pub fn plans(&self, now: Instant) -> Vec<GroupPlan> {
+        let mut groups: BTreeMap<&GroupName, Vec<&Member>> = BTreeMap::new();
+        for member in self.members.values() {
+            groups.entry(&member.spec.group).or_default().push(member);
+        }
+        groups.into_iter().map(|(group, members)| self.plan_of(group, &members, now)).collect()
+    }
+
+    fn plan_of(&self, group: &GroupName, members: &[&Member], now: Instant) -> GroupPlan {
+        let aim = self.aim_of(group);
+        let measured = self.measured(group, now);
+        let mut again = aim.plan_again_after().map(|after| now + after);
+        let mut at = |when: Option<Instant>| again = again.into_iter().chain(when).min();
+        let (mut planned, mut waits) = (Vec::new(), None);
+        let aside: BTreeMap<&InstanceId, Decision> =
+            members.iter().filter_map(|member| Some((&member.spec.id, self.aside(member)?))).collect();
+        let free: Vec<&Member> =
+            members.iter().copied().filter(|member| !aside.contains_key(&member.spec.id)).collect();
+        if let Some(until) = self.unsettled(&free, now) {
+            at(Some(until));
+            let seconds = (until - now).as_secs_f64();
+            waits = Some(format!("waits up to {seconds:.1} s for more instances"));
+        } else {
             let around = Around::of(members);
-            let counting: Vec<_> = members
-                .iter()
-                .copied()
-                .filter(|m| m.stuck.is_none() && self.counts(m, around, now))
-                .collect();
-            again.extend(members.iter().filter_map(|member| self.counts_until(member, now)));
-            let candidates: Vec<_> = counting
-                .iter()
-                .map(|m| Candidate { spec: &m.spec, role: m.serving_role(), serving: m.is_serving() })
-                .collect();
-            let plan = plan(self.policy_of(group, now), &candidates);
-            let (permitted, wait) = self.permitted(members, &counting, plan, now);
-            again.extend(wait);
-            decided.extend(permitted);
+            let counts = |m: &&Member| m.stuck.is_none() && self.counts(m, around, now);
+            members.iter().for_each(|member| at(self.counts_until(member, now)));
+            let candidates: Vec<_> = free.into_iter().filter(counts).map(|m| self.candidate(m)).collect();
+            let mut decisions = plan(self.policy_of(group, now), &candidates);
+            decisions.extend(aside);
+            let (steps, wait) = self.steps(members, &decisions, now);
+            at(wait);
+            planned.extend(members.iter().map(|member| {
+                let id = member.spec.id.clone();
+                let has = member.desired.as_ref().map(|desired| desired.role);
+                let planned = decisions.remove(&id).zip(steps.get(&id).cloned());
+                let (decision, step) = planned.unwrap_or_else(|| (not_counted(member), Step::NotCounted));
+                MemberPlan { id, has, decision, step }
+            }));
         }
-        self.plan_at = again.into_iter().min().map(|at| at.max(now + SHORTEST_WAIT));
-        for (id, decision) in decided {
-            self.decide(&id, decision, now);
-        }
+        GroupPlan { group: group.clone(), aim, measured, waits, members: planned, again }
+    }
+
+    /// What is decided of one that no plan counts, because operators said so.
+    fn aside(&self, member: &Member) -> Option<Decision> {
+        let cordoned = self.intents.get(&member.spec.id)?.cordoned.as_ref()?;
+        let because =
+            if cordoned.reason.is_empty() { String::new() } else { format!(": {}", cordoned.reason) };
+        Some(Decision { role: Role::None, reason: format!("cordoned by {}{because}", cordoned.by) })
+    }
+
+    fn candidate<'a>(&'a self, member: &'a Member) -> Candidate<'a> {
+        let (spec, role, serving) = (&member.spec, member.serving_role(), member.is_serving());
+        let intended = self.intents.get(&spec.id).and_then(|intent| intent.pinned);
+        let pin = intended.map(|role| (role, "an operator"));
+        Candidate { spec, role, serving, pin: pin.or_else(|| labelled_role(member)) }
     }
 
     /// Until when a group that has no roles yet waits for more instances.
@@ -105,46 +167,6 @@ impl Reconciler {
         (loading && member.serving_role().is_some() && until > now).then_some(until)
     }
 
-    /// Which of the plan's changes are made now, and when to look at the others again if time will change that.
-    fn permitted(
-        &self,
-        group: &[&Member],
-        counting: &[&Member],
-        mut plan: BTreeMap<&InstanceId, Decision>,
-        now: Instant,
-    ) -> (Vec<(InstanceId, Decision)>, Option<Instant>) {
-        // While others with roles of the same time may be on their way back, who has a role keeps it.
-        let hold =
-            Some(self.began + self.roles_config.lost_grace).filter(|until| self.adopted && now < *until);
-        let (mut permitted, mut moves, mut wait) = (Vec::new(), Vec::new(), None);
-        let mut settling = false;
-        for member in counting {
-            let Some(decision) = plan.remove(&member.spec.id) else { continue };
-            let has = member.desired.as_ref().map(|desired| desired.role);
-            let unwanted = decision.role == Role::None;
-            if has == Some(decision.role) {
-                settling |= member.is_on_its_way();
-            } else if member.serving_role().is_none() || (unwanted && !member.is_serving()) {
-                settling |= !unwanted;
-                permitted.push((member.spec.id.clone(), decision));
-            } else if hold.is_some() {
-                wait = hold;
-            } else if member.is_serving() {
-                settling |= member.is_on_its_way();
-                moves.push((*member, decision));
-            } else {
-                settling = true;
-                permitted.push((member.spec.id.clone(), decision));
-            }
-        }
-        if !settling {
-            let cover = Cover::of(group);
-            let affordable = moves.into_iter().find(|(member, decision)| cover.spares(member, decision.role));
-            permitted.extend(affordable.map(|(member, decision)| (member.spec.id.clone(), decision)));
-        }
-        (permitted, wait)
-    }
-
     fn decide(&mut self, id: &InstanceId, decision: Decision, now: Instant) {
         let leader_epoch = self.leader_epoch;
         let Some(member) = self.members.get_mut(id) else { return };
@@ -153,14 +175,36 @@ impl Reconciler {
         let epoch = RoleEpoch((before.max(member.beat.role_epoch).0 + 1).max(leader_epoch.0));
         let was = member.desired.as_ref().map_or("none", |desired| desired.role.name());
         let Decision { role, reason } = decision;
+        let cordoned = self.intents.get(id).and_then(|intent| intent.cordoned.as_ref());
+        let drain = cordoned.filter(|_| role == Role::None).and_then(|cordoned| cordoned.drain);
         info!(instance = %id, was, role = role.name(), %epoch, reason, "a role is decided");
-        member.desired = Some(DesiredRole { role, epoch, reason, leader_epoch });
+        member.desired = Some(DesiredRole { role, epoch, reason, leader_epoch, drain });
         member.late_since = None;
         let moved = member.is_serving().then(|| member.spec.group.clone());
         self.role_changes += 1;
-        self.mark(Kind::Role, id);
+        self.mark(Record::Role(id.clone()));
         if let Some(group) = moved {
             self.moved(&group, now);
         }
     }
+}
+
+/// Says which role an instance is to have, for those who would rather write it where they deploy it.
+const ROLE_LABEL: &str = "role";
+
+fn labelled_role(member: &Member) -> Option<(Role, &'static str)> {
+    let label = member.spec.labels.get(ROLE_LABEL)?;
+    let role = Role::ALL.into_iter().find(|role| role.name() == label && *role != Role::None)?;
+    Some((role, "its label `role`"))
+}
+
+/// What is said of one that no plan counts.
+fn not_counted(member: &Member) -> Decision {
+    let role = member.desired.as_ref().map_or(Role::None, |desired| desired.role);
+    let reason = match &member.stuck {
+        Some(stuck) => format!("stuck: {stuck}"),
+        None if member.is_loading() => "is loading".to_owned(),
+        None => "is gone".to_owned(),
+    };
+    Decision { role, reason }
 }

@@ -9,21 +9,23 @@ use baton_proto::InstanceId;
 use tokio::time::Instant;
 use tracing::{info, warn};
 
-use super::{Kind, Reconciler};
-use crate::fleet::Stuck;
+use super::{Reconciler, Record};
+use crate::fleet::{Member, Stuck};
 
 /// Before a record that the store refused is written again.
 pub(super) const REFUSED_AGAIN: Duration = Duration::from_secs(10);
 
 impl Reconciler {
     /// How long an instance may take from an order to its role.
-    pub(super) fn patience(&self) -> Duration {
-        self.roles_config.drain + self.roles_config.switch_grace
+    pub(super) fn patience(&self, member: &Member) -> Duration {
+        let drain = member.desired.as_ref().and_then(|desired| desired.drain);
+        drain.unwrap_or(self.roles_config.drain) + self.roles_config.switch_grace
     }
 
     /// To be called after anything that concerns the member's way to its role.
     pub(super) fn follow(&mut self, id: &InstanceId, now: Instant) {
-        let overdue = now + self.patience();
+        let Some(member) = self.members.get(id) else { return };
+        let overdue = now + self.patience(member);
         let Some(member) = self.members.get_mut(id) else { return };
         let under_way = member.knows_its_role() && member.is_on_its_way() && !member.is_loading();
         if under_way {
@@ -41,30 +43,33 @@ impl Reconciler {
 
     /// Notices moves that should have ended, and takes refused records up again.
     pub(super) fn find_stuck(&mut self, now: Instant) {
-        let patience = self.patience();
-        for (id, member) in &mut self.members {
-            let late = member.late_since.is_some_and(|since| now.duration_since(since) >= patience);
-            if late && member.stuck.is_none() {
-                let stuck = Stuck::Overdue(patience);
-                warn!(instance = %id, phase = member.beat.phase.name(), %stuck, "others go on without an instance");
-                member.stuck = Some(stuck);
-                self.plan_due = true;
-            }
+        let late = |member: &Member| {
+            let patience = self.patience(member);
+            let overdue = member.late_since.is_some_and(|since| now.duration_since(since) >= patience);
+            (overdue && member.stuck.is_none()).then_some(Stuck::Overdue(patience))
+        };
+        let late: Vec<_> =
+            self.members.iter().filter_map(|(id, member)| Some((id.clone(), late(member)?))).collect();
+        for (id, stuck) in late {
+            let Some(member) = self.members.get_mut(&id) else { continue };
+            warn!(instance = %id, phase = member.beat.phase.name(), %stuck, "others go on without an instance");
+            member.stuck = Some(stuck);
+            self.plan_due = true;
         }
         let due: Vec<_> =
-            self.refused.iter().filter(|(_, at)| **at <= now).map(|(key, _)| key.clone()).collect();
-        for (kind, id) in due {
-            if kind == Kind::Role && self.others_are_on_their_way(&id) {
-                self.refused.insert((kind, id), now + REFUSED_AGAIN);
-                continue;
+            self.refused.iter().filter(|(_, at)| **at <= now).map(|(record, _)| record.clone()).collect();
+        for record in due {
+            if let Record::Role(id) = &record {
+                if self.others_are_on_their_way(id) {
+                    self.refused.insert(record, now + REFUSED_AGAIN);
+                    continue;
+                }
+                if let Some(member) = self.members.get_mut(id) {
+                    member.stuck = None;
+                }
             }
-            if kind == Kind::Role
-                && let Some(member) = self.members.get_mut(&id)
-            {
-                member.stuck = None;
-            }
-            self.mark(kind, &id);
-            self.refused.remove(&(kind, id));
+            self.refused.remove(&record);
+            self.mark(record);
         }
     }
 
@@ -76,14 +81,14 @@ impl Reconciler {
     }
 
     /// The store will not have a record.
-    pub(super) fn refused(&mut self, kind: Kind, id: InstanceId, reason: String, now: Instant) {
-        if kind == Kind::Role
-            && let Some(member) = self.members.get_mut(&id)
+    pub(super) fn refused(&mut self, record: Record, reason: String, now: Instant) {
+        if let Record::Role(id) = &record
+            && let Some(member) = self.members.get_mut(id)
         {
             member.stuck = Some(Stuck::Unwritable(reason));
             self.plan_due = true;
         }
-        self.refused.insert((kind, id), now + REFUSED_AGAIN);
+        self.refused.insert(record, now + REFUSED_AGAIN);
         self.check_at = self.check_at.min(now + REFUSED_AGAIN);
     }
 }

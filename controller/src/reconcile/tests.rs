@@ -81,16 +81,16 @@ impl World {
         for write in self.mind.take_writes(usize::MAX) {
             self.writes += 1;
             if self.refuses.as_ref() == Some(&write.key()) {
-                let (kind, id, reason) = (write.kind, write.id, "as the test wants it".to_owned());
-                self.mind.handle(Event::Refused { kind, id, reason }, self.now);
+                let (record, reason) = (write.record, "as the test wants it".to_owned());
+                self.mind.handle(Event::Refused { record, reason }, self.now);
                 continue;
             }
             match &write.value {
                 Some(value) => drop(self.stored.insert(write.key(), value.clone())),
                 None => drop(self.stored.remove(&write.key())),
             }
-            if let Some(epoch) = write.epoch {
-                let commands = self.mind.handle(Event::RoleStored { id: write.id, epoch }, self.now);
+            if let (Record::Role(id), Some(epoch)) = (write.record, write.epoch) {
+                let commands = self.mind.handle(Event::RoleStored { id, epoch }, self.now);
                 self.take(commands);
             }
         }
@@ -199,8 +199,12 @@ fn nothing_is_assigned_before_it_is_written() {
     assert_eq!(world.mind.conclude(world.now), []);
     let again = world.mind.take_writes(usize::MAX);
     assert_eq!(again, writes);
-    let role = again.iter().find(|write| write.kind == Kind::Role).expect("a role");
-    let stored = Event::RoleStored { id: role.id.clone(), epoch: role.epoch.expect("its epoch") };
+    let role = again.iter().find_map(|write| match &write.record {
+        Record::Role(id) => Some((id.clone(), write.epoch?)),
+        _ => None,
+    });
+    let (id, epoch) = role.expect("a role");
+    let stored = Event::RoleStored { id, epoch };
     let told = world.mind.handle(stored, world.now);
     assert!(matches!(&told[..], [Command::Order(_, Order::Assign(_))]), "{told:?}");
 }
@@ -462,6 +466,7 @@ fn two_thousand_instances_are_planned_at_once() {
 }
 
 mod auto;
+mod intents;
 mod revisions;
 mod storm;
 mod stuck;

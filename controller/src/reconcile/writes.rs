@@ -1,24 +1,45 @@
-//! What is to be written to the store: keys that may differ from it are marked, and looked up when they are written.
+//! What is to be written to the store: records that may differ from it are marked, and looked up when they are written.
 
-use baton_proto::{InstanceId, RoleEpoch};
-use baton_registry::{DesiredRole, Operation, keys, records::encode_spec};
+use baton_proto::{GroupName, InstanceId, RoleEpoch};
+use baton_registry::{
+    DesiredRole, LeaseId, Operation, keys,
+    records::{encode_intent, encode_spec, encode_targets},
+};
 use bytes::Bytes;
 
 use super::Reconciler;
 
-/// Which of an instance's keys.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Kind {
-    Instance,
-    Role,
-    Status,
+/// A key of the store, and whose. What operators want comes first: it is stored no later than what follows from it.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Record {
+    Intent(InstanceId),
+    Targets(GroupName),
+    Instance(InstanceId),
+    Role(InstanceId),
+    Status(InstanceId),
 }
 
-/// A key and what the store should have there.
+impl Record {
+    pub fn key(&self) -> String {
+        match self {
+            Self::Intent(id) => keys::intent(id),
+            Self::Targets(group) => keys::targets(group),
+            Self::Instance(id) => keys::instance(id),
+            Self::Role(id) => keys::role(id),
+            Self::Status(id) => keys::status(id),
+        }
+    }
+
+    /// Whether it ends with the leader's lease. What was decided or asked for outlives the leader and the instance.
+    fn is_leased(&self) -> bool {
+        matches!(self, Self::Instance(_) | Self::Status(_))
+    }
+}
+
+/// A record and what the store should have there.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Write {
-    pub kind: Kind,
-    pub id: InstanceId,
+    pub record: Record,
     /// None = no such key.
     pub value: Option<Bytes>,
     /// Of a role record.
@@ -27,16 +48,12 @@ pub struct Write {
 
 impl Write {
     pub fn key(&self) -> String {
-        match self.kind {
-            Kind::Instance => keys::instance(&self.id),
-            Kind::Role => keys::role(&self.id),
-            Kind::Status => keys::status(&self.id),
-        }
+        self.record.key()
     }
 
-    /// As a change of the store. Roles outlive the instance and the leader, the others end with `lease`.
-    pub fn operation(&self, lease: baton_registry::LeaseId) -> Operation {
-        let lease = (self.kind != Kind::Role).then_some(lease);
+    /// As a change of the store; what is leased ends with `lease`.
+    pub fn operation(&self, lease: LeaseId) -> Operation {
+        let lease = self.record.is_leased().then_some(lease);
         match &self.value {
             Some(value) => Operation::Put { key: self.key(), value: value.clone(), lease },
             None => Operation::Delete { key: self.key() },
@@ -45,8 +62,8 @@ impl Write {
 }
 
 impl Reconciler {
-    pub(super) fn mark(&mut self, kind: Kind, id: &InstanceId) {
-        self.unwritten.insert((kind, id.clone()));
+    pub(super) fn mark(&mut self, record: Record) {
+        self.unwritten.insert(record);
     }
 
     pub fn has_writes(&self) -> bool {
@@ -57,36 +74,49 @@ impl Reconciler {
     pub fn take_writes(&mut self, limit: usize) -> Vec<Write> {
         let mut writes = Vec::new();
         while writes.len() < limit
-            && let Some((kind, id)) = self.unwritten.pop_first()
+            && let Some(record) = self.unwritten.pop_first()
         {
-            let member = self.members.get(&id);
-            let registered = member.filter(|member| member.is_registered());
-            let desired = member.map_or_else(
-                || self.remembered.get(&id).map(|r| &r.desired),
-                |member| member.desired.as_ref(),
-            );
-            let value = match kind {
-                Kind::Instance => registered.map(|member| encode_spec(&member.spec)),
-                Kind::Status => registered.map(|member| member.status().encode()),
-                Kind::Role => desired.map(DesiredRole::encode),
-            };
-            let epoch = desired.filter(|_| kind == Kind::Role).map(|desired| desired.epoch);
-            writes.push(Write { kind, id, value, epoch });
+            writes.push(self.write(record));
         }
         writes
     }
 
+    fn write(&self, record: Record) -> Write {
+        let registered = |id| self.members.get(id).filter(|member| member.is_registered());
+        let desired = |id| match self.members.get(id) {
+            Some(member) => member.desired.as_ref(),
+            None => self.remembered.get(id).map(|remembered| &remembered.desired),
+        };
+        let mut epoch = None;
+        let value = match &record {
+            Record::Intent(id) => self.intents.get(id).map(encode_intent),
+            Record::Targets(group) => self.targets.get(group).map(encode_targets),
+            Record::Instance(id) => registered(id).map(|member| encode_spec(&member.spec)),
+            Record::Status(id) => registered(id).map(|member| member.status().encode()),
+            Record::Role(id) => desired(id).map(|desired| {
+                epoch = Some(desired.epoch);
+                DesiredRole::encode(desired)
+            }),
+        };
+        Write { record, value, epoch }
+    }
+
     /// Marks what could not be written, to be looked up and written again.
     pub fn give_back(&mut self, writes: impl IntoIterator<Item = Write>) {
-        self.unwritten.extend(writes.into_iter().map(|write| (write.kind, write.id)));
+        self.unwritten.extend(writes.into_iter().map(|write| write.record));
     }
 
     /// Everything that stands under the leader's lease has to be written again: the lease has ended.
     pub fn lease_ended(&mut self) {
         let ids: Vec<_> = self.members.keys().cloned().collect();
-        for id in &ids {
-            self.mark(Kind::Instance, id);
-            self.mark(Kind::Status, id);
+        for id in ids {
+            self.mark_registration(&id);
         }
+    }
+
+    /// What the store says of an instance that is registered, or no longer.
+    pub(super) fn mark_registration(&mut self, id: &InstanceId) {
+        self.mark(Record::Instance(id.clone()));
+        self.mark(Record::Status(id.clone()));
     }
 }

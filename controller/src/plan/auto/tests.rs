@@ -23,7 +23,7 @@ fn measured(demand: &Demand) -> Measured {
 }
 
 fn divided(instances: usize, prefill: usize, demand: &Demand) -> Division {
-    divide(instances, (prefill, instances.saturating_sub(prefill)), &measured(demand))
+    divide(instances, (prefill, instances.saturating_sub(prefill)), 1..=instances - 1, &measured(demand))
 }
 
 #[test]
@@ -55,9 +55,9 @@ fn a_group_that_cannot_keep_up_is_divided_to_lose_least() {
 #[test]
 fn who_is_free_goes_where_it_helps_most() {
     let summaries = demand(6.0, 9_000.0, 150.0);
-    let division = divide(8, (1, 1), &measured(&summaries));
+    let division = divide(8, (1, 1), 1..=7, &measured(&summaries));
     assert_eq!(division.prefill, division.best.prefill, "six of eight have no role yet: {division}");
-    let division = divide(8, (1, 6), &measured(&demand(0.1, 100.0, 20.0)));
+    let division = divide(8, (1, 6), 1..=7, &measured(&demand(0.1, 100.0, 20.0)));
     assert!((1..=2).contains(&division.prefill), "without pressure nobody is moved: {division}");
 }
 

@@ -1,7 +1,9 @@
 //! Groups that are divided by what their instances report: a simulated load that shifts.
 
 use super::*;
-use crate::config::{AutoConfig, RolePolicy};
+use baton_proto::RolePolicy;
+
+use crate::config::AutoConfig;
 
 /// What is asked of the whole group.
 #[derive(Clone, Copy)]

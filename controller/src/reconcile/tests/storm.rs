@@ -159,14 +159,11 @@ impl Storm {
             self.stored.clear();
         }
         for name in NAMES {
-            let get = |kind| {
-                let write = Write { kind, id: id(name), value: None, epoch: None };
-                self.stored.get(&write.key()).cloned()
-            };
-            if let Some(value) = get(Kind::Instance) {
+            let get = |record: Record| self.stored.get(&record.key()).cloned();
+            if let Some(value) = get(Record::Instance(id(name))) {
                 instances.push((decode_spec(&value).expect("a spec"), None));
             }
-            if let Some(value) = get(Kind::Role) {
+            if let Some(value) = get(Record::Role(id(name))) {
                 roles.insert(id(name), DesiredRole::decode(&value).expect("a role"));
             }
         }
@@ -195,8 +192,8 @@ impl Storm {
                 Some(value) => drop(self.stored.insert(write.key(), value.clone())),
                 None => drop(self.stored.remove(&write.key())),
             }
-            if let Some(epoch) = write.epoch {
-                self.event(Event::RoleStored { id: write.id, epoch });
+            if let (Record::Role(id), Some(epoch)) = (write.record, write.epoch) {
+                self.event(Event::RoleStored { id, epoch });
             }
         }
     }

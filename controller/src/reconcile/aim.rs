@@ -1,0 +1,168 @@
+//! By what each group is divided: a ratio, or what its instances report; as configured, or as operators want it.
+//!
+//! Every beat feeds the meter of its group. With the policy `auto` the plans of [`super::planning`] are made anew
+//! every `roles.auto.every`, and after a move a group is left alone for `roles.auto.pause`: the instance has to be
+//! emptied and to show what it does in its new role. While there is nothing to go by (at first, at night, after a change of
+//! leader) nobody is moved, and who has no role yet is given one by the ratio.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    num::NonZeroU32,
+    time::Duration,
+};
+
+use baton_proto::{GroupName, RolePolicy, Targets};
+use tokio::time::Instant;
+
+use super::Reconciler;
+use crate::{
+    config::RoleConfig,
+    demand::Meter,
+    fleet::Member,
+    plan::{
+        Policy, Ratio,
+        auto::{self, Caution, Measured},
+    },
+};
+
+/// What is known of a group beside its members.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Group {
+    meter: Meter,
+    block_tokens: u32,
+    /// No serving member is moved before.
+    pause_until: Option<Instant>,
+    wanted: Option<Wanted>,
+    /// Small gains are worth a move this time.
+    rebalance: bool,
+}
+
+/// The fewest instances with which a group would meet its targets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Wanted {
+    pub prefill: usize,
+    pub decode: usize,
+}
+
+/// By what a group is divided.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Aim {
+    pub policy: RolePolicy,
+    pub ratio: Ratio,
+    pub targets: auto::Targets,
+    /// Whether operators set some of it.
+    pub set: bool,
+    every: Duration,
+}
+
+impl Aim {
+    /// As configured, with what operators want in its place.
+    fn of(config: &RoleConfig, wanted: Option<&Targets>) -> Self {
+        let set = wanted.is_some();
+        let wanted = wanted.cloned().unwrap_or_default();
+        let count = |wanted: Option<NonZeroU32>, configured| wanted.map_or(configured, NonZeroU32::get);
+        Self {
+            policy: wanted.policy.unwrap_or(config.policy),
+            ratio: Ratio {
+                prefill: count(wanted.prefill, config.prefill),
+                decode: count(wanted.decode, config.decode),
+            },
+            targets: auto::Targets {
+                ttft: wanted.ttft.unwrap_or(config.auto.ttft),
+                tpot: wanted.tpot.unwrap_or(config.auto.tpot),
+            },
+            set,
+            every: config.auto.every,
+        }
+    }
+
+    /// How long a plan is good for.
+    pub(super) fn plan_again_after(&self) -> Option<Duration> {
+        (self.policy == RolePolicy::Auto).then_some(self.every)
+    }
+}
+
+impl Reconciler {
+    pub(super) fn aim_of(&self, group: &GroupName) -> Aim {
+        Aim::of(&self.roles_config, self.targets.get(group))
+    }
+
+    /// A member has reported.
+    pub(super) fn measure(&mut self, member: &Member, now: Instant) {
+        let group = self.groups.entry(member.spec.group.clone()).or_default();
+        group.block_tokens = member.spec.kv_layout.block_tokens;
+        group.meter.report(now, &member.spec.id, member.spec.incarnation, &member.beat.load);
+    }
+
+    /// A serving member of the group is given another role.
+    pub(super) fn moved(&mut self, group: &GroupName, now: Instant) {
+        if let Some(group) = self.groups.get_mut(group) {
+            group.pause_until = Some(now + self.roles_config.auto.pause);
+        }
+    }
+
+    /// Small gains are worth a move, for the next plan.
+    pub(super) fn rebalance(&mut self, group: &GroupName) {
+        self.groups.entry(group.clone()).or_default().rebalance = true;
+    }
+
+    pub(super) fn rebalanced(&mut self) {
+        self.groups.values_mut().for_each(|group| group.rebalance = false);
+    }
+
+    /// Learns what groups want now, and forgets those without members.
+    pub(super) fn take_stock(&mut self, now: Instant) {
+        let members = &self.members;
+        let occupied: BTreeSet<&GroupName> = members.values().map(|member| &member.spec.group).collect();
+        self.groups.retain(|name, _| occupied.contains(name));
+        for (name, group) in &mut self.groups {
+            group.meter.retain(|id| members.get(id).is_some_and(|member| member.spec.group == *name));
+        }
+        let most = self.sessions_config.max_instances;
+        let wanted: Vec<_> = self
+            .groups
+            .keys()
+            .map(|name| {
+                (name.clone(), self.measured(name, now).map(|measured| auto::wanted(&measured, most)))
+            })
+            .collect();
+        for (name, wanted) in wanted {
+            if let Some(group) = self.groups.get_mut(&name) {
+                group.wanted = wanted.map(|(prefill, decode)| Wanted { prefill, decode });
+            }
+        }
+    }
+
+    /// By group, where enough has been measured to say so.
+    pub fn wanted(&self) -> BTreeMap<&str, Wanted> {
+        self.groups.iter().filter_map(|(name, group)| Some((name.as_str(), group.wanted?))).collect()
+    }
+
+    pub(super) fn policy_of(&self, group: &GroupName, now: Instant) -> Policy {
+        let Aim { policy, ratio, .. } = self.aim_of(group);
+        match (policy, self.measured(group, now)) {
+            (RolePolicy::Ratio, _) => Policy::Ratio(ratio),
+            (RolePolicy::Auto, None) => Policy::Keep(ratio),
+            (RolePolicy::Auto, Some(measured)) => Policy::Measured(measured, ratio),
+        }
+    }
+
+    /// None if the group is not divided by what is measured, or if too little is known.
+    pub(super) fn measured(&self, name: &GroupName, now: Instant) -> Option<Measured> {
+        let aim = self.aim_of(name);
+        let group = self.groups.get(name).filter(|_| aim.policy == RolePolicy::Auto)?;
+        let paused = group.pause_until.is_some_and(|until| now < until);
+        let caution = match (group.rebalance, paused) {
+            (true, _) => Caution::NONE,
+            // No pressure is larger than this: nobody is moved.
+            (false, true) => Caution { pressure: f64::INFINITY, ..Caution::default() },
+            (false, false) => Caution::default(),
+        };
+        Some(Measured {
+            demand: group.meter.demand(now)?,
+            speed: group.meter.speed(group.block_tokens)?,
+            targets: aim.targets,
+            caution,
+        })
+    }
+}

@@ -1,0 +1,143 @@
+//! What operators ask for, and what of it is kept: intents by instance, targets by group.
+//!
+//! A change is one more thing that plans depend on: it is stored, and the next plan follows it.
+
+use std::collections::BTreeMap;
+
+use baton_proto::{ApiError, Cordoned, ErrorCode, GroupName, InstanceId, Intent, Role, Targets};
+
+use super::{Reconciler, Record};
+use crate::{fleet::Member, plan::compatible};
+
+/// What an operator asks for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Change {
+    /// The instance is to take no requests.
+    Cordon {
+        id: InstanceId,
+        cordoned: Cordoned,
+    },
+    Uncordon {
+        id: InstanceId,
+    },
+    /// The instance is to have this role; none = the planner chooses.
+    Pin {
+        id: InstanceId,
+        role: Option<Role>,
+    },
+    /// The group is to be divided by these; none = as configured.
+    Divide {
+        group: GroupName,
+        targets: Option<Targets>,
+    },
+    /// Small gains are worth a move this time.
+    Rebalance {
+        group: GroupName,
+    },
+}
+
+impl Reconciler {
+    /// What operators wanted when an earlier leader led.
+    pub fn inherit_intents(
+        &mut self,
+        intents: BTreeMap<InstanceId, Intent>,
+        targets: BTreeMap<GroupName, Targets>,
+    ) {
+        (self.intents, self.targets) = (intents, targets);
+        self.plan_due = true;
+    }
+
+    /// What operators want of an instance.
+    pub fn intent(&self, id: &InstanceId) -> Option<&Intent> {
+        self.intents.get(id)
+    }
+
+    /// Takes a change in and says where it is kept, if it is; [`Self::conclude`] is to be called afterwards. Errors:
+    /// `NotFound` for an instance or a group that is not known, `InvalidArgument` for a cordon that would leave nobody
+    /// to serve.
+    pub fn change(&mut self, change: Change) -> Result<Option<Record>, ApiError> {
+        let record = match change {
+            Change::Cordon { id, cordoned } => {
+                if !cordoned.force {
+                    self.check_that_others_serve(&id)?;
+                }
+                self.intend(&id, |intent| intent.cordoned = Some(cordoned))?
+            }
+            Change::Uncordon { id } => self.intend(&id, |intent| intent.cordoned = None)?,
+            Change::Pin { id, role } => {
+                let role = role.filter(|role| *role != Role::None);
+                self.intend(&id, |intent| intent.pinned = role)?
+            }
+            Change::Divide { group, targets } => {
+                self.check_that_it_exists(&group)?;
+                match targets {
+                    Some(targets) => drop(self.targets.insert(group.clone(), targets)),
+                    None => drop(self.targets.remove(&group)),
+                }
+                Record::Targets(group)
+            }
+            Change::Rebalance { group } => {
+                self.check_that_it_exists(&group)?;
+                self.rebalance(&group);
+                self.plan_due = true;
+                return Ok(None);
+            }
+        };
+        self.plan_due = true;
+        self.mark(record.clone());
+        Ok(Some(record))
+    }
+
+    fn intend(&mut self, id: &InstanceId, change: impl FnOnce(&mut Intent)) -> Result<Record, ApiError> {
+        let known = self.members.contains_key(id) || self.remembered.contains_key(id);
+        if !known && !self.intents.contains_key(id) {
+            return Err(ApiError::new(ErrorCode::NotFound, format!("no instance {id} is known")));
+        }
+        let intent = self.intents.entry(id.clone()).or_default();
+        change(intent);
+        if intent.is_empty() {
+            self.intents.remove(id);
+        }
+        Ok(Record::Intent(id.clone()))
+    }
+
+    fn check_that_it_exists(&self, group: &GroupName) -> Result<(), ApiError> {
+        if self.members.values().any(|member| member.spec.group == *group) || self.targets.contains_key(group)
+        {
+            return Ok(());
+        }
+        Err(ApiError::new(ErrorCode::NotFound, format!("no instance is in a group {group}")))
+    }
+
+    /// Somebody of its group and of its kind must be there to take the instance's place.
+    fn check_that_others_serve(&self, id: &InstanceId) -> Result<(), ApiError> {
+        let Some(own) = self.members.get(id).filter(|member| member.serving_role().is_some()) else {
+            return Ok(());
+        };
+        let cordoned = |id: &InstanceId| self.intents.get(id).is_some_and(|intent| intent.cordoned.is_some());
+        let replaces = |member: &Member| {
+            member.spec.id != *id
+                && member.spec.group == own.spec.group
+                && member.is_registered()
+                && !member.is_loading()
+                && member.stuck.is_none()
+                && !cordoned(&member.spec.id)
+                && compatible(&member.spec, &own.spec)
+        };
+        if self.members.values().any(replaces) {
+            return Ok(());
+        }
+        let message = format!(
+            "nobody of group {} could serve in place of {id}: start another instance first, or cordon it by force",
+            own.spec.group
+        );
+        Err(ApiError::new(ErrorCode::InvalidArgument, message))
+    }
+
+    /// What was wanted of an instance that will not come back.
+    pub(super) fn forget_intent(&mut self, id: &InstanceId) {
+        if self.intents.remove(id).is_some() {
+            self.mark(Record::Intent(id.clone()));
+        }
+    }
+}

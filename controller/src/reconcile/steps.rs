@@ -1,0 +1,92 @@
+//! When a change that a plan asks for is made.
+//!
+//! Who does not serve is given its role at once. Who serves is moved, or left without a role, one at a time in a group,
+//! only once every other has taken on what it was given, and only if both phases go on being served. One that operators
+//! cordon by force waits for nobody.
+
+use std::collections::BTreeMap;
+
+use baton_proto::{InstanceId, Role};
+use tokio::time::Instant;
+
+use super::{Reconciler, cover::Cover};
+use crate::{fleet::Member, plan::Decision};
+
+/// What becomes of an instance now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Step {
+    /// It has what is planned.
+    Keeps,
+    /// The change is made now.
+    Changes,
+    /// The change is made later; for people, what it waits for.
+    Waits(String),
+    /// It is planned without.
+    NotCounted,
+}
+
+impl Reconciler {
+    /// Which of the decisions are carried out now, and when to look at the others again if time will change that.
+    pub(super) fn steps(
+        &self,
+        group: &[&Member],
+        decisions: &BTreeMap<&InstanceId, Decision>,
+        now: Instant,
+    ) -> (BTreeMap<InstanceId, Step>, Option<Instant>) {
+        // While others with roles of the same time may be on their way back, who has a role keeps it.
+        let hold =
+            Some(self.began + self.roles_config.lost_grace).filter(|until| self.adopted && now < *until);
+        let (mut steps, mut wait) = (BTreeMap::new(), None);
+        let (mut moves, mut settling) = (Vec::new(), Vec::new());
+        for &member in group {
+            let id = &member.spec.id;
+            let Some(decision) = decisions.get(id) else { continue };
+            let has = member.desired.as_ref().map(|desired| desired.role);
+            let unwanted = decision.role == Role::None;
+            let step = if has == Some(decision.role) {
+                settling.extend(member.is_on_its_way().then_some(id));
+                Step::Keeps
+            } else if member.serving_role().is_none() || (unwanted && !member.is_serving()) {
+                settling.extend((!unwanted).then_some(id));
+                Step::Changes
+            } else if unwanted && self.is_forced(id) {
+                Step::Changes
+            } else if hold.is_some() {
+                wait = hold;
+                Step::Waits("instances that this controller has yet to hear of".to_owned())
+            } else if member.is_serving() {
+                settling.extend(member.is_on_its_way().then_some(id));
+                moves.push((member, decision.role));
+                continue;
+            } else {
+                settling.push(id);
+                Step::Changes
+            };
+            steps.insert(id.clone(), step);
+        }
+        let cover = Cover::of(group);
+        let first = moves.iter().find(|(member, role)| settling.is_empty() && cover.spares(member, *role));
+        let first = first.map(|(member, _)| &member.spec.id);
+        for (member, role) in &moves {
+            let id = &member.spec.id;
+            let step = if first == Some(id) {
+                Step::Changes
+            } else if let Some(arriving) = settling.first() {
+                Step::Waits(format!("{arriving} to take on its role"))
+            } else if !cover.spares(member, *role) {
+                Step::Waits("another instance to serve what it serves".to_owned())
+            } else {
+                Step::Waits(
+                    first.map_or_else(|| "its turn".to_owned(), |id| format!("{id}, which goes first")),
+                )
+            };
+            steps.insert(id.clone(), step);
+        }
+        (steps, wait)
+    }
+
+    fn is_forced(&self, id: &InstanceId) -> bool {
+        let cordoned = self.intents.get(id).and_then(|intent| intent.cordoned.as_ref());
+        cordoned.is_some_and(|cordoned| cordoned.force)
+    }
+}

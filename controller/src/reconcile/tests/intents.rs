@@ -1,0 +1,202 @@
+//! What operators want: cordons, pins and targets, each followed by the plan, one move at a time.
+
+use std::num::NonZeroU32;
+
+use baton_proto::{Cordoned, RolePolicy};
+use baton_registry::records::{decode_intent, decode_targets};
+
+use super::*;
+use crate::fleet::Stuck;
+
+fn cordoned(force: bool) -> Cordoned {
+    let drain = Some(secs(90));
+    Cordoned { by: "alice".into(), reason: "disk".into(), unix_millis: 1, drain, force }
+}
+
+impl World {
+    fn change(&mut self, change: Change) -> Result<(), ApiError> {
+        let record = self.mind.change(change)?;
+        self.settle();
+        // What is kept is in the store, and nowhere else.
+        if let Some(record) = record {
+            let kept = match &record {
+                Record::Intent(id) => self.mind.intent(id).is_some(),
+                Record::Targets(group) => self.mind.targets.contains_key(group),
+                other => panic!("{other:?}"),
+            };
+            assert_eq!(self.stored.contains_key(&record.key()), kept);
+        }
+        Ok(())
+    }
+
+    fn cordon(&mut self, name: &str, force: bool) -> Result<(), ApiError> {
+        self.change(Change::Cordon { id: id(name), cordoned: cordoned(force) })
+    }
+
+    fn step_of(&self, name: &str) -> Step {
+        let plans = self.mind.plans(self.now);
+        let mut members = plans.into_iter().flat_map(|plan| plan.members);
+        members.find(|member| member.id == id(name)).expect("it is planned").step
+    }
+
+    /// a prefills, b and c decode.
+    fn three() -> (Self, [SessionId; 3]) {
+        let (mut world, a, b) = Self::pair();
+        let c = world.hello("c", 1, beat(Phase::Waiting, Role::None, 0));
+        world.obey(c);
+        assert_eq!(world.roles(), "pdd");
+        (world, [a, b, c])
+    }
+}
+
+#[test]
+fn a_cordoned_instance_leaves_once_another_serves_in_its_place() {
+    let (mut world, [a, b, c]) = World::three();
+    world.cordon("a", false).expect("another can take its place");
+    assert_eq!(world.roles(), "pdp", "c goes first, a serves on");
+    assert_eq!(world.step_of("a"), Step::Waits("c to take on its role".into()));
+    world.obey(c);
+    assert_eq!(world.roles(), "0dp");
+    let told = world.last_assigned(a);
+    assert_eq!((told.role, told.reason.as_str()), (Role::None, "cordoned by alice: disk"));
+    assert_eq!(told.drain, Some(secs(90)), "its requests have the time that alice gives them");
+    world.obey(a);
+    world.pass(secs(600), &[a, b, c]);
+    assert_eq!(world.roles(), "0dp");
+
+    world.change(Change::Uncordon { id: id("a") }).expect("it is known");
+    assert_ne!(world.last_assigned(a).role, Role::None);
+}
+
+#[test]
+fn the_last_that_serves_is_cordoned_by_force_alone() {
+    let mut world = World::new();
+    let a = world.hello("a", 1, beat(Phase::Waiting, Role::None, 0));
+    world.pass(secs(3), &[a]);
+    world.obey(a);
+    assert_eq!(world.roles(), "m");
+    let refusal = world.cordon("a", false).expect_err("nobody is left");
+    assert!(refusal.message.contains("nobody of group default could serve in place of a"), "{refusal}");
+    assert_eq!(world.mind.intent(&id("a")), None, "what was refused leaves nothing behind");
+    world.cordon("a", true).expect("by force");
+    assert_eq!(world.roles(), "0");
+}
+
+#[test]
+fn force_waits_for_nobody() {
+    let (mut world, _) = World::three();
+    world.cordon("a", true).expect("by force");
+    assert_eq!(world.roles().chars().next(), Some('0'));
+}
+
+#[test]
+fn a_pin_moves_an_instance_and_outlives_its_leader() {
+    let (mut world, [a, b, c]) = World::three();
+    world.change(Change::Pin { id: id("b"), role: Some(Role::Prefill) }).expect("it is known");
+    assert_eq!(world.roles(), "ppd");
+    world.obey(b);
+    let stored = |key: String| world.stored[&key].clone();
+    let intent = decode_intent(&stored(keys::intent(&id("b")))).expect("an intent");
+    let roles = ["a", "b", "c"]
+        .map(|name| (id(name), DesiredRole::decode(&stored(keys::role(&id(name)))).expect("a role")));
+
+    let mut next = World::under(EPOCH + 50);
+    next.now = world.now;
+    let here = ["a", "b", "c"].map(|name| (instance_spec(name, 1), None));
+    next.mind.inherit(here.into(), roles.into(), next.now);
+    next.mind.inherit_intents([(id("b"), intent)].into(), BTreeMap::new());
+    let sessions = [("a", a), ("b", b), ("c", c)].map(|(name, session)| {
+        let held = world.last_assigned(session);
+        next.hello(name, 1, beat(Phase::Ready, held.role, held.epoch.0))
+    });
+    next.pass(secs(60), &sessions);
+    assert_eq!((next.roles().as_str(), next.assigned.len()), ("ppd", 0), "nothing changes");
+    next.change(Change::Pin { id: id("b"), role: None }).expect("it is known");
+    next.pass(secs(60), &sessions);
+    assert_eq!(next.roles(), "ppd", "what fits the ratio stays");
+}
+
+#[test]
+fn a_label_pins_until_an_operator_says_otherwise() {
+    let mut world = World::new();
+    let mut hello = |name: &str, label: &str| {
+        world.last_session += 1;
+        let mut spec = instance_spec(name, 1);
+        spec.labels = BTreeMap::from([("role".to_owned(), label.to_owned())]);
+        let session = SessionId(world.last_session);
+        world.event(Event::Hello { session, spec: Box::new(spec), beat: silent(), unix_millis: 0 });
+        session
+    };
+    let (a, b) = (hello("a", "decode"), hello("b", "no role at all"));
+    assert_eq!(world.roles(), "dp");
+    assert!(world.last_assigned(a).reason.contains("its label `role`"));
+    world.obey(a);
+    world.obey(b);
+    world.change(Change::Pin { id: id("a"), role: Some(Role::Prefill) }).expect("it is known");
+    assert_eq!(
+        world.roles().chars().next(),
+        Some('m').filter(|_| false).or(Some('d')),
+        "b has to decode first"
+    );
+    world.pass(secs(5), &[a, b]);
+    assert_ne!(world.step_of("a"), Step::Keeps);
+}
+
+#[test]
+fn targets_divide_a_group_in_place_of_the_configuration() {
+    let (mut world, sessions) = World::three();
+    let d = world.hello("d", 1, beat(Phase::Waiting, Role::None, 0));
+    world.obey(d);
+    assert_eq!(world.roles(), "pddp");
+    let group = GroupName::default();
+    let targets = Targets { prefill: NonZeroU32::new(3), ..Targets::default() };
+    world.change(Change::Divide { group: group.clone(), targets: Some(targets.clone()) }).expect("it is");
+    assert_eq!(decode_targets(&world.stored[&keys::targets(&group)]).as_ref(), Ok(&targets));
+    let plan = &world.mind.plans(world.now)[0];
+    assert!(plan.aim.set && plan.aim.policy == RolePolicy::Ratio);
+    assert_eq!(world.roles().matches('p').count(), 3);
+    for session in sessions {
+        world.obey(session);
+    }
+    world.obey(d);
+    world.change(Change::Divide { group, targets: None }).expect("it is");
+    assert_eq!(world.roles().matches('p').count(), 2, "as configured again");
+}
+
+#[test]
+fn who_is_not_known_is_named() {
+    let mut world = World::new();
+    for change in [
+        Change::Cordon { id: id("x"), cordoned: cordoned(false) },
+        Change::Uncordon { id: id("x") },
+        Change::Pin { id: id("x"), role: Some(Role::Decode) },
+        Change::Divide { group: GroupName::new("x").expect("a name"), targets: None },
+        Change::Rebalance { group: GroupName::new("x").expect("a name") },
+    ] {
+        let refusal = world.change(change.clone()).expect_err("nobody is there");
+        assert_eq!(refusal.code, ErrorCode::NotFound, "{change:?}");
+        assert!(refusal.message.ends_with('x') || refusal.message.contains(" x "), "{refusal}");
+    }
+}
+
+#[test]
+fn intents_are_forgotten_with_the_instance() {
+    let (mut world, [a, b, c]) = World::three();
+    world.cordon("b", true).expect("by force");
+    world.event(Event::Bye { session: b, reason: String::new() });
+    assert!(world.mind.intent(&id("b")).is_some(), "it may come back");
+    world.pass(RoleConfig::default().memory + secs(1), &[a, c]);
+    assert_eq!(world.mind.intent(&id("b")), None);
+    assert!(!world.stored.contains_key(&keys::intent(&id("b"))));
+}
+
+#[test]
+fn one_that_does_not_follow_its_pin_is_shown_as_stuck() {
+    let (mut world, [a, b, c]) = World::three();
+    let config = RoleConfig::default();
+    world.change(Change::Pin { id: id("b"), role: Some(Role::Prefill) }).expect("it is known");
+    world.pass(config.drain + config.switch_grace + secs(1), &[a, b, c]);
+    let stuck = world.mind.members()[&id("b")].stuck.clone();
+    assert_eq!(stuck, Some(Stuck::Overdue(config.drain + config.switch_grace)));
+    assert_eq!(world.step_of("b"), Step::NotCounted);
+}
