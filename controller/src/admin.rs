@@ -1,65 +1,152 @@
-//! The gRPC adapter of `FleetAdmin`: the fleet as `baton ctl` shows it, with intent and observation side by side.
+//! The gRPC adapter of `FleetAdmin`: the fleet as `baton ctl` shows it and what operators change in it.
+//!
+//! Thin: it checks who calls ([`access`]) and what they say, brings it to the leading task through the [`Desk`], and puts
+//! the answer in the wire's words ([`view`]). A change is answered once it is stored.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
-use baton_proto::v1::{self, fleet_admin_server};
-use baton_registry::{DesiredRole, Store};
-use tokio::{sync::oneshot, time::Instant};
+use baton_proto::{
+    ApiError, Cordoned, ErrorCode, GroupName, InstanceId, Role, Targets, WireError,
+    v1::{self, fleet_admin_server},
+};
+use baton_registry::Store;
+use futures::{StreamExt, stream::BoxStream};
+use tokio::sync::{oneshot, watch};
 use tonic::{Request, Response, Status};
 
 use crate::{
-    desk::{Desk, Message, Report},
-    fleet::Member,
-    session::not_leading,
+    desk::{Desk, Inbox, Message, Plans, Report},
+    journal::{Entry, Journal, News},
+    reconcile::Change,
+    session::{not_leading, unix_millis},
 };
+
+pub mod access;
+mod view;
+
+use access::{Access, Right};
+
+/// Characters of a reason.
+const REASON_MAX: usize = 200;
+/// Longest time that operators can give to running requests.
+const DRAIN_MOST: Duration = Duration::from_secs(24 * 3600);
+/// Events sent to a reader at a time.
+const EVENTS_AT_A_TIME: usize = 256;
 
 /// Answers operators, while this controller leads.
 #[derive(Debug)]
 pub struct AdminService {
     store: Arc<dyn Store>,
     desk: Desk,
+    journal: Journal,
+    access: Access,
 }
 
 impl AdminService {
-    pub fn new(store: Arc<dyn Store>, desk: Desk) -> Self {
-        Self { store, desk }
+    pub fn new(store: Arc<dyn Store>, desk: Desk, journal: Journal, access: Access) -> Self {
+        Self { store, desk, journal, access }
     }
 
-    async fn report(&self) -> Result<Report, Status> {
+    /// Brings a message to the leading task and waits for its answer.
+    async fn ask<T>(&self, message: impl FnOnce(oneshot::Sender<T>) -> Message) -> Result<T, Status> {
         if let Some(inbox) = self.desk.inbox() {
-            let (answer, report) = oneshot::channel();
-            if inbox.messages.send(Message::Report(answer)).await.is_ok()
-                && let Ok(report) = report.await
+            let (answer, answered) = oneshot::channel();
+            if inbox.messages.send(message(answer)).await.is_ok()
+                && let Ok(answer) = answered.await
             {
-                return Ok(report);
+                return Ok(answer);
             }
         }
         Err(not_leading(&*self.store).await)
     }
+
+    async fn report(&self) -> Result<Report, Status> {
+        self.ask(Message::Report).await
+    }
+
+    async fn plans(&self, what_if: Option<Change>) -> Result<Plans, Status> {
+        Ok(self.ask(|answer| Message::Plan { what_if, answer }).await??)
+    }
+
+    /// Makes a change, or says what it would do; of the plan, the part that `of` says.
+    async fn change<T>(
+        &self,
+        request: &Request<T>,
+        dry_run: bool,
+        change: impl FnOnce(&str) -> Result<Change, ApiError>,
+    ) -> Result<Response<v1::PlanResponse>, Status> {
+        // What a dry run tells is no more than the plan tells anyone who may look.
+        let actor = self.access.check(request, if dry_run { Right::Viewer } else { Right::Admin })?;
+        let change = change(&actor.name)?;
+        let plans = if dry_run {
+            self.plans(Some(change.clone())).await?
+        } else {
+            let news: News = change.news(&actor.name);
+            let change = change.clone();
+            self.ask(|answer| Message::Change { change, news, answer }).await??
+        };
+        let group = match &change {
+            Change::Divide { group, .. } | Change::Rebalance { group } => Some(group.clone()),
+            Change::Cordon { id, .. } | Change::Uncordon { id } | Change::Pin { id, .. } => {
+                plans.group_of(id)
+            }
+        };
+        Ok(Response::new(view::plans(plans, group.as_ref(), dry_run)))
+    }
 }
+
+fn instance_id(id: String) -> Result<InstanceId, ApiError> {
+    InstanceId::new(id).map_err(|error| invalid("instance_id", error))
+}
+
+/// Empty = none.
+fn group_name(group: String) -> Result<Option<GroupName>, ApiError> {
+    if group.is_empty() {
+        return Ok(None);
+    }
+    GroupName::new(group).map(Some).map_err(|error| invalid("group", error))
+}
+
+fn targets(wire: Option<v1::Targets>) -> Result<Option<Targets>, ApiError> {
+    let taken = wire.map(Targets::try_from).transpose();
+    taken.map_err(|error: WireError| invalid("targets", error))
+}
+
+fn invalid(param: &str, problem: impl std::fmt::Display) -> ApiError {
+    ApiError::new(ErrorCode::InvalidArgument, format!("{param}: {problem}")).param(param)
+}
+
+fn needed(group: Option<GroupName>) -> Result<GroupName, ApiError> {
+    group.ok_or_else(|| invalid("group", "is missing"))
+}
+
+type Answer<T> = Result<Response<T>, Status>;
 
 #[tonic::async_trait]
 impl fleet_admin_server::FleetAdmin for AdminService {
     async fn list_instances(
         &self,
-        _: Request<v1::ListInstancesRequest>,
-    ) -> Result<Response<v1::ListInstancesResponse>, Status> {
+        request: Request<v1::ListInstancesRequest>,
+    ) -> Answer<v1::ListInstancesResponse> {
+        self.access.check(&request, Right::Viewer)?;
         let report = self.report().await?;
         let registered = report.members.values().filter(|member| member.is_registered());
-        let instances = registered.map(|member| instance(member, report.at)).collect();
+        let instances = registered.map(|member| view::instance(member, report.at)).collect();
         Ok(Response::new(v1::ListInstancesResponse { instances }))
     }
 
-    async fn list_roles(
-        &self,
-        _: Request<v1::ListRolesRequest>,
-    ) -> Result<Response<v1::ListRolesResponse>, Status> {
+    async fn list_roles(&self, request: Request<v1::ListRolesRequest>) -> Answer<v1::ListRolesResponse> {
+        self.access.check(&request, Right::Viewer)?;
         let report = self.report().await?;
-        let here = report
-            .members
-            .values()
-            .map(|member| role_view(member.spec.id.as_str(), member.desired.as_ref(), Some(member)));
-        let gone = report.remembered.iter().map(|(id, desired)| role_view(id.as_str(), Some(desired), None));
+        let intent = |id: &InstanceId| report.intents.get(id);
+        let here = report.members.values().map(|member| {
+            let id = &member.spec.id;
+            view::role(id.as_str(), member.desired.as_ref(), Some(member), intent(id))
+        });
+        let gone = report
+            .remembered
+            .iter()
+            .map(|(id, desired)| view::role(id.as_str(), Some(desired), None, intent(id)));
         let mut roles: Vec<_> = here.chain(gone).collect();
         roles.sort_by(|a, b| a.instance_id.cmp(&b.instance_id));
         Ok(Response::new(v1::ListRolesResponse { roles }))
@@ -67,84 +154,132 @@ impl fleet_admin_server::FleetAdmin for AdminService {
 
     async fn list_coordinators(
         &self,
-        _: Request<v1::ListCoordinatorsRequest>,
-    ) -> Result<Response<v1::ListCoordinatorsResponse>, Status> {
+        request: Request<v1::ListCoordinatorsRequest>,
+    ) -> Answer<v1::ListCoordinatorsResponse> {
+        self.access.check(&request, Right::Viewer)?;
         Err(Status::unimplemented("not yet"))
     }
 
-    async fn list_links(
-        &self,
-        _: Request<v1::ListLinksRequest>,
-    ) -> Result<Response<v1::ListLinksResponse>, Status> {
+    async fn list_links(&self, request: Request<v1::ListLinksRequest>) -> Answer<v1::ListLinksResponse> {
+        self.access.check(&request, Right::Viewer)?;
         Err(Status::unimplemented("not yet"))
     }
 
-    async fn explain_plan(
-        &self,
-        _: Request<v1::ExplainPlanRequest>,
-    ) -> Result<Response<v1::PlanResponse>, Status> {
-        Err(Status::unimplemented("not yet"))
+    async fn explain_plan(&self, request: Request<v1::ExplainPlanRequest>) -> Answer<v1::PlanResponse> {
+        self.access.check(&request, Right::Viewer)?;
+        let v1::ExplainPlanRequest { group, targets: wire } = request.into_inner();
+        let group = group_name(group)?;
+        let what_if = match targets(wire)? {
+            Some(targets) => {
+                let group = needed(group.clone())?;
+                Some(Change::Divide { group, targets: Some(targets) })
+            }
+            None => None,
+        };
+        let dry_run = what_if.is_some();
+        let plans = self.plans(what_if).await?;
+        if let Some(group) = &group
+            && !plans.plans.iter().any(|plan| plan.group == *group)
+        {
+            let message = format!("no instance is in a group {group}");
+            return Err(ApiError::new(ErrorCode::NotFound, message).into());
+        }
+        Ok(Response::new(view::plans(plans, group.as_ref(), dry_run)))
     }
 
-    async fn cordon(&self, _: Request<v1::CordonRequest>) -> Result<Response<v1::PlanResponse>, Status> {
-        Err(Status::unimplemented("not yet"))
-    }
-
-    async fn uncordon(&self, _: Request<v1::UncordonRequest>) -> Result<Response<v1::PlanResponse>, Status> {
-        Err(Status::unimplemented("not yet"))
-    }
-
-    async fn set_role(&self, _: Request<v1::SetRoleRequest>) -> Result<Response<v1::PlanResponse>, Status> {
-        Err(Status::unimplemented("not yet"))
-    }
-
-    async fn set_targets(
-        &self,
-        _: Request<v1::SetTargetsRequest>,
-    ) -> Result<Response<v1::PlanResponse>, Status> {
-        Err(Status::unimplemented("not yet"))
-    }
-
-    async fn rebalance(
-        &self,
-        _: Request<v1::RebalanceRequest>,
-    ) -> Result<Response<v1::PlanResponse>, Status> {
-        Err(Status::unimplemented("not yet"))
-    }
-
-    type WatchEventsStream = futures::stream::BoxStream<'static, Result<v1::FleetEvent, Status>>;
+    type WatchEventsStream = BoxStream<'static, Result<v1::FleetEvent, Status>>;
 
     async fn watch_events(
         &self,
-        _: Request<v1::WatchEventsRequest>,
-    ) -> Result<Response<Self::WatchEventsStream>, Status> {
-        Err(Status::unimplemented("not yet"))
+        request: Request<v1::WatchEventsRequest>,
+    ) -> Answer<Self::WatchEventsStream> {
+        self.access.check(&request, Right::Viewer)?;
+        let v1::WatchEventsRequest { after, follow, instance_id: wanted } = request.into_inner();
+        let Some(inbox) = self.desk.inbox() else { return Err(not_leading(&*self.store).await) };
+        let follow = follow.then_some(inbox);
+        let entries = entries(self.journal.clone(), self.journal.last(), after, follow);
+        let of_wanted = move |entry: &Entry| {
+            let of = entry.news.instance.as_ref().map(InstanceId::as_str);
+            futures::future::ready(wanted.is_empty() || of == Some(&wanted))
+        };
+        let events = entries.filter(of_wanted).map(|entry| Ok(view::event(entry)));
+        Ok(Response::new(events.boxed()))
+    }
+
+    async fn cordon(&self, request: Request<v1::CordonRequest>) -> Answer<v1::PlanResponse> {
+        let v1::CordonRequest { instance_id: id, reason, drain_millis, force, dry_run } =
+            request.get_ref().clone();
+        self.change(&request, dry_run, |actor| {
+            if reason.chars().count() > REASON_MAX {
+                return Err(invalid("reason", format!("at most {REASON_MAX} characters")));
+            }
+            let drain = (drain_millis > 0).then(|| Duration::from_millis(drain_millis.into()));
+            if drain.is_some_and(|drain| drain > DRAIN_MOST) {
+                return Err(invalid("drain_millis", "at most a day"));
+            }
+            let by = actor.to_owned();
+            let cordoned = Cordoned { by, reason, unix_millis: unix_millis(), drain, force };
+            Ok(Change::Cordon { id: instance_id(id)?, cordoned })
+        })
+        .await
+    }
+
+    async fn uncordon(&self, request: Request<v1::UncordonRequest>) -> Answer<v1::PlanResponse> {
+        let v1::UncordonRequest { instance_id: id, dry_run } = request.get_ref().clone();
+        self.change(&request, dry_run, |_| Ok(Change::Uncordon { id: instance_id(id)? })).await
+    }
+
+    async fn set_role(&self, request: Request<v1::SetRoleRequest>) -> Answer<v1::PlanResponse> {
+        let v1::SetRoleRequest { instance_id: id, role, dry_run } = request.get_ref().clone();
+        self.change(&request, dry_run, |_| {
+            let unpinned = role == i32::from(v1::Role::Unspecified);
+            let role = Role::from_wire(role).map_err(|error| invalid("role", error))?;
+            if role == Role::None && !unpinned {
+                return Err(invalid("role", "cordon an instance that is to take no requests"));
+            }
+            Ok(Change::Pin { id: instance_id(id)?, role: Some(role).filter(|_| !unpinned) })
+        })
+        .await
+    }
+
+    async fn set_targets(&self, request: Request<v1::SetTargetsRequest>) -> Answer<v1::PlanResponse> {
+        let v1::SetTargetsRequest { group, targets: wire, dry_run } = request.get_ref().clone();
+        self.change(&request, dry_run, |_| {
+            Ok(Change::Divide { group: needed(group_name(group)?)?, targets: targets(wire)? })
+        })
+        .await
+    }
+
+    async fn rebalance(&self, request: Request<v1::RebalanceRequest>) -> Answer<v1::PlanResponse> {
+        let v1::RebalanceRequest { group, dry_run } = request.get_ref().clone();
+        self.change(&request, dry_run, |_| Ok(Change::Rebalance { group: needed(group_name(group)?)? })).await
     }
 }
 
-fn instance(member: &Member, now: Instant) -> v1::Instance {
-    let age = now.duration_since(member.last_beat);
-    v1::Instance {
-        spec: Some(member.spec.clone().into()),
-        beat: Some(member.beat.into()),
-        registered_unix_millis: member.registered_unix_millis,
-        last_beat_age_millis: u64::try_from(age.as_millis()).unwrap_or(u64::MAX),
-    }
-}
-
-/// `member` is none for an instance that is gone.
-fn role_view(id: &str, desired: Option<&DesiredRole>, member: Option<&Member>) -> v1::RoleView {
-    let member = member.filter(|member| member.is_registered());
-    v1::RoleView {
-        instance_id: id.to_owned(),
-        desired_role: desired.map_or(v1::Role::Unspecified, |desired| desired.role.to_wire()).into(),
-        desired_epoch: desired.map_or(0, |desired| desired.epoch.0),
-        reason: desired.map(|desired| desired.reason.clone()).unwrap_or_default(),
-        observed_role: member.map_or(v1::Role::Unspecified, |member| member.beat.role.to_wire()).into(),
-        observed_epoch: member.map_or(0, |member| member.beat.role_epoch.0),
-        phase: member.map_or(v1::Phase::Unspecified, |member| member.beat.phase.to_wire()).into(),
-        registered: member.is_some(),
-        stuck: member.and_then(|member| member.stuck.as_ref()).map(ToString::to_string).unwrap_or_default(),
-        intent: None,
-    }
+/// Entries above `after`; with an inbox it goes on with what happens, until that reign ends.
+fn entries(
+    journal: Journal,
+    last: watch::Receiver<u64>,
+    after: u64,
+    follow: Option<Inbox>,
+) -> impl futures::Stream<Item = Entry> {
+    let read = move |(after, mut last, follow): (u64, watch::Receiver<u64>, Option<Inbox>)| {
+        let journal = journal.clone();
+        async move {
+            loop {
+                last.borrow_and_update();
+                let entries = journal.after(after, EVENTS_AT_A_TIME);
+                if let Some(newest) = entries.last() {
+                    let after = newest.sequence;
+                    return Some((futures::stream::iter(entries), (after, last, follow)));
+                }
+                let inbox = follow.as_ref()?;
+                tokio::select! {
+                    () = inbox.messages.closed() => return None,
+                    changed = last.changed() => changed.ok()?,
+                }
+            }
+        }
+    };
+    futures::stream::unfold((after, last, follow), read).flatten()
 }

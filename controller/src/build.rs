@@ -2,6 +2,7 @@
 
 use std::{
     net::TcpListener,
+    path::PathBuf,
     sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -13,10 +14,11 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::service::Routes;
 
 use crate::{
-    admin::AdminService,
+    admin::{AdminService, access::Access},
     config::{ControllerConfig, StoreKind},
     desk::Desk,
     error::ControllerError,
+    journal::Journal,
     metrics::ControllerMetrics,
     reign::Reigns,
     session::ControlService,
@@ -85,8 +87,10 @@ impl Parts {
         let (open, desk) = Desk::new();
         let (ending, workers) = (shutdown.clone(), tasks.clone());
         let control = ControlService::new(config.clone(), store.clone(), desk.clone(), ending, workers);
-        let mut routes = Routes::new(ControlServer::new(control))
-            .add_service(FleetAdminServer::new(AdminService::new(store.clone(), desk)));
+        let tokens = Some(&config.admin.tokens_file).filter(|path| !path.is_empty()).map(PathBuf::from);
+        let journal = Journal::default();
+        let admin = AdminService::new(store.clone(), desk, journal.clone(), Access::new(tokens)?);
+        let mut routes = Routes::new(ControlServer::new(control)).add_service(FleetAdminServer::new(admin));
         let mut services = SERVICES.to_vec();
         if config.store.kind == StoreKind::Embedded {
             routes = routes.add_service(StoreService::new(store.clone(), shutdown.clone()).into_server());
@@ -97,6 +101,7 @@ impl Parts {
             config,
             store,
             desk: open,
+            journal,
             metrics: ControllerMetrics::register(&metrics),
             health: health.clone(),
             shutdown: shutdown.clone(),

@@ -23,6 +23,7 @@ pub struct ControllerConfig {
     pub leader: LeaderConfig,
     pub sessions: SessionConfig,
     pub roles: RoleConfig,
+    pub admin: AdminConfig,
     pub process: ProcessConfig,
 }
 
@@ -37,6 +38,7 @@ impl Default for ControllerConfig {
             leader: LeaderConfig::default(),
             sessions: SessionConfig::default(),
             roles: RoleConfig::default(),
+            admin: AdminConfig::default(),
             process: ProcessConfig::default(),
         }
     }
@@ -94,6 +96,15 @@ impl Default for SessionConfig {
     fn default() -> Self {
         Self { beat: Duration::from_secs(1), lease: Duration::from_secs(6), max_instances: 10_000 }
     }
+}
+
+/// Who may ask and change, by `baton ctl` or any other client of the admin service.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AdminConfig {
+    /// A file with a line for each operator: name, `viewer` or `admin`, and the SHA-256 of the token in hex. It is read
+    /// again when it changes. Empty = whoever calls from this machine is an admin, and nobody else is let in.
+    pub tokens_file: String,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

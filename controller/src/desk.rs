@@ -3,7 +3,9 @@
 //! Between the gRPC adapters ([`crate::session`], [`crate::admin`]) and the task that leads ([`crate::reign`]). There
 //! is an inbox only while this controller leads; without one the adapters refuse.
 
-use baton_proto::{InstanceId, LeaderEpoch};
+use std::collections::BTreeMap;
+
+use baton_proto::{ApiError, GroupName, InstanceId, Intent, LeaderEpoch};
 use baton_registry::DesiredRole;
 use tokio::{
     sync::{mpsc, oneshot, watch},
@@ -13,7 +15,8 @@ use tokio_util::sync::DropGuard;
 
 use crate::{
     fleet::{Members, SessionId},
-    reconcile::{Event, Order},
+    journal::News,
+    reconcile::{Change, Event, GroupPlan, Order, Wanted},
 };
 
 /// Messages that wait for the leading task. When it is full, whoever brings one waits, and so does its instance.
@@ -33,6 +36,17 @@ pub enum Message {
     },
     Event(Event),
     Report(oneshot::Sender<Report>),
+    /// What is planned, or would be after a change.
+    Plan {
+        what_if: Option<Change>,
+        answer: oneshot::Sender<Result<Plans, ApiError>>,
+    },
+    /// A change to make, and what is entered in the journal for it. Answered with the plan once it is stored.
+    Change {
+        change: Change,
+        news: News,
+        answer: oneshot::Sender<Result<Plans, ApiError>>,
+    },
 }
 
 /// The way to an instance. Dropping it ends the session once it has read what it was sent.
@@ -48,7 +62,25 @@ pub struct Report {
     pub members: Members,
     /// Roles of instances that are gone.
     pub remembered: Vec<(InstanceId, DesiredRole)>,
+    /// What operators want.
+    pub intents: BTreeMap<InstanceId, Intent>,
     pub at: Instant,
+}
+
+/// What is planned.
+#[derive(Debug)]
+pub struct Plans {
+    pub plans: Vec<GroupPlan>,
+    /// The fewest instances with which groups would meet their targets, where that is known.
+    pub wanted: BTreeMap<GroupName, Wanted>,
+}
+
+impl Plans {
+    /// The group that the instance is planned in.
+    pub fn group_of(&self, id: &InstanceId) -> Option<GroupName> {
+        let has = |plan: &&GroupPlan| plan.members.iter().any(|member| member.id == *id);
+        self.plans.iter().find(has).map(|plan| plan.group.clone())
+    }
 }
 
 /// The leading task's inbox, for the time of its reign.

@@ -3,6 +3,8 @@
 use baton_process::{ListenError, ProcessError};
 use baton_registry::{EtcdOpenError, StoreError};
 
+use crate::admin::access::AccessError;
+
 #[derive(Debug, thiserror::Error)]
 pub enum ControllerError {
     #[error(transparent)]
@@ -13,6 +15,8 @@ pub enum ControllerError {
     Process(#[from] ProcessError),
     #[error(transparent)]
     Etcd(#[from] EtcdOpenError),
+    #[error("admin.tokens_file: {0}")]
+    Access(#[from] AccessError),
     #[error("{0:?} cannot be this controller's name: set controller_id")]
     Name(String),
     #[error("cannot find out where this controller listens: {0}")]

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use baton_process::Metrics;
-use baton_proto::{Phase, Role};
+use baton_proto::{GroupName, Phase, Role};
 use prometheus_client::{
     encoding::EncodeLabelSet,
     metrics::{counter::Counter, family::Family, gauge::Gauge},
@@ -18,6 +18,11 @@ struct InstanceLabels {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct GroupLabels {
+    group: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct WantedLabels {
     group: String,
     role: &'static str,
@@ -28,6 +33,7 @@ struct WantedLabels {
 pub struct ControllerMetrics {
     instances: Family<InstanceLabels, Gauge>,
     wanted: Family<WantedLabels, Gauge>,
+    served: Family<GroupLabels, Gauge>,
     lost: Gauge,
     stuck: Gauge,
     /// 1 while this controller leads.
@@ -55,6 +61,11 @@ impl ControllerMetrics {
                 own.wanted.clone(),
             );
             registry.register(
+                "group_served",
+                "1 while both phases of a group that has served are served",
+                own.served.clone(),
+            );
+            registry.register(
                 "instances_lost",
                 "Instances whose place is kept for their return",
                 own.lost.clone(),
@@ -75,11 +86,20 @@ impl ControllerMetrics {
     }
 
     /// Counts the fleet anew.
-    pub fn observe(&self, members: &Members, wanted: &BTreeMap<&str, Wanted>) {
+    pub fn observe(
+        &self,
+        members: &Members,
+        wanted: &BTreeMap<GroupName, Wanted>,
+        served: &BTreeMap<&str, bool>,
+    ) {
+        self.served.clear();
+        for (group, served) in served {
+            self.served.get_or_create(&GroupLabels { group: (*group).to_owned() }).set((*served).into());
+        }
         self.wanted.clear();
         for (group, wanted) in wanted {
             for (role, count) in [(Role::Prefill, wanted.prefill), (Role::Decode, wanted.decode)] {
-                let labels = WantedLabels { group: (*group).to_owned(), role: role.name() };
+                let labels = WantedLabels { group: group.to_string(), role: role.name() };
                 self.wanted.get_or_create(&labels).set(i64::try_from(count).unwrap_or(i64::MAX));
             }
         }

@@ -23,12 +23,14 @@ use tracing::info;
 use crate::{
     config::{RoleConfig, SessionConfig},
     fleet::{Beat, Contact, Member, Members, SessionId},
+    journal::{News, NewsKind},
 };
 
 mod admit;
 mod aim;
 mod change;
 mod cover;
+mod news;
 mod places;
 mod planning;
 mod steps;
@@ -126,6 +128,8 @@ pub struct Reconciler {
     /// may be on their way back with theirs.
     adopted: bool,
     role_changes: u64,
+    /// What has not been told yet.
+    news: Vec<News>,
     /// What is known of groups beside their members.
     groups: BTreeMap<GroupName, aim::Group>,
     /// What operators want of instances, also of those that are not here.
@@ -159,6 +163,7 @@ impl Reconciler {
             plan_at: None,
             adopted: false,
             role_changes: 0,
+            news: Vec::new(),
         }
     }
 
@@ -253,6 +258,7 @@ impl Reconciler {
         if member.beat.phase != beat.phase || member.beat.role_epoch != beat.role_epoch {
             self.plan_due = true;
         }
+        let converged = member.has_converged();
         member.beat = beat;
         member.last_beat = now;
         self.measure(&member, now);
@@ -262,7 +268,11 @@ impl Reconciler {
         if self.adopt(&mut member) {
             self.mark(Record::Role(id.clone()));
         }
+        let taken = (!converged && member.has_converged()).then_some(beat.role);
         self.members.insert(id.clone(), member);
+        if let Some(role) = taken {
+            self.tell(NewsKind::RoleTaken, &id, format!("serves as {}", role.name()));
+        }
         self.follow(&id, now);
         Vec::new()
     }
@@ -272,6 +282,7 @@ impl Reconciler {
             && let Some(member) = self.members.remove(&id)
         {
             info!(instance = %id, reason, "an instance leaves");
+            self.tell_of(NewsKind::InstanceLeft, &id, Some(member.spec.group.clone()), reason);
             // It said so: its place is not kept, only the memory of its role.
             self.remember(id.clone(), member, now);
             self.unregister(&id);

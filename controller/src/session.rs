@@ -78,6 +78,12 @@ pub(crate) async fn not_leading(store: &dyn Store) -> Status {
     status
 }
 
+/// Now, by the wall clock.
+pub(crate) fn unix_millis() -> u64 {
+    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX)
+}
+
 fn invalid(error: WireError) -> Status {
     ApiError::new(ErrorCode::InvalidArgument, format!("this report cannot be taken: {error}")).into()
 }
@@ -106,8 +112,7 @@ impl control_server::Control for ControlService {
                 Status::from(ApiError::new(ErrorCode::DeadlineExceeded, "no hello came in time"))
             })??;
         let session = SessionId(self.last_session.fetch_add(1, Ordering::Relaxed) + 1);
-        let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let unix_millis = u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX);
+        let unix_millis = unix_millis();
         let (orders, receiver) = mpsc::channel(ORDERS_CAPACITY);
         let end = self.shutdown.child_token();
         let line = Line { orders, end: end.clone().drop_guard() };

@@ -1,7 +1,7 @@
 //! What operators want: of an instance an [`Intent`], of a group its [`Targets`]. The same in the admin services and in
 //! the state store. `v1` is the wire's form; every number of it that is 0 is absent here.
 
-use std::{num::NonZeroU32, time::Duration};
+use std::{fmt, num::NonZeroU32, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
@@ -58,6 +58,23 @@ pub struct Targets {
     pub ttft: Option<Duration>,
     /// Wanted mean time per token.
     pub tpot: Option<Duration>,
+}
+
+impl fmt::Display for Targets {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let count = |count: &Option<NonZeroU32>| count.map(|count| count.to_string());
+        let time = |time: &Option<Duration>| time.map(|time| format!("{time:?}"));
+        let policy = self.policy.map(|policy| format!("{policy:?}").to_lowercase());
+        let parts = [
+            ("policy", policy),
+            ("prefill", count(&self.prefill)),
+            ("decode", count(&self.decode)),
+            ("ttft", time(&self.ttft)),
+            ("tpot", time(&self.tpot)),
+        ];
+        let said = parts.into_iter().filter_map(|(name, value)| Some(format!("{name} {}", value?)));
+        f.write_str(&said.collect::<Vec<_>>().join(", "))
+    }
 }
 
 fn duration(millis: u32) -> Option<Duration> {
@@ -165,7 +182,9 @@ mod tests {
             ttft: Some(Duration::from_millis(300)),
             tpot: None,
         };
+        assert_eq!(targets.to_string(), "policy auto, prefill 2, ttft 300ms");
         assert_eq!(Targets::try_from(v1::Targets::from(targets.clone())), Ok(targets));
+        assert_eq!(Targets::default().to_string(), "");
         assert!(Targets::try_from(v1::Targets { policy: 9, ..Default::default() }).is_err());
     }
 }

@@ -6,7 +6,10 @@ use tokio::time::Instant;
 use tracing::info;
 
 use super::{Command, Order, Reconciler, Record, offer};
-use crate::fleet::{Beat, Contact, Member, SessionId};
+use crate::{
+    fleet::{Beat, Contact, Member, SessionId},
+    journal::NewsKind,
+};
 
 impl Reconciler {
     pub(super) fn hello(
@@ -20,6 +23,7 @@ impl Reconciler {
         let id = spec.id.clone();
         if let Err(refusal) = self.admit(&spec) {
             info!(instance = %id, incarnation = %spec.incarnation, %refusal, "a session is refused");
+            self.tell_of(NewsKind::InstanceRefused, &id, Some(spec.group), refusal.message.clone());
             let held = self.members.get(&id).map(|member| member.spec.incarnation);
             let refuse = Order::Refuse { reason: refusal, held };
             return vec![Command::Order(session, refuse), Command::Close(session)];
@@ -65,7 +69,14 @@ impl Reconciler {
         self.plan_due = true;
         commands.push(Command::Order(session, Order::Welcome));
         commands.extend(offer(&mut member));
+        let joined = (!known).then(|| {
+            let spec = &member.spec;
+            format!("{} at {}, version {}", spec.model.name, spec.inference_endpoint, spec.version)
+        });
         self.members.insert(id.clone(), member);
+        if let Some(message) = joined {
+            self.tell(NewsKind::InstanceJoined, &id, message);
+        }
         self.follow(&id, now);
         self.check_at = self.check_at.min(now + self.sessions_config.lease);
         commands

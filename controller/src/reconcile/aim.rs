@@ -35,6 +35,8 @@ pub(super) struct Group {
     wanted: Option<Wanted>,
     /// Small gains are worth a move this time.
     rebalance: bool,
+    /// Whether both phases were served when it was last looked at; none = it was never served.
+    pub(super) served: Option<bool>,
 }
 
 /// The fewest instances with which a group would meet its targets.
@@ -134,8 +136,8 @@ impl Reconciler {
     }
 
     /// By group, where enough has been measured to say so.
-    pub fn wanted(&self) -> BTreeMap<&str, Wanted> {
-        self.groups.iter().filter_map(|(name, group)| Some((name.as_str(), group.wanted?))).collect()
+    pub fn wanted(&self) -> BTreeMap<GroupName, Wanted> {
+        self.groups.iter().filter_map(|(name, group)| Some((name.clone(), group.wanted?))).collect()
     }
 
     pub(super) fn policy_of(&self, group: &GroupName, now: Instant) -> Policy {

@@ -52,6 +52,11 @@ impl Reconciler {
         self.intents.get(id)
     }
 
+    /// What operators want, of everyone of whom they want anything.
+    pub fn intents(&self) -> &BTreeMap<InstanceId, Intent> {
+        &self.intents
+    }
+
     /// Takes a change in and says where it is kept, if it is; [`Self::conclude`] is to be called afterwards. Errors:
     /// `NotFound` for an instance or a group that is not known, `InvalidArgument` for a cordon that would leave nobody
     /// to serve.

@@ -1,8 +1,11 @@
 //! Which phases a group serves now, by parties that understand each other's caches. Pure.
 
-use baton_proto::{InstanceSpec, Role};
+use std::collections::BTreeMap;
 
-use crate::{fleet::Member, plan::compatible};
+use baton_proto::{GroupName, InstanceSpec, Role};
+
+use super::Reconciler;
+use crate::{fleet::Member, journal::NewsKind, plan::compatible};
 
 struct Party<'a> {
     like: &'a InstanceSpec,
@@ -30,6 +33,11 @@ impl<'a> Cover<'a> {
         Self { parties }
     }
 
+    /// Whether requests can be served now.
+    pub(super) fn serves(&self) -> bool {
+        self.parties.iter().any(|party| party.prefill > 0 && party.decode > 0)
+    }
+
     /// Whether requests can be served while the member, which serves, changes to this role; always if they cannot be
     /// served now.
     pub(super) fn spares(&self, member: &Member, role: Role) -> bool {
@@ -39,8 +47,40 @@ impl<'a> Cover<'a> {
             let own = compatible(party.like, &member.spec);
             party.prefill > usize::from(own) * prefill && party.decode > usize::from(own) * decode
         };
-        let now = |party: &Party<'_>| party.prefill > 0 && party.decode > 0;
-        !self.parties.iter().any(now) || self.parties.iter().any(after)
+        !self.serves() || self.parties.iter().any(after)
+    }
+}
+
+impl Reconciler {
+    /// Tells when a group begins to serve, or ceases to.
+    pub(super) fn watch_service(&mut self) {
+        let mut groups: BTreeMap<GroupName, Vec<&Member>> = BTreeMap::new();
+        for member in self.members.values() {
+            groups.entry(member.spec.group.clone()).or_default().push(member);
+        }
+        let served: Vec<_> =
+            groups.into_iter().map(|(group, members)| (group, Cover::of(&members).serves())).collect();
+        for (name, serves) in served {
+            let group = self.groups.entry(name.clone()).or_default();
+            // One that has never served is on its way, not degraded.
+            let before = group.served;
+            group.served = (serves || before.is_some()).then_some(serves);
+            match (before, serves) {
+                (None | Some(false), true) => {
+                    self.tell_group(NewsKind::GroupServing, &name, "both phases are served");
+                }
+                (Some(true), false) => {
+                    let message = "no prefill and decode that understand each other serve";
+                    self.tell_group(NewsKind::GroupDegraded, &name, message);
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Whether requests can be served, by group; of those that have been able to once.
+    pub fn served(&self) -> BTreeMap<&str, bool> {
+        self.groups.iter().filter_map(|(name, group)| Some((name.as_str(), group.served?))).collect()
     }
 }
 

@@ -8,6 +8,7 @@ use tracing::info;
 
 use super::{Command, Reconciler, Record, Remembered};
 use crate::fleet::{Contact, Member};
+use crate::journal::NewsKind;
 
 /// Never shorter than this, so that a wait of zero cannot spin.
 pub(super) const SHORTEST_WAIT: Duration = Duration::from_millis(1);
@@ -33,8 +34,10 @@ impl Reconciler {
                 self.sessions.remove(&session);
                 commands.push(Command::Close(session));
             }
-            info!(instance = %id, silent = ?now.duration_since(member.last_beat), "an instance is lost");
+            let silent = now.duration_since(member.last_beat);
+            info!(instance = %id, ?silent, "an instance is lost");
             member.contact = Contact::Lost { since };
+            self.tell(NewsKind::InstanceLost, &id, format!("silent for {:.1} s", silent.as_secs_f64()));
             self.unregister(&id);
         }
         commands

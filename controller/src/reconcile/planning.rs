@@ -17,6 +17,7 @@ use tracing::info;
 use super::{Aim, Reconciler, Record, places::SHORTEST_WAIT, steps::Step};
 use crate::{
     fleet::{Contact, Member},
+    journal::NewsKind,
     plan::{Candidate, Decision, auto::Measured, plan},
 };
 
@@ -67,6 +68,7 @@ impl Reconciler {
     /// Plans every group and decides what may be done of it now.
     pub(super) fn replan(&mut self, now: Instant) {
         self.take_stock(now);
+        self.watch_service();
         let plans = self.plans(now);
         let again = plans.iter().filter_map(|plan| plan.again).min();
         self.plan_at = again.map(|at| at.max(now + SHORTEST_WAIT));
@@ -178,11 +180,13 @@ impl Reconciler {
         let cordoned = self.intents.get(id).and_then(|intent| intent.cordoned.as_ref());
         let drain = cordoned.filter(|_| role == Role::None).and_then(|cordoned| cordoned.drain);
         info!(instance = %id, was, role = role.name(), %epoch, reason, "a role is decided");
+        let message = format!("{was} -> {}: {reason}", role.name());
         member.desired = Some(DesiredRole { role, epoch, reason, leader_epoch, drain });
         member.late_since = None;
         let moved = member.is_serving().then(|| member.spec.group.clone());
         self.role_changes += 1;
         self.mark(Record::Role(id.clone()));
+        self.tell(NewsKind::RoleDecided, id, message);
         if let Some(group) = moved {
             self.moved(&group, now);
         }

@@ -10,7 +10,10 @@ use tokio::time::Instant;
 use tracing::{info, warn};
 
 use super::{Reconciler, Record};
-use crate::fleet::{Member, Stuck};
+use crate::{
+    fleet::{Member, Stuck},
+    journal::NewsKind,
+};
 
 /// Before a record that the store refused is written again.
 pub(super) const REFUSED_AGAIN: Duration = Duration::from_secs(10);
@@ -51,9 +54,11 @@ impl Reconciler {
         let late: Vec<_> =
             self.members.iter().filter_map(|(id, member)| Some((id.clone(), late(member)?))).collect();
         for (id, stuck) in late {
-            let Some(member) = self.members.get_mut(&id) else { continue };
-            warn!(instance = %id, phase = member.beat.phase.name(), %stuck, "others go on without an instance");
-            member.stuck = Some(stuck);
+            warn!(instance = %id, %stuck, "others go on without an instance");
+            self.tell(NewsKind::InstanceStuck, &id, stuck.to_string());
+            if let Some(member) = self.members.get_mut(&id) {
+                member.stuck = Some(stuck);
+            }
             self.plan_due = true;
         }
         let due: Vec<_> =
@@ -85,8 +90,11 @@ impl Reconciler {
         if let Record::Role(id) = &record
             && let Some(member) = self.members.get_mut(id)
         {
-            member.stuck = Some(Stuck::Unwritable(reason));
+            let stuck = Stuck::Unwritable(reason);
+            member.stuck = Some(stuck.clone());
             self.plan_due = true;
+            let id = id.clone();
+            self.tell(NewsKind::InstanceStuck, &id, stuck.to_string());
         }
         self.refused.insert(record, now + REFUSED_AGAIN);
         self.check_at = self.check_at.min(now + REFUSED_AGAIN);

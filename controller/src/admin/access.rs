@@ -1,0 +1,245 @@
+//! Who may ask and who may change: viewers and admins, told by the tokens in a file.
+//!
+//! The file `admin.tokens_file` has a line for each token: a name, `viewer` or `admin`, and the SHA-256 of the token in
+//! hex, so that the file gives no token away. It is read again whenever it has changed. Without a file whoever calls
+//! from this machine (over loopback) is an admin, and nobody else is let in.
+
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
+    time::SystemTime,
+};
+
+use baton_proto::{ApiError, ErrorCode};
+use sha2::{Digest, Sha256};
+use tonic::{Request, Status};
+
+/// What a caller may do; each may do what those before it may.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Right {
+    Viewer,
+    Admin,
+}
+
+/// Who called.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Actor {
+    pub name: String,
+    pub right: Right,
+}
+
+/// Why the file of tokens cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum AccessError {
+    #[error("cannot read {}: {source}", path.display())]
+    Read { path: PathBuf, source: std::io::Error },
+    #[error("{}, line {line}: {problem}", path.display())]
+    Line { path: PathBuf, line: usize, problem: &'static str },
+}
+
+const HASH_BYTES: usize = 32;
+
+struct Token {
+    hash: [u8; HASH_BYTES],
+    actor: Actor,
+}
+
+/// Tokens as they stood in the file when it was last changed.
+struct Tokens {
+    changed: Option<SystemTime>,
+    tokens: Vec<Token>,
+}
+
+impl Tokens {
+    fn read(path: &Path) -> Result<Self, AccessError> {
+        let unreadable = |source| AccessError::Read { path: path.to_owned(), source };
+        // Before its content, so that a change between the two is seen the next time.
+        let changed = changed(path);
+        let text = std::fs::read_to_string(path).map_err(unreadable)?;
+        let mut tokens = Vec::new();
+        for (number, line) in text.lines().enumerate() {
+            let line = line.trim();
+            if line.is_empty() || line.starts_with('#') {
+                continue;
+            }
+            let token = Token::parse(line);
+            let at = |problem| AccessError::Line { path: path.to_owned(), line: number + 1, problem };
+            tokens.push(token.map_err(at)?);
+        }
+        Ok(Self { changed, tokens })
+    }
+}
+
+impl Token {
+    fn parse(line: &str) -> Result<Self, &'static str> {
+        let mut words = line.split_whitespace();
+        let (Some(name), Some(right), Some(hash), None) =
+            (words.next(), words.next(), words.next(), words.next())
+        else {
+            return Err("expected: NAME viewer|admin SHA256-OF-THE-TOKEN");
+        };
+        let right = match right {
+            "viewer" => Right::Viewer,
+            "admin" => Right::Admin,
+            _ => return Err("expected `viewer` or `admin` after the name"),
+        };
+        let hash =
+            unhex(hash).ok_or("expected 64 hex digits: the token's SHA-256, as sha256sum prints it")?;
+        Ok(Self { hash, actor: Actor { name: name.to_owned(), right } })
+    }
+}
+
+fn unhex(hex: &str) -> Option<[u8; HASH_BYTES]> {
+    let digits: Vec<u8> = hex.chars().map(|c| c.to_digit(16).map(|d| d as u8)).collect::<Option<_>>()?;
+    let bytes: Vec<u8> = digits.chunks_exact(2).map(|pair| pair[0] << 4 | pair[1]).collect();
+    (digits.len() == HASH_BYTES * 2).then(|| bytes.try_into().ok())?
+}
+
+fn changed(path: &Path) -> Option<SystemTime> {
+    std::fs::metadata(path).and_then(|about| about.modified()).ok()
+}
+
+/// Tells callers apart.
+pub struct Access {
+    path: Option<PathBuf>,
+    tokens: Mutex<Tokens>,
+}
+
+impl fmt::Debug for Access {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Access").field("path", &self.path).finish_non_exhaustive()
+    }
+}
+
+impl Access {
+    /// By the tokens in this file; none = whoever is on this machine.
+    pub fn new(path: Option<PathBuf>) -> Result<Self, AccessError> {
+        let none = Tokens { changed: None, tokens: Vec::new() };
+        let tokens = path.as_deref().map_or(Ok(none), Tokens::read)?;
+        Ok(Self { path, tokens: Mutex::new(tokens) })
+    }
+
+    /// Who calls, if they may do this. Errors: `UNAUTHENTICATED` without a token that is known, `PERMISSION_DENIED` for
+    /// a viewer who would change something.
+    pub fn check<T>(&self, request: &Request<T>, needed: Right) -> Result<Actor, Status> {
+        let actor = match &self.path {
+            None => local(request)?,
+            Some(path) => self.bearer(path, request)?,
+        };
+        if actor.right < needed {
+            let message = format!("{} may look but not change: ask with the token of an admin", actor.name);
+            return Err(Status::permission_denied(message));
+        }
+        Ok(actor)
+    }
+
+    fn bearer<T>(&self, path: &Path, request: &Request<T>) -> Result<Actor, Status> {
+        let header = request.metadata().get("authorization").and_then(|value| value.to_str().ok());
+        let Some(token) = header.and_then(|value| value.strip_prefix("Bearer ")) else {
+            return Err(Status::unauthenticated("a token is needed: give its file with --token-file"));
+        };
+        // What is compared is the hash of what came: the time that takes says nothing of the token.
+        let hash = Sha256::digest(token.trim().as_bytes());
+        let mut tokens = self.tokens.lock().unwrap_or_else(PoisonError::into_inner);
+        if changed(path) != tokens.changed {
+            *tokens = Tokens::read(path).map_err(|error| {
+                tracing::error!(%error, "no operator is let in until the file of tokens can be read");
+                Status::from(ApiError::new(
+                    ErrorCode::Unavailable,
+                    "the file of tokens cannot be read: see the log",
+                ))
+            })?;
+        }
+        let known = tokens.tokens.iter().find(|token| token.hash[..] == hash[..]);
+        known
+            .map(|token| token.actor.clone())
+            .ok_or_else(|| Status::unauthenticated("this token is not known"))
+    }
+}
+
+/// Without tokens: who is on this machine may do everything.
+fn local<T>(request: &Request<T>) -> Result<Actor, Status> {
+    // No address: a call within the process, as in tests.
+    if request.remote_addr().is_none_or(|address| address.ip().to_canonical().is_loopback()) {
+        return Ok(Actor { name: "local".to_owned(), right: Right::Admin });
+    }
+    let message = "only callers on the controller's own machine are let in, as it has no `admin.tokens_file`";
+    Err(Status::unauthenticated(message))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn with(token: &str) -> Request<()> {
+        let mut request = Request::new(());
+        let value = format!("Bearer {token}").parse().expect("a header");
+        request.metadata_mut().insert("authorization", value);
+        request
+    }
+
+    fn line(name: &str, right: &str, token: &str) -> String {
+        let hash: String =
+            Sha256::digest(token.as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect();
+        format!("{name} {right} {hash}\n")
+    }
+
+    #[test]
+    fn tokens_tell_viewers_from_admins_and_strangers() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("tokens");
+        let text = format!("# who may\n\n{}{}", line("alice", "admin", "a"), line("bob", "viewer", "b"));
+        std::fs::write(&path, text).expect("a file");
+        let access = Access::new(Some(path.clone())).expect("a good file");
+        let name = |request: &Request<()>, right| access.check(request, right).map(|actor| actor.name);
+        assert_eq!(name(&with("a"), Right::Admin).expect("an admin"), "alice");
+        assert_eq!(name(&with("b"), Right::Viewer).expect("a viewer"), "bob");
+        let code = |request: &Request<()>| name(request, Right::Admin).expect_err("refused").code();
+        assert_eq!(code(&with("b")), tonic::Code::PermissionDenied);
+        for stranger in [with("c"), with(""), Request::new(())] {
+            assert_eq!(code(&stranger), tonic::Code::Unauthenticated);
+        }
+        assert!(!format!("{access:?}").contains("hash"));
+
+        // Who is struck from the file is out at once.
+        std::fs::write(&path, line("carol", "admin", "c")).expect("a file");
+        let later = SystemTime::now() + Duration::from_secs(2);
+        std::fs::File::open(&path).and_then(|file| file.set_modified(later)).expect("a time");
+        assert_eq!(code(&with("a")), tonic::Code::Unauthenticated);
+        assert_eq!(name(&with("c"), Right::Admin).expect("an admin"), "carol");
+    }
+
+    #[test]
+    fn a_bad_line_is_named() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("tokens");
+        for (bad, problem) in [
+            ("alice admin", "expected: NAME"),
+            ("alice root 00", "`viewer` or `admin`"),
+            ("alice admin 00", "64 hex digits"),
+        ] {
+            std::fs::write(&path, format!("# first\n{bad}\n")).expect("a file");
+            let text = Access::new(Some(path.clone())).expect_err("a bad line").to_string();
+            assert!(text.contains("tokens, line 2") && text.contains(problem), "{text}");
+        }
+        assert!(Access::new(Some(directory.path().join("none"))).is_err());
+    }
+
+    #[test]
+    fn without_tokens_only_this_machine_is_let_in() {
+        let access = Access::new(None).expect("nothing to read");
+        let from = |address: &str| {
+            let mut request = Request::new(());
+            let remote_addr = Some(address.parse().expect("an address"));
+            let info = tonic::transport::server::TcpConnectInfo { local_addr: None, remote_addr };
+            request.extensions_mut().insert(info);
+            access.check(&request, Right::Admin)
+        };
+        assert_eq!(from("127.0.0.1:9").expect("local").name, "local");
+        assert!(from("[::1]:9").is_ok() && from("[::ffff:127.0.0.1]:9").is_ok());
+        assert_eq!(from("10.0.0.7:9").expect_err("a stranger").code(), tonic::Code::Unauthenticated);
+    }
+}

@@ -1,0 +1,170 @@
+//! What has happened to the fleet, for people and for alarms: the latest entries, numbered, to be read and followed.
+//!
+//! The [`crate::reconcile`] core says what is new ([`News`]), the leading task enters it with the time, and
+//! [`crate::admin`] reads. What operators asked for is entered with who asked, and logged under the target `audit`, which
+//! is the record that outlives this process.
+
+use std::{
+    collections::VecDeque,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use baton_proto::{GroupName, InstanceId, LeaderEpoch};
+use tokio::sync::watch;
+use tracing::info;
+
+use crate::session::unix_millis;
+
+/// Entries that are kept; older ones are dropped.
+pub const CAPACITY: usize = 4096;
+/// Sequence numbers of a reign begin at its epoch times this, so that they grow over reigns.
+const PER_REIGN: u64 = 1 << 24;
+
+/// What kind of thing happened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum NewsKind {
+    LeaderChanged,
+    InstanceJoined,
+    InstanceRefused,
+    InstanceLeft,
+    InstanceLost,
+    InstanceStuck,
+    RoleDecided,
+    RoleTaken,
+    /// A group that cannot serve requests any more.
+    GroupDegraded,
+    GroupServing,
+    Cordoned,
+    Uncordoned,
+    Pinned,
+    TargetsSet,
+    Rebalanced,
+}
+
+impl NewsKind {
+    /// As in "instance_lost", for programs too.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::LeaderChanged => "leader_changed",
+            Self::InstanceJoined => "instance_joined",
+            Self::InstanceRefused => "instance_refused",
+            Self::InstanceLeft => "instance_left",
+            Self::InstanceLost => "instance_lost",
+            Self::InstanceStuck => "instance_stuck",
+            Self::RoleDecided => "role_decided",
+            Self::RoleTaken => "role_taken",
+            Self::GroupDegraded => "group_degraded",
+            Self::GroupServing => "group_serving",
+            Self::Cordoned => "cordoned",
+            Self::Uncordoned => "uncordoned",
+            Self::Pinned => "pinned",
+            Self::TargetsSet => "targets_set",
+            Self::Rebalanced => "rebalanced",
+        }
+    }
+}
+
+/// Something new.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct News {
+    pub kind: NewsKind,
+    pub group: Option<GroupName>,
+    pub instance: Option<InstanceId>,
+    /// For people.
+    pub message: String,
+    /// Who asked for it; none = the controller itself.
+    pub actor: Option<String>,
+}
+
+/// Something that happened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    pub sequence: u64,
+    pub unix_millis: u64,
+    pub news: News,
+}
+
+/// The latest entries. Clones share them.
+#[derive(Debug, Clone)]
+pub struct Journal {
+    entries: Arc<Mutex<VecDeque<Entry>>>,
+    /// The highest sequence number given.
+    last: watch::Sender<u64>,
+}
+
+impl Default for Journal {
+    fn default() -> Self {
+        Self { entries: Arc::default(), last: watch::Sender::new(0) }
+    }
+}
+
+impl Journal {
+    /// A reign begins: numbers go on above every earlier one's.
+    pub fn begin(&self, epoch: LeaderEpoch, news: News) {
+        let first = epoch.0.saturating_mul(PER_REIGN);
+        self.last.send_modify(|last| *last = first.max(*last));
+        self.enter(news);
+    }
+
+    /// Something has happened just now.
+    pub fn enter(&self, news: News) {
+        let unix_millis = unix_millis();
+        if let Some(actor) = &news.actor {
+            let instance = news.instance.as_ref().map(InstanceId::as_str).unwrap_or_default();
+            let group = news.group.as_ref().map(GroupName::as_str).unwrap_or_default();
+            info!(target: "audit", actor, change = news.kind.name(), group, instance, message = news.message);
+        }
+        let mut entries = self.entries();
+        let sequence = *self.last.borrow() + 1;
+        if entries.len() >= CAPACITY {
+            entries.pop_front();
+        }
+        entries.push_back(Entry { sequence, unix_millis, news });
+        // While the entries are locked, so that numbers are entered in their order.
+        self.last.send_replace(sequence);
+    }
+
+    /// At most `limit` entries with numbers above `after`, oldest first.
+    pub fn after(&self, after: u64, limit: usize) -> Vec<Entry> {
+        let entries = self.entries();
+        let from = entries.partition_point(|entry| entry.sequence <= after);
+        entries.range(from..).take(limit).cloned().collect()
+    }
+
+    /// The highest number given, as it grows.
+    pub fn last(&self) -> watch::Receiver<u64> {
+        self.last.subscribe()
+    }
+
+    fn entries(&self) -> MutexGuard<'_, VecDeque<Entry>> {
+        // Entries are whole whatever panicked.
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn news(message: &str) -> News {
+        let (kind, message) = (NewsKind::InstanceLost, message.to_owned());
+        News { kind, group: None, instance: None, message, actor: None }
+    }
+
+    #[test]
+    fn entries_are_numbered_over_reigns_and_the_oldest_go() {
+        let journal = Journal::default();
+        journal.begin(LeaderEpoch(3), news("first"));
+        let first = journal.after(0, 10)[0].sequence;
+        assert_eq!(first, 3 * PER_REIGN + 1);
+        for count in 0..CAPACITY {
+            journal.enter(news(&count.to_string()));
+        }
+        let all = journal.after(0, usize::MAX);
+        assert_eq!((all.len(), all[0].sequence), (CAPACITY, first + 1), "the first is gone");
+        assert_eq!(journal.after(all[9].sequence, 5), all[10..15]);
+        assert_eq!(journal.after(*journal.last().borrow(), 5), []);
+        journal.begin(LeaderEpoch(4), news("another reign"));
+        assert_eq!(journal.after(*journal.last().borrow() - 1, 5)[0].sequence, 4 * PER_REIGN + 1);
+    }
+}
