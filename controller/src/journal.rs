@@ -18,7 +18,7 @@ use crate::session::unix_millis;
 /// Entries that are kept; older ones are dropped.
 pub const CAPACITY: usize = 4096;
 /// Sequence numbers of a reign begin at its epoch times this, so that they grow over reigns.
-const PER_REIGN: u64 = 1 << 24;
+const PER_REIGN: u64 = 1 << 20;
 
 /// What kind of thing happened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -115,7 +115,7 @@ impl Journal {
             info!(target: "audit", actor, change = news.kind.name(), group, instance, message = news.message);
         }
         let mut entries = self.entries();
-        let sequence = *self.last.borrow() + 1;
+        let sequence = self.last.borrow().saturating_add(1);
         if entries.len() >= CAPACITY {
             entries.pop_front();
         }

@@ -218,7 +218,7 @@ fn order_to_wire(order: Order, welcome: &controller_order::Welcome, drain: Durat
             role: desired.role.to_wire().into(),
             epoch: desired.epoch.0,
             reason: desired.reason,
-            drain_millis: millis(drain),
+            drain_millis: millis(desired.drain.unwrap_or(drain)),
         }),
         Order::Refuse { reason, held } => controller_order::Order::Refuse(v1::Refuse {
             reason: Some(reason.into()),
