@@ -256,7 +256,8 @@ impl Reader {
                 if let Some((leg, choices)) = self.outbox.sequence(LegId(cancel.leg)) {
                     tracing::debug!(leg = cancel.leg, choice = ?cancel.choice, reason = cancel.reason, "cancelled");
                     let choices = cancel.choice.map_or(0..choices, |choice| choice..choice.saturating_add(1));
-                    self.command(Command::Cancel { leg, choices }).await?;
+                    let damaged = cancel.damaged;
+                    self.command(Command::Cancel { leg, choices, damaged }).await?;
                 }
                 Ok(())
             }

@@ -162,8 +162,31 @@ async fn a_damaged_slice_ends_its_request_and_is_never_found_in_the_cache() {
         "all of it was sent again"
     );
     pair.until_idle().await;
+}
 
-    // One among many.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cache_that_its_coordinator_calls_damaged_is_never_found_again() {
+    let mut pair = Pair::start(Shape::default(), Shape::default()).await;
+    let request = Request::greedy(90, 10);
+    pair.dispatch(1, &request).await;
+    assert_eq!(pair.completion(1).await, request.expected());
+    pair.until_idle().await;
+    let cached = |pair: &Pair| pair.prefill.metric("baton_server_kv_blocks_cached");
+    assert!(cached(&pair) > 0.0);
+    // Decode has told the coordinator, which cancels before prefill hears of it from decode.
+    let (prefill, _) = support::apart(&pair.prefill, &pair.decode);
+    pair.to_prefill.dispatch(2, &request, prefill).await;
+    pair.to_prefill.until_tokens(2, 1).await;
+    let cancel = v1::Cancel { leg: 2, reason: "test".into(), damaged: true, ..Default::default() };
+    pair.to_prefill.cancel_with(cancel).await;
+    pair.until_idle().await;
+    assert_eq!(cached(&pair), 0.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_damaged_slice_among_many_requests_fails_one_of_them() {
+    let through_the_wire = Shape { wire: true, ..Shape::default() };
+    let mut pair = Pair::start(Shape::default(), through_the_wire).await;
     let requests: Vec<Request> = (0..6).map(|i| Request::greedy(80 + i, 20)).collect();
     pair.decode.faults.wire.store(2, Ordering::Relaxed);
     for (leg, request) in (11..).zip(&requests) {

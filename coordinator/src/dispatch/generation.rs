@@ -267,6 +267,11 @@ impl Generation {
                         guard.cancel(choice, self.why_cancelled);
                     }
                 }
+                Command::CancelDamaged(side) => {
+                    if let Some(guard) = self.legs.of(side) {
+                        guard.cancel_damaged(choice);
+                    }
+                }
                 Command::Linger => self.wait_for(choice, Wait::Linger, LINGER),
                 Command::AwaitDecode => self.wait_for(choice, Wait::Decode, DECODE_PATIENCE),
                 Command::End(end) => ended = Some(end),

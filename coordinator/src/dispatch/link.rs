@@ -122,7 +122,7 @@ impl Link {
     }
 
     /// Cancels choices of a leg; those that have ended are let be.
-    fn cancel(&self, leg: LegId, choices: Choices, reason: &'static str) {
+    fn cancel(&self, leg: LegId, choices: Choices, reason: &'static str, damaged: bool) {
         let mut channel = self.channel.lock();
         let Some(up) = channel.as_mut() else { return };
         let Some(slot) = up.legs.get_mut(&leg) else { return };
@@ -138,7 +138,7 @@ impl Link {
             up.legs.remove(&leg);
             self.metrics.cancels.get_or_create(&crate::metrics::reason(reason)).inc();
         }
-        let cancel = v1::Cancel { leg: leg.0, reason: reason.into(), choice };
+        let cancel = v1::Cancel { leg: leg.0, reason: reason.into(), choice, damaged };
         if up.outbound.try_send(v1::AttachRequest { frame: Some(Ask::Cancel(cancel)) }).is_err() {
             tracing::warn!(instance = %self.instance, "cutting the stream: the instance does not read");
             up.cut.cancel();
@@ -210,20 +210,28 @@ impl LegGuard {
     pub fn cancel(&mut self, choice: u32, reason: &'static str) {
         if self.open & only(choice) != 0 {
             self.open &= !only(choice);
-            self.link.cancel(self.leg, only(choice), reason);
+            self.link.cancel(self.leg, only(choice), reason, false);
+        }
+    }
+
+    /// The same, and that what it handed on arrived damaged.
+    pub fn cancel_damaged(&mut self, choice: u32) {
+        if self.open & only(choice) != 0 {
+            self.open &= !only(choice);
+            self.link.cancel(self.leg, only(choice), "kv_damaged", true);
         }
     }
 
     /// Tells the instance to stop work on every choice.
     pub fn cancel_all(mut self, reason: &'static str) {
-        self.link.cancel(self.leg, std::mem::take(&mut self.open), reason);
+        self.link.cancel(self.leg, std::mem::take(&mut self.open), reason, false);
     }
 }
 
 impl Drop for LegGuard {
     fn drop(&mut self) {
         if self.open != 0 {
-            self.link.cancel(self.leg, self.open, "client_gone");
+            self.link.cancel(self.leg, self.open, "client_gone", false);
         }
     }
 }

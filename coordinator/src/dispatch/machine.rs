@@ -25,12 +25,23 @@ use crate::schedule::Side;
 pub enum Command {
     /// Tell the leg's instance to stop.
     Cancel(Side),
+    /// The same, and that the cache which the leg handed on arrived damaged.
+    CancelDamaged(Side),
     /// Every token is there; send [`Machine::linger_over`] if prefill has not reported within a short while.
     Linger,
     /// Prefill is gone and decode may have the cache; send [`Machine::decode_silent`] if it has not spoken in time.
     AwaitDecode,
     /// The request has ended; nothing follows.
     End(Result<Completed, ApiError>),
+}
+
+impl Command {
+    fn damaged(self) -> Self {
+        match self {
+            Self::Cancel(side) => Self::CancelDamaged(side),
+            other => other,
+        }
+    }
 }
 
 /// A sequence that ran to its end.
@@ -351,6 +362,10 @@ impl Machine {
 
     fn fail(&mut self, error: ApiError) -> Vec<Command> {
         let mut commands = self.cancel_open();
+        if error.code == ErrorCode::KvDamaged {
+            // Decode may have told the coordinator before it told prefill, whose cache is in doubt as well.
+            commands = commands.into_iter().map(Command::damaged).collect();
+        }
         commands.push(Command::End(Err(error)));
         commands
     }

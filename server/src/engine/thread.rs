@@ -42,8 +42,9 @@ pub const COMMAND_QUEUE: usize = 1024;
 pub enum Command {
     /// Take a leg on.
     Add(Box<NewSequence>),
-    /// The coordinator wants no more of these choices of a leg.
-    Cancel { leg: SequenceId, choices: Range<u32> },
+    /// The coordinator wants no more of these choices of a leg; nor is anybody to share its blocks, if what it handed on
+    /// arrived damaged.
+    Cancel { leg: SequenceId, choices: Range<u32>, damaged: bool },
     /// A coordinator's stream is gone.
     CancelStream(StreamId),
     /// End everything with this error.
@@ -267,7 +268,12 @@ impl Engine {
     fn obey(&mut self, command: Command) {
         match command {
             Command::Add(new) => self.scheduler.add(*new),
-            Command::Cancel { leg, choices } => self.scheduler.cancel_choices(leg, choices),
+            Command::Cancel { leg, choices, damaged } => {
+                if damaged {
+                    self.scheduler.distrust(leg);
+                }
+                self.scheduler.cancel_choices(leg, choices);
+            }
             Command::CancelStream(stream) => self.scheduler.cancel_stream(stream),
             Command::FailAll(error) => self.scheduler.fail_all(&error),
             Command::Settle(answer) => self.settling.push(answer),

@@ -288,13 +288,16 @@ impl Attached {
     }
 
     pub async fn cancel_choice(&self, leg: u64, choice: u32) {
-        let cancel = v1::Cancel { leg, reason: "test".into(), choice: Some(choice) };
+        let cancel = v1::Cancel { leg, reason: "test".into(), choice: Some(choice), damaged: false };
         self.send(v1::attach_request::Frame::Cancel(cancel)).await;
     }
 
     pub async fn cancel(&self, leg: u64) {
-        self.send(v1::attach_request::Frame::Cancel(v1::Cancel { leg, reason: "test".into(), choice: None }))
-            .await;
+        self.cancel_with(v1::Cancel { leg, reason: "test".into(), ..Default::default() }).await;
+    }
+
+    pub async fn cancel_with(&self, cancel: v1::Cancel) {
+        self.send(v1::attach_request::Frame::Cancel(cancel)).await;
     }
 
     /// Reads until `enough` of a leg's first choice. Checks that no token is lost, repeated or late.

@@ -122,6 +122,15 @@ fn a_failing_leg_cancels_the_other() {
 }
 
 #[test]
+fn prefill_is_told_that_what_it_handed_on_arrived_damaged() {
+    let damaged = || ApiError::new(ErrorCode::KvDamaged, "a slice is damaged");
+    let mut machine = Machine::apart(10);
+    machine.output(Side::Prefill, out(0, &[10]));
+    let commands = machine.output(Side::Decode, Output::failed(damaged()));
+    assert_eq!(commands, [Command::CancelDamaged(Side::Prefill), Command::End(Err(damaged()))]);
+}
+
+#[test]
 fn prefill_lost_after_decode_took_over_changes_nothing() {
     let mut machine = Machine::apart(10);
     machine.output(Side::Prefill, out(0, &[10]));

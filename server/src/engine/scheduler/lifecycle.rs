@@ -236,10 +236,15 @@ impl Scheduler {
 
     /// Ends a sequence whose cache may be damaged: nobody is to share its blocks from now on.
     pub fn fail_damaged(&mut self, id: SequenceId, error: ApiError) {
+        self.distrust(id);
+        self.fail(id, error);
+    }
+
+    /// Nobody is to share the sequence's blocks from now on.
+    pub fn distrust(&mut self, id: SequenceId) {
         if let Some(sequence) = self.sequences.get(&id) {
             self.blocks.distrust(&sequence.blocks);
         }
-        self.fail(id, error);
     }
 
     /// What legs are to be told since the last call, in order.
