@@ -36,6 +36,8 @@ pub(crate) enum CtlError {
     Usage(&'static str),
     #[error("{0}")]
     Selector(String),
+    #[error("{what} after {after}: {advice}")]
+    TookTooLong { what: String, after: String, advice: String },
 }
 
 /// Most names that a message lists.

@@ -1,12 +1,15 @@
-//! `baton ctl`: looks inside a cluster over the admin gRPC services. This file
+//! `baton ctl`: looks inside a cluster and changes what operators may change, over the admin gRPC services. This file
 //! holds the verbs; [`connect`] and [`fleet`] ask, a file for each kind makes rows of the answers ([`output`]), a file
 //! for each verb does the rest.
 
 use clap::Subcommand;
 
+mod change;
+mod completion;
 mod connect;
 mod coordinators;
 mod describe;
+mod drain;
 mod error;
 mod events;
 mod explain;
@@ -32,7 +35,7 @@ mod words;
 pub(crate) use error::CtlError;
 pub(crate) use words::{phase, role};
 
-/// Look inside a running cluster.
+/// Look inside a running cluster, and change what instances do.
 #[derive(Debug, Clone, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -41,6 +44,8 @@ Examples:
   baton ctl get events -w -o json                  what happens, an object a line
   baton ctl describe instance server-2             all that is known of it
   baton ctl explain group default --ratio 1:3      what a ratio of 1:3 would change
+  baton ctl drain server-2 --reason disk           out of service, once it runs nothing
+  baton ctl uncordon server-2                      and back in
 
 The cluster is the one that `baton up` runs here, or the one of --controller:
   export BATON_CTL_CONTROLLER=controller.baton:7100 BATON_CTL_TOKEN_FILE=~/.baton/token
@@ -76,14 +81,80 @@ Examples:
   baton ctl explain role server-2                  why it has its role, and what it waits for
   baton ctl explain group default --ttft 300ms     how it would be divided by this target")]
     Explain(explain::ExplainArgs),
+
+    /// Take an instance out of service, until it is taken back in.
+    #[command(after_help = "\
+Running requests may finish, as with any change of role; `drain` waits for that. What would leave \
+nobody to serve is refused without --force.
+
+Examples:
+  baton ctl cordon server-2 --reason 'disk fails' --dry-run
+  baton ctl cordon server-2 --reason 'disk fails'")]
+    Cordon(change::CordonArgs),
+
+    /// Take an instance out of service and wait until it runs nothing.
+    #[command(after_help = "\
+Interrupted, or after --timeout, the instance stays cordoned and its drain goes on.
+
+Examples:
+  baton ctl drain server-2 --within 30s --reason upgrade
+  baton ctl drain server-2 --timeout 30m && systemctl restart baton-server@2")]
+    Drain(drain::DrainArgs),
+
+    /// Take an instance back into service.
+    Uncordon(change::UncordonArgs),
+
+    /// Pin an instance to a role, or let the planner choose again.
+    #[command(after_help = "\
+Examples:
+  baton ctl set-role server-2 decode
+  baton ctl set-role server-2 auto")]
+    SetRole(change::SetRoleArgs),
+
+    /// Say by what a group is divided into prefill and decode, in place of the controller's configuration.
+    #[command(after_help = "\
+All targets of a group are set at once: those that are not given are as configured. --ratio alone \
+means --policy ratio, --ttft and --tpot mean --policy auto.
+
+Examples:
+  baton ctl set-targets default --ratio 1:3
+  baton ctl set-targets default --ttft 500ms --tpot 50ms --dry-run
+  baton ctl set-targets default --reset")]
+    SetTargets(change::SetTargetsArgs),
+
+    /// Divide a group anew, without the caution that keeps small gains from moving instances.
+    #[command(after_help = "\
+Examples:
+  baton ctl rebalance --dry-run
+  baton ctl rebalance default")]
+    Rebalance(change::RebalanceArgs),
+
+    /// Print what a shell needs to complete these commands.
+    #[command(after_help = "\
+Examples:
+  source <(baton ctl completion bash)
+  baton ctl completion zsh > \"${fpath[1]}/_baton\"
+  baton ctl completion fish > ~/.config/fish/completions/baton.fish")]
+    Completion(completion::CompletionArgs),
 }
 
-/// Answers one question.
+/// Answers one question, or makes one change.
 pub(crate) async fn run(args: CtlArgs) -> Result<(), CtlError> {
+    if let CtlCommand::Completion(args) = args.command {
+        completion::run(&args);
+        return Ok(());
+    }
     let fleet = &mut fleet::Fleet::new(connect::Reach::new(&args.reach)?);
     match args.command {
         CtlCommand::Get(args) => get::run(args, fleet).await,
         CtlCommand::Describe(what) => describe::run(what, fleet).await,
         CtlCommand::Explain(args) => explain::run(args, fleet).await,
+        CtlCommand::Cordon(args) => change::cordon(args, fleet).await,
+        CtlCommand::Drain(args) => drain::run(args, fleet).await,
+        CtlCommand::Uncordon(args) => change::uncordon(args, fleet).await,
+        CtlCommand::SetRole(args) => change::set_role(args, fleet).await,
+        CtlCommand::SetTargets(args) => change::set_targets(args, fleet).await,
+        CtlCommand::Rebalance(args) => change::rebalance(args, fleet).await,
+        CtlCommand::Completion(_) => Ok(()),
     }
 }

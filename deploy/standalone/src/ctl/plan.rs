@@ -1,12 +1,14 @@
-//! What becomes of instances by a plan, in lines and as objects. Pure; for [`super::explain`] and
+//! What becomes of instances by a plan, in lines and as objects. Pure; for [`super::change`], [`super::explain`] and
 //! [`super::groups`].
 
-use baton_proto::v1::{Forecast, GroupPlan, InstancePlan, Measured, Targets, instance_plan::Step};
+use baton_proto::v1::{
+    Forecast, GroupPlan, InstancePlan, Measured, PlanResponse, Targets, instance_plan::Step,
+};
 use serde_json::{Value, json};
 
 use super::{
     output::visible,
-    words::{or_dash, policy, role},
+    words::{or_dash, policy, role, targets},
 };
 
 /// As in "waits".
@@ -40,7 +42,40 @@ pub(super) fn line(plan: &InstancePlan) -> String {
     visible(&format!("{line}{waits}{waits_for}"))
 }
 
+/// What a change brings about: a line for every instance that changes or waits, and for the one that was named.
+pub(super) fn changes(answer: &PlanResponse, named: Option<&str>) -> String {
+    let mut lines = Vec::new();
+    if answer.dry_run {
+        lines.push("dry run, nothing is changed; it would be:".to_owned());
+    }
+    for group in &answer.groups {
+        let moves = |plan: &&InstancePlan| {
+            matches!(plan.step(), Step::Changes | Step::Waits) || named == Some(plan.instance_id.as_str())
+        };
+        let moved: Vec<String> = group.instances.iter().filter(moves).map(line).collect();
+        if !group.waits.is_empty() {
+            lines.push(visible(&format!("group {}: not decided yet: {}", group.group, group.waits)));
+        } else if moved.is_empty() && named.is_none() {
+            lines.push(format!("group {}: no instance changes its role{}", group.group, divided(group)));
+        }
+        lines.extend(moved);
+    }
+    let planned = answer.groups.iter().flat_map(|group| &group.instances);
+    if let Some(named) = named.filter(|named| planned.clone().all(|plan| plan.instance_id != *named)) {
+        lines.push(format!("{named}: is in no plan now; this holds for when it comes"));
+    }
+    lines.join("\n")
+}
+
+fn divided(group: &GroupPlan) -> String {
+    group.targets.as_ref().map_or_else(String::new, |given| format!("; divided by {}", targets(given)))
+}
+
 /// For programs; forecasts that cannot keep up are null.
+pub(super) fn object(answer: &PlanResponse) -> Value {
+    json!({ "dry_run": answer.dry_run, "groups": answer.groups.iter().map(group_object).collect::<Value>() })
+}
+
 pub(super) fn group_object(group: &GroupPlan) -> Value {
     let instances = group.instances.iter().map(|plan| {
         json!({
@@ -139,6 +174,37 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn a_change_tells_what_becomes_of_each_instance_that_moves() {
+        let answer = PlanResponse { groups: vec![group()], dry_run: false };
+        let why = "(cordoned by alice: disk)";
+        let moved = format!(
+            "server-1: prefill -> decode {why}\nserver-2: decode -> none {why}, waits for server-0 to be prefill"
+        );
+        assert_eq!(changes(&answer, None), moved);
+        assert_eq!(changes(&answer, Some("server-2")), moved);
+        let with_named = changes(&answer, Some("server-0"));
+        assert_eq!(with_named, format!("server-0: stays prefill (ratio 1:1)\n{moved}"));
+        let dry = changes(&PlanResponse { dry_run: true, ..answer }, None);
+        assert_eq!(dry, format!("dry run, nothing is changed; it would be:\n{moved}"));
+    }
+
+    #[test]
+    fn a_change_that_moves_nobody_says_so() {
+        let mut group = group();
+        group.instances.truncate(1);
+        let answer = |group: &GroupPlan| PlanResponse { groups: vec![group.clone()], dry_run: false };
+        let text = changes(&answer(&group), None);
+        assert_eq!(text, "group default: no instance changes its role; divided by ratio 1:1");
+        let text = changes(&answer(&group), Some("server-9"));
+        assert_eq!(text, "server-9: is in no plan now; this holds for when it comes");
+        group.waits = "instances may still come".into();
+        assert_eq!(
+            changes(&answer(&group), None),
+            "group default: not decided yet: instances may still come"
+        );
+    }
+
+    #[test]
     fn who_is_not_counted_is_told_as_such() {
         let mut gone = instance("server-3", Role::Decode, Role::None, Step::NotCounted);
         gone.reason = "stuck".into();
@@ -150,7 +216,9 @@ pub(super) mod tests {
         let mut group = group();
         let forecast = Forecast { prefill: 1, decode: 2, ttft_millis: f64::INFINITY, tpot_millis: 9.5 };
         group.measured = Some(Measured { present: Some(forecast), ..Default::default() });
-        let group = group_object(&group);
+        let object = object(&PlanResponse { groups: vec![group], dry_run: true });
+        assert_eq!(object["dry_run"], true);
+        let group = &object["groups"][0];
         assert_eq!(group["instances"][2]["waits_for"], "server-0 to be prefill");
         assert_eq!(group["instances"][0]["step"], "keeps");
         assert!(group["measured"]["present"]["ttft_millis"].is_null());

@@ -14,6 +14,7 @@ use super::{
 };
 
 mod ask;
+mod change;
 
 #[derive(Debug, Parser)]
 struct Command {
