@@ -22,7 +22,7 @@ struct Args {
 #[derive(Debug, Subcommand)]
 enum Command {
     Up(Box<up::UpArgs>),
-    Ctl(ctl::CtlArgs),
+    Ctl(Box<ctl::CtlArgs>),
     Bench(Box<bench::BenchCommand>),
 }
 
@@ -35,7 +35,7 @@ fn main() -> ExitCode {
     let ended = runtime.block_on(async {
         match args.command {
             Command::Up(args) => up::run(*args).await.map_err(Box::<dyn std::error::Error>::from),
-            Command::Ctl(args) => ctl::run(args).await.map(done).map_err(Box::<dyn std::error::Error>::from),
+            Command::Ctl(args) => ctl::run(*args).await.map(done).map_err(Box::<dyn std::error::Error>::from),
             Command::Bench(args) => {
                 bench::run(&args).await.map(done).map_err(Box::<dyn std::error::Error>::from)
             }

@@ -67,6 +67,11 @@ pub(crate) fn say(text: &str) {
     let _ = writeln!(std::io::stdout(), "{text}");
 }
 
+/// Lines on standard output, and whether somebody reads them.
+pub(crate) fn say_if_read(text: &str) -> bool {
+    writeln!(std::io::stdout(), "{text}").is_ok()
+}
+
 /// An error and its causes on one line, without repeating what a message already holds.
 pub(crate) fn one_line(error: &(dyn std::error::Error + 'static)) -> String {
     let mut line = error.to_string();

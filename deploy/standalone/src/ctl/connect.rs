@@ -1,0 +1,342 @@
+//! Finds the controller and the coordinators and opens connections to them: addresses (given, or from the run file of a
+//! cluster that runs here), TLS, the operator's token. [`super::fleet`] asks over what is opened here.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use tonic::{
+    Code, Request, Status,
+    metadata::{Ascii, MetadataValue},
+    service::{Interceptor, interceptor::InterceptedService},
+    transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity},
+};
+
+use super::{error::CtlError, output::visible};
+use crate::{
+    run_file::{RunFile, living, runs_directory},
+    screen::{complain, one_line},
+};
+
+/// How long a connection may take.
+const CONNECT: Duration = Duration::from_secs(5);
+/// How long an answer may take. Changes are stored first, and etcd may have to choose another leader for that.
+pub(super) const ANSWER: Duration = Duration::from_secs(10);
+/// Largest answer that is taken: ten thousand instances with all that they say of themselves.
+pub(super) const MAX_ANSWER_BYTES: usize = 64 << 20;
+
+pub(super) const CONTROLLER: &str = "controller";
+pub(super) const COORDINATOR: &str = "coordinator";
+
+/// Which cluster, and who asks.
+#[derive(Debug, Clone, Default, clap::Args)]
+#[command(next_help_heading = "Which cluster, and who asks")]
+pub(super) struct ReachArgs {
+    /// Run directory of the cluster, as given to `baton up --run-dir` [default: the cluster that runs here]. An address
+    /// given with --controller or --coordinator wins.
+    #[arg(long, value_name = "DIR", global = true)]
+    pub(super) run_dir: Option<PathBuf>,
+
+    /// gRPC address of a controller, or of several: the first that answers is asked, and the one that leads is found
+    /// from there. `https://` in front asks for TLS.
+    #[arg(
+        long,
+        value_name = "HOST:PORT",
+        env = "BATON_CTL_CONTROLLER",
+        value_delimiter = ',',
+        global = true
+    )]
+    pub(super) controller: Vec<String>,
+
+    /// Admin gRPC addresses of coordinators, for their requests [default: those that the controller knows].
+    #[arg(
+        long,
+        value_name = "HOST:PORT",
+        env = "BATON_CTL_COORDINATOR",
+        value_delimiter = ',',
+        global = true
+    )]
+    pub(super) coordinator: Vec<String>,
+
+    /// File with the token that says who you are.
+    #[arg(long, value_name = "FILE", env = "BATON_CTL_TOKEN_FILE", global = true)]
+    pub(super) token_file: Option<PathBuf>,
+
+    /// Certificates (PEM) of who signs the controllers'; with it, TLS is spoken. `https://` alone trusts what this
+    /// machine trusts.
+    #[arg(long, value_name = "FILE", env = "BATON_CTL_CA_FILE", global = true)]
+    pub(super) ca_file: Option<PathBuf>,
+
+    /// Your certificate (PEM), where one is asked for; with it, TLS is spoken.
+    #[arg(long, value_name = "FILE", env = "BATON_CTL_CERT_FILE", global = true)]
+    pub(super) cert_file: Option<PathBuf>,
+
+    /// The key (PEM) of --cert-file.
+    #[arg(long, value_name = "FILE", env = "BATON_CTL_KEY_FILE", global = true)]
+    pub(super) key_file: Option<PathBuf>,
+
+    /// Name that the certificates of those asked are for, where it is not the host of their address.
+    #[arg(long, value_name = "NAME", env = "BATON_CTL_TLS_SERVER_NAME", global = true)]
+    pub(super) tls_server_name: Option<String>,
+}
+
+/// [`ReachArgs`] with the files read.
+#[derive(Debug, Clone)]
+pub(super) struct Reach {
+    run_dir: Option<PathBuf>,
+    controllers: Vec<String>,
+    coordinators: Vec<String>,
+    bearer: Bearer,
+    tls: ClientTlsConfig,
+    /// Whether TLS is spoken even where an address does not say so.
+    always_tls: bool,
+}
+
+/// Adds who asks to every call.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Bearer(Option<MetadataValue<Ascii>>);
+
+impl Interceptor for Bearer {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        if let Some(token) = &self.0 {
+            request.metadata_mut().insert("authorization", token.clone());
+        }
+        Ok(request)
+    }
+}
+
+/// An open connection.
+#[derive(Debug, Clone)]
+pub(super) struct Line {
+    service: &'static str,
+    pub(super) address: String,
+    pub(super) secure: bool,
+    has_token: bool,
+    pub(super) channel: InterceptedService<Channel, Bearer>,
+}
+
+impl Reach {
+    pub(super) fn new(args: &ReachArgs) -> Result<Self, CtlError> {
+        let mut tls = ClientTlsConfig::new();
+        match read("--ca-file", args.ca_file.as_deref())? {
+            Some(ca) => tls = tls.ca_certificate(Certificate::from_pem(ca)),
+            None => tls = tls.with_native_roots(),
+        }
+        let certificate = read("--cert-file", args.cert_file.as_deref())?;
+        match (certificate, read("--key-file", args.key_file.as_deref())?) {
+            (Some(certificate), Some(key)) => tls = tls.identity(Identity::from_pem(certificate, key)),
+            (None, None) => {}
+            _ => return Err(CtlError::HalfIdentity),
+        }
+        if let Some(name) = &args.tls_server_name {
+            tls = tls.domain_name(name);
+        }
+        Ok(Self {
+            run_dir: args.run_dir.clone(),
+            controllers: args.controller.clone(),
+            coordinators: args.coordinator.clone(),
+            bearer: bearer(args.token_file.as_deref())?,
+            tls,
+            always_tls: args.ca_file.is_some() || args.cert_file.is_some(),
+        })
+    }
+
+    /// A line to the first controller that answers.
+    pub(super) async fn controller(&self) -> Result<Line, CtlError> {
+        let addresses = match self.controllers.is_empty() {
+            true => vec![cluster(CONTROLLER, self.run_dir.as_deref())?.controller],
+            false => self.controllers.clone(),
+        };
+        let mut failure = CtlError::NoCluster(CONTROLLER);
+        for address in &addresses {
+            match self.open(CONTROLLER, address).await {
+                Ok(line) => return Ok(line),
+                Err(error) => failure = error,
+            }
+        }
+        Err(failure)
+    }
+
+    /// Coordinators that were named.
+    pub(super) fn coordinators(&self) -> &[String] {
+        &self.coordinators
+    }
+
+    /// The coordinator of the cluster that runs here, unless another cluster was named.
+    pub(super) fn coordinator_here(&self) -> Option<String> {
+        if !self.controllers.is_empty() {
+            return None;
+        }
+        cluster(COORDINATOR, self.run_dir.as_deref()).ok().map(|run| run.coordinator)
+    }
+
+    pub(super) async fn open(&self, service: &'static str, address: &str) -> Result<Line, CtlError> {
+        let bare = address.trim_start_matches("https://").trim_start_matches("http://").trim_end_matches('/');
+        let secure = self.always_tls || address.starts_with("https://");
+        let scheme = if secure { "https" } else { "http" };
+        let endpoint =
+            Endpoint::from_shared(format!("{scheme}://{bare}")).ok().filter(|_| bare.contains(':'));
+        let mut endpoint = endpoint.ok_or_else(|| CtlError::Address(address.to_owned()))?;
+        if secure {
+            endpoint = endpoint.tls_config(self.tls.clone()).map_err(CtlError::Certificates)?;
+        }
+        // A socket may take the connection and its process never answer; the second timeout covers that. The pings
+        // end a stream of events whose other side has gone without a word.
+        let endpoint = endpoint
+            .connect_timeout(CONNECT)
+            .timeout(ANSWER)
+            .http2_keep_alive_interval(CONNECT)
+            .keep_alive_timeout(CONNECT);
+        // The handshakes of TLS and HTTP/2 come after the connection, and want a bound of their own.
+        let connected = tokio::time::timeout(2 * CONNECT, endpoint.connect()).await;
+        let reason = match connected {
+            Ok(Ok(channel)) => {
+                let channel = InterceptedService::new(channel, self.bearer.clone());
+                let has_token = self.bearer.0.is_some();
+                return Ok(Line { service, address: bare.to_owned(), secure, has_token, channel });
+            }
+            Ok(Err(error)) => one_line(&error),
+            Err(_) => "it accepts connections and then says nothing".to_owned(),
+        };
+        Err(CtlError::Unreachable { service, address: bare.to_owned(), reason })
+    }
+}
+
+impl Line {
+    /// What a failed call means. Only what the other side itself has answered has no source.
+    pub(super) fn refused(&self, status: &Status) -> CtlError {
+        let (service, address) = (self.service, self.address.clone());
+        if let Some(source) = std::error::Error::source(status) {
+            return CtlError::Unreachable { service, address, reason: one_line(source) };
+        }
+        let said = visible(status.message());
+        let message = match status.code() {
+            Code::Unauthenticated if self.has_token => {
+                format!(
+                    "does not accept the token: {said}; see what --token-file (or BATON_CTL_TOKEN_FILE) holds"
+                )
+            }
+            Code::Unauthenticated => {
+                format!(
+                    "does not know who asks: {said}; say so with --token-file FILE (or BATON_CTL_TOKEN_FILE)"
+                )
+            }
+            Code::PermissionDenied => {
+                format!("does not allow this: {said}; ask as somebody who may change things")
+            }
+            // Said so by its gRPC server, which has no words for it.
+            Code::Unimplemented if said.is_empty() => {
+                "is of a version that does not know this: upgrade it".to_owned()
+            }
+            Code::Unavailable => format!("cannot answer now: {said}"),
+            Code::DeadlineExceeded | Code::Cancelled => format!("did not answer in time: {said}; try again"),
+            Code::Internal | Code::Unknown | Code::DataLoss => format!("failed: {said}; its log says more"),
+            _ => format!("refused: {said}"),
+        };
+        CtlError::Refused { service, address, message }
+    }
+}
+
+fn read(flag: &'static str, path: Option<&Path>) -> Result<Option<Vec<u8>>, CtlError> {
+    let Some(path) = path else { return Ok(None) };
+    let content = fs::read(path);
+    content.map(Some).map_err(|source| CtlError::File { flag, path: path.to_owned(), source })
+}
+
+fn bearer(path: Option<&Path>) -> Result<Bearer, CtlError> {
+    let (Some(path), Some(content)) = (path, read("--token-file", path)?) else { return Ok(Bearer(None)) };
+    let broken = || CtlError::Token(path.to_owned());
+    let token = String::from_utf8(content).map_err(|_| broken())?;
+    let token = token.trim();
+    if token.is_empty() || !token.bytes().all(|byte| byte.is_ascii_graphic()) {
+        return Err(broken());
+    }
+    let mut value: MetadataValue<Ascii> = format!("Bearer {token}").parse().map_err(|_| broken())?;
+    // Keeps it out of what is formatted for people.
+    value.set_sensitive(true);
+    Ok(Bearer(Some(value)))
+}
+
+/// The one of the run directory; without one, that which runs here; the latest, if there are several.
+fn cluster(service: &'static str, run_dir: Option<&Path>) -> Result<RunFile, CtlError> {
+    if let Some(directory) = run_dir {
+        let run = RunFile::read(directory).filter(RunFile::is_alive);
+        return run.ok_or_else(|| CtlError::NotInRunDir { run_dir: directory.to_owned(), service });
+    }
+    let mut found = runs_directory().map(|runs| living(&runs)).unwrap_or_default();
+    if found.len() > 1 {
+        complain(&format!("{} clusters run here: taking the latest, {}", found.len(), found[0].url));
+    }
+    if found.is_empty() { Err(CtlError::NoCluster(service)) } else { Ok(found.swap_remove(0)) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn reach(args: ReachArgs) -> Result<Reach, CtlError> {
+        Reach::new(&args)
+    }
+
+    #[tokio::test]
+    async fn what_does_not_answer_is_named() {
+        let held = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = held.local_addr().unwrap().to_string();
+        drop(held);
+        let reach = reach(ReachArgs::default()).unwrap();
+        let text = reach.open(CONTROLLER, &address).await.unwrap_err().to_string();
+        assert!(text.starts_with(&format!("the controller at {address} does not answer: ")), "{text}");
+        let text = reach.open(CONTROLLER, "nowhere").await.unwrap_err().to_string();
+        assert!(text.contains("expected HOST:PORT"), "{text}");
+    }
+
+    #[test]
+    fn a_run_directory_says_where_its_cluster_is() {
+        let directory = tempfile::tempdir().unwrap();
+        let text = cluster(CONTROLLER, Some(directory.path())).unwrap_err().to_string();
+        assert!(text.starts_with(&format!("no cluster runs in {}: ", directory.path().display())), "{text}");
+        let run = crate::run_file::tests::example(std::process::id(), 1);
+        run.write(directory.path()).unwrap();
+        assert_eq!(cluster(CONTROLLER, Some(directory.path())).unwrap(), run);
+    }
+
+    #[test]
+    fn a_token_is_read_and_never_shown() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("token");
+        fs::write(&path, "s3cret\n").unwrap();
+        let read = reach(ReachArgs { token_file: Some(path.clone()), ..Default::default() }).unwrap();
+        assert_eq!(read.bearer.0.as_ref().unwrap().to_str().unwrap(), "Bearer s3cret");
+        assert!(!format!("{read:?}").contains("s3cret"), "{read:?}");
+        for bad in ["", "\n", "two words", "a\nb", "\u{e9}"] {
+            fs::write(&path, bad).unwrap();
+            let error = reach(ReachArgs { token_file: Some(path.clone()), ..Default::default() });
+            let text = error.unwrap_err().to_string();
+            assert!(
+                text.contains("does not hold a token") && (bad.len() < 2 || !text.contains(bad)),
+                "{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn files_that_are_missing_are_named_with_their_flag() {
+        let absent = || Some(PathBuf::from("/absent/file"));
+        let tried = [
+            ("--token-file", ReachArgs { token_file: absent(), ..Default::default() }),
+            ("--ca-file", ReachArgs { ca_file: absent(), ..Default::default() }),
+            ("--cert-file", ReachArgs { cert_file: absent(), ..Default::default() }),
+        ];
+        for (flag, args) in tried {
+            let text = reach(args).unwrap_err().to_string();
+            assert_eq!(text, format!("the file /absent/file of {flag} cannot be read"));
+        }
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("cert");
+        fs::write(&path, "x").unwrap();
+        let half = reach(ReachArgs { cert_file: Some(path), ..Default::default() });
+        assert!(matches!(half, Err(CtlError::HalfIdentity)));
+    }
+}
