@@ -306,7 +306,7 @@ proptest! {
                     }
                     Command::Linger => {}
                     Command::AwaitDecode => prop_assert!(false, "prefill was not lost"),
-                    Command::Cancel(side) => prop_assert!(false, "cancelled {side:?}"),
+                    Command::Cancel(side) | Command::CancelDamaged(side) => prop_assert!(false, "cancelled {side:?}"),
                 }
             }
         }
