@@ -33,6 +33,7 @@ struct WantedLabels {
 pub struct ControllerMetrics {
     instances: Family<InstanceLabels, Gauge>,
     wanted: Family<WantedLabels, Gauge>,
+    planned: Family<WantedLabels, Gauge>,
     served: Family<GroupLabels, Gauge>,
     lost: Gauge,
     stuck: Gauge,
@@ -59,6 +60,11 @@ impl ControllerMetrics {
                 "instances_wanted",
                 "The fewest instances of a role with which a group would meet its targets",
                 own.wanted.clone(),
+            );
+            registry.register(
+                "instances_planned",
+                "Instances that a group's plan gives a role",
+                own.planned.clone(),
             );
             registry.register(
                 "group_served",
@@ -96,6 +102,12 @@ impl ControllerMetrics {
         for (group, served) in served {
             self.served.get_or_create(&GroupLabels { group: (*group).to_owned() }).set((*served).into());
         }
+        self.planned.clear();
+        for member in members.values() {
+            let Some(role) = member.serving_role() else { continue };
+            let labels = WantedLabels { group: member.spec.group.to_string(), role: role.name() };
+            self.planned.get_or_create(&labels).inc();
+        }
         self.wanted.clear();
         for (group, wanted) in wanted {
             for (role, count) in [(Role::Prefill, wanted.prefill), (Role::Decode, wanted.decode)] {
@@ -117,5 +129,25 @@ impl ControllerMetrics {
         self.lost.set(i64::try_from(lost).unwrap_or(i64::MAX));
         let stuck = members.values().filter(|member| member.stuck.is_some()).count();
         self.stuck.set(i64::try_from(stuck).unwrap_or(i64::MAX));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn alerts_ask_for_metrics_that_there_are() {
+        let rules = include_str!("../../deploy/alerts/baton.rules.yaml");
+        let metrics = Metrics::new("controller");
+        ControllerMetrics::register(&metrics);
+        let exported = metrics.render();
+        let words = rules.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_'));
+        let asked: Vec<_> = words.filter(|word| word.starts_with("baton_controller_")).collect();
+        assert!(!asked.is_empty());
+        for metric in asked {
+            let family = metric.trim_end_matches("_total");
+            assert!(exported.contains(&format!("# TYPE {family} ")), "nobody exports {metric}");
+        }
     }
 }

@@ -108,3 +108,23 @@ impl Metrics {
         registry.register("cancelled_legs", "Legs cancelled, by reason", self.cancels.clone());
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn alerts_ask_for_metrics_that_there_are() {
+        let rules = include_str!("../../deploy/alerts/baton.rules.yaml");
+        let metrics = Metrics::new("coordinator");
+        CoordinatorMetrics::register(&metrics);
+        let exported = metrics.render();
+        let words = rules.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_'));
+        let asked: Vec<_> = words.filter(|word| word.starts_with("baton_coordinator_")).collect();
+        assert!(!asked.is_empty());
+        for metric in asked {
+            let family = metric.trim_end_matches("_total");
+            assert!(exported.contains(&format!("# TYPE {family} ")), "nobody exports {metric}");
+        }
+    }
+}
