@@ -83,7 +83,7 @@ impl Reason {
 }
 
 /// One instance, over its restarts.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Health {
     group: GroupName,
     signals: Signals,
@@ -102,7 +102,7 @@ struct Sight {
 }
 
 /// All instances; see the module.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct HealthBook {
     config: HealthConfig,
     /// How often instances report, and are looked at.
