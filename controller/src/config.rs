@@ -23,6 +23,7 @@ pub struct ControllerConfig {
     pub leader: LeaderConfig,
     pub sessions: SessionConfig,
     pub roles: RoleConfig,
+    pub health: HealthConfig,
     pub admin: AdminConfig,
     pub process: ProcessConfig,
 }
@@ -38,6 +39,7 @@ impl Default for ControllerConfig {
             leader: LeaderConfig::default(),
             sessions: SessionConfig::default(),
             roles: RoleConfig::default(),
+            health: HealthConfig::default(),
             admin: AdminConfig::default(),
             process: ProcessConfig::default(),
         }
@@ -186,15 +188,69 @@ impl Default for RoleConfig {
     }
 }
 
+/// When an instance that is there is not to be used; see [`crate::fleet::health`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct HealthConfig {
+    /// Whether instances that do badly are taken out of service for a while.
+    pub enabled: bool,
+    /// How long an instance may have work and compute nothing. Never taken for less than three `sessions.beat`.
+    #[serde(with = "duration")]
+    pub wedge: Duration,
+    /// Which share of an instance's requests may fail by its own fault, or of its handoffs break, 0 to 1.
+    pub error_share: f64,
+    /// How many times as long as its peers' an instance's decode step may take.
+    pub slow_factor: f64,
+    /// How long an instance is out of service the first time. Each further time it is twice as long.
+    #[serde(with = "duration")]
+    pub quarantine: Duration,
+    /// The longest time out of service; after as long in good health the earlier times are forgotten.
+    #[serde(with = "duration")]
+    pub quarantine_most: Duration,
+    /// How long an instance that is back in service must do well; otherwise it is out again at once.
+    #[serde(with = "duration")]
+    pub probation: Duration,
+}
+
+impl Default for HealthConfig {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            wedge: Duration::from_secs(15),
+            error_share: 0.2,
+            slow_factor: 4.0,
+            quarantine: Duration::from_secs(30),
+            quarantine_most: Duration::from_secs(1800),
+            probation: Duration::from_secs(120),
+        }
+    }
+}
+
+impl HealthConfig {
+    fn validate(&self) -> Result<(), Invalid> {
+        let second = Duration::from_secs(1);
+        require(self.wedge >= second, "health.wedge", "expected at least 1s")?;
+        let share = self.error_share > 0.0 && self.error_share < 1.0;
+        require(share, "health.error_share", "expected more than 0 and less than 1")?;
+        let factor = self.slow_factor > 1.0 && self.slow_factor.is_finite();
+        require(factor, "health.slow_factor", "expected more than 1")?;
+        require(self.quarantine >= second, "health.quarantine", "expected at least 1s")?;
+        let most = "expected at least `health.quarantine`";
+        require(self.quarantine_most >= self.quarantine, "health.quarantine_most", most)?;
+        require(self.probation >= second, "health.probation", "expected at least 1s")
+    }
+}
+
+fn require(holds: bool, key: &str, expected: &str) -> Result<(), Invalid> {
+    if holds { Ok(()) } else { Err(Invalid::new(key, expected)) }
+}
+
 impl ServiceConfig for ControllerConfig {
     fn process(&self) -> &ProcessConfig {
         &self.process
     }
 
     fn validate(&self) -> Result<(), Invalid> {
-        let require = |holds: bool, key: &str, expected: &str| {
-            if holds { Ok(()) } else { Err(Invalid::new(key, expected)) }
-        };
         let (sessions, roles) = (&self.sessions, &self.roles);
         require(roles.prefill > 0, "roles.prefill", "expected at least 1")?;
         require(roles.decode > 0, "roles.decode", "expected at least 1")?;
@@ -209,6 +265,7 @@ impl ServiceConfig for ControllerConfig {
         require(sessions.beat >= Duration::from_millis(10), "sessions.beat", "expected at least 10ms")?;
         let lease = "expected at least twice `sessions.beat`, so that one late report ends no registration";
         require(sessions.lease >= sessions.beat * 2, "sessions.lease", lease)?;
+        self.health.validate()?;
         require(self.leader.ttl >= Duration::from_secs(2), "leader.ttl", "expected at least 2s")?;
         let records = "expected at least `leader.ttl`, so that the next leader finds what this one knew";
         require(self.leader.records_ttl >= self.leader.ttl, "leader.records_ttl", records)?;
@@ -216,5 +273,31 @@ impl ServiceConfig for ControllerConfig {
         let named = self.store.kind == StoreKind::Embedded || !etcd.endpoints.is_empty();
         require(named, "store.etcd.endpoints", "expected host:port of at least one etcd member")?;
         etcd.validate()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_meant_of_health_is_refused_by_its_key() {
+        type Change = fn(&mut HealthConfig);
+        let cases: [(&str, Change); 8] = [
+            ("health.wedge", |health| health.wedge = Duration::from_millis(999)),
+            ("health.error_share", |health| health.error_share = 0.0),
+            ("health.error_share", |health| health.error_share = 1.0),
+            ("health.error_share", |health| health.error_share = f64::NAN),
+            ("health.slow_factor", |health| health.slow_factor = 1.0),
+            ("health.quarantine", |health| health.quarantine = Duration::ZERO),
+            ("health.quarantine_most", |health| health.quarantine_most = Duration::from_secs(29)),
+            ("health.probation", |health| health.probation = Duration::ZERO),
+        ];
+        assert!(ControllerConfig::default().validate().is_ok());
+        for (key, change) in cases {
+            let mut config = ControllerConfig::default();
+            change(&mut config.health);
+            assert_eq!(config.validate().expect_err("it is refused").key, key);
+        }
     }
 }

@@ -2,6 +2,9 @@
 //!
 //! A member is `Connected` (a session reports), `Silent` (no session, but its lease runs: it may be on its way back)
 //! or `Lost` (its registration has ended, its place is kept for a while). Pure data; [`crate::reconcile`] moves it.
+//! Whether one that is there does well enough to be used is [`health`]'s to say.
+
+pub mod health;
 
 use std::{collections::BTreeMap, fmt, time::Duration};
 

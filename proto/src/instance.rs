@@ -186,8 +186,18 @@ pub struct InstanceLoad {
     pub finished_requests: u64,
     /// Tokens of these completions.
     pub finished_tokens: u64,
-    /// Most sequences that it decodes at a time.
+    /// Most sequences that it decodes at a time; no count, unlike those before and after it.
     pub max_sequences: u32,
+    /// Ended by a fault of this instance, not of the client or of a peer.
+    pub failed_requests: u64,
+    /// KV caches handed on whole, and received whole.
+    pub finished_transfers_out: u64,
+    pub finished_transfers_in: u64,
+    /// KV caches that were not handed on, or received, whole, though nobody cancelled them.
+    pub failed_transfers_out: u64,
+    pub failed_transfers_in: u64,
+    /// Layers and steps computed: stands still only while nothing is computed.
+    pub progress: u64,
 }
 
 fn present(value: String, field: &'static str) -> Result<String, WireError> {
@@ -308,6 +318,12 @@ impl From<v1::InstanceLoad> for InstanceLoad {
             finished_requests: wire.finished_requests,
             finished_tokens: wire.finished_tokens,
             max_sequences: wire.max_sequences,
+            failed_requests: wire.failed_requests,
+            finished_transfers_out: wire.finished_transfers_out,
+            finished_transfers_in: wire.finished_transfers_in,
+            failed_transfers_out: wire.failed_transfers_out,
+            failed_transfers_in: wire.failed_transfers_in,
+            progress: wire.progress,
         }
     }
 }
@@ -331,6 +347,12 @@ impl From<InstanceLoad> for v1::InstanceLoad {
             finished_requests: load.finished_requests,
             finished_tokens: load.finished_tokens,
             max_sequences: load.max_sequences,
+            failed_requests: load.failed_requests,
+            finished_transfers_out: load.finished_transfers_out,
+            finished_transfers_in: load.finished_transfers_in,
+            failed_transfers_out: load.failed_transfers_out,
+            failed_transfers_in: load.failed_transfers_in,
+            progress: load.progress,
         }
     }
 }

@@ -12,8 +12,8 @@ use std::{
 };
 
 use baton_kvtransfer::{
-    ExpectSpec, FirstTokens, Incoming, KvLayout, KvNode, OfferSpec, Outgoing, Progress, Region, Sealed,
-    TransferError,
+    Direction, ExpectSpec, FirstTokens, Incoming, KvLayout, KvNode, OfferSpec, Outgoing, Progress, Region,
+    Sealed, TransferError,
 };
 use baton_proto::{ApiError, ErrorCode, Incarnation, PromptDigest, TransferId};
 use baton_runtime::{BlockId, KvContent, KvPool, KvPoolLayout};
@@ -245,9 +245,12 @@ impl Transfers {
         }
     }
 
-    /// A transfer's command has arrived.
-    pub fn ended(&mut self, id: SequenceId) {
-        self.open.remove(&id);
+    /// A transfer's command has arrived. Says which way it went, unless it was [closed](Self::close).
+    pub fn ended(&mut self, id: SequenceId) -> Option<Direction> {
+        Some(match self.open.remove(&id)? {
+            Open::Outgoing { .. } => Direction::Outgoing,
+            Open::Incoming { .. } => Direction::Incoming,
+        })
     }
 
     /// A request's own deadline is what its client bargained for; a transfer does not undercut it, since its time

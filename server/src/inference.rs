@@ -24,9 +24,10 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
     engine::{
+        load::Load,
         sampler::logprobs::TokenLogprobs,
         sequence::{Address, FinishReason, LegEnd, LegUpdate, NewSequence, SequenceId, StreamId},
-        thread::{Command, Load},
+        thread::Command,
     },
     permits::Permits,
     role::RoleView,
@@ -382,6 +383,12 @@ impl Load {
             finished_requests: self.done.requests,
             finished_tokens: self.done.completion_tokens,
             max_sequences: occupancy.places,
+            failed_requests: self.done.failed,
+            finished_transfers_out: self.done.outgoing.whole,
+            finished_transfers_in: self.done.incoming.whole,
+            failed_transfers_out: self.done.outgoing.broken,
+            failed_transfers_in: self.done.incoming.broken,
+            progress: self.done.progress,
         }
     }
 }

@@ -23,7 +23,10 @@ use tonic::service::Routes;
 use crate::{
     config::ServerConfig,
     duty::{self, Duty},
-    engine::thread::{COMMAND_QUEUE, Command, Load},
+    engine::{
+        load::Load,
+        thread::{COMMAND_QUEUE, Command},
+    },
     error::ServerError,
     permits::Permits,
     role::{Assignment, Event, Role, RoleView},

@@ -22,8 +22,9 @@ use crate::{
     config::HandoffConfig,
     engine::{
         cache_events::CacheEvents,
+        load::Load,
         scheduler::Limits,
-        thread::{self, Command, EngineParts, Load},
+        thread::{self, Command, EngineParts},
     },
     error::ServerError,
     handoff::{Transfers, kv_region},

@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Streaming, transport::Endpoint};
 
 use crate::{
-    engine::{sampler::uniform, thread::Load},
+    engine::{load::Load, sampler::uniform},
     role::{Assignment, Event, Phase, Role, RoleView},
 };
 

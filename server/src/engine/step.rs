@@ -39,6 +39,8 @@ pub struct StepStats {
     pub took: Duration,
     /// The model failed to compute any of it.
     pub failed: bool,
+    /// Sequences that the model failed to compute: an error, a panic, or logits that are not numbers.
+    pub failed_sequences: u32,
 }
 
 impl Stepper {
@@ -46,17 +48,19 @@ impl Stepper {
         Self { executor, sampler: Sampler::default() }
     }
 
-    /// Computes `plan`, which must not be empty. `progress` finds the transfer that a sequence's blocks go out by.
+    /// Computes `plan`, which must not be empty. `progress` finds the transfer that a sequence's blocks go out by;
+    /// `on_layer` hears of every layer, and must return quickly.
     pub fn run(
         &mut self,
         scheduler: &mut Scheduler,
         plan: &[Chunk],
         progress: impl Fn(SequenceId) -> Option<Progress>,
+        on_layer: &mut dyn FnMut(),
     ) -> StepStats {
         let started = Instant::now();
         let copies = scheduler.take_copies();
         let sampled = match self.copy(&copies) {
-            Ok(()) => self.forward(scheduler, plan, progress),
+            Ok(()) => self.forward(scheduler, plan, progress, on_layer),
             Err(failed) => vec![failed; plan.len()],
         };
         let failed = |sampled: &Computed| matches!(sampled, Computed::Failed(_));
@@ -68,6 +72,8 @@ impl Stepper {
                 stats.prefill_tokens += chunk.tokens;
                 stats.prompts += u32::from(chunk.logits);
             }
+            let at_fault = matches!(sampled, Computed::Failed(_) | Computed::Damaged(_));
+            stats.failed_sequences += u32::from(at_fault);
             match sampled {
                 Computed::Yes(sampled) => scheduler.computed(chunk, sampled),
                 Computed::No => {}
@@ -98,6 +104,7 @@ impl Stepper {
         scheduler: &Scheduler,
         plan: &[Chunk],
         progress: impl Fn(SequenceId) -> Option<Progress>,
+        layer_done: &mut dyn FnMut(),
     ) -> Vec<Computed> {
         let batch: Vec<SequenceChunk<'_>> = plan
             .iter()
@@ -111,6 +118,7 @@ impl Stepper {
         let Self { executor, sampler } = self;
         let last_layer = executor.shape().layers - 1;
         let mut on_layer = |layer| {
+            layer_done();
             outgoing.iter().flatten().for_each(|(progress, blocks)| progress.ready(layer, blocks.clone()));
             if layer == last_layer {
                 let leaving = plan.iter().zip(&outgoing).filter(|(chunk, to)| chunk.logits && to.is_some());

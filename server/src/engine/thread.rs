@@ -10,7 +10,7 @@ use std::{
     ops::{ControlFlow, Range},
     sync::Arc,
     thread::{self, JoinHandle},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use baton_kvtransfer::Sealed;
@@ -24,8 +24,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     cache_events::CacheEvents,
-    scheduler::{Effect, Limits, Occupancy, Scheduler},
-    sequence::{FinishReason, LegEnd, LegUpdate, NewSequence, SequenceId, Stage, StreamId},
+    load::{Done, Load},
+    scheduler::{Chunk, Effect, Limits, Scheduler},
+    sequence::{LegUpdate, NewSequence, SequenceId, Stage, StreamId},
     step::{StepStats, Stepper},
 };
 use crate::{handoff::Transfers, metrics::EngineMetrics};
@@ -57,50 +58,6 @@ pub enum Command {
     TransferEnded { id: SequenceId, result: Result<(), ApiError> },
     /// Answer once the updates of all that has ended are delivered: a leg lets go of its permit before.
     Settle(oneshot::Sender<()>),
-}
-
-/// How busy the engine is.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct Load {
-    pub occupancy: Occupancy,
-    /// Recent mean of steps that only prefill; 0 = none yet.
-    pub prefill_tokens_per_second: f64,
-    /// Recent mean of steps that only decode; zero = none yet.
-    pub decode_step: Duration,
-    pub done: Done,
-}
-
-/// What the engine has done since it started.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Done {
-    /// Prompts computed to their end.
-    pub prompts: u64,
-    pub prefill_tokens: u64,
-    pub decode_tokens: u64,
-    /// Steps that decoded.
-    pub decode_steps: u64,
-    /// Completions that came to their end.
-    pub requests: u64,
-    /// Tokens of these completions.
-    pub completion_tokens: u64,
-}
-
-impl Done {
-    fn count(&mut self, stats: &StepStats) {
-        self.prompts += u64::from(stats.prompts);
-        self.prefill_tokens += u64::from(stats.prefill_tokens);
-        self.decode_tokens += u64::from(stats.decode_tokens);
-        self.decode_steps += u64::from(stats.decode_tokens > 0);
-    }
-
-    fn ended(&mut self, end: Option<&LegEnd>) {
-        if let Some(LegEnd::Finished { reason, completion_tokens, .. }) = end
-            && *reason != FinishReason::HandedOff
-        {
-            self.requests += 1;
-            self.completion_tokens += u64::from(*completion_tokens);
-        }
-    }
 }
 
 /// Takes a step's updates for one stream.
@@ -220,10 +177,7 @@ impl Engine {
             self.scheduler.log(id, Stage::LastSlice, sealed.last_slice_at);
             self.scheduler.log(id, Stage::FirstStep, Instant::now());
         }
-        let stats = (!plan.is_empty()).then(|| {
-            let transfers = &self.transfers;
-            self.stepper.run(&mut self.scheduler, &plan, |id| transfers.progress(id))
-        });
+        let stats = (!plan.is_empty()).then(|| self.compute(&plan));
         let not_begun = std::mem::take(&mut self.not_begun);
         // Their blocks and places are free now: whoever waits for them is to be looked at again.
         let worked = !plan.is_empty() || !not_begun.is_empty();
@@ -237,6 +191,23 @@ impl Engine {
             self.failed_steps = if stats.failed { self.failed_steps + 1 } else { 0 };
         }
         worked
+    }
+
+    fn compute(&mut self, plan: &[Chunk]) -> StepStats {
+        // Whoever watches is to see that there is work before a step that may never end.
+        if self.load.borrow().occupancy.running == 0 {
+            self.publish(None);
+        }
+        let Self { scheduler, stepper, transfers, load, done, .. } = self;
+        let mut on_layer = || {
+            done.progress += 1;
+            // Nobody need wake up for it.
+            load.send_if_modified(|load| {
+                load.done.progress = done.progress;
+                false
+            });
+        };
+        stepper.run(scheduler, plan, |id| transfers.progress(id), &mut on_layer)
     }
 
     /// Sleeps until a command, a deadline or shutdown. Breaks when no command can come any more.
@@ -282,12 +253,12 @@ impl Engine {
                 self.scheduler.offered(id, result);
             }
             Command::Received { id, sealed } => {
-                self.transfers.ended(id);
+                self.done.transferred(self.transfers.ended(id), Ok(()));
                 self.scheduler.received(id, sealed.first_tokens.as_slice());
                 self.arrived.push((id, sealed));
             }
             Command::TransferEnded { id, result } => {
-                self.transfers.ended(id);
+                self.done.transferred(self.transfers.ended(id), result.as_ref().map(drop));
                 self.scheduler.transfer_ended(id, result);
             }
         }
@@ -364,21 +335,5 @@ impl Engine {
             }
             *load != before
         });
-    }
-}
-
-impl Load {
-    /// How much a new step counts in the recent means.
-    const WEIGHT: f64 = 0.1;
-
-    fn learn(&mut self, stats: &StepStats) {
-        let seconds = stats.took.as_secs_f64();
-        let mean = |old: f64, new: f64| if old == 0.0 { new } else { old + Self::WEIGHT * (new - old) };
-        if stats.decode_tokens == 0 && seconds > 0.0 {
-            let rate = f64::from(stats.prefill_tokens) / seconds;
-            self.prefill_tokens_per_second = mean(self.prefill_tokens_per_second, rate);
-        } else if stats.prefill_tokens == 0 {
-            self.decode_step = Duration::from_secs_f64(mean(self.decode_step.as_secs_f64(), seconds));
-        }
     }
 }

@@ -11,9 +11,10 @@ use baton_runtime::Executor;
 use baton_server::{
     config::HandoffConfig,
     engine::{
+        load::Load,
         sampler::{Sampler, SamplingParams, TokenCounts},
         scheduler::Limits,
-        thread::{COMMAND_QUEUE, Load},
+        thread::COMMAND_QUEUE,
     },
     handoff::kv_layout,
     inference::dispatch::InstanceFacts,
