@@ -141,7 +141,12 @@ impl fleet_admin_server::FleetAdmin for AdminService {
         let intent = |id: &InstanceId| report.intents.get(id);
         let here = report.members.values().map(|member| {
             let id = &member.spec.id;
-            view::role(id.as_str(), member.desired.as_ref(), Some(member), intent(id))
+            let verdict = report.verdicts.get(id).copied().unwrap_or_default();
+            let health = verdict.to_string();
+            v1::RoleView {
+                health,
+                ..view::role(id.as_str(), member.desired.as_ref(), Some(member), intent(id))
+            }
         });
         let gone = report
             .remembered

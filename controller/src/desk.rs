@@ -14,7 +14,7 @@ use tokio::{
 use tokio_util::sync::DropGuard;
 
 use crate::{
-    fleet::{Members, SessionId},
+    fleet::{Members, SessionId, health::Verdict},
     journal::News,
     reconcile::{Change, Event, GroupPlan, Order, Wanted},
 };
@@ -62,6 +62,8 @@ pub struct Report {
     pub members: Members,
     /// Roles of instances that are gone.
     pub remembered: Vec<(InstanceId, DesiredRole)>,
+    /// What is held of those that are not healthy.
+    pub verdicts: BTreeMap<InstanceId, Verdict>,
     /// What operators want.
     pub intents: BTreeMap<InstanceId, Intent>,
     pub at: Instant,

@@ -29,6 +29,8 @@ pub enum NewsKind {
     InstanceLeft,
     InstanceLost,
     InstanceStuck,
+    InstanceQuarantined,
+    InstanceReleased,
     RoleDecided,
     RoleTaken,
     /// A group that cannot serve requests any more.
@@ -51,6 +53,8 @@ impl NewsKind {
             Self::InstanceLeft => "instance_left",
             Self::InstanceLost => "instance_lost",
             Self::InstanceStuck => "instance_stuck",
+            Self::InstanceQuarantined => "instance_quarantined",
+            Self::InstanceReleased => "instance_released",
             Self::RoleDecided => "role_decided",
             Self::RoleTaken => "role_taken",
             Self::GroupDegraded => "group_degraded",

@@ -1,15 +1,13 @@
 //! What the controller shows of the fleet and of itself.
 
-use std::collections::BTreeMap;
-
 use baton_process::Metrics;
-use baton_proto::{GroupName, Phase, Role};
+use baton_proto::{Phase, Role};
 use prometheus_client::{
     encoding::EncodeLabelSet,
     metrics::{counter::Counter, family::Family, gauge::Gauge},
 };
 
-use crate::{fleet::Members, reconcile::Wanted};
+use crate::reconcile::Reconciler;
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct InstanceLabels {
@@ -37,6 +35,7 @@ pub struct ControllerMetrics {
     served: Family<GroupLabels, Gauge>,
     lost: Gauge,
     stuck: Gauge,
+    quarantined: Gauge,
     /// 1 while this controller leads.
     pub leading: Gauge,
     pub leader_epoch: Gauge,
@@ -81,6 +80,11 @@ impl ControllerMetrics {
                 "Instances that do not become what they should be",
                 own.stuck.clone(),
             );
+            registry.register(
+                "instances_quarantined",
+                "Instances that are out of service because they do badly",
+                own.quarantined.clone(),
+            );
             registry.register("leading", "1 while this controller leads", own.leading.clone());
             registry.register("leader_epoch", "Epoch of the present or last reign", own.leader_epoch.clone());
             registry.register("role_changes", "Roles decided", own.role_changes.clone());
@@ -92,15 +96,13 @@ impl ControllerMetrics {
     }
 
     /// Counts the fleet anew.
-    pub fn observe(
-        &self,
-        members: &Members,
-        wanted: &BTreeMap<GroupName, Wanted>,
-        served: &BTreeMap<&str, bool>,
-    ) {
+    pub fn observe(&self, mind: &Reconciler) {
+        let (members, wanted) = (mind.members(), mind.wanted());
+        let quarantined = members.keys().filter(|id| mind.verdict(id).is_quarantined()).count();
+        self.quarantined.set(i64::try_from(quarantined).unwrap_or(i64::MAX));
         self.served.clear();
-        for (group, served) in served {
-            self.served.get_or_create(&GroupLabels { group: (*group).to_owned() }).set((*served).into());
+        for (group, served) in mind.served() {
+            self.served.get_or_create(&GroupLabels { group: group.to_owned() }).set(served.into());
         }
         self.planned.clear();
         for member in members.values() {
@@ -109,7 +111,7 @@ impl ControllerMetrics {
             self.planned.get_or_create(&labels).inc();
         }
         self.wanted.clear();
-        for (group, wanted) in wanted {
+        for (group, wanted) in &wanted {
             for (role, count) in [(Role::Prefill, wanted.prefill), (Role::Decode, wanted.decode)] {
                 let labels = WantedLabels { group: group.to_string(), role: role.name() };
                 self.wanted.get_or_create(&labels).set(i64::try_from(count).unwrap_or(i64::MAX));
@@ -140,7 +142,13 @@ mod tests {
     fn alerts_ask_for_metrics_that_there_are() {
         let rules = include_str!("../../deploy/alerts/baton.rules.yaml");
         let metrics = Metrics::new("controller");
-        ControllerMetrics::register(&metrics);
+        let own = ControllerMetrics::register(&metrics);
+        // A family without members is not exported.
+        let (group, role) = ("g".to_owned(), "decode");
+        own.served.get_or_create(&GroupLabels { group: group.clone() });
+        for family in [&own.wanted, &own.planned] {
+            family.get_or_create(&WantedLabels { group: group.clone(), role });
+        }
         let exported = metrics.render();
         let words = rules.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_'));
         let asked: Vec<_> = words.filter(|word| word.starts_with("baton_controller_")).collect();

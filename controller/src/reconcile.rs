@@ -21,8 +21,11 @@ use tokio::time::Instant;
 use tracing::info;
 
 use crate::{
-    config::{RoleConfig, SessionConfig},
-    fleet::{Beat, Contact, Member, Members, SessionId},
+    config::{HealthConfig, RoleConfig, SessionConfig},
+    fleet::{
+        Beat, Contact, Member, Members, SessionId,
+        health::{HealthBook, Verdict},
+    },
     journal::{News, NewsKind},
 };
 
@@ -136,16 +139,21 @@ pub struct Reconciler {
     intents: BTreeMap<InstanceId, Intent>,
     /// By what operators want groups divided.
     targets: BTreeMap<GroupName, Targets>,
+    /// How members do.
+    health: HealthBook,
 }
 
 impl Reconciler {
     pub fn new(
         sessions_config: SessionConfig,
         roles_config: RoleConfig,
+        health: HealthConfig,
         leader_epoch: LeaderEpoch,
         now: Instant,
     ) -> Self {
+        let health = HealthBook::new(health, sessions_config.beat);
         Self {
+            health,
             sessions_config,
             roles_config,
             leader_epoch,
@@ -216,6 +224,11 @@ impl Reconciler {
         self.remembered.iter().map(|(id, remembered)| (id, &remembered.desired))
     }
 
+    /// What is held of an instance.
+    pub fn verdict(&self, id: &InstanceId) -> Verdict {
+        self.health.verdict(id)
+    }
+
     /// Role records decided so far.
     pub fn role_changes(&self) -> u64 {
         self.role_changes
@@ -262,6 +275,7 @@ impl Reconciler {
         member.beat = beat;
         member.last_beat = now;
         self.measure(&member, now);
+        self.health.observe(now, &member.spec, &member.beat);
         if member.status() != status {
             self.mark(Record::Status(id.clone()));
         }
@@ -313,6 +327,15 @@ impl Reconciler {
             self.find_stuck(now);
             self.check_at = self.next_check(now);
         }
+        for (id, verdict) in self.health.look(now) {
+            self.plan_due = true;
+            let kind = if verdict.is_quarantined() {
+                NewsKind::InstanceQuarantined
+            } else {
+                NewsKind::InstanceReleased
+            };
+            self.tell(kind, &id, verdict.to_string());
+        }
         if self.plan_due || self.plan_at.is_some_and(|at| at <= now) {
             (self.plan_due, self.plan_at) = (false, None);
             self.replan(now);
@@ -322,7 +345,8 @@ impl Reconciler {
 
     /// When [`Self::conclude`] will have something to do without an event.
     pub fn next_deadline(&self) -> Instant {
-        self.plan_at.map_or(self.check_at, |at| at.min(self.check_at))
+        let timers = self.plan_at.into_iter().chain(self.health.next_look());
+        timers.fold(self.check_at, Instant::min)
     }
 }
 

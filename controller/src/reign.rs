@@ -99,7 +99,7 @@ impl Reigns {
         let inherited = self.load().await;
         let now = Instant::now();
         let (sessions, policy) = (self.config.sessions.clone(), self.config.roles.clone());
-        let mut mind = Reconciler::new(sessions, policy, leadership.epoch(), now);
+        let mut mind = Reconciler::new(sessions, policy, self.config.health.clone(), leadership.epoch(), now);
         let Inherited { instances, roles, intents, targets } = inherited;
         info!(epoch = %leadership.epoch(), instances = instances.len(), roles = roles.len(), "the reign begins");
         mind.inherit(instances, roles, now);
@@ -119,7 +119,7 @@ impl Reigns {
             let now = Instant::now();
             reign.conclude(now);
             if observe_at <= now {
-                self.metrics.observe(reign.mind.members(), &reign.mind.wanted(), &reign.mind.served());
+                self.metrics.observe(&reign.mind);
                 observe_at = now + OBSERVE_EVERY;
             }
             if write.is_none() && write_after <= now && reign.mind.has_writes() {

@@ -9,10 +9,9 @@ const ALERTS: &str = "deploy/alerts";
 #[test]
 fn every_alert_is_raised_and_clears() {
     let promtool = required("BATON_TEST_PROMTOOL");
-    let tests = Command::new(&promtool)
-        .args(["test", "rules", "baton.tests.yaml"])
-        .current_dir(folder().join(ALERTS));
-    let output = { tests }.output().unwrap_or_else(|error| panic!("{promtool}: {error}"));
+    let mut tests = Command::new(&promtool);
+    tests.args(["test", "rules", "baton.tests.yaml"]).current_dir(folder().join(ALERTS));
+    let output = tests.output().unwrap_or_else(|error| panic!("{promtool}: {error}"));
     let said =
         String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{said}");

@@ -41,6 +41,7 @@ pub(super) fn role(
         registered: member.is_some(),
         stuck: member.and_then(|member| member.stuck.as_ref()).map(ToString::to_string).unwrap_or_default(),
         intent: intent.cloned().map(v1::Intent::from),
+        health: String::new(),
     }
 }
 

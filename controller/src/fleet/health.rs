@@ -143,10 +143,10 @@ impl HealthBook {
         self.looked.filter(|_| !self.members.is_empty()).map(|looked| looked + self.beat)
     }
 
-    /// Judges everybody, if it is time for that. Says whether somebody's being quarantined has changed.
-    pub fn look(&mut self, now: Instant) -> bool {
+    /// Judges everybody, if it is time for that. Says who has been quarantined and who is back from it.
+    pub fn look(&mut self, now: Instant) -> Vec<(InstanceId, Verdict)> {
         if self.next_look().is_none_or(|at| now < at) {
-            return false;
+            return Vec::new();
         }
         let since_last = self.looked.map_or(Duration::ZERO, |looked| now.saturating_duration_since(looked));
         self.looked = Some(now);
@@ -157,7 +157,7 @@ impl HealthBook {
         let mut room = self.room(now);
         let unwatched = since_last > self.beat.mul_f64(SILENT_BEATS);
         let patience = self.config.wedge.max(self.beat * 3);
-        let mut changed = false;
+        let mut changed = Vec::new();
         for ((id, health), sight) in self.members.iter_mut().zip(sights) {
             if unwatched {
                 // Nobody knows what held meanwhile.
@@ -174,7 +174,9 @@ impl HealthBook {
             {
                 *room -= 1;
             }
-            changed |= before.is_quarantined() != after.is_quarantined();
+            if before.is_quarantined() != after.is_quarantined() {
+                changed.push((id.clone(), after));
+            }
             tell(id, &before, &after, now);
         }
         changed

@@ -61,6 +61,7 @@ impl Reconciler {
             late_since,
             stuck,
         };
+        self.health.observe(now, &member.spec, &member.beat);
         self.sessions.insert(session, id.clone());
         if self.adopt(&mut member) || self.renew(&mut member) {
             self.mark(Record::Role(id.clone()));

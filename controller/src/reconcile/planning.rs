@@ -2,7 +2,7 @@
 //!
 //! Those who have loaded count, and those who have a role and are on their way (lost and within their grace, or
 //! loading it again); while nobody has loaded, all do, so that a fresh fleet has its roles before its weights. Those
-//! who are set aside, because operators cordoned them, get no role; the [stuck](super::stuck) keep what they have. When
+//! who are set aside, cordoned by operators or in [quarantine](crate::fleet::health), get no role; the [stuck](super::stuck) keep what they have. When
 //! a change is made is for [`super::steps`] to say.
 //!
 //! A plan explains itself: what is carried out is the same [`GroupPlan`] that operators are shown.
@@ -123,12 +123,17 @@ impl Reconciler {
         GroupPlan { group: group.clone(), aim, measured, waits, members: planned, again }
     }
 
-    /// What is decided of one that no plan counts, because operators said so.
+    /// What is decided of one that no plan counts, because operators said so or because it does badly.
     fn aside(&self, member: &Member) -> Option<Decision> {
-        let cordoned = self.intents.get(&member.spec.id)?.cordoned.as_ref()?;
+        let id = &member.spec.id;
+        let unwanted = |reason| Decision { role: Role::None, reason };
+        let Some(cordoned) = self.intents.get(id).and_then(|intent| intent.cordoned.as_ref()) else {
+            let verdict = self.health.verdict(id);
+            return verdict.is_quarantined().then(|| unwanted(verdict.to_string()));
+        };
         let because =
             if cordoned.reason.is_empty() { String::new() } else { format!(": {}", cordoned.reason) };
-        Some(Decision { role: Role::None, reason: format!("cordoned by {}{because}", cordoned.by) })
+        Some(unwanted(format!("cordoned by {}{because}", cordoned.by)))
     }
 
     fn candidate<'a>(&'a self, member: &'a Member) -> Candidate<'a> {

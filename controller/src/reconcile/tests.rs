@@ -41,7 +41,13 @@ impl World {
 
     fn under(epoch: u64) -> Self {
         let now = Instant::now() + Duration::from_secs(1000);
-        let mind = Reconciler::new(SessionConfig::default(), RoleConfig::default(), LeaderEpoch(epoch), now);
+        let mind = Reconciler::new(
+            SessionConfig::default(),
+            RoleConfig::default(),
+            HealthConfig::default(),
+            LeaderEpoch(epoch),
+            now,
+        );
         Self {
             mind,
             now,
@@ -467,6 +473,7 @@ fn two_thousand_instances_are_planned_at_once() {
 
 mod auto;
 mod intents;
+mod quarantine;
 mod revisions;
 mod storm;
 mod stuck;

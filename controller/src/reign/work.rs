@@ -2,14 +2,14 @@
 
 use std::collections::BTreeMap;
 
-use baton_proto::{ApiError, ErrorCode};
+use baton_proto::{ApiError, ErrorCode, InstanceId};
 use baton_registry::{Fenced, Leadership, LeaseId, StoreError, Txn};
 use tokio::{sync::oneshot, time::Instant};
 use tracing::{debug, error, warn};
 
 use crate::{
     desk::{Line, Message, Plans, Report},
-    fleet::SessionId,
+    fleet::{SessionId, health::Verdict},
     journal::{Journal, News},
     metrics::ControllerMetrics,
     reconcile::{Change, Command, Event, Reconciler, Record, Write},
@@ -88,8 +88,11 @@ impl<'a> Reign<'a> {
                 let gone = self.mind.remembered();
                 let remembered = gone.map(|(id, desired)| (id.clone(), desired.clone())).collect();
                 let intents = self.mind.intents().clone();
+                let held = |id: &InstanceId| (id.clone(), self.mind.verdict(id));
+                let verdicts =
+                    members.keys().map(held).filter(|(_, verdict)| *verdict != Verdict::Healthy).collect();
                 // Whoever asked may have gone.
-                answer.send(Report { members, remembered, intents, at: now }).ok();
+                answer.send(Report { members, remembered, verdicts, intents, at: now }).ok();
             }
             Message::Plan { what_if, answer } => {
                 answer.send(self.plans_with(what_if, now)).ok();

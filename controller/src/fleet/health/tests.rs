@@ -121,7 +121,7 @@ impl Group {
                 self.book.observe(self.now, &instance.spec, &instance.beat);
             }
         }
-        self.changes += usize::from(self.book.look(self.now));
+        self.changes += self.book.look(self.now).len();
     }
 
     fn run(&mut self, seconds: u64) {
@@ -360,7 +360,7 @@ fn whoever_looks_too_early_changes_nothing() {
     assert_eq!(group.book.next_look(), None);
     group.run(10);
     assert_eq!(group.book.next_look(), Some(group.now + BEAT));
-    assert!(!group.book.look(group.now));
+    assert!(group.book.look(group.now).is_empty());
     let off = HealthConfig { enabled: false, ..HealthConfig::default() };
     let mut group = Group::under(off, 2, 2);
     group.does("d0", WEDGED);

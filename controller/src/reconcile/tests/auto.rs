@@ -35,7 +35,13 @@ impl Group {
             ..AutoConfig::default()
         };
         let roles = RoleConfig { policy: RolePolicy::Auto, auto, ..RoleConfig::default() };
-        world.mind = Reconciler::new(SessionConfig::default(), roles, LeaderEpoch(EPOCH), world.now);
+        world.mind = Reconciler::new(
+            SessionConfig::default(),
+            roles,
+            HealthConfig::default(),
+            LeaderEpoch(EPOCH),
+            world.now,
+        );
         let waiting = beat(Phase::Waiting, Role::None, 0);
         let name = |number: usize| char::from(b'a' + number as u8).to_string();
         let sessions: Vec<_> = (0..instances).map(|number| world.hello(&name(number), 1, waiting)).collect();

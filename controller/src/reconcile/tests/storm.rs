@@ -67,7 +67,13 @@ struct Storm {
 impl Storm {
     fn new() -> Self {
         let now = Instant::now() + Duration::from_secs(1000);
-        let mind = Reconciler::new(SessionConfig::default(), RoleConfig::default(), LeaderEpoch(1), now);
+        let mind = Reconciler::new(
+            SessionConfig::default(),
+            RoleConfig::default(),
+            HealthConfig::default(),
+            LeaderEpoch(1),
+            now,
+        );
         Self {
             mind,
             now,
@@ -168,7 +174,8 @@ impl Storm {
             }
         }
         let config = (SessionConfig::default(), RoleConfig::default());
-        self.mind = Reconciler::new(config.0, config.1, LeaderEpoch(self.epoch), self.now);
+        self.mind =
+            Reconciler::new(config.0, config.1, HealthConfig::default(), LeaderEpoch(self.epoch), self.now);
         self.mind.inherit(instances, roles, self.now);
         for server in self.servers.values_mut() {
             server.session = None;

@@ -232,6 +232,9 @@ pub(super) fn role_facts(page: &mut Page, view: &RoleView) {
     } else {
         page.fact("Is", "gone");
     }
+    if !view.health.is_empty() {
+        page.fact("Health", &view.health);
+    }
     if !view.stuck.is_empty() {
         page.fact("Stuck", &view.stuck);
     }

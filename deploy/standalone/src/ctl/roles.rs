@@ -72,6 +72,7 @@ pub(super) fn object(view: &RoleView) -> Value {
         "registered": view.registered,
         "reason": view.reason,
         "stuck": view.stuck,
+        "health": view.health,
         "intent": { "cordoned": cordoned, "pinned": role(intent.pinned) },
     })
 }
@@ -94,6 +95,7 @@ pub(super) mod tests {
             phase: Phase::Switching.into(),
             registered: true,
             stuck: String::new(),
+            health: String::new(),
             intent: None,
         }
     }
