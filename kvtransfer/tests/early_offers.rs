@@ -72,9 +72,10 @@ async fn an_offer_that_was_refused_for_want_of_room_speaks_for_its_sender_alone(
     let decode = small();
     let mut loud = ScriptedSender::open(&decode, "loud", 1).await.expect("welcome");
     let mut sender = ScriptedSender::open(&decode, "prefill-0", 1).await.expect("welcome");
-    for _ in 0..2 {
-        loud.offer(TransferId::generate(), 1, 1).await;
+    for one in [&loud, &sender] {
+        one.offer(TransferId::generate(), 1, 1).await;
     }
+    until("both are held", || decode.node.stats().held_offers == 2).await;
     let (theirs, own) = (TransferId::generate(), TransferId::generate());
     loud.offer(theirs, 1, 1).await;
     assert_eq!(loud.aborted().await.code(), v1::ErrorCode::QueueFull);
@@ -84,6 +85,41 @@ async fn an_offer_that_was_refused_for_want_of_room_speaks_for_its_sender_alone(
     let error = decode.node.expect(expect_spec(own, &instance("prefill-0"), &[1])).expect_err("refused");
     assert!(matches!(error, TransferError::Limit { limit: 2, .. }), "{error}");
     whole(&decode, &mut sender, theirs, 1).await;
+}
+
+#[tokio::test]
+async fn whoever_fills_the_room_for_early_offers_makes_room_for_the_others() {
+    let decode = small();
+    let mut loud = ScriptedSender::open(&decode, "loud", 1).await.expect("welcome");
+    let mut sender = ScriptedSender::open(&decode, "prefill-0", 1).await.expect("welcome");
+    let theirs = [TransferId::generate(), TransferId::generate()];
+    for id in theirs {
+        loud.offer(id, 1, 1).await;
+    }
+    until("it is full", || decode.node.stats().held_offers == 2).await;
+    let own = TransferId::generate();
+    sender.offer(own, 1, 1).await;
+    let (displaced, Told::Abort(abort)) = loud.hear().await else { panic!("not an abort") };
+    assert_eq!(displaced, theirs[0], "the oldest");
+    assert_eq!(abort.reason.expect("a reason").code(), v1::ErrorCode::QueueFull);
+    until("no more than there is room for", || decode.node.stats().held_offers == 2).await;
+    let late = decode.node.expect(expect_spec(displaced, &instance("loud"), &[1])).expect_err("displaced");
+    assert!(matches!(late, TransferError::Limit { limit: 2, .. }), "{late}");
+    // Nor does it speak for whoever is expected to send it.
+    let mut incoming = decode.node.expect(expect_spec(displaced, &instance("prefill-0"), &[1])).expect("its");
+    sender.offer(displaced, 1, 1).await;
+    sender.accepted().await;
+    incoming.cancel("enough");
+    assert_eq!(
+        within("its end", 10, incoming.sealed()).await.expect_err("cancelled").code(),
+        ErrorCode::Cancelled
+    );
+    sender.aborted().await;
+    // Those that were held are as good as ever.
+    for (id, sender, from) in [(theirs[1], &mut loud, "loud"), (own, &mut sender, "prefill-0")] {
+        let _incoming = decode.node.expect(expect_spec(id, &instance(from), &[2])).expect("held");
+        sender.accepted().await;
+    }
 }
 
 #[tokio::test]

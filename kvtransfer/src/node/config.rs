@@ -100,7 +100,8 @@ pub struct Limits {
     pub incoming_transfers: usize,
     /// Transfers being sent at a time, waiting ones included.
     pub outgoing_transfers: usize,
-    /// Offers held that nobody has expected yet; more are refused.
+    /// Offers held that nobody has expected yet. Over it, one of a peer that has fewer takes the place of the oldest of the
+    /// peer that has the most; more are refused.
     pub held_offers: usize,
     /// How long such an offer is held.
     pub held_offer: Duration,

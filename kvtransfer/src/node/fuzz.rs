@@ -357,7 +357,7 @@ pub fn messages(bytes: &[u8]) {
             for held in stage.kv.node.incoming.all() {
                 held.cancel(TransferError::ShuttingDown);
             }
-            assert_eq!(stage.kv.node.held_offers.load(Ordering::Acquire), 0);
+            assert_eq!(stage.kv.node.incoming.counts().1, 0);
             return;
         }
         let link = Link::new(PEER.into());

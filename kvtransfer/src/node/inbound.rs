@@ -6,7 +6,7 @@
 use std::{
     io::IoSliceMut,
     ptr::NonNull,
-    sync::{Arc, OnceLock, atomic::Ordering},
+    sync::{Arc, OnceLock},
     time::Instant,
 };
 
@@ -26,7 +26,7 @@ use super::{
 use crate::{
     Slices, TransferError,
     session::{Claim, OfferTerms, Receiver, ReceiverCommand, ReceiverState, SealTerms, SliceRun},
-    sync::{AtomicBool, Mutex},
+    sync::Mutex,
     transport::{DataKey, Landing},
 };
 
@@ -43,8 +43,6 @@ pub(super) struct Inbound {
     state: Mutex<State<Receiver, Arc<PeerLink>>>,
     /// Set once the owner has reserved blocks.
     reserved: OnceLock<Reserved>,
-    /// An offer that nobody expects yet.
-    held_offer: AtomicBool,
     /// Set with the accept, if the sender lays its cache out otherwise.
     translation: OnceLock<Arc<Translation>>,
     revoked: CancellationToken,
@@ -73,9 +71,7 @@ impl Inbound {
     ) -> Arc<Self> {
         let sender = terms.sender.clone();
         let session = Receiver::offered(now, node.receiver_timing(), node.slice_bytes(), terms);
-        let inbound = Self::new(node, id, sender, session, Some(link));
-        inbound.held_offer.store(true, Ordering::Release);
-        Arc::new(inbound)
+        Arc::new(Self::new(node, id, sender, session, Some(link)))
     }
 
     fn new(
@@ -95,7 +91,6 @@ impl Inbound {
             told,
             state: State::new(session, link),
             reserved: OnceLock::new(),
-            held_offer: AtomicBool::new(false),
             translation: OnceLock::new(),
             revoked: CancellationToken::new(),
             outcome: Outcome::watched(),
@@ -128,7 +123,6 @@ impl Inbound {
         }
         let commands = state.session.expect(now, expectation)?;
         let _ = self.reserved.set(reserved);
-        self.no_longer_held();
         self.finish(state, commands);
         Ok(())
     }
@@ -168,12 +162,6 @@ impl Inbound {
         let commands = step(&mut state.session);
         self.finish(state, commands);
         true
-    }
-
-    fn no_longer_held(&self) {
-        if self.held_offer.swap(false, Ordering::AcqRel) {
-            self.node.return_held_offer();
-        }
     }
 
     /// A seal over `link`; false if the transfer is not that peer's, or rests on another of its streams.
@@ -308,7 +296,6 @@ impl Shell for Inbound {
     }
 
     fn let_go(&self, reason: Option<TransferError>) {
-        self.no_longer_held();
         if let Some(reserved) = self.reserved.get() {
             drop(reserved.claimed.lock().take());
         }

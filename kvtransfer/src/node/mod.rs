@@ -65,13 +65,13 @@ use peer_link::PeerLink;
 use reservation::{Reservation, check_blocks};
 use staging::Staging;
 use stats::Counters;
-use table::{Ended, Expected, Lookup, Table};
+use table::{Bounds, Ended, Expected, Lookup, Table};
 use translate::{Translated, Translations};
 
 use crate::{
     KvLayout, Slices, TransferError,
     session::ReceiverTiming,
-    sync::{AtomicUsize, Mutex},
+    sync::Mutex,
     transport::{Admission, DataKey, DataPort, Found, Inbox, LinkId, Observed, Transport, TransportKind},
 };
 
@@ -100,7 +100,6 @@ struct Node {
     claims: Claims,
     incoming: Table<Inbound>,
     outgoing: Table<Outbound>,
-    held_offers: AtomicUsize,
     /// Streams to peers we send to, by endpoint.
     links: Mutex<HashMap<String, Arc<Link>>>,
     /// Streams of peers that send to us.
@@ -149,9 +148,8 @@ impl KvNode {
             staging: Staging::new(limits.staging_bytes),
             transports,
             claims: Claims::new(config.blocks),
-            incoming: Table::new(limits.remembered_transfers),
-            outgoing: Table::new(limits.remembered_transfers),
-            held_offers: AtomicUsize::new(0),
+            incoming: Table::new(Bounds { remember: limits.remembered_transfers, hold: limits.held_offers }),
+            outgoing: Table::new(Bounds { remember: limits.remembered_transfers, hold: 0 }),
             links: Mutex::default(),
             peers: Mutex::default(),
             unproven: Arc::new(Semaphore::new(limits.unproven_streams)),
@@ -258,9 +256,8 @@ impl KvNode {
 
     /// Counters since start and current numbers, for metrics.
     pub fn stats(&self) -> NodeStats {
-        let held = self.node.held_offers.load(Ordering::Acquire) as u64;
-        let incoming = (self.node.incoming.len() as u64).saturating_sub(held);
-        let active = (incoming, self.node.outgoing.len() as u64, held);
+        let (incoming, held) = self.node.incoming.counts();
+        let active = (incoming as u64, self.node.outgoing.len() as u64, held as u64);
         self.node.counters.snapshot(active, self.node.transports.iter().map(Observed::stats).collect())
     }
 }
@@ -286,16 +283,6 @@ impl Node {
 
     fn check_running(&self) -> Result<(), TransferError> {
         if self.shutdown.is_cancelled() { Err(TransferError::ShuttingDown) } else { Ok(()) }
-    }
-
-    /// Room for one more offer that nobody expects; given back by `return_held_offer`.
-    fn reserve_held_offer(&self) -> bool {
-        let more = |held| (held < self.limits.held_offers).then_some(held + 1);
-        self.held_offers.fetch_update(Ordering::AcqRel, Ordering::Acquire, more).is_ok()
-    }
-
-    fn return_held_offer(&self) {
-        self.held_offers.fetch_sub(1, Ordering::AcqRel);
     }
 
     fn expect(

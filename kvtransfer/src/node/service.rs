@@ -13,7 +13,7 @@ use super::{
     inbound::Inbound,
     peer_link::PeerLink,
     secret::{End, Hellos, nonce},
-    table::{Ended, Lookup},
+    table::{Ended, Holding, Lookup},
     wire::to_status,
 };
 use crate::{
@@ -224,16 +224,15 @@ fn take_offer(
     };
     let now = node.now();
     // A sender offers once: whoever is to expect this transfer from it must learn that it will not come.
-    let found = node.incoming.hold(id, link.peer(), || {
-        let limit = node.limits.held_offers;
+    let Holding { found, displaced } = node.incoming.hold(id, link.peer(), || {
         if node.shutdown.is_cancelled() {
             return Err(TransferError::ShuttingDown);
         }
-        if !node.reserve_held_offer() {
-            return Err(TransferError::Limit { what: "offers that nobody expects yet", limit });
-        }
         Ok(Inbound::offered(node, now, id, terms.clone(), link.clone()))
     })?;
+    if let Some((offer, reason)) = displaced {
+        offer.cancel(reason);
+    }
     match found {
         Lookup::Unknown => {
             node.activity.notify_one();

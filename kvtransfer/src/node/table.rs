@@ -11,7 +11,7 @@ use std::{
 use baton_proto::{InstanceId, TransferId};
 use tokio_util::sync::CancellationToken;
 
-use super::held::Held;
+use super::held::{Held, Room};
 use crate::{TransferError, sync::Mutex};
 
 /// How a transfer ended.
@@ -26,7 +26,24 @@ pub(super) struct Ended {
 #[derive(Debug)]
 pub(super) struct Table<T> {
     state: Mutex<State<T>>,
-    remember: usize,
+    bounds: Bounds,
+}
+
+/// How much a table keeps.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Bounds {
+    /// Ended transfers, and apart from them as many ends of offers that nobody came to expect.
+    pub(super) remember: usize,
+    /// Offers that nobody expects yet.
+    pub(super) hold: usize,
+}
+
+/// What a table does with an offer.
+pub(super) struct Holding<T> {
+    /// `Unknown` = it is held from now on.
+    pub(super) found: Lookup<T>,
+    /// Another peer's offer, whose place it took: not held any more, for the caller to refuse with the reason.
+    pub(super) displaced: Option<(Arc<T>, TransferError)>,
 }
 
 #[derive(Debug)]
@@ -67,7 +84,7 @@ pub(super) enum Expected<T> {
 }
 
 impl<T> Table<T> {
-    pub(super) fn new(remember: usize) -> Self {
+    pub(super) fn new(bounds: Bounds) -> Self {
         let state = State {
             live: HashMap::new(),
             held: Held::default(),
@@ -75,7 +92,7 @@ impl<T> Table<T> {
             order: VecDeque::new(),
             awaited: HashMap::new(),
         };
-        Self { state: Mutex::new(state), remember }
+        Self { state: Mutex::new(state), bounds }
     }
 
     pub(super) fn get(&self, id: &TransferId) -> Lookup<T> {
@@ -107,28 +124,37 @@ impl<T> Table<T> {
         self.state.lock().get_from(id, peer)
     }
 
-    /// Looks up what `peer` offers; if it is unknown, `make` may have it held. A refusal is this peer's answer from then
-    /// on. `make` must not come back to this table.
+    /// Looks up what `peer` offers; if it is unknown, `make` may have it held. A refusal, of `make`'s or for want of room,
+    /// is this peer's answer from then on. `make` must not come back to this table.
     pub(super) fn hold(
         &self,
         id: TransferId,
         peer: &InstanceId,
         make: impl FnOnce() -> Result<Arc<T>, TransferError>,
-    ) -> Result<Lookup<T>, TransferError> {
+    ) -> Result<Holding<T>, TransferError> {
+        let Bounds { remember, hold: limit } = self.bounds;
         let mut state = self.state.lock();
         let found = state.get_from(&id, peer);
         if !matches!(found, Lookup::Unknown) {
-            return Ok(found);
+            return Ok(Holding { found, displaced: None });
         }
-        let made = make();
+        let full = TransferError::Limit { what: "offers that nobody expects yet", limit };
+        let (made, displaced) = match state.held.room(peer, limit) {
+            Room::Free => (make(), None),
+            Room::None => (Err(full.clone()), None),
+            Room::InPlaceOf(oldest, greediest) => match make() {
+                Ok(offer) => (Ok(offer), state.displace(oldest, &greediest, &full, remember)),
+                refused => (refused, None),
+            },
+        };
         match &made {
-            Ok(offer) => state.held.add(id, peer.clone(), offer.clone()),
-            Err(reason) => state.held.remember(id, peer, reason.clone(), self.remember),
+            Ok(offer) => state.held.add(id, peer, offer.clone()),
+            Err(reason) => state.held.remember(id, peer, reason.clone(), remember),
         }
         let awaited = state.no_longer_awaited(&id);
         drop(state);
         wake(awaited);
-        made.map(|_| Lookup::Unknown)
+        made.map(|_| Holding { found, displaced: displaced.map(|offer| (offer, full)) })
     }
 
     /// Has an id come alive that `from` is to send, unless it is known already: as the offer of it that is held, or as
@@ -152,9 +178,7 @@ impl<T> Table<T> {
         }
         let offer = state.held.get(&id, from).cloned();
         let live = make(state.live.len(), offer.as_ref())?;
-        if let Some(offer) = &offer {
-            state.held.remove(&id, offer);
-        }
+        state.held.take(&id, from);
         state.live.insert(id, live);
         let strays = state.held.of(&id);
         let awaited = state.no_longer_awaited(&id);
@@ -164,17 +188,17 @@ impl<T> Table<T> {
     }
 
     /// Takes leave of one that was received or was to be: a live transfer ends, an offer that was held is remembered as
-    /// its peer's.
+    /// its peer's, and so is one that was displaced, already.
     pub(super) fn leave(&self, id: TransferId, peer: &InstanceId, it: &T, reason: Option<TransferError>) {
         let mut state = self.state.lock();
-        if state.held.remove(&id, it) {
+        if state.held.remove(&id, peer, it) {
             if let (Some(reason), false) = (reason, state.ended.contains_key(&id)) {
-                state.held.remember(id, peer, reason, self.remember);
+                state.held.remember(id, peer, reason, self.bounds.remember);
             }
-            return;
+        } else if state.live.get(&id).is_some_and(|live| std::ptr::eq(Arc::as_ptr(live), it)) {
+            state.live.remove(&id);
+            state.remember(id, Ended { peer: Some(peer.clone()), reason }, self.bounds.remember);
         }
-        state.live.remove(&id);
-        state.remember(id, Ended { peer: Some(peer.clone()), reason }, self.remember);
     }
 
     /// Resolves once `id` is known, at once if it is: alive, offered, or ended.
@@ -200,7 +224,7 @@ impl<T> Table<T> {
     pub(super) fn end(&self, id: TransferId, how: Ended) {
         let mut state = self.state.lock();
         state.live.remove(&id);
-        state.remember(id, how, self.remember);
+        state.remember(id, how, self.bounds.remember);
     }
 
     /// Has an id that is not alive ended before it ever was; one that has ended stays as it is. A live transfer is
@@ -213,7 +237,7 @@ impl<T> Table<T> {
             Lookup::Ended(_) => return Vec::new(),
             Lookup::Unknown => {}
         }
-        state.remember(id, how, self.remember);
+        state.remember(id, how, self.bounds.remember);
         let offers = state.held.of(&id);
         let awaited = state.no_longer_awaited(&id);
         drop(state);
@@ -234,8 +258,14 @@ impl<T> Table<T> {
 
     /// How many [`Self::all`] are.
     pub(super) fn len(&self) -> usize {
+        let (live, held) = self.counts();
+        live + held
+    }
+
+    /// How many are alive, and how many held.
+    pub(super) fn counts(&self) -> (usize, usize) {
         let state = self.state.lock();
-        state.live.len() + state.held.len()
+        (state.live.len(), state.held.len())
     }
 
     /// Ids that somebody waits for.
@@ -266,6 +296,19 @@ impl<T> State<T> {
             }
             (None, None) => Lookup::Unknown,
         }
+    }
+
+    /// Takes a peer's offer out for another one's; its end is remembered as that peer's.
+    fn displace(
+        &mut self,
+        id: TransferId,
+        peer: &InstanceId,
+        reason: &TransferError,
+        remember: usize,
+    ) -> Option<Arc<T>> {
+        let offer = self.held.take(&id, peer)?;
+        self.held.remember(id, peer, reason.clone(), remember);
+        Some(offer)
     }
 
     /// The signal of those who wait for an id that is known now.
@@ -318,7 +361,7 @@ mod tests {
 
     #[test]
     fn those_who_wait_for_an_id_are_woken_when_it_comes_alive_and_leave_nothing_behind() {
-        let table = Table::<u32>::new(2);
+        let table = Table::<u32>::new(Bounds { remember: 2, hold: 8 });
         let (id, other) = (TransferId::generate(), TransferId::generate());
         let awaited = || table.awaited();
         {
@@ -346,7 +389,7 @@ mod tests {
 
     #[test]
     fn an_id_either_comes_alive_and_is_seen_or_never_does() {
-        let table = Table::<u32>::new(4);
+        let table = Table::<u32>::new(Bounds { remember: 4, hold: 8 });
         let refused = || Ended { peer: None, reason: Some(TransferError::ShuttingDown) };
         for _ in 0..2000 {
             let id = TransferId::generate();
@@ -372,7 +415,7 @@ mod tests {
 
     #[test]
     fn forgets_the_oldest_and_never_adds_an_ended_id() {
-        let table = Table::<u32>::new(2);
+        let table = Table::<u32>::new(Bounds { remember: 2, hold: 8 });
         let ids: Vec<_> = (0..3).map(|_| TransferId::generate()).collect();
         for &id in &ids {
             assert!(matches!(table.get_or_add(id, |_| Ok(Arc::new(1))), Ok(Lookup::Unknown)));
