@@ -21,6 +21,7 @@ use v1::{handoff_client::HandoffClient, receiver_message, sender_message::Body};
 
 use super::{
     Node,
+    backoff::Backoff,
     link_up::LinkUp,
     outbound::Outbound,
     route::Route,
@@ -33,9 +34,8 @@ use crate::{
     transport::{DataKey, LinkPass},
 };
 
-/// The pause before the second attempt; each further one is twice as long.
+/// Before the second attempt to open the stream.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
-const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
 /// The way to one peer.
 pub(super) struct Link {
@@ -151,7 +151,7 @@ impl Link {
 
     async fn keep(&self, node: &Arc<Node>) {
         let mut attempts = 0;
-        let mut pause = FIRST_PAUSE;
+        let mut backoff = Backoff::new(FIRST_PAUSE);
         loop {
             while self.is_empty() {
                 let waited = timeout(node.limits.idle_link, self.changed.notified()).await;
@@ -167,8 +167,8 @@ impl Link {
                     tracing::debug!(peer = %self.endpoint, %why, "control stream broke");
                     self.down(&why);
                     attempts = 0;
-                    if started.elapsed() > LONGEST_PAUSE {
-                        pause = FIRST_PAUSE;
+                    if started.elapsed() > Backoff::LONGEST {
+                        backoff.reset();
                     }
                     None
                 }
@@ -185,8 +185,7 @@ impl Link {
                 attempts = 0;
                 self.transfers().iter().for_each(|outbound| outbound.link_failed(reason.clone()));
             }
-            sleep(pause + pause.mul_f64(rand::random::<f64>() / 2.0)).await;
-            pause = (pause * 2).min(LONGEST_PAUSE);
+            backoff.pause().await;
         }
     }
 

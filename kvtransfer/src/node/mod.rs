@@ -4,6 +4,7 @@
 //! transport, and the clock that drives leases and deadlines. Decisions are the sessions' (`crate::session`).
 //! Lock order: a table or a link before a transfer, a transfer before an outbox; the end of a transfer takes none.
 
+mod backoff;
 mod claims;
 mod clock;
 mod config;
