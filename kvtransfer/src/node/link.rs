@@ -2,7 +2,8 @@
 //!
 //! Opened when there is something to offer, kept while there are transfers and some time longer. When it breaks, every
 //! transfer that is not sealed is over (`Outbound::link_lost`), and the stream is opened again only if transfers wait
-//! for it, with growing pauses and a bounded number of attempts.
+//! for it, with growing pauses and a bounded number of attempts. A peer that has no room for a stream for the moment is
+//! asked again for as long as there are transfers, which their own deadlines bound.
 //!
 //! A stream that leads nowhere, with nobody to say so, is given up when a transfer's lease runs out on it and nothing
 //! else has been heard either (`SenderCommand::Cut`); one without transfers by HTTP/2's pings (`Limits::keep_alive`).
@@ -64,6 +65,8 @@ impl fmt::Debug for Link {
 enum Break {
     /// The peer cannot be reached; trying again may help.
     Unreachable(String),
+    /// The peer answers, and has no room for any stream at the moment.
+    Busy(String),
     /// The peer does not want this stream; trying again will not help.
     Refused(TransferError),
     /// The stream stood and is gone.
@@ -172,6 +175,11 @@ impl Link {
                     }
                     None
                 }
+                Break::Busy(why) => {
+                    tracing::debug!(peer = %self.endpoint, %why, "no control stream to this peer yet");
+                    attempts = 0;
+                    None
+                }
                 Break::Refused(reason) => Some(reason),
                 Break::Unreachable(reason) => {
                     attempts += 1;
@@ -258,7 +266,7 @@ impl Link {
         let mut messages = HandoffClient::new(channel)
             .exchange(ReceiverStream::new(queue))
             .await
-            .map_err(refused)?
+            .map_err(turned_away)?
             .into_inner();
         let Some(receiver_message::Body::Hello(hello)) = next(&mut messages).await? else {
             return Err(protocol("the peer's first message is not its hello"));
@@ -337,6 +345,17 @@ impl Node {
 
 fn protocol(what: &str) -> Break {
     Break::Refused(TransferError::Protocol(what.to_owned()))
+}
+
+/// Before it has taken a hello in, a peer that is full has no room for streams without a proof, whosever: they come and
+/// go. Once it has, it is its list of peers that is full, which is no matter of moments.
+fn turned_away(status: Status) -> Break {
+    match refused(status) {
+        Break::Refused(TransferError::PeerRefused(error)) if error.code == ErrorCode::QueueFull => {
+            Break::Busy(error.message)
+        }
+        other => other,
+    }
 }
 
 /// A peer that is only busy or starting is worth another attempt; one that says no is not.
