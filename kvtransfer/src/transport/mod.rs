@@ -22,6 +22,7 @@ mod probe;
 #[cfg(all(feature = "rdma", target_os = "linux", target_pointer_width = "64"))]
 mod rdma;
 mod shm;
+mod splitmix;
 mod tcp;
 
 use std::{
