@@ -43,7 +43,7 @@ impl Route {
             let endpoint = endpoints.iter().find(|endpoint| endpoint.transport == kind.name())?;
             Some(Choice { kind, address: endpoint.address.clone(), failures: 0 })
         };
-        let able = |transport: &&Observed| !mapped || transport.kind().lands_in_plain_memory();
+        let able = |transport: &&Observed| transport.kind().brings(mapped);
         let choices: Vec<_> = node.transports.iter().filter(able).filter_map(offered).collect();
         if choices.is_empty() {
             let names = |kinds: Vec<&str>| kinds.join(", ");

@@ -303,7 +303,7 @@ impl Node {
             address: transport.address(),
         };
         let mapped = link.translation().is_some();
-        let able = |transport: &&Observed| !mapped || transport.kind().lands_in_plain_memory();
+        let able = |transport: &&Observed| transport.kind().brings(mapped);
         let pass = link.pass();
         v1::Welcome {
             endpoints: self.transports.iter().filter(able).map(endpoint).collect(),

@@ -129,7 +129,7 @@ impl Node {
         if plan.runs() > MOST_COPIES {
             return refuse("format", "it takes too many small copies a block; choose smaller blocks");
         }
-        if !self.transports.iter().any(|transport| transport.kind().lands_in_plain_memory()) {
+        if !self.transports.iter().any(|transport| transport.kind().brings(true)) {
             return refuse(
                 "format",
                 "only tcp and shm bring slices to be mapped, and the receiver has neither",

@@ -105,9 +105,10 @@ impl TransportKind {
         Self::ALL.into_iter().find(|kind| kind.name() == name)
     }
 
-    /// Whether slices can be brought into any memory, not only into the region.
-    pub(crate) fn lands_in_plain_memory(self) -> bool {
-        matches!(self, Self::Tcp | Self::Shm)
+    /// Whether it brings slices to a receiver that maps them to its own when they have come: it must be able to bring them
+    /// into any memory, not only into the region.
+    pub(crate) fn brings(self, mapped: bool) -> bool {
+        !mapped || matches!(self, Self::Tcp | Self::Shm)
     }
 
     fn wire(self) -> u8 {
@@ -194,7 +195,7 @@ pub(crate) struct Admission {
     pub(crate) key: DataKey,
     /// Of the sender's slices.
     pub(crate) slice_bytes: u32,
-    /// Its slices are mapped to this side's when they have come, which [`TransportKind::lands_in_plain_memory`] takes.
+    /// Its slices are mapped to this side's when they have come: see [`TransportKind::brings`].
     pub(crate) mapped: bool,
     /// Cancelled when it ends, and its data connections with it.
     pub(crate) ended: CancellationToken,

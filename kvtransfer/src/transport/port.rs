@@ -151,8 +151,8 @@ impl DataPort {
         if !hello.proven(&admission.key, &[]) {
             return Err(HelloError::Unproven.into());
         }
-        let fits = |kind: &TransportKind| !admission.mapped || kind.lands_in_plain_memory();
-        let handler = hello.kind().filter(fits).and_then(|kind| self.handlers.lock().get(&kind).cloned());
+        let kind = hello.kind().filter(|kind| kind.brings(admission.mapped));
+        let handler = kind.and_then(|kind| self.handlers.lock().get(&kind).cloned());
         let Admission { key, slice_bytes, ended, .. } = admission;
         let handling = handler.ok_or(HelloError::Kind)?(Greeted { stream, hello, key, slice_bytes });
         ended.run_until_cancelled(handling).await.unwrap_or(Ok(()))
