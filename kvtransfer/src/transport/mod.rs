@@ -7,6 +7,7 @@
 //! `Limits::fence_grace`, or, where a card or an NPU reads, when that read has ended or failed, within
 //! `Limits::data_stall`. The session is over when all have been reported.
 
+mod accept;
 mod ascend;
 mod claimed;
 mod faulty;
