@@ -73,7 +73,9 @@ use crate::{
     KvLayout, Slices, TransferError,
     session::ReceiverTiming,
     sync::Mutex,
-    transport::{Admission, DataKey, DataPort, Found, Inbox, LinkId, Observed, Transport, TransportKind},
+    transport::{
+        Admission, DataKey, DataPort, Found, Inbox, LinkId, Live, Observed, Transport, TransportKind,
+    },
 };
 
 /// Sends and receives KV caches for one server process. Cheap to clone.
@@ -402,8 +404,10 @@ impl Inbox for Node {
     fn find(&self, id: &TransferId) -> Found {
         match self.incoming.get(id) {
             Lookup::Live(inbound) => match inbound.translation().cloned() {
-                None => Found::Live(inbound),
-                Some(how) => Found::Live(Arc::new(Translated::new(inbound, how, self.staging.clone()))),
+                None => Found::Live(Live::new(inbound)),
+                Some(how) => {
+                    Found::Live(Live::new(Arc::new(Translated::new(inbound, how, self.staging.clone()))))
+                }
             },
             Lookup::Ended(_) | Lookup::Unknown => Found::Over,
         }

@@ -11,8 +11,8 @@ use baton_proto::TransferId;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
-    Admission, DataKey, Destination, Found, Inbox, Landing, LinkId, Opening, Outbox, Transport, TransportKind,
-    splitmix,
+    Admission, DataKey, Destination, Found, Inbox, Landing, LinkId, Opening, Outbox, Transport,
+    TransportKind, splitmix,
 };
 use crate::{
     TransferError,
@@ -97,11 +97,11 @@ impl Inbox for FaultyInbox {
 
     fn find(&self, id: &TransferId) -> Found {
         match self.inbox.find(id) {
-            Found::Live(landing) => Found::Live(Arc::new(FaultyLanding {
-                landing,
-                broken: self.chance.strikes(self.chance.faults.broken),
-                chance: self.chance.clone(),
-            })),
+            Found::Live(live) => {
+                let broken = self.chance.strikes(self.chance.faults.broken);
+                let chance = self.chance.clone();
+                Found::Live(live.behind(|landing| Arc::new(FaultyLanding { landing, broken, chance })))
+            }
             Found::Over => Found::Over,
         }
     }

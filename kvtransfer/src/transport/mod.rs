@@ -10,6 +10,7 @@
 mod accept;
 mod ascend;
 mod claimed;
+mod counts;
 mod faulty;
 pub(crate) mod fetch;
 pub(crate) mod frame;
@@ -41,14 +42,14 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 pub use ascend::AscendConfig;
 #[cfg(any(test, feature = "fuzz"))]
 pub(crate) use ascend::fuzz as fuzz_ascend;
-pub(crate) use claimed::Claimed;
+pub(crate) use claimed::{Claimed, Live};
+pub use counts::TransportStats;
 pub use faulty::Faults;
 pub(crate) use faulty::Faulty;
 pub(crate) use fetch::{Fetched, Medium};
 pub(crate) use hello::{LinkId, LinkPass};
 pub(crate) use key::DataKey;
 pub(crate) use observed::Observed;
-pub use observed::TransportStats;
 pub(crate) use outbox::{Outbox, Ticket};
 pub(crate) use path::{Path, PathEnd};
 pub(crate) use port::DataPort;
@@ -204,7 +205,7 @@ pub(crate) struct Admission {
 
 /// What a transfer id in a frame stands for.
 pub(crate) enum Found {
-    Live(Arc<dyn Landing>),
+    Live(Live),
     /// It is over, or was never known: late frames are passed over.
     Over,
 }
@@ -216,7 +217,7 @@ pub(crate) trait Landing: Send + Sync {
     fn slice_bytes(&self) -> u64;
 
     /// Asks to write these slices, whose checksums are to be `sums`. After `Claim::Write` the run is reported with one
-    /// of the next three.
+    /// of `landed`, `damaged` and `interrupted`: [`Live::claim`] sees to that.
     fn claim(&self, run: SliceRun, sums: &[u32]) -> Claim;
     /// A slice of a claimed run has come whole and matches its sum; called once for each, before `landed`. After an
     /// error the run is to be reported as interrupted.

@@ -7,7 +7,6 @@ use tonic::Status;
 use v1::{receiver_message::Body, sender_message};
 
 use super::*;
-use crate::{session::Claim, transport::Claimed};
 
 const ID: u8 = 1;
 const BLOCKS_OF_IT: [u32; 2] = [3, 1];
@@ -60,13 +59,10 @@ fn say(node: &Arc<Node>, link: &Arc<PeerLink>, body: sender_message::Body) {
 /// A data connection that brings some of the slices.
 fn lane(node: &Node, watch: &Watch, runs: Vec<SliceRun>, mishap: Mishap) {
     for run in runs {
-        let Found::Live(landing) = node.find(&id(ID)) else { return };
-        if landing.claim(run, &[sum(run.layer, run.first)]) != Claim::Write {
-            continue;
-        }
-        let mut claimed = Claimed::new(&*landing, run);
+        let Found::Live(live) = node.find(&id(ID)) else { return };
+        let Some(mut claimed) = live.claim(run, &[sum(run.layer, run.first)]) else { continue };
         watch.touch(BLOCKS_OF_IT[run.first as usize], || {
-            let mut target = landing.target(run.layer, run.first, 0).expect("claimed");
+            let mut target = claimed.landing().target(run.layer, run.first, 0).expect("claimed");
             target.copy_from_slice(&sum(run.layer, run.first).to_le_bytes());
         });
         match mishap {
