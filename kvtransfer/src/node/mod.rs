@@ -66,7 +66,7 @@ use peer_link::PeerLink;
 use reservation::{Reservation, check_blocks};
 use staging::Staging;
 use stats::Counters;
-use table::{Bounds, Ended, Expected, Lookup, Table};
+use table::{Bounds, Ended, Expected, Expecting, Lookup, Table};
 use translate::{Translated, Translations};
 
 use crate::{
@@ -294,57 +294,44 @@ impl Node {
         reservation: Reservation,
     ) -> Result<Arc<Inbound>, TransferError> {
         let (id, sender) = (reservation.id, reservation.expectation.sender.clone());
-        let mut reservation = Some(reservation);
-        let mut made = None;
-        let (found, strays) = self.incoming.expect(id, &sender, |live, offer| {
-            let limit = self.limits.incoming_transfers;
-            if live >= limit {
-                return Err(TransferError::Limit { what: "incoming transfers", limit });
-            }
-            if let Some(offer) = offer {
-                return Ok(offer.clone());
-            }
-            let reservation = reservation.take().ok_or(TransferError::AlreadyExists(id))?;
-            Ok(made.insert(Inbound::expected(self, now, reservation)).clone())
-        })?;
+        let limit = self.limits.incoming_transfers;
+        let room = |live| match live < limit {
+            true => Ok(()),
+            false => Err(TransferError::Limit { what: "incoming transfers", limit }),
+        };
+        let make = |reservation| Inbound::expected(self, now, reservation);
+        let Expecting { found, strays } = self.incoming.expect(id, &sender, reservation, room, make)?;
         for stray in strays {
             let (expected, found) = (sender.clone(), stray.sender().clone());
             stray.cancel(TransferError::WrongPeer { expected, found });
         }
-        match (found, made, reservation) {
-            (Expected::Made, Some(inbound), _) => {
+        match found {
+            Expected::Made(inbound) => {
                 self.activity.notify_one();
                 Ok(inbound)
             }
-            (Expected::Offered(inbound), _, Some(reservation)) => {
+            Expected::Offered(inbound, reservation) => {
                 inbound.adopt(now, reservation)?;
                 Ok(inbound)
             }
-            (Expected::Ended(Ended { reason: Some(reason), .. }), ..) => Err(reason),
-            _ => Err(TransferError::AlreadyExists(id)),
+            Expected::Ended(Ended { reason: Some(reason), .. }) => Err(reason),
+            Expected::Ended(_) | Expected::Exists => Err(TransferError::AlreadyExists(id)),
         }
     }
 
     fn offer(self: &Arc<Self>, now: Instant, spec: OfferSpec) -> Result<Arc<Outbound>, TransferError> {
-        let (id, endpoint) = (spec.id, spec.peer.clone());
+        let (id, endpoint, limit) = (spec.id, spec.peer.clone(), self.limits.outgoing_transfers);
         loop {
             let link = self.link(&endpoint)?;
-            let mut claimed = Some(self.claims.claim(&[], &spec.blocks)?);
-            let mut made = None;
-            let found = self.outgoing.get_or_add(id, |live| {
-                let limit = self.limits.outgoing_transfers;
-                let (Some(claimed), true) = (claimed.take(), live < limit) else {
+            let claimed = self.claims.claim(&[], &spec.blocks)?;
+            let outbound = self.outgoing.add(id, |live| {
+                if live >= limit {
                     return Err(TransferError::Limit { what: "outgoing transfers", limit });
-                };
+                }
                 let off = link.clone();
                 let ended = Box::new(move |id: &TransferId| off.remove(id));
-                let outbound = Outbound::new(self, now, spec.clone(), claimed, ended);
-                made = Some(outbound.clone());
-                Ok(outbound)
+                Ok(Outbound::new(self, now, spec.clone(), claimed, ended))
             })?;
-            let (Lookup::Unknown, Some(outbound)) = (found, made) else {
-                return Err(TransferError::AlreadyExists(id));
-            };
             if link.add(&outbound) {
                 self.activity.notify_one();
                 return Ok(outbound);

@@ -23,7 +23,7 @@ fn one_id() {
     let refusal = || Ended { peer: None, reason: Some(TransferError::ShuttingDown) };
     let adding = [1, 2].map(|value| {
         let table = table.clone();
-        thread::spawn(move || matches!(table.get_or_add(id(1), |_| Ok(Arc::new(value))), Ok(Lookup::Unknown)))
+        thread::spawn(move || table.add(id(1), |_| Ok(Arc::new(value))).is_ok())
     });
     let refusing = {
         let table = table.clone();
