@@ -87,7 +87,7 @@ impl Inbound {
             id,
             node: node.clone(),
             sender,
-            key: node.key(&told),
+            key: node.identity.key(&told),
             told,
             state: State::new(session, link),
             reserved: OnceLock::new(),
@@ -219,7 +219,7 @@ impl Inbound {
             Ok(_) => Ok(None),
             Err(_) => self.block(index).map(Some),
         };
-        work(reserved.prompt_tokens, &self.node.slices, &place)
+        work(reserved.prompt_tokens, &self.node.pool.slices, &place)
     }
 
     fn accept(&self, state: &State<Receiver, Arc<PeerLink>>) {
@@ -231,7 +231,7 @@ impl Inbound {
             held: held.to_vec(),
             lease_millis: u32::try_from(self.node.lease.as_millis()).unwrap_or(u32::MAX),
             data_key: self.told.as_bytes().to_vec().into(),
-            receiver_epoch: self.node.incarnation.0,
+            receiver_epoch: self.node.identity.incarnation.0,
         };
         self.send(state, Body::Accept(accept));
     }
@@ -305,7 +305,7 @@ impl Shell for Inbound {
     fn reclaim(&self) {
         if let Some(reserved) = self.reserved.get() {
             let blocks = reserved.blocks.clone();
-            (self.node.reclaim)(Reclaimed { id: self.id, direction: Direction::Incoming, blocks });
+            self.node.pool.reclaim(Reclaimed { id: self.id, direction: Direction::Incoming, blocks });
         }
     }
 }
@@ -344,20 +344,20 @@ impl Landing for Inbound {
     }
 
     fn target(&self, layer: u32, block: u32, skip: usize) -> Result<IoSliceMut<'_>, TransferError> {
-        self.node.slices.io_slice_mut(layer, self.block(block)?, skip)
+        self.node.pool.slices.io_slice_mut(layer, self.block(block)?, skip)
     }
 
     fn place(&self, layer: u32, block: u32) -> Result<NonNull<u8>, TransferError> {
-        self.node.slices.place(layer, self.block(block)?)
+        self.node.pool.slices.place(layer, self.block(block)?)
     }
 
     fn content(&self, layer: u32, block: u32, skip: usize) -> Result<&[u8], TransferError> {
-        let slice = self.node.slices.source(layer, self.block(block)?)?;
+        let slice = self.node.pool.slices.source(layer, self.block(block)?)?;
         slice.get(skip..).ok_or_else(|| TransferError::Invalid(format!("byte {skip} lies outside a slice")))
     }
 
     fn copy_out(&self, layer: u32, block: u32, from: usize, into: &mut [u8]) -> Result<(), TransferError> {
-        self.node.slices.copy_out(layer, self.block(block)?, from, into)
+        self.node.pool.slices.copy_out(layer, self.block(block)?, from, into)
     }
 
     fn revoked(&self) -> &CancellationToken {

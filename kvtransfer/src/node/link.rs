@@ -149,7 +149,7 @@ impl Link {
         self.down("this node is shutting down");
         self.state.lock().ended = true;
         self.transfers().iter().for_each(|outbound| outbound.link_failed(TransferError::ShuttingDown));
-        node.forget_link(&self.endpoint, &self);
+        node.links.forget(&self.endpoint, &self);
     }
 
     async fn keep(&self, node: &Arc<Node>) {
@@ -281,10 +281,10 @@ impl Link {
         let incarnation = Incarnation(hello.incarnation);
         let hellos = Hellos {
             nonces: [own, nonce(&hello.nonce).map_err(Break::Refused)?],
-            sender: node.identity(),
+            sender: node.identity.end(),
             receiver: (receiver.clone(), incarnation),
         };
-        let secret = node.secret.as_ref();
+        let secret = node.identity.secret.as_ref();
         hellos.check(secret, End::Receiver, &hello.proof).map_err(Break::Refused)?;
         say(Body::Proof(v1::Proof { proof: hellos.prove(secret, End::Sender).into() }))?;
         let Some(receiver_message::Body::Welcome(welcome)) = next(&mut messages).await? else {
@@ -329,14 +329,14 @@ async fn next(
 /// What data connections show.
 fn pass(node: &Node, welcome: &v1::Welcome) -> Option<LinkPass> {
     let id = welcome.link_id.as_ref().try_into().ok()?;
-    Some(LinkPass { id, key: node.key(&DataKey::from_wire(&welcome.link_key)?) })
+    Some(LinkPass { id, key: node.identity.key(&DataKey::from_wire(&welcome.link_key)?) })
 }
 
 impl Node {
     fn sender_hello(&self, nonce: [u8; 16]) -> v1::SenderHello {
         v1::SenderHello {
-            instance_id: self.instance_id.to_string(),
-            incarnation: self.incarnation.0,
+            instance_id: self.identity.instance_id.to_string(),
+            incarnation: self.identity.incarnation.0,
             layout: Some((&self.layout).into()),
             nonce: nonce.to_vec().into(),
         }

@@ -13,13 +13,18 @@ mod explore;
 #[cfg(any(test, feature = "fuzz"))]
 pub(crate) mod fuzz;
 mod held;
+mod identity;
 mod inbound;
 mod incoming;
+mod lifetime;
 mod link;
 mod link_up;
+mod links;
 mod outbound;
 mod outgoing;
 mod peer_link;
+mod peers;
+mod pool;
 mod reservation;
 mod route;
 mod secret;
@@ -33,21 +38,14 @@ mod transports;
 mod wire;
 
 use std::{
-    collections::HashMap,
     fmt,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::Arc,
     time::{Duration, Instant},
 };
 
-use baton_proto::{ApiError, Incarnation, InstanceId, TransferId, v1};
-use tokio::{
-    runtime::Handle,
-    sync::{Notify, Semaphore},
-};
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use baton_proto::{ApiError, TransferId, v1};
+use tokio::{runtime::Handle, sync::Notify};
+use tokio_util::sync::CancellationToken;
 
 pub use config::{
     Direction, ExpectSpec, Limits, NodeConfig, OfferSpec, Reclaimed, Sealed, TransferStats, TransportConfig,
@@ -59,23 +57,23 @@ pub use service::HandoffService;
 pub use stats::NodeStats;
 
 use claims::Claims;
+use identity::Identity;
 use inbound::Inbound;
+use lifetime::Lifetime;
 use link::Link;
+use links::Links;
 use outbound::Outbound;
-use peer_link::PeerLink;
+use peers::Peers;
+use pool::Pool;
 use reservation::{Reservation, check_blocks};
-use staging::Staging;
 use stats::Counters;
 use table::{Bounds, Ended, Expected, Expecting, Lookup, Table};
-use translate::{Translated, Translations};
+use translate::Translator;
 
 use crate::{
-    KvLayout, Slices, TransferError,
+    KvLayout, TransferError,
     session::ReceiverTiming,
-    sync::Mutex,
-    transport::{
-        Admission, DataKey, DataPort, Found, Inbox, LinkId, Live, Observed, Transport, TransportKind,
-    },
+    transport::{Admission, DataPort, Found, Inbox, LinkId, Live, Observed, Transport, TransportKind},
 };
 
 /// Sends and receives KV caches for one server process. Cheap to clone.
@@ -86,45 +84,29 @@ pub struct KvNode {
 
 /// What all parts of a node share.
 struct Node {
-    instance_id: InstanceId,
-    incarnation: Incarnation,
+    identity: Identity,
     layout: KvLayout,
-    slices: Slices,
     lease: Duration,
     limits: Limits,
-    reclaim: Arc<dyn Fn(Reclaimed) + Send + Sync>,
-    secret: Option<FleetSecret>,
-    /// Whether values of another type are taken in.
-    convert: bool,
-    translations: Translations,
-    staging: Staging,
+    pool: Pool,
     /// The best first.
     transports: Vec<Observed>,
-    claims: Claims,
-    incoming: Table<Inbound>,
-    outgoing: Table<Outbound>,
-    /// Streams to peers we send to, by endpoint.
-    links: Mutex<HashMap<String, Arc<Link>>>,
+    translator: Translator,
     /// Streams of peers that send to us.
-    peers: Mutex<HashMap<InstanceId, Arc<PeerLink>>>,
-    /// Room for streams of peers that have proven nothing yet.
-    unproven: Arc<Semaphore>,
-    numbers: AtomicU64,
+    peers: Peers,
+    incoming: Table<Inbound>,
+    /// Streams to peers that we send to.
+    links: Links,
+    outgoing: Table<Outbound>,
     counters: Counters,
     /// A transfer has been added.
     activity: Notify,
-    tasks: TaskTracker,
-    /// Where tasks run: transfers are offered from threads that belong to no runtime, too.
-    runtime: Handle,
-    /// Given by the owner: take nothing new, abort what there is.
-    shutdown: CancellationToken,
-    /// Ours, a moment later: end every stream and connection.
-    stop: CancellationToken,
+    lifetime: Lifetime,
 }
 
 impl fmt::Debug for Node {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Node").field("instance_id", &self.instance_id).finish_non_exhaustive()
+        f.debug_struct("Node").field("instance_id", &self.identity.instance_id).finish_non_exhaustive()
     }
 }
 
@@ -138,46 +120,37 @@ impl KvNode {
         let terms = limits.terms(config.layout.slice_bytes)?;
         let port = DataPort::new(config.data_port, terms)?;
         let transports = transports::open(config.transports, &config.region, &port, terms)?;
+        let (instance_id, incarnation, secret) = (config.instance_id, config.incarnation, config.secret);
+        let remember = limits.remembered_transfers;
         let node = Arc::new(Node {
-            instance_id: config.instance_id,
-            incarnation: config.incarnation,
+            identity: Identity { instance_id, incarnation, secret },
             layout: config.layout,
-            slices,
             lease: config.lease,
-            reclaim: config.reclaim,
-            secret: config.secret,
-            convert: config.convert,
-            translations: Translations::default(),
-            staging: Staging::new(limits.staging_bytes),
+            pool: Pool::new(slices, Claims::new(config.blocks), config.reclaim),
             transports,
-            claims: Claims::new(config.blocks),
-            incoming: Table::new(Bounds { remember: limits.remembered_transfers, hold: limits.held_offers }),
-            outgoing: Table::new(Bounds { remember: limits.remembered_transfers, hold: 0 }),
-            links: Mutex::default(),
-            peers: Mutex::default(),
-            unproven: Arc::new(Semaphore::new(limits.unproven_streams)),
-            numbers: AtomicU64::new(0),
+            translator: Translator::new(config.convert, limits.staging_bytes),
+            peers: Peers::new(&limits),
+            incoming: Table::new(Bounds { remember, hold: limits.held_offers }),
+            links: Links::new(limits.peers),
+            outgoing: Table::new(Bounds { remember, hold: 0 }),
             counters: Counters::default(),
             activity: Notify::new(),
-            tasks: TaskTracker::new(),
-            runtime: Handle::current(),
-            shutdown,
-            stop: CancellationToken::new(),
+            lifetime: Lifetime::new(Handle::current(), shutdown),
             limits,
         });
+        let Lifetime { tasks, stop, .. } = &node.lifetime;
         for transport in &node.transports {
-            transport.receive(node.clone(), &node.tasks, node.stop.clone());
+            transport.receive(node.clone(), tasks, stop.clone());
         }
-        node.tasks.spawn(port.serve(node.clone(), node.tasks.clone(), node.stop.clone()));
-        node.tasks.spawn(clock::keep_time(node.clone()));
-        node.tasks.close();
+        tasks.spawn(port.serve(node.clone(), tasks.clone(), stop.clone()));
+        tasks.spawn(clock::keep_time(node.clone()));
+        tasks.close();
         Ok(Self { node })
     }
 
     /// Resolves once every task of the node has ended after shutdown.
     pub async fn stopped(&self) {
-        self.node.shutdown.cancelled().await;
-        self.node.tasks.wait().await;
+        self.node.lifetime.over().await;
     }
 
     /// The gRPC service for the server to mount.
@@ -210,10 +183,10 @@ impl KvNode {
     pub fn expect(&self, spec: ExpectSpec) -> Result<Incoming, TransferError> {
         let node = &self.node;
         let now = node.now();
-        node.check_running()?;
-        let reservation = Reservation::new(spec, &node.layout, &node.claims, now)?;
+        node.lifetime.check_running()?;
+        let reservation = Reservation::new(spec, &node.layout, &node.pool.claims, now)?;
         let inbound = node.expect(now, reservation)?;
-        if node.shutdown.is_cancelled() {
+        if node.lifetime.shutdown.is_cancelled() {
             inbound.cancel(TransferError::ShuttingDown); // the sweep at shutdown may have missed it
         }
         Ok(Incoming::new(inbound))
@@ -248,10 +221,10 @@ impl KvNode {
     pub fn offer(&self, spec: OfferSpec) -> Result<Outgoing, TransferError> {
         let node = &self.node;
         let now = node.now();
-        node.check_running()?;
+        node.lifetime.check_running()?;
         check_blocks(&node.layout, spec.prompt_tokens, &spec.blocks, spec.deadline, now)?;
         let outbound = node.offer(now, spec)?;
-        if node.shutdown.is_cancelled() {
+        if node.lifetime.shutdown.is_cancelled() {
             outbound.cancel(TransferError::ShuttingDown); // the sweep at shutdown may have missed it
         }
         Ok(Outgoing::new(outbound))
@@ -278,14 +251,6 @@ impl Node {
     fn receiver_timing(&self) -> ReceiverTiming {
         let Limits { held_offer, seal_grace, .. } = self.limits;
         ReceiverTiming { lease: self.lease, held_offer, seal_grace }
-    }
-
-    fn next_number(&self) -> u64 {
-        self.numbers.fetch_add(1, Ordering::Relaxed)
-    }
-
-    fn check_running(&self) -> Result<(), TransferError> {
-        if self.shutdown.is_cancelled() { Err(TransferError::ShuttingDown) } else { Ok(()) }
     }
 
     fn expect(
@@ -322,8 +287,11 @@ impl Node {
     fn offer(self: &Arc<Self>, now: Instant, spec: OfferSpec) -> Result<Arc<Outbound>, TransferError> {
         let (id, endpoint, limit) = (spec.id, spec.peer.clone(), self.limits.outgoing_transfers);
         loop {
-            let link = self.link(&endpoint)?;
-            let claimed = self.claims.claim(&[], &spec.blocks)?;
+            let start = |link: Arc<Link>| {
+                self.lifetime.spawn(link.run(self.clone(), self.lifetime.stop.clone()));
+            };
+            let link = self.links.to(&endpoint, start)?;
+            let claimed = self.pool.claims.claim(&[], &spec.blocks)?;
             let outbound = self.outgoing.add(id, |live| {
                 if live >= limit {
                     return Err(TransferError::Limit { what: "outgoing transfers", limit });
@@ -338,50 +306,18 @@ impl Node {
             }
             // The link ended at this very moment.
             self.outgoing.forget(&id);
-            self.check_running()?;
+            self.lifetime.check_running()?;
         }
-    }
-
-    /// The link to an endpoint, started if there is none.
-    fn link(self: &Arc<Self>, endpoint: &str) -> Result<Arc<Link>, TransferError> {
-        let mut links = self.links.lock();
-        if let Some(link) = links.get(endpoint).filter(|link| !link.ended()) {
-            return Ok(link.clone());
-        }
-        if links.len() >= self.limits.peers {
-            return Err(TransferError::Limit { what: "peers to send to", limit: self.limits.peers });
-        }
-        let link = Link::new(endpoint.to_owned());
-        links.insert(endpoint.to_owned(), link.clone());
-        self.tasks.spawn_on(link.clone().run(self.clone(), self.stop.clone()), &self.runtime);
-        Ok(link)
-    }
-
-    fn forget_link(&self, endpoint: &str, link: &Arc<Link>) {
-        let mut links = self.links.lock();
-        if links.get(endpoint).is_some_and(|current| Arc::ptr_eq(current, link)) {
-            links.remove(endpoint);
-        }
-    }
-
-    fn identity(&self) -> (InstanceId, Incarnation) {
-        (self.instance_id.clone(), self.incarnation)
-    }
-
-    /// The key that 16 bytes of the wire stand for: themselves, or what only members of a fleet with a secret make of them.
-    fn key(&self, told: &DataKey) -> DataKey {
-        self.secret.as_ref().map_or_else(|| told.clone(), |secret| secret.key(told))
     }
 }
 
 impl Inbox for Node {
     fn link(&self, id: &LinkId) -> Option<Admission> {
-        let peers = self.peers.lock();
-        let link = peers.values().find(|link| link.pass().id == *id)?;
+        let link = self.peers.of(id)?;
         let translation = link.translation();
         let slice_bytes = translation.map_or(self.slice_bytes(), |mapped| mapped.cut().slice_bytes);
         Some(Admission {
-            key: self.key(&link.pass().key),
+            key: self.identity.key(&link.pass().key),
             slice_bytes: u32::try_from(slice_bytes).ok()?,
             mapped: translation.is_some(),
             ended: link.ended().clone(),
@@ -392,9 +328,7 @@ impl Inbox for Node {
         match self.incoming.get(id) {
             Lookup::Live(inbound) => match inbound.translation().cloned() {
                 None => Found::Live(Live::new(inbound)),
-                Some(how) => {
-                    Found::Live(Live::new(Arc::new(Translated::new(inbound, how, self.staging.clone()))))
-                }
+                Some(how) => Found::Live(Live::new(Arc::new(self.translator.before(inbound, how)))),
             },
             Lookup::Ended(_) | Lookup::Unknown => Found::Over,
         }

@@ -97,7 +97,7 @@ impl Route {
                 continue;
             };
             let to = Destination { address: choice.address.clone(), pass: self.pass.clone() };
-            match transport.open(to, self.outbox.clone(), &node.tasks, stop).await {
+            match transport.open(to, self.outbox.clone(), &node.lifetime.tasks, stop).await {
                 Ok(path) => {
                     tracing::debug!(transport = %choice.kind, address = %choice.address, "data path open");
                     return Ok((at, path));

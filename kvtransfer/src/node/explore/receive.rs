@@ -47,7 +47,7 @@ impl Mishap {
 fn link(node: &Node) -> (Arc<PeerLink>, mpsc::Receiver<Result<v1::ReceiverMessage, Status>>) {
     let (messages, answers) = mpsc::channel(64);
     let broken = CancellationToken::new();
-    let link = PeerLink::new(node.next_number(), name("prefill-0"), Incarnation(9), messages, broken);
+    let link = PeerLink::new(node.peers.next_number(), name("prefill-0"), Incarnation(9), messages, broken);
     (Arc::new(link), answers)
 }
 
@@ -197,7 +197,7 @@ fn receive() {
             assert!(sealed.is_ok() || mishap != Mishap::Nothing, "{sealed:?}");
             if sealed.is_ok() {
                 for run in slices() {
-                    let content = node.slices.source(run.layer, BLOCKS_OF_IT[run.first as usize]);
+                    let content = node.pool.slices.source(run.layer, BLOCKS_OF_IT[run.first as usize]);
                     assert_eq!(content.expect("ours"), sum(run.layer, run.first).to_le_bytes());
                 }
             }
@@ -238,7 +238,7 @@ fn end(
         None => {}
     }
     assert_eq!(stage.node.incoming.counts(), (0, 0), "a transfer or a held offer is left");
-    drop(stage.node.claims.claim(&[0, 1, 2, 3], &[]).expect("no claim is left"));
+    drop(stage.node.pool.claims.claim(&[0, 1, 2, 3], &[]).expect("no claim is left"));
 }
 
 #[test]
