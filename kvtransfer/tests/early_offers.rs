@@ -123,6 +123,32 @@ async fn whoever_fills_the_room_for_early_offers_makes_room_for_the_others() {
 }
 
 #[tokio::test]
+async fn offers_that_nobody_expects_are_bounded_in_number_and_time() {
+    let limits = Limits { held_offers: 2, held_offer: Duration::from_millis(300), ..Limits::default() };
+    let decode = Peer::start_with("decode-0", Setup { limits, ..Setup::default() });
+    let prefill = Peer::start("prefill-0");
+    let offer = || prefill.node.offer(offer_spec(TransferId::generate(), &decode, &[5, 6, 9])).expect("room");
+    let mut held = [offer(), offer()];
+    until("two are held", || decode.node.stats().held_offers == 2).await;
+    let mut refused = offer();
+    let waits_for_it = tokio::spawn(decode.node.offered(refused.id()));
+    let error = within("the refusal", 10, refused.finished()).await.expect_err("too many");
+    assert_eq!(error.code(), ErrorCode::QueueFull);
+    // Whoever waits for the offer learns that it was made and will not come again.
+    within("the same on this side", 10, waits_for_it).await.expect("no panic");
+    let spec = expect_spec(refused.id(), &prefill.name, &[60, 2, 31]);
+    assert_eq!(decode.node.expect(spec).expect_err("refused").code(), ErrorCode::QueueFull);
+    for outgoing in &mut held {
+        let error = within("its deadline", 10, outgoing.finished()).await.expect_err("never expected");
+        assert_eq!(error.code(), ErrorCode::DeadlineExceeded);
+    }
+    until("room for offers again", || decode.node.stats().held_offers == 0).await;
+    within("an offer that is over", 10, decode.node.offered(held[0].id())).await;
+    let late = decode.node.expect(expect_spec(held[0].id(), &prefill.name, &[60, 2, 31])).expect_err("over");
+    assert_eq!(late.code(), ErrorCode::DeadlineExceeded);
+}
+
+#[tokio::test]
 async fn no_number_of_offers_makes_a_node_forget_what_it_has_released() {
     let decode = small();
     let mut sender = ScriptedSender::open(&decode, "prefill-0", 1).await.expect("welcome");
