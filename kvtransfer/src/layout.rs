@@ -9,10 +9,7 @@ use std::fmt::Write as _;
 use baton_proto::v1;
 use sha2::{Digest, Sha256};
 
-use crate::{
-    TransferError,
-    plan::{PairPlan, between_nodes},
-};
+use crate::TransferError;
 
 /// The shape of a KV cache. Nodes whose fields are all equal exchange slices as they are.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
@@ -96,21 +93,6 @@ impl KvLayout {
         }
         let theirs = wire.fingerprint.chars().take(64).collect();
         Err(TransferError::LayoutMismatch { field: "model_revision (fingerprint)", ours, theirs })
-    }
-
-    /// How slices of this layout become a receiver's; `None` = they are its as they are.
-    pub(crate) fn plan_to(&self, receiver: &KvLayout) -> Result<Option<PairPlan>, TransferError> {
-        between_nodes(self, receiver)
-    }
-
-    /// How slices of a sender become this layout's; `None` = they are as they are.
-    pub(crate) fn plan_from(&self, sender: &KvLayout) -> Result<Option<PairPlan>, TransferError> {
-        between_nodes(sender, self).map_err(|error| match error {
-            TransferError::LayoutMismatch { field, ours: theirs, theirs: ours } => {
-                TransferError::LayoutMismatch { field, ours, theirs }
-            }
-            other => other,
-        })
     }
 
     /// The text of a field, by its name.
@@ -215,13 +197,14 @@ mod tests {
             assert_ne!(ours.fingerprint(), theirs.fingerprint(), "{name}");
             let error = ours.compatible_with(&theirs).expect_err(name);
             assert!(error.to_string().contains(name), "{error}");
-            let wire = v1::KvLayout::from(&theirs);
-            let refused = ours.of_peer(&wire).and_then(|peer| ours.plan_from(&peer)).expect_err(name);
-            assert!(refused.to_string().contains(name), "{refused}");
+            match ours.of_peer(&v1::KvLayout::from(&theirs)) {
+                Ok(peer) => assert_eq!(peer, theirs, "what the wire says"),
+                Err(refused) => assert!(refused.to_string().contains("model_revision"), "{name}: {refused}"),
+            }
         }
         assert_eq!(ours.compatible_with(&layout()), Ok(()));
         let same = ours.of_peer(&v1::KvLayout::from(&ours)).expect("the same");
-        assert_eq!((&same, ours.plan_from(&same), ours.plan_to(&same)), (&ours, Ok(None), Ok(None)));
+        assert_eq!(same, ours);
         assert_eq!(ours.fingerprint().len(), 64);
     }
 

@@ -131,6 +131,7 @@ mod first_tokens;
 #[doc(hidden)]
 pub mod fuzz;
 mod layout;
+mod mac;
 mod memory;
 mod node;
 pub mod plan;

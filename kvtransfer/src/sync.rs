@@ -8,15 +8,12 @@
 #[cfg(not(all(test, feature = "explore")))]
 pub(crate) use parking_lot::{Mutex, MutexGuard};
 #[cfg(not(all(test, feature = "explore")))]
-pub(crate) use std::sync::atomic::{AtomicBool, AtomicUsize};
+pub(crate) use std::sync::atomic::AtomicBool;
 
 #[cfg(all(test, feature = "explore"))]
 pub(crate) use explored::Mutex;
 #[cfg(all(test, feature = "explore"))]
-pub(crate) use shuttle::sync::{
-    MutexGuard,
-    atomic::{AtomicBool, AtomicUsize},
-};
+pub(crate) use shuttle::sync::{MutexGuard, atomic::AtomicBool};
 
 /// Where another thread may come in between, though there is no lock or atomic here: before a signal is waited for.
 #[cfg(not(all(test, feature = "explore")))]

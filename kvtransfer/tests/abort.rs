@@ -1,15 +1,15 @@
-//! Transfers that end early: cancelled, dropped, cut off, timed out, in every phase. Each side hears why, and every block
+//! Transfers that end early: cancelled, dropped, refused, cut off, in every phase. Each side hears why, and every block
 //! comes back exactly once.
 
 mod support;
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use baton_kvtransfer::{Incoming, Limits, Outgoing, TransferError};
 use baton_proto::{ApiError, ErrorCode, Incarnation, TransferId, v1};
 use support::{scripted::*, *};
 use tokio::io::AsyncReadExt;
-use v1::{receiver_message, sender_message::Body as FromSender};
+use v1::sender_message::Body as FromSender;
 
 const FROM: [u32; 3] = [5, 6, 9];
 const TO: [u32; 3] = [60, 2, 31];
@@ -241,131 +241,6 @@ async fn refused_transfers_are_told_now_or_when_they_come() {
 }
 
 #[tokio::test]
-async fn offers_that_nobody_expects_are_bounded_in_number_and_time() {
-    let limits = Limits { held_offers: 2, held_offer: Duration::from_millis(300), ..Limits::default() };
-    let decode = Peer::start_with("decode-0", Setup { limits, ..Setup::default() });
-    let prefill = Peer::start("prefill-0");
-    let offer = || prefill.node.offer(offer_spec(TransferId::generate(), &decode, &FROM)).expect("room");
-    let mut held = [offer(), offer()];
-    until("two are held", || decode.node.stats().held_offers == 2).await;
-    let mut refused = offer();
-    let waits_for_it = tokio::spawn(decode.node.offered(refused.id()));
-    let error = within("the refusal", 10, refused.finished()).await.expect_err("too many");
-    assert_eq!(error.code(), ErrorCode::QueueFull);
-    // Whoever waits for the offer learns that it was made and will not come again.
-    within("the same on this side", 10, waits_for_it).await.expect("no panic");
-    let spec = expect_spec(refused.id(), &prefill.name, &TO);
-    assert_eq!(decode.node.expect(spec).expect_err("refused").code(), ErrorCode::QueueFull);
-    for outgoing in &mut held {
-        let error = within("its deadline", 10, outgoing.finished()).await.expect_err("never expected");
-        assert_eq!(error.code(), ErrorCode::DeadlineExceeded);
-    }
-    until("room for offers again", || decode.node.stats().held_offers == 0).await;
-    within("an offer that is over", 10, decode.node.offered(held[0].id())).await;
-    let late = decode.node.expect(expect_spec(held[0].id(), &prefill.name, &TO)).expect_err("over");
-    assert_eq!(late.code(), ErrorCode::DeadlineExceeded);
-}
-
-#[tokio::test]
-async fn expectations_and_offers_have_deadlines() {
-    let setup = || Setup { lease: Duration::from_millis(100), ..Setup::default() };
-    let (prefill, decode) = (Peer::start_with("prefill-0", setup()), Peer::start_with("decode-0", setup()));
-    let mut spec = expect_spec(TransferId::generate(), &prefill.name, &TO);
-    spec.deadline = Instant::now() + Duration::from_millis(150);
-    let mut incoming = decode.node.expect(spec).expect("room");
-    let error = within("its deadline", 5, incoming.sealed()).await.expect_err("never offered");
-    assert_eq!(error, TransferError::DeadlineExceeded { waiting_for: "waiting for the offer" });
-    // Both renew their leases all the while; what ends it is the deadline.
-    let mut spec = offer_spec(TransferId::generate(), &decode, &FROM);
-    spec.deadline = Instant::now() + Duration::from_millis(400);
-    let mut outgoing = prefill.node.offer(spec).expect("room");
-    let error = within("its deadline", 5, outgoing.finished()).await.expect_err("never accepted");
-    assert_eq!(error.code(), ErrorCode::DeadlineExceeded);
-    let mut spec = expect_spec(TransferId::generate(), &prefill.name, &TO);
-    spec.deadline = Instant::now() - Duration::from_millis(1);
-    let late = decode.node.expect(spec).expect_err("past");
-    assert_eq!(late.code(), ErrorCode::DeadlineExceeded);
-}
-
-#[tokio::test]
-async fn leases_outlive_long_pauses_of_a_live_peer() {
-    let setup = || Setup { lease: Duration::from_millis(90), ..Setup::default() };
-    let (prefill, decode) = (Peer::start_with("prefill-0", setup()), Peer::start_with("decode-0", setup()));
-    let mut pair = pair_with(Phase::Moving, prefill, decode).await;
-    tokio::time::sleep(Duration::from_millis(500)).await; // several leases of doing nothing but renewing
-    let (outgoing, incoming) = (pair.outgoing.as_mut().expect("set"), pair.incoming.as_mut().expect("set"));
-    (1..LAYERS).for_each(|layer| outgoing.progress().ready(layer, 0..3));
-    outgoing.seal(1);
-    within("sealed", 10, incoming.sealed()).await.expect("whole");
-    within("finished", 10, outgoing.finished()).await.expect("released");
-}
-
-#[tokio::test]
-async fn a_frozen_sender_loses_its_lease() {
-    let decode =
-        Peer::start_with("decode-0", Setup { lease: Duration::from_millis(150), ..Setup::default() });
-    let mut sender = ScriptedSender::open(&decode, "frozen", 1).await.expect("welcome");
-    let mut others = Vec::new(); // they lose their leases too, and are told so
-    for expected in [true, false] {
-        let id = TransferId::generate();
-        let incoming =
-            expected.then(|| decode.node.expect(expect_spec(id, &instance("frozen"), &TO)).expect("room"));
-        sender.offer(id, 3, 1).await;
-        let started = Instant::now();
-        if let Some(mut incoming) = incoming {
-            let key = sender.accepted().await;
-            // Frozen in the middle of a frame.
-            let mut data = sender.connect_data().await;
-            let bytes = RawFrame::new(id, &key, 0, 0, slices(1, 0, 0..3)).bytes();
-            write(&mut data, &bytes[..200]).await;
-            let error = within("the lease", 5, incoming.sealed()).await.expect_err("frozen");
-            assert!(matches!(error, TransferError::LeaseExpired { .. }), "{error}");
-            assert_eq!(within("the fence", 1, incoming.close()).await, TO);
-            assert_eq!(sender.aborted().await.code(), v1::ErrorCode::InstanceLost);
-            // It thaws: the rest of the frame must not be written. The connection serves on, so once a frame of another
-            // transfer has landed, that rest has been dealt with.
-            write(&mut data, &bytes[200..]).await;
-            let other = TransferId::generate();
-            others.push(decode.node.expect(expect_spec(other, &instance("frozen"), &[8])).expect("room"));
-            sender.offer(other, 1, 1).await;
-            let key = sender.accepted().await;
-            write(&mut data, &RawFrame::new(other, &key, 0, 0, slices(1, 0, 0..1)).bytes()).await;
-            until("the other frame has landed", || decode.node.stats().slices_received == 1).await;
-            assert_eq!(decode.pool.read(0, TO[1]), vec![0; SLICE]);
-            assert_eq!(decode.pool.read(0, TO[2]), vec![0; SLICE]);
-        }
-        assert_eq!(sender.aborted().await.code(), v1::ErrorCode::InstanceLost);
-        assert!(started.elapsed() >= Duration::from_millis(140));
-    }
-    decode.idle().await;
-}
-
-#[tokio::test]
-async fn a_frozen_receiver_loses_its_lease_in_every_phase() {
-    let mut receiver = ScriptedReceiver::start().await;
-    let setup = || Setup { lease: Duration::from_millis(150), ..Setup::default() };
-    let prefill = Peer::start_with("prefill-0", setup());
-    let decode = Peer::start("decode-0"); // gives the spec its form only
-    for accepts in [false, true] {
-        let mut spec = offer_spec(TransferId::generate(), &decode, &FROM);
-        (spec.peer, spec.receiver) = (receiver.address.to_string(), instance("frozen"));
-        let mut outgoing = prefill.node.offer(spec).expect("room");
-        let mut stream = receiver.stream("frozen", 1).await;
-        let (id, body) = stream.hear().await;
-        assert!(matches!(body, FromSender::Offer(_)));
-        if accepts {
-            stream.accept(id, Duration::from_millis(150)).await;
-        }
-        let error = within("the lease", 5, outgoing.finished()).await.expect_err("frozen");
-        assert!(matches!(error, TransferError::LeaseExpired { .. }), "{error}");
-        // The stream, on which nothing came, is given up with it: the next offer takes another.
-        let ended = async { while let Ok(Some(_)) = stream.from_peer.message().await {} };
-        within("the stream's end", 5, ended).await;
-        assert_eq!(outgoing.close().await, FROM);
-    }
-}
-
-#[tokio::test]
 async fn a_receiver_that_does_not_read_cannot_keep_the_blocks() {
     let mut receiver = ScriptedReceiver::start().await;
     let mut big = layout();
@@ -398,81 +273,6 @@ async fn a_receiver_that_does_not_read_cannot_keep_the_blocks() {
     let (rest, end) = rest.split_at(rest.len() - 4);
     assert!(rest.ends_with(&[0; 4096]), "zeros follow once the blocks are given back");
     assert_eq!(end, CUT_SHORT, "and are not to be taken for damage");
-}
-
-#[tokio::test]
-async fn a_seal_whose_answer_was_lost_is_asked_again() {
-    let mut receiver = ScriptedReceiver::start().await;
-    let prefill = Peer::start_with("prefill-0", one_lane());
-    let decode = Peer::start("decode-0");
-    let mut before = None;
-    for released in [true, false] {
-        let mut spec = offer_spec(TransferId::generate(), &decode, &FROM);
-        (spec.peer, spec.receiver) = (receiver.address.to_string(), instance("decode-9"));
-        let mut outgoing = prefill.node.offer(spec).expect("room");
-        let mut stream = match before.take() {
-            Some(stream) => stream,
-            None => receiver.stream("decode-9", 1).await,
-        };
-        let (id, _) = stream.hear().await;
-        stream.accept(id, Duration::from_secs(20)).await;
-        (0..LAYERS).for_each(|layer| outgoing.progress().ready(layer, 0..3));
-        outgoing.seal(5);
-        let data = receiver.data().await;
-        let draining = tokio::spawn(drain(data));
-        let (_, first) = stream.hear().await;
-        drop(stream);
-        let mut stream = receiver.stream("decode-9", 1).await;
-        let (again, second) = stream.hear().await;
-        assert_eq!((again, &second), (id, &first), "the same seal");
-        assert!(matches!(second, FromSender::Seal(_)));
-        let reason = Some(ApiError::new(ErrorCode::HandoffFailed, "it was not whole").into());
-        stream
-            .say(
-                id,
-                match released {
-                    true => receiver_message::Body::Released(v1::Released {}),
-                    false => receiver_message::Body::Abort(v1::Abort { reason }),
-                },
-            )
-            .await;
-        let result = within("the answer", 10, outgoing.finished()).await.map_err(|error| error.code());
-        assert_eq!(
-            result.map(|stats| stats.slices),
-            if released { Ok(12) } else { Err(ErrorCode::HandoffFailed) }
-        );
-        within("the first stream's data connection", 10, draining).await.expect("no panic");
-        before = Some(stream);
-    }
-}
-
-async fn drain(mut data: tokio::net::TcpStream) {
-    let _ = tokio::io::copy(&mut data, &mut tokio::io::sink()).await;
-}
-
-#[tokio::test]
-async fn decode_answers_a_repeated_seal_as_the_transfer_ended() {
-    let decode = Peer::start("decode-0");
-    let mut sender = ScriptedSender::open(&decode, "prefill-9", 1).await.expect("welcome");
-    let id = TransferId::generate();
-    let mut incoming = decode.node.expect(expect_spec(id, &instance("prefill-9"), &[3])).expect("room");
-    sender.offer(id, 1, 1).await;
-    let key = sender.accepted().await;
-    let mut data = sender.connect_data().await;
-    let all: Vec<_> = (0..LAYERS).map(|layer| (layer, 0, pattern(1, layer, 0, SLICE))).collect();
-    for layer in 0..LAYERS {
-        write(&mut data, &RawFrame::new(id, &key, layer, 0, slices(1, layer, 0..1)).bytes()).await;
-    }
-    let seal = seal(1, &all);
-    sender.say(id, FromSender::Seal(seal.clone())).await;
-    within("sealed", 10, incoming.sealed()).await.expect("whole");
-    drop(sender);
-    let mut sender = ScriptedSender::open(&decode, "prefill-9", 1).await.expect("welcome");
-    sender.say(id, FromSender::Seal(seal.clone())).await;
-    assert!(matches!(sender.hear().await.1, receiver_message::Body::Released(_)));
-    let mut other = ScriptedSender::open(&decode, "meddler", 1).await.expect("welcome");
-    other.say(id, FromSender::Seal(seal)).await;
-    assert_eq!(other.aborted().await.code(), v1::ErrorCode::HandoffFailed);
 }
 
 #[tokio::test]

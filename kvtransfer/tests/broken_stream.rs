@@ -1,12 +1,12 @@
 //! The control stream, or a data connection, breaks with the process still alive, in every phase: what is not whole is over
-//! on both sides.
+//! on both sides, and how a sealed transfer ended is asked again.
 
 mod support;
 
 use std::time::{Duration, Instant};
 
 use baton_kvtransfer::{Outgoing, TransferError};
-use baton_proto::{ErrorCode, TransferId, v1};
+use baton_proto::{ApiError, ErrorCode, TransferId, v1};
 use support::{scripted::*, *};
 use v1::{receiver_message, sender_message::Body as FromSender};
 
@@ -154,4 +154,79 @@ async fn a_sealed_transfer_whose_connection_broke_is_doubted_and_ends_at_once() 
             other => panic!("whole {whole}: {other:?}"),
         }
     }
+}
+
+#[tokio::test]
+async fn a_seal_whose_answer_was_lost_is_asked_again() {
+    let mut receiver = ScriptedReceiver::start().await;
+    let prefill = Peer::start_with("prefill-0", one_lane());
+    let decode = Peer::start("decode-0");
+    let mut before = None;
+    for released in [true, false] {
+        let mut spec = offer_spec(TransferId::generate(), &decode, &BLOCKS_LENT);
+        (spec.peer, spec.receiver) = (receiver.address.to_string(), instance("decode-9"));
+        let mut outgoing = prefill.node.offer(spec).expect("room");
+        let mut stream = match before.take() {
+            Some(stream) => stream,
+            None => receiver.stream("decode-9", 1).await,
+        };
+        let (id, _) = stream.hear().await;
+        stream.accept(id, Duration::from_secs(20)).await;
+        (0..LAYERS).for_each(|layer| outgoing.progress().ready(layer, 0..3));
+        outgoing.seal(5);
+        let data = receiver.data().await;
+        let draining = tokio::spawn(drain(data));
+        let (_, first) = stream.hear().await;
+        drop(stream);
+        let mut stream = receiver.stream("decode-9", 1).await;
+        let (again, second) = stream.hear().await;
+        assert_eq!((again, &second), (id, &first), "the same seal");
+        assert!(matches!(second, FromSender::Seal(_)));
+        let reason = Some(ApiError::new(ErrorCode::HandoffFailed, "it was not whole").into());
+        stream
+            .say(
+                id,
+                match released {
+                    true => receiver_message::Body::Released(v1::Released {}),
+                    false => receiver_message::Body::Abort(v1::Abort { reason }),
+                },
+            )
+            .await;
+        let result = within("the answer", 10, outgoing.finished()).await.map_err(|error| error.code());
+        assert_eq!(
+            result.map(|stats| stats.slices),
+            if released { Ok(12) } else { Err(ErrorCode::HandoffFailed) }
+        );
+        within("the first stream's data connection", 10, draining).await.expect("no panic");
+        before = Some(stream);
+    }
+}
+
+async fn drain(mut data: tokio::net::TcpStream) {
+    let _ = tokio::io::copy(&mut data, &mut tokio::io::sink()).await;
+}
+
+#[tokio::test]
+async fn decode_answers_a_repeated_seal_as_the_transfer_ended() {
+    let decode = Peer::start("decode-0");
+    let mut sender = ScriptedSender::open(&decode, "prefill-9", 1).await.expect("welcome");
+    let id = TransferId::generate();
+    let mut incoming = decode.node.expect(expect_spec(id, &instance("prefill-9"), &[3])).expect("room");
+    sender.offer(id, 1, 1).await;
+    let key = sender.accepted().await;
+    let mut data = sender.connect_data().await;
+    let all: Vec<_> = (0..LAYERS).map(|layer| (layer, 0, pattern(1, layer, 0, SLICE))).collect();
+    for layer in 0..LAYERS {
+        write(&mut data, &RawFrame::new(id, &key, layer, 0, slices(1, layer, 0..1)).bytes()).await;
+    }
+    let seal = seal(1, &all);
+    sender.say(id, FromSender::Seal(seal.clone())).await;
+    within("sealed", 10, incoming.sealed()).await.expect("whole");
+    drop(sender);
+    let mut sender = ScriptedSender::open(&decode, "prefill-9", 1).await.expect("welcome");
+    sender.say(id, FromSender::Seal(seal.clone())).await;
+    assert!(matches!(sender.hear().await.1, receiver_message::Body::Released(_)));
+    let mut other = ScriptedSender::open(&decode, "meddler", 1).await.expect("welcome");
+    other.say(id, FromSender::Seal(seal)).await;
+    assert_eq!(other.aborted().await.code(), v1::ErrorCode::HandoffFailed);
 }

@@ -72,9 +72,10 @@ async fn an_offer_that_was_refused_for_want_of_room_speaks_for_its_sender_alone(
     let decode = small();
     let mut loud = ScriptedSender::open(&decode, "loud", 1).await.expect("welcome");
     let mut sender = ScriptedSender::open(&decode, "prefill-0", 1).await.expect("welcome");
-    for _ in 0..2 {
-        loud.offer(TransferId::generate(), 1, 1).await;
+    for one in [&loud, &sender] {
+        one.offer(TransferId::generate(), 1, 1).await;
     }
+    until("both are held", || decode.node.stats().held_offers == 2).await;
     let (theirs, own) = (TransferId::generate(), TransferId::generate());
     loud.offer(theirs, 1, 1).await;
     assert_eq!(loud.aborted().await.code(), v1::ErrorCode::QueueFull);
@@ -84,6 +85,67 @@ async fn an_offer_that_was_refused_for_want_of_room_speaks_for_its_sender_alone(
     let error = decode.node.expect(expect_spec(own, &instance("prefill-0"), &[1])).expect_err("refused");
     assert!(matches!(error, TransferError::Limit { limit: 2, .. }), "{error}");
     whole(&decode, &mut sender, theirs, 1).await;
+}
+
+#[tokio::test]
+async fn whoever_fills_the_room_for_early_offers_makes_room_for_the_others() {
+    let decode = small();
+    let mut loud = ScriptedSender::open(&decode, "loud", 1).await.expect("welcome");
+    let mut sender = ScriptedSender::open(&decode, "prefill-0", 1).await.expect("welcome");
+    let theirs = [TransferId::generate(), TransferId::generate()];
+    for id in theirs {
+        loud.offer(id, 1, 1).await;
+    }
+    until("it is full", || decode.node.stats().held_offers == 2).await;
+    let own = TransferId::generate();
+    sender.offer(own, 1, 1).await;
+    let (displaced, Told::Abort(abort)) = loud.hear().await else { panic!("not an abort") };
+    assert_eq!(displaced, theirs[0], "the oldest");
+    assert_eq!(abort.reason.expect("a reason").code(), v1::ErrorCode::QueueFull);
+    until("no more than there is room for", || decode.node.stats().held_offers == 2).await;
+    let late = decode.node.expect(expect_spec(displaced, &instance("loud"), &[1])).expect_err("displaced");
+    assert!(matches!(late, TransferError::Limit { limit: 2, .. }), "{late}");
+    // Nor does it speak for whoever is expected to send it.
+    let mut incoming = decode.node.expect(expect_spec(displaced, &instance("prefill-0"), &[1])).expect("its");
+    sender.offer(displaced, 1, 1).await;
+    sender.accepted().await;
+    incoming.cancel("enough");
+    assert_eq!(
+        within("its end", 10, incoming.sealed()).await.expect_err("cancelled").code(),
+        ErrorCode::Cancelled
+    );
+    sender.aborted().await;
+    // Those that were held are as good as ever.
+    for (id, sender, from) in [(theirs[1], &mut loud, "loud"), (own, &mut sender, "prefill-0")] {
+        let _incoming = decode.node.expect(expect_spec(id, &instance(from), &[2])).expect("held");
+        sender.accepted().await;
+    }
+}
+
+#[tokio::test]
+async fn offers_that_nobody_expects_are_bounded_in_number_and_time() {
+    let limits = Limits { held_offers: 2, held_offer: Duration::from_millis(300), ..Limits::default() };
+    let decode = Peer::start_with("decode-0", Setup { limits, ..Setup::default() });
+    let prefill = Peer::start("prefill-0");
+    let offer = || prefill.node.offer(offer_spec(TransferId::generate(), &decode, &[5, 6, 9])).expect("room");
+    let mut held = [offer(), offer()];
+    until("two are held", || decode.node.stats().held_offers == 2).await;
+    let mut refused = offer();
+    let waits_for_it = tokio::spawn(decode.node.offered(refused.id()));
+    let error = within("the refusal", 10, refused.finished()).await.expect_err("too many");
+    assert_eq!(error.code(), ErrorCode::QueueFull);
+    // Whoever waits for the offer learns that it was made and will not come again.
+    within("the same on this side", 10, waits_for_it).await.expect("no panic");
+    let spec = expect_spec(refused.id(), &prefill.name, &[60, 2, 31]);
+    assert_eq!(decode.node.expect(spec).expect_err("refused").code(), ErrorCode::QueueFull);
+    for outgoing in &mut held {
+        let error = within("its deadline", 10, outgoing.finished()).await.expect_err("never expected");
+        assert_eq!(error.code(), ErrorCode::DeadlineExceeded);
+    }
+    until("room for offers again", || decode.node.stats().held_offers == 0).await;
+    within("an offer that is over", 10, decode.node.offered(held[0].id())).await;
+    let late = decode.node.expect(expect_spec(held[0].id(), &prefill.name, &[60, 2, 31])).expect_err("over");
+    assert_eq!(late.code(), ErrorCode::DeadlineExceeded);
 }
 
 #[tokio::test]

@@ -2,11 +2,14 @@
 
 mod support;
 
-use baton_kvtransfer::{Limits, TransferError};
+use std::time::{Duration, Instant};
+
+use baton_kvtransfer::{Limits, OfferSpec, TransferError};
 use baton_proto::{TransferId, v1};
 use support::{scripted::*, *};
 use tokio::{io::AsyncReadExt, sync::mpsc};
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::Streaming;
 
 fn limited(change: fn(&mut Limits)) -> Setup {
     let mut setup = Setup::default();
@@ -48,35 +51,70 @@ async fn peers_are_bounded_each_way() {
     assert!(matches!(offer(&two), Err(TransferError::Limit { what: "peers to send to", .. })));
 }
 
+/// A control stream that says hello and proves nothing.
+struct Unproven {
+    _to_peer: mpsc::Sender<v1::SenderMessage>,
+    _from_peer: Streaming<v1::ReceiverMessage>,
+}
+
+impl Unproven {
+    async fn open(to: &Peer) -> Self {
+        let hello = v1::SenderHello {
+            instance_id: "prefill-1".into(),
+            incarnation: 1,
+            layout: Some((&layout()).into()),
+            nonce: vec![1; 16].into(),
+        };
+        let (to_peer, queue) = mpsc::channel(1);
+        let body = Some(v1::sender_message::Body::Hello(hello));
+        to_peer.send(v1::SenderMessage { transfer_id: Default::default(), body }).await.expect("open");
+        let client = v1::handoff_client::HandoffClient::connect(format!("http://{}", to.address));
+        let answers = client.await.expect("reachable").exchange(ReceiverStream::new(queue)).await;
+        Self { _to_peer: to_peer, _from_peer: answers.expect("its hello is answered").into_inner() }
+    }
+}
+
 #[tokio::test]
 async fn control_streams_without_a_proof_are_bounded() {
     let decode = Peer::start_with("decode-0", limited(|limits| limits.unproven_streams = 1));
-    let hello = v1::SenderHello {
-        instance_id: "prefill-1".into(),
-        incarnation: 1,
-        layout: Some((&layout()).into()),
-        nonce: vec![1; 16].into(),
-    };
-    let (messages, queue) = mpsc::channel(1);
-    let body = Some(v1::sender_message::Body::Hello(hello));
-    messages.send(v1::SenderMessage { transfer_id: Default::default(), body }).await.expect("open");
-    let client = v1::handoff_client::HandoffClient::connect(format!("http://{}", decode.address));
-    let mut client = client.await.expect("reachable");
-    let unproven = client.exchange(ReceiverStream::new(queue)).await.expect("its hello is answered");
+    let unproven = Unproven::open(&decode).await;
     let refusal = ScriptedSender::open(&decode, "prefill-2", 1).await.err().expect("over the limit");
     assert!(refusal.message().contains("no more than 1 control streams without a proof"), "{refusal}");
-    drop((messages, unproven, client));
+    drop(unproven);
     // Room again, as soon as its end has been seen; and what has been proven takes no room of it.
     let by = in_secs(10);
     let first = loop {
-        assert!(std::time::Instant::now() < by, "no stream was let in again");
+        assert!(Instant::now() < by, "no stream was let in again");
         match ScriptedSender::open(&decode, "prefill-2", 1).await {
             Ok(first) => break first,
-            Err(_) => tokio::time::sleep(std::time::Duration::from_millis(5)).await,
+            Err(_) => tokio::time::sleep(Duration::from_millis(5)).await,
         }
     };
     let second = ScriptedSender::open(&decode, "prefill-3", 1).await.expect("the first is proven");
     drop((first, second));
+}
+
+#[tokio::test]
+async fn a_sender_that_finds_no_room_for_its_stream_comes_again_until_its_transfers_deadline() {
+    let long = |limits: &mut Limits| {
+        (limits.unproven_streams, limits.handshake) = (1, Duration::from_secs(20));
+    };
+    let decode = Peer::start_with("decode-0", limited(long));
+    let prefill = Peer::start_with("prefill-0", limited(|limits| limits.connect_attempts = 1));
+    let unproven = Unproven::open(&decode).await;
+    let deadline = Instant::now() + Duration::from_millis(400);
+    let spec = OfferSpec { deadline, ..offer_spec(TransferId::generate(), &decode, &[1]) };
+    let mut hopeless = prefill.node.offer(spec).expect("room");
+    let error = within("its deadline", 10, hopeless.finished()).await.expect_err("nobody makes room");
+    assert!(matches!(error, TransferError::DeadlineExceeded { .. }) && Instant::now() >= deadline, "{error}");
+    let id = TransferId::generate();
+    let mut outgoing = prefill.node.offer(offer_spec(id, &decode, &[2])).expect("room");
+    drop(unproven);
+    let mut incoming = decode.node.expect(expect_spec(id, &prefill.name, &[2])).expect("room");
+    (0..LAYERS).for_each(|layer| outgoing.progress().ready(layer, 0..1));
+    outgoing.seal(1);
+    within("sealed", 10, incoming.sealed()).await.expect("whole");
+    within("finished", 10, outgoing.finished()).await.expect("released");
 }
 
 #[tokio::test]
@@ -89,23 +127,21 @@ async fn data_connections_are_bounded() {
     // Room again, as soon as the end of the first has been seen.
     let by = in_secs(10);
     loop {
-        assert!(std::time::Instant::now() < by, "no connection was let in again");
+        assert!(Instant::now() < by, "no connection was let in again");
         let mut data = connect_data(decode.data_address()).await;
         write(&mut data, &data_hello(&sender.pass, 0)).await;
         if data.read_exact(&mut [0; 32]).await.is_ok() {
             break;
         }
-        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
 
 #[tokio::test]
 async fn a_transfer_offered_before_the_idle_limit_outlives_it() {
-    let idle = std::time::Duration::from_millis(200);
-    let prefill = Peer::start_with(
-        "prefill-0",
-        limited(|limits| limits.idle_link = std::time::Duration::from_millis(200)),
-    );
+    let idle = Duration::from_millis(200);
+    let prefill =
+        Peer::start_with("prefill-0", limited(|limits| limits.idle_link = Duration::from_millis(200)));
     let decode = Peer::start("decode-0");
     // The control stream stands and has nothing to do.
     let first = TransferId::generate();

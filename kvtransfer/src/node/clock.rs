@@ -23,7 +23,7 @@ pub(super) async fn keep_time(node: Arc<Node>) {
             node.outgoing.all().iter().for_each(|outbound| outbound.tick(now));
         }
     };
-    let _: Option<()> = node.shutdown.run_until_cancelled(time).await;
+    let _: Option<()> = node.lifetime.shutdown.run_until_cancelled(time).await;
     node.incoming.all().iter().for_each(|inbound| inbound.cancel(TransferError::ShuttingDown));
     node.outgoing.all().iter().for_each(|outbound| outbound.cancel(TransferError::ShuttingDown));
     // Streams stand a moment longer, so that peers hear why and open frames end in order.
@@ -32,5 +32,5 @@ pub(super) async fn keep_time(node: Arc<Node>) {
     while node.incoming.len() + node.outgoing.len() > 0 && tokio::time::Instant::now() < by {
         tokio::time::sleep(FAREWELL).await;
     }
-    node.stop.cancel();
+    node.lifetime.stop.cancel();
 }

@@ -100,7 +100,8 @@ pub struct Limits {
     pub incoming_transfers: usize,
     /// Transfers being sent at a time, waiting ones included.
     pub outgoing_transfers: usize,
-    /// Offers held that nobody has expected yet; more are refused.
+    /// Offers held that nobody has expected yet. Over it, one of a peer that has fewer takes the place of the oldest of the
+    /// peer that has the most; more are refused.
     pub held_offers: usize,
     /// How long such an offer is held.
     pub held_offer: Duration,
@@ -109,9 +110,9 @@ pub struct Limits {
     pub remembered_transfers: usize,
     /// Peers with a control stream, each way.
     pub peers: usize,
-    /// Control streams to this node whose peer has not proven yet that it belongs to the fleet; more are refused at once.
-    /// Each may take `handshake` for its hello and for its proof. As many as there are peers, which may all come at once
-    /// when this node has restarted.
+    /// Control streams to this node whose peer has not proven yet that it belongs to the fleet; more are refused at once,
+    /// and come again. Each may take `handshake` for its hello and for its proof. As many as there are peers, which may all
+    /// come at once when this node has restarted.
     pub unproven_streams: usize,
     /// Payload bytes of one frame; at least one slice travels in a frame, however large.
     pub frame_bytes: usize,
@@ -120,7 +121,8 @@ pub struct Limits {
     pub staging_bytes: usize,
     /// For connecting, for the hellos of a control stream, and for those of a data connection, each.
     pub handshake: Duration,
-    /// Attempts to open a control stream, or a data path, before the transfers that wait for it fail.
+    /// Attempts to open a control stream, or a data path, before the transfers that wait for it fail. A peer that answers
+    /// and has no room for a stream is asked until their deadlines.
     pub connect_attempts: u32,
     /// A control stream without transfers is closed after this long.
     pub idle_link: Duration,

@@ -4,11 +4,14 @@ use std::{
     collections::HashSet,
     future::poll_fn,
     pin::pin,
-    sync::{LazyLock, atomic::AtomicU32},
+    sync::{
+        LazyLock,
+        atomic::{AtomicU32, Ordering},
+    },
     task::Poll,
 };
 
-use baton_proto::PromptDigest;
+use baton_proto::{Incarnation, InstanceId, PromptDigest};
 use prost::Message as _;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -19,7 +22,7 @@ use tokio::{
 use tonic::Status;
 use v1::{receiver_message, sender_message};
 
-use super::{link_up::LinkUp, secret::nonce, wire::from_status, *};
+use super::{link_up::LinkUp, peer_link::PeerLink, secret::nonce, wire::from_status, *};
 use crate::{
     DataPortConfig, FirstTokens, Region,
     session::{SliceRun, Tally, crc32c},
@@ -123,13 +126,13 @@ impl Stage {
     /// Fills the pool with what every byte's place says.
     fn fill(&self) {
         for (layer, block) in pool() {
-            let slices = &self.kv.node.slices;
+            let slices = &self.kv.node.pool.slices;
             slices.io_slice_mut(layer, block, 0).expect("in the pool").copy_from_slice(&before(layer, block));
         }
     }
 
     fn content(&self, layer: u32, block: u32) -> &[u8] {
-        self.kv.node.slices.source(layer, block).expect("in the pool")
+        self.kv.node.pool.slices.source(layer, block).expect("in the pool")
     }
 
     /// Nothing but the transfer's own blocks has changed.
@@ -147,7 +150,7 @@ impl Stage {
         let blocks = tokio::time::timeout(Duration::from_secs(20), incoming.close()).await;
         assert_eq!(blocks.expect("blocks come back"), BLOCKS);
         let all: Vec<_> = (0..POOL).collect();
-        drop(self.kv.node.claims.claim(&all, &[]).expect("no claim is left"));
+        drop(self.kv.node.pool.claims.claim(&all, &[]).expect("no claim is left"));
     }
 }
 
@@ -357,11 +360,11 @@ pub fn messages(bytes: &[u8]) {
             for held in stage.kv.node.incoming.all() {
                 held.cancel(TransferError::ShuttingDown);
             }
-            assert_eq!(stage.kv.node.held_offers.load(Ordering::Acquire), 0);
+            assert_eq!(stage.kv.node.incoming.counts().1, 0);
             return;
         }
         let link = Link::new(PEER.into());
-        stage.kv.node.links.lock().insert(PEER.into(), link.clone());
+        stage.kv.node.links.put(PEER, link.clone());
         let (messages, mut said) = mpsc::channel(64);
         let up = LinkUp::new(stage.kv.node.now(), messages, instance("peer"), Incarnation(9));
         link.rise(&up);

@@ -6,7 +6,7 @@
 use std::{
     io::IoSliceMut,
     ptr::NonNull,
-    sync::{Arc, OnceLock, atomic::Ordering},
+    sync::{Arc, OnceLock},
     time::Instant,
 };
 
@@ -26,7 +26,7 @@ use super::{
 use crate::{
     Slices, TransferError,
     session::{Claim, OfferTerms, Receiver, ReceiverCommand, ReceiverState, SealTerms, SliceRun},
-    sync::{AtomicBool, Mutex},
+    sync::Mutex,
     transport::{DataKey, Landing},
 };
 
@@ -43,8 +43,6 @@ pub(super) struct Inbound {
     state: Mutex<State<Receiver, Arc<PeerLink>>>,
     /// Set once the owner has reserved blocks.
     reserved: OnceLock<Reserved>,
-    /// An offer that nobody expects yet.
-    held_offer: AtomicBool,
     /// Set with the accept, if the sender lays its cache out otherwise.
     translation: OnceLock<Arc<Translation>>,
     revoked: CancellationToken,
@@ -73,9 +71,7 @@ impl Inbound {
     ) -> Arc<Self> {
         let sender = terms.sender.clone();
         let session = Receiver::offered(now, node.receiver_timing(), node.slice_bytes(), terms);
-        let inbound = Self::new(node, id, sender, session, Some(link));
-        inbound.held_offer.store(true, Ordering::Release);
-        Arc::new(inbound)
+        Arc::new(Self::new(node, id, sender, session, Some(link)))
     }
 
     fn new(
@@ -91,11 +87,10 @@ impl Inbound {
             id,
             node: node.clone(),
             sender,
-            key: node.key(&told),
+            key: node.identity.key(&told),
             told,
             state: State::new(session, link),
             reserved: OnceLock::new(),
-            held_offer: AtomicBool::new(false),
             translation: OnceLock::new(),
             revoked: CancellationToken::new(),
             outcome: Outcome::watched(),
@@ -128,7 +123,6 @@ impl Inbound {
         }
         let commands = state.session.expect(now, expectation)?;
         let _ = self.reserved.set(reserved);
-        self.no_longer_held();
         self.finish(state, commands);
         Ok(())
     }
@@ -168,12 +162,6 @@ impl Inbound {
         let commands = step(&mut state.session);
         self.finish(state, commands);
         true
-    }
-
-    fn no_longer_held(&self) {
-        if self.held_offer.swap(false, Ordering::AcqRel) {
-            self.node.return_held_offer();
-        }
     }
 
     /// A seal over `link`; false if the transfer is not that peer's, or rests on another of its streams.
@@ -231,7 +219,7 @@ impl Inbound {
             Ok(_) => Ok(None),
             Err(_) => self.block(index).map(Some),
         };
-        work(reserved.prompt_tokens, &self.node.slices, &place)
+        work(reserved.prompt_tokens, &self.node.pool.slices, &place)
     }
 
     fn accept(&self, state: &State<Receiver, Arc<PeerLink>>) {
@@ -243,7 +231,7 @@ impl Inbound {
             held: held.to_vec(),
             lease_millis: u32::try_from(self.node.lease.as_millis()).unwrap_or(u32::MAX),
             data_key: self.told.as_bytes().to_vec().into(),
-            receiver_epoch: self.node.incarnation.0,
+            receiver_epoch: self.node.identity.incarnation.0,
         };
         self.send(state, Body::Accept(accept));
     }
@@ -308,7 +296,6 @@ impl Shell for Inbound {
     }
 
     fn let_go(&self, reason: Option<TransferError>) {
-        self.no_longer_held();
         if let Some(reserved) = self.reserved.get() {
             drop(reserved.claimed.lock().take());
         }
@@ -318,7 +305,7 @@ impl Shell for Inbound {
     fn reclaim(&self) {
         if let Some(reserved) = self.reserved.get() {
             let blocks = reserved.blocks.clone();
-            (self.node.reclaim)(Reclaimed { id: self.id, direction: Direction::Incoming, blocks });
+            self.node.pool.reclaim(Reclaimed { id: self.id, direction: Direction::Incoming, blocks });
         }
     }
 }
@@ -357,20 +344,20 @@ impl Landing for Inbound {
     }
 
     fn target(&self, layer: u32, block: u32, skip: usize) -> Result<IoSliceMut<'_>, TransferError> {
-        self.node.slices.io_slice_mut(layer, self.block(block)?, skip)
+        self.node.pool.slices.io_slice_mut(layer, self.block(block)?, skip)
     }
 
     fn place(&self, layer: u32, block: u32) -> Result<NonNull<u8>, TransferError> {
-        self.node.slices.place(layer, self.block(block)?)
+        self.node.pool.slices.place(layer, self.block(block)?)
     }
 
     fn content(&self, layer: u32, block: u32, skip: usize) -> Result<&[u8], TransferError> {
-        let slice = self.node.slices.source(layer, self.block(block)?)?;
+        let slice = self.node.pool.slices.source(layer, self.block(block)?)?;
         slice.get(skip..).ok_or_else(|| TransferError::Invalid(format!("byte {skip} lies outside a slice")))
     }
 
     fn copy_out(&self, layer: u32, block: u32, from: usize, into: &mut [u8]) -> Result<(), TransferError> {
-        self.node.slices.copy_out(layer, self.block(block)?, from, into)
+        self.node.pool.slices.copy_out(layer, self.block(block)?, from, into)
     }
 
     fn revoked(&self) -> &CancellationToken {

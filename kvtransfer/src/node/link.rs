@@ -2,7 +2,8 @@
 //!
 //! Opened when there is something to offer, kept while there are transfers and some time longer. When it breaks, every
 //! transfer that is not sealed is over (`Outbound::link_lost`), and the stream is opened again only if transfers wait
-//! for it, with growing pauses and a bounded number of attempts.
+//! for it, with growing pauses and a bounded number of attempts. A peer that has no room for a stream for the moment is
+//! asked again for as long as there are transfers, which their own deadlines bound.
 //!
 //! A stream that leads nowhere, with nobody to say so, is given up when a transfer's lease runs out on it and nothing
 //! else has been heard either (`SenderCommand::Cut`); one without transfers by HTTP/2's pings (`Limits::keep_alive`).
@@ -21,6 +22,7 @@ use v1::{handoff_client::HandoffClient, receiver_message, sender_message::Body};
 
 use super::{
     Node,
+    backoff::Backoff,
     link_up::LinkUp,
     outbound::Outbound,
     route::Route,
@@ -33,9 +35,8 @@ use crate::{
     transport::{DataKey, LinkPass},
 };
 
-/// The pause before the second attempt; each further one is twice as long.
+/// Before the second attempt to open the stream.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
-const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
 /// The way to one peer.
 pub(super) struct Link {
@@ -64,6 +65,8 @@ impl fmt::Debug for Link {
 enum Break {
     /// The peer cannot be reached; trying again may help.
     Unreachable(String),
+    /// The peer answers, and has no room for any stream at the moment.
+    Busy(String),
     /// The peer does not want this stream; trying again will not help.
     Refused(TransferError),
     /// The stream stood and is gone.
@@ -146,12 +149,12 @@ impl Link {
         self.down("this node is shutting down");
         self.state.lock().ended = true;
         self.transfers().iter().for_each(|outbound| outbound.link_failed(TransferError::ShuttingDown));
-        node.forget_link(&self.endpoint, &self);
+        node.links.forget(&self.endpoint, &self);
     }
 
     async fn keep(&self, node: &Arc<Node>) {
         let mut attempts = 0;
-        let mut pause = FIRST_PAUSE;
+        let mut backoff = Backoff::new(FIRST_PAUSE);
         loop {
             while self.is_empty() {
                 let waited = timeout(node.limits.idle_link, self.changed.notified()).await;
@@ -167,9 +170,14 @@ impl Link {
                     tracing::debug!(peer = %self.endpoint, %why, "control stream broke");
                     self.down(&why);
                     attempts = 0;
-                    if started.elapsed() > LONGEST_PAUSE {
-                        pause = FIRST_PAUSE;
+                    if started.elapsed() > Backoff::LONGEST {
+                        backoff.reset();
                     }
+                    None
+                }
+                Break::Busy(why) => {
+                    tracing::debug!(peer = %self.endpoint, %why, "no control stream to this peer yet");
+                    attempts = 0;
                     None
                 }
                 Break::Refused(reason) => Some(reason),
@@ -185,8 +193,7 @@ impl Link {
                 attempts = 0;
                 self.transfers().iter().for_each(|outbound| outbound.link_failed(reason.clone()));
             }
-            sleep(pause + pause.mul_f64(rand::random::<f64>() / 2.0)).await;
-            pause = (pause * 2).min(LONGEST_PAUSE);
+            backoff.pause().await;
         }
     }
 
@@ -259,7 +266,7 @@ impl Link {
         let mut messages = HandoffClient::new(channel)
             .exchange(ReceiverStream::new(queue))
             .await
-            .map_err(refused)?
+            .map_err(turned_away)?
             .into_inner();
         let Some(receiver_message::Body::Hello(hello)) = next(&mut messages).await? else {
             return Err(protocol("the peer's first message is not its hello"));
@@ -274,10 +281,10 @@ impl Link {
         let incarnation = Incarnation(hello.incarnation);
         let hellos = Hellos {
             nonces: [own, nonce(&hello.nonce).map_err(Break::Refused)?],
-            sender: node.identity(),
+            sender: node.identity.end(),
             receiver: (receiver.clone(), incarnation),
         };
-        let secret = node.secret.as_ref();
+        let secret = node.identity.secret.as_ref();
         hellos.check(secret, End::Receiver, &hello.proof).map_err(Break::Refused)?;
         say(Body::Proof(v1::Proof { proof: hellos.prove(secret, End::Sender).into() }))?;
         let Some(receiver_message::Body::Welcome(welcome)) = next(&mut messages).await? else {
@@ -322,14 +329,14 @@ async fn next(
 /// What data connections show.
 fn pass(node: &Node, welcome: &v1::Welcome) -> Option<LinkPass> {
     let id = welcome.link_id.as_ref().try_into().ok()?;
-    Some(LinkPass { id, key: node.key(&DataKey::from_wire(&welcome.link_key)?) })
+    Some(LinkPass { id, key: node.identity.key(&DataKey::from_wire(&welcome.link_key)?) })
 }
 
 impl Node {
     fn sender_hello(&self, nonce: [u8; 16]) -> v1::SenderHello {
         v1::SenderHello {
-            instance_id: self.instance_id.to_string(),
-            incarnation: self.incarnation.0,
+            instance_id: self.identity.instance_id.to_string(),
+            incarnation: self.identity.incarnation.0,
             layout: Some((&self.layout).into()),
             nonce: nonce.to_vec().into(),
         }
@@ -338,6 +345,17 @@ impl Node {
 
 fn protocol(what: &str) -> Break {
     Break::Refused(TransferError::Protocol(what.to_owned()))
+}
+
+/// Before it has taken a hello in, a peer that is full has no room for streams without a proof, whosever: they come and
+/// go. Once it has, it is its list of peers that is full, which is no matter of moments.
+fn turned_away(status: Status) -> Break {
+    match refused(status) {
+        Break::Refused(TransferError::PeerRefused(error)) if error.code == ErrorCode::QueueFull => {
+            Break::Busy(error.message)
+        }
+        other => other,
+    }
 }
 
 /// A peer that is only busy or starting is worth another attempt; one that says no is not.

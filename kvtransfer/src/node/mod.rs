@@ -4,6 +4,7 @@
 //! transport, and the clock that drives leases and deadlines. Decisions are the sessions' (`crate::session`).
 //! Lock order: a table or a link before a transfer, a transfer before an outbox; the end of a transfer takes none.
 
+mod backoff;
 mod claims;
 mod clock;
 mod config;
@@ -12,13 +13,18 @@ mod explore;
 #[cfg(any(test, feature = "fuzz"))]
 pub(crate) mod fuzz;
 mod held;
+mod identity;
 mod inbound;
 mod incoming;
+mod lifetime;
 mod link;
 mod link_up;
+mod links;
 mod outbound;
 mod outgoing;
 mod peer_link;
+mod peers;
+mod pool;
 mod reservation;
 mod route;
 mod secret;
@@ -32,21 +38,14 @@ mod transports;
 mod wire;
 
 use std::{
-    collections::HashMap,
     fmt,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::Arc,
     time::{Duration, Instant},
 };
 
-use baton_proto::{ApiError, Incarnation, InstanceId, TransferId, v1};
-use tokio::{
-    runtime::Handle,
-    sync::{Notify, Semaphore},
-};
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use baton_proto::{ApiError, TransferId, v1};
+use tokio::{runtime::Handle, sync::Notify};
+use tokio_util::sync::CancellationToken;
 
 pub use config::{
     Direction, ExpectSpec, Limits, NodeConfig, OfferSpec, Reclaimed, Sealed, TransferStats, TransportConfig,
@@ -58,21 +57,23 @@ pub use service::HandoffService;
 pub use stats::NodeStats;
 
 use claims::Claims;
+use identity::Identity;
 use inbound::Inbound;
+use lifetime::Lifetime;
 use link::Link;
+use links::Links;
 use outbound::Outbound;
-use peer_link::PeerLink;
+use peers::Peers;
+use pool::Pool;
 use reservation::{Reservation, check_blocks};
-use staging::Staging;
 use stats::Counters;
-use table::{Ended, Expected, Lookup, Table};
-use translate::{Translated, Translations};
+use table::{Bounds, Ended, Expected, Expecting, Lookup, Table};
+use translate::Translator;
 
 use crate::{
-    KvLayout, Slices, TransferError,
+    KvLayout, TransferError,
     session::ReceiverTiming,
-    sync::{AtomicUsize, Mutex},
-    transport::{Admission, DataKey, DataPort, Found, Inbox, LinkId, Observed, Transport, TransportKind},
+    transport::{Admission, DataPort, Found, Inbox, LinkId, Live, Observed, Transport, TransportKind},
 };
 
 /// Sends and receives KV caches for one server process. Cheap to clone.
@@ -83,46 +84,29 @@ pub struct KvNode {
 
 /// What all parts of a node share.
 struct Node {
-    instance_id: InstanceId,
-    incarnation: Incarnation,
+    identity: Identity,
     layout: KvLayout,
-    slices: Slices,
     lease: Duration,
     limits: Limits,
-    reclaim: Arc<dyn Fn(Reclaimed) + Send + Sync>,
-    secret: Option<FleetSecret>,
-    /// Whether values of another type are taken in.
-    convert: bool,
-    translations: Translations,
-    staging: Staging,
+    pool: Pool,
     /// The best first.
     transports: Vec<Observed>,
-    claims: Claims,
-    incoming: Table<Inbound>,
-    outgoing: Table<Outbound>,
-    held_offers: AtomicUsize,
-    /// Streams to peers we send to, by endpoint.
-    links: Mutex<HashMap<String, Arc<Link>>>,
+    translator: Translator,
     /// Streams of peers that send to us.
-    peers: Mutex<HashMap<InstanceId, Arc<PeerLink>>>,
-    /// Room for streams of peers that have proven nothing yet.
-    unproven: Arc<Semaphore>,
-    numbers: AtomicU64,
+    peers: Peers,
+    incoming: Table<Inbound>,
+    /// Streams to peers that we send to.
+    links: Links,
+    outgoing: Table<Outbound>,
     counters: Counters,
     /// A transfer has been added.
     activity: Notify,
-    tasks: TaskTracker,
-    /// Where tasks run: transfers are offered from threads that belong to no runtime, too.
-    runtime: Handle,
-    /// Given by the owner: take nothing new, abort what there is.
-    shutdown: CancellationToken,
-    /// Ours, a moment later: end every stream and connection.
-    stop: CancellationToken,
+    lifetime: Lifetime,
 }
 
 impl fmt::Debug for Node {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Node").field("instance_id", &self.instance_id).finish_non_exhaustive()
+        f.debug_struct("Node").field("instance_id", &self.identity.instance_id).finish_non_exhaustive()
     }
 }
 
@@ -136,47 +120,37 @@ impl KvNode {
         let terms = limits.terms(config.layout.slice_bytes)?;
         let port = DataPort::new(config.data_port, terms)?;
         let transports = transports::open(config.transports, &config.region, &port, terms)?;
+        let (instance_id, incarnation, secret) = (config.instance_id, config.incarnation, config.secret);
+        let remember = limits.remembered_transfers;
         let node = Arc::new(Node {
-            instance_id: config.instance_id,
-            incarnation: config.incarnation,
+            identity: Identity { instance_id, incarnation, secret },
             layout: config.layout,
-            slices,
             lease: config.lease,
-            reclaim: config.reclaim,
-            secret: config.secret,
-            convert: config.convert,
-            translations: Translations::default(),
-            staging: Staging::new(limits.staging_bytes),
+            pool: Pool::new(slices, Claims::new(config.blocks), config.reclaim),
             transports,
-            claims: Claims::new(config.blocks),
-            incoming: Table::new(limits.remembered_transfers),
-            outgoing: Table::new(limits.remembered_transfers),
-            held_offers: AtomicUsize::new(0),
-            links: Mutex::default(),
-            peers: Mutex::default(),
-            unproven: Arc::new(Semaphore::new(limits.unproven_streams)),
-            numbers: AtomicU64::new(0),
+            translator: Translator::new(config.convert, limits.staging_bytes),
+            peers: Peers::new(&limits),
+            incoming: Table::new(Bounds { remember, hold: limits.held_offers }),
+            links: Links::new(limits.peers),
+            outgoing: Table::new(Bounds { remember, hold: 0 }),
             counters: Counters::default(),
             activity: Notify::new(),
-            tasks: TaskTracker::new(),
-            runtime: Handle::current(),
-            shutdown,
-            stop: CancellationToken::new(),
+            lifetime: Lifetime::new(Handle::current(), shutdown),
             limits,
         });
+        let Lifetime { tasks, stop, .. } = &node.lifetime;
         for transport in &node.transports {
-            transport.receive(node.clone(), &node.tasks, node.stop.clone());
+            transport.receive(node.clone(), tasks, stop.clone());
         }
-        node.tasks.spawn(port.serve(node.clone(), node.tasks.clone(), node.stop.clone()));
-        node.tasks.spawn(clock::keep_time(node.clone()));
-        node.tasks.close();
+        tasks.spawn(port.serve(node.clone(), tasks.clone(), stop.clone()));
+        tasks.spawn(clock::keep_time(node.clone()));
+        tasks.close();
         Ok(Self { node })
     }
 
     /// Resolves once every task of the node has ended after shutdown.
     pub async fn stopped(&self) {
-        self.node.shutdown.cancelled().await;
-        self.node.tasks.wait().await;
+        self.node.lifetime.over().await;
     }
 
     /// The gRPC service for the server to mount.
@@ -209,10 +183,10 @@ impl KvNode {
     pub fn expect(&self, spec: ExpectSpec) -> Result<Incoming, TransferError> {
         let node = &self.node;
         let now = node.now();
-        node.check_running()?;
-        let reservation = Reservation::new(spec, &node.layout, &node.claims, now)?;
+        node.lifetime.check_running()?;
+        let reservation = Reservation::new(spec, &node.layout, &node.pool.claims, now)?;
         let inbound = node.expect(now, reservation)?;
-        if node.shutdown.is_cancelled() {
+        if node.lifetime.shutdown.is_cancelled() {
             inbound.cancel(TransferError::ShuttingDown); // the sweep at shutdown may have missed it
         }
         Ok(Incoming::new(inbound))
@@ -247,10 +221,10 @@ impl KvNode {
     pub fn offer(&self, spec: OfferSpec) -> Result<Outgoing, TransferError> {
         let node = &self.node;
         let now = node.now();
-        node.check_running()?;
+        node.lifetime.check_running()?;
         check_blocks(&node.layout, spec.prompt_tokens, &spec.blocks, spec.deadline, now)?;
         let outbound = node.offer(now, spec)?;
-        if node.shutdown.is_cancelled() {
+        if node.lifetime.shutdown.is_cancelled() {
             outbound.cancel(TransferError::ShuttingDown); // the sweep at shutdown may have missed it
         }
         Ok(Outgoing::new(outbound))
@@ -258,9 +232,8 @@ impl KvNode {
 
     /// Counters since start and current numbers, for metrics.
     pub fn stats(&self) -> NodeStats {
-        let held = self.node.held_offers.load(Ordering::Acquire) as u64;
-        let incoming = (self.node.incoming.len() as u64).saturating_sub(held);
-        let active = (incoming, self.node.outgoing.len() as u64, held);
+        let (incoming, held) = self.node.incoming.counts();
+        let active = (incoming as u64, self.node.outgoing.len() as u64, held as u64);
         self.node.counters.snapshot(active, self.node.transports.iter().map(Observed::stats).collect())
     }
 }
@@ -280,131 +253,71 @@ impl Node {
         ReceiverTiming { lease: self.lease, held_offer, seal_grace }
     }
 
-    fn next_number(&self) -> u64 {
-        self.numbers.fetch_add(1, Ordering::Relaxed)
-    }
-
-    fn check_running(&self) -> Result<(), TransferError> {
-        if self.shutdown.is_cancelled() { Err(TransferError::ShuttingDown) } else { Ok(()) }
-    }
-
-    /// Room for one more offer that nobody expects; given back by `return_held_offer`.
-    fn reserve_held_offer(&self) -> bool {
-        let more = |held| (held < self.limits.held_offers).then_some(held + 1);
-        self.held_offers.fetch_update(Ordering::AcqRel, Ordering::Acquire, more).is_ok()
-    }
-
-    fn return_held_offer(&self) {
-        self.held_offers.fetch_sub(1, Ordering::AcqRel);
-    }
-
     fn expect(
         self: &Arc<Self>,
         now: Instant,
         reservation: Reservation,
     ) -> Result<Arc<Inbound>, TransferError> {
         let (id, sender) = (reservation.id, reservation.expectation.sender.clone());
-        let mut reservation = Some(reservation);
-        let mut made = None;
-        let (found, strays) = self.incoming.expect(id, &sender, |live, offer| {
-            let limit = self.limits.incoming_transfers;
-            if live >= limit {
-                return Err(TransferError::Limit { what: "incoming transfers", limit });
-            }
-            if let Some(offer) = offer {
-                return Ok(offer.clone());
-            }
-            let reservation = reservation.take().ok_or(TransferError::AlreadyExists(id))?;
-            Ok(made.insert(Inbound::expected(self, now, reservation)).clone())
-        })?;
+        let limit = self.limits.incoming_transfers;
+        let room = |live| match live < limit {
+            true => Ok(()),
+            false => Err(TransferError::Limit { what: "incoming transfers", limit }),
+        };
+        let make = |reservation| Inbound::expected(self, now, reservation);
+        let Expecting { found, strays } = self.incoming.expect(id, &sender, reservation, room, make)?;
         for stray in strays {
             let (expected, found) = (sender.clone(), stray.sender().clone());
             stray.cancel(TransferError::WrongPeer { expected, found });
         }
-        match (found, made, reservation) {
-            (Expected::Made, Some(inbound), _) => {
+        match found {
+            Expected::Made(inbound) => {
                 self.activity.notify_one();
                 Ok(inbound)
             }
-            (Expected::Offered(inbound), _, Some(reservation)) => {
+            Expected::Offered(inbound, reservation) => {
                 inbound.adopt(now, reservation)?;
                 Ok(inbound)
             }
-            (Expected::Ended(Ended { reason: Some(reason), .. }), ..) => Err(reason),
-            _ => Err(TransferError::AlreadyExists(id)),
+            Expected::Ended(Ended { reason: Some(reason), .. }) => Err(reason),
+            Expected::Ended(_) | Expected::Exists => Err(TransferError::AlreadyExists(id)),
         }
     }
 
     fn offer(self: &Arc<Self>, now: Instant, spec: OfferSpec) -> Result<Arc<Outbound>, TransferError> {
-        let (id, endpoint) = (spec.id, spec.peer.clone());
+        let (id, endpoint, limit) = (spec.id, spec.peer.clone(), self.limits.outgoing_transfers);
         loop {
-            let link = self.link(&endpoint)?;
-            let mut claimed = Some(self.claims.claim(&[], &spec.blocks)?);
-            let mut made = None;
-            let found = self.outgoing.get_or_add(id, |live| {
-                let limit = self.limits.outgoing_transfers;
-                let (Some(claimed), true) = (claimed.take(), live < limit) else {
+            let start = |link: Arc<Link>| {
+                self.lifetime.spawn(link.run(self.clone(), self.lifetime.stop.clone()));
+            };
+            let link = self.links.to(&endpoint, start)?;
+            let claimed = self.pool.claims.claim(&[], &spec.blocks)?;
+            let outbound = self.outgoing.add(id, |live| {
+                if live >= limit {
                     return Err(TransferError::Limit { what: "outgoing transfers", limit });
-                };
+                }
                 let off = link.clone();
                 let ended = Box::new(move |id: &TransferId| off.remove(id));
-                let outbound = Outbound::new(self, now, spec.clone(), claimed, ended);
-                made = Some(outbound.clone());
-                Ok(outbound)
+                Ok(Outbound::new(self, now, spec.clone(), claimed, ended))
             })?;
-            let (Lookup::Unknown, Some(outbound)) = (found, made) else {
-                return Err(TransferError::AlreadyExists(id));
-            };
             if link.add(&outbound) {
                 self.activity.notify_one();
                 return Ok(outbound);
             }
             // The link ended at this very moment.
             self.outgoing.forget(&id);
-            self.check_running()?;
+            self.lifetime.check_running()?;
         }
-    }
-
-    /// The link to an endpoint, started if there is none.
-    fn link(self: &Arc<Self>, endpoint: &str) -> Result<Arc<Link>, TransferError> {
-        let mut links = self.links.lock();
-        if let Some(link) = links.get(endpoint).filter(|link| !link.ended()) {
-            return Ok(link.clone());
-        }
-        if links.len() >= self.limits.peers {
-            return Err(TransferError::Limit { what: "peers to send to", limit: self.limits.peers });
-        }
-        let link = Link::new(endpoint.to_owned());
-        links.insert(endpoint.to_owned(), link.clone());
-        self.tasks.spawn_on(link.clone().run(self.clone(), self.stop.clone()), &self.runtime);
-        Ok(link)
-    }
-
-    fn forget_link(&self, endpoint: &str, link: &Arc<Link>) {
-        let mut links = self.links.lock();
-        if links.get(endpoint).is_some_and(|current| Arc::ptr_eq(current, link)) {
-            links.remove(endpoint);
-        }
-    }
-
-    fn identity(&self) -> (InstanceId, Incarnation) {
-        (self.instance_id.clone(), self.incarnation)
-    }
-
-    /// The key that 16 bytes of the wire stand for: themselves, or what only members of a fleet with a secret make of them.
-    fn key(&self, told: &DataKey) -> DataKey {
-        self.secret.as_ref().map_or_else(|| told.clone(), |secret| secret.key(told))
     }
 }
 
 impl Inbox for Node {
     fn link(&self, id: &LinkId) -> Option<Admission> {
-        let peers = self.peers.lock();
-        let link = peers.values().find(|link| link.pass().id == *id)?;
+        let link = self.peers.of(id)?;
         let translation = link.translation();
         let slice_bytes = translation.map_or(self.slice_bytes(), |mapped| mapped.cut().slice_bytes);
         Some(Admission {
-            key: self.key(&link.pass().key),
+            key: self.identity.key(&link.pass().key),
             slice_bytes: u32::try_from(slice_bytes).ok()?,
             mapped: translation.is_some(),
             ended: link.ended().clone(),
@@ -414,8 +327,8 @@ impl Inbox for Node {
     fn find(&self, id: &TransferId) -> Found {
         match self.incoming.get(id) {
             Lookup::Live(inbound) => match inbound.translation().cloned() {
-                None => Found::Live(inbound),
-                Some(how) => Found::Live(Arc::new(Translated::new(inbound, how, self.staging.clone()))),
+                None => Found::Live(Live::new(inbound)),
+                Some(how) => Found::Live(Live::new(Arc::new(self.translator.before(inbound, how)))),
             },
             Lookup::Ended(_) | Lookup::Unknown => Found::Over,
         }

@@ -61,7 +61,7 @@ impl Outbound {
         ended: Box<dyn Fn(&TransferId) + Send + Sync>,
     ) -> Arc<Self> {
         let terms = SenderTerms {
-            shape: Shape { layers: node.slices.layers(), blocks: spec.blocks.len() as u32 },
+            shape: Shape { layers: node.pool.slices.layers(), blocks: spec.blocks.len() as u32 },
             slice_bytes: node.slice_bytes(),
             deadline: spec.deadline,
             lease: node.lease,
@@ -124,7 +124,7 @@ impl Outbound {
 
     pub(super) fn accepted(&self, now: Instant, accept: &v1::Accept, receiver: u64) {
         let lease = Duration::from_millis(accept.lease_millis.into());
-        let key = DataKey::from_wire(&accept.data_key).map(|told| self.node.key(&told));
+        let key = DataKey::from_wire(&accept.data_key).map(|told| self.node.identity.key(&told));
         self.run(|session| match key {
             Some(key) if LEASE_RANGE.contains(&lease) && accept.receiver_epoch == receiver => {
                 if self.key.set(key).is_ok() {
@@ -207,8 +207,8 @@ impl Shell for Outbound {
                 let offer = v1::Offer {
                     prompt_tokens: self.spec.prompt_tokens,
                     blocks: self.spec.blocks.len() as u32,
-                    layers: self.node.slices.layers(),
-                    sender_epoch: self.node.incarnation.0,
+                    layers: self.node.pool.slices.layers(),
+                    sender_epoch: self.node.identity.incarnation.0,
                     prompt_digest: self.spec.prompt_digest.as_bytes().to_vec().into(),
                 };
                 self.send(state, Body::Offer(offer));
@@ -268,7 +268,7 @@ impl Shell for Outbound {
 
     fn reclaim(&self) {
         let blocks = self.spec.blocks.clone();
-        (self.node.reclaim)(Reclaimed { id: self.spec.id, direction: Direction::Outgoing, blocks });
+        self.node.pool.reclaim(Reclaimed { id: self.spec.id, direction: Direction::Outgoing, blocks });
     }
 }
 
@@ -324,15 +324,15 @@ impl Departure for Outbound {
     }
 
     fn source(&self, layer: u32, block: u32, skip: usize) -> Result<IoSlice<'_>, TransferError> {
-        self.node.slices.io_slice(layer, self.block(block)?, skip)
+        self.node.pool.slices.io_slice(layer, self.block(block)?, skip)
     }
 
     fn copy_out(&self, layer: u32, block: u32, from: usize, into: &mut [u8]) -> Result<(), TransferError> {
-        self.node.slices.copy_out(layer, self.block(block)?, from, into)
+        self.node.pool.slices.copy_out(layer, self.block(block)?, from, into)
     }
 
     fn offset(&self, layer: u32, block: u32) -> Result<u64, TransferError> {
-        self.node.slices.offset(layer, self.block(block)?)
+        self.node.pool.slices.offset(layer, self.block(block)?)
     }
 
     fn revoked(&self) -> &CancellationToken {

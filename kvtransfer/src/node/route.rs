@@ -3,15 +3,14 @@
 use std::time::Duration;
 
 use baton_proto::v1;
-use tokio::time::{Instant, sleep};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::Node;
+use super::{Node, backoff::Backoff};
 use crate::transport::{Destination, LinkPass, Observed, Outbox, Path, Transport, TransportKind};
 
-/// The pause before the second attempt to open a path; each further one is twice as long.
+/// Before the second attempt to open a path.
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
-const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 /// A path that stood for so long had nothing wrong with its transport.
 const SOUND: Duration = Duration::from_secs(60);
 
@@ -44,7 +43,7 @@ impl Route {
             let endpoint = endpoints.iter().find(|endpoint| endpoint.transport == kind.name())?;
             Some(Choice { kind, address: endpoint.address.clone(), failures: 0 })
         };
-        let able = |transport: &&Observed| !mapped || transport.kind().lands_in_plain_memory();
+        let able = |transport: &&Observed| transport.kind().brings(mapped);
         let choices: Vec<_> = node.transports.iter().filter(able).filter_map(offered).collect();
         if choices.is_empty() {
             let names = |kinds: Vec<&str>| kinds.join(", ");
@@ -59,7 +58,7 @@ impl Route {
 
     /// Opens a path, and the next one whenever it breaks, until `stop`; else why none can be had any more.
     pub(super) async fn keep(mut self, node: &Node, stop: &CancellationToken) -> String {
-        let (mut attempts, mut pause) = (0, FIRST_PAUSE);
+        let (mut attempts, mut backoff) = (0, Backoff::new(FIRST_PAUSE));
         loop {
             match self.open(node, stop).await {
                 Ok((at, path)) => {
@@ -73,7 +72,7 @@ impl Route {
                     choice.failures += 1;
                     tracing::debug!(transport = %choice.kind, %why, "data path broke");
                     if self.outbox.sent() > sent {
-                        pause = FIRST_PAUSE; // it was of use
+                        backoff.reset(); // it was of use
                     }
                 }
                 Err(why) => {
@@ -83,8 +82,7 @@ impl Route {
                     }
                 }
             }
-            sleep(pause + pause.mul_f64(rand::random::<f64>() / 2.0)).await;
-            pause = (pause * 2).min(LONGEST_PAUSE);
+            backoff.pause().await;
         }
     }
 
@@ -99,7 +97,7 @@ impl Route {
                 continue;
             };
             let to = Destination { address: choice.address.clone(), pass: self.pass.clone() };
-            match transport.open(to, self.outbox.clone(), &node.tasks, stop).await {
+            match transport.open(to, self.outbox.clone(), &node.lifetime.tasks, stop).await {
                 Ok(path) => {
                     tracing::debug!(transport = %choice.kind, address = %choice.address, "data path open");
                     return Ok((at, path));

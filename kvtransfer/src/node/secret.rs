@@ -3,10 +3,10 @@
 use std::fmt;
 
 use baton_proto::{Incarnation, InstanceId};
-use hmac::{Hmac, KeyInit, Mac};
+use hmac::{Hmac, Mac};
 use sha2::Sha256;
 
-use crate::{TransferError, transport::DataKey};
+use crate::{TransferError, mac, transport::DataKey};
 
 /// Fewest bytes of a secret.
 const LEAST: usize = 16;
@@ -37,17 +37,7 @@ impl FleetSecret {
     }
 
     fn mac(&self, label: &[u8]) -> Hmac<Sha256> {
-        // Any length will do: longer keys are hashed (RFC 2104).
-        let key = if self.0.len() > 64 {
-            <[u8; 32]>::from(<Sha256 as sha2::Digest>::digest(&self.0)).to_vec()
-        } else {
-            self.0.clone()
-        };
-        let mut block = [0; 64];
-        block[..key.len()].copy_from_slice(&key);
-        let mut mac = <Hmac<Sha256> as KeyInit>::new(&block.into());
-        mac.update(label);
-        mac
+        mac::keyed(&self.0).chain_update(label)
     }
 }
 

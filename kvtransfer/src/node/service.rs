@@ -13,7 +13,7 @@ use super::{
     inbound::Inbound,
     peer_link::PeerLink,
     secret::{End, Hellos, nonce},
-    table::{Ended, Lookup},
+    table::{Ended, Holding, Lookup},
     wire::to_status,
 };
 use crate::{
@@ -38,12 +38,8 @@ impl v1::handoff_server::Handoff for HandoffService {
         request: Request<Streaming<v1::SenderMessage>>,
     ) -> Result<Response<Self::ExchangeStream>, Status> {
         let node = self.node.clone();
-        if node.shutdown.is_cancelled() {
-            return Err(to_status(&TransferError::ShuttingDown));
-        }
-        let limit = node.limits.unproven_streams;
-        let over = |_| to_status(&TransferError::Limit { what: "control streams without a proof", limit });
-        let unproven = node.unproven.clone().try_acquire_owned().map_err(over)?;
+        node.lifetime.check_running().map_err(|error| to_status(&error))?;
+        let unproven = node.peers.room_for_unproven().map_err(|error| to_status(&error))?;
         let mut incoming = request.into_inner();
         let hello = match next(&node, &mut incoming, "the hello").await? {
             sender_message::Body::Hello(hello) => hello,
@@ -53,17 +49,18 @@ impl v1::handoff_server::Handoff for HandoffService {
         let layout = hello.layout.ok_or_else(|| protocol("the hello has no KV layout"))?;
         let layout = node.layout.of_peer(&layout).map_err(|error| to_status(&error))?;
         let plan = node.plan_from(&layout).map_err(|error| to_status(&error))?;
-        let (number, incarnation) = (node.next_number(), Incarnation(hello.incarnation));
+        let (number, incarnation) = (node.peers.next_number(), Incarnation(hello.incarnation));
         let hellos = Hellos {
             nonces: [nonce(&hello.nonce).map_err(|error| to_status(&error))?, rand::random()],
             sender: (peer.clone(), incarnation),
-            receiver: node.identity(),
+            receiver: node.identity.end(),
         };
 
         let (messages, queue) = mpsc::channel(node.limits.control_queue());
-        let link = Arc::new(PeerLink::new(number, peer, incarnation, messages, node.stop.child_token()));
+        let link =
+            Arc::new(PeerLink::new(number, peer, incarnation, messages, node.lifetime.stop.child_token()));
         link.send(None, Body::Hello(node.receiver_hello(&hellos)));
-        let tasks = node.tasks.clone();
+        let tasks = node.lifetime.tasks.clone();
         tasks.spawn(async move {
             let mapped = plan.map(|plan| (layout, plan));
             let admitted = admit(&node, &link, &hellos, mapped, &mut incoming).await;
@@ -104,7 +101,7 @@ async fn admit(
     let sender_message::Body::Proof(proof) = next(node, incoming, "the proof").await? else {
         return Err(protocol("the second message must be a proof"));
     };
-    let proven = hellos.check(node.secret.as_ref(), End::Sender, &proof.proof);
+    let proven = hellos.check(node.identity.secret.as_ref(), End::Sender, &proof.proof);
     proven.map_err(|error| to_status(&error))?;
     if let Some((layout, plan)) = mapped {
         let translation = node.translation(&layout, plan).await.map_err(|error| to_status(&error))?;
@@ -224,16 +221,13 @@ fn take_offer(
     };
     let now = node.now();
     // A sender offers once: whoever is to expect this transfer from it must learn that it will not come.
-    let found = node.incoming.hold(id, link.peer(), || {
-        let limit = node.limits.held_offers;
-        if node.shutdown.is_cancelled() {
-            return Err(TransferError::ShuttingDown);
-        }
-        if !node.reserve_held_offer() {
-            return Err(TransferError::Limit { what: "offers that nobody expects yet", limit });
-        }
+    let Holding { found, displaced } = node.incoming.hold(id, link.peer(), || {
+        node.lifetime.check_running()?;
         Ok(Inbound::offered(node, now, id, terms.clone(), link.clone()))
     })?;
+    if let Some((offer, reason)) = displaced {
+        offer.cancel(reason);
+    }
     match found {
         Lookup::Unknown => {
             node.activity.notify_one();
@@ -265,22 +259,7 @@ fn take_seal(node: &Arc<Node>, link: &Arc<PeerLink>, id: TransferId, seal: &v1::
 impl Node {
     /// Takes a peer's control stream; one that it had before is cut, and what rested on that is over.
     pub(super) fn admit_peer(&self, link: &Arc<PeerLink>) -> Result<(), TransferError> {
-        let mut peers = self.peers.lock();
-        let old = peers.get(link.peer()).cloned();
-        match &old {
-            Some(old) if old.incarnation() > link.incarnation() => {
-                let (instance, expected, found) =
-                    (link.peer().clone(), old.incarnation(), link.incarnation());
-                return Err(TransferError::StalePeer { instance, expected, found });
-            }
-            None if peers.len() >= self.limits.peers => {
-                return Err(TransferError::Limit { what: "peers that send", limit: self.limits.peers });
-            }
-            _ => {}
-        }
-        peers.insert(link.peer().clone(), link.clone());
-        drop(peers);
-        if let Some(old) = old {
+        if let Some(old) = self.peers.admit(link)? {
             old.cut();
             self.end_transfers_of(&old, "a new control stream took its place");
         }
@@ -289,11 +268,11 @@ impl Node {
 
     fn receiver_hello(&self, hellos: &Hellos) -> v1::ReceiverHello {
         v1::ReceiverHello {
-            instance_id: self.instance_id.to_string(),
-            incarnation: self.incarnation.0,
+            instance_id: self.identity.instance_id.to_string(),
+            incarnation: self.identity.incarnation.0,
             layout: Some((&self.layout).into()),
             nonce: hellos.nonces[1].to_vec().into(),
-            proof: hellos.prove(self.secret.as_ref(), End::Receiver).into(),
+            proof: hellos.prove(self.identity.secret.as_ref(), End::Receiver).into(),
         }
     }
 
@@ -304,7 +283,7 @@ impl Node {
             address: transport.address(),
         };
         let mapped = link.translation().is_some();
-        let able = |transport: &&Observed| !mapped || transport.kind().lands_in_plain_memory();
+        let able = |transport: &&Observed| transport.kind().brings(mapped);
         let pass = link.pass();
         v1::Welcome {
             endpoints: self.transports.iter().filter(able).map(endpoint).collect(),
@@ -316,11 +295,7 @@ impl Node {
     /// A peer's control stream has ended.
     pub(super) fn peer_lost(&self, link: &Arc<PeerLink>, why: &str) {
         link.cut();
-        let mut peers = self.peers.lock();
-        if peers.get(link.peer()).is_some_and(|current| current.number() == link.number()) {
-            peers.remove(link.peer());
-        }
-        drop(peers);
+        self.peers.forget(link);
         self.end_transfers_of(link, why);
     }
 

@@ -11,7 +11,7 @@ use std::{
 use baton_proto::{InstanceId, TransferId};
 use tokio_util::sync::CancellationToken;
 
-use super::held::Held;
+use super::held::{Held, Room};
 use crate::{TransferError, sync::Mutex};
 
 /// How a transfer ended.
@@ -26,7 +26,24 @@ pub(super) struct Ended {
 #[derive(Debug)]
 pub(super) struct Table<T> {
     state: Mutex<State<T>>,
-    remember: usize,
+    bounds: Bounds,
+}
+
+/// How much a table keeps.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Bounds {
+    /// Ended transfers, and apart from them as many ends of offers that nobody came to expect.
+    pub(super) remember: usize,
+    /// Offers that nobody expects yet.
+    pub(super) hold: usize,
+}
+
+/// What a table does with an offer.
+pub(super) struct Holding<T> {
+    /// `Unknown` = it is held from now on.
+    pub(super) found: Lookup<T>,
+    /// Another peer's offer, whose place it took: not held any more, for the caller to refuse with the reason.
+    pub(super) displaced: Option<(Arc<T>, TransferError)>,
 }
 
 #[derive(Debug)]
@@ -56,18 +73,25 @@ pub(super) enum Lookup<T> {
     Unknown,
 }
 
-/// What became of an id that is to be expected.
-pub(super) enum Expected<T> {
+/// What a table does with an expectation.
+pub(super) struct Expecting<T, P> {
+    pub(super) found: Expected<T, P>,
+    /// Other peers' offers of its id, for the caller to refuse.
+    pub(super) strays: Vec<Arc<T>>,
+}
+
+/// What became of an id that is to be expected, with a place for what comes.
+pub(super) enum Expected<T, P> {
     /// It is alive from now on.
-    Made,
-    /// It is alive from now on, and is the offer that was held.
-    Offered(Arc<T>),
+    Made(Arc<T>),
+    /// It is alive from now on, and is the offer that was held, which has no place yet.
+    Offered(Arc<T>, P),
     Exists,
     Ended(Ended),
 }
 
 impl<T> Table<T> {
-    pub(super) fn new(remember: usize) -> Self {
+    pub(super) fn new(bounds: Bounds) -> Self {
         let state = State {
             live: HashMap::new(),
             held: Held::default(),
@@ -75,31 +99,34 @@ impl<T> Table<T> {
             order: VecDeque::new(),
             awaited: HashMap::new(),
         };
-        Self { state: Mutex::new(state), remember }
+        Self { state: Mutex::new(state), bounds }
     }
 
     pub(super) fn get(&self, id: &TransferId) -> Lookup<T> {
         self.state.lock().get(id)
     }
 
-    /// Looks an id up; if it is unknown, `make` may add it. Nobody else can add it in between. `make` gets the number of
-    /// live transfers and must not come back to this table.
-    pub(super) fn get_or_add(
+    /// Adds a transfer under an id that was never used; nobody else can add it in between. `make` gets the number of live
+    /// transfers and must not come back to this table.
+    ///
+    /// # Errors
+    /// `AlreadyExists`, or that of `make`.
+    pub(super) fn add(
         &self,
         id: TransferId,
         make: impl FnOnce(usize) -> Result<Arc<T>, TransferError>,
-    ) -> Result<Lookup<T>, TransferError> {
+    ) -> Result<Arc<T>, TransferError> {
         let mut state = self.state.lock();
-        let found = state.get(&id);
-        if matches!(found, Lookup::Unknown) {
-            let live = state.live.len();
-            state.live.insert(id, make(live)?);
-            let awaited = state.no_longer_awaited(&id);
-            // Not under the lock: who is woken may come straight back here.
-            drop(state);
-            wake(awaited);
+        if !matches!(state.get(&id), Lookup::Unknown) {
+            return Err(TransferError::AlreadyExists(id));
         }
-        Ok(found)
+        let made = make(state.live.len())?;
+        state.live.insert(id, made.clone());
+        let awaited = state.no_longer_awaited(&id);
+        // Not under the lock: who is woken may come straight back here.
+        drop(state);
+        wake(awaited);
+        Ok(made)
     }
 
     /// What an id stands for when `peer` names it: a live transfer, or that peer's offer.
@@ -107,74 +134,89 @@ impl<T> Table<T> {
         self.state.lock().get_from(id, peer)
     }
 
-    /// Looks up what `peer` offers; if it is unknown, `make` may have it held. A refusal is this peer's answer from then
-    /// on. `make` must not come back to this table.
+    /// Looks up what `peer` offers; if it is unknown, `make` may have it held. A refusal, of `make`'s or for want of room,
+    /// is this peer's answer from then on. `make` must not come back to this table.
     pub(super) fn hold(
         &self,
         id: TransferId,
         peer: &InstanceId,
         make: impl FnOnce() -> Result<Arc<T>, TransferError>,
-    ) -> Result<Lookup<T>, TransferError> {
+    ) -> Result<Holding<T>, TransferError> {
+        let Bounds { remember, hold: limit } = self.bounds;
         let mut state = self.state.lock();
         let found = state.get_from(&id, peer);
         if !matches!(found, Lookup::Unknown) {
-            return Ok(found);
+            return Ok(Holding { found, displaced: None });
         }
-        let made = make();
+        let full = TransferError::Limit { what: "offers that nobody expects yet", limit };
+        let (made, displaced) = match state.held.room(peer, limit) {
+            Room::Free => (make(), None),
+            Room::None => (Err(full.clone()), None),
+            Room::InPlaceOf(oldest, greediest) => match make() {
+                Ok(offer) => (Ok(offer), state.displace(oldest, &greediest, &full, remember)),
+                refused => (refused, None),
+            },
+        };
         match &made {
-            Ok(offer) => state.held.add(id, peer.clone(), offer.clone()),
-            Err(reason) => state.held.remember(id, peer, reason.clone(), self.remember),
+            Ok(offer) => state.held.add(id, peer, offer.clone()),
+            Err(reason) => state.held.remember(id, peer, reason.clone(), remember),
         }
         let awaited = state.no_longer_awaited(&id);
         drop(state);
         wake(awaited);
-        made.map(|_| Lookup::Unknown)
+        made.map(|_| Holding { found, displaced: displaced.map(|offer| (offer, full)) })
     }
 
-    /// Has an id come alive that `from` is to send, unless it is known already: as the offer of it that is held, or as
-    /// what `make` gives. `make` gets the number of live transfers and that offer, and must not come back to this table.
-    /// Other peers' offers of the id are given back, for the caller to refuse.
-    pub(super) fn expect(
+    /// Has an id come alive that `from` is to send, unless it is known already: as the offer of it that is held, which
+    /// `place` is then given back for, or as what `make` makes of `place`. `room` gets the number of live transfers;
+    /// neither must come back to this table.
+    pub(super) fn expect<P>(
         &self,
         id: TransferId,
         from: &InstanceId,
-        make: impl FnOnce(usize, Option<&Arc<T>>) -> Result<Arc<T>, TransferError>,
-    ) -> Result<(Expected<T>, Vec<Arc<T>>), TransferError> {
+        place: P,
+        room: impl FnOnce(usize) -> Result<(), TransferError>,
+        make: impl FnOnce(P) -> Arc<T>,
+    ) -> Result<Expecting<T, P>, TransferError> {
+        let alone = |found| Ok(Expecting { found, strays: Vec::new() });
         let mut state = self.state.lock();
         match state.get(&id) {
-            Lookup::Live(_) => return Ok((Expected::Exists, Vec::new())),
-            Lookup::Ended(ended) => return Ok((Expected::Ended(ended), Vec::new())),
+            Lookup::Live(_) => return alone(Expected::Exists),
+            Lookup::Ended(ended) => return alone(Expected::Ended(ended)),
             Lookup::Unknown => {}
         }
         if let Some(reason) = state.held.end(&id, from) {
             let ended = Ended { peer: Some(from.clone()), reason: Some(reason.clone()) };
-            return Ok((Expected::Ended(ended), Vec::new()));
+            return alone(Expected::Ended(ended));
         }
-        let offer = state.held.get(&id, from).cloned();
-        let live = make(state.live.len(), offer.as_ref())?;
-        if let Some(offer) = &offer {
-            state.held.remove(&id, offer);
-        }
+        room(state.live.len())?;
+        let (live, found) = match state.held.take(&id, from) {
+            Some(offer) => (offer.clone(), Expected::Offered(offer, place)),
+            None => {
+                let made = make(place);
+                (made.clone(), Expected::Made(made))
+            }
+        };
         state.live.insert(id, live);
         let strays = state.held.of(&id);
         let awaited = state.no_longer_awaited(&id);
         drop(state);
         wake(awaited);
-        Ok((offer.map_or(Expected::Made, Expected::Offered), strays))
+        Ok(Expecting { found, strays })
     }
 
     /// Takes leave of one that was received or was to be: a live transfer ends, an offer that was held is remembered as
-    /// its peer's.
+    /// its peer's, and so is one that was displaced, already.
     pub(super) fn leave(&self, id: TransferId, peer: &InstanceId, it: &T, reason: Option<TransferError>) {
         let mut state = self.state.lock();
-        if state.held.remove(&id, it) {
+        if state.held.remove(&id, peer, it) {
             if let (Some(reason), false) = (reason, state.ended.contains_key(&id)) {
-                state.held.remember(id, peer, reason, self.remember);
+                state.held.remember(id, peer, reason, self.bounds.remember);
             }
-            return;
+        } else if state.live.get(&id).is_some_and(|live| std::ptr::eq(Arc::as_ptr(live), it)) {
+            state.live.remove(&id);
+            state.remember(id, Ended { peer: Some(peer.clone()), reason }, self.bounds.remember);
         }
-        state.live.remove(&id);
-        state.remember(id, Ended { peer: Some(peer.clone()), reason }, self.remember);
     }
 
     /// Resolves once `id` is known, at once if it is: alive, offered, or ended.
@@ -200,7 +242,7 @@ impl<T> Table<T> {
     pub(super) fn end(&self, id: TransferId, how: Ended) {
         let mut state = self.state.lock();
         state.live.remove(&id);
-        state.remember(id, how, self.remember);
+        state.remember(id, how, self.bounds.remember);
     }
 
     /// Has an id that is not alive ended before it ever was; one that has ended stays as it is. A live transfer is
@@ -213,7 +255,7 @@ impl<T> Table<T> {
             Lookup::Ended(_) => return Vec::new(),
             Lookup::Unknown => {}
         }
-        state.remember(id, how, self.remember);
+        state.remember(id, how, self.bounds.remember);
         let offers = state.held.of(&id);
         let awaited = state.no_longer_awaited(&id);
         drop(state);
@@ -234,8 +276,14 @@ impl<T> Table<T> {
 
     /// How many [`Self::all`] are.
     pub(super) fn len(&self) -> usize {
+        let (live, held) = self.counts();
+        live + held
+    }
+
+    /// How many are alive, and how many held.
+    pub(super) fn counts(&self) -> (usize, usize) {
         let state = self.state.lock();
-        state.live.len() + state.held.len()
+        (state.live.len(), state.held.len())
     }
 
     /// Ids that somebody waits for.
@@ -266,6 +314,19 @@ impl<T> State<T> {
             }
             (None, None) => Lookup::Unknown,
         }
+    }
+
+    /// Takes a peer's offer out for another one's; its end is remembered as that peer's.
+    fn displace(
+        &mut self,
+        id: TransferId,
+        peer: &InstanceId,
+        reason: &TransferError,
+        remember: usize,
+    ) -> Option<Arc<T>> {
+        let offer = self.held.take(&id, peer)?;
+        self.held.remember(id, peer, reason.clone(), remember);
+        Some(offer)
     }
 
     /// The signal of those who wait for an id that is known now.
@@ -306,80 +367,4 @@ impl<T> Drop for Waiter<'_, T> {
 }
 
 #[cfg(all(test, not(feature = "explore")))]
-mod tests {
-    use std::pin::pin;
-
-    use super::*;
-
-    /// Polls once: whether the future is ready.
-    fn ready(future: std::pin::Pin<&mut impl Future<Output = ()>>) -> bool {
-        future.poll(&mut std::task::Context::from_waker(std::task::Waker::noop())).is_ready()
-    }
-
-    #[test]
-    fn those_who_wait_for_an_id_are_woken_when_it_comes_alive_and_leave_nothing_behind() {
-        let table = Table::<u32>::new(2);
-        let (id, other) = (TransferId::generate(), TransferId::generate());
-        let awaited = || table.awaited();
-        {
-            let (mut first, mut second) = (pin!(table.known(id)), Box::pin(table.known(id)));
-            let mut stranger = pin!(table.known(other));
-            assert!(!ready(first.as_mut()) && !ready(second.as_mut()) && !ready(stranger.as_mut()));
-            assert_eq!(awaited(), 2);
-            drop(second);
-            assert_eq!(awaited(), 2, "the first still waits");
-            assert!(matches!(table.get_or_add(id, |_| Ok(Arc::new(1))), Ok(Lookup::Unknown)));
-            assert!(ready(first.as_mut()), "alive");
-            assert!(!ready(stranger.as_mut()), "its id is not");
-        }
-        assert_eq!(awaited(), 0);
-        assert!(ready(pin!(table.known(id))), "alive already");
-        table.end(id, Ended { peer: None, reason: None });
-        assert!(ready(pin!(table.known(id))), "ended");
-        let refused = TransferId::generate();
-        let mut waits = pin!(table.known(refused));
-        assert!(!ready(waits.as_mut()));
-        assert!(table.end_unless_live(refused, Ended { peer: None, reason: None }).is_empty());
-        assert!(ready(waits.as_mut()), "ended before it was ever alive");
-        assert_eq!(awaited(), 0);
-    }
-
-    #[test]
-    fn an_id_either_comes_alive_and_is_seen_or_never_does() {
-        let table = Table::<u32>::new(4);
-        let refused = || Ended { peer: None, reason: Some(TransferError::ShuttingDown) };
-        for _ in 0..2000 {
-            let id = TransferId::generate();
-            let barrier = std::sync::Barrier::new(2);
-            let (added, seen) = std::thread::scope(|scope| {
-                let adding = scope.spawn(|| {
-                    barrier.wait();
-                    matches!(table.get_or_add(id, |_| Ok(Arc::new(1))), Ok(Lookup::Unknown))
-                });
-                barrier.wait();
-                let seen = !table.end_unless_live(id, refused()).is_empty();
-                (adding.join().expect("no panic"), seen)
-            });
-            assert_eq!(added, seen, "whoever ends an id is given what was added");
-            assert_eq!(table.len(), usize::from(added), "nothing is taken away behind its owner's back");
-            table.forget(&id);
-        }
-        let id = TransferId::generate();
-        table.end(id, Ended { peer: None, reason: None });
-        assert!(table.end_unless_live(id, refused()).is_empty());
-        assert!(matches!(table.get(&id), Lookup::Ended(Ended { reason: None, .. })), "the first end stays");
-    }
-
-    #[test]
-    fn forgets_the_oldest_and_never_adds_an_ended_id() {
-        let table = Table::<u32>::new(2);
-        let ids: Vec<_> = (0..3).map(|_| TransferId::generate()).collect();
-        for &id in &ids {
-            assert!(matches!(table.get_or_add(id, |_| Ok(Arc::new(1))), Ok(Lookup::Unknown)));
-            table.end(id, Ended { peer: None, reason: None });
-        }
-        assert_eq!(table.len(), 0);
-        assert!(matches!(table.get(&ids[0]), Lookup::Unknown));
-        assert!(matches!(table.get_or_add(ids[2], |_| panic!("must not be made")), Ok(Lookup::Ended(_))));
-    }
-}
+mod tests;

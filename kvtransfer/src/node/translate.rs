@@ -80,13 +80,27 @@ impl Translation {
     }
 }
 
-/// The translations of a node, for as long as a peer has them.
-#[derive(Debug, Default)]
-pub(super) struct Translations {
+/// What a node takes other layouts in with.
+#[derive(Debug)]
+pub(super) struct Translator {
+    /// For as long as a peer has them.
     alive: Mutex<Vec<Weak<Translation>>>,
+    /// Whether values of another type are taken in.
+    convert: bool,
+    staging: Staging,
 }
 
-impl Translations {
+impl Translator {
+    /// `staging_bytes` is `Limits::staging_bytes`.
+    pub(super) fn new(convert: bool, staging_bytes: usize) -> Self {
+        Self { alive: Mutex::default(), convert, staging: Staging::new(staging_bytes) }
+    }
+
+    /// What stands before a transfer of another layout, for one frame of it.
+    pub(super) fn before(&self, inbound: Arc<Inbound>, translation: Arc<Translation>) -> Translated {
+        Translated { inbound, translation, staging: self.staging.clone(), staged: OnceLock::new() }
+    }
+
     fn get(&self, fingerprint: &str) -> Option<Arc<Translation>> {
         self.alive.lock().iter().filter_map(Weak::upgrade).find(|one| one.fingerprint == fingerprint)
     }
@@ -117,7 +131,7 @@ impl Node {
             let (from, to) = (sender.field(field), self.layout.field(field));
             Err(TransferError::CannotReshard { field, from, to, why })
         };
-        if plan.converts() && !self.convert {
+        if plan.converts() && !self.translator.convert {
             return refuse(
                 "dtype",
                 "that changes values, which the receiver is not set to (handoff.convert)",
@@ -129,7 +143,7 @@ impl Node {
         if plan.runs() > MOST_COPIES {
             return refuse("format", "it takes too many small copies a block; choose smaller blocks");
         }
-        if !self.transports.iter().any(|transport| transport.kind().lands_in_plain_memory()) {
+        if !self.transports.iter().any(|transport| transport.kind().brings(true)) {
             return refuse(
                 "format",
                 "only tcp and shm bring slices to be mapped, and the receiver has neither",
@@ -145,7 +159,7 @@ impl Node {
         plan: PairPlan,
     ) -> Result<Arc<Translation>, TransferError> {
         let fingerprint = sender.fingerprint();
-        if let Some(known) = self.translations.get(&fingerprint) {
+        if let Some(known) = self.translator.get(&fingerprint) {
             return Ok(known);
         }
         let laid_out = spawn_blocking(move || plan.expand()).await;
@@ -156,7 +170,7 @@ impl Node {
             own_tokens: self.layout.block_tokens,
             slice_bytes: sender.slice_bytes,
         };
-        self.translations.add(Translation { fingerprint, cut, expansion, writing: Default::default() })
+        self.translator.add(Translation { fingerprint, cut, expansion, writing: Default::default() })
     }
 }
 
@@ -169,10 +183,6 @@ pub(super) struct Translated {
 }
 
 impl Translated {
-    pub(super) fn new(inbound: Arc<Inbound>, translation: Arc<Translation>, staging: Staging) -> Self {
-        Self { inbound, translation, staging, staged: OnceLock::new() }
-    }
-
     /// Where a claimed slice is meanwhile.
     fn staged(&self, layer: u32, block: u32) -> Result<(&Slices, u32), TransferError> {
         let none = || TransferError::Invalid("nothing was claimed".into());

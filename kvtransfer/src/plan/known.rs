@@ -16,7 +16,7 @@ use crate::{KvLayout, TransferError};
 /// # Errors
 /// [`TransferError::CannotReshard`] or, where the arrangement is none that is known here,
 /// [`TransferError::LayoutMismatch`] with the source as "ours"; either names the field.
-pub(crate) fn between_nodes(source: &KvLayout, target: &KvLayout) -> Result<Option<PairPlan>, TransferError> {
+fn between_nodes(source: &KvLayout, target: &KvLayout) -> Result<Option<PairPlan>, TransferError> {
     let Err(mismatch) = source.compatible_with(target) else { return Ok(None) };
     let described = |layout| {
         ShardedLayout::of(layout).map_err(|Unknown { field, why }| {
@@ -29,6 +29,23 @@ pub(crate) fn between_nodes(source: &KvLayout, target: &KvLayout) -> Result<Opti
     };
     let plan = ReshardPlan::between(&described(source)?, &described(target)?)?;
     Ok(plan.pairs().first().cloned())
+}
+
+impl KvLayout {
+    /// How slices of this layout become a receiver's; `None` = they are its as they are.
+    pub(crate) fn plan_to(&self, receiver: &KvLayout) -> Result<Option<PairPlan>, TransferError> {
+        between_nodes(self, receiver)
+    }
+
+    /// How slices of a sender become this layout's; `None` = they are as they are.
+    pub(crate) fn plan_from(&self, sender: &KvLayout) -> Result<Option<PairPlan>, TransferError> {
+        between_nodes(sender, self).map_err(|error| match error {
+            TransferError::LayoutMismatch { field, ours: theirs, theirs: ours } => {
+                TransferError::LayoutMismatch { field, ours, theirs }
+            }
+            other => other,
+        })
+    }
 }
 
 /// What of a layout cannot be planned with.
@@ -164,6 +181,36 @@ mod tests {
         let unnamed = |block_tokens| KvLayout { format: "x".into(), block_tokens, ..layout() };
         let error = between_nodes(&unnamed(16), &unnamed(32)).expect_err("unknown");
         assert!(matches!(error, TransferError::LayoutMismatch { field: "block_tokens", .. }), "{error}");
+    }
+
+    #[test]
+    fn either_side_names_the_field_and_its_own_value_first() {
+        let ours = KvLayout { format: "cpu-panel".into(), ..layout() };
+        type Change = fn(&mut KvLayout);
+        let changes: [(&str, Change); 10] = [
+            ("model_revision", |l| l.model_revision = "r2".into()),
+            ("format", |l| l.format = "x".into()),
+            ("dtype", |l| l.dtype = "f32".into()),
+            ("block_tokens", |l| l.block_tokens = 32),
+            ("layers", |l| l.layers = 31),
+            ("kv_heads", |l| l.kv_heads = 4),
+            ("head_dim", |l| l.head_dim = 128),
+            ("rope_dim", |l| l.rope_dim = 32),
+            ("tensor_parallel", |l| l.tensor_parallel = 2),
+            ("slice_bytes", |l| l.slice_bytes = 1),
+        ];
+        for (name, change) in changes {
+            let mut theirs = ours.clone();
+            change(&mut theirs);
+            for refused in [ours.plan_from(&theirs), ours.plan_to(&theirs)] {
+                let refused = refused.expect_err(name);
+                assert!(refused.to_string().contains(name), "{refused}");
+                if let TransferError::LayoutMismatch { field, ours: own, .. } = refused {
+                    assert_eq!(own, ours.field(field));
+                }
+            }
+        }
+        assert_eq!((ours.plan_from(&ours), ours.plan_to(&ours)), (Ok(None), Ok(None)));
     }
 
     #[test]

@@ -80,7 +80,6 @@ use std::sync::Arc;
 
 pub use apply::PoolBytes;
 pub use convert::{dequantise, quantise};
-pub(crate) use known::between_nodes;
 pub use pair::{Action, Descriptor, Expansion, PairPlan, VectorRun};
 pub use sharded::{ShardedLayout, heads_per_rank};
 pub use slice_map::{Content, KvDtype, PartMap, SliceMap, SliceShape};

@@ -1,41 +1,75 @@
-//! Slices of a transfer that a connection is about to write.
+//! A transfer as a connection brings slices to it, and the slices that it is about to write.
 
-use super::Landing;
-use crate::session::SliceRun;
+use std::sync::Arc;
+
+use super::{Landing, counts::Counts};
+use crate::session::{Claim, SliceRun};
+
+/// A transfer that is being received, for one run of its slices.
+pub(crate) struct Live {
+    landing: Arc<dyn Landing>,
+    counts: Option<Arc<Counts>>,
+}
+
+impl Live {
+    pub(crate) fn new(landing: Arc<dyn Landing>) -> Self {
+        Self { landing, counts: None }
+    }
+
+    /// The same, with what is claimed by it counted.
+    pub(super) fn counted_by(self, counts: Arc<Counts>) -> Self {
+        Self { counts: Some(counts), ..self }
+    }
+
+    /// The same, with another landing before its own.
+    pub(super) fn behind(self, front: impl FnOnce(Arc<dyn Landing>) -> Arc<dyn Landing>) -> Self {
+        Self { landing: front(self.landing), ..self }
+    }
+
+    pub(crate) fn landing(&self) -> &dyn Landing {
+        &*self.landing
+    }
+
+    /// Asks to write these slices, whose checksums are to be `sums`; `None` = they are not to be written.
+    pub(crate) fn claim(&self, run: SliceRun, sums: &[u32]) -> Option<Claimed<'_>> {
+        match self.landing.claim(run, sums) {
+            Claim::Write => Some(Claimed { live: self, run, open: true }),
+            Claim::Skip | Claim::Refused => None, // nothing to report
+        }
+    }
+}
 
 /// An open claim. Reported exactly once: dropping it counts as interrupted.
 pub(crate) struct Claimed<'a> {
-    landing: &'a dyn Landing,
+    live: &'a Live,
     run: SliceRun,
     open: bool,
 }
 
 impl<'a> Claimed<'a> {
-    /// After `Claim::Write`.
-    pub(crate) fn new(landing: &'a dyn Landing, run: SliceRun) -> Self {
-        Self { landing, run, open: true }
-    }
-
     pub(crate) fn landing(&self) -> &'a dyn Landing {
-        self.landing
+        self.live.landing()
     }
 
     /// All of it is in place and matches its sums.
     pub(crate) fn landed(mut self) {
         self.open = false;
-        self.landing.landed(self.run);
+        self.live.counts.iter().for_each(|counts| counts.received(self.run, self.landing().slice_bytes()));
+        self.landing().landed(self.run);
     }
 
     /// A slice does not match its sum.
     pub(crate) fn damaged(&mut self, block: u32) {
         self.open = false;
-        self.landing.damaged(self.run, block);
+        self.live.counts.iter().for_each(|counts| counts.damaged());
+        self.landing().damaged(self.run, block);
     }
 
     /// It will not be written further.
     pub(crate) fn interrupted(&mut self, why: &str) {
         if std::mem::take(&mut self.open) {
-            self.landing.interrupted(self.run, why);
+            self.live.counts.iter().for_each(|counts| counts.interrupted());
+            self.landing().interrupted(self.run, why);
         }
     }
 }

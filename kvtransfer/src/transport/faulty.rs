@@ -11,7 +11,8 @@ use baton_proto::TransferId;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
-    Admission, DataKey, Destination, Found, Inbox, Landing, LinkId, Opening, Outbox, Transport, TransportKind,
+    Admission, DataKey, Destination, Found, Inbox, Landing, LinkId, Opening, Outbox, Transport,
+    TransportKind, splitmix,
 };
 use crate::{
     TransferError,
@@ -46,12 +47,8 @@ struct Chance {
 
 impl Chance {
     fn strikes(&self, odds: f64) -> bool {
-        // SplitMix64 of (seed, how many were drawn before).
         let drawn = self.drawn.fetch_add(1, Relaxed).wrapping_add(1);
-        let mut word = self.faults.seed.wrapping_add(drawn.wrapping_mul(0x9E37_79B9_7F4A_7C15));
-        word = (word ^ word >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        word = (word ^ word >> 27).wrapping_mul(0x94D0_49BB_1331_11EB);
-        ((word ^ word >> 31) as f64) < odds * u64::MAX as f64
+        (splitmix::output(self.faults.seed, drawn) as f64) < odds * u64::MAX as f64
     }
 }
 
@@ -100,11 +97,11 @@ impl Inbox for FaultyInbox {
 
     fn find(&self, id: &TransferId) -> Found {
         match self.inbox.find(id) {
-            Found::Live(landing) => Found::Live(Arc::new(FaultyLanding {
-                landing,
-                broken: self.chance.strikes(self.chance.faults.broken),
-                chance: self.chance.clone(),
-            })),
+            Found::Live(live) => {
+                let broken = self.chance.strikes(self.chance.faults.broken);
+                let chance = self.chance.clone();
+                Found::Live(live.behind(|landing| Arc::new(FaultyLanding { landing, broken, chance })))
+            }
             Found::Over => Found::Over,
         }
     }

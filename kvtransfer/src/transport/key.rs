@@ -2,8 +2,10 @@
 
 use std::fmt;
 
-use hmac::{Hmac, KeyInit, Mac};
+use hmac::{Hmac, Mac};
 use sha2::Sha256;
+
+use crate::mac;
 
 /// Bytes of a proof: HMAC-SHA256, cut.
 pub(crate) const PROOF_BYTES: usize = 16;
@@ -42,10 +44,7 @@ impl DataKey {
     }
 
     fn over(&self, parts: &[&[u8]]) -> Hmac<Sha256> {
-        // HMAC's key block: the key, then zeros (RFC 2104), which spares the fallible constructor for other lengths.
-        let mut block = [0; 64];
-        block[..16].copy_from_slice(&self.0);
-        let mut mac = <Hmac<Sha256> as KeyInit>::new(&block.into());
+        let mut mac = mac::keyed(&self.0);
         parts.iter().for_each(|part| mac.update(part));
         mac
     }

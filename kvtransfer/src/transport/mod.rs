@@ -7,8 +7,10 @@
 //! `Limits::fence_grace`, or, where a card or an NPU reads, when that read has ended or failed, within
 //! `Limits::data_stall`. The session is over when all have been reported.
 
+mod accept;
 mod ascend;
 mod claimed;
+mod counts;
 mod faulty;
 pub(crate) mod fetch;
 pub(crate) mod frame;
@@ -22,6 +24,7 @@ mod probe;
 #[cfg(all(feature = "rdma", target_os = "linux", target_pointer_width = "64"))]
 mod rdma;
 mod shm;
+mod splitmix;
 mod tcp;
 
 use std::{
@@ -39,14 +42,14 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 pub use ascend::AscendConfig;
 #[cfg(any(test, feature = "fuzz"))]
 pub(crate) use ascend::fuzz as fuzz_ascend;
-pub(crate) use claimed::Claimed;
+pub(crate) use claimed::{Claimed, Live};
+pub use counts::TransportStats;
 pub use faulty::Faults;
 pub(crate) use faulty::Faulty;
 pub(crate) use fetch::{Fetched, Medium};
 pub(crate) use hello::{LinkId, LinkPass};
 pub(crate) use key::DataKey;
 pub(crate) use observed::Observed;
-pub use observed::TransportStats;
 pub(crate) use outbox::{Outbox, Ticket};
 pub(crate) use path::{Path, PathEnd};
 pub(crate) use port::DataPort;
@@ -104,9 +107,10 @@ impl TransportKind {
         Self::ALL.into_iter().find(|kind| kind.name() == name)
     }
 
-    /// Whether slices can be brought into any memory, not only into the region.
-    pub(crate) fn lands_in_plain_memory(self) -> bool {
-        matches!(self, Self::Tcp | Self::Shm)
+    /// Whether it brings slices to a receiver that maps them to its own when they have come: it must be able to bring them
+    /// into any memory, not only into the region.
+    pub(crate) fn brings(self, mapped: bool) -> bool {
+        !mapped || matches!(self, Self::Tcp | Self::Shm)
     }
 
     fn wire(self) -> u8 {
@@ -193,7 +197,7 @@ pub(crate) struct Admission {
     pub(crate) key: DataKey,
     /// Of the sender's slices.
     pub(crate) slice_bytes: u32,
-    /// Its slices are mapped to this side's when they have come, which [`TransportKind::lands_in_plain_memory`] takes.
+    /// Its slices are mapped to this side's when they have come: see [`TransportKind::brings`].
     pub(crate) mapped: bool,
     /// Cancelled when it ends, and its data connections with it.
     pub(crate) ended: CancellationToken,
@@ -201,7 +205,7 @@ pub(crate) struct Admission {
 
 /// What a transfer id in a frame stands for.
 pub(crate) enum Found {
-    Live(Arc<dyn Landing>),
+    Live(Live),
     /// It is over, or was never known: late frames are passed over.
     Over,
 }
@@ -213,7 +217,7 @@ pub(crate) trait Landing: Send + Sync {
     fn slice_bytes(&self) -> u64;
 
     /// Asks to write these slices, whose checksums are to be `sums`. After `Claim::Write` the run is reported with one
-    /// of the next three.
+    /// of `landed`, `damaged` and `interrupted`: [`Live::claim`] sees to that.
     fn claim(&self, run: SliceRun, sums: &[u32]) -> Claim;
     /// A slice of a claimed run has come whole and matches its sum; called once for each, before `landed`. After an
     /// error the run is to be reported as interrupted.

@@ -16,7 +16,7 @@ use std::{
 
 use tokio::sync::Notify;
 
-use super::{Departure, observed::Counts};
+use super::{Departure, counts::Counts};
 use crate::{
     session::SliceRun,
     sync::{Mutex, step},
@@ -168,7 +168,7 @@ impl Ticket {
     /// It is not, or not wholly; its blocks are no longer read.
     pub(crate) fn failed(&mut self, why: &str) {
         if let Some(run) = self.run.take() {
-            self.counts.iter().for_each(|counts| counts.not_sent());
+            self.counts.iter().for_each(|counts| counts.interrupted());
             self.departure.failed(run, why);
         }
     }

@@ -1,27 +1,24 @@
 //! The data port: where peers' connections arrive over TCP, whatever they are for. A connection begins with a hello that
 //! shows which control stream it belongs to, and ends with that.
 
-use std::{collections::HashMap, io, net::TcpListener, pin::Pin, sync::Arc, time::Duration};
+use std::{collections::HashMap, io, net::TcpListener, pin::Pin, sync::Arc};
 
 use parking_lot::Mutex;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
-    sync::Semaphore,
-    time::{sleep, timeout},
+    time::timeout,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     Admission, Destination, Inbox, Terms, TransportKind,
+    accept::{Bound, accept},
     hello::{HELLO_BYTES, Hello, HelloError},
     key::DataKey,
 };
 use crate::TransferError;
-
-/// Pause after `accept` itself failed, e.g. for want of file descriptors.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// Where a node's peers bring data connections.
 #[derive(Debug)]
@@ -116,30 +113,13 @@ impl DataPort {
     ) {
         let Some(listener) = self.listener.lock().take() else { return };
         let _handlers = Handlers(&self.handlers);
-        let permits = Arc::new(Semaphore::new(self.connections));
-        while let Some(accepted) = stop.run_until_cancelled(listener.accept()).await {
-            let (stream, peer) = match accepted {
-                Ok(accepted) => accepted,
-                Err(error) => {
-                    tracing::warn!(%error, "cannot accept data connections for the moment");
-                    sleep(ACCEPT_PAUSE).await;
-                    continue;
-                }
-            };
-            let Ok(permit) = permits.clone().try_acquire_owned() else {
-                tracing::warn!(%peer, limit = self.connections, "data connection refused: too many are open");
-                continue;
-            };
-            let (port, inbox, stop) = (self.clone(), inbox.clone(), stop.clone());
-            tasks.spawn(async move {
-                let _permit = permit;
-                match stop.run_until_cancelled(port.converse(stream, inbox)).await {
-                    Some(Err(Closed::Io(error))) => tracing::debug!(%peer, %error, "data connection ended"),
-                    Some(Err(reason)) => tracing::warn!(%peer, %reason, "data connection closed"),
-                    Some(Ok(())) | None => {}
-                }
-            });
-        }
+        let bound = Bound { what: "data", connections: self.connections };
+        let ends = stop.clone();
+        let converse = |stream| {
+            let (port, inbox, stop) = (self.clone(), inbox.clone(), ends.clone());
+            async move { stop.run_until_cancelled(port.converse(stream, inbox)).await.unwrap_or(Ok(())) }
+        };
+        accept(listener, bound, tasks, stop, converse, |reason| matches!(reason, Closed::Io(_))).await;
     }
 
     /// One connection, until the peer closes it or its control stream ends.
@@ -151,8 +131,8 @@ impl DataPort {
         if !hello.proven(&admission.key, &[]) {
             return Err(HelloError::Unproven.into());
         }
-        let fits = |kind: &TransportKind| !admission.mapped || kind.lands_in_plain_memory();
-        let handler = hello.kind().filter(fits).and_then(|kind| self.handlers.lock().get(&kind).cloned());
+        let kind = hello.kind().filter(|kind| kind.brings(admission.mapped));
+        let handler = kind.and_then(|kind| self.handlers.lock().get(&kind).cloned());
         let Admission { key, slice_bytes, ended, .. } = admission;
         let handling = handler.ok_or(HelloError::Kind)?(Greeted { stream, hello, key, slice_bytes });
         ended.run_until_cancelled(handling).await.unwrap_or(Ok(()))

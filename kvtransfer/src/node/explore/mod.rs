@@ -14,10 +14,11 @@ use std::sync::{
     atomic::{AtomicU32, Ordering::SeqCst},
 };
 
+use baton_proto::{Incarnation, InstanceId};
 use shuttle::rand::{RngCore, thread_rng};
 use tokio::runtime::Runtime;
 
-use super::*;
+use super::{peer_link::PeerLink, *};
 use crate::session::{SliceRun, Tally};
 
 const LAYERS: u32 = 2;
@@ -116,32 +117,24 @@ impl Stage {
         });
         let seen = watch.clone();
         let limits = Limits { held_offers: 1, ..Limits::default() };
+        let identity = Identity { instance_id: name("here"), incarnation: Incarnation(1), secret: None };
+        let slices = region.slices(&layout, BLOCKS).expect("fits");
+        let reclaim = Arc::new(move |back: Reclaimed| seen.returned(back.id, &back.blocks));
+        let runtime = RUNTIME.get_or_init(build).handle().clone();
         let node = Arc::new(Node {
-            instance_id: name("here"),
-            incarnation: Incarnation(1),
-            slices: region.slices(&layout, BLOCKS).expect("fits"),
+            identity,
             layout,
             lease: Duration::from_secs(60),
-            reclaim: Arc::new(move |back: Reclaimed| seen.returned(back.id, &back.blocks)),
-            secret: None,
-            convert: false,
-            translations: Translations::default(),
-            staging: Staging::new(limits.staging_bytes),
+            pool: Pool::new(slices, claims, reclaim),
             transports: Vec::new(),
-            claims,
-            incoming: Table::new(8),
-            outgoing: Table::new(8),
-            held_offers: AtomicUsize::new(0),
-            links: Mutex::default(),
-            peers: Mutex::default(),
-            unproven: Arc::new(Semaphore::new(limits.unproven_streams)),
-            numbers: AtomicU64::new(0),
+            translator: Translator::new(false, limits.staging_bytes),
+            peers: Peers::new(&limits),
+            incoming: Table::new(Bounds { remember: 8, hold: limits.held_offers }),
+            links: Links::new(limits.peers),
+            outgoing: Table::new(Bounds { remember: 8, hold: 0 }),
             counters: Counters::default(),
             activity: Notify::new(),
-            tasks: TaskTracker::new(),
-            runtime: RUNTIME.get_or_init(build).handle().clone(),
-            shutdown: CancellationToken::new(),
-            stop: CancellationToken::new(),
+            lifetime: Lifetime::new(runtime, CancellationToken::new()),
             limits,
         });
         Self { node, watch }

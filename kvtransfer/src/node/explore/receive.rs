@@ -7,7 +7,6 @@ use tonic::Status;
 use v1::{receiver_message::Body, sender_message};
 
 use super::*;
-use crate::{session::Claim, transport::Claimed};
 
 const ID: u8 = 1;
 const BLOCKS_OF_IT: [u32; 2] = [3, 1];
@@ -48,7 +47,7 @@ impl Mishap {
 fn link(node: &Node) -> (Arc<PeerLink>, mpsc::Receiver<Result<v1::ReceiverMessage, Status>>) {
     let (messages, answers) = mpsc::channel(64);
     let broken = CancellationToken::new();
-    let link = PeerLink::new(node.next_number(), name("prefill-0"), Incarnation(9), messages, broken);
+    let link = PeerLink::new(node.peers.next_number(), name("prefill-0"), Incarnation(9), messages, broken);
     (Arc::new(link), answers)
 }
 
@@ -60,13 +59,10 @@ fn say(node: &Arc<Node>, link: &Arc<PeerLink>, body: sender_message::Body) {
 /// A data connection that brings some of the slices.
 fn lane(node: &Node, watch: &Watch, runs: Vec<SliceRun>, mishap: Mishap) {
     for run in runs {
-        let Found::Live(landing) = node.find(&id(ID)) else { return };
-        if landing.claim(run, &[sum(run.layer, run.first)]) != Claim::Write {
-            continue;
-        }
-        let mut claimed = Claimed::new(&*landing, run);
+        let Found::Live(live) = node.find(&id(ID)) else { return };
+        let Some(mut claimed) = live.claim(run, &[sum(run.layer, run.first)]) else { continue };
         watch.touch(BLOCKS_OF_IT[run.first as usize], || {
-            let mut target = landing.target(run.layer, run.first, 0).expect("claimed");
+            let mut target = claimed.landing().target(run.layer, run.first, 0).expect("claimed");
             target.copy_from_slice(&sum(run.layer, run.first).to_le_bytes());
         });
         match mishap {
@@ -201,7 +197,7 @@ fn receive() {
             assert!(sealed.is_ok() || mishap != Mishap::Nothing, "{sealed:?}");
             if sealed.is_ok() {
                 for run in slices() {
-                    let content = node.slices.source(run.layer, BLOCKS_OF_IT[run.first as usize]);
+                    let content = node.pool.slices.source(run.layer, BLOCKS_OF_IT[run.first as usize]);
                     assert_eq!(content.expect("ours"), sum(run.layer, run.first).to_le_bytes());
                 }
             }
@@ -241,9 +237,8 @@ fn end(
         Some(Err(_)) => assert_eq!(failed, 1),
         None => {}
     }
-    assert_eq!(stage.node.incoming.len(), 0, "a transfer is left");
-    assert_eq!(stage.node.held_offers.load(Ordering::SeqCst), 0, "a held offer is still counted");
-    drop(stage.node.claims.claim(&[0, 1, 2, 3], &[]).expect("no claim is left"));
+    assert_eq!(stage.node.incoming.counts(), (0, 0), "a transfer or a held offer is left");
+    drop(stage.node.pool.claims.claim(&[0, 1, 2, 3], &[]).expect("no claim is left"));
 }
 
 #[test]

@@ -130,7 +130,7 @@ fn send() {
     let mishap = Mishap::pick();
     let (over, sent) = (CancellationToken::new(), Sent::default());
     let link = Link::new(PEER.into());
-    node.links.lock().insert(PEER.into(), link.clone());
+    node.links.put(PEER, link.clone());
     let peer = {
         let (stage, link, over, sent) = (stage.clone(), link.clone(), over.clone(), sent.clone());
         thread::spawn(move || {
@@ -153,7 +153,7 @@ fn send() {
     assert_eq!(completed + failed, 2, "each owner is told once: {completed} {failed}");
     assert!((0..2).all(|of| stage.watch.has_returned(id(of))), "blocks came back");
     assert!(link.is_empty() && node.outgoing.len() == 0, "a transfer is left");
-    drop(node.claims.claim(&[0, 1, 2, 3], &[]).expect("no claim is left"));
+    drop(node.pool.claims.claim(&[0, 1, 2, 3], &[]).expect("no claim is left"));
 }
 
 /// The owner of one transfer. The first may meet the mishap, the second may be given up.

@@ -19,11 +19,11 @@ fn wait(table: &Table<u32>, patient: bool) {
 }
 
 fn one_id() {
-    let table = Arc::new(Table::<u32>::new(4));
+    let table = Arc::new(Table::<u32>::new(Bounds { remember: 4, hold: 8 }));
     let refusal = || Ended { peer: None, reason: Some(TransferError::ShuttingDown) };
     let adding = [1, 2].map(|value| {
         let table = table.clone();
-        thread::spawn(move || matches!(table.get_or_add(id(1), |_| Ok(Arc::new(value))), Ok(Lookup::Unknown)))
+        thread::spawn(move || table.add(id(1), |_| Ok(Arc::new(value))).is_ok())
     });
     let refusing = {
         let table = table.clone();

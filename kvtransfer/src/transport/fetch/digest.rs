@@ -3,7 +3,10 @@
 //! Memory and fabrics that carry announced slices check every bit themselves, as a network does not. What is left to be
 //! seen is a copy of the wrong place or of another time; a sample of any part of it shows that.
 
-use crate::{session::crc32c, transport::DataKey};
+use crate::{
+    session::crc32c,
+    transport::{DataKey, splitmix},
+};
 
 /// Slices up to this size are looked at whole.
 const WHOLE: usize = 4 << 10;
@@ -28,8 +31,8 @@ pub(crate) fn digest<E>(
         return Ok(crc32c(whole));
     }
     let (_, seed) = key.as_bytes().split_at(8);
-    let mut state = seed.iter().fold(0, |word, &byte| word << 8 | u64::from(byte));
-    state ^= u64::from(layer) << 32 | u64::from(block);
+    let mut seed = seed.iter().fold(0, |word, &byte| word << 8 | u64::from(byte));
+    seed ^= u64::from(layer) << 32 | u64::from(block);
     let last = slice_bytes - SAMPLE_BYTES;
     let count = (slice_bytes / SAMPLE_EVERY).clamp(*SAMPLES.start(), *SAMPLES.end());
     let mut samples = [0; *SAMPLES.end() * SAMPLE_BYTES];
@@ -38,20 +41,11 @@ pub(crate) fn digest<E>(
         let from = match at {
             0 => 0,
             1 => last,
-            _ => next(&mut state) as usize % last,
+            _ => splitmix::output(seed, at as u64 - 1) as usize % last,
         };
         copy_out(from, sample)?;
     }
     Ok(crc32c(samples))
-}
-
-/// SplitMix64.
-fn next(state: &mut u64) -> u64 {
-    *state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
-    let mut word = *state;
-    word = (word ^ word >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    word = (word ^ word >> 27).wrapping_mul(0x94D0_49BB_1331_11EB);
-    word ^ word >> 31
 }
 
 #[cfg(test)]

@@ -9,12 +9,9 @@ use std::{
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::{DONE, Piece, RemoteRegion, WANTED, digest::digest};
-use crate::{
-    session::Claim,
-    transport::{
-        Claimed, Found, Inbox, Landing, Terms,
-        frame::{Form, FrameError, HEADER_BYTES, Header},
-    },
+use crate::transport::{
+    Found, Inbox, Live, Terms,
+    frame::{Form, FrameError, HEADER_BYTES, Header},
 };
 
 /// A blocking connection whose writes do not wait for ever.
@@ -58,12 +55,12 @@ pub(crate) fn serve(
         let header = Header::decode(&head, Form::Announced, terms.slice_bytes)?;
         table.resize(header.table_bytes(), 0);
         wire.read_exact(&mut table)?;
-        if let Found::Live(landing) = inbox.find(&header.transfer) {
-            if !Header::proven(landing.data_key(), &head, &table) {
+        if let Found::Live(live) = inbox.find(&header.transfer) {
+            if !Header::proven(live.landing().data_key(), &head, &table) {
                 return Err(Closed::Unproven);
             }
-            header.check_slices(landing.slice_bytes())?;
-            fetch(&header, &table, &*landing, wire, region, terms)?;
+            header.check_slices(live.landing().slice_bytes())?;
+            fetch(&header, &table, &live, wire, region, terms)?;
         }
         wire.write_all(&[DONE])?;
     }
@@ -90,17 +87,15 @@ fn read_head(wire: &mut impl Wire, head: &mut [u8; HEADER_BYTES], stall: Duratio
 fn fetch(
     header: &Header,
     table: &[u8],
-    landing: &dyn Landing,
+    live: &Live,
     wire: &mut impl Wire,
     region: &mut dyn RemoteRegion,
     terms: Terms,
 ) -> Result<(), Closed> {
     let run = header.run;
     let sums: Vec<u32> = header.entries(table).map(|entry| entry.sum).collect();
-    if landing.claim(run, &sums) != Claim::Write {
-        return Ok(());
-    }
-    let mut claimed = Claimed::new(landing, run);
+    let Some(mut claimed) = live.claim(run, &sums) else { return Ok(()) };
+    let landing = claimed.landing();
     let len = header.slice_bytes as usize;
     let mut pieces = Vec::with_capacity(sums.len());
     for (block, entry) in run.blocks().zip(header.entries(table)) {

@@ -18,14 +18,12 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use tokio::{
-    sync::{Semaphore, oneshot},
-    time::{sleep, timeout},
-};
+use tokio::{sync::oneshot, time::timeout};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     Admission, Destination, Inbox, Opening, Outbox, Path, Terms, Transport, TransportKind,
+    accept::{Bound, accept},
     fetch::{self, Lane, on_thread},
     hello::{Hello, HelloError},
 };
@@ -36,8 +34,6 @@ use mapping::Mapping;
 const CONNECTIONS: usize = 256;
 /// Opened to one peer. One thread alone does not fill a memory channel while it claims, looks and reports.
 const CONNECTIONS_PER_PEER: usize = 2;
-/// Pause after `accept` itself failed.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// The transport of kind `shm`.
 pub(crate) struct Shm {
@@ -79,9 +75,11 @@ impl Transport for Shm {
     }
 
     fn receive(&self, inbox: Arc<dyn Inbox>, tasks: &TaskTracker, stop: CancellationToken) {
-        if let Some(listener) = self.listener.lock().take() {
-            tasks.spawn(accept(listener, self.terms, inbox, tasks.clone(), stop));
-        }
+        let Some(listener) = self.listener.lock().take() else { return };
+        let bound = Bound { what: "shared memory", connections: CONNECTIONS };
+        let (terms, ends) = (self.terms, stop.clone());
+        let converse = move |stream| serve(stream, terms, inbox.clone(), ends.clone());
+        tasks.spawn(accept(listener, bound, tasks.clone(), stop, converse, |_| false));
     }
 
     fn open(
@@ -124,39 +122,6 @@ async fn connect(
     Ok(stream)
 }
 
-/// Accepts connections until `stop`; over the limit, one is closed at once.
-async fn accept(
-    listener: tokio::net::UnixListener,
-    terms: Terms,
-    inbox: Arc<dyn Inbox>,
-    tasks: TaskTracker,
-    stop: CancellationToken,
-) {
-    let permits = Arc::new(Semaphore::new(CONNECTIONS));
-    while let Some(accepted) = stop.run_until_cancelled(listener.accept()).await {
-        let stream = match accepted.and_then(|(stream, _)| stream.into_std()) {
-            Ok(stream) => stream,
-            Err(error) => {
-                tracing::warn!(%error, "cannot accept connections for shared memory for the moment");
-                sleep(ACCEPT_PAUSE).await;
-                continue;
-            }
-        };
-        let Ok(permit) = permits.clone().try_acquire_owned() else {
-            tracing::warn!(limit = CONNECTIONS, "connection for shared memory refused: too many are open");
-            continue;
-        };
-        let (inbox, stop) = (inbox.clone(), stop.clone());
-        tasks.spawn(async move {
-            let _permit = permit;
-            match serve(stream, terms, inbox, stop).await {
-                Ok(()) => {}
-                Err(reason) => tracing::warn!(%reason, "connection for shared memory closed"),
-            }
-        });
-    }
-}
-
 /// Why a connection is closed from this side.
 #[derive(Debug, thiserror::Error)]
 enum Closed {
@@ -173,11 +138,12 @@ enum Closed {
 /// One connection: its hello and what it announces, on a thread of its own, until the peer closes it, its control stream
 /// ends, or `stop`.
 async fn serve(
-    stream: UnixStream,
+    stream: tokio::net::UnixStream,
     terms: Terms,
     inbox: Arc<dyn Inbox>,
     stop: CancellationToken,
 ) -> Result<(), Closed> {
+    let stream = stream.into_std()?;
     stream.set_nonblocking(false)?;
     let handle = stream.try_clone()?;
     let over = stop.child_token(); // or sooner: with its control stream

@@ -14,9 +14,9 @@ use tokio::{net::TcpStream, task::coop::consume_budget, time::timeout};
 
 use crate::{
     TransferError,
-    session::{Claim, Crc32c},
+    session::Crc32c,
     transport::{
-        Claimed, Found, Inbox, Landing, Terms,
+        Claimed, Found, Inbox, Landing, Live, Terms,
         frame::{END_BYTES, End, Form, FrameError, HEADER_BYTES, Header},
         port,
     },
@@ -85,7 +85,7 @@ impl Reader {
             self.have = 0;
             self.read_table(&header).await?;
             match self.inbox.find(&header.transfer) {
-                Found::Live(landing) => self.deliver(&header, &*landing).await?,
+                Found::Live(live) => self.deliver(&header, &live).await?,
                 Found::Over => self.pass_over(&mut header.payload_bytes()).await?,
             }
         }
@@ -154,17 +154,17 @@ impl Reader {
     }
 
     /// Handles a frame of a live transfer.
-    async fn deliver(&mut self, header: &Header, landing: &dyn Landing) -> Result<(), Closed> {
-        if !Header::proven(landing.data_key(), &self.head, &self.table) {
+    async fn deliver(&mut self, header: &Header, live: &Live) -> Result<(), Closed> {
+        if !Header::proven(live.landing().data_key(), &self.head, &self.table) {
             return Err(Closed::Unproven);
         }
-        header.check_slices(landing.slice_bytes())?;
-        match landing.claim(header.run, &self.crcs) {
-            Claim::Write => match self.fill(header, Claimed::new(landing, header.run)).await? {
-                Filled::Settled { mut left } => self.pass_over(&mut left).await,
-                Filled::Differs { claimed, block, left } => self.judge(claimed, block, left).await,
-            },
-            Claim::Skip | Claim::Refused => self.pass_over(&mut header.payload_bytes()).await,
+        header.check_slices(live.landing().slice_bytes())?;
+        let Some(claimed) = live.claim(header.run, &self.crcs) else {
+            return self.pass_over(&mut header.payload_bytes()).await;
+        };
+        match self.fill(header, claimed).await? {
+            Filled::Settled { mut left } => self.pass_over(&mut left).await,
+            Filled::Differs { claimed, block, left } => self.judge(claimed, block, left).await,
         }
     }
 

@@ -1,0 +1,99 @@
+//! How many slices went over one kind of transport each way, how often it failed. Counted where runs are reported, each
+//! once ([`super::Ticket`], [`super::Claimed`]), and by [`super::Observed`].
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use super::TransportKind;
+use crate::session::SliceRun;
+
+/// What went over one kind of transport since the node started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TransportStats {
+    pub kind: TransportKind,
+    pub slices_received: u64,
+    pub bytes_received: u64,
+    pub slices_sent: u64,
+    pub bytes_sent: u64,
+    /// Slices that arrived other than they were sent; each ended its transfer.
+    pub damaged: u64,
+    /// Runs of slices that were not sent, or did not arrive wholly.
+    pub interrupted: u64,
+    /// Data paths opened to peers.
+    pub opened: u64,
+    /// Attempts to open one that failed.
+    pub failed: u64,
+}
+
+/// Where the counts are kept.
+#[derive(Debug)]
+pub(super) struct Counts {
+    kind: TransportKind,
+    /// Of this node's slices.
+    slice_bytes: u64,
+    received: AtomicU64,
+    bytes_received: AtomicU64,
+    sent: AtomicU64,
+    damaged: AtomicU64,
+    interrupted: AtomicU64,
+    opened: AtomicU64,
+    failed: AtomicU64,
+}
+
+impl Counts {
+    pub(super) fn new(kind: TransportKind, slice_bytes: u64) -> Self {
+        let zero = || AtomicU64::new(0);
+        Self {
+            kind,
+            slice_bytes,
+            received: zero(),
+            bytes_received: zero(),
+            sent: zero(),
+            damaged: zero(),
+            interrupted: zero(),
+            opened: zero(),
+            failed: zero(),
+        }
+    }
+
+    /// A run is on its way.
+    pub(super) fn sent(&self, run: SliceRun) {
+        self.sent.fetch_add(run.count.into(), Relaxed);
+    }
+
+    /// A run is in place, in slices of the sender's.
+    pub(super) fn received(&self, run: SliceRun, slice_bytes: u64) {
+        self.received.fetch_add(run.count.into(), Relaxed);
+        self.bytes_received.fetch_add(u64::from(run.count) * slice_bytes, Relaxed);
+    }
+
+    /// A slice of a run arrived other than it was sent.
+    pub(super) fn damaged(&self) {
+        self.damaged.fetch_add(1, Relaxed);
+    }
+
+    /// A run was not sent, or did not arrive wholly.
+    pub(super) fn interrupted(&self) {
+        self.interrupted.fetch_add(1, Relaxed);
+    }
+
+    /// An attempt to open a data path, and whether it succeeded.
+    pub(super) fn tried(&self, opened: bool) {
+        let count = if opened { &self.opened } else { &self.failed };
+        count.fetch_add(1, Relaxed);
+    }
+
+    pub(super) fn stats(&self) -> TransportStats {
+        let (received, sent) = (self.received.load(Relaxed), self.sent.load(Relaxed));
+        TransportStats {
+            kind: self.kind,
+            slices_received: received,
+            bytes_received: self.bytes_received.load(Relaxed),
+            slices_sent: sent,
+            bytes_sent: sent * self.slice_bytes,
+            damaged: self.damaged.load(Relaxed),
+            interrupted: self.interrupted.load(Relaxed),
+            opened: self.opened.load(Relaxed),
+            failed: self.failed.load(Relaxed),
+        }
+    }
+}
