@@ -24,6 +24,15 @@ type Called = (Streaming<v1::InstanceReport>, Orders);
 
 #[tonic::async_trait]
 impl v1::control_server::Control for Scripted {
+    type CoordinateStream = ReceiverStream<Result<v1::CoordinatorOrder, Status>>;
+
+    async fn coordinate(
+        &self,
+        _: GrpcRequest<Streaming<v1::CoordinatorReport>>,
+    ) -> Result<Response<Self::CoordinateStream>, Status> {
+        Err(Status::unimplemented("for servers only"))
+    }
+
     type SessionStream = ReceiverStream<Result<v1::ControllerOrder, Status>>;
 
     async fn session(
