@@ -2,27 +2,43 @@
 
 use std::sync::Arc;
 
-use baton_proto::v1::{self, fleet_admin_server};
+use baton_proto::{
+    CoordinatorBeat,
+    v1::{self, fleet_admin_server},
+};
 use baton_registry::{DesiredRole, Store};
 use tokio::{sync::oneshot, time::Instant};
 use tonic::{Request, Response, Status};
 
 use crate::{
+    coordinators::{self, Coordinators, Registered},
     desk::{Desk, Message, Report},
     fleet::Member,
     session::not_leading,
 };
+
+/// Links in one answer: as many as fit a message of gRPC's usual limit, 4 MiB, with the longest of names.
+const LINKS_LISTED: usize = 16_384;
 
 /// Answers operators, while this controller leads.
 #[derive(Debug)]
 pub struct AdminService {
     store: Arc<dyn Store>,
     desk: Desk,
+    coordinators: Coordinators,
 }
 
 impl AdminService {
-    pub fn new(store: Arc<dyn Store>, desk: Desk) -> Self {
-        Self { store, desk }
+    pub fn new(store: Arc<dyn Store>, desk: Desk, coordinators: Coordinators) -> Self {
+        Self { store, desk, coordinators }
+    }
+
+    /// Those that report to this controller, if it leads.
+    async fn coordinators(&self, now: Instant) -> Result<Vec<Registered>, Status> {
+        match self.desk.inbox().filter(|inbox| !inbox.messages.is_closed()) {
+            Some(inbox) => Ok(self.coordinators.list(inbox.epoch, now)),
+            None => Err(not_leading(&*self.store).await),
+        }
     }
 
     async fn report(&self) -> Result<Report, Status> {
@@ -69,14 +85,21 @@ impl fleet_admin_server::FleetAdmin for AdminService {
         &self,
         _: Request<v1::ListCoordinatorsRequest>,
     ) -> Result<Response<v1::ListCoordinatorsResponse>, Status> {
-        Err(Status::unimplemented("not yet"))
+        let now = Instant::now();
+        let registered = self.coordinators(now).await?;
+        let links = LINKS_LISTED / registered.len().max(1);
+        let coordinators = registered.into_iter().map(|one| coordinator(one, links, now)).collect();
+        Ok(Response::new(v1::ListCoordinatorsResponse { coordinators }))
     }
 
     async fn list_links(
         &self,
         _: Request<v1::ListLinksRequest>,
     ) -> Result<Response<v1::ListLinksResponse>, Status> {
-        Err(Status::unimplemented("not yet"))
+        let registered = self.coordinators(Instant::now()).await?;
+        let (links, left_out) = coordinators::links(&registered, LINKS_LISTED);
+        let links = links.into_iter().map(v1::Link::from).collect();
+        Ok(Response::new(v1::ListLinksResponse { links, left_out: left_out as u64 }))
     }
 
     async fn explain_plan(
@@ -128,6 +151,19 @@ fn instance(member: &Member, now: Instant) -> v1::Instance {
         spec: Some(member.spec.clone().into()),
         beat: Some(member.beat.into()),
         registered_unix_millis: member.registered_unix_millis,
+        last_beat_age_millis: u64::try_from(age.as_millis()).unwrap_or(u64::MAX),
+    }
+}
+
+/// With so many of its links.
+fn coordinator(registered: Registered, links: usize, now: Instant) -> v1::Coordinator {
+    let age = now.saturating_duration_since(registered.last_beat);
+    let links = registered.beat.links.iter().take(links).cloned().collect();
+    let beat = CoordinatorBeat { links, ..*registered.beat };
+    v1::Coordinator {
+        spec: Some(registered.spec.into()),
+        beat: Some(beat.into()),
+        registered_unix_millis: registered.registered_unix_millis,
         last_beat_age_millis: u64::try_from(age.as_millis()).unwrap_or(u64::MAX),
     }
 }

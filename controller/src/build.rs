@@ -15,6 +15,7 @@ use tonic::service::Routes;
 use crate::{
     admin::AdminService,
     config::{ControllerConfig, StoreKind},
+    coordinators::Coordinators,
     desk::Desk,
     error::ControllerError,
     metrics::ControllerMetrics,
@@ -84,9 +85,17 @@ impl Parts {
         let config = Arc::new(config);
         let (open, desk) = Desk::new();
         let (ending, workers) = (shutdown.clone(), tasks.clone());
-        let control = ControlService::new(config.clone(), store.clone(), desk.clone(), ending, workers);
+        let coordinators = Coordinators::default();
+        let control = ControlService::new(
+            config.clone(),
+            store.clone(),
+            desk.clone(),
+            coordinators.clone(),
+            ending,
+            workers,
+        );
         let mut routes = Routes::new(ControlServer::new(control))
-            .add_service(FleetAdminServer::new(AdminService::new(store.clone(), desk)));
+            .add_service(FleetAdminServer::new(AdminService::new(store.clone(), desk, coordinators)));
         let mut services = SERVICES.to_vec();
         if config.store.kind == StoreKind::Embedded {
             routes = routes.add_service(StoreService::new(store.clone(), shutdown.clone()).into_server());
