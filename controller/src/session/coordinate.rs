@@ -47,9 +47,13 @@ pub(super) async fn coordinate(
         lease: service.config.sessions.lease,
     };
     let (session, lease) = (reporter.session, reporter.lease);
-    info!(coordinator = %spec.id, incarnation = %spec.incarnation, %session, http = spec.http_endpoint, "a coordinator calls");
+    let (incarnation, http) = (spec.incarnation, spec.http_endpoint.clone());
     let hello = Hello { session, spec, beat, unix_millis: unix_millis() };
-    service.coordinators.hello(inbox.epoch, hello, lease, Instant::now())?;
+    if let Err(refusal) = service.coordinators.hello(inbox.epoch, hello, lease, Instant::now()) {
+        debug!(coordinator = %reporter.id, %incarnation, %refusal, "a coordinator is refused");
+        return Err(refusal.into());
+    }
+    info!(coordinator = %reporter.id, %incarnation, %session, http, "a coordinator is here");
 
     let (answers, receiver) = mpsc::channel(ANSWERS);
     let order = v1::CoordinatorOrder { beat_millis: millis(service.config.sessions.beat) };
