@@ -11,10 +11,14 @@ use baton_proto::{
 };
 use baton_registry::Store;
 use futures::{StreamExt, stream::BoxStream};
-use tokio::sync::{oneshot, watch};
+use tokio::{
+    sync::{oneshot, watch},
+    time::Instant,
+};
 use tonic::{Request, Response, Status};
 
 use crate::{
+    coordinators::{self, Coordinators, Registered},
     desk::{Desk, Inbox, Message, Plans, Report},
     journal::{Entry, Journal, News},
     reconcile::Change,
@@ -30,6 +34,8 @@ use access::{Access, Right};
 const REASON_MAX: usize = 200;
 /// Longest time that operators can give to running requests.
 const DRAIN_MOST: Duration = Duration::from_secs(24 * 3600);
+/// Links in one answer: as many as fit a message of gRPC's usual limit, 4 MiB, with the longest of names.
+const LINKS_LISTED: usize = 16_384;
 /// Events sent to a reader at a time.
 const EVENTS_AT_A_TIME: usize = 256;
 
@@ -38,13 +44,28 @@ const EVENTS_AT_A_TIME: usize = 256;
 pub struct AdminService {
     store: Arc<dyn Store>,
     desk: Desk,
+    coordinators: Coordinators,
     journal: Journal,
     access: Access,
 }
 
 impl AdminService {
-    pub fn new(store: Arc<dyn Store>, desk: Desk, journal: Journal, access: Access) -> Self {
-        Self { store, desk, journal, access }
+    pub fn new(
+        store: Arc<dyn Store>,
+        desk: Desk,
+        coordinators: Coordinators,
+        journal: Journal,
+        access: Access,
+    ) -> Self {
+        Self { store, desk, coordinators, journal, access }
+    }
+
+    /// Those that report to this controller, if it leads.
+    async fn coordinators(&self, now: Instant) -> Result<Vec<Registered>, Status> {
+        match self.desk.inbox().filter(|inbox| !inbox.messages.is_closed()) {
+            Some(inbox) => Ok(self.coordinators.list(inbox.epoch, now)),
+            None => Err(not_leading(&*self.store).await),
+        }
     }
 
     /// Brings a message to the leading task and waits for its answer.
@@ -162,12 +183,19 @@ impl fleet_admin_server::FleetAdmin for AdminService {
         request: Request<v1::ListCoordinatorsRequest>,
     ) -> Answer<v1::ListCoordinatorsResponse> {
         self.access.check(&request, Right::Viewer)?;
-        Err(Status::unimplemented("not yet"))
+        let now = Instant::now();
+        let registered = self.coordinators(now).await?;
+        let links = LINKS_LISTED / registered.len().max(1);
+        let coordinators = registered.into_iter().map(|one| view::coordinator(one, links, now)).collect();
+        Ok(Response::new(v1::ListCoordinatorsResponse { coordinators }))
     }
 
     async fn list_links(&self, request: Request<v1::ListLinksRequest>) -> Answer<v1::ListLinksResponse> {
         self.access.check(&request, Right::Viewer)?;
-        Err(Status::unimplemented("not yet"))
+        let registered = self.coordinators(Instant::now()).await?;
+        let (links, left_out) = coordinators::links(&registered, LINKS_LISTED);
+        let links = links.into_iter().map(v1::Link::from).collect();
+        Ok(Response::new(v1::ListLinksResponse { links, left_out: left_out as u64 }))
     }
 
     async fn explain_plan(&self, request: Request<v1::ExplainPlanRequest>) -> Answer<v1::PlanResponse> {

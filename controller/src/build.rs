@@ -16,6 +16,7 @@ use tonic::service::Routes;
 use crate::{
     admin::{AdminService, access::Access},
     config::{ControllerConfig, StoreKind},
+    coordinators::Coordinators,
     desk::Desk,
     error::ControllerError,
     journal::Journal,
@@ -86,10 +87,18 @@ impl Parts {
         let config = Arc::new(config);
         let (open, desk) = Desk::new();
         let (ending, workers) = (shutdown.clone(), tasks.clone());
-        let control = ControlService::new(config.clone(), store.clone(), desk.clone(), ending, workers);
+        let coordinators = Coordinators::default();
+        let control = ControlService::new(
+            config.clone(),
+            store.clone(),
+            desk.clone(),
+            coordinators.clone(),
+            ending,
+            workers,
+        );
         let tokens = Some(&config.admin.tokens_file).filter(|path| !path.is_empty()).map(PathBuf::from);
-        let journal = Journal::default();
-        let admin = AdminService::new(store.clone(), desk, journal.clone(), Access::new(tokens)?);
+        let (journal, access) = (Journal::default(), Access::new(tokens)?);
+        let admin = AdminService::new(store.clone(), desk, coordinators, journal.clone(), access);
         let mut routes = Routes::new(ControlServer::new(control)).add_service(FleetAdminServer::new(admin));
         let mut services = SERVICES.to_vec();
         if config.store.kind == StoreKind::Embedded {

@@ -4,7 +4,8 @@
 //! report comes in by [`session`], through the [`desk`] to the task that leads (`reign`), which keeps what is observed
 //! ([`fleet`]), decides what is wanted ([`plan`]), draws the difference ([`reconcile`]) and carries it out: writes to
 //! the store, fenced by its leadership, and orders back to the instances. Operators ask through
-//! [`admin`], and read in the [`journal`] what has happened.
+//! [`admin`], and read in the [`journal`] what has happened. Beside that way, as nothing is decided by them: the
+//! [`coordinators`] that report to the leader.
 //!
 //! `fleet`, `plan` and `reconcile` are pure: no IO, and time is an argument. The state store and the election are
 //! baton-registry's.
@@ -12,6 +13,7 @@
 pub mod admin;
 mod build;
 pub mod config;
+pub mod coordinators;
 pub mod demand;
 pub mod desk;
 mod error;

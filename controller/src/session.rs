@@ -1,4 +1,5 @@
-//! The gRPC adapter of `Control.Session`: reports in, orders out.
+//! The gRPC adapter of `Control`: reports in, orders out. Here are the instances' sessions; the coordinators' are in
+//! [`coordinate`].
 //!
 //! Thin: it checks and converts, and hands everything to the leading task through the [`Desk`]. A session ends when
 //! the instance ends it, when the leading task drops its [`Line`], or when the process stops. A controller that does
@@ -27,10 +28,13 @@ use tracing::debug;
 
 use crate::{
     config::ControllerConfig,
+    coordinators::Coordinators,
     desk::{Desk, Inbox, Line, Message, ORDERS_CAPACITY},
     fleet::{Beat, SessionId},
     reconcile::{Event, Order},
 };
+
+mod coordinate;
 
 /// How long a new session may take to say who it is.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
@@ -38,12 +42,13 @@ const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 /// Largest spec that is taken, as the store keeps it: a batch of them has to fit one request to etcd (1.5 MiB).
 const SPEC_MAX_BYTES: usize = 8 << 10;
 
-/// Takes instances' sessions.
+/// Takes sessions of instances and of coordinators.
 #[derive(Debug)]
 pub struct ControlService {
     config: Arc<ControllerConfig>,
     store: Arc<dyn Store>,
     desk: Desk,
+    coordinators: Coordinators,
     last_session: AtomicU64,
     shutdown: CancellationToken,
     tasks: TaskTracker,
@@ -54,10 +59,15 @@ impl ControlService {
         config: Arc<ControllerConfig>,
         store: Arc<dyn Store>,
         desk: Desk,
+        coordinators: Coordinators,
         shutdown: CancellationToken,
         tasks: TaskTracker,
     ) -> Self {
-        Self { config, store, desk, last_session: AtomicU64::new(0), shutdown, tasks }
+        Self { config, store, desk, coordinators, last_session: AtomicU64::new(0), shutdown, tasks }
+    }
+
+    fn next_session(&self) -> SessionId {
+        SessionId(self.last_session.fetch_add(1, Ordering::Relaxed) + 1)
     }
 }
 
@@ -90,13 +100,13 @@ fn invalid(error: WireError) -> Status {
 
 #[tonic::async_trait]
 impl control_server::Control for ControlService {
-    type CoordinateStream = futures::stream::BoxStream<'static, Result<v1::CoordinatorOrder, Status>>;
+    type CoordinateStream = coordinate::Orders;
 
     async fn coordinate(
         &self,
-        _: Request<Streaming<v1::CoordinatorReport>>,
+        request: Request<Streaming<v1::CoordinatorReport>>,
     ) -> Result<Response<Self::CoordinateStream>, Status> {
-        Err(Status::unimplemented("not yet"))
+        coordinate::coordinate(self, request.into_inner()).await.map(Response::new)
     }
 
     type SessionStream = Pin<Box<dyn Stream<Item = Result<v1::ControllerOrder, Status>> + Send>>;
@@ -111,8 +121,7 @@ impl control_server::Control for ControlService {
             tokio::time::timeout(HELLO_TIMEOUT, hello(&mut reports)).await.map_err(|_| {
                 Status::from(ApiError::new(ErrorCode::DeadlineExceeded, "no hello came in time"))
             })??;
-        let session = SessionId(self.last_session.fetch_add(1, Ordering::Relaxed) + 1);
-        let unix_millis = unix_millis();
+        let (session, unix_millis) = (self.next_session(), unix_millis());
         let (orders, receiver) = mpsc::channel(ORDERS_CAPACITY);
         let end = self.shutdown.child_token();
         let line = Line { orders, end: end.clone().drop_guard() };

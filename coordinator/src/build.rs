@@ -1,10 +1,17 @@
 //! Where all components meet: built from the configuration, run until shutdown, drained.
 
-use std::{num::NonZero, sync::Arc, time::Duration};
+use std::{
+    net::TcpListener,
+    num::NonZero,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use axum::Router;
 use baton_process::{Health, HealthHandle, Process, grpc};
-use baton_proto::{CoordinatorId, FILE_DESCRIPTOR_SET, v1::request_admin_server::RequestAdminServer};
+use baton_proto::{
+    CoordinatorId, CoordinatorSpec, FILE_DESCRIPTOR_SET, v1::request_admin_server::RequestAdminServer,
+};
 use baton_registry::{FleetWatch, FleetWatchConfig, RemoteConfig, RemoteStore, Store};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::service::Routes;
@@ -19,6 +26,7 @@ use crate::{
     metrics::Metrics,
     place::Placer,
     prepare::Served,
+    registration::{Controllers, Registration, incarnation},
     schedule::board::Board,
     serve::Service,
 };
@@ -61,7 +69,7 @@ pub fn assemble(
     let patience = config.limits.placement_timeout;
     let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
     let service = Arc::new(Service {
-        placer: Arc::new(Placer { served: served.clone(), board, links, patience }),
+        placer: Arc::new(Placer { served: served.clone(), board, links, handoffs: Arc::default(), patience }),
         served,
         limits: config.limits.clone(),
         gate: Gate::new(&config.limits, cores, metrics.clone()),
@@ -118,6 +126,10 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
     let store = open_store(&config.store)?;
     let fleet =
         FleetWatch::start(store, FleetWatchConfig::default(), process.shutdown.clone(), &process.tasks);
+    let controllers = match config.store.controller.as_str() {
+        "" => Controllers::Leader(fleet.subscribe()),
+        only => Controllers::One(only.to_owned()),
+    };
     // A little less than the process has: what is cut off then still gets its error.
     let drain = process.drain().mul_f64(0.9);
     let parts = Parts {
@@ -139,20 +151,47 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
         drain,
     };
     let routes = Routes::new(RequestAdminServer::new(admin));
-    let address = |listener: &std::net::TcpListener| listener.local_addr().map(|address| address.to_string());
-    let (http, grpc) = (address(&listener).unwrap_or_default(), address(&admin_listener).unwrap_or_default());
+    let endpoint = |listener: &TcpListener| advertised(listener, &config.advertise_host);
+    let (http, grpc) = (endpoint(&listener), endpoint(&admin_listener));
+    let drained = CancellationToken::new();
+    let registration = Registration {
+        spec: CoordinatorSpec {
+            id: CoordinatorId::new(config.id.as_str())?,
+            incarnation: incarnation(SystemTime::now()),
+            http_endpoint: http.clone(),
+            admin_endpoint: grpc.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+        },
+        controllers,
+        metrics: service.metrics.clone(),
+        handoffs: service.placer.handoffs.clone(),
+        shutdown: process.shutdown.clone(),
+        stop: drained.clone(),
+    };
+    process.tasks.spawn(registration.run());
     process.spawn_essential("admin", grpc::serve(admin_listener, routes, options));
     tracing::info!(%http, %grpc, "serving");
     let (most, shutdown) = (config.limits.max_connections, process.shutdown.clone());
     let served = baton_process::http::serve_many(listener, router, most, shutdown, drain).await;
     // Requests have drained: the streams to instances may end.
     service.placer.links.stop_all();
+    drained.cancel();
     Ok(served?)
+}
+
+/// host:port of a listener as others reach it.
+fn advertised(listener: &TcpListener, host: &str) -> String {
+    match (listener.local_addr(), host) {
+        (Err(_), _) => host.to_owned(),
+        (Ok(local), "") => local.to_string(),
+        (Ok(local), host) if host.contains(':') => format!("[{host}]:{}", local.port()),
+        (Ok(local), host) => format!("{host}:{}", local.port()),
+    }
 }
 
 /// A client that vanished, or that holds its stream open and reads nothing, is cut off by the kernel: accepted sockets
 /// inherit this from the listener. Everything its request holds is then given back.
-fn watch_clients(listener: &std::net::TcpListener) {
+fn watch_clients(listener: &TcpListener) {
     let socket = socket2::SockRef::from(listener);
     let keep_alive = socket2::TcpKeepalive::new().with_time(CLIENT_SILENCE).with_interval(CLIENT_SILENCE / 4);
     let set =

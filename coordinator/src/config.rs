@@ -14,12 +14,16 @@ pub const CHOICES_MOST: u32 = 128;
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct CoordinatorConfig {
-    /// Name of this coordinator among others, as in `coordinator-0`.
+    /// Name of this coordinator among others, as in `coordinator-0`. Of several of one name operators see the one that was
+    /// started last.
     pub id: String,
     /// Where clients are served (HTTP).
     pub listen: Listen,
     /// Where operators are served (gRPC: RequestAdmin, health, reflection).
     pub admin_listen: Listen,
+    /// Host that clients and operators reach this coordinator at, for the controller to show; empty = the address that is
+    /// listened on.
+    pub advertise_host: String,
     pub store: StoreConfig,
     pub model: ModelConfig,
     pub limits: LimitsConfig,
@@ -33,6 +37,7 @@ impl Default for CoordinatorConfig {
             id: "coordinator-0".into(),
             listen: Listen::address("127.0.0.1", 8000),
             admin_listen: Listen::address("127.0.0.1", 8001),
+            advertise_host: String::new(),
             store: StoreConfig::default(),
             model: ModelConfig::default(),
             limits: LimitsConfig::default(),

@@ -4,7 +4,7 @@
 //! (validate, template, tokenise; [`text`]) -> [`admit`] -> [`place`] (waits for one; [`schedule`] chooses, pure) ->
 //! [`dispatch`] (protocol machine, pure, and what drives it) -> [`stream`] (detokenise, stop, count) -> [`http`]. Beside
 //! that path: [`fleet`] (which instances there are, and the streams to them), [`requests`] and [`admin`] (what operators
-//! ask), [`report`] and [`metrics`].
+//! ask), [`report`], [`metrics`] and [`handoffs`] (what is counted), [`registration`] (what the controller is told).
 //!
 //! [`run`] wires it all; `main` calls it.
 
@@ -15,10 +15,12 @@ pub mod config;
 pub mod dispatch;
 mod error;
 pub mod fleet;
+pub mod handoffs;
 pub mod http;
 pub mod metrics;
 pub mod place;
 pub mod prepare;
+pub mod registration;
 pub mod report;
 pub mod requests;
 pub mod schedule;

@@ -30,6 +30,10 @@ pub fn reason(reason: &'static str) -> ReasonLabel {
 #[derive(Debug)]
 pub struct Metrics {
     pub requests: Family<RequestLabels, Counter>,
+    /// All of `requests`, for the controller; not shown.
+    pub ended: Counter,
+    /// Of them, those that failed by no fault of the client; not shown.
+    pub failed: Counter,
     pub in_flight: Gauge,
     pub queued: Gauge,
     pub time_to_first_token: Histogram,
@@ -56,6 +60,8 @@ impl Metrics {
         let tokens = || Histogram::new(TOKENS);
         let metrics = Self {
             requests: Family::default(),
+            ended: Counter::default(),
+            failed: Counter::default(),
             in_flight: Gauge::default(),
             queued: Gauge::default(),
             time_to_first_token: seconds(),

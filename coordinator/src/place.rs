@@ -12,6 +12,7 @@ use tokio::time::{Instant, timeout_at};
 use crate::{
     dispatch::{Assignment, Generation},
     fleet::keeper::Links,
+    handoffs::Handoffs,
     prepare::{PreparedPrompt, Sampling, Served},
     schedule::{
         NoPlace, Placement,
@@ -27,6 +28,7 @@ pub struct Placer {
     pub served: Arc<Served>,
     pub board: Arc<Board>,
     pub links: Arc<Links>,
+    pub handoffs: Arc<Handoffs>,
     /// How long a request waits for an instance that can take it.
     pub patience: Duration,
 }
@@ -42,6 +44,11 @@ impl Placer {
             bookings.push(self.book_by(deadline, prompt.prompt_tokens(), &prompt.sampling).await?);
         }
         Ok(bookings)
+    }
+
+    /// Dispatches what has been booked.
+    pub fn start(&self, booking: Booking, assignment: Assignment) -> Result<Generation, ApiError> {
+        Generation::start(&self.links, &self.handoffs, booking, assignment)
     }
 
     async fn book_by(
@@ -111,7 +118,7 @@ impl Attempts {
             let Ok(booking) = booked else { return Err(error) };
             tracing::info!(request = %assignment.request, %error, "placing the request again");
             let placement = booking.placement.clone();
-            Ok((Generation::start(&placer.links, booking, assignment)?, placement))
+            Ok((placer.start(booking, assignment)?, placement))
         };
         Ok(replacing.boxed())
     }
@@ -140,7 +147,8 @@ mod tests {
         let (small, large) = (Spec { context_tokens: 8, ..spec("a") }, spec("b"));
         board.list(&[small.clone(), large.clone()], Instant::now());
         let links = Arc::default();
-        let placer = Placer { served: Arc::new(served()), board: board.clone(), links, patience };
+        let (served, handoffs) = (Arc::new(served()), Arc::default());
+        let placer = Placer { served, board: board.clone(), links, handoffs, patience };
         let body = r#"{"model": "tiny", "prompt": ["short", "one that only the large one holds"]}"#;
         let prepared = prepare(&placer.served, Endpoint::Text, body.as_bytes(), LIMITS, 1).expect("is good");
         // The first prompt waits for most of the time, the second for what is left.

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use baton_proto::ApiError;
+use baton_proto::{ApiError, ErrorCode};
 use tokio::time::Instant;
 use tracing::Span;
 
@@ -64,14 +64,14 @@ impl Report {
             let later = (self.last_token - first).as_secs_f64() / f64::from(longest - 1);
             self.metrics.time_per_output_token.observe(later);
         }
-        self.tell("200");
+        self.tell("200", false);
         let _entered = self.span.enter();
         tracing::debug!(?usage, seconds = self.arrived.elapsed().as_secs_f64(), "answered");
     }
 
     /// The request ends with an error. Logged here and nowhere else.
     pub fn failed(&mut self, error: &ApiError) {
-        self.tell(error.code.name());
+        self.tell(error.code.name(), is_ours(error.code));
         let _entered = self.span.enter();
         if error.code.http() >= 500 {
             tracing::warn!(code = error.code.name(), %error, "request failed");
@@ -80,8 +80,10 @@ impl Report {
         }
     }
 
-    fn tell(&mut self, code: &str) {
+    fn tell(&mut self, code: &str, failed: bool) {
         if !std::mem::replace(&mut self.told, true) {
+            self.metrics.ended.inc();
+            self.metrics.failed.inc_by(u64::from(failed));
             let labels = RequestLabels { route: self.route, code: code.to_owned() };
             self.metrics.requests.get_or_create(&labels).inc();
         }
@@ -90,6 +92,11 @@ impl Report {
 
 impl Drop for Report {
     fn drop(&mut self) {
-        self.tell("client_gone");
+        self.tell("client_gone", false);
     }
+}
+
+/// Whether a failure is the cluster's and not the client's: it broke, or it had no room.
+fn is_ours(code: ErrorCode) -> bool {
+    code.http() >= 500 || code == ErrorCode::QueueFull
 }

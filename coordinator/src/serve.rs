@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use crate::{
     admit::{Gate, Permit, Ticket},
     config::LimitsConfig,
-    dispatch::{Assignment, Generation},
+    dispatch::Assignment,
     metrics::Metrics,
     place::{Attempts, Placer},
     prepare::{Endpoint, Prepared, PreparedPrompt, RequestLimits, Served, prepare},
@@ -164,7 +164,7 @@ impl Service {
             deadline: self.deadline(card),
         };
         let attempts = Attempts::new(self.placer.clone(), assignment);
-        let started = Generation::start(&self.placer.links, booking, attempts.assignment().clone());
+        let started = self.placer.start(booking, attempts.assignment().clone());
         let reading = |_| {
             let reader = self.served.text.reader(&prepared.stops);
             Reading::new(reader, attempts.assignment(), prepared.stops.included, &prompt.echo)

@@ -84,6 +84,11 @@ impl Cluster {
         &self.run.url
     }
 
+    /// host:port of the controller.
+    pub fn controller(&self) -> &str {
+        &self.run.controller
+    }
+
     /// What clients say in `model`.
     pub fn model(&self) -> &str {
         &self.run.model

@@ -6,10 +6,11 @@ use std::{
     net::TcpListener,
     path::Path,
     process::{Child, Command, Stdio},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use baton_integration_tests::{binary, chat, eventually, folder, model, process, required};
+use baton_proto::v1::{self, fleet_admin_client::FleetAdminClient};
 use rustix::process::Signal;
 use serde_json::Value;
 
@@ -147,6 +148,81 @@ async fn three_services_and_etcd() {
         process::signal(server.0.id(), Signal::TERM);
         assert!(process::wait_exit(&mut server.0, Duration::from_secs(30)).success());
     }
+}
+
+/// Coordinators that a controller lists; none unless it leads.
+async fn coordinators(controller: &str) -> Option<Vec<v1::Coordinator>> {
+    let mut admin = FleetAdminClient::connect(format!("http://{controller}")).await.ok()?;
+    let listed = admin.list_coordinators(v1::ListCoordinatorsRequest {}).await.ok()?;
+    Some(listed.into_inner().coordinators)
+}
+
+#[tokio::test]
+async fn a_coordinator_follows_the_leader_and_is_missed_when_it_dies() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let dir = dir.path();
+    let [etcd_at, first_at, second_at] = [(); 3].map(|()| free_address());
+    let _store = etcd(dir, &etcd_at);
+    let lease = Duration::from_secs(2);
+    let controller = |id: &str, at: &str| {
+        let settings = [
+            format!("controller_id={id}"),
+            format!("listen={at}"),
+            "metrics_listen=127.0.0.1:0".to_owned(),
+            "store.kind=etcd".to_owned(),
+            format!("store.etcd.endpoints=[\"{etcd_at}\"]"),
+            "leader.ttl=2s".to_owned(),
+            "sessions.beat=100ms".to_owned(),
+            format!("sessions.lease={}s", lease.as_secs()),
+        ];
+        let mut command = Command::new(binary("baton-controller"));
+        command.args(settings.iter().flat_map(|setting| ["--set", setting]));
+        start(&mut command, &dir.join(format!("{id}.log")))
+    };
+    let coordinator = |id: &str| {
+        let mut command = Command::new(binary("baton-coordinator"));
+        command
+            .env("BATON_COORDINATOR__STORE__ETCD__ENDPOINTS", &etcd_at)
+            .env("BATON_COORDINATOR__MODEL__PATH", model())
+            .args(["--set", &format!("id={id}"), "--set", "advertise_host=a.b"])
+            .args(["--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"]);
+        start(&mut command, &dir.join(format!("{id}.log")))
+    };
+    let listed = async |at: &str, ids: &[&str]| {
+        let what = format!("{ids:?} listed at {at}");
+        eventually(&what, || async {
+            let listed = coordinators(at).await?;
+            let id = |of: &v1::Coordinator| of.spec.clone().unwrap_or_default().coordinator_id;
+            (listed.iter().map(id).collect::<Vec<_>>() == ids).then_some(listed)
+        })
+        .await
+    };
+
+    let mut first = controller("c1", &first_at);
+    eventually("a leader", || coordinators(&first_at)).await;
+    let _second = controller("c2", &second_at);
+    let (mut one, mut other) = (coordinator("one"), coordinator("other"));
+    let there = listed(&first_at, &["one", "other"]).await;
+    let http = &there[0].spec.as_ref().expect("a spec").http_endpoint;
+    assert!(http.starts_with("a.b:"), "{http} is not what was advertised");
+    assert_eq!(coordinators(&second_at).await, None, "it does not lead");
+
+    process::signal(first.0.id(), Signal::KILL);
+    process::wait_exit(&mut first.0, Duration::from_secs(10));
+    let moved = listed(&second_at, &["one", "other"]).await;
+    let spec = |of: &[v1::Coordinator]| of.iter().map(|of| of.spec.clone()).collect::<Vec<_>>();
+    assert_eq!(spec(&moved), spec(&there), "the same processes");
+
+    // One that dies is missed after its lease; one that stops says so.
+    process::signal(one.0.id(), Signal::KILL);
+    process::wait_exit(&mut one.0, Duration::from_secs(10));
+    let died = Instant::now();
+    listed(&second_at, &["other"]).await;
+    let missed = died.elapsed();
+    assert!(missed > lease / 2 && missed < lease * 2, "missed after {missed:?}");
+    process::signal(other.0.id(), Signal::TERM);
+    assert!(process::wait_exit(&mut other.0, Duration::from_secs(30)).success());
+    assert_eq!(coordinators(&second_at).await, Some(Vec::new()));
 }
 
 #[test]

@@ -14,6 +14,8 @@ pub enum WireError {
     UnknownValue { field: &'static str, value: i32 },
     #[error("{0} is not expected")]
     Unexpected(&'static str),
+    #[error("{field} is longer than {most}")]
+    TooLong { field: &'static str, most: usize },
     #[error(transparent)]
     Id(#[from] IdError),
 }

@@ -1,11 +1,13 @@
-//! Everything that crosses a process boundary: the protobuf contracts, the newtypes of the ids in them, what
-//! every service knows of an instance, the hashes of KV blocks and prompts, and the one table of error codes.
+//! Everything that crosses a process boundary: the protobuf contracts, the newtypes of the ids in them, what every
+//! service knows of an instance and of a coordinator, the hashes of KV blocks and prompts, and the one table of error
+//! codes.
 //!
 //! The services talk in [`v1`] types at their edges only: adapters turn them into domain types (`TryFrom`) on the way
 //! in and back on the way out. Contracts, a gRPC service each: `Inference`, `Handoff`, `KvCache`, `Control`, `Store`,
 //! `FleetAdmin`, `RequestAdmin`; their files are under `protos/baton/v1`.
 
 mod block_hash;
+mod coordinator;
 mod error;
 mod ids;
 mod instance;
@@ -13,6 +15,7 @@ mod intent;
 mod prompt_digest;
 
 pub use block_hash::BlockHash;
+pub use coordinator::{CoordinatorBeat, CoordinatorSpec, LINKS_MOST, LinkUse};
 pub use error::{ApiError, ErrorCode};
 pub use ids::{
     CoordinatorId, GroupName, IdError, Incarnation, InstanceId, LeaderEpoch, LegId, RequestId, RoleEpoch,

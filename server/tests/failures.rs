@@ -6,7 +6,7 @@ mod support;
 use std::{fs, path::Path, sync::Arc, sync::atomic::Ordering};
 
 use baton_checkpoint::Checkpoint;
-use baton_proto::ErrorCode;
+use baton_proto::{ErrorCode, v1};
 use baton_runtime::{Executor, LoadOptions};
 use baton_server::{config::HandoffConfig, engine::scheduler::Limits, role::Role};
 use support::{Attached, Instance, PATIENCE, Pair, Request, Shape, whole};

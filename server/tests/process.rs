@@ -24,13 +24,13 @@ type Called = (Streaming<v1::InstanceReport>, Orders);
 
 #[tonic::async_trait]
 impl v1::control_server::Control for Scripted {
-    type CoordinateStream = tokio_stream::Empty<Result<v1::CoordinatorOrder, Status>>;
+    type CoordinateStream = ReceiverStream<Result<v1::CoordinatorOrder, Status>>;
 
     async fn coordinate(
         &self,
-        _: tonic::Request<Streaming<v1::CoordinatorReport>>,
-    ) -> Result<tonic::Response<Self::CoordinateStream>, Status> {
-        Err(Status::unimplemented("no coordinator is part of this test"))
+        _: GrpcRequest<Streaming<v1::CoordinatorReport>>,
+    ) -> Result<Response<Self::CoordinateStream>, Status> {
+        Err(Status::unimplemented("for servers only"))
     }
 
     type SessionStream = ReceiverStream<Result<v1::ControllerOrder, Status>>;

@@ -1,10 +1,11 @@
 //! The controller's state in the words of the admin services. Pure.
 
-use baton_proto::{GroupName, Intent, Role, v1};
+use baton_proto::{CoordinatorBeat, GroupName, Intent, Role, v1};
 use baton_registry::DesiredRole;
 use tokio::time::Instant;
 
 use crate::{
+    coordinators::Registered,
     desk::Plans,
     fleet::Member,
     journal::Entry,
@@ -144,6 +145,19 @@ fn member_plan(member: MemberPlan) -> v1::InstancePlan {
         reason: decision.reason,
         step: step.into(),
         waits_for,
+    }
+}
+
+/// With so many of its links.
+pub(super) fn coordinator(registered: Registered, links: usize, now: Instant) -> v1::Coordinator {
+    let age = now.saturating_duration_since(registered.last_beat);
+    let links = registered.beat.links.iter().take(links).cloned().collect();
+    let beat = CoordinatorBeat { links, ..*registered.beat };
+    v1::Coordinator {
+        spec: Some(registered.spec.into()),
+        beat: Some(beat.into()),
+        registered_unix_millis: registered.registered_unix_millis,
+        last_beat_age_millis: u64::try_from(age.as_millis()).unwrap_or(u64::MAX),
     }
 }
 

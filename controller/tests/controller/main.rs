@@ -1,6 +1,7 @@
 //! The controller as a whole: real gRPC over loopback, its embedded store and a real etcd, scripted servers.
 
 mod cluster;
+mod coordinators;
 mod operators;
 mod processes;
 mod sessions;

@@ -24,6 +24,7 @@ use super::{
 };
 use crate::{
     fleet::keeper::Links,
+    handoffs::{Handoff, Handoffs, is_of_the_link},
     prepare::Sampling,
     schedule::{
         Placement, Seat, Side,
@@ -108,6 +109,8 @@ pub struct Generation {
     // Before `credit`: cancels leave before the work is taken off the ledger.
     legs: Legs,
     credit: Credit,
+    /// Until it is known how it ended; none if there is nothing to hand over.
+    handoff: Option<Handoff>,
     mailbox: Arc<Mailbox>,
     inbox: VecDeque<(Side, Output)>,
     /// What has been made of the inbox and not been told.
@@ -118,10 +121,15 @@ pub struct Generation {
 
 impl Generation {
     /// Dispatches both legs of a booked placement, or the only one. The booking's work is taken off if it fails.
-    pub fn start(links: &Links, booking: Booking, assignment: Assignment) -> Result<Self, ApiError> {
+    pub fn start(
+        links: &Links,
+        handoffs: &Arc<Handoffs>,
+        booking: Booking,
+        assignment: Assignment,
+    ) -> Result<Self, ApiError> {
         let sampling = &assignment.sampling;
         let mailbox = Arc::new(Mailbox::new(sampling.choices));
-        let mut legs = Legs::default();
+        let (mut legs, mut handoff) = (Legs::default(), None);
         let send = |side: Side, seat: &Seat, work: Work| {
             let link = links.get(&seat.instance).ok_or_else(|| {
                 ApiError::new(ErrorCode::InstanceLost, format!("instance {} has just left", seat.instance))
@@ -157,6 +165,7 @@ impl Generation {
                         return Err(error);
                     }
                 }
+                handoff = Some(Handoff::new(handoffs, &prefill.instance, &decode.instance));
                 Machine::apart
             }
         };
@@ -168,6 +177,7 @@ impl Generation {
             choices: (0..sampling.choices).map(choice).collect(),
             legs,
             credit: booking.credit,
+            handoff,
             mailbox,
             inbox: VecDeque::new(),
             news: VecDeque::new(),
@@ -212,6 +222,12 @@ impl Generation {
     fn drain_inbox(&mut self) {
         while let Some((side, output)) = self.inbox.pop_front() {
             let (choice, leg_ended) = (output.choice, output.end.is_some());
+            if side == Side::Decode
+                && output.generates()
+                && let Some(handoff) = self.handoff.take()
+            {
+                handoff.done(self.mailbox.handoff_time());
+            }
             let Some(of) = self.choices.get_mut(choice as usize) else { continue };
             let before = of.machine.tokens().len();
             let commands = of.machine.output(side, output);
@@ -277,6 +293,12 @@ impl Generation {
                 Command::End(end) => ended = Some(end),
             }
         }
+        if let Some(Err(error)) = &ended {
+            let first_token = self.choices.iter().any(|choice| !choice.machine.tokens().is_empty());
+            if let Some(handoff) = self.handoff.take_if(|_| is_of_the_link(error, first_token)) {
+                handoff.failed();
+            }
+        }
         ended
     }
 
@@ -324,7 +346,7 @@ mod tests {
     };
 
     /// A request on a pair, as if its legs had been dispatched.
-    fn generation(deadline: Duration) -> Generation {
+    fn generation(deadline: Duration, handoffs: &Arc<Handoffs>) -> Generation {
         let board = Board::new(Duration::from_secs(1));
         let (d, p) = (spec("d"), spec("p"));
         board.list(&[d.clone(), p.clone()], Instant::now());
@@ -335,6 +357,7 @@ mod tests {
             choices: vec![Choice { machine: Machine::apart(10), wait: None }],
             legs: Legs::default(),
             credit: booking.credit,
+            handoff: Some(Handoff::new(handoffs, &p.id, &d.id)),
             mailbox: Arc::new(Mailbox::new(1)),
             inbox: VecDeque::new(),
             news: VecDeque::new(),
@@ -353,7 +376,12 @@ mod tests {
         let first = Output { choice: 0, first_position: 0, tokens: vec![7], logprobs: vec![], end: None };
         let failed = || Output::failed(lost.clone());
 
-        let mut silent = generation(Duration::from_secs(600));
+        let handoffs = Arc::default();
+        let counted = || {
+            let used = Handoffs::used_since(&handoffs, Instant::now() - Duration::from_secs(60));
+            used.iter().map(|link| (link.handoffs, link.failures)).collect::<Vec<_>>()
+        };
+        let mut silent = generation(Duration::from_secs(600), &handoffs);
         silent.mailbox.deliver(Side::Prefill, first.clone());
         assert_eq!(next(&mut silent).await, Progress::Choice { choice: 0, end: None });
         let began = Instant::now();
@@ -361,7 +389,9 @@ mod tests {
         assert_eq!(next(&mut silent).await, Progress::Failed(lost.clone()));
         assert_eq!(began.elapsed().as_secs(), DECODE_PATIENCE.as_secs());
 
-        let mut speaks = generation(Duration::from_secs(600));
+        assert_eq!(counted(), [(0, 1)], "it never got there");
+
+        let mut speaks = generation(Duration::from_secs(600), &handoffs);
         speaks.mailbox.deliver(Side::Prefill, first);
         speaks.mailbox.deliver(Side::Prefill, failed());
         assert_eq!(next(&mut speaks).await, Progress::Choice { choice: 0, end: None });
@@ -382,5 +412,6 @@ mod tests {
             next(&mut speaks).await,
             Progress::Choice { choice: 0, end: Some(Completed { reason, cached_tokens: 0 }) }
         );
+        assert_eq!(counted(), [(1, 1)]);
     }
 }

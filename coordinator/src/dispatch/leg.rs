@@ -47,6 +47,11 @@ pub struct Output {
 }
 
 impl Output {
+    /// Whether it shows that the leg has what it takes to generate: a decode leg, the cache.
+    pub fn generates(&self) -> bool {
+        !self.tokens.is_empty() || matches!(self.end, Some(LegEnd::Complete { .. }))
+    }
+
     /// The leg failed with nothing more to say.
     pub fn failed(error: ApiError) -> Self {
         let end = Some(LegEnd::Failed(error));

@@ -9,10 +9,12 @@
 use std::{
     collections::VecDeque,
     task::{Context, Poll, Waker},
+    time::Duration,
 };
 
 use baton_proto::{ApiError, ErrorCode};
 use parking_lot::Mutex;
+use tokio::time::Instant;
 
 use super::leg::{LegEnd, Output};
 use crate::schedule::Side;
@@ -26,6 +28,24 @@ struct Inner {
     deliveries: VecDeque<(Side, Output)>,
     most: usize,
     reader: Option<Waker>,
+    /// When prefill's token came.
+    first_token: Option<Instant>,
+    /// When decode showed that it has the cache.
+    taken_up: Option<Instant>,
+}
+
+impl Inner {
+    /// The clock is read twice for a request.
+    fn note_time(&mut self, side: Side, output: &Output) {
+        let first = match side {
+            Side::Prefill => &mut self.first_token,
+            Side::Decode => &mut self.taken_up,
+            Side::Whole => return,
+        };
+        if first.is_none() && output.generates() {
+            *first = Some(Instant::now());
+        }
+    }
 }
 
 /// The box of one request.
@@ -38,12 +58,22 @@ impl Mailbox {
     /// For a request of so many choices.
     pub fn new(choices: u32) -> Self {
         let most = MOST_DELIVERIES * choices.max(1) as usize;
-        Self { inner: Mutex::new(Inner { deliveries: VecDeque::new(), most, reader: None }) }
+        let deliveries = VecDeque::new();
+        let inner = Inner { deliveries, most, reader: None, first_token: None, taken_up: None };
+        Self { inner: Mutex::new(inner) }
+    }
+
+    /// From prefill's token to decode's first word, as they came in, however late they are read; if both came, in
+    /// that order.
+    pub fn handoff_time(&self) -> Option<Duration> {
+        let inner = self.inner.lock();
+        inner.taken_up?.checked_duration_since(inner.first_token?)
     }
 
     /// Leaves what a leg brought.
     pub fn deliver(&self, side: Side, mut output: Output) {
         let mut inner = self.inner.lock();
+        inner.note_time(side, &output);
         let full = inner.deliveries.len() >= inner.most;
         let same = |(of, other): &&mut (Side, Output)| *of == side && other.choice == output.choice;
         match inner.deliveries.iter_mut().rev().find(same) {
@@ -156,6 +186,30 @@ mod tests {
         let got = take(&mailbox);
         assert_eq!(got.len(), MOST_DELIVERIES);
         assert!(matches!(got.last(), Some((_, Output { end: Some(LegEnd::Failed(_)), .. }))));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_handoff_is_timed_by_what_came_in_and_not_by_when_it_was_read() {
+        let pause = Duration::from_millis(7);
+        let mailbox = Mailbox::new(1);
+        mailbox.deliver(Side::Prefill, output(0, &[1]));
+        assert_eq!(mailbox.handoff_time(), None);
+        // That a leg has failed is no sign of a cache.
+        let lost = Output::failed(ApiError::new(ErrorCode::InstanceLost, "lost"));
+        mailbox.deliver(Side::Decode, lost);
+        assert_eq!(mailbox.handoff_time(), None);
+        tokio::time::advance(pause).await;
+        mailbox.deliver(Side::Decode, output(1, &[2]));
+        tokio::time::advance(pause).await;
+        mailbox.deliver(Side::Prefill, output(0, &[1]));
+        mailbox.deliver(Side::Decode, output(2, &[3]));
+        assert_eq!(mailbox.handoff_time(), Some(pause));
+
+        let overtaken = Mailbox::new(1);
+        overtaken.deliver(Side::Decode, output(1, &[2]));
+        tokio::time::advance(pause).await;
+        overtaken.deliver(Side::Prefill, output(0, &[1]));
+        assert_eq!(overtaken.handoff_time(), None);
     }
 
     #[test]

@@ -3,5 +3,6 @@
 mod answers;
 mod choices;
 mod failures;
+mod handoffs;
 mod real_text;
 mod scripted;

@@ -12,6 +12,15 @@ struct Scripted(mpsc::Sender<Accepted>);
 
 #[tonic::async_trait]
 impl v1::control_server::Control for Scripted {
+    type CoordinateStream = ReceiverStream<Result<v1::CoordinatorOrder, Status>>;
+
+    async fn coordinate(
+        &self,
+        _: Request<Streaming<v1::CoordinatorReport>>,
+    ) -> Result<Response<Self::CoordinateStream>, Status> {
+        Err(Status::unimplemented("for servers only"))
+    }
+
     type SessionStream = Answers;
 
     async fn session(

@@ -22,6 +22,15 @@ struct Standby {
 
 #[tonic::async_trait]
 impl v1::control_server::Control for Standby {
+    type CoordinateStream = ReceiverStream<Result<v1::CoordinatorOrder, Status>>;
+
+    async fn coordinate(
+        &self,
+        _: Request<Streaming<v1::CoordinatorReport>>,
+    ) -> Result<Response<Self::CoordinateStream>, Status> {
+        Err(Status::unimplemented("for servers only"))
+    }
+
     type SessionStream = Answers;
 
     async fn session(&self, _: Request<Streaming<v1::InstanceReport>>) -> Result<Response<Answers>, Status> {

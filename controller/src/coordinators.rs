@@ -1,0 +1,234 @@
+//! The coordinators that report to this controller while it leads: who they are, how they are, which links they use.
+//!
+//! Filled by [`crate::session`], read by [`crate::admin`]. It is for people only, nothing is decided by it and nothing of
+//! it is stored: it stands beside the leading task, behind a lock of its own, and belongs to one reign. Whoever names
+//! a later reign finds it empty, and so does whoever asks for a reign that is over.
+//!
+//! A coordinator is listed from its hello for as long as its beats come, and for a lease after the last one. Of the
+//! processes of one id the one that was started last is listed; streams of the others are refused. Pure but for the lock:
+//! time is an argument.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+    time::Duration,
+};
+
+use baton_proto::{
+    ApiError, CoordinatorBeat, CoordinatorId, CoordinatorSpec, ErrorCode, InstanceId, LeaderEpoch, LinkUse,
+};
+use parking_lot::Mutex;
+use tokio::time::Instant;
+
+use crate::fleet::SessionId;
+
+/// Coordinators at a time; more are refused.
+pub const COORDINATORS_MOST: usize = 1024;
+
+/// How a coordinator presents itself.
+#[derive(Debug, Clone)]
+pub struct Hello {
+    pub session: SessionId,
+    pub spec: CoordinatorSpec,
+    pub beat: CoordinatorBeat,
+    /// When it came, for people.
+    pub unix_millis: u64,
+}
+
+/// A coordinator that is listed.
+#[derive(Debug, Clone)]
+pub struct Registered {
+    pub spec: CoordinatorSpec,
+    /// Shared, as its links may be many.
+    pub beat: Arc<CoordinatorBeat>,
+    /// When it said hello to this controller.
+    pub registered_unix_millis: u64,
+    pub last_beat: Instant,
+    /// Listed until then unless it beats again.
+    until: Instant,
+    /// Whose beats are taken.
+    session: SessionId,
+}
+
+/// Handle to the one registry of a controller; cheap to clone.
+#[derive(Debug, Clone, Default)]
+pub struct Coordinators {
+    held: Arc<Mutex<Held>>,
+}
+
+#[derive(Debug, Default)]
+struct Held {
+    reign: LeaderEpoch,
+    registry: Registry,
+}
+
+impl Coordinators {
+    /// Takes a coordinator in, or says why not.
+    pub fn hello(
+        &self,
+        reign: LeaderEpoch,
+        hello: Hello,
+        lease: Duration,
+        now: Instant,
+    ) -> Result<(), ApiError> {
+        let held = &mut *self.held.lock();
+        if held.reign > reign {
+            return Err(ApiError::new(ErrorCode::Unavailable, "this controller leads no more: ask another"));
+        }
+        if held.reign < reign {
+            *held = Held { reign, registry: Registry::default() };
+        }
+        held.registry.hello(hello, lease, now)
+    }
+
+    /// Takes a beat, unless the stream that brings it is not its coordinator's any more.
+    pub fn beat(
+        &self,
+        reign: LeaderEpoch,
+        session: SessionId,
+        id: &CoordinatorId,
+        beat: CoordinatorBeat,
+        lease: Duration,
+        now: Instant,
+    ) -> Result<(), ApiError> {
+        let taken = self.of(reign, |registry| registry.beat(session, id, beat, lease, now));
+        taken.unwrap_or_else(|| Err(not_here(id)))
+    }
+
+    /// A coordinator has ended its stream in order: it is gone.
+    pub fn left(&self, reign: LeaderEpoch, session: SessionId, id: &CoordinatorId) {
+        self.of(reign, |registry| registry.left(session, id));
+    }
+
+    /// The reign is over, and so is what was heard in it.
+    pub fn over(&self, reign: LeaderEpoch) {
+        self.of(reign, |registry| *registry = Registry::default());
+    }
+
+    /// By id.
+    pub fn list(&self, reign: LeaderEpoch, now: Instant) -> Vec<Registered> {
+        self.of(reign, |registry| registry.list(now)).unwrap_or_default()
+    }
+
+    fn of<T>(&self, reign: LeaderEpoch, what: impl FnOnce(&mut Registry) -> T) -> Option<T> {
+        let held = &mut *self.held.lock();
+        (held.reign == reign).then(|| what(&mut held.registry))
+    }
+}
+
+/// Of one reign.
+#[derive(Debug, Default)]
+struct Registry {
+    entries: BTreeMap<CoordinatorId, Registered>,
+}
+
+impl Registry {
+    fn hello(&mut self, hello: Hello, lease: Duration, now: Instant) -> Result<(), ApiError> {
+        self.sweep(now);
+        let Hello { session, spec, beat, unix_millis } = hello;
+        match self.entries.get(&spec.id) {
+            Some(held) if held.spec.incarnation > spec.incarnation => {
+                return Err(replaced(&held.spec));
+            }
+            None if self.entries.len() >= COORDINATORS_MOST => {
+                let message = format!("{COORDINATORS_MOST} coordinators are registered, which is the limit");
+                return Err(ApiError::new(ErrorCode::QueueFull, message));
+            }
+            Some(_) | None => {}
+        }
+        let registered = Registered {
+            beat: Arc::new(beat),
+            registered_unix_millis: unix_millis,
+            last_beat: now,
+            until: now + lease,
+            session,
+            spec,
+        };
+        self.entries.insert(registered.spec.id.clone(), registered);
+        Ok(())
+    }
+
+    fn beat(
+        &mut self,
+        session: SessionId,
+        id: &CoordinatorId,
+        beat: CoordinatorBeat,
+        lease: Duration,
+        now: Instant,
+    ) -> Result<(), ApiError> {
+        self.sweep(now);
+        let entry = self.entries.get_mut(id).ok_or_else(|| not_here(id))?;
+        if entry.session != session {
+            return Err(replaced(&entry.spec));
+        }
+        (entry.beat, entry.last_beat, entry.until) = (Arc::new(beat), now, now + lease);
+        Ok(())
+    }
+
+    fn left(&mut self, session: SessionId, id: &CoordinatorId) {
+        if self.entries.get(id).is_some_and(|entry| entry.session == session) {
+            self.entries.remove(id);
+        }
+    }
+
+    fn list(&mut self, now: Instant) -> Vec<Registered> {
+        self.sweep(now);
+        self.entries.values().cloned().collect()
+    }
+
+    /// Whose lease has ended is gone.
+    fn sweep(&mut self, now: Instant) {
+        self.entries.retain(|_, entry| now < entry.until);
+    }
+}
+
+fn replaced(by: &CoordinatorSpec) -> ApiError {
+    let message = format!(
+        "coordinator {} is listed as incarnation {}, at {}: give each coordinator an id of its own",
+        by.id, by.incarnation, by.http_endpoint
+    );
+    ApiError::new(ErrorCode::AlreadyExists, message)
+}
+
+/// After a silence that outlasted its lease, or in a reign that is over.
+fn not_here(id: &CoordinatorId) -> ApiError {
+    ApiError::new(ErrorCode::NotFound, format!("coordinator {id} is not registered: say hello again"))
+}
+
+/// What all coordinators together say of each link, those used most first, and how many more than `most` there are.
+/// Counts add up; means count for as much as the handoffs they were measured over.
+pub fn links(of: &[Registered], most: usize) -> (Vec<LinkUse>, usize) {
+    #[derive(Default)]
+    struct Sum {
+        handoffs: u64,
+        failures: u64,
+        measured: u128,
+        micros: u128,
+    }
+    let mut sums: HashMap<(&InstanceId, &InstanceId), Sum> = HashMap::new();
+    for link in of.iter().flat_map(|registered| &registered.beat.links) {
+        let sum = sums.entry((&link.prefill, &link.decode)).or_default();
+        sum.handoffs = sum.handoffs.saturating_add(link.handoffs);
+        sum.failures = sum.failures.saturating_add(link.failures);
+        if link.mean_micros > 0 {
+            let weight = u128::from(link.handoffs.max(1));
+            sum.measured += weight;
+            sum.micros = sum.micros.saturating_add(weight * u128::from(link.mean_micros));
+        }
+    }
+    let mut sums: Vec<_> = sums.into_iter().collect();
+    sums.sort_unstable_by(|(a, more), (b, than)| than.handoffs.cmp(&more.handoffs).then_with(|| a.cmp(b)));
+    let left_out = sums.len().saturating_sub(most);
+    sums.truncate(most);
+    let link = |((prefill, decode), sum): ((&InstanceId, &InstanceId), Sum)| LinkUse {
+        prefill: prefill.clone(),
+        decode: decode.clone(),
+        handoffs: sum.handoffs,
+        failures: sum.failures,
+        mean_micros: u64::try_from(sum.micros / sum.measured.max(1)).unwrap_or(u64::MAX),
+    };
+    (sums.into_iter().map(link).collect(), left_out)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,150 @@
+//! Hellos, beats and silence of coordinators, and what is listed of them.
+
+use baton_proto::Incarnation;
+
+use super::*;
+
+const LEASE: Duration = Duration::from_secs(6);
+const REIGN: LeaderEpoch = LeaderEpoch(5);
+
+fn id(id: &str) -> CoordinatorId {
+    CoordinatorId::new(id).expect("a good id")
+}
+
+fn hello(name: &str, incarnation: u64, session: u64) -> Hello {
+    let spec = CoordinatorSpec {
+        id: id(name),
+        incarnation: Incarnation(incarnation),
+        http_endpoint: format!("{name}:8000"),
+        admin_endpoint: String::new(),
+        version: "1".into(),
+    };
+    Hello { session: SessionId(session), spec, beat: CoordinatorBeat::default(), unix_millis: session }
+}
+
+fn beat(requests: u64) -> CoordinatorBeat {
+    CoordinatorBeat { requests, ..CoordinatorBeat::default() }
+}
+
+/// Id, incarnation and requests of all that are listed.
+fn listed(coordinators: &Coordinators, now: Instant) -> Vec<(String, u64, u64)> {
+    let view = |of: Registered| (of.spec.id.to_string(), of.spec.incarnation.0, of.beat.requests);
+    coordinators.list(REIGN, now).into_iter().map(view).collect()
+}
+
+#[test]
+fn listed_from_hello_until_the_lease_after_the_last_beat() {
+    let (all, now) = (Coordinators::default(), Instant::now());
+    all.hello(REIGN, hello("b", 1, 1), LEASE, now).expect("is taken");
+    all.hello(REIGN, hello("a", 1, 2), LEASE, now).expect("is taken");
+    assert_eq!(listed(&all, now), [("a".into(), 1, 0), ("b".into(), 1, 0)]);
+    let later = now + LEASE / 2;
+    all.beat(REIGN, SessionId(2), &id("a"), beat(9), LEASE, later).expect("is taken");
+    assert_eq!(listed(&all, now + LEASE - Duration::from_millis(1)).len(), 2);
+    assert_eq!(listed(&all, now + LEASE), [("a".into(), 1, 9)], "b was silent");
+    assert_eq!(all.list(REIGN, now + LEASE)[0].last_beat, later);
+    assert!(listed(&all, later + LEASE).is_empty());
+    let error = all.beat(REIGN, SessionId(2), &id("a"), beat(9), LEASE, later + LEASE);
+    assert_eq!(error.expect_err("it has to say hello again").code, ErrorCode::NotFound);
+}
+
+#[test]
+fn who_leaves_is_gone_at_once_and_takes_no_successor_along() {
+    let (all, now) = (Coordinators::default(), Instant::now());
+    all.hello(REIGN, hello("a", 1, 1), LEASE, now).expect("is taken");
+    all.hello(REIGN, hello("a", 2, 2), LEASE, now).expect("is taken");
+    all.left(REIGN, SessionId(1), &id("a"));
+    assert_eq!(listed(&all, now), [("a".into(), 2, 0)]);
+    all.left(REIGN, SessionId(2), &id("a"));
+    assert!(listed(&all, now).is_empty());
+}
+
+#[test]
+fn of_several_processes_the_latest_is_listed_and_the_others_are_closed() {
+    let (all, now) = (Coordinators::default(), Instant::now());
+    all.hello(REIGN, hello("a", 5, 1), LEASE, now).expect("is taken");
+    // The same process calls again, and its first stream has not broken yet.
+    all.hello(REIGN, hello("a", 5, 2), LEASE, now).expect("is taken");
+    let closed = all.beat(REIGN, SessionId(1), &id("a"), beat(1), LEASE, now);
+    assert_eq!(closed.expect_err("is closed").code, ErrorCode::AlreadyExists);
+    all.hello(REIGN, hello("a", 6, 3), LEASE, now).expect("a later one is taken");
+    assert!(all.beat(REIGN, SessionId(2), &id("a"), beat(1), LEASE, now).is_err());
+    let refused = all.hello(REIGN, hello("a", 5, 4), LEASE, now).expect_err("the earlier one calls again");
+    assert_eq!(refused.code, ErrorCode::AlreadyExists);
+    assert!(refused.message.contains("incarnation 6, at a:8000"), "{refused}");
+    assert_eq!(listed(&all, now), [("a".into(), 6, 0)]);
+    // A clock that was set back costs a lease, no more.
+    all.hello(REIGN, hello("a", 5, 5), LEASE, now + LEASE).expect("the later one is gone");
+}
+
+#[test]
+fn there_are_only_so_many() {
+    let (all, now) = (Coordinators::default(), Instant::now());
+    for number in 0..COORDINATORS_MOST as u64 {
+        all.hello(REIGN, hello(&format!("c{number}"), 1, number), LEASE, now).expect("is taken");
+    }
+    let refused = all.hello(REIGN, hello("one-more", 1, 9999), LEASE, now).expect_err("is one too many");
+    assert_eq!(refused.code, ErrorCode::QueueFull);
+    all.hello(REIGN, hello("c7", 2, 9999), LEASE, now).expect("who is there may come again");
+    all.left(REIGN, SessionId(0), &id("c0"));
+    all.hello(REIGN, hello("one-more", 1, 9999), LEASE, now).expect("there is room");
+}
+
+#[test]
+fn nothing_outlives_the_reign() {
+    let (all, now) = (Coordinators::default(), Instant::now());
+    all.hello(REIGN, hello("a", 1, 1), LEASE, now).expect("is taken");
+    let (before, after) = (LeaderEpoch(REIGN.0 - 1), LeaderEpoch(REIGN.0 + 1));
+    assert!(all.list(before, now).is_empty() && all.list(after, now).is_empty());
+    all.over(before);
+    assert_eq!(listed(&all, now).len(), 1, "another reign's end is nothing to this one");
+    all.over(REIGN);
+    assert!(listed(&all, now).is_empty());
+
+    all.hello(REIGN, hello("a", 1, 1), LEASE, now).expect("is taken");
+    all.hello(after, hello("b", 1, 2), LEASE, now).expect("the next reign begins");
+    assert_eq!(all.list(after, now).len(), 1, "with what it has heard itself");
+    let late = all.hello(REIGN, hello("c", 1, 3), LEASE, now).expect_err("comes too late");
+    assert_eq!(late.code, ErrorCode::Unavailable);
+    assert!(all.beat(REIGN, SessionId(1), &id("a"), beat(1), LEASE, now).is_err());
+}
+
+fn with_links(links: &[(&str, &str, u64, u64, u64)]) -> Registered {
+    let id = |name: &str| InstanceId::new(name).expect("a good id");
+    let link = |&(prefill, decode, handoffs, failures, mean_micros): &_| LinkUse {
+        prefill: id(prefill),
+        decode: id(decode),
+        handoffs,
+        failures,
+        mean_micros,
+    };
+    let (all, now) = (Coordinators::default(), Instant::now());
+    let beat = CoordinatorBeat { links: links.iter().map(link).collect(), ..CoordinatorBeat::default() };
+    all.hello(REIGN, Hello { beat, ..hello("a", 1, 1) }, LEASE, now).expect("is taken");
+    all.list(REIGN, now).remove(0)
+}
+
+#[test]
+fn links_add_up_over_coordinators() {
+    let (one, other) = (
+        with_links(&[("p", "d", 30, 1, 1000), ("p", "e", 5, 0, 0), ("q", "d", 0, 2, 0)]),
+        with_links(&[("p", "d", 10, 2, 5000), ("p", "e", 1, 0, 700)]),
+    );
+    let (all, left_out) = links(&[one.clone(), other.clone()], 10);
+    let view = |link: &LinkUse| {
+        let names = format!("{}>{}", link.prefill, link.decode);
+        (names, link.handoffs, link.failures, link.mean_micros)
+    };
+    assert_eq!(left_out, 0);
+    assert_eq!(
+        all.iter().map(view).collect::<Vec<_>>(),
+        [("p>d".into(), 40, 3, 2000), ("p>e".into(), 6, 0, 700), ("q>d".into(), 0, 2, 0)]
+    );
+    let (most_used, left_out) = links(&[one, other], 1);
+    assert_eq!((most_used.len(), left_out), (1, 2));
+    assert_eq!(most_used[0].decode.as_str(), "d");
+
+    let lies = with_links(&[("p", "d", u64::MAX, u64::MAX, u64::MAX), ("p", "d", u64::MAX, 1, u64::MAX)]);
+    let (all, _) = links(&[lies.clone(), lies], 10);
+    assert_eq!((all[0].handoffs, all[0].failures), (u64::MAX, u64::MAX));
+}
