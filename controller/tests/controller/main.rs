@@ -4,3 +4,4 @@ mod cluster;
 mod processes;
 mod sessions;
 mod takeover;
+mod takeovers;
