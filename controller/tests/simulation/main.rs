@@ -4,7 +4,7 @@
 //! The election, its fence and the reconciler are the real ones; what is between them (`reign.rs`, gRPC, servers) is
 //! played by this. After every step the [`checks`] are made. A failure says its seed and the last steps:
 //! `BATON_SIM_SEED=<seed> cargo test -p baton-controller --test simulation` plays it again, and
-//! `BATON_SIM_SEEDS=<n>` plays more seeds than usual (use `--release`).
+//! `BATON_SIM_SEEDS=<n>` plays more seeds than usual.
 
 mod batch;
 mod checks;
@@ -17,8 +17,14 @@ mod store;
 mod world;
 
 use std::{
+    collections::BTreeMap,
     env,
     panic::{AssertUnwindSafe, catch_unwind},
+    sync::{
+        Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread,
     time::Instant,
 };
 
@@ -30,7 +36,7 @@ const SEEDS: u64 = 300;
 /// Steps shown of a history that failed.
 const SHOWN: usize = 60;
 
-/// Plays a seed; the end of its history if it fails.
+/// Plays a seed; what went wrong and the end of its history if it fails.
 fn play(seed: u64, log: bool) -> Result<Counts, (String, Vec<String>)> {
     let mut world = World::new(seed, log);
     let played = catch_unwind(AssertUnwindSafe(|| world.run()));
@@ -55,9 +61,24 @@ fn any_history_keeps_the_invariants_and_ends_well() {
     let one = setting("BATON_SIM_SEED");
     let seeds = one.map_or(0..setting("BATON_SIM_SEEDS").unwrap_or(SEEDS), |seed| seed..seed + 1);
     let (since, mut sum, mut longest) = (Instant::now(), Counts::default(), 0);
+    let (next, played) = (AtomicU64::new(seeds.start), Mutex::new(BTreeMap::new()));
+    thread::scope(|scope| {
+        for _ in 0..thread::available_parallelism().map_or(1, usize::from) {
+            scope.spawn(|| {
+                loop {
+                    let seed = next.fetch_add(1, Ordering::Relaxed);
+                    if !seeds.contains(&seed) {
+                        break;
+                    }
+                    let end = play(seed, false);
+                    played.lock().expect("nobody panicked").insert(seed, end);
+                }
+            });
+        }
+    });
     let mut failed = Vec::new();
-    for seed in seeds.clone() {
-        match play(seed, false) {
+    for (seed, end) in played.into_inner().expect("nobody panicked") {
+        match end {
             Ok(counts) => {
                 longest = longest.max(counts.calm_ms);
                 sum.add(counts);
