@@ -145,9 +145,9 @@ mod tests {
         let own = ControllerMetrics::register(&metrics);
         // A family without members is not exported.
         let (group, role) = ("g".to_owned(), "decode");
-        own.served.get_or_create(&GroupLabels { group: group.clone() });
+        let _ = own.served.get_or_create(&GroupLabels { group: group.clone() });
         for family in [&own.wanted, &own.planned] {
-            family.get_or_create(&WantedLabels { group: group.clone(), role });
+            let _ = family.get_or_create(&WantedLabels { group: group.clone(), role });
         }
         let exported = metrics.render();
         let words = rules.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_'));

@@ -74,6 +74,16 @@ impl EtcdServer {
         members.remove(0)
     }
 
+    /// As [`Self::start`], with more arguments.
+    pub async fn start_with(arguments: &[&str]) -> Self {
+        let mut member = Self::member(0);
+        member.arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
+        member.cluster = format!("{}={}", member.name, member.peer_url());
+        member.spawn();
+        member.answers().await;
+        member
+    }
+
     /// Starts a cluster of one that speaks TLS to its clients and asks them for certificates; whoever starts it waits until
     /// it answers. The files are PEM; `ca` signs both sides.
     pub fn start_tls(ca: &Path, certificate: &Path, key: &Path) -> Self {

@@ -102,8 +102,10 @@ impl Reconciler {
                 format!("instance {id} has been started again since: incarnation {held} replaces {offered}");
             return Err(ApiError::new(ErrorCode::StaleEpoch, message));
         }
+        // Two processes whose clocks had been set back may have settled on one incarnation; a process keeps its address.
+        let another = offered > held || spec.inference_endpoint != member.spec.inference_endpoint;
         let gone = !member.is_registered() || (member.session().is_none() && succeeds(&member.spec, spec));
-        if offered > held && !gone {
+        if another && !gone {
             let message = format!(
                 "instance {id} is here already, as incarnation {held}: give this process another id, or call again \
                  once the other has been silent for its lease"

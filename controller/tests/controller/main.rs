@@ -6,3 +6,4 @@ mod operators;
 mod processes;
 mod sessions;
 mod takeover;
+mod takeovers;

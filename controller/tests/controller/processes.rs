@@ -13,20 +13,25 @@ use rustix::process::{Pid, Signal, kill_process};
 use crate::cluster::{PATIENCE, Server, spec, waiting};
 
 /// A `baton-controller`, killed when dropped.
-struct Controller {
+pub(crate) struct Controller {
     child: Child,
-    endpoint: String,
+    pub(crate) endpoint: String,
 }
 
 impl Controller {
-    fn start(id: &str, etcd: &EtcdServer) -> Self {
+    pub(crate) fn start(id: &str, etcd: &EtcdServer) -> Self {
+        Self::start_with(id, etcd, "2s")
+    }
+
+    /// One that leads under a lease of `ttl`.
+    pub(crate) fn start_with(id: &str, etcd: &EtcdServer, ttl: &str) -> Self {
         let settings = [
             format!("controller_id={id}"),
             "listen=127.0.0.1:0".into(),
             "metrics_listen=127.0.0.1:0".into(),
             "store.kind=etcd".into(),
             format!("store.etcd.endpoints=[\"{}\"]", etcd.endpoint()),
-            "leader.ttl=2s".into(),
+            format!("leader.ttl={ttl}"),
             "sessions.beat=100ms".into(),
             "sessions.lease=1s".into(),
             "roles.settle=200ms".into(),
@@ -48,18 +53,18 @@ impl Controller {
         Self { child, endpoint: address.expect("baton-controller did not say where it listens") }
     }
 
-    fn signal(&self, signal: Signal) {
+    pub(crate) fn signal(&self, signal: Signal) {
         let pid = Pid::from_raw(i32::try_from(self.child.id()).expect("a pid")).expect("a pid");
         kill_process(pid, signal).expect("it lives");
     }
 
-    async fn roles(&self) -> Result<Vec<v1::RoleView>, tonic::Status> {
+    pub(crate) async fn roles(&self) -> Result<Vec<v1::RoleView>, tonic::Status> {
         let client = FleetAdminClient::connect(format!("http://{}", self.endpoint)).await;
         let mut client = client.map_err(|error| tonic::Status::unavailable(error.to_string()))?;
         Ok(client.list_roles(v1::ListRolesRequest {}).await?.into_inner().roles)
     }
 
-    async fn leads(&self) {
+    pub(crate) async fn leads(&self) {
         let until = Instant::now() + PATIENCE;
         while self.roles().await.is_err() {
             assert!(Instant::now() < until, "it never leads");

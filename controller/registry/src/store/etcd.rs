@@ -213,7 +213,8 @@ fn failure_of_status(status: &Status, lease: Option<LeaseId>) -> Failure {
         }
         (Code::ResourceExhausted, _) if message.contains("space exceeded") => {
             Failure::Final(StoreError::Refused(format!(
-                "{message}: compact and defragment etcd or raise its quota, then disarm the alarm"
+                "etcd is out of space, and takes no changes until its alarm NOSPACE is disarmed ({message}): compact its \
+                 history, defragment every member or raise --quota-backend-bytes, then disarm it (etcdctl alarm disarm)"
             )))
         }
         (Code::NotFound | Code::InvalidArgument | Code::OutOfRange, _) => {

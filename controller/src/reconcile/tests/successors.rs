@@ -100,3 +100,26 @@ fn an_inherited_instance_that_never_calls_is_dropped() {
     world.pass(secs(4), &[a]);
     assert_eq!(world.roles(), "m");
 }
+
+#[test]
+fn an_inherited_instance_is_not_moved_before_it_is_heard() {
+    // The earlier leader ended before it heard that a serves.
+    let mixed = DesiredRole {
+        role: Role::Mixed,
+        epoch: RoleEpoch(EPOCH),
+        reason: String::new(),
+        leader_epoch: LeaderEpoch(EPOCH),
+        drain: None,
+    };
+    let mut world = World::under(EPOCH + 50);
+    let left = vec![(instance_spec("a", 1), Some(beat(Phase::Switching, Role::None, 0)))];
+    world.mind.inherit(left, BTreeMap::from([(id("a"), mixed)]), world.now);
+    let b = world.hello("b", 1, beat(Phase::Waiting, Role::None, 0));
+    world.pass(secs(1), &[b]);
+    assert_eq!(world.roles(), "mp");
+    let a = world.hello("a", 1, beat(Phase::Ready, Role::Mixed, EPOCH));
+    world.pass(secs(1), &[a, b]);
+    assert_eq!(world.roles(), "mp", "it goes on with both until b prefills");
+    world.obey(b);
+    assert_eq!(world.roles(), "dp");
+}

@@ -75,3 +75,19 @@ fn a_process_that_starts_again_at_its_address_need_not_wait() {
     world.hello_from("a", 6, "x:1");
     assert_eq!((world.refused.len(), world.incarnation("a")), (0, 6));
 }
+
+#[test]
+fn two_processes_of_one_incarnation_are_told_apart_by_their_addresses() {
+    let mut world = World::new();
+    let incumbent = world.hello_from("a", 5, "x:1");
+    let twin = world.hello_from("a", 5, "y:1");
+    assert_eq!(world.refused, [(twin, ErrorCode::AlreadyExists, Some(5))]);
+    assert_eq!(world.mind.members()[&id("a")].session(), Some(incumbent));
+    world.pass(secs(7), &[]);
+    let twin = world.hello_from("a", 5, "y:1");
+    assert_eq!(
+        world.mind.members()[&id("a")].session(),
+        Some(twin),
+        "the other has been silent for its lease"
+    );
+}

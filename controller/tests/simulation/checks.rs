@@ -1,0 +1,267 @@
+//! What must hold at every step, and in the end.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use baton_controller::{fleet::Member, reconcile::Reconciler};
+use baton_proto::{InstanceId, Phase, Role, RoleEpoch};
+use baton_registry::{DesiredRole, keys, records};
+
+use crate::{store::Keeper, world::World};
+
+/// What a mind had decided.
+pub(crate) struct Roles(BTreeMap<InstanceId, (Role, RoleEpoch)>);
+
+impl Roles {
+    pub(crate) fn of(mind: &Reconciler) -> Self {
+        let role = |(id, member): (&InstanceId, &Member)| {
+            member.desired.as_ref().map(|desired| (id.clone(), (desired.role, desired.epoch)))
+        };
+        Self(mind.members().iter().filter_map(role).collect())
+    }
+
+    /// What is another now, for the log.
+    pub(crate) fn since(&self, mind: &Reconciler) -> Vec<String> {
+        let text = |(id, member): (&InstanceId, &Member)| {
+            let desired = member.desired.as_ref()?;
+            let same = self.0.get(id) == Some(&(desired.role, desired.epoch));
+            (!same).then(|| format!("{id} as {} {}: {}", desired.role.name(), desired.epoch, desired.reason))
+        };
+        mind.members().iter().filter_map(text).collect()
+    }
+}
+
+/// How much happened, so that a simulation in which nothing does is noticed.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Counts {
+    pub(crate) steps: u64,
+    pub(crate) reigns: u64,
+    /// Transactions of controllers that led no more.
+    pub(crate) fenced: u64,
+    pub(crate) lost_answers: u64,
+    pub(crate) welcomes: u64,
+    pub(crate) refusals: u64,
+    pub(crate) orders: u64,
+    pub(crate) late_orders: u64,
+    pub(crate) moves: u64,
+    /// Virtual time from the end of faults until all is as it should be.
+    pub(crate) calm_ms: u64,
+}
+
+impl Counts {
+    pub(crate) fn add(&mut self, other: Self) {
+        self.steps += other.steps;
+        self.reigns += other.reigns;
+        self.fenced += other.fenced;
+        self.lost_answers += other.lost_answers;
+        self.welcomes += other.welcomes;
+        self.refusals += other.refusals;
+        self.orders += other.orders;
+        self.late_orders += other.late_orders;
+        self.moves += other.moves;
+        self.calm_ms += other.calm_ms;
+    }
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Findings {
+    /// The first.
+    pub(crate) violation: Option<String>,
+    pub(crate) counts: Counts,
+    /// The latest epoch that each instance was told by who led.
+    told: BTreeMap<String, RoleEpoch>,
+    /// Since when each group is served, by layout.
+    served: BTreeMap<Party, u64>,
+}
+
+impl Findings {
+    pub(crate) fn violated(&mut self, what: String) {
+        self.violation.get_or_insert(what);
+    }
+
+    /// A mind has decided: what served is moved one at a time, and both phases go on being served.
+    pub(crate) fn decided(&mut self, before: &Roles, mind: &Reconciler) {
+        let mut groups: BTreeMap<&str, Vec<&Member>> = BTreeMap::new();
+        for member in mind.members().values() {
+            groups.entry(member.spec.group.as_str()).or_default().push(member);
+        }
+        for (group, members) in groups {
+            let moved: Vec<&Member> = members
+                .iter()
+                .copied()
+                .filter(|member| {
+                    let Some((role, epoch)) = before.0.get(&member.spec.id) else { return false };
+                    let desired = member.desired.as_ref().expect("roles are not taken away");
+                    member.is_serving()
+                        && *role != Role::None
+                        && desired.role != *role
+                        && desired.epoch > *epoch
+                })
+                .collect();
+            if moved.is_empty() {
+                continue;
+            }
+            self.counts.moves += 1;
+            let moving: Vec<String> =
+                members.iter().filter(|member| is_moving(member)).map(|m| m.spec.id.to_string()).collect();
+            if moving.len() > 1 {
+                self.violated(format!("several of {group} are moved at a time: {moving:?}"));
+            }
+            let served = |role_of: &dyn Fn(&Member) -> (bool, bool)| {
+                members.iter().any(|one| {
+                    let like = members.iter().filter(|m| m.spec.kv_layout == one.spec.kv_layout);
+                    let roles: Vec<_> = like.map(|m| role_of(m)).collect();
+                    roles.iter().any(|phases| phases.0) && roles.iter().any(|phases| phases.1)
+                })
+            };
+            let now = |member: &Member| {
+                if member.is_serving() { phases(member.beat.role) } else { (false, false) }
+            };
+            let after = |member: &Member| {
+                let (now, desired) = (now(member), member.desired.as_ref().map(|desired| desired.role));
+                let next = phases(desired.unwrap_or(Role::None));
+                if member.stuck.is_some() { now } else { (now.0 && next.0, now.1 && next.1) }
+            };
+            if served(&now) && !served(&after) {
+                let moved: Vec<_> = moved.iter().map(|m| (m.spec.id.as_str(), &m.desired)).collect();
+                self.violated(format!("{group} is not served while {moved:?} is moved"));
+            }
+        }
+    }
+
+    /// An order leaves a controller.
+    pub(crate) fn told(&mut self, name: &str, desired: &DesiredRole, by_who_leads: bool, keeper: &Keeper) {
+        self.counts.orders += 1;
+        let id = InstanceId::new(name).expect("a good id");
+        if !keeper.was_stored(keys::role(&id), desired) {
+            self.violated(format!("{name} is told {desired:?}, which was never stored"));
+        }
+        if by_who_leads {
+            let last = self.told.entry(name.to_owned()).or_default();
+            if desired.epoch < *last {
+                let last = *last;
+                self.violated(format!("{name} is told {desired:?} after {last}"));
+            } else {
+                *last = desired.epoch;
+            }
+        }
+    }
+
+    /// What each group's instances do now, by layout: those that are ready, and those with what others on their way from
+    /// one role to another have in both. `moved`: what changed it is that an instance of this party leaves its role,
+    /// and nothing has happened to any instance.
+    pub(crate) fn serving(
+        &mut self,
+        ready: &Parties,
+        on_their_way: &Parties,
+        moved: Option<Party>,
+        now: u64,
+    ) {
+        let served = |parties: &Parties, party: &Party| parties.get(party) == Some(&(true, true));
+        if let Some(moved) = moved {
+            let of_group = |party: &&Party| party.0 == moved.0;
+            // Nobody can know yet what has just begun.
+            let was = self.served.iter().any(|(party, since)| of_group(&party) && now > since + KNOWN_AFTER);
+            let is = on_their_way.keys().filter(of_group).any(|party| served(on_their_way, party));
+            if was && !is {
+                self.violated(format!("{moved:?} is served no more by a move: {on_their_way:?}"));
+            }
+        }
+        self.served.retain(|party, _| served(ready, party));
+        for party in ready.keys().filter(|party| served(ready, party)) {
+            self.served.entry(*party).or_insert(now);
+        }
+    }
+}
+
+/// A group and a layout of it, and what they do of prefill and decode.
+pub(crate) type Party = (usize, u8);
+pub(crate) type Parties = BTreeMap<Party, (bool, bool)>;
+
+/// By then a leader knows what its instances do, if it hears them at all.
+const KNOWN_AFTER: u64 = 4_000;
+
+/// Whether it is on its way from one role to another. One that already was, and is to have none now, delays nobody.
+fn is_moving(member: &Member) -> bool {
+    let Some(desired) = &member.desired else { return false };
+    let other = desired.role != member.beat.role && desired.epoch > member.beat.role_epoch;
+    let left = matches!(member.beat.phase, Phase::Draining | Phase::Switching) && desired.role != Role::None;
+    let had = member.beat.role != Role::None && (member.is_serving() || left);
+    member.is_registered() && member.stuck.is_none() && had && other
+}
+
+fn phases(role: Role) -> (bool, bool) {
+    (matches!(role, Role::Prefill | Role::Mixed), matches!(role, Role::Decode | Role::Mixed))
+}
+
+/// Whether everything is as it should be; else what is not.
+pub(crate) fn converged(world: &World) -> Result<(), String> {
+    let leading: Vec<_> = world.leading().collect();
+    let [controller] = leading[..] else { return Err(format!("{} controllers lead", leading.len())) };
+    let reign = controller.reign().ok_or("the leader does not reign yet")?;
+    if world.keeper.leader() != controller.epoch() {
+        return Err("the store has another leader".into());
+    }
+    let (mind, members) = (&reign.mind, reign.mind.members());
+    if mind.has_writes() {
+        return Err("something is to be written".into());
+    }
+    let live: BTreeSet<&str> = world.live().map(|process| world.name(process)).collect();
+    let known: BTreeSet<&str> = members.keys().map(InstanceId::as_str).collect();
+    if live != known {
+        return Err(format!("{live:?} live, {known:?} are known"));
+    }
+    let expected = |prefix: &str| live.iter().map(|name| format!("{prefix}{name}")).collect::<Vec<_>>();
+    for prefix in [keys::INSTANCES, keys::STATUS] {
+        if world.keeper.keys_under(prefix) != expected(prefix) {
+            return Err(format!("the store has {:?}", world.keeper.keys_under(prefix)));
+        }
+    }
+    for (id, member) in members {
+        let session = member.session().ok_or(format!("{id} has no session"))?;
+        let desired = member.desired.as_ref().ok_or(format!("{id} has no role"))?;
+        let process = world.process_at(session).ok_or(format!("{id} is not at its session"))?;
+        let held = (process.role, process.epoch, process.phase);
+        if held != (desired.role, desired.epoch, Phase::Ready) || !member.has_converged() {
+            return Err(format!("{id} should be {desired:?} and is {held:?}"));
+        }
+        if member.stuck.is_some() {
+            return Err(format!("{id} is stuck"));
+        }
+        let role = world.keeper.role(&keys::role(id));
+        if role.as_ref() != Some(desired) {
+            return Err(format!("{id} should be {desired:?}, and the store has {role:?}"));
+        }
+        // Labels are encoded in any order.
+        let spec = world.keeper.value(&keys::instance(id)).and_then(|value| records::decode_spec(value).ok());
+        let status = world.keeper.value(&keys::status(id));
+        if spec.as_ref() != Some(&member.spec) || status != Some(&*member.status().encode()) {
+            return Err(format!("the store has another spec or status of {id} than the leader's mind"));
+        }
+    }
+    divided(world, members.values())
+}
+
+/// Whether every group has the roles that its policy wants.
+fn divided<'a>(world: &World, members: impl Iterator<Item = &'a Member>) -> Result<(), String> {
+    let mut groups: BTreeMap<&str, BTreeMap<&str, Vec<Role>>> = BTreeMap::new();
+    for member in members {
+        let parties = groups.entry(member.spec.group.as_str()).or_default();
+        let role = member.desired.as_ref().map_or(Role::None, |desired| desired.role);
+        parties.entry(member.spec.kv_layout.fingerprint.as_str()).or_default().push(role);
+    }
+    for (group, parties) in groups {
+        let serving: Vec<_> =
+            parties.values().filter(|roles| roles.iter().any(|role| *role != Role::None)).collect();
+        let [roles] = serving[..] else { return Err(format!("{group} has the parties {parties:?}")) };
+        let count = |wanted| roles.iter().filter(|role| **role == wanted).count();
+        let (n, prefill, decode) = (roles.len(), count(Role::Prefill), count(Role::Decode));
+        let (share, whole) = (world.ratio().0, world.ratio().0 + world.ratio().1);
+        let near = n == 2 || (prefill * whole).abs_diff(n * share) < whole;
+        let least = prefill >= 1 && decode >= 1 && (near || prefill == 1 || decode == 1);
+        let good = if n == 1 { roles[0] == Role::Mixed } else { prefill + decode == n && least };
+        if !good {
+            return Err(format!("{group} is divided as {roles:?}"));
+        }
+    }
+    Ok(())
+}
