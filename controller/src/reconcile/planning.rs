@@ -132,8 +132,8 @@ impl Reconciler {
             } else if member.is_serving() {
                 settling |= member.is_on_its_way();
                 moves.push((*member, decision));
-            } else if matches!(member.contact, Contact::Silent { .. }) {
-                // It may have come to serve since it was last heard: it is heard again, or lost, before it is moved.
+            } else if member.session().is_none() {
+                // It may have come to serve since it was last heard: it is heard again, or its place given up, first.
                 settling = true;
             } else {
                 settling = true;
