@@ -4,7 +4,7 @@ use std::{fs, process::Command};
 
 use baton_integration_tests::{folder, required};
 
-const ALERTS: &str = "deploy/alerts";
+const ALERTS: &str = "../deploy/alerts";
 
 #[test]
 fn every_alert_is_raised_and_clears() {

@@ -10,10 +10,7 @@ use baton_proto::{InstanceId, Role};
 use tokio::time::Instant;
 
 use super::{Reconciler, cover::Cover};
-use crate::{
-    fleet::{Contact, Member},
-    plan::Decision,
-};
+use crate::{fleet::Member, plan::Decision};
 
 /// What becomes of an instance now.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,8 +58,8 @@ impl Reconciler {
                 settling.extend(member.is_on_its_way().then_some(id));
                 moves.push((member, decision.role));
                 continue;
-            } else if matches!(member.contact, Contact::Silent { .. }) {
-                // It may have come to serve since it was last heard: it is heard again, or lost, before it is moved.
+            } else if member.session().is_none() {
+                // It may have come to serve since it was last heard: it is heard again, or its place given up, first.
                 settling.push(id);
                 Step::Waits("a sign of life of it".to_owned())
             } else {

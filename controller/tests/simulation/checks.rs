@@ -101,8 +101,12 @@ impl Findings {
                 continue;
             }
             self.counts.moves += 1;
-            let moving: Vec<String> =
-                members.iter().filter(|member| is_moving(member)).map(|m| m.spec.id.to_string()).collect();
+            // One that was told before to have none delays nobody.
+            let counts = |member: &&&Member| {
+                let none = member.desired.as_ref().is_some_and(|desired| desired.role == Role::None);
+                is_moving(member) && (!none || moved.iter().any(|moved| moved.spec.id == member.spec.id))
+            };
+            let moving: Vec<_> = members.iter().filter(counts).map(|m| m.spec.id.to_string()).collect();
             if moving.len() > 1 {
                 self.violated(format!("several of {group} are moved at a time: {moving:?}"));
             }
@@ -177,14 +181,14 @@ impl Findings {
 pub(crate) type Party = (usize, u8);
 pub(crate) type Parties = BTreeMap<Party, (bool, bool)>;
 
-/// By then a leader knows what its instances do, if it hears them at all.
-const KNOWN_AFTER: u64 = 4_000;
+/// By then a leader knows what its instances do, if it hears them at all, and what it decided before that is told.
+const KNOWN_AFTER: u64 = 6_000;
 
-/// Whether it is on its way from one role to another. One that already was, and is to have none now, delays nobody.
+/// Whether it is on its way from one role to another.
 fn is_moving(member: &Member) -> bool {
     let Some(desired) = &member.desired else { return false };
     let other = desired.role != member.beat.role && desired.epoch > member.beat.role_epoch;
-    let left = matches!(member.beat.phase, Phase::Draining | Phase::Switching) && desired.role != Role::None;
+    let left = matches!(member.beat.phase, Phase::Draining | Phase::Switching);
     let had = member.beat.role != Role::None && (member.is_serving() || left);
     member.is_registered() && member.stuck.is_none() && had && other
 }

@@ -200,7 +200,9 @@ impl World {
         let name = self.processes[&pid].name;
         let Some(controller) = &self.seats[seat].controller else { return };
         let (Some(reign), now) = (controller.reign(), controller.clock.at(self.now)) else { return };
-        if self.keeper.leader() != controller.epoch() {
+        // Who leads no more is not listened to, and who has gone does not listen.
+        let gone = self.processes[&pid].line.is_none_or(|(line, _)| line != session.0);
+        if gone || self.keeper.leader() != controller.epoch() {
             return;
         }
         for (other, process) in &self.processes {

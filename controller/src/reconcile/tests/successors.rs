@@ -123,3 +123,15 @@ fn an_inherited_instance_is_not_moved_before_it_is_heard() {
     world.obey(b);
     assert_eq!(world.roles(), "dp");
 }
+
+#[test]
+fn a_lost_instance_is_not_moved_before_it_is_back() {
+    let (mut world, a, b) = World::pair();
+    let held = world.last_assigned(a);
+    world.event(Event::Closed { session: a });
+    world.pass(secs(7), &[b]);
+    world.event(Event::Bye { session: b, reason: String::new() });
+    assert_eq!(world.roles(), "p", "it may serve all the same");
+    let a = world.hello("a", 1, beat(Phase::Ready, Role::Prefill, held.epoch.0));
+    assert_eq!((world.roles().as_str(), world.last_assigned(a).role), ("m", Role::Mixed));
+}
