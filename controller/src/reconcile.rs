@@ -125,6 +125,8 @@ pub struct Reconciler {
     plan_due: bool,
     /// When leases, places and memories are to be looked at.
     check_at: Instant,
+    /// When they last were, or could have been.
+    awake: Instant,
     /// When a plan that was put off is to be made.
     plan_at: Option<Instant>,
     /// Some instance came with a role that the store did not know: an earlier life of the store gave it, and others
@@ -168,6 +170,7 @@ impl Reconciler {
             targets: BTreeMap::new(),
             plan_due: true,
             check_at: now,
+            awake: now,
             plan_at: None,
             adopted: false,
             role_changes: 0,
@@ -321,6 +324,7 @@ impl Reconciler {
     /// Draws the consequences of events and of time: ended leases, places given up, new roles.
     pub fn conclude(&mut self, now: Instant) -> Vec<Command> {
         let mut commands = Vec::new();
+        self.make_up_for_a_stall(now);
         if self.check_at <= now {
             commands = self.expire(now);
             self.give_up(now);

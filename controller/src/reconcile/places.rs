@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use baton_proto::InstanceId;
 use tokio::time::Instant;
-use tracing::info;
+use tracing::{info, warn};
 
 use super::{Command, Reconciler, Record, Remembered};
 use crate::fleet::{Contact, Member};
@@ -14,6 +14,28 @@ use crate::journal::NewsKind;
 pub(super) const SHORTEST_WAIT: Duration = Duration::from_millis(1);
 
 impl Reconciler {
+    /// Leases do not run while this process is stopped, or starved: nobody could be heard meanwhile.
+    pub(super) fn make_up_for_a_stall(&mut self, now: Instant) {
+        let asleep = now.duration_since(self.awake);
+        self.awake = now;
+        if asleep < self.sessions_config.lease / 2 {
+            return;
+        }
+        let listening = self.members.values_mut().filter(|member| member.is_registered());
+        let mut made_up_for = 0;
+        for member in listening {
+            member.last_beat = (member.last_beat + asleep).min(now);
+            made_up_for += 1;
+        }
+        if made_up_for > 0 {
+            warn!(
+                ?asleep,
+                instances = made_up_for,
+                "this controller stood still: leases are longer by that time"
+            );
+        }
+    }
+
     /// Ends registrations whose lease has run out.
     pub(super) fn expire(&mut self, now: Instant) -> Vec<Command> {
         let lease = self.sessions_config.lease;
@@ -94,7 +116,16 @@ impl Reconciler {
         let moves = moves.filter_map(|member| Some(member.late_since? + self.patience(member)));
         let refused = self.refused.values().copied();
         let memories = self.remembered.values().map(|remembered| remembered.since + self.roles_config.memory);
-        let never = now + Duration::from_secs(24 * 3600);
-        leases.chain(memories).chain(moves).chain(refused).min().unwrap_or(never).max(now + SHORTEST_WAIT)
+        // Often enough to tell a stall from a quiet time.
+        let often = now + self.sessions_config.lease / 4;
+        let never = if self.members.is_empty() { now + Duration::from_secs(24 * 3600) } else { often };
+        leases
+            .chain(memories)
+            .chain(moves)
+            .chain(refused)
+            .chain([never])
+            .min()
+            .unwrap_or(never)
+            .max(now + SHORTEST_WAIT)
     }
 }

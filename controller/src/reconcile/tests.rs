@@ -261,35 +261,6 @@ fn a_lost_instance_keeps_its_place_for_a_while() {
 }
 
 #[test]
-fn a_lost_instance_that_stays_away_is_done_without() {
-    let (mut world, a, b) = World::pair();
-    world.event(Event::Closed { session: b });
-    world.pass(secs(11), &[a]);
-    assert_eq!(world.roles(), "m");
-    world.obey(a);
-    // Its role is remembered: on its return the other makes room, once it serves.
-    let b = world.hello("b", 2, silent());
-    assert_eq!(world.last_assigned(b).role, Role::Decode);
-    world.pass(secs(1), &[a, b]);
-    assert_eq!(world.roles(), "md");
-    world.obey(b);
-    assert_eq!(world.roles(), "pd");
-}
-
-#[test]
-fn silence_alone_ends_a_registration() {
-    let (mut world, a, b) = World::pair();
-    world.pass(secs(5), &[a]);
-    assert!(world.closed.is_empty());
-    world.pass(secs(2), &[a]);
-    assert_eq!(world.closed, [b]);
-    assert!(!world.stored.contains_key("/baton/v1/instances/b"));
-    // A late beat of the ended session changes nothing.
-    world.beat(b, beat(Phase::Ready, Role::Mixed, EPOCH + 100));
-    assert!(!world.stored.contains_key("/baton/v1/instances/b"));
-}
-
-#[test]
 fn a_clean_leave_gives_the_place_up_at_once() {
     let (mut world, a, b) = World::pair();
     world.event(Event::Bye { session: b, reason: "scaled in".into() });
@@ -422,34 +393,6 @@ fn the_latest_epoch_that_a_peer_may_claim_is_counted_on_from() {
 }
 
 #[test]
-fn roles_of_the_gone_fade_from_memory() {
-    let (mut world, a, b) = World::pair();
-    world.event(Event::Bye { session: b, reason: String::new() });
-    assert_eq!(world.mind.remembered().count(), 1);
-    world.pass(secs(3590), &[a]);
-    assert!(world.stored.contains_key("/baton/v1/roles/b"));
-    world.pass(secs(20), &[a]);
-    assert!(!world.stored.contains_key("/baton/v1/roles/b"));
-    assert_eq!(world.mind.remembered().count(), 0);
-}
-
-#[test]
-fn no_more_of_the_gone_are_remembered_than_may_be_here() {
-    let mut world = World::new();
-    world.mind.sessions_config.max_instances = 2;
-    for name in ["a", "b", "c", "d"] {
-        let session = world.hello(name, 1, beat(Phase::Waiting, Role::None, 0));
-        world.pass(secs(2), &[session]);
-        world.obey(session);
-        world.event(Event::Bye { session, reason: String::new() });
-    }
-    let remembered: Vec<_> = world.mind.remembered().map(|(id, _)| id.to_string()).collect();
-    assert_eq!(remembered, ["c", "d"], "the longest gone are forgotten");
-    let stored: Vec<_> = world.stored.keys().collect();
-    assert_eq!(stored, ["/baton/v1/roles/c", "/baton/v1/roles/d"]);
-}
-
-#[test]
 fn two_thousand_instances_are_planned_at_once() {
     let mut world = World::new();
     world.mind.roles_config.prefill = 1;
@@ -473,6 +416,7 @@ fn two_thousand_instances_are_planned_at_once() {
 
 mod auto;
 mod intents;
+mod leases;
 mod quarantine;
 mod revisions;
 mod storm;

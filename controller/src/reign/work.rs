@@ -1,6 +1,6 @@
 //! One reign's work: messages taken in, commands and answers carried out, what became of writes.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use baton_proto::{ApiError, ErrorCode, InstanceId};
 use baton_registry::{Fenced, Leadership, LeaseId, StoreError, Txn};
@@ -17,6 +17,8 @@ use crate::{
 
 /// Keys written in one transaction; etcd takes 128 operations unless told otherwise.
 const WRITES_PER_TXN: usize = 100;
+/// A store that goes on failing is warned of so often.
+const WARN_EVERY: Duration = Duration::from_secs(10);
 /// Changes by operators that wait to be stored.
 const UNANSWERED_MOST: usize = 256;
 
@@ -63,12 +65,14 @@ pub(super) struct Reign<'a> {
     changes: u64,
     /// So many keys are written alone, because the store refused one of them.
     one_by_one: usize,
+    /// When a failed write was last warned of.
+    last_warned: Option<Instant>,
 }
 
 impl<'a> Reign<'a> {
     pub(super) fn new(mind: Reconciler, journal: &'a Journal, metrics: &'a ControllerMetrics) -> Self {
         let (lines, unanswered) = (BTreeMap::new(), Vec::new());
-        Self { mind, lines, unanswered, journal, metrics, changes: 0, one_by_one: 0 }
+        Self { mind, lines, unanswered, journal, metrics, changes: 0, one_by_one: 0, last_warned: None }
     }
 
     pub(super) fn take(&mut self, message: Message, now: Instant) {
@@ -218,7 +222,10 @@ impl<'a> Reign<'a> {
             }
             Err(error) => {
                 self.metrics.store_errors.inc();
-                warn!(%error, keys = writes.len(), "changes were not written; trying again");
+                if self.last_warned.is_none_or(|at| at.elapsed() >= WARN_EVERY) {
+                    self.last_warned = Some(Instant::now());
+                    warn!(%error, keys = writes.len(), "changes were not written; trying again");
+                }
                 self.mind.give_back(writes);
                 if matches!(error, StoreError::LeaseNotFound(_)) { After::LeaseGone } else { After::Wait }
             }

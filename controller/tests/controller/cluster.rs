@@ -171,6 +171,11 @@ pub(crate) fn waiting() -> v1::InstanceBeat {
     beat(v1::Role::None, 0, v1::Phase::Waiting)
 }
 
+/// Whether the id is another process's, for now.
+fn is_taken(refused: &v1::Refuse) -> bool {
+    refused.reason.as_ref().is_some_and(|reason| reason.code() == v1::ErrorCode::AlreadyExists)
+}
+
 /// A server as a script: it says and hears what the test wants.
 pub(crate) struct Server {
     pub(crate) state: v1::InstanceBeat,
@@ -208,7 +213,8 @@ impl Server {
         Self::call(endpoint, spec, state).await.expect("a session").expect("a welcome")
     }
 
-    /// Calls until some controller of these welcomes it.
+    /// Calls until some controller of these welcomes it: one that has yet to notice that the earlier process's session
+    /// broke refuses a later one for as long.
     pub(crate) async fn join_any(
         endpoints: &[&str],
         spec: v1::InstanceSpec,
@@ -219,8 +225,8 @@ impl Server {
                 for endpoint in endpoints {
                     match Self::call(endpoint, spec.clone(), state).await {
                         Ok(Ok(server)) => return server,
-                        Ok(Err(refused)) => panic!("refused: {refused:?}"),
-                        Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+                        Ok(Err(refused)) if !is_taken(&refused) => panic!("refused: {refused:?}"),
+                        Ok(Err(_)) | Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
                     }
                 }
             }
