@@ -150,6 +150,18 @@ impl Cluster {
         output.status.success().then(|| serde_json::from_slice(&output.stdout).expect("ctl prints JSON"))
     }
 
+    /// `baton ctl ARGUMENTS`, which has to succeed; what it says.
+    pub async fn run_ctl(&self, arguments: &[&str]) -> String {
+        let mut ctl = Command::new(binary("baton"));
+        ctl.arg("ctl").args(arguments).args(["--controller", &self.run.controller]).stdin(Stdio::null());
+        let output =
+            tokio::task::spawn_blocking(move || ctl.output()).await.expect("no panic").expect("baton starts");
+        let said =
+            String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "`ctl {}`: {said}", arguments.join(" "));
+        said
+    }
+
     pub async fn ctl(&self, what: &str) -> Vec<Value> {
         eventually(&format!("an answer to `ctl get {what}`"), || self.try_ctl(what)).await
     }

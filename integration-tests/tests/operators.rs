@@ -1,0 +1,122 @@
+//! Operators at work on a live fleet: roles are switched, instances cordoned, drained and taken back while clients ask
+//! without a break, and none of them sees a failure or another text.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use baton_integration_tests::{
+    Cluster,
+    chat::{Events, ask, request},
+    eventually,
+};
+use tokio::task::JoinSet;
+
+/// Clients that ask all the time.
+const CLIENTS: usize = 4;
+
+/// Clients, each with a prompt of its own, until they are told to stop; streamed and whole answers in turns.
+struct Load {
+    over: Arc<AtomicBool>,
+    answered: Arc<AtomicUsize>,
+    clients: JoinSet<()>,
+}
+
+impl Load {
+    async fn start(cluster: &Cluster) -> Self {
+        let (over, answered) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+        let mut clients = JoinSet::new();
+        for client in 0..CLIENTS {
+            let prompt = format!("Count from {client} on, in words.");
+            let body = move |model: &str, stream| request(model, &prompt, 60, stream);
+            let (url, model) = (cluster.url().to_owned(), cluster.model().to_owned());
+            let expected = ask(&url, &body(&model, false)).await;
+            let (over, answered) = (over.clone(), answered.clone());
+            clients.spawn(async move {
+                while !over.load(Ordering::Relaxed) {
+                    let (text, error) = Events::open(&url, &body(&model, true)).await.rest().await;
+                    assert_eq!(error, None, "client {client}");
+                    assert_eq!(text, expected, "client {client}");
+                    assert_eq!(ask(&url, &body(&model, false)).await, expected, "client {client}");
+                    answered.fetch_add(2, Ordering::Relaxed);
+                }
+            });
+        }
+        Self { over, answered, clients }
+    }
+
+    /// Waits until so many more were answered, as they are.
+    async fn goes_on(&self, more: usize) {
+        let until = self.answered.load(Ordering::Relaxed) + more;
+        eventually("answers", || async { (self.answered.load(Ordering::Relaxed) >= until).then_some(()) })
+            .await;
+    }
+
+    async fn end(mut self) -> usize {
+        self.over.store(true, Ordering::Relaxed);
+        while let Some(client) = self.clients.join_next().await {
+            client.expect("no client saw a failure");
+        }
+        self.answered.load(Ordering::Relaxed)
+    }
+}
+
+async fn serves_as(cluster: &Cluster, instance: &str, role: &str) {
+    eventually(&format!("{instance} to be {role}"), || async {
+        let roles = cluster.role_epochs().await;
+        let is = roles.get(instance).is_some_and(|(is, _)| is == role);
+        let out = role == "none" && !roles.contains_key(instance);
+        (is || out).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn roles_are_switched_and_instances_drained_under_load_without_a_failure() {
+    let cluster = Cluster::start(&["--prefill", "1", "--decode", "2"]).await;
+    let load = Load::start(&cluster).await;
+    load.goes_on(CLIENTS).await;
+
+    // The other way round: one more prefills, then decodes again.
+    let moved = cluster.instance_of("decode").await;
+    cluster.run_ctl(&["set-role", &moved, "prefill"]).await;
+    serves_as(&cluster, &moved, "prefill").await;
+    load.goes_on(CLIENTS).await;
+    cluster.run_ctl(&["set-role", &moved, "decode"]).await;
+    serves_as(&cluster, &moved, "decode").await;
+    load.goes_on(CLIENTS).await;
+    cluster.run_ctl(&["set-role", &moved, "auto"]).await;
+
+    // The only one that prefills is drained: another takes its place first.
+    let prefill = cluster.instance_of("prefill").await;
+    let said = cluster.run_ctl(&["drain", &prefill, "--within", "20s", "--reason", "new disk"]).await;
+    assert!(said.contains(&prefill), "{said}");
+    serves_as(&cluster, &prefill, "none").await;
+    load.goes_on(CLIENTS).await;
+    cluster.run_ctl(&["uncordon", &prefill]).await;
+    eventually("all three to serve", || async { (cluster.role_epochs().await.len() == 3).then_some(()) })
+        .await;
+    load.goes_on(CLIENTS).await;
+
+    // By ratio: two prefill.
+    cluster.run_ctl(&["set-targets", "default", "--ratio", "2:1"]).await;
+    eventually("two that prefill", || async {
+        let roles = cluster.roles().await;
+        (roles == ["decode", "prefill", "prefill"]).then_some(())
+    })
+    .await;
+    load.goes_on(CLIENTS).await;
+
+    let answered = load.end().await;
+    assert!(answered > 6 * CLIENTS, "{answered}");
+    let events = cluster.ctl("events").await;
+    for kind in ["pinned", "cordoned", "uncordoned", "targets_set", "role_taken"] {
+        assert!(events.iter().any(|event| event["kind"] == kind), "no {kind} among the events");
+    }
+    cluster.assert_nothing_held().await;
+    tokio::time::timeout(Duration::from_secs(90), cluster.stop()).await.expect("it stops");
+}
