@@ -21,6 +21,7 @@ use crate::{
     error::ControllerError,
     journal::Journal,
     metrics::ControllerMetrics,
+    ranktable,
     reign::Reigns,
     session::ControlService,
 };
@@ -97,6 +98,8 @@ impl Parts {
             workers,
         );
         let tokens = Some(&config.admin.tokens_file).filter(|path| !path.is_empty()).map(PathBuf::from);
+        let ranktable = Some(&config.ascend.ranktable_file).filter(|path| !path.is_empty());
+        let ranktable = ranktable.map(|path| ranktable::follow(path.into(), shutdown.clone(), &tasks));
         let (journal, access) = (Journal::default(), Access::new(tokens)?);
         let admin = AdminService::new(store.clone(), desk, coordinators, journal.clone(), access);
         let mut routes = Routes::new(ControlServer::new(control)).add_service(FleetAdminServer::new(admin));
@@ -111,6 +114,7 @@ impl Parts {
             store,
             desk: open,
             journal,
+            ranktable,
             metrics: ControllerMetrics::register(&metrics),
             health: health.clone(),
             shutdown: shutdown.clone(),

@@ -25,6 +25,7 @@ pub struct ControllerConfig {
     pub roles: RoleConfig,
     pub health: HealthConfig,
     pub admin: AdminConfig,
+    pub ascend: AscendConfig,
     pub process: ProcessConfig,
 }
 
@@ -41,6 +42,7 @@ impl Default for ControllerConfig {
             roles: RoleConfig::default(),
             health: HealthConfig::default(),
             admin: AdminConfig::default(),
+            ascend: AscendConfig::default(),
             process: ProcessConfig::default(),
         }
     }
@@ -98,6 +100,15 @@ impl Default for SessionConfig {
     fn default() -> Self {
         Self { beat: Duration::from_secs(1), lease: Duration::from_secs(6), max_instances: 10_000 }
     }
+}
+
+/// What is known of Ascend servers beside their own reports.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AscendConfig {
+    /// `global_ranktable.json` as Huawei's tools write it, read again when it changes: how many NPUs the server at an
+    /// address has. Empty = what servers report counts.
+    pub ranktable_file: String,
 }
 
 /// Who may ask and change, by `baton ctl` or any other client of the admin service.

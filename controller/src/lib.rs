@@ -21,6 +21,7 @@ pub mod fleet;
 pub mod journal;
 pub mod metrics;
 pub mod plan;
+pub mod ranktable;
 pub mod reconcile;
 mod reign;
 pub mod session;

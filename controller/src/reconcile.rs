@@ -27,6 +27,7 @@ use crate::{
         health::{HealthBook, Verdict},
     },
     journal::{News, NewsKind},
+    ranktable::RankTable,
 };
 
 mod admit;
@@ -73,6 +74,8 @@ pub enum Event {
         record: Record,
         reason: String,
     },
+    /// The ranktable of Ascend servers is another.
+    RankTable(RankTable),
     /// The store has this role record now.
     RoleStored {
         id: InstanceId,
@@ -143,6 +146,8 @@ pub struct Reconciler {
     targets: BTreeMap<GroupName, Targets>,
     /// How members do.
     health: HealthBook,
+    /// NPUs of Ascend servers.
+    ranktable: RankTable,
 }
 
 impl Reconciler {
@@ -156,6 +161,7 @@ impl Reconciler {
         let health = HealthBook::new(health, sessions_config.beat);
         Self {
             health,
+            ranktable: RankTable::default(),
             sessions_config,
             roles_config,
             leader_epoch,
@@ -259,6 +265,10 @@ impl Reconciler {
                 let order = offer(member);
                 self.follow(&id, now);
                 order.into_iter().collect()
+            }
+            Event::RankTable(table) => {
+                self.take_ranktable(table);
+                Vec::new()
             }
             Event::Refused { record, reason } => {
                 self.refused(record, reason, now);

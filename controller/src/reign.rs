@@ -23,7 +23,8 @@ use crate::{
     desk::{INBOX_CAPACITY, Inbox},
     journal::{Journal, News, NewsKind},
     metrics::ControllerMetrics,
-    reconcile::Reconciler,
+    ranktable::RankTable,
+    reconcile::{Event, Reconciler},
 };
 
 mod inherit;
@@ -44,6 +45,8 @@ pub(crate) struct Reigns {
     pub(crate) candidate: Candidate,
     pub(crate) desk: watch::Sender<Option<Inbox>>,
     pub(crate) journal: Journal,
+    /// None unless a ranktable is followed.
+    pub(crate) ranktable: Option<watch::Receiver<RankTable>>,
     pub(crate) metrics: ControllerMetrics,
     pub(crate) health: HealthHandle,
     pub(crate) shutdown: CancellationToken,
@@ -115,6 +118,10 @@ impl Reigns {
         let mut write_after = now;
         let mut observe_at = now;
         let mut batch = Vec::new();
+        let mut ranktable = self.ranktable.clone();
+        if let Some(table) = &mut ranktable {
+            table.mark_changed();
+        }
         loop {
             let now = Instant::now();
             reign.conclude(now);
@@ -156,6 +163,7 @@ impl Reigns {
                         reign.take(message, Instant::now());
                     }
                 }
+                table = changed(&mut ranktable) => reign.handle(Event::RankTable(table), Instant::now()),
                 () = tokio::time::sleep_until(wake) => {}
             }
         }
@@ -195,6 +203,16 @@ impl Reigns {
 fn leads(controller: &str, epoch: LeaderEpoch) -> News {
     let message = format!("{controller} leads, epoch {epoch}");
     News { kind: NewsKind::LeaderChanged, group: None, instance: None, message, actor: None }
+}
+
+/// The ranktable once it has changed; never, if none is followed or nobody follows it any more.
+async fn changed(table: &mut Option<watch::Receiver<RankTable>>) -> RankTable {
+    if let Some(table) = table
+        && table.changed().await.is_ok()
+    {
+        return table.borrow_and_update().clone();
+    }
+    std::future::pending().await
 }
 
 async fn maybe<T>(future: &mut Option<BoxFuture<'_, T>>) -> T {

@@ -9,18 +9,20 @@ use super::{Command, Order, Reconciler, Record, offer};
 use crate::{
     fleet::{Beat, Contact, Member, SessionId},
     journal::NewsKind,
+    ranktable::RankTable,
 };
 
 impl Reconciler {
     pub(super) fn hello(
         &mut self,
         session: SessionId,
-        spec: InstanceSpec,
+        mut spec: InstanceSpec,
         beat: Beat,
         unix_millis: u64,
         now: Instant,
     ) -> Vec<Command> {
         let id = spec.id.clone();
+        self.count_npus(&mut spec);
         if let Err(refusal) = self.admit(&spec) {
             info!(instance = %id, incarnation = %spec.incarnation, %refusal, "a session is refused");
             self.tell_of(NewsKind::InstanceRefused, &id, Some(spec.group), refusal.message.clone());
@@ -81,6 +83,29 @@ impl Reconciler {
         self.follow(&id, now);
         self.check_at = self.check_at.min(now + self.sessions_config.lease);
         commands
+    }
+
+    /// What the ranktable says of it counts, whatever it says itself.
+    fn count_npus(&self, spec: &mut InstanceSpec) {
+        if let Some(npus) = self.ranktable.npus(spec) {
+            spec.device_count = npus;
+        }
+    }
+
+    pub(super) fn take_ranktable(&mut self, table: RankTable) {
+        self.ranktable = table;
+        let ids: Vec<_> = self.members.keys().cloned().collect();
+        for id in ids {
+            let Some(mut member) = self.members.remove(&id) else { continue };
+            let before = member.spec.device_count;
+            self.count_npus(&mut member.spec);
+            if member.spec.device_count != before {
+                info!(instance = %id, before, now = member.spec.device_count, "it has another number of NPUs");
+                self.mark(Record::Instance(id.clone()));
+                self.plan_due = true;
+            }
+            self.members.insert(id, member);
+        }
     }
 
     /// Whether a session may be: one process per id, and none that a later one has replaced. An incumbent whose session

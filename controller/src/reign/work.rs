@@ -145,7 +145,7 @@ impl<'a> Reign<'a> {
         }
     }
 
-    fn handle(&mut self, event: Event, now: Instant) {
+    pub(super) fn handle(&mut self, event: Event, now: Instant) {
         let commands = self.mind.handle(event, now);
         self.carry_out(commands, now);
     }
