@@ -17,6 +17,10 @@ const CHATS: Stream = Stream { requests_per_second: 24.0, prompt_tokens: 300.0, 
 const SUMMARIES: Stream =
     Stream { requests_per_second: 6.0, prompt_tokens: 9_000.0, completion_tokens: 60.0 };
 
+fn mind(roles: RoleConfig, epoch: u64, now: Instant) -> Reconciler {
+    Reconciler::new(SessionConfig::default(), roles, HealthConfig::default(), LeaderEpoch(epoch), now)
+}
+
 /// A group of instances that serve a stream, an accelerator each.
 struct Group {
     world: World,
@@ -35,13 +39,7 @@ impl Group {
             ..AutoConfig::default()
         };
         let roles = RoleConfig { policy: RolePolicy::Auto, auto, ..RoleConfig::default() };
-        world.mind = Reconciler::new(
-            SessionConfig::default(),
-            roles,
-            HealthConfig::default(),
-            LeaderEpoch(EPOCH),
-            world.now,
-        );
+        world.mind = mind(roles, EPOCH, world.now);
         let waiting = beat(Phase::Waiting, Role::None, 0);
         let name = |number: usize| char::from(b'a' + number as u8).to_string();
         let sessions: Vec<_> = (0..instances).map(|number| world.hello(&name(number), 1, waiting)).collect();
@@ -51,6 +49,27 @@ impl Group {
         }
         let load = InstanceLoad { kv_blocks_total: 25_000, max_sequences: 64, ..InstanceLoad::default() };
         Self { world, loads: vec![load; sessions.len()], served: vec![[0.0; 2]; sessions.len()], sessions }
+    }
+
+    /// Another leader takes over, with what the store has; every instance calls it.
+    fn lead_anew(&mut self) {
+        let world = &mut self.world;
+        let stored = |key: String| world.stored.get(&key).cloned();
+        let ids: Vec<_> = world.mind.members().keys().cloned().collect();
+        let roles = ids.iter().filter_map(|id| Some((id.clone(), stored(keys::role(id))?)));
+        let roles = roles.map(|(id, value)| (id, DesiredRole::decode(&value).expect("a role"))).collect();
+        let specs = ids.iter().filter_map(|id| stored(keys::instance(id)));
+        let specs = specs.map(|value| (decode_spec(&value).expect("a spec"), None)).collect();
+        let config = world.mind.roles_config.clone();
+        world.mind = mind(config, EPOCH + 1000, world.now);
+        world.mind.inherit(specs, roles, world.now);
+        for (id, session) in ids.iter().zip(&mut self.sessions) {
+            let held = world.last_assigned(*session);
+            let serves = beat(Phase::Ready, held.role, held.epoch.0);
+            *session = world.hello(id.as_str(), 1, serves);
+            // What it was told last, for those who ask.
+            world.assigned.push((*session, held));
+        }
     }
 
     fn count(&self, role: Role) -> usize {
@@ -158,4 +177,36 @@ fn what_is_wanted_follows_the_load() {
     (0..60).for_each(|_| group.second(CHATS));
     let wanted = *group.world.mind.wanted().values().next().expect("measured");
     assert!(wanted.decode > wanted.prefill, "{wanted:?}");
+}
+
+#[test]
+fn another_leader_leaves_a_group_as_it_was_measured_to_be() {
+    let mut group = Group::new(4);
+    group.until(CHATS, 120, |prefill, decode| (prefill, decode) == (1, 3));
+    group.lead_anew();
+    (0..180).for_each(|_| group.second(CHATS));
+    assert_eq!((group.world.mind.role_changes, group.count(Role::Decode)), (0, 3), "{}", group.world.roles());
+    group.until(SUMMARIES, 150, |prefill, _| prefill == 3);
+}
+
+#[test]
+fn a_rebalance_takes_a_gain_that_caution_leaves() {
+    let mut group = Group::new(4);
+    // Both targets are met with ease, so nobody is moved, though another division would be better.
+    let light = Stream { requests_per_second: 2.0, ..CHATS };
+    (0..60).for_each(|_| group.second(light));
+    assert_eq!(group.count(Role::Prefill), 2);
+    let name = GroupName::default();
+    let mut tried = group.world.mind.clone();
+    let change = Change::Rebalance { group: name.clone() };
+    assert_eq!(tried.change(change.clone()), Ok(None));
+    let moves = |mind: &Reconciler| {
+        let plans = mind.plans(group.world.now);
+        plans[0].members.iter().filter(|member| member.step == Step::Changes).count()
+    };
+    assert_eq!((moves(&group.world.mind), moves(&tried)), (0, 1), "a dry run says what would be done");
+    group.world.mind.change(change).expect("the group is there");
+    let before = group.world.mind.role_changes;
+    (0..60).for_each(|_| group.second(light));
+    assert_eq!(group.world.mind.role_changes - before, 1, "once");
 }
