@@ -125,8 +125,8 @@ fn incompatibility(reference: &InstanceSpec, other: &InstanceSpec) -> Option<Str
         differs("device type", &a.device, &b.device)
     } else if a.device_count != b.device_count {
         differs("device count", &a.device_count, &b.device_count)
-    } else if layout.fingerprint != b.kv_layout.fingerprint {
-        differs("KV layout", &layout.fingerprint, &b.kv_layout.fingerprint)
+    } else if layout.handover_class() != b.kv_layout.handover_class() {
+        differs("KV layout", &layout.handover_class(), &b.kv_layout.handover_class())
     } else {
         None
     }

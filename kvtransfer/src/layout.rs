@@ -63,8 +63,13 @@ impl KvLayout {
 
     /// Hex SHA-256 over every field in a fixed order, with lengths, so that no two layouts write the same text.
     pub fn fingerprint(&self) -> String {
+        self.digest(|_| true)
+    }
+
+    /// The same over the fields that are wanted, by name.
+    pub(crate) fn digest(&self, wanted: impl Fn(&str) -> bool) -> String {
         let mut hash = Sha256::new();
-        for (name, value) in self.fields() {
+        for (name, value) in self.fields().into_iter().filter(|(name, _)| wanted(name)) {
             hash.update(format!("{name}:{}:{value};", value.len()));
         }
         hash.finalize().iter().fold(String::with_capacity(64), |mut hex, byte| {
@@ -121,6 +126,7 @@ impl From<&KvLayout> for v1::KvLayout {
     fn from(layout: &KvLayout) -> Self {
         Self {
             fingerprint: layout.fingerprint(),
+            handover_class: layout.handover_class(),
             format: layout.format.clone(),
             dtype: layout.dtype.clone(),
             block_tokens: layout.block_tokens,

@@ -127,6 +127,8 @@ pub struct ModelIdentity {
 pub struct KvLayoutSpec {
     /// Equal fingerprints can hand caches over as they are.
     pub fingerprint: String,
+    /// As said; see [`Self::handover_class`].
+    pub class: String,
     pub format: String,
     pub dtype: String,
     pub block_tokens: u32,
@@ -137,6 +139,13 @@ pub struct KvLayoutSpec {
     pub tensor_parallel: u32,
     /// Of one block of one layer.
     pub block_bytes: u64,
+}
+
+impl KvLayoutSpec {
+    /// Equal where caches can be handed over without a change of value, as they are or mapped on their way.
+    pub fn handover_class(&self) -> &str {
+        if self.class.is_empty() { &self.fingerprint } else { &self.class }
+    }
 }
 
 /// What an instance is; fixed for one incarnation.
@@ -222,6 +231,7 @@ impl From<v1::KvLayout> for KvLayoutSpec {
     fn from(wire: v1::KvLayout) -> Self {
         Self {
             fingerprint: wire.fingerprint,
+            class: wire.handover_class,
             format: wire.format,
             dtype: wire.dtype,
             block_tokens: wire.block_tokens,
@@ -239,6 +249,7 @@ impl From<KvLayoutSpec> for v1::KvLayout {
     fn from(layout: KvLayoutSpec) -> Self {
         Self {
             fingerprint: layout.fingerprint,
+            handover_class: layout.class,
             format: layout.format,
             dtype: layout.dtype,
             block_tokens: layout.block_tokens,

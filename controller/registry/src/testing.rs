@@ -33,6 +33,7 @@ pub fn instance_spec(name: &str, incarnation: u64) -> InstanceSpec {
         context_tokens: 100,
         kv_layout: KvLayoutSpec {
             fingerprint: "x".into(),
+            class: String::new(),
             format: "panel".into(),
             dtype: "f32".into(),
             block_tokens: 16,

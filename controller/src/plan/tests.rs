@@ -138,6 +138,10 @@ fn each_difference_is_named() {
         assert!(reason.contains(named), "{reason}");
         assert!(incompatibility(&other, &base).is_some());
     }
+    // Other blocks, mapped on their way.
+    let mut mapped = base.clone();
+    (mapped.kv_layout.fingerprint, mapped.kv_layout.class) = ("z".into(), base.kv_layout.fingerprint.clone());
+    assert_eq!(incompatibility(&base, &mapped), None);
     assert_eq!(
         incompatibility(
             &base,

@@ -42,7 +42,7 @@ pub struct Spec {
     pub model: String,
     pub revision: String,
     pub context_tokens: u32,
-    /// Prefill and decode are paired only if their KV caches are laid out alike.
+    /// Prefill and decode are paired only if the caches of one can be handed to the other: if this is equal.
     pub layout: String,
     pub block_tokens: u32,
     /// `host:port` of its Inference service.
@@ -60,7 +60,7 @@ impl From<&InstanceSpec> for Spec {
             model: spec.model.name.clone(),
             revision: spec.model.revision.clone(),
             context_tokens: spec.context_tokens,
-            layout: spec.kv_layout.fingerprint.clone(),
+            layout: spec.kv_layout.handover_class().to_owned(),
             block_tokens: spec.kv_layout.block_tokens.max(1),
             inference_endpoint: spec.inference_endpoint.clone(),
             handoff_endpoint: spec.handoff_endpoint.clone(),

@@ -31,7 +31,27 @@ fn between_nodes(source: &KvLayout, target: &KvLayout) -> Result<Option<PairPlan
     Ok(plan.pairs().first().cloned())
 }
 
+/// Block sizes that can all be mapped to each other: powers of two in this range, of tokens with at most
+/// [`MAPPED_ELEMENTS`].
+const MAPPED_BLOCKS: std::ops::RangeInclusive<u32> = 8..=64;
+/// Elements of all keys of a token in a layer. More in the largest of these blocks would need too many copies.
+const MAPPED_ELEMENTS: u64 = 16_384;
+
 impl KvLayout {
+    /// Equal for layouts of which each can be mapped to each other without a change of value, and for no others: a digest
+    /// of all that mapping does not bridge. Of a layout that cannot be mapped at all it is the
+    /// [fingerprint](Self::fingerprint).
+    pub fn handover_class(&self) -> String {
+        let mapped = ShardedLayout::of(self).is_ok()
+            && self.block_tokens.is_power_of_two()
+            && MAPPED_BLOCKS.contains(&self.block_tokens)
+            && u64::from(self.kv_heads) * u64::from(self.head_dim) <= MAPPED_ELEMENTS;
+        if !mapped {
+            return self.fingerprint();
+        }
+        self.digest(|field| !["format", "block_tokens", "slice_bytes"].contains(&field))
+    }
+
     /// How slices of this layout become a receiver's; `None` = they are its as they are.
     pub(crate) fn plan_to(&self, receiver: &KvLayout) -> Result<Option<PairPlan>, TransferError> {
         between_nodes(self, receiver)
@@ -146,6 +166,46 @@ mod tests {
                 assert_eq!((plan.converts(), plan.layers().len()), (converts, 30));
             }
         }
+    }
+
+    #[test]
+    fn a_class_is_of_those_that_map_to_each_other_without_a_change() {
+        let sizes = [8, 16, 32, 64];
+        for (dtype, heads, head_dim) in [("bf16", 3, 64), ("f32", 8, 128), ("int8", 2, 80), ("bf16", 64, 256)]
+        {
+            let shaped = |block_tokens| {
+                other(|l| {
+                    (l.dtype, l.kv_heads, l.head_dim) = (dtype.into(), heads, head_dim);
+                    l.block_tokens = block_tokens;
+                })
+            };
+            let formats = |mut layout: KvLayout| {
+                let panels = layout.clone();
+                layout.format = "token-major".into();
+                [panels, layout]
+            };
+            let all: Vec<_> = sizes.into_iter().flat_map(|size| formats(shaped(size))).collect();
+            for (source, target) in all.iter().flat_map(|one| all.iter().map(move |other| (one, other))) {
+                assert_eq!(source.handover_class(), target.handover_class());
+                let plan = between_nodes(source, target).expect("can be mapped");
+                assert!(plan.is_none_or(|plan| !plan.converts()));
+            }
+        }
+        type Change = fn(&mut KvLayout);
+        let changes: [Change; 7] = [
+            |l| l.model_revision = "r2".into(),
+            |l| l.dtype = "int8".into(),
+            |l| l.block_tokens = 48,
+            |l| l.block_tokens = 128,
+            |l| l.format = "x".into(),
+            |l| l.layers = 31,
+            |l| l.head_dim = 128,
+        ];
+        for change in changes {
+            assert_ne!(other(change).handover_class(), layout().handover_class());
+        }
+        let unnamed = KvLayout { format: "x".into(), ..layout() };
+        assert_eq!(unnamed.handover_class(), unnamed.fingerprint());
     }
 
     #[test]
