@@ -27,6 +27,7 @@ use crate::{
     reconcile::{Event, Reconciler},
 };
 
+mod answers;
 mod inherit;
 mod work;
 
@@ -133,7 +134,7 @@ impl Reigns {
                 let writes = reign.take_writes();
                 write = Some(make(leadership, lease.id, writes).boxed());
             }
-            let mut wake = reign.mind.next_deadline().min(observe_at);
+            let mut wake = reign.next_deadline().min(observe_at);
             if write.is_none() && reign.mind.has_writes() {
                 wake = wake.min(write_after);
             }

@@ -33,8 +33,8 @@ pub(super) struct Group {
     /// No serving member is moved before.
     pause_until: Option<Instant>,
     wanted: Option<Wanted>,
-    /// Small gains are worth a move this time.
-    rebalance: bool,
+    /// So many moves may still be made for small gains.
+    rebalance: usize,
     /// Whether both phases were served when it was last looked at; none = it was never served.
     pub(super) served: Option<bool>,
 }
@@ -100,16 +100,20 @@ impl Reconciler {
     pub(super) fn moved(&mut self, group: &GroupName, now: Instant) {
         if let Some(group) = self.groups.get_mut(group) {
             group.pause_until = Some(now + self.roles_config.auto.pause);
+            group.rebalance = group.rebalance.saturating_sub(1);
         }
     }
 
-    /// Small gains are worth a move, for the next plan.
+    /// Small gains are worth a move, until the plan asks for no more or each of the group has been moved once.
     pub(super) fn rebalance(&mut self, group: &GroupName) {
-        self.groups.entry(group.clone()).or_default().rebalance = true;
+        let members = self.members.values().filter(|member| member.spec.group == *group).count();
+        self.groups.entry(group.clone()).or_default().rebalance = members;
     }
 
-    pub(super) fn rebalanced(&mut self) {
-        self.groups.values_mut().for_each(|group| group.rebalance = false);
+    pub(super) fn rebalanced(&mut self, group: &GroupName) {
+        if let Some(group) = self.groups.get_mut(group) {
+            group.rebalance = 0;
+        }
     }
 
     /// Learns what groups want now, and forgets those without members.
@@ -154,7 +158,7 @@ impl Reconciler {
         let aim = self.aim_of(name);
         let group = self.groups.get(name).filter(|_| aim.policy == RolePolicy::Auto)?;
         let paused = group.pause_until.is_some_and(|until| now < until);
-        let caution = match (group.rebalance, paused) {
+        let caution = match (group.rebalance > 0, paused) {
             (true, _) => Caution::NONE,
             // No pressure is larger than this: nobody is moved.
             (false, true) => Caution { pressure: f64::INFINITY, ..Caution::default() },

@@ -66,7 +66,12 @@ impl Reconciler {
                 if !cordoned.force {
                     self.check_that_others_serve(&id)?;
                 }
-                self.intend(&id, |intent| intent.cordoned = Some(cordoned))?
+                self.intend(&id, |intent| {
+                    // Who only gives it another time takes no reason away.
+                    let before = intent.cordoned.take().filter(|_| cordoned.reason.is_empty());
+                    let reason = before.map_or(cordoned.reason, |before| before.reason);
+                    intent.cordoned = Some(Cordoned { reason, ..cordoned });
+                })?
             }
             Change::Uncordon { id } => self.intend(&id, |intent| intent.cordoned = None)?,
             Change::Pin { id, role } => {
@@ -98,6 +103,11 @@ impl Reconciler {
         if !known && !self.intents.contains_key(id) {
             return Err(ApiError::new(ErrorCode::NotFound, format!("no instance {id} is known")));
         }
+        let most = self.sessions_config.max_instances;
+        if self.intents.len() >= most && !self.intents.contains_key(id) {
+            let message = format!("operators want something of {most} instances already, which is the limit");
+            return Err(ApiError::new(ErrorCode::QueueFull, message));
+        }
         let intent = self.intents.entry(id.clone()).or_default();
         change(intent);
         if intent.is_empty() {
@@ -119,14 +129,13 @@ impl Reconciler {
         let Some(own) = self.members.get(id).filter(|member| member.serving_role().is_some()) else {
             return Ok(());
         };
-        let cordoned = |id: &InstanceId| self.intents.get(id).is_some_and(|intent| intent.cordoned.is_some());
         let replaces = |member: &Member| {
             member.spec.id != *id
                 && member.spec.group == own.spec.group
-                && member.is_registered()
+                && member.session().is_some()
                 && !member.is_loading()
                 && member.stuck.is_none()
-                && !cordoned(&member.spec.id)
+                && self.aside(member).is_none()
                 && compatible(&member.spec, &own.spec)
         };
         if self.members.values().any(replaces) {
@@ -137,12 +146,5 @@ impl Reconciler {
             own.spec.group
         );
         Err(ApiError::new(ErrorCode::InvalidArgument, message))
-    }
-
-    /// What was wanted of an instance that will not come back.
-    pub(super) fn forget_intent(&mut self, id: &InstanceId) {
-        if self.intents.remove(id).is_some() {
-            self.mark(Record::Intent(id.clone()));
-        }
     }
 }

@@ -49,6 +49,11 @@ impl<'a> Cover<'a> {
         };
         !self.serves() || self.parties.iter().any(after)
     }
+
+    /// Whether requests can be served now and while the member is out of service.
+    pub(super) fn can_do_without(&self, member: &Member) -> bool {
+        self.serves() && self.spares(member, Role::None)
+    }
 }
 
 impl Reconciler {

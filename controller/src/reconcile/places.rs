@@ -103,7 +103,6 @@ impl Reconciler {
     fn forget(&mut self, id: &InstanceId) {
         self.remembered.remove(id);
         self.mark(Record::Role(id.clone()));
-        self.forget_intent(id);
     }
 
     /// When the next lease, place, move or memory may end. Later beats only put it off, so it need not follow them.

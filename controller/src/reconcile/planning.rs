@@ -73,11 +73,13 @@ impl Reconciler {
         let again = plans.iter().filter_map(|plan| plan.again).min();
         self.plan_at = again.map(|at| at.max(now + SHORTEST_WAIT));
         for plan in plans {
+            if !plan.members.iter().any(|member| matches!(member.step, Step::Changes | Step::Waits(_))) {
+                self.rebalanced(&plan.group);
+            }
             for member in plan.members.into_iter().filter(|member| member.step == Step::Changes) {
                 self.decide(&member.id, member.decision, now);
             }
         }
-        self.rebalanced();
     }
 
     /// What is planned, by group.
@@ -95,8 +97,7 @@ impl Reconciler {
         let mut again = aim.plan_again_after().map(|after| now + after);
         let mut at = |when: Option<Instant>| again = again.into_iter().chain(when).min();
         let (mut planned, mut waits) = (Vec::new(), None);
-        let aside: BTreeMap<&InstanceId, Decision> =
-            members.iter().filter_map(|member| Some((&member.spec.id, self.aside(member)?))).collect();
+        let aside = self.set_aside(members);
         let free: Vec<&Member> =
             members.iter().copied().filter(|member| !aside.contains_key(&member.spec.id)).collect();
         if let Some(until) = self.unsettled(&free, now) {
@@ -110,7 +111,7 @@ impl Reconciler {
             let candidates: Vec<_> = free.into_iter().filter(counts).map(|m| self.candidate(m)).collect();
             let mut decisions = plan(self.policy_of(group, now), &candidates);
             decisions.extend(aside);
-            let (steps, wait) = self.steps(members, &decisions, now);
+            let (steps, wait) = self.steps(members, &mut decisions, now);
             at(wait);
             planned.extend(members.iter().map(|member| {
                 let id = member.spec.id.clone();
@@ -124,7 +125,7 @@ impl Reconciler {
     }
 
     /// What is decided of one that no plan counts, because operators said so or because it does badly.
-    fn aside(&self, member: &Member) -> Option<Decision> {
+    pub(super) fn aside(&self, member: &Member) -> Option<Decision> {
         let id = &member.spec.id;
         let unwanted = |reason| Decision { role: Role::None, reason };
         let Some(cordoned) = self.intents.get(id).and_then(|intent| intent.cordoned.as_ref()) else {
@@ -134,6 +135,21 @@ impl Reconciler {
         let because =
             if cordoned.reason.is_empty() { String::new() } else { format!(": {}", cordoned.reason) };
         Some(unwanted(format!("cordoned by {}{because}", cordoned.by)))
+    }
+
+    /// Who no plan counts. If nobody else is there, those in quarantine serve all the same: badly is better than not.
+    fn set_aside<'a>(&self, members: &[&'a Member]) -> BTreeMap<&'a InstanceId, Decision> {
+        let mut aside: BTreeMap<_, _> =
+            members.iter().filter_map(|member| Some((&member.spec.id, self.aside(member)?))).collect();
+        let others = |member: &&Member| !aside.contains_key(&member.spec.id) && member.session().is_some();
+        if !members.iter().any(|member| others(member) && !member.is_loading()) {
+            aside.retain(|id, _| self.is_cordoned(id));
+        }
+        aside
+    }
+
+    pub(super) fn is_cordoned(&self, id: &InstanceId) -> bool {
+        self.intents.get(id).is_some_and(|intent| intent.cordoned.is_some())
     }
 
     fn candidate<'a>(&'a self, member: &'a Member) -> Candidate<'a> {

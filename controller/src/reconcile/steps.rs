@@ -2,7 +2,8 @@
 //!
 //! Who does not serve is given its role at once. Who serves is moved, or left without a role, one at a time in a group,
 //! only once every other has taken on what it was given, and only if both phases go on being served. One that operators
-//! cordon by force waits for nobody.
+//! cordon by force waits for nobody; one that is set aside otherwise goes only while the group is served without it. Two
+//! that are to change places, with nobody else to serve meanwhile, pass through [`Role::Mixed`].
 
 use std::collections::BTreeMap;
 
@@ -30,7 +31,7 @@ impl Reconciler {
     pub(super) fn steps(
         &self,
         group: &[&Member],
-        decisions: &BTreeMap<&InstanceId, Decision>,
+        decisions: &mut BTreeMap<&InstanceId, Decision>,
         now: Instant,
     ) -> (BTreeMap<InstanceId, Step>, Option<Instant>) {
         // While others with roles of the same time may be on their way back, who has a role keeps it.
@@ -43,7 +44,9 @@ impl Reconciler {
             let Some(decision) = decisions.get(id) else { continue };
             let has = member.desired.as_ref().map(|desired| desired.role);
             let unwanted = decision.role == Role::None;
-            let step = if has == Some(decision.role) {
+            let step = if self.drains_too_long(member) {
+                Step::Changes
+            } else if has == Some(decision.role) {
                 settling.extend(member.is_on_its_way().then_some(id));
                 Step::Keeps
             } else if member.serving_role().is_none() || (unwanted && !member.is_serving()) {
@@ -69,15 +72,34 @@ impl Reconciler {
             steps.insert(id.clone(), step);
         }
         let cover = Cover::of(group);
-        let first = moves.iter().find(|(member, role)| settling.is_empty() && cover.spares(member, *role));
-        let first = first.map(|(member, _)| &member.spec.id);
+        let affordable = |member: &Member, role: Role| match role {
+            Role::None if self.aside(member).is_some() => cover.can_do_without(member),
+            role => cover.spares(member, role),
+        };
+        let mut first = None;
+        if settling.is_empty() {
+            first = moves
+                .iter()
+                .find(|(member, role)| affordable(member, *role))
+                .map(|(member, _)| &member.spec.id);
+            if first.is_none() {
+                first = moves
+                    .iter()
+                    .find(|(member, role)| is_swap(member, *role))
+                    .map(|(member, _)| &member.spec.id);
+                if let Some(decision) = first.and_then(|id| decisions.get_mut(id)) {
+                    decision.reason = format!("on its way to {}: {}", decision.role.name(), decision.reason);
+                    decision.role = Role::Mixed;
+                }
+            }
+        }
         for (member, role) in &moves {
             let id = &member.spec.id;
             let step = if first == Some(id) {
                 Step::Changes
             } else if let Some(arriving) = settling.first() {
                 Step::Waits(format!("{arriving} to take on its role"))
-            } else if !cover.spares(member, *role) {
+            } else if !affordable(member, *role) {
                 Step::Waits("another instance to serve what it serves".to_owned())
             } else {
                 Step::Waits(
@@ -89,8 +111,23 @@ impl Reconciler {
         (steps, wait)
     }
 
+    /// Whether it has yet to finish what operators have since given it another time for.
+    fn drains_too_long(&self, member: &Member) -> bool {
+        let cordoned = self.intents.get(&member.spec.id).and_then(|intent| intent.cordoned.as_ref());
+        let (Some(cordoned), Some(desired)) = (cordoned, &member.desired) else { return false };
+        desired.role == Role::None
+            && desired.drain != cordoned.drain
+            && member.is_registered()
+            && member.beat.role_epoch != desired.epoch
+    }
+
     fn is_forced(&self, id: &InstanceId) -> bool {
         let cordoned = self.intents.get(id).and_then(|intent| intent.cordoned.as_ref());
         cordoned.is_some_and(|cordoned| cordoned.force)
     }
+}
+
+/// Whether it is to go from one phase to the other.
+fn is_swap(member: &Member, role: Role) -> bool {
+    matches!((member.beat.role, role), (Role::Prefill, Role::Decode) | (Role::Decode, Role::Prefill))
 }

@@ -2,11 +2,12 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use baton_proto::{ApiError, ErrorCode, InstanceId};
+use baton_proto::{ApiError, InstanceId};
 use baton_registry::{Fenced, Leadership, LeaseId, StoreError, Txn};
-use tokio::{sync::oneshot, time::Instant};
+use tokio::time::Instant;
 use tracing::{debug, error, warn};
 
+use super::answers::{Answer, Answers};
 use crate::{
     desk::{Line, Message, Plans, Report},
     fleet::{SessionId, health::Verdict},
@@ -19,8 +20,6 @@ use crate::{
 const WRITES_PER_TXN: usize = 100;
 /// A store that goes on failing is warned of so often.
 const WARN_EVERY: Duration = Duration::from_secs(10);
-/// Changes by operators that wait to be stored.
-const UNANSWERED_MOST: usize = 256;
 
 /// The fleet's keys, under way to the store.
 pub(super) async fn make(leadership: &Leadership, lease: LeaseId, writes: Vec<Write>) -> Written {
@@ -47,19 +46,12 @@ pub(super) enum After {
     Deposed,
 }
 
-/// A change that an operator waits for.
-struct Unanswered {
-    record: Record,
-    plans: Plans,
-    answer: oneshot::Sender<Result<Plans, ApiError>>,
-}
-
 /// What a reign consists of besides its futures.
 pub(super) struct Reign<'a> {
     pub(super) mind: Reconciler,
     lines: BTreeMap<SessionId, Line>,
     /// Changes by operators that are not stored yet.
-    unanswered: Vec<Unanswered>,
+    answers: Answers,
     journal: &'a Journal,
     metrics: &'a ControllerMetrics,
     changes: u64,
@@ -67,12 +59,24 @@ pub(super) struct Reign<'a> {
     one_by_one: usize,
     /// When a failed write was last warned of.
     last_warned: Option<Instant>,
+    /// Of the store, since it last took something.
+    last_error: Option<String>,
 }
 
 impl<'a> Reign<'a> {
     pub(super) fn new(mind: Reconciler, journal: &'a Journal, metrics: &'a ControllerMetrics) -> Self {
-        let (lines, unanswered) = (BTreeMap::new(), Vec::new());
-        Self { mind, lines, unanswered, journal, metrics, changes: 0, one_by_one: 0, last_warned: None }
+        let (lines, answers) = (BTreeMap::new(), Answers::default());
+        Self {
+            mind,
+            lines,
+            answers,
+            journal,
+            metrics,
+            changes: 0,
+            one_by_one: 0,
+            last_warned: None,
+            last_error: None,
+        }
     }
 
     pub(super) fn take(&mut self, message: Message, now: Instant) {
@@ -113,35 +117,20 @@ impl<'a> Reign<'a> {
         Ok(plans_of(&mind, now))
     }
 
-    fn change(
-        &mut self,
-        change: Change,
-        news: News,
-        answer: oneshot::Sender<Result<Plans, ApiError>>,
-        now: Instant,
-    ) {
-        if self.unanswered.len() >= UNANSWERED_MOST {
-            let message = format!("{UNANSWERED_MOST} changes wait for the state store already");
-            answer.send(Err(ApiError::new(ErrorCode::QueueFull, message))).ok();
-            return;
-        }
-        match self.mind.change(change) {
+    fn change(&mut self, change: Change, news: News, answer: Answer, now: Instant) {
+        let taken = self.answers.refuse().and_then(|()| self.mind.change(change));
+        match taken {
             Ok(record) => {
-                self.journal.enter(news);
                 let plans = plans_of(&self.mind, now);
                 match record {
-                    Some(record) => self.unanswered.push(Unanswered { record, plans, answer }),
-                    None => drop(answer.send(Ok(plans))),
+                    Some(record) => self.answers.wait(record, news, plans, answer, now),
+                    None => {
+                        self.journal.enter(news);
+                        answer.send(Ok(plans)).ok();
+                    }
                 }
             }
             Err(refusal) => drop(answer.send(Err(refusal))),
-        }
-    }
-
-    /// The record is in the store now, or never will be.
-    fn answer(&mut self, record: &Record, outcome: &Result<(), ApiError>) {
-        for waiting in self.unanswered.extract_if(.., |waiting| waiting.record == *record) {
-            waiting.answer.send(outcome.clone().map(|()| waiting.plans)).ok();
         }
     }
 
@@ -153,6 +142,7 @@ impl<'a> Reign<'a> {
     pub(super) fn conclude(&mut self, now: Instant) {
         let commands = self.mind.conclude(now);
         self.carry_out(commands, now);
+        self.answers.give_up(now, self.last_error.as_deref());
         self.mind.take_news().into_iter().for_each(|news| self.journal.enter(news));
         let changes = self.mind.role_changes();
         self.metrics.role_changes.inc_by(changes - std::mem::replace(&mut self.changes, changes));
@@ -179,7 +169,20 @@ impl<'a> Reign<'a> {
     pub(super) fn take_writes(&mut self) -> Vec<Write> {
         let alone = self.one_by_one > 0;
         self.one_by_one = self.one_by_one.saturating_sub(1);
-        self.mind.take_writes(if alone { 1 } else { WRITES_PER_TXN })
+        let writes = self.mind.take_writes(if alone { 1 } else { WRITES_PER_TXN });
+        self.answers.sent(&writes);
+        writes
+    }
+
+    fn give_back(&mut self, writes: Vec<Write>) {
+        self.answers.given_back(&writes);
+        self.mind.give_back(writes);
+    }
+
+    /// When something is due without a message.
+    pub(super) fn next_deadline(&self) -> Instant {
+        let mind = self.mind.next_deadline();
+        self.answers.next_deadline().map_or(mind, |at| at.min(mind))
     }
 
     pub(super) fn written(&mut self, written: Written) -> After {
@@ -188,9 +191,12 @@ impl<'a> Reign<'a> {
             Ok(Fenced::Applied(revision)) => {
                 debug!(%revision, keys = writes.len(), "written");
                 self.metrics.store_writes.inc_by(writes.len() as u64);
+                self.last_error = None;
                 let now = Instant::now();
                 for Write { record, epoch, .. } in writes {
-                    self.answer(&record, &Ok(()));
+                    for news in self.answers.stored(&record) {
+                        self.journal.enter(news);
+                    }
                     if let (Record::Role(id), Some(epoch)) = (record, epoch) {
                         self.handle(Event::RoleStored { id, epoch }, now);
                     }
@@ -199,7 +205,7 @@ impl<'a> Reign<'a> {
             }
             Ok(Fenced::Deposed) => After::Deposed,
             Ok(Fenced::Conflict) => {
-                self.mind.give_back(writes);
+                self.give_back(writes);
                 After::GoOn
             }
             // Another try would be refused, too, and hold up everybody else's: the key at fault is left out for a while.
@@ -209,13 +215,12 @@ impl<'a> Reign<'a> {
                     [write] => {
                         error!(key = write.key(), reason, "the state store refuses this record");
                         let record = write.record.clone();
-                        let refusal = format!("the state store refuses this change: {reason}");
-                        self.answer(&record, &Err(ApiError::new(ErrorCode::Internal, refusal)));
+                        self.answers.refused(&record, &reason);
                         self.handle(Event::Refused { record, reason }, Instant::now());
                     }
                     _ => {
                         self.one_by_one = writes.len();
-                        self.mind.give_back(writes);
+                        self.give_back(writes);
                     }
                 }
                 After::GoOn
@@ -226,7 +231,8 @@ impl<'a> Reign<'a> {
                     self.last_warned = Some(Instant::now());
                     warn!(%error, keys = writes.len(), "changes were not written; trying again");
                 }
-                self.mind.give_back(writes);
+                self.give_back(writes);
+                self.last_error = Some(error.to_string());
                 if matches!(error, StoreError::LeaseNotFound(_)) { After::LeaseGone } else { After::Wait }
             }
         }

@@ -133,13 +133,12 @@ fn a_label_pins_until_an_operator_says_otherwise() {
     world.obey(a);
     world.obey(b);
     world.change(Change::Pin { id: id("a"), role: Some(Role::Prefill) }).expect("it is known");
-    assert_eq!(
-        world.roles().chars().next(),
-        Some('m').filter(|_| false).or(Some('d')),
-        "b has to decode first"
-    );
-    world.pass(secs(5), &[a, b]);
-    assert_ne!(world.step_of("a"), Step::Keeps);
+    assert_eq!(world.last_assigned(a).role, Role::Mixed, "on its way: nobody else prefills or decodes");
+    world.obey(a);
+    world.obey(b);
+    world.obey(a);
+    assert_eq!(world.roles(), "pd");
+    assert_eq!(world.last_assigned(a).reason, "pinned to prefill by an operator");
 }
 
 #[test]
@@ -180,14 +179,66 @@ fn who_is_not_known_is_named() {
 }
 
 #[test]
-fn intents_are_forgotten_with_the_instance() {
+fn what_is_wanted_outlives_the_memory_of_the_instance() {
     let (mut world, [a, b, c]) = World::three();
     world.cordon("b", true).expect("by force");
     world.event(Event::Bye { session: b, reason: String::new() });
-    assert!(world.mind.intent(&id("b")).is_some(), "it may come back");
     world.pass(RoleConfig::default().memory + secs(1), &[a, c]);
-    assert_eq!(world.mind.intent(&id("b")), None);
-    assert!(!world.stored.contains_key(&keys::intent(&id("b"))));
+    assert_eq!(world.mind.remembered().count(), 0);
+    let b = world.hello("b", 2, beat(Phase::Waiting, Role::None, 0));
+    world.pass(secs(60), &[a, b, c]);
+    assert_eq!(
+        world.roles().chars().nth(1),
+        Some('0'),
+        "a repaired disk is not in service before alice says so"
+    );
+    world.change(Change::Uncordon { id: id("b") }).expect("it is known");
+    assert_ne!(world.roles().chars().nth(1), Some('0'));
+}
+
+#[test]
+fn a_pair_changes_places_through_one_that_serves_both() {
+    let (mut world, a, b) = World::pair();
+    world.change(Change::Pin { id: id("a"), role: Some(Role::Decode) }).expect("it is known");
+    let mut seen = vec![world.roles()];
+    for _ in 0..6 {
+        world.obey(a);
+        world.obey(b);
+        if seen.last() != Some(&world.roles()) {
+            seen.push(world.roles());
+        }
+    }
+    assert_eq!(seen, ["md", "dp"], "never without a prefill or a decode");
+    world.pass(secs(60), &[a, b]);
+    assert_eq!(world.roles(), "dp");
+}
+
+#[test]
+fn a_cordoned_instance_serves_on_while_nobody_else_can() {
+    let (mut world, a, b) = World::pair();
+    world.cordon("a", false).expect("b can take its place");
+    assert_eq!(world.roles(), "pm", "b is on its way to serve both");
+    // It dies on the way.
+    world.event(Event::Bye { session: b, reason: String::new() });
+    world.pass(secs(30), &[a]);
+    assert_eq!(world.roles(), "p");
+    let b = world.hello("b", 2, beat(Phase::Waiting, Role::None, 0));
+    world.obey(b);
+    world.pass(secs(3), &[a, b]);
+    assert_eq!(world.roles(), "0m");
+}
+
+#[test]
+fn another_time_for_a_drain_is_told() {
+    let (mut world, [a, _, c]) = World::three();
+    world.cordon("a", false).expect("another can take its place");
+    world.obey(c);
+    assert_eq!(world.last_assigned(a).drain, Some(secs(90)));
+    let cordoned =
+        Cordoned { drain: Some(secs(5)), reason: String::new(), by: "bob".into(), ..cordoned(false) };
+    world.change(Change::Cordon { id: id("a"), cordoned }).expect("it is known");
+    let told = world.last_assigned(a);
+    assert_eq!((told.drain, told.reason.as_str()), (Some(secs(5)), "cordoned by bob: disk"));
 }
 
 #[test]

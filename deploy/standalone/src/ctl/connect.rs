@@ -193,8 +193,10 @@ impl Reach {
         let connected = tokio::time::timeout(2 * CONNECT, endpoint.connect()).await;
         let reason = match connected {
             Ok(Ok(channel)) => {
-                let channel = InterceptedService::new(channel, self.bearer.clone());
-                let has_token = self.bearer.0.is_some();
+                // Controllers alone check tokens. Coordinators are whoever says so to a controller: they are shown none.
+                let bearer = if service == CONTROLLER { self.bearer.clone() } else { Bearer(None) };
+                let has_token = bearer.0.is_some();
+                let channel = InterceptedService::new(channel, bearer);
                 return Ok(Line { service, address: bare.to_owned(), secure, has_token, channel });
             }
             Ok(Err(error)) => one_line(&error),
