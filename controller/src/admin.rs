@@ -246,6 +246,9 @@ impl fleet_admin_server::FleetAdmin for AdminService {
             if reason.chars().count() > REASON_MAX {
                 return Err(invalid("reason", format!("at most {REASON_MAX} characters")));
             }
+            if reason.chars().any(char::is_control) {
+                return Err(invalid("reason", "one line of text"));
+            }
             let drain = (drain_millis > 0).then(|| Duration::from_millis(drain_millis.into()));
             if drain.is_some_and(|drain| drain > DRAIN_MOST) {
                 return Err(invalid("drain_millis", "at most a day"));

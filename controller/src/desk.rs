@@ -16,7 +16,7 @@ use tokio_util::sync::DropGuard;
 use crate::{
     fleet::{Members, SessionId, health::Verdict},
     journal::News,
-    reconcile::{Change, Event, GroupPlan, Order, Wanted},
+    reconcile::{Change, Event, GroupPlan, Order},
 };
 
 /// Messages that wait for the leading task. When it is full, whoever brings one waits, and so does its instance.
@@ -73,8 +73,6 @@ pub struct Report {
 #[derive(Debug)]
 pub struct Plans {
     pub plans: Vec<GroupPlan>,
-    /// The fewest instances with which groups would meet their targets, where that is known.
-    pub wanted: BTreeMap<GroupName, Wanted>,
 }
 
 impl Plans {

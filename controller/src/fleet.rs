@@ -50,7 +50,10 @@ pub enum Contact {
 /// An instance that is there, or whose place is kept.
 #[derive(Debug, Clone)]
 pub struct Member {
+    /// As it said, with the count of NPUs that the ranktable says, if it is in it.
     pub spec: InstanceSpec,
+    /// As it said itself.
+    pub reported_devices: u32,
     pub beat: Beat,
     pub last_beat: Instant,
     pub contact: Contact,

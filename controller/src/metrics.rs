@@ -1,5 +1,7 @@
 //! What the controller shows of the fleet and of itself.
 
+use std::collections::BTreeMap;
+
 use baton_process::Metrics;
 use baton_proto::{Phase, Role};
 use prometheus_client::{
@@ -39,6 +41,8 @@ pub struct ControllerMetrics {
     /// 1 while this controller leads.
     pub leading: Gauge,
     pub leader_epoch: Gauge,
+    /// Times that this controller began to lead.
+    pub reigns: Counter,
     pub role_changes: Counter,
     pub sessions: Gauge,
     pub store_writes: Counter,
@@ -62,7 +66,7 @@ impl ControllerMetrics {
             );
             registry.register(
                 "instances_planned",
-                "Instances that a group's plan gives a role",
+                "Instances that do a phase by their group's plan; one that is mixed does both",
                 own.planned.clone(),
             );
             registry.register(
@@ -87,6 +91,7 @@ impl ControllerMetrics {
             );
             registry.register("leading", "1 while this controller leads", own.leading.clone());
             registry.register("leader_epoch", "Epoch of the present or last reign", own.leader_epoch.clone());
+            registry.register("reigns", "Times that this controller began to lead", own.reigns.clone());
             registry.register("role_changes", "Roles decided", own.role_changes.clone());
             registry.register("sessions", "Sessions of instances", own.sessions.clone());
             registry.register("store_writes", "Keys written to the state store", own.store_writes.clone());
@@ -104,11 +109,24 @@ impl ControllerMetrics {
         for (group, served) in mind.served() {
             self.served.get_or_create(&GroupLabels { group: group.to_owned() }).set(served.into());
         }
-        self.planned.clear();
+        // What a group has none of is 0, so that it can be compared.
+        let mut planned: BTreeMap<(&str, &'static str), i64> = BTreeMap::new();
+        for member in members.values() {
+            let group = member.spec.group.as_str();
+            planned.extend([Role::Prefill, Role::Decode].map(|role| ((group, role.name()), 0)));
+        }
         for member in members.values() {
             let Some(role) = member.serving_role() else { continue };
-            let labels = WantedLabels { group: member.spec.group.to_string(), role: role.name() };
-            self.planned.get_or_create(&labels).inc();
+            let phases = match role {
+                Role::Mixed => &[Role::Prefill, Role::Decode][..],
+                Role::Prefill | Role::Decode | Role::None => std::slice::from_ref(&role),
+            };
+            let group = member.spec.group.as_str();
+            phases.iter().for_each(|phase| *planned.entry((group, phase.name())).or_default() += 1);
+        }
+        self.planned.clear();
+        for ((group, role), count) in planned {
+            self.planned.get_or_create(&WantedLabels { group: group.to_owned(), role }).set(count);
         }
         self.wanted.clear();
         for (group, wanted) in &wanted {

@@ -136,6 +136,8 @@ pub struct Reconciler {
     /// may be on their way back with theirs.
     adopted: bool,
     role_changes: u64,
+    /// Refusals that were told of lately.
+    refusals: BTreeMap<InstanceId, Instant>,
     /// What has not been told yet.
     news: Vec<News>,
     /// What is known of groups beside their members.
@@ -180,6 +182,7 @@ impl Reconciler {
             plan_at: None,
             adopted: false,
             role_changes: 0,
+            refusals: BTreeMap::new(),
             news: Vec::new(),
         }
     }
@@ -193,12 +196,17 @@ impl Reconciler {
     ) {
         for (spec, beat) in instances {
             let desired = roles.get(&spec.id).cloned();
+            if desired.as_ref().is_some_and(|desired| desired.role != Role::None) {
+                // It has served, as far as is known; whether it does now will be seen.
+                self.groups.entry(spec.group.clone()).or_default().served.get_or_insert(true);
+            }
             let stored = desired.as_ref().map(|desired| desired.epoch);
             let beat = beat.unwrap_or_else(silent);
             let id = spec.id.clone();
             let contact = Contact::Silent { since: now };
             let (registered_unix_millis, told) = (0, None);
             let member = Member {
+                reported_devices: spec.device_count,
                 spec,
                 beat,
                 last_beat: now,

@@ -74,6 +74,7 @@ impl Reigns {
                 leadership = self.candidate.campaign() => leadership,
             };
             self.metrics.leading.set(1);
+            self.metrics.reigns.inc();
             self.metrics.leader_epoch.set(i64::try_from(leadership.epoch().0).unwrap_or(i64::MAX));
             let end = tokio::select! {
                 biased;

@@ -39,6 +39,9 @@ mod coordinate;
 /// How long a new session may take to say who it is.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// Characters of a reason to leave.
+const REASON_MAX: usize = 200;
+
 /// Largest spec that is taken, as the store keeps it: a batch of them has to fit one request to etcd (1.5 MiB).
 const SPEC_MAX_BYTES: usize = 8 << 10;
 
@@ -201,7 +204,10 @@ async fn read(
 fn event_of(session: SessionId, report: v1::InstanceReport) -> Result<Option<Event>, WireError> {
     Ok(match report.report {
         Some(Wire::Beat(beat)) => Some(Event::Beat { session, beat: beat.try_into()? }),
-        Some(Wire::Bye(bye)) => Some(Event::Bye { session, reason: bye.reason }),
+        Some(Wire::Bye(bye)) => {
+            let reason = bye.reason.chars().filter(|c| !c.is_control()).take(REASON_MAX).collect();
+            Some(Event::Bye { session, reason })
+        }
         Some(Wire::Hello(_)) => return Err(WireError::Unexpected("a second hello")),
         None => None,
     })

@@ -35,7 +35,8 @@ pub struct ServerConfig {
     /// Prefill and decode are paired within a group.
     pub group: GroupName,
     /// Shown by `baton ctl`. `supervisor` names who starts this process again, and only once it has ended: the next one is
-    /// let in without waiting for this one's lease.
+    /// let in without waiting for this one's lease. `role` (`prefill`, `decode`, `mixed`) pins it, see
+    /// [ctl](#operating-baton-ctl).
     pub labels: BTreeMap<String, String>,
     /// host:port of the controllers; any of them will do. Empty = without a controller, with the role of `role`.
     pub controllers: Vec<String>,

@@ -48,21 +48,12 @@ pub(super) fn role(
 
 /// Of one group, or of all.
 pub(super) fn plans(plans: Plans, group: Option<&GroupName>, dry_run: bool) -> v1::PlanResponse {
-    let Plans { plans, wanted } = plans;
-    let of = plans.into_iter().filter(|plan| group.is_none_or(|group| plan.group == *group));
-    let groups = of.map(|plan| {
-        let wanted = wanted.get(&plan.group);
-        let count = |count: Option<usize>| count.map_or(0, |count| u32::try_from(count).unwrap_or(u32::MAX));
-        v1::GroupPlan {
-            prefill_wanted: count(wanted.map(|wanted| wanted.prefill)),
-            decode_wanted: count(wanted.map(|wanted| wanted.decode)),
-            ..group_plan(plan)
-        }
-    });
-    v1::PlanResponse { groups: groups.collect(), dry_run }
+    let of = plans.plans.into_iter().filter(|plan| group.is_none_or(|group| plan.group == *group));
+    v1::PlanResponse { groups: of.map(group_plan).collect(), dry_run }
 }
 
 fn group_plan(plan: GroupPlan) -> v1::GroupPlan {
+    let count = |count: Option<usize>| count.map_or(0, |count| u32::try_from(count).unwrap_or(u32::MAX));
     let measured = plan.measured.map(|measured| {
         let has = |member: &MemberPlan| member.has;
         let planned = |member: &MemberPlan| (member.step != Step::NotCounted).then_some(member.decision.role);
@@ -79,8 +70,8 @@ fn group_plan(plan: GroupPlan) -> v1::GroupPlan {
         measured,
         waits: plan.waits.unwrap_or_default(),
         instances: plan.members.into_iter().map(member_plan).collect(),
-        prefill_wanted: 0,
-        decode_wanted: 0,
+        prefill_wanted: count(plan.wanted.map(|wanted| wanted.prefill)),
+        decode_wanted: count(plan.wanted.map(|wanted| wanted.decode)),
     }
 }
 

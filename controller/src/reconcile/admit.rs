@@ -1,6 +1,8 @@
 //! Who may be here, and with which role: the answers to a hello.
 
-use baton_proto::{ApiError, ErrorCode, InstanceSpec, Role, RoleEpoch};
+use std::time::Duration;
+
+use baton_proto::{ApiError, ErrorCode, InstanceId, InstanceSpec, Role, RoleEpoch};
 use baton_registry::DesiredRole;
 use tokio::time::Instant;
 use tracing::info;
@@ -12,6 +14,11 @@ use crate::{
     ranktable::RankTable,
 };
 
+/// Between two entries in the journal that say that an instance is refused.
+const REFUSALS_APART: Duration = Duration::from_secs(60);
+/// Such entries in that time.
+const REFUSALS_MOST: usize = 64;
+
 impl Reconciler {
     pub(super) fn hello(
         &mut self,
@@ -21,11 +28,13 @@ impl Reconciler {
         unix_millis: u64,
         now: Instant,
     ) -> Vec<Command> {
-        let id = spec.id.clone();
-        self.count_npus(&mut spec);
+        let (id, reported_devices) = (spec.id.clone(), spec.device_count);
+        self.count_npus(&mut spec, reported_devices);
         if let Err(refusal) = self.admit(&spec) {
             info!(instance = %id, incarnation = %spec.incarnation, %refusal, "a session is refused");
-            self.tell_of(NewsKind::InstanceRefused, &id, Some(spec.group), refusal.message.clone());
+            if self.is_new_refusal(&id, now) {
+                self.tell_of(NewsKind::InstanceRefused, &id, Some(spec.group), refusal.message.clone());
+            }
             let held = self.members.get(&id).map(|member| member.spec.incarnation);
             let refuse = Order::Refuse { reason: refusal, held };
             return vec![Command::Order(session, refuse), Command::Close(session)];
@@ -52,6 +61,7 @@ impl Reconciler {
         let joined = before.as_ref().filter(|_| known).map_or(now, |member| member.joined);
         let mut member = Member {
             spec,
+            reported_devices,
             beat,
             last_beat: now,
             contact: Contact::Connected(session),
@@ -85,11 +95,19 @@ impl Reconciler {
         commands
     }
 
-    /// What the ranktable says of it counts, whatever it says itself.
-    fn count_npus(&self, spec: &mut InstanceSpec) {
-        if let Some(npus) = self.ranktable.npus(spec) {
-            spec.device_count = npus;
+    /// One that calls again and again is told of once in a while.
+    fn is_new_refusal(&mut self, id: &InstanceId, now: Instant) -> bool {
+        self.refusals.retain(|_, at| now.duration_since(*at) < REFUSALS_APART);
+        let is_new = self.refusals.len() < REFUSALS_MOST && !self.refusals.contains_key(id);
+        if is_new {
+            self.refusals.insert(id.clone(), now);
         }
+        is_new
+    }
+
+    /// What the ranktable says of it counts, whatever it says itself.
+    fn count_npus(&self, spec: &mut InstanceSpec, reported: u32) {
+        spec.device_count = self.ranktable.npus(spec).unwrap_or(reported);
     }
 
     pub(super) fn take_ranktable(&mut self, table: RankTable) {
@@ -98,7 +116,7 @@ impl Reconciler {
         for id in ids {
             let Some(mut member) = self.members.remove(&id) else { continue };
             let before = member.spec.device_count;
-            self.count_npus(&mut member.spec);
+            self.count_npus(&mut member.spec, member.reported_devices);
             if member.spec.device_count != before {
                 info!(instance = %id, before, now = member.spec.device_count, "it has another number of NPUs");
                 self.mark(Record::Instance(id.clone()));

@@ -120,23 +120,30 @@ impl Reconciler {
     pub(super) fn take_stock(&mut self, now: Instant) {
         let members = &self.members;
         let occupied: BTreeSet<&GroupName> = members.values().map(|member| &member.spec.group).collect();
-        self.groups.retain(|name, _| occupied.contains(name));
+        // One that nobody is left of serves nobody, which is to be seen for as long as its instances are remembered.
+        let forgotten = self.remembered.is_empty();
+        for (name, group) in &mut self.groups {
+            group.served = group.served.map(|served| served && occupied.contains(name));
+        }
+        self.groups.retain(|name, group| occupied.contains(name) || (group.served.is_some() && !forgotten));
         for (name, group) in &mut self.groups {
             group.meter.retain(|id| members.get(id).is_some_and(|member| member.spec.group == *name));
         }
-        let most = self.sessions_config.max_instances;
         let wanted: Vec<_> = self
             .groups
             .keys()
-            .map(|name| {
-                (name.clone(), self.measured(name, now).map(|measured| auto::wanted(&measured, most)))
-            })
+            .map(|name| (name.clone(), self.measured(name, now).map(|measured| self.wanted_by(&measured))))
             .collect();
         for (name, wanted) in wanted {
             if let Some(group) = self.groups.get_mut(&name) {
-                group.wanted = wanted.map(|(prefill, decode)| Wanted { prefill, decode });
+                group.wanted = wanted;
             }
         }
+    }
+
+    pub(super) fn wanted_by(&self, measured: &Measured) -> Wanted {
+        let (prefill, decode) = auto::wanted(measured, self.sessions_config.max_instances);
+        Wanted { prefill, decode }
     }
 
     /// By group, where enough has been measured to say so.

@@ -14,7 +14,7 @@ use baton_registry::DesiredRole;
 use tokio::time::Instant;
 use tracing::info;
 
-use super::{Aim, Reconciler, Record, places::SHORTEST_WAIT, steps::Step};
+use super::{Aim, Reconciler, Record, Wanted, places::SHORTEST_WAIT, steps::Step};
 use crate::{
     fleet::{Contact, Member},
     journal::NewsKind,
@@ -28,6 +28,8 @@ pub struct GroupPlan {
     pub aim: Aim,
     /// What `aim` was weighed against, if it asks for that and enough is known.
     pub measured: Option<Measured>,
+    /// The fewest instances with which `aim` would be met, by that.
+    pub wanted: Option<Wanted>,
     /// Why nothing is decided yet; then nobody is in `members`.
     pub waits: Option<String>,
     pub members: Vec<MemberPlan>,
@@ -121,7 +123,8 @@ impl Reconciler {
                 MemberPlan { id, has, decision, step }
             }));
         }
-        GroupPlan { group: group.clone(), aim, measured, waits, members: planned, again }
+        let wanted = measured.as_ref().map(|measured| self.wanted_by(measured));
+        GroupPlan { group: group.clone(), aim, measured, wanted, waits, members: planned, again }
     }
 
     /// What is decided of one that no plan counts, because operators said so or because it does badly.

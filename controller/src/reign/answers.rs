@@ -116,8 +116,6 @@ impl Waiting {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use baton_proto::InstanceId;
 
     use super::*;
@@ -134,7 +132,7 @@ mod tests {
     fn wait(answers: &mut Answers, kind: NewsKind) -> oneshot::Receiver<Result<Plans, ApiError>> {
         let (answer, answered) = oneshot::channel();
         let news = News { kind, group: None, instance: None, message: String::new(), actor: None };
-        let plans = Plans { plans: Vec::new(), wanted: BTreeMap::new() };
+        let plans = Plans { plans: Vec::new() };
         answers.wait(record(), news, plans, answer, Instant::now());
         answered
     }

@@ -35,7 +35,7 @@ pub(super) struct Written {
 }
 
 fn plans_of(mind: &Reconciler, now: Instant) -> Plans {
-    Plans { plans: mind.plans(now), wanted: mind.wanted() }
+    Plans { plans: mind.plans(now) }
 }
 
 /// What follows for the next write.

@@ -49,4 +49,9 @@ fn the_ranktable_counts_whatever_servers_say() {
     world.event(Event::RankTable(table(&[("10.0.0.1", 8), ("10.0.0.2", 8), ("10.0.0.3", 8)])));
     world.pass(secs(3), &sessions);
     assert_ne!(world.last_assigned(sessions[2]).role, Role::None, "it can join now");
+    world.event(Event::RankTable(table(&[("10.0.0.1", 4)])));
+    let counts = |world: &World| {
+        world.mind.members().values().map(|member| member.spec.device_count).collect::<Vec<_>>()
+    };
+    assert_eq!(counts(&world), [4, 8, 8], "of who is not in it, its own report counts");
 }

@@ -38,12 +38,24 @@ fn row(view: &RoleView) -> Row {
         view.observed_epoch.to_string(),
         if view.registered { phase(view.phase) } else { "gone".to_owned() },
         intent(view.intent.as_ref()),
-        if view.stuck.is_empty() { view.reason.clone() } else { format!("stuck: {}", view.stuck) },
+        because(view),
     ];
     Row { key: view.instance_id.clone(), names: vec![view.instance_id.clone()], cells, object: object(view) }
 }
 
 /// In a word: who and why stand in the reason, and in `describe`.
+/// What matters most of why it is as it is.
+fn because(view: &RoleView) -> String {
+    let ill = ["", "healthy", "probation"].iter().all(|well| view.health != *well);
+    if !view.stuck.is_empty() {
+        format!("stuck: {}", view.stuck)
+    } else if ill && !view.reason.contains(&view.health) {
+        format!("{}; {}", view.health, view.reason)
+    } else {
+        view.reason.clone()
+    }
+}
+
 fn intent(intent: Option<&Intent>) -> String {
     match intent {
         Some(intent) if intent.cordoned.is_some() => "cordoned".to_owned(),
@@ -60,6 +72,7 @@ pub(super) fn object(view: &RoleView) -> Value {
             "reason": cordoned.reason,
             "unix_millis": cordoned.unix_millis,
             "drain_millis": cordoned.drain_millis,
+            "force": cordoned.force,
         })
     });
     json!({
