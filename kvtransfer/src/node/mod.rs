@@ -119,7 +119,8 @@ impl KvNode {
         let limits = config.limits;
         let terms = limits.terms(config.layout.slice_bytes)?;
         let port = DataPort::new(config.data_port, terms)?;
-        let transports = transports::open(config.transports, &config.region, &port, terms)?;
+        let transports =
+            transports::open(config.transports, &config.region, &port, terms, config.secret.is_some())?;
         let (instance_id, incarnation, secret) = (config.instance_id, config.incarnation, config.secret);
         let remember = limits.remembered_transfers;
         let node = Arc::new(Node {

@@ -8,12 +8,14 @@ use crate::{
     transport::{DataPort, Faulty, Fetched, Medium, Observed, Shm, Tcp, Terms, Transport},
 };
 
-/// Those that can be had, in their order; the others are logged with the reason. None at all is an error.
+/// Those that can be had, in their order; the others are logged with the reason. None at all is an error. `secret` says
+/// whether peers must show one: what cannot see to that is left out.
 pub(super) fn open(
     configs: Vec<TransportConfig>,
     region: &Region,
     port: &Arc<DataPort>,
     terms: Terms,
+    secret: bool,
 ) -> Result<Vec<Observed>, TransferError> {
     let mut transports: Vec<Observed> = Vec::new();
     let mut reasons = Vec::new();
@@ -22,7 +24,7 @@ pub(super) fn open(
         if transports.iter().any(|other| other.kind() == kind) {
             return Err(TransferError::Invalid(format!("transport {kind} is named twice")));
         }
-        match open_one(config, region, port, terms) {
+        match open_one(config, region, port, terms, secret) {
             Ok(transport) => transports.push(Observed::new(transport, terms.slice_bytes.into())),
             Err(reason) => {
                 tracing::info!(%reason, "KV caches will not travel over {kind}");
@@ -41,6 +43,7 @@ fn open_one(
     region: &Region,
     port: &Arc<DataPort>,
     terms: Terms,
+    secret: bool,
 ) -> io::Result<Box<dyn Transport>> {
     let fetched = |medium: Arc<dyn Medium>| -> Box<dyn Transport> {
         Box::new(Fetched::new(medium, port.clone(), terms))
@@ -63,9 +66,9 @@ fn open_one(
             Ok(fetched(rdma(region)?))
         }
         TransportConfig::Faulty(config, faults) => {
-            Ok(Box::new(Faulty::new(open_one(*config, region, port, terms)?, faults)))
+            Ok(Box::new(Faulty::new(open_one(*config, region, port, terms, secret)?, faults)))
         }
-        TransportConfig::Hixl(config) => Ok(fetched(config.hixl(region)?)),
+        TransportConfig::Hixl(config) => Ok(fetched(config.hixl(region, secret)?)),
         TransportConfig::Hccl(config) => Ok(fetched(config.hccl(region, terms.stall)?)),
     }
 }
