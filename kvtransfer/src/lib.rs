@@ -58,6 +58,7 @@
 //! let len = pool.len();
 //! // SAFETY: the pool lives in the owner; blocks lent to the node are left alone until they come back.
 //! let region = unsafe { Region::new(Arc::new(pool), base, len) };
+//! let lease = Duration::from_secs(5);
 //! let config = NodeConfig {
 //!     instance_id: InstanceId::new(name)?,
 //!     incarnation: Incarnation(1),
@@ -68,8 +69,8 @@
 //!     transports: vec![TransportConfig::Tcp { connections: 2 }],
 //!     secret: None,
 //!     convert: false,
-//!     lease: Duration::from_secs(5),
-//!     limits: Limits::default(),
+//!     lease,
+//!     limits: Limits::for_lease(lease),
 //!     reclaim: Arc::new(|back| println!("blocks {:?} are free again", back.blocks)),
 //! };
 //! let node = KvNode::start(config, shutdown.clone())?;

@@ -2,13 +2,20 @@
 
 mod support;
 
-use std::time::{Duration, Instant};
+use std::{
+    net::TcpListener,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
-use baton_kvtransfer::{Limits, OfferSpec, TransferError};
-use baton_proto::{TransferId, v1};
+use baton_kvtransfer::{
+    DataPortConfig, KvNode, Limits, NodeConfig, OfferSpec, TransferError, TransportConfig,
+};
+use baton_proto::{Incarnation, TransferId, v1};
 use support::{scripted::*, *};
 use tokio::{io::AsyncReadExt, sync::mpsc};
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
 use tonic::Streaming;
 
 fn limited(change: fn(&mut Limits)) -> Setup {
@@ -203,4 +210,40 @@ async fn a_node_that_is_stopping_takes_nothing() {
     assert_eq!(expected.map(|_| ()), Err(TransferError::ShuttingDown));
     let offered = decode.node.offer(offer_spec(TransferId::generate(), &prefill, &[1]));
     assert_eq!(offered.map(|_| ()), Err(TransferError::ShuttingDown));
+}
+
+#[tokio::test]
+async fn limits_that_wait_less_than_a_lease_are_refused_by_name() {
+    let lease = Duration::from_secs(4);
+    let less = Duration::from_millis(3999);
+    let (fine, pool) = (Limits::for_lease(lease), Pool::new(LAYERS, BLOCKS, SLICE));
+    let starts = |limits| {
+        let config = NodeConfig {
+            instance_id: instance("decode-0"),
+            incarnation: Incarnation(1),
+            layout: layout(),
+            region: pool.region(),
+            blocks: BLOCKS,
+            data_port: DataPortConfig::new(TcpListener::bind("127.0.0.1:0").expect("a port")),
+            transports: vec![TransportConfig::Tcp { connections: 1 }],
+            secret: None,
+            convert: false,
+            lease,
+            limits,
+            reclaim: Arc::new(|_| {}),
+        };
+        let stop = CancellationToken::new();
+        let started = KvNode::start(config, stop.clone()).map(|_| ());
+        stop.cancel();
+        started.map_err(|error| error.to_string())
+    };
+    assert_eq!(starts(fine.clone()), Ok(()));
+    for (name, limits) in [
+        ("keep_alive_timeout", Limits { keep_alive_timeout: less, ..fine.clone() }),
+        ("data_stall", Limits { data_stall: less, ..fine.clone() }),
+        ("seal_grace", Limits { seal_grace: less, ..fine.clone() }),
+    ] {
+        let error = starts(limits).expect_err(name);
+        assert!(error.contains(&format!("{name} (3.999s)")) && error.contains("lease (4s)"), "{error}");
+    }
 }

@@ -114,7 +114,7 @@ async fn a_path_that_breaks_is_opened_again() {
 #[tokio::test]
 async fn a_peer_whose_data_paths_all_fail_fails_the_transfers_that_wait_for_them() {
     let mut receiver = ScriptedReceiver::start_without_data().await;
-    let limits = Limits { handshake: Duration::from_millis(100), connect_attempts: 2, ..Limits::default() };
+    let limits = Limits { handshake: Duration::from_millis(100), connect_attempts: 2, ..limits() };
     let prefill = Peer::start_with("prefill-0", Setup { limits, ..Setup::default() });
     let decode = Peer::start("decode-0"); // gives the spec its form only
     let mut spec = offer_spec(TransferId::generate(), &decode, &[1, 2, 3]);
@@ -179,7 +179,7 @@ async fn a_fleet_with_a_secret_takes_its_own_only() {
 
 #[tokio::test]
 async fn a_peer_that_takes_no_connection_is_asked_ever_less_often() {
-    let limits = Limits { connect_attempts: 100, ..Limits::default() };
+    let limits = Limits { connect_attempts: 100, ..limits() };
     let prefill = Peer::start_with("prefill-0", Setup { limits, ..Setup::default() });
     let decode = Peer::start("decode-0"); // gives the spec its form only
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");

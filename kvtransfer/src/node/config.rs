@@ -38,6 +38,7 @@ pub struct NodeConfig {
     /// Silence of a peer for this long ends its transfers. Signs of life are sent three times as often. The receiver's
     /// lease holds once it has accepted, the sender's before; give all nodes of a fleet the same.
     pub lease: Duration,
+    /// `Limits::for_lease(lease)`, or some that wait for a peer no less than the lease.
     pub limits: Limits,
     /// Gets the blocks of transfers whose handle was dropped, once no transport touches them any more. It is called by
     /// whichever thread brings that about, one that drops a handle or reports slices among them: it must not block, nor
@@ -127,14 +128,15 @@ pub struct Limits {
     /// A control stream without transfers is closed after this long.
     pub idle_link: Duration,
     /// How long a sealed transfer may wait for slices that are still on their way, or for `Released`; a sender that has
-    /// lost the control stream waits so long for another one, and the lease holds again once it stands. A few leases.
+    /// lost the control stream waits so long for another one, and the lease holds again once it stands. A few leases, and
+    /// never less than one.
     pub seal_grace: Duration,
     /// How long an aborted transfer lets a frame that is being written finish from its blocks; then zeros follow, marked
     /// as such. Where
     /// the receiver fetches, it may take ten times as long to let go of the sender's blocks; then its path is cut.
     pub fence_grace: Duration,
     /// A data connection on which a frame makes no progress for this long is closed; so is one whose peer does not
-    /// acknowledge what was sent.
+    /// acknowledge what was sent. Never less than the lease.
     pub data_stall: Duration,
     /// How often a quiet connection, for control or for data, is asked for a sign of life; a second at least. A third of
     /// the lease, as transfers say theirs.
@@ -267,6 +269,16 @@ pub struct TransferStats {
 }
 
 impl Limits {
+    /// A wait for a peer that would end before its lease does, for all of which it may pause.
+    fn shorter_than(&self, lease: Duration) -> Option<(&'static str, Duration)> {
+        let waits = [
+            ("seal_grace", self.seal_grace),
+            ("data_stall", self.data_stall),
+            ("keep_alive_timeout", self.keep_alive_timeout),
+        ];
+        waits.into_iter().find(|(_, wait)| *wait < lease)
+    }
+
     pub(crate) fn terms(&self, slice_bytes: u64) -> Result<Terms, TransferError> {
         let Self { frame_bytes, handshake, fence_grace, data_stall, keep_alive, .. } = *self;
         Terms::new(slice_bytes, frame_bytes, handshake, fence_grace, data_stall, keep_alive)
@@ -304,6 +316,12 @@ impl NodeConfig {
         if limits.keep_alive < LEAST_KEEP_ALIVE {
             return bad("keep_alive must be at least 1 s");
         }
+        if let Some((name, time)) = limits.shorter_than(self.lease) {
+            let lease = self.lease;
+            return bad(&format!(
+                "{name} ({time:?}) must be no less than the lease ({lease:?}); see `Limits::for_lease`"
+            ));
+        }
         if limits.connect_attempts == 0 {
             return bad("connect_attempts must be at least 1");
         }
@@ -319,9 +337,9 @@ mod tests {
     fn nothing_ends_a_connection_to_a_peer_that_pauses_within_its_lease() {
         for millis in [30, 1000, 3000, 60_000, 3_600_000] {
             let lease = Duration::from_millis(millis);
-            let Limits { keep_alive, keep_alive_timeout, data_stall, seal_grace, .. } =
-                Limits::for_lease(lease);
-            assert!(keep_alive_timeout >= lease && data_stall >= lease && seal_grace >= lease);
+            let limits = Limits::for_lease(lease);
+            assert_eq!(limits.shorter_than(lease), None);
+            let Limits { keep_alive, keep_alive_timeout, .. } = limits;
             assert!(keep_alive >= LEAST_KEEP_ALIVE && keep_alive <= keep_alive_timeout);
         }
     }

@@ -164,14 +164,21 @@ pub struct Setup {
     pub pool: Option<Arc<Pool>>,
 }
 
+/// Long, so that no transfer ends for want of processor time.
+const LEASE: Duration = Duration::from_secs(20);
+
+/// Those of a lease of 3 s, so that waits other than for a peer are short.
+pub fn limits() -> Limits {
+    Limits { seal_grace: LEASE, data_stall: LEASE, keep_alive_timeout: LEASE, ..Limits::default() }
+}
+
 impl Default for Setup {
     fn default() -> Self {
-        let limits = Limits { handshake: Duration::from_secs(2), ..Limits::default() };
         Self {
             layout: layout(),
             blocks: BLOCKS,
-            lease: Duration::from_secs(20),
-            limits,
+            lease: LEASE,
+            limits: Limits { handshake: Duration::from_secs(2), ..limits() },
             incarnation: 1,
             host: Ipv4Addr::LOCALHOST.into(),
             transports: vec![TransportConfig::Tcp { connections: 2 }],
