@@ -129,7 +129,9 @@ async fn data_connections_are_bounded() {
     let decode = Peer::start_with("decode-0", Setup { connections: 2, ..Setup::default() });
     let sender = ScriptedSender::open(&decode, "prefill-9", 1).await.expect("welcome");
     let (first, _second) = (sender.connect_data().await, sender.connect_data().await);
-    closed_by_peer(&mut connect_data(decode.data_address()).await).await;
+    let mut third = connect_data(decode.data_address()).await;
+    write(&mut third, &data_hello(&sender.pass, 0)).await;
+    closed_by_peer(&mut third).await;
     drop(first);
     // Room again, as soon as the end of the first has been seen.
     let by = in_secs(10);
@@ -141,6 +143,28 @@ async fn data_connections_are_bounded() {
             break;
         }
         tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+#[tokio::test]
+async fn strangers_that_connect_and_say_nothing_keep_no_peer_out() {
+    let long = Limits { handshake: Duration::from_secs(20), ..limits() };
+    let setup = Setup { connections: 4, unproven: 3, limits: long, ..Setup::default() };
+    let (prefill, decode) = (Peer::start("prefill-0"), Peer::start_with("decode-0", setup));
+    let mut strangers = Vec::new();
+    for _ in 0..12 {
+        strangers.push(connect_data(decode.data_address()).await);
+    }
+    let id = TransferId::generate();
+    let mut incoming = decode.node.expect(expect_spec(id, &prefill.name, &[2])).expect("room");
+    let mut outgoing = prefill.node.offer(offer_spec(id, &decode, &[2])).expect("room");
+    (0..LAYERS).for_each(|layer| outgoing.progress().ready(layer, 0..1));
+    outgoing.seal(1);
+    within("sealed", 10, incoming.sealed()).await.expect("whole");
+    within("finished", 10, outgoing.finished()).await.expect("released");
+    // The oldest gave way to newer ones.
+    for stranger in &mut strangers[..9] {
+        closed_by_peer(stranger).await;
     }
 }
 

@@ -14,6 +14,7 @@ mod counts;
 mod faulty;
 pub(crate) mod fetch;
 pub(crate) mod frame;
+mod guests;
 pub(crate) mod hello;
 mod key;
 mod observed;

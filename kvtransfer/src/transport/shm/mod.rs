@@ -23,15 +23,17 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     Admission, Destination, Inbox, Opening, Outbox, Path, Terms, Transport, TransportKind,
-    accept::{Bound, accept},
+    accept::accept,
     fetch::{self, Lane, on_thread},
+    guests::{Bound, Guest, NoRoom},
     hello::{Hello, HelloError},
 };
 use crate::Region;
 use mapping::Mapping;
 
-/// Connections, and so threads that copy, in all.
+/// Connections, and so threads that copy, in all; and those, apart, that have not shown yet what they belong to.
 const CONNECTIONS: usize = 256;
+const UNPROVEN: usize = 64;
 /// Opened to one peer. One thread alone does not fill a memory channel while it claims, looks and reports.
 const CONNECTIONS_PER_PEER: usize = 2;
 
@@ -76,9 +78,9 @@ impl Transport for Shm {
 
     fn receive(&self, inbox: Arc<dyn Inbox>, tasks: &TaskTracker, stop: CancellationToken) {
         let Some(listener) = self.listener.lock().take() else { return };
-        let bound = Bound { what: "shared memory", connections: CONNECTIONS };
+        let bound = Bound { what: "shared memory", connections: CONNECTIONS, unproven: UNPROVEN };
         let (terms, ends) = (self.terms, stop.clone());
-        let converse = move |stream| serve(stream, terms, inbox.clone(), ends.clone());
+        let converse = move |stream, guest| serve(stream, guest, terms, inbox.clone(), ends.clone());
         tasks.spawn(accept(listener, bound, tasks.clone(), stop, converse, |_| false));
     }
 
@@ -127,6 +129,8 @@ async fn connect(
 enum Closed {
     #[error(transparent)]
     Hello(#[from] HelloError),
+    #[error(transparent)]
+    Full(#[from] NoRoom),
     #[error("the hello does not say how large the region is, or brings no file")]
     Terms,
     #[error(transparent)]
@@ -139,6 +143,7 @@ enum Closed {
 /// ends, or `stop`.
 async fn serve(
     stream: tokio::net::UnixStream,
+    guest: Guest,
     terms: Terms,
     inbox: Arc<dyn Inbox>,
     stop: CancellationToken,
@@ -157,7 +162,7 @@ async fn serve(
         std::future::pending::<()>().await
     };
     tokio::select! {
-        result = on_thread("kv-shm", handle, &over, move || copy(stream, terms, &*inbox, admit)) => result?,
+        result = on_thread("kv-shm", handle, &over, move || copy(stream, guest, terms, &*inbox, admit)) => result?,
         () = link => Ok(()),
     }
 }
@@ -165,6 +170,7 @@ async fn serve(
 /// The thread's work.
 fn copy(
     mut stream: UnixStream,
+    mut guest: Guest,
     terms: Terms,
     inbox: &dyn Inbox,
     admit: oneshot::Sender<CancellationToken>,
@@ -186,6 +192,7 @@ fn copy(
     if hello.kind() != Some(TransportKind::Shm) {
         return Err(HelloError::Kind.into());
     }
+    guest.prove()?;
     let mut region = Mapping::new(&file.ok_or(Closed::Terms)?, u64::from_le_bytes(said))?;
     let _ = admit.send(ended);
     io::Write::write_all(&mut stream, &hello.answer(&key, &[]))?;
