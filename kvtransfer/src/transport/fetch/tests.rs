@@ -2,8 +2,8 @@
 //! within the limits.
 
 use std::{
-    io::IoSlice,
-    sync::Arc,
+    io::{self, IoSlice},
+    sync::{Arc, mpsc},
     time::{Duration, Instant},
 };
 
@@ -13,14 +13,17 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex},
     time::{sleep, timeout},
 };
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use super::{DONE, Lane, Lent, WANTED};
+use super::{Asking, DONE, Fetched, Lane, Lent, Medium, RemoteRegion, WANTED};
 use crate::{
     TransferError,
     session::SliceRun,
     sync::AtomicBool,
-    transport::{DataKey, Departure, Outbox, Path, Terms},
+    transport::{
+        Admission, DataKey, DataPort, DataPortConfig, Departure, Destination, Found, Inbox, LinkId, LinkPass,
+        Outbox, Path, Terms, Transport, TransportKind,
+    },
 };
 
 const SLICE: usize = 64;
@@ -193,4 +196,84 @@ async fn a_receiver_that_is_done_with_more_than_was_announced_is_cut_off() {
     };
     timeout(STALL, end).await.expect("the path ends");
     assert_eq!(scene.source.reports.lock().len(), 1, "the run that was announced is done");
+}
+
+/// A medium whose library does not return from connecting until it is let go.
+struct Stuck {
+    connects: mpsc::SyncSender<()>,
+    release: Mutex<Option<mpsc::Receiver<()>>>,
+}
+
+impl Medium for Stuck {
+    fn kind(&self) -> TransportKind {
+        TransportKind::Rdma
+    }
+
+    fn ask(&self) -> io::Result<(Box<dyn Asking>, Vec<u8>)> {
+        let release = self.release.lock().take().ok_or(io::ErrorKind::Other)?;
+        Ok((Box::new(Connecting { connects: self.connects.clone(), release }), Vec::new()))
+    }
+
+    fn lend(&self, _: &[u8]) -> io::Result<(Box<dyn Lent>, Vec<u8>)> {
+        Ok((Box::new(Silent), Vec::new()))
+    }
+}
+
+struct Connecting {
+    connects: mpsc::SyncSender<()>,
+    release: mpsc::Receiver<()>,
+}
+
+impl Asking for Connecting {
+    fn connect(self: Box<Self>, _: &[u8], _: Instant) -> io::Result<Box<dyn RemoteRegion>> {
+        let _ = self.connects.send(());
+        let _ = self.release.recv();
+        Err(io::Error::other("let go"))
+    }
+}
+
+/// One link, and no transfers.
+struct OneLink(LinkPass);
+
+impl Inbox for OneLink {
+    fn link(&self, id: &LinkId) -> Option<Admission> {
+        let (key, ended) = (self.0.key.clone(), CancellationToken::new());
+        (*id == self.0.id).then(|| Admission { key, slice_bytes: SLICE as u32, mapped: false, ended })
+    }
+
+    fn find(&self, _: &TransferId) -> Found {
+        Found::Over
+    }
+}
+
+#[tokio::test]
+async fn a_thread_that_outlives_its_connection_is_counted_until_it_ends() {
+    let keep_alive = Duration::from_secs(1);
+    let terms = Terms::new(SLICE as u64, 1 << 20, STALL * 9, FENCE_GRACE, STALL, keep_alive);
+    let terms = terms.expect("sensible");
+    let (tasks, threads, stop) = (TaskTracker::new(), TaskTracker::new(), CancellationToken::new());
+    let (pass, (connects, connecting), (release, released)) =
+        (LinkPass::generate(), mpsc::sync_channel(2), mpsc::sync_channel(1));
+    let medium = Arc::new(Stuck { connects, release: Mutex::new(Some(released)) });
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let port = DataPort::new(DataPortConfig::new(listener), terms).expect("listening");
+    let fetched = Fetched::new(medium, port.clone(), terms, threads.clone());
+    let inbox = Arc::new(OneLink(pass.clone()));
+    fetched.receive(inbox.clone(), &tasks, stop.clone());
+    tasks.spawn(port.clone().serve(inbox, tasks.clone(), stop.clone()));
+    let to = Destination { address: port.address().to_owned(), pass };
+    let opening = tokio::spawn(fetched.open(to, Outbox::default(), &tasks, &stop));
+    while connecting.try_recv().is_err() {
+        assert!(!opening.is_finished(), "it cannot be opened");
+        sleep(Duration::from_millis(1)).await;
+    }
+
+    stop.cancel();
+    tasks.close();
+    threads.close();
+    timeout(STALL * 9, tasks.wait()).await.expect("the tasks end");
+    opening.abort();
+    assert!(timeout(STALL, threads.wait()).await.is_err(), "its thread has not ended");
+    release.send(()).expect("it waits");
+    timeout(STALL * 9, threads.wait()).await.expect("the thread ends");
 }

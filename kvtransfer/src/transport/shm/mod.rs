@@ -45,11 +45,13 @@ pub(crate) struct Shm {
     region_bytes: u64,
     listener: Mutex<Option<tokio::net::UnixListener>>,
     name: String,
+    /// Counts the threads that copy.
+    threads: TaskTracker,
 }
 
 impl Shm {
     /// Refused for a region that is no file's. Must be called within a tokio runtime.
-    pub(crate) fn new(region: &Region, terms: Terms) -> io::Result<Self> {
+    pub(crate) fn new(region: &Region, terms: Terms, threads: TaskTracker) -> io::Result<Self> {
         let file = region.file().ok_or_else(|| io::Error::other("the KV pool is not a file's memory"))?;
         let name = format!("baton-kv-{:032x}", rand::random::<u128>());
         mapping::seal(&file)?;
@@ -57,7 +59,7 @@ impl Shm {
         listener.set_nonblocking(true)?;
         let listener = Mutex::new(Some(tokio::net::UnixListener::from_std(listener)?));
         let region_bytes = region.len() as u64;
-        Ok(Self { terms, file, region_bytes, listener, name })
+        Ok(Self { terms, file, region_bytes, listener, name, threads })
     }
 }
 
@@ -79,8 +81,9 @@ impl Transport for Shm {
     fn receive(&self, inbox: Arc<dyn Inbox>, tasks: &TaskTracker, stop: CancellationToken) {
         let Some(listener) = self.listener.lock().take() else { return };
         let bound = Bound { what: "shared memory", connections: CONNECTIONS, unproven: UNPROVEN };
-        let (terms, ends) = (self.terms, stop.clone());
-        let converse = move |stream, guest| serve(stream, guest, terms, inbox.clone(), ends.clone());
+        let (terms, ends, threads) = (self.terms, stop.clone(), self.threads.clone());
+        let converse =
+            move |stream, guest| serve((stream, guest), terms, inbox.clone(), ends.clone(), threads.clone());
         tasks.spawn(accept(listener, bound, tasks.clone(), stop, converse, |_| false));
     }
 
@@ -142,11 +145,11 @@ enum Closed {
 /// One connection: its hello and what it announces, on a thread of its own, until the peer closes it, its control stream
 /// ends, or `stop`.
 async fn serve(
-    stream: tokio::net::UnixStream,
-    guest: Guest,
+    (stream, guest): (tokio::net::UnixStream, Guest),
     terms: Terms,
     inbox: Arc<dyn Inbox>,
     stop: CancellationToken,
+    threads: TaskTracker,
 ) -> Result<(), Closed> {
     let stream = stream.into_std()?;
     stream.set_nonblocking(false)?;
@@ -161,8 +164,9 @@ async fn serve(
         }
         std::future::pending::<()>().await
     };
+    let work = move || copy(stream, guest, terms, &*inbox, admit);
     tokio::select! {
-        result = on_thread("kv-shm", handle, &over, move || copy(stream, guest, terms, &*inbox, admit)) => result?,
+        result = on_thread("kv-shm", handle, &over, &threads, work) => result?,
         () = link => Ok(()),
     }
 }
