@@ -125,6 +125,9 @@ pub struct Limits {
     /// Attempts to open a control stream, or a data path, before the transfers that wait for it fail. A peer that answers
     /// and has no room for a stream is asked until their deadlines.
     pub connect_attempts: u32,
+    /// After so long, a link whose data path is not over the best transport that both sides have tries a better one again,
+    /// between transfers; twice as long after each attempt, up to 30 times.
+    pub better_path: Duration,
     /// A control stream without transfers is closed after this long.
     pub idle_link: Duration,
     /// How long a sealed transfer may wait for slices that are still on their way, or for `Released`; a sender that has
@@ -175,6 +178,7 @@ impl Limits {
             staging_bytes: 256 << 20,
             handshake: (lease * 5 / 3).clamp(Duration::from_secs(1), Duration::from_secs(30)),
             connect_attempts: 4,
+            better_path: Duration::from_secs(10),
             idle_link: Duration::from_secs(300),
             seal_grace: (lease * 10 / 3).max(Duration::from_secs(1)),
             fence_grace: (lease / 30).clamp(Duration::from_millis(10), Duration::from_secs(1)),
@@ -304,6 +308,7 @@ impl NodeConfig {
         let times = [
             ("held_offer", limits.held_offer),
             ("handshake", limits.handshake),
+            ("better_path", limits.better_path),
             ("idle_link", limits.idle_link),
             ("seal_grace", limits.seal_grace),
             ("fence_grace", limits.fence_grace),

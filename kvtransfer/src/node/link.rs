@@ -225,7 +225,8 @@ impl Link {
         };
         let stop = up.broken().child_token();
         let _stop_paths = stop.clone().drop_guard();
-        let mut route = std::pin::pin!(route.keep(node, &stop));
+        let without_transfers = || self.is_empty();
+        let mut route = std::pin::pin!(route.keep(node, &stop, &without_transfers));
         self.rise(&up);
         loop {
             let idle = self.is_empty();
