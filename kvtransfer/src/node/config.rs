@@ -117,6 +117,11 @@ pub struct Limits {
     pub unproven_streams: usize,
     /// Payload bytes of one frame; at least one slice travels in a frame, however large.
     pub frame_bytes: usize,
+    /// Bytes that may wait in one TCP data connection for the peer's acknowledgement; as the kernel is asked, which keeps
+    /// to `net.core.wmem_max`. `None` = 512 KiB to a peer of the same host, which is the fastest there; elsewhere what the
+    /// kernel finds to be right for the connection as it goes, up to the last of `net.ipv4.tcp_wmem`. A fixed number turns
+    /// that off: it must then be the network's bandwidth times its round trip, divided by the connections.
+    pub send_buffer: Option<usize>,
     /// Memory for slices on their way in from peers that lay their cache out otherwise: a frame, rounded up to a power of
     /// two, for each data connection that brings one at the moment. A transfer that finds none is aborted.
     pub staging_bytes: usize,
@@ -175,6 +180,7 @@ impl Limits {
             peers: 256,
             unproven_streams: 256,
             frame_bytes: 1 << 20,
+            send_buffer: None,
             staging_bytes: 256 << 20,
             handshake: (lease * 5 / 3).clamp(Duration::from_secs(1), Duration::from_secs(30)),
             connect_attempts: 4,
@@ -284,8 +290,9 @@ impl Limits {
     }
 
     pub(crate) fn terms(&self, slice_bytes: u64) -> Result<Terms, TransferError> {
-        let Self { frame_bytes, handshake, fence_grace, data_stall, keep_alive, .. } = *self;
-        Terms::new(slice_bytes, frame_bytes, handshake, fence_grace, data_stall, keep_alive)
+        let Self { frame_bytes, handshake, fence_grace, data_stall, keep_alive, send_buffer, .. } = *self;
+        let terms = Terms::new(slice_bytes, frame_bytes, handshake, fence_grace, data_stall, keep_alive)?;
+        Ok(Terms { send_buffer, ..terms })
     }
 
     /// Messages that may wait on a control stream, each way: a handful for each transfer. A fuller queue means a peer
@@ -317,6 +324,9 @@ impl NodeConfig {
         ];
         if let Some((name, _)) = times.iter().find(|(_, time)| time.is_zero()) {
             return bad(&format!("{name} must be more than 0"));
+        }
+        if limits.send_buffer == Some(0) {
+            return bad("send_buffer must be more than 0; none = as the kernel finds right");
         }
         if limits.keep_alive < LEAST_KEEP_ALIVE {
             return bad("keep_alive must be at least 1 s");
