@@ -8,7 +8,7 @@ use std::{
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::{DONE, Piece, RemoteRegion, WANTED, digest::digest};
+use super::{DONE, Piece, RemoteRegion, WANTED, digest::digest, piece::join};
 use crate::transport::{
     Found, Inbox, Live, Terms,
     frame::{Form, FrameError, HEADER_BYTES, Header},
@@ -104,7 +104,7 @@ fn fetch(
             return Err(Closed::Outside);
         }
         let local = landing.place(run.layer, block).map_err(io::Error::other)?;
-        pieces.push(Piece { remote: entry.offset, local, len });
+        join(&mut pieces, Piece { remote: entry.offset, local, len }, region.joins());
     }
     if region.asks() {
         wire.write_all(&[WANTED])?;
