@@ -73,7 +73,7 @@ impl Means<'_> {
                 Ok(Box::new(Faulty::new(self.open_one(*config)?, faults)))
             }
             TransportConfig::Hixl(config) => Ok(fetched(config.hixl(region, secret)?)),
-            TransportConfig::Hccl(config) => Ok(fetched(config.hccl(region, terms.stall)?)),
+            TransportConfig::Hccl(config) => Ok(fetched(config.hccl(region, terms.stall, threads)?)),
         }
     }
 }

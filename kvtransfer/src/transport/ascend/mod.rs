@@ -24,6 +24,8 @@ use std::{
     time::Duration,
 };
 
+use tokio_util::task::TaskTracker;
+
 pub(crate) use self::library::{Search, Unavailable};
 use self::{
     acl::Device,
@@ -87,10 +89,16 @@ impl AscendConfig {
     }
 
     /// The region exchanged through HCCL, each exchange within `stall`. The error says why it cannot be.
-    pub(crate) fn hccl(&self, region: &Region, stall: Duration) -> io::Result<Arc<dyn Medium>> {
+    /// `threads` counts those that the library may hold.
+    pub(crate) fn hccl(
+        &self,
+        region: &Region,
+        stall: Duration,
+        threads: &TaskTracker,
+    ) -> io::Result<Arc<dyn Medium>> {
         let hccl = self.found().hccl.map_err(io::Error::other)?;
         let device = hccl.device(self.device)?;
-        Ok(Arc::new(HcclMedium::new(&hccl, &device, region, stall)))
+        Ok(Arc::new(HcclMedium::new(&hccl, &device, region, stall, threads.clone())))
     }
 }
 
