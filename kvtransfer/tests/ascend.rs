@@ -25,8 +25,9 @@ use support::{caches::*, scripted::*, *};
 use tempfile::TempDir;
 
 const SENDER: &str = "BATON_TEST_ASCEND_SENDER";
-const FROM: [u32; 5] = [7, 3, 60, 22, 0];
-const TO: [u32; 5] = [1, 50, 2, 49, 3];
+/// Neighbours at both ends, at one, and at none.
+const FROM: [u32; 5] = [7, 8, 60, 61, 0];
+const TO: [u32; 5] = [1, 2, 50, 49, 3];
 
 /// There is one emulator, with one fault at a time, for all tests of this process: they take turns.
 static TURNS: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());

@@ -27,8 +27,10 @@ pub(crate) use thread::on_thread;
 
 /// What the receiver says to the sender, a byte each: it is done with the oldest announced run, whatever it did with it.
 const DONE: u8 = 1;
-/// It is about to fetch that run; see [`RemoteRegion::asks`].
+/// It is about to fetch that run, where the sender has to know ([`RemoteRegion::asks`]). Said of each slice in turn: a
+/// piece begins with it, or ([`JOINED`]) it goes with the one before.
 const WANTED: u8 = 2;
+const JOINED: u8 = 3;
 
 /// A peer's region, readable from here.
 pub(crate) trait RemoteRegion: Send {
@@ -36,7 +38,7 @@ pub(crate) trait RemoteRegion: Send {
     fn len(&self) -> u64;
 
     /// Most bytes of a piece that slices are joined into which lie side by side at both ends; 0 = each slice is one. Only
-    /// where every piece lies within one region, and where the owner need not be told which are joined.
+    /// where every piece lies within one region.
     fn joins(&self) -> usize {
         0
     }
@@ -71,9 +73,9 @@ pub(crate) trait Lent: Send {
         false
     }
 
-    /// The peer is about to fetch these slices, (offset in the region, bytes) each. Does not block. At most once for each
+    /// The peer is about to fetch these pieces, (offset in the region, bytes) each. Does not block. At most once for each
     /// run, and only where this [`Self::hears`].
-    fn wanted(&mut self, _slices: &[(u64, usize)]) -> io::Result<()> {
+    fn wanted(&mut self, _pieces: &[(u64, usize)]) -> io::Result<()> {
         Ok(())
     }
 }

@@ -15,7 +15,7 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use super::{Asking, DONE, Fetched, Lane, Lent, Medium, RemoteRegion, WANTED};
+use super::{Asking, DONE, Fetched, JOINED, Lane, Lent, Medium, RemoteRegion, WANTED};
 use crate::{
     TransferError,
     session::SliceRun,
@@ -30,8 +30,9 @@ const SLICE: usize = 64;
 const STALL: Duration = Duration::from_millis(400);
 const FENCE_GRACE: Duration = Duration::from_millis(20);
 
-/// A transfer of `runs` runs of one slice.
+/// A transfer of `runs` runs of `slices` slices.
 struct Source {
+    slices: u32,
     key: DataKey,
     runs: Mutex<u32>,
     /// How each run that was taken ended, with the moment.
@@ -56,7 +57,7 @@ impl Departure for Source {
     fn take(&self, _: u32) -> Option<SliceRun> {
         let mut runs = self.runs.lock();
         *runs = runs.checked_sub(1)?;
-        Some(SliceRun { layer: 0, first: *runs, count: 1 })
+        Some(SliceRun { layer: 0, first: *runs * self.slices, count: self.slices })
     }
 
     fn has_runs(&self) -> bool {
@@ -113,6 +114,20 @@ struct Silent;
 
 impl Lent for Silent {}
 
+/// As `Heard`, and keeps what they said.
+struct Listening(Arc<Mutex<Vec<(u64, usize)>>>);
+
+impl Lent for Listening {
+    fn hears(&self) -> bool {
+        true
+    }
+
+    fn wanted(&mut self, pieces: &[(u64, usize)]) -> io::Result<()> {
+        self.0.lock().extend(pieces);
+        Ok(())
+    }
+}
+
 struct Scene {
     source: Arc<Source>,
     receiver: DuplexStream,
@@ -122,8 +137,13 @@ struct Scene {
 
 /// A lane that has announced the first of `runs` runs.
 async fn announced(runs: u32, lent: Option<Box<dyn Lent>>) -> Scene {
+    announced_of(runs, 1, lent).await
+}
+
+async fn announced_of(runs: u32, slices: u32, lent: Option<Box<dyn Lent>>) -> Scene {
     let terms = Terms::new(SLICE as u64, 1 << 20, STALL, FENCE_GRACE, STALL, STALL).expect("sensible");
     let source = Arc::new(Source {
+        slices,
         key: DataKey::generate(),
         runs: Mutex::new(runs),
         reports: Mutex::default(),
@@ -181,6 +201,26 @@ async fn a_receiver_that_keeps_saying_what_it_wants_is_cut_off() {
         }
         let (after, why) = scene.failed(1).await;
         assert!(after < STALL, "{after:?}");
+        assert!(why.contains("says what it cannot"), "{why}");
+    }
+}
+
+#[tokio::test]
+async fn a_sender_is_told_in_which_pieces_its_slices_are_fetched() {
+    let wanted = Arc::default();
+    let mut scene = announced_of(1, 4, Some(Box::new(Listening(Arc::clone(&wanted))))).await;
+    scene.receiver.write_all(&[WANTED, JOINED, JOINED]).await.expect("open");
+    scene.receiver.write_all(&[WANTED, DONE]).await.expect("open");
+    while scene.source.reports.lock().is_empty() {
+        sleep(Duration::from_millis(1)).await;
+    }
+    assert_eq!(*wanted.lock(), [(0, 3 * SLICE), (3 * SLICE as u64, SLICE)]);
+
+    // With none to go with, less than the run, more than the run.
+    for nonsense in [&[JOINED][..], &[WANTED, WANTED, DONE], &[WANTED; 5]] {
+        let mut scene = announced_of(1, 4, Some(Box::new(Heard))).await;
+        scene.receiver.write_all(nonsense).await.expect("open");
+        let (_, why) = scene.failed(1).await;
         assert!(why.contains("says what it cannot"), "{why}");
     }
 }

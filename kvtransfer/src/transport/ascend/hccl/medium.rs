@@ -25,6 +25,9 @@ use crate::{
     },
 };
 
+/// Slices side by side at both ends are exchanged as one piece up to this size.
+const JOINED_BYTES: usize = 1 << 20;
+
 /// A node's region on a device, exchanged with each peer by a pair of its own.
 pub(crate) struct HcclMedium {
     hccl: Arc<Hccl>,
@@ -199,6 +202,10 @@ impl RemoteRegion for Received {
 
     fn asks(&self) -> bool {
         true
+    }
+
+    fn joins(&self) -> usize {
+        JOINED_BYTES
     }
 
     fn read(&mut self, pieces: &[Piece], deadline: Instant) -> io::Result<()> {
