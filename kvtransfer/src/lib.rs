@@ -28,7 +28,8 @@
 //! What it leaves to others: which blocks, which peer, when; and HTTP/2 keep-alive on the server that mounts
 //! [`KvNode::handoff_service`], without which a sender that has vanished keeps its control stream. Peers show each other that they know the [`FleetSecret`],
 //! if there is one, before either tells the other anything; without it whoever can reach the port is believed. The data
-//! plane is authenticated by keys given over the control stream; nothing is encrypted.
+//! plane is authenticated by keys given over the control stream. Nothing is encrypted, and messages of the control stream
+//! carry no proof but those of its hellos: who can change them on their way can change what they say.
 //!
 //! # Example
 //! Two nodes in one process; `pool` stands for a device's memory.
@@ -58,6 +59,7 @@
 //! let len = pool.len();
 //! // SAFETY: the pool lives in the owner; blocks lent to the node are left alone until they come back.
 //! let region = unsafe { Region::new(Arc::new(pool), base, len) };
+//! let lease = Duration::from_secs(5);
 //! let config = NodeConfig {
 //!     instance_id: InstanceId::new(name)?,
 //!     incarnation: Incarnation(1),
@@ -68,8 +70,8 @@
 //!     transports: vec![TransportConfig::Tcp { connections: 2 }],
 //!     secret: None,
 //!     convert: false,
-//!     lease: Duration::from_secs(5),
-//!     limits: Limits::default(),
+//!     lease,
+//!     limits: Limits::for_lease(lease),
 //!     reclaim: Arc::new(|back| println!("blocks {:?} are free again", back.blocks)),
 //! };
 //! let node = KvNode::start(config, shutdown.clone())?;

@@ -245,7 +245,7 @@ async fn a_receiver_that_does_not_read_cannot_keep_the_blocks() {
     let mut receiver = ScriptedReceiver::start().await;
     let mut big = layout();
     big.slice_bytes = 8 << 20; // more than the sockets take in
-    let limits = Limits { fence_grace: Duration::from_millis(50), ..Limits::default() };
+    let limits = Limits { fence_grace: Duration::from_millis(50), ..limits() };
     let prefill =
         Peer::start_with("prefill-0", Setup { layout: big.clone(), blocks: 2, limits, ..one_lane() });
     let decode = Peer::start("decode-0");

@@ -16,7 +16,8 @@ use std::{
 
 use baton_ascend_emulator::fault::{self, Fault};
 use baton_kvtransfer::{
-    AscendConfig, DataPortConfig, DeviceMemory, KvNode, Limits, NodeConfig, TransferError, TransportConfig,
+    AscendConfig, DataPortConfig, DeviceMemory, FleetSecret, KvNode, Limits, NodeConfig, TransferError,
+    TransportConfig,
 };
 use baton_proto::{Incarnation, TransferId, v1};
 use libloading::os::unix::{Library, Symbol};
@@ -24,8 +25,9 @@ use support::{caches::*, scripted::*, *};
 use tempfile::TempDir;
 
 const SENDER: &str = "BATON_TEST_ASCEND_SENDER";
-const FROM: [u32; 5] = [7, 3, 60, 22, 0];
-const TO: [u32; 5] = [1, 50, 2, 49, 3];
+/// Neighbours at both ends, at one, and at none.
+const FROM: [u32; 5] = [7, 8, 60, 61, 0];
+const TO: [u32; 5] = [1, 2, 50, 49, 3];
 
 /// There is one emulator, with one fault at a time, for all tests of this process: they take turns.
 static TURNS: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
@@ -92,6 +94,7 @@ impl Installed {
             device: 0,
             host: SocketAddr::from((host, port)),
             address: Some("29.1.2.3".parse().expect("an address")),
+            trusted_network: false,
             libraries: Some(self.folder.path().into()),
         }
     }
@@ -103,8 +106,10 @@ impl Installed {
 
     fn setup(&self) -> Setup {
         let config = self.config();
-        let limits = Limits { data_stall: Duration::from_millis(700), ..Limits::default() };
+        let lease = Duration::from_secs(1);
+        let limits = Limits { data_stall: lease, ..Limits::for_lease(lease) };
         Setup {
+            lease,
             transports: vec![TransportConfig::Hixl(config.clone()), TransportConfig::Hccl(config)],
             pool: Some(self.pool()),
             limits,
@@ -243,11 +248,33 @@ async fn memory_of_a_device_does_not_travel_in_ways_that_the_cpu_must_read() {
         secret: None,
         convert: false,
         lease: Duration::from_secs(5),
-        limits: Limits::default(),
+        limits: Limits::for_lease(Duration::from_secs(5)),
         reclaim: Arc::new(|_| {}),
     };
     let error = KvNode::start(config, Default::default()).expect_err("nothing is left");
     assert!(error.to_string().contains("a device's memory"), "{error}");
+}
+
+/// Its library takes no credential.
+#[tokio::test]
+async fn hixl_is_left_out_where_peers_must_show_a_secret_unless_its_network_is_trusted() {
+    let _turn = TURNS.lock().await;
+    let installed = Installed::new(&ALL);
+    for (secret, trusted_network, told) in
+        [(true, false, &["tcp"][..]), (true, true, &["hixl", "tcp"]), (false, false, &["hixl", "tcp"])]
+    {
+        let hixl = TransportConfig::Hixl(AscendConfig { trusted_network, ..installed.config() });
+        let decode = Peer::start_with(
+            "decode-0",
+            Setup {
+                transports: vec![hixl, TransportConfig::Tcp { connections: 1 }],
+                secret: secret.then(|| FleetSecret::new([7; 32]).expect("long enough")),
+                ..Setup::default()
+            },
+        );
+        let transports = decode.node.transports();
+        assert_eq!(transports.iter().map(|(kind, _)| kind.name()).collect::<Vec<_>>(), told);
+    }
 }
 
 /// Slices that are mapped on arrival do not go where a card or an NPU would put them.

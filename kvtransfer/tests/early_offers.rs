@@ -12,7 +12,7 @@ use v1::{receiver_message::Body as Told, sender_message::Body};
 
 /// A receiver that holds and remembers little.
 fn small() -> Peer {
-    let limits = Limits { held_offers: 2, remembered_transfers: 4, ..Limits::default() };
+    let limits = Limits { held_offers: 2, remembered_transfers: 4, ..limits() };
     Peer::start_with("decode-0", Setup { limits, ..Setup::default() })
 }
 
@@ -124,7 +124,7 @@ async fn whoever_fills_the_room_for_early_offers_makes_room_for_the_others() {
 
 #[tokio::test]
 async fn offers_that_nobody_expects_are_bounded_in_number_and_time() {
-    let limits = Limits { held_offers: 2, held_offer: Duration::from_millis(300), ..Limits::default() };
+    let limits = Limits { held_offers: 2, held_offer: Duration::from_millis(300), ..limits() };
     let decode = Peer::start_with("decode-0", Setup { limits, ..Setup::default() });
     let prefill = Peer::start("prefill-0");
     let offer = || prefill.node.offer(offer_spec(TransferId::generate(), &decode, &[5, 6, 9])).expect("room");

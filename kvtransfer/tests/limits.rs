@@ -2,13 +2,20 @@
 
 mod support;
 
-use std::time::{Duration, Instant};
+use std::{
+    net::TcpListener,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
-use baton_kvtransfer::{Limits, OfferSpec, TransferError};
-use baton_proto::{TransferId, v1};
+use baton_kvtransfer::{
+    DataPortConfig, KvNode, Limits, NodeConfig, OfferSpec, TransferError, TransportConfig,
+};
+use baton_proto::{Incarnation, TransferId, v1};
 use support::{scripted::*, *};
 use tokio::{io::AsyncReadExt, sync::mpsc};
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
 use tonic::Streaming;
 
 fn limited(change: fn(&mut Limits)) -> Setup {
@@ -122,7 +129,9 @@ async fn data_connections_are_bounded() {
     let decode = Peer::start_with("decode-0", Setup { connections: 2, ..Setup::default() });
     let sender = ScriptedSender::open(&decode, "prefill-9", 1).await.expect("welcome");
     let (first, _second) = (sender.connect_data().await, sender.connect_data().await);
-    closed_by_peer(&mut connect_data(decode.data_address()).await).await;
+    let mut third = connect_data(decode.data_address()).await;
+    write(&mut third, &data_hello(&sender.pass, 0)).await;
+    closed_by_peer(&mut third).await;
     drop(first);
     // Room again, as soon as the end of the first has been seen.
     let by = in_secs(10);
@@ -134,6 +143,28 @@ async fn data_connections_are_bounded() {
             break;
         }
         tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+#[tokio::test]
+async fn strangers_that_connect_and_say_nothing_keep_no_peer_out() {
+    let long = Limits { handshake: Duration::from_secs(20), ..limits() };
+    let setup = Setup { connections: 4, unproven: 3, limits: long, ..Setup::default() };
+    let (prefill, decode) = (Peer::start("prefill-0"), Peer::start_with("decode-0", setup));
+    let mut strangers = Vec::new();
+    for _ in 0..12 {
+        strangers.push(connect_data(decode.data_address()).await);
+    }
+    let id = TransferId::generate();
+    let mut incoming = decode.node.expect(expect_spec(id, &prefill.name, &[2])).expect("room");
+    let mut outgoing = prefill.node.offer(offer_spec(id, &decode, &[2])).expect("room");
+    (0..LAYERS).for_each(|layer| outgoing.progress().ready(layer, 0..1));
+    outgoing.seal(1);
+    within("sealed", 10, incoming.sealed()).await.expect("whole");
+    within("finished", 10, outgoing.finished()).await.expect("released");
+    // The oldest gave way to newer ones.
+    for stranger in &mut strangers[..9] {
+        closed_by_peer(stranger).await;
     }
 }
 
@@ -203,4 +234,40 @@ async fn a_node_that_is_stopping_takes_nothing() {
     assert_eq!(expected.map(|_| ()), Err(TransferError::ShuttingDown));
     let offered = decode.node.offer(offer_spec(TransferId::generate(), &prefill, &[1]));
     assert_eq!(offered.map(|_| ()), Err(TransferError::ShuttingDown));
+}
+
+#[tokio::test]
+async fn limits_that_wait_less_than_a_lease_are_refused_by_name() {
+    let lease = Duration::from_secs(4);
+    let less = Duration::from_millis(3999);
+    let (fine, pool) = (Limits::for_lease(lease), Pool::new(LAYERS, BLOCKS, SLICE));
+    let starts = |limits| {
+        let config = NodeConfig {
+            instance_id: instance("decode-0"),
+            incarnation: Incarnation(1),
+            layout: layout(),
+            region: pool.region(),
+            blocks: BLOCKS,
+            data_port: DataPortConfig::new(TcpListener::bind("127.0.0.1:0").expect("a port")),
+            transports: vec![TransportConfig::Tcp { connections: 1 }],
+            secret: None,
+            convert: false,
+            lease,
+            limits,
+            reclaim: Arc::new(|_| {}),
+        };
+        let stop = CancellationToken::new();
+        let started = KvNode::start(config, stop.clone()).map(|_| ());
+        stop.cancel();
+        started.map_err(|error| error.to_string())
+    };
+    assert_eq!(starts(fine.clone()), Ok(()));
+    for (name, limits) in [
+        ("keep_alive_timeout", Limits { keep_alive_timeout: less, ..fine.clone() }),
+        ("data_stall", Limits { data_stall: less, ..fine.clone() }),
+        ("seal_grace", Limits { seal_grace: less, ..fine.clone() }),
+    ] {
+        let error = starts(limits).expect_err(name);
+        assert!(error.contains(&format!("{name} (3.999s)")) && error.contains("lease (4s)"), "{error}");
+    }
 }

@@ -102,7 +102,7 @@ impl Scene {
 
 #[tokio::test]
 async fn the_scripted_sender_can_tell_the_truth() {
-    let mut scene = scene(Limits::default()).await;
+    let mut scene = scene(limits()).await;
     let from = Pool::new(LAYERS, 2, theirs().slice_bytes());
     fill(&from, theirs(), 5, &[0, 1], TOKENS);
     let mut all = Vec::new();
@@ -123,7 +123,7 @@ async fn the_scripted_sender_can_tell_the_truth() {
 #[tokio::test]
 async fn flipped_bits_stay_in_staging_memory() {
     for at in [0, 5, theirs().slice_bytes() - 1] {
-        let mut scene = scene(Limits::default()).await;
+        let mut scene = scene(limits()).await;
         let mut bytes = scene.frame(1, 1).bytes();
         bytes[64 + 4 + at] ^= 0x10;
         write(&mut scene.data, &bytes).await;
@@ -134,7 +134,7 @@ async fn flipped_bits_stay_in_staging_memory() {
 #[tokio::test]
 async fn blocks_that_the_transfer_does_not_have_are_refused() {
     for (first, count) in [(2, 1), (1, 2), (u32::MAX, 1)] {
-        let mut scene = scene(Limits::default()).await;
+        let mut scene = scene(limits()).await;
         let frame = scene.frame(first, count).bytes();
         write(&mut scene.data, &frame).await;
         scene.fails(ErrorCode::HandoffFailed, "outside the transfer").await;
@@ -144,7 +144,7 @@ async fn blocks_that_the_transfer_does_not_have_are_refused() {
 #[tokio::test]
 async fn slices_of_the_receivers_size_or_of_none_close_the_connection() {
     for slice_bytes in [ours().slice_bytes() as u32, 1, u32::MAX] {
-        let mut scene = scene(Limits::default()).await;
+        let mut scene = scene(limits()).await;
         let frame = RawFrame { slice_bytes, ..scene.frame(1, 1) };
         write(&mut scene.data, &frame.bytes()).await;
         closed_by_peer(&mut scene.data).await;
@@ -155,7 +155,7 @@ async fn slices_of_the_receivers_size_or_of_none_close_the_connection() {
 
 #[tokio::test]
 async fn a_transfer_takes_slices_of_its_own_size_only_whichever_connection_they_come_over() {
-    let mut scene = scene(Limits::default()).await;
+    let mut scene = scene(limits()).await;
     // The same liar by another name, with a layout that is not mapped.
     let alike = ScriptedSender::open_with(&scene.decode, hello("other", &ours().layout())).await;
     let alike = alike.expect("welcome");
@@ -181,7 +181,7 @@ async fn a_transfer_takes_slices_of_its_own_size_only_whichever_connection_they_
 
 #[tokio::test]
 async fn a_run_that_finds_no_staging_memory_is_refused() {
-    let limits = Limits { staging_bytes: 64 << 10, ..Limits::default() };
+    let limits = Limits { staging_bytes: 64 << 10, ..limits() };
     let decode = receiver(limits);
     let hello = hello(LIAR, &theirs().layout());
     let mut sender = ScriptedSender::open_with(&decode, hello).await.expect("welcome");
@@ -205,7 +205,7 @@ async fn a_run_that_finds_no_staging_memory_is_refused() {
 #[tokio::test]
 async fn an_offer_of_other_blocks_than_the_layout_gives_is_refused() {
     for blocks in [3, 1, 0, u32::MAX] {
-        let decode = receiver(Limits::default());
+        let decode = receiver(limits());
         let hello = hello(LIAR, &theirs().layout());
         let mut sender = ScriptedSender::open_with(&decode, hello).await.expect("welcome");
         let id = TransferId::generate();
@@ -218,7 +218,7 @@ async fn an_offer_of_other_blocks_than_the_layout_gives_is_refused() {
 
 #[tokio::test]
 async fn layouts_that_do_not_hold_together_are_refused() {
-    let decode = receiver(Limits::default());
+    let decode = receiver(limits());
     type Change = fn(&mut KvLayout);
     let changes: [(&str, Change); 7] = [
         ("slice_bytes", |l| l.slice_bytes -= 1),
@@ -249,7 +249,7 @@ async fn layouts_that_do_not_hold_together_are_refused() {
 
 #[tokio::test]
 async fn layouts_that_are_mapped_at_a_time_are_few() {
-    let decode = receiver(Limits::default());
+    let decode = receiver(limits());
     let name = |at: usize| format!("{LIAR}-{at}");
     let mut open = Vec::new();
     for (at, block) in [32, 48, 64, 8].into_iter().enumerate() {

@@ -195,10 +195,9 @@ async fn a_seal_that_does_not_fit_aborts() {
 
 #[tokio::test]
 async fn a_seal_waits_for_its_last_slices_but_not_for_ever() {
-    let setup = Setup {
-        limits: Limits { seal_grace: Duration::from_millis(200), ..Limits::default() },
-        ..Setup::default()
-    };
+    let lease = Duration::from_millis(500);
+    let limits = Limits { seal_grace: Duration::from_millis(600), ..Limits::for_lease(lease) };
+    let setup = Setup { lease, limits, ..Setup::default() };
     let decode = Peer::start_with("decode-0", setup);
     let mut sender = ScriptedSender::open(&decode, LIAR, 1).await.expect("welcome");
     let mut outcomes = Vec::new();
@@ -213,7 +212,19 @@ async fn a_seal_waits_for_its_last_slices_but_not_for_ever() {
         for layer in 0..LAYERS - u32::from(!send_last) {
             write(&mut data, &RawFrame::new(id, &key, layer, 0, slices(1, layer, 0..1)).bytes()).await;
         }
-        outcomes.push(within("an outcome", 10, incoming.sealed()).await.map_err(|error| error.code()));
+        let alive = async {
+            loop {
+                sender.say(id, Body::Renew(v1::Renew {})).await;
+                tokio::time::sleep(lease / 10).await;
+            }
+        };
+        let outcome = async {
+            tokio::select! {
+                outcome = incoming.sealed() => outcome,
+                () = alive => unreachable!("it renews for ever"),
+            }
+        };
+        outcomes.push(within("an outcome", 10, outcome).await.map_err(|error| error.code()));
         sender.hear().await;
     }
     assert!(outcomes[0].is_ok());
@@ -262,7 +273,7 @@ async fn what_is_not_a_frame_closes_the_connection() {
 
 #[tokio::test]
 async fn late_frames_of_a_forgotten_transfer_do_not_harm_others_on_the_connection() {
-    let limits = Limits { remembered_transfers: 1, ..Limits::default() };
+    let limits = Limits { remembered_transfers: 1, ..limits() };
     let decode = Peer::start_with("decode-0", Setup { limits, ..Setup::default() });
     let mut sender = ScriptedSender::open(&decode, LIAR, 1).await.expect("welcome");
     let mut data = sender.connect_data().await;
@@ -317,7 +328,7 @@ async fn a_data_connection_without_a_control_stream_is_closed() {
 
 #[tokio::test]
 async fn a_connection_that_says_nothing_is_closed() {
-    let limits = Limits { handshake: Duration::from_millis(100), ..Limits::default() };
+    let limits = Limits { handshake: Duration::from_millis(100), ..limits() };
     let decode = Peer::start_with("decode-0", Setup { limits, ..Setup::default() });
     let mut data = connect_data(decode.data_address()).await;
     closed_by_peer(&mut data).await;

@@ -4,7 +4,7 @@ mod support;
 
 use std::time::Duration;
 
-use baton_kvtransfer::{FleetSecret, KvNode, Limits, TransferError, TransportConfig, TransportKind};
+use baton_kvtransfer::{Faults, FleetSecret, KvNode, Limits, TransferError, TransportConfig, TransportKind};
 use baton_proto::{ErrorCode, TransferId};
 use support::{scripted::*, *};
 use tokio::io::AsyncReadExt;
@@ -94,6 +94,51 @@ async fn a_transport_that_cannot_be_opened_gives_way_to_the_next_and_nothing_is_
     within("the frame", 10, data.read_exact(&mut vec![0; frame_bytes(3)])).await.expect("whole");
 }
 
+/// With this seed the first two attempts to open a path fail, and none of the next ones.
+#[tokio::test]
+async fn a_better_transport_that_works_again_is_taken_again_between_transfers() {
+    let faults = Faults { seed: 69, closed: 0.5, ..Faults::default() };
+    let [shm, tcp] = [TransportConfig::Shm, TransportConfig::Tcp { connections: 1 }];
+    let limits = Limits { better_path: Duration::from_millis(50), ..limits() };
+    let transports = vec![TransportConfig::Faulty(Box::new(shm), faults), tcp];
+    let prefill = Peer::start_with("prefill-0", Setup { transports, limits, ..Setup::default() });
+    let decode = Peer::start_with("decode-0", over(&[Shm, Tcp]));
+    let sent = |kind: TransportKind| {
+        let by_transport = prefill.node.stats().by_transport;
+        by_transport.iter().find(|one| one.kind == kind).map(|one| (one.slices_sent, one.opened, one.failed))
+    };
+    // One that runs for several pauses stays where it is.
+    let id = TransferId::generate();
+    let mut incoming = decode.node.expect(expect_spec(id, &prefill.name, &TO)).expect("room");
+    let mut outgoing = prefill.node.offer(offer_spec(id, &decode, &FROM)).expect("room");
+    prefill.fill(1, &FROM);
+    outgoing.progress().ready(0, 0..9);
+    until("a layer is there", || decode.node.stats().slices_received == 9).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_eq!(sent(Shm), Some((0, 0, 1)), "only the attempt before it");
+    (1..LAYERS).for_each(|layer| outgoing.progress().ready(layer, 0..9));
+    outgoing.seal(1);
+    within("sealed", 10, incoming.sealed()).await.expect("whole");
+    within("finished", 10, outgoing.finished()).await.expect("released");
+    let over_tcp = sent(Tcp).expect("there").0;
+    assert_eq!(over_tcp, 9 * u64::from(LAYERS));
+    // The next attempt fails as well; then it is there again, and takes what comes.
+    until("shared memory can be had again", || sent(Shm) == Some((0, 1, 2))).await;
+    drop((incoming, outgoing));
+    let (mut over_tcp, mut seed) = (over_tcp, 2);
+    loop {
+        transfer(&prefill, &decode, seed).await;
+        let now = sent(Tcp).expect("there").0;
+        // One that came while the old path stood still may have been on that.
+        if std::mem::replace(&mut over_tcp, now) == now {
+            break;
+        }
+        seed += 1;
+        assert!(seed < 9, "transfers still go over tcp");
+    }
+    assert!(sent(Shm).expect("there").0 > 0);
+}
+
 #[tokio::test]
 async fn a_path_that_breaks_is_opened_again() {
     let mut receiver = ScriptedReceiver::start().await;
@@ -114,7 +159,7 @@ async fn a_path_that_breaks_is_opened_again() {
 #[tokio::test]
 async fn a_peer_whose_data_paths_all_fail_fails_the_transfers_that_wait_for_them() {
     let mut receiver = ScriptedReceiver::start_without_data().await;
-    let limits = Limits { handshake: Duration::from_millis(100), connect_attempts: 2, ..Limits::default() };
+    let limits = Limits { handshake: Duration::from_millis(100), connect_attempts: 2, ..limits() };
     let prefill = Peer::start_with("prefill-0", Setup { limits, ..Setup::default() });
     let decode = Peer::start("decode-0"); // gives the spec its form only
     let mut spec = offer_spec(TransferId::generate(), &decode, &[1, 2, 3]);
@@ -179,7 +224,7 @@ async fn a_fleet_with_a_secret_takes_its_own_only() {
 
 #[tokio::test]
 async fn a_peer_that_takes_no_connection_is_asked_ever_less_often() {
-    let limits = Limits { connect_attempts: 100, ..Limits::default() };
+    let limits = Limits { connect_attempts: 100, ..limits() };
     let prefill = Peer::start_with("prefill-0", Setup { limits, ..Setup::default() });
     let decode = Peer::start("decode-0"); // gives the spec its form only
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");

@@ -16,7 +16,7 @@ const EACH: u32 = BLOCKS / TOGETHER;
 
 fn over(transport: TransportConfig, faults: Faults) -> Setup {
     // Paths break all the time here: links do not give up for that.
-    let limits = Limits { connect_attempts: 1000, ..Limits::default() };
+    let limits = Limits { connect_attempts: 1000, ..limits() };
     let faulty = TransportConfig::Faulty(Box::new(transport), faults);
     Setup { transports: vec![faulty], limits, ..Setup::default() }
 }

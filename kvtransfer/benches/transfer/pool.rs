@@ -12,6 +12,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{error::BenchError, protocol::Setup};
 
+const LEASE: Duration = Duration::from_secs(10);
+
 /// A region as a server's: a file's memory, so that it can be shared, all of it paged in.
 fn region(bytes: u64) -> Result<Region, BenchError> {
     let failed = || BenchError::io("make a KV pool");
@@ -55,8 +57,8 @@ pub(crate) fn node(setup: &Setup, stop: CancellationToken) -> Result<KvNode, Ben
         transports: vec![transport],
         secret: None,
         convert: false,
-        lease: Duration::from_secs(10),
-        limits: Limits::default(),
+        lease: LEASE,
+        limits: Limits::for_lease(LEASE),
         reclaim: Arc::new(|_| {}),
     };
     Ok(KvNode::start(config, stop)?)

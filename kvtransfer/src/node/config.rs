@@ -38,6 +38,7 @@ pub struct NodeConfig {
     /// Silence of a peer for this long ends its transfers. Signs of life are sent three times as often. The receiver's
     /// lease holds once it has accepted, the sender's before; give all nodes of a fleet the same.
     pub lease: Duration,
+    /// `Limits::for_lease(lease)`, or some that wait for a peer no less than the lease.
     pub limits: Limits,
     /// Gets the blocks of transfers whose handle was dropped, once no transport touches them any more. It is called by
     /// whichever thread brings that about, one that drops a handle or reports slices among them: it must not block, nor
@@ -116,6 +117,11 @@ pub struct Limits {
     pub unproven_streams: usize,
     /// Payload bytes of one frame; at least one slice travels in a frame, however large.
     pub frame_bytes: usize,
+    /// Bytes that may wait in one TCP data connection for the peer's acknowledgement; as the kernel is asked, which keeps
+    /// to `net.core.wmem_max`. `None` = 512 KiB to a peer of the same host, which is the fastest there; elsewhere what the
+    /// kernel finds to be right for the connection as it goes, up to the last of `net.ipv4.tcp_wmem`. A fixed number turns
+    /// that off: it must then be the network's bandwidth times its round trip, divided by the connections.
+    pub send_buffer: Option<usize>,
     /// Memory for slices on their way in from peers that lay their cache out otherwise: a frame, rounded up to a power of
     /// two, for each data connection that brings one at the moment. A transfer that finds none is aborted.
     pub staging_bytes: usize,
@@ -124,17 +130,21 @@ pub struct Limits {
     /// Attempts to open a control stream, or a data path, before the transfers that wait for it fail. A peer that answers
     /// and has no room for a stream is asked until their deadlines.
     pub connect_attempts: u32,
+    /// After so long, a link whose data path is not over the best transport that both sides have tries a better one again,
+    /// between transfers; twice as long after each attempt, up to 30 times.
+    pub better_path: Duration,
     /// A control stream without transfers is closed after this long.
     pub idle_link: Duration,
     /// How long a sealed transfer may wait for slices that are still on their way, or for `Released`; a sender that has
-    /// lost the control stream waits so long for another one, and the lease holds again once it stands. A few leases.
+    /// lost the control stream waits so long for another one, and the lease holds again once it stands. A few leases, and
+    /// never less than one.
     pub seal_grace: Duration,
     /// How long an aborted transfer lets a frame that is being written finish from its blocks; then zeros follow, marked
     /// as such. Where
     /// the receiver fetches, it may take ten times as long to let go of the sender's blocks; then its path is cut.
     pub fence_grace: Duration,
     /// A data connection on which a frame makes no progress for this long is closed; so is one whose peer does not
-    /// acknowledge what was sent.
+    /// acknowledge what was sent. Never less than the lease.
     pub data_stall: Duration,
     /// How often a quiet connection, for control or for data, is asked for a sign of life; a second at least. A third of
     /// the lease, as transfers say theirs.
@@ -170,9 +180,11 @@ impl Limits {
             peers: 256,
             unproven_streams: 256,
             frame_bytes: 1 << 20,
+            send_buffer: None,
             staging_bytes: 256 << 20,
             handshake: (lease * 5 / 3).clamp(Duration::from_secs(1), Duration::from_secs(30)),
             connect_attempts: 4,
+            better_path: Duration::from_secs(10),
             idle_link: Duration::from_secs(300),
             seal_grace: (lease * 10 / 3).max(Duration::from_secs(1)),
             fence_grace: (lease / 30).clamp(Duration::from_millis(10), Duration::from_secs(1)),
@@ -267,9 +279,20 @@ pub struct TransferStats {
 }
 
 impl Limits {
+    /// A wait for a peer that would end before its lease does, for all of which it may pause.
+    fn shorter_than(&self, lease: Duration) -> Option<(&'static str, Duration)> {
+        let waits = [
+            ("seal_grace", self.seal_grace),
+            ("data_stall", self.data_stall),
+            ("keep_alive_timeout", self.keep_alive_timeout),
+        ];
+        waits.into_iter().find(|(_, wait)| *wait < lease)
+    }
+
     pub(crate) fn terms(&self, slice_bytes: u64) -> Result<Terms, TransferError> {
-        let Self { frame_bytes, handshake, fence_grace, data_stall, keep_alive, .. } = *self;
-        Terms::new(slice_bytes, frame_bytes, handshake, fence_grace, data_stall, keep_alive)
+        let Self { frame_bytes, handshake, fence_grace, data_stall, keep_alive, send_buffer, .. } = *self;
+        let terms = Terms::new(slice_bytes, frame_bytes, handshake, fence_grace, data_stall, keep_alive)?;
+        Ok(Terms { send_buffer, ..terms })
     }
 
     /// Messages that may wait on a control stream, each way: a handful for each transfer. A fuller queue means a peer
@@ -292,6 +315,7 @@ impl NodeConfig {
         let times = [
             ("held_offer", limits.held_offer),
             ("handshake", limits.handshake),
+            ("better_path", limits.better_path),
             ("idle_link", limits.idle_link),
             ("seal_grace", limits.seal_grace),
             ("fence_grace", limits.fence_grace),
@@ -301,8 +325,17 @@ impl NodeConfig {
         if let Some((name, _)) = times.iter().find(|(_, time)| time.is_zero()) {
             return bad(&format!("{name} must be more than 0"));
         }
+        if limits.send_buffer == Some(0) {
+            return bad("send_buffer must be more than 0; none = as the kernel finds right");
+        }
         if limits.keep_alive < LEAST_KEEP_ALIVE {
             return bad("keep_alive must be at least 1 s");
+        }
+        if let Some((name, time)) = limits.shorter_than(self.lease) {
+            let lease = self.lease;
+            return bad(&format!(
+                "{name} ({time:?}) must be no less than the lease ({lease:?}); see `Limits::for_lease`"
+            ));
         }
         if limits.connect_attempts == 0 {
             return bad("connect_attempts must be at least 1");
@@ -319,9 +352,9 @@ mod tests {
     fn nothing_ends_a_connection_to_a_peer_that_pauses_within_its_lease() {
         for millis in [30, 1000, 3000, 60_000, 3_600_000] {
             let lease = Duration::from_millis(millis);
-            let Limits { keep_alive, keep_alive_timeout, data_stall, seal_grace, .. } =
-                Limits::for_lease(lease);
-            assert!(keep_alive_timeout >= lease && data_stall >= lease && seal_grace >= lease);
+            let limits = Limits::for_lease(lease);
+            assert_eq!(limits.shorter_than(lease), None);
+            let Limits { keep_alive, keep_alive_timeout, .. } = limits;
             assert!(keep_alive >= LEAST_KEEP_ALIVE && keep_alive <= keep_alive_timeout);
         }
     }

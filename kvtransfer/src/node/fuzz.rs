@@ -33,6 +33,8 @@ use crate::{
     },
 };
 
+/// None runs out.
+const LEASE: Duration = Duration::from_secs(3600);
 const LAYERS: u32 = 2;
 const POOL: u32 = 8;
 const SLICE_BYTES: u64 = 24;
@@ -84,8 +86,8 @@ impl Stage {
             transports: vec![TransportConfig::Tcp { connections: 1 }],
             secret: None,
             convert: true,
-            lease: Duration::from_secs(3600),
-            limits: Limits { remembered_transfers: 64, ..Limits::default() },
+            lease: LEASE,
+            limits: Limits { remembered_transfers: 64, ..Limits::for_lease(LEASE) },
             reclaim: Arc::new(|_| {}),
         };
         let entered = runtime.enter();

@@ -88,9 +88,15 @@ impl Link {
         }
         state.transfers.insert(outbound.id(), outbound.clone());
         self.changed.notify_one();
-        if let Some(up) = state.up.clone() {
-            // Not under the lock: a refusal ends the transfer, which removes it here.
-            drop(state);
+        let up = state.up.clone();
+        // Not under the lock: a refusal ends the transfer, which removes it here.
+        drop(state);
+        if outbound.is_over() {
+            // The clock knows it already, and may have ended it before there was anything to remove.
+            self.remove(&outbound.id());
+            return true;
+        }
+        if let Some(up) = up {
             outbound.link_up(&up);
             if !self.stands(&up) {
                 outbound.link_lost("it ended as the transfer was offered");
@@ -219,7 +225,8 @@ impl Link {
         };
         let stop = up.broken().child_token();
         let _stop_paths = stop.clone().drop_guard();
-        let mut route = std::pin::pin!(route.keep(node, &stop));
+        let without_transfers = || self.is_empty();
+        let mut route = std::pin::pin!(route.keep(node, &stop, &without_transfers));
         self.rise(&up);
         loop {
             let idle = self.is_empty();

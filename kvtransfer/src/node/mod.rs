@@ -69,6 +69,7 @@ use reservation::{Reservation, check_blocks};
 use stats::Counters;
 use table::{Bounds, Ended, Expected, Expecting, Lookup, Table};
 use translate::Translator;
+use transports::Means;
 
 use crate::{
     KvLayout, TransferError,
@@ -119,7 +120,15 @@ impl KvNode {
         let limits = config.limits;
         let terms = limits.terms(config.layout.slice_bytes)?;
         let port = DataPort::new(config.data_port, terms)?;
-        let transports = transports::open(config.transports, &config.region, &port, terms)?;
+        let lifetime = Lifetime::new(Handle::current(), shutdown);
+        let means = Means {
+            region: &config.region,
+            port: &port,
+            terms,
+            secret: config.secret.is_some(),
+            threads: &lifetime.threads,
+        };
+        let transports = means.open(config.transports)?;
         let (instance_id, incarnation, secret) = (config.instance_id, config.incarnation, config.secret);
         let remember = limits.remembered_transfers;
         let node = Arc::new(Node {
@@ -135,7 +144,7 @@ impl KvNode {
             outgoing: Table::new(Bounds { remember, hold: 0 }),
             counters: Counters::default(),
             activity: Notify::new(),
-            lifetime: Lifetime::new(Handle::current(), shutdown),
+            lifetime,
             limits,
         });
         let Lifetime { tasks, stop, .. } = &node.lifetime;
@@ -148,9 +157,10 @@ impl KvNode {
         Ok(Self { node })
     }
 
-    /// Resolves once every task of the node has ended after shutdown.
+    /// Resolves once every task and every thread of the node has ended after shutdown; no later than
+    /// [`Limits::data_stall`] after the tasks, as a thread may be held by a library that does not return.
     pub async fn stopped(&self) {
-        self.node.lifetime.over().await;
+        self.node.lifetime.over(self.node.limits.data_stall).await;
     }
 
     /// The gRPC service for the server to mount.

@@ -92,6 +92,11 @@ impl Outbound {
         &self.spec.blocks
     }
 
+    /// Whether it has been taken off the stream it was offered on, or is about to be.
+    pub(super) fn is_over(&self) -> bool {
+        self.claimed.lock().is_none()
+    }
+
     pub(super) fn watch(&self) -> watch::Receiver<Outcome<TransferStats>> {
         self.outcome.subscribe()
     }

@@ -1,9 +1,13 @@
 //! Which transport carries a link's slices: the best that both sides have and that works, the next one where it fails.
+//!
+//! A path over another than the best is not for good. After a while ([`Limits::better_path`](super::Limits), longer each
+//! time) a better one is tried again, at a moment when the link has no transfers, so that none is disturbed; what comes
+//! next takes it. A link that always has some keeps its path until that breaks.
 
 use std::time::Duration;
 
 use baton_proto::v1;
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
 use super::{Node, backoff::Backoff};
@@ -14,11 +18,18 @@ const FIRST_PAUSE: Duration = Duration::from_millis(10);
 /// A path that stood for so long had nothing wrong with its transport.
 const SOUND: Duration = Duration::from_secs(60);
 
+/// A better path is tried again after at most so many times the first pause.
+const LONGEST_AGAIN: u32 = 30;
+/// Between two looks at whether the link has no transfers.
+const LOOK: Duration = Duration::from_millis(20);
+
 /// Keeps a data path to one peer open.
 pub(super) struct Route {
     choices: Vec<Choice>,
     pass: LinkPass,
     outbox: Outbox,
+    /// Before a better path is tried again.
+    again: Duration,
 }
 
 /// A transport that both sides have.
@@ -53,24 +64,24 @@ impl Route {
                 if mapped { "; of tcp and shm, which bring slices that are mapped on arrival" } else { "" };
             return Err(format!("no transport in common: this node has {ours}, the peer {theirs}{only}"));
         }
-        Ok(Self { choices, pass, outbox })
+        Ok(Self { choices, pass, outbox, again: node.limits.better_path })
     }
 
-    /// Opens a path, and the next one whenever it breaks, until `stop`; else why none can be had any more.
-    pub(super) async fn keep(mut self, node: &Node, stop: &CancellationToken) -> String {
+    /// Opens a path, and the next one whenever it breaks, until `stop`; else why none can be had any more. `idle` says
+    /// whether the link has no transfers.
+    pub(super) async fn keep(
+        mut self,
+        node: &Node,
+        stop: &CancellationToken,
+        idle: &(impl Fn() -> bool + Sync),
+    ) -> String {
         let (mut attempts, mut backoff) = (0, Backoff::new(FIRST_PAUSE));
         loop {
             match self.open(node, stop).await {
                 Ok((at, path)) => {
                     attempts = 0;
-                    let (opened, sent) = (Instant::now(), self.outbox.sent());
-                    let why = path.broken().await.to_owned();
-                    let choice = &mut self.choices[at];
-                    if opened.elapsed() >= SOUND {
-                        choice.failures = 0;
-                    }
-                    choice.failures += 1;
-                    tracing::debug!(transport = %choice.kind, %why, "data path broke");
+                    let sent = self.outbox.sent();
+                    self.stand((at, path), node, stop, idle).await;
                     if self.outbox.sent() > sent {
                         backoff.reset(); // it was of use
                     }
@@ -86,10 +97,63 @@ impl Route {
         }
     }
 
+    /// Until the path breaks, or the better one that has taken its place.
+    async fn stand(
+        &mut self,
+        (mut at, mut path): (usize, Path),
+        node: &Node,
+        stop: &CancellationToken,
+        idle: &(impl Fn() -> bool + Sync),
+    ) {
+        let mut opened = Instant::now();
+        let why = loop {
+            tokio::select! {
+                biased;
+                why = path.broken() => break why.to_owned(),
+                () = quiet(self.again, idle), if at > 0 => {}
+            }
+            let longest = node.limits.better_path.saturating_mul(LONGEST_AGAIN);
+            self.again = self.again.saturating_mul(2).min(longest);
+            let Ok((better, other)) = self.try_in_order((0..at).collect(), node, stop).await else {
+                continue;
+            };
+            // A transfer may have come meanwhile, and may be on either by now.
+            let stays = tokio::select! {
+                _ = path.broken() => false,
+                _ = other.broken() => true,
+                () = quiet(Duration::ZERO, idle) => false,
+            };
+            if !stays {
+                let (from, to) = (self.choices[at].kind, self.choices[better].kind);
+                tracing::info!(%from, %to, "a better data path can be had again");
+                (at, path, opened) = (better, other, Instant::now());
+            }
+        };
+        let choice = &mut self.choices[at];
+        if opened.elapsed() >= SOUND {
+            choice.failures = 0;
+            if at == 0 {
+                self.again = node.limits.better_path;
+            }
+        }
+        choice.failures += 1;
+        tracing::debug!(transport = %choice.kind, %why, "data path broke");
+    }
+
     /// Tries those first that have failed least; which one it is.
     async fn open(&mut self, node: &Node, stop: &CancellationToken) -> Result<(usize, Path), String> {
         let mut order: Vec<usize> = (0..self.choices.len()).collect();
         order.sort_by_key(|&at| self.choices[at].failures);
+        self.try_in_order(order, node, stop).await
+    }
+
+    /// The first of these that opens.
+    async fn try_in_order(
+        &mut self,
+        order: Vec<usize>,
+        node: &Node,
+        stop: &CancellationToken,
+    ) -> Result<(usize, Path), String> {
         let mut reasons = Vec::new();
         for at in order {
             let choice = &mut self.choices[at];
@@ -110,5 +174,13 @@ impl Route {
             }
         }
         Err(format!("no data path to the peer ({})", reasons.join("; ")))
+    }
+}
+
+/// Resolves at the first moment after `pause` when there are no transfers.
+async fn quiet(pause: Duration, idle: &(impl Fn() -> bool + Sync)) {
+    sleep(pause).await;
+    while !idle() {
+        sleep(LOOK).await;
     }
 }

@@ -91,6 +91,8 @@ pub(crate) struct Sender {
     /// Slices that must be sent; known from `Accept` on.
     expected: u64,
     ready: SliceSet,
+    /// Of those expected, how many are ready.
+    expected_ready: u64,
     queue: VecDeque<SliceRun>,
     /// Runs taken by transports and not reported yet.
     taken: u64,
@@ -113,6 +115,7 @@ impl Sender {
             held: Vec::new(),
             expected: 0,
             ready: SliceSet::new(terms.shape),
+            expected_ready: 0,
             queue: VecDeque::new(),
             taken: 0,
             sent: Tally::default(),
@@ -219,6 +222,7 @@ impl Sender {
             if self.held[block as usize] || !self.ready.contains(layer, block) {
                 continue;
             }
+            self.expected_ready += 1;
             match self.queue.back_mut() {
                 Some(last) if last.layer == layer && last.first + last.count == block => last.count += 1,
                 _ => self.queue.push_back(SliceRun { layer, first: block, count: 1 }),
@@ -295,9 +299,13 @@ impl Sender {
         self.check_sealable().unwrap_or_else(|| self.after_progress(now))
     }
 
-    /// With the seal asked for, every slice must be ready: a missing one would never come.
+    /// With the seal asked for, every slice must be ready: a missing one would never come. The engine's thread comes by
+    /// here, so they are looked through only to name one that is missing.
     fn check_sealable(&mut self) -> Option<Commands> {
         self.first_tokens.as_ref()?;
+        if self.expected_ready == self.expected {
+            return None;
+        }
         let shape = self.terms.shape;
         let missing = (0..shape.layers)
             .flat_map(|layer| (0..shape.blocks).map(move |block| (layer, block)))

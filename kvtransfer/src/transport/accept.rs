@@ -1,13 +1,14 @@
 //! Accepting connections, whatever they are for: so many at a time, each in a task of its own, until told to stop.
 
-use std::{fmt, io, sync::Arc, time::Duration};
+use std::{fmt, io, time::Duration};
 
 use tokio::{
     net::{TcpListener, TcpStream, UnixListener, UnixStream, unix},
-    sync::Semaphore,
     time::sleep,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use super::guests::{Bound, Guest, Guests};
 
 /// Pause after `accept` itself failed, e.g. for want of file descriptors.
 const PAUSE: Duration = Duration::from_millis(50);
@@ -38,30 +39,23 @@ impl Listener for UnixListener {
     }
 }
 
-/// What there may be of connections of one kind.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Bound {
-    /// What they are for, as the log says it.
-    pub(super) what: &'static str,
-    pub(super) connections: usize,
-}
-
-/// Accepts connections until `stop`; over the bound, one is closed at once. Each is held by a `converse`, whose error is
-/// why it was closed from this side: logged here, as a warning unless `quiet` takes it for a mere end.
+/// Accepts connections until `stop`. Each is held by a `converse`, which is to have its guest proven as soon as it has
+/// shown what it belongs to, and is dropped if newer ones take its place before. Its error is why it was closed from this
+/// side: logged here, as a warning unless `quiet` takes it for a mere end.
 pub(super) async fn accept<L, C, E>(
     listener: L,
     bound: Bound,
     tasks: TaskTracker,
     stop: CancellationToken,
-    converse: impl Fn(L::Stream) -> C,
+    converse: impl Fn(L::Stream, Guest) -> C,
     quiet: fn(&E) -> bool,
 ) where
     L: Listener,
     C: Future<Output = Result<(), E>> + Send + 'static,
     E: fmt::Display + Send + 'static,
 {
-    let Bound { what, connections } = bound;
-    let permits = Arc::new(Semaphore::new(connections));
+    let guests = Guests::new(bound);
+    let what = guests.what();
     while let Some(accepted) = stop.run_until_cancelled(listener.accept()).await {
         let (stream, peer) = match accepted {
             Ok(accepted) => accepted,
@@ -71,17 +65,19 @@ pub(super) async fn accept<L, C, E>(
                 continue;
             }
         };
-        let Ok(permit) = permits.clone().try_acquire_owned() else {
-            tracing::warn!(?peer, limit = connections, "{what} connection refused: too many are open");
-            continue;
-        };
-        let conversation = converse(stream);
+        let guest = guests.enter();
+        let (cut, conversation) = (guest.cut(), converse(stream, guest));
         tasks.spawn(async move {
-            let _permit = permit;
-            match conversation.await {
-                Ok(()) => {}
-                Err(reason) if quiet(&reason) => tracing::debug!(?peer, %reason, "{what} connection ended"),
-                Err(reason) => tracing::warn!(?peer, %reason, "{what} connection closed"),
+            match cut.run_until_cancelled(conversation).await {
+                None => tracing::warn!(
+                    ?peer,
+                    "{what} connection cut: it had shown nothing yet, and newer ones came"
+                ),
+                Some(Ok(())) => {}
+                Some(Err(reason)) if quiet(&reason) => {
+                    tracing::debug!(?peer, %reason, "{what} connection ended")
+                }
+                Some(Err(reason)) => tracing::warn!(?peer, %reason, "{what} connection closed"),
             }
         });
     }

@@ -14,6 +14,7 @@ mod counts;
 mod faulty;
 pub(crate) mod fetch;
 pub(crate) mod frame;
+mod guests;
 pub(crate) mod hello;
 mod key;
 mod observed;
@@ -141,6 +142,8 @@ pub(crate) struct Terms {
     pub(crate) stall: Duration,
     /// How often a quiet connection is asked for a sign of life.
     pub(crate) keep_alive: Duration,
+    /// See [`crate::Limits::send_buffer`].
+    pub(crate) send_buffer: Option<usize>,
 }
 
 impl Terms {
@@ -156,7 +159,8 @@ impl Terms {
             .map_err(|_| TransferError::Invalid("slices must be smaller than 4 GiB".into()))?;
         let frame_slices = u32::try_from(frame_bytes / slice_bytes as usize).unwrap_or(u32::MAX);
         let frame_slices = frame_slices.clamp(1, frame::MAX_FRAME_SLICES);
-        Ok(Self { slice_bytes, frame_slices, handshake, fence_grace, stall, keep_alive })
+        let send_buffer = None;
+        Ok(Self { slice_bytes, frame_slices, handshake, fence_grace, stall, keep_alive, send_buffer })
     }
 }
 

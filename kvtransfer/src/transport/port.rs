@@ -14,7 +14,8 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     Admission, Destination, Inbox, Terms, TransportKind,
-    accept::{Bound, accept},
+    accept::accept,
+    guests::{Bound, Guest, NoRoom},
     hello::{HELLO_BYTES, Hello, HelloError},
     key::DataKey,
 };
@@ -26,14 +27,17 @@ pub struct DataPortConfig {
     pub listener: TcpListener,
     /// `host:port` at which peers reach `listener`; `None` = its local address.
     pub advertise: Option<String>,
-    /// Connections accepted in all.
+    /// Connections that have shown which control stream they belong to, in all. More are refused.
     pub connections: usize,
+    /// Connections that have not shown that yet, apart from the others. Over it, the oldest of them is cut for a new one:
+    /// whoever connects and says nothing keeps nobody out. As many as peers that may connect at the same moment.
+    pub unproven: usize,
 }
 
 impl DataPortConfig {
-    /// Over this listener, with the usual number of connections.
+    /// Over this listener, with the usual numbers of connections.
     pub fn new(listener: TcpListener) -> Self {
-        Self { listener, advertise: None, connections: 1024 }
+        Self { listener, advertise: None, connections: 1024, unproven: 256 }
     }
 }
 
@@ -56,6 +60,8 @@ pub(crate) enum Closed {
     Hello(#[from] HelloError),
     #[error("no hello within the handshake deadline")]
     Silent,
+    #[error(transparent)]
+    Full(#[from] NoRoom),
     #[error("{0}")]
     Misbehaved(String),
     #[error(transparent)]
@@ -65,7 +71,7 @@ pub(crate) enum Closed {
 /// See the module.
 pub(crate) struct DataPort {
     listener: Mutex<Option<tokio::net::TcpListener>>,
-    connections: usize,
+    bound: Bound,
     address: String,
     handlers: Mutex<HashMap<TransportKind, Handler>>,
     terms: Terms,
@@ -74,10 +80,12 @@ pub(crate) struct DataPort {
 impl DataPort {
     /// Must be called within a tokio runtime.
     pub(crate) fn new(config: DataPortConfig, terms: Terms) -> Result<Arc<Self>, TransferError> {
-        let DataPortConfig { listener, advertise, connections } = config;
-        if connections == 0 {
-            return Err(TransferError::Invalid("data connections must be at least 1".into()));
+        let DataPortConfig { listener, advertise, connections, unproven } = config;
+        if connections == 0 || unproven == 0 {
+            let what = "data connections, and unproven ones, must be at least 1";
+            return Err(TransferError::Invalid(what.into()));
         }
+        let bound = Bound { what: "data", connections, unproven };
         let failed = |what| move |error: io::Error| TransferError::Io { what, reason: error.to_string() };
         let local = listener.local_addr().map_err(failed("read the data listener's address"))?;
         listener.set_nonblocking(true).map_err(failed("make the data listener non-blocking"))?;
@@ -85,7 +93,7 @@ impl DataPort {
             tokio::net::TcpListener::from_std(listener).map_err(failed("register the data listener"))?;
         let (listener, handlers) = (Mutex::new(Some(listener)), Mutex::default());
         let address = advertise.unwrap_or_else(|| local.to_string());
-        Ok(Arc::new(Self { listener, connections, address, handlers, terms }))
+        Ok(Arc::new(Self { listener, bound, address, handlers, terms }))
     }
 
     /// `host:port`, as peers are told.
@@ -102,7 +110,7 @@ impl DataPort {
         self.handlers.lock().insert(kind, Arc::new(handler));
     }
 
-    /// Accepts connections until `stop`; over the limit, one is closed at once. To be called once, after every `handle`:
+    /// Accepts connections until `stop`. To be called once, after every `handle`:
     /// at its end, or when it is dropped, the handlers are let go of, and with them the node that they hold, which
     /// holds this port.
     pub(crate) async fn serve(
@@ -113,17 +121,21 @@ impl DataPort {
     ) {
         let Some(listener) = self.listener.lock().take() else { return };
         let _handlers = Handlers(&self.handlers);
-        let bound = Bound { what: "data", connections: self.connections };
         let ends = stop.clone();
-        let converse = |stream| {
+        let converse = |stream, guest| {
             let (port, inbox, stop) = (self.clone(), inbox.clone(), ends.clone());
-            async move { stop.run_until_cancelled(port.converse(stream, inbox)).await.unwrap_or(Ok(())) }
+            async move { stop.run_until_cancelled(port.converse(stream, guest, inbox)).await.unwrap_or(Ok(())) }
         };
-        accept(listener, bound, tasks, stop, converse, |reason| matches!(reason, Closed::Io(_))).await;
+        accept(listener, self.bound, tasks, stop, converse, |reason| matches!(reason, Closed::Io(_))).await;
     }
 
     /// One connection, until the peer closes it or its control stream ends.
-    async fn converse(&self, mut stream: TcpStream, inbox: Arc<dyn Inbox>) -> Result<(), Closed> {
+    async fn converse(
+        &self,
+        mut stream: TcpStream,
+        mut guest: Guest,
+        inbox: Arc<dyn Inbox>,
+    ) -> Result<(), Closed> {
         prepare(&stream, &self.terms)?;
         let hello =
             timeout(self.terms.handshake, read_hello(&mut stream)).await.map_err(|_| Closed::Silent)??;
@@ -131,6 +143,7 @@ impl DataPort {
         if !hello.proven(&admission.key, &[]) {
             return Err(HelloError::Unproven.into());
         }
+        guest.prove()?;
         let kind = hello.kind().filter(|kind| kind.brings(admission.mapped));
         let handler = kind.and_then(|kind| self.handlers.lock().get(&kind).cloned());
         let Admission { key, slice_bytes, ended, .. } = admission;

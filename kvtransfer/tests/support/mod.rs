@@ -155,8 +155,10 @@ pub struct Setup {
     pub host: IpAddr,
     /// The best first.
     pub transports: Vec<TransportConfig>,
-    /// Data connections, accepted in all.
+    /// Data connections, in all.
     pub connections: usize,
+    /// Data connections that have shown nothing yet.
+    pub unproven: usize,
     pub secret: Option<FleetSecret>,
     /// Whether caches of another type are taken in.
     pub convert: bool,
@@ -164,18 +166,26 @@ pub struct Setup {
     pub pool: Option<Arc<Pool>>,
 }
 
+/// Long, so that no transfer ends for want of processor time.
+const LEASE: Duration = Duration::from_secs(20);
+
+/// Those of a lease of 3 s, so that waits other than for a peer are short.
+pub fn limits() -> Limits {
+    Limits { seal_grace: LEASE, data_stall: LEASE, keep_alive_timeout: LEASE, ..Limits::default() }
+}
+
 impl Default for Setup {
     fn default() -> Self {
-        let limits = Limits { handshake: Duration::from_secs(2), ..Limits::default() };
         Self {
             layout: layout(),
             blocks: BLOCKS,
-            lease: Duration::from_secs(20),
-            limits,
+            lease: LEASE,
+            limits: Limits { handshake: Duration::from_secs(2), ..limits() },
             incarnation: 1,
             host: Ipv4Addr::LOCALHOST.into(),
             transports: vec![TransportConfig::Tcp { connections: 2 }],
             connections: 1024,
+            unproven: 256,
             secret: None,
             convert: false,
             pool: None,
@@ -209,7 +219,8 @@ impl Peer {
         let reclaimed = Arc::new(Mutex::new(Vec::new()));
         let (stop, sink) = (CancellationToken::new(), reclaimed.clone());
         let listener = TcpListener::bind((setup.host, 0)).expect("a free port");
-        let data_port = DataPortConfig { connections: setup.connections, ..DataPortConfig::new(listener) };
+        let Setup { connections, unproven, .. } = setup;
+        let data_port = DataPortConfig { connections, unproven, ..DataPortConfig::new(listener) };
         let config = NodeConfig {
             instance_id: instance(name),
             incarnation: Incarnation(setup.incarnation),

@@ -146,7 +146,12 @@ fn send() {
         let (stage, kv) = (stage.clone(), kv.clone());
         thread::spawn(move || owner(&stage, &kv, of, mishap))
     });
+    let clock = (mishap == Mishap::ClockRunsOut).then(|| {
+        let node = node.clone();
+        thread::spawn(move || clock(&node))
+    });
     owners.into_iter().for_each(|owner| owner.join().expect("no panic"));
+    clock.into_iter().for_each(|clock| clock.join().expect("no panic"));
     over.cancel();
     peer.join().expect("no panic");
     let (completed, failed) = stage.told(Direction::Outgoing);
@@ -154,6 +159,16 @@ fn send() {
     assert!((0..2).all(|of| stage.watch.has_returned(id(of))), "blocks came back");
     assert!(link.is_empty() && node.outgoing.len() == 0, "a transfer is left");
     drop(node.pool.claims.claim(&[0, 1, 2, 3], &[]).expect("no claim is left"));
+}
+
+/// Looks now and then, also while the first transfer is being offered, and finds that its time has run out.
+fn clock(node: &Node) {
+    for _ in 0..6 {
+        let late = node.now() + Duration::from_secs(100);
+        let live = node.outgoing.all();
+        live.iter().filter(|outbound| outbound.id() == id(0)).for_each(|outbound| outbound.tick(late));
+        thread::yield_now();
+    }
 }
 
 /// The owner of one transfer. The first may meet the mishap, the second may be given up.

@@ -24,6 +24,8 @@ use std::{
     time::Duration,
 };
 
+use tokio_util::task::TaskTracker;
+
 pub(crate) use self::library::{Search, Unavailable};
 use self::{
     acl::Device,
@@ -46,6 +48,11 @@ pub struct AscendConfig {
     pub host: SocketAddr,
     /// The device's RoCE address; `None` = what `/etc/hccn.conf` says.
     pub address: Option<IpAddr>,
+    /// Whether only those reach `host`, and the devices on their network, who may read the whole KV pool. HIXL takes no
+    /// credential: once a peer that belongs to the fleet has asked for it, it listens to everybody. A node with a `secret`
+    /// therefore leaves HIXL out unless this is true. HCCL is not concerned: each of its pairs is joined with what is told
+    /// over a data connection that has shown its key.
+    pub trusted_network: bool,
     /// Where the libraries are; `None` = the loader's path, `$ASCEND_HOME_PATH/lib64`, `/usr/local/Ascend/cann/lib64`.
     pub libraries: Option<PathBuf>,
 }
@@ -66,18 +73,32 @@ impl AscendConfig {
         }
     }
 
-    /// The region lent through HIXL. The error says why it cannot be.
-    pub(crate) fn hixl(&self, region: &Region) -> io::Result<Arc<dyn Medium>> {
+    /// The region lent through HIXL, by a node whose peers must show a secret or not. The error says why it cannot be.
+    pub(crate) fn hixl(&self, region: &Region, secret: bool) -> io::Result<Arc<dyn Medium>> {
+        if secret && !self.trusted_network {
+            return Err(io::Error::other(
+                "whoever reaches its port could read the KV pool without the secret; set `trusted_network` if all of them may",
+            ));
+        }
         let hixl = self.found().hixl.map_err(io::Error::other)?;
         let device = hixl.device(self.device)?;
-        Ok(Arc::new(HixlMedium::open(&hixl, &device, self.host, self.endpoint(&device)?, region)?))
+        if region.is_empty() {
+            return Err(io::Error::other("an empty region cannot be lent"));
+        }
+        Ok(Arc::new(HixlMedium::new(&hixl, &device, self.host, self.endpoint(&device)?, region)))
     }
 
     /// The region exchanged through HCCL, each exchange within `stall`. The error says why it cannot be.
-    pub(crate) fn hccl(&self, region: &Region, stall: Duration) -> io::Result<Arc<dyn Medium>> {
+    /// `threads` counts those that the library may hold.
+    pub(crate) fn hccl(
+        &self,
+        region: &Region,
+        stall: Duration,
+        threads: &TaskTracker,
+    ) -> io::Result<Arc<dyn Medium>> {
         let hccl = self.found().hccl.map_err(io::Error::other)?;
         let device = hccl.device(self.device)?;
-        Ok(Arc::new(HcclMedium::new(&hccl, &device, region, stall)))
+        Ok(Arc::new(HcclMedium::new(&hccl, &device, region, stall, threads.clone())))
     }
 }
 

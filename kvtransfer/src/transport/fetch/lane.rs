@@ -11,7 +11,7 @@ use tokio::{
     time::{Instant, MissedTickBehavior, interval, timeout},
 };
 
-use super::{DONE, Lent, WANTED, digest::digest};
+use super::{DONE, JOINED, Lent, WANTED, digest::digest};
 use crate::transport::{
     Outbox, PathEnd, Terms, Ticket,
     frame::{Entry, Form, Header},
@@ -27,10 +27,31 @@ const PATIENCE: u32 = 10;
 struct Announced {
     ticket: Ticket,
     entries: Vec<Entry>,
-    /// The receiver has said that it is about to fetch it.
-    wanted: bool,
+    /// The pieces in which the receiver is about to fetch it, and how many of its slices it has said that of.
+    wanted: Vec<(u64, usize)>,
+    told: usize,
     /// When its transfer was seen to be over.
     over: Option<Instant>,
+}
+
+impl Announced {
+    /// The receiver fetches the next slice, of so many bytes, in a piece of its own or in the one before; whether that was
+    /// the last one. `None` if it cannot be.
+    fn fetches_next(&mut self, bytes: usize, joined: bool) -> Option<bool> {
+        let offset = self.entries.get(self.told)?.offset;
+        match (joined, self.wanted.last_mut()) {
+            (false, _) => self.wanted.push((offset, bytes)),
+            (true, Some((from, len))) if *from + *len as u64 == offset => *len += bytes,
+            (true, _) => return None,
+        }
+        self.told += 1;
+        Some(self.told == self.entries.len())
+    }
+
+    /// Whether the receiver has said it of none of the slices, or of all.
+    fn told_wholly(&self) -> bool {
+        self.told == 0 || self.told == self.entries.len()
+    }
 }
 
 /// One connection's worth of announcing.
@@ -74,7 +95,7 @@ impl Lane {
     }
 
     async fn work(&mut self, stream: &mut (impl AsyncRead + AsyncWrite + Unpin)) -> io::Error {
-        let mut said = [0; 2 * WINDOW];
+        let mut said = [0; 256];
         // Not a sleep of each turn: a receiver that keeps talking is given up all the same.
         let mut looks = interval(self.terms.fence_grace);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -114,7 +135,7 @@ impl Lane {
         if self.announced.is_empty() {
             self.since = Instant::now();
         }
-        self.announced.push_back(Announced { ticket, entries, wanted: false, over: None });
+        self.announced.push_back(Announced { ticket, entries, wanted: Vec::new(), told: 0, over: None });
         let late = |_| io::Error::new(io::ErrorKind::TimedOut, "the peer does not read what is announced");
         timeout(self.terms.stall, stream.write_all(&self.bytes)).await.map_err(late)?
     }
@@ -122,22 +143,24 @@ impl Lane {
     /// What the receiver says is about the oldest run.
     fn hear(&mut self, said: &[u8]) -> io::Result<()> {
         let bytes = self.terms.slice_bytes as usize;
+        let nonsense = || io::Error::other("the peer says what it cannot of an announced run");
         for &byte in said {
             match (byte, self.announced.front_mut(), &mut self.lent) {
-                (DONE, Some(_), _) => {
+                (DONE, Some(announced), _) if announced.told_wholly() => {
                     if let Some(Announced { ticket, entries, .. }) = self.announced.pop_front() {
                         let sums: Vec<_> = entries.iter().map(|entry| entry.sum).collect();
                         ticket.sent(&sums);
                         self.since = Instant::now();
                     }
                 }
-                (WANTED, Some(announced), Some(lent)) if lent.hears() && !announced.wanted => {
-                    announced.wanted = true;
-                    let slices: Vec<_> =
-                        announced.entries.iter().map(|entry| (entry.offset, bytes)).collect();
-                    lent.wanted(&slices)?;
+                (WANTED | JOINED, Some(announced), Some(lent)) if lent.hears() => {
+                    match announced.fetches_next(bytes, byte == JOINED) {
+                        Some(true) => lent.wanted(&announced.wanted)?,
+                        Some(false) => {}
+                        None => return Err(nonsense()),
+                    }
                 }
-                _ => return Err(io::Error::other("the peer says what it cannot of an announced run")),
+                _ => return Err(nonsense()),
             }
         }
         Ok(())

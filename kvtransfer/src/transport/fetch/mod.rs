@@ -7,6 +7,7 @@
 
 mod digest;
 mod lane;
+mod piece;
 mod reader;
 mod tcp;
 mod thread;
@@ -14,34 +15,33 @@ mod thread;
 #[cfg(test)]
 mod tests;
 
-use std::{io, ptr::NonNull, time::Instant};
+use std::{io, time::Instant};
 
 use super::TransportKind;
 
 pub(crate) use lane::Lane;
+pub(crate) use piece::Piece;
 pub(crate) use reader::{Closed, Wire, hung_up, serve};
 pub(crate) use tcp::Fetched;
 pub(crate) use thread::on_thread;
 
 /// What the receiver says to the sender, a byte each: it is done with the oldest announced run, whatever it did with it.
 const DONE: u8 = 1;
-/// It is about to fetch that run; see [`RemoteRegion::asks`].
+/// It is about to fetch that run, where the sender has to know ([`RemoteRegion::asks`]). Said of each slice in turn: a
+/// piece begins with it, or ([`JOINED`]) it goes with the one before.
 const WANTED: u8 = 2;
-
-/// One piece to copy from the peer's region into this node's.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Piece {
-    /// Where it starts in the peer's region, in bytes.
-    pub(crate) remote: u64,
-    /// Where it goes.
-    pub(crate) local: NonNull<u8>,
-    pub(crate) len: usize,
-}
+const JOINED: u8 = 3;
 
 /// A peer's region, readable from here.
 pub(crate) trait RemoteRegion: Send {
     /// Bytes of the region. Pieces beyond it are never asked for.
     fn len(&self) -> u64;
+
+    /// Most bytes of a piece that slices are joined into which lie side by side at both ends; 0 = each slice is one. Only
+    /// where every piece lies within one region.
+    fn joins(&self) -> usize {
+        0
+    }
 
     /// Whether the owner must be told before a read, since it has to act as well.
     fn asks(&self) -> bool {
@@ -73,9 +73,9 @@ pub(crate) trait Lent: Send {
         false
     }
 
-    /// The peer is about to fetch these slices, (offset in the region, bytes) each. Does not block. At most once for each
+    /// The peer is about to fetch these pieces, (offset in the region, bytes) each. Does not block. At most once for each
     /// run, and only where this [`Self::hears`].
-    fn wanted(&mut self, _slices: &[(u64, usize)]) -> io::Result<()> {
+    fn wanted(&mut self, _pieces: &[(u64, usize)]) -> io::Result<()> {
         Ok(())
     }
 }

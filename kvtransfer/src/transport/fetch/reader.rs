@@ -2,13 +2,14 @@
 
 use std::{
     io::{self, Read, Write},
+    iter::repeat_n,
     os::fd::AsFd,
     time::{Duration, Instant},
 };
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::{DONE, Piece, RemoteRegion, WANTED, digest::digest};
+use super::{DONE, JOINED, Piece, RemoteRegion, WANTED, digest::digest, piece::join};
 use crate::transport::{
     Found, Inbox, Live, Terms,
     frame::{Form, FrameError, HEADER_BYTES, Header},
@@ -83,6 +84,12 @@ fn read_head(wire: &mut impl Wire, head: &mut [u8; HEADER_BYTES], stall: Duratio
     Ok(true)
 }
 
+/// What the sender is told of a run whose slices, of `len` bytes each, are fetched in these pieces.
+fn asked(pieces: &[Piece], len: usize) -> Vec<u8> {
+    let slices = |piece: &Piece| std::iter::once(WANTED).chain(repeat_n(JOINED, piece.len / len - 1));
+    pieces.iter().flat_map(slices).collect()
+}
+
 /// Copies one run into its blocks. An error ends the connection; what is wrong with the transfer alone ends that.
 fn fetch(
     header: &Header,
@@ -104,10 +111,10 @@ fn fetch(
             return Err(Closed::Outside);
         }
         let local = landing.place(run.layer, block).map_err(io::Error::other)?;
-        pieces.push(Piece { remote: entry.offset, local, len });
+        join(&mut pieces, Piece { remote: entry.offset, local, len }, region.joins());
     }
     if region.asks() {
-        wire.write_all(&[WANTED])?;
+        wire.write_all(&asked(&pieces, len))?;
     }
     if let Err(error) = region.read(&pieces, Instant::now() + terms.stall) {
         claimed.interrupted(&format!("the peer's memory cannot be read: {error}"));

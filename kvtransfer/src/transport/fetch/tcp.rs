@@ -13,7 +13,10 @@ use tokio::{
     task::spawn_blocking,
     time::timeout,
 };
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::{
+    sync::CancellationToken,
+    task::{TaskTracker, task_tracker::TaskTrackerToken},
+};
 
 use super::{Lane, Lent, Medium, RemoteRegion, Wire, hung_up, on_thread, serve};
 use crate::transport::{
@@ -31,11 +34,18 @@ pub(crate) struct Fetched {
     medium: Arc<dyn Medium>,
     port: Arc<DataPort>,
     terms: Terms,
+    /// Counts the threads that a medium may hold.
+    threads: TaskTracker,
 }
 
 impl Fetched {
-    pub(crate) fn new(medium: Arc<dyn Medium>, port: Arc<DataPort>, terms: Terms) -> Self {
-        Self { medium, port, terms }
+    pub(crate) fn new(
+        medium: Arc<dyn Medium>,
+        port: Arc<DataPort>,
+        terms: Terms,
+        threads: TaskTracker,
+    ) -> Self {
+        Self { medium, port, terms, threads }
     }
 }
 
@@ -49,9 +59,10 @@ impl Transport for Fetched {
     }
 
     fn receive(&self, inbox: Arc<dyn Inbox>, _: &TaskTracker, stop: CancellationToken) {
-        let (medium, terms) = (self.medium.clone(), self.terms);
+        let (medium, terms, threads) = (self.medium.clone(), self.terms, self.threads.clone());
         self.port.handle(self.kind(), move |greeted| {
-            Box::pin(receive(greeted, medium.clone(), inbox.clone(), terms, stop.clone()))
+            let (medium, inbox, stop) = (medium.clone(), inbox.clone(), stop.clone());
+            Box::pin(receive(greeted, medium, inbox, terms, stop, threads.clone()))
         });
     }
 
@@ -63,11 +74,14 @@ impl Transport for Fetched {
         stop: &CancellationToken,
     ) -> Opening {
         let (terms, tasks, path, medium) = (self.terms, tasks.clone(), Path::new(stop), self.medium.clone());
+        let counted = self.threads.token();
         Box::pin(async move {
             let (mut stream, hello, request) = connect(medium.kind(), &to, &terms).await?;
-            let lending = spawn_blocking(move || medium.lend(&request));
-            let (lent, grant) = lending.await.map_err(io::Error::other)??;
-            let lent = Returned(Some(lent));
+            let lend = move || {
+                let (lent, grant) = medium.lend(&request)?;
+                Ok::<_, io::Error>((Returned(Some((lent, counted))), grant))
+            };
+            let (lent, grant) = spawn_blocking(lend).await.map_err(io::Error::other)??;
             let late = |_| {
                 io::Error::new(io::ErrorKind::TimedOut, "the peer does not connect to this node's memory")
             };
@@ -85,12 +99,12 @@ impl Transport for Fetched {
 }
 
 /// What is lent to a peer that may not be let in after all. Taking it back blocks, so it is done elsewhere.
-struct Returned(Option<Box<dyn Lent>>);
+struct Returned(Option<(Box<dyn Lent>, TaskTrackerToken)>);
 
 impl Returned {
     /// The peer is in.
     fn keep(mut self) -> Option<Box<dyn Lent>> {
-        self.0.take()
+        self.0.take().map(|(lent, _)| lent)
     }
 }
 
@@ -111,6 +125,7 @@ async fn receive(
     inbox: Arc<dyn Inbox>,
     terms: Terms,
     stop: CancellationToken,
+    threads: TaskTracker,
 ) -> Result<(), Closed> {
     let Greeted { stream, hello, key, .. } = greeted;
     let mut stream = stream.into_std()?;
@@ -123,7 +138,7 @@ async fn receive(
             other => Closed::Misbehaved(other.to_string()),
         })
     };
-    on_thread(&name, handle, &stop, work).await?
+    on_thread(&name, handle, &stop, &threads, work).await?
 }
 
 /// Asks the sender for its memory and connects to it.

@@ -2,8 +2,8 @@
 //! within the limits.
 
 use std::{
-    io::IoSlice,
-    sync::Arc,
+    io::{self, IoSlice},
+    sync::{Arc, mpsc},
     time::{Duration, Instant},
 };
 
@@ -13,22 +13,26 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex},
     time::{sleep, timeout},
 };
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use super::{DONE, Lane, Lent, WANTED};
+use super::{Asking, DONE, Fetched, JOINED, Lane, Lent, Medium, RemoteRegion, WANTED};
 use crate::{
     TransferError,
     session::SliceRun,
     sync::AtomicBool,
-    transport::{DataKey, Departure, Outbox, Path, Terms},
+    transport::{
+        Admission, DataKey, DataPort, DataPortConfig, Departure, Destination, Found, Inbox, LinkId, LinkPass,
+        Outbox, Path, Terms, Transport, TransportKind,
+    },
 };
 
 const SLICE: usize = 64;
 const STALL: Duration = Duration::from_millis(400);
 const FENCE_GRACE: Duration = Duration::from_millis(20);
 
-/// A transfer of `runs` runs of one slice.
+/// A transfer of `runs` runs of `slices` slices.
 struct Source {
+    slices: u32,
     key: DataKey,
     runs: Mutex<u32>,
     /// How each run that was taken ended, with the moment.
@@ -53,7 +57,7 @@ impl Departure for Source {
     fn take(&self, _: u32) -> Option<SliceRun> {
         let mut runs = self.runs.lock();
         *runs = runs.checked_sub(1)?;
-        Some(SliceRun { layer: 0, first: *runs, count: 1 })
+        Some(SliceRun { layer: 0, first: *runs * self.slices, count: self.slices })
     }
 
     fn has_runs(&self) -> bool {
@@ -110,6 +114,20 @@ struct Silent;
 
 impl Lent for Silent {}
 
+/// As `Heard`, and keeps what they said.
+struct Listening(Arc<Mutex<Vec<(u64, usize)>>>);
+
+impl Lent for Listening {
+    fn hears(&self) -> bool {
+        true
+    }
+
+    fn wanted(&mut self, pieces: &[(u64, usize)]) -> io::Result<()> {
+        self.0.lock().extend(pieces);
+        Ok(())
+    }
+}
+
 struct Scene {
     source: Arc<Source>,
     receiver: DuplexStream,
@@ -119,8 +137,13 @@ struct Scene {
 
 /// A lane that has announced the first of `runs` runs.
 async fn announced(runs: u32, lent: Option<Box<dyn Lent>>) -> Scene {
+    announced_of(runs, 1, lent).await
+}
+
+async fn announced_of(runs: u32, slices: u32, lent: Option<Box<dyn Lent>>) -> Scene {
     let terms = Terms::new(SLICE as u64, 1 << 20, STALL, FENCE_GRACE, STALL, STALL).expect("sensible");
     let source = Arc::new(Source {
+        slices,
         key: DataKey::generate(),
         runs: Mutex::new(runs),
         reports: Mutex::default(),
@@ -183,6 +206,26 @@ async fn a_receiver_that_keeps_saying_what_it_wants_is_cut_off() {
 }
 
 #[tokio::test]
+async fn a_sender_is_told_in_which_pieces_its_slices_are_fetched() {
+    let wanted = Arc::default();
+    let mut scene = announced_of(1, 4, Some(Box::new(Listening(Arc::clone(&wanted))))).await;
+    scene.receiver.write_all(&[WANTED, JOINED, JOINED]).await.expect("open");
+    scene.receiver.write_all(&[WANTED, DONE]).await.expect("open");
+    while scene.source.reports.lock().is_empty() {
+        sleep(Duration::from_millis(1)).await;
+    }
+    assert_eq!(*wanted.lock(), [(0, 3 * SLICE), (3 * SLICE as u64, SLICE)]);
+
+    // With none to go with, less than the run, more than the run.
+    for nonsense in [&[JOINED][..], &[WANTED, WANTED, DONE], &[WANTED; 5]] {
+        let mut scene = announced_of(1, 4, Some(Box::new(Heard))).await;
+        scene.receiver.write_all(nonsense).await.expect("open");
+        let (_, why) = scene.failed(1).await;
+        assert!(why.contains("says what it cannot"), "{why}");
+    }
+}
+
+#[tokio::test]
 async fn a_receiver_that_is_done_with_more_than_was_announced_is_cut_off() {
     let mut scene = announced(1, None).await;
     scene.receiver.write_all(&[DONE, DONE]).await.expect("open");
@@ -193,4 +236,84 @@ async fn a_receiver_that_is_done_with_more_than_was_announced_is_cut_off() {
     };
     timeout(STALL, end).await.expect("the path ends");
     assert_eq!(scene.source.reports.lock().len(), 1, "the run that was announced is done");
+}
+
+/// A medium whose library does not return from connecting until it is let go.
+struct Stuck {
+    connects: mpsc::SyncSender<()>,
+    release: Mutex<Option<mpsc::Receiver<()>>>,
+}
+
+impl Medium for Stuck {
+    fn kind(&self) -> TransportKind {
+        TransportKind::Rdma
+    }
+
+    fn ask(&self) -> io::Result<(Box<dyn Asking>, Vec<u8>)> {
+        let release = self.release.lock().take().ok_or(io::ErrorKind::Other)?;
+        Ok((Box::new(Connecting { connects: self.connects.clone(), release }), Vec::new()))
+    }
+
+    fn lend(&self, _: &[u8]) -> io::Result<(Box<dyn Lent>, Vec<u8>)> {
+        Ok((Box::new(Silent), Vec::new()))
+    }
+}
+
+struct Connecting {
+    connects: mpsc::SyncSender<()>,
+    release: mpsc::Receiver<()>,
+}
+
+impl Asking for Connecting {
+    fn connect(self: Box<Self>, _: &[u8], _: Instant) -> io::Result<Box<dyn RemoteRegion>> {
+        let _ = self.connects.send(());
+        let _ = self.release.recv();
+        Err(io::Error::other("let go"))
+    }
+}
+
+/// One link, and no transfers.
+struct OneLink(LinkPass);
+
+impl Inbox for OneLink {
+    fn link(&self, id: &LinkId) -> Option<Admission> {
+        let (key, ended) = (self.0.key.clone(), CancellationToken::new());
+        (*id == self.0.id).then(|| Admission { key, slice_bytes: SLICE as u32, mapped: false, ended })
+    }
+
+    fn find(&self, _: &TransferId) -> Found {
+        Found::Over
+    }
+}
+
+#[tokio::test]
+async fn a_thread_that_outlives_its_connection_is_counted_until_it_ends() {
+    let keep_alive = Duration::from_secs(1);
+    let terms = Terms::new(SLICE as u64, 1 << 20, STALL * 9, FENCE_GRACE, STALL, keep_alive);
+    let terms = terms.expect("sensible");
+    let (tasks, threads, stop) = (TaskTracker::new(), TaskTracker::new(), CancellationToken::new());
+    let (pass, (connects, connecting), (release, released)) =
+        (LinkPass::generate(), mpsc::sync_channel(2), mpsc::sync_channel(1));
+    let medium = Arc::new(Stuck { connects, release: Mutex::new(Some(released)) });
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let port = DataPort::new(DataPortConfig::new(listener), terms).expect("listening");
+    let fetched = Fetched::new(medium, port.clone(), terms, threads.clone());
+    let inbox = Arc::new(OneLink(pass.clone()));
+    fetched.receive(inbox.clone(), &tasks, stop.clone());
+    tasks.spawn(port.clone().serve(inbox, tasks.clone(), stop.clone()));
+    let to = Destination { address: port.address().to_owned(), pass };
+    let opening = tokio::spawn(fetched.open(to, Outbox::default(), &tasks, &stop));
+    while connecting.try_recv().is_err() {
+        assert!(!opening.is_finished(), "it cannot be opened");
+        sleep(Duration::from_millis(1)).await;
+    }
+
+    stop.cancel();
+    tasks.close();
+    threads.close();
+    timeout(STALL * 9, tasks.wait()).await.expect("the tasks end");
+    opening.abort();
+    assert!(timeout(STALL, threads.wait()).await.is_err(), "its thread has not ended");
+    release.send(()).expect("it waits");
+    timeout(STALL * 9, threads.wait()).await.expect("the thread ends");
 }

@@ -3,7 +3,7 @@
 use std::{io, net::Shutdown};
 
 use tokio::sync::oneshot;
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 /// A connection that can be shut from another thread.
 pub(crate) trait Shut {
@@ -23,16 +23,19 @@ impl Shut for std::net::TcpStream {
 }
 
 /// Runs `work`, which ends when its connection is shut: by the peer, or here, through `handle`, when `over` is cancelled.
-/// Dropping the future shuts it as well, and leaves the thread to end by itself.
+/// Dropping the future shuts it as well, and leaves the thread to end by itself: `threads` counts it until it has.
 pub(crate) async fn on_thread<T: Send + 'static>(
     name: &str,
     handle: impl Shut,
     over: &CancellationToken,
+    threads: &TaskTracker,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> io::Result<T> {
     let handle = ShutOnDrop(handle);
     let (ended, mut end) = oneshot::channel();
+    let counted = threads.token();
     let work = move || {
+        let _counted = counted;
         let _ = ended.send(work());
     };
     std::thread::Builder::new().name(name.into()).spawn(work)?;

@@ -134,6 +134,11 @@ impl RemoteRegion for PeerRegion {
         self.peer_bytes
     }
 
+    /// No more than one request: what is larger is cut again.
+    fn joins(&self) -> usize {
+        CHUNK_BYTES as usize
+    }
+
     fn read(&mut self, pieces: &[Piece], deadline: Instant) -> io::Result<()> {
         if self.rails.is_empty() {
             return Err(io::Error::new(io::ErrorKind::NotConnected, "an earlier read of this region failed"));

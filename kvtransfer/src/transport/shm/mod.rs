@@ -23,15 +23,17 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     Admission, Destination, Inbox, Opening, Outbox, Path, Terms, Transport, TransportKind,
-    accept::{Bound, accept},
+    accept::accept,
     fetch::{self, Lane, on_thread},
+    guests::{Bound, Guest, NoRoom},
     hello::{Hello, HelloError},
 };
 use crate::Region;
 use mapping::Mapping;
 
-/// Connections, and so threads that copy, in all.
+/// Connections, and so threads that copy, in all; and those, apart, that have not shown yet what they belong to.
 const CONNECTIONS: usize = 256;
+const UNPROVEN: usize = 64;
 /// Opened to one peer. One thread alone does not fill a memory channel while it claims, looks and reports.
 const CONNECTIONS_PER_PEER: usize = 2;
 
@@ -43,11 +45,13 @@ pub(crate) struct Shm {
     region_bytes: u64,
     listener: Mutex<Option<tokio::net::UnixListener>>,
     name: String,
+    /// Counts the threads that copy.
+    threads: TaskTracker,
 }
 
 impl Shm {
     /// Refused for a region that is no file's. Must be called within a tokio runtime.
-    pub(crate) fn new(region: &Region, terms: Terms) -> io::Result<Self> {
+    pub(crate) fn new(region: &Region, terms: Terms, threads: TaskTracker) -> io::Result<Self> {
         let file = region.file().ok_or_else(|| io::Error::other("the KV pool is not a file's memory"))?;
         let name = format!("baton-kv-{:032x}", rand::random::<u128>());
         mapping::seal(&file)?;
@@ -55,7 +59,7 @@ impl Shm {
         listener.set_nonblocking(true)?;
         let listener = Mutex::new(Some(tokio::net::UnixListener::from_std(listener)?));
         let region_bytes = region.len() as u64;
-        Ok(Self { terms, file, region_bytes, listener, name })
+        Ok(Self { terms, file, region_bytes, listener, name, threads })
     }
 }
 
@@ -76,9 +80,10 @@ impl Transport for Shm {
 
     fn receive(&self, inbox: Arc<dyn Inbox>, tasks: &TaskTracker, stop: CancellationToken) {
         let Some(listener) = self.listener.lock().take() else { return };
-        let bound = Bound { what: "shared memory", connections: CONNECTIONS };
-        let (terms, ends) = (self.terms, stop.clone());
-        let converse = move |stream| serve(stream, terms, inbox.clone(), ends.clone());
+        let bound = Bound { what: "shared memory", connections: CONNECTIONS, unproven: UNPROVEN };
+        let (terms, ends, threads) = (self.terms, stop.clone(), self.threads.clone());
+        let converse =
+            move |stream, guest| serve((stream, guest), terms, inbox.clone(), ends.clone(), threads.clone());
         tasks.spawn(accept(listener, bound, tasks.clone(), stop, converse, |_| false));
     }
 
@@ -127,6 +132,8 @@ async fn connect(
 enum Closed {
     #[error(transparent)]
     Hello(#[from] HelloError),
+    #[error(transparent)]
+    Full(#[from] NoRoom),
     #[error("the hello does not say how large the region is, or brings no file")]
     Terms,
     #[error(transparent)]
@@ -138,10 +145,11 @@ enum Closed {
 /// One connection: its hello and what it announces, on a thread of its own, until the peer closes it, its control stream
 /// ends, or `stop`.
 async fn serve(
-    stream: tokio::net::UnixStream,
+    (stream, guest): (tokio::net::UnixStream, Guest),
     terms: Terms,
     inbox: Arc<dyn Inbox>,
     stop: CancellationToken,
+    threads: TaskTracker,
 ) -> Result<(), Closed> {
     let stream = stream.into_std()?;
     stream.set_nonblocking(false)?;
@@ -156,8 +164,9 @@ async fn serve(
         }
         std::future::pending::<()>().await
     };
+    let work = move || copy(stream, guest, terms, &*inbox, admit);
     tokio::select! {
-        result = on_thread("kv-shm", handle, &over, move || copy(stream, terms, &*inbox, admit)) => result?,
+        result = on_thread("kv-shm", handle, &over, &threads, work) => result?,
         () = link => Ok(()),
     }
 }
@@ -165,6 +174,7 @@ async fn serve(
 /// The thread's work.
 fn copy(
     mut stream: UnixStream,
+    mut guest: Guest,
     terms: Terms,
     inbox: &dyn Inbox,
     admit: oneshot::Sender<CancellationToken>,
@@ -186,6 +196,7 @@ fn copy(
     if hello.kind() != Some(TransportKind::Shm) {
         return Err(HelloError::Kind.into());
     }
+    guest.prove()?;
     let mut region = Mapping::new(&file.ok_or(Closed::Terms)?, u64::from_le_bytes(said))?;
     let _ = admit.send(ended);
     io::Write::write_all(&mut stream, &hello.answer(&key, &[]))?;

@@ -102,7 +102,12 @@ impl Lane {
             if ticket.settled() && written < end_at {
                 end = End::CutShort;
             }
-            match stream.try_write_vectored(&self.rest(&header, ticket, end, written)?) {
+            let wrote = {
+                let mut list = [IoSlice::new(&[]); WRITE_SLICES + 1];
+                let listed = self.rest(&header, ticket, end, written, &mut list)?;
+                stream.try_write_vectored(&list[..listed])
+            };
+            match wrote {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Ok(n) => {
                     written += n as u64;
@@ -118,42 +123,48 @@ impl Lane {
         Ok(())
     }
 
-    /// What is left of a frame after `written` bytes, as far as one write goes.
+    /// Lists what is left of a frame after `written` bytes, as far as one write goes; how many elements that are.
     fn rest<'a>(
         &'a self,
         header: &Header,
         ticket: &'a Ticket,
         end: End,
         written: u64,
-    ) -> io::Result<Vec<IoSlice<'a>>> {
-        let mut list = Vec::with_capacity(WRITE_SLICES);
+        list: &mut [IoSlice<'a>; WRITE_SLICES + 1],
+    ) -> io::Result<usize> {
+        let mut listed = 0;
+        let mut add = |part| {
+            list[listed] = part;
+            listed += 1;
+        };
         let head = self.head.len() as u64;
+        let mut room = WRITE_SLICES;
         if written < head {
-            list.push(IoSlice::new(&self.head[written as usize..]));
+            add(IoSlice::new(&self.head[written as usize..]));
+            room -= 1;
         }
         let at = written.saturating_sub(head);
         let left = header.payload_bytes().saturating_sub(at);
         if left == 0 {
             let told = (at - header.payload_bytes()) as usize;
-            list.push(IoSlice::new(&end.bytes()[told..]));
-            return Ok(list);
+            add(IoSlice::new(&end.bytes()[told..]));
+            return Ok(listed);
         }
         if end == End::CutShort {
-            list.push(IoSlice::new(&ZEROS[..left.min(ZEROS.len() as u64) as usize]));
-            return Ok(list);
+            add(IoSlice::new(&ZEROS[..left.min(ZEROS.len() as u64) as usize]));
+            return Ok(listed);
         }
         let slice_bytes = u64::from(header.slice_bytes);
         let mut skip = (at % slice_bytes) as usize;
         let mut blocks = header.run.blocks().skip((at / slice_bytes) as usize);
-        for block in blocks.by_ref().take(WRITE_SLICES - list.len()) {
-            let slice = ticket.departure().source(header.run.layer, block, skip).map_err(io::Error::other)?;
-            list.push(slice);
+        for block in blocks.by_ref().take(room) {
+            add(ticket.departure().source(header.run.layer, block, skip).map_err(io::Error::other)?);
             skip = 0;
         }
         if blocks.next().is_none() {
-            list.push(IoSlice::new(end.bytes()));
+            add(IoSlice::new(end.bytes()));
         }
-        Ok(list)
+        Ok(listed)
     }
 
     fn remember(&mut self, departure: &Arc<dyn Departure>) {

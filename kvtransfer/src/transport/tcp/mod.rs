@@ -6,7 +6,7 @@
 mod lane;
 mod reader;
 
-use std::sync::Arc;
+use std::{net::SocketAddr, sync::Arc};
 
 use socket2::SockRef;
 use tokio::io::AsyncWriteExt;
@@ -18,10 +18,16 @@ use super::{
 };
 use reader::Reader;
 
-/// Bytes that wait in a connection for the peer's acknowledgement. Few enough that the receiver finds them in the
-/// processors' shared cache where both are on one machine: with what the kernel takes by itself, a quarter slower there.
-/// On a network it is what may be on its way at a time: 4 connections of it are 100 Gbit/s at 160 us there and back.
-const SEND_BUFFER: usize = 512 << 10;
+/// Bytes that wait in a connection to a peer of the same host for its acknowledgement. Few enough that the receiver finds
+/// them in the processors' shared cache: with what the kernel takes by itself, a quarter slower. On a network it would be
+/// what may be on its way at a time, and the more so the longer the way: there the kernel is left to find what is right.
+const SAME_HOST_SEND_BUFFER: usize = 512 << 10;
+
+/// What the kernel is to be asked for between these ends; `None` = it finds by itself.
+fn send_buffer(asked: Option<usize>, local: SocketAddr, peer: SocketAddr) -> Option<usize> {
+    let (local, peer) = (local.ip().to_canonical(), peer.ip().to_canonical());
+    asked.or((peer.is_loopback() || peer == local).then_some(SAME_HOST_SEND_BUFFER))
+}
 
 /// The transport of kind `tcp`.
 pub(crate) struct Tcp {
@@ -71,7 +77,10 @@ impl Transport for Tcp {
             let mut streams = Vec::with_capacity(connections);
             for _ in 0..connections {
                 let (stream, ..) = connect(TransportKind::Tcp, &to, &terms).await?;
-                SockRef::from(&stream).set_send_buffer_size(SEND_BUFFER)?;
+                let asked = send_buffer(terms.send_buffer, stream.local_addr()?, stream.peer_addr()?);
+                if let Some(bytes) = asked {
+                    SockRef::from(&stream).set_send_buffer_size(bytes)?;
+                }
                 streams.push(stream);
             }
             for stream in streams {
@@ -80,5 +89,28 @@ impl Transport for Tcp {
             }
             Ok(path)
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernel_is_left_alone_on_a_network_unless_a_number_is_asked_for() {
+        let at = |text: &str| text.parse::<SocketAddr>().expect("an address");
+        let fixed = Some(SAME_HOST_SEND_BUFFER);
+        for (local, peer, expected) in [
+            ("127.0.0.1:1", "127.0.0.1:2", fixed),
+            ("127.0.0.1:1", "127.9.0.1:2", fixed),
+            ("[::1]:1", "[::1]:2", fixed),
+            ("[::ffff:127.0.0.1]:1", "[::ffff:127.0.0.1]:2", fixed),
+            ("10.0.0.7:1", "10.0.0.7:2", fixed),
+            ("10.0.0.7:1", "10.0.0.8:2", None),
+            ("[fd00::1]:1", "[fd00::2]:2", None),
+        ] {
+            assert_eq!(send_buffer(None, at(local), at(peer)), expected, "{local} {peer}");
+            assert_eq!(send_buffer(Some(9), at(local), at(peer)), Some(9));
+        }
     }
 }

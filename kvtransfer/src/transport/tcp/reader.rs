@@ -241,24 +241,28 @@ impl Reader {
     /// One vectored read of the next bytes of a run; the last one reaches into the next header.
     fn read_some(&mut self, header: &Header, claimed: &Claimed<'_>, done: u64) -> io::Result<usize> {
         let slice_bytes = u64::from(header.slice_bytes);
-        let mut list: Vec<IoSliceMut<'_>> = Vec::with_capacity(READ_SLICES + 2);
+        let mut list: [_; READ_SLICES + 2] = std::array::from_fn(|_| IoSliceMut::new(&mut []));
+        let mut listed = 0;
         let mut skip = (done % slice_bytes) as usize;
         let rest = (done / slice_bytes) as u32..header.run.count;
         let (mut blocks, mut room) = (rest, READ_BYTES);
         while room > 0
-            && list.len() < READ_SLICES
+            && listed < READ_SLICES
             && let Some(block) = blocks.next()
         {
             let target = claimed.landing().target(header.run.layer, header.run.first + block, skip);
             let target = target.map_err(io::Error::other)?;
             skip = 0;
             room = room.saturating_sub(target.len());
-            list.push(target);
+            list[listed] = target;
+            listed += 1;
         }
         if blocks.is_empty() {
-            list.extend([IoSliceMut::new(&mut self.end), IoSliceMut::new(&mut self.head)]);
+            list[listed] = IoSliceMut::new(&mut self.end);
+            list[listed + 1] = IoSliceMut::new(&mut self.head);
+            listed += 2;
         }
-        self.stream.try_read_vectored(&mut list)
+        self.stream.try_read_vectored(&mut list[..listed])
     }
 
     /// Reads `left` bytes of payload and forgets them. Cancel safe, as `left` says how many remain.

@@ -6,11 +6,14 @@ use std::{
     ptr::NonNull,
     sync::{
         Arc,
+        atomic::{AtomicBool, Ordering::SeqCst},
         mpsc::{Receiver, SyncSender, sync_channel},
     },
     thread::JoinHandle,
     time::{Duration, Instant},
 };
+
+use tokio_util::task::TaskTracker;
 
 use super::{Hccl, HcclPair, Rank, RootInfo};
 use crate::{
@@ -22,6 +25,9 @@ use crate::{
     },
 };
 
+/// Slices side by side at both ends are exchanged as one piece up to this size.
+const JOINED_BYTES: usize = 1 << 20;
+
 /// A node's region on a device, exchanged with each peer by a pair of its own.
 pub(crate) struct HcclMedium {
     hccl: Arc<Hccl>,
@@ -29,11 +35,20 @@ pub(crate) struct HcclMedium {
     region: Region,
     /// For sending what a peer wants.
     stall: Duration,
+    /// Counts the threads that the library may hold.
+    threads: TaskTracker,
 }
 
 impl HcclMedium {
-    pub(crate) fn new(hccl: &Arc<Hccl>, device: &Arc<Device>, region: &Region, stall: Duration) -> Self {
-        Self { hccl: hccl.clone(), device: device.clone(), region: region.clone(), stall }
+    pub(crate) fn new(
+        hccl: &Arc<Hccl>,
+        device: &Arc<Device>,
+        region: &Region,
+        stall: Duration,
+        threads: TaskTracker,
+    ) -> Self {
+        let (hccl, device, region) = (hccl.clone(), device.clone(), region.clone());
+        Self { hccl, device, region, stall, threads }
     }
 }
 
@@ -47,7 +62,8 @@ impl Medium for HcclMedium {
         let root = self.hccl.root_info(&self.device)?;
         let request = root.as_bytes().to_vec();
         let (hccl, device, region) = (self.hccl.clone(), self.device.clone(), self.region.clone());
-        Ok((Box::new(Joining { hccl, device, region, root }), request))
+        let threads = self.threads.clone();
+        Ok((Box::new(Joining { hccl, device, region, root, threads }), request))
     }
 
     fn lend(&self, request: &[u8]) -> io::Result<(Box<dyn Lent>, Vec<u8>)> {
@@ -57,12 +73,18 @@ impl Medium for HcclMedium {
             (self.hccl.clone(), self.device.clone(), self.region.clone(), self.stall);
         // One run is wanted at a time.
         let (wanted, runs) = sync_channel(1);
-        let work = move || match HcclPair::join(&hccl, &device, &root, Rank::Other, &region) {
-            Ok(pair) => send(pair, &region, &runs, stall),
-            Err(error) => tracing::info!(%error, "no HCCL pair with a peer"),
+        let (how_far, counted) = (Arc::new(HowFar::default()), self.threads.token());
+        let seen = how_far.clone();
+        let work = move || {
+            let _counted = counted;
+            match HcclPair::join(&hccl, &device, &root, Rank::Other, &region) {
+                Ok(pair) if seen.joins() => send(pair, &region, &runs, stall),
+                Ok(_) => {}
+                Err(error) => tracing::info!(%error, "no HCCL pair with a peer"),
+            }
         };
         let thread = std::thread::Builder::new().name("kv-hccl-send".into()).spawn(work)?;
-        let lent = Sending { wanted: Some(wanted), thread: Some(thread) };
+        let lent = Sending { wanted: Some(wanted), thread: Some(thread), how_far };
         Ok((Box::new(lent), (self.region.len() as u64).to_le_bytes().to_vec()))
     }
 }
@@ -84,10 +106,33 @@ fn send(mut pair: HcclPair, region: &Region, runs: &Receiver<Run>, stall: Durati
     }
 }
 
+/// How far a thread that sends has come, and whether it is wanted still. Each side says its own before it looks at the
+/// other's, so that one of them sees both.
+#[derive(Default)]
+struct HowFar {
+    joined: AtomicBool,
+    over: AtomicBool,
+}
+
+impl HowFar {
+    /// It has joined its pair; whether to go on.
+    fn joins(&self) -> bool {
+        self.joined.store(true, SeqCst);
+        !self.over.load(SeqCst)
+    }
+
+    /// It is wanted no longer; whether it may be sending.
+    fn ends(&self) -> bool {
+        self.over.store(true, SeqCst);
+        self.joined.load(SeqCst)
+    }
+}
+
 /// The thread that sends, and how it is told.
 struct Sending {
     wanted: Option<SyncSender<Run>>,
     thread: Option<JoinHandle<()>>,
+    how_far: Arc<HowFar>,
 }
 
 impl Lent for Sending {
@@ -108,7 +153,8 @@ impl Lent for Sending {
 impl Drop for Sending {
     fn drop(&mut self) {
         drop(self.wanted.take());
-        if let Some(thread) = self.thread.take() {
+        // One that still waits for the other side, as long as the library likes, will touch nothing any more.
+        if let (true, Some(thread)) = (self.how_far.ends(), self.thread.take()) {
             let _ = thread.join();
         }
     }
@@ -120,13 +166,26 @@ struct Joining {
     device: Arc<Device>,
     region: Region,
     root: RootInfo,
+    threads: TaskTracker,
 }
 
 impl Asking for Joining {
-    fn connect(self: Box<Self>, grant: &[u8], _: Instant) -> io::Result<Box<dyn RemoteRegion>> {
-        let Self { hccl, device, region, root } = *self;
+    /// The library takes no deadline, so a thread of its own waits for it: one that is late destroys its pair and ends.
+    fn connect(self: Box<Self>, grant: &[u8], deadline: Instant) -> io::Result<Box<dyn RemoteRegion>> {
+        let Self { hccl, device, region, root, threads } = *self;
         let len = grant.try_into().map(u64::from_le_bytes).map_err(io::Error::other)?;
-        Ok(Box::new(Received { pair: HcclPair::join(&hccl, &device, &root, Rank::Root, &region)?, len }))
+        let ((joined, pair), counted) = (sync_channel(1), threads.token());
+        let work = move || {
+            let _counted = counted;
+            let _ = joined.send(HcclPair::join(&hccl, &device, &root, Rank::Root, &region));
+        };
+        std::thread::Builder::new().name("kv-hccl-join".into()).spawn(work)?;
+        let pair = pair.recv_timeout(deadline.saturating_duration_since(Instant::now()));
+        let late = |_| {
+            let why = "the other side of an HCCL pair did not join by the deadline";
+            io::Error::new(io::ErrorKind::TimedOut, why)
+        };
+        Ok(Box::new(Received { pair: pair.map_err(late)??, len }))
     }
 }
 
@@ -143,6 +202,10 @@ impl RemoteRegion for Received {
 
     fn asks(&self) -> bool {
         true
+    }
+
+    fn joins(&self) -> usize {
+        JOINED_BYTES
     }
 
     fn read(&mut self, pieces: &[Piece], deadline: Instant) -> io::Result<()> {

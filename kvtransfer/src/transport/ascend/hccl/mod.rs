@@ -1,9 +1,9 @@
 //! HCCL communicators, the fallback where HIXL is missing: two ranks to a pair of nodes, each side names what it sends or
 //! receives, in the same order and sizes.
 //!
-//! Each operation has a high fixed cost (0.7 GB/s at 16 KiB, 20 GB/s at 2 MiB on A2), so callers coalesce to 128 KiB or
-//! more: neighbouring blocks as one piece, or scattered ones through a staging buffer. A card has room for some 512
-//! communicators, so a node keeps one for each peer.
+//! Each operation has a high fixed cost (0.7 GB/s at 16 KiB, 20 GB/s at 2 MiB on A2), so slices that lie side by side at
+//! both ends are one piece; scattered ones are one each. A card has room for some 512 communicators, so a node keeps one
+//! for each peer.
 //!
 //! States: joined -> failed (destroyed). What is queued cannot be cancelled alone; on failure or timeout the communicator
 //! and the stream are destroyed before the error is returned, which is the fence: then memory may be used again.

@@ -31,6 +31,9 @@ use crate::{
 pub(super) const MOST_PIECES: usize = 1024;
 pub(super) const MOST_BATCHES: usize = 3;
 
+/// Slices side by side are read as one piece up to this size: each piece is a task of its own to the library.
+const JOINED_BYTES: usize = 1 << 20;
+
 /// Between two looks at a batch: a few microseconds at first, then longer, so that a long read does not burn a core.
 const FIRST_PAUSE: Duration = Duration::from_micros(5);
 const LAST_PAUSE: Duration = Duration::from_micros(500);
@@ -107,6 +110,10 @@ impl HixlClient {
 impl RemoteRegion for HixlClient {
     fn len(&self) -> u64 {
         self.live.as_ref().map_or(0, |live| live.remote_len)
+    }
+
+    fn joins(&self) -> usize {
+        JOINED_BYTES
     }
 
     fn read(&mut self, pieces: &[Piece], deadline: Instant) -> io::Result<()> {

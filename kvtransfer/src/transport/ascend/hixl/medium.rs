@@ -15,35 +15,43 @@ use crate::{
 };
 
 /// A node's region, lent by one server to all peers: the library cannot shut a single one out, so one that was let in can
-/// read until this node ends.
+/// read until this node ends. Nor can it ask for a credential: once the server listens, whoever reaches it can read. So
+/// it starts with the first peer that is entitled to ask.
 pub(crate) struct HixlMedium {
     hixl: Arc<Hixl>,
     device: Arc<Device>,
+    host: SocketAddr,
     endpoint: Endpoint,
     region: Region,
     memory: Memory,
-    server: Arc<Mutex<HixlServer>>,
+    /// `None` until a peer has asked.
+    server: Mutex<Option<Arc<Mutex<HixlServer>>>>,
 }
 
 impl HixlMedium {
-    /// Lends `region`; the library's own control connection is accepted at `host`.
-    pub(crate) fn open(
+    /// To lend `region`; the library's own control connection will be accepted at `host`.
+    pub(crate) fn new(
         hixl: &Arc<Hixl>,
         device: &Arc<Device>,
         host: SocketAddr,
         endpoint: Endpoint,
         region: &Region,
-    ) -> io::Result<Self> {
+    ) -> Self {
         let memory = if region.is_on_device() { Memory::Device } else { Memory::Host };
-        let server = HixlServer::start(hixl, device, host, endpoint, region, memory)?;
-        Ok(Self {
-            hixl: hixl.clone(),
-            device: device.clone(),
-            endpoint,
-            region: region.clone(),
-            memory,
-            server: Arc::new(Mutex::new(server)),
-        })
+        let (hixl, device, region) = (hixl.clone(), device.clone(), region.clone());
+        Self { hixl, device, host, endpoint, region, memory, server: Mutex::default() }
+    }
+
+    /// The server, which listens from now on.
+    fn listening(&self) -> io::Result<Arc<Mutex<HixlServer>>> {
+        let Self { hixl, device, host, endpoint, region, memory, server } = self;
+        let mut server = server.lock();
+        if let Some(server) = &*server {
+            return Ok(server.clone());
+        }
+        let started = HixlServer::start(hixl, device, *host, *endpoint, region, *memory)?;
+        tracing::info!(%host, "whoever reaches this address can read the KV pool through HIXL from now on");
+        Ok(server.insert(Arc::new(Mutex::new(started))).clone())
     }
 }
 
@@ -64,8 +72,9 @@ impl Medium for HixlMedium {
     }
 
     fn lend(&self, _: &[u8]) -> io::Result<(Box<dyn Lent>, Vec<u8>)> {
-        let address = self.server.lock().address();
-        Ok((Box::new(Server(self.server.clone())), address.to_string().into_bytes()))
+        let server = self.listening()?;
+        let address = server.lock().address();
+        Ok((Box::new(Server(server)), address.to_string().into_bytes()))
     }
 }
 

@@ -8,13 +8,20 @@ use std::{
 };
 
 use baton_ascend_emulator::fault::{Fault, count};
+use tokio_util::task::TaskTracker;
 
 use super::{
     DeviceMemory, Turn, pattern,
     peer::{Peer, hex},
     soon, turn,
 };
-use crate::transport::ascend::hccl::{HcclPair, Rank, RootInfo};
+use crate::transport::{
+    Medium,
+    ascend::hccl::{HcclMedium, HcclPair, Rank, RootInfo},
+};
+
+/// For joining.
+const DEADLINE: Duration = Duration::from_millis(200);
 
 const SIZES: [usize; 6] = [1, 131_072, 4097, 1 << 20, 64, 200_001];
 
@@ -149,4 +156,28 @@ fn a_root_info_that_is_not_one_is_refused() {
     let joined = HcclPair::join(turn.hccl(), &device, &nonsense, Rank::Other, &memory.region());
     let error = joined.err().expect("refused").to_string();
     assert!(error.contains("HcclCommInitRootInfo") && error.contains("not a root info"), "{error}");
+}
+
+#[test]
+fn joining_is_given_up_at_its_deadline_and_its_thread_is_counted() {
+    let (turn, threads) = (turn(), TaskTracker::new());
+    let (device, memory) = (turn.hccl().device(0).expect("a device"), turn.memory(4096));
+    let medium = HcclMedium::new(turn.hccl(), &device, &memory.region(), DEADLINE, threads.clone());
+    let (asking, request) = medium.ask().expect("a root");
+    let started = Instant::now();
+    let error = asking.connect(&4096u64.to_le_bytes(), started + DEADLINE).err().expect("nobody joins");
+    assert_eq!(error.kind(), ErrorKind::TimedOut, "{error}");
+    assert!(started.elapsed() < 20 * DEADLINE, "{:?}", started.elapsed());
+    assert_eq!(threads.len(), 1, "the library holds it still");
+    // The other side comes after all: the thread ends its pair, and so does the one that lends.
+    let (lent, _) = medium.lend(&request).expect("lent");
+    while threads.len() > 1 {
+        assert!(started.elapsed() < Duration::from_secs(20), "the thread does not end");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    drop(lent);
+    while !threads.is_empty() || turn.count(count::LIVE_COMMUNICATORS) > 0 {
+        assert!(started.elapsed() < Duration::from_secs(20), "the pair is not destroyed");
+        std::thread::sleep(Duration::from_millis(2));
+    }
 }

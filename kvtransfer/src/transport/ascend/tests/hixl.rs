@@ -2,7 +2,7 @@
 
 use std::{
     io::ErrorKind,
-    net::SocketAddr,
+    net::{SocketAddr, TcpStream},
     os::unix::process::ExitStatusExt,
     ptr::NonNull,
     sync::Arc,
@@ -17,9 +17,9 @@ use crate::{
     transport::{
         ascend::{
             Device,
-            hixl::{Endpoint, HixlAddress, HixlClient, HixlServer, Memory},
+            hixl::{Endpoint, HixlAddress, HixlClient, HixlMedium, HixlServer, Memory},
         },
-        fetch::{Piece, RemoteRegion},
+        fetch::{Medium, Piece, RemoteRegion},
     },
 };
 
@@ -233,6 +233,22 @@ fn ordinary_memory_is_not_taken_for_the_devices() {
     // SAFETY: alive in the region's owner; the read is over.
     let read = unsafe { std::slice::from_raw_parts(base.as_ptr(), 4096) };
     assert!(read == pattern(4096));
+}
+
+#[test]
+fn nothing_listens_before_an_entitled_peer_has_asked() {
+    let turn = turn();
+    let (device, region) = (turn.hixl().device(0).expect("a device"), Region::zeroed(4096));
+    let host = SocketAddr::from(([127, 3, 2, 1], 21_002));
+    let medium = HixlMedium::new(turn.hixl(), &device, host, endpoint(&device), &region);
+    let listens = || TcpStream::connect(host).is_ok();
+    assert!(!listens(), "at the node's start");
+    let (_asking, request) = medium.ask().expect("asked");
+    assert!(!listens(), "who reads does not lend");
+    let (_lent, granted) = medium.lend(&request).expect("lent");
+    assert!(listens());
+    let (_lent, again) = medium.lend(&request).expect("lent");
+    assert_eq!(granted, again, "there is one server");
 }
 
 /// Unregistering while a client is connected is refused by the library: then the region stays.
