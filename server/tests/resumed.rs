@@ -65,7 +65,11 @@ async fn the_rest_with_prefill_and_decode_apart_is_what_it_would_have_been() {
         }
         assert_eq!(first.finished(), FinishReason::HandedOff, "leg {leg}");
         let rest = pair.to_decode.until_end(leg).await;
-        assert_eq!((rest.first_position, &rest.tokens[..]), (Some(at + 1), &expected[cut + 1..]), "leg {leg}");
+        assert_eq!(
+            (rest.first_position, &rest.tokens[..]),
+            (Some(at + 1), &expected[cut + 1..]),
+            "leg {leg}"
+        );
         assert_eq!(rest.finished(), FinishReason::Length);
     }
     pair.until_idle().await;

@@ -214,7 +214,9 @@ impl Leg {
         }
         let suits = match self.work {
             // One token is all prefill's work: there is nothing to hand over.
-            Work::Whole if self.stop.max_tokens as usize == self.generated.len() + 1 => role.role != Role::None,
+            Work::Whole if self.stop.max_tokens as usize == self.generated.len() + 1 => {
+                role.role != Role::None
+            }
             // Decode can do all of a request, too, whether or not a coordinator asks it to.
             Work::Whole | Work::Decode(_) => matches!(role.role, Role::Decode | Role::Mixed),
             Work::Prefill(_) => matches!(role.role, Role::Prefill | Role::Mixed),
