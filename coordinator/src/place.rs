@@ -25,7 +25,9 @@ use crate::{
 const ATTEMPTS_MOST: u32 = 2;
 /// How many may fail in all: a request may be what kills the instances that it is placed on.
 const FAILURES_MOST: u32 = 8;
-/// Before a request that was refused is placed again; twice as long each time.
+/// Before a request is placed again: one instance may say that another is lost before this coordinator notices.
+const PAUSE: Duration = Duration::from_millis(50);
+/// Before one that was refused is placed again; twice as long each time.
 const PAUSE_LEAST: Duration = Duration::from_millis(5);
 const PAUSE_MOST: Duration = Duration::from_secs(1);
 
@@ -105,9 +107,7 @@ impl Placer {
         let tokens = (assignment.prompt.len() as u32, assignment.generated.len() as u32);
         let mut changes = self.board.changes();
         loop {
-            if !pause.is_zero() {
-                let _ = timeout_at(deadline.min(Instant::now() + pause), changes.changed()).await;
-            }
+            let _ = timeout_at(deadline.min(Instant::now() + pause), changes.changed()).await;
             let booked = self.book_by(deadline, tokens, &assignment.sampling, culprit.as_ref()).await;
             let Ok(booking) = booked else { return Err(error) };
             let placement = booking.placement.clone();
@@ -192,7 +192,7 @@ impl Attempts {
     }
 
     /// Places the request once more after a failure, as soon as an instance can take it; the error is the answer if none
-    /// can within the time. A refusal is no attempt: it costs a pause, which ends early when the fleet changes.
+    /// can within the time. A pause comes first, which ends when the fleet changes; a refusal costs no more than that.
     pub fn again(&mut self, failure: Failure) -> Result<Replacing, ApiError> {
         let pause = if failure.is_refusal() {
             self.refused += 1;
@@ -204,7 +204,7 @@ impl Attempts {
             if self.failed >= FAILURES_MOST || self.fruitless >= ATTEMPTS_MOST {
                 return Err(failure.error);
             }
-            Duration::ZERO
+            PAUSE
         };
         if self.assignment.deadline <= Instant::now() {
             return Err(failure.error);

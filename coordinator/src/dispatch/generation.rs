@@ -102,7 +102,7 @@ pub struct Generation {
     inbox: VecDeque<(Side, Output)>,
     /// What has been made of the inbox and not been told.
     news: VecDeque<Progress>,
-    /// The leg by which it failed.
+    /// The leg whose fault it was that it failed.
     failed: Option<Side>,
     deadline: Pin<Box<Sleep>>,
     why_cancelled: &'static str,
@@ -196,7 +196,7 @@ impl Generation {
         self.choices.iter().filter_map(|choice| choice.machine.cached_tokens()).max()
     }
 
-    /// Whose leg made it fail, if one did.
+    /// Who made it fail, if that is known.
     pub fn culprit(&self) -> Option<&InstanceId> {
         self.failed.map(|side| self.credit.instance(side))
     }
@@ -247,14 +247,25 @@ impl Generation {
             }
             match self.perform(choice, commands) {
                 Some(end) => {
-                    if end.is_err() {
-                        self.failed.get_or_insert(side);
+                    if let Err(error) = &end {
+                        let failed = self.failed_by(side, error);
+                        self.failed.get_or_insert(failed);
                     }
                     self.news.push_back(Progress::of(choice, end));
                 }
                 None if grown => self.news.push_back(Progress::Choice { choice, end: None }),
                 None => {}
             }
+        }
+    }
+
+    /// Whose fault an error is that a leg ended with. An instance that is there and speaks of a lost one means its peer.
+    fn failed_by(&mut self, side: Side, error: &ApiError) -> Side {
+        let speaks = self.legs.of(side).as_ref().is_some_and(LegGuard::is_up);
+        match side {
+            Side::Prefill if speaks && error.code == ErrorCode::InstanceLost => Side::Decode,
+            Side::Decode if speaks && error.code == ErrorCode::InstanceLost => Side::Prefill,
+            side => side,
         }
     }
 

@@ -103,6 +103,27 @@ async fn decode_lost_amid_a_half_matched_stop_string_is_gone_on_from() {
 }
 
 #[tokio::test]
+async fn who_is_said_to_be_lost_is_not_asked_again_while_others_are_there() {
+    let roles = [("p0", v1::Role::Prefill), ("p1", v1::Role::Prefill), ("d", v1::Role::Decode)];
+    let (cluster, [mut p0, mut p1, mut decode]) = Cluster::start(roles, |_| {}).await;
+    for _ in 0..4 {
+        let response = cluster.chat(json!({"max_tokens": 3}));
+        let (at, first) = either(&mut p0, &mut p1).await;
+        let (silent, other) = if at == 0 { (&mut p0, &mut p1) } else { (&mut p1, &mut p0) };
+        let taken = decode.dispatch().await;
+        decode.fail(taken.leg, ErrorCode::InstanceLost);
+        assert_eq!(silent.cancelled().await.leg, first.leg);
+        let again = other.dispatch().await;
+        let resumed = decode.dispatch().await;
+        other.finish(again.leg, 0, "a", FinishReason::HandedOff);
+        decode.finish(resumed.leg, 1, "bc", FinishReason::Length);
+        assert_eq!(response.await.expect("ends").status(), 200);
+    }
+    assert_eq!(migrations(&cluster, ErrorCode::InstanceLost).await, None, "none of them had begun");
+    cluster.at_rest().await;
+}
+
+#[tokio::test]
 async fn tokens_repeated_or_on_their_way_are_told_once_with_their_log_probabilities() {
     let (cluster, [mut a, mut b]) = Cluster::start(MIXED, |_| {}).await;
     let response = cluster.chat(json!({"logprobs": true, "max_tokens": 5}));
