@@ -79,7 +79,7 @@ async fn streams_go_on_unchanged_when_decode_is_killed_and_it_comes_back() {
     let cluster = Cluster::start(&[]).await;
     let decode = cluster.instance_of("decode").await;
     let roles = cluster.role_epochs().await;
-    let bodies = questions(cluster.model(), 40, 200);
+    let bodies = questions(cluster.model(), 40, 120);
     let expected = undisturbed(&cluster, &bodies).await;
 
     let mut killed = 0;
@@ -98,11 +98,11 @@ async fn streams_go_on_unchanged_when_decode_is_killed_and_it_comes_back() {
 async fn streams_go_on_unchanged_when_prefill_is_killed_in_any_phase() {
     let cluster = Cluster::start(&[]).await;
     let prefill = cluster.instance_of("prefill").await;
-    let bodies = questions(cluster.model(), 300, 60);
+    let bodies = questions(cluster.model(), 150, 40);
     let expected = undisturbed(&cluster, &bodies).await;
     // Other prompts each time, so that they are computed: some are, some wait, some are decoded when it is killed.
     for round in 0..2 {
-        let bodies = questions(cluster.model(), 400 + 100 * round, 60);
+        let bodies = questions(cluster.model(), 200 + 50 * round, 40);
         let computing = async || {
             eventually("prompts are being computed", || async {
                 (cluster.blocks_held().await > 0.0).then_some(())
