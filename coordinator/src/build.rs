@@ -69,7 +69,14 @@ pub fn assemble(
     let patience = config.limits.placement_timeout;
     let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
     let service = Arc::new(Service {
-        placer: Arc::new(Placer { served: served.clone(), board, links, handoffs: Arc::default(), patience }),
+        placer: Arc::new(Placer {
+            served: served.clone(),
+            board,
+            links,
+            handoffs: Arc::default(),
+            metrics: metrics.clone(),
+            patience,
+        }),
         served,
         limits: config.limits.clone(),
         gate: Gate::new(&config.limits, cores, metrics.clone()),

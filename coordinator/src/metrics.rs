@@ -15,7 +15,7 @@ pub struct RequestLabels {
     pub code: String,
 }
 
-/// Why a leg was cancelled.
+/// Why a leg was cancelled, or an answer went on elsewhere.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct ReasonLabel {
     pub reason: &'static str,
@@ -46,6 +46,8 @@ pub struct Metrics {
     pub request_generation_tokens: Histogram,
     pub cancels: Family<ReasonLabel, Counter>,
     pub legs_lost: Counter,
+    /// By the name of the error's code.
+    pub migrations: Family<ReasonLabel, Counter>,
 }
 
 const SECONDS: [f64; 15] =
@@ -74,6 +76,7 @@ impl Metrics {
             request_generation_tokens: tokens(),
             cancels: Family::default(),
             legs_lost: Counter::default(),
+            migrations: Family::default(),
         };
         metrics.show(registry);
         Arc::new(metrics)
@@ -112,6 +115,11 @@ impl Metrics {
             self.request_generation_tokens.clone(),
         );
         registry.register("cancelled_legs", "Legs cancelled, by reason", self.cancels.clone());
+        registry.register(
+            "migrations",
+            "Answers begun on one instance that went on elsewhere, by why it could not finish them",
+            self.migrations.clone(),
+        );
     }
 }
 

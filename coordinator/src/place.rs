@@ -5,7 +5,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use baton_proto::ApiError;
+use baton_proto::{ApiError, ErrorCode, InstanceId};
 use futures::{FutureExt, future::BoxFuture};
 use tokio::time::{Instant, timeout_at};
 
@@ -13,6 +13,7 @@ use crate::{
     dispatch::{Assignment, Generation},
     fleet::keeper::Links,
     handoffs::Handoffs,
+    metrics::Metrics,
     prepare::{PreparedPrompt, Sampling, Served},
     schedule::{
         NoPlace, Placement,
@@ -20,8 +21,15 @@ use crate::{
     },
 };
 
-/// How often a request is placed before its failure is told.
+/// How many attempts in a row may bring no token before the failure is told.
 const ATTEMPTS_MOST: u32 = 2;
+/// How many may fail in all: a request may be what kills the instances that it is placed on.
+const FAILURES_MOST: u32 = 8;
+/// Before a request is placed again: one instance may say that another is lost before this coordinator notices.
+const PAUSE: Duration = Duration::from_millis(50);
+/// Before one that was refused is placed again; twice as long each time.
+const PAUSE_LEAST: Duration = Duration::from_millis(5);
+const PAUSE_MOST: Duration = Duration::from_secs(1);
 
 /// What places are found with.
 pub struct Placer {
@@ -29,6 +37,7 @@ pub struct Placer {
     pub board: Arc<Board>,
     pub links: Arc<Links>,
     pub handoffs: Arc<Handoffs>,
+    pub metrics: Arc<Metrics>,
     /// How long a request waits for an instance that can take it.
     pub patience: Duration,
 }
@@ -41,7 +50,8 @@ impl Placer {
         let deadline = deadline.min(Instant::now() + self.patience);
         let mut bookings = Vec::with_capacity(prompts.len());
         for prompt in prompts {
-            bookings.push(self.book_by(deadline, prompt.prompt_tokens(), &prompt.sampling).await?);
+            let (tokens, sampling) = (prompt.prompt_tokens(), &prompt.sampling);
+            bookings.push(self.book_by(deadline, (tokens, 0), sampling, None).await?);
         }
         Ok(bookings)
     }
@@ -54,13 +64,14 @@ impl Placer {
     async fn book_by(
         &self,
         deadline: Instant,
-        prompt_tokens: u32,
+        tokens: (u32, u32),
         sampling: &Sampling,
+        avoid: Option<&InstanceId>,
     ) -> Result<Booking, NoPlace> {
         let mut changes = self.board.changes();
         loop {
             changes.borrow_and_update();
-            match self.book_now(prompt_tokens, sampling) {
+            match self.book_now(tokens, sampling, avoid) {
                 Err(reason) if reason.may_pass() => match timeout_at(deadline, changes.changed()).await {
                     Ok(Ok(())) => {}
                     Ok(Err(_)) | Err(_) => return Err(reason),
@@ -70,28 +81,99 @@ impl Placer {
         }
     }
 
-    fn book_now(&self, prompt_tokens: u32, sampling: &Sampling) -> Result<Booking, NoPlace> {
-        let asked = (sampling.max_tokens, sampling.choices);
-        let booking = self.board.place(prompt_tokens, asked, &self.served.revision)?;
+    /// Tokens that were generated elsewhere are computed as the prompt's are.
+    fn book_now(
+        &self,
+        (prompt_tokens, generated): (u32, u32),
+        sampling: &Sampling,
+        avoid: Option<&InstanceId>,
+    ) -> Result<Booking, NoPlace> {
+        let asked = (sampling.max_tokens.saturating_sub(generated).max(1), sampling.choices);
+        let tokens = prompt_tokens.saturating_add(generated);
+        let booking = self.board.place(tokens, asked, &self.served.revision, avoid)?;
         tracing::debug!(placement = ?booking.placement, receipt = ?booking.receipt, "placed");
         Ok(booking)
+    }
+
+    /// Places a request again, after a pause or the next change of the fleet.
+    async fn place_again(
+        self: Arc<Self>,
+        assignment: Assignment,
+        failure: Failure,
+        mut pause: Duration,
+    ) -> Result<(Generation, Placement), ApiError> {
+        let Failure { mut error, culprit, .. } = failure;
+        let deadline = (Instant::now() + self.patience + pause).min(assignment.deadline);
+        let tokens = (assignment.prompt.len() as u32, assignment.generated.len() as u32);
+        let mut changes = self.board.changes();
+        loop {
+            let _ = timeout_at(deadline.min(Instant::now() + pause), changes.changed()).await;
+            let booked = self.book_by(deadline, tokens, &assignment.sampling, culprit.as_ref()).await;
+            let Ok(booking) = booked else { return Err(error) };
+            let placement = booking.placement.clone();
+            match self.start(booking, assignment.clone()) {
+                Ok(generation) => {
+                    let (request, generated) = (&assignment.request, tokens.1);
+                    tracing::info!(%request, generated, %error, "the request goes on elsewhere");
+                    if generated > 0 {
+                        let reason = crate::metrics::reason(error.code.name());
+                        self.metrics.migrations.get_or_create(&reason).inc();
+                    }
+                    return Ok((generation, placement));
+                }
+                // It has just left, or takes nothing in at the moment.
+                Err(refused) if Instant::now() < deadline => (error, pause) = (refused, PAUSE_LEAST * 2),
+                Err(refused) => return Err(refused),
+            }
+        }
     }
 }
 
 /// A request on its way to another place.
 pub type Replacing = BoxFuture<'static, Result<(Generation, Placement), ApiError>>;
 
+/// Why a request leaves the place it has.
+#[derive(Debug, Clone)]
+pub struct Failure {
+    pub error: ApiError,
+    /// Who failed it, if that is known: others are asked first.
+    pub culprit: Option<InstanceId>,
+    /// That attempt has brought a token.
+    pub begun: bool,
+}
+
+impl From<ApiError> for Failure {
+    /// It was never begun there.
+    fn from(error: ApiError) -> Self {
+        Self { error, culprit: None, begun: false }
+    }
+}
+
+impl Failure {
+    /// Whether nothing was tried: an instance that drains, say, or has another role by now, does not take the request.
+    fn is_refusal(&self) -> bool {
+        let refused =
+            matches!(self.error.code, ErrorCode::Unavailable | ErrorCode::StaleEpoch | ErrorCode::QueueFull);
+        refused && !self.begun
+    }
+}
+
 /// What it takes to place a request again.
+#[derive(Clone)]
 pub struct Attempts {
     placer: Arc<Placer>,
     assignment: Assignment,
-    made: u32,
+    /// Attempts that failed, and those of them since the last that brought a token.
+    failed: u32,
+    fruitless: u32,
+    /// Refusals since the last attempt.
+    refused: u32,
 }
 
 impl Attempts {
     /// `assignment` has been given to a first place.
     pub fn new(placer: Arc<Placer>, assignment: Assignment) -> Self {
-        Self { placer, assignment, made: 1 }
+        Self { placer, assignment, failed: 0, fruitless: 0, refused: 0 }
     }
 
     /// What is being placed.
@@ -99,28 +181,35 @@ impl Attempts {
         &self.assignment
     }
 
-    pub fn prompt_tokens(&self) -> u32 {
-        self.assignment.prompt.len() as u32
+    /// For one of the choices alone, which goes on from these tokens.
+    #[must_use]
+    pub fn of_choice(&self, choice: u32, generated: &[u32]) -> Self {
+        let mut own = self.clone();
+        let sampling = &mut own.assignment.sampling;
+        (sampling.seed, sampling.choices) = (sampling.seed.wrapping_add(choice.into()), 1);
+        own.assignment.generated = generated.into();
+        own
     }
 
-    /// Places the request once more after `error`, as soon as an instance can take it; `error` is the answer
-    /// if none can within the time.
-    pub fn again(&mut self, error: ApiError) -> Result<Replacing, ApiError> {
-        if self.made >= ATTEMPTS_MOST {
-            return Err(error);
-        }
-        self.made += 1;
-        let (placer, assignment) = (self.placer.clone(), self.assignment.clone());
-        let prompt_tokens = self.prompt_tokens();
-        let replacing = async move {
-            let deadline = (Instant::now() + placer.patience).min(assignment.deadline);
-            let booked = placer.book_by(deadline, prompt_tokens, &assignment.sampling).await;
-            let Ok(booking) = booked else { return Err(error) };
-            tracing::info!(request = %assignment.request, %error, "placing the request again");
-            let placement = booking.placement.clone();
-            Ok((placer.start(booking, assignment)?, placement))
+    /// Places the request once more after a failure, as soon as an instance can take it; the error is the answer if none
+    /// can within the time. A pause comes first, which ends when the fleet changes; a refusal costs no more than that.
+    pub fn again(&mut self, failure: Failure) -> Result<Replacing, ApiError> {
+        let pause = if failure.is_refusal() {
+            self.refused += 1;
+            PAUSE_LEAST.saturating_mul(1 << self.refused.min(16)).min(PAUSE_MOST)
+        } else {
+            self.refused = 0;
+            self.failed += 1;
+            self.fruitless = if failure.begun { 0 } else { self.fruitless + 1 };
+            if self.failed >= FAILURES_MOST || self.fruitless >= ATTEMPTS_MOST {
+                return Err(failure.error);
+            }
+            PAUSE
         };
-        Ok(replacing.boxed())
+        if self.assignment.deadline <= Instant::now() {
+            return Err(failure.error);
+        }
+        Ok(self.placer.clone().place_again(self.assignment.clone(), failure, pause).boxed())
     }
 }
 
@@ -148,7 +237,8 @@ mod tests {
         board.list(&[small.clone(), large.clone()], Instant::now());
         let links = Arc::default();
         let (served, handoffs) = (Arc::new(served()), Arc::default());
-        let placer = Placer { served, board: board.clone(), links, handoffs, patience };
+        let metrics = baton_process::Metrics::new("coordinator").register(Metrics::register);
+        let placer = Placer { served, board: board.clone(), links, handoffs, metrics, patience };
         let body = r#"{"model": "tiny", "prompt": ["short", "one that only the large one holds"]}"#;
         let prepared = prepare(&placer.served, Endpoint::Text, body.as_bytes(), LIMITS, 1).expect("is good");
         // The first prompt waits for most of the time, the second for what is left.

@@ -159,6 +159,7 @@ impl Service {
             request: card.card().request.clone(),
             traceparent: traceparent.to_owned(),
             prompt: prompt.tokens.clone(),
+            generated: Arc::default(),
             sampling: prompt.sampling.clone(),
             priority: prepared.priority,
             deadline: self.deadline(card),

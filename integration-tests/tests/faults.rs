@@ -3,9 +3,11 @@
 use baton_integration_tests::{
     Cluster,
     chat::{Events, ask, long_prompt, request},
-    eventually,
+    eventually, metrics,
 };
 use rustix::process::Signal;
+use serde_json::Value;
+use tokio::sync::watch;
 
 async fn serves_again(cluster: &Cluster) {
     let body = request(cluster.model(), "What is the capital of France?", 12, false);
@@ -19,27 +21,107 @@ async fn serves_again(cluster: &Cluster) {
     cluster.assert_nothing_held().await;
 }
 
+/// Eight different questions, answered at length; of about so many words.
+fn questions(model: &str, words: usize, tokens: u32) -> Vec<Value> {
+    let question = |i| request(model, &format!("Question {i}. {}", long_prompt(words + i)), tokens, true);
+    (0..8).map(question).collect()
+}
+
+/// Reads a stream to its end; every event says to `said` that there was one more.
+async fn read(url: String, body: Value, said: watch::Sender<usize>) -> String {
+    let (mut events, mut text) = (Events::open(&url, &body).await, String::new());
+    while let Some(data) = events.next().await.filter(|data| data != "[DONE]") {
+        let event: Value = serde_json::from_str(&data).expect("each event is JSON");
+        assert!(event["error"].is_null(), "the stream failed: {event}");
+        text.push_str(event["choices"][0]["delta"]["content"].as_str().unwrap_or_default());
+        said.send_modify(|events| *events += 1);
+    }
+    text
+}
+
+/// Asks all at once, and does `fault` when every stream has said `after` events.
+async fn disturbed(
+    cluster: &Cluster,
+    bodies: &[Value],
+    after: usize,
+    fault: impl AsyncFnOnce(),
+) -> Vec<String> {
+    let (mut streams, mut saids) = (Vec::new(), Vec::new());
+    for body in bodies {
+        let (say, said) = watch::channel(0);
+        streams.push(tokio::spawn(read(cluster.url().to_owned(), body.clone(), say)));
+        saids.push(said);
+    }
+    for said in &mut saids {
+        said.wait_for(|events| *events >= after).await.expect("the stream goes on");
+    }
+    fault().await;
+    let mut answers = Vec::new();
+    for stream in streams {
+        answers.push(stream.await.expect("no stream fails"));
+    }
+    answers
+}
+
+async fn undisturbed(cluster: &Cluster, bodies: &[Value]) -> Vec<String> {
+    disturbed(cluster, bodies, 0, async || {}).await
+}
+
+/// Answers that were begun and went on elsewhere.
+async fn migrations(cluster: &Cluster) -> f64 {
+    let metrics = reqwest::get(format!("{}/metrics", cluster.url())).await.expect("metrics are served");
+    let text = metrics.text().await.expect("metrics are text");
+    metrics::sum(&text, "baton_coordinator_migrations_total", "").unwrap_or(0.0)
+}
+
 #[tokio::test]
-async fn killed_decode_ends_its_streams_with_one_clear_error_and_comes_back() {
+async fn streams_go_on_unchanged_when_decode_is_killed_and_it_comes_back() {
     let cluster = Cluster::start(&[]).await;
     let decode = cluster.instance_of("decode").await;
     let roles = cluster.role_epochs().await;
+    let bodies = questions(cluster.model(), 40, 120);
+    let expected = undisturbed(&cluster, &bodies).await;
 
-    let mut events =
-        Events::open(cluster.url(), &request(cluster.model(), "Tell me a story.", 4000, true)).await;
-    for _ in 0..5 {
-        events.next().await.expect("the stream goes on");
-    }
-    let killed = cluster.kill(&decode, Signal::KILL);
-    let (_, error) = events.rest().await;
-    let error = error.expect("the stream ends with an error");
-    assert_eq!(error["code"], "instance_lost", "{error}");
-    assert!(error["message"].as_str().is_some_and(|message| !message.is_empty()), "{error}");
+    let mut killed = 0;
+    let answers =
+        disturbed(&cluster, &bodies, 10, async || killed = cluster.kill(&decode, Signal::KILL)).await;
+    assert_eq!(answers, expected);
+    assert!(migrations(&cluster).await > 0.0, "no stream was cut");
 
     cluster.assert_restarted(&decode, killed).await;
     serves_again(&cluster).await;
     assert_eq!(cluster.role_epochs().await.keys().collect::<Vec<_>>(), roles.keys().collect::<Vec<_>>());
     assert_eq!(cluster.instance_of("decode").await, decode, "a quick restart keeps the role");
+}
+
+#[tokio::test]
+async fn streams_go_on_unchanged_when_prefill_is_killed_in_any_phase() {
+    let cluster = Cluster::start(&[]).await;
+    let prefill = cluster.instance_of("prefill").await;
+    let bodies = questions(cluster.model(), 150, 40);
+    let expected = undisturbed(&cluster, &bodies).await;
+    // Other prompts each time, so that they are computed: some are, some wait, some are decoded when it is killed.
+    for round in 0..2 {
+        let bodies = questions(cluster.model(), 200 + 50 * round, 40);
+        let computing = async || {
+            eventually("prompts are being computed", || async {
+                (cluster.blocks_held().await > 0.0).then_some(())
+            })
+            .await;
+            let killed = cluster.kill(&prefill, Signal::KILL);
+            cluster.assert_restarted(&prefill, killed).await;
+        };
+        let answers = disturbed(&cluster, &bodies, 0, computing).await;
+        serves_again(&cluster).await;
+        assert_eq!(answers, undisturbed(&cluster, &bodies).await, "round {round}");
+    }
+    let answers = disturbed(&cluster, &bodies, 10, async || {
+        let killed = cluster.kill(&prefill, Signal::KILL);
+        cluster.assert_restarted(&prefill, killed).await;
+    })
+    .await;
+    assert_eq!(answers, expected, "while all are decoded");
+    serves_again(&cluster).await;
 }
 
 #[tokio::test]

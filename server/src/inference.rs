@@ -310,6 +310,7 @@ impl Reader {
             request: leg.request,
             choices: leg.choices,
             prompt: leg.prompt,
+            generated: leg.generated,
             sampling: leg.sampling,
             stop: leg.stop,
             top_logprobs: leg.top_logprobs,

@@ -12,11 +12,12 @@ use std::{
     time::Duration,
 };
 
-use baton_proto::{ApiError, ErrorCode, RequestId, TransferId, v1};
+use baton_proto::{ApiError, ErrorCode, InstanceId, TransferId, v1};
 use tokio::time::{Instant, Sleep, sleep_until};
 use v1::dispatch::Work;
 
 use super::{
+    assignment::{Assignment, deadline_passed, dispatch},
     leg::Output,
     link::LegGuard,
     machine::{Command, Completed, Fresh, Machine},
@@ -25,7 +26,6 @@ use super::{
 use crate::{
     fleet::keeper::Links,
     handoffs::{Handoff, Handoffs, is_of_the_link},
-    prepare::Sampling,
     schedule::{
         Placement, Seat, Side,
         board::{Booking, Credit},
@@ -37,19 +37,6 @@ const LINGER: Duration = Duration::from_millis(50);
 /// How long decode may say nothing once prefill is lost: what slices on their way get to arrive (`seal_grace` of
 /// kvtransfer), and some for a step.
 const DECODE_PATIENCE: Duration = Duration::from_secs(15);
-
-/// What a request is, as far as instances are told.
-#[derive(Debug, Clone)]
-pub struct Assignment {
-    pub request: RequestId,
-    /// W3C trace context; empty = none.
-    pub traceparent: String,
-    pub prompt: Arc<[u32]>,
-    pub sampling: Sampling,
-    /// Lower is served first and preempted last.
-    pub priority: i32,
-    pub deadline: Instant,
-}
 
 /// The guards of the open legs.
 #[derive(Default)]
@@ -115,6 +102,8 @@ pub struct Generation {
     inbox: VecDeque<(Side, Output)>,
     /// What has been made of the inbox and not been told.
     news: VecDeque<Progress>,
+    /// The leg whose fault it was that it failed.
+    failed: Option<Side>,
     deadline: Pin<Box<Sleep>>,
     why_cancelled: &'static str,
 }
@@ -171,7 +160,7 @@ impl Generation {
         };
         let choice = |_| {
             let machine = machine(sampling.max_tokens).with_logprobs(sampling.top_logprobs.is_some());
-            Choice { machine, wait: None }
+            Choice { machine: machine.after(&assignment.generated), wait: None }
         };
         Ok(Self {
             choices: (0..sampling.choices).map(choice).collect(),
@@ -181,6 +170,7 @@ impl Generation {
             mailbox,
             inbox: VecDeque::new(),
             news: VecDeque::new(),
+            failed: None,
             deadline: Box::pin(sleep_until(assignment.deadline)),
             why_cancelled: "other_leg_ended",
         })
@@ -199,6 +189,22 @@ impl Generation {
             Some(Ok(completed)) => completed,
             _ => Completed { reason: super::StopReason::Stop, cached_tokens: 0 },
         }
+    }
+
+    /// How much of the prompt was taken from a prefix cache, as far as a leg has said it.
+    pub fn cached_tokens(&self) -> Option<u32> {
+        self.choices.iter().filter_map(|choice| choice.machine.cached_tokens()).max()
+    }
+
+    /// Who made it fail, if that is known.
+    pub fn culprit(&self) -> Option<&InstanceId> {
+        self.failed.map(|side| self.credit.instance(side))
+    }
+
+    /// Ends what is left of it: the request goes on elsewhere.
+    pub fn give_up(self) {
+        let Legs { whole, prefill, decode } = self.legs;
+        [whole, prefill, decode].into_iter().flatten().for_each(|guard| guard.cancel_all("placed_again"));
     }
 
     /// Waits for news of any choice. Must not be called after the end of the last, or a failure.
@@ -240,10 +246,26 @@ impl Generation {
                 self.credit.handed_off();
             }
             match self.perform(choice, commands) {
-                Some(end) => self.news.push_back(Progress::of(choice, end)),
+                Some(end) => {
+                    if let Err(error) = &end {
+                        let failed = self.failed_by(side, error);
+                        self.failed.get_or_insert(failed);
+                    }
+                    self.news.push_back(Progress::of(choice, end));
+                }
                 None if grown => self.news.push_back(Progress::Choice { choice, end: None }),
                 None => {}
             }
+        }
+    }
+
+    /// Whose fault an error is that a leg ended with. An instance that is there and speaks of a lost one means its peer.
+    fn failed_by(&mut self, side: Side, error: &ApiError) -> Side {
+        let speaks = self.legs.of(side).as_ref().is_some_and(LegGuard::is_up);
+        match side {
+            Side::Prefill if speaks && error.code == ErrorCode::InstanceLost => Side::Decode,
+            Side::Decode if speaks && error.code == ErrorCode::InstanceLost => Side::Prefill,
+            side => side,
         }
     }
 
@@ -294,7 +316,7 @@ impl Generation {
             }
         }
         if let Some(Err(error)) = &ended {
-            let first_token = self.choices.iter().any(|choice| !choice.machine.tokens().is_empty());
+            let first_token = self.choices.iter().any(|choice| choice.machine.has_begun());
             if let Some(handoff) = self.handoff.take_if(|_| is_of_the_link(error, first_token)) {
                 handoff.failed();
             }
@@ -307,29 +329,6 @@ impl Generation {
         if let Some(choice) = self.choices.get_mut(choice as usize) {
             choice.wait = Some((wait, Box::pin(sleep_until(Instant::now() + time))));
         }
-    }
-}
-
-/// What a request that is not complete by its deadline ends with.
-pub fn deadline_passed() -> ApiError {
-    let message = "the request did not finish within its time; ask for fewer tokens or try again later";
-    ApiError::new(ErrorCode::DeadlineExceeded, message)
-}
-
-fn dispatch(seat: &Seat, assignment: &Assignment, work: Work) -> v1::Dispatch {
-    let left = assignment.deadline.saturating_duration_since(Instant::now());
-    v1::Dispatch {
-        leg: 0, // the link's to choose
-        request_id: assignment.request.to_string(),
-        traceparent: assignment.traceparent.clone(),
-        incarnation: seat.incarnation.0,
-        role_epoch: seat.role_epoch.0,
-        model: seat.model.clone(),
-        prompt_tokens: assignment.prompt.to_vec(),
-        sampling: Some((&assignment.sampling).into()),
-        timeout_millis: u64::try_from(left.as_millis()).unwrap_or(u64::MAX).max(1),
-        work: Some(work),
-        priority: assignment.priority,
     }
 }
 
@@ -352,7 +351,7 @@ mod tests {
         board.list(&[d.clone(), p.clone()], Instant::now());
         board.up(&d.id, d.incarnation, ready(Role::Decode));
         board.up(&p.id, p.incarnation, ready(Role::Prefill));
-        let booking = board.place(10, (10, 1), "r1").expect("a place");
+        let booking = board.place(10, (10, 1), "r1", None).expect("a place");
         Generation {
             choices: vec![Choice { machine: Machine::apart(10), wait: None }],
             legs: Legs::default(),
@@ -361,6 +360,7 @@ mod tests {
             mailbox: Arc::new(Mailbox::new(1)),
             inbox: VecDeque::new(),
             news: VecDeque::new(),
+            failed: None,
             deadline: Box::pin(sleep_until(Instant::now() + deadline)),
             why_cancelled: "other_leg_ended",
         }

@@ -199,6 +199,11 @@ pub struct LegGuard {
 }
 
 impl LegGuard {
+    /// Whether the stream to the instance stands.
+    pub fn is_up(&self) -> bool {
+        self.link.is_up()
+    }
+
     /// The instance has ended a choice. True: that was the last.
     pub fn ended(&mut self, choice: u32) -> bool {
         let before = self.open;

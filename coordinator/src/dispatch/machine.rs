@@ -102,7 +102,7 @@ enum State {
     Over,
 }
 
-/// One attempt at one request.
+/// One attempt at one choice of a request.
 #[derive(Debug)]
 pub struct Machine {
     max_tokens: u32,
@@ -110,6 +110,8 @@ pub struct Machine {
     state: State,
     /// The completion so far, without gaps.
     tokens: Vec<u32>,
+    /// How many of `tokens` there were before this attempt.
+    carried: usize,
     /// How many of `tokens` have been given out.
     given: usize,
     /// Of the tokens that have not been given out.
@@ -123,7 +125,8 @@ pub struct Machine {
     transfer_broken: Option<ApiError>,
     /// Why prefill's leg failed after its token; decode's word decides whether it matters.
     prefill_lost: Option<ApiError>,
-    cached_tokens: u32,
+    /// Once it was said.
+    cached_tokens: Option<u32>,
 }
 
 impl Machine {
@@ -143,12 +146,20 @@ impl Machine {
         Self { wants_logprobs: wanted, ..self }
     }
 
+    /// The attempt goes on from tokens that an earlier one brought; they are not given out again.
+    #[must_use]
+    pub fn after(self, generated: &[u32]) -> Self {
+        let carried = generated.len();
+        Self { tokens: generated.to_vec(), carried, given: carried, ..self }
+    }
+
     fn new(max_tokens: u32, open: Open) -> Self {
         Self {
             max_tokens,
             open,
             state: State::Running,
             tokens: Vec::new(),
+            carried: 0,
             given: 0,
             logprobs: Vec::new(),
             wants_logprobs: false,
@@ -156,13 +167,23 @@ impl Machine {
             decode_spoke: false,
             transfer_broken: None,
             prefill_lost: None,
-            cached_tokens: 0,
+            cached_tokens: None,
         }
     }
 
     /// All tokens so far, in order.
     pub fn tokens(&self) -> &[u32] {
         &self.tokens
+    }
+
+    /// This attempt has brought a token.
+    pub fn has_begun(&self) -> bool {
+        self.tokens.len() > self.carried
+    }
+
+    /// How much of the prompt was taken from a prefix cache, once it was said.
+    pub fn cached_tokens(&self) -> Option<u32> {
+        self.cached_tokens
     }
 
     /// Tokens not yet given out, in order; each is given once.
@@ -235,7 +256,7 @@ impl Machine {
             let Some(position) = position.filter(|&position| position < self.max_tokens) else {
                 return Err(broken(side, "sent more tokens than were asked for"));
             };
-            if side == Side::Prefill && position != 0 {
+            if side == Side::Prefill && position as usize != self.carried {
                 return Err(broken(side, "sent a token that is decode's"));
             }
             let logprobs = logprobs.next().filter(|_| self.wants_logprobs);
@@ -263,8 +284,8 @@ impl Machine {
         self.open = self.open.without(side);
         match (side, end) {
             (Side::Prefill, LegEnd::HandedOff { cached_tokens }) => {
-                self.cached_tokens = self.cached_tokens.max(cached_tokens);
-                if self.tokens.is_empty() {
+                self.cached_tokens = self.cached_tokens.max(Some(cached_tokens));
+                if !self.has_begun() {
                     return self.fail(broken(side, "handed over without a first token"));
                 }
                 if let Some(error) = self.transfer_broken.take() {
@@ -274,15 +295,15 @@ impl Machine {
             }
             (_, LegEnd::HandedOff { .. }) => self.fail(broken(side, "handed over what it was to finish")),
             // Even a sequence that ends at once has the token that ends it.
-            (Side::Prefill | Side::Whole, LegEnd::Complete { .. }) if self.tokens.is_empty() => {
+            (Side::Prefill | Side::Whole, LegEnd::Complete { .. }) if !self.has_begun() => {
                 self.fail(broken(side, "ended the request without a first token"))
             }
             (Side::Prefill, LegEnd::Complete { reason, cached_tokens }) => {
-                self.cached_tokens = self.cached_tokens.max(cached_tokens);
+                self.cached_tokens = self.cached_tokens.max(Some(cached_tokens));
                 self.finish(reason)
             }
             (_, LegEnd::Complete { reason, cached_tokens }) => {
-                self.cached_tokens = self.cached_tokens.max(cached_tokens);
+                self.cached_tokens = self.cached_tokens.max(Some(cached_tokens));
                 self.decode_spoke = true;
                 self.state = State::Closing(reason);
                 self.settle()
@@ -313,7 +334,7 @@ impl Machine {
 
     /// Whether decode can finish without prefill, as far as is known.
     fn may_be_with_decode(&self) -> bool {
-        !self.tokens.is_empty() && self.transfer_broken.is_none()
+        self.has_begun() && self.transfer_broken.is_none()
     }
 
     fn lose_prefill(&mut self, error: ApiError) -> Vec<Command> {
@@ -336,7 +357,7 @@ impl Machine {
         match self.state {
             State::Running | State::Over => Vec::new(),
             State::Closing(reason) => {
-                let whole = self.early.is_empty() && (!self.tokens.is_empty() || self.open == Open::Neither);
+                let whole = self.early.is_empty() && (self.has_begun() || self.open == Open::Neither);
                 match (whole, self.open) {
                     (true, Open::Neither) => self.finish(reason),
                     (true, _) => {
@@ -356,7 +377,8 @@ impl Machine {
 
     fn finish(&mut self, reason: StopReason) -> Vec<Command> {
         let mut commands = self.cancel_open();
-        commands.push(Command::End(Ok(Completed { reason, cached_tokens: self.cached_tokens })));
+        let cached_tokens = self.cached_tokens.unwrap_or(0);
+        commands.push(Command::End(Ok(Completed { reason, cached_tokens })));
         commands
     }
 

@@ -1,16 +1,18 @@
 //! From a placement to tokens in order: both legs out at once, what they bring back merged.
 //!
 //! Called by [`crate::serve`] with a placed request; leaves text to [`crate::stream`]. [`machine`] is the protocol
-//! (pure), [`generation`] drives it for one request, [`link`] is the stream to one instance that all requests share,
+//! (pure), [`generation`] drives it for one [`assignment`], [`link`] is the stream to one instance that all requests share,
 //! [`mailbox`] lies between the two.
 
+mod assignment;
 mod generation;
 mod leg;
 mod link;
 pub mod machine;
 mod mailbox;
 
-pub use generation::{Assignment, Generation, Progress, deadline_passed};
+pub use assignment::{Assignment, deadline_passed};
+pub use generation::{Generation, Progress};
 pub use leg::{LegEnd, Output, StopReason, TokenLogprobs};
 pub use link::{LegGuard, Link, LinkTask, Target};
 pub use machine::{Completed, Fresh};

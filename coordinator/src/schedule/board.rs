@@ -15,7 +15,7 @@ use parking_lot::Mutex;
 use tokio::{sync::watch, time::Instant};
 
 use super::{
-    Ask, NoPlace, Placement, Receipt, Seat,
+    Ask, NoPlace, Placement, Receipt, Seat, Side,
     ledger::{Ledger, Work},
     place,
 };
@@ -86,21 +86,26 @@ impl Board {
     /// Whether a request could be placed now.
     pub fn can_serve(&self, revision: &str) -> Result<(), NoPlace> {
         let state = self.state.lock();
-        let ask = Ask { prompt_tokens: 1, max_tokens: 2, choices: 1, revision, turn: 0 };
+        let ask = Ask { prompt_tokens: 1, max_tokens: 2, choices: 1, revision, avoid: None, turn: 0 };
         place(&state.fleet, &state.ledger, &ask, Instant::now()).map(drop)
     }
 
-    /// Chooses where a request goes and books its work there at once.
+    /// Chooses where a request goes and books its work there at once. `avoid` is taken if nobody else is there.
     pub fn place(
         self: &Arc<Self>,
         prompt_tokens: u32,
         (max_tokens, choices): (u32, u32),
         revision: &str,
+        avoid: Option<&InstanceId>,
     ) -> Result<Booking, NoPlace> {
         let turn = self.turns.fetch_add(1, Ordering::Relaxed);
-        let ask = Ask { prompt_tokens, max_tokens, choices, revision, turn };
+        let ask = Ask { prompt_tokens, max_tokens, choices, revision, avoid, turn };
         let state = &mut *self.state.lock();
-        let (placement, receipt) = place(&state.fleet, &state.ledger, &ask, Instant::now())?;
+        let find = |ask: &Ask<'_>| place(&state.fleet, &state.ledger, ask, Instant::now());
+        let (placement, receipt) = match find(&ask) {
+            Err(_) if avoid.is_some() => find(&Ask { avoid: None, ..ask })?,
+            found => found?,
+        };
         let prompt = u64::from(prompt_tokens);
         let entry = |seat: &Seat, prefill_tokens, sequences: u32| {
             let work = Work { prefill_tokens, sequences: sequences.into(), blocks: seat.blocks };
@@ -142,6 +147,14 @@ pub struct Credit {
 }
 
 impl Credit {
+    /// Who has one of the legs.
+    pub fn instance(&self, side: Side) -> &InstanceId {
+        match (side, &self.decode) {
+            (Side::Decode, Some((decode, _))) => decode,
+            _ => &self.prefill.0,
+        }
+    }
+
     /// The prompt has been computed.
     pub fn prefilled(&mut self) {
         let tokens = std::mem::take(&mut self.prefill.1.prefill_tokens);

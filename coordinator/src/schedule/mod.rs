@@ -40,6 +40,8 @@ pub struct Ask<'a> {
     pub choices: u32,
     /// The very model that the prompt was tokenised for: to instances of any other its token ids mean something else.
     pub revision: &'a str,
+    /// An instance that has just failed the request.
+    pub avoid: Option<&'a InstanceId>,
     /// Any number that differs from request to request: equal costs take turns by it.
     pub turn: u64,
 }
@@ -198,6 +200,9 @@ pub fn place(
     let mut seen = Seen::default();
     let count = fleet.all().len() as u64;
     for (index, (instance, duty)) in fleet.usable(now).enumerate() {
+        if ask.avoid == Some(&instance.spec.id) {
+            continue;
+        }
         if !runs(&instance.spec, ask) {
             seen.other_model |= duty.role != Role::None;
             continue;

@@ -28,7 +28,7 @@ fn fleet_of(instances: Vec<(Spec, Role, Load)>) -> Fleet {
 }
 
 fn ask(prompt_tokens: u32) -> Ask<'static> {
-    Ask { prompt_tokens, max_tokens: 64, choices: 1, revision: "r1", turn: 0 }
+    Ask { prompt_tokens, max_tokens: 64, choices: 1, revision: "r1", avoid: None, turn: 0 }
 }
 
 fn chosen(fleet: &Fleet, ledger: &Ledger, ask: &Ask<'_>) -> Result<Vec<String>, NoPlace> {

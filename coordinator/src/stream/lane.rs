@@ -1,32 +1,60 @@
 //! One prompt of a request on its way to its choices: the legs that work at it, and a reading for each choice.
+//!
+//! All choices set out together, as one [`Generation`]. When that fails, and another may do better, what has not
+//! been begun is placed again as it was; else each choice that has not ended goes on by itself, from the tokens it
+//! has, wherever it finds a place. Its reading stays, so that its client notices nothing but a pause.
 
-use std::task::{Context, Poll, ready};
+use std::{
+    ops::Range,
+    task::{Context, Poll, ready},
+};
 
 use baton_proto::{ApiError, ErrorCode};
 use tokio::time::Instant;
 
 use super::reading::{Piece, Reading};
 use crate::{
-    dispatch::{Generation, Progress},
-    place::{Attempts, Replacing},
+    dispatch::{Completed, Generation, Progress},
+    place::{Attempts, Failure, Replacing},
     requests::CardGuard,
 };
 
 /// Who works at the answer.
 enum Work {
     Generating(Box<Generation>),
-    /// The first instances could not be asked, or failed before they said anything; others are being looked for.
+    /// The first instances could not be asked, or failed; others are being looked for.
     Replacing(Replacing),
+}
+
+/// Choices that are generated together.
+struct Strand {
+    // Dropped first: legs are cancelled.
+    work: Work,
+    attempts: Attempts,
+    /// Which of the lane's they are.
+    choices: Range<usize>,
+}
+
+/// How a strand ended.
+enum Over {
+    Done,
+    /// By an attempt's failure.
+    Failed(ApiError),
+    /// Nobody was found in time who would make another attempt.
+    NoPlace(ApiError),
 }
 
 /// See the module.
 pub struct Lane {
-    // Dropped first: legs are cancelled.
-    work: Work,
-    attempts: Attempts,
+    /// Those with choices that have not ended.
+    strands: Vec<Strand>,
     /// By choice.
     readings: Vec<Reading>,
+    prompt_tokens: u32,
+    deadline: Instant,
     cached_tokens: u32,
+    /// An attempt that did not finish has said how many they are; what a later one finds in caches is the request's own.
+    cached_settled: bool,
 }
 
 impl Lane {
@@ -37,11 +65,14 @@ impl Lane {
         mut attempts: Attempts,
         readings: Vec<Reading>,
     ) -> Result<Self, ApiError> {
+        let assignment = attempts.assignment();
+        let (prompt_tokens, deadline) = (assignment.prompt.len() as u32, assignment.deadline);
         let work = match started {
             Ok(generation) => Work::Generating(Box::new(generation)),
-            Err(error) => Work::Replacing(attempts.again(error)?),
+            Err(error) => Work::Replacing(attempts.again(error.into())?),
         };
-        Ok(Self { work, attempts, readings, cached_tokens: 0 })
+        let strands = vec![Strand { work, attempts, choices: 0..readings.len() }];
+        Ok(Self { strands, readings, prompt_tokens, deadline, cached_tokens: 0, cached_settled: false })
     }
 
     /// Its choices.
@@ -49,17 +80,12 @@ impl Lane {
         self.readings.len()
     }
 
-    /// Every choice has ended.
-    pub(super) fn done(&self) -> bool {
-        self.readings.iter().all(Reading::finished)
-    }
-
     pub(super) fn deadline(&self) -> Instant {
-        self.attempts.assignment().deadline
+        self.deadline
     }
 
     pub(super) fn prompt_tokens(&self) -> u32 {
-        self.attempts.prompt_tokens()
+        self.prompt_tokens
     }
 
     pub(super) fn cached_tokens(&self) -> u32 {
@@ -78,67 +104,130 @@ impl Lane {
         card: &CardGuard,
         pieces: &mut [Piece],
     ) -> Poll<Result<(), ApiError>> {
-        while !self.done() {
-            match &mut self.work {
-                Work::Generating(generation) => {
-                    let progress = ready!(generation.poll(context));
-                    if let Err(error) = self.take(progress, pieces) {
-                        return Poll::Ready(Err(error));
+        let mut index = 0;
+        while index < self.strands.len() {
+            match self.poll_strand(index, context, card, pieces) {
+                Poll::Ready(Over::Done) => drop(self.strands.remove(index)),
+                Poll::Ready(Over::Failed(error)) => {
+                    let strand = self.strands.remove(index);
+                    let next = self.again(strand, error, pieces)?;
+                    self.strands.splice(index..index, next);
+                }
+                Poll::Ready(Over::NoPlace(error)) => return Poll::Ready(Err(error)),
+                Poll::Pending => index += 1,
+            }
+        }
+        if self.strands.is_empty() { Poll::Ready(Ok(())) } else { Poll::Pending }
+    }
+
+    fn poll_strand(
+        &mut self,
+        index: usize,
+        context: &mut Context<'_>,
+        card: &CardGuard,
+        pieces: &mut [Piece],
+    ) -> Poll<Over> {
+        let strand = &mut self.strands[index];
+        let readings = &mut self.readings[strand.choices.clone()];
+        let pieces = &mut pieces[strand.choices.clone()];
+        while !readings.iter().all(Reading::finished) {
+            let generation = match &mut strand.work {
+                Work::Generating(generation) => generation,
+                Work::Replacing(replacing) => match ready!(replacing.as_mut().poll(context)) {
+                    Ok((generation, placement)) => {
+                        card.placed(&placement);
+                        strand.work = Work::Generating(Box::new(generation));
+                        continue;
                     }
+                    Err(error) => return Poll::Ready(Over::NoPlace(error)),
+                },
+            };
+            let (choice, end) = match ready!(generation.poll(context)) {
+                Progress::Choice { choice, end } => (choice, end),
+                Progress::Failed(error) => return Poll::Ready(Over::Failed(error)),
+            };
+            let at = choice as usize;
+            let (Some(reading), Some(piece)) = (readings.get_mut(at), pieces.get_mut(at)) else { continue };
+            if let Some(completed) = take(generation, choice, reading, piece).or(end) {
+                if !self.cached_settled {
+                    self.cached_tokens = self.cached_tokens.max(completed.cached_tokens);
                 }
-                Work::Replacing(replacing) => {
-                    let (generation, placement) = match ready!(replacing.as_mut().poll(context)) {
-                        Ok(placed) => placed,
-                        Err(error) => return Poll::Ready(Err(error)),
-                    };
-                    card.placed(&placement);
-                    self.work = Work::Generating(Box::new(generation));
+                if !reading.finished() {
+                    reading.finish(completed.reason, false, piece);
                 }
             }
         }
-        Poll::Ready(Ok(()))
+        Poll::Ready(Over::Done)
     }
 
-    fn take(&mut self, progress: Progress, pieces: &mut [Piece]) -> Result<(), ApiError> {
-        let Work::Generating(generation) = &mut self.work else { return Ok(()) };
-        let (choice, end) = match progress {
-            Progress::Choice { choice, end } => (choice, end),
-            Progress::Failed(error) => {
-                self.work = Work::Replacing(self.again(error)?);
-                return Ok(());
+    /// What takes the place of a strand that has failed, if another attempt may do better.
+    fn again(
+        &mut self,
+        strand: Strand,
+        error: ApiError,
+        pieces: &mut [Piece],
+    ) -> Result<Vec<Strand>, ApiError> {
+        let Strand { work, mut attempts, choices } = strand;
+        let Work::Generating(mut generation) = work else { return Err(error) };
+        let readings = &mut self.readings[choices.clone()];
+        if !may_pass(&error, readings.iter().any(|reading| reading.consumed() > 0)) {
+            return Err(error);
+        }
+        for (choice, at) in (0..).zip(choices.clone()) {
+            let (reading, piece) = (&mut self.readings[at], &mut pieces[at]);
+            take(&mut generation, choice, reading, piece);
+            // Its last token has come, and only the word that it is the last was lost.
+            if let Some(reason) = reading.complete().filter(|_| !reading.finished()) {
+                reading.finish(reason, false, piece);
             }
-        };
-        let at = choice as usize;
-        let (Some(reading), Some(piece)) = (self.readings.get_mut(at), pieces.get_mut(at)) else {
-            return Ok(());
-        };
-        if reading.finished() {
-            return Ok(());
         }
-        let Some(fresh) = generation.fresh(choice) else { return Ok(()) };
-        let stopped = reading.take(fresh, piece);
-        let end = if stopped { Some(generation.stop(choice)) } else { end };
-        if let Some(completed) = end {
-            self.cached_tokens = self.cached_tokens.max(completed.cached_tokens);
-            reading.finish(completed.reason, stopped, piece);
+        if let Some(said) = generation.cached_tokens().filter(|_| !self.cached_settled) {
+            (self.cached_tokens, self.cached_settled) = (said.max(self.cached_tokens), true);
         }
-        Ok(())
+        let readings = &self.readings[choices.clone()];
+        let carried = attempts.assignment().generated.len();
+        let begun = readings.iter().any(|reading| reading.tokens().len() > carried);
+        let failure = Failure { error, culprit: generation.culprit().cloned(), begun };
+        generation.give_up();
+        if readings.iter().all(|reading| reading.tokens().is_empty()) {
+            let work = Work::Replacing(attempts.again(failure)?);
+            return Ok(vec![Strand { work, attempts, choices }]);
+        }
+        let left = (0..).zip(choices).filter(|(_, at)| !self.readings[*at].finished());
+        let alone = |(choice, at): (u32, usize)| {
+            let mut attempts = attempts.of_choice(choice, self.readings[at].tokens());
+            let work = Work::Replacing(attempts.again(failure.clone())?);
+            Ok(Strand { work, attempts, choices: at..at + 1 })
+        };
+        left.map(alone).collect()
     }
+}
 
-    /// Places the request once more if nothing of it has been answered yet and another attempt may do better.
-    fn again(&mut self, error: ApiError) -> Result<Replacing, ApiError> {
-        let worth_it = matches!(
-            error.code,
-            ErrorCode::InstanceLost
-                | ErrorCode::StaleEpoch
-                | ErrorCode::HandoffFailed
-                | ErrorCode::KvDamaged
-                | ErrorCode::Unavailable
-        );
-        if worth_it && self.consumed().all(|tokens| tokens == 0) {
-            self.attempts.again(error)
-        } else {
-            Err(error)
-        }
+/// Takes in what has come of a choice. If a stop string has matched, the choice has ended.
+fn take(
+    generation: &mut Generation,
+    choice: u32,
+    reading: &mut Reading,
+    piece: &mut Piece,
+) -> Option<Completed> {
+    if reading.finished() || !reading.take(generation.fresh(choice)?, piece) {
+        return None;
+    }
+    let completed = generation.stop(choice);
+    reading.finish(completed.reason, true, piece);
+    Some(completed)
+}
+
+/// Whether another attempt may do better.
+fn may_pass(error: &ApiError, generated: bool) -> bool {
+    match error.code {
+        ErrorCode::InstanceLost
+        | ErrorCode::StaleEpoch
+        | ErrorCode::HandoffFailed
+        | ErrorCode::KvDamaged
+        | ErrorCode::Unavailable => true,
+        // Who has read half of an answer is not told that the house is full.
+        ErrorCode::QueueFull => generated,
+        _ => false,
     }
 }

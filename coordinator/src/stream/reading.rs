@@ -50,8 +50,10 @@ pub struct Reading {
     shows_end: bool,
     /// Text that comes before that of the tokens.
     echo: String,
-    /// Tokens of the answer so far.
-    consumed: u32,
+    /// Most tokens of the answer.
+    max_tokens: u32,
+    /// The answer so far, as another instance can go on from it.
+    tokens: Vec<u32>,
     scored: bool,
     /// Tokens whose text has not begun to be shown.
     waiting: VecDeque<ScoredToken>,
@@ -68,7 +70,8 @@ impl Reading {
             ends_sequence: assignment.sampling.stop_token_ids.as_slice().into(),
             shows_end,
             echo: echo.to_owned(),
-            consumed: 0,
+            max_tokens: assignment.sampling.max_tokens,
+            tokens: Vec::new(),
             scored: assignment.sampling.top_logprobs.is_some(),
             waiting: VecDeque::new(),
             shown: 0,
@@ -76,9 +79,23 @@ impl Reading {
         }
     }
 
-    /// Tokens of the answer so far.
+    /// Number of tokens of the answer so far.
     pub(super) fn consumed(&self) -> u32 {
-        self.consumed
+        self.tokens.len() as u32
+    }
+
+    /// Tokens of the answer so far.
+    pub(super) fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// Why the answer ends with its last token, whoever was to say so.
+    pub(super) fn complete(&self) -> Option<StopReason> {
+        match self.tokens.last() {
+            Some(last) if self.ends_sequence.binary_search(last).is_ok() => Some(StopReason::Stop),
+            Some(_) if self.consumed() >= self.max_tokens => Some(StopReason::Length),
+            _ => None,
+        }
     }
 
     pub(super) fn finished(&self) -> bool {
@@ -92,7 +109,7 @@ impl Reading {
         }
         let mut logprobs = fresh.logprobs.into_iter();
         for &token in fresh.tokens {
-            self.consumed += 1;
+            self.tokens.push(token);
             let logprobs = logprobs.next();
             // A token that ends the sequence is counted and has no text.
             if !self.shows_end && self.ends_sequence.binary_search(&token).is_ok() {
@@ -155,6 +172,7 @@ mod tests {
             request: baton_proto::RequestId::adopt("r"),
             traceparent: String::new(),
             prompt: prepared.prompts[0].tokens.clone(),
+            generated: Arc::default(),
             sampling: prepared.prompts[0].sampling.clone(),
             priority: 0,
             deadline: tokio::time::Instant::now(),

@@ -4,5 +4,6 @@ mod answers;
 mod choices;
 mod failures;
 mod handoffs;
+mod migrations;
 mod real_text;
 mod scripted;

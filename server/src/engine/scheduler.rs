@@ -310,13 +310,13 @@ impl Scheduler {
         sequence.sealed = cached;
         let extended = self.blocks.extend(&mut sequence.blocks, tokens);
         debug_assert!(extended, "admitted without free blocks");
-        let (prompt_tokens, deadline) = (sequence.prompt_tokens, sequence.deadline);
+        let (given_tokens, deadline) = (sequence.given_tokens, sequence.deadline);
         let blocks = || sequence.blocks.as_slice().to_vec();
         match &sequence.work {
             Work::Decode(from) => {
                 let from = from.clone();
                 let blocks = blocks();
-                let prompt = (prompt_tokens, sequence.prompt_digest());
+                let prompt = (given_tokens, sequence.given_digest());
                 let expect = Effect::Expect { id, from, prompt, blocks, held: cached, deadline };
                 self.effects.push(expect);
                 self.counts.held_blocks += u64::from(cached);
@@ -328,7 +328,7 @@ impl Scheduler {
             Work::Prefill(to) => {
                 let (to, blocks) = (to.clone(), blocks());
                 let priority = sequence.rank.priority;
-                let prompt = (prompt_tokens, sequence.prompt_digest());
+                let prompt = (given_tokens, sequence.given_digest());
                 let offer = Effect::Offer { id, to, prompt, blocks, cached, priority, deadline };
                 self.effects.push(offer);
             }
@@ -338,7 +338,7 @@ impl Scheduler {
         if sequence.cached.is_none() {
             sequence.cached = Some(sequence.computed);
             self.counts.prefix_hit_tokens += u64::from(sequence.computed);
-            self.counts.prefix_miss_tokens += u64::from(prompt_tokens - sequence.computed);
+            self.counts.prefix_miss_tokens += u64::from(given_tokens - sequence.computed);
         }
         self.run(id);
     }

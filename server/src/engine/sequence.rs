@@ -56,8 +56,10 @@ pub struct NewSequence {
     pub request: RequestId,
     /// At least 1.
     pub choices: u32,
-    /// At least one token, fewer than the context holds.
+    /// At least one token, with `generated` fewer than the context holds.
     pub prompt: Vec<u32>,
+    /// Tokens of the completion that there are already, fewer than it may have; none of several choices.
+    pub generated: Vec<u32>,
     pub sampling: SamplingParams,
     pub stop: StopRule,
     /// Log probabilities are wanted, with as many of the likeliest tokens.
@@ -203,6 +205,8 @@ pub(super) struct Sequence {
     /// Prompt, then completion so far.
     pub(super) tokens: Vec<u32>,
     pub(super) prompt_tokens: u32,
+    /// What it came with: the prompt, and tokens of the completion that another instance had generated.
+    pub(super) given_tokens: u32,
     /// Tokens whose K and V are in `blocks`.
     pub(super) computed: u32,
     pub(super) blocks: BlockList,
@@ -210,7 +214,7 @@ pub(super) struct Sequence {
     hashes: Vec<BlockHash>,
     /// Blocks from the first on that are sealed: never written again, and others may share them.
     pub(super) sealed: u32,
-    /// Tokens of the prompt that were in the cache when it was first computed here. None before that.
+    /// Of the tokens given, those that were in the cache when they were first computed here. None before that.
     pub(super) cached: Option<u32>,
     pub(super) sampling: SamplingParams,
     pub(super) counts: Option<TokenCounts>,
@@ -229,7 +233,10 @@ impl Sequence {
     /// `context_tokens` bounds prompt and completion together, `pool_tokens` what of them is held here at a time.
     pub(super) fn new(new: NewSequence, arrival: u64, context_tokens: u32, pool_tokens: u32) -> Self {
         let prompt_tokens = new.prompt.len() as u32;
-        let counts = new.sampling.penalises().then(|| TokenCounts::new(&new.prompt, &[]));
+        let carried = new.generated.len() as u32;
+        let counts = new.sampling.penalises().then(|| TokenCounts::new(&new.prompt, &new.generated));
+        let mut tokens = new.prompt;
+        tokens.extend(new.generated);
         // The last token of a completion is never computed, so it needs no room. A prefill leg's completion is held
         // elsewhere.
         let room = match new.work {
@@ -243,8 +250,9 @@ impl Sequence {
             choices: (0..new.choices).collect(),
             unforked: new.choices,
             rank: Rank { priority: new.priority, arrival, fork: 0 },
-            tokens: new.prompt,
+            tokens,
             prompt_tokens,
+            given_tokens: prompt_tokens + carried,
             computed: 0,
             blocks: BlockList::default(),
             hashes: Vec::new(),
@@ -254,7 +262,7 @@ impl Sequence {
             counts,
             stop_tokens: new.stop.stop_tokens,
             top_logprobs: new.top_logprobs,
-            completion_limit: new.stop.max_tokens.min(room.saturating_sub(prompt_tokens)).max(1),
+            completion_limit: new.stop.max_tokens.min(room.saturating_sub(prompt_tokens)).max(carried + 1),
             deadline: new.deadline,
             work: new.work,
             request: new.request,
@@ -279,9 +287,9 @@ impl Sequence {
         self.hashes[block as usize]
     }
 
-    /// By which the two sides of a handoff know that they mean the same prompt.
-    pub(super) fn prompt_digest(&self) -> PromptDigest {
-        PromptDigest::of(&self.tokens[..self.prompt_tokens as usize])
+    /// By which the two sides of a handoff know that they mean the cache of the same tokens.
+    pub(super) fn given_digest(&self) -> PromptDigest {
+        PromptDigest::of(&self.tokens[..self.given_tokens as usize])
     }
 
     /// Tokens still to be computed before the next one can be sampled.
@@ -296,15 +304,16 @@ impl Sequence {
 
     /// Index in a choice's completion of the token that comes next. Of a leg that hands over there is only the first.
     pub(super) fn first_untold(&self) -> u32 {
-        if matches!(self.work, Work::Prefill(_)) { 0 } else { self.completion_tokens() }
+        let first = self.given_tokens - self.prompt_tokens;
+        if matches!(self.work, Work::Prefill(_)) { first } else { self.completion_tokens() }
     }
 
     /// Most tokens that will ever have to be in the KV cache here. The last token of a completion is never computed.
     pub(super) fn most_cached_tokens(&self) -> u32 {
         match self.work {
-            Work::Prefill(_) => self.prompt_tokens,
+            Work::Prefill(_) => self.given_tokens,
             Work::Whole => self.prompt_tokens + self.completion_limit - 1,
-            Work::Decode(_) => self.prompt_tokens + self.completion_limit.max(2) - 1,
+            Work::Decode(_) => (self.prompt_tokens + self.completion_limit - 1).max(self.given_tokens + 1),
         }
     }
 
@@ -352,6 +361,7 @@ impl Sequence {
             rank: Rank { fork: choice, ..self.rank },
             tokens: self.tokens.clone(),
             prompt_tokens: self.prompt_tokens,
+            given_tokens: self.given_tokens,
             computed: self.computed,
             blocks,
             hashes: self.hashes.clone(),
@@ -407,7 +417,7 @@ impl Sequence {
         LegEnd::Finished {
             reason,
             prompt_tokens: self.prompt_tokens,
-            cached_tokens: self.cached.unwrap_or(0),
+            cached_tokens: self.cached.unwrap_or(0).min(self.prompt_tokens),
             completion_tokens: self.completion_tokens(),
         }
     }

@@ -28,6 +28,8 @@ pub struct Leg {
     pub role_epoch: RoleEpoch,
     pub model: String,
     pub prompt: Vec<u32>,
+    /// Tokens of the completion that there are already; none of a leg of several choices.
+    pub generated: Vec<u32>,
     /// At least 1.
     pub choices: u32,
     pub sampling: SamplingParams,
@@ -69,6 +71,11 @@ impl TryFrom<v1::Dispatch> for Leg {
         if wire.prompt_tokens.is_empty() {
             return Err(invalid("prompt_tokens", "the prompt has no tokens"));
         }
+        let generated = wire.generated_tokens;
+        if !generated.is_empty() && (choices > 1 || generated.len() >= stop.max_tokens as usize) {
+            let message = "a leg goes on from the tokens of one choice, and is to add at least one to them";
+            return Err(invalid("generated_tokens", message));
+        }
         let work = wire.work.ok_or_else(|| invalid("work", "the work to do is missing"))?;
         Ok(Self {
             leg: LegId(wire.leg),
@@ -78,6 +85,7 @@ impl TryFrom<v1::Dispatch> for Leg {
             role_epoch: RoleEpoch(wire.role_epoch),
             model: wire.model,
             prompt: wire.prompt_tokens,
+            generated,
             choices,
             sampling,
             stop,
@@ -206,7 +214,9 @@ impl Leg {
         }
         let suits = match self.work {
             // One token is all prefill's work: there is nothing to hand over.
-            Work::Whole if self.stop.max_tokens == 1 => role.role != Role::None,
+            Work::Whole if self.stop.max_tokens as usize == self.generated.len() + 1 => {
+                role.role != Role::None
+            }
             // Decode can do all of a request, too, whether or not a coordinator asks it to.
             Work::Whole | Work::Decode(_) => matches!(role.role, Role::Decode | Role::Mixed),
             Work::Prefill(_) => matches!(role.role, Role::Prefill | Role::Mixed),
@@ -225,12 +235,15 @@ impl Leg {
             let message = format!("the model {:?} is not served here; this is {:?}", self.model, facts.model);
             return Err(ApiError::new(ErrorCode::ModelNotFound, message).param("model"));
         }
-        if let Some(token) = self.prompt.iter().find(|token| **token >= facts.vocabulary) {
-            let message = format!("token {token} is outside the vocabulary of {}", facts.vocabulary);
-            return Err(invalid("prompt_tokens", message));
+        for (field, tokens) in [("prompt_tokens", &self.prompt), ("generated_tokens", &self.generated)] {
+            if let Some(token) = tokens.iter().find(|token| **token >= facts.vocabulary) {
+                let message = format!("token {token} is outside the vocabulary of {}", facts.vocabulary);
+                return Err(invalid(field, message));
+            }
         }
-        if self.prompt.len() >= facts.context_tokens as usize {
-            let (prompt, context) = (self.prompt.len(), facts.context_tokens);
+        let given = self.prompt.len() + self.generated.len();
+        if given >= facts.context_tokens as usize {
+            let (prompt, context) = (given, facts.context_tokens);
             let message = format!("the prompt has {prompt} tokens; with a completion at most {context} fit");
             return Err(ApiError::new(ErrorCode::ContextLengthExceeded, message).param("prompt_tokens"));
         }
@@ -299,11 +312,14 @@ mod tests {
             wire.sampling.as_mut().expect("sampling")
         }
         type Change = fn(&mut v1::Dispatch);
-        let cases: [(&str, Change); 19] = [
+        let cases: [(&str, Change); 22] = [
             ("sampling", |w| w.sampling = None),
             ("work", |w| w.work = None),
             ("prompt_tokens", |w| w.prompt_tokens.clear()),
             ("prompt_tokens", |w| w.prompt_tokens = vec![10]),
+            ("generated_tokens", |w| w.generated_tokens = vec![10]),
+            ("generated_tokens", |w| w.generated_tokens = vec![1; 4]),
+            ("generated_tokens", |w| (w.generated_tokens, sampling(w).choices) = (vec![1], 2)),
             ("temperature", |w| sampling(w).temperature = -0.1),
             ("temperature", |w| sampling(w).temperature = f32::NAN),
             ("top_p", |w| sampling(w).top_p = 0.0),
@@ -338,6 +354,8 @@ mod tests {
         assert_eq!(refusal(|w| w.role_epoch = 2).code, ErrorCode::StaleEpoch);
         assert_eq!(refusal(|w| w.model = "x".into()).code, ErrorCode::ModelNotFound);
         assert_eq!(refusal(|w| w.prompt_tokens = vec![1; 8]).code, ErrorCode::ContextLengthExceeded);
+        let carried = |w: &mut v1::Dispatch| (w.prompt_tokens, w.generated_tokens) = (vec![1; 5], vec![1; 3]);
+        assert_eq!(refusal(carried).code, ErrorCode::ContextLengthExceeded);
         let leg = Leg::try_from(wire()).expect("valid");
         for role in [Role::Prefill, Role::None] {
             assert_eq!(leg.check(&facts(), view(role)).expect_err("wrong role").code, ErrorCode::StaleEpoch);
@@ -346,6 +364,8 @@ mod tests {
         one_token.stop.max_tokens = 1;
         assert_eq!(one_token.check(&facts(), view(Role::Prefill)), Ok(()));
         assert!(one_token.check(&facts(), view(Role::None)).is_err());
+        let last_token = Leg { generated: vec![1; 3], ..leg.clone() };
+        assert_eq!(last_token.check(&facts(), view(Role::Prefill)), Ok(()));
         for phase in [Phase::Loading, Phase::Waiting, Phase::Switching, Phase::Draining] {
             let error = leg.check(&facts(), RoleView { phase, ..view(Role::Mixed) }).expect_err("not ready");
             assert_eq!(error.code, ErrorCode::Unavailable);

@@ -279,6 +279,7 @@ impl Attached {
             role_epoch: self.target.epoch,
             model: self.target.model.clone(),
             prompt_tokens: request.prompt.clone(),
+            generated_tokens: request.generated.clone(),
             sampling: Some(request.sampling.clone()),
             timeout_millis: request.timeout_millis,
             priority: request.priority,
@@ -370,6 +371,8 @@ impl Heard {
 #[derive(Clone)]
 pub struct Request {
     pub prompt: Vec<u32>,
+    /// What there is of the completion already.
+    pub generated: Vec<u32>,
     pub sampling: v1::Sampling,
     pub timeout_millis: u64,
     pub priority: i32,
@@ -379,7 +382,7 @@ impl Request {
     pub fn greedy(prompt_tokens: u32, max_tokens: u32) -> Self {
         let sampling = v1::Sampling { top_p: 1.0, repetition_penalty: 1.0, max_tokens, ..Default::default() };
         let prompt = (0..prompt_tokens).map(|i| (i * 7 + prompt_tokens) % model::VOCABULARY).collect();
-        Self { prompt, sampling, timeout_millis: 0, priority: 0 }
+        Self { prompt, generated: Vec::new(), sampling, timeout_millis: 0, priority: 0 }
     }
 
     pub fn sampled(prompt_tokens: u32, max_tokens: u32, seed: u64) -> Self {
@@ -404,6 +407,11 @@ impl Request {
         request.sampling.choices = 1;
         request.sampling.seed += u64::from(choice);
         request
+    }
+
+    /// The request as it goes on after the first tokens of its completion.
+    pub fn after(&self, tokens: usize) -> Self {
+        Self { generated: self.expected()[..tokens].to_vec(), ..self.clone() }
     }
 
     /// The completion, from the model's definition.

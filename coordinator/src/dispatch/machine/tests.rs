@@ -56,6 +56,30 @@ fn repeated_tokens_are_dropped_and_contradictions_fail() {
 }
 
 #[test]
+fn an_attempt_goes_on_from_the_tokens_there_are() {
+    let mut machine = Machine::apart(5).after(&[10, 11]);
+    assert!(!machine.has_begun() && machine.take_fresh().tokens.is_empty(), "they have been given out");
+    machine.output(Side::Decode, out(3, &[13]));
+    machine.output(Side::Prefill, out(2, &[12]));
+    assert!(machine.has_begun());
+    machine.output(Side::Prefill, handed(4));
+    assert_eq!(machine.take_fresh().tokens, [12, 13]);
+    let last = Output { end: complete(StopReason::Length).end, ..out(4, &[14]) };
+    assert_eq!(machine.output(Side::Decode, last), [ok(StopReason::Length, 4)]);
+    assert_eq!(machine.take_fresh().tokens, [14]);
+    // Repeated, they must be the same; prefill's token is the next one; a handover without it brings nothing.
+    let failed = |side, output| {
+        let mut machine = Machine::apart(5).after(&[10, 11]);
+        matches!(machine.output(side, output).last(), Some(Command::End(Err(_))))
+    };
+    assert!(!failed(Side::Decode, out(0, &[10, 11])));
+    assert!(failed(Side::Decode, out(0, &[10, 99])));
+    assert!(failed(Side::Prefill, out(3, &[13])));
+    assert!(failed(Side::Prefill, handed(0)));
+    assert!(failed(Side::Decode, out(5, &[15])), "more than were asked for");
+}
+
+#[test]
 fn log_probabilities_stay_with_their_tokens() {
     let scored = |first_position, tokens: &[u32]| Output {
         logprobs: tokens

@@ -74,8 +74,8 @@ impl Scheduler {
 
     fn check(&self, sequence: &Sequence) -> Result<(), Refused> {
         let context = self.limits.context_tokens;
-        if sequence.prompt_tokens >= context {
-            return Err(Refused::ContextFull { prompt: sequence.prompt_tokens, context });
+        if sequence.given_tokens >= context {
+            return Err(Refused::ContextFull { prompt: sequence.given_tokens, context });
         }
         let (choices, most) = (sequence.unforked, self.limits.max_sequences);
         if choices > most {
@@ -158,7 +158,7 @@ impl Scheduler {
         match sequence.state {
             State::Receiving => {
                 self.receiving -= 1;
-                sequence.computed = sequence.prompt_tokens;
+                sequence.computed = sequence.given_tokens;
                 let choices = sequence.unforked as usize;
                 self.seal_blocks(id);
                 self.run(id);
@@ -279,9 +279,9 @@ impl Scheduler {
         chunk.start / self.limits.block_tokens..self.blocks.blocks_for(chunk.start + chunk.tokens)
     }
 
-    /// Whether a planned chunk computes a token that was generated, not a prompt.
+    /// Whether a planned chunk computes a token that was generated here, not what the sequence came with.
     pub fn is_decode(&self, chunk: &Chunk) -> bool {
-        chunk.start >= self.sequences[&chunk.id].prompt_tokens
+        chunk.start >= self.sequences[&chunk.id].given_tokens
     }
 
     /// The sequence of a planned chunk, for sampling.

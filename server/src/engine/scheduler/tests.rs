@@ -50,6 +50,7 @@ fn sequence(id: u64, prompt: u32, max_tokens: u32, work: Work) -> NewSequence {
         request: RequestId::adopt("test"),
         choices: 1,
         prompt: (0..prompt).map(|position| position + 1000 * id as u32).collect(),
+        generated: Vec::new(),
         sampling: SamplingParams::GREEDY,
         stop: StopRule { max_tokens, stop_tokens: vec![99] },
         top_logprobs: None,

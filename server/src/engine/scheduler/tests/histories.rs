@@ -190,9 +190,12 @@ proptest! {
                     world.added.push((id, choices));
                     // Two families of prompts that begin alike.
                     let tokens = (0..prompt).map(|position| position + 1000 * (prompt % 2)).collect();
+                    // Some come with tokens that were generated elsewhere.
+                    let carried = if choices == 1 { (prompt % 7).min(max_tokens - 1) } else { 0 };
+                    let generated = vec![1; carried as usize];
                     let address = Address { stream: StreamId(id / 8 % 2), leg: LegId(id) };
                     let new = sequence(id, prompt, max_tokens, work);
-                    scheduler.add(NewSequence { prompt: tokens, priority, choices, address, ..new });
+                    scheduler.add(NewSequence { prompt: tokens, generated, priority, choices, address, ..new });
                 }
                 Happening::Cancel(which, choice) => {
                     let choices = choice.map_or(0..CHOICES_MOST, |choice| choice..choice + 1);

@@ -1,0 +1,49 @@
+//! What a request is, as far as instances are told, and how they are told it.
+
+use std::sync::Arc;
+
+use baton_proto::{ApiError, ErrorCode, RequestId, v1};
+use tokio::time::Instant;
+use v1::dispatch::Work;
+
+use crate::{prepare::Sampling, schedule::Seat};
+
+/// What a request is, as far as instances are told.
+#[derive(Debug, Clone)]
+pub struct Assignment {
+    pub request: RequestId,
+    /// W3C trace context; empty = none.
+    pub traceparent: String,
+    pub prompt: Arc<[u32]>,
+    /// Tokens of the completion that an earlier attempt brought; none of several choices.
+    pub generated: Arc<[u32]>,
+    pub sampling: Sampling,
+    /// Lower is served first and preempted last.
+    pub priority: i32,
+    pub deadline: Instant,
+}
+
+/// What a request that is not complete by its deadline ends with.
+pub fn deadline_passed() -> ApiError {
+    let message = "the request did not finish within its time; ask for fewer tokens or try again later";
+    ApiError::new(ErrorCode::DeadlineExceeded, message)
+}
+
+/// A leg of it for one instance, as it goes over the wire.
+pub(super) fn dispatch(seat: &Seat, assignment: &Assignment, work: Work) -> v1::Dispatch {
+    let left = assignment.deadline.saturating_duration_since(Instant::now());
+    v1::Dispatch {
+        leg: 0, // the link's to choose
+        request_id: assignment.request.to_string(),
+        traceparent: assignment.traceparent.clone(),
+        incarnation: seat.incarnation.0,
+        role_epoch: seat.role_epoch.0,
+        model: seat.model.clone(),
+        prompt_tokens: assignment.prompt.to_vec(),
+        generated_tokens: assignment.generated.to_vec(),
+        sampling: Some((&assignment.sampling).into()),
+        timeout_millis: u64::try_from(left.as_millis()).unwrap_or(u64::MAX).max(1),
+        work: Some(work),
+        priority: assignment.priority,
+    }
+}
