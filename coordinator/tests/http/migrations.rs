@@ -1,6 +1,7 @@
 //! Answers that one instance begins and another ends: the client sees a pause, and nothing lost, repeated or changed.
 
-use crate::scripted::{Cluster, Instance, chat_text, events, until};
+use crate::scripted::{Cluster, Instance, PATIENCE, chat_text, events, until};
+use baton_coordinator::CoordinatorConfig;
 use baton_proto::{ErrorCode, v1};
 use serde_json::{Value, json};
 use v1::{FinishReason, attach_response::Frame as Answer, dispatch::Work, leg_output::End};
@@ -31,13 +32,18 @@ async fn migrations(cluster: &Cluster, reason: ErrorCode) -> Option<String> {
     metrics.lines().find_map(|line| line.strip_prefix(&name)).map(str::to_owned)
 }
 
+/// A request that nobody answers ends with the test's patience.
+fn in_time(config: &mut CoordinatorConfig) {
+    config.limits.request_timeout = PATIENCE;
+}
+
 const MIXED: [(&str, v1::Role); 2] = [("a", v1::Role::Mixed), ("b", v1::Role::Mixed)];
 
 #[tokio::test]
 async fn decode_lost_amid_a_half_matched_stop_string_is_gone_on_from() {
     let roles = [("p", v1::Role::Prefill), ("d0", v1::Role::Decode), ("d1", v1::Role::Decode)];
     for stream in [true, false] {
-        let (cluster, [mut prefill, d0, d1]) = Cluster::start(roles, |_| {}).await;
+        let (cluster, [mut prefill, d0, d1]) = Cluster::start(roles, in_time).await;
         let mut decodes = [d0, d1];
         let mut body = json!({"stop": "END", "max_tokens": 9, "stream": stream});
         if stream {
@@ -105,7 +111,7 @@ async fn decode_lost_amid_a_half_matched_stop_string_is_gone_on_from() {
 #[tokio::test]
 async fn who_is_said_to_be_lost_is_not_asked_again_while_others_are_there() {
     let roles = [("p0", v1::Role::Prefill), ("p1", v1::Role::Prefill), ("d", v1::Role::Decode)];
-    let (cluster, [mut p0, mut p1, mut decode]) = Cluster::start(roles, |_| {}).await;
+    let (cluster, [mut p0, mut p1, mut decode]) = Cluster::start(roles, in_time).await;
     for _ in 0..4 {
         let response = cluster.chat(json!({"max_tokens": 3}));
         let (at, first) = either(&mut p0, &mut p1).await;
@@ -125,7 +131,7 @@ async fn who_is_said_to_be_lost_is_not_asked_again_while_others_are_there() {
 
 #[tokio::test]
 async fn tokens_repeated_or_on_their_way_are_told_once_with_their_log_probabilities() {
-    let (cluster, [mut a, mut b]) = Cluster::start(MIXED, |_| {}).await;
+    let (cluster, [mut a, mut b]) = Cluster::start(MIXED, in_time).await;
     let response = cluster.chat(json!({"logprobs": true, "max_tokens": 5}));
     let scores = |text: &str| -> Vec<v1::TokenLogprobs> {
         let score = |byte| v1::TokenLogprobs { logprob: -f32::from(byte), ..v1::TokenLogprobs::default() };
@@ -162,7 +168,7 @@ async fn tokens_repeated_or_on_their_way_are_told_once_with_their_log_probabilit
 
 #[tokio::test]
 async fn of_several_choices_those_that_have_not_ended_go_on_each_by_itself() {
-    let (cluster, [mut a, mut b]) = Cluster::start(MIXED, |_| {}).await;
+    let (cluster, [mut a, mut b]) = Cluster::start(MIXED, in_time).await;
     let response = cluster.chat(json!({"n": 4, "seed": 7, "max_tokens": 4}));
     let (at, first) = either(&mut a, &mut b).await;
     let (lost, other) = if at == 0 { (&mut a, &mut b) } else { (&mut b, &mut a) };
@@ -193,7 +199,7 @@ async fn of_several_choices_those_that_have_not_ended_go_on_each_by_itself() {
 #[tokio::test]
 async fn an_answer_that_lacks_only_its_end_is_not_sent_anywhere() {
     for (text, end) in [("ab\0", "stop"), ("abc", "length")] {
-        let (cluster, [mut a, mut b]) = Cluster::start(MIXED, |_| {}).await;
+        let (cluster, [mut a, mut b]) = Cluster::start(MIXED, in_time).await;
         let response = cluster.chat(json!({"max_tokens": 3}));
         let (at, first) = either(&mut a, &mut b).await;
         let (lost, other) = if at == 0 { (&mut a, &mut b) } else { (&mut b, &mut a) };
@@ -210,7 +216,7 @@ async fn an_answer_that_lacks_only_its_end_is_not_sent_anywhere() {
 
 #[tokio::test]
 async fn refusals_cost_nothing_but_time() {
-    let (cluster, [mut mixed]) = Cluster::start([("m", v1::Role::Mixed)], |_| {}).await;
+    let (cluster, [mut mixed]) = Cluster::start([("m", v1::Role::Mixed)], in_time).await;
     let response = cluster.chat(json!({"max_tokens": 4, "stream": true}));
     for (generated, code) in [("", ErrorCode::Unavailable), ("ab", ErrorCode::QueueFull)] {
         for _ in 0..4 {
@@ -238,7 +244,7 @@ async fn attempts_that_bring_nothing_and_failures_in_all_are_bounded() {
         serde_json::from_str::<Value>(events.last().expect("events")).expect("is JSON")["error"]["code"]
             .clone()
     };
-    let (cluster, [mut mixed]) = Cluster::start([("m", v1::Role::Mixed)], |_| {}).await;
+    let (cluster, [mut mixed]) = Cluster::start([("m", v1::Role::Mixed)], in_time).await;
     // A token, then nothing twice.
     let response = cluster.chat(json!({"stream": true}));
     for text in ["a", "", ""] {
