@@ -305,6 +305,10 @@ impl Controller {
             let (_, rest) = line.split_once("\"address\":\"")?;
             rest.split_once('"').map(|(address, _)| address.to_owned())
         });
+        let leads = lines.by_ref().map_while(Result::ok).any(|line| line.contains("the reign begins"));
+        if !leads {
+            return Err("baton-controller ended before it led".into());
+        }
         // Read on, so that the process never waits for room in the pipe.
         std::thread::spawn(move || lines.for_each(drop));
         Ok(Self { child, endpoint: address.ok_or("baton-controller did not say where it listens")? })
