@@ -120,3 +120,24 @@ async fn roles_are_switched_and_instances_drained_under_load_without_a_failure()
     cluster.assert_nothing_held().await;
     tokio::time::timeout(Duration::from_secs(90), cluster.stop()).await.expect("it stops");
 }
+
+#[tokio::test]
+async fn what_a_drain_does_not_wait_for_goes_on_elsewhere() {
+    let cluster = Cluster::start(&["--prefill", "1", "--decode", "2"]).await;
+    let body = |stream| request(cluster.model(), "Tell me a long story of a river.", 600, stream);
+    let expected = ask(cluster.url(), &body(false)).await;
+    let mut events = Events::open(cluster.url(), &body(true)).await;
+    for _ in 0..5 {
+        events.next().await.expect("the stream goes on");
+    }
+    let running = cluster.ctl("requests").await;
+    let decode = running[0]["decode_instance"].as_str().expect("one decodes").to_owned();
+    cluster.run_ctl(&["drain", &decode, "--within", "100ms"]).await;
+    serves_as(&cluster, &decode, "none").await;
+    let (rest, error) = events.rest().await;
+    assert_eq!(error, None);
+    assert!(expected.ends_with(&rest) && !rest.is_empty(), "{rest}");
+    assert!(rest.len() * 2 > expected.len(), "it had hardly begun");
+    cluster.assert_nothing_held().await;
+    cluster.stop().await;
+}
