@@ -96,7 +96,7 @@ async fn a_transport_that_cannot_be_opened_gives_way_to_the_next_and_nothing_is_
 
 /// With this seed the first two attempts to open a path fail, and none of the next ones.
 #[tokio::test]
-async fn a_better_transport_that_works_again_is_taken_again_between_transfers() {
+async fn a_better_transport_that_works_again_takes_over_in_the_midst_of_a_transfer() {
     let faults = Faults { seed: 69, closed: 0.5, ..Faults::default() };
     let [shm, tcp] = [TransportConfig::Shm, TransportConfig::Tcp { connections: 1 }];
     let limits = Limits { better_path: Duration::from_millis(50), ..limits() };
@@ -107,37 +107,25 @@ async fn a_better_transport_that_works_again_is_taken_again_between_transfers() 
         let by_transport = prefill.node.stats().by_transport;
         by_transport.iter().find(|one| one.kind == kind).map(|one| (one.slices_sent, one.opened, one.failed))
     };
-    // One that runs for several pauses stays where it is.
     let id = TransferId::generate();
     let mut incoming = decode.node.expect(expect_spec(id, &prefill.name, &TO)).expect("room");
     let mut outgoing = prefill.node.offer(offer_spec(id, &decode, &FROM)).expect("room");
     prefill.fill(1, &FROM);
     outgoing.progress().ready(0, 0..9);
     until("a layer is there", || decode.node.stats().slices_received == 9).await;
-    tokio::time::sleep(Duration::from_millis(300)).await;
-    assert_eq!(sent(Shm), Some((0, 0, 1)), "only the attempt before it");
+    assert_eq!(sent(Tcp), Some((9, 1, 0)));
+    // The next attempt fails as well; then it is there again, and takes what comes. The old path stays for what it took.
+    until("shared memory can be had again", || sent(Shm) == Some((0, 1, 2))).await;
+    tokio::time::sleep(Duration::from_millis(100)).await; // several looks at whether it is over
     (1..LAYERS).for_each(|layer| outgoing.progress().ready(layer, 0..9));
     outgoing.seal(1);
     within("sealed", 10, incoming.sealed()).await.expect("whole");
     within("finished", 10, outgoing.finished()).await.expect("released");
-    let over_tcp = sent(Tcp).expect("there").0;
-    assert_eq!(over_tcp, 9 * u64::from(LAYERS));
-    // The next attempt fails as well; then it is there again, and takes what comes.
-    until("shared memory can be had again", || sent(Shm) == Some((0, 1, 2))).await;
+    assert!(decode.holds(1, &TO));
     drop((incoming, outgoing));
-    let (mut over_tcp, mut seed) = (over_tcp, 2);
-    loop {
-        transfer(&prefill, &decode, seed).await;
-        let now = sent(Tcp).expect("there").0;
-        // One that came while the old path stood still may have been on that.
-        if std::mem::replace(&mut over_tcp, now) == now {
-            break;
-        }
-        seed += 1;
-        assert!(seed < 9, "transfers still go over tcp");
-        tokio::time::sleep(Duration::from_millis(100)).await; // the link has none for a while
-    }
-    assert!(sent(Shm).expect("there").0 > 0);
+    transfer(&prefill, &decode, 2).await;
+    assert_eq!(sent(Tcp), Some((9, 1, 0)), "nothing more than before");
+    assert_eq!(sent(Shm), Some((9 * u64::from(2 * LAYERS - 1), 1, 2)));
 }
 
 #[tokio::test]

@@ -130,8 +130,8 @@ pub struct Limits {
     /// Attempts to open a control stream, or a data path, before the transfers that wait for it fail. A peer that answers
     /// and has no room for a stream is asked until their deadlines.
     pub connect_attempts: u32,
-    /// After so long, a link whose data path is not over the best transport that both sides have tries a better one again,
-    /// between transfers; twice as long after each attempt, up to 30 times.
+    /// After so long, a link whose data path is not over the best transport that both sides have tries a better one again;
+    /// twice as long after each attempt, up to 30 times.
     pub better_path: Duration,
     /// A control stream without transfers is closed after this long.
     pub idle_link: Duration,

@@ -319,6 +319,10 @@ impl Landing for Inbound {
         self.node.slice_bytes()
     }
 
+    fn span(&self) -> &tracing::Span {
+        &self.span
+    }
+
     fn claim(&self, run: SliceRun, crcs: &[u32]) -> Claim {
         let mut state = self.state.lock();
         let (claim, commands) = state.session.claim(self.node.now(), run, crcs);

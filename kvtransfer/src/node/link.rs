@@ -225,8 +225,8 @@ impl Link {
         };
         let stop = up.broken().child_token();
         let _stop_paths = stop.clone().drop_guard();
-        let without_transfers = || self.is_empty();
-        let mut route = std::pin::pin!(route.keep(node, &stop, &without_transfers));
+        let transfers = || self.state.lock().transfers.keys().copied().collect();
+        let mut route = std::pin::pin!(route.keep(node, &stop, &transfers));
         self.rise(&up);
         loop {
             let idle = self.is_empty();

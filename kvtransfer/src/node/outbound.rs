@@ -291,6 +291,10 @@ impl Departure for Outbound {
         self.spec.id
     }
 
+    fn span(&self) -> &tracing::Span {
+        &self.span
+    }
+
     fn priority(&self) -> i32 {
         self.spec.priority
     }

@@ -1,12 +1,12 @@
 //! Which transport carries a link's slices: the best that both sides have and that works, the next one where it fails.
 //!
 //! A path over another than the best is not for good. After a while ([`Limits::better_path`](super::Limits), longer each
-//! time) a better one is tried again, at a moment when the link has no transfers, so that none is disturbed; what comes
-//! next takes it. A link that always has some keeps its path until that breaks.
+//! time) a better one is tried again. It takes over in the midst of transfers: from then on all slices go by it, and the
+//! old path stays until the transfers are over that it may have carried some of.
 
-use std::time::Duration;
+use std::{collections::HashSet, time::Duration};
 
-use baton_proto::v1;
+use baton_proto::{TransferId, v1};
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
@@ -20,7 +20,7 @@ const SOUND: Duration = Duration::from_secs(60);
 
 /// A better path is tried again after at most so many times the first pause.
 const LONGEST_AGAIN: u32 = 30;
-/// Between two looks at whether the link has no transfers.
+/// Between two looks at whether a path that was left has transfers.
 const LOOK: Duration = Duration::from_millis(20);
 
 /// Keeps a data path to one peer open.
@@ -30,6 +30,24 @@ pub(super) struct Route {
     outbox: Outbox,
     /// Before a better path is tried again.
     again: Duration,
+    left: Option<Left>,
+}
+
+/// A path that stands.
+struct Standing {
+    /// Of the choices.
+    at: usize,
+    path: Path,
+    /// What it takes slices from.
+    outbox: Outbox,
+    since: Instant,
+}
+
+/// A path that another has taken the place of.
+struct Left {
+    _path: Path,
+    /// Those that there were then. It is kept until they are over.
+    transfers: HashSet<TransferId>,
 }
 
 /// A transport that both sides have.
@@ -64,24 +82,24 @@ impl Route {
                 if mapped { "; of tcp and shm, which bring slices that are mapped on arrival" } else { "" };
             return Err(format!("no transport in common: this node has {ours}, the peer {theirs}{only}"));
         }
-        Ok(Self { choices, pass, outbox, again: node.limits.better_path })
+        Ok(Self { choices, pass, outbox, again: node.limits.better_path, left: None })
     }
 
-    /// Opens a path, and the next one whenever it breaks, until `stop`; else why none can be had any more. `idle` says
-    /// whether the link has no transfers.
+    /// Opens a path, and the next one whenever it breaks, until `stop`; else why none can be had any more. `transfers` are
+    /// those of the link at the moment.
     pub(super) async fn keep(
         mut self,
         node: &Node,
         stop: &CancellationToken,
-        idle: &(impl Fn() -> bool + Sync),
+        transfers: &(impl Fn() -> HashSet<TransferId> + Sync),
     ) -> String {
         let (mut attempts, mut backoff) = (0, Backoff::new(FIRST_PAUSE));
         loop {
             match self.open(node, stop).await {
-                Ok((at, path)) => {
+                Ok(standing) => {
                     attempts = 0;
                     let sent = self.outbox.sent();
-                    self.stand((at, path), node, stop, idle).await;
+                    self.stand(standing, node, stop, transfers).await;
                     if self.outbox.sent() > sent {
                         backoff.reset(); // it was of use
                     }
@@ -100,39 +118,35 @@ impl Route {
     /// Until the path breaks, or the better one that has taken its place.
     async fn stand(
         &mut self,
-        (mut at, mut path): (usize, Path),
+        mut standing: Standing,
         node: &Node,
         stop: &CancellationToken,
-        idle: &(impl Fn() -> bool + Sync),
+        transfers: &(impl Fn() -> HashSet<TransferId> + Sync),
     ) {
-        let mut opened = Instant::now();
         let why = loop {
             tokio::select! {
                 biased;
-                why = path.broken() => break why.to_owned(),
-                () = quiet(self.again, idle), if at > 0 => {}
+                why = standing.path.broken() => break why.to_owned(),
+                () = over(&self.left, transfers), if self.left.is_some() => {
+                    self.left = None;
+                    continue;
+                }
+                () = sleep(self.again), if standing.at > 0 && self.left.is_none() => {}
             }
             let longest = node.limits.better_path.saturating_mul(LONGEST_AGAIN);
             self.again = self.again.saturating_mul(2).min(longest);
-            let Ok((better, other)) = self.try_in_order((0..at).collect(), node, stop).await else {
-                continue;
-            };
-            // A transfer may have come meanwhile, and may be on either by now.
-            let stays = tokio::select! {
-                _ = path.broken() => false,
-                _ = other.broken() => true,
-                () = quiet(Duration::ZERO, idle) => false,
-            };
-            if !stays {
-                let (from, to) = (self.choices[at].kind, self.choices[better].kind);
+            if let Ok(better) = self.try_in_order((0..standing.at).collect(), node, stop).await {
+                let (from, to) = (self.choices[standing.at].kind, self.choices[better.at].kind);
                 tracing::info!(%from, %to, "a better data path can be had again");
-                (at, path, opened) = (better, other, Instant::now());
+                standing.outbox.close(); // before looking at which transfers it may have carried
+                let old = std::mem::replace(&mut standing, better);
+                self.left = Some(Left { _path: old.path, transfers: transfers() });
             }
         };
-        let choice = &mut self.choices[at];
-        if opened.elapsed() >= SOUND {
+        let choice = &mut self.choices[standing.at];
+        if standing.since.elapsed() >= SOUND {
             choice.failures = 0;
-            if at == 0 {
+            if standing.at == 0 {
                 self.again = node.limits.better_path;
             }
         }
@@ -140,8 +154,8 @@ impl Route {
         tracing::debug!(transport = %choice.kind, %why, "data path broke");
     }
 
-    /// Tries those first that have failed least; which one it is.
-    async fn open(&mut self, node: &Node, stop: &CancellationToken) -> Result<(usize, Path), String> {
+    /// Tries those first that have failed least.
+    async fn open(&mut self, node: &Node, stop: &CancellationToken) -> Result<Standing, String> {
         let mut order: Vec<usize> = (0..self.choices.len()).collect();
         order.sort_by_key(|&at| self.choices[at].failures);
         self.try_in_order(order, node, stop).await
@@ -153,7 +167,7 @@ impl Route {
         order: Vec<usize>,
         node: &Node,
         stop: &CancellationToken,
-    ) -> Result<(usize, Path), String> {
+    ) -> Result<Standing, String> {
         let mut reasons = Vec::new();
         for at in order {
             let choice = &mut self.choices[at];
@@ -161,10 +175,11 @@ impl Route {
                 continue;
             };
             let to = Destination { address: choice.address.clone(), pass: self.pass.clone() };
-            match transport.open(to, self.outbox.clone(), &node.lifetime.tasks, stop).await {
+            let outbox = self.outbox.another();
+            match transport.open(to, outbox.clone(), &node.lifetime.tasks, stop).await {
                 Ok(path) => {
                     tracing::debug!(transport = %choice.kind, address = %choice.address, "data path open");
-                    return Ok((at, path));
+                    return Ok(Standing { at, path, outbox, since: Instant::now() });
                 }
                 Err(error) => {
                     choice.failures += 1;
@@ -177,10 +192,9 @@ impl Route {
     }
 }
 
-/// Resolves at the first moment after `pause` when there are no transfers.
-async fn quiet(pause: Duration, idle: &(impl Fn() -> bool + Sync)) {
-    sleep(pause).await;
-    while !idle() {
+/// Resolves once none of the transfers is left.
+async fn over(left: &Option<Left>, transfers: &(impl Fn() -> HashSet<TransferId> + Sync)) {
+    while left.as_ref().is_some_and(|left| !left.transfers.is_disjoint(&transfers())) {
         sleep(LOOK).await;
     }
 }

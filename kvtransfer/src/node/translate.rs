@@ -200,6 +200,10 @@ impl Landing for Translated {
         self.translation.cut.slice_bytes
     }
 
+    fn span(&self) -> &tracing::Span {
+        self.inbound.span()
+    }
+
     fn claim(&self, run: SliceRun, sums: &[u32]) -> Claim {
         let claim = self.inbound.claim(run, sums);
         if claim != Claim::Write {

@@ -1,24 +1,24 @@
 //! A transfer as a connection brings slices to it, and the slices that it is about to write.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
-use super::{Landing, counts::Counts};
+use super::{Landing, meter::Meter};
 use crate::session::{Claim, SliceRun};
 
 /// A transfer that is being received, for one run of its slices.
 pub(crate) struct Live {
     landing: Arc<dyn Landing>,
-    counts: Option<Arc<Counts>>,
+    meter: Option<Arc<Meter>>,
 }
 
 impl Live {
     pub(crate) fn new(landing: Arc<dyn Landing>) -> Self {
-        Self { landing, counts: None }
+        Self { landing, meter: None }
     }
 
-    /// The same, with what is claimed by it counted.
-    pub(super) fn counted_by(self, counts: Arc<Counts>) -> Self {
-        Self { counts: Some(counts), ..self }
+    /// The same, with what is claimed by it told to `meter`.
+    pub(super) fn observed_by(self, meter: Arc<Meter>) -> Self {
+        Self { meter: Some(meter), ..self }
     }
 
     /// The same, with another landing before its own.
@@ -33,7 +33,7 @@ impl Live {
     /// Asks to write these slices, whose checksums are to be `sums`; `None` = they are not to be written.
     pub(crate) fn claim(&self, run: SliceRun, sums: &[u32]) -> Option<Claimed<'_>> {
         match self.landing.claim(run, sums) {
-            Claim::Write => Some(Claimed { live: self, run, open: true }),
+            Claim::Write => Some(Claimed { live: self, run, since: Instant::now(), open: true }),
             Claim::Skip | Claim::Refused => None, // nothing to report
         }
     }
@@ -43,6 +43,7 @@ impl Live {
 pub(crate) struct Claimed<'a> {
     live: &'a Live,
     run: SliceRun,
+    since: Instant,
     open: bool,
 }
 
@@ -54,21 +55,28 @@ impl<'a> Claimed<'a> {
     /// All of it is in place and matches its sums.
     pub(crate) fn landed(mut self) {
         self.open = false;
-        self.live.counts.iter().for_each(|counts| counts.received(self.run, self.landing().slice_bytes()));
+        if let Some(meter) = &self.live.meter {
+            let landing = self.landing();
+            meter.received(landing.span(), self.run, landing.slice_bytes(), self.since);
+        }
         self.landing().landed(self.run);
     }
 
     /// A slice does not match its sum.
     pub(crate) fn damaged(&mut self, block: u32) {
         self.open = false;
-        self.live.counts.iter().for_each(|counts| counts.damaged());
+        if let Some(meter) = &self.live.meter {
+            meter.damaged(self.landing().span(), self.run, self.since);
+        }
         self.landing().damaged(self.run, block);
     }
 
     /// It will not be written further.
     pub(crate) fn interrupted(&mut self, why: &str) {
         if std::mem::take(&mut self.open) {
-            self.live.counts.iter().for_each(|counts| counts.interrupted());
+            if let Some(meter) = &self.live.meter {
+                meter.interrupted(self.landing().span(), self.run, self.since);
+            }
             self.landing().interrupted(self.run, why);
         }
     }

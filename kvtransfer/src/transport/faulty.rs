@@ -140,6 +140,10 @@ impl Landing for FaultyLanding {
         self.landing.slice_bytes()
     }
 
+    fn span(&self) -> &tracing::Span {
+        self.landing.span()
+    }
+
     fn claim(&self, run: SliceRun, sums: &[u32]) -> Claim {
         self.landing.claim(run, sums)
     }

@@ -10,13 +10,13 @@
 mod accept;
 mod ascend;
 mod claimed;
-mod counts;
 mod faulty;
 pub(crate) mod fetch;
 pub(crate) mod frame;
 mod guests;
 pub(crate) mod hello;
 mod key;
+mod meter;
 mod observed;
 mod outbox;
 mod path;
@@ -44,12 +44,12 @@ pub use ascend::AscendConfig;
 #[cfg(any(test, feature = "fuzz"))]
 pub(crate) use ascend::fuzz as fuzz_ascend;
 pub(crate) use claimed::{Claimed, Live};
-pub use counts::TransportStats;
 pub use faulty::Faults;
 pub(crate) use faulty::Faulty;
 pub(crate) use fetch::{Fetched, Medium};
 pub(crate) use hello::{LinkId, LinkPass};
 pub(crate) use key::DataKey;
+pub use meter::TransportStats;
 pub(crate) use observed::Observed;
 pub(crate) use outbox::{Outbox, Ticket};
 pub(crate) use path::{Path, PathEnd};
@@ -219,6 +219,8 @@ pub(crate) trait Landing: Send + Sync {
     fn data_key(&self) -> &DataKey;
     /// Of the sender's slices.
     fn slice_bytes(&self) -> u64;
+    /// Where what happens to it is traced.
+    fn span(&self) -> &tracing::Span;
 
     /// Asks to write these slices, whose checksums are to be `sums`. After `Claim::Write` the run is reported with one
     /// of `landed`, `damaged` and `interrupted`: [`Live::claim`] sees to that.
@@ -246,6 +248,8 @@ pub(crate) trait Landing: Send + Sync {
 /// A transfer being sent.
 pub(crate) trait Departure: Send + Sync + 'static {
     fn id(&self) -> TransferId;
+    /// Where what happens to it is traced.
+    fn span(&self) -> &tracing::Span;
     /// Lower goes first.
     fn priority(&self) -> i32;
     /// Known once accepted, before any run can be taken.

@@ -1,4 +1,4 @@
-//! A transport with its counts: whatever leaves by it or comes in by it is counted where it is reported.
+//! A transport that is watched: whatever leaves by it or comes in by it is counted and traced where it is reported.
 
 use std::sync::Arc;
 
@@ -7,24 +7,24 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     Admission, Destination, Found, Inbox, LinkId, Opening, Outbox, Transport, TransportKind, TransportStats,
-    counts::Counts,
+    meter::Meter,
 };
 
 /// See the module.
 pub(crate) struct Observed {
     transport: Box<dyn Transport>,
-    counts: Arc<Counts>,
+    meter: Arc<Meter>,
 }
 
 impl Observed {
     /// `slice_bytes` are those of this node's slices.
     pub(crate) fn new(transport: Box<dyn Transport>, slice_bytes: u64) -> Self {
-        let counts = Arc::new(Counts::new(transport.kind(), slice_bytes));
-        Self { transport, counts }
+        let meter = Arc::new(Meter::new(transport.kind(), slice_bytes));
+        Self { transport, meter }
     }
 
     pub(crate) fn stats(&self) -> TransportStats {
-        self.counts.stats()
+        self.meter.stats()
     }
 }
 
@@ -38,7 +38,7 @@ impl Transport for Observed {
     }
 
     fn receive(&self, inbox: Arc<dyn Inbox>, tasks: &TaskTracker, stop: CancellationToken) {
-        self.transport.receive(Arc::new(CountedInbox { inbox, counts: self.counts.clone() }), tasks, stop);
+        self.transport.receive(Arc::new(ObservedInbox { inbox, meter: self.meter.clone() }), tasks, stop);
     }
 
     fn open(
@@ -48,29 +48,29 @@ impl Transport for Observed {
         tasks: &TaskTracker,
         stop: &CancellationToken,
     ) -> Opening {
-        let opening = self.transport.open(to, outbox.counted_by(self.counts.clone()), tasks, stop);
-        let counts = self.counts.clone();
+        let opening = self.transport.open(to, outbox.observed_by(self.meter.clone()), tasks, stop);
+        let meter = self.meter.clone();
         Box::pin(async move {
             let opened = opening.await;
-            counts.tried(opened.is_ok());
+            meter.tried(opened.is_ok());
             opened
         })
     }
 }
 
-struct CountedInbox {
+struct ObservedInbox {
     inbox: Arc<dyn Inbox>,
-    counts: Arc<Counts>,
+    meter: Arc<Meter>,
 }
 
-impl Inbox for CountedInbox {
+impl Inbox for ObservedInbox {
     fn link(&self, id: &LinkId) -> Option<Admission> {
         self.inbox.link(id)
     }
 
     fn find(&self, id: &TransferId) -> Found {
         match self.inbox.find(id) {
-            Found::Live(live) => Found::Live(live.counted_by(self.counts.clone())),
+            Found::Live(live) => Found::Live(live.observed_by(self.meter.clone())),
             Found::Over => Found::Over,
         }
     }

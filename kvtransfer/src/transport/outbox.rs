@@ -7,26 +7,31 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
+    future::pending,
     ops::Bound,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
+    time::Instant,
 };
 
 use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
 
-use super::{Departure, counts::Counts};
+use super::{Departure, meter::Meter};
 use crate::{
     session::SliceRun,
     sync::{Mutex, step},
 };
 
-/// The slices waiting to go to one peer. Cheap to clone: one queue, whoever takes from it.
+/// A handle on the slices waiting to go to one peer. Cheap to clone: one queue, whoever takes from it.
 #[derive(Clone, Default)]
 pub(crate) struct Outbox {
     queue: Arc<Queue>,
-    counts: Option<Arc<Counts>>,
+    meter: Option<Arc<Meter>>,
+    /// Nothing more is taken by this handle and its clones.
+    closed: CancellationToken,
 }
 
 #[derive(Default)]
@@ -38,9 +43,20 @@ struct Queue {
 }
 
 impl Outbox {
-    /// The same, with what is taken by this handle counted.
-    pub(super) fn counted_by(&self, counts: Arc<Counts>) -> Self {
-        Self { queue: self.queue.clone(), counts: Some(counts) }
+    /// The same, with what is taken by this handle told to `meter`.
+    pub(super) fn observed_by(&self, meter: Arc<Meter>) -> Self {
+        Self { meter: Some(meter), ..self.clone() }
+    }
+
+    /// Another handle on the same queue, closed on its own.
+    pub(crate) fn another(&self) -> Self {
+        Self { closed: CancellationToken::new(), ..self.clone() }
+    }
+
+    /// From now on nothing is taken by this handle and its clones. What they have taken stays theirs to report.
+    pub(crate) fn close(&self) {
+        let _none_is_taking = self.queue.waiting.lock();
+        self.closed.cancel();
     }
 
     /// Runs sent so far, by whichever path.
@@ -68,7 +84,14 @@ impl Outbox {
                 return ticket;
             }
             step();
-            self.queue.woken.notified().await;
+            tokio::select! {
+                biased;
+                () = self.closed.cancelled() => {
+                    self.queue.woken.notify_one(); // it may have been woken in place of another
+                    pending::<()>().await;
+                }
+                () = self.queue.woken.notified() => {}
+            }
         }
     }
 
@@ -80,7 +103,12 @@ impl Outbox {
 
     fn try_next(&self, most: u32) -> Option<Ticket> {
         loop {
-            let departure = self.queue.waiting.lock().pop()?;
+            let mut waiting = self.queue.waiting.lock();
+            if self.closed.is_cancelled() {
+                return None;
+            }
+            let departure = waiting.pop()?;
+            drop(waiting);
             // Cleared before taking: a wake from here on queues it again.
             departure.queued().store(false, Ordering::Release);
             let Some(run) = departure.take(most) else { continue };
@@ -88,8 +116,8 @@ impl Outbox {
                 // Back to the end of the line, and on to another lane if one sleeps.
                 self.wake(departure.clone());
             }
-            let (queue, counts) = (self.queue.clone(), self.counts.clone());
-            return Some(Ticket { departure, run: Some(run), queue, counts });
+            let (queue, meter) = (self.queue.clone(), self.meter.clone());
+            return Some(Ticket { departure, run: Some(run), since: Instant::now(), queue, meter });
         }
     }
 }
@@ -142,8 +170,9 @@ impl<T> Waiting<T> {
 pub(crate) struct Ticket {
     departure: Arc<dyn Departure>,
     run: Option<SliceRun>,
+    since: Instant,
     queue: Arc<Queue>,
-    counts: Option<Arc<Counts>>,
+    meter: Option<Arc<Meter>>,
 }
 
 impl Ticket {
@@ -160,7 +189,9 @@ impl Ticket {
     pub(crate) fn sent(mut self, sums: &[u32]) {
         if let Some(run) = self.run.take() {
             self.queue.sent.fetch_add(1, Ordering::Relaxed);
-            self.counts.iter().for_each(|counts| counts.sent(run));
+            if let Some(meter) = &self.meter {
+                meter.sent(self.departure.span(), run, self.since);
+            }
             self.departure.sent(run, sums);
         }
     }
@@ -168,7 +199,9 @@ impl Ticket {
     /// It is not, or not wholly; its blocks are no longer read.
     pub(crate) fn failed(&mut self, why: &str) {
         if let Some(run) = self.run.take() {
-            self.counts.iter().for_each(|counts| counts.interrupted());
+            if let Some(meter) = &self.meter {
+                meter.interrupted(self.departure.span(), run, self.since);
+            }
             self.departure.failed(run, why);
         }
     }

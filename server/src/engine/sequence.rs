@@ -225,7 +225,7 @@ pub(super) struct Sequence {
     pub(super) deadline: Option<Instant>,
     pub(super) work: Work,
     request: RequestId,
-    span: tracing::Span,
+    pub(super) span: tracing::Span,
     _permit: Option<TaskTrackerToken>,
 }
 

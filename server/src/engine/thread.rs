@@ -267,14 +267,18 @@ impl Engine {
     fn perform(&mut self) {
         for effect in self.scheduler.take_effects() {
             let begun = match effect {
-                Effect::Offer { id, to, prompt, blocks, cached, priority, deadline } => self
-                    .transfers
-                    .offer(id, to, prompt, (&blocks, cached), (priority, deadline))
-                    .map_err(|error| (id, error)),
-                Effect::Expect { id, from, prompt, blocks, held, deadline } => self
-                    .transfers
-                    .expect(id, from, prompt, (&blocks, held), deadline)
-                    .map_err(|error| (id, error)),
+                Effect::Offer { id, to, prompt, blocks, cached, priority, deadline } => {
+                    let _traced_in = self.scheduler.span(id).entered();
+                    self.transfers
+                        .offer(id, to, prompt, (&blocks, cached), (priority, deadline))
+                        .map_err(|error| (id, error))
+                }
+                Effect::Expect { id, from, prompt, blocks, held, deadline } => {
+                    let _traced_in = self.scheduler.span(id).entered();
+                    self.transfers
+                        .expect(id, from, prompt, (&blocks, held), deadline)
+                        .map_err(|error| (id, error))
+                }
                 Effect::Watch { id, transfer, deadline } => {
                     self.transfers.watch(id, transfer, deadline);
                     Ok(())

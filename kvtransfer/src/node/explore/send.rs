@@ -8,7 +8,10 @@ use tokio::sync::mpsc;
 use v1::{receiver_message, sender_message::Body};
 
 use super::*;
-use crate::{node::link_up::LinkUp, transport::Departure};
+use crate::{
+    node::link_up::LinkUp,
+    transport::{Departure, Outbox},
+};
 
 const PEER: &str = "peer:1";
 /// By transfer.
@@ -19,6 +22,8 @@ const BLOCKS_OF: [[u32; 2]; 2] = [[0, 1], [3, 2]];
 enum Mishap {
     Nothing,
     ReceiverAborts,
+    /// Another path takes the place of the first.
+    BetterPath,
     /// The control stream breaks after so many messages, and a new one comes.
     StreamBreaks(u64),
     PathLost,
@@ -31,8 +36,9 @@ impl Mishap {
     fn pick() -> Self {
         use Mishap::*;
         let breaks = StreamBreaks(pick(5));
-        [Nothing, ReceiverAborts, PathLost, ClockRunsOut, NotSent, ConnectionDropped, breaks, breaks]
-            [pick(8) as usize]
+        let (left, dropped) = (BetterPath, ConnectionDropped);
+        [Nothing, ReceiverAborts, left, left, PathLost, ClockRunsOut, NotSent, dropped, breaks, breaks]
+            [pick(10) as usize]
     }
 }
 
@@ -40,12 +46,12 @@ impl Mishap {
 type Sent = Arc<std::sync::Mutex<BTreeSet<(u8, u32, u32)>>>;
 
 /// A lane of the data path: takes, reads, reports.
-fn lane(up: &LinkUp, watch: &Watch, sent: &Sent, mishap: Mishap, over: &CancellationToken) {
+fn lane(outbox: &Outbox, watch: &Watch, sent: &Sent, mishap: Mishap, over: &CancellationToken) {
     loop {
         let next = block_on(async {
             tokio::select! {
                 biased;
-                ticket = up.outbox().next(1) => Some(ticket),
+                ticket = outbox.next(1) => Some(ticket),
                 () = over.cancelled() => None,
             }
         });
@@ -56,7 +62,7 @@ fn lane(up: &LinkUp, watch: &Watch, sent: &Sent, mishap: Mishap, over: &Cancella
         });
         let new = sent.lock().expect("not poisoned").insert((of, run.layer, run.first));
         assert!(new, "slice {run:?} of transfer {of} was taken twice");
-        let waiting = up.outbox().waiting();
+        let waiting = outbox.waiting();
         assert_eq!(waiting.iter().collect::<BTreeSet<_>>().len(), waiting.len(), "in line twice");
         match mishap {
             Mishap::NotSent if of == 0 => ticket.failed("test"),
@@ -79,9 +85,18 @@ fn receiver(
     let (messages, mut said) = mpsc::channel::<v1::SenderMessage>(64);
     let up = LinkUp::new(stage.node.now(), messages, name("decode-0"), Incarnation(7));
     // With one, whoever is to be woken is the only one.
-    for _ in 0..=pick(2) {
-        let (up, watch, sent, over) = (up.clone(), stage.watch.clone(), sent.clone(), over.clone());
-        lanes.push(thread::spawn(move || lane(&up, &watch, &sent, mishap, &over)));
+    let mut path = |outbox: &Outbox, of: u64| {
+        for _ in 0..of {
+            let (outbox, watch) = (outbox.clone(), stage.watch.clone());
+            let (sent, over) = (sent.clone(), over.clone());
+            lanes.push(thread::spawn(move || lane(&outbox, &watch, &sent, mishap, &over)));
+        }
+    };
+    let first = up.outbox().another();
+    path(&first, 1 + pick(2));
+    if mishap == Mishap::BetterPath {
+        path(&up.outbox().another(), 1);
+        lanes.push(thread::spawn(move || first.close()));
     }
     link.rise(&up);
     for _ in 0..most {
@@ -206,7 +221,10 @@ fn owner(stage: &Arc<Stage>, kv: &KvNode, of: u8, mishap: Mishap) {
         }
     }
     let finished = block_on(outgoing.finished());
-    assert!(finished.is_ok() || mishap != Mishap::Nothing || of == 1, "{finished:?}");
+    assert!(
+        finished.is_ok() || !matches!(mishap, Mishap::Nothing | Mishap::BetterPath) || of == 1,
+        "{finished:?}"
+    );
     stage.watch.returned(id(of), &block_on(outgoing.close()));
     engine.join().expect("no panic");
 }

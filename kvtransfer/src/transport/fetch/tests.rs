@@ -39,11 +39,16 @@ struct Source {
     reports: Mutex<Vec<(Result<(), String>, Instant)>>,
     revoked: CancellationToken,
     queued: AtomicBool,
+    span: tracing::Span,
 }
 
 impl Departure for Source {
     fn id(&self) -> TransferId {
         TransferId::from_bytes([7; 16])
+    }
+
+    fn span(&self) -> &tracing::Span {
+        &self.span
     }
 
     fn priority(&self) -> i32 {
@@ -149,6 +154,7 @@ async fn announced_of(runs: u32, slices: u32, lent: Option<Box<dyn Lent>>) -> Sc
         reports: Mutex::default(),
         revoked: CancellationToken::new(),
         queued: AtomicBool::new(false),
+        span: tracing::Span::none(),
     });
     let (outbox, path) = (Outbox::default(), Path::new(&CancellationToken::new()));
     let (sender, mut receiver) = duplex(1 << 20);

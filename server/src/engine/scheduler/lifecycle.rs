@@ -294,6 +294,11 @@ impl Scheduler {
         self.sequences.get(&id).into_iter().for_each(|sequence| sequence.log(stage, at));
     }
 
+    /// Where what is done for a sequence is traced.
+    pub(in crate::engine) fn span(&self, id: SequenceId) -> tracing::Span {
+        self.sequences.get(&id).map_or_else(tracing::Span::none, |sequence| sequence.span.clone())
+    }
+
     /// Ends a sequence: the leg is told, its blocks go back now or when its transfer is closed.
     pub(super) fn end(&mut self, id: SequenceId, end: LegEnd) {
         let Some(sequence) = self.sequences.get(&id) else { return };

@@ -1,7 +1,15 @@
-//! How many slices went over one kind of transport each way, how often it failed. Counted where runs are reported, each
-//! once ([`super::Ticket`], [`super::Claimed`]), and by [`super::Observed`].
+//! How many slices went over one kind of transport each way, how often it failed, and a trace of each run. Told where runs
+//! are reported, each once ([`super::Ticket`], [`super::Claimed`]), and by [`super::Observed`].
+//!
+//! Traces are events of level `TRACE`, in the span of the transfer that the run is of: what went when, over what, how
+//! long that took. They cost nothing while nobody asks for them.
 
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::{
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
+    time::Instant,
+};
+
+use tracing::Span;
 
 use super::TransportKind;
 use crate::session::SliceRun;
@@ -24,9 +32,9 @@ pub struct TransportStats {
     pub failed: u64,
 }
 
-/// Where the counts are kept.
+/// What is kept of one kind of transport.
 #[derive(Debug)]
-pub(super) struct Counts {
+pub(super) struct Meter {
     kind: TransportKind,
     /// Of this node's slices.
     slice_bytes: u64,
@@ -39,7 +47,7 @@ pub(super) struct Counts {
     failed: AtomicU64,
 }
 
-impl Counts {
+impl Meter {
     pub(super) fn new(kind: TransportKind, slice_bytes: u64) -> Self {
         let zero = || AtomicU64::new(0);
         Self {
@@ -55,25 +63,37 @@ impl Counts {
         }
     }
 
-    /// A run is on its way.
-    pub(super) fn sent(&self, run: SliceRun) {
+    /// A run that was taken at `since` is on its way.
+    pub(super) fn sent(&self, transfer: &Span, run: SliceRun, since: Instant) {
         self.sent.fetch_add(run.count.into(), Relaxed);
+        self.trace(transfer, run, since, "slices sent");
     }
 
-    /// A run is in place, in slices of the sender's.
-    pub(super) fn received(&self, run: SliceRun, slice_bytes: u64) {
+    /// A run that was claimed at `since` is in place, in slices of the sender's.
+    pub(super) fn received(&self, transfer: &Span, run: SliceRun, slice_bytes: u64, since: Instant) {
         self.received.fetch_add(run.count.into(), Relaxed);
         self.bytes_received.fetch_add(u64::from(run.count) * slice_bytes, Relaxed);
+        self.trace(transfer, run, since, "slices received");
     }
 
     /// A slice of a run arrived other than it was sent.
-    pub(super) fn damaged(&self) {
+    pub(super) fn damaged(&self, transfer: &Span, run: SliceRun, since: Instant) {
         self.damaged.fetch_add(1, Relaxed);
+        self.trace(transfer, run, since, "slices damaged");
     }
 
     /// A run was not sent, or did not arrive wholly.
-    pub(super) fn interrupted(&self) {
+    pub(super) fn interrupted(&self, transfer: &Span, run: SliceRun, since: Instant) {
         self.interrupted.fetch_add(1, Relaxed);
+        self.trace(transfer, run, since, "slices interrupted");
+    }
+
+    fn trace(&self, transfer: &Span, run: SliceRun, since: Instant, what: &str) {
+        if tracing::enabled!(tracing::Level::TRACE) {
+            let (transport, micros) = (self.kind.name(), since.elapsed().as_micros() as u64);
+            let SliceRun { layer, first, count } = run;
+            transfer.in_scope(|| tracing::trace!(transport, layer, first, count, micros, "{what}"));
+        }
     }
 
     /// An attempt to open a data path, and whether it succeeded.
