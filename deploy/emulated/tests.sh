@@ -53,9 +53,9 @@ test_roce() {
   fi
   say "testing RDMA, emulated"
   BATON_TEST_RDMA_NETWORK="dummy0 dummy1" CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=$root/deploy/emulated/roce \
-    cargo test --locked -p baton-kvtransfer --lib --test rdma rdma -- --include-ignored --test-threads 1 2>&1 |
+    cargo test --locked -p baton-kvtransfer --lib --test rdma --test killed rdma -- --include-ignored --test-threads 1 2>&1 |
     tee "$cache/roce.log"
-  for name in both_ports_are_found caches_cross_over_rdma; do
+  for name in both_ports_are_found caches_cross_over_rdma over_rdma_either_side; do
     grep -q "$name.* ... ok" "$cache/roce.log" || die "the tests of RDMA did not run"
   done
 }

@@ -1,4 +1,4 @@
-//! The README says what is: every configuration key with its default, and every folder of the map.
+//! The README says what is: every configuration key with its default, every folder of the map, every test it names.
 
 use std::{collections::BTreeMap, fs};
 
@@ -53,4 +53,30 @@ fn the_code_map_names_folders_that_exist() {
     for path in folders {
         assert!(folder().join("..").join(path).join("Cargo.toml").exists(), "{path} is no crate");
     }
+}
+
+/// Tests are named in the tables of failures: `file.rs`: `a_test`, `another`; of `kvtransfer/tests` unless it says which.
+#[test]
+fn the_tests_that_it_names_exist() {
+    let readme = readme();
+    let mut named = 0;
+    for row in readme.lines().filter(|line| line.starts_with("| ")) {
+        let mut file = None;
+        for word in row.split('`').skip(1).step_by(2) {
+            if word.ends_with(".rs") {
+                let root = folder().join("..");
+                let places = [
+                    root.join(word),
+                    root.join("kvtransfer").join(word),
+                    root.join("kvtransfer/tests").join(word),
+                ];
+                let found = places.iter().find_map(|path| fs::read_to_string(path).ok());
+                file = Some((word, found.unwrap_or_else(|| panic!("{word} is no file, in {row}"))));
+            } else if let Some((path, text)) = &file {
+                assert!(text.contains(&format!("fn {word}(")), "{path} has no test {word}");
+                named += 1;
+            }
+        }
+    }
+    assert!(named > 30, "{named}");
 }

@@ -1,10 +1,16 @@
 //! What the targets in `kvtransfer/fuzz` call: each takes any bytes and must neither panic nor break a promise. The
 //! corpora that are kept there run with the unit tests, too.
 
-use crate::transport::{
-    DataKey,
-    frame::{Form, HEADER_BYTES, Header, MAX_FRAME_SLICES},
-    hello::{ANSWER_BYTES, HELLO_BYTES, Hello, MAX_TERMS},
+use baton_proto::v1;
+use prost::Message as _;
+
+use crate::{
+    KvLayout,
+    transport::{
+        DataKey,
+        frame::{Form, HEADER_BYTES, Header, MAX_FRAME_SLICES},
+        hello::{ANSWER_BYTES, HELLO_BYTES, Hello, MAX_TERMS},
+    },
 };
 
 pub use crate::node::fuzz::{connection, messages};
@@ -63,6 +69,59 @@ pub fn hellos(bytes: &[u8]) {
     }
 }
 
+/// Layouts that a peer may announce, and the plans by which its slices become this node's and the reverse.
+pub fn layouts(bytes: &[u8]) {
+    let Some((&first, rest)) = bytes.split_first() else { return };
+    let Ok(wire) = v1::KvLayout::decode(rest) else { return };
+    let own = own_layout(first % 2 == 1);
+    let _ = own.of_peer(&wire); // as it says it, with whatever digest
+    let v1::KvLayout { format, dtype, block_tokens, layers, kv_heads, head_dim, .. } = wire;
+    let said = KvLayout {
+        model_revision: own.model_revision.clone(),
+        format,
+        dtype,
+        block_tokens,
+        layers,
+        kv_heads,
+        head_dim,
+        rope_dim: wire.rope_dim,
+        tensor_parallel: wire.tensor_parallel,
+        slice_bytes: wire.block_bytes,
+    };
+    let Ok(peer) = own.of_peer(&(&said).into()) else { return };
+    let plans = [(own.plan_from(&peer), &peer, &own), (own.plan_to(&peer), &own, &peer)];
+    for (plan, source, target) in plans {
+        let Ok(Some(plan)) = plan else { continue };
+        if plan.runs() > 1 << 12 {
+            continue; // a node refuses them from half a million on
+        }
+        let expansion = plan.expand();
+        let tokens = source.block_tokens.min(1 << 10).saturating_add(1);
+        for descriptor in expansion.of_blocks(0, 0..2, tokens).take(1 << 12) {
+            assert!(descriptor.source_block < source.blocks_for(tokens), "{descriptor:?}");
+            assert!(descriptor.target_block < target.blocks_for(tokens), "{descriptor:?}");
+        }
+    }
+}
+
+fn own_layout(latent: bool) -> KvLayout {
+    let (format, kv_heads, head_dim, rope_dim) =
+        if latent { ("cpu-latent-16", 1, 576, 64) } else { ("cpu-panel-16-columns", 3, 64, 0) };
+    let values = if latent { head_dim } else { 2 * kv_heads * head_dim };
+    KvLayout {
+        model_revision: "r1".into(),
+        format: format.into(),
+        dtype: "bf16".into(),
+        block_tokens: 16,
+        layers: 2,
+        kv_heads,
+        head_dim,
+        rope_dim,
+        tensor_parallel: 1,
+        slice_bytes: u64::from(values) * 16 * 2,
+    }
+}
+
 /// What RDMA peers say of their queue pairs and regions.
 #[cfg(all(feature = "rdma", target_os = "linux", target_pointer_width = "64"))]
 pub fn rdma(bytes: &[u8]) {
@@ -86,8 +145,31 @@ mod tests {
         replay("frames", frames);
         replay("hellos", hellos);
         replay("ascend", ascend);
+        replay("layouts", layouts);
         replay("messages", messages);
         replay("connection", connection);
+    }
+
+    /// Seeds that should make a plan do make one: the target looks at what it is meant to look at.
+    #[test]
+    fn layouts_are_planned_with() {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds/layouts");
+        let planned = |name: &str| {
+            let seed = std::fs::read(folder.join(name)).expect("a seed");
+            let wire = v1::KvLayout::decode(&seed[1..]).expect("a layout");
+            let own = own_layout(seed[0] == 1);
+            let peer = KvLayout { model_revision: "r1".into(), ..KvLayout::try_from(&wire).expect("sizes") };
+            own.plan_from(&peer).map(|plan| plan.is_some())
+        };
+        assert_eq!(planned("equal"), Ok(false));
+        for name in
+            ["other-block", "uneven-block", "other-arrangement", "other-type", "latent", "latent-rows"]
+        {
+            assert_eq!(planned(name), Ok(true), "{name}");
+        }
+        for name in ["other-tp", "latent-for-heads"] {
+            planned(name).expect_err(name);
+        }
     }
 
     fn replay(name: &str, target: fn(&[u8])) {

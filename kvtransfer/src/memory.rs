@@ -45,7 +45,8 @@ impl Region {
     /// Takes `len` bytes at `base` under this crate's care.
     ///
     /// # Safety
-    /// - The bytes are valid for reads and writes, from any thread, for as long as `owner` lives.
+    /// - The bytes are valid for reads and writes, from any thread, for as long as `owner` lives; those of a device, which
+    ///   [`on_device`](Self::on_device) must say before the region is used, by that device.
     /// - Blocks lent to a node (`ExpectSpec::blocks`) are neither read nor written by anyone else until they come back
     ///   (`Incoming::close` or `NodeConfig::reclaim`) or the transfer is sealed.
     /// - Blocks being sent (`OfferSpec::blocks`) are not written, in a layer once `Progress::ready` has named them
@@ -165,6 +166,11 @@ impl Slices {
     /// Blocks in each layer.
     pub fn blocks(&self) -> u32 {
         self.blocks
+    }
+
+    /// Whether the CPU cannot read them in place.
+    pub(crate) fn is_on_device(&self) -> bool {
+        self.region.is_on_device()
     }
 
     /// Where a slice starts in the region, in bytes; refuses slices outside it.

@@ -25,12 +25,14 @@ const LEASE: Duration = Duration::from_secs(1);
 /// finds nobody; of a sender, which has a test of its own: it has said so, and what it said may arrive or not.
 const SENDER: &[&str] = &["offered", "accepted", "moving", "moved"];
 const RECEIVER: &[&str] = &["offered", "accepted", "moving", "moved", "sealed"];
-const TRANSPORTS: [&str; 2] = ["tcp", "shm"];
+const TRANSPORTS: &[&str] = &["tcp", "shm"];
 
 fn over(transport: &str) -> Setup {
     let transports = match transport {
         "tcp" => vec![TransportConfig::Tcp { connections: 2 }],
-        _ => vec![TransportConfig::Shm],
+        "shm" => vec![TransportConfig::Shm],
+        "rdma" => vec![TransportConfig::Rdma],
+        other => panic!("not a transport: {other}"),
     };
     Setup { lease: LEASE, limits: Limits::for_lease(LEASE), transports, ..Setup::default() }
 }
@@ -195,8 +197,11 @@ impl Drop for Victim {
 }
 
 /// Strikes with SIGKILL or SIGSTOP; a frozen one thaws at the end.
-fn cases(phases: &'static [&str]) -> impl Iterator<Item = (&'static str, &'static str, Signal)> {
-    TRANSPORTS.into_iter().flat_map(|transport| {
+fn cases(
+    transports: &'static [&str],
+    phases: &'static [&str],
+) -> impl Iterator<Item = (&'static str, &'static str, Signal)> {
+    transports.iter().flat_map(|&transport| {
         phases.iter().flat_map(move |&phase| {
             [Signal::KILL, Signal::STOP].into_iter().map(move |signal| (transport, phase, signal))
         })
@@ -211,7 +216,24 @@ fn noticed(error: &TransferError, case: &dyn std::fmt::Debug) {
 
 #[tokio::test]
 async fn decode_outlives_a_prefill_that_is_killed_or_frozen_in_any_phase() {
-    for case in cases(SENDER) {
+    decode_outlives(TRANSPORTS).await;
+}
+
+#[tokio::test]
+async fn prefill_outlives_a_decode_that_is_killed_or_frozen_in_any_phase() {
+    prefill_outlives(TRANSPORTS).await;
+}
+
+/// On a machine with RoCE ports to itself, as `tests/rdma.rs`.
+#[tokio::test]
+#[ignore = "needs RoCE ports"]
+async fn over_rdma_either_side_outlives_the_other_that_is_killed_or_frozen_in_any_phase() {
+    decode_outlives(&["rdma"]).await;
+    prefill_outlives(&["rdma"]).await;
+}
+
+async fn decode_outlives(transports: &'static [&str]) {
+    for case in cases(transports, SENDER) {
         let (transport, phase, signal) = case;
         let decode = Peer::start_with("survivor", over(transport));
         let id = TransferId::generate();
@@ -243,9 +265,8 @@ async fn decode_outlives_a_prefill_that_is_killed_or_frozen_in_any_phase() {
     }
 }
 
-#[tokio::test]
-async fn prefill_outlives_a_decode_that_is_killed_or_frozen_in_any_phase() {
-    for case in cases(RECEIVER) {
+async fn prefill_outlives(transports: &'static [&str]) {
+    for case in cases(transports, RECEIVER) {
         let (transport, phase, signal) = case;
         let prefill = Peer::start_with("survivor", over(transport));
         let id = TransferId::generate();
@@ -270,7 +291,7 @@ async fn prefill_outlives_a_decode_that_is_killed_or_frozen_in_any_phase() {
 
 #[tokio::test]
 async fn a_sender_struck_as_it_seals_leaves_a_whole_cache_or_a_reason() {
-    for case in cases(&["sealed"]) {
+    for case in cases(TRANSPORTS, &["sealed"]) {
         let (transport, phase, signal) = case;
         let decode = Peer::start_with("survivor", over(transport));
         let id = TransferId::generate();

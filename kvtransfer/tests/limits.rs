@@ -8,9 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use baton_kvtransfer::{
-    DataPortConfig, KvNode, Limits, NodeConfig, OfferSpec, TransferError, TransportConfig,
-};
+use baton_kvtransfer::{DataPortConfig, KvNode, Limits, NodeConfig, TransferError, TransportConfig};
 use baton_proto::{Incarnation, TransferId, v1};
 use support::{scripted::*, *};
 use tokio::{io::AsyncReadExt, sync::mpsc};
@@ -58,15 +56,45 @@ async fn peers_are_bounded_each_way() {
     assert!(matches!(offer(&two), Err(TransferError::Limit { what: "peers to send to", .. })));
 }
 
+#[tokio::test]
+async fn over_the_limit_a_peer_that_is_idle_gives_way() {
+    let quick = |limits: &mut Limits| (limits.peers, limits.seal_grace) = (1, Duration::from_millis(200));
+    let lease = Duration::from_millis(100);
+    let prefill = Peer::start_with("prefill-0", Setup { lease, ..limited(quick) });
+    let targets = [Peer::start("decode-1"), Peer::start("decode-2")];
+    for (round, decode) in targets.iter().cycle().take(4).enumerate() {
+        let id = TransferId::generate();
+        let mut incoming = decode.node.expect(expect_spec(id, &prefill.name, &[2])).expect("room");
+        let mut outgoing = prefill.node.offer(offer_spec(id, decode, &[2])).expect("the idle one gives way");
+        let other = &targets[(round + 1) % 2];
+        let refused = prefill.node.offer(offer_spec(TransferId::generate(), other, &[1]));
+        assert!(matches!(refused, Err(TransferError::Limit { what: "peers to send to", limit: 1 })));
+        (0..LAYERS).for_each(|layer| outgoing.progress().ready(layer, 0..1));
+        outgoing.seal(1);
+        within("sealed", 10, incoming.sealed()).await.expect("whole");
+        within("finished", 10, outgoing.finished()).await.expect("released");
+        drop((incoming, outgoing));
+        prefill.idle().await;
+    }
+    // And one that sends nothing any more, on the receiving side.
+    let decode = Peer::start_with("decode-0", Setup { lease, ..limited(quick) });
+    let first = ScriptedSender::open(&decode, "prefill-1", 1).await.expect("welcome");
+    ScriptedSender::open(&decode, "prefill-2", 1).await.err().expect("the first has just come");
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    ScriptedSender::open(&decode, "prefill-2", 1).await.expect("the first is quiet");
+    drop(first);
+}
+
 /// A control stream that says hello and proves nothing.
 struct Unproven {
     _to_peer: mpsc::Sender<v1::SenderMessage>,
-    _from_peer: Streaming<v1::ReceiverMessage>,
+    from_peer: Streaming<v1::ReceiverMessage>,
 }
 
 impl Unproven {
     async fn open(to: &Peer) -> Self {
         let hello = v1::SenderHello {
+            protocol: 1,
             instance_id: "prefill-1".into(),
             incarnation: 1,
             layout: Some((&layout()).into()),
@@ -77,46 +105,44 @@ impl Unproven {
         to_peer.send(v1::SenderMessage { transfer_id: Default::default(), body }).await.expect("open");
         let client = v1::handoff_client::HandoffClient::connect(format!("http://{}", to.address));
         let answers = client.await.expect("reachable").exchange(ReceiverStream::new(queue)).await;
-        Self { _to_peer: to_peer, _from_peer: answers.expect("its hello is answered").into_inner() }
+        Self { _to_peer: to_peer, from_peer: answers.expect("its hello is answered").into_inner() }
+    }
+
+    /// Why the peer ends it.
+    async fn cut(mut self) -> tonic::Status {
+        self.from_peer.message().await.expect("a hello comes first");
+        within("the end", 10, self.from_peer.message()).await.expect_err("it is cut")
     }
 }
 
 #[tokio::test]
-async fn control_streams_without_a_proof_are_bounded() {
+async fn over_the_bound_the_oldest_control_stream_without_a_proof_gives_way() {
     let decode = Peer::start_with("decode-0", limited(|limits| limits.unproven_streams = 1));
     let unproven = Unproven::open(&decode).await;
-    let refusal = ScriptedSender::open(&decode, "prefill-2", 1).await.err().expect("over the limit");
-    assert!(refusal.message().contains("no more than 1 control streams without a proof"), "{refusal}");
-    drop(unproven);
-    // Room again, as soon as its end has been seen; and what has been proven takes no room of it.
-    let by = in_secs(10);
-    let first = loop {
-        assert!(Instant::now() < by, "no stream was let in again");
-        match ScriptedSender::open(&decode, "prefill-2", 1).await {
-            Ok(first) => break first,
-            Err(_) => tokio::time::sleep(Duration::from_millis(5)).await,
-        }
-    };
+    let first = ScriptedSender::open(&decode, "prefill-2", 1).await.expect("the oldest gives way");
+    assert_eq!(unproven.cut().await.code(), tonic::Code::Aborted);
+    // What has been proven takes no room of it.
     let second = ScriptedSender::open(&decode, "prefill-3", 1).await.expect("the first is proven");
-    drop((first, second));
+    let unproven = Unproven::open(&decode).await;
+    drop((first, second, unproven));
 }
 
 #[tokio::test]
-async fn a_sender_that_finds_no_room_for_its_stream_comes_again_until_its_transfers_deadline() {
+async fn strangers_that_open_control_streams_and_prove_nothing_keep_no_peer_out() {
     let long = |limits: &mut Limits| {
-        (limits.unproven_streams, limits.handshake) = (1, Duration::from_secs(20));
+        (limits.unproven_streams, limits.handshake) = (2, Duration::from_secs(20));
     };
     let decode = Peer::start_with("decode-0", limited(long));
     let prefill = Peer::start_with("prefill-0", limited(|limits| limits.connect_attempts = 1));
-    let unproven = Unproven::open(&decode).await;
-    let deadline = Instant::now() + Duration::from_millis(400);
-    let spec = OfferSpec { deadline, ..offer_spec(TransferId::generate(), &decode, &[1]) };
-    let mut hopeless = prefill.node.offer(spec).expect("room");
-    let error = within("its deadline", 10, hopeless.finished()).await.expect_err("nobody makes room");
-    assert!(matches!(error, TransferError::DeadlineExceeded { .. }) && Instant::now() >= deadline, "{error}");
+    let mut strangers = Vec::new();
+    for _ in 0..8 {
+        strangers.push(Unproven::open(&decode).await);
+    }
     let id = TransferId::generate();
     let mut outgoing = prefill.node.offer(offer_spec(id, &decode, &[2])).expect("room");
-    drop(unproven);
+    for _ in 0..8 {
+        strangers.push(Unproven::open(&decode).await);
+    }
     let mut incoming = decode.node.expect(expect_spec(id, &prefill.name, &[2])).expect("room");
     (0..LAYERS).for_each(|layer| outgoing.progress().ready(layer, 0..1));
     outgoing.seal(1);

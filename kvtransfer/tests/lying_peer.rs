@@ -355,6 +355,7 @@ async fn hellos_are_checked() {
     let decode = Peer::start("decode-0");
     let hello = |change: fn(&mut v1::SenderHello)| {
         let mut hello = v1::SenderHello {
+            protocol: 1,
             instance_id: LIAR.into(),
             incarnation: 1,
             layout: Some((&layout()).into()),
@@ -366,6 +367,7 @@ async fn hellos_are_checked() {
     let cases = [
         (Body::Renew(v1::Renew {}), "hello"),
         (hello(|h| h.instance_id = "No Name".into()), "instance id"),
+        (hello(|h| h.protocol = 0), "version 0 of the handoff protocol, this node version 1"),
         (hello(|h| h.layout = None), "layout"),
         (hello(|h| h.nonce = vec![1; 15].into()), "nonce"),
         (hello(|h| h.layout = Some((&KvLayout { head_dim: 7, ..layout() }).into())), "head_dim"),
@@ -382,4 +384,28 @@ async fn hellos_are_checked() {
     let stale = ScriptedSender::open(&decode, LIAR, 4).await.err().expect("an earlier start of the process");
     assert!(stale.message().contains("incarnation"), "{stale}");
     drop(held);
+}
+
+#[tokio::test]
+async fn an_offer_and_an_accept_of_another_start_of_the_process_are_refused() {
+    let decode = Peer::start("decode-0");
+    let mut sender = ScriptedSender::open(&decode, LIAR, 5).await.expect("welcome");
+    let id = TransferId::generate();
+    let incoming = decode.node.expect(expect_spec(id, &instance(LIAR), &[1])).expect("room");
+    sender.offer(id, 1, 4).await;
+    assert_eq!(sender.aborted().await.code(), v1::ErrorCode::StaleEpoch);
+    sender.offer(id, 1, 5).await;
+    sender.accepted().await;
+    drop(incoming);
+
+    let prefill = Peer::start("prefill-0");
+    let mut receiver = ScriptedReceiver::start().await;
+    let mut spec = offer_spec(TransferId::generate(), &decode, &[1]);
+    (spec.peer, spec.receiver) = (receiver.address.to_string(), instance("decode-9"));
+    let mut outgoing = prefill.node.offer(spec).expect("room");
+    let mut stream = receiver.stream("decode-9", 2).await;
+    let (id, _) = stream.hear().await;
+    stream.accept(id, Duration::from_secs(20)).await; // says that it is of start 1
+    let error = within("the refusal", 10, outgoing.finished()).await.expect_err("not that start");
+    assert!(matches!(error, TransferError::Protocol(_)), "{error}");
 }

@@ -241,3 +241,24 @@ async fn a_peer_that_takes_no_connection_is_asked_ever_less_often() {
     drop(outgoing);
     prefill.idle().await;
 }
+
+/// A peer at whose data port every connection is taken, and ended at once.
+#[tokio::test]
+async fn a_path_that_opens_and_breaks_is_opened_ever_less_often() {
+    let prefill = Peer::start_with("prefill-0", over(&[Tcp]));
+    let decode = Peer::start("decode-0"); // gives the spec its form only
+    let mut receiver = ScriptedReceiver::start().await;
+    let mut spec = offer_spec(TransferId::generate(), &decode, &[1]);
+    (spec.peer, spec.receiver) = (receiver.address.to_string(), instance("decode-9"));
+    let _outgoing = prefill.node.offer(spec).expect("room");
+    let _stream = receiver.stream("decode-9", 1).await;
+    let mut times = Vec::new();
+    while times.len() < 7 {
+        drop(receiver.data().await);
+        times.push(std::time::Instant::now());
+    }
+    for (pair, least) in times.windows(2).zip([10, 20, 40, 80, 160, 320]) {
+        let pause = pair[1] - pair[0];
+        assert!(pause >= Duration::from_millis(least) - Duration::from_millis(5), "{pause:?} of {least} ms");
+    }
+}

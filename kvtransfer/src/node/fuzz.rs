@@ -94,7 +94,13 @@ impl Stage {
         let kv = KvNode::start(config, CancellationToken::new()).expect("a node");
         drop(entered);
         let (messages, answers) = mpsc::channel(4096);
-        let link = PeerLink::new(1, instance("peer"), Incarnation(9), messages, CancellationToken::new());
+        let link = PeerLink::new(
+            std::time::Instant::now(),
+            1,
+            (instance("peer"), Incarnation(9)),
+            messages,
+            CancellationToken::new(),
+        );
         let (link, answers) = (Arc::new(link), tokio::sync::Mutex::new(answers));
         kv.node.admit_peer(&link).expect("room");
         Self { runtime, kv, link, answers, ids: AtomicU32::new(0) }

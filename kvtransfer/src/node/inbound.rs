@@ -17,10 +17,10 @@ use v1::receiver_message::Body;
 
 use super::{
     Node,
-    config::{Direction, Reclaimed, Sealed},
     peer_link::PeerLink,
     reservation::{Reservation, Reserved},
     shell::{Outcome, Shell, State},
+    transfer::{Direction, Reclaimed, Sealed},
     translate::Translation,
 };
 use crate::{

@@ -6,9 +6,9 @@ use baton_proto::TransferId;
 use tokio::sync::watch;
 
 use super::{
-    config::Sealed,
     inbound::Inbound,
     shell::{Outcome, Shell},
+    transfer::Sealed,
 };
 use crate::TransferError;
 

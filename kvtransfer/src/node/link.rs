@@ -2,8 +2,8 @@
 //!
 //! Opened when there is something to offer, kept while there are transfers and some time longer. When it breaks, every
 //! transfer that is not sealed is over (`Outbound::link_lost`), and the stream is opened again only if transfers wait
-//! for it, with growing pauses and a bounded number of attempts. A peer that has no room for a stream for the moment is
-//! asked again for as long as there are transfers, which their own deadlines bound.
+//! for it, with growing pauses and a bounded number of attempts. A peer that cuts it for newer ones before it is
+//! proven is asked again for as long as there are transfers, which their own deadlines bound.
 //!
 //! A stream that leads nowhere, with nobody to say so, is given up when a transfer's lease runs out on it and nothing
 //! else has been heard either (`SenderCommand::Cut`); one without transfers by HTTP/2's pings (`Limits::keep_alive`).
@@ -17,7 +17,7 @@ use tokio::{
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
-use tonic::{Status, Streaming, transport::Endpoint};
+use tonic::{Code, Status, Streaming, transport::Endpoint};
 use v1::{handoff_client::HandoffClient, receiver_message, sender_message::Body};
 
 use super::{
@@ -27,7 +27,7 @@ use super::{
     outbound::Outbound,
     route::Route,
     secret::{End, Hellos, nonce},
-    wire::{from_status, wire_id},
+    wire::{PROTOCOL, check_protocol, from_status, wire_id},
 };
 use crate::{
     TransferError,
@@ -47,11 +47,12 @@ pub(super) struct Link {
     changed: Notify,
 }
 
-#[derive(Default)]
 struct State {
     up: Option<LinkUp>,
     transfers: HashMap<TransferId, Arc<Outbound>>,
-    /// The task has ended and takes no transfers any more.
+    /// Since when there are none.
+    idle_since: Instant,
+    /// It takes no transfers any more, and its task ends.
     ended: bool,
 }
 
@@ -65,7 +66,7 @@ impl fmt::Debug for Link {
 enum Break {
     /// The peer cannot be reached; trying again may help.
     Unreachable(String),
-    /// The peer answers, and has no room for any stream at the moment.
+    /// The peer answers, and has cut this stream, unproven as it was, for newer ones.
     Busy(String),
     /// The peer does not want this stream; trying again will not help.
     Refused(TransferError),
@@ -77,7 +78,9 @@ enum Break {
 
 impl Link {
     pub(super) fn new(endpoint: String) -> Arc<Self> {
-        Arc::new(Self { endpoint, state: Mutex::new(State::default()), changed: Notify::new() })
+        let idle_since = Instant::now();
+        let state = State { up: None, transfers: HashMap::new(), idle_since, ended: false };
+        Arc::new(Self { endpoint, state: Mutex::new(state), changed: Notify::new() })
     }
 
     /// Adds a transfer; it is offered as soon as the stream stands. False if this link has ended: use a new one.
@@ -99,7 +102,7 @@ impl Link {
         if let Some(up) = up {
             outbound.link_up(&up);
             if !self.stands(&up) {
-                outbound.link_lost("it ended as the transfer was offered");
+                outbound.link_lost(&up, "it ended as the transfer was offered");
             }
         }
         true
@@ -109,14 +112,24 @@ impl Link {
         let mut state = self.state.lock();
         state.transfers.remove(id);
         if state.transfers.is_empty() {
+            state.idle_since = Instant::now();
             self.changed.notify_one();
         }
     }
 
-    /// Whether the link may be dropped; if so, it takes no more transfers.
-    fn end_if_empty(&self) -> bool {
+    /// Since when it has no transfers; `None` = it has some.
+    pub(super) fn idle_since(&self) -> Option<Instant> {
+        let state = self.state.lock();
+        state.transfers.is_empty().then_some(state.idle_since)
+    }
+
+    /// Whether the link may be dropped; if so, it takes no more transfers, and its task ends.
+    pub(super) fn end_if_empty(&self) -> bool {
         let mut state = self.state.lock();
-        state.ended = state.transfers.is_empty();
+        if state.transfers.is_empty() {
+            state.ended = true;
+            self.changed.notify_one();
+        }
         state.ended
     }
 
@@ -163,9 +176,11 @@ impl Link {
         let mut backoff = Backoff::new(FIRST_PAUSE);
         loop {
             while self.is_empty() {
-                let waited = timeout(node.limits.idle_link, self.changed.notified()).await;
-                if waited.is_err() && self.end_if_empty() {
+                if self.ended() {
                     return;
+                }
+                if timeout(node.limits.idle_link, self.changed.notified()).await.is_err() {
+                    self.end_if_empty();
                 }
             }
             let started = Instant::now();
@@ -211,8 +226,8 @@ impl Link {
 
     /// Ends what rests on the stream.
     pub(super) fn down(&self, why: &str) {
-        self.state.lock().up = None;
-        self.transfers().iter().for_each(|outbound| outbound.link_lost(why));
+        let Some(up) = self.state.lock().up.take() else { return };
+        self.transfers().iter().for_each(|outbound| outbound.link_lost(&up, why));
     }
 
     /// Opens the stream and serves it until it ends.
@@ -241,7 +256,9 @@ impl Link {
                     Err(status) => return Break::Lost(status.message().to_owned()),
                 },
                 why = &mut route => return Break::Lost(why),
-                () = self.changed.notified() => {}
+                () = self.changed.notified() => if self.ended() {
+                    return Break::Idle;
+                },
                 () = sleep(node.limits.idle_link), if idle => if self.down_if_empty() {
                     return Break::Idle;
                 }
@@ -273,11 +290,12 @@ impl Link {
         let mut messages = HandoffClient::new(channel)
             .exchange(ReceiverStream::new(queue))
             .await
-            .map_err(turned_away)?
+            .map_err(refused)?
             .into_inner();
         let Some(receiver_message::Body::Hello(hello)) = next(&mut messages).await? else {
             return Err(protocol("the peer's first message is not its hello"));
         };
+        check_protocol(hello.protocol).map_err(Break::Refused)?;
         let Some(layout) = &hello.layout else {
             return Err(protocol("the peer's hello has no KV layout"));
         };
@@ -346,6 +364,7 @@ impl Node {
             incarnation: self.identity.incarnation.0,
             layout: Some((&self.layout).into()),
             nonce: nonce.to_vec().into(),
+            protocol: PROTOCOL,
         }
     }
 }
@@ -354,19 +373,12 @@ fn protocol(what: &str) -> Break {
     Break::Refused(TransferError::Protocol(what.to_owned()))
 }
 
-/// Before it has taken a hello in, a peer that is full has no room for streams without a proof, whosever: they come and
-/// go. Once it has, it is its list of peers that is full, which is no matter of moments.
-fn turned_away(status: Status) -> Break {
-    match refused(status) {
-        Break::Refused(TransferError::PeerRefused(error)) if error.code == ErrorCode::QueueFull => {
-            Break::Busy(error.message)
-        }
-        other => other,
-    }
-}
-
-/// A peer that is only busy or starting is worth another attempt; one that says no is not.
+/// A peer that is only busy or starting is worth another attempt, one that has cut this stream for the sake of newer ones
+/// any number; one that says no is not.
 fn refused(status: Status) -> Break {
+    if status.code() == Code::Aborted && status.details().is_empty() {
+        return Break::Busy(status.message().to_owned());
+    }
     let error = from_status(&status);
     match error.code {
         ErrorCode::Unavailable | ErrorCode::InstanceLost | ErrorCode::Internal => {

@@ -9,7 +9,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use v1::sender_message::Body;
 
-use super::{config::OfferSpec, wire::wire_id};
+use super::{transfer::OfferSpec, wire::wire_id};
 use crate::{
     TransferError,
     sync::Mutex,

@@ -15,10 +15,11 @@ impl Links {
         Self { by_endpoint: Mutex::default(), most }
     }
 
-    /// The link to an endpoint; `start` is given a new one if there is none that has not ended.
+    /// The link to an endpoint; `start` is given a new one if there is none that has not ended. Over the limit, the one that
+    /// has been idle longest ends.
     ///
     /// # Errors
-    /// `Limit`: there are as many as there may be.
+    /// `Limit`: there are as many as there may be, and all have transfers.
     pub(super) fn to(
         &self,
         endpoint: &str,
@@ -28,8 +29,12 @@ impl Links {
         if let Some(link) = links.get(endpoint).filter(|link| !link.ended()) {
             return Ok(link.clone());
         }
+        links.retain(|_, link| !link.ended());
         if links.len() >= self.most {
-            return Err(TransferError::Limit { what: "peers to send to", limit: self.most });
+            let idle = links.iter().filter_map(|(at, link)| Some((link.idle_since()?, at.clone())));
+            let longest = idle.min().map(|(_, at)| at).filter(|at| links[at].end_if_empty());
+            let full = TransferError::Limit { what: "peers to send to", limit: self.most };
+            links.remove(&longest.ok_or(full)?);
         }
         let link = Link::new(endpoint.to_owned());
         links.insert(endpoint.to_owned(), link.clone());

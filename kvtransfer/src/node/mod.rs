@@ -17,6 +17,7 @@ mod identity;
 mod inbound;
 mod incoming;
 mod lifetime;
+mod limits;
 mod link;
 mod link_up;
 mod links;
@@ -33,6 +34,7 @@ mod shell;
 mod staging;
 mod stats;
 mod table;
+mod transfer;
 mod translate;
 mod transports;
 mod wire;
@@ -47,14 +49,14 @@ use baton_proto::{ApiError, TransferId, v1};
 use tokio::{runtime::Handle, sync::Notify};
 use tokio_util::sync::CancellationToken;
 
-pub use config::{
-    Direction, ExpectSpec, Limits, NodeConfig, OfferSpec, Reclaimed, Sealed, TransferStats, TransportConfig,
-};
+pub use config::{NodeConfig, TransportConfig};
 pub use incoming::Incoming;
+pub use limits::Limits;
 pub use outgoing::{Outgoing, Progress};
 pub use secret::FleetSecret;
 pub use service::HandoffService;
 pub use stats::NodeStats;
+pub use transfer::{Direction, ExpectSpec, OfferSpec, Reclaimed, Sealed, TransferStats};
 
 use claims::Claims;
 use identity::Identity;
@@ -114,6 +116,10 @@ impl fmt::Debug for Node {
 impl KvNode {
     /// Starts taking slices in. Must be called within a tokio runtime. `shutdown` aborts every transfer and ends every
     /// task of the node; see [`KvNode::stopped`].
+    ///
+    /// # Errors
+    /// `Invalid`: the configuration contradicts itself, the region does not hold the layout's slices, or none of the
+    /// transports can be had on this host; the message says which. `Io`: the data port's listener cannot be used.
     pub fn start(config: NodeConfig, shutdown: CancellationToken) -> Result<Self, TransferError> {
         config.validate()?;
         let slices = config.region.slices(&config.layout, config.blocks)?;

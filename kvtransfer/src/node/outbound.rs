@@ -18,10 +18,10 @@ use v1::sender_message::Body;
 use super::{
     Node,
     claims::Claimed,
-    config::{Direction, OfferSpec, Reclaimed, TransferStats},
     link_up::LinkUp,
     shell::{Outcome, Shell, State},
     table::Ended,
+    transfer::{Direction, OfferSpec, Reclaimed, TransferStats},
 };
 use crate::{
     FirstTokens, TransferError,
@@ -116,8 +116,12 @@ impl Outbound {
         self.finish(state, commands);
     }
 
-    pub(super) fn link_lost(&self, why: &str) {
+    /// The control stream `up` is gone; nothing to a transfer that is on another one by now.
+    pub(super) fn link_lost(&self, up: &LinkUp, why: &str) {
         let mut state = self.state.lock();
+        if !state.link.as_ref().is_some_and(|link| link.is(up)) {
+            return;
+        }
         state.link = None;
         let commands = state.session.link_lost(why);
         self.finish(state, commands);
@@ -334,6 +338,10 @@ impl Departure for Outbound {
 
     fn source(&self, layer: u32, block: u32, skip: usize) -> Result<IoSlice<'_>, TransferError> {
         self.node.pool.slices.io_slice(layer, self.block(block)?, skip)
+    }
+
+    fn is_on_device(&self) -> bool {
+        self.node.pool.slices.is_on_device()
     }
 
     fn copy_out(&self, layer: u32, block: u32, from: usize, into: &mut [u8]) -> Result<(), TransferError> {

@@ -6,9 +6,9 @@ use baton_proto::TransferId;
 use tokio::sync::watch;
 
 use super::{
-    config::TransferStats,
     outbound::Outbound,
     shell::{Outcome, Shell},
+    transfer::TransferStats,
 };
 use crate::{FirstTokens, TransferError};
 

@@ -2,7 +2,10 @@
 //!
 //! Made and read by [`super::service`]; transfers being received answer over it.
 
-use std::sync::{Arc, OnceLock};
+use std::{
+    sync::{Arc, OnceLock},
+    time::Instant,
+};
 
 use baton_proto::{ApiError, Incarnation, InstanceId, TransferId, v1};
 use tokio::sync::mpsc;
@@ -11,7 +14,7 @@ use tonic::Status;
 use v1::receiver_message::Body;
 
 use super::{translate::Translation, wire::wire_id};
-use crate::{TransferError, transport::LinkPass};
+use crate::{TransferError, sync::Mutex, transport::LinkPass};
 
 /// A peer's control stream.
 #[derive(Debug)]
@@ -24,20 +27,31 @@ pub(super) struct PeerLink {
     pass: LinkPass,
     /// Set before it is welcomed, if it lays its cache out otherwise.
     translation: OnceLock<Arc<Translation>>,
+    /// When the peer last said anything.
+    heard: Mutex<Instant>,
     broken: CancellationToken,
 }
 
 impl PeerLink {
     /// `number` is unique in this process; `broken` is cancelled to end the stream.
     pub(super) fn new(
+        now: Instant,
         number: u64,
-        peer: InstanceId,
-        incarnation: Incarnation,
+        (peer, incarnation): (InstanceId, Incarnation),
         messages: mpsc::Sender<Result<v1::ReceiverMessage, Status>>,
         broken: CancellationToken,
     ) -> Self {
         let (pass, translation) = (LinkPass::generate(), OnceLock::new());
-        Self { number, peer, incarnation, messages, pass, translation, broken }
+        Self { number, peer, incarnation, messages, pass, translation, heard: Mutex::new(now), broken }
+    }
+
+    /// The peer has said something.
+    pub(super) fn hear(&self, now: Instant) {
+        *self.heard.lock() = now;
+    }
+
+    pub(super) fn heard(&self) -> Instant {
+        *self.heard.lock()
     }
 
     /// How its slices become this node's; `None` = they are as they are.

@@ -6,42 +6,41 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
+    time::{Duration, Instant},
 };
 
 use baton_proto::InstanceId;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::{config::Limits, peer_link::PeerLink};
-use crate::{TransferError, sync::Mutex, transport::LinkId};
+use super::{limits::Limits, peer_link::PeerLink};
+use crate::{
+    TransferError,
+    sync::Mutex,
+    transport::{LinkId, Stranger, Strangers},
+};
 
 pub(super) struct Peers {
     by_id: Mutex<HashMap<InstanceId, Arc<PeerLink>>>,
     most: usize,
-    /// Room for streams of peers that have proven nothing yet.
-    unproven: Arc<Semaphore>,
-    most_unproven: usize,
+    /// A peer that has said nothing for so long has no transfer: they are renewed more often.
+    quiet: Duration,
+    strangers: Arc<Strangers>,
     numbers: AtomicU64,
 }
 
 impl Peers {
     pub(super) fn new(limits: &Limits) -> Self {
-        let most_unproven = limits.unproven_streams;
         Self {
             by_id: Mutex::default(),
             most: limits.peers,
-            unproven: Arc::new(Semaphore::new(most_unproven)),
-            most_unproven,
+            quiet: limits.seal_grace,
+            strangers: Strangers::new(limits.unproven_streams),
             numbers: AtomicU64::new(0),
         }
     }
 
-    /// Room for one more stream whose peer has proven nothing yet, until the permit is dropped.
-    ///
-    /// # Errors
-    /// `Limit`: there is none.
-    pub(super) fn room_for_unproven(&self) -> Result<OwnedSemaphorePermit, TransferError> {
-        let (what, limit) = ("control streams without a proof", self.most_unproven);
-        self.unproven.clone().try_acquire_owned().map_err(|_| TransferError::Limit { what, limit })
+    /// One more stream, whose peer has proven nothing yet.
+    pub(super) fn stranger(&self) -> Stranger {
+        self.strangers.enter()
     }
 
     /// A number that no other stream of this process has.
@@ -49,11 +48,16 @@ impl Peers {
         self.numbers.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// Takes a stream in place of the one that its peer had before; that one, if there was one.
+    /// Takes a stream in, in place of the one that its peer had before, or, over the limit, of that of the peer which has
+    /// been quiet longest; which that is.
     ///
     /// # Errors
-    /// `StalePeer`: a later start of the peer has one. `Limit`: there are as many peers as there may be.
-    pub(super) fn admit(&self, link: &Arc<PeerLink>) -> Result<Option<Arc<PeerLink>>, TransferError> {
+    /// `StalePeer`: a later start of the peer has one. `Limit`: there are as many peers as there may be, none quiet.
+    pub(super) fn admit(
+        &self,
+        link: &Arc<PeerLink>,
+        now: Instant,
+    ) -> Result<Option<Arc<PeerLink>>, TransferError> {
         let mut peers = self.by_id.lock();
         match peers.get(link.peer()) {
             Some(old) if old.incarnation() > link.incarnation() => Err(TransferError::StalePeer {
@@ -62,7 +66,12 @@ impl Peers {
                 found: link.incarnation(),
             }),
             None if peers.len() >= self.most => {
-                Err(TransferError::Limit { what: "peers that send", limit: self.most })
+                let longest = peers.values().min_by_key(|link| link.heard());
+                let quiet = longest.filter(|link| now.duration_since(link.heard()) >= self.quiet).cloned();
+                let full = TransferError::Limit { what: "peers that send", limit: self.most };
+                let left = peers.remove(quiet.ok_or(full)?.peer());
+                peers.insert(link.peer().clone(), link.clone());
+                Ok(left)
             }
             _ => Ok(peers.insert(link.peer().clone(), link.clone())),
         }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{claims::Claims, config::Reclaimed};
+use super::{claims::Claims, transfer::Reclaimed};
 use crate::Slices;
 
 pub(super) struct Pool {

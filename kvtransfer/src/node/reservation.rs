@@ -6,7 +6,7 @@ use baton_proto::TransferId;
 
 use super::{
     claims::{Claimed, Claims},
-    config::ExpectSpec,
+    transfer::ExpectSpec,
 };
 use crate::{
     KvLayout, TransferError,

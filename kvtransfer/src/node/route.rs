@@ -135,7 +135,12 @@ impl Route {
             }
             let longest = node.limits.better_path.saturating_mul(LONGEST_AGAIN);
             self.again = self.again.saturating_mul(2).min(longest);
-            if let Ok(better) = self.try_in_order((0..standing.at).collect(), node, stop).await {
+            let better = tokio::select! {
+                biased;
+                why = standing.path.broken() => break why.to_owned(),
+                better = self.try_in_order((0..standing.at).collect(), node, stop) => better,
+            };
+            if let Ok(better) = better {
                 let (from, to) = (self.choices[standing.at].kind, self.choices[better.at].kind);
                 tracing::info!(%from, %to, "a better data path can be had again");
                 standing.outbox.close(); // before looking at which transfers it may have carried

@@ -14,7 +14,7 @@ use super::{
     peer_link::PeerLink,
     secret::{End, Hellos, nonce},
     table::{Ended, Holding, Lookup},
-    wire::to_status,
+    wire::{PROTOCOL, check_protocol, to_status},
 };
 use crate::{
     FirstTokens, KvLayout, TransferError,
@@ -39,12 +39,14 @@ impl v1::handoff_server::Handoff for HandoffService {
     ) -> Result<Response<Self::ExchangeStream>, Status> {
         let node = self.node.clone();
         node.lifetime.check_running().map_err(|error| to_status(&error))?;
-        let unproven = node.peers.room_for_unproven().map_err(|error| to_status(&error))?;
+        let stranger = node.peers.stranger();
         let mut incoming = request.into_inner();
-        let hello = match next(&node, &mut incoming, "the hello").await? {
+        let hello = stranger.cut().run_until_cancelled(next(&node, &mut incoming, "the hello")).await;
+        let hello = match hello.unwrap_or_else(|| Err(gave_way()))? {
             sender_message::Body::Hello(hello) => hello,
             _ => return Err(protocol("the first message must be a hello")),
         };
+        check_protocol(hello.protocol).map_err(|error| to_status(&error))?;
         let peer = InstanceId::new(hello.instance_id).map_err(|error| protocol(&error.to_string()))?;
         let layout = hello.layout.ok_or_else(|| protocol("the hello has no KV layout"))?;
         let layout = node.layout.of_peer(&layout).map_err(|error| to_status(&error))?;
@@ -57,15 +59,19 @@ impl v1::handoff_server::Handoff for HandoffService {
         };
 
         let (messages, queue) = mpsc::channel(node.limits.control_queue());
-        let link =
-            Arc::new(PeerLink::new(number, peer, incarnation, messages, node.lifetime.stop.child_token()));
+        let broken = node.lifetime.stop.child_token();
+        let link = Arc::new(PeerLink::new(node.now(), number, (peer, incarnation), messages, broken));
         link.send(None, Body::Hello(node.receiver_hello(&hellos)));
         let tasks = node.lifetime.tasks.clone();
         tasks.spawn(async move {
             let mapped = plan.map(|plan| (layout, plan));
-            let admitted = admit(&node, &link, &hellos, mapped, &mut incoming).await;
-            drop(unproven);
-            let refused = match admitted {
+            let admitted = async {
+                let proof = stranger.cut().run_until_cancelled(prove(&node, &hellos, &mut incoming)).await;
+                proof.unwrap_or_else(|| Err(gave_way()))?;
+                drop(stranger);
+                admit(&node, &link, mapped).await
+            };
+            let refused = match admitted.await {
                 Ok(()) => return serve(node, link, incoming).await,
                 Err(status) => status,
             };
@@ -90,19 +96,30 @@ async fn next(
     }
 }
 
-/// Takes a peer in that proves to belong to the fleet. Before that it learns nothing and displaces nobody.
-async fn admit(
+/// Too many came and said nothing; whoever means it comes again.
+fn gave_way() -> Status {
+    Status::aborted("newer control streams came before its proof, and there were too many")
+}
+
+/// The peer is to prove that it belongs to the fleet. Before that it learns nothing and displaces nobody.
+async fn prove(
     node: &Node,
-    link: &Arc<PeerLink>,
     hellos: &Hellos,
-    mapped: Option<(KvLayout, PairPlan)>,
     incoming: &mut Streaming<v1::SenderMessage>,
 ) -> Result<(), Status> {
     let sender_message::Body::Proof(proof) = next(node, incoming, "the proof").await? else {
         return Err(protocol("the second message must be a proof"));
     };
     let proven = hellos.check(node.identity.secret.as_ref(), End::Sender, &proof.proof);
-    proven.map_err(|error| to_status(&error))?;
+    proven.map_err(|error| to_status(&error))
+}
+
+/// Takes a proven peer in.
+async fn admit(
+    node: &Node,
+    link: &Arc<PeerLink>,
+    mapped: Option<(KvLayout, PairPlan)>,
+) -> Result<(), Status> {
     if let Some((layout, plan)) = mapped {
         let translation = node.translation(&layout, plan).await.map_err(|error| to_status(&error))?;
         tracing::info!(peer = %link.peer(), "this peer's KV layout is another one; its slices are mapped");
@@ -125,6 +142,7 @@ async fn serve(node: Arc<Node>, link: Arc<PeerLink>, mut incoming: Streaming<v1:
         };
         match message {
             Ok(Some(message)) => {
+                link.hear(node.now());
                 if let Err(reason) = handle(&node, &link, message) {
                     break reason.to_string();
                 }
@@ -257,11 +275,11 @@ fn take_seal(node: &Arc<Node>, link: &Arc<PeerLink>, id: TransferId, seal: &v1::
 }
 
 impl Node {
-    /// Takes a peer's control stream; one that it had before is cut, and what rested on that is over.
+    /// Takes a peer's control stream; the one in whose place it comes is cut, and what rested on that is over.
     pub(super) fn admit_peer(&self, link: &Arc<PeerLink>) -> Result<(), TransferError> {
-        if let Some(old) = self.peers.admit(link)? {
+        if let Some(old) = self.peers.admit(link, self.now())? {
             old.cut();
-            self.end_transfers_of(&old, "a new control stream took its place");
+            self.end_transfers_of(&old, "another control stream took its place");
         }
         Ok(())
     }
@@ -273,6 +291,7 @@ impl Node {
             layout: Some((&self.layout).into()),
             nonce: hellos.nonces[1].to_vec().into(),
             proof: hellos.prove(self.identity.secret.as_ref(), End::Receiver).into(),
+            protocol: PROTOCOL,
         }
     }
 

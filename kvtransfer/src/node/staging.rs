@@ -2,9 +2,12 @@
 //! are then mapped into the blocks they belong to.
 //!
 //! One run at a time for each data connection takes room, a frame's worth; what has been given back is used again. All of
-//! it together is bounded (`Limits::staging_bytes`): who finds no room is refused, not waited for.
+//! it together is bounded (`Limits::staging_bytes`), and no run takes more than a part of it. A run that finds no room
+//! waits, and its connection with it, until one that is there already has been mapped or given up.
 
 use std::sync::Arc;
+
+use tokio::sync::Notify;
 
 use crate::{Region, Slices, TransferError, session::SliceRun, sync::Mutex};
 
@@ -12,12 +15,16 @@ use crate::{Region, Slices, TransferError, session::SliceRun, sync::Mutex};
 const LEAST: usize = 64 << 10;
 /// Rooms that are kept for the next run.
 const KEPT: usize = 16;
+/// No run takes more than this part of all: no peer takes it all with one frame.
+const SHARE_OF_ONE: usize = 8;
 
 /// A node's staging memory. Cheap to clone.
 #[derive(Debug, Clone)]
 pub(super) struct Staging {
     rooms: Arc<Mutex<Rooms>>,
     limit: usize,
+    /// Some have been given back.
+    freed: Arc<Notify>,
 }
 
 #[derive(Debug, Default)]
@@ -29,14 +36,31 @@ struct Rooms {
 
 impl Staging {
     pub(super) fn new(limit: usize) -> Self {
-        Self { rooms: Arc::default(), limit }
+        Self { rooms: Arc::default(), limit, freed: Arc::default() }
     }
 
-    /// Room for a run of slices of this size, until it is dropped.
-    pub(super) fn take(&self, run: SliceRun, slice_bytes: usize) -> Result<Staged, TransferError> {
-        let full = TransferError::Limit { what: "bytes of slices to be mapped", limit: self.limit };
-        let needed = slice_bytes.checked_mul(run.count as usize).ok_or_else(|| full.clone())?;
-        let size = needed.checked_next_power_of_two().ok_or_else(|| full.clone())?.max(LEAST);
+    /// Room for a run of slices of this size, until it is dropped; waits for it.
+    ///
+    /// # Errors
+    /// `Limit`: the run is more than one may take. A run of one slice may always take all there is.
+    pub(super) async fn take(&self, run: SliceRun, slice_bytes: usize) -> Result<Staged, TransferError> {
+        let most = (self.limit / SHARE_OF_ONE).max(slice_bytes);
+        let limit = TransferError::Limit { what: "bytes of slices to be mapped in one frame", limit: most };
+        let needed = slice_bytes.checked_mul(run.count as usize).filter(|needed| *needed <= most);
+        let size = needed.and_then(usize::checked_next_power_of_two).ok_or(limit)?.max(LEAST);
+        loop {
+            let mut freed = std::pin::pin!(self.freed.notified());
+            freed.as_mut().enable(); // before looking, so that nothing is missed
+            if let Some(lent) = self.lend(size) {
+                let slices = lent.room.cut(slice_bytes, 1, run.count)?;
+                return Ok(Staged { run, slices, _lent: lent });
+            }
+            freed.await;
+        }
+    }
+
+    /// A room of this size, if there is one.
+    fn lend(&self, size: usize) -> Option<Lent> {
         let found = {
             let mut rooms = self.rooms.lock();
             let fitting = rooms.kept.iter().position(|room| room.len() == size);
@@ -46,17 +70,16 @@ impl Staging {
                     let kept = std::mem::take(&mut rooms.kept);
                     rooms.bytes -= kept.iter().map(Region::len).sum::<usize>();
                 }
-                if size > self.limit.saturating_sub(rooms.bytes) {
-                    return Err(full);
+                // One that is larger than all may have it to itself.
+                if rooms.bytes > 0 && size > self.limit.saturating_sub(rooms.bytes) {
+                    return None;
                 }
                 rooms.bytes += size;
             }
             found
         };
         let room = found.unwrap_or_else(|| Region::zeroed(size));
-        let lent = Lent { room: Some(room.clone()), rooms: self.rooms.clone() };
-        let slices = room.cut(slice_bytes, 1, run.count)?;
-        Ok(Staged { run, slices, _lent: lent })
+        Some(Lent { room, staging: self.clone() })
     }
 }
 
@@ -86,50 +109,58 @@ impl Staged {
 /// Gives the room back when it is dropped.
 #[derive(Debug)]
 struct Lent {
-    room: Option<Region>,
-    rooms: Arc<Mutex<Rooms>>,
+    room: Region,
+    staging: Staging,
 }
 
 impl Drop for Lent {
     fn drop(&mut self) {
-        let Some(room) = self.room.take() else { return };
-        let mut rooms = self.rooms.lock();
+        let mut rooms = self.staging.rooms.lock();
         if rooms.kept.len() < KEPT {
-            rooms.kept.push(room);
+            rooms.kept.push(self.room.clone());
         } else {
-            rooms.bytes -= room.len();
+            rooms.bytes -= self.room.len();
         }
+        drop(rooms);
+        self.staging.freed.notify_waiters();
     }
 }
 
 #[cfg(all(test, not(feature = "explore")))]
 mod tests {
+    use futures::FutureExt;
+
     use super::*;
 
     fn run(first: u32, count: u32) -> SliceRun {
         SliceRun { layer: 3, first, count }
     }
 
-    #[test]
-    fn rooms_are_bounded_used_again_and_make_way_for_others() {
-        let staging = Staging::new(4 * LEAST);
+    #[tokio::test]
+    async fn rooms_are_bounded_used_again_and_make_way_for_others() {
+        let staging = Staging::new(16 * LEAST);
         let address = |staged: &Staged| staged.slices().place(0, 0).expect("there");
-        let first = staging.take(run(0, 2), LEAST).expect("room");
-        let second = staging.take(run(2, 2), LEAST - 7).expect("room");
-        let refused = staging.take(run(4, 1), 10).expect_err("full");
-        assert!(matches!(refused, TransferError::Limit { limit, .. } if limit == 4 * LEAST), "{refused}");
-        let place = address(&first);
-        drop(first);
-        assert_eq!(address(&staging.take(run(9, 2), LEAST).expect("the same room")), place);
-        let _other = staging.take(run(4, 1), 10).expect("what is kept makes way");
-        drop(second);
-        staging.take(run(0, 5), LEAST).expect_err("more than all of it");
-        staging.take(run(0, u32::MAX), usize::MAX).expect_err("overflows");
+        let mut held = Vec::new();
+        for first in 0..8 {
+            held.push(staging.take(run(first, 2), LEAST).await.expect("room"));
+        }
+        let mut waits = std::pin::pin!(staging.take(run(20, 2), LEAST - 7));
+        assert!(waits.as_mut().now_or_never().is_none(), "there is no room");
+        let place = address(&held.remove(3));
+        assert_eq!(address(&waits.await.expect("the same room")), place);
+        let other = staging.take(run(4, 1), 10).await.expect("what is kept makes way");
+        drop((held, other));
+        for (count, slice_bytes) in [(3, LEAST), (u32::MAX, usize::MAX)] {
+            let refused = staging.take(run(0, count), slice_bytes).await.map(drop);
+            assert!(matches!(refused, Err(TransferError::Limit { .. })), "{count} of {slice_bytes}");
+        }
+        staging.take(run(0, 1), 15 * LEAST).await.expect("one slice may have all of it");
+        assert!(staging.rooms.lock().bytes <= 16 * LEAST);
     }
 
-    #[test]
-    fn only_what_was_claimed_can_be_named() {
-        let staged = Staging::new(LEAST).take(run(7, 2), 100).expect("room");
+    #[tokio::test]
+    async fn only_what_was_claimed_can_be_named() {
+        let staged = Staging::new(LEAST).take(run(7, 2), 100).await.expect("room");
         assert_eq!((staged.index(3, 7), staged.index(3, 8)), (Ok(0), Ok(1)));
         for (layer, block) in [(3, 6), (3, 9), (2, 7)] {
             staged.index(layer, block).expect_err("not of the run");

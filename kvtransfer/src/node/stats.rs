@@ -8,7 +8,7 @@ use std::{
 use baton_proto::ErrorCode;
 use parking_lot::Mutex;
 
-use super::config::Direction;
+use super::transfer::Direction;
 use crate::transport::TransportStats;
 
 /// What a node has done since it started, and what it is doing.

@@ -26,7 +26,7 @@ use crate::{
     plan::{Expansion, PairPlan},
     session::{Claim, Cut, SliceRun},
     sync::Mutex,
-    transport::{DataKey, Landing, Transport},
+    transport::{DataKey, Landing, Room, Transport},
 };
 
 /// Layouts that are mapped at a time. A fleet has one for each kind of sender.
@@ -179,14 +179,15 @@ pub(super) struct Translated {
     inbound: Arc<Inbound>,
     translation: Arc<Translation>,
     staging: Staging,
-    staged: OnceLock<Staged>,
+    /// Room for its run, or why there is none.
+    staged: OnceLock<Result<Staged, TransferError>>,
 }
 
 impl Translated {
     /// Where a claimed slice is meanwhile.
     fn staged(&self, layer: u32, block: u32) -> Result<(&Slices, u32), TransferError> {
-        let none = || TransferError::Invalid("nothing was claimed".into());
-        let staged = self.staged.get().ok_or_else(none)?;
+        let none = || TransferError::Invalid("there is no room for what was claimed".into());
+        let staged = self.staged.get().ok_or_else(none)?.as_ref().map_err(Clone::clone)?;
         Ok((staged.slices(), staged.index(layer, block)?))
     }
 }
@@ -204,19 +205,21 @@ impl Landing for Translated {
         self.inbound.span()
     }
 
+    fn room(&self, run: SliceRun) -> Option<Room<'_>> {
+        Some(Box::pin(async move {
+            let room = self.staging.take(run, self.translation.cut.slice_bytes as usize).await;
+            let _ = self.staged.set(room); // a frame asks once
+        }))
+    }
+
     fn claim(&self, run: SliceRun, sums: &[u32]) -> Claim {
         let claim = self.inbound.claim(run, sums);
-        if claim != Claim::Write {
-            return claim;
-        }
-        let again = |_| TransferError::Invalid("a frame claims once".into());
-        let room = self.staging.take(run, self.translation.cut.slice_bytes as usize);
-        match room.and_then(|room| self.staged.set(room).map_err(again)) {
-            Ok(()) => Claim::Write,
-            Err(reason) => {
-                self.inbound.let_go_of(run, reason);
+        match self.staged.get() {
+            Some(Err(reason)) if claim == Claim::Write => {
+                self.inbound.let_go_of(run, reason.clone());
                 Claim::Refused
             }
+            _ => claim,
         }
     }
 

@@ -6,6 +6,22 @@ use tonic::Status;
 
 use crate::TransferError;
 
+/// Which form control messages, hellos and frames have. To be raised with every change that an earlier build would not
+/// understand.
+pub(super) const PROTOCOL: u32 = 1;
+
+/// # Errors
+/// `OtherProtocol`: the peer's build speaks another one.
+pub(super) fn check_protocol(theirs: u32) -> Result<(), TransferError> {
+    if theirs == PROTOCOL {
+        return Ok(());
+    }
+    let message = format!(
+        "the peer speaks version {theirs} of the handoff protocol, this node version {PROTOCOL}; run builds that speak the same"
+    );
+    Err(TransferError::OtherProtocol(message))
+}
+
 /// A transfer id as a message carries it; none in hellos.
 pub(super) fn wire_id(id: Option<TransferId>) -> bytes::Bytes {
     id.map_or_else(bytes::Bytes::new, |id| bytes::Bytes::copy_from_slice(id.as_bytes()))

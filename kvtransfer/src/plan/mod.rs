@@ -28,8 +28,8 @@
 //!   how many there are.
 //!
 //! Arrangements that keep different coordinates next to each other (CPU panels and `[token][head][dim]`) leave runs of
-//! one value. Such a plan is right but not one to send over a network piece by piece: the sender turns its cache round
-//! with [`PairPlan::apply`] and sends what comes out.
+//! one value. Such a plan is right but not one to send over a network piece by piece: slices travel as the sender keeps
+//! them, and the receiver carries the plan out when they have come.
 //!
 //! # Example
 //! Four ranks prefill with 16 tokens in a block, two decode with 32.

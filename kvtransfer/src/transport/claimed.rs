@@ -30,6 +30,13 @@ impl Live {
         &*self.landing
     }
 
+    /// Waits until there is room for a run that comes next, no longer than its transfer lives.
+    pub(crate) async fn room(&self, run: SliceRun) {
+        if let Some(room) = self.landing.room(run) {
+            self.landing.revoked().run_until_cancelled(room).await;
+        }
+    }
+
     /// Asks to write these slices, whose checksums are to be `sums`; `None` = they are not to be written.
     pub(crate) fn claim(&self, run: SliceRun, sums: &[u32]) -> Option<Claimed<'_>> {
         match self.landing.claim(run, sums) {

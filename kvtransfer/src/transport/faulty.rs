@@ -11,7 +11,7 @@ use baton_proto::TransferId;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
-    Admission, DataKey, Destination, Found, Inbox, Landing, LinkId, Opening, Outbox, Transport,
+    Admission, DataKey, Destination, Found, Inbox, Landing, LinkId, Opening, Outbox, Room, Transport,
     TransportKind, splitmix,
 };
 use crate::{
@@ -142,6 +142,10 @@ impl Landing for FaultyLanding {
 
     fn span(&self) -> &tracing::Span {
         self.landing.span()
+    }
+
+    fn room(&self, run: SliceRun) -> Option<Room<'_>> {
+        self.landing.room(run)
     }
 
     fn claim(&self, run: SliceRun, sums: &[u32]) -> Claim {

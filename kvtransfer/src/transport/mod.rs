@@ -11,6 +11,7 @@ mod accept;
 mod ascend;
 mod claimed;
 mod faulty;
+mod fence;
 pub(crate) mod fetch;
 pub(crate) mod frame;
 mod guests;
@@ -26,6 +27,7 @@ mod probe;
 mod rdma;
 mod shm;
 mod splitmix;
+mod strangers;
 mod tcp;
 
 use std::{
@@ -66,6 +68,7 @@ pub(crate) use rdma::RdmaMedium;
 ))]
 pub(crate) use rdma::fuzz as fuzz_rdma;
 pub(crate) use shm::Shm;
+pub(crate) use strangers::{Stranger, Strangers};
 pub(crate) use tcp::Tcp;
 
 use crate::{
@@ -147,20 +150,10 @@ pub(crate) struct Terms {
 }
 
 impl Terms {
-    pub(crate) fn new(
-        slice_bytes: u64,
-        frame_bytes: usize,
-        handshake: Duration,
-        fence_grace: Duration,
-        stall: Duration,
-        keep_alive: Duration,
-    ) -> Result<Self, TransferError> {
-        let slice_bytes = u32::try_from(slice_bytes)
-            .map_err(|_| TransferError::Invalid("slices must be smaller than 4 GiB".into()))?;
-        let frame_slices = u32::try_from(frame_bytes / slice_bytes as usize).unwrap_or(u32::MAX);
-        let frame_slices = frame_slices.clamp(1, frame::MAX_FRAME_SLICES);
-        let send_buffer = None;
-        Ok(Self { slice_bytes, frame_slices, handshake, fence_grace, stall, keep_alive, send_buffer })
+    /// Slices of this size in a frame of so many bytes; one at least.
+    pub(crate) fn frame_slices(frame_bytes: usize, slice_bytes: u32) -> u32 {
+        let whole = u32::try_from(frame_bytes / slice_bytes.max(1) as usize).unwrap_or(u32::MAX);
+        whole.clamp(1, frame::MAX_FRAME_SLICES)
     }
 }
 
@@ -207,6 +200,9 @@ pub(crate) struct Admission {
     pub(crate) ended: CancellationToken,
 }
 
+/// Resolves once there is room for a run, or never will be.
+pub(crate) type Room<'a> = Pin<Box<dyn Future<Output = ()> + Send + 'a>>;
+
 /// What a transfer id in a frame stands for.
 pub(crate) enum Found {
     Live(Live),
@@ -222,6 +218,10 @@ pub(crate) trait Landing: Send + Sync {
     /// Where what happens to it is traced.
     fn span(&self) -> &tracing::Span;
 
+    /// Room for this run on its way in, to be waited for before it is claimed; `None` = its blocks are room enough.
+    fn room(&self, _run: SliceRun) -> Option<Room<'_>> {
+        None
+    }
     /// Asks to write these slices, whose checksums are to be `sums`. After `Claim::Write` the run is reported with one
     /// of `landed`, `damaged` and `interrupted`: [`Live::claim`] sees to that.
     fn claim(&self, run: SliceRun, sums: &[u32]) -> Claim;
@@ -270,6 +270,8 @@ pub(crate) trait Departure: Send + Sync + 'static {
 
     /// A taken slice as part of a vectored write, from byte `skip` on.
     fn source(&self, layer: u32, block: u32, skip: usize) -> Result<IoSlice<'_>, TransferError>;
+    /// Whether copying out waits for a device.
+    fn is_on_device(&self) -> bool;
     /// A part of a taken slice, wherever its memory is.
     fn copy_out(&self, layer: u32, block: u32, from: usize, into: &mut [u8]) -> Result<(), TransferError>;
     /// Where a taken slice starts in this node's region, in bytes.

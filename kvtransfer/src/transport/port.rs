@@ -27,7 +27,8 @@ pub struct DataPortConfig {
     pub listener: TcpListener,
     /// `host:port` at which peers reach `listener`; `None` = its local address.
     pub advertise: Option<String>,
-    /// Connections that have shown which control stream they belong to, in all. More are refused.
+    /// Connections that have shown which control stream they belong to, in all. More are refused, as are those of one
+    /// stream beyond an eighth of them, or 32 if that is more.
     pub connections: usize,
     /// Connections that have not shown that yet, apart from the others. Over it, the oldest of them is cut for a new one:
     /// whoever connects and says nothing keeps nobody out. As many as peers that may connect at the same moment.
@@ -37,7 +38,7 @@ pub struct DataPortConfig {
 impl DataPortConfig {
     /// Over this listener, with the usual numbers of connections.
     pub fn new(listener: TcpListener) -> Self {
-        Self { listener, advertise: None, connections: 1024, unproven: 256 }
+        Self { listener, advertise: None, connections: 4096, unproven: 256 }
     }
 }
 
@@ -143,7 +144,7 @@ impl DataPort {
         if !hello.proven(&admission.key, &[]) {
             return Err(HelloError::Unproven.into());
         }
-        guest.prove()?;
+        guest.prove(hello.link())?;
         let kind = hello.kind().filter(|kind| kind.brings(admission.mapped));
         let handler = kind.and_then(|kind| self.handlers.lock().get(&kind).cloned());
         let Admission { key, slice_bytes, ended, .. } = admission;

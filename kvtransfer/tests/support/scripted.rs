@@ -42,6 +42,7 @@ pub struct Pass {
 impl ScriptedSender {
     pub async fn open(peer: &Peer, name: &str, incarnation: u64) -> Result<Self, Status> {
         let hello = v1::SenderHello {
+            protocol: 1,
             instance_id: name.into(),
             incarnation,
             layout: Some((&layout()).into()),
@@ -351,6 +352,7 @@ impl ScriptedReceiver {
         let first = from_peer.message().await.expect("no error").and_then(|message| message.body);
         assert!(matches!(first, Some(FromSender::Hello(_))), "hello comes first");
         let hello = v1::ReceiverHello {
+            protocol: 1,
             instance_id: name.into(),
             incarnation,
             layout: Some(layout.into()),

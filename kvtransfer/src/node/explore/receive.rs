@@ -47,7 +47,13 @@ impl Mishap {
 fn link(node: &Node) -> (Arc<PeerLink>, mpsc::Receiver<Result<v1::ReceiverMessage, Status>>) {
     let (messages, answers) = mpsc::channel(64);
     let broken = CancellationToken::new();
-    let link = PeerLink::new(node.peers.next_number(), name("prefill-0"), Incarnation(9), messages, broken);
+    let link = PeerLink::new(
+        node.now(),
+        node.peers.next_number(),
+        (name("prefill-0"), Incarnation(9)),
+        messages,
+        broken,
+    );
     (Arc::new(link), answers)
 }
 

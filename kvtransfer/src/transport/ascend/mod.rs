@@ -8,7 +8,6 @@
 //! Tested against `baton-ascend-emulator`, which has the same C symbols; not yet on an NPU.
 
 mod acl;
-mod fence;
 mod hccl;
 mod hixl;
 mod library;

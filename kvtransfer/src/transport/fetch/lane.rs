@@ -12,9 +12,13 @@ use tokio::{
 };
 
 use super::{DONE, JOINED, Lent, WANTED, digest::digest};
-use crate::transport::{
-    Outbox, PathEnd, Terms, Ticket,
-    frame::{Entry, Form, Header},
+use crate::{
+    TransferError,
+    session::SliceRun,
+    transport::{
+        DataKey, Departure, Outbox, PathEnd, Terms, Ticket,
+        frame::{Entry, Form, Header},
+    },
 };
 
 /// Runs announced and not done with.
@@ -122,15 +126,16 @@ impl Lane {
     async fn announce(&mut self, stream: &mut (impl AsyncWrite + Unpin), ticket: Ticket) -> io::Result<()> {
         let (run, departure) = (ticket.run(), ticket.departure().clone());
         let key = departure.data_key().ok_or_else(|| io::Error::other("no data key"))?;
-        let mut entries = Vec::with_capacity(run.count as usize);
-        for block in run.blocks() {
-            let (at, bytes) = ((run.layer, block), self.terms.slice_bytes as usize);
-            let sum = digest(&key, at, bytes, |from, into| departure.copy_out(run.layer, block, from, into));
-            let offset = departure.offset(run.layer, block).map_err(io::Error::other)?;
-            entries.push(Entry { offset, sum: sum.map_err(io::Error::other)? });
-        }
-        let (transfer, slice_bytes) = (departure.id(), self.terms.slice_bytes);
-        let header = Header { form: Form::Announced, transfer, run, slice_bytes };
+        let slice_bytes = self.terms.slice_bytes;
+        // The ticket goes with the work: should the path end meanwhile, its blocks stay taken until it is done.
+        let (entries, ticket) = if departure.is_on_device() {
+            let (departure, key) = (departure.clone(), key.clone());
+            let work = move || Ok::<_, io::Error>((entries(&*departure, &key, run, slice_bytes)?, ticket));
+            spawn_blocking(work).await.map_err(io::Error::other)??
+        } else {
+            (entries(&*departure, &key, run, slice_bytes)?, ticket)
+        };
+        let header = Header { form: Form::Announced, transfer: departure.id(), run, slice_bytes };
         header.encode(&key, entries.iter().copied(), &mut self.bytes);
         if self.announced.is_empty() {
             self.since = Instant::now();
@@ -183,4 +188,20 @@ impl Lane {
             false => Ok(()),
         }
     }
+}
+
+/// Where each slice of a run is, and its digest.
+fn entries(
+    departure: &dyn Departure,
+    key: &DataKey,
+    run: SliceRun,
+    slice_bytes: u32,
+) -> io::Result<Vec<Entry>> {
+    let entry = |block| {
+        let copy_out = |from, into: &mut [u8]| departure.copy_out(run.layer, block, from, into);
+        let sum = digest(key, (run.layer, block), slice_bytes as usize, copy_out)?;
+        Ok(Entry { offset: departure.offset(run.layer, block)?, sum })
+    };
+    let entries: Result<_, TransferError> = run.blocks().map(entry).collect();
+    entries.map_err(io::Error::other)
 }

@@ -7,6 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use futures::executor::block_on;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::{DONE, JOINED, Piece, RemoteRegion, WANTED, digest::digest, piece::join};
@@ -61,6 +62,7 @@ pub(crate) fn serve(
                 return Err(Closed::Unproven);
             }
             header.check_slices(live.landing().slice_bytes())?;
+            block_on(live.room(header.run));
             fetch(&header, &table, &live, wire, region, terms)?;
         }
         wire.write_all(&[DONE])?;

@@ -40,11 +40,28 @@ struct Source {
     revoked: CancellationToken,
     queued: AtomicBool,
     span: tracing::Span,
+    on_device: bool,
+}
+
+fn terms(handshake: Duration, keep_alive: Duration) -> Terms {
+    Terms {
+        slice_bytes: SLICE as u32,
+        frame_slices: Terms::frame_slices(1 << 20, SLICE as u32),
+        handshake,
+        fence_grace: FENCE_GRACE,
+        stall: STALL,
+        keep_alive,
+        send_buffer: None,
+    }
 }
 
 impl Departure for Source {
     fn id(&self) -> TransferId {
         TransferId::from_bytes([7; 16])
+    }
+
+    fn is_on_device(&self) -> bool {
+        self.on_device
     }
 
     fn span(&self) -> &tracing::Span {
@@ -146,7 +163,7 @@ async fn announced(runs: u32, lent: Option<Box<dyn Lent>>) -> Scene {
 }
 
 async fn announced_of(runs: u32, slices: u32, lent: Option<Box<dyn Lent>>) -> Scene {
-    let terms = Terms::new(SLICE as u64, 1 << 20, STALL, FENCE_GRACE, STALL, STALL).expect("sensible");
+    let terms = terms(STALL, STALL);
     let source = Arc::new(Source {
         slices,
         key: DataKey::generate(),
@@ -155,6 +172,7 @@ async fn announced_of(runs: u32, slices: u32, lent: Option<Box<dyn Lent>>) -> Sc
         revoked: CancellationToken::new(),
         queued: AtomicBool::new(false),
         span: tracing::Span::none(),
+        on_device: false,
     });
     let (outbox, path) = (Outbox::default(), Path::new(&CancellationToken::new()));
     let (sender, mut receiver) = duplex(1 << 20);
@@ -295,8 +313,7 @@ impl Inbox for OneLink {
 #[tokio::test]
 async fn a_thread_that_outlives_its_connection_is_counted_until_it_ends() {
     let keep_alive = Duration::from_secs(1);
-    let terms = Terms::new(SLICE as u64, 1 << 20, STALL * 9, FENCE_GRACE, STALL, keep_alive);
-    let terms = terms.expect("sensible");
+    let terms = terms(STALL * 9, keep_alive);
     let (tasks, threads, stop) = (TaskTracker::new(), TaskTracker::new(), CancellationToken::new());
     let (pass, (connects, connecting), (release, released)) =
         (LinkPass::generate(), mpsc::sync_channel(2), mpsc::sync_channel(1));

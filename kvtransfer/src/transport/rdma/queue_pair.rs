@@ -13,6 +13,7 @@ use super::{
     parameters::{Endpoint, Window},
     stripe::Chunk,
 };
+use crate::transport::fence;
 
 /// Most requests handed to the device at a time.
 pub(super) const BATCH: usize = 16;
@@ -27,8 +28,9 @@ const RNR_RETRIES: u8 = 6;
 /// 0.64 ms.
 const MIN_RNR_TIMER: u8 = 12;
 const HOP_LIMIT: u8 = 64;
-/// Pause between two attempts to destroy what the device would not.
+/// Pause between two attempts to destroy what the device would not, and how long that is tried.
 const DESTROY_PAUSE: Duration = Duration::from_millis(100);
+const DESTROY_PATIENCE: Duration = Duration::from_secs(30);
 
 /// One end of a connection. Dropping it returns once the device can no longer touch memory on its behalf.
 pub(super) struct QueuePair {
@@ -210,15 +212,17 @@ impl Drop for QueuePair {
     /// only once the device has agreed. The kernel answers yes for devices that are gone.
     fn drop(&mut self) {
         let device = self.memory.domain().device();
-        let mut told = false;
-        loop {
+        let mut left = DESTROY_PATIENCE.as_millis() / DESTROY_PAUSE.as_millis();
+        let destroyed = loop {
             // SAFETY: destroyed once: the library keeps it if it says no.
             let code = unsafe { (device.library().destroy_qp)(self.pointer.as_ptr()) };
-            let Err(error) = check(code, "destroy a queue pair") else { return };
-            if !std::mem::replace(&mut told, true) {
-                tracing::error!(device = device.name(), %error, "RDMA cannot be fenced: its memory stays in use");
+            let tried = check(code, "destroy a queue pair");
+            if tried.is_ok() || left == 0 {
+                break tried;
             }
+            left -= 1;
             thread::sleep(DESTROY_PAUSE);
-        }
+        };
+        fence::established(device.name(), destroyed);
     }
 }

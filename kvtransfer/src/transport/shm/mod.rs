@@ -196,7 +196,7 @@ fn copy(
     if hello.kind() != Some(TransportKind::Shm) {
         return Err(HelloError::Kind.into());
     }
-    guest.prove()?;
+    guest.prove(hello.link())?;
     let mut region = Mapping::new(&file.ok_or(Closed::Terms)?, u64::from_le_bytes(said))?;
     let _ = admit.send(ended);
     io::Write::write_all(&mut stream, &hello.answer(&key, &[]))?;

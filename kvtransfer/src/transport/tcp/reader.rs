@@ -159,6 +159,7 @@ impl Reader {
             return Err(Closed::Unproven);
         }
         header.check_slices(live.landing().slice_bytes())?;
+        live.room(header.run).await;
         let Some(claimed) = live.claim(header.run, &self.crcs) else {
             return self.pass_over(&mut header.payload_bytes()).await;
         };

@@ -22,10 +22,9 @@ use std::{
 
 use super::{
     acl::{Acl, Device, Stream},
-    fence,
     library::{Search, Unavailable, functions},
 };
-use crate::Region;
+use crate::{Region, transport::fence};
 
 pub(crate) use medium::HcclMedium;
 

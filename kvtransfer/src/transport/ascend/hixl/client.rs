@@ -21,7 +21,8 @@ use super::{
 use crate::{
     Region,
     transport::{
-        ascend::{acl::Device, fence},
+        ascend::acl::Device,
+        fence,
         fetch::{Piece, RemoteRegion},
     },
 };
