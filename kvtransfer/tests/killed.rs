@@ -346,7 +346,7 @@ async fn a_receiver_that_thaws_never_takes_blocks_in_that_the_sender_has_freed()
 
 #[tokio::test]
 async fn a_restarted_sender_transfers_at_once_and_the_receiver_need_not_restart() {
-    for case in cases(&["moving"]) {
+    for case in cases(TRANSPORTS, &["moving"]) {
         let (transport, phase, signal) = case;
         let decode = Peer::start_with("survivor", over(transport));
         let lost = TransferId::generate();

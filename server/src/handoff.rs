@@ -207,11 +207,16 @@ impl Transfers {
         let (engine, metrics) = (self.engine.clone(), self.metrics.clone());
         self.tasks.spawn_on(
             async move {
-                let command = match receive(incoming, closed, &metrics).await {
-                    Ok(sealed) => Command::Received { id, sealed },
-                    Err(error) => Command::TransferEnded { id, result: Err(error.into()) },
+                let (command, received) = match receive(incoming, closed).await {
+                    Ok(sealed) => (Command::Received { id, sealed: sealed.clone() }, Some(sealed)),
+                    Err(error) => (Command::TransferEnded { id, result: Err(error.into()) }, None),
                 };
                 let _ = engine.send(command).await;
+                // Told after it: the sequence waits for nothing else.
+                if let Some(Sealed { slices, bytes, took, .. }) = received {
+                    metrics.received(took);
+                    tracing::debug!(slices, bytes, ?took, "cache received");
+                }
             },
             &self.runtime,
         );
@@ -295,11 +300,7 @@ async fn send(
     Ok(())
 }
 
-async fn receive(
-    mut incoming: Incoming,
-    closed: oneshot::Receiver<Needed>,
-    metrics: &HandoffMetrics,
-) -> Result<Sealed, TransferError> {
+async fn receive(mut incoming: Incoming, closed: oneshot::Receiver<Needed>) -> Result<Sealed, TransferError> {
     let result = tokio::select! {
         biased;
         result = incoming.sealed() => result,
@@ -309,8 +310,5 @@ async fn receive(
         }
     };
     incoming.close().await;
-    let sealed = result?;
-    metrics.received(sealed.took);
-    tracing::debug!(slices = sealed.slices, bytes = sealed.bytes, took = ?sealed.took, "cache received");
-    Ok(sealed)
+    result
 }

@@ -18,13 +18,14 @@ use baton_runtime::{BatchFault, BlockId, Executor, RuntimeError, SequenceChunk};
 use super::{
     sampler::{BadLogits, Sampler, logprobs::logprobs},
     scheduler::{Chunk, Scheduler},
-    sequence::{Sampled, SequenceId, Stage},
+    sequence::{Sampled, SequenceId},
 };
 
 /// Runs batches on one model.
 pub struct Stepper {
     executor: Box<dyn Executor>,
     sampler: Sampler,
+    last_layer_at: Option<Instant>,
 }
 
 /// What a step did, for metrics.
@@ -45,7 +46,12 @@ pub struct StepStats {
 
 impl Stepper {
     pub fn new(executor: Box<dyn Executor>) -> Self {
-        Self { executor, sampler: Sampler::default() }
+        Self { executor, sampler: Sampler::default(), last_layer_at: None }
+    }
+
+    /// When the last step had the keys and values of its last layer.
+    pub fn last_layer_at(&self) -> Option<Instant> {
+        self.last_layer_at
     }
 
     /// Computes `plan`, which must not be empty. `progress` finds the transfer that a sequence's blocks go out by;
@@ -115,18 +121,20 @@ impl Stepper {
             .collect();
         let outgoing: Vec<Option<(Progress, Range<u32>)>> =
             plan.iter().map(|chunk| Some((progress(chunk.id)?, scheduler.blocks_of(chunk)))).collect();
-        let Self { executor, sampler } = self;
+        let Self { executor, sampler, last_layer_at } = self;
         let last_layer = executor.shape().layers - 1;
         let mut on_layer = |layer| {
             layer_done();
             outgoing.iter().flatten().for_each(|(progress, blocks)| progress.ready(layer, blocks.clone()));
             if layer == last_layer {
-                let leaving = plan.iter().zip(&outgoing).filter(|(chunk, to)| chunk.logits && to.is_some());
-                leaving.for_each(|(chunk, _)| scheduler.log(chunk.id, Stage::LastLayer, Instant::now()));
+                *last_layer_at = Some(Instant::now());
             }
         };
-        let (batch, on_layer) = (&batch[..], &mut on_layer);
-        let logits = match catch_panic(move || executor.forward(batch, on_layer)) {
+        let forward = {
+            let (batch, on_layer) = (&batch[..], &mut on_layer);
+            catch_panic(move || executor.forward(batch, on_layer))
+        };
+        let logits = match forward {
             Ok(Ok(logits)) => logits,
             Ok(Err(RuntimeError::Sequence { sequence, fault })) => {
                 return blame(plan.len(), sequence, &fault);

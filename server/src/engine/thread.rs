@@ -172,12 +172,13 @@ impl Engine {
         let plan = self.scheduler.schedule();
         // Offers go out before the first layer is computed, so that their slices can follow at once.
         self.perform();
-        for (id, sealed) in self.arrived.drain(..) {
-            self.metrics.joined(sealed.at.elapsed());
-            self.scheduler.log(id, Stage::LastSlice, sealed.last_slice_at);
-            self.scheduler.log(id, Stage::FirstStep, Instant::now());
-        }
+        let (arrived, at) = (std::mem::take(&mut self.arrived), Instant::now());
         let stats = (!plan.is_empty()).then(|| self.compute(&plan));
+        for (id, sealed) in arrived {
+            self.metrics.joined(at.saturating_duration_since(sealed.at));
+            self.scheduler.log(id, Stage::LastSlice, sealed.last_slice_at);
+            self.scheduler.log(id, Stage::FirstStep, at);
+        }
         let not_begun = std::mem::take(&mut self.not_begun);
         // Their blocks and places are free now: whoever waits for them is to be looked at again.
         let worked = !plan.is_empty() || !not_begun.is_empty();
@@ -288,8 +289,11 @@ impl Engine {
                     Ok(())
                 }
                 Effect::Seal { id, first_tokens } => {
-                    self.scheduler.log(id, Stage::FirstToken, Instant::now());
+                    let at = Instant::now();
                     self.transfers.seal(id, first_tokens);
+                    // Told after it: decode waits for nothing else.
+                    self.scheduler.log(id, Stage::LastLayer, self.stepper.last_layer_at().unwrap_or(at));
+                    self.scheduler.log(id, Stage::FirstToken, at);
                     Ok(())
                 }
                 Effect::Refuse { transfer, reason } => {

@@ -5,8 +5,18 @@
 //! and values of its prompt were in prefill's blocks, when its first token was chosen, when the last of them were in
 //! decode's blocks, when decode's first step began. Before the first token lie the rest of the last layer, for one row,
 //! and the product with the vocabulary; the last layer's slices cross meanwhile and share the processors with them.
+//!
+//! The yardstick is how long the last layer's bytes take with nothing in their way: in the same round, over a plain
+//! connection of the machine's loopback, or copied from memory to memory.
 
-use std::{borrow::Cow, path::PathBuf};
+use std::{
+    borrow::Cow,
+    io::{self, Read, Write},
+    net::{Ipv4Addr, TcpListener, TcpStream},
+    path::PathBuf,
+    thread,
+    time::Instant,
+};
 
 use baton_checkpoint::{Checkpoint, CheckpointError};
 use baton_proto::{
@@ -65,6 +75,8 @@ pub(crate) enum HandoffError {
     Server(#[from] ServerError),
     #[error("the log of the {server} server does not say when request {request} reached {stage}")]
     NotLogged { server: &'static str, request: String, stage: &'static str },
+    #[error("cannot measure what a bare connection or copy takes")]
+    Bare(#[source] io::Error),
     #[error("cannot write {path}")]
     Write { path: PathBuf, source: std::io::Error },
 }
@@ -75,12 +87,14 @@ struct Sample {
     first_token: f64,
     last_slice: f64,
     first_step: f64,
+    /// The last layer's bytes alone take so long.
+    bare: f64,
 }
 
 impl Sample {
-    /// What the handoff takes beside the transfer of the last layer.
+    /// What the handoff takes beside the bare transfer of the last layer.
     fn beside_the_layer(&self) -> f64 {
-        self.first_step - self.last_slice
+        self.first_step - self.bare
     }
 }
 
@@ -98,13 +112,16 @@ pub(crate) async fn run(args: &HandoffArgs) -> Result<(), HandoffError> {
         Some(model) => model.clone(),
         None => up::default_model().await?,
     };
-    let vocabulary = Checkpoint::open(&model)?.config().vocabulary;
+    let (vocabulary, layers) = {
+        let checkpoint = Checkpoint::open(&model)?;
+        (checkpoint.config().vocabulary, checkpoint.config().layers)
+    };
     let bar = rounds_bar(u64::from(args.rounds + 1));
     bar.set_message("starting the servers");
     let mut pairs = Vec::new();
     let mut rows = Vec::new();
     for transport in &args.transports {
-        pairs.push(Pair::start(args, &model, vocabulary, transport).await?);
+        pairs.push(Pair::start(args, &model, (vocabulary, layers), transport).await?);
         rows.extend(args.prompt_tokens.iter().map(|&prompt_tokens| Row {
             transport: transport.clone(),
             prompt_tokens,
@@ -116,7 +133,7 @@ pub(crate) async fn run(args: &HandoffArgs) -> Result<(), HandoffError> {
         for pair in &mut pairs {
             for (&tokens, row) in args.prompt_tokens.iter().zip(row.by_ref()) {
                 bar.set_message(format!("{tokens} tokens over {}", row.transport));
-                let sample = pair.measure(tokens).await?;
+                let sample = pair.measure(tokens, &row.transport).await?;
                 if round > 0 {
                     row.samples.push(sample);
                 }
@@ -141,13 +158,14 @@ struct Pair {
     prefill: Server,
     decode: Server,
     vocabulary: u32,
+    layers: u32,
 }
 
 impl Pair {
     async fn start(
         args: &HandoffArgs,
         model: &std::path::Path,
-        vocabulary: u32,
+        (vocabulary, layers): (u32, u32),
         transport: &str,
     ) -> Result<Self, HandoffError> {
         let longest = args.prompt_tokens.iter().max().copied().unwrap_or(1);
@@ -161,11 +179,11 @@ impl Pair {
         ];
         let prefill = Server::start(model, "prefill", &settings).await?;
         let decode = Server::start(model, "decode", &settings).await?;
-        Ok(Self { prefill, decode, vocabulary })
+        Ok(Self { prefill, decode, vocabulary, layers })
     }
 
     /// One request from its dispatch to its end on both sides.
-    async fn measure(&mut self, tokens: u32) -> Result<Sample, HandoffError> {
+    async fn measure(&mut self, tokens: u32, transport: &str) -> Result<Sample, HandoffError> {
         let request = Server::request_id(self.prefill.next_leg());
         let transfer = TransferId::generate();
         let id = || transfer.as_bytes().to_vec().into();
@@ -199,10 +217,18 @@ impl Pair {
         let first_token = at("prefill", &prefill, "first_token")?;
         let last_slice = at("decode", &decode, "last_slice")?;
         let first_step = at("decode", &decode, "first_step")?;
+        let stage = "cache received";
+        let bytes = last_received(&decode).ok_or_else(|| HandoffError::NotLogged {
+            server: "decode",
+            request,
+            stage,
+        })?;
+        let bare = bare(transport, bytes / u64::from(self.layers)).map_err(HandoffError::Bare)?;
         Ok(Sample {
             first_token: between(last_layer, first_token),
             last_slice: between(last_layer, last_slice),
             first_step: between(last_layer, first_step),
+            bare,
         })
     }
 
@@ -224,6 +250,57 @@ struct Line<'a> {
     /// How long before the line it was.
     #[serde(default)]
     micros_ago: u64,
+    /// Of a cache that was received.
+    #[serde(default)]
+    bytes: Option<u64>,
+}
+
+/// Bytes of the cache that was received last.
+fn last_received(log: &str) -> Option<u64> {
+    log.lines()
+        .rev()
+        .filter_map(|line| serde_json::from_str::<Line<'_>>(line).ok())
+        .find_map(|line| line.bytes)
+}
+
+/// Times that the bare transfer is made; the middle one counts.
+const BARE_TIMES: usize = 9;
+
+/// Milliseconds that so many bytes take: over a connection of the loopback, until the other end has them all, or as one
+/// copy between processes' memory would take them.
+fn bare(transport: &str, bytes: u64) -> io::Result<f64> {
+    let payload = vec![1u8; bytes as usize];
+    let mut millis = Vec::with_capacity(BARE_TIMES);
+    if transport == "shm" {
+        let mut target = vec![2u8; payload.len()];
+        for _ in 0..BARE_TIMES {
+            let started = Instant::now();
+            target.copy_from_slice(std::hint::black_box(&payload));
+            std::hint::black_box(&mut target);
+            millis.push(started.elapsed().as_secs_f64() * 1e3);
+        }
+    } else {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+        let mut stream = TcpStream::connect(listener.local_addr()?)?;
+        stream.set_nodelay(true)?;
+        let (mut peer, _) = listener.accept()?;
+        let mut target = vec![2u8; payload.len()];
+        let taking = thread::spawn(move || {
+            (0..BARE_TIMES).try_for_each(|_| {
+                peer.read_exact(&mut target)?;
+                peer.write_all(&[1])
+            })
+        });
+        for _ in 0..BARE_TIMES {
+            let started = Instant::now();
+            stream.write_all(&payload)?;
+            stream.read_exact(&mut [0])?;
+            millis.push(started.elapsed().as_secs_f64() * 1e3);
+        }
+        taking.join().unwrap_or_else(|_| Err(io::Error::other("the receiving thread panicked")))?;
+    }
+    millis.sort_by(f64::total_cmp);
+    Ok(millis[BARE_TIMES / 2])
 }
 
 /// When a request was so far: milliseconds of the day.
@@ -254,7 +331,8 @@ fn table(args: &HandoffArgs, rows: &[Row]) -> String {
         "last slice landed",
         "first step",
         "longest",
-        "beside the layer",
+        "layer alone",
+        "beside it",
         "target",
     ];
     table.push_record(head);
@@ -266,6 +344,7 @@ fn table(args: &HandoffArgs, rows: &[Row]) -> String {
             millis(median(samples, |sample| sample.last_slice)),
             millis(median(samples, |sample| sample.first_step)),
             millis(samples.iter().map(|sample| sample.first_step).fold(0.0, f64::max)),
+            millis(median(samples, |sample| sample.bare)),
             millis(median(samples, Sample::beside_the_layer)),
             format!("<= {TARGET_MILLIS} ms"),
         ]);
@@ -312,7 +391,9 @@ mod tests {
     #[test]
     fn medians_of_even_and_odd_counts() {
         let samples = |of: &[f64]| {
-            of.iter().map(|&v| Sample { first_token: v, last_slice: 0.0, first_step: v }).collect()
+            of.iter()
+                .map(|&v| Sample { first_token: v, last_slice: v, first_step: v + 1.0, bare: 1.0 })
+                .collect()
         };
         let of = |values: &[f64]| {
             let samples: Vec<Sample> = samples(values);
