@@ -2,10 +2,14 @@
 
 use std::sync::Arc;
 
-use baton_proto::v1;
+use baton_proto::{ApiError, ErrorCode, v1};
+use tokio::time::Instant;
 use tonic::{Request, Response, Status};
 
-use crate::requests::{Card, Roster, Stage};
+use crate::{
+    requests::{Card, ENDED_KEPT, Known, Placing, Roster, Stage},
+    schedule::{Placement, Scored},
+};
 
 /// Serves RequestAdmin.
 pub struct Admin {
@@ -22,6 +26,70 @@ impl v1::request_admin_server::RequestAdmin for Admin {
         let requests = self.roster.list().iter().map(|card| view(card, &self.model)).collect();
         Ok(Response::new(v1::ListRequestsResponse { requests }))
     }
+
+    async fn explain_placement(
+        &self,
+        request: Request<v1::ExplainPlacementRequest>,
+    ) -> Result<Response<v1::ExplainPlacementResponse>, Status> {
+        let id = request.into_inner().request_id;
+        let (card, ended) = match self.roster.find(&id) {
+            Some(Known::Running(card)) => (card, false),
+            Some(Known::Ended(card)) => (card, true),
+            None => {
+                let message = format!(
+                    "request {id:?} does not run here, nor is it one of the last {ENDED_KEPT} that have ended here"
+                );
+                return Err(ApiError::new(ErrorCode::NotFound, message).into());
+            }
+        };
+        let mut request = view(&card, &self.model);
+        if ended {
+            request.stage = "ended".to_owned();
+        }
+        let (placings, left_out) = card.placings();
+        let placements = placings.iter().map(placing).collect();
+        Ok(Response::new(v1::ExplainPlacementResponse { request: Some(request), placements, left_out }))
+    }
+}
+
+fn placing(placing: &Placing) -> v1::PlacementView {
+    let Placing { at, because, placement, receipt } = placing;
+    let (prefill, decode) = match placement {
+        Placement::Alone(seat) => (seat, seat),
+        Placement::Apart { prefill, decode } => (prefill, decode),
+    };
+    let taken = |scored: &Scored| [prefill, decode].iter().any(|seat| seat.instance == scored.instance);
+    v1::PlacementView {
+        age_millis: millis(*at),
+        because: because.as_ref().map(ToString::to_string).unwrap_or_default(),
+        prefill_instance: prefill.instance.to_string(),
+        decode_instance: decode.instance.to_string(),
+        prompt_tokens: receipt.prompt_tokens,
+        expected_tokens: receipt.expected_tokens,
+        choices: receipt.choices,
+        candidates: u32::try_from(receipt.candidates).unwrap_or(u32::MAX),
+        cheapest: receipt.cheapest.iter().map(|scored| candidate(scored, taken(scored))).collect(),
+    }
+}
+
+fn candidate(scored: &Scored, taken: bool) -> v1::CandidateView {
+    let standing = &scored.standing;
+    v1::CandidateView {
+        instance_id: scored.instance.to_string(),
+        part: scored.side.name().to_owned(),
+        cost_micros: scored.cost_micros,
+        taken,
+        queued_prefill_tokens: standing.queued_prefill_tokens,
+        prefill_tokens_per_second: standing.prefill_tokens_per_second,
+        sequences: standing.sequences,
+        decode_step_micros: standing.decode_step_micros,
+        kv_blocks_free: standing.blocks_free,
+        kv_blocks_wanted: scored.blocks,
+    }
+}
+
+fn millis(since: Instant) -> u64 {
+    u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX)
 }
 
 fn view(card: &Card, model: &str) -> v1::RequestView {
@@ -42,6 +110,6 @@ fn view(card: &Card, model: &str) -> v1::RequestView {
         decode_instance,
         prompt_tokens,
         completion_tokens,
-        age_millis: u64::try_from(card.arrived.elapsed().as_millis()).unwrap_or(u64::MAX),
+        age_millis: millis(card.arrived),
     }
 }

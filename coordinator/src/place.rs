@@ -15,8 +15,9 @@ use crate::{
     handoffs::Handoffs,
     metrics::Metrics,
     prepare::{PreparedPrompt, Sampling, Served},
+    requests::Placing,
     schedule::{
-        NoPlace, Placement,
+        NoPlace,
         board::{Board, Booking},
     },
 };
@@ -101,7 +102,7 @@ impl Placer {
         assignment: Assignment,
         failure: Failure,
         mut pause: Duration,
-    ) -> Result<(Generation, Placement), ApiError> {
+    ) -> Result<(Generation, Placing), ApiError> {
         let Failure { mut error, culprit, .. } = failure;
         let deadline = (Instant::now() + self.patience + pause).min(assignment.deadline);
         let tokens = (assignment.prompt.len() as u32, assignment.generated.len() as u32);
@@ -110,7 +111,7 @@ impl Placer {
             let _ = timeout_at(deadline.min(Instant::now() + pause), changes.changed()).await;
             let booked = self.book_by(deadline, tokens, &assignment.sampling, culprit.as_ref()).await;
             let Ok(booking) = booked else { return Err(error) };
-            let placement = booking.placement.clone();
+            let placing = Placing::new(&booking, Some(error.clone()));
             match self.start(booking, assignment.clone()) {
                 Ok(generation) => {
                     let (request, generated) = (&assignment.request, tokens.1);
@@ -119,7 +120,7 @@ impl Placer {
                         let reason = crate::metrics::reason(error.code.name());
                         self.metrics.migrations.get_or_create(&reason).inc();
                     }
-                    return Ok((generation, placement));
+                    return Ok((generation, placing));
                 }
                 // It has just left, or takes nothing in at the moment.
                 Err(refused) if Instant::now() < deadline => (error, pause) = (refused, PAUSE_LEAST * 2),
@@ -130,7 +131,7 @@ impl Placer {
 }
 
 /// A request on its way to another place.
-pub type Replacing = BoxFuture<'static, Result<(Generation, Placement), ApiError>>;
+pub type Replacing = BoxFuture<'static, Result<(Generation, Placing), ApiError>>;
 
 /// Why a request leaves the place it has.
 #[derive(Debug, Clone)]

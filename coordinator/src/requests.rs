@@ -1,20 +1,21 @@
 //! The requests this coordinator carries, for operators.
 //!
-//! Every request has a [`Card`] from arrival to its end; [`crate::admin`] lists them.
+//! Every request has a [`Card`] from arrival to its end, with why it was placed where it was; [`crate::admin`] shows them.
+//! Those of the last [`ENDED_KEPT`] that have ended are kept for the question that comes afterwards.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     sync::{
         Arc,
         atomic::{AtomicU32, AtomicU64, Ordering},
     },
 };
 
-use baton_proto::{InstanceId, RequestId};
+use baton_proto::{ApiError, InstanceId, RequestId};
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
-use crate::schedule::Placement;
+use crate::schedule::{Placement, Receipt, board::Booking};
 
 /// How far a request has come. Tokens are those of all its prompts.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,6 +28,27 @@ pub enum Stage {
     Placed { prompt_tokens: u32, prefill: InstanceId, decode: InstanceId },
 }
 
+/// Cards of ended requests that are kept.
+pub const ENDED_KEPT: usize = 1024;
+/// Placings that a card keeps, the last ones.
+const PLACINGS_KEPT: usize = 8;
+
+/// That a request, or one of its prompts, was placed.
+#[derive(Debug, Clone)]
+pub struct Placing {
+    pub at: Instant,
+    /// The error for which it left the place it had; `None` = it had none.
+    pub because: Option<ApiError>,
+    pub placement: Placement,
+    pub receipt: Receipt,
+}
+
+#[derive(Debug, Default)]
+struct Placings {
+    kept: VecDeque<Placing>,
+    left_out: u32,
+}
+
 /// One request, as operators see it.
 #[derive(Debug)]
 pub struct Card {
@@ -34,6 +56,15 @@ pub struct Card {
     pub arrived: Instant,
     stage: Mutex<Stage>,
     completion_tokens: AtomicU32,
+    placings: Mutex<Placings>,
+}
+
+impl Placing {
+    /// As it was just booked.
+    pub fn new(booking: &Booking, because: Option<ApiError>) -> Self {
+        let (placement, receipt) = (booking.placement.clone(), booking.receipt.clone());
+        Self { at: Instant::now(), because, placement, receipt }
+    }
 }
 
 impl Card {
@@ -44,13 +75,28 @@ impl Card {
     pub fn completion_tokens(&self) -> u32 {
         self.completion_tokens.load(Ordering::Relaxed)
     }
+
+    /// Where it was placed and why, in order, and how many earlier ones are not kept.
+    pub fn placings(&self) -> (Vec<Placing>, u32) {
+        let placings = self.placings.lock();
+        (placings.kept.iter().cloned().collect(), placings.left_out)
+    }
 }
 
 /// All cards.
 #[derive(Debug, Default)]
 pub struct Roster {
     cards: Mutex<HashMap<u64, Arc<Card>>>,
+    /// The oldest first.
+    ended: Mutex<VecDeque<Arc<Card>>>,
     next: AtomicU64,
+}
+
+/// A request that is known, and whether it runs.
+#[derive(Debug, Clone)]
+pub enum Known {
+    Running(Arc<Card>),
+    Ended(Arc<Card>),
 }
 
 impl Roster {
@@ -61,6 +107,7 @@ impl Roster {
             arrived,
             stage: Mutex::new(Stage::Preparing),
             completion_tokens: AtomicU32::new(0),
+            placings: Mutex::default(),
         };
         let card = Arc::new(card);
         let key = self.next.fetch_add(1, Ordering::Relaxed);
@@ -73,6 +120,15 @@ impl Roster {
         let mut cards: Vec<_> = self.cards.lock().iter().map(|(key, card)| (*key, card.clone())).collect();
         cards.sort_unstable_by_key(|(key, _)| *key);
         cards.into_iter().map(|(_, card)| card).collect()
+    }
+
+    /// The last one of this id, whether it runs or is among the last that have ended.
+    pub fn find(&self, request: &str) -> Option<Known> {
+        let is = |card: &&Arc<Card>| card.request.as_str() == request;
+        let running = self.list().iter().rev().find(is).cloned();
+        running
+            .map(Known::Running)
+            .or_else(|| self.ended.lock().iter().rev().find(is).cloned().map(Known::Ended))
     }
 }
 
@@ -93,9 +149,9 @@ impl CardGuard {
         *self.card.stage.lock() = stage;
     }
 
-    /// The request, or one of its prompts, has been placed, or placed again.
-    pub fn placed(&self, placement: &Placement) {
-        let (prefill, decode) = match placement {
+    /// The request, or one of its prompts, has been placed; again, if that is `because` of a failure.
+    pub fn placed(&self, placing: Placing) {
+        let (prefill, decode) = match &placing.placement {
             Placement::Alone(seat) => (seat, seat),
             Placement::Apart { prefill, decode } => (prefill, decode),
         };
@@ -109,6 +165,13 @@ impl CardGuard {
             prefill: prefill.instance.clone(),
             decode: decode.instance.clone(),
         };
+        drop(stage);
+        let placings = &mut *self.card.placings.lock();
+        if placings.kept.len() >= PLACINGS_KEPT {
+            placings.kept.pop_front();
+            placings.left_out += 1;
+        }
+        placings.kept.push_back(placing);
     }
 
     pub fn set_completion_tokens(&self, tokens: u32) {
@@ -119,5 +182,10 @@ impl CardGuard {
 impl Drop for CardGuard {
     fn drop(&mut self) {
         self.roster.cards.lock().remove(&self.key);
+        let mut ended = self.roster.ended.lock();
+        if ended.len() >= ENDED_KEPT {
+            ended.pop_front();
+        }
+        ended.push_back(self.card.clone());
     }
 }

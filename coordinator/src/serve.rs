@@ -17,7 +17,7 @@ use crate::{
     place::{Attempts, Placer},
     prepare::{Endpoint, Prepared, PreparedPrompt, RequestLimits, Served, prepare},
     report::Report,
-    requests::{CardGuard, Roster, Stage},
+    requests::{CardGuard, Placing, Roster, Stage},
     schedule::{NoPlace, board::Booking},
     stream::{Lane, Overdue, Reading, Streaming},
 };
@@ -118,7 +118,7 @@ impl Service {
         let deadline = self.deadline(&admitted.card);
         match self.placer.book(&admitted.prepared.prompts, deadline).await {
             Ok(bookings) => {
-                bookings.iter().for_each(|booking| admitted.card.placed(&booking.placement));
+                bookings.iter().for_each(|booking| admitted.card.placed(Placing::new(booking, None)));
                 Ok(Placed { admitted, bookings })
             }
             Err(reason) => {

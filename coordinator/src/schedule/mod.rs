@@ -28,8 +28,8 @@ const UNMEASURED_PREFILL_TOKENS_PER_SECOND: u64 = 2_000;
 const UNMEASURED_DECODE_STEP_MICROS: u64 = 30_000;
 /// Output lengths are not known beforehand: at most this much of what is allowed is expected.
 const EXPECTED_TOKENS_MOST: u32 = 128;
-/// Candidates a receipt keeps, cheapest first.
-const RECEIPT_MOST: usize = 8;
+/// Candidates for a part of the work that a receipt keeps, the cheapest.
+const RECEIPT_MOST: usize = 4;
 
 /// What the scheduler needs to know of a request.
 #[derive(Debug, Clone, Copy)]
@@ -88,31 +88,59 @@ pub enum Placement {
     },
 }
 
-/// A candidate and its predicted cost.
+/// A candidate: how it was estimated to stand, and the cost that follows.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Scored {
     pub instance: InstanceId,
     pub side: Side,
     pub cost_micros: u64,
+    pub standing: Standing,
+    /// KV blocks the request is expected to take there.
+    pub blocks: u64,
 }
 
-/// Why a request went where it went.
+/// Why a request went where it went: what was asked, and who could take it at which cost.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Receipt {
+    pub prompt_tokens: u32,
+    /// Of each choice.
+    pub expected_tokens: u32,
+    pub choices: u32,
     /// How many instances were looked at.
     pub candidates: usize,
-    /// The cheapest of them, cheapest first.
+    /// The cheapest of them for each part of the work, and whoever was taken, cheapest first.
     pub cheapest: Vec<Scored>,
 }
 
 impl Receipt {
-    fn note(&mut self, instance: &Instance, side: Side, cost_micros: u64) {
+    fn new(ask: &Ask<'_>) -> Self {
+        let (prompt_tokens, choices) = (ask.prompt_tokens, ask.choices);
+        Self { prompt_tokens, expected_tokens: expected_tokens(ask), choices, ..Self::default() }
+    }
+
+    /// One that could take a part of the work.
+    fn note(&mut self, candidate: &Candidate<'_>, ask: &Ask<'_>) {
         self.candidates += 1;
-        let at = self.cheapest.partition_point(|scored| scored.cost_micros <= cost_micros);
-        if at < RECEIPT_MOST {
-            self.cheapest.truncate(RECEIPT_MOST - 1);
-            self.cheapest.insert(at, Scored { instance: instance.spec.id.clone(), side, cost_micros });
+        let mut alike = self.cheapest.iter().enumerate().filter(|(_, held)| held.side == candidate.side);
+        match alike.nth(RECEIPT_MOST - 1).map(|(at, held)| (at, held.cost_micros)) {
+            Some((_, dearest)) if dearest <= candidate.cost_micros => return,
+            Some((at, _)) => drop(self.cheapest.remove(at)),
+            None => {}
         }
+        self.insert(candidate, ask);
+    }
+
+    /// One that is taken.
+    fn take(&mut self, candidate: &Candidate<'_>, ask: &Ask<'_>) {
+        let is = |held: &Scored| held.instance == candidate.instance.spec.id && held.side == candidate.side;
+        if !self.cheapest.iter().any(is) {
+            self.insert(candidate, ask);
+        }
+    }
+
+    fn insert(&mut self, candidate: &Candidate<'_>, ask: &Ask<'_>) {
+        let at = self.cheapest.partition_point(|held| held.cost_micros <= candidate.cost_micros);
+        self.cheapest.insert(at, candidate.scored(ask));
     }
 }
 
@@ -152,12 +180,56 @@ impl From<NoPlace> for ApiError {
     }
 }
 
-/// The cheapest candidate of a kind so far: cost, then whose turn it is.
-type Best<'a> = Option<((u64, u64), &'a Instance, RoleEpoch)>;
+/// An instance for a part of the work, while one is chosen.
+#[derive(Clone, Copy)]
+struct Candidate<'a> {
+    instance: &'a Instance,
+    epoch: RoleEpoch,
+    side: Side,
+    standing: Standing,
+    cost_micros: u64,
+    /// Of equal costs the lowest is taken.
+    turn: u64,
+}
 
-fn keep<'a>(best: &mut Best<'a>, cost: (u64, u64), instance: &'a Instance, epoch: RoleEpoch) {
-    if best.as_ref().is_none_or(|(held, ..)| cost < *held) {
-        *best = Some((cost, instance, epoch));
+impl<'a> Candidate<'a> {
+    fn order(&self) -> (u64, u64) {
+        (self.cost_micros, self.turn)
+    }
+
+    fn scored(&self, ask: &Ask<'_>) -> Scored {
+        let spec = &self.instance.spec;
+        Scored {
+            instance: spec.id.clone(),
+            side: self.side,
+            cost_micros: self.cost_micros,
+            standing: self.standing,
+            blocks: blocks_wanted(spec, ask),
+        }
+    }
+
+    fn seat(&self, ask: &Ask<'_>) -> Seat {
+        let spec = &self.instance.spec;
+        Seat {
+            instance: spec.id.clone(),
+            incarnation: spec.incarnation,
+            role_epoch: self.epoch,
+            model: spec.model.clone(),
+            handoff_endpoint: spec.handoff_endpoint.clone(),
+            blocks: blocks_wanted(spec, ask),
+        }
+    }
+}
+
+/// The cheapest candidate of a kind so far.
+#[derive(Clone, Copy, Default)]
+struct Best<'a>(Option<Candidate<'a>>);
+
+impl<'a> Best<'a> {
+    fn take(&mut self, candidate: Candidate<'a>) {
+        if self.0.is_none_or(|held| candidate.order() < held.order()) {
+            self.0 = Some(candidate);
+        }
     }
 }
 
@@ -176,14 +248,10 @@ struct Half<'a> {
     too_small: bool,
 }
 
-impl<'a> Half<'a> {
-    fn take(&mut self, cost: (u64, u64), instance: &'a Instance, epoch: RoleEpoch) {
-        keep(&mut self.best, cost, instance, epoch);
-    }
-
+impl Half<'_> {
     /// Nobody is there, small or large.
     fn is_vacant(&self) -> bool {
-        self.best.is_none() && !self.too_small
+        self.best.0.is_none() && !self.too_small
     }
 }
 
@@ -194,8 +262,8 @@ pub fn place(
     ask: &Ask<'_>,
     now: Instant,
 ) -> Result<(Placement, Receipt), NoPlace> {
-    let mut receipt = Receipt::default();
-    let mut mixed: Best<'_> = None;
+    let mut receipt = Receipt::new(ask);
+    let mut mixed = Best::default();
     let mut classes: Vec<Class<'_>> = Vec::new();
     let mut seen = Seen::default();
     let count = fleet.all().len() as u64;
@@ -203,65 +271,55 @@ pub fn place(
         if ask.avoid == Some(&instance.spec.id) {
             continue;
         }
+        let side = match duty.role {
+            Role::None => None,
+            Role::Mixed => Some(Side::Whole),
+            Role::Prefill => Some(Side::Prefill),
+            Role::Decode => Some(Side::Decode),
+        };
         if !runs(&instance.spec, ask) {
-            seen.other_model |= duty.role != Role::None;
+            seen.other_model |= side.is_some();
             continue;
         }
         seen.ready += 1;
+        let Some(side) = side else { continue };
         let standing = ledger.standing(&instance.spec.id, &instance.load());
         if !fits(&instance.spec, &standing, ask) {
-            match duty.role {
-                Role::None => {}
-                Role::Mixed => seen.too_small = true,
-                Role::Prefill => class_of(&mut classes, &instance.spec).prefill.too_small = true,
-                Role::Decode => class_of(&mut classes, &instance.spec).decode.too_small = true,
+            match side {
+                Side::Whole => seen.too_small = true,
+                Side::Prefill => class_of(&mut classes, &instance.spec).prefill.too_small = true,
+                Side::Decode => class_of(&mut classes, &instance.spec).decode.too_small = true,
             }
             continue;
         }
         let turn = (index as u64).wrapping_add(ask.turn) % count.max(1);
-        let scored = |cost: u64| (cost, turn);
-        match duty.role {
-            Role::None => {}
-            Role::Mixed => {
-                let decode = decode_micros(&instance.spec, &standing, ask);
-                let cost = prefill_micros(&standing, ask).saturating_add(decode);
-                receipt.note(instance, Side::Whole, cost);
-                keep(&mut mixed, scored(cost), instance, duty.epoch);
-            }
-            Role::Prefill => {
-                let cost = prefill_micros(&standing, ask);
-                receipt.note(instance, Side::Prefill, cost);
-                class_of(&mut classes, &instance.spec).prefill.take(scored(cost), instance, duty.epoch);
-            }
-            Role::Decode => {
-                let cost = decode_micros(&instance.spec, &standing, ask);
-                receipt.note(instance, Side::Decode, cost);
-                class_of(&mut classes, &instance.spec).decode.take(scored(cost), instance, duty.epoch);
-            }
+        let cost_micros = cost_micros(&instance.spec, &standing, ask, side);
+        let candidate = Candidate { instance, epoch: duty.epoch, side, standing, cost_micros, turn };
+        receipt.note(&candidate, ask);
+        match side {
+            Side::Whole => mixed.take(candidate),
+            Side::Prefill => class_of(&mut classes, &instance.spec).prefill.best.take(candidate),
+            Side::Decode => class_of(&mut classes, &instance.spec).decode.best.take(candidate),
         }
     }
     let pair = classes
         .iter()
-        .filter_map(|class| Some((class.prefill.best?, class.decode.best?)))
-        .min_by_key(|(prefill, decode)| (prefill.0.0.saturating_add(decode.0.0), prefill.0.1));
+        .filter_map(|class| Some((class.prefill.best.0?, class.decode.best.0?)))
+        .map(|(prefill, decode)| (prefill.cost_micros.saturating_add(decode.cost_micros), prefill, decode))
+        .min_by_key(|(cost, prefill, _)| (*cost, prefill.turn));
     // One token is prefill's work alone: nothing is reserved, or handed over.
     if ask.max_tokens == 1 {
-        let prefill = classes.iter().filter_map(|class| class.prefill.best).min_by_key(|best| best.0);
-        if let Some((cost, instance, epoch)) = prefill {
-            keep(&mut mixed, cost, instance, epoch);
-        }
+        classes.iter().filter_map(|class| class.prefill.best.0).for_each(|prefill| mixed.take(prefill));
     }
-    let pair_cost = pair.map(|(prefill, decode)| prefill.0.0.saturating_add(decode.0.0));
-    match (pair, mixed) {
-        (_, Some((cost, instance, epoch))) if pair_cost.is_none_or(|pair| cost.0 < pair) => {
-            Ok((Placement::Alone(seat(instance, epoch, ask)), receipt))
+    match (pair, mixed.0) {
+        (_, Some(alone)) if pair.is_none_or(|(cost, ..)| alone.cost_micros < cost) => {
+            receipt.take(&alone, ask);
+            Ok((Placement::Alone(alone.seat(ask)), receipt))
         }
-        (Some((prefill, decode)), _) => {
-            let apart = Placement::Apart {
-                prefill: seat(prefill.1, prefill.2, ask),
-                decode: seat(decode.1, decode.2, ask),
-            };
-            Ok((apart, receipt))
+        (Some((_, prefill, decode)), _) => {
+            receipt.take(&prefill, ask);
+            receipt.take(&decode, ask);
+            Ok((Placement::Apart { prefill: prefill.seat(ask), decode: decode.seat(ask) }, receipt))
         }
         _ => {
             seen.all = fleet.all().filter(|instance| runs(&instance.spec, ask)).count();
@@ -285,9 +343,9 @@ impl Seen {
     /// Why nobody takes the request. It is too large only if nobody who is known, and not ready just now, might hold it.
     fn lack(&self, classes: &[Class<'_>], ask: &Ask<'_>) -> NoPlace {
         let small = |class: &Class<'_>| class.prefill.too_small || class.decode.too_small;
-        if classes.iter().any(|class| class.prefill.best.is_some() && class.decode.is_vacant()) {
+        if classes.iter().any(|class| class.prefill.best.0.is_some() && class.decode.is_vacant()) {
             NoPlace::NoDecode
-        } else if classes.iter().any(|class| class.decode.best.is_some() && class.prefill.is_vacant()) {
+        } else if classes.iter().any(|class| class.decode.best.0.is_some() && class.prefill.is_vacant()) {
             NoPlace::NoPrefill
         } else if self.ready == self.all && (self.too_small || classes.iter().any(small)) {
             NoPlace::TooLarge(ask.prompt_tokens)
@@ -338,6 +396,14 @@ fn expected_tokens(ask: &Ask<'_>) -> u32 {
     ask.max_tokens.min(EXPECTED_TOKENS_MOST)
 }
 
+fn cost_micros(spec: &Spec, standing: &Standing, ask: &Ask<'_>, side: Side) -> u64 {
+    match side {
+        Side::Prefill => prefill_micros(standing, ask),
+        Side::Decode => decode_micros(spec, standing, ask),
+        Side::Whole => prefill_micros(standing, ask).saturating_add(decode_micros(spec, standing, ask)),
+    }
+}
+
 fn prefill_micros(standing: &Standing, ask: &Ask<'_>) -> u64 {
     let rate = match standing.prefill_tokens_per_second {
         0 => UNMEASURED_PREFILL_TOKENS_PER_SECOND,
@@ -359,18 +425,6 @@ fn decode_micros(spec: &Spec, standing: &Standing, ask: &Ask<'_>) -> u64 {
     let wanted = blocks_wanted(spec, ask);
     let missing = standing.blocks_free.map_or(0, |free| wanted.saturating_sub(free));
     generating.saturating_add(generating.saturating_mul(missing) / wanted.max(1))
-}
-
-fn seat(instance: &Instance, role_epoch: RoleEpoch, ask: &Ask<'_>) -> Seat {
-    let spec = &instance.spec;
-    Seat {
-        instance: spec.id.clone(),
-        incarnation: spec.incarnation,
-        role_epoch,
-        model: spec.model.clone(),
-        handoff_endpoint: spec.handoff_endpoint.clone(),
-        blocks: blocks_wanted(spec, ask),
-    }
 }
 
 #[cfg(test)]

@@ -134,8 +134,8 @@ impl Lane {
             let generation = match &mut strand.work {
                 Work::Generating(generation) => generation,
                 Work::Replacing(replacing) => match ready!(replacing.as_mut().poll(context)) {
-                    Ok((generation, placement)) => {
-                        card.placed(&placement);
+                    Ok((generation, placing)) => {
+                        card.placed(placing);
                         strand.work = Work::Generating(Box::new(generation));
                         continue;
                     }

@@ -219,6 +219,41 @@ async fn operators_see_what_is_under_way() {
     cluster.at_rest().await;
 }
 
+#[tokio::test]
+async fn operators_are_told_why_a_request_went_where_it_went() {
+    use v1::request_admin_server::RequestAdmin;
+    let (cluster, mut prefill, mut decode) = Cluster::pair().await;
+    let roster = cluster.service.roster.clone();
+    let admin = baton_coordinator::admin::Admin { roster, model: "tiny".into() };
+    let explain = async |id: &str| {
+        let asked = v1::ExplainPlacementRequest { request_id: id.to_owned() };
+        admin.explain_placement(tonic::Request::new(asked)).await.map(tonic::Response::into_inner)
+    };
+    let response = cluster.chat(json!({"max_tokens": 2}));
+    let (p, d) = (prefill.dispatch().await, decode.dispatch().await);
+    let told = explain(&p.request_id).await.expect("it runs");
+    let [placement] = &told.placements[..] else { panic!("{told:?}") };
+    assert_eq!((placement.prefill_instance.as_str(), placement.decode_instance.as_str()), ("p", "d"));
+    assert_eq!((placement.prompt_tokens, placement.expected_tokens, placement.choices), (18, 2, 1));
+    assert_eq!((placement.candidates, placement.because.as_str()), (2, ""));
+    let parts: Vec<_> = placement
+        .cheapest
+        .iter()
+        .map(|candidate| (candidate.instance_id.as_str(), candidate.part.as_str(), candidate.taken))
+        .collect();
+    assert_eq!(parts, [("p", "prefill", true), ("d", "decode", true)]);
+    assert!(placement.cheapest.is_sorted_by_key(|candidate| candidate.cost_micros));
+
+    prefill.finish(p.leg, 0, "a", FinishReason::HandedOff);
+    decode.finish(d.leg, 1, "b", FinishReason::Length);
+    assert_eq!(response.await.expect("ends").status(), 200);
+    cluster.at_rest().await;
+    let told = explain(&p.request_id).await.expect("it has just ended");
+    let request = told.request.expect("named");
+    assert_eq!((request.stage.as_str(), request.completion_tokens, told.placements.len()), ("ended", 2, 1));
+    assert_eq!(explain("another").await.expect_err("unknown").code(), tonic::Code::NotFound);
+}
+
 /// What the scripted instances hold of a token: its logarithm is minus its byte over 100, and the next byte is likelier.
 fn logprobs(text: &str) -> Vec<v1::TokenLogprobs> {
     let of = |byte: u8| v1::TokenLogprobs {

@@ -72,6 +72,9 @@ async fn decode_lost_amid_a_half_matched_stop_string_is_gone_on_from() {
             other => panic!("{other:?}"),
         };
         assert_ne!(transfer(&first), transfer(&again), "an attempt has a transfer of its own");
+        let (placings, _) = cluster.service.roster.list()[0].placings();
+        let because = placings.iter().map(|placing| placing.because.as_ref().map(|error| error.code));
+        assert_eq!(because.collect::<Vec<_>>(), [None, Some(ErrorCode::InstanceLost)]);
         // Now all of the prompt is cached, which is the request's own doing.
         let cached = v1::Finished {
             reason: FinishReason::HandedOff.into(),

@@ -32,6 +32,11 @@ pub(crate) enum CtlError {
     Refused { service: &'static str, address: String, message: String },
     #[error("no {kind} is called {name}: {}", listed(.kind, .known))]
     Unknown { kind: &'static str, name: String, known: Vec<String> },
+    #[error(
+        "no coordinator knows request {0}: they know those that run and the last thousand that have ended; its id is in \
+         the answer's header x-request-id"
+    )]
+    NoRequest(String),
     #[error("{0}")]
     Usage(&'static str),
     #[error("{0}")]

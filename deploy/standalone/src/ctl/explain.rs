@@ -1,4 +1,5 @@
-//! `explain`: why roles are as they are: the numbers that a plan is made of, and what comes of them.
+//! `explain`: why roles are as they are, the numbers that a plan is made of and what comes of them; and why a request is
+//! where it is.
 
 use baton_proto::v1::{
     Forecast, GroupPlan, InstancePlan, Measured, Role, RoleView, Targets, instance_plan::Step,
@@ -12,6 +13,7 @@ use super::{
     groups::{having, state, wanted},
     output::{self, Column, Layout, Output, Row, yaml},
     page::Page,
+    placement,
     plan::{group_object, line, step, waits_for},
     roles,
     targets::TargetArgs,
@@ -57,6 +59,11 @@ enum ExplainWhat {
         #[command(flatten)]
         what_if: TargetArgs,
     },
+    /// Why a request went where it went: who could have taken it, at which cost.
+    Placement {
+        /// The request's id, as its answer's header x-request-id says it.
+        request: String,
+    },
 }
 
 pub(super) async fn run(args: ExplainArgs, fleet: &mut Fleet) -> Result<(), CtlError> {
@@ -76,6 +83,14 @@ pub(super) async fn run(args: ExplainArgs, fleet: &mut Fleet) -> Result<(), CtlE
             let what_if = what_if.targets()?;
             let plan = one_group(fleet, &name, what_if).await?;
             show(args.output, &group_object(&plan), group(&plan, what_if.as_ref()));
+        }
+        Some(ExplainWhat::Placement { request }) => {
+            let (coordinator, answer) = placement::find(fleet, &request).await?;
+            show(
+                args.output,
+                &placement::object(&coordinator, &answer),
+                placement::page(&coordinator, &answer),
+            );
         }
         Some(ExplainWhat::Role { name }) => {
             let roles = fleet.roles().await?;

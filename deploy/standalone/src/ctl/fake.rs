@@ -224,6 +224,16 @@ impl RequestAdmin for Carries {
         let request = v1::RequestView { request_id: self.0.clone(), ..Default::default() };
         Ok(Response::new(v1::ListRequestsResponse { requests: vec![request] }))
     }
+
+    async fn explain_placement(
+        &self,
+        request: Request<v1::ExplainPlacementRequest>,
+    ) -> Result<Response<v1::ExplainPlacementResponse>, Status> {
+        match request.get_ref().request_id == self.0 {
+            true => Ok(Response::new(super::placement::tests::answer(&self.0))),
+            false => Err(Status::not_found("another carries it")),
+        }
+    }
 }
 
 /// An address where nobody listens.

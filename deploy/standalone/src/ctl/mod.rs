@@ -22,6 +22,7 @@ mod instances;
 mod links;
 mod output;
 mod page;
+mod placement;
 mod plan;
 mod requests;
 mod roles;

@@ -16,7 +16,7 @@ use super::{
 use crate::screen::{complain, one_line};
 
 /// Coordinators asked at a time.
-const AT_ONCE: usize = 32;
+pub(super) const AT_ONCE: usize = 32;
 
 const COLUMNS: &[Column] = &[
     Column::new("REQUEST"),
@@ -70,7 +70,7 @@ pub(super) async fn list(fleet: &mut Fleet) -> Result<Table, CtlError> {
 }
 
 /// Those that were named; those that the controller knows; the one of the cluster that runs here.
-async fn places(fleet: &mut Fleet) -> Result<Vec<Place>, CtlError> {
+pub(super) async fn places(fleet: &mut Fleet) -> Result<Vec<Place>, CtlError> {
     let named = fleet.reach().coordinators();
     if !named.is_empty() {
         let place = |address: &String| Place { name: address.clone(), address: address.clone() };
@@ -134,11 +134,11 @@ fn row(coordinator: &str, view: &RequestView) -> Row {
         key: view.request_id.clone(),
         names: vec![view.request_id.clone()],
         cells,
-        object: object(coordinator, view),
+        object: request_object(coordinator, view),
     }
 }
 
-fn object(coordinator: &str, view: &RequestView) -> Value {
+pub(super) fn request_object(coordinator: &str, view: &RequestView) -> Value {
     json!({
         "request_id": view.request_id,
         "coordinator": coordinator,

@@ -14,7 +14,7 @@ use super::{
         coordinators::tests::coordinator as listed,
         fake::{Fake, Says, coordinator, nobody},
         output::Table,
-        requests,
+        placement, requests,
     },
     fleet, reach, run, says,
 };
@@ -133,6 +133,26 @@ async fn requests_come_from_every_coordinator_that_answers() {
     assert_eq!(keys(requests::list(&mut fleet(&named)).await.unwrap()), ["request-b"]);
     let text = requests::list(&mut fleet(&ReachArgs { coordinator: vec![gone.clone()], ..args })).await;
     assert!(text.unwrap_err().to_string().starts_with(&format!("the coordinator at {gone} does not answer")));
+}
+
+#[tokio::test]
+async fn a_placement_is_explained_by_whoever_carries_the_request() {
+    let (a, b, gone) = (coordinator("request-a").await, coordinator("request-b").await, nobody());
+    let listed = |addresses: &[&String]| {
+        let coordinators = addresses.iter().enumerate().map(|(n, at)| listed(&format!("c-{n}"), at));
+        Says { coordinators: coordinators.collect(), ..Default::default() }
+    };
+    let fake = Fake::controller(listed(&[&a, &gone, &b])).await;
+    let mut asked = fleet(&reach(&[&fake.address]));
+    let (coordinator, answer) = placement::find(&mut asked, "request-b").await.unwrap();
+    assert_eq!((coordinator.as_str(), answer.placements.len()), ("c-2", 2));
+    // The one that does not answer may be the one that knows it.
+    let text = placement::find(&mut asked, "request-c").await.unwrap_err().to_string();
+    assert!(text.starts_with(&format!("the coordinator at {gone} does not answer")), "{text}");
+    let fake = Fake::controller(listed(&[&a, &b])).await;
+    let text = run("explain placement request-c", &fake).await.unwrap_err().to_string();
+    assert!(text.starts_with("no coordinator knows request request-c"), "{text}");
+    run("explain placement request-a -o json", &fake).await.unwrap();
 }
 
 #[tokio::test]
