@@ -248,6 +248,12 @@ impl ServiceConfig for ServerConfig {
         &self.process
     }
 
+    /// The compute threads take them all. A step's tokens and slices come in bursts, which one thread works through
+    /// sooner than several that wake each other.
+    fn cores_per_worker(&self) -> usize {
+        4
+    }
+
     fn validate(&self) -> Result<(), Invalid> {
         InstanceId::new(self.instance_id.as_str())
             .map_err(|error| Invalid::new("instance_id", error.to_string()))?;

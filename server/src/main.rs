@@ -2,6 +2,7 @@
 
 use std::{error::Error, path::PathBuf, process::ExitCode};
 
+use baton_kvtransfer::{TransportProbe, probe};
 use baton_process::{CommonArgs, config};
 use baton_runtime::{LoadOptions, product_rate};
 use baton_server::{config::ServerConfig, instance};
@@ -38,6 +39,10 @@ struct Args {
     /// arithmetic of the configuration, and exit
     #[arg(long)]
     measure_products: bool,
+
+    /// Print over what KV caches could travel from and to this machine, or why not, and exit
+    #[arg(long)]
+    transports: bool,
 }
 
 impl Args {
@@ -74,6 +79,15 @@ fn main() -> ExitCode {
                 ExitCode::FAILURE
             }
         };
+    }
+    if args.transports {
+        for TransportProbe { kind, found } in probe(None) {
+            match found {
+                Ok(with) => println!("{kind:5} yes: {with}"),
+                Err(why) => println!("{kind:5} no: {why}"),
+            }
+        }
+        return ExitCode::SUCCESS;
     }
     baton_process::run::<ServerConfig, _, _, _>("server", args.common, overrides, instance::run)
 }

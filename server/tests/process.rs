@@ -234,3 +234,12 @@ async fn one_whose_clock_was_set_back_is_at_work_under_a_later_incarnation() {
     drop(orders);
     assert!(server.exit().await.success());
 }
+
+#[test]
+fn a_machine_says_over_what_caches_could_travel() {
+    let said = Command::new(env!("CARGO_BIN_EXE_baton-server")).arg("--transports").output().expect("runs");
+    let said = String::from_utf8(said.stdout).expect("text");
+    let kinds: Vec<_> = said.lines().filter_map(|line| line.split_whitespace().next()).collect();
+    assert_eq!(kinds, ["hixl", "hccl", "shm", "rdma", "tcp"], "{said}");
+    assert!(said.lines().any(|line| line == "tcp   yes: any network"), "{said}");
+}

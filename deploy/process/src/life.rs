@@ -4,8 +4,8 @@
 //! through [`run`], which answers with the exit status: 0 after a clean stop, 1 after an error, told in one line.
 
 use std::{
-    any::Any, fmt::Display, future::Future, io::Write, panic::AssertUnwindSafe, path::PathBuf,
-    process::ExitCode, sync::Arc, time::Duration,
+    any::Any, fmt::Display, future::Future, io::Write, num::NonZero, panic::AssertUnwindSafe, path::PathBuf,
+    process::ExitCode, sync::Arc, thread, time::Duration,
 };
 
 use parking_lot::Mutex;
@@ -13,8 +13,8 @@ use tokio::runtime::Runtime;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
-    CommonArgs, ConfigError, HealthHandle, Metrics, ProcessConfig, ProcessError, ServiceConfig, config,
-    error::one_line, settings::Invalid, signals, telemetry::Telemetry,
+    CommonArgs, ConfigError, HealthHandle, Metrics, ProcessError, ServiceConfig, config, error::one_line,
+    settings::Invalid, signals, telemetry::Telemetry,
 };
 
 /// What a service's main is given. Cheap to clone in its parts.
@@ -87,7 +87,7 @@ where
             Err(error) => fail(&error),
         };
     }
-    let runtime = match runtime(config.process()) {
+    let runtime = match runtime(&config) {
         Ok(runtime) => runtime,
         Err(error) => return fail(&error),
     };
@@ -113,12 +113,12 @@ fn configure<T: ServiceConfig>(
     Ok(config)
 }
 
-fn runtime(config: &ProcessConfig) -> Result<Runtime, ProcessError> {
-    let mut builder = tokio::runtime::Builder::new_multi_thread();
-    if config.worker_threads > 0 {
-        builder.worker_threads(config.worker_threads);
-    }
-    let built = builder.enable_all().build();
+fn runtime(config: &impl ServiceConfig) -> Result<Runtime, ProcessError> {
+    let threads = match config.process().worker_threads {
+        0 => thread::available_parallelism().map_or(1, NonZero::get).div_ceil(config.cores_per_worker()),
+        asked => asked,
+    };
+    let built = tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_all().build();
     built.map_err(|source| ProcessError::Setup { what: "the asynchronous runtime", source: source.into() })
 }
 

@@ -9,7 +9,8 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ProcessConfig {
-    /// Threads that run asynchronous work; 0 = as many as the machine has cores.
+    /// Threads that run asynchronous work; 0 = one for each core, in a server one for four, since its compute threads
+    /// take the cores.
     pub worker_threads: usize,
     pub log: LogConfig,
     pub otlp: OtlpConfig,
@@ -88,6 +89,12 @@ impl Invalid {
 /// A service's whole configuration: nested structs with `#[serde(deny_unknown_fields, default)]` and a `process` key.
 pub trait ServiceConfig: DeserializeOwned + Serialize + Default + Clone + Send + 'static {
     fn process(&self) -> &ProcessConfig;
+
+    /// For how many of the machine's cores there is one thread of asynchronous work, if `process.worker_threads` leaves
+    /// that open.
+    fn cores_per_worker(&self) -> usize {
+        1
+    }
 
     /// Checks what types cannot say. Runs at start, before anything is opened.
     fn validate(&self) -> Result<(), Invalid> {
