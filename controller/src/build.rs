@@ -120,7 +120,14 @@ impl Parts {
             shutdown: shutdown.clone(),
         };
         let descriptors = baton_proto::FILE_DESCRIPTOR_SET;
-        let options = grpc::GrpcOptions { health, services, descriptors, shutdown: shutdown.clone(), drain };
+        let options = grpc::GrpcOptions {
+            health,
+            services,
+            descriptors,
+            shutdown: shutdown.clone(),
+            drain,
+            keep_alive: grpc::KeepAlive::default(),
+        };
         let serving = async {
             let served = grpc::serve(listener, routes, options).await;
             // Who cannot be reached must not lead.

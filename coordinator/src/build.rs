@@ -156,6 +156,7 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
         descriptors: FILE_DESCRIPTOR_SET,
         shutdown: process.shutdown.clone(),
         drain,
+        keep_alive: grpc::KeepAlive::default(),
     };
     let routes = Routes::new(RequestAdminServer::new(admin));
     let endpoint = |listener: &TcpListener| advertised(listener, &config.advertise_host);

@@ -100,7 +100,8 @@ pub struct RuntimeConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct HandoffConfig {
-    /// A peer that is silent for this long is given up, with its transfers.
+    /// A peer that is silent for this long is given up, with its transfers. A connection to `listen` that has gone silent is
+    /// kept for as long, and for ten seconds at least.
     #[serde(with = "duration")]
     pub lease: Duration,
     /// Longest life of a transfer, from reserving blocks to release, if its request has no deadline of its own.

@@ -12,7 +12,7 @@ use std::{
 
 use baton_process::{
     Process,
-    grpc::{self, GrpcOptions},
+    grpc::{self, GrpcOptions, KeepAlive},
     http,
 };
 use baton_proto::{FILE_DESCRIPTOR_SET, Incarnation, RoleEpoch};
@@ -178,7 +178,15 @@ fn grpc_options(
         descriptors: FILE_DESCRIPTOR_SET,
         shutdown,
         drain,
+        keep_alive: keep_alive(process.config.handoff.lease),
     }
+}
+
+/// A peer that only pauses may use its whole lease up, and keeps its control stream for as long: with the stream all of its
+/// transfers would end.
+fn keep_alive(lease: Duration) -> KeepAlive {
+    let usual = KeepAlive::default();
+    KeepAlive { timeout: usual.timeout.max(lease), ..usual }
 }
 
 /// A role from the configuration counts as an assignment below any that a controller makes.
@@ -235,6 +243,16 @@ mod tests {
         let (settle, settled) = oneshot::channel();
         drop(settle);
         assert_eq!(settled_incarnation(settled, own).await, own);
+    }
+
+    #[test]
+    fn a_connection_is_kept_for_as_long_as_a_peer_may_pause() {
+        let usual = KeepAlive::default();
+        for (lease, timeout) in [(3, 10), (10, 10), (30, 30), (3600, 3600)]
+            .map(|(lease, timeout)| (Duration::from_secs(lease), Duration::from_secs(timeout)))
+        {
+            assert_eq!(keep_alive(lease), KeepAlive { timeout, ..usual }, "{lease:?}");
+        }
     }
 
     #[test]

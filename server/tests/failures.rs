@@ -165,6 +165,39 @@ async fn a_damaged_slice_ends_its_request_and_is_never_found_in_the_cache() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn who_shares_a_damaged_prompt_is_computed_again_and_nothing_behind_it_is_found() {
+    let through_the_wire = Shape { wire: true, ..Shape::default() };
+    let mut pair = Pair::start(Shape::default(), through_the_wire).await;
+    let story = Request::greedy(40, 1).prompt;
+    let with = |own: u32, max_tokens| {
+        let prompt = story.iter().copied().chain((0..9).map(|i| (own * 17 + i) % 60)).collect();
+        Request { prompt, ..Request::greedy(1, max_tokens) }
+    };
+    let (earlier, running, damaged, later) = (with(0, 5), with(1, 150), with(2, 5), with(3, 5));
+    pair.dispatch(1, &earlier).await;
+    assert_eq!(pair.completion(1).await, earlier.expected());
+    pair.decode.faults.batch_micros.store(5000, Ordering::Relaxed);
+    pair.dispatch(2, &running).await;
+    pair.to_decode.until_tokens(2, 3).await;
+    pair.decode.faults.wire.store(3, Ordering::Relaxed);
+    pair.dispatch(3, &damaged).await;
+    assert_eq!(pair.to_decode.until_end(3).await.failed(), ErrorCode::KvDamaged);
+    pair.decode.faults.batch_micros.store(0, Ordering::Relaxed);
+    assert_eq!(pair.completion(2).await, running.expected());
+    let computed = pair.decode.metric("baton_server_prefill_tokens_total");
+    assert!(computed >= running.prompt.len() as f64, "decode went on over what is in doubt");
+    pair.until_idle().await;
+    assert_eq!(pair.prefill.metric("baton_server_kv_blocks_cached"), 0.0);
+    // The story is there again, what came after it is not.
+    pair.dispatch(4, &later).await;
+    assert_eq!(pair.completion(4).await, later.expected());
+    pair.dispatch(5, &earlier).await;
+    assert_eq!(pair.completion(5).await, earlier.expected());
+    assert_eq!(pair.to_prefill.until_end(5).await.cached_tokens(), 40);
+    pair.until_idle().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_cache_that_its_coordinator_calls_damaged_is_never_found_again() {
     let mut pair = Pair::start(Shape::default(), Shape::default()).await;
     let request = Request::greedy(90, 10);

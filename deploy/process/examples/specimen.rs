@@ -55,6 +55,7 @@ async fn specimen(process: Process<Specimen>) -> Result<(), ProcessError> {
         descriptors: baton_proto::FILE_DESCRIPTOR_SET,
         shutdown: process.shutdown.clone(),
         drain: process.drain(),
+        keep_alive: grpc::KeepAlive::default(),
     };
     process.spawn_essential("grpc", grpc::serve(grpc, Routes::default(), options));
     if process.config.mode == "panic" {

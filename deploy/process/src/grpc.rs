@@ -16,8 +16,6 @@ use tonic_health::{
 
 use crate::{Health, HealthHandle, ProcessError};
 
-/// A silent connection is probed this often, and given up when the probe has no answer for as long again.
-const KEEPALIVE: Duration = Duration::from_secs(10);
 /// Frames of one peer in flight; bounds what a slow reader can make us hold.
 const STREAM_WINDOW_BYTES: u32 = 1 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 4 << 20;
@@ -33,6 +31,24 @@ pub struct GrpcOptions {
     pub shutdown: CancellationToken,
     /// How long calls may go on after `shutdown`; those that have not ended then are cut off.
     pub drain: Duration,
+    pub keep_alive: KeepAlive,
+}
+
+/// When a silent connection is given up, with all its streams (HTTP/2's pings).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KeepAlive {
+    /// A connection that has been silent for so long is asked for a sign of life.
+    pub interval: Duration,
+    /// It is given up when it has not answered for so long: no less than any peer may pause and be believed alive.
+    pub timeout: Duration,
+}
+
+impl Default for KeepAlive {
+    /// Ten seconds each.
+    fn default() -> Self {
+        let interval = Duration::from_secs(10);
+        Self { interval, timeout: interval }
+    }
 }
 
 /// Serves until `shutdown`, then lets running calls finish for up to `drain`. The listener comes from
@@ -42,7 +58,8 @@ pub async fn serve(listener: TcpListener, routes: Routes, options: GrpcOptions) 
         |source: Box<dyn std::error::Error + Send + Sync>| ProcessError::Setup { what: "gRPC", source };
     listener.set_nonblocking(true).map_err(|error| setup(error.into()))?;
     let listener = tokio::net::TcpListener::from_std(listener).map_err(|error| setup(error.into()))?;
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true)).with_keepalive(Some(KEEPALIVE));
+    let KeepAlive { interval, timeout } = options.keep_alive;
+    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true)).with_keepalive(Some(interval));
 
     let (reporter, health_service) = health_reporter();
     // Both versions: grpcurl and the Python client still ask in the older one.
@@ -57,8 +74,8 @@ pub async fn serve(listener: TcpListener, routes: Routes, options: GrpcOptions) 
         routes.add_service(health_service).add_service(reflection_v1).add_service(reflection_v1alpha);
 
     let server = Server::builder()
-        .http2_keepalive_interval(Some(KEEPALIVE))
-        .http2_keepalive_timeout(Some(KEEPALIVE))
+        .http2_keepalive_interval(Some(interval))
+        .http2_keepalive_timeout(Some(timeout))
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .add_routes(routes)

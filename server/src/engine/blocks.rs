@@ -13,6 +13,10 @@
 //! [`BlockHash`]); from then on it is never written, and other lists may [`take`](BlockManager::take) it while it is held
 //! or idle. Idle blocks are room as much as free ones are: when no block is free, the one that was let go longest ago is
 //! evicted. A list gives its blocks up from its end, so that of a chain the end is evicted first.
+//!
+//! The content of a block follows from all those before it in its chain. So when the content of a list is in doubt, so is
+//! that of every block whose chain begins with the same first block, since it may have been computed from the list's. All
+//! of them are unsealed, and a list that holds any of them is not [trusted](BlockManager::trusts): it seals nothing more.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
@@ -67,10 +71,20 @@ pub enum Write {
 struct Block {
     /// Lists that hold it.
     holders: u32,
-    /// Its hash, once it is sealed.
-    hash: Option<BlockHash>,
+    /// What it is sealed under, once it is.
+    seal: Option<Seal>,
+    /// Its content is in doubt; not so of a block that nobody holds.
+    distrusted: bool,
     /// Its place in `idle`, if it is there.
     let_go: u64,
+}
+
+/// Names the content of a block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Seal {
+    hash: BlockHash,
+    /// The hash of the first block of its chain.
+    first: BlockHash,
 }
 
 /// Allocates the blocks of one pool.
@@ -84,6 +98,8 @@ pub struct BlockManager {
     sealed: HashMap<BlockHash, BlockId>,
     /// Sealed blocks that nobody holds, by when they were let go.
     idle: BTreeMap<u64, BlockId>,
+    /// How many blocks are distrusted.
+    distrusted: u32,
     releases: u64,
     changes: Vec<CacheChange>,
     evictions: u64,
@@ -98,6 +114,7 @@ impl BlockManager {
             free: (0..blocks).map(BlockId).collect(),
             sealed: HashMap::new(),
             idle: BTreeMap::new(),
+            distrusted: 0,
             releases: 0,
             changes: Vec::new(),
             evictions: 0,
@@ -171,33 +188,54 @@ impl BlockManager {
     #[must_use]
     pub fn write(&mut self, list: &mut BlockList, index: u32) -> Write {
         let from = list.0[index as usize];
-        debug_assert!(self.blocks[from.0 as usize].hash.is_none(), "a sealed block is never written");
+        debug_assert!(self.blocks[from.0 as usize].seal.is_none(), "a sealed block is never written");
         if self.blocks[from.0 as usize].holders == 1 {
             return Write::InPlace;
         }
         let Some(to) = self.allocate() else { return Write::NoRoom };
         list.0[index as usize] = to;
+        if self.blocks[from.0 as usize].distrusted {
+            self.doubt(to);
+        }
         self.let_go(from);
         Write::Copy { from, to }
     }
 
-    /// Block `index` of `list` is full and final: from now on it can be taken by `hash`. Nothing happens if it can be
-    /// already, or if another block holds the same.
-    pub fn seal(&mut self, list: &BlockList, index: u32, hash: BlockHash) {
-        let id = list.0[index as usize];
-        let block = &mut self.blocks[id.0 as usize];
-        if block.hash.is_none() && !self.sealed.contains_key(&hash) {
-            block.hash = Some(hash);
-            self.sealed.insert(hash, id);
-            self.changes.push(CacheChange::Stored(hash));
+    /// Block `index` of `list` is full and final: from now on it can be taken by its hash, the one at `index` of the list's
+    /// chain `hashes`. Nothing happens if it can be already, if another block holds the same, or if the list is not trusted.
+    pub fn seal(&mut self, list: &BlockList, index: u32, hashes: &[BlockHash]) {
+        let (id, index) = (list.0[index as usize], index as usize);
+        let seal = Seal { hash: hashes[index], first: hashes[0] };
+        let taken = self.blocks[id.0 as usize].seal.is_some() || self.sealed.contains_key(&seal.hash);
+        if !taken && self.trusts(list) {
+            self.blocks[id.0 as usize].seal = Some(seal);
+            self.sealed.insert(seal.hash, id);
+            self.changes.push(CacheChange::Stored(seal.hash));
         }
     }
 
-    /// Nobody is to take the blocks of `list` any more: their content is not to be trusted. Who holds them keeps them.
-    pub fn distrust(&mut self, list: &BlockList) {
-        for &id in &list.0 {
+    /// The content of `list`, whose chain is `hashes`, is in doubt. From now on nobody can take it, nor what may have been
+    /// computed from it. Who holds any of that keeps it.
+    pub fn distrust(&mut self, list: &BlockList, hashes: &[BlockHash]) {
+        list.0.iter().for_each(|&id| self.doubt(id));
+        for id in (0..self.total()).map(BlockId) {
+            let block = self.blocks[id.0 as usize];
+            if block.seal.is_none_or(|seal| Some(&seal.first) != hashes.first()) {
+                continue;
+            }
             self.unseal(id);
+            if block.holders > 0 {
+                self.doubt(id);
+            } else {
+                self.idle.remove(&block.let_go);
+                self.free.push_back(id);
+            }
         }
+    }
+
+    /// Whether nothing is known against the content of `list`.
+    pub fn trusts(&self, list: &BlockList) -> bool {
+        self.distrusted == 0 || list.0.iter().all(|id| !self.blocks[id.0 as usize].distrusted)
     }
 
     /// Gives every block of `list` back.
@@ -223,11 +261,12 @@ impl BlockManager {
         debug_assert!(block.holders > 0, "block {} is held by nobody", id.0);
         block.holders -= 1;
         if block.holders > 0 {
-        } else if block.hash.is_some() {
+        } else if block.seal.is_some() {
             self.releases += 1;
             block.let_go = self.releases;
             self.idle.insert(block.let_go, id);
         } else {
+            self.distrusted -= u32::from(std::mem::take(&mut block.distrusted));
             self.free.push_back(id);
         }
     }
@@ -247,8 +286,13 @@ impl BlockManager {
         Some(id)
     }
 
+    fn doubt(&mut self, id: BlockId) {
+        let block = &mut self.blocks[id.0 as usize];
+        self.distrusted += u32::from(!std::mem::replace(&mut block.distrusted, true));
+    }
+
     fn unseal(&mut self, id: BlockId) {
-        if let Some(hash) = self.blocks[id.0 as usize].hash.take() {
+        if let Some(Seal { hash, .. }) = self.blocks[id.0 as usize].seal.take() {
             self.sealed.remove(&hash);
             self.changes.push(CacheChange::Evicted(hash));
         }

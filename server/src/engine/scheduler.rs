@@ -2,8 +2,8 @@
 //! plans, outputs and effects, and touches neither the model nor a transfer.
 //!
 //! Called by the engine's thread ([`super::step`] between steps, [`super::thread`] for events from outside). The life
-//! of a sequence (arrival, end, transfers) is in [`lifecycle`], that of its choices in [`choices`]; this file holds the
-//! planning:
+//! of a sequence (arrival, end, transfers) is in [`lifecycle`], that of its choices in [`choices`], what damage does to it
+//! in [`quarantine`]; this file holds the planning:
 //!
 //! - Everything is done by rank: priority, then age. The first in rank always goes on, so everything ends.
 //! - Decode first: every running sequence that needs one more token gets it. When blocks run out, the last in rank that
@@ -39,6 +39,7 @@ use super::{
 mod choices;
 mod lifecycle;
 mod occupancy;
+mod quarantine;
 #[cfg(test)]
 mod tests;
 
@@ -235,6 +236,12 @@ impl Scheduler {
     }
 
     fn preempt(&mut self, id: SequenceId) {
+        self.recompute(id);
+        self.counts.preemptions += 1;
+    }
+
+    /// Takes the blocks of a sequence that has left the batch; it waits to be computed again from its tokens.
+    fn recompute(&mut self, id: SequenceId) {
         let Some(sequence) = self.sequences.get_mut(&id) else { return };
         self.blocks.release(std::mem::take(&mut sequence.blocks));
         sequence.computed = 0;
@@ -243,7 +250,6 @@ impl Scheduler {
         // From now on it is computed here, wherever its cache first came from.
         sequence.work = Work::Whole;
         self.queue(id);
-        self.counts.preemptions += 1;
     }
 
     fn admit(&mut self, plan: &mut Vec<Chunk>, budget: &mut u32) {

@@ -10,10 +10,9 @@
 //!    │  └────────── preempted ──────────────┼──┘        end while a transfer is open   v
 //!    └── decode ──> Receiving ── sealed ────┘     any ─────────────────────────────> Closing ──> gone
 //! ```
-//! A sequence may stand for several choices, answers to one prompt: it computes, or receives, the prompt
-//! once. A prefill leg's samples the first token of each and never stands for fewer than have not ended;
-//! another is forked, when the first tokens are there, into a sequence for each choice, which share the
-//! prompt's blocks.
+//! A sequence may stand for several choices, answers to one prompt: it computes, or receives, the prompt once. A prefill
+//! leg's samples the first token of each and never stands for fewer than have not ended; another is forked, when the
+//! first tokens are there, into a sequence for each choice, which share the prompt's blocks.
 //!
 //! A sequence without an open transfer is gone as soon as it ends. With one it stays, as `Closing`, until the transfer
 //! can touch its blocks no more.
@@ -282,9 +281,10 @@ impl Sequence {
         &self.hashes
     }
 
-    /// Hash of one of its full blocks, which [`Self::hashes`] has computed.
-    pub(super) fn hash(&self, block: u32) -> BlockHash {
-        self.hashes[block as usize]
+    /// Its blocks, with the hashes of those that its tokens fill.
+    pub(super) fn chain(&mut self, root: BlockHash, block_tokens: u32) -> (&BlockList, &[BlockHash]) {
+        self.hashes(root, block_tokens);
+        (&self.blocks, &self.hashes)
     }
 
     /// By which the two sides of a handoff know that they mean the cache of the same tokens.

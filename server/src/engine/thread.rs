@@ -43,8 +43,8 @@ pub const COMMAND_QUEUE: usize = 1024;
 pub enum Command {
     /// Take a leg on.
     Add(Box<NewSequence>),
-    /// The coordinator wants no more of these choices of a leg; nor is anybody to share its blocks, if what it handed on
-    /// arrived damaged.
+    /// The coordinator wants no more of these choices of a leg; if what it handed on arrived damaged, its prompt is in
+    /// quarantine.
     Cancel { leg: SequenceId, choices: Range<u32>, damaged: bool },
     /// A coordinator's stream is gone.
     CancelStream(StreamId),
@@ -242,7 +242,7 @@ impl Engine {
             Command::Add(new) => self.scheduler.add(*new),
             Command::Cancel { leg, choices, damaged } => {
                 if damaged {
-                    self.scheduler.distrust(leg);
+                    self.scheduler.quarantine(leg);
                 }
                 self.scheduler.cancel_choices(leg, choices);
             }

@@ -24,7 +24,15 @@ fn chain(contents: &[u32]) -> Vec<BlockHash> {
 fn sealed(blocks: &mut BlockManager, contents: &[u32]) -> BlockList {
     let mut list = BlockList::default();
     assert!(blocks.extend(&mut list, contents.len() as u32 * BLOCK));
-    (0..).zip(chain(contents)).for_each(|(index, hash)| blocks.seal(&list, index, hash));
+    (0..list.count()).for_each(|index| blocks.seal(&list, index, &chain(contents)));
+    list
+}
+
+/// A list that begins with what is cached of `contents`, and whose other blocks are computed from that and sealed.
+fn continued(blocks: &mut BlockManager, contents: &[u32]) -> BlockList {
+    let mut list = blocks.take(&chain(contents));
+    assert!(blocks.extend(&mut list, contents.len() as u32 * BLOCK));
+    (0..list.count()).for_each(|index| blocks.seal(&list, index, &chain(contents)));
     list
 }
 
@@ -116,13 +124,67 @@ fn what_is_not_trusted_is_never_found_and_stays_with_who_holds_it() {
     let bad = sealed(&mut blocks, &[1, 2]);
     let other = blocks.take(&chain(&[1]));
     blocks.take_changes();
-    blocks.distrust(&bad);
+    blocks.distrust(&bad, &chain(&[1, 2]));
     assert_eq!(blocks.take_changes().len(), 2);
     assert_eq!(blocks.find(&chain(&[1, 2])), Cached::default());
     blocks.release(bad);
     assert_eq!((blocks.room(), blocks.idle()), (3, 0));
     blocks.release(other);
     assert_eq!((blocks.room(), blocks.idle()), (4, 0));
+}
+
+#[test]
+fn what_was_computed_from_what_is_in_doubt_is_not_found_once_its_beginning_is_there_again() {
+    let mut blocks = BlockManager::new(16, BLOCK);
+    let bad = sealed(&mut blocks, &[1, 2, 3]);
+    let idle = continued(&mut blocks, &[1, 2, 4]);
+    let running = continued(&mut blocks, &[1, 2, 5]);
+    let other = sealed(&mut blocks, &[6, 2]);
+    blocks.release(idle);
+    blocks.take_changes();
+    blocks.distrust(&bad, &chain(&[1, 2, 3]));
+    let changes: HashSet<BlockHash> = blocks
+        .take_changes()
+        .into_iter()
+        .map(|change| match change {
+            CacheChange::Evicted(hash) => hash,
+            CacheChange::Stored(hash) => panic!("{hash} was stored"),
+        })
+        .collect();
+    let [three, four, five] = [3, 4, 5].map(|last| chain(&[1, 2, last]));
+    assert_eq!(changes, [three[0], three[1], three[2], four[2], five[2]].into());
+    assert_eq!([&bad, &running, &other].map(|list| blocks.trusts(list)), [false, false, true]);
+    assert_eq!(blocks.find(&chain(&[6, 2])).blocks, 2);
+    blocks.release(bad);
+    let again = sealed(&mut blocks, &[1, 2, 3]);
+    assert!(blocks.trusts(&again));
+    for last in [4, 5] {
+        assert_eq!(blocks.find(&chain(&[1, 2, last])).blocks, 2, "a child of what was in doubt is found");
+    }
+    [running, other, again].into_iter().for_each(|list| blocks.release(list));
+    assert_eq!((blocks.room(), blocks.idle(), blocks.distrusted), (16, 5, 0));
+}
+
+#[test]
+fn who_holds_what_is_in_doubt_seals_nothing_more() {
+    let mut blocks = BlockManager::new(16, BLOCK);
+    // Two compute the same beginning, one takes what the second computed behind it.
+    let first = sealed(&mut blocks, &[1]);
+    let mut second = sealed(&mut blocks, &[1, 2]);
+    let mut third = continued(&mut blocks, &[1, 2, 3]);
+    assert!(first.as_slice()[0] != second.as_slice()[0] && third.as_slice()[1] == second.as_slice()[1]);
+    blocks.distrust(&third, &chain(&[1, 2, 3]));
+    assert_eq!([&first, &second, &third].map(|list| blocks.trusts(list)), [false; 3]);
+    let again = sealed(&mut blocks, &[1, 2]);
+    blocks.take_changes();
+    for list in [&mut second, &mut third] {
+        let (at, contents) = (list.count(), [1, 2, 3, 4]);
+        assert!(blocks.extend(list, (at + 1) * BLOCK));
+        blocks.seal(list, at, &chain(&contents));
+    }
+    assert_eq!(blocks.take_changes(), []);
+    [first, second, third, again].into_iter().for_each(|list| blocks.release(list));
+    assert_eq!((blocks.room(), blocks.distrusted), (16, 0));
 }
 
 /// One thing that may happen to one of a few lists.
@@ -163,15 +225,48 @@ fn happening() -> impl Strategy<Value = Happening> {
 const LISTS: usize = 6;
 
 /// What the model knows: of each list its blocks and the contents of its full ones.
+#[derive(Default)]
 struct Model {
     lists: Vec<(Vec<BlockId>, Vec<u32>)>,
     stored: HashMap<BlockHash, BlockId>,
     /// When each block was last let go by the last that held it.
     let_go: HashMap<BlockId, u64>,
     clock: u64,
+    /// Of each full block, those that its content followed from; and those whose content is wrong.
+    from: HashMap<BlockId, HashSet<BlockId>>,
+    wrong: HashSet<BlockId>,
 }
 
 impl Model {
+    /// A list has got a block, which holds what another one does, or nothing yet.
+    fn allocated(&mut self, block: BlockId, copied: Option<BlockId>) {
+        self.from.remove(&block);
+        self.from.values_mut().for_each(|from| {
+            from.remove(&block);
+        });
+        self.wrong.remove(&block);
+        self.wrong.extend(copied.filter(|from| self.wrong.contains(from)).map(|_| block));
+    }
+
+    /// A list has computed its block `index` from those before it.
+    fn computed(&mut self, list: &[BlockId], index: usize) {
+        let before = &list[..index];
+        let from: HashSet<BlockId> =
+            before.iter().flat_map(|block| self.from.get(block)).flatten().copied().collect();
+        let from: HashSet<BlockId> = from.into_iter().chain(before.iter().copied()).collect();
+        if before.iter().any(|block| self.wrong.contains(block)) {
+            self.wrong.insert(list[index]);
+        }
+        self.from.insert(list[index], from);
+    }
+
+    /// All of a list turns out wrong, and with it what followed from any of it.
+    fn damaged(&mut self, list: &[BlockId]) {
+        let followed = self.from.iter().filter(|(_, from)| list.iter().any(|block| from.contains(block)));
+        let followed: Vec<BlockId> = followed.map(|(block, _)| *block).collect();
+        self.wrong.extend(followed.iter().chain(list));
+    }
+
     fn holders(&self, block: BlockId) -> usize {
         self.lists.iter().flat_map(|(blocks, _)| blocks).filter(|&&held| held == block).count()
     }
@@ -216,10 +311,14 @@ impl Model {
                 manager.idle.values().any(|&idle| idle == block),
             ];
             assert_eq!(places.iter().filter(|&&is| is).count(), 1, "{block:?} is in {places:?}");
-            assert!(!places[1] || state.hash.is_none(), "{block:?} is free and sealed");
+            assert!(!places[1] || state.seal.is_none(), "{block:?} is free and sealed");
+            assert!(places[0] || !state.distrusted, "{block:?} is in doubt and nobody's");
             let stored = self.stored.iter().find(|(_, stored)| **stored == block).map(|(hash, _)| *hash);
-            assert_eq!(state.hash, stored, "{block:?}");
+            assert_eq!(state.seal.map(|seal| seal.hash), stored, "{block:?}");
+            assert!(stored.is_none() || !self.wrong.contains(&block), "{block:?} is wrong and can be taken");
         }
+        let distrusted = manager.blocks.iter().filter(|block| block.distrusted).count();
+        assert_eq!(manager.distrusted as usize, distrusted);
         assert_eq!(manager.sealed, self.stored);
         let held: HashSet<BlockId> =
             self.lists.iter().flat_map(|(blocks, _)| blocks.iter().copied()).collect();
@@ -236,7 +335,7 @@ proptest! {
         let mut manager = BlockManager::new(pool, BLOCK);
         let mut lists: Vec<BlockList> = (0..LISTS).map(|_| BlockList::default()).collect();
         let mut model =
-            Model { lists: vec![Default::default(); LISTS], stored: HashMap::new(), let_go: HashMap::new(), clock: 0 };
+            Model { lists: vec![Default::default(); LISTS], ..Model::default() };
         for (which, happening) in happenings {
             let list = &mut lists[which];
             let (mut evicts, mut sealing) = (false, None);
@@ -250,6 +349,8 @@ proptest! {
                     let known = &model.lists[which].0;
                     prop_assert!(list.as_slice().starts_with(known));
                     prop_assert!(list.as_slice()[known.len()..].iter().all(|&block| model.holders(block) == 0));
+                    let new = list.as_slice()[known.len()..].to_vec();
+                    new.into_iter().for_each(|block| model.allocated(block, None));
                 }
                 Happening::Seal { content } => {
                     let index = model.lists[which].1.len();
@@ -258,7 +359,8 @@ proptest! {
                     if sealing.is_some() {
                         let contents = &mut model.lists[which].1;
                         contents.push(content);
-                        manager.seal(list, index as u32, chain(contents)[index]);
+                        manager.seal(list, index as u32, &chain(contents));
+                        model.computed(list.as_slice(), index);
                     }
                 }
                 Happening::Take { contents } if list.count() == 0 => {
@@ -278,7 +380,7 @@ proptest! {
                 Happening::Write => {
                     let index = model.lists[which].1.len();
                     if let Some(&old) = list.as_slice().get(index)
-                        && manager.blocks[old.0 as usize].hash.is_none()
+                        && manager.blocks[old.0 as usize].seal.is_none()
                     {
                         evicts = true;
                         let shared = model.holders(old) > 1;
@@ -288,11 +390,15 @@ proptest! {
                             Write::Copy { from, to } => {
                                 prop_assert!(shared && from == old && model.holders(to) == 0);
                                 prop_assert_eq!(list.as_slice()[index], to);
+                                model.allocated(to, Some(from));
                             }
                         }
                     }
                 }
-                Happening::Distrust => manager.distrust(list),
+                Happening::Distrust => {
+                    manager.distrust(list, &chain(&model.lists[which].1));
+                    model.damaged(list.as_slice());
+                }
                 Happening::Release => {
                     manager.release(std::mem::take(list));
                     model.release(which);

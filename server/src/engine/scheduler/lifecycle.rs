@@ -179,22 +179,23 @@ impl Scheduler {
     }
 
     /// A transfer is over and touches its sequence's blocks no more. For a prefill leg `Ok` means that decode has the
-    /// cache; for a decode leg only errors come here, see [`Self::received`]. After damage neither side lets others take
-    /// blocks of that prompt: which of them is wrong, and on which side, cannot be known.
+    /// cache; for a decode leg only errors come here, see [`Self::received`]. After damage the prompt is in quarantine on
+    /// both sides: which of its blocks is wrong, and on which side, cannot be known.
     pub fn transfer_ended(&mut self, id: SequenceId, result: Result<(), ApiError>) {
-        let Some(sequence) = self.sequences.get_mut(&id) else { return };
+        if result.as_ref().is_err_and(|error| error.code == ErrorCode::KvDamaged) {
+            self.quarantine(id);
+        }
+        let Some(sequence) = self.sequences.get(&id) else { return };
         if !sequence.transfers() {
             debug_assert!(false, "{sequence:?} had no transfer");
             return;
         }
-        if result.as_ref().is_err_and(|error| error.code == ErrorCode::KvDamaged) {
-            self.blocks.distrust(&sequence.blocks);
-        }
+        let failed = |message| LegEnd::Failed(ApiError::new(ErrorCode::HandoffFailed, message));
         let end = match result {
             Ok(()) if sequence.state == State::HandingOff => sequence.finished(FinishReason::HandedOff),
-            Ok(()) => {
-                LegEnd::Failed(ApiError::new(ErrorCode::HandoffFailed, "the transfer ended before its seal"))
-            }
+            Ok(()) => failed("the transfer ended before its seal".to_owned()),
+            // The peer's leg is over, for a reason of its own. Nobody has cancelled this one.
+            Err(error) if error.code == ErrorCode::Cancelled => failed(error.message),
             Err(error) => LegEnd::Failed(error),
         };
         if sequence.state != State::Closing {
@@ -229,22 +230,8 @@ impl Scheduler {
         let full = sequence.computed / self.limits.block_tokens;
         let new = sequence.sealed..full;
         sequence.sealed = full;
-        sequence.hashes(self.root, self.limits.block_tokens);
-        let sequence = &self.sequences[&id];
-        new.for_each(|index| self.blocks.seal(&sequence.blocks, index, sequence.hash(index)));
-    }
-
-    /// Ends a sequence whose cache may be damaged: nobody is to share its blocks from now on.
-    pub fn fail_damaged(&mut self, id: SequenceId, error: ApiError) {
-        self.distrust(id);
-        self.fail(id, error);
-    }
-
-    /// Nobody is to share the sequence's blocks from now on.
-    pub fn distrust(&mut self, id: SequenceId) {
-        if let Some(sequence) = self.sequences.get(&id) {
-            self.blocks.distrust(&sequence.blocks);
-        }
+        let (blocks, hashes) = sequence.chain(self.root, self.limits.block_tokens);
+        new.for_each(|index| self.blocks.seal(blocks, index, hashes));
     }
 
     /// What legs are to be told since the last call, in order.
@@ -346,7 +333,7 @@ impl Scheduler {
     }
 
     /// Takes a sequence out of the queue or the batch that its state says it is in.
-    fn leave_batch(&mut self, id: SequenceId) {
+    pub(super) fn leave_batch(&mut self, id: SequenceId) {
         match self.sequences[&id].state {
             State::Announced => self.announced -= 1,
             State::Waiting => self.waiting.retain(|&other| other != id),

@@ -11,6 +11,7 @@ use crate::engine::{
 };
 
 mod histories;
+mod quarantine;
 
 const BLOCK: u32 = 4;
 

@@ -16,7 +16,7 @@ enum Happening {
     Add { prompt: u32, max_tokens: u32, kind: u8, priority: i32, choices: u32 },
     Cancel(usize, Option<u32>),
     CancelStream(u64),
-    TransferEnds { which: usize, well: bool },
+    TransferEnds { which: usize, with: Option<ErrorCode> },
     Offered { which: usize, well: bool },
     Fails(usize),
     Step { token: u32 },
@@ -31,8 +31,8 @@ fn happening() -> impl Strategy<Value = Happening> {
         2 => (0usize..100, prop::option::of(0..CHOICES_MOST))
             .prop_map(|(which, choice)| Happening::Cancel(which, choice)),
         1 => (0u64..2).prop_map(Happening::CancelStream),
-        3 => (0usize..100, prop::bool::weighted(0.8))
-            .prop_map(|(which, well)| Happening::TransferEnds { which, well }),
+        3 => (0usize..100, prop::option::weighted(0.3, prop_oneof![Just(ErrorCode::HandoffFailed), Just(ErrorCode::KvDamaged)]))
+            .prop_map(|(which, with)| Happening::TransferEnds { which, with }),
         3 => (0usize..100, prop::bool::weighted(0.8)).prop_map(|(which, well)| Happening::Offered { which, well }),
         1 => (0usize..100).prop_map(Happening::Fails),
         12 => prop_oneof![20 => Just(1u32), 1 => Just(99u32)].prop_map(|token| Happening::Step { token }),
@@ -87,19 +87,23 @@ impl World {
         }
     }
 
-    fn end_transfer(&mut self, scheduler: &mut Scheduler, which: usize, well: bool) {
+    /// Well, or with an error of this code.
+    fn end_transfer(&mut self, scheduler: &mut Scheduler, which: usize, with: Option<ErrorCode>) {
         if self.open.is_empty() {
             return;
         }
         let (id, incoming) = self.open.remove(which % self.open.len());
-        match (well, incoming) {
-            (true, true) => {
+        match (with, incoming) {
+            (None, true) => {
                 let choices =
                     self.added.iter().find(|(leg, _)| *leg == id.0).map_or(1, |(_, choices)| *choices);
                 scheduler.received(id, &vec![1; choices as usize]);
             }
-            (true, false) if self.sealed.contains(&id) => scheduler.transfer_ended(id, Ok(())),
-            _ => scheduler.transfer_ended(id, Err(ApiError::new(ErrorCode::HandoffFailed, "broken"))),
+            (None, false) if self.sealed.contains(&id) => scheduler.transfer_ended(id, Ok(())),
+            _ => {
+                let code = with.unwrap_or(ErrorCode::HandoffFailed);
+                scheduler.transfer_ended(id, Err(ApiError::new(code, "broken")));
+            }
         }
     }
 }
@@ -205,7 +209,7 @@ proptest! {
                     .into_iter()
                     .for_each(|id| scheduler.fail(id, ApiError::new(ErrorCode::Internal, "broken"))),
                 Happening::CancelStream(stream) => scheduler.cancel_stream(StreamId(stream)),
-                Happening::TransferEnds { which, well } => world.end_transfer(&mut scheduler, which, well),
+                Happening::TransferEnds { which, with } => world.end_transfer(&mut scheduler, which, with),
                 Happening::Offered { which, well } => world.offer(&mut scheduler, which, well),
                 Happening::Step { token } => {
                     run(&mut scheduler, &mut world, token);
@@ -221,7 +225,7 @@ proptest! {
                     break;
                 }
                 world.offer(&mut scheduler, 0, true);
-                world.end_transfer(&mut scheduler, 0, true);
+                world.end_transfer(&mut scheduler, 0, None);
                 world.absorb(&mut scheduler);
             }
         }
