@@ -83,8 +83,8 @@ fn main() -> ExitCode {
     if args.transports {
         for TransportProbe { kind, found } in probe(None) {
             match found {
-                Ok(with) => println!("{kind:5} yes: {with}"),
-                Err(why) => println!("{kind:5} no: {why}"),
+                Ok(with) => println!("{:5} yes: {with}", kind.name()),
+                Err(why) => println!("{:5} no: {why}", kind.name()),
             }
         }
         return ExitCode::SUCCESS;
