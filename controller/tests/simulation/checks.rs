@@ -235,7 +235,6 @@ pub(crate) fn converged(world: &World) -> Result<(), String> {
         if role.as_ref() != Some(desired) {
             return Err(format!("{id} should be {desired:?}, and the store has {role:?}"));
         }
-        // Labels are encoded in any order.
         let spec = world.keeper.value(&keys::instance(id)).and_then(|value| records::decode_spec(value).ok());
         let status = world.keeper.value(&keys::status(id));
         if spec.as_ref() != Some(&member.spec) || status != Some(&*member.status().encode()) {
