@@ -150,6 +150,11 @@ pub struct RoleConfig {
     /// How long the role of an instance that is gone is remembered, for its return under the same name.
     #[serde(with = "duration")]
     pub memory: Duration,
+    /// Serving instances of a group that may be given another role within `moves_period`. What a group cannot serve
+    /// without, and what operators ask for by name, is done all the same.
+    pub moves_most: usize,
+    #[serde(with = "duration")]
+    pub moves_period: Duration,
     pub auto: AutoConfig,
 }
 
@@ -195,6 +200,8 @@ impl Default for RoleConfig {
             drain: Duration::from_secs(30),
             switch_grace: Duration::from_secs(30),
             memory: Duration::from_secs(3600),
+            moves_most: 4,
+            moves_period: Duration::from_secs(60),
         }
     }
 }
@@ -265,6 +272,9 @@ impl ServiceConfig for ControllerConfig {
         let (sessions, roles) = (&self.sessions, &self.roles);
         require(roles.prefill > 0, "roles.prefill", "expected at least 1")?;
         require(roles.decode > 0, "roles.decode", "expected at least 1")?;
+        require(roles.moves_most > 0, "roles.moves_most", "expected at least 1")?;
+        let period = roles.moves_period >= Duration::from_secs(1);
+        require(period, "roles.moves_period", "expected at least 1s")?;
         for (key, time) in [
             ("roles.auto.ttft", roles.auto.ttft),
             ("roles.auto.tpot", roles.auto.tpot),

@@ -34,6 +34,7 @@ mod admit;
 mod aim;
 mod change;
 mod cover;
+mod moves;
 mod news;
 mod places;
 mod planning;
@@ -43,6 +44,7 @@ mod writes;
 
 pub use aim::{Aim, Wanted};
 pub use change::Change;
+pub use moves::Budget;
 pub use planning::{GroupPlan, MemberPlan};
 pub use steps::Step;
 pub use writes::{Record, Write};

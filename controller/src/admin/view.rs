@@ -1,5 +1,7 @@
 //! The controller's state in the words of the admin services. Pure.
 
+use std::time::Duration;
+
 use baton_proto::{CoordinatorBeat, GroupName, Intent, Role, v1};
 use baton_registry::DesiredRole;
 use tokio::time::Instant;
@@ -10,7 +12,7 @@ use crate::{
     fleet::Member,
     journal::Entry,
     plan::auto::{Measured, Outlook},
-    reconcile::{Aim, GroupPlan, MemberPlan, Step},
+    reconcile::{Aim, Budget, GroupPlan, MemberPlan, Step},
 };
 
 pub(super) fn instance(member: &Member, now: Instant) -> v1::Instance {
@@ -72,11 +74,25 @@ fn group_plan(plan: GroupPlan) -> v1::GroupPlan {
         instances: plan.members.into_iter().map(member_plan).collect(),
         prefill_wanted: count(plan.wanted.map(|wanted| wanted.prefill)),
         decode_wanted: count(plan.wanted.map(|wanted| wanted.decode)),
+        moves: Some(moves(&plan.moves)),
     }
 }
 
+fn moves(budget: &Budget) -> v1::MoveBudget {
+    let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+    v1::MoveBudget {
+        made: count(budget.made),
+        most: count(budget.most),
+        period_millis: millis(budget.period),
+        wait_millis: millis(budget.wait),
+    }
+}
+
+fn millis(time: Duration) -> u32 {
+    u32::try_from(time.as_millis()).unwrap_or(u32::MAX)
+}
+
 fn targets(aim: &Aim) -> v1::Targets {
-    let millis = |time: std::time::Duration| u32::try_from(time.as_millis()).unwrap_or(u32::MAX);
     v1::Targets {
         policy: aim.policy.to_wire().into(),
         prefill: aim.ratio.prefill,

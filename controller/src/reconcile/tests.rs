@@ -417,6 +417,7 @@ fn two_thousand_instances_are_planned_at_once() {
 mod auto;
 mod intents;
 mod leases;
+mod moves;
 mod npus;
 mod quarantine;
 mod revisions;

@@ -131,7 +131,8 @@ impl World {
         self.note(|| "faults end".into());
         self.mend_everything();
         let roles = &self.config.roles;
-        let moves = millis(roles.drain + roles.switch_grace) * NAMES.len() as u64;
+        let move_in_turn = roles.drain + roles.switch_grace + roles.moves_period;
+        let moves = millis(move_in_turn) * NAMES.len() as u64;
         let bound = 60_000 + millis(roles.lost_grace + roles.load_grace + self.config.sessions.lease) + moves;
         let mut calm_since = None;
         // Whoever is to be started again is, by then.
@@ -411,6 +412,8 @@ fn config(random: &mut StdRng) -> ControllerConfig {
     config.roles.load_grace = between(2_000, 15_000);
     config.roles.drain = between(500, 4_000);
     config.roles.switch_grace = between(1_500, 5_000);
+    config.roles.moves_period = between(1_000, 10_000);
+    config.roles.moves_most = random.random_range(1..=4);
     (config.roles.prefill, config.roles.decode) = (random.random_range(1..=2), random.random_range(1..=3));
     config
 }
