@@ -16,7 +16,7 @@ use baton_proto::{
     ApiError, GroupName, Incarnation, InstanceId, InstanceLoad, InstanceSpec, Intent, LeaderEpoch, Phase,
     Role, RoleEpoch, Targets,
 };
-use baton_registry::DesiredRole;
+use baton_registry::{DesiredRole, HealthRecord};
 use tokio::time::Instant;
 use tracing::info;
 
@@ -120,6 +120,8 @@ pub struct Reconciler {
     leader_epoch: LeaderEpoch,
     /// When this reign began.
     began: Instant,
+    /// The same, by the wall clock.
+    began_unix_millis: u64,
     members: Members,
     sessions: BTreeMap<SessionId, InstanceId>,
     remembered: BTreeMap<InstanceId, Remembered>,
@@ -170,6 +172,7 @@ impl Reconciler {
             roles_config,
             leader_epoch,
             began: now,
+            began_unix_millis: 0,
             members: Members::new(),
             sessions: BTreeMap::new(),
             remembered: BTreeMap::new(),
@@ -232,6 +235,18 @@ impl Reconciler {
             }
         }
         self.check_at = self.next_check(now);
+    }
+
+    /// Takes over what earlier leaders held of instances that had done badly. `unix_millis` is the time of `now`.
+    pub fn inherit_health(
+        &mut self,
+        records: BTreeMap<InstanceId, HealthRecord>,
+        now: Instant,
+        unix_millis: u64,
+    ) {
+        (self.began, self.began_unix_millis) = (now, unix_millis);
+        let useless = self.health.inherit(records, &silent(), now, unix_millis);
+        useless.into_iter().for_each(|id| self.mark(Record::Health(id)));
     }
 
     pub fn members(&self) -> &Members {
@@ -351,7 +366,9 @@ impl Reconciler {
             self.find_stuck(now);
             self.check_at = self.next_check(now);
         }
-        for (id, verdict) in self.health.look(now) {
+        let looked = self.health.look(now);
+        looked.kept.into_iter().for_each(|id| self.mark(Record::Health(id)));
+        for (id, verdict) in looked.moved {
             self.plan_due = true;
             let kind = if verdict.is_quarantined() {
                 NewsKind::InstanceQuarantined

@@ -25,6 +25,7 @@ use crate::{
     metrics::ControllerMetrics,
     ranktable::RankTable,
     reconcile::{Event, Reconciler},
+    session::unix_millis,
 };
 
 mod answers;
@@ -105,9 +106,10 @@ impl Reigns {
         let now = Instant::now();
         let (sessions, policy) = (self.config.sessions.clone(), self.config.roles.clone());
         let mut mind = Reconciler::new(sessions, policy, self.config.health.clone(), leadership.epoch(), now);
-        let Inherited { instances, roles, intents, targets } = inherited;
+        let Inherited { instances, roles, health, intents, targets } = inherited;
         info!(epoch = %leadership.epoch(), instances = instances.len(), roles = roles.len(), "the reign begins");
         mind.inherit(instances, roles, now);
+        mind.inherit_health(health, now, unix_millis());
         mind.inherit_intents(intents, targets);
         self.journal.begin(leadership.epoch(), leads(&self.config.controller_id, leadership.epoch()));
 

@@ -12,8 +12,8 @@
 //! [`Verdict`] has the states. Old failures fade ([`signals`]), and what others suffer as well is not held against one
 //! ([`compare`]). No more than half of a group is quarantined at a time: what ails the most of them is no instance's own.
 //!
-//! A process that is started again counts anew, and what it was quarantined for is remembered. A change of leader
-//! forgets all of it: who is sick is soon found again.
+//! A process that is started again counts anew, and what it was quarantined for is remembered, over changes of leader
+//! too ([`keep`]). What was only suspected of it is not: who is sick is soon found again.
 //!
 //! Pure: reports and time in, verdicts out. Whoever plans is to
 //!
@@ -34,6 +34,7 @@ use super::Beat;
 use crate::config::HealthConfig;
 
 mod compare;
+mod keep;
 mod signals;
 mod verdict;
 
@@ -80,6 +81,26 @@ impl Reason {
             Self::Slow(_) => "slow",
         }
     }
+
+    /// What was measured: seconds, a share of 0 to 1, or times as long.
+    fn measure(&self) -> f64 {
+        match self {
+            Self::Silent(time) | Self::Wedged(time) => time.as_secs_f64(),
+            Self::Failing(share) | Self::LosingCaches(share) => *share,
+            Self::Slow(times) => *times,
+        }
+    }
+
+    /// Of what somebody is quarantined for, by its name. None for one that this build does not know.
+    fn of(name: &str, measure: f64) -> Option<Self> {
+        match name {
+            "wedged" => Duration::try_from_secs_f64(measure).ok().map(Self::Wedged),
+            "failing" => Some(Self::Failing(measure)),
+            "losing_caches" => Some(Self::LosingCaches(measure)),
+            "slow" => Some(Self::Slow(measure)),
+            _ => None,
+        }
+    }
 }
 
 /// One instance, over its restarts.
@@ -99,6 +120,15 @@ struct Sight {
     still: Duration,
     /// In the order of [`Health::since`].
     signs: [Option<Reason>; 3],
+}
+
+/// What a look has changed.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Looked {
+    /// Who has been quarantined and who is back from it.
+    pub moved: Vec<(InstanceId, Verdict)>,
+    /// Of whom the store should say something else.
+    pub kept: Vec<InstanceId>,
 }
 
 /// All instances; see the module.
@@ -143,21 +173,23 @@ impl HealthBook {
         self.looked.filter(|_| !self.members.is_empty()).map(|looked| looked + self.beat)
     }
 
-    /// Judges everybody, if it is time for that. Says who has been quarantined and who is back from it.
-    pub fn look(&mut self, now: Instant) -> Vec<(InstanceId, Verdict)> {
+    /// Judges everybody, if it is time for that.
+    pub fn look(&mut self, now: Instant) -> Looked {
+        let mut looked = Looked::default();
         if self.next_look().is_none_or(|at| now < at) {
-            return Vec::new();
+            return looked;
         }
         let since_last = self.looked.map_or(Duration::ZERO, |looked| now.saturating_duration_since(looked));
         self.looked = Some(now);
         // As long in good health would have cleared it, too.
         let memory = self.config.quarantine_most.max(THERE);
-        self.members.retain(|_, health| health.signals.silent(now) < memory);
+        let forgotten = self.members.extract_if(.., |_, health| health.signals.silent(now) >= memory);
+        let kept = forgotten.filter(|(_, health)| health.record.kept().is_some());
+        looked.kept.extend(kept.map(|(id, _)| id));
         let sights = self.sights(now);
         let mut room = self.room(now);
         let unwatched = since_last > self.beat.mul_f64(SILENT_BEATS);
         let patience = self.config.wedge.max(self.beat * 3);
-        let mut changed = Vec::new();
         for ((id, health), sight) in self.members.iter_mut().zip(sights) {
             if unwatched {
                 // Nobody knows what held meanwhile.
@@ -165,7 +197,7 @@ impl HealthBook {
             }
             let room = room.get_mut(&health.group);
             let may_quarantine = room.as_ref().is_some_and(|room| **room > 0);
-            let before = health.record.verdict;
+            let (before, kept) = (health.record.verdict, health.record.kept());
             health.judge(now, sight, patience, may_quarantine, &self.config);
             let after = health.record.verdict;
             if after.is_quarantined()
@@ -175,11 +207,14 @@ impl HealthBook {
                 *room -= 1;
             }
             if before.is_quarantined() != after.is_quarantined() {
-                changed.push((id.clone(), after));
+                looked.moved.push((id.clone(), after));
+            }
+            if health.record.kept() != kept {
+                looked.kept.push(id.clone());
             }
             tell(id, &before, &after, now);
         }
-        changed
+        looked
     }
 
     /// Of an instance that nothing is known of, that it is healthy.

@@ -101,8 +101,8 @@ fn any_history_keeps_the_invariants_and_ends_well() {
         panic!("{} of {} seeds fail; seed {seed}: {what}", failed.len(), seeds.end - seeds.start);
     }
     if one.is_none() {
-        let Counts { fenced, lost_answers, late_orders, refusals, moves, .. } = sum;
-        for happened in [fenced, lost_answers, late_orders, refusals, moves] {
+        let Counts { fenced, lost_answers, late_orders, refusals, moves, inherited, .. } = sum;
+        for happened in [fenced, lost_answers, late_orders, refusals, moves, inherited] {
             assert!(happened > 0, "too little happens to say anything: {sum:?}");
         }
     }

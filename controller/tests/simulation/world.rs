@@ -133,7 +133,8 @@ impl World {
         let roles = &self.config.roles;
         let move_in_turn = roles.drain + roles.switch_grace + roles.moves_period;
         let moves = millis(move_in_turn) * NAMES.len() as u64;
-        let bound = 60_000 + millis(roles.lost_grace + roles.load_grace + self.config.sessions.lease) + moves;
+        let known = roles.lost_grace + roles.load_grace + self.config.sessions.lease;
+        let bound = 60_000 + millis(known + self.config.health.quarantine_most) + moves;
         let mut calm_since = None;
         // Whoever is to be started again is, by then.
         self.until(self.now + 11_000)?;
@@ -214,7 +215,11 @@ impl World {
     /// Starts a controller, with a clock of its own.
     pub(crate) fn seat(&mut self, seat: usize) {
         let ahead = Duration::from_millis(self.random.random_range(0..1_000_000));
-        let clock = Clock { zero: self.zero + ahead, speed: self.random.random_range(800..=1250) };
+        let speed = self.random.random_range(800..=1250);
+        // Some wall clocks are wrong by up to an hour.
+        let skew =
+            if self.random.random_bool(0.3) { self.random.random_range(0..7_200_000) } else { 3_600_000 };
+        let clock = Clock { zero: self.zero + ahead, speed, wall_millis: 1_700_000_000_000 + skew };
         let controller = Controller::new(seat, self.config.clone(), clock, self.now);
         let it = &mut self.seats[seat];
         (it.controller, it.paused_at, it.life) = (Some(controller), None, it.life + 1);
@@ -412,6 +417,10 @@ fn config(random: &mut StdRng) -> ControllerConfig {
     config.roles.load_grace = between(2_000, 15_000);
     config.roles.drain = between(500, 4_000);
     config.roles.switch_grace = between(1_500, 5_000);
+    config.health.wedge = between(1_000, 3_000);
+    config.health.quarantine = between(1_000, 15_000);
+    config.health.quarantine_most = config.health.quarantine + between(0, 30_000);
+    config.health.probation = between(1_000, 15_000);
     config.roles.moves_period = between(1_000, 10_000);
     config.roles.moves_most = random.random_range(1..=4);
     (config.roles.prefill, config.roles.decode) = (random.random_range(1..=2), random.random_range(1..=3));

@@ -1,10 +1,11 @@
 //! Every signal, what follows from it, and what must not follow: groups of instances whose reports are written here.
 
 use baton_proto::{InstanceLoad, Phase, Role, RoleEpoch};
-use baton_registry::testing::instance_spec;
+use baton_registry::{HealthRecord, testing::instance_spec};
 
 use super::*;
 
+mod keep;
 mod times;
 mod week;
 
@@ -52,10 +53,14 @@ struct Instance {
 /// A group that reports every second.
 struct Group {
     book: HealthBook,
+    began: Instant,
     now: Instant,
     instances: Vec<Instance>,
     /// Looks that said that somebody's quarantine has changed.
     changes: usize,
+    /// What the store says, and how often something was written there.
+    stored: BTreeMap<InstanceId, HealthRecord>,
+    writes: usize,
 }
 
 impl Group {
@@ -79,11 +84,15 @@ impl Group {
         };
         let prefills = (0..prefill).map(|number| of(format!("p{number}"), Role::Prefill, PREFILLS));
         let decodes = (0..decode).map(|number| of(format!("d{number}"), Role::Decode, DECODES));
+        let now = Instant::now() + secs(1000);
         Self {
             book: HealthBook::new(config, BEAT),
-            now: Instant::now() + secs(1000),
+            began: now,
+            now,
             instances: prefills.chain(decodes).collect(),
             changes: 0,
+            stored: BTreeMap::new(),
+            writes: 0,
         }
     }
 
@@ -121,7 +130,15 @@ impl Group {
                 self.book.observe(self.now, &instance.spec, &instance.beat);
             }
         }
-        self.changes += self.book.look(self.now).len();
+        let looked = self.book.look(self.now);
+        self.changes += looked.moved.len();
+        for id in looked.kept {
+            match self.book.record(&id, self.now, self.unix_millis()) {
+                Some(record) => drop(self.stored.insert(id, record)),
+                None => drop(self.stored.remove(&id)),
+            }
+            self.writes += 1;
+        }
     }
 
     fn run(&mut self, seconds: u64) {
@@ -360,7 +377,7 @@ fn whoever_looks_too_early_changes_nothing() {
     assert_eq!(group.book.next_look(), None);
     group.run(10);
     assert_eq!(group.book.next_look(), Some(group.now + BEAT));
-    assert!(group.book.look(group.now).is_empty());
+    assert_eq!(group.book.look(group.now), Looked::default());
     let off = HealthConfig { enabled: false, ..HealthConfig::default() };
     let mut group = Group::under(off, 2, 2);
     group.does("d0", WEDGED);
