@@ -5,7 +5,7 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use baton_controller::{ControllerConfig, fleet::SessionId};
+use baton_controller::{ControllerConfig, config::HealthConfig, fleet::SessionId};
 use baton_registry::{Operation, StoreError};
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use tokio::time::Instant;
@@ -76,6 +76,8 @@ struct Pending {
 
 pub(crate) struct World {
     pub(crate) random: StdRng,
+    /// For what matters to health alone: times and wall clocks.
+    of_health: StdRng,
     pub(crate) config: Arc<ControllerConfig>,
     pub(crate) now: u64,
     last: u64,
@@ -96,11 +98,13 @@ pub(crate) struct World {
 impl World {
     pub(crate) fn new(seed: u64, log: bool) -> Self {
         let mut random = StdRng::seed_from_u64(seed);
-        let config = Arc::new(config(&mut random));
+        let mut of_health = StdRng::seed_from_u64(!seed);
+        let config = Arc::new(ControllerConfig { health: health(&mut of_health), ..config(&mut random) });
         let weather = Weather::new(&mut random);
         let seats = random.random_range(2..=3);
         let mut world = Self {
             random,
+            of_health,
             config,
             now: 0,
             last: 0,
@@ -217,8 +221,8 @@ impl World {
         let ahead = Duration::from_millis(self.random.random_range(0..1_000_000));
         let speed = self.random.random_range(800..=1250);
         // Some wall clocks are wrong by up to an hour.
-        let skew =
-            if self.random.random_bool(0.3) { self.random.random_range(0..7_200_000) } else { 3_600_000 };
+        let random = &mut self.of_health;
+        let skew = if random.random_bool(0.3) { random.random_range(0..7_200_000) } else { 3_600_000 };
         let clock = Clock { zero: self.zero + ahead, speed, wall_millis: 1_700_000_000_000 + skew };
         let controller = Controller::new(seat, self.config.clone(), clock, self.now);
         let it = &mut self.seats[seat];
@@ -403,6 +407,19 @@ fn not_done() -> StoreError {
     StoreError::Unavailable("out of reach".into())
 }
 
+/// Quarantines and probations of a few seconds.
+fn health(random: &mut StdRng) -> HealthConfig {
+    let mut between = |least: u64, most: u64| Duration::from_millis(random.random_range(least..=most));
+    let quarantine = between(1_000, 15_000);
+    HealthConfig {
+        wedge: between(1_000, 3_000),
+        quarantine,
+        quarantine_most: quarantine + between(0, 30_000),
+        probation: between(1_000, 15_000),
+        ..HealthConfig::default()
+    }
+}
+
 /// Times short enough that everything happens within a minute or two.
 fn config(random: &mut StdRng) -> ControllerConfig {
     let mut config = ControllerConfig::default();
@@ -417,10 +434,6 @@ fn config(random: &mut StdRng) -> ControllerConfig {
     config.roles.load_grace = between(2_000, 15_000);
     config.roles.drain = between(500, 4_000);
     config.roles.switch_grace = between(1_500, 5_000);
-    config.health.wedge = between(1_000, 3_000);
-    config.health.quarantine = between(1_000, 15_000);
-    config.health.quarantine_most = config.health.quarantine + between(0, 30_000);
-    config.health.probation = between(1_000, 15_000);
     config.roles.moves_period = between(1_000, 10_000);
     config.roles.moves_most = random.random_range(1..=4);
     (config.roles.prefill, config.roles.decode) = (random.random_range(1..=2), random.random_range(1..=3));
