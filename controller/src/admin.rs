@@ -193,8 +193,9 @@ impl fleet_admin_server::FleetAdmin for AdminService {
     async fn list_links(&self, request: Request<v1::ListLinksRequest>) -> Answer<v1::ListLinksResponse> {
         self.access.check(&request, Right::Viewer)?;
         let registered = self.coordinators(Instant::now()).await?;
+        let degraded = self.ask(Message::Links).await?;
         let (links, left_out) = coordinators::links(&registered, LINKS_LISTED);
-        let links = links.into_iter().map(v1::Link::from).collect();
+        let links = links.into_iter().map(|link| view::link(link, &degraded)).collect();
         Ok(Response::new(v1::ListLinksResponse { links, left_out: left_out as u64 }))
     }
 

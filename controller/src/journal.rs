@@ -31,6 +31,8 @@ pub enum NewsKind {
     InstanceStuck,
     InstanceQuarantined,
     InstanceReleased,
+    LinkDegraded,
+    LinkRecovered,
     RoleDecided,
     RoleTaken,
     /// A group that cannot serve requests any more.
@@ -55,6 +57,8 @@ impl NewsKind {
             Self::InstanceStuck => "instance_stuck",
             Self::InstanceQuarantined => "instance_quarantined",
             Self::InstanceReleased => "instance_released",
+            Self::LinkDegraded => "link_degraded",
+            Self::LinkRecovered => "link_recovered",
             Self::RoleDecided => "role_decided",
             Self::RoleTaken => "role_taken",
             Self::GroupDegraded => "group_degraded",

@@ -8,6 +8,7 @@ use prometheus_client::{
     encoding::EncodeLabelSet,
     metrics::{counter::Counter, family::Family, gauge::Gauge},
 };
+use tokio::time::Instant;
 
 use crate::reconcile::Reconciler;
 
@@ -38,6 +39,7 @@ pub struct ControllerMetrics {
     lost: Gauge,
     stuck: Gauge,
     quarantined: Gauge,
+    degraded_links: Gauge,
     /// 1 while this controller leads.
     pub leading: Gauge,
     pub leader_epoch: Gauge,
@@ -89,6 +91,11 @@ impl ControllerMetrics {
                 "Instances that are out of service because they do badly",
                 own.quarantined.clone(),
             );
+            registry.register(
+                "links_degraded",
+                "Pairs of instances between which too many handoffs fail",
+                own.degraded_links.clone(),
+            );
             registry.register("leading", "1 while this controller leads", own.leading.clone());
             registry.register("leader_epoch", "Epoch of the present or last reign", own.leader_epoch.clone());
             registry.register("reigns", "Times that this controller began to lead", own.reigns.clone());
@@ -101,10 +108,12 @@ impl ControllerMetrics {
     }
 
     /// Counts the fleet anew.
-    pub fn observe(&self, mind: &Reconciler) {
+    pub fn observe(&self, mind: &Reconciler, now: Instant) {
         let (members, wanted) = (mind.members(), mind.wanted());
         let quarantined = members.keys().filter(|id| mind.verdict(id).is_quarantined()).count();
         self.quarantined.set(i64::try_from(quarantined).unwrap_or(i64::MAX));
+        let degraded = mind.degraded_links(now).count();
+        self.degraded_links.set(i64::try_from(degraded).unwrap_or(i64::MAX));
         self.served.clear();
         for (group, served) in mind.served() {
             self.served.get_or_create(&GroupLabels { group: group.to_owned() }).set(served.into());

@@ -13,8 +13,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use baton_proto::{
-    ApiError, GroupName, Incarnation, InstanceId, InstanceLoad, InstanceSpec, Intent, LeaderEpoch, Phase,
-    Role, RoleEpoch, Targets,
+    ApiError, GroupName, Incarnation, InstanceId, InstanceLoad, InstanceSpec, Intent, LeaderEpoch, LinkUse,
+    Phase, Role, RoleEpoch, Targets,
 };
 use baton_registry::{DesiredRole, HealthRecord};
 use tokio::time::Instant;
@@ -24,7 +24,7 @@ use crate::{
     config::{HealthConfig, RoleConfig, SessionConfig},
     fleet::{
         Beat, Contact, Member, Members, SessionId,
-        health::{HealthBook, Verdict},
+        health::{Ends, HealthBook, Verdict},
     },
     journal::{News, NewsKind},
     ranktable::RankTable,
@@ -76,6 +76,8 @@ pub enum Event {
         record: Record,
         reason: String,
     },
+    /// A coordinator has seen so many more handoffs, well and failed, by link.
+    Handoffs(Vec<LinkUse>),
     /// The ranktable of Ascend servers is another.
     RankTable(RankTable),
     /// The store has this role record now.
@@ -263,6 +265,11 @@ impl Reconciler {
         self.health.verdict(id)
     }
 
+    /// Links that are degraded, and the share of their handoffs that fail, 0 to 1.
+    pub fn degraded_links(&self, now: Instant) -> impl Iterator<Item = (&Ends, f64)> {
+        self.health.degraded_links(now)
+    }
+
     /// Role records decided so far.
     pub fn role_changes(&self) -> u64 {
         self.role_changes
@@ -290,6 +297,10 @@ impl Reconciler {
                 let order = offer(member);
                 self.follow(&id, now);
                 order.into_iter().collect()
+            }
+            Event::Handoffs(links) => {
+                self.health.observe_handoffs(now, &links);
+                Vec::new()
             }
             Event::RankTable(table) => {
                 self.take_ranktable(table);
@@ -368,6 +379,7 @@ impl Reconciler {
         }
         let looked = self.health.look(now);
         looked.kept.into_iter().for_each(|id| self.mark(Record::Health(id)));
+        looked.links.iter().for_each(|change| self.tell_of_link(change));
         for (id, verdict) in looked.moved {
             self.plan_due = true;
             let kind = if verdict.is_quarantined() {

@@ -130,7 +130,7 @@ impl Reigns {
             let now = Instant::now();
             reign.conclude(now);
             if observe_at <= now {
-                self.metrics.observe(&reign.mind);
+                self.metrics.observe(&reign.mind, now);
                 observe_at = now + OBSERVE_EVERY;
             }
             if write.is_none() && write_after <= now && reign.mind.has_writes() {

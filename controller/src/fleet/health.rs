@@ -5,7 +5,7 @@
 //! | silent | no report for 2.5 beats | never: its lease ends |
 //! | wedged | it has work, and nothing that it counts moves | `health.wedge` |
 //! | failing | 5 failures or more in 3 reports or more, and more than `health.error_share` of its requests | 10 s |
-//! | losing caches | the same of its KV handoffs, and it is at this end that they break | 30 s |
+//! | losing caches | the same of its KV handoffs, and it is at this end that they break; or most of its [links] do | 30 s |
 //! | slow | a decode step takes `health.slow_factor` times as long as its peers', of whom there are 3 or more | 30 s |
 //!
 //! A signal must hold without a break; after half its time the instance is suspected, which on probation is enough. The
@@ -26,7 +26,7 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use baton_proto::{GroupName, InstanceId, InstanceSpec};
+use baton_proto::{GroupName, InstanceId, InstanceSpec, LinkUse};
 use tokio::time::Instant;
 use tracing::{info, warn};
 
@@ -35,10 +35,13 @@ use crate::config::HealthConfig;
 
 mod compare;
 mod keep;
+mod links;
 mod signals;
 mod verdict;
 
 use compare::Peers;
+use links::{Blame, LinkBook};
+pub use links::{Ends, LinkChange};
 use signals::Signals;
 pub use verdict::Verdict;
 use verdict::{Finding, Record};
@@ -129,6 +132,7 @@ pub struct Looked {
     pub moved: Vec<(InstanceId, Verdict)>,
     /// Of whom the store should say something else.
     pub kept: Vec<InstanceId>,
+    pub links: Vec<LinkChange>,
 }
 
 /// All instances; see the module.
@@ -138,13 +142,14 @@ pub struct HealthBook {
     /// How often instances report, and are looked at.
     beat: Duration,
     members: BTreeMap<InstanceId, Health>,
+    links: LinkBook,
     looked: Option<Instant>,
 }
 
 impl HealthBook {
     /// `beat` is how often instances report.
     pub fn new(config: HealthConfig, beat: Duration) -> Self {
-        Self { config, beat, members: BTreeMap::new(), looked: None }
+        Self { config, beat, members: BTreeMap::new(), links: LinkBook::default(), looked: None }
     }
 
     /// An instance has reported, by a hello or a beat.
@@ -168,6 +173,19 @@ impl HealthBook {
         }
     }
 
+    /// A coordinator has seen more handoffs: of each link, how many went well and how many failed.
+    pub fn observe_handoffs(&mut self, now: Instant, links: &[LinkUse]) {
+        let are_here = |link: &&LinkUse| {
+            self.members.contains_key(&link.prefill) && self.members.contains_key(&link.decode)
+        };
+        links.iter().filter(are_here).for_each(|link| self.links.observe(now, link));
+    }
+
+    /// Links that are degraded, and the share of their handoffs that fail, 0 to 1.
+    pub fn degraded_links(&self, now: Instant) -> impl Iterator<Item = (&Ends, f64)> {
+        self.links.degraded(now)
+    }
+
     /// When [`Self::look`] next has something to do; none while there is nobody to look at.
     pub fn next_look(&self) -> Option<Instant> {
         self.looked.filter(|_| !self.members.is_empty()).map(|looked| looked + self.beat)
@@ -186,6 +204,8 @@ impl HealthBook {
         let forgotten = self.members.extract_if(.., |_, health| health.signals.silent(now) >= memory);
         let kept = forgotten.filter(|(_, health)| health.record.kept().is_some());
         looked.kept.extend(kept.map(|(id, _)| id));
+        let members = &self.members;
+        looked.links = self.links.look(now, self.config.error_share, |id| members.contains_key(id));
         let sights = self.sights(now);
         let mut room = self.room(now);
         let unwatched = since_last > self.beat.mul_f64(SILENT_BEATS);
@@ -237,20 +257,25 @@ impl HealthBook {
         let silent_after = self.beat.mul_f64(SILENT_BEATS);
         let heard = self.members.values().filter(|health| health.signals.silent(now) <= silent_after);
         let peers = Peers::new(now, heard.map(|health| (health.group.as_str(), &health.signals)));
-        let sight = |health: &Health| {
+        let blame = self.links.blame(now, self.config.error_share);
+        let sight = |(id, health): (&InstanceId, &Health)| {
             let (group, signals) = (health.group.as_str(), &health.signals);
             let silent = signals.silent(now);
             let silent = (silent > silent_after).then_some(Reason::Silent(silent));
             let much = |share: &f64| *share > self.config.error_share;
             let failing =
                 signals.failing(now).filter(much).filter(|_| peers.fails_alone(now, group, signals));
-            let losing = signals.losing(now).filter(much).filter(|_| peers.loses_alone(now, group, signals));
+            let losing = match blame.get(id) {
+                Some(Blame::Own(share)) => Some(*share).filter(much),
+                Some(Blame::Peers) => None,
+                None => signals.losing(now).filter(much).filter(|_| peers.loses_alone(now, group, signals)),
+            };
             let slow = peers.slowness(now, group, signals).filter(|times| *times > self.config.slow_factor);
             let signs =
                 [failing.map(Reason::Failing), losing.map(Reason::LosingCaches), slow.map(Reason::Slow)];
             Sight { silent, still: signals.still(), signs }
         };
-        self.members.values().map(sight).collect()
+        self.members.iter().map(sight).collect()
     }
 
     /// How many more instances may be quarantined now, by group.

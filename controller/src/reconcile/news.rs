@@ -3,7 +3,10 @@
 use baton_proto::{GroupName, InstanceId};
 
 use super::{Change, Reconciler};
-use crate::journal::{News, NewsKind};
+use crate::{
+    fleet::health::LinkChange,
+    journal::{News, NewsKind},
+};
 
 impl Reconciler {
     /// What is new since this was last called.
@@ -27,6 +30,17 @@ impl Reconciler {
     ) {
         let (instance, message) = (Some(id.clone()), message.into());
         self.news.push(News { kind, group, instance, message, actor: None });
+    }
+
+    /// Of a link, entered for the instance at its beginning.
+    pub(super) fn tell_of_link(&mut self, change: &LinkChange) {
+        let LinkChange { ends, degraded, failing } = change;
+        let kind = if *degraded { NewsKind::LinkDegraded } else { NewsKind::LinkRecovered };
+        let how = failing.map_or_else(
+            || "hardly any of its handoffs fail".to_owned(),
+            |share| format!("{:.0} % of its handoffs fail", share * 100.0),
+        );
+        self.tell(kind, &ends.prefill, format!("{ends}: {how}"));
     }
 
     /// Of a group.

@@ -6,6 +6,7 @@ use baton_registry::{HealthRecord, testing::instance_spec};
 use super::*;
 
 mod keep;
+mod links;
 mod times;
 mod week;
 
@@ -61,6 +62,8 @@ struct Group {
     /// What the store says, and how often something was written there.
     stored: BTreeMap<InstanceId, HealthRecord>,
     writes: usize,
+    /// Of links, not looked at yet.
+    link_changes: Vec<LinkChange>,
 }
 
 impl Group {
@@ -93,6 +96,7 @@ impl Group {
             changes: 0,
             stored: BTreeMap::new(),
             writes: 0,
+            link_changes: Vec::new(),
         }
     }
 
@@ -132,6 +136,7 @@ impl Group {
         }
         let looked = self.book.look(self.now);
         self.changes += looked.moved.len();
+        self.link_changes.extend(looked.links);
         for id in looked.kept {
             match self.book.record(&id, self.now, self.unix_millis()) {
                 Some(record) => drop(self.stored.insert(id, record)),
