@@ -24,6 +24,7 @@ pub struct ControllerConfig {
     pub sessions: SessionConfig,
     pub roles: RoleConfig,
     pub health: HealthConfig,
+    pub congestion: CongestionConfig,
     pub admin: AdminConfig,
     pub ascend: AscendConfig,
     pub process: ProcessConfig,
@@ -41,6 +42,7 @@ impl Default for ControllerConfig {
             sessions: SessionConfig::default(),
             roles: RoleConfig::default(),
             health: HealthConfig::default(),
+            congestion: CongestionConfig::default(),
             admin: AdminConfig::default(),
             ascend: AscendConfig::default(),
             process: ProcessConfig::default(),
@@ -256,6 +258,24 @@ impl HealthConfig {
         let most = "expected at least `health.quarantine`";
         require(self.quarantine_most >= self.quarantine, "health.quarantine_most", most)?;
         require(self.probation >= second, "health.probation", "expected at least 1s")
+    }
+}
+
+/// When a group counts as congested; see [`crate::fleet::congestion`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CongestionConfig {
+    /// Longest time that what is queued may take to prefill. 0 = the group's target for the time to the first token.
+    #[serde(with = "duration")]
+    pub wait: Duration,
+    /// How long it must take longer before congestion is raised, and less than half of that before it is cleared.
+    #[serde(with = "duration")]
+    pub after: Duration,
+}
+
+impl Default for CongestionConfig {
+    fn default() -> Self {
+        Self { wait: Duration::ZERO, after: Duration::from_secs(10) }
     }
 }
 

@@ -4,6 +4,7 @@
 //! or `Lost` (its registration has ended, its place is kept for a while). Pure data; [`crate::reconcile`] moves it.
 //! Whether one that is there does well enough to be used is [`health`]'s to say.
 
+pub mod congestion;
 pub mod health;
 
 use std::{collections::BTreeMap, fmt, time::Duration};

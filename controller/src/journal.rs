@@ -38,6 +38,9 @@ pub enum NewsKind {
     /// A group that cannot serve requests any more.
     GroupDegraded,
     GroupServing,
+    /// A group whose prompts wait too long.
+    CongestionRaised,
+    CongestionCleared,
     Cordoned,
     Uncordoned,
     Pinned,
@@ -63,6 +66,8 @@ impl NewsKind {
             Self::RoleTaken => "role_taken",
             Self::GroupDegraded => "group_degraded",
             Self::GroupServing => "group_serving",
+            Self::CongestionRaised => "congestion_raised",
+            Self::CongestionCleared => "congestion_cleared",
             Self::Cordoned => "cordoned",
             Self::Uncordoned => "uncordoned",
             Self::Pinned => "pinned",

@@ -21,7 +21,7 @@ use tokio::time::Instant;
 use tracing::info;
 
 use crate::{
-    config::{HealthConfig, RoleConfig, SessionConfig},
+    config::{CongestionConfig, HealthConfig, RoleConfig, SessionConfig},
     fleet::{
         Beat, Contact, Member, Members, SessionId,
         health::{Ends, HealthBook, Verdict},
@@ -33,6 +33,7 @@ use crate::{
 mod admit;
 mod aim;
 mod change;
+mod congestion;
 mod cover;
 mod moves;
 mod news;
@@ -44,6 +45,7 @@ mod writes;
 
 pub use aim::{Aim, Wanted};
 pub use change::Change;
+pub use congestion::Queue;
 pub use moves::Budget;
 pub use planning::{GroupPlan, MemberPlan};
 pub use steps::Step;
@@ -119,6 +121,7 @@ struct Remembered {
 pub struct Reconciler {
     sessions_config: SessionConfig,
     roles_config: RoleConfig,
+    congestion_config: CongestionConfig,
     leader_epoch: LeaderEpoch,
     /// When this reign began.
     began: Instant,
@@ -130,6 +133,8 @@ pub struct Reconciler {
     unwritten: BTreeSet<Record>,
     /// Records that the store refused, and when to try again.
     refused: BTreeMap<Record, Instant>,
+    /// When the groups' queues are to be looked at.
+    queues_at: Instant,
     /// Something that plans depend on has changed.
     plan_due: bool,
     /// When leases, places and memories are to be looked at.
@@ -183,6 +188,8 @@ impl Reconciler {
             groups: BTreeMap::new(),
             intents: BTreeMap::new(),
             targets: BTreeMap::new(),
+            congestion_config: CongestionConfig::default(),
+            queues_at: now,
             plan_due: true,
             check_at: now,
             awake: now,
@@ -192,6 +199,11 @@ impl Reconciler {
             refusals: BTreeMap::new(),
             news: Vec::new(),
         }
+    }
+
+    /// With another idea of when a group is congested.
+    pub fn with_congestion(self, congestion_config: CongestionConfig) -> Self {
+        Self { congestion_config, ..self }
     }
 
     /// Takes over what an earlier leader left in the store. Its instances have a lease to come back within.
@@ -389,6 +401,7 @@ impl Reconciler {
             };
             self.tell(kind, &id, verdict.to_string());
         }
+        self.watch_queues(now);
         if self.plan_due || self.plan_at.is_some_and(|at| at <= now) {
             (self.plan_due, self.plan_at) = (false, None);
             self.replan(now);
@@ -398,7 +411,8 @@ impl Reconciler {
 
     /// When [`Self::conclude`] will have something to do without an event.
     pub fn next_deadline(&self) -> Instant {
-        let timers = self.plan_at.into_iter().chain(self.health.next_look());
+        let queues = Some(self.queues_at).filter(|_| !self.members.is_empty());
+        let timers = self.plan_at.into_iter().chain(self.health.next_look()).chain(queues);
         timers.fold(self.check_at, Instant::min)
     }
 }

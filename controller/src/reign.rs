@@ -105,7 +105,8 @@ impl Reigns {
         let inherited = self.load().await;
         let now = Instant::now();
         let (sessions, policy) = (self.config.sessions.clone(), self.config.roles.clone());
-        let mut mind = Reconciler::new(sessions, policy, self.config.health.clone(), leadership.epoch(), now);
+        let mut mind = Reconciler::new(sessions, policy, self.config.health.clone(), leadership.epoch(), now)
+            .with_congestion(self.config.congestion.clone());
         let Inherited { instances, roles, health, intents, targets } = inherited;
         info!(epoch = %leadership.epoch(), instances = instances.len(), roles = roles.len(), "the reign begins");
         mind.inherit(instances, roles, now);

@@ -18,7 +18,7 @@ use super::{Reconciler, moves::Moves};
 use crate::{
     config::RoleConfig,
     demand::Meter,
-    fleet::Member,
+    fleet::{Member, congestion::Congestion},
     plan::{
         Policy, Ratio,
         auto::{self, Caution, Measured},
@@ -36,6 +36,9 @@ pub(super) struct Group {
     /// So many moves may still be made for small gains.
     pub(super) rebalance: usize,
     pub(super) moves: Moves,
+    pub(super) congestion: Congestion,
+    /// How long what is queued would take to prefill, when it was last looked at and could be said.
+    pub(super) wait: Option<Duration>,
     /// Whether both phases were served when it was last looked at; none = it was never served.
     pub(super) served: Option<bool>,
 }

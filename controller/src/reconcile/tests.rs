@@ -415,6 +415,7 @@ fn two_thousand_instances_are_planned_at_once() {
 }
 
 mod auto;
+mod congestion;
 mod intents;
 mod leases;
 mod moves;

@@ -7,8 +7,8 @@ use baton_proto::{
     LEADER_METADATA,
     v1::{
         Coordinator, ExplainPlanRequest, FleetEvent, GroupPlan, Instance, ListCoordinatorsRequest,
-        ListInstancesRequest, ListLinksRequest, ListRolesRequest, RoleView, Targets, WatchEventsRequest,
-        fleet_admin_client::FleetAdminClient,
+        ListInstancesRequest, ListLinksRequest, ListLinksResponse, ListRolesRequest, RoleView, Targets,
+        WatchEventsRequest, fleet_admin_client::FleetAdminClient,
     },
 };
 use tonic::{
