@@ -10,7 +10,10 @@
 //!
 //! [`crate::reign`] feeds it and carries its commands out.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use baton_proto::{
     ApiError, GroupName, Incarnation, InstanceId, InstanceLoad, InstanceSpec, Intent, LeaderEpoch, LinkUse,
@@ -117,6 +120,9 @@ struct Remembered {
     since: Instant,
 }
 
+/// Instances whose health is known, here or gone, for each that there may be at a time.
+const HEALTH_KEPT: usize = 2;
+
 #[derive(Debug, Clone)]
 pub struct Reconciler {
     sessions_config: SessionConfig,
@@ -171,7 +177,8 @@ impl Reconciler {
         leader_epoch: LeaderEpoch,
         now: Instant,
     ) -> Self {
-        let health = HealthBook::new(health, sessions_config.beat);
+        let health =
+            HealthBook::new(health, sessions_config.beat, HEALTH_KEPT * sessions_config.max_instances);
         Self {
             health,
             ranktable: RankTable::default(),
@@ -226,7 +233,7 @@ impl Reconciler {
             let (registered_unix_millis, told) = (0, None);
             let member = Member {
                 reported_devices: spec.device_count,
-                spec,
+                spec: Arc::new(spec),
                 beat,
                 last_beat: now,
                 contact,

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use baton_proto::{CoordinatorBeat, GroupName, Intent, LinkUse, Role, v1};
+use baton_proto::{CoordinatorBeat, GroupName, InstanceSpec, Intent, LinkUse, Role, v1};
 use baton_registry::DesiredRole;
 use tokio::time::Instant;
 
@@ -18,7 +18,7 @@ use crate::{
 pub(super) fn instance(member: &Member, now: Instant) -> v1::Instance {
     let age = now.duration_since(member.last_beat);
     v1::Instance {
-        spec: Some(member.spec.clone().into()),
+        spec: Some(InstanceSpec::clone(&member.spec).into()),
         beat: Some(member.beat.into()),
         registered_unix_millis: member.registered_unix_millis,
         last_beat_age_millis: u64::try_from(age.as_millis()).unwrap_or(u64::MAX),

@@ -144,12 +144,26 @@ pub struct HealthBook {
     members: BTreeMap<InstanceId, Health>,
     links: LinkBook,
     looked: Option<Instant>,
+    /// Instances that are known at a time.
+    most: usize,
+    /// Who made room for others though the store knows of them, since the last look.
+    dropped: Vec<InstanceId>,
 }
 
 impl HealthBook {
-    /// `beat` is how often instances report.
-    pub fn new(config: HealthConfig, beat: Duration) -> Self {
-        Self { config, beat, members: BTreeMap::new(), links: LinkBook::default(), looked: None }
+    /// `beat` is how often instances report. At most `most` of them are known: one more, and the one that was silent for
+    /// longest is forgotten, of those first who have no quarantine to remember.
+    pub fn new(config: HealthConfig, beat: Duration, most: usize) -> Self {
+        let dropped = Vec::new();
+        Self {
+            config,
+            beat,
+            most,
+            dropped,
+            members: BTreeMap::new(),
+            links: LinkBook::default(),
+            looked: None,
+        }
     }
 
     /// An instance has reported, by a hello or a beat.
@@ -166,10 +180,24 @@ impl HealthBook {
                 }
             }
             None => {
+                self.make_room(now);
                 let signals = Signals::new(now, spec.incarnation, beat);
                 let (group, since, record) = (spec.group.clone(), [None; 3], Record::default());
                 self.members.insert(spec.id.clone(), Health { group, signals, since, record });
             }
+        }
+    }
+
+    fn make_room(&mut self, now: Instant) {
+        let claim = |(_, health): &(&InstanceId, &Health)| {
+            (health.record.kept().is_none(), health.signals.silent(now))
+        };
+        if self.members.len() >= self.most
+            && let Some((id, health)) = self.members.iter().max_by_key(claim)
+        {
+            let (id, kept) = (id.clone(), health.record.kept());
+            self.dropped.extend(kept.map(|_| id.clone()));
+            self.members.remove(&id);
         }
     }
 
@@ -201,6 +229,7 @@ impl HealthBook {
         self.looked = Some(now);
         // As long in good health would have cleared it, too.
         let memory = self.config.quarantine_most.max(THERE);
+        looked.kept.append(&mut self.dropped);
         let forgotten = self.members.extract_if(.., |_, health| health.signals.silent(now) >= memory);
         let kept = forgotten.filter(|(_, health)| health.record.kept().is_some());
         looked.kept.extend(kept.map(|(id, _)| id));

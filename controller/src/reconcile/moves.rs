@@ -60,7 +60,8 @@ impl Reconciler {
         let asked_for = || {
             let intent = self.intents.get(&member.spec.id);
             let rebalances = self.groups.get(&member.spec.group).is_some_and(|group| group.rebalance > 0);
-            rebalances || intent.is_some_and(|intent| intent.pinned == Some(role))
+            rebalances
+                || intent.and_then(|intent| intent.pinned.as_ref()).is_some_and(|pinned| pinned.role == role)
         };
         role == Role::None || budget.wait.is_zero() || asked_for() || self.is_needed(group, member, role)
     }

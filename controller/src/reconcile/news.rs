@@ -56,8 +56,9 @@ impl Change {
         let (kind, instance, group, message) = match self {
             Self::Cordon { id, cordoned } => (NewsKind::Cordoned, Some(id), None, cordoned.reason.clone()),
             Self::Uncordon { id } => (NewsKind::Uncordoned, Some(id), None, String::new()),
-            Self::Pin { id, role } => {
-                let role = role.map_or("whatever the planner chooses", baton_proto::Role::name);
+            Self::Pin { id, pinned } => {
+                let role = pinned.as_ref().map(|pinned| pinned.role.name());
+                let role = role.unwrap_or("whatever the planner chooses");
                 (NewsKind::Pinned, Some(id), None, format!("to {role}"))
             }
             Self::Divide { group, targets } => {

@@ -159,8 +159,9 @@ impl Reconciler {
 
     fn candidate<'a>(&'a self, member: &'a Member) -> Candidate<'a> {
         let (spec, role, serving) = (&member.spec, member.serving_role(), member.is_serving());
-        let intended = self.intents.get(&spec.id).and_then(|intent| intent.pinned);
-        let pin = intended.map(|role| (role, "an operator"));
+        let pinned = self.intents.get(&spec.id).and_then(|intent| intent.pinned.as_ref());
+        let by = |by: &'a str| if by.is_empty() { "an operator" } else { by };
+        let pin = pinned.map(|pinned| (pinned.role, by(&pinned.by)));
         Candidate { spec, role, serving, pin: pin.or_else(|| labelled_role(member)) }
     }
 

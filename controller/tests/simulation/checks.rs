@@ -281,7 +281,7 @@ pub(crate) fn converged(world: &World) -> Result<(), String> {
         }
         let spec = world.keeper.value(&keys::instance(id)).and_then(|value| records::decode_spec(value).ok());
         let status = world.keeper.value(&keys::status(id));
-        if spec.as_ref() != Some(&member.spec) || status != Some(&*member.status().encode()) {
+        if spec.as_ref() != Some(&*member.spec) || status != Some(&*member.status().encode()) {
             return Err(format!("the store has another spec or status of {id} than the leader's mind"));
         }
     }

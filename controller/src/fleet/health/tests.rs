@@ -11,6 +11,8 @@ mod times;
 mod week;
 
 const BEAT: Duration = Duration::from_secs(1);
+/// Instances that a book has room for.
+const MOST: usize = 1000;
 
 fn secs(seconds: u64) -> Duration {
     Duration::from_secs(seconds)
@@ -89,7 +91,7 @@ impl Group {
         let decodes = (0..decode).map(|number| of(format!("d{number}"), Role::Decode, DECODES));
         let now = Instant::now() + secs(1000);
         Self {
-            book: HealthBook::new(config, BEAT),
+            book: HealthBook::new(config, BEAT, MOST),
             began: now,
             now,
             instances: prefills.chain(decodes).collect(),
@@ -399,4 +401,19 @@ fn who_is_long_gone_is_forgotten() {
     assert_eq!(group.book.verdicts().count(), 4);
     group.run(1);
     assert_eq!(group.book.verdicts().count(), 3);
+}
+
+#[test]
+fn no_number_of_new_names_makes_the_book_larger_or_forget_who_is_quarantined() {
+    let mut group = Group::new(2, 2);
+    group.run(10);
+    group.does("d0", WEDGED);
+    group.until_quarantine(20);
+    group.of("d0").silent = true;
+    group.run(2);
+    for number in 0..3 * MOST {
+        let spec = instance_spec(&format!("x{number}"), 1);
+        group.book.observe(group.now + BEAT, &spec, &group.instances[0].beat);
+    }
+    assert_eq!((group.book.verdicts().count(), group.quarantined()), (MOST, vec!["d0".to_owned()]));
 }

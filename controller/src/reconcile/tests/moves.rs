@@ -124,7 +124,7 @@ fn who_is_pinned_by_an_operator_waits_for_no_room_and_takes_it() {
     assert_eq!(count(&world), (3, 7));
     let decodes = |member: &&Member| member.serving_role() == Some(Role::Decode);
     let id = world.mind.members().values().find(decodes).map(|member| member.spec.id.clone()).expect("one");
-    world.mind.change(Change::Pin { id: id.clone(), role: Some(Role::Prefill) }).expect("it is here");
+    world.mind.change(Change::Pin { id: id.clone(), pinned: pinned(Role::Prefill) }).expect("it is here");
     run(&mut world, &sessions, 2);
     assert_eq!(world.mind.members()[&id].serving_role(), Some(Role::Prefill));
     // The others of that minute are over, and this one is not.

@@ -273,7 +273,7 @@ mod tests {
     #[test]
     fn an_instance_shows_intent_beside_observation_and_its_past() {
         let by_alice = Cordoned { by: "alice".into(), reason: "disk".into(), ..Default::default() };
-        let intent = Intent { cordoned: Some(by_alice), pinned: 0 };
+        let intent = Intent { cordoned: Some(by_alice), ..Default::default() };
         let view = RoleView { intent: Some(intent), stuck: "does not answer".into(), ..view() };
         let waits = plan("server-0", Role::Decode, Role::None, Step::Waits);
         let event = FleetEvent {

@@ -16,7 +16,7 @@ impl Group {
 
     /// Another controller takes over, whose clock shows this.
     fn lead_anew(&mut self, unix_millis: u64) {
-        self.book = HealthBook::new(self.book.config.clone(), BEAT);
+        self.book = HealthBook::new(self.book.config.clone(), BEAT, MOST);
         let beat = self.instances[0].beat;
         assert_eq!(self.book.inherit(self.stored.clone(), &beat, self.now, unix_millis), []);
     }
@@ -98,12 +98,12 @@ fn a_clock_that_is_wrong_makes_no_quarantine_longer() {
 fn what_cannot_be_used_is_said() {
     let group = quarantined();
     let (beat, now, unix_millis) = (group.instances[0].beat, group.now, group.unix_millis());
-    let mut off = HealthBook::new(HealthConfig { enabled: false, ..HealthConfig::default() }, BEAT);
+    let mut off = HealthBook::new(HealthConfig { enabled: false, ..HealthConfig::default() }, BEAT, MOST);
     assert_eq!(off.inherit(group.stored.clone(), &beat, now, unix_millis), [id("d0")]);
     let mut of_another_kind = group.stored.clone();
     let record = of_another_kind.get_mut(&id("d0")).expect("it is stored");
     record.standing = Standing::Quarantined { reason: "haunted".into(), measure: 1.0 };
-    let mut book = HealthBook::new(HealthConfig::default(), BEAT);
+    let mut book = HealthBook::new(HealthConfig::default(), BEAT, MOST);
     assert_eq!(book.inherit(of_another_kind, &beat, now, unix_millis), [id("d0")]);
     assert_eq!(book.verdict(&id("d0")), Verdict::Healthy);
 }
