@@ -162,12 +162,18 @@ impl ControllerMetrics {
         self.degraded_links.set(i64::try_from(degraded).unwrap_or(i64::MAX));
         let of = |group: &str| GroupLabels { group: group.to_owned() };
         let served = mind.served().into_iter().map(|(group, served)| (of(group), served));
-        self.served.show(served, |gauge, served| drop(gauge.set(served.into())));
+        self.served.show(served, |gauge, served| {
+            gauge.set(served.into());
+        });
         let queues: Vec<_> = mind.queues().collect();
         let congested = queues.iter().map(|(group, queue)| (of(group.as_str()), queue.congested));
-        self.congested.show(congested, |gauge, congested| drop(gauge.set(congested.into())));
+        self.congested.show(congested, |gauge, congested| {
+            gauge.set(congested.into());
+        });
         let waits = queues.iter().map(|(group, queue)| (of(group.as_str()), queue.wait.as_secs_f64()));
-        self.wait_seconds.show(waits, |gauge, seconds| drop(gauge.set(seconds)));
+        self.wait_seconds.show(waits, |gauge, seconds| {
+            gauge.set(seconds);
+        });
         // What a group has none of is 0, so that it can be compared.
         let mut planned: BTreeMap<(&str, &'static str), i64> = BTreeMap::new();
         for member in members.values() {
@@ -185,13 +191,17 @@ impl ControllerMetrics {
         }
         let labels = |group: &str, role| WantedLabels { group: group.to_owned(), role };
         let planned = planned.into_iter().map(|((group, role), count)| (labels(group, role), count));
-        self.planned.show(planned, |gauge, count| drop(gauge.set(count)));
+        self.planned.show(planned, |gauge, count| {
+            gauge.set(count);
+        });
         let wanted = wanted.iter().flat_map(|(group, wanted)| {
             [(Role::Prefill, wanted.prefill), (Role::Decode, wanted.decode)].map(|(role, count)| {
                 (labels(group.as_str(), role.name()), i64::try_from(count).unwrap_or(i64::MAX))
             })
         });
-        self.wanted.show(wanted, |gauge, count| drop(gauge.set(count)));
+        self.wanted.show(wanted, |gauge, count| {
+            gauge.set(count);
+        });
         for role in Role::ALL {
             for phase in Phase::ALL {
                 let alike = |member: &&crate::fleet::Member| {
@@ -221,14 +231,18 @@ mod tests {
         // A family without members is not exported.
         let (group, role) = ("g".to_owned(), "decode");
         for family in [&own.served, &own.congested] {
-            family.show([(GroupLabels { group: group.clone() }, 1)], |gauge, value| drop(gauge.set(value)));
+            family.show([(GroupLabels { group: group.clone() }, 1)], |gauge, value| {
+                gauge.set(value);
+            });
         }
         for family in [&own.wanted, &own.planned] {
             family.show([(WantedLabels { group: group.clone(), role }, 1)], |gauge, value| {
-                drop(gauge.set(value));
+                gauge.set(value);
             });
         }
-        own.wait_seconds.show([(GroupLabels { group }, 0.5)], |gauge, value| drop(gauge.set(value)));
+        own.wait_seconds.show([(GroupLabels { group }, 0.5)], |gauge, value| {
+            gauge.set(value);
+        });
         let exported = metrics.render();
         let words = rules.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_'));
         let asked: Vec<_> = words.filter(|word| word.starts_with("baton_controller_")).collect();
@@ -244,7 +258,9 @@ mod tests {
         let of = |group: &str| GroupLabels { group: group.to_owned() };
         let names: Vec<String> = (0..50).map(|number| format!("g{number}")).collect();
         let all = || names.iter().map(|name| (of(name), 1));
-        let set = |gauge: &Gauge, value| drop(gauge.set(value));
+        let set = |gauge: &Gauge, value| {
+            gauge.set(value);
+        };
         series.show(all(), set);
         let ended = std::sync::atomic::AtomicBool::new(false);
         std::thread::scope(|scope| {

@@ -19,16 +19,13 @@ use baton_proto::{
     ApiError, GroupName, Incarnation, InstanceId, InstanceLoad, InstanceSpec, Intent, LeaderEpoch, LinkUse,
     Phase, Role, RoleEpoch, Targets,
 };
-use baton_registry::{DesiredRole, HealthRecord};
+use baton_registry::DesiredRole;
 use tokio::time::Instant;
 use tracing::info;
 
 use crate::{
     config::{CongestionConfig, HealthConfig, RoleConfig, SessionConfig},
-    fleet::{
-        Beat, Contact, Member, Members, SessionId,
-        health::{Ends, HealthBook, Verdict},
-    },
+    fleet::{Beat, Contact, Member, Members, SessionId, health::HealthBook},
     journal::{News, NewsKind},
     ranktable::RankTable,
 };
@@ -38,6 +35,7 @@ mod aim;
 mod change;
 mod congestion;
 mod cover;
+mod health;
 mod moves;
 mod news;
 mod places;
@@ -258,18 +256,6 @@ impl Reconciler {
         self.check_at = self.next_check(now);
     }
 
-    /// Takes over what earlier leaders held of instances that had done badly. `unix_millis` is the time of `now`.
-    pub fn inherit_health(
-        &mut self,
-        records: BTreeMap<InstanceId, HealthRecord>,
-        now: Instant,
-        unix_millis: u64,
-    ) {
-        (self.began, self.began_unix_millis) = (now, unix_millis);
-        let useless = self.health.inherit(records, &silent(), now, unix_millis);
-        useless.into_iter().for_each(|id| self.mark(Record::Health(id)));
-    }
-
     pub fn members(&self) -> &Members {
         &self.members
     }
@@ -277,16 +263,6 @@ impl Reconciler {
     /// Roles of instances that are gone.
     pub fn remembered(&self) -> impl Iterator<Item = (&InstanceId, &DesiredRole)> {
         self.remembered.iter().map(|(id, remembered)| (id, &remembered.desired))
-    }
-
-    /// What is held of an instance.
-    pub fn verdict(&self, id: &InstanceId) -> Verdict {
-        self.health.verdict(id)
-    }
-
-    /// Links that are degraded, and the share of their handoffs that fail, 0 to 1.
-    pub fn degraded_links(&self, now: Instant) -> impl Iterator<Item = (&Ends, f64)> {
-        self.health.degraded_links(now)
     }
 
     /// Role records decided so far.

@@ -230,9 +230,13 @@ impl HealthBook {
         // As long in good health would have cleared it, too.
         let memory = self.config.quarantine_most.max(THERE);
         looked.kept.append(&mut self.dropped);
-        let forgotten = self.members.extract_if(.., |_, health| health.signals.silent(now) >= memory);
-        let kept = forgotten.filter(|(_, health)| health.record.kept().is_some());
-        looked.kept.extend(kept.map(|(id, _)| id));
+        self.members.retain(|id, health| {
+            let remembered = health.signals.silent(now) < memory;
+            if !remembered && health.record.kept().is_some() {
+                looked.kept.push(id.clone());
+            }
+            remembered
+        });
         let members = &self.members;
         looked.links = self.links.look(now, self.config.error_share, |id| members.contains_key(id));
         let sights = self.sights(now);

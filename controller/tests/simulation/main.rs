@@ -14,6 +14,7 @@ mod instance;
 mod reign;
 mod sessions;
 mod store;
+mod times;
 mod world;
 
 use std::{

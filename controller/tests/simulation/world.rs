@@ -5,7 +5,7 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use baton_controller::{ControllerConfig, config::HealthConfig, fleet::SessionId};
+use baton_controller::{ControllerConfig, fleet::SessionId};
 use baton_registry::{Operation, StoreError};
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use tokio::time::Instant;
@@ -16,6 +16,7 @@ use crate::{
     faults::{Fault, Weather},
     instance::{Heard, Process},
     store::{Answer, Ask, Keeper, Request, millis},
+    times,
 };
 
 pub(crate) const NAMES: [&str; 6] = ["a", "b", "c", "d", "e", "f"];
@@ -99,7 +100,10 @@ impl World {
     pub(crate) fn new(seed: u64, log: bool) -> Self {
         let mut random = StdRng::seed_from_u64(seed);
         let mut of_health = StdRng::seed_from_u64(!seed);
-        let config = Arc::new(ControllerConfig { health: health(&mut of_health), ..config(&mut random) });
+        let config = Arc::new(ControllerConfig {
+            health: times::health(&mut of_health),
+            ..times::config(&mut random)
+        });
         let weather = Weather::new(&mut random);
         let seats = random.random_range(2..=3);
         let mut world = Self {
@@ -405,37 +409,4 @@ fn told(ask: &Ask, result: &Result<Answer, StoreError>) -> String {
 
 fn not_done() -> StoreError {
     StoreError::Unavailable("out of reach".into())
-}
-
-/// Quarantines and probations of a few seconds.
-fn health(random: &mut StdRng) -> HealthConfig {
-    let mut between = |least: u64, most: u64| Duration::from_millis(random.random_range(least..=most));
-    let quarantine = between(1_000, 15_000);
-    HealthConfig {
-        wedge: between(1_000, 3_000),
-        quarantine,
-        quarantine_most: quarantine + between(0, 30_000),
-        probation: between(1_000, 15_000),
-        ..HealthConfig::default()
-    }
-}
-
-/// Times short enough that everything happens within a minute or two.
-fn config(random: &mut StdRng) -> ControllerConfig {
-    let mut config = ControllerConfig::default();
-    let mut between =
-        |least: u64, most: u64| Duration::from_millis(random.random_range(least / 100..=most / 100) * 100);
-    config.leader.ttl = between(2_000, 5_000);
-    config.leader.records_ttl = config.leader.ttl + between(0, 20_000);
-    config.sessions.beat = between(300, 1_000);
-    config.sessions.lease = config.sessions.beat * 2 + between(500, 5_000);
-    config.roles.settle = between(200, 1_500);
-    config.roles.lost_grace = between(1_000, 10_000);
-    config.roles.load_grace = between(2_000, 15_000);
-    config.roles.drain = between(500, 4_000);
-    config.roles.switch_grace = between(1_500, 5_000);
-    config.roles.moves_period = between(1_000, 10_000);
-    config.roles.moves_most = random.random_range(1..=4);
-    (config.roles.prefill, config.roles.decode) = (random.random_range(1..=2), random.random_range(1..=3));
-    config
 }

@@ -84,8 +84,7 @@ fn a_quarantine_outlives_the_leader_that_decided_it() {
 #[test]
 fn what_is_held_of_health_is_written_before_what_follows_from_it() {
     let a = || id("a");
-    let mut records =
-        vec![Record::Role(a()), Record::Status(a()), Record::Health(a()), Record::Instance(a())];
+    let mut records = [Record::Role(a()), Record::Status(a()), Record::Health(a()), Record::Instance(a())];
     records.sort();
     assert_eq!(records[0], Record::Health(a()));
 }
