@@ -155,6 +155,7 @@ pub struct RoleConfig {
     /// Serving instances of a group that may be given another role within `moves_period`. What a group cannot serve
     /// without, and what operators ask for by name, is done all the same.
     pub moves_most: usize,
+    /// The time that `moves_most` is for.
     #[serde(with = "duration")]
     pub moves_period: Duration,
     pub auto: AutoConfig,
