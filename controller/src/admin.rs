@@ -6,7 +6,7 @@
 use std::{sync::Arc, time::Duration};
 
 use baton_proto::{
-    ApiError, Cordoned, ErrorCode, GroupName, InstanceId, Role, Targets, WireError,
+    ApiError, Cordoned, ErrorCode, GroupName, InstanceId, Pinned, Role, Targets, WireError,
     v1::{self, fleet_admin_server},
 };
 use baton_registry::Store;
@@ -193,8 +193,9 @@ impl fleet_admin_server::FleetAdmin for AdminService {
     async fn list_links(&self, request: Request<v1::ListLinksRequest>) -> Answer<v1::ListLinksResponse> {
         self.access.check(&request, Right::Viewer)?;
         let registered = self.coordinators(Instant::now()).await?;
+        let degraded = self.ask(Message::Links).await?;
         let (links, left_out) = coordinators::links(&registered, LINKS_LISTED);
-        let links = links.into_iter().map(v1::Link::from).collect();
+        let links = links.into_iter().map(|link| view::link(link, &degraded)).collect();
         Ok(Response::new(v1::ListLinksResponse { links, left_out: left_out as u64 }))
     }
 
@@ -267,13 +268,14 @@ impl fleet_admin_server::FleetAdmin for AdminService {
 
     async fn set_role(&self, request: Request<v1::SetRoleRequest>) -> Answer<v1::PlanResponse> {
         let v1::SetRoleRequest { instance_id: id, role, dry_run } = request.get_ref().clone();
-        self.change(&request, dry_run, |_| {
+        self.change(&request, dry_run, |actor| {
             let unpinned = role == i32::from(v1::Role::Unspecified);
             let role = Role::from_wire(role).map_err(|error| invalid("role", error))?;
             if role == Role::None && !unpinned {
                 return Err(invalid("role", "cordon an instance that is to take no requests"));
             }
-            Ok(Change::Pin { id: instance_id(id)?, role: Some(role).filter(|_| !unpinned) })
+            let pinned = (!unpinned).then(|| Pinned { role, by: actor.to_owned() });
+            Ok(Change::Pin { id: instance_id(id)?, pinned })
         })
         .await
     }

@@ -26,9 +26,9 @@ use crate::{
     session::ControlService,
 };
 
-/// Keys that an embedded store has room for, for each instance there may be: three of its own, the role of one that is
-/// gone, and as many again, as what is new may be written before what is old is deleted.
-const KEYS_PER_INSTANCE: usize = 8;
+/// Keys that an embedded store has room for, for each instance there may be: three of its own, what is held of its health,
+/// the role of one that is gone, and as many again, as what is new may be written before what is old is deleted.
+const KEYS_PER_INSTANCE: usize = 10;
 
 /// gRPC services whose health is the controller's.
 const SERVICES: [&str; 2] = ["baton.v1.Control", "baton.v1.FleetAdmin"];

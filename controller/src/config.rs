@@ -24,6 +24,7 @@ pub struct ControllerConfig {
     pub sessions: SessionConfig,
     pub roles: RoleConfig,
     pub health: HealthConfig,
+    pub congestion: CongestionConfig,
     pub admin: AdminConfig,
     pub ascend: AscendConfig,
     pub process: ProcessConfig,
@@ -41,6 +42,7 @@ impl Default for ControllerConfig {
             sessions: SessionConfig::default(),
             roles: RoleConfig::default(),
             health: HealthConfig::default(),
+            congestion: CongestionConfig::default(),
             admin: AdminConfig::default(),
             ascend: AscendConfig::default(),
             process: ProcessConfig::default(),
@@ -150,6 +152,12 @@ pub struct RoleConfig {
     /// How long the role of an instance that is gone is remembered, for its return under the same name.
     #[serde(with = "duration")]
     pub memory: Duration,
+    /// Serving instances of a group that may be given another role within `moves_period`. What a group cannot serve
+    /// without, and what operators ask for by name, is done all the same.
+    pub moves_most: usize,
+    /// The time that `moves_most` is for.
+    #[serde(with = "duration")]
+    pub moves_period: Duration,
     pub auto: AutoConfig,
 }
 
@@ -195,6 +203,8 @@ impl Default for RoleConfig {
             drain: Duration::from_secs(30),
             switch_grace: Duration::from_secs(30),
             memory: Duration::from_secs(3600),
+            moves_most: 4,
+            moves_period: Duration::from_secs(60),
         }
     }
 }
@@ -252,6 +262,24 @@ impl HealthConfig {
     }
 }
 
+/// When a group counts as congested; see [`crate::fleet::congestion`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CongestionConfig {
+    /// Longest time that what is queued may take to prefill. 0 = the group's target for the time to the first token.
+    #[serde(with = "duration")]
+    pub wait: Duration,
+    /// How long it must take longer before congestion is raised, and less than half of that before it is cleared.
+    #[serde(with = "duration")]
+    pub after: Duration,
+}
+
+impl Default for CongestionConfig {
+    fn default() -> Self {
+        Self { wait: Duration::ZERO, after: Duration::from_secs(10) }
+    }
+}
+
 fn require(holds: bool, key: &str, expected: &str) -> Result<(), Invalid> {
     if holds { Ok(()) } else { Err(Invalid::new(key, expected)) }
 }
@@ -265,6 +293,9 @@ impl ServiceConfig for ControllerConfig {
         let (sessions, roles) = (&self.sessions, &self.roles);
         require(roles.prefill > 0, "roles.prefill", "expected at least 1")?;
         require(roles.decode > 0, "roles.decode", "expected at least 1")?;
+        require(roles.moves_most > 0, "roles.moves_most", "expected at least 1")?;
+        let period = roles.moves_period >= Duration::from_secs(1);
+        require(period, "roles.moves_period", "expected at least 1s")?;
         for (key, time) in [
             ("roles.auto.ttft", roles.auto.ttft),
             ("roles.auto.tpot", roles.auto.tpot),

@@ -1,8 +1,9 @@
 //! The coordinators that report to this controller while it leads: who they are, how they are, which links they use.
 //!
-//! Filled by [`crate::session`], read by [`crate::admin`]. It is for people only, nothing is decided by it and nothing of
-//! it is stored: it stands beside the leading task, behind a lock of its own, and belongs to one reign. Whoever names
-//! a later reign finds it empty, and so does whoever asks for a reign that is over.
+//! Filled by [`crate::session`], read by [`crate::admin`]. It is for people, and nothing of it is stored: it stands beside
+//! the leading task, behind a lock of its own, and belongs to one reign. Whoever names a later reign finds it empty, and so
+//! does whoever asks for a reign that is over. What it says of links since the last beat goes on to the leading task, which
+//! judges them ([`crate::fleet::health`]).
 //!
 //! A coordinator is listed from its hello for as long as its beats come, and for a lease after the last one. Of the
 //! processes of one id the one that was started last is listed; streams of the others are refused. Pure but for the lock:
@@ -15,7 +16,8 @@ use std::{
 };
 
 use baton_proto::{
-    ApiError, CoordinatorBeat, CoordinatorId, CoordinatorSpec, ErrorCode, InstanceId, LeaderEpoch, LinkUse,
+    ApiError, CoordinatorBeat, CoordinatorId, CoordinatorSpec, ErrorCode, InstanceId, LINKS_MOST,
+    LeaderEpoch, LinkUse,
 };
 use parking_lot::Mutex;
 use tokio::time::Instant;
@@ -39,8 +41,10 @@ pub struct Hello {
 #[derive(Debug, Clone)]
 pub struct Registered {
     pub spec: CoordinatorSpec,
-    /// Shared, as its links may be many.
-    pub beat: Arc<CoordinatorBeat>,
+    /// Without its links.
+    pub beat: CoordinatorBeat,
+    /// That it has used of late, the last one first; shared, as they may be many.
+    pub links: Arc<Vec<LinkUse>>,
     /// When it said hello to this controller.
     pub registered_unix_millis: u64,
     pub last_beat: Instant,
@@ -81,7 +85,8 @@ impl Coordinators {
         held.registry.hello(hello, lease, now)
     }
 
-    /// Takes a beat, unless the stream that brings it is not its coordinator's any more.
+    /// Takes a beat, unless the stream that brings it is not its coordinator's any more. What is more of each link than when
+    /// it was last told of; nothing of one that is told of for the first time.
     pub fn beat(
         &self,
         reign: LeaderEpoch,
@@ -90,7 +95,7 @@ impl Coordinators {
         beat: CoordinatorBeat,
         lease: Duration,
         now: Instant,
-    ) -> Result<(), ApiError> {
+    ) -> Result<Vec<LinkUse>, ApiError> {
         let taken = self.of(reign, |registry| registry.beat(session, id, beat, lease, now));
         taken.unwrap_or_else(|| Err(not_here(id)))
     }
@@ -136,8 +141,10 @@ impl Registry {
             }
             Some(_) | None => {}
         }
+        let (links, beat) = apart(beat);
         let registered = Registered {
-            beat: Arc::new(beat),
+            beat,
+            links: Arc::new(links),
             registered_unix_millis: unix_millis,
             last_beat: now,
             until: now + lease,
@@ -155,14 +162,21 @@ impl Registry {
         beat: CoordinatorBeat,
         lease: Duration,
         now: Instant,
-    ) -> Result<(), ApiError> {
+    ) -> Result<Vec<LinkUse>, ApiError> {
         self.sweep(now);
         let entry = self.entries.get_mut(id).ok_or_else(|| not_here(id))?;
         if entry.session != session {
             return Err(replaced(&entry.spec));
         }
-        (entry.beat, entry.last_beat, entry.until) = (Arc::new(beat), now, now + lease);
-        Ok(())
+        let all = beat.all_links;
+        let (told, beat) = apart(beat);
+        (entry.beat, entry.last_beat, entry.until) = (beat, now, now + lease);
+        if told.is_empty() && !all {
+            return Ok(Vec::new());
+        }
+        let (links, more) = merge(&entry.links, told, all);
+        entry.links = Arc::new(links);
+        Ok(more)
     }
 
     fn left(&mut self, session: SessionId, id: &CoordinatorId) {
@@ -180,6 +194,36 @@ impl Registry {
     fn sweep(&mut self, now: Instant) {
         self.entries.retain(|_, entry| now < entry.until);
     }
+}
+
+/// A beat's links, and the rest of it.
+fn apart(beat: CoordinatorBeat) -> (Vec<LinkUse>, CoordinatorBeat) {
+    let links = beat.links;
+    (links, CoordinatorBeat { links: Vec::new(), ..beat })
+}
+
+/// The links after a beat, those it told of first, and what is more of each that was known.
+fn merge(known: &[LinkUse], told: Vec<LinkUse>, all: bool) -> (Vec<LinkUse>, Vec<LinkUse>) {
+    let now: HashMap<_, _> = told.iter().map(|link| ((&link.prefill, &link.decode), link)).collect();
+    let (mut more, mut others) = (Vec::new(), Vec::new());
+    for before in known {
+        match now.get(&(&before.prefill, &before.decode)) {
+            Some(link) => {
+                let handoffs = link.handoffs.saturating_sub(before.handoffs);
+                let failures = link.failures.saturating_sub(before.failures);
+                if handoffs + failures > 0 {
+                    more.push(LinkUse { handoffs, failures, ..(*link).clone() });
+                }
+            }
+            None if all => {}
+            None => others.push(before.clone()),
+        }
+    }
+    let mut links = told;
+    links.append(&mut others);
+    // What was used longest ago is forgotten, as the coordinator itself does.
+    links.truncate(LINKS_MOST);
+    (links, more)
 }
 
 fn replaced(by: &CoordinatorSpec) -> ApiError {
@@ -206,7 +250,7 @@ pub fn links(of: &[Registered], most: usize) -> (Vec<LinkUse>, usize) {
         micros: u128,
     }
     let mut sums: HashMap<(&InstanceId, &InstanceId), Sum> = HashMap::new();
-    for link in of.iter().flat_map(|registered| &registered.beat.links) {
+    for link in of.iter().flat_map(|registered| registered.links.iter()) {
         let sum = sums.entry((&link.prefill, &link.decode)).or_default();
         sum.handoffs = sum.handoffs.saturating_add(link.handoffs);
         sum.failures = sum.failures.saturating_add(link.failures);

@@ -14,7 +14,10 @@ use tokio::{
 use tokio_util::sync::DropGuard;
 
 use crate::{
-    fleet::{Members, SessionId, health::Verdict},
+    fleet::{
+        Members, SessionId,
+        health::{Ends, Verdict},
+    },
     journal::News,
     reconcile::{Change, Event, GroupPlan, Order},
 };
@@ -36,6 +39,8 @@ pub enum Message {
     },
     Event(Event),
     Report(oneshot::Sender<Report>),
+    /// Asks for the links that are degraded, and the share of their handoffs that fail.
+    Links(oneshot::Sender<BTreeMap<Ends, f64>>),
     /// What is planned, or would be after a change.
     Plan {
         what_if: Option<Change>,

@@ -4,9 +4,10 @@
 //! or `Lost` (its registration has ended, its place is kept for a while). Pure data; [`crate::reconcile`] moves it.
 //! Whether one that is there does well enough to be used is [`health`]'s to say.
 
+pub mod congestion;
 pub mod health;
 
-use std::{collections::BTreeMap, fmt, time::Duration};
+use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
 use baton_proto::{InstanceId, InstanceLoad, InstanceSpec, Phase, Role, RoleEpoch, WireError, v1};
 use baton_registry::{DesiredRole, ObservedStatus};
@@ -51,7 +52,8 @@ pub enum Contact {
 #[derive(Debug, Clone)]
 pub struct Member {
     /// As it said, with the count of NPUs that the ranktable says, if it is in it.
-    pub spec: InstanceSpec,
+    /// Shared with those who read the fleet.
+    pub spec: Arc<InstanceSpec>,
     /// As it said itself.
     pub reported_devices: u32,
     pub beat: Beat,

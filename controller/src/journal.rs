@@ -5,7 +5,7 @@
 //! is the record that outlives this process.
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeMap, VecDeque},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -15,7 +15,8 @@ use tracing::info;
 
 use crate::session::unix_millis;
 
-/// Entries that are kept; older ones are dropped.
+/// Entries that are kept. One more, and of the kind that has the most the oldest is dropped: no flood of one kind, as of
+/// instances that come by ever new names, takes with it what is rare.
 pub const CAPACITY: usize = 4096;
 /// Sequence numbers of a reign begin at its epoch times this, so that they grow over reigns.
 const PER_REIGN: u64 = 1 << 20;
@@ -31,11 +32,16 @@ pub enum NewsKind {
     InstanceStuck,
     InstanceQuarantined,
     InstanceReleased,
+    LinkDegraded,
+    LinkRecovered,
     RoleDecided,
     RoleTaken,
     /// A group that cannot serve requests any more.
     GroupDegraded,
     GroupServing,
+    /// A group whose prompts wait too long.
+    CongestionRaised,
+    CongestionCleared,
     Cordoned,
     Uncordoned,
     Pinned,
@@ -55,10 +61,14 @@ impl NewsKind {
             Self::InstanceStuck => "instance_stuck",
             Self::InstanceQuarantined => "instance_quarantined",
             Self::InstanceReleased => "instance_released",
+            Self::LinkDegraded => "link_degraded",
+            Self::LinkRecovered => "link_recovered",
             Self::RoleDecided => "role_decided",
             Self::RoleTaken => "role_taken",
             Self::GroupDegraded => "group_degraded",
             Self::GroupServing => "group_serving",
+            Self::CongestionRaised => "congestion_raised",
+            Self::CongestionCleared => "congestion_cleared",
             Self::Cordoned => "cordoned",
             Self::Uncordoned => "uncordoned",
             Self::Pinned => "pinned",
@@ -121,7 +131,7 @@ impl Journal {
         let mut entries = self.entries();
         let sequence = self.last.borrow().saturating_add(1);
         if entries.len() >= CAPACITY {
-            entries.pop_front();
+            make_room(&mut entries);
         }
         entries.push_back(Entry { sequence, unix_millis, news });
         // While the entries are locked, so that numbers are entered in their order.
@@ -143,6 +153,15 @@ impl Journal {
     fn entries(&self) -> MutexGuard<'_, VecDeque<Entry>> {
         // Entries are whole whatever panicked.
         self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn make_room(entries: &mut VecDeque<Entry>) {
+    let mut counts: BTreeMap<NewsKind, usize> = BTreeMap::new();
+    entries.iter().for_each(|entry| *counts.entry(entry.news.kind).or_default() += 1);
+    let most = counts.into_iter().max_by_key(|(_, count)| *count).map(|(kind, _)| kind);
+    if let Some(oldest) = entries.iter().position(|entry| Some(entry.news.kind) == most) {
+        entries.remove(oldest);
     }
 }
 
@@ -170,5 +189,22 @@ mod tests {
         assert_eq!(journal.after(*journal.last().borrow(), 5), []);
         journal.begin(LeaderEpoch(4), news("another reign"));
         assert_eq!(journal.after(*journal.last().borrow() - 1, 5)[0].sequence, 4 * PER_REIGN + 1);
+    }
+
+    #[test]
+    fn a_flood_of_one_kind_takes_nothing_of_another_with_it() {
+        let journal = Journal::default();
+        let of = |kind| News { kind, ..news("") };
+        journal.begin(LeaderEpoch(1), of(NewsKind::LeaderChanged));
+        (0..100).for_each(|_| journal.enter(of(NewsKind::Cordoned)));
+        for _ in 0..2 * CAPACITY {
+            journal.enter(of(NewsKind::InstanceJoined));
+            journal.enter(of(NewsKind::InstanceLost));
+        }
+        let all = journal.after(0, usize::MAX);
+        let count = |kind| all.iter().filter(|entry| entry.news.kind == kind).count();
+        assert_eq!((count(NewsKind::LeaderChanged), count(NewsKind::Cordoned)), (1, 100));
+        assert_eq!(all.len(), CAPACITY);
+        assert!(all.is_sorted_by_key(|entry| entry.sequence));
     }
 }

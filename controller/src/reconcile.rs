@@ -10,22 +10,22 @@
 //!
 //! [`crate::reign`] feeds it and carries its commands out.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use baton_proto::{
-    ApiError, GroupName, Incarnation, InstanceId, InstanceLoad, InstanceSpec, Intent, LeaderEpoch, Phase,
-    Role, RoleEpoch, Targets,
+    ApiError, GroupName, Incarnation, InstanceId, InstanceLoad, InstanceSpec, Intent, LeaderEpoch, LinkUse,
+    Phase, Role, RoleEpoch, Targets,
 };
 use baton_registry::DesiredRole;
 use tokio::time::Instant;
 use tracing::info;
 
 use crate::{
-    config::{HealthConfig, RoleConfig, SessionConfig},
-    fleet::{
-        Beat, Contact, Member, Members, SessionId,
-        health::{HealthBook, Verdict},
-    },
+    config::{CongestionConfig, HealthConfig, RoleConfig, SessionConfig},
+    fleet::{Beat, Contact, Member, Members, SessionId, health::HealthBook},
     journal::{News, NewsKind},
     ranktable::RankTable,
 };
@@ -33,7 +33,10 @@ use crate::{
 mod admit;
 mod aim;
 mod change;
+mod congestion;
 mod cover;
+mod health;
+mod moves;
 mod news;
 mod places;
 mod planning;
@@ -43,6 +46,8 @@ mod writes;
 
 pub use aim::{Aim, Wanted};
 pub use change::Change;
+pub use congestion::Queue;
+pub use moves::Budget;
 pub use planning::{GroupPlan, MemberPlan};
 pub use steps::Step;
 pub use writes::{Record, Write};
@@ -74,6 +79,8 @@ pub enum Event {
         record: Record,
         reason: String,
     },
+    /// A coordinator has seen so many more handoffs, well and failed, by link.
+    Handoffs(Vec<LinkUse>),
     /// The ranktable of Ascend servers is another.
     RankTable(RankTable),
     /// The store has this role record now.
@@ -111,19 +118,27 @@ struct Remembered {
     since: Instant,
 }
 
+/// Instances whose health is known, here or gone, for each that there may be at a time.
+const HEALTH_KEPT: usize = 2;
+
 #[derive(Debug, Clone)]
 pub struct Reconciler {
     sessions_config: SessionConfig,
     roles_config: RoleConfig,
+    congestion_config: CongestionConfig,
     leader_epoch: LeaderEpoch,
     /// When this reign began.
     began: Instant,
+    /// The same, by the wall clock.
+    began_unix_millis: u64,
     members: Members,
     sessions: BTreeMap<SessionId, InstanceId>,
     remembered: BTreeMap<InstanceId, Remembered>,
     unwritten: BTreeSet<Record>,
     /// Records that the store refused, and when to try again.
     refused: BTreeMap<Record, Instant>,
+    /// When the groups' queues are to be looked at.
+    queues_at: Instant,
     /// Something that plans depend on has changed.
     plan_due: bool,
     /// When leases, places and memories are to be looked at.
@@ -160,7 +175,8 @@ impl Reconciler {
         leader_epoch: LeaderEpoch,
         now: Instant,
     ) -> Self {
-        let health = HealthBook::new(health, sessions_config.beat);
+        let health =
+            HealthBook::new(health, sessions_config.beat, HEALTH_KEPT * sessions_config.max_instances);
         Self {
             health,
             ranktable: RankTable::default(),
@@ -168,6 +184,7 @@ impl Reconciler {
             roles_config,
             leader_epoch,
             began: now,
+            began_unix_millis: 0,
             members: Members::new(),
             sessions: BTreeMap::new(),
             remembered: BTreeMap::new(),
@@ -176,6 +193,8 @@ impl Reconciler {
             groups: BTreeMap::new(),
             intents: BTreeMap::new(),
             targets: BTreeMap::new(),
+            congestion_config: CongestionConfig::default(),
+            queues_at: now,
             plan_due: true,
             check_at: now,
             awake: now,
@@ -185,6 +204,11 @@ impl Reconciler {
             refusals: BTreeMap::new(),
             news: Vec::new(),
         }
+    }
+
+    /// With another idea of when a group is congested.
+    pub fn with_congestion(self, congestion_config: CongestionConfig) -> Self {
+        Self { congestion_config, ..self }
     }
 
     /// Takes over what an earlier leader left in the store. Its instances have a lease to come back within.
@@ -207,7 +231,7 @@ impl Reconciler {
             let (registered_unix_millis, told) = (0, None);
             let member = Member {
                 reported_devices: spec.device_count,
-                spec,
+                spec: Arc::new(spec),
                 beat,
                 last_beat: now,
                 contact,
@@ -241,11 +265,6 @@ impl Reconciler {
         self.remembered.iter().map(|(id, remembered)| (id, &remembered.desired))
     }
 
-    /// What is held of an instance.
-    pub fn verdict(&self, id: &InstanceId) -> Verdict {
-        self.health.verdict(id)
-    }
-
     /// Role records decided so far.
     pub fn role_changes(&self) -> u64 {
         self.role_changes
@@ -273,6 +292,10 @@ impl Reconciler {
                 let order = offer(member);
                 self.follow(&id, now);
                 order.into_iter().collect()
+            }
+            Event::Handoffs(links) => {
+                self.health.observe_handoffs(now, &links);
+                Vec::new()
             }
             Event::RankTable(table) => {
                 self.take_ranktable(table);
@@ -349,7 +372,10 @@ impl Reconciler {
             self.find_stuck(now);
             self.check_at = self.next_check(now);
         }
-        for (id, verdict) in self.health.look(now) {
+        let looked = self.health.look(now);
+        looked.kept.into_iter().for_each(|id| self.mark(Record::Health(id)));
+        looked.links.iter().for_each(|change| self.tell_of_link(change));
+        for (id, verdict) in looked.moved {
             self.plan_due = true;
             let kind = if verdict.is_quarantined() {
                 NewsKind::InstanceQuarantined
@@ -358,6 +384,7 @@ impl Reconciler {
             };
             self.tell(kind, &id, verdict.to_string());
         }
+        self.watch_queues(now);
         if self.plan_due || self.plan_at.is_some_and(|at| at <= now) {
             (self.plan_due, self.plan_at) = (false, None);
             self.replan(now);
@@ -367,7 +394,8 @@ impl Reconciler {
 
     /// When [`Self::conclude`] will have something to do without an event.
     pub fn next_deadline(&self) -> Instant {
-        let timers = self.plan_at.into_iter().chain(self.health.next_look());
+        let queues = Some(self.queues_at).filter(|_| !self.members.is_empty());
+        let timers = self.plan_at.into_iter().chain(self.health.next_look()).chain(queues);
         timers.fold(self.check_at, Instant::min)
     }
 }

@@ -25,6 +25,7 @@ use crate::{
     metrics::ControllerMetrics,
     ranktable::RankTable,
     reconcile::{Event, Reconciler},
+    session::unix_millis,
 };
 
 mod answers;
@@ -104,10 +105,12 @@ impl Reigns {
         let inherited = self.load().await;
         let now = Instant::now();
         let (sessions, policy) = (self.config.sessions.clone(), self.config.roles.clone());
-        let mut mind = Reconciler::new(sessions, policy, self.config.health.clone(), leadership.epoch(), now);
-        let Inherited { instances, roles, intents, targets } = inherited;
+        let mut mind = Reconciler::new(sessions, policy, self.config.health.clone(), leadership.epoch(), now)
+            .with_congestion(self.config.congestion.clone());
+        let Inherited { instances, roles, health, intents, targets } = inherited;
         info!(epoch = %leadership.epoch(), instances = instances.len(), roles = roles.len(), "the reign begins");
         mind.inherit(instances, roles, now);
+        mind.inherit_health(health, now, unix_millis());
         mind.inherit_intents(intents, targets);
         self.journal.begin(leadership.epoch(), leads(&self.config.controller_id, leadership.epoch()));
 
@@ -128,7 +131,7 @@ impl Reigns {
             let now = Instant::now();
             reign.conclude(now);
             if observe_at <= now {
-                self.metrics.observe(&reign.mind);
+                self.metrics.observe(&reign.mind, now);
                 observe_at = now + OBSERVE_EVERY;
             }
             if write.is_none() && write_after <= now && reign.mind.has_writes() {

@@ -40,6 +40,10 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(3);
 const BEAT_RANGE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(10));
 /// Links that were not used for this long are not told.
 const LINKS_RECENT: Duration = Duration::from_secs(300);
+/// A controller that merges beats is told of all links so often, and of those used since otherwise.
+const ALL_LINKS_EVERY: Duration = Duration::from_secs(60);
+/// How long after its end a handoff may be entered. What is told twice is merged into the same.
+const ENTERED_WITHIN: Duration = Duration::from_millis(100);
 
 /// How the controller that leads is found.
 #[derive(Debug, Clone)]
@@ -161,7 +165,9 @@ impl Registration {
     /// One stream, from hello to its end. `Ok` after a goodbye.
     async fn once(&mut self, target: &Target) -> Result<(), Broken> {
         let (reports, outgoing) = mpsc::channel(REPORT_QUEUE);
-        let hello = v1::CoordinatorHello { spec: Some(self.spec.clone().into()), beat: Some(self.beat()) };
+        let (mut told, mut told_all) = (Instant::now(), Instant::now());
+        let hello =
+            v1::CoordinatorHello { spec: Some(self.spec.clone().into()), beat: Some(self.beat(None)) };
         say(&reports, Report::Hello(hello))?;
         let open = async {
             let mut orders = connect(&target.endpoint, outgoing).await?;
@@ -196,11 +202,16 @@ impl Registration {
                 }
                 _ = ticks.tick() => {}
             }
-            say(&reports, Report::Beat(self.beat()))?;
+            let now = Instant::now();
+            let since = told.checked_sub(ENTERED_WITHIN);
+            let since = since.filter(|_| order.merges_links && now < told_all + ALL_LINKS_EVERY);
+            say(&reports, Report::Beat(self.beat(since)))?;
+            (told, told_all) = (now, if since.is_some() { told_all } else { now });
         }
     }
 
-    fn beat(&self) -> v1::CoordinatorBeat {
+    /// With the links that were used since; with all of late if there is no such time.
+    fn beat(&self, since: Option<Instant>) -> v1::CoordinatorBeat {
         let now = Instant::now();
         let count = |gauge: i64| u32::try_from(gauge).unwrap_or(0);
         let beat = CoordinatorBeat {
@@ -209,7 +220,8 @@ impl Registration {
             running: count(self.metrics.in_flight.get()),
             queued: count(self.metrics.queued.get()),
             draining: self.shutdown.is_cancelled(),
-            links: self.handoffs.used_since(now.checked_sub(LINKS_RECENT).unwrap_or(now)),
+            links: self.handoffs.used_since(since.unwrap_or(now.checked_sub(LINKS_RECENT).unwrap_or(now))),
+            all_links: since.is_none(),
         };
         beat.into()
     }

@@ -32,8 +32,10 @@ pub struct CoordinatorBeat {
     pub running: u32,
     pub queued: u32,
     pub draining: bool,
-    /// That it has used of late, the last one first; at most [`LINKS_MOST`].
+    /// The last one used first; at most [`LINKS_MOST`].
     pub links: Vec<LinkUse>,
+    /// Whether `links` are all that it has used of late, not only those since the beat before.
+    pub all_links: bool,
 }
 
 /// What went from one instance to another, as one coordinator or all of them saw it.
@@ -92,6 +94,7 @@ impl TryFrom<v1::CoordinatorBeat> for CoordinatorBeat {
             queued: wire.queued,
             draining: wire.draining,
             links: wire.links.into_iter().map(LinkUse::try_from).collect::<Result<_, _>>()?,
+            all_links: wire.all_links,
         })
     }
 }
@@ -105,6 +108,7 @@ impl From<CoordinatorBeat> for v1::CoordinatorBeat {
             queued: beat.queued,
             draining: beat.draining,
             links: beat.links.into_iter().map(v1::LinkBeat::from).collect(),
+            all_links: beat.all_links,
         }
     }
 }
@@ -123,18 +127,6 @@ impl TryFrom<v1::LinkBeat> for LinkUse {
 }
 
 impl From<LinkUse> for v1::LinkBeat {
-    fn from(link: LinkUse) -> Self {
-        Self {
-            prefill_instance: link.prefill.into(),
-            decode_instance: link.decode.into(),
-            handoffs: link.handoffs,
-            failures: link.failures,
-            mean_micros: link.mean_micros,
-        }
-    }
-}
-
-impl From<LinkUse> for v1::Link {
     fn from(link: LinkUse) -> Self {
         Self {
             prefill_instance: link.prefill.into(),
@@ -181,6 +173,7 @@ mod tests {
             queued: 4,
             draining: true,
             links: vec![link("p", "d")],
+            all_links: true,
         };
         let taken = CoordinatorBeat::try_from(beat.clone()).expect("is good");
         assert_eq!(v1::CoordinatorBeat::from(taken), beat);

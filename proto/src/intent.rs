@@ -13,7 +13,15 @@ pub struct Intent {
     /// It is to take no requests.
     pub cordoned: Option<Cordoned>,
     /// The role it is to have; none = the planner chooses.
-    pub pinned: Option<Role>,
+    pub pinned: Option<Pinned>,
+}
+
+/// The role that an instance is to have.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pinned {
+    pub role: Role,
+    /// Empty if it was written by a version that did not ask.
+    pub by: String,
 }
 
 impl Intent {
@@ -88,15 +96,19 @@ fn millis(duration: Option<Duration>) -> u32 {
 impl TryFrom<v1::Intent> for Intent {
     type Error = WireError;
     fn try_from(wire: v1::Intent) -> Result<Self, WireError> {
-        let pinned = Some(Role::from_wire(wire.pinned)?).filter(|role| *role != Role::None);
+        let role = Some(Role::from_wire(wire.pinned)?).filter(|role| *role != Role::None);
+        let pinned = role.map(|role| Pinned { role, by: wire.pinned_by });
         Ok(Self { cordoned: wire.cordoned.map(Cordoned::from), pinned })
     }
 }
 
 impl From<Intent> for v1::Intent {
     fn from(intent: Intent) -> Self {
-        let pinned = intent.pinned.map_or(v1::Role::Unspecified, Role::to_wire);
-        Self { cordoned: intent.cordoned.map(v1::Cordoned::from), pinned: pinned.into() }
+        let (pinned, pinned_by) = intent.pinned.map_or_else(
+            || (v1::Role::Unspecified, String::new()),
+            |pinned| (pinned.role.to_wire(), pinned.by),
+        );
+        Self { cordoned: intent.cordoned.map(v1::Cordoned::from), pinned: pinned.into(), pinned_by }
     }
 }
 
@@ -172,7 +184,10 @@ mod tests {
             drain: Some(Duration::from_secs(9)),
             force: true,
         };
-        let intent = Intent { cordoned: Some(cordoned), pinned: Some(Role::Decode) };
+        let intent = Intent {
+            cordoned: Some(cordoned),
+            pinned: Some(Pinned { role: Role::Decode, by: "bob".into() }),
+        };
         assert_eq!(Intent::try_from(v1::Intent::from(intent.clone())), Ok(intent));
         assert!(Intent::try_from(v1::Intent::default()).is_ok_and(|intent| intent.is_empty()));
         let targets = Targets {

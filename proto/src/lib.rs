@@ -22,7 +22,7 @@ pub use ids::{
     TransferId,
 };
 pub use instance::{InstanceLoad, InstanceSpec, KvLayoutSpec, ModelIdentity, Phase, Role, WireError};
-pub use intent::{Cordoned, Intent, RolePolicy, Targets};
+pub use intent::{Cordoned, Intent, Pinned, RolePolicy, Targets};
 pub use prompt_digest::PromptDigest;
 
 /// Types and services generated from `protos/baton/v1/*.proto`.

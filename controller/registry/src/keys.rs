@@ -13,6 +13,9 @@ pub const ROLES: &str = "/baton/v1/roles/";
 /// What instances last said they are: a [`crate::ObservedStatus`] each, leased.
 pub const STATUS: &str = "/baton/v1/status/";
 
+/// What is held of instances that have done badly: a [`crate::HealthRecord`] each. Survives the instance.
+pub const HEALTH: &str = "/baton/v1/health/";
+
 /// What operators want of instances: a [`baton_proto::Intent`] each. Survives the instance.
 pub const INTENTS: &str = "/baton/v1/config/instances/";
 /// By what operators want groups divided: [`baton_proto::Targets`].
@@ -30,6 +33,10 @@ pub fn status(id: &InstanceId) -> String {
     format!("{STATUS}{id}")
 }
 
+pub fn health(id: &InstanceId) -> String {
+    format!("{HEALTH}{id}")
+}
+
 pub fn intent(id: &InstanceId) -> String {
     format!("{INTENTS}{id}")
 }
@@ -45,6 +52,7 @@ pub enum Key {
     Instance(InstanceId),
     Role(InstanceId),
     Status(InstanceId),
+    Health(InstanceId),
     Intent(InstanceId),
     Targets(GroupName),
     /// Under the root, but of a kind this build does not know: to be ignored.
@@ -54,8 +62,13 @@ pub enum Key {
 impl Key {
     pub fn parse(key: &str) -> Self {
         type Kind = (&'static str, fn(InstanceId) -> Key);
-        const KINDS: [Kind; 4] =
-            [(INSTANCES, Key::Instance), (ROLES, Key::Role), (STATUS, Key::Status), (INTENTS, Key::Intent)];
+        const KINDS: [Kind; 5] = [
+            (INSTANCES, Key::Instance),
+            (ROLES, Key::Role),
+            (STATUS, Key::Status),
+            (HEALTH, Key::Health),
+            (INTENTS, Key::Intent),
+        ];
         if key == LEADER {
             return Self::Leader;
         }
@@ -79,6 +92,7 @@ mod tests {
         assert_eq!(Key::parse(&instance(&id)), Key::Instance(id.clone()));
         assert_eq!(Key::parse(&role(&id)), Key::Role(id.clone()));
         assert_eq!(Key::parse(&status(&id)), Key::Status(id.clone()));
+        assert_eq!(Key::parse(&health(&id)), Key::Health(id.clone()));
         assert_eq!(Key::parse(&intent(&id)), Key::Intent(id));
         let group = GroupName::default();
         assert_eq!(Key::parse(&targets(&group)), Key::Targets(group));

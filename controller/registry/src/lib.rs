@@ -19,7 +19,7 @@ pub mod testing;
 
 pub use election::{Candidate, Fenced, Leadership};
 pub use fleet::{FleetInstance, FleetSnapshot, FleetWatch, FleetWatchConfig, Leader};
-pub use records::{DesiredRole, LeaderRecord, ObservedStatus, RecordError};
+pub use records::{DesiredRole, HealthRecord, LeaderRecord, ObservedStatus, RecordError, Standing};
 pub use store::{
     Compare, Event, KeyRange, KeyValue, Lease, LeaseId, Listing, Operation, Revision, Store, StoreError, Txn,
     TxnOutcome, Watch, WatchBatch, WatchError,

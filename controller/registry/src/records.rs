@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use baton_proto::{
-    Incarnation, InstanceSpec, Intent, LeaderEpoch, Phase, Role, RoleEpoch, Targets, WireError, v1,
+    GroupName, Incarnation, InstanceSpec, Intent, LeaderEpoch, Phase, Role, RoleEpoch, Targets, WireError, v1,
 };
 use bytes::Bytes;
 use prost::Message;
@@ -42,6 +42,31 @@ pub struct ObservedStatus {
     pub phase: Phase,
     /// Of the weights, while the phase is loading.
     pub load_permille: u32,
+}
+
+/// What the leader holds of an instance that has done badly, for the leaders after it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct HealthRecord {
+    pub group: GroupName,
+    /// Quarantines that are not forgotten.
+    pub times: u32,
+    pub standing: Standing,
+    /// How long the standing lasted yet when this was written; zero where it has no end.
+    pub left: Duration,
+    /// When it ends, by the writer's clock.
+    pub until_unix_millis: u64,
+}
+
+/// How an instance stands that has done badly.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Standing {
+    /// Out of service. The reason's name is for programs; what was measured is in its unit.
+    Quarantined {
+        reason: String,
+        measure: f64,
+    },
+    Probation,
+    Well,
 }
 
 /// The controller that leads.
@@ -136,6 +161,57 @@ impl ObservedStatus {
     }
 }
 
+impl HealthRecord {
+    /// As it lies under `health/`.
+    pub fn encode(&self) -> Bytes {
+        let (standing, reason, measure) = match &self.standing {
+            Standing::Quarantined { reason, measure } => {
+                (v1::Standing::Quarantined, reason.clone(), *measure)
+            }
+            Standing::Probation => (v1::Standing::Probation, String::new(), 0.0),
+            Standing::Well => (v1::Standing::Well, String::new(), 0.0),
+        };
+        v1::HealthRecord {
+            group: self.group.to_string(),
+            times: self.times,
+            standing: standing.into(),
+            reason,
+            measure,
+            left_millis: u64::try_from(self.left.as_millis()).unwrap_or(u64::MAX),
+            until_unix_millis: self.until_unix_millis,
+        }
+        .encode_to_vec()
+        .into()
+    }
+
+    pub fn decode(value: &[u8]) -> Result<Self, RecordError> {
+        let wire = decode::<v1::HealthRecord>(value)?;
+        let standing = match v1::Standing::try_from(wire.standing) {
+            Ok(v1::Standing::Quarantined) => {
+                Standing::Quarantined { reason: wire.reason, measure: wire.measure }
+            }
+            Ok(v1::Standing::Probation) => Standing::Probation,
+            Ok(v1::Standing::Well) => Standing::Well,
+            Ok(v1::Standing::Unspecified) | Err(_) => {
+                return Err(WireError::UnknownValue { field: "standing", value: wire.standing }.into());
+            }
+        };
+        Ok(Self {
+            group: GroupName::new(wire.group).map_err(WireError::from)?,
+            times: wire.times,
+            standing,
+            left: Duration::from_millis(wire.left_millis),
+            until_unix_millis: wire.until_unix_millis,
+        })
+    }
+
+    /// How long the standing lasts yet, by a clock that may be another than the writer's: never longer than when it
+    /// was written.
+    pub fn left(&self, unix_millis: u64) -> Duration {
+        self.left.min(Duration::from_millis(self.until_unix_millis.saturating_sub(unix_millis)))
+    }
+}
+
 impl LeaderRecord {
     /// As it lies under `leader`.
     pub fn encode(&self) -> Bytes {
@@ -156,6 +232,22 @@ impl LeaderRecord {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_held_of_health_comes_back_and_no_clock_makes_it_longer() {
+        let quarantined = Standing::Quarantined { reason: "slow".into(), measure: 4.5 };
+        for standing in [quarantined, Standing::Probation, Standing::Well] {
+            let (group, left) = (GroupName::default(), Duration::from_secs(30));
+            let record = HealthRecord { group, times: 3, standing, left, until_unix_millis: 100_000 };
+            assert_eq!(HealthRecord::decode(&record.encode()), Ok(record.clone()));
+            // Of clocks: as the writer's, behind, and ahead.
+            for (unix_millis, left) in [(70_000, 30), (95_000, 5), (0, 30), (100_001, 0), (u64::MAX, 0)] {
+                assert_eq!(record.left(unix_millis), Duration::from_secs(left), "at {unix_millis}");
+            }
+        }
+        assert!(HealthRecord::decode(&[]).is_err());
+        assert!(HealthRecord::decode(b"no record").is_err());
+    }
 
     #[test]
     fn no_record_has_an_epoch_that_nobody_could_count_on_from() {

@@ -1,22 +1,24 @@
 //! The controller's state in the words of the admin services. Pure.
 
-use baton_proto::{CoordinatorBeat, GroupName, Intent, Role, v1};
+use std::{collections::BTreeMap, time::Duration};
+
+use baton_proto::{CoordinatorBeat, GroupName, InstanceSpec, Intent, LinkUse, Role, v1};
 use baton_registry::DesiredRole;
 use tokio::time::Instant;
 
 use crate::{
     coordinators::Registered,
     desk::Plans,
-    fleet::Member,
+    fleet::{Member, health::Ends},
     journal::Entry,
     plan::auto::{Measured, Outlook},
-    reconcile::{Aim, GroupPlan, MemberPlan, Step},
+    reconcile::{Aim, Budget, GroupPlan, MemberPlan, Step},
 };
 
 pub(super) fn instance(member: &Member, now: Instant) -> v1::Instance {
     let age = now.duration_since(member.last_beat);
     v1::Instance {
-        spec: Some(member.spec.clone().into()),
+        spec: Some(InstanceSpec::clone(&member.spec).into()),
         beat: Some(member.beat.into()),
         registered_unix_millis: member.registered_unix_millis,
         last_beat_age_millis: u64::try_from(age.as_millis()).unwrap_or(u64::MAX),
@@ -72,11 +74,25 @@ fn group_plan(plan: GroupPlan) -> v1::GroupPlan {
         instances: plan.members.into_iter().map(member_plan).collect(),
         prefill_wanted: count(plan.wanted.map(|wanted| wanted.prefill)),
         decode_wanted: count(plan.wanted.map(|wanted| wanted.decode)),
+        moves: Some(moves(&plan.moves)),
     }
 }
 
+fn moves(budget: &Budget) -> v1::MoveBudget {
+    let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+    v1::MoveBudget {
+        made: count(budget.made),
+        most: count(budget.most),
+        period_millis: millis(budget.period),
+        wait_millis: millis(budget.wait),
+    }
+}
+
+fn millis(time: Duration) -> u32 {
+    u32::try_from(time.as_millis()).unwrap_or(u32::MAX)
+}
+
 fn targets(aim: &Aim) -> v1::Targets {
-    let millis = |time: std::time::Duration| u32::try_from(time.as_millis()).unwrap_or(u32::MAX);
     v1::Targets {
         policy: aim.policy.to_wire().into(),
         prefill: aim.ratio.prefill,
@@ -142,13 +158,28 @@ fn member_plan(member: MemberPlan) -> v1::InstancePlan {
 /// With so many of its links.
 pub(super) fn coordinator(registered: Registered, links: usize, now: Instant) -> v1::Coordinator {
     let age = now.saturating_duration_since(registered.last_beat);
-    let links = registered.beat.links.iter().take(links).cloned().collect();
-    let beat = CoordinatorBeat { links, ..*registered.beat };
+    let links = registered.links.iter().take(links).cloned().collect();
+    let beat = CoordinatorBeat { links, all_links: true, ..registered.beat };
     v1::Coordinator {
         spec: Some(registered.spec.into()),
         beat: Some(beat.into()),
         registered_unix_millis: registered.registered_unix_millis,
         last_beat_age_millis: u64::try_from(age.as_millis()).unwrap_or(u64::MAX),
+    }
+}
+
+/// Among those that are degraded, or not.
+pub(super) fn link(link: LinkUse, degraded: &BTreeMap<Ends, f64>) -> v1::Link {
+    let ends = Ends { prefill: link.prefill, decode: link.decode };
+    let failing = degraded.get(&ends).copied();
+    v1::Link {
+        prefill_instance: ends.prefill.into(),
+        decode_instance: ends.decode.into(),
+        handoffs: link.handoffs,
+        failures: link.failures,
+        mean_micros: link.mean_micros,
+        degraded: failing.is_some(),
+        failing: failing.unwrap_or_default(),
     }
 }
 

@@ -109,17 +109,70 @@ fn nothing_outlives_the_reign() {
     assert!(all.beat(REIGN, SessionId(1), &id("a"), beat(1), LEASE, now).is_err());
 }
 
-fn with_links(links: &[(&str, &str, u64, u64, u64)]) -> Registered {
+/// Prefill, decode, handoffs, failures, mean.
+type Told<'a> = (&'a str, &'a str, u64, u64, u64);
+
+fn links_beat(links: &[Told<'_>], all_links: bool) -> CoordinatorBeat {
     let id = |name: &str| InstanceId::new(name).expect("a good id");
-    let link = |&(prefill, decode, handoffs, failures, mean_micros): &_| LinkUse {
+    let link = |&(prefill, decode, handoffs, failures, mean_micros): &Told<'_>| LinkUse {
         prefill: id(prefill),
         decode: id(decode),
         handoffs,
         failures,
         mean_micros,
     };
+    CoordinatorBeat { links: links.iter().map(link).collect(), all_links, ..CoordinatorBeat::default() }
+}
+
+fn told(links: &[LinkUse]) -> Vec<Told<'_>> {
+    let view = |link: &LinkUse| (link.handoffs, link.failures, link.mean_micros);
+    let flat = |link| {
+        let (handoffs, failures, mean) = view(link);
+        (link.prefill.as_str(), link.decode.as_str(), handoffs, failures, mean)
+    };
+    links.iter().map(flat).collect()
+}
+
+#[test]
+fn beats_are_merged_and_say_what_is_more() {
     let (all, now) = (Coordinators::default(), Instant::now());
-    let beat = CoordinatorBeat { links: links.iter().map(link).collect(), ..CoordinatorBeat::default() };
+    let beat = links_beat(&[("p", "d", 30, 1, 9), ("p", "e", 5, 0, 9)], true);
+    all.hello(REIGN, Hello { beat, ..hello("a", 1, 1) }, LEASE, now).expect("is taken");
+    let beat = |links: &[Told<'_>], full| {
+        let beat = links_beat(links, full);
+        all.beat(REIGN, SessionId(1), &id("a"), beat, LEASE, now).expect("is taken")
+    };
+    let held = || all.list(REIGN, now).remove(0).links;
+    assert_eq!(told(&beat(&[], false)), []);
+    assert_eq!(held().len(), 2, "who tells of none has used none");
+    // One that is new has nothing to be compared with yet.
+    let more = beat(&[("q", "d", 7, 7, 9), ("p", "e", 6, 2, 8)], false);
+    assert_eq!(told(&more), [("p", "e", 1, 2, 8)]);
+    assert_eq!(told(&held()), [("q", "d", 7, 7, 9), ("p", "e", 6, 2, 8), ("p", "d", 30, 1, 9)]);
+    let more = beat(&[("q", "d", 7, 8, 9), ("p", "e", 6, 2, 8)], false);
+    assert_eq!(told(&more), [("q", "d", 0, 1, 9)], "what is told again is no more");
+    assert_eq!(told(&beat(&[("q", "d", 9, 8, 9)], true)), [("q", "d", 2, 0, 9)]);
+    assert_eq!(told(&held()), [("q", "d", 9, 8, 9)], "all there are");
+    assert_eq!(told(&beat(&[("q", "d", 1, 0, 9)], false)), [], "counts that go back are no more");
+}
+
+#[test]
+fn no_number_of_beats_makes_a_coordinator_have_more_links_than_it_may() {
+    let (all, now) = (Coordinators::default(), Instant::now());
+    all.hello(REIGN, hello("a", 1, 1), LEASE, now).expect("is taken");
+    for round in 0..5 {
+        let names: Vec<String> = (0..LINKS_MOST / 2).map(|number| format!("p{round}-{number}")).collect();
+        let links: Vec<Told<'_>> = names.iter().map(|name| (name.as_str(), "d", 1, 0, 0)).collect();
+        let beat = links_beat(&links, false);
+        all.beat(REIGN, SessionId(1), &id("a"), beat, LEASE, now).expect("is taken");
+    }
+    let held = all.list(REIGN, now).remove(0).links;
+    assert_eq!((held.len(), held[0].prefill.as_str()), (LINKS_MOST, "p4-0"));
+}
+
+fn with_links(links: &[Told<'_>]) -> Registered {
+    let (all, now) = (Coordinators::default(), Instant::now());
+    let beat = links_beat(links, true);
     all.hello(REIGN, Hello { beat, ..hello("a", 1, 1) }, LEASE, now).expect("is taken");
     all.list(REIGN, now).remove(0)
 }

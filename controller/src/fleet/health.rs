@@ -5,15 +5,15 @@
 //! | silent | no report for 2.5 beats | never: its lease ends |
 //! | wedged | it has work, and nothing that it counts moves | `health.wedge` |
 //! | failing | 5 failures or more in 3 reports or more, and more than `health.error_share` of its requests | 10 s |
-//! | losing caches | the same of its KV handoffs, and it is at this end that they break | 30 s |
+//! | losing caches | the same of its KV handoffs, and it is at this end that they break; or most of its [links] do | 30 s |
 //! | slow | a decode step takes `health.slow_factor` times as long as its peers', of whom there are 3 or more | 30 s |
 //!
 //! A signal must hold without a break; after half its time the instance is suspected, which on probation is enough. The
 //! [`Verdict`] has the states. Old failures fade ([`signals`]), and what others suffer as well is not held against one
 //! ([`compare`]). No more than half of a group is quarantined at a time: what ails the most of them is no instance's own.
 //!
-//! A process that is started again counts anew, and what it was quarantined for is remembered. A change of leader
-//! forgets all of it: who is sick is soon found again.
+//! A process that is started again counts anew, and what it was quarantined for is remembered, over changes of leader
+//! too ([`keep`]). What was only suspected of it is not: who is sick is soon found again.
 //!
 //! Pure: reports and time in, verdicts out. Whoever plans is to
 //!
@@ -26,7 +26,7 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use baton_proto::{GroupName, InstanceId, InstanceSpec};
+use baton_proto::{GroupName, InstanceId, InstanceSpec, LinkUse};
 use tokio::time::Instant;
 use tracing::{info, warn};
 
@@ -34,10 +34,14 @@ use super::Beat;
 use crate::config::HealthConfig;
 
 mod compare;
+mod keep;
+mod links;
 mod signals;
 mod verdict;
 
 use compare::Peers;
+use links::{Blame, LinkBook};
+pub use links::{Ends, LinkChange};
 use signals::Signals;
 pub use verdict::Verdict;
 use verdict::{Finding, Record};
@@ -80,6 +84,26 @@ impl Reason {
             Self::Slow(_) => "slow",
         }
     }
+
+    /// What was measured: seconds, a share of 0 to 1, or times as long.
+    fn measure(&self) -> f64 {
+        match self {
+            Self::Silent(time) | Self::Wedged(time) => time.as_secs_f64(),
+            Self::Failing(share) | Self::LosingCaches(share) => *share,
+            Self::Slow(times) => *times,
+        }
+    }
+
+    /// Of what somebody is quarantined for, by its name. None for one that this build does not know.
+    fn of(name: &str, measure: f64) -> Option<Self> {
+        match name {
+            "wedged" => Duration::try_from_secs_f64(measure).ok().map(Self::Wedged),
+            "failing" => Some(Self::Failing(measure)),
+            "losing_caches" => Some(Self::LosingCaches(measure)),
+            "slow" => Some(Self::Slow(measure)),
+            _ => None,
+        }
+    }
 }
 
 /// One instance, over its restarts.
@@ -101,6 +125,16 @@ struct Sight {
     signs: [Option<Reason>; 3],
 }
 
+/// What a look has changed.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Looked {
+    /// Who has been quarantined and who is back from it.
+    pub moved: Vec<(InstanceId, Verdict)>,
+    /// Of whom the store should say something else.
+    pub kept: Vec<InstanceId>,
+    pub links: Vec<LinkChange>,
+}
+
 /// All instances; see the module.
 #[derive(Debug, Clone)]
 pub struct HealthBook {
@@ -108,13 +142,28 @@ pub struct HealthBook {
     /// How often instances report, and are looked at.
     beat: Duration,
     members: BTreeMap<InstanceId, Health>,
+    links: LinkBook,
     looked: Option<Instant>,
+    /// Instances that are known at a time.
+    most: usize,
+    /// Who made room for others though the store knows of them, since the last look.
+    dropped: Vec<InstanceId>,
 }
 
 impl HealthBook {
-    /// `beat` is how often instances report.
-    pub fn new(config: HealthConfig, beat: Duration) -> Self {
-        Self { config, beat, members: BTreeMap::new(), looked: None }
+    /// `beat` is how often instances report. At most `most` of them are known: one more, and the one that was silent for
+    /// longest is forgotten, of those first who have no quarantine to remember.
+    pub fn new(config: HealthConfig, beat: Duration, most: usize) -> Self {
+        let dropped = Vec::new();
+        Self {
+            config,
+            beat,
+            most,
+            dropped,
+            members: BTreeMap::new(),
+            links: LinkBook::default(),
+            looked: None,
+        }
     }
 
     /// An instance has reported, by a hello or a beat.
@@ -131,6 +180,7 @@ impl HealthBook {
                 }
             }
             None => {
+                self.make_room(now);
                 let signals = Signals::new(now, spec.incarnation, beat);
                 let (group, since, record) = (spec.group.clone(), [None; 3], Record::default());
                 self.members.insert(spec.id.clone(), Health { group, signals, since, record });
@@ -138,26 +188,61 @@ impl HealthBook {
         }
     }
 
+    fn make_room(&mut self, now: Instant) {
+        let claim = |(_, health): &(&InstanceId, &Health)| {
+            (health.record.kept().is_none(), health.signals.silent(now))
+        };
+        if self.members.len() >= self.most
+            && let Some((id, health)) = self.members.iter().max_by_key(claim)
+        {
+            let (id, kept) = (id.clone(), health.record.kept());
+            self.dropped.extend(kept.map(|_| id.clone()));
+            self.members.remove(&id);
+        }
+    }
+
+    /// A coordinator has seen more handoffs: of each link, how many went well and how many failed.
+    pub fn observe_handoffs(&mut self, now: Instant, links: &[LinkUse]) {
+        let are_here = |link: &&LinkUse| {
+            self.members.contains_key(&link.prefill) && self.members.contains_key(&link.decode)
+        };
+        links.iter().filter(are_here).for_each(|link| self.links.observe(now, link));
+    }
+
+    /// Links that are degraded, and the share of their handoffs that fail, 0 to 1.
+    pub fn degraded_links(&self, now: Instant) -> impl Iterator<Item = (&Ends, f64)> {
+        self.links.degraded(now)
+    }
+
     /// When [`Self::look`] next has something to do; none while there is nobody to look at.
     pub fn next_look(&self) -> Option<Instant> {
         self.looked.filter(|_| !self.members.is_empty()).map(|looked| looked + self.beat)
     }
 
-    /// Judges everybody, if it is time for that. Says who has been quarantined and who is back from it.
-    pub fn look(&mut self, now: Instant) -> Vec<(InstanceId, Verdict)> {
+    /// Judges everybody, if it is time for that.
+    pub fn look(&mut self, now: Instant) -> Looked {
+        let mut looked = Looked::default();
         if self.next_look().is_none_or(|at| now < at) {
-            return Vec::new();
+            return looked;
         }
         let since_last = self.looked.map_or(Duration::ZERO, |looked| now.saturating_duration_since(looked));
         self.looked = Some(now);
         // As long in good health would have cleared it, too.
         let memory = self.config.quarantine_most.max(THERE);
-        self.members.retain(|_, health| health.signals.silent(now) < memory);
+        looked.kept.append(&mut self.dropped);
+        self.members.retain(|id, health| {
+            let remembered = health.signals.silent(now) < memory;
+            if !remembered && health.record.kept().is_some() {
+                looked.kept.push(id.clone());
+            }
+            remembered
+        });
+        let members = &self.members;
+        looked.links = self.links.look(now, self.config.error_share, |id| members.contains_key(id));
         let sights = self.sights(now);
         let mut room = self.room(now);
         let unwatched = since_last > self.beat.mul_f64(SILENT_BEATS);
         let patience = self.config.wedge.max(self.beat * 3);
-        let mut changed = Vec::new();
         for ((id, health), sight) in self.members.iter_mut().zip(sights) {
             if unwatched {
                 // Nobody knows what held meanwhile.
@@ -165,7 +250,7 @@ impl HealthBook {
             }
             let room = room.get_mut(&health.group);
             let may_quarantine = room.as_ref().is_some_and(|room| **room > 0);
-            let before = health.record.verdict;
+            let (before, kept) = (health.record.verdict, health.record.kept());
             health.judge(now, sight, patience, may_quarantine, &self.config);
             let after = health.record.verdict;
             if after.is_quarantined()
@@ -175,11 +260,14 @@ impl HealthBook {
                 *room -= 1;
             }
             if before.is_quarantined() != after.is_quarantined() {
-                changed.push((id.clone(), after));
+                looked.moved.push((id.clone(), after));
+            }
+            if health.record.kept() != kept {
+                looked.kept.push(id.clone());
             }
             tell(id, &before, &after, now);
         }
-        changed
+        looked
     }
 
     /// Of an instance that nothing is known of, that it is healthy.
@@ -202,20 +290,25 @@ impl HealthBook {
         let silent_after = self.beat.mul_f64(SILENT_BEATS);
         let heard = self.members.values().filter(|health| health.signals.silent(now) <= silent_after);
         let peers = Peers::new(now, heard.map(|health| (health.group.as_str(), &health.signals)));
-        let sight = |health: &Health| {
+        let blame = self.links.blame(now, self.config.error_share);
+        let sight = |(id, health): (&InstanceId, &Health)| {
             let (group, signals) = (health.group.as_str(), &health.signals);
             let silent = signals.silent(now);
             let silent = (silent > silent_after).then_some(Reason::Silent(silent));
             let much = |share: &f64| *share > self.config.error_share;
             let failing =
                 signals.failing(now).filter(much).filter(|_| peers.fails_alone(now, group, signals));
-            let losing = signals.losing(now).filter(much).filter(|_| peers.loses_alone(now, group, signals));
+            let losing = match blame.get(id) {
+                Some(Blame::Own(share)) => Some(*share).filter(much),
+                Some(Blame::Peers) => None,
+                None => signals.losing(now).filter(much).filter(|_| peers.loses_alone(now, group, signals)),
+            };
             let slow = peers.slowness(now, group, signals).filter(|times| *times > self.config.slow_factor);
             let signs =
                 [failing.map(Reason::Failing), losing.map(Reason::LosingCaches), slow.map(Reason::Slow)];
             Sight { silent, still: signals.still(), signs }
         };
-        self.members.values().map(sight).collect()
+        self.members.iter().map(sight).collect()
     }
 
     /// How many more instances may be quarantined now, by group.

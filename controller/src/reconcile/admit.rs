@@ -1,6 +1,6 @@
 //! Who may be here, and with which role: the answers to a hello.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use baton_proto::{ApiError, ErrorCode, InstanceId, InstanceSpec, Role, RoleEpoch};
 use baton_registry::DesiredRole;
@@ -46,7 +46,7 @@ impl Reconciler {
             self.sessions.remove(&old);
             commands.push(Command::Close(old));
         }
-        let known = before.as_ref().is_some_and(|member| member.spec == spec);
+        let known = before.as_ref().is_some_and(|member| *member.spec == spec);
         let (desired, stored) = match (&before, self.remembered.remove(&id)) {
             (Some(member), _) => (member.desired.clone(), member.stored),
             (None, Some(remembered)) => (Some(remembered.desired), remembered.stored),
@@ -60,7 +60,7 @@ impl Reconciler {
         let stuck = before.as_ref().filter(|_| known).and_then(|member| member.stuck.clone());
         let joined = before.as_ref().filter(|_| known).map_or(now, |member| member.joined);
         let mut member = Member {
-            spec,
+            spec: Arc::new(spec),
             reported_devices,
             beat,
             last_beat: now,
@@ -116,7 +116,7 @@ impl Reconciler {
         for id in ids {
             let Some(mut member) = self.members.remove(&id) else { continue };
             let before = member.spec.device_count;
-            self.count_npus(&mut member.spec, member.reported_devices);
+            self.count_npus(Arc::make_mut(&mut member.spec), member.reported_devices);
             if member.spec.device_count != before {
                 info!(instance = %id, before, now = member.spec.device_count, "it has another number of NPUs");
                 self.mark(Record::Instance(id.clone()));

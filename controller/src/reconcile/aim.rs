@@ -11,14 +11,14 @@ use std::{
     time::Duration,
 };
 
-use baton_proto::{GroupName, RolePolicy, Targets};
+use baton_proto::{GroupName, Role, RolePolicy, Targets};
 use tokio::time::Instant;
 
-use super::Reconciler;
+use super::{Reconciler, moves::Moves};
 use crate::{
     config::RoleConfig,
     demand::Meter,
-    fleet::Member,
+    fleet::{Member, congestion::Congestion},
     plan::{
         Policy, Ratio,
         auto::{self, Caution, Measured},
@@ -34,7 +34,11 @@ pub(super) struct Group {
     pause_until: Option<Instant>,
     wanted: Option<Wanted>,
     /// So many moves may still be made for small gains.
-    rebalance: usize,
+    pub(super) rebalance: usize,
+    pub(super) moves: Moves,
+    pub(super) congestion: Congestion,
+    /// How long what is queued would take to prefill, when it was last looked at and could be said.
+    pub(super) wait: Option<Duration>,
     /// Whether both phases were served when it was last looked at; none = it was never served.
     pub(super) served: Option<bool>,
 }
@@ -97,8 +101,11 @@ impl Reconciler {
     }
 
     /// A serving member of the group is given another role.
-    pub(super) fn moved(&mut self, group: &GroupName, now: Instant) {
+    pub(super) fn moved(&mut self, group: &GroupName, role: Role, now: Instant) {
         if let Some(group) = self.groups.get_mut(group) {
+            if role != Role::None {
+                group.moves.made(now, self.roles_config.moves_most);
+            }
             group.pause_until = Some(now + self.roles_config.auto.pause);
             group.rebalance = group.rebalance.saturating_sub(1);
         }

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 
-use baton_proto::{ApiError, Cordoned, ErrorCode, GroupName, InstanceId, Intent, Role, Targets};
+use baton_proto::{ApiError, Cordoned, ErrorCode, GroupName, InstanceId, Intent, Pinned, Role, Targets};
 
 use super::{Reconciler, Record};
 use crate::{fleet::Member, plan::compatible};
@@ -20,10 +20,10 @@ pub enum Change {
     Uncordon {
         id: InstanceId,
     },
-    /// The instance is to have this role; none = the planner chooses.
+    /// The instance is to have this role, by whom; none = the planner chooses.
     Pin {
         id: InstanceId,
-        role: Option<Role>,
+        pinned: Option<Pinned>,
     },
     /// The group is to be divided by these; none = as configured.
     Divide {
@@ -74,9 +74,9 @@ impl Reconciler {
                 })?
             }
             Change::Uncordon { id } => self.intend(&id, |intent| intent.cordoned = None)?,
-            Change::Pin { id, role } => {
-                let role = role.filter(|role| *role != Role::None);
-                self.intend(&id, |intent| intent.pinned = role)?
+            Change::Pin { id, pinned } => {
+                let pinned = pinned.filter(|pinned| pinned.role != Role::None);
+                self.intend(&id, |intent| intent.pinned = pinned)?
             }
             Change::Divide { group, targets } => {
                 self.check_that_it_exists(&group)?;

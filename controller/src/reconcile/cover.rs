@@ -90,7 +90,7 @@ impl Reconciler {
 }
 
 /// How much of prefill and of decode it serves.
-fn phases(role: Role) -> (usize, usize) {
+pub(super) fn phases(role: Role) -> (usize, usize) {
     match role {
         Role::None => (0, 0),
         Role::Prefill => (1, 0),

@@ -3,7 +3,10 @@
 use baton_proto::{GroupName, InstanceId};
 
 use super::{Change, Reconciler};
-use crate::journal::{News, NewsKind};
+use crate::{
+    fleet::health::LinkChange,
+    journal::{News, NewsKind},
+};
 
 impl Reconciler {
     /// What is new since this was last called.
@@ -29,6 +32,17 @@ impl Reconciler {
         self.news.push(News { kind, group, instance, message, actor: None });
     }
 
+    /// Of a link, entered for the instance at its beginning.
+    pub(super) fn tell_of_link(&mut self, change: &LinkChange) {
+        let LinkChange { ends, degraded, failing } = change;
+        let kind = if *degraded { NewsKind::LinkDegraded } else { NewsKind::LinkRecovered };
+        let how = failing.map_or_else(
+            || "hardly any of its handoffs fail".to_owned(),
+            |share| format!("{:.0} % of its handoffs fail", share * 100.0),
+        );
+        self.tell(kind, &ends.prefill, format!("{ends}: {how}"));
+    }
+
     /// Of a group.
     pub(super) fn tell_group(&mut self, kind: NewsKind, group: &GroupName, message: impl Into<String>) {
         let (group, message) = (Some(group.clone()), message.into());
@@ -42,8 +56,9 @@ impl Change {
         let (kind, instance, group, message) = match self {
             Self::Cordon { id, cordoned } => (NewsKind::Cordoned, Some(id), None, cordoned.reason.clone()),
             Self::Uncordon { id } => (NewsKind::Uncordoned, Some(id), None, String::new()),
-            Self::Pin { id, role } => {
-                let role = role.map_or("whatever the planner chooses", baton_proto::Role::name);
+            Self::Pin { id, pinned } => {
+                let role = pinned.as_ref().map(|pinned| pinned.role.name());
+                let role = role.unwrap_or("whatever the planner chooses");
                 (NewsKind::Pinned, Some(id), None, format!("to {role}"))
             }
             Self::Divide { group, targets } => {

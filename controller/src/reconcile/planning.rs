@@ -14,7 +14,7 @@ use baton_registry::DesiredRole;
 use tokio::time::Instant;
 use tracing::info;
 
-use super::{Aim, Reconciler, Record, Wanted, places::SHORTEST_WAIT, steps::Step};
+use super::{Aim, Budget, Reconciler, Record, Wanted, places::SHORTEST_WAIT, steps::Step};
 use crate::{
     fleet::{Contact, Member},
     journal::NewsKind,
@@ -30,6 +30,8 @@ pub struct GroupPlan {
     pub measured: Option<Measured>,
     /// The fewest instances with which `aim` would be met, by that.
     pub wanted: Option<Wanted>,
+    /// Of the moves that it may have.
+    pub moves: Budget,
     /// Why nothing is decided yet; then nobody is in `members`.
     pub waits: Option<String>,
     pub members: Vec<MemberPlan>,
@@ -95,7 +97,7 @@ impl Reconciler {
 
     fn plan_of(&self, group: &GroupName, members: &[&Member], now: Instant) -> GroupPlan {
         let aim = self.aim_of(group);
-        let measured = self.measured(group, now);
+        let (measured, moves) = (self.measured(group, now), self.budget_of(group, now));
         let mut again = aim.plan_again_after().map(|after| now + after);
         let mut at = |when: Option<Instant>| again = again.into_iter().chain(when).min();
         let (mut planned, mut waits) = (Vec::new(), None);
@@ -113,7 +115,7 @@ impl Reconciler {
             let candidates: Vec<_> = free.into_iter().filter(counts).map(|m| self.candidate(m)).collect();
             let mut decisions = plan(self.policy_of(group, now), &candidates);
             decisions.extend(aside);
-            let (steps, wait) = self.steps(members, &mut decisions, now);
+            let (steps, wait) = self.steps(members, &mut decisions, &moves, now);
             at(wait);
             planned.extend(members.iter().map(|member| {
                 let id = member.spec.id.clone();
@@ -124,7 +126,7 @@ impl Reconciler {
             }));
         }
         let wanted = measured.as_ref().map(|measured| self.wanted_by(measured));
-        GroupPlan { group: group.clone(), aim, measured, wanted, waits, members: planned, again }
+        GroupPlan { group: group.clone(), aim, measured, wanted, moves, waits, members: planned, again }
     }
 
     /// What is decided of one that no plan counts, because operators said so or because it does badly.
@@ -157,8 +159,9 @@ impl Reconciler {
 
     fn candidate<'a>(&'a self, member: &'a Member) -> Candidate<'a> {
         let (spec, role, serving) = (&member.spec, member.serving_role(), member.is_serving());
-        let intended = self.intents.get(&spec.id).and_then(|intent| intent.pinned);
-        let pin = intended.map(|role| (role, "an operator"));
+        let pinned = self.intents.get(&spec.id).and_then(|intent| intent.pinned.as_ref());
+        let by = |by: &'a str| if by.is_empty() { "an operator" } else { by };
+        let pin = pinned.map(|pinned| (pinned.role, by(&pinned.by)));
         Candidate { spec, role, serving, pin: pin.or_else(|| labelled_role(member)) }
     }
 
@@ -212,7 +215,7 @@ impl Reconciler {
         self.mark(Record::Role(id.clone()));
         self.tell(NewsKind::RoleDecided, id, message);
         if let Some(group) = moved {
-            self.moved(&group, now);
+            self.moved(&group, role, now);
         }
     }
 }

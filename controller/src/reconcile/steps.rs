@@ -3,14 +3,15 @@
 //! Who does not serve is given its role at once. Who serves is moved, or left without a role, one at a time in a group,
 //! only once every other has taken on what it was given, and only if both phases go on being served. One that operators
 //! cordon by force waits for nobody; one that is set aside otherwise goes only while the group is served without it. Two
-//! that are to change places, with nobody else to serve meanwhile, pass through [`Role::Mixed`].
+//! that are to change places, with nobody else to serve meanwhile, pass through [`Role::Mixed`]. How many may be moved in a
+//! while is for [`super::moves`] to say.
 
 use std::collections::BTreeMap;
 
 use baton_proto::{InstanceId, Role};
 use tokio::time::Instant;
 
-use super::{Reconciler, cover::Cover};
+use super::{Budget, Reconciler, cover::Cover};
 use crate::{fleet::Member, plan::Decision};
 
 /// What becomes of an instance now.
@@ -32,6 +33,7 @@ impl Reconciler {
         &self,
         group: &[&Member],
         decisions: &mut BTreeMap<&InstanceId, Decision>,
+        budget: &Budget,
         now: Instant,
     ) -> (BTreeMap<InstanceId, Step>, Option<Instant>) {
         // While others with roles of the same time may be on their way back, who has a role keeps it.
@@ -76,17 +78,17 @@ impl Reconciler {
             Role::None if self.aside(member).is_some() => cover.can_do_without(member),
             role => cover.spares(member, role),
         };
+        let has_room = |member: &Member, role: Role| self.has_room(budget, group, member, role);
         let mut first = None;
         if settling.is_empty() {
-            first = moves
-                .iter()
-                .find(|(member, role)| affordable(member, *role))
-                .map(|(member, _)| &member.spec.id);
+            let among = |may: &dyn Fn(&Member, Role) -> bool| {
+                let (member, _) =
+                    moves.iter().find(|(member, role)| may(member, *role) && has_room(member, *role))?;
+                Some(&member.spec.id)
+            };
+            first = among(&affordable);
             if first.is_none() {
-                first = moves
-                    .iter()
-                    .find(|(member, role)| is_swap(member, *role))
-                    .map(|(member, _)| &member.spec.id);
+                first = among(&is_swap);
                 if let Some(decision) = first.and_then(|id| decisions.get_mut(id)) {
                     decision.reason = format!("on its way to {}: {}", decision.role.name(), decision.reason);
                     decision.role = Role::Mixed;
@@ -99,6 +101,9 @@ impl Reconciler {
                 Step::Changes
             } else if let Some(arriving) = settling.first() {
                 Step::Waits(format!("{arriving} to take on its role"))
+            } else if !has_room(member, *role) {
+                wait = wait.into_iter().chain([now + budget.wait]).min();
+                Step::Waits(room(budget))
             } else if !affordable(member, *role) {
                 Step::Waits("another instance to serve what it serves".to_owned())
             } else {
@@ -125,6 +130,13 @@ impl Reconciler {
         let cordoned = self.intents.get(id).and_then(|intent| intent.cordoned.as_ref());
         cordoned.is_some_and(|cordoned| cordoned.force)
     }
+}
+
+/// For people: what a move waits for whose group has had as many as it may.
+fn room(budget: &Budget) -> String {
+    let Budget { made, most, period, wait } = budget;
+    let (period, wait) = (period.as_secs_f64(), wait.as_secs_f64());
+    format!("the group's next move, in {wait:.0} s: {made} of at most {most} were made in {period:.0} s")
 }
 
 /// Whether it is to go from one phase to the other.

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use baton_proto::{ErrorCode, GroupName, Incarnation, Phase};
+use baton_proto::{ErrorCode, GroupName, Incarnation, Phase, Pinned};
 use baton_registry::{keys, records::decode_spec, testing::instance_spec};
 use bytes::Bytes;
 
@@ -17,6 +17,11 @@ fn id(name: &str) -> InstanceId {
 
 fn beat(phase: Phase, role: Role, epoch: u64) -> Beat {
     Beat { role, role_epoch: RoleEpoch(epoch), phase, ..silent() }
+}
+
+/// As alice wants it.
+fn pinned(role: Role) -> Option<Pinned> {
+    Some(Pinned { role, by: "alice".into() })
 }
 
 /// The reconciler, its clock, its store, and instances that do as they are told.
@@ -415,8 +420,10 @@ fn two_thousand_instances_are_planned_at_once() {
 }
 
 mod auto;
+mod congestion;
 mod intents;
 mod leases;
+mod moves;
 mod npus;
 mod quarantine;
 mod revisions;

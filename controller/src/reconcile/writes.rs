@@ -9,11 +9,13 @@ use bytes::Bytes;
 
 use super::Reconciler;
 
-/// A key of the store, and whose. What operators want comes first: it is stored no later than what follows from it.
+/// A key of the store, and whose. What operators want and what is held of health come first: they are stored no later
+/// than what follows from them.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Record {
     Intent(InstanceId),
     Targets(GroupName),
+    Health(InstanceId),
     Instance(InstanceId),
     Role(InstanceId),
     Status(InstanceId),
@@ -24,6 +26,7 @@ impl Record {
         match self {
             Self::Intent(id) => keys::intent(id),
             Self::Targets(group) => keys::targets(group),
+            Self::Health(id) => keys::health(id),
             Self::Instance(id) => keys::instance(id),
             Self::Role(id) => keys::role(id),
             Self::Status(id) => keys::status(id),
@@ -91,6 +94,9 @@ impl Reconciler {
         let value = match &record {
             Record::Intent(id) => self.intents.get(id).map(encode_intent),
             Record::Targets(group) => self.targets.get(group).map(encode_targets),
+            Record::Health(id) => {
+                self.health.record(id, self.awake, self.unix_millis()).map(|it| it.encode())
+            }
             Record::Instance(id) => registered(id).map(|member| encode_spec(&member.spec)),
             Record::Status(id) => registered(id).map(|member| member.status().encode()),
             Record::Role(id) => desired(id).map(|desired| {
@@ -99,6 +105,12 @@ impl Reconciler {
             }),
         };
         Write { record, value, epoch }
+    }
+
+    /// The time of the last conclusion, by the wall clock.
+    fn unix_millis(&self) -> u64 {
+        let since = self.awake.saturating_duration_since(self.began).as_millis();
+        self.began_unix_millis.saturating_add(u64::try_from(since).unwrap_or(u64::MAX))
     }
 
     /// Marks what could not be written, to be looked up and written again.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use baton_proto::{GroupName, InstanceId, InstanceLoad, InstanceSpec, Intent, Targets};
 use baton_registry::{
-    DesiredRole, KeyRange, ObservedStatus,
+    DesiredRole, HealthRecord, KeyRange, ObservedStatus,
     keys::{self, Key},
     records,
 };
@@ -18,6 +18,7 @@ use crate::fleet::Beat;
 pub(super) struct Inherited {
     pub(super) instances: Vec<(InstanceSpec, Option<Beat>)>,
     pub(super) roles: BTreeMap<InstanceId, DesiredRole>,
+    pub(super) health: BTreeMap<InstanceId, HealthRecord>,
     pub(super) intents: BTreeMap<InstanceId, Intent>,
     pub(super) targets: BTreeMap<GroupName, Targets>,
 }
@@ -38,21 +39,23 @@ impl Reigns {
         let mut inherited = Inherited::default();
         let (mut specs, mut statuses) = (Vec::new(), BTreeMap::<InstanceId, ObservedStatus>::new());
         for item in listing.items {
-            let taken = match Key::parse(&item.key) {
-                Key::Instance(_) => records::decode_spec(&item.value).map(|spec| specs.push(spec)),
-                Key::Role(id) => {
-                    DesiredRole::decode(&item.value).map(|role| inherited.roles.extend([(id, role)]))
-                }
-                Key::Status(id) => {
-                    ObservedStatus::decode(&item.value).map(|status| statuses.extend([(id, status)]))
-                }
-                Key::Intent(id) => {
-                    records::decode_intent(&item.value).map(|intent| inherited.intents.extend([(id, intent)]))
-                }
-                Key::Targets(group) => records::decode_targets(&item.value)
-                    .map(|targets| inherited.targets.extend([(group, targets)])),
-                Key::Leader | Key::Other => Ok(()),
-            };
+            let taken =
+                match Key::parse(&item.key) {
+                    Key::Instance(_) => records::decode_spec(&item.value).map(|spec| specs.push(spec)),
+                    Key::Role(id) => {
+                        DesiredRole::decode(&item.value).map(|role| inherited.roles.extend([(id, role)]))
+                    }
+                    Key::Status(id) => {
+                        ObservedStatus::decode(&item.value).map(|status| statuses.extend([(id, status)]))
+                    }
+                    Key::Health(id) => HealthRecord::decode(&item.value)
+                        .map(|health| inherited.health.extend([(id, health)])),
+                    Key::Intent(id) => records::decode_intent(&item.value)
+                        .map(|intent| inherited.intents.extend([(id, intent)])),
+                    Key::Targets(group) => records::decode_targets(&item.value)
+                        .map(|targets| inherited.targets.extend([(group, targets)])),
+                    Key::Leader | Key::Other => Ok(()),
+                };
             if let Err(error) = taken {
                 warn!(key = item.key, %error, "a record in the state store is not readable and is left out");
             }

@@ -102,6 +102,10 @@ impl<'a> Reign<'a> {
                 // Whoever asked may have gone.
                 answer.send(Report { members, remembered, verdicts, intents, at: now }).ok();
             }
+            Message::Links(answer) => {
+                let degraded = self.mind.degraded_links(now).map(|(ends, share)| (ends.clone(), share));
+                answer.send(degraded.collect()).ok();
+            }
             Message::Plan { what_if, answer } => {
                 answer.send(self.plans_with(what_if, now)).ok();
             }

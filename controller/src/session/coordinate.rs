@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use baton_proto::{
-    ApiError, CoordinatorBeat, CoordinatorId, CoordinatorSpec, ErrorCode, LeaderEpoch, WireError,
+    ApiError, CoordinatorBeat, CoordinatorId, CoordinatorSpec, ErrorCode, LeaderEpoch, LinkUse, WireError,
     v1::{self, coordinator_report::Report as Wire},
 };
 use futures::{StreamExt, stream::BoxStream};
@@ -22,7 +22,9 @@ use tracing::{debug, info};
 use super::{ControlService, HELLO_TIMEOUT, invalid, millis, not_leading, unix_millis};
 use crate::{
     coordinators::{Coordinators, Hello},
+    desk::Message,
     fleet::SessionId,
+    reconcile::Event,
 };
 
 /// What a coordinator is answered with: the one order, and in the end perhaps why it is not wanted.
@@ -44,6 +46,7 @@ pub(super) async fn coordinate(
         epoch: inbox.epoch,
         session: service.next_session(),
         id: spec.id.clone(),
+        leading: inbox.messages.clone(),
         lease: service.config.sessions.lease,
     };
     let (session, lease) = (reporter.session, reporter.lease);
@@ -56,7 +59,8 @@ pub(super) async fn coordinate(
     info!(coordinator = %reporter.id, %incarnation, %session, http, "a coordinator is here");
 
     let (answers, receiver) = mpsc::channel(ANSWERS);
-    let order = v1::CoordinatorOrder { beat_millis: millis(service.config.sessions.beat) };
+    let beat_millis = millis(service.config.sessions.beat);
+    let order = v1::CoordinatorOrder { beat_millis, merges_links: true };
     answers.try_send(Ok(order)).map_err(|_| Status::internal("no room for an order"))?;
     let shutdown = service.shutdown.clone();
     service.tasks.spawn(async move {
@@ -99,6 +103,8 @@ struct Reporter {
     epoch: LeaderEpoch,
     session: SessionId,
     id: CoordinatorId,
+    /// The task that judges links.
+    leading: mpsc::Sender<Message>,
     lease: Duration,
 }
 
@@ -120,13 +126,19 @@ impl Reporter {
                     return None;
                 }
             };
-            if let Err(status) = self.take(report) {
-                return Some(status);
+            match self.take(report) {
+                Ok(handoffs) if handoffs.is_empty() => {}
+                Ok(handoffs) => {
+                    // Nobody takes it if the reign has ended; then the stream ends, too.
+                    self.leading.send(Message::Event(Event::Handoffs(handoffs))).await.ok();
+                }
+                Err(status) => return Some(status),
             }
         }
     }
 
-    fn take(&self, report: Option<Wire>) -> Result<(), Status> {
+    /// Enters a report; what it says of more handoffs.
+    fn take(&self, report: Option<Wire>) -> Result<Vec<LinkUse>, Status> {
         match report {
             Some(Wire::Beat(beat)) => {
                 let beat = CoordinatorBeat::try_from(beat).map_err(invalid)?;
@@ -135,7 +147,7 @@ impl Reporter {
             }
             Some(Wire::Hello(_)) => Err(invalid(WireError::Unexpected("a second hello"))),
             // Of a kind that a later version may send.
-            None => Ok(()),
+            None => Ok(Vec::new()),
         }
     }
 }

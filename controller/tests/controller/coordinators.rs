@@ -31,7 +31,16 @@ fn beat(requests: u64) -> v1::CoordinatorBeat {
         failures: 1,
         mean_micros: 100 * requests,
     };
-    v1::CoordinatorBeat { requests, failures: 1, running: 2, queued: 3, draining: false, links: vec![link] }
+    let links = vec![link];
+    v1::CoordinatorBeat {
+        requests,
+        failures: 1,
+        running: 2,
+        queued: 3,
+        draining: false,
+        links,
+        all_links: true,
+    }
 }
 
 struct Coordinator {
@@ -126,6 +135,7 @@ async fn coordinators_are_listed_with_their_beats_and_links_and_leave() {
         handoffs: 40,
         failures: 2,
         mean_micros: (10 * 1000 + 30 * 3000) / 40,
+        ..v1::Link::default()
     };
     assert_eq!(links(&node).await, [link]);
     let left = Instant::now();

@@ -2,9 +2,17 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use baton_controller::{fleet::Member, reconcile::Reconciler};
+use baton_controller::{
+    fleet::{Member, health::Verdict},
+    reconcile::Reconciler,
+};
 use baton_proto::{InstanceId, Phase, Role, RoleEpoch};
-use baton_registry::{DesiredRole, keys, records};
+use baton_registry::{
+    DesiredRole, HealthRecord, Standing,
+    keys::{self, Key},
+    records,
+};
+use tokio::time::Instant;
 
 use crate::{store::Keeper, world::World};
 
@@ -43,6 +51,8 @@ pub(crate) struct Counts {
     pub(crate) orders: u64,
     pub(crate) late_orders: u64,
     pub(crate) moves: u64,
+    /// Quarantines that a new leader found.
+    pub(crate) inherited: u64,
     /// Virtual time from the end of faults until all is as it should be.
     pub(crate) calm_ms: u64,
 }
@@ -58,6 +68,7 @@ impl Counts {
         self.orders += other.orders;
         self.late_orders += other.late_orders;
         self.moves += other.moves;
+        self.inherited += other.inherited;
         self.calm_ms += other.calm_ms;
     }
 }
@@ -76,6 +87,33 @@ pub(crate) struct Findings {
 impl Findings {
     pub(crate) fn violated(&mut self, what: String) {
         self.violation.get_or_insert(what);
+    }
+
+    /// A new leader has taken over what earlier ones held of instances: who was quarantined is, for no longer than it was
+    /// to be when that was written, whatever the clocks show; and how often it was is known.
+    pub(crate) fn inherited(
+        &mut self,
+        health: &BTreeMap<InstanceId, HealthRecord>,
+        mind: &Reconciler,
+        now: Instant,
+    ) {
+        for (id, record) in health {
+            let as_it_was = match (&record.standing, mind.verdict(id)) {
+                (Standing::Quarantined { .. }, Verdict::Quarantined { until, times, .. }) => {
+                    self.counts.inherited += 1;
+                    until <= now + record.left && times == record.times
+                }
+                (Standing::Probation, Verdict::Probation { until }) => until <= now + record.left,
+                (Standing::Well, Verdict::Healthy) => record.times > 0,
+                _ => false,
+            };
+            if !as_it_was {
+                self.violated(format!(
+                    "{id} was {record:?}, and the next leader holds {:?}",
+                    mind.verdict(id)
+                ));
+            }
+        }
     }
 
     /// A mind has decided: what served is moved one at a time, and both phases go on being served.
@@ -120,12 +158,18 @@ impl Findings {
             let now = |member: &Member| {
                 if member.is_serving() { phases(member.beat.role) } else { (false, false) }
             };
-            let after = |member: &Member| {
-                let (now, desired) = (now(member), member.desired.as_ref().map(|desired| desired.role));
-                let next = phases(desired.unwrap_or(Role::None));
+            let once_told = |member: &Member, desired: Option<Role>| {
+                let (now, next) = (now(member), phases(desired.unwrap_or(Role::None)));
                 if member.stuck.is_some() { now } else { (now.0 && next.0, now.1 && next.1) }
             };
-            if served(&now) && !served(&after) {
+            // What was decided before and is still to be told is not this decision's doing.
+            let before = |member: &Member| {
+                let desired = before.0.get(&member.spec.id).map(|(role, _)| *role);
+                once_told(member, desired)
+            };
+            let after =
+                |member: &Member| once_told(member, member.desired.as_ref().map(|desired| desired.role));
+            if served(&before) && !served(&after) {
                 let moved: Vec<_> = moved.iter().map(|m| (m.spec.id.as_str(), &m.desired)).collect();
                 self.violated(format!("{group} is not served while {moved:?} is moved"));
             }
@@ -235,11 +279,31 @@ pub(crate) fn converged(world: &World) -> Result<(), String> {
         if role.as_ref() != Some(desired) {
             return Err(format!("{id} should be {desired:?}, and the store has {role:?}"));
         }
-        // Labels are encoded in any order.
         let spec = world.keeper.value(&keys::instance(id)).and_then(|value| records::decode_spec(value).ok());
         let status = world.keeper.value(&keys::status(id));
-        if spec.as_ref() != Some(&member.spec) || status != Some(&*member.status().encode()) {
+        if spec.as_ref() != Some(&*member.spec) || status != Some(&*member.status().encode()) {
             return Err(format!("the store has another spec or status of {id} than the leader's mind"));
+        }
+    }
+    let kept =
+        |key: &str| world.keeper.value(key).map(|value| HealthRecord::decode(value).expect("a record"));
+    for key in world.keeper.keys_under(keys::HEALTH) {
+        let Key::Health(id) = Key::parse(key) else { return Err(format!("{key} is of nobody")) };
+        let (record, verdict) = (kept(key).expect("it is there"), mind.verdict(&id));
+        let same = match record.standing {
+            Standing::Quarantined { .. } => verdict.is_quarantined(),
+            Standing::Probation => matches!(verdict, Verdict::Probation { .. }),
+            Standing::Well => matches!(verdict, Verdict::Healthy | Verdict::Suspect(_)),
+        };
+        if !same {
+            return Err(format!("the store has {record:?} of {id}, and the leader holds {verdict:?}"));
+        }
+    }
+    for (id, member) in members {
+        let verdict = mind.verdict(id);
+        let lasts = verdict.is_quarantined() || matches!(verdict, Verdict::Probation { .. });
+        if lasts && kept(&keys::health(id)).is_none_or(|record| record.group != member.spec.group) {
+            return Err(format!("{id} is {verdict:?}, and the store does not know"));
         }
     }
     divided(world, members.values())

@@ -15,8 +15,8 @@ use baton_controller::{
 };
 use baton_proto::{InstanceId, InstanceLoad, InstanceSpec};
 use baton_registry::{
-    Candidate, DesiredRole, KeyRange, LeaderRecord, Leadership, Lease, Listing, ObservedStatus, Store,
-    StoreError,
+    Candidate, DesiredRole, HealthRecord, KeyRange, LeaderRecord, Leadership, Lease, Listing, ObservedStatus,
+    Store, StoreError,
     keys::{self, Key},
     records,
 };
@@ -29,17 +29,24 @@ use crate::{
     store::{Client, Keeper},
 };
 
-/// A controller's time: another zero and another speed than the world's.
+/// A controller's time: another zero and another speed than the world's, and a wall clock that may be wrong.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Clock {
     pub(crate) zero: Instant,
     /// In thousandths of the world's.
     pub(crate) speed: u64,
+    /// What the wall clock shows when the world begins.
+    pub(crate) wall_millis: u64,
 }
 
 impl Clock {
     pub(crate) fn at(&self, world_ms: u64) -> Instant {
         self.zero + Duration::from_micros(world_ms * self.speed)
+    }
+
+    fn unix_millis(&self, local: Instant) -> u64 {
+        let since = local.saturating_duration_since(self.zero);
+        self.wall_millis + u64::try_from(since.as_millis()).expect("a short time")
     }
 
     /// When in the world it will show at least this.
@@ -162,7 +169,7 @@ impl Controller {
             }
             self.stand = Stand::Seeking { call: None, asked: now, again: now };
         }
-        self.stand_for_it(now, keeper);
+        self.stand_for_it(now, keeper, findings);
         if self.reign().is_none() {
             let hellos = self.inbox.drain(..).filter(|(_, said)| matches!(said, Said::Hello(..)));
             out.extend(hellos.map(|(session, _)| Out::NotLeading(session)));
@@ -170,7 +177,7 @@ impl Controller {
         out
     }
 
-    fn stand_for_it(&mut self, now: Instant, keeper: &Keeper) {
+    fn stand_for_it(&mut self, now: Instant, keeper: &Keeper, findings: &mut Findings) {
         if let Stand::Seeking { call, asked, again } = &mut self.stand {
             match poll(call) {
                 Some(Ok(Some(leadership))) => {
@@ -189,10 +196,10 @@ impl Controller {
                 None => {}
             }
         }
-        self.open(now);
+        self.open(now, findings);
     }
 
-    fn open(&mut self, now: Instant) {
+    fn open(&mut self, now: Instant, findings: &mut Findings) {
         let Stand::Opening(opening) = &mut self.stand else { return };
         let Opening { leadership, hold, lease, call, again } = &mut **opening;
         match poll(call) {
@@ -201,8 +208,10 @@ impl Controller {
                 let (sessions, roles) = (self.config.sessions.clone(), self.config.roles.clone());
                 let health = self.config.health.clone();
                 let mut mind = Reconciler::new(sessions, roles, health, leadership.epoch(), now);
-                let (instances, roles) = load(listing);
+                let Left { instances, roles, health } = load(listing);
                 mind.inherit(instances, roles, now);
+                mind.inherit_health(health.clone(), now, self.clock.unix_millis(now));
+                findings.inherited(&health, &mind, now);
                 let records = lease.expect("it was granted first");
                 let reign =
                     Reign::new(mind, self.client.clone(), leadership.clone(), hold.take(now), records, now);
@@ -239,18 +248,24 @@ impl Controller {
     }
 }
 
-type Known = (InstanceSpec, Option<Beat>);
+/// What earlier leaders left.
+#[derive(Default)]
+struct Left {
+    instances: Vec<(InstanceSpec, Option<Beat>)>,
+    roles: BTreeMap<InstanceId, DesiredRole>,
+    health: BTreeMap<InstanceId, HealthRecord>,
+}
 
-/// What earlier leaders left, as `reign.rs` reads it.
-fn load(listing: Listing) -> (Vec<Known>, BTreeMap<InstanceId, DesiredRole>) {
-    let (mut specs, mut roles, mut statuses) = (Vec::new(), BTreeMap::new(), BTreeMap::new());
+/// As `reign.rs` reads it.
+fn load(listing: Listing) -> Left {
+    let (mut left, mut specs, mut statuses) = (Left::default(), Vec::new(), BTreeMap::new());
     for item in listing.items {
+        let value = &item.value;
         match Key::parse(&item.key) {
-            Key::Instance(_) => specs.push(records::decode_spec(&item.value).expect("a spec")),
-            Key::Role(id) => drop(roles.insert(id, DesiredRole::decode(&item.value).expect("a role"))),
-            Key::Status(id) => {
-                statuses.insert(id, ObservedStatus::decode(&item.value).expect("a status"));
-            }
+            Key::Instance(_) => specs.push(records::decode_spec(value).expect("a spec")),
+            Key::Role(id) => left.roles.extend([(id, DesiredRole::decode(value).expect("a role"))]),
+            Key::Health(id) => left.health.extend([(id, HealthRecord::decode(value).expect("a record"))]),
+            Key::Status(id) => statuses.extend([(id, ObservedStatus::decode(value).expect("a status"))]),
             _ => {}
         }
     }
@@ -265,5 +280,6 @@ fn load(listing: Listing) -> (Vec<Known>, BTreeMap<InstanceId, DesiredRole>) {
         });
         (spec, beat)
     };
-    (specs.into_iter().map(with_beat).collect(), roles)
+    left.instances = specs.into_iter().map(with_beat).collect();
+    left
 }

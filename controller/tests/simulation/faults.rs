@@ -19,6 +19,7 @@ pub(crate) enum Fault {
     Down(usize),
     Frozen(u64),
     Obstinate(u64),
+    Wedged(u64),
     /// An instance whose process has ended: where the next one starts.
     Ended {
         name: usize,
@@ -141,7 +142,7 @@ impl World {
         self.later(next, Happening::Fault);
         let seat = self.random.random_range(0..self.seats.len());
         let time = self.random.random_range(200..10_000);
-        match self.random.random_range(0..if self.weather.gentle { 13 } else { 24 }) {
+        match self.random.random_range(0..if self.weather.gentle { 13 } else { 27 }) {
             0 | 1 => self.pause(seat, time),
             2 => self.down(seat, time, false),
             3 => self.down(seat, time, true),
@@ -184,10 +185,17 @@ impl World {
                     self.later(time * 2, Happening::Mend(Fault::Obstinate(pid)));
                 }
             }
-            21 => self.twin(),
-            22 => {
+            21..24 => {
+                if let Some(pid) = self.any() {
+                    self.process(pid).wedged = true;
+                    self.note(|| format!("process {pid} is wedged"));
+                    self.later(time * 2, Happening::Mend(Fault::Wedged(pid)));
+                }
+            }
+            24 => self.twin(),
+            25 => {
                 let name = NAMES[self.random.random_range(0..NAMES.len())];
-                let kind = ["instances", "roles", "status"][self.random.random_range(0..3)];
+                let kind = ["instances", "roles", "status", "health"][self.random.random_range(0..4)];
                 self.keeper.refuses = Some(format!("/baton/v1/{kind}/{name}"));
                 self.later(time, Happening::Mend(Fault::Refused));
             }
@@ -293,6 +301,7 @@ impl World {
                     self.hear(line, heard);
                 }
             }
+            Fault::Wedged(pid) => self.process(pid).wedged = false,
             Fault::Obstinate(pid) => self.process(pid).obstinate = false,
             Fault::Ended { name, address, layout } => {
                 if !self.live().any(|process| process.name == name) {
@@ -312,6 +321,7 @@ impl World {
         }
         for pid in self.processes.keys().copied().collect::<Vec<_>>() {
             self.mend(Fault::Obstinate(pid));
+            self.mend(Fault::Wedged(pid));
             self.mend(Fault::Frozen(pid));
         }
     }

@@ -41,6 +41,8 @@ pub(crate) struct Process {
     pub(crate) frozen: bool,
     /// It beats, and does not drain.
     pub(crate) obstinate: bool,
+    /// It has work and computes nothing.
+    pub(crate) wedged: bool,
     pub(crate) role: Role,
     pub(crate) epoch: RoleEpoch,
     pub(crate) phase: Phase,
@@ -67,6 +69,7 @@ impl Process {
             alive: true,
             frozen: false,
             obstinate: false,
+            wedged: false,
             role: Role::None,
             epoch: RoleEpoch(0),
             phase: Phase::Loading,
@@ -92,7 +95,8 @@ impl Process {
 
     pub(crate) fn beat(&self) -> Beat {
         let (role, role_epoch, phase) = (self.role, self.epoch, self.phase);
-        Beat { role, role_epoch, phase, load_permille: 1000, load: InstanceLoad::default() }
+        let load = InstanceLoad { running_sequences: u32::from(self.wedged), ..InstanceLoad::default() };
+        Beat { role, role_epoch, phase, load_permille: 1000, load }
     }
 
     pub(crate) fn newest(&self) -> RoleEpoch {

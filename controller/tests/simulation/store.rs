@@ -293,9 +293,10 @@ impl Keeper {
         self.items.keys().map(String::as_str).filter(|key| key.starts_with(prefix)).collect()
     }
 
-    /// When each key was changed last.
+    /// When each key was changed last; without what is held of health, which time alone changes.
     pub(crate) fn changes(&self) -> BTreeMap<String, u64> {
-        self.items.iter().map(|(key, item)| (key.clone(), item.mod_revision.0)).collect()
+        let lasting = self.items.iter().filter(|(key, _)| !key.starts_with(keys::HEALTH));
+        lasting.map(|(key, item)| (key.clone(), item.mod_revision.0)).collect()
     }
 }
 

@@ -16,6 +16,7 @@ use crate::{
     faults::{Fault, Weather},
     instance::{Heard, Process},
     store::{Answer, Ask, Keeper, Request, millis},
+    times,
 };
 
 pub(crate) const NAMES: [&str; 6] = ["a", "b", "c", "d", "e", "f"];
@@ -76,6 +77,8 @@ struct Pending {
 
 pub(crate) struct World {
     pub(crate) random: StdRng,
+    /// For what matters to health alone: times and wall clocks.
+    of_health: StdRng,
     pub(crate) config: Arc<ControllerConfig>,
     pub(crate) now: u64,
     last: u64,
@@ -96,11 +99,16 @@ pub(crate) struct World {
 impl World {
     pub(crate) fn new(seed: u64, log: bool) -> Self {
         let mut random = StdRng::seed_from_u64(seed);
-        let config = Arc::new(config(&mut random));
+        let mut of_health = StdRng::seed_from_u64(!seed);
+        let config = Arc::new(ControllerConfig {
+            health: times::health(&mut of_health),
+            ..times::config(&mut random)
+        });
         let weather = Weather::new(&mut random);
         let seats = random.random_range(2..=3);
         let mut world = Self {
             random,
+            of_health,
             config,
             now: 0,
             last: 0,
@@ -131,8 +139,10 @@ impl World {
         self.note(|| "faults end".into());
         self.mend_everything();
         let roles = &self.config.roles;
-        let moves = millis(roles.drain + roles.switch_grace) * NAMES.len() as u64;
-        let bound = 60_000 + millis(roles.lost_grace + roles.load_grace + self.config.sessions.lease) + moves;
+        let move_in_turn = roles.drain + roles.switch_grace + roles.moves_period;
+        let moves = millis(move_in_turn) * NAMES.len() as u64;
+        let known = roles.lost_grace + roles.load_grace + self.config.sessions.lease;
+        let bound = 60_000 + millis(known + self.config.health.quarantine_most) + moves;
         let mut calm_since = None;
         // Whoever is to be started again is, by then.
         self.until(self.now + 11_000)?;
@@ -213,7 +223,11 @@ impl World {
     /// Starts a controller, with a clock of its own.
     pub(crate) fn seat(&mut self, seat: usize) {
         let ahead = Duration::from_millis(self.random.random_range(0..1_000_000));
-        let clock = Clock { zero: self.zero + ahead, speed: self.random.random_range(800..=1250) };
+        let speed = self.random.random_range(800..=1250);
+        // Some wall clocks are wrong by up to an hour.
+        let random = &mut self.of_health;
+        let skew = if random.random_bool(0.3) { random.random_range(0..7_200_000) } else { 3_600_000 };
+        let clock = Clock { zero: self.zero + ahead, speed, wall_millis: 1_700_000_000_000 + skew };
         let controller = Controller::new(seat, self.config.clone(), clock, self.now);
         let it = &mut self.seats[seat];
         (it.controller, it.paused_at, it.life) = (Some(controller), None, it.life + 1);
@@ -395,22 +409,4 @@ fn told(ask: &Ask, result: &Result<Answer, StoreError>) -> String {
 
 fn not_done() -> StoreError {
     StoreError::Unavailable("out of reach".into())
-}
-
-/// Times short enough that everything happens within a minute or two.
-fn config(random: &mut StdRng) -> ControllerConfig {
-    let mut config = ControllerConfig::default();
-    let mut between =
-        |least: u64, most: u64| Duration::from_millis(random.random_range(least / 100..=most / 100) * 100);
-    config.leader.ttl = between(2_000, 5_000);
-    config.leader.records_ttl = config.leader.ttl + between(0, 20_000);
-    config.sessions.beat = between(300, 1_000);
-    config.sessions.lease = config.sessions.beat * 2 + between(500, 5_000);
-    config.roles.settle = between(200, 1_500);
-    config.roles.lost_grace = between(1_000, 10_000);
-    config.roles.load_grace = between(2_000, 15_000);
-    config.roles.drain = between(500, 4_000);
-    config.roles.switch_grace = between(1_500, 5_000);
-    (config.roles.prefill, config.roles.decode) = (random.random_range(1..=2), random.random_range(1..=3));
-    config
 }

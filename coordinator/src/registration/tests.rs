@@ -54,7 +54,11 @@ impl v1::control_server::Control for Scripted {
 
 impl Call {
     async fn order(&self, beat_millis: u32) {
-        self.orders.send(Ok(v1::CoordinatorOrder { beat_millis })).await.expect("it listens");
+        self.answer(v1::CoordinatorOrder { beat_millis, merges_links: false }).await;
+    }
+
+    async fn answer(&self, order: v1::CoordinatorOrder) {
+        self.orders.send(Ok(order)).await.expect("it listens");
     }
 
     /// None at the end of the stream.
@@ -149,7 +153,7 @@ async fn says_who_it_is_how_it_is_that_it_drains_and_goodbye() {
     let mut call = call(&mut calls).await;
     let hello = call.hello().await;
     assert_eq!(hello.spec.expect("a spec").coordinator_id, "coordinator-3");
-    assert_eq!(hello.beat, Some(v1::CoordinatorBeat::default()));
+    assert_eq!(hello.beat, Some(v1::CoordinatorBeat { all_links: true, ..Default::default() }));
 
     let (p, d) = (InstanceId::new("p").expect("good"), InstanceId::new("d").expect("good"));
     Handoff::new(&rig.handoffs, &p, &d).done(Some(Duration::from_micros(250)));
@@ -166,6 +170,7 @@ async fn says_who_it_is_how_it_is_that_it_drains_and_goodbye() {
         queued: 4,
         draining: false,
         links: vec![link],
+        all_links: true,
     };
     for _ in 0..3 {
         assert_eq!(call.beat().await, expected.clone().into());
@@ -178,6 +183,39 @@ async fn says_who_it_is_how_it_is_that_it_drains_and_goodbye() {
     stop.cancel();
     while call.report().await.is_some() {}
     drop(call);
+    rig.ends().await;
+}
+
+#[tokio::test]
+async fn who_merges_links_is_told_of_those_that_were_used_since_and_of_all_after_a_break() {
+    let (address, mut calls) = controller().await;
+    let rig = rig(Controllers::One(address));
+    let (p, d) = (InstanceId::new("p").expect("good"), InstanceId::new("d").expect("good"));
+    Handoff::new(&rig.handoffs, &p, &d).done(None);
+    let mut first = call(&mut calls).await;
+    let hello = first.hello().await.beat.expect("a beat");
+    assert!(hello.all_links && hello.links.len() == 1);
+    first.answer(v1::CoordinatorOrder { beat_millis: 20, merges_links: true }).await;
+    // It was used long ago by then.
+    while !first.beat().await.links.is_empty() {}
+    for _ in 0..3 {
+        let beat = first.beat().await;
+        assert!(!beat.all_links && beat.links.is_empty());
+    }
+    Handoff::new(&rig.handoffs, &d, &p).failed();
+    let told = loop {
+        let beat = first.beat().await;
+        if !beat.links.is_empty() {
+            break beat;
+        }
+    };
+    assert_eq!((told.all_links, told.links.len(), told.links[0].failures), (false, 1, 1));
+    drop(first);
+    let mut second = call(&mut calls).await;
+    let hello = second.hello().await.beat.expect("a beat");
+    assert!(hello.all_links && hello.links.len() == 2);
+    rig.stop.cancel();
+    drop(second);
     rig.ends().await;
 }
 

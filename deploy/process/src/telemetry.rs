@@ -65,13 +65,18 @@ impl Telemetry {
     }
 }
 
+/// The target of the record of who changed what.
+const AUDIT: &str = "audit";
+
 /// The environment wins over the configuration, so that one run can be looked at without editing a file.
 fn filter(config: &ProcessConfig) -> Result<EnvFilter, ProcessError> {
     let level = match std::env::var(LOG_VARIABLE) {
         Ok(level) if !level.is_empty() => level,
         _ => config.log.level.clone(),
     };
-    EnvFilter::try_new(&level).map_err(|error| ProcessError::Setup {
+    // A lower level for the rest hides no change that somebody made; who wants that names the target.
+    let directives = if level.contains(AUDIT) { level.clone() } else { format!("{level},{AUDIT}=info") };
+    EnvFilter::try_new(&directives).map_err(|error| ProcessError::Setup {
         what: "logging",
         source: format!("level `{level}` of {LOG_VARIABLE} or process.log.level: {error}").into(),
     })
@@ -159,6 +164,25 @@ mod tests {
             adopt_http(&stranger, &HeaderMap::new());
             assert_ne!(trace(&caller), trace(&stranger));
         });
+    }
+
+    #[test]
+    fn no_level_hides_the_audit_but_its_own() {
+        let shows = |level: &str| {
+            let mut config = ProcessConfig::default();
+            config.log.level = level.to_owned();
+            let registry = tracing_subscriber::registry().with(filter(&config).expect("a level"));
+            tracing::subscriber::with_default(registry, || {
+                (
+                    tracing::enabled!(target: "audit", tracing::Level::INFO),
+                    tracing::enabled!(tracing::Level::INFO),
+                )
+            })
+        };
+        assert_eq!(shows("info"), (true, true));
+        assert_eq!(shows("error"), (true, false));
+        assert_eq!(shows("error,baton_server=debug"), (true, false));
+        assert_eq!(shows("error,audit=off"), (false, false));
     }
 
     #[test]

@@ -29,27 +29,40 @@ pub(super) struct Share {
 }
 
 impl Share {
-    fn add(&mut self, failed: u64, whole: u64) {
+    pub(super) fn add(&mut self, failed: u64, whole: u64) {
         self.failed += failed as f64;
         self.whole += whole as f64;
         self.reports += f64::from(u8::from(failed > 0));
     }
 
-    fn fade(&mut self, fade: f64) {
+    /// To be called before more is added at `now`; something was last added at `last`.
+    pub(super) fn fade_since(&mut self, last: Instant, now: Instant) {
+        let fade = fade(last, now);
         [&mut self.failed, &mut self.whole, &mut self.reports].into_iter().for_each(|sum| *sum *= fade);
     }
 
-    /// How much of it failed, 0 to 1, if so much is known that it tells something.
-    fn known(&self, fade: f64) -> Option<f64> {
+    /// How much of it failed, 0 to 1, if so much is known that it tells something. Something was last added at `last`.
+    pub(super) fn known(&self, last: Instant, now: Instant) -> Option<f64> {
+        let fade = fade(last, now);
         let enough = self.failed * fade >= FEWEST_FAILURES && self.reports * fade > MORE_REPORTS;
         enough.then(|| self.failed / (self.failed + self.whole))
     }
 
     /// The same for a comparison with others, for which half as many failures are enough; 0 while there are fewer.
-    fn compared(&self, fade: f64) -> f64 {
-        let enough = self.failed * fade >= FEWEST_FAILURES / 2.0;
+    pub(super) fn compared(&self, last: Instant, now: Instant) -> f64 {
+        let enough = self.failed * fade(last, now) >= FEWEST_FAILURES / 2.0;
         if enough { self.failed / (self.failed + self.whole) } else { 0.0 }
     }
+
+    /// How many things it tells of, faded ones in part.
+    pub(super) fn weight(&self, last: Instant, now: Instant) -> f64 {
+        (self.failed + self.whole) * fade(last, now)
+    }
+}
+
+/// What is left of the weight of something at `last`.
+fn fade(last: Instant, now: Instant) -> f64 {
+    (-now.saturating_duration_since(last).as_secs_f64() / FADING.as_secs_f64()).exp()
 }
 
 /// The decode steps that an instance has done lately.
@@ -95,9 +108,8 @@ impl Signals {
             *self = Self::new(now, incarnation, beat);
             return;
         }
-        let fade = self.fade(now);
         for share in [&mut self.requests, &mut self.transfers] {
-            share.fade(fade);
+            share.fade_since(self.at, now);
         }
         let more = |of: fn(&InstanceLoad) -> u64| of(&after) - of(&before);
         // A request is prefilled here, or finished here, or both.
@@ -117,10 +129,6 @@ impl Signals {
         (self.beat, self.at) = (*beat, now);
     }
 
-    fn fade(&self, now: Instant) -> f64 {
-        (-now.saturating_duration_since(self.at).as_secs_f64() / FADING.as_secs_f64()).exp()
-    }
-
     /// What comes is to be judged without what was. Only that it stands still goes on.
     pub(super) fn begin_anew(&mut self) {
         (self.requests, self.transfers, self.steps) = (Share::default(), Share::default(), None);
@@ -137,18 +145,17 @@ impl Signals {
 
     /// The share of its requests that failed by its own fault; none while too few did.
     pub(super) fn failing(&self, now: Instant) -> Option<f64> {
-        self.requests.known(self.fade(now))
+        self.requests.known(self.at, now)
     }
 
     /// The share of its handoffs that broke; none while too few did.
     pub(super) fn losing(&self, now: Instant) -> Option<f64> {
-        self.transfers.known(self.fade(now))
+        self.transfers.known(self.at, now)
     }
 
     /// Both shares, requests first, for a comparison with others; 0 while little is known.
     pub(super) fn shares(&self, now: Instant) -> (f64, f64) {
-        let fade = self.fade(now);
-        (self.requests.compared(fade), self.transfers.compared(fade))
+        (self.requests.compared(self.at, now), self.transfers.compared(self.at, now))
     }
 
     /// None if it has not decoded lately.

@@ -1,14 +1,18 @@
 //! Every signal, what follows from it, and what must not follow: groups of instances whose reports are written here.
 
 use baton_proto::{InstanceLoad, Phase, Role, RoleEpoch};
-use baton_registry::testing::instance_spec;
+use baton_registry::{HealthRecord, testing::instance_spec};
 
 use super::*;
 
+mod keep;
+mod links;
 mod times;
 mod week;
 
 const BEAT: Duration = Duration::from_secs(1);
+/// Instances that a book has room for.
+const MOST: usize = 1000;
 
 fn secs(seconds: u64) -> Duration {
     Duration::from_secs(seconds)
@@ -52,10 +56,16 @@ struct Instance {
 /// A group that reports every second.
 struct Group {
     book: HealthBook,
+    began: Instant,
     now: Instant,
     instances: Vec<Instance>,
     /// Looks that said that somebody's quarantine has changed.
     changes: usize,
+    /// What the store says, and how often something was written there.
+    stored: BTreeMap<InstanceId, HealthRecord>,
+    writes: usize,
+    /// Of links, not looked at yet.
+    link_changes: Vec<LinkChange>,
 }
 
 impl Group {
@@ -79,11 +89,16 @@ impl Group {
         };
         let prefills = (0..prefill).map(|number| of(format!("p{number}"), Role::Prefill, PREFILLS));
         let decodes = (0..decode).map(|number| of(format!("d{number}"), Role::Decode, DECODES));
+        let now = Instant::now() + secs(1000);
         Self {
-            book: HealthBook::new(config, BEAT),
-            now: Instant::now() + secs(1000),
+            book: HealthBook::new(config, BEAT, MOST),
+            began: now,
+            now,
             instances: prefills.chain(decodes).collect(),
             changes: 0,
+            stored: BTreeMap::new(),
+            writes: 0,
+            link_changes: Vec::new(),
         }
     }
 
@@ -121,7 +136,16 @@ impl Group {
                 self.book.observe(self.now, &instance.spec, &instance.beat);
             }
         }
-        self.changes += self.book.look(self.now).len();
+        let looked = self.book.look(self.now);
+        self.changes += looked.moved.len();
+        self.link_changes.extend(looked.links);
+        for id in looked.kept {
+            match self.book.record(&id, self.now, self.unix_millis()) {
+                Some(record) => drop(self.stored.insert(id, record)),
+                None => drop(self.stored.remove(&id)),
+            }
+            self.writes += 1;
+        }
     }
 
     fn run(&mut self, seconds: u64) {
@@ -360,7 +384,7 @@ fn whoever_looks_too_early_changes_nothing() {
     assert_eq!(group.book.next_look(), None);
     group.run(10);
     assert_eq!(group.book.next_look(), Some(group.now + BEAT));
-    assert!(group.book.look(group.now).is_empty());
+    assert_eq!(group.book.look(group.now), Looked::default());
     let off = HealthConfig { enabled: false, ..HealthConfig::default() };
     let mut group = Group::under(off, 2, 2);
     group.does("d0", WEDGED);
@@ -377,4 +401,19 @@ fn who_is_long_gone_is_forgotten() {
     assert_eq!(group.book.verdicts().count(), 4);
     group.run(1);
     assert_eq!(group.book.verdicts().count(), 3);
+}
+
+#[test]
+fn no_number_of_new_names_makes_the_book_larger_or_forget_who_is_quarantined() {
+    let mut group = Group::new(2, 2);
+    group.run(10);
+    group.does("d0", WEDGED);
+    group.until_quarantine(20);
+    group.of("d0").silent = true;
+    group.run(2);
+    for number in 0..3 * MOST {
+        let spec = instance_spec(&format!("x{number}"), 1);
+        group.book.observe(group.now + BEAT, &spec, &group.instances[0].beat);
+    }
+    assert_eq!((group.book.verdicts().count(), group.quarantined()), (MOST, vec!["d0".to_owned()]));
 }

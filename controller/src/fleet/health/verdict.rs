@@ -85,6 +85,22 @@ pub(super) struct Record {
 }
 
 impl Record {
+    /// Of an instance that an earlier leader knew.
+    pub(super) fn inherited(verdict: Verdict, times: u32) -> Self {
+        Self { verdict, times, well_since: None }
+    }
+
+    /// What is to outlive this leader: a quarantine or a probation, and how many quarantines there were. None if there
+    /// is nothing to remember.
+    pub(super) fn kept(&self) -> Option<(Verdict, u32)> {
+        match self.verdict {
+            Verdict::Quarantined { .. } | Verdict::Probation { .. } => Some((self.verdict, self.times)),
+            Verdict::Healthy | Verdict::Suspect(_) => {
+                (self.times > 0).then_some((Verdict::Healthy, self.times))
+            }
+        }
+    }
+
     /// Whether a quarantine is over and [`Self::judge`] is about to say so.
     pub(super) fn is_released(&self, now: Instant) -> bool {
         matches!(self.verdict, Verdict::Quarantined { until, .. } if until <= now)

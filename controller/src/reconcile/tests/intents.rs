@@ -92,7 +92,7 @@ fn force_waits_for_nobody() {
 #[test]
 fn a_pin_moves_an_instance_and_outlives_its_leader() {
     let (mut world, [a, b, c]) = World::three();
-    world.change(Change::Pin { id: id("b"), role: Some(Role::Prefill) }).expect("it is known");
+    world.change(Change::Pin { id: id("b"), pinned: pinned(Role::Prefill) }).expect("it is known");
     assert_eq!(world.roles(), "ppd");
     world.obey(b);
     let stored = |key: String| world.stored[&key].clone();
@@ -111,7 +111,7 @@ fn a_pin_moves_an_instance_and_outlives_its_leader() {
     });
     next.pass(secs(60), &sessions);
     assert_eq!((next.roles().as_str(), next.assigned.len()), ("ppd", 0), "nothing changes");
-    next.change(Change::Pin { id: id("b"), role: None }).expect("it is known");
+    next.change(Change::Pin { id: id("b"), pinned: None }).expect("it is known");
     next.pass(secs(60), &sessions);
     assert_eq!(next.roles(), "ppd", "what fits the ratio stays");
 }
@@ -132,13 +132,13 @@ fn a_label_pins_until_an_operator_says_otherwise() {
     assert!(world.last_assigned(a).reason.contains("its label `role`"));
     world.obey(a);
     world.obey(b);
-    world.change(Change::Pin { id: id("a"), role: Some(Role::Prefill) }).expect("it is known");
+    world.change(Change::Pin { id: id("a"), pinned: pinned(Role::Prefill) }).expect("it is known");
     assert_eq!(world.last_assigned(a).role, Role::Mixed, "on its way: nobody else prefills or decodes");
     world.obey(a);
     world.obey(b);
     world.obey(a);
     assert_eq!(world.roles(), "pd");
-    assert_eq!(world.last_assigned(a).reason, "pinned to prefill by an operator");
+    assert_eq!(world.last_assigned(a).reason, "pinned to prefill by alice");
 }
 
 #[test]
@@ -168,7 +168,7 @@ fn who_is_not_known_is_named() {
     for change in [
         Change::Cordon { id: id("x"), cordoned: cordoned(false) },
         Change::Uncordon { id: id("x") },
-        Change::Pin { id: id("x"), role: Some(Role::Decode) },
+        Change::Pin { id: id("x"), pinned: pinned(Role::Decode) },
         Change::Divide { group: GroupName::new("x").expect("a name"), targets: None },
         Change::Rebalance { group: GroupName::new("x").expect("a name") },
     ] {
@@ -199,7 +199,7 @@ fn what_is_wanted_outlives_the_memory_of_the_instance() {
 #[test]
 fn a_pair_changes_places_through_one_that_serves_both() {
     let (mut world, a, b) = World::pair();
-    world.change(Change::Pin { id: id("a"), role: Some(Role::Decode) }).expect("it is known");
+    world.change(Change::Pin { id: id("a"), pinned: pinned(Role::Decode) }).expect("it is known");
     let mut seen = vec![world.roles()];
     for _ in 0..6 {
         world.obey(a);
@@ -245,7 +245,7 @@ fn another_time_for_a_drain_is_told() {
 fn one_that_does_not_follow_its_pin_is_shown_as_stuck() {
     let (mut world, [a, b, c]) = World::three();
     let config = RoleConfig::default();
-    world.change(Change::Pin { id: id("b"), role: Some(Role::Prefill) }).expect("it is known");
+    world.change(Change::Pin { id: id("b"), pinned: pinned(Role::Prefill) }).expect("it is known");
     world.pass(config.drain + config.switch_grace + secs(1), &[a, b, c]);
     let stuck = world.mind.members()[&id("b")].stuck.clone();
     assert_eq!(stuck, Some(Stuck::Overdue(config.drain + config.switch_grace)));

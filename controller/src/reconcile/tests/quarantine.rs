@@ -1,5 +1,7 @@
 //! Those that do badly are set aside, unless nobody else does what they do.
 
+use baton_registry::{HealthRecord, Standing};
+
 use super::*;
 use crate::fleet::health::Verdict;
 
@@ -32,6 +34,59 @@ fn one_that_is_wedged_is_set_aside_and_comes_back() {
     assert!(reason.contains("computed nothing"), "{reason}");
     pass(&mut world, &sessions, None, 40);
     assert_eq!(world.roles(), "pddp");
+}
+
+#[test]
+fn a_quarantine_outlives_the_leader_that_decided_it() {
+    let mut world = World::new();
+    let waiting = beat(Phase::Waiting, Role::None, 0);
+    let names = ["a", "b", "c", "d"];
+    let sessions: Vec<_> = names.map(|name| world.hello(name, 1, waiting)).into();
+    world.pass(Duration::from_secs(3), &sessions);
+    pass(&mut world, &sessions, None, 5);
+    while world.roles() != "0ddp" {
+        pass(&mut world, &sessions, Some(sessions[0]), 1);
+    }
+    let record =
+        |world: &World| HealthRecord::decode(&world.stored[&keys::health(&id("a"))]).expect("a record");
+    assert_eq!((record(&world).times, record(&world).left), (1, secs(30)));
+    pass(&mut world, &sessions, None, 10);
+    assert_eq!(record(&world).left, secs(30), "it is written once");
+
+    let held = sessions.iter().map(|session| world.last_assigned(*session)).collect::<Vec<_>>();
+    let mut next = World::under(EPOCH + 1000);
+    (next.now, next.stored) = (world.now, world.stored.clone());
+    let here = names.map(|name| (instance_spec(name, 1), None));
+    let roles = names.map(id).into_iter().zip(held.clone()).collect();
+    next.mind.inherit(here.into(), roles, next.now);
+    let records = BTreeMap::from([(id("a"), record(&world))]);
+    next.mind.inherit_health(records, next.now, record(&world).until_unix_millis - 20_000);
+    let sessions: Vec<_> = names
+        .into_iter()
+        .zip(held)
+        .map(|(name, held)| {
+            let phase = if held.role == Role::None { Phase::Waiting } else { Phase::Ready };
+            let session = next.hello(name, 1, beat(phase, held.role, held.epoch.0));
+            next.assigned.push((session, held));
+            session
+        })
+        .collect();
+    pass(&mut next, &sessions, None, 19);
+    assert_eq!(next.roles(), "0ddp");
+    pass(&mut next, &sessions, None, 5);
+    assert_eq!(next.roles(), "pddp");
+    assert_eq!(record(&next).standing, Standing::Probation);
+    pass(&mut next, &sessions, Some(sessions[0]), 10);
+    assert_eq!(next.roles(), "0ddp", "and is on probation");
+    assert_eq!(record(&next).times, 2);
+}
+
+#[test]
+fn what_is_held_of_health_is_written_before_what_follows_from_it() {
+    let a = || id("a");
+    let mut records = [Record::Role(a()), Record::Status(a()), Record::Health(a()), Record::Instance(a())];
+    records.sort();
+    assert_eq!(records[0], Record::Health(a()));
 }
 
 #[test]

@@ -1,7 +1,9 @@
 //! `describe`: all that is known of one thing, in sections. Beside the thing itself, what lies around it is shown as far
 //! as it is answered.
 
-use baton_proto::v1::{Coordinator, FleetEvent, GroupPlan, Instance, InstancePlan, Link, RoleView};
+use baton_proto::v1::{
+    Coordinator, FleetEvent, GroupPlan, Instance, InstancePlan, Link, ListLinksResponse, RoleView,
+};
 use clap::Subcommand;
 
 use super::{
@@ -183,17 +185,19 @@ fn beat_facts(page: &mut Page, instance: &Instance) {
 
 fn group_page(
     plan: &GroupPlan,
-    all: Result<Vec<Link>, CtlError>,
+    all: Result<ListLinksResponse, CtlError>,
     past: Result<Vec<FleetEvent>, CtlError>,
 ) -> String {
     let mut page = Page::default();
     page.text(&explain::group(plan, None));
     page.section("Links");
     match all {
-        Ok(mut all) => {
+        Ok(mut answer) => {
+            let left_out = links::left_out(&answer);
             let is_here = |name: &String| plan.instances.iter().any(|plan| plan.instance_id == *name);
-            all.retain(|link| is_here(&link.prefill_instance) || is_here(&link.decode_instance));
-            list(&mut page, &links::table(all));
+            answer.links.retain(|link| is_here(&link.prefill_instance) || is_here(&link.decode_instance));
+            list(&mut page, &links::table(answer.links));
+            left_out.into_iter().for_each(|text| page.text(&text));
         }
         Err(error) => page.text(&not_known(&error)),
     }
@@ -226,6 +230,7 @@ fn coordinator_page(coordinator: &Coordinator, now: u64) -> String {
         handoffs: link.handoffs,
         failures: link.failures,
         mean_micros: link.mean_micros,
+        ..Link::default()
     });
     list(&mut page, &links::table(of_it.collect()));
     page.end()
@@ -268,7 +273,7 @@ mod tests {
     #[test]
     fn an_instance_shows_intent_beside_observation_and_its_past() {
         let by_alice = Cordoned { by: "alice".into(), reason: "disk".into(), ..Default::default() };
-        let intent = Intent { cordoned: Some(by_alice), pinned: 0 };
+        let intent = Intent { cordoned: Some(by_alice), ..Default::default() };
         let view = RoleView { intent: Some(intent), stuck: "does not answer".into(), ..view() };
         let waits = plan("server-0", Role::Decode, Role::None, Step::Waits);
         let event = FleetEvent {
@@ -320,8 +325,9 @@ mod tests {
             decode_instance: to.into(),
             ..Default::default()
         };
-        let text =
-            group_page(&group(), Ok(vec![link("server-0", "server-1"), link("else", "where")]), Ok(vec![]));
+        let links = vec![link("server-0", "server-1"), link("else", "where")];
+        let text = group_page(&group(), Ok(ListLinksResponse { links, left_out: 3 }), Ok(vec![]));
+        assert!(text.contains("3 more links are left out"), "{text}");
         assert!(text.contains("  server-0   server-1") && !text.contains("where"), "{text}");
         assert_lines(&text, &["Group:               default", "Last events", "  no events"]);
     }

@@ -92,7 +92,8 @@ fn row(event: &FleetEvent) -> Row {
 
 fn object(event: &FleetEvent) -> Value {
     json!({
-        "sequence": event.sequence,
+        // Beyond what readers of JSON keep exact in a number.
+        "sequence": event.sequence.to_string(),
         "unix_millis": event.unix_millis,
         "kind": event.kind,
         "group": event.group,
@@ -127,6 +128,8 @@ mod tests {
             (kept(&[]), kept(&["b"]), kept(&["g"]), kept(&["a", "h"])),
             (vec![1, 2, 3], vec![2], vec![1, 2], vec![1, 3])
         );
+        let late = FleetEvent { sequence: u64::MAX - 1, ..events[0].clone() };
+        assert_eq!(object(&late)["sequence"], "18446744073709551614");
         assert_eq!(
             table(&events[..1]).text(Output::Table, false, false),
             "2025-11-26T15:38:36Z   role_decided   g       a          -    is decode now"

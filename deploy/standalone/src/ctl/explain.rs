@@ -14,7 +14,7 @@ use super::{
     output::{self, Column, Layout, Output, Row, yaml},
     page::Page,
     placement,
-    plan::{group_object, line, step, waits_for},
+    plan::{group_object, line, moves, step, waits_for},
     roles,
     targets::TargetArgs,
     words::{intent, millis, phase, role, targets},
@@ -156,6 +156,9 @@ pub(super) fn group(plan: &GroupPlan, what_if: Option<&Targets>) -> String {
         Some(measured) => numbers(&mut page, measured),
         None => page.text("not measured, or the policy does not ask for it"),
     }
+    if let Some(budget) = &plan.moves {
+        page.fact("Moves", moves(budget));
+    }
 
     page.section("Decision out");
     page.fact("Prefill", having(plan, Role::Prefill));
@@ -273,6 +276,8 @@ pub(super) fn plan_facts(page: &mut Page, plan: &InstancePlan) {
 
 #[cfg(test)]
 mod tests {
+    use baton_proto::v1::MoveBudget;
+
     use super::*;
     use crate::ctl::plan::tests::group as example;
     use crate::ctl::roles::tests::view;
@@ -283,6 +288,7 @@ mod tests {
         plan.targets = Some(Targets { policy: 2, ttft_millis: 500, tpot_millis: 50, ..Default::default() });
         plan.targets_set = true;
         (plan.prefill_wanted, plan.decode_wanted) = (1, 2);
+        plan.moves = Some(MoveBudget { made: 4, most: 4, period_millis: 60_000, wait_millis: 11_500 });
         let forecast = |ttft_millis| Some(Forecast { prefill: 2, decode: 1, ttft_millis, tpot_millis: 20.5 });
         plan.measured = Some(Measured {
             requests_per_second: 3.25,
@@ -300,6 +306,7 @@ mod tests {
             "State:               1 changing, 1 waiting",
             "  Requests:            3.25/s",
             "  Decode step:         12.1ms and 0.40ms for each sequence",
+            "  Moves:               4 of at most 4 in 60 s; the next may be made in 12 s",
             "  present    2         1        cannot keep up   20.5ms",
             "  planned    2         1        320ms            20.5ms",
             "  Prefill:             2 -> 1",

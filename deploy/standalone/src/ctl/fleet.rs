@@ -6,9 +6,9 @@ use std::future::Future;
 use baton_proto::{
     LEADER_METADATA,
     v1::{
-        Coordinator, ExplainPlanRequest, FleetEvent, GroupPlan, Instance, Link, ListCoordinatorsRequest,
-        ListInstancesRequest, ListLinksRequest, ListRolesRequest, RoleView, Targets, WatchEventsRequest,
-        fleet_admin_client::FleetAdminClient,
+        Coordinator, ExplainPlanRequest, FleetEvent, GroupPlan, Instance, ListCoordinatorsRequest,
+        ListInstancesRequest, ListLinksRequest, ListLinksResponse, ListRolesRequest, RoleView, Targets,
+        WatchEventsRequest, fleet_admin_client::FleetAdminClient,
     },
 };
 use tonic::{
@@ -95,9 +95,9 @@ impl Fleet {
         self.ask(ListCoordinatorsRequest {}, call).await.map(|answer| answer.coordinators)
     }
 
-    pub(super) async fn links(&mut self) -> Result<Vec<Link>, CtlError> {
+    pub(super) async fn links(&mut self) -> Result<ListLinksResponse, CtlError> {
         let call = |mut client: Client, question| async move { client.list_links(question).await };
-        self.ask(ListLinksRequest {}, call).await.map(|answer| answer.links)
+        self.ask(ListLinksRequest {}, call).await
     }
 
     /// Of one group, or of all; with `targets`, how it would be divided by these.

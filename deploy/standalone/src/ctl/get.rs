@@ -136,7 +136,11 @@ async fn list(args: &GetArgs, fleet: &mut Fleet) -> Result<Table, CtlError> {
         What::Roles => roles::table(fleet.roles().await?),
         What::Requests => requests::list(fleet).await?,
         What::Coordinators => coordinators::table(fleet.coordinators().await?, now_unix_millis()),
-        What::Links => links::table(fleet.links().await?),
+        What::Links => {
+            let answer = fleet.links().await?;
+            links::left_out(&answer).into_iter().for_each(|text| complain(&text));
+            links::table(answer.links)
+        }
         What::Events => events::list(fleet, &args.names).await?,
         What::Groups => groups::table(fleet.plans("", None).await?),
     })

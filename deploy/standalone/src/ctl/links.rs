@@ -1,6 +1,6 @@
 //! `get links`: how KV caches travel between instances, over all coordinators. Pure.
 
-use baton_proto::v1::Link;
+use baton_proto::v1::{Link, ListLinksResponse};
 use serde_json::{Value, json};
 
 use super::{
@@ -14,6 +14,7 @@ const COLUMNS: &[Column] = &[
     Column::new("HANDOFFS"),
     Column::new("FAILURES"),
     Column::new("MEAN"),
+    Column::new("HEALTH"),
     Column::wide("FAILED"),
 ];
 
@@ -41,6 +42,7 @@ fn row(link: &Link) -> Row {
         link.handoffs.to_string(),
         link.failures.to_string(),
         micros(link.mean_micros),
+        health(link),
         share,
     ];
     Row {
@@ -51,6 +53,21 @@ fn row(link: &Link) -> Row {
     }
 }
 
+/// As in "degraded: 40 % fail of late".
+fn health(link: &Link) -> String {
+    if link.degraded {
+        format!("degraded: {:.0} % fail of late", link.failing * 100.0)
+    } else {
+        "-".to_owned()
+    }
+}
+
+/// Said beside a list of links that is not whole; none if it is.
+pub(super) fn left_out(answer: &ListLinksResponse) -> Option<String> {
+    let (shown, left_out) = (answer.links.len(), answer.left_out);
+    (left_out > 0).then(|| format!("{left_out} more links are left out; shown are the {shown} used most"))
+}
+
 fn object(link: &Link) -> Value {
     json!({
         "prefill_instance": link.prefill_instance,
@@ -58,6 +75,8 @@ fn object(link: &Link) -> Value {
         "handoffs": link.handoffs,
         "failures": link.failures,
         "mean_micros": link.mean_micros,
+        "degraded": link.degraded,
+        "failing": link.failing,
     })
 }
 
@@ -73,10 +92,18 @@ mod tests {
             handoffs: 3,
             failures: 1,
             mean_micros: 12_345,
+            degraded: to == "d",
+            failing: 0.4,
         };
         let all = table(vec![link("b", "c"), link("a", "c"), link("a", "d")]);
-        assert_eq!(all.rows[0].cells, ["a", "c", "3", "1", "12.3ms", "25.0%"]);
+        assert_eq!(all.rows[0].cells, ["a", "c", "3", "1", "12.3ms", "-", "25.0%"]);
+        assert_eq!(all.rows[1].cells[5], "degraded: 40 % fail of late");
         let of_c = all.only(&["c".into()]).unwrap();
+        let mut answer = ListLinksResponse { links: vec![link("a", "c")], left_out: 0 };
+        assert_eq!(left_out(&answer), None);
+        answer.left_out = 7;
+        let said = "7 more links are left out; shown are the 1 used most";
+        assert_eq!(left_out(&answer).as_deref(), Some(said));
         assert_eq!(of_c.rows.iter().map(|row| row.key.as_str()).collect::<Vec<_>>(), ["a -> c", "b -> c"]);
     }
 }

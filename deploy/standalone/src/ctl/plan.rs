@@ -2,7 +2,7 @@
 //! [`super::groups`].
 
 use baton_proto::v1::{
-    Forecast, GroupPlan, InstancePlan, Measured, PlanResponse, Targets, instance_plan::Step,
+    Forecast, GroupPlan, InstancePlan, Measured, MoveBudget, PlanResponse, Targets, instance_plan::Step,
 };
 use serde_json::{Value, json};
 
@@ -95,6 +95,7 @@ pub(super) fn group_object(group: &GroupPlan) -> Value {
         "waits": group.waits,
         "prefill_wanted": group.prefill_wanted,
         "decode_wanted": group.decode_wanted,
+        "moves": group.moves.as_ref().map(moves_object),
         "instances": instances.collect::<Value>(),
     })
 }
@@ -107,6 +108,25 @@ fn targets_object(targets: &Targets) -> Value {
         "ttft_millis": targets.ttft_millis,
         "tpot_millis": targets.tpot_millis,
     })
+}
+
+fn moves_object(moves: &MoveBudget) -> Value {
+    json!({
+        "made": moves.made,
+        "most": moves.most,
+        "period_millis": moves.period_millis,
+        "wait_millis": moves.wait_millis,
+    })
+}
+
+/// As in "4 of at most 4 in 60 s; the next may be made in 12 s".
+pub(super) fn moves(moves: &MoveBudget) -> String {
+    let MoveBudget { made, most, period_millis, wait_millis } = moves;
+    let mut text = format!("{made} of at most {most} in {} s", period_millis / 1000);
+    if *wait_millis > 0 {
+        text += &format!("; the next may be made in {} s", wait_millis.div_ceil(1000));
+    }
+    text
 }
 
 fn measured_object(measured: &Measured) -> Value {

@@ -86,7 +86,7 @@ pub(super) fn object(view: &RoleView) -> Value {
         "reason": view.reason,
         "stuck": view.stuck,
         "health": view.health,
-        "intent": { "cordoned": cordoned, "pinned": role(intent.pinned) },
+        "intent": { "cordoned": cordoned, "pinned": role(intent.pinned), "pinned_by": intent.pinned_by },
     })
 }
 
@@ -127,9 +127,11 @@ pub(super) mod tests {
 
     #[test]
     fn what_operators_want_is_seen() {
-        let cordoned =
-            Intent { cordoned: Some(Cordoned { by: "alice".into(), ..Default::default() }), pinned: 0 };
-        let pinned = Intent { cordoned: None, pinned: Role::Decode.into() };
+        let cordoned = Intent {
+            cordoned: Some(Cordoned { by: "alice".into(), ..Default::default() }),
+            ..Default::default()
+        };
+        let pinned = Intent { pinned: Role::Decode.into(), ..Default::default() };
         let table = table(vec![
             RoleView { instance_id: "a".into(), intent: Some(cordoned), ..view() },
             RoleView { instance_id: "b".into(), intent: Some(pinned), ..view() },

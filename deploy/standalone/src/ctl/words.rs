@@ -51,7 +51,10 @@ pub(super) fn targets(targets: &Targets) -> String {
 /// As in "cordoned by alice: disk" or "pinned to decode"; "-" without any.
 pub(super) fn intent(intent: Option<&Intent>) -> String {
     let Some(intent) = intent else { return "-".to_owned() };
-    let pinned = (intent.pinned() != Role::Unspecified).then(|| format!("pinned to {}", role(intent.pinned)));
+    let by = &intent.pinned_by;
+    let by = if by.is_empty() { String::new() } else { format!(" by {by}") };
+    let pinned =
+        (intent.pinned() != Role::Unspecified).then(|| format!("pinned to {}{by}", role(intent.pinned)));
     let parts: Vec<String> = intent.cordoned.as_ref().map(cordoned).into_iter().chain(pinned).collect();
     if parts.is_empty() { "-".to_owned() } else { parts.join("; ") }
 }
@@ -158,9 +161,12 @@ mod tests {
     #[test]
     fn intents_name_who_and_why() {
         let by_alice = Cordoned { by: "alice".into(), reason: "disk".into(), ..Default::default() };
-        let both = Intent { cordoned: Some(by_alice), pinned: Role::Decode.into() };
-        assert_eq!(intent(Some(&both)), "cordoned by alice: disk; pinned to decode");
-        assert_eq!(intent(Some(&Intent { cordoned: Some(Cordoned::default()), pinned: 0 })), "cordoned");
+        let both = Intent { cordoned: Some(by_alice), pinned: Role::Decode.into(), pinned_by: "bob".into() };
+        assert_eq!(intent(Some(&both)), "cordoned by alice: disk; pinned to decode by bob");
+        assert_eq!(
+            intent(Some(&Intent { cordoned: Some(Cordoned::default()), ..Default::default() })),
+            "cordoned"
+        );
         assert_eq!(intent(Some(&Intent::default())), "-");
     }
 

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use super::*;
 
 /// Until when, and for the how manieth time, an instance is quarantined.
-fn sentence(group: &Group, name: &str) -> (u64, u32) {
+pub(super) fn sentence(group: &Group, name: &str) -> (u64, u32) {
     match group.verdict(name) {
         Verdict::Quarantined { until, times, .. } => {
             (until.saturating_duration_since(group.now).as_secs(), times)
@@ -14,7 +14,7 @@ fn sentence(group: &Group, name: &str) -> (u64, u32) {
     }
 }
 
-fn until(group: &mut Group, most: u64, name: &str, verdict: fn(&Verdict) -> bool) -> u64 {
+pub(super) fn until(group: &mut Group, most: u64, name: &str, verdict: fn(&Verdict) -> bool) -> u64 {
     for second in 0..=most {
         if verdict(&group.verdict(name)) {
             return second;
@@ -24,7 +24,7 @@ fn until(group: &mut Group, most: u64, name: &str, verdict: fn(&Verdict) -> bool
     panic!("{name} is {:?} after {most} s", group.verdict(name));
 }
 
-fn is_probation(verdict: &Verdict) -> bool {
+pub(super) fn is_probation(verdict: &Verdict) -> bool {
     matches!(verdict, Verdict::Probation { .. })
 }
 
@@ -136,7 +136,7 @@ fn a_restart_begins_its_counts_anew_and_keeps_its_quarantine() {
 }
 
 /// What an instance does for some seconds.
-fn spell() -> impl Strategy<Value = (usize, Work, bool, u64)> {
+pub(super) fn spell() -> impl Strategy<Value = (usize, Work, bool, u64)> {
     let work = prop_oneof![
         Just(IDLE),
         Just(DECODES),

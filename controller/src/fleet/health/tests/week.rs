@@ -53,7 +53,7 @@ impl Noise {
 fn nobody_of_a_healthy_fleet_is_quarantined_in_a_week() {
     let mut noise = Noise(StdRng::seed_from_u64(7));
     let mut group = Group::new(3, 5);
-    group.book = HealthBook::new(HealthConfig::default(), EVERY);
+    group.book = HealthBook::new(HealthConfig::default(), EVERY, MOST);
     let mut silent_until = vec![0; group.instances.len()];
     let mut suspected = 0u64;
     for second in (0..WEEK).step_by(EVERY.as_secs() as usize) {
