@@ -4,7 +4,7 @@
 
 use std::{future::Future, net::TcpListener, sync::Arc, thread::JoinHandle, time::Duration};
 
-use baton_kvtransfer::{DataPortConfig, KvLayout, KvNode, Limits as TransferLimits, NodeConfig};
+use baton_kvtransfer::{DataPortConfig, KvLayout, KvNode, Limits as TransferLimits, NodeConfig, Plaintext};
 use baton_process::Metrics;
 use baton_proto::{
     BlockHash,
@@ -117,6 +117,7 @@ impl Serving {
                 blocks,
                 data_port,
                 transports: parts.handoff.transports()?,
+                dial: Arc::new(Plaintext),
                 secret: parts.handoff.secret()?,
                 convert: parts.handoff.convert,
                 lease: parts.handoff.lease,
