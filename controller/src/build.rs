@@ -7,7 +7,10 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use baton_process::{HealthHandle, Metrics, Process, grpc, http};
+use baton_process::{
+    HealthHandle, Metrics, Process, Tls, grpc, http,
+    tls::{Allowed, Door, Role},
+};
 use baton_proto::v1::{control_server::ControlServer, fleet_admin_server::FleetAdminServer};
 use baton_registry::{MemoryConfig, MemoryStore, Revision, Store, StoreService};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -33,9 +36,23 @@ const KEYS_PER_INSTANCE: usize = 10;
 /// gRPC services whose health is the controller's.
 const SERVICES: [&str; 2] = ["baton.v1.Control", "baton.v1.FleetAdmin"];
 
+/// Coordinators only read the store, and so may nobody write it from without.
+const DOOR: Door = Door {
+    calls: &[
+        ("/baton.v1.Control/Session", Allowed::Roles(&[Role::Server])),
+        ("/baton.v1.Control/Coordinate", Allowed::Roles(&[Role::Coordinator])),
+        ("/baton.v1.Store/Range", Allowed::Roles(&[Role::Coordinator])),
+        ("/baton.v1.Store/Watch", Allowed::Roles(&[Role::Coordinator])),
+        // By certificate or token: see `admin::access`.
+        ("/baton.v1.FleetAdmin/", Allowed::Anyone),
+    ],
+    without_certificate: false,
+};
+
 /// The whole process, until its shutdown.
 pub async fn run(process: Process<ControllerConfig>) -> Result<(), ControllerError> {
     let mut config = process.config.clone();
+    let tls = process.tls(&config.tls, Role::Controller)?;
     let grpc_listener = config.listen.bind()?;
     let http_listener = config.metrics_listen.bind()?;
     let address = grpc_listener.local_addr().map_err(ControllerError::Address)?;
@@ -55,6 +72,7 @@ pub async fn run(process: Process<ControllerConfig>) -> Result<(), ControllerErr
     let parts = Parts {
         config,
         store,
+        tls,
         metrics: process.metrics.clone(),
         health: process.health.clone(),
         shutdown: process.shutdown.clone(),
@@ -75,6 +93,7 @@ pub struct Parts {
     /// With `controller_id` and `advertise` filled in.
     pub config: ControllerConfig,
     pub store: Arc<dyn Store>,
+    pub tls: Tls,
     pub metrics: Metrics,
     pub health: HealthHandle,
     pub shutdown: CancellationToken,
@@ -84,7 +103,7 @@ pub struct Parts {
 impl Parts {
     /// Leads when it can and serves, until the shutdown and for up to `drain` after it.
     pub async fn serve(self, listener: TcpListener, drain: Duration) -> Result<(), ControllerError> {
-        let Self { config, store, metrics, health, shutdown, tasks } = self;
+        let Self { config, store, tls, metrics, health, shutdown, tasks } = self;
         let config = Arc::new(config);
         let (open, desk) = Desk::new();
         let (ending, workers) = (shutdown.clone(), tasks.clone());
@@ -100,6 +119,7 @@ impl Parts {
         let tokens = Some(&config.admin.tokens_file).filter(|path| !path.is_empty()).map(PathBuf::from);
         let ranktable = Some(&config.ascend.ranktable_file).filter(|path| !path.is_empty());
         let ranktable = ranktable.map(|path| ranktable::follow(path.into(), shutdown.clone(), &tasks));
+        let door = Door { without_certificate: tokens.is_some(), ..DOOR };
         let (journal, access) = (Journal::default(), Access::new(tokens)?);
         let admin = AdminService::new(store.clone(), desk, coordinators, journal.clone(), access);
         let mut routes = Routes::new(ControlServer::new(control)).add_service(FleetAdminServer::new(admin));
@@ -124,6 +144,8 @@ impl Parts {
             health,
             services,
             descriptors,
+            tls,
+            door,
             shutdown: shutdown.clone(),
             drain,
             keep_alive: grpc::KeepAlive::default(),

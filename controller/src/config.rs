@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use baton_process::{Invalid, Listen, ProcessConfig, ServiceConfig, duration};
+use baton_process::{Invalid, Listen, ProcessConfig, ServiceConfig, TlsConfig, duration};
 use baton_proto::RolePolicy;
 use baton_registry::EtcdSettings;
 use serde::{Deserialize, Serialize};
@@ -27,6 +27,7 @@ pub struct ControllerConfig {
     pub congestion: CongestionConfig,
     pub admin: AdminConfig,
     pub ascend: AscendConfig,
+    pub tls: TlsConfig,
     pub process: ProcessConfig,
 }
 
@@ -45,6 +46,7 @@ impl Default for ControllerConfig {
             congestion: CongestionConfig::default(),
             admin: AdminConfig::default(),
             ascend: AscendConfig::default(),
+            tls: TlsConfig::default(),
             process: ProcessConfig::default(),
         }
     }
@@ -118,7 +120,8 @@ pub struct AscendConfig {
 #[serde(deny_unknown_fields, default)]
 pub struct AdminConfig {
     /// A file with a line for each operator: name, `viewer` or `admin`, and the SHA-256 of the token in hex. It is read
-    /// again when it changes. Empty = whoever calls from this machine is an admin, and nobody else is let in.
+    /// again when it changes. With `tls`, certificates of admins and viewers will do, too. Empty = by certificate alone;
+    /// without `tls`, whoever calls from this machine is an admin, and nobody else is let in.
     pub tokens_file: String,
 }
 
@@ -308,6 +311,7 @@ impl ServiceConfig for ControllerConfig {
         let lease = "expected at least twice `sessions.beat`, so that one late report ends no registration";
         require(sessions.lease >= sessions.beat * 2, "sessions.lease", lease)?;
         self.health.validate()?;
+        self.tls.validate()?;
         require(self.leader.ttl >= Duration::from_secs(2), "leader.ttl", "expected at least 2s")?;
         let records = "expected at least `leader.ttl`, so that the next leader finds what this one knew";
         require(self.leader.records_ttl >= self.leader.ttl, "leader.records_ttl", records)?;

@@ -1,6 +1,6 @@
 //! What can go wrong with a controller as a whole.
 
-use baton_process::{ListenError, ProcessError};
+use baton_process::{ListenError, ProcessError, TlsError};
 use baton_registry::{EtcdOpenError, StoreError};
 
 use crate::admin::access::AccessError;
@@ -11,6 +11,8 @@ pub enum ControllerError {
     Store(#[from] StoreError),
     #[error(transparent)]
     Listen(#[from] ListenError),
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     #[error(transparent)]
     Process(#[from] ProcessError),
     #[error(transparent)]

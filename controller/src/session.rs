@@ -14,6 +14,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+use baton_process::tls::Peer;
 use baton_proto::{
     ApiError, ErrorCode, InstanceSpec, LEADER_METADATA, LeaderEpoch, WireError,
     v1::{self, control_server, controller_order, instance_report::Report as Wire},
@@ -109,7 +110,7 @@ impl control_server::Control for ControlService {
         &self,
         request: Request<Streaming<v1::CoordinatorReport>>,
     ) -> Result<Response<Self::CoordinateStream>, Status> {
-        coordinate::coordinate(self, request.into_inner()).await.map(Response::new)
+        coordinate::coordinate(self, request).await.map(Response::new)
     }
 
     type SessionStream = Pin<Box<dyn Stream<Item = Result<v1::ControllerOrder, Status>> + Send>>;
@@ -119,11 +120,13 @@ impl control_server::Control for ControlService {
         request: Request<Streaming<v1::InstanceReport>>,
     ) -> Result<Response<Self::SessionStream>, Status> {
         let Some(inbox) = self.desk.inbox() else { return Err(not_leading(&*self.store).await) };
+        let peer = Peer::of(&request);
         let mut reports = request.into_inner();
         let (spec, beat) =
             tokio::time::timeout(HELLO_TIMEOUT, hello(&mut reports)).await.map_err(|_| {
                 Status::from(ApiError::new(ErrorCode::DeadlineExceeded, "no hello came in time"))
             })??;
+        is_itself(&peer, spec.id.as_str())?;
         let (session, unix_millis) = (self.next_session(), unix_millis());
         let (orders, receiver) = mpsc::channel(ORDERS_CAPACITY);
         let end = self.shutdown.child_token();
@@ -140,6 +143,15 @@ impl control_server::Control for ControlService {
         let shutdown = self.shutdown.clone().cancelled_owned();
         Ok(Response::new(answers.take_until(shutdown).boxed()))
     }
+}
+
+/// Refuses who calls itself otherwise than its certificate does.
+fn is_itself(peer: &Peer, name: &str) -> Result<(), Status> {
+    if peer.may_be(name) {
+        return Ok(());
+    }
+    let message = format!("{name} says hello with the certificate of another: {peer}");
+    Err(Status::permission_denied(message))
 }
 
 /// The first report of a session.

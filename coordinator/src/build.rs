@@ -8,7 +8,10 @@ use std::{
 };
 
 use axum::Router;
-use baton_process::{Health, HealthHandle, Process, grpc};
+use baton_process::{
+    Health, HealthHandle, Process, Tls, grpc,
+    tls::{Allowed, Door, Role},
+};
 use baton_proto::{
     CoordinatorId, CoordinatorSpec, FILE_DESCRIPTOR_SET, v1::request_admin_server::RequestAdminServer,
 };
@@ -36,10 +39,17 @@ const CLIENT_SILENCE: Duration = Duration::from_secs(30);
 /// A client that takes nothing of what was sent for this long is cut off.
 const CLIENT_STALL: Duration = Duration::from_secs(120);
 
+/// Who may call what at the gRPC port.
+const DOOR: Door = Door {
+    calls: &[("/baton.v1.RequestAdmin/", Allowed::Roles(&[Role::Admin, Role::Viewer]))],
+    without_certificate: false,
+};
+
 /// What a coordinator is built from besides its configuration; tests bring their own.
 pub struct Parts {
     pub served: Served,
     pub fleet: FleetWatch,
+    pub tls: Tls,
     pub metrics: baton_process::Metrics,
     pub health: HealthHandle,
     pub tasks: TaskTracker,
@@ -60,6 +70,7 @@ pub fn assemble(
         coordinator: CoordinatorId::new(config.id.as_str())?,
         config: config.fleet.clone(),
         metrics: metrics.clone(),
+        dial: parts.tls.dial(Role::Server),
         listed: parts.fleet.subscribe(),
         tasks: parts.tasks.clone(),
         shutdown: parts.shutdown.clone(),
@@ -120,7 +131,8 @@ async fn watch_readiness(
 /// The whole of a coordinator process.
 pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorError> {
     let config = process.config.clone();
-    // Ports first: what is wrong with them is told before a model is read.
+    // Files and ports first: what is wrong with them is told before a model is read.
+    let tls = process.tls(&config.tls, Role::Coordinator)?;
     let bind = |listen: &baton_process::Listen, key| {
         listen.bind().map_err(|source| CoordinatorError::Listen { key, source })
     };
@@ -130,7 +142,7 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
     let served = Served::open(&config.model)?;
     tracing::info!(model = %served.name, revision = %served.revision, "model opened");
 
-    let store = open_store(&config.store)?;
+    let store = open_store(&config.store, &tls)?;
     let fleet =
         FleetWatch::start(store, FleetWatchConfig::default(), process.shutdown.clone(), &process.tasks);
     let controllers = match config.store.controller.as_str() {
@@ -140,6 +152,7 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
     // A little less than the process has: what is cut off then still gets its error.
     let drain = process.drain().mul_f64(0.9);
     let parts = Parts {
+        tls: tls.clone(),
         served,
         fleet,
         metrics: process.metrics.clone(),
@@ -154,6 +167,8 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
         health: process.health.clone(),
         services: vec!["baton.v1.RequestAdmin"],
         descriptors: FILE_DESCRIPTOR_SET,
+        tls: tls.clone(),
+        door: DOOR,
         shutdown: process.shutdown.clone(),
         drain,
         keep_alive: grpc::KeepAlive::default(),
@@ -171,6 +186,7 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
             version: env!("CARGO_PKG_VERSION").to_owned(),
         },
         controllers,
+        dial: tls.dial(Role::Controller),
         metrics: service.metrics.clone(),
         handoffs: service.placer.handoffs.clone(),
         shutdown: process.shutdown.clone(),
@@ -209,9 +225,11 @@ fn watch_clients(listener: &TcpListener) {
     }
 }
 
-fn open_store(config: &StoreConfig) -> Result<Arc<dyn Store>, CoordinatorError> {
+fn open_store(config: &StoreConfig, tls: &Tls) -> Result<Arc<dyn Store>, CoordinatorError> {
     if config.etcd.endpoints.is_empty() {
-        return Ok(Arc::new(RemoteStore::new(&RemoteConfig::new([config.controller.as_str()]))?));
+        let dial = tls.dial(Role::Controller);
+        let remote = RemoteConfig { dial, ..RemoteConfig::new([config.controller.as_str()]) };
+        return Ok(Arc::new(RemoteStore::new(&remote)?));
     }
     Ok(Arc::new(config.etcd.open()?))
 }

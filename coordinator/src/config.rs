@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use baton_process::{Invalid, Listen, ProcessConfig, ServiceConfig, duration};
+use baton_process::{Invalid, Listen, ProcessConfig, ServiceConfig, TlsConfig, duration};
 use baton_proto::CoordinatorId;
 use baton_registry::EtcdSettings;
 use serde::{Deserialize, Serialize};
@@ -28,6 +28,7 @@ pub struct CoordinatorConfig {
     pub model: ModelConfig,
     pub limits: LimitsConfig,
     pub fleet: FleetConfig,
+    pub tls: TlsConfig,
     pub process: ProcessConfig,
 }
 
@@ -42,6 +43,7 @@ impl Default for CoordinatorConfig {
             model: ModelConfig::default(),
             limits: LimitsConfig::default(),
             fleet: FleetConfig::default(),
+            tls: TlsConfig::default(),
             process: ProcessConfig::default(),
         }
     }
@@ -165,6 +167,7 @@ impl ServiceConfig for CoordinatorConfig {
             "expected either `controller` (HOST:PORT) or `etcd.endpoints` (a list of HOST:PORT), not both and not neither",
         )?;
         self.store.etcd.validate()?;
+        self.tls.validate()?;
         require(
             !self.model.path.as_os_str().is_empty(),
             "model.path",

@@ -1,7 +1,7 @@
 //! Why a coordinator does not start or had to stop. Failures of requests are [`baton_proto::ApiError`]s.
 
 use baton_checkpoint::CheckpointError;
-use baton_process::{ListenError, ProcessError};
+use baton_process::{ListenError, ProcessError, TlsError};
 use baton_registry::{EtcdOpenError, StoreError};
 
 use crate::text::TextError;
@@ -18,6 +18,8 @@ pub enum CoordinatorError {
     Etcd(#[from] EtcdOpenError),
     #[error("store: {0}")]
     Store(#[from] StoreError),
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     #[error(transparent)]
     Process(#[from] ProcessError),
     #[error(transparent)]

@@ -11,6 +11,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+use baton_process::{one_line, tls::Dial};
 use baton_proto::{CoordinatorBeat, CoordinatorSpec, Incarnation, LeaderEpoch, v1};
 use baton_registry::FleetSnapshot;
 use futures::StreamExt;
@@ -100,6 +101,8 @@ impl Controllers {
 pub struct Registration {
     pub spec: CoordinatorSpec,
     pub controllers: Controllers,
+    /// The way to them.
+    pub dial: Dial,
     pub metrics: Arc<Metrics>,
     pub handoffs: Arc<Handoffs>,
     /// The process drains.
@@ -111,9 +114,9 @@ pub struct Registration {
 /// Why a stream ended, for the log.
 #[derive(Debug, thiserror::Error)]
 enum Broken {
-    #[error("cannot connect: {0}")]
+    #[error("cannot connect: {}", one_line(.0))]
     Connect(#[from] tonic::transport::Error),
-    #[error("{} {}", .0.code(), .0.message())]
+    #[error("{}", one_line(.0))]
     Status(#[from] tonic::Status),
     #[error("no answer in time")]
     Silent,
@@ -127,7 +130,14 @@ impl Broken {
     /// Whether people have to see to it: it will not pass by itself.
     fn is_refusal(&self) -> bool {
         let Self::Status(status) = self else { return false };
-        matches!(status.code(), Code::AlreadyExists | Code::InvalidArgument | Code::ResourceExhausted)
+        matches!(
+            status.code(),
+            Code::AlreadyExists
+                | Code::InvalidArgument
+                | Code::ResourceExhausted
+                | Code::PermissionDenied
+                | Code::Unauthenticated
+        )
     }
 }
 
@@ -170,7 +180,7 @@ impl Registration {
             v1::CoordinatorHello { spec: Some(self.spec.clone().into()), beat: Some(self.beat(None)) };
         say(&reports, Report::Hello(hello))?;
         let open = async {
-            let mut orders = connect(&target.endpoint, outgoing).await?;
+            let mut orders = connect(&self.dial, &target.endpoint, outgoing).await?;
             let first = orders.message().await?.ok_or(Broken::Closed)?;
             Ok::<_, Broken>((orders, first))
         };
@@ -235,15 +245,15 @@ fn say(reports: &mpsc::Sender<v1::CoordinatorReport>, report: Report) -> Result<
 }
 
 async fn connect(
+    dial: &Dial,
     endpoint: &str,
     reports: mpsc::Receiver<v1::CoordinatorReport>,
 ) -> Result<Streaming<v1::CoordinatorOrder>, Broken> {
-    let channel = Endpoint::from_shared(format!("http://{endpoint}"))?
+    let endpoint = Endpoint::from_shared(format!("http://{endpoint}"))?
         .http2_keep_alive_interval(KEEP_ALIVE)
         .keep_alive_timeout(KEEP_ALIVE)
-        .keep_alive_while_idle(true)
-        .connect()
-        .await?;
+        .keep_alive_while_idle(true);
+    let channel = dial.connect(endpoint).await?;
     Ok(ControlClient::new(channel).coordinate(ReceiverStream::new(reports)).await?.into_inner())
 }
 

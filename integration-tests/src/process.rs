@@ -1,12 +1,40 @@
 //! Real processes: started, signalled by pid, and never left behind.
 
 use std::{
+    fs::File,
     io::Read,
-    process::{Child, ExitStatus, Output},
+    net::TcpListener,
+    path::Path,
+    process::{Child, Command, ExitStatus, Output, Stdio},
     time::{Duration, Instant},
 };
 
 use rustix::process::{Pid, Signal, kill_process};
+
+/// A child that does not outlive its test.
+pub struct Service(pub Child);
+
+impl Service {
+    /// Starts it; what it says goes to a file.
+    pub fn start(command: &mut Command, log: &Path) -> Self {
+        let log = File::create(log).expect("a log file");
+        command.stdin(Stdio::null()).stdout(log.try_clone().expect("a file can be shared")).stderr(log);
+        Self(command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}")))
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// host:port that nobody listens at.
+pub fn free_address() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    listener.local_addr().expect("it has an address").to_string()
+}
 
 /// Sends a signal to a process of this test's own.
 pub fn signal(pid: u32, signal: Signal) {

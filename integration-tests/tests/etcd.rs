@@ -3,25 +3,17 @@
 
 use std::{
     fs,
-    net::TcpListener,
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
 };
 
-use baton_integration_tests::{binary, chat, eventually, model, process};
+use baton_integration_tests::{
+    binary, chat, eventually, model,
+    process::{self, Service, free_address},
+};
 use baton_registry::{KeyRange, Revision, Store, StoreError, Txn, keys, testing::EtcdServer};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use tempfile::TempDir;
-
-/// A child that does not outlive its test.
-struct Service(Child);
-
-impl Drop for Service {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
 
 /// Two controllers, a coordinator and servers, each a process of its own, on an etcd.
 struct Fleet {
@@ -30,11 +22,6 @@ struct Fleet {
     controllers: [String; 2],
     url: String,
     services: Vec<Service>,
-}
-
-fn free_address() -> String {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
-    listener.local_addr().expect("it has an address").to_string()
 }
 
 impl Fleet {
@@ -64,10 +51,7 @@ impl Fleet {
     }
 
     fn spawn(&mut self, command: &mut Command, name: &str) {
-        let log = fs::File::create(self.dir.path().join(format!("{name}.log"))).expect("a log file");
-        command.stdin(Stdio::null()).stdout(log.try_clone().expect("a file can be shared")).stderr(log);
-        let child = command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
-        self.services.push(Service(child));
+        self.services.push(Service::start(command, &self.dir.path().join(format!("{name}.log"))));
     }
 
     fn controllers_named(&mut self, name: &str) {

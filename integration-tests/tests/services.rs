@@ -3,37 +3,19 @@
 
 use std::{
     fs,
-    net::TcpListener,
     path::Path,
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
-use baton_integration_tests::{binary, chat, eventually, folder, model, process, required};
+use baton_integration_tests::{
+    binary, chat, eventually, folder, model,
+    process::{self, Service, free_address},
+    required,
+};
 use baton_proto::v1::{self, fleet_admin_client::FleetAdminClient};
 use rustix::process::Signal;
 use serde_json::Value;
-
-/// A child that does not outlive its test.
-struct Service(Child);
-
-impl Drop for Service {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-fn start(command: &mut Command, log: &Path) -> Service {
-    let log = fs::File::create(log).expect("a log file");
-    command.stdin(Stdio::null()).stdout(log.try_clone().expect("a file can be shared")).stderr(log);
-    Service(command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}")))
-}
-
-fn free_address() -> String {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
-    listener.local_addr().expect("it has an address").to_string()
-}
 
 fn etcd(dir: &Path, client: &str) -> Service {
     let peer = free_address();
@@ -48,7 +30,7 @@ fn etcd(dir: &Path, client: &str) -> Service {
         etcd.args([flag, &format!("http://{address}")]);
     }
     etcd.arg(format!("--initial-cluster=default=http://{peer}"));
-    start(&mut etcd, &dir.join("etcd.log"))
+    Service::start(&mut etcd, &dir.join("etcd.log"))
 }
 
 async fn ctl(controller: &str, what: &str) -> Option<Vec<Value>> {
@@ -86,12 +68,12 @@ async fn three_services_and_etcd() {
          [store]\nkind = \"etcd\"\netcd.endpoints = [\"{etcd_at}\"]\n"
     );
     fs::write(&config, text).expect("a file");
-    let mut controller = start(
+    let mut controller = Service::start(
         Command::new(binary("baton-controller")).arg("--config").arg(&config),
         &dir.join("controller.log"),
     );
     // By environment.
-    let _coordinator = start(
+    let _coordinator = Service::start(
         Command::new(binary("baton-coordinator"))
             .env("BATON_COORDINATOR__STORE__ETCD__ENDPOINTS", &etcd_at)
             .env("BATON_COORDINATOR__MODEL__PATH", model())
@@ -101,7 +83,7 @@ async fn three_services_and_etcd() {
     );
     // By flags.
     let mut servers = ["alpha", "beta"].map(|name| {
-        start(
+        Service::start(
             Command::new(binary("baton-server"))
                 .args([
                     "--instance-id",
@@ -177,7 +159,7 @@ async fn a_coordinator_follows_the_leader_and_is_missed_when_it_dies() {
         ];
         let mut command = Command::new(binary("baton-controller"));
         command.args(settings.iter().flat_map(|setting| ["--set", setting]));
-        start(&mut command, &dir.join(format!("{id}.log")))
+        Service::start(&mut command, &dir.join(format!("{id}.log")))
     };
     let coordinator = |id: &str| {
         let mut command = Command::new(binary("baton-coordinator"));
@@ -186,7 +168,7 @@ async fn a_coordinator_follows_the_leader_and_is_missed_when_it_dies() {
             .env("BATON_COORDINATOR__MODEL__PATH", model())
             .args(["--set", &format!("id={id}"), "--set", "advertise_host=a.b"])
             .args(["--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"]);
-        start(&mut command, &dir.join(format!("{id}.log")))
+        Service::start(&mut command, &dir.join(format!("{id}.log")))
     };
     let listed = async |at: &str, ids: &[&str]| {
         let what = format!("{ids:?} listed at {at}");

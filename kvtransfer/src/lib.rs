@@ -36,7 +36,7 @@
 //! ```
 //! use std::{net::TcpListener, ptr::NonNull, sync::Arc, time::{Duration, Instant}};
 //! use baton_kvtransfer::{
-//!     DataPortConfig, ExpectSpec, KvLayout, KvNode, Limits, NodeConfig, OfferSpec, Region, TransportConfig,
+//!     DataPortConfig, ExpectSpec, KvLayout, KvNode, Limits, NodeConfig, OfferSpec, Plaintext, Region, TransportConfig,
 //! };
 //! use baton_proto::{Incarnation, InstanceId, PromptDigest, TransferId};
 //! use tokio_util::sync::CancellationToken;
@@ -68,6 +68,7 @@
 //!     blocks: 10,
 //!     data_port: DataPortConfig::new(TcpListener::bind("127.0.0.1:0")?),
 //!     transports: vec![TransportConfig::Tcp { connections: 2 }],
+//!     dial: Arc::new(Plaintext),
 //!     secret: None,
 //!     convert: false,
 //!     lease,
@@ -146,8 +147,9 @@ pub use first_tokens::FirstTokens;
 pub use layout::KvLayout;
 pub use memory::{DeviceMemory, Region, Slices};
 pub use node::{
-    Direction, ExpectSpec, FleetSecret, HandoffService, Incoming, KvNode, Limits, NodeConfig, NodeStats,
-    OfferSpec, Outgoing, Progress, Reclaimed, Sealed, TransferStats, TransportConfig,
+    Dial, Dialling, Direction, ExpectSpec, FleetSecret, HandoffService, Incoming, KnownPeer, KvNode, Limits,
+    NodeConfig, NodeStats, OfferSpec, Outgoing, Plaintext, Progress, Reclaimed, Sealed, TransferStats,
+    TransportConfig,
 };
 pub use transport::{
     AscendConfig, DataPortConfig, Faults, TransportKind, TransportProbe, TransportStats, probe,

@@ -16,8 +16,8 @@ use std::{
 
 use baton_ascend_emulator::fault::{self, Fault};
 use baton_kvtransfer::{
-    AscendConfig, DataPortConfig, DeviceMemory, FleetSecret, KvNode, Limits, NodeConfig, TransferError,
-    TransportConfig,
+    AscendConfig, DataPortConfig, DeviceMemory, FleetSecret, KvNode, Limits, NodeConfig, Plaintext,
+    TransferError, TransportConfig,
 };
 use baton_proto::{Incarnation, TransferId, v1};
 use libloading::os::unix::{Library, Symbol};
@@ -245,6 +245,7 @@ async fn memory_of_a_device_does_not_travel_in_ways_that_the_cpu_must_read() {
         blocks: BLOCKS,
         data_port: DataPortConfig::new(listener),
         transports: vec![TransportConfig::Shm, TransportConfig::Tcp { connections: 1 }],
+        dial: Arc::new(Plaintext),
         secret: None,
         convert: false,
         lease: Duration::from_secs(5),

@@ -8,7 +8,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use baton_kvtransfer::{DataPortConfig, KvNode, Limits, NodeConfig, TransferError, TransportConfig};
+use baton_kvtransfer::{
+    DataPortConfig, KvNode, Limits, NodeConfig, Plaintext, TransferError, TransportConfig,
+};
 use baton_proto::{Incarnation, TransferId, v1};
 use support::{scripted::*, *};
 use tokio::{io::AsyncReadExt, sync::mpsc};
@@ -276,6 +278,7 @@ async fn limits_that_wait_less_than_a_lease_are_refused_by_name() {
             blocks: BLOCKS,
             data_port: DataPortConfig::new(TcpListener::bind("127.0.0.1:0").expect("a port")),
             transports: vec![TransportConfig::Tcp { connections: 1 }],
+            dial: Arc::new(Plaintext),
             secret: None,
             convert: false,
             lease,

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, ops::RangeInclusive, path::PathBuf, time::Duration};
 
 use baton_kvtransfer::{FleetSecret, TransportConfig};
-use baton_process::{Invalid, Listen, ProcessConfig, ServiceConfig, duration};
+use baton_process::{Invalid, Listen, ProcessConfig, ServiceConfig, TlsConfig, duration};
 use baton_proto::{GroupName, InstanceId};
 use baton_runtime::KvDtype;
 use serde::{Deserialize, Serialize};
@@ -53,6 +53,7 @@ pub struct ServerConfig {
     pub model: ModelConfig,
     pub runtime: RuntimeConfig,
     pub handoff: HandoffConfig,
+    pub tls: TlsConfig,
     pub process: ProcessConfig,
 }
 
@@ -135,6 +136,7 @@ impl Default for ServerConfig {
             model: ModelConfig::default(),
             runtime: RuntimeConfig::default(),
             handoff: HandoffConfig::default(),
+            tls: TlsConfig::default(),
             process: ProcessConfig::default(),
         }
     }
@@ -268,6 +270,7 @@ impl ServiceConfig for ServerConfig {
         if self.controllers.is_empty() && self.role.is_empty() {
             return Err(Invalid::new("controllers", "expected host:port of a controller, or set `role`"));
         }
+        self.tls.validate()?;
         self.runtime.kv_dtype()?;
         let positive = [
             ("runtime.max_sequences", self.runtime.max_sequences),

@@ -3,7 +3,7 @@
 
 use baton_checkpoint::CheckpointError;
 use baton_kvtransfer::TransferError;
-use baton_process::{Invalid, ListenError, ProcessError};
+use baton_process::{Invalid, ListenError, ProcessError, TlsError};
 use baton_proto::IdError;
 use baton_runtime::RuntimeError;
 
@@ -38,6 +38,8 @@ pub enum ServerError {
     EngineDied,
     #[error(transparent)]
     Replaced(#[from] Replaced),
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     #[error(transparent)]
     Process(#[from] ProcessError),
 }

@@ -11,9 +11,10 @@ use std::{
 };
 
 use baton_process::{
-    Process,
+    Process, Tls,
     grpc::{self, GrpcOptions, KeepAlive},
     http,
+    tls::{self, Allowed, Door},
 };
 use baton_proto::{FILE_DESCRIPTOR_SET, Incarnation, RoleEpoch};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -50,8 +51,19 @@ const LINGER: Duration = Duration::from_secs(2);
 /// How long an instance that has read its model waits for a controller to say whether its incarnation will do.
 const SETTLED_WITHIN: Duration = Duration::from_secs(5);
 
+/// Who may call what at the gRPC port.
+const DOOR: Door = Door {
+    calls: &[
+        ("/baton.v1.Inference/", Allowed::Roles(&[tls::Role::Coordinator])),
+        ("/baton.v1.KvCache/", Allowed::Roles(&[tls::Role::Coordinator])),
+        ("/baton.v1.Handoff/", Allowed::Roles(&[tls::Role::Server])),
+    ],
+    without_certificate: false,
+};
+
 /// Runs a server until its process is asked to stop.
 pub async fn run(process: Process<ServerConfig>) -> Result<(), ServerError> {
+    let tls = process.tls(&process.config.tls, tls::Role::Server)?;
     let listeners = Listeners::bind(&process.config)?;
     let plan = Plan::read(&process.config).await?;
     let mut facts = plan.facts(&process.config)?;
@@ -77,7 +89,8 @@ pub async fn run(process: Process<ServerConfig>) -> Result<(), ServerError> {
         let spec = plan.spec(&process.config, &facts, &listeners.endpoints);
         let (role, load, events) = (role.clone(), load.clone(), events.clone());
         let (settle, shutdown) = (Some(settle), goodbye.clone());
-        let session = Session { spec, settle, controllers, role, load, events, shutdown };
+        let dial = tls.dial(tls::Role::Controller);
+        let session = Session { spec, settle, controllers, dial, role, load, events, shutdown };
         let end = process.shutdown.clone();
         process.tasks.spawn(async move {
             let ended = session.run().await;
@@ -98,7 +111,7 @@ pub async fn run(process: Process<ServerConfig>) -> Result<(), ServerError> {
         let until_loaded = CancellationToken::new();
         let _ends_with_loading = until_loaded.clone().drop_guard();
         let listener = listeners.grpc.try_clone().map_err(|source| address("gRPC", source))?;
-        let options = grpc_options(&process, until_loaded.clone(), Duration::ZERO);
+        let options = grpc_options(&process, &tls, until_loaded.clone(), Duration::ZERO);
         let early = process.tasks.spawn(grpc::serve(listener, Routes::default(), options));
         let loaded = async {
             let executor = plan.load(events.clone()).await?;
@@ -123,6 +136,7 @@ pub async fn run(process: Process<ServerConfig>) -> Result<(), ServerError> {
             layout: plan.kv_layout(),
             limits: plan.limits(&process.config),
             handoff: process.config.handoff.clone(),
+            peers: tls.dial(tls::Role::Server),
             data_listener: listeners.data,
             data_endpoint: listeners.endpoints.data,
             commands,
@@ -131,7 +145,7 @@ pub async fn run(process: Process<ServerConfig>) -> Result<(), ServerError> {
             shared,
         })?;
         process.spawn_essential("engine", serving.engine_ended());
-        let options = grpc_options(&process, stop.clone(), LINGER);
+        let options = grpc_options(&process, &tls, stop.clone(), LINGER);
         process.spawn_essential("grpc", grpc::serve(listeners.grpc, serving.routes(), options));
         let _ = events.send(Event::Loaded).await;
         tracing::info!(
@@ -169,6 +183,7 @@ fn drain_of_legs(whole: Duration) -> Duration {
 
 fn grpc_options(
     process: &Process<ServerConfig>,
+    tls: &Tls,
     shutdown: CancellationToken,
     drain: Duration,
 ) -> GrpcOptions {
@@ -176,6 +191,8 @@ fn grpc_options(
         health: process.health.clone(),
         services: vec!["baton.v1.Inference", "baton.v1.Handoff", "baton.v1.KvCache"],
         descriptors: FILE_DESCRIPTOR_SET,
+        tls: tls.clone(),
+        door: DOOR,
         shutdown,
         drain,
         keep_alive: keep_alive(process.config.handoff.lease),

@@ -4,10 +4,12 @@
 
 use std::{future::Future, net::TcpListener, sync::Arc, thread::JoinHandle, time::Duration};
 
-use baton_kvtransfer::{DataPortConfig, KvLayout, KvNode, Limits as TransferLimits, NodeConfig};
-use baton_process::Metrics;
+use baton_kvtransfer::{
+    DataPortConfig, Dialling, KnownPeer, KvLayout, KvNode, Limits as TransferLimits, NodeConfig,
+};
+use baton_process::{Metrics, tls};
 use baton_proto::{
-    BlockHash,
+    BlockHash, InstanceId,
     v1::{inference_server::InferenceServer, kv_cache_server::KvCacheServer},
 };
 use baton_runtime::Executor;
@@ -16,7 +18,11 @@ use tokio::{
     sync::{mpsc, oneshot, watch},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tonic::service::Routes;
+use tonic::{
+    Request, Status,
+    service::{Routes, interceptor::InterceptedService},
+    transport::Endpoint,
+};
 
 use crate::{
     config::HandoffConfig,
@@ -60,6 +66,8 @@ pub struct ServingParts {
     pub layout: KvLayout,
     pub limits: Limits,
     pub handoff: HandoffConfig,
+    /// The way to other servers.
+    pub peers: tls::Dial,
     pub data_listener: TcpListener,
     /// host:port at which peers reach `data_listener`.
     pub data_endpoint: String,
@@ -67,6 +75,28 @@ pub struct ServingParts {
     pub load: watch::Sender<Load>,
     pub metrics: Metrics,
     pub shared: Shared,
+}
+
+/// Tells the transfer node whom a server's certificate names.
+fn known_peer(mut request: Request<()>) -> Result<Request<()>, Status> {
+    if let tls::Peer::Named(identity) = tls::Peer::of(&request)
+        && let Some(name) = &identity.name
+    {
+        let id = InstanceId::new(name.as_str());
+        let id = id.map_err(|error| Status::permission_denied(format!("the certificate's name: {error}")))?;
+        request.extensions_mut().insert(KnownPeer(id));
+    }
+    Ok(request)
+}
+
+/// Dials other servers as the whole process does.
+struct Peers(tls::Dial);
+
+impl baton_kvtransfer::Dial for Peers {
+    fn dial(&self, peer: Endpoint) -> Dialling {
+        let dial = self.0.clone();
+        Box::pin(async move { dial.connect(peer).await })
+    }
 }
 
 /// See the module.
@@ -117,6 +147,7 @@ impl Serving {
                 blocks,
                 data_port,
                 transports: parts.handoff.transports()?,
+                dial: Arc::new(Peers(parts.peers)),
                 secret: parts.handoff.secret()?,
                 convert: parts.handoff.convert,
                 lease: parts.handoff.lease,
@@ -174,7 +205,7 @@ impl Serving {
         let inference =
             InferenceServer::new(self.inference.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES);
         Routes::new(inference)
-            .add_service(self.node.handoff_service())
+            .add_service(InterceptedService::new(self.node.handoff_service(), known_peer))
             .add_service(KvCacheServer::new(self.kv_cache.clone()))
     }
 

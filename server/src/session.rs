@@ -9,6 +9,7 @@
 
 use std::time::Duration;
 
+use baton_process::{one_line, tls::Dial};
 use baton_proto::{Incarnation, LEADER_METADATA, RoleEpoch, v1};
 use futures::StreamExt;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -47,6 +48,8 @@ pub struct Session {
     pub settle: Option<oneshot::Sender<Incarnation>>,
     /// host:port each.
     pub controllers: Vec<String>,
+    /// The way to them.
+    pub dial: Dial,
     pub role: watch::Receiver<RoleView>,
     pub load: watch::Receiver<Load>,
     pub events: mpsc::Sender<Event>,
@@ -65,9 +68,9 @@ pub struct Replaced {
 /// Why a session ended, for the log.
 #[derive(Debug, thiserror::Error)]
 enum Broken {
-    #[error("cannot connect: {0}")]
+    #[error("cannot connect: {}", one_line(.0))]
     Connect(#[source] tonic::transport::Error),
-    #[error("{0}")]
+    #[error("{}", one_line(.0))]
     Status(#[from] tonic::Status),
     #[error("no answer in time")]
     Silent,
@@ -143,7 +146,7 @@ impl Session {
         let hello = v1::InstanceHello { spec: Some(self.spec.clone()), beat: Some(self.beat()) };
         reports.send(v1::instance_report::Report::Hello(hello)).await?;
         let open = async {
-            let mut orders = connect(controller, patience, outgoing).await?;
+            let mut orders = connect(&self.dial, controller, patience, outgoing).await?;
             let first = orders.message().await?.and_then(|order| order.order);
             Ok::<_, Broken>((orders, first))
         };
@@ -270,18 +273,17 @@ fn news(view: &RoleView) -> (Role, RoleEpoch, Phase) {
 }
 
 async fn connect(
+    dial: &Dial,
     controller: &str,
     patience: Patience,
     reports: mpsc::Receiver<v1::InstanceReport>,
 ) -> Result<Streaming<v1::ControllerOrder>, Broken> {
-    let channel = Endpoint::from_shared(format!("http://{controller}"))
+    let endpoint = Endpoint::from_shared(format!("http://{controller}"))
         .map_err(Broken::Connect)?
         .http2_keep_alive_interval(patience.keep_alive())
         .keep_alive_timeout(patience.keep_alive())
-        .keep_alive_while_idle(true)
-        .connect()
-        .await
-        .map_err(Broken::Connect)?;
+        .keep_alive_while_idle(true);
+    let channel = dial.connect(endpoint).await.map_err(Broken::Connect)?;
     let mut client = v1::control_client::ControlClient::new(channel);
     Ok(client.session(ReceiverStream::new(reports)).await?.into_inner())
 }

@@ -1,8 +1,10 @@
-//! Who may ask and who may change: viewers and admins, told by the tokens in a file.
+//! Who may ask and who may change: viewers and admins, told by their certificate, or by the tokens in a file.
+//!
+//! Over TLS a certificate of an admin or a viewer says who calls. Of others the token does.
 //!
 //! The file `admin.tokens_file` has a line for each token: a name, `viewer` or `admin`, and the SHA-256 of the token in
-//! hex, so that the file gives no token away. It is read again whenever it has changed. Without a file whoever calls
-//! from this machine (over loopback) is an admin, and nobody else is let in.
+//! hex, so that the file gives no token away. It is read again whenever it has changed. Without a file, and without TLS,
+//! whoever calls from this machine (over loopback) is an admin, and nobody else is let in.
 
 use std::{
     fmt,
@@ -11,6 +13,7 @@ use std::{
     time::SystemTime,
 };
 
+use baton_process::tls::{Identity, Peer, Role};
 use baton_proto::{ApiError, ErrorCode};
 use sha2::{Digest, Sha256};
 use tonic::{Request, Status};
@@ -113,22 +116,24 @@ impl fmt::Debug for Access {
 }
 
 impl Access {
-    /// By the tokens in this file; none = whoever is on this machine.
+    /// By the tokens in this file; none = by certificate, or without TLS whoever is on this machine.
     pub fn new(path: Option<PathBuf>) -> Result<Self, AccessError> {
         let none = Tokens { changed: None, tokens: Vec::new() };
         let tokens = path.as_deref().map_or(Ok(none), Tokens::read)?;
         Ok(Self { path, tokens: Mutex::new(tokens) })
     }
 
-    /// Who calls, if they may do this. Errors: `UNAUTHENTICATED` without a token that is known, `PERMISSION_DENIED` for
-    /// a viewer who would change something.
+    /// Who calls, if they may do this. Errors: `UNAUTHENTICATED` without a certificate or token that is known,
+    /// `PERMISSION_DENIED` for a viewer who would change something.
     pub fn check<T>(&self, request: &Request<T>, needed: Right) -> Result<Actor, Status> {
-        let actor = match &self.path {
-            None => local(request)?,
-            Some(path) => self.bearer(path, request)?,
+        let peer = Peer::of(request);
+        let actor = match (certified(&peer), &self.path) {
+            (Some(actor), _) => actor,
+            (None, Some(path)) => self.bearer(path, request)?,
+            (None, None) => local(request, &peer)?,
         };
         if actor.right < needed {
-            let message = format!("{} may look but not change: ask with the token of an admin", actor.name);
+            let message = format!("{} may look but not change: ask as an admin", actor.name);
             return Err(Status::permission_denied(message));
         }
         Ok(actor)
@@ -137,7 +142,9 @@ impl Access {
     fn bearer<T>(&self, path: &Path, request: &Request<T>) -> Result<Actor, Status> {
         let header = request.metadata().get("authorization").and_then(|value| value.to_str().ok());
         let Some(token) = header.and_then(|value| value.strip_prefix("Bearer ")) else {
-            return Err(Status::unauthenticated("a token is needed: give its file with --token-file"));
+            return Err(Status::unauthenticated(
+                "a token, or the certificate of an admin or viewer, is needed",
+            ));
         };
         // What is compared is the hash of what came: the time that takes says nothing of the token.
         let hash = Sha256::digest(token.trim().as_bytes());
@@ -158,8 +165,24 @@ impl Access {
     }
 }
 
-/// Without tokens: who is on this machine may do everything.
-fn local<T>(request: &Request<T>) -> Result<Actor, Status> {
+/// An operator who shows so by a certificate.
+fn certified(peer: &Peer) -> Option<Actor> {
+    let Peer::Named(identity) = peer else { return None };
+    let Identity { role, name, .. } = &**identity;
+    let right = match role {
+        Role::Admin => Right::Admin,
+        Role::Viewer => Right::Viewer,
+        Role::Controller | Role::Coordinator | Role::Server => return None,
+    };
+    Some(Actor { name: name.clone().unwrap_or_else(|| role.to_string()), right })
+}
+
+/// Without tokens, and without TLS: who is on this machine may do everything.
+fn local<T>(request: &Request<T>, peer: &Peer) -> Result<Actor, Status> {
+    if *peer != Peer::Plaintext {
+        let message = format!("this is for certificates of admins and viewers, not for {peer}");
+        return Err(Status::permission_denied(message));
+    }
     // No address: a call within the process, as in tests.
     if request.remote_addr().is_none_or(|address| address.ip().to_canonical().is_loopback()) {
         return Ok(Actor { name: "local".to_owned(), right: Right::Admin });
@@ -241,5 +264,31 @@ mod tests {
         assert_eq!(from("127.0.0.1:9").expect("local").name, "local");
         assert!(from("[::1]:9").is_ok() && from("[::ffff:127.0.0.1]:9").is_ok());
         assert_eq!(from("10.0.0.7:9").expect_err("a stranger").code(), tonic::Code::Unauthenticated);
+    }
+    #[test]
+    fn a_certificate_says_what_its_holder_may() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("tokens");
+        std::fs::write(&path, line("bob", "admin", "b")).expect("a file");
+        let (tokens, none) = (Access::new(Some(path)).expect("good"), Access::new(None).expect("good"));
+        let by = |uri: &str, mut request: Request<()>| {
+            let identity = uri.parse().expect("an identity");
+            request.extensions_mut().insert(Peer::Named(std::sync::Arc::new(identity)));
+            request
+        };
+        let (alice, server) = ("spiffe://x/baton/admin/alice", "spiffe://x/baton/server/a");
+        for access in [&tokens, &none] {
+            let actor = access.check(&by(alice, Request::new(())), Right::Admin).expect("an admin");
+            assert_eq!(actor.name, "alice");
+            let viewer = by("spiffe://x/baton/viewer", with("b"));
+            assert_eq!(access.check(&viewer, Right::Viewer).expect("a viewer").name, "viewer");
+            let refused = access.check(&viewer, Right::Admin).expect_err("whatever the token");
+            assert_eq!(refused.code(), tonic::Code::PermissionDenied);
+            assert!(access.check(&by(server, Request::new(())), Right::Viewer).is_err());
+        }
+        assert_eq!(tokens.check(&by(server, with("b")), Right::Admin).expect("by token").name, "bob");
+        let mut nobody = Request::new(());
+        nobody.extensions_mut().insert(Peer::Nameless("no certificate was shown".into()));
+        assert!(none.check(&nobody, Right::Viewer).is_err(), "though it is on this machine");
     }
 }

@@ -6,6 +6,7 @@
 
 use std::time::Duration;
 
+use baton_process::tls::Peer;
 use baton_proto::{
     ApiError, CoordinatorBeat, CoordinatorId, CoordinatorSpec, ErrorCode, LeaderEpoch, LinkUse, WireError,
     v1::{self, coordinator_report::Report as Wire},
@@ -16,10 +17,10 @@ use tokio::{
     time::{Instant, timeout},
 };
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Status, Streaming};
+use tonic::{Request, Status, Streaming};
 use tracing::{debug, info};
 
-use super::{ControlService, HELLO_TIMEOUT, invalid, millis, not_leading, unix_millis};
+use super::{ControlService, HELLO_TIMEOUT, invalid, is_itself, millis, not_leading, unix_millis};
 use crate::{
     coordinators::{Coordinators, Hello},
     desk::Message,
@@ -35,12 +36,15 @@ const ANSWERS: usize = 2;
 
 pub(super) async fn coordinate(
     service: &ControlService,
-    mut reports: Streaming<v1::CoordinatorReport>,
+    request: Request<Streaming<v1::CoordinatorReport>>,
 ) -> Result<Orders, Status> {
     let Some(inbox) = service.desk.inbox() else { return Err(not_leading(&*service.store).await) };
+    let peer = Peer::of(&request);
+    let mut reports = request.into_inner();
     let (spec, beat) = timeout(HELLO_TIMEOUT, hello(&mut reports))
         .await
         .map_err(|_| Status::from(ApiError::new(ErrorCode::DeadlineExceeded, "no hello came in time")))??;
+    is_itself(&peer, spec.id.as_str())?;
     let reporter = Reporter {
         coordinators: service.coordinators.clone(),
         epoch: inbox.epoch,

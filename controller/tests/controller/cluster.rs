@@ -8,7 +8,7 @@ use std::{
 };
 
 use baton_controller::{ControllerConfig, Parts, config::StoreKind, open_store};
-use baton_process::{HealthHandle, Metrics};
+use baton_process::{HealthHandle, Metrics, Tls};
 use baton_proto::v1::{
     self, control_client::ControlClient, controller_order, fleet_admin_client::FleetAdminClient,
     instance_report,
@@ -92,6 +92,7 @@ impl Node {
             runtime.spawn(async move {
                 let store = before(open_store(&config, &shutdown, &tasks).expect("a store"));
                 let parts = Parts {
+                    tls: Tls::plaintext(),
                     config,
                     store,
                     metrics,

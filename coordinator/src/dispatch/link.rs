@@ -16,6 +16,7 @@ use std::{
     },
 };
 
+use baton_process::{one_line, tls::Dial};
 use baton_proto::{ApiError, CoordinatorId, ErrorCode, Incarnation, InstanceId, LegId, v1};
 use baton_registry::ObservedStatus;
 use parking_lot::Mutex;
@@ -244,9 +245,9 @@ impl Drop for LegGuard {
 /// Why a stream ended or was not opened; for the log only.
 #[derive(Debug, thiserror::Error)]
 enum BreakReason {
-    #[error("cannot connect to {endpoint}: {source}")]
+    #[error("cannot connect to {endpoint}: {}", one_line(.source))]
     Connect { endpoint: String, source: tonic::transport::Error },
-    #[error("no stream: {} {}", .0.code(), .0.message())]
+    #[error("no stream: {}", one_line(.0.as_ref()))]
     Attach(#[from] Box<tonic::Status>),
     #[error("no welcome within the time")]
     NoWelcome,
@@ -274,6 +275,8 @@ pub struct LinkTask {
     pub board: Arc<Board>,
     pub coordinator: CoordinatorId,
     pub config: FleetConfig,
+    /// The way to this instance.
+    pub dial: Dial,
     pub target: watch::Receiver<Target>,
     pub stop: CancellationToken,
 }
@@ -327,16 +330,14 @@ impl LinkTask {
     async fn attach(&mut self) -> Result<Attached, BreakReason> {
         let target = self.target.borrow_and_update().clone();
         let failed = |source| BreakReason::Connect { endpoint: target.endpoint.clone(), source };
-        let channel = Endpoint::from_shared(format!("http://{}", target.endpoint))
+        let endpoint = Endpoint::from_shared(format!("http://{}", target.endpoint))
             .map_err(failed)?
             .connect_timeout(self.config.connect_timeout)
             .http2_keep_alive_interval(self.config.keep_alive)
             .keep_alive_timeout(self.config.keep_alive)
             .keep_alive_while_idle(true)
-            .tcp_nodelay(true)
-            .connect()
-            .await
-            .map_err(failed)?;
+            .tcp_nodelay(true);
+        let channel = self.dial.connect(endpoint).await.map_err(failed)?;
         let mut client = InferenceClient::new(channel).max_decoding_message_size(INBOUND_BYTES_MOST);
         let (outbound, frames) = mpsc::channel(OUTBOUND_FRAMES);
         let hello = v1::attach_request::Hello { coordinator_id: self.coordinator.to_string() };

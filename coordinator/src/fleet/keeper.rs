@@ -6,6 +6,7 @@
 
 use std::{collections::HashMap, sync::Arc};
 
+use baton_process::tls::Dial;
 use baton_proto::{CoordinatorId, InstanceId};
 use baton_registry::{FleetSnapshot, Revision};
 use parking_lot::RwLock;
@@ -64,6 +65,8 @@ pub struct Keeper {
     pub coordinator: CoordinatorId,
     pub config: FleetConfig,
     pub metrics: Arc<Metrics>,
+    /// The way to instances.
+    pub dial: Dial,
     /// The store's list.
     pub listed: watch::Receiver<Arc<FleetSnapshot>>,
     pub tasks: TaskTracker,
@@ -143,6 +146,7 @@ impl Keeper {
 
     fn start(&self, instance: InstanceId, target: Target) -> Entry {
         let (target, receiver) = watch::channel(target);
+        let dial = self.dial.clone().named(instance.as_str());
         let link = Link::new(instance, self.metrics.clone());
         // Not a child of the shutdown token: requests in flight drain over the links first.
         let stop = CancellationToken::new();
@@ -151,6 +155,7 @@ impl Keeper {
             board: self.board.clone(),
             coordinator: self.coordinator.clone(),
             config: self.config.clone(),
+            dial,
             target: receiver,
             stop: stop.clone(),
         };

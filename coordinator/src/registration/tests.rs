@@ -1,5 +1,6 @@
 //! Scripted controllers take the registration.
 
+use baton_process::{Tls, tls::Role};
 use baton_proto::{ApiError, CoordinatorId, ErrorCode, InstanceId, LinkUse};
 use baton_registry::Leader;
 use prometheus_client::registry::Registry;
@@ -123,6 +124,7 @@ fn rig(controllers: Controllers) -> Rig {
     let (handoffs, shutdown, stop) =
         (Arc::<Handoffs>::default(), CancellationToken::new(), CancellationToken::new());
     let registration = Registration {
+        dial: Tls::plaintext().dial(Role::Controller),
         spec: CoordinatorSpec {
             id: CoordinatorId::new("coordinator-3").expect("a good id"),
             incarnation: Incarnation(7),

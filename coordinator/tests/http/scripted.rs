@@ -10,7 +10,7 @@ use baton_coordinator::{
     serve::Service,
     text::TextStops,
 };
-use baton_process::HealthHandle;
+use baton_process::{HealthHandle, Tls};
 use baton_proto::{ApiError, ErrorCode, InstanceId, InstanceSpec, ModelIdentity, v1};
 use baton_registry::{
     FleetWatch, FleetWatchConfig, MemoryConfig, MemoryStore, Revision, Store, Txn, keys,
@@ -302,6 +302,7 @@ impl Cluster {
         let shared: Arc<dyn Store> = Arc::new(store.clone());
         let fleet = FleetWatch::start(shared, FleetWatchConfig::default(), shutdown.clone(), &tasks);
         let parts = Parts {
+            tls: Tls::plaintext(),
             served,
             fleet,
             metrics: baton_process::Metrics::new("coordinator"),

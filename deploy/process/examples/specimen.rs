@@ -3,7 +3,9 @@
 
 use std::{process::ExitCode, time::Duration};
 
-use baton_process::{CommonArgs, Listen, Process, ProcessConfig, ProcessError, ServiceConfig, grpc, http};
+use baton_process::{
+    CommonArgs, Listen, Process, ProcessConfig, ProcessError, ServiceConfig, Tls, grpc, http, tls::Door,
+};
 use clap::Parser;
 use serde::{Deserialize, Serialize};
 use tonic::service::Routes;
@@ -53,6 +55,8 @@ async fn specimen(process: Process<Specimen>) -> Result<(), ProcessError> {
         health: process.health.clone(),
         services: vec!["baton.v1.Inference"],
         descriptors: baton_proto::FILE_DESCRIPTOR_SET,
+        tls: Tls::plaintext(),
+        door: Door::default(),
         shutdown: process.shutdown.clone(),
         drain: process.drain(),
         keep_alive: grpc::KeepAlive::default(),

@@ -49,7 +49,7 @@ pub enum ProcessError {
 }
 
 /// The error and its causes on one line, without repeating what a message already holds.
-pub(crate) fn one_line(error: &(dyn std::error::Error + 'static)) -> String {
+pub fn one_line(error: &(dyn std::error::Error + 'static)) -> String {
     let mut line = error.to_string();
     let mut cause = error.source();
     while let Some(next) = cause {

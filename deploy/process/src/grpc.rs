@@ -1,10 +1,10 @@
-//! A gRPC server as every Baton process runs one: the service's own routes, health (grpc.health.v1), reflection,
-//! keep-alive, and a graceful end that a lingering stream cannot hold up.
+//! A gRPC server as every Baton process runs one: TLS and who may call what, the service's own routes, health
+//! (grpc.health.v1), reflection, keep-alive, and a graceful end that a lingering stream cannot hold up.
 
 use std::{net::TcpListener, time::Duration};
 
 use tokio::sync::watch;
-use tokio_util::sync::CancellationToken;
+use tokio_util::{either::Either, sync::CancellationToken};
 use tonic::{
     service::Routes,
     transport::{Server, server::TcpIncoming},
@@ -14,7 +14,7 @@ use tonic_health::{
     server::{HealthReporter, health_reporter},
 };
 
-use crate::{Health, HealthHandle, ProcessError};
+use crate::{Health, HealthHandle, ProcessError, Tls, tls::Door};
 
 /// Frames of one peer in flight; bounds what a slow reader can make us hold.
 const STREAM_WINDOW_BYTES: u32 = 1 << 20;
@@ -28,6 +28,9 @@ pub struct GrpcOptions {
     pub services: Vec<&'static str>,
     /// Encoded `FileDescriptorSet` for reflection.
     pub descriptors: &'static [u8],
+    pub tls: Tls,
+    /// Who may call what, where it is TLS.
+    pub door: Door,
     pub shutdown: CancellationToken,
     /// How long calls may go on after `shutdown`; those that have not ended then are cut off.
     pub drain: Duration,
@@ -72,14 +75,19 @@ pub async fn serve(listener: TcpListener, routes: Routes, options: GrpcOptions) 
     let reflection_v1alpha = reflection().build_v1alpha().map_err(|error| setup(error.into()))?;
     let routes =
         routes.add_service(health_service).add_service(reflection_v1).add_service(reflection_v1alpha);
+    let routes = options.tls.guarded(routes, options.door);
 
-    let server = Server::builder()
+    let router = Server::builder()
         .http2_keepalive_interval(Some(interval))
         .http2_keepalive_timeout(Some(timeout))
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-        .add_routes(routes)
-        .serve_with_incoming_shutdown(incoming, options.shutdown.clone().cancelled_owned());
+        .add_routes(routes);
+    let ended = options.shutdown.clone().cancelled_owned();
+    let server = match options.tls.incoming(incoming, options.door) {
+        Either::Left(secured) => Either::Left(router.serve_with_incoming_shutdown(secured, ended)),
+        Either::Right(plaintext) => Either::Right(router.serve_with_incoming_shutdown(plaintext, ended)),
+    };
     let cut_off = async {
         options.shutdown.cancelled().await;
         tokio::time::sleep(options.drain).await;

@@ -2,8 +2,8 @@
 //!
 //! A binary's `main` parses its flags and calls [`run`]; everything else is handed to it in a [`Process`]. The modules
 //! stand in the order a process meets them: flags and configuration ([`args`], [`config`]), logs and traces
-//! ([`telemetry`]), signals (`signals`), the life itself ([`run`]), its sockets ([`listen`]), what it serves
-//! ([`grpc`], [`http`]), and what it shows of itself ([`health`], [`metrics`]).
+//! ([`telemetry`]), signals (`signals`), the life itself ([`run`]), its sockets ([`listen`]), who it is to others and they
+//! to it ([`tls`]), what it serves ([`grpc`], [`http`]), and what it shows of itself ([`health`], [`metrics`]).
 
 pub mod args;
 pub mod config;
@@ -19,11 +19,13 @@ mod nearest;
 mod settings;
 mod signals;
 pub mod telemetry;
+pub mod tls;
 
 pub use args::CommonArgs;
-pub use error::{ConfigError, ProcessError};
+pub use error::{ConfigError, ProcessError, one_line};
 pub use health::{Health, HealthHandle};
 pub use life::{Process, run};
 pub use listen::{Listen, ListenError};
 pub use metrics::Metrics;
 pub use settings::{Invalid, LogConfig, LogFormat, OtlpConfig, ProcessConfig, ServiceConfig, ShutdownConfig};
+pub use tls::{Tls, TlsConfig, TlsError};

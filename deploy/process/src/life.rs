@@ -13,8 +13,8 @@ use tokio::runtime::Runtime;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
-    CommonArgs, ConfigError, HealthHandle, Metrics, ProcessError, ServiceConfig, config, error::one_line,
-    settings::Invalid, signals, telemetry::Telemetry,
+    CommonArgs, ConfigError, HealthHandle, Metrics, ProcessError, ServiceConfig, Tls, TlsConfig, TlsError,
+    config, error::one_line, settings::Invalid, signals, telemetry::Telemetry, tls::Role,
 };
 
 /// What a service's main is given. Cheap to clone in its parts.
@@ -34,6 +34,11 @@ impl<T: ServiceConfig> Process<T> {
     /// How long running work may take once `shutdown` is cancelled.
     pub fn drain(&self) -> Duration {
         self.config.process().shutdown.drain
+    }
+
+    /// Reads the TLS files of a process with this role; they are followed until the shutdown.
+    pub fn tls(&self, config: &TlsConfig, own: Role) -> Result<Tls, TlsError> {
+        Tls::start(config, own, &self.metrics, &self.shutdown, &self.tasks)
     }
 
     /// Spawns a task without which the process is of no use: its error or panic stops the process with status 1, and

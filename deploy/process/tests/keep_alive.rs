@@ -4,8 +4,9 @@
 use std::{net::SocketAddr, time::Duration};
 
 use baton_process::{
-    HealthHandle,
+    HealthHandle, Tls,
     grpc::{self, GrpcOptions, KeepAlive},
+    tls::Door,
 };
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
@@ -44,6 +45,8 @@ impl Watched {
             health: health.clone(),
             services: Vec::new(),
             descriptors: baton_proto::FILE_DESCRIPTOR_SET,
+            tls: Tls::plaintext(),
+            door: Door::default(),
             shutdown: stop.clone(),
             drain: Duration::ZERO,
             keep_alive: KeepAlive { interval: INTERVAL, timeout },

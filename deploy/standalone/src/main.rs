@@ -54,6 +54,6 @@ fn done(_: ()) -> ExitCode {
 }
 
 fn fail(error: &(dyn std::error::Error + 'static)) -> ExitCode {
-    screen::complain(&format!("error: {}", screen::one_line(error)));
+    screen::complain(&format!("error: {}", baton_process::one_line(error)));
     ExitCode::FAILURE
 }

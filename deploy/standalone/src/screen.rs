@@ -71,17 +71,3 @@ pub(crate) fn say(text: &str) {
 pub(crate) fn say_if_read(text: &str) -> bool {
     writeln!(std::io::stdout(), "{text}").is_ok()
 }
-
-/// An error and its causes on one line, without repeating what a message already holds.
-pub(crate) fn one_line(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut line = error.to_string();
-    let mut cause = error.source();
-    while let Some(next) = cause {
-        let text = next.to_string();
-        if !line.contains(&text) {
-            line = format!("{line}: {text}");
-        }
-        cause = next.source();
-    }
-    line.split_whitespace().collect::<Vec<_>>().join(" ")
-}

@@ -3,7 +3,7 @@
 use std::{fs::File, net::TcpListener, ptr::NonNull, sync::Arc, time::Duration};
 
 use baton_kvtransfer::{
-    DataPortConfig, KvLayout, KvNode, Limits, NodeConfig, Region, TransportConfig, TransportKind,
+    DataPortConfig, KvLayout, KvNode, Limits, NodeConfig, Plaintext, Region, TransportConfig, TransportKind,
 };
 use baton_proto::{Incarnation, InstanceId};
 use memmap2::MmapMut;
@@ -55,6 +55,7 @@ pub(crate) fn node(setup: &Setup, stop: CancellationToken) -> Result<KvNode, Ben
         blocks: setup.blocks,
         data_port: DataPortConfig::new(listener),
         transports: vec![transport],
+        dial: Arc::new(Plaintext),
         secret: None,
         convert: false,
         lease: LEASE,

@@ -1,8 +1,9 @@
-//! How a node is set up: its identity, its memory, how it may send.
+//! How a node is set up: its identity, its memory, how it may send and reach its peers.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{fmt, pin::Pin, sync::Arc, time::Duration};
 
 use baton_proto::{Incarnation, InstanceId};
+use tonic::transport::{Channel, Endpoint, Error};
 
 use super::{limits::Limits, secret::FleetSecret, transfer::Reclaimed};
 use crate::{
@@ -26,6 +27,8 @@ pub struct NodeConfig {
     pub data_port: DataPortConfig,
     /// How slices may travel, the best first; each kind once. What cannot be had on this host is left out and logged.
     pub transports: Vec<TransportConfig>,
+    /// How control streams to peers are connected: [`Plaintext`], or as whoever serves [`super::HandoffService`] wants.
+    pub dial: Arc<dyn Dial>,
     /// Shared by the fleet; a peer that does not show it is refused. `None` = whoever reaches the port is believed.
     pub secret: Option<FleetSecret>,
     /// Whether caches of another type (bf16, int8) are taken in and converted, which changes values. Other blocks and
@@ -55,6 +58,25 @@ impl fmt::Debug for NodeConfig {
             .field("lease", &self.lease)
             .field("limits", &self.limits)
             .finish_non_exhaustive()
+    }
+}
+
+/// A connection on its way.
+pub type Dialling = Pin<Box<dyn Future<Output = Result<Channel, Error>> + Send>>;
+
+/// Connects to the `Handoff` services of peers.
+pub trait Dial: Send + Sync {
+    /// To `http://HOST:PORT`, with what the endpoint says of timeouts and probes. An error is tried again.
+    fn dial(&self, peer: Endpoint) -> Dialling;
+}
+
+/// In plaintext, whoever answers.
+#[derive(Debug, Clone, Copy)]
+pub struct Plaintext;
+
+impl Dial for Plaintext {
+    fn dial(&self, peer: Endpoint) -> Dialling {
+        Box::pin(async move { peer.connect().await })
     }
 }
 

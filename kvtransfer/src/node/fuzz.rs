@@ -84,6 +84,7 @@ impl Stage {
             blocks: POOL,
             data_port: DataPortConfig::new(listener),
             transports: vec![TransportConfig::Tcp { connections: 1 }],
+            dial: Arc::new(Plaintext),
             secret: None,
             convert: true,
             lease: LEASE,

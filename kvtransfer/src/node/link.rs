@@ -269,17 +269,15 @@ impl Link {
     /// Connects and exchanges hellos.
     async fn open(&self, node: &Arc<Node>) -> Result<(Streaming<v1::ReceiverMessage>, LinkUp, Route), Break> {
         let unreachable = |error: &dyn std::error::Error| Break::Unreachable(innermost(error));
-        let channel = Endpoint::from_shared(format!("http://{}", self.endpoint))
+        let peer = Endpoint::from_shared(format!("http://{}", self.endpoint))
             .map_err(|error| {
                 Break::Refused(TransferError::Invalid(format!("peer {}: {error}", self.endpoint)))
             })?
             .connect_timeout(node.limits.handshake)
             .tcp_nodelay(true)
             .http2_keep_alive_interval(node.limits.keep_alive)
-            .keep_alive_timeout(node.limits.keep_alive_timeout)
-            .connect()
-            .await
-            .map_err(|error| unreachable(&error))?;
+            .keep_alive_timeout(node.limits.keep_alive_timeout);
+        let channel = node.dial.dial(peer).await.map_err(|error| unreachable(&error))?;
         let (sender, queue) = mpsc::channel(node.limits.control_queue());
         let say = |body| {
             let message = v1::SenderMessage { transfer_id: wire_id(None), body: Some(body) };

@@ -49,12 +49,12 @@ use baton_proto::{ApiError, TransferId, v1};
 use tokio::{runtime::Handle, sync::Notify};
 use tokio_util::sync::CancellationToken;
 
-pub use config::{NodeConfig, TransportConfig};
+pub use config::{Dial, Dialling, NodeConfig, Plaintext, TransportConfig};
 pub use incoming::Incoming;
 pub use limits::Limits;
 pub use outgoing::{Outgoing, Progress};
 pub use secret::FleetSecret;
-pub use service::HandoffService;
+pub use service::{HandoffService, KnownPeer};
 pub use stats::NodeStats;
 pub use transfer::{Direction, ExpectSpec, OfferSpec, Reclaimed, Sealed, TransferStats};
 
@@ -88,6 +88,7 @@ pub struct KvNode {
 /// What all parts of a node share.
 struct Node {
     identity: Identity,
+    dial: Arc<dyn Dial>,
     layout: KvLayout,
     lease: Duration,
     limits: Limits,
@@ -139,6 +140,7 @@ impl KvNode {
         let remember = limits.remembered_transfers;
         let node = Arc::new(Node {
             identity: Identity { instance_id, incarnation, secret },
+            dial: config.dial,
             layout: config.layout,
             lease: config.lease,
             pool: Pool::new(slices, Claims::new(config.blocks), config.reclaim),

@@ -29,6 +29,11 @@ pub struct HandoffService {
     pub(super) node: Arc<Node>,
 }
 
+/// Who is at the other end of a request's connection, if whoever mounts the service knows: put among its extensions. A peer
+/// that calls itself otherwise is refused.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KnownPeer(pub InstanceId);
+
 #[tonic::async_trait]
 impl v1::handoff_server::Handoff for HandoffService {
     type ExchangeStream = Pin<Box<dyn Stream<Item = Result<v1::ReceiverMessage, Status>> + Send>>;
@@ -40,14 +45,20 @@ impl v1::handoff_server::Handoff for HandoffService {
         let node = self.node.clone();
         node.lifetime.check_running().map_err(|error| to_status(&error))?;
         let stranger = node.peers.stranger();
+        let known = request.extensions().get::<KnownPeer>().cloned();
         let mut incoming = request.into_inner();
         let hello = stranger.cut().run_until_cancelled(next(&node, &mut incoming, "the hello")).await;
         let hello = match hello.unwrap_or_else(|| Err(gave_way()))? {
             sender_message::Body::Hello(hello) => hello,
             _ => return Err(protocol("the first message must be a hello")),
         };
-        check_protocol(hello.protocol).map_err(|error| to_status(&error))?;
         let peer = InstanceId::new(hello.instance_id).map_err(|error| protocol(&error.to_string()))?;
+        if let Some(KnownPeer(known)) = known
+            && known != peer
+        {
+            return Err(Status::permission_denied(format!("{peer} says hello on a connection of {known}")));
+        }
+        check_protocol(hello.protocol).map_err(|error| to_status(&error))?;
         let layout = hello.layout.ok_or_else(|| protocol("the hello has no KV layout"))?;
         let layout = node.layout.of_peer(&layout).map_err(|error| to_status(&error))?;
         let plan = node.plan_from(&layout).map_err(|error| to_status(&error))?;

@@ -16,7 +16,7 @@ use std::{
 
 use baton_kvtransfer::{
     DataPortConfig, DeviceMemory, ExpectSpec, FleetSecret, KvLayout, KvNode, Limits, NodeConfig, OfferSpec,
-    Reclaimed, Region, TransportConfig, TransportKind,
+    Plaintext, Reclaimed, Region, TransportConfig, TransportKind,
 };
 use baton_proto::{Incarnation, InstanceId, PromptDigest, TransferId};
 use memmap2::MmapMut;
@@ -229,6 +229,7 @@ impl Peer {
             blocks: setup.blocks,
             data_port,
             transports: setup.transports,
+            dial: Arc::new(Plaintext),
             secret: setup.secret,
             convert: setup.convert,
             lease: setup.lease,

@@ -1,6 +1,7 @@
 //! A scripted controller drives the session.
 
 use super::*;
+use baton_process::{Tls, tls};
 use tokio::net::TcpListener;
 use tonic::{Request, Response, Status};
 
@@ -73,6 +74,7 @@ fn rig_calling(controllers: Vec<String>, sessions: mpsc::Receiver<Accepted>) -> 
     let shutdown = CancellationToken::new();
     let (settle, settled) = oneshot::channel();
     let session = Session {
+        dial: Tls::plaintext().dial(tls::Role::Controller),
         spec: v1::InstanceSpec { instance_id: "s".into(), incarnation: OWN, ..Default::default() },
         settle: Some(settle),
         controllers,

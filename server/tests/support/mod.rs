@@ -5,7 +5,7 @@
 
 use std::{collections::HashMap, net::TcpListener, sync::Arc, time::Duration};
 
-use baton_process::Metrics;
+use baton_process::{Metrics, Tls, tls};
 use baton_proto::{ErrorCode, Incarnation, InstanceId, RoleEpoch, v1};
 use baton_runtime::Executor;
 use baton_server::{
@@ -134,6 +134,7 @@ impl Instance {
             limits,
             handoff,
             data_endpoint,
+            peers: Tls::plaintext().dial(tls::Role::Server),
             data_listener,
             commands,
             load: load_shown,

@@ -6,6 +6,10 @@
 use std::{fmt, time::Duration};
 
 use async_trait::async_trait;
+use baton_process::{
+    Tls,
+    tls::{Dial, Role},
+};
 use baton_proto::v1::{self, store_client::StoreClient};
 use futures::{StreamExt, stream};
 use tonic::{
@@ -24,6 +28,8 @@ use super::{
 pub struct RemoteConfig {
     /// host:port of controllers.
     pub endpoints: Vec<String>,
+    /// The way to them.
+    pub dial: Dial,
     pub connect_timeout: Duration,
     /// Of one try.
     pub timeout: Duration,
@@ -32,9 +38,11 @@ pub struct RemoteConfig {
 }
 
 impl RemoteConfig {
+    /// In plaintext.
     pub fn new(endpoints: impl IntoIterator<Item = impl Into<String>>) -> Self {
         Self {
             endpoints: endpoints.into_iter().map(Into::into).collect(),
+            dial: Tls::plaintext().dial(Role::Controller),
             connect_timeout: Duration::from_secs(2),
             timeout: Duration::from_secs(5),
             keep_alive: Duration::from_secs(5),
@@ -62,8 +70,8 @@ impl RemoteStore {
                 .http2_keep_alive_interval(config.keep_alive)
                 .keep_alive_timeout(config.keep_alive)
                 .keep_alive_while_idle(true);
-            let client =
-                StoreClient::new(endpoint.connect_lazy()).max_decoding_message_size(MESSAGE_MAX_BYTES);
+            let channel = config.dial.connect_lazy(&endpoint);
+            let client = StoreClient::new(channel).max_decoding_message_size(MESSAGE_MAX_BYTES);
             Ok((name.clone(), client))
         });
         Ok(Self { clients: Failover::new(clients.collect::<Result<_, StoreError>>()?, config.timeout) })

@@ -7,6 +7,7 @@ use std::{
     time::Duration,
 };
 
+use baton_process::{Tls, TlsConfig, one_line, tls::Role};
 use tonic::{
     Code, Request, Status,
     metadata::{Ascii, MetadataValue},
@@ -17,7 +18,7 @@ use tonic::{
 use super::{error::CtlError, output::visible};
 use crate::{
     run_file::{RunFile, living, runs_directory},
-    screen::{complain, one_line},
+    screen::complain,
 };
 
 /// How long a connection may take.
@@ -64,12 +65,12 @@ pub(super) struct ReachArgs {
     #[arg(long, value_name = "FILE", env = "BATON_CTL_TOKEN_FILE", global = true)]
     pub(super) token_file: Option<PathBuf>,
 
-    /// Certificates (PEM) of who signs the controllers'; with it, TLS is spoken. `https://` alone trusts what this
-    /// machine trusts.
+    /// Certificates (PEM) of who signs the controllers' and coordinators'; with it, TLS is spoken, and they are told by the
+    /// role in their certificates. `https://` alone trusts what this machine trusts, and tells them by their host.
     #[arg(long, value_name = "FILE", env = "BATON_CTL_CA_FILE", global = true)]
     pub(super) ca_file: Option<PathBuf>,
 
-    /// Your certificate (PEM), where one is asked for; with it, TLS is spoken.
+    /// Your certificate (PEM): a cluster that speaks mutual TLS sees by it who you are and what you may do.
     #[arg(long, value_name = "FILE", env = "BATON_CTL_CERT_FILE", global = true)]
     pub(super) cert_file: Option<PathBuf>,
 
@@ -77,7 +78,7 @@ pub(super) struct ReachArgs {
     #[arg(long, value_name = "FILE", env = "BATON_CTL_KEY_FILE", global = true)]
     pub(super) key_file: Option<PathBuf>,
 
-    /// Name that the certificates of those asked are for, where it is not the host of their address.
+    /// Tell those asked by this name in their certificates instead, as one that stands in front of them has it.
     #[arg(long, value_name = "NAME", env = "BATON_CTL_TLS_SERVER_NAME", global = true)]
     pub(super) tls_server_name: Option<String>,
 }
@@ -89,9 +90,18 @@ pub(super) struct Reach {
     controllers: Vec<String>,
     coordinators: Vec<String>,
     bearer: Bearer,
-    tls: ClientTlsConfig,
+    trust: Trust,
     /// Whether TLS is spoken even where an address does not say so.
     always_tls: bool,
+}
+
+/// By what the other side of TLS is told.
+#[derive(Debug, Clone)]
+enum Trust {
+    /// The role in its certificate.
+    Role(Tls),
+    /// The name of its host in it.
+    Host(ClientTlsConfig),
 }
 
 /// Adds who asks to every call.
@@ -119,26 +129,24 @@ pub(super) struct Line {
 
 impl Reach {
     pub(super) fn new(args: &ReachArgs) -> Result<Self, CtlError> {
-        let mut tls = ClientTlsConfig::new();
-        match read("--ca-file", args.ca_file.as_deref())? {
-            Some(ca) => tls = tls.ca_certificate(Certificate::from_pem(ca)),
-            None => tls = tls.with_native_roots(),
+        let files = [
+            read("--ca-file", args.ca_file.as_deref())?,
+            read("--cert-file", args.cert_file.as_deref())?,
+            read("--key-file", args.key_file.as_deref())?,
+        ];
+        if files[1].is_some() != files[2].is_some() {
+            return Err(CtlError::HalfIdentity);
         }
-        let certificate = read("--cert-file", args.cert_file.as_deref())?;
-        match (certificate, read("--key-file", args.key_file.as_deref())?) {
-            (Some(certificate), Some(key)) => tls = tls.identity(Identity::from_pem(certificate, key)),
-            (None, None) => {}
-            _ => return Err(CtlError::HalfIdentity),
-        }
-        if let Some(name) = &args.tls_server_name {
-            tls = tls.domain_name(name);
-        }
+        let trust = match (&args.ca_file, &args.tls_server_name) {
+            (Some(_), None) => Trust::Role(by_role(args)?),
+            (_, name) => Trust::Host(by_host(files, name.as_deref())),
+        };
         Ok(Self {
             run_dir: args.run_dir.clone(),
             controllers: args.controller.clone(),
             coordinators: args.coordinator.clone(),
             bearer: bearer(args.token_file.as_deref())?,
-            tls,
+            trust,
             always_tls: args.ca_file.is_some() || args.cert_file.is_some(),
         })
     }
@@ -175,12 +183,16 @@ impl Reach {
     pub(super) async fn open(&self, service: &'static str, address: &str) -> Result<Line, CtlError> {
         let bare = address.trim_start_matches("https://").trim_start_matches("http://").trim_end_matches('/');
         let secure = self.always_tls || address.starts_with("https://");
-        let scheme = if secure { "https" } else { "http" };
+        let (scheme, host, dial) = match (&self.trust, secure) {
+            (Trust::Role(tls), true) => ("http", None, tls.dial(role(service))),
+            (Trust::Host(host), true) => ("https", Some(host), Tls::plaintext().dial(role(service))),
+            (_, false) => ("http", None, Tls::plaintext().dial(role(service))),
+        };
         let endpoint =
             Endpoint::from_shared(format!("{scheme}://{bare}")).ok().filter(|_| bare.contains(':'));
         let mut endpoint = endpoint.ok_or_else(|| CtlError::Address(address.to_owned()))?;
-        if secure {
-            endpoint = endpoint.tls_config(self.tls.clone()).map_err(CtlError::Certificates)?;
+        if let Some(host) = host {
+            endpoint = endpoint.tls_config(host.clone()).map_err(CtlError::Certificates)?;
         }
         // A socket may take the connection and its process never answer; the second timeout covers that. The pings
         // end a stream of events whose other side has gone without a word.
@@ -190,7 +202,7 @@ impl Reach {
             .http2_keep_alive_interval(CONNECT)
             .keep_alive_timeout(CONNECT);
         // The handshakes of TLS and HTTP/2 come after the connection, and want a bound of their own.
-        let connected = tokio::time::timeout(2 * CONNECT, endpoint.connect()).await;
+        let connected = tokio::time::timeout(2 * CONNECT, dial.connect(endpoint)).await;
         let reason = match connected {
             Ok(Ok(channel)) => {
                 // Controllers alone check tokens. Coordinators are whoever says so to a controller: they are shown none.
@@ -222,11 +234,11 @@ impl Line {
             }
             Code::Unauthenticated => {
                 format!(
-                    "does not know who asks: {said}; say so with --token-file FILE (or BATON_CTL_TOKEN_FILE)"
+                    "does not know who asks: {said}; say so with --token-file FILE or --cert-file FILE (or BATON_CTL_TOKEN_FILE, BATON_CTL_CERT_FILE)"
                 )
             }
             Code::PermissionDenied => {
-                format!("does not allow this: {said}; ask as somebody who may change things")
+                format!("does not allow this: {said}; ask as somebody who may")
             }
             // Said so by its gRPC server, which has no words for it.
             Code::Unimplemented if said.is_empty() => {
@@ -238,6 +250,36 @@ impl Line {
             _ => format!("refused: {said}"),
         };
         CtlError::Refused { service, address, message }
+    }
+}
+
+fn role(service: &'static str) -> Role {
+    if service == COORDINATOR { Role::Coordinator } else { Role::Controller }
+}
+
+fn by_role(args: &ReachArgs) -> Result<Tls, CtlError> {
+    let file = |path: &Option<PathBuf>| path.clone().unwrap_or_default();
+    let config = TlsConfig {
+        ca_file: file(&args.ca_file),
+        cert_file: file(&args.cert_file),
+        key_file: file(&args.key_file),
+    };
+    Ok(Tls::of_operator(&config)?)
+}
+
+/// Of authority, certificate and key, what is given.
+fn by_host([ca, certificate, key]: [Option<Vec<u8>>; 3], name: Option<&str>) -> ClientTlsConfig {
+    let mut tls = ClientTlsConfig::new();
+    match ca {
+        Some(ca) => tls = tls.ca_certificate(Certificate::from_pem(ca)),
+        None => tls = tls.with_native_roots(),
+    }
+    if let (Some(certificate), Some(key)) = (certificate, key) {
+        tls = tls.identity(Identity::from_pem(certificate, key));
+    }
+    match name {
+        Some(name) => tls.domain_name(name),
+        None => tls,
     }
 }
 

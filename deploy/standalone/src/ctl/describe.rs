@@ -1,6 +1,7 @@
 //! `describe`: all that is known of one thing, in sections. Beside the thing itself, what lies around it is shown as far
 //! as it is answered.
 
+use baton_process::one_line;
 use baton_proto::v1::{
     Coordinator, FleetEvent, GroupPlan, Instance, InstancePlan, Link, ListLinksResponse, RoleView,
 };
@@ -16,7 +17,7 @@ use super::{
     page::Page,
     words::{age, doing, micros, now_unix_millis, or_dash, role, since, time},
 };
-use crate::screen::{one_line, say};
+use crate::screen::say;
 
 /// Events shown.
 const EVENTS: usize = 10;

@@ -3,6 +3,7 @@
 use std::{fmt::Write, time::Duration};
 
 use baton_process::duration;
+use baton_process::one_line;
 use baton_proto::v1::{Instance, InstancePlan, Phase, Role, RoleView, instance_plan::Step};
 use indicatif::{ProgressBar, ProgressStyle};
 use tokio::time::Instant;
@@ -16,7 +17,7 @@ use super::{
     targets::wire_millis,
     words::{phase, role},
 };
-use crate::screen::{Screen, complain, one_line, say};
+use crate::screen::{Screen, complain, say};
 
 /// How often it is looked at.
 const EVERY: Duration = Duration::from_secs(1);

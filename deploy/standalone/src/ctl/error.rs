@@ -2,6 +2,8 @@
 
 use std::{io, path::PathBuf};
 
+use baton_process::TlsError;
+
 /// Ends a command, with exit status 1.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CtlError {
@@ -21,6 +23,8 @@ pub(crate) enum CtlError {
     HalfIdentity,
     #[error("the certificates cannot be used: expected PEM files")]
     Certificates(#[source] tonic::transport::Error),
+    #[error("the certificates cannot be used: {0}")]
+    Tls(#[from] TlsError),
     #[error("the {service} at {address} does not answer: {reason}")]
     Unreachable { service: &'static str, address: String, reason: String },
     #[error(

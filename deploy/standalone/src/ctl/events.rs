@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use baton_process::one_line;
 use baton_proto::v1::FleetEvent;
 use serde_json::{Value, json};
 
@@ -13,7 +14,7 @@ use super::{
     watch::Printer,
     words::{or_dash, time},
 };
-use crate::screen::{complain, one_line};
+use crate::screen::complain;
 
 /// How long after a broken stream the controller is asked again.
 const PAUSE: Duration = Duration::from_secs(1);

@@ -1,5 +1,6 @@
 //! `get`: lists things, once or for as long as somebody watches.
 
+use baton_process::one_line;
 use clap::ValueEnum;
 
 use super::{
@@ -14,7 +15,7 @@ use super::{
     watch::{EVERY, Printer, Watched},
     words::now_unix_millis,
 };
-use crate::screen::{complain, one_line, say};
+use crate::screen::{complain, say};
 
 #[derive(Debug, Clone, clap::Args)]
 pub(super) struct GetArgs {

@@ -1,6 +1,7 @@
 //! `explain placement`: why a request went where it went. Asks every coordinator; the one that carries the request, or
 //! has carried it, answers.
 
+use baton_process::one_line;
 use baton_proto::v1::{
     CandidateView, ExplainPlacementRequest, ExplainPlacementResponse, PlacementView,
     request_admin_client::RequestAdminClient,
@@ -18,7 +19,7 @@ use super::{
     requests::{AT_ONCE, Place, places, request_object},
     words::{age, millis},
 };
-use crate::screen::{complain, one_line};
+use crate::screen::complain;
 
 const CANDIDATES: &[Column] = &[
     Column::new("INSTANCE"),

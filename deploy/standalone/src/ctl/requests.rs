@@ -1,6 +1,7 @@
 //! `get requests`: what the coordinators carry. Asks every coordinator that the controller lists, at once, and shows
 //! those that answer; the others are named on standard error.
 
+use baton_process::one_line;
 use baton_proto::v1::{ListRequestsRequest, RequestView, request_admin_client::RequestAdminClient};
 use futures::{StreamExt, stream};
 use serde_json::{Value, json};
@@ -13,7 +14,7 @@ use super::{
     output::{Column, Row, Table},
     words::{age, or_dash},
 };
-use crate::screen::{complain, one_line};
+use crate::screen::complain;
 
 /// Coordinators asked at a time.
 pub(super) const AT_ONCE: usize = 32;

@@ -2,6 +2,7 @@
 
 use std::{fs, time::Duration};
 
+use baton_process::one_line;
 use baton_proto::v1::FleetEvent;
 use tonic::{
     Code, Status,
@@ -18,7 +19,6 @@ use super::{
     },
     fleet, reach, run, says,
 };
-use crate::screen::one_line;
 
 #[tokio::test]
 async fn every_question_asks_what_it_is_for() {

@@ -1,0 +1,242 @@
+//! The three files as they were last read and found good, and what each handshake is made of.
+
+use std::{path::Path, sync::Arc};
+
+use parking_lot::RwLock;
+use tokio_rustls::rustls::{
+    self, ClientConfig, DigitallySignedStruct, DistinguishedName, RootCertStore, ServerConfig,
+    SignatureScheme,
+    client::{
+        Resumption, WebPkiServerVerifier,
+        danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+        verify_server_cert_signed_by_trust_anchor,
+    },
+    crypto::{CryptoProvider, ring},
+    pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject},
+    server::{NoServerSessionStorage, ParsedCertificate, WebPkiClientVerifier},
+    sign::{CertifiedKey, SingleCertAndKey},
+    version::TLS13,
+};
+
+use super::{Identity, Role, TlsConfig, TlsError};
+
+/// Whose files they are.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Owner {
+    /// Has a certificate, which names this role.
+    Service(Role),
+    /// May have one.
+    Operator,
+}
+
+/// Kept fresh by [`Credentials::refresh`].
+pub(super) struct Credentials {
+    config: TlsConfig,
+    owner: Owner,
+    current: RwLock<(Files, Arc<Held>)>,
+}
+
+/// What the files hold, to tell whether they have changed.
+#[derive(PartialEq, Eq)]
+struct Files {
+    ca: Vec<u8>,
+    cert: Vec<u8>,
+    key: Vec<u8>,
+}
+
+/// What was read of them.
+pub(super) struct Held {
+    provider: Arc<CryptoProvider>,
+    roots: Arc<RootCertStore>,
+    own: Option<(Identity, Arc<SingleCertAndKey>)>,
+}
+
+impl Credentials {
+    pub(super) fn read(config: TlsConfig, owner: Owner) -> Result<Self, TlsError> {
+        let files = Files::read(&config)?;
+        let held = Arc::new(Held::new(&files, &config, owner)?);
+        Ok(Self { config, owner, current: RwLock::new((files, held)) })
+    }
+
+    /// Reads the files again; whom they name, if they have changed. After an error those before stay in use. Blocks.
+    pub(super) fn refresh(&self) -> Result<Option<String>, TlsError> {
+        let files = Files::read(&self.config)?;
+        if files == self.current.read().0 {
+            return Ok(None);
+        }
+        let held = Arc::new(Held::new(&files, &self.config, self.owner)?);
+        let identity = held.own.as_ref().map(|(identity, _)| identity.to_string());
+        *self.current.write() = (files, held);
+        Ok(Some(identity.unwrap_or_default()))
+    }
+
+    pub(super) fn current(&self) -> Arc<Held> {
+        self.current.read().1.clone()
+    }
+
+    pub(super) fn config(&self) -> &TlsConfig {
+        &self.config
+    }
+}
+
+impl Files {
+    fn read(config: &TlsConfig) -> Result<Self, TlsError> {
+        let [ca, cert, key] = config.files().map(|(key, path)| {
+            if path.as_os_str().is_empty() {
+                return Ok(Vec::new());
+            }
+            std::fs::read(path).map_err(|source| TlsError::Read { key, path: path.clone(), source })
+        });
+        Ok(Self { ca: ca?, cert: cert?, key: key? })
+    }
+}
+
+fn content(key: &'static str, path: &Path, problem: impl Into<String>) -> TlsError {
+    TlsError::Content { key, path: path.to_owned(), problem: problem.into() }
+}
+
+/// At least one.
+fn certificates(
+    key: &'static str,
+    path: &Path,
+    pem: &[u8],
+) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    let read: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
+    let read = read.map_err(|error| content(key, path, format!("is no PEM file: {error}")))?;
+    if read.is_empty() { Err(content(key, path, "holds no certificate (PEM)")) } else { Ok(read) }
+}
+
+impl Held {
+    fn new(files: &Files, config: &TlsConfig, owner: Owner) -> Result<Self, TlsError> {
+        let provider = Arc::new(ring::default_provider());
+        let mut roots = RootCertStore::empty();
+        for ca in certificates("tls.ca_file", &config.ca_file, &files.ca)? {
+            let added = roots.add(ca);
+            let problem = |error| format!("holds a certificate that cannot sign others: {error}");
+            added.map_err(|error| content("tls.ca_file", &config.ca_file, problem(error)))?;
+        }
+        let own = match owner {
+            Owner::Operator if files.cert.is_empty() => None,
+            Owner::Operator | Owner::Service(_) => Some(Self::own(files, config, owner, &provider)?),
+        };
+        Ok(Self { provider, roots: Arc::new(roots), own })
+    }
+
+    fn own(
+        files: &Files,
+        config: &TlsConfig,
+        owner: Owner,
+        provider: &CryptoProvider,
+    ) -> Result<(Identity, Arc<SingleCertAndKey>), TlsError> {
+        let path = || config.cert_file.clone();
+        let chain = certificates("tls.cert_file", &config.cert_file, &files.cert)?;
+        let identity =
+            Identity::of(&chain[0]).map_err(|source| TlsError::Nameless { path: path(), source })?;
+        if let Owner::Service(own) = owner
+            && identity.role != own
+        {
+            return Err(TlsError::WrongRole { path: path(), named: identity.role, own });
+        }
+        let key = PrivateKeyDer::from_pem_slice(&files.key)
+            .map_err(|error| content("tls.key_file", &config.key_file, format!("holds no key: {error}")))?;
+        let of = |source| TlsError::Key { path: config.key_file.clone(), cert: path(), source };
+        let certified = CertifiedKey::from_der(chain, key, provider).map_err(of)?;
+        Ok((identity, Arc::new(certified.into())))
+    }
+
+    /// Who we are, with a certificate.
+    pub(super) fn identity(&self) -> Option<&Identity> {
+        self.own.as_ref().map(|(identity, _)| identity)
+    }
+
+    /// For a connection taken in. No session is resumed: each connection shows its certificate anew.
+    pub(super) fn accept(&self, without_certificate: bool) -> Result<ServerConfig, TlsError> {
+        let setup = |error: String| TlsError::Setup(rustls::Error::General(error));
+        let verifier = WebPkiClientVerifier::builder_with_provider(self.roots.clone(), self.provider.clone());
+        let verifier = if without_certificate { verifier.allow_unauthenticated() } else { verifier }.build();
+        let verifier = verifier.map_err(|error| setup(error.to_string()))?;
+        let (_, own) = self.own.as_ref().ok_or_else(|| setup("without a certificate".into()))?;
+        let mut config = ServerConfig::builder_with_provider(self.provider.clone())
+            .with_protocol_versions(&[&TLS13])
+            .map_err(TlsError::Setup)?
+            .with_client_cert_verifier(verifier)
+            .with_cert_resolver(own.clone());
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        config.session_storage = Arc::new(NoServerSessionStorage {});
+        config.send_tls13_tickets = 0;
+        Ok(config)
+    }
+
+    /// For a connection to a peer, whose identity is left to who connects.
+    pub(super) fn connect(&self) -> Result<ClientConfig, TlsError> {
+        let builder = ClientConfig::builder_with_provider(self.provider.clone())
+            .with_protocol_versions(&[&TLS13])
+            .map_err(TlsError::Setup)?
+            .dangerous()
+            .with_custom_certificate_verifier(self.signed_by_ours()?);
+        let mut config = match &self.own {
+            Some((_, own)) => builder.with_client_cert_resolver(own.clone()),
+            None => builder.with_no_client_auth(),
+        };
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        config.resumption = Resumption::disabled();
+        Ok(config)
+    }
+
+    fn signed_by_ours(&self) -> Result<Arc<SignedByOurs>, TlsError> {
+        let built = WebPkiServerVerifier::builder_with_provider(self.roots.clone(), self.provider.clone());
+        let inner =
+            built.build().map_err(|error| TlsError::Setup(rustls::Error::General(error.to_string())))?;
+        Ok(Arc::new(SignedByOurs { inner, roots: self.roots.clone(), provider: self.provider.clone() }))
+    }
+}
+
+/// Believes whoever our authorities signed for, whatever host they are at.
+#[derive(Debug)]
+struct SignedByOurs {
+    inner: Arc<WebPkiServerVerifier>,
+    roots: Arc<RootCertStore>,
+    provider: Arc<CryptoProvider>,
+}
+
+impl ServerCertVerifier for SignedByOurs {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        let certificate = ParsedCertificate::try_from(end_entity)?;
+        let algorithms = self.provider.signature_verification_algorithms.all;
+        verify_server_cert_signed_by_trust_anchor(&certificate, &self.roots, intermediates, now, algorithms)?;
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.inner.verify_tls12_signature(message, cert, signature)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.inner.verify_tls13_signature(message, cert, signature)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.inner.supported_verify_schemes()
+    }
+
+    fn root_hint_subjects(&self) -> Option<&[DistinguishedName]> {
+        self.inner.root_hint_subjects()
+    }
+}

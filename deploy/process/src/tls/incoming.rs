@@ -1,0 +1,215 @@
+//! Connections to a TLS port: accepted, hands shaken, and given to tonic together with who is at the other end.
+//!
+//! Handshakes run beside one another, each for at most [`HANDSHAKE_WITHIN`], and at most [`HANDSHAKES_MOST`] at a time;
+//! of more, the oldest is given up: an honest one takes milliseconds, so that those who connect and say nothing keep
+//! nobody out. One that fails is counted and concerns nobody else.
+
+use std::{
+    collections::VecDeque,
+    io,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::TcpStream,
+    task::{AbortHandle, JoinSet},
+    time::timeout,
+};
+use tokio_rustls::{TlsAcceptor, rustls::ServerConfig, server::TlsStream};
+use tokio_stream::Stream;
+use tonic::transport::server::{Connected, TcpConnectInfo, TcpIncoming};
+
+use super::{
+    Counts, Identity, Peer,
+    credentials::{Credentials, Held},
+    parting::{begins_tls, turn_away, why_in_plaintext},
+};
+
+pub(super) const HANDSHAKES_MOST: usize = 256;
+pub(super) const HANDSHAKE_WITHIN: Duration = Duration::from_secs(5);
+
+/// See the module.
+pub(crate) struct Incoming {
+    tcp: TcpIncoming,
+    credentials: Arc<Credentials>,
+    without_certificate: bool,
+    handshakes: JoinSet<Option<Secured>>,
+    /// Those that run, the oldest first.
+    running: VecDeque<AbortHandle>,
+    counts: Counts,
+}
+
+impl Incoming {
+    /// `without_certificate`: callers need not show who they are.
+    pub(super) fn new(
+        tcp: TcpIncoming,
+        credentials: Arc<Credentials>,
+        without_certificate: bool,
+        counts: Counts,
+    ) -> Self {
+        let (handshakes, running) = (JoinSet::new(), VecDeque::new());
+        Self { tcp, credentials, without_certificate, handshakes, running, counts }
+    }
+
+    fn begin(&mut self, stream: TcpStream) {
+        self.running.retain(|handshake| !handshake.is_finished());
+        if self.running.len() >= HANDSHAKES_MOST
+            && let Some(oldest) = self.running.pop_front()
+        {
+            oldest.abort();
+            self.counts.refused("crowded");
+        }
+        let (held, counts) = (self.credentials.current(), self.counts.clone());
+        let handshake = take(stream, held, self.without_certificate, counts);
+        self.running.push_back(self.handshakes.spawn(handshake));
+    }
+}
+
+/// A handshake that failed.
+struct Failed {
+    why: &'static str,
+    error: io::Error,
+    /// The connection, if it can still be said on it why, and what is left to say.
+    stream: Option<(TcpStream, Vec<u8>)>,
+}
+
+/// None: it failed, and that is counted.
+async fn take(
+    stream: TcpStream,
+    held: Arc<Held>,
+    without_certificate: bool,
+    counts: Counts,
+) -> Option<Secured> {
+    let peer = stream.peer_addr().ok();
+    let config = match held.accept(without_certificate) {
+        Ok(config) => Arc::new(config),
+        Err(error) => {
+            tracing::error!(%error, "no connection can be taken");
+            return None;
+        }
+    };
+    let shaken = timeout(HANDSHAKE_WITHIN, shake_hands(stream, config)).await;
+    let slow = |_| Failed { why: "slow", error: io::ErrorKind::TimedOut.into(), stream: None };
+    let Failed { why, error, stream } = match shaken.map_err(slow).flatten() {
+        Ok(stream) => return Some(Secured::new(stream, held.identity())),
+        Err(failed) => failed,
+    };
+    counts.refused(why);
+    tracing::debug!(?peer, why, %error, "a connection is refused");
+    if let Some((stream, words)) = stream {
+        turn_away(stream, &words).await;
+    }
+    None
+}
+
+async fn shake_hands(stream: TcpStream, config: Arc<ServerConfig>) -> Result<TlsStream<TcpStream>, Failed> {
+    let gone = |error| Failed { why: "handshake", error, stream: None };
+    if !begins_tls(&stream).await.map_err(gone)? {
+        let error = io::Error::other("it does not begin as TLS does");
+        return Err(Failed { why: "plaintext", error, stream: Some((stream, why_in_plaintext())) });
+    }
+    let accepted = TlsAcceptor::from(config).accept(stream).into_fallible().await;
+    accepted.map_err(|(error, stream)| Failed { why: "handshake", error, stream: Some((stream, Vec::new())) })
+}
+
+impl Stream for Incoming {
+    type Item = io::Result<Secured>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        while let Poll::Ready(accepted) = Pin::new(&mut self.tcp).poll_next(context) {
+            match accepted {
+                Some(Ok(stream)) => self.begin(stream),
+                // Tonic knows which of them are the listener's end.
+                Some(Err(error)) => return Poll::Ready(Some(Err(error))),
+                None => return Poll::Ready(None),
+            }
+        }
+        loop {
+            match ready!(self.handshakes.poll_join_next(context)) {
+                Some(Ok(Some(secured))) => return Poll::Ready(Some(Ok(secured))),
+                Some(Ok(None) | Err(_)) => {}
+                None => return Poll::Pending,
+            }
+        }
+    }
+}
+
+/// A connection whose other end is known.
+pub(crate) struct Secured {
+    stream: TlsStream<TcpStream>,
+    peer: Peer,
+}
+
+impl Secured {
+    fn new(stream: TlsStream<TcpStream>, own: Option<&Identity>) -> Self {
+        let shown = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
+        let peer = match shown.map(Identity::of) {
+            None => Peer::Nameless("no certificate was shown".into()),
+            Some(Err(error)) => Peer::Nameless(format!("of the certificate that was shown: {error}")),
+            Some(Ok(identity)) if own.is_some_and(|own| own.domain != identity.domain) => {
+                Peer::Nameless(format!("{identity} is of another trust domain"))
+            }
+            Some(Ok(identity)) => Peer::Named(Arc::new(identity)),
+        };
+        Self { stream, peer }
+    }
+}
+
+/// What a request can be asked of its connection; taken apart by [`super::door`].
+#[derive(Debug, Clone)]
+pub(crate) struct ConnectInfo {
+    pub(super) tcp: TcpConnectInfo,
+    pub(super) peer: Peer,
+}
+
+impl Connected for Secured {
+    type ConnectInfo = ConnectInfo;
+
+    fn connect_info(&self) -> ConnectInfo {
+        ConnectInfo { tcp: self.stream.get_ref().0.connect_info(), peer: self.peer.clone() }
+    }
+}
+
+impl AsyncRead for Secured {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(context, buffer)
+    }
+}
+
+impl AsyncWrite for Secured {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(context, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(context, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}

@@ -1,0 +1,225 @@
+//! Mutual TLS 1.3 between our processes, and who may say what to whom.
+//!
+//! A process has three files ([`TlsConfig`]): its certificate, the key, and the certificates of who signs those of its
+//! peers. They are looked at every few seconds and taken anew when they have changed (`credentials`); connections that
+//! stand go on. What counts of a certificate is who signed it and the [`Role`] that it names ([`Identity`]), not a host:
+//! instances are dialled by address, and come and go.
+//!
+//! A gRPC port takes connections in by `incoming`, which shakes hands, and asks at its [`Door`] before each call whether
+//! the caller's role may make it. A client dials by [`Dial`], which turns away whoever has not the role that is asked
+//! for. Without files all of it is plaintext, and nobody is asked who they are.
+
+mod credentials;
+mod dial;
+mod door;
+mod error;
+mod identity;
+mod incoming;
+mod parting;
+
+use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
+
+use axum::middleware;
+use parking_lot::Mutex;
+use prometheus_client::{
+    encoding::EncodeLabelSet,
+    metrics::{counter::Counter, family::Family},
+};
+use serde::{Deserialize, Serialize};
+use tokio_util::{either::Either, sync::CancellationToken, task::TaskTracker};
+use tonic::{service::Routes, transport::server::TcpIncoming};
+
+use crate::{Invalid, Metrics};
+use credentials::{Credentials, Owner};
+use incoming::Incoming;
+
+pub use dial::Dial;
+pub use door::{Allowed, Door};
+pub use error::TlsError;
+pub use identity::{Identity, IdentityError, Peer, Role};
+
+/// How often the files are looked at. A mounted Secret is swapped as a whole, which only a look at its content tells.
+const LOOK_EVERY: Duration = Duration::from_secs(2);
+
+/// The files of one process. None of them = plaintext.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TlsConfig {
+    /// Certificates (PEM) of who signs those of the peers; with it, every gRPC connection is mutual TLS. Empty =
+    /// plaintext.
+    pub ca_file: PathBuf,
+    /// This process's own certificate (PEM), and those between it and its signer. It names its role.
+    pub cert_file: PathBuf,
+    /// The key (PEM) of `cert_file`.
+    pub key_file: PathBuf,
+}
+
+impl TlsConfig {
+    fn files(&self) -> [(&'static str, &PathBuf); 3] {
+        [("tls.ca_file", &self.ca_file), ("tls.cert_file", &self.cert_file), ("tls.key_file", &self.key_file)]
+    }
+
+    fn is_empty(&self) -> bool {
+        self.files().iter().all(|(_, path)| path.as_os_str().is_empty())
+    }
+
+    /// A process has all of the files, or none.
+    pub fn validate(&self) -> Result<(), Invalid> {
+        let missing = self.files().into_iter().find(|(_, path)| path.as_os_str().is_empty());
+        match missing {
+            Some((key, _)) if !self.is_empty() => {
+                Err(Invalid::new(key, "expected a file, as another of `tls` is given: all three, or none"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// How a process speaks to others: in plaintext, or by TLS with credentials that are kept fresh. Cheap to clone.
+#[derive(Clone, Default)]
+pub struct Tls {
+    credentials: Option<Arc<Credentials>>,
+    counts: Counts,
+}
+
+impl fmt::Debug for Tls {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Tls").field(&self.credentials.as_ref().map(|held| held.config())).finish()
+    }
+}
+
+/// What is counted of TLS.
+#[derive(Debug, Clone, Default)]
+struct Counts {
+    refused: Family<Why, Counter>,
+    reloads: Family<Outcome, Counter>,
+}
+
+/// Why a connection or a call was refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Why {
+    why: &'static str,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Outcome {
+    outcome: &'static str,
+}
+
+impl Counts {
+    fn register(metrics: &Metrics) -> Self {
+        let counts = Self::default();
+        metrics.register(|registry| {
+            let registry = registry.sub_registry_with_prefix("baton_tls");
+            let refused = "Connections refused (handshake, plaintext, slow, crowded) and calls (role)";
+            registry.register("refused", refused, counts.refused.clone());
+            let reloads = "Changed certificates, keys and authorities that were taken, or failed";
+            registry.register("reloads", reloads, counts.reloads.clone());
+        });
+        counts
+    }
+
+    fn refused(&self, why: &'static str) {
+        self.refused.get_or_create(&Why { why }).inc();
+    }
+
+    fn reloaded(&self, outcome: &'static str) {
+        self.reloads.get_or_create(&Outcome { outcome }).inc();
+    }
+}
+
+impl Tls {
+    /// Nobody is asked who they are.
+    pub fn plaintext() -> Self {
+        Self::default()
+    }
+
+    /// Reads the files of a process with this role, and follows them until the shutdown. Without files: plaintext.
+    /// Errors name the key and the file.
+    pub fn start(
+        config: &TlsConfig,
+        own: Role,
+        metrics: &Metrics,
+        shutdown: &CancellationToken,
+        tasks: &TaskTracker,
+    ) -> Result<Self, TlsError> {
+        if config.is_empty() {
+            return Ok(Self::plaintext());
+        }
+        let credentials = Arc::new(Credentials::read(config.clone(), Owner::Service(own))?);
+        let counts = Counts::register(metrics);
+        let held = Self { credentials: Some(credentials.clone()), counts };
+        tasks.spawn(shutdown.clone().run_until_cancelled_owned(held.clone().follow(credentials)));
+        Ok(held)
+    }
+
+    /// Of a person: a certificate is not needed where a token will do. The files are read once.
+    pub fn of_operator(config: &TlsConfig) -> Result<Self, TlsError> {
+        let credentials = Arc::new(Credentials::read(config.clone(), Owner::Operator)?);
+        Ok(Self { credentials: Some(credentials), counts: Counts::default() })
+    }
+
+    /// Whether it is TLS.
+    pub fn is_on(&self) -> bool {
+        self.credentials.is_some()
+    }
+
+    /// What a port takes in: connections that are secured, or as they come where it is plaintext.
+    pub(crate) fn incoming(&self, tcp: TcpIncoming, door: Door) -> Either<Incoming, TcpIncoming> {
+        match self.credentials.clone() {
+            Some(held) => {
+                Either::Left(Incoming::new(tcp, held, door.without_certificate, self.counts.clone()))
+            }
+            None => Either::Right(tcp),
+        }
+    }
+
+    /// The routes of a port, behind its door.
+    pub(crate) fn guarded(&self, routes: Routes, door: Door) -> Routes {
+        if !self.is_on() {
+            return routes;
+        }
+        let state = (door, self.counts.clone());
+        routes.into_axum_router().layer(middleware::from_fn_with_state(state, door::guard)).into()
+    }
+
+    /// The way to peers of this role.
+    pub fn dial(&self, role: Role) -> Dial {
+        Dial::new(self.credentials.clone(), role)
+    }
+
+    /// Takes the files whenever they have changed. Ones that cannot be used change nothing.
+    async fn follow(self, credentials: Arc<Credentials>) {
+        let trouble = Arc::new(Mutex::new(String::new()));
+        loop {
+            tokio::time::sleep(LOOK_EVERY).await;
+            let (credentials, counts, trouble) = (credentials.clone(), self.counts.clone(), trouble.clone());
+            // A panic is told where it happens.
+            let _ =
+                tokio::task::spawn_blocking(move || look(&credentials, &counts, &mut trouble.lock())).await;
+        }
+    }
+}
+
+/// `trouble` is what was wrong the last time: it is told once.
+fn look(credentials: &Credentials, counts: &Counts, trouble: &mut String) {
+    match credentials.refresh() {
+        Ok(None) => trouble.clear(),
+        Ok(Some(identity)) => {
+            trouble.clear();
+            counts.reloaded("taken");
+            tracing::info!(%identity, "changed TLS files are taken: new connections use them");
+        }
+        Err(error) => {
+            let error = error.to_string();
+            if *trouble != error {
+                counts.reloaded("failed");
+                tracing::error!("{error}; what was read before stays in use");
+                *trouble = error;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

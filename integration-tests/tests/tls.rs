@@ -1,0 +1,352 @@
+//! A cluster of processes that speak mutual TLS, with certificates of `deploy/certificates`: it serves, operators are
+//! known by their certificates, whoever lacks the right one is refused on each plane, and certificates and authority
+//! change while it serves.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Output, Stdio},
+};
+
+use baton_integration_tests::{
+    binary, chat, eventually, folder, model,
+    process::{Service, free_address},
+};
+use baton_process::{Tls, TlsConfig, one_line, tls::Role};
+use baton_proto::v1::{
+    self, control_client::ControlClient, fleet_admin_client::FleetAdminClient, handoff_client::HandoffClient,
+    inference_client::InferenceClient, kv_cache_client::KvCacheClient,
+    request_admin_client::RequestAdminClient, store_client::StoreClient,
+};
+use futures::stream::{empty, iter};
+use serde_json::Value;
+use tempfile::TempDir;
+use tokio::sync::{Mutex, MutexGuard};
+use tonic::{Code, Status, transport::Channel};
+
+/// The machine has few cores.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
+
+/// A folder that an authority issues into.
+struct Authority(PathBuf);
+
+impl Authority {
+    fn new(path: PathBuf) -> Self {
+        let authority = Self(path);
+        authority.run(&["authority"]);
+        authority
+    }
+
+    fn run(&self, arguments: &[&str]) {
+        let mut script = Command::new(folder().join("../deploy/certificates"));
+        let output = script.args(arguments).arg("--folder").arg(&self.0).output().expect("it runs");
+        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    /// The files of a role and a name.
+    fn issue(&self, role: &str, name: &str) -> TlsConfig {
+        self.run(&["issue", role, name]);
+        let file = |end: &str| self.0.join(format!("{role}-{name}.{end}"));
+        TlsConfig { ca_file: self.0.join("ca.crt"), cert_file: file("crt"), key_file: file("key") }
+    }
+}
+
+fn settings(tls: &TlsConfig) -> [String; 6] {
+    let set = |key: &str, path: &Path| ["--set".to_owned(), format!("tls.{key}={}", path.display())];
+    let pairs =
+        [set("ca_file", &tls.ca_file), set("cert_file", &tls.cert_file), set("key_file", &tls.key_file)];
+    let [[a, b], [c, d], [e, f]] = pairs;
+    [a, b, c, d, e, f]
+}
+
+/// A controller, a coordinator and two servers.
+struct Fleet {
+    dir: TempDir,
+    authority: Authority,
+    controller: String,
+    coordinator: String,
+    url: String,
+    services: Vec<Service>,
+    _turn: MutexGuard<'static, ()>,
+}
+
+impl Fleet {
+    /// Starts it and waits until it serves.
+    async fn start() -> Self {
+        let turn = ONE_AT_A_TIME.lock().await;
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let authority = Authority::new(dir.path().join("certificates"));
+        let [controller, coordinator, http] = [(); 3].map(|()| free_address());
+        let url = format!("http://{http}");
+        let mut fleet =
+            Self { dir, authority, controller, coordinator, url, services: Vec::new(), _turn: turn };
+        let (controller, coordinator) = (fleet.controller.clone(), fleet.coordinator.clone());
+        fleet.spawn(
+            "baton-controller",
+            "controller",
+            "c-0",
+            &["--listen", &controller, "--set", "metrics_listen=127.0.0.1:0"],
+        );
+        fleet.spawn(
+            "baton-coordinator",
+            "coordinator",
+            "e-0",
+            &[
+                "--set",
+                "id=e-0",
+                "--set",
+                &format!("store.controller={controller}"),
+                "--set",
+                &format!("listen={http}"),
+                "--set",
+                &format!("admin_listen={coordinator}"),
+                "--set",
+                &format!("model.path={}", model().display()),
+            ],
+        );
+        fleet.server("alpha", "alpha");
+        fleet.server("beta", "beta");
+        eventually("a coordinator that is ready", || async {
+            reqwest::get(format!("{}/readiness", fleet.url)).await.ok()?.error_for_status().ok().map(drop)
+        })
+        .await;
+        fleet
+    }
+
+    fn spawn(&mut self, program: &str, role: &str, name: &str, arguments: &[&str]) {
+        let tls = self.authority.issue(role, name);
+        let mut command = Command::new(binary(program));
+        command.args(settings(&tls)).args(arguments);
+        self.services.push(Service::start(&mut command, &self.log(name)));
+    }
+
+    /// An instance with the certificate of this name.
+    fn server(&mut self, certificate: &str, id: &str) {
+        let (model, controller) = (model().display().to_string(), self.controller.clone());
+        let arguments = ["--instance-id", id, "--controller", &controller, "--model", &model];
+        let threads = ["--set", "runtime.threads=1", "--set", "process.log.level=debug"];
+        self.spawn("baton-server", "server", certificate, &[&arguments[..], &threads[..]].concat());
+    }
+
+    fn log(&self, name: &str) -> PathBuf {
+        self.dir.path().join(format!("{name}.log"))
+    }
+
+    fn logged(&self, name: &str, words: &str) -> bool {
+        fs::read_to_string(self.log(name)).unwrap_or_default().contains(words)
+    }
+
+    async fn ctl(&self, tls: &TlsConfig, arguments: &[&str]) -> Output {
+        let mut ctl = Command::new(binary("baton"));
+        ctl.arg("ctl").args(arguments).args(["--controller", &self.controller]).stdin(Stdio::null());
+        let files =
+            [("--ca-file", &tls.ca_file), ("--cert-file", &tls.cert_file), ("--key-file", &tls.key_file)];
+        for (flag, path) in files.into_iter().filter(|(_, path)| !path.as_os_str().is_empty()) {
+            ctl.arg(flag).arg(path);
+        }
+        tokio::task::spawn_blocking(move || ctl.output()).await.expect("no panic").expect("baton starts")
+    }
+
+    async fn get(&self, tls: &TlsConfig, what: &str) -> Option<Vec<Value>> {
+        let output = self.ctl(tls, &["get", what, "-o", "json"]).await;
+        output.status.success().then(|| serde_json::from_slice(&output.stdout).expect("ctl prints JSON"))
+    }
+}
+
+fn said(output: &Output) -> String {
+    assert!(!output.status.success(), "it is to be refused");
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// A call to each service of the cluster's ports, and how it was refused.
+struct Planes {
+    controller: String,
+    coordinator: String,
+    server: String,
+}
+
+impl Planes {
+    async fn refusals(&self, caller: &Tls) -> Vec<(&'static str, Status)> {
+        let to = |address: &str, role| -> Channel {
+            let endpoint = format!("http://{address}").parse::<tonic::transport::Endpoint>().expect("good");
+            caller.dial(role).connect_lazy(&endpoint)
+        };
+        let controller = || to(&self.controller, Role::Controller);
+        let coordinator = || to(&self.coordinator, Role::Coordinator);
+        let server = || to(&self.server, Role::Server);
+        let answers = [
+            ("Session", ControlClient::new(controller()).session(empty()).await.err()),
+            ("Coordinate", ControlClient::new(controller()).coordinate(empty()).await.err()),
+            ("Range", StoreClient::new(controller()).range(v1::RangeRequest::default()).await.err()),
+            (
+                "FleetAdmin",
+                FleetAdminClient::new(controller()).list_roles(v1::ListRolesRequest {}).await.err(),
+            ),
+            (
+                "RequestAdmin",
+                RequestAdminClient::new(coordinator()).list_requests(v1::ListRequestsRequest {}).await.err(),
+            ),
+            ("Attach", InferenceClient::new(server()).attach(empty()).await.err()),
+            ("Exchange", HandoffClient::new(server()).exchange(empty()).await.err()),
+            ("Events", KvCacheClient::new(server()).events(v1::KvEventsRequest::default()).await.err()),
+        ];
+        answers.into_iter().filter_map(|(plane, refused)| Some((plane, refused?))).collect()
+    }
+}
+
+#[tokio::test]
+async fn every_plane_speaks_mutual_tls() {
+    let mut fleet = Fleet::start().await;
+    let admin = fleet.authority.issue("admin", "alice");
+    let viewer = fleet.authority.issue("viewer", "bob");
+    let body = chat::request("SmolLM2-135M-Instruct", "What is the capital of France?", 12, false);
+    let answer = chat::ask(&fleet.url, &body).await;
+    assert!(answer.contains("Paris"), "{answer}");
+
+    // Prefill and decode are apart, so the cache was handed over by way of TLS, too.
+    let roles = fleet.get(&admin, "roles").await.expect("the controller knows an admin");
+    let mut observed: Vec<_> = roles.iter().map(|role| role["observed_role"].as_str()).collect();
+    observed.sort();
+    assert_eq!(observed, [Some("decode"), Some("prefill")]);
+    let requests = fleet.get(&viewer, "requests").await.expect("the coordinator knows a viewer");
+    assert_eq!(requests.len(), 0);
+    let listed = eventually("the coordinator, listed", || async {
+        fleet.get(&viewer, "coordinators").await.filter(|listed| !listed.is_empty())
+    });
+    assert_eq!(listed.await[0]["coordinator_id"], "e-0");
+
+    // Who changed what is known by certificate.
+    let refused = fleet.ctl(&viewer, &["set-role", "alpha", "auto"]).await;
+    assert!(said(&refused).contains("bob may look but not change"), "{}", said(&refused));
+    let changed = fleet.ctl(&admin, &["set-targets", "default", "--ratio", "1:1"]).await;
+    assert!(changed.status.success(), "{}", String::from_utf8_lossy(&changed.stderr));
+    let events = fleet.get(&admin, "events").await.expect("events");
+    assert!(events.iter().any(|event| event.to_string().contains("alice")), "{events:?}");
+
+    strangers_are_refused(&fleet, &admin).await;
+    let instances = fleet.get(&admin, "instances").await.expect("the controller answers");
+    assert_eq!(instances.len(), 2);
+
+    // An instance is who its certificate says.
+    fleet.server("gamma", "delta");
+    eventually("an instance that calls itself otherwise is refused", || async {
+        fleet.logged("gamma", "with the certificate of another").then_some(())
+    })
+    .await;
+    assert_eq!(fleet.get(&admin, "instances").await.expect("the controller answers").len(), 2);
+}
+
+/// How a server answers one that calls itself `alpha`.
+async fn hello_of_alpha(server: &str, caller: &Tls) -> Status {
+    let endpoint = format!("http://{server}").parse::<tonic::transport::Endpoint>().expect("good");
+    let hello = v1::SenderHello { instance_id: "alpha".into(), ..Default::default() };
+    let body = Some(v1::sender_message::Body::Hello(hello));
+    let hello = v1::SenderMessage { body, ..Default::default() };
+    let mut client = HandoffClient::new(caller.dial(Role::Server).connect_lazy(&endpoint));
+    client.exchange(iter([hello])).await.expect_err("it has no layout")
+}
+
+/// By each plane: those of another authority, and those of ours with the wrong role.
+async fn strangers_are_refused(fleet: &Fleet, admin: &TlsConfig) {
+    let instances = fleet.get(admin, "instances").await.expect("the controller answers");
+    let planes = Planes {
+        controller: fleet.controller.clone(),
+        coordinator: fleet.coordinator.clone(),
+        server: instances[0]["inference_endpoint"].as_str().expect("an endpoint").to_owned(),
+    };
+    let all =
+        ["Session", "Coordinate", "Range", "FleetAdmin", "RequestAdmin", "Attach", "Exchange", "Events"];
+
+    let elsewhere = Authority::new(fleet.dir.path().join("elsewhere"));
+    for role in ["controller", "coordinator", "server", "admin"] {
+        let theirs = elsewhere.issue(role, "mallory");
+        let stranger = TlsConfig { ca_file: admin.ca_file.clone(), ..theirs };
+        let stranger = Tls::of_operator(&stranger).expect("good files");
+        let refused = planes.refusals(&stranger).await;
+        assert_eq!(refused.iter().map(|(plane, _)| *plane).collect::<Vec<_>>(), all, "{role}");
+        for (plane, status) in refused {
+            let text = one_line(&status);
+            assert!(text.contains("received fatal alert"), "{plane} of a stranger's {role}: {text}");
+        }
+    }
+    let plaintext = planes.refusals(&Tls::plaintext()).await;
+    assert_eq!(plaintext.len(), all.len());
+    for (plane, status) in plaintext {
+        let text = one_line(&status);
+        assert!(text.contains("this port speaks mutual TLS"), "{plane} in plaintext: {text}");
+    }
+
+    for (role, may) in [
+        ("controller", &[][..]),
+        ("coordinator", &["Coordinate", "Range", "Attach", "Events"]),
+        ("server", &["Session", "Exchange"]),
+        ("viewer", &["FleetAdmin", "RequestAdmin"]),
+    ] {
+        let caller = Tls::of_operator(&fleet.authority.issue(role, "mallory")).expect("good files");
+        let denied: Vec<_> = planes
+            .refusals(&caller)
+            .await
+            .into_iter()
+            .filter(|(_, status)| status.code() == Code::PermissionDenied)
+            .map(|(plane, _)| plane)
+            .collect();
+        let expected: Vec<_> = all.into_iter().filter(|plane| !may.contains(plane)).collect();
+        assert_eq!(denied, expected, "to a {role}");
+        if role == "server" {
+            let refused = hello_of_alpha(&planes.server, &caller).await;
+            assert_eq!(refused.message(), "alpha says hello on a connection of mallory");
+        }
+    }
+}
+
+#[tokio::test]
+async fn certificates_and_authority_change_while_it_serves() {
+    let mut fleet = Fleet::start().await;
+    let admin = fleet.authority.issue("admin", "alice");
+    let body = chat::request("SmolLM2-135M-Instruct", "Tell me a long story.", 4000, true);
+    let mut story = chat::Events::open(&fleet.url, &body).await;
+    story.next().await.expect("it begins");
+    let old = Authority(fleet.dir.path().join("old"));
+    fs::create_dir(&old.0).expect("a folder");
+    let kept = |path: &Path| {
+        let copy = old.0.join(path.file_name().expect("a name"));
+        fs::copy(path, &copy).expect("a copy");
+        copy
+    };
+    let before = TlsConfig { cert_file: kept(&admin.cert_file), key_file: kept(&admin.key_file), ..admin };
+
+    let taken = async |what: &str, times: usize| {
+        for name in ["c-0", "e-0", "alpha", "beta"] {
+            eventually(&format!("{what} taken by {name}"), || async {
+                let log = fs::read_to_string(fleet.log(name)).unwrap_or_default();
+                (log.matches("changed TLS files are taken").count() >= times).then_some(())
+            })
+            .await;
+        }
+    };
+    fleet.authority.run(&["rotate"]);
+    taken("a second authority", 1).await;
+    for (role, name) in
+        [("controller", "c-0"), ("coordinator", "e-0"), ("server", "alpha"), ("server", "beta")]
+    {
+        fleet.authority.issue(role, name);
+    }
+    let admin = fleet.authority.issue("admin", "alice");
+    taken("new certificates", 2).await;
+    assert!(fleet.get(&before, "roles").await.is_some(), "both authorities are believed");
+    fleet.authority.run(&["retire"]);
+    taken("the new authority alone", 3).await;
+    assert!(fleet.get(&admin, "roles").await.is_some(), "the new certificate is good");
+    let text = said(&fleet.ctl(&before, &["get", "roles"]).await);
+    assert!(text.contains("received fatal alert"), "the old one is not: {text}");
+
+    assert!(!fleet.get(&admin, "requests").await.expect("an answer").is_empty(), "the story is not over");
+    let event = story.next().await.expect("what runs on the connections of before goes on");
+    assert!(!event.contains("error"), "{event}");
+    drop(story);
+    fleet.server("gamma", "gamma");
+    eventually("a third instance, on connections made anew", || async {
+        fleet.get(&admin, "instances").await.filter(|instances| instances.len() == 3)
+    })
+    .await;
+}
