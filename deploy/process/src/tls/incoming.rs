@@ -9,7 +9,7 @@ use std::{
     io,
     pin::Pin,
     sync::Arc,
-    task::{Context, Poll, ready},
+    task::{Context, Poll},
     time::Duration,
 };
 
@@ -31,6 +31,8 @@ use super::{
 
 pub(super) const HANDSHAKES_MOST: usize = 256;
 pub(super) const HANDSHAKE_WITHIN: Duration = Duration::from_secs(5);
+/// Connections accepted between two looks at those that have shaken hands.
+const ACCEPTS: usize = 32;
 
 /// See the module.
 pub(crate) struct Incoming {
@@ -120,21 +122,27 @@ impl Stream for Incoming {
     type Item = io::Result<Secured>;
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        while let Poll::Ready(accepted) = Pin::new(&mut self.tcp).poll_next(context) {
-            match accepted {
-                Some(Ok(stream)) => self.begin(stream),
+        let mut accepted = false;
+        // Those that have shaken hands first: however many come, they are not kept waiting.
+        while let Poll::Ready(Some(joined)) = self.handshakes.poll_join_next(context) {
+            if let Ok(Some(secured)) = joined {
+                return Poll::Ready(Some(Ok(secured)));
+            }
+        }
+        for _ in 0..ACCEPTS {
+            match Pin::new(&mut self.tcp).poll_next(context) {
+                Poll::Ready(Some(Ok(stream))) => self.begin(stream),
                 // Tonic knows which of them are the listener's end.
-                Some(Err(error)) => return Poll::Ready(Some(Err(error))),
-                None => return Poll::Ready(None),
+                Poll::Ready(Some(Err(error))) => return Poll::Ready(Some(Err(error))),
+                Poll::Ready(None) => return Poll::Ready(None),
+                Poll::Pending if accepted => break,
+                Poll::Pending => return Poll::Pending,
             }
+            accepted = true;
         }
-        loop {
-            match ready!(self.handshakes.poll_join_next(context)) {
-                Some(Ok(Some(secured))) => return Poll::Ready(Some(Ok(secured))),
-                Some(Ok(None) | Err(_)) => {}
-                None => return Poll::Pending,
-            }
-        }
+        // The new ones have not been looked at, and there may be more.
+        context.waker().wake_by_ref();
+        Poll::Pending
     }
 }
 

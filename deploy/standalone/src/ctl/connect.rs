@@ -3,6 +3,7 @@
 
 use std::{
     fs,
+    net::IpAddr,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -191,6 +192,9 @@ impl Reach {
         let endpoint =
             Endpoint::from_shared(format!("{scheme}://{bare}")).ok().filter(|_| bare.contains(':'));
         let mut endpoint = endpoint.ok_or_else(|| CtlError::Address(address.to_owned()))?;
+        if !secure && service == CONTROLLER && self.bearer.0.is_some() && !is_here(bare) {
+            return Err(CtlError::TokenInClear(bare.to_owned()));
+        }
         if let Some(host) = host {
             endpoint = endpoint.tls_config(host.clone()).map_err(CtlError::Certificates)?;
         }
@@ -216,6 +220,13 @@ impl Reach {
         };
         Err(CtlError::Unreachable { service, address: bare.to_owned(), reason })
     }
+}
+
+/// Whether an address is this machine's loopback.
+fn is_here(address: &str) -> bool {
+    let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
 }
 
 impl Line {
@@ -319,6 +330,21 @@ fn cluster(service: &'static str, run_dir: Option<&Path>) -> Result<RunFile, Ctl
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_token_is_not_sent_in_the_clear_to_another_machine() {
+        let directory = tempfile::tempdir().unwrap();
+        let token_file = directory.path().join("token");
+        fs::write(&token_file, "secret").unwrap();
+        let reach = Reach::new(&ReachArgs { token_file: Some(token_file), ..ReachArgs::default() }).unwrap();
+        for there in ["10.1.2.3:7100", "controller:7100", "http://[fd00::1]:7100"] {
+            let error = reach.open(CONTROLLER, there).await.map(drop).unwrap_err().to_string();
+            assert!(error.starts_with("a token is not sent in the clear"), "{error}");
+        }
+        for here in ["127.0.0.1:1", "[::1]:1", "localhost:1"] {
+            assert!(is_here(here), "{here}");
+        }
+    }
 
     fn reach(args: ReachArgs) -> Result<Reach, CtlError> {
         Reach::new(&args)

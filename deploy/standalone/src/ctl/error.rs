@@ -19,6 +19,10 @@ pub(crate) enum CtlError {
     File { flag: &'static str, path: PathBuf, source: io::Error },
     #[error("the file {path} of --token-file does not hold a token: one line of visible characters, without spaces", path = .0.display())]
     Token(PathBuf),
+    #[error(
+        "a token is not sent in the clear to {0}: say --ca-file FILE for TLS, or run ctl on the controller's own machine"
+    )]
+    TokenInClear(String),
     #[error("--cert-file and --key-file belong together: give both, or neither")]
     HalfIdentity,
     #[error("the certificates cannot be used: expected PEM files")]
