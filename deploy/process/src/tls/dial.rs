@@ -10,7 +10,7 @@ use std::{
 };
 
 use hyper_util::rt::TokioIo;
-use tokio::{net::TcpStream, time::timeout};
+use tokio::{io::AsyncBufReadExt, net::TcpStream, time::timeout};
 use tokio_rustls::{
     TlsConnector,
     client::TlsStream,
@@ -98,10 +98,19 @@ impl Dial {
         let config = held.connect().map_err(io::Error::other)?;
         // It is sent to the other side, which has one certificate for all; who answers is told by that.
         let name = ServerName::try_from(host.to_owned()).map_err(|_| invalid("no host"))?;
-        let stream = TlsConnector::from(Arc::new(config)).connect(name, tcp).await.map_err(said_clearly)?;
+        let mut stream =
+            TlsConnector::from(Arc::new(config)).connect(name, tcp).await.map_err(said_clearly)?;
         let shown = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
         let found = shown.map_or(Err(IdentityError::Missing), Identity::of);
         self.recognise(found, held.identity()).map_err(io::Error::other)?;
+        // The other side looks at this one's certificate after it has shown its own (RFC 8446, 2): its first word, which
+        // in HTTP/2 it says unasked, or its alert tells whether this one is let in.
+        if stream.fill_buf().await?.is_empty() {
+            return Err(io::Error::new(
+                io::ErrorKind::UnexpectedEof,
+                "the connection was closed without a word",
+            ));
+        }
         Ok(TokioIo::new(stream))
     }
 
