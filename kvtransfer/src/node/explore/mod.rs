@@ -130,6 +130,7 @@ impl Stage {
             translator: Translator::new(false, limits.staging_bytes),
             peers: Peers::new(&limits),
             incoming: Table::new(Bounds { remember: 8, hold: limits.held_offers }),
+            dial: Arc::new(crate::Plaintext),
             links: Links::new(limits.peers),
             outgoing: Table::new(Bounds { remember: 8, hold: 0 }),
             counters: Counters::default(),
