@@ -19,10 +19,25 @@ pub(super) struct Cover<'a> {
 }
 
 impl<'a> Cover<'a> {
+    /// By what the members do now.
     pub(super) fn of(group: &[&'a Member]) -> Self {
+        Self::by(group, |member| phases(member.beat.role))
+    }
+
+    /// By what members that serve do now and will go on doing, as far as they have been told.
+    pub(super) fn as_told(group: &[&'a Member]) -> Self {
+        Self::by(group, |member| {
+            let now = phases(member.beat.role);
+            let told = member.desired.as_ref().filter(|_| member.knows_its_role());
+            let next = told.map_or(now, |desired| phases(desired.role));
+            (now.0.min(next.0), now.1.min(next.1))
+        })
+    }
+
+    fn by(group: &[&'a Member], does: impl Fn(&Member) -> (usize, usize)) -> Self {
         let mut parties: Vec<Party<'a>> = Vec::new();
         for member in group.iter().filter(|member| member.is_serving()) {
-            let (prefill, decode) = phases(member.beat.role);
+            let (prefill, decode) = does(member);
             match parties.iter_mut().find(|party| compatible(party.like, &member.spec)) {
                 Some(party) => {
                     (party.prefill, party.decode) = (party.prefill + prefill, party.decode + decode)
@@ -48,6 +63,15 @@ impl<'a> Cover<'a> {
             party.prefill > usize::from(own) * prefill && party.decode > usize::from(own) * decode
         };
         !self.serves() || self.parties.iter().any(after)
+    }
+
+    /// From here on without what the member ceases to do with this role.
+    pub(super) fn give(&mut self, member: &Member, role: Role) {
+        let (had, keeps) = (phases(member.beat.role), phases(role));
+        for party in self.parties.iter_mut().filter(|party| compatible(party.like, &member.spec)) {
+            party.prefill -= had.0.saturating_sub(keeps.0);
+            party.decode -= had.1.saturating_sub(keeps.1);
+        }
     }
 
     /// Whether requests can be served now and while the member is out of service.

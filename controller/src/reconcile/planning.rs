@@ -210,7 +210,7 @@ impl Reconciler {
         let message = format!("{was} -> {}: {reason}", role.name());
         member.desired = Some(DesiredRole { role, epoch, reason, leader_epoch, drain });
         member.late_since = None;
-        let moved = member.is_serving().then(|| member.spec.group.clone());
+        let moved = (member.is_serving() && member.beat.role != role).then(|| member.spec.group.clone());
         self.role_changes += 1;
         self.mark(Record::Role(id.clone()));
         self.tell(NewsKind::RoleDecided, id, message);

@@ -3,10 +3,11 @@
 //! Who does not serve is given its role at once. Who serves is moved, or left without a role, one at a time in a group,
 //! only once every other has taken on what it was given, and only if both phases go on being served. One that operators
 //! cordon by force waits for nobody; one that is set aside otherwise goes only while the group is served without it. Two
-//! that are to change places, with nobody else to serve meanwhile, pass through [`Role::Mixed`]. How many may be moved in a
-//! while is for [`super::moves`] to say.
+//! that are to change places, with nobody else to serve meanwhile, pass through [`Role::Mixed`]. What was decided and could
+//! not be told yet is taken back if the group would by now cease to be served by it. How many may be moved in a while is
+//! for [`super::moves`] to say.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use baton_proto::{InstanceId, Role};
 use tokio::time::Instant;
@@ -41,12 +42,22 @@ impl Reconciler {
             Some(self.began + self.roles_config.lost_grace).filter(|until| self.adopted && now < *until);
         let (mut steps, mut wait) = (BTreeMap::new(), None);
         let (mut moves, mut settling) = (Vec::new(), Vec::new());
+        let untimely = self.untimely(group);
         for &member in group {
             let id = &member.spec.id;
-            let Some(decision) = decisions.get(id) else { continue };
+            let Some(decision) = decisions.get_mut(id) else { continue };
             let has = member.desired.as_ref().map(|desired| desired.role);
             let unwanted = decision.role == Role::None;
             let step = if self.drains_too_long(member) {
+                Step::Changes
+            } else if untimely.contains(id) && decision.role != member.beat.role {
+                settling.push(id);
+                decision.reason = format!(
+                    "until another serves what it serves, not {}: {}",
+                    decision.role.name(),
+                    decision.reason
+                );
+                decision.role = member.beat.role;
                 Step::Changes
             } else if has == Some(decision.role) {
                 settling.extend(member.is_on_its_way().then_some(id));
@@ -114,6 +125,23 @@ impl Reconciler {
             steps.insert(id.clone(), step);
         }
         (steps, wait)
+    }
+
+    /// Members that serve and are to be something else, who were not told yet, and without whom the group would by now not
+    /// be served: others have gone since that was decided, while the store or the member could not be reached.
+    fn untimely<'a>(&self, group: &[&'a Member]) -> BTreeSet<&'a InstanceId> {
+        let mut cover = Cover::as_told(group);
+        let mut untimely = BTreeSet::new();
+        for member in group.iter().filter(|member| member.is_serving() && !member.knows_its_role()) {
+            let id = &member.spec.id;
+            let Some(desired) = &member.desired else { continue };
+            if cover.spares(member, desired.role) || self.is_forced(id) {
+                cover.give(member, desired.role);
+            } else {
+                untimely.insert(id);
+            }
+        }
+        untimely
     }
 
     /// Whether it has yet to finish what operators have since given it another time for.

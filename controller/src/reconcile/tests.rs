@@ -37,6 +37,8 @@ struct World {
     writes: usize,
     /// A key that the store will not have.
     refuses: Option<String>,
+    /// The store does not answer.
+    unreachable: bool,
 }
 
 impl World {
@@ -63,6 +65,7 @@ impl World {
             refused: Vec::new(),
             writes: 0,
             refuses: None,
+            unreachable: false,
         }
     }
 
@@ -89,7 +92,8 @@ impl World {
     fn settle(&mut self) {
         let commands = self.mind.conclude(self.now);
         self.take(commands);
-        for write in self.mind.take_writes(usize::MAX) {
+        let most = if self.unreachable { 0 } else { usize::MAX };
+        for write in self.mind.take_writes(most) {
             self.writes += 1;
             if self.refuses.as_ref() == Some(&write.key()) {
                 let (record, reason) = (write.record, "as the test wants it".to_owned());

@@ -158,18 +158,12 @@ impl Findings {
             let now = |member: &Member| {
                 if member.is_serving() { phases(member.beat.role) } else { (false, false) }
             };
-            let once_told = |member: &Member, desired: Option<Role>| {
-                let (now, next) = (now(member), phases(desired.unwrap_or(Role::None)));
+            let after = |member: &Member| {
+                let desired = member.desired.as_ref().map_or(Role::None, |desired| desired.role);
+                let (now, next) = (now(member), phases(desired));
                 if member.stuck.is_some() { now } else { (now.0 && next.0, now.1 && next.1) }
             };
-            // What was decided before and is still to be told is not this decision's doing.
-            let before = |member: &Member| {
-                let desired = before.0.get(&member.spec.id).map(|(role, _)| *role);
-                once_told(member, desired)
-            };
-            let after =
-                |member: &Member| once_told(member, member.desired.as_ref().map(|desired| desired.role));
-            if served(&before) && !served(&after) {
+            if served(&now) && !served(&after) {
                 let moved: Vec<_> = moved.iter().map(|m| (m.spec.id.as_str(), &m.desired)).collect();
                 self.violated(format!("{group} is not served while {moved:?} is moved"));
             }

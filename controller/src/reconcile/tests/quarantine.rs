@@ -106,3 +106,34 @@ fn the_last_of_its_kind_stays_in_service_until_another_serves_it() {
     let verdicts = world.mind.health.verdicts().filter(|(_, verdict)| *verdict != Verdict::Healthy);
     assert_eq!(verdicts.count(), 1);
 }
+
+/// The store did not answer when it was decided; by the time that it does, the other one that did the same is gone.
+#[test]
+fn what_was_not_told_yet_is_taken_back_when_nobody_else_is_left() {
+    let mut world = World::new();
+    let waiting = beat(Phase::Waiting, Role::None, 0);
+    let mut sessions: Vec<_> = ["a", "b", "c"].map(|name| world.hello(name, 1, waiting)).into();
+    world.pass(Duration::from_secs(3), &sessions);
+    pass(&mut world, &sessions, None, 5);
+    assert_eq!(world.roles(), "pdd");
+    let desired = |world: &World| world.mind.members()[&id("b")].desired.clone().expect("decided");
+    world.unreachable = true;
+    let told = world.assigned.len();
+    pass(&mut world, &sessions, Some(sessions[1]), 20);
+    assert_eq!(desired(&world).role, Role::None);
+    let session = sessions.pop().expect("c's");
+    world.event(Event::Bye { session, reason: "gone".into() });
+    assert_eq!(desired(&world).role, Role::Decode);
+    let reason = desired(&world).reason;
+    assert!(reason.starts_with("until another serves what it serves, not none: "), "{reason}");
+    assert_eq!(world.assigned.len(), told, "nobody is told anything");
+
+    world.unreachable = false;
+    world.settle();
+    pass(&mut world, &sessions, Some(sessions[1]), 5);
+    let of = |name: &str| -> Vec<_> {
+        let of = |(session, _): &&(SessionId, DesiredRole)| *session == sessions[usize::from(name == "b")];
+        world.assigned[told..].iter().filter(of).map(|(_, desired)| desired.role).collect()
+    };
+    assert_eq!((of("a"), of("b")), (vec![Role::Mixed], vec![Role::Decode, Role::None]));
+}
