@@ -126,7 +126,7 @@ impl control_server::Control for ControlService {
             tokio::time::timeout(HELLO_TIMEOUT, hello(&mut reports)).await.map_err(|_| {
                 Status::from(ApiError::new(ErrorCode::DeadlineExceeded, "no hello came in time"))
             })??;
-        is_itself(&peer, spec.id.as_str())?;
+        peer.speaks_as(spec.id.as_str())?;
         let (session, unix_millis) = (self.next_session(), unix_millis());
         let (orders, receiver) = mpsc::channel(ORDERS_CAPACITY);
         let end = self.shutdown.child_token();
@@ -143,15 +143,6 @@ impl control_server::Control for ControlService {
         let shutdown = self.shutdown.clone().cancelled_owned();
         Ok(Response::new(answers.take_until(shutdown).boxed()))
     }
-}
-
-/// Refuses who calls itself otherwise than its certificate does.
-fn is_itself(peer: &Peer, name: &str) -> Result<(), Status> {
-    if peer.may_be(name) {
-        return Ok(());
-    }
-    let message = format!("{name} says hello with the certificate of another: {peer}");
-    Err(Status::permission_denied(message))
 }
 
 /// The first report of a session.

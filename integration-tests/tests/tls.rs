@@ -258,9 +258,14 @@ async fn strangers_are_refused(fleet: &Fleet, admin: &TlsConfig) {
         ["Session", "Coordinate", "Range", "FleetAdmin", "RequestAdmin", "Attach", "Exchange", "Events"];
 
     let elsewhere = Authority::new(fleet.dir.path().join("elsewhere"));
+    // They believe us, too, as else they would not get as far as to show who they are.
+    let both = fleet.dir.path().join("both");
+    let read = |file: &Path| std::fs::read_to_string(file).expect("a file");
+    let theirs = elsewhere.issue("viewer", "mallory");
+    std::fs::write(&both, read(&admin.ca_file) + &read(&theirs.ca_file)).expect("a file");
     for role in ["controller", "coordinator", "server", "admin"] {
         let theirs = elsewhere.issue(role, "mallory");
-        let stranger = TlsConfig { ca_file: admin.ca_file.clone(), ..theirs };
+        let stranger = TlsConfig { ca_file: both.clone(), ..theirs };
         let stranger = Tls::of_operator(&stranger).expect("good files");
         let refused = planes.refusals(&stranger).await;
         assert_eq!(refused.iter().map(|(plane, _)| *plane).collect::<Vec<_>>(), all, "{role}");

@@ -2,9 +2,12 @@
 
 mod support;
 
-use baton_kvtransfer::{ExpectSpec, OfferSpec, TransferError};
-use baton_proto::{ErrorCode, PromptDigest, TransferId};
+use std::sync::{Arc, Mutex};
+
+use baton_kvtransfer::{Dial, Dialling, ExpectSpec, OfferSpec, TransferError};
+use baton_proto::{ErrorCode, InstanceId, PromptDigest, TransferId};
 use support::*;
+use tonic::transport::Endpoint;
 
 const MANY: [u32; 9] = [7, 3, 60, 22, 21, 20, 5, 63, 0];
 const THERE: [u32; 9] = [1, 50, 2, 49, 3, 48, 4, 47, 5];
@@ -233,4 +236,38 @@ async fn prompts_that_are_as_long_and_not_the_same_never_meet() {
         assert_eq!((incoming.close().await, outgoing.close().await), (vec![1, 2], vec![5, 6]));
         assert_eq!(decode.node.stats().slices_received, 0);
     }
+}
+
+/// Connects to whoever answers, and notes who should.
+#[derive(Default)]
+struct Noting(Mutex<Vec<InstanceId>>);
+
+impl Dial for Noting {
+    fn dial(&self, peer: Endpoint, receiver: &InstanceId) -> Dialling {
+        self.0.lock().expect("not poisoned").push(receiver.clone());
+        Box::pin(async move { peer.connect().await })
+    }
+}
+
+#[tokio::test]
+async fn whoever_connects_is_told_who_should_be_there() {
+    let noting = Arc::new(Noting::default());
+    let decode = Peer::start("decode-0");
+    let prefill = Peer::start_with("prefill-0", Setup { dial: noting.clone(), ..Setup::default() });
+    let id = TransferId::generate();
+    let mut incoming = decode.node.expect(expect_spec(id, &prefill.name, &THERE)).expect("room");
+    let outgoing = prefill.node.offer(offer_spec(id, &decode, &MANY)).expect("room");
+    (0..LAYERS).for_each(|layer| outgoing.progress().ready(layer, 0..9));
+    outgoing.seal(1);
+    within("sealed", 10, incoming.sealed()).await.expect("whole");
+    assert_eq!(*noting.0.lock().expect("not poisoned"), std::slice::from_ref(&decode.name));
+
+    // The next connection is for whom the next transfer is for.
+    decode.stop.cancel();
+    let spec = offer_spec(TransferId::generate(), &decode, &[1]);
+    let _outgoing = prefill.node.offer(OfferSpec { receiver: instance("decode-1"), ..spec }).expect("room");
+    until("it is connected to anew", || {
+        noting.0.lock().expect("not poisoned").last() == Some(&instance("decode-1"))
+    })
+    .await;
 }

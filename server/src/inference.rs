@@ -12,6 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use baton_process::tls;
 use baton_proto::{CoordinatorId, LegId, v1};
 use futures::{Stream, StreamExt, stream};
 use parking_lot::Mutex;
@@ -104,8 +105,10 @@ impl v1::inference_server::Inference for InferenceService {
         &self,
         request: Request<Streaming<v1::AttachRequest>>,
     ) -> Result<Response<AttachStream>, Status> {
+        let peer = tls::Peer::of(&request);
         let mut requests = request.into_inner();
         let coordinator = hello(&mut requests).await?;
+        peer.speaks_as(coordinator.as_str())?;
         let stream = StreamId(self.fresh(1));
         let outbox = Arc::new(Outbox::default());
         {

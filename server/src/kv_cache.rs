@@ -3,6 +3,7 @@
 
 use std::{collections::VecDeque, pin::Pin, sync::Arc};
 
+use baton_process::tls;
 use baton_proto::{BlockHash, CoordinatorId, Incarnation, v1};
 use bytes::Bytes;
 use futures::{Stream, StreamExt, stream};
@@ -100,8 +101,10 @@ impl v1::kv_cache_server::KvCache for KvCacheService {
         &self,
         request: Request<v1::KvEventsRequest>,
     ) -> Result<Response<Self::EventsStream>, Status> {
+        let peer = tls::Peer::of(&request);
         let coordinator = CoordinatorId::new(request.into_inner().coordinator_id)
             .map_err(|error| Status::invalid_argument(error.to_string()))?;
+        peer.speaks_as(coordinator.as_str())?;
         let place = self.readers.clone().try_acquire_owned().map_err(|_| {
             Status::resource_exhausted(format!("{MAX_READERS} coordinators read the events already"))
         })?;

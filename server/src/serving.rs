@@ -93,8 +93,8 @@ fn known_peer(mut request: Request<()>) -> Result<Request<()>, Status> {
 struct Peers(tls::Dial);
 
 impl baton_kvtransfer::Dial for Peers {
-    fn dial(&self, peer: Endpoint) -> Dialling {
-        let dial = self.0.clone();
+    fn dial(&self, peer: Endpoint, receiver: &InstanceId) -> Dialling {
+        let dial = self.0.clone().named(receiver.as_str());
         Box::pin(async move { dial.connect(peer).await })
     }
 }

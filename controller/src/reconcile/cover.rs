@@ -24,12 +24,13 @@ impl<'a> Cover<'a> {
         Self::by(group, |member| phases(member.beat.role))
     }
 
-    /// By what members that serve do now and will go on doing, as far as they have been told.
-    pub(super) fn as_told(group: &[&'a Member]) -> Self {
+    /// By what members that serve do now and go on doing when those for whom it is `due` become what they are to be. The
+    /// stuck stay what they are.
+    pub(super) fn once(group: &[&'a Member], due: impl Fn(&Member) -> bool) -> Self {
         Self::by(group, |member| {
             let now = phases(member.beat.role);
-            let told = member.desired.as_ref().filter(|_| member.knows_its_role());
-            let next = told.map_or(now, |desired| phases(desired.role));
+            let changes = member.desired.as_ref().filter(|_| member.stuck.is_none() && due(member));
+            let next = changes.map_or(now, |desired| phases(desired.role));
             (now.0.min(next.0), now.1.min(next.1))
         })
     }

@@ -84,10 +84,13 @@ impl Reconciler {
             };
             steps.insert(id.clone(), step);
         }
-        let cover = Cover::of(group);
-        let affordable = |member: &Member, role: Role| match role {
-            Role::None if self.aside(member).is_some() => cover.can_do_without(member),
-            role => cover.spares(member, role),
+        // Those that are to leave may be gone at any moment.
+        let covers = [Cover::of(group), Cover::once(group, |_| true)];
+        let affordable = |member: &Member, role: Role| {
+            covers.iter().all(|cover| match role {
+                Role::None if self.aside(member).is_some() => cover.can_do_without(member),
+                role => cover.spares(member, role),
+            })
         };
         let has_room = |member: &Member, role: Role| self.has_room(budget, group, member, role);
         let mut first = None;
@@ -130,7 +133,7 @@ impl Reconciler {
     /// Members that serve and are to be something else, who were not told yet, and without whom the group would by now not
     /// be served: others have gone since that was decided, while the store or the member could not be reached.
     fn untimely<'a>(&self, group: &[&'a Member]) -> BTreeSet<&'a InstanceId> {
-        let mut cover = Cover::as_told(group);
+        let mut cover = Cover::once(group, Member::knows_its_role);
         let mut untimely = BTreeSet::new();
         for member in group.iter().filter(|member| member.is_serving() && !member.knows_its_role()) {
             let id = &member.spec.id;

@@ -20,7 +20,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Status, Streaming};
 use tracing::{debug, info};
 
-use super::{ControlService, HELLO_TIMEOUT, invalid, is_itself, millis, not_leading, unix_millis};
+use super::{ControlService, HELLO_TIMEOUT, invalid, millis, not_leading, unix_millis};
 use crate::{
     coordinators::{Coordinators, Hello},
     desk::Message,
@@ -44,7 +44,7 @@ pub(super) async fn coordinate(
     let (spec, beat) = timeout(HELLO_TIMEOUT, hello(&mut reports))
         .await
         .map_err(|_| Status::from(ApiError::new(ErrorCode::DeadlineExceeded, "no hello came in time")))??;
-    is_itself(&peer, spec.id.as_str())?;
+    peer.speaks_as(spec.id.as_str())?;
     let reporter = Reporter {
         coordinators: service.coordinators.clone(),
         epoch: inbox.epoch,

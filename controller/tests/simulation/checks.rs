@@ -163,7 +163,9 @@ impl Findings {
                 let (now, next) = (now(member), phases(desired));
                 if member.stuck.is_some() { now } else { (now.0 && next.0, now.1 && next.1) }
             };
-            if served(&now) && !served(&after) {
+            // What was told before cannot be taken back, whatever has happened since.
+            let before = |member: &Member| if member.knows_its_role() { after(member) } else { now(member) };
+            if served(&before) && !served(&after) {
                 let moved: Vec<_> = moved.iter().map(|m| (m.spec.id.as_str(), &m.desired)).collect();
                 self.violated(format!("{group} is not served while {moved:?} is moved"));
             }
@@ -298,6 +300,9 @@ pub(crate) fn converged(world: &World) -> Result<(), String> {
         let lasts = verdict.is_quarantined() || matches!(verdict, Verdict::Probation { .. });
         if lasts && kept(&keys::health(id)).is_none_or(|record| record.group != member.spec.group) {
             return Err(format!("{id} is {verdict:?}, and the store does not know"));
+        }
+        if lasts {
+            return Err(format!("{id} is {verdict:?}, which time will change"));
         }
     }
     divided(world, members.values())

@@ -142,7 +142,8 @@ impl World {
         let move_in_turn = roles.drain + roles.switch_grace + roles.moves_period;
         let moves = millis(move_in_turn) * NAMES.len() as u64;
         let known = roles.lost_grace + roles.load_grace + self.config.sessions.lease;
-        let bound = 60_000 + millis(known + self.config.health.quarantine_most) + moves;
+        let health = &self.config.health;
+        let bound = 60_000 + millis(known + health.quarantine_most + health.probation) + moves;
         let mut calm_since = None;
         // Whoever is to be started again is, by then.
         self.until(self.now + 11_000)?;

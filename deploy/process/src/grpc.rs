@@ -61,6 +61,8 @@ pub async fn serve(listener: TcpListener, routes: Routes, options: GrpcOptions) 
         |source: Box<dyn std::error::Error + Send + Sync>| ProcessError::Setup { what: "gRPC", source };
     listener.set_nonblocking(true).map_err(|error| setup(error.into()))?;
     let listener = tokio::net::TcpListener::from_std(listener).map_err(|error| setup(error.into()))?;
+    let address = listener.local_addr().map_err(|error| setup(error.into()))?;
+    tracing::info!(%address, tls = options.tls.is_on(), "gRPC is served");
     let KeepAlive { interval, timeout } = options.keep_alive;
     let incoming = TcpIncoming::from(listener).with_nodelay(Some(true)).with_keepalive(Some(interval));
 

@@ -66,8 +66,9 @@ pub type Dialling = Pin<Box<dyn Future<Output = Result<Channel, Error>> + Send>>
 
 /// Connects to the `Handoff` services of peers.
 pub trait Dial: Send + Sync {
-    /// To `http://HOST:PORT`, with what the endpoint says of timeouts and probes. An error is tried again.
-    fn dial(&self, peer: Endpoint) -> Dialling;
+    /// To `http://HOST:PORT`, with what the endpoint says of timeouts and probes; `receiver` is who should be there. An
+    /// error is tried again.
+    fn dial(&self, peer: Endpoint, receiver: &InstanceId) -> Dialling;
 }
 
 /// In plaintext, whoever answers.
@@ -75,7 +76,7 @@ pub trait Dial: Send + Sync {
 pub struct Plaintext;
 
 impl Dial for Plaintext {
-    fn dial(&self, peer: Endpoint) -> Dialling {
+    fn dial(&self, peer: Endpoint, _: &InstanceId) -> Dialling {
         Box::pin(async move { peer.connect().await })
     }
 }

@@ -372,7 +372,7 @@ pub fn messages(bytes: &[u8]) {
             assert_eq!(stage.kv.node.incoming.counts().1, 0);
             return;
         }
-        let link = Link::new(PEER.into());
+        let link = Link::new(PEER.into(), instance("peer"));
         stage.kv.node.links.put(PEER, link.clone());
         let (messages, mut said) = mpsc::channel(64);
         let up = LinkUp::new(stage.kv.node.now(), messages, instance("peer"), Incarnation(9));

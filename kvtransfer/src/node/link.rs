@@ -42,6 +42,8 @@ const FIRST_PAUSE: Duration = Duration::from_millis(50);
 pub(super) struct Link {
     /// `host:port` of its `Handoff` service.
     endpoint: String,
+    /// Whom the latest transfer is for.
+    receiver: Mutex<InstanceId>,
     state: Mutex<State>,
     /// A transfer has come, or the last one has gone.
     changed: Notify,
@@ -77,10 +79,20 @@ enum Break {
 }
 
 impl Link {
-    pub(super) fn new(endpoint: String) -> Arc<Self> {
+    pub(super) fn new(endpoint: String, receiver: InstanceId) -> Arc<Self> {
         let idle_since = Instant::now();
         let state = State { up: None, transfers: HashMap::new(), idle_since, ended: false };
-        Arc::new(Self { endpoint, state: Mutex::new(state), changed: Notify::new() })
+        Arc::new(Self {
+            endpoint,
+            receiver: Mutex::new(receiver),
+            state: Mutex::new(state),
+            changed: Notify::new(),
+        })
+    }
+
+    /// Who is to be at the endpoint, when it is connected to anew.
+    pub(super) fn is_to(&self, receiver: &InstanceId) {
+        self.receiver.lock().clone_from(receiver);
     }
 
     /// Adds a transfer; it is offered as soon as the stream stands. False if this link has ended: use a new one.
@@ -277,7 +289,8 @@ impl Link {
             .tcp_nodelay(true)
             .http2_keep_alive_interval(node.limits.keep_alive)
             .keep_alive_timeout(node.limits.keep_alive_timeout);
-        let channel = node.dial.dial(peer).await.map_err(|error| unreachable(&error))?;
+        let dialling = node.dial.dial(peer, &self.receiver.lock());
+        let channel = dialling.await.map_err(|error| unreachable(&error))?;
         let (sender, queue) = mpsc::channel(node.limits.control_queue());
         let say = |body| {
             let message = v1::SenderMessage { transfer_id: wire_id(None), body: Some(body) };

@@ -2,6 +2,8 @@
 
 use std::{collections::HashMap, sync::Arc};
 
+use baton_proto::InstanceId;
+
 use super::link::Link;
 use crate::{TransferError, sync::Mutex};
 
@@ -15,18 +17,19 @@ impl Links {
         Self { by_endpoint: Mutex::default(), most }
     }
 
-    /// The link to an endpoint; `start` is given a new one if there is none that has not ended. Over the limit, the one that
+    /// The link to an endpoint, at which this receiver should be; `start` is given a new one if there is none that has not ended. Over the limit, the one that
     /// has been idle longest ends.
     ///
     /// # Errors
     /// `Limit`: there are as many as there may be, and all have transfers.
     pub(super) fn to(
         &self,
-        endpoint: &str,
+        (endpoint, receiver): (&str, &InstanceId),
         start: impl FnOnce(Arc<Link>),
     ) -> Result<Arc<Link>, TransferError> {
         let mut links = self.by_endpoint.lock();
         if let Some(link) = links.get(endpoint).filter(|link| !link.ended()) {
+            link.is_to(receiver);
             return Ok(link.clone());
         }
         links.retain(|_, link| !link.ended());
@@ -36,7 +39,7 @@ impl Links {
             let full = TransferError::Limit { what: "peers to send to", limit: self.most };
             links.remove(&longest.ok_or(full)?);
         }
-        let link = Link::new(endpoint.to_owned());
+        let link = Link::new(endpoint.to_owned(), receiver.clone());
         links.insert(endpoint.to_owned(), link.clone());
         start(link.clone());
         Ok(link)

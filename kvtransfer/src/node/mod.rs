@@ -308,7 +308,7 @@ impl Node {
             let start = |link: Arc<Link>| {
                 self.lifetime.spawn(link.run(self.clone(), self.lifetime.stop.clone()));
             };
-            let link = self.links.to(&endpoint, start)?;
+            let link = self.links.to((&endpoint, &spec.receiver), start)?;
             let claimed = self.pool.claims.claim(&[], &spec.blocks)?;
             let outbound = self.outgoing.add(id, |live| {
                 if live >= limit {

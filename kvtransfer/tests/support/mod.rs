@@ -15,8 +15,8 @@ use std::{
 };
 
 use baton_kvtransfer::{
-    DataPortConfig, DeviceMemory, ExpectSpec, FleetSecret, KvLayout, KvNode, Limits, NodeConfig, OfferSpec,
-    Plaintext, Reclaimed, Region, TransportConfig, TransportKind,
+    DataPortConfig, DeviceMemory, Dial, ExpectSpec, FleetSecret, KvLayout, KvNode, Limits, NodeConfig,
+    OfferSpec, Plaintext, Reclaimed, Region, TransportConfig, TransportKind,
 };
 use baton_proto::{Incarnation, InstanceId, PromptDigest, TransferId};
 use memmap2::MmapMut;
@@ -159,6 +159,7 @@ pub struct Setup {
     pub connections: usize,
     /// Data connections that have shown nothing yet.
     pub unproven: usize,
+    pub dial: Arc<dyn Dial>,
     pub secret: Option<FleetSecret>,
     /// Whether caches of another type are taken in.
     pub convert: bool,
@@ -186,6 +187,7 @@ impl Default for Setup {
             transports: vec![TransportConfig::Tcp { connections: 2 }],
             connections: 1024,
             unproven: 256,
+            dial: Arc::new(Plaintext),
             secret: None,
             convert: false,
             pool: None,
@@ -229,7 +231,7 @@ impl Peer {
             blocks: setup.blocks,
             data_port,
             transports: setup.transports,
-            dial: Arc::new(Plaintext),
+            dial: setup.dial,
             secret: setup.secret,
             convert: setup.convert,
             lease: setup.lease,

@@ -18,6 +18,8 @@ use tokio_rustls::rustls::{
     version::TLS13,
 };
 
+use webpki::{EndEntityCert, KeyUsage};
+
 use super::{Identity, Role, TlsConfig, TlsError};
 
 /// Whose files they are.
@@ -117,7 +119,9 @@ impl Held {
         }
         let own = match owner {
             Owner::Operator if files.cert.is_empty() => None,
-            Owner::Operator | Owner::Service(_) => Some(Self::own(files, config, owner, &provider)?),
+            Owner::Operator | Owner::Service(_) => {
+                Some(Self::own(files, config, owner, (&provider, &roots))?)
+            }
         };
         Ok(Self { provider, roots: Arc::new(roots), own })
     }
@@ -126,7 +130,7 @@ impl Held {
         files: &Files,
         config: &TlsConfig,
         owner: Owner,
-        provider: &CryptoProvider,
+        (provider, roots): (&CryptoProvider, &RootCertStore),
     ) -> Result<(Identity, Arc<SingleCertAndKey>), TlsError> {
         let path = || config.cert_file.clone();
         let chain = certificates("tls.cert_file", &config.cert_file, &files.cert)?;
@@ -137,6 +141,27 @@ impl Held {
         {
             return Err(TlsError::WrongRole { path: path(), named: identity.role, own });
         }
+        let usage = match owner {
+            Owner::Service(_) => KeyUsage::server_auth(),
+            Owner::Operator => KeyUsage::client_auth(),
+        };
+        // Peers look at it as this does; better said here than guessed from their refusals.
+        let believed = EndEntityCert::try_from(&chain[0]).and_then(|own| {
+            let algorithms = provider.signature_verification_algorithms.all;
+            own.verify_for_usage(algorithms, &roots.roots, &chain[1..], UnixTime::now(), usage, None, None)
+                .map(drop)
+        });
+        believed.map_err(|error| {
+            let why = match error {
+                webpki::Error::CertExpired { .. } => "it has expired".to_owned(),
+                webpki::Error::CertNotValidYet { .. } => "by this clock it is not valid yet".to_owned(),
+                webpki::Error::UnknownIssuer | webpki::Error::InvalidSignatureForPublicKey => {
+                    "none of them has signed it".to_owned()
+                }
+                other => other.to_string(),
+            };
+            TlsError::Unbelievable { path: path(), ca: config.ca_file.clone(), why }
+        })?;
         let key = PrivateKeyDer::from_pem_slice(&files.key)
             .map_err(|error| content("tls.key_file", &config.key_file, format!("holds no key: {error}")))?;
         let of = |source| TlsError::Key { path: config.key_file.clone(), cert: path(), source };

@@ -71,7 +71,7 @@ pub(super) async fn guard(
     let peer = info.as_ref().map_or(Peer::Nameless("no handshake".into()), |info| info.peer.clone());
     if let Err(status) = door.admit(request.uri().path(), &peer) {
         counts.refused("role");
-        tracing::warn!(why = status.message(), "a call is refused");
+        counts.tell(status.message());
         return status.into_http();
     }
     if let Some(info) = info {

@@ -12,6 +12,11 @@ pub enum TlsError {
     Content { key: &'static str, path: PathBuf, problem: String },
     #[error("tls.key_file: {path} is not the key of {cert}: {source}", path = .path.display(), cert = .cert.display())]
     Key { path: PathBuf, cert: PathBuf, source: tokio_rustls::rustls::Error },
+    #[error(
+        "tls.cert_file: {path} would be believed by nobody who has the authorities of {ca}: {why}",
+        path = .path.display(), ca = .ca.display()
+    )]
+    Unbelievable { path: PathBuf, ca: PathBuf, why: String },
     #[error("tls.cert_file: {path}: {source}", path = .path.display())]
     Nameless { path: PathBuf, source: IdentityError },
     #[error(

@@ -5,7 +5,7 @@
 use std::{fmt, str::FromStr, sync::Arc};
 
 use tokio_rustls::rustls::pki_types::CertificateDer;
-use tonic::Request;
+use tonic::{Request, Status};
 
 /// What a process or a person is to the others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -139,11 +139,15 @@ impl Peer {
         request.extensions().get().cloned().unwrap_or(Self::Plaintext)
     }
 
-    /// Whether this may be who calls itself `name`: unless its certificate names another.
-    pub fn may_be(&self, name: &str) -> bool {
+    /// Refuses who calls itself otherwise than its certificate does, where that says a name.
+    pub fn speaks_as(&self, name: &str) -> Result<(), Status> {
         match self {
-            Self::Named(identity) => identity.name.as_deref().is_none_or(|own| own == name),
-            Self::Plaintext | Self::Nameless(_) => true,
+            Self::Named(identity) if identity.name.as_deref().is_some_and(|own| own != name) => {
+                Err(Status::permission_denied(format!(
+                    "{name} says hello with the certificate of another: {self}"
+                )))
+            }
+            Self::Named(_) | Self::Plaintext | Self::Nameless(_) => Ok(()),
         }
     }
 }
@@ -175,8 +179,11 @@ mod tests {
     #[test]
     fn a_certificate_that_names_an_instance_is_of_no_other() {
         let named = |uri: &str| Peer::Named(Arc::new(uri.parse().expect("good")));
-        assert!(named("spiffe://x/baton/server/a").may_be("a"));
-        assert!(!named("spiffe://x/baton/server/a").may_be("b"));
-        assert!(named("spiffe://x/baton/server").may_be("b") && Peer::Plaintext.may_be("b"));
+        let speaks_as = |peer: Peer, name| peer.speaks_as(name).map_err(|status| status.message().to_owned());
+        assert_eq!(speaks_as(named("spiffe://x/baton/server/a"), "a"), Ok(()));
+        let refused = "b says hello with the certificate of another: spiffe://x/baton/server/a";
+        assert_eq!(speaks_as(named("spiffe://x/baton/server/a"), "b"), Err(refused.to_owned()));
+        assert_eq!(speaks_as(named("spiffe://x/baton/server"), "b"), Ok(()));
+        assert_eq!(speaks_as(Peer::Plaintext, "b"), Ok(()));
     }
 }

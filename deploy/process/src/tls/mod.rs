@@ -17,7 +17,12 @@ mod identity;
 mod incoming;
 mod parting;
 
-use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use axum::middleware;
 use parking_lot::Mutex;
@@ -40,6 +45,8 @@ pub use identity::{Identity, IdentityError, Peer, Role};
 
 /// How often the files are looked at. A mounted Secret is swapped as a whole, which only a look at its content tells.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
+/// Between two refused calls that the log tells of.
+const TELL_EVERY: Duration = Duration::from_secs(1);
 
 /// The files of one process. None of them = plaintext.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -93,6 +100,8 @@ impl fmt::Debug for Tls {
 struct Counts {
     refused: Family<Why, Counter>,
     reloads: Family<Outcome, Counter>,
+    /// When a refused call was last told of.
+    told: Arc<Mutex<Option<Instant>>>,
 }
 
 /// Why a connection or a call was refused.
@@ -121,6 +130,15 @@ impl Counts {
 
     fn refused(&self, why: &'static str) {
         self.refused.get_or_create(&Why { why }).inc();
+    }
+
+    /// Tells of a refused call, unless one was told of just before: who calls without end fills no log.
+    fn tell(&self, why: &str) {
+        let mut told = self.told.lock();
+        if told.is_none_or(|at| at.elapsed() >= TELL_EVERY) {
+            *told = Some(Instant::now());
+            tracing::warn!(why, "a call is refused; others of this second are only counted");
+        }
     }
 
     fn reloaded(&self, outcome: &'static str) {

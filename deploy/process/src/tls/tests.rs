@@ -1,6 +1,11 @@
 //! Real handshakes over real sockets, with certificates made here: who is let in, who is not, and what they are told.
 
-use std::{fs, net::TcpListener as StdListener, path::Path, time::Instant};
+use std::{
+    fs,
+    net::TcpListener as StdListener,
+    path::Path,
+    time::{Instant, SystemTime},
+};
 
 use rcgen::{BasicConstraints, CertificateParams, Issuer, KeyPair, SanType};
 use tokio::{io::AsyncReadExt, net::TcpStream, time::timeout};
@@ -184,20 +189,23 @@ async fn strangers_are_refused_in_the_handshake() {
     let (folder, ours) = (tempfile::tempdir().expect("a folder"), Authority::new());
     let port = Port::serve(ours.tls(folder.path(), CONTROLLER), DOOR);
 
-    // Signed by somebody else, who knows our authority.
-    let mut stranger = Authority::new().issue(folder.path(), COORDINATOR, |_| {});
-    let ca = folder.path().join("ours.ca");
-    fs::write(&ca, &ours.pem).expect("a file");
-    stranger.ca_file.clone_from(&ca);
+    // Signed by somebody else, who believes our authority, too.
+    let theirs = Authority::new();
+    let stranger = theirs.issue(folder.path(), COORDINATOR, |_| {});
+    fs::write(&stranger.ca_file, ours.pem.clone() + &theirs.pem).expect("a file");
     let text = told(port.check(&open(&stranger, COORDINATOR)).await);
     assert!(text.contains("UnknownCA") || text.contains("DecryptError"), "{text}");
 
-    let expired = |params: &mut CertificateParams| params.not_after = rcgen::date_time_ymd(2020, 1, 1);
-    let expired = ours.issue(folder.path(), COORDINATOR, expired);
-    let text = told(port.check(&open(&expired, COORDINATOR)).await);
+    let expires = SystemTime::now() + Duration::from_secs(2);
+    let expiring = ours.issue(folder.path(), COORDINATOR, |params| params.not_after = expires.into());
+    let expired = open(&expiring, COORDINATOR);
+    while SystemTime::now() < expires + Duration::from_secs(1) {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let text = told(port.check(&expired).await);
     assert!(text.contains("CertificateExpired"), "{text}");
 
-    let nobody = TlsConfig { ca_file: ca, ..TlsConfig::default() };
+    let nobody = TlsConfig { ca_file: expiring.ca_file, ..TlsConfig::default() };
     let nobody = Tls::of_operator(&nobody).expect("good files");
     let text = told(port.check(&nobody).await);
     assert!(text.contains("CertificateRequired"), "{text}");
@@ -369,6 +377,16 @@ fn files_that_cannot_be_used_are_named() {
     assert!(text.ends_with("holds no certificate (PEM)"), "{text}");
     let text = read(&TlsConfig { cert_file: good.ca_file.clone(), ..good.clone() }, Role::Server);
     assert!(text.contains("it names no role"), "{text}");
+
+    let stranger = Authority::new();
+    let unknown =
+        TlsConfig { ca_file: stranger.issue(folder.path(), COORDINATOR, |_| {}).ca_file, ..good.clone() };
+    let text = read(&unknown, Role::Server);
+    assert!(text.starts_with(&format!("tls.cert_file: {cert} would be believed by nobody")), "{text}");
+    assert!(text.ends_with(": none of them has signed it"), "{text}");
+    let over = |params: &mut CertificateParams| params.not_after = rcgen::date_time_ymd(2020, 1, 1);
+    let text = read(&ours.issue(folder.path(), COORDINATOR, over), Role::Coordinator);
+    assert!(text.ends_with(": it has expired"), "{text}");
 
     assert_eq!(TlsConfig::default().validate(), Ok(()));
     assert_eq!(good.validate(), Ok(()));

@@ -144,7 +144,7 @@ fn send() {
     let kv = KvNode { node: node.clone() };
     let mishap = Mishap::pick();
     let (over, sent) = (CancellationToken::new(), Sent::default());
-    let link = Link::new(PEER.into());
+    let link = Link::new(PEER.into(), name("decode-0"));
     node.links.put(PEER, link.clone());
     let peer = {
         let (stage, link, over, sent) = (stage.clone(), link.clone(), over.clone(), sent.clone());
