@@ -2,6 +2,7 @@
 //! configured by file, environment and flags, and standard gRPC tools see health and reflection.
 
 use std::{
+    collections::BTreeSet,
     fs,
     path::Path,
     process::{Command, Stdio},
@@ -81,8 +82,8 @@ async fn three_services_and_etcd() {
             .env("BATON_COORDINATOR__ADMIN_LISTEN", &admin_at),
         &dir.join("coordinator.log"),
     );
-    // By flags.
-    let mut servers = ["alpha", "beta"].map(|name| {
+    // By flags. They keep their caches in different types, and take in each other's.
+    let mut servers = [("alpha", "bf16"), ("beta", "int8")].map(|(name, kv_dtype)| {
         Service::start(
             Command::new(binary("baton-server"))
                 .args([
@@ -92,6 +93,10 @@ async fn three_services_and_etcd() {
                     &controller_at,
                     "--set",
                     "runtime.threads=1",
+                    "--set",
+                    &format!("runtime.kv_dtype={kv_dtype}"),
+                    "--set",
+                    "handoff.convert=true",
                     "--model",
                 ])
                 .arg(model()),
@@ -109,7 +114,8 @@ async fn three_services_and_etcd() {
     assert!(answer.contains("Paris"), "{answer}");
 
     let instances = ctl(&controller_at, "instances").await.expect("the controller answers");
-    assert_eq!(instances.len(), 2);
+    let roles: BTreeSet<_> = instances.iter().map(|instance| instance["role"].as_str()).collect();
+    assert_eq!(roles, BTreeSet::from([Some("prefill"), Some("decode")]), "{instances:?}");
     for instance in &instances {
         let endpoint = instance["inference_endpoint"].as_str().expect("an endpoint");
         probe(endpoint, &["baton.v1.Inference", "baton.v1.Handoff", "baton.v1.KvCache"]).await;

@@ -117,7 +117,8 @@ pub struct HandoffConfig {
     pub secret_file: PathBuf,
     /// Whether a KV cache of another `runtime.kv_dtype` is taken in and converted, bf16 to int8 or the reverse; it is the
     /// receiving server's that counts. Values are rounded, so that completions may differ from those of one server: not
-    /// done unless asked for. Another block size alone changes no value and needs no switch.
+    /// done unless asked for. Servers that have it are paired with others that have it, of either type, and with none
+    /// that has it not. Another block size alone changes no value and needs no switch.
     pub convert: bool,
 }
 

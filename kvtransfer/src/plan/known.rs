@@ -42,6 +42,22 @@ impl KvLayout {
     /// of all that mapping does not bridge. Of a layout that cannot be mapped at all it is the
     /// [fingerprint](Self::fingerprint).
     pub fn handover_class(&self) -> String {
+        self.class(&["format", "block_tokens", "slice_bytes"])
+    }
+
+    /// The same for layouts whose servers all convert bf16 to int8 and the reverse (`NodeConfig::convert`), and for no
+    /// others. Of a layout of another type it is the [class](Self::handover_class).
+    pub fn converting_class(&self) -> String {
+        match KvDtype::from_name(&self.dtype) {
+            Some(KvDtype::Bf16 | KvDtype::Int8) => {
+                self.class(&["format", "block_tokens", "slice_bytes", "dtype"])
+            }
+            _ => self.handover_class(),
+        }
+    }
+
+    /// A digest of all but the fields that mapping bridges.
+    fn class(&self, bridged: &[&str]) -> String {
         let mapped = ShardedLayout::of(self).is_ok()
             && self.block_tokens.is_power_of_two()
             && MAPPED_BLOCKS.contains(&self.block_tokens)
@@ -49,7 +65,7 @@ impl KvLayout {
         if !mapped {
             return self.fingerprint();
         }
-        self.digest(|field| !["format", "block_tokens", "slice_bytes"].contains(&field))
+        self.digest(|field| !bridged.contains(&field))
     }
 
     /// How slices of this layout become a receiver's; `None` = they are its as they are.
@@ -204,6 +220,11 @@ mod tests {
         for change in changes {
             assert_ne!(other(change).handover_class(), layout().handover_class());
         }
+        let int8 = other(|l| (l.dtype, l.block_tokens) = ("int8".into(), 32));
+        assert_eq!(int8.converting_class(), layout().converting_class(), "each converts the other's");
+        assert_ne!(layout().converting_class(), layout().handover_class(), "to one that does not convert");
+        let f32 = other(|l| l.dtype = "f32".into());
+        assert_eq!(f32.converting_class(), f32.handover_class(), "nothing becomes f32");
         let unnamed = KvLayout { format: "x".into(), ..layout() };
         assert_eq!(unnamed.handover_class(), unnamed.fingerprint());
     }

@@ -65,6 +65,17 @@ impl Plan {
         kv_layout(&self.layout, &format!("{}{}", self.revision, if exactly { ", bf16 as it is" } else { "" }))
     }
 
+    /// As the controller and the coordinators are told it.
+    fn announced_layout(&self, convert: bool) -> v1::KvLayout {
+        let layout = self.kv_layout();
+        let announced = v1::KvLayout::from(&layout);
+        if convert {
+            v1::KvLayout { handover_class: layout.converting_class(), ..announced }
+        } else {
+            announced
+        }
+    }
+
     fn pool_tokens(&self) -> u64 {
         u64::from(self.layout.blocks) * u64::from(self.layout.block_tokens)
     }
@@ -123,7 +134,7 @@ impl Plan {
                 context_tokens: self.offered_context_tokens(config),
                 vocabulary_size: facts.vocabulary,
             }),
-            kv_layout: Some((&self.kv_layout()).into()),
+            kv_layout: Some(self.announced_layout(config.handoff.convert)),
             inference_endpoint: endpoints.grpc.clone(),
             handoff_endpoint: endpoints.grpc.clone(),
             metrics_endpoint: endpoints.metrics.clone(),
