@@ -69,6 +69,7 @@ fn the_tests_that_it_names_exist() {
                     root.join(word),
                     root.join("kvtransfer").join(word),
                     root.join("kvtransfer/tests").join(word),
+                    root.join("kvtransfer/tests/node").join(word),
                 ];
                 let found = places.iter().find_map(|path| fs::read_to_string(path).ok());
                 file = Some((word, found.unwrap_or_else(|| panic!("{word} is no file, in {row}"))));

@@ -1,12 +1,10 @@
 //! Whole transfers between two nodes over loopback, with real memory.
 
-mod support;
-
 use std::sync::{Arc, Mutex};
 
+use crate::support::*;
 use baton_kvtransfer::{Dial, Dialling, ExpectSpec, OfferSpec, TransferError};
 use baton_proto::{ErrorCode, InstanceId, PromptDigest, TransferId};
-use support::*;
 use tonic::transport::Endpoint;
 
 const MANY: [u32; 9] = [7, 3, 60, 22, 21, 20, 5, 63, 0];

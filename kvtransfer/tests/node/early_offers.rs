@@ -1,13 +1,11 @@
 //! Offers that come early, or from peers that name what is not theirs, or are more than there is room for: the rightful
 //! sender's transfer is neither hindered nor forgotten. And one that never comes.
 
-mod support;
-
 use std::time::{Duration, Instant};
 
+use crate::support::{scripted::*, *};
 use baton_kvtransfer::{ExpectSpec, Limits, TransferError};
 use baton_proto::{ApiError, ErrorCode, TransferId, v1};
-use support::{scripted::*, *};
 use v1::{receiver_message::Body as Told, sender_message::Body};
 
 /// A receiver that holds and remembers little.

@@ -1,18 +1,16 @@
 //! Every bound refuses what is over it, by name, and has room again afterwards.
 
-mod support;
-
 use std::{
     net::TcpListener,
     sync::Arc,
     time::{Duration, Instant},
 };
 
+use crate::support::{scripted::*, *};
 use baton_kvtransfer::{
     DataPortConfig, KvNode, Limits, NodeConfig, Plaintext, TransferError, TransportConfig,
 };
 use baton_proto::{Incarnation, TransferId, v1};
-use support::{scripted::*, *};
 use tokio::{io::AsyncReadExt, sync::mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;

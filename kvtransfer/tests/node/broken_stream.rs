@@ -1,13 +1,11 @@
 //! The control stream, or a data connection, breaks with the process still alive, in every phase: what is not whole is over
 //! on both sides, and how a sealed transfer ended is asked again.
 
-mod support;
-
 use std::time::{Duration, Instant};
 
+use crate::support::{scripted::*, *};
 use baton_kvtransfer::{Outgoing, TransferError};
 use baton_proto::{ApiError, ErrorCode, TransferId, v1};
-use support::{scripted::*, *};
 use v1::{receiver_message, sender_message::Body as FromSender};
 
 const BLOCKS_LENT: [u32; 3] = [10, 40, 20];

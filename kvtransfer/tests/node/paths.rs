@@ -1,12 +1,10 @@
 //! Which transport carries the slices: the best that works, the next one where it does not; and whole transfers over each.
 
-mod support;
-
 use std::time::Duration;
 
+use crate::support::{scripted::*, *};
 use baton_kvtransfer::{Faults, FleetSecret, KvNode, Limits, TransferError, TransportConfig, TransportKind};
 use baton_proto::{ErrorCode, TransferId};
-use support::{scripted::*, *};
 use tokio::io::AsyncReadExt;
 
 use TransportKind::{Shm, Tcp};

@@ -1,8 +1,6 @@
 //! Senders over shared memory that break the protocol: what they announce is not fetched, nothing is written, and each
 //! lie ends in one clear refusal with every block back.
 
-mod support;
-
 use std::{
     fs::File,
     io::{IoSlice, Read, Write},
@@ -15,13 +13,13 @@ use std::{
     time::Duration,
 };
 
+use crate::support::{scripted::*, *};
 use baton_kvtransfer::{Incoming, TransferError, TransportConfig, TransportKind};
 use baton_proto::{TransferId, v1};
 use rustix::{
     fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create},
     net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg},
 };
-use support::{scripted::*, *};
 use v1::sender_message::Body;
 
 const LIAR: &str = "liar";

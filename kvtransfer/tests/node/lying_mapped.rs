@@ -1,15 +1,13 @@
 //! Senders that lie about a layout that is mapped, or use it to reach what is not theirs: what they send stays in staging
 //! memory, and each lie ends in one clear refusal with every block back.
 
-mod support;
-
-use baton_kvtransfer::{ExpectSpec, Incoming, KvLayout, Limits};
-use baton_proto::{ErrorCode, TransferId, v1};
-use support::{
+use crate::support::{
     caches::{Dtype::*, Form, fill, panel},
     scripted::*,
     *,
 };
+use baton_kvtransfer::{ExpectSpec, Incoming, KvLayout, Limits};
+use baton_proto::{ErrorCode, TransferId, v1};
 use tokio::net::TcpStream;
 use v1::sender_message::Body;
 

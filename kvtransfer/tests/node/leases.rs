@@ -1,12 +1,10 @@
 //! How long a transfer waits: leases that a silent peer loses and a slow one keeps, and deadlines that nothing renews.
 
-mod support;
-
 use std::time::{Duration, Instant};
 
+use crate::support::{scripted::*, *};
 use baton_kvtransfer::TransferError;
 use baton_proto::{ErrorCode, TransferId, v1};
-use support::{scripted::*, *};
 use v1::sender_message::Body as FromSender;
 
 const FROM: [u32; 3] = [5, 6, 9];

@@ -1,13 +1,11 @@
 //! Transfers that end early: cancelled, dropped, refused, cut off, in every phase. Each side hears why, and every block
 //! comes back exactly once.
 
-mod support;
-
 use std::time::Duration;
 
+use crate::support::{scripted::*, *};
 use baton_kvtransfer::{Incoming, Limits, Outgoing, TransferError};
 use baton_proto::{ApiError, ErrorCode, Incarnation, TransferId, v1};
-use support::{scripted::*, *};
 use tokio::io::AsyncReadExt;
 use v1::sender_message::Body as FromSender;
 

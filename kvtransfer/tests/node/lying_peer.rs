@@ -1,13 +1,11 @@
 //! Senders that break the protocol: nothing they write lands outside what was accepted, and each lie ends in one clear
 //! refusal with every block back.
 
-mod support;
-
 use std::time::Duration;
 
+use crate::support::{scripted::*, *};
 use baton_kvtransfer::{Incoming, KvLayout, Limits, TransferError};
 use baton_proto::{ErrorCode, TransferId, v1};
-use support::{scripted::*, *};
 use tokio::net::TcpStream;
 use v1::sender_message::Body;
 
@@ -241,7 +239,7 @@ async fn messages_out_of_turn_abort() {
             2 => {
                 let seal = scene.frame(0, 0, 3);
                 let all: Vec<_> = (0..LAYERS * 3).map(|n| (n / 3, n % 3, seal.payload[0].clone())).collect();
-                let seal = support::scripted::seal(1, &all);
+                let seal = crate::support::scripted::seal(1, &all);
                 scene.sender.say(scene.id, Body::Seal(seal.clone())).await;
                 scene.sender.say(scene.id, Body::Seal(seal)).await;
             }

@@ -1,18 +1,16 @@
 //! Transfers between nodes that lay their caches out differently, over real transports: what arrives is, value by value,
 //! what the receiver would keep of the same cache, and everything else is as between nodes that are alike.
 
-mod support;
-
 use std::ops::Range;
 
+use crate::support::{
+    caches::{Dtype::*, Form, Order, assert_holds, fill, panel},
+    *,
+};
 use baton_kvtransfer::{
     ExpectSpec, Faults, Incoming, KvLayout, OfferSpec, Outgoing, TransferError, TransportConfig,
 };
 use baton_proto::{ErrorCode, TransferId};
-use support::{
-    caches::{Dtype::*, Form, Order, assert_holds, fill, panel},
-    *,
-};
 
 const SEED: u64 = 77;
 

@@ -1,0 +1,16 @@
+//! Nodes, and peers that play by the rules or do not, over loopback: one program, as each is slow to build. What needs a
+//! process, a network or a library of its own is beside it.
+
+mod abort;
+mod broken_stream;
+mod early_offers;
+mod handoff;
+mod leases;
+mod limits;
+mod lying_announcer;
+mod lying_mapped;
+mod lying_peer;
+mod mapped;
+mod paths;
+#[path = "../support/mod.rs"]
+mod support;
