@@ -125,10 +125,17 @@ fn incompatibility(reference: &InstanceSpec, other: &InstanceSpec) -> Option<Str
         differs("device type", &a.device, &b.device)
     } else if a.device_count != b.device_count {
         differs("device count", &a.device_count, &b.device_count)
-    } else if layout.handover_class() != b.kv_layout.handover_class() {
-        differs("KV layout", &layout.handover_class(), &b.kv_layout.handover_class())
-    } else {
+    } else if layout.handover_class() == b.kv_layout.handover_class() {
         None
+    } else if layout.fingerprint == b.kv_layout.fingerprint {
+        Some(format!(
+            "it and {} differ in `handoff.convert`, or in having tcp or shm to map caches over",
+            a.id
+        ))
+    } else if layout.dtype != b.kv_layout.dtype {
+        differs("type of KV cache", &layout.dtype, &b.kv_layout.dtype)
+    } else {
+        differs("KV layout", &layout.handover_class(), &b.kv_layout.handover_class())
     }
 }
 

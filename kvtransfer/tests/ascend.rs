@@ -16,8 +16,8 @@ use std::{
 
 use baton_ascend_emulator::fault::{self, Fault};
 use baton_kvtransfer::{
-    AscendConfig, DataPortConfig, DeviceMemory, FleetSecret, KvNode, Limits, NodeConfig, Plaintext,
-    TransferError, TransportConfig,
+    AscendConfig, DataPortConfig, DeviceMemory, KvNode, Limits, NodeConfig, Plaintext, TransferError,
+    TransportConfig,
 };
 use baton_proto::{Incarnation, TransferId, v1};
 use libloading::os::unix::{Library, Symbol};
@@ -94,7 +94,7 @@ impl Installed {
             device: 0,
             host: SocketAddr::from((host, port)),
             address: Some("29.1.2.3".parse().expect("an address")),
-            trusted_network: false,
+            trusted_network: true,
             libraries: Some(self.folder.path().into()),
         }
     }
@@ -258,21 +258,13 @@ async fn memory_of_a_device_does_not_travel_in_ways_that_the_cpu_must_read() {
 
 /// Its library takes no credential.
 #[tokio::test]
-async fn hixl_is_left_out_where_peers_must_show_a_secret_unless_its_network_is_trusted() {
+async fn hixl_is_left_out_unless_its_network_is_trusted() {
     let _turn = TURNS.lock().await;
     let installed = Installed::new(&ALL);
-    for (secret, trusted_network, told) in
-        [(true, false, &["tcp"][..]), (true, true, &["hixl", "tcp"]), (false, false, &["hixl", "tcp"])]
-    {
+    for (trusted_network, told) in [(false, &["tcp"][..]), (true, &["hixl", "tcp"])] {
         let hixl = TransportConfig::Hixl(AscendConfig { trusted_network, ..installed.config() });
-        let decode = Peer::start_with(
-            "decode-0",
-            Setup {
-                transports: vec![hixl, TransportConfig::Tcp { connections: 1 }],
-                secret: secret.then(|| FleetSecret::new([7; 32]).expect("long enough")),
-                ..Setup::default()
-            },
-        );
+        let transports = vec![hixl, TransportConfig::Tcp { connections: 1 }];
+        let decode = Peer::start_with("decode-0", Setup { transports, ..Setup::default() });
         let transports = decode.node.transports();
         assert_eq!(transports.iter().map(|(kind, _)| kind.name()).collect::<Vec<_>>(), told);
     }

@@ -142,7 +142,8 @@ pub struct KvLayoutSpec {
 }
 
 impl KvLayoutSpec {
-    /// Equal where caches can be handed over without a change of value, as they are or mapped on their way.
+    /// Equal where caches can be handed over, as they are or mapped on their way: without a change of value, or between
+    /// servers that are all set to convert.
     pub fn handover_class(&self) -> &str {
         if self.class.is_empty() { &self.fingerprint } else { &self.class }
     }

@@ -372,8 +372,9 @@ pub fn messages(bytes: &[u8]) {
             assert_eq!(stage.kv.node.incoming.counts().1, 0);
             return;
         }
-        let link = Link::new(PEER.into(), instance("peer"));
-        stage.kv.node.links.put(PEER, link.clone());
+        let to = Destination { endpoint: PEER.into(), receiver: instance("peer") };
+        let link = Link::new(to.clone());
+        stage.kv.node.links.put(to, link.clone());
         let (messages, mut said) = mpsc::channel(64);
         let up = LinkUp::new(stage.kv.node.now(), messages, instance("peer"), Incarnation(9));
         link.rise(&up);

@@ -38,12 +38,23 @@ use crate::{
 /// Before the second attempt to open the stream.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 
+/// An instance, and where it is. Who else answers there is not spoken to.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) struct Destination {
+    /// `host:port` of its `Handoff` service.
+    pub(super) endpoint: String,
+    pub(super) receiver: InstanceId,
+}
+
+impl fmt::Display for Destination {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} at {}", self.receiver, self.endpoint)
+    }
+}
+
 /// The way to one peer.
 pub(super) struct Link {
-    /// `host:port` of its `Handoff` service.
-    endpoint: String,
-    /// Whom the latest transfer is for.
-    receiver: Mutex<InstanceId>,
+    to: Destination,
     state: Mutex<State>,
     /// A transfer has come, or the last one has gone.
     changed: Notify,
@@ -60,7 +71,7 @@ struct State {
 
 impl fmt::Debug for Link {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Link").field("endpoint", &self.endpoint).finish_non_exhaustive()
+        f.debug_struct("Link").field("to", &self.to).finish_non_exhaustive()
     }
 }
 
@@ -79,20 +90,10 @@ enum Break {
 }
 
 impl Link {
-    pub(super) fn new(endpoint: String, receiver: InstanceId) -> Arc<Self> {
+    pub(super) fn new(to: Destination) -> Arc<Self> {
         let idle_since = Instant::now();
         let state = State { up: None, transfers: HashMap::new(), idle_since, ended: false };
-        Arc::new(Self {
-            endpoint,
-            receiver: Mutex::new(receiver),
-            state: Mutex::new(state),
-            changed: Notify::new(),
-        })
-    }
-
-    /// Who is to be at the endpoint, when it is connected to anew.
-    pub(super) fn is_to(&self, receiver: &InstanceId) {
-        self.receiver.lock().clone_from(receiver);
+        Arc::new(Self { to, state: Mutex::new(state), changed: Notify::new() })
     }
 
     /// Adds a transfer; it is offered as soon as the stream stands. False if this link has ended: use a new one.
@@ -180,7 +181,7 @@ impl Link {
         self.down("this node is shutting down");
         self.state.lock().ended = true;
         self.transfers().iter().for_each(|outbound| outbound.link_failed(TransferError::ShuttingDown));
-        node.links.forget(&self.endpoint, &self);
+        node.links.forget(&self.to, &self);
     }
 
     async fn keep(&self, node: &Arc<Node>) {
@@ -200,7 +201,7 @@ impl Link {
             let failed = match ended {
                 Break::Idle => continue,
                 Break::Lost(why) => {
-                    tracing::debug!(peer = %self.endpoint, %why, "control stream broke");
+                    tracing::debug!(peer = %self.to, %why, "control stream broke");
                     self.down(&why);
                     attempts = 0;
                     if started.elapsed() > Backoff::LONGEST {
@@ -209,20 +210,20 @@ impl Link {
                     None
                 }
                 Break::Busy(why) => {
-                    tracing::debug!(peer = %self.endpoint, %why, "no control stream to this peer yet");
+                    tracing::debug!(peer = %self.to, %why, "no control stream to this peer yet");
                     attempts = 0;
                     None
                 }
                 Break::Refused(reason) => Some(reason),
                 Break::Unreachable(reason) => {
                     attempts += 1;
-                    let endpoint = self.endpoint.clone();
+                    let endpoint = self.to.endpoint.clone();
                     (attempts >= node.limits.connect_attempts)
                         .then_some(TransferError::Unreachable { endpoint, reason })
                 }
             };
             if let Some(reason) = failed {
-                tracing::warn!(peer = %self.endpoint, %reason, "no control stream to this peer");
+                tracing::warn!(peer = %self.to, %reason, "no control stream to this peer");
                 attempts = 0;
                 self.transfers().iter().for_each(|outbound| outbound.link_failed(reason.clone()));
             }
@@ -281,16 +282,13 @@ impl Link {
     /// Connects and exchanges hellos.
     async fn open(&self, node: &Arc<Node>) -> Result<(Streaming<v1::ReceiverMessage>, LinkUp, Route), Break> {
         let unreachable = |error: &dyn std::error::Error| Break::Unreachable(innermost(error));
-        let peer = Endpoint::from_shared(format!("http://{}", self.endpoint))
-            .map_err(|error| {
-                Break::Refused(TransferError::Invalid(format!("peer {}: {error}", self.endpoint)))
-            })?
+        let peer = Endpoint::from_shared(format!("http://{}", self.to.endpoint))
+            .map_err(|error| Break::Refused(TransferError::Invalid(format!("peer {}: {error}", self.to))))?
             .connect_timeout(node.limits.handshake)
             .tcp_nodelay(true)
             .http2_keep_alive_interval(node.limits.keep_alive)
             .keep_alive_timeout(node.limits.keep_alive_timeout);
-        let dialling = node.dial.dial(peer, &self.receiver.lock());
-        let channel = dialling.await.map_err(|error| unreachable(&error))?;
+        let channel = node.dial.dial(peer, &self.to.receiver).await.map_err(|error| unreachable(&error))?;
         let (sender, queue) = mpsc::channel(node.limits.control_queue());
         let say = |body| {
             let message = v1::SenderMessage { transfer_id: wire_id(None), body: Some(body) };
@@ -314,6 +312,11 @@ impl Link {
         let mapped = node.layout.plan_to(&theirs).map_err(Break::Refused)?.is_some();
         let receiver = InstanceId::new(hello.instance_id)
             .map_err(|error| protocol(&format!("the peer's hello: {error}")))?;
+        if receiver != self.to.receiver {
+            // It has not been shown who this is: a stream that it may have of this node stays.
+            let expected = self.to.receiver.clone();
+            return Err(Break::Refused(TransferError::WrongPeer { expected, found: receiver }));
+        }
         let incarnation = Incarnation(hello.incarnation);
         let hellos = Hellos {
             nonces: [own, nonce(&hello.nonce).map_err(Break::Refused)?],
@@ -337,7 +340,7 @@ impl Link {
         let now = node.now();
         up.hear(now);
         let Ok(id) = TransferId::try_from(message.transfer_id.as_ref()) else {
-            tracing::warn!(peer = %self.endpoint, "message without a transfer id ignored");
+            tracing::warn!(peer = %self.to, "message without a transfer id ignored");
             return;
         };
         // Messages of ended transfers cross with their end: nothing to do for them.

@@ -92,12 +92,8 @@ impl LinkUp {
         self.outbox.wake(departure);
     }
 
-    /// Whether the instance at the other end is the one a transfer is meant for.
+    /// Whether it is the start of the receiver that a transfer is meant for.
     pub(super) fn check_receiver(&self, spec: &OfferSpec) -> Result<(), TransferError> {
-        if spec.receiver != self.receiver {
-            let (expected, found) = (spec.receiver.clone(), self.receiver.clone());
-            return Err(TransferError::WrongPeer { expected, found });
-        }
         match spec.receiver_incarnation {
             Some(expected) if expected != self.incarnation => {
                 let (instance, found) = (self.receiver.clone(), self.incarnation);

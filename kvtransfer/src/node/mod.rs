@@ -62,7 +62,7 @@ use claims::Claims;
 use identity::Identity;
 use inbound::Inbound;
 use lifetime::Lifetime;
-use link::Link;
+use link::{Destination, Link};
 use links::Links;
 use outbound::Outbound;
 use peers::Peers;
@@ -128,13 +128,7 @@ impl KvNode {
         let terms = limits.terms(config.layout.slice_bytes)?;
         let port = DataPort::new(config.data_port, terms)?;
         let lifetime = Lifetime::new(Handle::current(), shutdown);
-        let means = Means {
-            region: &config.region,
-            port: &port,
-            terms,
-            secret: config.secret.is_some(),
-            threads: &lifetime.threads,
-        };
+        let means = Means { region: &config.region, port: &port, terms, threads: &lifetime.threads };
         let transports = means.open(config.transports)?;
         let (instance_id, incarnation, secret) = (config.instance_id, config.incarnation, config.secret);
         let remember = limits.remembered_transfers;
@@ -303,12 +297,13 @@ impl Node {
     }
 
     fn offer(self: &Arc<Self>, now: Instant, spec: OfferSpec) -> Result<Arc<Outbound>, TransferError> {
-        let (id, endpoint, limit) = (spec.id, spec.peer.clone(), self.limits.outgoing_transfers);
+        let (id, limit) = (spec.id, self.limits.outgoing_transfers);
+        let to = Destination { endpoint: spec.peer.clone(), receiver: spec.receiver.clone() };
         loop {
             let start = |link: Arc<Link>| {
                 self.lifetime.spawn(link.run(self.clone(), self.lifetime.stop.clone()));
             };
-            let link = self.links.to((&endpoint, &spec.receiver), start)?;
+            let link = self.links.to(&to, start)?;
             let claimed = self.pool.claims.claim(&[], &spec.blocks)?;
             let outbound = self.outgoing.add(id, |live| {
                 if live >= limit {

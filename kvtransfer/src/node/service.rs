@@ -223,7 +223,7 @@ fn of_live(
     if let Lookup::Live(inbound) = node.incoming.get_from(&id, link.peer())
         && !event(&inbound, node.now())
     {
-        tracing::warn!(transfer = %id, peer = %link.peer(), "message for a transfer of another stream ignored");
+        tracing::debug!(transfer = %id, peer = %link.peer(), "message for a transfer of another stream ignored");
     }
 }
 

@@ -23,6 +23,8 @@ const SHARE_OF_ONE: usize = 8;
 pub(super) struct Staging {
     rooms: Arc<Mutex<Rooms>>,
     limit: usize,
+    /// Held by who waits for room; the others wait behind.
+    turns: Arc<tokio::sync::Mutex<()>>,
     /// Some have been given back.
     freed: Arc<Notify>,
 }
@@ -36,7 +38,7 @@ struct Rooms {
 
 impl Staging {
     pub(super) fn new(limit: usize) -> Self {
-        Self { rooms: Arc::default(), limit, freed: Arc::default() }
+        Self { rooms: Arc::default(), limit, turns: Arc::default(), freed: Arc::default() }
     }
 
     /// Room for a run of slices of this size, until it is dropped; waits for it.
@@ -48,6 +50,8 @@ impl Staging {
         let limit = TransferError::Limit { what: "bytes of slices to be mapped in one frame", limit: most };
         let needed = slice_bytes.checked_mul(run.count as usize).filter(|needed| *needed <= most);
         let size = needed.and_then(usize::checked_next_power_of_two).ok_or(limit)?.max(LEAST);
+        // First come, first served: else small runs would for ever take the room that a large one waits for.
+        let _turn = self.turns.lock().await;
         loop {
             let mut freed = std::pin::pin!(self.freed.notified());
             freed.as_mut().enable(); // before looking, so that nothing is missed
@@ -156,6 +160,27 @@ mod tests {
         }
         staging.take(run(0, 1), 15 * LEAST).await.expect("one slice may have all of it");
         assert!(staging.rooms.lock().bytes <= 16 * LEAST);
+    }
+
+    #[tokio::test]
+    async fn whoever_came_later_does_not_take_the_room_that_a_larger_run_waits_for() {
+        let staging = Staging::new(16 * LEAST);
+        let mut held: Vec<_> = Vec::new();
+        for first in 0..16 {
+            held.push(staging.take(run(first, 1), LEAST).await.expect("room"));
+        }
+        let mut large = std::pin::pin!(staging.take(run(20, 1), 4 * LEAST));
+        assert!(large.as_mut().now_or_never().is_none());
+        let mut small = std::pin::pin!(staging.take(run(21, 1), LEAST));
+        for _ in 0..3 {
+            held.pop();
+            assert!(large.as_mut().now_or_never().is_none() && small.as_mut().now_or_never().is_none());
+        }
+        held.pop();
+        let _large = large.as_mut().now_or_never().expect("four are free").expect("room");
+        assert!(small.as_mut().now_or_never().is_none());
+        held.pop();
+        small.now_or_never().expect("its turn").expect("room");
     }
 
     #[tokio::test]

@@ -85,6 +85,8 @@ impl Translation {
 pub(super) struct Translator {
     /// For as long as a peer has them.
     alive: Mutex<Vec<Weak<Translation>>>,
+    /// Held by who lays a plan out: one at a time, as each takes memory, and many peers come with the same.
+    laying_out: tokio::sync::Mutex<()>,
     /// Whether values of another type are taken in.
     convert: bool,
     staging: Staging,
@@ -93,7 +95,12 @@ pub(super) struct Translator {
 impl Translator {
     /// `staging_bytes` is `Limits::staging_bytes`.
     pub(super) fn new(convert: bool, staging_bytes: usize) -> Self {
-        Self { alive: Mutex::default(), convert, staging: Staging::new(staging_bytes) }
+        Self {
+            alive: Mutex::default(),
+            laying_out: tokio::sync::Mutex::default(),
+            convert,
+            staging: Staging::new(staging_bytes),
+        }
     }
 
     /// What stands before a transfer of another layout, for one frame of it.
@@ -105,20 +112,20 @@ impl Translator {
         self.alive.lock().iter().filter_map(Weak::upgrade).find(|one| one.fingerprint == fingerprint)
     }
 
-    /// Adds one, or gives the one that was added meanwhile.
-    fn add(&self, made: Translation) -> Result<Arc<Translation>, TransferError> {
+    /// Whether there may be one more.
+    fn check_room(&self) -> Result<(), TransferError> {
         let mut alive = self.alive.lock();
         alive.retain(|one| one.strong_count() > 0);
-        let known = alive.iter().filter_map(Weak::upgrade).find(|one| one.fingerprint == made.fingerprint);
-        if let Some(known) = known {
-            return Ok(known);
-        }
         if alive.len() >= LAYOUTS {
             return Err(TransferError::Limit { what: "KV layouts to map from", limit: LAYOUTS });
         }
+        Ok(())
+    }
+
+    fn add(&self, made: Translation) -> Arc<Translation> {
         let made = Arc::new(made);
-        alive.push(Arc::downgrade(&made));
-        Ok(made)
+        self.alive.lock().push(Arc::downgrade(&made));
+        made
     }
 }
 
@@ -159,9 +166,11 @@ impl Node {
         plan: PairPlan,
     ) -> Result<Arc<Translation>, TransferError> {
         let fingerprint = sender.fingerprint();
+        let _alone = self.translator.laying_out.lock().await;
         if let Some(known) = self.translator.get(&fingerprint) {
             return Ok(known);
         }
+        self.translator.check_room()?;
         let laid_out = spawn_blocking(move || plan.expand()).await;
         let expansion = laid_out
             .map_err(|error| TransferError::Io { what: "lay a plan out", reason: error.to_string() })?;
@@ -170,7 +179,7 @@ impl Node {
             own_tokens: self.layout.block_tokens,
             slice_bytes: sender.slice_bytes,
         };
-        self.translator.add(Translation { fingerprint, cut, expansion, writing: Default::default() })
+        Ok(self.translator.add(Translation { fingerprint, cut, expansion, writing: Default::default() }))
     }
 }
 

@@ -15,8 +15,6 @@ pub(super) struct Means<'a> {
     pub(super) region: &'a Region,
     pub(super) port: &'a Arc<DataPort>,
     pub(super) terms: Terms,
-    /// Peers must show one: what cannot see to that is left out.
-    pub(super) secret: bool,
     /// What threads of transports are counted by.
     pub(super) threads: &'a TaskTracker,
 }
@@ -46,7 +44,7 @@ impl Means<'_> {
     }
 
     fn open_one(&self, config: TransportConfig) -> io::Result<Box<dyn Transport>> {
-        let Self { region, port, terms, secret, threads } = *self;
+        let Self { region, port, terms, threads } = *self;
         let fetched = |medium: Arc<dyn Medium>| -> Box<dyn Transport> {
             Box::new(Fetched::new(medium, port.clone(), terms, threads.clone()))
         };
@@ -72,7 +70,7 @@ impl Means<'_> {
             TransportConfig::Faulty(config, faults) => {
                 Ok(Box::new(Faulty::new(self.open_one(*config)?, faults)))
             }
-            TransportConfig::Hixl(config) => Ok(fetched(config.hixl(region, secret)?)),
+            TransportConfig::Hixl(config) => Ok(fetched(config.hixl(region)?)),
             TransportConfig::Hccl(config) => Ok(fetched(config.hccl(region, terms.stall, threads)?)),
         }
     }

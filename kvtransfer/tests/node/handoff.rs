@@ -247,24 +247,26 @@ impl Dial for Noting {
     }
 }
 
-/// The link to an endpoint is dialled for whom the latest transfer over it is.
 #[tokio::test]
-async fn whoever_connects_is_told_who_should_be_there() {
+async fn whoever_connects_is_told_who_should_be_there_and_others_there_are_not_spoken_to() {
     let noting = Arc::new(Noting::default());
     let decode = Peer::start("decode-0");
     let prefill = Peer::start_with("prefill-0", Setup { dial: noting.clone(), ..Setup::default() });
-    let noted = || noting.0.lock().expect("not poisoned").last().cloned();
-    let _first = prefill.node.offer(offer_spec(TransferId::generate(), &decode, &[1])).expect("room");
-    until("it is connected to", || noted().as_ref() == Some(&decode.name)).await;
+    let (id, wrong) = (TransferId::generate(), TransferId::generate());
+    let mut incoming = decode.node.expect(expect_spec(id, &prefill.name, &THERE)).expect("room");
+    let mut outgoing = prefill.node.offer(offer_spec(id, &decode, &MANY)).expect("room");
+    until("it is offered", || decode.node.stats().incoming_active == 1).await;
 
-    let nobody = std::net::TcpListener::bind("127.0.0.1:0").and_then(|bound| bound.local_addr());
-    let nobody = nobody.expect("a port that was free").to_string();
-    let _transfers = ["decode-1", "decode-2"].map(|name| {
-        let spec = offer_spec(TransferId::generate(), &decode, &[2]);
-        prefill
-            .node
-            .offer(OfferSpec { receiver: instance(name), peer: nobody.clone(), ..spec })
-            .expect("room")
-    });
-    until("it is tried anew", || noted() == Some(instance("decode-2"))).await;
+    let spec = OfferSpec { receiver: instance("decode-1"), ..offer_spec(wrong, &decode, &[1]) };
+    let mut nobody = prefill.node.offer(spec).expect("room");
+    let (expected, found) = (instance("decode-1"), decode.name.clone());
+    let refused = within("refused", 10, nobody.finished()).await;
+    assert_eq!(refused.map(drop), Err(TransferError::WrongPeer { expected, found }));
+    assert_eq!(*noting.0.lock().expect("not poisoned"), [instance("decode-0"), instance("decode-1")]);
+
+    // The one that has found its receiver is none the wiser.
+    (0..LAYERS).for_each(|layer| outgoing.progress().ready(layer, 0..9));
+    outgoing.seal(1);
+    within("sealed", 10, incoming.sealed()).await.expect("whole");
+    within("finished", 10, outgoing.finished()).await.expect("released");
 }

@@ -11,8 +11,12 @@ use tokio::sync::mpsc;
 
 use super::{incarnation, listeners::Endpoints};
 use crate::{
-    config::ServerConfig, engine::scheduler::Limits, error::ServerError, handoff::kv_layout,
-    inference::dispatch::InstanceFacts, role::Event,
+    config::{HandoffConfig, ServerConfig},
+    engine::scheduler::Limits,
+    error::ServerError,
+    handoff::kv_layout,
+    inference::dispatch::InstanceFacts,
+    role::Event,
 };
 
 /// What is known of the model before its weights are read.
@@ -65,15 +69,16 @@ impl Plan {
         kv_layout(&self.layout, &format!("{}{}", self.revision, if exactly { ", bf16 as it is" } else { "" }))
     }
 
-    /// As the controller and the coordinators are told it.
-    fn announced_layout(&self, convert: bool) -> v1::KvLayout {
+    /// As the controller and the coordinators are told it: with the class of those that it can hand caches to.
+    fn announced_layout(&self, handoff: &HandoffConfig) -> v1::KvLayout {
         let layout = self.kv_layout();
-        let announced = v1::KvLayout::from(&layout);
-        if convert {
-            v1::KvLayout { handover_class: layout.converting_class(), ..announced }
-        } else {
-            announced
-        }
+        let maps = handoff.transports.iter().any(|transport| ["tcp", "shm"].contains(&transport.as_str()));
+        let handover_class = match (maps, handoff.convert) {
+            (false, _) => layout.fingerprint(),
+            (true, false) => layout.handover_class(),
+            (true, true) => layout.converting_class(),
+        };
+        v1::KvLayout { handover_class, ..v1::KvLayout::from(&layout) }
     }
 
     fn pool_tokens(&self) -> u64 {
@@ -134,7 +139,7 @@ impl Plan {
                 context_tokens: self.offered_context_tokens(config),
                 vocabulary_size: facts.vocabulary,
             }),
-            kv_layout: Some(self.announced_layout(config.handoff.convert)),
+            kv_layout: Some(self.announced_layout(&config.handoff)),
             inference_endpoint: endpoints.grpc.clone(),
             handoff_endpoint: endpoints.grpc.clone(),
             metrics_endpoint: endpoints.metrics.clone(),
@@ -184,5 +189,24 @@ mod tests {
         let (one, other) =
             (layout_of("hf-f32-ratio1-tied", false).await, layout_of("hf-f32-ratio1-tied", true).await);
         assert_eq!(one.compatible_with(&other), Ok(()), "without bf16 weights there is no difference");
+    }
+
+    #[tokio::test]
+    async fn a_class_is_of_those_that_map_each_others_caches() {
+        let mut config = ServerConfig::default();
+        config.model.path =
+            format!("{}/runtime/tests/reference/tiny/hf-f32-ratio1-tied", env!("CARGO_MANIFEST_DIR")).into();
+        config.runtime.kv_dtype = "int8".into();
+        let plan = Plan::read(&config).await.expect("the model reads");
+        let layout = plan.kv_layout();
+        for (transports, convert, class) in [
+            (["rdma", "tcp"], false, layout.handover_class()),
+            (["rdma", "tcp"], true, layout.converting_class()),
+            (["rdma", "rdma"], true, layout.fingerprint()),
+        ] {
+            let transports = transports.map(str::to_owned).into();
+            let handoff = HandoffConfig { transports, convert, ..HandoffConfig::default() };
+            assert_eq!(plan.announced_layout(&handoff).handover_class, class, "{handoff:?}");
+        }
     }
 }

@@ -144,8 +144,9 @@ fn send() {
     let kv = KvNode { node: node.clone() };
     let mishap = Mishap::pick();
     let (over, sent) = (CancellationToken::new(), Sent::default());
-    let link = Link::new(PEER.into(), name("decode-0"));
-    node.links.put(PEER, link.clone());
+    let to = Destination { endpoint: PEER.into(), receiver: name("decode-0") };
+    let link = Link::new(to.clone());
+    node.links.put(to, link.clone());
     let peer = {
         let (stage, link, over, sent) = (stage.clone(), link.clone(), over.clone(), sent.clone());
         thread::spawn(move || {

@@ -48,8 +48,8 @@ pub struct AscendConfig {
     /// The device's RoCE address; `None` = what `/etc/hccn.conf` says.
     pub address: Option<IpAddr>,
     /// Whether only those reach `host`, and the devices on their network, who may read the whole KV pool. HIXL takes no
-    /// credential: once a peer that belongs to the fleet has asked for it, it listens to everybody. A node with a `secret`
-    /// therefore leaves HIXL out unless this is true. HCCL is not concerned: each of its pairs is joined with what is told
+    /// credential: once a peer that belongs to the fleet has asked for it, it listens to everybody. A node therefore leaves
+    /// HIXL out unless this is true. HCCL is not concerned: each of its pairs is joined with what is told
     /// over a data connection that has shown its key.
     pub trusted_network: bool,
     /// Where the libraries are; `None` = the loader's path, `$ASCEND_HOME_PATH/lib64`, `/usr/local/Ascend/cann/lib64`.
@@ -72,11 +72,11 @@ impl AscendConfig {
         }
     }
 
-    /// The region lent through HIXL, by a node whose peers must show a secret or not. The error says why it cannot be.
-    pub(crate) fn hixl(&self, region: &Region, secret: bool) -> io::Result<Arc<dyn Medium>> {
-        if secret && !self.trusted_network {
+    /// The region lent through HIXL. The error says why it cannot be.
+    pub(crate) fn hixl(&self, region: &Region) -> io::Result<Arc<dyn Medium>> {
+        if !self.trusted_network {
             return Err(io::Error::other(
-                "whoever reaches its port could read the KV pool without the secret; set `trusted_network` if all of them may",
+                "whoever reaches its port could read the KV pool and is asked for nothing; set `trusted_network` if all of them may",
             ));
         }
         let hixl = self.found().hixl.map_err(io::Error::other)?;
