@@ -205,6 +205,10 @@ async fn an_answer_goes_on_at_an_instance_of_its_own_model() {
         config.limits.request_timeout = PATIENCE;
     })
     .await;
+    let of_tiny = cluster.chat(json!({}));
+    let dispatch = tiny.dispatch().await;
+    tiny.finish(dispatch.leg, 0, "x", FinishReason::Stop);
+    assert_eq!(of_tiny.await.expect("ends").status(), 200);
     let response = cluster.chat(json!({"model": "other", "max_tokens": 4}));
     let mut others = [b, c];
     let [b, c] = &mut others;

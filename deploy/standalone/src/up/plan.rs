@@ -189,7 +189,8 @@ struct ServersHave {
 
 impl ServersHave {
     fn config(&self, instance_id: &str, group: &str, model: &Path) -> Table {
-        let Self { controller, packed, supervisor, .. } = self;
+        let (controller, packed, supervisor) =
+            (self.controller.as_str(), self.packed.as_str(), self.supervisor.as_str());
         let (threads, path) = (i64::try_from(self.threads).unwrap_or(1), model.display().to_string());
         toml! {
             instance_id = instance_id
