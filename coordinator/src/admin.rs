@@ -14,7 +14,6 @@ use crate::{
 /// Serves RequestAdmin.
 pub struct Admin {
     pub roster: Arc<Roster>,
-    pub model: String,
 }
 
 #[tonic::async_trait]
@@ -23,7 +22,7 @@ impl v1::request_admin_server::RequestAdmin for Admin {
         &self,
         _: Request<v1::ListRequestsRequest>,
     ) -> Result<Response<v1::ListRequestsResponse>, Status> {
-        let requests = self.roster.list().iter().map(|card| view(card, &self.model)).collect();
+        let requests = self.roster.list().iter().map(|card| view(card)).collect();
         Ok(Response::new(v1::ListRequestsResponse { requests }))
     }
 
@@ -42,7 +41,7 @@ impl v1::request_admin_server::RequestAdmin for Admin {
                 return Err(ApiError::new(ErrorCode::NotFound, message).into());
             }
         };
-        let mut request = view(&card, &self.model);
+        let mut request = view(&card);
         if ended {
             request.stage = "ended".to_owned();
         }
@@ -92,24 +91,25 @@ fn millis(since: Instant) -> u64 {
     u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX)
 }
 
-fn view(card: &Card, model: &str) -> v1::RequestView {
-    let completion_tokens = card.completion_tokens();
-    let (stage, prompt_tokens, prefill_instance, decode_instance) = match card.stage() {
-        Stage::Preparing => ("preparing", 0, String::new(), String::new()),
-        Stage::Queued { prompt_tokens } => ("queued", prompt_tokens, String::new(), String::new()),
-        Stage::Placed { prompt_tokens, prefill, decode } => {
-            let stage = if completion_tokens == 0 { "prefill" } else { "decode" };
-            (stage, prompt_tokens, prefill.to_string(), decode.to_string())
-        }
-    };
-    v1::RequestView {
+fn view(card: &Card) -> v1::RequestView {
+    let view = v1::RequestView {
         request_id: card.request.to_string(),
-        model: model.to_owned(),
-        stage: stage.to_owned(),
-        prefill_instance,
-        decode_instance,
-        prompt_tokens,
-        completion_tokens,
+        completion_tokens: card.completion_tokens(),
         age_millis: millis(card.arrived),
+        ..Default::default()
+    };
+    match card.stage() {
+        Stage::Preparing => v1::RequestView { stage: "preparing".to_owned(), ..view },
+        Stage::Queued { model, prompt_tokens } => {
+            v1::RequestView { model: model.to_string(), stage: "queued".to_owned(), prompt_tokens, ..view }
+        }
+        Stage::Placed { model, prompt_tokens, prefill, decode } => v1::RequestView {
+            model: model.to_string(),
+            stage: if view.completion_tokens == 0 { "prefill" } else { "decode" }.to_owned(),
+            prompt_tokens,
+            prefill_instance: prefill.to_string(),
+            decode_instance: decode.to_string(),
+            ..view
+        },
     }
 }

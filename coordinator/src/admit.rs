@@ -1,10 +1,10 @@
 //! Who may come in, who waits and who is turned away.
 //!
-//! A request takes a [`Ticket`] on arrival ([`crate::http`]), before its body is read, so that the memory of
-//! all requests together is bounded; with it, once prepared, it waits in line for a [`Permit`]
-//! ([`crate::serve`]). A body that is not prepared on the spot waits for a [`Turn`] at a core before. All are
-//! given back by drop. Overflow policy: a full house is 429 at once, a wait beyond the queue's time is 429
-//! too.
+//! A request takes a [`Ticket`] on arrival ([`crate::http`]), before its body is read, so that the memory of all requests
+//! together is bounded. Once its model is known it takes a [`Place`] in that model's [`Line`] and, once prepared, waits
+//! there for a [`Permit`] ([`crate::serve`]): what waits for one model's instances holds up no other model's requests,
+//! nor can it take their room. A body that is not prepared on the spot waits for a [`Turn`] at a core before. All are
+//! given back by drop. Overflow policy: a full house or line is 429 at once, a wait beyond the queue's time is 429 too.
 
 use std::{sync::Arc, time::Duration};
 
@@ -15,7 +15,10 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-use crate::{config::LimitsConfig, metrics::Metrics};
+use crate::{
+    config::LimitsConfig,
+    metrics::{Metrics, ModelMetrics},
+};
 
 /// What clients are told to wait before they try again.
 pub const RETRY_AFTER: Duration = Duration::from_secs(1);
@@ -27,68 +30,105 @@ const LONG_WORK_BYTES: usize = 256 << 10;
 pub struct Gate {
     /// One for each request in the house: served, waiting, or being read.
     house: Arc<Semaphore>,
-    /// One for each request being served, first come first served.
-    seats: Arc<Semaphore>,
     /// One for each body that may be worked on at a time, first come first served.
     cores: Arc<Semaphore>,
     /// Those of them that long work may take: short work never waits for it alone.
     for_long_work: Arc<Semaphore>,
     queue_timeout: Duration,
-    metrics: Arc<Metrics>,
+    /// Requests that wait for a core, among those of all models that wait.
+    waiting: [Gauge; 2],
 }
 
 impl Gate {
-    /// `cores` is how many bodies are worked on at a time; at least two are.
-    pub fn new(limits: &LimitsConfig, cores: usize, metrics: Arc<Metrics>) -> Self {
+    /// A house with room for as much as the lines of `models` models hold. `cores` is how many bodies are worked on at a
+    /// time; at least two are.
+    pub fn new(limits: &LimitsConfig, models: usize, cores: usize, metrics: &Metrics) -> Self {
         let most = Semaphore::MAX_PERMITS;
-        let house = limits.max_concurrent.saturating_add(limits.max_queued).min(most);
+        let house = line_length(limits).saturating_mul(models).min(most);
         Self {
             house: Arc::new(Semaphore::new(house)),
-            seats: Arc::new(Semaphore::new(limits.max_concurrent.min(most))),
             cores: Arc::new(Semaphore::new(cores.clamp(2, most))),
             for_long_work: Arc::new(Semaphore::new((cores / 2).clamp(1, most))),
             queue_timeout: limits.queue_timeout,
-            metrics,
+            waiting: [metrics.queued.clone(), metrics.queued_of_any_model()],
         }
     }
 
     /// Lets a request into the house, or turns it away.
     pub fn enter(&self) -> Result<Ticket, ApiError> {
-        match self.house.clone().try_acquire_owned() {
-            Ok(place) => Ok(Ticket { _place: place }),
-            Err(TryAcquireError::NoPermits | TryAcquireError::Closed) => {
-                Err(full("too many requests are waiting; try again in a moment"))
-            }
-        }
-    }
-
-    /// Waits for a seat, in order of asking.
-    pub async fn admit(&self, ticket: Ticket) -> Result<Permit, ApiError> {
-        let seat = self.one_of(&self.seats, Instant::now() + self.queue_timeout).await?;
-        Ok(Permit { _served: Counted::new(&self.metrics.in_flight), _seat: seat, _ticket: ticket })
+        Ok(Ticket { _room: at_once(&self.house)? })
     }
 
     /// Waits for a turn at a core, in order of asking, to work on a body of so many bytes.
     pub async fn turn(&self, ticket: Ticket, bytes: usize) -> Result<Turn, ApiError> {
         let by = Instant::now() + self.queue_timeout;
         let long = match bytes >= LONG_WORK_BYTES {
-            true => Some(self.one_of(&self.for_long_work, by).await?),
+            true => Some(one_of(&self.for_long_work, by, &self.waiting).await?),
             false => None,
         };
-        Ok(Turn { ticket, _core: self.one_of(&self.cores, by).await?, _long: long })
+        Ok(Turn { ticket, _core: one_of(&self.cores, by, &self.waiting).await?, _long: long })
+    }
+}
+
+/// Those who want one model: served, or waiting to be.
+pub struct Line {
+    /// One for each.
+    places: Arc<Semaphore>,
+    /// One for each that is served, first come first served.
+    seats: Arc<Semaphore>,
+    queue_timeout: Duration,
+    counts: Arc<ModelMetrics>,
+}
+
+/// How many may be served and wait, of one model.
+fn line_length(limits: &LimitsConfig) -> usize {
+    limits.max_concurrent.saturating_add(limits.max_queued).min(Semaphore::MAX_PERMITS)
+}
+
+impl Line {
+    pub fn new(limits: &LimitsConfig, counts: Arc<ModelMetrics>) -> Self {
+        Self {
+            places: Arc::new(Semaphore::new(line_length(limits))),
+            seats: Arc::new(Semaphore::new(limits.max_concurrent.min(Semaphore::MAX_PERMITS))),
+            queue_timeout: limits.queue_timeout,
+            counts,
+        }
     }
 
-    async fn one_of(&self, places: &Arc<Semaphore>, by: Instant) -> Result<OwnedSemaphorePermit, ApiError> {
-        if let Ok(place) = places.clone().try_acquire_owned() {
-            return Ok(place);
+    /// Lets a request stand in line, or turns it away.
+    pub fn enter(&self) -> Result<Place, ApiError> {
+        Ok(Place { _place: at_once(&self.places)? })
+    }
+
+    /// Waits for a seat, in order of asking.
+    pub async fn admit(&self, ticket: Ticket, place: Place) -> Result<Permit, ApiError> {
+        let waiting = [self.counts.all_queued.clone(), self.counts.queued.clone()];
+        let seat = one_of(&self.seats, Instant::now() + self.queue_timeout, &waiting).await?;
+        let served = [self.counts.all_in_flight.clone(), self.counts.in_flight.clone()];
+        Ok(Permit { _served: Counted::new(&served), _seat: seat, _place: place, _ticket: ticket })
+    }
+}
+
+fn at_once(room: &Arc<Semaphore>) -> Result<OwnedSemaphorePermit, ApiError> {
+    room.clone().try_acquire_owned().map_err(|error| match error {
+        TryAcquireError::NoPermits | TryAcquireError::Closed => {
+            full("too many requests are waiting; try again in a moment")
         }
-        let _waiting = Counted::new(&self.metrics.queued);
-        match timeout_at(by, places.clone().acquire_owned()).await {
-            Ok(Ok(place)) => Ok(place),
-            Ok(Err(_)) | Err(_) => {
-                Err(full("the request waited too long to be served; try again in a moment"))
-            }
-        }
+    })
+}
+
+async fn one_of(
+    places: &Arc<Semaphore>,
+    by: Instant,
+    waiting: &[Gauge; 2],
+) -> Result<OwnedSemaphorePermit, ApiError> {
+    if let Ok(place) = places.clone().try_acquire_owned() {
+        return Ok(place);
+    }
+    let _waiting = Counted::new(waiting);
+    match timeout_at(by, places.clone().acquire_owned()).await {
+        Ok(Ok(place)) => Ok(place),
+        Ok(Err(_)) | Err(_) => Err(full("the request waited too long to be served; try again in a moment")),
     }
 }
 
@@ -96,8 +136,13 @@ fn full(message: &str) -> ApiError {
     ApiError::new(ErrorCode::QueueFull, message)
 }
 
-/// A place in the house.
+/// Room in the house.
 pub struct Ticket {
+    _room: OwnedSemaphorePermit,
+}
+
+/// A place in a model's line.
+pub struct Place {
     _place: OwnedSemaphorePermit,
 }
 
@@ -120,22 +165,23 @@ impl Turn {
 pub struct Permit {
     _served: Counted,
     _seat: OwnedSemaphorePermit,
+    _place: Place,
     _ticket: Ticket,
 }
 
-/// Counted in a gauge for as long as it lives.
-struct Counted(Gauge);
+/// Counted in gauges for as long as it lives.
+struct Counted([Gauge; 2]);
 
 impl Counted {
-    fn new(gauge: &Gauge) -> Self {
-        gauge.inc();
-        Self(gauge.clone())
+    fn new(gauges: &[Gauge; 2]) -> Self {
+        gauges.iter().for_each(|gauge| _ = gauge.inc());
+        Self(gauges.clone())
     }
 }
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        self.0.dec();
+        self.0.iter().for_each(|gauge| _ = gauge.dec());
     }
 }
 
@@ -145,37 +191,67 @@ mod tests {
 
     use super::*;
 
-    fn gate(max_concurrent: usize, max_queued: usize) -> Gate {
+    /// A house for two models, and their lines.
+    fn house(max_concurrent: usize, max_queued: usize) -> (Gate, [Line; 2], Arc<Metrics>) {
         let limits = LimitsConfig {
             max_concurrent,
             max_queued,
             queue_timeout: Duration::from_secs(5),
             ..LimitsConfig::default()
         };
-        Gate::new(&limits, 2, Metrics::register(&mut Registry::default()))
+        let metrics = Metrics::register(&mut Registry::default());
+        let line = |name: &str| Line::new(&limits, Arc::new(metrics.of_model(name.into())));
+        (Gate::new(&limits, 2, 2, &metrics), [line("a"), line("b")], metrics)
+    }
+
+    /// Room in the house and a place in the line.
+    fn enter(gate: &Gate, line: &Line) -> (Ticket, Place) {
+        (gate.enter().expect("room"), line.enter().expect("a place"))
+    }
+
+    async fn seat(line: &Line, (ticket, place): (Ticket, Place)) -> Result<Permit, ApiError> {
+        line.admit(ticket, place).await
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_full_house_turns_away_and_a_seat_given_back_lets_in() {
-        let gate = gate(1, 1);
-        let first = gate.admit(gate.enter().expect("room")).await.expect("a seat");
-        let waiting = gate.enter().expect("room to wait");
-        let Err(refused) = gate.enter() else { panic!("the house was full") };
+    async fn a_full_line_turns_away_and_a_seat_given_back_lets_in() {
+        let (gate, [line, _], metrics) = house(1, 1);
+        let first = seat(&line, enter(&gate, &line)).await.expect("a seat");
+        let waiting = enter(&gate, &line);
+        let Err(refused) = line.enter() else { panic!("the line was full") };
         assert_eq!(refused.code, ErrorCode::QueueFull);
-        let mut second = Box::pin(gate.admit(waiting));
+        let mut second = Box::pin(seat(&line, waiting));
         assert!(futures::poll!(&mut second).is_pending());
-        assert_eq!((gate.metrics.in_flight.get(), gate.metrics.queued.get()), (1, 1));
+        assert_eq!((metrics.in_flight.get(), metrics.queued.get()), (1, 1));
         drop(first);
         let second = second.await.expect("the seat given back");
-        assert_eq!((gate.metrics.in_flight.get(), gate.metrics.queued.get()), (1, 0));
+        assert_eq!((metrics.in_flight.get(), metrics.queued.get()), (1, 0));
         drop(second);
+        assert!(line.enter().is_ok());
+        assert_eq!(metrics.in_flight.get(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_full_line_leaves_another_models_room_and_seats_alone() {
+        let (gate, [one, other], metrics) = house(1, 1);
+        let _served = seat(&one, enter(&gate, &one)).await.expect("a seat");
+        let mut waits = Box::pin(seat(&one, enter(&gate, &one)));
+        assert!(futures::poll!(&mut waits).is_pending());
+        assert!(one.enter().is_err());
+        let served = seat(&other, enter(&gate, &other)).await.expect("a seat of its own");
+        assert_eq!((one.counts.in_flight.get(), other.counts.in_flight.get()), (1, 1));
+        assert_eq!((one.counts.queued.get(), other.counts.queued.get()), (1, 0));
+        assert_eq!((metrics.in_flight.get(), metrics.queued.get()), (2, 1));
+        let _last = enter(&gate, &other);
+        let Err(refused) = gate.enter() else { panic!("the house was full") };
+        assert_eq!(refused.code, ErrorCode::QueueFull);
+        drop(served);
         assert!(gate.enter().is_ok());
-        assert_eq!(gate.metrics.in_flight.get(), 0);
     }
 
     #[tokio::test(start_paused = true)]
     async fn long_work_leaves_a_core_to_short_work() {
-        let gate = gate(8, 8);
+        let (gate, _, metrics) = house(8, 8);
         let turn = |bytes| gate.turn(gate.enter().expect("room"), bytes);
         let long = turn(LONG_WORK_BYTES).await.expect("a core");
         let mut next_long = Box::pin(turn(LONG_WORK_BYTES));
@@ -183,7 +259,7 @@ mod tests {
         let short = turn(4 << 10).await.expect("the other core");
         let (mut first, mut second) = (Box::pin(turn(4 << 10)), Box::pin(turn(4 << 10)));
         assert!(futures::poll!(&mut first).is_pending() && futures::poll!(&mut second).is_pending());
-        assert_eq!(gate.metrics.queued.get(), 3);
+        assert_eq!(metrics.queued.get(), 3);
         // Who leaves the line loses nothing and takes nothing along.
         drop(first);
         drop(short.done());
@@ -191,7 +267,7 @@ mod tests {
         assert!(futures::poll!(&mut next_long).is_pending());
         drop(long);
         let next_long = next_long.await.expect("the core given back");
-        assert_eq!(gate.metrics.queued.get(), 0);
+        assert_eq!(metrics.queued.get(), 0);
         let Err(error) = turn(4 << 10).await else { panic!("no core was free") };
         assert_eq!(error.code, ErrorCode::QueueFull);
         drop((second, next_long));
@@ -200,11 +276,11 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_wait_ends_with_429_at_its_deadline() {
-        let gate = gate(1, 1);
-        let _held = gate.admit(gate.enter().expect("room")).await.expect("a seat");
-        let Err(error) = gate.admit(gate.enter().expect("room")).await else { panic!("no seat was free") };
+        let (gate, [line, _], metrics) = house(1, 1);
+        let _held = seat(&line, enter(&gate, &line)).await.expect("a seat");
+        let Err(error) = seat(&line, enter(&gate, &line)).await else { panic!("no seat was free") };
         assert_eq!(error.code, ErrorCode::QueueFull);
-        assert_eq!(gate.metrics.queued.get(), 0);
-        assert!(gate.enter().is_ok(), "the place in line was given back");
+        assert_eq!(metrics.queued.get(), 0);
+        assert!(line.enter().is_ok(), "the place in line was given back");
     }
 }

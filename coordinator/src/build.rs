@@ -27,6 +27,7 @@ use crate::{
     fleet::keeper::{Keeper, Links},
     http,
     metrics::Metrics,
+    models::{self, Models},
     place::Placer,
     prepare::Served,
     registration::{Controllers, Registration, incarnation},
@@ -47,7 +48,8 @@ const DOOR: Door = Door {
 
 /// What a coordinator is built from besides its configuration; tests bring their own.
 pub struct Parts {
-    pub served: Served,
+    /// The models, in the order of the configuration.
+    pub served: Vec<Served>,
     pub fleet: FleetWatch,
     pub tls: Tls,
     pub metrics: baton_process::Metrics,
@@ -62,6 +64,7 @@ pub fn assemble(
     parts: Parts,
 ) -> Result<(Arc<Service>, Router), CoordinatorError> {
     let metrics = parts.metrics.register(Metrics::register);
+    let models = Arc::new(Models::new(parts.served, &config.limits, &metrics)?);
     let board = Board::new(config.fleet.absent_grace);
     let links = Arc::new(Links::default());
     let keeper = Keeper {
@@ -76,21 +79,20 @@ pub fn assemble(
         shutdown: parts.shutdown.clone(),
     };
     parts.tasks.spawn(keeper.run());
-    let served = Arc::new(parts.served);
     let patience = config.limits.placement_timeout;
     let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
+    let gate = Gate::new(&config.limits, models.iter().len(), cores, &metrics);
     let service = Arc::new(Service {
         placer: Arc::new(Placer {
-            served: served.clone(),
             board,
             links,
             handoffs: Arc::default(),
             metrics: metrics.clone(),
             patience,
         }),
-        served,
+        gate,
+        models,
         limits: config.limits.clone(),
-        gate: Gate::new(&config.limits, cores, metrics.clone()),
         roster: Arc::default(),
         overdue: Arc::default(),
         metrics,
@@ -104,7 +106,8 @@ pub fn assemble(
     Ok((service, router))
 }
 
-/// Ready while a request could be served. Looked at on every change, and now and then without one: graces pass, too.
+/// Ready while a request for each model could be served, and partly ready while one for any could. Looked at on every
+/// change, and now and then without one: graces pass, too.
 async fn watch_readiness(
     service: Arc<Service>,
     health: HealthHandle,
@@ -114,10 +117,7 @@ async fn watch_readiness(
     let mut changes = service.placer.board.changes();
     loop {
         changes.borrow_and_update();
-        match service.can_serve() {
-            Ok(()) => health.set_ready(),
-            Err(reason) => health.set_not_ready(reason.to_string()),
-        }
+        health.set(readiness(&service));
         tokio::select! {
             biased;
             () = shutdown.cancelled() => break,
@@ -126,6 +126,25 @@ async fn watch_readiness(
         }
     }
     health.set(Health::Draining);
+}
+
+fn readiness(service: &Service) -> Health {
+    let (mut ready, mut lacking) = (Vec::new(), Vec::new());
+    for model in service.models.iter() {
+        let name = &model.served.name;
+        let served = service.can_serve(model);
+        model.counts.ready.set(served.is_ok().into());
+        match served {
+            Ok(()) => ready.push(format!("`{name}`")),
+            Err(reason) => lacking.push(reason.told(name).message),
+        }
+    }
+    let (ready, lacking) = (ready.join(", "), lacking.join("; "));
+    match (ready.is_empty(), lacking.is_empty()) {
+        (_, true) => Health::Ready,
+        (true, false) => Health::NotReady(lacking),
+        (false, false) => Health::Partly(format!("ready: {ready}; not ready: {lacking}")),
+    }
 }
 
 /// The whole of a coordinator process.
@@ -139,8 +158,10 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
     let listener = bind(&config.listen, "listen")?;
     watch_clients(&listener);
     let admin_listener = bind(&config.admin_listen, "admin_listen")?;
-    let served = Served::open(&config.model)?;
-    tracing::info!(model = %served.name, revision = %served.revision, "model opened");
+    let served = models::open(&config.models).await?;
+    for Served { name, revision, .. } in &served {
+        tracing::info!(model = %name, revision, "model opened");
+    }
 
     let store = open_store(&config.store, &tls)?;
     let fleet =
@@ -162,7 +183,7 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
     };
     let (service, router) = assemble(&config, parts)?;
 
-    let admin = Admin { roster: service.roster.clone(), model: service.served.name.clone() };
+    let admin = Admin { roster: service.roster.clone() };
     let options = grpc::GrpcOptions {
         health: process.health.clone(),
         services: vec!["baton.v1.RequestAdmin"],
@@ -184,6 +205,7 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
             http_endpoint: http.clone(),
             admin_endpoint: grpc.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            models: service.models.iter().map(|model| model.served.told()).collect(),
         },
         controllers,
         dial: tls.dial(Role::Controller),

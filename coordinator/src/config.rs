@@ -3,7 +3,7 @@
 use std::{path::PathBuf, time::Duration};
 
 use baton_process::{Invalid, Listen, ProcessConfig, ServiceConfig, TlsConfig, duration};
-use baton_proto::CoordinatorId;
+use baton_proto::{CoordinatorId, MODEL_NAME_BYTES_MOST, MODEL_NAMES_MOST, MODELS_MOST};
 use baton_registry::EtcdSettings;
 use serde::{Deserialize, Serialize};
 
@@ -25,7 +25,8 @@ pub struct CoordinatorConfig {
     /// listened on.
     pub advertise_host: String,
     pub store: StoreConfig,
-    pub model: ModelConfig,
+    /// What is served: at least one model.
+    pub models: Vec<ModelConfig>,
     pub limits: LimitsConfig,
     pub fleet: FleetConfig,
     pub tls: TlsConfig,
@@ -40,7 +41,7 @@ impl Default for CoordinatorConfig {
             admin_listen: Listen::address("127.0.0.1", 8001),
             advertise_host: String::new(),
             store: StoreConfig::default(),
-            model: ModelConfig::default(),
+            models: Vec::new(),
             limits: LimitsConfig::default(),
             fleet: FleetConfig::default(),
             tls: TlsConfig::default(),
@@ -58,19 +59,19 @@ pub struct StoreConfig {
     pub etcd: EtcdSettings,
 }
 
-/// The model whose tokenizer, chat template and limits apply.
+/// A model that is served: its tokenizer, chat template and limits apply to what is asked of it.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ModelConfig {
     /// A GGUF file or a Hugging Face directory.
     pub path: PathBuf,
-    /// What clients say in `model`. Empty = the checkpoint's own name.
-    pub name: String,
+    /// What clients may say in `model`; answers say the first. Empty = the checkpoint's own name.
+    pub names: Vec<String>,
     /// Context to offer, in tokens, if less than the model's. 0 = the model's.
     pub max_context_tokens: u32,
 }
 
-/// What one client, and all together, may ask for.
+/// What one client, and all of a model's together, may ask for.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct LimitsConfig {
@@ -78,9 +79,9 @@ pub struct LimitsConfig {
     pub max_body_bytes: usize,
     /// Connections of clients at once; more wait to be taken.
     pub max_connections: usize,
-    /// Requests served at once; more wait.
+    /// Requests of a model served at once; more wait, and hold up no other model's.
     pub max_concurrent: usize,
-    /// Requests that wait at once; more are refused with 429.
+    /// Requests of a model that wait at once; more are refused with 429.
     pub max_queued: usize,
     /// How long a request waits, for a core to prepare it or to be served, before it is refused with 429.
     #[serde(with = "duration")]
@@ -169,10 +170,18 @@ impl ServiceConfig for CoordinatorConfig {
         self.store.etcd.validate()?;
         self.tls.validate()?;
         require(
-            !self.model.path.as_os_str().is_empty(),
-            "model.path",
-            "expected a GGUF file or a Hugging Face directory; set it, as in --model FILE",
+            (1..=MODELS_MOST).contains(&self.models.len()),
+            "models",
+            "expected 1 to 64 models to serve; name them, as in --model FILE",
         )?;
+        for (index, model) in self.models.iter().enumerate() {
+            let path = "expected a GGUF file or a Hugging Face directory";
+            require(!model.path.as_os_str().is_empty(), &format!("models[{index}].path"), path)?;
+            let names = format!("models[{index}].names");
+            require(model.names.len() <= MODEL_NAMES_MOST, &names, "expected at most 16")?;
+            let good = |name: &String| (1..=MODEL_NAME_BYTES_MOST).contains(&name.len());
+            require(model.names.iter().all(good), &names, "expected names of 1 to 256 bytes")?;
+        }
         let limits = &self.limits;
         require(limits.max_body_bytes > 0, "limits.max_body_bytes", "expected at least 1")?;
         require(limits.max_connections > 0, "limits.max_connections", "expected at least 1")?;
@@ -203,7 +212,7 @@ mod tests {
     fn good() -> CoordinatorConfig {
         let mut config = CoordinatorConfig::default();
         config.store.controller = "127.0.0.1:9000".into();
-        config.model.path = "model.gguf".into();
+        config.models = vec![ModelConfig { path: "model.gguf".into(), ..ModelConfig::default() }];
         config
     }
 
@@ -211,12 +220,16 @@ mod tests {
     fn what_types_cannot_say_is_checked_with_its_key() {
         assert!(good().validate().is_ok());
         type Change = fn(&mut CoordinatorConfig);
-        let cases: [(&str, Change); 10] = [
+        let cases: [(&str, Change); 14] = [
             ("id", |c| c.id = "Upper".into()),
             ("store", |c| c.store.controller.clear()),
             ("store", |c| c.store.etcd.endpoints.push("127.0.0.1:2379".into())),
             ("store.etcd.password_file", |c| c.store.etcd.user = "baton".into()),
-            ("model.path", |c| c.model.path = PathBuf::new()),
+            ("models", |c| c.models.clear()),
+            ("models", |c| c.models = vec![c.models[0].clone(); 65]),
+            ("models[1].path", |c| c.models.push(ModelConfig::default())),
+            ("models[0].names", |c| c.models[0].names = vec![String::new()]),
+            ("models[0].names", |c| c.models[0].names = (0..17).map(|n| n.to_string()).collect()),
             ("limits.max_concurrent", |c| c.limits.max_concurrent = 0),
             ("limits.max_choices", |c| c.limits.max_choices = 0),
             ("limits.max_choices", |c| c.limits.max_choices = 129),

@@ -8,10 +8,14 @@ use crate::text::TextError;
 
 #[derive(Debug, thiserror::Error)]
 pub enum CoordinatorError {
-    #[error("model.path: {0}")]
-    Checkpoint(#[from] Box<CheckpointError>),
-    #[error("model.path: {0}")]
-    Text(#[from] TextError),
+    #[error("models[{index}].path: {source}")]
+    Model { index: usize, source: ModelError },
+    #[error("models[{index}].path: opening it met a bug: {source}")]
+    Opening { index: usize, source: tokio::task::JoinError },
+    #[error(
+        "models[{index}].names: `{name}` is a name of models[{by}], too; give each model names of its own"
+    )]
+    NameTaken { index: usize, name: String, by: usize },
     #[error("{key}: {source}")]
     Listen { key: &'static str, source: ListenError },
     #[error("store: {0}")]
@@ -24,4 +28,13 @@ pub enum CoordinatorError {
     Process(#[from] ProcessError),
     #[error(transparent)]
     Id(#[from] baton_proto::IdError),
+}
+
+/// Why a model cannot be served.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    #[error(transparent)]
+    Checkpoint(#[from] Box<CheckpointError>),
+    #[error(transparent)]
+    Text(#[from] TextError),
 }

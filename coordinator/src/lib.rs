@@ -3,7 +3,7 @@
 //! Modules in the order a request meets them: [`http`] -> [`serve`] (the path through the stages) -> [`prepare`]
 //! (validate, template, tokenise; [`text`]) -> [`admit`] -> [`place`] (waits for one; [`schedule`] chooses, pure) ->
 //! [`dispatch`] (protocol machine, pure, and what drives it) -> [`stream`] (detokenise, stop, count) -> [`http`]. Beside
-//! that path: [`fleet`] (which instances there are, and the streams to them), [`requests`] and [`admin`] (what operators
+//! that path: [`models`] (what is served), [`fleet`] (which instances there are, and the streams to them), [`requests`] and [`admin`] (what operators
 //! ask), [`report`], [`metrics`] and [`handoffs`] (what is counted), [`registration`] (what the controller is told).
 //!
 //! [`run`] wires it all; `main` calls it.
@@ -18,6 +18,7 @@ pub mod fleet;
 pub mod handoffs;
 pub mod http;
 pub mod metrics;
+pub mod models;
 pub mod place;
 pub mod prepare;
 pub mod registration;
@@ -30,4 +31,4 @@ pub mod text;
 
 pub use build::{Parts, assemble, run};
 pub use config::CoordinatorConfig;
-pub use error::CoordinatorError;
+pub use error::{CoordinatorError, ModelError};

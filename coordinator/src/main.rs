@@ -12,9 +12,9 @@ struct Args {
     #[command(flatten)]
     common: CommonArgs,
 
-    /// Model to serve: a GGUF file or a Hugging Face directory [key: model.path]
+    /// Model to serve: a GGUF file or a Hugging Face directory. May be repeated [key: models]
     #[arg(long, value_name = "PATH")]
-    model: Option<String>,
+    model: Vec<String>,
 
     /// Address for clients, HOST:PORT [key: listen]
     #[arg(long, value_name = "ADDR")]
@@ -32,7 +32,7 @@ struct Args {
 fn main() -> ExitCode {
     let args = Args::parse();
     let flags = [
-        ("model.path", args.model),
+        ("models", models(&args.model)),
         ("listen", args.listen),
         ("admin_listen", args.admin_listen),
         ("store.controller", args.controller),
@@ -40,4 +40,11 @@ fn main() -> ExitCode {
     let overrides =
         flags.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?))).collect::<Vec<_>>();
     baton_process::run("coordinator", args.common, overrides, baton_coordinator::run)
+}
+
+/// The list of models as the configuration is told it, in TOML: its strings are written as in JSON.
+fn models(paths: &[String]) -> Option<String> {
+    let tables: Vec<String> =
+        paths.iter().map(|path| format!("{{path = {}}}", serde_json::Value::from(path.as_str()))).collect();
+    (!tables.is_empty()).then(|| format!("[{}]", tables.join(", ")))
 }

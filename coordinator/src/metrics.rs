@@ -8,14 +8,22 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
-/// A request that has ended: the route, and `200`, the name of the error's code, or `client_gone`.
+/// A request that has ended: the route, and `200`, the name of the error's code, or `client_gone`; and the name of the
+/// model, empty if it was refused before that was known.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct RequestLabels {
     pub route: &'static str,
     pub code: String,
+    pub model: Arc<str>,
 }
 
-/// Why a leg was cancelled, or an answer went on elsewhere.
+/// A model that is served, by its name.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct ModelLabel {
+    pub model: Arc<str>,
+}
+
+/// Why a leg was cancelled.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct ReasonLabel {
     pub reason: &'static str,
@@ -26,6 +34,15 @@ pub fn reason(reason: &'static str) -> ReasonLabel {
     ReasonLabel { reason }
 }
 
+/// Why an answer went on elsewhere.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct MigrationLabels {
+    pub reason: &'static str,
+    pub model: Arc<str>,
+}
+
+type Histograms = Family<ModelLabel, Histogram>;
+
 /// All of them.
 #[derive(Debug)]
 pub struct Metrics {
@@ -34,8 +51,43 @@ pub struct Metrics {
     pub ended: Counter,
     /// Of them, those that failed by no fault of the client; not shown.
     pub failed: Counter,
+    /// Requests of all models that are served and that wait, for the controller; not shown.
     pub in_flight: Gauge,
     pub queued: Gauge,
+    pub cancels: Family<ReasonLabel, Counter>,
+    pub legs_lost: Counter,
+    /// By the name of the error's code.
+    pub migrations: Family<MigrationLabels, Counter>,
+    by_model: ByModel,
+}
+
+/// What is counted of each model.
+#[derive(Debug)]
+struct ByModel {
+    ready: Family<ModelLabel, Gauge>,
+    in_flight: Family<ModelLabel, Gauge>,
+    queued: Family<ModelLabel, Gauge>,
+    time_to_first_token: Histograms,
+    time_per_output_token: Histograms,
+    end_to_end: Histograms,
+    prompt_tokens: Family<ModelLabel, Counter>,
+    cached_tokens: Family<ModelLabel, Counter>,
+    generation_tokens: Family<ModelLabel, Counter>,
+    request_prompt_tokens: Histograms,
+    request_generation_tokens: Histograms,
+}
+
+/// Those of one model, looked up once.
+#[derive(Debug)]
+pub struct ModelMetrics {
+    pub label: ModelLabel,
+    /// 1 = it can be served now.
+    pub ready: Gauge,
+    pub in_flight: Gauge,
+    pub queued: Gauge,
+    /// The same of all models together.
+    pub all_in_flight: Gauge,
+    pub all_queued: Gauge,
     pub time_to_first_token: Histogram,
     pub time_per_output_token: Histogram,
     pub end_to_end: Histogram,
@@ -44,10 +96,6 @@ pub struct Metrics {
     pub generation_tokens: Counter,
     pub request_prompt_tokens: Histogram,
     pub request_generation_tokens: Histogram,
-    pub cancels: Family<ReasonLabel, Counter>,
-    pub legs_lost: Counter,
-    /// By the name of the error's code.
-    pub migrations: Family<ReasonLabel, Counter>,
 }
 
 const SECONDS: [f64; 15] =
@@ -58,66 +106,109 @@ const TOKENS: [f64; 12] =
 impl Metrics {
     /// Makes them and has them shown.
     pub fn register(registry: &mut Registry) -> Arc<Self> {
-        let seconds = || Histogram::new(SECONDS);
-        let tokens = || Histogram::new(TOKENS);
+        let seconds = || Histograms::new_with_constructor(|| Histogram::new(SECONDS));
+        let tokens = || Histograms::new_with_constructor(|| Histogram::new(TOKENS));
         let metrics = Self {
             requests: Family::default(),
             ended: Counter::default(),
             failed: Counter::default(),
             in_flight: Gauge::default(),
             queued: Gauge::default(),
-            time_to_first_token: seconds(),
-            time_per_output_token: seconds(),
-            end_to_end: seconds(),
-            prompt_tokens: Counter::default(),
-            cached_tokens: Counter::default(),
-            generation_tokens: Counter::default(),
-            request_prompt_tokens: tokens(),
-            request_generation_tokens: tokens(),
             cancels: Family::default(),
             legs_lost: Counter::default(),
             migrations: Family::default(),
+            by_model: ByModel {
+                ready: Family::default(),
+                in_flight: Family::default(),
+                queued: Family::default(),
+                time_to_first_token: seconds(),
+                time_per_output_token: seconds(),
+                end_to_end: seconds(),
+                prompt_tokens: Family::default(),
+                cached_tokens: Family::default(),
+                generation_tokens: Family::default(),
+                request_prompt_tokens: tokens(),
+                request_generation_tokens: tokens(),
+            },
         };
         metrics.show(registry);
         Arc::new(metrics)
     }
 
+    /// Those of the model of this name, which are shown from now on.
+    pub fn of_model(&self, name: Arc<str>) -> ModelMetrics {
+        let (by_model, label) = (&self.by_model, ModelLabel { model: name });
+        ModelMetrics {
+            ready: by_model.ready.get_or_create_owned(&label),
+            in_flight: by_model.in_flight.get_or_create_owned(&label),
+            queued: by_model.queued.get_or_create_owned(&label),
+            all_in_flight: self.in_flight.clone(),
+            all_queued: self.queued.clone(),
+            time_to_first_token: by_model.time_to_first_token.get_or_create_owned(&label),
+            time_per_output_token: by_model.time_per_output_token.get_or_create_owned(&label),
+            end_to_end: by_model.end_to_end.get_or_create_owned(&label),
+            prompt_tokens: by_model.prompt_tokens.get_or_create_owned(&label),
+            cached_tokens: by_model.cached_tokens.get_or_create_owned(&label),
+            generation_tokens: by_model.generation_tokens.get_or_create_owned(&label),
+            request_prompt_tokens: by_model.request_prompt_tokens.get_or_create_owned(&label),
+            request_generation_tokens: by_model.request_generation_tokens.get_or_create_owned(&label),
+            label,
+        }
+    }
+
+    /// Requests that wait before their model is known.
+    pub fn queued_of_any_model(&self) -> Gauge {
+        self.by_model.queued.get_or_create_owned(&ModelLabel { model: "".into() })
+    }
+
     fn show(&self, registry: &mut Registry) {
         let registry = registry.sub_registry_with_prefix("baton_coordinator");
+        let by_model = &self.by_model;
         registry.register(
             "requests",
-            "Requests answered, by route and status or error",
+            "Requests answered, by route, status or error, and model",
             self.requests.clone(),
         );
-        registry.register("in_flight", "Requests being served", self.in_flight.clone());
-        registry.register("queued", "Requests waiting to be prepared or served", self.queued.clone());
+        let gauges = [
+            ("model_ready", "Whether a request for the model can be served", &by_model.ready),
+            ("in_flight", "Requests being served", &by_model.in_flight),
+            ("queued", "Requests waiting to be served; without a model, to be prepared", &by_model.queued),
+        ];
+        for (name, help, gauge) in gauges {
+            registry.register(name, help, gauge.clone());
+        }
         let seconds = [
-            ("time_to_first_token", "From arrival to the first token", &self.time_to_first_token),
-            ("time_per_output_token", "Mean of a request's later tokens", &self.time_per_output_token),
-            ("e2e_request_latency", "From arrival to the end", &self.end_to_end),
+            ("time_to_first_token", "From arrival to the first token", &by_model.time_to_first_token),
+            ("time_per_output_token", "Mean of a request's later tokens", &by_model.time_per_output_token),
+            ("e2e_request_latency", "From arrival to the end", &by_model.end_to_end),
         ];
         for (name, help, histogram) in seconds {
             registry.register_with_unit(name, help, Unit::Seconds, histogram.clone());
         }
         let counters = [
-            ("prompt_tokens", "Prompt tokens of dispatched requests", &self.prompt_tokens),
-            ("cached_prompt_tokens", "Of those, taken from prefix caches", &self.cached_tokens),
-            ("generation_tokens", "Tokens generated", &self.generation_tokens),
-            ("legs_lost", "Legs that ended because an instance's stream broke", &self.legs_lost),
+            ("prompt_tokens", "Prompt tokens of dispatched requests", &by_model.prompt_tokens),
+            ("cached_prompt_tokens", "Of those, taken from prefix caches", &by_model.cached_tokens),
+            ("generation_tokens", "Tokens generated", &by_model.generation_tokens),
         ];
         for (name, help, counter) in counters {
             registry.register(name, help, counter.clone());
         }
-        registry.register("request_prompt_tokens", "Prompt length", self.request_prompt_tokens.clone());
+        let tokens = [
+            ("request_prompt_tokens", "Prompt length", &by_model.request_prompt_tokens),
+            ("request_generation_tokens", "Completion length", &by_model.request_generation_tokens),
+        ];
+        for (name, help, histogram) in tokens {
+            registry.register(name, help, histogram.clone());
+        }
         registry.register(
-            "request_generation_tokens",
-            "Completion length",
-            self.request_generation_tokens.clone(),
+            "legs_lost",
+            "Legs that ended because an instance's stream broke",
+            self.legs_lost.clone(),
         );
         registry.register("cancelled_legs", "Legs cancelled, by reason", self.cancels.clone());
         registry.register(
             "migrations",
-            "Answers begun on one instance that went on elsewhere, by why it could not finish them",
+            "Answers begun on one instance that went on elsewhere, by why it could not finish them, and model",
             self.migrations.clone(),
         );
     }
@@ -131,7 +222,7 @@ mod tests {
     fn alerts_ask_for_metrics_that_there_are() {
         let rules = include_str!("../../deploy/alerts/baton.rules.yaml");
         let metrics = baton_process::Metrics::new("coordinator");
-        metrics.register(Metrics::register);
+        let _shown = metrics.register(Metrics::register).of_model("m".into());
         let exported = metrics.render();
         let words = rules.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_'));
         let asked: Vec<_> = words.filter(|word| word.starts_with("baton_coordinator_")).collect();

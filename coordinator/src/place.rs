@@ -13,7 +13,8 @@ use crate::{
     dispatch::{Assignment, Generation},
     fleet::keeper::Links,
     handoffs::Handoffs,
-    metrics::Metrics,
+    metrics::{Metrics, MigrationLabels},
+    models::Model,
     prepare::{PreparedPrompt, Sampling, Served},
     requests::Placing,
     schedule::{
@@ -34,7 +35,6 @@ const PAUSE_MOST: Duration = Duration::from_secs(1);
 
 /// What places are found with.
 pub struct Placer {
-    pub served: Arc<Served>,
     pub board: Arc<Board>,
     pub links: Arc<Links>,
     pub handoffs: Arc<Handoffs>,
@@ -44,15 +44,20 @@ pub struct Placer {
 }
 
 impl Placer {
-    /// Books each prompt of a request as soon as an instance can take it: one that is being started again is worth a
-    /// short wait. However many prompts there are, all of them together wait no longer than one would, nor past
+    /// Books each prompt of a request for this model as soon as an instance can take it: one that is being started again
+    /// is worth a short wait. However many prompts there are, all of them together wait no longer than one would, nor past
     /// `deadline`.
-    pub async fn book(&self, prompts: &[PreparedPrompt], deadline: Instant) -> Result<Vec<Booking>, NoPlace> {
+    pub async fn book(
+        &self,
+        served: &Served,
+        prompts: &[PreparedPrompt],
+        deadline: Instant,
+    ) -> Result<Vec<Booking>, NoPlace> {
         let deadline = deadline.min(Instant::now() + self.patience);
         let mut bookings = Vec::with_capacity(prompts.len());
         for prompt in prompts {
             let (tokens, sampling) = (prompt.prompt_tokens(), &prompt.sampling);
-            bookings.push(self.book_by(deadline, (tokens, 0), sampling, None).await?);
+            bookings.push(self.book_by(deadline, served, (tokens, 0), sampling, None).await?);
         }
         Ok(bookings)
     }
@@ -65,6 +70,7 @@ impl Placer {
     async fn book_by(
         &self,
         deadline: Instant,
+        served: &Served,
         tokens: (u32, u32),
         sampling: &Sampling,
         avoid: Option<&InstanceId>,
@@ -72,7 +78,7 @@ impl Placer {
         let mut changes = self.board.changes();
         loop {
             changes.borrow_and_update();
-            match self.book_now(tokens, sampling, avoid) {
+            match self.book_now(served, tokens, sampling, avoid) {
                 Err(reason) if reason.may_pass() => match timeout_at(deadline, changes.changed()).await {
                     Ok(Ok(())) => {}
                     Ok(Err(_)) | Err(_) => return Err(reason),
@@ -85,13 +91,14 @@ impl Placer {
     /// Tokens that were generated elsewhere are computed as the prompt's are.
     fn book_now(
         &self,
+        served: &Served,
         (prompt_tokens, generated): (u32, u32),
         sampling: &Sampling,
         avoid: Option<&InstanceId>,
     ) -> Result<Booking, NoPlace> {
         let asked = (sampling.max_tokens.saturating_sub(generated).max(1), sampling.choices);
         let tokens = prompt_tokens.saturating_add(generated);
-        let booking = self.board.place(tokens, asked, &self.served.revision, avoid)?;
+        let booking = self.board.place(tokens, asked, &served.revision, avoid)?;
         tracing::debug!(placement = ?booking.placement, receipt = ?booking.receipt, "placed");
         Ok(booking)
     }
@@ -99,6 +106,7 @@ impl Placer {
     /// Places a request again, after a pause or the next change of the fleet.
     async fn place_again(
         self: Arc<Self>,
+        model: Arc<Model>,
         assignment: Assignment,
         failure: Failure,
         mut pause: Duration,
@@ -109,7 +117,8 @@ impl Placer {
         let mut changes = self.board.changes();
         loop {
             let _ = timeout_at(deadline.min(Instant::now() + pause), changes.changed()).await;
-            let booked = self.book_by(deadline, tokens, &assignment.sampling, culprit.as_ref()).await;
+            let (served, sampling) = (&model.served, &assignment.sampling);
+            let booked = self.book_by(deadline, served, tokens, sampling, culprit.as_ref()).await;
             let Ok(booking) = booked else { return Err(error) };
             let placing = Placing::new(&booking, Some(error.clone()));
             match self.start(booking, assignment.clone()) {
@@ -117,8 +126,8 @@ impl Placer {
                     let (request, generated) = (&assignment.request, tokens.1);
                     tracing::info!(%request, generated, %error, "the request goes on elsewhere");
                     if generated > 0 {
-                        let reason = crate::metrics::reason(error.code.name());
-                        self.metrics.migrations.get_or_create(&reason).inc();
+                        let (reason, model) = (error.code.name(), served.name.clone());
+                        self.metrics.migrations.get_or_create(&MigrationLabels { reason, model }).inc();
                     }
                     return Ok((generation, placing));
                 }
@@ -163,6 +172,7 @@ impl Failure {
 #[derive(Clone)]
 pub struct Attempts {
     placer: Arc<Placer>,
+    model: Arc<Model>,
     assignment: Assignment,
     /// Attempts that failed, and those of them since the last that brought a token.
     failed: u32,
@@ -173,8 +183,8 @@ pub struct Attempts {
 
 impl Attempts {
     /// `assignment` has been given to a first place.
-    pub fn new(placer: Arc<Placer>, assignment: Assignment) -> Self {
-        Self { placer, assignment, failed: 0, fruitless: 0, refused: 0 }
+    pub fn new(placer: Arc<Placer>, model: Arc<Model>, assignment: Assignment) -> Self {
+        Self { placer, model, assignment, failed: 0, fruitless: 0, refused: 0 }
     }
 
     /// What is being placed.
@@ -210,7 +220,8 @@ impl Attempts {
         if self.assignment.deadline <= Instant::now() {
             return Err(failure.error);
         }
-        Ok(self.placer.clone().place_again(self.assignment.clone(), failure, pause).boxed())
+        let (placer, model) = (self.placer.clone(), self.model.clone());
+        Ok(placer.place_again(model, self.assignment.clone(), failure, pause).boxed())
     }
 }
 
@@ -225,7 +236,7 @@ mod tests {
             tests::{ready, spec},
         },
         prepare::{
-            Endpoint, prepare,
+            Endpoint, parse, prepare,
             tests::{LIMITS, served},
         },
     };
@@ -237,11 +248,12 @@ mod tests {
         let (small, large) = (Spec { context_tokens: 8, ..spec("a") }, spec("b"));
         board.list(&[small.clone(), large.clone()], Instant::now());
         let links = Arc::default();
-        let (served, handoffs) = (Arc::new(served()), Arc::default());
+        let (served, handoffs) = (served(), Arc::default());
         let metrics = baton_process::Metrics::new("coordinator").register(Metrics::register);
-        let placer = Placer { served, board: board.clone(), links, handoffs, metrics, patience };
+        let placer = Placer { board: board.clone(), links, handoffs, metrics, patience };
         let body = r#"{"model": "tiny", "prompt": ["short", "one that only the large one holds"]}"#;
-        let prepared = prepare(&placer.served, Endpoint::Text, body.as_bytes(), LIMITS, 1).expect("is good");
+        let request = parse(body.as_bytes()).expect("is JSON");
+        let prepared = prepare(&served, Endpoint::Text, &request, LIMITS, 1).expect("is good");
         // The first prompt waits for most of the time, the second for what is left.
         tokio::spawn(async move {
             tokio::time::sleep(Duration::from_secs(3)).await;
@@ -249,10 +261,10 @@ mod tests {
         });
         let began = Instant::now();
         let hour = began + Duration::from_secs(3600);
-        assert!(matches!(placer.book(&prepared.prompts, hour).await, Err(NoPlace::NoInstance)));
+        assert!(matches!(placer.book(&served, &prepared.prompts, hour).await, Err(NoPlace::NoInstance)));
         assert_eq!(began.elapsed(), patience);
         let soon = Instant::now() + Duration::from_secs(1);
-        assert!(placer.book(&prepared.prompts, soon).await.is_err());
+        assert!(placer.book(&served, &prepared.prompts, soon).await.is_err());
         assert_eq!(began.elapsed(), patience + Duration::from_secs(1), "nor past the request's own deadline");
     }
 }

@@ -9,7 +9,7 @@ use baton_proto::{ApiError, ErrorCode};
 use tokio::time::Instant;
 use tracing::Span;
 
-use crate::metrics::{Metrics, RequestLabels};
+use crate::metrics::{Metrics, ModelMetrics, RequestLabels};
 
 /// Token counts as clients are told them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -24,6 +24,8 @@ pub struct Usage {
 /// See the module.
 pub struct Report {
     metrics: Arc<Metrics>,
+    /// `None` until it is known which model is asked.
+    counts: Option<Arc<ModelMetrics>>,
     route: &'static str,
     arrived: Instant,
     first_token: Option<Instant>,
@@ -36,33 +38,61 @@ pub struct Report {
 
 impl Report {
     pub fn new(metrics: Arc<Metrics>, route: &'static str, arrived: Instant, span: Span) -> Self {
-        Self { metrics, route, arrived, first_token: None, last_token: arrived, tokens: 0, told: false, span }
+        Self {
+            metrics,
+            counts: None,
+            route,
+            arrived,
+            first_token: None,
+            last_token: arrived,
+            tokens: 0,
+            told: false,
+            span,
+        }
+    }
+
+    /// It is known which model is asked.
+    pub fn of_model(&mut self, counts: &Arc<ModelMetrics>) {
+        self.counts = Some(counts.clone());
     }
 
     /// The request is valid and admitted.
-    pub fn prepared(&self, prompt_tokens: u32) {
-        self.metrics.request_prompt_tokens.observe(f64::from(prompt_tokens));
+    pub fn admitted(&self, prompt_tokens: u32) {
+        if let Some(counts) = &self.counts {
+            counts.request_prompt_tokens.observe(f64::from(prompt_tokens));
+        }
+    }
+
+    /// Its legs have been dispatched.
+    pub fn dispatched(&self, prompt_tokens: u32) {
+        if let Some(counts) = &self.counts {
+            counts.prompt_tokens.inc_by(u64::from(prompt_tokens));
+        }
     }
 
     /// The answer has this many tokens now.
     pub fn tokens(&mut self, tokens: u32, now: Instant) {
-        if self.first_token.is_none() {
-            self.first_token = Some(now);
-            self.metrics.time_to_first_token.observe((now - self.arrived).as_secs_f64());
+        if let Some(counts) = &self.counts {
+            if self.first_token.is_none() {
+                counts.time_to_first_token.observe((now - self.arrived).as_secs_f64());
+            }
+            counts.generation_tokens.inc_by(u64::from(tokens - self.tokens));
         }
-        self.metrics.generation_tokens.inc_by(u64::from(tokens - self.tokens));
+        self.first_token.get_or_insert(now);
         self.tokens = tokens;
         self.last_token = now;
     }
 
     /// The answer is complete; its longest choice has `longest` tokens.
     pub fn finished(&mut self, usage: &Usage, longest: u32) {
-        self.metrics.cached_tokens.inc_by(u64::from(usage.cached_tokens));
-        self.metrics.request_generation_tokens.observe(f64::from(self.tokens));
-        self.metrics.end_to_end.observe(self.arrived.elapsed().as_secs_f64());
-        if let (Some(first), 2..) = (self.first_token, longest) {
-            let later = (self.last_token - first).as_secs_f64() / f64::from(longest - 1);
-            self.metrics.time_per_output_token.observe(later);
+        if let Some(counts) = &self.counts {
+            counts.cached_tokens.inc_by(u64::from(usage.cached_tokens));
+            counts.request_generation_tokens.observe(f64::from(self.tokens));
+            counts.end_to_end.observe(self.arrived.elapsed().as_secs_f64());
+            if let (Some(first), 2..) = (self.first_token, longest) {
+                let later = (self.last_token - first).as_secs_f64() / f64::from(longest - 1);
+                counts.time_per_output_token.observe(later);
+            }
         }
         self.tell("200", false);
         let _entered = self.span.enter();
@@ -84,7 +114,8 @@ impl Report {
         if !std::mem::replace(&mut self.told, true) {
             self.metrics.ended.inc();
             self.metrics.failed.inc_by(u64::from(failed));
-            let labels = RequestLabels { route: self.route, code: code.to_owned() };
+            let model = self.counts.as_ref().map(|counts| counts.label.model.clone()).unwrap_or_default();
+            let labels = RequestLabels { route: self.route, code: code.to_owned(), model };
             self.metrics.requests.get_or_create(&labels).inc();
         }
     }

@@ -22,10 +22,10 @@ use crate::schedule::{Placement, Receipt, board::Booking};
 pub enum Stage {
     /// Its body is being read, checked and tokenised.
     Preparing,
-    /// Waits for admission.
-    Queued { prompt_tokens: u32 },
+    /// Waits for admission, in the line of its model.
+    Queued { model: Arc<str>, prompt_tokens: u32 },
     /// Its legs are with instances; of several prompts, those of the one that was placed last.
-    Placed { prompt_tokens: u32, prefill: InstanceId, decode: InstanceId },
+    Placed { model: Arc<str>, prompt_tokens: u32, prefill: InstanceId, decode: InstanceId },
 }
 
 /// Cards of ended requests that are kept.
@@ -156,11 +156,14 @@ impl CardGuard {
             Placement::Apart { prefill, decode } => (prefill, decode),
         };
         let mut stage = self.card.stage.lock();
-        let prompt_tokens = match *stage {
-            Stage::Preparing => 0,
-            Stage::Queued { prompt_tokens } | Stage::Placed { prompt_tokens, .. } => prompt_tokens,
+        let (model, prompt_tokens) = match &*stage {
+            Stage::Preparing => (Arc::default(), 0),
+            Stage::Queued { model, prompt_tokens } | Stage::Placed { model, prompt_tokens, .. } => {
+                (model.clone(), *prompt_tokens)
+            }
         };
         *stage = Stage::Placed {
+            model,
             prompt_tokens,
             prefill: prefill.instance.clone(),
             decode: decode.instance.clone(),

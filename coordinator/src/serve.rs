@@ -10,12 +10,13 @@ use bytes::Bytes;
 use tokio::time::Instant;
 
 use crate::{
-    admit::{Gate, Permit, Ticket},
+    admit::{Gate, Permit, Place, Ticket},
     config::LimitsConfig,
     dispatch::Assignment,
     metrics::Metrics,
+    models::{Model, Models},
     place::{Attempts, Placer},
-    prepare::{Endpoint, Prepared, PreparedPrompt, RequestLimits, Served, prepare},
+    prepare::{Endpoint, Prepared, PreparedPrompt, RequestLimits, parse, prepare},
     report::Report,
     requests::{CardGuard, Placing, Roster, Stage},
     schedule::{NoPlace, board::Booking},
@@ -27,7 +28,7 @@ const PREPARE_INLINE_BYTES: usize = 2 << 10;
 
 /// Everything the stages need.
 pub struct Service {
-    pub served: Arc<Served>,
+    pub models: Arc<Models>,
     pub limits: LimitsConfig,
     pub gate: Gate,
     pub placer: Arc<Placer>,
@@ -47,7 +48,15 @@ pub struct Received {
     pub report: Report,
 }
 
+/// A request whose model is known, and what became of the rest.
+struct Addressed {
+    model: Arc<Model>,
+    /// With a place in the model's line.
+    prepared: Result<(Prepared, Place), ApiError>,
+}
+
 struct Admitted {
+    model: Arc<Model>,
     prepared: Prepared,
     permit: Permit,
     traceparent: String,
@@ -64,49 +73,58 @@ struct Placed {
 impl Service {
     /// Carries a request to where its answer streams.
     pub async fn carry(self: &Arc<Self>, received: Received) -> Result<Streaming, ApiError> {
-        let mut report = received.report;
+        let Received { endpoint, body, traceparent, ticket, card, mut report } = received;
         let result = async {
-            let (prepared, ticket) = self.prepare(received.endpoint, received.body, received.ticket).await?;
-            received.card.set(Stage::Queued { prompt_tokens: prepared.prompt_tokens() });
-            let permit = self.gate.admit(ticket).await?;
-            Ok((prepared, permit))
+            let (Addressed { model, prepared }, ticket) = self.prepare(endpoint, body, ticket).await?;
+            report.of_model(&model.counts);
+            let (prepared, place) = prepared?;
+            let (name, prompt_tokens) = (model.served.name.clone(), prepared.prompt_tokens());
+            card.set(Stage::Queued { model: name, prompt_tokens });
+            let permit = model.line.admit(ticket, place).await?;
+            Ok((model, prepared, permit))
         }
         .await;
-        let (prepared, permit) = result.inspect_err(|error| report.failed(error))?;
-        report.prepared(prepared.prompt_tokens());
-        let admitted =
-            Admitted { prepared, permit, traceparent: received.traceparent, card: received.card, report };
-        let placed = self.place(admitted).await?;
+        let (model, prepared, permit) = result.inspect_err(|error| report.failed(error))?;
+        report.admitted(prepared.prompt_tokens());
+        let placed = self.place(Admitted { model, prepared, permit, traceparent, card, report }).await?;
         self.dispatch(placed)
     }
 
-    /// Whether any request could be served now.
-    pub fn can_serve(&self) -> Result<(), NoPlace> {
-        self.placer.board.can_serve(&self.served.revision)
+    /// Whether any request for a model could be served now.
+    pub fn can_serve(&self, model: &Model) -> Result<(), NoPlace> {
+        self.placer.board.can_serve(&model.served.revision)
     }
 
-    /// The ticket goes where the body goes: work on a large one goes on after its client has left, and its place in the
-    /// house is taken until it is done.
+    /// The ticket goes where the body goes: work on a large one goes on after its client has left, and its room in the
+    /// house is taken until it is done. Nothing is tokenised for a line that is full.
     async fn prepare(
         &self,
         endpoint: Endpoint,
         body: Bytes,
         ticket: Ticket,
-    ) -> Result<(Prepared, Ticket), ApiError> {
+    ) -> Result<(Addressed, Ticket), ApiError> {
         let limits = RequestLimits {
             max_completion_tokens: self.limits.max_completion_tokens,
             max_choices: self.limits.max_choices,
         };
         let seed = rand::random();
-        let (served, bytes) = (self.served.clone(), body.len());
-        let work = move || prepare(&served, endpoint, &body, limits, seed);
+        let (models, bytes) = (self.models.clone(), body.len());
+        let work = move || {
+            let request = parse(&body)?;
+            let model = models.asked(request.model.as_deref())?.clone();
+            let prepared = model.line.enter().and_then(|place| {
+                let prepared = prepare(&model.served, endpoint, &request, limits, seed)?;
+                Ok((prepared, place))
+            });
+            Ok::<_, ApiError>(Addressed { model, prepared })
+        };
         if bytes <= PREPARE_INLINE_BYTES {
             return Ok((work()?, ticket));
         }
         let turn = self.gate.turn(ticket, bytes).await?;
         let work = move || {
-            let prepared = work()?;
-            Ok((prepared, turn.done()))
+            let addressed = work()?;
+            Ok((addressed, turn.done()))
         };
         tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| {
             tracing::error!(%error, "preparing a request panicked");
@@ -116,13 +134,14 @@ impl Service {
 
     async fn place(&self, mut admitted: Admitted) -> Result<Placed, ApiError> {
         let deadline = self.deadline(&admitted.card);
-        match self.placer.book(&admitted.prepared.prompts, deadline).await {
+        let served = &admitted.model.served;
+        match self.placer.book(served, &admitted.prepared.prompts, deadline).await {
             Ok(bookings) => {
                 bookings.iter().for_each(|booking| admitted.card.placed(Placing::new(booking, None)));
                 Ok(Placed { admitted, bookings })
             }
             Err(reason) => {
-                let error = reason.into();
+                let error = reason.told(&served.name);
                 admitted.report.failed(&error);
                 Err(error)
             }
@@ -136,21 +155,20 @@ impl Service {
 
     fn dispatch(&self, placed: Placed) -> Result<Streaming, ApiError> {
         let Placed { admitted, bookings } = placed;
-        let Admitted { prepared, permit, traceparent, card, mut report } = admitted;
+        let Admitted { model, prepared, permit, traceparent, card, mut report } = admitted;
         let mut lanes = Vec::new();
         for (prompt, booking) in prepared.prompts.iter().zip(bookings) {
-            let lane = self.lane(prompt, &prepared, booking, &traceparent, &card);
+            let lane = self.lane((&model, &prepared, prompt), booking, &traceparent, &card);
             lanes.push(lane.inspect_err(|error| report.failed(error))?);
         }
-        self.metrics.prompt_tokens.inc_by(u64::from(prepared.prompt_tokens()));
-        Ok(Streaming::new(prepared.shape, lanes, report, card, permit))
+        report.dispatched(prepared.prompt_tokens());
+        Ok(Streaming::new((model, prepared.shape), lanes, report, card, permit))
     }
 
     /// Sends one prompt on its way.
     fn lane(
         &self,
-        prompt: &PreparedPrompt,
-        prepared: &Prepared,
+        (model, prepared, prompt): (&Arc<Model>, &Prepared, &PreparedPrompt),
         booking: Booking,
         traceparent: &str,
         card: &CardGuard,
@@ -164,10 +182,10 @@ impl Service {
             priority: prepared.priority,
             deadline: self.deadline(card),
         };
-        let attempts = Attempts::new(self.placer.clone(), assignment);
+        let attempts = Attempts::new(self.placer.clone(), model.clone(), assignment);
         let started = self.placer.start(booking, attempts.assignment().clone());
         let reading = |_| {
-            let reader = self.served.text.reader(&prepared.stops);
+            let reader = model.served.text.reader(&prepared.stops);
             Reading::new(reader, attempts.assignment(), prepared.stops.included, &prompt.echo)
         };
         let readings = (0..prompt.sampling.choices).map(reading).collect();

@@ -24,11 +24,16 @@ static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
 #[derive(Debug, Clone, Deserialize)]
 struct RunFile {
     ready: bool,
-    model: String,
+    models: Vec<ModelEntry>,
     url: String,
     controller: String,
     coordinator: String,
     processes: Vec<ProcessEntry>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+struct ModelEntry {
+    name: String,
 }
 
 #[derive(Debug, Clone, Deserialize)]
@@ -89,9 +94,9 @@ impl Cluster {
         &self.run.controller
     }
 
-    /// What clients say in `model`.
+    /// What clients say in `model`; of several models, the first.
     pub fn model(&self) -> &str {
-        &self.run.model
+        &self.run.models[0].name
     }
 
     /// What `baton up` has printed so far.

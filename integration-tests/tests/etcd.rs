@@ -43,7 +43,7 @@ impl Fleet {
             "--set",
             "admin_listen=127.0.0.1:0",
         ]);
-        fleet.spawn(command.env("BATON_COORDINATOR__MODEL__PATH", model()), "coordinator");
+        fleet.spawn(command.arg("--model").arg(model()), "coordinator");
         fleet.server("alpha");
         fleet.server("beta");
         fleet.has_roles(&["decode", "prefill"]).await;

@@ -77,7 +77,7 @@ async fn three_services_and_etcd() {
     let _coordinator = Service::start(
         Command::new(binary("baton-coordinator"))
             .env("BATON_COORDINATOR__STORE__ETCD__ENDPOINTS", &etcd_at)
-            .env("BATON_COORDINATOR__MODEL__PATH", model())
+            .env("BATON_COORDINATOR__MODELS", format!("[{{path = {:?}}}]", model()))
             .env("BATON_COORDINATOR__LISTEN", &http_at)
             .env("BATON_COORDINATOR__ADMIN_LISTEN", &admin_at),
         &dir.join("coordinator.log"),
@@ -171,7 +171,7 @@ async fn a_coordinator_follows_the_leader_and_is_missed_when_it_dies() {
         let mut command = Command::new(binary("baton-coordinator"));
         command
             .env("BATON_COORDINATOR__STORE__ETCD__ENDPOINTS", &etcd_at)
-            .env("BATON_COORDINATOR__MODEL__PATH", model())
+            .env("BATON_COORDINATOR__MODELS", format!("[{{path = {:?}}}]", model()))
             .args(["--set", &format!("id={id}"), "--set", "advertise_host=a.b"])
             .args(["--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"]);
         Service::start(&mut command, &dir.join(format!("{id}.log")))
@@ -219,7 +219,7 @@ fn wrong_configuration_is_one_clear_line() {
         ("baton-controller", &["--set", "roles.prefil=2"], &["roles.prefil", "roles.prefill"]),
         ("baton-controller", &["--set", "sessions.beat=soon"], &["sessions.beat"]),
         ("baton-controller", &["--config", "/no/such/file.toml"], &["/no/such/file.toml"]),
-        ("baton-coordinator", &["--set", "store.controller=127.0.0.1:1"], &["model.path"]),
+        ("baton-coordinator", &["--set", "store.controller=127.0.0.1:1"], &["models"]),
         ("baton-server", &["--model", "/no/such/model", "--role", "mixed"], &["/no/such/model"]),
         ("baton-server", &["--model", "x", "--role", "boss"], &["role", "boss"]),
     ];

@@ -100,8 +100,8 @@ impl Fleet {
                 &format!("listen={http}"),
                 "--set",
                 &format!("admin_listen={coordinator}"),
-                "--set",
-                &format!("model.path={}", model().display()),
+                "--model",
+                &model().display().to_string(),
             ],
         );
         fleet.server("alpha", "alpha");

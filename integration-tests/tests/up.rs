@@ -66,6 +66,9 @@ fn what_cannot_start_says_why_in_one_line() {
     let listen = format!("127.0.0.1:{port}");
     says(&up(&["--model", model.to_str().unwrap(), "--listen", &listen]), &[&port, "in use"]);
 
+    let twice = ["--model", model.to_str().unwrap(), "--model", model.to_str().unwrap()];
+    says(&up(&[&twice[..], &["--listen", "127.0.0.1:0"]].concat()), &["give each --model once"]);
+
     let misspelt = ["--listen", "127.0.0.1:0", "--set", "server.runtme.threads=1"];
     let misspelt = up(&[&["--model", model.to_str().unwrap()], &misspelt[..]].concat());
     says(&misspelt, &["error: server: ", "runtme"]);

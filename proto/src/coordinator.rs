@@ -6,6 +6,13 @@ use crate::{CoordinatorId, Incarnation, InstanceId, WireError, v1};
 /// Most links that one coordinator tells of.
 pub const LINKS_MOST: usize = 4096;
 
+/// Most models that one coordinator serves.
+pub const MODELS_MOST: usize = 64;
+/// Most names that one model has.
+pub const MODEL_NAMES_MOST: usize = 16;
+/// Longest name of a model, in bytes.
+pub const MODEL_NAME_BYTES_MOST: usize = 256;
+
 /// Longest of the texts that describe a coordinator, in bytes.
 const TEXT_MOST: usize = 300;
 
@@ -20,6 +27,18 @@ pub struct CoordinatorSpec {
     pub admin_endpoint: String,
     /// Of the build.
     pub version: String,
+    /// What it serves; at most [`MODELS_MOST`].
+    pub models: Vec<ServedModel>,
+}
+
+/// A model that a coordinator serves.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServedModel {
+    /// What requests may call it, and answers do by the first; at most [`MODEL_NAMES_MOST`], of
+    /// [`MODEL_NAME_BYTES_MOST`] at most.
+    pub names: Vec<String>,
+    /// Of its checkpoint: instances that have the same run it.
+    pub revision: String,
 }
 
 /// How a coordinator is. Counts are since its process started.
@@ -65,6 +84,7 @@ impl TryFrom<v1::CoordinatorSpec> for CoordinatorSpec {
             http_endpoint: short(wire.http_endpoint, "http_endpoint")?,
             admin_endpoint: short(wire.admin_endpoint, "admin_endpoint")?,
             version: short(wire.version, "version")?,
+            models: models(wire.models)?,
         })
     }
 }
@@ -77,7 +97,37 @@ impl From<CoordinatorSpec> for v1::CoordinatorSpec {
             http_endpoint: spec.http_endpoint,
             admin_endpoint: spec.admin_endpoint,
             version: spec.version,
+            models: spec.models.into_iter().map(v1::ServedModel::from).collect(),
         }
+    }
+}
+
+fn models(wire: Vec<v1::ServedModel>) -> Result<Vec<ServedModel>, WireError> {
+    if wire.len() > MODELS_MOST {
+        return Err(WireError::TooLong { field: "models", most: MODELS_MOST });
+    }
+    wire.into_iter().map(ServedModel::try_from).collect()
+}
+
+impl TryFrom<v1::ServedModel> for ServedModel {
+    type Error = WireError;
+    fn try_from(wire: v1::ServedModel) -> Result<Self, WireError> {
+        if wire.names.is_empty() {
+            return Err(WireError::Missing("models.names"));
+        }
+        if wire.names.len() > MODEL_NAMES_MOST {
+            return Err(WireError::TooLong { field: "models.names", most: MODEL_NAMES_MOST });
+        }
+        if wire.names.iter().any(|name| name.len() > MODEL_NAME_BYTES_MOST) {
+            return Err(WireError::TooLong { field: "models.names", most: MODEL_NAME_BYTES_MOST });
+        }
+        Ok(Self { names: wire.names, revision: short(wire.revision, "models.revision")? })
+    }
+}
+
+impl From<ServedModel> for v1::ServedModel {
+    fn from(model: ServedModel) -> Self {
+        Self { names: model.names, revision: model.revision }
     }
 }
 
@@ -149,7 +199,13 @@ mod tests {
             http_endpoint: "h:1".into(),
             admin_endpoint: "h:2".into(),
             version: "1".into(),
+            models: vec![model(2)],
         }
+    }
+
+    fn model(names: usize) -> v1::ServedModel {
+        let names = (0..names).map(|n| format!("m{n}")).collect();
+        v1::ServedModel { names, revision: "r".into() }
     }
 
     fn link(prefill: &str, decode: &str) -> v1::LinkBeat {
@@ -181,11 +237,16 @@ mod tests {
 
     #[test]
     fn what_could_not_be_kept_is_refused() {
-        let cases: [fn(&mut v1::CoordinatorSpec); 4] = [
+        let cases: [fn(&mut v1::CoordinatorSpec); 9] = [
             |spec| spec.coordinator_id = "Not a name".into(),
             |spec| spec.http_endpoint.clear(),
             |spec| spec.admin_endpoint = "x".repeat(TEXT_MOST + 1),
             |spec| spec.version = "x".repeat(TEXT_MOST + 1),
+            |spec| spec.models = vec![model(1); MODELS_MOST + 1],
+            |spec| spec.models = vec![model(0)],
+            |spec| spec.models = vec![model(MODEL_NAMES_MOST + 1)],
+            |spec| spec.models[0].names[0] = "x".repeat(MODEL_NAME_BYTES_MOST + 1),
+            |spec| spec.models[0].revision = "x".repeat(TEXT_MOST + 1),
         ];
         for (index, change) in cases.into_iter().enumerate() {
             let mut spec = spec();

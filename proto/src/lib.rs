@@ -15,7 +15,10 @@ mod intent;
 mod prompt_digest;
 
 pub use block_hash::BlockHash;
-pub use coordinator::{CoordinatorBeat, CoordinatorSpec, LINKS_MOST, LinkUse};
+pub use coordinator::{
+    CoordinatorBeat, CoordinatorSpec, LINKS_MOST, LinkUse, MODEL_NAME_BYTES_MOST, MODEL_NAMES_MOST,
+    MODELS_MOST, ServedModel,
+};
 pub use error::{ApiError, ErrorCode};
 pub use ids::{
     CoordinatorId, GroupName, IdError, Incarnation, InstanceId, LeaderEpoch, LegId, RequestId, RoleEpoch,

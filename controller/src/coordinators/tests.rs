@@ -18,6 +18,7 @@ fn hello(name: &str, incarnation: u64, session: u64) -> Hello {
         http_endpoint: format!("{name}:8000"),
         admin_endpoint: String::new(),
         version: "1".into(),
+        models: Vec::new(),
     };
     Hello { session: SessionId(session), spec, beat: CoordinatorBeat::default(), unix_millis: session }
 }

@@ -19,6 +19,7 @@ fn spec(id: &str, incarnation: u64) -> v1::CoordinatorSpec {
         http_endpoint: "127.0.0.1:8000".into(),
         admin_endpoint: "127.0.0.1:8001".into(),
         version: "1".into(),
+        models: vec![v1::ServedModel { names: vec!["m".into()], revision: "r".into() }],
     }
 }
 

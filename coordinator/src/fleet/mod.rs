@@ -7,7 +7,10 @@
 
 pub mod keeper;
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, HashMap},
+    time::Duration,
+};
 
 pub use baton_proto::Role;
 use baton_proto::{GroupName, Incarnation, InstanceId, InstanceSpec, RoleEpoch, v1};
@@ -158,14 +161,39 @@ pub enum Change {
 /// All instances that the store lists or listed lately.
 #[derive(Debug)]
 pub struct Fleet {
-    instances: BTreeMap<InstanceId, Instance>,
+    /// By the revision of the model that they run, so that whoever places a request looks at those of its model alone.
+    models: BTreeMap<String, BTreeMap<InstanceId, Instance>>,
+    /// The revision under which an instance is found.
+    revisions: HashMap<InstanceId, String>,
+    /// The store's last list had nobody.
+    orphaned: bool,
     absent_grace: Duration,
 }
 
 impl Fleet {
     /// `absent_grace`: how long an instance that the store no longer lists, but whose stream lives, is still used.
     pub fn new(absent_grace: Duration) -> Self {
-        Self { instances: BTreeMap::new(), absent_grace }
+        Self { models: BTreeMap::new(), revisions: HashMap::new(), orphaned: true, absent_grace }
+    }
+
+    fn get_mut(&mut self, id: &InstanceId) -> Option<&mut Instance> {
+        self.models.get_mut(self.revisions.get(id)?)?.get_mut(id)
+    }
+
+    fn insert(&mut self, instance: Instance) {
+        let (id, revision) = (instance.spec.id.clone(), instance.spec.revision.clone());
+        self.revisions.insert(id.clone(), revision.clone());
+        self.models.entry(revision).or_default().insert(id, instance);
+    }
+
+    fn remove(&mut self, id: &InstanceId) -> Option<Instance> {
+        let revision = self.revisions.remove(id)?;
+        let alike = self.models.get_mut(&revision)?;
+        let instance = alike.remove(id);
+        if alike.is_empty() {
+            self.models.remove(&revision);
+        }
+        instance
     }
 
     /// Takes the store's present list, in the order of ids.
@@ -173,23 +201,18 @@ impl Fleet {
         debug_assert!(specs.is_sorted_by(|a, b| a.id < b.id));
         let mut changes = Vec::new();
         for spec in specs {
-            match self.instances.get_mut(&spec.id) {
-                Some(known) => {
-                    known.listing = Listing::Listed;
-                    if known.spec != *spec {
-                        known.spec = spec.clone();
-                        changes.push(Change::Target(spec.clone()));
-                    }
-                }
-                None => {
-                    let contact = Contact::Down { since: now };
-                    let instance = Instance { spec: spec.clone(), listing: Listing::Listed, contact };
-                    self.instances.insert(spec.id.clone(), instance);
+            match self.get_mut(&spec.id) {
+                Some(known) if known.spec == *spec => known.listing = Listing::Listed,
+                _ => {
+                    let known = self.remove(&spec.id);
+                    let contact = known.map_or(Contact::Down { since: now }, |known| known.contact);
+                    self.insert(Instance { spec: spec.clone(), listing: Listing::Listed, contact });
                     changes.push(Change::Target(spec.clone()));
                 }
             }
         }
-        for (id, instance) in &mut self.instances {
+        self.orphaned = specs.is_empty();
+        for (id, instance) in self.models.values_mut().flatten() {
             if instance.listing == Listing::Listed && specs.binary_search_by(|spec| spec.id.cmp(id)).is_err()
             {
                 instance.listing = Listing::Missing { since: now };
@@ -202,30 +225,30 @@ impl Fleet {
     pub fn sweep(&mut self, now: Instant) -> Vec<Change> {
         let grace = self.absent_grace;
         let gone = |since: Instant| now.saturating_duration_since(since) > grace;
-        let mut changes = Vec::new();
-        self.instances.retain(|id, instance| {
-            let forget = matches!(
-                (instance.listing, instance.contact),
-                (Listing::Missing { since: a }, Contact::Down { since: b }) if gone(a) && gone(b)
-            );
-            if forget {
-                changes.push(Change::Forget(id.clone()));
+        let mut forgotten: Vec<InstanceId> = Vec::new();
+        for (id, instance) in self.models.values().flatten() {
+            if let (Listing::Missing { since: a }, Contact::Down { since: b }) =
+                (instance.listing, instance.contact)
+                && gone(a)
+                && gone(b)
+            {
+                forgotten.push(id.clone());
             }
-            !forget
-        });
-        changes
+        }
+        forgotten.iter().for_each(|id| drop(self.remove(id)));
+        forgotten.into_iter().map(Change::Forget).collect()
     }
 
     /// The stream to an instance stands.
     pub fn up(&mut self, id: &InstanceId, incarnation: Incarnation, duty: Duty) {
-        if let Some(instance) = self.instances.get_mut(id) {
+        if let Some(instance) = self.get_mut(id) {
             instance.contact = Contact::Up { incarnation, duty, load: None };
         }
     }
 
     /// The stream to an instance broke, or could not be opened.
     pub fn down(&mut self, id: &InstanceId, now: Instant) {
-        if let Some(instance) = self.instances.get_mut(id)
+        if let Some(instance) = self.get_mut(id)
             && matches!(instance.contact, Contact::Up { .. })
         {
             instance.contact = Contact::Down { since: now };
@@ -234,7 +257,7 @@ impl Fleet {
 
     /// The instance says what it is now. Older epochs than the one held are ignored.
     pub fn duty(&mut self, id: &InstanceId, change: Duty) {
-        if let Some(Instance { contact: Contact::Up { duty, .. }, .. }) = self.instances.get_mut(id)
+        if let Some(Instance { contact: Contact::Up { duty, .. }, .. }) = self.get_mut(id)
             && change.epoch >= duty.epoch
         {
             *duty = change;
@@ -243,31 +266,46 @@ impl Fleet {
 
     /// The instance says how busy it is.
     pub fn load(&mut self, id: &InstanceId, report: Load) {
-        if let Some(Instance { contact: Contact::Up { load, .. }, .. }) = self.instances.get_mut(id) {
+        if let Some(Instance { contact: Contact::Up { load, .. }, .. }) = self.get_mut(id) {
             *load = Some(report);
         }
     }
 
-    /// Instances that may be given new requests, by id.
+    /// Instances of a model that may be given new requests, by id.
     ///
     /// One that the store dropped while it lists others was taken out on purpose: it is used for the grace, no longer.
-    /// When the store lists none at all, the controller is the one that is away, and live streams are the truth.
-    pub fn usable(&self, now: Instant) -> impl Iterator<Item = (&Instance, Duty)> {
-        let orphaned = !self.instances.values().any(|instance| instance.listing == Listing::Listed);
-        self.instances.values().filter_map(move |instance| {
-            let trusted = match instance.listing {
-                Listing::Listed => true,
-                Listing::Missing { since } => {
-                    orphaned || now.saturating_duration_since(since) <= self.absent_grace
-                }
-            };
-            instance.duty().filter(|_| trusted).map(|duty| (instance, duty))
-        })
+    /// When the store lists none at all, of whatever model, the controller is the one that is away, and live streams are
+    /// the truth.
+    pub fn usable(&self, revision: &str, now: Instant) -> impl Iterator<Item = (&Instance, Duty)> {
+        let alike = self.models.get(revision).into_iter().flat_map(BTreeMap::values);
+        alike.filter_map(move |instance| self.trusted(instance, now))
     }
 
-    /// Every instance, usable or not.
-    pub fn all(&self) -> impl ExactSizeIterator<Item = &Instance> {
-        self.instances.values()
+    fn trusted<'a>(&self, instance: &'a Instance, now: Instant) -> Option<(&'a Instance, Duty)> {
+        let trusted = match instance.listing {
+            Listing::Listed => true,
+            Listing::Missing { since } => {
+                self.orphaned || now.saturating_duration_since(since) <= self.absent_grace
+            }
+        };
+        instance.duty().filter(|_| trusted).map(|duty| (instance, duty))
+    }
+
+    /// How many instances of a model there are, usable or not.
+    pub fn known(&self, revision: &str) -> usize {
+        self.models.get(revision).map_or(0, BTreeMap::len)
+    }
+
+    /// Whether an instance of any other model serves.
+    pub fn others_serve(&self, revision: &str, now: Instant) -> bool {
+        let others = self.models.iter().filter(|(other, _)| *other != revision);
+        let mut instances = others.flat_map(|(_, alike)| alike.values());
+        instances.any(|instance| self.trusted(instance, now).is_some_and(|(_, duty)| duty.role != Role::None))
+    }
+
+    /// Every instance of every model, usable or not.
+    pub fn all(&self) -> impl Iterator<Item = &Instance> {
+        self.models.values().flat_map(BTreeMap::values)
     }
 }
 

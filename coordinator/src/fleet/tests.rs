@@ -22,7 +22,7 @@ pub(crate) fn ready(role: Role) -> Duty {
 }
 
 fn usable(fleet: &Fleet, now: Instant) -> Vec<&str> {
-    fleet.usable(now).map(|(instance, _)| instance.spec.id.as_str()).collect()
+    fleet.usable("r1", now).map(|(instance, _)| instance.spec.id.as_str()).collect()
 }
 
 const GRACE: Duration = Duration::from_secs(10);
@@ -64,7 +64,7 @@ fn a_late_role_of_an_older_epoch_is_ignored() {
     let id = spec("a").id;
     fleet.duty(&id, Duty { role: Role::Decode, epoch: RoleEpoch(5), ready: true });
     fleet.duty(&id, Duty { role: Role::Prefill, epoch: RoleEpoch(4), ready: true });
-    assert_eq!(fleet.usable(now).next().map(|(_, duty)| duty.role), Some(Role::Decode));
+    assert_eq!(fleet.usable("r1", now).next().map(|(_, duty)| duty.role), Some(Role::Decode));
 }
 
 #[test]
@@ -92,5 +92,27 @@ fn what_is_unlisted_and_unreachable_is_forgotten_after_the_grace() {
     fleet.down(&spec("a").id, now);
     assert!(fleet.sweep(now + GRACE).is_empty());
     assert_eq!(fleet.sweep(now + GRACE * 2), [Change::Forget(spec("a").id)]);
-    assert_eq!(fleet.all().len(), 1);
+    assert_eq!(fleet.all().count(), 1);
+}
+
+#[test]
+fn an_instance_is_found_under_the_model_that_it_runs_now() {
+    let now = Instant::now();
+    let mut fleet = fleet_of(&["a", "b"], now);
+    let changed = Spec { incarnation: Incarnation(2), revision: "r2".into(), ..spec("b") };
+    assert_eq!(fleet.list(&[spec("a"), changed.clone()], now), [Change::Target(changed.clone())]);
+    fleet.up(&changed.id, Incarnation(2), ready(Role::Mixed));
+    assert_eq!((usable(&fleet, now), fleet.known("r1")), (vec!["a"], 1));
+    let of_r2: Vec<_> = fleet.usable("r2", now).map(|(instance, _)| instance.spec.id.as_str()).collect();
+    assert_eq!((of_r2, fleet.known("r2")), (vec!["b"], 1));
+    assert!(fleet.others_serve("r1", now) && fleet.others_serve("r2", now));
+
+    // The list that drops all instances of one model still lists another's: the controller is there.
+    fleet.list(&[spec("a")], now);
+    assert_eq!(fleet.usable("r2", now + GRACE * 2).count(), 0);
+    fleet.down(&changed.id, now);
+    assert_eq!(fleet.sweep(now + GRACE * 2), [Change::Forget(changed.id)]);
+    assert_eq!((fleet.known("r2"), fleet.others_serve("r1", now)), (0, false));
+    fleet.list(&[], now);
+    assert_eq!(usable(&fleet, now + GRACE * 100), ["a"], "nobody is listed, of whatever model");
 }

@@ -100,7 +100,7 @@ async fn complete(service: Arc<Service>, endpoint: Endpoint, request: Request) -
 
 /// Writes the answer: a stream once its first token is there, JSON once it is complete.
 async fn answer(service: &Service, id: &RequestId, mut streaming: Streaming) -> Result<Response, ApiError> {
-    let voice = reply::Voice::new(&service.served, streaming.shape, id);
+    let voice = reply::Voice::new(&streaming.model.served, streaming.shape, id);
     let mut pieces = streaming.pieces();
     if !streaming.shape.stream {
         return match streaming.rest(&mut pieces).await {
@@ -138,15 +138,14 @@ fn traceparent(headers: &HeaderMap) -> String {
 }
 
 async fn models(State(service): State<Arc<Service>>) -> Response {
-    reply::models(&service.served)
+    reply::models(&service.models)
 }
 
 async fn model(State(service): State<Arc<Service>>, Path(id): Path<String>) -> Response {
-    if id == service.served.name {
-        return reply::model(&service.served);
+    match service.models.asked(Some(&id)) {
+        Ok(model) => reply::model(&model.served, &id),
+        Err(error) => error_response(&error),
     }
-    let message = format!("there is no model `{id}`; there is `{}`", service.served.name);
-    error_response(&ApiError::new(ErrorCode::ModelNotFound, message).param("model"))
 }
 
 async fn wrong_path(uri: Uri) -> Response {

@@ -17,6 +17,7 @@ use serde_json::json;
 use super::logprobs;
 use crate::{
     dispatch::StopReason,
+    models::Models,
     prepare::{Endpoint, Served, Shape, TextModel},
     stream::{Piece, Usage},
 };
@@ -63,28 +64,35 @@ pub fn error_response(error: &ApiError) -> Response {
     response
 }
 
-/// An entry of `/v1/models`.
+/// An entry of `/v1/models`: a name that requests may use.
 #[derive(Serialize)]
-struct Model<'a> {
+struct Name<'a> {
     id: &'a str,
     object: &'static str,
     created: u64,
     owned_by: &'static str,
+    /// What answers call the model.
+    root: &'a str,
     max_model_len: u32,
 }
 
-fn entry(served: &Served) -> Model<'_> {
-    let max_model_len = served.context_tokens;
-    Model { id: &served.name, object: "model", created: served.since, owned_by: "baton", max_model_len }
+fn entry<'a>(served: &'a Served, id: &'a str) -> Name<'a> {
+    let (root, max_model_len) = (&*served.name, served.context_tokens);
+    Name { id, object: "model", created: served.since, owned_by: "baton", root, max_model_len }
 }
 
-pub(super) fn models(served: &Served) -> Response {
-    let body = json!({ "object": "list", "data": [entry(served)] });
+pub(super) fn models(models: &Models) -> Response {
+    let entries = models.iter().flat_map(|model| {
+        let served = &model.served;
+        served.names().map(|name| entry(served, name))
+    });
+    let body = json!({ "object": "list", "data": entries.collect::<Vec<_>>() });
     json_response(StatusCode::OK, body.to_string().into_bytes())
 }
 
-pub(super) fn model(served: &Served) -> Response {
-    json_response(StatusCode::OK, json!(entry(served)).to_string().into_bytes())
+/// `id` is one of its names.
+pub(super) fn model(served: &Served, id: &str) -> Response {
+    json_response(StatusCode::OK, json!(entry(served, id)).to_string().into_bytes())
 }
 
 /// How one request is answered: its shape, and what all of its chunks have in common, written once.

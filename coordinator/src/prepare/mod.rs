@@ -1,7 +1,7 @@
 //! From a request's body to what instances understand: validated, through the chat template, tokenised once.
 //!
-//! Called by [`crate::serve`]. Pure but for the model's tables: randomness comes in as an argument. From here on only
-//! token ids travel.
+//! Called by [`crate::serve`], which looks up the model in between [`parse`] and [`prepare`]. Pure but for the model's
+//! tables: randomness comes in as an argument. From here on only token ids travel.
 
 mod choices;
 mod ends;
@@ -19,7 +19,8 @@ use sampling::TokenLimits;
 pub use served::{Served, Spelling, TextModel, TextReader, Turn};
 
 use crate::text::TextStops;
-use openai::{Content, Message, OnePrompt, Request};
+use openai::{Content, Message, OnePrompt};
+pub use openai::{Request, parse};
 
 /// Which of OpenAI's two endpoints was called.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -97,18 +98,16 @@ fn invalid(field: impl Into<String>, message: &str) -> ApiError {
     ApiError::new(ErrorCode::InvalidArgument, format!("{field}: {message}")).param(field)
 }
 
-/// Checks and tokenises one body. `seed` is used if the request names none.
+/// Checks and tokenises one request for this model. `seed` is used if the request names none.
 pub fn prepare(
     served: &Served,
     endpoint: Endpoint,
-    body: &[u8],
+    request: &Request,
     limits: RequestLimits,
     seed: u64,
 ) -> Result<Prepared, ApiError> {
-    let request = openai::parse(body)?;
-    check_model(served, &request)?;
     request.unserved.refuse()?;
-    let mut shape = shape(endpoint, &request)?;
+    let mut shape = shape(endpoint, request)?;
     let prompts = match endpoint {
         Endpoint::Chat => None,
         Endpoint::Text => {
@@ -117,8 +116,8 @@ pub fn prepare(
             Some(request.prompt.as_ref().ok_or_else(missing)?.each())
         }
     };
-    let choices = choices::choices(&request, prompts.as_ref().map_or(1, Vec::len), limits.max_choices)?;
-    let echoes = echoes(endpoint, &request)?;
+    let choices = choices::choices(request, prompts.as_ref().map_or(1, Vec::len), limits.max_choices)?;
+    let echoes = echoes(endpoint, request)?;
     let prompt = |tokens: Vec<u32>, echo: String| {
         if tokens.is_empty() {
             let field = if endpoint == Endpoint::Chat { "messages" } else { "prompt" };
@@ -129,8 +128,7 @@ pub fn prepare(
             context_tokens: served.context_tokens,
             max_completion_tokens: limits.max_completion_tokens,
         };
-        let sampling =
-            sampling::sampling(served, endpoint, &request, prompt_tokens, limits, (seed, choices))?;
+        let sampling = sampling::sampling(served, endpoint, request, prompt_tokens, limits, (seed, choices))?;
         Ok(PreparedPrompt { tokens: tokens.into(), sampling, echo })
     };
     let prompts = match prompts {
@@ -145,8 +143,8 @@ pub fn prepare(
     };
     let sampling = prompts.first().map(|prompt: &PreparedPrompt| &prompt.sampling);
     shape.logprobs = sampling.is_some_and(|sampling| sampling.top_logprobs.is_some());
-    let stops = ends::text_stops(&request, sampling.map_or(0, |sampling| sampling.min_tokens))?;
-    Ok(Prepared { shape, prompts, stops, priority: priority(&request)? })
+    let stops = ends::text_stops(request, sampling.map_or(0, |sampling| sampling.min_tokens))?;
+    Ok(Prepared { shape, prompts, stops, priority: priority(request)? })
 }
 
 /// As vLLM's: 0 unless the request says otherwise.
@@ -182,17 +180,6 @@ fn shown(served: &Served, prompt: OnePrompt<'_>, echoes: bool) -> String {
             reader.finish(&mut text);
             text
         }
-    }
-}
-
-fn check_model(served: &Served, request: &Request) -> Result<(), ApiError> {
-    match &request.model {
-        Some(model) if *model == served.name => Ok(()),
-        Some(model) => {
-            let message = format!("model: there is no model `{model}`; there is `{}`", served.name);
-            Err(ApiError::new(ErrorCode::ModelNotFound, message).param("model"))
-        }
-        None => Err(invalid("model", &format!("must be given; there is `{}`", served.name))),
     }
 }
 

@@ -1,4 +1,4 @@
-//! The one model this coordinator serves: its text side and its limits.
+//! A model as requests meet it: its text side and its limits.
 
 use std::{
     borrow::Cow,
@@ -7,10 +7,10 @@ use std::{
 };
 
 use baton_checkpoint::Checkpoint;
-use baton_proto::{ApiError, ErrorCode};
+use baton_proto::{ApiError, ErrorCode, ServedModel};
 
 use crate::{
-    CoordinatorError,
+    ModelError,
     config::ModelConfig,
     text::{ChatMessage, CheckpointText, Reader, TextError, TextStops},
 };
@@ -63,11 +63,14 @@ pub trait TextReader: Send {
     fn finish(&mut self, text: &mut String);
 }
 
-/// The model as requests meet it.
+/// See the module.
 pub struct Served {
-    /// What clients say in `model`.
-    pub name: String,
-    /// The checkpoint's revision: instances that have another run another model.
+    /// What clients say in `model`, and answers too.
+    pub name: Arc<str>,
+    /// What clients may say instead.
+    pub aliases: Vec<Arc<str>>,
+    /// The checkpoint's revision, a digest of what it holds: instances that have another run another model, whatever it is
+    /// called.
     pub revision: String,
     pub context_tokens: u32,
     /// Tokens that end a sequence.
@@ -78,6 +81,17 @@ pub struct Served {
 }
 
 impl Served {
+    /// All that it is called, its name first.
+    pub fn names(&self) -> impl Iterator<Item = &Arc<str>> {
+        std::iter::once(&self.name).chain(&self.aliases)
+    }
+
+    /// As operators are told of it.
+    pub fn told(&self) -> ServedModel {
+        let names = self.names().map(|name| name.to_string()).collect();
+        ServedModel { names, revision: self.revision.clone() }
+    }
+
     /// What OpenAI calls the system fingerprint: changes with the weights.
     pub fn fingerprint(&self) -> String {
         format!(
@@ -89,7 +103,7 @@ impl Served {
 
 impl Served {
     /// Opens the model of a configuration.
-    pub fn open(config: &ModelConfig) -> Result<Self, CoordinatorError> {
+    pub fn open(config: &ModelConfig) -> Result<Self, ModelError> {
         let checkpoint = Checkpoint::open(&config.path).map_err(Box::new)?;
         let text = CheckpointText::open(&checkpoint, SystemTime::now)?;
         let context = checkpoint.config().context_tokens;
@@ -97,9 +111,10 @@ impl Served {
             0 => context,
             most => context.min(most),
         };
-        let name = if config.name.is_empty() { checkpoint.name() } else { &config.name };
+        let mut names = config.names.iter().map(|name| Arc::from(name.as_str()));
         Ok(Self {
-            name: name.to_owned(),
+            name: names.next().unwrap_or_else(|| checkpoint.name().into()),
+            aliases: names.collect(),
             revision: checkpoint.revision().map_err(Box::new)?,
             context_tokens,
             stop_tokens: checkpoint.stop_token_ids().to_vec(),

@@ -1,7 +1,7 @@
 //! Scripted controllers take the registration.
 
 use baton_process::{Tls, tls::Role};
-use baton_proto::{ApiError, CoordinatorId, ErrorCode, InstanceId, LinkUse};
+use baton_proto::{ApiError, CoordinatorId, ErrorCode, InstanceId, LinkUse, ServedModel};
 use baton_registry::Leader;
 use prometheus_client::registry::Registry;
 use tokio::{net::TcpListener, task::JoinHandle};
@@ -131,6 +131,7 @@ fn rig(controllers: Controllers) -> Rig {
             http_endpoint: "h:1".into(),
             admin_endpoint: "h:2".into(),
             version: "1".into(),
+            models: vec![ServedModel { names: vec!["m".into()], revision: "r".into() }],
         },
         controllers,
         metrics: metrics.clone(),
@@ -154,7 +155,8 @@ async fn says_who_it_is_how_it_is_that_it_drains_and_goodbye() {
     let rig = rig(Controllers::One(address));
     let mut call = call(&mut calls).await;
     let hello = call.hello().await;
-    assert_eq!(hello.spec.expect("a spec").coordinator_id, "coordinator-3");
+    let spec = hello.spec.expect("a spec");
+    assert_eq!((spec.coordinator_id.as_str(), spec.models[0].names[0].as_str()), ("coordinator-3", "m"));
     assert_eq!(hello.beat, Some(v1::CoordinatorBeat { all_links: true, ..Default::default() }));
 
     let (p, d) = (InstanceId::new("p").expect("good"), InstanceId::new("d").expect("good"));

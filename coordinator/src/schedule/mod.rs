@@ -9,9 +9,9 @@
 //! - an instance that does both costs the sum of the two;
 //! - of several choices each is decoded, and the prompt is computed once.
 //!
-//! The cheapest pair of one group, model revision and KV layout is taken, or the cheapest mixed instance if that is
-//! cheaper. Equal costs take turns. Time is O(instances). What instances report is theirs to say: the arithmetic over it
-//! saturates.
+//! The cheapest pair of one group and KV layout is taken, or the cheapest mixed instance if that is cheaper. Equal costs
+//! take turns. Only instances of the model asked for are looked at, by its revision; time is O(those). What instances
+//! report is theirs to say: the arithmetic over it saturates.
 
 pub mod board;
 pub mod ledger;
@@ -150,7 +150,7 @@ pub enum NoPlace {
     #[error("no instance is ready to serve; try again in a moment")]
     NoInstance,
     #[error(
-        "the instances that are ready run another model than this coordinator tokenises for; start both with one"
+        "no instance runs the checkpoint that this coordinator tokenises for, those that are ready run others; start one with it"
     )]
     OtherModel,
     #[error("a decode instance is ready but no prefill instance is; try again in a moment")]
@@ -166,17 +166,14 @@ impl NoPlace {
     pub fn may_pass(self) -> bool {
         !matches!(self, Self::TooLarge(_))
     }
-}
 
-impl From<NoPlace> for ApiError {
-    fn from(reason: NoPlace) -> Self {
-        let code = match reason {
-            NoPlace::TooLarge(_) => ErrorCode::ContextLengthExceeded,
-            NoPlace::NoInstance | NoPlace::OtherModel | NoPlace::NoPrefill | NoPlace::NoDecode => {
-                ErrorCode::Unavailable
-            }
+    /// As a client is told, who asked for the model of this name.
+    pub fn told(self, model: &str) -> ApiError {
+        let code = match self {
+            Self::TooLarge(_) => ErrorCode::ContextLengthExceeded,
+            Self::NoInstance | Self::OtherModel | Self::NoPrefill | Self::NoDecode => ErrorCode::Unavailable,
         };
-        ApiError::new(code, reason.to_string())
+        ApiError::new(code, format!("model `{model}`: {self}"))
     }
 }
 
@@ -266,8 +263,8 @@ pub fn place(
     let mut mixed = Best::default();
     let mut classes: Vec<Class<'_>> = Vec::new();
     let mut seen = Seen::default();
-    let count = fleet.all().len() as u64;
-    for (index, (instance, duty)) in fleet.usable(now).enumerate() {
+    let known = fleet.known(ask.revision);
+    for (index, (instance, duty)) in fleet.usable(ask.revision, now).enumerate() {
         if ask.avoid == Some(&instance.spec.id) {
             continue;
         }
@@ -277,10 +274,6 @@ pub fn place(
             Role::Prefill => Some(Side::Prefill),
             Role::Decode => Some(Side::Decode),
         };
-        if !runs(&instance.spec, ask) {
-            seen.other_model |= side.is_some();
-            continue;
-        }
         seen.ready += 1;
         let Some(side) = side else { continue };
         let standing = ledger.standing(&instance.spec.id, &instance.load());
@@ -292,7 +285,7 @@ pub fn place(
             }
             continue;
         }
-        let turn = (index as u64).wrapping_add(ask.turn) % count.max(1);
+        let turn = (index as u64).wrapping_add(ask.turn) % (known as u64).max(1);
         let cost_micros = cost_micros(&instance.spec, &standing, ask, side);
         let candidate = Candidate { instance, epoch: duty.epoch, side, standing, cost_micros, turn };
         receipt.note(&candidate, ask);
@@ -321,36 +314,31 @@ pub fn place(
             receipt.take(&decode, ask);
             Ok((Placement::Apart { prefill: prefill.seat(ask), decode: decode.seat(ask) }, receipt))
         }
-        _ => {
-            seen.all = fleet.all().filter(|instance| runs(&instance.spec, ask)).count();
-            Err(seen.lack(&classes, ask))
-        }
+        _ if known == 0 && fleet.others_serve(ask.revision, now) => Err(NoPlace::OtherModel),
+        _ => Err(seen.lack(known, &classes, ask)),
     }
 }
 
 /// What was met on the way to no place.
 #[derive(Default)]
 struct Seen {
-    /// Instances of the model that are ready, and all that are known.
+    /// Instances that are ready.
     ready: usize,
-    all: usize,
     /// A mixed instance can never hold the request.
     too_small: bool,
-    other_model: bool,
 }
 
 impl Seen {
-    /// Why nobody takes the request. It is too large only if nobody who is known, and not ready just now, might hold it.
-    fn lack(&self, classes: &[Class<'_>], ask: &Ask<'_>) -> NoPlace {
+    /// Why nobody takes the request, of `known` instances of its model. It is too large only if none of those that are not
+    /// ready just now might hold it.
+    fn lack(&self, known: usize, classes: &[Class<'_>], ask: &Ask<'_>) -> NoPlace {
         let small = |class: &Class<'_>| class.prefill.too_small || class.decode.too_small;
         if classes.iter().any(|class| class.prefill.best.0.is_some() && class.decode.is_vacant()) {
             NoPlace::NoDecode
         } else if classes.iter().any(|class| class.decode.best.0.is_some() && class.prefill.is_vacant()) {
             NoPlace::NoPrefill
-        } else if self.ready == self.all && (self.too_small || classes.iter().any(small)) {
+        } else if self.ready == known && (self.too_small || classes.iter().any(small)) {
             NoPlace::TooLarge(ask.prompt_tokens)
-        } else if self.all == 0 && self.other_model {
-            NoPlace::OtherModel
         } else {
             NoPlace::NoInstance
         }
@@ -358,21 +346,12 @@ impl Seen {
 }
 
 fn class_of<'c, 'a>(classes: &'c mut Vec<Class<'a>>, spec: &'a Spec) -> &'c mut Class<'a> {
-    let alike = |class: &Class<'_>| {
-        class.like.group == spec.group
-            && class.like.revision == spec.revision
-            && class.like.layout == spec.layout
-    };
+    let alike = |class: &Class<'_>| class.like.group == spec.group && class.like.layout == spec.layout;
     let at = classes.iter().position(alike).unwrap_or_else(|| {
         classes.push(Class { like: spec, prefill: Half::default(), decode: Half::default() });
         classes.len() - 1
     });
     &mut classes[at]
-}
-
-/// Whether the instance runs the model asked for.
-fn runs(spec: &Spec, ask: &Ask<'_>) -> bool {
-    spec.revision == ask.revision
 }
 
 /// Whether the prompt and one more token could ever be held there.

@@ -124,6 +124,29 @@ fn only_the_model_that_the_prompt_was_tokenised_for_is_given_it() {
 }
 
 #[test]
+fn each_model_has_its_own_instances_and_lacks_its_own() {
+    let none = Ledger::default();
+    let of = |id: &str, revision: &str| Spec { revision: revision.into(), ..spec(id) };
+    let fleet = fleet_of(vec![
+        (of("a", "r1"), Role::Mixed, Load { queued_prefill_tokens: 1 << 30, ..Load::default() }),
+        (of("p", "r2"), Role::Prefill, Load::default()),
+        (of("d", "r2"), Role::Decode, Load::default()),
+        (of("q", "r3"), Role::Prefill, Load::default()),
+        (of("x", "r4"), Role::None, Load::default()),
+    ]);
+    let asked = |revision| chosen(&fleet, &none, &Ask { revision, ..ask(10) });
+    assert_eq!(asked("r1").as_deref(), Ok(&["a".to_owned()][..]), "others that are idle are none of its");
+    assert_eq!(asked("r2").as_deref(), Ok(&["p".to_owned(), "d".to_owned()][..]));
+    assert_eq!(asked("r3"), Err(NoPlace::NoDecode));
+    assert_eq!(asked("r4"), Err(NoPlace::NoInstance));
+    assert_eq!(asked("r5"), Err(NoPlace::OtherModel));
+    let (_, receipt) = place(&fleet, &none, &ask(10), Instant::now()).expect("places");
+    assert_eq!(receipt.candidates, 1);
+    let told = NoPlace::NoDecode.told("small");
+    assert_eq!((told.code, told.message.starts_with("model `small`: ")), (ErrorCode::Unavailable, true));
+}
+
+#[test]
 fn a_request_is_too_large_only_if_nobody_who_may_come_could_hold_it() {
     let none = Ledger::default();
     let small = Load { kv_blocks_total: 2, kv_blocks_free: 2, ..Load::default() };
@@ -149,7 +172,7 @@ fn a_request_is_too_large_only_if_nobody_who_may_come_could_hold_it() {
     let mut fleet = of(&[("m", Role::Mixed, small), ("n", Role::Mixed, large)]);
     fleet.down(&spec("n").id, Instant::now());
     assert_eq!(chosen(&fleet, &none, &ask(100)), Err(NoPlace::NoInstance));
-    assert_eq!(ApiError::from(NoPlace::TooLarge(100)).code.http(), 400, "the client has to shorten it");
+    assert_eq!(NoPlace::TooLarge(100).told("m").code.http(), 400, "the client has to shorten it");
     assert!(NoPlace::NoInstance.may_pass() && !NoPlace::TooLarge(100).may_pass());
 }
 

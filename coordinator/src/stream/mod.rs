@@ -8,12 +8,18 @@ mod lane;
 mod overdue;
 mod reading;
 
-use std::task::{Context, Poll};
+use std::{
+    sync::Arc,
+    task::{Context, Poll},
+};
 
 use baton_proto::ApiError;
 use tokio::time::Instant;
 
-use crate::{admit::Permit, dispatch::deadline_passed, prepare::Shape, report::Report, requests::CardGuard};
+use crate::{
+    admit::Permit, dispatch::deadline_passed, models::Model, prepare::Shape, report::Report,
+    requests::CardGuard,
+};
 
 pub use crate::report::Usage;
 pub use lane::Lane;
@@ -30,6 +36,7 @@ pub enum Step {
 
 /// An answer on its way.
 pub struct Streaming {
+    pub model: Arc<Model>,
     pub shape: Shape,
     // Dropped in this order: legs are cancelled first, the seat is given back last.
     lanes: Vec<Lane>,
@@ -40,8 +47,14 @@ pub struct Streaming {
 
 impl Streaming {
     /// A request with as many prompts as `lanes`; choices are counted through all of them.
-    pub fn new(shape: Shape, lanes: Vec<Lane>, report: Report, card: CardGuard, permit: Permit) -> Self {
-        Self { shape, lanes, report, card, _permit: permit }
+    pub fn new(
+        (model, shape): (Arc<Model>, Shape),
+        lanes: Vec<Lane>,
+        report: Report,
+        card: CardGuard,
+        permit: Permit,
+    ) -> Self {
+        Self { model, shape, lanes, report, card, _permit: permit }
     }
 
     /// An empty piece for each choice.

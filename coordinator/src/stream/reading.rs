@@ -152,7 +152,7 @@ mod tests {
     use super::*;
     use crate::{
         prepare::{
-            Endpoint, prepare,
+            Endpoint, parse, prepare,
             tests::{LIMITS, served},
         },
         text::{Detokenizer, Reader, TextStops, TokenTexts},
@@ -165,7 +165,8 @@ mod tests {
     fn reading(stops: TextStops) -> Reading {
         let body =
             br#"{"model": "tiny", "prompt": "x", "logprobs": 0, "ignore_eos": true, "stop_token_ids": [6]}"#;
-        let prepared = prepare(&served(), Endpoint::Text, body, LIMITS, 1).expect("is taken");
+        let request = parse(body).expect("is JSON");
+        let prepared = prepare(&served(), Endpoint::Text, &request, LIMITS, 1).expect("is taken");
         let texts = TokenTexts::new(TOKENS.map(<[u8]>::to_vec));
         let reader = Reader::new(Detokenizer::new(Arc::new(texts)), &stops);
         let assignment = Assignment {

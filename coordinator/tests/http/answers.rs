@@ -180,13 +180,13 @@ async fn models_and_metrics_are_shown() {
     cluster.at_rest().await;
     let metrics = cluster.get("/metrics").await.text().await.expect("text");
     for line in [
-        "baton_coordinator_requests_total{route=\"/v1/chat/completions\",code=\"200\"} 1",
-        "baton_coordinator_in_flight 0",
-        "baton_coordinator_generation_tokens_total 3",
-        "baton_coordinator_prompt_tokens_total 18",
-        "baton_coordinator_time_to_first_token_seconds_count 1",
-        "baton_coordinator_time_per_output_token_seconds_count 1",
-        "baton_coordinator_e2e_request_latency_seconds_count 1",
+        "baton_coordinator_requests_total{route=\"/v1/chat/completions\",code=\"200\",model=\"tiny\"} 1",
+        "baton_coordinator_in_flight{model=\"tiny\"} 0",
+        "baton_coordinator_generation_tokens_total{model=\"tiny\"} 3",
+        "baton_coordinator_prompt_tokens_total{model=\"tiny\"} 18",
+        "baton_coordinator_time_to_first_token_seconds_count{model=\"tiny\"} 1",
+        "baton_coordinator_time_per_output_token_seconds_count{model=\"tiny\"} 1",
+        "baton_coordinator_e2e_request_latency_seconds_count{model=\"tiny\"} 1",
     ] {
         assert!(metrics.contains(line), "{line} is not in\n{metrics}");
     }
@@ -197,7 +197,7 @@ async fn operators_see_what_is_under_way() {
     use v1::request_admin_server::RequestAdmin;
     let (cluster, mut prefill, mut decode) = Cluster::pair().await;
     let roster = cluster.service.roster.clone();
-    let admin = baton_coordinator::admin::Admin { roster: roster.clone(), model: "tiny".into() };
+    let admin = baton_coordinator::admin::Admin { roster: roster.clone() };
     let list = async || {
         let response = admin.list_requests(tonic::Request::new(v1::ListRequestsRequest {})).await;
         response.expect("a list").into_inner().requests
@@ -208,7 +208,7 @@ async fn operators_see_what_is_under_way() {
     let shown = list().await;
     assert_eq!(shown.len(), 1);
     let view = &shown[0];
-    assert_eq!((view.stage.as_str(), view.prompt_tokens), ("prefill", 18));
+    assert_eq!((view.stage.as_str(), view.model.as_str(), view.prompt_tokens), ("prefill", "tiny", 18));
     assert_eq!((view.prefill_instance.as_str(), view.decode_instance.as_str()), ("p", "d"));
     assert_eq!(view.request_id, p.request_id);
     prefill.finish(p.leg, 0, "a", FinishReason::HandedOff);
@@ -224,7 +224,7 @@ async fn operators_are_told_why_a_request_went_where_it_went() {
     use v1::request_admin_server::RequestAdmin;
     let (cluster, mut prefill, mut decode) = Cluster::pair().await;
     let roster = cluster.service.roster.clone();
-    let admin = baton_coordinator::admin::Admin { roster, model: "tiny".into() };
+    let admin = baton_coordinator::admin::Admin { roster };
     let explain = async |id: &str| {
         let asked = v1::ExplainPlacementRequest { request_id: id.to_owned() };
         admin.explain_placement(tonic::Request::new(asked)).await.map(tonic::Response::into_inner)

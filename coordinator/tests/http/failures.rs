@@ -86,7 +86,7 @@ async fn decode_lost_in_mid_stream_ends_it_with_one_error() {
     assert!(error["message"].as_str().expect("a message").contains("decode"), "{error}");
 
     decode.restart().await;
-    until("the coordinator is back with it", || cluster.service.can_serve().is_ok()).await;
+    until("the coordinator is back with it", || cluster.can_serve()).await;
     let response = cluster.chat(json!({}));
     answer(&mut prefill, &mut decode, "again").await;
     assert_eq!(response.await.expect("ends").status(), 200);
@@ -305,12 +305,12 @@ async fn nobody_there_is_503_until_somebody_is_ready() {
         Answer::Role(v1::RoleChange { role: v1::Role::Mixed.into(), epoch, phase: phase.into() })
     };
     alone.say(change(v1::Phase::Ready, 2));
-    until("it is ready", || cluster.service.can_serve().is_ok()).await;
+    until("it is ready", || cluster.can_serve()).await;
     let response = cluster.chat(json!({}));
     let dispatch = alone.dispatch().await;
     assert_eq!(dispatch.role_epoch, 2);
     alone.say(change(v1::Phase::Draining, 2));
-    until("it drains", || cluster.service.can_serve().is_err()).await;
+    until("it drains", || !cluster.can_serve()).await;
     alone.finish(dispatch.leg, 0, "x", FinishReason::Stop);
     assert_eq!(response.await.expect("ends").status(), 200, "what it had is finished");
 }
@@ -321,7 +321,7 @@ async fn a_request_waits_a_little_for_an_instance_that_is_coming() {
     let (cluster, [mut prefill, mut decode]) =
         Cluster::start(roles, |config| config.limits.placement_timeout = Duration::from_secs(60)).await;
     decode.kill().await;
-    until("it is missed", || cluster.service.can_serve().is_err()).await;
+    until("it is missed", || !cluster.can_serve()).await;
     let response = cluster.chat(json!({}));
     until("the request is there", || cluster.service.metrics.in_flight.get() == 1).await;
     decode.restart().await;

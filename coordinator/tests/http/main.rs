@@ -5,5 +5,6 @@ mod choices;
 mod failures;
 mod handoffs;
 mod migrations;
+mod models;
 mod real_text;
 mod scripted;

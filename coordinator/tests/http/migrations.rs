@@ -28,7 +28,7 @@ async fn consumed(cluster: &Cluster, tokens: u32) {
 
 async fn migrations(cluster: &Cluster, reason: ErrorCode) -> Option<String> {
     let metrics = cluster.get("/metrics").await.text().await.expect("a body");
-    let name = format!("baton_coordinator_migrations_total{{reason=\"{}\"}} ", reason.name());
+    let name = format!("baton_coordinator_migrations_total{{reason=\"{}\",model=\"tiny\"}} ", reason.name());
     metrics.lines().find_map(|line| line.strip_prefix(&name)).map(str::to_owned)
 }
 

@@ -19,7 +19,7 @@ fn model() -> Served {
 #[tokio::test]
 async fn words_characters_and_stop_strings_cross_token_borders() {
     let served = model();
-    assert_eq!((served.name.as_str(), served.context_tokens), ("SmolLM2-135M-Instruct", 8192));
+    assert_eq!((&*served.name, served.context_tokens), ("SmolLM2-135M-Instruct", 8192));
     let text = served.text.clone();
     let stop_token = served.stop_tokens[0];
     let roles = [("p", v1::Role::Prefill), ("d", v1::Role::Decode)];

@@ -48,11 +48,23 @@ pub(crate) async fn until(what: &str, mut is_true: impl FnMut() -> bool) {
 pub(crate) fn served() -> Served {
     Served {
         name: "tiny".into(),
+        aliases: Vec::new(),
         revision: "r1".into(),
         context_tokens: 1000,
         stop_tokens: vec![0],
         since: 1,
         text: Arc::new(Bytes),
+    }
+}
+
+/// Another model: twice the context, and an alias.
+pub(crate) fn other() -> Served {
+    Served {
+        name: "other".into(),
+        aliases: vec!["alias".into()],
+        revision: "r2".into(),
+        context_tokens: 2000,
+        ..served()
     }
 }
 
@@ -139,7 +151,7 @@ impl Instance {
         let spec = instance_spec(self.id.as_str(), 1);
         InstanceSpec {
             model: ModelIdentity {
-                name: served.name.clone(),
+                name: served.name.to_string(),
                 revision: served.revision.clone(),
                 vocabulary_size: served.text.vocabulary(),
                 ..spec.model
@@ -279,13 +291,22 @@ impl Cluster {
         roles: [(&str, v1::Role); N],
         configure: impl FnOnce(&mut CoordinatorConfig),
     ) -> (Self, [Instance; N]) {
+        Self::start_models(vec![served], roles.map(|(id, role)| (id, role, 0)), configure).await
+    }
+
+    /// The same with several models; each instance runs the one of its index.
+    pub(crate) async fn start_models<const N: usize>(
+        served: Vec<Served>,
+        roles: [(&str, v1::Role, usize); N],
+        configure: impl FnOnce(&mut CoordinatorConfig),
+    ) -> (Self, [Instance; N]) {
         let shutdown = CancellationToken::new();
         let tasks = TaskTracker::new();
         let store = MemoryStore::start(MemoryConfig::new(Revision(1)), shutdown.clone(), &tasks);
         let mut instances = Vec::new();
-        for (id, role) in roles {
+        for (id, role, model) in roles {
             let instance = Instance::start(id, role, None).await;
-            let spec = instance.spec(&served);
+            let spec = instance.spec(&served[model]);
             let put = Txn::new().put(
                 keys::instance(&instance.id),
                 baton_registry::records::encode_spec(&spec),
@@ -321,6 +342,11 @@ impl Cluster {
         until("all links are up", || ids.iter().all(|id| links.get(id).is_some_and(|link| link.is_up())))
             .await;
         (cluster, instances.try_into().unwrap_or_else(|_| panic!("as many as there were roles")))
+    }
+
+    /// Whether a request for the first model could be served.
+    pub(crate) fn can_serve(&self) -> bool {
+        self.service.models.iter().next().is_some_and(|model| self.service.can_serve(model).is_ok())
     }
 
     /// One prefill, one decode.

@@ -185,6 +185,13 @@ fn explain(shape: &Json, file: Option<&Path>, layers: &[Layer], path: &str, mess
     if message.starts_with("unknown field") {
         let mut known = Vec::new();
         walk("", shape, &mut |key, _| known.push(key.to_owned()));
+        // The default of a list has no items, whose keys would be seen in it; the error names them.
+        if let (Some((item, _)), Some((_, expected))) =
+            (path.rsplit_once('.'), message.split_once("expected"))
+        {
+            let names = expected.split('`').skip(1).step_by(2);
+            known.extend(names.map(|name| format!("{item}.{name}")));
+        }
         let nearest = nearest(path, known.iter().map(String::as_str)).map(str::to_owned);
         return ConfigError::UnknownKey { origin, key: path.to_owned(), nearest };
     }

@@ -13,6 +13,7 @@ struct Root {
     peers: Vec<String>,
     threads: Option<u16>,
     name: Option<String>,
+    models: Vec<Model>,
     engine: Engine,
     process: crate::ProcessConfig,
 }
@@ -28,6 +29,13 @@ impl Default for ListenSection {
     fn default() -> Self {
         Self { http: "127.0.0.1:8000".to_owned(), backlog: 128 }
     }
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Model {
+    path: String,
+    names: Vec<String>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -89,6 +97,27 @@ fn lists_and_options_can_be_set_from_text() {
     assert_eq!(root.process.shutdown.drain.as_millis(), 250);
     let root: Root = load_from(None, &[], &flags(&[("name", "123"), ("threads", "5")])).unwrap();
     assert_eq!((root.name.as_deref(), root.threads), (Some("123"), Some(5)));
+}
+
+#[test]
+fn lists_of_tables_can_be_set_from_files_and_text() {
+    let file = file("[[models]]\npath = 'a'\n[[models]]\npath = 'b'\nnames = ['x', 'y']\n");
+    let model = |path: &str, names: &[&str]| Model {
+        path: path.to_owned(),
+        names: names.iter().map(|&name| name.to_owned()).collect(),
+    };
+    let root: Root = load_from(Some(file.path()), &[], &[]).unwrap();
+    assert_eq!(root.models, [model("a", &[]), model("b", &["x", "y"])]);
+    let root: Root =
+        load_from(Some(file.path()), &[], &flags(&[("models", r#"[{path = "c \"d\""}]"#)])).unwrap();
+    assert_eq!(root.models, [model("c \"d\"", &[])], "a list is replaced whole");
+    let root: Root =
+        load_from(None, &vars(&[("BATON_TEST__MODELS", "[{path = 'e', names = ['z']}]")]), &[]).unwrap();
+    assert_eq!(root.models, [model("e", &["z"])]);
+    assert_eq!(
+        message(None, &[], &[("models", "[{path = 'a'}, {pth = 'b'}]")]),
+        "command line (models): unknown key `models[1].pth`; did you mean `models[1].path`?"
+    );
 }
 
 #[test]

@@ -110,10 +110,8 @@ pub async fn serve(listener: TcpListener, routes: Routes, options: GrpcOptions) 
 /// Keeps gRPC health as the process's own. Never ends while anyone can still change it.
 async fn mirror(mut state: watch::Receiver<Health>, reporter: HealthReporter, services: &[&str]) {
     loop {
-        let status = match *state.borrow_and_update() {
-            Health::Ready => ServingStatus::Serving,
-            Health::NotReady(_) | Health::Draining => ServingStatus::NotServing,
-        };
+        let ready = state.borrow_and_update().is_ready();
+        let status = if ready { ServingStatus::Serving } else { ServingStatus::NotServing };
         for service in std::iter::once(&"").chain(services) {
             reporter.set_service_status(service, status).await;
         }

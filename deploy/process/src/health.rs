@@ -8,18 +8,25 @@ use tokio::sync::watch;
 pub enum Health {
     /// Not yet, or not now; the reason is shown to whoever asks.
     NotReady(String),
+    /// Ready for some of its work; for which, and why not for the rest, is shown to whoever asks.
+    Partly(String),
     Ready,
     /// Finishes what it has and takes nothing new.
     Draining,
 }
 
 impl Health {
-    /// "ready", "draining", or the reason why not.
+    /// Whether it may be given work.
+    pub fn is_ready(&self) -> bool {
+        matches!(self, Self::Ready | Self::Partly(_))
+    }
+
+    /// "ready", "draining", or the reason why not, or not for all.
     pub fn describe(&self) -> &str {
         match self {
             Self::Ready => "ready",
             Self::Draining => "draining",
-            Self::NotReady(reason) => reason,
+            Self::NotReady(reason) | Self::Partly(reason) => reason,
         }
     }
 }
@@ -61,7 +68,7 @@ impl HealthHandle {
     }
 
     pub fn is_ready(&self) -> bool {
-        *self.state.borrow() == Health::Ready
+        self.state.borrow().is_ready()
     }
 
     /// Sees the present state at once and every change after it.
@@ -73,6 +80,14 @@ impl HealthHandle {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_is_ready_for_some_work_is_given_it() {
+        let health = HealthHandle::default();
+        health.set(Health::Partly("ready: a; not ready: b".to_owned()));
+        assert!(health.is_ready());
+        assert_eq!(health.get().describe(), "ready: a; not ready: b");
+    }
 
     #[test]
     fn draining_is_final() {

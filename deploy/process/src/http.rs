@@ -61,7 +61,7 @@ struct Status {
 
 async fn readiness(State(health): State<HealthHandle>) -> impl IntoResponse {
     let state = health.get();
-    let code = if health.is_ready() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    let code = if state.is_ready() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     (code, Json(Status { status: state.describe().to_owned() }))
 }
 

@@ -18,9 +18,8 @@ pub(crate) struct RunFile {
     pub(crate) started_unix_seconds: u64,
     /// Whether the cluster has been ready once.
     pub(crate) ready: bool,
-    /// What clients say in `model`.
-    pub(crate) model: String,
-    pub(crate) model_path: PathBuf,
+    /// What is served; at least one.
+    pub(crate) models: Vec<ModelEntry>,
     /// Base of the OpenAI API, as in `http://127.0.0.1:8000`.
     pub(crate) url: String,
     /// `host:port` of the controller's gRPC.
@@ -28,6 +27,14 @@ pub(crate) struct RunFile {
     /// `host:port` of the coordinator's admin gRPC.
     pub(crate) coordinator: String,
     pub(crate) processes: Vec<ProcessEntry>,
+}
+
+/// One model.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct ModelEntry {
+    /// What clients say in `model`.
+    pub(crate) name: String,
+    pub(crate) path: PathBuf,
 }
 
 /// One supervised process.
@@ -102,8 +109,7 @@ pub(crate) mod tests {
             pid,
             started_unix_seconds: started,
             ready: true,
-            model: "m".into(),
-            model_path: "/m".into(),
+            models: vec![ModelEntry { name: "m".into(), path: "/m".into() }],
             url: "http://127.0.0.1:8000".into(),
             controller: "127.0.0.1:1".into(),
             coordinator: "127.0.0.1:2".into(),

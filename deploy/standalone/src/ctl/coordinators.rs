@@ -1,6 +1,6 @@
 //! `get coordinators`: who takes clients' requests. Pure.
 
-use baton_proto::v1::Coordinator;
+use baton_proto::v1::{Coordinator, CoordinatorSpec};
 use serde_json::{Value, json};
 
 use super::{
@@ -11,6 +11,7 @@ use super::{
 const COLUMNS: &[Column] = &[
     Column::new("COORDINATOR"),
     Column::new("STATE"),
+    Column::new("MODELS"),
     Column::new("RUNNING"),
     Column::new("QUEUED"),
     Column::new("REQUESTS"),
@@ -42,12 +43,18 @@ pub(super) fn state(coordinator: &Coordinator) -> &'static str {
     if coordinator.beat.as_ref().is_some_and(|beat| beat.draining) { "draining" } else { "serving" }
 }
 
+/// The names by which answers call what it serves.
+pub(super) fn models(spec: &CoordinatorSpec) -> Vec<String> {
+    spec.models.iter().filter_map(|model| model.names.first().cloned()).collect()
+}
+
 fn row(coordinator: &Coordinator, now: u64) -> Row {
     let (spec, beat) =
         (coordinator.spec.clone().unwrap_or_default(), coordinator.beat.clone().unwrap_or_default());
     let cells = vec![
         spec.coordinator_id.clone(),
         state(coordinator).to_owned(),
+        or_dash(&models(&spec).join(",")),
         beat.running.to_string(),
         beat.queued.to_string(),
         beat.requests.to_string(),
@@ -75,12 +82,14 @@ fn object(coordinator: &Coordinator) -> Value {
             "mean_micros": link.mean_micros,
         })
     });
+    let models = spec.models.iter().map(|model| json!({ "names": model.names, "revision": model.revision }));
     json!({
         "coordinator_id": spec.coordinator_id,
         "incarnation": spec.incarnation,
         "http_endpoint": spec.http_endpoint,
         "admin_endpoint": spec.admin_endpoint,
         "version": spec.version,
+        "models": models.collect::<Value>(),
         "requests": beat.requests,
         "failures": beat.failures,
         "running": beat.running,
@@ -94,16 +103,22 @@ fn object(coordinator: &Coordinator) -> Value {
 
 #[cfg(test)]
 pub(super) mod tests {
-    use baton_proto::v1::{CoordinatorBeat, CoordinatorSpec, LinkBeat};
+    use baton_proto::v1::{CoordinatorBeat, LinkBeat, ServedModel};
 
     use super::*;
     use crate::ctl::output::Output;
+
+    fn model(names: &[&str]) -> ServedModel {
+        let names = names.iter().map(|&name| name.to_owned()).collect();
+        ServedModel { names, revision: "r".into() }
+    }
 
     pub(in crate::ctl) fn coordinator(id: &str, admin_endpoint: &str) -> Coordinator {
         let spec = CoordinatorSpec {
             coordinator_id: id.into(),
             http_endpoint: "h:8000".into(),
             admin_endpoint: admin_endpoint.into(),
+            models: vec![model(&["small", "cheap"]), model(&["large"])],
             ..Default::default()
         };
         let link = LinkBeat { prefill_instance: "p".into(), handoffs: 4, ..Default::default() };
@@ -125,9 +140,24 @@ pub(super) mod tests {
         let lines: Vec<Vec<&str>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
         assert_eq!(
             lines[0],
-            ["c-0", "serving", "2", "0", "12", "0", "h:8000", "h:8001", "0.3s", "1", "-", "3.0s"]
+            [
+                "c-0",
+                "serving",
+                "small,large",
+                "2",
+                "0",
+                "12",
+                "0",
+                "h:8000",
+                "h:8001",
+                "0.3s",
+                "1",
+                "-",
+                "3.0s"
+            ]
         );
         assert_eq!(lines[1][1], "draining");
         assert_eq!(table.rows[0].object["links"][0]["handoffs"], 4);
+        assert_eq!(table.rows[0].object["models"][0]["names"], json!(["small", "cheap"]));
     }
 }

@@ -4,6 +4,7 @@
 use baton_process::one_line;
 use baton_proto::v1::{
     Coordinator, FleetEvent, GroupPlan, Instance, InstancePlan, Link, ListLinksResponse, RoleView,
+    ServedModel,
 };
 use clap::Subcommand;
 
@@ -212,6 +213,7 @@ fn coordinator_page(coordinator: &Coordinator, now: u64) -> String {
     let mut page = Page::default();
     page.fact("Name", &spec.coordinator_id);
     page.fact("State", coordinators::state(coordinator));
+    page.facts("Models", &spec.models.iter().map(served).collect::<Vec<_>>());
     page.fact("Version", or_dash(&spec.version));
     page.fact("Incarnation", spec.incarnation.to_string());
     let (at, ago) =
@@ -235,6 +237,11 @@ fn coordinator_page(coordinator: &Coordinator, now: u64) -> String {
     });
     list(&mut page, &links::table(of_it.collect()));
     page.end()
+}
+
+/// As in "small, also cheap (revision 5f1c)".
+fn served(model: &ServedModel) -> String {
+    format!("{} (revision {})", model.names.join(", also "), or_dash(&model.revision))
 }
 
 fn past_section(page: &mut Page, past: Result<Vec<FleetEvent>, CtlError>) {
@@ -340,6 +347,8 @@ mod tests {
             &text,
             &[
                 "  Admin:               h:8001",
+                "Models:              small, also cheap (revision r)",
+                "                     large (revision r)",
                 "  Now:                 2 running, 0 queued",
                 "  Since it started:    12, of which 0 failed",
             ],

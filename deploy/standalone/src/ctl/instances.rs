@@ -12,6 +12,7 @@ const COLUMNS: &[Column] = &[
     Column::new("INSTANCE"),
     Column::new("ROLE"),
     Column::new("PHASE"),
+    Column::new("MODEL"),
     Column::new("DEVICE"),
     Column::new("RUNNING"),
     Column::new("WAITING"),
@@ -20,7 +21,6 @@ const COLUMNS: &[Column] = &[
     Column::new("ENDPOINT"),
     Column::new("LAST BEAT").passing(),
     Column::wide("GROUP"),
-    Column::wide("MODEL"),
     Column::wide("STEP").passing(),
     Column::wide("VERSION"),
     Column::wide("AGE").passing(),
@@ -49,6 +49,7 @@ fn row(instance: &Instance, now: u64) -> Row {
         spec.instance_id.clone(),
         role(beat.role),
         doing(&beat),
+        or_dash(spec.model.as_ref().map_or("", |model| &model.name)),
         format!("{}x{}", spec.device_count, spec.device),
         load.running_sequences.to_string(),
         load.waiting_sequences.to_string(),
@@ -57,7 +58,6 @@ fn row(instance: &Instance, now: u64) -> Row {
         spec.inference_endpoint.clone(),
         age(instance.last_beat_age_millis),
         or_dash(&spec.group),
-        or_dash(spec.model.as_ref().map_or("", |model| &model.name)),
         micros(load.decode_step_micros),
         or_dash(&spec.version),
         since(instance.registered_unix_millis, now),
@@ -138,7 +138,7 @@ fn object(instance: &Instance) -> Value {
 
 #[cfg(test)]
 pub(super) mod tests {
-    use baton_proto::v1::{InstanceBeat, InstanceLoad, InstanceSpec, Phase, Role};
+    use baton_proto::v1::{InstanceBeat, InstanceLoad, InstanceSpec, ModelIdentity, Phase, Role};
 
     use super::*;
     use crate::ctl::output::Output;
@@ -149,6 +149,7 @@ pub(super) mod tests {
             group: "default".into(),
             device: "cpu".into(),
             device_count: 1,
+            model: Some(ModelIdentity { name: "m".into(), ..Default::default() }),
             inference_endpoint: "127.0.0.1:9".into(),
             labels: [("zone".to_owned(), "a".to_owned()), ("name".to_owned(), id.to_owned())].into(),
             ..Default::default()
@@ -178,7 +179,7 @@ pub(super) mod tests {
         assert_eq!(lines[0][..3], ["INSTANCE", "ROLE", "PHASE"]);
         assert_eq!(
             lines[1],
-            ["server-0", "decode", "ready", "1xcpu", "3", "0", "10/100", "0/0", "127.0.0.1:9", "0.2s"]
+            ["server-0", "decode", "ready", "m", "1xcpu", "3", "0", "10/100", "0/0", "127.0.0.1:9", "0.2s"]
         );
         assert_eq!(lines[2][..4], ["server-1", "decode", "loading", "45%"]);
         let json: Value = serde_json::from_str(&table.text(Output::Json, true, false)).unwrap();

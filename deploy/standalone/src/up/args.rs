@@ -13,15 +13,16 @@ use super::UpError;
 /// everything; a second Ctrl-C stops at once (exit status 130).
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct UpArgs {
-    /// Model to serve: a GGUF file, or a Hugging Face directory (config.json, tokenizer.json, *.safetensors).
+    /// Model to serve: a GGUF file, or a Hugging Face directory (config.json, tokenizer.json, *.safetensors). Given more than
+    /// once, each model has servers of its own.
     #[arg(long, value_name = "PATH")]
-    pub(crate) model: Option<PathBuf>,
+    pub(crate) model: Vec<PathBuf>,
 
-    /// Servers that prefill.
+    /// Servers that prefill, for each model.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub(crate) prefill: u32,
 
-    /// Servers that decode. `--prefill 1 --decode 0` runs one server that does both.
+    /// Servers that decode, for each model. `--prefill 1 --decode 0` runs one server that does both.
     #[arg(long, value_name = "M", default_value_t = 1, value_parser = clap::value_parser!(u32).range(0..=64))]
     pub(crate) decode: u32,
 
@@ -29,7 +30,7 @@ pub(crate) struct UpArgs {
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8000")]
     pub(crate) listen: Listen,
 
-    /// Compute threads of each server [default: the machine's cores, shared among the servers of a role].
+    /// Compute threads of each server [default: the machine's cores, shared among the servers of a role, of all models].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub(crate) threads: Option<u32>,
 
@@ -67,7 +68,7 @@ impl UpArgs {
         if self.decode == 0 && self.prefill > 1 { Err(UpError::NoDecode(self.prefill)) } else { Ok(()) }
     }
 
-    /// How many servers there will be.
+    /// How many servers each model will have.
     pub(crate) fn instances(&self) -> u32 {
         self.prefill + self.decode
     }

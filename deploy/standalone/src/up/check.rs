@@ -13,8 +13,8 @@ use super::{
 /// A program only reads its configuration and ends; this is for a machine that is very busy.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Runs the program of each service with `--check-config`. The servers differ in nothing but their names, so the first
-/// answers for all.
+/// Runs the program of each service with `--check-config`. The servers differ in nothing but their names and
+/// models, so the first answers for all.
 pub(super) async fn check(plan: &[ChildSpec]) -> Result<(), UpError> {
     for service in [Service::Controller, Service::Coordinator, Service::Server] {
         if let Some(spec) = plan.iter().find(|spec| spec.service == service) {

@@ -41,6 +41,8 @@ pub(crate) enum UpError {
     NoModel(PathBuf),
     #[error("model {path} cannot be used: {source}", path = .path.display())]
     Model { path: PathBuf, source: CheckpointError },
+    #[error("model {path} is called {name}, as {other} is: give each --model once, or rename one", path = .path.display(), other = .other.display())]
+    SameName { name: String, path: PathBuf, other: PathBuf },
     #[error("{service}: {reason}")]
     Config { service: &'static str, reason: String },
     #[error("{name} cannot be started: {source}")]

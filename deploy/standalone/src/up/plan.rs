@@ -8,9 +8,11 @@ use std::{
 };
 
 use baton_process::duration;
+use baton_proto::GroupName;
 use toml::{Table, Value, toml};
 
 use super::{UpArgs, UpError, addresses::Addresses};
+use crate::run_file::ModelEntry;
 
 /// Where a child finds the first socket that it inherits.
 pub(super) const FIRST_INHERITED_FD: i32 = 3;
@@ -19,6 +21,9 @@ const COORDINATOR_DRAIN: Duration = Duration::from_secs(20);
 const OTHER_DRAIN: Duration = Duration::from_secs(5);
 /// Beyond its own deadline a process gets this long before it is killed.
 const KILL_AFTER: Duration = Duration::from_secs(2);
+
+/// Characters of a group's name that are taken from its model's.
+const GROUP_NAME_MOST: usize = 48;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Service {
@@ -91,16 +96,16 @@ impl Programs {
 pub(super) fn plan(
     args: &UpArgs,
     programs: &Programs,
-    (model, cache): (&Path, &Path),
+    (models, cache): (&[ModelEntry], &Path),
     addresses: &Addresses,
     run_dir: &Path,
 ) -> Result<Vec<ChildSpec>, UpError> {
     let overrides = split_overrides(&args.set)?;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = args
-        .threads
-        .map_or_else(|| threads_of_each(cores, args.prefill, args.decode), |threads| threads as usize);
-    let model = model.display().to_string();
+    let threads = args.threads.map_or_else(
+        || threads_of_each(cores, models.len(), args.prefill, args.decode),
+        |threads| threads as usize,
+    );
     let packed = std::path::absolute(cache).unwrap_or_else(|_| cache.to_owned()).join("packed");
     let packed = packed.display().to_string();
     let controller = addresses.controller.to_string();
@@ -142,39 +147,83 @@ pub(super) fn plan(
         vec![Socket::Controller],
     )?;
 
-    for index in 0..args.instances() {
-        let (instance_id, controller, model) = (format!("server-{index}"), controller.clone(), model.clone());
-        let (name, threads) = (instance_id.clone(), i64::try_from(threads).unwrap_or(1));
-        let (packed, supervisor) = (packed.clone(), supervisor.clone());
-        let config = toml! {
-            instance_id = instance_id
-            controllers = [controller]
-            [model]
-            path = model
-            [runtime]
-            threads = threads
-            packed_copies = packed
-            [labels]
-            supervisor = supervisor
-        };
-        add(name, Service::Server, drained(config, OTHER_DRAIN), Vec::new())?;
+    let servers = ServersHave { controller: controller.clone(), threads, packed, supervisor };
+    let per_model = args.instances() as usize;
+    for (index, model) in models.iter().enumerate() {
+        let group = group_of(models, index);
+        for number in index * per_model..(index + 1) * per_model {
+            let name = format!("server-{number}");
+            let config = servers.config(&name, &group, &model.path);
+            add(name, Service::Server, drained(config, OTHER_DRAIN), Vec::new())?;
+        }
     }
 
+    let served = models.iter().map(|model| {
+        let path = model.path.display().to_string();
+        Value::Table(toml! { path = path })
+    });
+    let served = Value::Array(served.collect());
     // Servers on the same machine cost nothing to ask again, and a restarted one is back the sooner.
     let (listen, admin_listen) = (inherited(0), inherited(1));
     let config = toml! {
         listen = listen
         admin_listen = admin_listen
+        models = served
         [store]
         controller = controller
-        [model]
-        path = model
         [fleet]
         reconnect_max = "300ms"
     };
     let sockets = vec![Socket::Http, Socket::CoordinatorAdmin];
     add("coordinator".to_owned(), Service::Coordinator, drained(config, COORDINATOR_DRAIN), sockets)?;
     Ok(children)
+}
+
+/// What all servers are told alike.
+struct ServersHave {
+    controller: String,
+    threads: usize,
+    packed: String,
+    supervisor: String,
+}
+
+impl ServersHave {
+    fn config(&self, instance_id: &str, group: &str, model: &Path) -> Table {
+        let (controller, packed, supervisor) =
+            (self.controller.as_str(), self.packed.as_str(), self.supervisor.as_str());
+        let (threads, path) = (i64::try_from(self.threads).unwrap_or(1), model.display().to_string());
+        toml! {
+            instance_id = instance_id
+            group = group
+            controllers = [controller]
+            [model]
+            path = path
+            [runtime]
+            threads = threads
+            packed_copies = packed
+            [labels]
+            supervisor = supervisor
+        }
+    }
+}
+
+/// Instances of a group work together, so that each of several models has one of its own, called after it as far as a
+/// group can be.
+fn group_of(models: &[ModelEntry], index: usize) -> String {
+    let named = |model: &ModelEntry| {
+        let lower = model.name.to_lowercase();
+        let plain = |c: char| if c.is_ascii_alphanumeric() || c == '.' { c } else { '-' };
+        let name: String = lower.chars().map(plain).take(GROUP_NAME_MOST).collect();
+        name.trim_matches(['-', '.']).to_owned()
+    };
+    let name = named(&models[index]);
+    match models {
+        [_] => GroupName::default().to_string(),
+        _ if name.is_empty() || models[..index].iter().any(|other| named(other) == name) => {
+            format!("model-{index}")
+        }
+        _ => name,
+    }
 }
 
 fn inherited(index: i32) -> String {
@@ -188,9 +237,9 @@ fn drained(mut config: Table, drain: Duration) -> Table {
 }
 
 /// Prefill and decode mostly take turns (they measured alike under load when each had half the cores, and a request
-/// alone is served faster when neither leaves cores idle), so the servers of one role share all cores.
-fn threads_of_each(cores: usize, prefill: u32, decode: u32) -> usize {
-    (cores / prefill.max(decode).max(1) as usize).max(1)
+/// alone is served faster when neither leaves cores idle), so the servers of one role, of all models, share all cores.
+fn threads_of_each(cores: usize, models: usize, prefill: u32, decode: u32) -> usize {
+    (cores / (models * prefill.max(decode) as usize).max(1)).max(1)
 }
 
 /// The service's own drain deadline, which a `--set` may have changed, and a little.
@@ -231,14 +280,11 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let programs = Programs { directory: "/programs".into() };
         let addresses = Addresses::bind(&args.listen).unwrap();
-        let plan = plan(
-            &args,
-            &programs,
-            (Path::new("/m odel.gguf"), Path::new("/c ache")),
-            &addresses,
-            directory.path(),
-        )
-        .unwrap();
+        let given = if args.model.is_empty() { vec!["/m odel.gguf".into()] } else { args.model.clone() };
+        let entry = |path: PathBuf| ModelEntry { name: path.display().to_string(), path };
+        let models: Vec<ModelEntry> = given.into_iter().map(entry).collect();
+        let of = (&models[..], Path::new("/c ache"));
+        let plan = plan(&args, &programs, of, &addresses, directory.path()).unwrap();
         (plan, directory)
     }
 
@@ -267,6 +313,39 @@ mod tests {
     }
 
     #[test]
+    fn each_model_has_servers_and_a_group_of_its_own() {
+        let (plan, _directory) =
+            planned(&["--model", "/a", "--model", "/b \"c\"", "--prefill", "1", "--decode", "2"]);
+        let names: Vec<&str> = plan.iter().map(|child| child.name.as_str()).collect();
+        let servers = ["server-0", "server-1", "server-2", "server-3", "server-4", "server-5"];
+        assert_eq!(names, [&["controller"], &servers[..], &["coordinator"]].concat());
+        let facts: Vec<(String, String)> = plan[1..7]
+            .iter()
+            .map(|child| (config(child)["group"].to_string(), config(child)["model"]["path"].to_string()))
+            .collect();
+        assert!(facts[..3].iter().all(|fact| *fact == facts[0]), "{facts:?}");
+        assert!(facts[3..].iter().all(|fact| *fact == facts[3]), "{facts:?}");
+        assert!(facts[0].0 != facts[3].0 && facts[0].1 != facts[3].1, "{facts:?}");
+        let models = config(&plan[7])["models"].as_array().unwrap().clone();
+        let paths: Vec<_> = models.iter().map(|model| model["path"].as_str().unwrap().to_owned()).collect();
+        assert_eq!(paths, ["/a", "/b \"c\""]);
+    }
+
+    #[test]
+    fn groups_are_called_after_models_as_far_as_they_can_be() {
+        let groups = |names: &[&str]| {
+            let entry = |name: &&str| ModelEntry { name: (*name).to_owned(), path: "/m".into() };
+            let models: Vec<ModelEntry> = names.iter().map(entry).collect();
+            (0..models.len()).map(|index| group_of(&models, index)).collect::<Vec<_>>()
+        };
+        assert_eq!(groups(&["Qwen3 8B"]), ["default"]);
+        let names = ["Qwen3 8B", "qwen3-8b", "_", "SmolLM2-1.7B", &format!("x{}", "é".repeat(99))];
+        let long = ["qwen3-8b", "model-1", "model-2", "smollm2-1.7b", "x"];
+        assert_eq!(groups(&names), long);
+        assert!(groups(&names).into_iter().all(|name| GroupName::new(name).is_ok()));
+    }
+
+    #[test]
     fn settings_reach_the_service_they_name() {
         let (plan, _directory) = planned(&[
             "--set",
@@ -286,6 +365,7 @@ mod tests {
     #[test]
     fn the_servers_of_a_role_share_the_cores() {
         let threads = [(16, 1, 1), (16, 2, 1), (2, 1, 1), (2, 1, 4), (3, 2, 1), (8, 1, 0)];
-        assert_eq!(threads.map(|(cores, p, d)| threads_of_each(cores, p, d)), [16, 8, 2, 1, 1, 8]);
+        assert_eq!(threads.map(|(cores, p, d)| threads_of_each(cores, 1, p, d)), [16, 8, 2, 1, 1, 8]);
+        assert_eq!(threads.map(|(cores, p, d)| threads_of_each(cores, 2, p, d)), [8, 4, 1, 1, 1, 4]);
     }
 }

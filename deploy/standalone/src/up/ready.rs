@@ -4,6 +4,7 @@ use std::{collections::BTreeMap, env, path::Path, time::Duration};
 
 use baton_proto::v1::{Instance, ListInstancesRequest, Phase, Role, fleet_admin_client::FleetAdminClient};
 use indicatif::ProgressBar;
+use serde::Deserialize;
 use tokio::time::{sleep, timeout};
 use tonic::transport::{Channel, Endpoint};
 
@@ -14,9 +15,9 @@ const POLL: Duration = Duration::from_millis(150);
 /// A process that is being started again holds its callers in the socket's queue; they try again.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// Waits until all instances are ready and the coordinator says that it can serve. Does not give up by itself: the
+/// Waits until all instances are ready and the coordinator says that it can serve every model. Does not give up by itself: the
 /// supervisor does, when a process keeps dying.
-pub(super) async fn wait(run: &RunFile, instances: u32, screen: &Screen) -> Result<(), UpError> {
+pub(super) async fn wait(run: &RunFile, instances: usize, screen: &Screen) -> Result<(), UpError> {
     let client = reqwest::Client::builder().timeout(PATIENCE).no_proxy().build();
     let client = client.map_err(|error| UpError::Client(error.to_string()))?;
     let channel = Endpoint::from_shared(format!("http://{}", run.controller));
@@ -27,7 +28,7 @@ pub(super) async fn wait(run: &RunFile, instances: u32, screen: &Screen) -> Resu
         let seen = list(&mut fleet).await;
         let ready = seen.iter().filter(|instance| is_ready(instance)).count();
         shown.update(&seen);
-        if ready >= instances as usize && coordinator_is_ready(&client, &run.url).await {
+        if ready >= instances && coordinator_is_ready(&client, &run.url).await {
             shown.finish();
             return Ok(());
         }
@@ -43,7 +44,17 @@ async fn list(fleet: &mut FleetAdminClient<Channel>) -> Vec<Instance> {
 }
 
 async fn coordinator_is_ready(client: &reqwest::Client, url: &str) -> bool {
-    client.get(format!("{url}/readiness")).send().await.is_ok_and(|answer| answer.status().is_success())
+    let asked = async {
+        let answer = client.get(format!("{url}/readiness")).send().await?.error_for_status()?;
+        answer.json::<Readiness>().await
+    };
+    asked.await.is_ok_and(|readiness| readiness.status == "ready")
+}
+
+/// What a process says of its readiness: more than this word if some of its work cannot be done yet.
+#[derive(Deserialize)]
+struct Readiness {
+    status: String,
 }
 
 fn is_ready(instance: &Instance) -> bool {
@@ -100,8 +111,10 @@ fn ready_to(role: Role) -> String {
 pub(super) fn greeting(run: &RunFile, run_dir: &Path, chosen: bool) -> String {
     let baton = this_program();
     let of_run = if chosen { format!(" --run-dir {}", shell_word(run_dir)) } else { String::new() };
-    let RunFile { url, model, .. } = run;
-    let (ready, logs) = (format!("Baton serves {model} at {url}"), run_dir.display());
+    let url = &run.url;
+    let names: Vec<&str> = run.models.iter().map(|model| model.name.as_str()).collect();
+    let (model, logs) = (names.first().copied().unwrap_or_default(), run_dir.display());
+    let ready = format!("Baton serves {} at {url}", names.join(" and "));
     format!(
         r#"
 {ready}

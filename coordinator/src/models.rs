@@ -1,0 +1,142 @@
+//! The models that this coordinator serves, found by what requests say in `model`.
+//!
+//! Made once, at start, by [`crate::build`]; asked by [`crate::serve`] and [`crate::http`]. A [`Model`] has what is its
+//! own: its text side, the line that its requests wait in, what is counted of it. What all models share (the room for
+//! bodies, cores to work on them, the board of instances) is elsewhere.
+
+use std::{collections::HashMap, sync::Arc};
+
+use baton_proto::{ApiError, ErrorCode};
+use futures::future::try_join_all;
+
+use crate::{
+    CoordinatorError,
+    admit::Line,
+    config::{LimitsConfig, ModelConfig},
+    metrics::{Metrics, ModelMetrics},
+    prepare::Served,
+};
+
+/// One of them.
+pub struct Model {
+    pub served: Served,
+    pub line: Line,
+    pub counts: Arc<ModelMetrics>,
+}
+
+/// All of them.
+pub struct Models {
+    /// In the order of the configuration.
+    all: Vec<Arc<Model>>,
+    by_name: HashMap<Arc<str>, Arc<Model>>,
+}
+
+/// Opens the models of a configuration side by side: most of a start is spent in reading tokenizers.
+pub async fn open(configs: &[ModelConfig]) -> Result<Vec<Served>, CoordinatorError> {
+    let open = |(index, config): (usize, &ModelConfig)| {
+        let config = config.clone();
+        let opening = tokio::task::spawn_blocking(move || Served::open(&config));
+        async move {
+            let opened = opening.await.map_err(|source| CoordinatorError::Opening { index, source })?;
+            opened.map_err(|source| CoordinatorError::Model { index, source })
+        }
+    };
+    try_join_all(configs.iter().enumerate().map(open)).await
+}
+
+impl Models {
+    /// A name that two have is refused.
+    pub fn new(
+        served: Vec<Served>,
+        limits: &LimitsConfig,
+        metrics: &Metrics,
+    ) -> Result<Self, CoordinatorError> {
+        let mut models = Self { all: Vec::new(), by_name: HashMap::new() };
+        for (index, served) in served.into_iter().enumerate() {
+            let counts = Arc::new(metrics.of_model(served.name.clone()));
+            let model = Arc::new(Model { line: Line::new(limits, counts.clone()), served, counts });
+            models.all.push(model.clone());
+            for name in model.served.names() {
+                let holder = models.by_name.insert(name.clone(), model.clone());
+                let by =
+                    holder.and_then(|holder| models.all.iter().position(|one| Arc::ptr_eq(one, &holder)));
+                if let Some(by) = by {
+                    return Err(CoordinatorError::NameTaken { index, name: name.to_string(), by });
+                }
+            }
+        }
+        Ok(models)
+    }
+
+    /// All, in the order of the configuration.
+    pub fn iter(&self) -> impl ExactSizeIterator<Item = &Arc<Model>> {
+        self.all.iter()
+    }
+
+    /// The one that a request names.
+    pub fn asked(&self, name: Option<&str>) -> Result<&Arc<Model>, ApiError> {
+        let (code, what) = match name {
+            Some(name) => match self.by_name.get(name) {
+                Some(model) => return Ok(model),
+                None => (ErrorCode::ModelNotFound, format!("there is no model `{name}`")),
+            },
+            None => (ErrorCode::InvalidArgument, "must be given".to_owned()),
+        };
+        let names: Vec<String> =
+            self.all.iter().flat_map(|model| model.served.names()).map(|name| format!("`{name}`")).collect();
+        let verb = if names.len() == 1 { "is" } else { "are" };
+        Err(ApiError::new(code, format!("model: {what}; there {verb} {}", names.join(", "))).param("model"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use prometheus_client::registry::Registry;
+
+    use super::*;
+    use crate::prepare::tests::served;
+
+    fn models(all: &[(&str, &[&str])]) -> Result<Models, CoordinatorError> {
+        let served = all.iter().map(|(name, aliases)| Served {
+            name: (*name).into(),
+            aliases: aliases.iter().map(|&alias| alias.into()).collect(),
+            ..served()
+        });
+        let metrics = Metrics::register(&mut Registry::default());
+        Models::new(served.collect(), &LimitsConfig::default(), &metrics)
+    }
+
+    #[test]
+    fn a_request_finds_its_model_by_each_of_its_names() {
+        let models = models(&[("a", &["x", "y"]), ("b", &[])]).expect("names differ");
+        for (asked, found) in [("a", "a"), ("x", "a"), ("y", "a"), ("b", "b")] {
+            assert_eq!(&*models.asked(Some(asked)).expect(asked).served.name, found);
+        }
+        let told = |asked| {
+            let error = models.asked(asked).err().expect("nobody has that name");
+            assert_eq!(error.param.as_deref(), Some("model"));
+            (error.code, error.message)
+        };
+        let (code, message) = told(Some("c"));
+        assert_eq!(code, ErrorCode::ModelNotFound);
+        assert_eq!(message, "model: there is no model `c`; there are `a`, `x`, `y`, `b`");
+        let (code, message) = told(None);
+        assert_eq!(code, ErrorCode::InvalidArgument);
+        assert_eq!(message, "model: must be given; there are `a`, `x`, `y`, `b`");
+    }
+
+    #[test]
+    fn a_name_that_two_models_have_is_refused_with_its_field() {
+        type Names<'a> = &'a [(&'a str, &'a [&'a str])];
+        let cases: [(Names<'_>, &str); 4] = [
+            (&[("a", &[]), ("b", &[]), ("a", &[])], "models[2].names: `a` is a name of models[0], too"),
+            (&[("a", &["x"]), ("b", &["x"])], "models[1].names: `x` is a name of models[0], too"),
+            (&[("a", &["b"]), ("b", &[])], "models[1].names: `b` is a name of models[0], too"),
+            (&[("a", &["x", "x"])], "models[0].names: `x` is a name of models[0], too"),
+        ];
+        for (names, said) in cases {
+            let error = models(names).err().unwrap_or_else(|| panic!("{names:?} were taken"));
+            assert!(error.to_string().starts_with(said), "{error}");
+        }
+    }
+}
