@@ -122,11 +122,12 @@ impl Desk {
         self.inbox.borrow().clone()
     }
 
-    /// The inbox of this reign, or of the next one; of none, if the controller ends before.
+    /// The inbox of this reign, or once there is one of the next. Never, if the controller ends before.
     pub async fn opened(&self) -> Inbox {
         let mut inbox = self.inbox.clone();
         let open = |inbox: &Option<Inbox>| inbox.as_ref().is_some_and(|it| !it.messages.is_closed());
-        match inbox.wait_for(open).await.ok().and_then(|inbox| inbox.clone()) {
+        let opened = inbox.wait_for(open).await.ok().and_then(|inbox| inbox.clone());
+        match opened {
             Some(inbox) => inbox,
             None => std::future::pending().await,
         }

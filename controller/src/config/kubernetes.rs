@@ -66,10 +66,14 @@ fn fewest() -> u32 {
 
 impl KubernetesConfig {
     pub(super) fn validate(&self) -> Result<(), Invalid> {
+        self.check()?;
         let possible = self.groups.is_empty() || cfg!(feature = "kubernetes");
         let built = "this controller was built without Kubernetes: build it with `--features baton-controller/kubernetes`, \
                      or name no group here";
-        require(possible, "kubernetes.groups", built)?;
+        require(possible, "kubernetes.groups", built)
+    }
+
+    fn check(&self) -> Result<(), Invalid> {
         let mut deployments = BTreeMap::new();
         for (name, group) in &self.groups {
             let key = |field: &str| format!("kubernetes.groups.{name}.{field}");
@@ -104,7 +108,6 @@ fn is_name(name: &str) -> bool {
 mod tests {
     use super::*;
 
-    #[cfg(feature = "kubernetes")]
     fn scaled() -> KubernetesConfig {
         let group = ScaledGroup { deployment: "baton-server".to_owned(), min: 2, max: 8 };
         KubernetesConfig {
@@ -113,7 +116,6 @@ mod tests {
         }
     }
 
-    #[cfg(feature = "kubernetes")]
     #[test]
     fn what_cannot_be_meant_is_refused_by_its_key() {
         type Change = fn(&mut KubernetesConfig);
@@ -134,22 +136,19 @@ mod tests {
             ("kubernetes.every", |it| it.every = Duration::ZERO),
             ("kubernetes.stabilisation", |it| it.stabilisation = Duration::from_secs(9)),
         ];
-        assert!(scaled().validate().is_ok());
+        assert!(scaled().check().is_ok());
         for (key, change) in cases {
             let mut config = scaled();
             change(&mut config);
-            assert_eq!(config.validate().expect_err("it is refused").key, key);
+            assert_eq!(config.check().expect_err("it is refused").key, key);
         }
     }
 
     #[cfg(not(feature = "kubernetes"))]
     #[test]
     fn a_controller_that_cannot_scale_says_so_at_start() {
-        let group = ScaledGroup { deployment: "baton-server".to_owned(), min: 2, max: 8 };
-        let mut config = KubernetesConfig::default();
-        assert!(config.validate().is_ok());
-        config.groups.insert(GroupName::default(), group);
-        let refused = config.validate().expect_err("it is refused");
+        assert!(KubernetesConfig::default().validate().is_ok());
+        let refused = scaled().validate().expect_err("it is refused");
         assert_eq!(refused.key, "kubernetes.groups");
         assert!(refused.to_string().contains("--features baton-controller/kubernetes"), "{refused}");
     }

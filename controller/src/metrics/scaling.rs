@@ -57,8 +57,12 @@ impl ScalingMetrics {
         let labels = of(group.as_str());
         self.replicas.get_or_create(&labels).set(replicas.into());
         match wanted {
-            Some(wanted) => drop(self.wanted.get_or_create(&labels).set(wanted.into())),
-            None => drop(self.wanted.remove(&labels)),
+            Some(wanted) => {
+                self.wanted.get_or_create(&labels).set(wanted.into());
+            }
+            None => {
+                self.wanted.remove(&labels);
+            }
         }
     }
 

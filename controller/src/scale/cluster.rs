@@ -32,7 +32,6 @@ const LOWEST: i32 = i32::MIN;
 const TEMPLATE: &str = "pod-template-hash";
 
 /// The API server, asked about one namespace.
-#[derive(Clone)]
 pub(super) struct Cluster {
     client: Client,
     namespace: String,
@@ -76,7 +75,8 @@ impl Cluster {
         let scale = self.bounded(call, deployment, self.deployments().get_scale(deployment)).await?;
         let version = scale.metadata.resource_version.ok_or(ScaleError::Incomplete("its version"))?;
         let replicas = scale.spec.and_then(|spec| spec.replicas).unwrap_or(0);
-        let selector = scale.status.and_then(|status| status.selector).filter(|selector| !selector.is_empty());
+        let selector =
+            scale.status.and_then(|status| status.selector).filter(|selector| !selector.is_empty());
         let selector = selector.ok_or(ScaleError::Incomplete("the Deployment's selector"))?;
         let pods = self.list(deployment, &selector).await?;
         Ok(Looked { replicas: u32::try_from(replicas).unwrap_or(0), version, pods })

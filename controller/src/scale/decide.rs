@@ -199,6 +199,7 @@ impl Scaler {
             self.low.begin_again();
         }
         let wanted = match seen.demand {
+            // Somebody has switched the group off.
             _ if seen.replicas == 0 => None,
             Demand::Measured(Wanted { prefill, decode }) => {
                 Some(u32::try_from(prefill.saturating_add(decode)).unwrap_or(u32::MAX))
@@ -223,10 +224,6 @@ impl Scaler {
         if let Some(gone) = seen.instances.iter().find(|instance| seen.is_gone(instance)) {
             return Ok(Action::Uncordon(gone.id.clone(), Release::Gone));
         }
-        if seen.replicas == 0 {
-            // Somebody has switched the group off.
-            return Err(None);
-        }
         let victim = self.victim(seen, now);
         // The Deployment has one replica less, and Kubernetes has yet to delete the marked pod.
         let surplus = seen.alive().len() > seen.replicas as usize;
@@ -238,7 +235,10 @@ impl Scaler {
             });
         }
         if let Some((victim, _)) = victim
-            && self.victim.as_ref().is_some_and(|(_, since)| now.duration_since(*since) >= self.limits.patience)
+            && self
+                .victim
+                .as_ref()
+                .is_some_and(|(_, since)| now.duration_since(*since) >= self.limits.patience)
         {
             self.slow.insert(victim.id.clone());
             self.low.begin_again();
@@ -304,9 +304,10 @@ impl Scaler {
 
     /// Chooses who goes.
     fn begin(&self, seen: &Seen) -> Result<Action, Option<String>> {
-        let idle = seen.alive().into_iter().find(|(name, pod)| {
-            !pod.ready && seen.goes_first(pod) && seen.instance_of(name).is_none()
-        });
+        let idle = seen
+            .alive()
+            .into_iter()
+            .find(|(name, pod)| !pod.ready && seen.goes_first(pod) && seen.instance_of(name).is_none());
         if let Some((name, pod)) = idle {
             return Ok(match seen.unmark(Some(name)) {
                 Some(unmark) => unmark,

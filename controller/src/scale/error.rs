@@ -65,17 +65,19 @@ pub(super) enum ScaleError {
     /// The Deployment, or the pod, is not what it was when it was looked at.
     #[error("somebody else changed it at the same time")]
     Conflict,
-    #[error("it may not {} in namespace {namespace} (403): add {} to its Role, see {MANIFEST}", call.what(), call.rule(deployment))]
+    #[error("it may not {} in namespace {namespace} (403): add {} to its Role, see {}", .call.what(), .call.rule(.deployment), MANIFEST)]
     Forbidden { call: Call, namespace: String, deployment: String },
     #[error(
         "the API server does not take its credentials (401): look at the service account's token, or at `kubernetes.kubeconfig_file`"
     )]
     Unknown,
-    #[error("there is no Deployment {deployment} in namespace {namespace}: see `kubernetes.groups` and `kubernetes.namespace`")]
+    #[error(
+        "there is no Deployment {deployment} in namespace {namespace}: see `kubernetes.groups` and `kubernetes.namespace`"
+    )]
     NoDeployment { namespace: String, deployment: String },
-    #[error("the API server has not answered within {after:?}: cannot {}", call.what())]
+    #[error("the API server has not answered within {after:?}: cannot {}", .call.what())]
     Late { call: Call, after: Duration },
-    #[error("cannot {}: {source}", call.what())]
+    #[error("cannot {}: {source}", .call.what())]
     Call { call: Call, source: kube::Error },
     #[error("the answer says nothing of {0}")]
     Incomplete(&'static str),

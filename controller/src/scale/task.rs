@@ -54,7 +54,11 @@ impl Scaling {
         shutdown: CancellationToken,
     ) -> Result<Self, OpenError> {
         let cluster = Cluster::open(&config.kubernetes).await?;
-        info!(namespace = cluster.namespace(), groups = config.kubernetes.groups.len(), "scales on Kubernetes");
+        info!(
+            namespace = cluster.namespace(),
+            groups = config.kubernetes.groups.len(),
+            "scales on Kubernetes"
+        );
         Ok(Self { config, cluster, desk, journal, metrics, shutdown })
     }
 
@@ -205,8 +209,7 @@ impl<'a> Tended<'a> {
             Action::Unmark(pod) => cluster.mark(deployment, &pod, false).await?,
             Action::Cordon(id) => {
                 let (by, reason) = (ACTOR.to_owned(), self.reason.clone());
-                let cordoned =
-                    Cordoned { by, reason, unix_millis: unix_millis(), drain: None, force: false };
+                let cordoned = Cordoned { by, reason, unix_millis: unix_millis(), drain: None, force: false };
                 self.change(Change::Cordon { id, cordoned }).await?;
             }
             Action::Uncordon(id, why) => {

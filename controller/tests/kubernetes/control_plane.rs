@@ -7,7 +7,7 @@ use std::{
 
 use k8s_openapi::api::{
     apps::v1::Deployment,
-    authentication::v1::{TokenRequest, TokenRequestSpec},
+    authentication::v1::TokenRequest,
     core::v1::{Namespace, ServiceAccount},
     rbac::v1::{Role, RoleBinding},
 };
@@ -75,8 +75,7 @@ impl ControlPlane {
     /// With a token of the service account that the manifest makes, as a pod of its has it.
     pub(crate) async fn kubeconfig_of_controller(&self, admin: &Client) -> String {
         let accounts: Api<ServiceAccount> = Api::namespaced(admin.clone(), NAMESPACE);
-        let spec = TokenRequestSpec { audiences: Vec::new(), ..TokenRequestSpec::default() };
-        let request = TokenRequest { spec, ..TokenRequest::default() };
+        let request = TokenRequest::default();
         let token = accounts.create_token_request(ACCOUNT, &PostParams::default(), &request).await;
         let token = token.expect("a token").status.expect("a status").token;
         let of_admin = Kubeconfig::read_from(self.path("kubeconfig")).expect("a kubeconfig");

@@ -42,6 +42,8 @@ async fn until(what: &str, mut holds: impl AsyncFnMut() -> bool) {
 
 fn config(kubeconfig: &str) -> baton_controller::ControllerConfig {
     let mut config = cluster::config();
+    // Two cores carry all of it.
+    config.sessions.lease = Duration::from_secs(5);
     config.roles.policy = RolePolicy::Auto;
     config.roles.auto.every = Duration::from_millis(500);
     config.roles.auto.pause = Duration::from_secs(1);

@@ -1,7 +1,7 @@
 //! What nodes would do: pods run and are ready, and in each there is a server that reports to the controller.
 //!
 //! Kubernetes 1.20 does not know deletion costs yet. So that it takes the pod that later versions would take, one whose
-//! server is drained is said not to be ready: of those Kubernetes of any version takes the first.
+//! server serves nothing is said not to be ready: of those Kubernetes of any version takes the first.
 
 use std::{
     collections::BTreeMap,
@@ -28,7 +28,7 @@ use crate::{
 };
 
 /// How long sequences go on after their server was told to serve nothing more.
-const DRAIN: Duration = Duration::from_secs(1);
+const DRAIN: Duration = Duration::from_secs(2);
 const COST: &str = "controller.kubernetes.io/pod-deletion-cost";
 
 /// What is known of one server.
@@ -108,19 +108,23 @@ async fn tend(client: Client, controller: String, shared: Arc<Shared>) {
         let Ok(list) = pods.list(&params).await else { continue };
         let there: BTreeMap<String, Pod> =
             list.items.into_iter().filter_map(|pod| Some((pod.metadata.name.clone()?, pod))).collect();
-        for (name, went) in tended.extract_if(.., |name, _| !there.contains_key(name)) {
+        let (here, went): (BTreeMap<_, _>, BTreeMap<_, _>) =
+            tended.into_iter().partition(|(name, _)| there.contains_key(name));
+        tended = here;
+        for (name, went) in went {
             let drained = shared.servers.lock().expect("no panic").remove(&name).is_some_and(|it| it.drained);
             shared.gone.lock().expect("no panic").push((name, went.marked && drained));
         }
         for (name, pod) in there {
             let seen = shared.servers.lock().expect("no panic").get(&name).copied();
             let one = tended.entry(name.clone()).or_insert_with(|| {
+                shared.servers.lock().expect("no panic").insert(name.clone(), Seen::default());
                 let server = tokio::spawn(serve(name.clone(), controller.clone(), shared.clone()));
                 Tended { server, marked: false, ready: false }
             });
             let annotations = pod.metadata.annotations.unwrap_or_default();
             one.marked = annotations.get(COST).is_some_and(|cost| *cost == i32::MIN.to_string());
-            let ready = !seen.unwrap_or_default().drained;
+            let ready = seen.unwrap_or_default().serves;
             if one.ready != ready {
                 let condition = json!({"type": "Ready", "status": if ready { "True" } else { "False" }});
                 let status = json!({"status": {"phase": "Running", "conditions": [condition]}});
@@ -135,9 +139,7 @@ async fn tend(client: Client, controller: String, shared: Arc<Shared>) {
 
 /// A server that obeys and counts what is asked of it.
 async fn serve(name: String, controller: String, shared: Arc<Shared>) {
-    let incarnation = 1;
-    shared.servers.lock().expect("no panic").insert(name.clone(), Seen::default());
-    let mut server = Server::join_any(&[&controller], spec(&name, incarnation), waiting()).await;
+    let mut server = Server::join_any(&[&controller], spec(&name, 1), waiting()).await;
     let (mut load, mut drained_at) = (v1::InstanceLoad::default(), Instant::now());
     let (mut requests, mut last) = (0.0, Instant::now());
     loop {
@@ -152,7 +154,10 @@ async fn serve(name: String, controller: String, shared: Arc<Shared>) {
         let running = serves || Instant::now() < drained_at;
         load = count(load, requests, running);
         server.state.load = Some(load);
-        shared.servers.lock().expect("no panic").insert(name.clone(), Seen { serves, drained: !running });
+        // It has been taken off the list if its pod is gone.
+        if let Some(seen) = shared.servers.lock().expect("no panic").get_mut(&name) {
+            *seen = Seen { serves, drained: !running };
+        }
         if let Some(None) = server.next_order(Duration::from_millis(100)).await {
             return;
         }

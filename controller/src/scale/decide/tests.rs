@@ -127,6 +127,66 @@ fn one_that_is_wanted_again_or_takes_too_long_is_taken_back() {
 }
 
 #[test]
+fn a_pod_that_is_not_deleted_in_time_keeps_its_instance() {
+    let mut seen = four(2, 1);
+    let (mut scaler, now) = watched(&seen);
+    cordon(&mut seen, "d1", By::Us);
+    let late = now + limits().patience - Duration::from_secs(15);
+    assert_eq!(scaler.decide(&seen, now).action, Action::Wait);
+    assert_eq!(scaler.decide(&seen, late).action, Action::Wait);
+    drain(&mut seen, "d1");
+    seen.pods.get_mut("d1").expect("a pod").marked = true;
+    assert_eq!(scaler.decide(&seen, late).action, Action::ScaleIn { to: 3, pod: "d1".to_owned() });
+    seen.replicas = 3;
+    let later = now + limits().patience;
+    assert_eq!(scaler.decide(&seen, later).action, Action::Wait, "that has a time of its own");
+    let overdue = scaler.decide(&seen, late + limits().patience).action;
+    assert_eq!(overdue, Action::Uncordon(id("d1"), Release::Overdue));
+}
+
+#[test]
+fn of_two_that_were_to_go_one_is_taken_back_and_who_serves_nothing_goes_first() {
+    let mut seen = four(1, 1);
+    let (mut scaler, now) = watched(&seen);
+    cordon(&mut seen, "p1", By::Us);
+    assert_eq!(scaler.decide(&seen, now).waits.as_deref(), Some("p1 drains"));
+    cordon(&mut seen, "d1", By::Us);
+    assert_eq!(scaler.decide(&seen, now).action, Action::Uncordon(id("d1"), Release::Another));
+
+    let mut seen = four(1, 1);
+    seen.replicas = 5;
+    seen.pods.insert("z".to_owned(), pod());
+    seen.instances.push(instance("z", Role::None));
+    let (mut scaler, now) = watched(&seen);
+    assert_eq!(scaler.decide(&seen, now).action, Action::Cordon(id("z")));
+}
+
+#[test]
+fn what_was_asked_for_before_is_waited_for() {
+    let mut short = four(1, 1);
+    short.replicas = 5;
+    let (mut scaler, now) = watched(&short);
+    let waits = scaler.decide(&short, now).waits;
+    assert_eq!(waits.as_deref(), Some("there are 4 pods for 5 replicas"));
+
+    let mut leaving = four(1, 1);
+    leaving.pods.insert("x".to_owned(), Pod { leaving: true, ..pod() });
+    leaving.instances.push(instance("x", Role::Decode));
+    let (mut scaler, now) = watched(&leaving);
+    assert_eq!(scaler.decide(&leaving, now).waits.as_deref(), Some("x is being deleted"));
+}
+
+#[test]
+fn no_mark_is_left_on_another_pod() {
+    let mut seen = four(2, 1);
+    let (mut scaler, now) = watched(&seen);
+    cordon(&mut seen, "d1", By::Us);
+    drain(&mut seen, "d1");
+    seen.pods.get_mut("p2").expect("a pod").marked = true;
+    assert_eq!(scaler.decide(&seen, now).action, Action::Unmark("p2".to_owned()));
+}
+
+#[test]
 fn what_others_hold_is_left_alone_and_so_is_the_last_of_a_phase() {
     let mut seen = four(1, 1);
     for name in ["p1", "d1"] {
@@ -149,6 +209,11 @@ fn a_pod_that_serves_nobody_goes_first_and_without_ado() {
     seen.pods.insert("new".to_owned(), Pod { ready: false, ..pod() });
     let (mut scaler, now) = watched(&seen);
     assert_eq!(scaler.decide(&seen, now).action, Action::Mark("new".to_owned()));
+    // One without a node would go before it.
+    let mut pending = Seen { replicas: 6, ..seen.clone() };
+    pending.pods.insert("z".to_owned(), Pod { template: "t".to_owned(), ..Pod::default() });
+    let (mut other, later) = watched(&pending);
+    assert_eq!(other.decide(&pending, later).action, Action::Mark("z".to_owned()));
     seen.pods.get_mut("new").expect("a pod").marked = true;
     assert_eq!(scaler.decide(&seen, now).action, Action::ScaleIn { to: 4, pod: "new".to_owned() });
     // Had it become one that serves meanwhile, it would be like any other.

@@ -166,12 +166,12 @@ impl World {
 
     fn kubernetes(&mut self) {
         let now = self.now;
-        let gone = |one: &One| one.gone_at.is_some_and(|at| at <= now);
-        for (name, one) in self.ones.extract_if(.., |_, one| gone(one)) {
-            if matches!(one.cordoned, Some((By::Us, _))) {
-                self.records.insert(name);
-            }
-        }
+        let (gone, here): (BTreeMap<_, _>, _) = std::mem::take(&mut self.ones)
+            .into_iter()
+            .partition(|(_, one)| one.gone_at.is_some_and(|at| at <= now));
+        self.ones = here;
+        let ours = |(_, one): &(String, One)| matches!(one.cordoned, Some((By::Us, _)));
+        self.records.extend(gone.into_iter().filter(ours).map(|(name, _)| name));
         let alive = self.alive();
         for _ in alive..self.replicas as usize {
             self.born += 1;
@@ -200,7 +200,8 @@ impl World {
     /// By Kubernetes: the last born, if nothing else tells them apart.
     fn first_to_go(&self) -> String {
         let alive = self.ones.iter().filter(|(_, one)| !one.pod.leaving);
-        let key = |(name, one): &(&String, &One)| (one.pod.rank(), !one.pod.marked, std::cmp::Reverse(name.len()));
+        let key =
+            |(name, one): &(&String, &One)| (one.pod.rank(), !one.pod.marked, std::cmp::Reverse(name.len()));
         alive.min_by_key(key).expect("there is one").0.clone()
     }
 
