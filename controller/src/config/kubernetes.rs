@@ -92,8 +92,9 @@ impl KubernetesConfig {
         require(named, "kubernetes.namespace", "expected the name of a namespace")?;
         let second = self.every >= Duration::from_secs(1);
         require(second, "kubernetes.every", "expected at least 1s")?;
-        let whole = "expected at least twice `kubernetes.every`";
-        require(self.stabilisation >= self.every * 2, "kubernetes.stabilisation", whole)
+        // Half of it without a look is a break.
+        let whole = "expected at least six times `kubernetes.every`";
+        require(self.stabilisation >= self.every * 6, "kubernetes.stabilisation", whole)
     }
 }
 
@@ -134,7 +135,7 @@ mod tests {
             }),
             ("kubernetes.namespace", |it| it.namespace = "..".to_owned()),
             ("kubernetes.every", |it| it.every = Duration::ZERO),
-            ("kubernetes.stabilisation", |it| it.stabilisation = Duration::from_secs(9)),
+            ("kubernetes.stabilisation", |it| it.stabilisation = Duration::from_secs(29)),
         ];
         assert!(scaled().check().is_ok());
         for (key, change) in cases {

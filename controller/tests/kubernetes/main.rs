@@ -31,11 +31,15 @@ use pods::Pods;
 const PATIENCE: Duration = Duration::from_secs(90);
 const DEPLOYMENT: &str = "baton-server";
 
-/// Waits until it holds.
-async fn until(what: &str, mut holds: impl AsyncFnMut() -> bool) {
+/// Waits until it holds; in vain it tells what has happened.
+async fn until(node: &Node, what: &str, mut holds: impl AsyncFnMut() -> bool) {
     let began = Instant::now();
     while !holds().await {
-        assert!(began.elapsed() < PATIENCE, "in vain: {what}");
+        if began.elapsed() > PATIENCE {
+            let all = events(node).await;
+            let told = all.iter().map(|it| format!("{} {} {}", it.kind, it.instance_id, it.message));
+            panic!("in vain: {what}\n{}\n{}", told.collect::<Vec<_>>().join("\n"), node.metrics.render());
+        }
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
 }
@@ -53,7 +57,7 @@ fn config(kubeconfig: &str) -> baton_controller::ControllerConfig {
         groups: BTreeMap::from([(GroupName::default(), group)]),
         namespace: NAMESPACE.to_owned(),
         kubeconfig_file: kubeconfig.to_owned(),
-        stabilisation: Duration::from_secs(3),
+        stabilisation: Duration::from_secs(8),
         every: Duration::from_secs(1),
         ..KubernetesConfig::default()
     };
@@ -111,23 +115,24 @@ async fn a_group_is_scaled_out_and_in_with_the_rights_of_the_manifest() {
     let deployments: Api<Deployment> = Api::namespaced(admin.clone(), NAMESPACE);
 
     // Without rights it says which it needs, and goes on once it has them.
-    until("it says what it may not do", async || count(&node, "scaling_failed").await > 0).await;
+    until(&node, "it says what it may not do", async || count(&node, "scaling_failed").await > 0).await;
     let all = events(&node).await;
     let failed = all.iter().find(|event| event.kind == "scaling_failed").expect("it failed");
     let rule = "resources: [deployments/scale], resourceNames: [baton-server], verbs: [get]";
     assert!(failed.message.contains(rule) && failed.message.contains("403"), "{}", failed.message);
     control_plane::apply_manifest(&admin, &["Role", "RoleBinding"]).await;
-    until("it may", async || count(&node, "scaling_recovered").await == 1).await;
+    until(&node, "it may", async || count(&node, "scaling_recovered").await == 1).await;
 
     // More is asked for while the Deployment changes all the time.
     let wanted = || node.metrics.render().contains(r#"scaling_replicas_wanted{group="default"} 3"#);
     let conflicts = || node.metrics.render().contains(r#"reason="conflict""#);
     pods.ask_for(12.0);
     let others: Vec<_> = (0..4).map(|number| tokio::spawn(annotate(deployments.clone(), number))).collect();
-    until("three are wanted, and others change the Deployment", async || wanted() && conflicts()).await;
+    until(&node, "three are wanted, and others change the Deployment", async || wanted() && conflicts())
+        .await;
     others.iter().for_each(|other| other.abort());
-    until("it is scaled out", async || replicas(&deployments).await == 3).await;
-    until("the third serves", async || pods.serving() == 3).await;
+    until(&node, "it is scaled out", async || replicas(&deployments).await == 3).await;
+    until(&node, "the third serves", async || pods.serving() == 3).await;
     assert_eq!(count(&node, "scaled_out").await, 1);
 
     // Nothing more than that.
@@ -142,18 +147,19 @@ async fn a_group_is_scaled_out_and_in_with_the_rights_of_the_manifest() {
 
     // The API server is gone for a while: it is said, and nothing else happens.
     plane.stop("apiserver");
-    until("it says that it cannot scale", async || count(&node, "scaling_failed").await == 2).await;
+    until(&node, "it says that it cannot scale", async || count(&node, "scaling_failed").await == 2).await;
     assert_eq!(pods.serving(), 3);
     plane.start_part("apiserver");
-    until("it goes on", async || count(&node, "scaling_recovered").await == 2).await;
+    until(&node, "it goes on", async || count(&node, "scaling_recovered").await == 2).await;
 
     // Less is asked for: one is emptied, marked and taken away.
     pods.ask_for(1.0);
-    until("it is scaled in", async || replicas(&deployments).await == 2).await;
-    until("its pod is gone", async || pods.names().len() == 2).await;
-    let (gone, marked_when_drained) = pods.gone().first().cloned().expect("one is gone");
-    assert!(marked_when_drained, "{gone} was neither drained nor marked");
-    until("nothing is left of the cordon", async || {
+    until(&node, "it is scaled in", async || replicas(&deployments).await == 2).await;
+    until(&node, "its pod is gone", async || pods.names().len() == 2).await;
+    let (gone, drained) = pods.gone().first().cloned().expect("one is gone");
+    assert!(drained, "{gone} was not drained");
+    until(&node, "it was marked before", async || pods.was_marked(&gone)).await;
+    until(&node, "nothing is left of the cordon", async || {
         let roles = node.roles().await.expect("roles");
         roles.iter().all(|role| role.intent.as_ref().is_none_or(|intent| intent.cordoned.is_none()))
     })

@@ -4,7 +4,7 @@
 //! server serves nothing is said not to be ready: of those Kubernetes of any version takes the first.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{
         Arc, Mutex,
         atomic::{AtomicU64, Ordering},
@@ -13,10 +13,11 @@ use std::{
 };
 
 use baton_proto::v1;
+use futures::StreamExt;
 use k8s_openapi::api::core::v1::Pod;
 use kube::{
     Api, Client,
-    api::{ListParams, Patch, PatchParams},
+    api::{ListParams, Patch, PatchParams, WatchEvent, WatchParams},
 };
 use serde_json::json;
 use tokio::task::JoinHandle;
@@ -43,20 +44,23 @@ struct Shared {
     /// Requests a second of the whole group, in thousandths.
     demand: AtomicU64,
     servers: Mutex<BTreeMap<String, Seen>>,
-    /// Those that went, and whether their pod had been marked while their server was drained.
+    /// Those that went, and whether their server was drained.
     gone: Mutex<Vec<(String, bool)>>,
+    /// Those whose pod has ever been marked as the one to delete.
+    marked: Mutex<BTreeSet<String>>,
 }
 
 pub(crate) struct Pods {
     shared: Arc<Shared>,
-    task: JoinHandle<()>,
+    tasks: [JoinHandle<()>; 2],
 }
 
 impl Pods {
     pub(crate) fn tend(client: Client, controller: &str) -> Self {
         let shared = Arc::new(Shared::default());
-        let task = tokio::spawn(tend(client, controller.to_owned(), shared.clone()));
-        Self { shared, task }
+        let marks = tokio::spawn(watch_marks(client.clone(), shared.clone()));
+        let tended = tokio::spawn(tend(client, controller.to_owned(), shared.clone()));
+        Self { shared, tasks: [marks, tended] }
     }
 
     pub(crate) fn ask_for(&self, requests_per_second: f64) {
@@ -71,8 +75,13 @@ impl Pods {
         self.shared.servers.lock().expect("no panic").keys().cloned().collect()
     }
 
+    /// Those that went, and whether their server was drained.
     pub(crate) fn gone(&self) -> Vec<(String, bool)> {
         self.shared.gone.lock().expect("no panic").clone()
+    }
+
+    pub(crate) fn was_marked(&self, pod: &str) -> bool {
+        self.shared.marked.lock().expect("no panic").contains(pod)
     }
 
     pub(crate) fn api(&self, client: Client) -> Api<Pod> {
@@ -80,14 +89,15 @@ impl Pods {
     }
 
     pub(crate) async fn end(self) {
-        self.task.abort();
-        self.task.await.ok();
+        for task in self.tasks {
+            task.abort();
+            task.await.ok();
+        }
     }
 }
 
 struct Tended {
     server: JoinHandle<()>,
-    marked: bool,
     ready: bool,
 }
 
@@ -98,32 +108,52 @@ impl Drop for Tended {
     }
 }
 
+fn of_deployment() -> String {
+    format!("app={DEPLOYMENT}")
+}
+
+/// A mark stands for some milliseconds before its pod is gone.
+async fn watch_marks(client: Client, shared: Arc<Shared>) {
+    let pods: Api<Pod> = Api::namespaced(client, NAMESPACE);
+    let params = WatchParams::default().labels(&of_deployment());
+    loop {
+        if let Ok(events) = pods.watch(&params, "0").await {
+            let mut events = std::pin::pin!(events);
+            while let Some(Ok(event)) = events.next().await {
+                let (WatchEvent::Modified(pod) | WatchEvent::Deleted(pod)) = event else { continue };
+                let cost = pod.metadata.annotations.as_ref().and_then(|all| all.get(COST));
+                if cost.is_some_and(|cost| *cost == i32::MIN.to_string()) {
+                    shared.marked.lock().expect("no panic").extend(pod.metadata.name);
+                }
+            }
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
 async fn tend(client: Client, controller: String, shared: Arc<Shared>) {
     let pods: Api<Pod> = Api::namespaced(client, NAMESPACE);
-    let params = ListParams::default().labels(&format!("app={DEPLOYMENT}"));
+    let params = ListParams::default().labels(&of_deployment());
     let mut tended: BTreeMap<String, Tended> = BTreeMap::new();
     loop {
         tokio::time::sleep(Duration::from_millis(100)).await;
         // It may be down for a while.
         let Ok(list) = pods.list(&params).await else { continue };
-        let there: BTreeMap<String, Pod> =
-            list.items.into_iter().filter_map(|pod| Some((pod.metadata.name.clone()?, pod))).collect();
+        let there: BTreeSet<String> = list.items.into_iter().filter_map(|pod| pod.metadata.name).collect();
         let (here, went): (BTreeMap<_, _>, BTreeMap<_, _>) =
-            tended.into_iter().partition(|(name, _)| there.contains_key(name));
+            tended.into_iter().partition(|(name, _)| there.contains(name));
         tended = here;
-        for (name, went) in went {
+        for name in went.into_keys() {
             let drained = shared.servers.lock().expect("no panic").remove(&name).is_some_and(|it| it.drained);
-            shared.gone.lock().expect("no panic").push((name, went.marked && drained));
+            shared.gone.lock().expect("no panic").push((name, drained));
         }
-        for (name, pod) in there {
+        for name in there {
             let seen = shared.servers.lock().expect("no panic").get(&name).copied();
             let one = tended.entry(name.clone()).or_insert_with(|| {
                 shared.servers.lock().expect("no panic").insert(name.clone(), Seen::default());
                 let server = tokio::spawn(serve(name.clone(), controller.clone(), shared.clone()));
-                Tended { server, marked: false, ready: false }
+                Tended { server, ready: false }
             });
-            let annotations = pod.metadata.annotations.unwrap_or_default();
-            one.marked = annotations.get(COST).is_some_and(|cost| *cost == i32::MIN.to_string());
             let ready = seen.unwrap_or_default().serves;
             if one.ready != ready {
                 let condition = json!({"type": "Ready", "status": if ready { "True" } else { "False" }});
