@@ -70,13 +70,10 @@ impl AdminService {
 
     /// Brings a message to the leading task and waits for its answer.
     async fn ask<T>(&self, message: impl FnOnce(oneshot::Sender<T>) -> Message) -> Result<T, Status> {
-        if let Some(inbox) = self.desk.inbox() {
-            let (answer, answered) = oneshot::channel();
-            if inbox.messages.send(message(answer)).await.is_ok()
-                && let Ok(answer) = answered.await
-            {
-                return Ok(answer);
-            }
+        if let Some(inbox) = self.desk.inbox()
+            && let Some(answer) = inbox.ask(message).await
+        {
+            return Ok(answer);
         }
         Err(not_leading(&*self.store).await)
     }

@@ -16,6 +16,8 @@ use baton_registry::{MemoryConfig, MemoryStore, Revision, Store, StoreService};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::service::Routes;
 
+#[cfg(feature = "kubernetes")]
+use crate::scale::Scaling;
 use crate::{
     admin::{AdminService, access::Access},
     config::{ControllerConfig, StoreKind},
@@ -121,6 +123,14 @@ impl Parts {
         let ranktable = ranktable.map(|path| ranktable::follow(path.into(), shutdown.clone(), &tasks));
         let door = Door { without_certificate: tokens.is_some(), ..DOOR };
         let (journal, access) = (Journal::default(), Access::new(tokens)?);
+        let metrics = ControllerMetrics::register(&metrics);
+        #[cfg(feature = "kubernetes")]
+        if !config.kubernetes.groups.is_empty() {
+            let scaling = metrics.scaling.clone();
+            let (config, desk, journal) = (config.clone(), desk.clone(), journal.clone());
+            let scaling = Scaling::open(config, desk, journal, scaling, shutdown.clone()).await?;
+            tasks.spawn(scaling.run());
+        }
         let admin = AdminService::new(store.clone(), desk, coordinators, journal.clone(), access);
         let mut routes = Routes::new(ControlServer::new(control)).add_service(FleetAdminServer::new(admin));
         let mut services = SERVICES.to_vec();
@@ -135,7 +145,7 @@ impl Parts {
             desk: open,
             journal,
             ranktable,
-            metrics: ControllerMetrics::register(&metrics),
+            metrics,
             health: health.clone(),
             shutdown: shutdown.clone(),
         };

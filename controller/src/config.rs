@@ -7,6 +7,10 @@ use baton_proto::RolePolicy;
 use baton_registry::EtcdSettings;
 use serde::{Deserialize, Serialize};
 
+mod kubernetes;
+
+pub use kubernetes::{KubernetesConfig, ScaledGroup};
+
 /// The configuration of `baton-controller`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -27,6 +31,7 @@ pub struct ControllerConfig {
     pub congestion: CongestionConfig,
     pub admin: AdminConfig,
     pub ascend: AscendConfig,
+    pub kubernetes: KubernetesConfig,
     pub tls: TlsConfig,
     pub process: ProcessConfig,
 }
@@ -46,6 +51,7 @@ impl Default for ControllerConfig {
             congestion: CongestionConfig::default(),
             admin: AdminConfig::default(),
             ascend: AscendConfig::default(),
+            kubernetes: KubernetesConfig::default(),
             tls: TlsConfig::default(),
             process: ProcessConfig::default(),
         }
@@ -311,6 +317,7 @@ impl ServiceConfig for ControllerConfig {
         let lease = "expected at least twice `sessions.beat`, so that one late report ends no registration";
         require(sessions.lease >= sessions.beat * 2, "sessions.lease", lease)?;
         self.health.validate()?;
+        self.kubernetes.validate()?;
         self.tls.validate()?;
         require(self.leader.ttl >= Duration::from_secs(2), "leader.ttl", "expected at least 2s")?;
         let records = "expected at least `leader.ttl`, so that the next leader finds what this one knew";

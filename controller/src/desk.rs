@@ -95,6 +95,15 @@ pub struct Inbox {
     pub epoch: LeaderEpoch,
 }
 
+impl Inbox {
+    /// Brings a message and waits for its answer; none once the reign is over.
+    pub async fn ask<T>(&self, message: impl FnOnce(oneshot::Sender<T>) -> Message) -> Option<T> {
+        let (answer, answered) = oneshot::channel();
+        self.messages.send(message(answer)).await.ok()?;
+        answered.await.ok()
+    }
+}
+
 /// The adapters' end. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Desk {
@@ -111,5 +120,16 @@ impl Desk {
     /// None unless this controller leads.
     pub fn inbox(&self) -> Option<Inbox> {
         self.inbox.borrow().clone()
+    }
+
+    /// The inbox of this reign, or once there is one of the next. Never, if the controller ends before.
+    pub async fn opened(&self) -> Inbox {
+        let mut inbox = self.inbox.clone();
+        let open = |inbox: &Option<Inbox>| inbox.as_ref().is_some_and(|it| !it.messages.is_closed());
+        let opened = inbox.wait_for(open).await.ok().and_then(|inbox| inbox.clone());
+        match opened {
+            Some(inbox) => inbox,
+            None => std::future::pending().await,
+        }
     }
 }

@@ -17,6 +17,9 @@ pub enum ControllerError {
     Process(#[from] ProcessError),
     #[error(transparent)]
     Etcd(#[from] EtcdOpenError),
+    #[cfg(feature = "kubernetes")]
+    #[error(transparent)]
+    Kubernetes(#[from] crate::scale::OpenError),
     #[error("admin.tokens_file: {0}")]
     Access(#[from] AccessError),
     #[error("{0:?} cannot be this controller's name: set controller_id")]

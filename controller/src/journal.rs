@@ -42,6 +42,11 @@ pub enum NewsKind {
     /// A group whose prompts wait too long.
     CongestionRaised,
     CongestionCleared,
+    /// A group's Deployment is to have more replicas, or fewer.
+    ScaledOut,
+    ScaledIn,
+    ScalingFailed,
+    ScalingRecovered,
     Cordoned,
     Uncordoned,
     Pinned,
@@ -69,6 +74,10 @@ impl NewsKind {
             Self::GroupServing => "group_serving",
             Self::CongestionRaised => "congestion_raised",
             Self::CongestionCleared => "congestion_cleared",
+            Self::ScaledOut => "scaled_out",
+            Self::ScaledIn => "scaled_in",
+            Self::ScalingFailed => "scaling_failed",
+            Self::ScalingRecovered => "scaling_recovered",
             Self::Cordoned => "cordoned",
             Self::Uncordoned => "uncordoned",
             Self::Pinned => "pinned",

@@ -5,7 +5,7 @@
 //! ([`fleet`]), decides what is wanted ([`plan`]), draws the difference ([`reconcile`]) and carries it out: writes to
 //! the store, fenced by its leadership, and orders back to the instances. Operators ask through
 //! [`admin`], and read in the [`journal`] what has happened. Beside that way, as nothing is decided by them: the
-//! [`coordinators`] that report to the leader.
+//! [`coordinators`] that report to the leader, and [`scale`], which has Kubernetes run as many instances as are wanted.
 //!
 //! `fleet`, `plan` and `reconcile` are pure: no IO, and time is an argument. The state store and the election are
 //! baton-registry's.
@@ -24,6 +24,7 @@ pub mod plan;
 pub mod ranktable;
 pub mod reconcile;
 mod reign;
+pub mod scale;
 pub mod session;
 
 pub use build::{Parts, open_store, run};

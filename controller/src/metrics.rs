@@ -17,6 +17,10 @@ use tokio::time::Instant;
 
 use crate::reconcile::Reconciler;
 
+mod scaling;
+
+pub use scaling::ScalingMetrics;
+
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct InstanceLabels {
     role: &'static str,
@@ -26,6 +30,10 @@ struct InstanceLabels {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct GroupLabels {
     group: String,
+}
+
+fn of(group: &str) -> GroupLabels {
+    GroupLabels { group: group.to_owned() }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -85,6 +93,7 @@ pub struct ControllerMetrics {
     pub sessions: Gauge,
     pub store_writes: Counter,
     pub store_errors: Counter,
+    pub scaling: ScalingMetrics,
 }
 
 impl ControllerMetrics {
@@ -149,6 +158,7 @@ impl ControllerMetrics {
             registry.register("sessions", "Sessions of instances", own.sessions.clone());
             registry.register("store_writes", "Keys written to the state store", own.store_writes.clone());
             registry.register("store_errors", "Failed calls of the state store", own.store_errors.clone());
+            own.scaling.register(registry);
         });
         own
     }
@@ -160,7 +170,6 @@ impl ControllerMetrics {
         self.quarantined.set(i64::try_from(quarantined).unwrap_or(i64::MAX));
         let degraded = mind.degraded_links(now).count();
         self.degraded_links.set(i64::try_from(degraded).unwrap_or(i64::MAX));
-        let of = |group: &str| GroupLabels { group: group.to_owned() };
         let served = mind.served().into_iter().map(|(group, served)| (of(group), served));
         self.served.show(served, |gauge, served| {
             gauge.set(served.into());
@@ -243,6 +252,7 @@ mod tests {
         own.wait_seconds.show([(GroupLabels { group }, 0.5)], |gauge, value| {
             gauge.set(value);
         });
+        own.scaling.failing(&baton_proto::GroupName::default(), true);
         let exported = metrics.render();
         let words = rules.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_'));
         let asked: Vec<_> = words.filter(|word| word.starts_with("baton_controller_")).collect();
@@ -255,7 +265,6 @@ mod tests {
     #[test]
     fn a_scrape_at_any_time_finds_every_member_that_stays() {
         let series = Series::<GroupLabels, Gauge>::default();
-        let of = |group: &str| GroupLabels { group: group.to_owned() };
         let names: Vec<String> = (0..50).map(|number| format!("g{number}")).collect();
         let all = || names.iter().map(|name| (of(name), 1));
         let set = |gauge: &Gauge, value| {

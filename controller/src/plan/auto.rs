@@ -223,13 +223,15 @@ pub fn divide(
 ///
 /// A target that not even an idle instance meets is left out: then as many as keep up with ease are wanted.
 pub fn wanted(measured: &Measured, most: usize) -> (usize, usize) {
-    let Measured { demand, speed, targets, caution } = measured;
+    let Measured { demand, speed, targets, caution: _ } = measured;
+    // The caution of the moment is about moves: how much is enough does not change with it.
+    let ease = Caution::default().pressure;
     let fewest = |target: Duration, forecast: &dyn Fn(usize) -> Forecast| {
         let idle = forecast(usize::MAX / 2).seconds;
         let enough = |count: &usize| {
             let of = forecast(*count);
             let in_time = idle >= target.as_secs_f64() || of.pressure(target) <= 1.0;
-            of.utilisation <= caution.pressure && in_time
+            of.utilisation <= ease && in_time
         };
         (1..=most).find(enough).unwrap_or(most)
     };

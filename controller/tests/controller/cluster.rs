@@ -259,7 +259,10 @@ impl Server {
                     return match order.ok().flatten().and_then(|order| order.order) {
                         Some(controller_order::Order::Assign(assign)) => {
                             assert!(assign.epoch > self.state.role_epoch, "{assign:?} would be ignored");
+                            let load = self.state.load;
                             self.state = beat(assign.role(), assign.epoch, v1::Phase::Ready);
+                            // What it has counted goes on.
+                            self.state.load = load;
                             self.beat().await;
                             Some(Some(assign))
                         }

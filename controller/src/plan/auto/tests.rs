@@ -123,6 +123,11 @@ fn what_is_wanted_meets_the_targets_and_one_less_does_not() {
     let tpot = |count| enough(time_per_token(&demand, &SPEED, count), TARGETS.tpot);
     assert!(ttft(prefill) && !ttft(prefill - 1), "{prefill} prefill");
     assert!(tpot(decode) && !tpot(decode - 1), "{decode} decode");
+    // As while small gains are worth a move, and while nobody is moved.
+    for caution in [Caution::NONE, Caution { pressure: f64::INFINITY, ..Caution::default() }] {
+        let cautious = Measured { caution, ..measured(&demand) };
+        assert_eq!(wanted(&cautious, 100), (prefill, decode));
+    }
     let impossible = Targets { ttft: Duration::from_millis(1), ..TARGETS };
     let (prefill, _) = wanted(&Measured { targets: impossible, ..measured(&demand) }, 100);
     assert!(prefill < 100, "a target that nobody can meet asks for no endless fleet: {prefill}");
