@@ -26,7 +26,8 @@ pub struct KubernetesConfig {
     pub kubeconfig_file: String,
     /// The label of an instance that names its pod. Empty = `instance_id` is the pod's name.
     pub pod_label: String,
-    /// For how long a group must have wanted fewer instances without a break before one is taken away.
+    /// For how long a group must have wanted fewer instances without a break before one is taken away. At least six
+    /// `kubernetes.every`.
     #[serde(with = "duration")]
     pub stabilisation: Duration,
     /// How often a Deployment and its pods are looked at.
