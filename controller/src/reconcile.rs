@@ -141,6 +141,8 @@ pub struct Reconciler {
     queues_at: Instant,
     /// Something that plans depend on has changed.
     plan_due: bool,
+    /// Who has come and is to be told its role, once it is clear that this is still to be its role.
+    offers: BTreeSet<InstanceId>,
     /// When leases, places and memories are to be looked at.
     check_at: Instant,
     /// When they last were, or could have been.
@@ -196,6 +198,7 @@ impl Reconciler {
             congestion_config: CongestionConfig::default(),
             queues_at: now,
             plan_due: true,
+            offers: BTreeSet::new(),
             check_at: now,
             awake: now,
             plan_at: None,
@@ -354,6 +357,8 @@ impl Reconciler {
         {
             info!(instance = %id, %session, "a session broke; the registration lasts until its lease ends");
             member.contact = Contact::Silent { since: now };
+            // Whether it heard what was on its way is not known: if need be, that is taken back.
+            member.told = None;
         }
     }
 
@@ -385,11 +390,20 @@ impl Reconciler {
             self.tell(kind, &id, verdict.to_string());
         }
         self.watch_queues(now);
+        self.plan_if_due(now);
+        for id in std::mem::take(&mut self.offers) {
+            commands.extend(self.members.get_mut(&id).and_then(offer));
+            self.follow(&id, now);
+        }
+        self.plan_if_due(now);
+        commands
+    }
+
+    fn plan_if_due(&mut self, now: Instant) {
         if self.plan_due || self.plan_at.is_some_and(|at| at <= now) {
             (self.plan_due, self.plan_at) = (false, None);
             self.replan(now);
         }
-        commands
     }
 
     /// When [`Self::conclude`] will have something to do without an event.

@@ -2,9 +2,9 @@
 //!
 //! A request takes a [`Ticket`] on arrival ([`crate::http`]), before its body is read, so that the memory of all requests
 //! together is bounded. Once its model is known it takes a [`Place`] in that model's [`Line`] and, once prepared, waits
-//! there for a [`Permit`] ([`crate::serve`]): what waits for one model's instances holds up no other model's requests,
-//! nor can it take their room. A body that is not prepared on the spot waits for a [`Turn`] at a core before. All are
-//! given back by drop. Overflow policy: a full house or line is 429 at once, a wait beyond the queue's time is 429 too.
+//! there for a [`Permit`] ([`crate::serve`]): what waits for one model's instances holds up no other model's requests. A
+//! body that is not prepared on the spot waits for a [`Turn`] at a core before. All are given back by drop. Overflow
+//! policy: a full house or line is 429 at once, a wait beyond the queue's time is 429 too.
 
 use std::{sync::Arc, time::Duration};
 

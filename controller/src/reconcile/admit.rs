@@ -81,7 +81,7 @@ impl Reconciler {
         self.mark_registration(&id);
         self.plan_due = true;
         commands.push(Command::Order(session, Order::Welcome));
-        commands.extend(offer(&mut member));
+        self.offers.insert(id.clone());
         let joined = (!known).then(|| {
             let spec = &member.spec;
             format!("{} at {}, version {}", spec.model.name, spec.inference_endpoint, spec.version)
@@ -90,7 +90,6 @@ impl Reconciler {
         if let Some(message) = joined {
             self.tell(NewsKind::InstanceJoined, &id, message);
         }
-        self.follow(&id, now);
         self.check_at = self.check_at.min(now + self.sessions_config.lease);
         commands
     }

@@ -251,3 +251,19 @@ fn one_that_does_not_follow_its_pin_is_shown_as_stuck() {
     assert_eq!(stuck, Some(Stuck::Overdue(config.drain + config.switch_grace)));
     assert_eq!(world.step_of("b"), Step::NotCounted);
 }
+
+/// Its connection broke as it was told; by the time it is back, the other one that did the same is gone.
+#[test]
+fn what_may_not_have_been_heard_is_taken_back_when_nobody_else_is_left() {
+    let (mut world, [a, b, c]) = World::three();
+    let held = world.last_assigned(b);
+    world.cordon("b", false).expect("c decodes");
+    assert_eq!(world.last_assigned(b).role, Role::None);
+    world.event(Event::Closed { session: b });
+    world.event(Event::Bye { session: c, reason: "gone".into() });
+    let b = world.hello("b", 1, beat(Phase::Ready, held.role, held.epoch.0));
+    assert_eq!(world.last_assigned(b).role, Role::Decode);
+    world.obey(b);
+    assert_eq!(world.obey(a).0, Role::Mixed);
+    assert_eq!(world.last_assigned(b).role, Role::None, "it is cordoned still");
+}

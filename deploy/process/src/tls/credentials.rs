@@ -141,15 +141,17 @@ impl Held {
         {
             return Err(TlsError::WrongRole { path: path(), named: identity.role, own });
         }
-        let usage = match owner {
-            Owner::Service(_) => KeyUsage::server_auth(),
-            Owner::Operator => KeyUsage::client_auth(),
+        // Services are dialled and dial.
+        let usages = match owner {
+            Owner::Service(_) => &[KeyUsage::server_auth(), KeyUsage::client_auth()][..],
+            Owner::Operator => &[KeyUsage::client_auth()],
         };
         // Peers look at it as this does; better said here than guessed from their refusals.
         let believed = EndEntityCert::try_from(&chain[0]).and_then(|own| {
-            let algorithms = provider.signature_verification_algorithms.all;
-            own.verify_for_usage(algorithms, &roots.roots, &chain[1..], UnixTime::now(), usage, None, None)
-                .map(drop)
+            let (algorithms, now) = (provider.signature_verification_algorithms.all, UnixTime::now());
+            usages.iter().try_for_each(|usage| {
+                own.verify_for_usage(algorithms, &roots.roots, &chain[1..], now, *usage, None, None).map(drop)
+            })
         });
         believed.map_err(|error| {
             let why = match error {
