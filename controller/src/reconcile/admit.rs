@@ -7,7 +7,7 @@ use baton_registry::DesiredRole;
 use tokio::time::Instant;
 use tracing::info;
 
-use super::{Command, Order, Reconciler, Record, offer};
+use super::{Command, Order, Reconciler, Record};
 use crate::{
     fleet::{Beat, Contact, Member, SessionId},
     journal::NewsKind,
