@@ -26,11 +26,12 @@
 //! - Silence is bounded by the lease, waiting by deadlines, memory by [`Limits`].
 //!
 //! What it leaves to others: which blocks, which peer, when; and HTTP/2 keep-alive on the server that mounts
-//! [`KvNode::handoff_service`], without which a sender that has vanished keeps its control stream. Peers show each other that they know the [`FleetSecret`],
-//! if there is one, before either tells the other anything; without it, and without mutual TLS (whoever dials and serves the `Handoff` service brings that:
-//! [`Dial`], [`KnownPeer`]), whoever can reach the port is believed. The data plane is authenticated by keys given over the
-//! control stream. Slices are not encrypted; without TLS messages of the control stream are not either, and carry no proof
-//! but those of its hellos: who can change them on their way can change what they say.
+//! [`KvNode::handoff_service`], without which a sender that has vanished keeps its control stream. Peers show each other
+//! that they know the [`FleetSecret`], if there is one, before either tells the other anything; without it, and without
+//! mutual TLS (whoever dials and serves the `Handoff` service brings that: [`Dial`], [`KnownPeer`]), whoever can reach the
+//! port is believed. The data plane is authenticated by keys given over the control stream. Slices are not encrypted;
+//! without TLS messages of the control stream are not either, and carry no proof but those of its hellos: who can change
+//! them on their way can change what they say.
 //!
 //! # Example
 //! Two nodes in one process; `pool` stands for a device's memory.
