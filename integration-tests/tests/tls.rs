@@ -246,6 +246,18 @@ async fn hello_of_alpha(server: &str, caller: &Tls) -> Status {
     client.exchange(iter([hello])).await.expect_err("it has no layout")
 }
 
+/// How a server answers one that calls itself `e-0`, to those calls of coordinators that say who makes them.
+async fn hellos_of_a_coordinator(server: &str, caller: &Tls) -> [Status; 2] {
+    let endpoint = format!("http://{server}").parse::<tonic::transport::Endpoint>().expect("good");
+    let channel = caller.dial(Role::Server).connect_lazy(&endpoint);
+    let coordinator_id = "e-0".to_owned();
+    let hello = v1::attach_request::Hello { coordinator_id: coordinator_id.clone() };
+    let hello = v1::AttachRequest { frame: Some(v1::attach_request::Frame::Hello(hello)) };
+    let attached = InferenceClient::new(channel.clone()).attach(iter([hello])).await;
+    let events = KvCacheClient::new(channel).events(v1::KvEventsRequest { coordinator_id }).await;
+    [attached.map(drop).expect_err("refused"), events.map(drop).expect_err("refused")]
+}
+
 /// By each plane: those of another authority, and those of ours with the wrong role.
 async fn strangers_are_refused(fleet: &Fleet, admin: &TlsConfig) {
     let instances = fleet.get(admin, "instances").await.expect("the controller answers");
@@ -300,6 +312,13 @@ async fn strangers_are_refused(fleet: &Fleet, admin: &TlsConfig) {
         if role == "server" {
             let refused = hello_of_alpha(&planes.server, &caller).await;
             assert_eq!(refused.message(), "alpha says hello on a connection of mallory");
+        }
+        if role == "coordinator" {
+            for refused in hellos_of_a_coordinator(&planes.server, &caller).await {
+                let (code, text) = (refused.code(), refused.message());
+                assert_eq!(code, Code::PermissionDenied, "{text}");
+                assert!(text.starts_with("e-0 says hello with the certificate of another: "), "{text}");
+            }
         }
     }
 }
