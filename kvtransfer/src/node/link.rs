@@ -114,9 +114,6 @@ impl Link {
         }
         if let Some(up) = up {
             outbound.link_up(&up);
-            if !self.stands(&up) {
-                outbound.link_lost(&up, "it ended as the transfer was offered");
-            }
         }
         true
     }
@@ -153,10 +150,6 @@ impl Link {
             state.up = None;
         }
         state.up.is_none()
-    }
-
-    fn stands(&self, up: &LinkUp) -> bool {
-        self.state.lock().up.as_ref().is_some_and(|current| current.is(up))
     }
 
     pub(super) fn ended(&self) -> bool {
@@ -237,9 +230,10 @@ impl Link {
         self.transfers().iter().for_each(|outbound| outbound.link_up(up));
     }
 
-    /// Ends what rests on the stream.
+    /// Ends what rests on the stream. Cut first: a transfer that comes meanwhile waits for the next one.
     pub(super) fn down(&self, why: &str) {
         let Some(up) = self.state.lock().up.take() else { return };
+        up.cut();
         self.transfers().iter().for_each(|outbound| outbound.link_lost(&up, why));
     }
 

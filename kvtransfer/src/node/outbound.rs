@@ -101,11 +101,15 @@ impl Outbound {
         self.outcome.subscribe()
     }
 
-    /// The control stream stands; the receiver at its other end must be the one meant.
+    /// The control stream stands; the receiver at its other end must be the one meant. One that has been given up
+    /// meanwhile is not taken: its end has been told, or will be, to those that rest on it already.
     pub(super) fn link_up(&self, up: &LinkUp) {
         let wrong = up.check_receiver(&self.spec);
         let now = self.node.now();
         let mut state = self.state.lock();
+        if up.broken().is_cancelled() {
+            return;
+        }
         let commands = match wrong {
             Ok(()) => {
                 state.link = Some(up.clone());
