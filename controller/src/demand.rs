@@ -2,8 +2,13 @@
 //! [`Speed`] out.
 //!
 //! Instances count what they have done since they started; the difference between two reports is what happened between
-//! them. Old differences fade: after [`FADING`] they count a third, so that a shift is seen within two minutes and a
-//! single burst moves nothing. The time of a decode step is a line over the sequences in it, fitted to the same reports.
+//! them. Old differences fade. What is asked for is what *arrives*, whether or not it has been served, so that a group
+//! that is full is seen to be. It is read from the shortest of several memories ([`MEMORIES`]) that knows enough requests
+//! for a typical one: busy groups are judged by their last seconds, so that a shift is seen within two minutes and a
+//! single burst moves nothing, and groups with a few long answers by their last minutes. A longer memory is believed
+//! only while the shorter ones do not contradict it: a rush that is over is forgotten as soon as they say so.
+//!
+//! The time of a decode step is a line over the sequences in it, fitted to the same reports.
 //!
 //! Fed by [`crate::reconcile`] with every beat; read by [`crate::plan`] through [`Meter::demand`] and [`Meter::speed`].
 
@@ -14,12 +19,16 @@ use tokio::time::Instant;
 
 use crate::plan::auto::{Demand, Speed};
 
-/// After this long a report's weight has fallen to 1/e.
-pub const FADING: Duration = Duration::from_secs(20);
+/// After so long what a memory holds has fallen to 1/e of its weight.
+pub const MEMORIES: [Duration; 3] =
+    [Duration::from_secs(20), Duration::from_secs(100), Duration::from_secs(500)];
 /// Reports of less time than this say nothing yet.
 const SHORTEST: Duration = Duration::from_secs(5);
 /// Fewer requests than this, faded ones in part, say nothing of a typical one.
 const FEWEST_REQUESTS: f64 = 3.0;
+/// Requests that a memory expects of the time since the last one, and there were none: it is out of date. By chance that
+/// happens once in twenty times.
+const MISSED: f64 = 3.0;
 /// A step time without known slope is taken to be of a batch that adds as much as this many sequences' worth of base.
 const PRIOR_SEQUENCES: f64 = 32.0;
 /// How many reports the prior weighs, at a spread of one sequence.
@@ -35,15 +44,60 @@ impl Faded {
     }
 }
 
-/// Sums of one group.
+/// What reports add to a memory, and what it still holds of it: counts.
+#[derive(Debug, Clone, Copy, Default)]
+struct Sums {
+    arrived: Faded,
+    arrived_tokens: Faded,
+    choices: Faded,
+    prefilled: Faded,
+    prefilled_tokens: Faded,
+    decoded_tokens: Faded,
+    finished: Faded,
+    finished_tokens: Faded,
+}
+
+impl Sums {
+    /// What happened between two reports of an instance.
+    fn learn(&mut self, fade: f64, known: &InstanceLoad, load: &InstanceLoad) {
+        let more = |of: fn(&InstanceLoad) -> u64| of(load).saturating_sub(of(known)) as f64;
+        self.arrived.add(fade, more(|load| load.accepted_requests));
+        self.arrived_tokens.add(fade, more(|load| load.accepted_prompt_tokens));
+        self.choices.add(fade, more(|load| load.accepted_choices));
+        self.prefilled.add(fade, more(|load| load.prefilled_requests));
+        self.prefilled_tokens.add(fade, more(|load| load.prefilled_tokens));
+        self.decoded_tokens.add(fade, more(|load| load.decoded_tokens));
+        self.finished.add(fade, more(|load| load.finished_requests));
+        self.finished_tokens.add(fade, more(|load| load.finished_tokens));
+    }
+
+    /// Tokens of a prompt that are computed, for a request. Until enough are: all that prompts have.
+    fn prompt_tokens(&self) -> f64 {
+        match self.prefilled.0 >= FEWEST_REQUESTS {
+            true => self.prefilled_tokens.0 / self.prefilled.0,
+            false => self.arrived_tokens.0 / self.arrived.0,
+        }
+    }
+
+    /// Tokens of a completion, when so many are being decoded. Of those that ended; until enough have, those that are
+    /// being decoded count too, and are taken to be half done.
+    fn completion_tokens(&self, running: f64) -> f64 {
+        if self.finished.0 >= FEWEST_REQUESTS {
+            return self.finished_tokens.0 / self.finished.0;
+        }
+        let unfinished = 2.0 * (self.decoded_tokens.0 - self.finished_tokens.0).max(0.0);
+        (self.finished_tokens.0 + unfinished) / (self.finished.0 + running).max(1.0)
+    }
+}
+
+/// One group.
 #[derive(Debug, Clone, Default)]
 pub struct Meter {
     began: Option<Instant>,
     at: Option<Instant>,
-    requests: Faded,
-    prompt_tokens: Faded,
-    finished: Faded,
-    finished_tokens: Faded,
+    /// When a request last arrived.
+    arrived: Option<Instant>,
+    memories: [Sums; MEMORIES.len()],
     steps: StepLine,
     instances: BTreeMap<InstanceId, Last>,
 }
@@ -92,16 +146,18 @@ impl Meter {
     pub fn report(&mut self, now: Instant, id: &InstanceId, incarnation: Incarnation, load: &InstanceLoad) {
         self.began.get_or_insert(now);
         let since = self.at.map_or(Duration::ZERO, |at| now.saturating_duration_since(at));
-        let fade = (-since.as_secs_f64() / FADING.as_secs_f64()).exp();
         self.at = Some(now);
         let before =
             self.instances.get(id).filter(|last| last.incarnation == incarnation).map(|last| last.load);
         let known = before.unwrap_or(*load);
+        for (memory, long) in self.memories.iter_mut().zip(MEMORIES) {
+            memory.learn(faded(since, long), &known, load);
+        }
         let more = |of: fn(&InstanceLoad) -> u64| of(load).saturating_sub(of(&known)) as f64;
-        self.requests.add(fade, more(|load| load.prefilled_requests));
-        self.prompt_tokens.add(fade, more(|load| load.prefilled_tokens));
-        self.finished.add(fade, more(|load| load.finished_requests));
-        self.finished_tokens.add(fade, more(|load| load.finished_tokens));
+        if more(|load| load.accepted_requests) > 0.0 {
+            self.arrived = Some(now);
+        }
+        let fade = faded(since, MEMORIES[0]);
         self.steps.fade(fade);
         if more(|load| load.decode_steps) > 0.0 {
             let sequences = more(|load| load.decoded_tokens) / more(|load| load.decode_steps);
@@ -115,23 +171,42 @@ impl Meter {
         self.instances.retain(|id, _| member(id));
     }
 
-    /// None until there is something to go by.
+    /// None until there is something to go by, and once nothing is asked for any more.
     pub fn demand(&self, now: Instant) -> Option<Demand> {
-        let (began, at) = (self.began?, self.at?);
-        let age = now.saturating_duration_since(began);
-        if age < SHORTEST || self.requests.0.min(self.finished.0) < FEWEST_REQUESTS {
+        let (began, at, arrived) = (self.began?, self.at?, self.arrived?);
+        let (age, since) = (now.saturating_duration_since(began), now.saturating_duration_since(at));
+        if age < SHORTEST {
             return None;
         }
-        // The weight of the whole time that was watched: what a constant stream of one a second would have summed to.
-        let seconds = |of: Duration| of.as_secs_f64() / FADING.as_secs_f64();
-        let weight = FADING.as_secs_f64() * (1.0 - (-seconds(age)).exp());
-        let fade = (-seconds(now.saturating_duration_since(at))).exp();
-        Some(Demand {
-            requests_per_second: self.requests.0 * fade / weight,
-            prompt_tokens: self.prompt_tokens.0 / self.requests.0,
-            // Of those that ended: what has been decoded of the others says nothing of what is still to come.
-            completion_tokens: self.finished_tokens.0 / self.finished.0,
-        })
+        let silence = now.saturating_duration_since(arrived).as_secs_f64();
+        // Shorter memories, by the weight of their time and what they know to have arrived in it.
+        let mut shorter: Vec<(f64, f64)> = Vec::new();
+        for (sums, long) in self.memories.iter().zip(MEMORIES) {
+            // The weight of the whole time that was watched: what a constant stream of one a second would have summed to.
+            let weight = long.as_secs_f64() * (1.0 - faded(age, long));
+            let known = sums.arrived.0 * faded(since, long);
+            let rate = known / weight;
+            let too_few = |(weight, known): &(f64, f64)| {
+                let expected = rate * weight;
+                *known < expected - 2.0 * expected.sqrt() - 1.0
+            };
+            let over = !shorter.is_empty() && rate * silence > MISSED;
+            if over || shorter.iter().any(too_few) {
+                return None;
+            }
+            if known >= FEWEST_REQUESTS {
+                let running =
+                    self.instances.values().map(|last| f64::from(last.load.running_sequences)).sum();
+                let choices = sums.choices.0 / sums.arrived.0;
+                return Some(Demand {
+                    requests_per_second: rate,
+                    prompt_tokens: sums.prompt_tokens(),
+                    completion_tokens: sums.completion_tokens(running) * choices,
+                });
+            }
+            shorter.push((weight, known));
+        }
+        None
     }
 
     /// Of a typical instance; none until both phases have been measured. `block_tokens` is the group's.
@@ -154,6 +229,11 @@ impl Meter {
             kv_tokens: measured(|load| load.kv_blocks_total.into())? * f64::from(block_tokens),
         })
     }
+}
+
+/// What is left of a weight of 1 after so long.
+fn faded(after: Duration, long: Duration) -> f64 {
+    (-after.as_secs_f64() / long.as_secs_f64()).exp()
 }
 
 #[cfg(test)]

@@ -210,6 +210,12 @@ pub struct InstanceLoad {
     pub failed_transfers_in: u64,
     /// Layers and steps computed: stands still only while nothing is computed.
     pub progress: u64,
+    /// Taken on to be prefilled here.
+    pub accepted_requests: u64,
+    /// Tokens of their prompts; those that a prefix cache holds are among them.
+    pub accepted_prompt_tokens: u64,
+    /// Completions that they ask for.
+    pub accepted_choices: u64,
 }
 
 fn present(value: String, field: &'static str) -> Result<String, WireError> {
@@ -338,6 +344,9 @@ impl From<v1::InstanceLoad> for InstanceLoad {
             failed_transfers_out: wire.failed_transfers_out,
             failed_transfers_in: wire.failed_transfers_in,
             progress: wire.progress,
+            accepted_requests: wire.accepted_requests,
+            accepted_prompt_tokens: wire.accepted_prompt_tokens,
+            accepted_choices: wire.accepted_choices,
         }
     }
 }
@@ -367,6 +376,9 @@ impl From<InstanceLoad> for v1::InstanceLoad {
             failed_transfers_out: load.failed_transfers_out,
             failed_transfers_in: load.failed_transfers_in,
             progress: load.progress,
+            accepted_requests: load.accepted_requests,
+            accepted_prompt_tokens: load.accepted_prompt_tokens,
+            accepted_choices: load.accepted_choices,
         }
     }
 }

@@ -393,6 +393,9 @@ impl Load {
             failed_transfers_out: self.done.outgoing.broken,
             failed_transfers_in: self.done.incoming.broken,
             progress: self.done.progress,
+            accepted_requests: occupancy.counts.accepted.requests,
+            accepted_prompt_tokens: occupancy.counts.accepted.prompt_tokens,
+            accepted_choices: occupancy.counts.accepted.choices,
         }
     }
 }

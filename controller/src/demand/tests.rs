@@ -31,6 +31,9 @@ impl Stream {
     fn run(&mut self, seconds: u64, (rate, prompt, answer): (u64, u64, u64), (batch, step): (u64, u64)) {
         for _ in 0..seconds {
             self.now += BEAT;
+            self.load.accepted_requests += rate;
+            self.load.accepted_prompt_tokens += rate * prompt;
+            self.load.accepted_choices += rate;
             self.load.prefilled_requests += rate;
             self.load.prefilled_tokens += rate * prompt;
             self.load.decoded_tokens += rate * answer;
@@ -84,7 +87,7 @@ fn an_instance_that_starts_again_is_not_counted_twice() {
     let mut stream = Stream::new();
     stream.run(60, (4, 1000, 100), (4, 10_000));
     let before = stream.demand().requests_per_second;
-    stream.load = InstanceLoad { prefilled_requests: 1_000_000, ..stream.load };
+    stream.load = InstanceLoad { accepted_requests: 1_000_000, prefilled_requests: 1_000_000, ..stream.load };
     stream.incarnation = Incarnation(2);
     stream.run(1, (4, 1000, 100), (4, 10_000));
     assert!(stream.demand().requests_per_second <= before, "its earlier requests were not of this second");
@@ -109,4 +112,89 @@ fn batches_of_one_size_leave_a_slope_that_is_neither_none_nor_all() {
     let speed = stream.meter.speed(16).expect("measured");
     assert!(speed.step_per_sequence > 0.0 && speed.step_base > 0.0, "{speed:?}");
     assert!(near(speed.step_base + 8.0 * speed.step_per_sequence, 0.01, 0.01), "{speed:?}");
+}
+
+/// A request every `every` seconds, for `seconds`; each is decoded at 20 tokens a second for `tokens`, all at once.
+fn trickle(stream: &mut Stream, seconds: u64, every: u64, tokens: u64) {
+    let mut left: Vec<u64> = Vec::new();
+    for second in 0..seconds {
+        stream.now += BEAT;
+        if second % every == 0 {
+            stream.load.accepted_requests += 1;
+            stream.load.accepted_prompt_tokens += 700;
+            stream.load.accepted_choices += 1;
+            stream.load.prefilled_requests += 1;
+            stream.load.prefilled_tokens += 500;
+            left.push(tokens);
+        }
+        for left in &mut left {
+            stream.load.decoded_tokens += 20.min(*left);
+            *left -= 20.min(*left);
+        }
+        let before = left.len();
+        left.retain(|left| *left > 0);
+        stream.load.finished_requests += (before - left.len()) as u64;
+        stream.load.finished_tokens += (before - left.len()) as u64 * tokens;
+        stream.load.running_sequences = left.len() as u32;
+        stream.load.decode_steps += 20;
+        stream.load.decode_step_micros = 50_000;
+        stream.meter.report(stream.now, &id("a"), stream.incarnation, &stream.load);
+    }
+}
+
+#[test]
+fn few_long_answers_are_seen_before_the_first_has_ended() {
+    let mut stream = Stream::new();
+    stream.run(1, (0, 0, 0), (1, 0));
+    trickle(&mut stream, 200, 10, 20_000);
+    let demand = stream.demand();
+    assert!(near(demand.requests_per_second, 0.1, 0.15), "{demand:?}");
+    assert!(near(demand.prompt_tokens, 500.0, 1e-9), "{demand:?}");
+    // What has been decoded of each so far, doubled, and at most ten times too little.
+    assert!((2_000.0..=20_000.0).contains(&demand.completion_tokens), "{demand:?}");
+    trickle(&mut stream, 4_000, 10, 20_000);
+    let demand = stream.demand();
+    assert!(near(demand.requests_per_second, 0.1, 0.15), "{demand:?}");
+    assert!(near(demand.completion_tokens, 20_000.0, 0.05), "once enough have ended: {demand:?}");
+}
+
+#[test]
+fn a_request_a_minute_is_a_demand_and_its_end_is_noticed() {
+    let mut stream = Stream::new();
+    stream.run(1, (0, 0, 0), (1, 0));
+    trickle(&mut stream, 1_200, 60, 600);
+    assert!(near(stream.demand().requests_per_second, 1.0 / 60.0, 0.15), "{:?}", stream.demand());
+    stream.run(400, (0, 0, 0), (1, 0));
+    assert_eq!(stream.meter.demand(stream.now), None);
+}
+
+#[test]
+fn a_rush_that_is_over_stays_forgotten() {
+    let mut stream = Stream::new();
+    stream.run(600, (10, 300, 80), (16, 20_000));
+    stream.run(60, (0, 0, 0), (1, 0));
+    for _ in 0..300 {
+        stream.run(10, (0, 0, 0), (1, 0));
+        let demand = stream.meter.demand(stream.now);
+        assert!(demand.is_none_or(|demand| demand.requests_per_second < 0.4), "{demand:?}");
+    }
+    trickle(&mut stream, 2_000, 100, 600);
+    let demand = stream.demand();
+    assert!(near(demand.requests_per_second, 0.01, 0.5), "{demand:?}");
+}
+
+#[test]
+fn requests_that_wait_are_asked_for_too() {
+    let mut stream = Stream::new();
+    stream.run(1, (0, 0, 0), (1, 0));
+    for _ in 0..40 {
+        // One is served in a second, and two come.
+        stream.load.accepted_requests += 1;
+        stream.load.accepted_prompt_tokens += 1000;
+        stream.load.accepted_choices += 3;
+        stream.run(1, (1, 1000, 100), (4, 10_000));
+    }
+    let demand = stream.demand();
+    assert!(near(demand.requests_per_second, 2.0, 0.05), "{demand:?}");
+    assert!(near(demand.completion_tokens, 200.0, 0.01), "half of them ask for three: {demand:?}");
 }

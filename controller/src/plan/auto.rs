@@ -3,7 +3,8 @@
 //!
 //! Both phases are forecast for every possible division. A prompt waits as in a queue with several servers
 //! (Sakasegawa's approximation of M/M/c) and is then computed; a token takes a decode step, and how many sequences share
-//! a step follows from Little's law: as many as arrive in the time that one takes. The *pressure* on a division is the
+//! a step follows from Little's law: as many as arrive in the time that one takes. A sequence waits for its place in a batch
+//! as a prompt does, with a server for each place. The *pressure* on a division is the
 //! larger of both forecasts, each as a share of its target: above 1 a target is missed.
 //!
 //! Moving an instance empties it first, so the present division is kept unless it is under pressure and another one
@@ -109,10 +110,13 @@ pub fn time_to_first_token(demand: &Demand, speed: &Speed, prefill: usize) -> Fo
     let instances = prefill as f64;
     let service = demand.prompt_tokens / speed.prefill_tokens_per_second;
     let utilisation = demand.requests_per_second * service / instances;
-    // H. Sakasegawa, "An approximation formula L_q = a rho^b / (1 - rho)", 1977; both variations taken as 1.
-    let wait = service * utilisation.powf((2.0 * (instances + 1.0)).sqrt() - 1.0)
-        / (instances * (1.0 - utilisation));
-    Forecast::of(service + wait, utilisation)
+    Forecast::of(service * (1.0 + waits(instances, utilisation)), utilisation)
+}
+
+/// How many times its own service a request waits for one of so many servers, on average, while they can keep up.
+/// H. Sakasegawa, "An approximation formula L_q = a rho^b / (1 - rho)", 1977; both variations taken as 1.
+fn waits(servers: f64, utilisation: f64) -> f64 {
+    utilisation.powf((2.0 * (servers + 1.0)).sqrt() - 1.0) / (servers * (1.0 - utilisation))
 }
 
 /// Mean time per token with `decode` instances.
@@ -125,7 +129,9 @@ pub fn time_per_token(demand: &Demand, speed: &Speed, decode: usize) -> Forecast
     let in_cache = speed.kv_tokens / (demand.prompt_tokens + demand.completion_tokens / 2.0);
     let largest = in_cache.min(speed.sequences);
     let utilisation = tokens_per_second * (speed.step_base / largest + speed.step_per_sequence);
-    Forecast::of(speed.step_base + batch * speed.step_per_sequence, utilisation)
+    let step = speed.step_base + batch * speed.step_per_sequence;
+    // Whoever waits for a place in a batch waits between two tokens; it is shared by all of a completion's.
+    Forecast::of(step * (1.0 + waits(largest * instances, utilisation)), utilisation)
 }
 
 /// A division and what is expected of it.

@@ -102,8 +102,21 @@ fn time_per_token_is_that_of_the_batch_that_sustains_itself() {
         let running =
             demand.requests_per_second * demand.completion_tokens * forecast.seconds / decode as f64;
         let step = SPEED.step_base + running * SPEED.step_per_sequence;
-        assert!((step / forecast.seconds - 1.0).abs() < 1e-9, "{decode}: {step} against {forecast:?}");
+        // Places enough: hardly anybody waits for one.
+        assert!((step / forecast.seconds - 1.0).abs() < 1e-6, "{decode}: {step} against {forecast:?}");
     }
+}
+
+#[test]
+fn who_waits_for_a_place_in_a_batch_waits_between_tokens() {
+    // Four places, of which 3.6 are taken on average.
+    let few = Speed { sequences: 4.0, step_per_sequence: 0.0, ..SPEED };
+    let demand = demand(0.9 * 4.0 / (200.0 * SPEED.step_base), 1_000.0, 200.0);
+    // Erlang's formula for four servers at 90 %: a request waits 1.97 times its own service.
+    let one = time_per_token(&demand, &few, 1).seconds / SPEED.step_base;
+    assert!((one / 2.97 - 1.0).abs() < 0.05, "{one}");
+    let two = time_per_token(&demand, &few, 2).seconds / SPEED.step_base;
+    assert!(two < 1.03, "with eight places at 45 %: {two}");
 }
 
 #[test]

@@ -93,6 +93,9 @@ impl Group {
                     let requests =
                         (stream.requests_per_second / counts.0).min(12_000.0 / stream.prompt_tokens);
                     served[0] += requests;
+                    load.accepted_requests = served[0] as u64;
+                    load.accepted_prompt_tokens += (requests * stream.prompt_tokens) as u64;
+                    load.accepted_choices = served[0] as u64;
                     load.prefilled_requests = served[0] as u64;
                     load.prefilled_tokens += (requests * stream.prompt_tokens) as u64;
                     load.prefill_tokens_per_second = 12_000;

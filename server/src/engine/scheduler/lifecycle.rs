@@ -62,6 +62,9 @@ impl Scheduler {
             Work::Decode(from) => Some(from.transfer),
             Work::Whole | Work::Prefill(_) => None,
         };
+        if awaits.is_none() {
+            self.counts.accepted.add(&sequence);
+        }
         self.sequences.insert(id, sequence);
         match awaits {
             Some(transfer) => {

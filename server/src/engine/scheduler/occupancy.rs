@@ -1,7 +1,7 @@
 //! How full a scheduler is: read after each step, for coordinators and metrics.
 
 use super::Scheduler;
-use crate::engine::sequence::{State, Work};
+use crate::engine::sequence::{Sequence, State, Work};
 
 /// How many sequences and blocks there are, by use.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -30,6 +30,7 @@ pub struct Occupancy {
 /// What has happened since the start.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Counts {
+    pub accepted: Accepted,
     /// Sequences whose blocks were taken for others.
     pub preemptions: u64,
     /// Cached blocks that were given up for others.
@@ -39,6 +40,24 @@ pub struct Counts {
     pub prefix_miss_tokens: u64,
     /// Blocks of decode legs that need not be sent to them.
     pub held_blocks: u64,
+}
+
+/// What was taken on to be prefilled here.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Accepted {
+    pub requests: u64,
+    /// Tokens of their prompts, cached ones among them.
+    pub prompt_tokens: u64,
+    /// Completions that they ask for.
+    pub choices: u64,
+}
+
+impl Accepted {
+    pub(super) fn add(&mut self, sequence: &Sequence) {
+        self.requests += 1;
+        self.prompt_tokens += u64::from(sequence.given_tokens);
+        self.choices += u64::from(sequence.unforked);
+    }
 }
 
 impl Scheduler {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use baton_proto::{ApiError, ErrorCode, Incarnation, InstanceId, LegId, RequestId, TransferId};
 
-use super::*;
+use super::{occupancy::Accepted, *};
 use crate::engine::{
     sampler::SamplingParams,
     sequence::{FinishReason, LegEnd, NewSequence, Sampled, StopRule, StreamId},
@@ -189,6 +189,8 @@ fn the_queue_is_bounded() {
         [(8, LegEnd::Failed(error))] => assert_eq!(error.code, ErrorCode::QueueFull),
         other => panic!("{other:?}"),
     }
+    let Accepted { requests, prompt_tokens, choices } = scheduler.occupancy().counts.accepted;
+    assert_eq!((requests, prompt_tokens, choices), (8, 32, 8), "who is turned away is not taken on");
 }
 
 #[test]
@@ -222,6 +224,11 @@ fn a_decode_leg_without_an_offer_holds_nothing_but_its_place() {
     scheduler.add(sequence(8, 4, 4, Work::Whole));
     assert!(matches!(&ends(&mut scheduler)[..], [(8, LegEnd::Failed(e))] if e.code == ErrorCode::QueueFull));
     assert_eq!((scheduler.occupancy().waiting, scheduler.occupancy().blocks_free), (8, 8));
+    assert_eq!(
+        scheduler.occupancy().counts.accepted,
+        Accepted::default(),
+        "it was taken on where it prefills"
+    );
     scheduler.take_effects();
     scheduler.cancel(SequenceId(0));
     assert!(matches!(
