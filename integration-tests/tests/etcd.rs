@@ -107,6 +107,16 @@ impl Fleet {
         self.answers().await;
     }
 
+    /// Waits until an instance serves.
+    async fn serves(&self, instance: &str) {
+        eventually(&format!("{instance} to serve"), || async {
+            let roles = self.roles().await?;
+            let it = roles.iter().find(|view| view["instance_id"] == instance)?;
+            (it["phase"] == "ready" && it["observed_role"] != "none").then_some(())
+        })
+        .await;
+    }
+
     async fn answers(&self) {
         let body = chat::request("SmolLM2-135M-Instruct", "What is the capital of France?", 12, false);
         let answer = chat::ask(&self.url, &body).await;
@@ -164,25 +174,36 @@ fn sorted_epochs(roles: &[Value]) -> Vec<(String, u64)> {
     epochs
 }
 
+fn sorted_without(epochs: &[(String, u64)], name: &str) -> Vec<(String, u64)> {
+    epochs.iter().filter(|(id, _)| !id.contains(name)).cloned().collect()
+}
+
 #[tokio::test]
-async fn one_member_may_die_and_two_stop_changes_only() {
+async fn one_member_may_freeze_or_die_and_two_stop_changes_only() {
     let mut members = EtcdServer::start_cluster(3).await;
     let mut fleet = Fleet::start(&members).await;
     let before = sorted_epochs(&fleet.roles().await.expect("a leader"));
 
-    // etcd's leader dies: it goes on, roles can be given.
+    // etcd's leader freezes, with all connections to it as they are: the others go on, roles can be given.
+    let frozen = leading(&members).await;
+    let frozen = members[frozen].pid().expect("it runs");
+    process::signal(frozen, Signal::STOP);
+    fleet.answers().await;
+    fleet.server("gamma");
+    fleet.serves("gamma").await;
+    process::signal(frozen, Signal::CONT);
+    let after = sorted_epochs(&fleet.roles().await.expect("a leader"));
+    assert_eq!(sorted_without(&after, "gamma"), before, "nobody else was moved");
+
+    // It dies, and the same holds.
     let first = leading(&members).await;
     members[first].kill();
     fleet.answers().await;
-    fleet.server("gamma");
-    eventually("a role for a third", || async {
-        let roles = fleet.roles().await?;
-        let third = roles.iter().find(|view| view["instance_id"] == "gamma")?;
-        (third["phase"] == "ready" && third["observed_role"] == "decode").then_some(())
-    })
-    .await;
+    fleet.server("delta");
+    fleet.serves("delta").await;
+    let before = after;
     let after = sorted_epochs(&fleet.roles().await.expect("a leader"));
-    assert_eq!(after[..2], before, "nobody else was moved");
+    assert_eq!(sorted_without(&after, "delta"), before, "nobody else was moved");
 
     // Without a majority nothing is changed, after a while nobody leads, and requests are answered all the same.
     let second = leading(&members).await;
@@ -190,17 +211,17 @@ async fn one_member_may_die_and_two_stop_changes_only() {
     eventually("controllers that lead no more", || async { fleet.roles().await.is_none().then_some(()) })
         .await;
     fleet.answers().await;
-    fleet.server("delta");
+    fleet.server("epsilon");
     fleet.says(&["the state store cannot be reached"]).await;
     fleet.answers().await;
 
     for member in [first, second] {
         members[member].restart().await;
     }
-    fleet.has_roles(&["decode", "decode", "prefill", "prefill"]).await;
+    fleet.has_roles(&["decode", "decode", "decode", "prefill", "prefill"]).await;
     let epochs = sorted_epochs(&fleet.roles().await.expect("a leader"));
     let kept = epochs.iter().filter(|entry| after.contains(entry)).count();
-    assert_eq!(kept, 3, "those that had a role keep it: {after:?}, {epochs:?}");
+    assert_eq!(kept, 4, "those that had a role keep it: {after:?}, {epochs:?}");
 }
 
 /// Fills etcd until it refuses, and says what the store made of that.

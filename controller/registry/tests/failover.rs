@@ -116,3 +116,16 @@ async fn without_a_majority_it_says_so_and_comes_back() {
     put(&*store, "/x", "3").await;
     assert_eq!(get(&*store, "/x").await.as_deref(), Some(&b"3"[..]));
 }
+
+#[tokio::test]
+async fn a_watch_of_what_never_changes_stands() {
+    let etcd = EtcdServer::start().await;
+    let store = etcd.store();
+    let mut watch = store.watch(KeyRange::exact("/x"), None).await.expect("etcd answers");
+    // etcd ends connections of clients that probe them too often, after three probes or so.
+    let quiet = tokio::time::timeout(Duration::from_secs(28), watch.next()).await;
+    assert!(quiet.is_err(), "{quiet:?}");
+    put(&store, "/x", "1").await;
+    let seen = tokio::time::timeout(SOON, watch.next()).await.expect("in time").expect("it stands");
+    assert!(matches!(&seen.events[..], [Event::Put(_)]), "{seen:?}");
+}

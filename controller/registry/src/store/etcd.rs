@@ -36,8 +36,11 @@ pub struct EtcdConfig {
     pub connect_timeout: Duration,
     /// Of one try on one member.
     pub timeout: Duration,
-    /// A connection that is silent for this long is probed, and given up after as long again.
+    /// A connection with a watch that is silent for this long is probed. More than the 5 s that etcd wants between probes
+    /// (`--grpc-keepalive-min-time`): it ends connections that are probed more often, or with nothing open on them.
     pub keep_alive: Duration,
+    /// After so long without an answer to that it is given up.
+    pub keep_alive_timeout: Duration,
 }
 
 impl EtcdConfig {
@@ -48,15 +51,15 @@ impl EtcdConfig {
             tls: None,
             connect_timeout: Duration::from_secs(1),
             timeout: Duration::from_secs(2),
-            keep_alive: Duration::from_secs(3),
+            keep_alive: Duration::from_secs(6),
+            keep_alive_timeout: Duration::from_secs(2),
         }
     }
 
     fn options(&self) -> ConnectOptions {
         let options = ConnectOptions::new()
             .with_connect_timeout(self.connect_timeout)
-            .with_keep_alive(self.keep_alive, self.keep_alive)
-            .with_keep_alive_while_idle(true)
+            .with_keep_alive(self.keep_alive, self.keep_alive_timeout)
             // A member cut off from the others says so, instead of serving an old view.
             .with_require_leader(true)
             .with_auto_token_refresh(true);
