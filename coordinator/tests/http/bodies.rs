@@ -234,6 +234,7 @@ async fn a_body_that_is_refused_holds_no_room_while_it_is_thrown_away() {
     let served = cluster.post("/v1/completions", request("tiny", 100));
     finish(&mut mixed).await;
     assert_eq!(served.await.expect("ends").status(), 200);
+    assert_eq!(cluster.service.roster.list().len(), 1, "the other is still listened to");
     assert_eq!(refused.answer().await.0, 413);
     all_is_given_back(&cluster).await;
 }
