@@ -26,9 +26,11 @@ use crate::{
 };
 
 pub mod access;
+pub mod refusals;
 mod view;
 
 use access::{Access, Right};
+use refusals::Call;
 
 /// Characters of a reason.
 const REASON_MAX: usize = 200;
@@ -90,11 +92,13 @@ impl AdminService {
     async fn change<T>(
         &self,
         request: &Request<T>,
+        call: Call<'_>,
         dry_run: bool,
         change: impl FnOnce(&str) -> Result<Change, ApiError>,
     ) -> Result<Response<v1::PlanResponse>, Status> {
         // What a dry run tells is no more than the plan tells anyone who may look.
-        let actor = self.access.check(request, if dry_run { Right::Viewer } else { Right::Admin })?;
+        let needed = if dry_run { Right::Viewer } else { Right::Admin };
+        let actor = self.access.check(request, needed, call)?;
         let change = change(&actor.name)?;
         let plans = if dry_run {
             self.plans(Some(change.clone())).await?
@@ -146,7 +150,7 @@ impl fleet_admin_server::FleetAdmin for AdminService {
         &self,
         request: Request<v1::ListInstancesRequest>,
     ) -> Answer<v1::ListInstancesResponse> {
-        self.access.check(&request, Right::Viewer)?;
+        self.access.check(&request, Right::Viewer, Call::look("ListInstances"))?;
         let report = self.report().await?;
         let registered = report.members.values().filter(|member| member.is_registered());
         let instances = registered.map(|member| view::instance(member, report.at)).collect();
@@ -154,7 +158,7 @@ impl fleet_admin_server::FleetAdmin for AdminService {
     }
 
     async fn list_roles(&self, request: Request<v1::ListRolesRequest>) -> Answer<v1::ListRolesResponse> {
-        self.access.check(&request, Right::Viewer)?;
+        self.access.check(&request, Right::Viewer, Call::look("ListRoles"))?;
         let report = self.report().await?;
         let intent = |id: &InstanceId| report.intents.get(id);
         let here = report.members.values().map(|member| {
@@ -179,7 +183,7 @@ impl fleet_admin_server::FleetAdmin for AdminService {
         &self,
         request: Request<v1::ListCoordinatorsRequest>,
     ) -> Answer<v1::ListCoordinatorsResponse> {
-        self.access.check(&request, Right::Viewer)?;
+        self.access.check(&request, Right::Viewer, Call::look("ListCoordinators"))?;
         let now = Instant::now();
         let registered = self.coordinators(now).await?;
         let links = LINKS_LISTED / registered.len().max(1);
@@ -188,7 +192,7 @@ impl fleet_admin_server::FleetAdmin for AdminService {
     }
 
     async fn list_links(&self, request: Request<v1::ListLinksRequest>) -> Answer<v1::ListLinksResponse> {
-        self.access.check(&request, Right::Viewer)?;
+        self.access.check(&request, Right::Viewer, Call::look("ListLinks"))?;
         let registered = self.coordinators(Instant::now()).await?;
         let degraded = self.ask(Message::Links).await?;
         let (links, left_out) = coordinators::links(&registered, LINKS_LISTED);
@@ -197,7 +201,7 @@ impl fleet_admin_server::FleetAdmin for AdminService {
     }
 
     async fn explain_plan(&self, request: Request<v1::ExplainPlanRequest>) -> Answer<v1::PlanResponse> {
-        self.access.check(&request, Right::Viewer)?;
+        self.access.check(&request, Right::Viewer, Call::look("ExplainPlan"))?;
         let v1::ExplainPlanRequest { group, targets: wire } = request.into_inner();
         let group = group_name(group)?;
         let what_if = match targets(wire)? {
@@ -224,7 +228,7 @@ impl fleet_admin_server::FleetAdmin for AdminService {
         &self,
         request: Request<v1::WatchEventsRequest>,
     ) -> Answer<Self::WatchEventsStream> {
-        self.access.check(&request, Right::Viewer)?;
+        self.access.check(&request, Right::Viewer, Call::look("WatchEvents"))?;
         let v1::WatchEventsRequest { after, follow, instance_id: wanted } = request.into_inner();
         let Some(inbox) = self.desk.inbox() else { return Err(not_leading(&*self.store).await) };
         let follow = follow.then_some(inbox);
@@ -240,7 +244,8 @@ impl fleet_admin_server::FleetAdmin for AdminService {
     async fn cordon(&self, request: Request<v1::CordonRequest>) -> Answer<v1::PlanResponse> {
         let v1::CordonRequest { instance_id: id, reason, drain_millis, force, dry_run } =
             request.get_ref().clone();
-        self.change(&request, dry_run, |actor| {
+        let call = Call { name: "Cordon", of: &request.get_ref().instance_id };
+        self.change(&request, call, dry_run, |actor| {
             if reason.chars().count() > REASON_MAX {
                 return Err(invalid("reason", format!("at most {REASON_MAX} characters")));
             }
@@ -260,12 +265,14 @@ impl fleet_admin_server::FleetAdmin for AdminService {
 
     async fn uncordon(&self, request: Request<v1::UncordonRequest>) -> Answer<v1::PlanResponse> {
         let v1::UncordonRequest { instance_id: id, dry_run } = request.get_ref().clone();
-        self.change(&request, dry_run, |_| Ok(Change::Uncordon { id: instance_id(id)? })).await
+        let call = Call { name: "Uncordon", of: &request.get_ref().instance_id };
+        self.change(&request, call, dry_run, |_| Ok(Change::Uncordon { id: instance_id(id)? })).await
     }
 
     async fn set_role(&self, request: Request<v1::SetRoleRequest>) -> Answer<v1::PlanResponse> {
         let v1::SetRoleRequest { instance_id: id, role, dry_run } = request.get_ref().clone();
-        self.change(&request, dry_run, |actor| {
+        let call = Call { name: "SetRole", of: &request.get_ref().instance_id };
+        self.change(&request, call, dry_run, |actor| {
             let unpinned = role == i32::from(v1::Role::Unspecified);
             let role = Role::from_wire(role).map_err(|error| invalid("role", error))?;
             if role == Role::None && !unpinned {
@@ -279,7 +286,8 @@ impl fleet_admin_server::FleetAdmin for AdminService {
 
     async fn set_targets(&self, request: Request<v1::SetTargetsRequest>) -> Answer<v1::PlanResponse> {
         let v1::SetTargetsRequest { group, targets: wire, dry_run } = request.get_ref().clone();
-        self.change(&request, dry_run, |_| {
+        let call = Call { name: "SetTargets", of: &request.get_ref().group };
+        self.change(&request, call, dry_run, |_| {
             Ok(Change::Divide { group: needed(group_name(group)?)?, targets: targets(wire)? })
         })
         .await
@@ -287,7 +295,9 @@ impl fleet_admin_server::FleetAdmin for AdminService {
 
     async fn rebalance(&self, request: Request<v1::RebalanceRequest>) -> Answer<v1::PlanResponse> {
         let v1::RebalanceRequest { group, dry_run } = request.get_ref().clone();
-        self.change(&request, dry_run, |_| Ok(Change::Rebalance { group: needed(group_name(group)?)? })).await
+        let call = Call { name: "Rebalance", of: &request.get_ref().group };
+        self.change(&request, call, dry_run, |_| Ok(Change::Rebalance { group: needed(group_name(group)?)? }))
+            .await
     }
 }
 

@@ -123,6 +123,8 @@ impl Parts {
         let ranktable = ranktable.map(|path| ranktable::follow(path.into(), shutdown.clone(), &tasks));
         let door = Door { without_certificate: tokens.is_some(), ..DOOR };
         let (journal, access) = (Journal::default(), Access::new(tokens)?);
+        let (refusals, ending) = (access.refusals(), shutdown.clone());
+        tasks.spawn(async move { refusals.run(ending).await });
         let metrics = ControllerMetrics::register(&metrics);
         #[cfg(feature = "kubernetes")]
         if !config.kubernetes.groups.is_empty() {

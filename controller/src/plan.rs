@@ -124,7 +124,12 @@ fn incompatibility(reference: &InstanceSpec, other: &InstanceSpec) -> Option<Str
     } else if a.device != b.device {
         differs("device type", &a.device, &b.device)
     } else if a.device_count != b.device_count {
-        differs("device count", &a.device_count, &b.device_count)
+        // Nodes hand over from one rank to one: they map no cache between different numbers of devices.
+        let (ours, theirs) = (b.device_count, a.device_count);
+        Some(format!(
+            "its device count is {ours}, that of {} is {theirs}: those of a group have equally many devices",
+            a.id
+        ))
     } else if layout.handover_class() == b.kv_layout.handover_class() {
         None
     } else if layout.fingerprint == b.kv_layout.fingerprint {

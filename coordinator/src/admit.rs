@@ -1,7 +1,7 @@
 //! Who may come in, who waits and who is turned away.
 //!
-//! A request takes a [`Ticket`] on arrival ([`crate::http`]), before its body is read, so that the memory of all requests
-//! together is bounded. Once its model is known it takes a [`Place`] in that model's [`Line`] and, once prepared, waits
+//! A request takes a [`Ticket`] on arrival ([`crate::http`]), before its body is read, and the memory of all bodies together
+//! is bounded ([`body`]). Once its model is known it takes a [`Place`] in that model's [`Line`] and, once prepared, waits
 //! there for a [`Permit`] ([`crate::serve`]): what waits for one model's instances holds up no other model's requests. A
 //! body that is not prepared on the spot waits for a [`Turn`] at a core before. All are given back by drop. Overflow
 //! policy: a full house or line is 429 at once, a wait beyond the queue's time is 429 too.
@@ -17,8 +17,13 @@ use tokio::{
 
 use crate::{
     config::LimitsConfig,
-    metrics::{Metrics, ModelMetrics},
+    metrics::{Metrics, ModelMetrics, Refusals, reason},
 };
+
+pub mod body;
+
+pub use body::Body;
+use body::Budget;
 
 /// What clients are told to wait before they try again.
 pub const RETRY_AFTER: Duration = Duration::from_secs(1);
@@ -34,7 +39,11 @@ pub struct Gate {
     cores: Arc<Semaphore>,
     /// Those of them that long work may take: short work never waits for it alone.
     for_long_work: Arc<Semaphore>,
+    /// What bodies may take.
+    budget: Arc<Budget>,
+    max_body_bytes: usize,
     queue_timeout: Duration,
+    refusals: Refusals,
     /// Requests that wait for a core, among those of all models that wait.
     waiting: [Gauge; 2],
 }
@@ -49,24 +58,40 @@ impl Gate {
             house: Arc::new(Semaphore::new(house)),
             cores: Arc::new(Semaphore::new(cores.clamp(2, most))),
             for_long_work: Arc::new(Semaphore::new((cores / 2).clamp(1, most))),
+            budget: Budget::new(limits.max_held_body_bytes, metrics),
+            max_body_bytes: limits.max_body_bytes,
             queue_timeout: limits.queue_timeout,
+            refusals: metrics.refusals.clone(),
             waiting: [metrics.queued.clone(), metrics.queued_of_any_model()],
         }
     }
 
     /// Lets a request into the house, or turns it away.
     pub fn enter(&self) -> Result<Ticket, ApiError> {
-        Ok(Ticket { _room: at_once(&self.house)? })
+        Ok(Ticket { _room: at_once(&self.house, &self.refusals, "house")? })
+    }
+
+    /// Room for a body that announces its length, or grows as it comes; within `max_body_bytes` either way.
+    pub fn body(&self, announced: Option<usize>) -> Result<Body, ApiError> {
+        Body::new(&self.budget, announced, self.max_body_bytes)
+    }
+
+    /// The error of a body that does not come.
+    pub fn late_body(&self, within: Duration) -> ApiError {
+        self.refusals.get_or_create(&reason("body_time")).inc();
+        let message = format!("the request body did not arrive within {} s", within.as_secs_f64());
+        ApiError::new(ErrorCode::RequestTimeout, message)
     }
 
     /// Waits for a turn at a core, in order of asking, to work on a body of so many bytes.
     pub async fn turn(&self, ticket: Ticket, bytes: usize) -> Result<Turn, ApiError> {
         let by = Instant::now() + self.queue_timeout;
         let long = match bytes >= LONG_WORK_BYTES {
-            true => Some(one_of(&self.for_long_work, by, &self.waiting).await?),
+            true => Some(one_of(&self.for_long_work, by, &self.waiting, &self.refusals).await?),
             false => None,
         };
-        Ok(Turn { ticket, _core: one_of(&self.cores, by, &self.waiting).await?, _long: long })
+        let core = one_of(&self.cores, by, &self.waiting, &self.refusals).await?;
+        Ok(Turn { ticket, _core: core, _long: long })
     }
 }
 
@@ -97,22 +122,27 @@ impl Line {
 
     /// Lets a request stand in line, or turns it away.
     pub fn enter(&self) -> Result<Place, ApiError> {
-        Ok(Place { _place: at_once(&self.places)? })
+        Ok(Place { _place: at_once(&self.places, &self.counts.all_refusals, "line")? })
     }
 
     /// Waits for a seat, in order of asking.
     pub async fn admit(&self, ticket: Ticket, place: Place) -> Result<Permit, ApiError> {
         let waiting = [self.counts.all_queued.clone(), self.counts.queued.clone()];
-        let seat = one_of(&self.seats, Instant::now() + self.queue_timeout, &waiting).await?;
+        let by = Instant::now() + self.queue_timeout;
+        let seat = one_of(&self.seats, by, &waiting, &self.counts.all_refusals).await?;
         let served = [self.counts.all_in_flight.clone(), self.counts.in_flight.clone()];
         Ok(Permit { _served: Counted::new(&served), _seat: seat, _place: place, _ticket: ticket })
     }
 }
 
-fn at_once(room: &Arc<Semaphore>) -> Result<OwnedSemaphorePermit, ApiError> {
+fn at_once(
+    room: &Arc<Semaphore>,
+    refusals: &Refusals,
+    why: &'static str,
+) -> Result<OwnedSemaphorePermit, ApiError> {
     room.clone().try_acquire_owned().map_err(|error| match error {
         TryAcquireError::NoPermits | TryAcquireError::Closed => {
-            full("too many requests are waiting; try again in a moment")
+            refuse(refusals, why, "too many requests are waiting; try again in a moment")
         }
     })
 }
@@ -121,6 +151,7 @@ async fn one_of(
     places: &Arc<Semaphore>,
     by: Instant,
     waiting: &[Gauge; 2],
+    refusals: &Refusals,
 ) -> Result<OwnedSemaphorePermit, ApiError> {
     if let Ok(place) = places.clone().try_acquire_owned() {
         return Ok(place);
@@ -128,11 +159,15 @@ async fn one_of(
     let _waiting = Counted::new(waiting);
     match timeout_at(by, places.clone().acquire_owned()).await {
         Ok(Ok(place)) => Ok(place),
-        Ok(Err(_)) | Err(_) => Err(full("the request waited too long to be served; try again in a moment")),
+        Ok(Err(_)) | Err(_) => {
+            let message = "the request waited too long to be served; try again in a moment";
+            Err(refuse(refusals, "wait", message))
+        }
     }
 }
 
-fn full(message: &str) -> ApiError {
+fn refuse(refusals: &Refusals, why: &'static str, message: &str) -> ApiError {
+    refusals.get_or_create(&reason(why)).inc();
     ApiError::new(ErrorCode::QueueFull, message)
 }
 

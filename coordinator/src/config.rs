@@ -77,6 +77,12 @@ pub struct ModelConfig {
 pub struct LimitsConfig {
     /// Largest request body.
     pub max_body_bytes: usize,
+    /// Memory for the bodies of all requests together, from arrival until they are tokenised, beyond the 64 KiB that each
+    /// request may take in any case; what does not fit is refused with 429. At least `max_body_bytes`.
+    pub max_held_body_bytes: usize,
+    /// How long a body may take to arrive before its request is refused with 408.
+    #[serde(with = "duration")]
+    pub body_timeout: Duration,
     /// Connections of clients at once; more wait to be taken.
     pub max_connections: usize,
     /// Requests of a model served at once; more wait, and hold up no other model's.
@@ -103,6 +109,8 @@ impl Default for LimitsConfig {
     fn default() -> Self {
         Self {
             max_body_bytes: 8 << 20,
+            max_held_body_bytes: 256 << 20,
+            body_timeout: Duration::from_secs(60),
             max_connections: 8192,
             max_concurrent: 1024,
             max_queued: 1024,
@@ -184,6 +192,12 @@ impl ServiceConfig for CoordinatorConfig {
         }
         let limits = &self.limits;
         require(limits.max_body_bytes > 0, "limits.max_body_bytes", "expected at least 1")?;
+        require(
+            limits.max_held_body_bytes >= limits.max_body_bytes,
+            "limits.max_held_body_bytes",
+            "expected at least limits.max_body_bytes: the largest body must fit",
+        )?;
+        require(!limits.body_timeout.is_zero(), "limits.body_timeout", "expected more than 0")?;
         require(limits.max_connections > 0, "limits.max_connections", "expected at least 1")?;
         require(limits.max_concurrent > 0, "limits.max_concurrent", "expected at least 1")?;
         require((1..=CHOICES_MOST).contains(&limits.max_choices), "limits.max_choices", "expected 1 to 128")?;
@@ -220,7 +234,7 @@ mod tests {
     fn what_types_cannot_say_is_checked_with_its_key() {
         assert!(good().validate().is_ok());
         type Change = fn(&mut CoordinatorConfig);
-        let cases: [(&str, Change); 14] = [
+        let cases: [(&str, Change); 16] = [
             ("id", |c| c.id = "Upper".into()),
             ("store", |c| c.store.controller.clear()),
             ("store", |c| c.store.etcd.endpoints.push("127.0.0.1:2379".into())),
@@ -230,6 +244,8 @@ mod tests {
             ("models[1].path", |c| c.models.push(ModelConfig::default())),
             ("models[0].names", |c| c.models[0].names = vec![String::new()]),
             ("models[0].names", |c| c.models[0].names = (0..17).map(|n| n.to_string()).collect()),
+            ("limits.max_held_body_bytes", |c| c.limits.max_body_bytes = c.limits.max_held_body_bytes + 1),
+            ("limits.body_timeout", |c| c.limits.body_timeout = Duration::ZERO),
             ("limits.max_concurrent", |c| c.limits.max_concurrent = 0),
             ("limits.max_choices", |c| c.limits.max_choices = 0),
             ("limits.max_choices", |c| c.limits.max_choices = 129),

@@ -23,7 +23,7 @@ pub struct ModelLabel {
     pub model: Arc<str>,
 }
 
-/// Why a leg was cancelled.
+/// Why a leg was cancelled, or a request refused.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct ReasonLabel {
     pub reason: &'static str,
@@ -41,6 +41,9 @@ pub struct MigrationLabels {
     pub model: Arc<str>,
 }
 
+/// Requests refused for want of room or time, by what there was none of.
+pub type Refusals = Family<ReasonLabel, Counter>;
+
 type Histograms = Family<ModelLabel, Histogram>;
 
 /// All of them.
@@ -54,6 +57,9 @@ pub struct Metrics {
     /// Requests of all models that are served and that wait, for the controller; not shown.
     pub in_flight: Gauge,
     pub queued: Gauge,
+    pub refusals: Refusals,
+    /// Of `limits.max_held_body_bytes`, in bytes.
+    pub body_reserved: Gauge,
     pub cancels: Family<ReasonLabel, Counter>,
     pub legs_lost: Counter,
     /// By the name of the error's code.
@@ -88,6 +94,7 @@ pub struct ModelMetrics {
     /// The same of all models together.
     pub all_in_flight: Gauge,
     pub all_queued: Gauge,
+    pub all_refusals: Refusals,
     pub time_to_first_token: Histogram,
     pub time_per_output_token: Histogram,
     pub end_to_end: Histogram,
@@ -114,6 +121,8 @@ impl Metrics {
             failed: Counter::default(),
             in_flight: Gauge::default(),
             queued: Gauge::default(),
+            refusals: Refusals::default(),
+            body_reserved: Gauge::default(),
             cancels: Family::default(),
             legs_lost: Counter::default(),
             migrations: Family::default(),
@@ -144,6 +153,7 @@ impl Metrics {
             queued: by_model.queued.get_or_create_owned(&label),
             all_in_flight: self.in_flight.clone(),
             all_queued: self.queued.clone(),
+            all_refusals: self.refusals.clone(),
             time_to_first_token: by_model.time_to_first_token.get_or_create_owned(&label),
             time_per_output_token: by_model.time_per_output_token.get_or_create_owned(&label),
             end_to_end: by_model.end_to_end.get_or_create_owned(&label),
@@ -177,6 +187,18 @@ impl Metrics {
         for (name, help, gauge) in gauges {
             registry.register(name, help, gauge.clone());
         }
+        registry.register(
+            "refusals",
+            "Requests refused, by what there was none of: room in the house, in their model's line, bytes for their \
+             bodies; or by what took too long: their wait, their body",
+            self.refusals.clone(),
+        );
+        registry.register_with_unit(
+            "body_reserved",
+            "Reserved of limits.max_held_body_bytes",
+            Unit::Bytes,
+            self.body_reserved.clone(),
+        );
         let seconds = [
             ("time_to_first_token", "From arrival to the first token", &by_model.time_to_first_token),
             ("time_per_output_token", "Mean of a request's later tokens", &by_model.time_per_output_token),

@@ -6,11 +6,10 @@
 use std::sync::Arc;
 
 use baton_proto::ApiError;
-use bytes::Bytes;
 use tokio::time::Instant;
 
 use crate::{
-    admit::{Gate, Permit, Place, Ticket},
+    admit::{Body, Gate, Permit, Place, Ticket},
     config::LimitsConfig,
     dispatch::Assignment,
     metrics::Metrics,
@@ -40,7 +39,7 @@ pub struct Service {
 /// A request whose body has been read.
 pub struct Received {
     pub endpoint: Endpoint,
-    pub body: Bytes,
+    pub body: Body,
     /// W3C trace context for instances; empty = none.
     pub traceparent: String,
     pub ticket: Ticket,
@@ -96,11 +95,11 @@ impl Service {
     }
 
     /// The ticket goes where the body goes: work on a large one goes on after its client has left, and its room in the
-    /// house is taken until it is done. Nothing is tokenised for a line that is full.
+    /// house is taken until it is done, and its memory with it. Nothing is tokenised for a line that is full.
     async fn prepare(
         &self,
         endpoint: Endpoint,
-        body: Bytes,
+        body: Body,
         ticket: Ticket,
     ) -> Result<(Addressed, Ticket), ApiError> {
         let limits = RequestLimits {

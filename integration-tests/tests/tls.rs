@@ -218,6 +218,10 @@ async fn every_plane_speaks_mutual_tls() {
     // Who changed what is known by certificate.
     let refused = fleet.ctl(&viewer, &["set-role", "alpha", "auto"]).await;
     assert!(said(&refused).contains("bob may look but not change"), "{}", said(&refused));
+    eventually("what was refused is in the audit log, too", || async {
+        fleet.logged("c-0", r#"actor="bob" refused="SetRole" of="alpha" from="127.0.0.1:"#).then_some(())
+    })
+    .await;
     let changed = fleet.ctl(&admin, &["set-targets", "default", "--ratio", "1:1"]).await;
     assert!(changed.status.success(), "{}", String::from_utf8_lossy(&changed.stderr));
     let events = fleet.get(&admin, "events").await.expect("events");
@@ -278,7 +282,7 @@ async fn strangers_are_refused(fleet: &Fleet, admin: &TlsConfig) {
     for role in ["controller", "coordinator", "server", "admin"] {
         let theirs = elsewhere.issue(role, "mallory");
         let stranger = TlsConfig { ca_file: both.clone(), ..theirs };
-        let stranger = Tls::of_operator(&stranger).expect("good files");
+        let stranger = Tls::of_operator(&stranger, None).expect("good files");
         let refused = planes.refusals(&stranger).await;
         assert_eq!(refused.iter().map(|(plane, _)| *plane).collect::<Vec<_>>(), all, "{role}");
         for (plane, status) in refused {
@@ -299,7 +303,7 @@ async fn strangers_are_refused(fleet: &Fleet, admin: &TlsConfig) {
         ("server", &["Session", "Exchange"]),
         ("viewer", &["FleetAdmin", "RequestAdmin"]),
     ] {
-        let caller = Tls::of_operator(&fleet.authority.issue(role, "mallory")).expect("good files");
+        let caller = Tls::of_operator(&fleet.authority.issue(role, "mallory"), None).expect("good files");
         let denied: Vec<_> = planes
             .refusals(&caller)
             .await

@@ -28,6 +28,7 @@ pub enum ErrorCode {
     NotNeeded,
     MethodNotAllowed,
     KvDamaged,
+    RequestTimeout,
 }
 
 struct Row {
@@ -73,6 +74,7 @@ const TABLE: &[Row] = table! {
     NotNeeded,             Cancelled,          499, "server_error",          "not_needed";
     MethodNotAllowed,      Unimplemented,      405, "invalid_request_error", "method_not_allowed";
     KvDamaged,             Aborted,            502, "server_error",          "kv_damaged";
+    RequestTimeout,        DeadlineExceeded,   408, "invalid_request_error", "request_timeout";
 };
 
 impl ErrorCode {

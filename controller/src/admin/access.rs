@@ -5,18 +5,22 @@
 //! The file `admin.tokens_file` has a line for each token: a name, `viewer` or `admin`, and the SHA-256 of the token in
 //! hex, so that the file gives no token away. It is read again whenever it has changed. Without a file, and without TLS,
 //! whoever calls from this machine (over loopback) is an admin, and nobody else is let in.
+//!
+//! Who is refused is recorded ([`refusals`](super::refusals)).
 
 use std::{
     fmt,
     path::{Path, PathBuf},
-    sync::{Mutex, PoisonError},
-    time::SystemTime,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Instant, SystemTime},
 };
 
 use baton_process::tls::{Identity, Peer, Role};
 use baton_proto::{ApiError, ErrorCode};
 use sha2::{Digest, Sha256};
 use tonic::{Request, Status};
+
+use super::refusals::{Call, Refusals, Refused};
 
 /// What a caller may do; each may do what those before it may.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -107,6 +111,7 @@ fn changed(path: &Path) -> Option<SystemTime> {
 pub struct Access {
     path: Option<PathBuf>,
     tokens: Mutex<Tokens>,
+    refusals: Arc<Refusals>,
 }
 
 impl fmt::Debug for Access {
@@ -120,23 +125,37 @@ impl Access {
     pub fn new(path: Option<PathBuf>) -> Result<Self, AccessError> {
         let none = Tokens { changed: None, tokens: Vec::new() };
         let tokens = path.as_deref().map_or(Ok(none), Tokens::read)?;
-        Ok(Self { path, tokens: Mutex::new(tokens) })
+        Ok(Self { path, tokens: Mutex::new(tokens), refusals: Arc::default() })
     }
 
-    /// Who calls, if they may do this. Errors: `UNAUTHENTICATED` without a certificate or token that is known,
-    /// `PERMISSION_DENIED` for a viewer who would change something.
-    pub fn check<T>(&self, request: &Request<T>, needed: Right) -> Result<Actor, Status> {
+    /// The record of those who were refused.
+    pub fn refusals(&self) -> Arc<Refusals> {
+        self.refusals.clone()
+    }
+
+    /// Who calls, if they may do this; otherwise the call is recorded. Errors: `UNAUTHENTICATED` without a certificate or
+    /// token that is known, `PERMISSION_DENIED` for a viewer who would change something.
+    pub fn check<T>(&self, request: &Request<T>, needed: Right, call: Call<'_>) -> Result<Actor, Status> {
         let peer = Peer::of(request);
-        let actor = match (certified(&peer), &self.path) {
-            (Some(actor), _) => actor,
-            (None, Some(path)) => self.bearer(path, request)?,
-            (None, None) => local(request, &peer)?,
+        let (status, actor) = match self.actor(request, &peer) {
+            Ok(actor) if actor.right >= needed => return Ok(actor),
+            Ok(Actor { name, .. }) => {
+                let message = format!("{name} may look but not change: ask as an admin");
+                (Status::permission_denied(message), Some(name))
+            }
+            Err(status) => (status, named(&peer)),
         };
-        if actor.right < needed {
-            let message = format!("{} may look but not change: ask as an admin", actor.name);
-            return Err(Status::permission_denied(message));
+        let (actor, from) = (actor.as_deref(), request.remote_addr());
+        self.refusals.enter(&Refused { actor, from, call, why: status.message() }, Instant::now());
+        Err(status)
+    }
+
+    fn actor<T>(&self, request: &Request<T>, peer: &Peer) -> Result<Actor, Status> {
+        match (certified(peer), &self.path) {
+            (Some(actor), _) => Ok(actor),
+            (None, Some(path)) => self.bearer(path, request),
+            (None, None) => local(request, peer),
         }
-        Ok(actor)
     }
 
     fn bearer<T>(&self, path: &Path, request: &Request<T>) -> Result<Actor, Status> {
@@ -162,6 +181,14 @@ impl Access {
         known
             .map(|token| token.actor.clone())
             .ok_or_else(|| Status::unauthenticated("this token is not known"))
+    }
+}
+
+/// Whom a certificate names, operator or not.
+fn named(peer: &Peer) -> Option<String> {
+    match peer {
+        Peer::Named(identity) => Some(identity.to_string()),
+        Peer::Plaintext | Peer::Nameless(_) => None,
     }
 }
 
@@ -195,7 +222,9 @@ fn local<T>(request: &Request<T>, peer: &Peer) -> Result<Actor, Status> {
 mod tests {
     use std::time::Duration;
 
-    use super::*;
+    use super::{super::refusals::tests::recorded, *};
+
+    const CALL: Call<'static> = Call { name: "SetRole", of: "a" };
 
     fn with(token: &str) -> Request<()> {
         let mut request = Request::new(());
@@ -217,7 +246,7 @@ mod tests {
         let text = format!("# who may\n\n{}{}", line("alice", "admin", "a"), line("bob", "viewer", "b"));
         std::fs::write(&path, text).expect("a file");
         let access = Access::new(Some(path.clone())).expect("a good file");
-        let name = |request: &Request<()>, right| access.check(request, right).map(|actor| actor.name);
+        let name = |request: &Request<()>, right| access.check(request, right, CALL).map(|actor| actor.name);
         assert_eq!(name(&with("a"), Right::Admin).expect("an admin"), "alice");
         assert_eq!(name(&with("b"), Right::Viewer).expect("a viewer"), "bob");
         let code = |request: &Request<()>| name(request, Right::Admin).expect_err("refused").code();
@@ -233,6 +262,41 @@ mod tests {
         std::fs::File::open(&path).and_then(|file| file.set_modified(later)).expect("a time");
         assert_eq!(code(&with("a")), tonic::Code::Unauthenticated);
         assert_eq!(name(&with("c"), Right::Admin).expect("an admin"), "carol");
+    }
+
+    #[test]
+    fn who_is_refused_is_recorded() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("tokens");
+        std::fs::write(&path, line("alice", "admin", "a") + &line("bob", "viewer", "b")).expect("a file");
+        let access = Access::new(Some(path)).expect("a good file");
+        let mut server = Request::new(());
+        let identity = "spiffe://x/baton/server/s".parse().expect("an identity");
+        server.extensions_mut().insert(Peer::Named(Arc::new(identity)));
+        let mut far = with("c");
+        let remote_addr = Some("10.0.0.7:9".parse().expect("an address"));
+        let info = tonic::transport::server::TcpConnectInfo { local_addr: None, remote_addr };
+        far.extensions_mut().insert(info);
+        let record = recorded(|| {
+            assert!(access.check(&with("a"), Right::Admin, CALL).is_ok());
+            assert!(access.check(&with("b"), Right::Viewer, Call::look("ListRoles")).is_ok());
+            for refused in [with("b"), far, server] {
+                assert!(access.check(&refused, Right::Admin, CALL).is_err());
+            }
+        });
+        let needed = "a token, or the certificate of an admin or viewer, is needed";
+        let [bob, stranger, server] = &record[..] else { panic!("{record:?}") };
+        let refused = r#"refused="SetRole" of="a""#;
+        assert_eq!(
+            *bob,
+            format!(
+                r#"actor="bob" {refused} from="" message="bob may look but not change: ask as an admin""#
+            )
+        );
+        let unknown = r#"from="10.0.0.7:9" message="this token is not known""#;
+        assert_eq!(*stranger, format!(r#"actor="anonymous" {refused} {unknown}"#));
+        let identity = r#"actor="spiffe://x/baton/server/s""#;
+        assert_eq!(*server, format!(r#"{identity} {refused} from="" message="{needed}""#));
     }
 
     #[test]
@@ -259,12 +323,13 @@ mod tests {
             let remote_addr = Some(address.parse().expect("an address"));
             let info = tonic::transport::server::TcpConnectInfo { local_addr: None, remote_addr };
             request.extensions_mut().insert(info);
-            access.check(&request, Right::Admin)
+            access.check(&request, Right::Admin, CALL)
         };
         assert_eq!(from("127.0.0.1:9").expect("local").name, "local");
         assert!(from("[::1]:9").is_ok() && from("[::ffff:127.0.0.1]:9").is_ok());
         assert_eq!(from("10.0.0.7:9").expect_err("a stranger").code(), tonic::Code::Unauthenticated);
     }
+
     #[test]
     fn a_certificate_says_what_its_holder_may() {
         let directory = tempfile::tempdir().expect("a directory");
@@ -278,17 +343,17 @@ mod tests {
         };
         let (alice, server) = ("spiffe://x/baton/admin/alice", "spiffe://x/baton/server/a");
         for access in [&tokens, &none] {
-            let actor = access.check(&by(alice, Request::new(())), Right::Admin).expect("an admin");
+            let actor = access.check(&by(alice, Request::new(())), Right::Admin, CALL).expect("an admin");
             assert_eq!(actor.name, "alice");
             let viewer = by("spiffe://x/baton/viewer", with("b"));
-            assert_eq!(access.check(&viewer, Right::Viewer).expect("a viewer").name, "viewer");
-            let refused = access.check(&viewer, Right::Admin).expect_err("whatever the token");
+            assert_eq!(access.check(&viewer, Right::Viewer, CALL).expect("a viewer").name, "viewer");
+            let refused = access.check(&viewer, Right::Admin, CALL).expect_err("whatever the token");
             assert_eq!(refused.code(), tonic::Code::PermissionDenied);
-            assert!(access.check(&by(server, Request::new(())), Right::Viewer).is_err());
+            assert!(access.check(&by(server, Request::new(())), Right::Viewer, CALL).is_err());
         }
-        assert_eq!(tokens.check(&by(server, with("b")), Right::Admin).expect("by token").name, "bob");
+        assert_eq!(tokens.check(&by(server, with("b")), Right::Admin, CALL).expect("by token").name, "bob");
         let mut nobody = Request::new(());
         nobody.extensions_mut().insert(Peer::Nameless("no certificate was shown".into()));
-        assert!(none.check(&nobody, Right::Viewer).is_err(), "though it is on this machine");
+        assert!(none.check(&nobody, Right::Viewer, CALL).is_err(), "though it is on this machine");
     }
 }

@@ -57,7 +57,7 @@ pub fn error_response(error: &ApiError) -> Response {
     if matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
         response.headers_mut().insert(header::RETRY_AFTER, super::retry_after());
     }
-    if error.code == ErrorCode::PayloadTooLarge {
+    if matches!(error.code, ErrorCode::PayloadTooLarge | ErrorCode::RequestTimeout) {
         // The rest of the body may still be on its way.
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }

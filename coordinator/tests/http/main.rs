@@ -1,6 +1,7 @@
 //! The coordinator over HTTP, against scripted instances on loopback and an embedded store.
 
 mod answers;
+mod bodies;
 mod choices;
 mod failures;
 mod handoffs;

@@ -39,7 +39,8 @@ fn the_ranktable_counts_whatever_servers_say() {
     world.pass(secs(3), &sessions);
     assert_eq!(world.roles(), "pd0");
     let reason = world.last_assigned(sessions[2]).reason;
-    assert!(reason.contains("its device count is 4, that of a is 8"), "{reason}");
+    let told = "its device count is 4, that of a is 8: those of a group have equally many devices";
+    assert!(reason.contains(told), "{reason}");
     let stored = decode_spec(&world.stored["/baton/v1/instances/c"]).expect("a spec");
     assert_eq!(stored.device_count, 4);
 

@@ -23,12 +23,12 @@ use webpki::{EndEntityCert, KeyUsage};
 use super::{Identity, Role, TlsConfig, TlsError};
 
 /// Whose files they are.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(super) enum Owner {
     /// Has a certificate, which names this role.
     Service(Role),
-    /// May have one.
-    Operator,
+    /// May have one; without, it has to know the trust domain of the others.
+    Operator { domain: Option<String> },
 }
 
 /// Kept fresh by [`Credentials::refresh`].
@@ -51,12 +51,13 @@ pub(super) struct Held {
     provider: Arc<CryptoProvider>,
     roots: Arc<RootCertStore>,
     own: Option<(Identity, Arc<SingleCertAndKey>)>,
+    domain: String,
 }
 
 impl Credentials {
     pub(super) fn read(config: TlsConfig, owner: Owner) -> Result<Self, TlsError> {
         let files = Files::read(&config)?;
-        let held = Arc::new(Held::new(&files, &config, owner)?);
+        let held = Arc::new(Held::new(&files, &config, &owner)?);
         Ok(Self { config, owner, current: RwLock::new((files, held)) })
     }
 
@@ -66,7 +67,7 @@ impl Credentials {
         if files == self.current.read().0 {
             return Ok(None);
         }
-        let held = Arc::new(Held::new(&files, &self.config, self.owner)?);
+        let held = Arc::new(Held::new(&files, &self.config, &self.owner)?);
         let identity = held.own.as_ref().map(|(identity, _)| identity.to_string());
         *self.current.write() = (files, held);
         Ok(Some(identity.unwrap_or_default()))
@@ -109,7 +110,7 @@ fn certificates(
 }
 
 impl Held {
-    fn new(files: &Files, config: &TlsConfig, owner: Owner) -> Result<Self, TlsError> {
+    fn new(files: &Files, config: &TlsConfig, owner: &Owner) -> Result<Self, TlsError> {
         let provider = Arc::new(ring::default_provider());
         let mut roots = RootCertStore::empty();
         for ca in certificates("tls.ca_file", &config.ca_file, &files.ca)? {
@@ -118,18 +119,30 @@ impl Held {
             added.map_err(|error| content("tls.ca_file", &config.ca_file, problem(error)))?;
         }
         let own = match owner {
-            Owner::Operator if files.cert.is_empty() => None,
-            Owner::Operator | Owner::Service(_) => {
+            Owner::Operator { .. } if files.cert.is_empty() => None,
+            Owner::Operator { .. } | Owner::Service(_) => {
                 Some(Self::own(files, config, owner, (&provider, &roots))?)
             }
         };
-        Ok(Self { provider, roots: Arc::new(roots), own })
+        let given = match owner {
+            Owner::Operator { domain } => domain.clone(),
+            Owner::Service(_) => None,
+        };
+        let named = own.as_ref().map(|(identity, _)| identity.domain.clone());
+        let domain = match (given, named) {
+            (None, None) => return Err(TlsError::NoDomain),
+            (Some(given), Some(named)) if given != named => {
+                return Err(TlsError::OtherDomain { path: config.cert_file.clone(), named, given });
+            }
+            (Some(domain), _) | (None, Some(domain)) => domain,
+        };
+        Ok(Self { provider, roots: Arc::new(roots), own, domain })
     }
 
     fn own(
         files: &Files,
         config: &TlsConfig,
-        owner: Owner,
+        owner: &Owner,
         (provider, roots): (&CryptoProvider, &RootCertStore),
     ) -> Result<(Identity, Arc<SingleCertAndKey>), TlsError> {
         let path = || config.cert_file.clone();
@@ -137,14 +150,14 @@ impl Held {
         let identity =
             Identity::of(&chain[0]).map_err(|source| TlsError::Nameless { path: path(), source })?;
         if let Owner::Service(own) = owner
-            && identity.role != own
+            && identity.role != *own
         {
-            return Err(TlsError::WrongRole { path: path(), named: identity.role, own });
+            return Err(TlsError::WrongRole { path: path(), named: identity.role, own: *own });
         }
         // Services are dialled and dial.
         let usages = match owner {
             Owner::Service(_) => &[KeyUsage::server_auth(), KeyUsage::client_auth()][..],
-            Owner::Operator => &[KeyUsage::client_auth()],
+            Owner::Operator { .. } => &[KeyUsage::client_auth()],
         };
         // Peers look at it as this does; better said here than guessed from their refusals.
         let believed = EndEntityCert::try_from(&chain[0]).and_then(|own| {
@@ -171,9 +184,9 @@ impl Held {
         Ok((identity, Arc::new(certified.into())))
     }
 
-    /// Who we are, with a certificate.
-    pub(super) fn identity(&self) -> Option<&Identity> {
-        self.own.as_ref().map(|(identity, _)| identity)
+    /// The trust domain of everyone that is believed.
+    pub(super) fn domain(&self) -> &str {
+        &self.domain
     }
 
     /// For a connection taken in. No session is resumed: each connection shows its certificate anew.

@@ -102,7 +102,7 @@ impl Dial {
             TlsConnector::from(Arc::new(config)).connect(name, tcp).await.map_err(said_clearly)?;
         let shown = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
         let found = shown.map_or(Err(IdentityError::Missing), Identity::of);
-        self.recognise(found, held.identity()).map_err(io::Error::other)?;
+        self.recognise(found, held.domain()).map_err(io::Error::other)?;
         // The other side looks at this one's certificate after it has shown its own (RFC 8446, 2): its first word, which
         // in HTTP/2 it says unasked, or its alert tells whether this one is let in.
         if stream.fill_buf().await?.is_empty() {
@@ -115,21 +115,15 @@ impl Dial {
     }
 
     /// Whether this is who was asked for.
-    fn recognise(
-        &self,
-        found: Result<Identity, IdentityError>,
-        own: Option<&Identity>,
-    ) -> Result<(), WrongPeer> {
+    fn recognise(&self, found: Result<Identity, IdentityError>, domain: &str) -> Result<(), WrongPeer> {
         let found = found?;
-        let of_domain = own.is_none_or(|own| own.domain == found.domain);
         let of_name = match (&self.name, &found.name) {
             (Some(wanted), Some(name)) => wanted == name,
             _ => true,
         };
-        if found.role == self.role && of_domain && of_name {
+        if found.role == self.role && found.domain == domain && of_name {
             return Ok(());
         }
-        let domain = own.map_or("DOMAIN", |own| own.domain.as_str());
         let name = self.name.as_ref().map(|name| format!("/{name}")).unwrap_or_default();
         Err(WrongPeer::Other { found, wanted: format!("spiffe://{domain}/baton/{}{name}", self.role) })
     }

@@ -25,6 +25,10 @@ pub enum TlsError {
         path = .path.display()
     )]
     WrongRole { path: PathBuf, named: Role, own: Role },
+    #[error("tls.cert_file: {path} is of the trust domain {named}, and {given} was asked for", path = .path.display())]
+    OtherDomain { path: PathBuf, named: String, given: String },
+    #[error("without a certificate of one's own the trust domain of the others has to be said")]
+    NoDomain,
     #[error("TLS cannot be set up: {0}")]
     Setup(#[source] tokio_rustls::rustls::Error),
 }

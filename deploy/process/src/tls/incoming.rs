@@ -97,7 +97,7 @@ async fn take(
     let shaken = timeout(HANDSHAKE_WITHIN, shake_hands(stream, config)).await;
     let slow = |_| Failed { why: "slow", error: io::ErrorKind::TimedOut.into(), stream: None };
     let Failed { why, error, stream } = match shaken.map_err(slow).flatten() {
-        Ok(stream) => return Some(Secured::new(stream, held.identity())),
+        Ok(stream) => return Some(Secured::new(stream, held.domain())),
         Err(failed) => failed,
     };
     counts.refused(why);
@@ -153,12 +153,12 @@ pub(crate) struct Secured {
 }
 
 impl Secured {
-    fn new(stream: TlsStream<TcpStream>, own: Option<&Identity>) -> Self {
+    fn new(stream: TlsStream<TcpStream>, domain: &str) -> Self {
         let shown = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
         let peer = match shown.map(Identity::of) {
             None => Peer::Nameless("no certificate was shown".into()),
             Some(Err(error)) => Peer::Nameless(format!("of the certificate that was shown: {error}")),
-            Some(Ok(identity)) if own.is_some_and(|own| own.domain != identity.domain) => {
+            Some(Ok(identity)) if identity.domain != domain => {
                 Peer::Nameless(format!("{identity} is of another trust domain"))
             }
             Some(Ok(identity)) => Peer::Named(Arc::new(identity)),

@@ -171,9 +171,11 @@ impl Tls {
         Ok(held)
     }
 
-    /// Of a person: a certificate is not needed where a token will do. The files are read once.
-    pub fn of_operator(config: &TlsConfig) -> Result<Self, TlsError> {
-        let credentials = Arc::new(Credentials::read(config.clone(), Owner::Operator)?);
+    /// Of a person: a certificate is not needed where a token will do. The files are read once. `domain` is the trust
+    /// domain of those who are dialled; none = that of the certificate, and without one it has to be given: an authority
+    /// may sign for several clusters, and what is meant for one is not to be shown to another.
+    pub fn of_operator(config: &TlsConfig, domain: Option<String>) -> Result<Self, TlsError> {
+        let credentials = Arc::new(Credentials::read(config.clone(), Owner::Operator { domain })?);
         Ok(Self { credentials: Some(credentials), counts: Counts::default() })
     }
 

@@ -25,6 +25,7 @@ use crate::{
 };
 
 const SOON: Duration = Duration::from_secs(20);
+const DOMAIN: &str = "test";
 const CONTROLLER: &str = "spiffe://test/baton/controller/c-0";
 const COORDINATOR: &str = "spiffe://test/baton/coordinator/e-0";
 const SERVER: &str = "spiffe://test/baton/server/s-0";
@@ -206,7 +207,7 @@ async fn strangers_are_refused_in_the_handshake() {
     assert!(text.contains("CertificateExpired"), "{text}");
 
     let nobody = TlsConfig { ca_file: expiring.ca_file, ..TlsConfig::default() };
-    let nobody = Tls::of_operator(&nobody).expect("good files");
+    let nobody = Tls::of_operator(&nobody, Some(DOMAIN.into())).expect("good files");
     let text = told(port.check(&nobody).await);
     assert!(text.contains("CertificateRequired"), "{text}");
     assert_eq!(port.refused("handshake"), 3);
@@ -222,13 +223,36 @@ async fn where_tokens_will_do_a_certificate_is_not_needed_for_what_is_open() {
     let (folder, ours) = (tempfile::tempdir().expect("a folder"), Authority::new());
     let config = ours.issue(folder.path(), CONTROLLER, |_| {});
     let nobody = TlsConfig { ca_file: config.ca_file.clone(), ..TlsConfig::default() };
-    let nobody = Tls::of_operator(&nobody).expect("good files");
+    let nobody = Tls::of_operator(&nobody, Some(DOMAIN.into())).expect("good files");
     let port = Port::serve(open(&config, CONTROLLER), Door { without_certificate: true, ..DOOR });
     let status = port.check(&nobody).await.expect_err("health is for coordinators here");
     assert_eq!(status.code(), Code::Unauthenticated, "{status}");
     assert!(status.message().ends_with("by their certificate: no certificate was shown"), "{status}");
     let open = Door { calls: &[], without_certificate: true };
     Port::serve(port.tls.clone(), open).check(&nobody).await.expect("health is for anyone here");
+}
+
+#[tokio::test]
+async fn who_shows_only_a_token_shows_it_to_no_other_cluster() {
+    let (folder, ours) = (tempfile::tempdir().expect("a folder"), Authority::new());
+    let config = ours.issue(folder.path(), CONTROLLER, |_| {});
+    let token = TlsConfig { ca_file: config.ca_file.clone(), ..TlsConfig::default() };
+    assert!(matches!(Tls::of_operator(&token, None), Err(TlsError::NoDomain)));
+    let port = Port::serve(open(&config, CONTROLLER), Door { calls: &[], without_certificate: true });
+    port.check(&Tls::of_operator(&token, Some(DOMAIN.into())).expect("good files")).await.expect("is ours");
+    let elsewhere = Tls::of_operator(&token, Some("elsewhere".into())).expect("good files");
+    let text = told(port.check(&elsewhere).await);
+    let wanted =
+        format!("the other side is {CONTROLLER}, and spiffe://elsewhere/baton/controller was asked for");
+    assert!(text.contains(&wanted), "{text}");
+    // A certificate says it as well, and is not gainsaid.
+    let admin = ours.issue(folder.path(), "spiffe://test/baton/admin/alice", |_| {});
+    port.check(&Tls::of_operator(&admin, None).expect("good files")).await.expect("is ours");
+    let error = Tls::of_operator(&admin, Some("elsewhere".into())).map(drop).expect_err("two domains");
+    assert!(
+        error.to_string().ends_with("is of the trust domain test, and elsewhere was asked for"),
+        "{error}"
+    );
 }
 
 #[tokio::test]
@@ -319,14 +343,14 @@ async fn files_are_followed() {
     let (shutdown, tasks) = (CancellationToken::new(), TaskTracker::new());
     let config = Authority::new().issue(folder.path(), SERVER, |_| {});
     let tls = Tls::start(&config, Role::Server, &metrics, &shutdown, &tasks).expect("good files");
-    let held = || tls.credentials.as_ref().expect("TLS").current().identity().cloned();
+    let held = || tls.credentials.as_ref().expect("TLS").current();
     let before = held();
     Authority::new().issue(folder.path(), SERVER, |params| {
         params.subject_alt_names =
             vec![SanType::URI("spiffe://test/baton/server".try_into().expect("ASCII"))];
     });
     let taken = async {
-        while held() == before {
+        while Arc::ptr_eq(&held(), &before) {
             tokio::time::sleep(LOOK_EVERY).await;
         }
     };

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use baton_process::{Tls, TlsConfig, one_line, tls::Role};
+use baton_process::{Tls, TlsConfig, TlsError, one_line, tls::Role};
 use tonic::{
     Code, Request, Status,
     metadata::{Ascii, MetadataValue},
@@ -67,7 +67,8 @@ pub(super) struct ReachArgs {
     pub(super) token_file: Option<PathBuf>,
 
     /// Certificates (PEM) of who signs the controllers' and coordinators'; with it, TLS is spoken, and they are told by the
-    /// role in their certificates. `https://` alone trusts what this machine trusts, and tells them by their host.
+    /// role and the trust domain in their certificates. `https://` alone trusts what this machine trusts, and tells them
+    /// by their host.
     #[arg(long, value_name = "FILE", env = "BATON_CTL_CA_FILE", global = true)]
     pub(super) ca_file: Option<PathBuf>,
 
@@ -78,6 +79,11 @@ pub(super) struct ReachArgs {
     /// The key (PEM) of --cert-file.
     #[arg(long, value_name = "FILE", env = "BATON_CTL_KEY_FILE", global = true)]
     pub(super) key_file: Option<PathBuf>,
+
+    /// Trust domain of the cluster with --ca-file, as in spiffe://DOMAIN/baton/controller in its certificates: those of
+    /// another are not asked, and shown no token [default: that of --cert-file; without one it must be given].
+    #[arg(long, value_name = "DOMAIN", env = "BATON_CTL_TRUST_DOMAIN", global = true)]
+    pub(super) trust_domain: Option<String>,
 
     /// Tell those asked by this name in their certificates instead, as one that stands in front of them has it.
     #[arg(long, value_name = "NAME", env = "BATON_CTL_TLS_SERVER_NAME", global = true)]
@@ -99,7 +105,7 @@ pub(super) struct Reach {
 /// By what the other side of TLS is told.
 #[derive(Debug, Clone)]
 enum Trust {
-    /// The role in its certificate.
+    /// The role and the trust domain in its certificate.
     Role(Tls),
     /// The name of its host in it.
     Host(ClientTlsConfig),
@@ -140,6 +146,7 @@ impl Reach {
         }
         let trust = match (&args.ca_file, &args.tls_server_name) {
             (Some(_), None) => Trust::Role(by_role(args)?),
+            _ if args.trust_domain.is_some() => return Err(CtlError::IdleDomain),
             (_, name) => Trust::Host(by_host(files, name.as_deref())),
         };
         Ok(Self {
@@ -275,7 +282,10 @@ fn by_role(args: &ReachArgs) -> Result<Tls, CtlError> {
         cert_file: file(&args.cert_file),
         key_file: file(&args.key_file),
     };
-    Ok(Tls::of_operator(&config)?)
+    Tls::of_operator(&config, args.trust_domain.clone()).map_err(|error| match error {
+        TlsError::NoDomain => CtlError::NoDomain,
+        error => CtlError::Tls(error),
+    })
 }
 
 /// Of authority, certificate and key, what is given.

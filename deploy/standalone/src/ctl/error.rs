@@ -28,7 +28,15 @@ pub(crate) enum CtlError {
     #[error("the certificates cannot be used: expected PEM files")]
     Certificates(#[source] tonic::transport::Error),
     #[error("the certificates cannot be used: {0}")]
-    Tls(#[from] TlsError),
+    Tls(#[source] TlsError),
+    #[error(
+        "--ca-file without --cert-file does not say which cluster is yours, as an authority may sign for several: add \
+         --trust-domain DOMAIN, what its certificates have after spiffe:// (`baton` if `deploy/certificates` made them \
+         without --domain)"
+    )]
+    NoDomain,
+    #[error("--trust-domain goes with --ca-file and without --tls-server-name: a host's name says no domain")]
+    IdleDomain,
     #[error("the {service} at {address} does not answer: {reason}")]
     Unreachable { service: &'static str, address: String, reason: String },
     #[error(

@@ -70,6 +70,7 @@ fn every_question_is_understood() {
         "explain -o yaml",
         "explain role server-0",
         "explain group default --policy auto --ttft 500ms",
+        "get roles --token-file t --ca-file a --trust-domain d",
         "get roles --token-file t --ca-file a --cert-file b --key-file c --tls-server-name n",
     ] {
         assert!(parse(line).is_ok(), "{line}: {}", parse(line).unwrap_err());

@@ -11,7 +11,7 @@ use tonic::{
 
 use super::{
     super::{
-        connect::ReachArgs,
+        connect::{Reach, ReachArgs},
         coordinators::tests::coordinator as listed,
         fake::{Fake, Says, coordinator, nobody},
         output::Table,
@@ -229,6 +229,34 @@ async fn controllers_are_asked_by_tls_and_show_who_they_are() {
     assert!(text.contains("does not answer"), "{text}");
 }
 
+#[tokio::test]
+async fn a_token_is_shown_to_the_controllers_of_one_trust_domain() {
+    let directory = tempfile::tempdir().unwrap();
+    let ca = authority();
+    let server = signed_for(&ca, rcgen::SanType::URI("spiffe://ours/baton/controller".try_into().unwrap()));
+    let tls = ServerTlsConfig::new().identity(Identity::from_pem(&server.0, &server.1));
+    let fake = Fake::controller_with(says(), Some(tls)).await;
+    let file = |name: &str, content: &str| {
+        let path = directory.path().join(name);
+        fs::write(&path, content).unwrap();
+        Some(path)
+    };
+    let of = |domain: Option<&str>| ReachArgs {
+        ca_file: file("ca", &ca.0.pem()),
+        token_file: file("token", "secret"),
+        trust_domain: domain.map(str::to_owned),
+        ..reach(&[&fake.address])
+    };
+    assert_eq!(fleet(&of(Some("ours"))).instances().await.unwrap().len(), 1);
+    let text = fleet(&of(Some("theirs"))).instances().await.unwrap_err().to_string();
+    assert!(text.contains("spiffe://theirs/baton/controller was asked for"), "{text}");
+    let refused = |args: ReachArgs| Reach::new(&args).unwrap_err().to_string();
+    let text = refused(of(None));
+    assert!(text.contains("add --trust-domain DOMAIN"), "{text}");
+    let idle = ReachArgs { tls_server_name: Some("controller.test".into()), ..of(Some("ours")) };
+    assert!(refused(idle).contains("without --tls-server-name"));
+}
+
 type Authority = (rcgen::Certificate, rcgen::Issuer<'static, rcgen::KeyPair>);
 
 fn authority() -> Authority {
@@ -240,7 +268,12 @@ fn authority() -> Authority {
 
 /// A certificate and its key, in PEM.
 fn signed(authority: &Authority, name: &str) -> (String, String) {
+    signed_for(authority, rcgen::SanType::DnsName(name.try_into().unwrap()))
+}
+
+fn signed_for(authority: &Authority, name: rcgen::SanType) -> (String, String) {
     let key = rcgen::KeyPair::generate().unwrap();
-    let params = rcgen::CertificateParams::new(vec![name.to_owned()]).unwrap();
+    let mut params = rcgen::CertificateParams::default();
+    params.subject_alt_names = vec![name];
     (params.signed_by(&key, &authority.1).unwrap().pem(), key.serialize_pem())
 }

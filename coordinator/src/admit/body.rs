@@ -1,0 +1,207 @@
+//! The memory of request bodies, of all requests together, within a budget.
+//!
+//! A room in the house ([`super::Ticket`]) comes with [`FREE_BYTES`] for the request's body, so that no short request is
+//! refused because of long ones. What a body takes beyond is reserved here: all that it announces before the first of it
+//! is read, or, if it announces nothing, as it grows. Overflow policy: what does not fit is 429 at once, so that nobody
+//! holds a connection to wait for memory. A [`Body`] is its bytes and their reservation in one, given back together by
+//! drop, wherever that happens.
+
+use std::{
+    ops::Deref,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use baton_proto::ApiError;
+use prometheus_client::metrics::gauge::Gauge;
+
+use super::refuse;
+use crate::metrics::{Metrics, Refusals};
+
+/// Of a body, what its room in the house is good for.
+pub const FREE_BYTES: usize = 64 << 10;
+
+/// What all bodies may take beyond the [`FREE_BYTES`] of each.
+pub(super) struct Budget {
+    left: AtomicUsize,
+    reserved: Gauge,
+    refusals: Refusals,
+}
+
+impl Budget {
+    pub(super) fn new(bytes: usize, metrics: &Metrics) -> Arc<Self> {
+        let (reserved, refusals) = (metrics.body_reserved.clone(), metrics.refusals.clone());
+        Arc::new(Self { left: AtomicUsize::new(bytes), reserved, refusals })
+    }
+
+    fn take(&self, bytes: usize) -> Result<(), ApiError> {
+        let taken =
+            self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(bytes));
+        if taken.is_err() {
+            let message = "the bodies of other requests take all memory that there is for them; try again in a \
+                           moment";
+            return Err(refuse(&self.refusals, "bytes", message));
+        }
+        self.reserved.inc_by(gauged(bytes));
+        Ok(())
+    }
+
+    fn give_back(&self, bytes: usize) {
+        self.left.fetch_add(bytes, Ordering::Relaxed);
+        self.reserved.dec_by(gauged(bytes));
+    }
+}
+
+/// No machine has more memory than a gauge can say.
+fn gauged(bytes: usize) -> i64 {
+    i64::try_from(bytes).unwrap_or(i64::MAX)
+}
+
+/// A request's body, as far as it has come, and the memory that it may take.
+pub struct Body {
+    bytes: Vec<u8>,
+    /// It does not become longer than this.
+    most: usize,
+    /// What is reserved, with the [`FREE_BYTES`].
+    room: usize,
+    budget: Arc<Budget>,
+}
+
+impl Body {
+    /// Nothing yet, and room for what is announced; `most` bounds it if nothing is.
+    pub(super) fn new(budget: &Arc<Budget>, announced: Option<usize>, most: usize) -> Result<Self, ApiError> {
+        let most = announced.unwrap_or(most);
+        let mut body = Self { bytes: Vec::new(), most, room: FREE_BYTES, budget: budget.clone() };
+        body.make_room(announced.unwrap_or(0))?;
+        Ok(body)
+    }
+
+    /// More of it has come. Memory is taken as it comes, whatever was announced.
+    pub fn push(&mut self, chunk: &[u8]) -> Result<(), ApiError> {
+        let needed = self.bytes.len() + chunk.len();
+        if needed > self.bytes.capacity() {
+            let capacity = needed.max((2 * self.bytes.capacity()).min(self.most));
+            self.make_room(capacity)?;
+            self.bytes.reserve_exact(capacity - self.bytes.len());
+        }
+        self.bytes.extend_from_slice(chunk);
+        Ok(())
+    }
+
+    /// All of it has come: what is held from now on is what it is long.
+    pub fn complete(&mut self) {
+        self.bytes.shrink_to_fit();
+        let room = self.bytes.capacity().max(FREE_BYTES);
+        if let Some(over) = self.room.checked_sub(room) {
+            self.budget.give_back(over);
+            self.room = room;
+        }
+    }
+
+    fn make_room(&mut self, bytes: usize) -> Result<(), ApiError> {
+        if let Some(more) = bytes.checked_sub(self.room).filter(|more| *more > 0) {
+            self.budget.take(more)?;
+            self.room = bytes;
+        }
+        Ok(())
+    }
+}
+
+impl Deref for Body {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl Drop for Body {
+    fn drop(&mut self) {
+        self.budget.give_back(self.room - FREE_BYTES);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use baton_proto::ErrorCode;
+    use prometheus_client::registry::Registry;
+
+    use super::*;
+    use crate::metrics::reason;
+
+    const MOST: usize = 1 << 20;
+
+    fn budget(bytes: usize) -> (Arc<Budget>, Arc<Metrics>) {
+        let metrics = Metrics::register(&mut Registry::default());
+        (Budget::new(bytes, &metrics), metrics)
+    }
+
+    fn announced(budget: &Arc<Budget>, bytes: usize) -> Result<Body, ApiError> {
+        Body::new(budget, Some(bytes), MOST)
+    }
+
+    #[test]
+    fn what_is_announced_is_reserved_and_given_back_with_the_body() {
+        let (budget, metrics) = budget(MOST);
+        let mut first = announced(&budget, MOST).expect("it fits");
+        assert_eq!(metrics.body_reserved.get(), (MOST - FREE_BYTES) as i64);
+        assert_eq!(first.bytes.capacity(), 0, "a body that never comes takes no memory");
+        let second = announced(&budget, FREE_BYTES * 2).expect("it takes what is left");
+        let Err(refused) = announced(&budget, FREE_BYTES + 1) else { panic!("nothing was left") };
+        assert_eq!(refused.code, ErrorCode::QueueFull);
+        assert_eq!(metrics.refusals.get_or_create(&reason("bytes")).get(), 1);
+        // The short ones go on.
+        let mut short = announced(&budget, FREE_BYTES).expect("every room is good for it");
+        short.push(&[7; FREE_BYTES]).expect("every room is good for it");
+        drop(second);
+        let third = announced(&budget, FREE_BYTES + 1).expect("it was given back");
+        first.push(&[1; 100]).expect("was reserved");
+        first.complete();
+        assert_eq!((metrics.body_reserved.get(), &first[..]), (1, &[1; 100][..]), "as long as it is");
+        drop((first, third, short));
+        assert_eq!(metrics.body_reserved.get(), 0);
+        assert!(announced(&budget, MOST + FREE_BYTES).is_ok());
+    }
+
+    #[test]
+    fn a_body_that_announces_nothing_takes_what_it_grows_to() {
+        let (budget, metrics) = budget(4 * FREE_BYTES);
+        let mut body = Body::new(&budget, None, MOST).expect("nothing is asked");
+        for _ in 0..100 {
+            body.push(&[3; 1000]).expect("there is room");
+            let room = body.bytes.capacity().max(FREE_BYTES);
+            assert_eq!(metrics.body_reserved.get(), (room - FREE_BYTES) as i64, "all that it takes");
+        }
+        body.complete();
+        assert_eq!(metrics.body_reserved.get(), 100_000 - FREE_BYTES as i64);
+        let Err(refused) = body.push(&[3; 4 * FREE_BYTES]) else { panic!("there is no room") };
+        assert_eq!((refused.code, body.len()), (ErrorCode::QueueFull, 100_000));
+        drop(body);
+        assert_eq!(metrics.body_reserved.get(), 0);
+    }
+
+    #[test]
+    fn no_body_takes_more_than_its_bound_by_growing() {
+        let (budget, _) = budget(MOST);
+        for bound in [Some(100_000), None] {
+            let mut body = Body::new(&budget, bound, 100_000).expect("there is room");
+            body.push(&[0; 70_000]).expect("there is room");
+            body.push(&[0; 30_000]).expect("there is room");
+            assert_eq!((body.bytes.capacity(), body.room), (100_000, 100_000));
+        }
+    }
+
+    #[test]
+    fn all_that_many_threads_take_is_given_back() {
+        let (budget, metrics) = budget(3 * FREE_BYTES);
+        let work = || {
+            for bytes in (0..2000).map(|n| n * 97 % (4 * FREE_BYTES)) {
+                let _ = announced(&budget, bytes).and_then(|mut body| body.push(&[0; 512]));
+            }
+        };
+        std::thread::scope(|scope| (0..4).for_each(|_| drop(scope.spawn(work))));
+        assert_eq!((metrics.body_reserved.get(), budget.left.load(Ordering::Relaxed)), (0, 3 * FREE_BYTES));
+    }
+}
