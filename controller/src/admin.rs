@@ -21,7 +21,7 @@ use crate::{
     coordinators::{self, Coordinators, Registered},
     desk::{Desk, Inbox, Message, Plans, Report},
     journal::{Entry, Journal, News},
-    reconcile::Change,
+    reconcile::{Change, Only},
     session::{not_leading, unix_millis},
 };
 
@@ -109,7 +109,7 @@ impl AdminService {
         };
         let group = match &change {
             Change::Divide { group, .. } | Change::Rebalance { group } => Some(group.clone()),
-            Change::Cordon { id, .. } | Change::Uncordon { id } | Change::Pin { id, .. } => {
+            Change::Cordon { id, .. } | Change::Uncordon { id, .. } | Change::Pin { id, .. } => {
                 plans.group_of(id)
             }
         };
@@ -258,7 +258,7 @@ impl fleet_admin_server::FleetAdmin for AdminService {
             }
             let by = actor.to_owned();
             let cordoned = Cordoned { by, reason, unix_millis: unix_millis(), drain, force };
-            Ok(Change::Cordon { id: instance_id(id)?, cordoned })
+            Ok(Change::Cordon { id: instance_id(id)?, cordoned, only: Only::Always })
         })
         .await
     }
@@ -266,7 +266,8 @@ impl fleet_admin_server::FleetAdmin for AdminService {
     async fn uncordon(&self, request: Request<v1::UncordonRequest>) -> Answer<v1::PlanResponse> {
         let v1::UncordonRequest { instance_id: id, dry_run } = request.get_ref().clone();
         let call = Call { name: "Uncordon", of: &request.get_ref().instance_id };
-        self.change(&request, call, dry_run, |_| Ok(Change::Uncordon { id: instance_id(id)? })).await
+        let only = Only::Always;
+        self.change(&request, call, dry_run, |_| Ok(Change::Uncordon { id: instance_id(id)?, only })).await
     }
 
     async fn set_role(&self, request: Request<v1::SetRoleRequest>) -> Answer<v1::PlanResponse> {

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use baton_proto::{ApiError, GroupName, InstanceId, Intent, LeaderEpoch};
-use baton_registry::DesiredRole;
+use baton_registry::{DesiredRole, Term};
 use tokio::{
     sync::{mpsc, oneshot, watch},
     time::Instant,
@@ -93,6 +93,8 @@ impl Plans {
 pub struct Inbox {
     pub messages: mpsc::Sender<Message>,
     pub epoch: LeaderEpoch,
+    /// For what the store does not guard.
+    pub term: Term,
 }
 
 impl Inbox {

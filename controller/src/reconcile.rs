@@ -45,7 +45,7 @@ mod stuck;
 mod writes;
 
 pub use aim::{Aim, Wanted};
-pub use change::Change;
+pub use change::{Change, Only};
 pub use congestion::Queue;
 pub use moves::Budget;
 pub use planning::{GroupPlan, MemberPlan};

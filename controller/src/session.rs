@@ -237,6 +237,7 @@ fn order_to_wire(order: Order, welcome: &controller_order::Welcome, drain: Durat
             epoch: desired.epoch.0,
             reason: desired.reason,
             drain_millis: millis(desired.drain.unwrap_or(drain)),
+            cordoned: desired.cordoned,
         }),
         Order::Refuse { reason, held } => controller_order::Order::Refuse(v1::Refuse {
             reason: Some(reason.into()),

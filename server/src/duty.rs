@@ -93,6 +93,8 @@ impl Duty {
         self.health.set(match view.phase {
             Phase::Loading => Health::NotReady(format!("loading the model: {}%", view.load_permille / 10)),
             _ if stopping => Health::Draining,
+            // Whoever runs it sees by that which can be ended. One that merely has no role is ready to be given one.
+            _ if view.is_out_of_service() => Health::NotReady("cordoned: it serves nothing".to_owned()),
             _ => Health::Ready,
         });
         self.view.send_if_modified(|shown| {
@@ -113,7 +115,7 @@ mod tests {
     use baton_proto::RoleEpoch;
 
     fn assign(role: Role, epoch: u64, drain: Duration) -> Event {
-        Event::Assigned(Assignment { role, epoch: RoleEpoch(epoch), drain })
+        Event::Assigned(Assignment { role, epoch: RoleEpoch(epoch), drain, cordoned: false })
     }
 
     struct Rig {
@@ -121,6 +123,7 @@ mod tests {
         view: watch::Receiver<RoleView>,
         permits: Permits,
         commands: mpsc::Receiver<Command>,
+        health: HealthHandle,
         done: tokio::task::JoinHandle<()>,
     }
 
@@ -130,8 +133,8 @@ mod tests {
         let (engine, commands) = mpsc::channel(8);
         let permits = Permits::default();
         let health = HealthHandle::default();
-        let duty = Duty { events: incoming, view, permits: permits.clone(), engine, health };
-        Rig { events, view: shown, permits, commands, done: tokio::spawn(duty.run()) }
+        let duty = Duty { events: incoming, view, permits: permits.clone(), engine, health: health.clone() };
+        Rig { events, view: shown, permits, commands, health, done: tokio::spawn(duty.run()) }
     }
 
     impl Rig {
@@ -172,6 +175,38 @@ mod tests {
         rig.until(Role::Prefill, Phase::Ready).await;
         let deadline = tokio::time::timeout(Duration::from_secs(600), rig.commands.recv()).await;
         assert!(deadline.is_err(), "legs were failed for a switch that was taken back");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_that_is_cordoned_is_not_ready_once_it_is_drained() {
+        let mut rig = rig();
+        let cordoned = |role, epoch, cordoned| {
+            let drain = Duration::from_secs(60);
+            Event::Assigned(Assignment { role, epoch: RoleEpoch(epoch), drain, cordoned })
+        };
+        rig.tell(Event::Loaded).await;
+        rig.until(Role::None, Phase::Waiting).await;
+        assert!(rig.health.is_ready(), "it waits for its first role");
+        rig.tell(assign(Role::Prefill, 1, Duration::ZERO)).await;
+        rig.until(Role::Prefill, Phase::Ready).await;
+        let permit = rig.permits.take();
+        rig.tell(cordoned(Role::None, 2, true)).await;
+        rig.until(Role::Prefill, Phase::Draining).await;
+        assert!(rig.health.is_ready(), "it works on");
+        drop(permit);
+        rig.until(Role::None, Phase::Ready).await;
+        assert_eq!(rig.health.get().describe(), "cordoned: it serves nothing");
+        assert!(!rig.health.is_ready());
+        // Back in service, with nobody that it could serve with.
+        rig.tell(cordoned(Role::None, 3, false)).await;
+        rig.view.wait_for(|view| view.epoch == RoleEpoch(3)).await.expect("the duty runs");
+        assert!(rig.health.is_ready());
+        rig.tell(cordoned(Role::None, 4, true)).await;
+        rig.view.wait_for(|view| view.epoch == RoleEpoch(4)).await.expect("the duty runs");
+        assert!(!rig.health.is_ready());
+        rig.tell(assign(Role::Decode, 5, Duration::ZERO)).await;
+        rig.until(Role::Decode, Phase::Ready).await;
+        assert!(rig.health.is_ready());
     }
 
     #[tokio::test(start_paused = true)]

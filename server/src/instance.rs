@@ -214,7 +214,7 @@ async fn assign_from_config(config: &ServerConfig, events: &mpsc::Sender<Event>)
         "mixed" => Role::Mixed,
         _ => return,
     };
-    let assignment = Assignment { role, epoch: RoleEpoch(1), drain: Duration::ZERO };
+    let assignment = Assignment { role, epoch: RoleEpoch(1), drain: Duration::ZERO, cordoned: false };
     let _ = events.send(Event::Assigned(assignment)).await;
 }
 

@@ -22,6 +22,8 @@ pub struct RoleView {
     pub phase: Phase,
     /// Of the weights, while loading.
     pub load_permille: u32,
+    /// It has no role because it was taken out of service.
+    pub cordoned: bool,
 }
 
 /// A controller's wish.
@@ -31,6 +33,8 @@ pub struct Assignment {
     pub epoch: RoleEpoch,
     /// How long running requests may take to finish first.
     pub drain: Duration,
+    /// No role, because it is taken out of service.
+    pub cordoned: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,6 +96,7 @@ impl RoleMachine {
             Event::TakenOn if self.view.phase == Phase::Switching => {
                 let taken = self.pending.take()?;
                 (self.view.role, self.view.epoch, self.view.phase) = (taken.role, taken.epoch, Phase::Ready);
+                self.view.cordoned = taken.cordoned;
                 None
             }
             Event::Stop { drain } if !self.stopping => {
@@ -110,7 +115,7 @@ impl RoleMachine {
         }
         match self.view.phase {
             Phase::Ready if assignment.role == self.view.role => {
-                self.view.epoch = assignment.epoch;
+                (self.view.epoch, self.view.cordoned) = (assignment.epoch, assignment.cordoned);
                 None
             }
             Phase::Ready => {
@@ -126,6 +131,7 @@ impl RoleMachine {
             Phase::Draining if assignment.role == self.view.role => {
                 self.pending = None;
                 (self.view.epoch, self.view.phase) = (assignment.epoch, Phase::Ready);
+                self.view.cordoned = assignment.cordoned;
                 Some(Action::KeepOn)
             }
             // What is under way goes on and ends in the newest assignment.
@@ -148,6 +154,11 @@ impl RoleMachine {
 }
 
 impl RoleView {
+    /// Whether it is out of service, with nothing left to do.
+    pub fn is_out_of_service(self) -> bool {
+        self.cordoned && self.role == Role::None && self.phase == Phase::Ready
+    }
+
     pub fn to_wire(self) -> v1::RoleChange {
         v1::RoleChange {
             role: self.role.to_wire().into(),
@@ -165,7 +176,7 @@ mod tests {
     const DRAIN: Duration = Duration::from_secs(1);
 
     fn assign(role: Role, epoch: u64) -> Event {
-        Event::Assigned(Assignment { role, epoch: RoleEpoch(epoch), drain: DRAIN })
+        Event::Assigned(Assignment { role, epoch: RoleEpoch(epoch), drain: DRAIN, cordoned: false })
     }
 
     fn state(machine: &RoleMachine) -> (Role, u64, Phase) {

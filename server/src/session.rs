@@ -244,7 +244,8 @@ impl Session {
                 let Some(role) = Role::from_wire(assign.role).ok().filter(|_| known) else { return Ok(()) };
                 tracing::debug!(?role, epoch = assign.epoch, reason = assign.reason, "role assigned");
                 let drain = Duration::from_millis(assign.drain_millis.into());
-                let assignment = Assignment { role, epoch: RoleEpoch(assign.epoch), drain };
+                let (epoch, cordoned) = (RoleEpoch(assign.epoch), assign.cordoned);
+                let assignment = Assignment { role, epoch, drain, cordoned };
                 // Fails only while the process ends.
                 let _ = self.events.send(Event::Assigned(assignment)).await;
                 Ok(())

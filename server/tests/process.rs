@@ -11,7 +11,10 @@ use std::{
 
 use baton_proto::{ErrorCode, v1};
 use support::{Attached, PATIENCE, Request, Target, whole};
-use tokio::sync::mpsc;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    sync::mpsc,
+};
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::{Request as GrpcRequest, Response, Status, Streaming};
 
@@ -193,6 +196,47 @@ async fn it_registers_serves_and_drains() {
     assert_eq!(coordinator.until_end(2).await.failed(), ErrorCode::Unavailable);
     let heard = coordinator.until_end(1).await;
     assert_eq!((heard.tokens.len(), heard.finished()), (60, v1::FinishReason::Length));
+    reports.until_goodbye().await;
+    drop(orders);
+    assert!(server.exit().await.success());
+}
+
+/// The status line of the answer.
+async fn get(address: &str, path: &str) -> String {
+    let mut stream = tokio::net::TcpStream::connect(address).await.expect("it listens");
+    let request = format!("GET {path} HTTP/1.1\r\nhost: s\r\nconnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.expect("sent");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.expect("an answer");
+    answer.lines().next().expect("a status").to_owned()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_that_is_cordoned_works_to_the_end_and_is_then_not_ready_and_alive() {
+    let free = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = free.local_addr().expect("an address").to_string();
+    drop(free);
+    let setting = format!("metrics_listen={address}");
+    let (server, mut reports, orders, mut coordinator) = ready(&[&setting], 0).await;
+    assert_eq!(get(&address, "/readiness").await, "HTTP/1.1 200 OK");
+    coordinator.dispatch(1, &Request::greedy(20, 60), whole()).await;
+    coordinator.until_tokens(1, 3).await;
+    let assign = |role: v1::Role, epoch, cordoned| {
+        let assign =
+            v1::AssignRole { role: role.into(), epoch, drain_millis: 60_000, cordoned, ..Default::default() };
+        order(v1::controller_order::Order::Assign(assign))
+    };
+    orders.send(assign(v1::Role::None, 4, true)).await.expect("sent");
+    assert_eq!(reports.until(v1::Phase::Draining).await.role(), v1::Role::Mixed);
+    assert_eq!(get(&address, "/readiness").await, "HTTP/1.1 200 OK", "it works on");
+    assert_eq!(coordinator.until_end(1).await.finished(), v1::FinishReason::Length);
+    assert_eq!(reports.until(v1::Phase::Ready).await.role(), v1::Role::None);
+    assert_eq!(get(&address, "/readiness").await, "HTTP/1.1 503 Service Unavailable");
+    assert_eq!(get(&address, "/health").await, "HTTP/1.1 200 OK");
+    orders.send(assign(v1::Role::Decode, 5, false)).await.expect("sent");
+    while reports.until(v1::Phase::Ready).await.role() != v1::Role::Decode {}
+    assert_eq!(get(&address, "/readiness").await, "HTTP/1.1 200 OK");
+    server.terminate();
     reports.until_goodbye().await;
     drop(orders);
     assert!(server.exit().await.success());

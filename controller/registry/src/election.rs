@@ -6,10 +6,13 @@
 //! has no effect, whatever its clock or its pauses. A write whose answer was lost might still be under way: before the
 //! next one the leader puts its key again, so that the lost one, if it comes late, finds another key and fails.
 
-use std::{sync::Arc, time::Duration};
+use std::{future::poll_fn, pin::pin, sync::Arc, task::Poll, time::Duration};
 
 use baton_proto::LeaderEpoch;
-use tokio::{sync::Mutex, time::Instant};
+use tokio::{
+    sync::{Mutex, watch},
+    time::Instant,
+};
 use tracing::{debug, info, warn};
 
 use crate::{
@@ -48,8 +51,15 @@ pub struct Leadership {
     epoch: LeaderEpoch,
     record: LeaderRecord,
     fence: Arc<Mutex<Fence>>,
-    /// From when on the lease is known to have been good for its whole time.
-    renewed: Instant,
+    /// Until when the lease is known to be good.
+    ends: watch::Sender<Instant>,
+}
+
+/// Until when a leadership is known to last, for what its fence does not guard: actions outside the store. By this
+/// process's monotonic clock, which goes on while the process is stopped; not while the whole machine is. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Term {
+    ends: watch::Receiver<Instant>,
 }
 
 #[derive(Debug)]
@@ -113,7 +123,8 @@ impl Candidate {
                 let epoch = LeaderEpoch(created.0);
                 let fence = Arc::new(Mutex::new(Fence { mod_revision: created, in_doubt: false }));
                 let (store, record) = (self.store.clone(), self.record.clone());
-                Ok(Some(Leadership { store, lease, epoch, record, fence, renewed }))
+                let ends = watch::Sender::new(renewed + lease.ttl);
+                Ok(Some(Leadership { store, lease, epoch, record, fence, ends }))
             }
             None => {
                 if let Err(error) = self.store.revoke_lease(lease.id).await {
@@ -154,25 +165,43 @@ impl Candidate {
     }
 }
 
+impl Term {
+    /// Goes on with an action only while the leadership is known to last; none if it may have ended meanwhile. That is looked
+    /// at before each step: a process that is stopped in between does not go on with it.
+    pub async fn within<T>(&self, action: impl Future<Output = T>) -> Option<T> {
+        let mut action = pin!(action);
+        poll_fn(|context| {
+            if Instant::now() >= *self.ends.borrow() {
+                return Poll::Ready(None);
+            }
+            action.as_mut().poll(context).map(Some)
+        })
+        .await
+    }
+}
+
 impl Leadership {
     pub fn epoch(&self) -> LeaderEpoch {
         self.epoch
     }
 
+    pub fn term(&self) -> Term {
+        Term { ends: self.ends.subscribe() }
+    }
+
     /// Renews the lease until that is no longer possible, and says why. The holder must not act as leader afterwards.
     /// Returns before the lease can have ended at the store as long as this process runs; fencing covers the rest.
     pub async fn hold(&self) -> Lost {
-        let mut renewed = self.renewed;
         let mut wait = self.lease.ttl / 3;
         loop {
             tokio::time::sleep(wait).await;
             let asked = Instant::now();
-            let ends = renewed + self.lease.ttl;
+            let ends = *self.ends.borrow();
             let answer = tokio::time::timeout_at(ends, self.store.keep_alive(self.lease.id)).await;
             let late = || StoreError::Unavailable("no answer before the lease ended".into());
             match answer.unwrap_or_else(|_| Err(late())) {
                 Ok(_) => {
-                    renewed = asked;
+                    self.ends.send_replace(asked + self.lease.ttl);
                     wait = self.lease.ttl / 3;
                 }
                 Err(StoreError::LeaseNotFound(_)) => return Lost::LeaseEnded,
@@ -220,6 +249,7 @@ impl Leadership {
 
     /// Gives the leadership up at once, so that another need not wait for the lease.
     pub async fn resign(&self) -> Result<(), StoreError> {
+        self.ends.send_replace(Instant::now());
         self.store.revoke_lease(self.lease.id).await
     }
 }

@@ -31,6 +31,8 @@ pub struct DesiredRole {
     pub leader_epoch: LeaderEpoch,
     /// How long running requests may take before the change; none = as the controller is configured.
     pub drain: Option<Duration>,
+    /// It has no role because it was taken out of service.
+    pub cordoned: bool,
 }
 
 /// What an instance last said it is.
@@ -118,6 +120,7 @@ impl DesiredRole {
             reason: self.reason.clone(),
             leader_epoch: self.leader_epoch.0,
             drain_millis: self.drain.map_or(0, |drain| u32::try_from(drain.as_millis()).unwrap_or(u32::MAX)),
+            cordoned: self.cordoned,
         }
         .encode_to_vec()
         .into()
@@ -131,6 +134,7 @@ impl DesiredRole {
             reason: wire.reason,
             leader_epoch: LeaderEpoch(wire.leader_epoch),
             drain: (wire.drain_millis > 0).then(|| Duration::from_millis(wire.drain_millis.into())),
+            cordoned: wire.cordoned,
         })
     }
 }

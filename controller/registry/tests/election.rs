@@ -101,6 +101,34 @@ async fn a_leader_cut_off_from_its_store_stops_before_its_lease_ends() {
     assert!(matches!(lost, baton_registry::election::Lost::NotRenewed(_)), "{lost:?}");
 }
 
+#[tokio::test]
+async fn what_is_done_outside_the_store_is_not_gone_on_with_once_another_may_lead() {
+    let store = memory();
+    let leadership = candidate(&store, "a").campaign().await;
+    let term = leadership.term();
+    let long = term.within(tokio::time::sleep(Duration::from_secs(3)));
+    let held = tokio::select! {
+        lost = leadership.hold() => panic!("{lost}"),
+        held = long => held,
+    };
+    assert_eq!(held, Some(()), "its lease is renewed meanwhile");
+
+    let mut sent = false;
+    let action = async {
+        // As a process does that is stopped for longer than its lease.
+        std::thread::sleep(Duration::from_millis(2500));
+        tokio::task::yield_now().await;
+        sent = true;
+    };
+    assert_eq!((term.within(action).await, sent), (None, false));
+
+    let leadership = tokio::time::timeout(Duration::from_secs(10), candidate(&store, "b").campaign()).await;
+    let leadership = leadership.expect("b never led");
+    assert_eq!(leadership.term().within(async { 1 }).await, Some(1));
+    leadership.resign().await.expect("resign");
+    assert_eq!(leadership.term().within(async { 1 }).await, None);
+}
+
 /// A store that loses answers: a transaction is said to be unanswered, and is made later or never.
 #[derive(Debug)]
 struct Lossy {

@@ -32,6 +32,7 @@ fn desired() -> DesiredRole {
         reason: "why".into(),
         leader_epoch: LeaderEpoch(3),
         drain: None,
+        cordoned: false,
     }
 }
 

@@ -165,8 +165,8 @@ impl Reconciler {
         }
         info!(instance = %member.spec.id, role = role.name(), %epoch, "its role is adopted");
         let reason = "held when this controller began".to_owned();
-        member.desired =
-            Some(DesiredRole { role, epoch, reason, leader_epoch: self.leader_epoch, drain: None });
+        let (leader_epoch, drain, cordoned) = (self.leader_epoch, None, false);
+        member.desired = Some(DesiredRole { role, epoch, reason, leader_epoch, drain, cordoned });
         self.adopted |= role != Role::None;
         true
     }

@@ -16,9 +16,11 @@ pub enum Change {
     Cordon {
         id: InstanceId,
         cordoned: Cordoned,
+        only: Only,
     },
     Uncordon {
         id: InstanceId,
+        only: Only,
     },
     /// The instance is to have this role, by whom; none = the planner chooses.
     Pin {
@@ -34,6 +36,35 @@ pub enum Change {
     Rebalance {
         group: GroupName,
     },
+}
+
+/// What must hold of the instance's cordon when a change of it is made: whoever asked may have looked before somebody else
+/// changed it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Only {
+    /// The last word counts.
+    Always,
+    /// Nobody has cordoned it.
+    Free,
+    /// It is cordoned by them, for that reason.
+    Held { by: String, reason: String },
+}
+
+impl Only {
+    /// Errors: `AlreadyExists` if it is cordoned otherwise, `NotFound` if it is not cordoned any more.
+    fn check(&self, id: &InstanceId, cordoned: Option<&Cordoned>) -> Result<(), ApiError> {
+        match (self, cordoned) {
+            (Self::Always, _) | (Self::Free, None) => Ok(()),
+            (Self::Held { by, reason }, Some(held)) if held.by == *by && held.reason == *reason => Ok(()),
+            (Self::Free | Self::Held { .. }, Some(held)) => {
+                let message = format!("{id} is by now cordoned by {}", held.by);
+                Err(ApiError::new(ErrorCode::AlreadyExists, message))
+            }
+            (Self::Held { .. }, None) => {
+                Err(ApiError::new(ErrorCode::NotFound, format!("{id} is not cordoned any more")))
+            }
+        }
+    }
 }
 
 impl Reconciler {
@@ -59,10 +90,11 @@ impl Reconciler {
 
     /// Takes a change in and says where it is kept, if it is; [`Self::conclude`] is to be called afterwards. Errors:
     /// `NotFound` for an instance or a group that is not known, `InvalidArgument` for a cordon that would leave nobody
-    /// to serve.
+    /// to serve, and what [`Only`] says.
     pub fn change(&mut self, change: Change) -> Result<Option<Record>, ApiError> {
         let record = match change {
-            Change::Cordon { id, cordoned } => {
+            Change::Cordon { id, cordoned, only } => {
+                only.check(&id, self.cordon_of(&id))?;
                 if !cordoned.force {
                     self.check_that_others_serve(&id)?;
                 }
@@ -73,7 +105,10 @@ impl Reconciler {
                     intent.cordoned = Some(Cordoned { reason, ..cordoned });
                 })?
             }
-            Change::Uncordon { id } => self.intend(&id, |intent| intent.cordoned = None)?,
+            Change::Uncordon { id, only } => {
+                only.check(&id, self.cordon_of(&id))?;
+                self.intend(&id, |intent| intent.cordoned = None)?
+            }
             Change::Pin { id, pinned } => {
                 let pinned = pinned.filter(|pinned| pinned.role != Role::None);
                 self.intend(&id, |intent| intent.pinned = pinned)?
@@ -96,6 +131,10 @@ impl Reconciler {
         self.plan_due = true;
         self.mark(record.clone());
         Ok(Some(record))
+    }
+
+    fn cordon_of(&self, id: &InstanceId) -> Option<&Cordoned> {
+        self.intents.get(id).and_then(|intent| intent.cordoned.as_ref())
     }
 
     fn intend(&mut self, id: &InstanceId, change: impl FnOnce(&mut Intent)) -> Result<Record, ApiError> {

@@ -54,8 +54,10 @@ impl Change {
     /// As it is entered once it is made.
     pub fn news(&self, actor: &str) -> News {
         let (kind, instance, group, message) = match self {
-            Self::Cordon { id, cordoned } => (NewsKind::Cordoned, Some(id), None, cordoned.reason.clone()),
-            Self::Uncordon { id } => (NewsKind::Uncordoned, Some(id), None, String::new()),
+            Self::Cordon { id, cordoned, .. } => {
+                (NewsKind::Cordoned, Some(id), None, cordoned.reason.clone())
+            }
+            Self::Uncordon { id, .. } => (NewsKind::Uncordoned, Some(id), None, String::new()),
             Self::Pin { id, pinned } => {
                 let role = pinned.as_ref().map(|pinned| pinned.role.name());
                 let role = role.unwrap_or("whatever the planner chooses");

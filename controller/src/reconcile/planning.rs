@@ -205,10 +205,11 @@ impl Reconciler {
         let was = member.desired.as_ref().map_or("none", |desired| desired.role.name());
         let Decision { role, reason } = decision;
         let cordoned = self.intents.get(id).and_then(|intent| intent.cordoned.as_ref());
-        let drain = cordoned.filter(|_| role == Role::None).and_then(|cordoned| cordoned.drain);
+        let cordoned = cordoned.filter(|_| role == Role::None);
+        let (drain, cordoned) = (cordoned.and_then(|cordoned| cordoned.drain), cordoned.is_some());
         info!(instance = %id, was, role = role.name(), %epoch, reason, "a role is decided");
         let message = format!("{was} -> {}: {reason}", role.name());
-        member.desired = Some(DesiredRole { role, epoch, reason, leader_epoch, drain });
+        member.desired = Some(DesiredRole { role, epoch, reason, leader_epoch, drain, cordoned });
         member.late_since = None;
         let moved = (member.is_serving() && member.beat.role != role).then(|| member.spec.group.clone());
         self.role_changes += 1;

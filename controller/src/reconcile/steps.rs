@@ -10,6 +10,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use baton_proto::{InstanceId, Role};
+use baton_registry::DesiredRole;
 use tokio::time::Instant;
 
 use super::{Budget, Reconciler, cover::Cover};
@@ -48,7 +49,7 @@ impl Reconciler {
             let Some(decision) = decisions.get_mut(id) else { continue };
             let has = member.desired.as_ref().map(|desired| desired.role);
             let unwanted = decision.role == Role::None;
-            let step = if self.drains_too_long(member) {
+            let step = if self.drains_too_long(member) || (unwanted && self.knows_not_why(member)) {
                 Step::Changes
             } else if untimely.contains(id) && decision.role != member.beat.role {
                 settling.push(id);
@@ -155,6 +156,12 @@ impl Reconciler {
             && desired.drain != cordoned.drain
             && member.is_registered()
             && member.beat.role_epoch != desired.epoch
+    }
+
+    /// Whether it has no role, and is to learn that it was taken out of service, or is not any more.
+    fn knows_not_why(&self, member: &Member) -> bool {
+        let told = |desired: &DesiredRole| desired.cordoned != self.is_cordoned(&member.spec.id);
+        member.desired.as_ref().is_some_and(|desired| desired.role == Role::None && told(desired))
     }
 
     fn is_forced(&self, id: &InstanceId) -> bool {

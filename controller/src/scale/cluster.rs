@@ -1,10 +1,11 @@
-//! What is asked of the API server: the scale of a Deployment, its pods, and the mark on one of them.
+//! What is asked of the API server: the scale of a Deployment, and its pods.
 //!
-//! Four calls and no more, so that the rights they need are few. Each is bounded in time and not repeated here: whoever
+//! Three calls and no more, so that the rights they need are few. Each is bounded in time and not repeated here: whoever
 //! asked looks again first.
 
 use std::{collections::BTreeMap, path::Path, time::Duration};
 
+use baton_registry::Term;
 use k8s_openapi::api::{apps::v1::Deployment, autoscaling::v1::Scale, core::v1::Pod as KubePod};
 use kube::{
     Api, Client, Config,
@@ -25,9 +26,6 @@ const ANSWER: Duration = Duration::from_secs(10);
 /// Pods of one page of a list, and of a Deployment at most.
 const PAGE: u32 = 500;
 const PODS_MOST: usize = 20_000;
-/// The annotation by which Kubernetes chooses among pods of a rank, and what marks the one to delete: the lowest.
-const COST: &str = "controller.kubernetes.io/pod-deletion-cost";
-const LOWEST: i32 = i32::MIN;
 /// The label that tells versions of a Deployment apart.
 const TEMPLATE: &str = "pod-template-hash";
 
@@ -98,26 +96,26 @@ impl Cluster {
         }
     }
 
-    /// `Conflict` if the Deployment has changed since it had this version.
-    pub(super) async fn scale(&self, deployment: &str, to: u32, version: &str) -> Result<(), ScaleError> {
+    /// Errors: `Conflict` if the Deployment has changed since it had this version, `Leading` if another may lead by now; then
+    /// nothing more is sent.
+    pub(super) async fn scale(
+        &self,
+        deployment: &str,
+        to: u32,
+        version: &str,
+        term: &Term,
+    ) -> Result<(), ScaleError> {
         let patch = Patch::Merge(json!({
             "metadata": {"resourceVersion": version},
             "spec": {"replicas": to},
         }));
         let (deployments, params) = (self.deployments(), PatchParams::default());
         let patched = deployments.patch_scale(deployment, &params, &patch);
-        let scale: Scale = self.bounded(Call::PatchScale, deployment, patched).await?;
+        let patched = term.within(self.bounded(Call::PatchScale, deployment, patched));
+        let scale: Scale = patched.await.ok_or(ScaleError::Leading)??;
         let replicas = scale.spec.and_then(|spec| spec.replicas);
         let taken = replicas.and_then(|replicas| u32::try_from(replicas).ok()) == Some(to);
         if taken { Ok(()) } else { Err(ScaleError::Incomplete("the replicas that were asked for")) }
-    }
-
-    /// Marks a pod as the one to delete, or takes the mark away. `Conflict` if there is no such pod any more.
-    pub(super) async fn mark(&self, deployment: &str, pod: &str, marked: bool) -> Result<(), ScaleError> {
-        let cost = marked.then(|| LOWEST.to_string());
-        let patch = Patch::Merge(json!({"metadata": {"annotations": {COST: cost}}}));
-        let (pods, params) = (self.pods(), PatchParams::default());
-        self.bounded(Call::PatchPod, deployment, pods.patch(pod, &params, &patch)).await.map(drop)
     }
 
     fn deployments(&self) -> Api<Deployment> {
@@ -137,14 +135,13 @@ impl Cluster {
         let late = ScaleError::Late { call, after: ANSWER };
         let answered = tokio::time::timeout(ANSWER, answer).await.map_err(|_| late)?;
         let (namespace, deployment) = (self.namespace.clone(), deployment.to_owned());
-        answered.map_err(|source| match (&source, call) {
-            (kube::Error::Api(status), _) if status.code == 401 => ScaleError::Unknown,
-            (kube::Error::Api(status), _) if status.code == 403 => {
+        answered.map_err(|source| match &source {
+            kube::Error::Api(status) if status.code == 401 => ScaleError::Unknown,
+            kube::Error::Api(status) if status.code == 403 => {
                 ScaleError::Forbidden { call, namespace, deployment }
             }
-            (kube::Error::Api(status), _) if status.code == 409 => ScaleError::Conflict,
-            (kube::Error::Api(status), Call::PatchPod) if status.code == 404 => ScaleError::Conflict,
-            (kube::Error::Api(status), _) if status.code == 404 => {
+            kube::Error::Api(status) if status.code == 409 => ScaleError::Conflict,
+            kube::Error::Api(status) if status.code == 404 => {
                 ScaleError::NoDeployment { namespace, deployment }
             }
             _ => ScaleError::Call { call, source },
@@ -154,7 +151,6 @@ impl Cluster {
 
 fn pod_of(pod: &KubePod) -> Pod {
     let label = |name: &str| pod.metadata.labels.as_ref().and_then(|labels| labels.get(name)).cloned();
-    let annotation = |name: &str| pod.metadata.annotations.as_ref().and_then(|all| all.get(name));
     let status = pod.status.as_ref();
     let phase = status.and_then(|status| status.phase.as_deref());
     let conditions = status.and_then(|status| status.conditions.as_deref()).unwrap_or_default();
@@ -165,6 +161,5 @@ fn pod_of(pod: &KubePod) -> Pod {
         running: phase == Some("Running"),
         ready: conditions.iter().any(|it| it.type_ == "Ready" && it.status == "True"),
         template: label(TEMPLATE).unwrap_or_default(),
-        marked: annotation(COST).is_some_and(|cost| cost.parse() == Ok(LOWEST)),
     }
 }

@@ -1,15 +1,15 @@
 //! What is done next to have as many replicas as a group wants: one step at a time. Pure; time is an argument.
 //!
 //! More are asked for at once. Fewer only after the group wanted fewer for a whole window, and one by one: an instance
-//! is cordoned so that it drains, its pod is marked as the one to delete, the Deployment gets one replica less. Until that is
-//! done it is taken back as soon as it is wanted again, or takes too long. A pod that is not ready and no instance serves
-//! nobody: it goes without more ado.
+//! is cordoned so that it drains, by which its pod ceases to be ready, and then the Deployment gets one replica less. Until
+//! that is done it is taken back as soon as it is wanted again, or takes too long.
 //!
-//! Everything but the window and the deadline is read from what is seen, so that whoever leads next goes on from there: the
-//! cordon is stored with the fleet, the mark stands on the pod.
+//! Everything but times is read from what is seen, so that whoever leads next goes on from there: the cordon is stored with
+//! the fleet.
 //!
-//! Kubernetes has an order of its own in which pods go, and the mark decides only between those that are alike in it
-//! ([`Pod::rank`]). So it is always one of the first that is chosen, and nothing is taken away while another would go.
+//! Kubernetes chooses which pod goes, in an order of its own in which those that are not ready come first ([`seen`]). So
+//! nothing is taken away unless each of those that it may choose is spare: drained and to go, or not ready and no instance.
+//! If it is one of the latter, nothing is lost and who was to go waits for the next step, or is taken back.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -23,6 +23,10 @@ use tokio::time::Instant;
 use super::low::Low;
 use crate::reconcile::Wanted;
 
+mod seen;
+
+pub use seen::{By, Demand, Instance, Pod, Seen};
+
 /// Between what a group is scaled, and how cautiously.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
@@ -30,75 +34,12 @@ pub struct Limits {
     pub max: u32,
     /// How long fewer must have been wanted without a break.
     pub stabilisation: Duration,
-    /// How long one that is to go may take to drain, and its pod to be deleted.
+    /// How long one that is to go may take to drain.
     pub patience: Duration,
-}
-
-/// What a group wants.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Demand {
-    Measured(Wanted),
-    /// Too little happens for it to be measured.
-    Little,
-    /// It is divided by a ratio: nobody measures.
-    Unasked,
-}
-
-/// A group and its Deployment, at one time.
-#[derive(Debug, Clone)]
-pub struct Seen {
-    pub demand: Demand,
-    /// That the Deployment is to have.
-    pub replicas: u32,
-    /// Of the Deployment, by name.
-    pub pods: BTreeMap<String, Pod>,
-    /// Of the group, and those that were cordoned to be scaled in and are gone.
-    pub instances: Vec<Instance>,
-}
-
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Pod {
-    /// It is being deleted.
-    pub leaving: bool,
-    /// It has a node.
-    pub placed: bool,
-    pub running: bool,
-    pub ready: bool,
-    /// Which version of the Deployment it is of.
-    pub template: String,
-    /// It is the one to delete, by its annotation.
-    pub marked: bool,
-}
-
-impl Pod {
-    /// Pods of a lower rank are deleted before those of a higher one, whatever they are marked with.
-    fn rank(&self) -> (bool, bool, bool) {
-        (self.placed, self.running, self.ready)
-    }
-}
-
-#[derive(Debug, Clone)]
-pub struct Instance {
-    pub id: InstanceId,
-    /// None if it does not say.
-    pub pod: Option<String>,
-    /// It is registered.
-    pub here: bool,
-    /// What it serves now.
-    pub role: Role,
-    /// That run on it or wait.
-    pub sequences: u32,
-    /// It serves nothing, will not, and has nothing left to do.
-    pub drained: bool,
-    pub cordoned: Option<By>,
-}
-
-/// Who took an instance out of service.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum By {
-    /// This, to scale in.
-    Us,
-    Others,
+    /// How long Kubernetes may take to see that its pod is not ready, and to delete it.
+    pub notice: Duration,
+    /// After this long all of Kubernetes has seen whether a pod is ready.
+    pub known_after: Duration,
 }
 
 /// What to do.
@@ -111,13 +52,10 @@ pub enum Action {
     /// So that it drains.
     Cordon(InstanceId),
     Uncordon(InstanceId, Release),
-    /// As the pod to delete.
-    Mark(String),
-    Unmark(String),
-    /// The pod is drained and marked.
+    /// One of these pods goes: there is nothing to lose in any.
     ScaleIn {
         to: u32,
-        pod: String,
+        pods: Vec<String>,
     },
 }
 
@@ -127,6 +65,7 @@ pub enum Release {
     Wanted,
     Unsure,
     Overdue,
+    Ready,
     Overtaken,
     Another,
     Gone,
@@ -138,7 +77,8 @@ impl fmt::Display for Release {
             Self::Wanted => "it is wanted again",
             Self::Unsure => "it is not known yet whether it is wanted",
             Self::Overdue => "it took too long to drain, or its pod to be deleted",
-            Self::Overtaken => "Kubernetes would delete another pod before its own",
+            Self::Ready => "its pod is ready though it is drained: its readiness probe is to ask /readiness",
+            Self::Overtaken => "Kubernetes might delete another pod in place of its own",
             Self::Another => "another is to go",
             Self::Gone => "its pod is gone",
         })
@@ -163,21 +103,36 @@ pub struct Scaler {
     /// Replicas when it was last looked at, and those that were asked for then.
     replicas: Option<u32>,
     asked: Option<u32>,
-    /// Who is to go, and since when.
-    victim: Option<(InstanceId, Instant)>,
+    victim: Option<Victim>,
+    /// Whether pods are ready, and since when.
+    readiness: BTreeMap<String, (bool, Instant)>,
     /// Those that took too long: asked last.
     slow: BTreeSet<InstanceId>,
+}
+
+/// Who is to go.
+#[derive(Debug, Clone)]
+struct Victim {
+    id: InstanceId,
+    drained: bool,
+    /// Since when it is to drain, or has; or since its replica was taken away.
+    since: Instant,
 }
 
 impl Scaler {
     pub fn new(limits: Limits) -> Self {
         let low = Low::new(limits.stabilisation);
-        Self { limits, low, replicas: None, asked: None, victim: None, slow: BTreeSet::new() }
+        let (readiness, slow) = (BTreeMap::new(), BTreeSet::new());
+        Self { limits, low, replicas: None, asked: None, victim: None, readiness, slow }
     }
 
     /// The next step. What it says is to be done, and then it is to be asked again with a new look.
     pub fn decide(&mut self, seen: &Seen, now: Instant) -> Decision {
         self.slow.retain(|id| seen.instances.iter().any(|instance| instance.id == *id));
+        self.readiness.retain(|name, (ready, _)| seen.pods.get(name).is_some_and(|pod| pod.ready == *ready));
+        for (name, pod) in &seen.pods {
+            self.readiness.entry(name.clone()).or_insert((pod.ready, now));
+        }
         let wanted = self.note(seen, now);
         let (action, waits) = match self.step(seen, wanted, now) {
             Ok(action) => (action, None),
@@ -198,20 +153,24 @@ impl Scaler {
             // Somebody else set them, and is not contradicted at once.
             self.low.begin_again();
         }
+        // Those that serve nothing because they do badly come on top.
+        let lost = seen.quarantined();
+        let of_serving = |wanted: u32| wanted.clamp(min, max).saturating_add(lost).min(max);
         let wanted = match seen.demand {
             // Somebody has switched the group off.
             _ if seen.replicas == 0 => None,
             Demand::Measured(Wanted { prefill, decode }) => {
-                Some(u32::try_from(prefill.saturating_add(decode)).unwrap_or(u32::MAX))
+                Some(of_serving(u32::try_from(prefill.saturating_add(decode)).unwrap_or(u32::MAX)))
             }
             // Nobody can say how many are too few; those without work are too many.
             Demand::Little => {
-                let busy = seen.instances.iter().filter(|instance| instance.sequences > 0).count();
-                Some(u32::try_from(busy).unwrap_or(u32::MAX).min(seen.replicas))
+                let busy = |it: &&Instance| it.sequences > 0 && !it.quarantined;
+                let busy = u32::try_from(seen.instances.iter().filter(busy).count()).unwrap_or(u32::MAX);
+                Some(of_serving(busy.min(seen.replicas.saturating_sub(lost))))
             }
-            Demand::Unasked => None,
+            Demand::Unasked => Some(seen.replicas.clamp(min, max)),
+            Demand::Unknown => (seen.replicas < min).then_some(min),
         };
-        let wanted = wanted.map(|wanted| wanted.clamp(min, max));
         match wanted {
             Some(wanted) => self.low.note(wanted, now),
             None => self.low.begin_again(),
@@ -225,24 +184,20 @@ impl Scaler {
             return Ok(Action::Uncordon(gone.id.clone(), Release::Gone));
         }
         let victim = self.victim(seen, now);
-        // The Deployment has one replica less, and Kubernetes has yet to delete the marked pod.
+        // The Deployment has one replica less, and Kubernetes has yet to delete a pod.
         let surplus = seen.alive().len() > seen.replicas as usize;
-        let going = surplus && victim.is_none_or(|(_, pod)| pod.marked);
+        let going = surplus && victim.is_none_or(|(victim, pod)| victim.drained && !pod.ready);
         if let Some(to) = wanted.filter(|wanted| *wanted > seen.replicas) {
             return Ok(match victim {
                 Some((victim, _)) if !going => Action::Uncordon(victim.id.clone(), Release::Wanted),
                 _ => Action::ScaleOut { to },
             });
         }
-        if let Some((victim, _)) = victim
-            && self
-                .victim
-                .as_ref()
-                .is_some_and(|(_, since)| now.duration_since(*since) >= self.limits.patience)
-        {
+        if let Some((victim, pod)) = victim.filter(|_| self.is_overdue(now)) {
             self.slow.insert(victim.id.clone());
             self.low.begin_again();
-            return Ok(Action::Uncordon(victim.id.clone(), Release::Overdue));
+            let why = if victim.drained && pod.ready { Release::Ready } else { Release::Overdue };
+            return Ok(Action::Uncordon(victim.id.clone(), why));
         }
         if going {
             return Err(Some("Kubernetes has yet to delete a pod".to_owned()));
@@ -253,12 +208,12 @@ impl Scaler {
                 let why = if most.is_some() { Release::Wanted } else { Release::Unsure };
                 return Ok(Action::Uncordon(victim.id.clone(), why));
             }
-            return seen.unmark(None).ok_or(None);
+            return Err(None);
         }
         seen.check_that_it_rests()?;
         match victim {
             Some((victim, pod)) => self.go_on(seen, victim, pod, now),
-            None => self.begin(seen),
+            None => self.begin(seen, now),
         }
     }
 
@@ -266,12 +221,24 @@ impl Scaler {
     fn victim<'a>(&mut self, seen: &'a Seen, now: Instant) -> Option<(&'a Instance, &'a Pod)> {
         let known = self.victim.take();
         let mut all: Vec<_> = seen.instances.iter().filter_map(|it| Some((it, seen.to_go(it)?))).collect();
-        all.sort_by_key(|(it, _)| (known.as_ref().is_none_or(|(id, _)| *id != it.id), &it.id));
+        all.sort_by_key(|(it, _)| (known.as_ref().is_none_or(|known| known.id != it.id), &it.id));
         let first = all.first().copied();
         self.victim = first.map(|(instance, _)| {
-            known.filter(|(id, _)| *id == instance.id).unwrap_or_else(|| (instance.id.clone(), now))
+            let Instance { id, drained, .. } = instance.clone();
+            // Each step has a time of its own.
+            let same = known.filter(|known| known.id == id && known.drained >= drained);
+            same.unwrap_or(Victim { id, drained, since: now })
         });
         first
+    }
+
+    /// Whether who is to go has taken too long for its present step.
+    fn is_overdue(&self, now: Instant) -> bool {
+        let Limits { patience, notice, .. } = self.limits;
+        let late = |victim: &Victim| {
+            now.duration_since(victim.since) >= if victim.drained { notice } else { patience }
+        };
+        self.victim.as_ref().is_some_and(late)
     }
 
     fn go_on(
@@ -281,42 +248,49 @@ impl Scaler {
         pod: &Pod,
         now: Instant,
     ) -> Result<Action, Option<String>> {
-        let id = victim.id.clone();
-        if let Some(other) = seen.instances.iter().find(|it| it.id != id && seen.to_go(it).is_some()) {
+        let id = &victim.id;
+        if let Some(other) = seen.instances.iter().find(|it| it.id != *id && seen.to_go(it).is_some()) {
             return Ok(Action::Uncordon(other.id.clone(), Release::Another));
         }
-        let Some(name) = victim.pod.clone() else { return Err(None) };
-        if !victim.drained {
-            return Err(Some(format!("{id} drains")));
+        let first = seen.first_to_go();
+        let own = |name: &str| victim.pod.as_deref() == Some(name);
+        if first.iter().any(|(name, pod)| !pod.ready && !own(name) && !seen.is_spare(name, pod)) {
+            return Ok(Action::Uncordon(id.clone(), Release::Overtaken));
         }
-        if !seen.goes_first(pod) {
-            return Ok(Action::Uncordon(id, Release::Overtaken));
+        if let Some(pods) = self.spare(seen, now)? {
+            if let Some(victim) = &mut self.victim {
+                victim.since = now;
+            }
+            return Ok(Action::ScaleIn { to: seen.replicas - 1, pods });
         }
-        if let Some(unmark) = seen.unmark(Some(&name)) {
-            return Ok(unmark);
+        Err(Some(if victim.drained && pod.ready {
+            format!("{id} is drained, and its pod has yet to be seen not ready")
+        } else {
+            format!("{id} drains")
+        }))
+    }
+
+    /// The pods of which one would go, if there is nothing to lose in any. `Err` = soon.
+    fn spare(&self, seen: &Seen, now: Instant) -> Result<Option<Vec<String>>, Option<String>> {
+        let first = seen.first_to_go();
+        if !first.iter().all(|(name, pod)| seen.is_spare(name, pod)) {
+            return Ok(None);
         }
-        if !pod.marked {
-            return Ok(Action::Mark(name));
+        let known = |name: &str| {
+            let since = self.readiness.get(name);
+            since.is_some_and(|(_, since)| now.duration_since(*since) >= self.limits.known_after)
+        };
+        if let Some((name, pod)) = seen.alive().into_iter().find(|(name, _)| !known(name)) {
+            let is = if pod.ready { "become" } else { "ceased to be" };
+            return Err(Some(format!("{name} has only just {is} ready")));
         }
-        self.victim = Some((id, now));
-        Ok(Action::ScaleIn { to: seen.replicas - 1, pod: name })
+        Ok(Some(first.into_iter().map(|(name, _)| name.to_owned()).collect()))
     }
 
     /// Chooses who goes.
-    fn begin(&self, seen: &Seen) -> Result<Action, Option<String>> {
-        let idle = seen
-            .alive()
-            .into_iter()
-            .find(|(name, pod)| !pod.ready && seen.goes_first(pod) && seen.instance_of(name).is_none());
-        if let Some((name, pod)) = idle {
-            return Ok(match seen.unmark(Some(name)) {
-                Some(unmark) => unmark,
-                None if pod.marked => Action::ScaleIn { to: seen.replicas - 1, pod: name.to_owned() },
-                None => Action::Mark(name.to_owned()),
-            });
-        }
-        if let Some(unmark) = seen.unmark(None) {
-            return Ok(unmark);
+    fn begin(&self, seen: &Seen, now: Instant) -> Result<Action, Option<String>> {
+        if let Some(pods) = self.spare(seen, now)? {
+            return Ok(Action::ScaleIn { to: seen.replicas - 1, pods });
         }
         let mut candidates: Vec<&Instance> =
             seen.instances.iter().filter(|instance| seen.may_go(instance)).collect();
@@ -327,99 +301,6 @@ impl Scaler {
         match candidates.first() {
             Some(instance) => Ok(Action::Cordon(instance.id.clone())),
             None => Err(Some(seen.why_nobody())),
-        }
-    }
-}
-
-impl Seen {
-    /// Pods that stay, for all that is known.
-    fn alive(&self) -> Vec<(&str, &Pod)> {
-        self.pods.iter().filter(|(_, pod)| !pod.leaving).map(|(name, pod)| (name.as_str(), pod)).collect()
-    }
-
-    fn pod_of(&self, instance: &Instance) -> Option<&Pod> {
-        self.pods.get(instance.pod.as_ref()?)
-    }
-
-    fn instance_of(&self, pod: &str) -> Option<&Instance> {
-        self.instances.iter().find(|it| it.here && it.pod.as_deref() == Some(pod))
-    }
-
-    /// It was cordoned to go, and went.
-    fn is_gone(&self, instance: &Instance) -> bool {
-        instance.cordoned == Some(By::Us) && !instance.here && self.pod_of(instance).is_none()
-    }
-
-    /// The pod of one that was cordoned to go and has not been deleted.
-    fn to_go(&self, instance: &Instance) -> Option<&Pod> {
-        let ours = instance.cordoned == Some(By::Us);
-        self.pod_of(instance).filter(|pod| ours && !pod.leaving)
-    }
-
-    /// No pod would be deleted before this one, but for marks.
-    fn goes_first(&self, pod: &Pod) -> bool {
-        self.alive().iter().all(|(_, other)| pod.rank() <= other.rank())
-    }
-
-    /// A mark that is on another pod than it should be.
-    fn unmark(&self, but: Option<&str>) -> Option<Action> {
-        let marked = |(name, pod): &(&str, &Pod)| pod.marked && Some(*name) != but;
-        self.alive().into_iter().find(marked).map(|(name, _)| Action::Unmark(name.to_owned()))
-    }
-
-    /// Whether Kubernetes has done what it was asked for, so that one replica less is one pod less.
-    fn check_that_it_rests(&self) -> Result<(), Option<String>> {
-        let alive = self.alive();
-        if alive.len() != self.replicas as usize {
-            return Err(Some(format!("there are {} pods for {} replicas", alive.len(), self.replicas)));
-        }
-        let templates: BTreeSet<&str> = alive.iter().map(|(_, pod)| pod.template.as_str()).collect();
-        if templates.len() > 1 {
-            return Err(Some("the Deployment is being rolled out".to_owned()));
-        }
-        let leaves = |it: &&Instance| it.here && self.pod_of(it).is_some_and(|pod| pod.leaving);
-        match self.instances.iter().find(leaves) {
-            Some(leaving) => Err(Some(format!("{} is being deleted", leaving.id))),
-            None => Ok(()),
-        }
-    }
-
-    /// Whether it can be cordoned to go: nobody else holds it, and prefill and decode are served without it.
-    fn may_go(&self, instance: &Instance) -> bool {
-        let first = self.pod_of(instance).is_some_and(|pod| !pod.leaving && self.goes_first(pod));
-        let others = |role| self.serving(role, Some(&instance.id)) > 0;
-        let spared = instance.role == Role::None || (others(Role::Prefill) && others(Role::Decode));
-        instance.here && instance.cordoned.is_none() && first && spared
-    }
-
-    /// How many serve a phase, but for one.
-    fn serving(&self, phase: Role, but: Option<&InstanceId>) -> usize {
-        let serves = |it: &&Instance| {
-            let leaving = self.pod_of(it).is_some_and(|pod| pod.leaving);
-            it.here && it.cordoned.is_none() && !leaving && (it.role == phase || it.role == Role::Mixed)
-        };
-        self.instances.iter().filter(serves).filter(|it| Some(&it.id) != but).count()
-    }
-
-    /// Whether there are more of a role than are wanted.
-    fn has_many(&self, role: Role) -> bool {
-        let (prefill, decode) = match self.demand {
-            Demand::Measured(Wanted { prefill, decode }) => (prefill, decode),
-            Demand::Little | Demand::Unasked => (1, 1),
-        };
-        match role {
-            Role::Prefill => self.serving(Role::Prefill, None) > prefill,
-            Role::Decode => self.serving(Role::Decode, None) > decode,
-            Role::Mixed | Role::None => true,
-        }
-    }
-
-    fn why_nobody(&self) -> String {
-        let known = self.alive().iter().any(|(name, _)| self.instance_of(name).is_some());
-        if known {
-            "no instance can go: others hold them, or prefill or decode would not be served".to_owned()
-        } else {
-            "no pod of the Deployment is an instance of the group: see `kubernetes.pod_label`".to_owned()
         }
     }
 }

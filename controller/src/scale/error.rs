@@ -27,7 +27,6 @@ pub(super) enum Call {
     GetScale,
     PatchScale,
     ListPods,
-    PatchPod,
 }
 
 impl Call {
@@ -37,7 +36,6 @@ impl Call {
             Self::GetScale => "read the scale of the Deployment",
             Self::PatchScale => "change the scale of the Deployment",
             Self::ListPods => "list pods",
-            Self::PatchPod => "mark a pod",
         }
     }
 
@@ -52,7 +50,6 @@ impl Call {
             Self::GetScale => scale("get"),
             Self::PatchScale => scale("patch"),
             Self::ListPods => r#"{apiGroups: [""], resources: [pods], verbs: [list]}"#.to_owned(),
-            Self::PatchPod => r#"{apiGroups: [""], resources: [pods], verbs: [patch]}"#.to_owned(),
         }
     }
 }
@@ -62,7 +59,11 @@ impl Call {
 pub(super) enum ScaleError {
     #[error("this controller leads no more")]
     NotLeading,
-    /// The Deployment, or the pod, is not what it was when it was looked at.
+    #[error(
+        "its leadership was not renewed in time, and another controller may lead by now: nothing is changed"
+    )]
+    Leading,
+    /// The Deployment, or the cordon of an instance, is not what it was when it was looked at.
     #[error("somebody else changed it at the same time")]
     Conflict,
     #[error("it may not {} in namespace {namespace} (403): add {} to its Role, see {}", .call.what(), .call.rule(.deployment), MANIFEST)]
@@ -91,7 +92,7 @@ impl ScaleError {
     /// As metrics name it.
     pub(super) fn reason(&self) -> &'static str {
         match self {
-            Self::NotLeading => "not_leading",
+            Self::NotLeading | Self::Leading => "not_leading",
             Self::Conflict => "conflict",
             Self::Forbidden { .. } => "forbidden",
             Self::Unknown => "unauthorized",

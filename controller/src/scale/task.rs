@@ -6,7 +6,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use baton_proto::{Cordoned, GroupName, InstanceId, Phase, Role, RolePolicy};
+use baton_proto::{Cordoned, ErrorCode, GroupName, InstanceId, Phase, Role, RolePolicy};
 use futures::future::join_all;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -14,21 +14,26 @@ use tracing::{debug, info, warn};
 
 use super::{
     cluster::Cluster,
-    decide::{Action, By, Decision, Demand, Instance, Limits, Scaler, Seen},
+    decide::{Action, By, Decision, Demand, Instance, Limits, Release, Scaler, Seen},
     error::{OpenError, ScaleError},
 };
 use crate::{
     config::{ControllerConfig, ScaledGroup},
     desk::{Desk, Inbox, Message, Plans, Report},
-    fleet::Member,
+    fleet::{Member, health::Verdict},
     journal::{Journal, News, NewsKind},
     metrics::ScalingMetrics,
-    reconcile::Change,
+    reconcile::{Change, Only},
     session::unix_millis,
 };
 
 /// As whom instances are cordoned.
 const ACTOR: &str = "autoscaler";
+/// How long Kubernetes may take to see that a pod is not ready, and to delete one: its probes are ten seconds apart unless
+/// told otherwise, and three have to fail.
+const NOTICE: Duration = Duration::from_secs(90);
+/// Parts of Kubernetes learn what others see a moment later: what deletes pods, too.
+const KNOWN_AFTER: Duration = Duration::from_secs(2);
 /// Steps of a group before the others' turn comes, so that none is busy for ever.
 const STEPS: usize = 8;
 /// The longest wait after failures, unless `kubernetes.every` is longer.
@@ -105,6 +110,8 @@ impl<'a> Tended<'a> {
             max: group.max,
             stabilisation: scaling.config.kubernetes.stabilisation,
             patience: roles.drain + roles.switch_grace,
+            notice: NOTICE,
+            known_after: KNOWN_AFTER,
         };
         let reason = format!("group {name} is scaled in");
         Self { scaling, inbox, name, group, reason, scaler: Scaler::new(limits), failures: 0, waits: None }
@@ -137,7 +144,7 @@ impl<'a> Tended<'a> {
             match self.make(decision, &seen, &version).await {
                 Err(ScaleError::Conflict) => {
                     self.scaling.metrics.error(self.name, ScaleError::Conflict.reason());
-                    debug!(group = %self.name, "somebody else changed the Deployment or its pods: looking again");
+                    debug!(group = %self.name, "somebody else changed the Deployment or a cordon: looking again");
                 }
                 made => made?,
             }
@@ -154,7 +161,7 @@ impl<'a> Tended<'a> {
         Ok((Seen { demand, replicas: looked.replicas, pods: looked.pods, instances }, looked.version))
     }
 
-    /// The group's members, and those that were cordoned to go and are none any more.
+    /// The group's members, and those that are cordoned and gone.
     fn instances(&self, report: &Report) -> Vec<Instance> {
         let label = &self.scaling.config.kubernetes.pod_label;
         let by = |id: &InstanceId| {
@@ -172,19 +179,21 @@ impl<'a> Tended<'a> {
                 role: member.beat.role,
                 sequences: sequences(member),
                 drained: is_drained(member),
+                quarantined: report.verdicts.get(&id).is_some_and(Verdict::is_quarantined),
                 cordoned: by(&id),
                 id,
             }
         });
         let gone = report.intents.keys().filter(|id| !report.members.contains_key(*id));
-        let gone = gone.filter(|id| by(id) == Some(By::Us)).map(|id| Instance {
+        let gone = gone.filter(|id| by(id).is_some()).map(|id| Instance {
             id: id.clone(),
             pod: named(id),
             here: false,
             role: Role::None,
             sequences: 0,
             drained: false,
-            cordoned: Some(By::Us),
+            quarantined: false,
+            cordoned: by(id),
         });
         here.chain(gone).collect()
     }
@@ -194,41 +203,51 @@ impl<'a> Tended<'a> {
         if self.inbox.messages.is_closed() {
             return Err(ScaleError::NotLeading);
         }
-        let (cluster, deployment) = (&self.scaling.cluster, &self.group.deployment);
+        let (cluster, deployment, term) = (&self.scaling.cluster, &self.group.deployment, &self.inbox.term);
         match decision.action {
             Action::Wait => {}
             Action::ScaleOut { to } => {
-                cluster.scale(deployment, to, version).await?;
-                self.scaled(NewsKind::ScaledOut, seen.replicas, to, None);
+                cluster.scale(deployment, to, version, term).await?;
+                self.scaled(NewsKind::ScaledOut, seen.replicas, to, &[]);
             }
-            Action::ScaleIn { to, pod } => {
-                cluster.scale(deployment, to, version).await?;
-                self.scaled(NewsKind::ScaledIn, seen.replicas, to, Some(&pod));
+            Action::ScaleIn { to, pods } => {
+                cluster.scale(deployment, to, version, term).await?;
+                self.scaled(NewsKind::ScaledIn, seen.replicas, to, &pods);
             }
-            Action::Mark(pod) => cluster.mark(deployment, &pod, true).await?,
-            Action::Unmark(pod) => cluster.mark(deployment, &pod, false).await?,
             Action::Cordon(id) => {
                 let (by, reason) = (ACTOR.to_owned(), self.reason.clone());
                 let cordoned = Cordoned { by, reason, unix_millis: unix_millis(), drain: None, force: false };
-                self.change(Change::Cordon { id, cordoned }).await?;
+                self.change(Change::Cordon { id, cordoned, only: Only::Free }).await?;
             }
             Action::Uncordon(id, why) => {
-                info!(group = %self.name, instance = %id, %why, "is not to be scaled in any more");
-                self.change(Change::Uncordon { id }).await?;
+                if why == Release::Ready {
+                    warn!(group = %self.name, instance = %id, %why, "is not scaled in");
+                } else {
+                    info!(group = %self.name, instance = %id, %why, "is not to be scaled in any more");
+                }
+                let only = Only::Held { by: ACTOR.to_owned(), reason: self.reason.clone() };
+                self.change(Change::Uncordon { id, only }).await?;
             }
         }
         Ok(())
     }
 
+    /// `Conflict` if its condition does not hold any more.
     async fn change(&self, change: Change) -> Result<(), ScaleError> {
         let news = change.news(ACTOR);
         let message = |answer| Message::Change { change, news, answer };
-        self.inbox.ask(message).await.ok_or(ScaleError::NotLeading)??;
-        Ok(())
+        match self.inbox.ask(message).await.ok_or(ScaleError::NotLeading)? {
+            Ok(_) => Ok(()),
+            Err(refusal) if matches!(refusal.code, ErrorCode::AlreadyExists | ErrorCode::NotFound) => {
+                Err(ScaleError::Conflict)
+            }
+            Err(refusal) => Err(refusal.into()),
+        }
     }
 
-    fn scaled(&self, kind: NewsKind, from: u32, to: u32, pod: Option<&str>) {
-        let without = pod.map(|pod| format!(", without {pod}")).unwrap_or_default();
+    fn scaled(&self, kind: NewsKind, from: u32, to: u32, pods: &[String]) {
+        let without =
+            if pods.is_empty() { String::new() } else { format!(", without {}", pods.join(" or ")) };
         let message = format!("Deployment {}: {from} -> {to} replicas{without}", self.group.deployment);
         info!(group = %self.name, message);
         self.scaling.metrics.changed(self.name, to > from);
@@ -275,8 +294,8 @@ fn demand(plans: &Plans, group: &GroupName) -> Demand {
     match plan.map(|plan| (plan.wanted, plan.aim.policy)) {
         Some((Some(wanted), _)) => Demand::Measured(wanted),
         Some((None, RolePolicy::Auto)) => Demand::Little,
-        // One that has no members wants nothing that could be said.
-        Some((None, RolePolicy::Ratio)) | None => Demand::Unasked,
+        Some((None, RolePolicy::Ratio)) => Demand::Unasked,
+        None => Demand::Unknown,
     }
 }
 

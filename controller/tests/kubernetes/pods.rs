@@ -1,7 +1,6 @@
-//! What nodes would do: pods run and are ready, and in each there is a server that reports to the controller.
-//!
-//! Kubernetes 1.20 does not know deletion costs yet. So that it takes the pod that later versions would take, one whose
-//! server serves nothing is said not to be ready: of those Kubernetes of any version takes the first.
+//! What nodes would do: pods run, in each there is a server that reports to the controller, and a pod is as ready as its
+//! server says: a server that is cordoned and drained is not. The later a pod came, the more its server has to do: so the
+//! last is not who goes, but is whom Kubernetes would take of pods that are alike.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -13,11 +12,10 @@ use std::{
 };
 
 use baton_proto::v1;
-use futures::StreamExt;
 use k8s_openapi::api::core::v1::Pod;
 use kube::{
     Api, Client,
-    api::{ListParams, Patch, PatchParams, WatchEvent, WatchParams},
+    api::{ListParams, Patch, PatchParams},
 };
 use serde_json::json;
 use tokio::task::JoinHandle;
@@ -28,15 +26,18 @@ use crate::{
     control_plane::NAMESPACE,
 };
 
+/// How long a server must have said that it is not ready for its pod not to be: some probes.
+const PROBES: Duration = Duration::from_secs(4);
 /// How long sequences go on after their server was told to serve nothing more.
 const DRAIN: Duration = Duration::from_secs(2);
-const COST: &str = "controller.kubernetes.io/pod-deletion-cost";
 
 /// What is known of one server.
 #[derive(Debug, Clone, Copy, Default)]
 struct Seen {
     serves: bool,
     drained: bool,
+    /// As a server of its kind says at `/readiness`.
+    ready: bool,
 }
 
 #[derive(Debug, Default)]
@@ -46,21 +47,20 @@ struct Shared {
     servers: Mutex<BTreeMap<String, Seen>>,
     /// Those that went, and whether their server was drained.
     gone: Mutex<Vec<(String, bool)>>,
-    /// Those whose pod has ever been marked as the one to delete.
-    marked: Mutex<BTreeSet<String>>,
+    /// In the order in which they came.
+    came: Mutex<Vec<String>>,
 }
 
 pub(crate) struct Pods {
     shared: Arc<Shared>,
-    tasks: [JoinHandle<()>; 2],
+    task: JoinHandle<()>,
 }
 
 impl Pods {
     pub(crate) fn tend(client: Client, controller: &str) -> Self {
         let shared = Arc::new(Shared::default());
-        let marks = tokio::spawn(watch_marks(client.clone(), shared.clone()));
-        let tended = tokio::spawn(tend(client, controller.to_owned(), shared.clone()));
-        Self { shared, tasks: [marks, tended] }
+        let task = tokio::spawn(tend(client, controller.to_owned(), shared.clone()));
+        Self { shared, task }
     }
 
     pub(crate) fn ask_for(&self, requests_per_second: f64) {
@@ -80,8 +80,9 @@ impl Pods {
         self.shared.gone.lock().expect("no panic").clone()
     }
 
-    pub(crate) fn was_marked(&self, pod: &str) -> bool {
-        self.shared.marked.lock().expect("no panic").contains(pod)
+    /// The one that came last.
+    pub(crate) fn last(&self) -> Option<String> {
+        self.shared.came.lock().expect("no panic").last().cloned()
     }
 
     pub(crate) fn api(&self, client: Client) -> Api<Pod> {
@@ -89,16 +90,16 @@ impl Pods {
     }
 
     pub(crate) async fn end(self) {
-        for task in self.tasks {
-            task.abort();
-            task.await.ok();
-        }
+        self.task.abort();
+        self.task.await.ok();
     }
 }
 
 struct Tended {
     server: JoinHandle<()>,
     ready: bool,
+    /// When its server last was.
+    was_ready: Instant,
 }
 
 impl Drop for Tended {
@@ -110,25 +111,6 @@ impl Drop for Tended {
 
 fn of_deployment() -> String {
     format!("app={DEPLOYMENT}")
-}
-
-/// A mark stands for some milliseconds before its pod is gone.
-async fn watch_marks(client: Client, shared: Arc<Shared>) {
-    let pods: Api<Pod> = Api::namespaced(client, NAMESPACE);
-    let params = WatchParams::default().labels(&of_deployment());
-    loop {
-        if let Ok(events) = pods.watch(&params, "0").await {
-            let mut events = std::pin::pin!(events);
-            while let Some(Ok(event)) = events.next().await {
-                let (WatchEvent::Modified(pod) | WatchEvent::Deleted(pod)) = event else { continue };
-                let cost = pod.metadata.annotations.as_ref().and_then(|all| all.get(COST));
-                if cost.is_some_and(|cost| *cost == i32::MIN.to_string()) {
-                    shared.marked.lock().expect("no panic").extend(pod.metadata.name);
-                }
-            }
-        }
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
 }
 
 async fn tend(client: Client, controller: String, shared: Arc<Shared>) {
@@ -151,10 +133,19 @@ async fn tend(client: Client, controller: String, shared: Arc<Shared>) {
             let seen = shared.servers.lock().expect("no panic").get(&name).copied();
             let one = tended.entry(name.clone()).or_insert_with(|| {
                 shared.servers.lock().expect("no panic").insert(name.clone(), Seen::default());
-                let server = tokio::spawn(serve(name.clone(), controller.clone(), shared.clone()));
-                Tended { server, ready: false }
+                let number = {
+                    let mut came = shared.came.lock().expect("no panic");
+                    came.push(name.clone());
+                    came.len()
+                };
+                let server = tokio::spawn(serve(name.clone(), number, controller.clone(), shared.clone()));
+                Tended { server, ready: false, was_ready: Instant::now() }
             });
-            let ready = seen.unwrap_or_default().serves;
+            let own = seen.unwrap_or_default().ready;
+            if own {
+                one.was_ready = Instant::now();
+            }
+            let ready = own || (one.ready && one.was_ready.elapsed() < PROBES);
             if one.ready != ready {
                 let condition = json!({"type": "Ready", "status": if ready { "True" } else { "False" }});
                 let status = json!({"status": {"phase": "Running", "conditions": [condition]}});
@@ -168,10 +159,11 @@ async fn tend(client: Client, controller: String, shared: Arc<Shared>) {
 }
 
 /// A server that obeys and counts what is asked of it.
-async fn serve(name: String, controller: String, shared: Arc<Shared>) {
+async fn serve(name: String, number: usize, controller: String, shared: Arc<Shared>) {
     let mut server = Server::join_any(&[&controller], spec(&name, 1), waiting()).await;
     let (mut load, mut drained_at) = (v1::InstanceLoad::default(), Instant::now());
     let (mut requests, mut last) = (0.0, Instant::now());
+    let mut cordoned = false;
     loop {
         let all = shared.servers.lock().expect("no panic").len().max(1) as f64;
         let rate = shared.demand.load(Ordering::Relaxed) as f64 / 1000.0;
@@ -182,23 +174,25 @@ async fn serve(name: String, controller: String, shared: Arc<Shared>) {
             drained_at = Instant::now() + DRAIN;
         }
         let running = serves || Instant::now() < drained_at;
-        load = count(load, requests, running);
+        load = count(load, requests, if running { number } else { 0 });
         server.state.load = Some(load);
         // It has been taken off the list if its pod is gone.
         if let Some(seen) = shared.servers.lock().expect("no panic").get_mut(&name) {
-            *seen = Seen { serves, drained: !running };
+            *seen = Seen { serves, drained: !running, ready: running || !cordoned };
         }
-        if let Some(None) = server.next_order(Duration::from_millis(100)).await {
-            return;
+        match server.next_order(Duration::from_millis(100)).await {
+            Some(Some(assign)) => cordoned = assign.cordoned,
+            Some(None) => return,
+            None => {}
         }
     }
 }
 
 /// Prompts of 100 tokens, of which an instance prefills 1,000 a second; completions of 10 that cost next to nothing.
-fn count(load: v1::InstanceLoad, requests: f64, running: bool) -> v1::InstanceLoad {
+fn count(load: v1::InstanceLoad, requests: f64, running: usize) -> v1::InstanceLoad {
     let requests = requests as u64;
     v1::InstanceLoad {
-        running_sequences: running.into(),
+        running_sequences: running as u32,
         kv_blocks_total: 10_000,
         kv_blocks_free: 10_000,
         prefill_tokens_per_second: 1000,

@@ -355,6 +355,7 @@ impl World {
             reason: String::new(),
             leader_epoch: baton_proto::LeaderEpoch(0),
             drain: None,
+            cordoned: false,
         };
         let idle = (role, epoch, process.phase) == (Role::None, RoleEpoch(0), Phase::Waiting);
         if !idle

@@ -276,7 +276,7 @@ mod tests {
     }
 
     fn view(role: Role) -> RoleView {
-        RoleView { role, epoch: RoleEpoch(3), phase: Phase::Ready, load_permille: 1000 }
+        RoleView { role, epoch: RoleEpoch(3), phase: Phase::Ready, load_permille: 1000, cordoned: false }
     }
 
     fn wire() -> v1::Dispatch {

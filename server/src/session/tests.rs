@@ -122,11 +122,17 @@ async fn says_hello_beats_takes_orders_and_says_goodbye() {
         v1::instance_report::Report::Beat(beat) => assert_eq!(beat.phase(), v1::Phase::Waiting),
         other => panic!("expected a beat, got {other:?}"),
     }
-    let assign =
-        v1::AssignRole { role: v1::Role::Decode.into(), epoch: 7, drain_millis: 5, ..Default::default() };
+    let assign = v1::AssignRole {
+        role: v1::Role::None.into(),
+        epoch: 7,
+        drain_millis: 5,
+        cordoned: true,
+        ..Default::default()
+    };
     let order = v1::ControllerOrder { order: Some(v1::controller_order::Order::Assign(assign)) };
     orders.send(Ok(order)).await.expect("sent");
-    let expected = Assignment { role: Role::Decode, epoch: RoleEpoch(7), drain: Duration::from_millis(5) };
+    let drain = Duration::from_millis(5);
+    let expected = Assignment { role: Role::None, epoch: RoleEpoch(7), drain, cordoned: true };
     assert_eq!(rig.events.recv().await, Some(Event::Assigned(expected)));
     rig.shutdown.cancel();
     loop {
@@ -151,6 +157,7 @@ async fn comes_back_with_its_role_after_a_break() {
         epoch: RoleEpoch(4),
         phase: Phase::Ready,
         load_permille: 1000,
+        cordoned: false,
     });
     drop((reports, orders));
     let (mut reports, _orders) = rig.sessions.recv().await.expect("another session");

@@ -103,7 +103,8 @@ impl Instance {
         faults: Arc<model::Faults>,
     ) -> Self {
         let (engine, commands) = mpsc::channel(COMMAND_QUEUE);
-        let view = RoleView { role, epoch: RoleEpoch(EPOCH), phase: Phase::Ready, load_permille: 1000 };
+        let (epoch, phase) = (RoleEpoch(EPOCH), Phase::Ready);
+        let view = RoleView { role, epoch, phase, load_permille: 1000, cordoned: false };
         let (role, role_seen) = watch::channel(view);
         let (load_shown, load) = watch::channel(Load::default());
         let (stop, tasks, permits) = (CancellationToken::new(), TaskTracker::new(), Permits::default());

@@ -30,7 +30,7 @@ impl World {
     }
 
     fn cordon(&mut self, name: &str, force: bool) -> Result<(), ApiError> {
-        self.change(Change::Cordon { id: id(name), cordoned: cordoned(force) })
+        self.change(Change::Cordon { id: id(name), cordoned: cordoned(force), only: Only::Always })
     }
 
     fn step_of(&self, name: &str) -> Step {
@@ -64,7 +64,7 @@ fn a_cordoned_instance_leaves_once_another_serves_in_its_place() {
     world.pass(secs(600), &[a, b, c]);
     assert_eq!(world.roles(), "0dp");
 
-    world.change(Change::Uncordon { id: id("a") }).expect("it is known");
+    world.change(Change::Uncordon { id: id("a"), only: Only::Always }).expect("it is known");
     assert_ne!(world.last_assigned(a).role, Role::None);
 }
 
@@ -162,12 +162,86 @@ fn targets_divide_a_group_in_place_of_the_configuration() {
     assert_eq!(world.roles().matches('p').count(), 2, "as configured again");
 }
 
+fn to_scale_in() -> Cordoned {
+    let (by, reason) = ("autoscaler".into(), "group default is scaled in".into());
+    Cordoned { by, reason, unix_millis: 2, drain: None, force: false }
+}
+
+fn if_ours() -> Only {
+    let Cordoned { by, reason, .. } = to_scale_in();
+    Only::Held { by, reason }
+}
+
+#[test]
+fn an_operators_cordon_stands_whichever_of_two_comes_first() {
+    let cordoned_by = |world: &World| {
+        world.mind.intent(&id("b")).and_then(|intent| Some(intent.cordoned.as_ref()?.by.clone()))
+    };
+    let ours = Change::Cordon { id: id("b"), cordoned: to_scale_in(), only: Only::Free };
+    let back = Change::Uncordon { id: id("b"), only: if_ours() };
+    // Both saw it free, and hers came first.
+    let (mut world, _) = World::three();
+    world.cordon("b", false).expect("c decodes");
+    let refusal = world.change(ours.clone()).expect_err("it is not free any more");
+    assert_eq!(refusal.code, ErrorCode::AlreadyExists);
+    assert!(refusal.message.contains("b is by now cordoned by alice"), "{refusal}");
+    let refusal = world.change(back.clone()).expect_err("it is not the autoscaler's");
+    assert_eq!(refusal.code, ErrorCode::AlreadyExists);
+    assert_eq!(cordoned_by(&world).as_deref(), Some("alice"));
+
+    // Hers came second: what the autoscaler decided before that takes nothing away.
+    let (mut world, _) = World::three();
+    world.change(ours.clone()).expect("it is free");
+    assert_eq!(cordoned_by(&world).as_deref(), Some("autoscaler"));
+    world.cordon("b", false).expect("c decodes");
+    assert_eq!(world.change(back.clone()).expect_err("it is alice's").code, ErrorCode::AlreadyExists);
+    assert_eq!(cordoned_by(&world).as_deref(), Some("alice"));
+
+    // She takes its cordon away: there is none that it could take back.
+    world.change(Change::Uncordon { id: id("b"), only: Only::Always }).expect("it is known");
+    assert_eq!(world.change(back.clone()).expect_err("there is none").code, ErrorCode::NotFound);
+    world.change(ours).expect("it is free");
+    world.change(back).expect("it is the autoscaler's");
+    assert_eq!(cordoned_by(&world), None);
+}
+
+#[test]
+fn an_instance_without_a_role_is_told_that_it_is_cordoned_and_that_it_is_not_any_more() {
+    let (mut world, [a, b, c]) = World::three();
+    let mut spec = instance_spec("x", 1);
+    spec.model.name = "another".to_owned();
+    world.last_session += 1;
+    let x = SessionId(world.last_session);
+    let beat = beat(Phase::Waiting, Role::None, 0);
+    world.event(Event::Hello { session: x, spec: Box::new(spec), beat, unix_millis: 0 });
+    world.obey(x);
+    assert_eq!(world.roles(), "pdd0");
+    assert!(!world.last_assigned(x).cordoned, "nobody is there that it could serve with");
+    world.cordon("x", false).expect("it serves nothing");
+    let told = world.obey(x);
+    assert!(told.0 == Role::None && world.last_assigned(x).cordoned);
+    let stored = &world.stored[&keys::role(&id("x"))];
+    assert!(DesiredRole::decode(stored).expect("a role").cordoned, "the next leader knows it, too");
+    world.change(Change::Uncordon { id: id("x"), only: Only::Always }).expect("it is known");
+    assert!(!world.last_assigned(x).cordoned && world.obey(x).1 > told.1);
+    let last = world.assigned.len();
+    world.pass(secs(600), &[a, b, c, x]);
+    assert_eq!(world.assigned.len(), last, "it is told once");
+
+    world.cordon("b", false).expect("c decodes");
+    assert!(world.last_assigned(b).cordoned);
+    world.obey(b);
+    world.change(Change::Uncordon { id: id("b"), only: Only::Always }).expect("it is known");
+    let told = world.last_assigned(b);
+    assert!(told.role == Role::Decode && !told.cordoned);
+}
+
 #[test]
 fn who_is_not_known_is_named() {
     let mut world = World::new();
     for change in [
-        Change::Cordon { id: id("x"), cordoned: cordoned(false) },
-        Change::Uncordon { id: id("x") },
+        Change::Cordon { id: id("x"), cordoned: cordoned(false), only: Only::Always },
+        Change::Uncordon { id: id("x"), only: Only::Always },
         Change::Pin { id: id("x"), pinned: pinned(Role::Decode) },
         Change::Divide { group: GroupName::new("x").expect("a name"), targets: None },
         Change::Rebalance { group: GroupName::new("x").expect("a name") },
@@ -192,7 +266,7 @@ fn what_is_wanted_outlives_the_memory_of_the_instance() {
         Some('0'),
         "a repaired disk is not in service before alice says so"
     );
-    world.change(Change::Uncordon { id: id("b") }).expect("it is known");
+    world.change(Change::Uncordon { id: id("b"), only: Only::Always }).expect("it is known");
     assert_ne!(world.roles().chars().nth(1), Some('0'));
 }
 
@@ -236,7 +310,7 @@ fn another_time_for_a_drain_is_told() {
     assert_eq!(world.last_assigned(a).drain, Some(secs(90)));
     let cordoned =
         Cordoned { drain: Some(secs(5)), reason: String::new(), by: "bob".into(), ..cordoned(false) };
-    world.change(Change::Cordon { id: id("a"), cordoned }).expect("it is known");
+    world.change(Change::Cordon { id: id("a"), cordoned, only: Only::Always }).expect("it is known");
     let told = world.last_assigned(a);
     assert_eq!((told.drain, told.reason.as_str()), (Some(secs(5)), "cordoned by bob: disk"));
 }

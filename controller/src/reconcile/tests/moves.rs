@@ -110,7 +110,10 @@ fn what_a_group_cannot_serve_without_waits_for_nothing() {
     let (by, reason) = ("alice".into(), String::new());
     let cordoned = Cordoned { by, reason, unix_millis: 1, drain: None, force: false };
     let id = prefills(&world);
-    world.mind.change(Change::Cordon { id: id.clone(), cordoned }).expect("others are there");
+    world
+        .mind
+        .change(Change::Cordon { id: id.clone(), cordoned, only: Only::Always })
+        .expect("others are there");
     run(&mut world, &sessions, 3);
     assert_ne!(prefills(&world), id);
     assert_eq!(world.mind.members()[&id].serving_role(), None);

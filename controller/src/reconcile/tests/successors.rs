@@ -110,6 +110,7 @@ fn an_inherited_instance_is_not_moved_before_it_is_heard() {
         reason: String::new(),
         leader_epoch: LeaderEpoch(EPOCH),
         drain: None,
+        cordoned: false,
     };
     let mut world = World::under(EPOCH + 50);
     let left = vec![(instance_spec("a", 1), Some(beat(Phase::Switching, Role::None, 0)))];

@@ -1,19 +1,23 @@
-//! Single looks by hand, and whole lives of a group beside a Kubernetes that is slow, is changed by others and fails.
-
-use proptest::prelude::*;
+//! Single looks by hand.
 
 use super::*;
 
+mod lives;
 mod world;
-
-use world::{Trouble, World};
 
 const MIN: u32 = 2;
 const MAX: u32 = 7;
+const KNOWN_AFTER: Duration = Duration::from_secs(5);
 
 pub(super) fn limits() -> Limits {
-    let (stabilisation, patience) = (Duration::from_secs(60), Duration::from_secs(40));
-    Limits { min: MIN, max: MAX, stabilisation, patience }
+    Limits {
+        min: MIN,
+        max: MAX,
+        stabilisation: Duration::from_secs(60),
+        patience: Duration::from_secs(40),
+        notice: Duration::from_secs(45),
+        known_after: KNOWN_AFTER,
+    }
 }
 
 pub(super) fn id(name: &str) -> InstanceId {
@@ -26,7 +30,7 @@ fn pod() -> Pod {
 
 fn instance(name: &str, role: Role) -> Instance {
     let (id, pod) = (id(name), Some(name.to_owned()));
-    Instance { id, pod, here: true, role, sequences: 1, drained: false, cordoned: None }
+    Instance { id, pod, here: true, role, sequences: 1, drained: false, quarantined: false, cordoned: None }
 }
 
 /// Two prefill and two decode of as many replicas, of which so many are wanted.
@@ -60,6 +64,14 @@ fn drain(seen: &mut Seen, name: &str) {
     (instance.role, instance.sequences, instance.drained) = (Role::None, 0, true);
 }
 
+fn ready(seen: &mut Seen, name: &str, ready: bool) {
+    seen.pods.get_mut(name).expect("a pod").ready = ready;
+}
+
+fn scale_in(to: u32, pods: &[&str]) -> Action {
+    Action::ScaleIn { to, pods: pods.iter().map(|&pod| pod.to_owned()).collect() }
+}
+
 #[test]
 fn more_are_asked_for_at_once_and_within_the_limits() {
     let decide = |prefill, decode| Scaler::new(limits()).decide(&four(prefill, decode), Instant::now());
@@ -70,28 +82,31 @@ fn more_are_asked_for_at_once_and_within_the_limits() {
 }
 
 #[test]
-fn one_is_cordoned_drained_marked_and_only_then_taken_away() {
+fn one_is_cordoned_drained_seen_not_ready_and_only_then_taken_away() {
     let mut seen = four(2, 1);
     let (mut scaler, now) = watched(&seen);
-    let mut decide = |seen: &Seen| scaler.decide(seen, now);
+    let mut decide = |seen: &Seen, now| scaler.decide(seen, now);
     // There is one decode more than is wanted.
-    assert_eq!(decide(&seen).action, Action::Cordon(id("d1")));
+    assert_eq!(decide(&seen, now).action, Action::Cordon(id("d1")));
     cordon(&mut seen, "d1", By::Us);
-    assert_eq!(decide(&seen).waits.as_deref(), Some("d1 drains"));
+    assert_eq!(decide(&seen, now).waits.as_deref(), Some("d1 drains"));
     drain(&mut seen, "d1");
-    assert_eq!(decide(&seen).action, Action::Mark("d1".to_owned()));
-    seen.pods.get_mut("d1").expect("a pod").marked = true;
-    assert_eq!(decide(&seen).action, Action::ScaleIn { to: 3, pod: "d1".to_owned() });
+    let waits = decide(&seen, now).waits;
+    assert_eq!(waits.as_deref(), Some("d1 is drained, and its pod has yet to be seen not ready"));
+    ready(&mut seen, "d1", false);
+    assert_eq!(decide(&seen, now).waits.as_deref(), Some("d1 has only just ceased to be ready"));
+    let now = now + KNOWN_AFTER;
+    assert_eq!(decide(&seen, now).action, scale_in(3, &["d1"]));
     seen.replicas = 3;
-    assert_eq!(decide(&seen).waits.as_deref(), Some("Kubernetes has yet to delete a pod"));
+    assert_eq!(decide(&seen, now).waits.as_deref(), Some("Kubernetes has yet to delete a pod"));
     seen.pods.get_mut("d1").expect("a pod").leaving = true;
-    assert_eq!(decide(&seen).action, Action::Wait);
+    assert_eq!(decide(&seen, now).action, Action::Wait);
     seen.pods.remove("d1");
-    assert_eq!(decide(&seen).action, Action::Wait, "its instance is still here");
+    assert_eq!(decide(&seen, now).action, Action::Wait, "its instance is still here");
     seen.instances.iter_mut().find(|it| it.id == id("d1")).expect("it is there").here = false;
-    assert_eq!(decide(&seen).action, Action::Uncordon(id("d1"), Release::Gone));
+    assert_eq!(decide(&seen, now).action, Action::Uncordon(id("d1"), Release::Gone));
     seen.instances.retain(|it| it.id != id("d1"));
-    assert_eq!(decide(&seen), Decision { action: Action::Wait, wanted: Some(3), waits: None });
+    assert_eq!(decide(&seen, now), Decision { action: Action::Wait, wanted: Some(3), waits: None });
 }
 
 #[test]
@@ -107,8 +122,8 @@ fn one_that_is_wanted_again_or_takes_too_long_is_taken_back() {
     let as_many = Seen { demand: Demand::Measured(Wanted { prefill: 2, decode: 2 }), ..seen.clone() };
     let wanted = scaler.clone().decide(&as_many, now).action;
     assert_eq!(wanted, Action::Uncordon(victim.clone(), Release::Wanted));
-    let unasked = Seen { demand: Demand::Unasked, ..seen.clone() };
-    let unsure = scaler.clone().decide(&unasked, now).action;
+    let unknown = Seen { demand: Demand::Unknown, ..seen.clone() };
+    let unsure = scaler.clone().decide(&unknown, now).action;
     assert_eq!(unsure, Action::Uncordon(victim.clone(), Release::Unsure));
 
     let mut late = now;
@@ -127,20 +142,30 @@ fn one_that_is_wanted_again_or_takes_too_long_is_taken_back() {
 }
 
 #[test]
-fn a_pod_that_is_not_deleted_in_time_keeps_its_instance() {
+fn a_pod_that_stays_ready_or_is_not_deleted_in_time_keeps_its_instance() {
     let mut seen = four(2, 1);
     let (mut scaler, now) = watched(&seen);
     cordon(&mut seen, "d1", By::Us);
-    let late = now + limits().patience - Duration::from_secs(15);
+    let mut late = now + limits().patience - Duration::from_secs(15);
     assert_eq!(scaler.decide(&seen, now).action, Action::Wait);
     assert_eq!(scaler.decide(&seen, late).action, Action::Wait);
     drain(&mut seen, "d1");
-    seen.pods.get_mut("d1").expect("a pod").marked = true;
-    assert_eq!(scaler.decide(&seen, late).action, Action::ScaleIn { to: 3, pod: "d1".to_owned() });
+    assert_eq!(scaler.decide(&seen, late).action, Action::Wait);
+    let mut other = (scaler.clone(), late);
+    while other.1 < late + limits().notice {
+        assert_eq!(other.0.decide(&seen, other.1).action, Action::Wait, "that has a time of its own");
+        other.1 += KNOWN_AFTER;
+    }
+    assert_eq!(other.0.decide(&seen, other.1).action, Action::Uncordon(id("d1"), Release::Ready));
+
+    ready(&mut seen, "d1", false);
+    assert_eq!(scaler.decide(&seen, late).action, Action::Wait);
+    late += KNOWN_AFTER;
+    assert_eq!(scaler.decide(&seen, late).action, scale_in(3, &["d1"]));
     seen.replicas = 3;
-    let later = now + limits().patience;
-    assert_eq!(scaler.decide(&seen, later).action, Action::Wait, "that has a time of its own");
-    let overdue = scaler.decide(&seen, late + limits().patience).action;
+    let later = late + limits().notice - Duration::from_secs(1);
+    assert_eq!(scaler.decide(&seen, later).action, Action::Wait, "that has a time of its own, too");
+    let overdue = scaler.decide(&seen, late + limits().notice).action;
     assert_eq!(overdue, Action::Uncordon(id("d1"), Release::Overdue));
 }
 
@@ -177,16 +202,6 @@ fn what_was_asked_for_before_is_waited_for() {
 }
 
 #[test]
-fn no_mark_is_left_on_another_pod() {
-    let mut seen = four(2, 1);
-    let (mut scaler, now) = watched(&seen);
-    cordon(&mut seen, "d1", By::Us);
-    drain(&mut seen, "d1");
-    seen.pods.get_mut("p2").expect("a pod").marked = true;
-    assert_eq!(scaler.decide(&seen, now).action, Action::Unmark("p2".to_owned()));
-}
-
-#[test]
 fn what_others_hold_is_left_alone_and_so_is_the_last_of_a_phase() {
     let mut seen = four(1, 1);
     for name in ["p1", "d1"] {
@@ -203,35 +218,107 @@ fn what_others_hold_is_left_alone_and_so_is_the_last_of_a_phase() {
 }
 
 #[test]
+fn what_others_hold_and_have_drained_is_not_deleted_in_place_of_another() {
+    let mut seen = four(1, 1);
+    cordon(&mut seen, "d1", By::Others);
+    drain(&mut seen, "d1");
+    ready(&mut seen, "d1", false);
+    let (mut scaler, now) = watched(&seen);
+    let waits = scaler.decide(&seen, now).waits.expect("it waits");
+    assert!(waits.contains("others hold them"), "{waits}");
+    // Nor if its process has gone.
+    seen.instances.iter_mut().find(|it| it.id == id("d1")).expect("it is there").here = false;
+    let waits = scaler.decide(&seen, now).waits.expect("it waits");
+    assert!(waits.contains("others hold them"), "{waits}");
+}
+
+#[test]
 fn a_pod_that_serves_nobody_goes_first_and_without_ado() {
     let mut seen = four(2, 2);
     seen.replicas = 5;
     seen.pods.insert("new".to_owned(), Pod { ready: false, ..pod() });
     let (mut scaler, now) = watched(&seen);
-    assert_eq!(scaler.decide(&seen, now).action, Action::Mark("new".to_owned()));
+    assert_eq!(scaler.clone().decide(&seen, now).action, scale_in(4, &["new"]));
     // One without a node would go before it.
     let mut pending = Seen { replicas: 6, ..seen.clone() };
     pending.pods.insert("z".to_owned(), Pod { template: "t".to_owned(), ..Pod::default() });
     let (mut other, later) = watched(&pending);
-    assert_eq!(other.decide(&pending, later).action, Action::Mark("z".to_owned()));
-    seen.pods.get_mut("new").expect("a pod").marked = true;
-    assert_eq!(scaler.decide(&seen, now).action, Action::ScaleIn { to: 4, pod: "new".to_owned() });
+    assert_eq!(other.decide(&pending, later).action, scale_in(5, &["z"]));
     // Had it become one that serves meanwhile, it would be like any other.
-    seen.pods.get_mut("new").expect("a pod").ready = true;
+    ready(&mut seen, "new", true);
     seen.instances.push(instance("new", Role::Decode));
-    assert_eq!(scaler.decide(&seen, now).action, Action::Unmark("new".to_owned()));
+    assert_eq!(scaler.decide(&seen, now).action, Action::Cordon(id("d1")));
 }
 
 #[test]
-fn nothing_goes_that_kubernetes_would_not_take_first() {
+fn of_one_that_is_to_go_and_one_that_serves_nobody_either_may_go() {
+    let mut seen = four(2, 2);
+    seen.replicas = 5;
+    seen.pods.insert("new".to_owned(), pod());
+    seen.instances.push(instance("new", Role::Decode));
+    let (mut scaler, mut now) = watched(&seen);
+    cordon(&mut seen, "d1", By::Us);
+    drain(&mut seen, "d1");
+    ready(&mut seen, "d1", false);
+    // It crashes.
+    ready(&mut seen, "new", false);
+    seen.instances.retain(|it| it.id != id("new"));
+    assert_eq!(scaler.decide(&seen, now).action, Action::Wait);
+    now += KNOWN_AFTER;
+    assert_eq!(scaler.decide(&seen, now).action, scale_in(4, &["d1", "new"]));
+    seen.replicas = 4;
+    assert_eq!(scaler.decide(&seen, now).waits.as_deref(), Some("Kubernetes has yet to delete a pod"));
+    seen.pods.remove("new");
+    assert_eq!(scaler.decide(&seen, now).action, Action::Uncordon(id("d1"), Release::Wanted));
+}
+
+#[test]
+fn nothing_goes_that_kubernetes_might_not_take_first() {
     let mut seen = four(2, 1);
     let (mut scaler, now) = watched(&seen);
     cordon(&mut seen, "d1", By::Us);
     drain(&mut seen, "d1");
-    seen.pods.get_mut("p1").expect("a pod").ready = false;
+    ready(&mut seen, "d1", false);
+    ready(&mut seen, "p1", false);
+    let now = now + KNOWN_AFTER;
     assert_eq!(scaler.decide(&seen, now).action, Action::Uncordon(id("d1"), Release::Overtaken));
     cordon(&mut seen, "d1", By::Others);
     assert_eq!(scaler.decide(&seen, now).action, Action::Cordon(id("p1")));
+}
+
+#[test]
+fn those_in_quarantine_are_no_capacity_and_come_back_without_a_change_to_and_fro() {
+    let mut seen = four(2, 2);
+    for name in ["p1", "d1"] {
+        let ill = seen.instances.iter_mut().find(|it| it.id == id(name)).expect("it is there");
+        (ill.quarantined, ill.role, ill.sequences) = (true, Role::None, 0);
+    }
+    let (mut scaler, now) = (Scaler::new(limits()), Instant::now());
+    assert_eq!(scaler.decide(&seen, now).action, Action::ScaleOut { to: 6 });
+    let many = Seen { demand: Demand::Measured(Wanted { prefill: 3, decode: 3 }), ..seen.clone() };
+    assert_eq!(scaler.clone().decide(&many, now).action, Action::ScaleOut { to: MAX });
+    let little = Seen { demand: Demand::Little, ..seen.clone() };
+    assert_eq!(Scaler::new(limits()).decide(&little, now).wanted, Some(4), "two have work, two do badly");
+    let none_left = Seen { demand: Demand::Little, replicas: 3, ..seen.clone() };
+    assert_eq!(Scaler::new(limits()).decide(&none_left, now).wanted, Some(4), "the least are to serve");
+}
+
+#[test]
+fn a_group_that_nobody_measures_is_kept_between_its_limits() {
+    let mut seen = Seen { demand: Demand::Unasked, ..four(1, 1) };
+    let wanted = |seen: &Seen| Scaler::new(limits()).decide(seen, Instant::now());
+    assert_eq!(wanted(&seen), Decision { action: Action::Wait, wanted: Some(4), waits: None });
+    seen.replicas = 1;
+    assert_eq!(wanted(&seen).action, Action::ScaleOut { to: MIN });
+    assert_eq!(
+        wanted(&Seen { demand: Demand::Unknown, ..seen.clone() }).action,
+        Action::ScaleOut { to: MIN }
+    );
+    seen.replicas = 0;
+    assert_eq!(wanted(&seen).wanted, None, "it is switched off");
+    seen.replicas = 9;
+    assert_eq!(wanted(&seen).wanted, Some(MAX));
+    assert_eq!(wanted(&Seen { demand: Demand::Unknown, ..seen }).wanted, None);
 }
 
 #[test]
@@ -272,55 +359,4 @@ fn a_group_with_nothing_to_do_wants_the_least_and_one_with_little_no_more_than_i
     assert_eq!(scaler.decide(&seen, Instant::now()).wanted, Some(4), "all have work");
     seen.instances.iter_mut().for_each(|it| it.sequences = 0);
     assert_eq!(scaler.decide(&seen, Instant::now()).wanted, Some(MIN));
-    seen.demand = Demand::Unasked;
-    assert_eq!(scaler.decide(&seen, Instant::now()).wanted, None);
-}
-
-fn trouble() -> impl Strategy<Value = Vec<(u64, Trouble)>> {
-    let kind = prop_oneof![
-        3 => (0usize..10).prop_map(Trouble::Wanted),
-        1 => Just(Trouble::Little),
-        1 => Just(Trouble::Unasked),
-        1 => (2u32..9).prop_map(Trouble::Replicas),
-        1 => Just(Trouble::Leader),
-        1 => Just(Trouble::Crash),
-        2 => (0usize..7).prop_map(Trouble::Cordon),
-        1 => Just(Trouble::Uncordon),
-        1 => (1u64..90).prop_map(Trouble::Slow),
-        1 => Just(Trouble::Refuse),
-    ];
-    prop::collection::vec((0u64..120, kind), 0..40)
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(200))]
-
-    /// What must never happen is asserted by the world, action by action.
-    #[test]
-    fn whatever_happens_nothing_is_taken_away_that_serves(seed: u64, troubles in trouble()) {
-        let mut world = World::new(seed, 4);
-        for (seconds, trouble) in troubles {
-            world.live(Duration::from_secs(seconds));
-            world.suffer(trouble);
-        }
-        world.recover(5);
-        world.live(Duration::from_secs(1800));
-        prop_assert_eq!(world.replicas(), 5);
-        prop_assert!(world.is_at_rest());
-    }
-
-    #[test]
-    fn a_constant_demand_is_met_and_then_nothing_moves(seed: u64, began in 2u32..9, wanted in 0usize..12) {
-        let mut world = World::new(seed, began);
-        world.suffer(Trouble::Wanted(wanted));
-        world.live(Duration::from_secs(1800));
-        let aim = u32::try_from(wanted.max(2)).expect("few").clamp(MIN, MAX);
-        prop_assert_eq!(world.replicas(), aim);
-        prop_assert!(world.is_at_rest());
-        let (out, r#in) = world.changes();
-        prop_assert!(out == 0 || r#in == 0, "{} out and {} in", out, r#in);
-        let before = world.actions();
-        world.live(Duration::from_secs(3600));
-        prop_assert_eq!(world.actions(), before);
-    }
 }

@@ -10,6 +10,7 @@ const TICK: Duration = Duration::from_secs(5);
 /// How long a pod takes until its instance is there, and until it has gone.
 const BOOT: Duration = Duration::from_secs(20);
 const LEAVING: Duration = Duration::from_secs(12);
+const PHASES: [Role; 2] = [Role::Prefill, Role::Decode];
 /// Steps of one look, at most.
 const STEPS: usize = 8;
 
@@ -19,6 +20,11 @@ pub(super) enum Trouble {
     Wanted(usize),
     Little,
     Unasked,
+    Unknown,
+    /// One does badly, and is left without a role while another serves in its place.
+    Quarantine(usize),
+    /// All may show how they do.
+    Probation,
     /// Somebody sets the Deployment's replicas.
     Replicas(u32),
     /// Another controller leads.
@@ -42,6 +48,9 @@ struct One {
     role: Role,
     cordoned: Option<(By, Instant)>,
     drained: bool,
+    quarantined: bool,
+    /// As parts of Kubernetes still believe.
+    was_ready: bool,
 }
 
 pub(super) struct World {
@@ -58,6 +67,8 @@ pub(super) struct World {
     refusals: usize,
     actions: usize,
     changes: (usize, usize),
+    /// The pods of which one may go; none if somebody else set the replicas.
+    named: Vec<String>,
 }
 
 impl World {
@@ -75,6 +86,7 @@ impl World {
             refusals: 0,
             actions: 0,
             changes: (0, 0),
+            named: Vec::new(),
         };
         world.live(Duration::from_secs(60));
         world
@@ -93,13 +105,18 @@ impl World {
     }
 
     pub(super) fn is_at_rest(&self) -> bool {
-        let quiet = |one: &One| !one.pod.leaving && !one.pod.marked && one.cordoned.is_none();
+        let quiet = |one: &One| !one.pod.leaving && one.cordoned.is_none();
         self.ones.len() == self.replicas as usize && self.ones.values().all(quiet) && self.records.is_empty()
+    }
+
+    pub(super) fn serving_well(&self) -> usize {
+        self.ones.values().filter(|one| one.role != Role::None && !one.quarantined).count()
     }
 
     pub(super) fn recover(&mut self, wanted: usize) {
         (self.drain, self.refusals) = (Duration::from_secs(7), 0);
         self.suffer(Trouble::Uncordon);
+        self.suffer(Trouble::Probation);
         self.suffer(Trouble::Wanted(wanted));
     }
 
@@ -112,18 +129,29 @@ impl World {
             }
             Trouble::Little => self.demand = Demand::Little,
             Trouble::Unasked => self.demand = Demand::Unasked,
-            Trouble::Replicas(replicas) => self.replicas = replicas,
+            Trouble::Unknown => self.demand = Demand::Unknown,
+            Trouble::Quarantine(index) => {
+                if let Some(one) = self.ones.values_mut().nth(index) {
+                    one.quarantined = true;
+                }
+            }
+            Trouble::Probation => self.ones.values_mut().for_each(|one| one.quarantined = false),
+            Trouble::Replicas(replicas) => (self.replicas, self.named) = (replicas, Vec::new()),
             Trouble::Leader => self.scaler = Scaler::new(limits()),
             Trouble::Crash => {
                 let up_at = self.now + BOOT;
-                if let Some(one) = self.any() {
+                if let Some(name) = self.any() {
+                    let one = self.ones.get_mut(&name).expect("it is there");
                     (one.up_at, one.role, one.pod.ready) = (up_at, Role::None, false);
+                    self.may_go_too(name);
                 }
             }
             Trouble::Cordon(index) => {
                 let now = self.now;
-                if let Some(one) = self.ones.values_mut().nth(index) {
+                if let Some((name, one)) = self.ones.iter_mut().nth(index) {
                     one.cordoned = Some((By::Others, now));
+                    let name = name.clone();
+                    self.may_go_too(name);
                 }
             }
             Trouble::Uncordon => {
@@ -134,9 +162,16 @@ impl World {
         }
     }
 
-    fn any(&mut self) -> Option<&mut One> {
+    fn any(&mut self) -> Option<String> {
         let index = self.rng.random_range(0..self.ones.len().max(1));
-        self.ones.values_mut().nth(index)
+        self.ones.keys().nth(index).cloned()
+    }
+
+    /// One that ceased to be ready after it was said which may go.
+    fn may_go_too(&mut self, name: String) {
+        if !self.named.is_empty() {
+            self.named.push(name);
+        }
     }
 
     pub(super) fn live(&mut self, time: Duration) {
@@ -183,12 +218,17 @@ impl World {
                 role: Role::None,
                 cordoned: None,
                 drained: false,
+                quarantined: false,
+                was_ready: false,
             };
             self.ones.insert(format!("n{}", self.born), one);
         }
         for _ in self.replicas as usize..alive {
             let name = self.first_to_go();
+            let named = std::mem::take(&mut self.named);
             let one = self.ones.get_mut(&name).expect("it is there");
+            let harmless = one.role == Role::None || named.is_empty();
+            assert!(named.contains(&name) || harmless, "{name} serves, and it goes");
             (one.pod.leaving, one.gone_at) = (true, Some(now + LEAVING));
         }
     }
@@ -197,23 +237,43 @@ impl World {
         self.ones.values().filter(|one| !one.pod.leaving).count()
     }
 
-    /// By Kubernetes: the last born, if nothing else tells them apart.
-    fn first_to_go(&self) -> String {
+    /// By Kubernetes, which may be behind: the last born, if nothing else tells them apart.
+    fn first_to_go(&mut self) -> String {
+        let behind = self.rng.random_range(0..2) > 0;
         let alive = self.ones.iter().filter(|(_, one)| !one.pod.leaving);
-        let key =
-            |(name, one): &(&String, &One)| (one.pod.rank(), !one.pod.marked, std::cmp::Reverse(name.len()));
+        let rank = |one: &One| {
+            let ready = if behind { one.was_ready } else { one.pod.ready };
+            Pod { ready, ..one.pod.clone() }.rank()
+        };
+        let key = |(name, one): &(&String, &One)| (rank(one), std::cmp::Reverse(name.len()));
         alive.min_by_key(key).expect("there is one").0.clone()
     }
 
     /// As the planner would have it.
     fn fleet(&mut self) {
         let now = self.now;
-        for one in self.ones.values_mut().filter(|one| one.up_at <= now) {
-            one.pod.ready = true;
+        for (name, one) in &mut self.ones {
+            one.was_ready = one.pod.ready;
+            // Its own readiness, by a probe that is sometimes late.
+            let own = one.up_at <= now && !(one.cordoned.is_some() && one.drained);
+            if self.rng.random_range(0..3) > 0 {
+                one.pod.ready = own;
+            }
+            if own && self.named.contains(name) {
+                // One that had only just started has come after all, in the moment between the change and the deletion.
+                self.named.clear();
+            }
         }
         let mut serving = [Role::Prefill, Role::Decode].map(|role| self.serving(role));
         for one in self.ones.values_mut().filter(|one| one.up_at <= now && !one.pod.leaving) {
             match one.cordoned {
+                None if one.quarantined => {
+                    let others = |phase: usize| serving[phase] > usize::from(one.role == PHASES[phase]);
+                    if one.role != Role::None && others(0) && others(1) {
+                        serving[usize::from(one.role == Role::Decode)] -= 1;
+                        one.role = Role::None;
+                    }
+                }
                 None => {
                     one.drained = false;
                     if one.role == Role::None {
@@ -252,6 +312,7 @@ impl World {
             role: one.role,
             sequences: u32::from(one.role != Role::None && !idle),
             drained: one.drained,
+            quarantined: one.quarantined,
             cordoned: one.cordoned.map(|(by, _)| by),
         };
         let gone = self.records.iter().map(|name| Instance {
@@ -270,15 +331,15 @@ impl World {
     /// What must hold whenever it is asked for.
     fn check(&self, action: &Action) {
         match action {
-            Action::ScaleIn { to, pod } => {
+            Action::ScaleIn { to, pods } => {
                 assert!(*to >= MIN && *to + 1 == self.replicas, "{} to {to}", self.replicas);
                 assert_eq!(self.alive(), self.replicas as usize, "something is under way");
-                assert_eq!(*pod, self.first_to_go(), "another would go");
-                let one = &self.ones[pod];
-                let ours = matches!(one.cordoned, Some((By::Us, _)));
-                let drained = ours && one.drained && one.role == Role::None;
-                let stray = one.up_at > self.now && !one.pod.ready;
-                assert!(one.pod.marked && (drained || stray), "it serves");
+                for pod in pods {
+                    let one = &self.ones[pod];
+                    let ours = matches!(one.cordoned, Some((By::Us, _)));
+                    let drained = ours && one.drained && one.role == Role::None;
+                    assert!(!one.pod.ready && (drained || one.up_at > self.now), "{pod} serves");
+                }
             }
             Action::ScaleOut { to } => assert!(*to > self.replicas && *to <= MAX),
             Action::Cordon(id) => {
@@ -295,7 +356,7 @@ impl World {
                 let ours = matches!(cordoned, Some((By::Us, _))) || self.records.contains(id.as_str());
                 assert!(ours, "others hold it");
             }
-            Action::Mark(_) | Action::Unmark(_) | Action::Wait => {}
+            Action::Wait => {}
         }
     }
 
@@ -303,7 +364,9 @@ impl World {
         let now = self.now;
         match action {
             Action::ScaleOut { to } => (self.replicas, self.changes.0) = (to, self.changes.0 + 1),
-            Action::ScaleIn { to, .. } => (self.replicas, self.changes.1) = (to, self.changes.1 + 1),
+            Action::ScaleIn { to, pods } => {
+                (self.replicas, self.changes.1, self.named) = (to, self.changes.1 + 1, pods);
+            }
             Action::Cordon(id) => {
                 self.ones.get_mut(id.as_str()).expect("it is there").cordoned = Some((By::Us, now));
             }
@@ -313,8 +376,6 @@ impl World {
                     one.cordoned = None;
                 }
             }
-            Action::Mark(pod) => self.ones.get_mut(&pod).expect("it is there").pod.marked = true,
-            Action::Unmark(pod) => self.ones.get_mut(&pod).expect("it is there").pod.marked = false,
             Action::Wait => {}
         }
     }
