@@ -50,6 +50,10 @@ impl Reconciler {
         }
     }
 
+    pub(super) fn is_congested(&self, group: &GroupName) -> bool {
+        self.groups.get(group).is_some_and(|group| group.congestion.is_raised())
+    }
+
     /// By group, where somebody prefills and has measured how fast.
     pub fn queues(&self) -> impl Iterator<Item = (&GroupName, Queue)> {
         self.groups.iter().filter_map(|(name, group)| {

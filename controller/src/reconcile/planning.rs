@@ -30,6 +30,8 @@ pub struct GroupPlan {
     pub measured: Option<Measured>,
     /// The fewest instances with which `aim` would be met, by that.
     pub wanted: Option<Wanted>,
+    /// Whether its prompts wait for too long.
+    pub congested: bool,
     /// Of the moves that it may have.
     pub moves: Budget,
     /// Why nothing is decided yet; then nobody is in `members`.
@@ -126,7 +128,9 @@ impl Reconciler {
             }));
         }
         let wanted = measured.as_ref().map(|measured| self.wanted_by(measured));
-        GroupPlan { group: group.clone(), aim, measured, wanted, moves, waits, members: planned, again }
+        let congested = self.is_congested(group);
+        let (group, members) = (group.clone(), planned);
+        GroupPlan { group, aim, measured, wanted, congested, moves, waits, members, again }
     }
 
     /// What is decided of one that no plan counts, because operators said so or because it does badly.

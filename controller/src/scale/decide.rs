@@ -168,6 +168,13 @@ impl Scaler {
                 let busy = u32::try_from(seen.instances.iter().filter(busy).count()).unwrap_or(u32::MAX);
                 Some(of_serving(busy.min(seen.replicas.saturating_sub(lost))))
             }
+            // One at a time: the next once that one serves.
+            Demand::Congested => {
+                let serves = |it: &&Instance| it.here && it.role != Role::None && !it.quarantined;
+                let serving = u32::try_from(seen.instances.iter().filter(serves).count()).unwrap_or(u32::MAX);
+                let more = serving.saturating_add(1);
+                Some(of_serving(more.max(seen.replicas.saturating_sub(lost))))
+            }
             Demand::Unasked => Some(seen.replicas.clamp(min, max)),
             Demand::Unknown => (seen.replicas < min).then_some(min),
         };

@@ -291,10 +291,11 @@ impl<'a> Tended<'a> {
 
 fn demand(plans: &Plans, group: &GroupName) -> Demand {
     let plan = plans.plans.iter().find(|plan| plan.group == *group);
-    match plan.map(|plan| (plan.wanted, plan.aim.policy)) {
-        Some((Some(wanted), _)) => Demand::Measured(wanted),
-        Some((None, RolePolicy::Auto)) => Demand::Little,
-        Some((None, RolePolicy::Ratio)) => Demand::Unasked,
+    match plan.map(|plan| (plan.wanted, plan.aim.policy, plan.congested)) {
+        Some((Some(wanted), ..)) => Demand::Measured(wanted),
+        Some((None, RolePolicy::Auto, true)) => Demand::Congested,
+        Some((None, RolePolicy::Auto, false)) => Demand::Little,
+        Some((None, RolePolicy::Ratio, _)) => Demand::Unasked,
         None => Demand::Unknown,
     }
 }

@@ -15,6 +15,8 @@ pub enum Demand {
     Measured(Wanted),
     /// Too little happens for it to be measured.
     Little,
+    /// Too little is known of it, but that its prompts wait for too long.
+    Congested,
     /// It is divided by a ratio: nobody measures, and people say how many it has.
     Unasked,
     /// Nothing is planned for it, as it has no members.
@@ -168,7 +170,7 @@ impl Seen {
     pub(super) fn has_many(&self, role: Role) -> bool {
         let (prefill, decode) = match self.demand {
             Demand::Measured(Wanted { prefill, decode }) => (prefill, decode),
-            Demand::Little | Demand::Unasked | Demand::Unknown => (1, 1),
+            Demand::Little | Demand::Congested | Demand::Unasked | Demand::Unknown => (1, 1),
         };
         match role {
             Role::Prefill => self.serving(Role::Prefill, None) > prefill,

@@ -304,6 +304,17 @@ fn those_in_quarantine_are_no_capacity_and_come_back_without_a_change_to_and_fro
 }
 
 #[test]
+fn one_that_is_congested_and_not_measured_gets_one_more_at_a_time() {
+    let mut seen = Seen { demand: Demand::Congested, ..four(1, 1) };
+    let (mut scaler, now) = (Scaler::new(limits()), Instant::now());
+    assert_eq!(scaler.decide(&seen, now).action, Action::ScaleOut { to: 5 });
+    seen.replicas = 5;
+    assert_eq!(scaler.decide(&seen, now).wanted, Some(5), "the fifth does not serve yet");
+    seen.replicas = MAX;
+    assert_eq!(scaler.decide(&seen, now).wanted, Some(MAX), "what has been asked for is not taken back");
+}
+
+#[test]
 fn a_group_that_nobody_measures_is_kept_between_its_limits() {
     let mut seen = Seen { demand: Demand::Unasked, ..four(1, 1) };
     let wanted = |seen: &Seen| Scaler::new(limits()).decide(seen, Instant::now());
