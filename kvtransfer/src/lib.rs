@@ -139,6 +139,7 @@ mod layout;
 mod mac;
 mod memory;
 mod node;
+mod peak;
 pub mod plan;
 mod session;
 mod sync;

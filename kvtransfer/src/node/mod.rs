@@ -8,6 +8,7 @@ mod backoff;
 mod claims;
 mod clock;
 mod config;
+mod control_queue;
 #[cfg(all(test, feature = "explore"))]
 mod explore;
 #[cfg(any(test, feature = "fuzz"))]
@@ -246,7 +247,9 @@ impl KvNode {
     pub fn stats(&self) -> NodeStats {
         let (incoming, held) = self.node.incoming.counts();
         let active = (incoming as u64, self.node.outgoing.len() as u64, held as u64);
-        self.node.counters.snapshot(active, self.node.transports.iter().map(Observed::stats).collect())
+        let staging_bytes_peak = self.node.translator.staging_bytes_peak();
+        let by_transport = self.node.transports.iter().map(Observed::stats).collect();
+        self.node.counters.snapshot(active, staging_bytes_peak, by_transport)
     }
 }
 
