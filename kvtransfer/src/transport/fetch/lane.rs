@@ -1,7 +1,7 @@
 //! The sender's end of a connection over which slices are announced.
 //!
-//! A window of announced runs bounds what the receiver has before it; each stays taken until the receiver is done with
-//! it, so that its blocks are not lent again while they may still be read.
+//! A connection's credit ([`CREDIT`] announced runs) bounds what the receiver has before it; each stays taken until the
+//! receiver is done with it, so that its blocks are not lent again while they may still be read.
 
 use std::{collections::VecDeque, io};
 
@@ -22,7 +22,7 @@ use crate::{
 };
 
 /// Runs announced and not done with.
-const WINDOW: usize = 4;
+const CREDIT: usize = 4;
 /// How many times the fence's grace a receiver may take to be done with runs of a transfer that is over. It may be short
 /// of processors; the connection carries other transfers, too.
 const PATIENCE: u32 = 10;
@@ -75,7 +75,7 @@ impl Lane {
         Self {
             terms,
             outbox,
-            announced: VecDeque::with_capacity(WINDOW),
+            announced: VecDeque::with_capacity(CREDIT),
             since: Instant::now(),
             bytes: Vec::new(),
             lent,
@@ -104,7 +104,7 @@ impl Lane {
         let mut looks = interval(self.terms.fence_grace);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            let room = self.announced.len() < WINDOW;
+            let room = self.announced.len() < CREDIT;
             let result = tokio::select! {
                 biased;
                 _ = looks.tick(), if !self.announced.is_empty() => self.look(),
