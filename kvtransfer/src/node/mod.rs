@@ -160,10 +160,11 @@ impl KvNode {
         Ok(Self { node })
     }
 
-    /// Resolves once every task and every thread of the node has ended after shutdown; no later than
-    /// [`Limits::data_stall`] after the tasks, as a thread may be held by a library that does not return.
+    /// Resolves once every task and every thread of the node has ended after shutdown. Threads are waited for, after the
+    /// tasks, no longer than fetching a run and ending its connection may take, four times [`Limits::data_stall`] and a
+    /// little: one may be held by a library that does not return.
     pub async fn stopped(&self) {
-        self.node.lifetime.over(self.node.limits.data_stall).await;
+        self.node.lifetime.over(self.node.limits.waits().fence).await;
     }
 
     /// The gRPC service for the server to mount.

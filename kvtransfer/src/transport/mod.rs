@@ -5,7 +5,8 @@
 //! them out of the sender's memory once it has announced them. So the receiver's fence is its own: a transfer that is
 //! aborted cancels `revoked`, upon which the transport lets go of its blocks and reports the runs it had: within
 //! `Limits::fence_grace`, or, where a card or an NPU reads, when that read has ended or failed, within
-//! `Limits::data_stall`. The session is over when all have been reported.
+//! `Limits::data_stall` and what it takes to end its connection for good (`Waits::fence`). The session is over when all
+//! have been reported.
 //!
 //! # Credits
 //! What is on its way at a time does not grow with the transfers: each connection has a credit of so many frames
@@ -48,6 +49,7 @@ mod shm;
 mod splitmix;
 mod strangers;
 mod tcp;
+mod waits;
 
 use std::{
     fmt, io,
@@ -55,7 +57,6 @@ use std::{
     pin::Pin,
     ptr::NonNull,
     sync::Arc,
-    time::Duration,
 };
 
 use baton_proto::TransferId;
@@ -89,6 +90,7 @@ pub(crate) use rdma::fuzz as fuzz_rdma;
 pub(crate) use shm::Shm;
 pub(crate) use strangers::{Stranger, Strangers};
 pub(crate) use tcp::Tcp;
+pub(crate) use waits::Waits;
 
 use crate::{
     TransferError,
@@ -157,13 +159,7 @@ pub(crate) struct Terms {
     pub(crate) slice_bytes: u32,
     /// Most slices in a frame.
     pub(crate) frame_slices: u32,
-    /// For connecting and for a connection's hello, each.
-    pub(crate) handshake: Duration,
-    pub(crate) fence_grace: Duration,
-    /// Without progress for this long, a frame's connection is given up.
-    pub(crate) stall: Duration,
-    /// How often a quiet connection is asked for a sign of life.
-    pub(crate) keep_alive: Duration,
+    pub(crate) waits: Waits,
     /// See [`crate::Limits::send_buffer`].
     pub(crate) send_buffer: Option<usize>,
 }
