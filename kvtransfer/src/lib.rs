@@ -38,9 +38,9 @@
 //! ```
 //! use std::{net::TcpListener, ptr::NonNull, sync::Arc, time::{Duration, Instant}};
 //! use baton_kvtransfer::{
-//!     DataPortConfig, ExpectSpec, KvLayout, KvNode, Limits, NodeConfig, OfferSpec, Plaintext, Region, TransportConfig,
+//!     DataPortConfig, ExpectSpec, Incarnation, InstanceId, KvLayout, KvNode, Limits, NodeConfig, OfferSpec, Plaintext,
+//!     PromptDigest, Region, TransferId, TransportConfig,
 //! };
-//! use baton_proto::{Incarnation, InstanceId, PromptDigest, TransferId};
 //! use tokio_util::sync::CancellationToken;
 //!
 //! # fn node(name: &str, shutdown: &CancellationToken) -> Result<KvNode, Box<dyn std::error::Error>> {
@@ -139,10 +139,17 @@ mod layout;
 mod mac;
 mod memory;
 mod node;
+mod peak;
 pub mod plan;
 mod session;
 mod sync;
 mod transport;
+
+// What the public signatures name of the wire's crate, so that nobody else needs that.
+#[doc(inline)]
+pub use baton_proto::{
+    ApiError, ErrorCode, Incarnation, InstanceId, PromptDigest, TransferId, v1::handoff_server::HandoffServer,
+};
 
 pub use error::TransferError;
 pub use first_tokens::FirstTokens;

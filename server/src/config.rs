@@ -11,7 +11,11 @@ use serde::{Deserialize, Serialize};
 /// Most compute threads.
 const THREADS_MOST: usize = 1024;
 /// Connections over TCP to each peer.
-const CONNECTIONS_PER_PEER: usize = 4;
+pub(crate) const CONNECTIONS_PER_PEER: usize = 4;
+/// What kvtransfer can end a transfer after.
+const TIMEOUT_MOST: Duration = Duration::from_secs(7 * 24 * 3600);
+/// An eighth of it takes a whole frame of a peer's, 1 MiB.
+const STAGING_LEAST: u64 = 8 << 20;
 /// How KV caches of a CPU may travel, by name.
 const TRANSPORTS: [(&str, TransportConfig); 3] = [
     ("shm", TransportConfig::Shm),
@@ -120,6 +124,12 @@ pub struct HandoffConfig {
     /// done unless asked for. Servers that have it are paired with others that have it, of either type, and with none
     /// that has it not. Another block size alone changes no value and needs no switch.
     pub convert: bool,
+    /// Most servers that this one sends KV caches to, and most that send to it. Over it, one that has no transfers gives way
+    /// to the next; if all have some, a request is refused.
+    pub max_peers: u32,
+    /// Most memory for what is on its way in from servers that keep their caches otherwise, until it is mapped; what finds no
+    /// room waits. None is taken before there is such a server.
+    pub staging_bytes: u64,
 }
 
 impl Default for ServerConfig {
@@ -169,11 +179,27 @@ impl Default for HandoffConfig {
             transports: vec!["shm".into(), "tcp".into()],
             secret_file: PathBuf::new(),
             convert: false,
+            max_peers: 1024,
+            staging_bytes: 256 << 20,
         }
     }
 }
 
 impl HandoffConfig {
+    fn check_limits(&self) -> Result<(), Invalid> {
+        if self.timeout.is_zero() || self.timeout > TIMEOUT_MOST {
+            return Err(Invalid::new("handoff.timeout", "expected more than 0, and no more than 7d"));
+        }
+        if self.max_peers == 0 {
+            return Err(Invalid::new("handoff.max_peers", "expected at least 1"));
+        }
+        if self.staging_bytes < STAGING_LEAST || usize::try_from(self.staging_bytes).is_err() {
+            let expected = format!("expected at least {STAGING_LEAST}, not {}", self.staging_bytes);
+            return Err(Invalid::new("handoff.staging_bytes", expected));
+        }
+        Ok(())
+    }
+
     /// The best first.
     pub fn transports(&self) -> Result<Vec<TransportConfig>, Invalid> {
         let invalid = |why: String| Err(Invalid::new("handoff.transports", why));
@@ -287,9 +313,7 @@ impl ServiceConfig for ServerConfig {
         if !LEASE_RANGE.contains(&self.handoff.lease) {
             return Err(Invalid::new("handoff.lease", "expected 30ms to 1h"));
         }
-        if self.handoff.timeout.is_zero() {
-            return Err(Invalid::new("handoff.timeout", "expected more than 0"));
-        }
+        self.handoff.check_limits()?;
         self.handoff.transports()?;
         self.handoff.secret()?;
         Ok(())
@@ -311,7 +335,7 @@ mod tests {
     fn what_is_wrong_is_named() {
         assert_eq!(valid().validate(), Ok(()));
         type Change = fn(&mut ServerConfig);
-        let cases: [(&str, Change); 15] = [
+        let cases: [(&str, Change); 18] = [
             ("instance_id", |c| c.instance_id = "A".into()),
             ("model.path", |c| c.model.path = PathBuf::new()),
             ("role", |c| c.role = "both".into()),
@@ -322,6 +346,9 @@ mod tests {
             ("handoff.lease", |c| c.handoff.lease = Duration::from_millis(10)),
             ("handoff.lease", |c| c.handoff.lease = Duration::from_secs(3601)),
             ("handoff.timeout", |c| c.handoff.timeout = Duration::ZERO),
+            ("handoff.timeout", |c| c.handoff.timeout = TIMEOUT_MOST * 2),
+            ("handoff.max_peers", |c| c.handoff.max_peers = 0),
+            ("handoff.staging_bytes", |c| c.handoff.staging_bytes = (8 << 20) - 1),
             ("handoff.transports", |c| c.handoff.transports = vec!["udp".into()]),
             ("handoff.transports", |c| c.handoff.transports = vec!["tcp".into(); 2]),
             ("handoff.transports", |c| c.handoff.transports.clear()),

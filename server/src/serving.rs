@@ -25,7 +25,7 @@ use tonic::{
 };
 
 use crate::{
-    config::HandoffConfig,
+    config::{CONNECTIONS_PER_PEER, HandoffConfig},
     engine::{
         cache_events::CacheEvents,
         load::Load,
@@ -134,9 +134,12 @@ impl Serving {
         let cache_events = Arc::new(CacheEvents::default());
         let kv_cache = KvCacheService::new(cache_facts, cache_events.clone(), shared.stop.clone());
         let blocks = pool.layout().blocks;
+        let peers = parts.handoff.max_peers as usize;
+        let usual = DataPortConfig::new(parts.data_listener);
         let data_port = DataPortConfig {
             advertise: Some(parts.data_endpoint),
-            ..DataPortConfig::new(parts.data_listener)
+            connections: usual.connections.max(peers.saturating_mul(CONNECTIONS_PER_PEER)),
+            ..usual
         };
         let node = KvNode::start(
             NodeConfig {
@@ -158,6 +161,9 @@ impl Serving {
                     // A decode leg may wait for blocks for as long as its prefill leg lives.
                     held_offers: parts.limits.max_waiting as usize + parts.limits.max_sequences as usize,
                     held_offer: parts.handoff.timeout.max(HELD_OFFER),
+                    peers,
+                    unproven_streams: peers,
+                    staging_bytes: usize::try_from(parts.handoff.staging_bytes).unwrap_or(usize::MAX),
                     ..TransferLimits::for_lease(parts.handoff.lease)
                 },
                 // Every transfer's task closes it and waits for that, unless the whole process ends.

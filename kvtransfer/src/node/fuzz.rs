@@ -22,12 +22,14 @@ use tokio::{
 use tonic::Status;
 use v1::{receiver_message, sender_message};
 
-use super::{link_up::LinkUp, peer_link::PeerLink, secret::nonce, wire::from_status, *};
+use super::{
+    control_queue::ControlQueue, link_up::LinkUp, peer_link::PeerLink, secret::nonce, wire::from_status, *,
+};
 use crate::{
     DataPortConfig, FirstTokens, Region,
     session::{SliceRun, Tally, crc32c},
     transport::{
-        DataKey,
+        DataKey, Outbox,
         frame::{End, Entry, Form, Header},
         hello::Hello,
     },
@@ -99,7 +101,7 @@ impl Stage {
             std::time::Instant::now(),
             1,
             (instance("peer"), Incarnation(9)),
-            messages,
+            ControlQueue::new(messages, Arc::default()),
             CancellationToken::new(),
         );
         let (link, answers) = (Arc::new(link), tokio::sync::Mutex::new(answers));
@@ -376,7 +378,9 @@ pub fn messages(bytes: &[u8]) {
         let link = Link::new(to.clone());
         stage.kv.node.links.put(to, link.clone());
         let (messages, mut said) = mpsc::channel(64);
-        let up = LinkUp::new(stage.kv.node.now(), messages, instance("peer"), Incarnation(9));
+        let messages = ControlQueue::new(messages, Arc::default());
+        let (now, outbox) = (stage.kv.node.now(), Outbox::default());
+        let up = LinkUp::new(now, messages, instance("peer"), Incarnation(9), outbox);
         link.rise(&up);
         let spec = OfferSpec {
             id,

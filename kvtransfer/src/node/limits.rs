@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use crate::{TransferError, transport::Terms};
+use crate::{
+    TransferError,
+    transport::{Terms, Waits},
+};
 
 /// Bounds of everything that could grow. What is over a bound is refused with an error that names it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -67,6 +70,8 @@ pub struct Limits {
 
 /// TCP's own keep-alive counts in seconds.
 const LEAST_KEEP_ALIVE: Duration = Duration::from_secs(1);
+/// Of any of them, so that what is added to a moment or derived from another has an end that a clock can show.
+const LONGEST: Duration = Duration::from_secs(7 * 24 * 3600);
 
 impl Default for Limits {
     /// Those for a lease of 3 s.
@@ -116,7 +121,8 @@ impl Limits {
     }
 
     /// # Errors
-    /// `Invalid`, with the limit that is out of place: 0, or a wait for a peer that is shorter than its lease.
+    /// `Invalid`, with the limit that is out of place: 0, longer than a week, or a wait for a peer that is shorter than its
+    /// lease.
     pub(super) fn validate(&self, lease: Duration) -> Result<(), TransferError> {
         let bad = |what: &str| Err(TransferError::Invalid(format!("limits of the node: {what}")));
         if self.peers == 0 || self.unproven_streams == 0 {
@@ -134,6 +140,10 @@ impl Limits {
         ];
         if let Some((name, _)) = times.iter().find(|(_, time)| time.is_zero()) {
             return bad(&format!("{name} must be more than 0"));
+        }
+        let beat = ("keep_alive", self.keep_alive);
+        if let Some((name, _)) = times.iter().chain([&beat]).find(|(_, time)| *time > LONGEST) {
+            return bad(&format!("{name} must be no more than a week"));
         }
         if self.send_buffer == Some(0) {
             return bad("send_buffer must be more than 0; none = as the kernel finds right");
@@ -155,6 +165,11 @@ impl Limits {
         Ok(())
     }
 
+    /// All that transports wait for.
+    pub(super) fn waits(&self) -> Waits {
+        Waits::new(self.handshake, self.fence_grace, self.data_stall, self.keep_alive)
+    }
+
     /// What transports are run with, for slices of this size.
     pub(super) fn terms(&self, slice_bytes: u64) -> Result<Terms, TransferError> {
         let slice_bytes = u32::try_from(slice_bytes)
@@ -162,10 +177,7 @@ impl Limits {
         Ok(Terms {
             slice_bytes,
             frame_slices: Terms::frame_slices(self.frame_bytes, slice_bytes),
-            handshake: self.handshake,
-            fence_grace: self.fence_grace,
-            stall: self.data_stall,
-            keep_alive: self.keep_alive,
+            waits: self.waits(),
             send_buffer: self.send_buffer,
         })
     }
@@ -179,6 +191,8 @@ impl Limits {
 
 #[cfg(all(test, not(feature = "explore")))]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -189,6 +203,36 @@ mod tests {
             assert_eq!(limits.shorter_than(lease), None);
             let Limits { keep_alive, keep_alive_timeout, .. } = limits;
             assert!(keep_alive >= LEAST_KEEP_ALIVE && keep_alive <= keep_alive_timeout);
+            assert!(limits.waits().in_order(), "{:?}", limits.waits());
+        }
+    }
+
+    #[test]
+    fn what_transports_wait_for_follows_from_the_limits() {
+        let waits = Limits::default().waits();
+        let secs = Duration::from_secs_f64;
+        assert_eq!((waits.let_go, waits.given_up), (secs(1.0), secs(20.0)));
+        assert_eq!((waits.drain, waits.destroy, waits.fence), (secs(0.5), secs(30.0), secs(40.5)));
+    }
+
+    /// Of any order of magnitude, and some that no limit may have.
+    fn times() -> impl Strategy<Value = Duration> {
+        let nanos = (0u32..60).prop_flat_map(|bits| 0..=1u64 << bits).prop_map(Duration::from_nanos);
+        prop_oneof![8 => nanos, 1 => Just(LONGEST), 1 => Just(Duration::MAX)]
+    }
+
+    proptest! {
+        #[test]
+        fn waits_are_in_order_whatever_the_limits(
+            (data_stall, fence_grace, handshake, keep_alive) in (times(), times(), times(), times()),
+        ) {
+            let (lease, defaults) = (Duration::from_millis(30), Limits::default());
+            let limits = Limits { data_stall, fence_grace, handshake, keep_alive, ..defaults };
+            let too_long = [data_stall, fence_grace, handshake, keep_alive].iter().any(|time| *time > LONGEST);
+            match limits.validate(lease) {
+                Ok(()) => prop_assert!(!too_long && limits.waits().in_order(), "{limits:?}"),
+                Err(error) => prop_assert!(matches!(error, TransferError::Invalid(_))),
+            }
         }
     }
 }

@@ -23,6 +23,7 @@ use v1::{handoff_client::HandoffClient, receiver_message, sender_message::Body};
 use super::{
     Node,
     backoff::Backoff,
+    control_queue::ControlQueue,
     link_up::LinkUp,
     outbound::Outbound,
     route::Route,
@@ -32,7 +33,7 @@ use super::{
 use crate::{
     TransferError,
     sync::Mutex,
-    transport::{DataKey, LinkPass},
+    transport::{DataKey, LinkPass, Outbox},
 };
 
 /// Before the second attempt to open the stream.
@@ -284,9 +285,11 @@ impl Link {
             .keep_alive_timeout(node.limits.keep_alive_timeout);
         let channel = node.dial.dial(peer, &self.to.receiver).await.map_err(|error| unreachable(&error))?;
         let (sender, queue) = mpsc::channel(node.limits.control_queue());
+        let sender = ControlQueue::new(sender, node.counters.control_queue.clone());
         let say = |body| {
             let message = v1::SenderMessage { transfer_id: wire_id(None), body: Some(body) };
-            sender.try_send(message).map_err(|error| unreachable(&error))
+            let gone = || Break::Unreachable("the control stream takes no messages".into());
+            sender.put(message).then_some(()).ok_or_else(gone)
         };
         let own = rand::random::<[u8; 16]>();
         say(Body::Hello(node.sender_hello(own)))?;
@@ -325,7 +328,8 @@ impl Link {
         };
         let pass =
             pass(node, &welcome).ok_or_else(|| protocol("the peer's welcome has no link id or key"))?;
-        let up = LinkUp::new(node.now(), sender.clone(), receiver, incarnation);
+        let outbox = Outbox::counted_by(node.counters.outbox.clone());
+        let up = LinkUp::new(node.now(), sender.clone(), receiver, incarnation, outbox);
         let route = Route::new(node, (&welcome.endpoints, mapped), pass, up.outbox().clone());
         Ok((messages, up, route.map_err(|why| protocol(&why))?))
     }

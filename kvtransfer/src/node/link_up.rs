@@ -5,11 +5,10 @@
 use std::{fmt, sync::Arc, time::Instant};
 
 use baton_proto::{Incarnation, InstanceId, TransferId, v1};
-use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use v1::sender_message::Body;
 
-use super::{transfer::OfferSpec, wire::wire_id};
+use super::{control_queue::ControlQueue, transfer::OfferSpec, wire::wire_id};
 use crate::{
     TransferError,
     sync::Mutex,
@@ -19,7 +18,7 @@ use crate::{
 /// A control stream that stands. Cheap to clone.
 #[derive(Clone)]
 pub(super) struct LinkUp {
-    messages: mpsc::Sender<v1::SenderMessage>,
+    messages: ControlQueue<v1::SenderMessage>,
     outbox: Outbox,
     broken: CancellationToken,
     /// When the peer last said anything.
@@ -35,14 +34,16 @@ impl fmt::Debug for LinkUp {
 }
 
 impl LinkUp {
-    /// `messages` is the stream's outbound half; the instance at its other end has said who it is.
+    /// `messages` is the stream's outbound half; the instance at its other end has said who it is, and what goes to it over
+    /// the data plane is taken from `outbox`.
     pub(super) fn new(
         now: Instant,
-        messages: mpsc::Sender<v1::SenderMessage>,
+        messages: ControlQueue<v1::SenderMessage>,
         receiver: InstanceId,
         incarnation: Incarnation,
+        outbox: Outbox,
     ) -> Self {
-        let (outbox, broken) = (Outbox::default(), CancellationToken::new());
+        let broken = CancellationToken::new();
         Self { messages, outbox, broken, heard: Arc::new(Mutex::new(now)), receiver, incarnation }
     }
 
@@ -82,7 +83,7 @@ impl LinkUp {
     /// Queues a message. A queue that is full means a peer that does not read: the stream is given up.
     pub(super) fn send(&self, id: Option<TransferId>, body: Body) {
         let message = v1::SenderMessage { transfer_id: wire_id(id), body: Some(body) };
-        if self.messages.try_send(message).is_err() {
+        if !self.messages.put(message) {
             self.broken.cancel();
         }
     }

@@ -8,6 +8,7 @@ mod backoff;
 mod claims;
 mod clock;
 mod config;
+mod control_queue;
 #[cfg(all(test, feature = "explore"))]
 mod explore;
 #[cfg(any(test, feature = "fuzz"))]
@@ -159,10 +160,11 @@ impl KvNode {
         Ok(Self { node })
     }
 
-    /// Resolves once every task and every thread of the node has ended after shutdown; no later than
-    /// [`Limits::data_stall`] after the tasks, as a thread may be held by a library that does not return.
+    /// Resolves once every task and every thread of the node has ended after shutdown. Threads are waited for, after the
+    /// tasks, no longer than fetching a run and ending its connection may take, four times [`Limits::data_stall`] and a
+    /// little: one may be held by a library that does not return.
     pub async fn stopped(&self) {
-        self.node.lifetime.over(self.node.limits.data_stall).await;
+        self.node.lifetime.over(self.node.limits.waits().fence).await;
     }
 
     /// The gRPC service for the server to mount.
@@ -246,7 +248,9 @@ impl KvNode {
     pub fn stats(&self) -> NodeStats {
         let (incoming, held) = self.node.incoming.counts();
         let active = (incoming as u64, self.node.outgoing.len() as u64, held as u64);
-        self.node.counters.snapshot(active, self.node.transports.iter().map(Observed::stats).collect())
+        let staging_bytes_peak = self.node.translator.staging_bytes_peak();
+        let by_transport = self.node.transports.iter().map(Observed::stats).collect();
+        self.node.counters.snapshot(active, staging_bytes_peak, by_transport)
     }
 }
 

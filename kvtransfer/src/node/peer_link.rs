@@ -8,12 +8,11 @@ use std::{
 };
 
 use baton_proto::{ApiError, Incarnation, InstanceId, TransferId, v1};
-use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use v1::receiver_message::Body;
 
-use super::{translate::Translation, wire::wire_id};
+use super::{control_queue::ControlQueue, translate::Translation, wire::wire_id};
 use crate::{TransferError, sync::Mutex, transport::LinkPass};
 
 /// A peer's control stream.
@@ -22,7 +21,7 @@ pub(super) struct PeerLink {
     number: u64,
     peer: InstanceId,
     incarnation: Incarnation,
-    messages: mpsc::Sender<Result<v1::ReceiverMessage, Status>>,
+    messages: ControlQueue<Result<v1::ReceiverMessage, Status>>,
     /// What its data connections show.
     pass: LinkPass,
     /// Set before it is welcomed, if it lays its cache out otherwise.
@@ -38,7 +37,7 @@ impl PeerLink {
         now: Instant,
         number: u64,
         (peer, incarnation): (InstanceId, Incarnation),
-        messages: mpsc::Sender<Result<v1::ReceiverMessage, Status>>,
+        messages: ControlQueue<Result<v1::ReceiverMessage, Status>>,
         broken: CancellationToken,
     ) -> Self {
         let (pass, translation) = (LinkPass::generate(), OnceLock::new());
@@ -79,7 +78,7 @@ impl PeerLink {
     /// Queues a message. A queue that is full means a peer that does not read: the stream is given up.
     pub(super) fn send(&self, id: Option<TransferId>, body: Body) {
         let message = v1::ReceiverMessage { transfer_id: wire_id(id), body: Some(body) };
-        if self.messages.try_send(Ok(message)).is_err() {
+        if !self.messages.put(Ok(message)) {
             self.broken.cancel();
         }
     }
@@ -100,7 +99,7 @@ impl PeerLink {
 
     /// Ends the stream with an error.
     pub(super) async fn refuse(&self, status: Status) {
-        let _ = self.messages.send(Err(status)).await;
+        self.messages.put_last(Err(status)).await;
     }
 
     /// Resolves once the stream is to end.

@@ -10,6 +10,7 @@ use v1::{receiver_message::Body, sender_message};
 
 use super::{
     Node,
+    control_queue::ControlQueue,
     inbound::Inbound,
     peer_link::PeerLink,
     secret::{End, Hellos, nonce},
@@ -70,6 +71,7 @@ impl v1::handoff_server::Handoff for HandoffService {
         };
 
         let (messages, queue) = mpsc::channel(node.limits.control_queue());
+        let messages = ControlQueue::new(messages, node.counters.control_queue.clone());
         let broken = node.lifetime.stop.child_token();
         let link = Arc::new(PeerLink::new(node.now(), number, (peer, incarnation), messages, broken));
         link.send(None, Body::Hello(node.receiver_hello(&hellos)));

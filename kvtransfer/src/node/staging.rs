@@ -33,12 +33,19 @@ pub(super) struct Staging {
 struct Rooms {
     /// Bytes of all rooms, lent or kept.
     bytes: usize,
+    /// The most there were.
+    peak: usize,
     kept: Vec<Region>,
 }
 
 impl Staging {
     pub(super) fn new(limit: usize) -> Self {
         Self { rooms: Arc::default(), limit, turns: Arc::default(), freed: Arc::default() }
+    }
+
+    /// Most bytes of all rooms at a time, lent or kept.
+    pub(super) fn peak(&self) -> u64 {
+        self.rooms.lock().peak as u64
     }
 
     /// Room for a run of slices of this size, until it is dropped; waits for it.
@@ -79,6 +86,7 @@ impl Staging {
                     return None;
                 }
                 rooms.bytes += size;
+                rooms.peak = rooms.peak.max(rooms.bytes);
             }
             found
         };

@@ -2,14 +2,17 @@
 
 use std::{
     collections::BTreeMap,
-    sync::atomic::{AtomicU64, Ordering::Relaxed},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
 };
 
 use baton_proto::ErrorCode;
 use parking_lot::Mutex;
 
 use super::transfer::Direction;
-use crate::transport::TransportStats;
+use crate::{peak::Peak, transport::TransportStats};
 
 /// What a node has done since it started, and what it is doing.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,6 +34,13 @@ pub struct NodeStats {
     pub bytes_received: u64,
     pub slices_sent: u64,
     pub bytes_sent: u64,
+    /// Most transfers that were in line for the data path to one peer at a time; each is there once, so no more than
+    /// [`Limits::outgoing_transfers`](super::Limits::outgoing_transfers).
+    pub outbox_peak: u64,
+    /// Most messages that waited on one control stream at a time, either way. A stream whose queue is full is given up.
+    pub control_queue_peak: u64,
+    /// Most bytes of staging memory at a time; see [`Limits::staging_bytes`](super::Limits::staging_bytes).
+    pub staging_bytes_peak: u64,
     /// One for each kind that the node has, the best first.
     pub by_transport: Vec<TransportStats>,
 }
@@ -45,6 +55,9 @@ pub(super) struct Counters {
     incoming_completed: AtomicU64,
     outgoing_completed: AtomicU64,
     aborted: Mutex<BTreeMap<AbortKey, (Direction, ErrorCode, u64)>>,
+    /// Transfers in an outbox, and messages in the queue of a control stream.
+    pub(super) outbox: Arc<Peak>,
+    pub(super) control_queue: Arc<Peak>,
 }
 
 impl Counters {
@@ -68,6 +81,7 @@ impl Counters {
     pub(super) fn snapshot(
         &self,
         (incoming_active, outgoing_active, held_offers): (u64, u64, u64),
+        staging_bytes_peak: u64,
         by_transport: Vec<TransportStats>,
     ) -> NodeStats {
         let sum = |of: fn(&TransportStats) -> u64| by_transport.iter().map(of).sum();
@@ -83,6 +97,9 @@ impl Counters {
             bytes_received: sum(|one| one.bytes_received),
             slices_sent: sum(|one| one.slices_sent),
             bytes_sent: sum(|one| one.bytes_sent),
+            outbox_peak: self.outbox.get(),
+            control_queue_peak: self.control_queue.get(),
+            staging_bytes_peak,
             by_transport,
         }
     }

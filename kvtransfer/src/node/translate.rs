@@ -108,6 +108,11 @@ impl Translator {
         Translated { inbound, translation, staging: self.staging.clone(), staged: OnceLock::new() }
     }
 
+    /// Most bytes of staging memory that there were at a time.
+    pub(super) fn staging_bytes_peak(&self) -> u64 {
+        self.staging.peak()
+    }
+
     fn get(&self, fingerprint: &str) -> Option<Arc<Translation>> {
         self.alive.lock().iter().filter_map(Weak::upgrade).find(|one| one.fingerprint == fingerprint)
     }

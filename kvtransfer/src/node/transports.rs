@@ -7,7 +7,7 @@ use tokio_util::task::TaskTracker;
 use super::config::TransportConfig;
 use crate::{
     Region, TransferError,
-    transport::{DataPort, Faulty, Fetched, Medium, Observed, Shm, Tcp, Terms, Transport},
+    transport::{DataPort, Faulty, Fetched, Medium, Observed, Shm, Tcp, Terms, Transport, Waits},
 };
 
 /// What a node's transports are made of.
@@ -65,23 +65,23 @@ impl Means<'_> {
             }
             TransportConfig::Rdma => {
                 in_place()?;
-                Ok(fetched(rdma(region)?))
+                Ok(fetched(rdma(region, terms.waits)?))
             }
             TransportConfig::Faulty(config, faults) => {
                 Ok(Box::new(Faulty::new(self.open_one(*config)?, faults)))
             }
             TransportConfig::Hixl(config) => Ok(fetched(config.hixl(region)?)),
-            TransportConfig::Hccl(config) => Ok(fetched(config.hccl(region, terms.stall, threads)?)),
+            TransportConfig::Hccl(config) => Ok(fetched(config.hccl(region, terms.waits.stall, threads)?)),
         }
     }
 }
 
 #[cfg(all(feature = "rdma", target_os = "linux", target_pointer_width = "64"))]
-fn rdma(region: &Region) -> io::Result<Arc<dyn Medium>> {
-    Ok(Arc::new(crate::transport::RdmaMedium::open(region)?))
+fn rdma(region: &Region, waits: Waits) -> io::Result<Arc<dyn Medium>> {
+    Ok(Arc::new(crate::transport::RdmaMedium::open(region, waits)?))
 }
 
 #[cfg(not(all(feature = "rdma", target_os = "linux", target_pointer_width = "64")))]
-fn rdma(_: &Region) -> io::Result<Arc<dyn Medium>> {
+fn rdma(_: &Region, _: Waits) -> io::Result<Arc<dyn Medium>> {
     Err(io::Error::other("this build has no RDMA (feature `rdma`, 64-bit Linux)"))
 }

@@ -3,7 +3,10 @@
 use std::{sync::Arc, time::Instant};
 
 use super::{Landing, meter::Meter};
-use crate::session::{Claim, SliceRun};
+use crate::{
+    peak::Held,
+    session::{Claim, SliceRun},
+};
 
 /// A transfer that is being received, for one run of its slices.
 pub(crate) struct Live {
@@ -40,7 +43,11 @@ impl Live {
     /// Asks to write these slices, whose checksums are to be `sums`; `None` = they are not to be written.
     pub(crate) fn claim(&self, run: SliceRun, sums: &[u32]) -> Option<Claimed<'_>> {
         match self.landing.claim(run, sums) {
-            Claim::Write => Some(Claimed { live: self, run, since: Instant::now(), open: true }),
+            Claim::Write => {
+                let receiving = |meter: &Arc<Meter>| meter.receiving(run, self.landing.slice_bytes());
+                let held = self.meter.as_ref().map(receiving);
+                Some(Claimed { live: self, run, since: Instant::now(), open: true, _held: held })
+            }
             Claim::Skip | Claim::Refused => None, // nothing to report
         }
     }
@@ -52,6 +59,8 @@ pub(crate) struct Claimed<'a> {
     run: SliceRun,
     since: Instant,
     open: bool,
+    /// Counts it among what is on its way in.
+    _held: Option<Held>,
 }
 
 impl<'a> Claimed<'a> {

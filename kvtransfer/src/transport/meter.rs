@@ -5,14 +5,20 @@
 //! long that took. They cost nothing while nobody asks for them.
 
 use std::{
-    sync::atomic::{AtomicU64, Ordering::Relaxed},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     time::Instant,
 };
 
 use tracing::Span;
 
 use super::TransportKind;
-use crate::session::SliceRun;
+use crate::{
+    peak::{Gauge, Held},
+    session::SliceRun,
+};
 
 /// What went over one kind of transport since the node started.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,6 +28,12 @@ pub struct TransportStats {
     pub bytes_received: u64,
     pub slices_sent: u64,
     pub bytes_sent: u64,
+    /// Most bytes of slices at a time that were claimed by a connection and not in place yet; so the next one for those that
+    /// were taken to be sent and not reported yet. What bounds them is each connection's credit: one frame
+    /// ([`Limits::frame_bytes`](crate::Limits::frame_bytes)) over TCP, and over the others four announced and one
+    /// fetched.
+    pub receiving_bytes_peak: u64,
+    pub sending_bytes_peak: u64,
     /// Slices that arrived other than they were sent; each ended its transfer.
     pub damaged: u64,
     /// Runs of slices that were not sent, or did not arrive wholly.
@@ -40,6 +52,8 @@ pub(super) struct Meter {
     slice_bytes: u64,
     received: AtomicU64,
     bytes_received: AtomicU64,
+    receiving: Arc<Gauge>,
+    sending: Arc<Gauge>,
     sent: AtomicU64,
     damaged: AtomicU64,
     interrupted: AtomicU64,
@@ -55,12 +69,24 @@ impl Meter {
             slice_bytes,
             received: zero(),
             bytes_received: zero(),
+            receiving: Arc::default(),
+            sending: Arc::default(),
             sent: zero(),
             damaged: zero(),
             interrupted: zero(),
             opened: zero(),
             failed: zero(),
         }
+    }
+
+    /// A run is taken to be sent; until this is dropped.
+    pub(super) fn sending(&self, run: SliceRun) -> Held {
+        self.sending.hold(u64::from(run.count) * self.slice_bytes)
+    }
+
+    /// A run is claimed, in slices of the sender's; until this is dropped.
+    pub(super) fn receiving(&self, run: SliceRun, slice_bytes: u64) -> Held {
+        self.receiving.hold(u64::from(run.count) * slice_bytes)
     }
 
     /// A run that was taken at `since` is on its way.
@@ -110,6 +136,8 @@ impl Meter {
             bytes_received: self.bytes_received.load(Relaxed),
             slices_sent: sent,
             bytes_sent: sent * self.slice_bytes,
+            receiving_bytes_peak: self.receiving.peak(),
+            sending_bytes_peak: self.sending.peak(),
             damaged: self.damaged.load(Relaxed),
             interrupted: self.interrupted.load(Relaxed),
             opened: self.opened.load(Relaxed),

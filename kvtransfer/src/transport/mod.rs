@@ -5,7 +5,27 @@
 //! them out of the sender's memory once it has announced them. So the receiver's fence is its own: a transfer that is
 //! aborted cancels `revoked`, upon which the transport lets go of its blocks and reports the runs it had: within
 //! `Limits::fence_grace`, or, where a card or an NPU reads, when that read has ended or failed, within
-//! `Limits::data_stall`. The session is over when all have been reported.
+//! `Limits::data_stall` and what it takes to end its connection for good (`Waits::fence`). The session is over when all
+//! have been reported.
+//!
+//! # Credits
+//! What is on its way at a time does not grow with the transfers: each connection has a credit of so many frames
+//! (`Limits::frame_bytes` each; one slice at least, however large), and takes a run out of the outbox only when it has one
+//! left. A run that nobody has a credit for stays where it is, in its transfer, and its transfer in line once.
+//!
+//! | | frames of a connection | connections to a peer | the credit is back |
+//! |---|---|---|---|
+//! | `tcp`, sending | 1 | as configured | when the kernel has the frame's last byte |
+//! | `tcp`, receiving | 1 | those of the peer, `DataPortConfig::connections` in all | when it is in place and matches its sums |
+//! | `shm` | 4 announced, 1 of them being copied | 2 | when the receiver is done with it (`fetch`) |
+//! | `rdma`, `hixl`, `hccl` | 4 announced, 1 of them being read | 1 | as `shm` |
+//!
+//! Over TCP frames are written from the pool and read into it: what waits besides is the kernel's, at most
+//! `Limits::send_buffer` (or `net.ipv4.tcp_wmem`) at one end and `net.ipv4.tcp_rmem` at the other. The receiver reads on only
+//! when a frame is in place, so that TCP's own window is the credit that it gives its sender. Slices to be mapped
+//! take a frame of `Limits::staging_bytes` first; a connection that finds none waits, and with it its sender. The
+//! most there was of each is told: [`TransportStats::sending_bytes_peak`], `receiving_bytes_peak`,
+//! `NodeStats::staging_bytes_peak`, `outbox_peak`.
 
 mod accept;
 mod ascend;
@@ -29,6 +49,7 @@ mod shm;
 mod splitmix;
 mod strangers;
 mod tcp;
+mod waits;
 
 use std::{
     fmt, io,
@@ -36,7 +57,6 @@ use std::{
     pin::Pin,
     ptr::NonNull,
     sync::Arc,
-    time::Duration,
 };
 
 use baton_proto::TransferId;
@@ -70,6 +90,7 @@ pub(crate) use rdma::fuzz as fuzz_rdma;
 pub(crate) use shm::Shm;
 pub(crate) use strangers::{Stranger, Strangers};
 pub(crate) use tcp::Tcp;
+pub(crate) use waits::Waits;
 
 use crate::{
     TransferError,
@@ -138,13 +159,7 @@ pub(crate) struct Terms {
     pub(crate) slice_bytes: u32,
     /// Most slices in a frame.
     pub(crate) frame_slices: u32,
-    /// For connecting and for a connection's hello, each.
-    pub(crate) handshake: Duration,
-    pub(crate) fence_grace: Duration,
-    /// Without progress for this long, a frame's connection is given up.
-    pub(crate) stall: Duration,
-    /// How often a quiet connection is asked for a sign of life.
-    pub(crate) keep_alive: Duration,
+    pub(crate) waits: Waits,
     /// See [`crate::Limits::send_buffer`].
     pub(crate) send_buffer: Option<usize>,
 }

@@ -21,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Departure, meter::Meter};
 use crate::{
+    peak::{Held, Peak},
     session::SliceRun,
     sync::{Mutex, step},
 };
@@ -40,9 +41,16 @@ struct Queue {
     woken: Notify,
     /// Runs that were sent.
     sent: AtomicU64,
+    /// Of transfers in line.
+    peak: Arc<Peak>,
 }
 
 impl Outbox {
+    /// An empty one, which tells `peak` how many transfers are in line.
+    pub(crate) fn counted_by(peak: Arc<Peak>) -> Self {
+        Self { queue: Arc::new(Queue { peak, ..Queue::default() }), ..Self::default() }
+    }
+
     /// The same, with what is taken by this handle told to `meter`.
     pub(super) fn observed_by(&self, meter: Arc<Meter>) -> Self {
         Self { meter: Some(meter), ..self.clone() }
@@ -72,7 +80,12 @@ impl Outbox {
     /// There is something to take from this transfer. Callable from any thread; never waits.
     pub(crate) fn wake(&self, departure: Arc<dyn Departure>) {
         if !departure.queued().swap(true, Ordering::AcqRel) {
-            self.queue.waiting.lock().push(departure.priority(), departure);
+            let in_line = {
+                let mut waiting = self.queue.waiting.lock();
+                waiting.push(departure.priority(), departure);
+                waiting.count
+            };
+            self.queue.peak.saw(in_line);
             self.queue.woken.notify_one();
         }
     }
@@ -117,7 +130,8 @@ impl Outbox {
                 self.wake(departure.clone());
             }
             let (queue, meter) = (self.queue.clone(), self.meter.clone());
-            return Some(Ticket { departure, run: Some(run), since: Instant::now(), queue, meter });
+            let held = meter.as_ref().map(|meter: &Arc<Meter>| meter.sending(run));
+            return Some(Ticket { departure, run: Some(run), held, since: Instant::now(), queue, meter });
         }
     }
 }
@@ -128,6 +142,8 @@ const TURN: u32 = 8;
 /// Who is in line, by priority. No line is empty.
 struct Waiting<T> {
     lines: BTreeMap<i32, VecDeque<T>>,
+    /// In all of them.
+    count: u64,
     /// Frames since the others had theirs.
     first: u32,
     /// The priority whose turn it was then.
@@ -136,13 +152,14 @@ struct Waiting<T> {
 
 impl<T> Default for Waiting<T> {
     fn default() -> Self {
-        Self { lines: BTreeMap::new(), first: 0, turn: i32::MIN }
+        Self { lines: BTreeMap::new(), count: 0, first: 0, turn: i32::MIN }
     }
 }
 
 impl<T> Waiting<T> {
     fn push(&mut self, priority: i32, one: T) {
         self.lines.entry(priority).or_default().push_back(one);
+        self.count += 1;
     }
 
     fn pop(&mut self) -> Option<T> {
@@ -159,6 +176,7 @@ impl<T> Waiting<T> {
         }
         let line = self.lines.get_mut(&from)?;
         let one = line.pop_front();
+        self.count -= 1;
         if line.is_empty() {
             self.lines.remove(&from);
         }
@@ -170,6 +188,8 @@ impl<T> Waiting<T> {
 pub(crate) struct Ticket {
     departure: Arc<dyn Departure>,
     run: Option<SliceRun>,
+    /// Counts it among what is on its way out, until it is reported.
+    held: Option<Held>,
     since: Instant,
     queue: Arc<Queue>,
     meter: Option<Arc<Meter>>,
@@ -188,6 +208,7 @@ impl Ticket {
     /// All of it is on its way.
     pub(crate) fn sent(mut self, sums: &[u32]) {
         if let Some(run) = self.run.take() {
+            drop(self.held.take());
             self.queue.sent.fetch_add(1, Ordering::Relaxed);
             if let Some(meter) = &self.meter {
                 meter.sent(self.departure.span(), run, self.since);
@@ -199,6 +220,7 @@ impl Ticket {
     /// It is not, or not wholly; its blocks are no longer read.
     pub(crate) fn failed(&mut self, why: &str) {
         if let Some(run) = self.run.take() {
+            drop(self.held.take());
             if let Some(meter) = &self.meter {
                 meter.interrupted(self.departure.span(), run, self.since);
             }

@@ -138,8 +138,9 @@ impl DataPort {
         inbox: Arc<dyn Inbox>,
     ) -> Result<(), Closed> {
         prepare(&stream, &self.terms)?;
-        let hello =
-            timeout(self.terms.handshake, read_hello(&mut stream)).await.map_err(|_| Closed::Silent)??;
+        let hello = timeout(self.terms.waits.handshake, read_hello(&mut stream))
+            .await
+            .map_err(|_| Closed::Silent)??;
         let admission = inbox.link(&hello.link()).ok_or(HelloError::Link)?;
         if !hello.proven(&admission.key, &[]) {
             return Err(HelloError::Unproven.into());
@@ -180,7 +181,8 @@ pub(crate) async fn connect(
     terms: &Terms,
 ) -> io::Result<(TcpStream, Hello, Vec<u8>)> {
     let late = |_| io::Error::new(io::ErrorKind::TimedOut, "connecting took too long");
-    let mut stream = timeout(terms.handshake, TcpStream::connect(&to.address)).await.map_err(late)??;
+    let mut stream =
+        timeout(terms.waits.handshake, TcpStream::connect(&to.address)).await.map_err(late)??;
     prepare(&stream, terms)?;
     let greet = async {
         let (bytes, hello) = Hello::encode(kind, &to.pass, &[]);
@@ -188,7 +190,7 @@ pub(crate) async fn connect(
         let said = hello.read_answer(&to.pass.key, &mut stream).await?;
         Ok::<_, io::Error>((hello, said))
     };
-    let (hello, said) = timeout(terms.handshake, greet).await.map_err(late)??;
+    let (hello, said) = timeout(terms.waits.handshake, greet).await.map_err(late)??;
     Ok((stream, hello, said))
 }
 
@@ -196,7 +198,8 @@ pub(crate) async fn connect(
 fn prepare(stream: &TcpStream, terms: &Terms) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let socket = SockRef::from(stream);
-    let keep_alive = TcpKeepalive::new().with_time(terms.keep_alive).with_interval(terms.keep_alive);
+    let keep_alive =
+        TcpKeepalive::new().with_time(terms.waits.keep_alive).with_interval(terms.waits.keep_alive);
     socket.set_tcp_keepalive(&keep_alive)?;
-    socket.set_tcp_user_timeout(Some(terms.stall))
+    socket.set_tcp_user_timeout(Some(terms.waits.stall))
 }

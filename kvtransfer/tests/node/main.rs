@@ -3,6 +3,7 @@
 
 mod abort;
 mod broken_stream;
+mod crowd;
 mod early_offers;
 mod handoff;
 mod leases;

@@ -7,6 +7,7 @@ use tonic::Status;
 use v1::{receiver_message::Body, sender_message};
 
 use super::*;
+use crate::node::control_queue::ControlQueue;
 
 const ID: u8 = 1;
 const BLOCKS_OF_IT: [u32; 2] = [3, 1];
@@ -51,7 +52,7 @@ fn link(node: &Node) -> (Arc<PeerLink>, mpsc::Receiver<Result<v1::ReceiverMessag
         node.now(),
         node.peers.next_number(),
         (name("prefill-0"), Incarnation(9)),
-        messages,
+        ControlQueue::new(messages, Arc::default()),
         broken,
     );
     (Arc::new(link), answers)

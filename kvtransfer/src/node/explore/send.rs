@@ -9,7 +9,7 @@ use v1::{receiver_message, sender_message::Body};
 
 use super::*;
 use crate::{
-    node::link_up::LinkUp,
+    node::{control_queue::ControlQueue, link_up::LinkUp},
     transport::{Departure, Outbox},
 };
 
@@ -83,7 +83,8 @@ fn receiver(
     lanes: &mut Vec<thread::JoinHandle<()>>,
 ) {
     let (messages, mut said) = mpsc::channel::<v1::SenderMessage>(64);
-    let up = LinkUp::new(stage.node.now(), messages, name("decode-0"), Incarnation(7));
+    let messages = ControlQueue::new(messages, Arc::default());
+    let up = LinkUp::new(stage.node.now(), messages, name("decode-0"), Incarnation(7), Outbox::default());
     // With one, whoever is to be woken is the only one.
     let mut path = |outbox: &Outbox, of: u64| {
         for _ in 0..of {

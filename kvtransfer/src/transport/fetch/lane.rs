@@ -1,7 +1,7 @@
 //! The sender's end of a connection over which slices are announced.
 //!
-//! A window of announced runs bounds what the receiver has before it; each stays taken until the receiver is done with
-//! it, so that its blocks are not lent again while they may still be read.
+//! A connection's credit ([`CREDIT`] announced runs) bounds what the receiver has before it; each stays taken until the
+//! receiver is done with it, so that its blocks are not lent again while they may still be read.
 
 use std::{collections::VecDeque, io};
 
@@ -22,10 +22,7 @@ use crate::{
 };
 
 /// Runs announced and not done with.
-const WINDOW: usize = 4;
-/// How many times the fence's grace a receiver may take to be done with runs of a transfer that is over. It may be short
-/// of processors; the connection carries other transfers, too.
-const PATIENCE: u32 = 10;
+const CREDIT: usize = 4;
 
 /// An announced run.
 struct Announced {
@@ -75,7 +72,7 @@ impl Lane {
         Self {
             terms,
             outbox,
-            announced: VecDeque::with_capacity(WINDOW),
+            announced: VecDeque::with_capacity(CREDIT),
             since: Instant::now(),
             bytes: Vec::new(),
             lent,
@@ -101,10 +98,10 @@ impl Lane {
     async fn work(&mut self, stream: &mut (impl AsyncRead + AsyncWrite + Unpin)) -> io::Error {
         let mut said = [0; 256];
         // Not a sleep of each turn: a receiver that keeps talking is given up all the same.
-        let mut looks = interval(self.terms.fence_grace);
+        let mut looks = interval(self.terms.waits.fence_grace);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            let room = self.announced.len() < WINDOW;
+            let room = self.announced.len() < CREDIT;
             let result = tokio::select! {
                 biased;
                 _ = looks.tick(), if !self.announced.is_empty() => self.look(),
@@ -142,7 +139,7 @@ impl Lane {
         }
         self.announced.push_back(Announced { ticket, entries, wanted: Vec::new(), told: 0, over: None });
         let late = |_| io::Error::new(io::ErrorKind::TimedOut, "the peer does not read what is announced");
-        timeout(self.terms.stall, stream.write_all(&self.bytes)).await.map_err(late)?
+        timeout(self.terms.waits.stall, stream.write_all(&self.bytes)).await.map_err(late)?
     }
 
     /// What the receiver says is about the oldest run.
@@ -175,13 +172,12 @@ impl Lane {
     fn look(&mut self) -> io::Result<()> {
         let now = Instant::now();
         let Self { terms, announced, since, .. } = self;
-        // The receiver gives a read up after `stall` by itself, and then says better why.
-        let mut stuck = !announced.is_empty() && now - *since >= 2 * terms.stall;
+        let mut stuck = !announced.is_empty() && now - *since >= terms.waits.given_up;
         for run in announced.iter_mut() {
             if run.over.is_none() && run.ticket.departure().revoked().is_cancelled() {
                 run.over = Some(now);
             }
-            stuck |= run.over.is_some_and(|over| now - over >= PATIENCE * terms.fence_grace);
+            stuck |= run.over.is_some_and(|over| now - over >= terms.waits.let_go);
         }
         match stuck {
             true => Err(io::Error::new(io::ErrorKind::TimedOut, "the peer takes no more slices")),

@@ -53,7 +53,7 @@ pub(crate) fn serve(
     inbox: &dyn Inbox,
 ) -> Result<(), Closed> {
     let (mut head, mut table) = ([0; HEADER_BYTES], Vec::new());
-    while read_head(wire, &mut head, terms.stall)? {
+    while read_head(wire, &mut head, terms.waits.stall)? {
         let header = Header::decode(&head, Form::Announced, terms.slice_bytes)?;
         table.resize(header.table_bytes(), 0);
         wire.read_exact(&mut table)?;
@@ -118,7 +118,7 @@ fn fetch(
     if region.asks() {
         wire.write_all(&asked(&pieces, len))?;
     }
-    if let Err(error) = region.read(&pieces, Instant::now() + terms.stall) {
+    if let Err(error) = region.read(&pieces, Instant::now() + terms.waits.stall) {
         claimed.interrupted(&format!("the peer's memory cannot be read: {error}"));
         return Err(error.into());
     }

@@ -89,7 +89,7 @@ impl Transport for Fetched {
                 stream.write_all(&hello.grant(&to.pass.key, &grant)).await?;
                 stream.read_u8().await
             };
-            if timeout(terms.handshake, ready).await.map_err(late)?? != READY {
+            if timeout(terms.waits.handshake, ready).await.map_err(late)?? != READY {
                 return Err(io::Error::other("the peer does not say that it is ready"));
             }
             tasks.spawn(Lane::new(terms, outbox, lent.keep()).run(stream, path.end()));
@@ -149,9 +149,9 @@ fn let_in(
     medium: &dyn Medium,
     terms: Terms,
 ) -> Result<Box<dyn RemoteRegion>, Closed> {
-    let deadline = Instant::now() + terms.handshake;
-    stream.set_read_timeout(Some(terms.handshake))?;
-    stream.set_write_timeout(Some(terms.stall))?;
+    let deadline = Instant::now() + terms.waits.handshake;
+    stream.set_read_timeout(Some(terms.waits.handshake))?;
+    stream.set_write_timeout(Some(terms.waits.stall))?;
     let (asking, request) = medium.ask()?;
     stream.write_all(&hello.answer(key, &request))?;
     let mut head = [0; ANSWER_BYTES];

@@ -22,7 +22,7 @@ use crate::{
     sync::AtomicBool,
     transport::{
         Admission, DataKey, DataPort, DataPortConfig, Departure, Destination, Found, Inbox, LinkId, LinkPass,
-        Outbox, Path, Terms, Transport, TransportKind,
+        Outbox, Path, Terms, Transport, TransportKind, Waits,
     },
 };
 
@@ -47,10 +47,7 @@ fn terms(handshake: Duration, keep_alive: Duration) -> Terms {
     Terms {
         slice_bytes: SLICE as u32,
         frame_slices: Terms::frame_slices(1 << 20, SLICE as u32),
-        handshake,
-        fence_grace: FENCE_GRACE,
-        stall: STALL,
-        keep_alive,
+        waits: Waits::new(handshake, FENCE_GRACE, STALL, keep_alive),
         send_buffer: None,
     }
 }

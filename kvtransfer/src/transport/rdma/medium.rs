@@ -6,7 +6,7 @@ use super::{Dial, Rails, Serving};
 use crate::{
     Region,
     transport::{
-        TransportKind,
+        TransportKind, Waits,
         fetch::{Asking, Lent, Medium, RemoteRegion},
     },
 };
@@ -18,8 +18,8 @@ pub(crate) struct RdmaMedium {
 
 impl RdmaMedium {
     /// Registers `region`, which takes all of its memory from the system. The error says why there is no RDMA.
-    pub(crate) fn open(region: &Region) -> io::Result<Self> {
-        Ok(Self { rails: Rails::open(region)? })
+    pub(crate) fn open(region: &Region, waits: Waits) -> io::Result<Self> {
+        Ok(Self { rails: Rails::open(region, waits)? })
     }
 }
 

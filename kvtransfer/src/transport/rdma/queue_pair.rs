@@ -3,7 +3,14 @@
 //! States: made INIT, to *ready to receive* once the peer's end is known (it answers reads), to *ready to send* (it reads
 //! too), and to *error*, from which nothing leads back.
 
-use std::{ffi::c_int, io, ptr, ptr::NonNull, sync::Arc, thread, time::Duration};
+use std::{
+    ffi::c_int,
+    io, ptr,
+    ptr::NonNull,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
 
 use super::{
     abi::{self, Zeroed, sets},
@@ -13,24 +20,33 @@ use super::{
     parameters::{Endpoint, Window},
     stripe::Chunk,
 };
-use crate::transport::fence;
+use crate::transport::{Waits, fence};
 
 /// Most requests handed to the device at a time.
 pub(super) const BATCH: usize = 16;
 
 /// 4.096 us * 2^14 = 67 ms without an answer, and as many times again as there are retries: half a second to two, as devices
-/// choose, until a peer that is gone is noticed. Not seven retries, the most there can be: Soft-RoCE takes that for
-/// endlessly many.
-const TIMEOUT: u8 = 14;
+/// choose, until a peer that is gone is noticed. Less where a read has less time. Not seven retries, the most there can be:
+/// Soft-RoCE takes that for endlessly many.
+const LONGEST_TIMEOUT: u8 = 14;
 const RETRIES: u8 = 6;
+/// Devices wait for up to so many times as long as they are told.
+const DEVICES_CHOICE: u32 = 4;
 /// A read needs no receive buffer; a device that pages memory in may still ask for a little time.
 const RNR_RETRIES: u8 = 6;
 /// 0.64 ms.
 const MIN_RNR_TIMER: u8 = 12;
 const HOP_LIMIT: u8 = 64;
-/// Pause between two attempts to destroy what the device would not, and how long that is tried.
+/// Pause between two attempts to destroy what the device would not.
 const DESTROY_PAUSE: Duration = Duration::from_millis(100);
-const DESTROY_PATIENCE: Duration = Duration::from_secs(30);
+
+/// The device's number for how long it waits for an answer: a peer that is gone is noticed before a read is given up, if
+/// that may take `stall`.
+fn timeout(stall: Duration) -> u8 {
+    let noticed =
+        |timeout: &u8| Duration::from_nanos(4096 << timeout) * (1 + u32::from(RETRIES)) * DEVICES_CHOICE;
+    (1..=LONGEST_TIMEOUT).rev().find(|timeout| noticed(timeout) < stall).unwrap_or(1)
+}
 
 /// One end of a connection. Dropping it returns once the device can no longer touch memory on its behalf.
 pub(super) struct QueuePair {
@@ -40,6 +56,7 @@ pub(super) struct QueuePair {
     /// Its requests and its peer's name this memory.
     memory: Arc<MemoryRegion>,
     completions: CompletionQueue,
+    waits: Waits,
 }
 
 // SAFETY: libibverbs may be called from any thread.
@@ -52,6 +69,7 @@ impl QueuePair {
         port: &ActivePort,
         depth: u32,
         readable: bool,
+        waits: Waits,
     ) -> io::Result<Self> {
         let domain = memory.domain();
         let device = domain.device();
@@ -77,7 +95,7 @@ impl QueuePair {
         // SAFETY: the library has just made it, on an open device whose driver has set its functions.
         let (number, post) = unsafe { ((*pointer.as_ptr()).number, (*device.context()).post_send) };
         let post = post.unwrap_or(post_nothing);
-        let pair = Self { pointer, number, post, memory, completions };
+        let pair = Self { pointer, number, post, memory, completions, waits };
         let mut to = abi::QueuePairAttributes::zeroed();
         to.state = abi::STATE_INIT;
         to.port = port.number;
@@ -124,7 +142,7 @@ impl QueuePair {
         to.state = abi::STATE_READY_TO_SEND;
         to.send_psn = own_psn;
         to.reads_out = reads_out;
-        to.timeout = TIMEOUT;
+        to.timeout = timeout(self.waits.stall);
         to.retries = RETRIES;
         to.rnr_retries = RNR_RETRIES;
         let set = sets::STATE
@@ -212,17 +230,29 @@ impl Drop for QueuePair {
     /// only once the device has agreed. The kernel answers yes for devices that are gone.
     fn drop(&mut self) {
         let device = self.memory.domain().device();
-        let mut left = DESTROY_PATIENCE.as_millis() / DESTROY_PAUSE.as_millis();
+        let until = Instant::now() + self.waits.destroy;
         let destroyed = loop {
             // SAFETY: destroyed once: the library keeps it if it says no.
             let code = unsafe { (device.library().destroy_qp)(self.pointer.as_ptr()) };
             let tried = check(code, "destroy a queue pair");
-            if tried.is_ok() || left == 0 {
+            let left = until.saturating_duration_since(Instant::now());
+            if tried.is_ok() || left.is_zero() {
                 break tried;
             }
-            left -= 1;
-            thread::sleep(DESTROY_PAUSE);
+            thread::sleep(DESTROY_PAUSE.min(left));
         };
         fence::established(device.name(), destroyed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_peer_that_is_gone_is_noticed_before_a_read_is_given_up() {
+        for (millis, number) in [(10_000, 14), (1879, 13), (1000, 13), (100, 9), (30, 8), (0, 1)] {
+            assert_eq!(timeout(Duration::from_millis(millis)), number, "{millis} ms");
+        }
     }
 }

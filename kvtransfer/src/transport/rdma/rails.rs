@@ -15,7 +15,7 @@ use super::{
     queue_pair::QueuePair,
     rail::Rail,
 };
-use crate::Region;
+use crate::{Region, transport::Waits};
 
 /// Most requests of a reader in a queue.
 const DEPTH: u32 = 128;
@@ -27,6 +27,7 @@ const READS: u8 = 16;
 pub(crate) struct Rails {
     rails: Arc<[LocalRail]>,
     region: Region,
+    waits: Waits,
 }
 
 /// One port, up or down.
@@ -41,6 +42,7 @@ pub(super) struct ActiveRail {
     pub(super) place: u8,
     pub(super) port: ActivePort,
     memory: Arc<MemoryRegion>,
+    waits: Waits,
 }
 
 impl Rails {
@@ -48,7 +50,7 @@ impl Rails {
     ///
     /// # Errors
     /// If none of them is up, or the region can be registered with none.
-    pub(crate) fn open(region: &Region) -> io::Result<Self> {
+    pub(crate) fn open(region: &Region, waits: Waits) -> io::Result<Self> {
         let mut reasons = Vec::new();
         let library = Library::get().map_err(unavailable)?;
         let mut devices = Device::open_all(library, &mut reasons).map_err(unavailable)?;
@@ -78,9 +80,13 @@ impl Rails {
         if !reasons.is_empty() {
             tracing::warn!(ports = rails.len(), ?reasons, "some RDMA devices are not used");
         }
-        let rails = Self { rails: rails.into(), region: region.clone() };
+        let rails = Self { rails: rails.into(), region: region.clone(), waits };
         rails.active_or(reasons)?;
         Ok(rails)
+    }
+
+    pub(super) fn waits(&self) -> Waits {
+        self.waits
     }
 
     pub(super) fn region(&self) -> &Region {
@@ -99,7 +105,9 @@ impl Rails {
         let mut active = Vec::new();
         for LocalRail { place, number, memory } in &*self.rails {
             match memory.domain().device().port(*number) {
-                Ok(port) => active.push(ActiveRail { place: *place, port, memory: memory.clone() }),
+                Ok(port) => {
+                    active.push(ActiveRail { place: *place, port, memory: memory.clone(), waits: self.waits })
+                }
                 Err(reason) => reasons.push(reason),
             }
         }
@@ -123,14 +131,14 @@ impl ActiveRail {
 
     /// A new queue pair to read with, and what the owner has to know of it.
     pub(super) fn reading_end(&self) -> io::Result<(QueuePair, Endpoint)> {
-        let pair = QueuePair::new(self.memory.clone(), &self.port, self.depth(), false)?;
+        let pair = QueuePair::new(self.memory.clone(), &self.port, self.depth(), false, self.waits)?;
         let end = self.endpoint(&pair, self.place, self.device().reads_out());
         Ok((pair, end))
     }
 
     /// A new queue pair for a peer to read through, on the peer's rail `place`, and what the peer has to know of it.
     pub(super) fn serving_end(&self, place: u8) -> io::Result<(QueuePair, Endpoint)> {
-        let pair = QueuePair::new(self.memory.clone(), &self.port, 1, true)?;
+        let pair = QueuePair::new(self.memory.clone(), &self.port, 1, true, self.waits)?;
         let end = self.endpoint(&pair, place, self.device().reads_in());
         Ok((pair, end))
     }

@@ -20,12 +20,11 @@ use crate::{
 
 /// Most bytes in one request: so that a large piece is shared among the rails.
 const CHUNK_BYTES: u32 = 1 << 20;
-/// How long a failed rail may take to give its requests up, before it is destroyed with them.
-const DRAIN: Duration = Duration::from_millis(500);
 
 /// A reader that has asked to be let in and waits for the answer.
 pub(crate) struct Dial {
     region: Region,
+    drain: Duration,
     ends: Vec<(ActiveRail, QueuePair, Endpoint)>,
 }
 
@@ -38,7 +37,8 @@ impl Dial {
             ends.push((rail, pair, end));
         }
         let request = Request { rails: ends.iter().map(|(_, _, end)| *end).collect() };
-        Ok((Self { region: rails.region().clone(), ends }, request.encode()))
+        let (region, drain) = (rails.region().clone(), rails.waits().drain);
+        Ok((Self { region, drain, ends }, request.encode()))
     }
 
     /// Connects to the owner that gave `answer`.
@@ -58,7 +58,8 @@ impl Dial {
             let error = "the peer answers for a rail that it was not asked for";
             return Err(io::Error::new(io::ErrorKind::InvalidData, error));
         }
-        Ok(PeerRegion { rails, region: self.region, peer_bytes: answer.region_bytes, most })
+        let (region, drain) = (self.region, self.drain);
+        Ok(PeerRegion { rails, region, drain, peer_bytes: answer.region_bytes, most })
     }
 }
 
@@ -67,6 +68,8 @@ pub(crate) struct PeerRegion {
     /// None once a read has failed.
     rails: Vec<Rail>,
     region: Region,
+    /// How long a failed rail may take to give its requests up, before it is destroyed with them.
+    drain: Duration,
     peer_bytes: u64,
     most: u32,
 }
@@ -95,7 +98,7 @@ impl PeerRegion {
         let mut shares: Vec<_> = chunks.into_iter().map(Share::new).collect();
         let outcome = self.run(&mut shares, deadline);
         if outcome.is_err() {
-            let deadline = Instant::now() + DRAIN;
+            let deadline = Instant::now() + self.drain;
             for (rail, share) in self.rails.iter_mut().zip(&mut shares) {
                 rail.give_up(share, deadline);
             }

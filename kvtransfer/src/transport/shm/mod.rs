@@ -99,7 +99,7 @@ impl Transport for Shm {
         Box::pin(async move {
             let mut streams = Vec::with_capacity(CONNECTIONS_PER_PEER);
             for _ in 0..CONNECTIONS_PER_PEER {
-                streams.push(connect(&to, &file, region_bytes, terms.handshake).await?);
+                streams.push(connect(&to, &file, region_bytes, terms.waits.handshake).await?);
             }
             for stream in streams {
                 tasks.spawn(Lane::new(terms, outbox.clone(), None).run(stream, path.end()));
@@ -179,8 +179,8 @@ fn copy(
     inbox: &dyn Inbox,
     admit: oneshot::Sender<CancellationToken>,
 ) -> Result<(), Closed> {
-    stream.set_read_timeout(Some(terms.handshake))?;
-    stream.set_write_timeout(Some(terms.stall))?;
+    stream.set_read_timeout(Some(terms.waits.handshake))?;
+    stream.set_write_timeout(Some(terms.waits.stall))?;
     socket::check_user(&stream)?;
     let (hello, file) = socket::receive_with_file(&mut stream)?;
     let hello = Hello::decode(hello)?;

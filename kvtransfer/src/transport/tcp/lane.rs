@@ -186,11 +186,11 @@ struct Patience {
 
 impl Patience {
     fn new(terms: &Terms) -> Self {
-        Self { stalled_at: Instant::now() + terms.stall, fence_by: None }
+        Self { stalled_at: Instant::now() + terms.waits.stall, fence_by: None }
     }
 
     fn progressed(&mut self, terms: &Terms) {
-        self.stalled_at = Instant::now() + terms.stall;
+        self.stalled_at = Instant::now() + terms.waits.stall;
     }
 
     /// Waits until the stream takes more. Reports the ticket once its transfer has been aborted for long enough.
@@ -206,7 +206,7 @@ impl Patience {
             biased;
             ready = stream.writable() => ready?,
             () = departure.revoked().cancelled(), if !fenced && fence_by.is_none() => {
-                self.fence_by = Some(Instant::now() + terms.fence_grace);
+                self.fence_by = Some(Instant::now() + terms.waits.fence_grace);
             }
             () = sleep_until(fence_by.unwrap_or(self.stalled_at)), if fence_by.is_some() => {}
             () = sleep_until(self.stalled_at) => {

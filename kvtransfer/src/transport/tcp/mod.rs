@@ -1,7 +1,9 @@
 //! Slices over TCP: frames written from and read into the KV pool itself, vectored, with no staging copy.
 //!
 //! The sender opens a few connections per peer (`lane`), the receiver reads them (`reader`); each frame stands for
-//! itself, so slices of many transfers share a connection and any slice may take any connection.
+//! itself, so slices of many transfers share a connection and any slice may take any connection. A connection's credit is
+//! one frame at either end: a lane takes the next run when the one before is written, a reader claims the next when the one
+//! before is in place.
 
 mod lane;
 mod reader;

@@ -149,7 +149,7 @@ impl Reader {
     }
 
     async fn readable(&self) -> Result<(), Closed> {
-        timeout(self.terms.stall, self.stream.readable()).await.map_err(|_| Closed::Stalled)??;
+        timeout(self.terms.waits.stall, self.stream.readable()).await.map_err(|_| Closed::Stalled)??;
         Ok(())
     }
 

@@ -13,6 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::task::TaskTracker;
 
 use super::{Hccl, HcclPair, Rank, RootInfo};
@@ -28,6 +29,10 @@ use crate::{
 /// Slices side by side at both ends are exchanged as one piece up to this size.
 const JOINED_BYTES: usize = 1 << 20;
 
+/// Pairs that may be waiting for their other side at a time. Each takes a thread for as long as the library likes, two
+/// minutes by default, whether the peer has given up or not.
+pub(crate) const MOST_JOINING: usize = 64;
+
 /// A node's region on a device, exchanged with each peer by a pair of its own.
 pub(crate) struct HcclMedium {
     hccl: Arc<Hccl>,
@@ -37,6 +42,8 @@ pub(crate) struct HcclMedium {
     stall: Duration,
     /// Counts the threads that the library may hold.
     threads: TaskTracker,
+    /// Has a permit for each pair that may be joined.
+    joining: Arc<Semaphore>,
 }
 
 impl HcclMedium {
@@ -48,7 +55,17 @@ impl HcclMedium {
         threads: TaskTracker,
     ) -> Self {
         let (hccl, device, region) = (hccl.clone(), device.clone(), region.clone());
-        Self { hccl, device, region, stall, threads }
+        Self { hccl, device, region, stall, threads, joining: Arc::new(Semaphore::new(MOST_JOINING)) }
+    }
+
+    /// A place among the pairs that wait for their other side, until it is dropped. Not waited for: another transport may
+    /// have the slices meanwhile.
+    fn joins(&self) -> io::Result<OwnedSemaphorePermit> {
+        let full = |_| {
+            let why = "HCCL pairs wait for their other side already, and no more may";
+            io::Error::new(io::ErrorKind::ResourceBusy, format!("{MOST_JOINING} {why}"))
+        };
+        self.joining.clone().try_acquire_owned().map_err(full)
     }
 }
 
@@ -58,17 +75,19 @@ impl Medium for HcclMedium {
     }
 
     fn ask(&self) -> io::Result<(Box<dyn Asking>, Vec<u8>)> {
+        let place = self.joins()?;
         self.device.enter()?;
         let root = self.hccl.root_info(&self.device)?;
         let request = root.as_bytes().to_vec();
         let (hccl, device, region) = (self.hccl.clone(), self.device.clone(), self.region.clone());
         let threads = self.threads.clone();
-        Ok((Box::new(Joining { hccl, device, region, root, threads }), request))
+        Ok((Box::new(Joining { hccl, device, region, root, threads, place }), request))
     }
 
     fn lend(&self, request: &[u8]) -> io::Result<(Box<dyn Lent>, Vec<u8>)> {
         let root = RootInfo::from_bytes(request)
             .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "not the root info of an HCCL pair"))?;
+        let place = self.joins()?;
         let (hccl, device, region, stall) =
             (self.hccl.clone(), self.device.clone(), self.region.clone(), self.stall);
         // One run is wanted at a time.
@@ -77,7 +96,9 @@ impl Medium for HcclMedium {
         let seen = how_far.clone();
         let work = move || {
             let _counted = counted;
-            match HcclPair::join(&hccl, &device, &root, Rank::Other, &region) {
+            let joined = HcclPair::join(&hccl, &device, &root, Rank::Other, &region);
+            drop(place);
+            match joined {
                 Ok(pair) if seen.joins() => send(pair, &region, &runs, stall),
                 Ok(_) => {}
                 Err(error) => tracing::info!(%error, "no HCCL pair with a peer"),
@@ -167,17 +188,20 @@ struct Joining {
     region: Region,
     root: RootInfo,
     threads: TaskTracker,
+    place: OwnedSemaphorePermit,
 }
 
 impl Asking for Joining {
     /// The library takes no deadline, so a thread of its own waits for it: one that is late destroys its pair and ends.
     fn connect(self: Box<Self>, grant: &[u8], deadline: Instant) -> io::Result<Box<dyn RemoteRegion>> {
-        let Self { hccl, device, region, root, threads } = *self;
+        let Self { hccl, device, region, root, threads, place } = *self;
         let len = grant.try_into().map(u64::from_le_bytes).map_err(io::Error::other)?;
         let ((joined, pair), counted) = (sync_channel(1), threads.token());
         let work = move || {
             let _counted = counted;
-            let _ = joined.send(HcclPair::join(&hccl, &device, &root, Rank::Root, &region));
+            let pair = HcclPair::join(&hccl, &device, &root, Rank::Root, &region);
+            drop(place); // before it is told
+            let _ = joined.send(pair);
         };
         std::thread::Builder::new().name("kv-hccl-join".into()).spawn(work)?;
         let pair = pair.recv_timeout(deadline.saturating_duration_since(Instant::now()));

@@ -27,6 +27,8 @@ use super::{
 use crate::{Region, transport::fence};
 
 pub(crate) use medium::HcclMedium;
+#[cfg(test)]
+pub(crate) use medium::MOST_JOINING;
 
 /// How rank 0 is found; the other side gets its bytes over the control stream.
 #[repr(C)]

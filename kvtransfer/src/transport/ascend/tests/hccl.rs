@@ -17,7 +17,7 @@ use super::{
 };
 use crate::transport::{
     Medium,
-    ascend::hccl::{HcclMedium, HcclPair, Rank, RootInfo},
+    ascend::hccl::{HcclMedium, HcclPair, MOST_JOINING, Rank, RootInfo},
 };
 
 /// For joining.
@@ -180,4 +180,37 @@ fn joining_is_given_up_at_its_deadline_and_its_thread_is_counted() {
         assert!(started.elapsed() < Duration::from_secs(20), "the pair is not destroyed");
         std::thread::sleep(Duration::from_millis(2));
     }
+}
+
+#[test]
+fn no_more_pairs_wait_for_their_other_side_than_may() {
+    let (turn, threads) = (turn(), TaskTracker::new());
+    let (device, memory) = (turn.hccl().device(0).expect("a device"), turn.memory(4096));
+    let medium = HcclMedium::new(turn.hccl(), &device, &memory.region(), DEADLINE, threads.clone());
+    let (asking, request) = medium.ask().expect("a root");
+    asking.connect(&4096u64.to_le_bytes(), Instant::now() + DEADLINE).err().expect("nobody joins");
+    let mut asking: Vec<_> = (1..MOST_JOINING).map(|_| medium.ask().expect("room")).collect();
+    // At once, whichever side it is: the one that is late has its place still.
+    let (began, full) = (Instant::now(), "64 HCCL pairs wait for their other side");
+    for refused in [medium.ask().err(), medium.lend(&request).err()] {
+        let refused = refused.expect("no room");
+        assert_eq!(refused.kind(), ErrorKind::ResourceBusy);
+        assert!(refused.to_string().contains(full), "{refused}");
+    }
+    assert!(began.elapsed() < DEADLINE, "{:?}", began.elapsed());
+    assert_eq!(threads.len(), 1);
+    asking.pop();
+    // The other side comes after all: both have joined, and the thread that nobody waits for ends.
+    let (lent, _) = medium.lend(&request).expect("room again");
+    let ended = |left| {
+        while threads.len() > left {
+            assert!(began.elapsed() < Duration::from_secs(20), "a thread does not end");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    };
+    ended(1);
+    drop((lent, asking));
+    ended(0);
+    let all: Vec<_> = (0..MOST_JOINING).map(|_| medium.ask().expect("room")).collect();
+    drop(all);
 }

@@ -17,7 +17,10 @@ use std::{
 use super::{Dial, PeerRegion, Rails, Serving, library::Library, probe, probe::Unavailable};
 use crate::{
     Region,
-    transport::fetch::{Piece, RemoteRegion},
+    transport::{
+        Waits,
+        fetch::{Piece, RemoteRegion},
+    },
 };
 
 /// A node: memory of which devices and threads may write different bytes at the same time.
@@ -32,7 +35,7 @@ impl Node {
         let base = NonNull::from(&bytes[0]).cast();
         // SAFETY: the bytes live in `bytes` and are atomic; the tests look only at those that nothing writes just then.
         let region = unsafe { Region::new(bytes.clone(), base, len) };
-        let rails = Rails::open(&region).expect("rails");
+        let rails = Rails::open(&region, waits()).expect("rails");
         Self { bytes, rails }
     }
 
@@ -73,6 +76,12 @@ impl Node {
         let (serving, answer) = Serving::new(&owner.rails, &request)?;
         Ok((serving, dial.connect(&answer)?))
     }
+}
+
+/// Those of a lease of 3 s.
+fn waits() -> Waits {
+    let (handshake, grace) = (Duration::from_secs(5), Duration::from_millis(100));
+    Waits::new(handshake, grace, Duration::from_secs(10), Duration::from_secs(1))
 }
 
 /// What is in memory that nothing has been read into.
