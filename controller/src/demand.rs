@@ -195,8 +195,8 @@ impl Meter {
                 return None;
             }
             if known >= FEWEST_REQUESTS {
-                let running =
-                    self.instances.values().map(|last| f64::from(last.load.running_sequences)).sum();
+                let decoding = self.instances.values().filter(|last| last.load.decode_steps > 0);
+                let running = decoding.map(|last| f64::from(last.load.running_sequences)).sum();
                 let choices = sums.choices.0 / sums.arrived.0;
                 return Some(Demand {
                     requests_per_second: rate,

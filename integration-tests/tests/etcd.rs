@@ -198,6 +198,8 @@ async fn one_member_may_freeze_or_die_and_two_stop_changes_only() {
     // It dies, and the same holds.
     let first = leading(&members).await;
     members[first].kill();
+    // Nobody can resume a watch from before this: whoever watched there lists again.
+    compact(members.iter().find(|member| member.pid().is_some()).expect("two live")).await;
     fleet.answers().await;
     fleet.server("delta");
     fleet.serves("delta").await;
@@ -224,6 +226,16 @@ async fn one_member_may_freeze_or_die_and_two_stop_changes_only() {
     assert_eq!(kept, 4, "those that had a role keep it: {after:?}, {epochs:?}");
 }
 
+/// Forgets all history.
+async fn compact(member: &EtcdServer) {
+    let store = member.store();
+    let listing = eventually("an etcd that can be read", || async {
+        store.range(KeyRange::prefix(keys::ROOT)).await.ok()
+    })
+    .await;
+    store.compact(listing.revision).await.expect("etcd compacts");
+}
+
 /// Fills etcd until it refuses, and says what the store made of that.
 async fn fill(store: &dyn Store) -> StoreError {
     for index in 0..1000 {
@@ -238,29 +250,32 @@ async fn fill(store: &dyn Store) -> StoreError {
 }
 
 /// What an operator does with etcdctl: compact, defragment, disarm.
-async fn make_room(etcd: &EtcdServer) {
+async fn make_room(members: &[EtcdServer]) {
+    let etcd = &members[0];
     let store = etcd.store();
     let Revision(revision) = store.txn(Txn::new().delete_prefix("/fill/")).await.expect("deleting").revision;
-    let post = async |what: &str, body: Value| {
+    let post_to = async |etcd: &EtcdServer, what: &str, body: Value| {
         let url = format!("http://{}/v3/{what}", etcd.endpoint());
         let answer = reqwest::Client::new().post(url).json(&body).send().await.expect("etcd answers");
         assert!(answer.status().is_success(), "{what}: {:?}", answer.text().await);
         answer.json::<Value>().await.expect("JSON")
     };
-    post("kv/compaction", json!({"revision": revision.to_string(), "physical": true})).await;
-    post("maintenance/defragment", json!({})).await;
-    let alarms = post("maintenance/alarm", json!({"action": "GET"})).await;
+    post_to(etcd, "kv/compaction", json!({"revision": revision.to_string(), "physical": true})).await;
+    for member in members {
+        post_to(member, "maintenance/defragment", json!({})).await;
+    }
+    let alarms = post_to(etcd, "maintenance/alarm", json!({"action": "GET"})).await;
     for alarm in alarms["alarms"].as_array().expect("an alarm stands") {
         let member = &alarm["memberID"];
-        post("maintenance/alarm", json!({"action": "DEACTIVATE", "memberID": member, "alarm": "NOSPACE"}))
-            .await;
+        let disarm = json!({"action": "DEACTIVATE", "memberID": member, "alarm": "NOSPACE"});
+        post_to(etcd, "maintenance/alarm", disarm).await;
     }
 }
 
 #[tokio::test]
 async fn a_full_etcd_is_called_by_its_name_and_stops_changes_only() {
     let quota = (24 << 20).to_string();
-    let members = [EtcdServer::start_with(&["--quota-backend-bytes", &quota]).await];
+    let members = EtcdServer::start_cluster_with(3, &["--quota-backend-bytes", &quota]).await;
     let mut fleet = Fleet::start(&members).await;
     let store = members[0].store();
 
@@ -285,6 +300,6 @@ async fn a_full_etcd_is_called_by_its_name_and_stops_changes_only() {
     fleet.says(&["cannot stand for leadership", "NOSPACE", "disarm"]).await;
     fleet.answers().await;
 
-    make_room(&members[0]).await;
+    make_room(&members).await;
     fleet.has_roles(&["decode", "decode", "prefill"]).await;
 }

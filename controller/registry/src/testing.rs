@@ -77,12 +77,7 @@ impl EtcdServer {
 
     /// As [`Self::start`], with more arguments.
     pub async fn start_with(arguments: &[&str]) -> Self {
-        let mut member = Self::member(0);
-        member.arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
-        member.cluster = format!("{}={}", member.name, member.peer_url());
-        member.spawn();
-        member.answers().await;
-        member
+        Self::start_cluster_with(1, arguments).await.remove(0)
     }
 
     /// Starts a cluster of one that speaks TLS to its clients and asks them for certificates; whoever starts it waits until
@@ -118,11 +113,17 @@ impl EtcdServer {
 
     /// Starts a cluster and waits until every member answers.
     pub async fn start_cluster(members: usize) -> Vec<Self> {
+        Self::start_cluster_with(members, &[]).await
+    }
+
+    /// As [`Self::start_cluster`], with more arguments for each.
+    pub async fn start_cluster_with(members: usize, arguments: &[&str]) -> Vec<Self> {
         let mut members: Vec<_> = (0..members).map(Self::member).collect();
         let cluster: Vec<_> =
             members.iter().map(|member| format!("{}={}", member.name, member.peer_url())).collect();
         for member in &mut members {
             member.cluster = cluster.join(",");
+            member.arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
             member.spawn();
         }
         for member in &members {

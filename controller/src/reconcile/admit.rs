@@ -47,6 +47,10 @@ impl Reconciler {
             commands.push(Command::Close(old));
         }
         let known = before.as_ref().is_some_and(|member| *member.spec == spec);
+        let was_lost = before.as_ref().map_or_else(
+            || self.remembered.contains_key(&id),
+            |member| matches!(member.contact, Contact::Lost { .. }),
+        );
         let (desired, stored) = match (&before, self.remembered.remove(&id)) {
             (Some(member), _) => (member.desired.clone(), member.stored),
             (None, Some(remembered)) => (Some(remembered.desired), remembered.stored),
@@ -75,7 +79,7 @@ impl Reconciler {
         };
         self.health.observe(now, &member.spec, &member.beat);
         self.sessions.insert(session, id.clone());
-        if self.adopt(&mut member) || self.renew(&mut member) {
+        if self.adopt(&mut member) || self.renew(&mut member) || (was_lost && self.fence(&mut member)) {
             self.mark(Record::Role(id.clone()));
         }
         self.mark_registration(&id);
@@ -184,6 +188,22 @@ impl Reconciler {
             desired.leader_epoch = self.leader_epoch;
         }
         due
+    }
+
+    /// One that was lost has its role again under a new epoch: what others were told of the one before holds no more.
+    fn fence(&self, member: &mut Member) -> bool {
+        let epoch = self.next_epoch(member);
+        let Some(desired) = member.desired.as_mut().filter(|desired| desired.role != Role::None) else {
+            return false;
+        };
+        (desired.epoch, desired.leader_epoch) = (epoch, self.leader_epoch);
+        true
+    }
+
+    /// Later than what the instance holds and than anything an earlier leader gave.
+    pub(super) fn next_epoch(&self, member: &Member) -> RoleEpoch {
+        let before = member.desired.as_ref().map_or(RoleEpoch(0), |desired| desired.epoch);
+        RoleEpoch((before.max(member.beat.role_epoch).0 + 1).max(self.leader_epoch.0))
     }
 }
 

@@ -38,20 +38,23 @@ impl Reconciler {
         for (name, backlog, bound) in backlogs.collect::<Vec<_>>() {
             let group = self.groups.entry(name.clone()).or_default();
             group.wait = backlog.as_ref().map(Backlog::wait);
-            let Some(backlog) = backlog else { continue };
+            // Nobody waits for those that are gone, and of those that are new nobody can say for how long.
+            let wait = group.wait.unwrap_or_default();
             let after = self.congestion_config.after;
-            let (kind, side, bound) = match group.congestion.observe(now, backlog.wait(), bound, after) {
+            let (kind, side, bound) = match group.congestion.observe(now, wait, bound, after) {
                 Some(true) => (NewsKind::CongestionRaised, "above", bound),
                 Some(false) => (NewsKind::CongestionCleared, "below", bound / 2),
                 None => continue,
             };
             let (after, bound) = (after.as_secs_f64(), bound.as_secs_f64());
+            let nobody = || "nobody prefills who has measured how fast".to_owned();
+            let backlog = backlog.as_ref().map_or_else(nobody, Backlog::to_string);
             self.tell_group(kind, &name, format!("{backlog}; {side} {bound:.1} s for {after:.0} s"));
         }
     }
 
     pub(super) fn is_congested(&self, group: &GroupName) -> bool {
-        self.groups.get(group).is_some_and(|group| group.congestion.is_raised())
+        self.groups.get(group).is_some_and(|group| group.wait.is_some() && group.congestion.is_raised())
     }
 
     /// By group, where somebody prefills and has measured how fast.

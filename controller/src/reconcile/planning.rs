@@ -9,7 +9,7 @@
 
 use std::collections::BTreeMap;
 
-use baton_proto::{GroupName, InstanceId, Phase, Role, RoleEpoch};
+use baton_proto::{GroupName, InstanceId, Phase, Role};
 use baton_registry::DesiredRole;
 use tokio::time::Instant;
 use tracing::info;
@@ -202,10 +202,8 @@ impl Reconciler {
 
     fn decide(&mut self, id: &InstanceId, decision: Decision, now: Instant) {
         let leader_epoch = self.leader_epoch;
+        let Some(epoch) = self.members.get(id).map(|member| self.next_epoch(member)) else { return };
         let Some(member) = self.members.get_mut(id) else { return };
-        let before = member.desired.as_ref().map_or(RoleEpoch(0), |desired| desired.epoch);
-        // Later than what the instance holds and than anything an earlier leader gave.
-        let epoch = RoleEpoch((before.max(member.beat.role_epoch).0 + 1).max(leader_epoch.0));
         let was = member.desired.as_ref().map_or("none", |desired| desired.role.name());
         let Decision { role, reason } = decision;
         let cordoned = self.intents.get(id).and_then(|intent| intent.cordoned.as_ref());

@@ -126,6 +126,11 @@ impl Scaler {
         Self { limits, low, replicas: None, asked: None, victim: None, readiness, slow }
     }
 
+    /// It cannot be cordoned, as nobody could serve in its place: others are asked first.
+    pub fn refused(&mut self, id: InstanceId) {
+        self.slow.insert(id);
+    }
+
     /// The next step. What it says is to be done, and then it is to be asked again with a new look.
     pub fn decide(&mut self, seen: &Seen, now: Instant) -> Decision {
         self.slow.retain(|id| seen.instances.iter().any(|instance| instance.id == *id));

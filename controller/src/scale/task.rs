@@ -141,12 +141,20 @@ impl<'a> Tended<'a> {
             if decision.action == Action::Wait {
                 return Ok(());
             }
-            match self.make(decision, &seen, &version).await {
-                Err(ScaleError::Conflict) => {
+            let to_go = match &decision.action {
+                Action::Cordon(id) => Some(id.clone()),
+                _ => None,
+            };
+            match (self.make(decision, &seen, &version).await, to_go) {
+                (Err(ScaleError::Refused(refusal)), Some(id)) => {
+                    debug!(group = %self.name, instance = %id, %refusal, "it cannot go: looking for another");
+                    self.scaler.refused(id);
+                }
+                (Err(ScaleError::Conflict), _) => {
                     self.scaling.metrics.error(self.name, ScaleError::Conflict.reason());
                     debug!(group = %self.name, "somebody else changed the Deployment or a cordon: looking again");
                 }
-                made => made?,
+                (made, _) => made?,
             }
         }
         Ok(())

@@ -60,6 +60,7 @@ impl EtcdConfig {
         let options = ConnectOptions::new()
             .with_connect_timeout(self.connect_timeout)
             .with_keep_alive(self.keep_alive, self.keep_alive_timeout)
+            .with_keep_alive_while_idle(false)
             // A member cut off from the others says so, instead of serving an old view.
             .with_require_leader(true)
             .with_auto_token_refresh(true);

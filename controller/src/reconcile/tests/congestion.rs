@@ -54,3 +54,20 @@ fn a_bound_of_its_own_takes_the_place_of_the_target() {
     assert_eq!(queued(&mut world, (a, b), 4200, 60), []);
     assert_eq!(queued(&mut world, (a, b), 5200, 60).len(), 1);
 }
+
+#[test]
+fn it_ends_with_those_whose_prompts_waited() {
+    let (mut world, a, b) = World::pair();
+    assert_eq!(queued(&mut world, (a, b), 4200, 60).len(), 1);
+    assert!(world.mind.plans(world.now)[0].congested);
+    // The one that prefills is started anew: it has measured nothing yet, and nothing waits there.
+    world.event(Event::Closed { session: a });
+    let a = world.hello("a", 2, silent());
+    world.pass(secs(1), &[a, b]);
+    world.obey(a);
+    world.pass(secs(1), &[a, b]);
+    assert!(!world.mind.plans(world.now)[0].congested, "nobody can say that anything waits");
+    world.pass(secs(20), &[a, b]);
+    let cleared = world.mind.take_news();
+    assert!(cleared.iter().any(|news| news.kind == NewsKind::CongestionCleared), "{cleared:?}");
+}

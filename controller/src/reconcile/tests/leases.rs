@@ -32,6 +32,26 @@ fn a_lost_instance_that_stays_away_is_done_without() {
 }
 
 #[test]
+fn a_frozen_instance_has_its_role_again_under_a_new_epoch() {
+    for away in [7, 30] {
+        let (mut world, a, b) = World::pair();
+        let held = world.last_assigned(b);
+        world.pass(secs(2), &[a]);
+        let again = world.hello("b", 1, beat(Phase::Ready, held.role, held.epoch.0));
+        assert_eq!(world.last_assigned(b).epoch, held.epoch, "it was not lost yet");
+        // Its session has ended meanwhile, and it is the same process.
+        world.event(Event::Closed { session: again });
+        world.pass(secs(away), &[a]);
+        let back = world.hello("b", 1, beat(Phase::Ready, held.role, held.epoch.0));
+        let desired = world.last_assigned(back);
+        assert_eq!(desired.role, held.role, "after {away} s");
+        assert!(desired.epoch > held.epoch, "after {away} s: {desired:?}, it held {held:?}");
+        assert_eq!(DesiredRole::decode(&world.stored["/baton/v1/roles/b"]).expect("a role"), desired);
+        assert_eq!(world.obey(back).0, Role::Decode);
+    }
+}
+
+#[test]
 fn roles_of_the_gone_fade_from_memory() {
     let (mut world, a, b) = World::pair();
     world.event(Event::Bye { session: b, reason: String::new() });

@@ -103,14 +103,17 @@ impl Seen {
     }
 
     /// Whether nothing would be missed if the pod were deleted: it is not ready, nobody else holds it, and its instance is
-    /// drained, to go, or there is none.
+    /// drained, to go, or there is none. One without an instance may be that of one which people hold and which is gone, if
+    /// nobody knows any more what pod that had.
     pub(super) fn is_spare(&self, name: &str, pod: &Pod) -> bool {
         let spare = |it: &Instance| match it.cordoned {
             Some(By::Us) => it.drained || !it.here,
             Some(By::Others) => false,
             None => !it.here,
         };
-        !pod.ready && self.instances_of(name).all(spare)
+        let lost = |it: &Instance| it.cordoned == Some(By::Others) && it.pod.is_none();
+        let may_be_lost = || self.instances_of(name).next().is_none() && self.instances.iter().any(lost);
+        !pod.ready && self.instances_of(name).all(spare) && !may_be_lost()
     }
 
     /// It was cordoned to go, and went.

@@ -304,6 +304,27 @@ fn those_in_quarantine_are_no_capacity_and_come_back_without_a_change_to_and_fro
 }
 
 #[test]
+fn a_pod_without_an_instance_is_not_taken_for_nobodys_while_somebody_is_held_who_knows_where() {
+    let mut seen = four(1, 1);
+    seen.instances.retain(|it| it.id != id("d2"));
+    seen.instances.push(Instance { pod: None, here: false, role: Role::None, ..instance("d2", Role::None) });
+    ready(&mut seen, "d2", false);
+    let pod = seen.pods["d2"].clone();
+    assert!(seen.is_spare("d2", &pod));
+    cordon(&mut seen, "d2", By::Others);
+    assert!(!seen.is_spare("d2", &pod), "it may be the one that people look at");
+}
+
+#[test]
+fn one_that_cannot_go_is_asked_last() {
+    let seen = four(1, 1);
+    let (mut scaler, now) = watched(&seen);
+    let Action::Cordon(first) = scaler.decide(&seen, now).action else { panic!("nobody is asked") };
+    scaler.refused(first.clone());
+    assert!(matches!(scaler.decide(&seen, now).action, Action::Cordon(next) if next != first));
+}
+
+#[test]
 fn one_that_is_congested_and_not_measured_gets_one_more_at_a_time() {
     let mut seen = Seen { demand: Demand::Congested, ..four(1, 1) };
     let (mut scaler, now) = (Scaler::new(limits()), Instant::now());

@@ -47,6 +47,7 @@ impl From<Refused> for ApiError {
 impl Scheduler {
     /// Queues a sequence. If it cannot be taken the leg is ended with the reason.
     pub fn add(&mut self, new: NewSequence) {
+        let goes_on = !new.generated.is_empty();
         let sequence =
             Sequence::new(new, self.arrivals, self.limits.context_tokens, self.blocks.total_tokens());
         if let Err(refused) = self.check(&sequence) {
@@ -62,7 +63,8 @@ impl Scheduler {
             Work::Decode(from) => Some(from.transfer),
             Work::Whole | Work::Prefill(_) => None,
         };
-        if awaits.is_none() {
+        // One that goes on here was counted where it came first.
+        if awaits.is_none() && !goes_on {
             self.counts.accepted.add(&sequence);
         }
         self.sequences.insert(id, sequence);

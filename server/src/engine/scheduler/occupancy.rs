@@ -42,7 +42,7 @@ pub struct Counts {
     pub held_blocks: u64,
 }
 
-/// What was taken on to be prefilled here.
+/// What was taken on to be prefilled here. Those that began elsewhere and go on here are not among them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Accepted {
     pub requests: u64,

@@ -191,6 +191,9 @@ fn the_queue_is_bounded() {
     }
     let Accepted { requests, prompt_tokens, choices } = scheduler.occupancy().counts.accepted;
     assert_eq!((requests, prompt_tokens, choices), (8, 32, 8), "who is turned away is not taken on");
+    let mut scheduler = self::scheduler(100);
+    scheduler.add(NewSequence { generated: vec![1, 2], ..sequence(9, 4, 4, Work::Whole) });
+    assert_eq!(scheduler.occupancy().counts.accepted, Accepted::default(), "who goes on came before");
 }
 
 #[test]
