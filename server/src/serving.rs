@@ -162,7 +162,7 @@ impl Serving {
                     held_offers: parts.limits.max_waiting as usize + parts.limits.max_sequences as usize,
                     held_offer: parts.handoff.timeout.max(HELD_OFFER),
                     peers,
-                    unproven_streams: peers,
+                    unproven_streams: peers.max(TransferLimits::default().unproven_streams),
                     staging_bytes: usize::try_from(parts.handoff.staging_bytes).unwrap_or(usize::MAX),
                     ..TransferLimits::for_lease(parts.handoff.lease)
                 },

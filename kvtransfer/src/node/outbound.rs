@@ -253,7 +253,12 @@ impl Shell for Outbound {
                     up.cut();
                 }
             }
-            SenderCommand::Revoke => self.revoked.cancel(),
+            SenderCommand::Revoke => {
+                self.revoked.cancel();
+                if let Some(up) = &state.link {
+                    up.outbox().forget(self);
+                }
+            }
             SenderCommand::Complete { tally, took, ready_to_released } => {
                 let (slices, bytes) = (tally.slices, tally.bytes);
                 self.node.counters.outgoing_completed();

@@ -90,6 +90,13 @@ impl Outbox {
         }
     }
 
+    /// Nothing more is to be taken from this transfer: it leaves the line. One that a lane has taken out already has nothing.
+    pub(crate) fn forget(&self, departure: &dyn Departure) {
+        if departure.queued().load(Ordering::Acquire) {
+            self.queue.waiting.lock().remove(departure.priority(), |one| one.id() == departure.id());
+        }
+    }
+
     /// The next run to send, of at most `most` slices. Cancel safe.
     pub(crate) async fn next(&self, most: u32) -> Ticket {
         loop {
@@ -160,6 +167,14 @@ impl<T> Waiting<T> {
     fn push(&mut self, priority: i32, one: T) {
         self.lines.entry(priority).or_default().push_back(one);
         self.count += 1;
+    }
+
+    fn remove(&mut self, priority: i32, is_it: impl Fn(&T) -> bool) {
+        let Some(line) = self.lines.get_mut(&priority) else { return };
+        line.retain(|one| !is_it(one));
+        if line.is_empty() {
+            self.lines.remove(&priority);
+        }
     }
 
     fn pop(&mut self) -> Option<T> {
@@ -262,6 +277,19 @@ mod tests {
             waiting.push(priority(next), next);
         }
         assert_eq!(order, "abababaxbabababyabababaxbabababy");
+    }
+
+    #[test]
+    fn who_is_taken_out_of_line_leaves_the_others_as_they_were() {
+        let mut waiting = Waiting::default();
+        for (priority, name) in [(0, 'a'), (0, 'b'), (3, 'x'), (0, 'c')] {
+            waiting.push(priority, name);
+        }
+        waiting.remove(0, |one| *one == 'b');
+        waiting.remove(0, |one| *one == 'x');
+        waiting.remove(3, |one| *one == 'x');
+        waiting.remove(7, |_| true);
+        assert_eq!([(); 3].map(|()| waiting.pop()), [Some('a'), Some('c'), None]);
     }
 
     #[test]

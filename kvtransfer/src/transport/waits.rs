@@ -10,6 +10,8 @@ use std::time::Duration;
 const GRACES: u32 = 10;
 /// What destroying is tried for, in stalls: after that the process ends, which should be the last thing to happen.
 const STALLS: u32 = 3;
+/// ... and for so long at least: a busy machine is no broken card.
+const LEAST: Duration = Duration::from_secs(30);
 
 /// See the module. The first four are limits themselves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,7 +46,7 @@ impl Waits {
     ) -> Self {
         let given_up = stall.saturating_mul(2);
         let let_go = fence_grace.saturating_mul(GRACES).min(given_up);
-        let (drain, destroy) = (let_go / 2, stall.saturating_mul(STALLS));
+        let (drain, destroy) = (let_go / 2, stall.saturating_mul(STALLS).max(LEAST));
         let fence = stall.saturating_add(drain).saturating_add(destroy);
         Self { handshake, fence_grace, stall, keep_alive, let_go, given_up, drain, destroy, fence }
     }

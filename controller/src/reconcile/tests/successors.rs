@@ -134,5 +134,6 @@ fn a_lost_instance_is_not_moved_before_it_is_back() {
     world.event(Event::Bye { session: b, reason: String::new() });
     assert_eq!(world.roles(), "p", "it may serve all the same");
     let a = world.hello("a", 1, beat(Phase::Ready, Role::Prefill, held.epoch.0));
+    assert_eq!((world.roles().as_str(), world.obey(a).0), ("p", Role::Prefill), "it is back, by a new epoch");
     assert_eq!((world.roles().as_str(), world.last_assigned(a).role), ("m", Role::Mixed));
 }

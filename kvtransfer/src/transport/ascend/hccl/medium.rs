@@ -58,8 +58,8 @@ impl HcclMedium {
         Self { hccl, device, region, stall, threads, joining: Arc::new(Semaphore::new(MOST_JOINING)) }
     }
 
-    /// A place among the pairs that wait for their other side, until it is dropped. Not waited for: another transport may
-    /// have the slices meanwhile.
+    /// A place among the pairs that wait for their other side, until it is dropped. Not waited for: another transport is
+    /// tried meanwhile, where there is one.
     fn joins(&self) -> io::Result<OwnedSemaphorePermit> {
         let full = |_| {
             let why = "HCCL pairs wait for their other side already, and no more may";
