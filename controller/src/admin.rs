@@ -1,10 +1,11 @@
 //! The gRPC adapter of `FleetAdmin`: the fleet as `baton ctl` shows it and what operators change in it.
 //!
-//! Thin: it checks who calls ([`access`]) and what they say, brings it to the leading task through the [`Desk`], and puts
-//! the answer in the wire's words ([`view`]). A change is answered once it is stored.
+//! Thin: it checks who calls ([`baton_process::access`]) and what they say, brings it to the leading task through the
+//! [`Desk`], and puts the answer in the wire's words ([`view`]). A change is answered once it is stored.
 
 use std::{sync::Arc, time::Duration};
 
+use baton_process::access::{Access, Call, Right};
 use baton_proto::{
     ApiError, Cordoned, ErrorCode, GroupName, InstanceId, Pinned, Role, Targets, WireError,
     v1::{self, fleet_admin_server},
@@ -25,12 +26,7 @@ use crate::{
     session::{not_leading, unix_millis},
 };
 
-pub mod access;
-pub mod refusals;
 mod view;
-
-use access::{Access, Right};
-use refusals::Call;
 
 /// Characters of a reason.
 const REASON_MAX: usize = 200;

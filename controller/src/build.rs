@@ -2,13 +2,14 @@
 
 use std::{
     net::TcpListener,
-    path::PathBuf,
     sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use baton_process::{
-    HealthHandle, Metrics, Process, Tls, grpc, http,
+    HealthHandle, Metrics, Process, Tls,
+    access::Access,
+    grpc, http,
     tls::{Allowed, Door, Role},
 };
 use baton_proto::v1::{control_server::ControlServer, fleet_admin_server::FleetAdminServer};
@@ -19,7 +20,7 @@ use tonic::service::Routes;
 #[cfg(feature = "kubernetes")]
 use crate::scale::Scaling;
 use crate::{
-    admin::{AdminService, access::Access},
+    admin::AdminService,
     config::{ControllerConfig, StoreKind},
     coordinators::Coordinators,
     desk::Desk,
@@ -45,7 +46,7 @@ const DOOR: Door = Door {
         ("/baton.v1.Control/Coordinate", Allowed::Roles(&[Role::Coordinator])),
         ("/baton.v1.Store/Range", Allowed::Roles(&[Role::Coordinator])),
         ("/baton.v1.Store/Watch", Allowed::Roles(&[Role::Coordinator])),
-        // By certificate or token: see `admin::access`.
+        // By certificate or token: see `baton_process::access`.
         ("/baton.v1.FleetAdmin/", Allowed::Anyone),
     ],
     without_certificate: false,
@@ -118,13 +119,11 @@ impl Parts {
             ending,
             workers,
         );
-        let tokens = Some(&config.admin.tokens_file).filter(|path| !path.is_empty()).map(PathBuf::from);
+        let access = Access::start(&config.admin, &shutdown, &tasks)?;
         let ranktable = Some(&config.ascend.ranktable_file).filter(|path| !path.is_empty());
         let ranktable = ranktable.map(|path| ranktable::follow(path.into(), shutdown.clone(), &tasks));
-        let door = Door { without_certificate: tokens.is_some(), ..DOOR };
-        let (journal, access) = (Journal::default(), Access::new(tokens)?);
-        let (refusals, ending) = (access.refusals(), shutdown.clone());
-        tasks.spawn(async move { refusals.run(ending).await });
+        let door = Door { without_certificate: access.takes_tokens(), ..DOOR };
+        let journal = Journal::default();
         let metrics = ControllerMetrics::register(&metrics);
         #[cfg(feature = "kubernetes")]
         if !config.kubernetes.groups.is_empty() {

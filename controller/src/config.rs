@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use baton_process::{Invalid, Listen, ProcessConfig, ServiceConfig, TlsConfig, duration};
+use baton_process::{
+    Invalid, Listen, ProcessConfig, ServiceConfig, TlsConfig, access::AdminConfig, duration,
+};
 use baton_proto::RolePolicy;
 use baton_registry::EtcdSettings;
 use serde::{Deserialize, Serialize};
@@ -119,16 +121,6 @@ pub struct AscendConfig {
     /// `global_ranktable.json` as Huawei's tools write it, read again when it changes: how many NPUs the server at an
     /// address has. Empty = what servers report counts.
     pub ranktable_file: String,
-}
-
-/// Who may ask and change, by `baton ctl` or any other client of the admin service.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct AdminConfig {
-    /// A file with a line for each operator: name, `viewer` or `admin`, and the SHA-256 of the token in hex. It is read
-    /// again when it changes. With `tls`, certificates of admins and viewers will do, too. Empty = by certificate alone;
-    /// without `tls`, whoever calls from this machine is an admin, and nobody else is let in.
-    pub tokens_file: String,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

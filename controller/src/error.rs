@@ -1,9 +1,7 @@
 //! What can go wrong with a controller as a whole.
 
-use baton_process::{ListenError, ProcessError, TlsError};
+use baton_process::{ListenError, ProcessError, TlsError, access::AccessError};
 use baton_registry::{EtcdOpenError, StoreError};
-
-use crate::admin::access::AccessError;
 
 #[derive(Debug, thiserror::Error)]
 pub enum ControllerError {

@@ -1,10 +1,22 @@
-//! The gRPC service RequestAdmin: what operators ask a coordinator. Thin: the facts are [`crate::requests`]'s.
+//! The gRPC service RequestAdmin: what operators ask a coordinator. Thin: it checks who calls
+//! ([`baton_process::access`]), and the facts are [`crate::requests`]'s. Nothing is changed here: viewers may call all of
+//! it.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
-use baton_proto::{ApiError, ErrorCode, v1};
+use baton_process::{
+    HealthHandle, Tls,
+    access::{Access, Call, Right},
+    grpc::{GrpcOptions, KeepAlive},
+    tls::{Allowed, Door},
+};
+use baton_proto::{
+    ApiError, ErrorCode, FILE_DESCRIPTOR_SET,
+    v1::{self, request_admin_server::RequestAdminServer},
+};
 use tokio::time::Instant;
-use tonic::{Request, Response, Status};
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status, service::Routes};
 
 use crate::{
     requests::{Card, ENDED_KEPT, Known, Placing, Roster, Stage},
@@ -14,14 +26,42 @@ use crate::{
 /// Serves RequestAdmin.
 pub struct Admin {
     pub roster: Arc<Roster>,
+    /// Who may ask.
+    pub access: Access,
+}
+
+impl Admin {
+    /// What the port for operators serves. Calls may go on for `drain` after the shutdown.
+    pub fn port(
+        self,
+        health: HealthHandle,
+        tls: Tls,
+        shutdown: CancellationToken,
+        drain: Duration,
+    ) -> (Routes, GrpcOptions) {
+        // By certificate or token: the service itself asks.
+        let calls = &[("/baton.v1.RequestAdmin/", Allowed::Anyone)];
+        let options = GrpcOptions {
+            health,
+            services: vec!["baton.v1.RequestAdmin"],
+            descriptors: FILE_DESCRIPTOR_SET,
+            tls,
+            door: Door { calls, without_certificate: self.access.takes_tokens() },
+            shutdown,
+            drain,
+            keep_alive: KeepAlive::default(),
+        };
+        (Routes::new(RequestAdminServer::new(self)), options)
+    }
 }
 
 #[tonic::async_trait]
 impl v1::request_admin_server::RequestAdmin for Admin {
     async fn list_requests(
         &self,
-        _: Request<v1::ListRequestsRequest>,
+        request: Request<v1::ListRequestsRequest>,
     ) -> Result<Response<v1::ListRequestsResponse>, Status> {
+        self.access.check(&request, Right::Viewer, Call::look("ListRequests"))?;
         let requests = self.roster.list().iter().map(|card| view(card)).collect();
         Ok(Response::new(v1::ListRequestsResponse { requests }))
     }
@@ -30,6 +70,7 @@ impl v1::request_admin_server::RequestAdmin for Admin {
         &self,
         request: Request<v1::ExplainPlacementRequest>,
     ) -> Result<Response<v1::ExplainPlacementResponse>, Status> {
+        self.access.check(&request, Right::Viewer, Call::look("ExplainPlacement"))?;
         let id = request.into_inner().request_id;
         let (card, ended) = match self.roster.find(&id) {
             Some(Known::Running(card)) => (card, false),

@@ -8,16 +8,10 @@ use std::{
 };
 
 use axum::Router;
-use baton_process::{
-    Health, HealthHandle, Process, Tls, grpc,
-    tls::{Allowed, Door, Role},
-};
-use baton_proto::{
-    CoordinatorId, CoordinatorSpec, FILE_DESCRIPTOR_SET, v1::request_admin_server::RequestAdminServer,
-};
+use baton_process::{Health, HealthHandle, Process, Tls, access::Access, grpc, tls::Role};
+use baton_proto::{CoordinatorId, CoordinatorSpec};
 use baton_registry::{FleetWatch, FleetWatchConfig, RemoteConfig, RemoteStore, Store};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tonic::service::Routes;
 
 use crate::{
     CoordinatorError,
@@ -39,12 +33,6 @@ use crate::{
 const CLIENT_SILENCE: Duration = Duration::from_secs(30);
 /// A client that takes nothing of what was sent for this long is cut off.
 const CLIENT_STALL: Duration = Duration::from_secs(120);
-
-/// Who may call what at the gRPC port.
-const DOOR: Door = Door {
-    calls: &[("/baton.v1.RequestAdmin/", Allowed::Roles(&[Role::Admin, Role::Viewer]))],
-    without_certificate: false,
-};
 
 /// What a coordinator is built from besides its configuration; tests bring their own.
 pub struct Parts {
@@ -152,6 +140,7 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
     let config = process.config.clone();
     // Files and ports first: what is wrong with them is told before a model is read.
     let tls = process.tls(&config.tls, Role::Coordinator)?;
+    let access = Access::start(&config.admin, &process.shutdown, &process.tasks)?;
     let bind = |listen: &baton_process::Listen, key| {
         listen.bind().map_err(|source| CoordinatorError::Listen { key, source })
     };
@@ -183,18 +172,8 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
     };
     let (service, router) = assemble(&config, parts)?;
 
-    let admin = Admin { roster: service.roster.clone() };
-    let options = grpc::GrpcOptions {
-        health: process.health.clone(),
-        services: vec!["baton.v1.RequestAdmin"],
-        descriptors: FILE_DESCRIPTOR_SET,
-        tls: tls.clone(),
-        door: DOOR,
-        shutdown: process.shutdown.clone(),
-        drain,
-        keep_alive: grpc::KeepAlive::default(),
-    };
-    let routes = Routes::new(RequestAdminServer::new(admin));
+    let admin = Admin { roster: service.roster.clone(), access };
+    let (routes, options) = admin.port(process.health.clone(), tls.clone(), process.shutdown.clone(), drain);
     let endpoint = |listener: &TcpListener| advertised(listener, &config.advertise_host);
     let (http, grpc) = (endpoint(&listener), endpoint(&admin_listener));
     let drained = CancellationToken::new();

@@ -2,7 +2,9 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use baton_process::{Invalid, Listen, ProcessConfig, ServiceConfig, TlsConfig, duration};
+use baton_process::{
+    Invalid, Listen, ProcessConfig, ServiceConfig, TlsConfig, access::AdminConfig, duration,
+};
 use baton_proto::{CoordinatorId, MODEL_NAME_BYTES_MOST, MODEL_NAMES_MOST, MODELS_MOST};
 use baton_registry::EtcdSettings;
 use serde::{Deserialize, Serialize};
@@ -29,6 +31,7 @@ pub struct CoordinatorConfig {
     pub models: Vec<ModelConfig>,
     pub limits: LimitsConfig,
     pub fleet: FleetConfig,
+    pub admin: AdminConfig,
     pub tls: TlsConfig,
     pub process: ProcessConfig,
 }
@@ -44,6 +47,7 @@ impl Default for CoordinatorConfig {
             models: Vec::new(),
             limits: LimitsConfig::default(),
             fleet: FleetConfig::default(),
+            admin: AdminConfig::default(),
             tls: TlsConfig::default(),
             process: ProcessConfig::default(),
         }

@@ -1,7 +1,7 @@
 //! Why a coordinator does not start or had to stop. Failures of requests are [`baton_proto::ApiError`]s.
 
 use baton_checkpoint::CheckpointError;
-use baton_process::{ListenError, ProcessError, TlsError};
+use baton_process::{ListenError, ProcessError, TlsError, access::AccessError};
 use baton_registry::{EtcdOpenError, StoreError};
 
 use crate::text::TextError;
@@ -22,6 +22,8 @@ pub enum CoordinatorError {
     Etcd(#[from] EtcdOpenError),
     #[error("store: {0}")]
     Store(#[from] StoreError),
+    #[error("admin.tokens_file: {0}")]
+    Access(#[from] AccessError),
     #[error(transparent)]
     Tls(#[from] TlsError),
     #[error(transparent)]

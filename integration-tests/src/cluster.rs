@@ -94,6 +94,11 @@ impl Cluster {
         &self.run.controller
     }
 
+    /// host:port where operators ask the coordinator.
+    pub fn coordinator(&self) -> &str {
+        &self.run.coordinator
+    }
+
     /// What clients say in `model`; of several models, the first.
     pub fn model(&self) -> &str {
         &self.run.models[0].name

@@ -2,6 +2,7 @@
 //! without a break, and none of them sees a failure or another text.
 
 use std::{
+    process::{Command, Output, Stdio},
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -10,9 +11,10 @@ use std::{
 };
 
 use baton_integration_tests::{
-    Cluster,
+    Cluster, binary,
     chat::{Events, ask, request},
     eventually,
+    tokens::Tokens,
 };
 use tokio::task::JoinSet;
 
@@ -139,5 +141,75 @@ async fn what_a_drain_does_not_wait_for_goes_on_elsewhere() {
     assert!(expected.ends_with(&rest) && !rest.is_empty(), "{rest}");
     assert!(rest.len() * 2 > expected.len(), "it had hardly begun");
     cluster.assert_nothing_held().await;
+    cluster.stop().await;
+}
+
+/// `baton ctl` as one of the operators, or as nobody.
+fn ctl_as(cluster: &Cluster, tokens: &Tokens, name: Option<&str>, arguments: &[&str]) -> Output {
+    let mut ctl = Command::new(binary("baton"));
+    ctl.arg("ctl").args(arguments).args(["--controller", cluster.controller()]).stdin(Stdio::null());
+    if let Some(name) = name {
+        ctl.arg("--token-file").arg(tokens.of(name));
+    }
+    ctl.output().expect("baton starts")
+}
+
+#[tokio::test]
+async fn tokens_say_who_asks_controllers_and_coordinators_alike() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let tokens = Tokens::write(folder.path());
+    let settings = ["controller", "coordinator"].map(|service| format!("{service}.{}", tokens.setting()));
+    let cluster = Cluster::start(&["--set", &settings[0], "--set", &settings[1]]).await;
+    let url = format!("{}/v1/chat/completions", cluster.url());
+    let body = request(cluster.model(), "What is the capital of France?", 12, false);
+    let answer = reqwest::Client::new().post(url).json(&body).send().await.expect("an answer");
+    let id = answer.headers()["x-request-id"].to_str().expect("an id").to_owned();
+    answer.text().await.expect("it ends");
+
+    let said = |name, arguments: &[&str]| {
+        let output = ctl_as(&cluster, &tokens, name, arguments);
+        let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+        (output.status.success(), text.into_owned())
+    };
+    eventually("the coordinator, listed", || async {
+        said(Some("bob"), &["get", "coordinators"]).1.contains("serving").then_some(())
+    })
+    .await;
+    for name in ["alice", "bob"] {
+        let (done, text) = said(Some(name), &["get", "requests"]);
+        assert!(done && text.contains("no requests are running"), "{name}: {text}");
+        let (done, text) = said(Some(name), &["explain", "placement", &id]);
+        assert!(done && text.contains("prefill on server-"), "{name}: {text}");
+    }
+    let (done, text) = said(Some("bob"), &["set-targets", "default", "--ratio", "1:1"]);
+    assert!(!done && text.contains("bob may look but not change"), "{text}");
+    for (name, why) in [(Some("carol"), "this token is not known"), (None, "a token, or the certificate")] {
+        let (done, text) = said(name, &["get", "roles"]);
+        assert!(!done && text.contains("the controller at") && text.contains(why), "{text}");
+        let run = ["get", "requests", "--coordinator", cluster.coordinator()];
+        let (done, text) = said(name, &run);
+        assert!(!done && text.contains("the coordinator at") && text.contains(why), "{text}");
+    }
+
+    let (done, request) = said(Some("bob"), &["describe", "request", &id]);
+    assert!(done && request.contains("Generated:           12 tokens"), "{request}");
+    let (_, roles) = said(Some("bob"), &["get", "roles", "--no-headers"]);
+    let of = |role: &str| {
+        let line = roles.lines().find(|line| line.split_whitespace().nth(1) == Some(role));
+        line.and_then(|line| line.split_whitespace().next()).expect("there is one").to_owned()
+    };
+    let (prefill, decode) = (of("prefill"), of("decode"));
+    let (done, role) = said(Some("bob"), &["describe", "role", &prefill]);
+    assert!(done && role.contains("role_taken"), "{role}");
+    let link = ["describe", "link", &prefill, &decode];
+    eventually("the handoff, counted", || async {
+        let (done, text) = said(Some("bob"), &link);
+        (done && text.contains("Handoffs:            1, and 0 that failed")).then_some(())
+    })
+    .await;
+    let (_, events) = said(Some("bob"), &["get", "events", &prefill, "-o", "wide", "--no-headers"]);
+    let number = events.split_whitespace().next().expect("an event").to_owned();
+    let (done, event) = said(Some("bob"), &["describe", "event", &number]);
+    assert!(done && event.contains(&format!("Event:               {number}")), "{event}");
     cluster.stop().await;
 }

@@ -11,6 +11,7 @@ use std::{
 use baton_integration_tests::{
     binary, chat, eventually, folder, model,
     process::{Service, free_address},
+    tokens::Tokens,
 };
 use baton_process::{Tls, TlsConfig, one_line, tls::Role};
 use baton_proto::v1::{
@@ -73,6 +74,18 @@ struct Fleet {
 impl Fleet {
     /// Starts it and waits until it serves.
     async fn start() -> Self {
+        let mut fleet = Self::without_servers(&[]).await;
+        fleet.server("alpha", "alpha");
+        fleet.server("beta", "beta");
+        eventually("a coordinator that is ready", || async {
+            reqwest::get(format!("{}/readiness", fleet.url)).await.ok()?.error_for_status().ok().map(drop)
+        })
+        .await;
+        fleet
+    }
+
+    /// The controller and the coordinator, both with these settings.
+    async fn without_servers(settings: &[&str]) -> Self {
         let turn = ONE_AT_A_TIME.lock().await;
         let dir = tempfile::tempdir().expect("a temporary directory");
         let authority = Authority::new(dir.path().join("certificates"));
@@ -81,35 +94,18 @@ impl Fleet {
         let mut fleet =
             Self { dir, authority, controller, coordinator, url, services: Vec::new(), _turn: turn };
         let (controller, coordinator) = (fleet.controller.clone(), fleet.coordinator.clone());
-        fleet.spawn(
-            "baton-controller",
-            "controller",
-            "c-0",
-            &["--listen", &controller, "--set", "metrics_listen=127.0.0.1:0"],
-        );
-        fleet.spawn(
-            "baton-coordinator",
-            "coordinator",
-            "e-0",
-            &[
-                "--set",
-                "id=e-0",
-                "--set",
-                &format!("store.controller={controller}"),
-                "--set",
-                &format!("listen={http}"),
-                "--set",
-                &format!("admin_listen={coordinator}"),
-                "--model",
-                &model().display().to_string(),
-            ],
-        );
-        fleet.server("alpha", "alpha");
-        fleet.server("beta", "beta");
-        eventually("a coordinator that is ready", || async {
-            reqwest::get(format!("{}/readiness", fleet.url)).await.ok()?.error_for_status().ok().map(drop)
-        })
-        .await;
+        let own = ["--listen", &controller, "--set", "metrics_listen=127.0.0.1:0"];
+        fleet.spawn("baton-controller", "controller", "c-0", &[&own[..], settings].concat());
+        let set = [
+            "id=e-0",
+            &format!("store.controller={controller}"),
+            &format!("listen={http}"),
+            &format!("admin_listen={coordinator}"),
+        ];
+        let set = set.into_iter().flat_map(|setting| ["--set", setting]);
+        let model = model().display().to_string();
+        let own: Vec<&str> = set.chain(["--model", &model]).collect();
+        fleet.spawn("baton-coordinator", "coordinator", "e-0", &[&own[..], settings].concat());
         fleet
     }
 
@@ -325,6 +321,46 @@ async fn strangers_are_refused(fleet: &Fleet, admin: &TlsConfig) {
             }
         }
     }
+}
+
+#[tokio::test]
+async fn tokens_do_in_place_of_certificates() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let tokens = Tokens::write(folder.path());
+    let fleet = Fleet::without_servers(&["--set", &tokens.setting()]).await;
+    // Of a person without a certificate.
+    let nobody = TlsConfig { ca_file: fleet.authority.0.join("ca.crt"), ..TlsConfig::default() };
+    let ask = async |name: &str, arguments: &[&str]| {
+        let file = tokens.of(name).display().to_string();
+        let own = ["--token-file", &file, "--trust-domain", "baton"];
+        fleet.ctl(&nobody, &[arguments, &own[..]].concat()).await
+    };
+    eventually("the coordinator, listed", || async {
+        let listed = ask("bob", &["get", "coordinators"]).await;
+        String::from_utf8_lossy(&listed.stdout).contains("serving").then_some(())
+    })
+    .await;
+    for name in ["alice", "bob"] {
+        let listed = ask(name, &["get", "requests"]).await;
+        assert!(listed.status.success(), "{name}: {}", said(&listed));
+        let unknown = ask(name, &["explain", "placement", "none-has-this"]).await;
+        assert!(said(&unknown).contains("no coordinator knows request"), "{name}: {}", said(&unknown));
+    }
+    let at = fleet.coordinator.as_str();
+    let refused = said(&ask("carol", &["get", "requests", "--coordinator", at]).await);
+    assert!(refused.contains("does not accept the token: this token is not known"), "{refused}");
+    let without = ["get", "requests", "--coordinator", at, "--trust-domain", "baton"];
+    let refused = said(&fleet.ctl(&nobody, &without).await);
+    assert!(refused.contains("does not know who asks: a token, or the certificate"), "{refused}");
+    eventually("who was refused is in the coordinator's audit log", || async {
+        fleet.logged("e-0", r#"actor="anonymous" refused="ListRequests""#).then_some(())
+    })
+    .await;
+    let viewer = fleet.authority.issue("viewer", "vera");
+    assert!(fleet.get(&viewer, "requests").await.is_some(), "a certificate does, too");
+    let server = fleet.authority.issue("server", "s");
+    let refused = said(&fleet.ctl(&server, &["get", "requests", "--coordinator", at]).await);
+    assert!(refused.contains("does not know who asks"), "a certificate of another role does not: {refused}");
 }
 
 #[tokio::test]

@@ -1,6 +1,7 @@
 //! Requests that go well, and how their answers look.
 
 use crate::scripted::{Cluster, answer, chat_text, events, until};
+use baton_process::access::Access;
 use baton_proto::v1;
 use serde_json::{Value, json};
 use v1::{FinishReason, dispatch::Work};
@@ -197,7 +198,7 @@ async fn operators_see_what_is_under_way() {
     use v1::request_admin_server::RequestAdmin;
     let (cluster, mut prefill, mut decode) = Cluster::pair().await;
     let roster = cluster.service.roster.clone();
-    let admin = baton_coordinator::admin::Admin { roster: roster.clone() };
+    let admin = baton_coordinator::admin::Admin { roster: roster.clone(), access: Access::default() };
     let list = async || {
         let response = admin.list_requests(tonic::Request::new(v1::ListRequestsRequest {})).await;
         response.expect("a list").into_inner().requests
@@ -224,7 +225,7 @@ async fn operators_are_told_why_a_request_went_where_it_went() {
     use v1::request_admin_server::RequestAdmin;
     let (cluster, mut prefill, mut decode) = Cluster::pair().await;
     let roster = cluster.service.roster.clone();
-    let admin = baton_coordinator::admin::Admin { roster };
+    let admin = baton_coordinator::admin::Admin { roster, access: Access::default() };
     let explain = async |id: &str| {
         let asked = v1::ExplainPlacementRequest { request_id: id.to_owned() };
         admin.explain_placement(tonic::Request::new(asked)).await.map(tonic::Response::into_inner)

@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use baton_coordinator::{CoordinatorConfig, CoordinatorError, Parts, assemble, prepare::Served};
-use baton_process::{HealthHandle, Tls};
+use baton_process::{HealthHandle, Tls, access::Access};
 use baton_proto::v1;
 use baton_registry::{FleetWatch, FleetWatchConfig, MemoryConfig, MemoryStore, Revision};
 use serde_json::{Value, json};
@@ -238,7 +238,8 @@ async fn an_answer_goes_on_at_an_instance_of_its_own_model() {
 async fn operators_see_the_model_of_each_request() {
     use v1::request_admin_server::RequestAdmin;
     let (cluster, [mut prefill, mut decode, mut mixed]) = both(|_| {}).await;
-    let admin = baton_coordinator::admin::Admin { roster: cluster.service.roster.clone() };
+    let admin =
+        baton_coordinator::admin::Admin { roster: cluster.service.roster.clone(), access: Access::default() };
     let (one, two) = (cluster.chat(json!({})), cluster.chat(json!({"model": "alias"})));
     let (p, d, m) = (prefill.dispatch().await, decode.dispatch().await, mixed.dispatch().await);
     let listed = admin.list_requests(tonic::Request::new(v1::ListRequestsRequest {})).await;

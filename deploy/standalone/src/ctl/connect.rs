@@ -1,5 +1,5 @@
 //! Finds the controller and the coordinators and opens connections to them: addresses (given, or from the run file of a
-//! cluster that runs here), TLS, the operator's token. [`super::fleet`] asks over what is opened here.
+//! cluster that runs here), TLS, who is shown the operator's token. [`super::fleet`] asks over what is opened here.
 
 use std::{
     fs,
@@ -10,13 +10,15 @@ use std::{
 
 use baton_process::{Tls, TlsConfig, TlsError, one_line, tls::Role};
 use tonic::{
-    Code, Request, Status,
     metadata::{Ascii, MetadataValue},
-    service::{Interceptor, interceptor::InterceptedService},
-    transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity},
+    service::interceptor::InterceptedService,
+    transport::{Certificate, ClientTlsConfig, Endpoint, Identity},
 };
 
-use super::{error::CtlError, output::visible};
+use super::{
+    error::CtlError,
+    line::{Bearer, Line, Token},
+};
 use crate::{
     run_file::{RunFile, living, runs_directory},
     screen::complain,
@@ -107,31 +109,10 @@ pub(super) struct Reach {
 enum Trust {
     /// The role and the trust domain in its certificate.
     Role(Tls),
+    /// A name that was given, in it.
+    Name(ClientTlsConfig),
     /// The name of its host in it.
     Host(ClientTlsConfig),
-}
-
-/// Adds who asks to every call.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Bearer(Option<MetadataValue<Ascii>>);
-
-impl Interceptor for Bearer {
-    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
-        if let Some(token) = &self.0 {
-            request.metadata_mut().insert("authorization", token.clone());
-        }
-        Ok(request)
-    }
-}
-
-/// An open connection.
-#[derive(Debug, Clone)]
-pub(super) struct Line {
-    service: &'static str,
-    pub(super) address: String,
-    pub(super) secure: bool,
-    has_token: bool,
-    pub(super) channel: InterceptedService<Channel, Bearer>,
 }
 
 impl Reach {
@@ -147,7 +128,8 @@ impl Reach {
         let trust = match (&args.ca_file, &args.tls_server_name) {
             (Some(_), None) => Trust::Role(by_role(args)?),
             _ if args.trust_domain.is_some() => return Err(CtlError::IdleDomain),
-            (_, name) => Trust::Host(by_host(files, name.as_deref())),
+            (_, Some(name)) => Trust::Name(by_host(files).domain_name(name)),
+            (_, None) => Trust::Host(by_host(files)),
         };
         Ok(Self {
             run_dir: args.run_dir.clone(),
@@ -193,13 +175,16 @@ impl Reach {
         let secure = self.always_tls || address.starts_with("https://");
         let (scheme, host, dial) = match (&self.trust, secure) {
             (Trust::Role(tls), true) => ("http", None, tls.dial(role(service))),
-            (Trust::Host(host), true) => ("https", Some(host), Tls::plaintext().dial(role(service))),
+            (Trust::Name(host) | Trust::Host(host), true) => {
+                ("https", Some(host), Tls::plaintext().dial(role(service)))
+            }
             (_, false) => ("http", None, Tls::plaintext().dial(role(service))),
         };
         let endpoint =
             Endpoint::from_shared(format!("{scheme}://{bare}")).ok().filter(|_| bare.contains(':'));
         let mut endpoint = endpoint.ok_or_else(|| CtlError::Address(address.to_owned()))?;
-        if !secure && service == CONTROLLER && self.bearer.0.is_some() && !is_here(bare) {
+        let token = self.token_for(service, address, secure);
+        if token == Token::Shown && !secure && !is_here(bare) {
             return Err(CtlError::TokenInClear(bare.to_owned()));
         }
         if let Some(host) = host {
@@ -216,16 +201,25 @@ impl Reach {
         let connected = tokio::time::timeout(2 * CONNECT, dial.connect(endpoint)).await;
         let reason = match connected {
             Ok(Ok(channel)) => {
-                // Controllers alone check tokens. Coordinators are whoever says so to a controller: they are shown none.
-                let bearer = if service == CONTROLLER { self.bearer.clone() } else { Bearer(None) };
-                let has_token = bearer.0.is_some();
+                let bearer = if token == Token::Shown { self.bearer.clone() } else { Bearer(None) };
                 let channel = InterceptedService::new(channel, bearer);
-                return Ok(Line { service, address: bare.to_owned(), secure, has_token, channel });
+                return Ok(Line { service, address: bare.to_owned(), secure, token, channel });
             }
             Ok(Err(error)) => one_line(&error),
             Err(_) => "it accepts connections and then says nothing".to_owned(),
         };
         Err(CtlError::Unreachable { service, address: bare.to_owned(), reason })
+    }
+
+    /// A controller's coordinators are whoever says so to it: a certificate for just any host is no reason to show one of
+    /// them the token. One that says what it is, or has the name that was given, is; so is that the operator named it.
+    fn token_for(&self, service: &str, address: &str, secure: bool) -> Token {
+        let listed = service == COORDINATOR && !self.coordinators.iter().any(|named| named == address);
+        match self.bearer.0 {
+            None => Token::None,
+            Some(_) if listed && secure && matches!(self.trust, Trust::Host(_)) => Token::Withheld,
+            Some(_) => Token::Shown,
+        }
     }
 }
 
@@ -234,41 +228,6 @@ fn is_here(address: &str) -> bool {
     let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
     let host = host.trim_start_matches('[').trim_end_matches(']');
     host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
-}
-
-impl Line {
-    /// What a failed call means. Only what the other side itself has answered has no source.
-    pub(super) fn refused(&self, status: &Status) -> CtlError {
-        let (service, address) = (self.service, self.address.clone());
-        if let Some(source) = std::error::Error::source(status) {
-            return CtlError::Unreachable { service, address, reason: one_line(source) };
-        }
-        let said = visible(status.message());
-        let message = match status.code() {
-            Code::Unauthenticated if self.has_token => {
-                format!(
-                    "does not accept the token: {said}; see what --token-file (or BATON_CTL_TOKEN_FILE) holds"
-                )
-            }
-            Code::Unauthenticated => {
-                format!(
-                    "does not know who asks: {said}; say so with --token-file FILE or --cert-file FILE (or BATON_CTL_TOKEN_FILE, BATON_CTL_CERT_FILE)"
-                )
-            }
-            Code::PermissionDenied => {
-                format!("does not allow this: {said}; ask as somebody who may")
-            }
-            // Said so by its gRPC server, which has no words for it.
-            Code::Unimplemented if said.is_empty() => {
-                "is of a version that does not know this: upgrade it".to_owned()
-            }
-            Code::Unavailable => format!("cannot answer now: {said}"),
-            Code::DeadlineExceeded | Code::Cancelled => format!("did not answer in time: {said}; try again"),
-            Code::Internal | Code::Unknown | Code::DataLoss => format!("failed: {said}; its log says more"),
-            _ => format!("refused: {said}"),
-        };
-        CtlError::Refused { service, address, message }
-    }
 }
 
 fn role(service: &'static str) -> Role {
@@ -289,7 +248,7 @@ fn by_role(args: &ReachArgs) -> Result<Tls, CtlError> {
 }
 
 /// Of authority, certificate and key, what is given.
-fn by_host([ca, certificate, key]: [Option<Vec<u8>>; 3], name: Option<&str>) -> ClientTlsConfig {
+fn by_host([ca, certificate, key]: [Option<Vec<u8>>; 3]) -> ClientTlsConfig {
     let mut tls = ClientTlsConfig::new();
     match ca {
         Some(ca) => tls = tls.ca_certificate(Certificate::from_pem(ca)),
@@ -298,10 +257,7 @@ fn by_host([ca, certificate, key]: [Option<Vec<u8>>; 3], name: Option<&str>) -> 
     if let (Some(certificate), Some(key)) = (certificate, key) {
         tls = tls.identity(Identity::from_pem(certificate, key));
     }
-    match name {
-        Some(name) => tls.domain_name(name),
-        None => tls,
-    }
+    tls
 }
 
 fn read(flag: &'static str, path: Option<&Path>) -> Result<Option<Vec<u8>>, CtlError> {
@@ -347,13 +303,34 @@ mod tests {
         let token_file = directory.path().join("token");
         fs::write(&token_file, "secret").unwrap();
         let reach = Reach::new(&ReachArgs { token_file: Some(token_file), ..ReachArgs::default() }).unwrap();
-        for there in ["10.1.2.3:7100", "controller:7100", "http://[fd00::1]:7100"] {
-            let error = reach.open(CONTROLLER, there).await.map(drop).unwrap_err().to_string();
-            assert!(error.starts_with("a token is not sent in the clear"), "{error}");
+        for service in [CONTROLLER, COORDINATOR] {
+            for there in ["10.1.2.3:7100", "controller:7100", "http://[fd00::1]:7100"] {
+                let error = reach.open(service, there).await.map(drop).unwrap_err().to_string();
+                assert!(error.starts_with("a token is not sent in the clear"), "{error}");
+            }
         }
         for here in ["127.0.0.1:1", "[::1]:1", "localhost:1"] {
             assert!(is_here(here), "{here}");
         }
+    }
+
+    #[test]
+    fn a_coordinator_that_only_says_it_is_one_is_shown_no_token() {
+        let directory = tempfile::tempdir().unwrap();
+        let token_file = directory.path().join("token");
+        fs::write(&token_file, "secret").unwrap();
+        let args = ReachArgs { token_file: Some(token_file), ..ReachArgs::default() };
+        let (listed, here) = ("https://c:8001", "127.0.0.1:8001");
+        let by_host = reach(args.clone()).unwrap();
+        assert_eq!(by_host.token_for(COORDINATOR, listed, true), Token::Withheld);
+        assert_eq!(by_host.token_for(CONTROLLER, listed, true), Token::Shown);
+        assert_eq!(by_host.token_for(COORDINATOR, here, false), Token::Shown);
+        let named = ReachArgs { coordinator: vec![listed.to_owned()], ..args.clone() };
+        assert_eq!(reach(named).unwrap().token_for(COORDINATOR, listed, true), Token::Shown);
+        let by_name = ReachArgs { tls_server_name: Some("front.test".into()), ..args };
+        assert_eq!(reach(by_name).unwrap().token_for(COORDINATOR, listed, true), Token::Shown);
+        let none = reach(ReachArgs::default()).unwrap();
+        assert_eq!(none.token_for(COORDINATOR, listed, true), Token::None);
     }
 
     fn reach(args: ReachArgs) -> Result<Reach, CtlError> {

@@ -16,9 +16,15 @@ use super::{
     instances, links,
     output::{Output, Table},
     page::Page,
+    placement, roles,
     words::{age, doing, micros, now_unix_millis, or_dash, role, since, time},
 };
 use crate::screen::say;
+
+mod event;
+mod link;
+mod request;
+mod role;
 
 /// Events shown.
 const EVENTS: usize = 10;
@@ -31,6 +37,28 @@ pub(super) enum DescribeWhat {
     Group { name: String },
     /// Where a coordinator serves, what it carries and over which links.
     Coordinator { name: String },
+    /// What role an instance should have and has, why, what is planned, and what became of it.
+    Role {
+        /// The instance.
+        name: String,
+    },
+    /// How far a request has come, on which instances, and why it went there.
+    Request {
+        /// Its id, as its answer's header x-request-id says it.
+        id: String,
+    },
+    /// How KV caches travel from one instance to another: by which coordinators' requests, how well, and what happened.
+    Link {
+        /// The instance where they come from.
+        prefill: String,
+        /// The instance where they go.
+        decode: String,
+    },
+    /// What happened, what happened around it, and what the instance is now.
+    Event {
+        /// Its number, as `get events -o wide` shows it.
+        sequence: u64,
+    },
 }
 
 pub(super) async fn run(what: DescribeWhat, fleet: &mut Fleet) -> Result<(), CtlError> {
@@ -38,6 +66,10 @@ pub(super) async fn run(what: DescribeWhat, fleet: &mut Fleet) -> Result<(), Ctl
         DescribeWhat::Instance { name } => describe_instance(&name, fleet).await?,
         DescribeWhat::Group { name } => describe_group(&name, fleet).await?,
         DescribeWhat::Coordinator { name } => describe_coordinator(&name, fleet).await?,
+        DescribeWhat::Role { name } => role::describe(&name, fleet).await?,
+        DescribeWhat::Request { id } => request::describe(&id, fleet).await?,
+        DescribeWhat::Link { prefill, decode } => link::describe(&prefill, &decode, fleet).await?,
+        DescribeWhat::Event { sequence } => event::describe(sequence, fleet).await?,
     };
     say(&page);
     Ok(())
@@ -56,23 +88,14 @@ async fn describe_instance(name: &str, fleet: &mut Fleet) -> Result<String, CtlE
     let plan = fleet.plans(group, None).await.map(|groups| {
         groups.into_iter().flat_map(|group| group.instances).find(|plan| plan.instance_id == name)
     });
-    let past = past(fleet, name).await;
+    let past = past(fleet, name, |_| true).await;
     Ok(instance_page(name, instance, view, plan, past, now_unix_millis()))
 }
 
 async fn describe_group(name: &str, fleet: &mut Fleet) -> Result<String, CtlError> {
     let plan = explain::one_group(fleet, name, None).await?;
     let links = fleet.links().await;
-    let past = match fleet.events(0, false, "").await {
-        Ok(events) => events.last(usize::MAX).await,
-        Err(error) => Err(error),
-    };
-    let past = past.map(|events| {
-        let of_it = events.into_iter().filter(|event| event.group == name);
-        let mut of_it: Vec<FleetEvent> = of_it.collect();
-        of_it.drain(..of_it.len().saturating_sub(EVENTS));
-        of_it
-    });
+    let past = past(fleet, "", |event| event.group == name).await;
     Ok(group_page(&plan, links, past))
 }
 
@@ -85,8 +108,16 @@ async fn describe_coordinator(name: &str, fleet: &mut Fleet) -> Result<String, C
     Ok(coordinator_page(coordinator, now_unix_millis()))
 }
 
-async fn past(fleet: &mut Fleet, instance: &str) -> Result<Vec<FleetEvent>, CtlError> {
-    fleet.events(0, false, instance).await?.last(EVENTS).await
+/// The last of an instance's events, or of all, that are of interest.
+async fn past(
+    fleet: &mut Fleet,
+    instance: &str,
+    wanted: impl Fn(&FleetEvent) -> bool,
+) -> Result<Vec<FleetEvent>, CtlError> {
+    let mut events = fleet.events(0, false, instance).await?.last(usize::MAX).await?;
+    events.retain(wanted);
+    events.drain(..events.len().saturating_sub(EVENTS));
+    Ok(events)
 }
 
 fn instance_page(
@@ -248,6 +279,18 @@ fn past_section(page: &mut Page, past: Result<Vec<FleetEvent>, CtlError>) {
     page.section("Last events");
     match past {
         Ok(past) => list(page, &events::table(&past)),
+        Err(error) => page.text(&not_known(&error)),
+    }
+}
+
+/// The roles of these instances, in a section of its own.
+fn roles_section(page: &mut Page, title: &str, all: Result<Vec<RoleView>, CtlError>, of: &[&str]) {
+    page.section(title);
+    match all {
+        Ok(mut views) => {
+            views.retain(|view| of.contains(&view.instance_id.as_str()));
+            list(page, &roles::table(views));
+        }
         Err(error) => page.text(&not_known(&error)),
     }
 }

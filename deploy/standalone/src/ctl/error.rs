@@ -20,7 +20,7 @@ pub(crate) enum CtlError {
     #[error("the file {path} of --token-file does not hold a token: one line of visible characters, without spaces", path = .0.display())]
     Token(PathBuf),
     #[error(
-        "a token is not sent in the clear to {0}: say --ca-file FILE for TLS, or run ctl on the controller's own machine"
+        "a token is not sent in the clear to {0}: say --ca-file FILE for TLS, or run ctl on that machine and name its loopback address"
     )]
     TokenInClear(String),
     #[error("--cert-file and --key-file belong together: give both, or neither")]
@@ -53,6 +53,12 @@ pub(crate) enum CtlError {
          the answer's header x-request-id"
     )]
     NoRequest(String),
+    #[error("no event has the number {sequence}: {}", held_events(.held))]
+    NoEvent {
+        sequence: u64,
+        /// The first and the last that the controller holds; none = it holds none.
+        held: Option<(u64, u64)>,
+    },
     #[error("{0}")]
     Usage(&'static str),
     #[error("{0}")]
@@ -69,6 +75,15 @@ fn listed(kind: &str, known: &[String]) -> String {
         0 => format!("there is no {kind} at all"),
         1..=NAMES => format!("there are {}", known.join(", ")),
         more => format!("there are {} and {} more", known[..NAMES].join(", "), more - NAMES),
+    }
+}
+
+fn held_events(held: &Option<(u64, u64)>) -> String {
+    match held {
+        None => "the controller holds none".to_owned(),
+        Some((first, last)) => format!(
+            "the controller holds those from {first} to {last}, with gaps; `get events -o wide` shows their numbers"
+        ),
     }
 }
 

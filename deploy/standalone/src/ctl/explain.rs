@@ -93,19 +93,9 @@ pub(super) async fn run(args: ExplainArgs, fleet: &mut Fleet) -> Result<(), CtlE
             );
         }
         Some(ExplainWhat::Role { name }) => {
-            let roles = fleet.roles().await?;
-            let Some(view) = roles.iter().find(|view| view.instance_id == name) else {
-                let known = roles.into_iter().map(|view| view.instance_id).collect();
-                return Err(CtlError::Unknown { kind: "instance", name, known });
-            };
-            let groups = fleet.plans("", None).await?;
-            let mut plan =
-                groups.into_iter().find(|group| group.instances.iter().any(|plan| plan.instance_id == name));
-            if let Some(plan) = &mut plan {
-                plan.instances.retain(|plan| plan.instance_id == name);
-            }
-            let object = json!({ "role": roles::object(view), "plan": plan.as_ref().map(group_object) });
-            show(args.output, &object, role_page(view, plan.as_ref()));
+            let (view, plan) = one_role(fleet, &name).await?;
+            let object = json!({ "role": roles::object(&view), "plan": plan.as_ref().map(group_object) });
+            show(args.output, &object, role_page(&view, plan.as_ref()).end());
         }
     }
     Ok(())
@@ -117,6 +107,25 @@ fn show(output: Output, object: &Value, text: String) {
         Output::Yaml => yaml(object),
         Output::Table | Output::Wide => text,
     });
+}
+
+/// The role of an instance, and the plan of its group with this instance alone; none, if no plan counts with it.
+pub(super) async fn one_role(
+    fleet: &mut Fleet,
+    name: &str,
+) -> Result<(RoleView, Option<GroupPlan>), CtlError> {
+    let mut roles = fleet.roles().await?;
+    let Some(at) = roles.iter().position(|view| view.instance_id == name) else {
+        let known = roles.into_iter().map(|view| view.instance_id).collect();
+        return Err(CtlError::Unknown { kind: "instance", name: name.to_owned(), known });
+    };
+    let groups = fleet.plans("", None).await?;
+    let is = |plan: &InstancePlan| plan.instance_id == name;
+    let mut plan = groups.into_iter().find(|group| group.instances.iter().any(is));
+    if let Some(plan) = &mut plan {
+        plan.instances.retain(is);
+    }
+    Ok((roles.swap_remove(at), plan))
 }
 
 /// The plan of a group that is there.
@@ -219,7 +228,7 @@ fn decision(plan: &InstancePlan) -> Row {
 }
 
 /// `group` is the plan of its group, with this instance alone.
-fn role_page(view: &RoleView, group: Option<&GroupPlan>) -> String {
+pub(super) fn role_page(view: &RoleView, group: Option<&GroupPlan>) -> Page {
     let mut page = Page::default();
     page.fact("Instance", &view.instance_id);
     role_facts(&mut page, view);
@@ -234,7 +243,7 @@ fn role_page(view: &RoleView, group: Option<&GroupPlan>) -> String {
         }
         None => page.fact("Plan", "none counts with it"),
     }
-    page.end()
+    page
 }
 
 /// Intent beside observation.
@@ -329,7 +338,7 @@ mod tests {
     fn a_role_shows_intent_observation_and_plan() {
         let mut plan = example();
         plan.instances.drain(..2);
-        let text = role_page(&view(), Some(&plan));
+        let text = role_page(&view(), Some(&plan)).end();
         for line in [
             "Should be:           prefill, epoch 7",
             "Is:                  mixed, epoch 6, switching",
@@ -338,6 +347,6 @@ mod tests {
         ] {
             assert!(text.lines().any(|found| found == line), "{line:?} in\n{text}");
         }
-        assert!(role_page(&view(), None).contains("none counts with it"));
+        assert!(role_page(&view(), None).end().contains("none counts with it"));
     }
 }

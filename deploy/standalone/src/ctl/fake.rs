@@ -26,6 +26,7 @@ pub(super) struct Says {
     /// One answer after the other; the last one for good.
     pub(super) roles: Vec<Vec<v1::RoleView>>,
     pub(super) coordinators: Vec<v1::Coordinator>,
+    pub(super) links: Vec<v1::Link>,
     pub(super) groups: Vec<v1::GroupPlan>,
     pub(super) events: Vec<v1::FleetEvent>,
     /// Does not lead, and names who does.
@@ -75,14 +76,7 @@ impl Fake {
             status.metadata_mut().insert(LEADER_METADATA, leader.parse().unwrap());
             return Err(status);
         }
-        let given = request.metadata().get("authorization").map(|value| value.to_str().unwrap().to_owned());
-        match (says.token, given) {
-            (Some(_), None) => return Err(Status::unauthenticated("no token came")),
-            (Some(token), Some(given)) if given != format!("Bearer {token}") => {
-                return Err(Status::unauthenticated("nobody has this token"));
-            }
-            _ => {}
-        }
+        let_in(says.token, request)?;
         says.refuses.clone().map_or(Ok(says), Err)
     }
 
@@ -130,8 +124,8 @@ impl FleetAdmin for Fake {
         &self,
         request: Request<v1::ListLinksRequest>,
     ) -> Result<Response<v1::ListLinksResponse>, Status> {
-        self.hear(&request, "links")?;
-        Ok(Response::new(v1::ListLinksResponse::default()))
+        let links = self.hear(&request, "links")?.links;
+        Ok(Response::new(v1::ListLinksResponse { links, left_out: 0 }))
     }
 
     async fn explain_plan(
@@ -203,25 +197,47 @@ impl FleetAdmin for Fake {
     }
 }
 
+/// `token` is the only one that is let in.
+fn let_in<T>(token: Option<&str>, request: &Request<T>) -> Result<(), Status> {
+    let given = request.metadata().get("authorization").map(|value| value.to_str().unwrap());
+    match (token, given) {
+        (Some(_), None) => Err(Status::unauthenticated("no token came")),
+        (Some(token), Some(given)) if given != format!("Bearer {token}") => {
+            Err(Status::unauthenticated("nobody has this token"))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// A coordinator that carries one request, called as it is.
 pub(super) async fn coordinator(request: &str) -> String {
+    coordinator_for(request, None).await
+}
+
+/// One that lets in who has this token.
+pub(super) async fn coordinator_for(request: &str, token: Option<&'static str>) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
-    let served = Server::builder().add_service(RequestAdminServer::new(Carries(request.to_owned())));
+    let served = Server::builder()
+        .add_service(RequestAdminServer::new(Carries { request: request.to_owned(), token }));
     tokio::spawn(served.serve_with_incoming(TcpListenerStream::new(listener)));
     address
 }
 
 #[derive(Debug)]
-struct Carries(String);
+struct Carries {
+    request: String,
+    token: Option<&'static str>,
+}
 
 #[tonic::async_trait]
 impl RequestAdmin for Carries {
     async fn list_requests(
         &self,
-        _: Request<v1::ListRequestsRequest>,
+        request: Request<v1::ListRequestsRequest>,
     ) -> Result<Response<v1::ListRequestsResponse>, Status> {
-        let request = v1::RequestView { request_id: self.0.clone(), ..Default::default() };
+        let_in(self.token, &request)?;
+        let request = v1::RequestView { request_id: self.request.clone(), ..Default::default() };
         Ok(Response::new(v1::ListRequestsResponse { requests: vec![request] }))
     }
 
@@ -229,8 +245,9 @@ impl RequestAdmin for Carries {
         &self,
         request: Request<v1::ExplainPlacementRequest>,
     ) -> Result<Response<v1::ExplainPlacementResponse>, Status> {
-        match request.get_ref().request_id == self.0 {
-            true => Ok(Response::new(super::placement::tests::answer(&self.0))),
+        let_in(self.token, &request)?;
+        match request.get_ref().request_id == self.request {
+            true => Ok(Response::new(super::placement::tests::answer(&self.request))),
             false => Err(Status::not_found("another carries it")),
         }
     }

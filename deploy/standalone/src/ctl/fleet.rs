@@ -16,8 +16,9 @@ use tonic::{
 };
 
 use super::{
-    connect::{ANSWER, Bearer, CONTROLLER, Line, MAX_ANSWER_BYTES, Reach},
+    connect::{ANSWER, CONTROLLER, MAX_ANSWER_BYTES, Reach},
     error::CtlError,
+    line::{Bearer, Line},
 };
 
 pub(super) type Client = FleetAdminClient<InterceptedService<Channel, Bearer>>;

@@ -30,12 +30,20 @@ pub(super) fn table(mut links: Vec<Link>) -> Table {
     }
 }
 
+/// As in "server-0 -> server-1".
+pub(super) fn name(link: &Link) -> String {
+    format!("{} -> {}", link.prefill_instance, link.decode_instance)
+}
+
+/// How many of its handoffs failed, as in "25.0%".
+pub(super) fn failed(link: &Link) -> String {
+    match link.handoffs + link.failures {
+        0 => "-".to_owned(),
+        all => format!("{:.1}%", 100.0 * link.failures as f64 / all as f64),
+    }
+}
+
 fn row(link: &Link) -> Row {
-    let share = if link.handoffs + link.failures > 0 {
-        format!("{:.1}%", 100.0 * link.failures as f64 / (link.handoffs + link.failures) as f64)
-    } else {
-        "-".to_owned()
-    };
     let cells = vec![
         link.prefill_instance.clone(),
         link.decode_instance.clone(),
@@ -43,10 +51,10 @@ fn row(link: &Link) -> Row {
         link.failures.to_string(),
         micros(link.mean_micros),
         health(link),
-        share,
+        failed(link),
     ];
     Row {
-        key: format!("{} -> {}", link.prefill_instance, link.decode_instance),
+        key: name(link),
         names: vec![link.prefill_instance.clone(), link.decode_instance.clone()],
         cells,
         object: object(link),
@@ -54,7 +62,7 @@ fn row(link: &Link) -> Row {
 }
 
 /// As in "degraded: 40 % fail of late".
-fn health(link: &Link) -> String {
+pub(super) fn health(link: &Link) -> String {
     if link.degraded {
         format!("degraded: {:.0} % fail of late", link.failing * 100.0)
     } else {

@@ -19,6 +19,7 @@ mod fleet;
 mod get;
 mod groups;
 mod instances;
+mod line;
 mod links;
 mod output;
 mod page;
@@ -71,8 +72,17 @@ Examples:
   baton ctl get events default -w")]
     Get(get::GetArgs),
 
-    /// All that is known of one instance, group or coordinator.
-    #[command(subcommand)]
+    /// All that is known of one instance, role, request, link, event, group or coordinator.
+    #[command(
+        subcommand,
+        after_help = "\
+Examples:
+  baton ctl describe instance server-2
+  baton ctl describe role server-2                 why it has it, and what became of it
+  baton ctl describe request 3f1c                  where it is, and why it went there
+  baton ctl describe link server-0 server-2        how KV caches travel from one to the other
+  baton ctl describe event 1048579                 what happened before and after it"
+    )]
     Describe(describe::DescribeWhat),
 
     /// Why roles are as they are: numbers in, decision out.

@@ -86,6 +86,13 @@ async fn ask(
 
 pub(super) fn page(coordinator: &str, answer: &ExplainPlacementResponse) -> String {
     let mut page = Page::default();
+    facts(&mut page, coordinator, answer);
+    sections(&mut page, answer);
+    page.end()
+}
+
+/// What the request is.
+pub(super) fn facts(page: &mut Page, coordinator: &str, answer: &ExplainPlacementResponse) {
     if let Some(request) = &answer.request {
         page.fact("Request", &request.request_id);
         page.fact("Model", &request.model);
@@ -97,8 +104,11 @@ pub(super) fn page(coordinator: &str, answer: &ExplainPlacementResponse) -> Stri
         (0, false) => {}
         (left_out, false) => page.fact("Left out", format!("{left_out} earlier placements are not kept")),
     }
-    answer.placements.iter().for_each(|placement| section(&mut page, placement));
-    page.end()
+}
+
+/// Each of its placements.
+pub(super) fn sections(page: &mut Page, answer: &ExplainPlacementResponse) {
+    answer.placements.iter().for_each(|placement| section(page, placement));
 }
 
 fn section(page: &mut Page, placement: &PlacementView) {

@@ -1,6 +1,6 @@
 //! `ctl` from the command line to the wire, against [`super::fake`].
 
-use baton_proto::v1::Phase;
+use baton_proto::v1::{FleetEvent, Link, Phase};
 use clap::Parser;
 
 use super::{
@@ -41,11 +41,17 @@ fn fleet(args: &ReachArgs) -> Fleet {
     Fleet::new(Reach::new(args).unwrap())
 }
 
+fn link() -> Link {
+    Link { prefill_instance: "server-0".into(), decode_instance: "server-1".into(), ..Default::default() }
+}
+
 fn says() -> Says {
     Says {
         instances: vec![instance("server-0", Phase::Ready)],
         roles: vec![vec![view()]],
         groups: vec![group()],
+        links: vec![link()],
+        events: vec![FleetEvent { sequence: 7, instance_id: "server-0".into(), ..Default::default() }],
         ..Default::default()
     }
 }
@@ -66,6 +72,10 @@ fn every_question_is_understood() {
         "describe instance server-0",
         "describe group default",
         "describe coordinator c-0 --controller https://c:7100",
+        "describe role server-0",
+        "describe request r-1 --coordinator a:1",
+        "describe link server-0 server-1",
+        "describe event 1048579",
         "explain",
         "explain -o yaml",
         "explain role server-0",
@@ -84,6 +94,8 @@ fn questions_that_make_no_sense_are_refused() {
         ("get pods", "possible values"),
         ("get instances -l =", "selects no label"),
         ("describe roles x", "unrecognized"),
+        ("describe link server-0", "<DECODE>"),
+        ("describe event last", "invalid digit"),
     ] {
         let error = parse(line).unwrap_err().to_string();
         assert!(error.contains(says), "{line}: {error}");

@@ -34,7 +34,8 @@ impl Watched {
 }
 
 fn gone(mut row: Row) -> Row {
-    if let Some(cell) = row.cells.get_mut(1) {
+    // What it is called stands in front: a link has two names.
+    if let Some(cell) = row.cells.get_mut(row.names.len()) {
         *cell = "(gone)".to_owned();
     }
     if let Value::Object(object) = &mut row.object {
@@ -108,6 +109,18 @@ mod tests {
         assert_eq!(see(&[["a", "on", "3s"], ["b", "off", "3s"]]), "");
         assert_eq!(see(&[["a", "on", "4s"]]), "b      (gone)   3s");
         assert_eq!(see(&[["a", "on", "4s"], ["b", "on", "4s"]]), "b      on       4s");
+    }
+
+    #[test]
+    fn a_link_that_is_gone_keeps_both_of_its_names() {
+        let names = ["a".to_owned(), "b".to_owned()].to_vec();
+        let row = Row {
+            key: "a -> b".into(),
+            cells: [&names[..], &["7".into()]].concat(),
+            names,
+            object: json!({}),
+        };
+        assert_eq!(gone(row).cells, ["a", "b", "(gone)"]);
     }
 
     #[test]

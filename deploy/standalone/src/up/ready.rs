@@ -6,7 +6,10 @@ use baton_proto::v1::{Instance, ListInstancesRequest, Phase, Role, fleet_admin_c
 use indicatif::ProgressBar;
 use serde::Deserialize;
 use tokio::time::{sleep, timeout};
-use tonic::transport::{Channel, Endpoint};
+use tonic::{
+    Code,
+    transport::{Channel, Endpoint},
+};
 
 use super::UpError;
 use crate::{ctl, run_file::RunFile, screen::Screen};
@@ -15,7 +18,8 @@ const POLL: Duration = Duration::from_millis(150);
 /// A process that is being started again holds its callers in the socket's queue; they try again.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// Waits until all instances are ready and the coordinator says that it can serve every model. Does not give up by itself: the
+/// Waits until all instances are ready, as far as the controller tells us, and the coordinator says that it can serve every
+/// model. Does not give up by itself: the
 /// supervisor does, when a process keeps dying.
 pub(super) async fn wait(run: &RunFile, instances: usize, screen: &Screen) -> Result<(), UpError> {
     let client = reqwest::Client::builder().timeout(PATIENCE).no_proxy().build();
@@ -26,9 +30,15 @@ pub(super) async fn wait(run: &RunFile, instances: usize, screen: &Screen) -> Re
     let mut shown = Shown::new(screen);
     loop {
         let seen = list(&mut fleet).await;
-        let ready = seen.iter().filter(|instance| is_ready(instance)).count();
-        shown.update(&seen);
-        if ready >= instances && coordinator_is_ready(&client, &run.url).await {
+        let is_enough = match &seen {
+            Seen::Instances(seen) => {
+                shown.update(seen);
+                seen.iter().filter(|instance| is_ready(instance)).count() >= instances
+            }
+            Seen::Refused => true,
+            Seen::Nothing => false,
+        };
+        if is_enough && coordinator_is_ready(&client, &run.url).await {
             shown.finish();
             return Ok(());
         }
@@ -36,10 +46,19 @@ pub(super) async fn wait(run: &RunFile, instances: usize, screen: &Screen) -> Re
     }
 }
 
-async fn list(fleet: &mut FleetAdminClient<Channel>) -> Vec<Instance> {
+/// What the controller says of the instances.
+enum Seen {
+    Instances(Vec<Instance>),
+    /// It asks for a token (`admin.tokens_file`), of which none is ours: what the coordinator says has to do.
+    Refused,
+    Nothing,
+}
+
+async fn list(fleet: &mut FleetAdminClient<Channel>) -> Seen {
     match timeout(PATIENCE, fleet.list_instances(ListInstancesRequest {})).await {
-        Ok(Ok(answer)) => answer.into_inner().instances,
-        Ok(Err(_)) | Err(_) => Vec::new(),
+        Ok(Ok(answer)) => Seen::Instances(answer.into_inner().instances),
+        Ok(Err(status)) if status.code() == Code::Unauthenticated => Seen::Refused,
+        Ok(Err(_)) | Err(_) => Seen::Nothing,
     }
 }
 

@@ -13,9 +13,10 @@ use super::{
     super::{
         connect::{Reach, ReachArgs},
         coordinators::tests::coordinator as listed,
-        fake::{Fake, Says, coordinator, nobody},
+        fake::{Fake, Says, coordinator, coordinator_for, nobody},
         output::Table,
         placement, requests,
+        watch::EVERY,
     },
     fleet, reach, run, says,
 };
@@ -30,6 +31,12 @@ async fn every_question_asks_what_it_is_for() {
         ),
         ("explain group default --ratio 1:3", vec!["plan of \"default\", what if"]),
         ("explain role server-0", vec!["roles", "plan of \"\""]),
+        ("describe role server-0", vec!["roles", "plan of \"\"", "events after 0 false \"server-0\""]),
+        (
+            "describe link server-0 server-1",
+            vec!["links", "coordinators", "roles", "events after 0 false \"server-0\""],
+        ),
+        ("describe event 7", vec!["events after 0 false \"\"", "roles"]),
     ] {
         let fake = Fake::controller(says()).await;
         run(line, &fake).await.unwrap();
@@ -88,6 +95,30 @@ async fn a_token_says_who_asks() {
     );
     let text = fleet(&reach(&[&fake.address])).instances().await.unwrap_err().to_string();
     assert!(text.contains("does not know who asks: no token came; say so with --token-file"), "{text}");
+}
+
+#[tokio::test]
+async fn coordinators_are_shown_the_token_too() {
+    let at = coordinator_for("request-a", Some("s3cret")).await;
+    let listed = vec![listed("c-0", &at)];
+    let fake = Fake::controller(Says { token: Some("s3cret"), coordinators: listed, ..says() }).await;
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("token");
+    let with = |token: &str| {
+        fs::write(&file, token).unwrap();
+        fleet(&ReachArgs { token_file: Some(file.clone()), ..reach(&[&fake.address]) })
+    };
+    let asked = &mut with("s3cret");
+    assert_eq!(requests::list(asked).await.unwrap().rows[0].key, "request-a");
+    assert_eq!(placement::find(asked, "request-a").await.unwrap().0, "c-0");
+    // The controller lets nobody else in, so a coordinator is named.
+    let named = ReachArgs { coordinator: vec![at.clone()], ..reach(&[&nobody()]) };
+    let text = requests::list(&mut fleet(&named)).await.unwrap_err().to_string();
+    assert!(text.starts_with(&format!("the coordinator at {at} does not know who asks")), "{text}");
+    fs::write(&file, "0ther").unwrap();
+    let other = ReachArgs { token_file: Some(file.clone()), ..named };
+    let text = placement::find(&mut fleet(&other), "request-a").await.unwrap_err().to_string();
+    assert!(text.contains("does not accept the token: nobody has this token"), "{text}");
 }
 
 #[tokio::test]
@@ -153,6 +184,7 @@ async fn a_placement_is_explained_by_whoever_carries_the_request() {
     let text = run("explain placement request-c", &fake).await.unwrap_err().to_string();
     assert!(text.starts_with("no coordinator knows request request-c"), "{text}");
     run("explain placement request-a -o json", &fake).await.unwrap();
+    run("describe request request-a", &fake).await.unwrap();
 }
 
 #[tokio::test]
@@ -180,12 +212,47 @@ async fn events_are_followed_and_the_last_ones_kept() {
 }
 
 #[tokio::test]
+async fn every_kind_can_be_watched() {
+    let at = coordinator("request-a").await;
+    let watched = [
+        ("instances", "instances"),
+        ("roles", "roles"),
+        ("requests", "coordinators"),
+        ("coordinators", "coordinators"),
+        ("links", "links"),
+        ("groups", "plan of \"\""),
+        ("events", "events after 0 true \"\""),
+    ]
+    .map(async |(kind, asked)| {
+        let fake = Fake::controller(Says { coordinators: vec![listed("c-0", &at)], ..says() }).await;
+        let goes_on = tokio::time::timeout(EVERY * 5 / 2, run(&format!("get {kind} -w"), &fake)).await;
+        assert!(goes_on.is_err(), "{kind}: {goes_on:?}");
+        // Events come by themselves, the rest is looked at again and again.
+        let least = if kind == "events" { 1 } else { 2 };
+        let times = fake.asked().iter().filter(|question| *question == asked).count();
+        assert!(times >= least, "{kind}: {:?}", fake.asked());
+    });
+    futures::future::join_all(watched).await;
+}
+
+#[tokio::test]
 async fn names_that_nothing_has_are_an_error() {
     let fake = Fake::controller(says()).await;
-    for line in ["get instances server-9", "describe instance server-9", "explain role server-9"] {
+    for line in [
+        "get instances server-9",
+        "describe instance server-9",
+        "describe role server-9",
+        "explain role server-9",
+    ] {
         let text = run(line, &fake).await.unwrap_err().to_string();
         assert_eq!(text, "no instance is called server-9: there are server-0", "{line}");
     }
+    let text = run("describe link server-0 server-9", &fake).await.unwrap_err().to_string();
+    assert_eq!(text, "no link is called server-0 -> server-9: there are server-0 -> server-1");
+    let text = run("describe event 8", &fake).await.unwrap_err().to_string();
+    assert!(text.starts_with("no event has the number 8: the controller holds those from 7 to 7"), "{text}");
+    let text = run("describe request r", &fake).await.unwrap_err().to_string();
+    assert!(text.starts_with("no coordinator knows request r"), "{text}");
     let text = run("describe group g", &fake).await.unwrap_err().to_string();
     assert_eq!(text, "no group is called g: there are default");
     let text = run("get roles -l zone=a", &fake).await.unwrap_err().to_string();

@@ -1,4 +1,5 @@
-//! Who may ask and who may change: viewers and admins, told by their certificate, or by the tokens in a file.
+//! Who may ask and who may change: viewers and admins, told by their certificate, or by the tokens in a file. Asked by the
+//! services for operators, before each call.
 //!
 //! Over TLS a certificate of an admin or a viewer says who calls. Of others the token does.
 //!
@@ -6,7 +7,9 @@
 //! hex, so that the file gives no token away. It is read again whenever it has changed. Without a file, and without TLS,
 //! whoever calls from this machine (over loopback) is an admin, and nobody else is let in.
 //!
-//! Who is refused is recorded ([`refusals`](super::refusals)).
+//! Who is refused is recorded (`refusals`).
+
+mod refusals;
 
 use std::{
     fmt,
@@ -15,12 +18,25 @@ use std::{
     time::{Instant, SystemTime},
 };
 
-use baton_process::tls::{Identity, Peer, Role};
-use baton_proto::{ApiError, ErrorCode};
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{Request, Status};
 
-use super::refusals::{Call, Refusals, Refused};
+use crate::tls::{Identity, Peer, Role};
+use refusals::{Refusals, Refused};
+
+pub use refusals::Call;
+
+/// Who may ask and change, by `baton ctl` or any other client of the services for operators.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AdminConfig {
+    /// A file with a line for each operator: name, `viewer` or `admin`, and the SHA-256 of the token in hex. It is read
+    /// again when it changes. With `tls`, certificates of admins and viewers will do, too. Empty = by certificate alone;
+    /// without `tls`, whoever calls from this machine is an admin, and nobody else is let in.
+    pub tokens_file: String,
+}
 
 /// What a caller may do; each may do what those before it may.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -53,6 +69,7 @@ struct Token {
 }
 
 /// Tokens as they stood in the file when it was last changed.
+#[derive(Default)]
 struct Tokens {
     changed: Option<SystemTime>,
     tokens: Vec<Token>,
@@ -107,7 +124,8 @@ fn changed(path: &Path) -> Option<SystemTime> {
     std::fs::metadata(path).and_then(|about| about.modified()).ok()
 }
 
-/// Tells callers apart.
+/// Tells callers apart; by default by certificate, or without TLS by whether they are on this machine.
+#[derive(Default)]
 pub struct Access {
     path: Option<PathBuf>,
     tokens: Mutex<Tokens>,
@@ -121,16 +139,28 @@ impl fmt::Debug for Access {
 }
 
 impl Access {
-    /// By the tokens in this file; none = by certificate, or without TLS whoever is on this machine.
-    pub fn new(path: Option<PathBuf>) -> Result<Self, AccessError> {
-        let none = Tokens { changed: None, tokens: Vec::new() };
-        let tokens = path.as_deref().map_or(Ok(none), Tokens::read)?;
+    /// As it is configured. Calls that are refused are recorded until the shutdown. Errors name the file.
+    pub fn start(
+        config: &AdminConfig,
+        shutdown: &CancellationToken,
+        tasks: &TaskTracker,
+    ) -> Result<Self, AccessError> {
+        let path = Some(&config.tokens_file).filter(|path| !path.is_empty());
+        let access = Self::new(path.map(PathBuf::from))?;
+        let (refusals, shutdown) = (access.refusals.clone(), shutdown.clone());
+        tasks.spawn(async move { refusals.run(shutdown).await });
+        Ok(access)
+    }
+
+    /// By the tokens in this file.
+    fn new(path: Option<PathBuf>) -> Result<Self, AccessError> {
+        let tokens = path.as_deref().map_or_else(|| Ok(Tokens::default()), Tokens::read)?;
         Ok(Self { path, tokens: Mutex::new(tokens), refusals: Arc::default() })
     }
 
-    /// The record of those who were refused.
-    pub fn refusals(&self) -> Arc<Refusals> {
-        self.refusals.clone()
+    /// Whether a token will do in place of a certificate.
+    pub fn takes_tokens(&self) -> bool {
+        self.path.is_some()
     }
 
     /// Who calls, if they may do this; otherwise the call is recorded. Errors: `UNAUTHENTICATED` without a certificate or
@@ -171,10 +201,7 @@ impl Access {
         if changed(path) != tokens.changed {
             *tokens = Tokens::read(path).map_err(|error| {
                 tracing::error!(%error, "no operator is let in until the file of tokens can be read");
-                Status::from(ApiError::new(
-                    ErrorCode::Unavailable,
-                    "the file of tokens cannot be read: see the log",
-                ))
+                Status::unavailable("the file of tokens cannot be read: see the log")
             })?;
         }
         let known = tokens.tokens.iter().find(|token| token.hash[..] == hash[..]);
@@ -214,7 +241,7 @@ fn local<T>(request: &Request<T>, peer: &Peer) -> Result<Actor, Status> {
     if request.remote_addr().is_none_or(|address| address.ip().to_canonical().is_loopback()) {
         return Ok(Actor { name: "local".to_owned(), right: Right::Admin });
     }
-    let message = "only callers on the controller's own machine are let in, as it has no `admin.tokens_file`";
+    let message = "only callers on this service's own machine are let in, as it has no `admin.tokens_file`";
     Err(Status::unauthenticated(message))
 }
 
@@ -222,7 +249,7 @@ fn local<T>(request: &Request<T>, peer: &Peer) -> Result<Actor, Status> {
 mod tests {
     use std::time::Duration;
 
-    use super::{super::refusals::tests::recorded, *};
+    use super::{refusals::tests::recorded, *};
 
     const CALL: Call<'static> = Call { name: "SetRole", of: "a" };
 

@@ -1,7 +1,7 @@
 //! The record of calls that were refused, under the target `audit`, beside that of changes that were made: who called,
 //! for what, and why they were refused.
 //!
-//! Whoever reaches the port can have a line written, so lines are bounded: [`TOLD_MOST`] a second of callers who are
+//! Whoever reaches the port can have a line written, so lines are bounded: `TOLD_MOST` a second of callers who are
 //! known, and as many of strangers, who so hide nothing that somebody known has tried. Of more, the number is told once
 //! their second is over.
 
@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::info;
 
 /// Of refused calls, lines in a second.
-pub const TOLD_MOST: u32 = 10;
+const TOLD_MOST: u32 = 10;
 const SECOND: Duration = Duration::from_secs(1);
 /// Characters of what a caller says of itself that are told.
 const SAID_MOST: usize = 64;
@@ -38,13 +38,13 @@ impl Call<'_> {
 
 /// A call that is refused.
 #[derive(Debug)]
-pub struct Refused<'a> {
+pub(super) struct Refused<'a> {
     /// Who it is, if that is known.
-    pub actor: Option<&'a str>,
+    pub(super) actor: Option<&'a str>,
     /// Without a network in between there is none.
-    pub from: Option<SocketAddr>,
-    pub call: Call<'a>,
-    pub why: &'a str,
+    pub(super) from: Option<SocketAddr>,
+    pub(super) call: Call<'a>,
+    pub(super) why: &'a str,
 }
 
 #[derive(Debug, Default)]
@@ -77,14 +77,14 @@ impl Second {
 
 /// See the module.
 #[derive(Debug, Default)]
-pub struct Refusals {
+pub(super) struct Refusals {
     strangers: Mutex<Second>,
     known: Mutex<Second>,
 }
 
 impl Refusals {
     /// Records a refused call, or counts it.
-    pub fn enter(&self, refused: &Refused<'_>, now: Instant) {
+    pub(super) fn enter(&self, refused: &Refused<'_>, now: Instant) {
         let second = if refused.actor.is_some() { &self.known } else { &self.strangers };
         self.turn(now);
         if !second.lock().unwrap_or_else(PoisonError::into_inner).enter() {
@@ -97,7 +97,7 @@ impl Refusals {
     }
 
     /// Tells of those that were left out of seconds that are over.
-    pub fn turn(&self, now: Instant) {
+    pub(super) fn turn(&self, now: Instant) {
         for (whose, second) in [("strangers", &self.strangers), ("known callers", &self.known)] {
             let left_out = second.lock().unwrap_or_else(PoisonError::into_inner).turn(now);
             if left_out > 0 {
@@ -107,7 +107,7 @@ impl Refusals {
     }
 
     /// Tells of those that were left out even if no other call comes, until the shutdown.
-    pub async fn run(&self, shutdown: CancellationToken) {
+    pub(super) async fn run(&self, shutdown: CancellationToken) {
         while shutdown.run_until_cancelled(tokio::time::sleep(SECOND)).await.is_some() {
             self.turn(Instant::now());
         }
