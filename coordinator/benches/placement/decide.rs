@@ -20,15 +20,16 @@ use crate::replay::{
 
 /// Requests under way at a time, for each instance.
 const UNDER_WAY: usize = 4;
+const UNDER_WAY_MOST: usize = 2_000;
 /// Decisions before those that count.
 const WARM_UP: u32 = 100;
 
 /// Microseconds that the 99th percentile is to be below, for fleets of up to so many instances.
 fn target_micros(instances: u32) -> Option<f64> {
     match instances {
-        ..=10 => Some(20.0),
-        ..=1_000 => Some(200.0),
-        ..=10_000 => Some(1_000.0),
+        0..=10 => Some(20.0),
+        11..=1_000 => Some(200.0),
+        1_001..=10_000 => Some(1_000.0),
         _ => None,
     }
 }
@@ -64,7 +65,7 @@ fn decisions_micros(instances: usize, decisions: u32) -> Vec<f64> {
     let places = (0..prefills).map(Place::Prefill).chain((0..decodes).map(Place::Decode));
     let places: Vec<Place> = places.collect();
     places.iter().for_each(|place| reported(&board, *place, &mut draws));
-    let most = (UNDER_WAY * instances).min(10_000);
+    let most = (UNDER_WAY * instances).min(UNDER_WAY_MOST);
     let mut under_way: VecDeque<Booking> = (0..most).filter_map(|_| decision(&board, &mut draws).0).collect();
     let mut taken = Vec::with_capacity(decisions as usize);
     for turn in 0..WARM_UP + decisions {
