@@ -91,6 +91,11 @@ impl Keeper {
                 _ = tick.tick() => {
                     let changes = self.board.sweep(Instant::now());
                     self.apply(changes);
+                    // A part at a time, so that placing is never held up for long.
+                    while self.board.caches.sweep() {
+                        tokio::task::yield_now().await;
+                    }
+                    self.metrics.show_cached_blocks(self.board.caches.blocks());
                 }
             }
         }

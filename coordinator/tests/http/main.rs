@@ -7,5 +7,6 @@ mod failures;
 mod handoffs;
 mod migrations;
 mod models;
+mod prefix;
 mod real_text;
 mod scripted;
