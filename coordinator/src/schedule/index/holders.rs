@@ -43,6 +43,16 @@ struct Word {
     bits: u64,
 }
 
+impl Word {
+    fn each(self, mut each: impl FnMut(u32)) {
+        let mut left = self.bits;
+        while left != 0 {
+            each(self.at * 64 + left.trailing_zeros());
+            left &= left - 1;
+        }
+    }
+}
+
 /// In the order of `at`.
 #[derive(Debug, Default)]
 pub(super) struct Words(Vec<Word>);
@@ -117,14 +127,9 @@ impl Holders {
             Self::Few(few) => few.iter_mut().filter(|slot| !keeps(**slot)).for_each(|slot| *slot = NOBODY),
             Self::Many(words) => {
                 for word in &mut words.0 {
-                    let mut left = word.bits;
-                    while left != 0 {
-                        let bit = left.trailing_zeros();
-                        left &= left - 1;
-                        if !keeps(word.at * 64 + bit) {
-                            word.bits &= !(1 << bit);
-                        }
-                    }
+                    let gone = &mut 0;
+                    word.each(|slot| *gone |= u64::from(!keeps(slot)) << (slot % 64));
+                    word.bits &= !*gone;
                 }
                 words.0.retain(|word| word.bits != 0);
                 self.settle();
@@ -194,24 +199,32 @@ impl Holders {
     pub(super) fn for_each(&self, mut each: impl FnMut(u32)) {
         match self {
             Self::Few(few) => few.iter().filter(|slot| **slot != NOBODY).for_each(|slot| each(*slot)),
-            Self::Many(words) => {
-                for word in &words.0 {
-                    let mut left = word.bits;
-                    while left != 0 {
-                        each(word.at * 64 + left.trailing_zeros());
-                        left &= left - 1;
-                    }
-                }
-            }
+            Self::Many(words) => words.0.iter().for_each(|word| word.each(&mut each)),
         }
     }
 
     /// Whether all of these, so far as they are `live`, are among `others`, too.
     pub(super) fn are_all_in(&self, others: Option<&Self>, live: &SlotSet) -> bool {
+        self.missing(others, live, |_| false)
+    }
+
+    /// Those of these that are `live` and not among `others`.
+    pub(super) fn each_not_in(&self, others: Option<&Self>, live: &SlotSet, mut each: impl FnMut(u32)) {
+        self.missing(others, live, |word| {
+            word.each(&mut each);
+            true
+        });
+    }
+
+    /// Goes through those that are missing from `others` for as long as `goes_on` says; true: to the end.
+    fn missing(&self, others: Option<&Self>, live: &SlotSet, mut goes_on: impl FnMut(Word) -> bool) -> bool {
         let words = match self {
             Self::Few(few) => {
-                let in_others = |slot: u32| others.is_some_and(|others| others.has(slot));
-                return few.iter().all(|&slot| slot == NOBODY || !live.has(slot) || in_others(slot));
+                let missing = |slot: u32| {
+                    slot != NOBODY && live.has(slot) && !others.is_some_and(|others| others.has(slot))
+                };
+                let mut few = few.iter().filter(|slot| missing(**slot));
+                return few.all(|slot| goes_on(Word { at: slot / 64, bits: 1 << (slot % 64) }));
             }
             Self::Many(words) => words,
         };
@@ -220,10 +233,10 @@ impl Holders {
             _ => &[],
         };
         words.0.iter().all(|word| {
-            let mut missing = word.bits & live.word(word.at);
+            let mut bits = word.bits & live.word(word.at);
             if let Some(Self::Few(few)) = others {
                 let here = few.iter().filter(|slot| **slot / 64 == word.at);
-                here.for_each(|slot| missing &= !(1 << (slot % 64)));
+                here.for_each(|slot| bits &= !(1 << (slot % 64)));
             }
             while let [first, rest @ ..] = behind
                 && first.at < word.at
@@ -233,9 +246,9 @@ impl Holders {
             if let [first, ..] = behind
                 && first.at == word.at
             {
-                missing &= !first.bits;
+                bits &= !first.bits;
             }
-            missing == 0
+            bits == 0 || goes_on(Word { at: word.at, bits })
         })
     }
 }
@@ -305,6 +318,9 @@ mod tests {
             let expected = a.iter().all(|slot| gone.contains(slot) || b.contains(slot));
             prop_assert_eq!(holders(&a).are_all_in(Some(&holders(&b)), &live), expected);
             prop_assert_eq!(holders(&a).are_all_in(None, &live), a.iter().all(|slot| gone.contains(slot)));
+            let mut missing = BTreeSet::new();
+            holders(&a).each_not_in(Some(&holders(&b)), &live, |slot| _ = missing.insert(slot));
+            prop_assert_eq!(missing, &(&a - &b) - &gone);
         }
     }
 }

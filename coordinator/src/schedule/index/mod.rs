@@ -7,7 +7,7 @@
 //! and let go, and evict, from its end. So the holders of a prompt's blocks, in order, are sets of which each contains the
 //! next, and where both ends of a stretch have the same holders, so has all that is between. Stretches are halved until
 //! that is so: a prompt of 126,000 tokens costs a few dozen look-ups in place of 7,900, though all instances share its
-//! first block. The exceptions are few: a block that two sequences computed side by side is kept once, by the one that
+//! first block, and never more than [`LOOKUPS_MOST`]. The exceptions are few: a block that two sequences computed side by side is kept once, by the one that
 //! may let go first; events are on their way; somebody lies. An instance that lacks the first block is then taken to
 //! have nothing, and one that lacks another either to end there or not to lack it. It is an estimate that is wrong, and
 //! the server finds for itself what it has.
@@ -27,7 +27,7 @@ mod expected;
 mod holders;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     hash::{BuildHasherDefault, Hasher},
     sync::Arc,
 };
@@ -42,6 +42,9 @@ use holders::{Holders, SlotSet};
 pub const BLOCK_BYTES: usize = 58;
 /// The table is in as many parts: each grows, and is swept, by itself, within microseconds.
 const SHARDS: usize = 4096;
+/// Blocks of one prompt that are looked up: where holders end in more places than these tell apart, what lies between two
+/// of them is rounded down. Prompts of fewer blocks are always told exactly.
+const LOOKUPS_MOST: usize = 256;
 /// At least one of 2^16 blocks is remembered.
 const HALVINGS_MOST: u8 = 16;
 
@@ -338,11 +341,7 @@ impl PrefixIndex {
         let positions =
             (self.halvings > 0).then(|| (0..chain.len() as u32).filter(survives).collect::<Vec<_>>());
         let looked_for = positions.as_ref().map_or(chain.len(), Vec::len);
-        let mut search = Search { index: self, chain, positions, first: None, into };
-        search.first = search.holders(0);
-        if let Some(first) = search.first {
-            search.part((0, first), (looked_for, None));
-        }
+        Search { index: self, chain, positions, into }.run(looked_for);
     }
 
     fn mixed(&self, key: u64) -> Mixed {
@@ -357,12 +356,39 @@ struct Search<'a> {
     chain: &'a [u64],
     /// In the chain, of the blocks that are looked for; `None` = all are.
     positions: Option<Vec<u32>>,
-    /// Who holds the first of them.
-    first: Option<&'a Holders>,
     into: &'a mut Depths,
 }
 
 impl<'a> Search<'a> {
+    /// Of so many blocks that are looked for.
+    fn run(&mut self, looked_for: usize) {
+        let Some(first) = self.holders(0) else { return };
+        let index = self.index;
+        let live = &index.live;
+        // From a block to a later one, or the end, with the holders of both; the longest first.
+        let mut stretches = VecDeque::from([((0, first), (looked_for, None))]);
+        let mut lookups = 0;
+        while let Some((low, high)) = stretches.pop_front() {
+            if low.1.are_all_in(high.1, live) {
+                continue;
+            }
+            if high.0 - low.0 > 1 && lookups < LOOKUPS_MOST {
+                lookups += 1;
+                let middle = low.0 + (high.0 - low.0) / 2;
+                let holders = self.holders(middle);
+                stretches.push_back((low, (middle, holders)));
+                stretches.extend(holders.map(|holders| ((middle, holders), high)));
+                continue;
+            }
+            let blocks = self.position(low.0).map_or(0, |position| position + 1);
+            low.1.each_not_in(high.1, live, |slot| {
+                if first.has(slot) {
+                    self.into.at_least(Slot(slot), blocks);
+                }
+            });
+        }
+    }
+
     fn holders(&self, at: usize) -> Option<&'a Holders> {
         let mixed = self.index.mixed(*self.chain.get(self.position(at)? as usize)?);
         self.index.shards[mixed.shard()].blocks.get(&mixed.0)
@@ -373,32 +399,6 @@ impl<'a> Search<'a> {
             None => Some(at as u32),
             Some(positions) => positions.get(at).copied(),
         }
-    }
-
-    /// From a block to a later one, or the end, with the holders of both.
-    fn part(&mut self, low: (usize, &'a Holders), high: (usize, Option<&'a Holders>)) {
-        let index = self.index;
-        let live = &index.live;
-        if low.1.are_all_in(high.1, live) {
-            return;
-        }
-        if high.0 - low.0 > 1 {
-            let middle = low.0 + (high.0 - low.0) / 2;
-            let holders = self.holders(middle);
-            self.part(low, (middle, holders));
-            if let Some(holders) = holders {
-                self.part((middle, holders), high);
-            }
-            return;
-        }
-        let Some(blocks) = self.position(low.0).map(|position| position + 1) else { return };
-        low.1.for_each(|slot| {
-            let stays = high.1.is_some_and(|holders| holders.has(slot));
-            let began = self.first.is_some_and(|first| first.has(slot));
-            if !stays && began && live.has(slot) {
-                self.into.at_least(Slot(slot), blocks);
-            }
-        });
     }
 }
 

@@ -246,18 +246,38 @@ proptest! {
     }
 }
 
-/// What a prompt of 126,000 tokens costs in a fleet where everybody has its first 30 blocks, every tenth a tenth of it, a
-/// few all of it; with ten million blocks of others beside, if asked for. Prints the time: run it with `--release
-/// -- --ignored --nocapture`.
+#[test]
+fn where_holders_end_everywhere_depths_are_rounded_down_in_measure() {
+    let (mut index, prompt, now) = (index(1 << 20), chain(1, 0, 6000), Instant::now());
+    let slots: Vec<Slot> = (0..600).map(|n| with(&mut index, &prompt[..n * 10 + 1])).collect();
+    let told = depths(&mut index, &prompt, now);
+    for (n, slot) in slots.iter().enumerate() {
+        let (depth, truth) = (told.of(*slot) as usize, n * 10 + 1);
+        assert!(depth <= truth && depth + 24 > truth, "{depth} for {truth}");
+    }
+}
+
+/// What a prompt of 126,000 tokens costs where everybody has its first 30 blocks, every tenth a tenth of it and five all;
+/// then where another tenth ends each somewhere else. Prints the times: run it with `--release -- --ignored --nocapture`.
 #[test]
 #[ignore = "measures; it decides nothing"]
 fn a_long_prompt_costs_little() {
     let prompt = chain(1, 30, 126_000 / 16);
-    for (instances, others) in [(10, 1_000), (1_000, 5_000), (10_000, 1_000)] {
+    for (instances, others, ragged) in [
+        (10, 1_000, false),
+        (1_000, 5_000, false),
+        (10_000, 500, false),
+        (1_000, 500, true),
+        (10_000, 500, true),
+    ] {
         let mut index = index(usize::MAX >> 8);
         for n in 0..instances {
-            let blocks = [30, 30, 30, 30, 790, 30, 31 + n, 30, 30, 30][n % 10];
-            let blocks = if n % (instances / 5) == 3 { prompt.len() } else { blocks.min(prompt.len()) };
+            let blocks = match n % 10 {
+                _ if n % (instances / 5) == 3 % (instances / 5) => prompt.len(),
+                4 => prompt.len() / 10,
+                6 if ragged => 31 + n * 7 % (prompt.len() - 31),
+                _ => 30,
+            };
             let own = chain(2 + n as u64, 0, others);
             with(&mut index, &[&prompt[..blocks], &own].concat());
         }
@@ -273,8 +293,9 @@ fn a_long_prompt_costs_little() {
         took.sort_unstable();
         assert_eq!(told.touched.len(), instances);
         println!(
-            "{instances} instances, {} blocks: p50 {:?}, p99 {:?}",
+            "{instances} instances, {} blocks{}: p50 {:?}, p99 {:?}",
             index.blocks(),
+            if ragged { ", ragged" } else { "" },
             took[took.len() / 2],
             took[took.len() * 99 / 100]
         );
