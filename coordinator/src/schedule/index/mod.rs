@@ -41,7 +41,7 @@ use holders::{Holders, SlotSet};
 /// Most memory that a block takes, in bytes.
 pub const BLOCK_BYTES: usize = 58;
 /// The table is in as many parts: each grows, and is swept, by itself, within microseconds.
-const SHARDS: usize = 4096;
+pub const SHARDS: usize = 4096;
 /// Blocks of one prompt that are looked up: where holders end in more places than these tell apart, what lies between two
 /// of them is rounded down. Prompts of fewer blocks are always told exactly.
 const LOOKUPS_MOST: usize = 256;
