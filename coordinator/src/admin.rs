@@ -125,6 +125,7 @@ fn candidate(scored: &Scored, taken: bool) -> v1::CandidateView {
         decode_step_micros: standing.decode_step_micros,
         kv_blocks_free: standing.blocks_free,
         kv_blocks_wanted: scored.blocks,
+        cached_tokens: scored.cached_tokens,
     }
 }
 

@@ -3,14 +3,16 @@
 //! Modules in the order a request meets them: [`http`] -> [`serve`] (the path through the stages) -> [`prepare`]
 //! (validate, template, tokenise; [`text`]) -> [`admit`] -> [`place`] (waits for one; [`schedule`] chooses, pure) ->
 //! [`dispatch`] (protocol machine, pure, and what drives it) -> [`stream`] (detokenise, stop, count) -> [`http`]. Beside
-//! that path: [`models`] (what is served), [`fleet`] (which instances there are, and the streams to them), [`requests`] and [`admin`] (what operators
-//! ask), [`report`], [`metrics`] and [`handoffs`] (what is counted), [`registration`] (what the controller is told).
+//! that path: [`models`] (what is served), [`chains`] (what a prompt's KV blocks are called), [`fleet`] (which instances
+//! there are, the streams to them, what they have cached), [`requests`] and [`admin`] (what operators ask), [`report`],
+//! [`metrics`] and [`handoffs`] (what is counted), [`registration`] (what the controller is told).
 //!
 //! [`run`] wires it all; `main` calls it.
 
 pub mod admin;
 pub mod admit;
 mod build;
+pub mod chains;
 pub mod config;
 pub mod dispatch;
 mod error;

@@ -34,6 +34,17 @@ pub fn reason(reason: &'static str) -> ReasonLabel {
     ReasonLabel { reason }
 }
 
+/// Which of two or more kinds.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct KindLabel {
+    pub kind: &'static str,
+}
+
+/// The label set of one kind.
+pub fn kind(kind: &'static str) -> KindLabel {
+    KindLabel { kind }
+}
+
 /// Why an answer went on elsewhere.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct MigrationLabels {
@@ -64,6 +75,12 @@ pub struct Metrics {
     pub legs_lost: Counter,
     /// By the name of the error's code.
     pub migrations: Family<MigrationLabels, Counter>,
+    /// Blocks that the prefix index remembers.
+    cached_blocks: Gauge,
+    /// What instances say of their caches: `snapshot`, `change`.
+    pub cache_events: Family<KindLabel, Counter>,
+    /// Why something of that was missed, or not believed.
+    pub cache_gaps: Family<ReasonLabel, Counter>,
     by_model: ByModel,
 }
 
@@ -126,6 +143,9 @@ impl Metrics {
             cancels: Family::default(),
             legs_lost: Counter::default(),
             migrations: Family::default(),
+            cached_blocks: Gauge::default(),
+            cache_events: Family::default(),
+            cache_gaps: Family::default(),
             by_model: ByModel {
                 ready: Family::default(),
                 in_flight: Family::default(),
@@ -164,6 +184,11 @@ impl Metrics {
             request_generation_tokens: by_model.request_generation_tokens.get_or_create_owned(&label),
             label,
         }
+    }
+
+    /// So many blocks the prefix index remembers now.
+    pub fn show_cached_blocks(&self, blocks: usize) {
+        self.cached_blocks.set(i64::try_from(blocks).unwrap_or(i64::MAX));
     }
 
     /// Requests that wait before their model is known.
@@ -232,6 +257,25 @@ impl Metrics {
             "migrations",
             "Answers begun on one instance that went on elsewhere, by why it could not finish them, and model",
             self.migrations.clone(),
+        );
+        self.show_caches(registry);
+    }
+
+    fn show_caches(&self, registry: &mut Registry) {
+        registry.register(
+            "cached_blocks",
+            "KV blocks that instances are known to have, each counted once",
+            self.cached_blocks.clone(),
+        );
+        registry.register(
+            "cache_events",
+            "Messages of instances about their KV caches, by kind: a whole snapshot, a change",
+            self.cache_events.clone(),
+        );
+        registry.register(
+            "cache_gaps",
+            "Times that messages about a KV cache were missed or not believed, by reason",
+            self.cache_gaps.clone(),
         );
     }
 }

@@ -10,6 +10,7 @@ use futures::{FutureExt, future::BoxFuture};
 use tokio::time::{Instant, timeout_at};
 
 use crate::{
+    chains::Chains,
     dispatch::{Assignment, Generation},
     fleet::keeper::Links,
     handoffs::Handoffs,
@@ -18,7 +19,7 @@ use crate::{
     prepare::{PreparedPrompt, Sampling, Served},
     requests::Placing,
     schedule::{
-        NoPlace,
+        NoPlace, Prompt,
         board::{Board, Booking},
     },
 };
@@ -32,6 +33,22 @@ const PAUSE: Duration = Duration::from_millis(50);
 /// Before one that was refused is placed again; twice as long each time.
 const PAUSE_LEAST: Duration = Duration::from_millis(5);
 const PAUSE_MOST: Duration = Duration::from_secs(1);
+
+/// What is to be computed before the next token.
+#[derive(Clone, Copy)]
+struct Whole<'a> {
+    prompt: &'a [u32],
+    /// Of the prompt.
+    chains: &'a Chains,
+    /// Elsewhere.
+    generated: &'a [u32],
+}
+
+impl<'a> Whole<'a> {
+    fn of(prompt: &'a PreparedPrompt) -> Self {
+        Self { prompt: &prompt.tokens, chains: &prompt.chains, generated: &[] }
+    }
+}
 
 /// What places are found with.
 pub struct Placer {
@@ -56,8 +73,8 @@ impl Placer {
         let deadline = deadline.min(Instant::now() + self.patience);
         let mut bookings = Vec::with_capacity(prompts.len());
         for prompt in prompts {
-            let (tokens, sampling) = (prompt.prompt_tokens(), &prompt.sampling);
-            bookings.push(self.book_by(deadline, served, (tokens, 0), sampling, None).await?);
+            let (whole, sampling) = (Whole::of(prompt), &prompt.sampling);
+            bookings.push(self.book_by(deadline, served, whole, sampling, None).await?);
         }
         Ok(bookings)
     }
@@ -71,14 +88,14 @@ impl Placer {
         &self,
         deadline: Instant,
         served: &Served,
-        tokens: (u32, u32),
+        whole: Whole<'_>,
         sampling: &Sampling,
         avoid: Option<&InstanceId>,
     ) -> Result<Booking, NoPlace> {
         let mut changes = self.board.changes();
         loop {
             changes.borrow_and_update();
-            match self.book_now(served, tokens, sampling, avoid) {
+            match self.book_now(served, whole, sampling, avoid) {
                 Err(reason) if reason.may_pass() => match timeout_at(deadline, changes.changed()).await {
                     Ok(Ok(())) => {}
                     Ok(Err(_)) | Err(_) => return Err(reason),
@@ -92,13 +109,16 @@ impl Placer {
     fn book_now(
         &self,
         served: &Served,
-        (prompt_tokens, generated): (u32, u32),
+        whole: Whole<'_>,
         sampling: &Sampling,
         avoid: Option<&InstanceId>,
     ) -> Result<Booking, NoPlace> {
+        let generated = whole.generated.len() as u32;
         let asked = (sampling.max_tokens.saturating_sub(generated).max(1), sampling.choices);
-        let tokens = prompt_tokens.saturating_add(generated);
-        let booking = self.board.place(tokens, asked, &served.revision, avoid)?;
+        let tokens = (whole.prompt.len() as u32).saturating_add(generated);
+        let chains = whole.chains.say(&self.board.caches.dialects(&served.revision), whole.generated);
+        let prompt = Prompt { tokens, chains: &chains };
+        let booking = self.board.place(prompt, asked, &served.revision, avoid)?;
         tracing::debug!(placement = ?booking.placement, receipt = ?booking.receipt, "placed");
         Ok(booking)
     }
@@ -113,17 +133,21 @@ impl Placer {
     ) -> Result<(Generation, Placing), ApiError> {
         let Failure { mut error, culprit, .. } = failure;
         let deadline = (Instant::now() + self.patience + pause).min(assignment.deadline);
-        let tokens = (assignment.prompt.len() as u32, assignment.generated.len() as u32);
         let mut changes = self.board.changes();
         loop {
             let _ = timeout_at(deadline.min(Instant::now() + pause), changes.changed()).await;
             let (served, sampling) = (&model.served, &assignment.sampling);
-            let booked = self.book_by(deadline, served, tokens, sampling, culprit.as_ref()).await;
+            let whole = Whole {
+                prompt: &assignment.prompt,
+                chains: &assignment.chains,
+                generated: &assignment.generated,
+            };
+            let booked = self.book_by(deadline, served, whole, sampling, culprit.as_ref()).await;
             let Ok(booking) = booked else { return Err(error) };
             let placing = Placing::new(&booking, Some(error.clone()));
             match self.start(booking, assignment.clone()) {
                 Ok(generation) => {
-                    let (request, generated) = (&assignment.request, tokens.1);
+                    let (request, generated) = (&assignment.request, assignment.generated.len());
                     tracing::info!(%request, generated, %error, "the request goes on elsewhere");
                     if generated > 0 {
                         let (reason, model) = (error.code.name(), served.name.clone());

@@ -107,12 +107,15 @@ impl Service {
             max_choices: self.limits.max_choices,
         };
         let seed = rand::random();
-        let (models, bytes) = (self.models.clone(), body.len());
+        let (models, bytes, board) = (self.models.clone(), body.len(), self.placer.board.clone());
         let work = move || {
             let request = parse(&body)?;
             let model = models.asked(request.model.as_deref())?.clone();
             let prepared = model.line.enter().and_then(|place| {
                 let prepared = prepare(&model.served, endpoint, &request, limits, seed)?;
+                // Here, where there is a core for it; whoever places the prompts finds it done.
+                let dialects = board.caches.dialects(&model.served.revision);
+                prepared.prompts.iter().for_each(|prompt| drop(prompt.chains.say(&dialects, &[])));
                 Ok((prepared, place))
             });
             Ok::<_, ApiError>(Addressed { model, prepared })
@@ -176,6 +179,7 @@ impl Service {
             request: card.card().request.clone(),
             traceparent: traceparent.to_owned(),
             prompt: prompt.tokens.clone(),
+            chains: prompt.chains.clone(),
             generated: Arc::default(),
             sampling: prompt.sampling.clone(),
             priority: prepared.priority,

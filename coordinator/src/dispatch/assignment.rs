@@ -6,7 +6,7 @@ use baton_proto::{ApiError, ErrorCode, RequestId, v1};
 use tokio::time::Instant;
 use v1::dispatch::Work;
 
-use crate::{prepare::Sampling, schedule::Seat};
+use crate::{chains::Chains, prepare::Sampling, schedule::Seat};
 
 /// What a request is, as far as instances are told.
 #[derive(Debug, Clone)]
@@ -15,6 +15,8 @@ pub struct Assignment {
     /// W3C trace context; empty = none.
     pub traceparent: String,
     pub prompt: Arc<[u32]>,
+    /// What the prompt's KV blocks are called.
+    pub chains: Arc<Chains>,
     /// Tokens of the completion that an earlier attempt brought; none of several choices.
     pub generated: Arc<[u32]>,
     pub sampling: Sampling,

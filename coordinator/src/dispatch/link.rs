@@ -25,14 +25,14 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 use tokio_stream::wrappers::ReceiverStream;
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tonic::{Streaming, transport::Endpoint};
 use v1::{attach_request::Frame as Ask, attach_response::Frame as Answer, inference_client::InferenceClient};
 
 use super::{leg::Output, mailbox::Mailbox};
 use crate::{
     config::{CHOICES_MOST, FleetConfig},
-    fleet::Duty,
+    fleet::{Duty, cache::CacheReader},
     metrics::Metrics,
     schedule::{Side, board::Board},
 };
@@ -267,6 +267,8 @@ struct Attached {
     cut: CancellationToken,
     /// Who answered, and where.
     target: Target,
+    /// What the instance has cached is read for as long.
+    _cache: AbortOnDropHandle<()>,
 }
 
 /// Keeps the stream up until `stop`.
@@ -338,7 +340,7 @@ impl LinkTask {
             .keep_alive_while_idle(true)
             .tcp_nodelay(true);
         let channel = self.dial.connect(endpoint).await.map_err(failed)?;
-        let mut client = InferenceClient::new(channel).max_decoding_message_size(INBOUND_BYTES_MOST);
+        let mut client = InferenceClient::new(channel.clone()).max_decoding_message_size(INBOUND_BYTES_MOST);
         let (outbound, frames) = mpsc::channel(OUTBOUND_FRAMES);
         let hello = v1::attach_request::Hello { coordinator_id: self.coordinator.to_string() };
         let hello = v1::AttachRequest { frame: Some(Ask::Hello(hello)) };
@@ -370,11 +372,20 @@ impl LinkTask {
         *self.link.channel.lock() = Some(up);
         self.board.up(&self.link.instance, incarnation, duty);
         tracing::info!(instance = %self.link.instance, endpoint = %target.endpoint, ?duty, "stream is up");
-        Ok(Attached { inbound, cut, target: Target { incarnation, ..target } })
+        let cache = CacheReader {
+            feed: self.board.feed(&expected),
+            instance: expected,
+            incarnation,
+            coordinator: self.coordinator.clone(),
+            channel,
+            config: self.config.clone(),
+            metrics: self.link.metrics.clone(),
+        };
+        Ok(Attached { inbound, cut, target: Target { incarnation, ..target }, _cache: cache.start() })
     }
 
     async fn serve(&mut self, attached: Attached) -> BreakReason {
-        let Attached { mut inbound, cut, target } = attached;
+        let Attached { mut inbound, cut, target, _cache } = attached;
         loop {
             let message = tokio::select! {
                 biased;

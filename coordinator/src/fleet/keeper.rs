@@ -21,7 +21,7 @@ use crate::{
     config::FleetConfig,
     dispatch::{Link, LinkTask, Target},
     metrics::Metrics,
-    schedule::board::Board,
+    schedule::{board::Board, index::SHARDS},
 };
 
 struct Entry {
@@ -91,6 +91,14 @@ impl Keeper {
                 _ = tick.tick() => {
                     let changes = self.board.sweep(Instant::now());
                     self.apply(changes);
+                    // A part at a time, so that placing is never held up for long, and once around, so that lists are not.
+                    for _ in 0..SHARDS {
+                        if !self.board.caches.sweep() {
+                            break;
+                        }
+                        tokio::task::yield_now().await;
+                    }
+                    self.metrics.show_cached_blocks(self.board.caches.blocks());
                 }
             }
         }

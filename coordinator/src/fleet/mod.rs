@@ -5,6 +5,7 @@
 //! instance has *now* and how busy it is; a broken stream says that it cannot be reached. The last view is kept while
 //! the store is away: loss of the controller stops changes, never traffic.
 
+pub mod cache;
 pub mod keeper;
 
 use std::{
@@ -48,6 +49,8 @@ pub struct Spec {
     /// Prefill and decode are paired only if the caches of one can be handed to the other: if this is equal.
     pub layout: String,
     pub block_tokens: u32,
+    /// Of the KV cache of one token, over all layers, in bytes.
+    pub token_bytes: u64,
     /// `host:port` of its Inference service.
     pub inference_endpoint: String,
     /// `host:port` of its Handoff service.
@@ -65,6 +68,8 @@ impl From<&InstanceSpec> for Spec {
             context_tokens: spec.context_tokens,
             layout: spec.kv_layout.handover_class().to_owned(),
             block_tokens: spec.kv_layout.block_tokens.max(1),
+            token_bytes: spec.kv_layout.block_bytes.saturating_mul(spec.kv_layout.layers.into())
+                / u64::from(spec.kv_layout.block_tokens.max(1)),
             inference_endpoint: spec.inference_endpoint.clone(),
             handoff_endpoint: spec.handoff_endpoint.clone(),
         }
@@ -289,6 +294,11 @@ impl Fleet {
             }
         };
         instance.duty().filter(|_| trusted).map(|duty| (instance, duty))
+    }
+
+    /// The model that an instance runs.
+    pub fn revision(&self, id: &InstanceId) -> Option<&str> {
+        self.revisions.get(id).map(String::as_str)
     }
 
     /// How many instances of a model there are, usable or not.

@@ -12,6 +12,7 @@ pub(crate) fn spec(id: &str) -> Spec {
         context_tokens: 1024,
         layout: "l1".into(),
         block_tokens: 16,
+        token_bytes: 0,
         inference_endpoint: format!("{id}:1"),
         handoff_endpoint: format!("{id}:2"),
     }

@@ -15,11 +15,19 @@ use parking_lot::Mutex;
 use tokio::{sync::watch, time::Instant};
 
 use super::{
-    Ask, NoPlace, Placement, Receipt, Seat, Side,
+    Ask, NoPlace, Placement, Prompt, Receipt, Seat, Side,
+    caches::{Caches, Feed, Held},
+    index::Ticket,
     ledger::{Ledger, Work},
     place,
 };
-use crate::fleet::{Change, Duty, Fleet, Load, Spec};
+use crate::{
+    config::PlacementConfig,
+    fleet::{Change, Duty, Fleet, Load, Spec},
+};
+
+/// How long a prompt that has been computed may take to be among what its instance says that it has.
+const TOLD_WITHIN: Duration = Duration::from_secs(1);
 
 struct State {
     fleet: Fleet,
@@ -28,6 +36,8 @@ struct State {
 
 /// What placement is decided from.
 pub struct Board {
+    /// Locked before `state`, where both are.
+    pub caches: Arc<Caches>,
     state: Mutex<State>,
     turns: AtomicU64,
     /// Counts changes of who is usable.
@@ -37,8 +47,18 @@ pub struct Board {
 impl Board {
     /// `absent_grace`: see [`Fleet::new`].
     pub fn new(absent_grace: Duration) -> Arc<Self> {
+        Self::with(absent_grace, &PlacementConfig::default())
+    }
+
+    /// The same, as it is configured.
+    pub fn with(absent_grace: Duration, config: &PlacementConfig) -> Arc<Self> {
         let state = State { fleet: Fleet::new(absent_grace), ledger: Ledger::default() };
-        Arc::new(Self { state: Mutex::new(state), turns: AtomicU64::new(0), version: watch::Sender::new(0) })
+        Arc::new(Self {
+            caches: Caches::new(config.index_bytes),
+            state: Mutex::new(state),
+            turns: AtomicU64::new(0),
+            version: watch::Sender::new(0),
+        })
     }
 
     /// Wakes on every change of who is usable.
@@ -83,44 +103,55 @@ impl Board {
         state.ledger.reported(id);
     }
 
+    /// For what an instance says of its cache.
+    pub fn feed(&self, id: &InstanceId) -> Feed {
+        let state = self.state.lock();
+        self.caches.feed(id.clone(), state.fleet.revision(id).unwrap_or_default())
+    }
+
     /// Whether a request could be placed now.
     pub fn can_serve(&self, revision: &str) -> Result<(), NoPlace> {
-        let state = self.state.lock();
-        let ask = Ask { prompt_tokens: 1, max_tokens: 2, choices: 1, revision, avoid: None, turn: 0 };
+        let (held, state) = (Held::default(), self.state.lock());
+        let ask = Ask { prompt_tokens: 1, held, max_tokens: 2, choices: 1, revision, avoid: None, turn: 0 };
         place(&state.fleet, &state.ledger, &ask, Instant::now()).map(drop)
     }
 
     /// Chooses where a request goes and books its work there at once. `avoid` is taken if nobody else is there.
-    pub fn place(
+    pub fn place<'a>(
         self: &Arc<Self>,
-        prompt_tokens: u32,
+        prompt: impl Into<Prompt<'a>>,
         (max_tokens, choices): (u32, u32),
         revision: &str,
         avoid: Option<&InstanceId>,
     ) -> Result<Booking, NoPlace> {
         let turn = self.turns.fetch_add(1, Ordering::Relaxed);
-        let ask = Ask { prompt_tokens, max_tokens, choices, revision, avoid, turn };
+        let Prompt { tokens: prompt_tokens, chains } = prompt.into();
+        let mut caches = self.caches.lock();
+        let held = caches.look(chains, Instant::now());
+        let ask = Ask { prompt_tokens, held, max_tokens, choices, revision, avoid, turn };
         let state = &mut *self.state.lock();
         let find = |ask: &Ask<'_>| place(&state.fleet, &state.ledger, ask, Instant::now());
         let (placement, receipt) = match find(&ask) {
             Err(_) if avoid.is_some() => find(&Ask { avoid: None, ..ask })?,
             found => found?,
         };
-        let prompt = u64::from(prompt_tokens);
         let entry = |seat: &Seat, prefill_tokens, sequences: u32| {
             let work = Work { prefill_tokens, sequences: sequences.into(), blocks: seat.blocks };
             (seat.instance.clone(), work)
         };
         let (prefill, decode) = match &placement {
-            Placement::Alone(seat) => (entry(seat, prompt, choices), None),
+            Placement::Alone(seat) => (entry(seat, seat.uncached_tokens, choices), None),
             Placement::Apart { prefill, decode } => {
-                (entry(prefill, prompt, 1), Some(entry(decode, 0, choices)))
+                (entry(prefill, prefill.uncached_tokens, 1), Some(entry(decode, 0, choices)))
             }
         };
+        let mut expect = |(instance, _): &(InstanceId, Work)| caches.expect(instance, chains);
+        let expected = [expect(&prefill), decode.as_ref().and_then(expect)];
         for (instance, work) in [Some(&prefill), decode.as_ref()].into_iter().flatten() {
             state.ledger.credit(instance, *work);
         }
-        Ok(Booking { placement, receipt, credit: Credit { board: self.clone(), prefill, decode } })
+        let credit = Credit { board: self.clone(), prefill, decode, expected };
+        Ok(Booking { placement, receipt, credit })
     }
 
     /// All known instances and this coordinator's work on each; tests see by it that nothing is left behind.
@@ -144,6 +175,8 @@ pub struct Credit {
     /// The instance that prefills, or does everything.
     prefill: (InstanceId, Work),
     decode: Option<(InstanceId, Work)>,
+    /// That prefill, and decode, will have the prompt.
+    expected: [Option<Ticket>; 2],
 }
 
 impl Credit {
@@ -162,6 +195,7 @@ impl Credit {
             let done = Work { prefill_tokens: tokens, ..Work::default() };
             self.board.state.lock().ledger.release(&self.prefill.0, done);
         }
+        self.settle(0);
     }
 
     /// Prefill has handed over: nothing of the request is left there.
@@ -170,11 +204,19 @@ impl Credit {
             let done = std::mem::take(&mut self.prefill.1);
             self.board.state.lock().ledger.release(&self.prefill.0, done);
         }
+        self.settle(1);
+    }
+
+    fn settle(&mut self, side: usize) {
+        if let Some(ticket) = self.expected[side].take() {
+            self.board.caches.settle(ticket, Instant::now() + TOLD_WITHIN);
+        }
     }
 }
 
 impl Drop for Credit {
     fn drop(&mut self) {
+        (0..self.expected.len()).for_each(|side| self.settle(side));
         let state = &mut *self.board.state.lock();
         for (instance, work) in [Some(&self.prefill), self.decode.as_ref()].into_iter().flatten() {
             state.ledger.release(instance, *work);

@@ -1,40 +1,54 @@
 //! Where a request goes: prefill and decode chosen together. Pure.
 //!
 //! Called by [`board`] with the fleet, the ledger of this coordinator's own work and the request; leaves the sending to
-//! [`crate::dispatch`]. Costs are predicted time, so that unlike machines compare:
-//!
-//! - prefill: (prompt tokens queued there + this prompt) / its measured tokens per second;
-//! - decode: the tokens expected x its decode step, half of which is taken as fixed and half as growing with the number
-//!   of sequences; plus a wait as long again, scaled by the shortfall, when its free KV blocks do not hold the request;
-//! - an instance that does both costs the sum of the two;
-//! - of several choices each is decoded, and the prompt is computed once.
+//! [`crate::dispatch`]. [`cost`] predicts how long each instance would take for a part of the work, by how it stands
+//! ([`ledger`]) and what it has cached of the prompt ([`caches`], [`index`]).
 //!
 //! The cheapest pair of one group and KV layout is taken, or the cheapest mixed instance if that is cheaper. Equal costs
 //! take turns. Only instances of the model asked for are looked at, by its revision; time is O(those). What instances
 //! report is theirs to say: the arithmetic over it saturates.
 
 pub mod board;
+pub mod caches;
+mod cost;
+pub mod index;
 pub mod ledger;
 
 use baton_proto::{ApiError, ErrorCode, Incarnation, InstanceId, RoleEpoch};
 use tokio::time::Instant;
 
-use crate::fleet::{Fleet, Instance, Role, Spec};
+use crate::{
+    chains::Chain,
+    fleet::{Fleet, Instance, Role, Spec},
+};
+use caches::Held;
+use cost::{blocks_wanted, cached_tokens, cost_micros, expected_tokens, fits};
 use ledger::{Ledger, Standing};
 
-/// Taken for an instance that has not yet measured its prefill.
-const UNMEASURED_PREFILL_TOKENS_PER_SECOND: u64 = 2_000;
-/// Taken for an instance that has not yet measured a decode step.
-const UNMEASURED_DECODE_STEP_MICROS: u64 = 30_000;
-/// Output lengths are not known beforehand: at most this much of what is allowed is expected.
-const EXPECTED_TOKENS_MOST: u32 = 128;
 /// Candidates for a part of the work that a receipt keeps, the cheapest.
 const RECEIPT_MOST: usize = 4;
+
+/// What there is to be computed of a request: its prompt, and what was generated elsewhere.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Prompt<'a> {
+    pub tokens: u32,
+    /// Its full blocks, in each dialect that may be asked for.
+    pub chains: &'a [Chain],
+}
+
+/// One that nobody has anything of.
+impl From<u32> for Prompt<'_> {
+    fn from(tokens: u32) -> Self {
+        Self { tokens, chains: &[] }
+    }
+}
 
 /// What the scheduler needs to know of a request.
 #[derive(Debug, Clone, Copy)]
 pub struct Ask<'a> {
     pub prompt_tokens: u32,
+    /// Who has how much of the prompt.
+    pub held: Held<'a>,
     pub max_tokens: u32,
     /// Answers to the one prompt.
     pub choices: u32,
@@ -75,6 +89,8 @@ pub struct Seat {
     pub handoff_endpoint: String,
     /// KV blocks the request is expected to take there.
     pub blocks: u64,
+    /// Tokens of the prompt that it is not expected to have cached.
+    pub uncached_tokens: u64,
 }
 
 /// Where a request goes.
@@ -97,6 +113,8 @@ pub struct Scored {
     pub standing: Standing,
     /// KV blocks the request is expected to take there.
     pub blocks: u64,
+    /// Tokens of the prompt that it is expected to have cached.
+    pub cached_tokens: u32,
 }
 
 /// Why a request went where it went: what was asked, and who could take it at which cost.
@@ -184,6 +202,7 @@ struct Candidate<'a> {
     epoch: RoleEpoch,
     side: Side,
     standing: Standing,
+    cached_tokens: u32,
     cost_micros: u64,
     /// Of equal costs the lowest is taken.
     turn: u64,
@@ -202,6 +221,7 @@ impl<'a> Candidate<'a> {
             cost_micros: self.cost_micros,
             standing: self.standing,
             blocks: blocks_wanted(spec, ask),
+            cached_tokens: self.cached_tokens,
         }
     }
 
@@ -214,6 +234,7 @@ impl<'a> Candidate<'a> {
             model: spec.model.clone(),
             handoff_endpoint: spec.handoff_endpoint.clone(),
             blocks: blocks_wanted(spec, ask),
+            uncached_tokens: u64::from(ask.prompt_tokens.saturating_sub(self.cached_tokens)),
         }
     }
 }
@@ -286,8 +307,10 @@ pub fn place(
             continue;
         }
         let turn = (index as u64).wrapping_add(ask.turn) % (known as u64).max(1);
-        let cost_micros = cost_micros(&instance.spec, &standing, ask, side);
-        let candidate = Candidate { instance, epoch: duty.epoch, side, standing, cost_micros, turn };
+        let cached_tokens = cached_tokens(&instance.spec.id, ask, side);
+        let cost_micros = cost_micros(&instance.spec, &standing, ask, (side, cached_tokens));
+        let epoch = duty.epoch;
+        let candidate = Candidate { instance, epoch, side, standing, cached_tokens, cost_micros, turn };
         receipt.note(&candidate, ask);
         match side {
             Side::Whole => mixed.take(candidate),
@@ -352,58 +375,6 @@ fn class_of<'c, 'a>(classes: &'c mut Vec<Class<'a>>, spec: &'a Spec) -> &'c mut 
         classes.len() - 1
     });
     &mut classes[at]
-}
-
-/// Whether the prompt and one more token could ever be held there.
-fn fits(spec: &Spec, standing: &Standing, ask: &Ask<'_>) -> bool {
-    let context = spec.context_tokens == 0 || ask.prompt_tokens < spec.context_tokens;
-    let blocks = blocks_for(spec, ask.prompt_tokens.saturating_add(1));
-    context && standing.blocks_total.is_none_or(|total| blocks <= total)
-}
-
-fn blocks_for(spec: &Spec, tokens: u32) -> u64 {
-    u64::from(tokens.div_ceil(spec.block_tokens))
-}
-
-/// The prompt's once, and each choice's own.
-fn blocks_wanted(spec: &Spec, ask: &Ask<'_>) -> u64 {
-    let own = expected_tokens(ask).saturating_mul(ask.choices);
-    blocks_for(spec, ask.prompt_tokens.saturating_add(own))
-}
-
-fn expected_tokens(ask: &Ask<'_>) -> u32 {
-    ask.max_tokens.min(EXPECTED_TOKENS_MOST)
-}
-
-fn cost_micros(spec: &Spec, standing: &Standing, ask: &Ask<'_>, side: Side) -> u64 {
-    match side {
-        Side::Prefill => prefill_micros(standing, ask),
-        Side::Decode => decode_micros(spec, standing, ask),
-        Side::Whole => prefill_micros(standing, ask).saturating_add(decode_micros(spec, standing, ask)),
-    }
-}
-
-fn prefill_micros(standing: &Standing, ask: &Ask<'_>) -> u64 {
-    let rate = match standing.prefill_tokens_per_second {
-        0 => UNMEASURED_PREFILL_TOKENS_PER_SECOND,
-        measured => measured,
-    };
-    let tokens = standing.queued_prefill_tokens.saturating_add(u64::from(ask.prompt_tokens));
-    tokens.saturating_mul(1_000_000) / rate
-}
-
-fn decode_micros(spec: &Spec, standing: &Standing, ask: &Ask<'_>) -> u64 {
-    let step = match standing.decode_step_micros {
-        0 => UNMEASURED_DECODE_STEP_MICROS,
-        measured => measured,
-    };
-    let expected = expected_tokens(ask);
-    let sequences = standing.sequences.saturating_add(u64::from(ask.choices));
-    let growing = (step / 2).saturating_mul(sequences) / standing.measured_sequences.max(1);
-    let generating = u64::from(expected).saturating_mul((step / 2).saturating_add(growing));
-    let wanted = blocks_wanted(spec, ask);
-    let missing = standing.blocks_free.map_or(0, |free| wanted.saturating_sub(free));
-    generating.saturating_add(generating.saturating_mul(missing) / wanted.max(1))
 }
 
 #[cfg(test)]

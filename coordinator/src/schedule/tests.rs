@@ -5,10 +5,13 @@ use std::time::Duration;
 use baton_proto::{GroupName, v1};
 use proptest::prelude::*;
 
-use super::{ledger::Work, *};
-use crate::fleet::{
-    Load,
-    tests::{ready, spec},
+use super::{caches::Caches, ledger::Work, *};
+use crate::{
+    chains::{Chains, Dialect},
+    fleet::{
+        Load,
+        tests::{ready, spec},
+    },
 };
 
 fn fleet(instances: &[(&str, Role)]) -> Fleet {
@@ -28,7 +31,8 @@ fn fleet_of(instances: Vec<(Spec, Role, Load)>) -> Fleet {
 }
 
 fn ask(prompt_tokens: u32) -> Ask<'static> {
-    Ask { prompt_tokens, max_tokens: 64, choices: 1, revision: "r1", avoid: None, turn: 0 }
+    let held = Held::default();
+    Ask { prompt_tokens, held, max_tokens: 64, choices: 1, revision: "r1", avoid: None, turn: 0 }
 }
 
 fn chosen(fleet: &Fleet, ledger: &Ledger, ask: &Ask<'_>) -> Result<Vec<String>, NoPlace> {
@@ -209,6 +213,105 @@ fn rates_turn_queues_into_time() {
         (spec("d"), Role::Decode, Load::default()),
     ]);
     assert_eq!(chosen(&fleet, &Ledger::default(), &ask(50)).expect("places")[0], "fast");
+}
+
+/// Who is chosen for a prompt of 1,000 tokens of which these instances have so many blocks of 16, with the receipt.
+fn chosen_of(fleet: &Fleet, cached: &[(&str, usize)]) -> (Vec<String>, Receipt) {
+    let dialect = Dialect::new("l", 16).expect("16 tokens");
+    let chains = Chains::new((0..1000).collect()).say(&[dialect], &[]);
+    let caches = Caches::new(1 << 20);
+    let feeds: Vec<_> = cached
+        .iter()
+        .map(|(id, blocks)| {
+            let mut feed = caches.feed(InstanceId::new(*id).expect("a good id"), "r1");
+            feed.begin();
+            feed.store(&chains[0].keys[..*blocks]);
+            feed.publish(dialect).expect("one dialect");
+            feed
+        })
+        .collect();
+    let now = Instant::now();
+    let mut state = caches.lock();
+    let ask = Ask { held: state.look(&chains, now), ..ask(1000) };
+    let (placement, receipt) = place(fleet, &Ledger::default(), &ask, now).expect("places");
+    drop(state);
+    drop(feeds);
+    let Placement::Apart { prefill, decode } = placement else { panic!("nobody is mixed") };
+    (vec![prefill.instance.to_string(), decode.instance.to_string()], receipt)
+}
+
+#[test]
+fn what_is_cached_is_neither_computed_nor_moved() {
+    let queued = |tokens| Load { queued_prefill_tokens: tokens, ..Load::default() };
+    let large = |id| Spec { token_bytes: 100_000, ..spec(id) };
+    let fleet = |tokens| {
+        fleet_of(vec![
+            (spec("p0"), Role::Prefill, queued(tokens)),
+            (spec("p1"), Role::Prefill, queued(0)),
+            (large("d0"), Role::Decode, Load::default()),
+            (large("d1"), Role::Decode, Load::default()),
+        ])
+    };
+    // 40 tokens of it are left to p0: as long as less than 960 are before them it is done sooner.
+    for (tokens, prefill) in [(0, "p0"), (950, "p0"), (970, "p1")] {
+        for decode in ["d0", "d1"] {
+            let (chosen, receipt) = chosen_of(&fleet(tokens), &[("p0", 60), ("p1", 0), (decode, 10)]);
+            assert_eq!(chosen, [prefill, decode], "{tokens} queued");
+            let of = |id: &str| receipt.cheapest.iter().find(|scored| scored.instance.as_str() == id);
+            let cached = |id| of(id).map(|scored| scored.cached_tokens);
+            assert_eq!(["p0", "p1", decode].map(cached), [Some(960), Some(0), Some(160)]);
+            // 0.5 ms a token of a machine that is not measured; 10 µs a token of the link.
+            assert_eq!(of("p0").map(|scored| scored.cost_micros), Some((tokens + 40) * 500));
+            let costs = ["d0", "d1"].map(|id| of(id).map_or(0, |scored| scored.cost_micros));
+            assert_eq!(costs[0].abs_diff(costs[1]), 1_600);
+        }
+    }
+}
+
+#[test]
+fn the_last_token_is_computed_by_whoever_goes_on_from_it() {
+    let fleet = fleet(&[("p", Role::Prefill), ("d", Role::Decode)]);
+    let (_, receipt) = chosen_of(&fleet, &[("p", 62), ("d", 62)]);
+    let cached = |side| receipt.cheapest.iter().find(|scored| scored.side == side).map(|s| s.cached_tokens);
+    assert_eq!((cached(Side::Prefill), cached(Side::Decode)), (Some(992), Some(992)));
+    let caches = Caches::new(1 << 20);
+    let mut feed = caches.feed(InstanceId::new("p").expect("a good id"), "r1");
+    let dialect = Dialect::new("l", 16).expect("16 tokens");
+    let chains = Chains::new((0..32).collect()).say(&[dialect], &[]);
+    feed.begin();
+    feed.store(&chains[0].keys);
+    feed.publish(dialect).expect("one dialect");
+    let mut state = caches.lock();
+    let ask = Ask { held: state.look(&chains, Instant::now()), ..ask(32) };
+    let cached = |side| cached_tokens(&spec("p").id, &ask, side);
+    assert_eq!([Side::Prefill, Side::Whole, Side::Decode].map(cached), [16, 16, 32]);
+    drop(state);
+}
+
+#[test]
+fn only_what_is_to_be_computed_is_on_the_ledger() {
+    let board = board::Board::new(Duration::from_secs(1));
+    let (p, d) = (spec("p"), spec("d"));
+    board.list(&[d.clone(), p.clone()], Instant::now());
+    board.up(&p.id, p.incarnation, ready(Role::Prefill));
+    board.up(&d.id, d.incarnation, ready(Role::Decode));
+    let dialect = Dialect::new("l", 16).expect("16 tokens");
+    let chains = Chains::new((0..1000).collect()).say(&[dialect], &[]);
+    let mut feed = board.feed(&p.id);
+    feed.begin();
+    feed.store(&chains[0].keys[..40]);
+    feed.publish(dialect).expect("one dialect");
+    assert_eq!(board.caches.dialects("r1"), [dialect]);
+    let prompt = Prompt { tokens: 1000, chains: &chains };
+    let work = || board.own_work().iter().find(|(id, _)| *id == p.id).map(|(_, work)| work.prefill_tokens);
+    let mut first = board.place(prompt, (8, 1), "r1", None).expect("a place");
+    assert_eq!(work(), Some(360));
+    // The rest is expected there now.
+    let second = board.place(prompt, (8, 1), "r1", None).expect("a place");
+    assert_eq!(work(), Some(360 + 8));
+    first.credit.prefilled();
+    drop((first, second));
+    assert_eq!(work(), Some(0));
 }
 
 #[test]

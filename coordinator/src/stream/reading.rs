@@ -173,6 +173,7 @@ mod tests {
             request: baton_proto::RequestId::adopt("r"),
             traceparent: String::new(),
             prompt: prepared.prompts[0].tokens.clone(),
+            chains: prepared.prompts[0].chains.clone(),
             generated: Arc::default(),
             sampling: prepared.prompts[0].sampling.clone(),
             priority: 0,

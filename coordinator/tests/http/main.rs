@@ -8,5 +8,6 @@ mod handoffs;
 mod migrations;
 mod models;
 mod operators;
+mod prefix;
 mod real_text;
 mod scripted;

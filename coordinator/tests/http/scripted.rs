@@ -29,6 +29,7 @@ use v1::{attach_request::Frame as Ask, attach_response::Frame as Answer, leg_out
 
 #[path = "../../src/prepare/bytes.rs"]
 mod bytes;
+pub(crate) mod cache;
 use bytes::Bytes;
 
 /// Longest wait for anything that must happen.
@@ -112,6 +113,7 @@ impl v1::inference_server::Inference for Script {
 pub(crate) struct Instance {
     pub(crate) id: InstanceId,
     pub(crate) role: v1::Role,
+    pub(crate) cache: cache::Cache,
     address: SocketAddr,
     outgoing: Outgoing,
     incoming: mpsc::Receiver<Ask>,
@@ -130,8 +132,11 @@ impl Instance {
         let script = Script { id: id.into(), role: change, outgoing: outgoing.clone(), incoming: sender };
         let stop = CancellationToken::new();
         let service = v1::inference_server::InferenceServer::new(script);
+        let cache = cache::Cache::default();
+        let events = v1::kv_cache_server::KvCacheServer::new(cache.clone());
         let serve = tonic::transport::Server::builder()
             .add_service(service)
+            .add_service(events)
             .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop.clone().cancelled_owned());
         let ended = TaskTracker::new();
         ended.spawn(serve);
@@ -139,6 +144,7 @@ impl Instance {
         Self {
             id: InstanceId::new(id).expect("a good id"),
             role,
+            cache,
             address,
             outgoing,
             incoming,

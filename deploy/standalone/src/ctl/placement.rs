@@ -26,6 +26,7 @@ const CANDIDATES: &[Column] = &[
     Column::new("PART"),
     Column::new("COST"),
     Column::new("TAKEN"),
+    Column::new("CACHED"),
     Column::new("QUEUED"),
     Column::new("PREFILL"),
     Column::new("SEQUENCES"),
@@ -143,6 +144,7 @@ fn row(candidate: &CandidateView) -> Row {
         candidate.part.clone(),
         millis(candidate.cost_micros as f64 / 1e3),
         if candidate.taken { "yes" } else { "-" }.to_owned(),
+        format!("{} tokens", candidate.cached_tokens),
         format!("{} tokens", candidate.queued_prefill_tokens),
         measured(candidate.prefill_tokens_per_second, " tokens/s"),
         candidate.sequences.to_string(),
@@ -189,6 +191,7 @@ fn candidate_object(candidate: &CandidateView) -> Value {
         "decode_step_micros": candidate.decode_step_micros,
         "kv_blocks_free": candidate.kv_blocks_free,
         "kv_blocks_wanted": candidate.kv_blocks_wanted,
+        "cached_tokens": candidate.cached_tokens,
     })
 }
 
@@ -210,6 +213,7 @@ pub(super) mod tests {
             decode_step_micros: 8_000,
             kv_blocks_free: Some(90),
             kv_blocks_wanted: 5,
+            cached_tokens: 32,
             ..Default::default()
         };
         let placement = |because: &str| PlacementView {
@@ -257,6 +261,7 @@ pub(super) mod tests {
             "decode",
             "12.5ms",
             "-",
+            "32 tokens",
             "300 tokens",
             "not measured",
             "2",
