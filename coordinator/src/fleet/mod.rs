@@ -13,7 +13,7 @@ use std::{
 };
 
 pub use baton_proto::Role;
-use baton_proto::{GroupName, Incarnation, InstanceId, InstanceSpec, RoleEpoch, v1};
+use baton_proto::{GroupName, Incarnation, InstanceId, InstanceSpec, LegId, RoleEpoch, v1};
 use tokio::time::Instant;
 
 /// The role an instance holds, and whether it takes new requests in it.
@@ -76,7 +76,7 @@ impl From<&InstanceSpec> for Spec {
 pub struct Load {
     /// Running and waiting.
     pub sequences: u32,
-    /// Prompt tokens accepted and not yet computed.
+    /// Prompt tokens accepted and still to be computed.
     pub queued_prefill_tokens: u64,
     /// 0 = not said.
     pub kv_blocks_total: u32,
@@ -85,6 +85,8 @@ pub struct Load {
     pub prefill_tokens_per_second: u64,
     /// 0 = not yet measured.
     pub decode_step_micros: u64,
+    /// The last leg on the stream that this includes; `None`: the instance, of an earlier version, does not say.
+    pub seen_leg: Option<LegId>,
 }
 
 /// Most prompt tokens an instance is believed to have queued.
@@ -102,6 +104,7 @@ impl From<&v1::InstanceLoad> for Load {
             kv_blocks_free: load.kv_blocks_free.min(load.kv_blocks_total),
             prefill_tokens_per_second: load.prefill_tokens_per_second,
             decode_step_micros: load.decode_step_micros.min(DECODE_STEP_MICROS_MOST),
+            seen_leg: load.seen_leg.map(LegId),
         }
     }
 }
@@ -289,6 +292,11 @@ impl Fleet {
             }
         };
         instance.duty().filter(|_| trusted).map(|duty| (instance, duty))
+    }
+
+    /// How many instances there are, of whatever model, usable or not.
+    pub fn size(&self) -> usize {
+        self.revisions.len()
     }
 
     /// How many instances of a model there are, usable or not.
