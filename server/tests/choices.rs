@@ -2,7 +2,7 @@
 
 mod support;
 
-use baton_proto::v1;
+use baton_proto::{ErrorCode, v1};
 use baton_server::role::Role;
 use support::{Attached, Instance, Pair, Request, Shape, apart, model, whole};
 use v1::FinishReason;
@@ -168,4 +168,18 @@ async fn log_probabilities_are_the_models_own_on_both_sides_of_a_handoff() {
         }
     }
     pair.until_idle().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leg_that_is_refused_is_ended_for_each_of_its_choices() {
+    let mut mixed = Instance::start("m", Role::Mixed, Shape::default()).await;
+    let mut coordinator = Attached::to(&mixed).await;
+    let mut request = Request::greedy(9, 5);
+    (request.sampling.choices, request.sampling.top_p) = (3, -1.0);
+    coordinator.dispatch(1, &request, whole()).await;
+    for choice in 0..3 {
+        let heard = coordinator.until_of_choice(1, choice, |heard| heard.end.is_some()).await;
+        assert_eq!(heard.failed(), ErrorCode::InvalidArgument, "choice {choice}");
+    }
+    mixed.until_idle().await;
 }

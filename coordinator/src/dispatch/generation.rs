@@ -18,8 +18,8 @@ use v1::dispatch::Work;
 
 use super::{
     assignment::{Assignment, deadline_passed, dispatch},
+    guard::LegGuard,
     leg::Output,
-    link::LegGuard,
     machine::{Command, Completed, Fresh, Machine},
     mailbox::Mailbox,
 };
@@ -116,16 +116,17 @@ impl Generation {
         booking: Booking,
         assignment: Assignment,
     ) -> Result<Self, ApiError> {
+        let Booking { placement, mut credit, .. } = booking;
         let sampling = &assignment.sampling;
         let mailbox = Arc::new(Mailbox::new(sampling.choices));
         let (mut legs, mut handoff) = (Legs::default(), None);
-        let send = |side: Side, seat: &Seat, work: Work| {
+        let mut send = |side: Side, seat: &Seat, work: Work| {
             let link = links.get(&seat.instance).ok_or_else(|| {
                 ApiError::new(ErrorCode::InstanceLost, format!("instance {} has just left", seat.instance))
             })?;
-            link.dispatch(side, &mailbox, dispatch(seat, &assignment, work))
+            link.dispatch(side, &mailbox, &mut credit, dispatch(seat, &assignment, work))
         };
-        let machine: fn(u32) -> Machine = match &booking.placement {
+        let machine: fn(u32) -> Machine = match &placement {
             Placement::Alone(seat) => {
                 legs.whole = Some(send(Side::Whole, seat, Work::Whole(v1::dispatch::Whole {}))?);
                 Machine::whole
@@ -165,7 +166,7 @@ impl Generation {
         Ok(Self {
             choices: (0..sampling.choices).map(choice).collect(),
             legs,
-            credit: booking.credit,
+            credit,
             handoff,
             mailbox,
             inbox: VecDeque::new(),
@@ -241,9 +242,11 @@ impl Generation {
             if grown {
                 self.credit.prefilled();
             }
-            let guard = self.legs.of(side).as_mut();
-            if leg_ended && guard.is_some_and(|guard| guard.ended(choice)) && side == Side::Prefill {
-                self.credit.handed_off();
+            if leg_ended && let Some(guard) = self.legs.of(side) {
+                guard.ended(choice);
+                if side == Side::Prefill {
+                    self.credit.handed_off();
+                }
             }
             match self.perform(choice, commands) {
                 Some(end) => {

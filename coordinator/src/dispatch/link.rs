@@ -29,18 +29,30 @@ use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tonic::{Streaming, transport::Endpoint};
 use v1::{attach_request::Frame as Ask, attach_response::Frame as Answer, inference_client::InferenceClient};
 
-use super::{leg::Output, mailbox::Mailbox};
+use super::{
+    guard::{Choices, LegGuard, first_choices, only},
+    leg::Output,
+    mailbox::Mailbox,
+};
 use crate::{
     config::{CHOICES_MOST, FleetConfig},
     fleet::{Duty, cache::CacheReader},
     metrics::Metrics,
-    schedule::{Side, board::Board},
+    schedule::{
+        Side,
+        board::{Board, Credit, LegNews},
+    },
 };
 
 /// Frames queued towards one instance.
 const OUTBOUND_FRAMES: usize = 1024;
 /// Largest message an instance may send: a step's tokens of all legs.
 const INBOUND_BYTES_MOST: usize = 16 << 20;
+
+/// How often each instance of so many is asked to tell its load: all together ten thousand times a second at most.
+fn load_interval_millis(instances: usize) -> u32 {
+    u32::try_from(instances / 10).unwrap_or(u32::MAX).clamp(50, 1000)
+}
 
 /// Where the instance is now. A change ends any pause before the next attempt to connect.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -58,23 +70,14 @@ impl Target {
     }
 }
 
-/// A set of choices.
-type Choices = u128;
-
-fn first_choices(count: u32) -> Choices {
-    Choices::MAX >> (CHOICES_MOST - count.clamp(1, CHOICES_MOST))
-}
-
-fn only(choice: u32) -> Choices {
-    if choice < CHOICES_MOST { 1 << choice } else { 0 }
-}
-
 /// A leg waiting for output.
 struct Slot {
     side: Side,
     mailbox: Arc<Mailbox>,
     /// Choices that have not ended.
     open: Choices,
+    /// It has brought a token.
+    begun: bool,
 }
 
 struct Channel {
@@ -103,27 +106,30 @@ impl Link {
         self: &Arc<Self>,
         side: Side,
         mailbox: &Arc<Mailbox>,
+        credit: &mut Credit,
         mut dispatch: v1::Dispatch,
     ) -> Result<LegGuard, ApiError> {
         let mut channel = self.channel.lock();
         let Some(up) = channel.as_mut() else {
             return Err(lost(&self.instance));
         };
+        let Ok(room) = up.outbound.try_reserve() else {
+            let message = format!("instance {} takes no requests now; try again in a moment", self.instance);
+            return Err(ApiError::new(ErrorCode::Unavailable, message));
+        };
+        // Under the lock, so that legs leave in the order of their numbers, and are on the ledger before a load counts them.
         let leg = LegId(self.next_leg.fetch_add(1, Ordering::Relaxed));
         dispatch.leg = leg.0;
         let choices = dispatch.sampling.as_ref().map_or(1, |sampling| sampling.choices);
         let open = first_choices(choices);
-        let frame = v1::AttachRequest { frame: Some(Ask::Dispatch(dispatch)) };
-        if up.outbound.try_send(frame).is_err() {
-            let message = format!("instance {} takes no requests now; try again in a moment", self.instance);
-            return Err(ApiError::new(ErrorCode::Unavailable, message));
-        }
-        up.legs.insert(leg, Slot { side, mailbox: mailbox.clone(), open });
-        Ok(LegGuard { link: self.clone(), leg, open })
+        credit.dispatched(side, leg, open.count_ones());
+        room.send(v1::AttachRequest { frame: Some(Ask::Dispatch(dispatch)) });
+        up.legs.insert(leg, Slot { side, mailbox: mailbox.clone(), open, begun: false });
+        Ok(LegGuard::new(self.clone(), leg, open))
     }
 
     /// Cancels choices of a leg; those that have ended are let be.
-    fn cancel(&self, leg: LegId, choices: Choices, reason: &'static str, damaged: bool) {
+    pub(super) fn cancel(&self, leg: LegId, choices: Choices, reason: &'static str, damaged: bool) {
         let mut channel = self.channel.lock();
         let Some(up) = channel.as_mut() else { return };
         let Some(slot) = up.legs.get_mut(&leg) else { return };
@@ -151,15 +157,26 @@ impl Link {
         self.channel.lock().is_some()
     }
 
-    fn deliver(&self, step: v1::StepOutput) {
+    /// Hands a step's outputs to their legs. What the ledger is to know of them.
+    fn deliver(&self, step: v1::StepOutput) -> Vec<LegNews> {
+        let mut news = Vec::new();
         let mut channel = self.channel.lock();
-        let Some(up) = channel.as_mut() else { return };
+        let Some(up) = channel.as_mut() else { return news };
         for output in step.legs {
             let leg = LegId(output.leg);
+            let slot = up.legs.get_mut(&leg);
+            // The ledger knows cancelled legs for as long as the instance works on them.
+            if slot.as_ref().is_none_or(|slot| !slot.begun) && !output.tokens.is_empty() {
+                news.push(LegNews::Prefilled(leg));
+            }
+            if output.end.is_some() {
+                news.push(LegNews::ChoiceEnded(leg));
+            }
             // What is not there was cancelled, and the instance had not read that yet.
-            let Some(slot) = up.legs.get_mut(&leg).filter(|slot| slot.open & only(output.choice) != 0) else {
+            let Some(slot) = slot.filter(|slot| slot.open & only(output.choice) != 0) else {
                 continue;
             };
+            slot.begun |= !output.tokens.is_empty();
             if output.end.is_some() {
                 slot.open &= !only(output.choice);
             }
@@ -169,6 +186,7 @@ impl Link {
                 up.legs.remove(&leg);
             }
         }
+        news
     }
 
     /// The stream is gone: every leg on it fails. False: there was none.
@@ -189,57 +207,6 @@ impl Link {
 fn lost(instance: &InstanceId) -> ApiError {
     let message = format!("the connection to instance {instance} was lost; send the request again");
     ApiError::new(ErrorCode::InstanceLost, message)
-}
-
-/// One leg on one stream. Dropped before all of its choices have ended, it cancels the rest at once.
-pub struct LegGuard {
-    link: Arc<Link>,
-    leg: LegId,
-    /// Choices that have neither ended nor been cancelled.
-    open: Choices,
-}
-
-impl LegGuard {
-    /// Whether the stream to the instance stands.
-    pub fn is_up(&self) -> bool {
-        self.link.is_up()
-    }
-
-    /// The instance has ended a choice. True: that was the last.
-    pub fn ended(&mut self, choice: u32) -> bool {
-        let before = self.open;
-        self.open &= !only(choice);
-        before != 0 && self.open == 0
-    }
-
-    /// Tells the instance to stop work on a choice, and why (for its log).
-    pub fn cancel(&mut self, choice: u32, reason: &'static str) {
-        if self.open & only(choice) != 0 {
-            self.open &= !only(choice);
-            self.link.cancel(self.leg, only(choice), reason, false);
-        }
-    }
-
-    /// The same, and that what it handed on arrived damaged.
-    pub fn cancel_damaged(&mut self, choice: u32) {
-        if self.open & only(choice) != 0 {
-            self.open &= !only(choice);
-            self.link.cancel(self.leg, only(choice), "kv_damaged", true);
-        }
-    }
-
-    /// Tells the instance to stop work on every choice.
-    pub fn cancel_all(mut self, reason: &'static str) {
-        self.link.cancel(self.leg, std::mem::take(&mut self.open), reason, false);
-    }
-}
-
-impl Drop for LegGuard {
-    fn drop(&mut self) {
-        if self.open != 0 {
-            self.link.cancel(self.leg, self.open, "client_gone", false);
-        }
-    }
 }
 
 /// Why a stream ended or was not opened; for the log only.
@@ -298,6 +265,7 @@ impl LinkTask {
             // First the board: a leg that fails now may be placed again at once, and not here.
             self.board.down(&self.link.instance, Instant::now());
             let was_up = self.link.break_off();
+            self.board.detached(&self.link.instance);
             let Some(reason) = reason else { return };
             if was_up {
                 tracing::info!(instance = %self.link.instance, %reason, "stream is down");
@@ -342,7 +310,10 @@ impl LinkTask {
         let channel = self.dial.connect(endpoint).await.map_err(failed)?;
         let mut client = InferenceClient::new(channel.clone()).max_decoding_message_size(INBOUND_BYTES_MOST);
         let (outbound, frames) = mpsc::channel(OUTBOUND_FRAMES);
-        let hello = v1::attach_request::Hello { coordinator_id: self.coordinator.to_string() };
+        let hello = v1::attach_request::Hello {
+            coordinator_id: self.coordinator.to_string(),
+            load_interval_millis: load_interval_millis(self.board.fleet_size()),
+        };
         let hello = v1::AttachRequest { frame: Some(Ask::Hello(hello)) };
         if outbound.try_send(hello).is_err() {
             return Err(BreakReason::Ended);
@@ -410,13 +381,31 @@ impl LinkTask {
     fn take(&self, frame: Answer) {
         let instance = &self.link.instance;
         match frame {
-            Answer::Step(step) => self.link.deliver(step),
+            Answer::Step(step) => {
+                let news = self.link.deliver(step);
+                if !news.is_empty() {
+                    self.board.told(instance, &news);
+                }
+            }
             Answer::Load(load) => self.board.load(instance, (&load).into()),
             Answer::Role(change) => {
                 tracing::info!(%instance, role = ?change.role(), phase = ?change.phase(), "instance changed");
                 self.board.duty(instance, (&change).into());
             }
             Answer::Welcome(_) => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_instances_together_are_asked_for_ten_thousand_loads_a_second_at_most() {
+        let cases = [(0, 50), (1, 50), (500, 50), (1000, 100), (10_000, 1000), (usize::MAX, 1000)];
+        for (instances, millis) in cases {
+            assert_eq!(load_interval_millis(instances), millis, "{instances} instances");
         }
     }
 }

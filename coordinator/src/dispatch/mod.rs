@@ -6,6 +6,7 @@
 
 mod assignment;
 mod generation;
+mod guard;
 mod leg;
 mod link;
 pub mod machine;
@@ -13,6 +14,7 @@ mod mailbox;
 
 pub use assignment::{Assignment, deadline_passed};
 pub use generation::{Generation, Progress};
+pub use guard::LegGuard;
 pub use leg::{LegEnd, Output, StopReason, TokenLogprobs};
-pub use link::{LegGuard, Link, LinkTask, Target};
+pub use link::{Link, LinkTask, Target};
 pub use machine::{Completed, Fresh};

@@ -14,7 +14,7 @@ use std::{
 };
 
 pub use baton_proto::Role;
-use baton_proto::{GroupName, Incarnation, InstanceId, InstanceSpec, RoleEpoch, v1};
+use baton_proto::{GroupName, Incarnation, InstanceId, InstanceSpec, LegId, RoleEpoch, v1};
 use tokio::time::Instant;
 
 /// The role an instance holds, and whether it takes new requests in it.
@@ -81,7 +81,7 @@ impl From<&InstanceSpec> for Spec {
 pub struct Load {
     /// Running and waiting.
     pub sequences: u32,
-    /// Prompt tokens accepted and not yet computed.
+    /// Prompt tokens accepted and still to be computed.
     pub queued_prefill_tokens: u64,
     /// 0 = not said.
     pub kv_blocks_total: u32,
@@ -90,6 +90,8 @@ pub struct Load {
     pub prefill_tokens_per_second: u64,
     /// 0 = not yet measured.
     pub decode_step_micros: u64,
+    /// The last leg on the stream that this includes; `None`: the instance, of an earlier version, does not say.
+    pub seen_leg: Option<LegId>,
 }
 
 /// Most prompt tokens an instance is believed to have queued.
@@ -107,6 +109,7 @@ impl From<&v1::InstanceLoad> for Load {
             kv_blocks_free: load.kv_blocks_free.min(load.kv_blocks_total),
             prefill_tokens_per_second: load.prefill_tokens_per_second,
             decode_step_micros: load.decode_step_micros.min(DECODE_STEP_MICROS_MOST),
+            seen_leg: load.seen_leg.map(LegId),
         }
     }
 }
@@ -299,6 +302,11 @@ impl Fleet {
     /// The model that an instance runs.
     pub fn revision(&self, id: &InstanceId) -> Option<&str> {
         self.revisions.get(id).map(String::as_str)
+    }
+
+    /// How many instances there are, of whatever model, usable or not.
+    pub fn size(&self) -> usize {
+        self.revisions.len()
     }
 
     /// How many instances of a model there are, usable or not.

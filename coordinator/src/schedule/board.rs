@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use baton_proto::{Incarnation, InstanceId};
+use baton_proto::{Incarnation, InstanceId, LegId};
 use parking_lot::Mutex;
 use tokio::{sync::watch, time::Instant};
 
@@ -87,10 +87,12 @@ impl Board {
     }
 
     pub fn down(&self, id: &InstanceId, now: Instant) {
-        self.changed(|state| {
-            state.fleet.down(id, now);
-            state.ledger.forget_report(id);
-        });
+        self.changed(|state| state.fleet.down(id, now));
+    }
+
+    /// No leg is on any stream to the instance, and none is dispatched before the next one stands.
+    pub fn detached(&self, id: &InstanceId) {
+        self.state.lock().ledger.detached(id);
     }
 
     pub fn duty(&self, id: &InstanceId, duty: Duty) {
@@ -100,7 +102,23 @@ impl Board {
     pub fn load(&self, id: &InstanceId, load: Load) {
         let state = &mut *self.state.lock();
         state.fleet.load(id, load);
-        state.ledger.reported(id);
+        state.ledger.reported(id, load.seen_leg);
+    }
+
+    /// What an instance has said of its legs, in the order in which it did, and before the load that came after it.
+    pub fn told(&self, id: &InstanceId, news: &[LegNews]) {
+        let ledger = &mut self.state.lock().ledger;
+        for news in news {
+            match *news {
+                LegNews::Prefilled(leg) => ledger.prefilled(id, leg),
+                LegNews::ChoiceEnded(leg) => ledger.choice_ended(id, leg),
+            }
+        }
+    }
+
+    /// How many instances are known.
+    pub fn fleet_size(&self) -> usize {
+        self.state.lock().fleet.size()
     }
 
     /// For what an instance says of its cache.
@@ -137,7 +155,7 @@ impl Board {
         };
         let entry = |seat: &Seat, prefill_tokens, sequences: u32| {
             let work = Work { prefill_tokens, sequences: sequences.into(), blocks: seat.blocks };
-            (seat.instance.clone(), work)
+            Part { instance: seat.instance.clone(), work, leg: None }
         };
         let (prefill, decode) = match &placement {
             Placement::Alone(seat) => (entry(seat, seat.uncached_tokens, choices), None),
@@ -145,10 +163,10 @@ impl Board {
                 (entry(prefill, prefill.uncached_tokens, 1), Some(entry(decode, 0, choices)))
             }
         };
-        let mut expect = |(instance, _): &(InstanceId, Work)| caches.expect(instance, chains);
+        let mut expect = |part: &Part| caches.expect(&part.instance, chains);
         let expected = [expect(&prefill), decode.as_ref().and_then(expect)];
-        for (instance, work) in [Some(&prefill), decode.as_ref()].into_iter().flatten() {
-            state.ledger.credit(instance, *work);
+        for part in [Some(&prefill), decode.as_ref()].into_iter().flatten() {
+            state.ledger.credit(&part.instance, part.work);
         }
         let credit = Credit { board: self.clone(), prefill, decode, expected };
         Ok(Booking { placement, receipt, credit })
@@ -169,41 +187,64 @@ pub struct Booking {
     pub credit: Credit,
 }
 
-/// Work on the ledger; taken off as it is done, and all of it on drop.
+/// Of what an instance says of a leg, what the ledger is to know.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LegNews {
+    /// Its prompt is computed.
+    Prefilled(LegId),
+    /// One of its choices has ended.
+    ChoiceEnded(LegId),
+}
+
+/// What is booked on one instance.
+struct Part {
+    instance: InstanceId,
+    work: Work,
+    /// Under which number it was dispatched.
+    leg: Option<LegId>,
+}
+
+/// Work on the ledger. Links take it off as instances say that it is done; what is left on drop is not wanted any more.
 pub struct Credit {
     board: Arc<Board>,
-    /// The instance that prefills, or does everything.
-    prefill: (InstanceId, Work),
-    decode: Option<(InstanceId, Work)>,
+    /// On the instance that prefills, or does everything.
+    prefill: Part,
+    decode: Option<Part>,
     /// That prefill, and decode, will have the prompt.
     expected: [Option<Ticket>; 2],
 }
 
 impl Credit {
+    fn part(&mut self, side: Side) -> &mut Part {
+        match (side, &mut self.decode) {
+            (Side::Decode, Some(decode)) => decode,
+            _ => &mut self.prefill,
+        }
+    }
+
     /// Who has one of the legs.
     pub fn instance(&self, side: Side) -> &InstanceId {
         match (side, &self.decode) {
-            (Side::Decode, Some((decode, _))) => decode,
-            _ => &self.prefill.0,
+            (Side::Decode, Some(decode)) => &decode.instance,
+            _ => &self.prefill.instance,
         }
     }
 
-    /// The prompt has been computed.
+    /// A leg of so many choices is about to be sent, under a number above that of all before it.
+    pub fn dispatched(&mut self, side: Side, leg: LegId, choices: u32) {
+        let board = self.board.clone();
+        let part = self.part(side);
+        part.leg = Some(leg);
+        board.state.lock().ledger.dispatched(&part.instance, leg, part.work, choices);
+    }
+
+    /// The prompt has been computed: prefill will say soon that it has it.
     pub fn prefilled(&mut self) {
-        let tokens = std::mem::take(&mut self.prefill.1.prefill_tokens);
-        if tokens > 0 {
-            let done = Work { prefill_tokens: tokens, ..Work::default() };
-            self.board.state.lock().ledger.release(&self.prefill.0, done);
-        }
         self.settle(0);
     }
 
-    /// Prefill has handed over: nothing of the request is left there.
+    /// Prefill has handed over: decode will say soon that it has the prompt.
     pub fn handed_off(&mut self) {
-        if self.decode.is_some() {
-            let done = std::mem::take(&mut self.prefill.1);
-            self.board.state.lock().ledger.release(&self.prefill.0, done);
-        }
         self.settle(1);
     }
 
@@ -217,9 +258,12 @@ impl Credit {
 impl Drop for Credit {
     fn drop(&mut self) {
         (0..self.expected.len()).for_each(|side| self.settle(side));
-        let state = &mut *self.board.state.lock();
-        for (instance, work) in [Some(&self.prefill), self.decode.as_ref()].into_iter().flatten() {
-            state.ledger.release(instance, *work);
+        let ledger = &mut self.board.state.lock().ledger;
+        for part in [Some(&self.prefill), self.decode.as_ref()].into_iter().flatten() {
+            match part.leg {
+                Some(leg) => ledger.cancelled(&part.instance, leg),
+                None => ledger.release(&part.instance, part.work),
+            }
         }
     }
 }

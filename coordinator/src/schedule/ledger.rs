@@ -1,13 +1,35 @@
 //! The work this coordinator has placed and not seen done, per instance. Pure.
 //!
-//! Instances report the load of all coordinators together, but late. What is placed here counts from the instant it is
-//! placed: an estimate is *others' work* (what was reported, less what of it was ours at that time) plus *our work now*.
+//! Instances report the load of all coordinators together, but late: what has been placed and what has ended since a
+//! report was made is known here alone. Each report says which of this coordinator's legs it includes: those up to a
+//! number, less those that the instance had told the end of before (see `InstanceLoad.seen_leg`). So, whenever a report
+//! was made and however long it was on its way:
+//!
+//! > estimate = reported + ours that it does not include + nothing of what it includes of ours and is over
+//!
+//! *The invariant*, as `tests` has it for any order of events and any delays: where instances count a leg as it was booked
+//! (all of it until it is over), the estimate is the others' work at the time of the report in hand plus this
+//! coordinator's own work as it is now. With others at rest that is the truth; with no report yet it is the own work.
+//!
+//! An instance counts more finely: what is left of a half computed prompt, blocks as they are taken. What it says is
+//! believed until the next report; what ends meanwhile is taken off as it was booked, never below nothing. Blocks are
+//! never taken to be fewer than are promised: a decode leg holds none before its cache is offered.
+//!
+//! A leg is over for the estimate as soon as this coordinator cancels it, but stays known until the instance confirms
+//! it: reports count it until then. An instance of an earlier version does not say what it includes; then a report is
+//! taken to include all that was dispatched before it came, and nothing that was over by then.
 
-use std::collections::HashMap;
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    ops::Bound::{Excluded, Unbounded},
+};
 
-use baton_proto::InstanceId;
+use baton_proto::{InstanceId, LegId};
 
 use crate::fleet::Load;
+
+/// Cancelled legs of an instance whose end is waited for; of more, the oldest are taken to have ended.
+const CANCELLED_MOST: usize = 4096;
 
 /// An amount of work on one instance.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -51,11 +73,68 @@ pub struct Standing {
     pub decode_step_micros: u64,
 }
 
+/// A dispatched leg whose end the instance has not told.
+#[derive(Debug)]
+struct Leg {
+    /// What is left of its work.
+    work: Work,
+    /// Choices whose end has not been told.
+    choices: u32,
+}
+
 #[derive(Debug, Default)]
 struct Account {
-    now: Work,
-    /// `now` at the instance's last report.
-    at_report: Work,
+    /// Legs on the stream that stands.
+    legs: BTreeMap<LegId, Leg>,
+    /// Those of them that have been cancelled.
+    cancelled: BTreeSet<LegId>,
+    /// The last leg that the report in hand includes.
+    seen: LegId,
+    /// All that is booked and not over.
+    own: Work,
+    /// Of that, what the report in hand does not include.
+    unseen: Work,
+    /// What the report in hand includes of ours though it is over.
+    over: Work,
+}
+
+impl Account {
+    fn is_empty(&self) -> bool {
+        self.legs.is_empty() && self.own.is_none() && self.over.is_none()
+    }
+
+    /// Work of a leg that was not cancelled is over.
+    fn settle(&mut self, leg: LegId, work: Work) {
+        self.own.take(work);
+        if leg <= self.seen {
+            self.over.add(work);
+        } else {
+            self.unseen.take(work);
+        }
+    }
+
+    fn reported(&mut self, seen: Option<LegId>) {
+        let seen = match seen {
+            Some(seen) => seen,
+            None => {
+                let cancelled = std::mem::take(&mut self.cancelled);
+                self.legs.retain(|leg, _| !cancelled.contains(leg));
+                LegId(u64::MAX)
+            }
+        };
+        // What it says beyond the last of them would be taken for true of those to come.
+        let later = self.legs.range((Excluded(self.seen), Unbounded)).take_while(|(leg, _)| **leg <= seen);
+        for (&leg, of) in later {
+            if !self.cancelled.contains(&leg) {
+                self.unseen.take(of.work);
+            }
+            self.seen = leg;
+        }
+        self.over = Work::default();
+        let legs = &self.legs;
+        let cancelled = self.cancelled.range(..=self.seen).filter_map(|leg| legs.get(leg));
+        cancelled.for_each(|of| self.over.add(of.work));
+    }
 }
 
 /// Work in flight, per instance.
@@ -65,42 +144,98 @@ pub struct Ledger {
 }
 
 impl Ledger {
-    /// Work has been placed on an instance.
+    /// Work has been placed on an instance, and is about to be dispatched.
     pub fn credit(&mut self, instance: &InstanceId, work: Work) {
-        match self.accounts.get_mut(instance) {
-            Some(account) => account.now.add(work),
-            None => {
-                let account = Account { now: work, at_report: Work::default() };
-                self.accounts.insert(instance.clone(), account);
-            }
-        }
+        let account = match self.accounts.get_mut(instance) {
+            Some(account) => account,
+            None => self.accounts.entry(instance.clone()).or_default(),
+        };
+        account.own.add(work);
+        account.unseen.add(work);
     }
 
-    /// Work is done, or will not be done there.
+    /// Work that was placed is not dispatched.
     pub fn release(&mut self, instance: &InstanceId, work: Work) {
-        if let Some(account) = self.accounts.get_mut(instance) {
-            account.now.take(work);
-            if account.now.is_none() && account.at_report.is_none() {
-                self.accounts.remove(instance);
-            }
-        }
+        self.change(instance, |account| {
+            account.own.take(work);
+            account.unseen.take(work);
+        });
     }
 
-    /// The instance has just reported its load.
-    pub fn reported(&mut self, instance: &InstanceId) {
-        if let Some(account) = self.accounts.get_mut(instance) {
-            account.at_report = account.now;
-            if account.now.is_none() {
-                self.accounts.remove(instance);
-            }
-        }
+    /// Work that was placed is dispatched, as a leg of so many choices whose number is above that of all before it. To be
+    /// called before the instance can know of it.
+    pub fn dispatched(&mut self, instance: &InstanceId, leg: LegId, work: Work, choices: u32) {
+        self.change(instance, |account| {
+            account.legs.insert(leg, Leg { work, choices: choices.max(1) });
+        });
     }
 
-    /// The instance's streams are gone and its last report with them.
-    pub fn forget_report(&mut self, instance: &InstanceId) {
+    /// The instance says that a leg's prompt is computed.
+    pub fn prefilled(&mut self, instance: &InstanceId, leg: LegId) {
+        self.change(instance, |account| {
+            let Some(of) = account.legs.get_mut(&leg) else { return };
+            let prefill_tokens = std::mem::take(&mut of.work.prefill_tokens);
+            if !account.cancelled.contains(&leg) {
+                account.settle(leg, Work { prefill_tokens, ..Work::default() });
+            }
+        });
+    }
+
+    /// The instance says that a choice of a leg has ended.
+    pub fn choice_ended(&mut self, instance: &InstanceId, leg: LegId) {
+        self.change(instance, |account| {
+            let Some(of) = account.legs.get_mut(&leg) else { return };
+            of.choices -= 1;
+            if of.choices == 0 {
+                let work = of.work;
+                account.legs.remove(&leg);
+                // The report in hand may include one that was cancelled: the next does not.
+                if !account.cancelled.remove(&leg) {
+                    account.settle(leg, work);
+                }
+            }
+        });
+    }
+
+    /// What is left of a dispatched leg, if anything, is not wanted any more: the instance has been told, or is told now.
+    pub fn cancelled(&mut self, instance: &InstanceId, leg: LegId) {
+        self.change(instance, |account| {
+            let Some(of) = account.legs.get(&leg) else { return };
+            let work = of.work;
+            if account.cancelled.insert(leg) {
+                account.settle(leg, work);
+            }
+            if account.cancelled.len() > CANCELLED_MOST
+                && let Some(oldest) = account.cancelled.pop_first()
+            {
+                account.legs.remove(&oldest);
+            }
+        });
+    }
+
+    /// The instance has reported its load, with what of ours up to this leg; `None` = it does not say.
+    pub fn reported(&mut self, instance: &InstanceId, seen: Option<LegId>) {
+        self.change(instance, |account| account.reported(seen));
+    }
+
+    /// The stream to the instance is gone, and the legs on it with it. None is dispatched before the next one stands.
+    pub fn detached(&mut self, instance: &InstanceId) {
+        self.change(instance, |account| {
+            for (leg, of) in std::mem::take(&mut account.legs) {
+                if !account.cancelled.contains(&leg) {
+                    account.settle(leg, of.work);
+                }
+            }
+            account.cancelled.clear();
+            (account.seen, account.over) = Default::default();
+        });
+    }
+
+    /// Changes an account, if there is one, and closes it if nothing is left in it.
+    fn change(&mut self, instance: &InstanceId, change: impl FnOnce(&mut Account)) {
         if let Some(account) = self.accounts.get_mut(instance) {
-            account.at_report = Work::default();
-            if account.now.is_none() {
+            change(account);
+            if account.is_empty() {
                 self.accounts.remove(instance);
             }
         }
@@ -108,24 +243,30 @@ impl Ledger {
 
     /// This coordinator's own work on an instance.
     pub fn own(&self, instance: &InstanceId) -> Work {
-        self.accounts.get(instance).map(|account| account.now).unwrap_or_default()
+        self.accounts.get(instance).map(|account| account.own).unwrap_or_default()
     }
 
-    /// The estimate from an instance's last report and what has been placed and done since.
+    /// The estimate from an instance's last report and what is known beside it.
     pub fn standing(&self, instance: &InstanceId, load: &Load) -> Standing {
-        let (now, then) = match self.accounts.get(instance) {
-            Some(account) => (account.now, account.at_report),
+        let (own, unseen, over) = match self.accounts.get(instance) {
+            Some(account) => (account.own, account.unseen, account.over),
             None => Default::default(),
         };
-        let sum = |reported: u64, then: u64, now: u64| reported.saturating_sub(then).saturating_add(now);
+        let sum =
+            |reported: u64, unseen: u64, over: u64| reported.saturating_add(unseen).saturating_sub(over);
         let total = u64::from(load.kv_blocks_total);
         let used = total.saturating_sub(u64::from(load.kv_blocks_free));
+        let used = sum(used, unseen.blocks, over.blocks).max(own.blocks);
         Standing {
-            queued_prefill_tokens: sum(load.queued_prefill_tokens, then.prefill_tokens, now.prefill_tokens),
-            sequences: sum(u64::from(load.sequences), then.sequences, now.sequences),
+            queued_prefill_tokens: sum(
+                load.queued_prefill_tokens,
+                unseen.prefill_tokens,
+                over.prefill_tokens,
+            ),
+            sequences: sum(u64::from(load.sequences), unseen.sequences, over.sequences),
             measured_sequences: u64::from(load.sequences),
             blocks_total: (total > 0).then_some(total),
-            blocks_free: (total > 0).then(|| total.saturating_sub(sum(used, then.blocks, now.blocks))),
+            blocks_free: (total > 0).then(|| total.saturating_sub(used)),
             prefill_tokens_per_second: load.prefill_tokens_per_second,
             decode_step_micros: load.decode_step_micros,
         }
@@ -133,66 +274,4 @@ impl Ledger {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn id() -> InstanceId {
-        InstanceId::new("a").expect("a good id")
-    }
-
-    fn work(prefill_tokens: u64, sequences: u64, blocks: u64) -> Work {
-        Work { prefill_tokens, sequences, blocks }
-    }
-
-    fn load(queued_prefill_tokens: u64, sequences: u32, kv_blocks_free: u32) -> Load {
-        Load { queued_prefill_tokens, sequences, kv_blocks_total: 100, kv_blocks_free, ..Load::default() }
-    }
-
-    #[test]
-    fn work_counts_from_the_instant_it_is_placed() {
-        let mut ledger = Ledger::default();
-        ledger.credit(&id(), work(50, 1, 4));
-        let standing = ledger.standing(&id(), &load(200, 3, 60));
-        assert_eq!((standing.queued_prefill_tokens, standing.sequences), (250, 4));
-        assert_eq!(standing.blocks_free, Some(56));
-    }
-
-    #[test]
-    fn a_report_that_contains_our_work_does_not_count_it_twice() {
-        let mut ledger = Ledger::default();
-        ledger.credit(&id(), work(50, 1, 4));
-        ledger.reported(&id());
-        let report = load(250, 4, 56);
-        assert_eq!(ledger.standing(&id(), &report).queued_prefill_tokens, 250);
-        ledger.release(&id(), work(50, 0, 0));
-        ledger.credit(&id(), work(10, 1, 1));
-        let standing = ledger.standing(&id(), &report);
-        assert_eq!((standing.queued_prefill_tokens, standing.sequences), (210, 5));
-        assert_eq!(standing.blocks_free, Some(55));
-    }
-
-    #[test]
-    fn accounts_end_with_their_work() {
-        let mut ledger = Ledger::default();
-        ledger.credit(&id(), work(50, 1, 4));
-        ledger.reported(&id());
-        ledger.release(&id(), work(50, 1, 4));
-        ledger.reported(&id());
-        assert!(ledger.accounts.is_empty());
-        assert_eq!(ledger.standing(&id(), &Load::default()).blocks_free, None);
-    }
-
-    #[test]
-    fn forgetting_the_report_of_an_idle_instance_forgets_its_account() {
-        let mut ledger = Ledger::default();
-        ledger.credit(&id(), work(50, 1, 4));
-        ledger.reported(&id());
-        ledger.forget_report(&id());
-        assert_eq!(ledger.own(&id()), work(50, 1, 4), "our work is still there");
-        ledger.reported(&id());
-        ledger.release(&id(), work(50, 1, 4));
-        assert_eq!(ledger.accounts.len(), 1, "the report still counts it");
-        ledger.forget_report(&id());
-        assert!(ledger.accounts.is_empty());
-    }
-}
+mod tests;

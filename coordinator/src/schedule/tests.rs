@@ -409,6 +409,7 @@ proptest! {
                     kv_blocks_free: free as u32,
                     prefill_tokens_per_second: rate,
                     decode_step_micros: step,
+                    seen_leg: None,
                 }
             };
             (Spec { context_tokens: 0, ..spec(&format!("i{n}")) }, role, load)

@@ -3,6 +3,7 @@
 mod answers;
 mod bodies;
 mod choices;
+mod coordinators;
 mod failures;
 mod handoffs;
 mod migrations;

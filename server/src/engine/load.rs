@@ -43,6 +43,42 @@ pub struct Done {
     pub incoming: Transferred,
     /// Layers and steps computed.
     pub progress: u64,
+    pub timed: Timed,
+}
+
+/// Steps that did one kind of work alone and of which nothing failed, for whoever predicts how long such work takes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Timed {
+    /// Computed prompts alone.
+    pub prefill: Duration,
+    pub prefill_tokens: u64,
+    /// Decoded alone.
+    pub decode: Duration,
+    pub decode_steps: u64,
+    /// Sequences in these steps, summed over them, and the tokens that these sequences had.
+    pub decode_sequences: u64,
+    pub context_tokens: u64,
+}
+
+impl Timed {
+    fn count(&mut self, stats: &StepStats) {
+        if stats.failed_sequences > 0 {
+            return;
+        }
+        match (stats.prefill_tokens, stats.decode_tokens) {
+            (tokens, 0) => {
+                self.prefill += stats.took;
+                self.prefill_tokens += u64::from(tokens);
+            }
+            (0, sequences) => {
+                self.decode += stats.took;
+                self.decode_steps += 1;
+                self.decode_sequences += u64::from(sequences);
+                self.context_tokens += stats.context_tokens;
+            }
+            _ => {}
+        }
+    }
 }
 
 /// What became of the transfers of one direction. Those that were ended here are not counted: their leg was cancelled,
@@ -62,6 +98,7 @@ impl Done {
         self.decode_steps += u64::from(stats.decode_tokens > 0);
         self.failed += u64::from(stats.failed_sequences);
         self.progress += 1;
+        self.timed.count(stats);
     }
 
     /// A transfer is over that nobody here had ended before.

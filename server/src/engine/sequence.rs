@@ -213,6 +213,8 @@ pub(super) struct Sequence {
     hashes: Vec<BlockHash>,
     /// Blocks from the first on that are sealed: never written again, and others may share them.
     pub(super) sealed: u32,
+    /// How many of the tokens need not be computed once it is admitted: what the cache had when it was last looked at.
+    pub(super) found: u32,
     /// Of the tokens given, those that were in the cache when they were first computed here. None before that.
     pub(super) cached: Option<u32>,
     pub(super) sampling: SamplingParams,
@@ -256,6 +258,7 @@ impl Sequence {
             blocks: BlockList::default(),
             hashes: Vec::new(),
             sealed: 0,
+            found: 0,
             cached: None,
             sampling: new.sampling,
             counts,
@@ -366,6 +369,7 @@ impl Sequence {
             blocks,
             hashes: self.hashes.clone(),
             sealed: self.sealed,
+            found: self.found,
             cached: self.cached,
             sampling: self.sampling.of_choice(choice),
             counts: self.counts.clone(),

@@ -37,6 +37,8 @@ pub struct StepStats {
     pub prompts: u32,
     /// Sequences that got one more token.
     pub decode_tokens: u32,
+    /// The tokens of these sequences, together.
+    pub context_tokens: u64,
     pub took: Duration,
     /// The model failed to compute any of it.
     pub failed: bool,
@@ -74,6 +76,7 @@ impl Stepper {
         for (chunk, sampled) in plan.iter().zip(sampled) {
             if scheduler.is_decode(chunk) {
                 stats.decode_tokens += 1;
+                stats.context_tokens += u64::from(chunk.start + chunk.tokens);
             } else {
                 stats.prefill_tokens += chunk.tokens;
                 stats.prompts += u32::from(chunk.logits);

@@ -17,7 +17,8 @@ pub struct Occupancy {
     /// Caches on their way in, and out; counted above too.
     pub receiving: u32,
     pub sending: u32,
-    /// Prompt tokens accepted and not yet computed here.
+    /// Prompt tokens accepted and still to be computed here: of who waits, less what the cache had when they came to the
+    /// queue, or were first in it. An estimate, since blocks are evicted and stored meanwhile.
     pub queued_prefill_tokens: u64,
     pub blocks_total: u32,
     /// Blocks that nobody holds.
@@ -80,7 +81,9 @@ impl Scheduler {
             occupancy.sending += u32::from(sequence.transfers() && matches!(sequence.work, Work::Prefill(_)));
             let computes = matches!(sequence.state, State::Waiting | State::Running);
             if computes && !matches!((&sequence.work, sequence.state), (Work::Decode(_), State::Waiting)) {
-                occupancy.queued_prefill_tokens += u64::from(sequence.remaining()).saturating_sub(1);
+                let found = if sequence.state == State::Waiting { sequence.found } else { 0 };
+                occupancy.queued_prefill_tokens +=
+                    u64::from((sequence.remaining() - found).saturating_sub(1));
             }
         }
         occupancy
