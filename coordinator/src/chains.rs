@@ -46,24 +46,31 @@ pub struct Chain {
     pub dialect: Dialect,
     /// By the blocks' order.
     pub keys: Arc<[u64]>,
+}
+
+/// A chain that can be gone on with.
+#[derive(Debug, Clone)]
+struct Growing {
+    chain: Chain,
     /// The last full block, or the root.
     last: BlockHash,
 }
 
-impl Chain {
+impl Growing {
     fn of(dialect: Dialect, tokens: &[u32]) -> Self {
-        Self { dialect, keys: Arc::default(), last: dialect.root }.followed_by(tokens)
+        Self { chain: Chain { dialect, keys: Arc::default() }, last: dialect.root }.followed_by(tokens)
     }
 
     /// With the full blocks of `tokens`, which come right behind it.
     fn followed_by(&self, tokens: &[u32]) -> Self {
+        let Chain { dialect, keys } = &self.chain;
         let mut last = self.last;
-        let blocks = tokens.chunks_exact(self.dialect.block_tokens() as usize).map(|block| {
+        let blocks = tokens.chunks_exact(dialect.block_tokens() as usize).map(|block| {
             last = last.child(block);
             key(&last)
         });
-        let keys = self.keys.iter().copied().chain(blocks).collect();
-        Self { dialect: self.dialect, keys, last }
+        let keys = keys.iter().copied().chain(blocks).collect();
+        Self { chain: Chain { dialect: *dialect, keys }, last }
     }
 }
 
@@ -71,7 +78,7 @@ impl Chain {
 #[derive(Debug)]
 pub struct Chains {
     tokens: Arc<[u32]>,
-    known: Mutex<Vec<Chain>>,
+    known: Mutex<Vec<Growing>>,
 }
 
 impl Chains {
@@ -83,24 +90,24 @@ impl Chains {
     /// In each of these dialects, of the prompt and what was `generated` after it.
     pub fn say(&self, dialects: &[Dialect], generated: &[u32]) -> Vec<Chain> {
         let whole = |dialect: &Dialect| {
-            let chain = self.of_prompt(*dialect);
+            let prompt = self.of_prompt(*dialect);
             if generated.is_empty() {
-                return chain;
+                return prompt.chain;
             }
-            let full = chain.keys.len() * dialect.block_tokens() as usize;
-            chain.followed_by(&[&self.tokens[full..], generated].concat())
+            let full = prompt.chain.keys.len() * dialect.block_tokens() as usize;
+            prompt.followed_by(&[&self.tokens[full..], generated].concat()).chain
         };
         dialects.iter().map(whole).collect()
     }
 
-    fn of_prompt(&self, dialect: Dialect) -> Chain {
+    fn of_prompt(&self, dialect: Dialect) -> Growing {
         let mut known = self.known.lock();
-        if let Some(chain) = known.iter().find(|chain| chain.dialect == dialect) {
-            return chain.clone();
+        if let Some(prompt) = known.iter().find(|prompt| prompt.chain.dialect == dialect) {
+            return prompt.clone();
         }
-        let chain = Chain::of(dialect, &self.tokens);
-        known.push(chain.clone());
-        chain
+        let prompt = Growing::of(dialect, &self.tokens);
+        known.push(prompt.clone());
+        prompt
     }
 }
 

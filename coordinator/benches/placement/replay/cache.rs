@@ -10,11 +10,24 @@ pub(crate) struct Cache {
     /// Uses in their order; one that a later use of its block has made void is skipped.
     uses: VecDeque<(u64, u64)>,
     clock: u64,
+    news: Changes,
+}
+
+/// Blocks that came and went.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Changes {
+    pub(crate) stored: Vec<u64>,
+    pub(crate) evicted: Vec<u64>,
 }
 
 impl Cache {
     pub(crate) fn new(blocks_most: usize) -> Self {
-        Self { blocks_most, used: HashMap::new(), uses: VecDeque::new(), clock: 0 }
+        Self { blocks_most, used: HashMap::new(), uses: VecDeque::new(), clock: 0, news: Changes::default() }
+    }
+
+    /// What came and went since this was asked last.
+    pub(crate) fn changes(&mut self) -> Changes {
+        std::mem::take(&mut self.news)
     }
 
     /// Leading blocks of a chain that are held.
@@ -26,7 +39,9 @@ impl Cache {
     pub(crate) fn hold(&mut self, chain: &[u64]) {
         for block in chain.iter().rev() {
             self.clock += 1;
-            self.used.insert(*block, self.clock);
+            if self.used.insert(*block, self.clock).is_none() {
+                self.news.stored.push(*block);
+            }
             self.uses.push_back((*block, self.clock));
         }
         while self.used.len() > self.blocks_most
@@ -34,6 +49,7 @@ impl Cache {
         {
             if self.used.get(&block) == Some(&at) {
                 self.used.remove(&block);
+                self.news.evicted.push(block);
             }
         }
         // Void uses are as many as blocks at most.

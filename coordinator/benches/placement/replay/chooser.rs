@@ -1,6 +1,6 @@
 //! Who says where a request goes, what it sees, and what it is told afterwards.
 
-use super::{prefill::Prefill, trace::Request};
+use super::{cache::Changes, prefill::Prefill, trace::Request};
 
 /// Where a request goes: indices of a prefill and a decode instance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,6 +21,8 @@ pub(crate) enum Place {
 pub(crate) struct Report {
     /// Running and waiting.
     pub(crate) sequences: u32,
+    /// Requests that it was ever given: those that this report knows of.
+    pub(crate) taken: u64,
     /// Prompt tokens taken on and not computed; of prompts that wait, all, as servers count them.
     pub(crate) queued_tokens: u64,
     /// The same without those that are cached.
@@ -55,8 +57,10 @@ pub(crate) trait Chooser {
     /// The request's first token is there.
     fn prefilled(&mut self, index: usize, now_micros: u64);
     /// The request's cache is with decode.
-    fn handed_off(&mut self, index: usize);
+    fn handed_off(&mut self, index: usize, now_micros: u64);
     /// The request's last token is there.
-    fn finished(&mut self, index: usize);
-    fn heard(&mut self, place: Place, report: &Report);
+    fn finished(&mut self, index: usize, now_micros: u64);
+    fn heard(&mut self, place: Place, report: &Report, now_micros: u64);
+    /// A prefill instance says what came into its cache and what went.
+    fn cached(&mut self, prefill: usize, changes: &Changes, now_micros: u64);
 }

@@ -26,6 +26,7 @@ pub(crate) struct Decode {
     draws: Draws,
     /// Requests whose caches are not here yet.
     announced: u32,
+    taken: u64,
     waiting: VecDeque<usize>,
     batch: Vec<Sequence>,
     taken_tokens: u32,
@@ -41,6 +42,7 @@ impl Decode {
             slowness,
             draws: Draws::new(seed),
             announced: 0,
+            taken: 0,
             waiting: VecDeque::new(),
             batch: Vec::new(),
             taken_tokens: 0,
@@ -53,6 +55,7 @@ impl Decode {
     /// A request will come here.
     pub(crate) fn announce(&mut self) {
         self.announced += 1;
+        self.taken += 1;
     }
 
     /// A request that was announced is here, or will not come.
@@ -110,6 +113,7 @@ impl Decode {
         let waiting = u32::try_from(self.waiting.len() + self.batch.len()).unwrap_or(u32::MAX);
         Report {
             sequences: self.announced.saturating_add(waiting),
+            taken: self.taken,
             queued_tokens: 0,
             queued_uncached_tokens: queued,
             cache_tokens: self.machine.decode_cache_tokens,

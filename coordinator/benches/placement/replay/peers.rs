@@ -19,6 +19,7 @@
 use std::collections::{HashMap, VecDeque};
 
 use super::{
+    cache::Changes,
     chooser::{Choice, Chooser, Place, Report, Sight},
     machine::{Machine, Target},
     trace::BLOCK_TOKENS,
@@ -226,9 +227,9 @@ impl Chooser for Peer {
         }
     }
 
-    fn handed_off(&mut self, _: usize) {}
+    fn handed_off(&mut self, _: usize, _: u64) {}
 
-    fn finished(&mut self, index: usize) {
+    fn finished(&mut self, index: usize, _: u64) {
         if let Some(sent) = self.under_way.remove(&index) {
             let book = &mut self.decodes[sent.choice.decode];
             book.requests -= 1;
@@ -236,7 +237,7 @@ impl Chooser for Peer {
         }
     }
 
-    fn heard(&mut self, place: Place, report: &Report) {
+    fn heard(&mut self, place: Place, report: &Report, _: u64) {
         let book = match place {
             Place::Prefill(index) => &mut self.prefills[index],
             Place::Decode(index) => &mut self.decodes[index],
@@ -244,4 +245,6 @@ impl Chooser for Peer {
         book.report = *report;
         book.sent_since_report = 0;
     }
+
+    fn cached(&mut self, _: usize, _: &Changes, _: u64) {}
 }

@@ -37,6 +37,7 @@ pub(crate) struct Prefill {
     slowness: f64,
     draws: Draws,
     jobs: VecDeque<Job>,
+    taken: u64,
     pub(crate) cache: Cache,
     cache_blocks: usize,
     /// Tokens of the step that runs; 0 = none does.
@@ -52,6 +53,7 @@ impl Prefill {
             slowness,
             draws: Draws::new(seed),
             jobs: VecDeque::new(),
+            taken: 0,
             cache: Cache::new(cache_blocks),
             cache_blocks,
             stepping: 0,
@@ -61,6 +63,7 @@ impl Prefill {
     }
 
     pub(crate) fn take(&mut self, index: usize) {
+        self.taken += 1;
         self.jobs.push_back(Job { index, done: None, found: 0, began_micros: 0 });
     }
 
@@ -112,7 +115,8 @@ impl Prefill {
 
     pub(crate) fn report(&self, requests: &[Request]) -> Report {
         // What the step computes is not done before it ends.
-        let mut report = Report { queued_tokens: self.stepping.into(), ..Report::default() };
+        let mut report =
+            Report { taken: self.taken, queued_tokens: self.stepping.into(), ..Report::default() };
         report.queued_uncached_tokens = report.queued_tokens;
         let mut holding = 0;
         for job in &self.jobs {

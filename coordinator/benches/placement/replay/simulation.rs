@@ -2,7 +2,7 @@
 //!
 //! A request arrives and is placed; its prompt waits, is computed, and gives the first token; its cache travels, layer by
 //! layer while the prompt is computed, and lands; decode gives the rest. Instances report every half second, each at its
-//! own moment, and are heard a little later.
+//! own moment, and are heard a little later, as is what their caches gain and lose.
 
 use std::{
     cmp::{Ordering, Reverse},
@@ -10,6 +10,7 @@ use std::{
 };
 
 use super::{
+    cache::Changes,
     chooser::{Chooser, Place, Report, Sight},
     decode::Decode,
     machine::{Draws, Machine},
@@ -62,7 +63,7 @@ pub(crate) struct Outcome {
     pub(crate) span_micros: u64,
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 enum Event {
     Arrives(usize),
     Prefilled(usize),
@@ -70,6 +71,7 @@ enum Event {
     Decoded(usize),
     Reports(Place),
     Heard(Place, Report),
+    Cached(usize, Changes),
 }
 
 struct Due {
@@ -196,7 +198,8 @@ impl Simulation<'_> {
                 Event::Landed(index) => self.landed(index),
                 Event::Decoded(decode) => self.decoded(decode),
                 Event::Reports(place) => self.reports(place),
-                Event::Heard(place, report) => self.chooser.heard(place, &report),
+                Event::Heard(place, report) => self.chooser.heard(place, &report, self.now_micros),
+                Event::Cached(prefill, changes) => self.chooser.cached(prefill, &changes, self.now_micros),
             }
         }
     }
@@ -215,6 +218,10 @@ impl Simulation<'_> {
     fn step_prefill(&mut self, prefill: usize) {
         if let Some(micros) = self.prefills[prefill].step(&self.trace.requests, self.now_micros) {
             self.foresee(self.now_micros + micros, Event::Prefilled(prefill));
+        }
+        let changes = self.prefills[prefill].cache.changes();
+        if changes != Changes::default() {
+            self.foresee(self.now_micros + REPORT_TAKES_MICROS, Event::Cached(prefill, changes));
         }
     }
 
@@ -253,7 +260,7 @@ impl Simulation<'_> {
     fn landed(&mut self, index: usize) {
         let decode = self.answers[index].decode;
         self.arriving[decode] -= 1;
-        self.chooser.handed_off(index);
+        self.chooser.handed_off(index, self.now_micros);
         self.decodes[decode].land(Some(index));
         self.step_decode(decode);
     }
@@ -269,7 +276,7 @@ impl Simulation<'_> {
         self.answers[index].last_micros = self.now_micros;
         self.answers[index].ends += 1;
         self.open -= 1;
-        self.chooser.finished(index);
+        self.chooser.finished(index, self.now_micros);
     }
 
     fn reports(&mut self, place: Place) {
