@@ -14,14 +14,12 @@ use baton_proto::{
     ApiError, ErrorCode, FILE_DESCRIPTOR_SET,
     v1::{self, request_admin_server::RequestAdminServer},
 };
+use baton_schedule::{Placement, Scored};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, service::Routes};
 
-use crate::{
-    requests::{Card, ENDED_KEPT, Known, Placing, Roster, Stage},
-    schedule::{Placement, Scored},
-};
+use crate::requests::{Card, ENDED_KEPT, Known, Placing, Roster, Stage};
 
 /// Serves RequestAdmin.
 pub struct Admin {

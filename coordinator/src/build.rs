@@ -11,6 +11,7 @@ use axum::Router;
 use baton_process::{Health, HealthHandle, Process, Tls, access::Access, grpc, tls::Role};
 use baton_proto::{CoordinatorId, CoordinatorSpec};
 use baton_registry::{FleetWatch, FleetWatchConfig, RemoteConfig, RemoteStore, Store};
+use baton_schedule::board::Board;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
@@ -25,7 +26,6 @@ use crate::{
     place::Placer,
     prepare::Served,
     registration::{Controllers, Registration, incarnation},
-    schedule::board::Board,
     serve::Service,
 };
 
@@ -53,7 +53,7 @@ pub fn assemble(
 ) -> Result<(Arc<Service>, Router), CoordinatorError> {
     let metrics = parts.metrics.register(Metrics::register);
     let models = Arc::new(Models::new(parts.served, &config.limits, &metrics)?);
-    let board = Board::with(config.fleet.absent_grace, &config.placement);
+    let board = Board::with(config.fleet.absent_grace, config.placement.index_bytes);
     let links = Arc::new(Links::default());
     let keeper = Keeper {
         board: board.clone(),

@@ -12,7 +12,6 @@
 pub mod admin;
 pub mod admit;
 mod build;
-pub mod chains;
 pub mod config;
 pub mod dispatch;
 mod error;
@@ -26,7 +25,6 @@ pub mod prepare;
 pub mod registration;
 pub mod report;
 pub mod requests;
-pub mod schedule;
 pub mod serve;
 pub mod stream;
 pub mod text;

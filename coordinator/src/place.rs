@@ -1,16 +1,20 @@
 //! Finds a place for a request, waits a little for one, and finds another when the first fails.
 //!
 //! Called by [`crate::serve`] for the first place and by [`crate::stream`], through [`Attempts`], for the next. Leaves
-//! the choice to [`crate::schedule`] and the sending to [`crate::dispatch`].
+//! the choice to [`baton_schedule`] and the sending to [`crate::dispatch`].
 
 use std::{sync::Arc, time::Duration};
 
 use baton_proto::{ApiError, ErrorCode, InstanceId};
+use baton_schedule::{
+    NoPlace, Prompt,
+    board::{Board, Booking},
+    chains::Chains,
+};
 use futures::{FutureExt, future::BoxFuture};
 use tokio::time::{Instant, timeout_at};
 
 use crate::{
-    chains::Chains,
     dispatch::{Assignment, Generation},
     fleet::keeper::Links,
     handoffs::Handoffs,
@@ -18,10 +22,6 @@ use crate::{
     models::Model,
     prepare::{PreparedPrompt, Sampling, Served},
     requests::Placing,
-    schedule::{
-        NoPlace, Prompt,
-        board::{Board, Booking},
-    },
 };
 
 /// How many attempts in a row may bring no token before the failure is told.
@@ -254,15 +254,13 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::{
-        fleet::{
-            Role, Spec,
-            tests::{ready, spec},
-        },
-        prepare::{
-            Endpoint, parse, prepare,
-            tests::{LIMITS, served},
-        },
+    use crate::prepare::{
+        Endpoint, parse, prepare,
+        tests::{LIMITS, served},
+    };
+    use baton_schedule::fleet::{
+        Role, Spec,
+        testing::{ready, spec},
     };
 
     #[tokio::test(start_paused = true)]

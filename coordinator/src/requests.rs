@@ -12,10 +12,9 @@ use std::{
 };
 
 use baton_proto::{ApiError, InstanceId, RequestId};
+use baton_schedule::{Placement, Receipt, board::Booking};
 use parking_lot::Mutex;
 use tokio::time::Instant;
-
-use crate::schedule::{Placement, Receipt, board::Booking};
 
 /// How far a request has come. Tokens are those of all its prompts.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use baton_proto::ApiError;
+use baton_schedule::{NoPlace, board::Booking};
 use tokio::time::Instant;
 
 use crate::{
@@ -18,7 +19,6 @@ use crate::{
     prepare::{Endpoint, Prepared, PreparedPrompt, RequestLimits, parse, prepare},
     report::Report,
     requests::{CardGuard, Placing, Roster, Stage},
-    schedule::{NoPlace, board::Booking},
     stream::{Lane, Overdue, Reading, Streaming},
 };
 

@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use baton_proto::{ApiError, ErrorCode, RequestId, v1};
+use baton_schedule::{Seat, chains::Chains};
 use tokio::time::Instant;
 use v1::dispatch::Work;
 
-use crate::{chains::Chains, prepare::Sampling, schedule::Seat};
+use crate::prepare::Sampling;
 
 /// What a request is, as far as instances are told.
 #[derive(Debug, Clone)]

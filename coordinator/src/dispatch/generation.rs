@@ -13,6 +13,10 @@ use std::{
 };
 
 use baton_proto::{ApiError, ErrorCode, InstanceId, TransferId, v1};
+use baton_schedule::{
+    Placement, Seat, Side,
+    board::{Booking, Credit},
+};
 use tokio::time::{Instant, Sleep, sleep_until};
 use v1::dispatch::Work;
 
@@ -26,10 +30,6 @@ use super::{
 use crate::{
     fleet::keeper::Links,
     handoffs::{Handoff, Handoffs, is_of_the_link},
-    schedule::{
-        Placement, Seat, Side,
-        board::{Booking, Credit},
-    },
 };
 
 /// How long the end of an answer waits for prefill to say how much of the prompt was cached.
@@ -338,13 +338,13 @@ impl Generation {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        dispatch::LegEnd,
+    use crate::dispatch::LegEnd;
+    use baton_schedule::{
+        board::Board,
         fleet::{
             Role,
-            tests::{ready, spec},
+            testing::{ready, spec},
         },
-        schedule::board::Board,
     };
 
     /// A request on a pair, as if its legs had been dispatched.

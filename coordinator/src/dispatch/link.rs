@@ -19,6 +19,11 @@ use std::{
 use baton_process::{one_line, tls::Dial};
 use baton_proto::{ApiError, CoordinatorId, ErrorCode, Incarnation, InstanceId, LegId, v1};
 use baton_registry::ObservedStatus;
+use baton_schedule::{
+    Side,
+    board::{Board, Credit, LegNews},
+    fleet::Duty,
+};
 use parking_lot::Mutex;
 use tokio::{
     sync::{mpsc, watch},
@@ -36,12 +41,8 @@ use super::{
 };
 use crate::{
     config::{CHOICES_MOST, FleetConfig},
-    fleet::{Duty, cache::CacheReader},
+    fleet::cache::CacheReader,
     metrics::Metrics,
-    schedule::{
-        Side,
-        board::{Board, Credit, LegNews},
-    },
 };
 
 /// Frames queued towards one instance.

@@ -16,9 +16,9 @@
 use std::collections::BTreeMap;
 
 use baton_proto::{ApiError, ErrorCode};
+use baton_schedule::Side;
 
 use super::leg::{LegEnd, Output, StopReason, TokenLogprobs};
-use crate::schedule::Side;
 
 /// What the driver is to do.
 #[derive(Debug, Clone, PartialEq, Eq)]

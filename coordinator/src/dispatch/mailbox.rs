@@ -13,11 +13,11 @@ use std::{
 };
 
 use baton_proto::{ApiError, ErrorCode};
+use baton_schedule::Side;
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use super::leg::{LegEnd, Output};
-use crate::schedule::Side;
 
 /// Deliveries that may lie in the box for each choice. In order, they merge: only a peer that breaks the contract comes
 /// near it.

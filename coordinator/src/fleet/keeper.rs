@@ -9,6 +9,8 @@ use std::{collections::HashMap, sync::Arc};
 use baton_process::tls::Dial;
 use baton_proto::{CoordinatorId, InstanceId};
 use baton_registry::{FleetSnapshot, Revision};
+use baton_schedule::fleet::{Change, Spec};
+use baton_schedule::{board::Board, index::SHARDS};
 use parking_lot::RwLock;
 use tokio::{
     sync::watch,
@@ -16,12 +18,10 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use super::{Change, Spec};
 use crate::{
     config::FleetConfig,
     dispatch::{Link, LinkTask, Target},
     metrics::Metrics,
-    schedule::{board::Board, index::SHARDS},
 };
 
 struct Entry {

@@ -13,12 +13,13 @@ pub mod served;
 use std::sync::Arc;
 
 use baton_proto::{ApiError, ErrorCode};
+use baton_schedule::chains::Chains;
 
 pub use sampling::Sampling;
 use sampling::TokenLimits;
 pub use served::{Served, Spelling, TextModel, TextReader, Turn};
 
-use crate::{chains::Chains, text::TextStops};
+use crate::text::TextStops;
 use openai::{Content, Message, OnePrompt};
 pub use openai::{Request, parse};
 

@@ -1,7 +1,8 @@
 //! Requests go where their prompts are, by what instances say that they have cached and by what was sent to them.
 
-use baton_coordinator::{requests::Known, schedule::Scored};
+use baton_coordinator::requests::Known;
 use baton_proto::{BlockHash, v1};
+use baton_schedule::Scored;
 use serde_json::json;
 use v1::{FinishReason, attach_response::Frame as Answer};
 

@@ -9,10 +9,9 @@
 //! bounds: gRPC bounds each, this bounds what they come to.
 
 use baton_proto::{BlockHash, IdError, Incarnation, v1};
+use baton_schedule::chains::{Dialect, key};
 use bytes::Bytes;
 use v1::kv_events::Events;
-
-use crate::chains::{Dialect, key};
 
 /// Blocks that one instance is believed to have: at 16 tokens each, 16 million tokens.
 pub(super) const BLOCKS_MOST: usize = 1 << 20;

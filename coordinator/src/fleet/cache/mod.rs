@@ -2,7 +2,7 @@
 //!
 //! Started by the instance's link ([`crate::dispatch`]) once it is welcome there, over the link's own connection, and
 //! stopped with it: the next connection may be to another process. [`follow`] says what messages mean; what they bring
-//! goes to [`crate::schedule::caches`]. Reading is never in the way of tokens: it has a task of its own, and an instance
+//! goes to [`baton_schedule::caches`]. Reading is never in the way of tokens: it has a task of its own, and an instance
 //! that sends snapshots without end is read once in [`SNAPSHOT_PAUSE`].
 //!
 //! When a stream ends or something is missing on it, another is opened, after a growing pause, and begins with a
@@ -15,6 +15,7 @@ use std::{sync::Arc, time::Duration};
 
 use baton_process::one_line;
 use baton_proto::{CoordinatorId, Incarnation, InstanceId, v1};
+use baton_schedule::caches::{Feed, TooManyDialects};
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::task::AbortOnDropHandle;
 use tonic::{Code, Status, Streaming, transport::Channel};
@@ -23,7 +24,6 @@ use v1::kv_cache_client::KvCacheClient;
 use crate::{
     config::FleetConfig,
     metrics::{Metrics, kind, reason},
-    schedule::caches::{Feed, TooManyDialects},
 };
 use follow::{Fault, Follower, News};
 

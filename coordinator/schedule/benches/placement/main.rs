@@ -1,7 +1,7 @@
 //! The judge of placement: a trace replayed over a simulated fleet by this crate's placement and by those of others, and
 //! how long a decision takes.
 //!
-//! `cargo bench -p baton-coordinator --bench placement -- --help`, or `./deploy/run bench placement`. [`replay`] is the
+//! `cargo bench -p baton-schedule --bench placement -- --help`, or `./deploy/run bench placement`. [`replay`] is the
 //! simulation, [`decide`] the clock on decisions, [`report`] the tables. Without `--trace` the traffic is made up, and
 //! the output says so. Nothing fails unless `--judge` asks for it.
 

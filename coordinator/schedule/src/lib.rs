@@ -1,7 +1,7 @@
 //! Where a request goes: prefill and decode chosen together. Pure.
 //!
 //! Called by [`board`] with the fleet, the ledger of this coordinator's own work and the request; leaves the sending to
-//! [`crate::dispatch`]. [`cost`] predicts how long each instance would take for a part of the work, by how it stands
+//! its caller. [`cost`] predicts how long each instance would take for a part of the work, by how it stands
 //! ([`ledger`]) and what it has cached of the prompt ([`caches`], [`index`]).
 //!
 //! The cheapest pair of one group and KV layout is taken, or the cheapest mixed instance if that is cheaper. Equal costs
@@ -10,7 +10,9 @@
 
 pub mod board;
 pub mod caches;
+pub mod chains;
 mod cost;
+pub mod fleet;
 pub mod index;
 pub mod ledger;
 

@@ -1,26 +1,9 @@
-//! Tables over the merge of list and streams; builders that the scheduler's tests share.
+//! Tables over the merge of list and streams.
 
-use super::*;
-
-pub(crate) fn spec(id: &str) -> Spec {
-    Spec {
-        id: InstanceId::new(id).expect("a good id"),
-        incarnation: Incarnation(1),
-        group: GroupName::default(),
-        model: "tiny".into(),
-        revision: "r1".into(),
-        context_tokens: 1024,
-        layout: "l1".into(),
-        block_tokens: 16,
-        token_bytes: 0,
-        inference_endpoint: format!("{id}:1"),
-        handoff_endpoint: format!("{id}:2"),
-    }
-}
-
-pub(crate) fn ready(role: Role) -> Duty {
-    Duty { role, epoch: RoleEpoch(1), ready: true }
-}
+use super::{
+    testing::{ready, spec},
+    *,
+};
 
 fn usable(fleet: &Fleet, now: Instant) -> Vec<&str> {
     fleet.usable("r1", now).map(|(instance, _)| instance.spec.id.as_str()).collect()

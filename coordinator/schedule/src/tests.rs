@@ -10,7 +10,7 @@ use crate::{
     chains::{Chains, Dialect},
     fleet::{
         Load,
-        tests::{ready, spec},
+        testing::{ready, spec},
     },
 };
 

@@ -4,16 +4,14 @@
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
-use baton_coordinator::{
+use baton_proto::{GroupName, Incarnation, InstanceId, LegId, RoleEpoch};
+use baton_schedule::{
+    Placement, Prompt, Seat, Side,
+    board::{Board, Credit, LegNews},
+    caches::Feed,
     chains::{Chain, Dialect},
     fleet::{Duty, Load, Role, Spec},
-    schedule::{
-        Placement, Prompt, Seat, Side,
-        board::{Board, Credit, LegNews},
-        caches::Feed,
-    },
 };
-use baton_proto::{GroupName, Incarnation, InstanceId, LegId, RoleEpoch};
 use tokio::{
     runtime::{Builder, EnterGuard, Runtime},
     time::{Instant, advance},

@@ -21,10 +21,7 @@ use super::{
     ledger::{Ledger, Work},
     place,
 };
-use crate::{
-    config::PlacementConfig,
-    fleet::{Change, Duty, Fleet, Load, Spec},
-};
+use crate::fleet::{Change, Duty, Fleet, Load, Spec};
 
 /// How long a prompt that has been computed may take to be among what its instance says that it has.
 const TOLD_WITHIN: Duration = Duration::from_secs(1);
@@ -47,14 +44,14 @@ pub struct Board {
 impl Board {
     /// `absent_grace`: see [`Fleet::new`].
     pub fn new(absent_grace: Duration) -> Arc<Self> {
-        Self::with(absent_grace, &PlacementConfig::default())
+        Self::with(absent_grace, 256 << 20)
     }
 
-    /// The same, as it is configured.
-    pub fn with(absent_grace: Duration, config: &PlacementConfig) -> Arc<Self> {
+    /// The same; which instances have what cached is remembered in at most so many bytes.
+    pub fn with(absent_grace: Duration, index_bytes: usize) -> Arc<Self> {
         let state = State { fleet: Fleet::new(absent_grace), ledger: Ledger::default() };
         Arc::new(Self {
-            caches: Caches::new(config.index_bytes),
+            caches: Caches::new(index_bytes),
             state: Mutex::new(state),
             turns: AtomicU64::new(0),
             version: watch::Sender::new(0),

@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use baton_coordinator::schedule::board::{Board, Booking};
+use baton_schedule::board::{Board, Booking};
 use tabled::{builder::Builder, settings::Style};
 
 use crate::replay::{
