@@ -105,6 +105,7 @@ fn placing(placing: &Placing) -> v1::PlacementView {
         prompt_tokens: receipt.prompt_tokens,
         expected_tokens: receipt.expected_tokens,
         choices: receipt.choices,
+        policy: receipt.policy.name().to_owned(),
         candidates: u32::try_from(receipt.candidates).unwrap_or(u32::MAX),
         cheapest: receipt.cheapest.iter().map(|scored| candidate(scored, taken(scored))).collect(),
     }
@@ -124,6 +125,8 @@ fn candidate(scored: &Scored, taken: bool) -> v1::CandidateView {
         kv_blocks_free: standing.blocks_free,
         kv_blocks_wanted: scored.blocks,
         cached_tokens: scored.cached_tokens,
+        ttft_micros: scored.ttft_micros,
+        tpot_micros: scored.tpot_micros,
     }
 }
 

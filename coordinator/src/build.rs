@@ -53,7 +53,7 @@ pub fn assemble(
 ) -> Result<(Arc<Service>, Router), CoordinatorError> {
     let metrics = parts.metrics.register(Metrics::register);
     let models = Arc::new(Models::new(parts.served, &config.limits, &metrics)?);
-    let board = Board::with(config.fleet.absent_grace, config.placement.index_bytes);
+    let board = Board::with(config.fleet.absent_grace, config.placement.settings(rand::random()));
     let links = Arc::new(Links::default());
     let keeper = Keeper {
         board: board.clone(),

@@ -1,5 +1,7 @@
 //! The coordinator's configuration: one nested struct, checked at start.
 
+mod placement;
+
 use std::{path::PathBuf, time::Duration};
 
 use baton_process::{
@@ -9,10 +11,10 @@ use baton_proto::{CoordinatorId, MODEL_NAME_BYTES_MOST, MODEL_NAMES_MOST, MODELS
 use baton_registry::EtcdSettings;
 use serde::{Deserialize, Serialize};
 
+pub use placement::{PlacementConfig, PolicyName};
+
 /// Answers that one request may have at most: each has a bit in the set of those that a leg still works at.
 pub const CHOICES_MOST: u32 = 128;
-/// Less would be of no use.
-const INDEX_BYTES_LEAST: usize = 1 << 20;
 
 /// Everything a coordinator can be told.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -131,21 +133,6 @@ impl Default for LimitsConfig {
     }
 }
 
-/// What requests are placed by.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct PlacementConfig {
-    /// Most memory for which instances have which KV blocks cached, at 58 bytes a block. Over it a part of the blocks is
-    /// forgotten, so that of each prompt less is known.
-    pub index_bytes: usize,
-}
-
-impl Default for PlacementConfig {
-    fn default() -> Self {
-        Self { index_bytes: 256 << 20 }
-    }
-}
-
 /// How instances are reached and when they are given up.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -225,11 +212,7 @@ impl ServiceConfig for CoordinatorConfig {
         require(limits.max_concurrent > 0, "limits.max_concurrent", "expected at least 1")?;
         require((1..=CHOICES_MOST).contains(&limits.max_choices), "limits.max_choices", "expected 1 to 128")?;
         require(!limits.request_timeout.is_zero(), "limits.request_timeout", "expected more than 0")?;
-        require(
-            self.placement.index_bytes >= INDEX_BYTES_LEAST,
-            "placement.index_bytes",
-            "expected at least 1048576",
-        )?;
+        self.placement.validate()?;
         let fleet = &self.fleet;
         for (value, key) in [
             (fleet.connect_timeout, "fleet.connect_timeout"),
@@ -262,7 +245,7 @@ mod tests {
     fn what_types_cannot_say_is_checked_with_its_key() {
         assert!(good().validate().is_ok());
         type Change = fn(&mut CoordinatorConfig);
-        let cases: [(&str, Change); 17] = [
+        let cases: [(&str, Change); 19] = [
             ("id", |c| c.id = "Upper".into()),
             ("store", |c| c.store.controller.clear()),
             ("store", |c| c.store.etcd.endpoints.push("127.0.0.1:2379".into())),
@@ -277,6 +260,8 @@ mod tests {
             ("limits.max_concurrent", |c| c.limits.max_concurrent = 0),
             ("limits.max_choices", |c| c.limits.max_choices = 0),
             ("limits.max_choices", |c| c.limits.max_choices = 129),
+            ("placement.temperature", |c| c.placement.temperature = f64::NAN),
+            ("placement.tpot_target", |c| c.placement.tpot_target = Duration::ZERO),
             ("placement.index_bytes", |c| c.placement.index_bytes = (1 << 20) - 1),
             ("fleet.keep_alive", |c| c.fleet.keep_alive = Duration::ZERO),
             ("fleet.reconnect_max", |c| c.fleet.reconnect_max = Duration::ZERO),

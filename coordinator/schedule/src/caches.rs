@@ -7,7 +7,6 @@
 
 use std::{collections::HashMap, sync::Arc};
 
-use baton_proto::InstanceId;
 use parking_lot::{Mutex, MutexGuard};
 use tokio::time::Instant;
 
@@ -25,7 +24,7 @@ const DIALECTS_MOST: usize = 8;
 pub struct TooManyDialects;
 
 /// What is known of an instance.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 struct Known {
     slot: Slot,
     dialect: Dialect,
@@ -37,7 +36,8 @@ struct Known {
 #[derive(Debug)]
 pub struct State {
     index: PrefixIndex,
-    instances: HashMap<InstanceId, Known>,
+    /// By number of the instance; nobody's number is another's ever.
+    instances: Vec<Option<Known>>,
     /// By model revision, with how many instances speak it.
     dialects: HashMap<Arc<str>, Vec<(Dialect, usize)>>,
     /// Of the request that is being placed.
@@ -55,7 +55,7 @@ impl Caches {
     pub fn new(index_bytes: usize) -> Arc<Self> {
         let index = PrefixIndex::new(index_bytes / BLOCK_BYTES, (rand::random(), rand::random()));
         let state =
-            State { index, instances: HashMap::new(), dialects: HashMap::new(), depths: Depths::default() };
+            State { index, instances: Vec::new(), dialects: HashMap::new(), depths: Depths::default() };
         Arc::new(Self { state: Mutex::new(state) })
     }
 
@@ -66,8 +66,8 @@ impl Caches {
         spoken.map(|(dialect, _)| *dialect).collect()
     }
 
-    /// For what an instance of this model says of its cache. It is believed for as long as the feed lives.
-    pub fn feed(self: &Arc<Self>, instance: InstanceId, revision: &str) -> Feed {
+    /// For what the instance of this number, of this model, says of its cache. It is believed for as long as the feed lives.
+    pub fn feed(self: &Arc<Self>, instance: u32, revision: &str) -> Feed {
         Feed {
             caches: self.clone(),
             instance,
@@ -99,6 +99,10 @@ impl Caches {
 }
 
 impl State {
+    fn known(&self, instance: u32) -> Option<&Known> {
+        self.instances.get(instance as usize)?.as_ref()
+    }
+
     /// Looks up who has how much of a prompt, in each of its chains.
     pub(super) fn look(&mut self, chains: &[Chain], now: Instant) -> Held<'_> {
         self.depths.clear();
@@ -107,8 +111,8 @@ impl State {
     }
 
     /// An instance will have computed, or received, a prompt.
-    pub(super) fn expect(&mut self, instance: &InstanceId, chains: &[Chain]) -> Option<Ticket> {
-        let known = self.instances.get(instance).filter(|known| known.keeps)?;
+    pub(super) fn expect(&mut self, instance: u32, chains: &[Chain]) -> Option<Ticket> {
+        let known = self.known(instance).filter(|known| known.keeps)?;
         let chain = chains.iter().find(|chain| chain.dialect == known.dialect)?;
         Some(self.index.expect(known.slot, chain.keys.clone()))
     }
@@ -140,10 +144,10 @@ impl State {
 pub struct Held<'a>(Option<&'a State>);
 
 impl Held<'_> {
-    /// Full blocks that an instance has from the prompt's start on, and the tokens of each.
-    pub fn blocks(self, instance: &InstanceId) -> Option<(u32, u32)> {
+    /// Full blocks that the instance of this number has from the prompt's start on, and the tokens of each.
+    pub fn blocks(self, instance: u32) -> Option<(u32, u32)> {
         let state = self.0?;
-        let known = state.instances.get(instance)?;
+        let known = state.known(instance)?;
         Some((state.depths.of(known.slot), known.dialect.block_tokens()))
     }
 }
@@ -152,7 +156,7 @@ impl Held<'_> {
 #[derive(Debug)]
 pub struct Feed {
     caches: Arc<Caches>,
-    instance: InstanceId,
+    instance: u32,
     /// Of its model.
     revision: Arc<str>,
     current: Option<(Slot, Dialect)>,
@@ -191,7 +195,11 @@ impl Feed {
         }
         state.index.publish(slot, old.map(|(old, _)| old));
         let known = Known { slot, dialect, keeps: self.keeps };
-        state.instances.insert(self.instance.clone(), known);
+        let at = self.instance as usize;
+        if state.instances.len() <= at {
+            state.instances.resize_with(at + 1, || None);
+        }
+        state.instances[at] = Some(known);
         Ok(())
     }
 
@@ -200,7 +208,7 @@ impl Feed {
         let Some((slot, _)) = self.current else { return };
         if !self.keeps && !stored.is_empty() {
             self.keeps = true;
-            if let Some(known) = self.caches.state.lock().instances.get_mut(&self.instance) {
+            if let Some(Some(known)) = self.caches.state.lock().instances.get_mut(self.instance as usize) {
                 known.keeps = true;
             }
         }
@@ -218,8 +226,8 @@ impl Feed {
             state.index.close(slot);
             state.discount(&self.revision, dialect);
             // Another stream to it may stand already.
-            if state.instances.get(&self.instance).is_some_and(|known| known.slot == slot) {
-                state.instances.remove(&self.instance);
+            if state.known(self.instance).is_some_and(|known| known.slot == slot) {
+                state.instances[self.instance as usize] = None;
             }
         }
     }
@@ -241,10 +249,6 @@ mod tests {
     use super::*;
     use crate::chains::Chains;
 
-    fn id(name: &str) -> InstanceId {
-        InstanceId::new(name).expect("a good id")
-    }
-
     fn dialect(layout: &str) -> Dialect {
         Dialect::new(layout, 4).expect("blocks of 4 tokens")
     }
@@ -255,14 +259,14 @@ mod tests {
         feed.publish(dialect(layout))
     }
 
-    fn blocks(caches: &Caches, chains: &[Chain], instance: &str) -> Option<(u32, u32)> {
-        caches.lock().look(chains, Instant::now()).blocks(&id(instance))
+    fn blocks(caches: &Caches, chains: &[Chain], instance: u32) -> Option<(u32, u32)> {
+        caches.lock().look(chains, Instant::now()).blocks(instance)
     }
 
     #[test]
     fn each_instance_is_asked_in_its_own_dialect() {
         let caches = Caches::new(1 << 20);
-        let (mut a, mut b) = (caches.feed(id("a"), "r1"), caches.feed(id("b"), "r1"));
+        let (mut a, mut b) = (caches.feed(1, "r1"), caches.feed(2, "r1"));
         let prompt = Chains::new((0..20).collect());
         assert!(prompt.say(&caches.dialects("r1"), &[]).is_empty());
         let both = prompt.say(&[dialect("x"), dialect("y")], &[]);
@@ -271,15 +275,15 @@ mod tests {
         assert_eq!(caches.dialects("r1"), [dialect("x"), dialect("y")]);
         assert_eq!(caches.dialects("r2"), []);
         let said = prompt.say(&caches.dialects("r1"), &[]);
-        assert_eq!(blocks(&caches, &said, "a"), Some((3, 4)));
-        assert_eq!(blocks(&caches, &said, "b"), Some((2, 4)));
-        assert_eq!(blocks(&caches, &said[1..], "a"), Some((0, 4)));
-        assert_eq!(blocks(&caches, &said, "c"), None);
+        assert_eq!(blocks(&caches, &said, 1), Some((3, 4)));
+        assert_eq!(blocks(&caches, &said, 2), Some((2, 4)));
+        assert_eq!(blocks(&caches, &said[1..], 1), Some((0, 4)));
+        assert_eq!(blocks(&caches, &said, 3), None);
         drop(a);
         assert_eq!(caches.dialects("r1"), [dialect("y")]);
-        assert_eq!(blocks(&caches, &said, "a"), None);
+        assert_eq!(blocks(&caches, &said, 1), None);
         b.forget();
-        assert!(caches.lock().dialects.is_empty() && caches.lock().instances.is_empty());
+        assert!(caches.lock().dialects.is_empty() && caches.lock().instances.iter().all(Option::is_none));
         while caches.sweep() {}
         assert_eq!(caches.blocks(), 0);
     }
@@ -287,21 +291,21 @@ mod tests {
     #[test]
     fn a_late_end_of_an_old_stream_takes_nothing_from_the_new_one() {
         let caches = Caches::new(1 << 20);
-        let (mut old, mut new) = (caches.feed(id("a"), "r1"), caches.feed(id("a"), "r1"));
+        let (mut old, mut new) = (caches.feed(1, "r1"), caches.feed(1, "r1"));
         told(&mut old, "x", &[1]).expect("one dialect");
         told(&mut new, "x", &[1]).expect("one dialect");
         drop(old);
         let chains = Chains::new((0..4).collect()).say(&[dialect("x")], &[]);
-        assert!(caches.lock().expect(&id("a"), &chains).is_some());
+        assert!(caches.lock().expect(1, &chains).is_some());
         assert_eq!(caches.dialects("r1"), [dialect("x")]);
     }
 
     #[test]
     fn nothing_is_expected_of_an_instance_that_keeps_nothing() {
         let caches = Caches::new(1 << 20);
-        let mut feed = caches.feed(id("a"), "r1");
+        let mut feed = caches.feed(1, "r1");
         let chains = Chains::new((0..4).collect()).say(&[dialect("x")], &[]);
-        let expected = || caches.lock().expect(&id("a"), &chains).is_some();
+        let expected = || caches.lock().expect(1, &chains).is_some();
         told(&mut feed, "x", &[]).expect("one dialect");
         assert!(!expected());
         feed.change(&[7], &[]);
@@ -313,7 +317,7 @@ mod tests {
     #[test]
     fn prompts_are_hashed_in_no_more_dialects_than_a_few() {
         let caches = Caches::new(1 << 20);
-        let mut feeds: Vec<Feed> = (0..9).map(|n| caches.feed(id(&format!("i{n}")), "r1")).collect();
+        let mut feeds: Vec<Feed> = (0..9).map(|n| caches.feed(n, "r1")).collect();
         for (n, feed) in feeds.iter_mut().enumerate() {
             let told = told(feed, &format!("l{n}"), &[]);
             assert_eq!(told.is_ok(), n < 8, "{n}");

@@ -76,6 +76,51 @@ impl From<&InstanceSpec> for Spec {
     }
 }
 
+/// Counters of steps that did one kind of work alone and of which nothing failed, since the instance's process started.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Timed {
+    /// Of steps that computed prompts: how long they took, of how many tokens they were, and of how many pairs of a token
+    /// and one before it.
+    pub prefill_micros: u64,
+    pub prefill_tokens: u64,
+    pub prefill_pairs: u64,
+    /// Of steps that decoded: how long they took, how many they were, and the sums of their sequences and of the tokens of
+    /// these.
+    pub decode_micros: u64,
+    pub decode_steps: u64,
+    pub decode_sequences: u64,
+    pub context_tokens: u64,
+}
+
+impl Timed {
+    /// What was counted since; `None`: some counter went back.
+    pub fn since(&self, before: &Self) -> Option<Self> {
+        Some(Self {
+            prefill_micros: self.prefill_micros.checked_sub(before.prefill_micros)?,
+            prefill_tokens: self.prefill_tokens.checked_sub(before.prefill_tokens)?,
+            prefill_pairs: self.prefill_pairs.checked_sub(before.prefill_pairs)?,
+            decode_micros: self.decode_micros.checked_sub(before.decode_micros)?,
+            decode_steps: self.decode_steps.checked_sub(before.decode_steps)?,
+            decode_sequences: self.decode_sequences.checked_sub(before.decode_sequences)?,
+            context_tokens: self.context_tokens.checked_sub(before.context_tokens)?,
+        })
+    }
+}
+
+impl From<&v1::InstanceLoad> for Timed {
+    fn from(load: &v1::InstanceLoad) -> Self {
+        Self {
+            prefill_micros: load.prefill_micros,
+            prefill_tokens: load.timed_prefill_tokens,
+            prefill_pairs: load.timed_prefill_pairs,
+            decode_micros: load.decode_micros,
+            decode_steps: load.timed_decode_steps,
+            decode_sequences: load.decode_sequences,
+            context_tokens: load.decode_context_tokens,
+        }
+    }
+}
+
 /// How busy an instance said it is, over all coordinators.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Load {
@@ -83,6 +128,8 @@ pub struct Load {
     pub sequences: u32,
     /// Prompt tokens accepted and still to be computed.
     pub queued_prefill_tokens: u64,
+    /// Pairs of one of these tokens and one before it in its prompt.
+    pub queued_prefill_pairs: u64,
     /// 0 = not said.
     pub kv_blocks_total: u32,
     pub kv_blocks_free: u32,
@@ -90,12 +137,17 @@ pub struct Load {
     pub prefill_tokens_per_second: u64,
     /// 0 = not yet measured.
     pub decode_step_micros: u64,
+    pub timed: Timed,
+    /// Caches on their way in, and out.
+    pub transfers: u32,
     /// The last leg on the stream that this includes; `None`: the instance, of an earlier version, does not say.
     pub seen_leg: Option<LegId>,
 }
 
 /// Most prompt tokens an instance is believed to have queued.
 const QUEUED_TOKENS_MOST: u64 = 1 << 32;
+/// Most pairs of these tokens and those before them.
+const QUEUED_PAIRS_MOST: u64 = 1 << 52;
 /// Longest decode step an instance is believed to have measured: one minute.
 const DECODE_STEP_MICROS_MOST: u64 = 60_000_000;
 
@@ -105,10 +157,13 @@ impl From<&v1::InstanceLoad> for Load {
         Self {
             sequences: load.running_sequences.saturating_add(load.waiting_sequences),
             queued_prefill_tokens: load.queued_prefill_tokens.min(QUEUED_TOKENS_MOST),
+            queued_prefill_pairs: load.queued_prefill_pairs.min(QUEUED_PAIRS_MOST),
             kv_blocks_total: load.kv_blocks_total,
             kv_blocks_free: load.kv_blocks_free.min(load.kv_blocks_total),
             prefill_tokens_per_second: load.prefill_tokens_per_second,
             decode_step_micros: load.decode_step_micros.min(DECODE_STEP_MICROS_MOST),
+            timed: load.into(),
+            transfers: load.outgoing_transfers.saturating_add(load.incoming_transfers),
             seen_leg: load.seen_leg.map(LegId),
         }
     }
@@ -204,13 +259,18 @@ impl Fleet {
         instance
     }
 
-    /// Takes the store's present list, in the order of ids.
-    pub fn list(&mut self, specs: &[Spec], now: Instant) -> Vec<Change> {
+    /// Takes the store's present list, in the order of ids: who is to be connected to, and whether the list is another than
+    /// the last.
+    pub fn list(&mut self, specs: &[Spec], now: Instant) -> (Vec<Change>, bool) {
         debug_assert!(specs.is_sorted_by(|a, b| a.id < b.id));
         let mut changes = Vec::new();
+        let mut other = self.orphaned != specs.is_empty();
         for spec in specs {
             match self.get_mut(&spec.id) {
-                Some(known) if known.spec == *spec => known.listing = Listing::Listed,
+                Some(known) if known.spec == *spec => {
+                    other |= known.listing != Listing::Listed;
+                    known.listing = Listing::Listed;
+                }
                 _ => {
                     let known = self.remove(&spec.id);
                     let contact = known.map_or(Contact::Down { since: now }, |known| known.contact);
@@ -224,9 +284,11 @@ impl Fleet {
             if instance.listing == Listing::Listed && specs.binary_search_by(|spec| spec.id.cmp(id)).is_err()
             {
                 instance.listing = Listing::Missing { since: now };
+                other = true;
             }
         }
-        changes
+        other |= !changes.is_empty();
+        (changes, other)
     }
 
     /// Forgets instances that have been both unlisted and unreachable for longer than the grace.
@@ -254,21 +316,24 @@ impl Fleet {
         }
     }
 
-    /// The stream to an instance broke, or could not be opened.
-    pub fn down(&mut self, id: &InstanceId, now: Instant) {
-        if let Some(instance) = self.get_mut(id)
-            && matches!(instance.contact, Contact::Up { .. })
-        {
-            instance.contact = Contact::Down { since: now };
+    /// The stream to an instance broke, or could not be opened; whether it stood.
+    pub fn down(&mut self, id: &InstanceId, now: Instant) -> bool {
+        match self.get_mut(id) {
+            Some(instance) if matches!(instance.contact, Contact::Up { .. }) => {
+                instance.contact = Contact::Down { since: now };
+                true
+            }
+            _ => false,
         }
     }
 
-    /// The instance says what it is now. Older epochs than the one held are ignored.
-    pub fn duty(&mut self, id: &InstanceId, change: Duty) {
-        if let Some(Instance { contact: Contact::Up { duty, .. }, .. }) = self.get_mut(id)
-            && change.epoch >= duty.epoch
-        {
-            *duty = change;
+    /// The instance says what it is now; whether that is new. Older epochs than the one held are ignored.
+    pub fn changed(&mut self, id: &InstanceId, change: Duty) -> bool {
+        match self.get_mut(id) {
+            Some(Instance { contact: Contact::Up { duty, .. }, .. }) if change.epoch >= duty.epoch => {
+                std::mem::replace(duty, change) != change
+            }
+            _ => false,
         }
     }
 
@@ -279,24 +344,17 @@ impl Fleet {
         }
     }
 
-    /// Instances of a model that may be given new requests, by id.
+    /// What an instance may be given, and until when, if an end is known.
     ///
     /// One that the store dropped while it lists others was taken out on purpose: it is used for the grace, no longer.
     /// When the store lists none at all, of whatever model, the controller is the one that is away, and live streams are
     /// the truth.
-    pub fn usable(&self, revision: &str, now: Instant) -> impl Iterator<Item = (&Instance, Duty)> {
-        let alike = self.models.get(revision).into_iter().flat_map(BTreeMap::values);
-        alike.filter_map(move |instance| self.trusted(instance, now))
-    }
-
-    fn trusted<'a>(&self, instance: &'a Instance, now: Instant) -> Option<(&'a Instance, Duty)> {
-        let trusted = match instance.listing {
-            Listing::Listed => true,
-            Listing::Missing { since } => {
-                self.orphaned || now.saturating_duration_since(since) <= self.absent_grace
-            }
+    pub fn duty(&self, instance: &Instance) -> Option<(Duty, Option<Instant>)> {
+        let until = match instance.listing {
+            Listing::Missing { since } if !self.orphaned => Some(since + self.absent_grace),
+            Listing::Listed | Listing::Missing { .. } => None,
         };
-        instance.duty().filter(|_| trusted).map(|duty| (instance, duty))
+        instance.duty().map(|duty| (duty, until))
     }
 
     /// The model that an instance runs.
@@ -309,16 +367,13 @@ impl Fleet {
         self.revisions.len()
     }
 
-    /// How many instances of a model there are, usable or not.
-    pub fn known(&self, revision: &str) -> usize {
-        self.models.get(revision).map_or(0, BTreeMap::len)
+    /// Instances by id, of each model's revision.
+    pub fn models(&self) -> impl Iterator<Item = (&str, &BTreeMap<InstanceId, Instance>)> {
+        self.models.iter().map(|(revision, alike)| (revision.as_str(), alike))
     }
 
-    /// Whether an instance of any other model serves.
-    pub fn others_serve(&self, revision: &str, now: Instant) -> bool {
-        let others = self.models.iter().filter(|(other, _)| *other != revision);
-        let mut instances = others.flat_map(|(_, alike)| alike.values());
-        instances.any(|instance| self.trusted(instance, now).is_some_and(|(_, duty)| duty.role != Role::None))
+    pub fn get(&self, id: &InstanceId) -> Option<&Instance> {
+        self.models.get(self.revisions.get(id)?)?.get(id)
     }
 
     /// Every instance of every model, usable or not.

@@ -34,7 +34,9 @@ const CANCELLED_MOST: usize = 4096;
 /// An amount of work on one instance.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Work {
+    /// To be computed of a prompt, and the pairs of one of them and a token before it.
     pub prefill_tokens: u64,
+    pub prefill_pairs: u64,
     pub sequences: u64,
     pub blocks: u64,
 }
@@ -42,12 +44,14 @@ pub struct Work {
 impl Work {
     fn add(&mut self, other: Work) {
         self.prefill_tokens += other.prefill_tokens;
+        self.prefill_pairs += other.prefill_pairs;
         self.sequences += other.sequences;
         self.blocks += other.blocks;
     }
 
     fn take(&mut self, other: Work) {
         self.prefill_tokens = self.prefill_tokens.saturating_sub(other.prefill_tokens);
+        self.prefill_pairs = self.prefill_pairs.saturating_sub(other.prefill_pairs);
         self.sequences = self.sequences.saturating_sub(other.sequences);
         self.blocks = self.blocks.saturating_sub(other.blocks);
     }
@@ -58,12 +62,11 @@ impl Work {
 }
 
 /// How an instance is estimated to stand now.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Standing {
     pub queued_prefill_tokens: u64,
+    pub queued_prefill_pairs: u64,
     pub sequences: u64,
-    /// With how many sequences the decode step was measured.
-    pub measured_sequences: u64,
     /// `None`: the instance has not said.
     pub blocks_total: Option<u64>,
     pub blocks_free: Option<u64>,
@@ -175,8 +178,9 @@ impl Ledger {
         self.change(instance, |account| {
             let Some(of) = account.legs.get_mut(&leg) else { return };
             let prefill_tokens = std::mem::take(&mut of.work.prefill_tokens);
+            let prefill_pairs = std::mem::take(&mut of.work.prefill_pairs);
             if !account.cancelled.contains(&leg) {
-                account.settle(leg, Work { prefill_tokens, ..Work::default() });
+                account.settle(leg, Work { prefill_tokens, prefill_pairs, ..Work::default() });
             }
         });
     }
@@ -263,8 +267,8 @@ impl Ledger {
                 unseen.prefill_tokens,
                 over.prefill_tokens,
             ),
+            queued_prefill_pairs: sum(load.queued_prefill_pairs, unseen.prefill_pairs, over.prefill_pairs),
             sequences: sum(u64::from(load.sequences), unseen.sequences, over.sequences),
-            measured_sequences: u64::from(load.sequences),
             blocks_total: (total > 0).then_some(total),
             blocks_free: (total > 0).then(|| total.saturating_sub(used)),
             prefill_tokens_per_second: load.prefill_tokens_per_second,

@@ -5,13 +5,19 @@ use std::time::Duration;
 use baton_proto::{GroupName, v1};
 use proptest::prelude::*;
 
-use super::{caches::Caches, ledger::Work, *};
-use crate::{
+use tokio::time::Instant;
+
+use super::{
+    caches::Caches,
     chains::{Chains, Dialect},
     fleet::{
-        Load,
+        Fleet, Load, Role, Spec,
         testing::{ready, spec},
     },
+    ledger::{Ledger, Work},
+    predict::Speeds,
+    view::View,
+    *,
 };
 
 fn fleet(instances: &[(&str, Role)]) -> Fleet {
@@ -30,13 +36,43 @@ fn fleet_of(instances: Vec<(Spec, Role, Load)>) -> Fleet {
     fleet
 }
 
+/// All of these have served for long.
+fn view(fleet: &Fleet, ledger: &Ledger) -> View {
+    let (mut view, mut speeds) = (View::default(), Speeds::default());
+    let instances = fleet.models().flat_map(|(_, alike)| alike.values());
+    for instance in instances {
+        // Often enough to be believed.
+        (0..50).for_each(|_| speeds.reported(&instance.spec, &instance.load(), Instant::now()));
+    }
+    view.rebuild(fleet, ledger, &speeds, Instant::now());
+    view
+}
+
+const SETTINGS: Settings = Settings {
+    warm_up: Duration::ZERO,
+    targets: Targets { ttft: Duration::MAX, ttft_per_1k_tokens: Duration::ZERO, tpot: Duration::MAX },
+    ..Settings::DEFAULT
+};
+
+fn placed(fleet: &Fleet, ledger: &Ledger, ask: &Ask<'_>) -> Result<(Placement, Receipt), NoPlace> {
+    place(&view(fleet, ledger), ask, &SETTINGS, Instant::now())
+}
+
 fn ask(prompt_tokens: u32) -> Ask<'static> {
-    let held = Held::default();
-    Ask { prompt_tokens, held, max_tokens: 64, choices: 1, revision: "r1", avoid: None, turn: 0 }
+    Ask {
+        prompt_tokens,
+        held: Held::default(),
+        max_tokens: 64,
+        expected_tokens: 128,
+        choices: 1,
+        revision: "r1",
+        avoid: &[],
+        turn: 0,
+    }
 }
 
 fn chosen(fleet: &Fleet, ledger: &Ledger, ask: &Ask<'_>) -> Result<Vec<String>, NoPlace> {
-    let (placement, _) = place(fleet, ledger, ask, Instant::now())?;
+    let (placement, _) = placed(fleet, ledger, ask)?;
     Ok(match placement {
         Placement::Alone(seat) => vec![seat.instance.to_string()],
         Placement::Apart { prefill, decode } => {
@@ -66,8 +102,7 @@ fn one_token_is_prefills_work_alone() {
 #[test]
 fn each_choice_takes_a_seat_and_blocks_of_its_own() {
     let pair = fleet(&[("d", Role::Decode), ("p", Role::Prefill)]);
-    let blocks = |choices| match place(&pair, &Ledger::default(), &Ask { choices, ..ask(32) }, Instant::now())
-    {
+    let blocks = |choices| match placed(&pair, &Ledger::default(), &Ask { choices, ..ask(32) }) {
         Ok((Placement::Apart { decode, .. }, _)) => decode.blocks,
         other => panic!("{other:?}"),
     };
@@ -144,7 +179,7 @@ fn each_model_has_its_own_instances_and_lacks_its_own() {
     assert_eq!(asked("r3"), Err(NoPlace::NoDecode));
     assert_eq!(asked("r4"), Err(NoPlace::NoInstance));
     assert_eq!(asked("r5"), Err(NoPlace::OtherModel));
-    let (_, receipt) = place(&fleet, &none, &ask(10), Instant::now()).expect("places");
+    let (_, receipt) = placed(&fleet, &none, &ask(10)).expect("places");
     assert_eq!(receipt.candidates, 1);
     let told = NoPlace::NoDecode.told("small");
     assert_eq!((told.code, told.message.starts_with("model `small`: ")), (ErrorCode::Unavailable, true));
@@ -215,6 +250,11 @@ fn rates_turn_queues_into_time() {
     assert_eq!(chosen(&fleet, &Ledger::default(), &ask(50)).expect("places")[0], "fast");
 }
 
+fn number(fleet: &Fleet, id: &str) -> u32 {
+    let id = InstanceId::new(id).expect("a good id");
+    view(fleet, &Ledger::default()).row(&id).map_or(0, |row| row.number)
+}
+
 /// Who is chosen for a prompt of 1,000 tokens of which these instances have so many blocks of 16, with the receipt.
 fn chosen_of(fleet: &Fleet, cached: &[(&str, usize)]) -> (Vec<String>, Receipt) {
     let dialect = Dialect::new("l", 16).expect("16 tokens");
@@ -223,7 +263,7 @@ fn chosen_of(fleet: &Fleet, cached: &[(&str, usize)]) -> (Vec<String>, Receipt) 
     let feeds: Vec<_> = cached
         .iter()
         .map(|(id, blocks)| {
-            let mut feed = caches.feed(InstanceId::new(*id).expect("a good id"), "r1");
+            let mut feed = caches.feed(number(fleet, id), "r1");
             feed.begin();
             feed.store(&chains[0].keys[..*blocks]);
             feed.publish(dialect).expect("one dialect");
@@ -233,7 +273,7 @@ fn chosen_of(fleet: &Fleet, cached: &[(&str, usize)]) -> (Vec<String>, Receipt) 
     let now = Instant::now();
     let mut state = caches.lock();
     let ask = Ask { held: state.look(&chains, now), ..ask(1000) };
-    let (placement, receipt) = place(fleet, &Ledger::default(), &ask, now).expect("places");
+    let (placement, receipt) = placed(fleet, &Ledger::default(), &ask).expect("places");
     drop(state);
     drop(feeds);
     let Placement::Apart { prefill, decode } = placement else { panic!("nobody is mixed") };
@@ -275,7 +315,7 @@ fn the_last_token_is_computed_by_whoever_goes_on_from_it() {
     let cached = |side| receipt.cheapest.iter().find(|scored| scored.side == side).map(|s| s.cached_tokens);
     assert_eq!((cached(Side::Prefill), cached(Side::Decode)), (Some(992), Some(992)));
     let caches = Caches::new(1 << 20);
-    let mut feed = caches.feed(InstanceId::new("p").expect("a good id"), "r1");
+    let mut feed = caches.feed(number(&fleet, "p"), "r1");
     let dialect = Dialect::new("l", 16).expect("16 tokens");
     let chains = Chains::new((0..32).collect()).say(&[dialect], &[]);
     feed.begin();
@@ -283,7 +323,9 @@ fn the_last_token_is_computed_by_whoever_goes_on_from_it() {
     feed.publish(dialect).expect("one dialect");
     let mut state = caches.lock();
     let ask = Ask { held: state.look(&chains, Instant::now()), ..ask(32) };
-    let cached = |side| cached_tokens(&spec("p").id, &ask, side);
+    let view = view(&fleet, &Ledger::default());
+    let row = view.row(&spec("p").id).expect("it is there");
+    let cached = |side| cost::cached_tokens(row, &ask, side);
     assert_eq!([Side::Prefill, Side::Whole, Side::Decode].map(cached), [16, 16, 32]);
     drop(state);
 }
@@ -304,10 +346,10 @@ fn only_what_is_to_be_computed_is_on_the_ledger() {
     assert_eq!(board.caches.dialects("r1"), [dialect]);
     let prompt = Prompt { tokens: 1000, chains: &chains };
     let work = || board.own_work().iter().find(|(id, _)| *id == p.id).map(|(_, work)| work.prefill_tokens);
-    let mut first = board.place(prompt, (8, 1), "r1", None).expect("a place");
+    let mut first = board.place(prompt, (8, 1), "r1", &[]).expect("a place");
     assert_eq!(work(), Some(360));
     // The rest is expected there now.
-    let second = board.place(prompt, (8, 1), "r1", None).expect("a place");
+    let second = board.place(prompt, (8, 1), "r1", &[]).expect("a place");
     assert_eq!(work(), Some(360 + 8));
     first.credit.prefilled();
     drop((first, second));
@@ -320,18 +362,74 @@ fn work_just_placed_turns_the_next_request_away() {
     let mut ledger = Ledger::default();
     let first = chosen(&fleet, &ledger, &ask(100)).expect("places")[0].clone();
     let id = InstanceId::new(first.clone()).expect("a good id");
-    ledger.credit(&id, Work { prefill_tokens: 100, sequences: 1, blocks: 1 });
+    ledger.credit(&id, Work { prefill_tokens: 100, sequences: 1, blocks: 1, ..Work::default() });
     assert_ne!(chosen(&fleet, &ledger, &ask(100)).expect("places")[0], first);
 }
 
 #[test]
-fn equal_costs_take_turns() {
-    let fleet = fleet(&[("m0", Role::Mixed), ("m1", Role::Mixed), ("m2", Role::Mixed)]);
-    let mut seen: Vec<_> = (0..3)
-        .map(|turn| chosen(&fleet, &Ledger::default(), &Ask { turn, ..ask(1) }).expect("places").remove(0))
-        .collect();
-    seen.sort();
-    assert_eq!(seen, ["m0", "m1", "m2"]);
+fn equal_costs_take_turns_within_a_role_and_whoever_else_is_there() {
+    let board = board::Board::new(Duration::from_secs(1));
+    let names = ["d0", "d1", "p0", "p1", "p2", "x"];
+    let specs: Vec<Spec> = names.iter().map(|id| spec(id)).collect();
+    board.list(&specs, Instant::now());
+    for of in &specs[..5] {
+        let role = if of.id.as_str().starts_with('d') { Role::Decode } else { Role::Prefill };
+        board.up(&of.id, of.incarnation, ready(role));
+    }
+    let mut seen = [0; 6];
+    for _ in 0..6 {
+        let Placement::Apart { prefill, decode } =
+            board.place(1, (8, 1), "r1", &[]).expect("a place").placement
+        else {
+            panic!("nobody is mixed")
+        };
+        for seat in [prefill, decode] {
+            seen[names.iter().position(|id| *id == seat.instance.as_str()).expect("one of them")] += 1;
+        }
+    }
+    assert_eq!(seen, [3, 3, 2, 2, 2, 0]);
+}
+
+/// How often each of these is taken, of 300 requests, each of which ends before the next.
+fn taken(settings: Settings, loads: &[(&str, Role, u32)]) -> Vec<u32> {
+    let board = board::Board::with(Duration::from_secs(1), settings);
+    let specs: Vec<Spec> = loads.iter().map(|(id, ..)| spec(id)).collect();
+    board.list(&specs, Instant::now());
+    for (of, (_, role, sequences)) in specs.iter().zip(loads) {
+        board.up(&of.id, of.incarnation, ready(*role));
+        board.load(&of.id, Load { sequences: *sequences, ..Load::default() });
+    }
+    let mut taken = vec![0; loads.len()];
+    for _ in 0..300 {
+        let placement = board.place(1, (8, 1), "r1", &[]).expect("a place").placement;
+        let Placement::Apart { prefill, decode } = placement else { panic!("nobody is mixed") };
+        for seat in [prefill, decode] {
+            taken[specs.iter().position(|spec| spec.id == seat.instance).expect("one of them")] += 1;
+        }
+    }
+    taken
+}
+
+#[test]
+fn plain_policies_do_what_they_are_called() {
+    let loads = [
+        ("d0", Role::Decode, 0),
+        ("d1", Role::Decode, 2),
+        ("d2", Role::Decode, 1),
+        ("p0", Role::Prefill, 3),
+        ("p1", Role::Prefill, 0),
+    ];
+    let by = |policy| taken(Settings { policy, ..Settings::DEFAULT }, &loads);
+    assert_eq!(by(Policy::RoundRobin), [100, 100, 100, 150, 150]);
+    assert_eq!(by(Policy::LeastLoad), [300, 0, 0, 0, 300]);
+    // Of two of the three the emptier: d1 never, d0 in two of the three draws, and p1 whenever both are drawn.
+    let two = by(Policy::PowerOfTwo);
+    assert_eq!((two[1], two[4]), (0, 300));
+    assert!((170..230).contains(&two[0]), "{two:?}");
+    let warm = Settings { temperature: 0.5, ..Settings::DEFAULT };
+    let drawn = taken(warm, &loads);
+    assert!(drawn.iter().all(|times| *times > 0), "{drawn:?}");
+    assert!(drawn[0] > drawn[1], "the cheaper is drawn more often: {drawn:?}");
 }
 
 #[test]
@@ -342,9 +440,8 @@ fn the_receipt_keeps_the_cheapest_in_order() {
             (spec(&format!("m{n}")), Role::Mixed, load)
         })
         .collect();
-    let (placement, receipt) =
-        place(&fleet_of(instances), &Ledger::default(), &ask(10), Instant::now()).expect("places");
-    assert_eq!((receipt.candidates, receipt.cheapest.len()), (20, RECEIPT_MOST));
+    let (placement, receipt) = placed(&fleet_of(instances), &Ledger::default(), &ask(10)).expect("places");
+    assert_eq!((receipt.candidates, receipt.cheapest.len()), (20, 4));
     assert!(receipt.cheapest.is_sorted_by_key(|scored| scored.cost_micros));
     assert!(matches!(placement, Placement::Alone(seat) if seat.instance == receipt.cheapest[0].instance));
 }
@@ -366,7 +463,7 @@ proptest! {
         });
         let fleet = fleet_of(instances.collect());
         let (placement, receipt) =
-            place(&fleet, &Ledger::default(), &ask(100), Instant::now()).expect("a pair is there");
+            placed(&fleet, &Ledger::default(), &ask(100)).expect("a pair is there");
         let Placement::Apart { prefill, decode } = placement else { panic!("nobody is mixed") };
         for (seat, side) in [(prefill, Side::Prefill), (decode, Side::Decode)] {
             let least = receipt.cheapest.iter().find(|scored| scored.side == side);
@@ -409,17 +506,17 @@ proptest! {
                     kv_blocks_free: free as u32,
                     prefill_tokens_per_second: rate,
                     decode_step_micros: step,
-                    seen_leg: None,
+                    ..Load::default()
                 }
             };
             (Spec { context_tokens: 0, ..spec(&format!("i{n}")) }, role, load)
         });
         let fleet = fleet_of(instances.collect());
         let mut ledger = Ledger::default();
-        let work = Work { prefill_tokens: prompt_tokens, sequences: 1, blocks: max_tokens };
+        let work = Work { prefill_tokens: prompt_tokens, sequences: 1, blocks: max_tokens, ..Work::default() };
         ledger.credit(&InstanceId::new("i0").expect("a good id"), work);
         let ask = Ask { max_tokens: max_tokens as u32, ..ask(prompt_tokens as u32) };
-        let placed = place(&fleet, &ledger, &ask, Instant::now());
+        let placed = placed(&fleet, &ledger, &ask);
         prop_assert!(placed.is_ok() || matches!(placed, Err(NoPlace::TooLarge(_) | NoPlace::NoPrefill | NoPlace::NoDecode)));
     }
 }

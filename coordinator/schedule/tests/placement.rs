@@ -4,6 +4,7 @@
 #[path = "../benches/placement/replay/mod.rs"]
 mod replay;
 
+use baton_schedule::Settings;
 use replay::{
     cache::Cache,
     chooser::Chooser,
@@ -42,7 +43,7 @@ fn choosers(setup: &Setup) -> Vec<Box<dyn Chooser>> {
     let (prefills, decodes) = (setup.prefills, setup.decodes);
     let peer = |rule: &Rule| Box::new(Peer::new(*rule, setup.machine, prefills, decodes)) as Box<dyn Chooser>;
     let mut choosers: Vec<_> = RULES.iter().map(peer).collect();
-    choosers.push(Box::new(Production::new(prefills, decodes)));
+    choosers.push(Box::new(Production::new(prefills, decodes, Settings::default())));
     choosers
 }
 

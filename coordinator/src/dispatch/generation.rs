@@ -233,7 +233,11 @@ impl Generation {
                 && output.generates()
                 && let Some(handoff) = self.handoff.take()
             {
-                handoff.done(self.mailbox.handoff_time());
+                let took = self.mailbox.handoff_time();
+                handoff.done(took);
+                if took.is_some() {
+                    self.credit.handed_over(took);
+                }
             }
             let Some(of) = self.choices.get_mut(choice as usize) else { continue };
             let before = of.machine.tokens().len();
@@ -250,9 +254,14 @@ impl Generation {
             }
             match self.perform(choice, commands) {
                 Some(end) => {
-                    if let Err(error) = &end {
-                        let failed = self.failed_by(side, error);
-                        self.failed.get_or_insert(failed);
+                    match &end {
+                        Ok(_) => {
+                            self.credit.answered(self.choices[choice as usize].machine.tokens().len() as u32)
+                        }
+                        Err(error) => {
+                            let failed = self.failed_by(side, error);
+                            self.failed.get_or_insert(failed);
+                        }
                     }
                     self.news.push_back(Progress::of(choice, end));
                 }
@@ -322,6 +331,7 @@ impl Generation {
             let first_token = self.choices.iter().any(|choice| choice.machine.has_begun());
             if let Some(handoff) = self.handoff.take_if(|_| is_of_the_link(error, first_token)) {
                 handoff.failed();
+                self.credit.handed_over(None);
             }
         }
         ended
@@ -354,7 +364,7 @@ mod tests {
         board.list(&[d.clone(), p.clone()], Instant::now());
         board.up(&d.id, d.incarnation, ready(Role::Decode));
         board.up(&p.id, p.incarnation, ready(Role::Prefill));
-        let booking = board.place(10, (10, 1), "r1", None).expect("a place");
+        let booking = board.place(10, (10, 1), "r1", &[]).expect("a place");
         Generation {
             choices: vec![Choice { machine: Machine::apart(10), wait: None }],
             legs: Legs::default(),

@@ -52,6 +52,7 @@ pub struct Timed {
     /// Computed prompts alone.
     pub prefill: Duration,
     pub prefill_tokens: u64,
+    pub prefill_pairs: u64,
     /// Decoded alone.
     pub decode: Duration,
     pub decode_steps: u64,
@@ -69,6 +70,7 @@ impl Timed {
             (tokens, 0) => {
                 self.prefill += stats.took;
                 self.prefill_tokens += u64::from(tokens);
+                self.prefill_pairs += stats.prefill_pairs;
             }
             (0, sequences) => {
                 self.decode += stats.took;

@@ -33,6 +33,8 @@ pub struct Stepper {
 pub struct StepStats {
     /// Tokens of prompts, those computed again after a preemption included.
     pub prefill_tokens: u32,
+    /// Pairs of one of these and a token before it.
+    pub prefill_pairs: u64,
     /// Prompts of which the last token was computed.
     pub prompts: u32,
     /// Sequences that got one more token.
@@ -44,6 +46,11 @@ pub struct StepStats {
     pub failed: bool,
     /// Sequences that the model failed to compute: an error, a panic, or logits that are not numbers.
     pub failed_sequences: u32,
+}
+
+/// Pairs of a token and one before it, where `tokens` are computed that end `whole` of a prompt.
+pub fn pairs(tokens: u64, whole: u64) -> u64 {
+    tokens.saturating_mul(whole.saturating_sub(tokens / 2))
 }
 
 impl Stepper {
@@ -79,6 +86,7 @@ impl Stepper {
                 stats.context_tokens += u64::from(chunk.start + chunk.tokens);
             } else {
                 stats.prefill_tokens += chunk.tokens;
+                stats.prefill_pairs += pairs(chunk.tokens.into(), u64::from(chunk.start + chunk.tokens));
                 stats.prompts += u32::from(chunk.logits);
             }
             let at_fault = matches!(sampled, Computed::Failed(_) | Computed::Damaged(_));

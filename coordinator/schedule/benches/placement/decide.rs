@@ -8,7 +8,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use baton_schedule::board::{Board, Booking};
+use baton_schedule::{
+    Settings,
+    board::{Board, Booking},
+};
 use tabled::{builder::Builder, settings::Style};
 
 use crate::replay::{
@@ -60,7 +63,7 @@ pub(crate) fn measure(fleets: &[u32], decisions: u32) -> (String, Vec<String>) {
 
 fn decisions_micros(instances: usize, decisions: u32) -> Vec<f64> {
     let (prefills, decodes) = (instances / 2, instances - instances / 2);
-    let board = board(prefills, decodes);
+    let board = board(prefills, decodes, Settings::default());
     let mut draws = Draws::new(1);
     let places = (0..prefills).map(Place::Prefill).chain((0..decodes).map(Place::Decode));
     let places: Vec<Place> = places.collect();
@@ -83,7 +86,7 @@ fn decisions_micros(instances: usize, decisions: u32) -> Vec<f64> {
 fn decision(board: &Arc<Board>, draws: &mut Draws) -> (Option<Booking>, Duration) {
     let prompt_tokens = (6_500.0 * (1.1 * draws.normal()).exp()).clamp(100.0, 126_000.0) as u32;
     let began = Instant::now();
-    let booked = board.place(prompt_tokens, (2_000, 1), REVISION, None);
+    let booked = board.place(prompt_tokens, (2_000, 1), REVISION, &[]);
     let time = began.elapsed();
     (booked.ok(), time)
 }

@@ -21,6 +21,7 @@ use std::{
     time::Instant,
 };
 
+use baton_schedule::Settings;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use replay::{
@@ -147,7 +148,9 @@ impl Policy {
 
     fn chooser(self, setup: &Setup) -> Box<dyn Chooser> {
         let rule = match self {
-            Self::Production => return Box::new(Production::new(setup.prefills, setup.decodes)),
+            Self::Production => {
+                return Box::new(Production::new(setup.prefills, setup.decodes, Settings::default()));
+            }
             Self::RoundRobin => Rule::RoundRobin,
             Self::LeastRequests => Rule::LeastRequests,
             Self::LeastLoad => Rule::LeastLoad,

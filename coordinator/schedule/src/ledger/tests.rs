@@ -15,7 +15,7 @@ fn id() -> InstanceId {
 }
 
 fn work(prefill_tokens: u64, sequences: u64, blocks: u64) -> Work {
-    Work { prefill_tokens, sequences, blocks }
+    Work { prefill_tokens, prefill_pairs: 3 * prefill_tokens, sequences, blocks }
 }
 
 fn load(queued_prefill_tokens: u64, sequences: u32, kv_blocks_free: u32) -> Load {
@@ -263,6 +263,7 @@ impl World {
                 if let Some(held) = self.held.get_mut(which % count)
                     && std::mem::take(&mut held.work.prefill_tokens) > 0
                 {
+                    held.work.prefill_pairs = 0;
                     let said = Said::Prefilled(held.leg);
                     self.coordinators[held.coordinator].from_instance.push_back(said);
                 }
@@ -281,6 +282,7 @@ impl World {
                 let load = Load {
                     sequences: all.sequences as u32,
                     queued_prefill_tokens: all.prefill_tokens,
+                    queued_prefill_pairs: all.prefill_pairs,
                     kv_blocks_total: BLOCKS,
                     kv_blocks_free: BLOCKS - all.blocks as u32,
                     seen_leg: Some(self.coordinators[at].seen),
@@ -341,7 +343,7 @@ impl World {
             Some(Said::Prefilled(leg)) => {
                 coordinator.ledger.prefilled(&id(), leg);
                 if let Some((own, _)) = coordinator.own.get_mut(&leg) {
-                    own.prefill_tokens = 0;
+                    (own.prefill_tokens, own.prefill_pairs) = (0, 0);
                 }
             }
             Some(Said::ChoiceEnded(leg)) => {
@@ -383,7 +385,8 @@ fn estimate(coordinator: &Coordinator) -> Work {
     let blocks = standing
         .blocks_free
         .map_or_else(|| coordinator.ledger.own(&id()).blocks, |free| u64::from(BLOCKS) - free);
-    work(standing.queued_prefill_tokens, standing.sequences, blocks)
+    let prefill_pairs = standing.queued_prefill_pairs;
+    Work { prefill_pairs, ..work(standing.queued_prefill_tokens, standing.sequences, blocks) }
 }
 
 proptest! {

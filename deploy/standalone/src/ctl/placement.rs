@@ -25,6 +25,8 @@ const CANDIDATES: &[Column] = &[
     Column::new("INSTANCE"),
     Column::new("PART"),
     Column::new("COST"),
+    Column::new("TTFT"),
+    Column::new("TPOT"),
     Column::new("TAKEN"),
     Column::new("CACHED"),
     Column::new("QUEUED"),
@@ -125,7 +127,10 @@ fn section(page: &mut Page, placement: &PlacementView) {
     let PlacementView { prompt_tokens, expected_tokens, choices, candidates, .. } = placement;
     let of_each = if *choices == 1 { String::new() } else { format!(" of each of {choices} choices") };
     page.fact("Reckoned with", format!("{prompt_tokens} prompt tokens, {expected_tokens} to come{of_each}"));
-    page.fact("Candidates", format!("{candidates}; the cheapest for each part:"));
+    page.fact(
+        "Candidates",
+        format!("{candidates}; the cheapest for each part, of the policy {}:", placement.policy),
+    );
     let rows: Vec<Row> = placement.cheapest.iter().map(row).collect();
     page.text(&Layout::new(CANDIDATES, true).text(&rows, true));
 }
@@ -135,6 +140,7 @@ fn row(candidate: &CandidateView) -> Row {
         0 => "not measured".to_owned(),
         value => format!("{value}{unit}"),
     };
+    let predicted = |micros: u64| if micros == 0 { "-".to_owned() } else { millis(micros as f64 / 1e3) };
     let blocks = match candidate.kv_blocks_free {
         Some(free) => format!("{} of {free} free", candidate.kv_blocks_wanted),
         None => format!("{} of not known", candidate.kv_blocks_wanted),
@@ -143,6 +149,8 @@ fn row(candidate: &CandidateView) -> Row {
         candidate.instance_id.clone(),
         candidate.part.clone(),
         millis(candidate.cost_micros as f64 / 1e3),
+        predicted(candidate.ttft_micros),
+        predicted(candidate.tpot_micros),
         if candidate.taken { "yes" } else { "-" }.to_owned(),
         format!("{} tokens", candidate.cached_tokens),
         format!("{} tokens", candidate.queued_prefill_tokens),
@@ -175,6 +183,7 @@ fn placement_object(placement: &PlacementView) -> Value {
         "expected_tokens": placement.expected_tokens,
         "choices": placement.choices,
         "candidates": placement.candidates,
+        "policy": placement.policy,
         "cheapest": placement.cheapest.iter().map(candidate_object).collect::<Vec<_>>(),
     })
 }
@@ -192,6 +201,8 @@ fn candidate_object(candidate: &CandidateView) -> Value {
         "kv_blocks_free": candidate.kv_blocks_free,
         "kv_blocks_wanted": candidate.kv_blocks_wanted,
         "cached_tokens": candidate.cached_tokens,
+        "ttft_micros": candidate.ttft_micros,
+        "tpot_micros": candidate.tpot_micros,
     })
 }
 
@@ -214,6 +225,8 @@ pub(super) mod tests {
             kv_blocks_free: Some(90),
             kv_blocks_wanted: 5,
             cached_tokens: 32,
+            ttft_micros: if part == "prefill" { 20_000 } else { 0 },
+            tpot_micros: if part == "decode" { 9_000 } else { 0 },
             ..Default::default()
         };
         let placement = |because: &str| PlacementView {
@@ -225,6 +238,7 @@ pub(super) mod tests {
             expected_tokens: 16,
             choices: 1,
             candidates: 3,
+            policy: "predicted".into(),
             cheapest: vec![
                 candidate("server-0", "prefill", true),
                 candidate("server-1", "decode", true),

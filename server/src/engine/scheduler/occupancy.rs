@@ -1,7 +1,10 @@
 //! How full a scheduler is: read after each step, for coordinators and metrics.
 
 use super::Scheduler;
-use crate::engine::sequence::{Sequence, State, Work};
+use crate::engine::{
+    sequence::{Sequence, State, Work},
+    step::pairs,
+};
 
 /// How many sequences and blocks there are, by use.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -20,6 +23,8 @@ pub struct Occupancy {
     /// Prompt tokens accepted and still to be computed here: of who waits, less what the cache had when they came to the
     /// queue, or were first in it. An estimate, since blocks are evicted and stored meanwhile.
     pub queued_prefill_tokens: u64,
+    /// Pairs of one of these and a token before it.
+    pub queued_prefill_pairs: u64,
     pub blocks_total: u32,
     /// Blocks that nobody holds.
     pub blocks_free: u32,
@@ -82,8 +87,9 @@ impl Scheduler {
             let computes = matches!(sequence.state, State::Waiting | State::Running);
             if computes && !matches!((&sequence.work, sequence.state), (Work::Decode(_), State::Waiting)) {
                 let found = if sequence.state == State::Waiting { sequence.found } else { 0 };
-                occupancy.queued_prefill_tokens +=
-                    u64::from((sequence.remaining() - found).saturating_sub(1));
+                let left = u64::from((sequence.remaining() - found).saturating_sub(1));
+                occupancy.queued_prefill_tokens += left;
+                occupancy.queued_prefill_pairs += pairs(left, sequence.tokens.len() as u64);
             }
         }
         occupancy

@@ -1,5 +1,7 @@
 //! Who says where a request goes, what it sees, and what it is told afterwards.
 
+use baton_schedule::fleet::Timed;
+
 use super::{cache::Changes, prefill::Prefill, trace::Request};
 
 /// Where a request goes: indices of a prefill and a decode instance.
@@ -27,6 +29,10 @@ pub(crate) struct Report {
     pub(crate) queued_tokens: u64,
     /// The same without those that are cached.
     pub(crate) queued_uncached_tokens: u64,
+    /// Pairs of these and the tokens before them.
+    pub(crate) queued_uncached_pairs: u64,
+    /// What it has timed since it began.
+    pub(crate) timed: Timed,
     /// Room for caches.
     pub(crate) cache_tokens: u32,
     pub(crate) cache_free_tokens: u32,
@@ -58,8 +64,8 @@ pub(crate) trait Chooser {
     fn prefilled(&mut self, index: usize, now_micros: u64);
     /// The request's cache is with decode.
     fn handed_off(&mut self, index: usize, now_micros: u64);
-    /// The request's last token is there.
-    fn finished(&mut self, index: usize, now_micros: u64);
+    /// The request's last token is there; it has so many.
+    fn finished(&mut self, index: usize, output_tokens: u32, now_micros: u64);
     fn heard(&mut self, place: Place, report: &Report, now_micros: u64);
     /// A prefill instance says what came into its cache and what went.
     fn cached(&mut self, prefill: usize, changes: &Changes, now_micros: u64);

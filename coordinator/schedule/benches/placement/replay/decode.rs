@@ -2,6 +2,8 @@
 
 use std::collections::VecDeque;
 
+use baton_schedule::fleet::Timed;
+
 use super::{
     chooser::Report,
     machine::{Draws, Machine},
@@ -27,6 +29,7 @@ pub(crate) struct Decode {
     /// Requests whose caches are not here yet.
     announced: u32,
     taken: u64,
+    timed: Timed,
     waiting: VecDeque<usize>,
     batch: Vec<Sequence>,
     taken_tokens: u32,
@@ -43,6 +46,7 @@ impl Decode {
             draws: Draws::new(seed),
             announced: 0,
             taken: 0,
+            timed: Timed::default(),
             waiting: VecDeque::new(),
             batch: Vec::new(),
             taken_tokens: 0,
@@ -86,10 +90,14 @@ impl Decode {
         if self.batch.is_empty() {
             return None;
         }
-        let context = self.batch.iter().map(|sequence| u64::from(sequence.context_tokens)).sum();
+        let context: u64 = self.batch.iter().map(|sequence| u64::from(sequence.context_tokens)).sum();
         let micros = self.machine.decode_micros(self.batch.len(), context) * self.slowness;
         let micros = self.machine.noisy(micros, &mut self.draws);
         self.stepping = true;
+        self.timed.decode_micros += micros;
+        self.timed.decode_steps += 1;
+        self.timed.decode_sequences += self.batch.len() as u64;
+        self.timed.context_tokens += context;
         self.step_micros = mean(self.step_micros, micros as f64);
         self.tokens_per_second = mean(self.tokens_per_second, self.batch.len() as f64 * 1e6 / micros as f64);
         Some(micros)
@@ -115,6 +123,8 @@ impl Decode {
             sequences: self.announced.saturating_add(waiting),
             taken: self.taken,
             queued_tokens: 0,
+            queued_uncached_pairs: 0,
+            timed: self.timed,
             queued_uncached_tokens: queued,
             cache_tokens: self.machine.decode_cache_tokens,
             cache_free_tokens: self.machine.decode_cache_tokens.saturating_sub(self.taken_tokens),

@@ -229,7 +229,7 @@ impl Chooser for Peer {
 
     fn handed_off(&mut self, _: usize, _: u64) {}
 
-    fn finished(&mut self, index: usize, _: u64) {
+    fn finished(&mut self, index: usize, _: u32, _: u64) {
         if let Some(sent) = self.under_way.remove(&index) {
             let book = &mut self.decodes[sent.choice.decode];
             book.requests -= 1;

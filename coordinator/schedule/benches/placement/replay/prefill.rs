@@ -2,6 +2,8 @@
 
 use std::collections::VecDeque;
 
+use baton_schedule::{fleet::Timed, predict::pairs};
+
 use super::{
     cache::Cache,
     chooser::Report,
@@ -38,6 +40,7 @@ pub(crate) struct Prefill {
     draws: Draws,
     jobs: VecDeque<Job>,
     taken: u64,
+    timed: Timed,
     pub(crate) cache: Cache,
     cache_blocks: usize,
     /// Tokens of the step that runs; 0 = none does.
@@ -54,6 +57,7 @@ impl Prefill {
             draws: Draws::new(seed),
             jobs: VecDeque::new(),
             taken: 0,
+            timed: Timed::default(),
             cache: Cache::new(cache_blocks),
             cache_blocks,
             stepping: 0,
@@ -73,6 +77,7 @@ impl Prefill {
             return None;
         }
         let mut micros = self.machine.prefill_step_micros;
+        let mut pairs_in_step = 0;
         for job in &mut self.jobs {
             let request = &requests[job.index];
             let done = job.done.unwrap_or_else(|| {
@@ -84,6 +89,7 @@ impl Prefill {
             let tokens = (request.prompt_tokens - done).min(self.machine.chunk_tokens - self.stepping);
             micros += self.machine.prefill_micros(done, tokens);
             self.stepping += tokens;
+            pairs_in_step += pairs(tokens.into(), u64::from(done + tokens));
             job.done = Some(done + tokens);
             if done + tokens == request.prompt_tokens {
                 self.cache.hold(&request.chain);
@@ -94,6 +100,9 @@ impl Prefill {
         }
         let micros = self.machine.noisy(micros * self.slowness, &mut self.draws);
         self.busy_micros += micros;
+        self.timed.prefill_micros += micros;
+        self.timed.prefill_tokens += u64::from(self.stepping);
+        self.timed.prefill_pairs += pairs_in_step;
         let rate = f64::from(self.stepping) * 1e6 / micros as f64;
         self.tokens_per_second = mean(self.tokens_per_second, rate);
         Some(micros)
@@ -124,10 +133,12 @@ impl Prefill {
             let left = request.prompt_tokens - job.done.unwrap_or(0);
             report.sequences += 1;
             report.queued_tokens += u64::from(left);
-            report.queued_uncached_tokens += match job.done {
+            let uncached = match job.done {
                 Some(_) => left.into(),
                 None => u64::from(left - request.tokens_of(self.cache.held(&request.chain))),
             };
+            report.queued_uncached_tokens += uncached;
+            report.queued_uncached_pairs += pairs(uncached, request.prompt_tokens.into());
             holding += job.done.map_or(0, |_| request.prompt_tokens);
         }
         let total = u32::try_from(self.cache_blocks).unwrap_or(u32::MAX).saturating_mul(BLOCK_TOKENS);

@@ -6,7 +6,7 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use baton_proto::{GroupName, Incarnation, InstanceId, LegId, RoleEpoch};
 use baton_schedule::{
-    Placement, Prompt, Seat, Side,
+    Placement, Prompt, Seat, Settings, Side,
     board::{Board, Credit, LegNews},
     caches::Feed,
     chains::{Chain, Dialect},
@@ -38,8 +38,8 @@ pub(crate) fn id(place: Place) -> InstanceId {
 }
 
 /// A board on which all instances are up, and have not said how busy they are.
-pub(crate) fn board(prefills: usize, decodes: usize) -> Arc<Board> {
-    let board = Board::new(Duration::from_secs(60));
+pub(crate) fn board(prefills: usize, decodes: usize, settings: Settings) -> Arc<Board> {
+    let board = Board::with(Duration::from_secs(60), settings);
     let places = (0..decodes).map(Place::Decode).chain((0..prefills).map(Place::Prefill));
     let places: Vec<Place> = places.collect();
     let specs: Vec<Spec> = places.iter().map(|place| spec(id(*place))).collect();
@@ -71,14 +71,17 @@ fn spec(id: InstanceId) -> Spec {
 }
 
 pub(crate) fn load(place: Place, report: &Report) -> Load {
-    let rate = report.tokens_per_second as u64;
+    let (rate, prefills) = (report.tokens_per_second as u64, matches!(place, Place::Prefill(_)));
     Load {
         sequences: report.sequences,
-        queued_prefill_tokens: report.queued_uncached_tokens,
+        queued_prefill_tokens: if prefills { report.queued_uncached_tokens } else { 0 },
+        queued_prefill_pairs: report.queued_uncached_pairs,
         kv_blocks_total: report.cache_tokens / BLOCK_TOKENS,
         kv_blocks_free: report.cache_free_tokens / BLOCK_TOKENS,
-        prefill_tokens_per_second: if matches!(place, Place::Prefill(_)) { rate } else { 0 },
+        prefill_tokens_per_second: if prefills { rate } else { 0 },
         decode_step_micros: report.step_micros,
+        timed: report.timed,
+        transfers: 0,
         seen_leg: Some(LegId(report.taken)),
     }
 }
@@ -124,13 +127,13 @@ pub(crate) struct Production {
 }
 
 impl Production {
-    pub(crate) fn new(prefills: usize, decodes: usize) -> Self {
+    pub(crate) fn new(prefills: usize, decodes: usize, settings: Settings) -> Self {
         let all = (0..prefills).map(|index| (id(Place::Prefill(index)), index));
         let places = all.chain((0..decodes).map(|index| (id(Place::Decode(index)), index))).collect();
         let dialect = Dialect::new("one", BLOCK_TOKENS).expect("blocks of some tokens");
         let mut clock = Clock::new();
         let now = clock.at(0);
-        let board = board(prefills, decodes);
+        let board = board(prefills, decodes, settings);
         let feed = |prefill| {
             let mut feed = board.feed(&id(Place::Prefill(prefill)));
             feed.begin();
@@ -169,7 +172,7 @@ impl Chooser for Production {
         let keys = sight.request.chain[..(tokens / BLOCK_TOKENS) as usize].into();
         let chains = [Chain { dialect: self.dialect, keys }];
         let prompt = Prompt { tokens, chains: &chains };
-        let booked = self.board.place(prompt, (MAX_TOKENS, 1), REVISION, None);
+        let booked = self.board.place(prompt, (MAX_TOKENS, 1), REVISION, &[]);
         let mut booked = booked.expect("both roles are there, and no prompt is longer than what they hold");
         let choice = match &booked.placement {
             Placement::Apart { prefill, decode } => {
@@ -200,9 +203,10 @@ impl Chooser for Production {
         }
     }
 
-    fn finished(&mut self, index: usize, now_micros: u64) {
+    fn finished(&mut self, index: usize, output_tokens: u32, now_micros: u64) {
         let _now = self.clock.at(now_micros);
         if let Some(UnderWay { credit, legs: (_, leg) }) = self.under_way.remove(&index) {
+            credit.answered(output_tokens);
             self.board.told(credit.instance(Side::Decode), &[LegNews::ChoiceEnded(leg)]);
         }
     }

@@ -276,7 +276,7 @@ impl Simulation<'_> {
         self.answers[index].last_micros = self.now_micros;
         self.answers[index].ends += 1;
         self.open -= 1;
-        self.chooser.finished(index, self.now_micros);
+        self.chooser.finished(index, self.trace.requests[index].output_tokens, self.now_micros);
     }
 
     fn reports(&mut self, place: Place) {
