@@ -332,3 +332,6 @@ fn lack(found: &Found<'_>, model: &Model, ask: &Ask<'_>) -> NoPlace {
         NoPlace::NoInstance
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -123,8 +123,8 @@ impl Pricing<'_> {
 
     /// How much of its peers' work it is to have by now.
     fn share(&self, row: &Row) -> f64 {
-        let age = self.now.saturating_duration_since(row.ready_since).as_secs_f64();
-        (age / self.settings.warm_up.as_secs_f64().max(1e-9)).clamp(SHARE_LEAST, 1.0)
+        let (age, whole) = (self.now.saturating_duration_since(row.ready_since), self.settings.warm_up);
+        if age >= whole { 1.0 } else { (age.as_secs_f64() / whole.as_secs_f64()).max(SHARE_LEAST) }
     }
 }
 
