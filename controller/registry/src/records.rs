@@ -6,7 +6,8 @@
 use std::time::Duration;
 
 use baton_proto::{
-    ApiKey, GroupName, Incarnation, InstanceSpec, Intent, LeaderEpoch, Phase, Role, RoleEpoch, Targets, WireError, v1,
+    ApiKey, GroupName, Incarnation, InstanceSpec, Intent, LeaderEpoch, Phase, Role, RoleEpoch, Targets,
+    WireError, v1,
 };
 use bytes::Bytes;
 use prost::Message;
