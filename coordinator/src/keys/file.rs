@@ -184,7 +184,11 @@ impl Entry {
             tokens_per_minute: NonZeroU32::new(self.tokens_per_minute),
             concurrent: NonZeroU32::new(self.concurrent),
         };
-        let tenant = self.tenant.unwrap_or_else(|| self.name.clone());
+        let name = ApiKeyName::new(self.name).map_err(|error| ("name", error.to_string()))?;
+        let tenant = match self.tenant {
+            Some(tenant) => TenantName::new(tenant).map_err(|error| ("tenant", error.to_string()))?,
+            None => TenantName::from(&name),
+        };
         let hash = KeyHash::from_hex(&self.sha256).ok_or((
             "sha256",
             "expected 64 hex digits: the key's SHA-256, as sha256sum prints it".to_owned(),
@@ -194,8 +198,8 @@ impl Entry {
             expiry::unix_seconds(&expires).ok_or(("expires", problem.to_owned()))
         });
         Ok(ApiKey {
-            name: ApiKeyName::new(self.name).map_err(|error| ("name", error.to_string()))?,
-            tenant: TenantName::new(tenant).map_err(|error| ("tenant", error.to_string()))?,
+            name,
+            tenant,
             hash,
             limits,
             band: self.band,
