@@ -116,6 +116,7 @@ async fn watch_readiness(
             biased;
             () = shutdown.cancelled() => break,
             changed = changes.changed() => if changed.is_err() { break },
+            () = service.keys.known(), if !service.keys.are_known() => {}
             () = tokio::time::sleep(every) => {}
         }
     }

@@ -30,7 +30,8 @@ use std::{
 use axum::http::{HeaderMap, header};
 use baton_proto::{API_KEYS_MOST, ApiError, ApiKey, ApiKeyName, ErrorCode, KeyHash};
 use baton_registry::Store;
-use parking_lot::{Mutex, RwLock};
+use parking_lot::Mutex;
+use tokio::sync::watch;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
@@ -153,7 +154,7 @@ pub struct Keys {
     /// Whether keys are asked for.
     closed: bool,
     /// None until the keys have been read.
-    ring: RwLock<Option<Ring>>,
+    ring: watch::Sender<Option<Ring>>,
     /// Tenants that are counted.
     counted: Mutex<BTreeSet<Arc<str>>>,
     coordinators: NonZeroU32,
@@ -171,7 +172,7 @@ impl Keys {
     ) -> Arc<Self> {
         let keys = Arc::new(Self {
             closed: !matches!(source, Source::Open),
-            ring: RwLock::new(None),
+            ring: watch::Sender::new(None),
             counted: Mutex::default(),
             coordinators: config.coordinators,
             metrics,
@@ -193,7 +194,13 @@ impl Keys {
 
     /// Whether it can be said who may come in.
     pub fn are_known(&self) -> bool {
-        !self.closed || self.ring.read().is_some()
+        !self.closed || self.ring.borrow().is_some()
+    }
+
+    /// Waits until that can be said, where keys are asked for.
+    pub async fn known(&self) {
+        // The sender is held here: it does not close.
+        let _ = self.ring.subscribe().wait_for(Option::is_some).await;
     }
 
     /// Who sends a request with these headers, from which the key is taken off. Errors: 401 without a key that is good, 503
@@ -203,7 +210,7 @@ impl Keys {
             return Ok(Caller::default());
         }
         let shown = headers.remove(header::AUTHORIZATION);
-        let ring = self.ring.read();
+        let ring = self.ring.borrow();
         let Some(ring) = &*ring else {
             let message = "the API keys have not been read from the state store yet; try again in a moment";
             return Err(ApiError::new(ErrorCode::Unavailable, message));
@@ -235,7 +242,7 @@ impl Keys {
     fn replace(&self, keys: Vec<ApiKey>) {
         let before: HashMap<ApiKeyName, Arc<Meter>> = self
             .ring
-            .read()
+            .borrow()
             .iter()
             .flat_map(|ring| ring.values())
             .map(|holder| (holder.key.name.clone(), holder.meter.clone()))
@@ -257,7 +264,7 @@ impl Keys {
         self.metrics.keys.known.set(i64::try_from(new.len()).unwrap_or(i64::MAX));
         self.count_tenants(&new);
         // Whoever follows the source is the only one who writes: nothing has changed in between.
-        *self.ring.write() = Some(new);
+        self.ring.send_replace(Some(new));
     }
 
     /// Keys were to be read anew and could not be.

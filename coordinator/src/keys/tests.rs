@@ -37,7 +37,7 @@ fn most(number: u32) -> Option<NonZeroU32> {
 fn closed(coordinators: u32) -> Arc<Keys> {
     Arc::new(Keys {
         closed: true,
-        ring: RwLock::default(),
+        ring: watch::Sender::default(),
         counted: Mutex::default(),
         coordinators: most(coordinators).expect("not 0"),
         metrics: Metrics::register(&mut Registry::default()),

@@ -7,13 +7,20 @@ use std::{
     time::Duration,
 };
 
-use baton_coordinator::CoordinatorConfig;
-use baton_proto::{ApiKey, ApiKeyName, KeyHash, KeyLimits, TenantName, v1};
-use baton_registry::{Store, Txn, keys as layout, records};
+use axum::http::{HeaderMap, header};
+use baton_coordinator::{
+    CoordinatorConfig,
+    config::ApiKeysConfig,
+    keys::{Keys, Source},
+    metrics::Metrics,
+};
+use baton_proto::{ApiKey, ApiKeyName, ErrorCode, KeyHash, KeyLimits, TenantName, v1};
+use baton_registry::{Store, Txn, keys as layout, records, testing::EtcdServer};
 use parking_lot::Mutex;
 use reqwest::{RequestBuilder, Response};
 use serde_json::{Value, json};
 use tempfile::TempDir;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing_subscriber::{fmt::MakeWriter, layer::SubscriberExt};
 use v1::FinishReason;
 
@@ -92,7 +99,7 @@ async fn refusal(request: RequestBuilder) -> (u16, String) {
     (status, body["error"]["code"].as_str().unwrap_or_default().to_owned())
 }
 
-fn header<'a>(response: &'a Response, name: &str) -> &'a str {
+fn told<'a>(response: &'a Response, name: &str) -> &'a str {
     response.headers().get(name).map(|value| value.to_str().expect("is text")).unwrap_or_default()
 }
 
@@ -121,11 +128,11 @@ async fn nothing_of_the_api_is_reached_without_a_key_that_is_known() {
         let url = format!("{}{path}", cluster.url);
         let without = cluster.client.post(&url).body("{}").send().await.expect("an answer");
         assert_eq!(
-            (without.status().as_u16(), header(&without, "www-authenticate")),
+            (without.status().as_u16(), told(&without, "www-authenticate")),
             (401, "Bearer"),
             "{path}"
         );
-        assert!(!header(&without, "x-request-id").is_empty());
+        assert!(!told(&without, "x-request-id").is_empty());
         let error: Value = without.json().await.expect("is JSON");
         assert_eq!(error["error"]["type"], "invalid_request_error");
         assert_eq!(error["error"]["code"], "invalid_api_key");
@@ -138,7 +145,7 @@ async fn nothing_of_the_api_is_reached_without_a_key_that_is_known() {
         assert_eq!(cluster.get(path).await.status(), 200, "{path}");
     }
     let response = answered(&cluster, &mut mixed, "alice").await;
-    assert_eq!(header(&response, "x-ratelimit-limit-requests"), "", "it has no limits");
+    assert_eq!(told(&response, "x-ratelimit-limit-requests"), "", "it has no limits");
     for line in [
         "baton_coordinator_api_keys 1",
         "baton_coordinator_api_key_refusals_total{tenant=\"\",reason=\"missing\"} 6",
@@ -232,20 +239,56 @@ async fn keys_in_the_store_come_and_go_while_requests_run() {
 }
 
 #[tokio::test]
+async fn losing_etcd_takes_nobodys_key_away_and_before_it_is_read_nobody_is_let_in() {
+    let mut etcd = EtcdServer::start().await;
+    let store: Arc<dyn Store> = Arc::new(etcd.store());
+    store.txn(stored("first", KeyLimits::default())).await.expect("is stored");
+    etcd.kill();
+    let metrics = baton_process::Metrics::new("coordinator").register(Metrics::register);
+    let (shutdown, tasks) = (CancellationToken::new(), TaskTracker::new());
+    let source = Source::Store(store.clone());
+    let keys = Keys::start(source, &ApiKeysConfig::default(), metrics.clone(), shutdown.clone(), &tasks);
+    let by = |name: &str| {
+        let value = format!("Bearer {}", secret(name)).parse().expect("a header");
+        keys.caller(&mut HeaderMap::from_iter([(header::AUTHORIZATION, value)])).map_err(|error| error.code)
+    };
+    assert_eq!(by("first").expect_err("nobody knows yet"), ErrorCode::Unavailable);
+    etcd.restart().await;
+    tokio::time::timeout(PATIENCE, keys.known()).await.expect("they are read");
+    by("first").expect("is known");
+
+    etcd.kill();
+    until("the watch has broken", || metrics.keys.not_renewed.get() > 0).await;
+    by("first").expect("is known still");
+    etcd.restart().await;
+    let first = ApiKeyName::new("first").expect("a good name");
+    let change = stored("second", KeyLimits::default()).delete(layout::api_key(&first));
+    let changed = async {
+        while store.txn(change.clone()).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, changed).await.expect("etcd is back");
+    until("what came meanwhile is known", || by("second").is_ok()).await;
+    assert_eq!(by("first").expect_err("was revoked"), ErrorCode::InvalidApiKey);
+    shutdown.cancel();
+}
+
+#[tokio::test]
 async fn over_its_requests_a_minute_a_key_is_told_when_to_come_again() {
     let file =
         File::new(&(entry("alice", "requests_per_minute = 3") + &entry("bob", "requests_per_minute = 3")));
     let (cluster, mut mixed) = file.cluster().await;
     let first = answered(&cluster, &mut mixed, "alice").await;
-    assert_eq!(header(&first, "x-ratelimit-limit-requests"), "3");
-    assert_eq!(header(&first, "x-ratelimit-remaining-requests"), "2");
-    assert!(header(&first, "x-ratelimit-reset-requests").ends_with('s'), "{first:?}");
+    assert_eq!(told(&first, "x-ratelimit-limit-requests"), "3");
+    assert_eq!(told(&first, "x-ratelimit-remaining-requests"), "2");
+    assert!(told(&first, "x-ratelimit-reset-requests").ends_with('s'), "{first:?}");
     // One that is refused for another reason counts.
     assert_eq!(refusal(completion(&cluster, "alice", json!({"model": "none"}))).await.0, 404);
     answered(&cluster, &mut mixed, "alice").await;
     let over = completion(&cluster, "alice", json!({})).send().await.expect("an answer");
-    assert_eq!((over.status().as_u16(), header(&over, "x-ratelimit-remaining-requests")), (429, "0"));
-    let wait: u64 = header(&over, "retry-after").parse().expect("seconds");
+    assert_eq!((over.status().as_u16(), told(&over, "x-ratelimit-remaining-requests")), (429, "0"));
+    let wait: u64 = told(&over, "retry-after").parse().expect("seconds");
     assert!((10..=20).contains(&wait), "{wait}");
     let error: Value = over.json().await.expect("is JSON");
     assert_eq!(
@@ -256,7 +299,7 @@ async fn over_its_requests_a_minute_a_key_is_told_when_to_come_again() {
     let list = cluster.client.get(format!("{}/v1/models", cluster.url)).bearer_auth(secret("alice"));
     assert_eq!(list.send().await.expect("an answer").status(), 200);
     let other = answered(&cluster, &mut mixed, "bob").await;
-    assert_eq!(header(&other, "x-ratelimit-remaining-requests"), "2");
+    assert_eq!(told(&other, "x-ratelimit-remaining-requests"), "2");
     let line = "baton_coordinator_api_key_refusals_total{tenant=\"alice\",reason=\"requests\"} 1";
     assert!(metric(&cluster, line).await);
     cluster.at_rest().await;
@@ -270,9 +313,9 @@ async fn tokens_a_minute_are_held_while_a_request_runs_and_settled_as_it_ends() 
     let running = sent(completion(&cluster, "alice", large.clone()));
     let leg = mixed.dispatch().await.leg;
     let over = completion(&cluster, "alice", json!({})).send().await.expect("an answer");
-    assert_eq!((over.status().as_u16(), header(&over, "x-ratelimit-limit-tokens")), (429, "100"));
-    assert_eq!(header(&over, "x-ratelimit-remaining-tokens"), "10");
-    let wait: u64 = header(&over, "retry-after").parse().expect("seconds");
+    assert_eq!((over.status().as_u16(), told(&over, "x-ratelimit-limit-tokens")), (429, "100"));
+    assert_eq!(told(&over, "x-ratelimit-remaining-tokens"), "10");
+    let wait: u64 = told(&over, "retry-after").parse().expect("seconds");
     assert!((1..=6).contains(&wait), "{wait}");
     mixed.finish(leg, 0, "x", FinishReason::Stop);
     let response = running.await.expect("ends");
@@ -288,12 +331,12 @@ async fn tokens_a_minute_are_held_while_a_request_runs_and_settled_as_it_ends() 
     assert_eq!(mixed.cancelled().await.leg, leg);
     cluster.at_rest().await;
     let asked = completion(&cluster, "alice", json!({"model": "none"})).send().await.expect("an answer");
-    let left: u32 = header(&asked, "x-ratelimit-remaining-tokens").parse().expect("a number");
+    let left: u32 = told(&asked, "x-ratelimit-remaining-tokens").parse().expect("a number");
     assert!((74..90).contains(&left), "{left}");
     let never =
         completion(&cluster, "alice", json!({"prompt": "x".repeat(100)})).send().await.expect("an answer");
-    assert_eq!((never.status().as_u16(), header(&never, "x-should-retry")), (429, "false"));
-    assert_eq!(header(&never, "retry-after"), "");
+    assert_eq!((never.status().as_u16(), told(&never, "x-should-retry")), (429, "false"));
+    assert_eq!(told(&never, "retry-after"), "");
 }
 
 #[tokio::test]
@@ -303,7 +346,7 @@ async fn a_key_has_so_many_requests_at_a_time() {
     let running = sent(completion(&cluster, "alice", json!({})));
     let leg = mixed.dispatch().await.leg;
     let over = completion(&cluster, "alice", json!({})).send().await.expect("an answer");
-    assert_eq!((over.status().as_u16(), header(&over, "retry-after")), (429, "1"));
+    assert_eq!((over.status().as_u16(), told(&over, "retry-after")), (429, "1"));
     mixed.finish(leg, 0, "x", FinishReason::Stop);
     assert_eq!(running.await.expect("ends").status(), 200);
     // Nor does a client that leaves keep its place.
