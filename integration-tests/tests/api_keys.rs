@@ -47,7 +47,9 @@ async fn the_official_client_is_let_in_by_its_key_and_within_its_limits() {
         let mut command = Command::new(binary(program));
         // All there is to be said: no key may be in it.
         command.args(["--set", "process.log.level=trace"]);
-        settings.iter().for_each(|setting| drop(command.args(["--set", setting])));
+        for setting in settings {
+            command.args(["--set", setting]);
+        }
         if program != "baton-controller" {
             command.arg("--model").arg(model());
         }

@@ -73,7 +73,8 @@ fn completion(cluster: &Cluster, name: &str, more: Value) -> RequestBuilder {
     let mut body = json!({"model": "tiny", "prompt": "0123456789", "max_tokens": 10});
     merge(&mut body, more);
     let request = cluster.client.post(format!("{}/v1/completions", cluster.url)).bearer_auth(secret(name));
-    request.body(body.to_string())
+    // One that is let in where it should not be is answered by nobody.
+    request.timeout(PATIENCE).body(body.to_string())
 }
 
 /// Sends it, in a task.
