@@ -139,6 +139,7 @@ fn view(card: &Card) -> v1::RequestView {
         request_id: card.request.to_string(),
         completion_tokens: card.completion_tokens(),
         age_millis: millis(card.arrived),
+        api_key: card.api_key.to_string(),
         ..Default::default()
     };
     match card.stage() {

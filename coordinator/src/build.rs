@@ -21,6 +21,7 @@ use crate::{
     config::{CoordinatorConfig, StoreConfig},
     fleet::keeper::{Keeper, Links},
     http,
+    keys::{Keys, Source},
     metrics::Metrics,
     models::{self, Models},
     place::Placer,
@@ -38,6 +39,8 @@ const CLIENT_STALL: Duration = Duration::from_secs(120);
 pub struct Parts {
     /// The models, in the order of the configuration.
     pub served: Vec<Served>,
+    /// Whom to let in.
+    pub keys: Source,
     pub fleet: FleetWatch,
     pub tls: Tls,
     pub metrics: baton_process::Metrics,
@@ -70,7 +73,10 @@ pub fn assemble(
     let patience = config.limits.placement_timeout;
     let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
     let gate = Gate::new(&config.limits, models.iter().len(), cores, &metrics);
+    let shutdown = parts.shutdown.clone();
+    let keys = Keys::start(parts.keys, &config.api_keys, metrics.clone(), shutdown, &parts.tasks);
     let service = Arc::new(Service {
+        keys,
         placer: Arc::new(Placer {
             board,
             links,
@@ -110,6 +116,7 @@ async fn watch_readiness(
             biased;
             () = shutdown.cancelled() => break,
             changed = changes.changed() => if changed.is_err() { break },
+            () = service.keys.known(), if !service.keys.are_known() => {}
             () = tokio::time::sleep(every) => {}
         }
     }
@@ -117,6 +124,9 @@ async fn watch_readiness(
 }
 
 fn readiness(service: &Service) -> Health {
+    if !service.keys.are_known() {
+        return Health::NotReady("the API keys have not been read from the state store yet".to_owned());
+    }
     let (mut ready, mut lacking) = (Vec::new(), Vec::new());
     for model in service.models.iter() {
         let name = &model.served.name;
@@ -147,12 +157,13 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
     let listener = bind(&config.listen, "listen")?;
     watch_clients(&listener);
     let admin_listener = bind(&config.admin_listen, "admin_listen")?;
+    let store = open_store(&config.store, &tls)?;
+    let keys = Source::open(&config.api_keys, &store)?;
     let served = models::open(&config.models).await?;
     for Served { name, revision, .. } in &served {
         tracing::info!(model = %name, revision, "model opened");
     }
 
-    let store = open_store(&config.store, &tls)?;
     let fleet =
         FleetWatch::start(store, FleetWatchConfig::default(), process.shutdown.clone(), &process.tasks);
     let controllers = match config.store.controller.as_str() {
@@ -164,6 +175,7 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
     let parts = Parts {
         tls: tls.clone(),
         served,
+        keys,
         fleet,
         metrics: process.metrics.clone(),
         health: process.health.clone(),

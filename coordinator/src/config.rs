@@ -2,7 +2,7 @@
 
 mod placement;
 
-use std::{path::PathBuf, time::Duration};
+use std::{num::NonZeroU32, path::PathBuf, time::Duration};
 
 use baton_process::{
     Invalid, Listen, ProcessConfig, ServiceConfig, TlsConfig, access::AdminConfig, duration,
@@ -33,6 +33,7 @@ pub struct CoordinatorConfig {
     pub store: StoreConfig,
     /// What is served: at least one model.
     pub models: Vec<ModelConfig>,
+    pub api_keys: ApiKeysConfig,
     pub limits: LimitsConfig,
     pub placement: PlacementConfig,
     pub fleet: FleetConfig,
@@ -50,6 +51,7 @@ impl Default for CoordinatorConfig {
             advertise_host: String::new(),
             store: StoreConfig::default(),
             models: Vec::new(),
+            api_keys: ApiKeysConfig::default(),
             limits: LimitsConfig::default(),
             placement: PlacementConfig::default(),
             fleet: FleetConfig::default(),
@@ -79,6 +81,24 @@ pub struct ModelConfig {
     pub names: Vec<String>,
     /// Context to offer, in tokens, if less than the model's. 0 = the model's.
     pub max_context_tokens: u32,
+}
+
+/// Who may send requests. Without a file and without the store: everybody who can reach `listen`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ApiKeysConfig {
+    /// A TOML file with a table [[keys]] for each API key. It is read again when it changes. Empty = none.
+    pub file: String,
+    /// Whether keys are those in etcd, as `baton ctl key` makes them; needs `store.etcd`.
+    pub store: bool,
+    /// How many coordinators share the keys: each grants this part of what a key may.
+    pub coordinators: NonZeroU32,
+}
+
+impl Default for ApiKeysConfig {
+    fn default() -> Self {
+        Self { file: String::new(), store: false, coordinators: NonZeroU32::MIN }
+    }
 }
 
 /// What one client, and all of a model's together, may ask for.
@@ -200,6 +220,17 @@ impl ServiceConfig for CoordinatorConfig {
             let good = |name: &String| (1..=MODEL_NAME_BYTES_MOST).contains(&name.len());
             require(model.names.iter().all(good), &names, "expected names of 1 to 256 bytes")?;
         }
+        require(
+            !self.api_keys.store || self.api_keys.file.is_empty(),
+            "api_keys",
+            "expected either `file` or `store = true`, not both",
+        )?;
+        // A controller that embeds the store forgets with each restart what is in it.
+        require(
+            !self.api_keys.store || !self.store.etcd.endpoints.is_empty(),
+            "api_keys.store",
+            "expected store.etcd.endpoints with it: only etcd keeps keys; use api_keys.file otherwise",
+        )?;
         let limits = &self.limits;
         require(limits.max_body_bytes > 0, "limits.max_body_bytes", "expected at least 1")?;
         require(
@@ -255,6 +286,10 @@ mod tests {
             ("models[1].path", |c| c.models.push(ModelConfig::default())),
             ("models[0].names", |c| c.models[0].names = vec![String::new()]),
             ("models[0].names", |c| c.models[0].names = (0..17).map(|n| n.to_string()).collect()),
+            ("api_keys", |c| {
+                c.api_keys = ApiKeysConfig { file: "f".into(), store: true, ..c.api_keys.clone() }
+            }),
+            ("api_keys.store", |c| c.api_keys.store = true),
             ("limits.max_held_body_bytes", |c| c.limits.max_body_bytes = c.limits.max_held_body_bytes + 1),
             ("limits.body_timeout", |c| c.limits.body_timeout = Duration::ZERO),
             ("limits.max_concurrent", |c| c.limits.max_concurrent = 0),

@@ -1,9 +1,9 @@
 //! The entry of a Baton cluster: takes OpenAI requests, schedules and streams them.
 //!
-//! Modules in the order a request meets them: [`http`] -> [`serve`] (the path through the stages) -> [`prepare`]
-//! (validate, template, tokenise; [`text`]) -> [`admit`] -> [`place`] (waits for one; [`schedule`] chooses, pure) ->
-//! [`dispatch`] (protocol machine, pure, and what drives it) -> [`stream`] (detokenise, stop, count) -> [`http`]. Beside
-//! that path: [`models`] (what is served), [`chains`] (what a prompt's KV blocks are called), [`fleet`] (which instances
+//! Modules in the order a request meets them: [`http`] ([`keys`]: who may come in) -> [`serve`] (the path through the
+//! stages) -> [`prepare`] (validate, template, tokenise; [`text`]) -> [`admit`] -> [`place`] (waits for one; [`schedule`]
+//! chooses, pure) -> [`dispatch`] (protocol machine, pure, and what drives it) -> [`stream`] (detokenise, stop, count) ->
+//! [`http`]. Beside that path: [`models`] (what is served), [`chains`] (what a prompt's KV blocks are called), [`fleet`] (which instances
 //! there are, the streams to them, what they have cached), [`requests`] and [`admin`] (what operators ask), [`report`],
 //! [`metrics`] and [`handoffs`] (what is counted), [`registration`] (what the controller is told).
 //!
@@ -18,6 +18,7 @@ mod error;
 pub mod fleet;
 pub mod handoffs;
 pub mod http;
+pub mod keys;
 pub mod metrics;
 pub mod models;
 pub mod place;

@@ -8,6 +8,10 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
+mod keys;
+
+pub use keys::{KeyMetrics, KeyRefusalLabels, TenantMetrics};
+
 /// A request that has ended: the route, and `200`, the name of the error's code, or `client_gone`; and the name of the
 /// model, empty if it was refused before that was known.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -81,6 +85,8 @@ pub struct Metrics {
     pub cache_events: Family<KindLabel, Counter>,
     /// Why something of that was missed, or not believed.
     pub cache_gaps: Family<ReasonLabel, Counter>,
+    /// By whose key requests came.
+    pub keys: KeyMetrics,
     by_model: ByModel,
 }
 
@@ -146,6 +152,7 @@ impl Metrics {
             cached_blocks: Gauge::default(),
             cache_events: Family::default(),
             cache_gaps: Family::default(),
+            keys: KeyMetrics::default(),
             by_model: ByModel {
                 ready: Family::default(),
                 in_flight: Family::default(),
@@ -259,6 +266,7 @@ impl Metrics {
             self.migrations.clone(),
         );
         self.show_caches(registry);
+        self.keys.show(registry);
     }
 
     fn show_caches(&self, registry: &mut Registry) {

@@ -13,6 +13,7 @@ use crate::{
     admit::{Body, Gate, Permit, Place, Ticket},
     config::LimitsConfig,
     dispatch::Assignment,
+    keys::{Keys, Tenant},
     metrics::Metrics,
     models::{Model, Models},
     place::{Attempts, Placer},
@@ -27,6 +28,7 @@ const PREPARE_INLINE_BYTES: usize = 2 << 10;
 
 /// Everything the stages need.
 pub struct Service {
+    pub keys: Arc<Keys>,
     pub models: Arc<Models>,
     pub limits: LimitsConfig,
     pub gate: Gate,
@@ -38,6 +40,7 @@ pub struct Service {
 
 /// A request whose body has been read.
 pub struct Received {
+    pub tenant: Tenant,
     pub endpoint: Endpoint,
     pub body: Body,
     /// W3C trace context for instances; empty = none.
@@ -55,6 +58,7 @@ struct Addressed {
 }
 
 struct Admitted {
+    tenant: Tenant,
     model: Arc<Model>,
     prepared: Prepared,
     permit: Permit,
@@ -72,11 +76,12 @@ struct Placed {
 impl Service {
     /// Carries a request to where its answer streams.
     pub async fn carry(self: &Arc<Self>, received: Received) -> Result<Streaming, ApiError> {
-        let Received { endpoint, body, traceparent, ticket, card, mut report } = received;
+        let Received { tenant, endpoint, body, traceparent, ticket, card, mut report } = received;
         let result = async {
             let (Addressed { model, prepared }, ticket) = self.prepare(endpoint, body, ticket).await?;
             report.of_model(&model.counts);
             let (prepared, place) = prepared?;
+            report.charge(&prepared)?;
             let (name, prompt_tokens) = (model.served.name.clone(), prepared.prompt_tokens());
             card.set(Stage::Queued { model: name, prompt_tokens });
             let permit = model.line.admit(ticket, place).await?;
@@ -85,7 +90,8 @@ impl Service {
         .await;
         let (model, prepared, permit) = result.inspect_err(|error| report.failed(error))?;
         report.admitted(prepared.prompt_tokens());
-        let placed = self.place(Admitted { model, prepared, permit, traceparent, card, report }).await?;
+        let placed =
+            self.place(Admitted { tenant, model, prepared, permit, traceparent, card, report }).await?;
         self.dispatch(placed)
     }
 
@@ -157,10 +163,11 @@ impl Service {
 
     fn dispatch(&self, placed: Placed) -> Result<Streaming, ApiError> {
         let Placed { admitted, bookings } = placed;
-        let Admitted { model, prepared, permit, traceparent, card, mut report } = admitted;
+        let Admitted { tenant, model, prepared, permit, traceparent, card, mut report } = admitted;
+        let priority = tenant.priority(prepared.priority);
         let mut lanes = Vec::new();
         for (prompt, booking) in prepared.prompts.iter().zip(bookings) {
-            let lane = self.lane((&model, &prepared, prompt), booking, &traceparent, &card);
+            let lane = self.lane((&model, &prepared, prompt), booking, priority, &traceparent, &card);
             lanes.push(lane.inspect_err(|error| report.failed(error))?);
         }
         report.dispatched(prepared.prompt_tokens());
@@ -172,6 +179,7 @@ impl Service {
         &self,
         (model, prepared, prompt): (&Arc<Model>, &Prepared, &PreparedPrompt),
         booking: Booking,
+        priority: i32,
         traceparent: &str,
         card: &CardGuard,
     ) -> Result<Lane, ApiError> {
@@ -182,7 +190,7 @@ impl Service {
             chains: prompt.chains.clone(),
             generated: Arc::default(),
             sampling: prompt.sampling.clone(),
-            priority: prepared.priority,
+            priority,
             deadline: self.deadline(card),
         };
         let attempts = Attempts::new(self.placer.clone(), model.clone(), assignment);

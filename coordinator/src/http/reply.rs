@@ -7,7 +7,7 @@ use std::{
 
 use axum::{
     body::Body,
-    http::{HeaderValue, StatusCode, header},
+    http::{HeaderName, HeaderValue, StatusCode, header},
     response::Response,
 };
 use baton_proto::{ApiError, ErrorCode, RequestId};
@@ -16,11 +16,14 @@ use serde_json::json;
 
 use super::logprobs;
 use crate::{
+    admit::RETRY_AFTER,
     dispatch::StopReason,
     models::Models,
     prepare::{Endpoint, Served, Shape, TextModel},
     stream::{Piece, Usage},
 };
+
+const X_SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 
 /// The `usage` object.
 fn usage_json(usage: &Usage) -> serde_json::Value {
@@ -54,8 +57,24 @@ pub fn error_json(error: &ApiError) -> Vec<u8> {
 pub fn error_response(error: &ApiError) -> Response {
     let status = StatusCode::from_u16(error.code.http()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     let mut response = json_response(status, error_json(error));
-    if matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
-        response.headers_mut().insert(header::RETRY_AFTER, super::retry_after());
+    let wait = match (status, error.retry_after) {
+        // It can never be served within its key's limits. OpenAI's clients would try again without this.
+        (_, None) if error.code == ErrorCode::RateLimited => {
+            response.headers_mut().insert(X_SHOULD_RETRY, HeaderValue::from_static("false"));
+            None
+        }
+        (StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE, wait) => {
+            Some(wait.unwrap_or(RETRY_AFTER))
+        }
+        _ => None,
+    };
+    if let Some(wait) = wait {
+        // Rounded up, so that nobody comes too early.
+        let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
+        response.headers_mut().insert(header::RETRY_AFTER, seconds.into());
+    }
+    if error.code == ErrorCode::InvalidApiKey {
+        response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
     }
     if matches!(error.code, ErrorCode::PayloadTooLarge | ErrorCode::RequestTimeout) {
         // The rest of the body may still be on its way.

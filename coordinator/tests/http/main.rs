@@ -6,6 +6,7 @@ mod choices;
 mod coordinators;
 mod failures;
 mod handoffs;
+mod keys;
 mod migrations;
 mod models;
 mod operators;

@@ -6,6 +6,7 @@ use std::{collections::HashMap, net::SocketAddr, sync::Arc, time::Duration};
 
 use baton_coordinator::{
     CoordinatorConfig, Parts, assemble,
+    keys::Source,
     prepare::{Served, Spelling, TextModel, TextReader, Turn},
     serve::Service,
     text::TextStops,
@@ -371,10 +372,12 @@ impl Cluster {
         config.limits.placement_timeout = Duration::from_millis(50);
         configure(&mut config);
         let shared: Arc<dyn Store> = Arc::new(store.clone());
+        let keys = Source::open(&config.api_keys, &shared).expect("good keys");
         let fleet = FleetWatch::start(shared, FleetWatchConfig::default(), shutdown.clone(), &tasks);
         let parts = Parts {
             tls: Tls::plaintext(),
             served,
+            keys,
             fleet,
             metrics: baton_process::Metrics::new("coordinator"),
             health: HealthHandle::default(),
