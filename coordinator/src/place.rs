@@ -74,7 +74,7 @@ impl Placer {
         let mut bookings = Vec::with_capacity(prompts.len());
         for prompt in prompts {
             let (whole, sampling) = (Whole::of(prompt), &prompt.sampling);
-            bookings.push(self.book_by(deadline, served, whole, sampling, None).await?);
+            bookings.push(self.book_by(deadline, served, whole, sampling, &[]).await?);
         }
         Ok(bookings)
     }
@@ -90,7 +90,7 @@ impl Placer {
         served: &Served,
         whole: Whole<'_>,
         sampling: &Sampling,
-        avoid: Option<&InstanceId>,
+        avoid: &[InstanceId],
     ) -> Result<Booking, NoPlace> {
         let mut changes = self.board.changes();
         loop {
@@ -111,7 +111,7 @@ impl Placer {
         served: &Served,
         whole: Whole<'_>,
         sampling: &Sampling,
-        avoid: Option<&InstanceId>,
+        avoid: &[InstanceId],
     ) -> Result<Booking, NoPlace> {
         let generated = whole.generated.len() as u32;
         let asked = (sampling.max_tokens.saturating_sub(generated).max(1), sampling.choices);
@@ -142,7 +142,7 @@ impl Placer {
                 chains: &assignment.chains,
                 generated: &assignment.generated,
             };
-            let booked = self.book_by(deadline, served, whole, sampling, culprit.as_ref()).await;
+            let booked = self.book_by(deadline, served, whole, sampling, culprit.as_slice()).await;
             let Ok(booking) = booked else { return Err(error) };
             let placing = Placing::new(&booking, Some(error.clone()));
             match self.start(booking, assignment.clone()) {

@@ -127,17 +127,18 @@ impl Board {
     /// Whether a request could be placed now.
     pub fn can_serve(&self, revision: &str) -> Result<(), NoPlace> {
         let (held, state) = (Held::default(), self.state.lock());
-        let ask = Ask { prompt_tokens: 1, held, max_tokens: 2, choices: 1, revision, avoid: None, turn: 0 };
+        let ask = Ask { prompt_tokens: 1, held, max_tokens: 2, choices: 1, revision, avoid: &[], turn: 0 };
         place(&state.fleet, &state.ledger, &ask, Instant::now()).map(drop)
     }
 
-    /// Chooses where a request goes and books its work there at once. `avoid` is taken if nobody else is there.
+    /// Chooses where a request goes and books its work there at once. Of those to `avoid` the last are taken
+    /// first, if nobody else is there.
     pub fn place<'a>(
         self: &Arc<Self>,
         prompt: impl Into<Prompt<'a>>,
         (max_tokens, choices): (u32, u32),
         revision: &str,
-        avoid: Option<&InstanceId>,
+        avoid: &[InstanceId],
     ) -> Result<Booking, NoPlace> {
         let turn = self.turns.fetch_add(1, Ordering::Relaxed);
         let Prompt { tokens: prompt_tokens, chains } = prompt.into();
@@ -146,9 +147,12 @@ impl Board {
         let ask = Ask { prompt_tokens, held, max_tokens, choices, revision, avoid, turn };
         let state = &mut *self.state.lock();
         let find = |ask: &Ask<'_>| place(&state.fleet, &state.ledger, ask, Instant::now());
-        let (placement, receipt) = match find(&ask) {
-            Err(_) if avoid.is_some() => find(&Ask { avoid: None, ..ask })?,
-            found => found?,
+        let mut left = avoid;
+        let (placement, receipt) = loop {
+            match (find(&Ask { avoid: left, ..ask }), left) {
+                (Err(_), [fewer @ .., _]) => left = fewer,
+                (found, _) => break found?,
+            }
         };
         let entry = |seat: &Seat, prefill_tokens, sequences: u32| {
             let work = Work { prefill_tokens, sequences: sequences.into(), blocks: seat.blocks };

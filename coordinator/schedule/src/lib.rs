@@ -56,8 +56,8 @@ pub struct Ask<'a> {
     pub choices: u32,
     /// The very model that the prompt was tokenised for: to instances of any other its token ids mean something else.
     pub revision: &'a str,
-    /// An instance that has just failed the request.
-    pub avoid: Option<&'a InstanceId>,
+    /// Instances that have just failed the request, or fail whatever they are given.
+    pub avoid: &'a [InstanceId],
     /// Any number that differs from request to request: equal costs take turns by it.
     pub turn: u64,
 }
@@ -288,7 +288,7 @@ pub fn place(
     let mut seen = Seen::default();
     let known = fleet.known(ask.revision);
     for (index, (instance, duty)) in fleet.usable(ask.revision, now).enumerate() {
-        if ask.avoid == Some(&instance.spec.id) {
+        if ask.avoid.contains(&instance.spec.id) {
             continue;
         }
         let side = match duty.role {

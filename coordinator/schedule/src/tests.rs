@@ -32,7 +32,7 @@ fn fleet_of(instances: Vec<(Spec, Role, Load)>) -> Fleet {
 
 fn ask(prompt_tokens: u32) -> Ask<'static> {
     let held = Held::default();
-    Ask { prompt_tokens, held, max_tokens: 64, choices: 1, revision: "r1", avoid: None, turn: 0 }
+    Ask { prompt_tokens, held, max_tokens: 64, choices: 1, revision: "r1", avoid: &[], turn: 0 }
 }
 
 fn chosen(fleet: &Fleet, ledger: &Ledger, ask: &Ask<'_>) -> Result<Vec<String>, NoPlace> {
@@ -304,10 +304,10 @@ fn only_what_is_to_be_computed_is_on_the_ledger() {
     assert_eq!(board.caches.dialects("r1"), [dialect]);
     let prompt = Prompt { tokens: 1000, chains: &chains };
     let work = || board.own_work().iter().find(|(id, _)| *id == p.id).map(|(_, work)| work.prefill_tokens);
-    let mut first = board.place(prompt, (8, 1), "r1", None).expect("a place");
+    let mut first = board.place(prompt, (8, 1), "r1", &[]).expect("a place");
     assert_eq!(work(), Some(360));
     // The rest is expected there now.
-    let second = board.place(prompt, (8, 1), "r1", None).expect("a place");
+    let second = board.place(prompt, (8, 1), "r1", &[]).expect("a place");
     assert_eq!(work(), Some(360 + 8));
     first.credit.prefilled();
     drop((first, second));

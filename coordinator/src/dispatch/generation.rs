@@ -354,7 +354,7 @@ mod tests {
         board.list(&[d.clone(), p.clone()], Instant::now());
         board.up(&d.id, d.incarnation, ready(Role::Decode));
         board.up(&p.id, p.incarnation, ready(Role::Prefill));
-        let booking = board.place(10, (10, 1), "r1", None).expect("a place");
+        let booking = board.place(10, (10, 1), "r1", &[]).expect("a place");
         Generation {
             choices: vec![Choice { machine: Machine::apart(10), wait: None }],
             legs: Legs::default(),

@@ -169,7 +169,7 @@ impl Chooser for Production {
         let keys = sight.request.chain[..(tokens / BLOCK_TOKENS) as usize].into();
         let chains = [Chain { dialect: self.dialect, keys }];
         let prompt = Prompt { tokens, chains: &chains };
-        let booked = self.board.place(prompt, (MAX_TOKENS, 1), REVISION, None);
+        let booked = self.board.place(prompt, (MAX_TOKENS, 1), REVISION, &[]);
         let mut booked = booked.expect("both roles are there, and no prompt is longer than what they hold");
         let choice = match &booked.placement {
             Placement::Apart { prefill, decode } => {
