@@ -9,7 +9,7 @@
 //! to it. Whoever takes it takes all updates with it: so whatever a load no longer counts has been said before it, and
 //! whatever is said after it, it still counted.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, ops::Range};
 
 use baton_proto::LegId;
 use parking_lot::Mutex;
@@ -90,9 +90,17 @@ impl Outbox {
         true
     }
 
-    /// The sequence and the choices of a leg that has not ended.
-    pub fn sequence(&self, leg: LegId) -> Option<(SequenceId, u32)> {
-        self.state.lock().live.get(&leg).map(|live| (live.id, live.choices))
+    /// The sequence of a leg that has not ended, and which of its choices are meant by `choice`; `None` = all. Nothing if the
+    /// leg has not as many: the sequences that follow it are others', of other streams maybe.
+    pub fn choices(&self, leg: LegId, choice: Option<u32>) -> Option<(SequenceId, Range<u32>)> {
+        let state = self.state.lock();
+        let live = state.live.get(&leg)?;
+        let choices = match choice {
+            None => 0..live.choices,
+            Some(choice) if choice < live.choices => choice..choice + 1,
+            Some(_) => return None,
+        };
+        Some((live.id, choices))
     }
 
     /// Takes in an update that is not the engine's. Never blocks.
@@ -228,7 +236,7 @@ mod tests {
         put(&outbox, [update(1, 0, &[5]), update(2, 7, &[6])]);
         put(&outbox, [update(1, 1, &[7])]);
         put(&outbox, [LegUpdate { end: end(), ..update(1, 2, &[8]) }]);
-        assert_eq!(outbox.sequence(LegId(1)), None, "an ended leg lives on");
+        assert_eq!(outbox.choices(LegId(1), None), None, "an ended leg lives on");
         let taken = updates(&outbox).await;
         assert_eq!(taken, [LegUpdate { end: end(), ..update(1, 0, &[5, 7, 8]) }, update(2, 7, &[6])]);
         assert!(futures::poll!(Box::pin(updates(&outbox))).is_pending());
@@ -241,11 +249,13 @@ mod tests {
         let of_choice = |choice, tokens| LegUpdate { choice, ..update(1, 0, tokens) };
         put(&outbox, [of_choice(0, &[5]), of_choice(1, &[6])]);
         put(&outbox, [LegUpdate { end: end(), choice: 1, ..update(1, 1, &[]) }]);
-        assert_eq!(outbox.sequence(LegId(1)), Some((SequenceId(10), 2)));
+        assert_eq!(outbox.choices(LegId(1), None), Some((SequenceId(10), 0..2)));
+        assert_eq!(outbox.choices(LegId(1), Some(1)), Some((SequenceId(10), 1..2)));
+        assert_eq!(outbox.choices(LegId(1), Some(2)), None, "it has two");
         let taken = updates(&outbox).await;
         assert_eq!(taken, [of_choice(0, &[5]), LegUpdate { end: end(), ..of_choice(1, &[6]) }]);
         put(&outbox, [LegUpdate { end: end(), ..of_choice(0, &[]) }]);
-        assert_eq!(outbox.sequence(LegId(1)), None);
+        assert_eq!(outbox.choices(LegId(1), None), None);
     }
 
     #[tokio::test]
