@@ -31,6 +31,15 @@ pub struct Report {
     pub seen_leg: LegId,
 }
 
+impl Report {
+    /// Whether it says something new. That the engine has come a step further is no news by itself: it is told with what is.
+    fn is_news_after(&self, told: &Self) -> bool {
+        let mut same = *self;
+        same.load.done.progress = told.load.done.progress;
+        same != *told
+    }
+}
+
 /// What is taken out of the outbox.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Want {
@@ -61,6 +70,8 @@ struct State {
     report: Report,
     /// It has not been taken since it changed.
     is_news: bool,
+    /// Whoever takes waits for it.
+    is_wanted: bool,
 }
 
 #[derive(Debug)]
@@ -112,15 +123,15 @@ impl Outbox {
     /// Takes in what the engine says of legs, and the load after it. Never blocks.
     pub fn tell(&self, updates: Vec<LegUpdate>, report: Report) {
         let mut state = self.state.lock();
-        let changed = state.report != report;
-        if updates.is_empty() && !changed {
-            return;
-        }
-        updates.into_iter().for_each(|update| state.put(update));
+        state.is_news |= report.is_news_after(&state.report);
         state.report = report;
-        state.is_news |= changed;
+        // Most steps change the load, and few streams are to be told yet.
+        let awaited = !updates.is_empty() || (state.is_news && state.is_wanted);
+        updates.into_iter().for_each(|update| state.put(update));
         drop(state);
-        self.filled.notify_one();
+        if awaited {
+            self.filled.notify_one();
+        }
     }
 
     /// What is wanted of all that waits, as soon as there is any. Cancel safe. One caller at a time.
@@ -144,9 +155,8 @@ impl Outbox {
             Want::News => state.is_news.then_some(state.report),
             Want::Report => Some(state.report),
         };
-        if report.is_some() {
-            state.is_news = false;
-        }
+        state.is_news &= report.is_none();
+        state.is_wanted = want != Want::Updates;
         drop(state);
         self.emptied.notify_one();
         (updates, report)
@@ -198,7 +208,10 @@ impl State {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::sequence::{FinishReason, LegEnd};
+    use crate::engine::{
+        load::Done,
+        sequence::{FinishReason, LegEnd},
+    };
 
     fn update(leg: u64, first_position: u32, tokens: &[u32]) -> LegUpdate {
         LegUpdate {
@@ -306,12 +319,23 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_new_load_wakes_whoever_wants_it() {
-        let outbox = std::sync::Arc::new(Outbox::default());
+    async fn a_new_load_wakes_whoever_wants_it_and_nobody_else() {
+        let outbox = Outbox::default();
+        assert!(futures::poll!(Box::pin(updates(&outbox))).is_pending());
+        outbox.tell(Vec::new(), report(3));
+        assert!(
+            futures::poll!(Box::pin(outbox.filled.notified())).is_pending(),
+            "only updates are waited for"
+        );
+        assert_eq!(outbox.take(Want::News).await, (vec![], Some(report(3))), "and it is not lost");
+
+        let outbox = Outbox::default();
+        assert!(futures::poll!(Box::pin(outbox.take(Want::News))).is_pending());
+        let done = Done { progress: 5, ..Done::default() };
+        outbox.tell(Vec::new(), Report { load: Load { done, ..Load::default() }, ..report(0) });
+        assert!(futures::poll!(Box::pin(outbox.filled.notified())).is_pending(), "it has not changed");
         let mut news = Box::pin(outbox.take(Want::News));
         assert!(futures::poll!(&mut news).is_pending());
-        outbox.tell(Vec::new(), report(0));
-        assert!(futures::poll!(&mut news).is_pending(), "it has not changed");
         outbox.tell(Vec::new(), report(7));
         assert_eq!(news.await, (vec![], Some(report(7))));
     }
