@@ -260,6 +260,23 @@ impl Generation {
                 None => {}
             }
         }
+        if let Some(side) = self.mailbox.flooded() {
+            self.fail_flooded(side);
+        }
+    }
+
+    /// Something that an instance sent was not taken. Its leg has not ended, and is told to like every other.
+    fn fail_flooded(&mut self, side: Side) {
+        let flood = format!("the {} instance floods the request with disordered output", side.name());
+        self.why_cancelled = "flood";
+        for choice in 0..self.choices.len() as u32 {
+            let error = ApiError::new(ErrorCode::Internal, flood.clone());
+            let commands = self.choices[choice as usize].machine.abort(error);
+            if let Some(end) = self.perform(choice, commands) {
+                self.failed.get_or_insert(side);
+                self.news.push_back(Progress::of(choice, end));
+            }
+        }
     }
 
     /// Whose fault an error is that a leg ended with. An instance that is there and speaks of a lost one means its peer.
