@@ -15,7 +15,7 @@ use futures::{FutureExt, future::BoxFuture};
 use tokio::time::{Instant, timeout_at};
 
 use crate::{
-    dispatch::{Assignment, Generation},
+    dispatch::{Assignment, Generation, NotSent},
     fleet::keeper::Links,
     handoffs::Handoffs,
     metrics::{Metrics, MigrationLabels},
@@ -47,6 +47,11 @@ struct Whole<'a> {
 impl<'a> Whole<'a> {
     fn of(prompt: &'a PreparedPrompt) -> Self {
         Self { prompt: &prompt.tokens, chains: &prompt.chains, generated: &[] }
+    }
+
+    fn of_assignment(assignment: &'a Assignment) -> Self {
+        let Assignment { prompt, chains, generated, .. } = assignment;
+        Self { prompt, chains, generated }
     }
 }
 
@@ -80,7 +85,7 @@ impl Placer {
     }
 
     /// Dispatches what has been booked.
-    pub fn start(&self, booking: Booking, assignment: Assignment) -> Result<Generation, ApiError> {
+    pub fn start(&self, booking: Booking, assignment: Assignment) -> Result<Generation, NotSent> {
         Generation::start(&self.links, &self.handoffs, booking, assignment)
     }
 
@@ -132,17 +137,15 @@ impl Placer {
         mut pause: Duration,
     ) -> Result<(Generation, Placing), ApiError> {
         let Failure { mut error, culprit, .. } = failure;
+        // Who failed it, and then who could not be asked.
+        let mut avoid: Vec<InstanceId> = culprit.into_iter().collect();
         let deadline = (Instant::now() + self.patience + pause).min(assignment.deadline);
         let mut changes = self.board.changes();
         loop {
             let _ = timeout_at(deadline.min(Instant::now() + pause), changes.changed()).await;
             let (served, sampling) = (&model.served, &assignment.sampling);
-            let whole = Whole {
-                prompt: &assignment.prompt,
-                chains: &assignment.chains,
-                generated: &assignment.generated,
-            };
-            let booked = self.book_by(deadline, served, whole, sampling, culprit.as_slice()).await;
+            let whole = Whole::of_assignment(&assignment);
+            let booked = self.book_by(deadline, served, whole, sampling, &avoid).await;
             let Ok(booking) = booked else { return Err(error) };
             let placing = Placing::new(&booking, Some(error.clone()));
             match self.start(booking, assignment.clone()) {
@@ -156,8 +159,13 @@ impl Placer {
                     return Ok((generation, placing));
                 }
                 // It has just left, or takes nothing in at the moment.
-                Err(refused) if Instant::now() < deadline => (error, pause) = (refused, PAUSE_LEAST * 2),
-                Err(refused) => return Err(refused),
+                Err(NotSent { instance, error: refused }) if Instant::now() < deadline => {
+                    if !avoid.contains(&instance) {
+                        avoid.push(instance);
+                    }
+                    (error, pause) = (refused, PAUSE_LEAST * 2);
+                }
+                Err(NotSent { error: refused, .. }) => return Err(refused),
             }
         }
     }
@@ -176,10 +184,10 @@ pub struct Failure {
     pub begun: bool,
 }
 
-impl From<ApiError> for Failure {
+impl From<NotSent> for Failure {
     /// It was never begun there.
-    fn from(error: ApiError) -> Self {
-        Self { error, culprit: None, begun: false }
+    fn from(NotSent { instance, error }: NotSent) -> Self {
+        Self { error, culprit: Some(instance), begun: false }
     }
 }
 
@@ -250,43 +258,4 @@ impl Attempts {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::time::Duration;
-
-    use super::*;
-    use crate::prepare::{
-        Endpoint, parse, prepare,
-        tests::{LIMITS, served},
-    };
-    use baton_schedule::fleet::{
-        Role, Spec,
-        testing::{ready, spec},
-    };
-
-    #[tokio::test(start_paused = true)]
-    async fn all_prompts_together_wait_no_longer_than_one() {
-        let patience = Duration::from_secs(5);
-        let board = Board::new(Duration::from_secs(60));
-        let (small, large) = (Spec { context_tokens: 8, ..spec("a") }, spec("b"));
-        board.list(&[small.clone(), large.clone()], Instant::now());
-        let links = Arc::default();
-        let (served, handoffs) = (served(), Arc::default());
-        let metrics = baton_process::Metrics::new("coordinator").register(Metrics::register);
-        let placer = Placer { board: board.clone(), links, handoffs, metrics, patience };
-        let body = r#"{"model": "tiny", "prompt": ["short", "one that only the large one holds"]}"#;
-        let request = parse(body.as_bytes()).expect("is JSON");
-        let prepared = prepare(&served, Endpoint::Text, &request, LIMITS, 1).expect("is good");
-        // The first prompt waits for most of the time, the second for what is left.
-        tokio::spawn(async move {
-            tokio::time::sleep(Duration::from_secs(3)).await;
-            board.up(&small.id, small.incarnation, ready(Role::Mixed));
-        });
-        let began = Instant::now();
-        let hour = began + Duration::from_secs(3600);
-        assert!(matches!(placer.book(&served, &prepared.prompts, hour).await, Err(NoPlace::NoInstance)));
-        assert_eq!(began.elapsed(), patience);
-        let soon = Instant::now() + Duration::from_secs(1);
-        assert!(placer.book(&served, &prepared.prompts, soon).await.is_err());
-        assert_eq!(began.elapsed(), patience + Duration::from_secs(1), "nor past the request's own deadline");
-    }
-}
+mod tests;

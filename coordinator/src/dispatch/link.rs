@@ -104,7 +104,7 @@ impl Link {
         Arc::new(Self { instance, next_leg: AtomicU64::new(1), channel: Mutex::new(None), metrics })
     }
 
-    /// Sends one leg; its output goes to `mailbox` until the guard is dropped.
+    /// Sends one leg; its output goes to `mailbox` until the guard is dropped. An error: nothing was sent.
     pub fn dispatch(
         self: &Arc<Self>,
         side: Side,
@@ -114,7 +114,7 @@ impl Link {
     ) -> Result<LegGuard, ApiError> {
         let mut channel = self.channel.lock();
         let Some(up) = channel.as_mut() else {
-            return Err(lost(&self.instance));
+            return Err(not_there(&self.instance));
         };
         if !up.outbound.has_room() {
             let message = format!("instance {} takes no requests now; try again in a moment", self.instance);
@@ -207,6 +207,12 @@ impl Link {
         }
         true
     }
+}
+
+/// Nothing can be sent to an instance: it has just left, or been lost.
+pub(super) fn not_there(instance: &InstanceId) -> ApiError {
+    let message = format!("instance {instance} has just left; try again in a moment");
+    ApiError::new(ErrorCode::Unavailable, message)
 }
 
 fn lost(instance: &InstanceId) -> ApiError {
@@ -322,4 +328,4 @@ impl LinkTask {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -14,8 +14,10 @@ mod mailbox;
 mod outbound;
 
 pub use assignment::{Assignment, deadline_passed};
-pub use generation::{Generation, Progress};
+pub use generation::{Generation, NotSent, Progress};
 pub use guard::LegGuard;
 pub use leg::{LegEnd, Output, StopReason, TokenLogprobs};
+#[cfg(test)]
+pub(crate) use link::tests::standing;
 pub use link::{Link, LinkTask, Target};
 pub use machine::{Completed, Fresh};

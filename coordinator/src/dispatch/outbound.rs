@@ -43,7 +43,7 @@ pub(super) struct Outbound {
 
 /// The other end of it: what the stream sends.
 #[derive(Debug)]
-pub(super) struct Frames {
+pub(crate) struct Frames {
     state: Arc<Mutex<State>>,
 }
 

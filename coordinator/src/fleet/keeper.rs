@@ -58,6 +58,24 @@ impl Links {
     }
 }
 
+#[cfg(test)]
+impl Links {
+    /// Links that nobody keeps.
+    pub fn of(links: impl IntoIterator<Item = (InstanceId, Arc<Link>)>) -> Self {
+        let entry = |(id, link)| {
+            let target = Target {
+                endpoint: String::new(),
+                incarnation: baton_proto::Incarnation(1),
+                status: None,
+            };
+            (id, Entry { link, target: watch::Sender::new(target), stop: CancellationToken::new() })
+        };
+        Self {
+            entries: RwLock::new(Entries { links: links.into_iter().map(entry).collect(), closed: false }),
+        }
+    }
+}
+
 /// The task that owns the links.
 pub struct Keeper {
     pub board: Arc<Board>,

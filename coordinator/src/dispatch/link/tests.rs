@@ -33,7 +33,7 @@ fn up(board: &Arc<Board>) -> (Arc<Link>, Frames) {
 }
 
 /// A link as it is once the instance has said welcome, and what is sent on it.
-fn standing(instance: InstanceId, metrics: Arc<Metrics>) -> (Arc<Link>, Frames) {
+pub(crate) fn standing(instance: InstanceId, metrics: Arc<Metrics>) -> (Arc<Link>, Frames) {
     let link = Link::new(instance, metrics);
     let (outbound, frames) = Outbound::new(v1::attach_request::Hello::default());
     *link.channel.lock() = Some(Standing { outbound, legs: HashMap::new() });
