@@ -31,7 +31,10 @@ use tokio::{
     time::{Instant, interval, sleep, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
-use tonic::{Streaming, transport::Endpoint};
+use tonic::{
+    Streaming,
+    transport::{Channel, Endpoint},
+};
 use v1::{attach_request::Frame as Ask, attach_response::Frame as Answer, inference_client::InferenceClient};
 
 use super::{
@@ -65,6 +68,8 @@ pub struct Target {
     /// `host:port` of its Inference service.
     pub endpoint: String,
     pub incarnation: Incarnation,
+    /// Of its model, as the store's list has it: which may be behind what is found there.
+    pub revision: String,
     /// What it last told the controller: an instance that has just become ready is called at once.
     pub status: Option<ObservedStatus>,
 }
@@ -246,8 +251,9 @@ struct Attached {
     inbound: Streaming<v1::AttachResponse>,
     /// Who answered, and where.
     target: Target,
-    /// What the instance has cached is read for as long.
-    _cache: AbortOnDropHandle<()>,
+    channel: Channel,
+    /// Reads what the instance has cached, for as long.
+    cache: AbortOnDropHandle<()>,
 }
 
 /// Keeps the stream up until `stop`.
@@ -291,12 +297,108 @@ impl LinkTask {
             tokio::select! {
                 biased;
                 () = self.stop.cancelled() => return,
-                moved = self.target.changed() => match moved {
-                    // Only its status is new, or the list has caught up with what was found there.
-                    Ok(()) if self.target.borrow_and_update().same_process(&target) => continue,
-                    Ok(()) => return BreakReason::Moved,
-                    Err(_) => return BreakReason::Stopped,
+                moved = self.target.changed() => {
+                    if moved.is_err() {
+                        return;
+                    }
+                    pause = self.config.reconnect_min;
+                }
+                () = sleep(jittered) => pause = (pause * 2).min(self.config.reconnect_max),
+            }
+        }
+    }
+
+    async fn connect_and_serve(&mut self) -> BreakReason {
+        match self.attach().await {
+            Ok(attached) => self.serve(attached).await,
+            Err(reason) => reason,
+        }
+    }
+
+    async fn attach(&mut self) -> Result<Attached, BreakReason> {
+        let target = self.target.borrow_and_update().clone();
+        let failed = |source| BreakReason::Connect { endpoint: target.endpoint.clone(), source };
+        let endpoint = Endpoint::from_shared(format!("http://{}", target.endpoint))
+            .map_err(failed)?
+            .connect_timeout(self.config.connect_timeout)
+            .http2_keep_alive_interval(self.config.keep_alive)
+            .keep_alive_timeout(self.config.keep_alive)
+            .keep_alive_while_idle(true)
+            .tcp_nodelay(true);
+        let channel = self.dial.connect(endpoint).await.map_err(failed)?;
+        let mut client = InferenceClient::new(channel.clone()).max_decoding_message_size(INBOUND_BYTES_MOST);
+        let hello = v1::attach_request::Hello {
+            coordinator_id: self.coordinator.to_string(),
+            load_interval_millis: load_interval_millis(self.board.fleet_size()),
+        };
+        let (outbound, frames) = Outbound::new(hello);
+        let greeted = async {
+            let mut inbound = client.attach(frames).await.map_err(Box::new)?.into_inner();
+            let first = inbound.message().await.map_err(Box::new)?;
+            Ok::<_, BreakReason>((inbound, first))
+        };
+        let greeted = timeout(self.config.connect_timeout, greeted).await;
+        let (inbound, first) = greeted.map_err(|_| BreakReason::NoWelcome)??;
+        let expected = self.link.instance.clone();
+        let (incarnation, duty) = match first.and_then(|first| first.frame) {
+            Some(Answer::Welcome(v1::attach_response::Welcome { instance_id, incarnation, role }))
+                if instance_id == expected.as_str() =>
+            {
+                (Incarnation(incarnation), Duty::from(&role.unwrap_or_default()))
+            }
+            other => {
+                let got = format!("{other:.80?}");
+                return Err(BreakReason::WrongPeer { expected, got });
+            }
+        };
+        *self.link.channel.lock() = Some(Standing { outbound, legs: HashMap::new() });
+        self.board.up(&self.link.instance, incarnation, duty);
+        tracing::info!(instance = %self.link.instance, endpoint = %target.endpoint, ?duty, "stream is up");
+        let cache = self.read_cache(incarnation, channel.clone());
+        Ok(Attached { inbound, target: Target { incarnation, ..target }, channel, cache })
+    }
+
+    /// What the process at the other end says of its cache counts for the model that the board has it for now.
+    fn read_cache(&self, incarnation: Incarnation, channel: Channel) -> AbortOnDropHandle<()> {
+        let instance = self.link.instance.clone();
+        let reader = CacheReader {
+            feed: self.board.feed(&instance),
+            instance,
+            incarnation,
+            coordinator: self.coordinator.clone(),
+            channel,
+            config: self.config.clone(),
+            metrics: self.link.metrics.clone(),
+        };
+        reader.start()
+    }
+
+    async fn serve(&mut self, attached: Attached) -> BreakReason {
+        let Attached { mut inbound, mut target, channel, mut cache } = attached;
+        let mut look = interval(UNREAD_LOOK);
+        loop {
+            let message = tokio::select! {
+                biased;
+                _ = look.tick() => match self.link.is_deaf() {
+                    true => return BreakReason::Deaf,
+                    false => continue,
                 },
+                moved = self.target.changed() => {
+                    if moved.is_err() {
+                        return BreakReason::Stopped;
+                    }
+                    let listed = self.target.borrow_and_update().clone();
+                    if !listed.same_process(&target) {
+                        return BreakReason::Moved;
+                    }
+                    // Its status is new, or the list has caught up with what was found there: of another model, maybe.
+                    if listed.revision != target.revision {
+                        target.revision = listed.revision;
+                        let reader = self.read_cache(target.incarnation, channel.clone());
+                        drop(std::mem::replace(&mut cache, reader));
+                    }
+                    continue;
+                }
                 message = inbound.message() => message,
             };
             match message {
