@@ -15,6 +15,7 @@ use futures::{FutureExt, future::BoxFuture};
 use tokio::time::{Instant, timeout_at};
 
 use crate::{
+    carry::{Breakers, is_fault},
     dispatch::{Assignment, Generation, NotSent},
     fleet::keeper::Links,
     handoffs::Handoffs,
@@ -61,6 +62,7 @@ pub struct Placer {
     pub links: Arc<Links>,
     pub handoffs: Arc<Handoffs>,
     pub metrics: Arc<Metrics>,
+    pub breakers: Breakers,
     /// How long a request waits for an instance that can take it.
     pub patience: Duration,
 }
@@ -123,7 +125,8 @@ impl Placer {
         let tokens = (whole.prompt.len() as u32).saturating_add(generated);
         let chains = whole.chains.say(&self.board.caches.dialects(&served.revision), whole.generated);
         let prompt = Prompt { tokens, chains: &chains };
-        let booking = self.board.place(prompt, asked, &served.revision, avoid)?;
+        let place = |avoid: &[InstanceId]| self.board.place(prompt, asked, &served.revision, avoid);
+        let booking = self.breakers.place(avoid, Instant::now(), place)?;
         tracing::debug!(placement = ?booking.placement, receipt = ?booking.receipt, "placed");
         Ok(booking)
     }
@@ -200,7 +203,7 @@ impl Failure {
     }
 }
 
-/// What it takes to place a request again.
+/// What it takes to place a request again, and where it is told how its attempts go.
 #[derive(Clone)]
 pub struct Attempts {
     placer: Arc<Placer>,
@@ -216,12 +219,25 @@ pub struct Attempts {
 impl Attempts {
     /// `assignment` has been given to a first place.
     pub fn new(placer: Arc<Placer>, model: Arc<Model>, assignment: Assignment) -> Self {
+        model.budget.lock().request();
         Self { placer, model, assignment, failed: 0, fruitless: 0, refused: 0 }
     }
 
     /// What is being placed.
     pub fn assignment(&self) -> &Assignment {
         &self.assignment
+    }
+
+    /// Instances have brought the first token of an attempt.
+    pub fn served<'a>(&self, instances: impl Iterator<Item = &'a InstanceId>) {
+        instances.for_each(|instance| self.placer.breakers.success(instance, Instant::now()));
+    }
+
+    /// An attempt has failed, by this instance if that is known.
+    pub fn failed(&self, error: &ApiError, culprit: Option<&InstanceId>) {
+        if let Some(culprit) = culprit.filter(|_| is_fault(error)) {
+            self.placer.breakers.fault(culprit, Instant::now());
+        }
     }
 
     /// For one of the choices alone, which goes on from these tokens.
@@ -235,7 +251,8 @@ impl Attempts {
     }
 
     /// Places the request once more after a failure, as soon as an instance can take it; the error is the answer if none
-    /// can within the time. A pause comes first, which ends when the fleet changes; a refusal costs no more than that.
+    /// can within the time, or if the model's budget for instances' faults is spent. A pause comes first, which ends when
+    /// the fleet changes; a refusal costs no more than that.
     pub fn again(&mut self, failure: Failure) -> Result<Replacing, ApiError> {
         let pause = if failure.is_refusal() {
             self.refused += 1;
@@ -250,6 +267,11 @@ impl Attempts {
             PAUSE
         };
         if self.assignment.deadline <= Instant::now() {
+            return Err(failure.error);
+        }
+        if is_fault(&failure.error) && !self.model.budget.lock().take(Instant::now()) {
+            let of = self.model.counts.label.clone();
+            self.placer.metrics.not_placed_again.get_or_create(&of).inc();
             return Err(failure.error);
         }
         let (placer, model) = (self.placer.clone(), self.model.clone());

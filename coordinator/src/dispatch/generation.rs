@@ -115,6 +115,9 @@ pub struct Generation {
     news: VecDeque<Progress>,
     /// The leg whose fault it was that it failed.
     failed: Option<Side>,
+    /// Legs that have brought a token, and how many of them have been told.
+    served: Vec<Side>,
+    served_told: usize,
     deadline: Pin<Box<Sleep>>,
     why_cancelled: &'static str,
 }
@@ -184,6 +187,8 @@ impl Generation {
             inbox: VecDeque::new(),
             news: VecDeque::new(),
             failed: None,
+            served: Vec::new(),
+            served_told: 0,
             deadline: Box::pin(sleep_until(assignment.deadline)),
             why_cancelled: "other_leg_ended",
         })
@@ -212,6 +217,12 @@ impl Generation {
     /// Who made it fail, if that is known.
     pub fn culprit(&self) -> Option<&InstanceId> {
         self.failed.map(|side| self.credit.instance(side))
+    }
+
+    /// Who has brought a first token since the last call.
+    pub fn take_served(&mut self) -> impl Iterator<Item = &InstanceId> {
+        let from = std::mem::replace(&mut self.served_told, self.served.len());
+        self.served[from..].iter().map(|side| self.credit.instance(*side))
     }
 
     /// Ends what is left of it: the request goes on elsewhere.
@@ -246,6 +257,9 @@ impl Generation {
                 && let Some(handoff) = self.handoff.take()
             {
                 handoff.done(self.mailbox.handoff_time());
+            }
+            if output.generates() && !self.served.contains(&side) {
+                self.served.push(side);
             }
             let Some(of) = self.choices.get_mut(choice as usize) else { continue };
             let before = of.machine.tokens().len();

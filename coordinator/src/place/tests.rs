@@ -28,7 +28,8 @@ async fn all_prompts_together_wait_no_longer_than_one() {
     let links = Arc::default();
     let (served, handoffs) = (served(), Arc::default());
     let metrics = baton_process::Metrics::new("coordinator").register(Metrics::register);
-    let placer = Placer { board: board.clone(), links, handoffs, metrics, patience };
+    let breakers = Breakers::new(&metrics);
+    let placer = Placer { board: board.clone(), links, handoffs, metrics, breakers, patience };
     let body = r#"{"model": "tiny", "prompt": ["short", "one that only the large one holds"]}"#;
     let request = parse(body.as_bytes()).expect("is JSON");
     let prepared = prepare(&served, Endpoint::Text, &request, LIMITS, 1).expect("is good");
@@ -78,8 +79,8 @@ fn two(links: Links) -> Two {
         deadline: Instant::now() + Duration::from_secs(600),
     };
     let patience = Duration::from_secs(5);
-    let links = Arc::new(links);
-    let placer = Arc::new(Placer { board, links, handoffs: Arc::default(), metrics, patience });
+    let (links, breakers) = (Arc::new(links), Breakers::new(&metrics));
+    let placer = Arc::new(Placer { board, links, handoffs: Arc::default(), metrics, breakers, patience });
     Two { placer, model, assignment }
 }
 

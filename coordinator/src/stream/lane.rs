@@ -142,7 +142,9 @@ impl Lane {
                     Err(error) => return Poll::Ready(Over::NoPlace(error)),
                 },
             };
-            let (choice, end) = match ready!(generation.poll(context)) {
+            let progress = ready!(generation.poll(context));
+            strand.attempts.served(generation.take_served());
+            let (choice, end) = match progress {
                 Progress::Choice { choice, end } => (choice, end),
                 Progress::Failed(error) => return Poll::Ready(Over::Failed(error)),
             };
@@ -169,6 +171,7 @@ impl Lane {
     ) -> Result<Vec<Strand>, ApiError> {
         let Strand { work, mut attempts, choices } = strand;
         let Work::Generating(mut generation) = work else { return Err(error) };
+        attempts.failed(&error, generation.culprit());
         let readings = &mut self.readings[choices.clone()];
         if !may_pass(&error, readings.iter().any(|reading| reading.consumed() > 0)) {
             return Err(error);

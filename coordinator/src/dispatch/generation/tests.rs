@@ -27,6 +27,8 @@ fn generation(deadline: Duration, handoffs: &Arc<Handoffs>) -> Generation {
         inbox: VecDeque::new(),
         news: VecDeque::new(),
         failed: None,
+        served: Vec::new(),
+        served_told: 0,
         deadline: Box::pin(sleep_until(Instant::now() + deadline)),
         why_cancelled: "other_leg_ended",
     }
