@@ -79,6 +79,11 @@ pub struct Metrics {
     pub legs_lost: Counter,
     /// By the name of the error's code.
     pub migrations: Family<MigrationLabels, Counter>,
+    /// Times that an instance was left out for its faults, and how many are.
+    pub breaker_openings: Counter,
+    pub open_breakers: Gauge,
+    /// Requests that were not placed again though it might have helped.
+    pub not_placed_again: Family<ModelLabel, Counter>,
     /// Blocks that the prefix index remembers.
     cached_blocks: Gauge,
     /// What instances say of their caches: `snapshot`, `change`.
@@ -149,6 +154,9 @@ impl Metrics {
             cancels: Family::default(),
             legs_lost: Counter::default(),
             migrations: Family::default(),
+            breaker_openings: Counter::default(),
+            open_breakers: Gauge::default(),
+            not_placed_again: Family::default(),
             cached_blocks: Gauge::default(),
             cache_events: Family::default(),
             cache_gaps: Family::default(),
@@ -265,8 +273,27 @@ impl Metrics {
             "Answers begun on one instance that went on elsewhere, by why it could not finish them, and model",
             self.migrations.clone(),
         );
+        self.show_faults(registry);
         self.show_caches(registry);
         self.keys.show(registry);
+    }
+
+    fn show_faults(&self, registry: &mut Registry) {
+        registry.register(
+            "breaker_openings",
+            "Times that an instance was left out because it failed what it was given",
+            self.breaker_openings.clone(),
+        );
+        registry.register(
+            "open_breakers",
+            "Instances that are left out, or on trial, because they failed what they were given",
+            self.open_breakers.clone(),
+        );
+        registry.register(
+            "retry_budget_exhausted",
+            "Requests not placed again after an instance's fault, for want of budget, by model",
+            self.not_placed_again.clone(),
+        );
     }
 
     fn show_caches(&self, registry: &mut Registry) {

@@ -8,10 +8,13 @@ use std::{collections::HashMap, sync::Arc};
 
 use baton_proto::{ApiError, ErrorCode};
 use futures::future::try_join_all;
+use parking_lot::Mutex;
+use tokio::time::Instant;
 
 use crate::{
     CoordinatorError,
     admit::Line,
+    carry::budget::Budget,
     config::{LimitsConfig, ModelConfig},
     metrics::{Metrics, ModelMetrics},
     prepare::Served,
@@ -22,6 +25,8 @@ pub struct Model {
     pub served: Served,
     pub line: Line,
     pub counts: Arc<ModelMetrics>,
+    /// For requests that are placed again.
+    pub budget: Mutex<Budget>,
 }
 
 /// All of them.
@@ -54,7 +59,8 @@ impl Models {
         let mut models = Self { all: Vec::new(), by_name: HashMap::new() };
         for (index, served) in served.into_iter().enumerate() {
             let counts = Arc::new(metrics.of_model(served.name.clone()));
-            let model = Arc::new(Model { line: Line::new(limits, counts.clone()), served, counts });
+            let (line, budget) = (Line::new(limits, counts.clone()), Mutex::new(Budget::new(Instant::now())));
+            let model = Arc::new(Model { line, served, counts, budget });
             models.all.push(model.clone());
             for name in model.served.names() {
                 let holder = models.by_name.insert(name.clone(), model.clone());

@@ -183,9 +183,8 @@ impl Reader {
         match request.frame {
             Some(v1::attach_request::Frame::Dispatch(dispatch)) => self.dispatch(dispatch).await,
             Some(v1::attach_request::Frame::Cancel(cancel)) => {
-                if let Some((leg, choices)) = self.outbox.sequence(LegId(cancel.leg)) {
+                if let Some((leg, choices)) = self.outbox.choices(LegId(cancel.leg), cancel.choice) {
                     tracing::debug!(leg = cancel.leg, choice = ?cancel.choice, reason = cancel.reason, "cancelled");
-                    let choices = cancel.choice.map_or(0..choices, |choice| choice..choice.saturating_add(1));
                     let damaged = cancel.damaged;
                     self.command(Command::Cancel { leg, choices, damaged }).await?;
                 }

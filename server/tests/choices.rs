@@ -183,3 +183,26 @@ async fn a_leg_that_is_refused_is_ended_for_each_of_its_choices() {
     }
     mixed.until_idle().await;
 }
+
+/// The sequences of a leg's choices are numbered on from its own, and so are those of whoever comes next.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_choice_that_a_leg_has_not_is_cancelled_of_nobody_else() {
+    let mut mixed = Instance::start("m", Role::Mixed, Shape::default()).await;
+    let (mut one, mut other) = (Attached::to(&mixed).await, Attached::to(&mixed).await);
+    let (long, choices) = (Request::greedy(9, 400), of(2, Request::sampled(9, 30, 5)));
+    one.dispatch(1, &long, whole()).await;
+    one.until_tokens(1, 1).await;
+    mixed.faults.batch_micros.store(2_000, std::sync::atomic::Ordering::Relaxed);
+    other.dispatch(1, &choices, whole()).await;
+    other.until_tokens(1, 1).await;
+    for choice in [1, 2, 3, u32::MAX] {
+        one.cancel_choice(1, choice).await;
+    }
+    one.cancel_choice(1, 0).await;
+    assert_eq!(one.until_end(1).await.finished(), FinishReason::Cancelled);
+    for (choice, expected) in (0..).zip(expected(&choices)) {
+        let heard = other.until_of_choice(1, choice, |heard| heard.end.is_some()).await;
+        assert_eq!((heard.finished(), heard.tokens), (FinishReason::Length, expected), "choice {choice}");
+    }
+    mixed.until_idle().await;
+}

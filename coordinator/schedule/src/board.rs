@@ -227,7 +227,8 @@ impl Board {
         place(&state.view, &ask, &self.settings, Instant::now()).map(drop)
     }
 
-    /// Chooses where a request goes and books its work there at once. Those in `avoid` are taken if nobody else is there.
+    /// Chooses where a request goes and books its work there at once. Of those to `avoid` the last are taken
+    /// first, if nobody else is there.
     pub fn place<'a>(
         self: &Arc<Self>,
         prompt: impl Into<Prompt<'a>>,
@@ -243,11 +244,12 @@ impl Board {
         state.view.arrived(revision, now);
         let expected_tokens = state.lengths.of(revision).ceil() as u32;
         let ask = Ask { prompt_tokens, held, max_tokens, expected_tokens, choices, revision, avoid, turn };
-        let (placement, receipt) = match place(&state.view, &ask, &self.settings, now) {
-            Err(_) if !avoid.is_empty() => {
-                place(&state.view, &Ask { avoid: &[], ..ask }, &self.settings, now)?
+        let mut left = avoid;
+        let (placement, receipt) = loop {
+            match (place(&state.view, &Ask { avoid: left, ..ask }, &self.settings, now), left) {
+                (Err(_), [fewer @ .., _]) => left = fewer,
+                (found, _) => break found?,
             }
-            found => found?,
         };
         let part = |seat: &Seat, computes: bool, sequences: u32| {
             let (prefill_tokens, prefill_pairs) =

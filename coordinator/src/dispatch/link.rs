@@ -5,8 +5,8 @@
 //! handed to the mailboxes of the legs in it, or to the board. When it breaks, every leg on it fails with
 //! `instance_lost`; the instance cancels them on its side.
 //!
-//! The outbound queue holds [`OUTBOUND_FRAMES`]. Overflow policy: a dispatch is refused; a cancel that finds no room cuts
-//! the stream, which cancels everything on it: an instance that reads nothing is as good as lost.
+//! What is to be sent waits in [`super::outbound`]; a dispatch that finds no room there is refused. An instance that reads
+//! nothing of it for [`UNREAD_MOST`] is as good as lost: its stream is cut, which cancels everything on it.
 
 use std::{
     collections::HashMap,
@@ -14,6 +14,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use baton_process::{one_line, tls::Dial};
@@ -26,18 +27,21 @@ use baton_schedule::{
 };
 use parking_lot::Mutex;
 use tokio::{
-    sync::{mpsc, watch},
-    time::{Instant, sleep, timeout},
+    sync::watch,
+    time::{Instant, interval, sleep, timeout},
 };
-use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
-use tonic::{Streaming, transport::Endpoint};
+use tonic::{
+    Streaming,
+    transport::{Channel, Endpoint},
+};
 use v1::{attach_request::Frame as Ask, attach_response::Frame as Answer, inference_client::InferenceClient};
 
 use super::{
     guard::{Choices, LegGuard, first_choices, only},
     leg::Output,
     mailbox::Mailbox,
+    outbound::Outbound,
 };
 use crate::{
     config::{CHOICES_MOST, FleetConfig},
@@ -45,8 +49,11 @@ use crate::{
     metrics::Metrics,
 };
 
-/// Frames queued towards one instance.
-const OUTBOUND_FRAMES: usize = 1024;
+/// How long an instance may read nothing though something waits: longer than its engine takes for a long step, during
+/// which it may stop reading.
+const UNREAD_MOST: Duration = Duration::from_secs(30);
+/// How often that is looked at.
+const UNREAD_LOOK: Duration = Duration::from_secs(1);
 /// Largest message an instance may send: a step's tokens of all legs.
 const INBOUND_BYTES_MOST: usize = 16 << 20;
 
@@ -61,6 +68,8 @@ pub struct Target {
     /// `host:port` of its Inference service.
     pub endpoint: String,
     pub incarnation: Incarnation,
+    /// Of its model, as the store's list has it: which may be behind what is found there.
+    pub revision: String,
     /// What it last told the controller: an instance that has just become ready is called at once.
     pub status: Option<ObservedStatus>,
 }
@@ -81,11 +90,9 @@ struct Slot {
     begun: bool,
 }
 
-struct Channel {
-    outbound: mpsc::Sender<v1::AttachRequest>,
+struct Standing {
+    outbound: Outbound,
     legs: HashMap<LegId, Slot>,
-    /// Ends the stream.
-    cut: CancellationToken,
 }
 
 /// Handle to the stream of one instance.
@@ -93,7 +100,7 @@ pub struct Link {
     instance: InstanceId,
     next_leg: AtomicU64,
     /// `None` while down.
-    channel: Mutex<Option<Channel>>,
+    channel: Mutex<Option<Standing>>,
     metrics: Arc<Metrics>,
 }
 
@@ -102,7 +109,7 @@ impl Link {
         Arc::new(Self { instance, next_leg: AtomicU64::new(1), channel: Mutex::new(None), metrics })
     }
 
-    /// Sends one leg; its output goes to `mailbox` until the guard is dropped.
+    /// Sends one leg; its output goes to `mailbox` until the guard is dropped. An error: nothing was sent.
     pub fn dispatch(
         self: &Arc<Self>,
         side: Side,
@@ -112,19 +119,19 @@ impl Link {
     ) -> Result<LegGuard, ApiError> {
         let mut channel = self.channel.lock();
         let Some(up) = channel.as_mut() else {
-            return Err(lost(&self.instance));
+            return Err(not_there(&self.instance));
         };
-        let Ok(room) = up.outbound.try_reserve() else {
+        if !up.outbound.has_room() {
             let message = format!("instance {} takes no requests now; try again in a moment", self.instance);
             return Err(ApiError::new(ErrorCode::Unavailable, message));
-        };
+        }
         // Under the lock, so that legs leave in the order of their numbers, and are on the ledger before a load counts them.
         let leg = LegId(self.next_leg.fetch_add(1, Ordering::Relaxed));
         dispatch.leg = leg.0;
         let choices = dispatch.sampling.as_ref().map_or(1, |sampling| sampling.choices);
         let open = first_choices(choices);
         credit.dispatched(side, leg, open.count_ones());
-        room.send(v1::AttachRequest { frame: Some(Ask::Dispatch(dispatch)) });
+        up.outbound.push(Ask::Dispatch(dispatch));
         up.legs.insert(leg, Slot { side, mailbox: mailbox.clone(), open, begun: false });
         Ok(LegGuard::new(self.clone(), leg, open))
     }
@@ -146,11 +153,13 @@ impl Link {
             up.legs.remove(&leg);
             self.metrics.cancels.get_or_create(&crate::metrics::reason(reason)).inc();
         }
-        let cancel = v1::Cancel { leg: leg.0, reason: reason.into(), choice, damaged };
-        if up.outbound.try_send(v1::AttachRequest { frame: Some(Ask::Cancel(cancel)) }).is_err() {
-            tracing::warn!(instance = %self.instance, "cutting the stream: the instance does not read");
-            up.cut.cancel();
-        }
+        up.outbound.push(Ask::Cancel(v1::Cancel { leg: leg.0, reason: reason.into(), choice, damaged }));
+    }
+
+    /// Whether the instance does not read what it is sent.
+    fn is_deaf(&self) -> bool {
+        let channel = self.channel.lock();
+        channel.as_ref().is_some_and(|up| up.outbound.unread_for(Instant::now()) > UNREAD_MOST)
     }
 
     /// Whether the stream stands.
@@ -205,6 +214,12 @@ impl Link {
     }
 }
 
+/// Nothing can be sent to an instance: it has just left, or been lost.
+pub(super) fn not_there(instance: &InstanceId) -> ApiError {
+    let message = format!("instance {instance} has just left; try again in a moment");
+    ApiError::new(ErrorCode::Unavailable, message)
+}
+
 fn lost(instance: &InstanceId) -> ApiError {
     let message = format!("the connection to instance {instance} was lost; send the request again");
     ApiError::new(ErrorCode::InstanceLost, message)
@@ -223,8 +238,10 @@ enum BreakReason {
     WrongPeer { expected: InstanceId, got: String },
     #[error("the instance ended the stream")]
     Ended,
-    #[error("cut")]
-    Cut,
+    #[error("the instance reads nothing of what it is sent")]
+    Deaf,
+    #[error("the instance is not wanted any more")]
+    Stopped,
     #[error("the instance was restarted or moved")]
     Moved,
 }
@@ -232,11 +249,11 @@ enum BreakReason {
 /// A stream that stands.
 struct Attached {
     inbound: Streaming<v1::AttachResponse>,
-    cut: CancellationToken,
     /// Who answered, and where.
     target: Target,
-    /// What the instance has cached is read for as long.
-    _cache: AbortOnDropHandle<()>,
+    channel: Channel,
+    /// Reads what the instance has cached, for as long.
+    cache: AbortOnDropHandle<()>,
 }
 
 /// Keeps the stream up until `stop`.
@@ -310,18 +327,13 @@ impl LinkTask {
             .tcp_nodelay(true);
         let channel = self.dial.connect(endpoint).await.map_err(failed)?;
         let mut client = InferenceClient::new(channel.clone()).max_decoding_message_size(INBOUND_BYTES_MOST);
-        let (outbound, frames) = mpsc::channel(OUTBOUND_FRAMES);
         let hello = v1::attach_request::Hello {
             coordinator_id: self.coordinator.to_string(),
             load_interval_millis: load_interval_millis(self.board.fleet_size()),
         };
-        let hello = v1::AttachRequest { frame: Some(Ask::Hello(hello)) };
-        if outbound.try_send(hello).is_err() {
-            return Err(BreakReason::Ended);
-        }
+        let (outbound, frames) = Outbound::new(hello);
         let greeted = async {
-            let mut inbound =
-                client.attach(ReceiverStream::new(frames)).await.map_err(Box::new)?.into_inner();
+            let mut inbound = client.attach(frames).await.map_err(Box::new)?.into_inner();
             let first = inbound.message().await.map_err(Box::new)?;
             Ok::<_, BreakReason>((inbound, first))
         };
@@ -339,35 +351,54 @@ impl LinkTask {
                 return Err(BreakReason::WrongPeer { expected, got });
             }
         };
-        let cut = CancellationToken::new();
-        let up = Channel { outbound, legs: HashMap::new(), cut: cut.clone() };
-        *self.link.channel.lock() = Some(up);
+        *self.link.channel.lock() = Some(Standing { outbound, legs: HashMap::new() });
         self.board.up(&self.link.instance, incarnation, duty);
         tracing::info!(instance = %self.link.instance, endpoint = %target.endpoint, ?duty, "stream is up");
-        let cache = CacheReader {
-            feed: self.board.feed(&expected),
-            instance: expected,
+        let cache = self.read_cache(incarnation, channel.clone());
+        Ok(Attached { inbound, target: Target { incarnation, ..target }, channel, cache })
+    }
+
+    /// What the process at the other end says of its cache counts for the model that the board has it for now.
+    fn read_cache(&self, incarnation: Incarnation, channel: Channel) -> AbortOnDropHandle<()> {
+        let instance = self.link.instance.clone();
+        let reader = CacheReader {
+            feed: self.board.feed(&instance),
+            instance,
             incarnation,
             coordinator: self.coordinator.clone(),
             channel,
             config: self.config.clone(),
             metrics: self.link.metrics.clone(),
         };
-        Ok(Attached { inbound, cut, target: Target { incarnation, ..target }, _cache: cache.start() })
+        reader.start()
     }
 
     async fn serve(&mut self, attached: Attached) -> BreakReason {
-        let Attached { mut inbound, cut, target, _cache } = attached;
+        let Attached { mut inbound, mut target, channel, mut cache } = attached;
+        let mut look = interval(UNREAD_LOOK);
         loop {
             let message = tokio::select! {
                 biased;
-                () = cut.cancelled() => return BreakReason::Cut,
-                moved = self.target.changed() => match moved {
-                    // Only its status is new, or the list has caught up with what was found there.
-                    Ok(()) if self.target.borrow_and_update().same_process(&target) => continue,
-                    Ok(()) => return BreakReason::Moved,
-                    Err(_) => return BreakReason::Cut,
+                _ = look.tick() => match self.link.is_deaf() {
+                    true => return BreakReason::Deaf,
+                    false => continue,
                 },
+                moved = self.target.changed() => {
+                    if moved.is_err() {
+                        return BreakReason::Stopped;
+                    }
+                    let listed = self.target.borrow_and_update().clone();
+                    if !listed.same_process(&target) {
+                        return BreakReason::Moved;
+                    }
+                    // Its status is new, or the list has caught up with what was found there: of another model, maybe.
+                    if listed.revision != target.revision {
+                        target.revision = listed.revision;
+                        let reader = self.read_cache(target.incarnation, channel.clone());
+                        drop(std::mem::replace(&mut cache, reader));
+                    }
+                    continue;
+                }
                 message = inbound.message() => message,
             };
             match message {
@@ -399,14 +430,4 @@ impl LinkTask {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn all_instances_together_are_asked_for_ten_thousand_loads_a_second_at_most() {
-        let cases = [(0, 50), (1, 50), (500, 50), (1000, 100), (10_000, 1000), (usize::MAX, 1000)];
-        for (instances, millis) in cases {
-            assert_eq!(load_interval_millis(instances), millis, "{instances} instances");
-        }
-    }
-}
+pub(super) mod tests;

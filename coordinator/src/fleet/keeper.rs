@@ -58,6 +58,25 @@ impl Links {
     }
 }
 
+#[cfg(test)]
+impl Links {
+    /// Links that nobody keeps.
+    pub fn of(links: impl IntoIterator<Item = (InstanceId, Arc<Link>)>) -> Self {
+        let entry = |(id, link)| {
+            let target = Target {
+                endpoint: String::new(),
+                incarnation: baton_proto::Incarnation(1),
+                revision: String::new(),
+                status: None,
+            };
+            (id, Entry { link, target: watch::Sender::new(target), stop: CancellationToken::new() })
+        };
+        Self {
+            entries: RwLock::new(Entries { links: links.into_iter().map(entry).collect(), closed: false }),
+        }
+    }
+}
+
 /// The task that owns the links.
 pub struct Keeper {
     pub board: Arc<Board>,
@@ -133,12 +152,12 @@ impl Keeper {
             match change {
                 Change::Target(spec) => {
                     let (endpoint, incarnation) = (spec.inference_endpoint, spec.incarnation);
+                    let target = Target { endpoint, incarnation, revision: spec.revision, status: None };
                     match entries.get(&spec.id) {
-                        Some(entry) => entry.target.send_modify(|target| {
-                            (target.endpoint, target.incarnation) = (endpoint, incarnation);
+                        Some(entry) => entry.target.send_modify(|held| {
+                            *held = Target { status: held.status.take(), ..target };
                         }),
                         None => {
-                            let target = Target { endpoint, incarnation, status: None };
                             entries.insert(spec.id.clone(), self.start(spec.id, target));
                         }
                     }

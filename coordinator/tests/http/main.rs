@@ -5,6 +5,7 @@ mod bodies;
 mod choices;
 mod coordinators;
 mod failures;
+mod faulty;
 mod handoffs;
 mod keys;
 mod migrations;

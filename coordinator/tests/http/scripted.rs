@@ -172,7 +172,7 @@ impl Instance {
         }
     }
 
-    fn spec(&self, served: &Served) -> InstanceSpec {
+    pub(crate) fn spec(&self, served: &Served) -> InstanceSpec {
         let spec = instance_spec(self.id.as_str(), 1);
         InstanceSpec {
             model: ModelIdentity {

@@ -35,8 +35,12 @@ use crate::{handoff::Transfers, metrics::EngineMetrics};
 /// thread ends, the process with it, and whoever supervises it starts another.
 const FAILED_STEPS: u32 = 16;
 
-/// Commands that may wait for the engine; whoever sends more waits in turn, at most for a step.
+/// Commands that may wait for the engine; whoever sends more waits in turn.
 pub const COMMAND_QUEUE: usize = 1024;
+
+/// Most that it obeys between two steps: the rest waits for the next, lest who sends without end keep all from being
+/// computed.
+const COMMANDS_A_STEP: usize = 256;
 
 /// What the engine is told.
 #[derive(Debug)]
@@ -162,7 +166,8 @@ impl Engine {
     fn run(mut self) {
         self.tell(None);
         while !self.shutdown.is_cancelled() && self.failed_steps < FAILED_STEPS {
-            while let Ok(command) = self.commands.try_recv() {
+            for _ in 0..COMMANDS_A_STEP {
+                let Ok(command) = self.commands.try_recv() else { break };
                 self.obey(command);
             }
             let worked = self.step();

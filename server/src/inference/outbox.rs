@@ -9,7 +9,7 @@
 //! to it. Whoever takes it takes all updates with it: so whatever a load no longer counts has been said before it, and
 //! whatever is said after it, it still counted.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, ops::Range};
 
 use baton_proto::LegId;
 use parking_lot::Mutex;
@@ -29,6 +29,15 @@ pub struct Report {
     pub load: Load,
     /// The last leg of the stream that the load counts; 0 = none.
     pub seen_leg: LegId,
+}
+
+impl Report {
+    /// Whether it says something new. That the engine has come a step further is no news by itself: it is told with what is.
+    fn is_news_after(&self, told: &Self) -> bool {
+        let mut same = *self;
+        same.load.done.progress = told.load.done.progress;
+        same != *told
+    }
 }
 
 /// What is taken out of the outbox.
@@ -61,6 +70,8 @@ struct State {
     report: Report,
     /// It has not been taken since it changed.
     is_news: bool,
+    /// Whoever takes waits for it.
+    is_wanted: bool,
 }
 
 #[derive(Debug)]
@@ -90,9 +101,17 @@ impl Outbox {
         true
     }
 
-    /// The sequence and the choices of a leg that has not ended.
-    pub fn sequence(&self, leg: LegId) -> Option<(SequenceId, u32)> {
-        self.state.lock().live.get(&leg).map(|live| (live.id, live.choices))
+    /// The sequence of a leg that has not ended, and which of its choices are meant by `choice`; `None` = all. Nothing if the
+    /// leg has not as many: the sequences that follow it are others', of other streams maybe.
+    pub fn choices(&self, leg: LegId, choice: Option<u32>) -> Option<(SequenceId, Range<u32>)> {
+        let state = self.state.lock();
+        let live = state.live.get(&leg)?;
+        let choices = match choice {
+            None => 0..live.choices,
+            Some(choice) if choice < live.choices => choice..choice + 1,
+            Some(_) => return None,
+        };
+        Some((live.id, choices))
     }
 
     /// Takes in an update that is not the engine's. Never blocks.
@@ -104,15 +123,15 @@ impl Outbox {
     /// Takes in what the engine says of legs, and the load after it. Never blocks.
     pub fn tell(&self, updates: Vec<LegUpdate>, report: Report) {
         let mut state = self.state.lock();
-        let changed = state.report != report;
-        if updates.is_empty() && !changed {
-            return;
-        }
-        updates.into_iter().for_each(|update| state.put(update));
+        state.is_news |= report.is_news_after(&state.report);
         state.report = report;
-        state.is_news |= changed;
+        // Most steps change the load, and few streams are to be told yet.
+        let awaited = !updates.is_empty() || (state.is_news && state.is_wanted);
+        updates.into_iter().for_each(|update| state.put(update));
         drop(state);
-        self.filled.notify_one();
+        if awaited {
+            self.filled.notify_one();
+        }
     }
 
     /// What is wanted of all that waits, as soon as there is any. Cancel safe. One caller at a time.
@@ -136,9 +155,8 @@ impl Outbox {
             Want::News => state.is_news.then_some(state.report),
             Want::Report => Some(state.report),
         };
-        if report.is_some() {
-            state.is_news = false;
-        }
+        state.is_news &= report.is_none();
+        state.is_wanted = want != Want::Updates;
         drop(state);
         self.emptied.notify_one();
         (updates, report)
@@ -190,7 +208,10 @@ impl State {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::sequence::{FinishReason, LegEnd};
+    use crate::engine::{
+        load::Done,
+        sequence::{FinishReason, LegEnd},
+    };
 
     fn update(leg: u64, first_position: u32, tokens: &[u32]) -> LegUpdate {
         LegUpdate {
@@ -228,7 +249,7 @@ mod tests {
         put(&outbox, [update(1, 0, &[5]), update(2, 7, &[6])]);
         put(&outbox, [update(1, 1, &[7])]);
         put(&outbox, [LegUpdate { end: end(), ..update(1, 2, &[8]) }]);
-        assert_eq!(outbox.sequence(LegId(1)), None, "an ended leg lives on");
+        assert_eq!(outbox.choices(LegId(1), None), None, "an ended leg lives on");
         let taken = updates(&outbox).await;
         assert_eq!(taken, [LegUpdate { end: end(), ..update(1, 0, &[5, 7, 8]) }, update(2, 7, &[6])]);
         assert!(futures::poll!(Box::pin(updates(&outbox))).is_pending());
@@ -241,11 +262,13 @@ mod tests {
         let of_choice = |choice, tokens| LegUpdate { choice, ..update(1, 0, tokens) };
         put(&outbox, [of_choice(0, &[5]), of_choice(1, &[6])]);
         put(&outbox, [LegUpdate { end: end(), choice: 1, ..update(1, 1, &[]) }]);
-        assert_eq!(outbox.sequence(LegId(1)), Some((SequenceId(10), 2)));
+        assert_eq!(outbox.choices(LegId(1), None), Some((SequenceId(10), 0..2)));
+        assert_eq!(outbox.choices(LegId(1), Some(1)), Some((SequenceId(10), 1..2)));
+        assert_eq!(outbox.choices(LegId(1), Some(2)), None, "it has two");
         let taken = updates(&outbox).await;
         assert_eq!(taken, [of_choice(0, &[5]), LegUpdate { end: end(), ..of_choice(1, &[6]) }]);
         put(&outbox, [LegUpdate { end: end(), ..of_choice(0, &[]) }]);
-        assert_eq!(outbox.sequence(LegId(1)), None);
+        assert_eq!(outbox.choices(LegId(1), None), None);
     }
 
     #[tokio::test]
@@ -296,12 +319,23 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_new_load_wakes_whoever_wants_it() {
-        let outbox = std::sync::Arc::new(Outbox::default());
+    async fn a_new_load_wakes_whoever_wants_it_and_nobody_else() {
+        let outbox = Outbox::default();
+        assert!(futures::poll!(Box::pin(updates(&outbox))).is_pending());
+        outbox.tell(Vec::new(), report(3));
+        assert!(
+            futures::poll!(Box::pin(outbox.filled.notified())).is_pending(),
+            "only updates are waited for"
+        );
+        assert_eq!(outbox.take(Want::News).await, (vec![], Some(report(3))), "and it is not lost");
+
+        let outbox = Outbox::default();
+        assert!(futures::poll!(Box::pin(outbox.take(Want::News))).is_pending());
+        let done = Done { progress: 5, ..Done::default() };
+        outbox.tell(Vec::new(), Report { load: Load { done, ..Load::default() }, ..report(0) });
+        assert!(futures::poll!(Box::pin(outbox.filled.notified())).is_pending(), "it has not changed");
         let mut news = Box::pin(outbox.take(Want::News));
         assert!(futures::poll!(&mut news).is_pending());
-        outbox.tell(Vec::new(), report(0));
-        assert!(futures::poll!(&mut news).is_pending(), "it has not changed");
         outbox.tell(Vec::new(), report(7));
         assert_eq!(news.await, (vec![], Some(report(7))));
     }

@@ -4,13 +4,13 @@
 //! often as the coordinator asked for, and only when they have changed, but one a second at least. A load follows what
 //! its legs had said by then, and nothing that came later goes before it: see [`Outbox`].
 
-use std::{sync::Arc, time::Duration};
+use std::{pin::Pin, sync::Arc, time::Duration};
 
 use baton_proto::v1;
 use futures::{Stream, StreamExt, stream};
 use tokio::{
     sync::watch,
-    time::{Instant, sleep_until},
+    time::{Instant, Sleep, sleep_until},
 };
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::Status;
@@ -51,6 +51,8 @@ pub(super) struct Responses {
     told_load: Option<Instant>,
     /// Follows what was sent last.
     held: Option<Report>,
+    /// For what is due later; set anew when that changes, which is once a load, and not with each frame.
+    timer: Pin<Box<Sleep>>,
     ended: CancellationToken,
     _ends_the_reader: DropGuard,
 }
@@ -71,6 +73,7 @@ impl Responses {
             interval,
             told_load: None,
             held: None,
+            timer: Box::pin(sleep_until(Instant::now())),
             ended,
             _ends_the_reader: ends_the_reader,
         }
@@ -92,12 +95,11 @@ impl Responses {
         }
         loop {
             let (want, until) = self.due(Instant::now());
-            let more_is_due = async {
-                match until {
-                    Some(until) => sleep_until(until).await,
-                    None => std::future::pending().await,
-                }
-            };
+            if let Some(until) = until
+                && self.timer.deadline() != until
+            {
+                self.timer.as_mut().reset(until);
+            }
             tokio::select! {
                 biased;
                 () = self.ended.cancelled() => {
@@ -118,7 +120,7 @@ impl Responses {
                     }
                     return Some(step(updates));
                 }
-                () = more_is_due => {}
+                () = &mut self.timer, if until.is_some() => {}
             }
         }
     }

@@ -14,7 +14,7 @@ use baton_server::{
         load::Load,
         sampler::{Sampler, SamplingParams, TokenCounts},
         scheduler::Limits,
-        thread::COMMAND_QUEUE,
+        thread::{COMMAND_QUEUE, Command},
     },
     handoff::kv_layout,
     inference::dispatch::InstanceFacts,
@@ -45,6 +45,7 @@ pub struct Instance {
     pub endpoint: String,
     pub role: watch::Sender<RoleView>,
     pub load: watch::Receiver<Load>,
+    pub engine: mpsc::Sender<Command>,
     pub faults: Arc<model::Faults>,
     pub metrics: Metrics,
     pub permits: Permits,
@@ -144,7 +145,7 @@ impl Instance {
                 facts: Arc::new(facts),
                 role: role_seen,
                 load: load.clone(),
-                engine,
+                engine: engine.clone(),
                 permits: permits.clone(),
                 tasks: tasks.clone(),
                 stop: stop.clone(),
@@ -162,7 +163,19 @@ impl Instance {
                 served = serve => served.expect("it serves"),
             }
         });
-        Self { id: id.into(), incarnation, endpoint, role, load, faults, metrics, permits, stop, tasks }
+        Self {
+            id: id.into(),
+            incarnation,
+            endpoint,
+            role,
+            load,
+            engine,
+            faults,
+            metrics,
+            permits,
+            stop,
+            tasks,
+        }
     }
 
     /// Waits until nobody holds a block and nothing is left of any leg.

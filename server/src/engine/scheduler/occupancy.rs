@@ -1,6 +1,6 @@
 //! How full a scheduler is: read after each step, for coordinators and metrics.
 
-use super::Scheduler;
+use super::{Scheduler, choices_of};
 use crate::engine::{
     sequence::{Sequence, State, Work},
     step::pairs,
@@ -11,9 +11,9 @@ use crate::engine::{
 pub struct Occupancy {
     /// Most that can be in the batch.
     pub places: u32,
-    /// In the batch.
+    /// In the batch. What is to become several sequences here, a prompt with its choices, counts as many.
     pub running: u32,
-    /// In the queue, or with a cache not offered yet or still on its way.
+    /// In the queue, or with a cache not offered yet or still on its way; counted likewise.
     pub waiting: u32,
     /// Held for a transfer alone: prefill legs handed on, and ended legs whose transfer is being closed.
     pub leaving: u32,
@@ -77,9 +77,14 @@ impl Scheduler {
             ..Occupancy::default()
         };
         for sequence in self.sequences.values() {
+            let becomes = match sequence.work {
+                // Its choices part where they are decoded.
+                Work::Prefill(_) => 1,
+                Work::Whole | Work::Decode(_) => choices_of(sequence),
+            };
             match sequence.state {
-                State::Running => occupancy.running += 1,
-                State::Announced | State::Waiting | State::Receiving => occupancy.waiting += 1,
+                State::Running => occupancy.running += becomes,
+                State::Announced | State::Waiting | State::Receiving => occupancy.waiting += becomes,
                 State::HandingOff | State::Closing => occupancy.leaving += 1,
             }
             occupancy.receiving += u32::from(sequence.state == State::Receiving);

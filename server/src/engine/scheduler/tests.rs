@@ -11,6 +11,7 @@ use crate::engine::{
 };
 
 mod histories;
+mod occupancy;
 mod quarantine;
 
 const BLOCK: u32 = 4;
@@ -194,41 +195,6 @@ fn the_queue_is_bounded() {
     let mut scheduler = self::scheduler(100);
     scheduler.add(NewSequence { generated: vec![1, 2], ..sequence(9, 4, 4, Work::Whole) });
     assert_eq!(scheduler.occupancy().counts.accepted, Accepted::default(), "who goes on came before");
-}
-
-#[test]
-fn what_the_cache_has_of_a_waiting_prompt_is_not_queued() {
-    let mut scheduler = scheduler(100);
-    let queued = |scheduler: &Scheduler| scheduler.occupancy().queued_prefill_tokens;
-    let prompt = sequence(1, 13, 1, Work::Whole).prompt;
-    let again = |id| NewSequence { prompt: prompt.clone(), ..sequence(id, 13, 1, Work::Whole) };
-    scheduler.add(again(1));
-    assert_eq!(queued(&scheduler), 12, "all but the token that is always computed");
-    step(&mut scheduler, 5);
-    scheduler.add(again(2));
-    assert_eq!(queued(&scheduler), 0, "its three full blocks are cached");
-    scheduler.add(NewSequence { prompt: [&prompt[..], &[7; 8]].concat(), ..again(3) });
-    assert_eq!(queued(&scheduler), 8);
-    scheduler.add(sequence(4, 13, 1, Work::Whole));
-    assert_eq!(queued(&scheduler), 8 + 12);
-    step(&mut scheduler, 5);
-    let left: u64 = scheduler.sequences.values().map(|sequence| u64::from(sequence.remaining()) - 1).sum();
-    assert_eq!(queued(&scheduler), left, "who runs has what it was found to have");
-}
-
-#[test]
-fn a_preempted_sequence_is_queued_less_what_the_cache_still_has_of_it() {
-    let mut scheduler = scheduler(7);
-    scheduler.add(sequence(1, 7, 12, Work::Whole));
-    scheduler.add(sequence(2, 11, 9, Work::Whole));
-    while scheduler.occupancy().counts.preemptions == 0 {
-        assert!(!step(&mut scheduler, 1).is_empty(), "nobody is preempted");
-    }
-    let waiting = &scheduler.sequences[&SequenceId(2)];
-    let (state, found, remaining) = (waiting.state, waiting.found, waiting.remaining());
-    assert_eq!(state, State::Waiting);
-    assert!(found >= 2 * BLOCK, "{found} of {remaining}");
-    assert_eq!(scheduler.occupancy().queued_prefill_tokens, u64::from(remaining - found - 1));
 }
 
 #[test]
