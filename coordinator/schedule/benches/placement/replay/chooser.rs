@@ -9,6 +9,8 @@ use super::{cache::Changes, prefill::Prefill, trace::Request};
 pub(crate) struct Choice {
     pub(crate) prefill: usize,
     pub(crate) decode: usize,
+    /// Instances are told by when the first token is wanted, and take prompts in that order.
+    pub(crate) in_time: bool,
 }
 
 /// An instance.

@@ -196,7 +196,7 @@ impl Peer {
 
 impl Chooser for Peer {
     fn choose(&mut self, sight: &Sight<'_>) -> Choice {
-        let choice = Choice { prefill: self.prefill(sight), decode: self.decode() };
+        let choice = Choice { prefill: self.prefill(sight), decode: self.decode(), in_time: false };
         self.turn += 1;
         let prompt_tokens = u64::from(sight.request.prompt_tokens);
         let uncached_tokens = prompt_tokens - u64::from(sight.held_tokens(choice.prefill));

@@ -22,6 +22,8 @@ struct Job {
     done: Option<u32>,
     found: u32,
     began_micros: u64,
+    /// By when its first token is wanted.
+    due_micros: u64,
 }
 
 /// A prompt that has been computed.
@@ -66,9 +68,12 @@ impl Prefill {
         }
     }
 
-    pub(crate) fn take(&mut self, index: usize) {
+    /// In the order of `due_micros` behind those that have begun.
+    pub(crate) fn take(&mut self, index: usize, due_micros: u64) {
         self.taken += 1;
-        self.jobs.push_back(Job { index, done: None, found: 0, began_micros: 0 });
+        let behind = |job: &Job| job.done.is_some() || job.due_micros <= due_micros;
+        let at = self.jobs.partition_point(behind);
+        self.jobs.insert(at, Job { index, done: None, found: 0, began_micros: 0, due_micros });
     }
 
     /// Begins a step unless one runs or there is nothing to do: how long it takes.

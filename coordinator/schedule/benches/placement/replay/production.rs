@@ -176,7 +176,7 @@ impl Chooser for Production {
         let mut booked = booked.expect("both roles are there, and no prompt is longer than what they hold");
         let choice = match &booked.placement {
             Placement::Apart { prefill, decode } => {
-                Choice { prefill: self.place(prefill), decode: self.place(decode) }
+                Choice { prefill: self.place(prefill), decode: self.place(decode), in_time: true }
             }
             Placement::Alone(seat) => panic!("{} is of no role that does everything", seat.instance),
         };

@@ -13,7 +13,7 @@ use super::{
     cache::Changes,
     chooser::{Chooser, Place, Report, Sight},
     decode::Decode,
-    machine::{Draws, Machine},
+    machine::{Draws, Machine, Target},
     prefill::{Computed, Prefill},
     trace::Trace,
 };
@@ -211,7 +211,8 @@ impl Simulation<'_> {
         self.answers[index].prefill = choice.prefill;
         self.answers[index].decode = choice.decode;
         self.decodes[choice.decode].announce();
-        self.prefills[choice.prefill].take(index);
+        let due = if choice.in_time { self.now_micros + Target::ttft_micros(request) as u64 } else { 0 };
+        self.prefills[choice.prefill].take(index, due);
         self.step_prefill(choice.prefill);
     }
 
