@@ -191,6 +191,7 @@ impl Service {
             generated: Arc::default(),
             sampling: prompt.sampling.clone(),
             priority,
+            wanted: card.card().arrived + self.placer.board.ttft_target(prompt.tokens.len() as u32),
             deadline: self.deadline(card),
         };
         let attempts = Attempts::new(self.placer.clone(), model.clone(), assignment);

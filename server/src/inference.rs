@@ -248,6 +248,7 @@ impl Reader {
             stop: leg.stop,
             top_logprobs: leg.top_logprobs,
             priority: leg.priority,
+            wanted: Instant::now() + leg.first_token_within,
             deadline: leg.timeout.and_then(|timeout| Instant::now().checked_add(timeout)),
             work: leg.work,
             permit: Some(permit),

@@ -28,6 +28,8 @@ use crate::{
 /// How long a prompt that has been computed may take to be among what its instance says that it has.
 const TOLD_WITHIN: Duration = Duration::from_secs(1);
 
+/// Instances take longer times to the first token for this.
+const TTFT_TARGET_MOST: Duration = Duration::from_secs(3600);
 /// Weight of an answer in the mean length of answers.
 const FRESH: f64 = 1.0 / 64.0;
 /// Taken for the mean length of answers before there were any.
@@ -197,6 +199,11 @@ impl Board {
             }
         }
         state.renew(id, Instant::now());
+    }
+
+    /// How long the first token of such a prompt may take.
+    pub fn ttft_target(&self, prompt_tokens: u32) -> Duration {
+        self.settings.targets.ttft(prompt_tokens).min(TTFT_TARGET_MOST)
     }
 
     /// How many instances are known.

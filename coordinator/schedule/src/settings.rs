@@ -40,9 +40,14 @@ pub struct Targets {
 }
 
 impl Targets {
+    /// For a prompt of so many tokens.
+    pub(crate) fn ttft(&self, prompt_tokens: u32) -> Duration {
+        let of_the_prompt = u64::from(prompt_tokens).saturating_mul(self.ttft_per_1k_tokens.as_micros() as u64) / 1024;
+        self.ttft.saturating_add(Duration::from_micros(of_the_prompt))
+    }
+
     pub(crate) fn ttft_micros(&self, prompt_tokens: u32) -> f64 {
-        let micros = |of: Duration| of.as_secs_f64() * 1e6;
-        micros(self.ttft) + micros(self.ttft_per_1k_tokens) * f64::from(prompt_tokens) / 1024.0
+        self.ttft(prompt_tokens).as_secs_f64() * 1e6
     }
 
     pub(crate) fn tpot_micros(&self) -> f64 {

@@ -23,6 +23,8 @@ pub struct Assignment {
     pub sampling: Sampling,
     /// Lower is served first and preempted last.
     pub priority: i32,
+    /// When the first token is wanted.
+    pub wanted: Instant,
     pub deadline: Instant,
 }
 
@@ -34,7 +36,8 @@ pub fn deadline_passed() -> ApiError {
 
 /// A leg of it for one instance, as it goes over the wire.
 pub(super) fn dispatch(seat: &Seat, assignment: &Assignment, work: Work) -> v1::Dispatch {
-    let left = assignment.deadline.saturating_duration_since(Instant::now());
+    let now = Instant::now();
+    let millis = |until: Instant| u64::try_from(until.saturating_duration_since(now).as_millis()).unwrap_or(u64::MAX);
     v1::Dispatch {
         leg: 0, // the link's to choose
         request_id: assignment.request.to_string(),
@@ -45,8 +48,9 @@ pub(super) fn dispatch(seat: &Seat, assignment: &Assignment, work: Work) -> v1::
         prompt_tokens: assignment.prompt.to_vec(),
         generated_tokens: assignment.generated.to_vec(),
         sampling: Some((&assignment.sampling).into()),
-        timeout_millis: u64::try_from(left.as_millis()).unwrap_or(u64::MAX).max(1),
+        timeout_millis: millis(assignment.deadline).max(1),
         work: Some(work),
         priority: assignment.priority,
+        first_token_within_millis: millis(assignment.wanted),
     }
 }

@@ -76,6 +76,7 @@ fn two(links: Links) -> Two {
         generated: Arc::default(),
         sampling: prompt.sampling.clone(),
         priority: 0,
+        wanted: Instant::now(),
         deadline: Instant::now() + Duration::from_secs(600),
     };
     let patience = Duration::from_secs(5);

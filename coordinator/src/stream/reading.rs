@@ -177,6 +177,7 @@ mod tests {
             generated: Arc::default(),
             sampling: prepared.prompts[0].sampling.clone(),
             priority: 0,
+            wanted: tokio::time::Instant::now(),
             deadline: tokio::time::Instant::now(),
         };
         Reading::new(Box::new(reader), &assignment, false, "")

@@ -5,7 +5,7 @@
 //! of a sequence (arrival, end, transfers) is in [`lifecycle`], that of its choices in [`choices`], what damage does to it
 //! in [`quarantine`]; this file holds the planning:
 //!
-//! - Everything is done by rank: priority, then age. The first in rank always goes on, so everything ends.
+//! - Everything is done by rank: priority, then by when the first token is wanted, then age. The first in rank always goes on, so everything ends.
 //! - Decode first: every running sequence that needs one more token gets it. When blocks run out, the last in rank that
 //!   can be computed again is preempted: its blocks are let go and it waits to be recomputed from its tokens, of which
 //!   the cache may still have most. A sequence preempts itself if it is the last.

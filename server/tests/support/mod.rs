@@ -312,6 +312,7 @@ impl Attached {
             sampling: Some(request.sampling.clone()),
             timeout_millis: request.timeout_millis,
             priority: request.priority,
+            first_token_within_millis: 0,
             work: Some(work),
             ..Default::default()
         };
