@@ -78,7 +78,7 @@ impl Pricing<'_> {
         };
         let steady = then.tpot_micros <= LOCAL_TPOT_MOST * self.settings.targets.tpot_micros();
         let first = self.prefill(row, cached, batch);
-        (room && steady).then(|| Price {
+        (room && steady).then_some(Price {
             micros: first.micros + then.micros,
             tpot_micros: then.tpot_micros,
             ..first

@@ -42,7 +42,8 @@ pub struct Targets {
 impl Targets {
     /// For a prompt of so many tokens.
     pub(crate) fn ttft(&self, prompt_tokens: u32) -> Duration {
-        let of_the_prompt = u64::from(prompt_tokens).saturating_mul(self.ttft_per_1k_tokens.as_micros() as u64) / 1024;
+        let of_the_prompt =
+            u64::from(prompt_tokens).saturating_mul(self.ttft_per_1k_tokens.as_micros() as u64) / 1024;
         self.ttft.saturating_add(Duration::from_micros(of_the_prompt))
     }
 

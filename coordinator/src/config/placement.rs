@@ -92,7 +92,7 @@ impl PlacementConfig {
 
     pub(super) fn validate(&self) -> Result<(), Invalid> {
         let require = |good: bool, key: &str, expected: &str| {
-            if good { Ok(()) } else { Err(Invalid::new(&format!("placement.{key}"), expected)) }
+            if good { Ok(()) } else { Err(Invalid::new(format!("placement.{key}"), expected)) }
         };
         require(self.index_bytes >= INDEX_BYTES_LEAST, "index_bytes", "expected at least 1048576")?;
         require((0.0..=10.0).contains(&self.temperature), "temperature", "expected 0 to 10")?;

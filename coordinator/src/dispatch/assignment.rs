@@ -37,7 +37,8 @@ pub fn deadline_passed() -> ApiError {
 /// A leg of it for one instance, as it goes over the wire.
 pub(super) fn dispatch(seat: &Seat, assignment: &Assignment, work: Work) -> v1::Dispatch {
     let now = Instant::now();
-    let millis = |until: Instant| u64::try_from(until.saturating_duration_since(now).as_millis()).unwrap_or(u64::MAX);
+    let millis =
+        |until: Instant| u64::try_from(until.saturating_duration_since(now).as_millis()).unwrap_or(u64::MAX);
     v1::Dispatch {
         leg: 0, // the link's to choose
         request_id: assignment.request.to_string(),

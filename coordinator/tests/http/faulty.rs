@@ -102,7 +102,7 @@ async fn a_fleet_that_only_fails_is_not_given_twice_the_work() {
         assert_eq!((status, &error["code"]), (502, &json!("handoff_failed")));
     }
     let again = bad.load(Ordering::Relaxed) - requests;
-    let most = requests / 5 + 10 * (1 + began.elapsed().as_secs() as usize);
+    let most = requests / 5 + (10.0 * (1.0 + began.elapsed().as_secs_f64())) as usize;
     assert!((10..=most).contains(&again), "{again} were placed again, of at most {most}");
     let refused = cluster.get("/metrics").await.text().await.expect("is read");
     let refused =

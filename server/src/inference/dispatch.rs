@@ -93,7 +93,8 @@ impl TryFrom<v1::Dispatch> for Leg {
             stop,
             top_logprobs,
             priority: wire.priority,
-            first_token_within: Duration::from_millis(wire.first_token_within_millis).min(FIRST_TOKEN_WITHIN_MOST),
+            first_token_within: Duration::from_millis(wire.first_token_within_millis)
+                .min(FIRST_TOKEN_WITHIN_MOST),
             timeout: (wire.timeout_millis > 0).then(|| Duration::from_millis(wire.timeout_millis)),
             work: self::work(work)?,
         })
