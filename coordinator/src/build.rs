@@ -11,6 +11,7 @@ use axum::Router;
 use baton_process::{Health, HealthHandle, Process, Tls, access::Access, grpc, tls::Role};
 use baton_proto::{CoordinatorId, CoordinatorSpec};
 use baton_registry::{FleetWatch, FleetWatchConfig, RemoteConfig, RemoteStore, Store};
+use tokio::sync::Semaphore;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
@@ -26,7 +27,8 @@ use crate::{
     prepare::Served,
     registration::{Controllers, Registration, incarnation},
     schedule::board::Board,
-    serve::Service,
+    serve::{AHEAD_MOST, Service},
+    text::TextCache,
 };
 
 /// A silent connection is probed after this long.
@@ -83,6 +85,7 @@ pub fn assemble(
         limits: config.limits.clone(),
         roster: Arc::default(),
         overdue: Arc::default(),
+        ahead: Arc::new(Semaphore::new(AHEAD_MOST)),
         metrics,
     });
     let (overdue, shutdown) = (service.overdue.clone(), parts.shutdown.clone());
@@ -147,7 +150,7 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
     let listener = bind(&config.listen, "listen")?;
     watch_clients(&listener);
     let admin_listener = bind(&config.admin_listen, "admin_listen")?;
-    let served = models::open(&config.models).await?;
+    let served = models::open(&config.models, &TextCache::new(config.text.cache_bytes)).await?;
     for Served { name, revision, .. } in &served {
         tracing::info!(model = %name, revision, "model opened");
     }

@@ -5,6 +5,7 @@
 
 mod choices;
 mod ends;
+mod incremental;
 mod logits;
 pub mod openai;
 mod sampling;
@@ -14,6 +15,7 @@ use std::sync::Arc;
 
 use baton_proto::{ApiError, ErrorCode};
 
+pub use incremental::{AHEAD_FROM_BYTES, Ahead};
 pub use sampling::Sampling;
 use sampling::TokenLimits;
 pub use served::{Served, Spelling, TextModel, TextReader, Turn};
