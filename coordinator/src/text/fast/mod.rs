@@ -1,5 +1,5 @@
 //! Text to tokens for the models whose tokeniser is byte-level BPE with one of a few expressions: LLaMA 3, Qwen, DeepSeek
-//! V3, GPT-2 and SmolLM. Token for token what `tokenizers` gives, and some hundred times as fast.
+//! V3, GPT-2 and SmolLM. Token for token what `tokenizers` gives, and many times as fast.
 //!
 //! [`Fast::of`] takes the tables over from a `tokenizers` tokeniser, or says what of it is not known here; then it compares
 //! the two on texts of all kinds, and on the vocabulary itself. Whoever calls keeps the slow one for what is refused.

@@ -152,7 +152,8 @@ proptest! {
 fn every_character_splits_as_tokenizers_split_it() {
     // All characters of the lower planes, each between others that tell its class; of ideographs and Hangul, that are all
     // alike, some.
-    let alike = |first: &u32| matches!(first, 0x3440..0x9f80 | 0xac40..0xd780) && !first.is_multiple_of(0x800);
+    let alike =
+        |first: &u32| matches!(first, 0x3440..0x9f80 | 0xac40..0xd780) && !first.is_multiple_of(0x800);
     let blocks: Vec<String> = (0..0x2_0000u32)
         .step_by(64)
         .filter(|first| !alike(first))
