@@ -12,6 +12,7 @@ use baton_process::{Health, HealthHandle, Process, Tls, access::Access, grpc, tl
 use baton_proto::{CoordinatorId, CoordinatorSpec};
 use baton_registry::{FleetWatch, FleetWatchConfig, RemoteConfig, RemoteStore, Store};
 use baton_schedule::board::Board;
+use tokio::sync::Semaphore;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
@@ -28,7 +29,8 @@ use crate::{
     place::Placer,
     prepare::Served,
     registration::{Controllers, Registration, incarnation},
-    serve::Service,
+    serve::{AHEAD_MOST, Service},
+    text::TextCache,
 };
 
 /// A silent connection is probed after this long.
@@ -91,6 +93,7 @@ pub fn assemble(
         limits: config.limits.clone(),
         roster: Arc::default(),
         overdue: Arc::default(),
+        ahead: Arc::new(Semaphore::new(AHEAD_MOST)),
         metrics,
     });
     let (overdue, shutdown) = (service.overdue.clone(), parts.shutdown.clone());
@@ -161,7 +164,7 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
     let admin_listener = bind(&config.admin_listen, "admin_listen")?;
     let store = open_store(&config.store, &tls)?;
     let keys = Source::open(&config.api_keys, &store)?;
-    let served = models::open(&config.models).await?;
+    let served = models::open(&config.models, &TextCache::new(config.text.cache_bytes)).await?;
     for Served { name, revision, .. } in &served {
         tracing::info!(model = %name, revision, "model opened");
     }

@@ -35,6 +35,7 @@ pub struct CoordinatorConfig {
     pub models: Vec<ModelConfig>,
     pub api_keys: ApiKeysConfig,
     pub limits: LimitsConfig,
+    pub text: TextConfig,
     pub placement: PlacementConfig,
     pub fleet: FleetConfig,
     pub admin: AdminConfig,
@@ -53,6 +54,7 @@ impl Default for CoordinatorConfig {
             models: Vec::new(),
             api_keys: ApiKeysConfig::default(),
             limits: LimitsConfig::default(),
+            text: TextConfig::default(),
             placement: PlacementConfig::default(),
             fleet: FleetConfig::default(),
             admin: AdminConfig::default(),
@@ -150,6 +152,21 @@ impl Default for LimitsConfig {
             max_completion_tokens: 0,
             max_choices: 32,
         }
+    }
+}
+
+/// How prompts become tokens.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TextConfig {
+    /// Most memory for pieces of long prompts and their tokens, of all models together: what comes again, as the turns of a
+    /// chat do, is looked up instead of tokenised. 0 = everything is tokenised.
+    pub cache_bytes: usize,
+}
+
+impl Default for TextConfig {
+    fn default() -> Self {
+        Self { cache_bytes: 64 << 20 }
     }
 }
 

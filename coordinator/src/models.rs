@@ -18,6 +18,7 @@ use crate::{
     config::{LimitsConfig, ModelConfig},
     metrics::{Metrics, ModelMetrics},
     prepare::Served,
+    text::TextCache,
 };
 
 /// One of them.
@@ -36,11 +37,12 @@ pub struct Models {
     by_name: HashMap<Arc<str>, Arc<Model>>,
 }
 
-/// Opens the models of a configuration side by side: most of a start is spent in reading tokenizers.
-pub async fn open(configs: &[ModelConfig]) -> Result<Vec<Served>, CoordinatorError> {
+/// Opens the models of a configuration side by side: most of a start is spent in reading tokenizers. Pieces of long prompts
+/// are kept in `cache`.
+pub async fn open(configs: &[ModelConfig], cache: &Arc<TextCache>) -> Result<Vec<Served>, CoordinatorError> {
     let open = |(index, config): (usize, &ModelConfig)| {
-        let config = config.clone();
-        let opening = tokio::task::spawn_blocking(move || Served::open(&config));
+        let (config, cache) = (config.clone(), cache.clone());
+        let opening = tokio::task::spawn_blocking(move || Served::open(&config, &cache));
         async move {
             let opened = opening.await.map_err(|source| CoordinatorError::Opening { index, source })?;
             opened.map_err(|source| CoordinatorError::Model { index, source })
@@ -77,6 +79,11 @@ impl Models {
     /// All, in the order of the configuration.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = &Arc<Model>> {
         self.all.iter()
+    }
+
+    /// The one that every request asks for, if there is but one.
+    pub fn only(&self) -> Option<&Arc<Model>> {
+        self.all.first().filter(|_| self.all.len() == 1)
     }
 
     /// The one that a request names.

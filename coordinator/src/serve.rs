@@ -7,7 +7,10 @@ use std::sync::Arc;
 
 use baton_proto::ApiError;
 use baton_schedule::{NoPlace, board::Booking};
-use tokio::time::Instant;
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::Instant,
+};
 
 use crate::{
     admit::{Body, Gate, Permit, Place, Ticket},
@@ -17,7 +20,7 @@ use crate::{
     metrics::Metrics,
     models::{Model, Models},
     place::{Attempts, Placer},
-    prepare::{Endpoint, Prepared, PreparedPrompt, RequestLimits, parse, prepare},
+    prepare::{Ahead, Endpoint, Prepared, PreparedPrompt, RequestLimits, parse, prepare},
     report::Report,
     requests::{CardGuard, Placing, Roster, Stage},
     stream::{Lane, Overdue, Reading, Streaming},
@@ -25,6 +28,9 @@ use crate::{
 
 /// Bodies up to this size are prepared on the spot; tokenising larger ones would hold up everybody else's tokens.
 const PREPARE_INLINE_BYTES: usize = 2 << 10;
+
+/// Bodies that are read ahead at a time; each takes up to 128 KiB for it.
+pub const AHEAD_MOST: usize = 64;
 
 /// Everything the stages need.
 pub struct Service {
@@ -35,6 +41,8 @@ pub struct Service {
     pub placer: Arc<Placer>,
     pub roster: Arc<Roster>,
     pub overdue: Arc<Overdue>,
+    /// Room for bodies that are read ahead.
+    pub ahead: Arc<Semaphore>,
     pub metrics: Arc<Metrics>,
 }
 
@@ -98,6 +106,15 @@ impl Service {
     /// Whether any request for a model could be served now.
     pub fn can_serve(&self, model: &Model) -> Result<(), NoPlace> {
         self.placer.board.can_serve(&model.served.revision)
+    }
+
+    /// Who tokenises a long body while it comes: of one model, since a body says late which it asks, and nothing for a line
+    /// that is full.
+    pub fn ahead(&self) -> Option<(Ahead, OwnedSemaphorePermit)> {
+        let model = self.models.only().filter(|model| !model.line.is_full())?;
+        // What has no room is tokenised when it is whole.
+        let room = self.ahead.clone().try_acquire_owned().ok()?;
+        Some((Ahead::new(model.served.text.clone()), room))
     }
 
     /// The ticket goes where the body goes: work on a large one goes on after its client has left, and its room in the

@@ -126,7 +126,7 @@ async fn complete(service: Arc<Service>, endpoint: Endpoint, request: Request) -
         report.called(call);
         let ticket = service.gate.enter().inspect_err(|error| report.failed(error))?;
         let card = service.roster.enter(id.clone(), arrived, key);
-        let read = body::read(&head.headers, body, &service.limits, (&service.gate, ticket)).await;
+        let read = body::read(&head.headers, body, &service, ticket).await;
         let (body, ticket) = read.inspect_err(|error| report.failed(error))?;
         let traceparent = traceparent(&head.headers);
         let received = Received { tenant, endpoint, body, traceparent, ticket, card, report };

@@ -5,6 +5,7 @@
 
 mod choices;
 mod ends;
+mod incremental;
 mod logits;
 pub mod openai;
 mod sampling;
@@ -15,6 +16,7 @@ use std::sync::Arc;
 use baton_proto::{ApiError, ErrorCode};
 use baton_schedule::chains::Chains;
 
+pub use incremental::{AHEAD_FROM_BYTES, Ahead};
 pub use sampling::Sampling;
 use sampling::TokenLimits;
 pub use served::{Served, Spelling, TextModel, TextReader, Turn};
