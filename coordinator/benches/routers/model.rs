@@ -1,16 +1,13 @@
 //! The model whose tokeniser the coordinator uses: a copy that claims a context long enough for every prompt. The
 //! coordinator reads a checkpoint's configuration and vocabulary, and nobody here computes with its weights.
 
-use std::{
-    fs,
-    path::Path,
-    time::{Duration, Instant},
-};
+use std::{fs, path::Path};
 
 use baton_coordinator::{
     config::ModelConfig,
     prepare::{Served, Spelling, Turn},
 };
+use rustix::time::{ClockId, clock_gettime};
 
 use crate::{
     error::BenchError,
@@ -59,7 +56,7 @@ pub(crate) fn words(served: &Served) -> Result<Words, BenchError> {
     Ok(Words { model: served.name.to_string(), revision: served.revision.clone(), vocabulary, all })
 }
 
-/// How many chats of so many words one core tokenises in a second, by the coordinator's own tokeniser and with nothing
+/// How many chats of so many words one core tokenises in a second of its time, by the coordinator's own tokeniser and with nothing
 /// around it.
 pub(crate) fn tokenised_per_second(served: &Served, words: &Words, prompt_words: u32) -> f64 {
     const CHATS: u64 = 20;
@@ -68,8 +65,13 @@ pub(crate) fn tokenised_per_second(served: &Served, words: &Words, prompt_words:
         [Turn { role: "user", content }]
     };
     let chats: Vec<_> = (0..CHATS).map(chat).collect();
-    let began = Instant::now();
+    let began = cpu_seconds();
     let tokenised = chats.iter().filter(|chat| served.text.tokenise_chat(*chat).is_ok()).count();
-    let took = began.elapsed().max(Duration::from_nanos(1));
-    tokenised as f64 / took.as_secs_f64()
+    tokenised as f64 / (cpu_seconds() - began)
+}
+
+/// Processor time that this process has had.
+fn cpu_seconds() -> f64 {
+    let now = clock_gettime(ClockId::ProcessCPUTime);
+    now.tv_sec as f64 + now.tv_nsec as f64 / 1e9
 }

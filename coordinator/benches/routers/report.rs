@@ -1,5 +1,7 @@
 //! Outcomes to figures, figures to tables, and what is to be said against them.
 
+use std::fmt;
+
 use tabled::{builder::Builder, settings::Style};
 
 use crate::{
@@ -41,6 +43,17 @@ fn median(values: &[f64]) -> f64 {
 }
 
 impl Figures {
+    /// Nothing was measured.
+    pub(crate) const NONE: Self = Self {
+        cpu: f64::NAN,
+        rss_megabytes: f64::NAN,
+        first_p50: f64::NAN,
+        first_p99: f64::NAN,
+        whole_p50: f64::NAN,
+        whole_p99: f64::NAN,
+        per_second: f64::NAN,
+    };
+
     pub(crate) fn of(outcome: &Outcome, cpu_millis: f64, rss_megabytes: f64) -> Self {
         let millis = |micros: &[u64]| micros.iter().map(|micros| *micros as f64 / 1e3).collect::<Vec<_>>();
         let (first, whole) = (millis(&outcome.first_micros), millis(&outcome.whole_micros));
@@ -54,6 +67,17 @@ impl Figures {
             whole_p99: percentile(&whole, 0.99),
             per_second: requests / (outcome.wall_micros as f64 / 1e6),
         }
+    }
+}
+
+impl fmt::Display for Figures {
+    fn fmt(&self, to: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { cpu, first_p50, first_p99, whole_p50, whole_p99, per_second, .. } = self;
+        write!(
+            to,
+            "{cpu:.2} ms of a processor, first token {first_p50:.1} / {first_p99:.1} ms, whole {whole_p50:.1} / {whole_p99:.1} ms, \
+             {per_second:.0} a second"
+        )
     }
 }
 

@@ -193,7 +193,11 @@ impl Worker {
         }
         let goes_on = sequence.step();
         // One that does not is dropped here: its end is what the reader waits for.
-        Some(sequence).filter(|_| goes_on).map(|sequence| self.engine.add(Box::new(sequence)));
+        if goes_on {
+            self.engine.add(Box::new(sequence));
+        } else {
+            drop(sequence);
+        }
         if asked.stream {
             let events = ReceiverStream::new(events).map(Ok::<_, Infallible>);
             return ([(CONTENT_TYPE, "text/event-stream")], Body::from_stream(events)).into_response();
