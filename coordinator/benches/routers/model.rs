@@ -6,6 +6,7 @@ use std::{fs, path::Path};
 use baton_coordinator::{
     config::ModelConfig,
     prepare::{Served, Spelling, Turn},
+    text::TextCache,
 };
 use rustix::time::{ClockId, clock_gettime};
 
@@ -34,7 +35,8 @@ pub(crate) fn lengthen(model: &Path, copy: &Path) -> Result<(), BenchError> {
 
 /// Opens it as a coordinator does.
 pub(crate) fn open(path: &Path) -> Result<Served, BenchError> {
-    Ok(Served::open(&ModelConfig { path: path.to_owned(), ..ModelConfig::default() })?)
+    let config = ModelConfig { path: path.to_owned(), ..ModelConfig::default() };
+    Ok(Served::open(&config, &TextCache::new(0))?)
 }
 
 /// Its tokens that are a space and some letters.
