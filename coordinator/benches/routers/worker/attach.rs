@@ -11,10 +11,9 @@ use std::{
 };
 
 use baton_proto::v1;
-use futures::{Stream, stream};
+use futures::{Stream, StreamExt, stream};
 use parking_lot::Mutex;
 use tokio::{net::TcpStream, time::interval};
-use tokio_stream::Stream as Incoming;
 use tonic::{Request, Response, Status, Streaming};
 use v1::{attach_request::Frame as Ask, attach_response::Frame as Answer, dispatch::Work, leg_output::End};
 
@@ -49,12 +48,14 @@ impl Instance {
         Self { id, role, words, engine, cache }
     }
 
-    pub(super) async fn serve(self, incoming: impl Incoming<Item = std::io::Result<TcpStream>>) {
+    pub(super) async fn serve(self, incoming: impl Stream<Item = std::io::Result<TcpStream>>) {
         let cache = v1::kv_cache_server::KvCacheServer::from_arc(self.cache.clone());
         let inference = v1::inference_server::InferenceServer::new(self);
-        let server = tonic::transport::Server::builder().tcp_nodelay(true);
+        // Tokens are small and must leave at once.
+        let incoming = incoming.map(|stream| stream.inspect(|stream| drop(stream.set_nodelay(true))));
+        let mut server = tonic::transport::Server::builder();
         // The bench ends with its processes; a server that ends before has nobody left to serve.
-        let _ = { server }.add_service(inference).add_service(cache).serve_with_incoming(incoming).await;
+        let _ = server.add_service(inference).add_service(cache).serve_with_incoming(incoming).await;
     }
 }
 
@@ -237,6 +238,6 @@ impl v1::inference_server::Inference for Instance {
             Some((Ok(message), attached))
         });
         let first = stream::iter([Ok(welcome)]);
-        Ok(Response::new(Box::pin(futures::StreamExt::chain(first, rest))))
+        Ok(Response::new(Box::pin(first.chain(rest))))
     }
 }
