@@ -3,7 +3,7 @@
 mod support;
 
 use baton_proto::{ErrorCode, v1};
-use baton_server::role::Role;
+use baton_server::{engine::load::Load, role::Role};
 use support::{Attached, Instance, Pair, Request, Shape, apart, model, whole};
 use v1::FinishReason;
 
@@ -189,12 +189,15 @@ async fn a_leg_that_is_refused_is_ended_for_each_of_its_choices() {
 async fn a_choice_that_a_leg_has_not_is_cancelled_of_nobody_else() {
     let mut mixed = Instance::start("m", Role::Mixed, Shape::default()).await;
     let (mut one, mut other) = (Attached::to(&mixed).await, Attached::to(&mixed).await);
-    let (long, choices) = (Request::greedy(9, 400), of(2, Request::sampled(9, 30, 5)));
+    let (long, choices) = (Request::greedy(9, 400), of(2, Request::sampled(200, 30, 5)));
     one.dispatch(1, &long, whole()).await;
     one.until_tokens(1, 1).await;
-    mixed.faults.batch_micros.store(2_000, std::sync::atomic::Ordering::Relaxed);
+    // Until its prompt is computed, in seven steps, one sequence stands for both choices.
+    mixed.faults.batch_micros.store(20_000, std::sync::atomic::Ordering::Relaxed);
     other.dispatch(1, &choices, whole()).await;
-    other.until_tokens(1, 1).await;
+    let mut load = mixed.load.clone();
+    let all = |load: &Load| load.occupancy.running + load.occupancy.waiting == 3;
+    load.wait_for(all).await.expect("the engine runs");
     for choice in [1, 2, 3, u32::MAX] {
         one.cancel_choice(1, choice).await;
     }
