@@ -1,5 +1,7 @@
 //! Requests that want several answers: to one prompt, or to several.
 
+use std::time::{Duration, Instant};
+
 use crate::scripted::{Cluster, events, until};
 use baton_coordinator::requests::Stage;
 use baton_proto::v1;
