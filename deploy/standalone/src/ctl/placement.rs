@@ -127,10 +127,10 @@ fn section(page: &mut Page, placement: &PlacementView) {
     let PlacementView { prompt_tokens, expected_tokens, choices, candidates, .. } = placement;
     let of_each = if *choices == 1 { String::new() } else { format!(" of each of {choices} choices") };
     page.fact("Reckoned with", format!("{prompt_tokens} prompt tokens, {expected_tokens} to come{of_each}"));
-    page.fact(
-        "Candidates",
-        format!("{candidates}; the cheapest for each part, of the policy {}:", placement.policy),
-    );
+    if !placement.policy.is_empty() {
+        page.fact("Policy", &placement.policy);
+    }
+    page.fact("Candidates", format!("{candidates}; the cheapest for each part:"));
     let rows: Vec<Row> = placement.cheapest.iter().map(row).collect();
     page.text(&Layout::new(CANDIDATES, true).text(&rows, true));
 }
@@ -264,6 +264,7 @@ pub(super) mod tests {
             "Placed 1.5s ago: prefill on server-0, decode on server-1",
             "  After:               instance server-3 is lost",
             "  Reckoned with:       40 prompt tokens, 16 to come",
+            "  Policy:              predicted",
             "  Candidates:          3; the cheapest for each part:",
         ] {
             assert!(text.lines().any(|found| found == line), "{line:?} in\n{text}");
@@ -274,6 +275,8 @@ pub(super) mod tests {
             "server-2",
             "decode",
             "12.5ms",
+            "-",
+            "9.00ms",
             "-",
             "32 tokens",
             "300 tokens",
