@@ -26,6 +26,7 @@ use crate::{
     session::{not_leading, unix_millis},
 };
 
+mod api_keys;
 mod view;
 
 /// Characters of a reason.
@@ -45,6 +46,8 @@ pub struct AdminService {
     coordinators: Coordinators,
     journal: Journal,
     access: Access,
+    /// Whether API keys are kept in the store.
+    keeps_keys: bool,
 }
 
 impl AdminService {
@@ -54,8 +57,9 @@ impl AdminService {
         coordinators: Coordinators,
         journal: Journal,
         access: Access,
+        keeps_keys: bool,
     ) -> Self {
-        Self { store, desk, coordinators, journal, access }
+        Self { store, desk, coordinators, journal, access, keeps_keys }
     }
 
     /// Those that report to this controller, if it leads.
@@ -295,6 +299,33 @@ impl fleet_admin_server::FleetAdmin for AdminService {
         let call = Call { name: "Rebalance", of: &request.get_ref().group };
         self.change(&request, call, dry_run, |_| Ok(Change::Rebalance { group: needed(group_name(group)?)? }))
             .await
+    }
+
+    async fn list_api_keys(
+        &self,
+        request: Request<v1::ListApiKeysRequest>,
+    ) -> Answer<v1::ListApiKeysResponse> {
+        self.access.check(&request, Right::Viewer, Call::look("ListApiKeys"))?;
+        let keys = self.api_keys().await?.into_iter().map(Into::into).collect();
+        Ok(Response::new(v1::ListApiKeysResponse { keys }))
+    }
+
+    async fn add_api_key(&self, request: Request<v1::AddApiKeyRequest>) -> Answer<v1::AddApiKeyResponse> {
+        let wire = request.get_ref().key.clone().unwrap_or_default();
+        let call = Call { name: "AddApiKey", of: &wire.name };
+        let actor = self.access.check(&request, Right::Admin, call)?;
+        self.add_api_key(wire, &actor.name).await?;
+        Ok(Response::new(v1::AddApiKeyResponse {}))
+    }
+
+    async fn revoke_api_key(
+        &self,
+        request: Request<v1::RevokeApiKeyRequest>,
+    ) -> Answer<v1::RevokeApiKeyResponse> {
+        let name = request.get_ref().name.clone();
+        let actor = self.access.check(&request, Right::Admin, Call { name: "RevokeApiKey", of: &name })?;
+        self.revoke_api_key(name, &actor.name).await?;
+        Ok(Response::new(v1::RevokeApiKeyResponse {}))
     }
 }
 

@@ -132,7 +132,9 @@ impl Parts {
             let scaling = Scaling::open(config, desk, journal, scaling, shutdown.clone()).await?;
             tasks.spawn(scaling.run());
         }
-        let admin = AdminService::new(store.clone(), desk, coordinators, journal.clone(), access);
+        // Whoever embeds the store forgets with each restart what is in it.
+        let keeps_keys = config.store.kind == StoreKind::Etcd;
+        let admin = AdminService::new(store.clone(), desk, coordinators, journal.clone(), access, keeps_keys);
         let mut routes = Routes::new(ControlServer::new(control)).add_service(FleetAdminServer::new(admin));
         let mut services = SERVICES.to_vec();
         if config.store.kind == StoreKind::Embedded {

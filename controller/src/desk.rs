@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use baton_proto::{ApiError, GroupName, InstanceId, Intent, LeaderEpoch};
-use baton_registry::{DesiredRole, Term};
+use baton_registry::{DesiredRole, Leadership, Term};
 use tokio::{
     sync::{mpsc, oneshot, watch},
     time::Instant,
@@ -95,6 +95,8 @@ pub struct Inbox {
     pub epoch: LeaderEpoch,
     /// For what the store does not guard.
     pub term: Term,
+    /// For records that the leading task has nothing to do with.
+    pub leadership: Leadership,
 }
 
 impl Inbox {

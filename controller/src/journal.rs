@@ -52,6 +52,8 @@ pub enum NewsKind {
     Pinned,
     TargetsSet,
     Rebalanced,
+    ApiKeyAdded,
+    ApiKeyRevoked,
 }
 
 impl NewsKind {
@@ -83,6 +85,8 @@ impl NewsKind {
             Self::Pinned => "pinned",
             Self::TargetsSet => "targets_set",
             Self::Rebalanced => "rebalanced",
+            Self::ApiKeyAdded => "api_key_added",
+            Self::ApiKeyRevoked => "api_key_revoked",
         }
     }
 }

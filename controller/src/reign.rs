@@ -115,7 +115,12 @@ impl Reigns {
         self.journal.begin(leadership.epoch(), leads(&self.config.controller_id, leadership.epoch()));
 
         let (messages, mut inbox) = mpsc::channel(INBOX_CAPACITY);
-        self.desk.send_replace(Some(Inbox { messages, epoch: leadership.epoch(), term: leadership.term() }));
+        self.desk.send_replace(Some(Inbox {
+            messages,
+            epoch: leadership.epoch(),
+            term: leadership.term(),
+            leadership: leadership.clone(),
+        }));
         self.health.set_ready();
         let mut reign = Reign::new(mind, &self.journal, &self.metrics);
         let mut ends_of_lease = self.new_lease(Some(lease)).boxed();

@@ -14,14 +14,12 @@ use baton_proto::{
     ApiError, ErrorCode, FILE_DESCRIPTOR_SET,
     v1::{self, request_admin_server::RequestAdminServer},
 };
+use baton_schedule::{Placement, Scored};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, service::Routes};
 
-use crate::{
-    requests::{Card, ENDED_KEPT, Known, Placing, Roster, Stage},
-    schedule::{Placement, Scored},
-};
+use crate::requests::{Card, ENDED_KEPT, Known, Placing, Roster, Stage};
 
 /// Serves RequestAdmin.
 pub struct Admin {
@@ -107,6 +105,7 @@ fn placing(placing: &Placing) -> v1::PlacementView {
         prompt_tokens: receipt.prompt_tokens,
         expected_tokens: receipt.expected_tokens,
         choices: receipt.choices,
+        policy: receipt.policy.name().to_owned(),
         candidates: u32::try_from(receipt.candidates).unwrap_or(u32::MAX),
         cheapest: receipt.cheapest.iter().map(|scored| candidate(scored, taken(scored))).collect(),
     }
@@ -125,6 +124,9 @@ fn candidate(scored: &Scored, taken: bool) -> v1::CandidateView {
         decode_step_micros: standing.decode_step_micros,
         kv_blocks_free: standing.blocks_free,
         kv_blocks_wanted: scored.blocks,
+        cached_tokens: scored.cached_tokens,
+        ttft_micros: scored.ttft_micros,
+        tpot_micros: scored.tpot_micros,
     }
 }
 
@@ -137,6 +139,7 @@ fn view(card: &Card) -> v1::RequestView {
         request_id: card.request.to_string(),
         completion_tokens: card.completion_tokens(),
         age_millis: millis(card.arrived),
+        api_key: card.api_key.to_string(),
         ..Default::default()
     };
     match card.stage() {

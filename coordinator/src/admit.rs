@@ -125,6 +125,11 @@ impl Line {
         Ok(Place { _place: at_once(&self.places, &self.counts.all_refusals, "line")? })
     }
 
+    /// Whether a request that came now would be turned away.
+    pub fn is_full(&self) -> bool {
+        self.places.available_permits() == 0
+    }
+
     /// Waits for a seat, in order of asking.
     pub async fn admit(&self, ticket: Ticket, place: Place) -> Result<Permit, ApiError> {
         let waiting = [self.counts.all_queued.clone(), self.counts.queued.clone()];

@@ -11,22 +11,26 @@ use axum::Router;
 use baton_process::{Health, HealthHandle, Process, Tls, access::Access, grpc, tls::Role};
 use baton_proto::{CoordinatorId, CoordinatorSpec};
 use baton_registry::{FleetWatch, FleetWatchConfig, RemoteConfig, RemoteStore, Store};
+use baton_schedule::board::Board;
+use tokio::sync::Semaphore;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     CoordinatorError,
     admin::Admin,
     admit::Gate,
+    carry::Breakers,
     config::{CoordinatorConfig, StoreConfig},
     fleet::keeper::{Keeper, Links},
     http,
+    keys::{Keys, Source},
     metrics::Metrics,
     models::{self, Models},
     place::Placer,
     prepare::Served,
     registration::{Controllers, Registration, incarnation},
-    schedule::board::Board,
-    serve::Service,
+    serve::{AHEAD_MOST, Service},
+    text::TextCache,
 };
 
 /// A silent connection is probed after this long.
@@ -38,6 +42,8 @@ const CLIENT_STALL: Duration = Duration::from_secs(120);
 pub struct Parts {
     /// The models, in the order of the configuration.
     pub served: Vec<Served>,
+    /// Whom to let in.
+    pub keys: Source,
     pub fleet: FleetWatch,
     pub tls: Tls,
     pub metrics: baton_process::Metrics,
@@ -53,7 +59,7 @@ pub fn assemble(
 ) -> Result<(Arc<Service>, Router), CoordinatorError> {
     let metrics = parts.metrics.register(Metrics::register);
     let models = Arc::new(Models::new(parts.served, &config.limits, &metrics)?);
-    let board = Board::new(config.fleet.absent_grace);
+    let board = Board::with(config.fleet.absent_grace, config.placement.settings(rand::random()));
     let links = Arc::new(Links::default());
     let keeper = Keeper {
         board: board.clone(),
@@ -70,11 +76,15 @@ pub fn assemble(
     let patience = config.limits.placement_timeout;
     let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
     let gate = Gate::new(&config.limits, models.iter().len(), cores, &metrics);
+    let shutdown = parts.shutdown.clone();
+    let keys = Keys::start(parts.keys, &config.api_keys, metrics.clone(), shutdown, &parts.tasks);
     let service = Arc::new(Service {
+        keys,
         placer: Arc::new(Placer {
             board,
             links,
             handoffs: Arc::default(),
+            breakers: Breakers::new(&metrics),
             metrics: metrics.clone(),
             patience,
         }),
@@ -83,6 +93,7 @@ pub fn assemble(
         limits: config.limits.clone(),
         roster: Arc::default(),
         overdue: Arc::default(),
+        ahead: Arc::new(Semaphore::new(AHEAD_MOST)),
         metrics,
     });
     let (overdue, shutdown) = (service.overdue.clone(), parts.shutdown.clone());
@@ -110,6 +121,7 @@ async fn watch_readiness(
             biased;
             () = shutdown.cancelled() => break,
             changed = changes.changed() => if changed.is_err() { break },
+            () = service.keys.known(), if !service.keys.are_known() => {}
             () = tokio::time::sleep(every) => {}
         }
     }
@@ -117,6 +129,9 @@ async fn watch_readiness(
 }
 
 fn readiness(service: &Service) -> Health {
+    if !service.keys.are_known() {
+        return Health::NotReady("the API keys have not been read from the state store yet".to_owned());
+    }
     let (mut ready, mut lacking) = (Vec::new(), Vec::new());
     for model in service.models.iter() {
         let name = &model.served.name;
@@ -147,12 +162,13 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
     let listener = bind(&config.listen, "listen")?;
     watch_clients(&listener);
     let admin_listener = bind(&config.admin_listen, "admin_listen")?;
-    let served = models::open(&config.models).await?;
+    let store = open_store(&config.store, &tls)?;
+    let keys = Source::open(&config.api_keys, &store)?;
+    let served = models::open(&config.models, &TextCache::new(config.text.cache_bytes)).await?;
     for Served { name, revision, .. } in &served {
         tracing::info!(model = %name, revision, "model opened");
     }
 
-    let store = open_store(&config.store, &tls)?;
     let fleet =
         FleetWatch::start(store, FleetWatchConfig::default(), process.shutdown.clone(), &process.tasks);
     let controllers = match config.store.controller.as_str() {
@@ -164,6 +180,7 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
     let parts = Parts {
         tls: tls.clone(),
         served,
+        keys,
         fleet,
         metrics: process.metrics.clone(),
         health: process.health.clone(),

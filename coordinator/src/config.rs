@@ -1,6 +1,8 @@
 //! The coordinator's configuration: one nested struct, checked at start.
 
-use std::{path::PathBuf, time::Duration};
+mod placement;
+
+use std::{num::NonZeroU32, path::PathBuf, time::Duration};
 
 use baton_process::{
     Invalid, Listen, ProcessConfig, ServiceConfig, TlsConfig, access::AdminConfig, duration,
@@ -8,6 +10,8 @@ use baton_process::{
 use baton_proto::{CoordinatorId, MODEL_NAME_BYTES_MOST, MODEL_NAMES_MOST, MODELS_MOST};
 use baton_registry::EtcdSettings;
 use serde::{Deserialize, Serialize};
+
+pub use placement::{PlacementConfig, PolicyName};
 
 /// Answers that one request may have at most: each has a bit in the set of those that a leg still works at.
 pub const CHOICES_MOST: u32 = 128;
@@ -29,7 +33,10 @@ pub struct CoordinatorConfig {
     pub store: StoreConfig,
     /// What is served: at least one model.
     pub models: Vec<ModelConfig>,
+    pub api_keys: ApiKeysConfig,
     pub limits: LimitsConfig,
+    pub text: TextConfig,
+    pub placement: PlacementConfig,
     pub fleet: FleetConfig,
     pub admin: AdminConfig,
     pub tls: TlsConfig,
@@ -45,7 +52,10 @@ impl Default for CoordinatorConfig {
             advertise_host: String::new(),
             store: StoreConfig::default(),
             models: Vec::new(),
+            api_keys: ApiKeysConfig::default(),
             limits: LimitsConfig::default(),
+            text: TextConfig::default(),
+            placement: PlacementConfig::default(),
             fleet: FleetConfig::default(),
             admin: AdminConfig::default(),
             tls: TlsConfig::default(),
@@ -73,6 +83,24 @@ pub struct ModelConfig {
     pub names: Vec<String>,
     /// Context to offer, in tokens, if less than the model's. 0 = the model's.
     pub max_context_tokens: u32,
+}
+
+/// Who may send requests. Without a file and without the store: everybody who can reach `listen`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ApiKeysConfig {
+    /// A TOML file with a table [[keys]] for each API key. It is read again when it changes. Empty = none.
+    pub file: String,
+    /// Whether keys are those in etcd, as `baton ctl key` makes them; needs `store.etcd`.
+    pub store: bool,
+    /// How many coordinators share the keys: each grants this part of what a key may.
+    pub coordinators: NonZeroU32,
+}
+
+impl Default for ApiKeysConfig {
+    fn default() -> Self {
+        Self { file: String::new(), store: false, coordinators: NonZeroU32::MIN }
+    }
 }
 
 /// What one client, and all of a model's together, may ask for.
@@ -124,6 +152,21 @@ impl Default for LimitsConfig {
             max_completion_tokens: 0,
             max_choices: 32,
         }
+    }
+}
+
+/// How prompts become tokens.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TextConfig {
+    /// Most memory for pieces of long prompts and their tokens, of all models together: what comes again, as the turns of a
+    /// chat do, is looked up instead of tokenised. 0 = everything is tokenised.
+    pub cache_bytes: usize,
+}
+
+impl Default for TextConfig {
+    fn default() -> Self {
+        Self { cache_bytes: 64 << 20 }
     }
 }
 
@@ -194,6 +237,17 @@ impl ServiceConfig for CoordinatorConfig {
             let good = |name: &String| (1..=MODEL_NAME_BYTES_MOST).contains(&name.len());
             require(model.names.iter().all(good), &names, "expected names of 1 to 256 bytes")?;
         }
+        require(
+            !self.api_keys.store || self.api_keys.file.is_empty(),
+            "api_keys",
+            "expected either `file` or `store = true`, not both",
+        )?;
+        // A controller that embeds the store forgets with each restart what is in it.
+        require(
+            !self.api_keys.store || !self.store.etcd.endpoints.is_empty(),
+            "api_keys.store",
+            "expected store.etcd.endpoints with it: only etcd keeps keys; use api_keys.file otherwise",
+        )?;
         let limits = &self.limits;
         require(limits.max_body_bytes > 0, "limits.max_body_bytes", "expected at least 1")?;
         require(
@@ -206,6 +260,7 @@ impl ServiceConfig for CoordinatorConfig {
         require(limits.max_concurrent > 0, "limits.max_concurrent", "expected at least 1")?;
         require((1..=CHOICES_MOST).contains(&limits.max_choices), "limits.max_choices", "expected 1 to 128")?;
         require(!limits.request_timeout.is_zero(), "limits.request_timeout", "expected more than 0")?;
+        self.placement.validate()?;
         let fleet = &self.fleet;
         for (value, key) in [
             (fleet.connect_timeout, "fleet.connect_timeout"),
@@ -238,7 +293,7 @@ mod tests {
     fn what_types_cannot_say_is_checked_with_its_key() {
         assert!(good().validate().is_ok());
         type Change = fn(&mut CoordinatorConfig);
-        let cases: [(&str, Change); 16] = [
+        let cases: [(&str, Change); 21] = [
             ("id", |c| c.id = "Upper".into()),
             ("store", |c| c.store.controller.clear()),
             ("store", |c| c.store.etcd.endpoints.push("127.0.0.1:2379".into())),
@@ -248,11 +303,18 @@ mod tests {
             ("models[1].path", |c| c.models.push(ModelConfig::default())),
             ("models[0].names", |c| c.models[0].names = vec![String::new()]),
             ("models[0].names", |c| c.models[0].names = (0..17).map(|n| n.to_string()).collect()),
+            ("api_keys", |c| {
+                c.api_keys = ApiKeysConfig { file: "f".into(), store: true, ..c.api_keys.clone() }
+            }),
+            ("api_keys.store", |c| c.api_keys.store = true),
             ("limits.max_held_body_bytes", |c| c.limits.max_body_bytes = c.limits.max_held_body_bytes + 1),
             ("limits.body_timeout", |c| c.limits.body_timeout = Duration::ZERO),
             ("limits.max_concurrent", |c| c.limits.max_concurrent = 0),
             ("limits.max_choices", |c| c.limits.max_choices = 0),
             ("limits.max_choices", |c| c.limits.max_choices = 129),
+            ("placement.temperature", |c| c.placement.temperature = f64::NAN),
+            ("placement.tpot_target", |c| c.placement.tpot_target = Duration::ZERO),
+            ("placement.index_bytes", |c| c.placement.index_bytes = (1 << 20) - 1),
             ("fleet.keep_alive", |c| c.fleet.keep_alive = Duration::ZERO),
             ("fleet.reconnect_max", |c| c.fleet.reconnect_max = Duration::ZERO),
         ];

@@ -4,7 +4,7 @@ use baton_checkpoint::CheckpointError;
 use baton_process::{ListenError, ProcessError, TlsError, access::AccessError};
 use baton_registry::{EtcdOpenError, StoreError};
 
-use crate::text::TextError;
+use crate::{keys::file::KeyFileError, text::TextError};
 
 #[derive(Debug, thiserror::Error)]
 pub enum CoordinatorError {
@@ -24,6 +24,8 @@ pub enum CoordinatorError {
     Store(#[from] StoreError),
     #[error("admin.tokens_file: {0}")]
     Access(#[from] AccessError),
+    #[error("api_keys.file: {0}")]
+    Keys(#[from] KeyFileError),
     #[error(transparent)]
     Tls(#[from] TlsError),
     #[error(transparent)]

@@ -1,8 +1,7 @@
 //! What became of the handoffs that this coordinator asked for, by the pair of instances they went between.
 //!
 //! Told by [`crate::dispatch`], once for a request at most; read by [`crate::registration`] for the controller, and so for
-//! operators. The controller judges links by it; placement does not ask yet. What it would ask is here, without a call to
-//! anyone: how many of a pair's handoffs have failed. It keeps as many links as the controller takes; one more, and the link that
+//! operators. The controller judges links by it; placement learns the same from it. It keeps as many links as the controller takes; one more, and the link that
 //! was used longest ago is forgotten.
 
 use std::{

@@ -1,22 +1,26 @@
 //! The entry of a Baton cluster: takes OpenAI requests, schedules and streams them.
 //!
-//! Modules in the order a request meets them: [`http`] -> [`serve`] (the path through the stages) -> [`prepare`]
-//! (validate, template, tokenise; [`text`]) -> [`admit`] -> [`place`] (waits for one; [`schedule`] chooses, pure) ->
-//! [`dispatch`] (protocol machine, pure, and what drives it) -> [`stream`] (detokenise, stop, count) -> [`http`]. Beside
-//! that path: [`models`] (what is served), [`fleet`] (which instances there are, and the streams to them), [`requests`] and [`admin`] (what operators
-//! ask), [`report`], [`metrics`] and [`handoffs`] (what is counted), [`registration`] (what the controller is told).
+//! Modules in the order a request meets them: [`http`] ([`keys`]: who may come in) -> [`serve`] (the path through the
+//! stages) -> [`prepare`] (validate, template, tokenise; [`text`]) -> [`admit`] -> [`place`] (waits for one;
+//! [`baton_schedule`] chooses, pure) -> [`dispatch`] (protocol machine, pure, and what drives it) -> [`stream`]
+//! (detokenise, stop, count) -> [`http`]. Beside that path: [`models`] (what is served), [`carry`] (who is left out,
+//! and how often requests are placed again), [`fleet`] (which instances there are, the streams to them, what they have
+//! cached), [`requests`] and [`admin`] (what operators ask), [`report`], [`metrics`] and [`handoffs`] (what is
+//! counted), [`registration`] (what the controller is told).
 //!
 //! [`run`] wires it all; `main` calls it.
 
 pub mod admin;
 pub mod admit;
 mod build;
+pub mod carry;
 pub mod config;
 pub mod dispatch;
 mod error;
 pub mod fleet;
 pub mod handoffs;
 pub mod http;
+pub mod keys;
 pub mod metrics;
 pub mod models;
 pub mod place;
@@ -24,7 +28,6 @@ pub mod prepare;
 pub mod registration;
 pub mod report;
 pub mod requests;
-pub mod schedule;
 pub mod serve;
 pub mod stream;
 pub mod text;

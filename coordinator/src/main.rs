@@ -24,6 +24,10 @@ struct Args {
     #[arg(long, value_name = "ADDR")]
     admin_listen: Option<String>,
 
+    /// File of API keys: with one, clients need a key. `baton ctl key generate` makes them [key: api_keys.file]
+    #[arg(long, value_name = "FILE")]
+    api_keys: Option<String>,
+
     /// Controller that embeds the state store, HOST:PORT [key: store.controller]
     #[arg(long, value_name = "ADDR")]
     controller: Option<String>,
@@ -35,6 +39,7 @@ fn main() -> ExitCode {
         ("models", models(&args.model)),
         ("listen", args.listen),
         ("admin_listen", args.admin_listen),
+        ("api_keys.file", args.api_keys),
         ("store.controller", args.controller),
     ];
     let overrides =

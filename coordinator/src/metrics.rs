@@ -8,6 +8,10 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
+mod keys;
+
+pub use keys::{KeyMetrics, KeyRefusalLabels, TenantMetrics};
+
 /// A request that has ended: the route, and `200`, the name of the error's code, or `client_gone`; and the name of the
 /// model, empty if it was refused before that was known.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -32,6 +36,17 @@ pub struct ReasonLabel {
 /// The label set of one reason.
 pub fn reason(reason: &'static str) -> ReasonLabel {
     ReasonLabel { reason }
+}
+
+/// Which of two or more kinds.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct KindLabel {
+    pub kind: &'static str,
+}
+
+/// The label set of one kind.
+pub fn kind(kind: &'static str) -> KindLabel {
+    KindLabel { kind }
 }
 
 /// Why an answer went on elsewhere.
@@ -64,6 +79,19 @@ pub struct Metrics {
     pub legs_lost: Counter,
     /// By the name of the error's code.
     pub migrations: Family<MigrationLabels, Counter>,
+    /// Times that an instance was left out for its faults, and how many are.
+    pub breaker_openings: Counter,
+    pub open_breakers: Gauge,
+    /// Requests that were not placed again though it might have helped.
+    pub not_placed_again: Family<ModelLabel, Counter>,
+    /// Blocks that the prefix index remembers.
+    cached_blocks: Gauge,
+    /// What instances say of their caches: `snapshot`, `change`.
+    pub cache_events: Family<KindLabel, Counter>,
+    /// Why something of that was missed, or not believed.
+    pub cache_gaps: Family<ReasonLabel, Counter>,
+    /// By whose key requests came.
+    pub keys: KeyMetrics,
     by_model: ByModel,
 }
 
@@ -126,6 +154,13 @@ impl Metrics {
             cancels: Family::default(),
             legs_lost: Counter::default(),
             migrations: Family::default(),
+            breaker_openings: Counter::default(),
+            open_breakers: Gauge::default(),
+            not_placed_again: Family::default(),
+            cached_blocks: Gauge::default(),
+            cache_events: Family::default(),
+            cache_gaps: Family::default(),
+            keys: KeyMetrics::default(),
             by_model: ByModel {
                 ready: Family::default(),
                 in_flight: Family::default(),
@@ -164,6 +199,11 @@ impl Metrics {
             request_generation_tokens: by_model.request_generation_tokens.get_or_create_owned(&label),
             label,
         }
+    }
+
+    /// So many blocks the prefix index remembers now.
+    pub fn show_cached_blocks(&self, blocks: usize) {
+        self.cached_blocks.set(i64::try_from(blocks).unwrap_or(i64::MAX));
     }
 
     /// Requests that wait before their model is known.
@@ -232,6 +272,45 @@ impl Metrics {
             "migrations",
             "Answers begun on one instance that went on elsewhere, by why it could not finish them, and model",
             self.migrations.clone(),
+        );
+        self.show_faults(registry);
+        self.show_caches(registry);
+        self.keys.show(registry);
+    }
+
+    fn show_faults(&self, registry: &mut Registry) {
+        registry.register(
+            "breaker_openings",
+            "Times that an instance was left out because it failed what it was given",
+            self.breaker_openings.clone(),
+        );
+        registry.register(
+            "open_breakers",
+            "Instances that are left out, or on trial, because they failed what they were given",
+            self.open_breakers.clone(),
+        );
+        registry.register(
+            "retry_budget_exhausted",
+            "Requests not placed again after an instance's fault, for want of budget, by model",
+            self.not_placed_again.clone(),
+        );
+    }
+
+    fn show_caches(&self, registry: &mut Registry) {
+        registry.register(
+            "cached_blocks",
+            "KV blocks that instances are known to have, each counted once",
+            self.cached_blocks.clone(),
+        );
+        registry.register(
+            "cache_events",
+            "Messages of instances about their KV caches, by kind: a whole snapshot, a change",
+            self.cache_events.clone(),
+        );
+        registry.register(
+            "cache_gaps",
+            "Times that messages about a KV cache were missed or not believed, by reason",
+            self.cache_gaps.clone(),
         );
     }
 }

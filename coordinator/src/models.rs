@@ -8,13 +8,17 @@ use std::{collections::HashMap, sync::Arc};
 
 use baton_proto::{ApiError, ErrorCode};
 use futures::future::try_join_all;
+use parking_lot::Mutex;
+use tokio::time::Instant;
 
 use crate::{
     CoordinatorError,
     admit::Line,
+    carry::budget::Budget,
     config::{LimitsConfig, ModelConfig},
     metrics::{Metrics, ModelMetrics},
     prepare::Served,
+    text::TextCache,
 };
 
 /// One of them.
@@ -22,6 +26,8 @@ pub struct Model {
     pub served: Served,
     pub line: Line,
     pub counts: Arc<ModelMetrics>,
+    /// For requests that are placed again.
+    pub budget: Mutex<Budget>,
 }
 
 /// All of them.
@@ -31,11 +37,12 @@ pub struct Models {
     by_name: HashMap<Arc<str>, Arc<Model>>,
 }
 
-/// Opens the models of a configuration side by side: most of a start is spent in reading tokenizers.
-pub async fn open(configs: &[ModelConfig]) -> Result<Vec<Served>, CoordinatorError> {
+/// Opens the models of a configuration side by side: most of a start is spent in reading tokenizers. Pieces of long prompts
+/// are kept in `cache`.
+pub async fn open(configs: &[ModelConfig], cache: &Arc<TextCache>) -> Result<Vec<Served>, CoordinatorError> {
     let open = |(index, config): (usize, &ModelConfig)| {
-        let config = config.clone();
-        let opening = tokio::task::spawn_blocking(move || Served::open(&config));
+        let (config, cache) = (config.clone(), cache.clone());
+        let opening = tokio::task::spawn_blocking(move || Served::open(&config, &cache));
         async move {
             let opened = opening.await.map_err(|source| CoordinatorError::Opening { index, source })?;
             opened.map_err(|source| CoordinatorError::Model { index, source })
@@ -54,7 +61,8 @@ impl Models {
         let mut models = Self { all: Vec::new(), by_name: HashMap::new() };
         for (index, served) in served.into_iter().enumerate() {
             let counts = Arc::new(metrics.of_model(served.name.clone()));
-            let model = Arc::new(Model { line: Line::new(limits, counts.clone()), served, counts });
+            let (line, budget) = (Line::new(limits, counts.clone()), Mutex::new(Budget::new(Instant::now())));
+            let model = Arc::new(Model { line, served, counts, budget });
             models.all.push(model.clone());
             for name in model.served.names() {
                 let holder = models.by_name.insert(name.clone(), model.clone());
@@ -71,6 +79,11 @@ impl Models {
     /// All, in the order of the configuration.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = &Arc<Model>> {
         self.all.iter()
+    }
+
+    /// The one that every request asks for, if there is but one.
+    pub fn only(&self) -> Option<&Arc<Model>> {
+        self.all.first().filter(|_| self.all.len() == 1)
     }
 
     /// The one that a request names.

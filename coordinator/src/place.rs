@@ -1,26 +1,28 @@
 //! Finds a place for a request, waits a little for one, and finds another when the first fails.
 //!
 //! Called by [`crate::serve`] for the first place and by [`crate::stream`], through [`Attempts`], for the next. Leaves
-//! the choice to [`crate::schedule`] and the sending to [`crate::dispatch`].
+//! the choice to [`baton_schedule`] and the sending to [`crate::dispatch`].
 
 use std::{sync::Arc, time::Duration};
 
 use baton_proto::{ApiError, ErrorCode, InstanceId};
+use baton_schedule::{
+    NoPlace, Prompt,
+    board::{Board, Booking},
+    chains::Chains,
+};
 use futures::{FutureExt, future::BoxFuture};
 use tokio::time::{Instant, timeout_at};
 
 use crate::{
-    dispatch::{Assignment, Generation},
+    carry::{Breakers, is_fault},
+    dispatch::{Assignment, Generation, NotSent},
     fleet::keeper::Links,
     handoffs::Handoffs,
     metrics::{Metrics, MigrationLabels},
     models::Model,
     prepare::{PreparedPrompt, Sampling, Served},
     requests::Placing,
-    schedule::{
-        NoPlace,
-        board::{Board, Booking},
-    },
 };
 
 /// How many attempts in a row may bring no token before the failure is told.
@@ -33,12 +35,34 @@ const PAUSE: Duration = Duration::from_millis(50);
 const PAUSE_LEAST: Duration = Duration::from_millis(5);
 const PAUSE_MOST: Duration = Duration::from_secs(1);
 
+/// What is to be computed before the next token.
+#[derive(Clone, Copy)]
+struct Whole<'a> {
+    prompt: &'a [u32],
+    /// Of the prompt.
+    chains: &'a Chains,
+    /// Elsewhere.
+    generated: &'a [u32],
+}
+
+impl<'a> Whole<'a> {
+    fn of(prompt: &'a PreparedPrompt) -> Self {
+        Self { prompt: &prompt.tokens, chains: &prompt.chains, generated: &[] }
+    }
+
+    fn of_assignment(assignment: &'a Assignment) -> Self {
+        let Assignment { prompt, chains, generated, .. } = assignment;
+        Self { prompt, chains, generated }
+    }
+}
+
 /// What places are found with.
 pub struct Placer {
     pub board: Arc<Board>,
     pub links: Arc<Links>,
     pub handoffs: Arc<Handoffs>,
     pub metrics: Arc<Metrics>,
+    pub breakers: Breakers,
     /// How long a request waits for an instance that can take it.
     pub patience: Duration,
 }
@@ -56,14 +80,14 @@ impl Placer {
         let deadline = deadline.min(Instant::now() + self.patience);
         let mut bookings = Vec::with_capacity(prompts.len());
         for prompt in prompts {
-            let (tokens, sampling) = (prompt.prompt_tokens(), &prompt.sampling);
-            bookings.push(self.book_by(deadline, served, (tokens, 0), sampling, None).await?);
+            let (whole, sampling) = (Whole::of(prompt), &prompt.sampling);
+            bookings.push(self.book_by(deadline, served, whole, sampling, &[]).await?);
         }
         Ok(bookings)
     }
 
     /// Dispatches what has been booked.
-    pub fn start(&self, booking: Booking, assignment: Assignment) -> Result<Generation, ApiError> {
+    pub fn start(&self, booking: Booking, assignment: Assignment) -> Result<Generation, NotSent> {
         Generation::start(&self.links, &self.handoffs, booking, assignment)
     }
 
@@ -71,14 +95,14 @@ impl Placer {
         &self,
         deadline: Instant,
         served: &Served,
-        tokens: (u32, u32),
+        whole: Whole<'_>,
         sampling: &Sampling,
-        avoid: Option<&InstanceId>,
+        avoid: &[InstanceId],
     ) -> Result<Booking, NoPlace> {
         let mut changes = self.board.changes();
         loop {
             changes.borrow_and_update();
-            match self.book_now(served, tokens, sampling, avoid) {
+            match self.book_now(served, whole, sampling, avoid) {
                 Err(reason) if reason.may_pass() => match timeout_at(deadline, changes.changed()).await {
                     Ok(Ok(())) => {}
                     Ok(Err(_)) | Err(_) => return Err(reason),
@@ -92,13 +116,17 @@ impl Placer {
     fn book_now(
         &self,
         served: &Served,
-        (prompt_tokens, generated): (u32, u32),
+        whole: Whole<'_>,
         sampling: &Sampling,
-        avoid: Option<&InstanceId>,
+        avoid: &[InstanceId],
     ) -> Result<Booking, NoPlace> {
+        let generated = whole.generated.len() as u32;
         let asked = (sampling.max_tokens.saturating_sub(generated).max(1), sampling.choices);
-        let tokens = prompt_tokens.saturating_add(generated);
-        let booking = self.board.place(tokens, asked, &served.revision, avoid)?;
+        let tokens = (whole.prompt.len() as u32).saturating_add(generated);
+        let chains = whole.chains.say(&self.board.caches.dialects(&served.revision), whole.generated);
+        let prompt = Prompt { tokens, chains: &chains };
+        let place = |avoid: &[InstanceId]| self.board.place(prompt, asked, &served.revision, avoid);
+        let booking = self.breakers.place(avoid, Instant::now(), place)?;
         tracing::debug!(placement = ?booking.placement, receipt = ?booking.receipt, "placed");
         Ok(booking)
     }
@@ -112,18 +140,20 @@ impl Placer {
         mut pause: Duration,
     ) -> Result<(Generation, Placing), ApiError> {
         let Failure { mut error, culprit, .. } = failure;
+        // Who failed it, and then who could not be asked.
+        let mut avoid: Vec<InstanceId> = culprit.into_iter().collect();
         let deadline = (Instant::now() + self.patience + pause).min(assignment.deadline);
-        let tokens = (assignment.prompt.len() as u32, assignment.generated.len() as u32);
         let mut changes = self.board.changes();
         loop {
             let _ = timeout_at(deadline.min(Instant::now() + pause), changes.changed()).await;
             let (served, sampling) = (&model.served, &assignment.sampling);
-            let booked = self.book_by(deadline, served, tokens, sampling, culprit.as_ref()).await;
+            let whole = Whole::of_assignment(&assignment);
+            let booked = self.book_by(deadline, served, whole, sampling, &avoid).await;
             let Ok(booking) = booked else { return Err(error) };
             let placing = Placing::new(&booking, Some(error.clone()));
             match self.start(booking, assignment.clone()) {
                 Ok(generation) => {
-                    let (request, generated) = (&assignment.request, tokens.1);
+                    let (request, generated) = (&assignment.request, assignment.generated.len());
                     tracing::info!(%request, generated, %error, "the request goes on elsewhere");
                     if generated > 0 {
                         let (reason, model) = (error.code.name(), served.name.clone());
@@ -132,8 +162,13 @@ impl Placer {
                     return Ok((generation, placing));
                 }
                 // It has just left, or takes nothing in at the moment.
-                Err(refused) if Instant::now() < deadline => (error, pause) = (refused, PAUSE_LEAST * 2),
-                Err(refused) => return Err(refused),
+                Err(NotSent { instance, error: refused }) if Instant::now() < deadline => {
+                    if !avoid.contains(&instance) {
+                        avoid.push(instance);
+                    }
+                    (error, pause) = (refused, PAUSE_LEAST * 2);
+                }
+                Err(NotSent { error: refused, .. }) => return Err(refused),
             }
         }
     }
@@ -152,10 +187,10 @@ pub struct Failure {
     pub begun: bool,
 }
 
-impl From<ApiError> for Failure {
+impl From<NotSent> for Failure {
     /// It was never begun there.
-    fn from(error: ApiError) -> Self {
-        Self { error, culprit: None, begun: false }
+    fn from(NotSent { instance, error }: NotSent) -> Self {
+        Self { error, culprit: Some(instance), begun: false }
     }
 }
 
@@ -168,7 +203,7 @@ impl Failure {
     }
 }
 
-/// What it takes to place a request again.
+/// What it takes to place a request again, and where it is told how its attempts go.
 #[derive(Clone)]
 pub struct Attempts {
     placer: Arc<Placer>,
@@ -184,12 +219,25 @@ pub struct Attempts {
 impl Attempts {
     /// `assignment` has been given to a first place.
     pub fn new(placer: Arc<Placer>, model: Arc<Model>, assignment: Assignment) -> Self {
+        model.budget.lock().request();
         Self { placer, model, assignment, failed: 0, fruitless: 0, refused: 0 }
     }
 
     /// What is being placed.
     pub fn assignment(&self) -> &Assignment {
         &self.assignment
+    }
+
+    /// Instances have brought the first token of an attempt.
+    pub fn served<'a>(&self, instances: impl Iterator<Item = &'a InstanceId>) {
+        instances.for_each(|instance| self.placer.breakers.success(instance, Instant::now()));
+    }
+
+    /// An attempt has failed, by this instance if that is known.
+    pub fn failed(&self, error: &ApiError, culprit: Option<&InstanceId>) {
+        if let Some(culprit) = culprit.filter(|_| is_fault(error)) {
+            self.placer.breakers.fault(culprit, Instant::now());
+        }
     }
 
     /// For one of the choices alone, which goes on from these tokens.
@@ -203,7 +251,8 @@ impl Attempts {
     }
 
     /// Places the request once more after a failure, as soon as an instance can take it; the error is the answer if none
-    /// can within the time. A pause comes first, which ends when the fleet changes; a refusal costs no more than that.
+    /// can within the time, or if the model's budget for instances' faults is spent. A pause comes first, which ends when
+    /// the fleet changes; a refusal costs no more than that.
     pub fn again(&mut self, failure: Failure) -> Result<Replacing, ApiError> {
         let pause = if failure.is_refusal() {
             self.refused += 1;
@@ -220,51 +269,15 @@ impl Attempts {
         if self.assignment.deadline <= Instant::now() {
             return Err(failure.error);
         }
+        if is_fault(&failure.error) && !self.model.budget.lock().take(Instant::now()) {
+            let of = self.model.counts.label.clone();
+            self.placer.metrics.not_placed_again.get_or_create(&of).inc();
+            return Err(failure.error);
+        }
         let (placer, model) = (self.placer.clone(), self.model.clone());
         Ok(placer.place_again(model, self.assignment.clone(), failure, pause).boxed())
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use std::time::Duration;
-
-    use super::*;
-    use crate::{
-        fleet::{
-            Role, Spec,
-            tests::{ready, spec},
-        },
-        prepare::{
-            Endpoint, parse, prepare,
-            tests::{LIMITS, served},
-        },
-    };
-
-    #[tokio::test(start_paused = true)]
-    async fn all_prompts_together_wait_no_longer_than_one() {
-        let patience = Duration::from_secs(5);
-        let board = Board::new(Duration::from_secs(60));
-        let (small, large) = (Spec { context_tokens: 8, ..spec("a") }, spec("b"));
-        board.list(&[small.clone(), large.clone()], Instant::now());
-        let links = Arc::default();
-        let (served, handoffs) = (served(), Arc::default());
-        let metrics = baton_process::Metrics::new("coordinator").register(Metrics::register);
-        let placer = Placer { board: board.clone(), links, handoffs, metrics, patience };
-        let body = r#"{"model": "tiny", "prompt": ["short", "one that only the large one holds"]}"#;
-        let request = parse(body.as_bytes()).expect("is JSON");
-        let prepared = prepare(&served, Endpoint::Text, &request, LIMITS, 1).expect("is good");
-        // The first prompt waits for most of the time, the second for what is left.
-        tokio::spawn(async move {
-            tokio::time::sleep(Duration::from_secs(3)).await;
-            board.up(&small.id, small.incarnation, ready(Role::Mixed));
-        });
-        let began = Instant::now();
-        let hour = began + Duration::from_secs(3600);
-        assert!(matches!(placer.book(&served, &prepared.prompts, hour).await, Err(NoPlace::NoInstance)));
-        assert_eq!(began.elapsed(), patience);
-        let soon = Instant::now() + Duration::from_secs(1);
-        assert!(placer.book(&served, &prepared.prompts, soon).await.is_err());
-        assert_eq!(began.elapsed(), patience + Duration::from_secs(1), "nor past the request's own deadline");
-    }
-}
+mod tests;

@@ -9,7 +9,11 @@ use baton_proto::{ApiError, ErrorCode};
 use tokio::time::Instant;
 use tracing::Span;
 
-use crate::metrics::{Metrics, ModelMetrics, RequestLabels};
+use crate::{
+    keys::Call,
+    metrics::{Metrics, ModelMetrics, RequestLabels},
+    prepare::Prepared,
+};
 
 /// Token counts as clients are told them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -24,6 +28,8 @@ pub struct Usage {
 /// See the module.
 pub struct Report {
     metrics: Arc<Metrics>,
+    /// What it takes of its key's limits.
+    call: Call,
     /// `None` until it is known which model is asked.
     counts: Option<Arc<ModelMetrics>>,
     route: &'static str,
@@ -40,6 +46,7 @@ impl Report {
     pub fn new(metrics: Arc<Metrics>, route: &'static str, arrived: Instant, span: Span) -> Self {
         Self {
             metrics,
+            call: Call::default(),
             counts: None,
             route,
             arrived,
@@ -49,6 +56,16 @@ impl Report {
             told: false,
             span,
         }
+    }
+
+    /// It came with a key, and is within what that may.
+    pub fn called(&mut self, call: Call) {
+        self.call = call;
+    }
+
+    /// It is known how many tokens it may take: within what its key may, or it is refused.
+    pub fn charge(&mut self, prepared: &Prepared) -> Result<(), ApiError> {
+        self.call.admit(prepared, Instant::now())
     }
 
     /// It is known which model is asked.
@@ -64,7 +81,8 @@ impl Report {
     }
 
     /// Its legs have been dispatched.
-    pub fn dispatched(&self, prompt_tokens: u32) {
+    pub fn dispatched(&mut self, prompt_tokens: u32) {
+        self.call.dispatched(prompt_tokens);
         if let Some(counts) = &self.counts {
             counts.prompt_tokens.inc_by(u64::from(prompt_tokens));
         }
@@ -72,6 +90,7 @@ impl Report {
 
     /// The answer has this many tokens now.
     pub fn tokens(&mut self, tokens: u32, now: Instant) {
+        self.call.generated(tokens - self.tokens);
         if let Some(counts) = &self.counts {
             if self.first_token.is_none() {
                 counts.time_to_first_token.observe((now - self.arrived).as_secs_f64());

@@ -12,10 +12,9 @@ use std::{
 };
 
 use baton_proto::{ApiError, InstanceId, RequestId};
+use baton_schedule::{Placement, Receipt, board::Booking};
 use parking_lot::Mutex;
 use tokio::time::Instant;
-
-use crate::schedule::{Placement, Receipt, board::Booking};
 
 /// How far a request has come. Tokens are those of all its prompts.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,6 +53,8 @@ struct Placings {
 pub struct Card {
     pub request: RequestId,
     pub arrived: Instant,
+    /// The name of the API key it came with; empty without one.
+    pub api_key: Arc<str>,
     stage: Mutex<Stage>,
     completion_tokens: AtomicU32,
     placings: Mutex<Placings>,
@@ -101,10 +102,11 @@ pub enum Known {
 
 impl Roster {
     /// A request has arrived; it is listed until the guard is dropped.
-    pub fn enter(self: &Arc<Self>, request: RequestId, arrived: Instant) -> CardGuard {
+    pub fn enter(self: &Arc<Self>, request: RequestId, arrived: Instant, api_key: Arc<str>) -> CardGuard {
         let card = Card {
             request,
             arrived,
+            api_key,
             stage: Mutex::new(Stage::Preparing),
             completion_tokens: AtomicU32::new(0),
             placings: Mutex::default(),

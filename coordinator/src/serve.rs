@@ -6,38 +6,49 @@
 use std::sync::Arc;
 
 use baton_proto::ApiError;
-use tokio::time::Instant;
+use baton_schedule::{NoPlace, board::Booking};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::Instant,
+};
 
 use crate::{
     admit::{Body, Gate, Permit, Place, Ticket},
     config::LimitsConfig,
     dispatch::Assignment,
+    keys::{Keys, Tenant},
     metrics::Metrics,
     models::{Model, Models},
     place::{Attempts, Placer},
-    prepare::{Endpoint, Prepared, PreparedPrompt, RequestLimits, parse, prepare},
+    prepare::{Ahead, Endpoint, Prepared, PreparedPrompt, RequestLimits, parse, prepare},
     report::Report,
     requests::{CardGuard, Placing, Roster, Stage},
-    schedule::{NoPlace, board::Booking},
     stream::{Lane, Overdue, Reading, Streaming},
 };
 
 /// Bodies up to this size are prepared on the spot; tokenising larger ones would hold up everybody else's tokens.
 const PREPARE_INLINE_BYTES: usize = 2 << 10;
 
+/// Bodies that are read ahead at a time; each takes up to 128 KiB for it.
+pub const AHEAD_MOST: usize = 64;
+
 /// Everything the stages need.
 pub struct Service {
+    pub keys: Arc<Keys>,
     pub models: Arc<Models>,
     pub limits: LimitsConfig,
     pub gate: Gate,
     pub placer: Arc<Placer>,
     pub roster: Arc<Roster>,
     pub overdue: Arc<Overdue>,
+    /// Room for bodies that are read ahead.
+    pub ahead: Arc<Semaphore>,
     pub metrics: Arc<Metrics>,
 }
 
 /// A request whose body has been read.
 pub struct Received {
+    pub tenant: Tenant,
     pub endpoint: Endpoint,
     pub body: Body,
     /// W3C trace context for instances; empty = none.
@@ -55,6 +66,7 @@ struct Addressed {
 }
 
 struct Admitted {
+    tenant: Tenant,
     model: Arc<Model>,
     prepared: Prepared,
     permit: Permit,
@@ -72,11 +84,12 @@ struct Placed {
 impl Service {
     /// Carries a request to where its answer streams.
     pub async fn carry(self: &Arc<Self>, received: Received) -> Result<Streaming, ApiError> {
-        let Received { endpoint, body, traceparent, ticket, card, mut report } = received;
+        let Received { tenant, endpoint, body, traceparent, ticket, card, mut report } = received;
         let result = async {
             let (Addressed { model, prepared }, ticket) = self.prepare(endpoint, body, ticket).await?;
             report.of_model(&model.counts);
             let (prepared, place) = prepared?;
+            report.charge(&prepared)?;
             let (name, prompt_tokens) = (model.served.name.clone(), prepared.prompt_tokens());
             card.set(Stage::Queued { model: name, prompt_tokens });
             let permit = model.line.admit(ticket, place).await?;
@@ -85,13 +98,23 @@ impl Service {
         .await;
         let (model, prepared, permit) = result.inspect_err(|error| report.failed(error))?;
         report.admitted(prepared.prompt_tokens());
-        let placed = self.place(Admitted { model, prepared, permit, traceparent, card, report }).await?;
+        let placed =
+            self.place(Admitted { tenant, model, prepared, permit, traceparent, card, report }).await?;
         self.dispatch(placed)
     }
 
     /// Whether any request for a model could be served now.
     pub fn can_serve(&self, model: &Model) -> Result<(), NoPlace> {
         self.placer.board.can_serve(&model.served.revision)
+    }
+
+    /// Who tokenises a long body while it comes: of one model, since a body says late which it asks, and nothing for a line
+    /// that is full.
+    pub fn ahead(&self) -> Option<(Ahead, OwnedSemaphorePermit)> {
+        let model = self.models.only().filter(|model| !model.line.is_full())?;
+        // What has no room is tokenised when it is whole.
+        let room = self.ahead.clone().try_acquire_owned().ok()?;
+        Some((Ahead::new(model.served.text.clone()), room))
     }
 
     /// The ticket goes where the body goes: work on a large one goes on after its client has left, and its room in the
@@ -107,12 +130,15 @@ impl Service {
             max_choices: self.limits.max_choices,
         };
         let seed = rand::random();
-        let (models, bytes) = (self.models.clone(), body.len());
+        let (models, bytes, board) = (self.models.clone(), body.len(), self.placer.board.clone());
         let work = move || {
             let request = parse(&body)?;
             let model = models.asked(request.model.as_deref())?.clone();
             let prepared = model.line.enter().and_then(|place| {
                 let prepared = prepare(&model.served, endpoint, &request, limits, seed)?;
+                // Here, where there is a core for it; whoever places the prompts finds it done.
+                let dialects = board.caches.dialects(&model.served.revision);
+                prepared.prompts.iter().for_each(|prompt| drop(prompt.chains.say(&dialects, &[])));
                 Ok((prepared, place))
             });
             Ok::<_, ApiError>(Addressed { model, prepared })
@@ -154,10 +180,11 @@ impl Service {
 
     fn dispatch(&self, placed: Placed) -> Result<Streaming, ApiError> {
         let Placed { admitted, bookings } = placed;
-        let Admitted { model, prepared, permit, traceparent, card, mut report } = admitted;
+        let Admitted { tenant, model, prepared, permit, traceparent, card, mut report } = admitted;
+        let priority = tenant.priority(prepared.priority);
         let mut lanes = Vec::new();
         for (prompt, booking) in prepared.prompts.iter().zip(bookings) {
-            let lane = self.lane((&model, &prepared, prompt), booking, &traceparent, &card);
+            let lane = self.lane((&model, &prepared, prompt), booking, priority, &traceparent, &card);
             lanes.push(lane.inspect_err(|error| report.failed(error))?);
         }
         report.dispatched(prepared.prompt_tokens());
@@ -169,6 +196,7 @@ impl Service {
         &self,
         (model, prepared, prompt): (&Arc<Model>, &Prepared, &PreparedPrompt),
         booking: Booking,
+        priority: i32,
         traceparent: &str,
         card: &CardGuard,
     ) -> Result<Lane, ApiError> {
@@ -176,9 +204,11 @@ impl Service {
             request: card.card().request.clone(),
             traceparent: traceparent.to_owned(),
             prompt: prompt.tokens.clone(),
+            chains: prompt.chains.clone(),
             generated: Arc::default(),
             sampling: prompt.sampling.clone(),
-            priority: prepared.priority,
+            priority,
+            wanted: card.card().arrived + self.placer.board.ttft_target(prompt.tokens.len() as u32),
             deadline: self.deadline(card),
         };
         let attempts = Attempts::new(self.placer.clone(), model.clone(), assignment);

@@ -202,11 +202,22 @@ impl Cluster {
         text(view.unwrap_or_else(|| panic!("nobody is {role}: {views:?}")), "instance_id")
     }
 
+    /// Where the metrics of every registered server are.
+    async fn try_metrics_urls(&self) -> Option<Vec<String>> {
+        let url =
+            |instance: Value| Some(format!("http://{}/metrics", instance["metrics_endpoint"].as_str()?));
+        self.try_ctl("instances").await?.into_iter().map(url).collect()
+    }
+
+    /// The same, for whoever looks at them often.
+    pub async fn metrics_urls(&self) -> Vec<String> {
+        eventually("the servers' addresses", || self.try_metrics_urls()).await
+    }
+
     /// Metrics text of every registered server.
     async fn server_metrics(&self) -> Option<Vec<String>> {
         let mut all = Vec::new();
-        for instance in self.try_ctl("instances").await? {
-            let url = format!("http://{}/metrics", instance["metrics_endpoint"].as_str()?);
+        for url in self.try_metrics_urls().await? {
             all.push(reqwest::get(url).await.ok()?.text().await.ok()?);
         }
         Some(all)

@@ -10,11 +10,15 @@ use baton_integration_tests::folder;
 
 /// Which of our crates a crate may use. Dependencies point one way, and the services never depend on each other, so
 /// that each can be built, deployed and understood alone.
-const MAY_USE: [(&str, &[&str]); 12] = [
+const MAY_USE: [(&str, &[&str]); 13] = [
     ("proto", &[]),
     ("controller/registry", &["baton-process", "baton-proto"]),
     ("controller", &["baton-process", "baton-proto", "baton-registry"]),
-    ("coordinator", &["baton-checkpoint", "baton-process", "baton-proto", "baton-registry"]),
+    (
+        "coordinator",
+        &["baton-checkpoint", "baton-process", "baton-proto", "baton-registry", "baton-schedule"],
+    ),
+    ("coordinator/schedule", &["baton-proto"]),
     ("server/runtime/checkpoint", &[]),
     ("server/runtime", &["baton-checkpoint"]),
     ("kvtransfer", &["baton-proto"]),

@@ -251,7 +251,7 @@ async fn hellos_of_a_coordinator(server: &str, caller: &Tls) -> [Status; 2] {
     let endpoint = format!("http://{server}").parse::<tonic::transport::Endpoint>().expect("good");
     let channel = caller.dial(Role::Server).connect_lazy(&endpoint);
     let coordinator_id = "e-0".to_owned();
-    let hello = v1::attach_request::Hello { coordinator_id: coordinator_id.clone() };
+    let hello = v1::attach_request::Hello { coordinator_id: coordinator_id.clone(), ..Default::default() };
     let hello = v1::AttachRequest { frame: Some(v1::attach_request::Frame::Hello(hello)) };
     let attached = InferenceClient::new(channel.clone()).attach(iter([hello])).await;
     let events = KvCacheClient::new(channel).events(v1::KvEventsRequest { coordinator_id }).await;

@@ -2,6 +2,8 @@
 //!
 //! A service's own errors become an [`ApiError`] where they leave it, and nowhere else are statuses chosen.
 
+use std::time::Duration;
+
 use tonic::{Code, Status};
 
 use crate::v1;
@@ -29,6 +31,8 @@ pub enum ErrorCode {
     MethodNotAllowed,
     KvDamaged,
     RequestTimeout,
+    InvalidApiKey,
+    RateLimited,
 }
 
 struct Row {
@@ -75,6 +79,8 @@ const TABLE: &[Row] = table! {
     MethodNotAllowed,      Unimplemented,      405, "invalid_request_error", "method_not_allowed";
     KvDamaged,             Aborted,            502, "server_error",          "kv_damaged";
     RequestTimeout,        DeadlineExceeded,   408, "invalid_request_error", "request_timeout";
+    InvalidApiKey,         Unauthenticated,    401, "invalid_request_error", "invalid_api_key";
+    RateLimited,           ResourceExhausted,  429, "rate_limit_error",      "rate_limit_exceeded";
 };
 
 impl ErrorCode {
@@ -118,11 +124,19 @@ pub struct ApiError {
     pub code: ErrorCode,
     pub message: String,
     pub param: Option<String>,
+    /// When another try may do, if that is known. It does not cross the wire: whoever answers the client knows it.
+    pub retry_after: Option<Duration>,
 }
 
 impl ApiError {
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
-        Self { code, message: message.into(), param: None }
+        Self { code, message: message.into(), param: None, retry_after: None }
+    }
+
+    /// Says when another try may do.
+    pub fn retry_after(mut self, wait: Duration) -> Self {
+        self.retry_after = Some(wait);
+        self
     }
 
     /// Names the request field at fault.
@@ -148,6 +162,7 @@ impl From<v1::ErrorDetail> for ApiError {
             code: ErrorCode::from_wire(detail.code()),
             param: (!detail.param.is_empty()).then_some(detail.param),
             message: detail.message,
+            retry_after: None,
         }
     }
 }

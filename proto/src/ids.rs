@@ -99,6 +99,20 @@ name_id!(
     /// A coordinator process.
     CoordinatorId, "a coordinator id");
 
+name_id!(
+    /// An API key, as people call it; not the key itself.
+    ApiKeyName, "an API key's name");
+name_id!(
+    /// Who sends requests: one or more API keys are theirs.
+    TenantName, "a tenant's name");
+
+/// A key that is nobody else's is its own tenant.
+impl From<&ApiKeyName> for TenantName {
+    fn from(key: &ApiKeyName) -> Self {
+        Self(key.0.clone())
+    }
+}
+
 /// DNS-label-like, so that ids are safe as key segments, metric labels and host names.
 fn is_name(name: &str) -> bool {
     let edge = |c: Option<u8>| c.is_some_and(|c| c.is_ascii_lowercase() || c.is_ascii_digit());

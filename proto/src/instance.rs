@@ -179,6 +179,7 @@ pub struct InstanceSpec {
 pub struct InstanceLoad {
     pub running_sequences: u32,
     pub waiting_sequences: u32,
+    /// Of prompts, still to be computed; those that a prefix cache holds are not among them.
     pub queued_prefill_tokens: u64,
     pub kv_blocks_total: u32,
     pub kv_blocks_free: u32,
@@ -379,6 +380,8 @@ impl From<InstanceLoad> for v1::InstanceLoad {
             accepted_requests: load.accepted_requests,
             accepted_prompt_tokens: load.accepted_prompt_tokens,
             accepted_choices: load.accepted_choices,
+            // The rest is for coordinators, and they have it from the servers themselves.
+            ..Self::default()
         }
     }
 }

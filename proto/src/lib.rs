@@ -1,11 +1,12 @@
 //! Everything that crosses a process boundary: the protobuf contracts, the newtypes of the ids in them, what every
-//! service knows of an instance and of a coordinator, the hashes of KV blocks and prompts, and the one table of error
-//! codes.
+//! service knows of an instance, of a coordinator and of an API key, the hashes of KV blocks and prompts, and the one
+//! table of error codes.
 //!
 //! The services talk in [`v1`] types at their edges only: adapters turn them into domain types (`TryFrom`) on the way
 //! in and back on the way out. Contracts, a gRPC service each: `Inference`, `Handoff`, `KvCache`, `Control`, `Store`,
 //! `FleetAdmin`, `RequestAdmin`; their files are under `protos/baton/v1`.
 
+mod api_key;
 mod block_hash;
 mod coordinator;
 mod error;
@@ -14,6 +15,7 @@ mod instance;
 mod intent;
 mod prompt_digest;
 
+pub use api_key::{API_KEYS_MOST, ApiKey, Band, KeyHash, KeyLimits};
 pub use block_hash::BlockHash;
 pub use coordinator::{
     CoordinatorBeat, CoordinatorSpec, LINKS_MOST, LinkUse, MODEL_NAME_BYTES_MOST, MODEL_NAMES_MOST,
@@ -21,8 +23,8 @@ pub use coordinator::{
 };
 pub use error::{ApiError, ErrorCode};
 pub use ids::{
-    CoordinatorId, GroupName, IdError, Incarnation, InstanceId, LeaderEpoch, LegId, RequestId, RoleEpoch,
-    TransferId,
+    ApiKeyName, CoordinatorId, GroupName, IdError, Incarnation, InstanceId, LeaderEpoch, LegId, RequestId,
+    RoleEpoch, TenantName, TransferId,
 };
 pub use instance::{InstanceLoad, InstanceSpec, KvLayoutSpec, ModelIdentity, Phase, Role, WireError};
 pub use intent::{Cordoned, Intent, Pinned, RolePolicy, Targets};

@@ -1,10 +1,9 @@
 //! The `Inference` service: coordinators' legs in, tokens out. A thin adapter between streams and the engine.
 //!
 //! Each stream has an [`outbox::Outbox`], a task that reads dispatches and cancels, and the response stream that empties
-//! the outbox. Whichever ends first ends the other, and then every leg of the stream is cancelled.
+//! the outbox (`responses`). Whichever ends first ends the other, and then every leg of the stream is cancelled.
 
 use std::{
-    collections::HashMap,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -12,13 +11,12 @@ use std::{
     time::{Duration, Instant},
 };
 
+use baton_kvtransfer::FirstTokens;
 use baton_process::tls;
 use baton_proto::{CoordinatorId, LegId, v1};
-use futures::{Stream, StreamExt, stream};
-use parking_lot::Mutex;
 use tokio::sync::{mpsc, watch};
 use tokio_util::{
-    sync::{CancellationToken, DropGuard},
+    sync::CancellationToken,
     task::{TaskTracker, task_tracker::TaskTrackerToken},
 };
 use tonic::{Request, Response, Status, Streaming};
@@ -36,32 +34,16 @@ use crate::{
 
 pub mod dispatch;
 pub mod outbox;
+mod responses;
+pub mod streams;
 
 use dispatch::{InstanceFacts, Leg};
 use outbox::Outbox;
+use responses::{AttachStream, Responses, load_interval};
+use streams::{MAX_STREAMS, Streams};
 
-/// Streams at a time; more are refused.
-const MAX_STREAMS: usize = 256;
 /// How long a new stream may take to say hello.
 const HELLO_WITHIN: Duration = Duration::from_secs(5);
-/// How often coordinators are told the load.
-const LOAD_INTERVAL: Duration = Duration::from_millis(500);
-
-/// The open streams; the engine delivers through it.
-#[derive(Debug, Default)]
-pub struct Streams {
-    open: Mutex<HashMap<StreamId, Arc<Outbox>>>,
-}
-
-impl Streams {
-    /// Takes a step's updates for one stream; those for a stream that is gone are dropped.
-    pub fn deliver(&self, stream: StreamId, updates: Vec<LegUpdate>) {
-        let outbox = self.open.lock().get(&stream).cloned();
-        if let Some(outbox) = outbox {
-            outbox.put(updates);
-        }
-    }
-}
 
 /// What the service works with.
 #[derive(Debug, Clone)]
@@ -95,8 +77,6 @@ impl InferenceService {
     }
 }
 
-type AttachStream = std::pin::Pin<Box<dyn Stream<Item = Result<v1::AttachResponse, Status>> + Send>>;
-
 #[tonic::async_trait]
 impl v1::inference_server::Inference for InferenceService {
     type AttachStream = AttachStream;
@@ -107,95 +87,41 @@ impl v1::inference_server::Inference for InferenceService {
     ) -> Result<Response<AttachStream>, Status> {
         let peer = tls::Peer::of(&request);
         let mut requests = request.into_inner();
-        let coordinator = hello(&mut requests).await?;
+        let (coordinator, interval) = hello(&mut requests).await?;
         peer.speaks_as(coordinator.as_str())?;
         let stream = StreamId(self.fresh(1));
-        let outbox = Arc::new(Outbox::default());
-        {
-            let mut open = self.parts.streams.open.lock();
-            if open.len() >= MAX_STREAMS {
-                return Err(Status::resource_exhausted(format!(
-                    "{MAX_STREAMS} coordinators are attached already"
-                )));
-            }
-            open.insert(stream, outbox.clone());
-        }
+        let Some(outbox) = self.parts.streams.open(stream) else {
+            return Err(Status::resource_exhausted(format!(
+                "{MAX_STREAMS} coordinators are attached already"
+            )));
+        };
         tracing::info!(%coordinator, "coordinator attached");
         let ended = self.parts.shutdown.child_token();
         let reader = Reader { service: self.clone(), stream, outbox: outbox.clone(), ended: ended.clone() };
         self.parts.tasks.spawn(reader.run(requests, coordinator));
-        Ok(Response::new(self.responses(outbox, ended)))
-    }
-}
-
-async fn hello(requests: &mut Streaming<v1::AttachRequest>) -> Result<CoordinatorId, Status> {
-    let first = tokio::time::timeout(HELLO_WITHIN, requests.message()).await;
-    let first = first.map_err(|_| Status::deadline_exceeded("no hello came"))??;
-    match first.and_then(|request| request.frame) {
-        Some(v1::attach_request::Frame::Hello(hello)) => CoordinatorId::new(hello.coordinator_id)
-            .map_err(|error| Status::invalid_argument(error.to_string())),
-        _ => Err(Status::invalid_argument("the first frame must be a hello")),
-    }
-}
-
-/// Everything the response stream needs from one frame to the next.
-struct Responses {
-    outbox: Arc<Outbox>,
-    role: watch::Receiver<RoleView>,
-    load: watch::Receiver<Load>,
-    ticks: tokio::time::Interval,
-    ended: CancellationToken,
-    _ends_the_reader: DropGuard,
-}
-
-impl InferenceService {
-    fn responses(&self, outbox: Arc<Outbox>, ended: CancellationToken) -> AttachStream {
         let mut role = self.parts.role.clone();
         let welcome = v1::attach_response::Welcome {
             instance_id: self.parts.facts.instance_id.to_string(),
             incarnation: self.parts.facts.incarnation.0,
             role: Some(role.borrow_and_update().to_wire()),
         };
-        let mut ticks = tokio::time::interval(LOAD_INTERVAL);
-        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let responses = Responses {
-            outbox,
-            role,
-            load: self.parts.load.clone(),
-            ticks,
-            _ends_the_reader: ended.clone().drop_guard(),
-            ended,
-        };
-        let rest = stream::unfold(responses, |mut responses| async {
-            let frame = responses.next().await?;
-            Some((frame, responses))
-        });
-        let first = stream::iter([v1::attach_response::Frame::Welcome(welcome)]);
-        first.chain(rest).map(|frame| Ok(v1::AttachResponse { frame: Some(frame) })).boxed()
+        let responses = Responses::new(outbox, role, self.parts.load.clone(), interval, ended);
+        Ok(Response::new(responses.after(welcome)))
     }
 }
 
-impl Responses {
-    async fn next(&mut self) -> Option<v1::attach_response::Frame> {
-        use v1::attach_response::Frame;
-        tokio::select! {
-            biased;
-            () = self.ended.cancelled() => {
-                // The instance may be stopping, and these the last ends of its legs.
-                let rest = self.outbox.take_now();
-                (!rest.is_empty()).then(|| step(rest))
-            }
-            Ok(()) = self.role.changed() => Some(Frame::Role(self.role.borrow_and_update().to_wire())),
-            // Before the outbox: it is seldom due, and under load the outbox is never empty.
-            _ = self.ticks.tick() => Some(Frame::Load(self.load.borrow().to_wire())),
-            updates = self.outbox.take() => Some(step(updates)),
+/// Who attaches, and how often it is told the load.
+async fn hello(requests: &mut Streaming<v1::AttachRequest>) -> Result<(CoordinatorId, Duration), Status> {
+    let first = tokio::time::timeout(HELLO_WITHIN, requests.message()).await;
+    let first = first.map_err(|_| Status::deadline_exceeded("no hello came"))??;
+    match first.and_then(|request| request.frame) {
+        Some(v1::attach_request::Frame::Hello(hello)) => {
+            let id = CoordinatorId::new(hello.coordinator_id)
+                .map_err(|error| Status::invalid_argument(error.to_string()))?;
+            Ok((id, load_interval(hello.load_interval_millis)))
         }
+        _ => Err(Status::invalid_argument("the first frame must be a hello")),
     }
-}
-
-fn step(updates: Vec<LegUpdate>) -> v1::attach_response::Frame {
-    let legs = updates.into_iter().map(v1::LegOutput::from).collect();
-    v1::attach_response::Frame::Step(v1::StepOutput { legs })
 }
 
 /// Why a coordinator's stream is over; for the log.
@@ -247,7 +173,7 @@ impl Reader {
         };
         tracing::info!(%coordinator, %reason, "coordinator detached");
         self.ended.cancel();
-        self.service.parts.streams.open.lock().remove(&self.stream);
+        self.service.parts.streams.close(self.stream);
         // A closed queue means that the engine is gone, and its sequences with it.
         let _ = self.service.parts.engine.send(Command::CancelStream(self.stream)).await;
     }
@@ -257,9 +183,8 @@ impl Reader {
         match request.frame {
             Some(v1::attach_request::Frame::Dispatch(dispatch)) => self.dispatch(dispatch).await,
             Some(v1::attach_request::Frame::Cancel(cancel)) => {
-                if let Some((leg, choices)) = self.outbox.sequence(LegId(cancel.leg)) {
+                if let Some((leg, choices)) = self.outbox.choices(LegId(cancel.leg), cancel.choice) {
                     tracing::debug!(leg = cancel.leg, choice = ?cancel.choice, reason = cancel.reason, "cancelled");
-                    let choices = cancel.choice.map_or(0..choices, |choice| choice..choice.saturating_add(1));
                     let damaged = cancel.damaged;
                     self.command(Command::Cancel { leg, choices, damaged }).await?;
                 }
@@ -274,13 +199,15 @@ impl Reader {
     async fn dispatch(&self, dispatch: v1::Dispatch) -> Result<(), Detached> {
         let parts = &self.service.parts;
         let leg = LegId(dispatch.leg);
+        let asked = dispatch.sampling.as_ref().map_or(1, |sampling| sampling.choices);
+        let asked = asked.clamp(1, FirstTokens::MOST as u32);
         // Before the role is read: a role switch waits for every permit that was taken before it began.
         let permit = parts.permits.take();
         let checked = Leg::try_from(dispatch).and_then(|leg| {
             let role = *parts.role.borrow();
             leg.check(&parts.facts, role).map(|()| leg)
         });
-        let choices = checked.as_ref().map_or(1, |leg| leg.choices);
+        let choices = checked.as_ref().map_or(asked, |leg| leg.choices);
         let id = SequenceId(self.service.fresh(choices));
         if !self.outbox.open(leg, id, choices) {
             return Err(Detached::LegTwice(leg));
@@ -292,9 +219,12 @@ impl Reader {
             }
             Err(error) => {
                 tracing::debug!(%leg, code = error.code.name(), %error, "leg refused");
-                let end = Some(LegEnd::Failed(error));
-                let (tokens, logprobs) = (Vec::new(), Vec::new());
-                self.outbox.put([LegUpdate { leg, choice: 0, first_position: 0, tokens, logprobs, end }]);
+                // Whoever asked for several choices waits for the end of each.
+                for choice in 0..choices {
+                    let end = Some(LegEnd::Failed(error.clone()));
+                    let (tokens, logprobs) = (Vec::new(), Vec::new());
+                    self.outbox.put(LegUpdate { leg, choice, first_position: 0, tokens, logprobs, end });
+                }
                 Ok(())
             }
         }
@@ -318,6 +248,7 @@ impl Reader {
             stop: leg.stop,
             top_logprobs: leg.top_logprobs,
             priority: leg.priority,
+            wanted: Instant::now() + leg.first_token_within,
             deadline: leg.timeout.and_then(|timeout| Instant::now().checked_add(timeout)),
             work: leg.work,
             permit: Some(permit),
@@ -367,6 +298,10 @@ impl From<TokenLogprobs> for v1::TokenLogprobs {
     }
 }
 
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
 impl Load {
     pub fn to_wire(&self) -> v1::InstanceLoad {
         let occupancy = &self.occupancy;
@@ -374,10 +309,11 @@ impl Load {
             running_sequences: occupancy.running,
             waiting_sequences: occupancy.waiting,
             queued_prefill_tokens: occupancy.queued_prefill_tokens,
+            queued_prefill_pairs: occupancy.queued_prefill_pairs,
             kv_blocks_total: occupancy.blocks_total,
             kv_blocks_free: occupancy.blocks_free,
             prefill_tokens_per_second: self.prefill_tokens_per_second as u64,
-            decode_step_micros: u64::try_from(self.decode_step.as_micros()).unwrap_or(u64::MAX),
+            decode_step_micros: micros(self.decode_step),
             outgoing_transfers: occupancy.sending,
             incoming_transfers: occupancy.receiving,
             prefilled_requests: self.done.prompts,
@@ -396,6 +332,15 @@ impl Load {
             accepted_requests: occupancy.counts.accepted.requests,
             accepted_prompt_tokens: occupancy.counts.accepted.prompt_tokens,
             accepted_choices: occupancy.counts.accepted.choices,
+            // Said by who knows the stream.
+            seen_leg: None,
+            prefill_micros: micros(self.done.timed.prefill),
+            timed_prefill_tokens: self.done.timed.prefill_tokens,
+            timed_prefill_pairs: self.done.timed.prefill_pairs,
+            decode_micros: micros(self.done.timed.decode),
+            timed_decode_steps: self.done.timed.decode_steps,
+            decode_sequences: self.done.timed.decode_sequences,
+            decode_context_tokens: self.done.timed.context_tokens,
         }
     }
 }

@@ -12,10 +12,13 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 use v1::kv_events::Events;
 
-use crate::engine::cache_events::{CacheEvent, CacheEvents, Reader};
+use crate::{
+    engine::cache_events::{CacheEvent, CacheEvents, Reader},
+    inference::streams::MAX_STREAMS,
+};
 
-/// Readers at a time; more are refused.
-const MAX_READERS: usize = 64;
+/// Readers at a time; more are refused. Whoever may dispatch may know what is cached.
+const MAX_READERS: usize = MAX_STREAMS;
 /// Hashes in one part of a snapshot: 18 bytes each on the wire, well below the 4 MiB that gRPC clients take.
 const PART: usize = 32 << 10;
 

@@ -99,7 +99,7 @@ impl EngineMetrics {
         registry.register("kv_blocks_capacity", "KV blocks in all", m.blocks_capacity.clone());
         registry.register("kv_blocks_free", "KV blocks that nobody holds", m.blocks_free.clone());
         registry.register("kv_blocks_used", "KV blocks that sequences hold", m.blocks_used.clone());
-        let help = "Prompt tokens accepted and not yet computed";
+        let help = "Prompt tokens accepted and still to be computed, those that the cache has not among them";
         registry.register("queued_prefill_tokens", help, m.queued_prefill_tokens.clone());
         registry.register("prefill_tokens", "Prompt tokens computed", m.prefill_tokens.clone());
         registry.register("decode_tokens", "Generated tokens computed", m.decode_tokens.clone());

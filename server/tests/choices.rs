@@ -2,8 +2,8 @@
 
 mod support;
 
-use baton_proto::v1;
-use baton_server::role::Role;
+use baton_proto::{ErrorCode, v1};
+use baton_server::{engine::load::Load, role::Role};
 use support::{Attached, Instance, Pair, Request, Shape, apart, model, whole};
 use v1::FinishReason;
 
@@ -168,4 +168,44 @@ async fn log_probabilities_are_the_models_own_on_both_sides_of_a_handoff() {
         }
     }
     pair.until_idle().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leg_that_is_refused_is_ended_for_each_of_its_choices() {
+    let mut mixed = Instance::start("m", Role::Mixed, Shape::default()).await;
+    let mut coordinator = Attached::to(&mixed).await;
+    let mut request = Request::greedy(9, 5);
+    (request.sampling.choices, request.sampling.top_p) = (3, -1.0);
+    coordinator.dispatch(1, &request, whole()).await;
+    for choice in 0..3 {
+        let heard = coordinator.until_of_choice(1, choice, |heard| heard.end.is_some()).await;
+        assert_eq!(heard.failed(), ErrorCode::InvalidArgument, "choice {choice}");
+    }
+    mixed.until_idle().await;
+}
+
+/// The sequences of a leg's choices are numbered on from its own, and so are those of whoever comes next.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_choice_that_a_leg_has_not_is_cancelled_of_nobody_else() {
+    let mut mixed = Instance::start("m", Role::Mixed, Shape::default()).await;
+    let (mut one, mut other) = (Attached::to(&mixed).await, Attached::to(&mixed).await);
+    let (long, choices) = (Request::greedy(9, 400), of(2, Request::sampled(200, 30, 5)));
+    one.dispatch(1, &long, whole()).await;
+    one.until_tokens(1, 1).await;
+    // Until its prompt is computed, in seven steps, one sequence stands for both choices.
+    mixed.faults.batch_micros.store(20_000, std::sync::atomic::Ordering::Relaxed);
+    other.dispatch(1, &choices, whole()).await;
+    let mut load = mixed.load.clone();
+    let all = |load: &Load| load.occupancy.running + load.occupancy.waiting == 3;
+    load.wait_for(all).await.expect("the engine runs");
+    for choice in [1, 2, 3, u32::MAX] {
+        one.cancel_choice(1, choice).await;
+    }
+    one.cancel_choice(1, 0).await;
+    assert_eq!(one.until_end(1).await.finished(), FinishReason::Cancelled);
+    for (choice, expected) in (0..).zip(expected(&choices)) {
+        let heard = other.until_of_choice(1, choice, |heard| heard.end.is_some()).await;
+        assert_eq!((heard.finished(), heard.tokens), (FinishReason::Length, expected), "choice {choice}");
+    }
+    mixed.until_idle().await;
 }

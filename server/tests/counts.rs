@@ -3,7 +3,7 @@
 
 mod support;
 
-use std::sync::atomic::Ordering;
+use std::{sync::atomic::Ordering, time::Duration};
 
 use baton_proto::{ErrorCode, v1};
 use baton_server::{
@@ -135,4 +135,42 @@ async fn work_is_shown_before_a_step_and_progress_with_every_layer_of_it() {
     mixed.until_idle().await;
     let steps = 2;
     assert_eq!(done(&mixed).progress, steps * u64::from(support::model::LAYERS + 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn steps_of_one_kind_are_timed_and_mixed_or_failed_ones_are_not() {
+    let mut mixed = Instance::start("m", Role::Mixed, Shape::default()).await;
+    let mut coordinator = Attached::to(&mixed).await;
+    mixed.faults.batch_micros.store(5_000, Ordering::Relaxed);
+    coordinator.dispatch(1, &Request::greedy(9, 5), whole()).await;
+    coordinator.until_end(1).await.finished();
+    mixed.until_idle().await;
+    let timed = done(&mixed).timed;
+    // One step for the prompt, then one for each token but the first, which the prompt's step brings.
+    assert_eq!((timed.prefill_tokens, timed.decode_steps, timed.decode_sequences), (9, 4, 4));
+    assert_eq!(timed.context_tokens, 10 + 11 + 12 + 13);
+    assert!(
+        timed.prefill >= Duration::from_millis(5) && timed.decode >= Duration::from_millis(20),
+        "{timed:?}"
+    );
+
+    mixed.faults.error.store(true, Ordering::Relaxed);
+    coordinator.dispatch(2, &Request::greedy(11, 5), whole()).await;
+    coordinator.until_end(2).await.failed();
+    mixed.until_idle().await;
+    assert_eq!(done(&mixed).timed, timed, "a step that failed is timed");
+
+    // The second prompt is computed in a step that decodes the first, whenever it comes.
+    coordinator.dispatch(3, &Request::greedy(13, 40), whole()).await;
+    coordinator.until_tokens(3, 1).await;
+    coordinator.dispatch(4, &Request::greedy(15, 3), whole()).await;
+    coordinator.until_end(4).await.finished();
+    coordinator.until_end(3).await.finished();
+    mixed.until_idle().await;
+    let after = done(&mixed);
+    assert_eq!(after.timed.prefill_tokens, timed.prefill_tokens + 13);
+    assert_eq!(after.prefill_tokens - 11, after.timed.prefill_tokens + 15);
+    assert_eq!(after.timed.decode_steps + 1, after.decode_steps, "the one step that did both is not timed");
+    // 39 steps of the first, two of which decode the second too; one is not timed.
+    assert_eq!(after.timed.decode_sequences - timed.decode_sequences, 39 + 2 - 1);
 }

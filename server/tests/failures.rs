@@ -8,8 +8,13 @@ use std::{fs, path::Path, sync::Arc, sync::atomic::Ordering};
 use baton_checkpoint::Checkpoint;
 use baton_proto::{ErrorCode, v1};
 use baton_runtime::{Executor, LoadOptions};
-use baton_server::{config::HandoffConfig, engine::scheduler::Limits, role::Role};
+use baton_server::{
+    config::HandoffConfig,
+    engine::{scheduler::Limits, sequence::SequenceId, thread::Command},
+    role::Role,
+};
 use support::{Attached, Instance, PATIENCE, Pair, Request, Shape, whole};
+use tokio::sync::mpsc::Sender;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_model_that_fails_ends_what_it_computed() {
@@ -50,6 +55,23 @@ async fn a_model_that_only_fails_ends_the_engine() {
     let mut load = mixed.load.clone();
     let ended = tokio::time::timeout(PATIENCE, load.wait_for(|_| false)).await.expect("the engine ends");
     assert!(ended.is_err());
+}
+
+/// Each costs the engine more time than it takes to send, so that some always wait.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_flood_of_commands_keeps_nobody_from_being_computed() {
+    let mut mixed = Instance::start("m", Role::Mixed, Shape::default()).await;
+    let mut coordinator = Attached::to(&mixed).await;
+    let flood = |engine: Sender<Command>| {
+        let cancel = || Command::Cancel { leg: SequenceId(1 << 40), choices: 0..100, damaged: false };
+        async move { while engine.send(cancel()).await.is_ok() {} }
+    };
+    let floods = [tokio::spawn(flood(mixed.engine.clone())), tokio::spawn(flood(mixed.engine.clone()))];
+    let request = Request::greedy(9, 12);
+    coordinator.dispatch(1, &request, whole()).await;
+    assert_eq!(coordinator.until_end(1).await.tokens, request.expected());
+    floods.iter().for_each(tokio::task::JoinHandle::abort);
+    mixed.until_idle().await;
 }
 
 /// Untied embeddings, so that one token's row is read for that token alone.

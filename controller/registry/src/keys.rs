@@ -1,6 +1,6 @@
 //! The key layout. Everything of Baton lies under `/baton/v1/`; a change of layout is a new version beside it.
 
-use baton_proto::{GroupName, InstanceId};
+use baton_proto::{ApiKeyName, GroupName, InstanceId};
 
 /// Before every key.
 pub const ROOT: &str = "/baton/v1/";
@@ -20,6 +20,8 @@ pub const HEALTH: &str = "/baton/v1/health/";
 pub const INTENTS: &str = "/baton/v1/config/instances/";
 /// By what operators want groups divided: [`baton_proto::Targets`].
 pub const TARGETS: &str = "/baton/v1/config/groups/";
+/// Who may send requests to the coordinators: a [`baton_proto::ApiKey`] each.
+pub const API_KEYS: &str = "/baton/v1/config/api-keys/";
 
 pub fn instance(id: &InstanceId) -> String {
     format!("{INSTANCES}{id}")
@@ -45,6 +47,10 @@ pub fn targets(group: &GroupName) -> String {
     format!("{TARGETS}{group}")
 }
 
+pub fn api_key(name: &ApiKeyName) -> String {
+    format!("{API_KEYS}{name}")
+}
+
 /// A key taken apart.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Key {
@@ -55,6 +61,7 @@ pub enum Key {
     Health(InstanceId),
     Intent(InstanceId),
     Targets(GroupName),
+    ApiKey(ApiKeyName),
     /// Under the root, but of a kind this build does not know: to be ignored.
     Other,
 }
@@ -74,6 +81,9 @@ impl Key {
         }
         if let Some(group) = key.strip_prefix(TARGETS) {
             return GroupName::new(group).map_or(Self::Other, Self::Targets);
+        }
+        if let Some(name) = key.strip_prefix(API_KEYS) {
+            return ApiKeyName::new(name).map_or(Self::Other, Self::ApiKey);
         }
         KINDS
             .iter()
@@ -96,6 +106,8 @@ mod tests {
         assert_eq!(Key::parse(&intent(&id)), Key::Intent(id));
         let group = GroupName::default();
         assert_eq!(Key::parse(&targets(&group)), Key::Targets(group));
+        let name = ApiKeyName::new("alice-1").expect("a good name");
+        assert_eq!(Key::parse(&api_key(&name)), Key::ApiKey(name));
         assert_eq!(Key::parse(LEADER), Key::Leader);
         for other in ["/baton/v1/instances/", "/baton/v1/roles/a/b", "/baton/v1/config/x", "/other"] {
             assert_eq!(Key::parse(other), Key::Other, "{other}");

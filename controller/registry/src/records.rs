@@ -6,7 +6,8 @@
 use std::time::Duration;
 
 use baton_proto::{
-    GroupName, Incarnation, InstanceSpec, Intent, LeaderEpoch, Phase, Role, RoleEpoch, Targets, WireError, v1,
+    ApiKey, GroupName, Incarnation, InstanceSpec, Intent, LeaderEpoch, Phase, Role, RoleEpoch, Targets,
+    WireError, v1,
 };
 use bytes::Bytes;
 use prost::Message;
@@ -109,6 +110,15 @@ pub fn encode_targets(targets: &Targets) -> Bytes {
 
 pub fn decode_targets(value: &[u8]) -> Result<Targets, RecordError> {
     Ok(decode::<v1::Targets>(value)?.try_into()?)
+}
+
+/// As it lies under `config/api-keys/`.
+pub fn encode_api_key(key: &ApiKey) -> Bytes {
+    v1::ApiKey::from(key.clone()).encode_to_vec().into()
+}
+
+pub fn decode_api_key(value: &[u8]) -> Result<ApiKey, RecordError> {
+    Ok(decode::<v1::ApiKey>(value)?.try_into()?)
 }
 
 impl DesiredRole {

@@ -1,5 +1,6 @@
 //! The controller as a whole: real gRPC over loopback, its embedded store and a real etcd, scripted servers.
 
+mod api_keys;
 mod cluster;
 mod coordinators;
 mod operators;

@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use baton_proto::{ApiError, ErrorCode, RequestId, v1};
+use baton_schedule::{Seat, chains::Chains};
 use tokio::time::Instant;
 use v1::dispatch::Work;
 
-use crate::{prepare::Sampling, schedule::Seat};
+use crate::prepare::Sampling;
 
 /// What a request is, as far as instances are told.
 #[derive(Debug, Clone)]
@@ -15,11 +16,15 @@ pub struct Assignment {
     /// W3C trace context; empty = none.
     pub traceparent: String,
     pub prompt: Arc<[u32]>,
+    /// What the prompt's KV blocks are called.
+    pub chains: Arc<Chains>,
     /// Tokens of the completion that an earlier attempt brought; none of several choices.
     pub generated: Arc<[u32]>,
     pub sampling: Sampling,
     /// Lower is served first and preempted last.
     pub priority: i32,
+    /// When the first token is wanted.
+    pub wanted: Instant,
     pub deadline: Instant,
 }
 
@@ -31,7 +36,9 @@ pub fn deadline_passed() -> ApiError {
 
 /// A leg of it for one instance, as it goes over the wire.
 pub(super) fn dispatch(seat: &Seat, assignment: &Assignment, work: Work) -> v1::Dispatch {
-    let left = assignment.deadline.saturating_duration_since(Instant::now());
+    let now = Instant::now();
+    let millis =
+        |until: Instant| u64::try_from(until.saturating_duration_since(now).as_millis()).unwrap_or(u64::MAX);
     v1::Dispatch {
         leg: 0, // the link's to choose
         request_id: assignment.request.to_string(),
@@ -42,8 +49,9 @@ pub(super) fn dispatch(seat: &Seat, assignment: &Assignment, work: Work) -> v1::
         prompt_tokens: assignment.prompt.to_vec(),
         generated_tokens: assignment.generated.to_vec(),
         sampling: Some((&assignment.sampling).into()),
-        timeout_millis: u64::try_from(left.as_millis()).unwrap_or(u64::MAX).max(1),
+        timeout_millis: millis(assignment.deadline).max(1),
         work: Some(work),
         priority: assignment.priority,
+        first_token_within_millis: millis(assignment.wanted),
     }
 }

@@ -13,23 +13,24 @@ use std::{
 };
 
 use baton_proto::{ApiError, ErrorCode, InstanceId, TransferId, v1};
+use baton_schedule::{
+    Placement, Seat, Side,
+    board::{Booking, Credit},
+};
 use tokio::time::{Instant, Sleep, sleep_until};
 use v1::dispatch::Work;
 
 use super::{
     assignment::{Assignment, deadline_passed, dispatch},
+    guard::LegGuard,
     leg::Output,
-    link::LegGuard,
+    link::not_there,
     machine::{Command, Completed, Fresh, Machine},
     mailbox::Mailbox,
 };
 use crate::{
     fleet::keeper::Links,
     handoffs::{Handoff, Handoffs, is_of_the_link},
-    schedule::{
-        Placement, Seat, Side,
-        board::{Booking, Credit},
-    },
 };
 
 /// How long the end of an answer waits for prefill to say how much of the prompt was cached.
@@ -74,6 +75,16 @@ impl Progress {
     }
 }
 
+/// A request that an instance could not be asked. Nobody works at it: nothing has been sent, or what has is cancelled.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{error}")]
+pub struct NotSent {
+    /// Whose stream does not stand, or has no room.
+    pub instance: InstanceId,
+    /// As a client is told if nobody else is found.
+    pub error: ApiError,
+}
+
 /// A wait that the machine asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Wait {
@@ -104,6 +115,9 @@ pub struct Generation {
     news: VecDeque<Progress>,
     /// The leg whose fault it was that it failed.
     failed: Option<Side>,
+    /// Legs that have brought a token, and how many of them have been told.
+    served: Vec<Side>,
+    served_told: usize,
     deadline: Pin<Box<Sleep>>,
     why_cancelled: &'static str,
 }
@@ -115,17 +129,19 @@ impl Generation {
         handoffs: &Arc<Handoffs>,
         booking: Booking,
         assignment: Assignment,
-    ) -> Result<Self, ApiError> {
+    ) -> Result<Self, NotSent> {
+        let Booking { placement, mut credit, .. } = booking;
         let sampling = &assignment.sampling;
         let mailbox = Arc::new(Mailbox::new(sampling.choices));
         let (mut legs, mut handoff) = (Legs::default(), None);
-        let send = |side: Side, seat: &Seat, work: Work| {
-            let link = links.get(&seat.instance).ok_or_else(|| {
-                ApiError::new(ErrorCode::InstanceLost, format!("instance {} has just left", seat.instance))
-            })?;
-            link.dispatch(side, &mailbox, dispatch(seat, &assignment, work))
+        let mut send = |side: Side, seat: &Seat, work: Work| {
+            let sent = match links.get(&seat.instance) {
+                Some(link) => link.dispatch(side, &mailbox, &mut credit, dispatch(seat, &assignment, work)),
+                None => Err(not_there(&seat.instance)),
+            };
+            sent.map_err(|error| NotSent { instance: seat.instance.clone(), error })
         };
-        let machine: fn(u32) -> Machine = match &booking.placement {
+        let machine: fn(u32) -> Machine = match &placement {
             Placement::Alone(seat) => {
                 legs.whole = Some(send(Side::Whole, seat, Work::Whole(v1::dispatch::Whole {}))?);
                 Machine::whole
@@ -165,12 +181,14 @@ impl Generation {
         Ok(Self {
             choices: (0..sampling.choices).map(choice).collect(),
             legs,
-            credit: booking.credit,
+            credit,
             handoff,
             mailbox,
             inbox: VecDeque::new(),
             news: VecDeque::new(),
             failed: None,
+            served: Vec::new(),
+            served_told: 0,
             deadline: Box::pin(sleep_until(assignment.deadline)),
             why_cancelled: "other_leg_ended",
         })
@@ -199,6 +217,12 @@ impl Generation {
     /// Who made it fail, if that is known.
     pub fn culprit(&self) -> Option<&InstanceId> {
         self.failed.map(|side| self.credit.instance(side))
+    }
+
+    /// Who has brought a first token since the last call.
+    pub fn take_served(&mut self) -> impl Iterator<Item = &InstanceId> {
+        let from = std::mem::replace(&mut self.served_told, self.served.len());
+        self.served[from..].iter().map(|side| self.credit.instance(*side))
     }
 
     /// Ends what is left of it: the request goes on elsewhere.
@@ -232,7 +256,14 @@ impl Generation {
                 && output.generates()
                 && let Some(handoff) = self.handoff.take()
             {
-                handoff.done(self.mailbox.handoff_time());
+                let took = self.mailbox.handoff_time();
+                handoff.done(took);
+                if took.is_some() {
+                    self.credit.handed_over(took);
+                }
+            }
+            if output.generates() && !self.served.contains(&side) {
+                self.served.push(side);
             }
             let Some(of) = self.choices.get_mut(choice as usize) else { continue };
             let before = of.machine.tokens().len();
@@ -241,20 +272,44 @@ impl Generation {
             if grown {
                 self.credit.prefilled();
             }
-            let guard = self.legs.of(side).as_mut();
-            if leg_ended && guard.is_some_and(|guard| guard.ended(choice)) && side == Side::Prefill {
-                self.credit.handed_off();
+            if leg_ended && let Some(guard) = self.legs.of(side) {
+                guard.ended(choice);
+                if side == Side::Prefill {
+                    self.credit.handed_off();
+                }
             }
             match self.perform(choice, commands) {
                 Some(end) => {
-                    if let Err(error) = &end {
-                        let failed = self.failed_by(side, error);
-                        self.failed.get_or_insert(failed);
+                    match &end {
+                        Ok(_) => {
+                            self.credit.answered(self.choices[choice as usize].machine.tokens().len() as u32)
+                        }
+                        Err(error) => {
+                            let failed = self.failed_by(side, error);
+                            self.failed.get_or_insert(failed);
+                        }
                     }
                     self.news.push_back(Progress::of(choice, end));
                 }
                 None if grown => self.news.push_back(Progress::Choice { choice, end: None }),
                 None => {}
+            }
+        }
+        if let Some(side) = self.mailbox.flooded() {
+            self.fail_flooded(side);
+        }
+    }
+
+    /// Something that an instance sent was not taken. Its leg has not ended, and is told to like every other.
+    fn fail_flooded(&mut self, side: Side) {
+        let flood = format!("the {} instance floods the request with disordered output", side.name());
+        self.why_cancelled = "flood";
+        for choice in 0..self.choices.len() as u32 {
+            let error = ApiError::new(ErrorCode::Internal, flood.clone());
+            let commands = self.choices[choice as usize].machine.abort(error);
+            if let Some(end) = self.perform(choice, commands) {
+                self.failed.get_or_insert(side);
+                self.news.push_back(Progress::of(choice, end));
             }
         }
     }
@@ -319,6 +374,7 @@ impl Generation {
             let first_token = self.choices.iter().any(|choice| choice.machine.has_begun());
             if let Some(handoff) = self.handoff.take_if(|_| is_of_the_link(error, first_token)) {
                 handoff.failed();
+                self.credit.handed_over(None);
             }
         }
         ended
@@ -333,85 +389,4 @@ impl Generation {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::{
-        dispatch::LegEnd,
-        fleet::{
-            Role,
-            tests::{ready, spec},
-        },
-        schedule::board::Board,
-    };
-
-    /// A request on a pair, as if its legs had been dispatched.
-    fn generation(deadline: Duration, handoffs: &Arc<Handoffs>) -> Generation {
-        let board = Board::new(Duration::from_secs(1));
-        let (d, p) = (spec("d"), spec("p"));
-        board.list(&[d.clone(), p.clone()], Instant::now());
-        board.up(&d.id, d.incarnation, ready(Role::Decode));
-        board.up(&p.id, p.incarnation, ready(Role::Prefill));
-        let booking = board.place(10, (10, 1), "r1", None).expect("a place");
-        Generation {
-            choices: vec![Choice { machine: Machine::apart(10), wait: None }],
-            legs: Legs::default(),
-            credit: booking.credit,
-            handoff: Some(Handoff::new(handoffs, &p.id, &d.id)),
-            mailbox: Arc::new(Mailbox::new(1)),
-            inbox: VecDeque::new(),
-            news: VecDeque::new(),
-            failed: None,
-            deadline: Box::pin(sleep_until(Instant::now() + deadline)),
-            why_cancelled: "other_leg_ended",
-        }
-    }
-
-    async fn next(generation: &mut Generation) -> Progress {
-        std::future::poll_fn(|context| generation.poll(context)).await
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_decode_that_says_nothing_after_prefill_was_lost_is_waited_for_in_measure() {
-        let lost = ApiError::new(ErrorCode::InstanceLost, "cannot reach the peer's handoff service");
-        let first = Output { choice: 0, first_position: 0, tokens: vec![7], logprobs: vec![], end: None };
-        let failed = || Output::failed(lost.clone());
-
-        let handoffs = Arc::default();
-        let counted = || {
-            let used = Handoffs::used_since(&handoffs, Instant::now() - Duration::from_secs(60));
-            used.iter().map(|link| (link.handoffs, link.failures)).collect::<Vec<_>>()
-        };
-        let mut silent = generation(Duration::from_secs(600), &handoffs);
-        silent.mailbox.deliver(Side::Prefill, first.clone());
-        assert_eq!(next(&mut silent).await, Progress::Choice { choice: 0, end: None });
-        let began = Instant::now();
-        silent.mailbox.deliver(Side::Prefill, failed());
-        assert_eq!(next(&mut silent).await, Progress::Failed(lost.clone()));
-        assert_eq!(began.elapsed().as_secs(), DECODE_PATIENCE.as_secs());
-
-        assert_eq!(counted(), [(0, 1)], "it never got there");
-
-        let mut speaks = generation(Duration::from_secs(600), &handoffs);
-        speaks.mailbox.deliver(Side::Prefill, first);
-        speaks.mailbox.deliver(Side::Prefill, failed());
-        assert_eq!(next(&mut speaks).await, Progress::Choice { choice: 0, end: None });
-        speaks.mailbox.deliver(
-            Side::Decode,
-            Output { choice: 0, first_position: 1, tokens: vec![8], logprobs: vec![], end: None },
-        );
-        assert_eq!(next(&mut speaks).await, Progress::Choice { choice: 0, end: None });
-        let later = DECODE_PATIENCE * 2;
-        assert!(tokio::time::timeout(later, next(&mut speaks)).await.is_err(), "it goes on");
-        let reason = super::super::StopReason::Stop;
-        let last = LegEnd::Complete { reason, cached_tokens: 0 };
-        speaks.mailbox.deliver(
-            Side::Decode,
-            Output { choice: 0, first_position: 2, tokens: vec![9], logprobs: vec![], end: Some(last) },
-        );
-        assert_eq!(
-            next(&mut speaks).await,
-            Progress::Choice { choice: 0, end: Some(Completed { reason, cached_tokens: 0 }) }
-        );
-        assert_eq!(counted(), [(1, 1)]);
-    }
-}
+mod tests;

@@ -5,8 +5,8 @@
 //! handed to the mailboxes of the legs in it, or to the board. When it breaks, every leg on it fails with
 //! `instance_lost`; the instance cancels them on its side.
 //!
-//! The outbound queue holds [`OUTBOUND_FRAMES`]. Overflow policy: a dispatch is refused; a cancel that finds no room cuts
-//! the stream, which cancels everything on it: an instance that reads nothing is as good as lost.
+//! What is to be sent waits in [`super::outbound`]; a dispatch that finds no room there is refused. An instance that reads
+//! nothing of it for [`UNREAD_MOST`] is as good as lost: its stream is cut, which cancels everything on it.
 
 use std::{
     collections::HashMap,
@@ -14,33 +14,53 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use baton_process::{one_line, tls::Dial};
 use baton_proto::{ApiError, CoordinatorId, ErrorCode, Incarnation, InstanceId, LegId, v1};
 use baton_registry::ObservedStatus;
+use baton_schedule::{
+    Side,
+    board::{Board, Credit, LegNews},
+    fleet::Duty,
+};
 use parking_lot::Mutex;
 use tokio::{
-    sync::{mpsc, watch},
-    time::{Instant, sleep, timeout},
+    sync::watch,
+    time::{Instant, interval, sleep, timeout},
 };
-use tokio_stream::wrappers::ReceiverStream;
-use tokio_util::sync::CancellationToken;
-use tonic::{Streaming, transport::Endpoint};
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
+use tonic::{
+    Streaming,
+    transport::{Channel, Endpoint},
+};
 use v1::{attach_request::Frame as Ask, attach_response::Frame as Answer, inference_client::InferenceClient};
 
-use super::{leg::Output, mailbox::Mailbox};
+use super::{
+    guard::{Choices, LegGuard, first_choices, only},
+    leg::Output,
+    mailbox::Mailbox,
+    outbound::Outbound,
+};
 use crate::{
     config::{CHOICES_MOST, FleetConfig},
-    fleet::Duty,
+    fleet::cache::CacheReader,
     metrics::Metrics,
-    schedule::{Side, board::Board},
 };
 
-/// Frames queued towards one instance.
-const OUTBOUND_FRAMES: usize = 1024;
+/// How long an instance may read nothing though something waits: longer than its engine takes for a long step, during
+/// which it may stop reading.
+const UNREAD_MOST: Duration = Duration::from_secs(30);
+/// How often that is looked at.
+const UNREAD_LOOK: Duration = Duration::from_secs(1);
 /// Largest message an instance may send: a step's tokens of all legs.
 const INBOUND_BYTES_MOST: usize = 16 << 20;
+
+/// How often each instance of so many is asked to tell its load: all together ten thousand times a second at most.
+fn load_interval_millis(instances: usize) -> u32 {
+    u32::try_from(instances / 10).unwrap_or(u32::MAX).clamp(50, 1000)
+}
 
 /// Where the instance is now. A change ends any pause before the next attempt to connect.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -48,6 +68,8 @@ pub struct Target {
     /// `host:port` of its Inference service.
     pub endpoint: String,
     pub incarnation: Incarnation,
+    /// Of its model, as the store's list has it: which may be behind what is found there.
+    pub revision: String,
     /// What it last told the controller: an instance that has just become ready is called at once.
     pub status: Option<ObservedStatus>,
 }
@@ -58,30 +80,19 @@ impl Target {
     }
 }
 
-/// A set of choices.
-type Choices = u128;
-
-fn first_choices(count: u32) -> Choices {
-    Choices::MAX >> (CHOICES_MOST - count.clamp(1, CHOICES_MOST))
-}
-
-fn only(choice: u32) -> Choices {
-    if choice < CHOICES_MOST { 1 << choice } else { 0 }
-}
-
 /// A leg waiting for output.
 struct Slot {
     side: Side,
     mailbox: Arc<Mailbox>,
     /// Choices that have not ended.
     open: Choices,
+    /// It has brought a token.
+    begun: bool,
 }
 
-struct Channel {
-    outbound: mpsc::Sender<v1::AttachRequest>,
+struct Standing {
+    outbound: Outbound,
     legs: HashMap<LegId, Slot>,
-    /// Ends the stream.
-    cut: CancellationToken,
 }
 
 /// Handle to the stream of one instance.
@@ -89,7 +100,7 @@ pub struct Link {
     instance: InstanceId,
     next_leg: AtomicU64,
     /// `None` while down.
-    channel: Mutex<Option<Channel>>,
+    channel: Mutex<Option<Standing>>,
     metrics: Arc<Metrics>,
 }
 
@@ -98,32 +109,35 @@ impl Link {
         Arc::new(Self { instance, next_leg: AtomicU64::new(1), channel: Mutex::new(None), metrics })
     }
 
-    /// Sends one leg; its output goes to `mailbox` until the guard is dropped.
+    /// Sends one leg; its output goes to `mailbox` until the guard is dropped. An error: nothing was sent.
     pub fn dispatch(
         self: &Arc<Self>,
         side: Side,
         mailbox: &Arc<Mailbox>,
+        credit: &mut Credit,
         mut dispatch: v1::Dispatch,
     ) -> Result<LegGuard, ApiError> {
         let mut channel = self.channel.lock();
         let Some(up) = channel.as_mut() else {
-            return Err(lost(&self.instance));
+            return Err(not_there(&self.instance));
         };
+        if !up.outbound.has_room() {
+            let message = format!("instance {} takes no requests now; try again in a moment", self.instance);
+            return Err(ApiError::new(ErrorCode::Unavailable, message));
+        }
+        // Under the lock, so that legs leave in the order of their numbers, and are on the ledger before a load counts them.
         let leg = LegId(self.next_leg.fetch_add(1, Ordering::Relaxed));
         dispatch.leg = leg.0;
         let choices = dispatch.sampling.as_ref().map_or(1, |sampling| sampling.choices);
         let open = first_choices(choices);
-        let frame = v1::AttachRequest { frame: Some(Ask::Dispatch(dispatch)) };
-        if up.outbound.try_send(frame).is_err() {
-            let message = format!("instance {} takes no requests now; try again in a moment", self.instance);
-            return Err(ApiError::new(ErrorCode::Unavailable, message));
-        }
-        up.legs.insert(leg, Slot { side, mailbox: mailbox.clone(), open });
-        Ok(LegGuard { link: self.clone(), leg, open })
+        credit.dispatched(side, leg, open.count_ones());
+        up.outbound.push(Ask::Dispatch(dispatch));
+        up.legs.insert(leg, Slot { side, mailbox: mailbox.clone(), open, begun: false });
+        Ok(LegGuard::new(self.clone(), leg, open))
     }
 
     /// Cancels choices of a leg; those that have ended are let be.
-    fn cancel(&self, leg: LegId, choices: Choices, reason: &'static str, damaged: bool) {
+    pub(super) fn cancel(&self, leg: LegId, choices: Choices, reason: &'static str, damaged: bool) {
         let mut channel = self.channel.lock();
         let Some(up) = channel.as_mut() else { return };
         let Some(slot) = up.legs.get_mut(&leg) else { return };
@@ -139,11 +153,13 @@ impl Link {
             up.legs.remove(&leg);
             self.metrics.cancels.get_or_create(&crate::metrics::reason(reason)).inc();
         }
-        let cancel = v1::Cancel { leg: leg.0, reason: reason.into(), choice, damaged };
-        if up.outbound.try_send(v1::AttachRequest { frame: Some(Ask::Cancel(cancel)) }).is_err() {
-            tracing::warn!(instance = %self.instance, "cutting the stream: the instance does not read");
-            up.cut.cancel();
-        }
+        up.outbound.push(Ask::Cancel(v1::Cancel { leg: leg.0, reason: reason.into(), choice, damaged }));
+    }
+
+    /// Whether the instance does not read what it is sent.
+    fn is_deaf(&self) -> bool {
+        let channel = self.channel.lock();
+        channel.as_ref().is_some_and(|up| up.outbound.unread_for(Instant::now()) > UNREAD_MOST)
     }
 
     /// Whether the stream stands.
@@ -151,15 +167,26 @@ impl Link {
         self.channel.lock().is_some()
     }
 
-    fn deliver(&self, step: v1::StepOutput) {
+    /// Hands a step's outputs to their legs. What the ledger is to know of them.
+    fn deliver(&self, step: v1::StepOutput) -> Vec<LegNews> {
+        let mut news = Vec::new();
         let mut channel = self.channel.lock();
-        let Some(up) = channel.as_mut() else { return };
+        let Some(up) = channel.as_mut() else { return news };
         for output in step.legs {
             let leg = LegId(output.leg);
+            let slot = up.legs.get_mut(&leg);
+            // The ledger knows cancelled legs for as long as the instance works on them.
+            if slot.as_ref().is_none_or(|slot| !slot.begun) && !output.tokens.is_empty() {
+                news.push(LegNews::Prefilled(leg));
+            }
+            if output.end.is_some() {
+                news.push(LegNews::ChoiceEnded(leg));
+            }
             // What is not there was cancelled, and the instance had not read that yet.
-            let Some(slot) = up.legs.get_mut(&leg).filter(|slot| slot.open & only(output.choice) != 0) else {
+            let Some(slot) = slot.filter(|slot| slot.open & only(output.choice) != 0) else {
                 continue;
             };
+            slot.begun |= !output.tokens.is_empty();
             if output.end.is_some() {
                 slot.open &= !only(output.choice);
             }
@@ -169,6 +196,7 @@ impl Link {
                 up.legs.remove(&leg);
             }
         }
+        news
     }
 
     /// The stream is gone: every leg on it fails. False: there was none.
@@ -186,60 +214,15 @@ impl Link {
     }
 }
 
+/// Nothing can be sent to an instance: it has just left, or been lost.
+pub(super) fn not_there(instance: &InstanceId) -> ApiError {
+    let message = format!("instance {instance} has just left; try again in a moment");
+    ApiError::new(ErrorCode::Unavailable, message)
+}
+
 fn lost(instance: &InstanceId) -> ApiError {
     let message = format!("the connection to instance {instance} was lost; send the request again");
     ApiError::new(ErrorCode::InstanceLost, message)
-}
-
-/// One leg on one stream. Dropped before all of its choices have ended, it cancels the rest at once.
-pub struct LegGuard {
-    link: Arc<Link>,
-    leg: LegId,
-    /// Choices that have neither ended nor been cancelled.
-    open: Choices,
-}
-
-impl LegGuard {
-    /// Whether the stream to the instance stands.
-    pub fn is_up(&self) -> bool {
-        self.link.is_up()
-    }
-
-    /// The instance has ended a choice. True: that was the last.
-    pub fn ended(&mut self, choice: u32) -> bool {
-        let before = self.open;
-        self.open &= !only(choice);
-        before != 0 && self.open == 0
-    }
-
-    /// Tells the instance to stop work on a choice, and why (for its log).
-    pub fn cancel(&mut self, choice: u32, reason: &'static str) {
-        if self.open & only(choice) != 0 {
-            self.open &= !only(choice);
-            self.link.cancel(self.leg, only(choice), reason, false);
-        }
-    }
-
-    /// The same, and that what it handed on arrived damaged.
-    pub fn cancel_damaged(&mut self, choice: u32) {
-        if self.open & only(choice) != 0 {
-            self.open &= !only(choice);
-            self.link.cancel(self.leg, only(choice), "kv_damaged", true);
-        }
-    }
-
-    /// Tells the instance to stop work on every choice.
-    pub fn cancel_all(mut self, reason: &'static str) {
-        self.link.cancel(self.leg, std::mem::take(&mut self.open), reason, false);
-    }
-}
-
-impl Drop for LegGuard {
-    fn drop(&mut self) {
-        if self.open != 0 {
-            self.link.cancel(self.leg, self.open, "client_gone", false);
-        }
-    }
 }
 
 /// Why a stream ended or was not opened; for the log only.
@@ -255,8 +238,10 @@ enum BreakReason {
     WrongPeer { expected: InstanceId, got: String },
     #[error("the instance ended the stream")]
     Ended,
-    #[error("cut")]
-    Cut,
+    #[error("the instance reads nothing of what it is sent")]
+    Deaf,
+    #[error("the instance is not wanted any more")]
+    Stopped,
     #[error("the instance was restarted or moved")]
     Moved,
 }
@@ -264,9 +249,11 @@ enum BreakReason {
 /// A stream that stands.
 struct Attached {
     inbound: Streaming<v1::AttachResponse>,
-    cut: CancellationToken,
     /// Who answered, and where.
     target: Target,
+    channel: Channel,
+    /// Reads what the instance has cached, for as long.
+    cache: AbortOnDropHandle<()>,
 }
 
 /// Keeps the stream up until `stop`.
@@ -296,6 +283,7 @@ impl LinkTask {
             // First the board: a leg that fails now may be placed again at once, and not here.
             self.board.down(&self.link.instance, Instant::now());
             let was_up = self.link.break_off();
+            self.board.detached(&self.link.instance);
             let Some(reason) = reason else { return };
             if was_up {
                 tracing::info!(instance = %self.link.instance, %reason, "stream is down");
@@ -338,16 +326,14 @@ impl LinkTask {
             .keep_alive_while_idle(true)
             .tcp_nodelay(true);
         let channel = self.dial.connect(endpoint).await.map_err(failed)?;
-        let mut client = InferenceClient::new(channel).max_decoding_message_size(INBOUND_BYTES_MOST);
-        let (outbound, frames) = mpsc::channel(OUTBOUND_FRAMES);
-        let hello = v1::attach_request::Hello { coordinator_id: self.coordinator.to_string() };
-        let hello = v1::AttachRequest { frame: Some(Ask::Hello(hello)) };
-        if outbound.try_send(hello).is_err() {
-            return Err(BreakReason::Ended);
-        }
+        let mut client = InferenceClient::new(channel.clone()).max_decoding_message_size(INBOUND_BYTES_MOST);
+        let hello = v1::attach_request::Hello {
+            coordinator_id: self.coordinator.to_string(),
+            load_interval_millis: load_interval_millis(self.board.fleet_size()),
+        };
+        let (outbound, frames) = Outbound::new(hello);
         let greeted = async {
-            let mut inbound =
-                client.attach(ReceiverStream::new(frames)).await.map_err(Box::new)?.into_inner();
+            let mut inbound = client.attach(frames).await.map_err(Box::new)?.into_inner();
             let first = inbound.message().await.map_err(Box::new)?;
             Ok::<_, BreakReason>((inbound, first))
         };
@@ -365,26 +351,54 @@ impl LinkTask {
                 return Err(BreakReason::WrongPeer { expected, got });
             }
         };
-        let cut = CancellationToken::new();
-        let up = Channel { outbound, legs: HashMap::new(), cut: cut.clone() };
-        *self.link.channel.lock() = Some(up);
+        *self.link.channel.lock() = Some(Standing { outbound, legs: HashMap::new() });
         self.board.up(&self.link.instance, incarnation, duty);
         tracing::info!(instance = %self.link.instance, endpoint = %target.endpoint, ?duty, "stream is up");
-        Ok(Attached { inbound, cut, target: Target { incarnation, ..target } })
+        let cache = self.read_cache(incarnation, channel.clone());
+        Ok(Attached { inbound, target: Target { incarnation, ..target }, channel, cache })
+    }
+
+    /// What the process at the other end says of its cache counts for the model that the board has it for now.
+    fn read_cache(&self, incarnation: Incarnation, channel: Channel) -> AbortOnDropHandle<()> {
+        let instance = self.link.instance.clone();
+        let reader = CacheReader {
+            feed: self.board.feed(&instance),
+            instance,
+            incarnation,
+            coordinator: self.coordinator.clone(),
+            channel,
+            config: self.config.clone(),
+            metrics: self.link.metrics.clone(),
+        };
+        reader.start()
     }
 
     async fn serve(&mut self, attached: Attached) -> BreakReason {
-        let Attached { mut inbound, cut, target } = attached;
+        let Attached { mut inbound, mut target, channel, mut cache } = attached;
+        let mut look = interval(UNREAD_LOOK);
         loop {
             let message = tokio::select! {
                 biased;
-                () = cut.cancelled() => return BreakReason::Cut,
-                moved = self.target.changed() => match moved {
-                    // Only its status is new, or the list has caught up with what was found there.
-                    Ok(()) if self.target.borrow_and_update().same_process(&target) => continue,
-                    Ok(()) => return BreakReason::Moved,
-                    Err(_) => return BreakReason::Cut,
+                _ = look.tick() => match self.link.is_deaf() {
+                    true => return BreakReason::Deaf,
+                    false => continue,
                 },
+                moved = self.target.changed() => {
+                    if moved.is_err() {
+                        return BreakReason::Stopped;
+                    }
+                    let listed = self.target.borrow_and_update().clone();
+                    if !listed.same_process(&target) {
+                        return BreakReason::Moved;
+                    }
+                    // Its status is new, or the list has caught up with what was found there: of another model, maybe.
+                    if listed.revision != target.revision {
+                        target.revision = listed.revision;
+                        let reader = self.read_cache(target.incarnation, channel.clone());
+                        drop(std::mem::replace(&mut cache, reader));
+                    }
+                    continue;
+                }
                 message = inbound.message() => message,
             };
             match message {
@@ -399,7 +413,12 @@ impl LinkTask {
     fn take(&self, frame: Answer) {
         let instance = &self.link.instance;
         match frame {
-            Answer::Step(step) => self.link.deliver(step),
+            Answer::Step(step) => {
+                let news = self.link.deliver(step);
+                if !news.is_empty() {
+                    self.board.told(instance, &news);
+                }
+            }
             Answer::Load(load) => self.board.load(instance, (&load).into()),
             Answer::Role(change) => {
                 tracing::info!(%instance, role = ?change.role(), phase = ?change.phase(), "instance changed");
@@ -409,3 +428,6 @@ impl LinkTask {
         }
     }
 }
+
+#[cfg(test)]
+pub(super) mod tests;

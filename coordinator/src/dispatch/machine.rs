@@ -16,9 +16,9 @@
 use std::collections::BTreeMap;
 
 use baton_proto::{ApiError, ErrorCode};
+use baton_schedule::Side;
 
 use super::leg::{LegEnd, Output, StopReason, TokenLogprobs};
-use crate::schedule::Side;
 
 /// What the driver is to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -260,6 +260,12 @@ impl Machine {
                 return Err(broken(side, "sent a token that is decode's"));
             }
             let logprobs = logprobs.next().filter(|_| self.wants_logprobs);
+            // In order, as nearly every token comes.
+            if position as usize == self.tokens.len() && self.early.is_empty() {
+                self.tokens.push(token);
+                self.logprobs.extend(logprobs);
+                continue;
+            }
             let held = match self.tokens.get(position as usize) {
                 Some(&held) => held,
                 None => self.early.entry(position).or_insert((token, logprobs)).0,

@@ -4,7 +4,8 @@
 //! not hold up the stream that carries everybody else's tokens. It is bounded all the same: what follows on
 //! from the last delivery of the same choice of the same leg is appended to it, so a reader that is away
 //! costs four bytes a token (some 200 with log probabilities) and no more than the request may generate;
-//! beyond [`MOST_DELIVERIES`] pieces that do not follow on, the instance is at fault and the leg fails.
+//! beyond [`MOST_DELIVERIES`] pieces that do not follow on, nothing more is taken and [`Mailbox::flooded`] says whose
+//! fault it is. That is no end of the leg: its instance works on until it is told to stop.
 
 use std::{
     collections::VecDeque,
@@ -12,12 +13,11 @@ use std::{
     time::Duration,
 };
 
-use baton_proto::{ApiError, ErrorCode};
+use baton_schedule::Side;
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
-use super::leg::{LegEnd, Output};
-use crate::schedule::Side;
+use super::leg::Output;
 
 /// Deliveries that may lie in the box for each choice. In order, they merge: only a peer that breaks the contract comes
 /// near it.
@@ -27,6 +27,8 @@ const MOST_DELIVERIES: usize = 64;
 struct Inner {
     deliveries: VecDeque<(Side, Output)>,
     most: usize,
+    /// The leg that has filled the box, once something found no room.
+    flooded: Option<Side>,
     reader: Option<Waker>,
     /// When prefill's token came.
     first_token: Option<Instant>,
@@ -35,6 +37,12 @@ struct Inner {
 }
 
 impl Inner {
+    /// Who has left the most of what lies here.
+    fn fullest(&self) -> Option<Side> {
+        let of = |side: Side| self.deliveries.iter().filter(|(by, _)| *by == side).count();
+        [Side::Whole, Side::Prefill, Side::Decode].into_iter().max_by_key(|&side| of(side))
+    }
+
     /// The clock is read twice for a request.
     fn note_time(&mut self, side: Side, output: &Output) {
         let first = match side {
@@ -59,7 +67,8 @@ impl Mailbox {
     pub fn new(choices: u32) -> Self {
         let most = MOST_DELIVERIES * choices.max(1) as usize;
         let deliveries = VecDeque::new();
-        let inner = Inner { deliveries, most, reader: None, first_token: None, taken_up: None };
+        let (reader, flooded) = (None, None);
+        let inner = Inner { deliveries, most, flooded, reader, first_token: None, taken_up: None };
         Self { inner: Mutex::new(inner) }
     }
 
@@ -82,14 +91,8 @@ impl Mailbox {
                 last.logprobs.append(&mut output.logprobs);
                 last.end = output.end;
             }
-            Some((_, last)) if full => {
-                if last.end.is_none() {
-                    let flood = "the instance floods the request with disordered output";
-                    last.end = Some(LegEnd::Failed(ApiError::new(ErrorCode::Internal, flood)));
-                }
-            }
-            // The other leg's last word is always taken.
-            _ if full && output.end.is_none() => {}
+            // The request is lost with it, so that the other leg's last word matters no more.
+            _ if full => inner.flooded = inner.flooded.or(inner.fullest()),
             _ => inner.deliveries.push_back((side, output)),
         }
         let reader = inner.reader.take();
@@ -97,6 +100,11 @@ impl Mailbox {
         if let Some(reader) = reader {
             reader.wake();
         }
+    }
+
+    /// The leg whose instance sent so much out of order that something was not taken.
+    pub fn flooded(&self) -> Option<Side> {
+        self.inner.lock().flooded
     }
 
     /// Swaps what lies there into `into`, which must be empty; waits if there is nothing.
@@ -125,7 +133,10 @@ fn follows_on(last: &Output, next: &Output) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use baton_proto::{ApiError, ErrorCode};
+
     use super::*;
+    use crate::dispatch::LegEnd;
 
     fn output(first_position: u32, tokens: &[u32]) -> Output {
         Output { choice: 0, first_position, tokens: tokens.to_vec(), logprobs: Vec::new(), end: None }
@@ -178,14 +189,20 @@ mod tests {
     }
 
     #[test]
-    fn a_flood_fails_the_leg_and_stays_bounded() {
+    fn a_flood_is_bounded_and_blamed_on_who_sent_it() {
         let mailbox = Mailbox::new(1);
-        for position in 0..10_000 {
-            mailbox.deliver(Side::Whole, output(position * 2, &[1]));
+        for position in 0..MOST_DELIVERIES as u32 {
+            mailbox.deliver(Side::Decode, output(position * 2, &[1]));
         }
+        assert_eq!(mailbox.flooded(), None, "all of it was taken");
+        mailbox.deliver(Side::Prefill, output(0, &[1]));
+        for position in 0..10_000 {
+            mailbox.deliver(Side::Decode, output(position * 2, &[1]));
+        }
+        assert_eq!(mailbox.flooded(), Some(Side::Decode));
         let got = take(&mailbox);
         assert_eq!(got.len(), MOST_DELIVERIES);
-        assert!(matches!(got.last(), Some((_, Output { end: Some(LegEnd::Failed(_)), .. }))));
+        assert!(got.iter().all(|(_, output)| output.end.is_none()), "its instance has ended nothing");
     }
 
     #[tokio::test(start_paused = true)]

@@ -2,17 +2,22 @@
 //!
 //! Called by [`crate::serve`] with a placed request; leaves text to [`crate::stream`]. [`machine`] is the protocol
 //! (pure), [`generation`] drives it for one [`assignment`], [`link`] is the stream to one instance that all requests share,
-//! [`mailbox`] lies between the two.
+//! [`outbound`] what waits to be sent on it, [`mailbox`] lies between the two.
 
 mod assignment;
 mod generation;
+mod guard;
 mod leg;
 mod link;
 pub mod machine;
 mod mailbox;
+mod outbound;
 
 pub use assignment::{Assignment, deadline_passed};
-pub use generation::{Generation, Progress};
+pub use generation::{Generation, NotSent, Progress};
+pub use guard::LegGuard;
 pub use leg::{LegEnd, Output, StopReason, TokenLogprobs};
-pub use link::{LegGuard, Link, LinkTask, Target};
+#[cfg(test)]
+pub(crate) use link::tests::standing;
+pub use link::{Link, LinkTask, Target};
 pub use machine::{Completed, Fresh};

@@ -9,6 +9,8 @@ use std::{collections::HashMap, sync::Arc};
 use baton_process::tls::Dial;
 use baton_proto::{CoordinatorId, InstanceId};
 use baton_registry::{FleetSnapshot, Revision};
+use baton_schedule::fleet::{Change, Spec};
+use baton_schedule::{board::Board, index::SHARDS};
 use parking_lot::RwLock;
 use tokio::{
     sync::watch,
@@ -16,12 +18,10 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use super::{Change, Spec};
 use crate::{
     config::FleetConfig,
     dispatch::{Link, LinkTask, Target},
     metrics::Metrics,
-    schedule::board::Board,
 };
 
 struct Entry {
@@ -54,6 +54,25 @@ impl Links {
         entries.closed = true;
         for entry in entries.links.values() {
             entry.stop.cancel();
+        }
+    }
+}
+
+#[cfg(test)]
+impl Links {
+    /// Links that nobody keeps.
+    pub fn of(links: impl IntoIterator<Item = (InstanceId, Arc<Link>)>) -> Self {
+        let entry = |(id, link)| {
+            let target = Target {
+                endpoint: String::new(),
+                incarnation: baton_proto::Incarnation(1),
+                revision: String::new(),
+                status: None,
+            };
+            (id, Entry { link, target: watch::Sender::new(target), stop: CancellationToken::new() })
+        };
+        Self {
+            entries: RwLock::new(Entries { links: links.into_iter().map(entry).collect(), closed: false }),
         }
     }
 }
@@ -91,6 +110,14 @@ impl Keeper {
                 _ = tick.tick() => {
                     let changes = self.board.sweep(Instant::now());
                     self.apply(changes);
+                    // A part at a time, so that placing is never held up for long, and once around, so that lists are not.
+                    for _ in 0..SHARDS {
+                        if !self.board.caches.sweep() {
+                            break;
+                        }
+                        tokio::task::yield_now().await;
+                    }
+                    self.metrics.show_cached_blocks(self.board.caches.blocks());
                 }
             }
         }
@@ -125,12 +152,12 @@ impl Keeper {
             match change {
                 Change::Target(spec) => {
                     let (endpoint, incarnation) = (spec.inference_endpoint, spec.incarnation);
+                    let target = Target { endpoint, incarnation, revision: spec.revision, status: None };
                     match entries.get(&spec.id) {
-                        Some(entry) => entry.target.send_modify(|target| {
-                            (target.endpoint, target.incarnation) = (endpoint, incarnation);
+                        Some(entry) => entry.target.send_modify(|held| {
+                            *held = Target { status: held.status.take(), ..target };
                         }),
                         None => {
-                            let target = Target { endpoint, incarnation, status: None };
                             entries.insert(spec.id.clone(), self.start(spec.id, target));
                         }
                     }

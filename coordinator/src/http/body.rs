@@ -1,4 +1,5 @@
-//! Reads a request's body, within a size, a time and the memory that all bodies share.
+//! Reads a request's body, within a size, a time and the memory that all bodies share. What has come of a long one is
+//! tokenised while the rest is on its way ([`crate::prepare::Ahead`]).
 
 use std::time::Duration;
 
@@ -14,8 +15,9 @@ use futures::StreamExt;
 use tokio::time::timeout;
 
 use crate::{
-    admit::{Body, Gate, Ticket},
-    config::LimitsConfig,
+    admit::{Body, Ticket},
+    prepare::AHEAD_FROM_BYTES,
+    serve::Service,
 };
 
 /// A body that is refused for its size is read on for this much more, and thrown away: many clients only look for the
@@ -37,12 +39,13 @@ enum Unread {
 pub(super) async fn read(
     headers: &HeaderMap,
     body: Incoming,
-    limits: &LimitsConfig,
-    (gate, ticket): (&Gate, Ticket),
+    service: &Service,
+    ticket: Ticket,
 ) -> Result<(Body, Ticket), ApiError> {
+    let (limits, gate) = (&service.limits, &service.gate);
     let announced = headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<usize>().ok());
     let mut chunks = body.into_data_stream();
-    let reading = timeout(limits.body_timeout, taken(announced, &mut chunks, gate, limits.max_body_bytes));
+    let reading = timeout(limits.body_timeout, taken(announced, &mut chunks, service));
     let error = match reading.await {
         Ok(Ok(whole)) => return Ok((whole, ticket)),
         // The client asks before it sends.
@@ -59,13 +62,14 @@ pub(super) async fn read(
 async fn taken(
     announced: Option<usize>,
     chunks: &mut BodyDataStream,
-    gate: &Gate,
-    most: usize,
+    service: &Service,
 ) -> Result<Body, Unread> {
+    let most = service.limits.max_body_bytes;
     if announced.is_some_and(|bytes| bytes > most) {
         return Err(Unread::Unasked(over(most)));
     }
-    let mut whole = gate.body(announced).map_err(Unread::Unasked)?;
+    let mut ahead = None;
+    let mut whole = service.gate.body(announced).map_err(Unread::Unasked)?;
     while let Some(chunk) = chunks.next().await {
         let chunk = chunk.map_err(|error| {
             let message = format!("the request body broke off: {error}");
@@ -75,6 +79,13 @@ async fn taken(
             return Err(Unread::Refused(over(most)));
         }
         whole.push(&chunk).map_err(Unread::Refused)?;
+        let more_comes = announced.is_none_or(|bytes| whole.len() < bytes);
+        if more_comes && whole.len() >= AHEAD_FROM_BYTES {
+            let ahead = ahead.get_or_insert_with(|| service.ahead());
+            while ahead.as_mut().is_some_and(|(ahead, _)| ahead.read(&whole)) {
+                tokio::task::yield_now().await;
+            }
+        }
     }
     whole.complete();
     Ok(whole)

@@ -1,7 +1,8 @@
 //! What clients see: the OpenAI endpoints, models, probes and metrics over HTTP.
 //!
 //! Thin: reads the body within its limits, hands it to [`crate::serve`], and writes the answer as JSON or as
-//! server-sent events. Every error, of whatever path, is an OpenAI-shaped JSON body. When the client goes away, hyper
+//! server-sent events. What lies under `/v1` is for those who show an API key that [`crate::keys`] knows, where keys are
+//! asked for. Every error, of whatever path, is an OpenAI-shaped JSON body. When the client goes away, hyper
 //! drops the handler or the body, and with it everything that the request holds.
 
 mod body;
@@ -16,6 +17,7 @@ use axum::{
     body::Body,
     extract::{Path, Request, State},
     http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, header},
+    middleware::{self, Next},
     response::Response,
     routing::{get, post},
 };
@@ -27,7 +29,7 @@ use tower_http::catch_panic::CatchPanicLayer;
 use tracing::Instrument;
 
 use crate::{
-    admit::RETRY_AFTER,
+    keys::Caller,
     prepare::Endpoint,
     report::Report,
     serve::{Received, Service},
@@ -49,11 +51,44 @@ pub fn router(service: Arc<Service>, metrics: baton_process::Metrics, health: He
         .route(Endpoint::Text.route(), post(text))
         .route("/v1/models", get(models))
         .route("/v1/models/{*id}", get(model))
-        .with_state(service)
+        .with_state(service.clone())
         .merge(baton_process::http::router(metrics, health))
         .method_not_allowed_fallback(wrong_method)
-        .fallback(wrong_path);
+        .fallback(wrong_path)
+        .layer(middleware::from_fn_with_state(service, let_in));
     guarded(routes)
+}
+
+/// Nothing under `/v1` is reached without a key where keys are asked for, not even what is not there. Handlers find the
+/// [`Caller`] among the extensions, and no key in the headers.
+async fn let_in(State(service): State<Arc<Service>>, mut request: Request, next: Next) -> Response {
+    let path = request.uri().path();
+    if path != "/v1" && !path.starts_with("/v1/") {
+        return next.run(request).await;
+    }
+    let arrived = Instant::now();
+    let endpoint = [Endpoint::Chat, Endpoint::Text].into_iter().find(|endpoint| endpoint.route() == path);
+    match service.keys.caller(request.headers_mut()) {
+        Ok(caller) => {
+            request.extensions_mut().insert(caller);
+            next.run(request).await
+        }
+        Err(error) => {
+            let id = request_id(request.headers());
+            if let Some(endpoint) = endpoint {
+                let span = tracing::info_span!("request", request_id = %id, route = endpoint.route());
+                Report::new(service.metrics.clone(), endpoint.route(), arrived, span).failed(&error);
+            }
+            with_id(error_response(&error), &id)
+        }
+    }
+}
+
+fn with_id(mut response: Response, id: &RequestId) -> Response {
+    if let Ok(value) = HeaderValue::from_str(id.as_str()) {
+        response.headers_mut().insert(X_REQUEST_ID, value);
+    }
+    response
 }
 
 /// A bug in a handler ends its request with an error of the usual shape, not with a cut connection.
@@ -75,27 +110,33 @@ async fn text(State(service): State<Arc<Service>>, request: Request) -> Response
 
 async fn complete(service: Arc<Service>, endpoint: Endpoint, request: Request) -> Response {
     let arrived = Instant::now();
-    let (head, body) = request.into_parts();
+    let (mut head, body) = request.into_parts();
+    let caller: Caller = head.extensions.remove().unwrap_or_default();
     let id = request_id(&head.headers);
-    let span = tracing::info_span!("request", request_id = %id, route = endpoint.route());
+    let (route, key) = (endpoint.route(), caller.key_name());
+    let span = tracing::info_span!("request", request_id = %id, route, api_key = tracing::field::Empty);
+    if !key.is_empty() {
+        span.record("api_key", &*key);
+    }
     telemetry::adopt_http(&span, &head.headers);
-    let mut report = Report::new(service.metrics.clone(), endpoint.route(), arrived, span.clone());
+    let mut report = Report::new(service.metrics.clone(), route, arrived, span.clone());
     let answered = async {
+        let call = caller.call(arrived).inspect_err(|error| report.failed(error))?;
+        let tenant = call.tenant();
+        report.called(call);
         let ticket = service.gate.enter().inspect_err(|error| report.failed(error))?;
-        let card = service.roster.enter(id.clone(), arrived);
-        let read = body::read(&head.headers, body, &service.limits, (&service.gate, ticket)).await;
+        let card = service.roster.enter(id.clone(), arrived, key);
+        let read = body::read(&head.headers, body, &service, ticket).await;
         let (body, ticket) = read.inspect_err(|error| report.failed(error))?;
         let traceparent = traceparent(&head.headers);
-        let received = Received { endpoint, body, traceparent, ticket, card, report };
+        let received = Received { tenant, endpoint, body, traceparent, ticket, card, report };
         let streaming = service.carry(received).await?;
         answer(&service, &id, streaming).await
     };
     let answered = answered.instrument(span).await;
     let mut response = answered.unwrap_or_else(|error| error_response(&error));
-    if let Ok(value) = HeaderValue::from_str(id.as_str()) {
-        response.headers_mut().insert(X_REQUEST_ID, value);
-    }
-    response
+    caller.tell(response.headers_mut(), Instant::now());
+    with_id(response, &id)
 }
 
 /// Writes the answer: a stream once its first token is there, JSON once it is complete.
@@ -157,11 +198,6 @@ async fn wrong_path(uri: Uri) -> Response {
 async fn wrong_method(method: Method, uri: Uri) -> Response {
     let message = format!("{} is not called with {method}", uri.path());
     error_response(&ApiError::new(ErrorCode::MethodNotAllowed, message))
-}
-
-/// Seconds for the `Retry-After` header.
-fn retry_after() -> HeaderValue {
-    HeaderValue::from(RETRY_AFTER.as_secs())
 }
 
 #[cfg(test)]

@@ -7,20 +7,24 @@ use std::{
 
 use axum::{
     body::Body,
-    http::{HeaderValue, StatusCode, header},
+    http::{HeaderName, HeaderValue, StatusCode, header},
     response::Response,
 };
 use baton_proto::{ApiError, ErrorCode, RequestId};
+use bytes::{BufMut, Bytes, BytesMut};
 use serde::Serialize;
 use serde_json::json;
 
 use super::logprobs;
 use crate::{
+    admit::RETRY_AFTER,
     dispatch::StopReason,
     models::Models,
     prepare::{Endpoint, Served, Shape, TextModel},
     stream::{Piece, Usage},
 };
+
+const X_SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 
 /// The `usage` object.
 fn usage_json(usage: &Usage) -> serde_json::Value {
@@ -32,8 +36,8 @@ fn usage_json(usage: &Usage) -> serde_json::Value {
     })
 }
 
-fn json_response(status: StatusCode, body: Vec<u8>) -> Response {
-    let mut response = Response::new(Body::from(body));
+fn json_response(status: StatusCode, body: impl Into<Body>) -> Response {
+    let mut response = Response::new(body.into());
     *response.status_mut() = status;
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     response
@@ -54,8 +58,24 @@ pub fn error_json(error: &ApiError) -> Vec<u8> {
 pub fn error_response(error: &ApiError) -> Response {
     let status = StatusCode::from_u16(error.code.http()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     let mut response = json_response(status, error_json(error));
-    if matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
-        response.headers_mut().insert(header::RETRY_AFTER, super::retry_after());
+    let wait = match (status, error.retry_after) {
+        // It can never be served within its key's limits. OpenAI's clients would try again without this.
+        (_, None) if error.code == ErrorCode::RateLimited => {
+            response.headers_mut().insert(X_SHOULD_RETRY, HeaderValue::from_static("false"));
+            None
+        }
+        (StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE, wait) => {
+            Some(wait.unwrap_or(RETRY_AFTER))
+        }
+        _ => None,
+    };
+    if let Some(wait) = wait {
+        // Rounded up, so that nobody comes too early.
+        let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
+        response.headers_mut().insert(header::RETRY_AFTER, seconds.into());
+    }
+    if error.code == ErrorCode::InvalidApiKey {
+        response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
     }
     if matches!(error.code, ErrorCode::PayloadTooLarge | ErrorCode::RequestTimeout) {
         // The rest of the body may still be on its way.
@@ -100,7 +120,7 @@ pub(super) struct Voice {
     shape: Shape,
     text: Arc<dyn TextModel>,
     /// `{"id": ..., "object": ..., ` up to the choices.
-    head: Vec<u8>,
+    head: Bytes,
 }
 
 impl Voice {
@@ -125,20 +145,20 @@ impl Voice {
             model: &served.name,
             system_fingerprint: &served.fingerprint(),
         };
-        let mut head = Vec::new();
+        let mut head = BytesMut::new();
         write_json(&mut head, &common);
         // The closing brace.
-        head.pop();
+        head.truncate(head.len().saturating_sub(1));
         head.extend_from_slice(b",\"choices\":[");
-        Self { shape, text: served.text.clone(), head }
+        Self { shape, text: served.text.clone(), head: head.freeze() }
     }
 
     /// The whole answer.
     pub(super) fn whole(&self, choices: &[Piece], usage: &Usage) -> Response {
-        let mut out = self.head.clone();
+        let mut out = BytesMut::from(&self.head[..]);
         for (index, piece) in choices.iter().enumerate() {
             if index > 0 {
-                out.push(b',');
+                out.put_u8(b',');
             }
             let (before, after): (&[u8], &[u8]) = match self.shape.endpoint {
                 Endpoint::Chat => (br#""message":{"role":"assistant","content":"#, br#","refusal":null}"#),
@@ -152,12 +172,12 @@ impl Voice {
         }
         out.extend_from_slice(b"],\"usage\":");
         write_json(&mut out, &usage_json(usage));
-        out.push(b'}');
-        json_response(StatusCode::OK, out)
+        out.put_u8(b'}');
+        json_response(StatusCode::OK, out.freeze())
     }
 
     /// The chunks that open a chat, one for each choice.
-    pub(super) fn opening(&self, out: &mut Vec<u8>, choices: usize) {
+    pub(super) fn opening(&self, out: &mut BytesMut, choices: usize) {
         if self.shape.endpoint == Endpoint::Chat {
             for index in 0..choices {
                 self.chunk(out, index, &Piece::default(), |out| {
@@ -168,7 +188,7 @@ impl Voice {
     }
 
     /// What one choice has to say: a chunk of text if there is any, and one that closes it at its end.
-    pub(super) fn piece(&self, out: &mut Vec<u8>, index: usize, piece: &mut Piece) {
+    pub(super) fn piece(&self, out: &mut BytesMut, index: usize, piece: &mut Piece) {
         let finish = piece.finish.take();
         let (open, close, nothing): (&[u8], &[u8], &[u8]) = match self.shape.endpoint {
             Endpoint::Chat => (br#""delta":{"content":"#, b"}", br#""delta":{}"#),
@@ -189,7 +209,7 @@ impl Voice {
     }
 
     /// What follows the last choice's end: usage if it was asked for, and the end mark.
-    pub(super) fn closing(&self, out: &mut Vec<u8>, usage: &Usage) {
+    pub(super) fn closing(&self, out: &mut BytesMut, usage: &Usage) {
         if self.shape.include_usage {
             out.extend_from_slice(b"data: ");
             out.extend_from_slice(&self.head);
@@ -201,14 +221,14 @@ impl Voice {
     }
 
     /// The event that ends a stream that failed; no end mark follows.
-    pub(super) fn failure(&self, out: &mut Vec<u8>, error: &ApiError) {
+    pub(super) fn failure(&self, out: &mut BytesMut, error: &ApiError) {
         out.extend_from_slice(b"data: ");
         out.extend_from_slice(&error_json(error));
         out.extend_from_slice(b"\n\n");
     }
 
     /// One event with one choice.
-    fn chunk(&self, out: &mut Vec<u8>, index: usize, piece: &Piece, body: impl FnOnce(&mut Vec<u8>)) {
+    fn chunk(&self, out: &mut BytesMut, index: usize, piece: &Piece, body: impl FnOnce(&mut BytesMut)) {
         out.extend_from_slice(b"data: ");
         out.extend_from_slice(&self.head);
         self.choice(out, index, piece, body);
@@ -216,8 +236,10 @@ impl Voice {
     }
 
     /// One choice: its index, what `body` writes, and what `piece` says besides text.
-    fn choice(&self, out: &mut Vec<u8>, index: usize, piece: &Piece, body: impl FnOnce(&mut Vec<u8>)) {
-        out.extend_from_slice(format!("{{\"index\":{index},").as_bytes());
+    fn choice(&self, out: &mut BytesMut, index: usize, piece: &Piece, body: impl FnOnce(&mut BytesMut)) {
+        out.extend_from_slice(br#"{"index":"#);
+        write_json(out, &index);
+        out.put_u8(b',');
         body(out);
         out.extend_from_slice(br#","logprobs":"#);
         // A chunk without tokens has none to tell; a whole answer that was to tell them has a list, be it empty.
@@ -232,13 +254,13 @@ impl Voice {
             Some(StopReason::Stop) => br#""stop""#,
             Some(StopReason::Length) => br#""length""#,
         });
-        out.push(b'}');
+        out.put_u8(b'}');
     }
 }
 
 /// Writing to memory, of types that JSON can say, cannot fail.
-fn write_json(out: &mut Vec<u8>, value: &impl Serialize) {
-    let _ = serde_json::to_writer(out, value);
+fn write_json(out: &mut BytesMut, value: &impl Serialize) {
+    let _ = serde_json::to_writer(out.writer(), value);
 }
 
 #[cfg(test)]
@@ -248,12 +270,12 @@ mod tests {
     use super::*;
     use crate::prepare::tests::served;
 
-    fn events(write: impl Fn(&Voice, &mut Vec<u8>), endpoint: Endpoint, include_usage: bool) -> Vec<String> {
+    fn events(write: impl Fn(&Voice, &mut BytesMut), endpoint: Endpoint, include_usage: bool) -> Vec<String> {
         let shape = Shape { endpoint, stream: true, include_usage, logprobs: false };
         let voice = Voice::new(&served(), shape, &RequestId::adopt("r"));
-        let mut out = Vec::new();
+        let mut out = BytesMut::new();
         write(&voice, &mut out);
-        let out = String::from_utf8(out).expect("is UTF-8");
+        let out = String::from_utf8(out.to_vec()).expect("is UTF-8");
         let events = out.split_terminator("\n\n");
         events.map(|event| event.strip_prefix("data: ").expect("is an event").to_owned()).collect()
     }
@@ -270,7 +292,7 @@ mod tests {
 
     #[test]
     fn a_chat_streams_in_chunks() {
-        let write = |voice: &Voice, out: &mut Vec<u8>| {
+        let write = |voice: &Voice, out: &mut BytesMut| {
             voice.opening(out, 1);
             voice.piece(out, 0, &mut last("a \"b\"\n\u{1F600}\u{7}"));
             voice.closing(out, &USAGE);
@@ -296,7 +318,7 @@ mod tests {
 
     #[test]
     fn a_text_completion_streams_without_an_opening() {
-        let write = |voice: &Voice, out: &mut Vec<u8>| {
+        let write = |voice: &Voice, out: &mut BytesMut| {
             voice.opening(out, 1);
             voice.piece(out, 0, &mut last("x"));
             voice.closing(out, &USAGE);

@@ -6,7 +6,7 @@ use std::{
     task::{Context, Poll},
 };
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use futures::Stream;
 
 use super::reply::Voice;
@@ -14,6 +14,11 @@ use crate::{
     dispatch::deadline_passed,
     stream::{Piece, Place, Step},
 };
+
+/// What an answer writes into, before it grows: some events of a token each.
+const BUFFER_BYTES: usize = 2 << 10;
+/// An event of one token fits.
+const EVENT_BYTES: usize = 384;
 
 /// Reads the answer as the client reads; dropped by hyper when the client has gone.
 pub(super) struct SseBody {
@@ -24,28 +29,34 @@ pub(super) struct SseBody {
     first: Option<Step>,
     /// What has not been written of each choice, reused from step to step.
     pieces: Vec<Piece>,
+    /// Written from its beginning again once all that was written has been sent.
+    out: BytesMut,
     opened: bool,
 }
 
 impl SseBody {
     pub(super) fn new(voice: Voice, place: Place, pieces: Vec<Piece>, first: Option<Step>) -> Self {
-        Self { voice, place: Some(place), first, pieces, opened: false }
+        let out = BytesMut::with_capacity(BUFFER_BYTES);
+        Self { voice, place: Some(place), first, pieces, out, opened: false }
     }
 
     fn write(&mut self, step: Step) -> Bytes {
-        let mut out = Vec::with_capacity(512);
+        let out = &mut self.out;
+        if out.capacity() < EVENT_BYTES {
+            out.reserve(BUFFER_BYTES);
+        }
         if !std::mem::replace(&mut self.opened, true) {
-            self.voice.opening(&mut out, self.pieces.len());
+            self.voice.opening(out, self.pieces.len());
         }
         for (index, piece) in self.pieces.iter_mut().enumerate() {
-            self.voice.piece(&mut out, index, piece);
+            self.voice.piece(out, index, piece);
         }
         match step {
             Step::More => {}
             Step::End(end) => {
                 match end {
-                    Ok(usage) => self.voice.closing(&mut out, &usage),
-                    Err(error) => self.voice.failure(&mut out, &error),
+                    Ok(usage) => self.voice.closing(out, &usage),
+                    Err(error) => self.voice.failure(out, &error),
                 }
                 // Gives the seat back now, not when the client has read everything.
                 if let Some(place) = self.place.take() {
@@ -54,7 +65,7 @@ impl SseBody {
                 }
             }
         }
-        out.into()
+        self.out.split().freeze()
     }
 }
 

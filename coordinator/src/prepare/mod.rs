@@ -5,6 +5,7 @@
 
 mod choices;
 mod ends;
+mod incremental;
 mod logits;
 pub mod openai;
 mod sampling;
@@ -13,7 +14,9 @@ pub mod served;
 use std::sync::Arc;
 
 use baton_proto::{ApiError, ErrorCode};
+use baton_schedule::chains::Chains;
 
+pub use incremental::{AHEAD_FROM_BYTES, Ahead};
 pub use sampling::Sampling;
 use sampling::TokenLimits;
 pub use served::{Served, Spelling, TextModel, TextReader, Turn};
@@ -65,6 +68,8 @@ pub struct Prepared {
 #[derive(Debug)]
 pub struct PreparedPrompt {
     pub tokens: Arc<[u32]>,
+    /// What its KV blocks are called.
+    pub chains: Arc<Chains>,
     pub sampling: Sampling,
     /// What its answers' text begins with: the prompt, if it is to be echoed.
     pub echo: String,
@@ -129,7 +134,9 @@ pub fn prepare(
             max_completion_tokens: limits.max_completion_tokens,
         };
         let sampling = sampling::sampling(served, endpoint, request, prompt_tokens, limits, (seed, choices))?;
-        Ok(PreparedPrompt { tokens: tokens.into(), sampling, echo })
+        let tokens: Arc<[u32]> = tokens.into();
+        let chains = Chains::new(tokens.clone());
+        Ok(PreparedPrompt { tokens, chains, sampling, echo })
     };
     let prompts = match prompts {
         None => {

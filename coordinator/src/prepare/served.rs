@@ -12,7 +12,7 @@ use baton_proto::{ApiError, ErrorCode, ServedModel};
 use crate::{
     ModelError,
     config::ModelConfig,
-    text::{ChatMessage, CheckpointText, Reader, TextError, TextStops},
+    text::{ChatMessage, CheckpointText, Reader, TextCache, TextError, TextStops},
 };
 
 /// One turn of a chat, checked.
@@ -30,6 +30,12 @@ pub trait TextModel: Send + Sync {
 
     /// Tokens of a chat through the model's template, ready for the assistant's answer.
     fn tokenise_chat(&self, turns: &[Turn]) -> Result<Vec<u32>, ApiError>;
+
+    /// Tokenises the beginning of a long text, of which more is to come, so that it is found when the whole is tokenised.
+    /// Tells how many bytes of it are done with; 0 = none, as for models that cannot do it.
+    fn remember(&self, _text: &str) -> usize {
+        0
+    }
 
     /// Reads an answer that ends at any of `stops`.
     fn reader(&self, stops: &TextStops) -> Box<dyn TextReader>;
@@ -102,10 +108,10 @@ impl Served {
 }
 
 impl Served {
-    /// Opens the model of a configuration.
-    pub fn open(config: &ModelConfig) -> Result<Self, ModelError> {
+    /// Opens the model of a configuration. Pieces of long prompts are kept in `cache`.
+    pub fn open(config: &ModelConfig, cache: &Arc<TextCache>) -> Result<Self, ModelError> {
         let checkpoint = Checkpoint::open(&config.path).map_err(Box::new)?;
-        let text = CheckpointText::open(&checkpoint, SystemTime::now)?;
+        let text = CheckpointText::open(&checkpoint, SystemTime::now, cache)?;
         let context = checkpoint.config().context_tokens;
         let context_tokens = match config.max_context_tokens {
             0 => context,
@@ -133,6 +139,10 @@ impl TextModel for CheckpointText {
         let messages: Vec<_> =
             turns.iter().map(|turn| ChatMessage { role: turn.role, content: &turn.content }).collect();
         self.encode_chat(&messages).map_err(|error| refused(&error, "messages"))
+    }
+
+    fn remember(&self, text: &str) -> usize {
+        CheckpointText::remember(self, text)
     }
 
     fn reader(&self, stops: &TextStops) -> Box<dyn TextReader> {

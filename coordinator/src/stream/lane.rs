@@ -14,7 +14,7 @@ use tokio::time::Instant;
 
 use super::reading::{Piece, Reading};
 use crate::{
-    dispatch::{Completed, Generation, Progress},
+    dispatch::{Completed, Generation, NotSent, Progress},
     place::{Attempts, Failure, Replacing},
     requests::CardGuard,
 };
@@ -61,7 +61,7 @@ impl Lane {
     /// One reading for each choice. What could not even be started is placed once more, while the request's other
     /// prompts go on.
     pub fn new(
-        started: Result<Generation, ApiError>,
+        started: Result<Generation, NotSent>,
         mut attempts: Attempts,
         readings: Vec<Reading>,
     ) -> Result<Self, ApiError> {
@@ -69,7 +69,7 @@ impl Lane {
         let (prompt_tokens, deadline) = (assignment.prompt.len() as u32, assignment.deadline);
         let work = match started {
             Ok(generation) => Work::Generating(Box::new(generation)),
-            Err(error) => Work::Replacing(attempts.again(error.into())?),
+            Err(not_sent) => Work::Replacing(attempts.again(not_sent.into())?),
         };
         let strands = vec![Strand { work, attempts, choices: 0..readings.len() }];
         Ok(Self { strands, readings, prompt_tokens, deadline, cached_tokens: 0, cached_settled: false })
@@ -142,7 +142,9 @@ impl Lane {
                     Err(error) => return Poll::Ready(Over::NoPlace(error)),
                 },
             };
-            let (choice, end) = match ready!(generation.poll(context)) {
+            let progress = ready!(generation.poll(context));
+            strand.attempts.served(generation.take_served());
+            let (choice, end) = match progress {
                 Progress::Choice { choice, end } => (choice, end),
                 Progress::Failed(error) => return Poll::Ready(Over::Failed(error)),
             };
@@ -169,6 +171,7 @@ impl Lane {
     ) -> Result<Vec<Strand>, ApiError> {
         let Strand { work, mut attempts, choices } = strand;
         let Work::Generating(mut generation) = work else { return Err(error) };
+        attempts.failed(&error, generation.culprit());
         let readings = &mut self.readings[choices.clone()];
         if !may_pass(&error, readings.iter().any(|reading| reading.consumed() > 0)) {
             return Err(error);

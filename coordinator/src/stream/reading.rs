@@ -173,9 +173,11 @@ mod tests {
             request: baton_proto::RequestId::adopt("r"),
             traceparent: String::new(),
             prompt: prepared.prompts[0].tokens.clone(),
+            chains: prepared.prompts[0].chains.clone(),
             generated: Arc::default(),
             sampling: prepared.prompts[0].sampling.clone(),
             priority: 0,
+            wanted: tokio::time::Instant::now(),
             deadline: tokio::time::Instant::now(),
         };
         Reading::new(Box::new(reader), &assignment, false, "")

@@ -43,9 +43,9 @@ enum Pre {
 
 const SUPPORTED: &str = "gpt-2, smollm, llama-bpe (llama3, llama-v3), qwen2 (deepseek-r1-qwen), deepseek-v3";
 
-const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-const DEEPSEEK_V3: [&str; 3] = [
+pub(super) const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+pub(super) const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+pub(super) const DEEPSEEK_V3: [&str; 3] = [
     r"\p{N}{1,3}",
     r"[一-龥぀-ゟ゠-ヿ]+",
     r##"[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"##,
@@ -148,7 +148,12 @@ fn text(token: &str, kind: TokenKind) -> Piece {
 
 /// The bytes of a token that is written in GPT-2's characters for bytes. One that is not stands for itself.
 pub(super) fn byte_level(token: &str) -> Vec<u8> {
-    token.chars().map(byte_of).collect::<Option<_>>().unwrap_or_else(|| token.as_bytes().to_vec())
+    spelt(token).unwrap_or_else(|| token.as_bytes().to_vec())
+}
+
+/// The bytes of a token that is written in GPT-2's characters for bytes.
+pub(super) fn spelt(token: &str) -> Option<Vec<u8>> {
+    token.chars().map(byte_of).collect()
 }
 
 /// GPT-2's table of bytes: those that are printable in Latin-1 are written as themselves, the others, in order, as the

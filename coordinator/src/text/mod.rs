@@ -2,12 +2,15 @@
 //!
 //! Opened once from the checkpoint when the coordinator starts; then shared by all requests, which never change it.
 //! `tokenizer`, `ggml` and `sentencepiece` build the
-//! tokeniser, `template` renders chats, `detokenize` turns an answer's tokens into
+//! tokeniser, `fast` takes it over if it is of a kind that it knows, `pieces` keeps what long texts became, `template`
+//! renders chats, `detokenize` turns an answer's tokens into
 //! text as they come, `stop` ends it at stop strings. Which tokens end a sequence is not decided here.
 
 mod detokenize;
 mod error;
+mod fast;
 mod ggml;
+mod pieces;
 mod reader;
 mod sentencepiece;
 mod stop;
@@ -20,6 +23,7 @@ use baton_checkpoint::Checkpoint;
 
 pub use detokenize::{Detokenizer, TokenTexts};
 pub use error::{TextError, TokenizerError};
+pub use pieces::TextCache;
 pub use reader::{Reader, TextStops};
 pub use stop::StopMatcher;
 pub use template::{ChatMessage, ChatTemplate, Clock};
@@ -35,9 +39,9 @@ pub struct CheckpointText {
 
 impl CheckpointText {
     /// Builds tokeniser and template from what the checkpoint holds. `clock` is what `strftime_now` in a template
-    /// tells. Takes some 100 ms.
-    pub fn open(checkpoint: &Checkpoint, clock: Clock) -> Result<Self, TextError> {
-        let (tokenizer, texts) = Tokenizer::open(checkpoint)?;
+    /// tells, `cache` keeps pieces of long prompts. Takes some 100 ms.
+    pub fn open(checkpoint: &Checkpoint, clock: Clock, cache: &Arc<TextCache>) -> Result<Self, TextError> {
+        let (tokenizer, texts) = Tokenizer::open(checkpoint, cache)?;
         check_vocabulary(checkpoint, &texts)?;
         let template = checkpoint.chat_template().map(|source| {
             ChatTemplate::new(source, checkpoint.bos_token(), checkpoint.eos_token(), clock)
@@ -55,6 +59,11 @@ impl CheckpointText {
     /// Tokens of a plain prompt, with those that the model wants around it, such as BOS.
     pub fn encode_text(&self, text: &str) -> Result<Vec<u32>, TextError> {
         self.tokenizer.encode(text, true)
+    }
+
+    /// Tokenises a text of which more may come, for the cache alone, up to a place that is told; 0 = nothing.
+    pub fn remember(&self, text: &str) -> usize {
+        self.tokenizer.remember(text)
     }
 
     /// Turns the tokens of one answer into text.

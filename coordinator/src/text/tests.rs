@@ -16,7 +16,8 @@ fn real() -> CheckpointText {
 
 fn open(path: PathBuf) -> CheckpointText {
     let checkpoint = Checkpoint::open(&path).unwrap_or_else(|error| panic!("{error}"));
-    CheckpointText::open(&checkpoint, || SystemTime::UNIX_EPOCH).unwrap_or_else(|error| panic!("{error}"))
+    CheckpointText::open(&checkpoint, || SystemTime::UNIX_EPOCH, &TextCache::new(1 << 20))
+        .unwrap_or_else(|error| panic!("{error}"))
 }
 
 fn reference() -> Value {

@@ -1,6 +1,6 @@
 //! The tokeniser of a checkpoint, whatever its source, and the bytes of its tokens.
 
-use std::path::Path;
+use std::{path::Path, sync::Arc};
 
 use baton_checkpoint::{Checkpoint, TokenizerSource};
 use serde_json::Value;
@@ -9,48 +9,95 @@ use tokenizers::Tokenizer as Tables;
 use super::{
     TextError, TokenizerError,
     detokenize::{Piece, TokenTexts},
-    ggml, sentencepiece,
+    fast::Fast,
+    ggml,
+    pieces::{Memo, TextCache},
+    sentencepiece,
 };
 
 /// Text to token ids. Equal to Hugging Face's tokeniser of the same model.
 #[derive(Debug)]
 pub struct Tokenizer {
-    tables: Tables,
+    engine: Engine,
     /// What encoding puts around a plain text, where the tables do not say so themselves.
     before: Option<u32>,
     after: Option<u32>,
 }
 
-impl Tokenizer {
-    /// Builds the tokeniser, and the table of its tokens' bytes.
-    pub(super) fn open(checkpoint: &Checkpoint) -> Result<(Self, TokenTexts), TextError> {
-        let failed = |path: &Path, source| TextError::Tokenizer { path: path.to_owned(), source };
-        match checkpoint.tokenizer() {
-            TokenizerSource::HuggingFaceJson(path) => {
-                let mut tables = Tables::from_file(path).map_err(|error| failed(path, error.into()))?;
-                // Left over from training in some files: a prompt is never cut or filled up here.
-                tables.with_padding(None);
-                tables.with_truncation(None).map_err(|error| failed(path, error.into()))?;
-                let texts = json_texts(&tables).map_err(|source| failed(path, source))?;
-                Ok((Self { tables, before: None, after: None }, texts))
-            }
-            TokenizerSource::Ggml(source) => {
-                let built = ggml::build(source).map_err(|source| failed(checkpoint.path(), source))?;
-                Ok((Self { tables: built.tables, before: built.before, after: built.after }, built.texts))
+/// Who tokenises.
+#[derive(Debug)]
+enum Engine {
+    Fast(Box<Fast>),
+    /// For what the fast one does not know.
+    Tables(Box<Tables>),
+}
+
+impl Engine {
+    fn of(tables: Tables, path: &Path, cache: &Arc<TextCache>) -> Self {
+        match Fast::of(&tables, Memo::new(cache.clone())) {
+            Ok(fast) => Self::Fast(Box::new(fast)),
+            Err(reason) => {
+                let path = path.display();
+                tracing::warn!(%path, %reason, "this model's prompts are tokenised slowly, some MB a second");
+                Self::Tables(Box::new(tables))
             }
         }
+    }
+}
+
+impl Tokenizer {
+    /// Builds the tokeniser, and the table of its tokens' bytes. Pieces of long texts are kept in `cache`.
+    pub(super) fn open(
+        checkpoint: &Checkpoint,
+        cache: &Arc<TextCache>,
+    ) -> Result<(Self, TokenTexts), TextError> {
+        match checkpoint.tokenizer() {
+            TokenizerSource::HuggingFaceJson(path) => Self::of_json(path, cache),
+            TokenizerSource::Ggml(source) => {
+                let path = checkpoint.path();
+                let built = ggml::build(source)
+                    .map_err(|source| TextError::Tokenizer { path: path.to_owned(), source })?;
+                let engine = Engine::of(built.tables, path, cache);
+                Ok((Self { engine, before: built.before, after: built.after }, built.texts))
+            }
+        }
+    }
+
+    /// From a `tokenizer.json`.
+    pub fn of_json(path: &Path, cache: &Arc<TextCache>) -> Result<(Self, TokenTexts), TextError> {
+        let failed = |source| TextError::Tokenizer { path: path.to_owned(), source };
+        let mut tables = Tables::from_file(path).map_err(|error| failed(error.into()))?;
+        // Left over from training in some files: a prompt is never cut or filled up here.
+        tables.with_padding(None);
+        tables.with_truncation(None).map_err(|error| failed(error.into()))?;
+        let texts = json_texts(&tables).map_err(failed)?;
+        let engine = Engine::of(tables, path, cache);
+        Ok((Self { engine, before: None, after: None }, texts))
     }
 
     /// Token ids of `text`, special tokens in it matched whole. `surround` adds what the model wants around a plain
     /// text, such as BOS.
     pub fn encode(&self, text: &str, surround: bool) -> Result<Vec<u32>, TextError> {
-        let encoding = self.tables.encode_fast(text, surround).map_err(TextError::Encode)?;
+        let mut tokens = Vec::with_capacity(text.len() / 4 + 8);
         let around = |id: Option<u32>| id.filter(|_| surround);
-        Ok(around(self.before)
-            .into_iter()
-            .chain(encoding.get_ids().iter().copied())
-            .chain(around(self.after))
-            .collect())
+        tokens.extend(around(self.before));
+        match &self.engine {
+            Engine::Fast(fast) => fast.encode(text, surround, &mut tokens),
+            Engine::Tables(tables) => {
+                let encoding = tables.encode_fast(text, surround).map_err(TextError::Encode)?;
+                tokens.extend_from_slice(encoding.get_ids());
+            }
+        }
+        tokens.extend(around(self.after));
+        Ok(tokens)
+    }
+
+    /// Tokenises a text of which more may come, for the cache alone, up to a place that is told; 0 = nothing.
+    pub fn remember(&self, text: &str) -> usize {
+        match &self.engine {
+            Engine::Fast(fast) => fast.remember(text),
+            Engine::Tables(_) => 0,
+        }
     }
 }
 

@@ -12,6 +12,8 @@ async fn both_legs_are_dispatched_at_once_with_one_transfer() {
     let body = json!({"seed": 7, "temperature": 0.5, "max_tokens": 3, "priority": -2});
     let response = cluster.chat(body);
     let (p, d) = (prefill.dispatch().await, decode.dispatch().await);
+    // Both are told by when the first token is wanted: a second from its arrival, and some for the prompt.
+    assert!([&p, &d].iter().all(|leg| (500..1_100).contains(&leg.first_token_within_millis)), "{p:?}");
     let prompt: Vec<u32> = b"user:hi\nassistant:".iter().map(|&byte| u32::from(byte)).collect();
     assert_eq!((&p.prompt_tokens, &d.prompt_tokens), (&prompt, &prompt));
     assert_eq!((p.incarnation, p.role_epoch, p.model.as_str()), (1, 1, "tiny"));

@@ -1,5 +1,7 @@
 //! Requests that want several answers: to one prompt, or to several.
 
+use std::time::{Duration, Instant};
+
 use crate::scripted::{Cluster, events, until};
 use baton_coordinator::requests::Stage;
 use baton_proto::v1;
@@ -81,6 +83,25 @@ async fn a_client_that_leaves_cancels_the_whole_leg_at_once() {
     assert_eq!((cancel.leg, cancel.choice), (dispatch.leg, None));
     cluster.at_rest().await;
     assert!(mixed.is_quiet());
+}
+
+/// Twenty clients that leave while both legs are at work; half of the cancels are to be with both instances in a tenth of a
+/// second, and none takes ten times as long.
+#[tokio::test]
+async fn every_leg_hears_within_a_tenth_of_a_second_that_the_client_has_left() {
+    let (cluster, mut prefill, mut decode) = Cluster::pair().await;
+    let (mut times, within) = (Vec::new(), Duration::from_millis(100));
+    for _ in 0..20 {
+        let response = cluster.chat(json!({"stream": true}));
+        let (p, d) = (prefill.dispatch().await, decode.dispatch().await);
+        response.abort();
+        let left = Instant::now();
+        assert_eq!((prefill.cancelled().await.leg, decode.cancelled().await.leg), (p.leg, d.leg));
+        times.push(left.elapsed());
+    }
+    times.sort();
+    assert!(times[10] <= within && times[19] <= 10 * within, "{times:?}");
+    cluster.at_rest().await;
 }
 
 #[tokio::test]

@@ -22,7 +22,7 @@ use serde_json::{Value, json};
 use tokio::{net::TcpStream, time::timeout};
 use v1::{FinishReason, attach_response::Frame as Answer};
 
-async fn error_of(response: reqwest::Response) -> (u16, Value) {
+pub(crate) async fn error_of(response: reqwest::Response) -> (u16, Value) {
     let status = response.status().as_u16();
     assert_eq!(response.headers()["content-type"], "application/json");
     let body: Value = response.json().await.expect("is JSON");

@@ -3,10 +3,14 @@
 mod answers;
 mod bodies;
 mod choices;
+mod coordinators;
 mod failures;
+mod faulty;
 mod handoffs;
+mod keys;
 mod migrations;
 mod models;
 mod operators;
+mod prefix;
 mod real_text;
 mod scripted;

@@ -2,7 +2,9 @@
 
 use std::{sync::Arc, time::Duration};
 
-use baton_coordinator::{CoordinatorConfig, CoordinatorError, Parts, assemble, prepare::Served};
+use baton_coordinator::{
+    CoordinatorConfig, CoordinatorError, Parts, assemble, keys::Source, prepare::Served,
+};
 use baton_process::{HealthHandle, Tls, access::Access};
 use baton_proto::v1;
 use baton_registry::{FleetWatch, FleetWatchConfig, MemoryConfig, MemoryStore, Revision};
@@ -272,6 +274,7 @@ async fn a_name_that_two_models_have_is_refused_at_start() {
     let parts = Parts {
         tls: Tls::plaintext(),
         served: vec![served(), namesake],
+        keys: Source::Open,
         fleet,
         metrics: baton_process::Metrics::new("coordinator"),
         health: HealthHandle::default(),

@@ -2,10 +2,11 @@
 //!
 //! Tests read what instances are sent and answer it step by step; nothing computes anything here. Tokens are bytes.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{collections::HashMap, net::SocketAddr, sync::Arc, time::Duration};
 
 use baton_coordinator::{
     CoordinatorConfig, Parts, assemble,
+    keys::Source,
     prepare::{Served, Spelling, TextModel, TextReader, Turn},
     serve::Service,
     text::TextStops,
@@ -29,10 +30,14 @@ use v1::{attach_request::Frame as Ask, attach_response::Frame as Answer, leg_out
 
 #[path = "../../src/prepare/bytes.rs"]
 mod bytes;
+pub(crate) mod cache;
 use bytes::Bytes;
 
 /// Longest wait for anything that must happen.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+
+/// The id of the coordinator that is there from the start.
+pub(crate) const COORDINATOR: &str = "coordinator-0";
 
 /// Waits until `what` is true.
 pub(crate) async fn until(what: &str, mut is_true: impl FnMut() -> bool) {
@@ -68,14 +73,15 @@ pub(crate) fn other() -> Served {
     }
 }
 
-/// The sending half of the stream that the coordinator has open, if it has.
-type Outgoing = Arc<Mutex<Option<mpsc::Sender<Result<v1::AttachResponse, Status>>>>>;
+/// The sending halves of the streams that coordinators have open, by their ids.
+type Outgoing = Arc<Mutex<HashMap<String, mpsc::Sender<Result<v1::AttachResponse, Status>>>>>;
 
 struct Script {
     id: String,
     role: v1::RoleChange,
     outgoing: Outgoing,
     incoming: mpsc::Sender<Ask>,
+    greeted: mpsc::Sender<v1::attach_request::Hello>,
 }
 
 #[tonic::async_trait]
@@ -87,6 +93,9 @@ impl v1::inference_server::Inference for Script {
         request: Request<Streaming<v1::AttachRequest>>,
     ) -> Result<Response<Self::AttachStream>, Status> {
         let mut frames = request.into_inner();
+        let Some(v1::AttachRequest { frame: Some(Ask::Hello(hello)) }) = frames.message().await? else {
+            return Err(Status::invalid_argument("the first frame must be a hello"));
+        };
         let (sender, receiver) = mpsc::channel(256);
         let welcome = v1::attach_response::Welcome {
             instance_id: self.id.clone(),
@@ -95,7 +104,9 @@ impl v1::inference_server::Inference for Script {
         };
         let welcome = v1::AttachResponse { frame: Some(Answer::Welcome(welcome)) };
         sender.try_send(Ok(welcome)).expect("room for the first message");
-        *self.outgoing.lock() = Some(sender);
+        self.outgoing.lock().insert(hello.coordinator_id.clone(), sender);
+        // Only one test reads them, and not those of many attempts to connect.
+        let _ = self.greeted.try_send(hello);
         let incoming = self.incoming.clone();
         tokio::spawn(async move {
             while let Ok(Some(v1::AttachRequest { frame: Some(frame) })) = frames.message().await {
@@ -112,9 +123,11 @@ impl v1::inference_server::Inference for Script {
 pub(crate) struct Instance {
     pub(crate) id: InstanceId,
     pub(crate) role: v1::Role,
+    pub(crate) cache: cache::Cache,
     address: SocketAddr,
     outgoing: Outgoing,
     incoming: mpsc::Receiver<Ask>,
+    greeted: mpsc::Receiver<v1::attach_request::Hello>,
     stop: Option<DropGuard>,
     ended: TaskTracker,
 }
@@ -125,13 +138,23 @@ impl Instance {
         let listener = TcpListener::bind(at).await.expect("a free port");
         let address = listener.local_addr().expect("is bound");
         let (sender, incoming) = mpsc::channel(256);
+        let (greets, greeted) = mpsc::channel(8);
         let outgoing = Outgoing::default();
         let change = v1::RoleChange { role: role.into(), epoch: 1, phase: v1::Phase::Ready.into() };
-        let script = Script { id: id.into(), role: change, outgoing: outgoing.clone(), incoming: sender };
+        let script = Script {
+            id: id.into(),
+            role: change,
+            outgoing: outgoing.clone(),
+            incoming: sender,
+            greeted: greets,
+        };
         let stop = CancellationToken::new();
         let service = v1::inference_server::InferenceServer::new(script);
+        let cache = cache::Cache::default();
+        let events = v1::kv_cache_server::KvCacheServer::new(cache.clone());
         let serve = tonic::transport::Server::builder()
             .add_service(service)
+            .add_service(events)
             .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop.clone().cancelled_owned());
         let ended = TaskTracker::new();
         ended.spawn(serve);
@@ -139,15 +162,17 @@ impl Instance {
         Self {
             id: InstanceId::new(id).expect("a good id"),
             role,
+            cache,
             address,
             outgoing,
             incoming,
+            greeted,
             stop: Some(stop.drop_guard()),
             ended,
         }
     }
 
-    fn spec(&self, served: &Served) -> InstanceSpec {
+    pub(crate) fn spec(&self, served: &Served) -> InstanceSpec {
         let spec = instance_spec(self.id.as_str(), 1);
         InstanceSpec {
             model: ModelIdentity {
@@ -163,16 +188,16 @@ impl Instance {
         }
     }
 
-    /// The next frame that is not the greeting.
+    /// The next frame after the greeting.
     pub(crate) async fn next(&mut self) -> Ask {
-        loop {
-            let frame = timeout(PATIENCE, self.incoming.recv()).await;
-            match frame.unwrap_or_else(|_| panic!("{} was sent nothing", self.id)) {
-                Some(Ask::Hello(_)) => {}
-                Some(frame) => return frame,
-                None => panic!("the stream to {} ended", self.id),
-            }
-        }
+        let frame = timeout(PATIENCE, self.incoming.recv()).await;
+        let frame = frame.unwrap_or_else(|_| panic!("{} was sent nothing", self.id));
+        frame.unwrap_or_else(|| panic!("the stream to {} ended", self.id))
+    }
+
+    /// How the next coordinator that attached has greeted.
+    pub(crate) async fn greeting(&mut self) -> v1::attach_request::Hello {
+        timeout(PATIENCE, self.greeted.recv()).await.expect("a greeting in time").expect("a greeting")
     }
 
     pub(crate) async fn dispatch(&mut self) -> v1::Dispatch {
@@ -195,8 +220,12 @@ impl Instance {
     }
 
     pub(crate) fn say(&self, answer: Answer) {
+        self.say_to(COORDINATOR, answer);
+    }
+
+    pub(crate) fn say_to(&self, coordinator: &str, answer: Answer) {
         let outgoing = self.outgoing.lock();
-        let sender = outgoing.as_ref().expect("the coordinator is attached");
+        let sender = outgoing.get(coordinator).expect("the coordinator is attached");
         sender.try_send(Ok(v1::AttachResponse { frame: Some(answer) })).expect("room for a message");
     }
 
@@ -251,7 +280,7 @@ impl Instance {
 
     /// Cuts the stream, as a killed process does.
     pub(crate) fn cut(&self) {
-        *self.outgoing.lock() = None;
+        self.outgoing.lock().clear();
     }
 
     /// Ends the instance; its address is free afterwards.
@@ -301,8 +330,7 @@ impl Cluster {
         configure: impl FnOnce(&mut CoordinatorConfig),
     ) -> (Self, [Instance; N]) {
         let shutdown = CancellationToken::new();
-        let tasks = TaskTracker::new();
-        let store = MemoryStore::start(MemoryConfig::new(Revision(1)), shutdown.clone(), &tasks);
+        let store = MemoryStore::start(MemoryConfig::new(Revision(1)), shutdown.clone(), &TaskTracker::new());
         let mut instances = Vec::new();
         for (id, role, model) in roles {
             let instance = Instance::start(id, role, None).await;
@@ -315,16 +343,41 @@ impl Cluster {
             store.txn(put).await.expect("the store takes it");
             instances.push(instance);
         }
+        let cluster = Self::coordinator(served, store, shutdown, configure);
+        let ids: Vec<_> = instances.iter().map(|instance| instance.id.clone()).collect();
+        cluster.linked(&ids).await;
+        (cluster, instances.try_into().unwrap_or_else(|_| panic!("as many as there were roles")))
+    }
+
+    /// Another coordinator of the same instances, which all run [`served`].
+    pub(crate) async fn another(&self, id: &str) -> Self {
+        let configure = |config: &mut CoordinatorConfig| config.id = id.into();
+        let other =
+            Self::coordinator(vec![served()], self.store.clone(), CancellationToken::new(), configure);
+        let ids: Vec<_> = self.service.placer.board.own_work().into_iter().map(|(id, _)| id).collect();
+        other.linked(&ids).await;
+        other
+    }
+
+    fn coordinator(
+        served: Vec<Served>,
+        store: MemoryStore,
+        shutdown: CancellationToken,
+        configure: impl FnOnce(&mut CoordinatorConfig),
+    ) -> Self {
+        let tasks = TaskTracker::new();
         let mut config = CoordinatorConfig::default();
         config.fleet.reconnect_min = Duration::from_millis(5);
         config.fleet.reconnect_max = Duration::from_millis(20);
         config.limits.placement_timeout = Duration::from_millis(50);
         configure(&mut config);
         let shared: Arc<dyn Store> = Arc::new(store.clone());
+        let keys = Source::open(&config.api_keys, &shared).expect("good keys");
         let fleet = FleetWatch::start(shared, FleetWatchConfig::default(), shutdown.clone(), &tasks);
         let parts = Parts {
             tls: Tls::plaintext(),
             served,
+            keys,
             fleet,
             metrics: baton_process::Metrics::new("coordinator"),
             health: HealthHandle::default(),
@@ -336,12 +389,13 @@ impl Cluster {
         let url = format!("http://{}", listener.local_addr().expect("is bound"));
         tasks.spawn(baton_process::http::serve(listener, router, shutdown.clone(), Duration::from_secs(1)));
         let client = reqwest::Client::new();
-        let cluster = Self { service, store, url, client, _stop: shutdown.drop_guard() };
-        let links = cluster.service.placer.links.clone();
-        let ids: Vec<_> = instances.iter().map(|instance| instance.id.clone()).collect();
+        Self { service, store, url, client, _stop: shutdown.drop_guard() }
+    }
+
+    async fn linked(&self, ids: &[InstanceId]) {
+        let links = &self.service.placer.links;
         until("all links are up", || ids.iter().all(|id| links.get(id).is_some_and(|link| link.is_up())))
             .await;
-        (cluster, instances.try_into().unwrap_or_else(|_| panic!("as many as there were roles")))
     }
 
     /// Whether a request for the first model could be served.

@@ -31,8 +31,8 @@ pub struct Change {
 /// What a reader gets.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum CacheEvent {
-    /// Everything, after the change of this number.
-    Snapshot { sequence: u64, stored: Vec<BlockHash> },
+    /// Everything, after the change of this number; readers of the same number share it.
+    Snapshot { sequence: u64, stored: Arc<[BlockHash]> },
     /// What came after the event before it.
     Change(Arc<Change>),
 }
@@ -48,6 +48,9 @@ pub struct CacheEvents {
 struct State {
     sequence: u64,
     stored: HashSet<BlockHash>,
+    /// What is stored, as it was copied for a reader since the last change. Copying holds up the engine, so that all that
+    /// come at once, as after a break of the network, make do with one copy.
+    copied: Option<Arc<[BlockHash]>>,
 }
 
 impl Default for CacheEvents {
@@ -63,6 +66,9 @@ impl CacheEvents {
 
     /// Takes in what changed, in order. Of what came and went nothing is said.
     pub fn publish(&self, changes: Vec<CacheChange>) {
+        if changes.is_empty() {
+            return;
+        }
         let mut state = self.state.lock();
         // By hash, whether it was stored before.
         let mut touched: HashMap<BlockHash, bool> = HashMap::new();
@@ -83,6 +89,7 @@ impl CacheEvents {
         }
         if !change.stored.is_empty() || !change.evicted.is_empty() {
             state.sequence = change.sequence;
+            state.copied = None;
             // Under the lock, so that a snapshot and what follows it fit. An error means that nobody reads.
             let _ = self.changes.send(Arc::new(change));
         }
@@ -94,9 +101,9 @@ impl CacheEvents {
     }
 
     fn snapshot(&self) -> (CacheEvent, broadcast::Receiver<Arc<Change>>) {
-        let state = self.state.lock();
-        let stored = state.stored.iter().copied().collect();
-        (CacheEvent::Snapshot { sequence: state.sequence, stored }, self.changes.subscribe())
+        let State { sequence, stored, copied } = &mut *self.state.lock();
+        let stored = copied.get_or_insert_with(|| stored.iter().copied().collect()).clone();
+        (CacheEvent::Snapshot { sequence: *sequence, stored }, self.changes.subscribe())
     }
 }
 
@@ -141,7 +148,7 @@ mod tests {
     fn learn(known: &mut Option<(u64, HashSet<BlockHash>)>, event: CacheEvent) {
         match event {
             CacheEvent::Snapshot { sequence, stored } => {
-                *known = Some((sequence, stored.into_iter().collect()))
+                *known = Some((sequence, stored.iter().copied().collect()))
             }
             CacheEvent::Change(change) => {
                 let (sequence, known) = known.as_mut().expect("a snapshot comes first");
@@ -159,7 +166,7 @@ mod tests {
         events.publish(stored([1]));
         let mut reader = events.subscribe();
         let next = |reader: &mut Reader| reader.next().now_or_never();
-        assert_eq!(next(&mut reader), Some(CacheEvent::Snapshot { sequence: 1, stored: vec![hash(1)] }));
+        assert_eq!(next(&mut reader), Some(CacheEvent::Snapshot { sequence: 1, stored: [hash(1)].into() }));
         assert_eq!(next(&mut reader), None);
         events.publish(stored([2]));
         assert!(matches!(next(&mut reader), Some(CacheEvent::Change(change)) if change.sequence == 2));
@@ -185,6 +192,22 @@ mod tests {
         events.publish([vec![evicted(1)], stored([1, 4]), vec![evicted(3)]].concat());
         let change = reader.try_recv().expect("a change");
         assert_eq!(*change, Change { sequence: 3, stored: vec![hash(4)], evicted: vec![hash(3)] });
+    }
+
+    #[test]
+    fn readers_that_come_at_once_share_one_copy() {
+        let events = Arc::new(CacheEvents::new(4));
+        events.publish(stored([1, 2]));
+        let snapshot = || match events.subscribe().next().now_or_never() {
+            Some(CacheEvent::Snapshot { stored, .. }) => stored,
+            other => panic!("{other:?}"),
+        };
+        let first = snapshot();
+        events.publish(Vec::new());
+        events.publish(vec![CacheChange::Evicted(hash(1)), CacheChange::Stored(hash(1))]);
+        assert!(Arc::ptr_eq(&first, &snapshot()), "nothing has changed");
+        events.publish(stored([3]));
+        assert_eq!(snapshot().len(), 3);
     }
 
     proptest! {

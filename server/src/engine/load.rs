@@ -43,6 +43,44 @@ pub struct Done {
     pub incoming: Transferred,
     /// Layers and steps computed.
     pub progress: u64,
+    pub timed: Timed,
+}
+
+/// Steps that did one kind of work alone and of which nothing failed, for whoever predicts how long such work takes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Timed {
+    /// Computed prompts alone.
+    pub prefill: Duration,
+    pub prefill_tokens: u64,
+    pub prefill_pairs: u64,
+    /// Decoded alone.
+    pub decode: Duration,
+    pub decode_steps: u64,
+    /// Sequences in these steps, summed over them, and the tokens that these sequences had.
+    pub decode_sequences: u64,
+    pub context_tokens: u64,
+}
+
+impl Timed {
+    fn count(&mut self, stats: &StepStats) {
+        if stats.failed_sequences > 0 {
+            return;
+        }
+        match (stats.prefill_tokens, stats.decode_tokens) {
+            (tokens, 0) => {
+                self.prefill += stats.took;
+                self.prefill_tokens += u64::from(tokens);
+                self.prefill_pairs += stats.prefill_pairs;
+            }
+            (0, sequences) => {
+                self.decode += stats.took;
+                self.decode_steps += 1;
+                self.decode_sequences += u64::from(sequences);
+                self.context_tokens += stats.context_tokens;
+            }
+            _ => {}
+        }
+    }
 }
 
 /// What became of the transfers of one direction. Those that were ended here are not counted: their leg was cancelled,
@@ -62,6 +100,7 @@ impl Done {
         self.decode_steps += u64::from(stats.decode_tokens > 0);
         self.failed += u64::from(stats.failed_sequences);
         self.progress += 1;
+        self.timed.count(stats);
     }
 
     /// A transfer is over that nobody here had ended before.
@@ -100,7 +139,12 @@ impl Load {
     /// How much a new step counts in the recent means.
     const WEIGHT: f64 = 0.1;
 
+    /// Of a step of which something failed, and which may have ended before it was computed, nothing is learnt: an instance
+    /// that fails at once is not fast.
     pub(super) fn learn(&mut self, stats: &StepStats) {
+        if stats.failed_sequences > 0 {
+            return;
+        }
         let seconds = stats.took.as_secs_f64();
         let mean = |old: f64, new: f64| if old == 0.0 { new } else { old + Self::WEIGHT * (new - old) };
         if stats.decode_tokens == 0 && seconds > 0.0 {
@@ -109,5 +153,32 @@ impl Load {
         } else if stats.prefill_tokens == 0 {
             self.decode_step = Duration::from_secs_f64(mean(self.decode_step.as_secs_f64(), seconds));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_step_that_failed_at_once_is_no_sign_of_speed() {
+        let step = |prefill_tokens, decode_tokens, millis, failed_sequences| StepStats {
+            prefill_tokens,
+            decode_tokens,
+            took: Duration::from_millis(millis),
+            failed_sequences,
+            ..StepStats::default()
+        };
+        let mut load = Load::default();
+        load.learn(&step(100, 0, 100, 0));
+        load.learn(&step(0, 4, 20, 0));
+        let learnt = (1000.0, Duration::from_millis(20));
+        assert_eq!((load.prefill_tokens_per_second, load.decode_step), learnt);
+        for failed in [step(4000, 0, 1, 1), step(0, 4, 1, 4), step(0, 4, 1, 1)] {
+            load.learn(&failed);
+            assert_eq!((load.prefill_tokens_per_second, load.decode_step), learnt, "{failed:?}");
+        }
+        load.learn(&step(200, 0, 100, 0));
+        assert_eq!((load.prefill_tokens_per_second, load.decode_step), (1100.0, learnt.1));
     }
 }

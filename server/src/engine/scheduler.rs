@@ -5,7 +5,7 @@
 //! of a sequence (arrival, end, transfers) is in [`lifecycle`], that of its choices in [`choices`], what damage does to it
 //! in [`quarantine`]; this file holds the planning:
 //!
-//! - Everything is done by rank: priority, then age. The first in rank always goes on, so everything ends.
+//! - Everything is done by rank: priority, then by when the first token is wanted, then age. The first in rank always goes on, so everything ends.
 //! - Decode first: every running sequence that needs one more token gets it. When blocks run out, the last in rank that
 //!   can be computed again is preempted: its blocks are let go and it waits to be recomputed from its tokens, of which
 //!   the cache may still have most. A sequence preempts itself if it is the last.
@@ -286,7 +286,9 @@ impl Scheduler {
     /// What the cache has of a waiting sequence, as far as it may be used.
     fn find_cached(&mut self, id: SequenceId) -> Cached {
         let Some(sequence) = self.sequences.get_mut(&id) else { return Cached::default() };
-        self.blocks.find(usable_hashes(sequence, self.root, &self.limits))
+        let cached = self.blocks.find(usable_hashes(sequence, self.root, &self.limits));
+        sequence.found = cached.blocks * self.limits.block_tokens;
+        cached
     }
 
     /// Choices that may need another block while they run.
@@ -351,6 +353,8 @@ impl Scheduler {
 
     /// Puts a sequence into the queue.
     fn queue(&mut self, id: SequenceId) {
+        // Its place in the queue does not depend on it: it is for [`Occupancy`] alone.
+        self.find_cached(id);
         let rank = self.sequences[&id].rank;
         let at = self.waiting.partition_point(|other| self.sequences[other].rank < rank);
         self.waiting.insert(at, id);

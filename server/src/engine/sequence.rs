@@ -65,6 +65,8 @@ pub struct NewSequence {
     pub top_logprobs: Option<u32>,
     /// Lower is served first, and preempted last.
     pub priority: i32,
+    /// When the first token is wanted.
+    pub wanted: Instant,
     /// The last token must be out by then.
     pub deadline: Option<Instant>,
     pub work: Work,
@@ -182,9 +184,13 @@ pub(super) enum State {
 }
 
 /// Who is served first: the lower. Who is preempted first: the higher. No two sequences have the same.
+///
+/// What comes later is wanted at its arrival at the soonest, so that nobody stands behind new arrivals for ever.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Rank {
     pub(super) priority: i32,
+    /// When the first token is wanted.
+    pub(super) wanted: Instant,
     /// Order in which sequences came to the queue, a decode leg when its cache was offered.
     pub(super) arrival: u64,
     /// Which of a leg's sequences it is, once they are forked.
@@ -213,6 +219,8 @@ pub(super) struct Sequence {
     hashes: Vec<BlockHash>,
     /// Blocks from the first on that are sealed: never written again, and others may share them.
     pub(super) sealed: u32,
+    /// How many of the tokens need not be computed once it is admitted: what the cache had when it was last looked at.
+    pub(super) found: u32,
     /// Of the tokens given, those that were in the cache when they were first computed here. None before that.
     pub(super) cached: Option<u32>,
     pub(super) sampling: SamplingParams,
@@ -248,7 +256,7 @@ impl Sequence {
             state: if matches!(new.work, Work::Decode(_)) { State::Announced } else { State::Waiting },
             choices: (0..new.choices).collect(),
             unforked: new.choices,
-            rank: Rank { priority: new.priority, arrival, fork: 0 },
+            rank: Rank { priority: new.priority, wanted: new.wanted, arrival, fork: 0 },
             tokens,
             prompt_tokens,
             given_tokens: prompt_tokens + carried,
@@ -256,6 +264,7 @@ impl Sequence {
             blocks: BlockList::default(),
             hashes: Vec::new(),
             sealed: 0,
+            found: 0,
             cached: None,
             sampling: new.sampling,
             counts,
@@ -366,6 +375,7 @@ impl Sequence {
             blocks,
             hashes: self.hashes.clone(),
             sealed: self.sealed,
+            found: self.found,
             cached: self.cached,
             sampling: self.sampling.of_choice(choice),
             counts: self.counts.clone(),

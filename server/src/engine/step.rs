@@ -28,20 +28,43 @@ pub struct Stepper {
     last_layer_at: Option<Instant>,
 }
 
-/// What a step did, for metrics.
+/// What a step did, for metrics. Of what failed or is to be planned again nothing is counted but the failures.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct StepStats {
     /// Tokens of prompts, those computed again after a preemption included.
     pub prefill_tokens: u32,
+    /// Pairs of one of these and a token before it.
+    pub prefill_pairs: u64,
     /// Prompts of which the last token was computed.
     pub prompts: u32,
     /// Sequences that got one more token.
     pub decode_tokens: u32,
+    /// The tokens of these sequences, together.
+    pub context_tokens: u64,
     pub took: Duration,
     /// The model failed to compute any of it.
     pub failed: bool,
     /// Sequences that the model failed to compute: an error, a panic, or logits that are not numbers.
     pub failed_sequences: u32,
+}
+
+/// Pairs of a token and one before it, where `tokens` are computed that end `whole` of a prompt.
+pub fn pairs(tokens: u64, whole: u64) -> u64 {
+    tokens.saturating_mul(whole.saturating_sub(tokens / 2))
+}
+
+impl StepStats {
+    /// Counts a chunk that has been computed.
+    fn count(&mut self, chunk: &Chunk, decodes: bool) {
+        if decodes {
+            self.decode_tokens += 1;
+            self.context_tokens += u64::from(chunk.start + chunk.tokens);
+        } else {
+            self.prefill_tokens += chunk.tokens;
+            self.prefill_pairs += pairs(chunk.tokens.into(), u64::from(chunk.start + chunk.tokens));
+            self.prompts += u32::from(chunk.logits);
+        }
+    }
 }
 
 impl Stepper {
@@ -72,19 +95,20 @@ impl Stepper {
         let failed = |sampled: &Computed| matches!(sampled, Computed::Failed(_));
         let mut stats = StepStats { failed: sampled.iter().all(failed), ..StepStats::default() };
         for (chunk, sampled) in plan.iter().zip(sampled) {
-            if scheduler.is_decode(chunk) {
-                stats.decode_tokens += 1;
-            } else {
-                stats.prefill_tokens += chunk.tokens;
-                stats.prompts += u32::from(chunk.logits);
-            }
-            let at_fault = matches!(sampled, Computed::Failed(_) | Computed::Damaged(_));
-            stats.failed_sequences += u32::from(at_fault);
             match sampled {
-                Computed::Yes(sampled) => scheduler.computed(chunk, sampled),
+                Computed::Yes(sampled) => {
+                    stats.count(chunk, scheduler.is_decode(chunk));
+                    scheduler.computed(chunk, sampled);
+                }
                 Computed::No => {}
-                Computed::Failed(error) => scheduler.fail(chunk.id, error),
-                Computed::Damaged(error) => scheduler.fail_damaged(chunk.id, error),
+                Computed::Failed(error) => {
+                    stats.failed_sequences += 1;
+                    scheduler.fail(chunk.id, error);
+                }
+                Computed::Damaged(error) => {
+                    stats.failed_sequences += 1;
+                    scheduler.fail_damaged(chunk.id, error);
+                }
             }
         }
         stats.took = started.elapsed();

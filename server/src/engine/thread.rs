@@ -2,7 +2,7 @@
 //!
 //! Started once by [`crate::instance`]; commanded by [`crate::inference`] (legs come and go) and [`crate::handoff`]
 //! (transfers end). It blocks on nothing but the model while there is work, and on the command queue when there is
-//! none. Updates of one step go to each stream in one call, which must not block either.
+//! none. What a step brings is told in one call, which must not block either.
 
 use std::{
     collections::HashMap,
@@ -14,7 +14,7 @@ use std::{
 };
 
 use baton_kvtransfer::Sealed;
-use baton_proto::{ApiError, BlockHash, ErrorCode};
+use baton_proto::{ApiError, BlockHash, ErrorCode, LegId};
 use baton_runtime::Executor;
 use tokio::{
     runtime::Handle,
@@ -35,8 +35,12 @@ use crate::{handoff::Transfers, metrics::EngineMetrics};
 /// thread ends, the process with it, and whoever supervises it starts another.
 const FAILED_STEPS: u32 = 16;
 
-/// Commands that may wait for the engine; whoever sends more waits in turn, at most for a step.
+/// Commands that may wait for the engine; whoever sends more waits in turn.
 pub const COMMAND_QUEUE: usize = 1024;
+
+/// Most that it obeys between two steps: the rest waits for the next, lest who sends without end keep all from being
+/// computed.
+const COMMANDS_A_STEP: usize = 256;
 
 /// What the engine is told.
 #[derive(Debug)]
@@ -60,8 +64,17 @@ pub enum Command {
     Settle(oneshot::Sender<()>),
 }
 
-/// Takes a step's updates for one stream.
-pub type Deliver = Arc<dyn Fn(StreamId, Vec<LegUpdate>) + Send + Sync>;
+/// What streams are told at a time. It belongs together: the load is that after these updates and before any other.
+#[derive(Debug)]
+pub struct Delivery<'a> {
+    pub updates: HashMap<StreamId, Vec<LegUpdate>>,
+    pub load: &'a Load,
+    /// The last leg of each stream that was taken on; of a stream that is not there, none was.
+    pub seen: &'a HashMap<StreamId, LegId>,
+}
+
+/// Tells the streams.
+pub type Deliver = Arc<dyn Fn(Delivery<'_>) + Send + Sync>;
 
 /// Everything the engine works with.
 pub struct EngineParts {
@@ -102,6 +115,8 @@ pub fn spawn(parts: EngineParts) -> io::Result<JoinHandle<()>> {
         done: Done::default(),
         arrived: Vec::new(),
         settling: Vec::new(),
+        seen: HashMap::new(),
+        untold: false,
     };
     let alive = parts.alive;
     thread::Builder::new().name("engine".into()).spawn(move || {
@@ -132,6 +147,10 @@ struct Engine {
     arrived: Vec<(SequenceId, Sealed)>,
     /// To be answered after the next delivery.
     settling: Vec<oneshot::Sender<()>>,
+    /// The last leg taken on of each stream.
+    seen: HashMap<StreamId, LegId>,
+    /// A command has been obeyed and nobody told what came of it.
+    untold: bool,
 }
 
 /// Why the engine woke up.
@@ -145,9 +164,10 @@ enum Woken {
 
 impl Engine {
     fn run(mut self) {
-        self.publish(None);
+        self.tell(None);
         while !self.shutdown.is_cancelled() && self.failed_steps < FAILED_STEPS {
-            while let Ok(command) = self.commands.try_recv() {
+            for _ in 0..COMMANDS_A_STEP {
+                let Ok(command) = self.commands.try_recv() else { break };
                 self.obey(command);
             }
             let worked = self.step();
@@ -163,7 +183,7 @@ impl Engine {
         };
         self.scheduler.fail_all(&ApiError::new(ErrorCode::Unavailable, reason));
         self.perform();
-        self.deliver();
+        self.tell(None);
     }
 
     /// Plans and computes one step. False if there is nothing to do before something happens.
@@ -186,8 +206,7 @@ impl Engine {
             self.scheduler.transfer_ended(id, Err(error));
         }
         self.perform();
-        self.deliver();
-        self.publish(stats);
+        self.tell(stats);
         if let Some(stats) = stats {
             self.failed_steps = if stats.failed { self.failed_steps + 1 } else { 0 };
         }
@@ -195,9 +214,10 @@ impl Engine {
     }
 
     fn compute(&mut self, plan: &[Chunk]) -> StepStats {
-        // Whoever watches is to see that there is work before a step that may never end.
-        if self.load.borrow().occupancy.running == 0 {
-            self.publish(None);
+        // Whoever watches is to see that there is work before a step that may never end, and who places requests what has
+        // come since the last: a step takes longer than many of them need to be placed.
+        if self.untold || self.load.borrow().occupancy.running == 0 {
+            self.tell(None);
         }
         let Self { scheduler, stepper, transfers, load, done, .. } = self;
         let mut on_layer = || {
@@ -238,15 +258,23 @@ impl Engine {
     }
 
     fn obey(&mut self, command: Command) {
+        self.untold = true;
         match command {
-            Command::Add(new) => self.scheduler.add(*new),
+            Command::Add(new) => {
+                let seen = self.seen.entry(new.address.stream).or_default();
+                *seen = new.address.leg.max(*seen);
+                self.scheduler.add(*new);
+            }
             Command::Cancel { leg, choices, damaged } => {
                 if damaged {
                     self.scheduler.quarantine(leg);
                 }
                 self.scheduler.cancel_choices(leg, choices);
             }
-            Command::CancelStream(stream) => self.scheduler.cancel_stream(stream),
+            Command::CancelStream(stream) => {
+                self.seen.remove(&stream);
+                self.scheduler.cancel_stream(stream);
+            }
             Command::FailAll(error) => self.scheduler.fail_all(&error),
             Command::Settle(answer) => self.settling.push(answer),
             Command::Offered { id, result } => {
@@ -309,39 +337,28 @@ impl Engine {
         }
     }
 
-    /// One call for each stream that has updates.
-    fn deliver(&mut self) {
-        let outputs = self.scheduler.take_outputs();
-        let mut streams: HashMap<StreamId, Vec<LegUpdate>> = HashMap::new();
-        for (address, update) in outputs {
+    /// Says what has come of the legs, and how busy the engine is now.
+    fn tell(&mut self, stats: Option<StepStats>) {
+        self.untold = false;
+        let mut updates: HashMap<StreamId, Vec<LegUpdate>> = HashMap::new();
+        for (address, update) in self.scheduler.take_outputs() {
             self.metrics.ended(update.end.as_ref());
             self.done.ended(update.end.as_ref());
-            streams.entry(address.stream).or_default().push(update);
+            updates.entry(address.stream).or_default().push(update);
         }
-        for (stream, updates) in streams {
-            (self.deliver)(stream, updates);
+        self.cache_events.publish(self.scheduler.take_cache_changes());
+        let mut load = *self.load.borrow();
+        if let Some(stats) = &stats {
+            self.done.count(stats);
+            load.learn(stats);
         }
+        (load.occupancy, load.done) = (self.scheduler.occupancy(), self.done);
+        self.metrics.observe(&load.occupancy, stats.as_ref());
+        (self.deliver)(Delivery { updates, load: &load, seen: &self.seen });
         for answer in self.settling.drain(..) {
             // Whoever asked may have gone.
             let _ = answer.send(());
         }
-    }
-
-    fn publish(&mut self, stats: Option<StepStats>) {
-        self.cache_events.publish(self.scheduler.take_cache_changes());
-        let occupancy = self.scheduler.occupancy();
-        self.metrics.observe(&occupancy, stats.as_ref());
-        if let Some(stats) = &stats {
-            self.done.count(stats);
-        }
-        self.load.send_if_modified(|load| {
-            let before = *load;
-            load.occupancy = occupancy;
-            load.done = self.done;
-            if let Some(stats) = stats {
-                load.learn(&stats);
-            }
-            *load != before
-        });
+        self.load.send_if_modified(|held| std::mem::replace(held, load) != load);
     }
 }

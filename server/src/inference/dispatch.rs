@@ -38,6 +38,8 @@ pub struct Leg {
     pub top_logprobs: Option<u32>,
     /// Lower is served first.
     pub priority: i32,
+    /// From receipt to the first token, as it is wanted: of one priority who is wanted sooner is served first.
+    pub first_token_within: Duration,
     /// From receipt to the last token.
     pub timeout: Option<Duration>,
     pub work: Work,
@@ -91,6 +93,8 @@ impl TryFrom<v1::Dispatch> for Leg {
             stop,
             top_logprobs,
             priority: wire.priority,
+            first_token_within: Duration::from_millis(wire.first_token_within_millis)
+                .min(FIRST_TOKEN_WITHIN_MOST),
             timeout: (wire.timeout_millis > 0).then(|| Duration::from_millis(wire.timeout_millis)),
             work: self::work(work)?,
         })
@@ -123,6 +127,8 @@ fn work(wire: v1::dispatch::Work) -> Result<Work, ApiError> {
     }
 }
 
+/// Nobody stands behind those who come later for longer.
+const FIRST_TOKEN_WITHIN_MOST: Duration = Duration::from_secs(3600);
 /// Stop tokens of one request; more are refused.
 const MAX_STOP_TOKENS: usize = 1024;
 /// Biases of one request; more are refused.

@@ -14,7 +14,7 @@ use baton_server::{
         load::Load,
         sampler::{Sampler, SamplingParams, TokenCounts},
         scheduler::Limits,
-        thread::COMMAND_QUEUE,
+        thread::{COMMAND_QUEUE, Command},
     },
     handoff::kv_layout,
     inference::dispatch::InstanceFacts,
@@ -45,6 +45,7 @@ pub struct Instance {
     pub endpoint: String,
     pub role: watch::Sender<RoleView>,
     pub load: watch::Receiver<Load>,
+    pub engine: mpsc::Sender<Command>,
     pub faults: Arc<model::Faults>,
     pub metrics: Metrics,
     pub permits: Permits,
@@ -144,7 +145,7 @@ impl Instance {
                 facts: Arc::new(facts),
                 role: role_seen,
                 load: load.clone(),
-                engine,
+                engine: engine.clone(),
                 permits: permits.clone(),
                 tasks: tasks.clone(),
                 stop: stop.clone(),
@@ -162,7 +163,19 @@ impl Instance {
                 served = serve => served.expect("it serves"),
             }
         });
-        Self { id: id.into(), incarnation, endpoint, role, load, faults, metrics, permits, stop, tasks }
+        Self {
+            id: id.into(),
+            incarnation,
+            endpoint,
+            role,
+            load,
+            engine,
+            faults,
+            metrics,
+            permits,
+            stop,
+            tasks,
+        }
     }
 
     /// Waits until nobody holds a block and nothing is left of any leg.
@@ -248,11 +261,22 @@ impl Attached {
         Self::open(&instance.endpoint, target).await
     }
 
+    /// Of a coordinator that wants to be told the load every so many milliseconds.
+    pub async fn told_every(millis: u32, instance: &Instance) -> Self {
+        let (id, incarnation) = (instance.id.clone(), instance.incarnation);
+        let target = Target { instance: id, incarnation, epoch: EPOCH, model: "hash".into() };
+        Self::greet(&instance.endpoint, target, millis).await
+    }
+
     pub async fn open(endpoint: &str, target: Target) -> Self {
+        Self::greet(endpoint, target, 0).await
+    }
+
+    async fn greet(endpoint: &str, target: Target, load_interval_millis: u32) -> Self {
         let endpoint = format!("http://{endpoint}");
         let mut client = v1::inference_client::InferenceClient::connect(endpoint).await.expect("it listens");
         let (requests, outgoing) = mpsc::channel(64);
-        let hello = v1::attach_request::Hello { coordinator_id: "c".into() };
+        let hello = v1::attach_request::Hello { coordinator_id: "c".into(), load_interval_millis };
         let hello = v1::AttachRequest { frame: Some(v1::attach_request::Frame::Hello(hello)) };
         requests.send(hello).await.expect("room");
         let responses = client.attach(ReceiverStream::new(outgoing)).await.expect("a stream").into_inner();
@@ -266,7 +290,7 @@ impl Attached {
         this
     }
 
-    async fn frame(&mut self) -> Option<v1::attach_response::Frame> {
+    pub async fn frame(&mut self) -> Option<v1::attach_response::Frame> {
         let message =
             tokio::time::timeout(PATIENCE, self.responses.message()).await.expect("a frame in time");
         message.ok().flatten()?.frame
@@ -288,6 +312,7 @@ impl Attached {
             sampling: Some(request.sampling.clone()),
             timeout_millis: request.timeout_millis,
             priority: request.priority,
+            first_token_within_millis: 0,
             work: Some(work),
             ..Default::default()
         };
@@ -330,7 +355,8 @@ impl Attached {
         }
     }
 
-    fn hear(&mut self, output: v1::LegOutput) {
+    /// Checks that no token is lost, repeated or late.
+    pub fn hear(&mut self, output: v1::LegOutput) {
         let heard = self.heard.entry((output.leg, output.choice)).or_default();
         assert!(heard.end.is_none(), "leg {} goes on after its end", output.leg);
         let first = *heard.first_position.get_or_insert(output.first_position);

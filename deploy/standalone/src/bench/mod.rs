@@ -53,6 +53,9 @@ pub(crate) struct BenchArgs {
     /// Model to ask for [default: the first that the endpoint lists].
     #[arg(long)]
     pub(crate) model: Option<String>,
+    /// File with the API key that the endpoint asks for, if it does.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) api_key_file: Option<PathBuf>,
     /// Closed load: this many requests at a time [default: 4].
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub(crate) concurrency: Option<u32>,
@@ -91,6 +94,12 @@ pub(crate) struct BenchArgs {
 pub(crate) enum BenchError {
     #[error("{url} does not answer: is a cluster up there? (`--url` sets the address)")]
     Unreachable { url: String, source: reqwest::Error },
+    #[error("the file {path} of --api-key-file cannot be read")]
+    KeyFile { path: PathBuf, source: std::io::Error },
+    #[error("the file {0} of --api-key-file does not hold an API key: one line of visible characters")]
+    Key(PathBuf),
+    #[error("{0} wants an API key that it knows: give one with `--api-key-file`")]
+    Unauthorized(String),
     #[error("{url} lists no model: name one with `--model`")]
     NoModel { url: String },
     #[error("a trial request failed: {0}")]

@@ -1,7 +1,14 @@
 //! One timed, streamed chat request.
 
-use std::time::{Duration, Instant};
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
 
+use reqwest::{
+    StatusCode,
+    header::{self, HeaderMap, HeaderValue},
+};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -44,7 +51,9 @@ impl Timing {
 impl Endpoint {
     /// Finds the endpoint and the model.
     pub(super) async fn connect(args: &BenchArgs) -> Result<Self, BenchError> {
+        let headers = args.api_key_file.as_deref().map(bearer).transpose()?.unwrap_or_default();
         let client = reqwest::Client::builder()
+            .default_headers(headers)
             .timeout(Duration::from_secs_f64(args.timeout_seconds))
             .pool_max_idle_per_host(usize::MAX)
             .build()
@@ -55,6 +64,9 @@ impl Endpoint {
             Some(model) => model.clone(),
             None => {
                 let listed = client.get(format!("{url}/v1/models")).send().await.map_err(&unreachable)?;
+                if listed.status() == StatusCode::UNAUTHORIZED {
+                    return Err(BenchError::Unauthorized(url.clone()));
+                }
                 let listed: Value = listed.json().await.map_err(&unreachable)?;
                 let first = listed["data"][0]["id"].as_str().map(str::to_owned);
                 first.ok_or_else(|| BenchError::NoModel { url: url.clone() })?
@@ -124,6 +136,17 @@ impl Endpoint {
     }
 }
 
+/// The header that shows the key in a file.
+fn bearer(path: &Path) -> Result<HeaderMap, BenchError> {
+    let unreadable = |source| BenchError::KeyFile { path: path.to_owned(), source };
+    let key = std::fs::read_to_string(path).map_err(unreadable)?;
+    let no_key = || BenchError::Key(path.to_owned());
+    let key = Some(key.trim()).filter(|key| !key.is_empty()).ok_or_else(no_key)?;
+    let mut value = HeaderValue::try_from(format!("Bearer {key}")).map_err(|_| no_key())?;
+    value.set_sensitive(true);
+    Ok(HeaderMap::from_iter([(header::AUTHORIZATION, value)]))
+}
+
 fn told(error: &(dyn std::error::Error + 'static)) -> String {
     std::iter::successors(Some(error), |error| error.source())
         .map(ToString::to_string)
@@ -158,6 +181,21 @@ mod tests {
         assert_eq!(next_event(&mut buffer), None);
         buffer.extend_from_slice(b"\n\n");
         assert_eq!(next_event(&mut buffer).as_deref(), Some(b"half".as_slice()));
+    }
+
+    #[test]
+    fn a_key_is_shown_as_it_stands_in_its_file_and_in_no_debugging() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("key");
+        std::fs::write(&path, "sk-baton-1\n").unwrap();
+        let headers = bearer(&path).unwrap();
+        assert_eq!(headers[header::AUTHORIZATION], "Bearer sk-baton-1");
+        assert!(!format!("{headers:?}").contains("sk-baton"));
+        for bad in ["", " \n", "a\nb"] {
+            std::fs::write(&path, bad).unwrap();
+            assert!(bearer(&path).unwrap_err().to_string().contains("does not hold an API key"), "{bad:?}");
+        }
+        assert!(bearer(&directory.path().join("none")).unwrap_err().to_string().contains("cannot be read"));
     }
 
     #[test]

@@ -183,7 +183,7 @@ async fn attach(
 ) -> Result<(mpsc::Sender<v1::AttachRequest>, Streaming<v1::AttachResponse>), ServerError> {
     loop {
         let (ask, asked) = mpsc::channel(64);
-        let hello = v1::attach_request::Hello { coordinator_id: NAME.to_owned() };
+        let hello = v1::attach_request::Hello { coordinator_id: NAME.to_owned(), ..Default::default() };
         // A new channel holds at least one.
         let _ = ask.try_send(v1::AttachRequest { frame: Some(Ask::Hello(hello)) });
         let connecting = async {

@@ -29,6 +29,7 @@ pub(super) struct Says {
     pub(super) links: Vec<v1::Link>,
     pub(super) groups: Vec<v1::GroupPlan>,
     pub(super) events: Vec<v1::FleetEvent>,
+    pub(super) keys: Vec<v1::ApiKey>,
     /// Does not lead, and names who does.
     pub(super) leader: Option<String>,
     /// The only token that is let in.
@@ -178,6 +179,33 @@ impl FleetAdmin for Fake {
     ) -> Result<Response<v1::PlanResponse>, Status> {
         let v1::RebalanceRequest { group, dry_run } = request.get_ref();
         self.plan(&request, &format!("rebalance {group} {dry_run}"), *dry_run)
+    }
+
+    async fn list_api_keys(
+        &self,
+        request: Request<v1::ListApiKeysRequest>,
+    ) -> Result<Response<v1::ListApiKeysResponse>, Status> {
+        let keys = self.hear(&request, "keys")?.keys;
+        Ok(Response::new(v1::ListApiKeysResponse { keys }))
+    }
+
+    async fn add_api_key(
+        &self,
+        request: Request<v1::AddApiKeyRequest>,
+    ) -> Result<Response<v1::AddApiKeyResponse>, Status> {
+        let key = request.get_ref().key.clone().unwrap_or_default();
+        let (name, tenant, bytes) = (&key.name, &key.tenant, key.sha256.len());
+        let what = format!("add-key {name} {tenant} {bytes} {:?} {}", key.band(), key.requests_per_minute);
+        self.hear(&request, &what)?;
+        Ok(Response::new(v1::AddApiKeyResponse {}))
+    }
+
+    async fn revoke_api_key(
+        &self,
+        request: Request<v1::RevokeApiKeyRequest>,
+    ) -> Result<Response<v1::RevokeApiKeyResponse>, Status> {
+        self.hear(&request, &format!("revoke-key {}", request.get_ref().name))?;
+        Ok(Response::new(v1::RevokeApiKeyResponse {}))
     }
 
     type WatchEventsStream = BoxStream<'static, Result<v1::FleetEvent, Status>>;

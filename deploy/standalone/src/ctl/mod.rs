@@ -19,6 +19,7 @@ mod fleet;
 mod get;
 mod groups;
 mod instances;
+mod keys;
 mod line;
 mod links;
 mod output;
@@ -48,6 +49,7 @@ Examples:
   baton ctl explain group default --ratio 1:3      what a ratio of 1:3 would change
   baton ctl drain server-2 --reason disk           out of service, once it runs nothing
   baton ctl uncordon server-2                      and back in
+  baton ctl key add alice-2027 --tenant alice      lets a client in
 
 The cluster is the one that `baton up` runs here, or the one of --controller:
   export BATON_CTL_CONTROLLER=controller.baton:7100 BATON_CTL_TOKEN_FILE=~/.baton/token
@@ -140,6 +142,18 @@ Examples:
   baton ctl rebalance default")]
     Rebalance(change::RebalanceArgs),
 
+    /// API keys for clients: make, list and revoke them.
+    #[command(
+        subcommand,
+        after_help = "\
+Examples:
+  baton ctl key add alice-2027 --tenant alice --requests-per-minute 600
+  baton ctl key list
+  baton ctl key revoke alice-2026
+  baton ctl key generate alice-2027 >> keys.toml   without etcd: for `api_keys.file`"
+    )]
+    Key(keys::KeyCommand),
+
     /// Print what a shell needs to complete these commands.
     #[command(after_help = "\
 Examples:
@@ -155,6 +169,10 @@ pub(crate) async fn run(args: CtlArgs) -> Result<(), CtlError> {
         completion::run(&args);
         return Ok(());
     }
+    if let CtlCommand::Key(keys::KeyCommand::Generate(args)) = args.command {
+        keys::generate(args);
+        return Ok(());
+    }
     let fleet = &mut fleet::Fleet::new(connect::Reach::new(&args.reach)?);
     match args.command {
         CtlCommand::Get(args) => get::run(args, fleet).await,
@@ -166,6 +184,7 @@ pub(crate) async fn run(args: CtlArgs) -> Result<(), CtlError> {
         CtlCommand::SetRole(args) => change::set_role(args, fleet).await,
         CtlCommand::SetTargets(args) => change::set_targets(args, fleet).await,
         CtlCommand::Rebalance(args) => change::rebalance(args, fleet).await,
+        CtlCommand::Key(command) => keys::run(command, fleet).await,
         CtlCommand::Completion(_) => Ok(()),
     }
 }

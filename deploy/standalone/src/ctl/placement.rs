@@ -25,7 +25,10 @@ const CANDIDATES: &[Column] = &[
     Column::new("INSTANCE"),
     Column::new("PART"),
     Column::new("COST"),
+    Column::new("TTFT"),
+    Column::new("TPOT"),
     Column::new("TAKEN"),
+    Column::new("CACHED"),
     Column::new("QUEUED"),
     Column::new("PREFILL"),
     Column::new("SEQUENCES"),
@@ -124,6 +127,9 @@ fn section(page: &mut Page, placement: &PlacementView) {
     let PlacementView { prompt_tokens, expected_tokens, choices, candidates, .. } = placement;
     let of_each = if *choices == 1 { String::new() } else { format!(" of each of {choices} choices") };
     page.fact("Reckoned with", format!("{prompt_tokens} prompt tokens, {expected_tokens} to come{of_each}"));
+    if !placement.policy.is_empty() {
+        page.fact("Policy", &placement.policy);
+    }
     page.fact("Candidates", format!("{candidates}; the cheapest for each part:"));
     let rows: Vec<Row> = placement.cheapest.iter().map(row).collect();
     page.text(&Layout::new(CANDIDATES, true).text(&rows, true));
@@ -134,6 +140,7 @@ fn row(candidate: &CandidateView) -> Row {
         0 => "not measured".to_owned(),
         value => format!("{value}{unit}"),
     };
+    let predicted = |micros: u64| if micros == 0 { "-".to_owned() } else { millis(micros as f64 / 1e3) };
     let blocks = match candidate.kv_blocks_free {
         Some(free) => format!("{} of {free} free", candidate.kv_blocks_wanted),
         None => format!("{} of not known", candidate.kv_blocks_wanted),
@@ -142,7 +149,10 @@ fn row(candidate: &CandidateView) -> Row {
         candidate.instance_id.clone(),
         candidate.part.clone(),
         millis(candidate.cost_micros as f64 / 1e3),
+        predicted(candidate.ttft_micros),
+        predicted(candidate.tpot_micros),
         if candidate.taken { "yes" } else { "-" }.to_owned(),
+        format!("{} tokens", candidate.cached_tokens),
         format!("{} tokens", candidate.queued_prefill_tokens),
         measured(candidate.prefill_tokens_per_second, " tokens/s"),
         candidate.sequences.to_string(),
@@ -173,6 +183,7 @@ fn placement_object(placement: &PlacementView) -> Value {
         "expected_tokens": placement.expected_tokens,
         "choices": placement.choices,
         "candidates": placement.candidates,
+        "policy": placement.policy,
         "cheapest": placement.cheapest.iter().map(candidate_object).collect::<Vec<_>>(),
     })
 }
@@ -189,6 +200,9 @@ fn candidate_object(candidate: &CandidateView) -> Value {
         "decode_step_micros": candidate.decode_step_micros,
         "kv_blocks_free": candidate.kv_blocks_free,
         "kv_blocks_wanted": candidate.kv_blocks_wanted,
+        "cached_tokens": candidate.cached_tokens,
+        "ttft_micros": candidate.ttft_micros,
+        "tpot_micros": candidate.tpot_micros,
     })
 }
 
@@ -210,6 +224,9 @@ pub(super) mod tests {
             decode_step_micros: 8_000,
             kv_blocks_free: Some(90),
             kv_blocks_wanted: 5,
+            cached_tokens: 32,
+            ttft_micros: if part == "prefill" { 20_000 } else { 0 },
+            tpot_micros: if part == "decode" { 9_000 } else { 0 },
             ..Default::default()
         };
         let placement = |because: &str| PlacementView {
@@ -221,6 +238,7 @@ pub(super) mod tests {
             expected_tokens: 16,
             choices: 1,
             candidates: 3,
+            policy: "predicted".into(),
             cheapest: vec![
                 candidate("server-0", "prefill", true),
                 candidate("server-1", "decode", true),
@@ -246,6 +264,7 @@ pub(super) mod tests {
             "Placed 1.5s ago: prefill on server-0, decode on server-1",
             "  After:               instance server-3 is lost",
             "  Reckoned with:       40 prompt tokens, 16 to come",
+            "  Policy:              predicted",
             "  Candidates:          3; the cheapest for each part:",
         ] {
             assert!(text.lines().any(|found| found == line), "{line:?} in\n{text}");
@@ -257,6 +276,9 @@ pub(super) mod tests {
             "decode",
             "12.5ms",
             "-",
+            "9.00ms",
+            "-",
+            "32 tokens",
             "300 tokens",
             "not measured",
             "2",

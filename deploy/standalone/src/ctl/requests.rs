@@ -29,6 +29,7 @@ const COLUMNS: &[Column] = &[
     Column::new("GENERATED"),
     Column::new("AGE").passing(),
     Column::wide("COORDINATOR"),
+    Column::wide("API KEY"),
 ];
 
 /// A coordinator and where it is asked.
@@ -130,6 +131,7 @@ fn row(coordinator: &str, view: &RequestView) -> Row {
         view.completion_tokens.to_string(),
         age(view.age_millis),
         coordinator.to_owned(),
+        or_dash(&view.api_key),
     ];
     Row {
         key: view.request_id.clone(),
@@ -150,6 +152,7 @@ pub(super) fn request_object(coordinator: &str, view: &RequestView) -> Value {
         "prompt_tokens": view.prompt_tokens,
         "completion_tokens": view.completion_tokens,
         "age_millis": view.age_millis,
+        "api_key": view.api_key,
     })
 }
 
@@ -178,7 +181,7 @@ mod tests {
             ..Default::default()
         };
         let table = table(&[("c-0".into(), view)]);
-        assert_eq!(table.rows[0].cells, ["r", "m", "decode", "-", "server-1", "5", "7", "1.5s", "c-0"]);
+        assert_eq!(table.rows[0].cells, ["r", "m", "decode", "-", "server-1", "5", "7", "1.5s", "c-0", "-"]);
         assert_eq!(table.rows[0].object["coordinator"], "c-0");
     }
 }

@@ -1,24 +1,30 @@
 //! How full a scheduler is: read after each step, for coordinators and metrics.
 
-use super::Scheduler;
-use crate::engine::sequence::{Sequence, State, Work};
+use super::{Scheduler, choices_of};
+use crate::engine::{
+    sequence::{Sequence, State, Work},
+    step::pairs,
+};
 
 /// How many sequences and blocks there are, by use.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Occupancy {
     /// Most that can be in the batch.
     pub places: u32,
-    /// In the batch.
+    /// In the batch. What is to become several sequences here, a prompt with its choices, counts as many.
     pub running: u32,
-    /// In the queue, or with a cache not offered yet or still on its way.
+    /// In the queue, or with a cache not offered yet or still on its way; counted likewise.
     pub waiting: u32,
     /// Held for a transfer alone: prefill legs handed on, and ended legs whose transfer is being closed.
     pub leaving: u32,
     /// Caches on their way in, and out; counted above too.
     pub receiving: u32,
     pub sending: u32,
-    /// Prompt tokens accepted and not yet computed here.
+    /// Prompt tokens accepted and still to be computed here: of who waits, less what the cache had when they came to the
+    /// queue, or were first in it. An estimate, since blocks are evicted and stored meanwhile.
     pub queued_prefill_tokens: u64,
+    /// Pairs of one of these and a token before it.
+    pub queued_prefill_pairs: u64,
     pub blocks_total: u32,
     /// Blocks that nobody holds.
     pub blocks_free: u32,
@@ -71,16 +77,24 @@ impl Scheduler {
             ..Occupancy::default()
         };
         for sequence in self.sequences.values() {
+            let becomes = match sequence.work {
+                // Its choices part where they are decoded.
+                Work::Prefill(_) => 1,
+                Work::Whole | Work::Decode(_) => choices_of(sequence),
+            };
             match sequence.state {
-                State::Running => occupancy.running += 1,
-                State::Announced | State::Waiting | State::Receiving => occupancy.waiting += 1,
+                State::Running => occupancy.running += becomes,
+                State::Announced | State::Waiting | State::Receiving => occupancy.waiting += becomes,
                 State::HandingOff | State::Closing => occupancy.leaving += 1,
             }
             occupancy.receiving += u32::from(sequence.state == State::Receiving);
             occupancy.sending += u32::from(sequence.transfers() && matches!(sequence.work, Work::Prefill(_)));
             let computes = matches!(sequence.state, State::Waiting | State::Running);
             if computes && !matches!((&sequence.work, sequence.state), (Work::Decode(_), State::Waiting)) {
-                occupancy.queued_prefill_tokens += u64::from(sequence.remaining()).saturating_sub(1);
+                let found = if sequence.state == State::Waiting { sequence.found } else { 0 };
+                let left = u64::from((sequence.remaining() - found).saturating_sub(1));
+                occupancy.queued_prefill_tokens += left;
+                occupancy.queued_prefill_pairs += pairs(left, sequence.tokens.len() as u64);
             }
         }
         occupancy

@@ -1,6 +1,6 @@
 //! Tables for the planning rules; `histories` holds the property.
 
-use std::time::Duration;
+use std::{sync::LazyLock, time::Duration};
 
 use baton_proto::{ApiError, ErrorCode, Incarnation, InstanceId, LegId, RequestId, TransferId};
 
@@ -11,6 +11,7 @@ use crate::engine::{
 };
 
 mod histories;
+mod occupancy;
 mod quarantine;
 
 const BLOCK: u32 = 4;
@@ -44,6 +45,9 @@ fn decode() -> Work {
     })
 }
 
+/// When all want their first token that do not say otherwise.
+static WANTED: LazyLock<Instant> = LazyLock::new(Instant::now);
+
 fn sequence(id: u64, prompt: u32, max_tokens: u32, work: Work) -> NewSequence {
     NewSequence {
         id: SequenceId(id),
@@ -56,6 +60,7 @@ fn sequence(id: u64, prompt: u32, max_tokens: u32, work: Work) -> NewSequence {
         stop: StopRule { max_tokens, stop_tokens: vec![99] },
         top_logprobs: None,
         priority: 0,
+        wanted: *WANTED,
         deadline: None,
         work,
         permit: None,
@@ -326,6 +331,22 @@ fn the_deadline_ends_a_sequence_in_any_state() {
     );
     assert_eq!(scheduler.next_deadline(), None);
     assert_eq!(scheduler.occupancy().leaving, 2);
+}
+
+#[test]
+fn of_one_priority_whoever_is_wanted_sooner_is_served_first() {
+    let mut scheduler = scheduler(4);
+    let within = |id, seconds| {
+        let wanted = *WANTED + Duration::from_secs(seconds);
+        NewSequence { wanted, ..sequence(id, 7, 1, Work::Whole) }
+    };
+    scheduler.add(within(1, 0));
+    assert_eq!(step(&mut scheduler, 1), [(1, 0, 7)]);
+    for (id, seconds) in [(2, 30), (3, 10), (4, 10)] {
+        scheduler.add(within(id, seconds));
+    }
+    scheduler.add(NewSequence { priority: -1, ..within(5, 60) });
+    assert_eq!(scheduler.waiting, [5, 3, 4, 2].map(SequenceId));
 }
 
 #[test]

@@ -24,6 +24,11 @@ fn every_change_is_understood() {
         "set-targets default --reset",
         "rebalance --dry-run",
         "rebalance default",
+        "key add a-1 --tenant a --requests-per-minute 5 --tokens-per-minute 9 --concurrent 2 --weight 3",
+        "key add a-1 --band interactive --expires-in 2160h",
+        "key generate a-1",
+        "key list -o json --no-headers",
+        "key revoke a-1",
     ] {
         assert!(parse(line).is_ok(), "{line}: {}", parse(line).unwrap_err());
     }
@@ -39,6 +44,12 @@ fn changes_that_make_no_sense_are_refused() {
         ("set-targets default --ttft 5", "as in 250ms"),
         ("set-targets default --reset --ratio 1:1", "cannot be used with"),
         ("drain server-0 --within soon", "not a duration"),
+        ("key add", "NAME"),
+        ("key add A", "an API key's name must be"),
+        ("key add a --tenant A", "a tenant's name must be"),
+        ("key add a --requests-per-minute 0", "zero"),
+        ("key add a --band first", "possible values"),
+        ("key revoke", "NAME"),
     ] {
         let error = parse(line).unwrap_err().to_string();
         assert!(error.contains(says), "{line}: {error}");
@@ -52,6 +63,9 @@ async fn every_change_asks_for_what_it_is() {
         ("cordon server-2 --force --dry-run", vec!["cordon server-2 \"\" 0 true true"]),
         ("drain server-2 --within 30s --dry-run", vec!["cordon server-2 \"\" 30000 false true"]),
         ("uncordon server-2", vec!["uncordon server-2 false"]),
+        ("key add a-1 --tenant a --requests-per-minute 5 --band batch", vec!["add-key a-1 a 32 Batch 5"]),
+        ("key list", vec!["keys"]),
+        ("key revoke a-1", vec!["revoke-key a-1"]),
         ("set-role server-2 mixed", vec!["set-role server-2 Mixed false"]),
         ("set-role server-2 auto --dry-run", vec!["set-role server-2 Unspecified true"]),
         ("set-targets default --ratio 1:3", vec!["set-targets default Some(\"ratio 1:3\") false"]),

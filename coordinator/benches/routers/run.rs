@@ -1,0 +1,195 @@
+//! The rounds: every line in turn, and in every line all that are measured, one right after the other, so that what else
+//! the machine does meets them alike.
+
+use std::{
+    collections::BTreeMap,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::{
+    child::Asked,
+    error::BenchError,
+    lines::{Answer, Line, Prompt},
+    model,
+    procfs::{CpuTime, rss_megabytes},
+    protocol::{Done, Job, Outcome, Pace, WorkerReady, WorkerSetup},
+    report::Figures,
+    targets::{self, Programs, Router, Target},
+    words::Words,
+};
+
+/// How long a router may take until it answers.
+const START_PATIENCE: Duration = Duration::from_secs(60);
+/// Requests before anything is measured.
+const WARM_UP: u32 = 256;
+
+/// What was measured, in the order of rounds.
+pub(crate) type Runs = BTreeMap<(Line, Target), Vec<Figures>>;
+
+/// Everything that runs.
+pub(crate) struct Bench {
+    worker: Asked,
+    client: Asked,
+    /// The worker's own address, for who asks it without a router.
+    direct: String,
+    routers: BTreeMap<Target, Router>,
+    seed: u64,
+}
+
+impl Bench {
+    /// Starts the worker, the client and all routers that are `wanted`, and waits until they answer. `folder` is for
+    /// logs, and has the `model`.
+    pub(crate) async fn start(
+        programs: &Programs,
+        wanted: &[Target],
+        pairs: u32,
+        (words, model, folder): (Words, &Path, &Path),
+    ) -> Result<Self, BenchError> {
+        let mut worker = Asked::start("worker")?;
+        let mut client = Asked::start("client")?;
+        let ready: WorkerReady = worker.ask(&WorkerSetup { words: words.clone(), pairs }).await?;
+        client.tell(&words).await?;
+        let mut routers = BTreeMap::new();
+        for &target in wanted {
+            let Some(program) = programs.of(target) else { continue };
+            let router = match target {
+                Target::Baton => targets::coordinator(&program, model, (&words, &ready, folder)).await?,
+                Target::Direct | Target::BatonIds => continue,
+                peer => targets::peer(peer, &program, (&ready, folder))?,
+            };
+            routers.insert(target, router);
+        }
+        let direct = ready.decode.first().map(|decode| decode.http.clone()).unwrap_or_default();
+        // Not the same prompts in the next run: a router that has survived none would know them, but nobody should.
+        let seed = u64::from(std::process::id());
+        let mut bench = Self { worker, client, direct, routers, seed };
+        for &target in wanted {
+            bench.warm_up(target).await?;
+        }
+        Ok(bench)
+    }
+
+    /// Whether anything can be asked of it.
+    pub(crate) fn has(&self, target: Target) -> bool {
+        target == Target::Direct || self.router(target).is_some()
+    }
+
+    fn router(&self, target: Target) -> Option<&Router> {
+        self.routers.get(if target == Target::BatonIds { &Target::Baton } else { &target })
+    }
+
+    async fn warm_up(&mut self, target: Target) -> Result<(), BenchError> {
+        let line = Line { prompt: Prompt::Short, answer: Answer::Unpaced, streams: 1 };
+        let began = Instant::now();
+        while self.has(target) {
+            match self.load(target, &line, 1).await {
+                Ok(_) => {
+                    self.load(target, &Line { streams: 16, ..line }, WARM_UP).await?;
+                    break;
+                }
+                Err(error) if began.elapsed() > START_PATIENCE => return Err(error),
+                Err(_) => tokio::time::sleep(Duration::from_millis(200)).await,
+            }
+        }
+        Ok(())
+    }
+
+    /// Opens the connections between a router and the worker that are closed while others are measured. What it finds
+    /// closed in the midst of that may fail a request of it.
+    async fn reconnect(&mut self, target: Target, streams: u32) {
+        let line = Line { prompt: Prompt::Short, answer: Answer::Unpaced, streams };
+        let _ = self.load(target, &line, streams).await;
+    }
+
+    /// One line of one of them.
+    pub(crate) async fn load(
+        &mut self,
+        target: Target,
+        line: &Line,
+        requests: u32,
+    ) -> Result<Figures, BenchError> {
+        let router = self.router(target);
+        let (pid, address) =
+            (router.map(|router| router.pid), router.map_or(&self.direct, |router| &router.address).clone());
+        self.seed += 1;
+        let job = Job {
+            address,
+            spelling: target.spelling(),
+            stream: line.answer.is_streamed(),
+            streams: line.streams,
+            requests,
+            prompt_words: line.prompt.words(),
+            seed: self.seed,
+            ramp_micros: line.ramp_micros(),
+        };
+        let _: Done = self.worker.ask(&Pace { step_micros: line.answer.step_micros() }).await?;
+        let _: Done = self.client.ask(&job).await?;
+        let before = pid.map(CpuTime::of);
+        let outcome: Outcome = self.client.ask(&Done {}).await?;
+        let cpu = pid.zip(before).map(|(pid, before)| CpuTime::of(pid).millis_since(&before));
+        if let Some(fault) = outcome.fault {
+            return Err(BenchError::Answer { target: target.name(), fault });
+        }
+        let rss = pid.map(rss_megabytes).transpose()?;
+        Ok(Figures::of(&outcome, cpu.unwrap_or(f64::NAN), rss.unwrap_or(f64::NAN)))
+    }
+
+    /// All rounds of all lines.
+    pub(crate) async fn rounds(
+        &mut self,
+        rounds: u32,
+        requests: Option<u32>,
+        lines: &[Line],
+        wanted: &[Target],
+    ) -> Result<Runs, BenchError> {
+        let wanted: Vec<Target> = wanted.iter().copied().filter(|&target| self.has(target)).collect();
+        let bar = ProgressBar::new(u64::from(rounds) * (lines.len() * wanted.len()) as u64);
+        let style = ProgressStyle::with_template("{wide_bar} {pos}/{len}, {eta} left: {msg}");
+        bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+        let mut runs = Runs::new();
+        for round in 0..rounds as usize {
+            for line in lines {
+                // Who is first changes from round to round.
+                let turn = |place: usize| wanted[(place + round) % wanted.len()];
+                for target in (0..wanted.len()).map(turn) {
+                    bar.set_message(format!("{line}, {}", target.name()));
+                    self.reconnect(target, line.streams).await;
+                    let measured = self.load(target, line, requests.unwrap_or(line.requests())).await;
+                    let figures = match measured {
+                        // Another router that fails on a line has no figures there.
+                        Err(BenchError::Answer { target: name, fault })
+                            if Target::PEERS.contains(&target) =>
+                        {
+                            bar.suspend(|| eprintln!("{line}: {name} does not answer as it should: {fault}"));
+                            Figures::NONE
+                        }
+                        measured => measured?,
+                    };
+                    // Who reads a file has no bar.
+                    if bar.is_hidden() {
+                        eprintln!("round {}, {line}, {}: {figures}", round + 1, target.name());
+                    }
+                    runs.entry((*line, target)).or_default().push(figures);
+                    bar.inc(1);
+                }
+            }
+        }
+        bar.finish_and_clear();
+        Ok(runs)
+    }
+}
+
+/// Copies the model into `folder`, and opens the copy.
+pub(crate) fn open(
+    from: &Path,
+    folder: &Path,
+) -> Result<(std::path::PathBuf, baton_coordinator::prepare::Served), BenchError> {
+    let name = from.file_name().unwrap_or_default();
+    let copy = folder.join(name);
+    model::lengthen(from, &copy)?;
+    let served = model::open(&copy)?;
+    Ok((copy, served))
+}

@@ -1,0 +1,243 @@
+//! An instance as Baton's coordinator knows it: one stream for all legs, one message a step.
+//!
+//! A prefill leg has its token at once and hands over; the decode leg of the same transfer goes on from there with the next
+//! step. Loads are told as often as the coordinator asks, and count the coordinator's own legs.
+
+use std::{
+    collections::HashMap,
+    pin::Pin,
+    sync::{Arc, LazyLock},
+    time::Duration,
+};
+
+use baton_proto::v1;
+use futures::{Stream, StreamExt, stream};
+use parking_lot::Mutex;
+use tokio::{net::TcpStream, time::interval};
+use tonic::{Request, Response, Status, Streaming};
+use v1::{attach_request::Frame as Ask, attach_response::Frame as Answer, dispatch::Work, leg_output::End};
+
+use super::{
+    cache::Cache,
+    engine::{Engine, Sequence},
+    outbox::Outbox,
+};
+use crate::words::{ANSWER_TOKENS, Words};
+
+/// As many blocks as no line of the bench fills.
+const BLOCKS: u32 = 1 << 20;
+/// Sequences that an instance says it decodes at a time.
+const SEQUENCES_MOST: u32 = 1024;
+
+/// Decode legs that wait for their cache, and caches that wait for their leg, by transfer. One for all instances.
+static TRANSFERS: LazyLock<Mutex<HashMap<Vec<u8>, Option<Leg>>>> = LazyLock::new(Mutex::default);
+
+/// See the module.
+#[derive(Clone)]
+pub(super) struct Instance {
+    id: String,
+    role: v1::Role,
+    words: Arc<Words>,
+    engine: Arc<Engine>,
+    cache: Arc<Cache>,
+}
+
+impl Instance {
+    pub(super) fn new(id: String, role: v1::Role, words: Arc<Words>, engine: Arc<Engine>) -> Self {
+        let cache = Arc::new(Cache::default());
+        Self { id, role, words, engine, cache }
+    }
+
+    pub(super) async fn serve(self, incoming: impl Stream<Item = std::io::Result<TcpStream>>) {
+        let cache = v1::kv_cache_server::KvCacheServer::from_arc(self.cache.clone());
+        let inference = v1::inference_server::InferenceServer::new(self);
+        // Tokens are small and must leave at once.
+        let incoming = incoming.map(|stream| stream.inspect(|stream| drop(stream.set_nodelay(true))));
+        let mut server = tonic::transport::Server::builder();
+        // The bench ends with its processes; a server that ends before has nobody left to serve.
+        let _ = server.add_service(inference).add_service(cache).serve_with_incoming(incoming).await;
+    }
+}
+
+/// A leg that has tokens to bring.
+struct Leg {
+    leg: u64,
+    position: u32,
+    seed: u64,
+    prompt_tokens: u32,
+    words: Arc<Words>,
+    stream: Arc<Attached>,
+}
+
+/// What the legs of one stream share.
+#[derive(Default)]
+struct Attached {
+    outbox: Outbox,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// Where in the engine a leg is, for those that step.
+    running: HashMap<u64, u64>,
+    seen_leg: u64,
+    dispatches: u64,
+    prompt_tokens: u64,
+}
+
+impl Leg {
+    fn output(&self, end: Option<v1::FinishReason>) -> v1::LegOutput {
+        let finished = |reason: v1::FinishReason| {
+            End::Finished(v1::Finished {
+                reason: reason.into(),
+                prompt_tokens: self.prompt_tokens,
+                cached_tokens: 0,
+                completion_tokens: self.position + 1,
+            })
+        };
+        v1::LegOutput {
+            leg: self.leg,
+            choice: 0,
+            first_position: self.position,
+            tokens: vec![self.words.answer_at(self.seed, self.position).token],
+            logprobs: Vec::new(),
+            end: end.map(finished),
+        }
+    }
+
+    fn run(self, engine: &Engine) {
+        let (stream, leg) = (self.stream.clone(), self.leg);
+        let id = engine.add(Box::new(self));
+        stream.state.lock().running.insert(leg, id);
+    }
+}
+
+impl Sequence for Leg {
+    fn step(&mut self) -> bool {
+        let last = self.position + 1 == ANSWER_TOKENS;
+        self.stream.outbox.put(self.output(last.then_some(v1::FinishReason::Length)));
+        self.position += 1;
+        if last {
+            self.stream.state.lock().running.remove(&self.leg);
+        }
+        !last
+    }
+}
+
+impl Instance {
+    fn dispatched(&self, dispatch: v1::Dispatch, stream: &Arc<Attached>) {
+        let prompt_tokens = dispatch.prompt_tokens.len() as u32;
+        {
+            let mut state = stream.state.lock();
+            state.seen_leg = dispatch.leg;
+            state.dispatches += 1;
+            state.prompt_tokens += u64::from(prompt_tokens);
+        }
+        self.cache.store(&dispatch.prompt_tokens);
+        let seed = dispatch.sampling.as_ref().map_or(0, |sampling| sampling.seed);
+        let leg = |position| Leg {
+            leg: dispatch.leg,
+            position,
+            seed,
+            prompt_tokens,
+            words: self.words.clone(),
+            stream: stream.clone(),
+        };
+        match dispatch.work {
+            Some(Work::Prefill(prefill)) => {
+                stream.outbox.put(leg(0).output(Some(v1::FinishReason::HandedOff)));
+                let decode = TRANSFERS.lock().remove(&prefill.transfer_id[..]);
+                match decode {
+                    Some(Some(decode)) => decode.run(&self.engine),
+                    _ => drop(TRANSFERS.lock().insert(prefill.transfer_id.to_vec(), None)),
+                }
+            }
+            Some(Work::Decode(decode)) => {
+                let key = decode.transfer_id.to_vec();
+                let cache = TRANSFERS.lock().remove(&key);
+                match cache {
+                    Some(None) => leg(1).run(&self.engine),
+                    _ => drop(TRANSFERS.lock().insert(key, Some(leg(1)))),
+                }
+            }
+            Some(Work::Whole(_)) => leg(0).run(&self.engine),
+            None => {}
+        }
+    }
+
+    fn cancelled(&self, leg: u64, stream: &Attached) {
+        let running = stream.state.lock().running.remove(&leg);
+        if let Some(id) = running {
+            self.engine.remove(id);
+        }
+        let cancelled = v1::Finished { reason: v1::FinishReason::Cancelled.into(), ..Default::default() };
+        stream.outbox.put(v1::LegOutput { leg, end: Some(End::Finished(cancelled)), ..Default::default() });
+    }
+
+    fn load(stream: &Attached) -> v1::InstanceLoad {
+        let state = stream.state.lock();
+        let running = state.running.len() as u32;
+        v1::InstanceLoad {
+            running_sequences: running,
+            kv_blocks_total: BLOCKS,
+            kv_blocks_free: BLOCKS,
+            prefill_tokens_per_second: 1_000_000,
+            decode_step_micros: 5_000,
+            max_sequences: SEQUENCES_MOST,
+            seen_leg: Some(state.seen_leg),
+            accepted_requests: state.dispatches,
+            accepted_prompt_tokens: state.prompt_tokens,
+            ..Default::default()
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl v1::inference_server::Inference for Instance {
+    type AttachStream = Pin<Box<dyn Stream<Item = Result<v1::AttachResponse, Status>> + Send>>;
+
+    async fn attach(
+        &self,
+        request: Request<Streaming<v1::AttachRequest>>,
+    ) -> Result<Response<Self::AttachStream>, Status> {
+        let mut frames = request.into_inner();
+        let Some(v1::AttachRequest { frame: Some(Ask::Hello(hello)) }) = frames.message().await? else {
+            return Err(Status::invalid_argument("the first frame must be a hello"));
+        };
+        let attached = Arc::new(Attached::default());
+        let (instance, stream) = (self.clone(), attached.clone());
+        tokio::spawn(async move {
+            while let Ok(Some(v1::AttachRequest { frame: Some(frame) })) = frames.message().await {
+                match frame {
+                    Ask::Dispatch(dispatch) => instance.dispatched(dispatch, &stream),
+                    Ask::Cancel(cancel) => instance.cancelled(cancel.leg, &stream),
+                    Ask::Hello(_) => break,
+                }
+            }
+            stream.outbox.close();
+        });
+        let stream = attached.clone();
+        let every = Duration::from_millis(u64::from(hello.load_interval_millis.clamp(20, 1000)));
+        tokio::spawn(async move {
+            let (mut ticks, mut told) = (interval(every), None);
+            while !stream.outbox.is_closed() {
+                ticks.tick().await;
+                let load = Self::load(&stream);
+                if told.as_ref() != Some(&load) {
+                    stream.outbox.tell(load);
+                    told = Some(load);
+                }
+            }
+        });
+        let role = v1::RoleChange { role: self.role.into(), epoch: 1, phase: v1::Phase::Ready.into() };
+        let welcome =
+            v1::attach_response::Welcome { instance_id: self.id.clone(), incarnation: 1, role: Some(role) };
+        let welcome = v1::AttachResponse { frame: Some(Answer::Welcome(welcome)) };
+        let rest = stream::unfold(attached, |attached| async {
+            let message = attached.outbox.next().await?;
+            Some((Ok(message), attached))
+        });
+        let first = stream::iter([Ok(welcome)]);
+        Ok(Response::new(Box::pin(first.chain(rest))))
+    }
+}

@@ -1,0 +1,95 @@
+//! What an instance says of its prefix cache: every prompt's full blocks, the oldest of which make room.
+
+use std::{
+    collections::{HashSet, VecDeque},
+    pin::Pin,
+};
+
+use baton_proto::{BlockHash, v1};
+use bytes::Bytes;
+use futures::{Stream, StreamExt, stream};
+use parking_lot::Mutex;
+use tokio::sync::broadcast;
+use tokio_stream::wrappers::BroadcastStream;
+use tonic::{Request, Response, Status};
+use v1::kv_events::Events;
+
+const LAYOUT: &str = "bench";
+const BLOCK_TOKENS: u32 = 16;
+/// Blocks that are kept, of a million tokens.
+const BLOCKS_MOST: usize = 1 << 16;
+/// Changes that a reader may be behind.
+const CHANGES_MOST: usize = 4096;
+
+#[derive(Default)]
+struct Kept {
+    in_order: VecDeque<BlockHash>,
+    all: HashSet<BlockHash>,
+    sequence: u64,
+}
+
+/// See the module.
+pub(super) struct Cache {
+    kept: Mutex<Kept>,
+    changes: broadcast::Sender<v1::KvEvents>,
+}
+
+impl Default for Cache {
+    fn default() -> Self {
+        Self { kept: Mutex::default(), changes: broadcast::channel(CHANGES_MOST).0 }
+    }
+}
+
+fn wire(hashes: impl IntoIterator<Item = BlockHash>) -> Vec<Bytes> {
+    hashes.into_iter().map(|hash| Bytes::copy_from_slice(hash.as_bytes())).collect()
+}
+
+impl Cache {
+    /// A prompt was computed, or taken up.
+    pub(super) fn store(&self, prompt: &[u32]) {
+        let mut last = BlockHash::root(LAYOUT, "");
+        let chain = prompt.chunks_exact(BLOCK_TOKENS as usize).map(|tokens| {
+            last = last.child(tokens);
+            last
+        });
+        let mut kept = self.kept.lock();
+        let fresh: Vec<_> = chain.filter(|hash| kept.all.insert(*hash)).collect();
+        if fresh.is_empty() {
+            return;
+        }
+        kept.in_order.extend(&fresh);
+        let over = kept.in_order.len().saturating_sub(BLOCKS_MOST);
+        let evicted: Vec<_> = kept.in_order.drain(..over).collect();
+        for hash in &evicted {
+            kept.all.remove(hash);
+        }
+        kept.sequence += 1;
+        let change = v1::KvChange { stored: wire(fresh), evicted: wire(evicted) };
+        // Nobody may be reading.
+        let _ =
+            self.changes.send(v1::KvEvents { sequence: kept.sequence, events: Some(Events::Change(change)) });
+    }
+}
+
+#[tonic::async_trait]
+impl v1::kv_cache_server::KvCache for Cache {
+    type EventsStream = Pin<Box<dyn Stream<Item = Result<v1::KvEvents, Status>> + Send>>;
+
+    async fn events(&self, _: Request<v1::KvEventsRequest>) -> Result<Response<Self::EventsStream>, Status> {
+        let kept = self.kept.lock();
+        let snapshot = v1::KvSnapshot {
+            incarnation: 1,
+            layout_fingerprint: LAYOUT.to_owned(),
+            block_tokens: BLOCK_TOKENS,
+            stored: wire(kept.in_order.iter().copied()),
+            part: 0,
+            last: true,
+        };
+        let first = v1::KvEvents { sequence: kept.sequence, events: Some(Events::Snapshot(snapshot)) };
+        let changes = BroadcastStream::new(self.changes.subscribe());
+        drop(kept);
+        let changes = changes
+            .map(|change| change.map_err(|_| Status::data_loss("the reader is too far behind: read again")));
+        Ok(Response::new(Box::pin(stream::iter([Ok(first)]).chain(changes))))
+    }
+}

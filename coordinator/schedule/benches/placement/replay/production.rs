@@ -1,0 +1,223 @@
+//! This crate's own placement, asked as the coordinator asks it: through the board, with the ledger of what is under way.
+//!
+//! All here that knows how production is called is in this file.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use baton_proto::{GroupName, Incarnation, InstanceId, LegId, RoleEpoch};
+use baton_schedule::{
+    Placement, Prompt, Seat, Settings, Side,
+    board::{Board, Credit, LegNews},
+    caches::Feed,
+    chains::{Chain, Dialect},
+    fleet::{Duty, Load, Role, Spec},
+};
+use tokio::{
+    runtime::{Builder, EnterGuard, Runtime},
+    time::{Instant, advance},
+};
+
+use super::{
+    cache::Changes,
+    chooser::{Choice, Chooser, Place, Report, Sight},
+    trace::{BLOCK_TOKENS, LONGEST_TOKENS},
+};
+
+/// Of one token, in bytes: [`super::machine::Machine::NODE`]'s, at 25 GB/s.
+const TOKEN_BYTES: u64 = 320 << 10;
+/// What requests allow their answers; how long these turn out nobody knows beforehand.
+const MAX_TOKENS: u32 = 2_000;
+pub(crate) const REVISION: &str = "simulated";
+
+pub(crate) fn id(place: Place) -> InstanceId {
+    let name = match place {
+        Place::Prefill(index) => format!("p{index:05}"),
+        Place::Decode(index) => format!("d{index:05}"),
+    };
+    InstanceId::new(name).expect("letters and digits are an id")
+}
+
+/// A board on which all instances are up, and have not said how busy they are.
+pub(crate) fn board(prefills: usize, decodes: usize, settings: Settings) -> Arc<Board> {
+    let board = Board::with(Duration::from_secs(60), settings);
+    let places = (0..decodes).map(Place::Decode).chain((0..prefills).map(Place::Prefill));
+    let places: Vec<Place> = places.collect();
+    let specs: Vec<Spec> = places.iter().map(|place| spec(id(*place))).collect();
+    board.list(&specs, Instant::now());
+    for (place, spec) in places.iter().zip(&specs) {
+        let role = match place {
+            Place::Prefill(_) => Role::Prefill,
+            Place::Decode(_) => Role::Decode,
+        };
+        board.up(&spec.id, spec.incarnation, Duty { role, epoch: RoleEpoch(1), ready: true });
+    }
+    board
+}
+
+fn spec(id: InstanceId) -> Spec {
+    Spec {
+        inference_endpoint: format!("{id}:1"),
+        handoff_endpoint: format!("{id}:2"),
+        id,
+        incarnation: Incarnation(1),
+        group: GroupName::default(),
+        model: REVISION.into(),
+        revision: REVISION.into(),
+        context_tokens: 2 * LONGEST_TOKENS,
+        layout: "one".into(),
+        block_tokens: BLOCK_TOKENS,
+        token_bytes: TOKEN_BYTES,
+    }
+}
+
+pub(crate) fn load(place: Place, report: &Report) -> Load {
+    let (rate, prefills) = (report.tokens_per_second as u64, matches!(place, Place::Prefill(_)));
+    Load {
+        sequences: report.sequences,
+        queued_prefill_tokens: if prefills { report.queued_uncached_tokens } else { 0 },
+        queued_prefill_pairs: report.queued_uncached_pairs,
+        kv_blocks_total: report.cache_tokens / BLOCK_TOKENS,
+        kv_blocks_free: report.cache_free_tokens / BLOCK_TOKENS,
+        prefill_tokens_per_second: if prefills { rate } else { 0 },
+        decode_step_micros: report.step_micros,
+        timed: report.timed,
+        transfers: 0,
+        seen_leg: Some(LegId(report.taken)),
+    }
+}
+
+/// A request under way.
+struct UnderWay {
+    credit: Credit,
+    /// Under which numbers its instances know it.
+    legs: (LegId, LegId),
+}
+
+/// The simulation's time as the coordinator's code reads it: that of a runtime whose clock stands unless it is moved.
+struct Clock {
+    runtime: Runtime,
+    at_micros: u64,
+}
+
+impl Clock {
+    fn new() -> Self {
+        let runtime = Builder::new_current_thread().enable_time().start_paused(true).build();
+        Self { runtime: runtime.expect("a runtime of this thread"), at_micros: 0 }
+    }
+
+    /// It is this late for as long as the guard lives.
+    fn at(&mut self, now_micros: u64) -> EnterGuard<'_> {
+        let passed = Duration::from_micros(now_micros - self.at_micros);
+        self.at_micros = now_micros;
+        self.runtime.block_on(advance(passed));
+        self.runtime.enter()
+    }
+}
+
+pub(crate) struct Production {
+    clock: Clock,
+    board: Arc<Board>,
+    dialect: Dialect,
+    feeds: Vec<Feed>,
+    places: HashMap<InstanceId, usize>,
+    /// Legs that each instance was given.
+    prefill_legs: Vec<u64>,
+    decode_legs: Vec<u64>,
+    under_way: HashMap<usize, UnderWay>,
+}
+
+impl Production {
+    pub(crate) fn new(prefills: usize, decodes: usize, settings: Settings) -> Self {
+        let all = (0..prefills).map(|index| (id(Place::Prefill(index)), index));
+        let places = all.chain((0..decodes).map(|index| (id(Place::Decode(index)), index))).collect();
+        let dialect = Dialect::new("one", BLOCK_TOKENS).expect("blocks of some tokens");
+        let mut clock = Clock::new();
+        let now = clock.at(0);
+        let board = board(prefills, decodes, settings);
+        let feed = |prefill| {
+            let mut feed = board.feed(&id(Place::Prefill(prefill)));
+            feed.begin();
+            feed.publish(dialect).expect("the only dialect");
+            feed
+        };
+        let feeds = (0..prefills).map(feed).collect();
+        drop(now);
+        Self {
+            clock,
+            dialect,
+            feeds,
+            board,
+            places,
+            prefill_legs: vec![0; prefills],
+            decode_legs: vec![0; decodes],
+            under_way: HashMap::new(),
+        }
+    }
+
+    fn place(&self, seat: &Seat) -> usize {
+        self.places[&seat.instance]
+    }
+}
+
+fn next(legs: &mut u64) -> LegId {
+    *legs += 1;
+    LegId(*legs)
+}
+
+impl Chooser for Production {
+    fn choose(&mut self, sight: &Sight<'_>) -> Choice {
+        let _now = self.clock.at(sight.now_micros);
+        let tokens = sight.request.prompt_tokens;
+        // A block that is not full is nobody's.
+        let keys = sight.request.chain[..(tokens / BLOCK_TOKENS) as usize].into();
+        let chains = [Chain { dialect: self.dialect, keys }];
+        let prompt = Prompt { tokens, chains: &chains };
+        let booked = self.board.place(prompt, (MAX_TOKENS, 1), REVISION, &[]);
+        let mut booked = booked.expect("both roles are there, and no prompt is longer than what they hold");
+        let choice = match &booked.placement {
+            Placement::Apart { prefill, decode } => {
+                Choice { prefill: self.place(prefill), decode: self.place(decode), in_time: true }
+            }
+            Placement::Alone(seat) => panic!("{} is of no role that does everything", seat.instance),
+        };
+        let legs = (next(&mut self.prefill_legs[choice.prefill]), next(&mut self.decode_legs[choice.decode]));
+        booked.credit.dispatched(Side::Prefill, legs.0, 1);
+        booked.credit.dispatched(Side::Decode, legs.1, 1);
+        self.under_way.insert(sight.index, UnderWay { credit: booked.credit, legs });
+        choice
+    }
+
+    fn prefilled(&mut self, index: usize, now_micros: u64) {
+        let _now = self.clock.at(now_micros);
+        if let Some(UnderWay { credit, legs: (leg, _) }) = self.under_way.get_mut(&index) {
+            let instance = credit.instance(Side::Prefill).clone();
+            self.board.told(&instance, &[LegNews::Prefilled(*leg), LegNews::ChoiceEnded(*leg)]);
+            credit.prefilled();
+        }
+    }
+
+    fn handed_off(&mut self, index: usize, now_micros: u64) {
+        let _now = self.clock.at(now_micros);
+        if let Some(UnderWay { credit, .. }) = self.under_way.get_mut(&index) {
+            credit.handed_off();
+        }
+    }
+
+    fn finished(&mut self, index: usize, output_tokens: u32, now_micros: u64) {
+        let _now = self.clock.at(now_micros);
+        if let Some(UnderWay { credit, legs: (_, leg) }) = self.under_way.remove(&index) {
+            credit.answered(output_tokens);
+            self.board.told(credit.instance(Side::Decode), &[LegNews::ChoiceEnded(leg)]);
+        }
+    }
+
+    fn heard(&mut self, place: Place, report: &Report, now_micros: u64) {
+        let _now = self.clock.at(now_micros);
+        self.board.load(&id(place), load(place, report));
+    }
+
+    fn cached(&mut self, prefill: usize, changes: &Changes, now_micros: u64) {
+        let _now = self.clock.at(now_micros);
+        self.feeds[prefill].change(&changes.stored, &changes.evicted);
+    }
+}

@@ -1,0 +1,292 @@
+//! The replay itself: a queue of events in the order of their time, and what each of them brings about.
+//!
+//! A request arrives and is placed; its prompt waits, is computed, and gives the first token; its cache travels, layer by
+//! layer while the prompt is computed, and lands; decode gives the rest. Instances report every half second, each at its
+//! own moment, and are heard a little later, as is what their caches gain and lose.
+
+use std::{
+    cmp::{Ordering, Reverse},
+    collections::BinaryHeap,
+};
+
+use super::{
+    cache::Changes,
+    chooser::{Chooser, Place, Report, Sight},
+    decode::Decode,
+    machine::{Draws, Machine, Target},
+    prefill::{Computed, Prefill},
+    trace::Trace,
+};
+
+/// A fleet and how a trace is replayed over it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Setup {
+    pub(crate) prefills: usize,
+    pub(crate) decodes: usize,
+    /// Blocks of 512 tokens that a prefill instance keeps.
+    pub(crate) cache_blocks: usize,
+    /// How many times as fast as they came requests come.
+    pub(crate) speed: f64,
+    /// Requests come up to this much late, each as chance has it.
+    pub(crate) spread_micros: u64,
+    pub(crate) seed: u64,
+    pub(crate) machine: Machine,
+}
+
+/// How often an instance reports.
+const REPORT_EVERY_MICROS: u64 = 500_000;
+/// How long a report is on its way.
+const REPORT_TAKES_MICROS: u64 = 2_000;
+
+/// What became of a request. Times are of the simulation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Answer {
+    pub(crate) arrived_micros: u64,
+    pub(crate) first_micros: u64,
+    pub(crate) last_micros: u64,
+    /// Prompt tokens that prefill had cached.
+    pub(crate) found_tokens: u32,
+    /// How often it ended: once, unless the simulation is wrong.
+    pub(crate) ends: u32,
+    pub(crate) prefill: usize,
+    pub(crate) decode: usize,
+}
+
+/// What came of it all.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Outcome {
+    /// In the order of the trace.
+    pub(crate) answers: Vec<Answer>,
+    /// Time that each prefill instance computed.
+    pub(crate) prefill_busy_micros: Vec<u64>,
+    /// Time between the first and the last arrival.
+    pub(crate) span_micros: u64,
+}
+
+#[derive(Debug)]
+enum Event {
+    Arrives(usize),
+    Prefilled(usize),
+    Landed(usize),
+    Decoded(usize),
+    Reports(Place),
+    Heard(Place, Report),
+    Cached(usize, Changes),
+}
+
+struct Due {
+    at_micros: u64,
+    /// Of events at one time the one that was foreseen first comes first.
+    order: u64,
+    event: Event,
+}
+
+impl Due {
+    fn key(&self) -> (u64, u64) {
+        (self.at_micros, self.order)
+    }
+}
+
+impl Ord for Due {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.key().cmp(&other.key())
+    }
+}
+
+impl PartialOrd for Due {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl PartialEq for Due {
+    fn eq(&self, other: &Self) -> bool {
+        self.key() == other.key()
+    }
+}
+
+impl Eq for Due {}
+
+struct Simulation<'a> {
+    trace: &'a Trace,
+    machine: Machine,
+    chooser: &'a mut dyn Chooser,
+    due: BinaryHeap<Reverse<Due>>,
+    foreseen: u64,
+    now_micros: u64,
+    prefills: Vec<Prefill>,
+    decodes: Vec<Decode>,
+    /// Caches on their way to each decode instance.
+    arriving: Vec<u32>,
+    answers: Vec<Answer>,
+    /// Requests that have not ended.
+    open: usize,
+}
+
+/// Replays a trace until every request has its answer.
+pub(crate) fn run(trace: &Trace, setup: &Setup, chooser: &mut dyn Chooser) -> Outcome {
+    let mut draws = Draws::new(setup.seed);
+    let arrivals: Vec<u64> =
+        trace.requests.iter().map(|request| arrival(request.at_micros, setup, &mut draws)).collect();
+    let answer = |arrived_micros: &u64| Answer {
+        arrived_micros: *arrived_micros,
+        first_micros: 0,
+        last_micros: 0,
+        found_tokens: 0,
+        ends: 0,
+        prefill: 0,
+        decode: 0,
+    };
+    let machine = setup.machine;
+    let prefill = |index: usize| {
+        let slowness = machine.slowness(index, setup.prefills, setup.seed);
+        Prefill::new(machine, slowness, draws.clone().next() ^ index as u64, setup.cache_blocks)
+    };
+    let decode = |index: usize| {
+        let slowness = machine.slowness(index, setup.decodes, setup.seed + 3);
+        Decode::new(machine, slowness, draws.clone().next() ^ ((1 + index as u64) << 32))
+    };
+    let mut simulation = Simulation {
+        trace,
+        machine,
+        chooser,
+        due: BinaryHeap::new(),
+        foreseen: 0,
+        now_micros: 0,
+        prefills: (0..setup.prefills).map(prefill).collect(),
+        decodes: (0..setup.decodes).map(decode).collect(),
+        arriving: vec![0; setup.decodes],
+        answers: arrivals.iter().map(answer).collect(),
+        open: arrivals.len(),
+    };
+    let places = (0..setup.prefills).map(Place::Prefill).chain((0..setup.decodes).map(Place::Decode));
+    for place in places {
+        let first = draws.next() % REPORT_EVERY_MICROS;
+        simulation.foresee(first, Event::Reports(place));
+    }
+    for (index, at_micros) in arrivals.iter().enumerate() {
+        simulation.foresee(*at_micros, Event::Arrives(index));
+    }
+    simulation.go();
+    let (first, last) = (arrivals.iter().min().copied(), arrivals.iter().max().copied());
+    Outcome {
+        answers: simulation.answers,
+        prefill_busy_micros: simulation.prefills.iter().map(|prefill| prefill.busy_micros).collect(),
+        span_micros: last.unwrap_or(0) - first.unwrap_or(0),
+    }
+}
+
+fn arrival(at_micros: u64, setup: &Setup, draws: &mut Draws) -> u64 {
+    let late = draws.unit() * setup.spread_micros as f64;
+    ((at_micros as f64 + late) / setup.speed) as u64
+}
+
+impl Simulation<'_> {
+    fn foresee(&mut self, at_micros: u64, event: Event) {
+        self.foreseen += 1;
+        self.due.push(Reverse(Due { at_micros, order: self.foreseen, event }));
+    }
+
+    fn go(&mut self) {
+        while self.open > 0
+            && let Some(Reverse(due)) = self.due.pop()
+        {
+            self.now_micros = due.at_micros;
+            match due.event {
+                Event::Arrives(index) => self.arrives(index),
+                Event::Prefilled(prefill) => self.prefilled(prefill),
+                Event::Landed(index) => self.landed(index),
+                Event::Decoded(decode) => self.decoded(decode),
+                Event::Reports(place) => self.reports(place),
+                Event::Heard(place, report) => self.chooser.heard(place, &report, self.now_micros),
+                Event::Cached(prefill, changes) => self.chooser.cached(prefill, &changes, self.now_micros),
+            }
+        }
+    }
+
+    fn arrives(&mut self, index: usize) {
+        let request = &self.trace.requests[index];
+        let sight = Sight { now_micros: self.now_micros, index, request, prefills: &self.prefills };
+        let choice = self.chooser.choose(&sight);
+        self.answers[index].prefill = choice.prefill;
+        self.answers[index].decode = choice.decode;
+        self.decodes[choice.decode].announce();
+        let due = if choice.in_time { self.now_micros + Target::ttft_micros(request) as u64 } else { 0 };
+        self.prefills[choice.prefill].take(index, due);
+        self.step_prefill(choice.prefill);
+    }
+
+    fn step_prefill(&mut self, prefill: usize) {
+        if let Some(micros) = self.prefills[prefill].step(&self.trace.requests, self.now_micros) {
+            self.foresee(self.now_micros + micros, Event::Prefilled(prefill));
+        }
+        let changes = self.prefills[prefill].cache.changes();
+        if changes != Changes::default() {
+            self.foresee(self.now_micros + REPORT_TAKES_MICROS, Event::Cached(prefill, changes));
+        }
+    }
+
+    fn step_decode(&mut self, decode: usize) {
+        if let Some(micros) = self.decodes[decode].step(&self.trace.requests) {
+            self.foresee(self.now_micros + micros, Event::Decoded(decode));
+        }
+    }
+
+    fn prefilled(&mut self, prefill: usize) {
+        for computed in self.prefills[prefill].stepped(&self.trace.requests) {
+            let Computed { index, found_tokens, began_micros } = computed;
+            self.answers[index].first_micros = self.now_micros;
+            self.answers[index].found_tokens = found_tokens;
+            self.chooser.prefilled(index, self.now_micros);
+            if self.trace.requests[index].output_tokens == 1 {
+                self.decodes[self.answers[index].decode].land(None);
+                self.end(index);
+            } else {
+                self.send(index, began_micros);
+            }
+        }
+        self.step_prefill(prefill);
+    }
+
+    /// What prefill has computed, or found, has been on its way since it began; whoever else sends there shares the way.
+    fn send(&mut self, index: usize, began_micros: u64) {
+        let decode = self.answers[index].decode;
+        let alone = self.machine.transfer_token_micros * f64::from(self.trace.requests[index].prompt_tokens);
+        let sent = began_micros + (alone * f64::from(1 + self.arriving[decode])) as u64;
+        self.arriving[decode] += 1;
+        let landed = sent.max(self.now_micros) + self.machine.handoff_micros;
+        self.foresee(landed, Event::Landed(index));
+    }
+
+    fn landed(&mut self, index: usize) {
+        let decode = self.answers[index].decode;
+        self.arriving[decode] -= 1;
+        self.chooser.handed_off(index, self.now_micros);
+        self.decodes[decode].land(Some(index));
+        self.step_decode(decode);
+    }
+
+    fn decoded(&mut self, decode: usize) {
+        for index in self.decodes[decode].stepped() {
+            self.end(index);
+        }
+        self.step_decode(decode);
+    }
+
+    fn end(&mut self, index: usize) {
+        self.answers[index].last_micros = self.now_micros;
+        self.answers[index].ends += 1;
+        self.open -= 1;
+        self.chooser.finished(index, self.trace.requests[index].output_tokens, self.now_micros);
+    }
+
+    fn reports(&mut self, place: Place) {
+        let requests = &self.trace.requests;
+        let report = match place {
+            Place::Prefill(prefill) => self.prefills[prefill].report(requests),
+            Place::Decode(decode) => self.decodes[decode].report(requests),
+        };
+        self.foresee(self.now_micros + REPORT_TAKES_MICROS, Event::Heard(place, report));
+        self.foresee(self.now_micros + REPORT_EVERY_MICROS, Event::Reports(place));
+    }
+}

@@ -1,0 +1,396 @@
+//! The fleet and the ledger behind one lock, held for microseconds, never across an await.
+//!
+//! Written by the fleet's keeper, the links and the guards of placed work; read by whoever places a request.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use baton_proto::{Incarnation, InstanceId, LegId};
+use parking_lot::Mutex;
+use tokio::{sync::watch, time::Instant};
+
+use crate::{
+    Ask, NoPlace, Placement, Prompt, Receipt, Seat, Settings, Side,
+    caches::{Caches, Feed, Held},
+    fleet::{Change, Duty, Fleet, Load, Spec},
+    index::Ticket,
+    ledger::{Ledger, Work},
+    place,
+    predict::Speeds,
+    view::View,
+};
+
+/// How long a prompt that has been computed may take to be among what its instance says that it has.
+const TOLD_WITHIN: Duration = Duration::from_secs(1);
+
+/// Instances take longer times to the first token for this.
+const TTFT_TARGET_MOST: Duration = Duration::from_secs(3600);
+/// Weight of an answer in the mean length of answers.
+const FRESH: f64 = 1.0 / 64.0;
+/// Taken for the mean length of answers before there were any.
+const UNKNOWN_ANSWER_TOKENS: f64 = 128.0;
+
+#[derive(Default)]
+struct Lengths(Vec<(String, f64)>);
+
+impl Lengths {
+    fn of(&self, revision: &str) -> f64 {
+        let known = self.0.iter().find(|(known, _)| known == revision);
+        known.map_or(UNKNOWN_ANSWER_TOKENS, |(_, mean)| *mean)
+    }
+
+    fn learn(&mut self, revision: &str, tokens: u32) {
+        let mean = match self.0.iter_mut().find(|(known, _)| known == revision) {
+            Some((_, mean)) => mean,
+            None => {
+                self.0.push((revision.to_owned(), UNKNOWN_ANSWER_TOKENS));
+                return self.learn(revision, tokens);
+            }
+        };
+        *mean += FRESH * (f64::from(tokens) - *mean);
+    }
+}
+
+struct State {
+    fleet: Fleet,
+    ledger: Ledger,
+    speeds: Speeds,
+    lengths: Lengths,
+    view: View,
+}
+
+impl State {
+    fn rebuild(&mut self, now: Instant) {
+        self.view.rebuild(&self.fleet, &self.ledger, &self.speeds, now);
+    }
+
+    fn renew(&mut self, id: &InstanceId, now: Instant) {
+        self.view.renew(id, &self.fleet, &self.ledger, &self.speeds, now);
+    }
+}
+
+/// What placement is decided from.
+pub struct Board {
+    settings: Settings,
+    /// Locked before `state`, where both are.
+    pub caches: Arc<Caches>,
+    state: Mutex<State>,
+    turns: AtomicU64,
+    /// Counts changes of who is usable.
+    version: watch::Sender<u64>,
+}
+
+impl Board {
+    /// `absent_grace`: see [`Fleet::new`].
+    pub fn new(absent_grace: Duration) -> Arc<Self> {
+        Self::with(absent_grace, Settings::default())
+    }
+
+    /// The same, as it is told to be.
+    pub fn with(absent_grace: Duration, settings: Settings) -> Arc<Self> {
+        let state = State {
+            fleet: Fleet::new(absent_grace),
+            ledger: Ledger::default(),
+            speeds: Speeds::default(),
+            lengths: Lengths::default(),
+            view: View::default(),
+        };
+        Arc::new(Self {
+            settings,
+            caches: Caches::new(settings.index_bytes),
+            state: Mutex::new(state),
+            turns: AtomicU64::new((u64::from(settings.seed) << 24) + 1),
+            version: watch::Sender::new(0),
+        })
+    }
+
+    /// Wakes on every change of who is usable.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.version.subscribe()
+    }
+
+    fn tell(&self) {
+        self.version.send_modify(|version| *version += 1);
+    }
+
+    /// The store's present list of instances.
+    pub fn list(&self, specs: &[Spec], now: Instant) -> Vec<Change> {
+        let (changes, other) = {
+            let state = &mut *self.state.lock();
+            let (changes, other) = state.fleet.list(specs, now);
+            if other {
+                state.rebuild(now);
+            }
+            (changes, other)
+        };
+        if other {
+            self.tell();
+        }
+        changes
+    }
+
+    /// Instances to forget.
+    pub fn sweep(&self, now: Instant) -> Vec<Change> {
+        let state = &mut *self.state.lock();
+        let changes = state.fleet.sweep(now);
+        for change in &changes {
+            if let Change::Forget(id) = change {
+                state.speeds.forget(id);
+            }
+        }
+        if !changes.is_empty() {
+            state.rebuild(now);
+        }
+        changes
+    }
+
+    pub fn up(&self, id: &InstanceId, incarnation: Incarnation, duty: Duty) {
+        let state = &mut *self.state.lock();
+        state.fleet.up(id, incarnation, duty);
+        state.renew(id, Instant::now());
+        self.tell();
+    }
+
+    pub fn down(&self, id: &InstanceId, now: Instant) {
+        let state = &mut *self.state.lock();
+        if state.fleet.down(id, now) {
+            state.renew(id, now);
+            self.tell();
+        }
+    }
+
+    /// No leg is on any stream to the instance, and none is dispatched before the next one stands.
+    pub fn detached(&self, id: &InstanceId) {
+        let state = &mut *self.state.lock();
+        state.ledger.detached(id);
+        state.renew(id, Instant::now());
+    }
+
+    pub fn duty(&self, id: &InstanceId, duty: Duty) {
+        let state = &mut *self.state.lock();
+        if state.fleet.changed(id, duty) {
+            state.renew(id, Instant::now());
+            self.tell();
+        }
+    }
+
+    pub fn load(&self, id: &InstanceId, load: Load) {
+        let (state, now) = (&mut *self.state.lock(), Instant::now());
+        state.fleet.load(id, load);
+        state.ledger.reported(id, load.seen_leg);
+        if let Some(instance) = state.fleet.get(id) {
+            state.speeds.reported(&instance.spec, &load, now);
+        }
+        state.renew(id, now);
+    }
+
+    /// What an instance has said of its legs, in the order in which it did, and before the load that came after it.
+    pub fn told(&self, id: &InstanceId, news: &[LegNews]) {
+        let state = &mut *self.state.lock();
+        for news in news {
+            match *news {
+                LegNews::Prefilled(leg) => state.ledger.prefilled(id, leg),
+                LegNews::ChoiceEnded(leg) => state.ledger.choice_ended(id, leg),
+            }
+        }
+        state.renew(id, Instant::now());
+    }
+
+    /// How long the first token of such a prompt may take.
+    pub fn ttft_target(&self, prompt_tokens: u32) -> Duration {
+        self.settings.targets.ttft(prompt_tokens).min(TTFT_TARGET_MOST)
+    }
+
+    /// How many instances are known.
+    pub fn fleet_size(&self) -> usize {
+        self.state.lock().fleet.size()
+    }
+
+    /// For what an instance says of its cache.
+    pub fn feed(&self, id: &InstanceId) -> Feed {
+        let state = self.state.lock();
+        let number = state.view.row(id).map_or(0, |row| row.number);
+        self.caches.feed(number, state.fleet.revision(id).unwrap_or_default())
+    }
+
+    /// Whether a request could be placed now.
+    pub fn can_serve(&self, revision: &str) -> Result<(), NoPlace> {
+        let (held, state) = (Held::default(), self.state.lock());
+        let ask = Ask {
+            prompt_tokens: 1,
+            held,
+            max_tokens: 2,
+            expected_tokens: 1,
+            choices: 1,
+            revision,
+            avoid: &[],
+            turn: 0,
+        };
+        place(&state.view, &ask, &self.settings, Instant::now()).map(drop)
+    }
+
+    /// Chooses where a request goes and books its work there at once. Of those to `avoid` the last are taken
+    /// first, if nobody else is there.
+    pub fn place<'a>(
+        self: &Arc<Self>,
+        prompt: impl Into<Prompt<'a>>,
+        (max_tokens, choices): (u32, u32),
+        revision: &str,
+        avoid: &[InstanceId],
+    ) -> Result<Booking, NoPlace> {
+        let (turn, now) = (self.turns.fetch_add(1, Ordering::Relaxed), Instant::now());
+        let Prompt { tokens: prompt_tokens, chains } = prompt.into();
+        let mut caches = self.caches.lock();
+        let held = caches.look(chains, now);
+        let state = &mut *self.state.lock();
+        state.view.arrived(revision, now);
+        let expected_tokens = state.lengths.of(revision).ceil() as u32;
+        let ask = Ask { prompt_tokens, held, max_tokens, expected_tokens, choices, revision, avoid, turn };
+        let mut left = avoid;
+        let (placement, receipt) = loop {
+            match (place(&state.view, &Ask { avoid: left, ..ask }, &self.settings, now), left) {
+                (Err(_), [fewer @ .., _]) => left = fewer,
+                (found, _) => break found?,
+            }
+        };
+        let part = |seat: &Seat, computes: bool, sequences: u32| {
+            let (prefill_tokens, prefill_pairs) =
+                if computes { (seat.uncached_tokens, seat.uncached_pairs) } else { (0, 0) };
+            let blocks = seat.blocks;
+            let work = Work { prefill_tokens, prefill_pairs, sequences: sequences.into(), blocks };
+            Part { instance: seat.instance.clone(), work, leg: None }
+        };
+        let (prefill, decode) = match &placement {
+            Placement::Alone(seat) => (part(seat, true, choices), None),
+            Placement::Apart { prefill, decode } => {
+                (part(prefill, true, 1), Some(part(decode, false, choices)))
+            }
+        };
+        let mut expected = [None, None];
+        for (part, expected) in [Some(&prefill), decode.as_ref()].into_iter().zip(&mut expected) {
+            let Some(part) = part else { continue };
+            *expected = state.view.row(&part.instance).and_then(|row| caches.expect(row.number, chains));
+            state.ledger.credit(&part.instance, part.work);
+            state.view.chosen(&part.instance, turn);
+            state.renew(&part.instance, now);
+        }
+        let credit = Credit { board: self.clone(), prefill, decode, expected };
+        Ok(Booking { placement, receipt, credit })
+    }
+
+    /// All known instances and this coordinator's work on each; tests see by it that nothing is left behind.
+    pub fn own_work(&self) -> Vec<(InstanceId, Work)> {
+        let state = self.state.lock();
+        let own = |id: &InstanceId| (id.clone(), state.ledger.own(id));
+        state.fleet.models().flat_map(|(_, alike)| alike.keys()).map(own).collect()
+    }
+}
+
+/// A placement whose work is on the ledger.
+pub struct Booking {
+    pub placement: Placement,
+    pub receipt: Receipt,
+    pub credit: Credit,
+}
+
+/// Of what an instance says of a leg, what the ledger is to know.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LegNews {
+    /// Its prompt is computed.
+    Prefilled(LegId),
+    /// One of its choices has ended.
+    ChoiceEnded(LegId),
+}
+
+/// What is booked on one instance.
+struct Part {
+    instance: InstanceId,
+    work: Work,
+    /// Under which number it was dispatched.
+    leg: Option<LegId>,
+}
+
+/// Work on the ledger. Links take it off as instances say that it is done; what is left on drop is not wanted any more.
+pub struct Credit {
+    board: Arc<Board>,
+    /// On the instance that prefills, or does everything.
+    prefill: Part,
+    decode: Option<Part>,
+    /// That prefill, and decode, will have the prompt.
+    expected: [Option<Ticket>; 2],
+}
+
+impl Credit {
+    fn part(&mut self, side: Side) -> &mut Part {
+        match (side, &mut self.decode) {
+            (Side::Decode, Some(decode)) => decode,
+            _ => &mut self.prefill,
+        }
+    }
+
+    /// Who has one of the legs.
+    pub fn instance(&self, side: Side) -> &InstanceId {
+        match (side, &self.decode) {
+            (Side::Decode, Some(decode)) => &decode.instance,
+            _ => &self.prefill.instance,
+        }
+    }
+
+    /// A leg of so many choices is about to be sent, under a number above that of all before it.
+    pub fn dispatched(&mut self, side: Side, leg: LegId, choices: u32) {
+        let board = self.board.clone();
+        let part = self.part(side);
+        part.leg = Some(leg);
+        board.state.lock().ledger.dispatched(&part.instance, leg, part.work, choices);
+    }
+
+    /// The prompt has been computed: prefill will say soon that it has it.
+    pub fn prefilled(&mut self) {
+        self.settle(0);
+    }
+
+    /// Prefill has handed over: decode will say soon that it has the prompt.
+    pub fn handed_off(&mut self) {
+        self.settle(1);
+    }
+
+    /// Decode has gone on from the cache, so long after the first token; `None`: it could not be handed over.
+    pub fn handed_over(&self, took: Option<Duration>) {
+        if let Some(decode) = &self.decode {
+            self.board.state.lock().view.handed_over(&self.prefill.instance, &decode.instance, took);
+        }
+    }
+
+    /// A choice has come to its end, with so many tokens.
+    pub fn answered(&self, tokens: u32) {
+        let state = &mut *self.board.state.lock();
+        if let Some(revision) = state.fleet.revision(&self.prefill.instance) {
+            state.lengths.learn(revision, tokens);
+        }
+    }
+
+    fn settle(&mut self, side: usize) {
+        if let Some(ticket) = self.expected[side].take() {
+            self.board.caches.settle(ticket, Instant::now() + TOLD_WITHIN);
+        }
+    }
+}
+
+impl Drop for Credit {
+    fn drop(&mut self) {
+        (0..self.expected.len()).for_each(|side| self.settle(side));
+        let state = &mut *self.board.state.lock();
+        for part in [Some(&self.prefill), self.decode.as_ref()].into_iter().flatten() {
+            match part.leg {
+                Some(leg) => state.ledger.cancelled(&part.instance, leg),
+                None => state.ledger.release(&part.instance, part.work),
+            }
+            state.renew(&part.instance, Instant::now());
+        }
+    }
+}

@@ -1,0 +1,337 @@
+//! The choice itself: one walk over the rows of a model, then a look at the pairs of the best.
+
+use std::cmp::Ordering;
+
+use tokio::time::Instant;
+
+use crate::{
+    Ask, NoPlace, Placement, Receipt, Scored, Seat, Side,
+    cost::{Price, Pricing, blocks_wanted, cached_tokens, expected_tokens, fits},
+    predict::pairs,
+    settings::{Policy, Settings},
+    view::{Class, Model, Row, View},
+};
+
+/// Candidates for a part of the work that a receipt keeps, the best.
+const RECEIPT_MOST: usize = 4;
+/// Candidates for each part whose pairs are looked at.
+const PAIRED_MOST: usize = 8;
+
+/// An instance for a part of the work.
+#[derive(Clone, Copy)]
+struct Candidate<'a> {
+    row: &'a Row,
+    side: Side,
+    cached: u32,
+    price: Price,
+    /// By the policy: of two the lower is better.
+    rank: f64,
+    /// Of equal ranks whoever was chosen longest ago is better, and then chance decides.
+    turn: (u64, u64),
+}
+
+impl Candidate<'_> {
+    fn order(&self, other: &Self) -> Ordering {
+        self.rank.total_cmp(&other.rank).then(self.turn.cmp(&other.turn))
+    }
+
+    fn seat(&self, ask: &Ask<'_>) -> Seat {
+        let spec = &self.row.spec;
+        let uncached_tokens = u64::from(ask.prompt_tokens.saturating_sub(self.cached));
+        Seat {
+            instance: spec.id.clone(),
+            incarnation: spec.incarnation,
+            role_epoch: self.row.duty.map(|(_, epoch)| epoch).unwrap_or_default(),
+            model: spec.model.clone(),
+            handoff_endpoint: spec.handoff_endpoint.clone(),
+            blocks: blocks_wanted(self.row, ask, self.side, self.cached),
+            uncached_tokens,
+            uncached_pairs: pairs(uncached_tokens, ask.prompt_tokens.into()),
+        }
+    }
+
+    fn scored(&self, ask: &Ask<'_>) -> Scored {
+        Scored {
+            instance: self.row.spec.id.clone(),
+            side: self.side,
+            cost_micros: self.price.micros as u64,
+            ttft_micros: self.price.ttft_micros as u64,
+            tpot_micros: self.price.tpot_micros as u64,
+            standing: self.row.standing,
+            blocks: blocks_wanted(self.row, ask, self.side, self.cached),
+            cached_tokens: self.cached,
+        }
+    }
+}
+
+/// The best candidates of a kind, best first.
+#[derive(Default)]
+struct Best<'a> {
+    held: Vec<Candidate<'a>>,
+    /// One of them can never hold the request.
+    too_small: bool,
+}
+
+impl<'a> Best<'a> {
+    fn offer(&mut self, candidate: Candidate<'a>) {
+        if self.held.len() == PAIRED_MOST {
+            if self.held.last().is_some_and(|worst| worst.order(&candidate).is_le()) {
+                return;
+            }
+            self.held.pop();
+        }
+        let at = self.held.partition_point(|held| held.order(&candidate).is_le());
+        self.held.insert(at, candidate);
+    }
+
+    fn first(&self) -> Option<&Candidate<'a>> {
+        self.held.first()
+    }
+
+    /// Nobody is there, small or large.
+    fn is_vacant(&self) -> bool {
+        self.held.is_empty() && !self.too_small
+    }
+}
+
+/// The best of each role in a class.
+#[derive(Default)]
+struct Halves<'a> {
+    prefill: Best<'a>,
+    decode: Best<'a>,
+    /// Decode instances that would compute the prompt as well.
+    local: Best<'a>,
+}
+
+/// What the walk finds.
+struct Found<'a> {
+    whole: Best<'a>,
+    classes: Vec<Halves<'a>>,
+    /// Instances that are ready.
+    ready: usize,
+    candidates: usize,
+}
+
+/// A way to serve the request, and what it costs.
+#[derive(Clone, Copy)]
+enum Way<'a> {
+    Alone(Candidate<'a>),
+    /// Prefill and decode, and what the handoff between them costs.
+    Apart(Candidate<'a>, Candidate<'a>, f64),
+}
+
+impl Way<'_> {
+    fn rank(&self) -> f64 {
+        match self {
+            Self::Alone(alone) => alone.rank,
+            Self::Apart(prefill, decode, handoff) => prefill.rank + decode.rank + handoff,
+        }
+    }
+
+    fn turn(&self) -> [(u64, u64); 2] {
+        match self {
+            Self::Alone(alone) => [alone.turn; 2],
+            Self::Apart(prefill, decode, _) => [prefill.turn, decode.turn],
+        }
+    }
+}
+
+/// Chooses where `ask` goes.
+pub fn place(
+    view: &View,
+    ask: &Ask<'_>,
+    settings: &Settings,
+    now: Instant,
+) -> Result<(Placement, Receipt), NoPlace> {
+    let Some(model) = view.model(ask.revision) else {
+        return Err(nobody(view, ask, now));
+    };
+    let mut found = walk(model, ask, settings, now);
+    // One token is prefill's work alone: nothing is reserved, or handed over.
+    if ask.max_tokens == 1 {
+        for halves in &found.classes {
+            halves.prefill.held.iter().for_each(|prefill| found.whole.offer(*prefill));
+        }
+    }
+    let Some(way) = chosen(view, &found, ask, settings) else {
+        return Err(lack(&found, model, ask));
+    };
+    let placement = match &way {
+        Way::Alone(alone) => Placement::Alone(alone.seat(ask)),
+        Way::Apart(prefill, decode, _) => {
+            Placement::Apart { prefill: prefill.seat(ask), decode: decode.seat(ask) }
+        }
+    };
+    Ok((placement, receipt(&found, &way, ask, settings)))
+}
+
+fn walk<'a>(model: &'a Model, ask: &Ask<'_>, settings: &Settings, now: Instant) -> Found<'a> {
+    let pricing = Pricing { ask, settings, classes: &model.classes, now };
+    let mut found = Found {
+        whole: Best::default(),
+        classes: model.classes.iter().map(|_: &Class| Halves::default()).collect(),
+        ready: 0,
+        candidates: 0,
+    };
+    for row in model.rows.iter().filter(|row| row.is_usable(now)) {
+        if ask.avoid.contains(&row.spec.id) {
+            continue;
+        }
+        found.ready += 1;
+        let Some((Some(side), _)) = row.duty else { continue };
+        let halves = &mut found.classes[row.class];
+        let best = match side {
+            Side::Whole => &mut found.whole,
+            Side::Prefill => &mut halves.prefill,
+            Side::Decode => &mut halves.decode,
+        };
+        if !fits(row, ask) {
+            best.too_small = true;
+            continue;
+        }
+        found.candidates += 1;
+        let cached = cached_tokens(row, ask, side);
+        let price = pricing.price(row, side, cached);
+        let turn = (row.chosen, mixed(ask.turn, row.number));
+        let rank = rank(settings.policy, row, &price, turn.1);
+        best.offer(Candidate { row, side, cached, price, rank, turn });
+        if settings.local_prefill && settings.policy == Policy::Predicted && side == Side::Decode {
+            let cached = cached_tokens(row, ask, Side::Whole);
+            if let Some(price) = pricing.local(row, cached) {
+                let side = Side::Whole;
+                halves.local.offer(Candidate { row, side, cached, price, rank: price.micros, turn });
+            }
+        }
+    }
+    found
+}
+
+/// Chance that is the same for everybody who asks: which of equals comes first differs from request to request.
+fn mixed(turn: u64, number: u32) -> u64 {
+    let mut mixed = turn.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (u64::from(number) << 17);
+    mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    mixed ^ (mixed >> 31)
+}
+
+fn rank(policy: Policy, row: &Row, price: &Price, chance: u64) -> f64 {
+    match policy {
+        Policy::Predicted => price.micros,
+        Policy::LeastLoad => row.standing.sequences as f64,
+        Policy::RoundRobin => row.chosen as f64,
+        // The two that come first are drawn by this; between them it is decided afterwards.
+        Policy::PowerOfTwo => chance as f64,
+    }
+}
+
+/// The two that were drawn, the one with fewer sequences first.
+fn of_two<'b, 'a>(best: &'b Best<'a>) -> impl Iterator<Item = &'b Candidate<'a>> {
+    best.held.iter().take(2).min_by_key(|candidate| candidate.row.standing.sequences).into_iter()
+}
+
+fn chosen<'a>(view: &View, found: &Found<'a>, ask: &Ask<'_>, settings: &Settings) -> Option<Way<'a>> {
+    let mut ways: Vec<Way<'a>> = Vec::new();
+    match settings.policy {
+        Policy::Predicted => {
+            ways.extend(found.whole.held.iter().copied().map(Way::Alone));
+            for halves in &found.classes {
+                for prefill in &halves.prefill.held {
+                    let handoff = |decode: &Candidate<'_>| view.handoff_micros(prefill.row, decode.row);
+                    let decodes = halves.decode.held.iter();
+                    ways.extend(decodes.map(|decode| Way::Apart(*prefill, *decode, handoff(decode))));
+                }
+                // A class without prefill is not complete: its decode instances are not to become mixed ones.
+                if !halves.prefill.is_vacant() {
+                    ways.extend(halves.local.held.iter().copied().map(Way::Alone));
+                }
+            }
+        }
+        Policy::PowerOfTwo => {
+            ways.extend(of_two(&found.whole).copied().map(Way::Alone));
+            for halves in &found.classes {
+                let pair = of_two(&halves.prefill).zip(of_two(&halves.decode));
+                ways.extend(pair.map(|(prefill, decode)| Way::Apart(*prefill, *decode, 0.0)));
+            }
+        }
+        Policy::LeastLoad | Policy::RoundRobin => {
+            ways.extend(found.whole.first().copied().map(Way::Alone));
+            for halves in &found.classes {
+                let pair = halves.prefill.first().zip(halves.decode.first());
+                ways.extend(pair.map(|(prefill, decode)| Way::Apart(*prefill, *decode, 0.0)));
+            }
+        }
+    }
+    let best = ways.iter().min_by(|a, b| a.rank().total_cmp(&b.rank()).then(a.turn().cmp(&b.turn())))?;
+    if settings.temperature == 0.0 || settings.policy != Policy::Predicted {
+        return Some(*best);
+    }
+    let least = best.rank().max(1.0);
+    let weight = |way: &Way<'_>| (-(way.rank() - least) / (settings.temperature * least)).exp();
+    let mut left = mixed(ask.turn, 0) as f64 / u64::MAX as f64 * ways.iter().map(weight).sum::<f64>();
+    let drawn = ways.iter().find(|way| {
+        left -= weight(way);
+        left <= 0.0
+    });
+    Some(*drawn.unwrap_or(best))
+}
+
+fn receipt(found: &Found<'_>, way: &Way<'_>, ask: &Ask<'_>, settings: &Settings) -> Receipt {
+    let of = |side: Side| {
+        let halves = found.classes.iter();
+        halves.flat_map(move |halves| match side {
+            Side::Prefill => &halves.prefill.held,
+            Side::Decode => &halves.decode.held,
+            Side::Whole => &halves.local.held,
+        })
+    };
+    let mut shown: Vec<Candidate<'_>> = Vec::new();
+    let wholes = found.whole.held.iter().chain(of(Side::Whole)).copied().collect();
+    for mut alike in
+        [wholes, of(Side::Prefill).copied().collect::<Vec<_>>(), of(Side::Decode).copied().collect()]
+    {
+        alike.sort_by(Candidate::order);
+        shown.extend(alike.into_iter().take(RECEIPT_MOST));
+    }
+    let taken = match way {
+        Way::Alone(alone) => vec![*alone],
+        Way::Apart(prefill, decode, _) => vec![*prefill, *decode],
+    };
+    for taken in taken {
+        let is = |held: &Candidate<'_>| held.row.number == taken.row.number && held.side == taken.side;
+        if !shown.iter().any(is) {
+            shown.push(taken);
+        }
+    }
+    shown.sort_by(|a, b| a.price.micros.total_cmp(&b.price.micros));
+    Receipt {
+        prompt_tokens: ask.prompt_tokens,
+        expected_tokens: expected_tokens(ask),
+        choices: ask.choices,
+        policy: settings.policy,
+        candidates: found.candidates,
+        cheapest: shown.iter().map(|candidate| candidate.scored(ask)).collect(),
+    }
+}
+
+/// No instance of the model is known.
+fn nobody(view: &View, ask: &Ask<'_>, now: Instant) -> NoPlace {
+    if view.others_serve(ask.revision, now) { NoPlace::OtherModel } else { NoPlace::NoInstance }
+}
+
+/// Why nobody takes the request. It is too large only if none of those that are not ready just now might hold it.
+fn lack(found: &Found<'_>, model: &Model, ask: &Ask<'_>) -> NoPlace {
+    let small = |halves: &Halves<'_>| halves.prefill.too_small || halves.decode.too_small;
+    if found.classes.iter().any(|halves| halves.prefill.first().is_some() && halves.decode.is_vacant()) {
+        NoPlace::NoDecode
+    } else if found.classes.iter().any(|halves| halves.decode.first().is_some() && halves.prefill.is_vacant())
+    {
+        NoPlace::NoPrefill
+    } else if found.ready == model.rows.len() && (found.whole.too_small || found.classes.iter().any(small)) {
+        NoPlace::TooLarge(ask.prompt_tokens)
+    } else {
+        NoPlace::NoInstance
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,168 @@
+//! What the formulas of [`crate::cost`] come to, seen through who is chosen.
+
+use std::{sync::Arc, time::Duration};
+
+use baton_proto::InstanceId;
+use tokio::time::{Instant, advance};
+
+use crate::{
+    NoPlace, Placement, Receipt, Settings, Side, Targets,
+    board::Board,
+    fleet::{
+        Load, Role, Spec, Timed,
+        testing::{ready, spec},
+    },
+};
+
+/// Half a millisecond a token, 20 ms a step and 1 ms for each sequence in it, seen often enough to be believed.
+fn timed(reports: u64) -> Timed {
+    let steps = 10 * reports;
+    Timed {
+        prefill_micros: 512 * 500 * reports,
+        prefill_tokens: 512 * reports,
+        prefill_pairs: 0,
+        decode_micros: 24_000 * steps,
+        decode_steps: steps,
+        decode_sequences: 4 * steps,
+        context_tokens: 0,
+    }
+}
+
+/// These instances, which have served for long and report so.
+fn board(settings: Settings, instances: &[(&str, Role, Load)]) -> Arc<Board> {
+    let board = Board::with(Duration::from_secs(60), settings);
+    let specs: Vec<Spec> = instances.iter().map(|(id, ..)| spec_of(id)).collect();
+    let mut sorted = specs.clone();
+    sorted.sort_by(|a, b| a.id.cmp(&b.id));
+    board.list(&sorted, Instant::now());
+    for (spec, (_, role, load)) in specs.iter().zip(instances) {
+        board.up(&spec.id, spec.incarnation, ready(*role));
+        for reports in 0..60 {
+            board.load(&spec.id, Load { timed: timed(reports), ..*load });
+        }
+    }
+    board
+}
+
+/// A context as long as any, and 1 KB of cache a token.
+fn spec_of(id: &str) -> Spec {
+    Spec { context_tokens: 0, token_bytes: 1_000, ..spec(id) }
+}
+
+fn placed(board: &Arc<Board>, prompt_tokens: u32) -> Result<(Placement, Receipt), NoPlace> {
+    let booking = board.place(prompt_tokens, (64, 1), "r1", &[])?;
+    Ok((booking.placement, booking.receipt))
+}
+
+/// The instances that were chosen.
+fn chosen(board: &Arc<Board>, prompt_tokens: u32) -> Vec<String> {
+    match placed(board, prompt_tokens).expect("a place").0 {
+        Placement::Alone(seat) => vec![seat.instance.to_string()],
+        Placement::Apart { prefill, decode } => {
+            vec![prefill.instance.to_string(), decode.instance.to_string()]
+        }
+    }
+}
+
+const AMPLE: Targets = Targets {
+    ttft: Duration::from_secs(3600),
+    ttft_per_1k_tokens: Duration::ZERO,
+    tpot: Duration::from_secs(1),
+};
+const PLAIN: Settings = Settings { warm_up: Duration::ZERO, targets: AMPLE, ..Settings::DEFAULT };
+
+fn queued(tokens: u64) -> Load {
+    Load { queued_prefill_tokens: tokens, kv_blocks_total: 10_000, kv_blocks_free: 9_000, ..Load::default() }
+}
+
+fn running(sequences: u32) -> Load {
+    Load { sequences, kv_blocks_total: 10_000, kv_blocks_free: 9_000, ..Load::default() }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_predicted_is_on_the_receipt() {
+    let fleet = [("p", Role::Prefill, queued(1_000)), ("d", Role::Decode, running(3))];
+    let (_, receipt) = placed(&board(PLAIN, &fleet), 200).expect("a place");
+    let of = |side| receipt.cheapest.iter().find(|scored| scored.side == side).expect("a candidate");
+    let near = |micros: u64, expected: f64| assert!((micros as f64 / expected - 1.0).abs() < 0.1, "{micros}");
+    // 1,200 tokens; a step of four sequences.
+    near(of(Side::Prefill).ttft_micros, 600_000.0);
+    near(of(Side::Decode).tpot_micros, 24_000.0);
+    assert_eq!((of(Side::Prefill).tpot_micros, of(Side::Decode).ttft_micros), (0, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_decode_instance_computes_a_short_prompt_itself_while_that_holds_up_nobody() {
+    let local = Settings { local_prefill: true, ..PLAIN };
+    let fleet = |queue, batch| [("p", Role::Prefill, queued(queue)), ("d", Role::Decode, running(batch))];
+    assert_eq!(chosen(&board(local, &fleet(0, 0)), 1), ["d"]);
+    assert_eq!(chosen(&board(PLAIN, &fleet(0, 0)), 1), ["p", "d"], "unless it is not to");
+    // 500 ms of a queue are worth standing still for, 4 sequences for 50 ms each; without a queue they are not.
+    assert_eq!(chosen(&board(local, &fleet(1_000, 4)), 100), ["d"]);
+    assert_eq!(chosen(&board(local, &fleet(0, 4)), 100), ["p", "d"]);
+    assert_eq!(chosen(&board(local, &fleet(1_000, 40)), 100), ["p", "d"]);
+    // It has no room, or its steps are too long already.
+    let full = Load { kv_blocks_free: 900, ..running(0) };
+    assert_eq!(
+        chosen(&board(local, &[("p", Role::Prefill, queued(9_000)), ("d", Role::Decode, full)]), 1),
+        ["p", "d"]
+    );
+    let hasty = Settings { targets: Targets { tpot: Duration::from_millis(10), ..AMPLE }, ..local };
+    assert_eq!(chosen(&board(hasty, &fleet(9_000, 0)), 1), ["p", "d"]);
+    // Nobody is turned into a mixed instance: with no prefill at all the fleet is not whole.
+    let alone = board(local, &[("d", Role::Decode, running(0))]);
+    assert_eq!(placed(&alone, 1).map(drop), Err(NoPlace::NoPrefill));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_new_instance_gets_its_share_by_and_by() {
+    let settings = Settings { warm_up: Duration::from_secs(60), ..PLAIN };
+    let fleet =
+        [("p", Role::Prefill, queued(0)), ("d0", Role::Decode, running(8)), ("d1", Role::Decode, running(8))];
+    let board = board(settings, &fleet);
+    advance(Duration::from_secs(600)).await;
+    let d1 = spec_of("d1");
+    board.duty(&d1.id, crate::fleet::Duty { ready: false, ..ready(Role::Decode) });
+    board.duty(&d1.id, ready(Role::Decode));
+    let load = |sequences| board.load(&d1.id, Load { timed: timed(60), ..running(sequences) });
+    load(4);
+    assert_eq!(chosen(&board, 10)[1], "d0", "a tenth of it is its share at first");
+    load(0);
+    assert_eq!(chosen(&board, 10)[1], "d1", "which is more than nothing");
+    load(4);
+    advance(Duration::from_secs(45)).await;
+    load(4);
+    assert_eq!(chosen(&board, 10)[1], "d1");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_misses_its_target_costs_more() {
+    let fleet =
+        [("p", Role::Prefill, queued(0)), ("d0", Role::Decode, running(8)), ("d1", Role::Decode, running(9))];
+    let cost = |tpot| {
+        let settings = Settings { targets: Targets { tpot: Duration::from_millis(tpot), ..AMPLE }, ..PLAIN };
+        let (_, receipt) = placed(&board(settings, &fleet), 10).expect("a place");
+        let of = |id: &str| {
+            receipt.cheapest.iter().find(|scored| scored.instance.as_str() == id).map(|s| s.cost_micros)
+        };
+        of("d1").unwrap_or(0) as f64 / of("d0").unwrap_or(0) as f64
+    };
+    // A step of nine sequences takes 29 ms, of ten 30.
+    assert!(cost(29) > 1.05 * cost(1_000), "{} {}", cost(29), cost(1_000));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pair_whose_handoffs_fail_is_passed_by() {
+    let fleet =
+        [("p0", Role::Prefill, queued(0)), ("p1", Role::Prefill, queued(0)), ("d", Role::Decode, running(0))];
+    let board = board(PLAIN, &fleet);
+    let other = |first: &str| if first == "p0" { "p1" } else { "p0" };
+    let booking = board.place(10, (64, 1), "r1", &[]).expect("a place");
+    let first = booking.credit.instance(Side::Prefill).to_string();
+    booking.credit.handed_over(None);
+    drop(booking);
+    assert!((0..4).all(|_| chosen(&board, 10)[0] == other(&first)));
+    let avoid = [InstanceId::new(other(&first)).expect("a good id")];
+    let left = board.place(10, (64, 1), "r1", &avoid).expect("a place");
+    assert_eq!(left.credit.instance(Side::Prefill).as_str(), first, "it is taken where nobody else is");
+}

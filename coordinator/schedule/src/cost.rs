@@ -1,0 +1,164 @@
+//! What each part of a request's work would cost on an instance: predicted microseconds that are lost to somebody, so that
+//! unlike machines compare. Pure.
+//!
+//! - **Prefill**: what is queued there, the time T of what is to be computed of this prompt, and `waiting` times T again:
+//!   so many requests stand in line, on average, while the instance computes it. So where little is to do the fastest
+//!   answer is taken, and where there is much, whoever has least to compute: a cached prefix is worth more then.
+//! - **Decode**: the tokens expected x the step with this request in the batch; the time by which it makes the steps of the
+//!   others in it longer; as long again as its own steps, scaled by the shortfall, when the free KV blocks do not hold it;
+//!   and the time that what is not cached there takes to be moved, with the transfers that share the way.
+//! - **Both on one instance**: the sum, with nothing moved. A prompt that is computed by a *decode* instance holds up every
+//!   sequence of its batch, and is paid for so.
+//! - What is predicted to be later than its target counts [`LATE`] times more.
+//! - What an instance has counts for more while it warms up: it is given a share that grows with the time it has served.
+//! - Of several choices each is decoded, and the prompt is computed once.
+
+use tokio::time::Instant;
+
+use crate::{
+    Ask, Side,
+    predict::pairs,
+    settings::Settings,
+    view::{Class, Row},
+};
+
+/// How much more a microsecond counts that is beyond the target.
+const LATE: f64 = 4.0;
+/// At most so many are taken to stand in line behind a prompt.
+const WAITING_MOST: f64 = 16.0;
+/// What is taken for the link to any decode instance.
+const LINK_BYTES_PER_MICROSECOND: f64 = 10_000.0;
+/// The share of its peers' work that an instance gets at once.
+const SHARE_LEAST: f64 = 0.1;
+/// A decode instance computes no prompt itself when less of its blocks is free, or when its steps are predicted to be this
+/// many times as long as they should.
+const LOCAL_FREE_LEAST: f64 = 0.1;
+const LOCAL_TPOT_MOST: f64 = 1.5;
+
+/// A price, and what it follows from.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub(crate) struct Price {
+    /// All that is lost.
+    pub(crate) micros: f64,
+    /// Until the first token, where the part has one to give.
+    pub(crate) ttft_micros: f64,
+    /// From one token to the next, where it gives more.
+    pub(crate) tpot_micros: f64,
+}
+
+/// Prices one request on any instance.
+pub(crate) struct Pricing<'a> {
+    pub(crate) ask: &'a Ask<'a>,
+    pub(crate) settings: &'a Settings,
+    pub(crate) classes: &'a [Class],
+    pub(crate) now: Instant,
+}
+
+impl Pricing<'_> {
+    /// `cached`: tokens of the prompt that the instance has.
+    pub(crate) fn price(&self, row: &Row, side: Side, cached: u32) -> Price {
+        match side {
+            Side::Prefill => self.prefill(row, cached, 0.0),
+            Side::Decode => self.decode(row, cached),
+            Side::Whole => {
+                let (first, then) =
+                    (self.prefill(row, cached, 0.0), self.decode(row, self.ask.prompt_tokens));
+                Price { micros: first.micros + then.micros, tpot_micros: then.tpot_micros, ..first }
+            }
+        }
+    }
+
+    /// All of it on a decode instance; `None`: it has too much to do.
+    pub(crate) fn local(&self, row: &Row, cached: u32) -> Option<Price> {
+        let batch = row.standing.sequences as f64;
+        let then = self.decode(row, self.ask.prompt_tokens);
+        let room = match (row.standing.blocks_free, row.standing.blocks_total) {
+            (Some(free), Some(total)) => free as f64 >= LOCAL_FREE_LEAST * total as f64,
+            _ => true,
+        };
+        let steady = then.tpot_micros <= LOCAL_TPOT_MOST * self.settings.targets.tpot_micros();
+        let first = self.prefill(row, cached, batch);
+        (room && steady).then_some(Price {
+            micros: first.micros + then.micros,
+            tpot_micros: then.tpot_micros,
+            ..first
+        })
+    }
+
+    /// With so many sequences that stand still meanwhile.
+    fn prefill(&self, row: &Row, cached: u32, batch: f64) -> Price {
+        let tokens = u64::from(self.ask.prompt_tokens.saturating_sub(cached));
+        let own =
+            row.speed.prefill_micros(tokens as f64, pairs(tokens, self.ask.prompt_tokens.into()) as f64);
+        let wait = row.queue_micros / self.share(row);
+        let waiting = self.classes.get(row.class).map_or(0.0, |class| class.waiting(WAITING_MOST));
+        let ttft_micros = row.queue_micros + own;
+        let late = (ttft_micros - self.settings.targets.ttft_micros(self.ask.prompt_tokens)).max(0.0);
+        let micros = wait + (1.0 + waiting + batch) * own + LATE * late;
+        Price { micros, ttft_micros, tpot_micros: 0.0 }
+    }
+
+    fn decode(&self, row: &Row, cached: u32) -> Price {
+        let ask = self.ask;
+        let (standing, expected) = (&row.standing, f64::from(expected_tokens(ask)));
+        let choices = f64::from(ask.choices);
+        let used = match (standing.blocks_total, standing.blocks_free) {
+            (Some(total), Some(free)) => total.saturating_sub(free) as f64,
+            _ => 0.0,
+        };
+        let (sequences, context) = (standing.sequences as f64, used * f64::from(row.spec.block_tokens));
+        let (sequences, context) = (sequences / self.share(row), context / self.share(row));
+        let added = f64::from(ask.prompt_tokens) + choices * expected / 2.0;
+        let step = row.speed.step_micros(sequences + choices, context + added);
+        let own = expected * step;
+        let others = expected * sequences * row.speed.added_micros(choices, added);
+        let wanted = blocks_wanted(row, ask, Side::Decode, cached) as f64;
+        let missing = standing.blocks_free.map_or(0.0, |free| (wanted - free as f64).max(0.0));
+        let moved = f64::from(ask.prompt_tokens.saturating_sub(cached)) * row.spec.token_bytes as f64;
+        let moving = moved / LINK_BYTES_PER_MICROSECOND * f64::from(1 + row.transfers);
+        let late = expected * (step - self.settings.targets.tpot_micros()).max(0.0);
+        let micros = own + others + own * missing / wanted.max(1.0) + moving + LATE * late;
+        Price { micros, ttft_micros: 0.0, tpot_micros: step }
+    }
+
+    /// How much of its peers' work it is to have by now.
+    fn share(&self, row: &Row) -> f64 {
+        let (age, whole) = (self.now.saturating_duration_since(row.ready_since), self.settings.warm_up);
+        if age >= whole { 1.0 } else { (age.as_secs_f64() / whole.as_secs_f64()).max(SHARE_LEAST) }
+    }
+}
+
+/// How much of the prompt an instance is expected to have. The last token is computed by whoever samples from it.
+pub(crate) fn cached_tokens(row: &Row, ask: &Ask<'_>, side: Side) -> u32 {
+    let Some((blocks, block_tokens)) = ask.held.blocks(row.number) else { return 0 };
+    let usable = match side {
+        Side::Decode => ask.prompt_tokens,
+        Side::Whole | Side::Prefill => ask.prompt_tokens.saturating_sub(1),
+    };
+    blocks.min(usable / block_tokens) * block_tokens
+}
+
+/// Whether the prompt and one more token could ever be held there.
+pub(crate) fn fits(row: &Row, ask: &Ask<'_>) -> bool {
+    let context = row.spec.context_tokens == 0 || ask.prompt_tokens < row.spec.context_tokens;
+    let blocks = blocks_for(row, ask.prompt_tokens.saturating_add(1));
+    context && row.standing.blocks_total.is_none_or(|total| blocks <= total)
+}
+
+fn blocks_for(row: &Row, tokens: u32) -> u64 {
+    u64::from(tokens.div_ceil(row.spec.block_tokens))
+}
+
+/// Blocks that a part of the request takes there beside those that are cached: the prompt's once and each choice's own.
+pub(crate) fn blocks_wanted(row: &Row, ask: &Ask<'_>, side: Side, cached: u32) -> u64 {
+    let own = match side {
+        Side::Prefill => 1,
+        Side::Whole | Side::Decode => expected_tokens(ask).saturating_mul(ask.choices),
+    };
+    let all = blocks_for(row, ask.prompt_tokens.saturating_add(own));
+    all.saturating_sub(u64::from(cached / row.spec.block_tokens))
+}
+
+pub(crate) fn expected_tokens(ask: &Ask<'_>) -> u32 {
+    ask.max_tokens.min(ask.expected_tokens)
+}

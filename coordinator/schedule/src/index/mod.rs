@@ -1,0 +1,406 @@
+//! Which instance has how much of a prompt cached. Pure.
+//!
+//! By block, who holds it; blocks by the first 64 bits of their names ([`crate::chains`]). Fed by [`super::caches`] with
+//! what instances say, asked for each request that is placed.
+//!
+//! **Depths.** Who holds a block holds those before it in its chain, as a rule: servers take blocks from a chain's start,
+//! and let go, and evict, from its end. So the holders of a prompt's blocks, in order, are sets of which each contains the
+//! next, and where both ends of a stretch have the same holders, so has all that is between. Stretches are halved until
+//! that is so: a prompt of 126,000 tokens costs a few dozen look-ups in place of 7,900, though all instances share its
+//! first block, and never more than [`LOOKUPS_MOST`]. The exceptions are few: a block that two sequences computed side by side is kept once, by the one that
+//! may let go first; events are on their way; somebody lies. An instance that lacks the first block is then taken to
+//! have nothing, and one that lacks another either to end there or not to lack it. It is an estimate that is wrong, and
+//! the server finds for itself what it has.
+//!
+//! **Slots.** An instance is a number here. A snapshot is taken in under a new slot beside the old one, and takes its
+//! place when it is whole. What a slot held is never looked for when it is gone: it does not count from then on, and
+//! [`PrefixIndex::sweep`] goes through the table, a 4,096th part of it at a time. A slot is not used again before that.
+//!
+//! **Memory.** A block that up to three instances hold takes 24 bytes and a byte of the table's own, so 29 to 58 with the
+//! room that tables keep; more holders take a word of 16 bytes (up to 32 while it grows) for each 64 slots that have one
+//! of them, and each of those counts as a block of its own. Over the limit every second block is forgotten, then every
+//! second of those that are left, chosen by bits of the name: of each prompt it is known which blocks are looked for.
+//! Depths are then rounded down to such a block. What was forgotten comes back when everything has gone: the loss is a
+//! few blocks a prompt.
+
+mod expected;
+mod holders;
+
+use std::{
+    collections::{HashMap, VecDeque},
+    hash::{BuildHasherDefault, Hasher},
+    sync::Arc,
+};
+
+use tokio::time::Instant;
+
+use expected::Expected;
+pub use expected::Ticket;
+use holders::{Holders, SlotSet};
+
+/// Most memory that a block takes, in bytes.
+pub const BLOCK_BYTES: usize = 58;
+/// The table is in as many parts: each grows, and is swept, by itself, within microseconds.
+pub const SHARDS: usize = 4096;
+/// Blocks of one prompt that are looked up: where holders end in more places than these tell apart, what lies between two
+/// of them is rounded down. Prompts of fewer blocks are always told exactly.
+const LOOKUPS_MOST: usize = 256;
+/// At least one of 2^16 blocks is remembered.
+const HALVINGS_MOST: u8 = 16;
+
+/// An instance's cache, as one snapshot and what followed it have it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Slot(u32);
+
+/// How many blocks of a prompt each slot has from the start.
+#[derive(Debug, Default)]
+pub struct Depths {
+    by_slot: Vec<u32>,
+    touched: Vec<Slot>,
+}
+
+impl Depths {
+    pub fn of(&self, slot: Slot) -> u32 {
+        self.by_slot.get(slot.0 as usize).copied().unwrap_or(0)
+    }
+
+    pub fn clear(&mut self) {
+        for slot in self.touched.drain(..) {
+            self.by_slot[slot.0 as usize] = 0;
+        }
+    }
+
+    /// Nobody has anything.
+    pub fn is_empty(&self) -> bool {
+        self.touched.is_empty()
+    }
+
+    fn at_least(&mut self, slot: Slot, blocks: u32) {
+        let at = slot.0 as usize;
+        if at >= self.by_slot.len() {
+            self.by_slot.resize(at + 1, 0);
+        }
+        if self.by_slot[at] == 0 {
+            self.touched.push(slot);
+        }
+        self.by_slot[at] = self.by_slot[at].max(blocks);
+    }
+}
+
+/// Keys are mixed already.
+#[derive(Default)]
+struct AsIs(u64);
+
+impl Hasher for AsIs {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.0 = self.0.rotate_left(8) ^ u64::from(*byte));
+    }
+
+    fn write_u64(&mut self, key: u64) {
+        self.0 = key;
+    }
+}
+
+type Table = HashMap<u64, Holders, BuildHasherDefault<AsIs>>;
+
+#[derive(Debug, Default)]
+struct Shard {
+    blocks: Table,
+    /// How often the blocks in it were halved.
+    halvings: u8,
+}
+
+/// A name, mixed with the index's seed: nobody outside knows which names fall together.
+#[derive(Debug, Clone, Copy)]
+struct Mixed(u64);
+
+impl Mixed {
+    /// The table itself goes by the lowest and the highest bits.
+    fn shard(self) -> usize {
+        (self.0 >> 36) as usize % SHARDS
+    }
+
+    fn survives(self, halvings: u8) -> bool {
+        (self.0 >> 20) & ((1 << halvings) - 1) == 0
+    }
+}
+
+/// A slot that is gone.
+#[derive(Debug)]
+struct Gone {
+    slot: u32,
+    /// Parts of the table that may still have it.
+    parts: usize,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct PrefixIndex {
+    seed: (u64, u64),
+    shards: Vec<Shard>,
+    /// Most blocks and words together.
+    limit: usize,
+    blocks: usize,
+    words: usize,
+    /// How often blocks are to be halved, and how many shards have been.
+    halvings: u8,
+    halved: usize,
+    /// Slots given out so far, and those of them to give out again.
+    slots: u32,
+    free: Vec<u32>,
+    /// Slots whose word is taken, and of them those that depths are told of.
+    open: SlotSet,
+    live: SlotSet,
+    gone: Vec<Gone>,
+    swept: usize,
+    expected: Expected,
+}
+
+impl PrefixIndex {
+    /// Remembers at most `limit` blocks, of [`BLOCK_BYTES`] each; `seed` is anything that nobody knows.
+    pub fn new(limit: usize, seed: (u64, u64)) -> Self {
+        Self {
+            seed: (seed.0, seed.1 | 1),
+            shards: (0..SHARDS).map(|_| Shard::default()).collect(),
+            limit: limit.max(1),
+            blocks: 0,
+            words: 0,
+            halvings: 0,
+            halved: SHARDS,
+            slots: 0,
+            free: Vec::new(),
+            open: SlotSet::default(),
+            live: SlotSet::default(),
+            gone: Vec::new(),
+            swept: 0,
+            expected: Expected::default(),
+        }
+    }
+
+    /// Blocks that are remembered, each once.
+    pub fn blocks(&self) -> usize {
+        self.blocks
+    }
+
+    /// A slot that holds nothing, and that no depth is told of yet.
+    pub fn open(&mut self) -> Slot {
+        let slot = self.free.pop().unwrap_or_else(|| {
+            self.slots += 1;
+            self.slots - 1
+        });
+        self.open.insert(slot);
+        Slot(slot)
+    }
+
+    /// Depths are told of this slot, and no longer of `old`, whose requests in flight it has.
+    pub fn publish(&mut self, slot: Slot, old: Option<Slot>) {
+        self.live.insert(slot.0);
+        if let Some(old) = old {
+            self.expected.follow(old, slot);
+            self.close(old);
+        }
+    }
+
+    /// The slot is gone, with all it holds.
+    pub fn close(&mut self, slot: Slot) {
+        if self.open.has(slot.0) {
+            self.open.remove(slot.0);
+            self.live.remove(slot.0);
+            self.expected.forget(slot);
+            self.gone.push(Gone { slot: slot.0, parts: SHARDS });
+        }
+    }
+
+    /// What the instance of a slot has stored, and what it has evicted.
+    pub fn change(&mut self, slot: Slot, stored: &[u64], evicted: &[u64]) {
+        if self.open.has(slot.0) {
+            evicted.iter().for_each(|&key| self.evict(slot, key));
+            stored.iter().for_each(|&key| self.store(slot, key));
+        }
+    }
+
+    fn store(&mut self, slot: Slot, key: u64) {
+        let mixed = self.mixed(key);
+        self.make_room();
+        if !mixed.survives(self.halvings) || self.blocks + self.words >= self.limit {
+            return;
+        }
+        if self.shards[mixed.shard()].halvings != self.halvings {
+            self.halve(mixed.shard());
+        }
+        let table = &mut self.shards[mixed.shard()].blocks;
+        let before = table.len();
+        let holders = table.entry(mixed.0).or_default();
+        let words = holders.words();
+        holders.insert(slot.0);
+        self.words = self.words + holders.words() - words;
+        self.blocks += table.len() - before;
+    }
+
+    fn evict(&mut self, slot: Slot, key: u64) {
+        let mixed = self.mixed(key);
+        let table = &mut self.shards[mixed.shard()].blocks;
+        let Some(holders) = table.get_mut(&mixed.0) else { return };
+        let words = holders.words();
+        holders.remove(slot.0);
+        self.words = self.words + holders.words() - words;
+        if holders.is_empty() {
+            table.remove(&mixed.0);
+            self.blocks -= 1;
+            self.begin_anew();
+        }
+    }
+
+    /// Forgets blocks until there is room for one more, or one of 2^16 is left.
+    fn make_room(&mut self) {
+        while self.blocks + self.words >= self.limit {
+            if self.halved < SHARDS {
+                self.halve(self.halved);
+                self.halved += 1;
+            } else if self.halvings < HALVINGS_MOST {
+                self.halvings += 1;
+                self.halved = 0;
+            } else {
+                return;
+            }
+        }
+    }
+
+    fn halve(&mut self, shard: usize) {
+        let halvings = self.halvings;
+        let shard = &mut self.shards[shard];
+        if shard.halvings == halvings {
+            return;
+        }
+        shard.halvings = halvings;
+        let (before, mut words) = (shard.blocks.len(), 0);
+        shard.blocks.retain(|key, holders| {
+            let stays = Mixed(*key).survives(halvings);
+            words += if stays { 0 } else { holders.words() };
+            stays
+        });
+        self.blocks -= before - shard.blocks.len();
+        self.words -= words;
+    }
+
+    /// Where nothing is left, everything is remembered again.
+    fn begin_anew(&mut self) {
+        if self.blocks == 0 && self.halvings > 0 {
+            self.shards.iter_mut().for_each(|shard| *shard = Shard::default());
+            (self.halvings, self.halved) = (0, SHARDS);
+        }
+    }
+
+    /// Frees a part of the table of what gone slots held. False: there is nothing to free.
+    pub fn sweep(&mut self) -> bool {
+        if self.gone.is_empty() {
+            return false;
+        }
+        let (open, table) = (&self.open, &mut self.shards[self.swept].blocks);
+        let (before, mut freed) = (table.len(), 0);
+        table.retain(|_, holders| {
+            let words = holders.words();
+            holders.retain(|slot| open.has(slot));
+            freed += words - holders.words();
+            !holders.is_empty()
+        });
+        self.blocks -= before - table.len();
+        self.words -= freed;
+        self.swept = (self.swept + 1) % SHARDS;
+        self.gone.iter_mut().for_each(|gone| gone.parts -= 1);
+        let free = &mut self.free;
+        self.gone.retain(|gone| {
+            if gone.parts == 0 {
+                free.push(gone.slot);
+            }
+            gone.parts > 0
+        });
+        self.begin_anew();
+        !self.gone.is_empty()
+    }
+
+    /// The instance of a slot is about to compute, or to receive, the blocks of this chain.
+    pub fn expect(&mut self, slot: Slot, chain: Arc<[u64]>) -> Ticket {
+        self.expected.add(slot, chain)
+    }
+
+    /// It has, or will not: until then what is expected counts, and afterwards only what it says.
+    pub fn settle(&mut self, ticket: Ticket, until: Instant) {
+        self.expected.settle(ticket, until);
+    }
+
+    /// Adds, for each slot, how many blocks `chain` begins with that it has or is to have.
+    pub fn depths(&mut self, chain: &[u64], now: Instant, into: &mut Depths) {
+        self.expected.expire(now);
+        self.expected.depths(chain, into);
+        let survives = |at: &u32| self.mixed(chain[*at as usize]).survives(self.halvings);
+        let positions =
+            (self.halvings > 0).then(|| (0..chain.len() as u32).filter(survives).collect::<Vec<_>>());
+        let looked_for = positions.as_ref().map_or(chain.len(), Vec::len);
+        Search { index: self, chain, positions, into }.run(looked_for);
+    }
+
+    fn mixed(&self, key: u64) -> Mixed {
+        let product = u128::from(key ^ self.seed.0) * u128::from(self.seed.1);
+        Mixed(product as u64 ^ (product >> 64) as u64)
+    }
+}
+
+/// Finds the places in a chain where holders fall away.
+struct Search<'a> {
+    index: &'a PrefixIndex,
+    chain: &'a [u64],
+    /// In the chain, of the blocks that are looked for; `None` = all are.
+    positions: Option<Vec<u32>>,
+    into: &'a mut Depths,
+}
+
+impl<'a> Search<'a> {
+    /// Of so many blocks that are looked for.
+    fn run(&mut self, looked_for: usize) {
+        let Some(first) = self.holders(0) else { return };
+        let index = self.index;
+        let live = &index.live;
+        // From a block to a later one, or the end, with the holders of both; the longest first.
+        let mut stretches = VecDeque::from([((0, first), (looked_for, None))]);
+        let mut lookups = 0;
+        while let Some((low, high)) = stretches.pop_front() {
+            if low.1.are_all_in(high.1, live) {
+                continue;
+            }
+            if high.0 - low.0 > 1 && lookups < LOOKUPS_MOST {
+                lookups += 1;
+                let middle = low.0 + (high.0 - low.0) / 2;
+                let holders = self.holders(middle);
+                stretches.push_back((low, (middle, holders)));
+                stretches.extend(holders.map(|holders| ((middle, holders), high)));
+                continue;
+            }
+            let blocks = self.position(low.0).map_or(0, |position| position + 1);
+            low.1.each_not_in(high.1, live, |slot| {
+                if first.has(slot) {
+                    self.into.at_least(Slot(slot), blocks);
+                }
+            });
+        }
+    }
+
+    fn holders(&self, at: usize) -> Option<&'a Holders> {
+        let mixed = self.index.mixed(*self.chain.get(self.position(at)? as usize)?);
+        self.index.shards[mixed.shard()].blocks.get(&mixed.0)
+    }
+
+    fn position(&self, at: usize) -> Option<u32> {
+        match &self.positions {
+            None => Some(at as u32),
+            Some(positions) => positions.get(at).copied(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,177 @@
+//! Where a request goes: prefill and decode chosen together. Pure but for the one lock of [`board`].
+//!
+//! The coordinator feeds it: [`fleet`] is who is there and what they said, [`ledger`] the work in flight, [`index`] and
+//! [`caches`] who has which KV blocks, [`predict`] how fast each instance is, learnt from what it measures. [`view`] is all
+//! of that in rows, [`cost`] prices a part of a request on a row, and [`choose`] takes the best pair of one class, or the one
+//! instance that does everything if that is better. Every choice leaves a [`Receipt`]. The sending is left to the caller.
+//!
+//! Only instances of the model asked for are looked at, by its revision; time is O(those). What instances report is theirs
+//! to say: it is bounded where it comes in, and costs are floating point, which does not overflow.
+
+pub mod board;
+pub mod caches;
+pub mod chains;
+mod choose;
+mod cost;
+pub mod fleet;
+pub mod index;
+pub mod ledger;
+mod links;
+pub mod predict;
+mod settings;
+pub mod view;
+
+use baton_proto::{ApiError, ErrorCode, Incarnation, InstanceId, RoleEpoch};
+
+use caches::Held;
+use chains::Chain;
+pub use choose::place;
+use ledger::Standing;
+pub use settings::{Policy, Settings, Targets};
+
+/// What there is to be computed of a request: its prompt, and what was generated elsewhere.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Prompt<'a> {
+    pub tokens: u32,
+    /// Its full blocks, in each dialect that may be asked for.
+    pub chains: &'a [Chain],
+}
+
+/// One that nobody has anything of.
+impl From<u32> for Prompt<'_> {
+    fn from(tokens: u32) -> Self {
+        Self { tokens, chains: &[] }
+    }
+}
+
+/// What the scheduler needs to know of a request.
+#[derive(Debug, Clone, Copy)]
+pub struct Ask<'a> {
+    pub prompt_tokens: u32,
+    /// Who has how much of the prompt.
+    pub held: Held<'a>,
+    pub max_tokens: u32,
+    /// As many as answers have had of late, on average; of each choice.
+    pub expected_tokens: u32,
+    /// Answers to the one prompt.
+    pub choices: u32,
+    /// The very model that the prompt was tokenised for: to instances of any other its token ids mean something else.
+    pub revision: &'a str,
+    /// Instances that are not to have it.
+    pub avoid: &'a [InstanceId],
+    /// Counts requests: equal costs take turns by it.
+    pub turn: u64,
+}
+
+/// Which part of the work a leg is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    /// Prefill and decode on one instance.
+    Whole,
+    Prefill,
+    Decode,
+}
+
+impl Side {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Whole => "mixed",
+            Self::Prefill => "prefill",
+            Self::Decode => "decode",
+        }
+    }
+}
+
+/// One instance chosen for one leg, and the role it was seen in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Seat {
+    pub instance: InstanceId,
+    pub incarnation: Incarnation,
+    pub role_epoch: RoleEpoch,
+    pub model: String,
+    pub handoff_endpoint: String,
+    /// KV blocks the request is expected to take there.
+    pub blocks: u64,
+    /// Tokens of the prompt that it is not expected to have cached, and the pairs of one of them and one before it.
+    pub uncached_tokens: u64,
+    pub uncached_pairs: u64,
+}
+
+/// Where a request goes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Placement {
+    /// All of it on one instance: a mixed one, one of prefill's for a request of one token, or one of decode's that computes
+    /// a short prompt itself.
+    Alone(Seat),
+    Apart {
+        prefill: Seat,
+        decode: Seat,
+    },
+}
+
+/// A candidate: how it was estimated to stand, and the cost that follows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Scored {
+    pub instance: InstanceId,
+    pub side: Side,
+    pub cost_micros: u64,
+    /// Predicted until the first token; 0 = it gives none.
+    pub ttft_micros: u64,
+    /// Predicted from one token to the next; 0 = it gives one at most.
+    pub tpot_micros: u64,
+    pub standing: Standing,
+    /// KV blocks the request is expected to take there.
+    pub blocks: u64,
+    /// Tokens of the prompt that it is expected to have cached.
+    pub cached_tokens: u32,
+}
+
+/// Why a request went where it went: what was asked, and who could take it at which cost.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Receipt {
+    pub prompt_tokens: u32,
+    /// Of each choice.
+    pub expected_tokens: u32,
+    pub choices: u32,
+    pub policy: Policy,
+    /// How many instances were looked at.
+    pub candidates: usize,
+    /// The cheapest of them for each part of the work, and whoever was taken, cheapest first.
+    pub cheapest: Vec<Scored>,
+}
+
+/// Why a request cannot be placed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum NoPlace {
+    #[error("no instance is ready to serve; try again in a moment")]
+    NoInstance,
+    #[error(
+        "no instance runs the checkpoint that this coordinator tokenises for, those that are ready run others; start one with it"
+    )]
+    OtherModel,
+    #[error("a decode instance is ready but no prefill instance is; try again in a moment")]
+    NoPrefill,
+    #[error("a prefill instance is ready but no decode instance fits it; try again in a moment")]
+    NoDecode,
+    #[error("the prompt has {0} tokens, more than the KV cache of any ready instance holds; shorten it")]
+    TooLarge(u32),
+}
+
+impl NoPlace {
+    /// Whether waiting for the fleet to change can help.
+    pub fn may_pass(self) -> bool {
+        !matches!(self, Self::TooLarge(_))
+    }
+
+    /// As a client is told, who asked for the model of this name.
+    pub fn told(self, model: &str) -> ApiError {
+        let code = match self {
+            Self::TooLarge(_) => ErrorCode::ContextLengthExceeded,
+            Self::NoInstance | Self::OtherModel | Self::NoPrefill | Self::NoDecode => ErrorCode::Unavailable,
+        };
+        ApiError::new(code, format!("model `{model}`: {self}"))
+    }
+}
+
+#[cfg(test)]
+mod tests;

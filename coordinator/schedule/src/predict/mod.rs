@@ -1,0 +1,266 @@
+//! How long work takes on each instance, learnt from what instances have measured. Pure.
+//!
+//! - Prefill takes so long for each token and, for attention, so long for each *pair* of a token and one before it.
+//! - A decode step takes so long whatever is in it (the weights), so long for each sequence, and so long for each token
+//!   of context (the caches).
+//!
+//! Samples are differences of counters that each instance reports of steps which did one kind of work alone
+//! (`InstanceLoad`, fields 27 to 34): exact means, however far apart reports are, and no clock of this process is in
+//! them. Instances of one *kind*, which run one model in one layout of KV caches, are alike until they show otherwise: what
+//! is not known of one is taken from its kind, and what was learnt of one fades towards its kind while nothing new is
+//! heard ([`HALF_LIFE`]), so that an instance that was slow once is tried again. Nobody is believed to be more than
+//! [`FACTOR_MOST`] times as fast or as slow as its kind.
+
+mod fit;
+
+use std::{collections::HashMap, time::Duration};
+
+use baton_proto::{Incarnation, InstanceId};
+use tokio::time::Instant;
+
+use crate::fleet::{Load, Spec, Timed};
+use fit::{Fit, at};
+
+/// What was learnt of an instance has faded to a half after so long without news.
+const HALF_LIFE: Duration = Duration::from_secs(30);
+const FACTOR_MOST: f64 = 4.0;
+/// A sample that is further than this from what was expected counts as if it were as far as this.
+const SURPRISE_MOST: f64 = 5.0;
+/// Of a kind of which nothing is known: microseconds for each token, and each pair.
+const UNKNOWN_PREFILL: [f64; 2] = [500.0, 0.0];
+/// The same for each decode step, each sequence, and each token of context.
+const UNKNOWN_DECODE: [f64; 3] = [15_000.0, 1_000.0, 0.0];
+/// How many samples the speed of the kind counts for in an instance's own, and what is assumed of a kind in the kind's.
+const KIND_SAMPLES: f64 = 1.0;
+const UNKNOWN_SAMPLES: f64 = 0.05;
+/// By these features are divided, so that all are about 1: a token and the tokens before it; a step, its sequences, and
+/// their tokens.
+const PREFILL_SCALE: [f64; 2] = [1.0, 10_000.0];
+const DECODE_SCALE: [f64; 3] = [1.0, 10.0, 10_000.0];
+
+/// Pairs of a token and one before it, where `tokens` are computed that end a prompt of `whole`.
+pub fn pairs(tokens: u64, whole: u64) -> u64 {
+    let most = whole.max(tokens);
+    tokens.saturating_mul(most.saturating_sub(tokens / 2))
+}
+
+/// How long work takes on an instance, in microseconds.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Speed {
+    /// For each token, and each pair.
+    prefill: [f64; 2],
+    /// For each step, each sequence, and each token of context.
+    decode: [f64; 3],
+}
+
+impl Default for Speed {
+    fn default() -> Self {
+        Self { prefill: UNKNOWN_PREFILL, decode: UNKNOWN_DECODE }
+    }
+}
+
+impl Speed {
+    /// For so many tokens of prompts, in which there are so many pairs.
+    pub fn prefill_micros(&self, tokens: f64, pairs: f64) -> f64 {
+        self.prefill[0] * tokens + self.prefill[1] * pairs
+    }
+
+    /// Of a decode step over so many sequences, which have so many tokens together.
+    pub fn step_micros(&self, sequences: f64, context_tokens: f64) -> f64 {
+        self.decode[0] + self.added_micros(sequences, context_tokens)
+    }
+
+    /// By how much so many sequences more make a step longer.
+    pub fn added_micros(&self, sequences: f64, context_tokens: f64) -> f64 {
+        self.decode[1] * sequences + self.decode[2] * context_tokens
+    }
+
+    /// This one `share` of the way from another.
+    fn from(self, other: Self, share: f64) -> Self {
+        let mix = |other: f64, own: f64| other + share * (own - other);
+        Self {
+            prefill: std::array::from_fn(|i| mix(other.prefill[i], self.prefill[i])),
+            decode: std::array::from_fn(|i| mix(other.decode[i], self.decode[i])),
+        }
+    }
+}
+
+/// What was learnt of an instance, or of all of a kind.
+#[derive(Debug, Clone, Copy, Default)]
+struct Learnt {
+    prefill: Fit<2>,
+    decode: Fit<3>,
+}
+
+impl Learnt {
+    /// Where `before` was known, as surely as from so many samples.
+    fn speed(&self, before: Speed, samples: f64) -> Speed {
+        Speed {
+            prefill: over(self.prefill.solve(times(before.prefill, PREFILL_SCALE), samples), PREFILL_SCALE),
+            decode: over(self.decode.solve(times(before.decode, DECODE_SCALE), samples), DECODE_SCALE),
+        }
+    }
+
+    /// The same, within reason beside the kind's.
+    fn beside(&self, kind: Speed) -> Speed {
+        let own = self.speed(kind, KIND_SAMPLES);
+        Speed {
+            prefill: near(&self.prefill, own.prefill, kind.prefill, PREFILL_SCALE),
+            decode: near(&self.decode, own.decode, kind.decode, DECODE_SCALE),
+        }
+    }
+}
+
+fn times<const N: usize>(line: [f64; N], scale: [f64; N]) -> [f64; N] {
+    std::array::from_fn(|i| line[i] * scale[i])
+}
+
+fn over<const N: usize>(line: [f64; N], scale: [f64; N]) -> [f64; N] {
+    std::array::from_fn(|i| line[i] / scale[i])
+}
+
+fn near<const N: usize>(fit: &Fit<N>, own: [f64; N], kind: [f64; N], scale: [f64; N]) -> [f64; N] {
+    over(fit.near(times(own, scale), times(kind, scale), FACTOR_MOST), scale)
+}
+
+#[derive(Debug)]
+struct Kind {
+    revision: String,
+    layout: String,
+    learnt: Learnt,
+    speed: Speed,
+}
+
+#[derive(Debug)]
+struct Known {
+    incarnation: Incarnation,
+    kind: usize,
+    learnt: Learnt,
+    /// The counters as they were reported last.
+    counted: Timed,
+    /// When something was learnt last.
+    at: Instant,
+}
+
+/// How long work takes on each instance of a fleet. See the module.
+#[derive(Debug, Default)]
+pub struct Speeds {
+    kinds: Vec<Kind>,
+    instances: HashMap<InstanceId, Known>,
+}
+
+impl Speeds {
+    /// An instance has reported. Counters that went back are another process's: all is learnt anew.
+    pub fn reported(&mut self, spec: &Spec, load: &Load, now: Instant) {
+        let kind = self.kind(spec);
+        let new = || Known {
+            incarnation: spec.incarnation,
+            kind,
+            learnt: Learnt::default(),
+            counted: load.timed,
+            at: now,
+        };
+        let known = match self.instances.get_mut(&spec.id) {
+            Some(known) => known,
+            None => self.instances.entry(spec.id.clone()).or_insert_with(new),
+        };
+        if known.incarnation != spec.incarnation || known.kind != kind {
+            *known = new();
+        }
+        let Some(since) = load.timed.since(&known.counted) else {
+            *known = new();
+            return;
+        };
+        known.counted = load.timed;
+        let kind = &mut self.kinds[kind];
+        let (prefill, decode) = samples(&since, load);
+        if let Some((x, y)) = prefill {
+            let expected = at(kind.speed.prefill, times(x, PREFILL_SCALE));
+            let y = believed(y, expected, kind.learnt.prefill.is_new());
+            known.learnt.prefill.learn(x, y);
+            kind.learnt.prefill.learn(x, y);
+        }
+        if let Some((x, y)) = decode {
+            let expected = at(kind.speed.decode, times(x, DECODE_SCALE));
+            let y = believed(y, expected, kind.learnt.decode.is_new());
+            known.learnt.decode.learn(x, y);
+            kind.learnt.decode.learn(x, y);
+        }
+        if prefill.is_some() || decode.is_some() {
+            known.at = now;
+            kind.speed = kind.learnt.speed(Speed::default(), UNKNOWN_SAMPLES);
+        }
+    }
+
+    /// How fast an instance is taken to be.
+    pub fn of(&self, spec: &Spec, now: Instant) -> Speed {
+        let Some(known) = self.instances.get(&spec.id).filter(|known| known.incarnation == spec.incarnation)
+        else {
+            let alike = self.kinds.iter().find(|kind| kind.is(spec));
+            return alike.map_or_else(Speed::default, |kind| kind.speed);
+        };
+        let kind = self.kinds[known.kind].speed;
+        let halves = now.saturating_duration_since(known.at).as_secs_f64() / HALF_LIFE.as_secs_f64();
+        known.learnt.beside(kind).from(kind, 0.5f64.powf(halves))
+    }
+
+    /// An instance is gone.
+    pub fn forget(&mut self, instance: &InstanceId) {
+        self.instances.remove(instance);
+    }
+
+    fn kind(&mut self, spec: &Spec) -> usize {
+        self.kinds.iter().position(|kind| kind.is(spec)).unwrap_or_else(|| {
+            self.kinds.push(Kind {
+                revision: spec.revision.clone(),
+                layout: spec.layout.clone(),
+                learnt: Learnt::default(),
+                speed: Speed::default(),
+            });
+            self.kinds.len() - 1
+        })
+    }
+}
+
+impl Kind {
+    fn is(&self, spec: &Spec) -> bool {
+        self.revision == spec.revision && self.layout == spec.layout
+    }
+}
+
+type Sample<const N: usize> = Option<([f64; N], f64)>;
+
+/// The mean of each kind of step since the last report: its features, scaled, and its time.
+fn samples(since: &Timed, load: &Load) -> (Sample<2>, Sample<3>) {
+    let mean = |sum: u64, of: u64| sum as f64 / of as f64;
+    let prefill = (since.prefill_tokens > 0).then(|| {
+        let tokens = since.prefill_tokens;
+        let x = [1.0, mean(since.prefill_pairs, tokens) / PREFILL_SCALE[1]];
+        (x, mean(since.prefill_micros, tokens))
+    });
+    let decode = (since.decode_steps > 0).then(|| {
+        let steps = since.decode_steps;
+        let sequences = mean(since.decode_sequences, steps) / DECODE_SCALE[1];
+        (
+            [1.0, sequences, mean(since.context_tokens, steps) / DECODE_SCALE[2]],
+            mean(since.decode_micros, steps),
+        )
+    });
+    if load.timed != Timed::default() {
+        return (prefill, decode);
+    }
+    // An instance of an earlier version counts no steps, and says recent means alone.
+    let rate = load.prefill_tokens_per_second;
+    let prefill = (rate > 0).then(|| ([1.0, 0.0], 1e6 / rate as f64));
+    let step = load.decode_step_micros;
+    let decode = (step > 0).then(|| ([1.0, f64::from(load.sequences) / DECODE_SCALE[1], 0.0], step as f64));
+    (prefill, decode)
+}
+
+/// A measurement, kept within reason of what was expected, unless nothing was.
+fn believed(measured: f64, expected: f64, new: bool) -> f64 {
+    if new { measured } else { measured.clamp(expected / SURPRISE_MOST, expected * SURPRISE_MOST) }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,140 @@
+//! Machines of known speed are learnt; liars, noise and restarts do not break what is believed.
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::fleet::testing::spec;
+
+/// A machine that takes so long, with noise of a tenth, and what it has reported so far.
+struct Machine {
+    spec: Spec,
+    prefill: [f64; 2],
+    decode: [f64; 3],
+    load: Load,
+    draws: u64,
+}
+
+impl Machine {
+    fn new(id: &str, prefill: [f64; 2], decode: [f64; 3]) -> Self {
+        Self { spec: spec(id), prefill, decode, load: Load::default(), draws: 7 }
+    }
+
+    fn draw(&mut self, most: u64) -> u64 {
+        self.draws =
+            self.draws.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.draws >> 33) % most
+    }
+
+    /// Some steps of each kind, and a report of them.
+    fn work(&mut self, speeds: &mut Speeds, now: Instant) {
+        let (tokens, before) = (64 + self.draw(448), self.draw(60_000));
+        let counted = pairs(tokens, before + tokens);
+        let noise = 0.9 + self.draw(201) as f64 / 1_000.0;
+        let micros = (self.prefill[0] * tokens as f64 + self.prefill[1] * counted as f64) * noise;
+        let (sequences, context) = (1 + self.draw(60), self.draw(150_000));
+        let step = self.decode[0] + self.decode[1] * sequences as f64 + self.decode[2] * context as f64;
+        let timed = &mut self.load.timed;
+        timed.prefill_micros += micros as u64;
+        timed.prefill_tokens += tokens;
+        timed.prefill_pairs += counted;
+        timed.decode_micros += (step * noise * 4.0) as u64;
+        timed.decode_steps += 4;
+        timed.decode_sequences += 4 * sequences;
+        timed.context_tokens += 4 * context;
+        speeds.reported(&self.spec, &self.load, now);
+    }
+}
+
+/// How far what is predicted is from the truth, at worst, over some work.
+fn error(speeds: &Speeds, machine: &Machine, now: Instant) -> f64 {
+    let speed = speeds.of(&machine.spec, now);
+    let mut worst = 0.0f64;
+    for (tokens, whole) in [(1_000.0, 1_000.0), (8_000.0, 8_000.0), (2_000.0, 40_000.0)] {
+        let pairs = tokens * (whole - tokens / 2.0);
+        let truth = machine.prefill[0] * tokens + machine.prefill[1] * pairs;
+        worst = worst.max((speed.prefill_micros(tokens, pairs) / truth - 1.0).abs());
+    }
+    for (sequences, context) in [(4.0, 20_000.0), (32.0, 100_000.0), (60.0, 60_000.0)] {
+        let truth = machine.decode[0] + machine.decode[1] * sequences + machine.decode[2] * context;
+        worst = worst.max((speed.step_micros(sequences, context) / truth - 1.0).abs());
+    }
+    worst
+}
+
+const FAST: ([f64; 2], [f64; 3]) = ([125.0, 1.2e-3], [22_000.0, 200.0, 0.08]);
+const SLOW: ([f64; 2], [f64; 3]) = ([250.0, 2.4e-3], [44_000.0, 400.0, 0.16]);
+
+#[test]
+fn fifty_reports_are_enough_to_know_each_machine() {
+    let (mut speeds, now) = (Speeds::default(), Instant::now());
+    let mut fast = Machine::new("a", FAST.0, FAST.1);
+    let mut slow = Machine::new("b", SLOW.0, SLOW.1);
+    for _ in 0..51 {
+        fast.work(&mut speeds, now);
+        slow.work(&mut speeds, now);
+    }
+    let errors = [error(&speeds, &fast, now), error(&speeds, &slow, now)];
+    assert!(errors.iter().all(|error| *error < 0.12), "{errors:?}");
+}
+
+#[test]
+fn a_new_instance_is_taken_for_one_of_its_kind_and_what_was_learnt_fades_towards_it() {
+    let (mut speeds, now) = (Speeds::default(), Instant::now());
+    let mut all: Vec<Machine> = ["a", "b", "c"].map(|id| Machine::new(id, FAST.0, FAST.1)).into();
+    all.push(Machine::new("s", SLOW.0, SLOW.1));
+    for _ in 0..51 {
+        all.iter_mut().for_each(|machine| machine.work(&mut speeds, now));
+    }
+    let kind = speeds.of(&spec("new"), now).prefill_micros(1_000.0, 500_000.0);
+    let slow = |after| speeds.of(&spec("s"), now + after).prefill_micros(1_000.0, 500_000.0);
+    let truth = 250.0 * 1_000.0 + 2.4e-3 * 500_000.0;
+    assert!(kind < slow(Duration::ZERO) && (slow(Duration::ZERO) / truth - 1.0).abs() < 0.15);
+    let half = (slow(HALF_LIFE) - kind) / (slow(Duration::ZERO) - kind);
+    assert!((half - 0.5).abs() < 1e-9, "{half}");
+    assert!((slow(HALF_LIFE * 20) / kind - 1.0).abs() < 1e-3, "it is tried again");
+    assert_eq!(speeds.of(&Spec { layout: "other".into(), ..spec("x") }, now), Speed::default());
+}
+
+#[test]
+fn a_restart_is_learnt_anew_and_counters_that_went_back_teach_nothing() {
+    let (mut speeds, now) = (Speeds::default(), Instant::now());
+    let mut machine = Machine::new("a", FAST.0, FAST.1);
+    (0..51).for_each(|_| machine.work(&mut speeds, now));
+    let before = speeds.of(&machine.spec, now);
+    machine.load.timed = Timed::default();
+    speeds.reported(&machine.spec, &machine.load, now);
+    let kind = speeds.of(&spec("new"), now);
+    assert_eq!(speeds.of(&machine.spec, now), kind, "it is one of its kind again");
+    let micros = |speed: Speed| speed.prefill_micros(1_000.0, 10_000_000.0);
+    assert!((micros(before) / micros(kind) - 1.0).abs() < 0.1);
+    speeds.forget(&machine.spec.id);
+    assert_eq!(speeds.of(&machine.spec, now), kind);
+}
+
+proptest! {
+    /// Whatever one instance reports, it is believed to be neither free nor endless beside others of its kind.
+    #[test]
+    fn nobody_is_believed_to_be_beyond_reason(
+        reports in prop::collection::vec((any::<u64>(), any::<u64>(), any::<u64>()), 1..60),
+    ) {
+        let (mut speeds, now) = (Speeds::default(), Instant::now());
+        let mut honest: Vec<Machine> = ["a", "b", "c"].map(|id| Machine::new(id, FAST.0, FAST.1)).into();
+        let liar = spec("l");
+        for (micros, tokens, pairs) in reports {
+            honest.iter_mut().for_each(|machine| machine.work(&mut speeds, now));
+            let timed = Timed {
+                prefill_micros: micros,
+                prefill_tokens: tokens,
+                prefill_pairs: pairs,
+                decode_micros: micros,
+                decode_steps: tokens,
+                decode_sequences: pairs,
+                context_tokens: micros,
+            };
+            speeds.reported(&liar, &Load { timed, ..Load::default() }, now);
+            let speed = speeds.of(&liar, now);
+            let said = [speed.prefill_micros(1_000.0, 0.0), speed.step_micros(10.0, 10_000.0)];
+            prop_assert!(said.iter().all(|micros| micros.is_finite() && *micros >= 0.0), "{said:?}");
+        }
+    }
+}

@@ -1,0 +1,265 @@
+//! The fleet as placement looks at it: a row for each instance, made ready beforehand, so that a choice is one walk over
+//! rows that lie side by side.
+//!
+//! Made of what [`Fleet`], [`Ledger`] and [`Speeds`] know. [`crate::board`] renews a row when something about its instance
+//! changes, and all of them when instances come or go.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
+
+use baton_proto::{GroupName, InstanceId, RoleEpoch};
+use tokio::time::Instant;
+
+use crate::{
+    Side,
+    fleet::{Fleet, Instance, Role, Spec},
+    ledger::{Ledger, Standing},
+    links::Links,
+    predict::{Speed, Speeds},
+};
+
+/// Of what span of time the share is in which prefill is busy.
+const BUSY_SPAN: Duration = Duration::from_secs(30);
+
+/// An instance.
+#[derive(Debug, Clone)]
+pub struct Row {
+    pub spec: Arc<Spec>,
+    /// Its own for as long as it is known; nobody else has it ever.
+    pub number: u32,
+    /// What it may be given now. `None`: nothing.
+    pub duty: Option<(Option<Side>, RoleEpoch)>,
+    /// It may be used until then; `None` = no end is known.
+    pub until: Option<Instant>,
+    /// Instances of one class can hand KV caches to each other; an index into [`Model::classes`].
+    pub class: usize,
+    pub standing: Standing,
+    pub speed: Speed,
+    /// How long what is queued there takes to be computed.
+    pub queue_micros: f64,
+    /// Caches on their way in and out.
+    pub transfers: u32,
+    /// Since when it takes requests.
+    pub ready_since: Instant,
+    /// When it was chosen last, counted in requests.
+    pub chosen: u64,
+}
+
+impl Row {
+    pub fn is_usable(&self, now: Instant) -> bool {
+        self.duty.is_some() && self.until.is_none_or(|until| now <= until)
+    }
+
+    fn is_prefill(&self) -> bool {
+        matches!(self.duty, Some((Some(Side::Prefill | Side::Whole), _)))
+    }
+
+    fn is_busy(&self) -> bool {
+        self.is_prefill() && self.standing.queued_prefill_tokens > 0
+    }
+
+    fn renew(&mut self, fleet: &Fleet, instance: &Instance, ledger: &Ledger, speeds: &Speeds, now: Instant) {
+        let load = instance.load();
+        let duty = fleet.duty(instance);
+        let side = |role| match role {
+            Role::None => None,
+            Role::Mixed => Some(Side::Whole),
+            Role::Prefill => Some(Side::Prefill),
+            Role::Decode => Some(Side::Decode),
+        };
+        let duty = duty.map(|(duty, until)| ((side(duty.role), duty.epoch), until));
+        if self.duty.map(|(side, _)| side) != duty.map(|((side, _), _)| side) {
+            self.ready_since = now;
+        }
+        self.until = duty.and_then(|(_, until)| until);
+        self.duty = duty.map(|(duty, _)| duty);
+        self.standing = ledger.standing(&self.spec.id, &load);
+        self.speed = speeds.of(&self.spec, now);
+        self.transfers = load.transfers;
+        let Standing { queued_prefill_tokens: tokens, queued_prefill_pairs: pairs, .. } = self.standing;
+        self.queue_micros = self.speed.prefill_micros(tokens as f64, pairs as f64);
+    }
+}
+
+/// Instances that can hand KV caches to each other.
+#[derive(Debug, Clone)]
+pub struct Class {
+    group: GroupName,
+    layout: String,
+    /// Instances that prefill, and those of them that have something to compute.
+    prefills: usize,
+    computing: usize,
+    /// The share of the latter, of late.
+    busy: f64,
+    at: Instant,
+}
+
+impl Class {
+    /// How many requests wait for a second of work, on average, while one more is computed: load / (1 - load), as in a line
+    /// before one counter.
+    pub fn waiting(&self, most: f64) -> f64 {
+        (self.busy / (1.0 - self.busy).max(1e-9)).min(most)
+    }
+}
+
+/// The instances of one model's revision, by id.
+#[derive(Debug, Clone)]
+pub struct Model {
+    revision: String,
+    pub rows: Vec<Row>,
+    pub classes: Vec<Class>,
+}
+
+/// See the module.
+#[derive(Debug, Default)]
+pub struct View {
+    models: Vec<Model>,
+    /// Model and row of each instance.
+    places: HashMap<InstanceId, (usize, usize)>,
+    numbers: u32,
+    links: Links,
+}
+
+impl View {
+    /// What a handoff between two instances is expected to take, in microseconds.
+    pub fn handoff_micros(&self, prefill: &Row, decode: &Row) -> f64 {
+        self.links.micros(prefill.number, decode.number)
+    }
+
+    /// A cache was handed over in this time; `None`: it could not be.
+    pub fn handed_over(&mut self, prefill: &InstanceId, decode: &InstanceId, took: Option<Duration>) {
+        let number = |id| self.row(id).map(|row| row.number);
+        if let (Some(prefill), Some(decode)) = (number(prefill), number(decode)) {
+            self.links.learn((prefill, decode), took);
+        }
+    }
+
+    pub fn model(&self, revision: &str) -> Option<&Model> {
+        self.models.iter().find(|model| model.revision == revision)
+    }
+
+    /// Whether an instance of any other model serves.
+    pub fn others_serve(&self, revision: &str, now: Instant) -> bool {
+        let others = self.models.iter().filter(|model| model.revision != revision);
+        let mut rows = others.flat_map(|model| &model.rows);
+        rows.any(|row| row.is_usable(now) && matches!(row.duty, Some((Some(_), _))))
+    }
+
+    pub fn row(&self, id: &InstanceId) -> Option<&Row> {
+        let (model, row) = *self.places.get(id)?;
+        self.models.get(model)?.rows.get(row)
+    }
+
+    /// Instances have come, gone, or changed what they are.
+    pub fn rebuild(&mut self, fleet: &Fleet, ledger: &Ledger, speeds: &Speeds, now: Instant) {
+        let mut old: HashMap<InstanceId, Row> = HashMap::new();
+        let mut classes: HashMap<String, Vec<Class>> = HashMap::new();
+        for model in self.models.drain(..) {
+            old.extend(model.rows.into_iter().map(|row| (row.spec.id.clone(), row)));
+            classes.insert(model.revision, model.classes);
+        }
+        self.places.clear();
+        for (revision, instances) in fleet.models() {
+            let mut model = Model {
+                revision: revision.to_owned(),
+                rows: Vec::with_capacity(instances.len()),
+                classes: classes.remove(revision).unwrap_or_default(),
+            };
+            for instance in instances.values() {
+                let spec = &instance.spec;
+                let class = model.class(&spec.group, &spec.layout, now);
+                let mut row = old.remove(&spec.id).unwrap_or_else(|| {
+                    self.numbers += 1;
+                    Row::new(spec, self.numbers, now)
+                });
+                if *row.spec != *spec {
+                    row.spec = Arc::new(spec.clone());
+                }
+                row.class = class;
+                row.renew(fleet, instance, ledger, speeds, now);
+                self.places.insert(spec.id.clone(), (self.models.len(), model.rows.len()));
+                model.rows.push(row);
+            }
+            model.count();
+            self.models.push(model);
+        }
+    }
+
+    /// Something about one instance has changed.
+    pub fn renew(&mut self, id: &InstanceId, fleet: &Fleet, ledger: &Ledger, speeds: &Speeds, now: Instant) {
+        let Some((model, row)) = self.places.get(id).copied() else { return };
+        let (Some(model), Some(instance)) = (self.models.get_mut(model), fleet.get(id)) else { return };
+        let row = &mut model.rows[row];
+        let class = &mut model.classes[row.class];
+        class.prefills -= usize::from(row.is_prefill());
+        class.computing -= usize::from(row.is_busy());
+        row.renew(fleet, instance, ledger, speeds, now);
+        class.prefills += usize::from(row.is_prefill());
+        class.computing += usize::from(row.is_busy());
+    }
+
+    /// A request for this model has come: it finds some of the instances busy.
+    pub fn arrived(&mut self, revision: &str, now: Instant) {
+        let Some(model) = self.models.iter_mut().find(|model| model.revision == revision) else { return };
+        for class in &mut model.classes {
+            let found = class.computing as f64 / class.prefills.max(1) as f64;
+            let passed = now.saturating_duration_since(class.at).as_secs_f64() / BUSY_SPAN.as_secs_f64();
+            class.busy += (1.0 - (-passed).exp()) * (found - class.busy);
+            class.at = now;
+        }
+    }
+
+    /// An instance has been chosen for the `turn`-th request.
+    pub fn chosen(&mut self, id: &InstanceId, turn: u64) {
+        if let Some((model, row)) = self.places.get(id).copied() {
+            self.models[model].rows[row].chosen = turn;
+        }
+    }
+}
+
+impl Row {
+    fn new(spec: &Spec, number: u32, now: Instant) -> Self {
+        Self {
+            spec: Arc::new(spec.clone()),
+            number,
+            duty: None,
+            until: None,
+            class: 0,
+            standing: Standing::default(),
+            speed: Speed::default(),
+            queue_micros: 0.0,
+            transfers: 0,
+            ready_since: now,
+            chosen: 0,
+        }
+    }
+}
+
+impl Model {
+    fn class(&mut self, group: &GroupName, layout: &str, now: Instant) -> usize {
+        let alike = |class: &Class| class.group == *group && class.layout == layout;
+        self.classes.iter().position(alike).unwrap_or_else(|| {
+            let (group, layout) = (group.clone(), layout.to_owned());
+            self.classes.push(Class { group, layout, prefills: 0, computing: 0, busy: 0.0, at: now });
+            self.classes.len() - 1
+        })
+    }
+
+    /// Counts who prefills, and drops the classes at the end that nobody is of.
+    fn count(&mut self) {
+        for class in &mut self.classes {
+            (class.prefills, class.computing) = (0, 0);
+        }
+        for row in &self.rows {
+            let class = &mut self.classes[row.class];
+            class.prefills += usize::from(row.is_prefill());
+            class.computing += usize::from(row.is_busy());
+        }
+        let taken: HashSet<usize> = self.rows.iter().map(|row| row.class).collect();
+        let last = taken.into_iter().max().map_or(0, |last| last + 1);
+        self.classes.truncate(last);
+    }
+}

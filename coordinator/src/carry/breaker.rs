@@ -1,0 +1,239 @@
+//! Whether one instance is to be given requests, by how those that it was given ended. Pure: time is an argument.
+//!
+//! States: *closed* -> *open* (it failed too much) -> *half open*, once its pause is over: one request is let through, and
+//! another after as long a pause again if nothing comes of it -> closed if it brings a token, or open if it fails, for
+//! twice as long. One that fails again soon after it was closed is open for twice as long, too.
+
+use std::{collections::VecDeque, time::Duration};
+
+use tokio::time::Instant;
+
+/// So many faults within so long open it.
+const FAULTS: usize = 5;
+const WITHIN: Duration = Duration::from_secs(10);
+/// Of the last so many attempts, no older than that, more than half open it too, if they are enough to tell.
+const ATTEMPTS_KEPT: usize = 20;
+const ATTEMPTS_LEAST: usize = 10;
+const ATTEMPTS_WITHIN: Duration = Duration::from_secs(60);
+const PAUSE_LEAST: Duration = Duration::from_secs(1);
+const PAUSE_MOST: Duration = Duration::from_secs(60);
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+enum State {
+    #[default]
+    Closed,
+    Open {
+        until: Instant,
+    },
+    /// A request has been let through; the next one is then.
+    HalfOpen {
+        next: Instant,
+    },
+}
+
+/// See the module.
+#[derive(Debug, Clone, Default)]
+pub struct Breaker {
+    state: State,
+    /// When the last [`FAULTS`] came.
+    faults: VecDeque<Instant>,
+    /// When the last attempts ended, and whether they failed.
+    attempts: VecDeque<(Instant, bool)>,
+    /// For how long it was open last; zero = never.
+    pause: Duration,
+    /// When it was closed last.
+    closed: Option<Instant>,
+}
+
+impl Breaker {
+    /// Whether a request may be placed there.
+    pub fn admits(&self, now: Instant) -> bool {
+        match self.state {
+            State::Closed => true,
+            State::Open { until: then } | State::HalfOpen { next: then } => now >= then,
+        }
+    }
+
+    pub fn is_closed(&self) -> bool {
+        self.state == State::Closed
+    }
+
+    /// For how long it was open last.
+    pub fn pause(&self) -> Duration {
+        self.pause
+    }
+
+    /// A request has been placed there, be it for want of anybody else.
+    pub fn placed(&mut self, now: Instant) {
+        if !self.is_closed() && self.admits(now) {
+            self.state = State::HalfOpen { next: now + self.pause };
+        }
+    }
+
+    /// An attempt has failed there. True: that opens it.
+    pub fn fault(&mut self, now: Instant) -> bool {
+        match self.state {
+            // It was placed there before.
+            State::Open { .. } => return false,
+            State::HalfOpen { .. } => {}
+            State::Closed => {
+                self.faults.push_back(now);
+                if self.faults.len() > FAULTS {
+                    self.faults.pop_front();
+                }
+                self.ended(now, true);
+                if !self.fails_too_much(now) {
+                    return false;
+                }
+            }
+        }
+        let again = !self.is_closed() || self.closed.is_some_and(|closed| now < closed + PAUSE_MOST);
+        self.pause = if again { self.pause * 2 } else { PAUSE_LEAST }.clamp(PAUSE_LEAST, PAUSE_MOST);
+        self.state = State::Open { until: now + self.pause };
+        self.faults.clear();
+        self.attempts.clear();
+        true
+    }
+
+    /// An attempt has brought a token there. True: that closes it.
+    pub fn success(&mut self, now: Instant) -> bool {
+        match self.state {
+            State::Closed => self.ended(now, false),
+            // It was placed there before.
+            State::Open { .. } => {}
+            State::HalfOpen { .. } => {
+                (self.state, self.closed) = (State::Closed, Some(now));
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Whether it is as good as new.
+    pub fn is_forgotten(&self, now: Instant) -> bool {
+        let past = |then: &Instant| now.saturating_duration_since(*then) > ATTEMPTS_WITHIN;
+        self.is_closed() && self.closed.iter().all(past) && self.attempts.iter().all(|(at, _)| past(at))
+    }
+
+    fn ended(&mut self, now: Instant, failed: bool) {
+        self.attempts.push_back((now, failed));
+        if self.attempts.len() > ATTEMPTS_KEPT {
+            self.attempts.pop_front();
+        }
+    }
+
+    fn fails_too_much(&self, now: Instant) -> bool {
+        let since = |then: Instant| now.saturating_duration_since(then);
+        let many =
+            self.faults.len() == FAULTS && self.faults.front().is_some_and(|first| since(*first) <= WITHIN);
+        let lately = || self.attempts.iter().filter(|(at, _)| since(*at) <= ATTEMPTS_WITHIN);
+        let (all, failed) = (lately().count(), lately().filter(|(_, failed)| *failed).count());
+        many || (all >= ATTEMPTS_LEAST && 2 * failed > all)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    /// Faults at these times, in seconds from `began`; whether the last opens it.
+    fn after_faults(began: Instant, times: &[u32]) -> (Breaker, bool) {
+        let mut breaker = Breaker::default();
+        let opened = times.iter().map(|&at| breaker.fault(began + at * SECOND)).last();
+        (breaker, opened.unwrap_or(false))
+    }
+
+    #[test]
+    fn five_faults_within_ten_seconds_open_it() {
+        let began = Instant::now();
+        let cases: [(&[u32], bool); 5] = [
+            (&[0, 0, 0, 0], false),
+            (&[0, 0, 0, 0, 0], true),
+            (&[0, 2, 5, 7, 10], true),
+            (&[0, 2, 5, 7, 11], false),
+            (&[0, 2, 5, 7, 11, 12], true),
+        ];
+        for (times, opens) in cases {
+            let (breaker, opened) = after_faults(began, times);
+            assert_eq!((opened, breaker.is_closed()), (opens, !opens), "{times:?}");
+        }
+    }
+
+    #[test]
+    fn slow_faults_open_it_if_they_are_more_than_half_of_enough() {
+        let began = Instant::now();
+        for (period, opens) in [(2, false), (3, true)] {
+            let mut breaker = Breaker::default();
+            // A fault every third second at most, so that five take longer than ten seconds.
+            let opened = (0..20).any(|turn| {
+                let now = began + turn * 3 * SECOND;
+                if turn % period == 0 {
+                    breaker.success(now);
+                    return false;
+                }
+                breaker.fault(now)
+            });
+            assert_eq!(opened, opens, "of {period}, {} fail", period - 1);
+        }
+        let (_, opened) = after_faults(began, &[0, 3, 6, 9, 12, 15, 18, 21, 24]);
+        assert!(!opened, "nine are too few to tell");
+        let (_, opened) = after_faults(began, &[0, 3, 6, 9, 12, 15, 18, 21, 24, 27]);
+        assert!(opened);
+        let (_, opened) = after_faults(began, &[0, 7, 14, 21, 28, 35, 42, 49, 56, 63, 70]);
+        assert!(!opened, "those of a minute ago count no more");
+    }
+
+    #[test]
+    fn half_open_lets_one_through_and_a_token_closes_it() {
+        let began = Instant::now();
+        let (mut breaker, _) = after_faults(began, &[0; 5]);
+        let just_before = began + SECOND - Duration::from_nanos(1);
+        assert!(!breaker.admits(began) && !breaker.admits(just_before));
+        breaker.placed(just_before);
+        assert!(!breaker.success(just_before), "what was placed before, or for want of others, is no trial");
+        let now = began + SECOND;
+        assert!(breaker.admits(now));
+        breaker.placed(now);
+        assert!(!breaker.admits(now) && !breaker.is_closed());
+        assert!(breaker.admits(now + SECOND), "nothing came of the first");
+        assert!(breaker.success(now));
+        assert!(breaker.admits(now) && breaker.is_closed());
+        assert!(!breaker.fault(now), "one fault is none");
+    }
+
+    #[test]
+    fn the_pause_doubles_up_to_a_minute_and_is_forgotten_after_one() {
+        let mut now = Instant::now();
+        let (mut breaker, _) = after_faults(now, &[0; 5]);
+        for pause in [1, 2, 4, 8, 16, 32, 60, 60] {
+            assert_eq!(breaker.pause(), pause * SECOND);
+            assert!(!breaker.admits(now + pause * SECOND - Duration::from_millis(1)));
+            now += pause * SECOND;
+            breaker.placed(now);
+            assert!(breaker.fault(now));
+        }
+        let again = |breaker: &Breaker, pause: Duration| {
+            let (mut breaker, mut at) = (breaker.clone(), now + 60 * SECOND);
+            breaker.placed(at);
+            assert!(breaker.success(at));
+            at += pause;
+            assert!((0..5).any(|_| breaker.fault(at)));
+            breaker.pause()
+        };
+        assert_eq!(again(&breaker, SECOND), 60 * SECOND, "it gets no better by a token now and then");
+        assert_eq!(again(&breaker, 60 * SECOND), SECOND);
+    }
+
+    #[test]
+    fn one_that_serves_is_forgotten_in_the_end() {
+        let began = Instant::now();
+        let (mut breaker, _) = after_faults(began, &[0]);
+        breaker.success(began + SECOND);
+        assert!(!breaker.is_forgotten(began + 60 * SECOND));
+        assert!(breaker.is_forgotten(began + 62 * SECOND));
+        let (breaker, _) = after_faults(began, &[0; 5]);
+        assert!(!breaker.is_forgotten(began + 1000 * SECOND), "it has not been tried yet");
+    }
+}

@@ -1,0 +1,101 @@
+//! What requests are placed by, as it is configured.
+
+use std::time::Duration;
+
+use baton_process::{Invalid, duration};
+use baton_schedule::{Policy, Settings, Targets};
+use serde::{Deserialize, Serialize};
+
+/// Less would be of no use.
+const INDEX_BYTES_LEAST: usize = 1 << 20;
+
+/// What requests are placed by.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct PlacementConfig {
+    /// How an instance is chosen: `predicted` (the least time lost, to the request and to others), `power_of_two` (of two
+    /// that are drawn the one with fewer sequences), `least_load` (the fewest sequences) or `round_robin`.
+    pub policy: PolicyName,
+    /// With `predicted`: 0 takes the cheapest; above, others are taken as well, by chance, and one that costs this share
+    /// more than the cheapest about 0.37 times as often.
+    pub temperature: f64,
+    /// Whether a decode instance computes a prompt itself where that is predicted to cost less than to hand its cache over:
+    /// one that is short, or that it has cached, while its batch is small.
+    pub local_prefill: bool,
+    /// How long it takes until an instance that has just begun to take requests gets as many as others.
+    #[serde(with = "duration")]
+    pub warm_up: Duration,
+    /// Until the first token: what is predicted to take longer than this and `ttft_target_per_1k_tokens` costs more.
+    #[serde(with = "duration")]
+    pub ttft_target: Duration,
+    /// The same for each 1,024 tokens of the prompt.
+    #[serde(with = "duration")]
+    pub ttft_target_per_1k_tokens: Duration,
+    /// From one token to the next: what is predicted to take longer costs more.
+    #[serde(with = "duration")]
+    pub tpot_target: Duration,
+    /// Most memory for which instances have which KV blocks cached, at 58 bytes a block. Over it a part of the blocks is
+    /// forgotten, so that of each prompt less is known.
+    pub index_bytes: usize,
+}
+
+/// [`Policy`] as it is written.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PolicyName {
+    #[default]
+    Predicted,
+    PowerOfTwo,
+    LeastLoad,
+    RoundRobin,
+}
+
+impl Default for PlacementConfig {
+    fn default() -> Self {
+        let Settings { policy: _, temperature, local_prefill, warm_up, targets, seed: _, index_bytes } =
+            Settings::DEFAULT;
+        Self {
+            policy: PolicyName::default(),
+            temperature,
+            local_prefill,
+            warm_up,
+            ttft_target: targets.ttft,
+            ttft_target_per_1k_tokens: targets.ttft_per_1k_tokens,
+            tpot_target: targets.tpot,
+            index_bytes,
+        }
+    }
+}
+
+impl PlacementConfig {
+    /// `seed`: see [`Settings::seed`].
+    pub fn settings(&self, seed: u32) -> Settings {
+        Settings {
+            policy: match self.policy {
+                PolicyName::Predicted => Policy::Predicted,
+                PolicyName::PowerOfTwo => Policy::PowerOfTwo,
+                PolicyName::LeastLoad => Policy::LeastLoad,
+                PolicyName::RoundRobin => Policy::RoundRobin,
+            },
+            temperature: self.temperature,
+            local_prefill: self.local_prefill,
+            warm_up: self.warm_up,
+            targets: Targets {
+                ttft: self.ttft_target,
+                ttft_per_1k_tokens: self.ttft_target_per_1k_tokens,
+                tpot: self.tpot_target,
+            },
+            seed,
+            index_bytes: self.index_bytes,
+        }
+    }
+
+    pub(super) fn validate(&self) -> Result<(), Invalid> {
+        let require = |good: bool, key: &str, expected: &str| {
+            if good { Ok(()) } else { Err(Invalid::new(format!("placement.{key}"), expected)) }
+        };
+        require(self.index_bytes >= INDEX_BYTES_LEAST, "index_bytes", "expected at least 1048576")?;
+        require((0.0..=10.0).contains(&self.temperature), "temperature", "expected 0 to 10")?;
+        require(!self.tpot_target.is_zero(), "tpot_target", "expected more than 0s")
+    }
+}

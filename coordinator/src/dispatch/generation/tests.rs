@@ -1,0 +1,84 @@
+//! A request on a pair, as its legs' mailbox tells of them.
+
+use super::*;
+use crate::dispatch::LegEnd;
+use baton_schedule::{
+    board::Board,
+    fleet::{
+        Role,
+        testing::{ready, spec},
+    },
+};
+
+/// A request on a pair, as if its legs had been dispatched.
+fn generation(deadline: Duration, handoffs: &Arc<Handoffs>) -> Generation {
+    let board = Board::new(Duration::from_secs(1));
+    let (d, p) = (spec("d"), spec("p"));
+    board.list(&[d.clone(), p.clone()], Instant::now());
+    board.up(&d.id, d.incarnation, ready(Role::Decode));
+    board.up(&p.id, p.incarnation, ready(Role::Prefill));
+    let booking = board.place(10, (10, 1), "r1", &[]).expect("a place");
+    Generation {
+        choices: vec![Choice { machine: Machine::apart(10), wait: None }],
+        legs: Legs::default(),
+        credit: booking.credit,
+        handoff: Some(Handoff::new(handoffs, &p.id, &d.id)),
+        mailbox: Arc::new(Mailbox::new(1)),
+        inbox: VecDeque::new(),
+        news: VecDeque::new(),
+        failed: None,
+        served: Vec::new(),
+        served_told: 0,
+        deadline: Box::pin(sleep_until(Instant::now() + deadline)),
+        why_cancelled: "other_leg_ended",
+    }
+}
+
+async fn next(generation: &mut Generation) -> Progress {
+    std::future::poll_fn(|context| generation.poll(context)).await
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_decode_that_says_nothing_after_prefill_was_lost_is_waited_for_in_measure() {
+    let lost = ApiError::new(ErrorCode::InstanceLost, "cannot reach the peer's handoff service");
+    let first = Output { choice: 0, first_position: 0, tokens: vec![7], logprobs: vec![], end: None };
+    let failed = || Output::failed(lost.clone());
+
+    let handoffs = Arc::default();
+    let counted = || {
+        let used = Handoffs::used_since(&handoffs, Instant::now() - Duration::from_secs(60));
+        used.iter().map(|link| (link.handoffs, link.failures)).collect::<Vec<_>>()
+    };
+    let mut silent = generation(Duration::from_secs(600), &handoffs);
+    silent.mailbox.deliver(Side::Prefill, first.clone());
+    assert_eq!(next(&mut silent).await, Progress::Choice { choice: 0, end: None });
+    let began = Instant::now();
+    silent.mailbox.deliver(Side::Prefill, failed());
+    assert_eq!(next(&mut silent).await, Progress::Failed(lost.clone()));
+    assert_eq!(began.elapsed().as_secs(), DECODE_PATIENCE.as_secs());
+
+    assert_eq!(counted(), [(0, 1)], "it never got there");
+
+    let mut speaks = generation(Duration::from_secs(600), &handoffs);
+    speaks.mailbox.deliver(Side::Prefill, first);
+    speaks.mailbox.deliver(Side::Prefill, failed());
+    assert_eq!(next(&mut speaks).await, Progress::Choice { choice: 0, end: None });
+    speaks.mailbox.deliver(
+        Side::Decode,
+        Output { choice: 0, first_position: 1, tokens: vec![8], logprobs: vec![], end: None },
+    );
+    assert_eq!(next(&mut speaks).await, Progress::Choice { choice: 0, end: None });
+    let later = DECODE_PATIENCE * 2;
+    assert!(tokio::time::timeout(later, next(&mut speaks)).await.is_err(), "it goes on");
+    let reason = super::super::StopReason::Stop;
+    let last = LegEnd::Complete { reason, cached_tokens: 0 };
+    speaks.mailbox.deliver(
+        Side::Decode,
+        Output { choice: 0, first_position: 2, tokens: vec![9], logprobs: vec![], end: Some(last) },
+    );
+    assert_eq!(
+        next(&mut speaks).await,
+        Progress::Choice { choice: 0, end: Some(Completed { reason, cached_tokens: 0 }) }
+    );
+    assert_eq!(counted(), [(1, 1)]);
+}

@@ -1,0 +1,74 @@
+//! The hold of a request on one of its legs: made by [`Link::dispatch`], kept by [`super::generation`]. It cancels what has
+//! not ended when it goes.
+
+use std::sync::Arc;
+
+use baton_proto::LegId;
+
+use super::link::Link;
+use crate::config::CHOICES_MOST;
+
+/// A set of choices.
+pub(super) type Choices = u128;
+
+pub(super) fn first_choices(count: u32) -> Choices {
+    Choices::MAX >> (CHOICES_MOST - count.clamp(1, CHOICES_MOST))
+}
+
+pub(super) fn only(choice: u32) -> Choices {
+    if choice < CHOICES_MOST { 1 << choice } else { 0 }
+}
+
+/// One leg on one stream. Dropped before all of its choices have ended, it cancels the rest at once.
+pub struct LegGuard {
+    link: Arc<Link>,
+    leg: LegId,
+    /// Choices that have neither ended nor been cancelled.
+    open: Choices,
+}
+
+impl LegGuard {
+    /// Of a leg that has just been sent.
+    pub(super) fn new(link: Arc<Link>, leg: LegId, open: Choices) -> Self {
+        Self { link, leg, open }
+    }
+
+    /// Whether the stream to the instance stands.
+    pub fn is_up(&self) -> bool {
+        self.link.is_up()
+    }
+
+    /// The instance has ended a choice.
+    pub fn ended(&mut self, choice: u32) {
+        self.open &= !only(choice);
+    }
+
+    /// Tells the instance to stop work on a choice, and why (for its log).
+    pub fn cancel(&mut self, choice: u32, reason: &'static str) {
+        if self.open & only(choice) != 0 {
+            self.open &= !only(choice);
+            self.link.cancel(self.leg, only(choice), reason, false);
+        }
+    }
+
+    /// The same, and that what it handed on arrived damaged.
+    pub fn cancel_damaged(&mut self, choice: u32) {
+        if self.open & only(choice) != 0 {
+            self.open &= !only(choice);
+            self.link.cancel(self.leg, only(choice), "kv_damaged", true);
+        }
+    }
+
+    /// Tells the instance to stop work on every choice.
+    pub fn cancel_all(mut self, reason: &'static str) {
+        self.link.cancel(self.leg, std::mem::take(&mut self.open), reason, false);
+    }
+}
+
+impl Drop for LegGuard {
+    fn drop(&mut self) {
+        if self.open != 0 {
+            self.link.cancel(self.leg, self.open, "client_gone", false);
+        }
+    }
+}

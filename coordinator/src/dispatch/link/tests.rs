@@ -1,0 +1,100 @@
+//! A link without an instance: what waits for one, and what it is taken to have said.
+
+use std::task::{Context, Waker};
+
+use baton_schedule::{
+    Side,
+    board::Booking,
+    fleet::{
+        Role,
+        testing::{ready, spec},
+    },
+};
+use futures::{FutureExt, StreamExt};
+
+use super::*;
+use crate::dispatch::outbound::Frames;
+
+#[test]
+fn all_instances_together_are_asked_for_ten_thousand_loads_a_second_at_most() {
+    let cases = [(0, 50), (1, 50), (500, 50), (1000, 100), (10_000, 1000), (usize::MAX, 1000)];
+    for (instances, millis) in cases {
+        assert_eq!(load_interval_millis(instances), millis, "{instances} instances");
+    }
+}
+
+/// A link to an instance that the board knows.
+fn up(board: &Arc<Board>) -> (Arc<Link>, Frames) {
+    let m = spec("m");
+    board.list(std::slice::from_ref(&m), Instant::now());
+    board.up(&m.id, m.incarnation, ready(Role::Mixed));
+    let metrics = baton_process::Metrics::new("coordinator").register(Metrics::register);
+    standing(m.id, metrics)
+}
+
+/// A link as it is once the instance has said welcome, and what is sent on it.
+pub(crate) fn standing(instance: InstanceId, metrics: Arc<Metrics>) -> (Arc<Link>, Frames) {
+    let link = Link::new(instance, metrics);
+    let (outbound, frames) = Outbound::new(v1::attach_request::Hello::default());
+    *link.channel.lock() = Some(Standing { outbound, legs: HashMap::new() });
+    (link, frames)
+}
+
+struct Sent {
+    guard: LegGuard,
+    mailbox: Arc<Mailbox>,
+    _booking: Booking,
+}
+
+fn send(board: &Arc<Board>, link: &Arc<Link>) -> Sent {
+    let mut booking = board.place(10, (10, 1), "r1", &[]).expect("a place");
+    let mailbox = Arc::new(Mailbox::new(1));
+    let dispatch = v1::Dispatch::default();
+    let guard = link.dispatch(Side::Whole, &mailbox, &mut booking.credit, dispatch).expect("it is up");
+    Sent { guard, mailbox, _booking: booking }
+}
+
+fn take_all(frames: &mut Frames) -> Vec<Ask> {
+    std::iter::from_fn(|| frames.next().now_or_never().flatten()?.frame).collect()
+}
+
+#[tokio::test(start_paused = true)]
+async fn clients_that_all_leave_at_once_take_nobody_with_them() {
+    let board = Board::new(Duration::from_secs(60));
+    let (link, mut frames) = up(&board);
+    let mut sent = Vec::new();
+    for _ in 0..2100 {
+        sent.push(send(&board, &link));
+        take_all(&mut frames);
+    }
+    let stay = sent.split_off(2000);
+    drop(sent);
+    assert!(!link.is_deaf());
+    for (leg, Sent { guard, mailbox, .. }) in (2001..).zip(&stay) {
+        let output = v1::LegOutput { leg, tokens: vec![7], ..Default::default() };
+        link.deliver(v1::StepOutput { legs: vec![output] });
+        let mut got = Default::default();
+        assert!(mailbox.poll_take(&mut Context::from_waker(Waker::noop()), &mut got).is_ready(), "leg {leg}");
+        assert!(guard.is_up());
+    }
+    let cancels = take_all(&mut frames);
+    assert_eq!(cancels.len(), 2000);
+    assert!(cancels.iter().all(|frame| matches!(frame, Ask::Cancel(_))));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_instance_that_reads_nothing_for_long_is_deaf() {
+    let board = Board::new(Duration::from_secs(60));
+    let (link, mut frames) = up(&board);
+    take_all(&mut frames);
+    tokio::time::advance(10 * UNREAD_MOST).await;
+    assert!(!link.is_deaf(), "there was nothing to read");
+    let sent = send(&board, &link);
+    tokio::time::advance(UNREAD_MOST).await;
+    assert!(!link.is_deaf());
+    drop(sent);
+    tokio::time::advance(UNREAD_LOOK).await;
+    assert!(link.is_deaf());
+    take_all(&mut frames);
+    assert!(!link.is_deaf());
+}

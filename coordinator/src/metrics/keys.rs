@@ -1,0 +1,100 @@
+//! What is counted of those who come with API keys. Tenants are named by operators alone, never by requests.
+
+use std::sync::Arc;
+
+use prometheus_client::{
+    encoding::EncodeLabelSet,
+    metrics::{counter::Counter, family::Family, gauge::Gauge},
+    registry::Registry,
+};
+
+/// A tenant, by name.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct TenantLabel {
+    tenant: Arc<str>,
+}
+
+/// Whose request was refused for its key, and why; nobody's, if the key is not known.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct KeyRefusalLabels {
+    pub tenant: Arc<str>,
+    pub reason: &'static str,
+}
+
+/// All of it.
+#[derive(Debug, Default)]
+pub struct KeyMetrics {
+    pub refusals: Family<KeyRefusalLabels, Counter>,
+    /// Keys in effect.
+    pub known: Gauge,
+    /// Times that keys could not be read anew.
+    pub not_renewed: Counter,
+    requests: Family<TenantLabel, Counter>,
+    in_flight: Family<TenantLabel, Gauge>,
+    prompt_tokens: Family<TenantLabel, Counter>,
+    generation_tokens: Family<TenantLabel, Counter>,
+}
+
+/// Those of one tenant, looked up once.
+#[derive(Debug)]
+pub struct TenantMetrics {
+    pub requests: Counter,
+    pub in_flight: Gauge,
+    pub prompt_tokens: Counter,
+    pub generation_tokens: Counter,
+}
+
+impl KeyMetrics {
+    /// Those of this tenant, which are shown from now on.
+    pub fn of_tenant(&self, tenant: Arc<str>) -> TenantMetrics {
+        let label = TenantLabel { tenant };
+        TenantMetrics {
+            requests: self.requests.get_or_create_owned(&label),
+            in_flight: self.in_flight.get_or_create_owned(&label),
+            prompt_tokens: self.prompt_tokens.get_or_create_owned(&label),
+            generation_tokens: self.generation_tokens.get_or_create_owned(&label),
+        }
+    }
+
+    /// This tenant is shown no more.
+    pub fn forget(&self, tenant: &Arc<str>, reasons: &[&'static str]) {
+        let label = TenantLabel { tenant: tenant.clone() };
+        self.requests.remove(&label);
+        self.in_flight.remove(&label);
+        self.prompt_tokens.remove(&label);
+        self.generation_tokens.remove(&label);
+        for reason in reasons {
+            self.refusals.remove(&KeyRefusalLabels { tenant: tenant.clone(), reason });
+        }
+    }
+
+    pub(super) fn show(&self, registry: &mut Registry) {
+        registry.register("api_keys", "API keys in effect", self.known.clone());
+        registry.register(
+            "api_keys_not_renewed",
+            "Times that API keys could not be read anew, so that those before stayed in effect",
+            self.not_renewed.clone(),
+        );
+        registry.register(
+            "api_key_refusals",
+            "Requests refused for their API key, by whose it is, if it is known, and why",
+            self.refusals.clone(),
+        );
+        registry.register(
+            "tenant_requests",
+            "Requests with an API key that were taken on, by whose it is",
+            self.requests.clone(),
+        );
+        registry.register("tenant_in_flight", "Those of them that have not ended", self.in_flight.clone());
+        registry.register(
+            "tenant_prompt_tokens",
+            "Prompt tokens of their dispatched requests",
+            self.prompt_tokens.clone(),
+        );
+        registry.register(
+            "tenant_generation_tokens",
+            "Tokens generated for them",
+            self.generation_tokens.clone(),
+        );
+    }
+}

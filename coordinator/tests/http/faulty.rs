@@ -1,0 +1,112 @@
+//! Instances that do not keep to what was agreed on, and what that costs: not more than it must.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Instant,
+};
+
+use baton_proto::{ErrorCode, v1};
+use baton_registry::{Store, Txn, keys, records};
+use serde_json::json;
+use v1::{FinishReason, attach_response::Frame as Answer};
+
+use crate::{
+    failures::error_of,
+    scripted::{Cluster, Instance, other, until},
+};
+
+#[tokio::test]
+async fn an_instance_that_floods_a_request_is_told_to_stop() {
+    let (cluster, [mut mixed]) = Cluster::start([("m", v1::Role::Mixed)], |_| {}).await;
+    let response = cluster.chat(json!({"stream": false}));
+    let leg = mixed.dispatch().await.leg;
+    // No token follows on from the one before it, and all come before anybody can read.
+    let output =
+        |at: u32| v1::LegOutput { leg, first_position: 900 - 2 * at, tokens: vec![97], ..Default::default() };
+    mixed.say(Answer::Step(v1::StepOutput { legs: (0..200).map(output).collect() }));
+    let (status, error) = error_of(response.await.expect("ends")).await;
+    assert_eq!((status, &error["code"]), (500, &json!("internal_error")));
+    assert!(error["message"].as_str().expect("a message").contains("floods"), "{error}");
+    let cancel = mixed.cancelled().await;
+    assert_eq!((cancel.leg, cancel.reason.as_str()), (leg, "flood"));
+    cluster.at_rest().await;
+}
+
+/// The list comes after the link: the stream to what was started with another model stands already.
+#[tokio::test]
+async fn what_is_cached_counts_for_the_model_that_is_listed_now() {
+    let (cluster, [mixed]) = Cluster::start([("m", v1::Role::Mixed)], |_| {}).await;
+    mixed.cache.opened(1).await;
+    mixed.cache.snapshot(1, &[]);
+    let speaks = |revision: &str| !cluster.service.placer.board.caches.dialects(revision).is_empty();
+    until("the cache is known", || speaks("r1")).await;
+    let spec = records::encode_spec(&mixed.spec(&other()));
+    let put = Txn::new().put(keys::instance(&mixed.id), spec, None);
+    cluster.store.txn(put).await.expect("the store takes it");
+    mixed.cache.opened(2).await;
+    mixed.cache.snapshot(1, &[]);
+    until("it counts for the other model", || speaks("r2") && !speaks("r1")).await;
+}
+
+/// Answers dispatches until the test ends; counts them.
+fn work(mut instance: Instance, answer: impl Fn(&Instance, u64) + Send + 'static) -> Arc<AtomicUsize> {
+    let counted = Arc::new(AtomicUsize::new(0));
+    let count = counted.clone();
+    tokio::spawn(async move {
+        loop {
+            let leg = instance.dispatch().await.leg;
+            count.fetch_add(1, Ordering::Relaxed);
+            answer(&instance, leg);
+        }
+    });
+    counted
+}
+
+fn fails(instance: &Instance, leg: u64) {
+    instance.fail(leg, ErrorCode::HandoffFailed);
+}
+
+#[tokio::test]
+async fn an_instance_that_fails_all_it_is_given_is_left_out_and_no_client_notices() {
+    let roles = [("bad", v1::Role::Mixed), ("good", v1::Role::Mixed)];
+    let (cluster, [bad, good]) = Cluster::start(roles, |_| {}).await;
+    let bad = work(bad, fails);
+    let good = work(good, |instance, leg| instance.finish(leg, 0, "fine", FinishReason::Stop));
+    let began = Instant::now();
+    for turn in 0..60 {
+        let response = cluster.chat(json!({})).await.expect("ends");
+        assert_eq!(response.status(), 200, "request {turn}: {:?}", response.text().await);
+    }
+    // Five open the breaker, which lets one through after a second, and then more and more seldom.
+    let most = 5 + began.elapsed().as_secs() as usize;
+    let (bad, good) = (bad.load(Ordering::Relaxed), good.load(Ordering::Relaxed));
+    assert!((5..=most).contains(&bad), "{bad} of at most {most}");
+    assert_eq!(good, 60);
+    let metrics = cluster.get("/metrics").await.text().await.expect("is read");
+    assert!(metrics.contains("baton_coordinator_open_breakers 1"), "{metrics}");
+    cluster.at_rest().await;
+}
+
+/// There is nobody else, so that the breaker does not matter.
+#[tokio::test]
+async fn a_fleet_that_only_fails_is_not_given_twice_the_work() {
+    let (cluster, [bad]) = Cluster::start([("bad", v1::Role::Mixed)], |_| {}).await;
+    let bad = work(bad, fails);
+    let (requests, began) = (100, Instant::now());
+    let responses: Vec<_> = (0..requests).map(|_| cluster.chat(json!({}))).collect();
+    for response in responses {
+        let (status, error) = error_of(response.await.expect("ends")).await;
+        assert_eq!((status, &error["code"]), (502, &json!("handoff_failed")));
+    }
+    let again = bad.load(Ordering::Relaxed) - requests;
+    let most = requests / 5 + (10.0 * (1.0 + began.elapsed().as_secs_f64())) as usize;
+    assert!((10..=most).contains(&again), "{again} were placed again, of at most {most}");
+    let refused = cluster.get("/metrics").await.text().await.expect("is read");
+    let refused =
+        refused.lines().find(|line| line.starts_with("baton_coordinator_retry_budget_exhausted_total"));
+    assert!(refused.is_some_and(|line| line.ends_with(&format!(" {}", requests - again))), "{refused:?}");
+    cluster.at_rest().await;
+}

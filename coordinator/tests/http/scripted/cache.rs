@@ -1,0 +1,101 @@
+//! The KV events of a scripted instance: tests say what it has.
+
+use std::sync::Arc;
+
+use baton_proto::{BlockHash, v1};
+use bytes::Bytes;
+use parking_lot::Mutex;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+use v1::kv_events::Events;
+
+use super::until;
+
+const LAYOUT: &str = "scripted";
+pub(crate) const BLOCK_TOKENS: u32 = 4;
+
+/// The names of a prompt's full blocks.
+pub(crate) fn chain(prompt: &[u32]) -> Vec<BlockHash> {
+    let mut last = BlockHash::root(LAYOUT, "");
+    let block = |tokens: &[u32]| {
+        last = last.child(tokens);
+        last
+    };
+    prompt.chunks_exact(BLOCK_TOKENS as usize).map(block).collect()
+}
+
+type Sender = mpsc::Sender<Result<v1::KvEvents, Status>>;
+
+/// What the coordinator reads of it; streams are counted as they are opened, and the last one is spoken on.
+#[derive(Clone, Default)]
+pub(crate) struct Cache {
+    streams: Arc<Mutex<Vec<Sender>>>,
+}
+
+impl Cache {
+    /// Waits until so many streams have been opened.
+    pub(crate) async fn opened(&self, streams: usize) {
+        until("the coordinator reads the cache", || self.streams.lock().len() >= streams).await;
+    }
+
+    fn say(&self, sequence: u64, events: Events) {
+        let message = v1::KvEvents { sequence, events: Some(events) };
+        let streams = self.streams.lock();
+        let stream = streams.last().expect("somebody reads");
+        stream.try_send(Ok(message)).expect("room for a message");
+    }
+
+    /// A part of a snapshot, of this incarnation.
+    pub(crate) fn part(
+        &self,
+        sequence: u64,
+        incarnation: u64,
+        (part, last): (u32, bool),
+        stored: &[BlockHash],
+    ) {
+        let snapshot = v1::KvSnapshot {
+            incarnation,
+            layout_fingerprint: LAYOUT.to_owned(),
+            block_tokens: BLOCK_TOKENS,
+            stored: wire(stored),
+            part,
+            last,
+        };
+        self.say(sequence, Events::Snapshot(snapshot));
+    }
+
+    pub(crate) fn snapshot(&self, sequence: u64, stored: &[BlockHash]) {
+        self.part(sequence, 1, (0, true), stored);
+    }
+
+    pub(crate) fn change(&self, sequence: u64, stored: &[BlockHash], evicted: &[BlockHash]) {
+        let (stored, evicted) = (wire(stored), wire(evicted));
+        self.say(sequence, Events::Change(v1::KvChange { stored, evicted }));
+    }
+
+    /// A block whose name is none.
+    pub(crate) fn nonsense(&self, sequence: u64) {
+        let stored = vec![Bytes::from_static(b"short")];
+        self.say(sequence, Events::Change(v1::KvChange { stored, evicted: Vec::new() }));
+    }
+}
+
+fn wire(hashes: &[BlockHash]) -> Vec<Bytes> {
+    hashes.iter().map(|hash| Bytes::copy_from_slice(hash.as_bytes())).collect()
+}
+
+#[tonic::async_trait]
+impl v1::kv_cache_server::KvCache for Cache {
+    type EventsStream = ReceiverStream<Result<v1::KvEvents, Status>>;
+
+    async fn events(
+        &self,
+        request: Request<v1::KvEventsRequest>,
+    ) -> Result<Response<Self::EventsStream>, Status> {
+        assert_eq!(request.into_inner().coordinator_id, "coordinator-0");
+        let (sender, receiver) = mpsc::channel(64);
+        self.streams.lock().push(sender);
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+}
