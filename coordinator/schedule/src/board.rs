@@ -254,6 +254,8 @@ impl Board {
         let mut left = avoid;
         let (placement, receipt) = loop {
             match (place(&state.view, &Ask { avoid: left, ..ask }, &self.settings, now), left) {
+                // Nobody's absence is why.
+                (Err(error @ (NoPlace::TooLarge(_) | NoPlace::OtherModel)), _) => return Err(error),
                 (Err(_), [fewer @ .., _]) => left = fewer,
                 (found, _) => break found?,
             }
@@ -362,7 +364,8 @@ impl Credit {
     /// Decode has gone on from the cache, so long after the first token; `None`: it could not be handed over.
     pub fn handed_over(&self, took: Option<Duration>) {
         if let Some(decode) = &self.decode {
-            self.board.state.lock().view.handed_over(&self.prefill.instance, &decode.instance, took);
+            let pair = (&self.prefill.instance, &decode.instance);
+            self.board.state.lock().view.handed_over(pair, took, Instant::now());
         }
     }
 

@@ -121,8 +121,10 @@ enum Way<'a> {
 }
 
 impl Way<'_> {
-    fn rank(&self) -> f64 {
+    fn rank(&self, policy: Policy) -> f64 {
         match self {
+            // When the one of the two was chosen that was chosen last.
+            Self::Apart(prefill, decode, _) if policy == Policy::RoundRobin => prefill.rank.max(decode.rank),
             Self::Alone(alone) => alone.rank,
             Self::Apart(prefill, decode, handoff) => prefill.rank + decode.rank + handoff,
         }
@@ -153,7 +155,7 @@ pub fn place(
             halves.prefill.held.iter().for_each(|prefill| found.whole.offer(*prefill));
         }
     }
-    let Some(way) = chosen(view, &found, ask, settings) else {
+    let Some(way) = chosen(view, &found, ask, settings, now) else {
         return Err(lack(&found, model, ask));
     };
     let placement = match &way {
@@ -229,14 +231,20 @@ fn of_two<'b, 'a>(best: &'b Best<'a>) -> impl Iterator<Item = &'b Candidate<'a>>
     best.held.iter().take(2).min_by_key(|candidate| candidate.row.standing.sequences).into_iter()
 }
 
-fn chosen<'a>(view: &View, found: &Found<'a>, ask: &Ask<'_>, settings: &Settings) -> Option<Way<'a>> {
+fn chosen<'a>(
+    view: &View,
+    found: &Found<'a>,
+    ask: &Ask<'_>,
+    settings: &Settings,
+    now: Instant,
+) -> Option<Way<'a>> {
     let mut ways: Vec<Way<'a>> = Vec::new();
     match settings.policy {
         Policy::Predicted => {
             ways.extend(found.whole.held.iter().copied().map(Way::Alone));
             for halves in &found.classes {
                 for prefill in &halves.prefill.held {
-                    let handoff = |decode: &Candidate<'_>| view.handoff_micros(prefill.row, decode.row);
+                    let handoff = |decode: &Candidate<'_>| view.handoff_micros(prefill.row, decode.row, now);
                     let decodes = halves.decode.held.iter();
                     ways.extend(decodes.map(|decode| Way::Apart(*prefill, *decode, handoff(decode))));
                 }
@@ -261,12 +269,13 @@ fn chosen<'a>(view: &View, found: &Found<'a>, ask: &Ask<'_>, settings: &Settings
             }
         }
     }
-    let best = ways.iter().min_by(|a, b| a.rank().total_cmp(&b.rank()).then(a.turn().cmp(&b.turn())))?;
+    let rank = |way: &Way<'_>| way.rank(settings.policy);
+    let best = ways.iter().min_by(|a, b| rank(a).total_cmp(&rank(b)).then(a.turn().cmp(&b.turn())))?;
     if settings.temperature == 0.0 || settings.policy != Policy::Predicted {
         return Some(*best);
     }
-    let least = best.rank().max(1.0);
-    let weight = |way: &Way<'_>| (-(way.rank() - least) / (settings.temperature * least)).exp();
+    let least = rank(best).max(1.0);
+    let weight = |way: &Way<'_>| (-(rank(way) - least) / (settings.temperature * least)).exp();
     let mut left = mixed(ask.turn, 0) as f64 / u64::MAX as f64 * ways.iter().map(weight).sum::<f64>();
     let drawn = ways.iter().find(|way| {
         left -= weight(way);

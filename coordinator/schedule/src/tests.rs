@@ -426,6 +426,14 @@ fn plain_policies_do_what_they_are_called() {
     let two = by(Policy::PowerOfTwo);
     assert_eq!((two[1], two[4]), (0, 300));
     assert!((170..230).contains(&two[0]), "{two:?}");
+    let board =
+        board::Board::with(Duration::ZERO, Settings { policy: Policy::RoundRobin, ..Settings::DEFAULT });
+    board.list(&["d", "m", "p"].map(spec), Instant::now());
+    for (id, role) in [("d", Role::Decode), ("m", Role::Mixed), ("p", Role::Prefill)] {
+        board.up(&spec(id).id, Incarnation(1), ready(role));
+    }
+    let alone = |_| matches!(board.place(1, (8, 1), "r1", &[]).map(|b| b.placement), Ok(Placement::Alone(_)));
+    assert_eq!((0..10).filter(|turn| alone(*turn)).count(), 5, "a pair is one of two in turn");
     let warm = Settings { temperature: 0.5, ..Settings::DEFAULT };
     let drawn = taken(warm, &loads);
     assert!(drawn.iter().all(|times| *times > 0), "{drawn:?}");

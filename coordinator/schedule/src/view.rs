@@ -125,15 +125,20 @@ pub struct View {
 
 impl View {
     /// What a handoff between two instances is expected to take, in microseconds.
-    pub fn handoff_micros(&self, prefill: &Row, decode: &Row) -> f64 {
-        self.links.micros(prefill.number, decode.number)
+    pub fn handoff_micros(&self, prefill: &Row, decode: &Row, now: Instant) -> f64 {
+        self.links.micros(prefill.number, decode.number, now)
     }
 
     /// A cache was handed over in this time; `None`: it could not be.
-    pub fn handed_over(&mut self, prefill: &InstanceId, decode: &InstanceId, took: Option<Duration>) {
+    pub fn handed_over(
+        &mut self,
+        (prefill, decode): (&InstanceId, &InstanceId),
+        took: Option<Duration>,
+        now: Instant,
+    ) {
         let number = |id| self.row(id).map(|row| row.number);
         if let (Some(prefill), Some(decode)) = (number(prefill), number(decode)) {
-            self.links.learn((prefill, decode), took);
+            self.links.learn((prefill, decode), took, now);
         }
     }
 

@@ -15,6 +15,8 @@ const WITHIN: Duration = Duration::from_secs(10);
 const ATTEMPTS_KEPT: usize = 20;
 const ATTEMPTS_LEAST: usize = 10;
 const ATTEMPTS_WITHIN: Duration = Duration::from_secs(60);
+/// One that could have been tried for so long and was not is gone, most likely.
+const UNWANTED: Duration = Duration::from_secs(600);
 const PAUSE_LEAST: Duration = Duration::from_secs(1);
 const PAUSE_MOST: Duration = Duration::from_secs(60);
 
@@ -112,7 +114,12 @@ impl Breaker {
     /// Whether it is as good as new.
     pub fn is_forgotten(&self, now: Instant) -> bool {
         let past = |then: &Instant| now.saturating_duration_since(*then) > ATTEMPTS_WITHIN;
-        self.is_closed() && self.closed.iter().all(past) && self.attempts.iter().all(|(at, _)| past(at))
+        match self.state {
+            State::Closed => self.closed.iter().all(past) && self.attempts.iter().all(|(at, _)| past(at)),
+            State::Open { until: then } | State::HalfOpen { next: then } => {
+                now.saturating_duration_since(then) > UNWANTED
+            }
+        }
     }
 
     fn ended(&mut self, now: Instant, failed: bool) {
@@ -234,6 +241,7 @@ mod tests {
         assert!(!breaker.is_forgotten(began + 60 * SECOND));
         assert!(breaker.is_forgotten(began + 62 * SECOND));
         let (breaker, _) = after_faults(began, &[0; 5]);
-        assert!(!breaker.is_forgotten(began + 1000 * SECOND), "it has not been tried yet");
+        assert!(!breaker.is_forgotten(began + 600 * SECOND), "it has not been tried yet");
+        assert!(breaker.is_forgotten(began + 602 * SECOND), "nobody has wanted it");
     }
 }

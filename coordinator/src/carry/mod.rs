@@ -79,6 +79,11 @@ impl Breakers {
         place: impl FnOnce(&[InstanceId]) -> Result<Booking, NoPlace>,
     ) -> Result<Booking, NoPlace> {
         let mut known = self.known.lock();
+        let before = known.len();
+        known.retain(|_, breaker| !breaker.is_forgotten(now));
+        if known.len() < before {
+            self.count(&known);
+        }
         let mut shut: Vec<_> = known.iter().filter(|(_, breaker)| !breaker.admits(now)).collect();
         if shut.is_empty() && known.values().all(Breaker::is_closed) {
             drop(known);

@@ -34,17 +34,6 @@ impl Call {
     /// Takes a request on, or refuses it.
     pub(super) fn begin(holder: Arc<Holder>, now: Instant) -> Result<Self, ApiError> {
         let (name, limits) = (&holder.key.name, &holder.limits);
-        if let Some(rate) = limits.requests {
-            let taken = holder.meter.requests.lock().take(1, rate, now);
-            if let Err(Short::Wait(wait)) = taken {
-                let message = format!(
-                    "API key {name} has no requests left of {} a minute; try again in {:.1} s",
-                    rate.0,
-                    wait.as_secs_f64()
-                );
-                return Err(holder.refuse(Refusal::Requests, message, Some(wait)));
-            }
-        }
         let running = &holder.meter.running;
         let most = limits.concurrent.map_or(u32::MAX, NonZeroU32::get);
         let begun = running.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |running| {
@@ -53,6 +42,19 @@ impl Call {
         if begun.is_err() {
             let message = format!("API key {name} has {most} requests running already, as many as it may");
             return Err(holder.refuse(Refusal::Concurrent, message, Some(AT_A_TIME_RETRY)));
+        }
+        // After that: a refusal because others run is not to use up the minute.
+        if let Some(rate) = limits.requests {
+            let taken = holder.meter.requests.lock().take(1, rate, now);
+            if let Err(Short::Wait(wait)) = taken {
+                running.fetch_sub(1, Ordering::Relaxed);
+                let message = format!(
+                    "API key {name} has no requests left of {} a minute; try again in {:.1} s",
+                    rate.0,
+                    wait.as_secs_f64()
+                );
+                return Err(holder.refuse(Refusal::Requests, message, Some(wait)));
+            }
         }
         holder.counts.requests.inc();
         holder.counts.in_flight.inc();

@@ -202,6 +202,22 @@ fn requests_at_a_time_are_those_that_have_not_ended() {
 }
 
 #[test]
+fn a_refusal_because_others_run_uses_up_no_minute() {
+    let keys = closed(1);
+    let limits = KeyLimits { requests_per_minute: most(2), concurrent: most(1), ..KeyLimits::default() };
+    keys.replace(vec![key("alice", "s", limits)]);
+    let now = Instant::now();
+    let call = || by(&keys, "s").and_then(|caller| caller.call(now));
+    let first = call().expect("one");
+    (0..5).for_each(|_| assert_eq!(refused(call()).0, ErrorCode::RateLimited));
+    drop(first);
+    drop(call().expect("the second of the minute"));
+    // Nor does a refusal for the minute take the place of one that runs.
+    (0..2).for_each(|_| assert!(refused(call()).1 > Some(Duration::from_secs(10))));
+    assert_eq!(keys.metrics.keys.of_tenant("alice".into()).in_flight.get(), 0);
+}
+
+#[test]
 fn several_coordinators_grant_a_part_each() {
     let keys = closed(4);
     let limits =
