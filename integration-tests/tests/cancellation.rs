@@ -56,7 +56,7 @@ const GONE_WITHIN: Duration = Duration::from_millis(100);
 const BLOCKS_LEAST: f64 = 20.0;
 
 #[tokio::test]
-async fn what_a_client_held_is_free_a_tenth_of_a_second_after_it_left() {
+async fn what_clients_held_is_free_soon_after_they_left() {
     let cluster = Cluster::start(&[]).await;
     let (urls, client) = (cluster.metrics_urls().await, reqwest::Client::new());
     let held = async || {

@@ -174,6 +174,12 @@ pub struct InstanceSpec {
     pub version: String,
 }
 
+/// Pairs of a token and one before it, where `tokens` are computed that end `whole` tokens of a prompt: what attention
+/// looks at, as `InstanceLoad` counts it.
+pub fn attention_pairs(tokens: u64, whole: u64) -> u64 {
+    tokens.saturating_mul(whole.max(tokens).saturating_sub(tokens / 2))
+}
+
 /// How busy an instance says it is; counts over all coordinators' requests. 0 for rates not yet measured.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct InstanceLoad {

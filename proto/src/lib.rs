@@ -26,7 +26,9 @@ pub use ids::{
     ApiKeyName, CoordinatorId, GroupName, IdError, Incarnation, InstanceId, LeaderEpoch, LegId, RequestId,
     RoleEpoch, TenantName, TransferId,
 };
-pub use instance::{InstanceLoad, InstanceSpec, KvLayoutSpec, ModelIdentity, Phase, Role, WireError};
+pub use instance::{
+    InstanceLoad, InstanceSpec, KvLayoutSpec, ModelIdentity, Phase, Role, WireError, attention_pairs,
+};
 pub use intent::{Cordoned, Intent, Pinned, RolePolicy, Targets};
 pub use prompt_digest::PromptDigest;
 

@@ -78,7 +78,7 @@ fn texts() -> Result<Vec<(&'static str, String)>, Error> {
     let short = "You are a helpful assistant. Please answer briefly: what is the capital of France, and how many \
                  people live there today? Thank you!";
     let mut code = String::new();
-    for folder in ["src", "src/text", "src/http", "src/dispatch", "src/schedule", "tests/http"] {
+    for folder in ["src", "src/text", "src/http", "src/dispatch", "schedule/src", "tests/http"] {
         let mut files: Vec<PathBuf> = std::fs::read_dir(root.join(folder))?
             .map(|entry| Ok(entry?.path()))
             .collect::<Result<_, Error>>()?;

@@ -21,7 +21,7 @@ use crate::{
     index::Ticket,
     ledger::{Ledger, Work},
     place,
-    predict::Speeds,
+    predict::{Lengths, Speeds},
     view::View,
 };
 
@@ -30,31 +30,6 @@ const TOLD_WITHIN: Duration = Duration::from_secs(1);
 
 /// Instances take longer times to the first token for this.
 const TTFT_TARGET_MOST: Duration = Duration::from_secs(3600);
-/// Weight of an answer in the mean length of answers.
-const FRESH: f64 = 1.0 / 64.0;
-/// Taken for the mean length of answers before there were any.
-const UNKNOWN_ANSWER_TOKENS: f64 = 128.0;
-
-#[derive(Default)]
-struct Lengths(Vec<(String, f64)>);
-
-impl Lengths {
-    fn of(&self, revision: &str) -> f64 {
-        let known = self.0.iter().find(|(known, _)| known == revision);
-        known.map_or(UNKNOWN_ANSWER_TOKENS, |(_, mean)| *mean)
-    }
-
-    fn learn(&mut self, revision: &str, tokens: u32) {
-        let mean = match self.0.iter_mut().find(|(known, _)| known == revision) {
-            Some((_, mean)) => mean,
-            None => {
-                self.0.push((revision.to_owned(), UNKNOWN_ANSWER_TOKENS));
-                return self.learn(revision, tokens);
-            }
-        };
-        *mean += FRESH * (f64::from(tokens) - *mean);
-    }
-}
 
 struct State {
     fleet: Fleet,
@@ -249,7 +224,7 @@ impl Board {
         let held = caches.look(chains, now);
         let state = &mut *self.state.lock();
         state.view.arrived(revision, now);
-        let expected_tokens = state.lengths.of(revision).ceil() as u32;
+        let expected_tokens = state.lengths.tokens(revision);
         let ask = Ask { prompt_tokens, held, max_tokens, expected_tokens, choices, revision, avoid, turn };
         let mut left = avoid;
         let (placement, receipt) = loop {

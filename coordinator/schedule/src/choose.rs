@@ -2,12 +2,12 @@
 
 use std::cmp::Ordering;
 
+use baton_proto::attention_pairs;
 use tokio::time::Instant;
 
 use crate::{
     Ask, NoPlace, Placement, Receipt, Scored, Seat, Side,
     cost::{Price, Pricing, blocks_wanted, cached_tokens, expected_tokens, fits},
-    predict::pairs,
     settings::{Policy, Settings},
     view::{Class, Model, Row, View},
 };
@@ -46,7 +46,7 @@ impl Candidate<'_> {
             handoff_endpoint: spec.handoff_endpoint.clone(),
             blocks: blocks_wanted(self.row, ask, self.side, self.cached),
             uncached_tokens,
-            uncached_pairs: pairs(uncached_tokens, ask.prompt_tokens.into()),
+            uncached_pairs: attention_pairs(uncached_tokens, ask.prompt_tokens.into()),
         }
     }
 

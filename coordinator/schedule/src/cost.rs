@@ -13,11 +13,11 @@
 //! - What an instance has counts for more while it warms up: it is given a share that grows with the time it has served.
 //! - Of several choices each is decoded, and the prompt is computed once.
 
+use baton_proto::attention_pairs;
 use tokio::time::Instant;
 
 use crate::{
     Ask, Side,
-    predict::pairs,
     settings::Settings,
     view::{Class, Row},
 };
@@ -88,8 +88,9 @@ impl Pricing<'_> {
     /// With so many sequences that stand still meanwhile.
     fn prefill(&self, row: &Row, cached: u32, batch: f64) -> Price {
         let tokens = u64::from(self.ask.prompt_tokens.saturating_sub(cached));
-        let own =
-            row.speed.prefill_micros(tokens as f64, pairs(tokens, self.ask.prompt_tokens.into()) as f64);
+        let own = row
+            .speed
+            .prefill_micros(tokens as f64, attention_pairs(tokens, self.ask.prompt_tokens.into()) as f64);
         let wait = row.queue_micros / self.share(row);
         let waiting = self.classes.get(row.class).map_or(0.0, |class| class.waiting(WAITING_MOST));
         let ttft_micros = row.queue_micros + own;

@@ -88,7 +88,7 @@ async fn a_client_that_leaves_cancels_the_whole_leg_at_once() {
 /// Twenty clients that leave while both legs are at work; half of the cancels are to be with both instances in a tenth of a
 /// second, and none takes ten times as long.
 #[tokio::test]
-async fn every_leg_hears_within_a_tenth_of_a_second_that_the_client_has_left() {
+async fn every_leg_hears_soon_that_the_client_has_left() {
     let (cluster, mut prefill, mut decode) = Cluster::pair().await;
     let (mut times, within) = (Vec::new(), Duration::from_millis(100));
     for _ in 0..20 {

@@ -12,7 +12,7 @@ use std::{
 };
 
 use baton_kvtransfer::Progress;
-use baton_proto::{ApiError, ErrorCode};
+use baton_proto::{ApiError, ErrorCode, attention_pairs};
 use baton_runtime::{BatchFault, BlockId, Executor, RuntimeError, SequenceChunk};
 
 use super::{
@@ -48,11 +48,6 @@ pub struct StepStats {
     pub failed_sequences: u32,
 }
 
-/// Pairs of a token and one before it, where `tokens` are computed that end `whole` of a prompt.
-pub fn pairs(tokens: u64, whole: u64) -> u64 {
-    tokens.saturating_mul(whole.saturating_sub(tokens / 2))
-}
-
 impl StepStats {
     /// Counts a chunk that has been computed.
     fn count(&mut self, chunk: &Chunk, decodes: bool) {
@@ -61,7 +56,7 @@ impl StepStats {
             self.context_tokens += u64::from(chunk.start + chunk.tokens);
         } else {
             self.prefill_tokens += chunk.tokens;
-            self.prefill_pairs += pairs(chunk.tokens.into(), u64::from(chunk.start + chunk.tokens));
+            self.prefill_pairs += attention_pairs(chunk.tokens.into(), u64::from(chunk.start + chunk.tokens));
             self.prompts += u32::from(chunk.logits);
         }
     }

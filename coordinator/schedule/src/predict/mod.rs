@@ -12,6 +12,7 @@
 //! [`FACTOR_MOST`] times as fast or as slow as its kind.
 
 mod fit;
+mod lengths;
 
 use std::{collections::HashMap, time::Duration};
 
@@ -20,6 +21,7 @@ use tokio::time::Instant;
 
 use crate::fleet::{Load, Spec, Timed};
 use fit::{Fit, at};
+pub use lengths::Lengths;
 
 /// What was learnt of an instance has faded to a half after so long without news.
 const HALF_LIFE: Duration = Duration::from_secs(30);
@@ -37,12 +39,6 @@ const UNKNOWN_SAMPLES: f64 = 0.05;
 /// their tokens.
 const PREFILL_SCALE: [f64; 2] = [1.0, 10_000.0];
 const DECODE_SCALE: [f64; 3] = [1.0, 10.0, 10_000.0];
-
-/// Pairs of a token and one before it, where `tokens` are computed that end a prompt of `whole`.
-pub fn pairs(tokens: u64, whole: u64) -> u64 {
-    let most = whole.max(tokens);
-    tokens.saturating_mul(most.saturating_sub(tokens / 2))
-}
 
 /// How long work takes on an instance, in microseconds.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -136,6 +132,8 @@ struct Known {
     incarnation: Incarnation,
     kind: usize,
     learnt: Learnt,
+    /// What follows from it; `None`: nothing was learnt yet.
+    speed: Option<Speed>,
     /// The counters as they were reported last.
     counted: Timed,
     /// When something was learnt last.
@@ -157,6 +155,7 @@ impl Speeds {
             incarnation: spec.incarnation,
             kind,
             learnt: Learnt::default(),
+            speed: None,
             counted: load.timed,
             at: now,
         };
@@ -189,6 +188,7 @@ impl Speeds {
         if prefill.is_some() || decode.is_some() {
             known.at = now;
             kind.speed = kind.learnt.speed(Speed::default(), UNKNOWN_SAMPLES);
+            known.speed = Some(known.learnt.beside(kind.speed));
         }
     }
 
@@ -200,8 +200,9 @@ impl Speeds {
             return alike.map_or_else(Speed::default, |kind| kind.speed);
         };
         let kind = self.kinds[known.kind].speed;
+        let Some(own) = known.speed else { return kind };
         let halves = now.saturating_duration_since(known.at).as_secs_f64() / HALF_LIFE.as_secs_f64();
-        known.learnt.beside(kind).from(kind, 0.5f64.powf(halves))
+        own.from(kind, 0.5f64.powf(halves))
     }
 
     /// An instance is gone.

@@ -1,5 +1,6 @@
 //! Machines of known speed are learnt; liars, noise and restarts do not break what is believed.
 
+use baton_proto::attention_pairs;
 use proptest::prelude::*;
 
 use super::*;
@@ -28,7 +29,7 @@ impl Machine {
     /// Some steps of each kind, and a report of them.
     fn work(&mut self, speeds: &mut Speeds, now: Instant) {
         let (tokens, before) = (64 + self.draw(448), self.draw(60_000));
-        let counted = pairs(tokens, before + tokens);
+        let counted = attention_pairs(tokens, before + tokens);
         let noise = 0.9 + self.draw(201) as f64 / 1_000.0;
         let micros = (self.prefill[0] * tokens as f64 + self.prefill[1] * counted as f64) * noise;
         let (sequences, context) = (1 + self.draw(60), self.draw(150_000));

@@ -1,10 +1,9 @@
 //! How full a scheduler is: read after each step, for coordinators and metrics.
 
+use baton_proto::attention_pairs;
+
 use super::{Scheduler, choices_of};
-use crate::engine::{
-    sequence::{Sequence, State, Work},
-    step::pairs,
-};
+use crate::engine::sequence::{Sequence, State, Work};
 
 /// How many sequences and blocks there are, by use.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -94,7 +93,7 @@ impl Scheduler {
                 let found = if sequence.state == State::Waiting { sequence.found } else { 0 };
                 let left = u64::from((sequence.remaining() - found).saturating_sub(1));
                 occupancy.queued_prefill_tokens += left;
-                occupancy.queued_prefill_pairs += pairs(left, sequence.tokens.len() as u64);
+                occupancy.queued_prefill_pairs += attention_pairs(left, sequence.tokens.len() as u64);
             }
         }
         occupancy

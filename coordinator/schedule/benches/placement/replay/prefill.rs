@@ -2,7 +2,8 @@
 
 use std::collections::VecDeque;
 
-use baton_schedule::{fleet::Timed, predict::pairs};
+use baton_proto::attention_pairs;
+use baton_schedule::fleet::Timed;
 
 use super::{
     cache::Cache,
@@ -94,7 +95,7 @@ impl Prefill {
             let tokens = (request.prompt_tokens - done).min(self.machine.chunk_tokens - self.stepping);
             micros += self.machine.prefill_micros(done, tokens);
             self.stepping += tokens;
-            pairs_in_step += pairs(tokens.into(), u64::from(done + tokens));
+            pairs_in_step += attention_pairs(tokens.into(), u64::from(done + tokens));
             job.done = Some(done + tokens);
             if done + tokens == request.prompt_tokens {
                 self.cache.hold(&request.chain);
@@ -143,7 +144,7 @@ impl Prefill {
                 None => u64::from(left - request.tokens_of(self.cache.held(&request.chain))),
             };
             report.queued_uncached_tokens += uncached;
-            report.queued_uncached_pairs += pairs(uncached, request.prompt_tokens.into());
+            report.queued_uncached_pairs += attention_pairs(uncached, request.prompt_tokens.into());
             holding += job.done.map_or(0, |_| request.prompt_tokens);
         }
         let total = u32::try_from(self.cache_blocks).unwrap_or(u32::MAX).saturating_mul(BLOCK_TOKENS);
