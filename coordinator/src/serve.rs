@@ -210,6 +210,8 @@ impl Service {
             priority,
             wanted: card.card().arrived + self.placer.board.ttft_target(prompt.tokens.len() as u32),
             deadline: self.deadline(card),
+            // A stop string is to be found before many a token is generated in vain.
+            in_batches: !prepared.shape.stream && prepared.stops.strings.is_empty(),
         };
         let attempts = Attempts::new(self.placer.clone(), model.clone(), assignment);
         let started = self.placer.start(booking, attempts.assignment().clone());

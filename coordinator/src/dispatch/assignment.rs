@@ -26,6 +26,8 @@ pub struct Assignment {
     /// When the first token is wanted.
     pub wanted: Instant,
     pub deadline: Instant,
+    /// Its reader takes tokens many at a time: nobody sees them before the answer is complete.
+    pub in_batches: bool,
 }
 
 /// What a request that is not complete by its deadline ends with.

@@ -132,7 +132,7 @@ impl Generation {
     ) -> Result<Self, NotSent> {
         let Booking { placement, mut credit, .. } = booking;
         let sampling = &assignment.sampling;
-        let mailbox = Arc::new(Mailbox::new(sampling.choices));
+        let mailbox = Arc::new(Mailbox::new(sampling.choices, assignment.in_batches));
         let (mut legs, mut handoff) = (Legs::default(), None);
         let mut send = |side: Side, seat: &Seat, work: Work| {
             let sent = match links.get(&seat.instance) {

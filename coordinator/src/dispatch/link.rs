@@ -6,7 +6,7 @@
 //! `instance_lost`; the instance cancels them on its side.
 //!
 //! What is to be sent waits in [`super::outbound`]; a dispatch that finds no room there is refused. An instance that reads
-//! nothing of it for [`UNREAD_MOST`] is as good as lost: its stream is cut, which cancels everything on it.
+//! nothing of it for [`UNREAD_MOST`] is as good as lost: its stream is cut.
 
 use std::{
     collections::HashMap,
@@ -25,6 +25,7 @@ use baton_schedule::{
     board::{Board, Credit, LegNews},
     fleet::Duty,
 };
+use futures::FutureExt;
 use parking_lot::Mutex;
 use tokio::{
     sync::watch,
@@ -39,6 +40,7 @@ use v1::{attach_request::Frame as Ask, attach_response::Frame as Answer, inferen
 
 use super::{
     guard::{Choices, LegGuard, first_choices, only},
+    inline,
     leg::Output,
     mailbox::Mailbox,
     outbound::Outbound,
@@ -54,6 +56,8 @@ use crate::{
 const UNREAD_MOST: Duration = Duration::from_secs(30);
 /// How often that is looked at.
 const UNREAD_LOOK: Duration = Duration::from_secs(1);
+/// Messages that are taken in before anybody reads what they brought.
+const MESSAGES_AT_ONCE: usize = 16;
 /// Largest message an instance may send: a step's tokens of all legs.
 const INBOUND_BYTES_MOST: usize = 16 << 20;
 
@@ -202,9 +206,7 @@ impl Link {
     /// The stream is gone: every leg on it fails. False: there was none.
     fn break_off(&self) -> bool {
         let Some(up) = self.channel.lock().take() else { return false };
-        if !up.legs.is_empty() {
-            self.metrics.legs_lost.inc_by(up.legs.len() as u64);
-        }
+        self.metrics.legs_lost.inc_by(up.legs.len() as u64);
         for slot in up.legs.into_values() {
             for choice in (0..CHOICES_MOST).filter(|&choice| slot.open & only(choice) != 0) {
                 slot.mailbox.deliver(slot.side, Output { choice, ..Output::failed(lost(&self.instance)) });
@@ -401,13 +403,28 @@ impl LinkTask {
                 }
                 message = inbound.message() => message,
             };
-            match message {
-                Ok(Some(v1::AttachResponse { frame: Some(frame) })) => self.take(frame),
-                Ok(Some(v1::AttachResponse { frame: None })) => {}
-                Ok(None) => return BreakReason::Ended,
-                Err(status) => return BreakReason::Attach(Box::new(status)),
+            let (taken, woken) = inline::gather(|| self.take_all(message, &mut inbound));
+            inline::read(woken);
+            if let Err(reason) = taken {
+                return reason;
             }
         }
+    }
+
+    /// Takes a message and those that have come behind it, so that their readers read several steps at once.
+    fn take_all(
+        &self,
+        first: Result<Option<v1::AttachResponse>, tonic::Status>,
+        inbound: &mut Streaming<v1::AttachResponse>,
+    ) -> Result<(), BreakReason> {
+        let mut next = Some(first);
+        for left in (0..MESSAGES_AT_ONCE).rev() {
+            let Some(message) = next else { break };
+            let response = message.map_err(Box::new)?.ok_or(BreakReason::Ended)?;
+            response.frame.into_iter().for_each(|frame| self.take(frame));
+            next = if left > 0 { inbound.message().now_or_never() } else { None };
+        }
+        Ok(())
     }
 
     fn take(&self, frame: Answer) {

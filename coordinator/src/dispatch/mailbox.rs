@@ -22,6 +22,8 @@ use super::leg::Output;
 /// Deliveries that may lie in the box for each choice. In order, they merge: only a peer that breaks the contract comes
 /// near it.
 const MOST_DELIVERIES: usize = 64;
+/// A reader who takes them in batches is woken once so many tokens have come.
+const BATCH: usize = 32;
 
 #[derive(Debug)]
 struct Inner {
@@ -30,7 +32,10 @@ struct Inner {
     /// The leg that has filled the box, once something found no room.
     flooded: Option<Side>,
     reader: Option<Waker>,
-    /// When prefill's token came.
+    in_batches: bool,
+    /// Tokens since the reader was last woken, or looked.
+    unread: usize,
+    /// When prefill's token came, or that of a leg alone.
     first_token: Option<Instant>,
     /// When decode showed that it has the cache.
     taken_up: Option<Instant>,
@@ -43,16 +48,17 @@ impl Inner {
         [Side::Whole, Side::Prefill, Side::Decode].into_iter().max_by_key(|&side| of(side))
     }
 
-    /// The clock is read twice for a request.
-    fn note_time(&mut self, side: Side, output: &Output) {
+    /// The clock is read twice for a request. True: it is the side's first word.
+    fn note_time(&mut self, side: Side, output: &Output) -> bool {
         let first = match side {
-            Side::Prefill => &mut self.first_token,
+            Side::Whole | Side::Prefill => &mut self.first_token,
             Side::Decode => &mut self.taken_up,
-            Side::Whole => return,
         };
-        if first.is_none() && output.generates() {
+        let is_first = first.is_none() && output.generates();
+        if is_first {
             *first = Some(Instant::now());
         }
+        is_first
     }
 }
 
@@ -63,12 +69,14 @@ pub struct Mailbox {
 }
 
 impl Mailbox {
-    /// For a request of so many choices.
-    pub fn new(choices: u32) -> Self {
+    /// For a request of so many choices. `in_batches`: of tokens that only go on from earlier ones, the reader is woken
+    /// for many at a time.
+    pub fn new(choices: u32, in_batches: bool) -> Self {
         let most = MOST_DELIVERIES * choices.max(1) as usize;
         let deliveries = VecDeque::new();
         let (reader, flooded) = (None, None);
-        let inner = Inner { deliveries, most, flooded, reader, first_token: None, taken_up: None };
+        let (first_token, taken_up) = (None, None);
+        let inner = Inner { deliveries, most, flooded, reader, in_batches, unread: 0, first_token, taken_up };
         Self { inner: Mutex::new(inner) }
     }
 
@@ -82,7 +90,9 @@ impl Mailbox {
     /// Leaves what a leg brought.
     pub fn deliver(&self, side: Side, mut output: Output) {
         let mut inner = self.inner.lock();
-        inner.note_time(side, &output);
+        let first = inner.note_time(side, &output);
+        inner.unread += output.tokens.len();
+        let can_wait = inner.in_batches && !first && output.end.is_none() && inner.unread < BATCH;
         let full = inner.deliveries.len() >= inner.most;
         let same = |(of, other): &&mut (Side, Output)| *of == side && other.choice == output.choice;
         match inner.deliveries.iter_mut().rev().find(same) {
@@ -92,9 +102,15 @@ impl Mailbox {
                 last.end = output.end;
             }
             // The request is lost with it, so that the other leg's last word matters no more.
-            _ if full => inner.flooded = inner.flooded.or(inner.fullest()),
+            _ if full => {
+                inner.flooded = inner.flooded.or(inner.fullest());
+            }
             _ => inner.deliveries.push_back((side, output)),
         }
+        if can_wait && inner.flooded.is_none() {
+            return;
+        }
+        inner.unread = 0;
         let reader = inner.reader.take();
         drop(inner);
         if let Some(reader) = reader {
@@ -119,6 +135,7 @@ impl Mailbox {
             return Poll::Pending;
         }
         std::mem::swap(&mut inner.deliveries, into);
+        inner.unread = 0;
         Poll::Ready(())
     }
 }
@@ -133,6 +150,14 @@ fn follows_on(last: &Output, next: &Output) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        sync::{
+            Arc,
+            atomic::{AtomicUsize, Ordering},
+        },
+        task::Wake,
+    };
+
     use baton_proto::{ApiError, ErrorCode};
 
     use super::*;
@@ -150,7 +175,7 @@ mod tests {
 
     #[test]
     fn what_follows_on_is_merged() {
-        let mailbox = Mailbox::new(1);
+        let mailbox = Mailbox::new(1, false);
         assert!(take(&mailbox).is_empty());
         mailbox.deliver(Side::Decode, output(1, &[1]));
         for position in 2..5000 {
@@ -165,7 +190,7 @@ mod tests {
 
     #[test]
     fn legs_and_gaps_stay_apart() {
-        let mailbox = Mailbox::new(1);
+        let mailbox = Mailbox::new(1, false);
         mailbox.deliver(Side::Decode, output(1, &[1]));
         mailbox.deliver(Side::Prefill, output(0, &[0]));
         mailbox.deliver(Side::Prefill, output(3, &[3]));
@@ -174,7 +199,7 @@ mod tests {
 
     #[test]
     fn choices_that_take_turns_are_merged_each_for_itself() {
-        let mailbox = Mailbox::new(3);
+        let mailbox = Mailbox::new(3, false);
         for position in 1..1000 {
             for choice in 0..3 {
                 mailbox.deliver(Side::Decode, Output { choice, ..output(position, &[position + choice]) });
@@ -190,7 +215,7 @@ mod tests {
 
     #[test]
     fn a_flood_is_bounded_and_blamed_on_who_sent_it() {
-        let mailbox = Mailbox::new(1);
+        let mailbox = Mailbox::new(1, false);
         for position in 0..MOST_DELIVERIES as u32 {
             mailbox.deliver(Side::Decode, output(position * 2, &[1]));
         }
@@ -208,7 +233,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_handoff_is_timed_by_what_came_in_and_not_by_when_it_was_read() {
         let pause = Duration::from_millis(7);
-        let mailbox = Mailbox::new(1);
+        let mailbox = Mailbox::new(1, false);
         mailbox.deliver(Side::Prefill, output(0, &[1]));
         assert_eq!(mailbox.handoff_time(), None);
         // That a leg has failed is no sign of a cache.
@@ -222,7 +247,7 @@ mod tests {
         mailbox.deliver(Side::Decode, output(2, &[3]));
         assert_eq!(mailbox.handoff_time(), Some(pause));
 
-        let overtaken = Mailbox::new(1);
+        let overtaken = Mailbox::new(1, false);
         overtaken.deliver(Side::Decode, output(1, &[2]));
         tokio::time::advance(pause).await;
         overtaken.deliver(Side::Prefill, output(0, &[1]));
@@ -230,8 +255,48 @@ mod tests {
     }
 
     #[test]
+    fn a_reader_of_batches_is_woken_for_what_is_news_and_for_many_tokens() {
+        struct Counting(AtomicUsize);
+        impl Wake for Counting {
+            fn wake(self: Arc<Self>) {
+                self.0.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        let counting = Arc::new(Counting(AtomicUsize::new(0)));
+        let waker = Waker::from(counting.clone());
+        let mailbox = Mailbox::new(1, true);
+        // Whether it was woken, of each delivery.
+        let woken = |side, output| {
+            let mut into = VecDeque::new();
+            while mailbox.poll_take(&mut Context::from_waker(&waker), &mut into).is_ready() {
+                into.clear();
+            }
+            let before = counting.0.load(Ordering::Relaxed);
+            mailbox.deliver(side, output);
+            counting.0.load(Ordering::Relaxed) > before
+        };
+        assert!(woken(Side::Prefill, output(0, &[0])));
+        assert!(woken(Side::Decode, output(1, &[1])));
+        assert!(!woken(Side::Decode, output(2, &[2])));
+        assert!(woken(Side::Decode, Output { end: Some(LegEnd::Cancelled), ..output(0, &[]) }));
+        assert!(woken(Side::Decode, output(3, &[3; BATCH])));
+
+        let many = Mailbox::new(1, true);
+        many.deliver(Side::Whole, output(0, &[0]));
+        assert_eq!(take(&many).len(), 1);
+        let mut into = VecDeque::new();
+        assert!(many.poll_take(&mut Context::from_waker(&waker), &mut into).is_pending());
+        let before = counting.0.load(Ordering::Relaxed);
+        for position in 1..=BATCH as u32 {
+            assert_eq!(counting.0.load(Ordering::Relaxed), before, "{position}");
+            many.deliver(Side::Whole, output(position, &[position]));
+        }
+        assert_eq!(counting.0.load(Ordering::Relaxed), before + 1);
+    }
+
+    #[test]
     fn the_reader_is_woken() {
-        let mailbox = std::sync::Arc::new(Mailbox::new(1));
+        let mailbox = Arc::new(Mailbox::new(1, false));
         let runtime = tokio::runtime::Builder::new_multi_thread().build().expect("a runtime");
         let reader = mailbox.clone();
         let got = runtime.spawn(async move {

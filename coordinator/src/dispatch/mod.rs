@@ -2,11 +2,12 @@
 //!
 //! Called by [`crate::serve`] with a placed request; leaves text to [`crate::stream`]. [`machine`] is the protocol
 //! (pure), [`generation`] drives it for one [`assignment`], [`link`] is the stream to one instance that all requests share,
-//! [`outbound`] what waits to be sent on it, [`mailbox`] lies between the two.
+//! [`outbound`] what waits to be sent on it, [`mailbox`] lies between the two, and [`inline`] has what was brought read at once.
 
 mod assignment;
 mod generation;
 mod guard;
+pub mod inline;
 mod leg;
 mod link;
 pub mod machine;

@@ -21,7 +21,7 @@ use axum::{
     response::Response,
     routing::{get, post},
 };
-use baton_process::{HealthHandle, telemetry};
+use baton_process::{HealthHandle, http::Express, telemetry};
 use baton_proto::{ApiError, ErrorCode, RequestId};
 use tokio::time::{Instant, timeout};
 use tower::ServiceBuilder;
@@ -112,6 +112,7 @@ async fn complete(service: Arc<Service>, endpoint: Endpoint, request: Request) -
     let arrived = Instant::now();
     let (mut head, body) = request.into_parts();
     let caller: Caller = head.extensions.remove().unwrap_or_default();
+    let express = head.extensions.remove();
     let id = request_id(&head.headers);
     let (route, key) = (endpoint.route(), caller.key_name());
     let span = tracing::info_span!("request", request_id = %id, route, api_key = tracing::field::Empty);
@@ -131,7 +132,7 @@ async fn complete(service: Arc<Service>, endpoint: Endpoint, request: Request) -
         let traceparent = traceparent(&head.headers);
         let received = Received { tenant, endpoint, body, traceparent, ticket, card, report };
         let streaming = service.carry(received).await?;
-        answer(&service, &id, streaming).await
+        answer(&service, &id, streaming, express).await
     };
     let answered = answered.instrument(span).await;
     let mut response = answered.unwrap_or_else(|error| error_response(&error));
@@ -140,7 +141,12 @@ async fn complete(service: Arc<Service>, endpoint: Endpoint, request: Request) -
 }
 
 /// Writes the answer: a stream once its first token is there, JSON once it is complete.
-async fn answer(service: &Service, id: &RequestId, mut streaming: Streaming) -> Result<Response, ApiError> {
+async fn answer(
+    service: &Service,
+    id: &RequestId,
+    mut streaming: Streaming,
+    express: Option<Express>,
+) -> Result<Response, ApiError> {
     let voice = reply::Voice::new(&streaming.model.served, streaming.shape, id);
     let mut pieces = streaming.pieces();
     if !streaming.shape.stream {
@@ -154,7 +160,7 @@ async fn answer(service: &Service, id: &RequestId, mut streaming: Streaming) -> 
         Ok(step) => Some(step),
         Err(_) => None,
     };
-    let body = SseBody::new(voice, service.overdue.hold(streaming), pieces, first);
+    let body = SseBody::new(voice, service.overdue.hold(streaming), pieces, first, express);
     let mut response = Response::new(Body::from_stream(body));
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));

@@ -11,7 +11,7 @@ use axum::{
     response::Response,
 };
 use baton_proto::{ApiError, ErrorCode, RequestId};
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::Bytes;
 use serde::Serialize;
 use serde_json::json;
 
@@ -145,20 +145,20 @@ impl Voice {
             model: &served.name,
             system_fingerprint: &served.fingerprint(),
         };
-        let mut head = BytesMut::new();
+        let mut head = Vec::new();
         write_json(&mut head, &common);
         // The closing brace.
         head.truncate(head.len().saturating_sub(1));
         head.extend_from_slice(b",\"choices\":[");
-        Self { shape, text: served.text.clone(), head: head.freeze() }
+        Self { shape, text: served.text.clone(), head: head.into() }
     }
 
     /// The whole answer.
     pub(super) fn whole(&self, choices: &[Piece], usage: &Usage) -> Response {
-        let mut out = BytesMut::from(&self.head[..]);
+        let mut out = self.head.to_vec();
         for (index, piece) in choices.iter().enumerate() {
             if index > 0 {
-                out.put_u8(b',');
+                out.push(b',');
             }
             let (before, after): (&[u8], &[u8]) = match self.shape.endpoint {
                 Endpoint::Chat => (br#""message":{"role":"assistant","content":"#, br#","refusal":null}"#),
@@ -172,12 +172,12 @@ impl Voice {
         }
         out.extend_from_slice(b"],\"usage\":");
         write_json(&mut out, &usage_json(usage));
-        out.put_u8(b'}');
-        json_response(StatusCode::OK, out.freeze())
+        out.push(b'}');
+        json_response(StatusCode::OK, out)
     }
 
     /// The chunks that open a chat, one for each choice.
-    pub(super) fn opening(&self, out: &mut BytesMut, choices: usize) {
+    pub(super) fn opening(&self, out: &mut Vec<u8>, choices: usize) {
         if self.shape.endpoint == Endpoint::Chat {
             for index in 0..choices {
                 self.chunk(out, index, &Piece::default(), |out| {
@@ -188,7 +188,7 @@ impl Voice {
     }
 
     /// What one choice has to say: a chunk of text if there is any, and one that closes it at its end.
-    pub(super) fn piece(&self, out: &mut BytesMut, index: usize, piece: &mut Piece) {
+    pub(super) fn piece(&self, out: &mut Vec<u8>, index: usize, piece: &mut Piece) {
         let finish = piece.finish.take();
         let (open, close, nothing): (&[u8], &[u8], &[u8]) = match self.shape.endpoint {
             Endpoint::Chat => (br#""delta":{"content":"#, b"}", br#""delta":{}"#),
@@ -209,7 +209,7 @@ impl Voice {
     }
 
     /// What follows the last choice's end: usage if it was asked for, and the end mark.
-    pub(super) fn closing(&self, out: &mut BytesMut, usage: &Usage) {
+    pub(super) fn closing(&self, out: &mut Vec<u8>, usage: &Usage) {
         if self.shape.include_usage {
             out.extend_from_slice(b"data: ");
             out.extend_from_slice(&self.head);
@@ -221,14 +221,14 @@ impl Voice {
     }
 
     /// The event that ends a stream that failed; no end mark follows.
-    pub(super) fn failure(&self, out: &mut BytesMut, error: &ApiError) {
+    pub(super) fn failure(&self, out: &mut Vec<u8>, error: &ApiError) {
         out.extend_from_slice(b"data: ");
         out.extend_from_slice(&error_json(error));
         out.extend_from_slice(b"\n\n");
     }
 
     /// One event with one choice.
-    fn chunk(&self, out: &mut BytesMut, index: usize, piece: &Piece, body: impl FnOnce(&mut BytesMut)) {
+    fn chunk(&self, out: &mut Vec<u8>, index: usize, piece: &Piece, body: impl FnOnce(&mut Vec<u8>)) {
         out.extend_from_slice(b"data: ");
         out.extend_from_slice(&self.head);
         self.choice(out, index, piece, body);
@@ -236,10 +236,10 @@ impl Voice {
     }
 
     /// One choice: its index, what `body` writes, and what `piece` says besides text.
-    fn choice(&self, out: &mut BytesMut, index: usize, piece: &Piece, body: impl FnOnce(&mut BytesMut)) {
+    fn choice(&self, out: &mut Vec<u8>, index: usize, piece: &Piece, body: impl FnOnce(&mut Vec<u8>)) {
         out.extend_from_slice(br#"{"index":"#);
         write_json(out, &index);
-        out.put_u8(b',');
+        out.push(b',');
         body(out);
         out.extend_from_slice(br#","logprobs":"#);
         // A chunk without tokens has none to tell; a whole answer that was to tell them has a list, be it empty.
@@ -254,13 +254,13 @@ impl Voice {
             Some(StopReason::Stop) => br#""stop""#,
             Some(StopReason::Length) => br#""length""#,
         });
-        out.put_u8(b'}');
+        out.push(b'}');
     }
 }
 
 /// Writing to memory, of types that JSON can say, cannot fail.
-fn write_json(out: &mut BytesMut, value: &impl Serialize) {
-    let _ = serde_json::to_writer(out.writer(), value);
+fn write_json(out: &mut Vec<u8>, value: &impl Serialize) {
+    let _ = serde_json::to_writer(out, value);
 }
 
 #[cfg(test)]
@@ -270,12 +270,12 @@ mod tests {
     use super::*;
     use crate::prepare::tests::served;
 
-    fn events(write: impl Fn(&Voice, &mut BytesMut), endpoint: Endpoint, include_usage: bool) -> Vec<String> {
+    fn events(write: impl Fn(&Voice, &mut Vec<u8>), endpoint: Endpoint, include_usage: bool) -> Vec<String> {
         let shape = Shape { endpoint, stream: true, include_usage, logprobs: false };
         let voice = Voice::new(&served(), shape, &RequestId::adopt("r"));
-        let mut out = BytesMut::new();
+        let mut out = Vec::new();
         write(&voice, &mut out);
-        let out = String::from_utf8(out.to_vec()).expect("is UTF-8");
+        let out = String::from_utf8(out).expect("is UTF-8");
         let events = out.split_terminator("\n\n");
         events.map(|event| event.strip_prefix("data: ").expect("is an event").to_owned()).collect()
     }
@@ -292,7 +292,7 @@ mod tests {
 
     #[test]
     fn a_chat_streams_in_chunks() {
-        let write = |voice: &Voice, out: &mut BytesMut| {
+        let write = |voice: &Voice, out: &mut Vec<u8>| {
             voice.opening(out, 1);
             voice.piece(out, 0, &mut last("a \"b\"\n\u{1F600}\u{7}"));
             voice.closing(out, &USAGE);
@@ -318,7 +318,7 @@ mod tests {
 
     #[test]
     fn a_text_completion_streams_without_an_opening() {
-        let write = |voice: &Voice, out: &mut BytesMut| {
+        let write = |voice: &Voice, out: &mut Vec<u8>| {
             voice.opening(out, 1);
             voice.piece(out, 0, &mut last("x"));
             voice.closing(out, &USAGE);

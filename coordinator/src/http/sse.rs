@@ -1,27 +1,48 @@
 //! The body of a streamed answer: server-sent events, one write per engine step.
+//!
+//! Read by the connection's task, as any body; once the head has gone out, and as long as the client takes what is
+//! written, by the link that brings the tokens, which sends them past that task (see [`Express`] and
+//! [`crate::dispatch::inline`]). Whoever reads holds `parts`; both find the answer where the other left it.
 
 use std::{
-    convert::Infallible,
-    pin::Pin,
-    task::{Context, Poll},
+    panic::{AssertUnwindSafe, catch_unwind},
+    pin::{Pin, pin},
+    sync::Arc,
+    task::{Context, Poll, Wake, Waker, ready},
 };
 
-use bytes::{Bytes, BytesMut};
-use futures::Stream;
+use baton_process::http::{CHUNK_HEAD, Express, Sent};
+use bytes::Bytes;
+use futures::{Stream, task::AtomicWaker};
+use parking_lot::Mutex;
+use tokio::task::unconstrained;
 
 use super::reply::Voice;
 use crate::{
-    dispatch::deadline_passed,
+    dispatch::{deadline_passed, inline},
     stream::{Piece, Place, Step},
 };
 
 /// What an answer writes into, before it grows: some events of a token each.
-const BUFFER_BYTES: usize = 2 << 10;
-/// An event of one token fits.
-const EVENT_BYTES: usize = 384;
+const BUFFER_BYTES: usize = 1 << 10;
+
+/// Why a body breaks off.
+#[derive(Debug, thiserror::Error)]
+#[error("the answer met a bug in the coordinator")]
+pub(super) struct Bug;
 
 /// Reads the answer as the client reads; dropped by hyper when the client has gone.
-pub(super) struct SseBody {
+pub(super) struct SseBody(Arc<Answer>);
+
+struct Answer {
+    parts: Mutex<Parts>,
+    /// `None`: every byte goes through the connection's task.
+    express: Option<Express>,
+    /// The connection's task.
+    task: AtomicWaker,
+}
+
+struct Parts {
     voice: Voice,
     /// `None` once the answer has ended; emptied from elsewhere if the client reads too slowly.
     place: Option<Place>,
@@ -29,67 +50,189 @@ pub(super) struct SseBody {
     first: Option<Step>,
     /// What has not been written of each choice, reused from step to step.
     pieces: Vec<Piece>,
-    /// Written from its beginning again once all that was written has been sent.
-    out: BytesMut,
+    /// Written from its beginning again at each step, after room for a chunk's head.
+    out: Vec<u8>,
     opened: bool,
+    /// What `out` has was read past the connection's task, and has not been sent.
+    unsent: bool,
+    broken: bool,
 }
 
 impl SseBody {
-    pub(super) fn new(voice: Voice, place: Place, pieces: Vec<Piece>, first: Option<Step>) -> Self {
-        let out = BytesMut::with_capacity(BUFFER_BYTES);
-        Self { voice, place: Some(place), first, pieces, out, opened: false }
+    pub(super) fn new(
+        voice: Voice,
+        place: Place,
+        pieces: Vec<Piece>,
+        first: Option<Step>,
+        express: Option<Express>,
+    ) -> Self {
+        let out = Vec::with_capacity(BUFFER_BYTES);
+        let place = Some(place);
+        let parts = Parts { voice, place, first, pieces, out, opened: false, unsent: false, broken: false };
+        Self(Arc::new(Answer { parts: Mutex::new(parts), express, task: AtomicWaker::new() }))
+    }
+}
+
+impl Drop for SseBody {
+    /// Gives back everything that the request holds: what would wake this answer holds it, too.
+    fn drop(&mut self) {
+        let place = self.0.parts.lock().place.take();
+        let left = place.and_then(|place| place.lock().take());
+        drop(left);
+    }
+}
+
+impl Parts {
+    /// Writes what the next step brings to `out`; `None` after the end.
+    fn poll(&mut self, context: &mut Context<'_>) -> Poll<Option<()>> {
+        let Some(place) = &self.place else { return Poll::Ready(None) };
+        let step = match self.first.take() {
+            Some(step) => step,
+            None => match place.lock().as_mut().map(|held| held.poll_step(context, &mut self.pieces)) {
+                Some(Poll::Ready(step)) => step,
+                // The head has gone out without a token: the opening tells the client that it is being served.
+                Some(Poll::Pending) if !self.opened => Step::More,
+                Some(Poll::Pending) => return Poll::Pending,
+                None => Step::End(Err(deadline_passed())),
+            },
+        };
+        self.write(step);
+        Poll::Ready(Some(()))
     }
 
-    fn write(&mut self, step: Step) -> Bytes {
+    fn write(&mut self, step: Step) {
         let out = &mut self.out;
-        if out.capacity() < EVENT_BYTES {
-            out.reserve(BUFFER_BYTES);
-        }
+        out.clear();
+        out.resize(CHUNK_HEAD, 0);
         if !std::mem::replace(&mut self.opened, true) {
             self.voice.opening(out, self.pieces.len());
         }
         for (index, piece) in self.pieces.iter_mut().enumerate() {
             self.voice.piece(out, index, piece);
         }
-        match step {
-            Step::More => {}
-            Step::End(end) => {
-                match end {
-                    Ok(usage) => self.voice.closing(out, &usage),
-                    Err(error) => self.voice.failure(out, &error),
-                }
-                // Gives the seat back now, not when the client has read everything.
-                if let Some(place) = self.place.take() {
-                    let ended = place.lock().take();
-                    drop(ended);
-                }
+        let Step::End(end) = step else { return };
+        match end {
+            Ok(usage) => self.voice.closing(out, &usage),
+            Err(error) => self.voice.failure(out, &error),
+        }
+        // Gives the seat back now, not when the client has read everything.
+        if let Some(place) = self.place.take() {
+            let ended = place.lock().take();
+            drop(ended);
+        }
+    }
+
+    /// What the body gives next.
+    fn next(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Bytes, Bug>>> {
+        if self.broken {
+            return Poll::Ready(Some(Err(Bug)));
+        }
+        if std::mem::take(&mut self.unsent) {
+            return Poll::Ready(Some(Ok(self.written())));
+        }
+        loop {
+            match ready!(self.poll(context)) {
+                None => return Poll::Ready(None),
+                // A text completion's opening is nothing: wait for more.
+                Some(()) if self.out.len() <= CHUNK_HEAD => {}
+                Some(()) => return Poll::Ready(Some(Ok(self.written()))),
             }
         }
-        self.out.split().freeze()
+    }
+
+    /// What was written last.
+    fn written(&self) -> Bytes {
+        Bytes::copy_from_slice(self.out.get(CHUNK_HEAD..).unwrap_or_default())
+    }
+
+    /// Reads past the connection's task.
+    fn read_past(&mut self, express: &Express, context: &mut Context<'_>) -> Past {
+        if self.unsent || !express.is_free() {
+            return Past::Task;
+        }
+        // The link's task would else count what is polled here as its own work, and make it wait.
+        let step = pin!(unconstrained(std::future::poll_fn(|context| self.poll(context)))).poll(context);
+        match step {
+            Poll::Pending => Past::Nothing,
+            Poll::Ready(None) => Past::Task,
+            Poll::Ready(Some(())) => {
+                self.unsent = true;
+                // The connection's task ends the body, and sends the last of it along with that.
+                if self.place.is_some() { Past::Send } else { Past::Task }
+            }
+        }
+    }
+}
+
+/// What is to be done about an answer that was read past its connection's task.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Past {
+    Nothing,
+    Send,
+    /// That task has something to do.
+    Task,
+}
+
+impl inline::Reader for Answer {
+    fn read(self: Arc<Self>) -> bool {
+        let past = match &self.express {
+            None => Past::Task,
+            Some(express) => {
+                let waker = Waker::from(self.clone());
+                let mut parts = self.parts.lock();
+                let read = || parts.read_past(express, &mut Context::from_waker(&waker));
+                // A bug ends this answer, and nothing else that the link carries.
+                catch_unwind(AssertUnwindSafe(read)).unwrap_or_else(|_| {
+                    parts.broken = true;
+                    Past::Task
+                })
+            }
+        };
+        if past == Past::Task {
+            self.task.wake();
+        }
+        past == Past::Send
+    }
+
+    fn send(&self) {
+        let Some(express) = &self.express else { return };
+        let mut parts = self.parts.lock();
+        // Or the body has given it meanwhile.
+        if !parts.unsent {
+            return;
+        }
+        let sent = express.send(&mut parts.out);
+        parts.unsent = sent == Sent::No;
+        drop(parts);
+        if sent != Sent::Whole {
+            self.task.wake();
+        }
+    }
+}
+
+impl Wake for Answer {
+    fn wake(self: Arc<Self>) {
+        if inline::woken(self.clone()).is_some() {
+            self.task.wake();
+        }
     }
 }
 
 impl Stream for SseBody {
-    type Item = Result<Bytes, Infallible>;
+    type Item = Result<Bytes, Bug>;
 
-    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        let body = &mut *self;
-        let Some(place) = &body.place else { return Poll::Ready(None) };
-        let step = match body.first.take() {
-            Some(step) => step,
-            None => match place.lock().as_mut().map(|held| held.poll_step(context, &mut body.pieces)) {
-                Some(Poll::Ready(step)) => step,
-                // The head has gone out without a token: the opening tells the client that it is being served.
-                Some(Poll::Pending) if !body.opened => Step::More,
-                Some(Poll::Pending) => return Poll::Pending,
-                None => Step::End(Err(deadline_passed())),
-            },
-        };
-        let bytes = body.write(step);
-        // A text completion's opening is nothing: wait for more.
-        if bytes.is_empty() {
-            return self.poll_next(context);
+    fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let answer = &self.0;
+        answer.task.register(context.waker());
+        let mut parts = answer.parts.lock();
+        let Some(express) = &answer.express else { return parts.next(context) };
+        let waker = Waker::from(answer.clone());
+        let next = parts.next(&mut Context::from_waker(&waker));
+        if next.is_pending() {
+            express.waits();
+        } else {
+            express.gives();
         }
-        Poll::Ready(Some(Ok(bytes)))
+        next
     }
 }

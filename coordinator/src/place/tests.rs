@@ -78,6 +78,7 @@ fn two(links: Links) -> Two {
         priority: 0,
         wanted: Instant::now(),
         deadline: Instant::now() + Duration::from_secs(600),
+        in_batches: false,
     };
     let patience = Duration::from_secs(5);
     let (links, breakers) = (Arc::new(links), Breakers::new(&metrics));

@@ -179,6 +179,7 @@ mod tests {
             priority: 0,
             wanted: tokio::time::Instant::now(),
             deadline: tokio::time::Instant::now(),
+            in_batches: false,
         };
         Reading::new(Box::new(reader), &assignment, false, "")
     }

@@ -6,7 +6,7 @@ use std::{net::TcpListener, sync::Arc, time::Duration};
 use axum::{
     Json, Router,
     extract::State,
-    http::{StatusCode, header::CONTENT_TYPE},
+    http::{StatusCode, Version, header::CONTENT_TYPE},
     response::IntoResponse,
     routing::get,
 };
@@ -27,6 +27,9 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{HealthHandle, Metrics, ProcessError, metrics};
 use underway::Underway;
 
+pub use express::{CHUNK_HEAD, Express, Sent};
+
+mod express;
 mod underway;
 
 /// Connections of those who only observe a process.
@@ -102,7 +105,8 @@ pub async fn serve_many(
                 let (router, shutdown) = (router.clone(), shutdown.clone());
                 open.spawn(async move {
                     let _seat = seat;
-                    converse(stream, router, shutdown).await;
+                    let (connection, express) = express::Connection::new(stream);
+                    converse(connection, Some(express), router, shutdown).await;
                 });
             }
             Err(error) => {
@@ -126,15 +130,18 @@ pub async fn serve_many(
 
 /// One connection, to its end. One that brings no request in time, or nothing for long while no answer is on
 /// its way, is closed, whatever its version of HTTP: it would hold a seat for ever. What is on its way is
-/// never cut for that.
-async fn converse<S>(stream: S, router: Router, shutdown: CancellationToken)
+/// never cut for that. Requests that are answered in chunks are told of `express`.
+async fn converse<S>(stream: S, express: Option<Express>, router: Router, shutdown: CancellationToken)
 where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
     let (begun, underway) = (CancellationToken::new(), Underway::default());
     let (mark, answers, service) = (begun.clone(), underway.clone(), TowerToHyperService::new(router));
-    let service = service_fn(move |request| {
+    let service = service_fn(move |mut request: hyper::Request<hyper::body::Incoming>| {
         mark.cancel();
+        if let Some(express) = express.as_ref().filter(|_| request.version() == Version::HTTP_11) {
+            request.extensions_mut().insert(express.clone());
+        }
         let (answer, turn) = (service.call(request), answers.begin());
         async move { answer.await.map(|response| response.map(|body| turn.carry(body))) }
     });
@@ -253,7 +260,7 @@ mod tests {
                     std::future::pending::<()>().await
                 }),
             );
-        (client, tokio::spawn(converse(server, router, CancellationToken::new())), asked)
+        (client, tokio::spawn(converse(server, None, router, CancellationToken::new())), asked)
     }
 
     fn asking(path: &str) -> Request<()> {

@@ -23,7 +23,7 @@ fn generation(deadline: Duration, handoffs: &Arc<Handoffs>) -> Generation {
         legs: Legs::default(),
         credit: booking.credit,
         handoff: Some(Handoff::new(handoffs, &p.id, &d.id)),
-        mailbox: Arc::new(Mailbox::new(1)),
+        mailbox: Arc::new(Mailbox::new(1, false)),
         inbox: VecDeque::new(),
         news: VecDeque::new(),
         failed: None,

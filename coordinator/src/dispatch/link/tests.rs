@@ -48,7 +48,7 @@ struct Sent {
 
 fn send(board: &Arc<Board>, link: &Arc<Link>) -> Sent {
     let mut booking = board.place(10, (10, 1), "r1", &[]).expect("a place");
-    let mailbox = Arc::new(Mailbox::new(1));
+    let mailbox = Arc::new(Mailbox::new(1, false));
     let dispatch = v1::Dispatch::default();
     let guard = link.dispatch(Side::Whole, &mailbox, &mut booking.credit, dispatch).expect("it is up");
     Sent { guard, mailbox, _booking: booking }

@@ -1,0 +1,102 @@
+//! Whose readers are woken by a delivery reads on the thread that delivered, once all of it has been delivered.
+//!
+//! A step brings tokens of many requests at once. To wake a task for each of them costs more than to read them; so a
+//! link gathers who is woken while it delivers, then has all of them read, and then all of them send: what one thing needs
+//! of code stays in the caches, and who receives it all finds the next piece there when done with the last. Readers of
+//! other kinds are woken as ever.
+
+use std::{cell::RefCell, sync::Arc};
+
+/// So many read in turn; more than these take turns on another thread, so that the last need not wait for all.
+const IN_TURN: usize = 64;
+
+/// Who can read without a task of its own. Must neither wait for anything nor panic.
+pub trait Reader: Send + Sync {
+    /// Takes in what has come. True: it has something to send.
+    fn read(self: Arc<Self>) -> bool;
+
+    /// Sends what was read.
+    fn send(&self);
+}
+
+/// Who has been woken while something is delivered.
+pub type Woken = Vec<Arc<dyn Reader>>;
+
+thread_local! {
+    /// Of what this thread delivers right now.
+    static WOKEN: RefCell<Option<Woken>> = const { RefCell::new(None) };
+}
+
+/// Delivers, and gathers those whom that wakes.
+pub(super) fn gather<R>(deliver: impl FnOnce() -> R) -> (R, Woken) {
+    WOKEN.set(Some(Vec::new()));
+    let delivered = deliver();
+    (delivered, WOKEN.take().unwrap_or_default())
+}
+
+/// `reader` is woken, by this thread. Gives it back where nobody gathers: it is to be woken otherwise.
+pub fn woken(reader: Arc<dyn Reader>) -> Option<Arc<dyn Reader>> {
+    WOKEN.with_borrow_mut(|woken| match woken {
+        Some(woken) => {
+            woken.push(reader);
+            None
+        }
+        None => Some(reader),
+    })
+}
+
+/// Has all of them read, and then send.
+pub(super) fn read(mut woken: Woken) {
+    while woken.len() > IN_TURN {
+        let turn = woken.split_off(woken.len() - IN_TURN);
+        tokio::spawn(async move { take_turns(turn) });
+    }
+    take_turns(woken);
+}
+
+fn take_turns(mut readers: Woken) {
+    readers.retain(|reader| reader.clone().read());
+    readers.iter().for_each(|reader| reader.send());
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Counting {
+        read: AtomicUsize,
+        sent: AtomicUsize,
+    }
+
+    impl Reader for Counting {
+        fn read(self: Arc<Self>) -> bool {
+            self.read.fetch_add(1, Ordering::Relaxed).is_multiple_of(2)
+        }
+
+        fn send(&self) {
+            self.sent.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    #[tokio::test]
+    async fn everybody_who_was_woken_meanwhile_reads_once() {
+        const READERS: usize = IN_TURN * 2 + 4;
+        let reader = Arc::new(Counting::default());
+        let count = |of: &AtomicUsize| of.load(Ordering::Relaxed);
+        assert!(woken(reader.clone()).is_some(), "nobody delivers");
+        let ((), all) = gather(|| {
+            (0..READERS).for_each(|_| assert!(woken(reader.clone()).is_none()));
+        });
+        assert!(woken(reader.clone()).is_some(), "all has been delivered");
+        assert_eq!(count(&reader.read), 0, "not before all has been delivered");
+        read(all);
+        assert!(count(&reader.read) <= IN_TURN, "the others do not wait for all of these");
+        while Arc::strong_count(&reader) > 1 {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!((count(&reader.read), count(&reader.sent)), (READERS, READERS / 2));
+    }
+}
