@@ -2,7 +2,8 @@
 //!
 //! Kept apart from what they say that they hold, so that what is taken back was never counted as theirs, and one entry a
 //! request, so that a long prompt costs no more than a short one. A chain's names follow from all before them: of two
-//! chains everything up to the last common name is common, which a few comparisons find.
+//! chains everything up to the last common name is common, which a few comparisons find. And in the order of their names,
+//! the chains that have most in common with one are its neighbours, so that few are looked at of however many.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -16,69 +17,88 @@ use super::{Depths, Slot};
 /// Requests in flight that are kept; over it the oldest is forgotten.
 const MOST: usize = 16 << 10;
 
+/// Neighbours on each side that are looked at. Beyond them lies what has less in common with a prompt than all of these:
+/// what many prompts begin with, which somebody has computed before.
+const NEIGHBOURS: usize = 256;
+
 /// A request in flight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Ticket(u64);
 
-#[derive(Debug)]
-struct Entry {
-    slot: Slot,
-    chain: Arc<[u64]>,
-}
-
 #[derive(Debug, Default)]
 pub(super) struct Expected {
     next: u64,
-    entries: BTreeMap<Ticket, Entry>,
+    chains: BTreeMap<Ticket, Arc<[u64]>>,
+    slots: BTreeMap<(Arc<[u64]>, Ticket), Slot>,
     /// When to forget which, the soonest first.
     ending: VecDeque<(Instant, Ticket)>,
 }
 
 impl Expected {
     pub(super) fn add(&mut self, slot: Slot, chain: Arc<[u64]>) -> Ticket {
-        if self.entries.len() >= MOST {
-            self.entries.pop_first();
+        if self.chains.len() >= MOST
+            && let Some((&oldest, _)) = self.chains.first_key_value()
+        {
+            self.remove(oldest);
         }
         let ticket = Ticket(self.next);
         self.next += 1;
-        self.entries.insert(ticket, Entry { slot, chain });
+        self.chains.insert(ticket, chain.clone());
+        self.slots.insert((chain, ticket), slot);
         ticket
+    }
+
+    fn remove(&mut self, ticket: Ticket) {
+        if let Some(chain) = self.chains.remove(&ticket) {
+            self.slots.remove(&(chain, ticket));
+        }
     }
 
     /// Ends are given in order; one before the last given is taken for that.
     pub(super) fn settle(&mut self, ticket: Ticket, until: Instant) {
-        if self.entries.contains_key(&ticket) {
+        if self.chains.contains_key(&ticket) {
             let last = self.ending.back().map_or(until, |(last, _)| *last);
             self.ending.push_back((until.max(last), ticket));
         }
     }
 
     pub(super) fn expire(&mut self, now: Instant) {
-        while let Some((until, ticket)) = self.ending.front()
-            && *until <= now
+        while let Some((until, ticket)) = self.ending.front().copied()
+            && until <= now
         {
-            self.entries.remove(ticket);
+            self.remove(ticket);
             self.ending.pop_front();
         }
     }
 
     /// The instance is found under another slot from now on.
     pub(super) fn follow(&mut self, old: Slot, new: Slot) {
-        self.entries.values_mut().filter(|entry| entry.slot == old).for_each(|entry| entry.slot = new);
+        self.slots.values_mut().filter(|slot| **slot == old).for_each(|slot| *slot = new);
     }
 
     pub(super) fn forget(&mut self, slot: Slot) {
-        self.entries.retain(|_, entry| entry.slot != slot);
+        let Self { chains, slots, .. } = self;
+        slots.retain(|(_, ticket), at| {
+            let stays = *at != slot;
+            if !stays {
+                chains.remove(ticket);
+            }
+            stays
+        });
     }
 
     /// Deepens what was found of `chain`.
-    pub(super) fn depths(&self, chain: &[u64], into: &mut Depths) {
-        for entry in self.entries.values() {
-            match common(&entry.chain, chain) {
-                0 => {}
-                blocks => into.at_least(entry.slot, blocks),
+    pub(super) fn depths(&self, chain: &Arc<[u64]>, into: &mut Depths) {
+        let place = (chain.clone(), Ticket(0));
+        let mut look = |(other, slot): (&(Arc<[u64]>, Ticket), &Slot)| {
+            let blocks = common(&other.0, chain);
+            if blocks > 0 {
+                into.at_least(*slot, blocks);
             }
-        }
+            blocks > 0
+        };
+        let _ = self.slots.range(..&place).rev().take(NEIGHBOURS).all(&mut look);
+        let _ = self.slots.range(&place..).take(NEIGHBOURS).all(&mut look);
     }
 }
 
@@ -123,15 +143,45 @@ mod tests {
     }
 
     #[test]
+    fn neighbours_tell_as_much_as_all() {
+        let mut random = 1u64;
+        let mut draw = |below: u64| {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (random >> 33) % below
+        };
+        // A tree of prompts: each goes on from an earlier one for some blocks, under names that follow from all before.
+        let mut chains: Vec<Vec<u64>> = vec![vec![]];
+        for own in 0..200 {
+            let from = chains[draw(chains.len() as u64) as usize].clone();
+            let kept = draw(from.len() as u64 + 1) as usize;
+            let more = (0..1 + draw(6)).map(|n| own * 7919 % 1009 + n * 1_000_003);
+            chains.push(from[..kept].iter().copied().chain(more).collect());
+        }
+        let mut expected = Expected::default();
+        for (number, chain) in chains.iter().enumerate() {
+            expected.add(Slot(number as u32 % 7), chain.clone().into());
+        }
+        for chain in &chains {
+            let mut depths = Depths::default();
+            expected.depths(&chain.clone().into(), &mut depths);
+            for slot in 0..7u32 {
+                let of_slot = chains.iter().skip(slot as usize).step_by(7);
+                let deepest = of_slot.map(|other| common(other, chain)).max();
+                assert_eq!(Some(depths.of(Slot(slot))), deepest, "{chain:?} at {slot}");
+            }
+        }
+    }
+
+    #[test]
     fn the_oldest_makes_room_and_nothing_of_it_stays() {
         let (mut expected, now) = (Expected::default(), Instant::now());
         let tickets: Vec<Ticket> = (0..MOST + 3).map(|_| expected.add(Slot(0), Arc::default())).collect();
-        assert_eq!(expected.entries.len(), MOST);
+        assert_eq!(expected.chains.len(), MOST);
         tickets.iter().for_each(|&ticket| expected.settle(ticket, now));
         assert_eq!(expected.ending.len(), MOST);
         expected.expire(now - Duration::from_millis(1));
-        assert_eq!(expected.entries.len(), MOST);
+        assert_eq!(expected.chains.len(), MOST);
         expected.expire(now);
-        assert!(expected.entries.is_empty() && expected.ending.is_empty());
+        assert!(expected.chains.is_empty() && expected.slots.is_empty() && expected.ending.is_empty());
     }
 }

@@ -334,7 +334,7 @@ impl PrefixIndex {
     }
 
     /// Adds, for each slot, how many blocks `chain` begins with that it has or is to have.
-    pub fn depths(&mut self, chain: &[u64], now: Instant, into: &mut Depths) {
+    pub fn depths(&mut self, chain: &Arc<[u64]>, now: Instant, into: &mut Depths) {
         self.expected.expire(now);
         self.expected.depths(chain, into);
         let survives = |at: &u32| self.mixed(chain[*at as usize]).survives(self.halvings);

@@ -38,7 +38,7 @@ fn with(index: &mut PrefixIndex, stored: &[u64]) -> Slot {
 
 fn depths(index: &mut PrefixIndex, chain: &[u64], now: Instant) -> Depths {
     let mut depths = Depths::default();
-    index.depths(chain, now, &mut depths);
+    index.depths(&chain.into(), now, &mut depths);
     depths
 }
 
@@ -286,7 +286,7 @@ fn a_long_prompt_costs_little() {
             .map(|_| {
                 told.clear();
                 let began = std::time::Instant::now();
-                index.depths(&prompt, now, &mut told);
+                index.depths(&prompt.clone().into(), now, &mut told);
                 began.elapsed()
             })
             .collect();
