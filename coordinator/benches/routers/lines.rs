@@ -6,6 +6,7 @@ use clap::ValueEnum;
 
 /// From one step of the worker's engine to the next.
 pub(crate) const STEP_MICROS: u64 = 5_000;
+const SLOW_STEP_MICROS: u64 = 500_000;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub(crate) enum Prompt {
@@ -48,16 +49,19 @@ pub(crate) enum Answer {
     Whole,
     /// Not streamed, a token every 5 ms.
     WholePaced,
+    /// Streamed, a token every 500 ms: for more streams than two cores keep busy.
+    Slow,
 }
 
 impl Answer {
     pub(crate) fn is_streamed(self) -> bool {
-        matches!(self, Self::Paced | Self::Unpaced)
+        matches!(self, Self::Paced | Self::Unpaced | Self::Slow)
     }
 
     pub(crate) fn step_micros(self) -> u64 {
         match self {
             Self::Paced | Self::WholePaced => STEP_MICROS,
+            Self::Slow => SLOW_STEP_MICROS,
             Self::Unpaced | Self::Whole => 0,
         }
     }
@@ -68,6 +72,7 @@ impl Answer {
             Self::Unpaced => "unpaced",
             Self::Whole => "not streamed",
             Self::WholePaced => "not streamed, paced",
+            Self::Slow => "slow",
         }
     }
 }
@@ -112,6 +117,7 @@ impl Line {
     pub(crate) fn requests(&self) -> u32 {
         let (least, each) = match (self.prompt, self.answer) {
             (Prompt::Short, Answer::Paced | Answer::WholePaced) => (12, 4),
+            (Prompt::Short, Answer::Slow) => (1, 1),
             (Prompt::Short, Answer::Unpaced) => (300, 6),
             (Prompt::Short, Answer::Whole) => (1_000, 8),
             (Prompt::Tokens32k, _) => (10, 2),

@@ -40,7 +40,7 @@ struct Cli {
     #[arg(long, value_name = "FILE")]
     model: Option<PathBuf>,
     /// Requests in flight.
-    #[arg(long, value_delimiter = ',', default_values_t = [1, 64, 512], value_parser = clap::value_parser!(u32).range(1..=4096))]
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 64, 512], value_parser = clap::value_parser!(u32).range(1..=16_384))]
     streams: Vec<u32>,
     /// Short prompts are measured with every kind of answer, those of 32k tokens paced, those of 220 KB not streamed.
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Prompt::Short, Prompt::Tokens32k, Prompt::Bytes220k])]

@@ -21,7 +21,7 @@ const LONG_PER_CORE: f64 = 500.0;
 pub(crate) struct Figures {
     /// Processor time of a request.
     cpu: f64,
-    rss_megabytes: f64,
+    peak_megabytes: f64,
     first_p50: f64,
     first_p99: f64,
     whole_p50: f64,
@@ -46,7 +46,7 @@ impl Figures {
     /// Nothing was measured.
     pub(crate) const NONE: Self = Self {
         cpu: f64::NAN,
-        rss_megabytes: f64::NAN,
+        peak_megabytes: f64::NAN,
         first_p50: f64::NAN,
         first_p99: f64::NAN,
         whole_p50: f64::NAN,
@@ -54,13 +54,13 @@ impl Figures {
         per_second: f64::NAN,
     };
 
-    pub(crate) fn of(outcome: &Outcome, cpu_millis: f64, rss_megabytes: f64) -> Self {
+    pub(crate) fn of(outcome: &Outcome, cpu_millis: f64, peak_megabytes: f64) -> Self {
         let millis = |micros: &[u64]| micros.iter().map(|micros| *micros as f64 / 1e3).collect::<Vec<_>>();
         let (first, whole) = (millis(&outcome.first_micros), millis(&outcome.whole_micros));
         let requests = whole.len().max(1) as f64;
         Self {
             cpu: cpu_millis / requests,
-            rss_megabytes,
+            peak_megabytes,
             first_p50: percentile(&first, 0.5),
             first_p99: percentile(&first, 0.99),
             whole_p50: percentile(&whole, 0.5),
@@ -127,7 +127,7 @@ impl Report<'_> {
             ("added to the time of a whole request by the worker alone, p50 / p99, ms", {
                 self.latency(|figures| figures.whole_p50, |figures| figures.whole_p99)
             }),
-            ("memory in use after it, MB", self.plain(|figures| figures.rss_megabytes, 0)),
+            ("most memory in use, MB", self.plain(|figures| figures.peak_megabytes, 0)),
             ("requests a second", self.plain(|figures| figures.per_second, 0)),
         ];
         tables.map(|(what, table)| format!("{what}\n\n{table}")).join("\n\n")
@@ -216,7 +216,7 @@ impl Report<'_> {
                     ));
                 }
             }
-            let rss = |target| self.of(line, target, |figures| figures.rss_megabytes);
+            let rss = |target| self.of(line, target, |figures| figures.peak_megabytes);
             if let Some((ours, best)) = rss(Target::Baton).zip(self.best(rss))
                 && ours >= best
             {

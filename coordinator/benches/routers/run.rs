@@ -14,7 +14,7 @@ use crate::{
     error::BenchError,
     lines::{Answer, Line, Prompt},
     model,
-    procfs::{CpuTime, rss_megabytes},
+    procfs::{CpuTime, forget_peak, peak_megabytes},
     protocol::{Done, Job, Outcome, Pace, WorkerReady, WorkerSetup},
     report::Figures,
     targets::{self, Programs, Router, Target},
@@ -127,14 +127,15 @@ impl Bench {
         };
         let _: Done = self.worker.ask(&Pace { step_micros: line.answer.step_micros() }).await?;
         let _: Done = self.client.ask(&job).await?;
+        pid.into_iter().for_each(forget_peak);
         let before = pid.map(CpuTime::of);
         let outcome: Outcome = self.client.ask(&Done {}).await?;
         let cpu = pid.zip(before).map(|(pid, before)| CpuTime::of(pid).millis_since(&before));
         if let Some(fault) = outcome.fault {
             return Err(BenchError::Answer { target: target.name(), fault });
         }
-        let rss = pid.map(rss_megabytes).transpose()?;
-        Ok(Figures::of(&outcome, cpu.unwrap_or(f64::NAN), rss.unwrap_or(f64::NAN)))
+        let peak = pid.map(peak_megabytes).transpose()?;
+        Ok(Figures::of(&outcome, cpu.unwrap_or(f64::NAN), peak.unwrap_or(f64::NAN)))
     }
 
     /// All rounds of all lines.

@@ -149,6 +149,11 @@ pub(crate) async fn coordinator(
         &format!("127.0.0.1:{}", free_port()?),
         "--set",
         &endpoints,
+        // Room for as many streams as may be asked for.
+        "--set",
+        "limits.max_connections=20000",
+        "--set",
+        "limits.max_concurrent=20000",
     ];
     let arguments = arguments.into_iter().map(str::to_owned).collect();
     start(program, arguments, (address, logs), Some(etcd))

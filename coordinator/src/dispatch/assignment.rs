@@ -26,7 +26,8 @@ pub struct Assignment {
     /// When the first token is wanted.
     pub wanted: Instant,
     pub deadline: Instant,
-    /// Its reader takes tokens many at a time: nobody sees them before the answer is complete.
+    /// Its reader takes tokens many at a time: nobody sees them before the answer is complete. Counts of tokens, for
+    /// metrics and limits, lag by as many.
     pub in_batches: bool,
 }
 

@@ -1,4 +1,4 @@
-//! Whose readers are woken by a delivery reads on the thread that delivered, once all of it has been delivered.
+//! Readers that a delivery wakes read on the thread that delivered, once all of it has been delivered.
 //!
 //! A step brings tokens of many requests at once. To wake a task for each of them costs more than to read them; so a
 //! link gathers who is woken while it delivers, then has all of them read, and then all of them send: what one thing needs
@@ -7,7 +7,7 @@
 
 use std::{cell::RefCell, sync::Arc};
 
-/// So many read in turn; more than these take turns on another thread, so that the last need not wait for all.
+/// So many read in turn; more than these take turns of their own, wherever a thread is free.
 const IN_TURN: usize = 64;
 
 /// Who can read without a task of its own. Must neither wait for anything nor panic.
@@ -20,18 +20,41 @@ pub trait Reader: Send + Sync {
 }
 
 /// Who has been woken while something is delivered.
-pub type Woken = Vec<Arc<dyn Reader>>;
+pub(super) type Woken = Vec<Arc<dyn Reader>>;
 
 thread_local! {
     /// Of what this thread delivers right now.
     static WOKEN: RefCell<Option<Woken>> = const { RefCell::new(None) };
 }
 
+/// For as long as something is delivered.
+struct Gathering;
+
+impl Gathering {
+    fn begin() -> Self {
+        WOKEN.set(Some(Vec::new()));
+        Self
+    }
+
+    fn end(self) -> Woken {
+        WOKEN.take().unwrap_or_default()
+    }
+}
+
+impl Drop for Gathering {
+    /// A delivery that met a bug: whom it had woken still reads what there is.
+    fn drop(&mut self) {
+        if let Some(woken) = WOKEN.take() {
+            take_turns(woken);
+        }
+    }
+}
+
 /// Delivers, and gathers those whom that wakes.
 pub(super) fn gather<R>(deliver: impl FnOnce() -> R) -> (R, Woken) {
-    WOKEN.set(Some(Vec::new()));
+    let gathering = Gathering::begin();
     let delivered = deliver();
-    (delivered, WOKEN.take().unwrap_or_default())
+    (delivered, gathering.end())
 }
 
 /// `reader` is woken, by this thread. Gives it back where nobody gathers: it is to be woken otherwise.
@@ -49,6 +72,7 @@ pub fn woken(reader: Arc<dyn Reader>) -> Option<Arc<dyn Reader>> {
 pub(super) fn read(mut woken: Woken) {
     while woken.len() > IN_TURN {
         let turn = woken.split_off(woken.len() - IN_TURN);
+        // Not waited for: it waits for nothing itself.
         tokio::spawn(async move { take_turns(turn) });
     }
     take_turns(woken);
@@ -98,5 +122,19 @@ mod tests {
             tokio::task::yield_now().await;
         }
         assert_eq!((count(&reader.read), count(&reader.sent)), (READERS, READERS / 2));
+    }
+
+    #[test]
+    fn a_delivery_that_meets_a_bug_leaves_nobody_waiting() {
+        let reader = Arc::new(Counting::default());
+        let broken = std::panic::catch_unwind(|| {
+            gather(|| {
+                _ = woken(reader.clone());
+                panic!("as the test wants it");
+            })
+        });
+        assert!(broken.is_err());
+        assert_eq!(reader.read.load(Ordering::Relaxed), 1);
+        assert!(woken(reader.clone()).is_some(), "nobody delivers any more");
     }
 }

@@ -6,7 +6,7 @@
 //! `instance_lost`; the instance cancels them on its side.
 //!
 //! What is to be sent waits in [`super::outbound`]; a dispatch that finds no room there is refused. An instance that reads
-//! nothing of it for [`UNREAD_MOST`] is as good as lost: its stream is cut.
+//! nothing of it for [`UNREAD_MOST`] is as good as lost: its stream is cut. What is handed over is read at once where it can be ([`super::inline`]).
 
 use std::{
     collections::HashMap,
@@ -17,7 +17,7 @@ use std::{
     time::Duration,
 };
 
-use baton_process::{one_line, tls::Dial};
+use baton_process::tls::Dial;
 use baton_proto::{ApiError, CoordinatorId, ErrorCode, Incarnation, InstanceId, LegId, v1};
 use baton_registry::ObservedStatus;
 use baton_schedule::{
@@ -29,6 +29,7 @@ use futures::FutureExt;
 use parking_lot::Mutex;
 use tokio::{
     sync::watch,
+    task::yield_now,
     time::{Instant, interval, sleep, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
@@ -50,6 +51,10 @@ use crate::{
     fleet::cache::CacheReader,
     metrics::Metrics,
 };
+
+mod reason;
+
+use reason::BreakReason;
 
 /// How long an instance may read nothing though something waits: longer than its engine takes for a long step, during
 /// which it may stop reading.
@@ -227,27 +232,6 @@ fn lost(instance: &InstanceId) -> ApiError {
     ApiError::new(ErrorCode::InstanceLost, message)
 }
 
-/// Why a stream ended or was not opened; for the log only.
-#[derive(Debug, thiserror::Error)]
-enum BreakReason {
-    #[error("cannot connect to {endpoint}: {}", one_line(.source))]
-    Connect { endpoint: String, source: tonic::transport::Error },
-    #[error("no stream: {}", one_line(.0.as_ref()))]
-    Attach(#[from] Box<tonic::Status>),
-    #[error("no welcome within the time")]
-    NoWelcome,
-    #[error("the peer did not greet, or is not {expected}: {got}")]
-    WrongPeer { expected: InstanceId, got: String },
-    #[error("the instance ended the stream")]
-    Ended,
-    #[error("the instance reads nothing of what it is sent")]
-    Deaf,
-    #[error("the instance is not wanted any more")]
-    Stopped,
-    #[error("the instance was restarted or moved")]
-    Moved,
-}
-
 /// A stream that stands.
 struct Attached {
     inbound: Streaming<v1::AttachResponse>,
@@ -404,7 +388,12 @@ impl LinkTask {
                 message = inbound.message() => message,
             };
             let (taken, woken) = inline::gather(|| self.take_all(message, &mut inbound));
+            let many = !woken.is_empty();
             inline::read(woken);
+            if many {
+                // Who was woken otherwise has waited for these.
+                yield_now().await;
+            }
             if let Err(reason) = taken {
                 return reason;
             }

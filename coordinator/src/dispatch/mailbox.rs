@@ -22,7 +22,7 @@ use super::leg::Output;
 /// Deliveries that may lie in the box for each choice. In order, they merge: only a peer that breaks the contract comes
 /// near it.
 const MOST_DELIVERIES: usize = 64;
-/// A reader who takes them in batches is woken once so many tokens have come.
+/// A reader who takes them in batches is woken once so many tokens have come for each choice.
 const BATCH: usize = 32;
 
 #[derive(Debug)]
@@ -32,7 +32,8 @@ struct Inner {
     /// The leg that has filled the box, once something found no room.
     flooded: Option<Side>,
     reader: Option<Waker>,
-    in_batches: bool,
+    /// So many tokens that only go on from earlier ones wake the reader.
+    batch: usize,
     /// Tokens since the reader was last woken, or looked.
     unread: usize,
     /// When prefill's token came, or that of a leg alone.
@@ -76,7 +77,8 @@ impl Mailbox {
         let deliveries = VecDeque::new();
         let (reader, flooded) = (None, None);
         let (first_token, taken_up) = (None, None);
-        let inner = Inner { deliveries, most, flooded, reader, in_batches, unread: 0, first_token, taken_up };
+        let batch = if in_batches { BATCH * choices.max(1) as usize } else { 1 };
+        let inner = Inner { deliveries, most, flooded, reader, batch, unread: 0, first_token, taken_up };
         Self { inner: Mutex::new(inner) }
     }
 
@@ -92,7 +94,8 @@ impl Mailbox {
         let mut inner = self.inner.lock();
         let first = inner.note_time(side, &output);
         inner.unread += output.tokens.len();
-        let can_wait = inner.in_batches && !first && output.end.is_none() && inner.unread < BATCH;
+        let can_wait =
+            !first && output.end.is_none() && !output.tokens.is_empty() && inner.unread < inner.batch;
         let full = inner.deliveries.len() >= inner.most;
         let same = |(of, other): &&mut (Side, Output)| *of == side && other.choice == output.choice;
         match inner.deliveries.iter_mut().rev().find(same) {
@@ -102,9 +105,7 @@ impl Mailbox {
                 last.end = output.end;
             }
             // The request is lost with it, so that the other leg's last word matters no more.
-            _ if full => {
-                inner.flooded = inner.flooded.or(inner.fullest());
-            }
+            _ if full => inner.flooded = inner.flooded.or(inner.fullest()),
             _ => inner.deliveries.push_back((side, output)),
         }
         if can_wait && inner.flooded.is_none() {

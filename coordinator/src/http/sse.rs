@@ -7,7 +7,10 @@
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     pin::{Pin, pin},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll, Wake, Waker, ready},
 };
 
@@ -40,6 +43,8 @@ struct Answer {
     express: Option<Express>,
     /// The connection's task.
     task: AtomicWaker,
+    /// It has been woken by a delivery and has not read yet.
+    gathered: AtomicBool,
 }
 
 struct Parts {
@@ -69,14 +74,20 @@ impl SseBody {
         let out = Vec::with_capacity(BUFFER_BYTES);
         let place = Some(place);
         let parts = Parts { voice, place, first, pieces, out, opened: false, unsent: false, broken: false };
-        Self(Arc::new(Answer { parts: Mutex::new(parts), express, task: AtomicWaker::new() }))
+        let (task, gathered) = (AtomicWaker::new(), AtomicBool::new(false));
+        Self(Arc::new(Answer { parts: Mutex::new(parts), express, task, gathered }))
     }
 }
 
 impl Drop for SseBody {
     /// Gives back everything that the request holds: what would wake this answer holds it, too.
     fn drop(&mut self) {
-        let place = self.0.parts.lock().place.take();
+        let place = {
+            let mut parts = self.0.parts.lock();
+            parts.unsent = false;
+            parts.place.take()
+        };
+        self.0.express.iter().for_each(Express::gives);
         let left = place.and_then(|place| place.lock().take());
         drop(left);
     }
@@ -147,7 +158,7 @@ impl Parts {
 
     /// Reads past the connection's task.
     fn read_past(&mut self, express: &Express, context: &mut Context<'_>) -> Past {
-        if self.unsent || !express.is_free() {
+        if self.broken || self.unsent || !express.is_free() {
             return Past::Task;
         }
         // The link's task would else count what is polled here as its own work, and make it wait.
@@ -175,11 +186,10 @@ enum Past {
 
 impl inline::Reader for Answer {
     fn read(self: Arc<Self>) -> bool {
-        let past = match &self.express {
-            None => Past::Task,
-            Some(express) => {
+        self.gathered.store(false, Ordering::Release);
+        let past = match (&self.express, self.parts.try_lock()) {
+            (Some(express), Some(mut parts)) => {
                 let waker = Waker::from(self.clone());
-                let mut parts = self.parts.lock();
                 let read = || parts.read_past(express, &mut Context::from_waker(&waker));
                 // A bug ends this answer, and nothing else that the link carries.
                 catch_unwind(AssertUnwindSafe(read)).unwrap_or_else(|_| {
@@ -187,6 +197,8 @@ impl inline::Reader for Answer {
                     Past::Task
                 })
             }
+            // Its task reads, and may have looked before this came.
+            _ => Past::Task,
         };
         if past == Past::Task {
             self.task.wake();
@@ -195,8 +207,10 @@ impl inline::Reader for Answer {
     }
 
     fn send(&self) {
-        let Some(express) = &self.express else { return };
-        let mut parts = self.parts.lock();
+        let (Some(express), Some(mut parts)) = (&self.express, self.parts.try_lock()) else {
+            // The body gives it.
+            return self.task.wake();
+        };
         // Or the body has given it meanwhile.
         if !parts.unsent {
             return;
@@ -212,7 +226,12 @@ impl inline::Reader for Answer {
 
 impl Wake for Answer {
     fn wake(self: Arc<Self>) {
+        // It reads after this, whoever has it read.
+        if self.gathered.swap(true, Ordering::AcqRel) {
+            return;
+        }
         if inline::woken(self.clone()).is_some() {
+            self.gathered.store(false, Ordering::Release);
             self.task.wake();
         }
     }
@@ -223,9 +242,9 @@ impl Stream for SseBody {
 
     fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let answer = &self.0;
+        let Some(express) = &answer.express else { return answer.parts.lock().next(context) };
         answer.task.register(context.waker());
         let mut parts = answer.parts.lock();
-        let Some(express) = &answer.express else { return parts.next(context) };
         let waker = Waker::from(answer.clone());
         let next = parts.next(&mut Context::from_waker(&waker));
         if next.is_pending() {

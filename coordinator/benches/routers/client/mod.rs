@@ -26,7 +26,7 @@ use connection::Connection;
 /// Prompts that are written beforehand; each request sends one of them under a number of its own.
 const PROMPTS: u64 = 32;
 /// Longest wait for a whole answer.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(200);
 
 /// Runs until standard input ends: first the words, then jobs.
 pub(crate) fn run() -> Result<(), BenchError> {

@@ -27,7 +27,7 @@ use crate::words::{ANSWER_TOKENS, Words};
 /// As many blocks as no line of the bench fills.
 const BLOCKS: u32 = 1 << 20;
 /// Sequences that an instance says it decodes at a time.
-const SEQUENCES_MOST: u32 = 1024;
+const SEQUENCES_MOST: u32 = 16_384;
 
 /// Decode legs that wait for their cache, and caches that wait for their leg, by transfer. One for all instances.
 static TRANSFERS: LazyLock<Mutex<HashMap<Vec<u8>, Option<Leg>>>> = LazyLock::new(Mutex::default);
