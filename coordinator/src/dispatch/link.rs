@@ -5,19 +5,22 @@
 //! handed to the mailboxes of the legs in it, or to the board. When it breaks, every leg on it fails with
 //! `instance_lost`; the instance cancels them on its side.
 //!
-//! What is to be sent waits in [`super::outbound`]; a dispatch that finds no room there is refused. An instance that reads
+//! An instance that does not get on is suspect: see [`stuck`]. What is to be sent waits in [`super::outbound`]; a dispatch that finds no room there is refused. An instance that reads
 //! nothing of it for [`UNREAD_MOST`] is as good as lost: its stream is cut, which cancels everything on it.
+
+mod reason;
+mod stuck;
 
 use std::{
     collections::HashMap,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
 
-use baton_process::{one_line, tls::Dial};
+use baton_process::tls::Dial;
 use baton_proto::{ApiError, CoordinatorId, ErrorCode, Incarnation, InstanceId, LegId, v1};
 use baton_registry::ObservedStatus;
 use baton_schedule::{
@@ -44,16 +47,17 @@ use super::{
     outbound::Outbound,
 };
 use crate::{
+    carry::{Breakers, stall::LOOK},
     config::{CHOICES_MOST, FleetConfig},
     fleet::cache::CacheReader,
     metrics::Metrics,
 };
+use reason::BreakReason;
+use stuck::Pulse;
 
 /// How long an instance may read nothing though something waits: longer than its engine takes for a long step, during
 /// which it may stop reading.
 const UNREAD_MOST: Duration = Duration::from_secs(30);
-/// How often that is looked at.
-const UNREAD_LOOK: Duration = Duration::from_secs(1);
 /// Largest message an instance may send: a step's tokens of all legs.
 const INBOUND_BYTES_MOST: usize = 16 << 20;
 
@@ -88,6 +92,7 @@ struct Slot {
     open: Choices,
     /// It has brought a token.
     begun: bool,
+    sent: Instant,
 }
 
 struct Standing {
@@ -98,15 +103,22 @@ struct Standing {
 /// Handle to the stream of one instance.
 pub struct Link {
     instance: InstanceId,
-    next_leg: AtomicU64,
+    /// Of all links: an instance that is forgotten and comes again is sent none that is still known of before.
+    legs: Arc<AtomicU64>,
     /// `None` while down.
     channel: Mutex<Option<Standing>>,
+    /// The instance does not get on, though the stream may stand.
+    stuck: AtomicBool,
+    /// It is about to stop what it does.
+    drains: AtomicBool,
     metrics: Arc<Metrics>,
 }
 
 impl Link {
-    pub fn new(instance: InstanceId, metrics: Arc<Metrics>) -> Arc<Self> {
-        Arc::new(Self { instance, next_leg: AtomicU64::new(1), channel: Mutex::new(None), metrics })
+    /// `legs` counts the legs of all links.
+    pub fn new(instance: InstanceId, legs: Arc<AtomicU64>, metrics: Arc<Metrics>) -> Arc<Self> {
+        let (stuck, drains) = (AtomicBool::new(false), AtomicBool::new(false));
+        Arc::new(Self { instance, legs, channel: Mutex::new(None), stuck, drains, metrics })
     }
 
     /// Sends one leg; its output goes to `mailbox` until the guard is dropped. An error: nothing was sent.
@@ -126,13 +138,14 @@ impl Link {
             return Err(ApiError::new(ErrorCode::Unavailable, message));
         }
         // Under the lock, so that legs leave in the order of their numbers, and are on the ledger before a load counts them.
-        let leg = LegId(self.next_leg.fetch_add(1, Ordering::Relaxed));
+        let leg = LegId(self.legs.fetch_add(1, Ordering::Relaxed) + 1);
         dispatch.leg = leg.0;
         let choices = dispatch.sampling.as_ref().map_or(1, |sampling| sampling.choices);
         let open = first_choices(choices);
         credit.dispatched(side, leg, open.count_ones());
         up.outbound.push(Ask::Dispatch(dispatch));
-        up.legs.insert(leg, Slot { side, mailbox: mailbox.clone(), open, begun: false });
+        let sent = Instant::now();
+        up.legs.insert(leg, Slot { side, mailbox: mailbox.clone(), open, begun: false, sent });
         Ok(LegGuard::new(self.clone(), leg, open))
     }
 
@@ -202,15 +215,21 @@ impl Link {
     /// The stream is gone: every leg on it fails. False: there was none.
     fn break_off(&self) -> bool {
         let Some(up) = self.channel.lock().take() else { return false };
-        if !up.legs.is_empty() {
-            self.metrics.legs_lost.inc_by(up.legs.len() as u64);
+        let message =
+            format!("the connection to instance {} was lost; send the request again", self.instance);
+        self.lose(up.legs, &ApiError::new(ErrorCode::InstanceLost, message));
+        true
+    }
+
+    fn lose(&self, legs: HashMap<LegId, Slot>, error: &ApiError) {
+        if !legs.is_empty() {
+            self.metrics.legs_lost.inc_by(legs.len() as u64);
         }
-        for slot in up.legs.into_values() {
+        for slot in legs.into_values() {
             for choice in (0..CHOICES_MOST).filter(|&choice| slot.open & only(choice) != 0) {
-                slot.mailbox.deliver(slot.side, Output { choice, ..Output::failed(lost(&self.instance)) });
+                slot.mailbox.deliver(slot.side, Output { choice, ..Output::failed(error.clone()) });
             }
         }
-        true
     }
 }
 
@@ -218,32 +237,6 @@ impl Link {
 pub(super) fn not_there(instance: &InstanceId) -> ApiError {
     let message = format!("instance {instance} has just left; try again in a moment");
     ApiError::new(ErrorCode::Unavailable, message)
-}
-
-fn lost(instance: &InstanceId) -> ApiError {
-    let message = format!("the connection to instance {instance} was lost; send the request again");
-    ApiError::new(ErrorCode::InstanceLost, message)
-}
-
-/// Why a stream ended or was not opened; for the log only.
-#[derive(Debug, thiserror::Error)]
-enum BreakReason {
-    #[error("cannot connect to {endpoint}: {}", one_line(.source))]
-    Connect { endpoint: String, source: tonic::transport::Error },
-    #[error("no stream: {}", one_line(.0.as_ref()))]
-    Attach(#[from] Box<tonic::Status>),
-    #[error("no welcome within the time")]
-    NoWelcome,
-    #[error("the peer did not greet, or is not {expected}: {got}")]
-    WrongPeer { expected: InstanceId, got: String },
-    #[error("the instance ended the stream")]
-    Ended,
-    #[error("the instance reads nothing of what it is sent")]
-    Deaf,
-    #[error("the instance is not wanted any more")]
-    Stopped,
-    #[error("the instance was restarted or moved")]
-    Moved,
 }
 
 /// A stream that stands.
@@ -262,6 +255,7 @@ pub struct LinkTask {
     pub board: Arc<Board>,
     pub coordinator: CoordinatorId,
     pub config: FleetConfig,
+    pub breakers: Arc<Breakers>,
     /// The way to this instance.
     pub dial: Dial,
     pub target: watch::Receiver<Target>,
@@ -351,6 +345,7 @@ impl LinkTask {
                 return Err(BreakReason::WrongPeer { expected, got });
             }
         };
+        self.link.drains.store(false, Ordering::Relaxed);
         *self.link.channel.lock() = Some(Standing { outbound, legs: HashMap::new() });
         self.board.up(&self.link.instance, incarnation, duty);
         tracing::info!(instance = %self.link.instance, endpoint = %target.endpoint, ?duty, "stream is up");
@@ -375,14 +370,19 @@ impl LinkTask {
 
     async fn serve(&mut self, attached: Attached) -> BreakReason {
         let Attached { mut inbound, mut target, channel, mut cache } = attached;
-        let mut look = interval(UNREAD_LOOK);
+        let mut pulse = Pulse::new(&self.link, &self.breakers, channel.clone(), self.config.stall);
+        let mut look = interval(LOOK);
         loop {
             let message = tokio::select! {
                 biased;
-                _ = look.tick() => match self.link.is_deaf() {
-                    true => return BreakReason::Deaf,
-                    false => continue,
-                },
+                _ = look.tick() => {
+                    if self.link.is_deaf() {
+                        return BreakReason::Deaf;
+                    }
+                    pulse.look();
+                    continue;
+                }
+                () = pulse.answered() => continue,
                 moved = self.target.changed() => {
                     if moved.is_err() {
                         return BreakReason::Stopped;
@@ -402,7 +402,10 @@ impl LinkTask {
                 message = inbound.message() => message,
             };
             match message {
-                Ok(Some(v1::AttachResponse { frame: Some(frame) })) => self.take(frame),
+                Ok(Some(v1::AttachResponse { frame: Some(frame) })) => {
+                    pulse.heard(&frame);
+                    self.take(frame);
+                }
                 Ok(Some(v1::AttachResponse { frame: None })) => {}
                 Ok(None) => return BreakReason::Ended,
                 Err(status) => return BreakReason::Attach(Box::new(status)),
@@ -422,7 +425,9 @@ impl LinkTask {
             Answer::Load(load) => self.board.load(instance, (&load).into()),
             Answer::Role(change) => {
                 tracing::info!(%instance, role = ?change.role(), phase = ?change.phase(), "instance changed");
+                // First the board: what leaves it now is placed again at once, and not here.
                 self.board.duty(instance, (&change).into());
+                self.link.drains.store(change.phase() == v1::Phase::Draining, Ordering::Relaxed);
             }
             Answer::Welcome(_) => {}
         }
