@@ -1,3 +1,5 @@
+//! Loads as an instance may tell them, and when they show that it is stuck.
+
 use super::*;
 
 const LEAST: Duration = Duration::from_secs(3);
