@@ -82,7 +82,15 @@ fn two(links: Links) -> Two {
     };
     let patience = Duration::from_secs(5);
     let (links, breakers) = (Arc::new(links), Arc::new(Breakers::new(&metrics)));
-    let placer = Arc::new(Placer { board, links, handoffs: Arc::default(), metrics, breakers, patience });
+    let placer = Arc::new(Placer {
+        board,
+        links,
+        handoffs: Arc::default(),
+        metrics,
+        breakers,
+        patience,
+        move_after: patience,
+    });
     Two { placer, model, assignment }
 }
 
