@@ -61,12 +61,14 @@ pub fn assemble(
     let models = Arc::new(Models::new(parts.served, &config.limits, &metrics)?);
     let board = Board::with(config.fleet.absent_grace, config.placement.settings(rand::random()));
     let links = Arc::new(Links::default());
+    let breakers = Arc::new(Breakers::new(&metrics));
     let keeper = Keeper {
         board: board.clone(),
         links: links.clone(),
         coordinator: CoordinatorId::new(config.id.as_str())?,
         config: config.fleet.clone(),
         metrics: metrics.clone(),
+        breakers: breakers.clone(),
         dial: parts.tls.dial(Role::Server),
         listed: parts.fleet.subscribe(),
         tasks: parts.tasks.clone(),
@@ -84,9 +86,10 @@ pub fn assemble(
             board,
             links,
             handoffs: Arc::default(),
-            breakers: Breakers::new(&metrics),
+            breakers,
             metrics: metrics.clone(),
             patience,
+            move_after: config.carry.move_after,
         }),
         gate,
         models,

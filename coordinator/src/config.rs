@@ -38,6 +38,7 @@ pub struct CoordinatorConfig {
     pub text: TextConfig,
     pub placement: PlacementConfig,
     pub fleet: FleetConfig,
+    pub carry: CarryConfig,
     pub admin: AdminConfig,
     pub tls: TlsConfig,
     pub process: ProcessConfig,
@@ -57,6 +58,7 @@ impl Default for CoordinatorConfig {
             text: TextConfig::default(),
             placement: PlacementConfig::default(),
             fleet: FleetConfig::default(),
+            carry: CarryConfig::default(),
             admin: AdminConfig::default(),
             tls: TlsConfig::default(),
             process: ProcessConfig::default(),
@@ -186,6 +188,10 @@ pub struct FleetConfig {
     /// An instance that answers no HTTP/2 ping for twice this long is lost.
     #[serde(with = "duration")]
     pub keep_alive: Duration,
+    /// How long an instance may have work and compute nothing, or say nothing and not answer, before its requests go on
+    /// elsewhere. One that is slow has longer: eight times what its steps take.
+    #[serde(with = "duration")]
+    pub stall: Duration,
     /// How long an instance that the store no longer lists, but whose stream lives, is still used.
     #[serde(with = "duration")]
     pub absent_grace: Duration,
@@ -201,9 +207,26 @@ impl Default for FleetConfig {
             reconnect_min: Duration::from_millis(50),
             reconnect_max: Duration::from_secs(1),
             keep_alive: Duration::from_secs(5),
+            stall: Duration::from_secs(3),
             absent_grace: Duration::from_secs(60),
             sweep: Duration::from_secs(5),
         }
+    }
+}
+
+/// How requests leave instances.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CarryConfig {
+    /// An answer that is expected to take longer yet on an instance that begins to drain, or to change its role, goes on
+    /// elsewhere at once; what takes less stays until it is done.
+    #[serde(with = "duration")]
+    pub move_after: Duration,
+}
+
+impl Default for CarryConfig {
+    fn default() -> Self {
+        Self { move_after: Duration::from_secs(2) }
     }
 }
 
@@ -270,6 +293,8 @@ impl ServiceConfig for CoordinatorConfig {
         ] {
             require(!value.is_zero(), key, "expected more than 0")?;
         }
+        // Loads come once a second.
+        require(fleet.stall >= Duration::from_secs(2), "fleet.stall", "expected at least 2s")?;
         require(
             fleet.reconnect_min <= fleet.reconnect_max,
             "fleet.reconnect_max",
@@ -293,7 +318,7 @@ mod tests {
     fn what_types_cannot_say_is_checked_with_its_key() {
         assert!(good().validate().is_ok());
         type Change = fn(&mut CoordinatorConfig);
-        let cases: [(&str, Change); 21] = [
+        let cases: [(&str, Change); 22] = [
             ("id", |c| c.id = "Upper".into()),
             ("store", |c| c.store.controller.clear()),
             ("store", |c| c.store.etcd.endpoints.push("127.0.0.1:2379".into())),
@@ -316,6 +341,7 @@ mod tests {
             ("placement.tpot_target", |c| c.placement.tpot_target = Duration::ZERO),
             ("placement.index_bytes", |c| c.placement.index_bytes = (1 << 20) - 1),
             ("fleet.keep_alive", |c| c.fleet.keep_alive = Duration::ZERO),
+            ("fleet.stall", |c| c.fleet.stall = Duration::from_millis(1999)),
             ("fleet.reconnect_max", |c| c.fleet.reconnect_max = Duration::ZERO),
         ];
         for (key, change) in cases {

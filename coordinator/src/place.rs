@@ -15,7 +15,7 @@ use futures::{FutureExt, future::BoxFuture};
 use tokio::time::{Instant, timeout_at};
 
 use crate::{
-    carry::{Breakers, is_fault},
+    carry::{Attempt, Breakers, is_fault},
     dispatch::{Assignment, Generation, NotSent},
     fleet::keeper::Links,
     handoffs::Handoffs,
@@ -62,9 +62,11 @@ pub struct Placer {
     pub links: Arc<Links>,
     pub handoffs: Arc<Handoffs>,
     pub metrics: Arc<Metrics>,
-    pub breakers: Breakers,
+    pub breakers: Arc<Breakers>,
     /// How long a request waits for an instance that can take it.
     pub patience: Duration,
+    /// What takes longer on an instance that drains goes on elsewhere.
+    pub move_after: Duration,
 }
 
 impl Placer {
@@ -131,6 +133,11 @@ impl Placer {
         Ok(booking)
     }
 
+    fn count_migration(&self, reason: ErrorCode, served: &Served) {
+        let (reason, model) = (reason.name(), served.name.clone());
+        self.metrics.migrations.get_or_create(&MigrationLabels { reason, model }).inc();
+    }
+
     /// Places a request again, after a pause or the next change of the fleet.
     async fn place_again(
         self: Arc<Self>,
@@ -156,8 +163,7 @@ impl Placer {
                     let (request, generated) = (&assignment.request, assignment.generated.len());
                     tracing::info!(%request, generated, %error, "the request goes on elsewhere");
                     if generated > 0 {
-                        let (reason, model) = (error.code.name(), served.name.clone());
-                        self.metrics.migrations.get_or_create(&MigrationLabels { reason, model }).inc();
+                        self.count_migration(error.code, served);
                     }
                     return Ok((generation, placing));
                 }
@@ -228,16 +234,42 @@ impl Attempts {
         &self.assignment
     }
 
-    /// Instances have brought the first token of an attempt.
-    pub fn served<'a>(&self, instances: impl Iterator<Item = &'a InstanceId>) {
-        instances.for_each(|instance| self.placer.breakers.success(instance, Instant::now()));
+    /// Takes note of who has brought the first token of an attempt.
+    pub fn served(&self, generation: &mut Generation) {
+        let (placed, now) = (generation.placed(), Instant::now());
+        let instances = generation.take_served();
+        instances.for_each(|instance| self.placer.breakers.success(instance, placed, now));
     }
 
-    /// An attempt has failed, by this instance if that is known.
-    pub fn failed(&self, error: &ApiError, culprit: Option<&InstanceId>) {
-        if let Some(culprit) = culprit.filter(|_| is_fault(error)) {
-            self.placer.breakers.fault(culprit, Instant::now());
+    /// An attempt has failed.
+    pub fn failed(&self, error: &ApiError, generation: &Generation) {
+        if let Some(culprit) = generation.culprit().filter(|_| is_fault(error)) {
+            let attempt = Attempt { placed: generation.placed(), pair: generation.pair() };
+            self.placer.breakers.fault(attempt, culprit, error, Instant::now());
         }
+    }
+
+    /// Whether an answer that has so many tokens is expected to take so long yet on an instance which drains that it had
+    /// better go on elsewhere.
+    pub fn is_worth_moving(&self, instance: &InstanceId, tokens: u32) -> bool {
+        let most = self.assignment.sampling.max_tokens;
+        self.placer.board.left(instance, tokens, most) > self.placer.move_after
+    }
+
+    /// Gives it to others, if any can take it at once.
+    pub fn elsewhere(&self) -> Option<(Generation, Placing)> {
+        let Self { placer, model, assignment, .. } = self;
+        let whole = Whole::of_assignment(assignment);
+        let booking = placer.book_now(&model.served, whole, &assignment.sampling, &[]).ok()?;
+        let drains = ApiError::new(ErrorCode::Unavailable, "the instance that generates drains");
+        let placing = Placing::new(&booking, Some(drains));
+        let generation = placer.start(booking, assignment.clone()).ok()?;
+        let (request, generated) = (&assignment.request, assignment.generated.len());
+        tracing::info!(%request, generated, "the request leaves an instance that drains");
+        if generated > 0 {
+            placer.count_migration(ErrorCode::Unavailable, &model.served);
+        }
+        Some((generation, placing))
     }
 
     /// For one of the choices alone, which goes on from these tokens.

@@ -109,6 +109,11 @@ impl Cluster {
         fs::read_to_string(self.dir.path().join("up.log")).expect("the screen's file is there")
     }
 
+    /// What a service has logged so far.
+    pub fn log(&self, name: &str) -> String {
+        fs::read_to_string(self.dir.path().join(format!("{name}.log"))).expect("a service has a log")
+    }
+
     fn run_file(&self) -> RunFile {
         read_run_file(self.dir.path()).expect("the run file is there while the cluster runs")
     }

@@ -181,6 +181,16 @@ impl Board {
         self.settings.targets.ttft(prompt_tokens).min(TTFT_TARGET_MOST)
     }
 
+    /// How long an answer that has so many tokens, and may have `most`, is expected to take yet on an instance. Who has
+    /// come further than others is as far from the end as they were: lengths have long tails.
+    pub fn left(&self, id: &InstanceId, tokens: u32, most: u32) -> Duration {
+        let state = self.state.lock();
+        let Some(row) = state.view.row(id) else { return Duration::ZERO };
+        let expected = state.lengths.tokens(&row.spec.revision).min(most.saturating_sub(tokens));
+        let step = row.speed.step_micros(row.standing.sequences as f64, 0.0);
+        Duration::from_secs_f64((step.max(0.0) * f64::from(expected) / 1e6).min(1e6))
+    }
+
     /// How many instances are known.
     pub fn fleet_size(&self) -> usize {
         self.state.lock().fleet.size()
@@ -209,8 +219,8 @@ impl Board {
         place(&state.view, &ask, &self.settings, Instant::now()).map(drop)
     }
 
-    /// Chooses where a request goes and books its work there at once. Of those to `avoid` the last are taken
-    /// first, if nobody else is there.
+    /// Chooses where a request goes and books its work there at once. Of those to `avoid` the last that can do what nobody
+    /// else can is taken first.
     pub fn place<'a>(
         self: &Arc<Self>,
         prompt: impl Into<Prompt<'a>>,
@@ -226,13 +236,12 @@ impl Board {
         state.view.arrived(revision, now);
         let expected_tokens = state.lengths.tokens(revision);
         let ask = Ask { prompt_tokens, held, max_tokens, expected_tokens, choices, revision, avoid, turn };
-        let mut left = avoid;
+        let mut left = avoid.to_vec();
         let (placement, receipt) = loop {
-            match (place(&state.view, &Ask { avoid: left, ..ask }, &self.settings, now), left) {
-                // Nobody's absence is why.
-                (Err(error @ (NoPlace::TooLarge(_) | NoPlace::OtherModel)), _) => return Err(error),
-                (Err(_), [fewer @ .., _]) => left = fewer,
-                (found, _) => break found?,
+            match place(&state.view, &Ask { avoid: &left, ..ask }, &self.settings, now) {
+                Err(error) if left.is_empty() || !state.view.give_up(&mut left, error) => return Err(error),
+                Err(_) => {}
+                Ok(found) => break found,
             }
         };
         let part = |seat: &Seat, computes: bool, sequences: u32| {
@@ -310,6 +319,11 @@ impl Credit {
         }
     }
 
+    /// Who prefills and who decodes; one of them alone if it does both.
+    pub fn pair(&self) -> (&InstanceId, Option<&InstanceId>) {
+        (&self.prefill.instance, self.decode.as_ref().map(|decode| &decode.instance))
+    }
+
     /// Who has one of the legs.
     pub fn instance(&self, side: Side) -> &InstanceId {
         match (side, &self.decode) {
@@ -372,3 +386,6 @@ impl Drop for Credit {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

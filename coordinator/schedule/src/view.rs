@@ -14,7 +14,7 @@ use baton_proto::{GroupName, InstanceId, RoleEpoch};
 use tokio::time::Instant;
 
 use crate::{
-    Side,
+    NoPlace, Side,
     fleet::{Fleet, Instance, Role, Spec},
     ledger::{Ledger, Standing},
     links::Links,
@@ -151,6 +151,27 @@ impl View {
         let others = self.models.iter().filter(|model| model.revision != revision);
         let mut rows = others.flat_map(|model| &model.rows);
         rows.any(|row| row.is_usable(now) && matches!(row.duty, Some((Some(_), _))))
+    }
+
+    /// Of those to avoid, lets the last go that may be missed, as somebody is for this reason. False: nobody's absence is
+    /// why.
+    pub(crate) fn give_up(&self, avoid: &mut Vec<InstanceId>, lacks: NoPlace) -> bool {
+        let wanted = match lacks {
+            NoPlace::TooLarge(_) | NoPlace::OtherModel => return false,
+            NoPlace::NoPrefill => Some(Side::Prefill),
+            NoPlace::NoDecode => Some(Side::Decode),
+            NoPlace::NoInstance => None,
+        };
+        let side = |id: &InstanceId| self.row(id).and_then(|row| row.duty).and_then(|(side, _)| side);
+        let would_do =
+            |id: &InstanceId| matches!(side(id), Some(of) if of == Side::Whole || Some(of) == wanted);
+        let missed = wanted.and_then(|_| avoid.iter().rposition(would_do));
+        // Else it is not known who.
+        let missed = missed.or(avoid.len().checked_sub(1));
+        missed.is_some_and(|at| {
+            avoid.remove(at);
+            true
+        })
     }
 
     pub fn row(&self, id: &InstanceId) -> Option<&Row> {

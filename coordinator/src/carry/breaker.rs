@@ -1,6 +1,6 @@
 //! Whether one instance is to be given requests, by how those that it was given ended. Pure: time is an argument.
 //!
-//! States: *closed* -> *open* (it failed too much) -> *half open*, once its pause is over: one request is let through, and
+//! States: *closed* -> *open* (it failed too much, or is stuck) -> *half open*, once its pause is over: one request is let through, and
 //! another after as long a pause again if nothing comes of it -> closed if it brings a token, or open if it fails, for
 //! twice as long. One that fails again soon after it was closed is open for twice as long, too.
 
@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 /// So many faults within so long open it.
 const FAULTS: usize = 5;
-const WITHIN: Duration = Duration::from_secs(10);
+pub(super) const WITHIN: Duration = Duration::from_secs(10);
 /// Of the last so many attempts, no older than that, more than half open it too, if they are enough to tell.
 const ATTEMPTS_KEPT: usize = 20;
 const ATTEMPTS_LEAST: usize = 10;
@@ -27,8 +27,9 @@ enum State {
     Open {
         until: Instant,
     },
-    /// A request has been let through; the next one is then.
+    /// A request has been let through then; the next one is at `next`.
     HalfOpen {
+        since: Instant,
         next: Instant,
     },
 }
@@ -52,7 +53,7 @@ impl Breaker {
     pub fn admits(&self, now: Instant) -> bool {
         match self.state {
             State::Closed => true,
-            State::Open { until: then } | State::HalfOpen { next: then } => now >= then,
+            State::Open { until: then } | State::HalfOpen { next: then, .. } => now >= then,
         }
     }
 
@@ -68,15 +69,16 @@ impl Breaker {
     /// A request has been placed there, be it for want of anybody else.
     pub fn placed(&mut self, now: Instant) {
         if !self.is_closed() && self.admits(now) {
-            self.state = State::HalfOpen { next: now + self.pause };
+            self.state = State::HalfOpen { since: now, next: now + self.pause };
         }
     }
 
-    /// An attempt has failed there. True: that opens it.
-    pub fn fault(&mut self, now: Instant) -> bool {
+    /// An attempt has failed there that was placed at `placed`. True: that opens it.
+    pub fn fault(&mut self, placed: Instant, now: Instant) -> bool {
         match self.state {
             // It was placed there before.
             State::Open { .. } => return false,
+            State::HalfOpen { since, .. } if placed < since => return false,
             State::HalfOpen { .. } => {}
             State::Closed => {
                 self.faults.push_back(now);
@@ -89,20 +91,35 @@ impl Breaker {
                 }
             }
         }
+        self.open(now);
+        true
+    }
+
+    /// It does not get on. True: that opens it; else it is open, and its pause begins anew.
+    pub fn stuck(&mut self, now: Instant) -> bool {
+        let opens = !matches!(self.state, State::Open { .. });
+        if opens {
+            self.open(now);
+        }
+        self.state = State::Open { until: now + self.pause };
+        opens
+    }
+
+    fn open(&mut self, now: Instant) {
         let again = !self.is_closed() || self.closed.is_some_and(|closed| now < closed + PAUSE_MOST);
         self.pause = if again { self.pause * 2 } else { PAUSE_LEAST }.clamp(PAUSE_LEAST, PAUSE_MOST);
         self.state = State::Open { until: now + self.pause };
         self.faults.clear();
         self.attempts.clear();
-        true
     }
 
-    /// An attempt has brought a token there. True: that closes it.
-    pub fn success(&mut self, now: Instant) -> bool {
+    /// An attempt has brought a token there that was placed at `placed`. True: that closes it.
+    pub fn success(&mut self, placed: Instant, now: Instant) -> bool {
         match self.state {
             State::Closed => self.ended(now, false),
             // It was placed there before.
             State::Open { .. } => {}
+            State::HalfOpen { since, .. } if placed < since => {}
             State::HalfOpen { .. } => {
                 (self.state, self.closed) = (State::Closed, Some(now));
                 return true;
@@ -116,7 +133,7 @@ impl Breaker {
         let past = |then: &Instant| now.saturating_duration_since(*then) > ATTEMPTS_WITHIN;
         match self.state {
             State::Closed => self.closed.iter().all(past) && self.attempts.iter().all(|(at, _)| past(at)),
-            State::Open { until: then } | State::HalfOpen { next: then } => {
+            State::Open { until: then } | State::HalfOpen { next: then, .. } => {
                 now.saturating_duration_since(then) > UNWANTED
             }
         }
@@ -148,7 +165,7 @@ mod tests {
     /// Faults at these times, in seconds from `began`; whether the last opens it.
     fn after_faults(began: Instant, times: &[u32]) -> (Breaker, bool) {
         let mut breaker = Breaker::default();
-        let opened = times.iter().map(|&at| breaker.fault(began + at * SECOND)).last();
+        let opened = times.iter().map(|&at| breaker.fault(began + at * SECOND, began + at * SECOND)).last();
         (breaker, opened.unwrap_or(false))
     }
 
@@ -177,10 +194,10 @@ mod tests {
             let opened = (0..20).any(|turn| {
                 let now = began + turn * 3 * SECOND;
                 if turn % period == 0 {
-                    breaker.success(now);
+                    breaker.success(now, now);
                     return false;
                 }
-                breaker.fault(now)
+                breaker.fault(now, now)
             });
             assert_eq!(opened, opens, "of {period}, {} fail", period - 1);
         }
@@ -199,15 +216,18 @@ mod tests {
         let just_before = began + SECOND - Duration::from_nanos(1);
         assert!(!breaker.admits(began) && !breaker.admits(just_before));
         breaker.placed(just_before);
-        assert!(!breaker.success(just_before), "what was placed before, or for want of others, is no trial");
+        assert!(
+            !breaker.success(just_before, just_before),
+            "what was placed before, or for want of others, is no trial"
+        );
         let now = began + SECOND;
         assert!(breaker.admits(now));
         breaker.placed(now);
         assert!(!breaker.admits(now) && !breaker.is_closed());
         assert!(breaker.admits(now + SECOND), "nothing came of the first");
-        assert!(breaker.success(now));
+        assert!(breaker.success(now, now));
         assert!(breaker.admits(now) && breaker.is_closed());
-        assert!(!breaker.fault(now), "one fault is none");
+        assert!(!breaker.fault(now, now), "one fault is none");
     }
 
     #[test]
@@ -219,14 +239,14 @@ mod tests {
             assert!(!breaker.admits(now + pause * SECOND - Duration::from_millis(1)));
             now += pause * SECOND;
             breaker.placed(now);
-            assert!(breaker.fault(now));
+            assert!(breaker.fault(now, now));
         }
         let again = |breaker: &Breaker, pause: Duration| {
             let (mut breaker, mut at) = (breaker.clone(), now + 60 * SECOND);
             breaker.placed(at);
-            assert!(breaker.success(at));
+            assert!(breaker.success(at, at));
             at += pause;
-            assert!((0..5).any(|_| breaker.fault(at)));
+            assert!((0..5).any(|_| breaker.fault(at, at)));
             breaker.pause()
         };
         assert_eq!(again(&breaker, SECOND), 60 * SECOND, "it gets no better by a token now and then");
@@ -234,10 +254,35 @@ mod tests {
     }
 
     #[test]
+    fn what_was_placed_before_the_trial_says_nothing_of_it() {
+        let began = Instant::now();
+        let (mut breaker, _) = after_faults(began, &[0; 5]);
+        let now = began + SECOND;
+        breaker.placed(now);
+        assert!(!breaker.success(began, now) && !breaker.is_closed());
+        assert!(!breaker.fault(began, now) && breaker.pause() == SECOND);
+        assert!(breaker.success(now, now) && breaker.is_closed());
+    }
+
+    #[test]
+    fn one_that_is_stuck_is_left_out_until_it_gets_on() {
+        let began = Instant::now();
+        let mut breaker = Breaker::default();
+        assert!(breaker.stuck(began));
+        let looks = (1..40).map(|look| began + look * SECOND / 4);
+        looks.for_each(|now| assert!(!breaker.stuck(now) && !breaker.admits(now + SECOND / 4)));
+        let last = began + 39 * SECOND / 4;
+        assert!(!breaker.admits(last + SECOND * 99 / 100) && breaker.admits(last + SECOND));
+        breaker.placed(last + SECOND);
+        assert!(breaker.stuck(last + 4 * SECOND), "the trial shows that it still is");
+        assert_eq!(breaker.pause(), 2 * SECOND);
+    }
+
+    #[test]
     fn one_that_serves_is_forgotten_in_the_end() {
         let began = Instant::now();
         let (mut breaker, _) = after_faults(began, &[0]);
-        breaker.success(began + SECOND);
+        breaker.success(began + SECOND, began + SECOND);
         assert!(!breaker.is_forgotten(began + 60 * SECOND));
         assert!(breaker.is_forgotten(began + 62 * SECOND));
         let (breaker, _) = after_faults(began, &[0; 5]);

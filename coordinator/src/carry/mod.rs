@@ -1,11 +1,13 @@
-//! What keeps failures from spreading while requests are carried on elsewhere: an instance that fails what it is given is
-//! left out for a while ([`breaker`]), and of a model's requests only so many are placed again ([`budget`]).
+//! What keeps failures from spreading while requests are carried on elsewhere: an instance that fails what it is given, or
+//! does not get on with it ([`stall`]), is left out for a while ([`breaker`]), and of a model's requests only so many are
+//! placed again ([`budget`]).
 //!
-//! Fed by [`crate::stream`] and [`crate::place`] with what became of attempts, asked by [`crate::place`]. Only what is an
-//! instance's own fault counts, see [`is_fault`].
+//! Fed by [`crate::stream`] and [`crate::place`] with what became of attempts and by [`crate::dispatch`] with who is stuck,
+//! asked by [`crate::place`]. Only what is an instance's own fault counts, see [`is_fault`].
 
 pub mod breaker;
 pub mod budget;
+pub mod stall;
 
 use std::collections::HashMap;
 
@@ -24,13 +26,41 @@ const LEFT_OUT_MOST: usize = 64;
 /// Whether an attempt that ended so shows that something is wrong with its instance, or the way its caches take. A lost
 /// instance is none: nobody places requests where no stream stands. Nor is one that refuses.
 pub fn is_fault(error: &ApiError) -> bool {
-    matches!(error.code, ErrorCode::Internal | ErrorCode::HandoffFailed | ErrorCode::KvDamaged)
+    matches!(error.code, ErrorCode::Internal) || is_of_the_handoff(error)
+}
+
+/// Whether the fault may be with either of a pair, or what lies between, whoever reports it.
+fn is_of_the_handoff(error: &ApiError) -> bool {
+    matches!(error.code, ErrorCode::HandoffFailed | ErrorCode::KvDamaged)
+}
+
+/// An attempt, as far as breakers are concerned.
+#[derive(Debug, Clone, Copy)]
+pub struct Attempt<'a> {
+    pub placed: Instant,
+    /// Who prefills and who decodes; one of them alone if it does both.
+    pub pair: (&'a InstanceId, Option<&'a InstanceId>),
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    breaker: Breaker,
+    /// With whom a handoff failed last, and when.
+    failed_with: Option<(InstanceId, Instant)>,
+}
+
+impl Known {
+    fn is_forgotten(&self, now: Instant) -> bool {
+        let failed = self.failed_with.as_ref();
+        self.breaker.is_forgotten(now)
+            && failed.is_none_or(|(_, at)| now.saturating_duration_since(*at) > breaker::WITHIN)
+    }
 }
 
 /// The breakers of all instances that have failed lately.
 #[derive(Debug)]
 pub struct Breakers {
-    known: Mutex<HashMap<InstanceId, Breaker>>,
+    known: Mutex<HashMap<InstanceId, Known>>,
     openings: Counter,
     open: Gauge,
 }
@@ -41,31 +71,58 @@ impl Breakers {
         Self { known: Mutex::default(), openings, open }
     }
 
-    /// An instance has failed an attempt by its own fault.
-    pub fn fault(&self, instance: &InstanceId, now: Instant) {
+    /// An attempt has failed by the fault of an instance, as `reporter` says or in its place is found. A handoff takes two:
+    /// either may be at fault, and is only taken to be if another handoff of its failed lately with somebody else. What a
+    /// handoff between these two costs is learnt by placement.
+    pub fn fault(&self, attempt: Attempt<'_>, reporter: &InstanceId, error: &ApiError, now: Instant) {
         let mut known = self.known.lock();
         // Here, where it grows.
-        known.retain(|_, breaker| !breaker.is_forgotten(now));
-        let breaker = known.entry(instance.clone()).or_default();
-        if breaker.fault(now) {
+        known.retain(|_, of| !of.is_forgotten(now));
+        match attempt.pair {
+            (prefill, Some(decode)) if is_of_the_handoff(error) => {
+                for (one, other) in [(prefill, decode), (decode, prefill)] {
+                    let of = known.entry(one.clone()).or_default();
+                    let before = of.failed_with.replace((other.clone(), now));
+                    let lately = |at: Instant| now.saturating_duration_since(at) <= breaker::WITHIN;
+                    if before.is_some_and(|(with, at)| with != *other && lately(at)) {
+                        self.charge(of, one, attempt.placed, now);
+                    }
+                }
+            }
+            _ => self.charge(known.entry(reporter.clone()).or_default(), reporter, attempt.placed, now),
+        }
+        self.count(&known);
+    }
+
+    fn charge(&self, of: &mut Known, instance: &InstanceId, placed: Instant, now: Instant) {
+        if of.breaker.fault(placed, now) {
             tracing::warn!(%instance, "it fails what it is given, and is left out for a while");
+            self.openings.inc();
+        }
+    }
+
+    /// An instance does not get on, or still does not.
+    pub fn stuck(&self, instance: &InstanceId, now: Instant) {
+        let mut known = self.known.lock();
+        known.retain(|_, of| !of.is_forgotten(now));
+        if known.entry(instance.clone()).or_default().breaker.stuck(now) {
             self.openings.inc();
         }
         self.count(&known);
     }
 
-    /// An instance has brought a first token of an attempt.
-    pub fn success(&self, instance: &InstanceId, now: Instant) {
+    /// An instance has brought a first token of an attempt that was placed at `placed`.
+    pub fn success(&self, instance: &InstanceId, placed: Instant, now: Instant) {
         let mut known = self.known.lock();
-        let Some(breaker) = known.get_mut(instance) else { return };
-        if breaker.success(now) {
+        let Some(of) = known.get_mut(instance) else { return };
+        if of.breaker.success(placed, now) {
             tracing::info!(%instance, "it serves again");
         }
         self.count(&known);
     }
 
-    fn count(&self, known: &HashMap<InstanceId, Breaker>) {
-        let open = known.values().filter(|breaker| !breaker.is_closed()).count();
+    fn count(&self, known: &HashMap<InstanceId, Known>) {
+        let open = known.values().filter(|of| !of.breaker.is_closed()).count();
         self.open.set(i64::try_from(open).unwrap_or(i64::MAX));
     }
 
@@ -80,16 +137,16 @@ impl Breakers {
     ) -> Result<Booking, NoPlace> {
         let mut known = self.known.lock();
         let before = known.len();
-        known.retain(|_, breaker| !breaker.is_forgotten(now));
+        known.retain(|_, of| !of.is_forgotten(now));
         if known.len() < before {
             self.count(&known);
         }
-        let mut shut: Vec<_> = known.iter().filter(|(_, breaker)| !breaker.admits(now)).collect();
-        if shut.is_empty() && known.values().all(Breaker::is_closed) {
+        let mut shut: Vec<_> = known.iter().filter(|(_, of)| !of.breaker.admits(now)).collect();
+        if shut.is_empty() && known.values().all(|of| of.breaker.is_closed()) {
             drop(known);
             return place(failed);
         }
-        shut.sort_by_key(|(instance, breaker)| (std::cmp::Reverse(breaker.pause()), *instance));
+        shut.sort_by_key(|(instance, of)| (std::cmp::Reverse(of.breaker.pause()), *instance));
         let shut = shut.into_iter().take(LEFT_OUT_MOST).map(|(instance, _)| instance);
         let mut avoid = failed.to_vec();
         avoid.extend(shut.filter(|instance| !failed.contains(instance)).cloned());
@@ -99,10 +156,13 @@ impl Breakers {
             Placement::Apart { prefill, decode } => (prefill, Some(decode)),
         };
         for seat in [Some(one), other].into_iter().flatten() {
-            if let Some(breaker) = known.get_mut(&seat.instance) {
-                breaker.placed(now);
+            if let Some(of) = known.get_mut(&seat.instance) {
+                of.breaker.placed(now);
             }
         }
         Ok(booking)
     }
 }
+
+#[cfg(test)]
+mod tests;

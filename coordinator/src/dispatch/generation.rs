@@ -39,6 +39,9 @@ const LINGER: Duration = Duration::from_millis(50);
 /// kvtransfer), and some for a step.
 const DECODE_PATIENCE: Duration = Duration::from_secs(15);
 
+/// After so long, who stays with an instance that drains is asked again.
+const LEAVING_AGAIN: Duration = Duration::from_secs(1);
+
 /// The guards of the open legs.
 #[derive(Default)]
 struct Legs {
@@ -62,6 +65,8 @@ impl Legs {
 pub enum Progress {
     /// New tokens of a choice, see [`Generation::fresh`], or its end, or both.
     Choice { choice: u32, end: Option<Completed> },
+    /// Whoever generates drains: what takes long had better go on elsewhere. Told again after a while.
+    Leaving,
     /// The request cannot be completed.
     Failed(ApiError),
 }
@@ -118,6 +123,9 @@ pub struct Generation {
     /// Legs that have brought a token, and how many of them have been told.
     served: Vec<Side>,
     served_told: usize,
+    placed: Instant,
+    /// When it was told that whoever generates drains.
+    leaving: Option<Instant>,
     deadline: Pin<Box<Sleep>>,
     why_cancelled: &'static str,
 }
@@ -189,6 +197,8 @@ impl Generation {
             failed: None,
             served: Vec::new(),
             served_told: 0,
+            placed: Instant::now(),
+            leaving: None,
             deadline: Box::pin(sleep_until(assignment.deadline)),
             why_cancelled: "other_leg_ended",
         })
@@ -212,6 +222,21 @@ impl Generation {
     /// How much of the prompt was taken from a prefix cache, as far as a leg has said it.
     pub fn cached_tokens(&self) -> Option<u32> {
         self.choices.iter().filter_map(|choice| choice.machine.cached_tokens()).max()
+    }
+
+    pub fn placed(&self) -> Instant {
+        self.placed
+    }
+
+    /// Who prefills and who decodes; one of them alone if it does both.
+    pub fn pair(&self) -> (&InstanceId, Option<&InstanceId>) {
+        self.credit.pair()
+    }
+
+    /// Who generates.
+    pub fn generates(&self) -> &InstanceId {
+        let (alone, decode) = self.pair();
+        decode.unwrap_or(alone)
     }
 
     /// Who made it fail, if that is known.
@@ -238,7 +263,10 @@ impl Generation {
                 return Poll::Ready(news);
             }
             match self.mailbox.poll_take(context, &mut self.inbox) {
-                Poll::Ready(()) => self.drain_inbox(),
+                Poll::Ready(()) => {
+                    self.drain_inbox();
+                    self.look_for_drain();
+                }
                 Poll::Pending => {
                     self.poll_timers(context);
                     if self.news.is_empty() {
@@ -300,6 +328,19 @@ impl Generation {
         }
     }
 
+    /// Who waits for a cache finds out when it has come.
+    fn look_for_drain(&mut self) {
+        let generates = self.legs.decode.as_ref().or(self.legs.whole.as_ref());
+        if !generates.is_some_and(LegGuard::drains) {
+            return;
+        }
+        let now = Instant::now();
+        if self.leaving.is_none_or(|told| now >= told + LEAVING_AGAIN) {
+            self.leaving = Some(now);
+            self.news.push_back(Progress::Leaving);
+        }
+    }
+
     /// Something that an instance sent was not taken. Its leg has not ended, and is told to like every other.
     fn fail_flooded(&mut self, side: Side) {
         let flood = format!("the {} instance floods the request with disordered output", side.name());
@@ -314,9 +355,9 @@ impl Generation {
         }
     }
 
-    /// Whose fault an error is that a leg ended with. An instance that is there and speaks of a lost one means its peer.
+    /// Whose fault an error is that a leg ended with. An instance that is well and speaks of a lost one means its peer.
     fn failed_by(&mut self, side: Side, error: &ApiError) -> Side {
-        let speaks = self.legs.of(side).as_ref().is_some_and(LegGuard::is_up);
+        let speaks = self.legs.of(side).as_ref().is_some_and(LegGuard::is_well);
         match side {
             Side::Prefill if speaks && error.code == ErrorCode::InstanceLost => Side::Decode,
             Side::Decode if speaks && error.code == ErrorCode::InstanceLost => Side::Prefill,

@@ -33,9 +33,14 @@ impl LegGuard {
         Self { link, leg, open }
     }
 
-    /// Whether the stream to the instance stands.
-    pub fn is_up(&self) -> bool {
-        self.link.is_up()
+    /// Whether the stream to the instance stands, and the instance gets on.
+    pub fn is_well(&self) -> bool {
+        self.link.gets_on()
+    }
+
+    /// Whether the instance finishes what it has.
+    pub fn drains(&self) -> bool {
+        self.link.drains()
     }
 
     /// The instance has ended a choice.

@@ -5,21 +5,25 @@
 //! handed to the mailboxes of the legs in it, or to the board. When it breaks, every leg on it fails with
 //! `instance_lost`; the instance cancels them on its side.
 //!
-//! What is to be sent waits in [`super::outbound`]; a dispatch that finds no room there is refused. An instance that reads
-//! nothing of it for [`UNREAD_MOST`] is as good as lost: its stream is cut. What is handed over is read at once where it can be ([`super::inline`]).
+//! An instance that does not get on is suspect: see [`stuck`]. What is to be sent waits in [`super::outbound`]; a dispatch
+//! that finds no room there is refused. An instance that reads nothing of it for [`UNREAD_MOST`] is as good as lost: its
+//! stream is cut, which cancels everything on it. What comes is read at once where it can be ([`super::inline`]).
+
+mod reason;
+mod stuck;
+mod target;
 
 use std::{
     collections::HashMap,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
 
 use baton_process::tls::Dial;
 use baton_proto::{ApiError, CoordinatorId, ErrorCode, Incarnation, InstanceId, LegId, v1};
-use baton_registry::ObservedStatus;
 use baton_schedule::{
     Side,
     board::{Board, Credit, LegNews},
@@ -47,20 +51,18 @@ use super::{
     outbound::Outbound,
 };
 use crate::{
+    carry::{Breakers, stall::LOOK},
     config::{CHOICES_MOST, FleetConfig},
     fleet::cache::CacheReader,
     metrics::Metrics,
 };
-
-mod reason;
-
 use reason::BreakReason;
+use stuck::Pulse;
+pub use target::Target;
 
 /// How long an instance may read nothing though something waits: longer than its engine takes for a long step, during
 /// which it may stop reading.
 const UNREAD_MOST: Duration = Duration::from_secs(30);
-/// How often that is looked at.
-const UNREAD_LOOK: Duration = Duration::from_secs(1);
 /// Messages that are taken in before anybody reads what they brought.
 const MESSAGES_AT_ONCE: usize = 16;
 /// Largest message an instance may send: a step's tokens of all legs.
@@ -71,24 +73,6 @@ fn load_interval_millis(instances: usize) -> u32 {
     u32::try_from(instances / 10).unwrap_or(u32::MAX).clamp(50, 1000)
 }
 
-/// Where the instance is now. A change ends any pause before the next attempt to connect.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Target {
-    /// `host:port` of its Inference service.
-    pub endpoint: String,
-    pub incarnation: Incarnation,
-    /// Of its model, as the store's list has it: which may be behind what is found there.
-    pub revision: String,
-    /// What it last told the controller: an instance that has just become ready is called at once.
-    pub status: Option<ObservedStatus>,
-}
-
-impl Target {
-    fn same_process(&self, other: &Self) -> bool {
-        self.endpoint == other.endpoint && self.incarnation == other.incarnation
-    }
-}
-
 /// A leg waiting for output.
 struct Slot {
     side: Side,
@@ -97,6 +81,7 @@ struct Slot {
     open: Choices,
     /// It has brought a token.
     begun: bool,
+    sent: Instant,
 }
 
 struct Standing {
@@ -107,15 +92,22 @@ struct Standing {
 /// Handle to the stream of one instance.
 pub struct Link {
     instance: InstanceId,
-    next_leg: AtomicU64,
+    /// Of all links: an instance that is forgotten and comes again is sent none that is still known of before.
+    legs: Arc<AtomicU64>,
     /// `None` while down.
     channel: Mutex<Option<Standing>>,
+    /// The instance does not get on, though the stream may stand.
+    stuck: AtomicBool,
+    /// It is about to stop what it does.
+    drains: AtomicBool,
     metrics: Arc<Metrics>,
 }
 
 impl Link {
-    pub fn new(instance: InstanceId, metrics: Arc<Metrics>) -> Arc<Self> {
-        Arc::new(Self { instance, next_leg: AtomicU64::new(1), channel: Mutex::new(None), metrics })
+    /// `legs` counts the legs of all links.
+    pub fn new(instance: InstanceId, legs: Arc<AtomicU64>, metrics: Arc<Metrics>) -> Arc<Self> {
+        let (stuck, drains) = (AtomicBool::new(false), AtomicBool::new(false));
+        Arc::new(Self { instance, legs, channel: Mutex::new(None), stuck, drains, metrics })
     }
 
     /// Sends one leg; its output goes to `mailbox` until the guard is dropped. An error: nothing was sent.
@@ -135,13 +127,14 @@ impl Link {
             return Err(ApiError::new(ErrorCode::Unavailable, message));
         }
         // Under the lock, so that legs leave in the order of their numbers, and are on the ledger before a load counts them.
-        let leg = LegId(self.next_leg.fetch_add(1, Ordering::Relaxed));
+        let leg = LegId(self.legs.fetch_add(1, Ordering::Relaxed) + 1);
         dispatch.leg = leg.0;
         let choices = dispatch.sampling.as_ref().map_or(1, |sampling| sampling.choices);
         let open = first_choices(choices);
         credit.dispatched(side, leg, open.count_ones());
         up.outbound.push(Ask::Dispatch(dispatch));
-        up.legs.insert(leg, Slot { side, mailbox: mailbox.clone(), open, begun: false });
+        let sent = Instant::now();
+        up.legs.insert(leg, Slot { side, mailbox: mailbox.clone(), open, begun: false, sent });
         Ok(LegGuard::new(self.clone(), leg, open))
     }
 
@@ -211,13 +204,19 @@ impl Link {
     /// The stream is gone: every leg on it fails. False: there was none.
     fn break_off(&self) -> bool {
         let Some(up) = self.channel.lock().take() else { return false };
-        self.metrics.legs_lost.inc_by(up.legs.len() as u64);
-        for slot in up.legs.into_values() {
+        let message =
+            format!("the connection to instance {} was lost; send the request again", self.instance);
+        self.lose(up.legs, &ApiError::new(ErrorCode::InstanceLost, message));
+        true
+    }
+
+    fn lose(&self, legs: HashMap<LegId, Slot>, error: &ApiError) {
+        self.metrics.legs_lost.inc_by(legs.len() as u64);
+        for slot in legs.into_values() {
             for choice in (0..CHOICES_MOST).filter(|&choice| slot.open & only(choice) != 0) {
-                slot.mailbox.deliver(slot.side, Output { choice, ..Output::failed(lost(&self.instance)) });
+                slot.mailbox.deliver(slot.side, Output { choice, ..Output::failed(error.clone()) });
             }
         }
-        true
     }
 }
 
@@ -225,11 +224,6 @@ impl Link {
 pub(super) fn not_there(instance: &InstanceId) -> ApiError {
     let message = format!("instance {instance} has just left; try again in a moment");
     ApiError::new(ErrorCode::Unavailable, message)
-}
-
-fn lost(instance: &InstanceId) -> ApiError {
-    let message = format!("the connection to instance {instance} was lost; send the request again");
-    ApiError::new(ErrorCode::InstanceLost, message)
 }
 
 /// A stream that stands.
@@ -248,6 +242,7 @@ pub struct LinkTask {
     pub board: Arc<Board>,
     pub coordinator: CoordinatorId,
     pub config: FleetConfig,
+    pub breakers: Arc<Breakers>,
     /// The way to this instance.
     pub dial: Dial,
     pub target: watch::Receiver<Target>,
@@ -337,6 +332,7 @@ impl LinkTask {
                 return Err(BreakReason::WrongPeer { expected, got });
             }
         };
+        self.link.drains.store(false, Ordering::Relaxed);
         *self.link.channel.lock() = Some(Standing { outbound, legs: HashMap::new() });
         self.board.up(&self.link.instance, incarnation, duty);
         tracing::info!(instance = %self.link.instance, endpoint = %target.endpoint, ?duty, "stream is up");
@@ -361,14 +357,19 @@ impl LinkTask {
 
     async fn serve(&mut self, attached: Attached) -> BreakReason {
         let Attached { mut inbound, mut target, channel, mut cache } = attached;
-        let mut look = interval(UNREAD_LOOK);
+        let mut pulse = Pulse::new(&self.link, &self.breakers, channel.clone(), self.config.stall);
+        let mut look = interval(LOOK);
         loop {
             let message = tokio::select! {
                 biased;
-                _ = look.tick() => match self.link.is_deaf() {
-                    true => return BreakReason::Deaf,
-                    false => continue,
-                },
+                _ = look.tick() => {
+                    if self.link.is_deaf() {
+                        return BreakReason::Deaf;
+                    }
+                    pulse.look();
+                    continue;
+                }
+                () = pulse.answered() => continue,
                 moved = self.target.changed() => {
                     if moved.is_err() {
                         return BreakReason::Stopped;
@@ -387,7 +388,7 @@ impl LinkTask {
                 }
                 message = inbound.message() => message,
             };
-            let (taken, woken) = inline::gather(|| self.take_all(message, &mut inbound));
+            let (taken, woken) = inline::gather(|| self.take_all(message, &mut inbound, &mut pulse));
             let many = !woken.is_empty();
             inline::read(woken);
             if many {
@@ -405,12 +406,16 @@ impl LinkTask {
         &self,
         first: Result<Option<v1::AttachResponse>, tonic::Status>,
         inbound: &mut Streaming<v1::AttachResponse>,
+        pulse: &mut Pulse,
     ) -> Result<(), BreakReason> {
         let mut next = Some(first);
         for left in (0..MESSAGES_AT_ONCE).rev() {
             let Some(message) = next else { break };
             let response = message.map_err(Box::new)?.ok_or(BreakReason::Ended)?;
-            response.frame.into_iter().for_each(|frame| self.take(frame));
+            if let Some(frame) = response.frame {
+                pulse.heard(&frame);
+                self.take(frame);
+            }
             next = if left > 0 { inbound.message().now_or_never() } else { None };
         }
         Ok(())
@@ -428,7 +433,9 @@ impl LinkTask {
             Answer::Load(load) => self.board.load(instance, (&load).into()),
             Answer::Role(change) => {
                 tracing::info!(%instance, role = ?change.role(), phase = ?change.phase(), "instance changed");
+                // First the board: what leaves it now is placed again at once, and not here.
                 self.board.duty(instance, (&change).into());
+                self.link.drains.store(change.phase() == v1::Phase::Draining, Ordering::Relaxed);
             }
             Answer::Welcome(_) => {}
         }

@@ -4,7 +4,10 @@
 //! out links by instance. Ends at shutdown; the links live on while requests drain over them, until
 //! [`Links::stop_all`].
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::HashMap,
+    sync::{Arc, atomic::AtomicU64},
+};
 
 use baton_process::tls::Dial;
 use baton_proto::{CoordinatorId, InstanceId};
@@ -19,6 +22,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
+    carry::Breakers,
     config::FleetConfig,
     dispatch::{Link, LinkTask, Target},
     metrics::Metrics,
@@ -34,6 +38,8 @@ struct Entry {
 #[derive(Default)]
 pub struct Links {
     entries: RwLock<Entries>,
+    /// How many legs were sent on all of them.
+    legs: Arc<AtomicU64>,
 }
 
 #[derive(Default)]
@@ -71,9 +77,8 @@ impl Links {
             };
             (id, Entry { link, target: watch::Sender::new(target), stop: CancellationToken::new() })
         };
-        Self {
-            entries: RwLock::new(Entries { links: links.into_iter().map(entry).collect(), closed: false }),
-        }
+        let links = links.into_iter().map(entry).collect();
+        Self { entries: RwLock::new(Entries { links, closed: false }), ..Self::default() }
     }
 }
 
@@ -84,6 +89,7 @@ pub struct Keeper {
     pub coordinator: CoordinatorId,
     pub config: FleetConfig,
     pub metrics: Arc<Metrics>,
+    pub breakers: Arc<Breakers>,
     /// The way to instances.
     pub dial: Dial,
     /// The store's list.
@@ -174,7 +180,7 @@ impl Keeper {
     fn start(&self, instance: InstanceId, target: Target) -> Entry {
         let (target, receiver) = watch::channel(target);
         let dial = self.dial.clone().named(instance.as_str());
-        let link = Link::new(instance, self.metrics.clone());
+        let link = Link::new(instance, self.links.legs.clone(), self.metrics.clone());
         // Not a child of the shutdown token: requests in flight drain over the links first.
         let stop = CancellationToken::new();
         let task = LinkTask {
@@ -182,6 +188,7 @@ impl Keeper {
             board: self.board.clone(),
             coordinator: self.coordinator.clone(),
             config: self.config.clone(),
+            breakers: self.breakers.clone(),
             dial,
             target: receiver,
             stop: stop.clone(),

@@ -28,8 +28,9 @@ async fn all_prompts_together_wait_no_longer_than_one() {
     let links = Arc::default();
     let (served, handoffs) = (served(), Arc::default());
     let metrics = baton_process::Metrics::new("coordinator").register(Metrics::register);
-    let breakers = Breakers::new(&metrics);
-    let placer = Placer { board: board.clone(), links, handoffs, metrics, breakers, patience };
+    let breakers = Arc::new(Breakers::new(&metrics));
+    let placer =
+        Placer { board: board.clone(), links, handoffs, metrics, breakers, patience, move_after: patience };
     let body = r#"{"model": "tiny", "prompt": ["short", "one that only the large one holds"]}"#;
     let request = parse(body.as_bytes()).expect("is JSON");
     let prepared = prepare(&served, Endpoint::Text, &request, LIMITS, 1).expect("is good");
@@ -81,8 +82,16 @@ fn two(links: Links) -> Two {
         in_batches: false,
     };
     let patience = Duration::from_secs(5);
-    let (links, breakers) = (Arc::new(links), Breakers::new(&metrics));
-    let placer = Arc::new(Placer { board, links, handoffs: Arc::default(), metrics, breakers, patience });
+    let (links, breakers) = (Arc::new(links), Arc::new(Breakers::new(&metrics)));
+    let placer = Arc::new(Placer {
+        board,
+        links,
+        handoffs: Arc::default(),
+        metrics,
+        breakers,
+        patience,
+        move_after: patience,
+    });
     Two { placer, model, assignment }
 }
 

@@ -10,6 +10,7 @@ use std::{
 };
 
 use baton_proto::{ApiError, ErrorCode};
+use futures::{FutureExt, future};
 use tokio::time::Instant;
 
 use super::reading::{Piece, Reading};
@@ -42,6 +43,8 @@ enum Over {
     Failed(ApiError),
     /// Nobody was found in time who would make another attempt.
     NoPlace(ApiError),
+    /// It had better go on elsewhere, if anybody can take it at once.
+    Leaving,
 }
 
 /// See the module.
@@ -114,6 +117,11 @@ impl Lane {
                     self.strands.splice(index..index, next);
                 }
                 Poll::Ready(Over::NoPlace(error)) => return Poll::Ready(Err(error)),
+                Poll::Ready(Over::Leaving) => {
+                    if let Some(next) = self.move_away(index, card, pieces) {
+                        self.strands.splice(index..=index, next);
+                    }
+                }
                 Poll::Pending => index += 1,
             }
         }
@@ -143,10 +151,11 @@ impl Lane {
                 },
             };
             let progress = ready!(generation.poll(context));
-            strand.attempts.served(generation.take_served());
+            strand.attempts.served(generation);
             let (choice, end) = match progress {
                 Progress::Choice { choice, end } => (choice, end),
                 Progress::Failed(error) => return Poll::Ready(Over::Failed(error)),
+                Progress::Leaving => return Poll::Ready(Over::Leaving),
             };
             let at = choice as usize;
             let (Some(reading), Some(piece)) = (readings.get_mut(at), pieces.get_mut(at)) else { continue };
@@ -162,6 +171,62 @@ impl Lane {
         Poll::Ready(Over::Done)
     }
 
+    /// Takes in what has come of choices whose attempt ends.
+    fn take_rest(&mut self, generation: &mut Generation, choices: Range<usize>, pieces: &mut [Piece]) {
+        for (choice, at) in (0..).zip(choices) {
+            let (reading, piece) = (&mut self.readings[at], &mut pieces[at]);
+            take(generation, choice, reading, piece);
+            // Its last token has come, and only the word that it is the last was lost.
+            if let Some(reason) = reading.complete().filter(|_| !reading.finished()) {
+                reading.finish(reason, false, piece);
+            }
+        }
+        if let Some(said) = generation.cached_tokens().filter(|_| !self.cached_settled) {
+            (self.cached_tokens, self.cached_settled) = (said.max(self.cached_tokens), true);
+        }
+    }
+
+    /// What takes the place of a strand whose instance drains, where others can have all of it at once; else it stays.
+    fn move_away(&mut self, index: usize, card: &CardGuard, pieces: &mut [Piece]) -> Option<Vec<Strand>> {
+        let Strand { work: Work::Generating(generation), attempts, choices } = &self.strands[index] else {
+            return None;
+        };
+        let left = choices.clone().filter(|at| !self.readings[*at].finished());
+        let consumed = left.map(|at| self.readings[at].consumed()).min()?;
+        if !attempts.is_worth_moving(generation.generates(), consumed) {
+            return None;
+        }
+        let (attempts, choices) = (attempts.clone(), choices.clone());
+        let Work::Generating(mut generation) =
+            std::mem::replace(&mut self.strands[index].work, Work::Replacing(future::pending().boxed()))
+        else {
+            return None;
+        };
+        self.take_rest(&mut generation, choices.clone(), pieces);
+        let readings = &self.readings;
+        let next: Option<Vec<_>> = if readings[choices.clone()].iter().all(|of| of.tokens().is_empty()) {
+            let moved = attempts.elsewhere();
+            moved.map(|moved| vec![(moved, attempts, choices)])
+        } else {
+            let left = (0..).zip(choices).filter(|(_, at)| !readings[*at].finished());
+            let alone = |(choice, at): (u32, usize)| {
+                let attempts = attempts.of_choice(choice, readings[at].tokens());
+                Some((attempts.elsewhere()?, attempts, at..at + 1))
+            };
+            left.map(alone).collect()
+        };
+        let Some(next) = next else {
+            self.strands[index].work = Work::Generating(generation);
+            return None;
+        };
+        generation.give_up();
+        let strand = |((generation, placing), attempts, choices)| {
+            card.placed(placing);
+            Strand { work: Work::Generating(Box::new(generation)), attempts, choices }
+        };
+        Some(next.into_iter().map(strand).collect())
+    }
+
     /// What takes the place of a strand that has failed, if another attempt may do better.
     fn again(
         &mut self,
@@ -171,22 +236,12 @@ impl Lane {
     ) -> Result<Vec<Strand>, ApiError> {
         let Strand { work, mut attempts, choices } = strand;
         let Work::Generating(mut generation) = work else { return Err(error) };
-        attempts.failed(&error, generation.culprit());
+        attempts.failed(&error, &generation);
         let readings = &mut self.readings[choices.clone()];
         if !may_pass(&error, readings.iter().any(|reading| reading.consumed() > 0)) {
             return Err(error);
         }
-        for (choice, at) in (0..).zip(choices.clone()) {
-            let (reading, piece) = (&mut self.readings[at], &mut pieces[at]);
-            take(&mut generation, choice, reading, piece);
-            // Its last token has come, and only the word that it is the last was lost.
-            if let Some(reason) = reading.complete().filter(|_| !reading.finished()) {
-                reading.finish(reason, false, piece);
-            }
-        }
-        if let Some(said) = generation.cached_tokens().filter(|_| !self.cached_settled) {
-            (self.cached_tokens, self.cached_settled) = (said.max(self.cached_tokens), true);
-        }
+        self.take_rest(&mut generation, choices.clone(), pieces);
         let readings = &self.readings[choices.clone()];
         let carried = attempts.assignment().generated.len();
         let begun = readings.iter().any(|reading| reading.tokens().len() > carried);

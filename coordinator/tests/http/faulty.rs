@@ -5,17 +5,17 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use baton_proto::{ErrorCode, v1};
-use baton_registry::{Store, Txn, keys, records};
+use baton_registry::{LeaderRecord, Store, Txn, keys, records};
 use serde_json::json;
 use v1::{FinishReason, attach_response::Frame as Answer};
 
 use crate::{
     failures::error_of,
-    scripted::{Cluster, Instance, other, until},
+    scripted::{Cluster, Instance, other, served as model, until},
 };
 
 #[tokio::test]
@@ -109,4 +109,36 @@ async fn a_fleet_that_only_fails_is_not_given_twice_the_work() {
         refused.lines().find(|line| line.starts_with("baton_coordinator_retry_budget_exhausted_total"));
     assert!(refused.is_some_and(|line| line.ends_with(&format!(" {}", requests - again))), "{refused:?}");
     cluster.at_rest().await;
+}
+
+/// What is still known of its legs of before is not taken for what it says of those that it is sent now.
+#[tokio::test]
+async fn an_instance_that_was_forgotten_and_comes_again_is_sent_new_numbers() {
+    let (cluster, [mut mixed]) = Cluster::start([("m", v1::Role::Mixed)], |config| {
+        config.fleet.absent_grace = Duration::from_millis(1);
+        config.fleet.sweep = Duration::from_millis(5);
+    })
+    .await;
+    let served = async |mixed: &mut Instance| {
+        let response = cluster.chat(json!({}));
+        let leg = mixed.dispatch().await.leg;
+        mixed.finish(leg, 0, "a", FinishReason::Stop);
+        assert_eq!(response.await.expect("ends").status(), 200);
+        leg
+    };
+    let first = served(&mut mixed).await;
+    let (key, spec) = (keys::instance(&mixed.id), records::encode_spec(&mixed.spec(&model())));
+    // By a leader that wrote it itself: it is gone for good.
+    let leader = LeaderRecord { controller_id: "c".into(), endpoint: "c:1".into() };
+    let put = Txn::new().put(keys::LEADER, leader.encode(), None);
+    cluster.store.txn(put).await.expect("puts");
+    cluster.store.txn(Txn::new().put(&key, spec.clone(), None)).await.expect("puts");
+    cluster.store.txn(Txn::new().delete(&key)).await.expect("deletes");
+    mixed.kill().await;
+    until("it is forgotten", || cluster.service.placer.links.get(&mixed.id).is_none()).await;
+    mixed.restart().await;
+    cluster.store.txn(Txn::new().put(&key, spec, None)).await.expect("puts");
+    until("it is there again", || cluster.can_serve()).await;
+    let again = served(&mut mixed).await;
+    assert!(again > first, "leg {again} after leg {first}");
 }

@@ -1,12 +1,12 @@
 //! Requests go where their prompts are, by what instances say that they have cached and by what was sent to them.
 
-use baton_coordinator::requests::Known;
+use baton_coordinator::{CoordinatorConfig, requests::Known};
 use baton_proto::{BlockHash, v1};
 use baton_schedule::Scored;
 use serde_json::json;
 use v1::{FinishReason, attach_response::Frame as Answer};
 
-use crate::scripted::{Cluster, Instance, cache::chain, until};
+use crate::scripted::{Cluster, Instance, PATIENCE, cache::chain, until};
 
 /// Two that prefill, and one that decodes.
 struct Fleet {
@@ -19,7 +19,8 @@ impl Fleet {
     /// All caches are read; what is in them is in no prompt.
     async fn start() -> Self {
         let roles = [("p0", v1::Role::Prefill), ("p1", v1::Role::Prefill), ("d", v1::Role::Decode)];
-        let (cluster, [p0, p1, decode]) = Cluster::start(roles, |_| {}).await;
+        let patient = |config: &mut CoordinatorConfig| config.limits.placement_timeout = PATIENCE;
+        let (cluster, [p0, p1, decode]) = Cluster::start(roles, patient).await;
         let fleet = Self { cluster, prefill: [p0, p1], decode };
         for instance in fleet.prefill.iter().chain([&fleet.decode]) {
             instance.cache.opened(1).await;
@@ -202,5 +203,36 @@ async fn who_says_what_cannot_be_is_not_believed_and_serves_all_the_same() {
             break;
         }
         assert!(asked < 1000, "it is asked nothing any more");
+    }
+}
+
+#[tokio::test]
+async fn an_answer_whose_decode_dies_goes_on_from_the_prefill_that_has_its_prompt() {
+    let question = "what is it that was asked before?";
+    for has in [0, 1] {
+        let mut fleet = Fleet::start().await;
+        fleet.prefill[has].cache.change(6, &blocks(question), &[]);
+        fleet.told("change", 1).await;
+        let messages = json!([{"role": "user", "content": question}]);
+        let response = fleet.cluster.chat(json!({"messages": messages, "max_tokens": 4}));
+        let prefill = &mut fleet.prefill[has];
+        let first = prefill.dispatch().await;
+        let taken = fleet.decode.dispatch().await;
+        prefill.finish(first.leg, 0, "a", FinishReason::HandedOff);
+        fleet.decode.tokens(taken.leg, 1, "b");
+        let two = || fleet.cluster.service.roster.list().iter().any(|card| card.completion_tokens() == 2);
+        until("two tokens are there", two).await;
+        fleet.decode.cut();
+        let (again, resumed) = (prefill.dispatch().await, fleet.decode.dispatch().await);
+        assert_eq!(again.generated_tokens, b"ab".map(u32::from));
+        prefill.finish(again.leg, 2, "c", FinishReason::HandedOff);
+        fleet.decode.finish(resumed.leg, 3, "d", FinishReason::Length);
+        assert_eq!(response.await.expect("ends").status(), 200);
+        let placings = fleet.cluster.service.roster.find(&first.request_id);
+        let Some(Known::Ended(card) | Known::Running(card)) = placings else { panic!("it was there") };
+        let receipt = &card.placings().0[1].receipt.cheapest;
+        // All full blocks of its prompt, and of nothing else.
+        assert_eq!(cached(receipt, &format!("p{has}")), blocks(question).len() as u32 * 4);
+        fleet.cluster.at_rest().await;
     }
 }

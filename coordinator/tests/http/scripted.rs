@@ -229,6 +229,16 @@ impl Instance {
         sender.try_send(Ok(v1::AttachResponse { frame: Some(answer) })).expect("room for a message");
     }
 
+    /// What says something to the coordinator when it is called, as long as one is attached.
+    pub(crate) fn voice(&self) -> impl Fn(Answer) + Send + use<> {
+        let outgoing = self.outgoing.clone();
+        move |answer| {
+            if let Some(sender) = outgoing.lock().get(COORDINATOR) {
+                let _ = sender.try_send(Ok(v1::AttachResponse { frame: Some(answer) }));
+            }
+        }
+    }
+
     /// Tokens of one of a leg's choices, and its end.
     pub(crate) fn of_choice(
         &self,

@@ -29,6 +29,8 @@ fn generation(deadline: Duration, handoffs: &Arc<Handoffs>) -> Generation {
         failed: None,
         served: Vec::new(),
         served_told: 0,
+        placed: Instant::now(),
+        leaving: None,
         deadline: Box::pin(sleep_until(Instant::now() + deadline)),
         why_cancelled: "other_leg_ended",
     }

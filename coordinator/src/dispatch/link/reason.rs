@@ -1,4 +1,4 @@
-//! Why a stream ended or was not opened.
+//! Why the stream to an instance ended, or was not opened.
 
 use baton_process::one_line;
 use baton_proto::InstanceId;

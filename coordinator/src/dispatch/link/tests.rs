@@ -34,7 +34,7 @@ fn up(board: &Arc<Board>) -> (Arc<Link>, Frames) {
 
 /// A link as it is once the instance has said welcome, and what is sent on it.
 pub(crate) fn standing(instance: InstanceId, metrics: Arc<Metrics>) -> (Arc<Link>, Frames) {
-    let link = Link::new(instance, metrics);
+    let link = Link::new(instance, Arc::default(), metrics);
     let (outbound, frames) = Outbound::new(v1::attach_request::Hello::default());
     *link.channel.lock() = Some(Standing { outbound, legs: HashMap::new() });
     (link, frames)
@@ -75,7 +75,7 @@ async fn clients_that_all_leave_at_once_take_nobody_with_them() {
         link.deliver(v1::StepOutput { legs: vec![output] });
         let mut got = Default::default();
         assert!(mailbox.poll_take(&mut Context::from_waker(Waker::noop()), &mut got).is_ready(), "leg {leg}");
-        assert!(guard.is_up());
+        assert!(guard.is_well());
     }
     let cancels = take_all(&mut frames);
     assert_eq!(cancels.len(), 2000);
@@ -93,7 +93,7 @@ async fn an_instance_that_reads_nothing_for_long_is_deaf() {
     tokio::time::advance(UNREAD_MOST).await;
     assert!(!link.is_deaf());
     drop(sent);
-    tokio::time::advance(UNREAD_LOOK).await;
+    tokio::time::advance(LOOK).await;
     assert!(link.is_deaf());
     take_all(&mut frames);
     assert!(!link.is_deaf());

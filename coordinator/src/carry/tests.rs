@@ -1,0 +1,57 @@
+//! Whose fault a failure is taken to be.
+
+use super::*;
+
+fn breakers() -> Breakers {
+    Breakers::new(&baton_process::Metrics::new("coordinator").register(Metrics::register))
+}
+
+fn ids<const N: usize>(names: [&str; N]) -> [InstanceId; N] {
+    names.map(|name| InstanceId::new(name).expect("a good id"))
+}
+
+impl Breakers {
+    fn is_closed(&self, instance: &InstanceId) -> bool {
+        self.known.lock().get(instance).is_none_or(|of| of.breaker.is_closed())
+    }
+}
+
+#[test]
+fn a_handoff_that_fails_is_the_fault_of_whoever_it_fails_with_others_too() {
+    let [p, q, d, e] = ids(["p", "q", "d", "e"]);
+    let now = Instant::now();
+    for code in [ErrorCode::HandoffFailed, ErrorCode::KvDamaged] {
+        let fails = |breakers: &Breakers, prefill, decode, reporter| {
+            let attempt = Attempt { placed: now, pair: (prefill, Some(decode)) };
+            breakers.fault(attempt, reporter, &ApiError::new(code, ""), now);
+        };
+        let one_pair = breakers();
+        (0..20).for_each(|_| fails(&one_pair, &p, &d, &d));
+        assert!([&p, &d].iter().all(|id| one_pair.is_closed(id)), "it may be what lies between them");
+        // Whoever says so.
+        let bad_prefill = breakers();
+        for _ in 0..3 {
+            fails(&bad_prefill, &p, &d, &d);
+            fails(&bad_prefill, &p, &e, &e);
+        }
+        assert!(!bad_prefill.is_closed(&p) && bad_prefill.is_closed(&d) && bad_prefill.is_closed(&e));
+        let bad_decode = breakers();
+        for _ in 0..3 {
+            fails(&bad_decode, &p, &d, &p);
+            fails(&bad_decode, &q, &d, &q);
+        }
+        assert!(bad_decode.is_closed(&p) && bad_decode.is_closed(&q) && !bad_decode.is_closed(&d));
+    }
+}
+
+#[test]
+fn what_an_instance_fails_alone_is_its_own_fault() {
+    let [p, d] = ids(["p", "d"]);
+    let now = Instant::now();
+    for (pair, code) in [((&p, Some(&d)), ErrorCode::Internal), ((&p, None), ErrorCode::HandoffFailed)] {
+        let breakers = breakers();
+        let attempt = Attempt { placed: now, pair };
+        (0..5).for_each(|_| breakers.fault(attempt, &p, &ApiError::new(code, ""), now));
+        assert!(!breakers.is_closed(&p) && breakers.is_closed(&d), "{code:?}");
+    }
+}

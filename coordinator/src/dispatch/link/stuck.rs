@@ -1,0 +1,125 @@
+//! What is done about an instance that does not get on, as [`crate::carry::stall`] sees it: all its legs are taken from it
+//! and fail as those of a lost one do, so that their requests go on elsewhere, and its breaker is kept open until it gets
+//! on. Its stream stays, for that is where this will show.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use baton_proto::{ApiError, ErrorCode, LegId, v1};
+use futures::future::{BoxFuture, FutureExt, OptionFuture};
+use tokio::time::Instant;
+use tonic::transport::Channel;
+use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
+use v1::{attach_request::Frame as Ask, attach_response::Frame as Answer};
+
+use super::Link;
+use crate::carry::{
+    Breakers,
+    stall::{Stall, Verdict},
+};
+
+/// Watches over an instance for as long as its stream stands.
+pub(super) struct Pulse {
+    link: Arc<Link>,
+    breakers: Arc<Breakers>,
+    stall: Stall,
+    channel: Channel,
+    /// To the question whether it is there.
+    answer: OptionFuture<BoxFuture<'static, ()>>,
+}
+
+impl Pulse {
+    /// Of a stream that stands from now on; an instance is not taken to be stuck sooner than after `least`.
+    pub(super) fn new(link: &Arc<Link>, breakers: &Arc<Breakers>, channel: Channel, least: Duration) -> Self {
+        let stall = Stall::new(least, Instant::now());
+        let (link, breakers) = (link.clone(), breakers.clone());
+        link.stuck.store(false, Ordering::Relaxed);
+        Self { link, breakers, stall, channel, answer: None.into() }
+    }
+
+    /// The instance has said this.
+    pub(super) fn heard(&mut self, frame: &Answer) {
+        let now = Instant::now();
+        match frame {
+            Answer::Step(step) if !step.legs.is_empty() => self.stall.output(now),
+            Answer::Load(load) => self.stall.load(load, now),
+            Answer::Step(_) | Answer::Role(_) | Answer::Welcome(_) => self.stall.heard(now),
+        }
+    }
+
+    /// Waits for the answer to a question, if one was asked.
+    pub(super) async fn answered(&mut self) {
+        if (&mut self.answer).await.is_none() {
+            std::future::pending::<()>().await;
+        }
+        self.answer = None.into();
+        self.stall.heard(Instant::now());
+    }
+
+    /// To be called as often as [`Stall::look`] is.
+    pub(super) fn look(&mut self) {
+        let (now, instance) = (Instant::now(), &self.link.instance);
+        let unseen = self.stall.seen().and_then(|seen| self.link.unseen_since(seen));
+        let verdict = self.stall.look(unseen, now);
+        let stuck = matches!(verdict, Verdict::Stuck(_) | Verdict::StillStuck);
+        if self.link.stuck.swap(stuck, Ordering::Relaxed) && !stuck {
+            tracing::info!(%instance, "the instance gets on again");
+        }
+        match verdict {
+            Verdict::Well => {}
+            Verdict::Ask => {
+                let mut client = HealthClient::new(self.channel.clone());
+                // Whatever it answers, it is there.
+                let ask = async move { drop(client.check(HealthCheckRequest::default()).await) };
+                self.answer = Some(ask.boxed()).into();
+            }
+            Verdict::Stuck(why) => {
+                // First the breaker: what fails now may be placed again at once, and not here.
+                self.breakers.stuck(instance, now);
+                let legs = self.link.give_up();
+                tracing::warn!(%instance, legs, %why, "the instance does not get on; its requests go on elsewhere");
+            }
+            Verdict::StillStuck => self.breakers.stuck(instance, now),
+        }
+    }
+}
+
+impl Link {
+    /// Whether the stream stands and the instance gets on.
+    pub fn gets_on(&self) -> bool {
+        self.is_up() && !self.stuck.load(Ordering::Relaxed)
+    }
+
+    /// Whether the instance finishes what it has, and may be told to fail what takes long.
+    pub fn drains(&self) -> bool {
+        self.drains.load(Ordering::Relaxed)
+    }
+
+    /// When the first of the legs after `seen` was sent of those that have not ended.
+    fn unseen_since(&self, seen: LegId) -> Option<Instant> {
+        let channel = self.channel.lock();
+        let legs = channel.as_ref()?.legs.iter();
+        legs.filter(|(leg, _)| **leg > seen).map(|(_, slot)| slot.sent).min()
+    }
+
+    /// Takes every leg from the instance, and fails it; how many there were.
+    fn give_up(&self) -> usize {
+        let mut legs = HashMap::new();
+        if let Some(up) = self.channel.lock().as_mut() {
+            legs = std::mem::take(&mut up.legs);
+            for leg in legs.keys() {
+                // It may wake up.
+                let (leg, reason) = (leg.0, "stuck".to_owned());
+                up.outbound.push(Ask::Cancel(v1::Cancel { leg, reason, choice: None, damaged: false }));
+            }
+        }
+        let many = legs.len();
+        let message =
+            format!("instance {} does not get on with its work; send the request again", self.instance);
+        self.lose(legs, &ApiError::new(ErrorCode::InstanceLost, message));
+        many
+    }
+}
