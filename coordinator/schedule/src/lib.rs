@@ -18,6 +18,7 @@ pub mod index;
 pub mod ledger;
 mod links;
 pub mod predict;
+pub mod queue;
 mod settings;
 pub mod view;
 
