@@ -11,13 +11,18 @@
 //! Whoever is next may not fit where there is room: some of those behind are asked as well ([`HEADS_MOST`]), and the order
 //! among the rest stays.
 
+mod drain;
+
 use std::{
     collections::{BTreeMap, HashMap},
     ops::Bound::{Included, Unbounded},
     sync::Arc,
+    time::Duration,
 };
 
 use tokio::time::Instant;
+
+use drain::Drain;
 
 /// Of so many turns one is the next band's.
 const TURNS: u32 = 20;
@@ -82,6 +87,8 @@ struct Band<T> {
     tenants: HashMap<Arc<str>, Tenant<T>>,
     /// The time of the tenant that was served last, before its turn.
     time: f64,
+    /// Of all that wait.
+    work: f64,
 }
 
 /// See the module.
@@ -91,11 +98,12 @@ pub struct Queue<T> {
     arrivals: u64,
     turns: u32,
     waiting: usize,
+    drain: Drain,
 }
 
 impl<T> Default for Queue<T> {
     fn default() -> Self {
-        Self { bands: BTreeMap::new(), arrivals: 0, turns: 0, waiting: 0 }
+        Self { bands: BTreeMap::new(), arrivals: 0, turns: 0, waiting: 0, drain: Drain::NEW }
     }
 }
 
@@ -108,11 +116,24 @@ impl<T> Queue<T> {
         self.waiting == 0
     }
 
-    pub fn push(&mut self, wish: Wish, item: T) -> Ticket {
+    /// How long a new one of this priority would wait, if nobody comes after it; `None`: that cannot be told yet.
+    pub fn wait(&self, priority: i32, now: Instant) -> Option<Duration> {
+        let before = self.bands.range(..=priority);
+        self.drain.takes(before.map(|(_, band)| band.work).sum(), now)
+    }
+
+    /// Adds one; `now` is when it begins to wait.
+    pub fn push(&mut self, wish: Wish, item: T, now: Instant) -> Ticket {
+        self.drain.waits(now);
         let Wish { priority, tenant, weight, wanted, work } = wish;
         self.arrivals += 1;
         self.waiting += 1;
-        let band = self.bands.entry(priority).or_insert_with(|| Band { tenants: HashMap::new(), time: 0.0 });
+        let band = self.bands.entry(priority).or_insert_with(|| Band {
+            tenants: HashMap::new(),
+            time: 0.0,
+            work: 0.0,
+        });
+        band.work += work;
         let time = band.time;
         let new = || Tenant { weight, time, waiting: BTreeMap::new(), late: false };
         let of = band.tenants.entry(tenant.clone()).or_insert_with(new);
@@ -127,8 +148,9 @@ impl<T> Queue<T> {
         let band = self.bands.get_mut(&ticket.priority)?;
         let of = band.tenants.get_mut(&ticket.tenant)?;
         let entry = of.waiting.remove(&ticket.key)?;
+        band.work -= entry.work;
         self.waiting -= 1;
-        self.tidy(ticket.priority, &ticket.tenant.clone());
+        self.tidy(ticket.priority);
         Some(entry.item)
     }
 
@@ -177,19 +199,22 @@ impl<T> Queue<T> {
         band.time = band.time.max(of.time);
         of.time += entry.work / f64::from(of.weight);
         of.late = ticket.key.0 < now;
+        band.work -= entry.work;
+        self.drain.took(entry.work, now);
         self.waiting -= 1;
         self.turns = self.turns.wrapping_add(1);
-        self.tidy(ticket.priority, &ticket.tenant.clone());
+        self.tidy(ticket.priority);
         Some(entry.item)
     }
 
-    /// Forgets a tenant that has nothing to wait for, and no more than its share behind it.
-    fn tidy(&mut self, priority: i32, tenant: &Arc<str>) {
+    /// Forgets tenants that have nothing to wait for, and no more than their share behind them.
+    fn tidy(&mut self, priority: i32) {
+        if self.waiting == 0 {
+            self.drain.rests();
+        }
         let Some(band) = self.bands.get_mut(&priority) else { return };
         let time = band.time;
-        if band.tenants.get(tenant).is_some_and(|of| of.waiting.is_empty() && of.time <= time) {
-            band.tenants.remove(tenant);
-        }
+        band.tenants.retain(|_, of| !of.waiting.is_empty() || of.time > time);
         if band.tenants.values().all(|of| of.waiting.is_empty()) {
             self.bands.remove(&priority);
         }
