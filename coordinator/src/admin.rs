@@ -91,7 +91,7 @@ impl v1::request_admin_server::RequestAdmin for Admin {
 }
 
 fn placing(placing: &Placing) -> v1::PlacementView {
-    let Placing { at, because, placement, receipt } = placing;
+    let Placing { at, because, waited, placement, receipt } = placing;
     let (prefill, decode) = match placement {
         Placement::Alone(seat) => (seat, seat),
         Placement::Apart { prefill, decode } => (prefill, decode),
@@ -106,6 +106,7 @@ fn placing(placing: &Placing) -> v1::PlacementView {
         expected_tokens: receipt.expected_tokens,
         choices: receipt.choices,
         policy: receipt.policy.name().to_owned(),
+        waited_millis: u64::try_from(waited.as_millis()).unwrap_or(u64::MAX),
         candidates: u32::try_from(receipt.candidates).unwrap_or(u32::MAX),
         cheapest: receipt.cheapest.iter().map(|scored| candidate(scored, taken(scored))).collect(),
     }

@@ -123,7 +123,8 @@ pub struct LimitsConfig {
     pub max_concurrent: usize,
     /// Requests of a model that wait at once; more are refused with 429.
     pub max_queued: usize,
-    /// How long a request waits, for a core to prepare it or to be served, before it is refused with 429.
+    /// How long a request waits, for a core to prepare it, or for a seat and an instance with room, before it is refused
+    /// with 429; at once if those before it are predicted to take longer.
     #[serde(with = "duration")]
     pub queue_timeout: Duration,
     /// How long a request waits for an instance that can take it, while one restarts, say, before it is refused with
@@ -318,7 +319,7 @@ mod tests {
     fn what_types_cannot_say_is_checked_with_its_key() {
         assert!(good().validate().is_ok());
         type Change = fn(&mut CoordinatorConfig);
-        let cases: [(&str, Change); 22] = [
+        let cases: [(&str, Change); 23] = [
             ("id", |c| c.id = "Upper".into()),
             ("store", |c| c.store.controller.clear()),
             ("store", |c| c.store.etcd.endpoints.push("127.0.0.1:2379".into())),
@@ -339,6 +340,7 @@ mod tests {
             ("limits.max_choices", |c| c.limits.max_choices = 129),
             ("placement.temperature", |c| c.placement.temperature = f64::NAN),
             ("placement.tpot_target", |c| c.placement.tpot_target = Duration::ZERO),
+            ("placement.room", |c| c.placement.room = Duration::ZERO),
             ("placement.index_bytes", |c| c.placement.index_bytes = (1 << 20) - 1),
             ("fleet.keep_alive", |c| c.fleet.keep_alive = Duration::ZERO),
             ("fleet.stall", |c| c.fleet.stall = Duration::from_millis(1999)),

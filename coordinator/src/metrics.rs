@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use baton_proto::Band;
 use prometheus_client::{
     encoding::EncodeLabelSet,
     metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
@@ -25,6 +26,13 @@ pub struct RequestLabels {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct ModelLabel {
     pub model: Arc<str>,
+}
+
+/// Those of a model that came with keys of one band.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct BandLabels {
+    pub model: Arc<str>,
+    pub band: &'static str,
 }
 
 /// Why a leg was cancelled, or a request refused.
@@ -101,6 +109,8 @@ struct ByModel {
     ready: Family<ModelLabel, Gauge>,
     in_flight: Family<ModelLabel, Gauge>,
     queued: Family<ModelLabel, Gauge>,
+    queued_by_band: Family<BandLabels, Gauge>,
+    queue_wait: Histograms,
     time_to_first_token: Histograms,
     time_per_output_token: Histograms,
     end_to_end: Histograms,
@@ -119,6 +129,9 @@ pub struct ModelMetrics {
     pub ready: Gauge,
     pub in_flight: Gauge,
     pub queued: Gauge,
+    /// Of those, by the band of their API keys: interactive, standard, batch.
+    pub queued_by_band: [Gauge; 3],
+    pub queue_wait: Histogram,
     /// The same of all models together.
     pub all_in_flight: Gauge,
     pub all_queued: Gauge,
@@ -165,6 +178,8 @@ impl Metrics {
                 ready: Family::default(),
                 in_flight: Family::default(),
                 queued: Family::default(),
+                queued_by_band: Family::default(),
+                queue_wait: seconds(),
                 time_to_first_token: seconds(),
                 time_per_output_token: seconds(),
                 end_to_end: seconds(),
@@ -186,6 +201,11 @@ impl Metrics {
             ready: by_model.ready.get_or_create_owned(&label),
             in_flight: by_model.in_flight.get_or_create_owned(&label),
             queued: by_model.queued.get_or_create_owned(&label),
+            queued_by_band: [Band::Interactive, Band::Standard, Band::Batch].map(|band| {
+                let labels = BandLabels { model: label.model.clone(), band: band.name() };
+                by_model.queued_by_band.get_or_create_owned(&labels)
+            }),
+            queue_wait: by_model.queue_wait.get_or_create_owned(&label),
             all_in_flight: self.in_flight.clone(),
             all_queued: self.queued.clone(),
             all_refusals: self.refusals.clone(),
@@ -228,9 +248,14 @@ impl Metrics {
             registry.register(name, help, gauge.clone());
         }
         registry.register(
+            "queued_by_band",
+            "Requests waiting in a model's line, by the band of their API keys",
+            by_model.queued_by_band.clone(),
+        );
+        registry.register(
             "refusals",
             "Requests refused, by what there was none of: room in the house, in their model's line, bytes for their \
-             bodies; or by what took too long: their wait, their body",
+             bodies; or by what took too long: their wait, the backlog before them, their body",
             self.refusals.clone(),
         );
         registry.register_with_unit(
@@ -240,6 +265,11 @@ impl Metrics {
             self.body_reserved.clone(),
         );
         let seconds = [
+            (
+                "queue_wait",
+                "From being prepared to being placed, or let in to wait for an instance",
+                &by_model.queue_wait,
+            ),
             ("time_to_first_token", "From arrival to the first token", &by_model.time_to_first_token),
             ("time_per_output_token", "Mean of a request's later tokens", &by_model.time_per_output_token),
             ("e2e_request_latency", "From arrival to the end", &by_model.end_to_end),

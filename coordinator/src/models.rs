@@ -4,7 +4,7 @@
 //! own: its text side, the line that its requests wait in, what is counted of it. What all models share (the room for
 //! bodies, cores to work on them, the board of instances) is elsewhere.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use baton_proto::{ApiError, ErrorCode};
 use futures::future::try_join_all;
@@ -79,6 +79,11 @@ impl Models {
     /// All, in the order of the configuration.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = &Arc<Model>> {
         self.all.iter()
+    }
+
+    /// How long it is predicted to take until the first of the lines that requests wait in has been served.
+    pub fn drain(&self) -> Option<Duration> {
+        self.all.iter().filter_map(|model| model.line.drain()).filter(|wait| !wait.is_zero()).min()
     }
 
     /// The one that every request asks for, if there is but one.

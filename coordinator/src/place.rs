@@ -88,6 +88,17 @@ impl Placer {
         Ok(bookings)
     }
 
+    /// Books each prompt of a new request if one of the instances has room for the first; [`NoPlace::Busy`]: none has.
+    pub fn book_within(&self, served: &Served, prompts: &[PreparedPrompt]) -> Result<Vec<Booking>, NoPlace> {
+        let mut bookings = Vec::with_capacity(prompts.len());
+        for prompt in prompts {
+            // Its other prompts are not to wait for its first.
+            let is_new = bookings.is_empty();
+            bookings.push(self.book_now(served, Whole::of(prompt), &prompt.sampling, &[], is_new)?);
+        }
+        Ok(bookings)
+    }
+
     /// Dispatches what has been booked.
     pub fn start(&self, booking: Booking, assignment: Assignment) -> Result<Generation, NotSent> {
         Generation::start(&self.links, &self.handoffs, booking, assignment)
@@ -104,7 +115,7 @@ impl Placer {
         let mut changes = self.board.changes();
         loop {
             changes.borrow_and_update();
-            match self.book_now(served, whole, sampling, avoid) {
+            match self.book_now(served, whole, sampling, avoid, false) {
                 Err(reason) if reason.may_pass() => match timeout_at(deadline, changes.changed()).await {
                     Ok(Ok(())) => {}
                     Ok(Err(_)) | Err(_) => return Err(reason),
@@ -114,20 +125,24 @@ impl Placer {
         }
     }
 
-    /// Tokens that were generated elsewhere are computed as the prompt's are.
+    /// Tokens that were generated elsewhere are computed as the prompt's are. `within_room`: only if an instance has room.
     fn book_now(
         &self,
         served: &Served,
         whole: Whole<'_>,
         sampling: &Sampling,
         avoid: &[InstanceId],
+        within_room: bool,
     ) -> Result<Booking, NoPlace> {
         let generated = whole.generated.len() as u32;
         let asked = (sampling.max_tokens.saturating_sub(generated).max(1), sampling.choices);
         let tokens = (whole.prompt.len() as u32).saturating_add(generated);
         let chains = whole.chains.say(&self.board.caches.dialects(&served.revision), whole.generated);
         let prompt = Prompt { tokens, chains: &chains };
-        let place = |avoid: &[InstanceId]| self.board.place(prompt, asked, &served.revision, avoid);
+        let place = |avoid: &[InstanceId]| match within_room {
+            true => self.board.place_within(prompt, asked, &served.revision, avoid),
+            false => self.board.place(prompt, asked, &served.revision, avoid),
+        };
         let booking = self.breakers.place(avoid, Instant::now(), place)?;
         tracing::debug!(placement = ?booking.placement, receipt = ?booking.receipt, "placed");
         Ok(booking)
@@ -157,7 +172,7 @@ impl Placer {
             let whole = Whole::of_assignment(&assignment);
             let booked = self.book_by(deadline, served, whole, sampling, &avoid).await;
             let Ok(booking) = booked else { return Err(error) };
-            let placing = Placing::new(&booking, Some(error.clone()));
+            let placing = Placing::new(&booking, Some(error.clone()), Duration::ZERO);
             match self.start(booking, assignment.clone()) {
                 Ok(generation) => {
                     let (request, generated) = (&assignment.request, assignment.generated.len());
@@ -260,9 +275,9 @@ impl Attempts {
     pub fn elsewhere(&self) -> Option<(Generation, Placing)> {
         let Self { placer, model, assignment, .. } = self;
         let whole = Whole::of_assignment(assignment);
-        let booking = placer.book_now(&model.served, whole, &assignment.sampling, &[]).ok()?;
+        let booking = placer.book_now(&model.served, whole, &assignment.sampling, &[], false).ok()?;
         let drains = ApiError::new(ErrorCode::Unavailable, "the instance that generates drains");
-        let placing = Placing::new(&booking, Some(drains));
+        let placing = Placing::new(&booking, Some(drains), Duration::ZERO);
         let generation = placer.start(booking, assignment.clone()).ok()?;
         let (request, generated) = (&assignment.request, assignment.generated.len());
         tracing::info!(%request, generated, "the request leaves an instance that drains");

@@ -9,6 +9,7 @@ use std::{
         Arc,
         atomic::{AtomicU32, AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use baton_proto::{ApiError, InstanceId, RequestId};
@@ -38,6 +39,8 @@ pub struct Placing {
     pub at: Instant,
     /// The error for which it left the place it had; `None` = it had none.
     pub because: Option<ApiError>,
+    /// In the line of its model, before.
+    pub waited: Duration,
     pub placement: Placement,
     pub receipt: Receipt,
 }
@@ -62,9 +65,9 @@ pub struct Card {
 
 impl Placing {
     /// As it was just booked.
-    pub fn new(booking: &Booking, because: Option<ApiError>) -> Self {
+    pub fn new(booking: &Booking, because: Option<ApiError>, waited: Duration) -> Self {
         let (placement, receipt) = (booking.placement.clone(), booking.receipt.clone());
-        Self { at: Instant::now(), because, placement, receipt }
+        Self { at: Instant::now(), because, waited, placement, receipt }
     }
 }
 

@@ -3,7 +3,7 @@
 //! Called by [`crate::http`] with what arrived; answers with a [`Streaming`] or one error. Each stage consumes the one
 //! before it, so that nothing can be skipped and everything a request holds is given back wherever it is dropped.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use baton_proto::ApiError;
 use baton_schedule::{NoPlace, board::Booking};
@@ -13,7 +13,7 @@ use tokio::{
 };
 
 use crate::{
-    admit::{Body, Gate, Permit, Place, Ticket},
+    admit::{Admission, Body, Gate, Line, Permit, Place, Ticket, Wanted},
     config::LimitsConfig,
     dispatch::Assignment,
     keys::{Keys, Tenant},
@@ -92,14 +92,21 @@ impl Service {
             report.charge(&prepared)?;
             let (name, prompt_tokens) = (model.served.name.clone(), prepared.prompt_tokens());
             card.set(Stage::Queued { model: name, prompt_tokens });
-            let permit = model.line.admit(ticket, place).await?;
-            Ok((model, prepared, permit))
+            let first = prepared.prompts.first().map_or(0, PreparedPrompt::prompt_tokens);
+            let wanted = Wanted {
+                tenant: &tenant,
+                first_token: card.card().arrived + self.placer.board.ttft_target(first),
+                deadline: self.deadline(&card),
+            };
+            let admission = Line::admit(&model, &self.placer, (ticket, place), prepared, wanted).await?;
+            Ok((model, admission))
         }
         .await;
-        let (model, prepared, permit) = result.inspect_err(|error| report.failed(error))?;
+        let (model, admission) = result.inspect_err(|error| report.failed(error))?;
+        let Admission { permit, prepared, bookings, waited } = admission;
         report.admitted(prepared.prompt_tokens());
-        let placed =
-            self.place(Admitted { tenant, model, prepared, permit, traceparent, card, report }).await?;
+        let admitted = Admitted { tenant, model, prepared, permit, traceparent, card, report };
+        let placed = self.place(admitted, bookings, waited).await?;
         self.dispatch(placed)
     }
 
@@ -157,12 +164,23 @@ impl Service {
         })
     }
 
-    async fn place(&self, mut admitted: Admitted) -> Result<Placed, ApiError> {
+    /// `bookings`: where it goes, if that has been found; else it waits a little for an instance.
+    async fn place(
+        &self,
+        mut admitted: Admitted,
+        bookings: Option<Vec<Booking>>,
+        waited: Duration,
+    ) -> Result<Placed, ApiError> {
         let deadline = self.deadline(&admitted.card);
         let served = &admitted.model.served;
-        match self.placer.book(served, &admitted.prepared.prompts, deadline).await {
+        let booked = match bookings {
+            Some(bookings) => Ok(bookings),
+            None => self.placer.book(served, &admitted.prepared.prompts, deadline).await,
+        };
+        match booked {
             Ok(bookings) => {
-                bookings.iter().for_each(|booking| admitted.card.placed(Placing::new(booking, None)));
+                let placing = |booking: &Booking| Placing::new(booking, None, waited);
+                bookings.iter().for_each(|booking| admitted.card.placed(placing(booking)));
                 Ok(Placed { admitted, bookings })
             }
             Err(reason) => {

@@ -12,7 +12,10 @@ use std::{
 
 use baton_proto::{Incarnation, InstanceId, LegId};
 use parking_lot::Mutex;
-use tokio::{sync::watch, time::Instant};
+use tokio::{
+    sync::{Notify, futures::Notified, watch},
+    time::Instant,
+};
 
 use crate::{
     Ask, NoPlace, Placement, Prompt, Receipt, Seat, Settings, Side,
@@ -58,6 +61,8 @@ pub struct Board {
     turns: AtomicU64,
     /// Counts changes of who is usable.
     version: watch::Sender<u64>,
+    /// Told when somebody may have room.
+    freed: Notify,
 }
 
 impl Board {
@@ -81,6 +86,7 @@ impl Board {
             state: Mutex::new(state),
             turns: AtomicU64::new((u64::from(settings.seed) << 24) + 1),
             version: watch::Sender::new(0),
+            freed: Notify::new(),
         })
     }
 
@@ -89,8 +95,14 @@ impl Board {
         self.version.subscribe()
     }
 
+    /// Ends when there may be more room than there was, for those who are let know by then.
+    pub fn freed(&self) -> Notified<'_> {
+        self.freed.notified()
+    }
+
     fn tell(&self) {
         self.version.send_modify(|version| *version += 1);
+        self.freed.notify_waiters();
     }
 
     /// The store's present list of instances.
@@ -162,6 +174,7 @@ impl Board {
             state.speeds.reported(&instance.spec, &load, now);
         }
         state.renew(id, now);
+        self.freed.notify_waiters();
     }
 
     /// What an instance has said of its legs, in the order in which it did, and before the load that came after it.
@@ -174,6 +187,12 @@ impl Board {
             }
         }
         state.renew(id, Instant::now());
+        self.freed.notify_waiters();
+    }
+
+    /// Tokens that an answer is expected to have.
+    pub fn expected_tokens(&self, revision: &str) -> u32 {
+        self.state.lock().lengths.tokens(revision)
     }
 
     /// How long the first token of such a prompt may take.
@@ -214,9 +233,22 @@ impl Board {
             choices: 1,
             revision,
             avoid: &[],
+            room: Duration::MAX,
             turn: 0,
         };
         place(&state.view, &ask, &self.settings, Instant::now()).map(drop)
+    }
+
+    /// As [`Self::place`] for one that is new, and only where there is room ([`Settings::room`]); [`NoPlace::Busy`]: it is to
+    /// wait until there is.
+    pub fn place_within<'a>(
+        self: &Arc<Self>,
+        prompt: impl Into<Prompt<'a>>,
+        asked: (u32, u32),
+        revision: &str,
+        avoid: &[InstanceId],
+    ) -> Result<Booking, NoPlace> {
+        self.book(prompt.into(), asked, revision, avoid, self.settings.room)
     }
 
     /// Chooses where a request goes and books its work there at once. Of those to `avoid` the last that can do what nobody
@@ -224,18 +256,30 @@ impl Board {
     pub fn place<'a>(
         self: &Arc<Self>,
         prompt: impl Into<Prompt<'a>>,
-        (max_tokens, choices): (u32, u32),
+        asked: (u32, u32),
         revision: &str,
         avoid: &[InstanceId],
     ) -> Result<Booking, NoPlace> {
+        self.book(prompt.into(), asked, revision, avoid, Duration::MAX)
+    }
+
+    fn book(
+        self: &Arc<Self>,
+        prompt: Prompt<'_>,
+        (max_tokens, choices): (u32, u32),
+        revision: &str,
+        avoid: &[InstanceId],
+        room: Duration,
+    ) -> Result<Booking, NoPlace> {
         let (turn, now) = (self.turns.fetch_add(1, Ordering::Relaxed), Instant::now());
-        let Prompt { tokens: prompt_tokens, chains } = prompt.into();
+        let Prompt { tokens: prompt_tokens, chains } = prompt;
         let mut caches = self.caches.lock();
         let held = caches.look(chains, now);
         let state = &mut *self.state.lock();
         state.view.arrived(revision, now);
         let expected_tokens = state.lengths.tokens(revision);
-        let ask = Ask { prompt_tokens, held, max_tokens, expected_tokens, choices, revision, avoid, turn };
+        let ask =
+            Ask { prompt_tokens, held, max_tokens, expected_tokens, choices, revision, avoid, room, turn };
         let mut left = avoid.to_vec();
         let (placement, receipt) = loop {
             match place(&state.view, &Ask { avoid: &left, ..ask }, &self.settings, now) {
@@ -384,6 +428,7 @@ impl Drop for Credit {
             }
             state.renew(&part.instance, Instant::now());
         }
+        self.board.freed.notify_waiters();
     }
 }
 

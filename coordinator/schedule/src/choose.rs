@@ -70,6 +70,8 @@ struct Best<'a> {
     held: Vec<Candidate<'a>>,
     /// One of them can never hold the request.
     too_small: bool,
+    /// On one of them what is queued takes no longer than it may.
+    roomy: bool,
 }
 
 impl<'a> Best<'a> {
@@ -110,6 +112,16 @@ struct Found<'a> {
     /// Instances that are ready.
     ready: usize,
     candidates: usize,
+}
+
+impl Found<'_> {
+    /// Whether there is room on any that could compute the prompt. Who computes it is whoever is best all the same: if the
+    /// others are about to be idle, it is worth more to wait for what one has cached.
+    fn has_room(&self, ask: &Ask<'_>) -> bool {
+        let pair = |halves: &Halves<'_>| ask.max_tokens == 1 || halves.decode.first().is_some();
+        let roomy = |halves: &Halves<'_>| halves.local.roomy || (halves.prefill.roomy && pair(halves));
+        self.whole.roomy || self.classes.iter().any(roomy)
+    }
 }
 
 /// A way to serve the request, and what it costs.
@@ -158,6 +170,9 @@ pub fn place(
     let Some(way) = chosen(view, &found, ask, settings, now) else {
         return Err(lack(&found, model, ask));
     };
+    if !found.has_room(ask) {
+        return Err(NoPlace::Busy);
+    }
     let placement = match &way {
         Way::Alone(alone) => Placement::Alone(alone.seat(ask)),
         Way::Apart(prefill, decode, _) => {
@@ -192,6 +207,8 @@ fn walk<'a>(model: &'a Model, ask: &Ask<'_>, settings: &Settings, now: Instant) 
             continue;
         }
         found.candidates += 1;
+        let roomy = row.queue_micros <= ask.room.as_secs_f64() * 1e6;
+        best.roomy |= roomy;
         let cached = cached_tokens(row, ask, side);
         let price = pricing.price(row, side, cached);
         let turn = (row.chosen, mixed(ask.turn, row.number));
@@ -201,6 +218,7 @@ fn walk<'a>(model: &'a Model, ask: &Ask<'_>, settings: &Settings, now: Instant) 
             let cached = cached_tokens(row, ask, Side::Whole);
             if let Some(price) = pricing.local(row, cached) {
                 let side = Side::Whole;
+                halves.local.roomy |= roomy;
                 halves.local.offer(Candidate { row, side, cached, price, rank: price.micros, turn });
             }
         }

@@ -3,7 +3,8 @@
 //! The coordinator feeds it: [`fleet`] is who is there and what they said, [`ledger`] the work in flight, [`index`] and
 //! [`caches`] who has which KV blocks, [`predict`] how fast each instance is, learnt from what it measures. [`view`] is all
 //! of that in rows, [`cost`] prices a part of a request on a row, and [`choose`] takes the best pair of one class, or the one
-//! instance that does everything if that is better. Every choice leaves a [`Receipt`]. The sending is left to the caller.
+//! instance that does everything if that is better. Every choice leaves a [`Receipt`]. The sending is left to the caller. [`queue`]
+//! is the order of those who wait until there is room.
 //!
 //! Only instances of the model asked for are looked at, by its revision; time is O(those). What instances report is theirs
 //! to say: it is bounded where it comes in, and costs are floating point, which does not overflow.
@@ -18,8 +19,11 @@ pub mod index;
 pub mod ledger;
 mod links;
 pub mod predict;
+pub mod queue;
 mod settings;
 pub mod view;
+
+use std::time::Duration;
 
 use baton_proto::{ApiError, ErrorCode, Incarnation, InstanceId, RoleEpoch};
 
@@ -59,6 +63,8 @@ pub struct Ask<'a> {
     pub revision: &'a str,
     /// Instances that are not to have it.
     pub avoid: &'a [InstanceId],
+    /// It is not placed while what is queued takes longer than this on every instance that could compute the prompt.
+    pub room: Duration,
     /// Counts requests: equal costs take turns by it.
     pub turn: u64,
 }
@@ -153,6 +159,9 @@ pub enum NoPlace {
     NoPrefill,
     #[error("a prefill instance is ready but no decode instance fits it; try again in a moment")]
     NoDecode,
+    /// Somebody will have room.
+    #[error("all instances are busy; try again in a moment")]
+    Busy,
     #[error("the prompt has {0} tokens, more than the KV cache of any ready instance holds; shorten it")]
     TooLarge(u32),
 }
@@ -167,6 +176,7 @@ impl NoPlace {
     pub fn told(self, model: &str) -> ApiError {
         let code = match self {
             Self::TooLarge(_) => ErrorCode::ContextLengthExceeded,
+            Self::Busy => ErrorCode::QueueFull,
             Self::NoInstance | Self::OtherModel | Self::NoPrefill | Self::NoDecode => ErrorCode::Unavailable,
         };
         ApiError::new(code, format!("model `{model}`: {self}"))

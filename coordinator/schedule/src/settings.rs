@@ -68,6 +68,8 @@ pub struct Settings {
     /// An instance that has just begun to take requests gets its full share of them only after this time.
     pub warm_up: Duration,
     pub targets: Targets,
+    /// Requests wait in line while what is queued takes longer than this on every instance.
+    pub room: Duration,
     /// Coordinators of different seeds do not choose alike among equals.
     pub seed: u32,
     /// Most memory for who has which KV blocks cached.
@@ -85,6 +87,7 @@ impl Settings {
             ttft_per_1k_tokens: Duration::from_millis(200),
             tpot: Duration::from_millis(50),
         },
+        room: Duration::from_secs(15),
         seed: 0,
         index_bytes: 256 << 20,
     };

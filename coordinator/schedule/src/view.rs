@@ -157,7 +157,7 @@ impl View {
     /// why.
     pub(crate) fn give_up(&self, avoid: &mut Vec<InstanceId>, lacks: NoPlace) -> bool {
         let wanted = match lacks {
-            NoPlace::TooLarge(_) | NoPlace::OtherModel => return false,
+            NoPlace::TooLarge(_) | NoPlace::OtherModel | NoPlace::Busy => return false,
             NoPlace::NoPrefill => Some(Side::Prefill),
             NoPlace::NoDecode => Some(Side::Decode),
             NoPlace::NoInstance => None,

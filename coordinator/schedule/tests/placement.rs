@@ -29,6 +29,7 @@ const RULES: [Rule; 7] = [
 
 fn setup(seed: u64) -> Setup {
     Setup {
+        settings: Settings::default(),
         prefills: 8,
         decodes: 8,
         cache_blocks: 1_000,
@@ -43,7 +44,7 @@ fn choosers(setup: &Setup) -> Vec<Box<dyn Chooser>> {
     let (prefills, decodes) = (setup.prefills, setup.decodes);
     let peer = |rule: &Rule| Box::new(Peer::new(*rule, setup.machine, prefills, decodes)) as Box<dyn Chooser>;
     let mut choosers: Vec<_> = RULES.iter().map(peer).collect();
-    choosers.push(Box::new(Production::new(prefills, decodes, Settings::default())));
+    choosers.push(Box::new(Production::new(prefills, decodes, setup.settings)));
     choosers
 }
 

@@ -40,9 +40,8 @@ impl Budget {
         let taken =
             self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(bytes));
         if taken.is_err() {
-            let message = "the bodies of other requests take all memory that there is for them; try again in a \
-                           moment";
-            return Err(refuse(&self.refusals, "bytes", message));
+            let message = "the bodies of other requests take all memory that there is for them";
+            return Err(refuse(&self.refusals, "bytes", message, None));
         }
         self.reserved.inc_by(gauged(bytes));
         Ok(())

@@ -34,6 +34,10 @@ pub struct PlacementConfig {
     /// From one token to the next: what is predicted to take longer costs more.
     #[serde(with = "duration")]
     pub tpot_target: Duration,
+    /// Requests wait in the line of their model while what is queued takes longer than this on every instance that could
+    /// compute their prompt; those that are with instances are not put in order of tenants any more.
+    #[serde(with = "duration")]
+    pub room: Duration,
     /// Most memory for which instances have which KV blocks cached, at 58 bytes a block. Over it a part of the blocks is
     /// forgotten, so that of each prompt less is known.
     pub index_bytes: usize,
@@ -52,7 +56,7 @@ pub enum PolicyName {
 
 impl Default for PlacementConfig {
     fn default() -> Self {
-        let Settings { policy: _, temperature, local_prefill, warm_up, targets, seed: _, index_bytes } =
+        let Settings { policy: _, temperature, local_prefill, warm_up, targets, room, seed: _, index_bytes } =
             Settings::DEFAULT;
         Self {
             policy: PolicyName::default(),
@@ -62,6 +66,7 @@ impl Default for PlacementConfig {
             ttft_target: targets.ttft,
             ttft_target_per_1k_tokens: targets.ttft_per_1k_tokens,
             tpot_target: targets.tpot,
+            room,
             index_bytes,
         }
     }
@@ -85,6 +90,7 @@ impl PlacementConfig {
                 ttft_per_1k_tokens: self.ttft_target_per_1k_tokens,
                 tpot: self.tpot_target,
             },
+            room: self.room,
             seed,
             index_bytes: self.index_bytes,
         }
@@ -96,6 +102,7 @@ impl PlacementConfig {
         };
         require(self.index_bytes >= INDEX_BYTES_LEAST, "index_bytes", "expected at least 1048576")?;
         require((0.0..=10.0).contains(&self.temperature), "temperature", "expected 0 to 10")?;
+        require(!self.room.is_zero(), "room", "expected more than 0s")?;
         require(!self.tpot_target.is_zero(), "tpot_target", "expected more than 0s")
     }
 }

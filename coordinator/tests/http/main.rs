@@ -9,6 +9,7 @@ mod failures;
 mod faulty;
 mod handoffs;
 mod keys;
+mod line;
 mod local;
 mod migrations;
 mod models;

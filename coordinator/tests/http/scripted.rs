@@ -408,6 +408,11 @@ impl Cluster {
             .await;
     }
 
+    /// Begins to drain the coordinator.
+    pub(crate) fn shut_down(self) -> Arc<Service> {
+        self.service
+    }
+
     /// Whether a request for the first model could be served.
     pub(crate) fn can_serve(&self) -> bool {
         self.service.models.iter().next().is_some_and(|model| self.service.can_serve(model).is_ok())

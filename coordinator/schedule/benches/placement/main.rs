@@ -18,7 +18,7 @@ use std::{
         atomic::{AtomicUsize, Ordering},
     },
     thread,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use baton_schedule::Settings;
@@ -97,6 +97,9 @@ struct ReplayArgs {
     /// down: 3000 undoes Mooncake's.
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(0..=60_000))]
     spread_millis: u64,
+    /// The coordinator's requests wait while more than so many milliseconds of work are queued everywhere.
+    #[arg(long, default_value_t = Settings::DEFAULT.room.as_millis() as u64)]
+    room_millis: u64,
 }
 
 #[derive(Debug, Args)]
@@ -149,7 +152,7 @@ impl Policy {
     fn chooser(self, setup: &Setup) -> Box<dyn Chooser> {
         let rule = match self {
             Self::Production => {
-                return Box::new(Production::new(setup.prefills, setup.decodes, Settings::default()));
+                return Box::new(Production::new(setup.prefills, setup.decodes, setup.settings));
             }
             Self::RoundRobin => Rule::RoundRobin,
             Self::LeastRequests => Rule::LeastRequests,
@@ -245,11 +248,14 @@ fn replayed(args: &ReplayArgs) -> Result<Runs, TraceError> {
 }
 
 fn jobs(args: &ReplayArgs) -> Vec<(Key, Setup)> {
+    let room = Duration::from_millis(args.room_millis);
+    let settings = Settings { room, ..Settings::default() };
     let mut jobs = Vec::new();
     for cache_blocks in &args.cache_blocks {
         for speed in &args.speeds {
             for seed in 0..args.seeds {
                 let setup = Setup {
+                    settings,
                     prefills: args.pairs as usize,
                     decodes: args.pairs as usize,
                     cache_blocks: *cache_blocks as usize,

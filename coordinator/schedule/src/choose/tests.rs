@@ -166,3 +166,28 @@ async fn a_pair_whose_handoffs_fail_is_passed_by() {
     let left = board.place(10, (64, 1), "r1", &avoid).expect("a place");
     assert_eq!(left.credit.instance(Side::Prefill).as_str(), first, "it is taken where nobody else is");
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_new_request_waits_while_nobody_has_room_and_then_goes_to_the_best() {
+    let settings = Settings { room: Duration::from_secs(1), ..PLAIN };
+    let within = |instances: &[(&str, Role, Load)], max_tokens| {
+        let board = board(settings, instances);
+        let booked = board.place_within(200u32, (max_tokens, 1), "r1", &[]);
+        // Others that look for another place do not wait.
+        assert!(matches!(booked, Ok(_) | Err(NoPlace::Busy | NoPlace::NoDecode)));
+        assert!(booked.is_ok() || max_tokens == 1 || instances.len() < 2 || placed(&board, 200).is_ok());
+        booked.map(drop)
+    };
+    let (busy, idle) = (queued(3_000), queued(1_000));
+    let decode = ("d", Role::Decode, running(8));
+    let pair = |p0, p1| [("p0", Role::Prefill, p0), ("p1", Role::Prefill, p1), decode];
+    assert_eq!(within(&pair(busy, busy), 64), Err(NoPlace::Busy));
+    assert_eq!(within(&pair(busy, idle), 64), Ok(()));
+    // Of one token prefill serves all.
+    assert_eq!(within(&[("p0", Role::Prefill, busy)], 1), Err(NoPlace::Busy));
+    assert_eq!(within(&[("p0", Role::Prefill, idle)], 1), Ok(()));
+    assert_eq!(within(&[("m", Role::Mixed, busy)], 64), Err(NoPlace::Busy));
+    assert_eq!(within(&[("m", Role::Mixed, busy), ("n", Role::Mixed, idle)], 64), Ok(()));
+    // To wait for room is of no use where something else is missing.
+    assert_eq!(within(&[("p0", Role::Prefill, busy)], 64), Err(NoPlace::NoDecode));
+}

@@ -124,6 +124,9 @@ fn section(page: &mut Page, placement: &PlacementView) {
     if !placement.because.is_empty() {
         page.fact("After", &placement.because);
     }
+    if placement.waited_millis > 0 {
+        page.fact("Waited", format!("{} in line", millis(placement.waited_millis as f64)));
+    }
     let PlacementView { prompt_tokens, expected_tokens, choices, candidates, .. } = placement;
     let of_each = if *choices == 1 { String::new() } else { format!(" of each of {choices} choices") };
     page.fact("Reckoned with", format!("{prompt_tokens} prompt tokens, {expected_tokens} to come{of_each}"));
@@ -177,6 +180,7 @@ fn placement_object(placement: &PlacementView) -> Value {
     json!({
         "age_millis": placement.age_millis,
         "because": placement.because,
+        "waited_millis": placement.waited_millis,
         "prefill_instance": placement.prefill_instance,
         "decode_instance": placement.decode_instance,
         "prompt_tokens": placement.prompt_tokens,
@@ -239,6 +243,7 @@ pub(super) mod tests {
             choices: 1,
             candidates: 3,
             policy: "predicted".into(),
+            waited_millis: if because.is_empty() { 40 } else { 0 },
             cheapest: vec![
                 candidate("server-0", "prefill", true),
                 candidate("server-1", "decode", true),
@@ -263,6 +268,7 @@ pub(super) mod tests {
             "Came:                2.0s ago, to coordinator c-0",
             "Placed 1.5s ago: prefill on server-0, decode on server-1",
             "  After:               instance server-3 is lost",
+            "  Waited:              40.0ms in line",
             "  Reckoned with:       40 prompt tokens, 16 to come",
             "  Policy:              predicted",
             "  Candidates:          3; the cheapest for each part:",

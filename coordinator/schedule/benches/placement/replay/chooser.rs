@@ -61,7 +61,10 @@ impl Sight<'_> {
 }
 
 pub(crate) trait Chooser {
-    fn choose(&mut self, sight: &Sight<'_>) -> Choice;
+    /// `None`: it waits, and [`Self::bind`] tells when it does not any more.
+    fn choose(&mut self, sight: &Sight<'_>) -> Option<Choice>;
+    /// Who of those that wait goes where now.
+    fn bind(&mut self, now_micros: u64) -> Option<(usize, Choice)>;
     /// The request's first token is there.
     fn prefilled(&mut self, index: usize, now_micros: u64);
     /// The request's cache is with decode.

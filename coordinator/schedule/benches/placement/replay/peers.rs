@@ -195,7 +195,7 @@ impl Peer {
 }
 
 impl Chooser for Peer {
-    fn choose(&mut self, sight: &Sight<'_>) -> Choice {
+    fn choose(&mut self, sight: &Sight<'_>) -> Option<Choice> {
         let choice = Choice { prefill: self.prefill(sight), decode: self.decode(), in_time: false };
         self.turn += 1;
         let prompt_tokens = u64::from(sight.request.prompt_tokens);
@@ -212,7 +212,11 @@ impl Chooser for Peer {
         let at_micros = sight.now_micros;
         let sent = Sent { choice, prompt_tokens, uncached_tokens, work, at_micros, prefilled: false };
         self.under_way.insert(sight.index, sent);
-        choice
+        Some(choice)
+    }
+
+    fn bind(&mut self, _: u64) -> Option<(usize, Choice)> {
+        None
     }
 
     fn prefilled(&mut self, index: usize, now_micros: u64) {

@@ -6,11 +6,12 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use baton_proto::{GroupName, Incarnation, InstanceId, LegId, RoleEpoch};
 use baton_schedule::{
-    Placement, Prompt, Seat, Settings, Side,
+    NoPlace, Placement, Prompt, Seat, Settings, Side,
     board::{Board, Credit, LegNews},
     caches::Feed,
     chains::{Chain, Dialect},
     fleet::{Duty, Load, Role, Spec},
+    queue::{Queue, Wish},
 };
 use tokio::{
     runtime::{Builder, EnterGuard, Runtime},
@@ -20,6 +21,7 @@ use tokio::{
 use super::{
     cache::Changes,
     chooser::{Choice, Chooser, Place, Report, Sight},
+    machine::Target,
     trace::{BLOCK_TOKENS, LONGEST_TOKENS},
 };
 
@@ -114,7 +116,15 @@ impl Clock {
     }
 }
 
+/// A request that waits for room.
+struct Waiting {
+    index: usize,
+    tokens: u32,
+    chains: [Chain; 1],
+}
+
 pub(crate) struct Production {
+    waiting: Queue<Waiting>,
     clock: Clock,
     board: Arc<Board>,
     dialect: Dialect,
@@ -143,6 +153,7 @@ impl Production {
         let feeds = (0..prefills).map(feed).collect();
         drop(now);
         Self {
+            waiting: Queue::default(),
             clock,
             dialect,
             feeds,
@@ -165,15 +176,38 @@ fn next(legs: &mut u64) -> LegId {
 }
 
 impl Chooser for Production {
-    fn choose(&mut self, sight: &Sight<'_>) -> Choice {
+    fn choose(&mut self, sight: &Sight<'_>) -> Option<Choice> {
         let _now = self.clock.at(sight.now_micros);
         let tokens = sight.request.prompt_tokens;
         // A block that is not full is nobody's.
         let keys = sight.request.chain[..(tokens / BLOCK_TOKENS) as usize].into();
+        let wish = Wish {
+            priority: 0,
+            tenant: "all".into(),
+            weight: 1,
+            wanted: Instant::now() + Duration::from_micros(Target::ttft_micros(sight.request) as u64),
+            work: tokens.into(),
+        };
         let chains = [Chain { dialect: self.dialect, keys }];
-        let prompt = Prompt { tokens, chains: &chains };
-        let booked = self.board.place(prompt, (MAX_TOKENS, 1), REVISION, &[]);
-        let mut booked = booked.expect("both roles are there, and no prompt is longer than what they hold");
+        self.waiting.push(wish, Waiting { index: sight.index, tokens, chains }, Instant::now());
+        None
+    }
+
+    fn bind(&mut self, now_micros: u64) -> Option<(usize, Choice)> {
+        if self.waiting.is_empty() {
+            return None;
+        }
+        let _now = self.clock.at(now_micros);
+        let board = &self.board;
+        let fits = |waiting: &Waiting| {
+            let prompt = Prompt { tokens: waiting.tokens, chains: &waiting.chains };
+            match board.place_within(prompt, (MAX_TOKENS, 1), REVISION, &[]) {
+                Ok(booked) => Some(booked),
+                Err(NoPlace::Busy) => None,
+                Err(error) => panic!("both roles are there, and no prompt is too long: {error}"),
+            }
+        };
+        let (Waiting { index, .. }, mut booked) = self.waiting.next(Instant::now(), fits)?;
         let choice = match &booked.placement {
             Placement::Apart { prefill, decode } => {
                 Choice { prefill: self.place(prefill), decode: self.place(decode), in_time: true }
@@ -183,8 +217,8 @@ impl Chooser for Production {
         let legs = (next(&mut self.prefill_legs[choice.prefill]), next(&mut self.decode_legs[choice.decode]));
         booked.credit.dispatched(Side::Prefill, legs.0, 1);
         booked.credit.dispatched(Side::Decode, legs.1, 1);
-        self.under_way.insert(sight.index, UnderWay { credit: booked.credit, legs });
-        choice
+        self.under_way.insert(index, UnderWay { credit: booked.credit, legs });
+        Some((index, choice))
     }
 
     fn prefilled(&mut self, index: usize, now_micros: u64) {

@@ -9,9 +9,11 @@ use std::{
     collections::BinaryHeap,
 };
 
+use baton_schedule::Settings;
+
 use super::{
     cache::Changes,
-    chooser::{Chooser, Place, Report, Sight},
+    chooser::{Choice, Chooser, Place, Report, Sight},
     decode::Decode,
     machine::{Draws, Machine, Target},
     prefill::{Computed, Prefill},
@@ -21,6 +23,8 @@ use super::{
 /// A fleet and how a trace is replayed over it.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Setup {
+    /// Of the coordinator's own placement.
+    pub(crate) settings: Settings,
     pub(crate) prefills: usize,
     pub(crate) decodes: usize,
     /// Blocks of 512 tokens that a prefill instance keeps.
@@ -201,17 +205,27 @@ impl Simulation<'_> {
                 Event::Heard(place, report) => self.chooser.heard(place, &report, self.now_micros),
                 Event::Cached(prefill, changes) => self.chooser.cached(prefill, &changes, self.now_micros),
             }
+            while let Some((index, choice)) = self.chooser.bind(self.now_micros) {
+                self.sent(index, choice);
+            }
         }
     }
 
     fn arrives(&mut self, index: usize) {
         let request = &self.trace.requests[index];
         let sight = Sight { now_micros: self.now_micros, index, request, prefills: &self.prefills };
-        let choice = self.chooser.choose(&sight);
+        if let Some(choice) = self.chooser.choose(&sight) {
+            self.sent(index, choice);
+        }
+    }
+
+    fn sent(&mut self, index: usize, choice: Choice) {
+        let request = &self.trace.requests[index];
         self.answers[index].prefill = choice.prefill;
         self.answers[index].decode = choice.decode;
         self.decodes[choice.decode].announce();
-        let due = if choice.in_time { self.now_micros + Target::ttft_micros(request) as u64 } else { 0 };
+        let due = self.answers[index].arrived_micros + Target::ttft_micros(request) as u64;
+        let due = if choice.in_time { due } else { 0 };
         self.prefills[choice.prefill].take(index, due);
         self.step_prefill(choice.prefill);
     }

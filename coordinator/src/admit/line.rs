@@ -1,0 +1,336 @@
+//! The line of one model: who is served, who waits, and in which order those who wait are placed.
+//!
+//! A request goes at once if nobody waits, a seat is free and an instance has room. Else it waits in a [`Queue`], and a task
+//! that lives for as long as anybody waits places whoever is next as soon as there is a seat and room: late, by what is
+//! known then. Requests that look for another place after a failure do not come here again. Whoever leaves, or has waited
+//! too long, is taken out at once.
+
+use std::{pin::pin, sync::Arc, time::Duration};
+
+use baton_proto::ApiError;
+use baton_schedule::{
+    NoPlace,
+    board::Booking,
+    queue::{self, Queue, Wish},
+};
+use parking_lot::Mutex;
+use tokio::{
+    sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot},
+    time::{Instant, sleep, timeout, timeout_at},
+};
+
+use super::{Counted, Ticket, at_once, refuse};
+use crate::{
+    config::LimitsConfig,
+    keys::Tenant,
+    metrics::ModelMetrics,
+    models::Model,
+    place::Placer,
+    prepare::{Prepared, PreparedPrompt},
+};
+
+/// Those that wait are looked at no more often than this, and no less.
+const LOOK_LEAST: Duration = Duration::from_millis(1);
+const LOOK_MOST: Duration = Duration::from_millis(100);
+/// Placed in one go before others have their turn at the core.
+const PLACED_AT_ONCE_MOST: usize = 64;
+
+/// Where so many find no room, nobody is asked any more: room is the fleet's, and to look for it takes time in a large one.
+const REFUSED_MOST: usize = 2;
+
+/// See the module.
+pub struct Line {
+    /// One for each that is served or waits, or is being prepared for it.
+    places: Arc<Semaphore>,
+    desk: Arc<Desk>,
+    queue_timeout: Duration,
+}
+
+/// A place in the line.
+pub struct Place {
+    _place: OwnedSemaphorePermit,
+}
+
+/// Leave to be served. Given back by drop.
+pub struct Permit {
+    _served: Counted<2>,
+    _seat: Seat,
+    _place: Place,
+    _ticket: Ticket,
+}
+
+/// What a request is to wait for, and how.
+pub struct Wanted<'a> {
+    pub tenant: &'a Tenant,
+    /// When its first token is.
+    pub first_token: Instant,
+    /// It need not be served after this.
+    pub deadline: Instant,
+}
+
+/// A request that is let in.
+pub struct Admission {
+    pub permit: Permit,
+    pub prepared: Prepared,
+    /// Where it goes; `None`: nobody can take it just now.
+    pub bookings: Option<Vec<Booking>>,
+    pub waited: Duration,
+}
+
+/// One that has been told to go on.
+struct Bound {
+    seat: Seat,
+    prepared: Prepared,
+    bookings: Option<Vec<Booking>>,
+}
+
+struct Waiter {
+    prepared: Prepared,
+    goes: oneshot::Sender<Bound>,
+}
+
+#[derive(Default)]
+struct State {
+    /// Seats that are taken.
+    served: usize,
+    queue: Queue<Waiter>,
+    /// A task places those who wait.
+    attended: bool,
+}
+
+struct Desk {
+    seats: usize,
+    state: Mutex<State>,
+    /// A seat is free, or somebody has come.
+    changed: Notify,
+    counts: Arc<ModelMetrics>,
+}
+
+/// How many may be served and wait, of one model.
+pub(super) fn length(limits: &LimitsConfig) -> usize {
+    limits.max_concurrent.saturating_add(limits.max_queued).min(Semaphore::MAX_PERMITS)
+}
+
+impl Line {
+    pub fn new(limits: &LimitsConfig, counts: Arc<ModelMetrics>) -> Self {
+        let desk =
+            Desk { seats: limits.max_concurrent, state: Mutex::default(), changed: Notify::new(), counts };
+        Self {
+            places: Arc::new(Semaphore::new(length(limits))),
+            desk: Arc::new(desk),
+            queue_timeout: limits.queue_timeout,
+        }
+    }
+
+    /// Lets a request stand in line, or turns it away.
+    pub fn enter(&self) -> Result<Place, ApiError> {
+        let place = at_once(&self.places)
+            .map_err(|_| self.desk.refuse("line", "too many requests are waiting", self.drain()))?;
+        Ok(Place { _place: place })
+    }
+
+    /// How long all that wait are predicted to take until they are served; `None`: that cannot be told yet.
+    pub fn drain(&self) -> Option<Duration> {
+        self.desk.state.lock().queue.wait(i32::MAX, Instant::now())
+    }
+
+    /// Whether a request that came now would be turned away.
+    pub fn is_full(&self) -> bool {
+        self.places.available_permits() == 0
+    }
+
+    /// Waits for a seat and for room on an instance. Errors: 429 if it waits too long, or is sure to.
+    pub async fn admit(
+        model: &Arc<Model>,
+        placer: &Arc<Placer>,
+        (ticket, place): (Ticket, Place),
+        prepared: Prepared,
+        wanted: Wanted<'_>,
+    ) -> Result<Admission, ApiError> {
+        let (line, began) = (&model.line, Instant::now());
+        let desk = &line.desk;
+        let at_once = desk.at_once(|| placer.book_within(&model.served, &prepared.prompts));
+        let bound = match at_once {
+            Some((seat, bookings)) => Bound { seat, prepared, bookings },
+            None => line.wait(model, placer, prepared, &wanted, began).await?,
+        };
+        let (Bound { seat, prepared, bookings }, waited) = (bound, began.elapsed());
+        desk.counts.queue_wait.observe(waited.as_secs_f64());
+        let served = Counted::new(&[desk.counts.all_in_flight.clone(), desk.counts.in_flight.clone()]);
+        let permit = Permit { _served: served, _seat: seat, _place: place, _ticket: ticket };
+        Ok(Admission { permit, prepared, bookings, waited })
+    }
+
+    async fn wait(
+        &self,
+        model: &Arc<Model>,
+        placer: &Arc<Placer>,
+        prepared: Prepared,
+        wanted: &Wanted<'_>,
+        began: Instant,
+    ) -> Result<Bound, ApiError> {
+        let (desk, by) = (&self.desk, (began + self.queue_timeout).min(wanted.deadline));
+        let tenant = wanted.tenant;
+        let priority = tenant.priority(prepared.priority);
+        let wish = Wish {
+            priority,
+            tenant: tenant.name.clone(),
+            weight: tenant.weight.get(),
+            wanted: wanted.first_token,
+            work: work(&prepared, placer.board.expected_tokens(&model.served.revision)),
+        };
+        let (goes, told) = oneshot::channel();
+        let waiting = {
+            let state = &mut *desk.state.lock();
+            let wait = state.queue.wait(priority, began);
+            if wait.is_some_and(|wait| wait > by - began) {
+                let message = "the requests that are waiting take longer than this one can wait";
+                return Err(desk.refuse("backlog", message, wait));
+            }
+            let ticket = state.queue.push(wish, Waiter { prepared, goes }, began);
+            if !std::mem::replace(&mut state.attended, true) {
+                tokio::spawn(attend(model.clone(), placer.clone()));
+            }
+            Waiting { desk: desk.clone(), ticket, _counted: desk.waits(tenant) }
+        };
+        desk.changed.notify_one();
+        if let Ok(Ok(bound)) = timeout_at(by, told).await {
+            return Ok(bound);
+        }
+        drop(waiting);
+        let wait = desk.state.lock().queue.wait(priority, Instant::now());
+        Err(desk.refuse("wait", "the request waited too long to be served", wait))
+    }
+}
+
+/// In tokens: of its prompts, and as many as its answers are expected to have.
+fn work(prepared: &Prepared, expected_tokens: u32) -> f64 {
+    let of_prompt = |prompt: &PreparedPrompt| {
+        let answer = f64::from(prompt.sampling.max_tokens.min(expected_tokens));
+        f64::from(prompt.prompt_tokens()) + f64::from(prompt.sampling.choices) * answer
+    };
+    prepared.prompts.iter().map(of_prompt).sum()
+}
+
+/// Places those who wait, until nobody does.
+async fn attend(model: Arc<Model>, placer: Arc<Placer>) {
+    let desk = &model.line.desk;
+    loop {
+        let mut freed = pin!(placer.board.freed());
+        freed.as_mut().enable();
+        let mut placed = 0;
+        while placed < PLACED_AT_ONCE_MOST && desk.place_next(&model, &placer) {
+            placed += 1;
+        }
+        if desk.is_left() {
+            return;
+        }
+        if placed < PLACED_AT_ONCE_MOST {
+            let event = async {
+                tokio::select! {
+                    () = freed => {}
+                    () = desk.changed.notified() => {}
+                }
+            };
+            let _ = timeout(LOOK_MOST, event).await;
+        }
+        sleep(LOOK_LEAST).await;
+    }
+}
+
+impl Desk {
+    /// A seat, and what `book` finds, if nobody waits and there is room.
+    fn at_once(
+        self: &Arc<Self>,
+        book: impl FnOnce() -> Result<Vec<Booking>, NoPlace>,
+    ) -> Option<(Seat, Option<Vec<Booking>>)> {
+        let seat = {
+            let mut state = self.state.lock();
+            if state.served >= self.seats || !state.queue.is_empty() {
+                return None;
+            }
+            state.served += 1;
+            Seat(self.clone())
+        };
+        match book() {
+            Err(NoPlace::Busy) => None,
+            booked => Some((seat, booked.ok())),
+        }
+    }
+
+    /// Lets the next one go, if there is a seat for it, and room.
+    fn place_next(self: &Arc<Self>, model: &Model, placer: &Placer) -> bool {
+        let (Waiter { prepared, goes }, bookings, seat) = {
+            let state = &mut *self.state.lock();
+            if state.served >= self.seats {
+                return false;
+            }
+            let mut refused = 0;
+            let fits = |waiter: &Waiter| {
+                if refused == REFUSED_MOST {
+                    return None;
+                }
+                match placer.book_within(&model.served, &waiter.prepared.prompts) {
+                    Err(NoPlace::Busy) => {
+                        refused += 1;
+                        None
+                    }
+                    booked => Some(booked.ok()),
+                }
+            };
+            let Some((waiter, bookings)) = state.queue.next(Instant::now(), fits) else { return false };
+            state.served += 1;
+            (waiter, bookings, Seat(self.clone()))
+        };
+        // One that has left in this very moment gives all of it back.
+        drop(goes.send(Bound { seat, prepared, bookings }));
+        true
+    }
+
+    /// Whether nobody waits: then nobody attends to the line any more.
+    fn is_left(&self) -> bool {
+        let state = &mut *self.state.lock();
+        state.attended = !state.queue.is_empty();
+        !state.attended
+    }
+
+    fn waits(&self, tenant: &Tenant) -> Counted<3> {
+        let counts = &self.counts;
+        let of_band = counts.queued_by_band[tenant.band as usize].clone();
+        Counted::new(&[counts.all_queued.clone(), counts.queued.clone(), of_band])
+    }
+
+    fn refuse(&self, why: &'static str, message: &str, wait: Option<Duration>) -> ApiError {
+        refuse(&self.counts.all_refusals, why, message, wait)
+    }
+}
+
+/// Of [`LimitsConfig::max_concurrent`] one. Not to be dropped while its desk is locked.
+struct Seat(Arc<Desk>);
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        let mut state = self.0.state.lock();
+        state.served -= 1;
+        if state.attended {
+            self.0.changed.notify_one();
+        }
+    }
+}
+
+/// Takes a request out of the queue when it does not wait any longer.
+struct Waiting {
+    desk: Arc<Desk>,
+    ticket: queue::Ticket,
+    _counted: Counted<3>,
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        // Dropped when the desk is not locked any more.
+        let _left = self.desk.state.lock().queue.remove(&self.ticket);
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,189 @@
+//! Who is let in and when, over a board of one instance.
+
+use baton_proto::ErrorCode;
+use baton_schedule::{
+    Settings,
+    board::Board,
+    fleet::{
+        Load, Role,
+        testing::{ready, spec},
+    },
+};
+
+use super::*;
+use crate::{
+    admit::{Gate, RETRY_AFTER},
+    carry::Breakers,
+    metrics::Metrics,
+    models::Models,
+    prepare::{
+        Endpoint, parse, prepare,
+        tests::{LIMITS, served},
+    },
+};
+
+struct House {
+    gate: Gate,
+    model: Arc<Model>,
+    placer: Arc<Placer>,
+    metrics: Arc<Metrics>,
+}
+
+const WITHIN: Duration = Duration::from_secs(5);
+
+fn house(max_concurrent: usize, max_queued: usize) -> House {
+    let limits =
+        LimitsConfig { max_concurrent, max_queued, queue_timeout: WITHIN, ..LimitsConfig::default() };
+    let metrics = baton_process::Metrics::new("coordinator").register(Metrics::register);
+    let models = Models::new(vec![served()], &limits, &metrics).expect("one model");
+    let settings = Settings { room: Duration::from_secs(1), ..Settings::default() };
+    let board = Board::with(Duration::from_secs(60), settings);
+    let only = spec("a");
+    board.list(std::slice::from_ref(&only), Instant::now());
+    board.up(&only.id, only.incarnation, ready(Role::Mixed));
+    let (breakers, patience) = (Arc::new(Breakers::new(&metrics)), Duration::from_secs(5));
+    let (links, handoffs) = (Arc::default(), Arc::default());
+    let move_after = patience;
+    let placer = Placer { board, links, handoffs, metrics: metrics.clone(), breakers, patience, move_after };
+    let model = models.iter().next().expect("a model").clone();
+    House { gate: Gate::new(&limits, 2, 2, &metrics), model, placer: Arc::new(placer), metrics }
+}
+
+impl House {
+    fn enter(&self) -> Result<(Ticket, Place), ApiError> {
+        Ok((self.gate.enter(|| None).expect("room"), self.model.line.enter()?))
+    }
+
+    async fn admitted(&self, priority: i32, deadline: Duration) -> Result<Admission, ApiError> {
+        let body = format!(r#"{{"model": "tiny", "prompt": "hi", "priority": {priority}}}"#);
+        let request = parse(body.as_bytes()).expect("is JSON");
+        let prepared = prepare(&self.model.served, Endpoint::Text, &request, LIMITS, 1).expect("is good");
+        let (tenant, now) = (Tenant::default(), Instant::now());
+        let wanted = Wanted { tenant: &tenant, first_token: now, deadline: now + deadline };
+        Line::admit(&self.model, &self.placer, self.enter()?, prepared, wanted).await
+    }
+
+    async fn seat(&self) -> Result<Admission, ApiError> {
+        self.admitted(0, Duration::from_secs(600)).await
+    }
+
+    /// The instance says how many prompt tokens are queued there.
+    fn queued(&self, tokens: u64) {
+        self.placer.board.load(&spec("a").id, Load { queued_prefill_tokens: tokens, ..Load::default() });
+    }
+
+    fn waiting(&self) -> [i64; 3] {
+        let counts = &self.model.counts;
+        [self.metrics.queued.get(), counts.queued.get(), counts.queued_by_band[1].get()]
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_full_line_turns_away_and_a_seat_given_back_lets_in() {
+    let house = house(1, 1);
+    let first = house.seat().await.expect("a seat");
+    assert!(first.bookings.is_some() && first.waited.is_zero());
+    let mut second = Box::pin(house.seat());
+    assert!(futures::poll!(&mut second).is_pending());
+    assert_eq!((house.metrics.in_flight.get(), house.waiting()), (1, [1; 3]));
+    let refused = house.seat().await.err().expect("the line is full");
+    assert_eq!((refused.code, refused.retry_after), (ErrorCode::QueueFull, Some(RETRY_AFTER)));
+    tokio::time::sleep(Duration::from_millis(10)).await;
+    drop(first);
+    let second = second.await.expect("the seat given back");
+    assert!(second.bookings.is_some() && !second.waited.is_zero());
+    assert_eq!((house.metrics.in_flight.get(), house.waiting()), (1, [0; 3]));
+    drop(second);
+    assert!(house.enter().is_ok());
+    assert_eq!(house.metrics.in_flight.get(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn whoever_waits_is_placed_when_an_instance_has_room() {
+    let house = house(8, 8);
+    house.queued(100_000);
+    let mut waits = Box::pin(house.seat());
+    assert!(tokio::time::timeout(Duration::from_secs(3), &mut waits).await.is_err());
+    let before = Instant::now();
+    house.queued(0);
+    let placed = waits.await.expect("room");
+    assert!(before.elapsed() <= 2 * LOOK_LEAST, "{:?}", before.elapsed());
+    assert!(placed.bookings.is_some() && placed.waited >= Duration::from_secs(3));
+    // Nobody waits: the next one goes at once, though it finds the first there.
+    assert!(house.seat().await.expect("room").waited.is_zero());
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_an_instance_nobody_waits_here() {
+    let house = house(1, 1);
+    house.placer.board.down(&spec("a").id, Instant::now());
+    let admitted = house.seat().await.expect("a seat");
+    assert!(admitted.bookings.is_none() && admitted.waited.is_zero());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_wait_ends_with_429_at_its_deadline() {
+    let house = house(1, 2);
+    let _held = house.seat().await.expect("a seat");
+    let began = Instant::now();
+    let error = house.seat().await.err().expect("no seat is free");
+    assert_eq!((error.code, began.elapsed()), (ErrorCode::QueueFull, WITHIN));
+    let (began, soon) = (Instant::now(), Duration::from_secs(1));
+    assert!(house.admitted(0, soon).await.is_err());
+    assert_eq!(began.elapsed(), soon, "nor past the request's own deadline");
+    assert_eq!(house.waiting(), [0; 3]);
+    assert!(house.enter().is_ok(), "the place in line was given back");
+}
+
+#[tokio::test(start_paused = true)]
+async fn whoever_leaves_takes_nothing_along() {
+    let house = house(1, 8);
+    let held = house.seat().await.expect("a seat");
+    let mut waits: Vec<_> = (0..3).map(|_| Box::pin(house.seat())).collect();
+    for one in &mut waits {
+        assert!(futures::poll!(one).is_pending());
+    }
+    drop(waits.remove(0));
+    assert_eq!(house.waiting(), [2; 3]);
+    // The next is told to go, and leaves before it hears of it.
+    drop(held);
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert_eq!(house.model.line.desk.state.lock().served, 1);
+    drop(waits.remove(0));
+    let last = waits.remove(0).await.expect("the seat");
+    drop(last);
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let state = house.model.line.desk.state.lock();
+    assert!(state.served == 0 && state.queue.is_empty() && !state.attended);
+    assert!(house.placer.board.own_work().iter().all(|(_, work)| *work == Default::default()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn whoever_would_wait_too_long_is_told_at_once_when_to_come_back() {
+    let house = Arc::new(house(1, 100));
+    let held = house.seat().await.expect("a seat");
+    for _ in 0..30 {
+        let house = house.clone();
+        tokio::spawn(async move {
+            let served = house.admitted(0, WITHIN).await?;
+            // What each takes.
+            tokio::time::sleep(Duration::from_millis(400)).await;
+            drop(served);
+            Ok::<_, ApiError>(())
+        });
+    }
+    tokio::time::sleep(Duration::from_millis(10)).await;
+    drop(held);
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let waiting = house.waiting()[0] as f64;
+    let began = Instant::now();
+    let refused = house.seat().await.err().expect("it would take too long");
+    assert_eq!((refused.code, began.elapsed()), (ErrorCode::QueueFull, Duration::ZERO));
+    let (told, true_wait) = (refused.retry_after.expect("a time").as_secs_f64(), waiting * 0.4);
+    assert!((told / true_wait - 1.0).abs() < 0.25, "{told} s for {true_wait} s");
+    assert!(refused.message.contains(&format!("try again in {} s", told.ceil())), "{refused}");
+    // Those of another band are not before it.
+    let mut first = Box::pin(house.admitted(-1, WITHIN));
+    assert!(futures::poll!(&mut first).is_pending());
+    first.await.expect("the next seat");
+}
