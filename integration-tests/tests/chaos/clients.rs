@@ -173,6 +173,7 @@ impl Service {
                 Ok(answer) => Some(format!("expected {expected:?}\n     got {answer:?}")),
                 Err(_) if excused => {
                     flight.resent += 1;
+                    sleep(PROBE_EVERY).await;
                     continue;
                 }
                 Err(why) => Some(why.to_string()),
