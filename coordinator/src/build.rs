@@ -20,7 +20,7 @@ use crate::{
     admin::Admin,
     admit::Gate,
     carry::Breakers,
-    config::{CoordinatorConfig, StoreConfig},
+    config::{CoordinatorConfig, StoreConfig, last_requests},
     fleet::keeper::{Keeper, Links},
     http,
     keys::{Keys, Source},
@@ -49,7 +49,11 @@ pub struct Parts {
     pub metrics: baton_process::Metrics,
     pub health: HealthHandle,
     pub tasks: TaskTracker,
+    /// Cancelled when the process is asked to stop: no more requests are wanted.
     pub shutdown: CancellationToken,
+    /// Cancelled when the requests have ended. Until then they need all that they needed before: whoever is told of
+    /// instances only until the shutdown cannot move an answer to one that came later.
+    pub drained: CancellationToken,
 }
 
 /// Builds the coordinator and starts its tasks. What is left to do is to serve the router.
@@ -72,14 +76,14 @@ pub fn assemble(
         dial: parts.tls.dial(Role::Server),
         listed: parts.fleet.subscribe(),
         tasks: parts.tasks.clone(),
-        shutdown: parts.shutdown.clone(),
+        drained: parts.drained.clone(),
     };
     parts.tasks.spawn(keeper.run());
     let patience = config.limits.placement_timeout;
     let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
     let gate = Gate::new(&config.limits, models.iter().len(), cores, &metrics);
-    let shutdown = parts.shutdown.clone();
-    let keys = Keys::start(parts.keys, &config.api_keys, metrics.clone(), shutdown, &parts.tasks);
+    let drained = parts.drained.clone();
+    let keys = Keys::start(parts.keys, &config.api_keys, metrics.clone(), drained, &parts.tasks);
     let service = Arc::new(Service {
         keys,
         placer: Arc::new(Placer {
@@ -99,8 +103,8 @@ pub fn assemble(
         ahead: Arc::new(Semaphore::new(AHEAD_MOST)),
         metrics,
     });
-    let (overdue, shutdown) = (service.overdue.clone(), parts.shutdown.clone());
-    parts.tasks.spawn(async move { overdue.run(shutdown).await });
+    let (overdue, drained) = (service.overdue.clone(), parts.drained);
+    parts.tasks.spawn(async move { overdue.run(drained).await });
     let readiness =
         watch_readiness(service.clone(), parts.health.clone(), config.fleet.sweep, parts.shutdown);
     parts.tasks.spawn(readiness);
@@ -172,14 +176,15 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
         tracing::info!(model = %name, revision, "model opened");
     }
 
-    let fleet =
-        FleetWatch::start(store, FleetWatchConfig::default(), process.shutdown.clone(), &process.tasks);
+    let drained = CancellationToken::new();
+    // Also where it does not come to serving.
+    let _ends = drained.clone().drop_guard();
+    let fleet = FleetWatch::start(store, FleetWatchConfig::default(), drained.clone(), &process.tasks);
     let controllers = match config.store.controller.as_str() {
         "" => Controllers::Leader(fleet.subscribe()),
         only => Controllers::One(only.to_owned()),
     };
-    // A little less than the process has: what is cut off then still gets its error.
-    let drain = process.drain().mul_f64(0.9);
+    let drain = last_requests(&config);
     let parts = Parts {
         tls: tls.clone(),
         served,
@@ -189,6 +194,7 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
         health: process.health.clone(),
         tasks: process.tasks.clone(),
         shutdown: process.shutdown.clone(),
+        drained: drained.clone(),
     };
     let (service, router) = assemble(&config, parts)?;
 
@@ -196,7 +202,6 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
     let (routes, options) = admin.port(process.health.clone(), tls.clone(), process.shutdown.clone(), drain);
     let endpoint = |listener: &TcpListener| advertised(listener, &config.advertise_host);
     let (http, grpc) = (endpoint(&listener), endpoint(&admin_listener));
-    let drained = CancellationToken::new();
     let registration = Registration {
         spec: CoordinatorSpec {
             id: CoordinatorId::new(config.id.as_str())?,
@@ -216,12 +221,26 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
     process.tasks.spawn(registration.run());
     process.spawn_essential("admin", grpc::serve(admin_listener, routes, options));
     tracing::info!(%http, %grpc, "serving");
-    let (most, shutdown) = (config.limits.max_connections, process.shutdown.clone());
-    let served = baton_process::http::serve_many(listener, router, most, shutdown, drain).await;
+    let linger = config.limits.linger.min(drain);
+    let closing = later(&process.shutdown, linger, &process.tasks);
+    let most = config.limits.max_connections;
+    let served = baton_process::http::serve_many(listener, router, most, closing, drain - linger).await;
     // Requests have drained: the streams to instances may end.
     service.placer.links.stop_all();
     drained.cancel();
     Ok(served?)
+}
+
+/// Cancelled so long after another.
+fn later(shutdown: &CancellationToken, by: Duration, tasks: &TaskTracker) -> CancellationToken {
+    let (shutdown, later) = (shutdown.clone(), CancellationToken::new());
+    let cancelled = later.clone();
+    tasks.spawn(async move {
+        shutdown.cancelled().await;
+        tokio::time::sleep(by).await;
+        cancelled.cancel();
+    });
+    later
 }
 
 /// host:port of a listener as others reach it.

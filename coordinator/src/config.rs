@@ -13,6 +13,9 @@ use serde::{Deserialize, Serialize};
 
 pub use placement::{PlacementConfig, PolicyName};
 
+/// Beyond `limits.request_timeout`, for what is said last: a request's end, or its error.
+const LAST_WORDS: Duration = Duration::from_secs(10);
+
 /// Answers that one request may have at most: each has a bit in the set of those that a leg still works at.
 pub const CHOICES_MOST: u32 = 128;
 
@@ -134,6 +137,10 @@ pub struct LimitsConfig {
     /// From arrival to the last token.
     #[serde(with = "duration")]
     pub request_timeout: Duration,
+    /// How long clients are still let in once the process was asked to stop, and is not ready any more: until whoever sends
+    /// them here has noticed. It is a part of `process.shutdown.drain`.
+    #[serde(with = "duration")]
+    pub linger: Duration,
     /// Most tokens one request may generate; also what is taken when a request does not say. 0 = the context's rest.
     pub max_completion_tokens: u32,
     /// Most answers one request may ask for, `n` times its prompts; 1 to 128.
@@ -152,6 +159,7 @@ impl Default for LimitsConfig {
             queue_timeout: Duration::from_secs(30),
             placement_timeout: Duration::from_secs(5),
             request_timeout: Duration::from_secs(600),
+            linger: Duration::from_secs(5),
             max_completion_tokens: 0,
             max_choices: 32,
         }
@@ -236,6 +244,11 @@ impl ServiceConfig for CoordinatorConfig {
         &self.process
     }
 
+    /// No request is cut before its own deadline, also none that comes when the process has been asked to stop.
+    fn default_drain(&self) -> Duration {
+        self.limits.linger + self.limits.request_timeout + LAST_WORDS
+    }
+
     fn validate(&self) -> Result<(), Invalid> {
         CoordinatorId::new(self.id.as_str()).map_err(|error| Invalid::new("id", error.to_string()))?;
         let require = |good: bool, key: &str, expected: &str| {
@@ -304,6 +317,13 @@ impl ServiceConfig for CoordinatorConfig {
     }
 }
 
+/// By when, counted from the shutdown, requests have to have ended: a little before the process has, so that what is cut
+/// off then still gets its error.
+pub(crate) fn last_requests(config: &CoordinatorConfig) -> Duration {
+    let drain = config.drain();
+    drain - (drain / 10).min(LAST_WORDS / 2)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -313,6 +333,18 @@ mod tests {
         config.store.controller = "127.0.0.1:9000".into();
         config.models = vec![ModelConfig { path: "model.gguf".into(), ..ModelConfig::default() }];
         config
+    }
+
+    #[test]
+    fn a_drain_that_is_not_set_covers_every_request() {
+        let mut config = good();
+        config.limits.request_timeout = Duration::from_secs(3600);
+        assert!(last_requests(&config) >= config.limits.linger + config.limits.request_timeout);
+        config.process.shutdown.drain = Some(Duration::from_secs(20));
+        assert_eq!(
+            (config.drain(), last_requests(&config)),
+            (Duration::from_secs(20), Duration::from_secs(18))
+        );
     }
 
     #[test]

@@ -162,12 +162,12 @@ pub struct Keys {
 }
 
 impl Keys {
-    /// Lets in whom the source says, and follows it on `tasks` until the shutdown.
+    /// Lets in whom the source says, and follows it on `tasks` until requests have drained.
     pub fn start(
         source: Source,
         config: &ApiKeysConfig,
         metrics: Arc<Metrics>,
-        shutdown: CancellationToken,
+        drained: CancellationToken,
         tasks: &TaskTracker,
     ) -> Arc<Self> {
         let keys = Arc::new(Self {
@@ -182,11 +182,11 @@ impl Keys {
             Source::Open => {}
             Source::File(mut file) => {
                 keys.replace(std::mem::take(&mut file.keys));
-                tasks.spawn(async move { shutdown.run_until_cancelled(file.follow(follower)).await });
+                tasks.spawn(async move { drained.run_until_cancelled(file.follow(follower)).await });
             }
             Source::Store(store) => {
                 let following = store::follow(store, follower);
-                tasks.spawn(async move { shutdown.run_until_cancelled(following).await });
+                tasks.spawn(async move { drained.run_until_cancelled(following).await });
             }
         }
         keys

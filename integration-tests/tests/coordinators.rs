@@ -1,13 +1,23 @@
 //! Coordinators as operators see them: who is there, what they have served, over which links; and how little it matters
-//! to them that somebody looks.
+//! to them that somebody looks. And several of them behind one Service, of which one is restarted.
+
+use std::{
+    process::Command,
+    time::{Duration, Instant},
+};
 
 use baton_integration_tests::{
-    Cluster,
-    chat::{ask, request},
-    eventually,
+    Cluster, binary,
+    chat::{Events, ask, long_prompt, request},
+    eventually, model,
+    process::{self, Service, free_address},
 };
 use baton_proto::v1::{self, fleet_admin_client::FleetAdminClient};
+use baton_registry::testing::EtcdServer;
 use rustix::process::Signal;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::sync::watch;
 
 /// The one coordinator and the links, once the controller leads and has heard of both.
 async fn seen(cluster: &Cluster) -> Option<(v1::Coordinator, Vec<v1::Link>)> {
@@ -71,4 +81,127 @@ async fn a_coordinator_and_its_link_are_seen_and_outlive_the_controller() {
     })
     .await;
     assert_eq!(handoffs(&restarted.1), 0, "links are counted since the process started");
+}
+
+/// Two coordinators and what they need, on an etcd.
+struct Pair {
+    dir: TempDir,
+    etcd: EtcdServer,
+    controller: String,
+    urls: [String; 2],
+    coordinators: Vec<Service>,
+    _others: Vec<Service>,
+    decode: Service,
+}
+
+impl Pair {
+    async fn start() -> Self {
+        let [controller, decode, one, other] = [(); 4].map(|()| free_address());
+        let (dir, etcd) = (tempfile::tempdir().expect("a temporary directory"), EtcdServer::start().await);
+        let endpoints = format!("store.etcd.endpoints={}", json!([etcd.endpoint()]));
+        let mut command = Command::new(binary("baton-controller"));
+        command.args(["--set", "store.kind=etcd", "--set", &endpoints, "--listen", &controller]);
+        command.args(["--set", "metrics_listen=127.0.0.1:0"]);
+        let controls = Service::start(&mut command, &dir.path().join("controller.log"));
+        let coordinators = [&one, &other].map(|listen| {
+            let mut command = Command::new(binary("baton-coordinator"));
+            command.args(["--set", &endpoints, "--listen", listen, "--admin-listen", "127.0.0.1:0"]);
+            // For a decode instance that is started again.
+            command.args(["--set", &format!("id=at-{}", listen.replace(':', "-"))]);
+            command.args(["--set", "limits.placement_timeout=1m", "--model"]).arg(model());
+            Service::start(&mut command, &dir.path().join(format!("{listen}.log")))
+        });
+        let prefill = server(&dir, &controller, "prefill", "127.0.0.1:0");
+        let decode = server(&dir, &controller, "decode", &decode);
+        let urls = [one, other].map(|at| format!("http://{at}"));
+        let others = vec![controls, prefill];
+        let coordinators = coordinators.into();
+        let pair = Self { dir, etcd, controller, urls, coordinators, _others: others, decode };
+        for url in &pair.urls {
+            eventually("a coordinator that is ready", || async {
+                reqwest::get(format!("{url}/readiness")).await.ok()?.error_for_status().ok().map(drop)
+            })
+            .await;
+        }
+        pair
+    }
+
+    /// The decode instance dies, and one of its name comes in its place, elsewhere.
+    fn replace_decode(&mut self) {
+        process::signal(self.decode.0.id(), Signal::KILL);
+        self.decode.0.wait().expect("a child can be waited for");
+        self.decode = server(&self.dir, &self.controller, "decode", &free_address());
+    }
+}
+
+fn server(dir: &TempDir, controller: &str, role: &str, listen: &str) -> Service {
+    let mut command = Command::new(binary("baton-server"));
+    command.args(["--instance-id", role, "--controller", controller, "--listen", listen]);
+    let labels = format!("labels={{role = \"{role}\", supervisor = \"test\"}}");
+    command.args(["--set", &labels, "--set", "runtime.threads=1", "--model"]).arg(model());
+    Service::start(&mut command, &dir.path().join(format!("{role}.log")))
+}
+
+/// Reads a stream to its end; every event says to `said` that there was one more.
+async fn read(url: String, body: Value, said: watch::Sender<usize>) -> String {
+    let (mut events, mut text) = (Events::open(&url, &body).await, String::new());
+    while let Some(data) = events.next().await.expect("the stream is not cut").strip_prefix("{") {
+        let event: Value = serde_json::from_str(&format!("{{{data}")).expect("each event is JSON");
+        assert!(event["error"].is_null(), "the stream failed: {event}");
+        text.push_str(event["choices"][0]["delta"]["content"].as_str().unwrap_or_default());
+        said.send_modify(|events| *events += 1);
+    }
+    text
+}
+
+#[tokio::test]
+async fn a_coordinator_that_is_restarted_ends_its_streams_and_sends_new_clients_to_the_other() {
+    const STREAMS: usize = 64;
+    let mut pair = Pair::start().await;
+    let body = |stream| {
+        let prompt = format!("Question {}. {}", stream % 8, long_prompt(10));
+        request("SmolLM2-135M-Instruct", &prompt, 60, true)
+    };
+    let mut expected = Vec::new();
+    for stream in 0..8 {
+        expected.push(read(pair.urls[0].clone(), body(stream), watch::Sender::new(0)).await);
+    }
+
+    let (mut streams, mut saids) = (Vec::new(), Vec::new());
+    for stream in 0..STREAMS {
+        let (say, said) = watch::channel(0);
+        streams.push(tokio::spawn(read(pair.urls[stream % 2].clone(), body(stream), say)));
+        saids.push(said);
+    }
+    for said in &mut saids {
+        said.wait_for(|events| *events >= 3).await.expect("the stream goes on");
+    }
+    let stopped = Instant::now();
+    process::signal(pair.coordinators[0].0.id(), Signal::TERM);
+    eventually("a coordinator that is not ready", || async {
+        let answer = reqwest::get(format!("{}/readiness", pair.urls[0])).await.expect("it still answers");
+        (answer.status() == 503).then_some(())
+    })
+    .await;
+    assert!(stopped.elapsed() < Duration::from_secs(1), "{:?}", stopped.elapsed());
+    // Whoever has not noticed yet is served.
+    let late = tokio::spawn(read(pair.urls[0].clone(), body(3), watch::Sender::new(0)));
+    // Of what happens to the fleet meanwhile, it hears.
+    pair.replace_decode();
+    let elsewhere = tokio::spawn(read(pair.urls[1].clone(), body(5), watch::Sender::new(0)));
+
+    for (stream, text) in streams.into_iter().enumerate() {
+        assert_eq!(text.await.expect("no stream fails"), expected[stream % 8], "stream {stream}");
+    }
+    assert_eq!(late.await.expect("it is served"), expected[3]);
+    assert_eq!(elsewhere.await.expect("it is served"), expected[5]);
+    let status = process::wait_exit(&mut pair.coordinators[0].0, Duration::from_secs(30));
+    assert!(status.success(), "{status}");
+    assert!(reqwest::get(format!("{}/readiness", pair.urls[0])).await.is_err(), "nobody listens there");
+    let log = std::fs::read_to_string(
+        pair.dir.path().join(format!("{}.log", pair.urls[0].trim_start_matches("http://"))),
+    );
+    let log = log.expect("a log");
+    assert!(!log.contains("cut off"), "{log}");
+    drop(pair.etcd);
 }

@@ -1,8 +1,7 @@
 //! Keeps one link per instance of the store's list.
 //!
 //! Spawned once by [`crate::build`]. Reads the list as it changes, starts, retargets and stops [`LinkTask`]s, and hands
-//! out links by instance. Ends at shutdown; the links live on while requests drain over them, until
-//! [`Links::stop_all`].
+//! out links by instance. Ends when requests have drained, and the links with it: [`Links::stop_all`].
 
 use std::{
     collections::HashMap,
@@ -95,11 +94,12 @@ pub struct Keeper {
     /// The store's list.
     pub listed: watch::Receiver<Arc<FleetSnapshot>>,
     pub tasks: TaskTracker,
-    pub shutdown: CancellationToken,
+    /// Requests have ended, and none comes any more.
+    pub drained: CancellationToken,
 }
 
 impl Keeper {
-    /// Runs until shutdown.
+    /// Runs until requests have drained: those that are left may have to be moved to an instance that comes now.
     pub async fn run(mut self) {
         let mut tick = interval(self.config.sweep);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -108,7 +108,7 @@ impl Keeper {
         loop {
             tokio::select! {
                 biased;
-                () = self.shutdown.cancelled() => break,
+                () = self.drained.cancelled() => break,
                 changed = self.listed.changed(), if source_alive => match changed {
                     Ok(()) => self.take_list(),
                     Err(_) => source_alive = false,
@@ -181,7 +181,6 @@ impl Keeper {
         let (target, receiver) = watch::channel(target);
         let dial = self.dial.clone().named(instance.as_str());
         let link = Link::new(instance, self.links.legs.clone(), self.metrics.clone());
-        // Not a child of the shutdown token: requests in flight drain over the links first.
         let stop = CancellationToken::new();
         let task = LinkTask {
             link: link.clone(),

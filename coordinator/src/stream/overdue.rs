@@ -46,12 +46,12 @@ impl Overdue {
         place
     }
 
-    /// Runs until shutdown; a drain is bounded by itself.
-    pub async fn run(&self, shutdown: CancellationToken) {
+    /// Runs until requests have drained.
+    pub async fn run(&self, drained: CancellationToken) {
         loop {
             tokio::select! {
                 biased;
-                () = shutdown.cancelled() => return,
+                () = drained.cancelled() => return,
                 () = sleep(EVERY) => self.sweep(Instant::now()),
             }
         }

@@ -280,6 +280,7 @@ async fn a_name_that_two_models_have_is_refused_at_start() {
         health: HealthHandle::default(),
         tasks: tasks.clone(),
         shutdown: shutdown.clone(),
+        drained: shutdown.clone(),
     };
     let refused = assemble(&CoordinatorConfig::default(), parts).err().expect("the name is taken");
     assert!(matches!(refused, CoordinatorError::NameTaken { index: 1, by: 0, .. }), "{refused}");

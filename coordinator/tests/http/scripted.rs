@@ -393,6 +393,7 @@ impl Cluster {
             health: HealthHandle::default(),
             tasks: tasks.clone(),
             shutdown: shutdown.clone(),
+            drained: shutdown.clone(),
         };
         let (service, router) = assemble(&config, parts).expect("is assembled");
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");

@@ -33,7 +33,7 @@ pub struct Process<T> {
 impl<T: ServiceConfig> Process<T> {
     /// How long running work may take once `shutdown` is cancelled.
     pub fn drain(&self) -> Duration {
-        self.config.process().shutdown.drain
+        self.config.drain()
     }
 
     /// Reads the TLS files of a process with this role; they are followed until the shutdown.
@@ -166,7 +166,7 @@ where
     Fut: Future<Output = Result<(), E>>,
     E: std::error::Error + 'static,
 {
-    let drain = config.process().shutdown.drain;
+    let drain = config.drain();
     let (tasks, failure) = (TaskTracker::new(), Arc::new(Mutex::new(None)));
     let process = Process {
         config,

@@ -5,6 +5,9 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
+/// How long running work may take once the process was asked to stop, of services that say nothing else.
+const DRAIN: Duration = Duration::from_secs(30);
+
 /// Logs, traces and the bounds of a shutdown.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -56,18 +59,13 @@ impl Default for OtlpConfig {
     }
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ShutdownConfig {
-    /// How long running work may take to finish once the process was asked to stop.
-    #[serde(with = "crate::duration")]
-    pub drain: Duration,
-}
-
-impl Default for ShutdownConfig {
-    fn default() -> Self {
-        Self { drain: Duration::from_secs(30) }
-    }
+    /// How long running work may take to finish once the process was asked to stop. Empty = as the service's work asks
+    /// for: see [`ServiceConfig::default_drain`].
+    #[serde(with = "crate::duration::option")]
+    pub drain: Option<Duration>,
 }
 
 /// A value that the types allow and the service does not.
@@ -94,6 +92,16 @@ pub trait ServiceConfig: DeserializeOwned + Serialize + Default + Clone + Send +
     /// that open.
     fn cores_per_worker(&self) -> usize {
         1
+    }
+
+    /// How long running work may take once the process was asked to stop, if `process.shutdown.drain` leaves that open.
+    fn default_drain(&self) -> Duration {
+        DRAIN
+    }
+
+    /// How long running work may take once the process was asked to stop.
+    fn drain(&self) -> Duration {
+        self.process().shutdown.drain.unwrap_or_else(|| self.default_drain())
     }
 
     /// Checks what types cannot say. Runs at start, before anything is opened.

@@ -16,7 +16,9 @@ use crate::run_file::ModelEntry;
 
 /// Where a child finds the first socket that it inherits.
 pub(super) const FIRST_INHERITED_FD: i32 = 3;
-/// How long requests may take to finish once a stop was asked for; the servers have nothing left by then.
+/// How long requests may take to finish once a stop was asked for; the servers have nothing left by then. A coordinator of
+/// its own waits for as long as its requests may take, which is minutes: whoever stops a cluster on their own machine
+/// sits before it.
 const COORDINATOR_DRAIN: Duration = Duration::from_secs(20);
 const OTHER_DRAIN: Duration = Duration::from_secs(5);
 /// Beyond its own deadline a process gets this long before it is killed.
@@ -173,6 +175,8 @@ pub(super) fn plan(
         controller = controller
         [fleet]
         reconnect_max = "300ms"
+        [limits]
+        linger = "0s"
     };
     let sockets = vec![Socket::Http, Socket::CoordinatorAdmin];
     add("coordinator".to_owned(), Service::Coordinator, drained(config, COORDINATOR_DRAIN), sockets)?;
