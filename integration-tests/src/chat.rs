@@ -1,7 +1,10 @@
 //! A bare HTTP client for chat completions, for what the official client hides: raw events, and leaving early.
 
+use std::time::{Duration, Instant};
+
 use futures::StreamExt;
 use serde_json::{Value, json};
+use tokio::sync::watch;
 
 /// Body of a streamed chat request for `tokens` tokens exactly.
 pub fn request(model: &str, prompt: &str, tokens: u32, stream: bool) -> Value {
@@ -86,4 +89,49 @@ pub async fn ask(url: &str, body: &Value) -> String {
 /// Asks many at once.
 pub async fn ask_all(url: &str, bodies: &[Value]) -> Vec<String> {
     futures::stream::iter(bodies).map(|body| ask(url, body)).buffered(bodies.len().max(1)).collect().await
+}
+
+/// An answer as its client saw it.
+pub struct Seen {
+    pub text: String,
+    /// Between two tokens.
+    pub longest_pause: Duration,
+}
+
+/// Reads a stream to its end; every event says to `said` that there was one more.
+async fn read(url: String, body: Value, said: watch::Sender<usize>) -> Seen {
+    let mut events = Events::open(&url, &body).await;
+    let mut seen = Seen { text: String::new(), longest_pause: Duration::ZERO };
+    let mut last = Instant::now();
+    while let Some(data) = events.next().await.filter(|data| data != "[DONE]") {
+        let event: Value = serde_json::from_str(&data).expect("each event is JSON");
+        assert!(event["error"].is_null(), "the stream failed: {event}");
+        seen.text.push_str(event["choices"][0]["delta"]["content"].as_str().unwrap_or_default());
+        // Until the first token it waits for prefill.
+        if *said.borrow() > 1 {
+            seen.longest_pause = seen.longest_pause.max(last.elapsed());
+        }
+        last = Instant::now();
+        said.send_modify(|events| *events += 1);
+    }
+    seen
+}
+
+/// Asks all at once, and does `fault` when every stream has said `after` events.
+pub async fn ask_during(url: &str, bodies: &[Value], after: usize, fault: impl AsyncFnOnce()) -> Vec<Seen> {
+    let (mut streams, mut saids) = (Vec::new(), Vec::new());
+    for body in bodies {
+        let (say, said) = watch::channel(0);
+        streams.push(tokio::spawn(read(url.to_owned(), body.clone(), say)));
+        saids.push(said);
+    }
+    for said in &mut saids {
+        said.wait_for(|events| *events >= after).await.expect("the stream goes on");
+    }
+    fault().await;
+    let mut seen = Vec::new();
+    for stream in streams {
+        seen.push(stream.await.expect("no stream fails"));
+    }
+    seen
 }

@@ -2,12 +2,11 @@
 
 use baton_integration_tests::{
     Cluster,
-    chat::{Events, ask, long_prompt, request},
+    chat::{Events, ask, ask_during, long_prompt, request},
     eventually, metrics,
 };
 use rustix::process::Signal;
 use serde_json::Value;
-use tokio::sync::watch;
 
 async fn serves_again(cluster: &Cluster) {
     let body = request(cluster.model(), "What is the capital of France?", 12, false);
@@ -27,40 +26,15 @@ fn questions(model: &str, words: usize, tokens: u32) -> Vec<Value> {
     (0..8).map(question).collect()
 }
 
-/// Reads a stream to its end; every event says to `said` that there was one more.
-async fn read(url: String, body: Value, said: watch::Sender<usize>) -> String {
-    let (mut events, mut text) = (Events::open(&url, &body).await, String::new());
-    while let Some(data) = events.next().await.filter(|data| data != "[DONE]") {
-        let event: Value = serde_json::from_str(&data).expect("each event is JSON");
-        assert!(event["error"].is_null(), "the stream failed: {event}");
-        text.push_str(event["choices"][0]["delta"]["content"].as_str().unwrap_or_default());
-        said.send_modify(|events| *events += 1);
-    }
-    text
-}
-
-/// Asks all at once, and does `fault` when every stream has said `after` events.
+/// What is answered to all of them, asked at once; `fault` happens when every stream has said `after` events.
 async fn disturbed(
     cluster: &Cluster,
     bodies: &[Value],
     after: usize,
     fault: impl AsyncFnOnce(),
 ) -> Vec<String> {
-    let (mut streams, mut saids) = (Vec::new(), Vec::new());
-    for body in bodies {
-        let (say, said) = watch::channel(0);
-        streams.push(tokio::spawn(read(cluster.url().to_owned(), body.clone(), say)));
-        saids.push(said);
-    }
-    for said in &mut saids {
-        said.wait_for(|events| *events >= after).await.expect("the stream goes on");
-    }
-    fault().await;
-    let mut answers = Vec::new();
-    for stream in streams {
-        answers.push(stream.await.expect("no stream fails"));
-    }
-    answers
+    let seen = ask_during(cluster.url(), bodies, after, fault).await;
+    seen.into_iter().map(|seen| seen.text).collect()
 }
 
 async fn undisturbed(cluster: &Cluster, bodies: &[Value]) -> Vec<String> {

@@ -5,65 +5,14 @@ use std::time::{Duration, Instant};
 
 use baton_integration_tests::{
     Cluster,
-    chat::{Events, long_prompt, request},
+    chat::{ask_during, long_prompt, request},
     eventually, metrics,
 };
 use rustix::process::Signal;
-use serde_json::Value;
-use tokio::sync::watch;
 
 /// From when a process freezes to the next token of what it had.
 const MOVED_WITHIN: Duration = Duration::from_secs(5);
 const BLOCK_TOKENS: u32 = 16;
-
-/// An answer as its client saw it.
-struct Seen {
-    text: String,
-    longest_pause: Duration,
-}
-
-/// Reads a stream to its end; every event says to `said` that there was one more.
-async fn read(url: String, body: Value, said: watch::Sender<usize>) -> Seen {
-    let mut events = Events::open(&url, &body).await;
-    let mut seen = Seen { text: String::new(), longest_pause: Duration::ZERO };
-    let mut last = Instant::now();
-    while let Some(data) = events.next().await.filter(|data| data != "[DONE]") {
-        let event: Value = serde_json::from_str(&data).expect("each event is JSON");
-        assert!(event["error"].is_null(), "the stream failed: {event}");
-        seen.text.push_str(event["choices"][0]["delta"]["content"].as_str().unwrap_or_default());
-        // Until the first token it waits for prefill.
-        if *said.borrow() > 1 {
-            seen.longest_pause = seen.longest_pause.max(last.elapsed());
-        }
-        last = Instant::now();
-        said.send_modify(|events| *events += 1);
-    }
-    seen
-}
-
-/// Asks all at once, and does `fault` when every stream has said `after` events.
-async fn ask_during(
-    cluster: &Cluster,
-    bodies: &[Value],
-    after: usize,
-    fault: impl AsyncFnOnce(),
-) -> Vec<Seen> {
-    let (mut streams, mut saids) = (Vec::new(), Vec::new());
-    for body in bodies {
-        let (say, said) = watch::channel(0);
-        streams.push(tokio::spawn(read(cluster.url().to_owned(), body.clone(), say)));
-        saids.push(said);
-    }
-    for said in &mut saids {
-        said.wait_for(|events| *events >= after).await.expect("the stream goes on");
-    }
-    fault().await;
-    let mut seen = Vec::new();
-    for stream in streams {
-        seen.push(stream.await.expect("no stream fails"));
-    }
-    seen
-}
 
 /// What the servers in `urls` have computed of prompts.
 async fn prefilled(urls: &[String]) -> f64 {
@@ -99,11 +48,11 @@ async fn what_a_frozen_decode_has_goes_on_elsewhere_within_seconds_from_what_pre
     let cluster = Cluster::start(&["--prefill", "1", "--decode", "2"]).await;
     let tokens = 60;
     let bodies = [request(cluster.model(), &long_prompt(400), tokens, true)];
-    let expected = ask_during(&cluster, &bodies, 0, async || {}).await;
+    let expected = ask_during(cluster.url(), &bodies, 0, async || {}).await;
     let urls = prefill_metrics(&cluster).await;
 
     let (mut frozen, mut before) = (String::new(), 0.0);
-    let seen = ask_during(&cluster, &bodies, 6, async || {
+    let seen = ask_during(cluster.url(), &bodies, 6, async || {
         frozen = decodes(&cluster).await;
         before = prefilled(&urls).await;
         cluster.kill(&frozen, Signal::STOP);
@@ -126,11 +75,11 @@ async fn answers_leave_a_decode_that_drains_at_once_and_unchanged() {
     let cluster = Cluster::start(&["--prefill", "1", "--decode", "2", "--set", settings]).await;
     let question = |i| request(cluster.model(), &format!("Question {i}. {}", long_prompt(100)), 200, true);
     let bodies: Vec<_> = (0..4).map(question).collect();
-    let expected = ask_during(&cluster, &bodies, 0, async || {}).await;
+    let expected = ask_during(cluster.url(), &bodies, 0, async || {}).await;
 
     let decode = cluster.instance_of("decode").await;
     let mut drained = Duration::ZERO;
-    let seen = ask_during(&cluster, &bodies, 10, async || {
+    let seen = ask_during(cluster.url(), &bodies, 10, async || {
         let began = Instant::now();
         cluster.run_ctl(&["drain", &decode, "--within", "60s"]).await;
         drained = began.elapsed();

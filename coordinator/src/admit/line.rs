@@ -215,6 +215,7 @@ fn work(prepared: &Prepared, expected_tokens: u32) -> f64 {
 /// Places those who wait, until nobody does.
 async fn attend(model: Arc<Model>, placer: Arc<Placer>) {
     let desk = &model.line.desk;
+    let _attending = Attending(desk);
     loop {
         let mut freed = pin!(placer.board.freed());
         freed.as_mut().enable();
@@ -235,6 +236,17 @@ async fn attend(model: Arc<Model>, placer: Arc<Placer>) {
             let _ = timeout(LOOK_MOST, event).await;
         }
         sleep(LOOK_LEAST).await;
+    }
+}
+
+/// If a bug ends it, the next who comes has the line attended to again.
+struct Attending<'a>(&'a Desk);
+
+impl Drop for Attending<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.state.lock().attended = false;
+        }
     }
 }
 
