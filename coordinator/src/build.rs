@@ -93,6 +93,7 @@ pub fn assemble(
             breakers,
             metrics: metrics.clone(),
             patience,
+            patience_again: config.carry.patience,
             move_after: config.carry.move_after,
         }),
         gate,

@@ -231,11 +231,15 @@ pub struct CarryConfig {
     /// elsewhere at once; what takes less stays until it is done.
     #[serde(with = "duration")]
     pub move_after: Duration,
+    /// How long a request whose instance was lost, or failed it, waits for another that can take it. A new request is
+    /// refused sooner, by `limits.placement_timeout`: whoever sends it may have another coordinator to ask.
+    #[serde(with = "duration")]
+    pub patience: Duration,
 }
 
 impl Default for CarryConfig {
     fn default() -> Self {
-        Self { move_after: Duration::from_secs(2) }
+        Self { move_after: Duration::from_secs(2), patience: Duration::from_secs(30) }
     }
 }
 

@@ -25,11 +25,14 @@ use crate::{
     requests::Placing,
 };
 
-/// How many attempts in a row may bring no token before the failure is told.
-const ATTEMPTS_MOST: u32 = 2;
+/// How many attempts in a row may fail without a token before the failure is told.
+const FRUITLESS_MOST: u32 = 2;
+/// How many may be lost so: instances die one after the other, and a coordinator that was cut off loses all of them.
+const LOST_MOST: u32 = 4;
 /// How many may fail in all: a request may be what kills the instances that it is placed on.
 const FAILURES_MOST: u32 = 8;
-/// Before a request is placed again: one instance may say that another is lost before this coordinator notices.
+/// Before a request is placed again: one instance may say that another is lost before this coordinator notices. Twice as
+/// long after each that was lost in a row.
 const PAUSE: Duration = Duration::from_millis(50);
 /// Before one that was refused is placed again; twice as long each time.
 const PAUSE_LEAST: Duration = Duration::from_millis(5);
@@ -63,8 +66,10 @@ pub struct Placer {
     pub handoffs: Arc<Handoffs>,
     pub metrics: Arc<Metrics>,
     pub breakers: Arc<Breakers>,
-    /// How long a request waits for an instance that can take it.
+    /// How long a new request waits for an instance that can take it.
     pub patience: Duration,
+    /// How long one that has had a place before does.
+    pub patience_again: Duration,
     /// What takes longer on an instance that drains goes on elsewhere.
     pub move_after: Duration,
 }
@@ -164,7 +169,7 @@ impl Placer {
         let Failure { mut error, culprit, .. } = failure;
         // Who failed it, and then who could not be asked.
         let mut avoid: Vec<InstanceId> = culprit.into_iter().collect();
-        let deadline = (Instant::now() + self.patience + pause).min(assignment.deadline);
+        let deadline = (Instant::now() + self.patience_again + pause).min(assignment.deadline);
         let mut changes = self.board.changes();
         loop {
             let _ = timeout_at(deadline.min(Instant::now() + pause), changes.changed()).await;
@@ -230,9 +235,10 @@ pub struct Attempts {
     placer: Arc<Placer>,
     model: Arc<Model>,
     assignment: Assignment,
-    /// Attempts that failed, and those of them since the last that brought a token.
+    /// Attempts that failed, and those since the last that brought a token: by a fault, or with an instance.
     failed: u32,
     fruitless: u32,
+    lost: u32,
     /// Refusals since the last attempt.
     refused: u32,
 }
@@ -241,7 +247,7 @@ impl Attempts {
     /// `assignment` has been given to a first place.
     pub fn new(placer: Arc<Placer>, model: Arc<Model>, assignment: Assignment) -> Self {
         model.budget.lock().request();
-        Self { placer, model, assignment, failed: 0, fruitless: 0, refused: 0 }
+        Self { placer, model, assignment, failed: 0, fruitless: 0, lost: 0, refused: 0 }
     }
 
     /// What is being placed.
@@ -307,11 +313,16 @@ impl Attempts {
         } else {
             self.refused = 0;
             self.failed += 1;
-            self.fruitless = if failure.begun { 0 } else { self.fruitless + 1 };
-            if self.failed >= FAILURES_MOST || self.fruitless >= ATTEMPTS_MOST {
+            match (failure.begun, failure.error.code) {
+                (true, _) => (self.fruitless, self.lost) = (0, 0),
+                (false, ErrorCode::InstanceLost) => self.lost += 1,
+                (false, _) => self.fruitless += 1,
+            }
+            let too_many = self.fruitless >= FRUITLESS_MOST || self.lost >= LOST_MOST;
+            if self.failed >= FAILURES_MOST || too_many {
                 return Err(failure.error);
             }
-            PAUSE
+            PAUSE * (1 << self.lost.saturating_sub(1))
         };
         if self.assignment.deadline <= Instant::now() {
             return Err(failure.error);

@@ -151,6 +151,15 @@ impl Board {
         }
     }
 
+    /// Whether the instance behind a stream that stands does not get on: it is given nothing while it does not.
+    pub fn stuck(&self, id: &InstanceId, is: bool) {
+        let state = &mut *self.state.lock();
+        if state.fleet.stuck(id, is) {
+            state.renew(id, Instant::now());
+            self.tell();
+        }
+    }
+
     /// No leg is on any stream to the instance, and none is dispatched before the next one stands.
     pub fn detached(&self, id: &InstanceId) {
         let state = &mut *self.state.lock();

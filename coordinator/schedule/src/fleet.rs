@@ -179,8 +179,16 @@ enum Listing {
 /// The stream to the instance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Contact {
-    Down { since: Instant },
-    Up { incarnation: Incarnation, duty: Duty, load: Option<Load> },
+    Down {
+        since: Instant,
+    },
+    Up {
+        incarnation: Incarnation,
+        duty: Duty,
+        load: Option<Load>,
+        /// It has stopped to get on with its work, or to answer.
+        stuck: bool,
+    },
 }
 
 /// One instance as this coordinator sees it.
@@ -196,7 +204,9 @@ impl Instance {
     pub fn duty(&self) -> Option<Duty> {
         match self.contact {
             // A stream to another incarnation than the listed one: the list is behind, and its endpoints may be too.
-            Contact::Up { incarnation, duty, .. } if duty.ready && incarnation == self.spec.incarnation => {
+            Contact::Up { incarnation, duty, stuck: false, .. }
+                if duty.ready && incarnation == self.spec.incarnation =>
+            {
                 Some(duty)
             }
             _ => None,
@@ -312,7 +322,7 @@ impl Fleet {
     /// The stream to an instance stands.
     pub fn up(&mut self, id: &InstanceId, incarnation: Incarnation, duty: Duty) {
         if let Some(instance) = self.get_mut(id) {
-            instance.contact = Contact::Up { incarnation, duty, load: None };
+            instance.contact = Contact::Up { incarnation, duty, load: None, stuck: false };
         }
     }
 
@@ -323,6 +333,15 @@ impl Fleet {
                 instance.contact = Contact::Down { since: now };
                 true
             }
+            _ => false,
+        }
+    }
+
+    /// Whether the instance behind a stream that stands does not get on; whether that is new. It is given nothing while it
+    /// does not: of a coordinator that was cut off, all are so, and their streams are about to break.
+    pub fn stuck(&mut self, id: &InstanceId, is: bool) -> bool {
+        match self.get_mut(id) {
+            Some(Instance { contact: Contact::Up { stuck, .. }, .. }) => std::mem::replace(stuck, is) != is,
             _ => false,
         }
     }

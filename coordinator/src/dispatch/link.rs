@@ -357,7 +357,7 @@ impl LinkTask {
 
     async fn serve(&mut self, attached: Attached) -> BreakReason {
         let Attached { mut inbound, mut target, channel, mut cache } = attached;
-        let mut pulse = Pulse::new(&self.link, &self.breakers, channel.clone(), self.config.stall);
+        let mut pulse = Pulse::new(self, channel.clone());
         let mut look = interval(LOOK);
         loop {
             let message = tokio::select! {

@@ -29,8 +29,16 @@ async fn all_prompts_together_wait_no_longer_than_one() {
     let (served, handoffs) = (served(), Arc::default());
     let metrics = baton_process::Metrics::new("coordinator").register(Metrics::register);
     let breakers = Arc::new(Breakers::new(&metrics));
-    let placer =
-        Placer { board: board.clone(), links, handoffs, metrics, breakers, patience, move_after: patience };
+    let placer = Placer {
+        board: board.clone(),
+        links,
+        handoffs,
+        metrics,
+        breakers,
+        patience,
+        patience_again: patience,
+        move_after: patience,
+    };
     let body = r#"{"model": "tiny", "prompt": ["short", "one that only the large one holds"]}"#;
     let request = parse(body.as_bytes()).expect("is JSON");
     let prepared = prepare(&served, Endpoint::Text, &request, LIMITS, 1).expect("is good");
@@ -90,6 +98,7 @@ fn two(links: Links) -> Two {
         metrics,
         breakers,
         patience,
+        patience_again: patience,
         move_after: patience,
     });
     Two { placer, model, assignment }

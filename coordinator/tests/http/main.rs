@@ -18,3 +18,4 @@ mod prefix;
 mod real_text;
 mod scripted;
 mod stalls;
+mod wire;

@@ -258,6 +258,16 @@ async fn attempts_that_bring_nothing_and_failures_in_all_are_bounded() {
     let body = response.await.expect("ends").text().await.expect("a body");
     assert_eq!((chat_text(&events(&body)).as_str(), error_of(&body)), ("a", json!("handoff_failed")));
     cluster.at_rest().await;
+    // A token, then lost with an instance four times.
+    let response = cluster.chat(json!({"stream": true}));
+    for text in ["a", "", "", "", ""] {
+        let dispatch = mixed.dispatch().await;
+        mixed.tokens(dispatch.leg, 0, text);
+        mixed.fail(dispatch.leg, ErrorCode::InstanceLost);
+    }
+    let body = response.await.expect("ends").text().await.expect("a body");
+    assert_eq!((chat_text(&events(&body)).as_str(), error_of(&body)), ("a", json!("instance_lost")));
+    cluster.at_rest().await;
     // Each brings one more, and fails.
     let response = cluster.chat(json!({"stream": true}));
     for position in 0..8 {

@@ -380,6 +380,7 @@ impl Cluster {
         config.fleet.reconnect_min = Duration::from_millis(5);
         config.fleet.reconnect_max = Duration::from_millis(20);
         config.limits.placement_timeout = Duration::from_millis(50);
+        config.carry.patience = Duration::from_millis(50);
         configure(&mut config);
         let shared: Arc<dyn Store> = Arc::new(store.clone());
         let keys = Source::open(&config.api_keys, &shared).expect("good keys");

@@ -42,6 +42,8 @@ impl Beats {
 /// A request that nobody answers ends with the test's patience.
 fn in_time(config: &mut CoordinatorConfig) {
     config.limits.request_timeout = PATIENCE;
+    config.limits.placement_timeout = PATIENCE;
+    config.carry.patience = PATIENCE;
 }
 
 /// It runs a sequence, and has taken in all that it was sent.
@@ -109,6 +111,30 @@ async fn what_a_stuck_instance_has_goes_on_elsewhere_and_nothing_more_comes_to_i
     tokio::time::sleep(Duration::from_millis(100)).await;
     served(stuck).await;
     assert!(metrics().await.contains("baton_coordinator_open_breakers 0"));
+    cluster.at_rest().await;
+}
+
+/// So it is for a coordinator that was cut off from all: whoever asks it waits, rather than lose one attempt after another.
+#[tokio::test]
+async fn where_all_are_stuck_requests_wait_until_one_gets_on() {
+    let (cluster, [mut only]) = Cluster::start([("m", v1::Role::Mixed)], in_time).await;
+    let begun = cluster.chat(json!({"max_tokens": 2, "stream": true}));
+    let first = only.dispatch().await;
+    only.tokens(first.leg, 0, "a");
+    let beats = Beats::of(&only, runs(7));
+    assert_eq!(only.cancelled().await.leg, first.leg);
+    let waits = cluster.chat(json!({"max_tokens": 1}));
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    assert!(only.is_quiet(), "it was given something though it is stuck");
+    *beats.load.lock() = v1::InstanceLoad { running_sequences: 0, ..runs(8) };
+    for _ in 0..2 {
+        let dispatch = only.dispatch().await;
+        let at = dispatch.generated_tokens.len() as u32;
+        only.finish(dispatch.leg, at, "b", FinishReason::Length);
+    }
+    let body = begun.await.expect("ends").text().await.expect("a body");
+    assert_eq!(chat_text(&events(&body)), "ab");
+    assert_eq!(waits.await.expect("ends").status(), 200);
     cluster.at_rest().await;
 }
 

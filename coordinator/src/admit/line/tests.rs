@@ -43,8 +43,17 @@ fn house(max_concurrent: usize, max_queued: usize) -> House {
     board.up(&only.id, only.incarnation, ready(Role::Mixed));
     let (breakers, patience) = (Arc::new(Breakers::new(&metrics)), Duration::from_secs(5));
     let (links, handoffs) = (Arc::default(), Arc::default());
-    let move_after = patience;
-    let placer = Placer { board, links, handoffs, metrics: metrics.clone(), breakers, patience, move_after };
+    let (patience_again, move_after) = (patience, patience);
+    let placer = Placer {
+        board,
+        links,
+        handoffs,
+        metrics: metrics.clone(),
+        breakers,
+        patience,
+        patience_again,
+        move_after,
+    };
     let model = models.iter().next().expect("a model").clone();
     House { gate: Gate::new(&limits, 2, 2, &metrics), model, placer: Arc::new(placer), metrics }
 }

@@ -5,7 +5,6 @@
 use std::{
     collections::HashMap,
     sync::{Arc, atomic::Ordering},
-    time::Duration,
 };
 
 use baton_proto::{ApiError, ErrorCode, LegId, v1};
@@ -15,7 +14,7 @@ use tonic::transport::Channel;
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 use v1::{attach_request::Frame as Ask, attach_response::Frame as Answer};
 
-use super::Link;
+use super::{Board, Link, LinkTask};
 use crate::carry::{
     Breakers,
     stall::{Stall, Verdict},
@@ -24,6 +23,7 @@ use crate::carry::{
 /// Watches over an instance for as long as its stream stands.
 pub(super) struct Pulse {
     link: Arc<Link>,
+    board: Arc<Board>,
     breakers: Arc<Breakers>,
     stall: Stall,
     channel: Channel,
@@ -32,12 +32,12 @@ pub(super) struct Pulse {
 }
 
 impl Pulse {
-    /// Of a stream that stands from now on; an instance is not taken to be stuck sooner than after `least`.
-    pub(super) fn new(link: &Arc<Link>, breakers: &Arc<Breakers>, channel: Channel, least: Duration) -> Self {
-        let stall = Stall::new(least, Instant::now());
-        let (link, breakers) = (link.clone(), breakers.clone());
+    /// Of a stream that stands from now on; an instance is not taken to be stuck sooner than after `fleet.stall`.
+    pub(super) fn new(task: &LinkTask, channel: Channel) -> Self {
+        let stall = Stall::new(task.config.stall, Instant::now());
+        let (link, board, breakers) = (task.link.clone(), task.board.clone(), task.breakers.clone());
         link.stuck.store(false, Ordering::Relaxed);
-        Self { link, breakers, stall, channel, answer: None.into() }
+        Self { link, board, breakers, stall, channel, answer: None.into() }
     }
 
     /// The instance has said this.
@@ -65,8 +65,12 @@ impl Pulse {
         let unseen = self.stall.seen().and_then(|seen| self.link.unseen_since(seen));
         let verdict = self.stall.look(unseen, now);
         let stuck = matches!(verdict, Verdict::Stuck(_) | Verdict::StillStuck);
-        if self.link.stuck.swap(stuck, Ordering::Relaxed) && !stuck {
-            tracing::info!(%instance, "the instance gets on again");
+        if self.link.stuck.swap(stuck, Ordering::Relaxed) != stuck {
+            // Before its legs fail: they may be placed again at once, and not here.
+            self.board.stuck(instance, stuck);
+            if !stuck {
+                tracing::info!(%instance, "the instance gets on again");
+            }
         }
         match verdict {
             Verdict::Well => {}
@@ -77,7 +81,6 @@ impl Pulse {
                 self.answer = Some(ask.boxed()).into();
             }
             Verdict::Stuck(why) => {
-                // First the breaker: what fails now may be placed again at once, and not here.
                 self.breakers.stuck(instance, now);
                 let legs = self.link.give_up();
                 tracing::warn!(%instance, legs, %why, "the instance does not get on; its requests go on elsewhere");
