@@ -35,9 +35,9 @@ use crate::{
 
 /// How long the end of an answer waits for prefill to say how much of the prompt was cached.
 const LINGER: Duration = Duration::from_millis(50);
-/// How long decode may say nothing once prefill is lost: what slices on their way get to arrive (`seal_grace` of
-/// kvtransfer), and some for a step.
-const DECODE_PATIENCE: Duration = Duration::from_secs(15);
+/// How long decode may say nothing once prefill is lost. What is on its way from a prefill that lives, and is only lost to
+/// this coordinator, arrives meanwhile, and is begun with; from one that is frozen nothing comes, and a client waits.
+const DECODE_PATIENCE: Duration = Duration::from_secs(5);
 
 /// After so long, who stays with an instance that drains is asked again.
 const LEAVING_AGAIN: Duration = Duration::from_secs(1);
