@@ -70,7 +70,7 @@ struct Best<'a> {
     held: Vec<Candidate<'a>>,
     /// One of them can never hold the request.
     too_small: bool,
-    /// On one of them what is queued takes no longer than it may.
+    /// On one of them it would wait no longer than it may.
     roomy: bool,
 }
 
@@ -115,10 +115,10 @@ struct Found<'a> {
 }
 
 impl Found<'_> {
-    /// Whether there is room on any that could compute the prompt. Who computes it is whoever is best all the same: if the
-    /// others are about to be idle, it is worth more to wait for what one has cached.
+    /// Whether there is room on any that could compute the prompt, and on any that could decode. Who does it is whoever is
+    /// best all the same: if the others are about to be idle, it is worth more to wait for what one has cached.
     fn has_room(&self, ask: &Ask<'_>) -> bool {
-        let pair = |halves: &Halves<'_>| ask.max_tokens == 1 || halves.decode.first().is_some();
+        let pair = |halves: &Halves<'_>| ask.max_tokens == 1 || halves.decode.roomy;
         let roomy = |halves: &Halves<'_>| halves.local.roomy || (halves.prefill.roomy && pair(halves));
         self.whole.roomy || self.classes.iter().any(roomy)
     }
@@ -190,6 +190,7 @@ fn walk<'a>(model: &'a Model, ask: &Ask<'_>, settings: &Settings, now: Instant) 
         ready: 0,
         candidates: 0,
     };
+    let room_micros = ask.room.as_secs_f64() * 1e6;
     for row in model.rows.iter().filter(|row| row.is_usable(now)) {
         if ask.avoid.contains(&row.spec.id) {
             continue;
@@ -207,10 +208,9 @@ fn walk<'a>(model: &'a Model, ask: &Ask<'_>, settings: &Settings, now: Instant) 
             continue;
         }
         found.candidates += 1;
-        let roomy = row.queue_micros <= ask.room.as_secs_f64() * 1e6;
-        best.roomy |= roomy;
         let cached = cached_tokens(row, ask, side);
         let price = pricing.price(row, side, cached);
+        best.roomy |= price.wait_micros <= room_micros;
         let turn = (row.chosen, mixed(ask.turn, row.number));
         let rank = rank(settings.policy, row, &price, turn.1);
         best.offer(Candidate { row, side, cached, price, rank, turn });
@@ -218,7 +218,7 @@ fn walk<'a>(model: &'a Model, ask: &Ask<'_>, settings: &Settings, now: Instant) 
             let cached = cached_tokens(row, ask, Side::Whole);
             if let Some(price) = pricing.local(row, cached) {
                 let side = Side::Whole;
-                halves.local.roomy |= roomy;
+                halves.local.roomy |= price.wait_micros <= room_micros;
                 halves.local.offer(Candidate { row, side, cached, price, rank: price.micros, turn });
             }
         }

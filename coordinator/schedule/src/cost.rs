@@ -44,6 +44,8 @@ pub(crate) struct Price {
     pub(crate) ttft_micros: f64,
     /// From one token to the next, where it gives more.
     pub(crate) tpot_micros: f64,
+    /// Until it is begun with.
+    pub(crate) wait_micros: f64,
 }
 
 /// Prices one request on any instance.
@@ -63,7 +65,7 @@ impl Pricing<'_> {
             Side::Whole => {
                 let (first, then) =
                     (self.prefill(row, cached, 0.0), self.decode(row, self.ask.prompt_tokens));
-                Price { micros: first.micros + then.micros, tpot_micros: then.tpot_micros, ..first }
+                both(first, then)
             }
         }
     }
@@ -78,11 +80,7 @@ impl Pricing<'_> {
         };
         let steady = then.tpot_micros <= LOCAL_TPOT_MOST * self.settings.targets.tpot_micros();
         let first = self.prefill(row, cached, batch);
-        (room && steady).then_some(Price {
-            micros: first.micros + then.micros,
-            tpot_micros: then.tpot_micros,
-            ..first
-        })
+        (room && steady).then_some(both(first, then))
     }
 
     /// With so many sequences that stand still meanwhile.
@@ -96,7 +94,7 @@ impl Pricing<'_> {
         let ttft_micros = row.queue_micros + own;
         let late = (ttft_micros - self.settings.targets.ttft_micros(self.ask.prompt_tokens)).max(0.0);
         let micros = wait + (1.0 + waiting + batch) * own + LATE * late;
-        Price { micros, ttft_micros, tpot_micros: 0.0 }
+        Price { micros, ttft_micros, tpot_micros: 0.0, wait_micros: row.queue_micros }
     }
 
     fn decode(&self, row: &Row, cached: u32) -> Price {
@@ -115,17 +113,29 @@ impl Pricing<'_> {
         let others = expected * sequences * row.speed.added_micros(choices, added);
         let wanted = blocks_wanted(row, ask, Side::Decode, cached) as f64;
         let missing = standing.blocks_free.map_or(0.0, |free| (wanted - free as f64).max(0.0));
+        // All blocks that are in use are given back in about the time of an answer. More than these will never be free.
+        let wait_micros = own * (missing.min(used) + standing.blocks_short as f64) / used.max(1.0);
         let moved = f64::from(ask.prompt_tokens.saturating_sub(cached)) * row.spec.token_bytes as f64;
         let moving = moved / LINK_BYTES_PER_MICROSECOND * f64::from(1 + row.transfers);
         let late = expected * (step - self.settings.targets.tpot_micros()).max(0.0);
         let micros = own + others + own * missing / wanted.max(1.0) + moving + LATE * late;
-        Price { micros, ttft_micros: 0.0, tpot_micros: step }
+        Price { micros, ttft_micros: 0.0, tpot_micros: step, wait_micros }
     }
 
     /// How much of its peers' work it is to have by now.
     fn share(&self, row: &Row) -> f64 {
         let (age, whole) = (self.now.saturating_duration_since(row.ready_since), self.settings.warm_up);
         if age >= whole { 1.0 } else { (age.as_secs_f64() / whole.as_secs_f64()).max(SHARE_LEAST) }
+    }
+}
+
+/// Of both parts on one instance.
+fn both(first: Price, then: Price) -> Price {
+    Price {
+        micros: first.micros + then.micros,
+        ttft_micros: first.ttft_micros,
+        tpot_micros: then.tpot_micros,
+        wait_micros: first.wait_micros.max(then.wait_micros),
     }
 }
 

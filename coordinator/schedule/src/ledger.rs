@@ -70,6 +70,8 @@ pub struct Standing {
     /// `None`: the instance has not said.
     pub blocks_total: Option<u64>,
     pub blocks_free: Option<u64>,
+    /// Blocks that what was sent there will want beyond all that there are.
+    pub blocks_short: u64,
     /// 0 = not measured.
     pub prefill_tokens_per_second: u64,
     /// 0 = not measured.
@@ -271,6 +273,7 @@ impl Ledger {
             sequences: sum(u64::from(load.sequences), unseen.sequences, over.sequences),
             blocks_total: (total > 0).then_some(total),
             blocks_free: (total > 0).then(|| total.saturating_sub(used)),
+            blocks_short: if total > 0 { used.saturating_sub(total) } else { 0 },
             prefill_tokens_per_second: load.prefill_tokens_per_second,
             decode_step_micros: load.decode_step_micros,
         }

@@ -34,8 +34,8 @@ pub struct PlacementConfig {
     /// From one token to the next: what is predicted to take longer costs more.
     #[serde(with = "duration")]
     pub tpot_target: Duration,
-    /// Requests wait in the line of their model while what is queued takes longer than this on every instance that could
-    /// compute their prompt; those that are with instances are not put in order of tenants any more.
+    /// Requests wait in the line of their model while every instance would be longer than this until it computed their
+    /// prompt, or had KV blocks for their answer; those that are with instances are not put in order of tenants any more.
     #[serde(with = "duration")]
     pub room: Duration,
     /// Most memory for which instances have which KV blocks cached, at 58 bytes a block. Over it a part of the blocks is

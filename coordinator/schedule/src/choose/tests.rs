@@ -191,3 +191,28 @@ async fn a_new_request_waits_while_nobody_has_room_and_then_goes_to_the_best() {
     // To wait for room is of no use where something else is missing.
     assert_eq!(within(&[("p0", Role::Prefill, busy)], 64), Err(NoPlace::NoDecode));
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_new_request_waits_while_decode_has_no_blocks_for_long() {
+    let full = |sequences| Load { kv_blocks_total: 100, kv_blocks_free: 0, ..running(sequences) };
+    let settings = Settings { room: Duration::from_secs(1), ..PLAIN };
+    let instances = [("p", Role::Prefill, queued(0)), ("d", Role::Decode, full(8))];
+    let board = board(settings, &instances);
+    // Blocks of an answer are given back within 1.8 s: 64 steps of 28 ms. Of 17 a request, four may be ahead.
+    let mut bookings = Vec::new();
+    let refused = loop {
+        match board.place_within(200u32, (64, 1), "r1", &[]) {
+            Ok(booking) => bookings.push(booking),
+            Err(refused) => break refused,
+        }
+        assert!(bookings.len() < 20, "they are never too many");
+    };
+    assert_eq!(refused, NoPlace::Busy);
+    assert!((2..=6).contains(&bookings.len()), "{}", bookings.len());
+    // Neither who looks for another place waits, nor who needs no decode.
+    placed(&board, 200).expect("a place");
+    board.place_within(200u32, (1, 1), "r1", &[]).expect("a place");
+    // Room for one as soon as one has gone.
+    bookings.pop();
+    board.place_within(200u32, (64, 1), "r1", &[]).expect("a place");
+}
