@@ -1,4 +1,4 @@
-//! The worker and the client as this process has them: children that are asked and answer by lines.
+//! The worker, the floor and the client as this process has them: children that are asked and answer by lines.
 
 use std::{process::Stdio, time::Duration};
 
@@ -18,7 +18,7 @@ pub(crate) struct Asked {
     name: &'static str,
     orders: ChildStdin,
     answers: Lines<BufReader<ChildStdout>>,
-    _child: Child,
+    child: Child,
 }
 
 impl Asked {
@@ -35,7 +35,11 @@ impl Asked {
         let (Some(orders), Some(answers)) = (child.stdin.take(), child.stdout.take()) else {
             return Err(BenchError::said(name, "it has no standard input"));
         };
-        Ok(Self { name, orders, answers: BufReader::new(answers).lines(), _child: child })
+        Ok(Self { name, orders, answers: BufReader::new(answers).lines(), child })
+    }
+
+    pub(crate) fn pid(&self) -> Option<u32> {
+        self.child.id()
     }
 
     pub(crate) async fn tell(&mut self, order: &impl Serialize) -> Result<(), BenchError> {

@@ -1,13 +1,14 @@
 //! The cost bench: what a request costs in the coordinator and in other routers of prefill and decode, side by side.
 //!
 //! `cargo bench -p baton-coordinator --bench routers -- --help`, or `./deploy/run bench routers`, which brings the others.
-//! [`run`] has the rounds, [`lines`] what is measured, [`targets`] who; [`worker`] and [`client`] are processes of their own
-//! (this program once more), spoken to as [`protocol`] says, so that [`procfs`] sees the routers alone. [`report`] has the
+//! [`run`] has the rounds, [`lines`] what is measured, [`targets`] who; [`worker`], [`floor`] and [`client`] are processes of their
+//! own (this program once more), spoken to as [`protocol`] says, so that [`procfs`] sees the routers alone. [`report`] has the
 //! tables and what is wanted of the figures; nothing fails unless `--judge` asks for it.
 
 mod child;
 mod client;
 mod error;
+mod floor;
 mod lines;
 mod model;
 mod procfs;
@@ -73,6 +74,9 @@ enum Child {
     /// The process that is all instances; spoken to on its standard input.
     #[command(hide = true)]
     Worker,
+    /// The process that only writes; spoken to on its standard input.
+    #[command(hide = true)]
+    Floor,
     /// The process that makes the requests; spoken to on its standard input.
     #[command(hide = true)]
     Client,
@@ -82,6 +86,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let ended = match cli.child {
         Some(Child::Worker) => worker::run().map(|()| true),
+        Some(Child::Floor) => floor::run().map(|()| true),
         Some(Child::Client) => client::run().map(|()| true),
         None => measure(&cli),
     };

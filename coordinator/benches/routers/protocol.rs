@@ -27,6 +27,12 @@ pub(crate) struct WorkerReady {
     pub(crate) decode: Vec<Listens>,
 }
 
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct FloorReady {
+    /// `host:port`.
+    pub(crate) address: String,
+}
+
 /// How fast the worker's engine steps from now on; [`Done`] answers.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Pace {

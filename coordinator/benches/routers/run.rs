@@ -15,7 +15,7 @@ use crate::{
     lines::{Answer, Line, Prompt},
     model,
     procfs::{CpuTime, forget_peak, peak_megabytes},
-    protocol::{Done, Job, Outcome, Pace, WorkerReady, WorkerSetup},
+    protocol::{Done, FloorReady, Job, Outcome, Pace, WorkerReady, WorkerSetup},
     report::Figures,
     targets::{self, Programs, Router, Target},
     words::Words,
@@ -33,6 +33,8 @@ pub(crate) type Runs = BTreeMap<(Line, Target), Vec<Figures>>;
 pub(crate) struct Bench {
     worker: Asked,
     client: Asked,
+    /// And where it listens.
+    floor: (Asked, String),
     /// The worker's own address, for who asks it without a router.
     direct: String,
     routers: BTreeMap<Target, Router>,
@@ -52,12 +54,14 @@ impl Bench {
         let mut client = Asked::start("client")?;
         let ready: WorkerReady = worker.ask(&WorkerSetup { words: words.clone(), pairs }).await?;
         client.tell(&words).await?;
+        let mut floor = Asked::start("floor")?;
+        let FloorReady { address } = floor.ask(&words).await?;
         let mut routers = BTreeMap::new();
         for &target in wanted {
             let Some(program) = programs.of(target) else { continue };
             let router = match target {
                 Target::Baton => targets::coordinator(&program, model, (&words, &ready, folder)).await?,
-                Target::Direct | Target::BatonIds => continue,
+                Target::Direct | Target::Floor | Target::BatonIds => continue,
                 peer => targets::peer(peer, &program, (&ready, folder))?,
             };
             routers.insert(target, router);
@@ -65,7 +69,7 @@ impl Bench {
         let direct = ready.decode.first().map(|decode| decode.http.clone()).unwrap_or_default();
         // Not the same prompts in the next run: a router that has survived none would know them, but nobody should.
         let seed = u64::from(std::process::id());
-        let mut bench = Self { worker, client, direct, routers, seed };
+        let mut bench = Self { worker, client, floor: (floor, address), direct, routers, seed };
         for &target in wanted {
             bench.warm_up(target).await?;
         }
@@ -74,7 +78,16 @@ impl Bench {
 
     /// Whether anything can be asked of it.
     pub(crate) fn has(&self, target: Target) -> bool {
-        target == Target::Direct || self.router(target).is_some()
+        matches!(target, Target::Direct | Target::Floor) || self.router(target).is_some()
+    }
+
+    /// The process that is measured, and where it is asked.
+    fn measured(&self, target: Target) -> (Option<u32>, String) {
+        match (target, self.router(target)) {
+            (Target::Floor, _) => (self.floor.0.pid(), self.floor.1.clone()),
+            (_, Some(router)) => (Some(router.pid), router.address.clone()),
+            (_, None) => (None, self.direct.clone()),
+        }
     }
 
     fn router(&self, target: Target) -> Option<&Router> {
@@ -111,9 +124,7 @@ impl Bench {
         line: &Line,
         requests: u32,
     ) -> Result<Figures, BenchError> {
-        let router = self.router(target);
-        let (pid, address) =
-            (router.map(|router| router.pid), router.map_or(&self.direct, |router| &router.address).clone());
+        let (pid, address) = self.measured(target);
         self.seed += 1;
         let job = Job {
             address,
@@ -125,7 +136,9 @@ impl Bench {
             seed: self.seed,
             ramp_micros: line.ramp_micros(),
         };
-        let _: Done = self.worker.ask(&Pace { step_micros: line.answer.step_micros() }).await?;
+        for engine in [&mut self.worker, &mut self.floor.0] {
+            let _: Done = engine.ask(&Pace { step_micros: line.answer.step_micros() }).await?;
+        }
         let _: Done = self.client.ask(&job).await?;
         pid.into_iter().for_each(forget_peak);
         let before = pid.map(CpuTime::of);
@@ -155,7 +168,7 @@ impl Bench {
             for line in lines {
                 // Who is first changes from round to round.
                 let turn = |place: usize| wanted[(place + round) % wanted.len()];
-                for target in (0..wanted.len()).map(turn) {
+                for target in (0..wanted.len()).map(turn).filter(|target| target.answers(line)) {
                     bar.set_message(format!("{line}, {}", target.name()));
                     self.reconnect(target, line.streams).await;
                     let measured = self.load(target, line, requests.unwrap_or(line.requests())).await;

@@ -18,6 +18,7 @@ use tokio::process::{Child, Command};
 
 use crate::{
     error::BenchError,
+    lines::Line,
     protocol::{Listens, Spelling, WorkerReady},
     words::Words,
 };
@@ -26,6 +27,8 @@ use crate::{
 pub(crate) enum Target {
     /// The worker itself: what the others add to.
     Direct,
+    /// A process that only writes what is streamed: what the kernel takes of every router.
+    Floor,
     Baton,
     /// The coordinator, asked with token ids: without the work of tokenising.
     BatonIds,
@@ -35,19 +38,32 @@ pub(crate) enum Target {
 }
 
 impl Target {
-    pub(crate) const ALL: [Self; 6] =
-        [Self::Direct, Self::Baton, Self::BatonIds, Self::SglangRouter, Self::Smg, Self::VllmRouter];
+    pub(crate) const ALL: [Self; 7] = [
+        Self::Direct,
+        Self::Floor,
+        Self::Baton,
+        Self::BatonIds,
+        Self::SglangRouter,
+        Self::Smg,
+        Self::VllmRouter,
+    ];
     pub(crate) const PEERS: [Self; 3] = [Self::SglangRouter, Self::Smg, Self::VllmRouter];
 
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Direct => "direct",
+            Self::Floor => "writes alone",
             Self::Baton => "baton",
             Self::BatonIds => "baton, ids",
             Self::SglangRouter => "sglang-router",
             Self::Smg => "smg",
             Self::VllmRouter => "vllm-router",
         }
+    }
+
+    /// Whether it has an answer to that.
+    pub(crate) fn answers(self, line: &Line) -> bool {
+        self != Self::Floor || line.answer.is_streamed()
     }
 
     pub(crate) fn spelling(self) -> Spelling {
@@ -76,7 +92,7 @@ impl Programs {
     /// `None`: it was not named.
     pub(crate) fn of(&self, target: Target) -> Option<PathBuf> {
         match target {
-            Target::Direct => None,
+            Target::Direct | Target::Floor => None,
             Target::Baton | Target::BatonIds => {
                 let built = || env!("CARGO_BIN_EXE_baton-coordinator").into();
                 Some(self.coordinator.clone().unwrap_or_else(built))

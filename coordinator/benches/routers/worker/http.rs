@@ -44,7 +44,7 @@ const BLOCK_BYTES: usize = 80;
 static ROOMS: LazyLock<Mutex<HashMap<u64, Arc<Notify>>>> = LazyLock::new(Mutex::default);
 
 /// Every event of a stream, written beforehand: a token costs this worker little.
-pub(super) struct Frames {
+pub(crate) struct Frames {
     words: Arc<Words>,
     by_token: HashMap<u32, Bytes>,
     opening: Bytes,
@@ -52,7 +52,7 @@ pub(super) struct Frames {
 }
 
 impl Frames {
-    pub(super) fn new(words: &Arc<Words>) -> Self {
+    pub(crate) fn new(words: &Arc<Words>) -> Self {
         let event = |delta: Value, finish: Option<&str>| {
             let chunk = json!({
                 "id": "chatcmpl-0123456789abcdef0123456789abcdef", "object": "chat.completion.chunk", "created": 1_700_000_000,
@@ -68,6 +68,20 @@ impl Frames {
             closing: format!("{}data: [DONE]\n\n", event(json!({}), Some("length"))).into(),
             words: words.clone(),
         }
+    }
+
+    pub(crate) fn opening(&self) -> &Bytes {
+        &self.opening
+    }
+
+    /// The event of one token of an answer.
+    pub(crate) fn token(&self, seed: u64, position: u32) -> Bytes {
+        self.by_token.get(&self.words.answer_at(seed, position).token).cloned().unwrap_or_default()
+    }
+
+    /// The last events.
+    pub(crate) fn closing(&self) -> &Bytes {
+        &self.closing
     }
 }
 
@@ -224,8 +238,7 @@ impl Sent {
 
 impl Sequence for Sent {
     fn step(&mut self) -> bool {
-        let word = self.frames.words.answer_at(self.seed, self.position);
-        let event = self.frames.by_token.get(&word.token).cloned().unwrap_or_default();
+        let event = self.frames.token(self.seed, self.position);
         self.position += 1;
         let last = self.position == self.tokens;
         // A receiver that is gone has left.

@@ -25,7 +25,8 @@ use crate::{
     protocol::{Done, Listens, Pace, WorkerReady, WorkerSetup},
 };
 use attach::Instance;
-use engine::Engine;
+pub(crate) use engine::{Engine, Sequence};
+pub(crate) use http::Frames;
 
 /// Runs until standard input ends.
 pub(crate) fn run() -> Result<(), BenchError> {
@@ -35,9 +36,7 @@ pub(crate) fn run() -> Result<(), BenchError> {
     let Some(setup) = read::<WorkerSetup>()? else { return Ok(()) };
     runtime.block_on(async {
         let words = Arc::new(setup.words);
-        let (paces, pace) = watch::channel(Pace { step_micros: 0 });
         let engine = Arc::new(Engine::default());
-        tokio::spawn(engine.clone().run(pace));
         let frames = Arc::new(http::Frames::new(&words));
         let mut ready = WorkerReady { prefill: Vec::new(), decode: Vec::new() };
         for pair in 0..setup.pairs {
@@ -55,19 +54,26 @@ pub(crate) fn run() -> Result<(), BenchError> {
             }
         }
         say(&ready)?;
-        // Lines are read on a thread of their own; the runtime's goes on stepping.
-        let orders = tokio::task::spawn_blocking(move || {
-            while let Some(order) = read::<Pace>()? {
-                paces.send_replace(order);
-                say(&Done {})?;
-            }
-            Ok(())
-        });
-        orders.await.map_err(|error| BenchError::said("the worker", error.to_string()))?
+        serve_orders(engine).await
     })
 }
 
-async fn listen() -> Result<(TcpListener, String), BenchError> {
+/// Has the engine step, as fast as it is told to on standard input, until that ends.
+pub(crate) async fn serve_orders(engine: Arc<Engine>) -> Result<(), BenchError> {
+    let (paces, pace) = watch::channel(Pace { step_micros: 0 });
+    tokio::spawn(engine.run(pace));
+    // Lines are read on a thread of their own; the runtime's goes on stepping.
+    let orders = tokio::task::spawn_blocking(move || {
+        while let Some(order) = read::<Pace>()? {
+            paces.send_replace(order);
+            say(&Done {})?;
+        }
+        Ok(())
+    });
+    orders.await.map_err(|error| BenchError::said("the process", error.to_string()))?
+}
+
+pub(crate) async fn listen() -> Result<(TcpListener, String), BenchError> {
     let listener = TcpListener::bind("127.0.0.1:0").await.map_err(BenchError::io("listen"))?;
     let address = listener.local_addr().map_err(BenchError::io("listen"))?;
     Ok((listener, address.to_string()))
