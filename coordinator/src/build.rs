@@ -37,6 +37,8 @@ use crate::{
 const CLIENT_SILENCE: Duration = Duration::from_secs(30);
 /// A client that takes nothing of what was sent for this long is cut off.
 const CLIENT_STALL: Duration = Duration::from_secs(120);
+/// Files that are open beside clients' connections: those to instances, the state store and operators, and models'.
+const FILES_BESIDE: u64 = 512;
 
 /// What a coordinator is built from besides its configuration; tests bring their own.
 pub struct Parts {
@@ -225,6 +227,14 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
     let linger = config.limits.linger.min(drain);
     let closing = later(&process.shutdown, linger, &process.tasks);
     let most = config.limits.max_connections;
+    if let Some(files) = baton_process::open_files::most().filter(|files| *files < most as u64 + FILES_BESIDE)
+    {
+        let wanted = most as u64 + FILES_BESIDE;
+        tracing::warn!(
+            "limits.max_connections = {most}, but this process may have no more than {files} open files: connections \
+             beyond them wait; raise the limit to {wanted} (ulimit -n), or lower max_connections"
+        );
+    }
     let served = baton_process::http::serve_many(listener, router, most, closing, drain - linger).await;
     // Requests have drained: the streams to instances may end.
     service.placer.links.stop_all();

@@ -114,7 +114,7 @@ impl Default for ApiKeysConfig {
 pub struct LimitsConfig {
     /// Largest request body.
     pub max_body_bytes: usize,
-    /// Memory for the bodies of all requests together, from arrival until they are tokenised, beyond the 64 KiB that each
+    /// Memory for the bodies of all requests together, from arrival until they are tokenised, beyond the 16 KiB that each
     /// request may take in any case; what does not fit is refused with 429. At least `max_body_bytes`.
     pub max_held_body_bytes: usize,
     /// How long a body may take to arrive before its request is refused with 408.
@@ -153,8 +153,8 @@ impl Default for LimitsConfig {
             max_body_bytes: 8 << 20,
             max_held_body_bytes: 256 << 20,
             body_timeout: Duration::from_secs(60),
-            max_connections: 8192,
-            max_concurrent: 1024,
+            max_connections: 16_384,
+            max_concurrent: 10_240,
             max_queued: 1024,
             queue_timeout: Duration::from_secs(30),
             placement_timeout: Duration::from_secs(5),

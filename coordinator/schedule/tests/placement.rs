@@ -8,10 +8,10 @@ use baton_schedule::Settings;
 use replay::{
     cache::Cache,
     chooser::Chooser,
+    coordinators::Coordinators,
     figures::Figures,
     machine::{Draws, Machine, Target},
     peers::{Peer, Rule},
-    production::Production,
     simulation::{Outcome, Setup, run},
     synthetic,
     trace::{Request, Trace, TraceError},
@@ -30,6 +30,7 @@ const RULES: [Rule; 7] = [
 fn setup(seed: u64) -> Setup {
     Setup {
         settings: Settings::default(),
+        coordinators: 1,
         prefills: 8,
         decodes: 8,
         cache_blocks: 1_000,
@@ -44,7 +45,9 @@ fn choosers(setup: &Setup) -> Vec<Box<dyn Chooser>> {
     let (prefills, decodes) = (setup.prefills, setup.decodes);
     let peer = |rule: &Rule| Box::new(Peer::new(*rule, setup.machine, prefills, decodes)) as Box<dyn Chooser>;
     let mut choosers: Vec<_> = RULES.iter().map(peer).collect();
-    choosers.push(Box::new(Production::new(prefills, decodes, setup.settings)));
+    for many in [1, 3] {
+        choosers.push(Box::new(Coordinators::new(many, prefills, decodes, setup.settings)));
+    }
     choosers
 }
 
@@ -142,7 +145,7 @@ fn every_request_is_answered_once_whoever_places_it() {
 fn a_replay_is_the_same_for_the_same_seed_and_another_for_another() {
     let trace = synthetic::trace(200, 2);
     assert_eq!(trace, synthetic::trace(200, 2));
-    for index in 0..=RULES.len() {
+    for index in 0..choosers(&setup(3)).len() {
         let replay = |seed: u64| run(&trace, &setup(seed), &mut *choosers(&setup(seed))[index]);
         assert_eq!(replay(3), replay(3), "chooser {index}");
         assert_ne!(replay(3), replay(4), "chooser {index}");

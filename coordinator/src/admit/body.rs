@@ -21,7 +21,7 @@ use super::refuse;
 use crate::metrics::{Metrics, Refusals};
 
 /// Of a body, what its room in the house is good for.
-pub const FREE_BYTES: usize = 64 << 10;
+pub const FREE_BYTES: usize = 16 << 10;
 
 /// What all bodies may take beyond the [`FREE_BYTES`] of each.
 pub(super) struct Budget {
@@ -166,7 +166,7 @@ mod tests {
 
     #[test]
     fn a_body_that_announces_nothing_takes_what_it_grows_to() {
-        let (budget, metrics) = budget(4 * FREE_BYTES);
+        let (budget, metrics) = budget(16 * FREE_BYTES);
         let mut body = Body::new(&budget, None, MOST).expect("nothing is asked");
         for _ in 0..100 {
             body.push(&[3; 1000]).expect("there is room");
@@ -175,7 +175,7 @@ mod tests {
         }
         body.complete();
         assert_eq!(metrics.body_reserved.get(), 100_000 - FREE_BYTES as i64);
-        let Err(refused) = body.push(&[3; 4 * FREE_BYTES]) else { panic!("there is no room") };
+        let Err(refused) = body.push(&[3; 16 * FREE_BYTES]) else { panic!("there is no room") };
         assert_eq!((refused.code, body.len()), (ErrorCode::QueueFull, 100_000));
         drop(body);
         assert_eq!(metrics.body_reserved.get(), 0);

@@ -17,6 +17,7 @@ mod life;
 pub mod listen;
 pub mod metrics;
 mod nearest;
+pub mod open_files;
 mod settings;
 mod signals;
 pub mod telemetry;

@@ -14,7 +14,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     CommonArgs, ConfigError, HealthHandle, Metrics, ProcessError, ServiceConfig, Tls, TlsConfig, TlsError,
-    config, error::one_line, settings::Invalid, signals, telemetry::Telemetry, tls::Role,
+    config, error::one_line, open_files, settings::Invalid, signals, telemetry::Telemetry, tls::Role,
 };
 
 /// What a service's main is given. Cheap to clone in its parts.
@@ -92,6 +92,7 @@ where
             Err(error) => fail(&error),
         };
     }
+    open_files::raise();
     let runtime = match runtime(&config) {
         Ok(runtime) => runtime,
         Err(error) => return fail(&error),

@@ -45,7 +45,10 @@ fn command(args: &[&str]) -> Command {
 
 impl Specimen {
     fn start(args: &[&str]) -> Self {
-        let mut child = command(args).spawn().unwrap();
+        Self::of(command(args).spawn().unwrap())
+    }
+
+    fn of(mut child: Child) -> Self {
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
         let mut field = |name: &str| lines.next().unwrap().strip_prefix(name).unwrap().trim().to_owned();
         let (http, grpc) = (field("http"), field("grpc"));
@@ -246,4 +249,22 @@ fn check_config_prints_what_is_in_effect() {
     for line in ["mode = \"stuck\"", "http = \"127.0.0.1:81\"", "drain = \"\"", "[process.log]"] {
         assert!(text.contains(line), "{line} is not in\n{text}");
     }
+}
+
+#[test]
+fn a_process_may_open_as_many_files_as_it_may_let_itself() {
+    let limited = Command::new("sh")
+        .args(["-c", "ulimit -Sn 128 && exec \"$0\"", program().to_str().unwrap()])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn();
+    let specimen = Specimen::of(limited.unwrap());
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", specimen.child.id())).unwrap();
+    let line = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
+    let fields: Vec<&str> = line.split_whitespace().collect();
+    assert_eq!(fields[3], fields[4], "{line}");
+    assert_ne!(fields[3], "128");
+    specimen.signal(Signal::TERM);
+    assert!(specimen.end().0.success());
 }

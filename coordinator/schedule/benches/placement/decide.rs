@@ -8,6 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use baton_proto::LegId;
 use baton_schedule::{
     Settings,
     board::{Board, Booking},
@@ -101,5 +102,5 @@ fn reported(board: &Board, place: Place, draws: &mut Draws) {
         step_micros: 22_000 + draws.below(10_000) as u64,
         ..Report::default()
     };
-    board.load(&id(place), load(place, &report));
+    board.load(&id(place), load(place, &report, LegId(0)));
 }

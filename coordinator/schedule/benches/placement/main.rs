@@ -26,10 +26,10 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use replay::{
     chooser::Chooser,
+    coordinators::Coordinators,
     figures::Figures,
     machine::Machine,
     peers::{Peer, Rule},
-    production::Production,
     simulation::{Setup, run},
     synthetic,
     trace::{Trace, TraceError},
@@ -100,6 +100,9 @@ struct ReplayArgs {
     /// The coordinator's requests wait while more than so many milliseconds of work are queued everywhere.
     #[arg(long, default_value_t = Settings::DEFAULT.room.as_millis() as u64)]
     room_millis: u64,
+    /// So many coordinators of this one's kind place, each what comes to it; those of other kinds are alone.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    coordinators: u32,
 }
 
 #[derive(Debug, Args)]
@@ -152,7 +155,8 @@ impl Policy {
     fn chooser(self, setup: &Setup) -> Box<dyn Chooser> {
         let rule = match self {
             Self::Production => {
-                return Box::new(Production::new(setup.prefills, setup.decodes, setup.settings));
+                let Setup { coordinators, prefills, decodes, settings, .. } = *setup;
+                return Box::new(Coordinators::new(coordinators, prefills, decodes, settings));
             }
             Self::RoundRobin => Rule::RoundRobin,
             Self::LeastRequests => Rule::LeastRequests,
@@ -256,6 +260,7 @@ fn jobs(args: &ReplayArgs) -> Vec<(Key, Setup)> {
             for seed in 0..args.seeds {
                 let setup = Setup {
                     settings,
+                    coordinators: args.coordinators as usize,
                     prefills: args.pairs as usize,
                     decodes: args.pairs as usize,
                     cache_blocks: *cache_blocks as usize,

@@ -20,7 +20,7 @@ use tokio::{
 
 use super::{
     cache::Changes,
-    chooser::{Choice, Chooser, Place, Report, Sight},
+    chooser::{Choice, Place, Report, Sight},
     machine::Target,
     trace::{BLOCK_TOKENS, LONGEST_TOKENS},
 };
@@ -72,7 +72,8 @@ fn spec(id: InstanceId) -> Spec {
     }
 }
 
-pub(crate) fn load(place: Place, report: &Report) -> Load {
+/// `seen`: the last of the coordinator's legs that the report knows of.
+pub(crate) fn load(place: Place, report: &Report, seen: LegId) -> Load {
     let (rate, prefills) = (report.tokens_per_second as u64, matches!(place, Place::Prefill(_)));
     Load {
         sequences: report.sequences,
@@ -84,7 +85,7 @@ pub(crate) fn load(place: Place, report: &Report) -> Load {
         decode_step_micros: report.step_micros,
         timed: report.timed,
         transfers: 0,
-        seen_leg: Some(LegId(report.taken)),
+        seen_leg: Some(seen),
     }
 }
 
@@ -175,8 +176,9 @@ fn next(legs: &mut u64) -> LegId {
     LegId(*legs)
 }
 
-impl Chooser for Production {
-    fn choose(&mut self, sight: &Sight<'_>) -> Option<Choice> {
+impl Production {
+    /// A request has come: it waits for [`Self::bind`].
+    pub(crate) fn take_in(&mut self, sight: &Sight<'_>) {
         let _now = self.clock.at(sight.now_micros);
         let tokens = sight.request.prompt_tokens;
         // A block that is not full is nobody's.
@@ -190,10 +192,10 @@ impl Chooser for Production {
         };
         let chains = [Chain { dialect: self.dialect, keys }];
         self.waiting.push(wish, Waiting { index: sight.index, tokens, chains }, Instant::now());
-        None
     }
 
-    fn bind(&mut self, now_micros: u64) -> Option<(usize, Choice)> {
+    /// As a [`super::chooser::Chooser`]'s, and so are those below.
+    pub(crate) fn bind(&mut self, now_micros: u64) -> Option<(usize, Choice)> {
         if self.waiting.is_empty() {
             return None;
         }
@@ -221,7 +223,7 @@ impl Chooser for Production {
         Some((index, choice))
     }
 
-    fn prefilled(&mut self, index: usize, now_micros: u64) {
+    pub(crate) fn prefilled(&mut self, index: usize, now_micros: u64) {
         let _now = self.clock.at(now_micros);
         if let Some(UnderWay { credit, legs: (leg, _) }) = self.under_way.get_mut(&index) {
             let instance = credit.instance(Side::Prefill).clone();
@@ -230,14 +232,14 @@ impl Chooser for Production {
         }
     }
 
-    fn handed_off(&mut self, index: usize, now_micros: u64) {
+    pub(crate) fn handed_off(&mut self, index: usize, now_micros: u64) {
         let _now = self.clock.at(now_micros);
         if let Some(UnderWay { credit, .. }) = self.under_way.get_mut(&index) {
             credit.handed_off();
         }
     }
 
-    fn finished(&mut self, index: usize, output_tokens: u32, now_micros: u64) {
+    pub(crate) fn finished(&mut self, index: usize, output_tokens: u32, now_micros: u64) {
         let _now = self.clock.at(now_micros);
         if let Some(UnderWay { credit, legs: (_, leg) }) = self.under_way.remove(&index) {
             credit.answered(output_tokens);
@@ -245,12 +247,12 @@ impl Chooser for Production {
         }
     }
 
-    fn heard(&mut self, place: Place, report: &Report, now_micros: u64) {
+    pub(crate) fn heard(&mut self, place: Place, report: &Report, seen: LegId, now_micros: u64) {
         let _now = self.clock.at(now_micros);
-        self.board.load(&id(place), load(place, report));
+        self.board.load(&id(place), load(place, report, seen));
     }
 
-    fn cached(&mut self, prefill: usize, changes: &Changes, now_micros: u64) {
+    pub(crate) fn cached(&mut self, prefill: usize, changes: &Changes, now_micros: u64) {
         let _now = self.clock.at(now_micros);
         self.feeds[prefill].change(&changes.stored, &changes.evicted);
     }

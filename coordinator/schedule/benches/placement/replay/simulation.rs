@@ -25,6 +25,8 @@ use super::{
 pub(crate) struct Setup {
     /// Of the coordinator's own placement.
     pub(crate) settings: Settings,
+    /// So many of them place, each what comes to it.
+    pub(crate) coordinators: usize,
     pub(crate) prefills: usize,
     pub(crate) decodes: usize,
     /// Blocks of 512 tokens that a prefill instance keeps.
