@@ -31,6 +31,7 @@ fn setup(seed: u64) -> Setup {
     Setup {
         settings: Settings::default(),
         coordinators: 1,
+        report_micros: 500_000,
         prefills: 8,
         decodes: 8,
         cache_blocks: 1_000,

@@ -103,6 +103,9 @@ struct ReplayArgs {
     /// So many coordinators of this one's kind place, each what comes to it; those of other kinds are alone.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
     coordinators: u32,
+    /// How often each instance reports its load; a coordinator asks fleets of up to 500 instances for one each 50 ms.
+    #[arg(long, default_value_t = 500, value_parser = clap::value_parser!(u64).range(1..=60_000))]
+    report_millis: u64,
 }
 
 #[derive(Debug, Args)]
@@ -261,6 +264,7 @@ fn jobs(args: &ReplayArgs) -> Vec<(Key, Setup)> {
                 let setup = Setup {
                     settings,
                     coordinators: args.coordinators as usize,
+                    report_micros: args.report_millis * 1_000,
                     prefills: args.pairs as usize,
                     decodes: args.pairs as usize,
                     cache_blocks: *cache_blocks as usize,

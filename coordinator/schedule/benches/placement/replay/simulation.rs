@@ -1,7 +1,7 @@
 //! The replay itself: a queue of events in the order of their time, and what each of them brings about.
 //!
 //! A request arrives and is placed; its prompt waits, is computed, and gives the first token; its cache travels, layer by
-//! layer while the prompt is computed, and lands; decode gives the rest. Instances report every half second, each at its
+//! layer while the prompt is computed, and lands; decode gives the rest. Instances report every so often, each at its
 //! own moment, and are heard a little later, as is what their caches gain and lose.
 
 use std::{
@@ -27,6 +27,8 @@ pub(crate) struct Setup {
     pub(crate) settings: Settings,
     /// So many of them place, each what comes to it.
     pub(crate) coordinators: usize,
+    /// How often each instance reports.
+    pub(crate) report_micros: u64,
     pub(crate) prefills: usize,
     pub(crate) decodes: usize,
     /// Blocks of 512 tokens that a prefill instance keeps.
@@ -39,8 +41,6 @@ pub(crate) struct Setup {
     pub(crate) machine: Machine,
 }
 
-/// How often an instance reports.
-const REPORT_EVERY_MICROS: u64 = 500_000;
 /// How long a report is on its way.
 const REPORT_TAKES_MICROS: u64 = 2_000;
 
@@ -116,6 +116,7 @@ impl Eq for Due {}
 struct Simulation<'a> {
     trace: &'a Trace,
     machine: Machine,
+    report_micros: u64,
     chooser: &'a mut dyn Chooser,
     due: BinaryHeap<Reverse<Due>>,
     foreseen: u64,
@@ -155,6 +156,7 @@ pub(crate) fn run(trace: &Trace, setup: &Setup, chooser: &mut dyn Chooser) -> Ou
     let mut simulation = Simulation {
         trace,
         machine,
+        report_micros: setup.report_micros,
         chooser,
         due: BinaryHeap::new(),
         foreseen: 0,
@@ -167,7 +169,7 @@ pub(crate) fn run(trace: &Trace, setup: &Setup, chooser: &mut dyn Chooser) -> Ou
     };
     let places = (0..setup.prefills).map(Place::Prefill).chain((0..setup.decodes).map(Place::Decode));
     for place in places {
-        let first = draws.next() % REPORT_EVERY_MICROS;
+        let first = draws.next() % setup.report_micros;
         simulation.foresee(first, Event::Reports(place));
     }
     for (index, at_micros) in arrivals.iter().enumerate() {
@@ -303,6 +305,6 @@ impl Simulation<'_> {
             Place::Decode(decode) => self.decodes[decode].report(requests),
         };
         self.foresee(self.now_micros + REPORT_TAKES_MICROS, Event::Heard(place, report));
-        self.foresee(self.now_micros + REPORT_EVERY_MICROS, Event::Reports(place));
+        self.foresee(self.now_micros + self.report_micros, Event::Reports(place));
     }
 }
