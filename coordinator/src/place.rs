@@ -59,6 +59,16 @@ impl<'a> Whole<'a> {
     }
 }
 
+/// Where a place is looked for.
+#[derive(Clone, Copy)]
+enum Among<'a> {
+    /// Those that have room.
+    Roomy,
+    All,
+    /// Those to which this one, which drains, can hand on what it has.
+    PeersOf(&'a InstanceId),
+}
+
 /// What places are found with.
 pub struct Placer {
     pub board: Arc<Board>,
@@ -98,8 +108,8 @@ impl Placer {
         let mut bookings = Vec::with_capacity(prompts.len());
         for prompt in prompts {
             // Its other prompts are not to wait for its first.
-            let is_new = bookings.is_empty();
-            bookings.push(self.book_now(served, Whole::of(prompt), &prompt.sampling, &[], is_new)?);
+            let among = if bookings.is_empty() { Among::Roomy } else { Among::All };
+            bookings.push(self.book_now(served, Whole::of(prompt), &prompt.sampling, &[], among)?);
         }
         Ok(bookings)
     }
@@ -120,7 +130,7 @@ impl Placer {
         let mut changes = self.board.changes();
         loop {
             changes.borrow_and_update();
-            match self.book_now(served, whole, sampling, avoid, false) {
+            match self.book_now(served, whole, sampling, avoid, Among::All) {
                 Err(reason) if reason.may_pass() => match timeout_at(deadline, changes.changed()).await {
                     Ok(Ok(())) => {}
                     Ok(Err(_)) | Err(_) => return Err(reason),
@@ -130,23 +140,25 @@ impl Placer {
         }
     }
 
-    /// Tokens that were generated elsewhere are computed as the prompt's are. `within_room`: only if an instance has room.
+    /// Tokens that were generated elsewhere are computed as the prompt's are.
     fn book_now(
         &self,
         served: &Served,
         whole: Whole<'_>,
         sampling: &Sampling,
         avoid: &[InstanceId],
-        within_room: bool,
+        among: Among<'_>,
     ) -> Result<Booking, NoPlace> {
         let generated = whole.generated.len() as u32;
         let asked = (sampling.max_tokens.saturating_sub(generated).max(1), sampling.choices);
         let tokens = (whole.prompt.len() as u32).saturating_add(generated);
         let chains = whole.chains.say(&self.board.caches.dialects(&served.revision), whole.generated);
         let prompt = Prompt { tokens, chains: &chains };
-        let place = |avoid: &[InstanceId]| match within_room {
-            true => self.board.place_within(prompt, asked, &served.revision, avoid),
-            false => self.board.place(prompt, asked, &served.revision, avoid),
+        let (board, revision) = (&self.board, &served.revision);
+        let place = |avoid: &[InstanceId]| match among {
+            Among::Roomy => board.place_within(prompt, asked, revision, avoid),
+            Among::All => board.place(prompt, asked, revision, avoid),
+            Among::PeersOf(from) => board.place_handed_on(from, prompt, asked, revision, avoid),
         };
         let booking = self.breakers.place(avoid, Instant::now(), place)?;
         tracing::debug!(placement = ?booking.placement, receipt = ?booking.receipt, "placed");
@@ -277,18 +289,29 @@ impl Attempts {
         self.placer.board.left(instance, tokens, most) > self.placer.move_after
     }
 
-    /// Gives it to others, if any can take it at once.
-    pub fn elsewhere(&self) -> Option<(Generation, Placing)> {
+    /// Gives it to others, if any can take it at once. `from`, if it has the cache of all of it, is to hand that on: others
+    /// would compute it again, but for what they have of the prompt. It may refuse, and by then nobody works at it; so it is
+    /// asked only where there are others. What it refuses is placed again like what anybody does.
+    pub fn elsewhere(&self, from: Option<&InstanceId>) -> Option<(Generation, Placing)> {
         let Self { placer, model, assignment, .. } = self;
-        let whole = Whole::of_assignment(assignment);
-        let booking = placer.book_now(&model.served, whole, &assignment.sampling, &[], false).ok()?;
+        let served = &model.served;
+        let book = |among| {
+            placer.book_now(served, Whole::of_assignment(assignment), &assignment.sampling, &[], among)
+        };
+        let from = from.filter(|_| placer.board.can_serve(&served.revision).is_ok());
+        let handed_on = from.and_then(|from| book(Among::PeersOf(from)).ok());
+        let booking = match handed_on {
+            Some(booking) => booking,
+            None => book(Among::All).ok()?,
+        };
+        let handed_on = booking.handed_on;
         let drains = ApiError::new(ErrorCode::Unavailable, "the instance that generates drains");
         let placing = Placing::new(&booking, Some(drains), Duration::ZERO);
         let generation = placer.start(booking, assignment.clone()).ok()?;
         let (request, generated) = (&assignment.request, assignment.generated.len());
-        tracing::info!(%request, generated, "the request leaves an instance that drains");
+        tracing::info!(%request, generated, handed_on, "the request leaves an instance that drains");
         if generated > 0 {
-            placer.count_migration(ErrorCode::Unavailable, &model.served);
+            placer.count_migration(ErrorCode::Unavailable, served);
         }
         Some((generation, placing))
     }

@@ -1,6 +1,9 @@
 //! A bare HTTP client for chat completions, for what the official client hides: raw events, and leaving early.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 
 use futures::StreamExt;
 use serde_json::{Value, json};
@@ -91,22 +94,61 @@ pub async fn ask_all(url: &str, bodies: &[Value]) -> Vec<String> {
     futures::stream::iter(bodies).map(|body| ask(url, body)).buffered(bodies.len().max(1)).collect().await
 }
 
-/// An answer as its client saw it.
-pub struct Seen {
+/// One of an answer's choices as its client saw it.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Choice {
     pub text: String,
+    /// Of each token, if they were asked for.
+    pub logprobs: Vec<Value>,
+    pub finish_reason: Value,
+}
+
+/// An answer as its client saw it.
+#[derive(Debug)]
+pub struct Seen {
+    pub choices: BTreeMap<u64, Choice>,
+    /// Null if it was not asked for.
+    pub usage: Value,
     /// Between two tokens.
     pub longest_pause: Duration,
+}
+
+impl Seen {
+    fn take(&mut self, event: &Value) {
+        for piece in event["choices"].as_array().into_iter().flatten() {
+            let choice = self.choices.entry(piece["index"].as_u64().expect("an index")).or_default();
+            choice.text.push_str(piece["delta"]["content"].as_str().unwrap_or_default());
+            choice.logprobs.extend(piece["logprobs"]["content"].as_array().into_iter().flatten().cloned());
+            if !piece["finish_reason"].is_null() {
+                choice.finish_reason = piece["finish_reason"].clone();
+            }
+        }
+        if !event["usage"].is_null() {
+            self.usage = event["usage"].clone();
+        }
+    }
+
+    /// Of the first choice.
+    pub fn into_text(mut self) -> String {
+        self.choices.remove(&0).unwrap_or_default().text
+    }
+
+    /// Whether it says the same, and counts the same.
+    pub fn assert_is(&self, other: &Self) {
+        assert_eq!(self.choices, other.choices);
+        assert_eq!(self.usage, other.usage);
+    }
 }
 
 /// Reads a stream to its end; every event says to `said` that there was one more.
 async fn read(url: String, body: Value, said: watch::Sender<usize>) -> Seen {
     let mut events = Events::open(&url, &body).await;
-    let mut seen = Seen { text: String::new(), longest_pause: Duration::ZERO };
+    let mut seen = Seen { choices: BTreeMap::new(), usage: Value::Null, longest_pause: Duration::ZERO };
     let mut last = Instant::now();
     while let Some(data) = events.next().await.filter(|data| data != "[DONE]") {
         let event: Value = serde_json::from_str(&data).expect("each event is JSON");
         assert!(event["error"].is_null(), "the stream failed: {event}");
-        seen.text.push_str(event["choices"][0]["delta"]["content"].as_str().unwrap_or_default());
+        seen.take(&event);
         // Until the first token it waits for prefill.
         if *said.borrow() > 1 {
             seen.longest_pause = seen.longest_pause.max(last.elapsed());

@@ -2,7 +2,7 @@
 
 use baton_integration_tests::{
     Cluster,
-    chat::{Events, ask, ask_during, long_prompt, request},
+    chat::{Events, Seen, ask, ask_during, long_prompt, request},
     eventually, metrics,
 };
 use rustix::process::Signal;
@@ -34,7 +34,7 @@ async fn disturbed(
     fault: impl AsyncFnOnce(),
 ) -> Vec<String> {
     let seen = ask_during(cluster.url(), bodies, after, fault).await;
-    seen.into_iter().map(|seen| seen.text).collect()
+    seen.into_iter().map(Seen::into_text).collect()
 }
 
 async fn undisturbed(cluster: &Cluster, bodies: &[Value]) -> Vec<String> {

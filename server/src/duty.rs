@@ -1,7 +1,7 @@
 //! Performs what the [role machine](crate::role) decides, and shows its view to everyone else.
 //!
 //! Started once by [`crate::instance`]; told of assignments by [`crate::session`], of loading and stopping by the
-//! instance. Drains wait for [`Permits`]; at a drain's deadline what still runs is failed.
+//! instance. Drains wait for [`Permits`]; at a drain's deadline what still runs is failed, what is being handed on included.
 
 use std::time::Duration;
 
@@ -21,6 +21,9 @@ pub const EVENT_QUEUE: usize = 64;
 
 /// After a drain's deadline, how long the last transfers may take to let go of their blocks.
 pub const FENCES_WITHIN: Duration = Duration::from_secs(5);
+
+/// How often legs are failed meanwhile: some may still come that are to hand on what is here.
+const FAIL_EVERY: Duration = Duration::from_millis(500);
 
 /// See the module.
 #[derive(Debug)]
@@ -82,8 +85,15 @@ impl Duty {
             tracing::warn!(legs = permits.taken(), "the drain's time is over: failing what still runs");
             let error =
                 ApiError::new(ErrorCode::Unavailable, "the instance had to stop before the request was done");
-            let _ = engine.send(Command::FailAll(error)).await;
-            if tokio::time::timeout(FENCES_WITHIN, permits.none_taken()).await.is_err() {
+            let fail_all = async {
+                loop {
+                    let _ = engine.send(Command::FailAll(error.clone())).await;
+                    if tokio::time::timeout(FAIL_EVERY, permits.none_taken()).await.is_ok() {
+                        return;
+                    }
+                }
+            };
+            if tokio::time::timeout(FENCES_WITHIN, fail_all).await.is_err() {
                 tracing::error!(legs = permits.taken(), "some legs hold on to their blocks");
             }
         })
@@ -218,7 +228,13 @@ mod tests {
         let permit = rig.permits.take();
         rig.tell(Event::Stop { drain: Duration::from_secs(60) }).await;
         assert!(matches!(rig.commands.recv().await, Some(Command::FailAll(_))));
+        // One that came while it drained, to hand on what is here, and a moment too late.
+        let late = rig.permits.take();
         drop(permit);
+        assert!(matches!(rig.commands.recv().await, Some(Command::FailAll(_))));
+        drop(late);
+        let over = tokio::time::Instant::now();
         rig.done.await.expect("the duty ends");
+        assert!(over.elapsed() < FENCES_WITHIN);
     }
 }

@@ -1,6 +1,8 @@
 //! The fleet and the ledger behind one lock, held for microseconds, never across an await.
 //!
-//! Written by the fleet's keeper, the links and the guards of placed work; read by whoever places a request.
+//! Written by the fleet's keeper, the links and the guards of placed work ([`booking`]); read by whoever places a request.
+
+mod booking;
 
 use std::{
     sync::{
@@ -10,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use baton_proto::{Incarnation, InstanceId, LegId};
+use baton_proto::{Incarnation, InstanceId};
 use parking_lot::Mutex;
 use tokio::{
     sync::{Notify, futures::Notified, watch},
@@ -18,18 +20,16 @@ use tokio::{
 };
 
 use crate::{
-    Ask, NoPlace, Placement, Prompt, Receipt, Seat, Settings, Side,
+    Ask, NoPlace, Placement, Prompt, Seat, Settings,
     caches::{Caches, Feed, Held},
     fleet::{Change, Duty, Fleet, Load, Spec},
-    index::Ticket,
     ledger::{Ledger, Work},
     place,
     predict::{Lengths, Speeds},
     view::View,
 };
-
-/// How long a prompt that has been computed may take to be among what its instance says that it has.
-const TOLD_WITHIN: Duration = Duration::from_secs(1);
+use booking::Part;
+pub use booking::{Booking, Credit, LegNews};
 
 /// Instances take longer times to the first token for this.
 const TTFT_TARGET_MOST: Duration = Duration::from_secs(3600);
@@ -242,6 +242,7 @@ impl Board {
             choices: 1,
             revision,
             avoid: &[],
+            handed_on_by: None,
             room: Duration::MAX,
             turn: 0,
         };
@@ -257,7 +258,7 @@ impl Board {
         revision: &str,
         avoid: &[InstanceId],
     ) -> Result<Booking, NoPlace> {
-        self.book(prompt.into(), asked, revision, avoid, self.settings.room)
+        self.book(prompt.into(), asked, revision, (avoid, None), self.settings.room)
     }
 
     /// Chooses where a request goes and books its work there at once. Of those to `avoid` the last that can do what nobody
@@ -269,7 +270,20 @@ impl Board {
         revision: &str,
         avoid: &[InstanceId],
     ) -> Result<Booking, NoPlace> {
-        self.book(prompt.into(), asked, revision, avoid, Duration::MAX)
+        self.book(prompt.into(), asked, revision, (avoid, None), Duration::MAX)
+    }
+
+    /// As [`Self::place`] for one that leaves `from`, which drains and has all of its cache but a block at most: `from` takes
+    /// prefill's part, and who goes on is chosen among those that it can hand a cache to.
+    pub fn place_handed_on<'a>(
+        self: &Arc<Self>,
+        from: &InstanceId,
+        prompt: impl Into<Prompt<'a>>,
+        asked: (u32, u32),
+        revision: &str,
+        avoid: &[InstanceId],
+    ) -> Result<Booking, NoPlace> {
+        self.book(prompt.into(), asked, revision, (avoid, Some(from)), Duration::MAX)
     }
 
     fn book(
@@ -277,7 +291,7 @@ impl Board {
         prompt: Prompt<'_>,
         (max_tokens, choices): (u32, u32),
         revision: &str,
-        avoid: &[InstanceId],
+        (avoid, handed_on_by): (&[InstanceId], Option<&InstanceId>),
         room: Duration,
     ) -> Result<Booking, NoPlace> {
         let (turn, now) = (self.turns.fetch_add(1, Ordering::Relaxed), Instant::now());
@@ -287,8 +301,18 @@ impl Board {
         let state = &mut *self.state.lock();
         state.view.arrived(revision, now);
         let expected_tokens = state.lengths.tokens(revision);
-        let ask =
-            Ask { prompt_tokens, held, max_tokens, expected_tokens, choices, revision, avoid, room, turn };
+        let ask = Ask {
+            prompt_tokens,
+            held,
+            max_tokens,
+            expected_tokens,
+            choices,
+            revision,
+            avoid,
+            handed_on_by,
+            room,
+            turn,
+        };
         let mut left = avoid.to_vec();
         let (placement, receipt) = loop {
             match place(&state.view, &Ask { avoid: &left, ..ask }, &self.settings, now) {
@@ -319,7 +343,7 @@ impl Board {
             state.renew(&part.instance, now);
         }
         let credit = Credit { board: self.clone(), prefill, decode, expected };
-        Ok(Booking { placement, receipt, credit })
+        Ok(Booking { placement, receipt, credit, handed_on: handed_on_by.is_some() })
     }
 
     /// All known instances and this coordinator's work on each; tests see by it that nothing is left behind.
@@ -327,117 +351,6 @@ impl Board {
         let state = self.state.lock();
         let own = |id: &InstanceId| (id.clone(), state.ledger.own(id));
         state.fleet.models().flat_map(|(_, alike)| alike.keys()).map(own).collect()
-    }
-}
-
-/// A placement whose work is on the ledger.
-pub struct Booking {
-    pub placement: Placement,
-    pub receipt: Receipt,
-    pub credit: Credit,
-}
-
-/// Of what an instance says of a leg, what the ledger is to know.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum LegNews {
-    /// Its prompt is computed.
-    Prefilled(LegId),
-    /// One of its choices has ended.
-    ChoiceEnded(LegId),
-}
-
-/// What is booked on one instance.
-struct Part {
-    instance: InstanceId,
-    work: Work,
-    /// Under which number it was dispatched.
-    leg: Option<LegId>,
-}
-
-/// Work on the ledger. Links take it off as instances say that it is done; what is left on drop is not wanted any more.
-pub struct Credit {
-    board: Arc<Board>,
-    /// On the instance that prefills, or does everything.
-    prefill: Part,
-    decode: Option<Part>,
-    /// That prefill, and decode, will have the prompt.
-    expected: [Option<Ticket>; 2],
-}
-
-impl Credit {
-    fn part(&mut self, side: Side) -> &mut Part {
-        match (side, &mut self.decode) {
-            (Side::Decode, Some(decode)) => decode,
-            _ => &mut self.prefill,
-        }
-    }
-
-    /// Who prefills and who decodes; one of them alone if it does both.
-    pub fn pair(&self) -> (&InstanceId, Option<&InstanceId>) {
-        (&self.prefill.instance, self.decode.as_ref().map(|decode| &decode.instance))
-    }
-
-    /// Who has one of the legs.
-    pub fn instance(&self, side: Side) -> &InstanceId {
-        match (side, &self.decode) {
-            (Side::Decode, Some(decode)) => &decode.instance,
-            _ => &self.prefill.instance,
-        }
-    }
-
-    /// A leg of so many choices is about to be sent, under a number above that of all before it.
-    pub fn dispatched(&mut self, side: Side, leg: LegId, choices: u32) {
-        let board = self.board.clone();
-        let part = self.part(side);
-        part.leg = Some(leg);
-        board.state.lock().ledger.dispatched(&part.instance, leg, part.work, choices);
-    }
-
-    /// The prompt has been computed: prefill will say soon that it has it.
-    pub fn prefilled(&mut self) {
-        self.settle(0);
-    }
-
-    /// Prefill has handed over: decode will say soon that it has the prompt.
-    pub fn handed_off(&mut self) {
-        self.settle(1);
-    }
-
-    /// Decode has gone on from the cache, so long after the first token; `None`: it could not be handed over.
-    pub fn handed_over(&self, took: Option<Duration>) {
-        if let Some(decode) = &self.decode {
-            let pair = (&self.prefill.instance, &decode.instance);
-            self.board.state.lock().view.handed_over(pair, took, Instant::now());
-        }
-    }
-
-    /// A choice has come to its end, with so many tokens.
-    pub fn answered(&self, tokens: u32) {
-        let state = &mut *self.board.state.lock();
-        if let Some(revision) = state.fleet.revision(&self.prefill.instance) {
-            state.lengths.learn(revision, tokens);
-        }
-    }
-
-    fn settle(&mut self, side: usize) {
-        if let Some(ticket) = self.expected[side].take() {
-            self.board.caches.settle(ticket, Instant::now() + TOLD_WITHIN);
-        }
-    }
-}
-
-impl Drop for Credit {
-    fn drop(&mut self) {
-        (0..self.expected.len()).for_each(|side| self.settle(side));
-        let state = &mut *self.board.state.lock();
-        for part in [Some(&self.prefill), self.decode.as_ref()].into_iter().flatten() {
-            match part.leg {
-                Some(leg) => state.ledger.cancelled(&part.instance, leg),
-                None => state.ledger.release(&part.instance, part.work),
-            }
-            state.renew(&part.instance, Instant::now());
-        }
-        self.board.freed.notify_waiters();
     }
 }
 

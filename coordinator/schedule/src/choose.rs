@@ -2,7 +2,7 @@
 
 use std::cmp::Ordering;
 
-use baton_proto::attention_pairs;
+use baton_proto::{InstanceId, attention_pairs};
 use tokio::time::Instant;
 
 use crate::{
@@ -41,7 +41,7 @@ impl Candidate<'_> {
         Seat {
             instance: spec.id.clone(),
             incarnation: spec.incarnation,
-            role_epoch: self.row.duty.map(|(_, epoch)| epoch).unwrap_or_default(),
+            role_epoch: self.row.role_epoch.unwrap_or_default(),
             model: spec.model.clone(),
             handoff_endpoint: spec.handoff_endpoint.clone(),
             blocks: blocks_wanted(self.row, ask, self.side, self.cached),
@@ -114,7 +114,18 @@ struct Found<'a> {
     candidates: usize,
 }
 
-impl Found<'_> {
+impl<'a> Found<'a> {
+    /// Takes for the only one to prefill who has computed it all, but for what lies in a block that is not full.
+    fn hands_on(&mut self, model: &'a Model, from: &InstanceId, ask: &Ask<'_>) {
+        let reached = |row: &&Row| row.spec.id == *from && row.role_epoch.is_some();
+        let Some(row) = model.rows.iter().find(reached) else { return };
+        let cached = ask.prompt_tokens.saturating_sub(1) / row.spec.block_tokens * row.spec.block_tokens;
+        let (price, rank, turn) = (Price::default(), 0.0, (row.chosen, 0));
+        let prefill = &mut self.classes[row.class].prefill;
+        prefill.roomy = true;
+        prefill.offer(Candidate { row, side: Side::Prefill, cached, price, rank, turn });
+    }
+
     /// Whether there is room on any that could compute the prompt, and on any that could decode. Who does it is whoever is
     /// best all the same: if the others are about to be idle, it is worth more to wait for what one has cached.
     fn has_room(&self, ask: &Ask<'_>) -> bool {
@@ -162,7 +173,7 @@ pub fn place(
     };
     let mut found = walk(model, ask, settings, now);
     // One token is prefill's work alone: nothing is reserved, or handed over.
-    if ask.max_tokens == 1 {
+    if ask.max_tokens == 1 && ask.handed_on_by.is_none() {
         for halves in &found.classes {
             halves.prefill.held.iter().for_each(|prefill| found.whole.offer(*prefill));
         }
@@ -196,7 +207,11 @@ fn walk<'a>(model: &'a Model, ask: &Ask<'_>, settings: &Settings, now: Instant) 
             continue;
         }
         found.ready += 1;
-        let Some((Some(side), _)) = row.duty else { continue };
+        let side = match (row.side(), ask.handed_on_by) {
+            (Some(Side::Whole | Side::Decode), Some(from)) if row.spec.id != *from => Side::Decode,
+            (Some(side), None) => side,
+            _ => continue,
+        };
         let halves = &mut found.classes[row.class];
         let best = match side {
             Side::Whole => &mut found.whole,
@@ -214,7 +229,8 @@ fn walk<'a>(model: &'a Model, ask: &Ask<'_>, settings: &Settings, now: Instant) 
         let turn = (row.chosen, mixed(ask.turn, row.number));
         let rank = rank(settings.policy, row, &price, turn.1);
         best.offer(Candidate { row, side, cached, price, rank, turn });
-        if settings.local_prefill && settings.policy == Policy::Predicted && side == Side::Decode {
+        let local = settings.local_prefill && settings.policy == Policy::Predicted;
+        if local && side == Side::Decode && ask.handed_on_by.is_none() {
             let cached = cached_tokens(row, ask, Side::Whole);
             if let Some(price) = pricing.local(row, cached) {
                 let side = Side::Whole;
@@ -222,6 +238,9 @@ fn walk<'a>(model: &'a Model, ask: &Ask<'_>, settings: &Settings, now: Instant) 
                 halves.local.offer(Candidate { row, side, cached, price, rank: price.micros, turn });
             }
         }
+    }
+    if let Some(from) = ask.handed_on_by {
+        found.hands_on(model, from, ask);
     }
     found
 }

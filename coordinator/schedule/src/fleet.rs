@@ -213,6 +213,16 @@ impl Instance {
         }
     }
 
+    /// The epoch of the role that it holds, whether or not it takes requests in it, if it can be reached and gets on.
+    pub fn role_epoch(&self) -> Option<RoleEpoch> {
+        match self.contact {
+            Contact::Up { incarnation, duty, stuck: false, .. } if incarnation == self.spec.incarnation => {
+                Some(duty.epoch)
+            }
+            _ => None,
+        }
+    }
+
     /// What it last said of its load; zeros until it has.
     pub fn load(&self) -> Load {
         match self.contact {

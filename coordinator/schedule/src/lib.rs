@@ -63,6 +63,8 @@ pub struct Ask<'a> {
     pub revision: &'a str,
     /// Instances that are not to have it.
     pub avoid: &'a [InstanceId],
+    /// Who drains and hands its cache on, having but a block of it to compute: who goes on from it is all there is to choose.
+    pub handed_on_by: Option<&'a InstanceId>,
     /// It is not placed while what is queued takes longer than this on every instance that could compute the prompt.
     pub room: Duration,
     /// Counts requests: equal costs take turns by it.

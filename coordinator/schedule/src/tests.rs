@@ -67,6 +67,7 @@ fn ask(prompt_tokens: u32) -> Ask<'static> {
         choices: 1,
         revision: "r1",
         avoid: &[],
+        handed_on_by: None,
         room: Duration::MAX,
         turn: 0,
     }

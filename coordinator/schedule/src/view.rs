@@ -30,8 +30,10 @@ pub struct Row {
     pub spec: Arc<Spec>,
     /// Its own for as long as it is known; nobody else has it ever.
     pub number: u32,
-    /// What it may be given now. `None`: nothing.
-    pub duty: Option<(Option<Side>, RoleEpoch)>,
+    /// The role in which it takes requests now. `None`: it takes none.
+    pub duty: Option<Role>,
+    /// Of the role that it holds, whether or not it takes requests in it. `None`: it cannot be reached, or is stuck.
+    pub role_epoch: Option<RoleEpoch>,
     /// It may be used until then; `None` = no end is known.
     pub until: Option<Instant>,
     /// Instances of one class can hand KV caches to each other; an index into [`Model::classes`].
@@ -53,8 +55,18 @@ impl Row {
         self.duty.is_some() && self.until.is_none_or(|until| now <= until)
     }
 
+    /// The part of the work that it takes.
+    pub fn side(&self) -> Option<Side> {
+        self.duty.and_then(|role| match role {
+            Role::None => None,
+            Role::Mixed => Some(Side::Whole),
+            Role::Prefill => Some(Side::Prefill),
+            Role::Decode => Some(Side::Decode),
+        })
+    }
+
     fn is_prefill(&self) -> bool {
-        matches!(self.duty, Some((Some(Side::Prefill | Side::Whole), _)))
+        matches!(self.duty, Some(Role::Prefill | Role::Mixed))
     }
 
     fn is_busy(&self) -> bool {
@@ -64,18 +76,13 @@ impl Row {
     fn renew(&mut self, fleet: &Fleet, instance: &Instance, ledger: &Ledger, speeds: &Speeds, now: Instant) {
         let load = instance.load();
         let duty = fleet.duty(instance);
-        let side = |role| match role {
-            Role::None => None,
-            Role::Mixed => Some(Side::Whole),
-            Role::Prefill => Some(Side::Prefill),
-            Role::Decode => Some(Side::Decode),
-        };
-        let duty = duty.map(|(duty, until)| ((side(duty.role), duty.epoch), until));
-        if self.duty.map(|(side, _)| side) != duty.map(|((side, _), _)| side) {
+        let role = duty.map(|(duty, _)| duty.role);
+        if self.duty != role {
             self.ready_since = now;
         }
         self.until = duty.and_then(|(_, until)| until);
-        self.duty = duty.map(|(duty, _)| duty);
+        self.duty = role;
+        self.role_epoch = instance.role_epoch();
         self.standing = ledger.standing(&self.spec.id, &load);
         self.speed = speeds.of(&self.spec, now);
         self.transfers = load.transfers;
@@ -150,7 +157,7 @@ impl View {
     pub fn others_serve(&self, revision: &str, now: Instant) -> bool {
         let others = self.models.iter().filter(|model| model.revision != revision);
         let mut rows = others.flat_map(|model| &model.rows);
-        rows.any(|row| row.is_usable(now) && matches!(row.duty, Some((Some(_), _))))
+        rows.any(|row| row.is_usable(now) && row.side().is_some())
     }
 
     /// Of those to avoid, lets the last go that may be missed, as somebody is for this reason. False: nobody's absence is
@@ -162,7 +169,7 @@ impl View {
             NoPlace::NoDecode => Some(Side::Decode),
             NoPlace::NoInstance => None,
         };
-        let side = |id: &InstanceId| self.row(id).and_then(|row| row.duty).and_then(|(side, _)| side);
+        let side = |id: &InstanceId| self.row(id).and_then(Row::side);
         let would_do =
             |id: &InstanceId| matches!(side(id), Some(of) if of == Side::Whole || Some(of) == wanted);
         let missed = wanted.and_then(|_| avoid.iter().rposition(would_do));
@@ -252,6 +259,7 @@ impl Row {
             spec: Arc::new(spec.clone()),
             number,
             duty: None,
+            role_epoch: None,
             until: None,
             class: 0,
             standing: Standing::default(),

@@ -138,7 +138,7 @@ impl Generation {
         booking: Booking,
         assignment: Assignment,
     ) -> Result<Self, NotSent> {
-        let Booking { placement, mut credit, .. } = booking;
+        let Booking { placement, mut credit, handed_on, .. } = booking;
         let sampling = &assignment.sampling;
         let mailbox = Arc::new(Mailbox::new(sampling.choices, assignment.in_batches));
         let (mut legs, mut handoff) = (Legs::default(), None);
@@ -168,6 +168,7 @@ impl Generation {
                     decode_instance: decode.instance.to_string(),
                     decode_incarnation: decode.incarnation.0,
                     decode_handoff_endpoint: decode.handoff_endpoint.clone(),
+                    hand_on: handed_on,
                 };
                 match send(Side::Prefill, prefill, Work::Prefill(hand_on)) {
                     Ok(guard) => legs.prefill = Some(guard),
@@ -237,6 +238,11 @@ impl Generation {
     pub fn generates(&self) -> &InstanceId {
         let (alone, decode) = self.pair();
         decode.unwrap_or(alone)
+    }
+
+    /// Who generates, once it has the cache of the prompt and of what it has brought.
+    pub fn has_cache(&self) -> Option<&InstanceId> {
+        self.served.iter().any(|side| *side != Side::Prefill).then(|| self.generates())
     }
 
     /// Who made it fail, if that is known.

@@ -110,8 +110,8 @@ async fn who_cannot_be_asked_is_not_asked_again_and_costs_no_attempt() {
     let id = spec("b").id;
     let (link, _frames) = standing(id.clone(), metrics);
     let Two { placer, model, assignment } = two(Links::of([(id.clone(), link)]));
-    let booking =
-        placer.book_now(&model.served, Whole::of_assignment(&assignment), &assignment.sampling, &[], false);
+    let (whole, among) = (Whole::of_assignment(&assignment), Among::All);
+    let booking = placer.book_now(&model.served, whole, &assignment.sampling, &[], among);
     let refused =
         placer.start(booking.expect("a place"), assignment.clone()).err().expect("it has no stream");
     assert_eq!((refused.instance.as_str(), refused.error.code), ("a", ErrorCode::Unavailable));

@@ -187,6 +187,11 @@ impl Lane {
     }
 
     /// What takes the place of a strand whose instance drains, where others can have all of it at once; else it stays.
+    ///
+    /// The new legs go out before the old one is cancelled. They come to the instance that drains in this order, too, and so
+    /// the old leg holds its blocks until the one that hands them on is there, and the drain, which waits for legs, does not
+    /// end between the two. No token is lost or told twice: the new legs go on from those that have been read, and what the
+    /// old one says beyond them reaches nobody any more; it comes again, as each follows from those before it.
     fn move_away(&mut self, index: usize, card: &CardGuard, pieces: &mut [Piece]) -> Option<Vec<Strand>> {
         let Strand { work: Work::Generating(generation), attempts, choices } = &self.strands[index] else {
             return None;
@@ -203,15 +208,16 @@ impl Lane {
             return None;
         };
         self.take_rest(&mut generation, choices.clone(), pieces);
+        let from = generation.has_cache();
         let readings = &self.readings;
         let next: Option<Vec<_>> = if readings[choices.clone()].iter().all(|of| of.tokens().is_empty()) {
-            let moved = attempts.elsewhere();
+            let moved = attempts.elsewhere(None);
             moved.map(|moved| vec![(moved, attempts, choices)])
         } else {
             let left = (0..).zip(choices).filter(|(_, at)| !readings[*at].finished());
             let alone = |(choice, at): (u32, usize)| {
                 let attempts = attempts.of_choice(choice, readings[at].tokens());
-                Some((attempts.elsewhere()?, attempts, at..at + 1))
+                Some((attempts.elsewhere(from)?, attempts, at..at + 1))
             };
             left.map(alone).collect()
         };

@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use baton_coordinator::CoordinatorConfig;
-use baton_proto::v1;
-use serde_json::json;
-use v1::{FinishReason, attach_response::Frame as Answer};
+use baton_proto::{ErrorCode, v1};
+use serde_json::{Value, json};
+use v1::{FinishReason, attach_response::Frame as Answer, dispatch::Work};
 
 use crate::{
     scripted::{Cluster, Instance, PATIENCE, chat_text, events, until},
@@ -23,51 +23,184 @@ fn drain(instance: &Instance) {
     instance.say(Answer::Role(v1::RoleChange { role, epoch: 1, phase: v1::Phase::Draining.into() }));
 }
 
+/// Whether a leg is to hand on what is cached, and by which transfer.
+fn handing_on(dispatch: &v1::Dispatch) -> (bool, Vec<u8>) {
+    match &dispatch.work {
+        Some(Work::Prefill(work)) => (work.hand_on, work.transfer_id.to_vec()),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn bytes(text: &str) -> Vec<u32> {
+    text.bytes().map(u32::from).collect()
+}
+
+/// Waits until the only request has this many tokens.
+async fn consumed(cluster: &Cluster, tokens: u32) {
+    until("the tokens are there", || {
+        cluster.service.roster.list().iter().any(|card| card.completion_tokens() == tokens)
+    })
+    .await;
+}
+
+const ROLES: [(&str, v1::Role); 3] =
+    [("p", v1::Role::Prefill), ("d0", v1::Role::Decode), ("d1", v1::Role::Decode)];
+
 #[tokio::test]
-async fn an_answer_leaves_a_decode_that_drains_and_goes_on_where_it_was() {
-    let roles = [("p", v1::Role::Prefill), ("d0", v1::Role::Decode), ("d1", v1::Role::Decode)];
-    let (cluster, [mut prefill, mut d0, mut d1]) = Cluster::start(roles, at_once).await;
-    // Drained in mid answer, and before the cache has come.
-    for before in [false, true] {
-        let response = cluster.chat(json!({"max_tokens": 6, "stream": true}));
+async fn a_decode_that_drains_hands_on_what_it_has_to_another_that_goes_on_where_it_was() {
+    let (cluster, [mut prefill, mut d0, mut d1]) = Cluster::start(ROLES, at_once).await;
+    let response = cluster.chat(json!({"max_tokens": 6, "stream": true}));
+    let first = prefill.dispatch().await;
+    let (drained, other, taken) = either(&mut d0, &mut d1).await;
+    prefill.finish(first.leg, 0, "a", FinishReason::HandedOff);
+    drained.tokens(taken.leg, 1, "bc");
+    consumed(&cluster, 3).await;
+    drain(drained);
+    drained.tokens(taken.leg, 3, "d");
+    // On one stream, so in this order: it has what it is to hand on when that is asked for.
+    let handed = drained.dispatch().await;
+    let cancel = drained.cancelled().await;
+    assert_eq!((cancel.leg, cancel.reason.as_str()), (taken.leg, "placed_again"));
+    let resumed = other.dispatch().await;
+    let told = resumed.generated_tokens.clone();
+    assert_eq!(told, bytes(&"abcd"[..told.len()]));
+    assert_eq!((&handed.generated_tokens, &handed.sampling), (&told, &first.sampling));
+    let (hands_on, transfer) = handing_on(&handed);
+    let Some(Work::Prefill(to)) = &handed.work else { panic!("{:?}", handed.work) };
+    let Some(Work::Decode(from)) = &resumed.work else { panic!("{:?}", resumed.work) };
+    assert_eq!((hands_on, to.decode_instance.as_str()), (true, other.id.as_str()));
+    assert_eq!((from.transfer_id.to_vec(), from.prefill_instance.as_str()), (transfer, drained.id.as_str()));
+    assert_eq!((handing_on(&first).0, handed.role_epoch), (false, taken.role_epoch));
+    // It had sent more before it read the cancel.
+    drained.tokens(taken.leg, 4, "eX");
+    let rest = &"abcdef"[told.len()..];
+    drained.finish(handed.leg, told.len() as u32, &rest[..1], FinishReason::HandedOff);
+    other.finish(resumed.leg, told.len() as u32 + 1, &rest[1..], FinishReason::Length);
+    let body = response.await.expect("ends").text().await.expect("a body");
+    assert_eq!(chat_text(&events(&body)), "abcdef");
+    assert!(prefill.is_quiet(), "prefill was asked");
+    let metrics = cluster.get("/metrics").await.text().await.expect("a body");
+    assert!(metrics.contains("baton_coordinator_migrations_total{reason=\"unavailable\",model=\"tiny\"} 1"));
+    cluster.at_rest().await;
+}
+
+#[tokio::test]
+async fn who_drains_before_it_has_the_cache_hands_nothing_on() {
+    let (cluster, [mut prefill, mut d0, mut d1]) = Cluster::start(ROLES, at_once).await;
+    let response = cluster.chat(json!({"max_tokens": 3, "stream": true}));
+    let first = prefill.dispatch().await;
+    let (drained, other, taken) = either(&mut d0, &mut d1).await;
+    drain(drained);
+    prefill.finish(first.leg, 0, "a", FinishReason::HandedOff);
+    assert_eq!(drained.cancelled().await.leg, taken.leg);
+    let (again, resumed) = (prefill.dispatch().await, other.dispatch().await);
+    assert_eq!((&resumed.generated_tokens, handing_on(&again).0), (&bytes("a"), false));
+    prefill.finish(again.leg, 1, "b", FinishReason::HandedOff);
+    other.finish(resumed.leg, 2, "c", FinishReason::Length);
+    let body = response.await.expect("ends").text().await.expect("a body");
+    assert_eq!(chat_text(&events(&body)), "abc");
+    assert!(drained.is_quiet());
+    cluster.at_rest().await;
+}
+
+#[tokio::test]
+async fn what_is_not_handed_on_after_all_is_computed_again_and_costs_no_attempt() {
+    // It has not the cache, is of an earlier version, or drains no more; or its time is over amid the handoff.
+    let refusals = [(ErrorCode::Unavailable, ""), (ErrorCode::StaleEpoch, ""), (ErrorCode::Unavailable, "c")];
+    for (code, begun) in refusals {
+        let (cluster, [mut prefill, mut d0, mut d1]) = Cluster::start(ROLES, at_once).await;
+        let response = cluster.chat(json!({"max_tokens": 5, "stream": true}));
         let first = prefill.dispatch().await;
         let (drained, other, taken) = either(&mut d0, &mut d1).await;
-        if before {
-            drain(drained);
-        }
         prefill.finish(first.leg, 0, "a", FinishReason::HandedOff);
-        drained.tokens(taken.leg, 1, "bc");
-        if !before {
-            until("it is told", || {
-                cluster.service.roster.list().iter().any(|card| card.completion_tokens() == 3)
-            })
-            .await;
-            drain(drained);
-            drained.tokens(taken.leg, 3, "d");
+        drained.tokens(taken.leg, 1, "b");
+        consumed(&cluster, 2).await;
+        drain(drained);
+        drained.tokens(taken.leg, 2, "");
+        let handed = drained.dispatch().await;
+        assert!(handing_on(&handed).0);
+        assert_eq!((drained.cancelled().await.leg, &handed.generated_tokens), (taken.leg, &bytes("ab")));
+        let in_vain = other.dispatch().await;
+        drained.tokens(handed.leg, 2, begun);
+        drained.fail(handed.leg, code);
+        if !begun.is_empty() {
+            other.fail(in_vain.leg, ErrorCode::Cancelled);
+        } else {
+            assert_eq!(other.cancelled().await.leg, in_vain.leg);
         }
-        let cancel = drained.cancelled().await;
-        assert_eq!((cancel.leg, cancel.reason.as_str()), (taken.leg, "placed_again"));
+        let so_far = format!("ab{begun}");
+        // One attempt fails, as it may.
+        let (failing, _) = (prefill.dispatch().await, other.dispatch().await);
+        assert_eq!((&failing.generated_tokens, handing_on(&failing).0), (&bytes(&so_far), false));
+        prefill.fail(failing.leg, ErrorCode::HandoffFailed);
+        other.cancelled().await;
         let (again, resumed) = (prefill.dispatch().await, other.dispatch().await);
-        let told = resumed.generated_tokens.clone();
-        assert_eq!(told, &b"abcd".map(u32::from)[..told.len()]);
-        assert_eq!((&again.generated_tokens, &again.sampling), (&told, &first.sampling));
-        // It had sent more before it read the cancel.
-        drained.tokens(taken.leg, 3, "dX");
-        let rest = &"abcdef"[told.len()..];
-        prefill.finish(again.leg, told.len() as u32, &rest[..1], FinishReason::HandedOff);
-        other.finish(resumed.leg, told.len() as u32 + 1, &rest[1..], FinishReason::Length);
+        let rest = &"abcde"[so_far.len()..];
+        prefill.finish(again.leg, so_far.len() as u32, &rest[..1], FinishReason::HandedOff);
+        other.finish(resumed.leg, so_far.len() as u32 + 1, &rest[1..], FinishReason::Length);
         let body = response.await.expect("ends").text().await.expect("a body");
-        assert_eq!(chat_text(&events(&body)), "abcdef");
-        let ready = v1::RoleChange { role: drained.role.into(), epoch: 1, phase: v1::Phase::Ready.into() };
-        drained.say(Answer::Role(ready));
-        until("both decode again", || {
-            let links = &cluster.service.placer.links;
-            links.get(&drained.id).is_some_and(|link| !link.drains())
-        })
-        .await;
+        assert_eq!(chat_text(&events(&body)), "abcde", "{code:?} {begun}");
+        assert!(drained.is_quiet(), "it was asked again");
+        let metrics = cluster.get("/metrics").await.text().await.expect("a body");
+        assert!(metrics.contains("baton_coordinator_open_breakers 0"));
+        cluster.at_rest().await;
     }
-    let metrics = cluster.get("/metrics").await.text().await.expect("a body");
-    assert!(metrics.contains("baton_coordinator_migrations_total{reason=\"unavailable\",model=\"tiny\"} 2"));
+}
+
+#[tokio::test]
+async fn of_several_choices_each_is_handed_on_by_itself() {
+    let (cluster, [mut prefill, mut d0, mut d1]) = Cluster::start(ROLES, at_once).await;
+    let response = cluster.chat(json!({"n": 3, "seed": 7, "max_tokens": 4}));
+    let first = prefill.dispatch().await;
+    let (drained, other, taken) = either(&mut d0, &mut d1).await;
+    for (choice, token) in [(0, "a"), (1, "x"), (2, "1")] {
+        let end = Some(FinishReason::HandedOff);
+        prefill.of_choice((first.leg, choice), 0, token, end);
+    }
+    drained.of_choice((taken.leg, 0), 1, "b", None);
+    drained.of_choice((taken.leg, 1), 1, "y", Some(FinishReason::Stop));
+    consumed(&cluster, 5).await;
+    drain(drained);
+    drained.of_choice((taken.leg, 0), 2, "c", None);
+    // Nobody reads single tokens of an answer that is not streamed.
+    drained.of_choice((taken.leg, 0), 3, "", None);
+    for (seed, generated, rest) in [(7, "abc", "d"), (9, "1", "234")] {
+        let (handed, resumed) = (drained.dispatch().await, other.dispatch().await);
+        let sampling = handed.sampling.as_ref().expect("sampling");
+        assert_eq!((sampling.seed, sampling.choices, handing_on(&handed).0), (seed, 1, true));
+        // The last of choice 0 may have come while it moved.
+        let at = handed.generated_tokens.len();
+        assert!(bytes(generated).starts_with(&handed.generated_tokens));
+        let all = format!("{generated}{rest}");
+        drained.finish(handed.leg, at as u32, &all[at..=at], FinishReason::HandedOff);
+        other.finish(resumed.leg, at as u32 + 1, &all[at + 1..], FinishReason::Length);
+    }
+    assert_eq!(drained.cancelled().await.leg, taken.leg);
+    let answer: Value = response.await.expect("ends").json().await.expect("is JSON");
+    for (index, text) in ["abcd", "xy", "1234"].into_iter().enumerate() {
+        assert_eq!(answer["choices"][index]["message"]["content"], text);
+    }
+    assert_eq!(answer["usage"]["completion_tokens"], 4 + 2 + 4);
+    assert!(prefill.is_quiet());
+    cluster.at_rest().await;
+}
+
+#[tokio::test]
+async fn a_mixed_instance_that_drains_hands_on_to_another() {
+    let roles = [("a", v1::Role::Mixed), ("b", v1::Role::Mixed)];
+    let (cluster, [mut a, mut b]) = Cluster::start(roles, at_once).await;
+    let response = cluster.chat(json!({"max_tokens": 4}));
+    let (drained, other, taken) = either(&mut a, &mut b).await;
+    drained.tokens(taken.leg, 0, "ab");
+    consumed(&cluster, 2).await;
+    drain(drained);
+    drained.tokens(taken.leg, 2, "");
+    let (handed, resumed) = (drained.dispatch().await, other.dispatch().await);
+    assert!(handing_on(&handed).0 && matches!(resumed.work, Some(Work::Decode(_))));
+    drained.finish(handed.leg, 2, "c", FinishReason::HandedOff);
+    other.finish(resumed.leg, 3, "d", FinishReason::Length);
+    let answer: Value = response.await.expect("ends").json().await.expect("is JSON");
+    assert_eq!(answer["choices"][0]["message"]["content"], "abcd");
     cluster.at_rest().await;
 }
 

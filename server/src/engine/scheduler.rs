@@ -18,6 +18,7 @@
 //! - A sequence starts with the longest chain of full blocks that the cache has of it; it computes its last token at
 //!   least, since that is where its logits come from. Every block that becomes full and final is sealed, whichever way
 //!   its content came, and can be shared from then on. A decode leg holds what it found while the rest is received.
+//! - A leg that is to hand on what is cached here ends where it is not: see [`Scheduler::refuse_uncached`].
 //! - A decode leg queues only once its cache has been offered, which its prefill leg does with its own blocks in hand.
 //!   So whoever holds blocks here for a cache to come waits for a prefill that holds its blocks already, and never the
 //!   other way round: two instances with full pools cannot wait for each other.
@@ -263,6 +264,10 @@ impl Scheduler {
                 return;
             }
             let (block_tokens, cached) = (self.limits.block_tokens, self.find_cached(id));
+            // It may have been evicted while it waited.
+            if self.refuse_uncached(id) {
+                continue;
+            }
             let sequence = &self.sequences[&id];
             let remaining = sequence.remaining() - cached.blocks * block_tokens * u32::from(!receives);
             if !receives && *budget < block_tokens.min(remaining) {

@@ -18,10 +18,11 @@
 //! can touch its blocks no more.
 
 mod log;
+mod work;
 
 use std::{borrow::Cow, fmt, time::Instant};
 
-use baton_proto::{ApiError, BlockHash, Incarnation, InstanceId, LegId, PromptDigest, RequestId, TransferId};
+use baton_proto::{ApiError, BlockHash, LegId, PromptDigest, RequestId};
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use super::{
@@ -30,6 +31,7 @@ use super::{
 };
 
 pub(super) use log::Stage;
+pub use work::{Inbound, Outbound, StopRule, Work};
 
 /// A sequence in this engine; never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -74,54 +76,6 @@ pub struct NewSequence {
     pub permit: Option<TaskTrackerToken>,
     /// Covers the leg in traces.
     pub span: tracing::Span,
-}
-
-/// When a completion ends by itself.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct StopRule {
-    /// At least one.
-    pub max_tokens: u32,
-    pub stop_tokens: Vec<u32>,
-}
-
-/// Which part of the request is done here.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Work {
-    /// Prefill and decode.
-    Whole,
-    /// Prefill; the cache goes to another instance.
-    Prefill(Outbound),
-    /// The cache comes from another instance; decode.
-    Decode(Inbound),
-}
-
-impl Work {
-    /// For logs and traces.
-    pub fn name(&self) -> &'static str {
-        match self {
-            Self::Whole => "whole",
-            Self::Prefill(_) => "prefill",
-            Self::Decode(_) => "decode",
-        }
-    }
-}
-
-/// Where a prefill leg's cache goes.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Outbound {
-    pub transfer: TransferId,
-    pub receiver: InstanceId,
-    pub receiver_incarnation: Incarnation,
-    /// host:port of the receiver's Handoff service.
-    pub endpoint: String,
-}
-
-/// Where a decode leg's cache comes from.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Inbound {
-    pub transfer: TransferId,
-    pub sender: InstanceId,
-    pub sender_incarnation: Incarnation,
 }
 
 /// What the engine has to say about one leg.

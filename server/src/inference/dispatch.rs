@@ -116,6 +116,7 @@ fn work(wire: v1::dispatch::Work) -> Result<Work, ApiError> {
                     .map_err(|error| invalid("decode_instance", error.to_string()))?,
                 receiver_incarnation: Incarnation(prefill.decode_incarnation),
                 endpoint: prefill.decode_handoff_endpoint,
+                hand_on: prefill.hand_on,
             }))
         }
         v1::dispatch::Work::Decode(decode) => Ok(Work::Decode(Inbound {
@@ -207,7 +208,9 @@ impl Leg {
                 facts.instance_id, facts.incarnation, self.incarnation
             ));
         }
-        if role.phase != Phase::Ready {
+        // What is here already is handed on as part of the drain, which waits for it, and by whoever has it.
+        let hands_on = self.work.hands_on();
+        if role.phase != Phase::Ready && !(hands_on && role.phase == Phase::Draining) {
             let message =
                 format!("instance {} takes no requests now: {}", facts.instance_id, describe(role.phase));
             return Err(ApiError::new(ErrorCode::Unavailable, message));
@@ -225,6 +228,7 @@ impl Leg {
             }
             // Decode can do all of a request, too, whether or not a coordinator asks it to.
             Work::Whole | Work::Decode(_) => matches!(role.role, Role::Decode | Role::Mixed),
+            Work::Prefill(_) if hands_on => role.role != Role::None,
             Work::Prefill(_) => matches!(role.role, Role::Prefill | Role::Mixed),
         };
         if !suits {
@@ -377,6 +381,34 @@ mod tests {
             assert_eq!(error.code, ErrorCode::Unavailable);
         }
         assert_eq!(leg.check(&facts(), view(Role::Decode)), Ok(()));
+    }
+
+    #[test]
+    fn what_is_to_be_handed_on_is_taken_whatever_the_role_and_while_it_drains() {
+        let work = |hand_on| {
+            let to = v1::dispatch::Prefill {
+                transfer_id: vec![7; 16].into(),
+                decode_instance: "d".into(),
+                decode_handoff_endpoint: "d:1".into(),
+                hand_on,
+                ..Default::default()
+            };
+            Leg::try_from(v1::Dispatch { work: Some(v1::dispatch::Work::Prefill(to)), ..wire() })
+                .expect("valid")
+        };
+        let code = |hand_on, view| work(hand_on).check(&facts(), view).err().map(|error| error.code);
+        let (stale, unavailable) = (Some(ErrorCode::StaleEpoch), Some(ErrorCode::Unavailable));
+        for role in [Role::Decode, Role::Mixed, Role::Prefill] {
+            let draining = RoleView { phase: Phase::Draining, ..view(role) };
+            assert_eq!([code(true, view(role)), code(true, draining)], [None, None], "{role:?}");
+            assert_eq!(code(false, draining), unavailable, "{role:?}");
+            assert_eq!(code(true, RoleView { epoch: RoleEpoch(4), ..draining }), stale, "{role:?}");
+            for phase in [Phase::Loading, Phase::Waiting, Phase::Switching] {
+                assert_eq!(code(true, RoleView { phase, ..view(role) }), unavailable, "{role:?}");
+            }
+        }
+        assert_eq!(code(true, view(Role::None)), stale);
+        assert_eq!(code(false, view(Role::Decode)), stale);
     }
 
     #[test]

@@ -31,7 +31,7 @@ pub mod model;
 mod pair;
 pub mod wire;
 
-pub use pair::{Pair, apart};
+pub use pair::{Pair, apart, handed_on};
 
 /// Nothing in a test takes longer, unless it hangs.
 pub const PATIENCE: Duration = Duration::from_secs(30);

@@ -13,6 +13,7 @@ pub fn apart(prefill: &Instance, decode: &Instance) -> (v1::dispatch::Work, v1::
         decode_instance: decode.id.clone(),
         decode_incarnation: decode.incarnation,
         decode_handoff_endpoint: decode.endpoint.clone(),
+        hand_on: false,
     };
     let from = v1::dispatch::Decode {
         transfer_id: transfer_id.into(),
@@ -20,6 +21,15 @@ pub fn apart(prefill: &Instance, decode: &Instance) -> (v1::dispatch::Work, v1::
         prefill_incarnation: prefill.incarnation,
     };
     (v1::dispatch::Work::Prefill(to), v1::dispatch::Work::Decode(from))
+}
+
+/// The same, where the first drains and is to hand on what it has.
+pub fn handed_on(from: &Instance, to: &Instance) -> (v1::dispatch::Work, v1::dispatch::Work) {
+    let (mut prefill, decode) = apart(from, to);
+    if let v1::dispatch::Work::Prefill(work) = &mut prefill {
+        work.hand_on = true;
+    }
+    (prefill, decode)
 }
 
 /// A prefill and a decode instance with a coordinator attached to both.

@@ -1,8 +1,9 @@
 //! Whom a request is given to of those that it is to avoid.
 
 use super::*;
+use crate::Side;
 use crate::fleet::{
-    Role,
+    Duty, Role,
     testing::{ready, spec},
 };
 
@@ -34,4 +35,44 @@ fn who_is_missed_for_one_role_brings_back_nobody_of_another() {
         assert_eq!(taken(&["d", "m", "p0"], &["m", "d"]), ["p0", "d"]);
         assert_eq!(taken(&["d", "m"], &["d", "m"]), ["m"]);
     }
+}
+
+/// Who goes on with what this instance hands on, which drains, where these are there too.
+fn goes_on(from: &str, there: &[&str], avoid: &[&str]) -> Result<String, NoPlace> {
+    let board = Board::new(Duration::from_secs(1));
+    let there: Vec<_> = FLEET.iter().filter(|(id, _)| *id == from || there.contains(id)).collect();
+    let specs: Vec<_> = there.iter().map(|(id, _)| spec(id)).collect();
+    board.list(&specs, Instant::now());
+    for (spec, (id, role)) in specs.iter().zip(&there) {
+        board.up(&spec.id, spec.incarnation, Duty { ready: *id != from, ..ready(*role) });
+    }
+    let (from, avoid) = (spec(from).id, avoid.iter().map(|id| spec(id).id).collect::<Vec<_>>());
+    // Two full blocks of 16 tokens, and two tokens of which the last is computed in any case.
+    let booking = board.place_handed_on(&from, 34, (100, 1), "r1", &avoid)?;
+    assert!(booking.handed_on);
+    let Placement::Apart { prefill, decode } = &booking.placement else { panic!("{:?}", booking.placement) };
+    assert_eq!((&prefill.instance, prefill.role_epoch), (&from, ready(Role::Decode).epoch));
+    assert_eq!((prefill.uncached_tokens, prefill.blocks), (2, 1));
+    assert!(booking.receipt.cheapest.iter().all(|scored| scored.side != Side::Whole));
+    Ok(decode.instance.to_string())
+}
+
+#[test]
+fn who_drains_hands_on_to_whoever_decodes_and_to_nobody_else() {
+    assert_eq!(goes_on("d", &["m", "p0", "p1"], &[]).as_deref(), Ok("m"));
+    assert_eq!(goes_on("m", &["d", "p0"], &[]).as_deref(), Ok("d"));
+    assert_eq!(goes_on("m", &["d"], &["d"]).as_deref(), Ok("d"), "it is taken where nobody else is");
+    assert_eq!(goes_on("d", &["p0", "p1"], &[]), Err(NoPlace::NoDecode));
+    // It drains no more: it is not handed what it has.
+    let board = Board::new(Duration::from_secs(1));
+    let d = spec("d");
+    board.list(std::slice::from_ref(&d), Instant::now());
+    board.up(&d.id, d.incarnation, ready(Role::Decode));
+    assert_eq!(board.place_handed_on(&d.id, 34, (100, 1), "r1", &[]).map(drop), Err(NoPlace::NoDecode));
+    // It cannot be reached.
+    let m = spec("m");
+    board.list(&[d.clone(), m.clone()], Instant::now());
+    board.up(&m.id, m.incarnation, ready(Role::Mixed));
+    board.down(&d.id, Instant::now());
+    assert!(board.place_handed_on(&d.id, 34, (100, 1), "r1", &[]).is_err());
 }

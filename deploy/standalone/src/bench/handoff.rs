@@ -199,6 +199,7 @@ impl Pair {
             decode_instance: "decode".to_owned(),
             decode_incarnation: self.decode.incarnation(),
             decode_handoff_endpoint: self.decode.address().to_owned(),
+            hand_on: false,
         };
         self.decode.dispatch(prompt.clone(), ANSWER_TOKENS, Leg::Decode(decode)).await?;
         self.prefill.dispatch(prompt, ANSWER_TOKENS, Leg::Prefill(prefill)).await?;

@@ -29,6 +29,10 @@ pub enum Refused {
         "the prompt has {prompt} tokens, and the context of {context} tokens must hold the completion too"
     )]
     ContextFull { prompt: u32, context: u32 },
+    #[error(
+        "{missing} tokens of what was to be handed on are not in the KV cache here: have it computed elsewhere"
+    )]
+    NotHere { missing: u32 },
 }
 
 impl From<Refused> for ApiError {
@@ -38,6 +42,7 @@ impl From<Refused> for ApiError {
             Refused::QueueFull { .. } => ErrorCode::QueueFull,
             Refused::TooLarge { .. } => ErrorCode::KvExhausted,
             Refused::ContextFull { .. } => ErrorCode::ContextLengthExceeded,
+            Refused::NotHere { .. } => ErrorCode::Unavailable,
         };
         let error = Self::new(code, refused.to_string());
         if matches!(refused, Refused::TooManyChoices { .. }) { error.param("n") } else { error }
@@ -47,7 +52,7 @@ impl From<Refused> for ApiError {
 impl Scheduler {
     /// Queues a sequence. If it cannot be taken the leg is ended with the reason.
     pub fn add(&mut self, new: NewSequence) {
-        let goes_on = !new.generated.is_empty();
+        let goes_on = !new.generated.is_empty() || new.work.hands_on();
         let sequence =
             Sequence::new(new, self.arrivals, self.limits.context_tokens, self.blocks.total_tokens());
         if let Err(refused) = self.check(&sequence) {
@@ -73,8 +78,25 @@ impl Scheduler {
                 self.effects.push(Effect::Watch { id, transfer, deadline });
                 self.announced += 1;
             }
-            None => self.queue(id),
+            None => {
+                self.queue(id);
+                self.refuse_uncached(id);
+            }
         }
+    }
+
+    /// Ends a waiting leg that was to hand on what is here, if more than a block of it is not: who drains computes nothing
+    /// that others would. Less cannot be asked for. Whoever generates has all but the last token in its cache, in blocks of
+    /// which the full ones can be taken by others; the rest of the last, and the token, are computed in one of its own. True:
+    /// it has ended.
+    pub(super) fn refuse_uncached(&mut self, id: SequenceId) -> bool {
+        let Some(sequence) = self.sequences.get(&id) else { return false };
+        let missing = sequence.remaining() - sequence.found;
+        let refused = sequence.work.hands_on() && missing > self.limits.block_tokens;
+        if refused {
+            self.fail(id, Refused::NotHere { missing }.into());
+        }
+        refused
     }
 
     fn check(&self, sequence: &Sequence) -> Result<(), Refused> {

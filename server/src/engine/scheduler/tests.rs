@@ -10,6 +10,7 @@ use crate::engine::{
     sequence::{FinishReason, LegEnd, NewSequence, Sampled, StopRule, StreamId},
 };
 
+mod handed_on;
 mod histories;
 mod occupancy;
 mod quarantine;
@@ -29,11 +30,21 @@ fn scheduler(blocks: u32) -> Scheduler {
 }
 
 fn prefill() -> Work {
+    prefill_to(false)
+}
+
+/// To hand on what is cached, and nothing else.
+fn hands_on() -> Work {
+    prefill_to(true)
+}
+
+fn prefill_to(hand_on: bool) -> Work {
     Work::Prefill(Outbound {
         transfer: TransferId::from_bytes([7; 16]),
         receiver: InstanceId::new("d").expect("a name"),
         receiver_incarnation: Incarnation(1),
         endpoint: "127.0.0.1:1".into(),
+        hand_on,
     })
 }
 

@@ -24,7 +24,7 @@ enum Happening {
 
 fn happening() -> impl Strategy<Value = Happening> {
     prop_oneof![
-        4 => (1u32..40, 1u32..30, 0u8..3, -1..2, prop_oneof![2 => Just(1u32), 1 => 2u32..=CHOICES_MOST])
+        4 => (1u32..40, 1u32..30, 0u8..4, -1..2, prop_oneof![2 => Just(1u32), 1 => 2u32..=CHOICES_MOST])
             .prop_map(|(prompt, max_tokens, kind, priority, choices)| {
                 Happening::Add { prompt, max_tokens, kind, priority, choices }
             }),
@@ -190,7 +190,7 @@ proptest! {
             match happening {
                 Happening::Add { prompt, max_tokens, kind, priority, choices } => {
                     let id = 8 * world.added.len() as u64;
-                    let work = [Work::Whole, prefill(), decode()][usize::from(kind)].clone();
+                    let work = [Work::Whole, prefill(), decode(), hands_on()][usize::from(kind)].clone();
                     world.added.push((id, choices));
                     // Two families of prompts that begin alike.
                     let tokens = (0..prompt).map(|position| position + 1000 * (prompt % 2)).collect();

@@ -1,0 +1,125 @@
+//! A request's hold on what was booked for it: made by [`Board`], kept for as long as the request is where it was placed.
+
+use std::{sync::Arc, time::Duration};
+
+use baton_proto::{InstanceId, LegId};
+use tokio::time::Instant;
+
+use super::Board;
+use crate::{Placement, Receipt, Side, index::Ticket, ledger::Work};
+
+/// How long a prompt that has been computed may take to be among what its instance says that it has.
+const TOLD_WITHIN: Duration = Duration::from_secs(1);
+
+/// A placement whose work is on the ledger.
+pub struct Booking {
+    pub placement: Placement,
+    pub receipt: Receipt,
+    pub credit: Credit,
+    /// Who prefills has all of the cache but a block at most, and is to hand it on though it drains.
+    pub handed_on: bool,
+}
+
+/// Of what an instance says of a leg, what the ledger is to know.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LegNews {
+    /// Its prompt is computed.
+    Prefilled(LegId),
+    /// One of its choices has ended.
+    ChoiceEnded(LegId),
+}
+
+/// What is booked on one instance.
+pub(super) struct Part {
+    pub(super) instance: InstanceId,
+    pub(super) work: Work,
+    /// Under which number it was dispatched.
+    pub(super) leg: Option<LegId>,
+}
+
+/// Work on the ledger. Links take it off as instances say that it is done; what is left on drop is not wanted any more.
+pub struct Credit {
+    pub(super) board: Arc<Board>,
+    /// On the instance that prefills, or does everything.
+    pub(super) prefill: Part,
+    pub(super) decode: Option<Part>,
+    /// That prefill, and decode, will have the prompt.
+    pub(super) expected: [Option<Ticket>; 2],
+}
+
+impl Credit {
+    fn part(&mut self, side: Side) -> &mut Part {
+        match (side, &mut self.decode) {
+            (Side::Decode, Some(decode)) => decode,
+            _ => &mut self.prefill,
+        }
+    }
+
+    /// Who prefills and who decodes; one of them alone if it does both.
+    pub fn pair(&self) -> (&InstanceId, Option<&InstanceId>) {
+        (&self.prefill.instance, self.decode.as_ref().map(|decode| &decode.instance))
+    }
+
+    /// Who has one of the legs.
+    pub fn instance(&self, side: Side) -> &InstanceId {
+        match (side, &self.decode) {
+            (Side::Decode, Some(decode)) => &decode.instance,
+            _ => &self.prefill.instance,
+        }
+    }
+
+    /// A leg of so many choices is about to be sent, under a number above that of all before it.
+    pub fn dispatched(&mut self, side: Side, leg: LegId, choices: u32) {
+        let board = self.board.clone();
+        let part = self.part(side);
+        part.leg = Some(leg);
+        board.state.lock().ledger.dispatched(&part.instance, leg, part.work, choices);
+    }
+
+    /// The prompt has been computed: prefill will say soon that it has it.
+    pub fn prefilled(&mut self) {
+        self.settle(0);
+    }
+
+    /// Prefill has handed over: decode will say soon that it has the prompt.
+    pub fn handed_off(&mut self) {
+        self.settle(1);
+    }
+
+    /// Decode has gone on from the cache, so long after the first token; `None`: it could not be handed over.
+    pub fn handed_over(&self, took: Option<Duration>) {
+        if let Some(decode) = &self.decode {
+            let pair = (&self.prefill.instance, &decode.instance);
+            self.board.state.lock().view.handed_over(pair, took, Instant::now());
+        }
+    }
+
+    /// A choice has come to its end, with so many tokens.
+    pub fn answered(&self, tokens: u32) {
+        let state = &mut *self.board.state.lock();
+        if let Some(revision) = state.fleet.revision(&self.prefill.instance) {
+            state.lengths.learn(revision, tokens);
+        }
+    }
+
+    fn settle(&mut self, side: usize) {
+        if let Some(ticket) = self.expected[side].take() {
+            self.board.caches.settle(ticket, Instant::now() + TOLD_WITHIN);
+        }
+    }
+}
+
+impl Drop for Credit {
+    fn drop(&mut self) {
+        (0..self.expected.len()).for_each(|side| self.settle(side));
+        let state = &mut *self.board.state.lock();
+        for part in [Some(&self.prefill), self.decode.as_ref()].into_iter().flatten() {
+            match part.leg {
+                Some(leg) => state.ledger.cancelled(&part.instance, leg),
+                None => state.ledger.release(&part.instance, part.work),
+            }
+            state.renew(&part.instance, Instant::now());
+        }
+        self.board.freed.notify_waiters();
+    }
+}
