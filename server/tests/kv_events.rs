@@ -26,8 +26,8 @@ async fn client(instance: &Instance) -> KvCacheClient<tonic::transport::Channel>
     KvCacheClient::new(channel)
 }
 
-fn hashes(wire: &[bytes::Bytes]) -> Vec<BlockHash> {
-    wire.iter().map(|hash| BlockHash::try_from(&hash[..]).expect("16 bytes")).collect()
+fn hashes(wire: &[u8]) -> Vec<BlockHash> {
+    BlockHash::from_wire(wire).expect("whole hashes").collect()
 }
 
 impl Listener {

@@ -8,6 +8,8 @@ use serde::{Deserialize, Serialize};
 
 /// Less would be of no use.
 const INDEX_BYTES_LEAST: usize = 1 << 20;
+/// More would tell nothing of most prompts.
+const INDEX_EVERY_TOKENS_MOST: u32 = 4096;
 
 /// What requests are placed by.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -41,6 +43,9 @@ pub struct PlacementConfig {
     /// Most memory for which instances have which KV blocks cached, at 58 bytes a block. Over it a part of the blocks is
     /// forgotten, so that of each prompt less is known.
     pub index_bytes: usize,
+    /// Of what instances have cached they tell one block for so many tokens, of each prompt's about, and the rest is rounded
+    /// down: more takes less processor time with long prompts, and less is known of short ones; 0 = every block.
+    pub index_every_tokens: u32,
 }
 
 /// [`Policy`] as it is written.
@@ -56,8 +61,17 @@ pub enum PolicyName {
 
 impl Default for PlacementConfig {
     fn default() -> Self {
-        let Settings { policy: _, temperature, local_prefill, warm_up, targets, room, seed: _, index_bytes } =
-            Settings::DEFAULT;
+        let Settings {
+            policy: _,
+            temperature,
+            local_prefill,
+            warm_up,
+            targets,
+            room,
+            seed: _,
+            index_bytes,
+            index_every_tokens,
+        } = Settings::DEFAULT;
         Self {
             policy: PolicyName::default(),
             temperature,
@@ -68,6 +82,7 @@ impl Default for PlacementConfig {
             tpot_target: targets.tpot,
             room,
             index_bytes,
+            index_every_tokens,
         }
     }
 }
@@ -93,6 +108,7 @@ impl PlacementConfig {
             room: self.room,
             seed,
             index_bytes: self.index_bytes,
+            index_every_tokens: self.index_every_tokens,
         }
     }
 
@@ -101,6 +117,8 @@ impl PlacementConfig {
             if good { Ok(()) } else { Err(Invalid::new(format!("placement.{key}"), expected)) }
         };
         require(self.index_bytes >= INDEX_BYTES_LEAST, "index_bytes", "expected at least 1048576")?;
+        let most = INDEX_EVERY_TOKENS_MOST;
+        require(self.index_every_tokens <= most, "index_every_tokens", "expected 0 to 4096")?;
         require((0.0..=10.0).contains(&self.temperature), "temperature", "expected 0 to 10")?;
         require(!self.room.is_zero(), "room", "expected more than 0s")?;
         require(!self.tpot_target.is_zero(), "tpot_target", "expected more than 0s")

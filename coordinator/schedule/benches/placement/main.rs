@@ -100,6 +100,9 @@ struct ReplayArgs {
     /// The coordinator's requests wait while more than so many milliseconds of work are queued everywhere.
     #[arg(long, default_value_t = Settings::DEFAULT.room.as_millis() as u64)]
     room_millis: u64,
+    /// The coordinator is told of one cached block of 16 tokens for so many tokens.
+    #[arg(long, default_value_t = Settings::DEFAULT.index_every_tokens, value_parser = clap::value_parser!(u32).range(0..=4_096))]
+    every_tokens: u32,
 }
 
 #[derive(Debug, Args)]
@@ -249,7 +252,7 @@ fn replayed(args: &ReplayArgs) -> Result<Runs, TraceError> {
 
 fn jobs(args: &ReplayArgs) -> Vec<(Key, Setup)> {
     let room = Duration::from_millis(args.room_millis);
-    let settings = Settings { room, ..Settings::default() };
+    let settings = Settings { room, index_every_tokens: args.every_tokens, ..Settings::default() };
     let mut jobs = Vec::new();
     for cache_blocks in &args.cache_blocks {
         for speed in &args.speeds {

@@ -32,6 +32,7 @@ use std::{
     sync::Arc,
 };
 
+use baton_proto::Sieve;
 use tokio::time::Instant;
 
 use expected::Expected;
@@ -333,13 +334,15 @@ impl PrefixIndex {
         self.expected.settle(ticket, until);
     }
 
-    /// Adds, for each slot, how many blocks `chain` begins with that it has or is to have.
-    pub fn depths(&mut self, chain: &Arc<[u64]>, now: Instant, into: &mut Depths) {
+    /// Adds, for each slot, how many blocks `chain` begins with that it has or is to have. Looked for are those that pass
+    /// the sieve: of others it need not have been told.
+    pub fn depths(&mut self, chain: &Arc<[u64]>, sieve: Sieve, now: Instant, into: &mut Depths) {
         self.expected.expire(now);
         self.expected.depths(chain, into);
-        let survives = |at: &u32| self.mixed(chain[*at as usize]).survives(self.halvings);
-        let positions =
-            (self.halvings > 0).then(|| (0..chain.len() as u32).filter(survives).collect::<Vec<_>>());
+        let is_looked_for = |key: u64| sieve.keeps(key) && self.mixed(key).survives(self.halvings);
+        let positions = (self.halvings > 0 || !sieve.keeps_all()).then(|| {
+            (0..chain.len() as u32).filter(|at| is_looked_for(chain[*at as usize])).collect::<Vec<_>>()
+        });
         let looked_for = positions.as_ref().map_or(chain.len(), Vec::len);
         Search { index: self, chain, positions, into }.run(looked_for);
     }
