@@ -8,9 +8,13 @@ use baton_proto::{ApiError, ErrorCode};
 use serde::Deserialize;
 use serde_json::Value;
 
+mod content;
+mod prompt;
 mod unserved;
 mod values;
 
+pub use content::{Content, Part};
+pub use prompt::{OnePrompt, Prompt};
 use unserved::Unserved;
 pub use values::{Integer, List, Number};
 
@@ -59,48 +63,6 @@ pub struct Message {
     pub role: Option<String>,
     pub content: Option<Content>,
     pub tool_calls: Option<Value>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(untagged, expecting = "expected a string or a list of {\"type\": \"text\", \"text\": ...} parts")]
-pub enum Content {
-    Text(String),
-    Parts(Vec<Part>),
-}
-
-#[derive(Debug, Deserialize)]
-pub struct Part {
-    #[serde(rename = "type")]
-    pub kind: Option<String>,
-    pub text: Option<String>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(untagged, expecting = "expected a string, a list of token ids, or a list of either")]
-pub enum Prompt {
-    Text(String),
-    Tokens(Vec<u32>),
-    Texts(Vec<String>),
-    TokenLists(Vec<Vec<u32>>),
-}
-
-/// One of the prompts of a request.
-#[derive(Debug, Clone, Copy)]
-pub enum OnePrompt<'a> {
-    Text(&'a str),
-    Tokens(&'a [u32]),
-}
-
-impl Prompt {
-    /// All of them, in order.
-    pub fn each(&self) -> Vec<OnePrompt<'_>> {
-        match self {
-            Self::Text(text) => vec![OnePrompt::Text(text)],
-            Self::Tokens(tokens) => vec![OnePrompt::Tokens(tokens)],
-            Self::Texts(texts) => texts.iter().map(|text| OnePrompt::Text(text)).collect(),
-            Self::TokenLists(lists) => lists.iter().map(|tokens| OnePrompt::Tokens(tokens)).collect(),
-        }
-    }
 }
 
 #[derive(Debug, Deserialize)]
@@ -181,9 +143,14 @@ mod tests {
             (r#"{"messages": {}}"#, "messages"),
             (r#"{"messages": [{"role": 1}]}"#, "messages[0].role"),
             (r#"{"messages": [{"role": "user", "content": 1}]}"#, "messages[0].content"),
+            (
+                r#"{"messages": [{"role": "user", "content": [{"type": "text", "text": 1}]}]}"#,
+                "messages[0].content[0].text",
+            ),
             (r#"{"prompt": {"a": 1}}"#, "prompt"),
-            (r#"{"prompt": [1, "a"]}"#, "prompt"),
-            (r#"{"prompt": [-1]}"#, "prompt"),
+            (r#"{"prompt": [1, "a"]}"#, "prompt[1]"),
+            (r#"{"prompt": [-1]}"#, "prompt[0]"),
+            (r#"{"prompt": [[1], [2, 1.5]]}"#, "prompt[1][1]"),
             (r#"{"stop": 5}"#, "stop"),
             (r#"{"stream": "yes"}"#, "stream"),
             (r#"{"stream_options": {"include_usage": 1}}"#, "stream_options.include_usage"),
