@@ -78,8 +78,13 @@ pub struct StreamOptions {
     pub include_usage: Option<bool>,
 }
 
-/// Reads a body; errors say where and, where one is at fault, which field.
+/// Reads a body; errors say where and, where one is at fault, which field. To know the field takes as long as all else of
+/// a long list, so it is looked for once something is known to be wrong.
 pub fn parse(body: &[u8]) -> Result<Request, ApiError> {
+    serde_json::from_slice(body).or_else(|_| parse_by_field(body))
+}
+
+fn parse_by_field(body: &[u8]) -> Result<Request, ApiError> {
     let mut json = serde_json::Deserializer::from_slice(body);
     let request: Request = serde_path_to_error::deserialize(&mut json).map_err(|error| {
         let path = error.path().to_string();
