@@ -40,11 +40,12 @@ pub struct PlacementConfig {
     /// compute their prompt; those that are with instances are not put in order of tenants any more.
     #[serde(with = "duration")]
     pub room: Duration,
-    /// Most memory for which instances have which KV blocks cached, at 58 bytes a block. Over it a part of the blocks is
+    /// Most memory for which instances have which KV blocks cached, at 48 bytes a block. Over it a part of the blocks is
     /// forgotten, so that of each prompt less is known.
     pub index_bytes: usize,
-    /// Of what instances have cached they tell one block for so many tokens, of each prompt's about, and the rest is rounded
-    /// down: more takes less processor time with long prompts, and less is known of short ones; 0 = every block.
+    /// Instances tell of one cached block for about so many tokens, and what is known of a prompt is rounded down to the last
+    /// of them: the more, the less processor time a long prompt takes, and the less is known of short ones. 0 = every
+    /// block.
     pub index_every_tokens: u32,
 }
 

@@ -155,7 +155,7 @@ mod tests {
 
     /// Names that are looked for at few places, so that they are in each other's way.
     fn name(number: u64) -> Mixed {
-        Mixed((number % 5) << 61 | number % 3 << 20 | number << 36)
+        Mixed((number % 5) << 61 | (number % 3) << 20 | number << 36)
     }
 
     proptest! {
