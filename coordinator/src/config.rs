@@ -355,7 +355,7 @@ mod tests {
     fn what_types_cannot_say_is_checked_with_its_key() {
         assert!(good().validate().is_ok());
         type Change = fn(&mut CoordinatorConfig);
-        let cases: [(&str, Change); 23] = [
+        let cases: [(&str, Change); 24] = [
             ("id", |c| c.id = "Upper".into()),
             ("store", |c| c.store.controller.clear()),
             ("store", |c| c.store.etcd.endpoints.push("127.0.0.1:2379".into())),
@@ -378,6 +378,7 @@ mod tests {
             ("placement.tpot_target", |c| c.placement.tpot_target = Duration::ZERO),
             ("placement.room", |c| c.placement.room = Duration::ZERO),
             ("placement.index_bytes", |c| c.placement.index_bytes = (1 << 20) - 1),
+            ("placement.index_every_tokens", |c| c.placement.index_every_tokens = 4097),
             ("fleet.keep_alive", |c| c.fleet.keep_alive = Duration::ZERO),
             ("fleet.stall", |c| c.fleet.stall = Duration::from_millis(1999)),
             ("fleet.reconnect_max", |c| c.fleet.reconnect_max = Duration::ZERO),

@@ -6,6 +6,7 @@
 
 use std::fmt;
 
+use bytes::Bytes;
 use sha2::{Digest, Sha256};
 
 use crate::IdError;
@@ -35,14 +36,41 @@ impl BlockHash {
         let mut hash = Sha256::new();
         hash.update(b"baton kv block\0");
         hash.update(self.0);
-        for token in tokens {
-            hash.update(token.to_le_bytes());
+        // As many at a time as most blocks have: to take them in one by one costs as much as to hash them.
+        let mut bytes = [[0; 4]; 16];
+        for tokens in tokens.chunks(bytes.len()) {
+            bytes.iter_mut().zip(tokens).for_each(|(bytes, token)| *bytes = token.to_le_bytes());
+            hash.update(bytes[..tokens.len()].as_flattened());
         }
         Self::first_half(hash)
     }
 
     pub fn as_bytes(&self) -> &[u8; Self::BYTES] {
         &self.0
+    }
+
+    /// Its first 64 bits, the lowest byte first: enough to guess by.
+    pub fn key(&self) -> u64 {
+        let [low @ .., _, _, _, _, _, _, _, _] = self.0;
+        u64::from_le_bytes(low)
+    }
+
+    /// As messages have several: one behind the other.
+    pub fn to_wire<'a>(hashes: impl IntoIterator<Item = &'a Self>) -> Bytes {
+        let hashes = hashes.into_iter();
+        let mut bytes = Vec::with_capacity(hashes.size_hint().0 * Self::BYTES);
+        hashes.for_each(|hash| bytes.extend_from_slice(&hash.0));
+        bytes.into()
+    }
+
+    /// Back again, in their order.
+    pub fn from_wire(bytes: &[u8]) -> Result<impl ExactSizeIterator<Item = Self>, IdError> {
+        let (hashes, rest) = bytes.as_chunks();
+        if rest.is_empty() {
+            Ok(hashes.iter().map(|hash| Self(*hash)))
+        } else {
+            Err(IdError::BlockHashesLength(bytes.len()))
+        }
     }
 
     fn first_half(hash: Sha256) -> Self {
@@ -94,7 +122,21 @@ mod tests {
         let root = BlockHash::root("fp", "");
         assert_eq!(root.to_string(), "a695f2330be8b4adde6f4d0a2222b376");
         assert_eq!(root.child(&[1, 2, 70_000]).to_string(), "599478b30e6fff1beaead4990bafa181");
+        let long: Vec<u32> = (0..37).collect();
+        assert_eq!(root.child(&long).to_string(), "965f52bdd7f6b43a61a49c5ed3a2d261");
         assert_eq!(BlockHash::try_from(&root.as_bytes()[..]), Ok(root));
         assert_eq!(BlockHash::try_from(&[0u8; 15][..]), Err(IdError::BlockHashLength(15)));
+        assert_eq!(root.key(), 0xadb4_e80b_33f2_95a6);
+    }
+
+    #[test]
+    fn several_are_one_behind_the_other() {
+        let hashes = [0, 1, 2].map(|token| BlockHash::root("fp", "").child(&[token]));
+        let wire = BlockHash::to_wire(&hashes);
+        assert_eq!(wire[16..32], hashes[1].as_bytes()[..]);
+        let read = BlockHash::from_wire(&wire).expect("whole hashes");
+        assert!(read.eq(hashes));
+        assert_eq!(BlockHash::from_wire(&wire[..40]).err(), Some(IdError::BlockHashesLength(40)));
+        assert_eq!(BlockHash::from_wire(&[]).expect("none").len(), 0);
     }
 }

@@ -15,6 +15,10 @@ pub enum IdError {
     TransferLength(usize),
     #[error("a block hash is 16 bytes, got {0}")]
     BlockHashLength(usize),
+    #[error("block hashes are 16 bytes each, got {0} bytes")]
+    BlockHashesLength(usize),
+    #[error("token ids are 4 bytes each, got {0} bytes")]
+    TokensLength(usize),
     #[error("a role epoch is at most 2^62, got {0}")]
     RoleEpoch(u64),
     #[error("a prompt digest is 32 bytes, got {0}")]

@@ -1,6 +1,6 @@
 //! Everything that crosses a process boundary: the protobuf contracts, the newtypes of the ids in them, what every
-//! service knows of an instance, of a coordinator and of an API key, the hashes of KV blocks and prompts, and the one
-//! table of error codes.
+//! service knows of an instance, of a coordinator and of an API key, the hashes of KV blocks and prompts, how prompts are
+//! written, and the one table of error codes.
 //!
 //! The services talk in [`v1`] types at their edges only: adapters turn them into domain types (`TryFrom`) on the way
 //! in and back on the way out. Contracts, a gRPC service each: `Inference`, `Handoff`, `KvCache`, `Control`, `Store`,
@@ -14,6 +14,8 @@ mod ids;
 mod instance;
 mod intent;
 mod prompt_digest;
+mod sieve;
+pub mod tokens;
 
 pub use api_key::{API_KEYS_MOST, ApiKey, Band, KeyHash, KeyLimits};
 pub use block_hash::BlockHash;
@@ -31,6 +33,7 @@ pub use instance::{
 };
 pub use intent::{Cordoned, Intent, Pinned, RolePolicy, Targets};
 pub use prompt_digest::PromptDigest;
+pub use sieve::Sieve;
 
 /// Types and services generated from `protos/baton/v1/*.proto`.
 #[allow(missing_docs, unreachable_pub, clippy::all)]

@@ -4,8 +4,7 @@
 use std::{collections::VecDeque, pin::Pin, sync::Arc};
 
 use baton_process::tls;
-use baton_proto::{BlockHash, CoordinatorId, Incarnation, v1};
-use bytes::Bytes;
+use baton_proto::{BlockHash, CoordinatorId, Incarnation, Sieve, v1};
 use futures::{Stream, StreamExt, stream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
@@ -19,7 +18,7 @@ use crate::{
 
 /// Readers at a time; more are refused. Whoever may dispatch may know what is cached.
 const MAX_READERS: usize = MAX_STREAMS;
-/// Hashes in one part of a snapshot: 18 bytes each on the wire, well below the 4 MiB that gRPC clients take.
+/// Hashes in one part of a snapshot: 16 bytes each on the wire, well below the 4 MiB that gRPC clients take.
 const PART: usize = 32 << 10;
 
 /// What of a snapshot is the same each time.
@@ -50,6 +49,8 @@ impl KvCacheService {
 /// Everything a stream needs from one message to the next.
 struct Messages {
     facts: Arc<CacheFacts>,
+    /// What the reader wants.
+    sieve: Sieve,
     reader: Reader,
     /// Of a snapshot, parts not sent yet.
     parts: VecDeque<v1::KvEvents>,
@@ -63,19 +64,22 @@ impl Messages {
             let event = self.shutdown.run_until_cancelled(self.reader.next()).await?;
             self.parts = match event {
                 CacheEvent::Change(change) => {
-                    let (stored, evicted) = (to_wire(&change.stored), to_wire(&change.evicted));
+                    let wanted = |hashes: &[BlockHash]| BlockHash::to_wire(self.sieve.of(hashes));
+                    let (stored, evicted) = (wanted(&change.stored), wanted(&change.evicted));
                     let events = Some(Events::Change(v1::KvChange { stored, evicted }));
                     VecDeque::from([v1::KvEvents { sequence: change.sequence, events }])
                 }
-                CacheEvent::Snapshot { sequence, stored } => parts(&self.facts, sequence, &stored),
+                CacheEvent::Snapshot { sequence, stored } if self.sieve.keeps_all() => {
+                    parts(&self.facts, sequence, &stored)
+                }
+                CacheEvent::Snapshot { sequence, stored } => {
+                    let wanted: Vec<_> = self.sieve.of(&stored).copied().collect();
+                    parts(&self.facts, sequence, &wanted)
+                }
             };
         }
         self.parts.pop_front()
     }
-}
-
-fn to_wire(hashes: &[BlockHash]) -> Vec<Bytes> {
-    hashes.iter().map(|hash| Bytes::copy_from_slice(hash.as_bytes())).collect()
 }
 
 /// A snapshot in messages of bounded size; one at least.
@@ -87,7 +91,7 @@ fn parts(facts: &CacheFacts, sequence: u64, stored: &[BlockHash]) -> VecDeque<v1
             incarnation: facts.incarnation.0,
             layout_fingerprint: facts.layout_fingerprint.clone(),
             block_tokens: facts.block_tokens,
-            stored: to_wire(stored),
+            stored: BlockHash::to_wire(stored),
             part: index as u32,
             last: index + 1 == count,
         };
@@ -105,7 +109,8 @@ impl v1::kv_cache_server::KvCache for KvCacheService {
         request: Request<v1::KvEventsRequest>,
     ) -> Result<Response<Self::EventsStream>, Status> {
         let peer = tls::Peer::of(&request);
-        let coordinator = CoordinatorId::new(request.into_inner().coordinator_id)
+        let v1::KvEventsRequest { coordinator_id, every_tokens } = request.into_inner();
+        let coordinator = CoordinatorId::new(coordinator_id)
             .map_err(|error| Status::invalid_argument(error.to_string()))?;
         peer.speaks_as(coordinator.as_str())?;
         let place = self.readers.clone().try_acquire_owned().map_err(|_| {
@@ -114,6 +119,7 @@ impl v1::kv_cache_server::KvCache for KvCacheService {
         tracing::debug!(%coordinator, "coordinator reads the events of the KV cache");
         let messages = Messages {
             facts: self.facts.clone(),
+            sieve: Sieve::new(every_tokens, self.facts.block_tokens),
             reader: self.events.subscribe(),
             parts: VecDeque::new(),
             shutdown: self.shutdown.clone(),
@@ -144,7 +150,7 @@ mod tests {
                 let Some(Events::Snapshot(snapshot)) = &part.events else { panic!("no snapshot") };
                 assert_eq!((snapshot.part as usize, snapshot.last), (index, index + 1 == expected));
                 assert!(prost::Message::encoded_len(part) < 1 << 20);
-                sum += snapshot.stored.len();
+                sum += snapshot.stored.len() / BlockHash::BYTES;
             }
             assert_eq!(sum, stored);
         }

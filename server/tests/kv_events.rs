@@ -26,14 +26,19 @@ async fn client(instance: &Instance) -> KvCacheClient<tonic::transport::Channel>
     KvCacheClient::new(channel)
 }
 
-fn hashes(wire: &[bytes::Bytes]) -> Vec<BlockHash> {
-    wire.iter().map(|hash| BlockHash::try_from(&hash[..]).expect("16 bytes")).collect()
+fn hashes(wire: &[u8]) -> Vec<BlockHash> {
+    BlockHash::from_wire(wire).expect("whole hashes").collect()
 }
 
 impl Listener {
     async fn to(instance: &Instance) -> Self {
+        Self::that_wants(instance, 0).await
+    }
+
+    /// One block for so many tokens.
+    async fn that_wants(instance: &Instance, every_tokens: u32) -> Self {
         let mut client = client(instance).await;
-        let request = v1::KvEventsRequest { coordinator_id: "c".into() };
+        let request = v1::KvEventsRequest { coordinator_id: "c".into(), every_tokens };
         let stream = client.events(request).await.expect("a stream").into_inner();
         let mut this = Self { stream, sequence: 0, stored: HashSet::new(), snapshots: 0, _client: client };
         this.next().await;
@@ -103,6 +108,26 @@ async fn readers_know_what_is_cached_from_their_first_message_on() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn readers_are_told_of_as_many_blocks_as_they_want_and_of_every_change() {
+    let mut mixed = Instance::start("m", Role::Mixed, Shape::default()).await;
+    let mut early = Listener::that_wants(&mixed, 4 * model::BLOCK_TOKENS).await;
+    let mut coordinator = Attached::to(&mixed).await;
+    for leg in 1..=3 {
+        let request = Request::greedy(30 + leg as u32, 11);
+        coordinator.dispatch(leg, &request, whole()).await;
+        coordinator.until_end(leg).await;
+    }
+    mixed.until_idle().await;
+    let all = Listener::to(&mixed).await;
+    let late = Listener::that_wants(&mixed, 4 * model::BLOCK_TOKENS).await;
+    // It panics where a change is missing.
+    early.until(all.sequence).await;
+    let wanted: HashSet<_> = all.stored.iter().filter(|hash| hash.key() % 4 == 0).copied().collect();
+    assert!(!wanted.is_empty() && wanted.len() < all.stored.len());
+    assert_eq!((early.stored, late.stored), (wanted.clone(), wanted));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_slow_reader_gets_a_new_snapshot_and_the_engine_does_not_wait_for_it() {
     let shape = Shape { blocks: 24, ..Shape::default() };
     let mut mixed = Instance::start("m", Role::Mixed, shape).await;
@@ -134,7 +159,7 @@ async fn readers_say_who_they_are_and_are_bounded() {
     for _ in 0..MAX_STREAMS {
         readers.push(Listener::to(&mixed).await);
     }
-    let request = v1::KvEventsRequest { coordinator_id: "c".into() };
+    let request = v1::KvEventsRequest { coordinator_id: "c".into(), every_tokens: 0 };
     let status = client(&mixed).await.events(request).await.expect_err("there are too many");
     assert_eq!(status.code(), Code::ResourceExhausted);
 }

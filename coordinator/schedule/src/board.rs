@@ -82,7 +82,7 @@ impl Board {
         };
         Arc::new(Self {
             settings,
-            caches: Caches::new(settings.index_bytes),
+            caches: Caches::new(settings.index_bytes, settings.index_every_tokens),
             state: Mutex::new(state),
             turns: AtomicU64::new((u64::from(settings.seed) << 24) + 1),
             version: watch::Sender::new(0),

@@ -7,6 +7,7 @@
 
 use std::{collections::HashMap, sync::Arc};
 
+use baton_proto::Sieve;
 use parking_lot::{Mutex, MutexGuard};
 use tokio::time::Instant;
 
@@ -36,6 +37,8 @@ struct Known {
 #[derive(Debug)]
 pub struct State {
     index: PrefixIndex,
+    /// Of what is cached one block for so many tokens is looked for.
+    every_tokens: u32,
     /// By number of the instance; nobody's number is another's ever.
     instances: Vec<Option<Known>>,
     /// By model revision, with how many instances speak it.
@@ -51,11 +54,16 @@ pub struct Caches {
 }
 
 impl Caches {
-    /// Remembers blocks in at most so many bytes.
-    pub fn new(index_bytes: usize) -> Arc<Self> {
+    /// Remembers blocks in at most so many bytes, one for `every_tokens`.
+    pub fn new(index_bytes: usize, every_tokens: u32) -> Arc<Self> {
         let index = PrefixIndex::new(index_bytes / BLOCK_BYTES, (rand::random(), rand::random()));
-        let state =
-            State { index, instances: Vec::new(), dialects: HashMap::new(), depths: Depths::default() };
+        let state = State {
+            index,
+            every_tokens,
+            instances: Vec::new(),
+            dialects: HashMap::new(),
+            depths: Depths::default(),
+        };
         Arc::new(Self { state: Mutex::new(state) })
     }
 
@@ -106,7 +114,10 @@ impl State {
     /// Looks up who has how much of a prompt, in each of its chains.
     pub(super) fn look(&mut self, chains: &[Chain], now: Instant) -> Held<'_> {
         self.depths.clear();
-        chains.iter().for_each(|chain| self.index.depths(&chain.keys, now, &mut self.depths));
+        for Chain { dialect, keys } in chains {
+            let sieve = Sieve::new(self.every_tokens, dialect.block_tokens());
+            self.index.depths(keys, sieve, now, &mut self.depths);
+        }
         Held((!self.depths.is_empty()).then_some(&*self))
     }
 
@@ -232,6 +243,11 @@ impl Feed {
         }
     }
 
+    /// One block for so many tokens is of use; 0 = all are.
+    pub fn every_tokens(&self) -> u32 {
+        self.caches.state.lock().every_tokens
+    }
+
     /// Blocks that are remembered of all instances.
     pub fn blocks_of_all(&self) -> usize {
         self.caches.blocks()
@@ -265,7 +281,7 @@ mod tests {
 
     #[test]
     fn each_instance_is_asked_in_its_own_dialect() {
-        let caches = Caches::new(1 << 20);
+        let caches = Caches::new(1 << 20, 0);
         let (mut a, mut b) = (caches.feed(1, "r1"), caches.feed(2, "r1"));
         let prompt = Chains::new((0..20).collect());
         assert!(prompt.say(&caches.dialects("r1"), &[]).is_empty());
@@ -290,7 +306,7 @@ mod tests {
 
     #[test]
     fn a_late_end_of_an_old_stream_takes_nothing_from_the_new_one() {
-        let caches = Caches::new(1 << 20);
+        let caches = Caches::new(1 << 20, 0);
         let (mut old, mut new) = (caches.feed(1, "r1"), caches.feed(1, "r1"));
         told(&mut old, "x", &[1]).expect("one dialect");
         told(&mut new, "x", &[1]).expect("one dialect");
@@ -302,7 +318,7 @@ mod tests {
 
     #[test]
     fn nothing_is_expected_of_an_instance_that_keeps_nothing() {
-        let caches = Caches::new(1 << 20);
+        let caches = Caches::new(1 << 20, 0);
         let mut feed = caches.feed(1, "r1");
         let chains = Chains::new((0..4).collect()).say(&[dialect("x")], &[]);
         let expected = || caches.lock().expect(1, &chains).is_some();
@@ -316,7 +332,7 @@ mod tests {
 
     #[test]
     fn prompts_are_hashed_in_no_more_dialects_than_a_few() {
-        let caches = Caches::new(1 << 20);
+        let caches = Caches::new(1 << 20, 0);
         let mut feeds: Vec<Feed> = (0..9).map(|n| caches.feed(n, "r1")).collect();
         for (n, feed) in feeds.iter_mut().enumerate() {
             let told = told(feed, &format!("l{n}"), &[]);

@@ -33,13 +33,6 @@ impl Dialect {
     }
 }
 
-/// What of a block's name is kept.
-pub fn key(hash: &BlockHash) -> u64 {
-    let mut first = [0; 8];
-    first.copy_from_slice(&hash.as_bytes()[..8]);
-    u64::from_le_bytes(first)
-}
-
 /// A prompt's full blocks in one dialect.
 #[derive(Debug, Clone)]
 pub struct Chain {
@@ -67,7 +60,7 @@ impl Growing {
         let mut last = self.last;
         let blocks = tokens.chunks_exact(dialect.block_tokens() as usize).map(|block| {
             last = last.child(block);
-            key(&last)
+            last.key()
         });
         let keys = keys.iter().copied().chain(blocks).collect();
         Self { chain: Chain { dialect: *dialect, keys }, last }
@@ -124,7 +117,7 @@ mod tests {
         let mut hash = BlockHash::root("layout", "");
         let block = |tokens: &[u32]| {
             hash = hash.child(tokens);
-            key(&hash)
+            hash.key()
         };
         tokens.chunks_exact(block_tokens).map(block).collect()
     }

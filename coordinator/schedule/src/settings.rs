@@ -75,6 +75,8 @@ pub struct Settings {
     pub seed: u32,
     /// Most memory for who has which KV blocks cached.
     pub index_bytes: usize,
+    /// Of what is cached one block for so many tokens is remembered ([`baton_proto::Sieve`]); 0 = every block.
+    pub index_every_tokens: u32,
 }
 
 impl Settings {
@@ -91,6 +93,7 @@ impl Settings {
         room: Duration::from_secs(15),
         seed: 0,
         index_bytes: 256 << 20,
+        index_every_tokens: 64,
     };
 }
 

@@ -261,7 +261,7 @@ fn number(fleet: &Fleet, id: &str) -> u32 {
 fn chosen_of(fleet: &Fleet, cached: &[(&str, usize)]) -> (Vec<String>, Receipt) {
     let dialect = Dialect::new("l", 16).expect("16 tokens");
     let chains = Chains::new((0..1000).collect()).say(&[dialect], &[]);
-    let caches = Caches::new(1 << 20);
+    let caches = Caches::new(1 << 20, 0);
     let feeds: Vec<_> = cached
         .iter()
         .map(|(id, blocks)| {
@@ -316,7 +316,7 @@ fn the_last_token_is_computed_by_whoever_goes_on_from_it() {
     let (_, receipt) = chosen_of(&fleet, &[("p", 62), ("d", 62)]);
     let cached = |side| receipt.cheapest.iter().find(|scored| scored.side == side).map(|s| s.cached_tokens);
     assert_eq!((cached(Side::Prefill), cached(Side::Decode)), (Some(992), Some(992)));
-    let caches = Caches::new(1 << 20);
+    let caches = Caches::new(1 << 20, 0);
     let mut feed = caches.feed(number(&fleet, "p"), "r1");
     let dialect = Dialect::new("l", 16).expect("16 tokens");
     let chains = Chains::new((0..32).collect()).say(&[dialect], &[]);
@@ -334,7 +334,8 @@ fn the_last_token_is_computed_by_whoever_goes_on_from_it() {
 
 #[test]
 fn only_what_is_to_be_computed_is_on_the_ledger() {
-    let board = board::Board::new(Duration::from_secs(1));
+    let every_block = Settings { index_every_tokens: 0, ..Settings::DEFAULT };
+    let board = board::Board::with(Duration::from_secs(1), every_block);
     let (p, d) = (spec("p"), spec("d"));
     board.list(&[d.clone(), p.clone()], Instant::now());
     board.up(&p.id, p.incarnation, ready(Role::Prefill));

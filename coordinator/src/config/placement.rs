@@ -8,6 +8,8 @@ use serde::{Deserialize, Serialize};
 
 /// Less would be of no use.
 const INDEX_BYTES_LEAST: usize = 1 << 20;
+/// More would tell nothing of most prompts.
+const INDEX_EVERY_TOKENS_MOST: u32 = 4096;
 
 /// What requests are placed by.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -38,9 +40,13 @@ pub struct PlacementConfig {
     /// prompt, or had KV blocks for their answer; those that are with instances are not put in order of tenants any more.
     #[serde(with = "duration")]
     pub room: Duration,
-    /// Most memory for which instances have which KV blocks cached, at 58 bytes a block. Over it a part of the blocks is
+    /// Most memory for which instances have which KV blocks cached, at 48 bytes a block. Over it a part of the blocks is
     /// forgotten, so that of each prompt less is known.
     pub index_bytes: usize,
+    /// Instances tell of one cached block for about so many tokens, and what is known of a prompt is rounded down to the last
+    /// of them: the more, the less processor time a long prompt takes, and the less is known of short ones. 0 = every
+    /// block.
+    pub index_every_tokens: u32,
 }
 
 /// [`Policy`] as it is written.
@@ -56,8 +62,17 @@ pub enum PolicyName {
 
 impl Default for PlacementConfig {
     fn default() -> Self {
-        let Settings { policy: _, temperature, local_prefill, warm_up, targets, room, seed: _, index_bytes } =
-            Settings::DEFAULT;
+        let Settings {
+            policy: _,
+            temperature,
+            local_prefill,
+            warm_up,
+            targets,
+            room,
+            seed: _,
+            index_bytes,
+            index_every_tokens,
+        } = Settings::DEFAULT;
         Self {
             policy: PolicyName::default(),
             temperature,
@@ -68,6 +83,7 @@ impl Default for PlacementConfig {
             tpot_target: targets.tpot,
             room,
             index_bytes,
+            index_every_tokens,
         }
     }
 }
@@ -93,6 +109,7 @@ impl PlacementConfig {
             room: self.room,
             seed,
             index_bytes: self.index_bytes,
+            index_every_tokens: self.index_every_tokens,
         }
     }
 
@@ -101,6 +118,8 @@ impl PlacementConfig {
             if good { Ok(()) } else { Err(Invalid::new(format!("placement.{key}"), expected)) }
         };
         require(self.index_bytes >= INDEX_BYTES_LEAST, "index_bytes", "expected at least 1048576")?;
+        let most = INDEX_EVERY_TOKENS_MOST;
+        require(self.index_every_tokens <= most, "index_every_tokens", "expected 0 to 4096")?;
         require((0.0..=10.0).contains(&self.temperature), "temperature", "expected 0 to 10")?;
         require(!self.room.is_zero(), "room", "expected more than 0s")?;
         require(!self.tpot_target.is_zero(), "tpot_target", "expected more than 0s")

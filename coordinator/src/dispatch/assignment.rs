@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use baton_proto::{ApiError, ErrorCode, RequestId, v1};
 use baton_schedule::{Seat, chains::Chains};
+use bytes::Bytes;
 use tokio::time::Instant;
 use v1::dispatch::Work;
 
@@ -37,8 +38,8 @@ pub fn deadline_passed() -> ApiError {
     ApiError::new(ErrorCode::DeadlineExceeded, message)
 }
 
-/// A leg of it for one instance, as it goes over the wire.
-pub(super) fn dispatch(seat: &Seat, assignment: &Assignment, work: Work) -> v1::Dispatch {
+/// A leg of it for one instance, as it goes over the wire. `prompt` is the assignment's, written once for all legs.
+pub(super) fn dispatch(seat: &Seat, assignment: &Assignment, prompt: Bytes, work: Work) -> v1::Dispatch {
     let now = Instant::now();
     let millis =
         |until: Instant| u64::try_from(until.saturating_duration_since(now).as_millis()).unwrap_or(u64::MAX);
@@ -49,7 +50,7 @@ pub(super) fn dispatch(seat: &Seat, assignment: &Assignment, work: Work) -> v1::
         incarnation: seat.incarnation.0,
         role_epoch: seat.role_epoch.0,
         model: seat.model.clone(),
-        prompt_tokens: assignment.prompt.to_vec(),
+        prompt_tokens: prompt,
         generated_tokens: assignment.generated.to_vec(),
         sampling: Some((&assignment.sampling).into()),
         timeout_millis: millis(assignment.deadline).max(1),

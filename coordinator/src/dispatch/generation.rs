@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use baton_proto::{ApiError, ErrorCode, InstanceId, TransferId, v1};
+use baton_proto::{ApiError, ErrorCode, InstanceId, TransferId, tokens, v1};
 use baton_schedule::{
     Placement, Seat, Side,
     board::{Booking, Credit},
@@ -139,12 +139,15 @@ impl Generation {
         assignment: Assignment,
     ) -> Result<Self, NotSent> {
         let Booking { placement, mut credit, handed_on, .. } = booking;
-        let sampling = &assignment.sampling;
+        let (sampling, prompt) = (&assignment.sampling, tokens::to_wire(&assignment.prompt));
         let mailbox = Arc::new(Mailbox::new(sampling.choices, assignment.in_batches));
         let (mut legs, mut handoff) = (Legs::default(), None);
         let mut send = |side: Side, seat: &Seat, work: Work| {
             let sent = match links.get(&seat.instance) {
-                Some(link) => link.dispatch(side, &mailbox, &mut credit, dispatch(seat, &assignment, work)),
+                Some(link) => {
+                    let dispatch = dispatch(seat, &assignment, prompt.clone(), work);
+                    link.dispatch(side, &mailbox, &mut credit, dispatch)
+                }
                 None => Err(not_there(&seat.instance)),
             };
             sent.map_err(|error| NotSent { instance: seat.instance.clone(), error })

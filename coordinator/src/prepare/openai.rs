@@ -8,9 +8,14 @@ use baton_proto::{ApiError, ErrorCode};
 use serde::Deserialize;
 use serde_json::Value;
 
+mod content;
+mod ids;
+mod prompt;
 mod unserved;
 mod values;
 
+pub use content::{Content, Part};
+pub use prompt::{OnePrompt, Prompt};
 use unserved::Unserved;
 pub use values::{Integer, List, Number};
 
@@ -62,48 +67,6 @@ pub struct Message {
 }
 
 #[derive(Debug, Deserialize)]
-#[serde(untagged, expecting = "expected a string or a list of {\"type\": \"text\", \"text\": ...} parts")]
-pub enum Content {
-    Text(String),
-    Parts(Vec<Part>),
-}
-
-#[derive(Debug, Deserialize)]
-pub struct Part {
-    #[serde(rename = "type")]
-    pub kind: Option<String>,
-    pub text: Option<String>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(untagged, expecting = "expected a string, a list of token ids, or a list of either")]
-pub enum Prompt {
-    Text(String),
-    Tokens(Vec<u32>),
-    Texts(Vec<String>),
-    TokenLists(Vec<Vec<u32>>),
-}
-
-/// One of the prompts of a request.
-#[derive(Debug, Clone, Copy)]
-pub enum OnePrompt<'a> {
-    Text(&'a str),
-    Tokens(&'a [u32]),
-}
-
-impl Prompt {
-    /// All of them, in order.
-    pub fn each(&self) -> Vec<OnePrompt<'_>> {
-        match self {
-            Self::Text(text) => vec![OnePrompt::Text(text)],
-            Self::Tokens(tokens) => vec![OnePrompt::Tokens(tokens)],
-            Self::Texts(texts) => texts.iter().map(|text| OnePrompt::Text(text)).collect(),
-            Self::TokenLists(lists) => lists.iter().map(|tokens| OnePrompt::Tokens(tokens)).collect(),
-        }
-    }
-}
-
-#[derive(Debug, Deserialize)]
 #[serde(untagged, expecting = "expected a string or a list of strings")]
 pub enum Stop {
     One(String),
@@ -116,8 +79,22 @@ pub struct StreamOptions {
     pub include_usage: Option<bool>,
 }
 
-/// Reads a body; errors say where and, where one is at fault, which field.
+/// Reads a body; errors say where and, where one is at fault, which field. To know the field takes as long as all else of
+/// a long list, so it is looked for once something is known to be wrong.
 pub fn parse(body: &[u8]) -> Result<Request, ApiError> {
+    parse_fast(body).map_or_else(|| parse_by_field(body), Ok)
+}
+
+/// Whatever is wrong.
+fn parse_fast(body: &[u8]) -> Option<Request> {
+    let Some((list, ids)) = ids::plain_ids(body) else { return serde_json::from_slice(body).ok() };
+    // Without the list; a prompt that comes twice is refused all the same.
+    let rest = [&body[..list.start], b"null", &body[list.end..]].concat();
+    let request = serde_json::from_slice(&rest).ok()?;
+    Some(Request { prompt: Some(Prompt::Tokens(ids)), ..request })
+}
+
+fn parse_by_field(body: &[u8]) -> Result<Request, ApiError> {
     let mut json = serde_json::Deserializer::from_slice(body);
     let request: Request = serde_path_to_error::deserialize(&mut json).map_err(|error| {
         let path = error.path().to_string();
@@ -181,9 +158,14 @@ mod tests {
             (r#"{"messages": {}}"#, "messages"),
             (r#"{"messages": [{"role": 1}]}"#, "messages[0].role"),
             (r#"{"messages": [{"role": "user", "content": 1}]}"#, "messages[0].content"),
+            (
+                r#"{"messages": [{"role": "user", "content": [{"type": "text", "text": 1}]}]}"#,
+                "messages[0].content[0].text",
+            ),
             (r#"{"prompt": {"a": 1}}"#, "prompt"),
-            (r#"{"prompt": [1, "a"]}"#, "prompt"),
-            (r#"{"prompt": [-1]}"#, "prompt"),
+            (r#"{"prompt": [1, "a"]}"#, "prompt[1]"),
+            (r#"{"prompt": [-1]}"#, "prompt[0]"),
+            (r#"{"prompt": [[1], [2, 1.5]]}"#, "prompt[1][1]"),
             (r#"{"stop": 5}"#, "stop"),
             (r#"{"stream": "yes"}"#, "stream"),
             (r#"{"stream_options": {"include_usage": 1}}"#, "stream_options.include_usage"),
@@ -202,6 +184,32 @@ mod tests {
         assert!(message(r#"{"messages": {}}"#).starts_with(object));
         let error = parse(b"[]").expect_err("no object");
         assert!(error.param.is_none() && error.message.contains("a JSON object"), "{error}");
+    }
+
+    #[test]
+    fn ids_are_the_same_however_they_are_read() {
+        for body in [
+            r#"{"model": "m", "prompt": [1, 20, 300], "n": 2}"#,
+            r#"{"model": "m", "prompt": [1, 20, 300], "n": true}"#,
+            r#"{"model": "m", "prompt": [1], "prompt": [2]}"#,
+            r#"{"model": "m", "prompt": [1]} x"#,
+            r#"{"model": m, "prompt": [1]}"#,
+            r#"{"a" 1, "prompt": [1]}"#,
+            r#"{"a": 1 "prompt": [1]}"#,
+            r#"{"a": tru, "prompt": [1]}"#,
+            r#"{"a": "", "prompt": [1]}"#,
+            "{\"a\": \"\u{1}\", \"prompt\": [1]}",
+            r#"{"prompt": [1] "a": 1}"#,
+            r#"{"prompt": [1],}"#,
+            r#"{"prompt": [01]}"#,
+        ] {
+            let slow = parse_by_field(body.as_bytes());
+            let same = format!("{:?}", parse(body.as_bytes())) == format!("{slow:?}");
+            assert!(same, "{body}: {slow:?}");
+        }
+        let both =
+            [&b"{\"model\": \"\xff\", \"prompt\": [1]}"[..], b"{\"prompt\": [1], \"model\": \"\xff\"}"];
+        both.iter().for_each(|body| assert!(parse(body).is_err()));
     }
 
     #[test]

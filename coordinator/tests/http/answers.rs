@@ -1,6 +1,6 @@
 //! Requests that go well, and how their answers look.
 
-use crate::scripted::{Cluster, answer, chat_text, events, until};
+use crate::scripted::{Cluster, answer, chat_text, events, prompt_of, until};
 use baton_process::access::Access;
 use baton_proto::v1;
 use serde_json::{Value, json};
@@ -15,7 +15,7 @@ async fn both_legs_are_dispatched_at_once_with_one_transfer() {
     // Both are told by when the first token is wanted: a second from its arrival, and some for the prompt.
     assert!([&p, &d].iter().all(|leg| (500..1_100).contains(&leg.first_token_within_millis)), "{p:?}");
     let prompt: Vec<u32> = b"user:hi\nassistant:".iter().map(|&byte| u32::from(byte)).collect();
-    assert_eq!((&p.prompt_tokens, &d.prompt_tokens), (&prompt, &prompt));
+    assert_eq!((prompt_of(&p), prompt_of(&d)), (prompt.clone(), prompt));
     assert_eq!((p.incarnation, p.role_epoch, p.model.as_str()), (1, 1, "tiny"));
     assert!(p.timeout_millis > 500_000);
     assert_eq!((p.priority, d.priority), (-2, -2));
@@ -75,7 +75,7 @@ async fn a_mixed_instance_answers_alone() {
     let response = cluster.post("/v1/completions", body.to_string());
     let dispatch = mixed.dispatch().await;
     assert!(matches!(dispatch.work, Some(Work::Whole(_))));
-    assert_eq!(dispatch.prompt_tokens, [104, 105]);
+    assert_eq!(prompt_of(&dispatch), [104, 105]);
     mixed.tokens(dispatch.leg, 0, "x");
     mixed.finish(dispatch.leg, 1, "y", FinishReason::Length);
     let body = response.await.expect("ends").text().await.expect("a body");

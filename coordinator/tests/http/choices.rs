@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::scripted::{Cluster, events, until};
+use crate::scripted::{Cluster, events, prompt_of, until};
 use baton_coordinator::requests::Stage;
 use baton_proto::v1;
 use serde_json::{Value, json};
@@ -123,7 +123,7 @@ async fn several_prompts_go_their_own_ways_and_count_their_choices_through() {
     let response = cluster.post("/v1/completions", body.to_string());
     let legs = [mixed.dispatch().await, mixed.dispatch().await];
     assert!(legs.iter().all(|leg| matches!(leg.work, Some(Work::Whole(_)))));
-    assert_eq!((legs[0].prompt_tokens.len(), legs[1].prompt_tokens.len()), (2, 1));
+    assert_eq!((prompt_of(&legs[0]).len(), prompt_of(&legs[1]).len()), (2, 1));
     mixed.of_choice((legs[1].leg, 0), 0, "x", Some(FinishReason::Stop));
     mixed.of_choice((legs[0].leg, 1), 0, "pq", Some(FinishReason::Length));
     mixed.of_choice((legs[1].leg, 1), 0, "y", Some(FinishReason::Stop));

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 use v1::{FinishReason, attach_response::Frame as Answer};
 
-use crate::scripted::{Cluster, Instance, PATIENCE, merge, until};
+use crate::scripted::{Cluster, Instance, PATIENCE, merge, prompt_of, until};
 
 async fn cluster(
     seats: usize,
@@ -42,7 +42,7 @@ async fn queue(
 async fn serve(instance: &mut Instance) -> String {
     let dispatch = instance.dispatch().await;
     instance.finish(dispatch.leg, 0, "x", FinishReason::Stop);
-    dispatch.prompt_tokens.iter().map(|&token| char::from(token as u8)).collect()
+    prompt_of(&dispatch).iter().map(|&token| char::from(token as u8)).collect()
 }
 
 async fn ends(sent: JoinHandle<reqwest::Response>) -> reqwest::Response {

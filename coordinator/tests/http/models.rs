@@ -12,7 +12,9 @@ use serde_json::{Value, json};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use v1::FinishReason;
 
-use crate::scripted::{Cluster, Instance, PATIENCE, answer, chat_text, events, other, served, until};
+use crate::scripted::{
+    Cluster, Instance, PATIENCE, answer, chat_text, events, other, prompt_of, served, until,
+};
 
 /// A pair that runs `tiny`, and an instance that runs `other`.
 const ROLES: [(&str, v1::Role, usize); 3] =
@@ -122,7 +124,7 @@ async fn limits_and_text_are_those_of_the_model() {
     body["model"] = json!("other");
     let response = cluster.chat(body);
     let dispatch = mixed.dispatch().await;
-    assert!(dispatch.prompt_tokens.len() > 1200);
+    assert!(prompt_of(&dispatch).len() > 1200);
     mixed.finish(dispatch.leg, 0, "x", FinishReason::Length);
     assert_eq!(response.await.expect("ends").status(), 200);
     has_metric(

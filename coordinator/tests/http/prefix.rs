@@ -6,7 +6,7 @@ use baton_schedule::Scored;
 use serde_json::json;
 use v1::{FinishReason, attach_response::Frame as Answer};
 
-use crate::scripted::{Cluster, Instance, PATIENCE, cache::chain, until};
+use crate::scripted::{Cluster, Instance, PATIENCE, cache::chain, prompt_of, until};
 
 /// Two that prefill, and one that decodes.
 struct Fleet {
@@ -18,8 +18,17 @@ struct Fleet {
 impl Fleet {
     /// All caches are read; what is in them is in no prompt.
     async fn start() -> Self {
+        // Prompts are short here: every block is told.
+        Self::told_of_one_for(0).await
+    }
+
+    /// The same, told of one block for so many tokens.
+    async fn told_of_one_for(tokens: u32) -> Self {
         let roles = [("p0", v1::Role::Prefill), ("p1", v1::Role::Prefill), ("d", v1::Role::Decode)];
-        let patient = |config: &mut CoordinatorConfig| config.limits.placement_timeout = PATIENCE;
+        let patient = move |config: &mut CoordinatorConfig| {
+            config.limits.placement_timeout = PATIENCE;
+            config.placement.index_every_tokens = tokens;
+        };
         let (cluster, [p0, p1, decode]) = Cluster::start(roles, patient).await;
         let fleet = Self { cluster, prefill: [p0, p1], decode };
         for instance in fleet.prefill.iter().chain([&fleet.decode]) {
@@ -50,7 +59,7 @@ impl Fleet {
             dispatch = p0.dispatch() => (0, dispatch),
             dispatch = p1.dispatch() => (1, dispatch),
         };
-        assert_eq!(p.prompt_tokens, prompt(question));
+        assert_eq!(prompt_of(&p), prompt(question));
         let d = self.decode.dispatch().await;
         self.prefill[at].finish(p.leg, 0, "a", FinishReason::HandedOff);
         self.decode.finish(d.leg, 1, "b", FinishReason::Length);
@@ -127,6 +136,20 @@ async fn requests_go_where_instances_say_that_their_prompts_are() {
     fleet.told("change", 7).await;
     let (_, receipt) = fleet.ask("and a last one").await;
     assert_eq!(cached(&receipt, "d"), 4 * four.len() as u32);
+}
+
+#[tokio::test]
+async fn of_long_prompts_one_block_for_some_tokens_is_told_and_enough() {
+    let mut fleet = Fleet::told_of_one_for(64).await;
+    let question = "a long one ".repeat(70);
+    let all = blocks(&question);
+    let told = fleet.prefill[1].cache.wanted(&all);
+    assert!((4..all.len() / 8).contains(&told.len()), "{} of {}", told.len(), all.len());
+    fleet.prefill[1].cache.change(6, &told, &[]);
+    fleet.told("change", 1).await;
+    let (at, receipt) = fleet.ask(&question).await;
+    let last = all.iter().rposition(|hash| Some(hash) == told.last()).expect("one of them");
+    assert_eq!((at, cached(&receipt, "p1"), cached(&receipt, "p0")), (1, 4 * (last as u32 + 1), 0));
 }
 
 #[tokio::test]

@@ -7,7 +7,7 @@ use baton_proto::v1;
 use serde_json::{Value, json};
 use v1::{FinishReason, attach_response::Frame as Answer, leg_output::End};
 
-use crate::scripted::{Cluster, chat_text, events};
+use crate::scripted::{Cluster, chat_text, events, prompt_of};
 
 fn model() -> Served {
     let path = std::env::var_os("BATON_TEST_MODEL").map(PathBuf::from).expect(
@@ -37,10 +37,8 @@ async fn words_characters_and_stop_strings_cross_token_borders() {
             let response = cluster.post("/v1/chat/completions", body.to_string());
             let (p, d) = (prefill.dispatch().await, decode.dispatch().await);
             // <|im_start|>system ... <|im_end|>\n<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n
-            assert_eq!(
-                (p.prompt_tokens[0], p.prompt_tokens.iter().filter(|&&token| token == 1).count()),
-                (1, 3)
-            );
+            let prompt = prompt_of(&p);
+            assert_eq!((prompt[0], prompt.iter().filter(|&&token| token == 1).count()), (1, 3));
             let step = |leg, first_position, tokens: &[u32], end| {
                 let output =
                     v1::LegOutput { leg, first_position, tokens: tokens.to_vec(), end, ..Default::default() };

@@ -12,7 +12,7 @@ use baton_coordinator::{
     text::TextStops,
 };
 use baton_process::{HealthHandle, Tls};
-use baton_proto::{ApiError, ErrorCode, InstanceId, InstanceSpec, ModelIdentity, v1};
+use baton_proto::{ApiError, ErrorCode, InstanceId, InstanceSpec, ModelIdentity, tokens, v1};
 use baton_registry::{
     FleetWatch, FleetWatchConfig, MemoryConfig, MemoryStore, Revision, Store, Txn, keys,
     testing::instance_spec,
@@ -47,6 +47,11 @@ pub(crate) async fn until(what: &str, mut is_true: impl FnMut() -> bool) {
         }
     };
     timeout(PATIENCE, wait).await.unwrap_or_else(|_| panic!("never came true: {what}"));
+}
+
+/// The tokens of a dispatched prompt.
+pub(crate) fn prompt_of(dispatch: &v1::Dispatch) -> Vec<u32> {
+    tokens::from_wire(&dispatch.prompt_tokens).expect("whole token ids")
 }
 
 /// Byte 0 ends a sequence; the context is 1,000 tokens.

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use baton_kvtransfer::FirstTokens;
 use baton_proto::{
-    ApiError, ErrorCode, Incarnation, InstanceId, LegId, RequestId, RoleEpoch, TransferId, v1,
+    ApiError, ErrorCode, Incarnation, InstanceId, LegId, RequestId, RoleEpoch, TransferId, tokens, v1,
 };
 
 use crate::{
@@ -70,7 +70,9 @@ impl TryFrom<v1::Dispatch> for Leg {
             return Err(invalid("n", format!("n is {choices}, must be at most {}", FirstTokens::MOST)));
         }
         let (sampling, stop) = sampling_params(sampling)?;
-        if wire.prompt_tokens.is_empty() {
+        let prompt = tokens::from_wire(&wire.prompt_tokens)
+            .map_err(|error| invalid("prompt_tokens", error.to_string()))?;
+        if prompt.is_empty() {
             return Err(invalid("prompt_tokens", "the prompt has no tokens"));
         }
         let generated = wire.generated_tokens;
@@ -86,7 +88,7 @@ impl TryFrom<v1::Dispatch> for Leg {
             incarnation: Incarnation(wire.incarnation),
             role_epoch: RoleEpoch(wire.role_epoch),
             model: wire.model,
-            prompt: wire.prompt_tokens,
+            prompt,
             generated,
             choices,
             sampling,
@@ -296,7 +298,7 @@ mod tests {
             incarnation: 5,
             role_epoch: 3,
             model: "m".into(),
-            prompt_tokens: vec![1, 2],
+            prompt_tokens: tokens::to_wire(&[1, 2]),
             sampling: Some(v1::Sampling {
                 top_p: 1.0,
                 repetition_penalty: 1.0,
@@ -322,11 +324,12 @@ mod tests {
             wire.sampling.as_mut().expect("sampling")
         }
         type Change = fn(&mut v1::Dispatch);
-        let cases: [(&str, Change); 22] = [
+        let cases: [(&str, Change); 23] = [
             ("sampling", |w| w.sampling = None),
             ("work", |w| w.work = None),
             ("prompt_tokens", |w| w.prompt_tokens.clear()),
-            ("prompt_tokens", |w| w.prompt_tokens = vec![10]),
+            ("prompt_tokens", |w| w.prompt_tokens = tokens::to_wire(&[1, 10])),
+            ("prompt_tokens", |w| w.prompt_tokens.truncate(7)),
             ("generated_tokens", |w| w.generated_tokens = vec![10]),
             ("generated_tokens", |w| w.generated_tokens = vec![1; 4]),
             ("generated_tokens", |w| (w.generated_tokens, sampling(w).choices) = (vec![1], 2)),
@@ -363,8 +366,13 @@ mod tests {
         assert_eq!(refusal(|w| w.incarnation = 4).code, ErrorCode::StaleEpoch);
         assert_eq!(refusal(|w| w.role_epoch = 2).code, ErrorCode::StaleEpoch);
         assert_eq!(refusal(|w| w.model = "x".into()).code, ErrorCode::ModelNotFound);
-        assert_eq!(refusal(|w| w.prompt_tokens = vec![1; 8]).code, ErrorCode::ContextLengthExceeded);
-        let carried = |w: &mut v1::Dispatch| (w.prompt_tokens, w.generated_tokens) = (vec![1; 5], vec![1; 3]);
+        assert_eq!(
+            refusal(|w| w.prompt_tokens = tokens::to_wire(&[1; 8])).code,
+            ErrorCode::ContextLengthExceeded
+        );
+        let carried = |w: &mut v1::Dispatch| {
+            (w.prompt_tokens, w.generated_tokens) = (tokens::to_wire(&[1; 5]), vec![1; 3]);
+        };
         assert_eq!(refusal(carried).code, ErrorCode::ContextLengthExceeded);
         let leg = Leg::try_from(wire()).expect("valid");
         for role in [Role::Prefill, Role::None] {

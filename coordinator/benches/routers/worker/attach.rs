@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use baton_proto::v1;
+use baton_proto::{tokens, v1};
 use futures::{Stream, StreamExt, stream};
 use parking_lot::Mutex;
 use tokio::{net::TcpStream, time::interval};
@@ -126,14 +126,15 @@ impl Sequence for Leg {
 
 impl Instance {
     fn dispatched(&self, dispatch: v1::Dispatch, stream: &Arc<Attached>) {
-        let prompt_tokens = dispatch.prompt_tokens.len() as u32;
+        let prompt = tokens::from_wire(&dispatch.prompt_tokens).unwrap_or_default();
+        let prompt_tokens = prompt.len() as u32;
         {
             let mut state = stream.state.lock();
             state.seen_leg = dispatch.leg;
             state.dispatches += 1;
             state.prompt_tokens += u64::from(prompt_tokens);
         }
-        self.cache.store(&dispatch.prompt_tokens);
+        self.cache.store(&prompt);
         let seed = dispatch.sampling.as_ref().map_or(0, |sampling| sampling.seed);
         let leg = |position| Leg {
             leg: dispatch.leg,

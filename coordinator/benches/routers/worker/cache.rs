@@ -3,10 +3,10 @@
 use std::{
     collections::{HashSet, VecDeque},
     pin::Pin,
+    sync::Arc,
 };
 
-use baton_proto::{BlockHash, v1};
-use bytes::Bytes;
+use baton_proto::{BlockHash, Sieve, v1};
 use futures::{Stream, StreamExt, stream};
 use parking_lot::Mutex;
 use tokio::sync::broadcast;
@@ -31,17 +31,28 @@ struct Kept {
 /// See the module.
 pub(super) struct Cache {
     kept: Mutex<Kept>,
-    changes: broadcast::Sender<v1::KvEvents>,
+    changes: broadcast::Sender<Arc<Change>>,
+}
+
+struct Change {
+    sequence: u64,
+    stored: Vec<BlockHash>,
+    evicted: Vec<BlockHash>,
+}
+
+impl Change {
+    /// So far as it is wanted.
+    fn message(&self, sieve: Sieve) -> v1::KvEvents {
+        let wanted = |hashes: &[BlockHash]| BlockHash::to_wire(sieve.of(hashes));
+        let change = v1::KvChange { stored: wanted(&self.stored), evicted: wanted(&self.evicted) };
+        v1::KvEvents { sequence: self.sequence, events: Some(Events::Change(change)) }
+    }
 }
 
 impl Default for Cache {
     fn default() -> Self {
         Self { kept: Mutex::default(), changes: broadcast::channel(CHANGES_MOST).0 }
     }
-}
-
-fn wire(hashes: impl IntoIterator<Item = BlockHash>) -> Vec<Bytes> {
-    hashes.into_iter().map(|hash| Bytes::copy_from_slice(hash.as_bytes())).collect()
 }
 
 impl Cache {
@@ -64,10 +75,8 @@ impl Cache {
             kept.all.remove(hash);
         }
         kept.sequence += 1;
-        let change = v1::KvChange { stored: wire(fresh), evicted: wire(evicted) };
         // Nobody may be reading.
-        let _ =
-            self.changes.send(v1::KvEvents { sequence: kept.sequence, events: Some(Events::Change(change)) });
+        let _ = self.changes.send(Arc::new(Change { sequence: kept.sequence, stored: fresh, evicted }));
     }
 }
 
@@ -75,21 +84,27 @@ impl Cache {
 impl v1::kv_cache_server::KvCache for Cache {
     type EventsStream = Pin<Box<dyn Stream<Item = Result<v1::KvEvents, Status>> + Send>>;
 
-    async fn events(&self, _: Request<v1::KvEventsRequest>) -> Result<Response<Self::EventsStream>, Status> {
+    async fn events(
+        &self,
+        request: Request<v1::KvEventsRequest>,
+    ) -> Result<Response<Self::EventsStream>, Status> {
+        let sieve = Sieve::new(request.into_inner().every_tokens, BLOCK_TOKENS);
         let kept = self.kept.lock();
         let snapshot = v1::KvSnapshot {
             incarnation: 1,
             layout_fingerprint: LAYOUT.to_owned(),
             block_tokens: BLOCK_TOKENS,
-            stored: wire(kept.in_order.iter().copied()),
+            stored: BlockHash::to_wire(kept.in_order.iter().filter(|hash| sieve.keeps(hash.key()))),
             part: 0,
             last: true,
         };
         let first = v1::KvEvents { sequence: kept.sequence, events: Some(Events::Snapshot(snapshot)) };
         let changes = BroadcastStream::new(self.changes.subscribe());
         drop(kept);
-        let changes = changes
-            .map(|change| change.map_err(|_| Status::data_loss("the reader is too far behind: read again")));
+        let changes = changes.map(move |change| match change {
+            Ok(change) => Ok(change.message(sieve)),
+            Err(_) => Err(Status::data_loss("the reader is too far behind: read again")),
+        });
         Ok(Response::new(Box::pin(stream::iter([Ok(first)]).chain(changes))))
     }
 }

@@ -106,6 +106,9 @@ struct ReplayArgs {
     /// How often each instance reports its load; a coordinator asks fleets of up to 500 instances for one each 50 ms.
     #[arg(long, default_value_t = 500, value_parser = clap::value_parser!(u64).range(1..=60_000))]
     report_millis: u64,
+    /// The coordinator is told of one cached block of 16 tokens for so many tokens.
+    #[arg(long, default_value_t = Settings::DEFAULT.index_every_tokens, value_parser = clap::value_parser!(u32).range(0..=4_096))]
+    every_tokens: u32,
 }
 
 #[derive(Debug, Args)]
@@ -256,7 +259,7 @@ fn replayed(args: &ReplayArgs) -> Result<Runs, TraceError> {
 
 fn jobs(args: &ReplayArgs) -> Vec<(Key, Setup)> {
     let room = Duration::from_millis(args.room_millis);
-    let settings = Settings { room, ..Settings::default() };
+    let settings = Settings { room, index_every_tokens: args.every_tokens, ..Settings::default() };
     let mut jobs = Vec::new();
     for cache_blocks in &args.cache_blocks {
         for speed in &args.speeds {

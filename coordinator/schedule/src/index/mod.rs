@@ -16,8 +16,8 @@
 //! place when it is whole. What a slot held is never looked for when it is gone: it does not count from then on, and
 //! [`PrefixIndex::sweep`] goes through the table, a 4,096th part of it at a time. A slot is not used again before that.
 //!
-//! **Memory.** A block that up to three instances hold takes 24 bytes and a byte of the table's own, so 29 to 58 with the
-//! room that tables keep; more holders take a word of 16 bytes (up to 32 while it grows) for each 64 slots that have one
+//! **Memory.** A block that up to three instances hold takes 24 bytes, so 32 to 48 with the room that tables keep; more
+//! holders take a word of 16 bytes (up to 32 while it grows) for each 64 slots that have one
 //! of them, and each of those counts as a block of its own. Over the limit every second block is forgotten, then every
 //! second of those that are left, chosen by bits of the name: of each prompt it is known which blocks are looked for.
 //! Depths are then rounded down to such a block. What was forgotten comes back when everything has gone: the loss is a
@@ -25,26 +25,27 @@
 
 mod expected;
 mod holders;
+mod table;
 
-use std::{
-    collections::{HashMap, VecDeque},
-    hash::{BuildHasherDefault, Hasher},
-    sync::Arc,
-};
+use std::{collections::VecDeque, hint::black_box, sync::Arc};
 
+use baton_proto::Sieve;
 use tokio::time::Instant;
 
 use expected::Expected;
 pub use expected::Ticket;
 use holders::{Holders, SlotSet};
+use table::Table;
 
 /// Most memory that a block takes, in bytes.
-pub const BLOCK_BYTES: usize = 58;
+pub const BLOCK_BYTES: usize = 48;
 /// The table is in as many parts: each grows, and is swept, by itself, within microseconds.
 pub const SHARDS: usize = 4096;
 /// Blocks of one prompt that are looked up: where holders end in more places than these tell apart, what lies between two
 /// of them is rounded down. Prompts of fewer blocks are always told exactly.
 const LOOKUPS_MOST: usize = 256;
+/// Blocks that are looked for at a time in the table.
+const AHEAD: usize = 64;
 /// At least one of 2^16 blocks is remembered.
 const HALVINGS_MOST: u8 = 16;
 
@@ -87,26 +88,6 @@ impl Depths {
     }
 }
 
-/// Keys are mixed already.
-#[derive(Default)]
-struct AsIs(u64);
-
-impl Hasher for AsIs {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        bytes.iter().for_each(|byte| self.0 = self.0.rotate_left(8) ^ u64::from(*byte));
-    }
-
-    fn write_u64(&mut self, key: u64) {
-        self.0 = key;
-    }
-}
-
-type Table = HashMap<u64, Holders, BuildHasherDefault<AsIs>>;
-
 #[derive(Debug, Default)]
 struct Shard {
     blocks: Table,
@@ -119,7 +100,7 @@ struct Shard {
 struct Mixed(u64);
 
 impl Mixed {
-    /// The table itself goes by the lowest and the highest bits.
+    /// The table itself goes by the 16 lowest and the 16 highest bits.
     fn shard(self) -> usize {
         (self.0 >> 36) as usize % SHARDS
     }
@@ -218,9 +199,24 @@ impl PrefixIndex {
     /// What the instance of a slot has stored, and what it has evicted.
     pub fn change(&mut self, slot: Slot, stored: &[u64], evicted: &[u64]) {
         if self.open.has(slot.0) {
-            evicted.iter().for_each(|&key| self.evict(slot, key));
-            stored.iter().for_each(|&key| self.store(slot, key));
+            for keys in evicted.chunks(AHEAD) {
+                self.touch(keys);
+                keys.iter().for_each(|&key| self.evict(slot, key));
+            }
+            for keys in stored.chunks(AHEAD) {
+                self.touch(keys);
+                keys.iter().for_each(|&key| self.store(slot, key));
+            }
         }
+    }
+
+    /// Reads where these are in the table: what is not in the processor's cache comes for all of them at once.
+    fn touch(&self, keys: &[u64]) {
+        let read = keys.iter().fold(0, |read, &key| {
+            let mixed = self.mixed(key);
+            read ^ self.shards[mixed.shard()].blocks.touch(mixed)
+        });
+        black_box(read);
     }
 
     fn store(&mut self, slot: Slot, key: u64) {
@@ -234,22 +230,24 @@ impl PrefixIndex {
         }
         let table = &mut self.shards[mixed.shard()].blocks;
         let before = table.len();
-        let holders = table.entry(mixed.0).or_default();
-        let words = holders.words();
-        holders.insert(slot.0);
-        self.words = self.words + holders.words() - words;
+        self.words += table.change(mixed, |holders| {
+            let words = holders.words();
+            holders.insert(slot.0);
+            holders.words() - words
+        });
         self.blocks += table.len() - before;
     }
 
     fn evict(&mut self, slot: Slot, key: u64) {
         let mixed = self.mixed(key);
         let table = &mut self.shards[mixed.shard()].blocks;
-        let Some(holders) = table.get_mut(&mixed.0) else { return };
-        let words = holders.words();
-        holders.remove(slot.0);
-        self.words = self.words + holders.words() - words;
-        if holders.is_empty() {
-            table.remove(&mixed.0);
+        let before = table.len();
+        self.words -= table.change(mixed, |holders| {
+            let words = holders.words();
+            holders.remove(slot.0);
+            words - holders.words()
+        });
+        if table.len() < before {
             self.blocks -= 1;
             self.begin_anew();
         }
@@ -278,8 +276,8 @@ impl PrefixIndex {
         }
         shard.halvings = halvings;
         let (before, mut words) = (shard.blocks.len(), 0);
-        shard.blocks.retain(|key, holders| {
-            let stays = Mixed(*key).survives(halvings);
+        shard.blocks.retain(|name, holders| {
+            let stays = name.survives(halvings);
             words += if stays { 0 } else { holders.words() };
             stays
         });
@@ -306,7 +304,7 @@ impl PrefixIndex {
             let words = holders.words();
             holders.retain(|slot| open.has(slot));
             freed += words - holders.words();
-            !holders.is_empty()
+            true
         });
         self.blocks -= before - table.len();
         self.words -= freed;
@@ -333,13 +331,15 @@ impl PrefixIndex {
         self.expected.settle(ticket, until);
     }
 
-    /// Adds, for each slot, how many blocks `chain` begins with that it has or is to have.
-    pub fn depths(&mut self, chain: &Arc<[u64]>, now: Instant, into: &mut Depths) {
+    /// Adds, for each slot, how many blocks `chain` begins with that it has or is to have. Looked for are those that pass
+    /// the sieve: of others it need not have been told.
+    pub fn depths(&mut self, chain: &Arc<[u64]>, sieve: Sieve, now: Instant, into: &mut Depths) {
         self.expected.expire(now);
         self.expected.depths(chain, into);
-        let survives = |at: &u32| self.mixed(chain[*at as usize]).survives(self.halvings);
-        let positions =
-            (self.halvings > 0).then(|| (0..chain.len() as u32).filter(survives).collect::<Vec<_>>());
+        let is_looked_for = |key: u64| sieve.keeps(key) && self.mixed(key).survives(self.halvings);
+        let positions = (self.halvings > 0 || !sieve.keeps_all()).then(|| {
+            (0..chain.len() as u32).filter(|at| is_looked_for(chain[*at as usize])).collect::<Vec<_>>()
+        });
         let looked_for = positions.as_ref().map_or(chain.len(), Vec::len);
         Search { index: self, chain, positions, into }.run(looked_for);
     }
@@ -391,7 +391,7 @@ impl<'a> Search<'a> {
 
     fn holders(&self, at: usize) -> Option<&'a Holders> {
         let mixed = self.index.mixed(*self.chain.get(self.position(at)? as usize)?);
-        self.index.shards[mixed.shard()].blocks.get(&mixed.0)
+        self.index.shards[mixed.shard()].blocks.get(mixed)
     }
 
     fn position(&self, at: usize) -> Option<u32> {

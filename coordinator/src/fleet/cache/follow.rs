@@ -9,8 +9,7 @@
 //! bounds: gRPC bounds each, this bounds what they come to.
 
 use baton_proto::{BlockHash, IdError, Incarnation, v1};
-use baton_schedule::chains::{Dialect, key};
-use bytes::Bytes;
+use baton_schedule::chains::Dialect;
 use v1::kv_events::Events;
 
 /// Blocks that one instance is believed to have: at 16 tokens each, 16 million tokens.
@@ -34,8 +33,8 @@ pub(super) enum Fault {
     Layout(usize),
     #[error("it says that it has more than {BLOCKS_MOST} blocks")]
     TooMany,
-    #[error("a block's name: {0}")]
-    Name(#[from] IdError),
+    #[error(transparent)]
+    Names(#[from] IdError),
 }
 
 impl Fault {
@@ -135,8 +134,8 @@ impl Follower {
                 }
             }
         }
-        self.count(stored.len())?;
         let stored = keys(&stored)?;
+        self.count(stored.len())?;
         if !last {
             self.state = State::Parts { head, next: part + 1 };
             return Ok(News::Part { first, stored, whole: None });
@@ -165,24 +164,27 @@ impl Follower {
     }
 }
 
-fn keys(names: &[Bytes]) -> Result<Vec<u64>, Fault> {
-    names.iter().map(|name| Ok(key(&BlockHash::try_from(&name[..])?))).collect()
+fn keys(names: &[u8]) -> Result<Vec<u64>, Fault> {
+    Ok(BlockHash::from_wire(names)?.map(|hash| hash.key()).collect())
 }
 
 #[cfg(test)]
 mod tests {
+    use bytes::Bytes;
+
     use super::*;
 
     fn hash(number: u32) -> BlockHash {
         BlockHash::root("l", "").child(&[number])
     }
 
-    fn names(numbers: &[u32]) -> Vec<Bytes> {
-        numbers.iter().map(|&number| Bytes::copy_from_slice(hash(number).as_bytes())).collect()
+    fn names(numbers: &[u32]) -> Bytes {
+        let hashes: Vec<_> = numbers.iter().map(|&number| hash(number)).collect();
+        BlockHash::to_wire(&hashes)
     }
 
     fn known(numbers: &[u32]) -> Vec<u64> {
-        numbers.iter().map(|&number| key(&hash(number))).collect()
+        numbers.iter().map(|&number| hash(number).key()).collect()
     }
 
     fn snapshot(numbers: &[u32], part: u32, last: bool) -> v1::KvSnapshot {
@@ -252,7 +254,7 @@ mod tests {
             (|s| s.incarnation = 2, Fault::OtherProcess { expected: Incarnation(1), got: Incarnation(2) }),
             (|s| s.block_tokens = 0, Fault::Layout(1)),
             (|s| s.layout_fingerprint = "l".repeat(257), Fault::Layout(257)),
-            (|s| s.stored[0] = Bytes::from_static(b"short"), Fault::Name(IdError::BlockHashLength(5))),
+            (|s| s.stored.truncate(15), Fault::Names(IdError::BlockHashesLength(15))),
         ];
         for (spoil, fault) in cases {
             let mut spoilt = snapshot(&[1], 0, true);
@@ -265,7 +267,7 @@ mod tests {
     fn nobody_is_believed_to_have_more_than_there_is() {
         let mut follower = Follower::new(Incarnation(1));
         let half = |part, last| {
-            let stored = vec![names(&[1]).remove(0); BLOCKS_MOST / 2];
+            let stored = names(&[1]).repeat(BLOCKS_MOST / 2).into();
             of_snapshot(7, v1::KvSnapshot { stored, ..snapshot(&[], part, last) })
         };
         follower.take(half(0, false)).expect("is good");

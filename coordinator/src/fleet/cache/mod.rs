@@ -133,7 +133,8 @@ impl CacheReader {
 
     async fn open(&self) -> Result<Streaming<v1::KvEvents>, End> {
         let mut client = KvCacheClient::new(self.channel.clone());
-        let request = v1::KvEventsRequest { coordinator_id: self.coordinator.to_string() };
+        let every_tokens = self.feed.every_tokens();
+        let request = v1::KvEventsRequest { coordinator_id: self.coordinator.to_string(), every_tokens };
         let opened = timeout(self.config.connect_timeout, client.events(request)).await;
         Ok(opened.map_err(|_| End::Silent)??.into_inner())
     }

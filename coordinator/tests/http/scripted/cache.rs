@@ -1,8 +1,11 @@
 //! The KV events of a scripted instance: tests say what it has.
 
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicU32, Ordering::Relaxed},
+};
 
-use baton_proto::{BlockHash, v1};
+use baton_proto::{BlockHash, Sieve, v1};
 use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
@@ -31,12 +34,19 @@ type Sender = mpsc::Sender<Result<v1::KvEvents, Status>>;
 #[derive(Clone, Default)]
 pub(crate) struct Cache {
     streams: Arc<Mutex<Vec<Sender>>>,
+    /// One block for so many tokens.
+    wanted: Arc<AtomicU32>,
 }
 
 impl Cache {
     /// Waits until so many streams have been opened.
     pub(crate) async fn opened(&self, streams: usize) {
         until("the coordinator reads the cache", || self.streams.lock().len() >= streams).await;
+    }
+
+    /// Of these blocks those that the coordinator has asked to be told of.
+    pub(crate) fn wanted(&self, chain: &[BlockHash]) -> Vec<BlockHash> {
+        Sieve::new(self.wanted.load(Relaxed), BLOCK_TOKENS).of(chain).copied().collect()
     }
 
     fn say(&self, sequence: u64, events: Events) {
@@ -58,7 +68,7 @@ impl Cache {
             incarnation,
             layout_fingerprint: LAYOUT.to_owned(),
             block_tokens: BLOCK_TOKENS,
-            stored: wire(stored),
+            stored: BlockHash::to_wire(stored),
             part,
             last,
         };
@@ -70,19 +80,15 @@ impl Cache {
     }
 
     pub(crate) fn change(&self, sequence: u64, stored: &[BlockHash], evicted: &[BlockHash]) {
-        let (stored, evicted) = (wire(stored), wire(evicted));
+        let (stored, evicted) = (BlockHash::to_wire(stored), BlockHash::to_wire(evicted));
         self.say(sequence, Events::Change(v1::KvChange { stored, evicted }));
     }
 
     /// A block whose name is none.
     pub(crate) fn nonsense(&self, sequence: u64) {
-        let stored = vec![Bytes::from_static(b"short")];
-        self.say(sequence, Events::Change(v1::KvChange { stored, evicted: Vec::new() }));
+        let stored = Bytes::from_static(b"short");
+        self.say(sequence, Events::Change(v1::KvChange { stored, evicted: Bytes::new() }));
     }
-}
-
-fn wire(hashes: &[BlockHash]) -> Vec<Bytes> {
-    hashes.iter().map(|hash| Bytes::copy_from_slice(hash.as_bytes())).collect()
 }
 
 #[tonic::async_trait]
@@ -93,7 +99,9 @@ impl v1::kv_cache_server::KvCache for Cache {
         &self,
         request: Request<v1::KvEventsRequest>,
     ) -> Result<Response<Self::EventsStream>, Status> {
-        assert_eq!(request.into_inner().coordinator_id, "coordinator-0");
+        let request = request.into_inner();
+        assert_eq!(request.coordinator_id, "coordinator-0");
+        self.wanted.store(request.every_tokens, Relaxed);
         let (sender, receiver) = mpsc::channel(64);
         self.streams.lock().push(sender);
         Ok(Response::new(ReceiverStream::new(receiver)))

@@ -8,9 +8,12 @@ use std::{
     time::Duration,
 };
 
-use baton_proto::v1::{
-    self, attach_request::Frame as Ask, attach_response::Frame as Answer, dispatch::Work as Leg,
-    inference_client::InferenceClient,
+use baton_proto::{
+    tokens,
+    v1::{
+        self, attach_request::Frame as Ask, attach_response::Frame as Answer, dispatch::Work as Leg,
+        inference_client::InferenceClient,
+    },
 };
 use command_fds::{CommandFdExt, FdMapping};
 use tempfile::NamedTempFile;
@@ -135,7 +138,7 @@ impl Server {
             incarnation: self.incarnation,
             role_epoch: self.role_epoch,
             model: NAME.to_owned(),
-            prompt_tokens,
+            prompt_tokens: tokens::to_wire(&prompt_tokens),
             sampling: Some(v1::Sampling {
                 top_p: 1.0,
                 repetition_penalty: 1.0,

@@ -4,7 +4,7 @@
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
-use baton_proto::{GroupName, Incarnation, InstanceId, LegId, RoleEpoch};
+use baton_proto::{GroupName, Incarnation, InstanceId, LegId, RoleEpoch, Sieve};
 use baton_schedule::{
     NoPlace, Placement, Prompt, Seat, Settings, Side,
     board::{Board, Credit, LegNews},
@@ -25,6 +25,8 @@ use super::{
     trace::{BLOCK_TOKENS, LONGEST_TOKENS},
 };
 
+/// Tokens of an instance's KV block: each of the trace's is several, and what is known of caches is told by these.
+const KV_BLOCK_TOKENS: u32 = 16;
 /// Of one token, in bytes: [`super::machine::Machine::NODE`]'s, at 25 GB/s.
 const TOKEN_BYTES: u64 = 320 << 10;
 /// What requests allow their answers; how long these turn out nobody knows beforehand.
@@ -67,7 +69,7 @@ fn spec(id: InstanceId) -> Spec {
         revision: REVISION.into(),
         context_tokens: 2 * LONGEST_TOKENS,
         layout: "one".into(),
-        block_tokens: BLOCK_TOKENS,
+        block_tokens: KV_BLOCK_TOKENS,
         token_bytes: TOKEN_BYTES,
     }
 }
@@ -79,8 +81,8 @@ pub(crate) fn load(place: Place, report: &Report, seen: LegId) -> Load {
         sequences: report.sequences,
         queued_prefill_tokens: if prefills { report.queued_uncached_tokens } else { 0 },
         queued_prefill_pairs: report.queued_uncached_pairs,
-        kv_blocks_total: report.cache_tokens / BLOCK_TOKENS,
-        kv_blocks_free: report.cache_free_tokens / BLOCK_TOKENS,
+        kv_blocks_total: report.cache_tokens / KV_BLOCK_TOKENS,
+        kv_blocks_free: report.cache_free_tokens / KV_BLOCK_TOKENS,
         prefill_tokens_per_second: if prefills { rate } else { 0 },
         decode_step_micros: report.step_micros,
         timed: report.timed,
@@ -129,6 +131,8 @@ pub(crate) struct Production {
     clock: Clock,
     board: Arc<Board>,
     dialect: Dialect,
+    /// What instances tell of.
+    sieve: Sieve,
     feeds: Vec<Feed>,
     places: HashMap<InstanceId, usize>,
     /// Legs that each instance was given.
@@ -141,7 +145,7 @@ impl Production {
     pub(crate) fn new(prefills: usize, decodes: usize, settings: Settings) -> Self {
         let all = (0..prefills).map(|index| (id(Place::Prefill(index)), index));
         let places = all.chain((0..decodes).map(|index| (id(Place::Decode(index)), index))).collect();
-        let dialect = Dialect::new("one", BLOCK_TOKENS).expect("blocks of some tokens");
+        let dialect = Dialect::new("one", KV_BLOCK_TOKENS).expect("blocks of some tokens");
         let mut clock = Clock::new();
         let now = clock.at(0);
         let board = board(prefills, decodes, settings);
@@ -157,6 +161,7 @@ impl Production {
             waiting: Queue::default(),
             clock,
             dialect,
+            sieve: Sieve::new(settings.index_every_tokens, KV_BLOCK_TOKENS),
             feeds,
             board,
             places,
@@ -171,6 +176,17 @@ impl Production {
     }
 }
 
+/// What the KV blocks of these blocks of the trace are called: numbers that look like halves of hashes.
+fn names(blocks: &[u64]) -> impl Iterator<Item = u64> {
+    const EACH: u64 = (BLOCK_TOKENS / KV_BLOCK_TOKENS) as u64;
+    let name = |number: u64| {
+        let mixed = (number ^ number >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ mixed >> 31
+    };
+    blocks.iter().flat_map(move |block| (0..EACH).map(move |part| name(block * EACH + part)))
+}
+
 fn next(legs: &mut u64) -> LegId {
     *legs += 1;
     LegId(*legs)
@@ -182,7 +198,7 @@ impl Production {
         let _now = self.clock.at(sight.now_micros);
         let tokens = sight.request.prompt_tokens;
         // A block that is not full is nobody's.
-        let keys = sight.request.chain[..(tokens / BLOCK_TOKENS) as usize].into();
+        let keys = names(&sight.request.chain).take((tokens / KV_BLOCK_TOKENS) as usize).collect();
         let wish = Wish {
             priority: 0,
             tenant: "all".into(),
@@ -254,6 +270,8 @@ impl Production {
 
     pub(crate) fn cached(&mut self, prefill: usize, changes: &Changes, now_micros: u64) {
         let _now = self.clock.at(now_micros);
-        self.feeds[prefill].change(&changes.stored, &changes.evicted);
+        let told = |blocks: &[u64]| names(blocks).filter(|key| self.sieve.keeps(*key)).collect::<Vec<_>>();
+        let (stored, evicted) = (told(&changes.stored), told(&changes.evicted));
+        self.feeds[prefill].change(&stored, &evicted);
     }
 }
