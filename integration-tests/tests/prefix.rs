@@ -57,8 +57,8 @@ async fn the_next_turn_of_a_chat_goes_to_the_instance_that_has_the_first() {
         // At once, so that each of the two instances has one of them.
         let firsts = futures::join!(turn(&cluster, &messages[0]), turn(&cluster, &messages[1]));
         let firsts = [firsts.0, firsts.1];
-        // It is told, and not only expected.
-        let more = firsts.iter().map(|first| first.prompt_tokens / 16).sum::<u64>() as f64 / 2.0;
+        // It is told, and not only expected; of about every 64 tokens, chosen by names, a block.
+        let more = firsts.iter().map(|first| first.prompt_tokens / 64).sum::<u64>() as f64 / 2.0;
         eventually("what is cached is known", || async {
             (known_blocks(&cluster).await? >= before + more).then_some(())
         })
@@ -76,7 +76,9 @@ async fn the_next_turn_of_a_chat_goes_to_the_instance_that_has_the_first() {
         assert!(second.cached_tokens > 300, "{} of {}", second.cached_tokens, second.prompt_tokens);
         let receipt = second.placement["cheapest"].as_array().expect("a list");
         let taken = receipt.iter().find(|candidate| candidate["instance_id"] == *prefill).expect("is there");
-        assert_eq!(taken["cached_tokens"], second.cached_tokens, "it had what it was expected to have");
+        let expected = taken["cached_tokens"].as_u64().expect("a number");
+        let told = second.cached_tokens / 2..=second.cached_tokens;
+        assert!(told.contains(&expected), "{expected} of {} were expected", second.cached_tokens);
         used.insert(prefill.to_string());
     }
     assert_eq!(used.len(), 2, "all chats were on one instance: nothing is shown");

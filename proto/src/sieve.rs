@@ -44,6 +44,20 @@ impl Sieve {
 mod tests {
     use super::*;
 
+    /// Coordinators and servers of different versions must agree.
+    #[test]
+    fn which_blocks_are_kept_stays_what_it_is() {
+        let chain: Vec<BlockHash> = (0..32).map(|token| BlockHash::root("l", "").child(&[token])).collect();
+        let low =
+            |hash: &BlockHash| u64::from_le_bytes(hash.as_bytes()[..8].try_into().expect("eight bytes"));
+        for (every, zeros) in [(64, 2), (100, 2), (128, 3), (16, 0)] {
+            let kept: Vec<_> = Sieve::new(every, 16).of(&chain).collect();
+            let wanted: Vec<_> = chain.iter().filter(|hash| low(hash).trailing_zeros() >= zeros).collect();
+            assert_eq!(kept, wanted, "one for {every} tokens");
+            assert!(!kept.is_empty());
+        }
+    }
+
     #[test]
     fn one_block_is_kept_for_so_many_tokens() {
         let chain: Vec<BlockHash> = (0..4096).map(|token| BlockHash::root("l", "").child(&[token])).collect();

@@ -217,7 +217,8 @@ impl Feed {
     /// What came and went since the last whole snapshot.
     pub fn change(&mut self, stored: &[u64], evicted: &[u64]) {
         let Some((slot, _)) = self.current else { return };
-        if !self.keeps && !stored.is_empty() {
+        // A change of which no block is wanted here is one, too.
+        if !self.keeps {
             self.keeps = true;
             if let Some(Some(known)) = self.caches.state.lock().instances.get_mut(self.instance as usize) {
                 known.keeps = true;

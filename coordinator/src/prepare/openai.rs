@@ -85,7 +85,7 @@ pub fn parse(body: &[u8]) -> Result<Request, ApiError> {
     parse_fast(body).map_or_else(|| parse_by_field(body), Ok)
 }
 
-/// Whatever is wrong.
+/// `None`: something is wrong, whatever it is.
 fn parse_fast(body: &[u8]) -> Option<Request> {
     let Some((list, ids)) = ids::plain_ids(body) else { return serde_json::from_slice(body).ok() };
     // Without the list; a prompt that comes twice is refused all the same.

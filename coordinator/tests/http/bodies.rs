@@ -15,7 +15,7 @@ use v1::FinishReason;
 
 const KIB: usize = 1 << 10;
 /// Of each body, what is not taken from the budget.
-const FREE: usize = 64 * KIB;
+const FREE: usize = 16 * KIB;
 
 /// A request whose body the test sends bit by bit.
 struct Upload(TcpStream);

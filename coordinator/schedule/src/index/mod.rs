@@ -7,18 +7,21 @@
 //! and let go, and evict, from its end. So the holders of a prompt's blocks, in order, are sets of which each contains the
 //! next, and where both ends of a stretch have the same holders, so has all that is between. Stretches are halved until
 //! that is so: a prompt of 126,000 tokens costs a few dozen look-ups in place of 7,900, though all instances share its
-//! first block, and never more than [`LOOKUPS_MOST`]. The exceptions are few: a block that two sequences computed side by side is kept once, by the one that
-//! may let go first; events are on their way; somebody lies. An instance that lacks the first block is then taken to
-//! have nothing, and one that lacks another either to end there or not to lack it. It is an estimate that is wrong, and
-//! the server finds for itself what it has.
+//! first block, and never more than [`LOOKUPS_MOST`]. The exceptions are few: a block that two sequences computed side by
+//! side is kept once, by the one that may let go first; events are on their way; somebody lies. An instance that lacks the
+//! first block is then taken to have nothing, and one that lacks another either to end there or not to lack it. It is an
+//! estimate that is wrong, and the server finds for itself what it has.
+//!
+//! **Sieve.** Instances tell of a part of the blocks ([`Sieve`]): depths are rounded down to one of which they tell, and of
+//! a short prompt it may be that none is told, wherever it is cached.
 //!
 //! **Slots.** An instance is a number here. A snapshot is taken in under a new slot beside the old one, and takes its
 //! place when it is whole. What a slot held is never looked for when it is gone: it does not count from then on, and
 //! [`PrefixIndex::sweep`] goes through the table, a 4,096th part of it at a time. A slot is not used again before that.
 //!
 //! **Memory.** A block that up to three instances hold takes 24 bytes, so 32 to 48 with the room that tables keep; more
-//! holders take a word of 16 bytes (up to 32 while it grows) for each 64 slots that have one
-//! of them, and each of those counts as a block of its own. Over the limit every second block is forgotten, then every
+//! holders take a word of 16 bytes (up to 32 while it grows) for each 64 slots that have one of them, beside some 90 for
+//! the first, and each of those counts as a block of its own. Over the limit every second block is forgotten, then every
 //! second of those that are left, chosen by bits of the name: of each prompt it is known which blocks are looked for.
 //! Depths are then rounded down to such a block. What was forgotten comes back when everything has gone: the loss is a
 //! few blocks a prompt.
@@ -42,7 +45,7 @@ pub const BLOCK_BYTES: usize = 48;
 /// The table is in as many parts: each grows, and is swept, by itself, within microseconds.
 pub const SHARDS: usize = 4096;
 /// Blocks of one prompt that are looked up: where holders end in more places than these tell apart, what lies between two
-/// of them is rounded down. Prompts of fewer blocks are always told exactly.
+/// of them is rounded down. Prompts of fewer blocks that are told are always told exactly.
 const LOOKUPS_MOST: usize = 256;
 /// Blocks that are looked for at a time in the table.
 const AHEAD: usize = 64;
