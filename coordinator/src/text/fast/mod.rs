@@ -346,9 +346,9 @@ fn is_stable(text: &str) -> bool {
     text.is_ascii() || text.chars().all(|character| classes()[character as usize] & UNSTABLE == 0)
 }
 
-/// Whether it is one to the expressions.
+/// Whether it is one to the expressions, composed or not: of a letter that NFC takes apart a mark may be left at the end.
 pub(super) fn is_letter(character: char) -> bool {
-    classes()[character as usize] & LETTER != 0
+    classes()[character as usize] & (LETTER | UNSTABLE) == LETTER
 }
 
 fn composed(text: &str) -> String {
