@@ -5,6 +5,8 @@
 mod support;
 
 use std::{
+    collections::BTreeMap,
+    ffi::OsString,
     io::{BufRead, BufReader, Read},
     process::{Child, ChildStdout, Command, Stdio},
     time::Duration,
@@ -145,12 +147,11 @@ impl Victim {
         }
         let frozen = self.switches();
         self.signal(Signal::CONT);
-        let mut last = frozen;
+        let mut last = frozen.clone();
         let quiet = async {
             loop {
                 tokio::time::sleep(Duration::from_millis(20)).await;
                 let now = self.switches();
-                // Fewer where threads have ended.
                 if now != frozen && now == last {
                     return;
                 }
@@ -164,23 +165,23 @@ impl Victim {
     async fn strike(&self, signal: Signal) {
         self.signal(signal);
         let still = |state: String| state.starts_with(['T', 'Z']);
-        until("it is struck", || self.of_threads("State:").into_iter().all(still)).await;
+        until("it is struck", || self.of_threads("State:").into_values().all(still)).await;
     }
 
-    /// How often its threads have gone to sleep.
-    fn switches(&self) -> u64 {
-        let counts = self.of_threads("voluntary_ctxt_switches:");
-        counts.iter().map(|count| count.parse::<u64>().expect("a number")).sum()
+    /// How often each of its threads has gone to sleep. Not their sum: one that ends may leave as much as another adds.
+    fn switches(&self) -> BTreeMap<OsString, String> {
+        self.of_threads("voluntary_ctxt_switches:")
     }
 
-    /// What the system says of each of its threads.
-    fn of_threads(&self, what: &str) -> Vec<String> {
+    /// What the system says of each of its threads, by their ids.
+    fn of_threads(&self, what: &str) -> BTreeMap<OsString, String> {
         let threads = std::fs::read_dir(format!("/proc/{}/task", self.0.id())).expect("a child of ours");
-        let status = |thread: std::fs::DirEntry| std::fs::read_to_string(thread.path().join("status")).ok();
-        let statuses = threads.flatten().filter_map(status); // a thread may end meanwhile
-        let line =
-            |text: String| text.lines().find_map(|line| Some(line.strip_prefix(what)?.trim().to_owned()));
-        statuses.filter_map(line).collect()
+        let said = |thread: std::fs::DirEntry| {
+            let status = std::fs::read_to_string(thread.path().join("status")).ok()?; // it may end meanwhile
+            let said = status.lines().find_map(|line| line.strip_prefix(what))?.trim().to_owned();
+            Some((thread.file_name(), said))
+        };
+        threads.flatten().filter_map(said).collect()
     }
 
     fn signal(&self, signal: Signal) {
