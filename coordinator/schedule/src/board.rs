@@ -152,9 +152,9 @@ impl Board {
     }
 
     /// Whether the instance behind a stream that stands does not get on: it is given nothing while it does not.
-    pub fn stuck(&self, id: &InstanceId, is: bool) {
+    pub fn set_stuck(&self, id: &InstanceId, is: bool) {
         let state = &mut *self.state.lock();
-        if state.fleet.stuck(id, is) {
+        if state.fleet.set_stuck(id, is) {
             state.renew(id, Instant::now());
             self.tell();
         }
@@ -243,7 +243,7 @@ impl Board {
             revision,
             avoid: &[],
             handed_on_by: None,
-            room: Duration::MAX,
+            room: None,
             turn: 0,
         };
         place(&state.view, &ask, &self.settings, Instant::now()).map(drop)
@@ -258,7 +258,7 @@ impl Board {
         revision: &str,
         avoid: &[InstanceId],
     ) -> Result<Booking, NoPlace> {
-        self.book(prompt.into(), asked, revision, (avoid, None), self.settings.room)
+        self.book(prompt.into(), asked, revision, (avoid, None), Some(self.settings.room))
     }
 
     /// Chooses where a request goes and books its work there at once. Of those to `avoid` the last that can do what nobody
@@ -270,7 +270,7 @@ impl Board {
         revision: &str,
         avoid: &[InstanceId],
     ) -> Result<Booking, NoPlace> {
-        self.book(prompt.into(), asked, revision, (avoid, None), Duration::MAX)
+        self.book(prompt.into(), asked, revision, (avoid, None), None)
     }
 
     /// As [`Self::place`] for one that leaves `from`, which drains and has all of its cache but a block at most: `from` takes
@@ -283,7 +283,7 @@ impl Board {
         revision: &str,
         avoid: &[InstanceId],
     ) -> Result<Booking, NoPlace> {
-        self.book(prompt.into(), asked, revision, (avoid, Some(from)), Duration::MAX)
+        self.book(prompt.into(), asked, revision, (avoid, Some(from)), None)
     }
 
     fn book(
@@ -292,7 +292,7 @@ impl Board {
         (max_tokens, choices): (u32, u32),
         revision: &str,
         (avoid, handed_on_by): (&[InstanceId], Option<&InstanceId>),
-        room: Duration,
+        room: Option<Duration>,
     ) -> Result<Booking, NoPlace> {
         let (turn, now) = (self.turns.fetch_add(1, Ordering::Relaxed), Instant::now());
         let Prompt { tokens: prompt_tokens, chains } = prompt;

@@ -201,7 +201,7 @@ fn walk<'a>(model: &'a Model, ask: &Ask<'_>, settings: &Settings, now: Instant) 
         ready: 0,
         candidates: 0,
     };
-    let room_micros = ask.room.as_secs_f64() * 1e6;
+    let room_micros = ask.room.map_or(f64::INFINITY, |room| room.as_secs_f64() * 1e6);
     for row in model.rows.iter().filter(|row| row.is_usable(now)) {
         if ask.avoid.contains(&row.spec.id) {
             continue;

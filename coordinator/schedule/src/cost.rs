@@ -113,8 +113,12 @@ impl Pricing<'_> {
         let others = expected * sequences * row.speed.added_micros(choices, added);
         let wanted = blocks_wanted(row, ask, Side::Decode, cached) as f64;
         let missing = standing.blocks_free.map_or(0.0, |free| (wanted - free as f64).max(0.0));
-        // All blocks that are in use are given back in about the time of an answer. More than these will never be free.
-        let wait_micros = own * (missing.min(used) + standing.blocks_short as f64) / used.max(1.0);
+        // It begins with blocks for the tokens that there are. All that are in use are given back in about the time of an
+        // answer, and more than these will never be free.
+        let first = blocks_for(row, ask.prompt_tokens.saturating_add(ask.choices));
+        let first = first.saturating_sub(u64::from(cached / row.spec.block_tokens));
+        let missing_first = first.saturating_sub(standing.blocks_free.unwrap_or(first)) as f64;
+        let wait_micros = own * (missing_first.min(used) + standing.blocks_short as f64) / used.max(1.0);
         let moved = f64::from(ask.prompt_tokens.saturating_sub(cached)) * row.spec.token_bytes as f64;
         let moving = moved / LINK_BYTES_PER_MICROSECOND * f64::from(1 + row.transfers);
         let late = expected * (step - self.settings.targets.tpot_micros()).max(0.0);
@@ -161,12 +165,14 @@ fn blocks_for(row: &Row, tokens: u32) -> u64 {
 }
 
 /// Blocks that a part of the request takes there beside those that are cached: the prompt's once and each choice's own.
+/// Never more than there are: whoever wants more is served with those.
 pub(crate) fn blocks_wanted(row: &Row, ask: &Ask<'_>, side: Side, cached: u32) -> u64 {
     let own = match side {
         Side::Prefill => 1,
         Side::Whole | Side::Decode => expected_tokens(ask).saturating_mul(ask.choices),
     };
     let all = blocks_for(row, ask.prompt_tokens.saturating_add(own));
+    let all = row.standing.blocks_total.map_or(all, |total| all.min(total));
     all.saturating_sub(u64::from(cached / row.spec.block_tokens))
 }
 

@@ -349,7 +349,7 @@ impl Fleet {
 
     /// Whether the instance behind a stream that stands does not get on; whether that is new. It is given nothing while it
     /// does not: of a coordinator that was cut off, all are so, and their streams are about to break.
-    pub fn stuck(&mut self, id: &InstanceId, is: bool) -> bool {
+    pub fn set_stuck(&mut self, id: &InstanceId, is: bool) -> bool {
         match self.get_mut(id) {
             Some(Instance { contact: Contact::Up { stuck, .. }, .. }) => std::mem::replace(stuck, is) != is,
             _ => false,

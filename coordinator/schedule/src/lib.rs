@@ -65,8 +65,9 @@ pub struct Ask<'a> {
     pub avoid: &'a [InstanceId],
     /// Who drains and hands its cache on, having but a block of it to compute: who goes on from it is all there is to choose.
     pub handed_on_by: Option<&'a InstanceId>,
-    /// It is not placed while what is queued takes longer than this on every instance that could compute the prompt.
-    pub room: Duration,
+    /// It is not placed while it would wait longer than this on every instance that could take it. `None`: it is placed
+    /// however long it waits.
+    pub room: Option<Duration>,
     /// Counts requests: equal costs take turns by it.
     pub turn: u64,
 }

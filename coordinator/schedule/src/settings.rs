@@ -69,7 +69,7 @@ pub struct Settings {
     pub warm_up: Duration,
     pub targets: Targets,
     /// Requests wait in line while every instance would be longer than this until it computed their prompt, or had KV blocks
-    /// for their answer.
+    /// to begin their answer.
     pub room: Duration,
     /// Coordinators of different seeds do not choose alike among equals.
     pub seed: u32,

@@ -216,3 +216,17 @@ async fn a_new_request_waits_while_decode_has_no_blocks_for_long() {
     bookings.pop();
     board.place_within(200u32, (64, 1), "r1", &[]).expect("a place");
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_request_that_wants_more_blocks_than_there_are_waits_only_for_those_that_it_begins_with() {
+    let load = |kv_blocks_free| Load { kv_blocks_total: 40, kv_blocks_free, ..running(2) };
+    let settings = Settings { room: Duration::from_secs(1), ..PLAIN };
+    // 20 tokens and eight answers of 64: 34 blocks of which it begins with two; of 16 answers, 65.
+    let within = |free, choices| {
+        let board = board(settings, &[("p", Role::Prefill, queued(0)), ("d", Role::Decode, load(free))]);
+        board.place_within(20u32, (64, choices), "r1", &[]).map(drop)
+    };
+    assert_eq!(within(10, 8), Ok(()));
+    assert_eq!(within(10, 16), Ok(()));
+    assert_eq!(within(0, 16), Ok(()), "some are given back within the second");
+}
