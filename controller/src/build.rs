@@ -55,7 +55,7 @@ const DOOR: Door = Door {
 /// The whole process, until its shutdown.
 pub async fn run(process: Process<ControllerConfig>) -> Result<(), ControllerError> {
     let mut config = process.config.clone();
-    let tls = process.tls(&config.tls, Role::Controller)?;
+    let tls = process.tls(&config.tls, Role::Controller, &process.shutdown)?;
     let grpc_listener = config.listen.bind()?;
     let http_listener = config.metrics_listen.bind()?;
     let address = grpc_listener.local_addr().map_err(ControllerError::Address)?;

@@ -38,7 +38,9 @@ const CLIENT_SILENCE: Duration = Duration::from_secs(30);
 /// A client that takes nothing of what was sent for this long is cut off.
 const CLIENT_STALL: Duration = Duration::from_secs(120);
 /// Files that are open beside clients' connections: those to instances, the state store and operators, and models'.
-const FILES_BESIDE: u64 = 512;
+const FILES_BESIDE: u64 = 1024;
+/// How long operators' calls may take once the last request has ended.
+const ADMIN_DRAIN: Duration = Duration::from_secs(1);
 
 /// What a coordinator is built from besides its configuration; tests bring their own.
 pub struct Parts {
@@ -81,7 +83,7 @@ pub fn assemble(
         drained: parts.drained.clone(),
     };
     parts.tasks.spawn(keeper.run());
-    let patience = config.limits.placement_timeout;
+    let placement_timeout = config.limits.placement_timeout;
     let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
     let gate = Gate::new(&config.limits, models.iter().len(), cores, &metrics);
     let drained = parts.drained.clone();
@@ -94,8 +96,8 @@ pub fn assemble(
             handoffs: Arc::default(),
             breakers,
             metrics: metrics.clone(),
-            patience,
-            patience_again: config.carry.patience,
+            placement_timeout,
+            carry_patience: config.carry.patience,
             move_after: config.carry.move_after,
         }),
         gate,
@@ -164,8 +166,12 @@ fn readiness(service: &Service) -> Health {
 pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorError> {
     let config = process.config.clone();
     // Files and ports first: what is wrong with them is told before a model is read.
-    let tls = process.tls(&config.tls, Role::Coordinator)?;
-    let access = Access::start(&config.admin, &process.shutdown, &process.tasks)?;
+    // Whatever requests may need that have not ended, or whoever looks at them.
+    let drained = CancellationToken::new();
+    // Also where it does not come to serving.
+    let _ends = drained.clone().drop_guard();
+    let tls = process.tls(&config.tls, Role::Coordinator, &drained)?;
+    let access = Access::start(&config.admin, &drained, &process.tasks)?;
     let bind = |listen: &baton_process::Listen, key| {
         listen.bind().map_err(|source| CoordinatorError::Listen { key, source })
     };
@@ -179,9 +185,6 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
         tracing::info!(model = %name, revision, "model opened");
     }
 
-    let drained = CancellationToken::new();
-    // Also where it does not come to serving.
-    let _ends = drained.clone().drop_guard();
     let fleet = FleetWatch::start(store, FleetWatchConfig::default(), drained.clone(), &process.tasks);
     let controllers = match config.store.controller.as_str() {
         "" => Controllers::Leader(fleet.subscribe()),
@@ -202,7 +205,7 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
     let (service, router) = assemble(&config, parts)?;
 
     let admin = Admin { roster: service.roster.clone(), access };
-    let (routes, options) = admin.port(process.health.clone(), tls.clone(), process.shutdown.clone(), drain);
+    let (routes, options) = admin.port(process.health.clone(), tls.clone(), drained.clone(), ADMIN_DRAIN);
     let endpoint = |listener: &TcpListener| advertised(listener, &config.advertise_host);
     let (http, grpc) = (endpoint(&listener), endpoint(&admin_listener));
     let registration = Registration {
@@ -225,14 +228,14 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
     process.spawn_essential("admin", grpc::serve(admin_listener, routes, options));
     tracing::info!(%http, %grpc, "serving");
     let linger = config.limits.linger.min(drain);
-    let closing = later(&process.shutdown, linger, &process.tasks);
-    let most = config.limits.max_connections;
-    if let Some(files) = baton_process::open_files::most().filter(|files| *files < most as u64 + FILES_BESIDE)
-    {
-        let wanted = most as u64 + FILES_BESIDE;
+    let closing = later(&process.shutdown, linger, &drained, &process.tasks);
+    let asked = config.limits.max_connections;
+    let most = connections(asked, baton_process::open_files::most());
+    if most < asked {
+        let wanted = asked as u64 + FILES_BESIDE;
         tracing::warn!(
-            "limits.max_connections = {most}, but this process may have no more than {files} open files: connections \
-             beyond them wait; raise the limit to {wanted} (ulimit -n), or lower max_connections"
+            "limits.max_connections = {asked}, but only {most} are let in at once, so that instances can be reached: \
+             raise the limit of open files of this process to {wanted} (ulimit -n), or lower max_connections"
         );
     }
     let served = baton_process::http::serve_many(listener, router, most, closing, drain - linger).await;
@@ -242,14 +245,32 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
     Ok(served?)
 }
 
-/// Cancelled so long after another.
-fn later(shutdown: &CancellationToken, by: Duration, tasks: &TaskTracker) -> CancellationToken {
-    let (shutdown, later) = (shutdown.clone(), CancellationToken::new());
+/// How many connections of clients there may be at once, where so many are asked for and so many files may be open.
+fn connections(asked: usize, files: Option<u64>) -> usize {
+    let Some(files) = files else { return asked };
+    let left = files.saturating_sub(FILES_BESIDE).max(files / 2).max(1);
+    asked.min(usize::try_from(left).unwrap_or(usize::MAX))
+}
+
+/// Cancelled so long after `shutdown`; waits for that no longer than until `end`.
+fn later(
+    shutdown: &CancellationToken,
+    by: Duration,
+    end: &CancellationToken,
+    tasks: &TaskTracker,
+) -> CancellationToken {
+    let (shutdown, end, later) = (shutdown.clone(), end.clone(), CancellationToken::new());
     let cancelled = later.clone();
-    tasks.spawn(async move {
+    let wait = async move {
         shutdown.cancelled().await;
         tokio::time::sleep(by).await;
         cancelled.cancel();
+    };
+    tasks.spawn(async move {
+        tokio::select! {
+            () = wait => {}
+            () = end.cancelled() => {}
+        }
     });
     later
 }
@@ -283,4 +304,23 @@ fn open_store(config: &StoreConfig, tls: &Tls) -> Result<Arc<dyn Store>, Coordin
         return Ok(Arc::new(RemoteStore::new(&remote)?));
     }
     Ok(Arc::new(config.etcd.open()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::connections;
+
+    #[test]
+    fn clients_leave_files_for_the_ways_to_instances() {
+        for (asked, files, let_in) in [
+            (16_384, None, 16_384),
+            (16_384, Some(1 << 20), 16_384),
+            (16_384, Some(4096), 3072),
+            (16_384, Some(1024), 512),
+            (100, Some(1024), 100),
+            (100, Some(0), 1),
+        ] {
+            assert_eq!(connections(asked, files), let_in, "{asked} of {files:?}");
+        }
+    }
 }

@@ -120,7 +120,8 @@ pub struct LimitsConfig {
     /// How long a body may take to arrive before its request is refused with 408.
     #[serde(with = "duration")]
     pub body_timeout: Duration,
-    /// Connections of clients at once; more wait to be taken.
+    /// Connections of clients at once; more wait to be taken. Fewer where the process may not open 1,024 files beside them
+    /// (half of what it may open, if that is more).
     pub max_connections: usize,
     /// Requests of a model served at once; more wait, and hold up no other model's.
     pub max_concurrent: usize,

@@ -27,7 +27,7 @@ use crate::{
 
 /// How many attempts in a row may fail without a token before the failure is told.
 const FRUITLESS_MOST: u32 = 2;
-/// How many may be lost so: instances die one after the other, and a coordinator that was cut off loses all of them.
+/// How many may be lost with their instances without a token, counted by themselves: instances die one after the other, and a coordinator that was cut off loses all of them.
 const LOST_MOST: u32 = 4;
 /// How many may fail in all: a request may be what kills the instances that it is placed on.
 const FAILURES_MOST: u32 = 8;
@@ -77,9 +77,9 @@ pub struct Placer {
     pub metrics: Arc<Metrics>,
     pub breakers: Arc<Breakers>,
     /// How long a new request waits for an instance that can take it.
-    pub patience: Duration,
+    pub placement_timeout: Duration,
     /// How long one that has had a place before does.
-    pub patience_again: Duration,
+    pub carry_patience: Duration,
     /// What takes longer on an instance that drains goes on elsewhere.
     pub move_after: Duration,
 }
@@ -94,7 +94,7 @@ impl Placer {
         prompts: &[PreparedPrompt],
         deadline: Instant,
     ) -> Result<Vec<Booking>, NoPlace> {
-        let deadline = deadline.min(Instant::now() + self.patience);
+        let deadline = deadline.min(Instant::now() + self.placement_timeout);
         let mut bookings = Vec::with_capacity(prompts.len());
         for prompt in prompts {
             let (whole, sampling) = (Whole::of(prompt), &prompt.sampling);
@@ -181,7 +181,7 @@ impl Placer {
         let Failure { mut error, culprit, .. } = failure;
         // Who failed it, and then who could not be asked.
         let mut avoid: Vec<InstanceId> = culprit.into_iter().collect();
-        let deadline = (Instant::now() + self.patience_again + pause).min(assignment.deadline);
+        let deadline = (Instant::now() + self.carry_patience + pause).min(assignment.deadline);
         let mut changes = self.board.changes();
         loop {
             let _ = timeout_at(deadline.min(Instant::now() + pause), changes.changed()).await;
@@ -298,16 +298,16 @@ impl Attempts {
         let book = |among| {
             placer.book_now(served, Whole::of_assignment(assignment), &assignment.sampling, &[], among)
         };
-        let from = from.filter(|_| placer.board.can_serve(&served.revision).is_ok());
-        let handed_on = from.and_then(|from| book(Among::PeersOf(from)).ok());
-        let booking = match handed_on {
-            Some(booking) => booking,
-            None => book(Among::All).ok()?,
+        let begin = |among| {
+            let booking = book(among).ok()?;
+            let drains = ApiError::new(ErrorCode::Unavailable, "the instance that generates drains");
+            let (placing, handed_on) =
+                (Placing::new(&booking, Some(drains), Duration::ZERO), booking.handed_on);
+            Some((placer.start(booking, assignment.clone()).ok()?, placing, handed_on))
         };
-        let handed_on = booking.handed_on;
-        let drains = ApiError::new(ErrorCode::Unavailable, "the instance that generates drains");
-        let placing = Placing::new(&booking, Some(drains), Duration::ZERO);
-        let generation = placer.start(booking, assignment.clone()).ok()?;
+        let from = from.filter(|_| placer.board.can_serve(&served.revision).is_ok());
+        let begun = from.and_then(|from| begin(Among::PeersOf(from)));
+        let (generation, placing, handed_on) = begun.or_else(|| begin(Among::All))?;
         let (request, generated) = (&assignment.request, assignment.generated.len());
         tracing::info!(%request, generated, handed_on, "the request leaves an instance that drains");
         if generated > 0 {

@@ -241,19 +241,11 @@ impl Cluster {
 
     /// Waits until no server holds a block, a sequence or a transfer, and the coordinator carries no request.
     pub async fn assert_nothing_held(&self) {
-        const HELD: [&str; 6] = [
-            "baton_server_kv_blocks_used",
-            "baton_server_sequences_running",
-            "baton_server_sequences_waiting",
-            "baton_server_transfers_in_active",
-            "baton_server_transfers_out_active",
-            "baton_server_transfer_offers_held",
-        ];
         let what = "no block, sequence, transfer or request left";
         eventually(what, || async {
             let texts = self.server_metrics().await?;
             for text in &texts {
-                for name in HELD {
+                for name in metrics::HELD_BY_SERVERS {
                     let value = metrics::sum(text, name, "");
                     if value.unwrap_or_else(|| panic!("no metric {name}")) != 0.0 {
                         return None;

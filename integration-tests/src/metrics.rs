@@ -1,5 +1,15 @@
 //! Reads Prometheus text, as a scraper would.
 
+/// What a server holds for requests: nothing once all have ended.
+pub const HELD_BY_SERVERS: [&str; 6] = [
+    "baton_server_kv_blocks_used",
+    "baton_server_sequences_running",
+    "baton_server_sequences_waiting",
+    "baton_server_transfers_in_active",
+    "baton_server_transfers_out_active",
+    "baton_server_transfer_offers_held",
+];
+
 /// Sum of a metric over all its label sets that contain `label` (empty = all); `None` if there is no such sample.
 pub fn sum(text: &str, name: &str, label: &str) -> Option<f64> {
     let samples: Vec<f64> = text

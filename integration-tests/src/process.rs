@@ -11,6 +11,11 @@ use std::{
 
 use rustix::process::{Pid, Signal, kill_process};
 
+/// The lines of a log, or of what was said instead, that tell of a panic.
+pub fn panics(log: &str) -> impl Iterator<Item = &str> {
+    log.lines().filter(|line| line.contains(baton_process::PANIC_LOGGED) || line.contains("panicked at"))
+}
+
 /// A child that does not outlive its test.
 pub struct Service(pub Child);
 

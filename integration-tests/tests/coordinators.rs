@@ -12,7 +12,7 @@ use baton_integration_tests::{
     eventually, model,
     process::{self, Service, free_address},
 };
-use baton_proto::v1::{self, fleet_admin_client::FleetAdminClient};
+use baton_proto::v1::{self, fleet_admin_client::FleetAdminClient, request_admin_client::RequestAdminClient};
 use baton_registry::testing::EtcdServer;
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -89,6 +89,8 @@ struct Pair {
     etcd: EtcdServer,
     controller: String,
     urls: [String; 2],
+    /// Where operators ask each.
+    admins: [String; 2],
     coordinators: Vec<Service>,
     _others: Vec<Service>,
     decode: Service,
@@ -96,16 +98,16 @@ struct Pair {
 
 impl Pair {
     async fn start() -> Self {
-        let [controller, decode, one, other] = [(); 4].map(|()| free_address());
+        let [controller, decode, one, other, admin_one, admin_other] = [(); 6].map(|()| free_address());
         let (dir, etcd) = (tempfile::tempdir().expect("a temporary directory"), EtcdServer::start().await);
         let endpoints = format!("store.etcd.endpoints={}", json!([etcd.endpoint()]));
         let mut command = Command::new(binary("baton-controller"));
         command.args(["--set", "store.kind=etcd", "--set", &endpoints, "--listen", &controller]);
         command.args(["--set", "metrics_listen=127.0.0.1:0"]);
         let controls = Service::start(&mut command, &dir.path().join("controller.log"));
-        let coordinators = [&one, &other].map(|listen| {
+        let coordinators = [(&one, &admin_one), (&other, &admin_other)].map(|(listen, admin)| {
             let mut command = Command::new(binary("baton-coordinator"));
-            command.args(["--set", &endpoints, "--listen", listen, "--admin-listen", "127.0.0.1:0"]);
+            command.args(["--set", &endpoints, "--listen", listen, "--admin-listen", admin]);
             // For a decode instance that is started again.
             command.args(["--set", &format!("id=at-{}", listen.replace(':', "-"))]);
             command.args(["--set", "limits.placement_timeout=1m", "--model"]).arg(model());
@@ -113,10 +115,11 @@ impl Pair {
         });
         let prefill = server(&dir, &controller, "prefill", "127.0.0.1:0");
         let decode = server(&dir, &controller, "decode", &decode);
-        let urls = [one, other].map(|at| format!("http://{at}"));
+        let [urls, admins] =
+            [[one, other], [admin_one, admin_other]].map(|pair| pair.map(|at| format!("http://{at}")));
         let others = vec![controls, prefill];
         let coordinators = coordinators.into();
-        let pair = Self { dir, etcd, controller, urls, coordinators, _others: others, decode };
+        let pair = Self { dir, etcd, controller, urls, admins, coordinators, _others: others, decode };
         for url in &pair.urls {
             eventually("a coordinator that is ready", || async {
                 reqwest::get(format!("{url}/readiness")).await.ok()?.error_for_status().ok().map(drop)
@@ -184,6 +187,10 @@ async fn a_coordinator_that_is_restarted_ends_its_streams_and_sends_new_clients_
     })
     .await;
     assert!(stopped.elapsed() < Duration::from_secs(1), "{:?}", stopped.elapsed());
+    // Operators see what it has yet to end.
+    let mut admin = RequestAdminClient::connect(pair.admins[0].clone()).await.expect("operators are let in");
+    let listed = admin.list_requests(v1::ListRequestsRequest {}).await.expect("a list").into_inner();
+    assert!(!listed.requests.is_empty());
     // Whoever has not noticed yet is served.
     let late = tokio::spawn(read(pair.urls[0].clone(), body(3), watch::Sender::new(0)));
     // Of what happens to the fleet meanwhile, it hears.

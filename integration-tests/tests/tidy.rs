@@ -26,7 +26,7 @@ const MAY_USE: [(&str, &[&str]); 13] = [
     ("server", &["baton-checkpoint", "baton-kvtransfer", "baton-process", "baton-proto", "baton-runtime"]),
     ("deploy/process", &[]),
     ("deploy/standalone", &["baton-checkpoint", "baton-process", "baton-proto"]),
-    ("integration-tests", &[]),
+    ("integration-tests", &["baton-process"]),
 ];
 
 /// Longer files want to be split by meaning; tests and their support may be somewhat longer.

@@ -63,7 +63,7 @@ const DOOR: Door = Door {
 
 /// Runs a server until its process is asked to stop.
 pub async fn run(process: Process<ServerConfig>) -> Result<(), ServerError> {
-    let tls = process.tls(&process.config.tls, tls::Role::Server)?;
+    let tls = process.tls(&process.config.tls, tls::Role::Server, &process.shutdown)?;
     let listeners = Listeners::bind(&process.config)?;
     let plan = Plan::read(&process.config).await?;
     let mut facts = plan.facts(&process.config)?;

@@ -66,6 +66,9 @@ pub struct Stall {
     looked: Instant,
     /// Since when it is stuck, or was told to be so last.
     stuck: Option<Instant>,
+    /// The last leg that was taken from it unseen, and since when it was waited for: until it says to have seen that, or
+    /// brings anything, it is stuck still, though nothing waits for it any more.
+    owed: Option<(LegId, Instant)>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -89,6 +92,7 @@ impl Stall {
             longest: (Duration::ZERO, now),
             looked: now,
             stuck: None,
+            owed: None,
         }
     }
 
@@ -101,6 +105,14 @@ impl Stall {
     pub fn output(&mut self, now: Instant) {
         self.heard(now);
         self.still = now;
+        self.owed = None;
+    }
+
+    /// Its legs have been taken from it, of which this was the last; those that it has not seen were first sent at `unseen`.
+    pub fn gave_up(&mut self, last: LegId, unseen: Option<Instant>) {
+        if let Some(sent) = unseen {
+            self.owed = Some((last, self.owed.map_or(sent, |(_, since)| since)));
+        }
     }
 
     /// It has told its load.
@@ -127,6 +139,10 @@ impl Stall {
             }
             _ => self.still = now,
         }
+        let got_on = before.zip(said).is_some_and(|(before, said)| before.progress != said.progress);
+        if got_on || said.is_none_or(|said| self.owed.is_some_and(|(last, _)| said.seen >= last)) {
+            self.owed = None;
+        }
     }
 
     fn longest(&self, now: Instant) -> Duration {
@@ -151,7 +167,8 @@ impl Stall {
         if now.saturating_duration_since(std::mem::replace(&mut self.looked, now)) > HELD_UP {
             (self.still, self.heard, self.asked) = (now, now, false);
         }
-        let Some(why) = self.why(unseen, now) else {
+        let owed = self.owed.map(|(_, since)| since);
+        let Some(why) = self.why(unseen.into_iter().chain(owed).min(), now) else {
             self.stuck = None;
             let silent = now.saturating_duration_since(self.heard);
             if self.asked || silent * 3 < self.least * 2 {

@@ -35,8 +35,8 @@ async fn all_prompts_together_wait_no_longer_than_one() {
         handoffs,
         metrics,
         breakers,
-        patience,
-        patience_again: patience,
+        placement_timeout: patience,
+        carry_patience: patience,
         move_after: patience,
     };
     let body = r#"{"model": "tiny", "prompt": ["short", "one that only the large one holds"]}"#;
@@ -97,8 +97,8 @@ fn two(links: Links) -> Two {
         handoffs: Arc::default(),
         metrics,
         breakers,
-        patience,
-        patience_again: patience,
+        placement_timeout: patience,
+        carry_patience: patience,
         move_after: patience,
     });
     Two { placer, model, assignment }

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use v1::{FinishReason, attach_response::Frame as Answer, dispatch::Work};
 
 use crate::{
-    scripted::{Cluster, Instance, PATIENCE, chat_text, events, until},
+    scripted::{Cluster, Instance, PATIENCE, bytes, chat_text, consumed, events},
     stalls::either,
 };
 
@@ -29,18 +29,6 @@ fn handing_on(dispatch: &v1::Dispatch) -> (bool, Vec<u8>) {
         Some(Work::Prefill(work)) => (work.hand_on, work.transfer_id.to_vec()),
         other => panic!("{other:?}"),
     }
-}
-
-fn bytes(text: &str) -> Vec<u32> {
-    text.bytes().map(u32::from).collect()
-}
-
-/// Waits until the only request has this many tokens.
-async fn consumed(cluster: &Cluster, tokens: u32) {
-    until("the tokens are there", || {
-        cluster.service.roster.list().iter().any(|card| card.completion_tokens() == tokens)
-    })
-    .await;
 }
 
 const ROLES: [(&str, v1::Role); 3] =

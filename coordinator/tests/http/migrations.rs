@@ -1,6 +1,6 @@
 //! Answers that one instance begins and another ends: the client sees a pause, and nothing lost, repeated or changed.
 
-use crate::scripted::{Cluster, Instance, PATIENCE, chat_text, events, until};
+use crate::scripted::{Cluster, Instance, PATIENCE, bytes, chat_text, consumed, events};
 use baton_coordinator::CoordinatorConfig;
 use baton_proto::{ErrorCode, v1};
 use serde_json::{Value, json};
@@ -12,18 +12,6 @@ async fn either(a: &mut Instance, b: &mut Instance) -> (usize, v1::Dispatch) {
         dispatch = a.dispatch() => (0, dispatch),
         dispatch = b.dispatch() => (1, dispatch),
     }
-}
-
-fn bytes(text: &str) -> Vec<u32> {
-    text.bytes().map(u32::from).collect()
-}
-
-/// Waits until the only request has this many tokens.
-async fn consumed(cluster: &Cluster, tokens: u32) {
-    until("the tokens are there", || {
-        cluster.service.roster.list().iter().any(|card| card.completion_tokens() == tokens)
-    })
-    .await;
 }
 
 async fn migrations(cluster: &Cluster, reason: ErrorCode) -> Option<String> {

@@ -477,6 +477,18 @@ pub(crate) fn chat_text(events: &[&str]) -> String {
     chunks.filter_map(|chunk| chunk["choices"][0]["delta"]["content"].as_str().map(str::to_owned)).collect()
 }
 
+pub(crate) fn bytes(text: &str) -> Vec<u32> {
+    text.bytes().map(u32::from).collect()
+}
+
+/// Waits until the only request has this many tokens.
+pub(crate) async fn consumed(cluster: &Cluster, tokens: u32) {
+    until("the tokens are there", || {
+        cluster.service.roster.list().iter().any(|card| card.completion_tokens() == tokens)
+    })
+    .await;
+}
+
 /// Answers one request on a pair: `text`'s first byte by prefill, the rest by decode.
 pub(crate) async fn answer(prefill: &mut Instance, decode: &mut Instance, text: &str) {
     let (p, d) = (prefill.dispatch().await, decode.dispatch().await);

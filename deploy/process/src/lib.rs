@@ -26,7 +26,7 @@ pub mod tls;
 pub use args::CommonArgs;
 pub use error::{ConfigError, ProcessError, one_line};
 pub use health::{Health, HealthHandle};
-pub use life::{Process, run};
+pub use life::{PANIC_LOGGED, Process, run};
 pub use listen::{Listen, ListenError};
 pub use metrics::Metrics;
 pub use settings::{Invalid, LogConfig, LogFormat, OtlpConfig, ProcessConfig, ServiceConfig, ShutdownConfig};

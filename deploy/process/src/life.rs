@@ -36,9 +36,9 @@ impl<T: ServiceConfig> Process<T> {
         self.config.drain()
     }
 
-    /// Reads the TLS files of a process with this role; they are followed until the shutdown.
-    pub fn tls(&self, config: &TlsConfig, own: Role) -> Result<Tls, TlsError> {
-        Tls::start(config, own, &self.metrics, &self.shutdown, &self.tasks)
+    /// Reads the TLS files of a process with this role; they are followed until then.
+    pub fn tls(&self, config: &TlsConfig, own: Role, until: &CancellationToken) -> Result<Tls, TlsError> {
+        Tls::start(config, own, &self.metrics, until, &self.tasks)
     }
 
     /// Spawns a task without which the process is of no use: its error or panic stops the process with status 1, and
@@ -214,6 +214,9 @@ async fn caught<R>(future: impl Future<Output = R>) -> Option<R> {
     })
     .await
 }
+
+/// What a line of the human log has where something has panicked.
+pub const PANIC_LOGGED: &str = "baton_process::life: panic thread=";
 
 /// A panic anywhere becomes a line of the log, with its place, instead of a trace that a collector cannot read.
 fn log_panics() {

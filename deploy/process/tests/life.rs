@@ -216,6 +216,8 @@ fn a_panic_is_logged_and_an_essential_task_takes_the_process_along() {
         "{panic}"
     );
     assert!(log.contains("error: doomed failed: it panicked"), "{log}");
+    let (_, log) = Specimen::start(&["--set", "mode=panic", "--set", "process.log.format=human"]).end();
+    assert_eq!(log.matches(baton_process::PANIC_LOGGED).count(), 1, "{log}");
 }
 
 #[test]

@@ -62,6 +62,21 @@ pub(crate) enum Unanswered {
     Slow(Duration),
 }
 
+impl Unanswered {
+    /// Whether a client sees this of a coordinator that is killed, frozen or cut off, or has just come back: no whole
+    /// answer, or a word that it, or its instances, cannot be asked now. Anything else it says is wrong of it.
+    pub(crate) fn may_be_of_the_harm(&self) -> bool {
+        match self {
+            Self::Connection(_) | Self::Cut | Self::Slow(_) => true,
+            Self::Status(status, _) => [429, 502, 503, 504].contains(status),
+            Self::Event(event) => {
+                let code = event["error"]["code"].as_str().unwrap_or_default();
+                ["unavailable", "instance_lost", "handoff_failed", "deadline_exceeded"].contains(&code)
+            }
+        }
+    }
+}
+
 /// A mix: greedy and sampled, one answer and several, stop strings, log probabilities, chats and completions, streamed
 /// and not, short prompts and long ones.
 pub(crate) fn questions() -> Vec<Question> {

@@ -109,16 +109,18 @@ impl Service {
         }
     }
 
-    /// One that is ready, as soon as there is one.
-    async fn pick(&self, rng: &mut StdRng) -> usize {
-        loop {
+    /// One that is ready, as soon as there is one; none in all the time that an answer may take.
+    async fn pick(&self, rng: &mut StdRng) -> Option<usize> {
+        let began = Instant::now();
+        while began.elapsed() < PATIENCE {
             let ready = |coordinator: &usize| self.with(*coordinator, |standing| standing.ready);
             let ready: Vec<_> = (0..self.urls.len()).filter(ready).collect();
             if !ready.is_empty() {
-                return ready[rng.random_range(0..ready.len())];
+                return Some(ready[rng.random_range(0..ready.len())]);
             }
             sleep(PROBE_EVERY / 4).await;
         }
+        None
     }
 
     /// One attempt; the longest gap beside it.
@@ -162,7 +164,11 @@ impl Service {
             told: question.name.clone(),
         };
         loop {
-            let coordinator = self.pick(rng).await;
+            let Some(coordinator) = self.pick(rng).await else {
+                flight.failure = Some(format!("no coordinator was ready within {PATIENCE:?}"));
+                flight.ended = Instant::now();
+                return flight;
+            };
             let sent = Instant::now();
             let (answer, gap) = self.attempt(client, coordinator, question).await;
             flight.gap = flight.gap.max(gap);
@@ -171,7 +177,7 @@ impl Service {
             flight.failure = match answer {
                 Ok(answer) if answer == *expected => None,
                 Ok(answer) => Some(format!("expected {expected:?}\n     got {answer:?}")),
-                Err(_) if excused => {
+                Err(why) if excused && why.may_be_of_the_harm() => {
                     flight.resent += 1;
                     sleep(PROBE_EVERY).await;
                     continue;

@@ -21,6 +21,8 @@ use crate::{
 const PAUSE_MILLIS: std::ops::Range<u64> = 2000..5000;
 /// Servers that may be harmed at a time, or not yet be back.
 const SERVERS_OUT_MOST: usize = 2;
+/// Whoever was harmed is well again so long afterwards, or never.
+const RECOVERS_WITHIN: Duration = Duration::from_secs(120);
 /// For so long after a fault the controller may still list what was before: an instance's lease and more.
 const LISTED_STILL: Duration = Duration::from_secs(8);
 const TICK: Duration = Duration::from_millis(100);
@@ -47,6 +49,13 @@ pub(crate) struct Fault {
     pub(crate) name: String,
     pub(crate) began: Instant,
     pub(crate) ended: Instant,
+}
+
+impl Fault {
+    /// A server was harmed, or cut from another.
+    pub(crate) fn is_of_a_server(&self) -> bool {
+        ["prefill", "decode", "server"].iter().any(|kind| self.name.contains(kind))
+    }
 }
 
 pub(crate) struct Schedule<'a> {
@@ -90,7 +99,13 @@ impl<'a> Schedule<'a> {
             }
             deaths.extend(self.fleet.deaths());
             self.look().await;
-            if over && self.recovering.is_empty() {
+            let late = self.recovering.iter().filter(|(_, since)| since.elapsed() > RECOVERS_WITHIN);
+            let late = late.map(|(member, _)| self.fleet.member(*member).name.clone());
+            deaths.extend(
+                late.map(|name| format!("{name} is not well {RECOVERS_WITHIN:?} after it was harmed")),
+            );
+            // Those that ended by themselves do not come back.
+            if !deaths.is_empty() || over && self.recovering.is_empty() {
                 return (self.faults, deaths);
             }
             if !over && now >= next {

@@ -253,7 +253,7 @@ impl Fleet {
         for path in fs::read_dir(&self.dir).into_iter().flatten().flatten().map(|entry| entry.path()) {
             if path.extension().is_some_and(|extension| extension == "log") {
                 let log = String::from_utf8_lossy(&fs::read(&path).expect("a log can be read")).into_owned();
-                let panics = log.lines().filter(|line| line.contains("panicked"));
+                let panics = process::panics(&log);
                 found.extend(panics.map(|line| format!("{}: {line}", path.display())));
             }
         }

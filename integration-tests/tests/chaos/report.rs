@@ -110,20 +110,14 @@ pub(crate) fn table(faults: &[Fault], flights: &[Flight], moves: &Moves) -> Stri
 
 /// What servers and coordinators hold that they should not, when nobody asks anything.
 pub(crate) async fn held(fleet: &Fleet) -> Vec<String> {
-    const SERVERS: [&str; 6] = [
-        "baton_server_kv_blocks_used",
-        "baton_server_sequences_running",
-        "baton_server_sequences_waiting",
-        "baton_server_transfers_in_active",
-        "baton_server_transfers_out_active",
-        "baton_server_transfer_offers_held",
-    ];
     const COORDINATORS: [&str; 3] =
         ["baton_coordinator_in_flight", "baton_coordinator_queued", "baton_coordinator_body_reserved_bytes"];
     use crate::fleet::Kind;
     let client = crate::clients::client();
     let mut held = Vec::new();
-    for (kind, names) in [(Kind::Server, &SERVERS[..]), (Kind::Coordinator, &COORDINATORS[..])] {
+    for (kind, names) in
+        [(Kind::Server, &metrics::HELD_BY_SERVERS[..]), (Kind::Coordinator, &COORDINATORS[..])]
+    {
         for index in fleet.of(kind) {
             let who = &fleet.member(index).name;
             let Some(text) = fleet.metrics(&client, index).await else {

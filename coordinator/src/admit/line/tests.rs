@@ -43,15 +43,15 @@ fn house(max_concurrent: usize, max_queued: usize) -> House {
     board.up(&only.id, only.incarnation, ready(Role::Mixed));
     let (breakers, patience) = (Arc::new(Breakers::new(&metrics)), Duration::from_secs(5));
     let (links, handoffs) = (Arc::default(), Arc::default());
-    let (patience_again, move_after) = (patience, patience);
+    let (carry_patience, move_after) = (patience, patience);
     let placer = Placer {
         board,
         links,
         handoffs,
         metrics: metrics.clone(),
         breakers,
-        patience,
-        patience_again,
+        placement_timeout: patience,
+        carry_patience,
         move_after,
     };
     let model = models.iter().next().expect("a model").clone();

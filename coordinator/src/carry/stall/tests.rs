@@ -172,3 +172,27 @@ fn who_was_held_up_itself_blames_nobody() {
         assert_eq!(rig.stuck.len(), 1, "from then on it counts");
     }
 }
+
+#[test]
+fn who_took_nothing_in_is_stuck_until_it_does_though_nothing_waits_for_it_any_more() {
+    let idle = |seen: u64| v1::InstanceLoad { seen_leg: Some(seen), ..load(7, 0) };
+    let stuck = || {
+        let mut rig = Rig::new();
+        rig.pass(seconds(1), |_| Some(idle(4)));
+        let sent = rig.now;
+        rig.unseen = Some(sent);
+        rig.pass(LEAST + LOOK, |_| Some(idle(4)));
+        assert_eq!(rig.stuck.len(), 1);
+        // Its legs go elsewhere.
+        rig.stall.gave_up(LegId(6), Some(sent));
+        rig.unseen = None;
+        let verdicts = rig.pass(seconds(20), |_| Some(idle(5)));
+        assert!(!verdicts.contains(&Verdict::Well), "it has not seen the last");
+        rig
+    };
+    assert_eq!(stuck().pass(LOOK, |_| Some(idle(6))), [Verdict::Well]);
+    assert_eq!(stuck().pass(LOOK, |_| Some(v1::InstanceLoad { progress: 8, ..idle(5) })), [Verdict::Well]);
+    let mut rig = stuck();
+    rig.stall.output(rig.now);
+    assert_eq!(rig.pass(LOOK, |_| Some(idle(5))), [Verdict::Well]);
+}

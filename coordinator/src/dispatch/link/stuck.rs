@@ -1,6 +1,7 @@
 //! What is done about an instance that does not get on, as [`crate::carry::stall`] sees it: all its legs are taken from it
-//! and fail as those of a lost one do, so that their requests go on elsewhere, and its breaker is kept open until it gets
-//! on. Its stream stays, for that is where this will show.
+//! and fail as those of a lost one do, so that their requests go on elsewhere, and the board gives it nothing until it gets
+//! on. Its stream stays, for that is where this will show. Its breaker is open meanwhile, too: when it gets on, a single
+//! request tries it first.
 
 use std::{
     collections::HashMap,
@@ -67,7 +68,7 @@ impl Pulse {
         let stuck = matches!(verdict, Verdict::Stuck(_) | Verdict::StillStuck);
         if self.link.stuck.swap(stuck, Ordering::Relaxed) != stuck {
             // Before its legs fail: they may be placed again at once, and not here.
-            self.board.stuck(instance, stuck);
+            self.board.set_stuck(instance, stuck);
             if !stuck {
                 tracing::info!(%instance, "the instance gets on again");
             }
@@ -82,7 +83,10 @@ impl Pulse {
             }
             Verdict::Stuck(why) => {
                 self.breakers.stuck(instance, now);
-                let legs = self.link.give_up();
+                let (legs, last) = self.link.give_up();
+                if let Some(last) = last {
+                    self.stall.gave_up(last, unseen);
+                }
                 tracing::warn!(%instance, legs, %why, "the instance does not get on; its requests go on elsewhere");
             }
             Verdict::StillStuck => self.breakers.stuck(instance, now),
@@ -108,8 +112,8 @@ impl Link {
         legs.filter(|(leg, _)| **leg > seen).map(|(_, slot)| slot.sent).min()
     }
 
-    /// Takes every leg from the instance, and fails it; how many there were.
-    fn give_up(&self) -> usize {
+    /// Takes every leg from the instance, and fails it; how many there were, and the last of them.
+    fn give_up(&self) -> (usize, Option<LegId>) {
         let mut legs = HashMap::new();
         if let Some(up) = self.channel.lock().as_mut() {
             legs = std::mem::take(&mut up.legs);
@@ -119,10 +123,10 @@ impl Link {
                 up.outbound.push(Ask::Cancel(v1::Cancel { leg, reason, choice: None, damaged: false }));
             }
         }
-        let many = legs.len();
+        let (many, last) = (legs.len(), legs.keys().max().copied());
         let message =
             format!("instance {} does not get on with its work; send the request again", self.instance);
         self.lose(legs, &ApiError::new(ErrorCode::InstanceLost, message));
-        many
+        (many, last)
     }
 }

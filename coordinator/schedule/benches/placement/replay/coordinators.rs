@@ -72,8 +72,10 @@ impl Chooser for Coordinators {
     }
 
     fn bind(&mut self, now_micros: u64) -> Option<(usize, Choice)> {
-        let bound = self.each.iter_mut().enumerate();
-        let (by, (index, choice)) = bound.filter_map(|(by, one)| Some((by, one.bind(now_micros)?))).next()?;
+        // Nobody's requests go before those of the others, where any wait.
+        let many = self.each.len();
+        let mut turn = (0..many).map(|turn| (self.next + turn) % many);
+        let (by, (index, choice)) = turn.find_map(|by| Some((by, self.each[by].bind(now_micros)?)))?;
         self.prefills[choice.prefill].to_come.push(by);
         self.decodes[choice.decode].to_come.push(by);
         Some((index, choice))
@@ -89,6 +91,7 @@ impl Chooser for Coordinators {
 
     fn finished(&mut self, index: usize, output_tokens: u32, now_micros: u64) {
         self.of(index).finished(index, output_tokens, now_micros);
+        self.of.remove(&index);
     }
 
     fn heard(&mut self, place: Place, report: &Report, now_micros: u64) {
