@@ -27,7 +27,7 @@ use self::{
     classes::{LETTER, UNSTABLE, classes},
     merges::Merges,
     splits::Splits,
-    words::{Key, Remembered, Tokens, WORD_BYTES_MOST, key, remembered_as},
+    words::{Key, Remembered, Tokens, WORD_BYTES_MOST, forgets_how, key, remembered_as},
 };
 use super::{
     ggml,
@@ -199,46 +199,48 @@ impl Fast {
             keys[..some.len()].iter().for_each(|&key| _ = words.recall(key, tokens));
             return;
         }
-        for &(start, end) in some {
-            if end - start <= WORD_BYTES_MOST {
-                self.short(text, (start, end), self.takes_whole, words, tokens);
-            } else {
-                self.long(&text[start..end], words, tokens);
+        // Looked up before any is needed: the table is large, and one that lies far away does not keep others waiting.
+        let mut ids = [None; SPLIT_AT_A_TIME];
+        for (id, &key) in ids.iter_mut().zip(&keys[..some.len()]) {
+            if key != 0 && !words.knows(key) {
+                *id = self.tokens.get(forgets_how(key));
+            }
+        }
+        for ((&(start, end), key), id) in some.iter().zip(keys).zip(ids) {
+            let word = &text[start..end];
+            if key == 0 {
+                self.long(word, words, tokens);
+            } else if !words.recall(key, tokens) {
+                self.unknown((key, word), id, words, tokens);
             }
         }
     }
 
-    /// A word of up to 15 bytes, or such a part of one, which is not taken whole.
+    /// A part of up to 15 bytes of a word, which is not taken whole.
     #[inline]
-    fn short(
-        &self,
-        text: &[u8],
-        (start, end): (usize, usize),
-        takes_whole: bool,
-        words: &mut Remembered,
-        tokens: &mut Vec<u32>,
-    ) {
-        let key = key(text, start, end);
-        let remembered = remembered_as(key, takes_whole);
-        if !words.recall(remembered, tokens) {
-            let before = tokens.len();
-            self.unknown((key, &text[start..end]), takes_whole, words, tokens);
-            words.keep(remembered, &tokens[before..]);
+    fn part(&self, part: &[u8], words: &mut Remembered, tokens: &mut Vec<u32>) {
+        let key = remembered_as(key(part, 0, part.len()), false);
+        if !words.recall(key, tokens) {
+            self.unknown((key, part), None, words, tokens);
         }
     }
 
+    /// A word that is not remembered, and its id if that is known, or a part of one. Is remembered from now on.
     #[inline(never)]
     fn unknown(
         &self,
-        (key, word): (Key, &[u8]),
-        takes_whole: bool,
+        (remembered, word): (Key, &[u8]),
+        id: Option<u32>,
         words: &mut Remembered,
         tokens: &mut Vec<u32>,
     ) {
-        match self.tokens.get(key) {
+        let key = forgets_how(remembered);
+        let (takes_whole, before) = (remembered != key, tokens.len());
+        match id.or_else(|| self.tokens.get(key)) {
             Some(id) if takes_whole || id & MERGES != 0 => tokens.push(id & !MERGES),
             _ => words.long(word, takes_whole, tokens, |_, tokens| self.merges.merge(word, tokens)),
         }
+        words.keep(remembered, &tokens[before..]);
     }
 
     /// A word of more than 15 bytes.
@@ -250,7 +252,7 @@ impl Fast {
             }
             self.merges.cuts(word, |start, end| {
                 if end - start <= WORD_BYTES_MOST {
-                    self.short(word, (start, end), false, words, tokens);
+                    self.part(&word[start..end], words, tokens);
                 } else if (start, end) == (0, word.len()) {
                     self.merges.merge(word, tokens);
                 } else {

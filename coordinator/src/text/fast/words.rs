@@ -35,6 +35,12 @@ pub(super) fn remembered_as(key: Key, takes_whole: bool) -> Key {
     key | Key::from(takes_whole) << 127
 }
 
+/// Back again.
+#[inline]
+pub(super) fn forgets_how(remembered: Key) -> Key {
+    remembered & !(1 << 127)
+}
+
 #[inline]
 fn mix(key: Key) -> u64 {
     let (low, high) = (key as u64, (key >> 64) as u64);
@@ -45,34 +51,43 @@ fn mix(key: Key) -> u64 {
 /// The tokens that are short words: open addressing, at most half full.
 #[derive(Debug)]
 pub(super) struct Tokens {
-    keys: Vec<Key>,
-    ids: Vec<u32>,
+    slots: Vec<Slot>,
+}
+
+/// A word and its id, side by side in a line of the processor's cache; none if the key is 0.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(align(32))]
+struct Slot {
+    key: Key,
+    id: u32,
 }
 
 impl Tokens {
     pub(super) fn new(count: usize) -> Self {
         let size = (count.max(1) * 2).next_power_of_two();
-        Self { keys: vec![0; size], ids: vec![0; size] }
+        Self { slots: vec![Slot::default(); size] }
     }
 
     pub(super) fn insert(&mut self, key: Key, id: u32) {
-        let slot = self.slot(key);
-        (self.keys[slot], self.ids[slot]) = (key, id);
+        let at = self.find(key);
+        self.slots[at] = Slot { key, id };
     }
 
+    #[inline]
     pub(super) fn get(&self, key: Key) -> Option<u32> {
-        let slot = self.slot(key);
-        (self.keys[slot] == key).then(|| self.ids[slot])
+        let slot = &self.slots[self.find(key)];
+        (slot.key == key).then_some(slot.id)
     }
 
     /// Where the key is, or would be.
-    fn slot(&self, key: Key) -> usize {
-        let last = self.keys.len() - 1;
-        let mut slot = mix(key) as usize & last;
-        while self.keys[slot] != key && self.keys[slot] != 0 {
-            slot = (slot + 1) & last;
+    #[inline]
+    fn find(&self, key: Key) -> usize {
+        let last = self.slots.len() - 1;
+        let mut at = mix(key) as usize & last;
+        while self.slots[at].key != key && self.slots[at].key != 0 {
+            at = (at + 1) & last;
         }
-        slot
+        at
     }
 }
 
