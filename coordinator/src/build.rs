@@ -8,7 +8,7 @@ use std::{
 };
 
 use axum::Router;
-use baton_process::{Health, HealthHandle, Process, Tls, access::Access, grpc, tls::Role};
+use baton_process::{Health, HealthHandle, Process, ProcessError, Tls, access::Access, grpc, tls::Role};
 use baton_proto::{CoordinatorId, CoordinatorSpec};
 use baton_registry::{FleetWatch, FleetWatchConfig, RemoteConfig, RemoteStore, Store};
 use baton_schedule::board::Board;
@@ -39,7 +39,7 @@ const CLIENT_SILENCE: Duration = Duration::from_secs(30);
 const CLIENT_STALL: Duration = Duration::from_secs(120);
 /// Files that are open beside clients' connections: those to instances, the state store and operators, and models'.
 const FILES_BESIDE: u64 = 1024;
-/// How long operators' calls may take once the last request has ended.
+/// How long operators' calls, and probes, may take once the last request has ended.
 const ADMIN_DRAIN: Duration = Duration::from_secs(1);
 
 /// What a coordinator is built from besides its configuration; tests bring their own.
@@ -238,6 +238,16 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
              raise the limit of open files of this process to {wanted} (ulimit -n), or lower max_connections"
         );
     }
+    let observed = listener.try_clone().map_err(ProcessError::Http)?;
+    let (closed, end) = (http::closed(process.metrics.clone(), process.health.clone()), closing.clone());
+    let until = drained.clone();
+    process.tasks.spawn(async move {
+        if until.run_until_cancelled(end.cancelled()).await.is_some()
+            && let Err(error) = baton_process::http::serve(observed, closed, until, ADMIN_DRAIN).await
+        {
+            tracing::warn!(%error, "nobody can look at the rest of the drain");
+        }
+    });
     let served = baton_process::http::serve_many(listener, router, most, closing, drain - linger).await;
     // Requests have drained: the streams to instances may end.
     service.placer.links.stop_all();

@@ -160,6 +160,8 @@ async fn read(url: String, body: Value, said: watch::Sender<usize>) -> String {
 #[tokio::test]
 async fn a_coordinator_that_is_restarted_ends_its_streams_and_sends_new_clients_to_the_other() {
     const STREAMS: usize = 64;
+    /// The default of `limits.linger`.
+    const LINGER: Duration = Duration::from_secs(5);
     let mut pair = Pair::start().await;
     let body = |stream| {
         let prompt = format!("Question {}. {}", stream % 8, long_prompt(10));
@@ -187,19 +189,34 @@ async fn a_coordinator_that_is_restarted_ends_its_streams_and_sends_new_clients_
     })
     .await;
     assert!(stopped.elapsed() < Duration::from_secs(1), "{:?}", stopped.elapsed());
+    // Longer than clients are let in.
+    let (begun, said) = watch::channel(0);
+    let body_of_long = request("SmolLM2-135M-Instruct", "Tell me a long story.", 400, true);
+    let long = tokio::spawn(read(pair.urls[0].clone(), body_of_long, begun));
     // Operators see what it has yet to end.
     let mut admin = RequestAdminClient::connect(pair.admins[0].clone()).await.expect("operators are let in");
     let listed = admin.list_requests(v1::ListRequestsRequest {}).await.expect("a list").into_inner();
     assert!(!listed.requests.is_empty());
+    drop(admin);
     // Whoever has not noticed yet is served.
     let late = tokio::spawn(read(pair.urls[0].clone(), body(3), watch::Sender::new(0)));
     // Of what happens to the fleet meanwhile, it hears.
     pair.replace_decode();
     let elsewhere = tokio::spawn(read(pair.urls[1].clone(), body(5), watch::Sender::new(0)));
 
+    // Who comes then is told so, and the rest of the drain is seen.
+    tokio::time::sleep_until((stopped + LINGER + Duration::from_millis(500)).into()).await;
+    let refused = reqwest::get(format!("{}/v1/models", pair.urls[0])).await.expect("it still answers");
+    assert_eq!((refused.status().as_u16(), refused.headers()["connection"].as_bytes()), (503, &b"close"[..]));
+    assert!(refused.text().await.expect("a body").contains("shutting down"));
+    let metrics = reqwest::get(format!("{}/metrics", pair.urls[0])).await.expect("it is observed");
+    assert!(metrics.text().await.expect("a body").contains("baton_coordinator_in_flight"));
+    assert!(!long.is_finished(), "{} events", *said.borrow());
+
     for (stream, text) in streams.into_iter().enumerate() {
         assert_eq!(text.await.expect("no stream fails"), expected[stream % 8], "stream {stream}");
     }
+    assert!(!long.await.expect("it is served").is_empty());
     assert_eq!(late.await.expect("it is served"), expected[3]);
     assert_eq!(elsewhere.await.expect("it is served"), expected[5]);
     let status = process::wait_exit(&mut pair.coordinators[0].0, Duration::from_secs(30));

@@ -59,6 +59,18 @@ pub fn router(service: Arc<Service>, metrics: baton_process::Metrics, health: He
     guarded(routes)
 }
 
+/// What is left once clients are let in no more and requests still run: probes and metrics. Everything else is to be asked of
+/// another coordinator.
+pub fn closed(metrics: baton_process::Metrics, health: HealthHandle) -> Router {
+    guarded(baton_process::http::router(metrics, health).fallback(async || {
+        let message =
+            "this coordinator is shutting down and takes no new requests: send it again, to another";
+        let mut response = error_response(&ApiError::new(ErrorCode::Unavailable, message));
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+        response
+    }))
+}
+
 /// Nothing under `/v1` is reached without a key where keys are asked for, not even what is not there. Handlers find the
 /// [`Caller`] among the extensions, and no key in the headers.
 async fn let_in(State(service): State<Arc<Service>>, mut request: Request, next: Next) -> Response {
