@@ -87,6 +87,8 @@ pub struct Metrics {
     pub legs_lost: Counter,
     /// By the name of the error's code.
     pub migrations: Family<MigrationLabels, Counter>,
+    /// Of those the ones whose instance was asked for their cache.
+    pub hand_ons: Family<ModelLabel, Counter>,
     /// Times that an instance was left out for its faults, and how many are.
     pub breaker_openings: Counter,
     pub open_breakers: Gauge,
@@ -167,6 +169,7 @@ impl Metrics {
             cancels: Family::default(),
             legs_lost: Counter::default(),
             migrations: Family::default(),
+            hand_ons: Family::default(),
             breaker_openings: Counter::default(),
             open_breakers: Gauge::default(),
             not_placed_again: Family::default(),
@@ -302,6 +305,11 @@ impl Metrics {
             "migrations",
             "Answers begun on one instance that went on elsewhere, by why it could not finish them, and model",
             self.migrations.clone(),
+        );
+        registry.register(
+            "hand_ons",
+            "Answers that left an instance which drains and was asked to hand their KV cache on, by model",
+            self.hand_ons.clone(),
         );
         self.show_faults(registry);
         self.show_caches(registry);

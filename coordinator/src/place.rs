@@ -19,7 +19,7 @@ use crate::{
     dispatch::{Assignment, Generation, NotSent},
     fleet::keeper::Links,
     handoffs::Handoffs,
-    metrics::{Metrics, MigrationLabels},
+    metrics::{Metrics, MigrationLabels, ModelLabel},
     models::Model,
     prepare::{PreparedPrompt, Sampling, Served},
     requests::Placing,
@@ -312,6 +312,9 @@ impl Attempts {
         tracing::info!(%request, generated, handed_on, "the request leaves an instance that drains");
         if generated > 0 {
             placer.count_migration(ErrorCode::Unavailable, served);
+        }
+        if handed_on {
+            placer.metrics.hand_ons.get_or_create(&ModelLabel { model: served.name.clone() }).inc();
         }
         Some((generation, placing))
     }

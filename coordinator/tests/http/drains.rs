@@ -69,6 +69,7 @@ async fn a_decode_that_drains_hands_on_what_it_has_to_another_that_goes_on_where
     assert!(prefill.is_quiet(), "prefill was asked");
     let metrics = cluster.get("/metrics").await.text().await.expect("a body");
     assert!(metrics.contains("baton_coordinator_migrations_total{reason=\"unavailable\",model=\"tiny\"} 1"));
+    assert!(metrics.contains("baton_coordinator_hand_ons_total{model=\"tiny\"} 1"));
     cluster.at_rest().await;
 }
 
