@@ -28,7 +28,7 @@ const PIECE_BYTES_LEAST: usize = 2 << 10;
 const OVERHEAD_BYTES: usize = 128;
 
 /// Places where `text` is cut, ascending.
-fn cuts(text: &str) -> impl Iterator<Item = usize> {
+fn cuts(text: &str) -> impl DoubleEndedIterator<Item = usize> {
     /// What a place is judged by.
     const BEFORE: usize = 8;
     /// Of places before a space one in so many is taken; spaces are much more frequent than the others.
@@ -45,7 +45,7 @@ fn cuts(text: &str) -> impl Iterator<Item = usize> {
 
 /// Where a text is cut last, whatever comes behind it.
 pub(super) fn last_cut(text: &str) -> Option<usize> {
-    cuts(text).last()
+    cuts(text).next_back()
 }
 
 /// Of Chinese.
