@@ -61,10 +61,9 @@ impl Pricing<'_> {
     pub(crate) fn price(&self, row: &Row, side: Side, cached: u32) -> Price {
         match side {
             Side::Prefill => self.prefill(row, cached, 0.0),
-            Side::Decode => self.decode(row, cached),
+            Side::Decode => self.decode(row, cached, self.ask.prompt_tokens.saturating_sub(cached)),
             Side::Whole => {
-                let (first, then) =
-                    (self.prefill(row, cached, 0.0), self.decode(row, self.ask.prompt_tokens));
+                let (first, then) = (self.prefill(row, cached, 0.0), self.decode(row, cached, 0));
                 both(first, then)
             }
         }
@@ -73,7 +72,7 @@ impl Pricing<'_> {
     /// All of it on a decode instance; `None`: it has too much to do.
     pub(crate) fn local(&self, row: &Row, cached: u32) -> Option<Price> {
         let batch = row.standing.sequences as f64;
-        let then = self.decode(row, self.ask.prompt_tokens);
+        let then = self.decode(row, cached, 0);
         let room = match (row.standing.blocks_free, row.standing.blocks_total) {
             (Some(free), Some(total)) => free as f64 >= LOCAL_FREE_LEAST * total as f64,
             _ => true,
@@ -97,7 +96,8 @@ impl Pricing<'_> {
         Price { micros, ttft_micros, tpot_micros: 0.0, wait_micros: row.queue_micros }
     }
 
-    fn decode(&self, row: &Row, cached: u32) -> Price {
+    /// With so many tokens of the prompt there already, and so many that come from elsewhere.
+    fn decode(&self, row: &Row, cached: u32, to_move: u32) -> Price {
         let ask = self.ask;
         let (standing, expected) = (&row.standing, f64::from(expected_tokens(ask)));
         let choices = f64::from(ask.choices);
@@ -113,13 +113,14 @@ impl Pricing<'_> {
         let others = expected * sequences * row.speed.added_micros(choices, added);
         let wanted = blocks_wanted(row, ask, Side::Decode, cached) as f64;
         let missing = standing.blocks_free.map_or(0.0, |free| (wanted - free as f64).max(0.0));
-        // It begins with blocks for the tokens that there are. All that are in use are given back in about the time of an
-        // answer, and more than these will never be free.
-        let first = blocks_for(row, ask.prompt_tokens.saturating_add(ask.choices));
+        // It begins with blocks for the tokens that there are, and each choice with a last one of its own. All that are in
+        // use are given back in about the time of an answer, and more than these will never be free.
+        let first = blocks_for(row, ask.prompt_tokens.saturating_add(1));
+        let first = first + u64::from(ask.choices.saturating_sub(1));
         let first = first.saturating_sub(u64::from(cached / row.spec.block_tokens));
         let missing_first = first.saturating_sub(standing.blocks_free.unwrap_or(first)) as f64;
         let wait_micros = own * (missing_first.min(used) + standing.blocks_short as f64) / used.max(1.0);
-        let moved = f64::from(ask.prompt_tokens.saturating_sub(cached)) * row.spec.token_bytes as f64;
+        let moved = f64::from(to_move) * row.spec.token_bytes as f64;
         let moving = moved / LINK_BYTES_PER_MICROSECOND * f64::from(1 + row.transfers);
         let late = expected * (step - self.settings.targets.tpot_micros()).max(0.0);
         let micros = own + others + own * missing / wanted.max(1.0) + moving + LATE * late;

@@ -221,12 +221,26 @@ async fn a_new_request_waits_while_decode_has_no_blocks_for_long() {
 async fn a_request_that_wants_more_blocks_than_there_are_waits_only_for_those_that_it_begins_with() {
     let load = |kv_blocks_free| Load { kv_blocks_total: 40, kv_blocks_free, ..running(2) };
     let settings = Settings { room: Duration::from_secs(1), ..PLAIN };
-    // 20 tokens and eight answers of 64: 34 blocks of which it begins with two; of 16 answers, 65.
+    // 20 tokens and eight answers of 64: 34 blocks of which it begins with nine; of 16 answers, 65 and 17.
     let within = |free, choices| {
         let board = board(settings, &[("p", Role::Prefill, queued(0)), ("d", Role::Decode, load(free))]);
         board.place_within(20u32, (64, choices), "r1", &[]).map(drop)
     };
     assert_eq!(within(10, 8), Ok(()));
     assert_eq!(within(10, 16), Ok(()));
-    assert_eq!(within(0, 16), Ok(()), "some are given back within the second");
+    assert_eq!(within(0, 8), Ok(()), "some are given back within the second");
+    assert_eq!(within(0, 32), Err(NoPlace::Busy));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_new_request_waits_while_a_mixed_instance_has_no_blocks_for_its_prompt() {
+    let settings = Settings { room: Duration::from_secs(1), ..PLAIN };
+    let within = |kv_blocks_free, prompt_tokens: u32| {
+        let load = Load { kv_blocks_total: 400, kv_blocks_free, ..running(2) };
+        let board = board(settings, &[("m", Role::Mixed, load)]);
+        board.place_within(prompt_tokens, (64, 1), "r1", &[]).map(drop)
+    };
+    assert_eq!(within(0, 100), Ok(()), "some are given back within the second");
+    assert_eq!(within(0, 6000), Err(NoPlace::Busy));
+    assert_eq!(within(390, 6000), Ok(()));
 }
