@@ -8,7 +8,9 @@ use std::{
 };
 
 use axum::Router;
-use baton_process::{Health, HealthHandle, Process, ProcessError, Tls, access::Access, grpc, tls::Role};
+use baton_process::{
+    Health, HealthHandle, Process, ProcessError, ServiceConfig, Tls, access::Access, grpc, tls::Role,
+};
 use baton_proto::{CoordinatorId, CoordinatorSpec};
 use baton_registry::{FleetWatch, FleetWatchConfig, RemoteConfig, RemoteStore, Store};
 use baton_schedule::board::Board;
@@ -39,8 +41,8 @@ const CLIENT_SILENCE: Duration = Duration::from_secs(30);
 const CLIENT_STALL: Duration = Duration::from_secs(120);
 /// Files that are open beside clients' connections: those to instances, the state store and operators, and models'.
 const FILES_BESIDE: u64 = 1024;
-/// How long operators' calls, and probes, may take once the last request has ended.
-const ADMIN_DRAIN: Duration = Duration::from_secs(1);
+/// How long operators' calls, and probes, may take at most once the last request has ended.
+const LAST_CALLS_MOST: Duration = Duration::from_secs(1);
 
 /// What a coordinator is built from besides its configuration; tests bring their own.
 pub struct Parts {
@@ -165,11 +167,11 @@ fn readiness(service: &Service) -> Health {
 /// The whole of a coordinator process.
 pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorError> {
     let config = process.config.clone();
-    // Files and ports first: what is wrong with them is told before a model is read.
-    // Whatever requests may need that have not ended, or whoever looks at them.
+    // Ends whatever requests may need that have not ended, or whoever looks at them.
     let drained = CancellationToken::new();
     // Also where it does not come to serving.
     let _ends = drained.clone().drop_guard();
+    // Files and ports first: what is wrong with them is told before a model is read.
     let tls = process.tls(&config.tls, Role::Coordinator, &drained)?;
     let access = Access::start(&config.admin, &drained, &process.tasks)?;
     let bind = |listen: &baton_process::Listen, key| {
@@ -177,6 +179,7 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
     };
     let listener = bind(&config.listen, "listen")?;
     watch_clients(&listener);
+    let observed = listener.try_clone().map_err(ProcessError::Http)?;
     let admin_listener = bind(&config.admin_listen, "admin_listen")?;
     let store = open_store(&config.store, &tls)?;
     let keys = Source::open(&config.api_keys, &store)?;
@@ -191,6 +194,7 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
         only => Controllers::One(only.to_owned()),
     };
     let drain = last_requests(&config);
+    let last_calls = LAST_CALLS_MOST.min((config.drain() - drain) / 2);
     let parts = Parts {
         tls: tls.clone(),
         served,
@@ -205,7 +209,7 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
     let (service, router) = assemble(&config, parts)?;
 
     let admin = Admin { roster: service.roster.clone(), access };
-    let (routes, options) = admin.port(process.health.clone(), tls.clone(), drained.clone(), ADMIN_DRAIN);
+    let (routes, options) = admin.port(process.health.clone(), tls.clone(), drained.clone(), last_calls);
     let endpoint = |listener: &TcpListener| advertised(listener, &config.advertise_host);
     let (http, grpc) = (endpoint(&listener), endpoint(&admin_listener));
     let registration = Registration {
@@ -229,25 +233,9 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
     tracing::info!(%http, %grpc, "serving");
     let linger = config.limits.linger.min(drain);
     let closing = later(&process.shutdown, linger, &drained, &process.tasks);
-    let asked = config.limits.max_connections;
-    let most = connections(asked, baton_process::open_files::most());
-    if most < asked {
-        let wanted = asked as u64 + FILES_BESIDE;
-        tracing::warn!(
-            "limits.max_connections = {asked}, but only {most} are let in at once, so that instances can be reached: \
-             raise the limit of open files of this process to {wanted} (ulimit -n), or lower max_connections"
-        );
-    }
-    let observed = listener.try_clone().map_err(ProcessError::Http)?;
-    let (closed, end) = (http::closed(process.metrics.clone(), process.health.clone()), closing.clone());
-    let until = drained.clone();
-    process.tasks.spawn(async move {
-        if until.run_until_cancelled(end.cancelled()).await.is_some()
-            && let Err(error) = baton_process::http::serve(observed, closed, until, ADMIN_DRAIN).await
-        {
-            tracing::warn!(%error, "nobody can look at the rest of the drain");
-        }
-    });
+    let most = connections(config.limits.max_connections, baton_process::open_files::most());
+    let closed = http::closed(process.metrics.clone(), process.health.clone());
+    process.tasks.spawn(observe_the_rest(observed, closed, closing.clone(), drained.clone(), last_calls));
     let served = baton_process::http::serve_many(listener, router, most, closing, drain - linger).await;
     // Requests have drained: the streams to instances may end.
     service.placer.links.stop_all();
@@ -259,7 +247,31 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
 fn connections(asked: usize, files: Option<u64>) -> usize {
     let Some(files) = files else { return asked };
     let left = files.saturating_sub(FILES_BESIDE).max(files / 2).max(1);
-    asked.min(usize::try_from(left).unwrap_or(usize::MAX))
+    let most = asked.min(usize::try_from(left).unwrap_or(usize::MAX));
+    if most < asked {
+        let wanted = asked as u64 + FILES_BESIDE;
+        tracing::warn!(
+            "limits.max_connections = {asked}, but only {most} are let in at once, so that instances can be reached: \
+             raise the limit of open files of this process to {wanted} (ulimit -n), or lower max_connections"
+        );
+    }
+    most
+}
+
+/// Answers those who observe the process from when clients are let in no more until the last request has ended.
+async fn observe_the_rest(
+    listener: TcpListener,
+    router: Router,
+    closing: CancellationToken,
+    drained: CancellationToken,
+    drain: Duration,
+) {
+    if drained.run_until_cancelled(closing.cancelled()).await.is_none() {
+        return;
+    }
+    if let Err(error) = baton_process::http::serve(listener, router, drained, drain).await {
+        tracing::warn!(%error, "nobody can look at the rest of the drain");
+    }
 }
 
 /// Cancelled so long after `shutdown`; waits for that no longer than until `end`.

@@ -87,7 +87,7 @@ pub struct Metrics {
     pub legs_lost: Counter,
     /// By the name of the error's code.
     pub migrations: Family<MigrationLabels, Counter>,
-    /// Of those the ones whose instance was asked for their cache.
+    /// Of those the ones whose instance, which drains, was asked for their cache.
     pub hand_ons: Family<ModelLabel, Counter>,
     /// Times that an instance was left out for its faults, and how many are.
     pub breaker_openings: Counter,

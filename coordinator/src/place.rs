@@ -27,7 +27,8 @@ use crate::{
 
 /// How many attempts in a row may fail without a token before the failure is told.
 const FRUITLESS_MOST: u32 = 2;
-/// How many may be lost with their instances without a token, counted by themselves: instances die one after the other, and a coordinator that was cut off loses all of them.
+/// How many may be lost with their instances without a token, counted by themselves: instances die one after the other, and
+/// a coordinator that was cut off loses all of them.
 const LOST_MOST: u32 = 4;
 /// How many may fail in all: a request may be what kills the instances that it is placed on.
 const FAILURES_MOST: u32 = 8;
@@ -241,6 +242,14 @@ impl Failure {
     }
 }
 
+/// A request that others have been given.
+pub struct Moved {
+    pub generation: Generation,
+    pub placing: Placing,
+    /// Whoever had it is asked for its cache.
+    pub handed_on: bool,
+}
+
 /// What it takes to place a request again, and where it is told how its attempts go.
 #[derive(Clone)]
 pub struct Attempts {
@@ -292,7 +301,7 @@ impl Attempts {
     /// Gives it to others, if any can take it at once. `from`, if it has the cache of all of it, is to hand that on: others
     /// would compute it again, but for what they have of the prompt. It may refuse, and by then nobody works at it; so it is
     /// asked only where there are others. What it refuses is placed again like what anybody does.
-    pub fn elsewhere(&self, from: Option<&InstanceId>) -> Option<(Generation, Placing)> {
+    pub fn elsewhere(&self, from: Option<&InstanceId>) -> Option<Moved> {
         let Self { placer, model, assignment, .. } = self;
         let served = &model.served;
         let book = |among| {
@@ -301,22 +310,28 @@ impl Attempts {
         let begin = |among| {
             let booking = book(among).ok()?;
             let drains = ApiError::new(ErrorCode::Unavailable, "the instance that generates drains");
-            let (placing, handed_on) =
-                (Placing::new(&booking, Some(drains), Duration::ZERO), booking.handed_on);
-            Some((placer.start(booking, assignment.clone()).ok()?, placing, handed_on))
+            let placing = Placing::new(&booking, Some(drains), Duration::ZERO);
+            let handed_on = booking.handed_on;
+            let generation = placer.start(booking, assignment.clone()).ok()?;
+            Some(Moved { generation, placing, handed_on })
         };
         let from = from.filter(|_| placer.board.can_serve(&served.revision).is_ok());
         let begun = from.and_then(|from| begin(Among::PeersOf(from)));
-        let (generation, placing, handed_on) = begun.or_else(|| begin(Among::All))?;
+        begun.or_else(|| begin(Among::All))
+    }
+
+    /// Takes note that it goes on elsewhere.
+    pub fn moved(&self, handed_on: bool) {
+        let Self { placer, model, assignment, .. } = self;
         let (request, generated) = (&assignment.request, assignment.generated.len());
         tracing::info!(%request, generated, handed_on, "the request leaves an instance that drains");
-        if generated > 0 {
-            placer.count_migration(ErrorCode::Unavailable, served);
+        if generated == 0 {
+            return;
         }
+        placer.count_migration(ErrorCode::Unavailable, &model.served);
         if handed_on {
-            placer.metrics.hand_ons.get_or_create(&ModelLabel { model: served.name.clone() }).inc();
+            placer.metrics.hand_ons.get_or_create(&ModelLabel { model: model.served.name.clone() }).inc();
         }
-        Some((generation, placing))
     }
 
     /// For one of the choices alone, which goes on from these tokens.

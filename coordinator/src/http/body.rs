@@ -91,7 +91,8 @@ async fn taken(
     Ok(whole)
 }
 
-async fn discard(chunks: &mut BodyDataStream) {
+/// Reads what a client is sending, within bounds: one whose connection is closed before may not see its answer.
+pub(super) async fn discard(chunks: &mut BodyDataStream) {
     let discard = async {
         let mut left = DISCARD_MOST;
         while let Some(Ok(chunk)) = chunks.next().await {

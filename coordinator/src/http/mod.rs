@@ -62,13 +62,16 @@ pub fn router(service: Arc<Service>, metrics: baton_process::Metrics, health: He
 /// What is left once clients are let in no more and requests still run: probes and metrics. Everything else is to be asked of
 /// another coordinator.
 pub fn closed(metrics: baton_process::Metrics, health: HealthHandle) -> Router {
-    guarded(baton_process::http::router(metrics, health).fallback(async || {
-        let message =
-            "this coordinator is shutting down and takes no new requests: send it again, to another";
-        let mut response = error_response(&ApiError::new(ErrorCode::Unavailable, message));
-        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
-        response
-    }))
+    guarded(baton_process::http::router(metrics, health).fallback(turned_away))
+}
+
+async fn turned_away(request: Request) -> Response {
+    let (head, body) = request.into_parts();
+    body::discard(&mut body.into_data_stream()).await;
+    let message = "this coordinator is shutting down and takes no new requests: send it again, to another";
+    let mut response = error_response(&ApiError::new(ErrorCode::Unavailable, message));
+    response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    with_id(response, &request_id(&head.headers))
 }
 
 /// Nothing under `/v1` is reached without a key where keys are asked for, not even what is not there. Handlers find the

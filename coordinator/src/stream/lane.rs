@@ -16,7 +16,7 @@ use tokio::time::Instant;
 use super::reading::{Piece, Reading};
 use crate::{
     dispatch::{Completed, Generation, NotSent, Progress},
-    place::{Attempts, Failure, Replacing},
+    place::{Attempts, Failure, Moved, Replacing},
     requests::CardGuard,
 };
 
@@ -226,7 +226,9 @@ impl Lane {
             return None;
         };
         generation.give_up();
-        let strand = |((generation, placing), attempts, choices)| {
+        let strand = |(moved, attempts, choices): (Moved, Attempts, _)| {
+            let Moved { generation, placing, handed_on } = moved;
+            attempts.moved(handed_on);
             card.placed(placing);
             Strand { work: Work::Generating(Box::new(generation)), attempts, choices }
         };

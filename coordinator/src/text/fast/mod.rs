@@ -27,7 +27,7 @@ use self::{
     classes::{LETTER, UNSTABLE, classes},
     merges::Merges,
     splits::Splits,
-    words::{Key, Remembered, Tokens, WORD_BYTES_MOST, forgets_how, key, remembered_as},
+    words::{Key, Remembered, Tokens, WORD_BYTES_MOST, key, remembered_as, word_of},
 };
 use super::{
     ggml,
@@ -203,7 +203,7 @@ impl Fast {
         let mut ids = [None; SPLIT_AT_A_TIME];
         for (id, &key) in ids.iter_mut().zip(&keys[..some.len()]) {
             if key != 0 && !words.knows(key) {
-                *id = self.tokens.get(forgets_how(key));
+                *id = Some(self.tokens.get(word_of(key)));
             }
         }
         for ((&(start, end), key), id) in some.iter().zip(keys).zip(ids) {
@@ -218,25 +218,26 @@ impl Fast {
 
     /// A part of up to 15 bytes of a word, which is not taken whole.
     #[inline]
-    fn part(&self, part: &[u8], words: &mut Remembered, tokens: &mut Vec<u32>) {
-        let key = remembered_as(key(part, 0, part.len()), false);
+    fn part(&self, word: &[u8], (start, end): (usize, usize), words: &mut Remembered, tokens: &mut Vec<u32>) {
+        let key = remembered_as(key(word, start, end), false);
         if !words.recall(key, tokens) {
-            self.unknown((key, part), None, words, tokens);
+            self.unknown((key, &word[start..end]), None, words, tokens);
         }
     }
 
-    /// A word that is not remembered, and its id if that is known, or a part of one. Is remembered from now on.
+    /// A word that is not remembered, or a part of one, and which token it is, if that was looked up. Is remembered from now
+    /// on.
     #[inline(never)]
     fn unknown(
         &self,
         (remembered, word): (Key, &[u8]),
-        id: Option<u32>,
+        id: Option<Option<u32>>,
         words: &mut Remembered,
         tokens: &mut Vec<u32>,
     ) {
-        let key = forgets_how(remembered);
+        let key = word_of(remembered);
         let (takes_whole, before) = (remembered != key, tokens.len());
-        match id.or_else(|| self.tokens.get(key)) {
+        match id.unwrap_or_else(|| self.tokens.get(key)) {
             Some(id) if takes_whole || id & MERGES != 0 => tokens.push(id & !MERGES),
             _ => words.long(word, takes_whole, tokens, |_, tokens| self.merges.merge(word, tokens)),
         }
@@ -252,7 +253,7 @@ impl Fast {
             }
             self.merges.cuts(word, |start, end| {
                 if end - start <= WORD_BYTES_MOST {
-                    self.part(&word[start..end], words, tokens);
+                    self.part(word, (start, end), words, tokens);
                 } else if (start, end) == (0, word.len()) {
                     self.merges.merge(word, tokens);
                 } else {

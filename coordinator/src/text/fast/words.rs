@@ -35,9 +35,9 @@ pub(super) fn remembered_as(key: Key, takes_whole: bool) -> Key {
     key | Key::from(takes_whole) << 127
 }
 
-/// Back again.
+/// The word's own key, however it is taken.
 #[inline]
-pub(super) fn forgets_how(remembered: Key) -> Key {
+pub(super) fn word_of(remembered: Key) -> Key {
     remembered & !(1 << 127)
 }
 
