@@ -47,15 +47,10 @@ impl What {
 pub(crate) struct Fault {
     /// As in "kill -9 decode".
     pub(crate) name: String,
+    /// A server was harmed.
+    pub(crate) of_a_server: bool,
     pub(crate) began: Instant,
     pub(crate) ended: Instant,
-}
-
-impl Fault {
-    /// A server was harmed, or cut from another.
-    pub(crate) fn is_of_a_server(&self) -> bool {
-        ["prefill", "decode", "server"].iter().any(|kind| self.name.contains(kind))
-    }
 }
 
 pub(crate) struct Schedule<'a> {
@@ -106,6 +101,9 @@ impl<'a> Schedule<'a> {
             );
             // Those that ended by themselves do not come back.
             if !deaths.is_empty() || over && self.recovering.is_empty() {
+                for (what, fault) in std::mem::take(&mut self.ongoing) {
+                    self.mend(what, fault);
+                }
                 return (self.faults, deaths);
             }
             if !over && now >= next {
@@ -240,8 +238,9 @@ impl<'a> Schedule<'a> {
                 What::Harm(harm, victim) => self.fleet.harm(victim, harm),
                 What::Apart(pair, way) => self.fleet.lose(pair, way),
             }
+            let of_a_server = self.fleet.member(what.victim()).kind == Kind::Server;
             let began = Instant::now();
-            self.ongoing.push((what, Fault { name, began, ended: began + lasts }));
+            self.ongoing.push((what, Fault { name, of_a_server, began, ended: began + lasts }));
             return;
         }
     }
