@@ -164,10 +164,11 @@ fn readiness(service: &Service) -> Health {
     }
 }
 
-/// The whole of a coordinator process.
+/// The whole of a coordinator process. It ends in steps: `shutdown`, from which on it is not ready; `closing`, after
+/// `limits.linger`, from which on nobody is let in; the end of the last request, or its time; `drained`, with which all ends
+/// that requests need, and that looks at them.
 pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorError> {
     let config = process.config.clone();
-    // Ends whatever requests may need that have not ended, or whoever looks at them.
     let drained = CancellationToken::new();
     // Also where it does not come to serving.
     let _ends = drained.clone().drop_guard();

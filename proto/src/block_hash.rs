@@ -1,7 +1,8 @@
 //! Names of KV blocks by what is in them, the same on every instance and coordinator of a cluster.
 //!
 //! A block's K and V depend on the model, the way it is stored and every token up to the block's end, so that is what
-//! its hash covers: a chain from a root over model revision, KV layout and adapter, one link for each full block.
+//! its hash covers: a chain from a root over model revision, KV layout and adapter, one link for each full block. The first
+//! byte counts the blocks of the chain, so that who has but the name knows at which place of its chain the block is.
 //! Computed by the engine for what it caches; sent in `KvEvents`; computed by whoever wants to know who caches a prompt.
 
 use std::fmt;
@@ -11,8 +12,8 @@ use sha2::{Digest, Sha256};
 
 use crate::IdError;
 
-/// The first 128 bits of a SHA-256: nobody finds two prompts that share one, by chance or on purpose, so that a hash that
-/// is equal stands for blocks that are.
+/// 120 bits of a SHA-256 behind the block's place in its chain, from 0, modulo 256: nobody finds two prompts that share one,
+/// by chance or on purpose, so that a hash that is equal stands for blocks that are.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BlockHash([u8; 16]);
 
@@ -28,7 +29,7 @@ impl BlockHash {
             hash.update((part.len() as u64).to_le_bytes());
             hash.update(part);
         }
-        Self::first_half(hash)
+        Self::of(hash, u8::MAX)
     }
 
     /// The hash of the block that follows this one (or the root) and holds `tokens`.
@@ -42,14 +43,14 @@ impl BlockHash {
             bytes.iter_mut().zip(tokens).for_each(|(bytes, token)| *bytes = token.to_le_bytes());
             hash.update(bytes[..tokens.len()].as_flattened());
         }
-        Self::first_half(hash)
+        Self::of(hash, self.0[0].wrapping_add(1))
     }
 
     pub fn as_bytes(&self) -> &[u8; Self::BYTES] {
         &self.0
     }
 
-    /// Its first 64 bits, the lowest byte first: enough to guess by.
+    /// Its first 64 bits, the lowest byte first, which is its place: enough to guess by.
     pub fn key(&self) -> u64 {
         let [low @ .., _, _, _, _, _, _, _, _] = self.0;
         u64::from_le_bytes(low)
@@ -73,10 +74,11 @@ impl BlockHash {
         }
     }
 
-    fn first_half(hash: Sha256) -> Self {
-        let mut half = [0; Self::BYTES];
-        half.copy_from_slice(&hash.finalize()[..Self::BYTES]);
-        Self(half)
+    fn of(hash: Sha256, place: u8) -> Self {
+        let mut bytes = [0; Self::BYTES];
+        bytes.copy_from_slice(&hash.finalize()[..Self::BYTES]);
+        bytes[0] = place;
+        Self(bytes)
     }
 }
 
@@ -120,13 +122,15 @@ mod tests {
     #[test]
     fn hashes_stay_what_they_are() {
         let root = BlockHash::root("fp", "");
-        assert_eq!(root.to_string(), "a695f2330be8b4adde6f4d0a2222b376");
-        assert_eq!(root.child(&[1, 2, 70_000]).to_string(), "599478b30e6fff1beaead4990bafa181");
+        assert_eq!(root.to_string(), "ff95f2330be8b4adde6f4d0a2222b376");
+        assert_eq!(root.child(&[1, 2, 70_000]).to_string(), "005d0d63fcc1e9e8beff6f624610d372");
         let long: Vec<u32> = (0..37).collect();
-        assert_eq!(root.child(&long).to_string(), "965f52bdd7f6b43a61a49c5ed3a2d261");
+        assert_eq!(root.child(&long).to_string(), "00db408ccbbb2d607786257d0b235717");
+        let second = root.child(&[1, 2, 70_000]).child(&[3]);
+        assert_eq!(second.to_string(), "010dd0130b8404e4353a960f884ed978");
         assert_eq!(BlockHash::try_from(&root.as_bytes()[..]), Ok(root));
         assert_eq!(BlockHash::try_from(&[0u8; 15][..]), Err(IdError::BlockHashLength(15)));
-        assert_eq!(root.key(), 0xadb4_e80b_33f2_95a6);
+        assert_eq!(root.key(), 0xadb4_e80b_33f2_95ff);
     }
 
     #[test]

@@ -2,8 +2,9 @@
 //!
 //! What a prompt's cache is worth is known well enough by one block for some dozens of tokens, and taking in what instances
 //! store and evict is most of what a long prompt costs a coordinator. Which blocks are told follows from their names, so
-//! that every instance tells the same ones and a coordinator knows of each prompt which these are. Names are hashes: the gaps
-//! between blocks that are told vary, with the wanted one for their mean.
+//! that every instance tells the same ones and a coordinator knows of each prompt which these are. Names begin with the
+//! block's place in its chain: told are the first and then every so-many-th, up to every 256th; of longer gaps only these, and
+//! of them some by chance.
 
 use crate::BlockHash;
 
@@ -44,39 +45,44 @@ impl Sieve {
 mod tests {
     use super::*;
 
-    /// Coordinators and servers of different versions must agree.
-    #[test]
-    fn which_blocks_are_kept_stays_what_it_is() {
-        let chain: Vec<BlockHash> = (0..32).map(|token| BlockHash::root("l", "").child(&[token])).collect();
-        let low =
-            |hash: &BlockHash| u64::from_le_bytes(hash.as_bytes()[..8].try_into().expect("eight bytes"));
-        for (every, zeros) in [(64, 2), (100, 2), (128, 3), (16, 0)] {
-            let kept: Vec<_> = Sieve::new(every, 16).of(&chain).collect();
-            let wanted: Vec<_> = chain.iter().filter(|hash| low(hash).trailing_zeros() >= zeros).collect();
-            assert_eq!(kept, wanted, "one for {every} tokens");
-            assert!(!kept.is_empty());
-        }
+    fn chain(blocks: u32) -> Vec<BlockHash> {
+        let root = BlockHash::root("l", "");
+        let next = |hash: &mut BlockHash, token| {
+            *hash = hash.child(&[token]);
+            Some(*hash)
+        };
+        (0..blocks).scan(root, next).collect()
     }
 
+    /// Coordinators and servers of different versions must agree.
     #[test]
-    fn one_block_is_kept_for_so_many_tokens() {
-        let chain: Vec<BlockHash> = (0..4096).map(|token| BlockHash::root("l", "").child(&[token])).collect();
+    fn of_a_chain_the_first_block_is_kept_and_then_every_so_many_th() {
+        let chain = chain(1000);
         for (every, block, one_of) in [
             (64, 16, 4),
             (64, 17, 2),
+            (100, 16, 4),
             (127, 16, 4),
             (128, 16, 8),
             (64, 4, 16),
             (64, 64, 1),
             (64, 128, 1),
             (1, 16, 1),
+            (0, 16, 1),
+            (0, 0, 1),
+            (4096, 16, 256),
         ] {
-            let kept = Sieve::new(every, block).of(&chain).count();
-            let wanted = chain.len() / one_of;
-            assert!(kept.abs_diff(wanted) * 5 <= wanted, "{kept} of {block} for {every}, not about {wanted}");
-            assert_eq!(Sieve::new(every, block).keeps_all(), one_of == 1);
+            let sieve = Sieve::new(every, block);
+            assert!(sieve.of(&chain).eq(chain.iter().step_by(one_of)), "of {block} for {every}");
+            assert_eq!(sieve.keeps_all(), one_of == 1);
         }
-        assert!(Sieve::new(0, 0).keeps_all() && Sieve::new(0, 16).keeps_all());
+    }
+
+    #[test]
+    fn of_long_gaps_some_are_kept_by_chance() {
+        let chain = chain(16_384);
+        let kept: Vec<_> = Sieve::new(8192, 16).of(&chain).collect();
+        assert!((16..=48).contains(&kept.len()), "{} of 64 at places that could be", kept.len());
         assert!(Sieve::new(u32::MAX, 1).keeps(0));
     }
 }

@@ -44,8 +44,7 @@ pub struct PlacementConfig {
     /// forgotten, so that of each prompt less is known.
     pub index_bytes: usize,
     /// Instances tell of one cached block for about so many tokens, and what is known of a prompt is rounded down to the last
-    /// of them: the more, the less processor time a long prompt takes, and the less is known of short ones. 0 = every
-    /// block.
+    /// of them: the more, the less processor time a long prompt takes. 0 = every block.
     pub index_every_tokens: u32,
 }
 

@@ -10,7 +10,6 @@ use std::{
 };
 
 use baton_proto::{ApiError, ErrorCode};
-use futures::{FutureExt, future};
 use tokio::time::Instant;
 
 use super::reading::{Piece, Reading};
@@ -118,9 +117,9 @@ impl Lane {
                 }
                 Poll::Ready(Over::NoPlace(error)) => return Poll::Ready(Err(error)),
                 Poll::Ready(Over::Leaving) => {
-                    if let Some(next) = self.move_away(index, card, pieces) {
-                        self.strands.splice(index..=index, next);
-                    }
+                    let strand = self.strands.remove(index);
+                    let next = self.move_away(strand, card, pieces);
+                    self.strands.splice(index..index, next);
                 }
                 Poll::Pending => index += 1,
             }
@@ -186,35 +185,30 @@ impl Lane {
         }
     }
 
-    /// What takes the place of a strand whose instance drains, where others can have all of it at once; else it stays.
+    /// What takes the place of a strand whose instance drains: those that others have been given, where they can have all of
+    /// it at once; else it stays.
     ///
     /// The new legs go out before the old one is cancelled. They come to the instance that drains in this order, too, and so
     /// the old leg holds its blocks until the one that hands them on is there, and the drain, which waits for legs, does not
     /// end between the two. No token is lost or told twice: the new legs go on from those that have been read, and what the
     /// old one says beyond them reaches nobody any more; it comes again, as each follows from those before it.
-    fn move_away(&mut self, index: usize, card: &CardGuard, pieces: &mut [Piece]) -> Option<Vec<Strand>> {
-        let Strand { work: Work::Generating(generation), attempts, choices } = &self.strands[index] else {
-            return None;
+    fn move_away(&mut self, strand: Strand, card: &CardGuard, pieces: &mut [Piece]) -> Vec<Strand> {
+        let left = strand.choices.clone().filter(|at| !self.readings[*at].finished());
+        let consumed = left.map(|at| self.readings[at].consumed()).min();
+        let Strand { work: Work::Generating(mut generation), attempts, choices } = strand else {
+            return vec![strand];
         };
-        let left = choices.clone().filter(|at| !self.readings[*at].finished());
-        let consumed = left.map(|at| self.readings[at].consumed()).min()?;
-        if !attempts.is_worth_moving(generation.generates(), consumed) {
-            return None;
+        if !consumed.is_some_and(|tokens| attempts.is_worth_moving(generation.generates(), tokens)) {
+            return vec![Strand { work: Work::Generating(generation), attempts, choices }];
         }
-        let (attempts, choices) = (attempts.clone(), choices.clone());
-        let Work::Generating(mut generation) =
-            std::mem::replace(&mut self.strands[index].work, Work::Replacing(future::pending().boxed()))
-        else {
-            return None;
-        };
         self.take_rest(&mut generation, choices.clone(), pieces);
         let from = generation.has_cache();
         let readings = &self.readings;
         let next: Option<Vec<_>> = if readings[choices.clone()].iter().all(|of| of.tokens().is_empty()) {
             let moved = attempts.elsewhere(None);
-            moved.map(|moved| vec![(moved, attempts, choices)])
+            moved.map(|moved| vec![(moved, attempts.clone(), choices.clone())])
         } else {
-            let left = (0..).zip(choices).filter(|(_, at)| !readings[*at].finished());
+            let left = (0..).zip(choices.clone()).filter(|(_, at)| !readings[*at].finished());
             let alone = |(choice, at): (u32, usize)| {
                 let attempts = attempts.of_choice(choice, readings[at].tokens());
                 Some((attempts.elsewhere(from)?, attempts, at..at + 1))
@@ -222,8 +216,7 @@ impl Lane {
             left.map(alone).collect()
         };
         let Some(next) = next else {
-            self.strands[index].work = Work::Generating(generation);
-            return None;
+            return vec![Strand { work: Work::Generating(generation), attempts, choices }];
         };
         generation.give_up();
         let strand = |(moved, attempts, choices): (Moved, Attempts, _)| {
@@ -232,7 +225,7 @@ impl Lane {
             card.placed(placing);
             Strand { work: Work::Generating(Box::new(generation)), attempts, choices }
         };
-        Some(next.into_iter().map(strand).collect())
+        next.into_iter().map(strand).collect()
     }
 
     /// What takes the place of a strand that has failed, if another attempt may do better.

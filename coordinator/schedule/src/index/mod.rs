@@ -12,8 +12,7 @@
 //! first block is then taken to have nothing, and one that lacks another either to end there or not to lack it. It is an
 //! estimate that is wrong, and the server finds for itself what it has.
 //!
-//! **Sieve.** Instances tell of a part of the blocks ([`Sieve`]): depths are rounded down to one of which they tell, and of
-//! a short prompt it may be that none is told, wherever it is cached.
+//! **Sieve.** Instances tell of a part of the blocks ([`Sieve`]): depths are rounded down to one of which they tell.
 //!
 //! **Slots.** An instance is a number here. A snapshot is taken in under a new slot beside the old one, and takes its
 //! place when it is whole. What a slot held is never looked for when it is gone: it does not count from then on, and

@@ -176,7 +176,8 @@ impl Production {
     }
 }
 
-/// What the KV blocks of these blocks of the trace are called: numbers that look like halves of hashes.
+/// What the KV blocks of these blocks of the trace are called: numbers that look like halves of hashes, and begin with their
+/// place in their chain as far as a block of the trace tells it.
 fn names(blocks: &[u64]) -> impl Iterator<Item = u64> {
     const EACH: u64 = (BLOCK_TOKENS / KV_BLOCK_TOKENS) as u64;
     let name = |number: u64| {
@@ -184,7 +185,8 @@ fn names(blocks: &[u64]) -> impl Iterator<Item = u64> {
         let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
         mixed ^ mixed >> 31
     };
-    blocks.iter().flat_map(move |block| (0..EACH).map(move |part| name(block * EACH + part)))
+    let at = move |number: u64, place: u64| name(number) & !0xff | place;
+    blocks.iter().flat_map(move |block| (0..EACH).map(move |part| at(block * EACH + part, part)))
 }
 
 fn next(legs: &mut u64) -> LegId {
