@@ -32,6 +32,9 @@ pub use line::{Admission, Line, Permit, Place, Wanted};
 pub const RETRY_AFTER: Duration = Duration::from_secs(1);
 const RETRY_AFTER_MOST: Duration = Duration::from_secs(60);
 
+/// Requests in the house beyond those that the lines hold: one that may outrank who waits is read before that is known.
+const OUTRANKING_MOST: usize = 64;
+
 /// Bodies from this size on are long work.
 const LONG_WORK_BYTES: usize = 256 << 10;
 
@@ -53,11 +56,12 @@ pub struct Gate {
 }
 
 impl Gate {
-    /// A house with room for as much as the lines of `models` models hold. `cores` is how many bodies are worked on at a
+    /// A house with room for as much as the lines of `models` models hold, and a little more for who may outrank them. `cores` is how many bodies are worked on at a
     /// time; at least two are.
     pub fn new(limits: &LimitsConfig, models: usize, cores: usize, metrics: &Metrics) -> Self {
         let most = Semaphore::MAX_PERMITS;
-        let house = line::length(limits).saturating_mul(models).min(most);
+        let lines = line::length(limits).saturating_mul(models);
+        let house = lines.saturating_add(OUTRANKING_MOST).min(most);
         Self {
             house: Arc::new(Semaphore::new(house)),
             cores: Arc::new(Semaphore::new(cores.clamp(2, most))),
@@ -70,11 +74,18 @@ impl Gate {
         }
     }
 
-    /// Lets a request into the house, or turns it away; `drain` is how long it may take until there is room.
-    pub fn enter(&self, drain: impl FnOnce() -> Option<Duration>) -> Result<Ticket, ApiError> {
-        let room = at_once(&self.house)
-            .map_err(|_| refuse(&self.refusals, "house", "too many requests are waiting", drain()))?;
-        Ok(Ticket { _room: room })
+    /// Lets a request into the house, or turns it away; `drain` is how long it may take until there is room, and `outranks`
+    /// whether it may be that another gives it its place.
+    pub fn enter(
+        &self,
+        drain: impl FnOnce() -> Option<Duration>,
+        outranks: impl FnOnce() -> bool,
+    ) -> Result<Ticket, ApiError> {
+        let has_room = self.house.available_permits() > OUTRANKING_MOST || outranks();
+        match at_once(&self.house) {
+            Ok(room) if has_room => Ok(Ticket { _room: room }),
+            _ => Err(refuse(&self.refusals, "house", "too many requests are waiting", drain())),
+        }
     }
 
     /// Room for a body that announces its length, or grows as it comes; within `max_body_bytes` either way.
@@ -178,7 +189,7 @@ mod tests {
         let limits = LimitsConfig { queue_timeout: Duration::from_secs(5), ..LimitsConfig::default() };
         let metrics = Metrics::register(&mut Registry::default());
         let gate = Gate::new(&limits, 1, 2, &metrics);
-        let turn = |bytes| gate.turn(gate.enter(|| None).expect("room"), bytes);
+        let turn = |bytes| gate.turn(gate.enter(|| None, || false).expect("room"), bytes);
         let long = turn(LONG_WORK_BYTES).await.expect("a core");
         let mut next_long = Box::pin(turn(LONG_WORK_BYTES));
         assert!(futures::poll!(&mut next_long).is_pending());

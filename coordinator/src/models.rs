@@ -81,6 +81,11 @@ impl Models {
         self.all.iter()
     }
 
+    /// Whether anybody waits, for whichever model, who may wait for one of this priority.
+    pub fn have_behind(&self, priority: i32) -> bool {
+        self.all.iter().any(|model| model.line.has_behind(priority))
+    }
+
     /// How long it is predicted to take until the first of the lines that requests wait in has been served.
     pub fn drain(&self) -> Option<Duration> {
         self.all.iter().filter_map(|model| model.line.drain()).filter(|wait| !wait.is_zero()).min()

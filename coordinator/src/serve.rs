@@ -20,7 +20,7 @@ use crate::{
     metrics::Metrics,
     models::{Model, Models},
     place::{Attempts, Placer},
-    prepare::{Ahead, Endpoint, Prepared, PreparedPrompt, RequestLimits, parse, prepare},
+    prepare::{Ahead, Endpoint, Prepared, PreparedPrompt, RequestLimits, asked_priority, parse, prepare},
     report::Report,
     requests::{CardGuard, Placing, Roster, Stage},
     stream::{Lane, Overdue, Reading, Streaming},
@@ -86,7 +86,8 @@ impl Service {
     pub async fn carry(self: &Arc<Self>, received: Received) -> Result<Streaming, ApiError> {
         let Received { tenant, endpoint, body, traceparent, ticket, card, mut report } = received;
         let result = async {
-            let (Addressed { model, prepared }, ticket) = self.prepare(endpoint, body, ticket).await?;
+            let (Addressed { model, prepared }, ticket) =
+                self.prepare(&tenant, endpoint, body, ticket).await?;
             report.of_model(&model.counts);
             let (prepared, place) = prepared?;
             report.charge(&prepared)?;
@@ -128,6 +129,7 @@ impl Service {
     /// house is taken until it is done, and its memory with it. Nothing is tokenised for a line that is full.
     async fn prepare(
         &self,
+        tenant: &Tenant,
         endpoint: Endpoint,
         body: Body,
         ticket: Ticket,
@@ -136,12 +138,13 @@ impl Service {
             max_completion_tokens: self.limits.max_completion_tokens,
             max_choices: self.limits.max_choices,
         };
-        let seed = rand::random();
+        let (seed, tenant) = (rand::random(), tenant.clone());
         let (models, bytes, board) = (self.models.clone(), body.len(), self.placer.board.clone());
         let work = move || {
             let request = parse(&body)?;
             let model = models.asked(request.model.as_deref())?.clone();
-            let prepared = model.line.enter().and_then(|place| {
+            let place = asked_priority(&request).and_then(|asked| model.line.enter(tenant.priority(asked)));
+            let prepared = place.and_then(|place| {
                 let prepared = prepare(&model.served, endpoint, &request, limits, seed)?;
                 // Here, where there is a core for it; whoever places the prompts finds it done.
                 let dialects = board.caches.dialects(&model.served.revision);

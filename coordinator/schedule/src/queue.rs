@@ -67,11 +67,24 @@ struct Tenant<T> {
     /// How much it has had, by weight.
     time: f64,
     waiting: BTreeMap<Key, Entry<T>>,
+    /// Of all that wait.
+    work: f64,
     /// Its last turn went to one that was late.
     late: bool,
 }
 
 impl<T> Tenant<T> {
+    fn take(&mut self, key: &Key) -> Option<Entry<T>> {
+        let entry = self.waiting.remove(key)?;
+        self.work -= entry.work;
+        Some(entry)
+    }
+
+    /// Its time when all that wait have been served.
+    fn end(&self) -> f64 {
+        self.time + self.work / f64::from(self.weight)
+    }
+
     /// Its requests in the order in which they are asked.
     fn heads(&self, now: Instant) -> impl Iterator<Item = (&Key, &Entry<T>)> {
         let in_time = (Included((now, 0)), Unbounded);
@@ -135,10 +148,11 @@ impl<T> Queue<T> {
         });
         band.work += work;
         let time = band.time;
-        let new = || Tenant { weight, time, waiting: BTreeMap::new(), late: false };
+        let new = || Tenant { weight, time, waiting: BTreeMap::new(), work: 0.0, late: false };
         let of = band.tenants.entry(tenant.clone()).or_insert_with(new);
         (of.weight, of.time) = (weight.max(1), of.time.max(time));
         let key = (wanted, self.arrivals);
+        of.work += work;
         of.waiting.insert(key, Entry { work, item });
         Ticket { priority, tenant, key }
     }
@@ -147,11 +161,28 @@ impl<T> Queue<T> {
     pub fn remove(&mut self, ticket: &Ticket) -> Option<T> {
         let band = self.bands.get_mut(&ticket.priority)?;
         let of = band.tenants.get_mut(&ticket.tenant)?;
-        let entry = of.waiting.remove(&ticket.key)?;
+        let entry = of.take(&ticket.key)?;
         band.work -= entry.work;
         self.waiting -= 1;
         self.tidy(ticket.priority);
         Some(entry.item)
+    }
+
+    /// Whether anybody of a later priority than this waits.
+    pub fn has_behind(&self, priority: i32) -> bool {
+        self.bands.last_key_value().is_some_and(|(&last, _)| last > priority)
+    }
+
+    /// Takes out whoever would be served last of all, if that one's priority is later than this: of the last band the tenant
+    /// who would have had most by then for its weight, and of its requests the one whose first token is wanted last.
+    pub fn give_way(&mut self, priority: i32) -> Option<T> {
+        let (&last, band) = self.bands.last_key_value().filter(|(last, _)| **last > priority)?;
+        let waiting = band.tenants.iter().filter(|(_, of)| !of.waiting.is_empty());
+        let ends = waiting.map(|(tenant, of)| (of.end(), tenant, of));
+        let (_, tenant, of) =
+            ends.max_by(|(end, a, _), (other, b, _)| end.total_cmp(other).then(a.cmp(b)))?;
+        let (&key, _) = of.waiting.last_key_value()?;
+        self.remove(&Ticket { priority: last, tenant: tenant.clone(), key })
     }
 
     /// The first of the next few that fits.
@@ -195,7 +226,7 @@ impl<T> Queue<T> {
     fn take(&mut self, ticket: &Ticket, now: Instant) -> Option<T> {
         let band = self.bands.get_mut(&ticket.priority)?;
         let of = band.tenants.get_mut(&ticket.tenant)?;
-        let entry = of.waiting.remove(&ticket.key)?;
+        let entry = of.take(&ticket.key)?;
         band.time = band.time.max(of.time);
         of.time += entry.work / f64::from(of.weight);
         of.late = ticket.key.0 < now;

@@ -3,7 +3,8 @@
 //! A request goes at once if nobody waits, a seat is free and an instance has room. Else it waits in a [`Queue`], and a task
 //! that lives for as long as anybody waits places whoever is next as soon as there is a seat and room: late, by what is
 //! known then. Requests that look for another place after a failure do not come here again. Whoever leaves, or has waited
-//! too long, is taken out at once.
+//! too long, is taken out at once. Who finds the line full takes the place of whoever would be served last, if that one may
+//! wait for it by its priority.
 
 use std::{pin::pin, sync::Arc, time::Duration};
 
@@ -80,11 +81,13 @@ pub struct Admission {
 /// One that has been told to go on.
 struct Bound {
     seat: Seat,
+    place: Place,
     prepared: Prepared,
     bookings: Option<Vec<Booking>>,
 }
 
 struct Waiter {
+    place: Place,
     prepared: Prepared,
     goes: oneshot::Sender<Bound>,
 }
@@ -122,11 +125,22 @@ impl Line {
         }
     }
 
-    /// Lets a request stand in line, or turns it away.
-    pub fn enter(&self) -> Result<Place, ApiError> {
-        let place = at_once(&self.places)
-            .map_err(|_| self.desk.refuse("line", "too many requests are waiting", self.drain()))?;
-        Ok(Place { _place: place })
+    /// Lets a request of this priority stand in line, in the place of another if need be, or turns it away.
+    pub fn enter(&self, priority: i32) -> Result<Place, ApiError> {
+        if let Ok(place) = at_once(&self.places) {
+            return Ok(Place { _place: place });
+        }
+        // Dropped when the desk is not locked any more; whoever it was hears of it by that.
+        let outranked = self.desk.state.lock().queue.give_way(priority);
+        match outranked {
+            Some(Waiter { place, .. }) => Ok(place),
+            None => Err(self.desk.refuse("line", "too many requests are waiting", self.drain())),
+        }
+    }
+
+    /// Whether anybody waits who may wait for one of this priority.
+    pub fn has_behind(&self, priority: i32) -> bool {
+        self.desk.state.lock().queue.has_behind(priority)
     }
 
     /// How long all that wait are predicted to take until they are served; `None`: that cannot be told yet.
@@ -139,7 +153,8 @@ impl Line {
         self.places.available_permits() == 0
     }
 
-    /// Waits for a seat and for room on an instance. Errors: 429 if it waits too long, or is sure to.
+    /// Waits for a seat and for room on an instance. Errors: 429 if it waits too long, or is sure to, or if its place is
+    /// another's now.
     pub async fn admit(
         model: &Arc<Model>,
         placer: &Arc<Placer>,
@@ -151,10 +166,10 @@ impl Line {
         let desk = &line.desk;
         let at_once = desk.at_once(|| placer.book_within(&model.served, &prepared.prompts));
         let bound = match at_once {
-            Some((seat, bookings)) => Bound { seat, prepared, bookings },
-            None => line.wait(model, placer, prepared, &wanted, began).await?,
+            Some((seat, bookings)) => Bound { seat, place, prepared, bookings },
+            None => line.wait(model, placer, (place, prepared), &wanted, began).await?,
         };
-        let (Bound { seat, prepared, bookings }, waited) = (bound, began.elapsed());
+        let (Bound { seat, place, prepared, bookings }, waited) = (bound, began.elapsed());
         desk.counts.queue_wait.observe(waited.as_secs_f64());
         let served = Counted::new(&[desk.counts.all_in_flight.clone(), desk.counts.in_flight.clone()]);
         let permit = Permit { _served: served, _seat: seat, _place: place, _ticket: ticket };
@@ -165,7 +180,7 @@ impl Line {
         &self,
         model: &Arc<Model>,
         placer: &Arc<Placer>,
-        prepared: Prepared,
+        (place, prepared): (Place, Prepared),
         wanted: &Wanted<'_>,
         began: Instant,
     ) -> Result<Bound, ApiError> {
@@ -187,19 +202,21 @@ impl Line {
                 let message = "the requests that are waiting take longer than this one can wait";
                 return Err(desk.refuse("backlog", message, wait));
             }
-            let ticket = state.queue.push(wish, Waiter { prepared, goes }, began);
+            let ticket = state.queue.push(wish, Waiter { place, prepared, goes }, began);
             if !std::mem::replace(&mut state.attended, true) {
                 tokio::spawn(attend(model.clone(), placer.clone()));
             }
             Waiting { desk: desk.clone(), ticket, _counted: desk.waits(tenant) }
         };
         desk.changed.notify_one();
-        if let Ok(Ok(bound)) = timeout_at(by, told).await {
-            return Ok(bound);
-        }
+        let (why, message) = match timeout_at(by, told).await {
+            Ok(Ok(bound)) => return Ok(bound),
+            Ok(Err(_)) => ("outranked", "requests of higher priority came while the line was full"),
+            Err(_) => ("wait", "the request waited too long to be served"),
+        };
         drop(waiting);
         let wait = desk.state.lock().queue.wait(priority, Instant::now());
-        Err(desk.refuse("wait", "the request waited too long to be served", wait))
+        Err(desk.refuse(why, message, wait))
     }
 }
 
@@ -272,7 +289,7 @@ impl Desk {
 
     /// Lets the next one go, if there is a seat for it, and room.
     fn place_next(self: &Arc<Self>, model: &Model, placer: &Placer) -> bool {
-        let (Waiter { prepared, goes }, bookings, seat) = {
+        let (Waiter { place, prepared, goes }, bookings, seat) = {
             let state = &mut *self.state.lock();
             if state.served >= self.seats {
                 return false;
@@ -295,7 +312,7 @@ impl Desk {
             (waiter, bookings, Seat(self.clone()))
         };
         // One that has left in this very moment gives all of it back.
-        drop(goes.send(Bound { seat, prepared, bookings }));
+        drop(goes.send(Bound { seat, place, prepared, bookings }));
         true
     }
 

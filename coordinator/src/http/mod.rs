@@ -140,8 +140,10 @@ async fn complete(service: Arc<Service>, endpoint: Endpoint, request: Request) -
         let call = caller.call(arrived).inspect_err(|error| report.failed(error))?;
         let tenant = call.tenant();
         report.called(call);
-        let ticket =
-            service.gate.enter(|| service.models.drain()).inspect_err(|error| report.failed(error))?;
+        // Whatever it will turn out to have asked for within its band.
+        let outranks = || service.models.have_behind(tenant.priority(i32::MIN));
+        let ticket = service.gate.enter(|| service.models.drain(), outranks);
+        let ticket = ticket.inspect_err(|error| report.failed(error))?;
         let card = service.roster.enter(id.clone(), arrived, key);
         let read = body::read(&head.headers, body, &service, ticket).await;
         let (body, ticket) = read.inspect_err(|error| report.failed(error))?;

@@ -151,11 +151,11 @@ pub fn prepare(
     let sampling = prompts.first().map(|prompt: &PreparedPrompt| &prompt.sampling);
     shape.logprobs = sampling.is_some_and(|sampling| sampling.top_logprobs.is_some());
     let stops = ends::text_stops(request, sampling.map_or(0, |sampling| sampling.min_tokens))?;
-    Ok(Prepared { shape, prompts, stops, priority: priority(request)? })
+    Ok(Prepared { shape, prompts, stops, priority: asked_priority(request)? })
 }
 
 /// As vLLM's: 0 unless the request says otherwise.
-fn priority(request: &Request) -> Result<i32, ApiError> {
+pub fn asked_priority(request: &Request) -> Result<i32, ApiError> {
     let asked = request.priority.map_or(0, |asked| asked.0);
     i32::try_from(asked).map_err(|_| {
         invalid("priority", &format!("must be {} (first) to {} (last), got {asked}", i32::MIN, i32::MAX))

@@ -230,7 +230,7 @@ async fn a_body_that_is_refused_holds_no_room_while_it_is_thrown_away() {
     // It goes on sending for as long as it is listened to.
     let refused = Upload::announced(&cluster, 2000, b"{").await;
     until("it has arrived", || cluster.service.roster.list().len() == 1).await;
-    until("its room is free", || cluster.service.gate.enter(|| None).is_ok()).await;
+    until("its room is free", || cluster.service.gate.enter(|| None, || false).is_ok()).await;
     let served = cluster.post("/v1/completions", request("tiny", 100));
     finish(&mut mixed).await;
     assert_eq!(served.await.expect("ends").status(), 200);

@@ -255,7 +255,7 @@ async fn a_body_that_is_still_worked_on_keeps_its_place_when_the_client_leaves()
     let (status, _) = error_of(cluster.chat(json!({})).await.expect("ends")).await;
     assert_eq!(status, 429, "the memory of the first is still in use");
     drop(let_go);
-    until("its place is given back", || cluster.service.gate.enter(|| None).is_ok()).await;
+    until("its place is given back", || cluster.service.gate.enter(|| None, || false).is_ok()).await;
     let response = cluster.chat(json!({}));
     answer(&mut prefill, &mut decode, "ok").await;
     assert_eq!(response.await.expect("ends").status(), 200);

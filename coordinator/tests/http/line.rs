@@ -69,6 +69,33 @@ async fn whoever_has_priority_overtakes() {
 }
 
 #[tokio::test]
+async fn a_full_line_takes_who_has_priority_in_place_of_the_last() {
+    let (cluster, mut mixed) = cluster(1, |config| config.limits.max_queued = 1).await;
+    let first = queue(&cluster, "", "first", json!({}), 0).await;
+    let held = mixed.dispatch().await;
+    let outranked = queue(&cluster, "", "outranked", json!({"priority": 5}), 1).await;
+    let refused = queue(&cluster, "", "refused", json!({"priority": 5}), 1).await;
+    let message = |answer: Value| answer["error"]["message"].as_str().expect("a message").to_owned();
+    let answer = ends(refused).await;
+    assert_eq!(answer.status(), 429);
+    let told = message(answer.json().await.expect("is JSON"));
+    assert!(told.starts_with("too many requests are waiting"), "{told}");
+    let higher = queue(&cluster, "", "higher", json!({"priority": 4}), 1).await;
+    let answer = ends(outranked).await;
+    assert!(answer.status() == 429 && answer.headers().contains_key("retry-after"), "{answer:?}");
+    let told = message(answer.json().await.expect("is JSON"));
+    assert!(told.starts_with("requests of higher priority came while the line was full"), "{told}");
+    mixed.finish(held.leg, 0, "x", FinishReason::Stop);
+    assert_eq!(serve(&mut mixed).await, "higher");
+    for sent in [first, higher] {
+        assert_eq!(ends(sent).await.status(), 200);
+    }
+    let metrics = cluster.get("/metrics").await.text().await.expect("is read");
+    assert!(metrics.contains("baton_coordinator_refusals_total{reason=\"outranked\"} 1"), "{metrics}");
+    cluster.at_rest().await;
+}
+
+#[tokio::test]
 async fn tenants_are_served_by_their_weight() {
     let entry = |name: &str, weight: u32| {
         let hash = KeyHash::of(name).to_hex();

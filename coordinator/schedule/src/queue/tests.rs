@@ -67,6 +67,26 @@ fn tenants_share_by_weight_and_nobody_saves_up_turns() {
 }
 
 #[test]
+fn whoever_would_be_last_gives_way_to_a_higher_priority() {
+    let (mut queue, now) = (Queue::default(), Instant::now());
+    let mut fill = |priority, tenant: &str, seconds, item| {
+        let wanted = now + Duration::from_secs(seconds);
+        queue.push(Wish { priority, ..wish(tenant, 1, wanted) }, item, now);
+    };
+    fill(0, "c", 9, "before all");
+    fill(2, "z", 99, "the only one of its tenant");
+    for (seconds, item) in [(1, "first"), (3, "third"), (2, "second")] {
+        fill(2, "a", seconds, item);
+    }
+    assert!(queue.has_behind(1) && !queue.has_behind(2));
+    assert_eq!(queue.give_way(2), None, "it would be no better");
+    let order: Vec<_> = std::iter::from_fn(|| queue.give_way(0)).collect();
+    assert_eq!(order, ["third", "second", "the only one of its tenant", "first"]);
+    assert_eq!((queue.len(), queue.give_way(0), queue.give_way(-1)), (1, None, Some("before all")));
+    assert!(queue.is_empty() && queue.bands.is_empty());
+}
+
+#[test]
 fn a_band_waits_for_those_before_it_and_not_for_ever() {
     let (mut queue, now) = (Queue::default(), Instant::now());
     let wanted = now + Duration::from_secs(60);

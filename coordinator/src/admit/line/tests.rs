@@ -59,8 +59,9 @@ fn house(max_concurrent: usize, max_queued: usize) -> House {
 }
 
 impl House {
-    fn enter(&self) -> Result<(Ticket, Place), ApiError> {
-        Ok((self.gate.enter(|| None).expect("room"), self.model.line.enter()?))
+    fn enter(&self, priority: i32) -> Result<(Ticket, Place), ApiError> {
+        let outranks = || self.model.line.has_behind(priority);
+        Ok((self.gate.enter(|| None, outranks).expect("room"), self.model.line.enter(priority)?))
     }
 
     async fn admitted(&self, priority: i32, deadline: Duration) -> Result<Admission, ApiError> {
@@ -69,7 +70,7 @@ impl House {
         let prepared = prepare(&self.model.served, Endpoint::Text, &request, LIMITS, 1).expect("is good");
         let (tenant, now) = (Tenant::default(), Instant::now());
         let wanted = Wanted { tenant: &tenant, first_token: now, deadline: now + deadline };
-        Line::admit(&self.model, &self.placer, self.enter()?, prepared, wanted).await
+        Line::admit(&self.model, &self.placer, self.enter(priority)?, prepared, wanted).await
     }
 
     async fn seat(&self) -> Result<Admission, ApiError> {
@@ -103,8 +104,29 @@ async fn a_full_line_turns_away_and_a_seat_given_back_lets_in() {
     assert!(second.bookings.is_some() && !second.waited.is_zero());
     assert_eq!((house.metrics.in_flight.get(), house.waiting()), (1, [0; 3]));
     drop(second);
-    assert!(house.enter().is_ok());
+    assert!(house.enter(0).is_ok());
     assert_eq!(house.metrics.in_flight.get(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn whoever_comes_to_a_full_line_takes_the_place_of_one_that_may_wait_for_it() {
+    let (house, long) = (house(1, 2), Duration::from_secs(600));
+    let first = house.seat().await.expect("a seat");
+    let (mut early, mut late) = (Box::pin(house.admitted(5, long)), Box::pin(house.admitted(5, long)));
+    assert!(futures::poll!(&mut early).is_pending() && futures::poll!(&mut late).is_pending());
+    let refused = house.admitted(5, long).await.err().expect("it is of no higher priority");
+    assert!(refused.message.starts_with("too many requests are waiting"), "{}", refused.message);
+    let mut higher = Box::pin(house.admitted(0, long));
+    assert!(futures::poll!(&mut higher).is_pending());
+    let outranked = late.await.err().expect("its place is taken");
+    assert!(outranked.code == ErrorCode::QueueFull && outranked.retry_after.is_some(), "{outranked:?}");
+    assert!(outranked.message.starts_with("requests of higher priority"), "{}", outranked.message);
+    assert_eq!(house.waiting(), [2; 3]);
+    tokio::time::sleep(Duration::from_millis(10)).await;
+    drop(first);
+    drop(higher.await.expect("the seat given back"));
+    drop(early.await.expect("the seat given back"));
+    assert_eq!((house.metrics.in_flight.get(), house.waiting()), (0, [0; 3]));
 }
 
 #[tokio::test(start_paused = true)]
@@ -141,7 +163,7 @@ async fn a_wait_ends_with_429_at_its_deadline() {
     assert!(house.admitted(0, soon).await.is_err());
     assert_eq!(began.elapsed(), soon, "nor past the request's own deadline");
     assert_eq!(house.waiting(), [0; 3]);
-    assert!(house.enter().is_ok(), "the place in line was given back");
+    assert!(house.enter(0).is_ok(), "the place in line was given back");
 }
 
 #[tokio::test(start_paused = true)]
