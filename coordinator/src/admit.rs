@@ -4,8 +4,8 @@
 //! is bounded ([`body`]). Once its model is known it takes a [`Place`] in that model's [`Line`] and, once prepared, waits
 //! there for a [`Permit`] and a place among the instances ([`line`]): what waits for one model's instances holds up no other
 //! model's requests. A body that is not prepared on the spot waits for a [`Turn`] at a core before. All are given back by
-//! drop. Overflow policy: a full house or line is 429 at once, as is a wait that is predicted to be too long, and a wait
-//! that becomes so is 429, too.
+//! drop. Overflow policy: a full house or line is 429 at once, unless another gives way, who then is told so; as is a wait
+//! that is predicted to be too long, and a wait that becomes so is 429, too.
 
 use std::{sync::Arc, time::Duration};
 
@@ -56,8 +56,8 @@ pub struct Gate {
 }
 
 impl Gate {
-    /// A house with room for as much as the lines of `models` models hold, and a little more for who may outrank them. `cores` is how many bodies are worked on at a
-    /// time; at least two are.
+    /// A house with room for as much as the lines of `models` models hold, and a little more for who may outrank them. `cores`
+    /// is how many bodies are worked on at a time; at least two are.
     pub fn new(limits: &LimitsConfig, models: usize, cores: usize, metrics: &Metrics) -> Self {
         let most = Semaphore::MAX_PERMITS;
         let lines = line::length(limits).saturating_mul(models);
@@ -82,10 +82,10 @@ impl Gate {
         outranks: impl FnOnce() -> bool,
     ) -> Result<Ticket, ApiError> {
         let has_room = self.house.available_permits() > OUTRANKING_MOST || outranks();
-        match at_once(&self.house) {
-            Ok(room) if has_room => Ok(Ticket { _room: room }),
-            _ => Err(refuse(&self.refusals, "house", "too many requests are waiting", drain())),
-        }
+        let room = has_room.then(|| at_once(&self.house).ok()).flatten();
+        let room =
+            room.ok_or_else(|| refuse(&self.refusals, "house", "too many requests are waiting", drain()))?;
+        Ok(Ticket { _room: room })
     }
 
     /// Room for a body that announces its length, or grows as it comes; within `max_body_bytes` either way.

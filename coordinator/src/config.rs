@@ -125,7 +125,7 @@ pub struct LimitsConfig {
     pub max_connections: usize,
     /// Requests of a model served at once; more wait, and hold up no other model's.
     pub max_concurrent: usize,
-    /// Requests of a model that wait at once; more are refused with 429.
+    /// Requests of a model that wait at once; of more, one is refused with 429: the last that came, or one that gives way to it.
     pub max_queued: usize,
     /// How long a request waits, for a core to prepare it, or for a seat and an instance with room, before it is refused
     /// with 429; at once if those before it are predicted to take longer.

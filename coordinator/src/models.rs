@@ -7,6 +7,7 @@
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use baton_proto::{ApiError, ErrorCode};
+use baton_schedule::queue::Rank;
 use futures::future::try_join_all;
 use parking_lot::Mutex;
 use tokio::time::Instant;
@@ -81,9 +82,9 @@ impl Models {
         self.all.iter()
     }
 
-    /// Whether anybody waits, for whichever model, who may wait for one of this priority.
-    pub fn have_behind(&self, priority: i32) -> bool {
-        self.all.iter().any(|model| model.line.has_behind(priority))
+    /// Whether anybody waits, for whichever model, who gives way to one of this rank.
+    pub fn have_behind(&self, rank: &Rank<'_>) -> bool {
+        self.all.iter().any(|model| model.line.has_behind(rank))
     }
 
     /// How long it is predicted to take until the first of the lines that requests wait in has been served.

@@ -143,7 +143,7 @@ impl Service {
         let work = move || {
             let request = parse(&body)?;
             let model = models.asked(request.model.as_deref())?.clone();
-            let place = asked_priority(&request).and_then(|asked| model.line.enter(tenant.priority(asked)));
+            let place = asked_priority(&request).and_then(|asked| model.line.enter(&tenant.rank(asked)));
             let prepared = place.and_then(|place| {
                 let prepared = prepare(&model.served, endpoint, &request, limits, seed)?;
                 // Here, where there is a core for it; whoever places the prompts finds it done.

@@ -12,8 +12,8 @@ use sha2::{Digest, Sha256};
 
 use crate::IdError;
 
-/// 120 bits of a SHA-256 behind the block's place in its chain, from 0, modulo 256: nobody finds two prompts that share one,
-/// by chance or on purpose, so that a hash that is equal stands for blocks that are.
+/// 120 bits of a SHA-256 behind the block's place in its chain, from 0, modulo 256: no two prompts share one by chance, and
+/// nobody finds one that shares another's, so that a hash that is equal stands for blocks that are.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BlockHash([u8; 16]);
 

@@ -15,7 +15,7 @@ mod drain;
 
 use std::{
     collections::{BTreeMap, HashMap},
-    ops::Bound::{Included, Unbounded},
+    ops::Bound::{Excluded, Included, Unbounded},
     sync::Arc,
     time::Duration,
 };
@@ -42,6 +42,15 @@ pub struct Wish {
     pub wanted: Instant,
     /// How much is to be done, in any unit.
     pub work: f64,
+}
+
+/// Whom one may outrank: of its own tenant those of a later priority, and all that are of later bands of keys.
+#[derive(Debug, Clone, Copy)]
+pub struct Rank<'a> {
+    pub tenant: &'a str,
+    pub priority: i32,
+    /// The last priority of the band of its key.
+    pub band_ends: i32,
 }
 
 /// One that waits.
@@ -168,21 +177,42 @@ impl<T> Queue<T> {
         Some(entry.item)
     }
 
-    /// Whether anybody of a later priority than this waits.
-    pub fn has_behind(&self, priority: i32) -> bool {
-        self.bands.last_key_value().is_some_and(|(&last, _)| last > priority)
+    /// Whether anybody waits who gives way to one of this rank.
+    pub fn has_behind(&self, rank: &Rank<'_>) -> bool {
+        self.last_behind(rank).is_some()
     }
 
-    /// Takes out whoever would be served last of all, if that one's priority is later than this: of the last band the tenant
-    /// who would have had most by then for its weight, and of its requests the one whose first token is wanted last.
-    pub fn give_way(&mut self, priority: i32) -> Option<T> {
-        let (&last, band) = self.bands.last_key_value().filter(|(last, _)| **last > priority)?;
-        let waiting = band.tenants.iter().filter(|(_, of)| !of.waiting.is_empty());
-        let ends = waiting.map(|(tenant, of)| (of.end(), tenant, of));
-        let (_, tenant, of) =
-            ends.max_by(|(end, a, _), (other, b, _)| end.total_cmp(other).then(a.cmp(b)))?;
+    /// Takes out whoever gives way to one of this rank: of the last band the tenant who would have had most for its weight
+    /// when all of its are served, or else the tenant's own; and of those whoever's first token is wanted last. Of a band of
+    /// others a [`TURNS`]th of all that wait stays.
+    pub fn give_way(&mut self, rank: &Rank<'_>) -> Option<T> {
+        let last = self.last_behind(rank)?;
+        self.remove(&last)
+    }
+
+    fn last_behind(&self, rank: &Rank<'_>) -> Option<Ticket> {
+        let of_others = self.bands.last_key_value().filter(|(priority, band)| {
+            let waiting: usize = band.tenants.values().map(|of| of.waiting.len()).sum();
+            **priority > rank.band_ends && waiting * TURNS as usize > self.waiting
+        });
+        let (priority, tenant, of) = match of_others {
+            Some((priority, band)) => {
+                let waiting = band.tenants.iter().filter(|(_, of)| !of.waiting.is_empty());
+                let ends = waiting.map(|(tenant, of)| (of.end(), tenant, of));
+                let last = ends.max_by(|(end, a, _), (other, b, _)| end.total_cmp(other).then(a.cmp(b)));
+                let (_, tenant, of) = last?;
+                (priority, tenant, of)
+            }
+            None => {
+                let mut behind = self.bands.range((Excluded(rank.priority), Unbounded)).rev();
+                behind.find_map(|(priority, band)| {
+                    let (tenant, of) = band.tenants.get_key_value(rank.tenant)?;
+                    (!of.waiting.is_empty()).then_some((priority, tenant, of))
+                })?
+            }
+        };
         let (&key, _) = of.waiting.last_key_value()?;
-        self.remove(&Ticket { priority: last, tenant: tenant.clone(), key })
+        Some(Ticket { priority: *priority, tenant: tenant.clone(), key })
     }
 
     /// The first of the next few that fits.

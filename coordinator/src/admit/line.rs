@@ -3,8 +3,8 @@
 //! A request goes at once if nobody waits, a seat is free and an instance has room. Else it waits in a [`Queue`], and a task
 //! that lives for as long as anybody waits places whoever is next as soon as there is a seat and room: late, by what is
 //! known then. Requests that look for another place after a failure do not come here again. Whoever leaves, or has waited
-//! too long, is taken out at once. Who finds the line full takes the place of whoever would be served last, if that one may
-//! wait for it by its priority.
+//! too long, is taken out at once. Who finds the line full may stand beside it and be prepared, if somebody waits who gives way
+//! to it ([`Rank`]); and takes the place of that one, who is turned away, when it would wait itself.
 
 use std::{pin::pin, sync::Arc, time::Duration};
 
@@ -12,7 +12,7 @@ use baton_proto::ApiError;
 use baton_schedule::{
     NoPlace,
     board::Booking,
-    queue::{self, Queue, Wish},
+    queue::{self, Queue, Rank, Wish},
 };
 use parking_lot::Mutex;
 use tokio::{
@@ -47,16 +47,14 @@ pub struct Line {
     queue_timeout: Duration,
 }
 
-/// A place in the line.
-pub struct Place {
-    _place: OwnedSemaphorePermit,
-}
+/// A place in the line; `None`: beside it, until another gives way.
+pub struct Place(Option<OwnedSemaphorePermit>);
 
 /// Leave to be served. Given back by drop.
 pub struct Permit {
     _served: Counted<2>,
     _seat: Seat,
-    _place: Place,
+    _place: OwnedSemaphorePermit,
     _ticket: Ticket,
 }
 
@@ -81,13 +79,13 @@ pub struct Admission {
 /// One that has been told to go on.
 struct Bound {
     seat: Seat,
-    place: Place,
+    place: OwnedSemaphorePermit,
     prepared: Prepared,
     bookings: Option<Vec<Booking>>,
 }
 
 struct Waiter {
-    place: Place,
+    place: OwnedSemaphorePermit,
     prepared: Prepared,
     goes: oneshot::Sender<Bound>,
 }
@@ -125,22 +123,18 @@ impl Line {
         }
     }
 
-    /// Lets a request of this priority stand in line, in the place of another if need be, or turns it away.
-    pub fn enter(&self, priority: i32) -> Result<Place, ApiError> {
-        if let Ok(place) = at_once(&self.places) {
-            return Ok(Place { _place: place });
-        }
-        // Dropped when the desk is not locked any more; whoever it was hears of it by that.
-        let outranked = self.desk.state.lock().queue.give_way(priority);
-        match outranked {
-            Some(Waiter { place, .. }) => Ok(place),
-            None => Err(self.desk.refuse("line", "too many requests are waiting", self.drain())),
+    /// Lets a request of this rank stand in line, or beside it if another may give it its place, or turns it away.
+    pub fn enter(&self, rank: &Rank<'_>) -> Result<Place, ApiError> {
+        match at_once(&self.places) {
+            Ok(place) => Ok(Place(Some(place))),
+            Err(_) if self.has_behind(rank) => Ok(Place(None)),
+            Err(_) => Err(self.desk.full(self.drain())),
         }
     }
 
-    /// Whether anybody waits who may wait for one of this priority.
-    pub fn has_behind(&self, priority: i32) -> bool {
-        self.desk.state.lock().queue.has_behind(priority)
+    /// Whether anybody waits who gives way to one of this rank.
+    pub fn has_behind(&self, rank: &Rank<'_>) -> bool {
+        self.desk.state.lock().queue.has_behind(rank)
     }
 
     /// How long all that wait are predicted to take until they are served; `None`: that cannot be told yet.
@@ -148,7 +142,7 @@ impl Line {
         self.desk.state.lock().queue.wait(i32::MAX, Instant::now())
     }
 
-    /// Whether a request that came now would be turned away.
+    /// Whether a request that came now would find no place of its own.
     pub fn is_full(&self) -> bool {
         self.places.available_permits() == 0
     }
@@ -164,10 +158,14 @@ impl Line {
     ) -> Result<Admission, ApiError> {
         let (line, began) = (&model.line, Instant::now());
         let desk = &line.desk;
-        let at_once = desk.at_once(|| placer.book_within(&model.served, &prepared.prompts));
-        let bound = match at_once {
-            Some((seat, bookings)) => Bound { seat, place, prepared, bookings },
-            None => line.wait(model, placer, (place, prepared), &wanted, began).await?,
+        // Meanwhile there may be one.
+        let place = place.0.or_else(|| at_once(&line.places).ok());
+        let booked = place
+            .as_ref()
+            .and_then(|_| desk.at_once(|| placer.book_within(&model.served, &prepared.prompts)));
+        let bound = match (place, booked) {
+            (Some(place), Some((seat, bookings))) => Bound { seat, place, prepared, bookings },
+            (place, _) => line.wait(model, placer, (place, prepared), &wanted, began).await?,
         };
         let (Bound { seat, place, prepared, bookings }, waited) = (bound, began.elapsed());
         desk.counts.queue_wait.observe(waited.as_secs_f64());
@@ -180,13 +178,14 @@ impl Line {
         &self,
         model: &Arc<Model>,
         placer: &Arc<Placer>,
-        (place, prepared): (Place, Prepared),
+        (place, prepared): (Option<OwnedSemaphorePermit>, Prepared),
         wanted: &Wanted<'_>,
         began: Instant,
     ) -> Result<Bound, ApiError> {
         let (desk, by) = (&self.desk, (began + self.queue_timeout).min(wanted.deadline));
         let tenant = wanted.tenant;
-        let priority = tenant.priority(prepared.priority);
+        let rank = tenant.rank(prepared.priority);
+        let priority = rank.priority;
         let wish = Wish {
             priority,
             tenant: tenant.name.clone(),
@@ -195,19 +194,28 @@ impl Line {
             work: work(&prepared, placer.board.expected_tokens(&model.served.revision)),
         };
         let (goes, told) = oneshot::channel();
-        let waiting = {
+        let (waiting, outranked) = {
             let state = &mut *desk.state.lock();
             let wait = state.queue.wait(priority, began);
             if wait.is_some_and(|wait| wait > by - began) {
                 let message = "the requests that are waiting take longer than this one can wait";
                 return Err(desk.refuse("backlog", message, wait));
             }
+            let (place, outranked) = match place {
+                Some(place) => (place, None),
+                None => match state.queue.give_way(&rank) {
+                    Some(Waiter { place, prepared, goes }) => (place, Some((prepared, goes))),
+                    None => return Err(desk.full(wait)),
+                },
+            };
             let ticket = state.queue.push(wish, Waiter { place, prepared, goes }, began);
             if !std::mem::replace(&mut state.attended, true) {
                 tokio::spawn(attend(model.clone(), placer.clone()));
             }
-            Waiting { desk: desk.clone(), ticket, _counted: desk.waits(tenant) }
+            (Waiting { desk: desk.clone(), ticket, _counted: desk.waits(tenant) }, outranked)
         };
+        // Whoever it was hears of it by that.
+        drop(outranked);
         desk.changed.notify_one();
         let (why, message) = match timeout_at(by, told).await {
             Ok(Ok(bound)) => return Ok(bound),
@@ -327,6 +335,10 @@ impl Desk {
         let counts = &self.counts;
         let of_band = counts.queued_by_band[tenant.band as usize].clone();
         Counted::new(&[counts.all_queued.clone(), counts.queued.clone(), of_band])
+    }
+
+    fn full(&self, wait: Option<Duration>) -> ApiError {
+        self.refuse("line", "too many requests are waiting", wait)
     }
 
     fn refuse(&self, why: &'static str, message: &str, wait: Option<Duration>) -> ApiError {

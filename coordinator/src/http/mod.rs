@@ -67,7 +67,10 @@ pub fn closed(metrics: baton_process::Metrics, health: HealthHandle) -> Router {
 
 async fn turned_away(request: Request) -> Response {
     let (head, body) = request.into_parts();
-    body::discard(&mut body.into_data_stream()).await;
+    // A client that asks before it sends is not asked for anything.
+    if !head.headers.contains_key(header::EXPECT) {
+        body::discard(&mut body.into_data_stream()).await;
+    }
     let message = "this coordinator is shutting down and takes no new requests: send it again, to another";
     let mut response = error_response(&ApiError::new(ErrorCode::Unavailable, message));
     response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
@@ -140,8 +143,8 @@ async fn complete(service: Arc<Service>, endpoint: Endpoint, request: Request) -
         let call = caller.call(arrived).inspect_err(|error| report.failed(error))?;
         let tenant = call.tenant();
         report.called(call);
-        // Whatever it will turn out to have asked for within its band.
-        let outranks = || service.models.have_behind(tenant.priority(i32::MIN));
+        // Before it is known what it asks for.
+        let outranks = || service.models.have_behind(&tenant.rank(0));
         let ticket = service.gate.enter(|| service.models.drain(), outranks);
         let ticket = ticket.inspect_err(|error| report.failed(error))?;
         let card = service.roster.enter(id.clone(), arrived, key);

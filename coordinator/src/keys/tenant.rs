@@ -3,6 +3,7 @@
 use std::{num::NonZeroU32, sync::Arc};
 
 use baton_proto::{ApiKey, Band};
+use baton_schedule::queue::Rank;
 
 /// Bands lie this far apart among the priorities that instances go by.
 const BAND_STEP: i32 = 1 << 30;
@@ -43,6 +44,11 @@ impl Tenant {
             Band::Batch => BAND_STEP,
         };
         band + asked.clamp(-WITHIN_BAND, WITHIN_BAND)
+    }
+
+    /// Whom a request of it that asks for this priority outranks where there is no place for both.
+    pub fn rank(&self, asked: i32) -> Rank<'_> {
+        Rank { tenant: &self.name, priority: self.priority(asked), band_ends: self.priority(i32::MAX) }
     }
 }
 

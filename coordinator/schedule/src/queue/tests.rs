@@ -67,23 +67,48 @@ fn tenants_share_by_weight_and_nobody_saves_up_turns() {
 }
 
 #[test]
-fn whoever_would_be_last_gives_way_to_a_higher_priority() {
+fn whoever_would_be_last_gives_way_to_a_key_of_a_higher_band() {
     let (mut queue, now) = (Queue::default(), Instant::now());
     let mut fill = |priority, tenant: &str, seconds, item| {
         let wanted = now + Duration::from_secs(seconds);
         queue.push(Wish { priority, ..wish(tenant, 1, wanted) }, item, now);
     };
+    let rank = |priority, band_ends| Rank { tenant: "new", priority, band_ends };
     fill(0, "c", 9, "before all");
     fill(2, "z", 99, "the only one of its tenant");
     for (seconds, item) in [(1, "first"), (3, "third"), (2, "second")] {
         fill(2, "a", seconds, item);
     }
-    assert!(queue.has_behind(1) && !queue.has_behind(2));
-    assert_eq!(queue.give_way(2), None, "it would be no better");
-    let order: Vec<_> = std::iter::from_fn(|| queue.give_way(0)).collect();
+    assert!(queue.has_behind(&rank(1, 1)) && !queue.has_behind(&rank(1, 2)));
+    assert_eq!(queue.give_way(&rank(-9, 2)), None, "nobody asks their way past others of their band");
+    let order: Vec<_> = std::iter::from_fn(|| queue.give_way(&rank(0, 0))).collect();
     assert_eq!(order, ["third", "second", "the only one of its tenant", "first"]);
-    assert_eq!((queue.len(), queue.give_way(0), queue.give_way(-1)), (1, None, Some("before all")));
+    assert_eq!(queue.give_way(&rank(-1, -1)), Some("before all"));
     assert!(queue.is_empty() && queue.bands.is_empty());
+}
+
+#[test]
+fn a_tenants_own_give_way_to_what_it_wants_more() {
+    let (mut queue, now) = (Queue::default(), Instant::now());
+    for (tenant, priority) in [("a", 3), ("b", 9), ("a", 5), ("a", 0)] {
+        queue.push(Wish { priority, ..wish(tenant, 1, now) }, (tenant, priority), now);
+    }
+    let rank = Rank { tenant: "a", priority: 0, band_ends: 10 };
+    let order: Vec<_> = std::iter::from_fn(|| queue.give_way(&rank)).collect();
+    assert_eq!(order, [("a", 5), ("a", 3)]);
+}
+
+#[test]
+fn some_of_the_last_band_stay_whoever_comes() {
+    let (mut queue, now) = (Queue::default(), Instant::now());
+    for number in 0..200 {
+        queue.push(Wish { priority: i32::from(number < 50), ..wish("a", 1, now) }, number, now);
+    }
+    let rank = Rank { tenant: "b", priority: 0, band_ends: 0 };
+    while queue.give_way(&rank).is_some() {
+        queue.push(wish("b", 1, now), 0, now);
+    }
+    assert_eq!(queue.bands[&1].tenants["a"].waiting.len(), 200 / TURNS as usize);
 }
 
 #[test]

@@ -60,8 +60,9 @@ fn house(max_concurrent: usize, max_queued: usize) -> House {
 
 impl House {
     fn enter(&self, priority: i32) -> Result<(Ticket, Place), ApiError> {
-        let outranks = || self.model.line.has_behind(priority);
-        Ok((self.gate.enter(|| None, outranks).expect("room"), self.model.line.enter(priority)?))
+        let (line, tenant) = (&self.model.line, Tenant::default());
+        let rank = tenant.rank(priority);
+        Ok((self.gate.enter(|| None, || line.has_behind(&rank)).expect("room"), line.enter(&rank)?))
     }
 
     async fn admitted(&self, priority: i32, deadline: Duration) -> Result<Admission, ApiError> {
@@ -116,6 +117,8 @@ async fn whoever_comes_to_a_full_line_takes_the_place_of_one_that_may_wait_for_i
     assert!(futures::poll!(&mut early).is_pending() && futures::poll!(&mut late).is_pending());
     let refused = house.admitted(5, long).await.err().expect("it is of no higher priority");
     assert!(refused.message.starts_with("too many requests are waiting"), "{}", refused.message);
+    // Whoever comes to nothing takes nobody's place.
+    drop(house.enter(0).expect("a place beside the line"));
     let mut higher = Box::pin(house.admitted(0, long));
     assert!(futures::poll!(&mut higher).is_pending());
     let outranked = late.await.err().expect("its place is taken");
