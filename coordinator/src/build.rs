@@ -289,12 +289,7 @@ fn later(
         tokio::time::sleep(by).await;
         cancelled.cancel();
     };
-    tasks.spawn(async move {
-        tokio::select! {
-            () = wait => {}
-            () = end.cancelled() => {}
-        }
-    });
+    tasks.spawn(async move { end.run_until_cancelled(wait).await });
     later
 }
 

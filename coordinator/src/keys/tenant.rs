@@ -61,11 +61,13 @@ mod tests {
         let of = |band| Tenant { name: "a".into(), band, ..Tenant::default() };
         let (first, second, last) = (of(Band::Interactive), of(Band::Standard), of(Band::Batch));
         assert!(first.priority(i32::MAX) < second.priority(i32::MIN));
+        assert!((first.rank(9).priority..second.priority(i32::MIN)).contains(&first.rank(9).band_ends));
         assert!(second.priority(i32::MAX) < last.priority(i32::MIN));
         for tenant in [first, second, last] {
             assert!(tenant.priority(-1) < tenant.priority(0) && tenant.priority(0) < tenant.priority(7));
         }
         let open = Tenant::default();
         assert_eq!([open.priority(i32::MIN), open.priority(3)], [i32::MIN, 3]);
+        assert_eq!((open.rank(3).priority, open.rank(3).band_ends), (3, i32::MAX));
     }
 }
