@@ -10,6 +10,7 @@ use baton_process::{
     HealthHandle, Metrics, Process, Tls,
     access::Access,
     grpc, http,
+    listen::reached_at,
     tls::{Allowed, Door, Role},
 };
 use baton_proto::v1::{control_server::ControlServer, fleet_admin_server::FleetAdminServer};
@@ -60,7 +61,7 @@ pub async fn run(process: Process<ControllerConfig>) -> Result<(), ControllerErr
     let http_listener = config.metrics_listen.bind()?;
     let address = grpc_listener.local_addr().map_err(ControllerError::Address)?;
     if config.advertise.is_empty() {
-        config.advertise = address.to_string();
+        config.advertise = reached_at(&grpc_listener, "", "advertise")?;
     }
     if config.controller_id.is_empty() {
         config.controller_id = host_name();
@@ -70,7 +71,12 @@ pub async fn run(process: Process<ControllerConfig>) -> Result<(), ControllerErr
     let router = http::router(process.metrics.clone(), process.health.clone());
     process.spawn_essential(
         "http",
-        http::serve(http_listener, router, process.shutdown.clone(), drain_of_calls(process.drain())),
+        http::serve(
+            http_listener,
+            http::Port::of_observers(router),
+            process.shutdown.clone(),
+            drain_of_calls(process.drain()),
+        ),
     );
     let parts = Parts {
         config,

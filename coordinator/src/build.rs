@@ -9,7 +9,12 @@ use std::{
 
 use axum::Router;
 use baton_process::{
-    Health, HealthHandle, Process, ProcessError, ServiceConfig, Tls, access::Access, grpc, tls::Role,
+    Health, HealthHandle, Listen, Process, ProcessError, ServiceConfig, Tls,
+    access::Access,
+    grpc,
+    http::{Port, probes, serve},
+    listen::reached_at,
+    tls::Role,
 };
 use baton_proto::{CoordinatorId, CoordinatorSpec};
 use baton_registry::{FleetWatch, FleetWatchConfig, RemoteConfig, RemoteStore, Store};
@@ -115,8 +120,16 @@ pub fn assemble(
     let readiness =
         watch_readiness(service.clone(), parts.health.clone(), config.fleet.sweep, parts.shutdown);
     parts.tasks.spawn(readiness);
-    let router = http::router(service.clone(), parts.metrics, parts.health);
+    let router = http::router(service.clone(), observed(config, parts.metrics, parts.health));
     Ok((service, router))
+}
+
+/// By what the process is observed where clients are served, too.
+fn observed(config: &CoordinatorConfig, metrics: baton_process::Metrics, health: HealthHandle) -> Router {
+    match config.metrics_listen {
+        None => baton_process::http::router(metrics, health),
+        Some(_) => probes(health),
+    }
 }
 
 /// Ready while a request for each model could be served, and partly ready while one for any could. Looked at on every
@@ -175,13 +188,21 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
     // Files and ports first: what is wrong with them is told before a model is read.
     let tls = process.tls(&config.tls, Role::Coordinator, &drained)?;
     let access = Access::start(&config.admin, &drained, &process.tasks)?;
-    let bind = |listen: &baton_process::Listen, key| {
-        listen.bind().map_err(|source| CoordinatorError::Listen { key, source })
-    };
+    let https = process.https(&config.https, &drained)?;
+    let bind =
+        |listen: &Listen, key| listen.bind().map_err(|source| CoordinatorError::Listen { key, source });
     let listener = bind(&config.listen, "listen")?;
     watch_clients(&listener);
-    let observed = listener.try_clone().map_err(ProcessError::Http)?;
+    let for_the_rest = listener.try_clone().map_err(ProcessError::Http)?;
     let admin_listener = bind(&config.admin_listen, "admin_listen")?;
+    let reached = |listener: &TcpListener| reached_at(listener, &config.advertise_host, "advertise_host");
+    let grpc = reached(&admin_listener)
+        .map_err(|source| CoordinatorError::Listen { key: "admin_listen", source })?;
+    // Clients come by whatever name stands before it: this is shown, and not dialled.
+    let http = reached(&listener).unwrap_or_else(|_| config.listen.to_string());
+    let http = if https.is_some() { format!("https://{http}") } else { http };
+    let metrics_listener =
+        config.metrics_listen.as_ref().map(|listen| bind(listen, "metrics_listen")).transpose()?;
     let store = open_store(&config.store, &tls)?;
     let keys = Source::open(&config.api_keys, &store)?;
     let served = models::open(&config.models, &TextCache::new(config.text.cache_bytes)).await?;
@@ -211,8 +232,6 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
 
     let admin = Admin { roster: service.roster.clone(), access };
     let (routes, options) = admin.port(process.health.clone(), tls.clone(), drained.clone(), last_calls);
-    let endpoint = |listener: &TcpListener| advertised(listener, &config.advertise_host);
-    let (http, grpc) = (endpoint(&listener), endpoint(&admin_listener));
     let registration = Registration {
         spec: CoordinatorSpec {
             id: CoordinatorId::new(config.id.as_str())?,
@@ -231,13 +250,19 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
     };
     process.tasks.spawn(registration.run());
     process.spawn_essential("admin", grpc::serve(admin_listener, routes, options));
+    if let Some(listener) = metrics_listener {
+        let port =
+            Port::of_observers(baton_process::http::router(process.metrics.clone(), process.health.clone()));
+        process.spawn_essential("metrics", serve(listener, port, drained.clone(), last_calls));
+    }
     tracing::info!(%http, %grpc, "serving");
     let linger = config.limits.linger.min(drain);
     let closing = later(&process.shutdown, linger, &drained, &process.tasks);
-    let most = connections(config.limits.max_connections, baton_process::open_files::most());
-    let closed = http::closed(process.metrics.clone(), process.health.clone());
-    process.tasks.spawn(observe_the_rest(observed, closed, closing.clone(), drained.clone(), last_calls));
-    let served = baton_process::http::serve_many(listener, router, most, closing, drain - linger).await;
+    let closed = http::closed(observed(&config, process.metrics.clone(), process.health.clone()));
+    let closed = Port { https: https.clone(), ..Port::of_observers(closed) };
+    process.tasks.spawn(observe_the_rest(for_the_rest, closed, closing.clone(), drained.clone(), last_calls));
+    let connections = connections(config.limits.max_connections, baton_process::open_files::most());
+    let served = serve(listener, Port { router, https, connections }, closing, drain - linger).await;
     // Requests have drained: the streams to instances may end.
     service.placer.links.stop_all();
     drained.cancel();
@@ -262,7 +287,7 @@ fn connections(asked: usize, files: Option<u64>) -> usize {
 /// Answers those who observe the process from when clients are let in no more until the last request has ended.
 async fn observe_the_rest(
     listener: TcpListener,
-    router: Router,
+    port: Port,
     closing: CancellationToken,
     drained: CancellationToken,
     drain: Duration,
@@ -270,7 +295,7 @@ async fn observe_the_rest(
     if drained.run_until_cancelled(closing.cancelled()).await.is_none() {
         return;
     }
-    if let Err(error) = baton_process::http::serve(listener, router, drained, drain).await {
+    if let Err(error) = serve(listener, port, drained, drain).await {
         tracing::warn!(%error, "nobody can look at the rest of the drain");
     }
 }
@@ -291,16 +316,6 @@ fn later(
     };
     tasks.spawn(async move { end.run_until_cancelled(wait).await });
     later
-}
-
-/// host:port of a listener as others reach it.
-fn advertised(listener: &TcpListener, host: &str) -> String {
-    match (listener.local_addr(), host) {
-        (Err(_), _) => host.to_owned(),
-        (Ok(local), "") => local.to_string(),
-        (Ok(local), host) if host.contains(':') => format!("[{host}]:{}", local.port()),
-        (Ok(local), host) => format!("{host}:{}", local.port()),
-    }
 }
 
 /// A client that vanished, or that holds its stream open and reads nothing, is cut off by the kernel: accepted sockets

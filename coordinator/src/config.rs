@@ -5,7 +5,8 @@ mod placement;
 use std::{num::NonZeroU32, path::PathBuf, time::Duration};
 
 use baton_process::{
-    Invalid, Listen, ProcessConfig, ServiceConfig, TlsConfig, access::AdminConfig, duration,
+    HttpsConfig, Invalid, Listen, ProcessConfig, ServiceConfig, TlsConfig, access::AdminConfig, duration,
+    listen,
 };
 use baton_proto::{CoordinatorId, MODEL_NAME_BYTES_MOST, MODEL_NAMES_MOST, MODELS_MOST};
 use baton_registry::EtcdSettings;
@@ -26,13 +27,17 @@ pub struct CoordinatorConfig {
     /// Name of this coordinator among others, as in `coordinator-0`. Of several of one name operators see the one that was
     /// started last.
     pub id: String,
-    /// Where clients are served (HTTP).
+    /// Where clients are served (HTTP, or HTTPS by `https`).
     pub listen: Listen,
+    /// Where /metrics, /health and /readiness are served (HTTP). Empty = at `listen`, which has the last two in any case.
+    #[serde(with = "listen::option")]
+    pub metrics_listen: Option<Listen>,
     /// Where operators are served (gRPC: RequestAdmin, health, reflection).
     pub admin_listen: Listen,
     /// Host that clients and operators reach this coordinator at, for the controller to show; empty = the address that is
     /// listened on.
     pub advertise_host: String,
+    pub https: HttpsConfig,
     pub store: StoreConfig,
     /// What is served: at least one model.
     pub models: Vec<ModelConfig>,
@@ -52,8 +57,10 @@ impl Default for CoordinatorConfig {
         Self {
             id: "coordinator-0".into(),
             listen: Listen::address("127.0.0.1", 8000),
+            metrics_listen: None,
             admin_listen: Listen::address("127.0.0.1", 8001),
             advertise_host: String::new(),
+            https: HttpsConfig::default(),
             store: StoreConfig::default(),
             models: Vec::new(),
             api_keys: ApiKeysConfig::default(),
@@ -266,6 +273,7 @@ impl ServiceConfig for CoordinatorConfig {
         )?;
         self.store.etcd.validate()?;
         self.tls.validate()?;
+        self.https.validate()?;
         require(
             (1..=MODELS_MOST).contains(&self.models.len()),
             "models",
@@ -356,11 +364,14 @@ mod tests {
     fn what_types_cannot_say_is_checked_with_its_key() {
         assert!(good().validate().is_ok());
         type Change = fn(&mut CoordinatorConfig);
-        let cases: [(&str, Change); 24] = [
+        let cases: [(&str, Change); 27] = [
             ("id", |c| c.id = "Upper".into()),
             ("store", |c| c.store.controller.clear()),
             ("store", |c| c.store.etcd.endpoints.push("127.0.0.1:2379".into())),
             ("store.etcd.password_file", |c| c.store.etcd.user = "baton".into()),
+            ("https.cert_file", |c| c.https.key_file = "key".into()),
+            ("https.cert_file", |c| c.https.client_ca_file = "ca".into()),
+            ("https.key_file", |c| c.https.cert_file = "crt".into()),
             ("models", |c| c.models.clear()),
             ("models", |c| c.models = vec![c.models[0].clone(); 65]),
             ("models[1].path", |c| c.models.push(ModelConfig::default())),

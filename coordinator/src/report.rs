@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 
+use baton_process::telemetry::Stages;
 use baton_proto::{ApiError, ErrorCode};
 use tokio::time::Instant;
 use tracing::Span;
@@ -38,6 +39,7 @@ pub struct Report {
     last_token: Instant,
     tokens: u32,
     told: bool,
+    stages: Stages,
     /// Open for as long as the request lives.
     span: Span,
 }
@@ -54,8 +56,14 @@ impl Report {
             last_token: arrived,
             tokens: 0,
             told: false,
+            stages: Stages::begin(&span, arrived.into_std()),
             span,
         }
+    }
+
+    /// In traces, what the request did since the last of these, or since it came, has this name.
+    pub fn passed(&mut self, stage: &'static str) {
+        self.stages.passed_now(stage);
     }
 
     /// It came with a key, and is within what that may.
@@ -91,6 +99,9 @@ impl Report {
     /// The answer has this many tokens now.
     pub fn tokens(&mut self, tokens: u32, now: Instant) {
         self.call.generated(tokens - self.tokens);
+        if self.first_token.is_none() {
+            self.stages.passed("first_token", now.into_std());
+        }
         if let Some(counts) = &self.counts {
             if self.first_token.is_none() {
                 counts.time_to_first_token.observe((now - self.arrived).as_secs_f64());
@@ -113,6 +124,7 @@ impl Report {
                 counts.time_per_output_token.observe(later);
             }
         }
+        self.passed("stream");
         self.tell("200", false);
         let _entered = self.span.enter();
         tracing::debug!(?usage, seconds = self.arrived.elapsed().as_secs_f64(), "answered");

@@ -88,6 +88,7 @@ impl Service {
         let result = async {
             let (Addressed { model, prepared }, ticket) =
                 self.prepare(&tenant, endpoint, body, ticket).await?;
+            report.passed("tokenise");
             report.of_model(&model.counts);
             let (prepared, place) = prepared?;
             report.charge(&prepared)?;
@@ -105,6 +106,7 @@ impl Service {
         .await;
         let (model, admission) = result.inspect_err(|error| report.failed(error))?;
         let Admission { permit, prepared, bookings, waited } = admission;
+        report.passed("queue");
         report.admitted(prepared.prompt_tokens());
         let admitted = Admitted { tenant, model, prepared, permit, traceparent, card, report };
         let placed = self.place(admitted, bookings, waited).await?;
@@ -182,6 +184,7 @@ impl Service {
         };
         match booked {
             Ok(bookings) => {
+                admitted.report.passed("place");
                 let placing = |booking: &Booking| Placing::new(booking, None, waited);
                 bookings.iter().for_each(|booking| admitted.card.placed(placing(booking)));
                 Ok(Placed { admitted, bookings })
@@ -208,6 +211,7 @@ impl Service {
             let lane = self.lane((&model, &prepared, prompt), booking, priority, &traceparent, &card);
             lanes.push(lane.inspect_err(|error| report.failed(error))?);
         }
+        report.passed("dispatch");
         report.dispatched(prepared.prompt_tokens());
         Ok(Streaming::new((model, prepared.shape), lanes, report, card, permit))
     }

@@ -2,7 +2,8 @@
 //! users have too — HTTP, metrics, `baton ctl`, signals.
 //!
 //! Needs, from the environment that `deploy/run test` sets: `BATON_TEST_MODEL` (the GGUF file of SmolLM2-135M-Instruct)
-//! and `BATON_TEST_PYTHON` (an interpreter with `python/requirements.txt`). A test that lacks one fails.
+//! and `BATON_TEST_PYTHON` (an interpreter with `python/requirements.txt`); some tests need more, and say what. A test that
+//! lacks one fails.
 
 pub mod chat;
 pub mod cluster;

@@ -41,6 +41,14 @@ pub fn free_address() -> String {
     listener.local_addr().expect("it has an address").to_string()
 }
 
+/// The first of so many ports in a row that nobody listens at, below those that the system hands out by itself.
+pub fn free_ports(count: u16) -> String {
+    let begin = (20_000..32_000).step_by(usize::from(count));
+    let is_free = |port| TcpListener::bind(("127.0.0.1", port)).is_ok();
+    let first = begin.into_iter().find(|first| (*first..first + count).all(is_free));
+    format!("127.0.0.1:{}", first.expect("ports in a row"))
+}
+
 /// Sends a signal to a process of this test's own.
 pub fn signal(pid: u32, signal: Signal) {
     let pid = Pid::from_raw(pid as i32).expect("a pid is positive");

@@ -82,7 +82,10 @@ pub async fn run(process: Process<ServerConfig>) -> Result<(), ServerError> {
     let duty = process.tasks.spawn(duty.run());
 
     let router = http::router(process.metrics.clone(), process.health.clone());
-    process.spawn_essential("http", http::serve(listeners.metrics, router, stop.clone(), LINGER));
+    process.spawn_essential(
+        "http",
+        http::serve(listeners.metrics, http::Port::of_observers(router), stop.clone(), LINGER),
+    );
     let controllers = process.config.controllers.clone();
     let (settle, settled) = oneshot::channel();
     let session = (!controllers.is_empty()).then(|| {

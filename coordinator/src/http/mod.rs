@@ -21,7 +21,7 @@ use axum::{
     response::Response,
     routing::{get, post},
 };
-use baton_process::{HealthHandle, http::Express, telemetry};
+use baton_process::{http::Express, telemetry};
 use baton_proto::{ApiError, ErrorCode, RequestId};
 use tokio::time::{Instant, timeout};
 use tower::ServiceBuilder;
@@ -44,25 +44,25 @@ const TRACEPARENT: &str = "traceparent";
 /// A stream's head waits this long for the first token, so that what fails before it has a status of its own.
 const HEAD_PATIENCE: Duration = Duration::from_secs(2);
 
-/// All routes.
-pub fn router(service: Arc<Service>, metrics: baton_process::Metrics, health: HealthHandle) -> Router {
+/// All routes, beside those by which the process is observed.
+pub fn router(service: Arc<Service>, observed: Router) -> Router {
     let routes = Router::new()
         .route(Endpoint::Chat.route(), post(chat))
         .route(Endpoint::Text.route(), post(text))
         .route("/v1/models", get(models))
         .route("/v1/models/{*id}", get(model))
         .with_state(service.clone())
-        .merge(baton_process::http::router(metrics, health))
+        .merge(observed)
         .method_not_allowed_fallback(wrong_method)
         .fallback(wrong_path)
         .layer(middleware::from_fn_with_state(service, let_in));
     guarded(routes)
 }
 
-/// What is left once clients are let in no more and requests still run: probes and metrics. Everything else is to be asked of
-/// another coordinator.
-pub fn closed(metrics: baton_process::Metrics, health: HealthHandle) -> Router {
-    guarded(baton_process::http::router(metrics, health).fallback(turned_away))
+/// What is left once clients are let in no more and requests still run: by what the process is observed. Everything else is to
+/// be asked of another coordinator.
+pub fn closed(observed: Router) -> Router {
+    guarded(observed.fallback(turned_away))
 }
 
 async fn turned_away(request: Request) -> Response {
@@ -150,6 +150,7 @@ async fn complete(service: Arc<Service>, endpoint: Endpoint, request: Request) -
         let card = service.roster.enter(id.clone(), arrived, key);
         let read = body::read(&head.headers, body, &service, ticket).await;
         let (body, ticket) = read.inspect_err(|error| report.failed(error))?;
+        report.passed("read_body");
         let traceparent = traceparent(&head.headers);
         let received = Received { tenant, endpoint, body, traceparent, ticket, card, report };
         let streaming = service.carry(received).await?;

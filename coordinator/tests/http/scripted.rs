@@ -11,7 +11,7 @@ use baton_coordinator::{
     serve::Service,
     text::TextStops,
 };
-use baton_process::{HealthHandle, Tls};
+use baton_process::{HealthHandle, Tls, http::Port};
 use baton_proto::{ApiError, ErrorCode, InstanceId, InstanceSpec, ModelIdentity, tokens, v1};
 use baton_registry::{
     FleetWatch, FleetWatchConfig, MemoryConfig, MemoryStore, Revision, Store, Txn, keys,
@@ -404,7 +404,8 @@ impl Cluster {
         let (service, router) = assemble(&config, parts).expect("is assembled");
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
         let url = format!("http://{}", listener.local_addr().expect("is bound"));
-        tasks.spawn(baton_process::http::serve(listener, router, shutdown.clone(), Duration::from_secs(1)));
+        let port = Port::of_observers(router);
+        tasks.spawn(baton_process::http::serve(listener, port, shutdown.clone(), Duration::from_secs(1)));
         let client = reqwest::Client::new();
         Self { service, store, url, client, _stop: shutdown.drop_guard() }
     }

@@ -50,7 +50,10 @@ async fn specimen(process: Process<Specimen>) -> Result<(), ProcessError> {
     let address = |listener: &std::net::TcpListener| listener.local_addr().map_err(ProcessError::Http);
     println!("http {}\ngrpc {}", address(&http)?, address(&grpc)?);
     let router = http::router(process.metrics.clone(), process.health.clone());
-    process.spawn_essential("http", http::serve(http, router, process.shutdown.clone(), process.drain()));
+    process.spawn_essential(
+        "http",
+        http::serve(http, http::Port::of_observers(router), process.shutdown.clone(), process.drain()),
+    );
     let options = grpc::GrpcOptions {
         health: process.health.clone(),
         services: vec!["baton.v1.Inference"],

@@ -1,5 +1,5 @@
 //! HTTP as every Baton process has it: `/metrics`, `/health` (the process answers) and `/readiness` (it can do its
-//! work), and a server with a graceful end. The coordinator merges its API into the same router.
+//! work), and a server with a graceful end, in plaintext or by TLS. The coordinator merges its API into the same router.
 
 use std::{net::TcpListener, sync::Arc, time::Duration};
 
@@ -19,12 +19,13 @@ use hyper_util::{
 use serde::Serialize;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
+    net::TcpStream,
     sync::Semaphore,
     time::{sleep, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use crate::{HealthHandle, Metrics, ProcessError, metrics};
+use crate::{HealthHandle, Metrics, ProcessError, metrics, tls::Https};
 use underway::Underway;
 
 pub use express::{CHUNK_HEAD, Express, Sent};
@@ -51,8 +52,12 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// The routes by which a process is observed.
 pub fn router(metrics: Metrics, health: HealthHandle) -> Router {
     let metrics = get(async move || ([(CONTENT_TYPE, metrics::CONTENT_TYPE)], metrics.render()));
+    probes(health).route("/metrics", metrics)
+}
+
+/// Of these, the ones by which it is found out whether to send anything here.
+pub fn probes(health: HealthHandle) -> Router {
     Router::new()
-        .route("/metrics", metrics)
         .route("/health", get(async || Json(Status { status: "ok".to_owned() })))
         .route("/readiness", get(readiness).with_state(health))
 }
@@ -68,28 +73,33 @@ async fn readiness(State(health): State<HealthHandle>) -> impl IntoResponse {
     (code, Json(Status { status: state.describe().to_owned() }))
 }
 
-/// Serves until `shutdown`, then lets running requests finish for up to `drain`. For those who observe a process: few
-/// connections at once.
-pub async fn serve(
-    listener: TcpListener,
-    router: Router,
-    shutdown: CancellationToken,
-    drain: Duration,
-) -> Result<(), ProcessError> {
-    serve_many(listener, router, OBSERVERS_MOST, shutdown, drain).await
+/// What a port offers.
+#[derive(Debug, Clone)]
+pub struct Port {
+    pub router: Router,
+    /// How clients are spoken to; none = in plaintext.
+    pub https: Option<Https>,
+    /// Connections at once; more wait in the kernel's queue until one ends.
+    pub connections: usize,
 }
 
-/// The same for up to `connections` at once; more wait in the kernel's queue until one ends.
-pub async fn serve_many(
+impl Port {
+    /// For those who observe a process: few connections at once, in plaintext, as probes speak it.
+    pub fn of_observers(router: Router) -> Self {
+        Self { router, https: None, connections: OBSERVERS_MOST }
+    }
+}
+
+/// Serves until `shutdown`, then lets running requests finish for up to `drain`.
+pub async fn serve(
     listener: TcpListener,
-    router: Router,
-    connections: usize,
+    port: Port,
     shutdown: CancellationToken,
     drain: Duration,
 ) -> Result<(), ProcessError> {
     listener.set_nonblocking(true).map_err(ProcessError::Http)?;
     let listener = tokio::net::TcpListener::from_std(listener).map_err(ProcessError::Http)?;
-    let seats = Arc::new(Semaphore::new(connections.min(Semaphore::MAX_PERMITS)));
+    let seats = Arc::new(Semaphore::new(port.connections.min(Semaphore::MAX_PERMITS)));
     let open = TaskTracker::new();
     loop {
         let accepted = async { (seats.clone().acquire_owned().await, listener.accept().await) };
@@ -102,11 +112,10 @@ pub async fn serve_many(
             Ok((stream, _)) => {
                 // Tokens are small and must leave at once; a socket that refuses is slow, not broken.
                 let _ = stream.set_nodelay(true);
-                let (router, shutdown) = (router.clone(), shutdown.clone());
+                let (port, shutdown) = (port.clone(), shutdown.clone());
                 open.spawn(async move {
                     let _seat = seat;
-                    let (connection, express) = express::Connection::new(stream);
-                    converse(connection, Some(express), router, shutdown).await;
+                    take(stream, port, shutdown).await;
                 });
             }
             Err(error) => {
@@ -128,7 +137,22 @@ pub async fn serve_many(
     Ok(())
 }
 
-/// One connection, to its end. One that brings no request in time, or nothing for long while no answer is on
+/// A connection that was accepted, to its end.
+async fn take(stream: TcpStream, port: Port, shutdown: CancellationToken) {
+    match port.https {
+        None => {
+            let (connection, express) = express::Connection::new(stream);
+            converse(connection, Some(express), port.router, shutdown).await;
+        }
+        Some(https) => {
+            if let Some(secured) = https.accept(stream).await {
+                converse(secured, None, port.router, shutdown).await;
+            }
+        }
+    }
+}
+
+/// One conversation, to its end. One that brings no request in time, or nothing for long while no answer is on
 /// its way, is closed, whatever its version of HTTP: it would hold a seat for ever. What is on its way is
 /// never cut for that. Requests that are answered in chunks are told of `express`.
 async fn converse<S>(stream: S, express: Option<Express>, router: Router, shutdown: CancellationToken)
@@ -185,7 +209,6 @@ mod tests {
     use http::Request;
     use tokio::{
         io::{AsyncReadExt, AsyncWriteExt, DuplexStream},
-        net::TcpStream,
         sync::Notify,
         task::JoinHandle,
         time::Instant,
@@ -200,7 +223,8 @@ mod tests {
         let address = listener.local_addr().expect("is bound");
         let router = router(Metrics::new("test"), HealthHandle::default());
         let shutdown = CancellationToken::new();
-        let serving = serve_many(listener, router, connections, shutdown.clone(), PATIENCE);
+        let port = Port { connections, ..Port::of_observers(router) };
+        let serving = serve(listener, port, shutdown.clone(), PATIENCE);
         (address, shutdown, tokio::spawn(serving))
     }
 

@@ -30,4 +30,4 @@ pub use life::{PANIC_LOGGED, Process, run};
 pub use listen::{Listen, ListenError};
 pub use metrics::Metrics;
 pub use settings::{Invalid, LogConfig, LogFormat, OtlpConfig, ProcessConfig, ServiceConfig, ShutdownConfig};
-pub use tls::{Tls, TlsConfig, TlsError};
+pub use tls::{Https, HttpsConfig, Tls, TlsConfig, TlsError};

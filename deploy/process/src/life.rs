@@ -13,8 +13,9 @@ use tokio::runtime::Runtime;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
-    CommonArgs, ConfigError, HealthHandle, Metrics, ProcessError, ServiceConfig, Tls, TlsConfig, TlsError,
-    config, error::one_line, open_files, settings::Invalid, signals, telemetry::Telemetry, tls::Role,
+    CommonArgs, ConfigError, HealthHandle, Https, HttpsConfig, Metrics, ProcessError, ServiceConfig, Tls,
+    TlsConfig, TlsError, config, error::one_line, open_files, settings::Invalid, signals,
+    telemetry::Telemetry, tls::Role,
 };
 
 /// What a service's main is given. Cheap to clone in its parts.
@@ -39,6 +40,11 @@ impl<T: ServiceConfig> Process<T> {
     /// Reads the TLS files of a process with this role; they are followed until then.
     pub fn tls(&self, config: &TlsConfig, own: Role, until: &CancellationToken) -> Result<Tls, TlsError> {
         Tls::start(config, own, &self.metrics, until, &self.tasks)
+    }
+
+    /// Reads the files by which clients are served; they are followed until then. None: in plaintext.
+    pub fn https(&self, config: &HttpsConfig, until: &CancellationToken) -> Result<Option<Https>, TlsError> {
+        Https::start(config, &self.metrics, until, &self.tasks)
     }
 
     /// Spawns a task without which the process is of no use: its error or panic stops the process with status 1, and

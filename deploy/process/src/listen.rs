@@ -26,6 +26,8 @@ pub enum ListenError {
     NotHere { host: String },
     #[error("cannot listen on {address}: {source}")]
     Bind { address: String, source: io::Error },
+    #[error("it listens on every address, which is none that others can reach: set `{key}`")]
+    Everywhere { key: &'static str },
     #[error("fd://{fd} is not a listening socket handed to this process{detail}")]
     Inherited { fd: RawFd, detail: &'static str },
 }
@@ -102,6 +104,18 @@ impl Listen {
     }
 }
 
+/// `host:port` at which others reach a listener: its own address, unless `host`, the value of `key`, says otherwise.
+pub fn reached_at(listener: &TcpListener, host: &str, key: &'static str) -> Result<String, ListenError> {
+    let local =
+        listener.local_addr().map_err(|source| ListenError::Bind { address: key.to_owned(), source })?;
+    match (host, local.ip().is_unspecified()) {
+        ("", true) => Err(ListenError::Everywhere { key }),
+        ("", false) => Ok(local.to_string()),
+        (host, _) if host.contains(':') => Ok(format!("[{host}]:{}", local.port())),
+        (host, _) => Ok(format!("{host}:{}", local.port())),
+    }
+}
+
 fn bind_address(host: &str, port: u16) -> Result<TcpListener, ListenError> {
     let failed = |source| ListenError::Bind { address: Listen::address(host, port).to_string(), source };
     let addresses: Vec<SocketAddr> = (host, port).to_socket_addrs().map_err(failed)?.collect();
@@ -111,6 +125,24 @@ fn bind_address(host: &str, port: u16) -> Result<TcpListener, ListenError> {
         io::ErrorKind::AddrNotAvailable => ListenError::NotHere { host: host.to_owned() },
         _ => failed(source),
     })
+}
+
+/// Where to listen, if at all: `""` = `None`. Use as `#[serde(with = "baton_process::listen::option")]`.
+pub mod option {
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    use super::Listen;
+
+    pub fn serialize<S: Serializer>(listen: &Option<Listen>, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&listen.as_ref().map(Listen::to_string).unwrap_or_default())
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Listen>, D::Error> {
+        match String::deserialize(deserializer)?.trim() {
+            "" => Ok(None),
+            text => text.parse().map(Some).map_err(D::Error::custom),
+        }
+    }
 }
 
 /// Descriptors already taken over: two owners would close one another's socket.
@@ -171,6 +203,20 @@ mod tests {
         let port = held.local_addr().unwrap().port();
         let error = Listen::address("127.0.0.1", port).bind().unwrap_err().to_string();
         assert!(error.starts_with(&format!("port {port} of 127.0.0.1 is in use: stop")), "{error}");
+    }
+
+    #[test]
+    fn what_others_are_told_can_be_reached() {
+        let here = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let port = here.local_addr().expect("an address").port();
+        let told = |host| reached_at(&here, host, "advertise_host").expect("fine");
+        assert_eq!(told(""), format!("127.0.0.1:{port}"));
+        assert_eq!(told("a.b"), format!("a.b:{port}"));
+        assert_eq!(told("::1"), format!("[::1]:{port}"));
+        let everywhere = TcpListener::bind("0.0.0.0:0").expect("a port");
+        let error = reached_at(&everywhere, "", "advertise_host").expect_err("refused").to_string();
+        assert!(error.contains("set `advertise_host`"), "{error}");
+        assert!(reached_at(&everywhere, "a.b", "advertise_host").is_ok());
     }
 
     #[test]

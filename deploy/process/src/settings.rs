@@ -1,7 +1,7 @@
 //! The part of a service's configuration that every process has, under the key `process`, and what a configuration
 //! type must offer to [`crate::run`].
 
-use std::time::Duration;
+use std::{path::PathBuf, time::Duration};
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
@@ -28,6 +28,9 @@ pub struct LogConfig {
     /// `error`, `warn`, `info`, `debug`, `trace`, or directives as in `info,baton_server=debug`. The environment
     /// variable `BATON_LOG` wins over it.
     pub level: String,
+    /// A file whose directives win over the level for as long as it holds any; it is looked at every two seconds. Empty =
+    /// none.
+    pub level_file: PathBuf,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -40,7 +43,7 @@ pub enum LogFormat {
 
 impl Default for LogConfig {
     fn default() -> Self {
-        Self { format: LogFormat::default(), level: "info".to_owned() }
+        Self { format: LogFormat::default(), level: "info".to_owned(), level_file: PathBuf::new() }
     }
 }
 
@@ -49,13 +52,15 @@ impl Default for LogConfig {
 pub struct OtlpConfig {
     /// Where traces go (OTLP over gRPC), as in `http://127.0.0.1:4317`. Empty = traces are not exported.
     pub endpoint: String,
+    /// Certificates (PEM) of who signs the collector's, for an endpoint that begins with https://.
+    pub ca_file: PathBuf,
     /// Share of new traces that are sampled, 0 to 1. A trace begun by the caller keeps the caller's choice.
     pub sample_ratio: f64,
 }
 
 impl Default for OtlpConfig {
     fn default() -> Self {
-        Self { endpoint: String::new(), sample_ratio: 1.0 }
+        Self { endpoint: String::new(), ca_file: PathBuf::new(), sample_ratio: 1.0 }
     }
 }
 
@@ -115,6 +120,17 @@ impl ProcessConfig {
         if !(0.0..=1.0).contains(&self.otlp.sample_ratio) {
             let expected = format!("expected 0 to 1, not {}", self.otlp.sample_ratio);
             return Err(Invalid::new("process.otlp.sample_ratio", expected));
+        }
+        match (self.otlp.endpoint.starts_with("https://"), self.otlp.ca_file.as_os_str().is_empty()) {
+            (true, true) => {
+                let expected = "expected a file: `endpoint` begins with https://";
+                return Err(Invalid::new("process.otlp.ca_file", expected));
+            }
+            (false, false) => {
+                let expected = "expected an address that begins with https://, as `ca_file` is given";
+                return Err(Invalid::new("process.otlp.endpoint", expected));
+            }
+            _ => {}
         }
         if let Err(error) = tracing_subscriber::EnvFilter::try_new(&self.log.level) {
             let expected = format!(

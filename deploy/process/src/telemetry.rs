@@ -9,7 +9,10 @@ use opentelemetry::{
     propagation::{Extractor, Injector, TextMapPropagator},
     trace::TracerProvider as _,
 };
-use opentelemetry_otlp::{SpanExporter, WithExportConfig};
+use opentelemetry_otlp::{
+    SpanExporter, WithExportConfig, WithTonicConfig,
+    tonic_types::transport::{Certificate, ClientTlsConfig},
+};
 use opentelemetry_sdk::{
     Resource,
     propagation::TraceContextPropagator,
@@ -19,7 +22,12 @@ use tracing::Span;
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 use tracing_subscriber::{EnvFilter, Layer, layer::SubscriberExt, util::SubscriberInitExt};
 
-use crate::{LogFormat, ProcessConfig, ProcessError};
+use crate::{LogFormat, OtlpConfig, ProcessConfig, ProcessError};
+
+mod level;
+mod stages;
+
+pub use stages::Stages;
 
 /// Overrides `process.log.level` of any Baton process.
 pub const LOG_VARIABLE: &str = "BATON_LOG";
@@ -37,10 +45,11 @@ impl Telemetry {
     /// Installs the process's subscriber. Needs a tokio runtime when traces are exported.
     pub(crate) fn start(service: &'static str, config: &ProcessConfig) -> Result<Self, ProcessError> {
         let setup = |what| move |source| ProcessError::Setup { what, source };
-        let filter = filter(config)?;
-        let traces = exporter(service, config).map_err(|error| setup("OTLP export")(error.into()))?;
+        let filter = level::start(config)?;
+        let traces = exporter(service, config).map_err(setup("OTLP export"))?;
         let spans = traces.as_ref().map(|provider| {
-            tracing_opentelemetry::layer().with_tracer(provider.tracer("baton")).with_filter(trace_filter())
+            let tracer = stages::TRACER.get_or_init(|| provider.tracer("baton"));
+            tracing_opentelemetry::layer().with_tracer(tracer.clone()).with_filter(trace_filter())
         });
         // A reader of our logs that went away must not take us along: what cannot be written is dropped in silence.
         let log = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).log_internal_errors(false);
@@ -65,23 +74,6 @@ impl Telemetry {
     }
 }
 
-/// The target of the record of who changed what.
-const AUDIT: &str = "audit";
-
-/// The environment wins over the configuration, so that one run can be looked at without editing a file.
-fn filter(config: &ProcessConfig) -> Result<EnvFilter, ProcessError> {
-    let level = match std::env::var(LOG_VARIABLE) {
-        Ok(level) if !level.is_empty() => level,
-        _ => config.log.level.clone(),
-    };
-    // A lower level for the rest hides no change that somebody made; who wants that names the target.
-    let directives = if level.contains(AUDIT) { level.clone() } else { format!("{level},{AUDIT}=info") };
-    EnvFilter::try_new(&directives).map_err(|error| ProcessError::Setup {
-        what: "logging",
-        source: format!("level `{level}` of {LOG_VARIABLE} or process.log.level: {error}").into(),
-    })
-}
-
 /// Spans of ours (a directive covers every target that begins with it) at info and above; the libraries' own
 /// would drown them, and those of the exporter would feed it.
 fn trace_filter() -> EnvFilter {
@@ -91,11 +83,18 @@ fn trace_filter() -> EnvFilter {
 fn exporter(
     service: &'static str,
     config: &ProcessConfig,
-) -> Result<Option<SdkTracerProvider>, opentelemetry_otlp::ExporterBuildError> {
-    if config.otlp.endpoint.is_empty() {
+) -> Result<Option<SdkTracerProvider>, Box<dyn std::error::Error + Send + Sync>> {
+    let OtlpConfig { endpoint, ca_file, .. } = &config.otlp;
+    if endpoint.is_empty() {
         return Ok(None);
     }
-    let exporter = SpanExporter::builder().with_tonic().with_endpoint(&config.otlp.endpoint).build()?;
+    let mut exporter = SpanExporter::builder().with_tonic().with_endpoint(endpoint);
+    if !ca_file.as_os_str().is_empty() {
+        let read = std::fs::read(ca_file);
+        let ca = read.map_err(|error| format!("process.otlp.ca_file: {}: {error}", ca_file.display()))?;
+        exporter = exporter.with_tls_config(ClientTlsConfig::new().ca_certificate(Certificate::from_pem(ca)));
+    }
+    let exporter = exporter.build()?;
     let version = KeyValue::new("service.version", env!("CARGO_PKG_VERSION"));
     let resource =
         Resource::builder().with_service_name(format!("baton-{service}")).with_attribute(version).build();
@@ -164,25 +163,6 @@ mod tests {
             adopt_http(&stranger, &HeaderMap::new());
             assert_ne!(trace(&caller), trace(&stranger));
         });
-    }
-
-    #[test]
-    fn no_level_hides_the_audit_but_its_own() {
-        let shows = |level: &str| {
-            let mut config = ProcessConfig::default();
-            config.log.level = level.to_owned();
-            let registry = tracing_subscriber::registry().with(filter(&config).expect("a level"));
-            tracing::subscriber::with_default(registry, || {
-                (
-                    tracing::enabled!(target: "audit", tracing::Level::INFO),
-                    tracing::enabled!(tracing::Level::INFO),
-                )
-            })
-        };
-        assert_eq!(shows("info"), (true, true));
-        assert_eq!(shows("error"), (true, false));
-        assert_eq!(shows("error,baton_server=debug"), (true, false));
-        assert_eq!(shows("error,audit=off"), (false, false));
     }
 
     #[test]

@@ -47,7 +47,8 @@ pub(super) struct Inbound {
     translation: OnceLock<Arc<Translation>>,
     revoked: CancellationToken,
     outcome: watch::Sender<Outcome<Sealed>>,
-    span: tracing::Span,
+    /// Of whoever expects it: an offer that comes before is nobody's yet.
+    span: OnceLock<tracing::Span>,
 }
 
 impl Inbound {
@@ -57,6 +58,7 @@ impl Inbound {
         let sender = expectation.sender.clone();
         let session = Receiver::expected(now, node.receiver_timing(), node.slice_bytes(), expectation);
         let inbound = Self::new(node, id, sender, session, None);
+        inbound.belongs_here();
         let _ = inbound.reserved.set(reserved);
         Arc::new(inbound)
     }
@@ -82,7 +84,6 @@ impl Inbound {
         link: Option<Arc<PeerLink>>,
     ) -> Self {
         let told = DataKey::generate();
-        let span = tracing::info_span!("kv_receive", transfer = %id, peer = %sender);
         Self {
             id,
             node: node.clone(),
@@ -94,8 +95,14 @@ impl Inbound {
             translation: OnceLock::new(),
             revoked: CancellationToken::new(),
             outcome: Outcome::watched(),
-            span,
+            span: OnceLock::new(),
         }
+    }
+
+    /// It is a part of what is traced here and now.
+    fn belongs_here(&self) {
+        let span = || tracing::info_span!("kv_receive", transfer = %self.id, peer = %self.sender);
+        self.span.get_or_init(span);
     }
 
     pub(super) fn id(&self) -> TransferId {
@@ -121,6 +128,7 @@ impl Inbound {
         if let Some(reason) = &state.ending.reason {
             return Err(reason.clone());
         }
+        self.belongs_here();
         let commands = state.session.expect(now, expectation)?;
         let _ = self.reserved.set(reserved);
         self.finish(state, commands);
@@ -280,14 +288,14 @@ impl Shell for Inbound {
             ReceiverCommand::Complete { first_tokens, tally, took, last_slice_at } => {
                 let (slices, bytes) = (tally.slices, tally.bytes);
                 self.node.counters.incoming_completed();
-                self.span.in_scope(|| tracing::debug!(slices, bytes, ?took, "kv transfer received"));
+                self.span().in_scope(|| tracing::debug!(slices, bytes, ?took, "kv transfer received"));
                 let at = self.node.now();
                 let sealed = Sealed { first_tokens, slices, bytes, took, last_slice_at, at };
                 self.outcome.send_modify(|outcome| outcome.result = Some(Ok(sealed)));
             }
             ReceiverCommand::Fail(reason) => {
                 self.node.counters.aborted(Direction::Incoming, reason.code());
-                self.span.in_scope(|| tracing::info!(%reason, "kv transfer aborted"));
+                self.span().in_scope(|| tracing::info!(%reason, "kv transfer aborted"));
                 state.ending.reason = Some(reason.clone());
                 self.outcome.send_modify(|outcome| outcome.result = Some(Err(reason)));
             }
@@ -320,7 +328,8 @@ impl Landing for Inbound {
     }
 
     fn span(&self) -> &tracing::Span {
-        &self.span
+        static NOBODYS: tracing::Span = tracing::Span::none();
+        self.span.get().unwrap_or(&NOBODYS)
     }
 
     fn claim(&self, run: SliceRun, crcs: &[u32]) -> Claim {

@@ -94,12 +94,12 @@ impl Files {
     }
 }
 
-fn content(key: &'static str, path: &Path, problem: impl Into<String>) -> TlsError {
+pub(super) fn content(key: &'static str, path: &Path, problem: impl Into<String>) -> TlsError {
     TlsError::Content { key, path: path.to_owned(), problem: problem.into() }
 }
 
 /// At least one.
-fn certificates(
+pub(super) fn certificates(
     key: &'static str,
     path: &Path,
     pem: &[u8],
@@ -109,15 +109,20 @@ fn certificates(
     if read.is_empty() { Err(content(key, path, "holds no certificate (PEM)")) } else { Ok(read) }
 }
 
+/// Authorities: at least one.
+pub(super) fn roots(key: &'static str, path: &Path, pem: &[u8]) -> Result<RootCertStore, TlsError> {
+    let mut roots = RootCertStore::empty();
+    for authority in certificates(key, path, pem)? {
+        let problem = |error| format!("holds a certificate that cannot sign others: {error}");
+        roots.add(authority).map_err(|error| content(key, path, problem(error)))?;
+    }
+    Ok(roots)
+}
+
 impl Held {
     fn new(files: &Files, config: &TlsConfig, owner: &Owner) -> Result<Self, TlsError> {
         let provider = Arc::new(ring::default_provider());
-        let mut roots = RootCertStore::empty();
-        for ca in certificates("tls.ca_file", &config.ca_file, &files.ca)? {
-            let added = roots.add(ca);
-            let problem = |error| format!("holds a certificate that cannot sign others: {error}");
-            added.map_err(|error| content("tls.ca_file", &config.ca_file, problem(error)))?;
-        }
+        let roots = roots("tls.ca_file", &config.ca_file, &files.ca)?;
         let own = match owner {
             Owner::Operator { .. } if files.cert.is_empty() => None,
             Owner::Operator { .. } | Owner::Service(_) => {

@@ -1,8 +1,8 @@
 //! Connections to a TLS port: accepted, hands shaken, and given to tonic together with who is at the other end.
 //!
-//! Handshakes run beside one another, each for at most [`HANDSHAKE_WITHIN`], and at most [`HANDSHAKES_MOST`] at a time;
-//! of more, the oldest is given up: an honest one takes milliseconds, so that those who connect and say nothing keep
-//! nobody out. One that fails is counted and concerns nobody else.
+//! Handshakes run beside one another, each for a bounded time ([`super::handshake`]), and at most [`HANDSHAKES_MOST`] at
+//! a time; of more, the oldest is given up: an honest one takes milliseconds, so that those who connect and say nothing
+//! keep nobody out.
 
 use std::{
     collections::VecDeque,
@@ -10,27 +10,25 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
-    time::Duration,
 };
 
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
     task::{AbortHandle, JoinSet},
-    time::timeout,
 };
-use tokio_rustls::{TlsAcceptor, rustls::ServerConfig, server::TlsStream};
+use tokio_rustls::server::TlsStream;
 use tokio_stream::Stream;
 use tonic::transport::server::{Connected, TcpConnectInfo, TcpIncoming};
 
 use super::{
     Counts, Identity, Peer,
     credentials::{Credentials, Held},
-    parting::{begins_tls, turn_away, why_in_plaintext},
+    handshake::shake_hands,
+    parting::why_in_plaintext,
 };
 
 pub(super) const HANDSHAKES_MOST: usize = 256;
-pub(super) const HANDSHAKE_WITHIN: Duration = Duration::from_secs(5);
 /// Connections accepted between two looks at those that have shaken hands.
 const ACCEPTS: usize = 32;
 
@@ -71,22 +69,13 @@ impl Incoming {
     }
 }
 
-/// A handshake that failed.
-struct Failed {
-    why: &'static str,
-    error: io::Error,
-    /// The connection, if it can still be said on it why, and what is left to say.
-    stream: Option<(TcpStream, Vec<u8>)>,
-}
-
-/// None: it failed, and that is counted.
+/// None: no connection that could be used.
 async fn take(
     stream: TcpStream,
     held: Arc<Held>,
     without_certificate: bool,
     counts: Counts,
 ) -> Option<Secured> {
-    let peer = stream.peer_addr().ok();
     let config = match held.accept(without_certificate) {
         Ok(config) => Arc::new(config),
         Err(error) => {
@@ -94,28 +83,8 @@ async fn take(
             return None;
         }
     };
-    let shaken = timeout(HANDSHAKE_WITHIN, shake_hands(stream, config)).await;
-    let slow = |_| Failed { why: "slow", error: io::ErrorKind::TimedOut.into(), stream: None };
-    let Failed { why, error, stream } = match shaken.map_err(slow).flatten() {
-        Ok(stream) => return Some(Secured::new(stream, held.domain())),
-        Err(failed) => failed,
-    };
-    counts.refused(why);
-    tracing::debug!(?peer, why, %error, "a connection is refused");
-    if let Some((stream, words)) = stream {
-        turn_away(stream, &words).await;
-    }
-    None
-}
-
-async fn shake_hands(stream: TcpStream, config: Arc<ServerConfig>) -> Result<TlsStream<TcpStream>, Failed> {
-    let gone = |error| Failed { why: "handshake", error, stream: None };
-    if !begins_tls(&stream).await.map_err(gone)? {
-        let error = io::Error::other("it does not begin as TLS does");
-        return Err(Failed { why: "plaintext", error, stream: Some((stream, why_in_plaintext())) });
-    }
-    let accepted = TlsAcceptor::from(config).accept(stream).into_fallible().await;
-    accepted.map_err(|(error, stream)| Failed { why: "handshake", error, stream: Some((stream, Vec::new())) })
+    let shaken = shake_hands(stream, config, why_in_plaintext, &counts).await?;
+    Some(Secured::new(shaken, held.domain()))
 }
 
 impl Stream for Incoming {

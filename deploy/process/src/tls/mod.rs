@@ -7,12 +7,15 @@
 //!
 //! A gRPC port takes connections in by `incoming`, which shakes hands, and asks at its [`Door`] before each call whether
 //! the caller's role may make it. A client dials by [`Dial`], which turns away whoever has not the role that is asked
-//! for. Without files all of it is plaintext, and nobody is asked who they are.
+//! for. Without files all of it is plaintext, and nobody is asked who they are. [`Https`] is for those who are no processes
+//! of ours: clients of an HTTP port.
 
 mod credentials;
 mod dial;
 mod door;
 mod error;
+mod handshake;
+mod https;
 mod identity;
 mod incoming;
 mod parting;
@@ -41,6 +44,7 @@ use incoming::Incoming;
 pub use dial::Dial;
 pub use door::{Allowed, Door};
 pub use error::TlsError;
+pub use https::{Https, HttpsConfig};
 pub use identity::{Identity, IdentityError, Peer, Role};
 
 /// How often the files are looked at. A mounted Secret is swapped as a whole, which only a look at its content tells.
@@ -116,10 +120,10 @@ struct Outcome {
 }
 
 impl Counts {
-    fn register(metrics: &Metrics) -> Self {
+    fn register(metrics: &Metrics, prefix: &'static str) -> Self {
         let counts = Self::default();
         metrics.register(|registry| {
-            let registry = registry.sub_registry_with_prefix("baton_tls");
+            let registry = registry.sub_registry_with_prefix(prefix);
             let refused = "Connections refused (handshake, plaintext, slow, crowded) and calls (role)";
             registry.register("refused", refused, counts.refused.clone());
             let reloads = "Changed certificates, keys and authorities that were taken, or failed";
@@ -165,10 +169,10 @@ impl Tls {
             return Ok(Self::plaintext());
         }
         let credentials = Arc::new(Credentials::read(config.clone(), Owner::Service(own))?);
-        let counts = Counts::register(metrics);
-        let held = Self { credentials: Some(credentials.clone()), counts };
-        tasks.spawn(shutdown.clone().run_until_cancelled_owned(held.clone().follow(credentials)));
-        Ok(held)
+        let counts = Counts::register(metrics, "baton_tls");
+        let (followed, told) = (credentials.clone(), counts.clone());
+        tasks.spawn(shutdown.clone().run_until_cancelled_owned(follow(move || followed.refresh(), told)));
+        Ok(Self { credentials: Some(credentials), counts })
     }
 
     /// Of a person: a certificate is not needed where a token will do. The files are read once. `domain` is the trust
@@ -207,28 +211,30 @@ impl Tls {
     pub fn dial(&self, role: Role) -> Dial {
         Dial::new(self.credentials.clone(), role)
     }
+}
 
-    /// Takes the files whenever they have changed. Ones that cannot be used change nothing.
-    async fn follow(self, credentials: Arc<Credentials>) {
-        let trouble = Arc::new(Mutex::new(String::new()));
-        loop {
-            tokio::time::sleep(LOOK_EVERY).await;
-            let (credentials, counts, trouble) = (credentials.clone(), self.counts.clone(), trouble.clone());
-            // A panic is told where it happens.
-            let _ =
-                tokio::task::spawn_blocking(move || look(&credentials, &counts, &mut trouble.lock())).await;
-        }
+/// Takes files whenever they have changed, and says what they are then. Ones that cannot be used change nothing.
+async fn follow<R>(refresh: R, counts: Counts)
+where
+    R: Fn() -> Result<Option<String>, TlsError> + Send + Sync + 'static,
+{
+    let (refresh, trouble) = (Arc::new(refresh), Arc::new(Mutex::new(String::new())));
+    loop {
+        tokio::time::sleep(LOOK_EVERY).await;
+        let (refresh, counts, trouble) = (refresh.clone(), counts.clone(), trouble.clone());
+        // A panic is told where it happens.
+        let _ = tokio::task::spawn_blocking(move || look(&*refresh, &counts, &mut trouble.lock())).await;
     }
 }
 
 /// `trouble` is what was wrong the last time: it is told once.
-fn look(credentials: &Credentials, counts: &Counts, trouble: &mut String) {
-    match credentials.refresh() {
+fn look(refresh: &dyn Fn() -> Result<Option<String>, TlsError>, counts: &Counts, trouble: &mut String) {
+    match refresh() {
         Ok(None) => trouble.clear(),
-        Ok(Some(identity)) => {
+        Ok(Some(now)) => {
             trouble.clear();
             counts.reloaded("taken");
-            tracing::info!(%identity, "changed TLS files are taken: new connections use them");
+            tracing::info!(%now, "changed TLS files are taken: new connections use them");
         }
         Err(error) => {
             let error = error.to_string();
@@ -241,5 +247,7 @@ fn look(credentials: &Credentials, counts: &Counts, trouble: &mut String) {
     }
 }
 
+#[cfg(test)]
+mod testing;
 #[cfg(test)]
 mod tests;

@@ -1,5 +1,5 @@
 //! How a TLS port parts with those whom it does not let in: so that they learn why, in plaintext HTTP/2 if that is what they
-//! speak, by TLS's own alerts otherwise.
+//! speak (HTTP/1.1 where people's clients are served), by TLS's own alerts otherwise.
 
 use std::time::Duration;
 
@@ -17,6 +17,7 @@ const SETTINGS: [u8; 9] = [0, 0, 0, 4, 0, 0, 0, 0, 0];
 const INADEQUATE_SECURITY: u32 = 0xc;
 const MESSAGE: &str =
     "this port speaks mutual TLS: give the caller a certificate, `tls` in its configuration";
+const PLAIN_HTTP: &str = "this port speaks HTTPS: begin the address with https://\n";
 /// For the caller to read it and leave.
 const LEAVE_WITHIN: Duration = Duration::from_secs(1);
 /// As much as is read of who goes on talking.
@@ -39,6 +40,13 @@ pub(super) fn why_in_plaintext() -> Vec<u8> {
     words.extend_from_slice(&INADEQUATE_SECURITY.to_be_bytes());
     words.extend_from_slice(MESSAGE.as_bytes());
     words
+}
+
+/// The same to whoever speaks HTTP/1.1.
+pub(super) fn why_in_plain_http() -> Vec<u8> {
+    let length = PLAIN_HTTP.len();
+    let head = "HTTP/1.1 400 Bad Request\r\ncontent-type: text/plain\r\nconnection: close";
+    format!("{head}\r\ncontent-length: {length}\r\n\r\n{PLAIN_HTTP}").into_bytes()
 }
 
 /// Says something, after what has been said already, and closes once the other side has, for at most [`LEAVE_WITHIN`].

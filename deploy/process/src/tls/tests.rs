@@ -7,7 +7,7 @@ use std::{
     time::{Instant, SystemTime},
 };
 
-use rcgen::{BasicConstraints, CertificateParams, Issuer, KeyPair, SanType};
+use rcgen::{CertificateParams, KeyPair, SanType};
 use tokio::{io::AsyncReadExt, net::TcpStream, time::timeout};
 use tokio_rustls::{TlsConnector, rustls};
 use tokio_stream::StreamExt;
@@ -17,7 +17,7 @@ use tonic::{
 };
 use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse, health_client::HealthClient};
 
-use super::*;
+use super::{testing::Authority, *};
 use crate::{
     HealthHandle,
     error::one_line,
@@ -36,40 +36,7 @@ const DOOR: Door = Door {
     without_certificate: false,
 };
 
-struct Authority {
-    issuer: Issuer<'static, KeyPair>,
-    pem: String,
-}
-
 impl Authority {
-    fn new() -> Self {
-        let key = KeyPair::generate().expect("a key");
-        let mut params = CertificateParams::default();
-        params.is_ca = rcgen::IsCa::Ca(BasicConstraints::Unconstrained);
-        let pem = params.self_signed(&key).expect("signed").pem();
-        Self { issuer: Issuer::new(params, key), pem }
-    }
-
-    /// Puts the three files of whom the URI names into a folder.
-    fn issue(&self, folder: &Path, uri: &str, change: impl FnOnce(&mut CertificateParams)) -> TlsConfig {
-        let key = KeyPair::generate().expect("a key");
-        let mut params = CertificateParams::default();
-        params.subject_alt_names = vec![SanType::URI(uri.try_into().expect("ASCII"))];
-        change(&mut params);
-        let certificate = params.signed_by(&key, &self.issuer).expect("signed");
-        let name = uri.replace(['/', ':'], "-");
-        let file = |end: &str, content: String| {
-            let path = folder.join(format!("{name}.{end}"));
-            fs::write(&path, content).expect("a file");
-            path
-        };
-        TlsConfig {
-            ca_file: file("ca", self.pem.clone()),
-            cert_file: file("crt", certificate.pem()),
-            key_file: file("key", key.serialize_pem()),
-        }
-    }
-
     fn tls(&self, folder: &Path, uri: &str) -> Tls {
         open(&self.issue(folder, uri, |_| {}), uri)
     }
@@ -313,7 +280,8 @@ async fn changed_files_are_for_new_connections_and_old_streams_go_on() {
     let config = new.issue(&ours, CONTROLLER, |_| {});
     let mut trouble = String::new();
     let held = port.tls.credentials.clone().expect("TLS");
-    look(&held, &port.tls.counts, &mut trouble);
+    let refresh = move || held.refresh();
+    look(&refresh, &port.tls.counts, &mut trouble);
     let text = told(port.check(&caller).await);
     assert!(text.contains("invalid peer certificate"), "{text}");
     new.issue(&theirs, COORDINATOR, |_| {});
@@ -326,14 +294,14 @@ async fn changed_files_are_for_new_connections_and_old_streams_go_on() {
     let reloads = |outcome| port.tls.counts.reloads.get_or_create(&Outcome { outcome }).get();
     let good = fs::read(&config.key_file).expect("a key");
     fs::write(&config.key_file, KeyPair::generate().expect("a key").serialize_pem()).expect("a file");
-    look(&held, &port.tls.counts, &mut trouble);
-    look(&held, &port.tls.counts, &mut trouble);
+    look(&refresh, &port.tls.counts, &mut trouble);
+    look(&refresh, &port.tls.counts, &mut trouble);
     let start = format!("tls.key_file: {} is not the key of ", config.key_file.display());
     assert!(trouble.starts_with(&start), "{trouble}");
     assert_eq!((reloads("taken"), reloads("failed")), (1, 1));
     port.check(&caller).await.expect("the files of before are in use");
     fs::write(&config.key_file, good).expect("a file");
-    look(&held, &port.tls.counts, &mut trouble);
+    look(&refresh, &port.tls.counts, &mut trouble);
     assert_eq!(trouble, "");
 }
 
@@ -372,7 +340,7 @@ async fn those_that_say_nothing_keep_nobody_out() {
     }
     let began = Instant::now();
     port.check(&caller).await.expect("it is let in beside them");
-    assert!(began.elapsed() < incoming::HANDSHAKE_WITHIN / 2, "{:?}", began.elapsed());
+    assert!(began.elapsed() < handshake::HANDSHAKE_WITHIN / 2, "{:?}", began.elapsed());
     assert!(port.refused("crowded") >= 1, "the oldest makes room");
     let gone = timeout(SOON, silent[0].read(&mut [0])).await.expect("it is closed");
     assert_eq!(gone.expect("in order"), 0);

@@ -18,6 +18,8 @@ pub(super) struct Addresses {
     pub(super) controller: SocketAddr,
     /// The coordinator's gRPC for operators.
     pub(super) coordinator_admin: SocketAddr,
+    /// The coordinator's metrics and probes, where they are apart from the API.
+    pub(super) coordinator_metrics: Option<SocketAddr>,
     pub(super) listeners: Listeners,
 }
 
@@ -26,16 +28,24 @@ pub(super) struct Listeners {
     pub(super) http: Arc<OwnedFd>,
     pub(super) controller: Arc<OwnedFd>,
     pub(super) coordinator_admin: Arc<OwnedFd>,
+    pub(super) coordinator_metrics: Option<Arc<OwnedFd>>,
 }
 
 impl Addresses {
-    /// The public address as asked for, the others on free ports of the loopback.
-    pub(super) fn bind(http: &Listen) -> Result<Self, ListenError> {
+    /// The public addresses as asked for, the others on free ports of the loopback.
+    pub(super) fn bind(http: &Listen, metrics: Option<&Listen>) -> Result<Self, ListenError> {
         let (http_at, http) = bound(http)?;
         let (controller_at, controller) = bound(&Listen::loopback())?;
         let (admin_at, coordinator_admin) = bound(&Listen::loopback())?;
-        let listeners = Listeners { http, controller, coordinator_admin };
-        Ok(Self { http: http_at, controller: controller_at, coordinator_admin: admin_at, listeners })
+        let (metrics_at, coordinator_metrics) = metrics.map(bound).transpose()?.unzip();
+        let listeners = Listeners { http, controller, coordinator_admin, coordinator_metrics };
+        Ok(Self {
+            http: http_at,
+            controller: controller_at,
+            coordinator_admin: admin_at,
+            coordinator_metrics: metrics_at,
+            listeners,
+        })
     }
 }
 
@@ -68,8 +78,8 @@ mod tests {
 
     #[test]
     fn a_port_in_use_is_told() {
-        let first = Addresses::bind(&Listen::loopback()).unwrap();
+        let first = Addresses::bind(&Listen::loopback(), None).unwrap();
         let again = Listen::address("127.0.0.1", first.http.port());
-        assert!(matches!(Addresses::bind(&again), Err(ListenError::InUse { .. })));
+        assert!(matches!(Addresses::bind(&again, None), Err(ListenError::InUse { .. })));
     }
 }

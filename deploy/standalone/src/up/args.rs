@@ -30,6 +30,12 @@ pub(crate) struct UpArgs {
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8000")]
     pub(crate) listen: Listen,
 
+    /// Serves /metrics, /health and /readiness apart from the OpenAI API: the coordinator's at this address, the controller's at
+    /// the next port, those of the servers at the ports behind [default: the coordinator's are at --listen, the others' at
+    /// ports of their own choice].
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) metrics_listen: Option<Listen>,
+
     /// Compute threads of each server [default: the machine's cores, shared among the servers of a role, of all models].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub(crate) threads: Option<u32>,

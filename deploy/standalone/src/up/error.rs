@@ -9,8 +9,10 @@ use baton_process::ListenError;
 pub(crate) enum UpError {
     #[error("neither HOME nor an XDG directory is set: say where with {0}")]
     NoHome(&'static str),
-    #[error("{0} (`--listen` sets the address)")]
+    #[error("{0} (`--listen` and `--metrics-listen` set the addresses)")]
     Listen(#[from] ListenError),
+    #[error("--metrics-listen: not every process has a port from {0} on: begin lower")]
+    Ports(u16),
     #[error("{program} is not beside {beside}: build it with `cargo build --release --bins`")]
     MissingProgram { program: String, beside: PathBuf },
     #[error(

@@ -20,11 +20,13 @@ pub(crate) use args::UpArgs;
 pub(crate) use error::UpError;
 
 use std::{
+    net::SocketAddr,
     path::PathBuf,
     process::ExitCode,
     time::{SystemTime, UNIX_EPOCH},
 };
 
+use baton_process::Listen;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -56,7 +58,10 @@ pub(crate) async fn run(args: UpArgs) -> Result<ExitCode, UpError> {
         model::prepare(&cache)?;
     }
     let given = model::check_all(&args.model).await?;
-    let addresses = Addresses::bind(&args.listen)?;
+    let is_https = plan::is_https(&args.set);
+    // Readiness is asked in plaintext: whoever shows certificates to clients may ask them for some, too.
+    let own = is_https.then(Listen::loopback);
+    let addresses = Addresses::bind(&args.listen, args.metrics_listen.as_ref().or(own.as_ref()))?;
     let run_dir = run_directory(&args, &addresses)?;
     let models = if given.is_empty() {
         model::check_all(&[cancellable(&stop, model::fetch(&cache, &screen)).await?]).await?
@@ -71,16 +76,21 @@ pub(crate) async fn run(args: UpArgs) -> Result<ExitCode, UpError> {
         started_unix_seconds: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
         ready: false,
         models,
-        url: format!("http://{}", addresses::reachable(addresses.http)),
+        url: format!(
+            "{}://{}",
+            if is_https { "https" } else { "http" },
+            addresses::reachable(addresses.http)
+        ),
         controller: addresses.controller.to_string(),
         coordinator: addresses.coordinator_admin.to_string(),
         processes: Vec::new(),
     };
+    let probed = addresses::reachable(addresses.coordinator_metrics.unwrap_or(addresses.http));
     let supervisor =
         Supervisor::start(plan, addresses.listeners, run_file, run_dir, screen.clone(), args.verbose)?;
     let ended = tokio::select! {
         error = supervisor.gave_up() => Err(error),
-        served = serve(&supervisor, &screen, &args) => served,
+        served = serve(&supervisor, &screen, (&args, probed)) => served,
         () = stop.cancelled() => Ok(()),
     };
     let how = supervisor.stop(&kill).await;
@@ -95,9 +105,13 @@ pub(crate) async fn default_model() -> Result<PathBuf, UpError> {
 }
 
 /// Waits until the cluster serves, says so, and then for ever.
-async fn serve(supervisor: &Supervisor, screen: &Screen, args: &UpArgs) -> Result<(), UpError> {
+async fn serve(
+    supervisor: &Supervisor,
+    screen: &Screen,
+    (args, probed): (&UpArgs, SocketAddr),
+) -> Result<(), UpError> {
     let run = supervisor.run_file();
-    ready::wait(&run, args.instances() as usize * run.models.len(), screen).await?;
+    ready::wait(&run, (probed, args.instances() as usize * run.models.len()), screen).await?;
     supervisor.mark_ready();
     say(&ready::greeting(&run, supervisor.run_dir(), args.run_dir.is_some()));
     std::future::pending().await

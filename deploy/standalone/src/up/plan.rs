@@ -7,7 +7,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use baton_process::duration;
+use baton_process::{Listen, duration};
 use baton_proto::GroupName;
 use toml::{Table, Value, toml};
 
@@ -50,6 +50,7 @@ pub(super) enum Socket {
     Http,
     Controller,
     CoordinatorAdmin,
+    CoordinatorMetrics,
 }
 
 /// One process to keep running.
@@ -108,6 +109,7 @@ pub(super) fn plan(
         || threads_of_each(cores, models.len(), args.prefill, args.decode),
         |threads| threads as usize,
     );
+    let metrics_at = |index: usize| metrics_listen(args.metrics_listen.as_ref(), index);
     let packed = std::path::absolute(cache).unwrap_or_else(|_| cache.to_owned()).join("packed");
     let packed = packed.display().to_string();
     let controller = addresses.controller.to_string();
@@ -133,11 +135,11 @@ pub(super) fn plan(
         Ok::<(), UpError>(())
     };
 
-    let listen = inherited(0);
+    let (listen, metrics) = (inherited(0), metrics_at(1)?);
     let config = toml! {
         controller_id = "controller"
         listen = listen
-        metrics_listen = "127.0.0.1:0"
+        metrics_listen = metrics
         [roles]
         prefill = prefill
         decode = decode
@@ -155,7 +157,7 @@ pub(super) fn plan(
         let group = group_of(models, index);
         for number in index * per_model..(index + 1) * per_model {
             let name = format!("server-{number}");
-            let config = servers.config(&name, &group, &model.path);
+            let config = servers.config(&name, (&group, &model.path), &metrics_at(2 + number)?);
             add(name, Service::Server, drained(config, OTHER_DRAIN), Vec::new())?;
         }
     }
@@ -178,8 +180,13 @@ pub(super) fn plan(
         [limits]
         linger = "0s"
     };
-    let sockets = vec![Socket::Http, Socket::CoordinatorAdmin];
-    add("coordinator".to_owned(), Service::Coordinator, drained(config, COORDINATOR_DRAIN), sockets)?;
+    let mut config = drained(config, COORDINATOR_DRAIN);
+    let mut sockets = vec![Socket::Http, Socket::CoordinatorAdmin];
+    if addresses.coordinator_metrics.is_some() {
+        config.insert("metrics_listen".to_owned(), Value::String(inherited(2)));
+        sockets.push(Socket::CoordinatorMetrics);
+    }
+    add("coordinator".to_owned(), Service::Coordinator, config, sockets)?;
     Ok(children)
 }
 
@@ -192,7 +199,7 @@ struct ServersHave {
 }
 
 impl ServersHave {
-    fn config(&self, instance_id: &str, group: &str, model: &Path) -> Table {
+    fn config(&self, instance_id: &str, (group, model): (&str, &Path), metrics_listen: &str) -> Table {
         let (controller, packed, supervisor) =
             (self.controller.as_str(), self.packed.as_str(), self.supervisor.as_str());
         let (threads, path) = (i64::try_from(self.threads).unwrap_or(1), model.display().to_string());
@@ -200,6 +207,8 @@ impl ServersHave {
             instance_id = instance_id
             group = group
             controllers = [controller]
+            advertise_host = "127.0.0.1"
+            metrics_listen = metrics_listen
             [model]
             path = path
             [runtime]
@@ -209,6 +218,23 @@ impl ServersHave {
             supervisor = supervisor
         }
     }
+}
+
+/// Where the process of this number has its metrics, counted on from the address that was asked for; any port of the loopback
+/// if none was.
+fn metrics_listen(asked: Option<&Listen>, index: usize) -> Result<String, UpError> {
+    let Some(Listen::Address { host, port }) = asked else { return Ok(Listen::loopback().to_string()) };
+    let own = match port {
+        0 => Some(0),
+        first => u16::try_from(index).ok().and_then(|index| first.checked_add(index)),
+    };
+    Ok(Listen::address(host, own.ok_or(UpError::Ports(*port))?).to_string())
+}
+
+/// Whether clients are to be served by TLS.
+pub(super) fn is_https(set: &[String]) -> bool {
+    let files = set.iter().filter_map(|text| text.strip_prefix("coordinator.https.cert_file="));
+    files.last().is_some_and(|file| !file.is_empty())
 }
 
 /// Instances of a group work together, so that each of several models has one of its own, called after it as far as a
@@ -283,7 +309,7 @@ mod tests {
         let args = Line::parse_from([&["up", "--listen", "127.0.0.1:0"], line].concat()).up;
         let directory = tempfile::tempdir().unwrap();
         let programs = Programs { directory: "/programs".into() };
-        let addresses = Addresses::bind(&args.listen).unwrap();
+        let addresses = Addresses::bind(&args.listen, args.metrics_listen.as_ref()).unwrap();
         let given = if args.model.is_empty() { vec!["/m odel.gguf".into()] } else { args.model.clone() };
         let entry = |path: PathBuf| ModelEntry { name: path.display().to_string(), path };
         let models: Vec<ModelEntry> = given.into_iter().map(entry).collect();
@@ -347,6 +373,29 @@ mod tests {
         let long = ["qwen3-8b", "model-1", "model-2", "smollm2-1.7b", "x"];
         assert_eq!(groups(&names), long);
         assert!(groups(&names).into_iter().all(|name| GroupName::new(name).is_ok()));
+    }
+
+    #[test]
+    fn metrics_are_at_ports_in_a_row() {
+        let (plan, _directory) = planned(&["--metrics-listen", "127.0.0.1:0"]);
+        let coordinator = plan.last().unwrap();
+        assert_eq!(config(coordinator)["metrics_listen"].as_str(), Some("fd://5"));
+        assert_eq!(coordinator.sockets.len(), 3);
+        let at = |asked: &str, index| metrics_listen(Some(&asked.parse().unwrap()), index);
+        assert_eq!(at("0.0.0.0:9100", 3).unwrap(), "0.0.0.0:9103");
+        assert_eq!(at("[::1]:0", 3).unwrap(), "[::1]:0");
+        assert!(matches!(at("h:65535", 1), Err(UpError::Ports(65535))));
+        let (plan, _directory) = planned(&[]);
+        assert_eq!(config(&plan[0])["metrics_listen"].as_str(), Some("127.0.0.1:0"));
+        assert!(!config(plan.last().unwrap()).contains_key("metrics_listen"));
+    }
+
+    #[test]
+    fn clients_are_served_by_tls_once_there_is_a_certificate() {
+        let set = |text: &[&str]| is_https(&text.iter().map(|text| (*text).to_owned()).collect::<Vec<_>>());
+        assert!(set(&["coordinator.https.key_file=k", "coordinator.https.cert_file=c"]));
+        assert!(!set(&["coordinator.https.cert_file=c", "coordinator.https.cert_file="]));
+        assert!(!set(&["server.https.cert_file=c"]));
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The wait until a cluster serves, shown as it goes on, and the words that greet whoever waited.
 
-use std::{collections::BTreeMap, env, path::Path, time::Duration};
+use std::{collections::BTreeMap, env, net::SocketAddr, path::Path, time::Duration};
 
 use baton_proto::v1::{Instance, ListInstancesRequest, Phase, Role, fleet_admin_client::FleetAdminClient};
 use indicatif::ProgressBar;
@@ -19,9 +19,12 @@ const POLL: Duration = Duration::from_millis(150);
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Waits until all instances are ready, as far as the controller tells us, and the coordinator says that it can serve every
-/// model. Does not give up by itself: the
-/// supervisor does, when a process keeps dying.
-pub(super) async fn wait(run: &RunFile, instances: usize, screen: &Screen) -> Result<(), UpError> {
+/// model, where it is `probed`. Does not give up by itself: the supervisor does, when a process keeps dying.
+pub(super) async fn wait(
+    run: &RunFile,
+    (probed, instances): (SocketAddr, usize),
+    screen: &Screen,
+) -> Result<(), UpError> {
     let client = reqwest::Client::builder().timeout(PATIENCE).no_proxy().build();
     let client = client.map_err(|error| UpError::Client(error.to_string()))?;
     let channel = Endpoint::from_shared(format!("http://{}", run.controller));
@@ -38,7 +41,7 @@ pub(super) async fn wait(run: &RunFile, instances: usize, screen: &Screen) -> Re
             Seen::Refused => true,
             Seen::Nothing => false,
         };
-        if is_enough && coordinator_is_ready(&client, &run.url).await {
+        if is_enough && coordinator_is_ready(&client, probed).await {
             shown.finish();
             return Ok(());
         }
@@ -62,9 +65,9 @@ async fn list(fleet: &mut FleetAdminClient<Channel>) -> Seen {
     }
 }
 
-async fn coordinator_is_ready(client: &reqwest::Client, url: &str) -> bool {
+async fn coordinator_is_ready(client: &reqwest::Client, probed: SocketAddr) -> bool {
     let asked = async {
-        let answer = client.get(format!("{url}/readiness")).send().await?.error_for_status()?;
+        let answer = client.get(format!("http://{probed}/readiness")).send().await?.error_for_status()?;
         answer.json::<Readiness>().await
     };
     asked.await.is_ok_and(|readiness| readiness.status == "ready")

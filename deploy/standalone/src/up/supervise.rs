@@ -191,6 +191,9 @@ impl Shared {
             Socket::Http => &self.listeners.http,
             Socket::Controller => &self.listeners.controller,
             Socket::CoordinatorAdmin => &self.listeners.coordinator_admin,
+            Socket::CoordinatorMetrics => {
+                self.listeners.coordinator_metrics.as_ref().ok_or(io::ErrorKind::NotFound)?
+            }
         };
         socket.try_clone()
     }

@@ -14,7 +14,7 @@ struct Bench {
 
 impl Bench {
     fn new() -> Self {
-        let addresses = Addresses::bind(&baton_process::Listen::loopback()).unwrap();
+        let addresses = Addresses::bind(&baton_process::Listen::loopback(), None).unwrap();
         Self { directory: tempfile::tempdir().unwrap(), addresses }
     }
 

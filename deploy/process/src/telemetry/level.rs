@@ -1,0 +1,140 @@
+//! What the log tells: as the configuration says, and as a file says while the process runs.
+//!
+//! The file is looked at every two seconds. What it holds wins for as long as it holds something; what cannot be read as
+//! directives changes nothing, and the log says so once.
+
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use tracing_subscriber::{EnvFilter, Registry, reload};
+
+use super::LOG_VARIABLE;
+use crate::{ProcessConfig, ProcessError};
+
+const LOOK_EVERY: Duration = Duration::from_secs(2);
+/// More than any directives take.
+const FILE_BYTES_MOST: u64 = 64 << 10;
+/// The target of the record of who changed what.
+const AUDIT: &str = "audit";
+
+/// The filter of the log, and by what it is changed.
+pub(super) type Reloadable = reload::Layer<EnvFilter, Registry>;
+
+/// The environment wins over the configuration, so that one run can be looked at without editing a file.
+fn configured(config: &ProcessConfig) -> String {
+    match std::env::var(LOG_VARIABLE) {
+        Ok(level) if !level.is_empty() => level,
+        _ => config.log.level.clone(),
+    }
+}
+
+/// A lower level for the rest hides no change that somebody made; who wants that names the target.
+pub(super) fn filter(level: &str) -> Result<EnvFilter, String> {
+    let directives = if level.contains(AUDIT) { level.to_owned() } else { format!("{level},{AUDIT}=info") };
+    EnvFilter::try_new(directives).map_err(|error| format!("level `{level}`: {error}"))
+}
+
+/// The filter as it is at first; follows the file, if there is to be one. Needs a tokio runtime then.
+pub(super) fn start(config: &ProcessConfig) -> Result<Reloadable, ProcessError> {
+    let level = configured(config);
+    let filter = filter(&level).map_err(|error| ProcessError::Setup {
+        what: "logging",
+        source: format!("{error}, of {LOG_VARIABLE} or process.log.level").into(),
+    })?;
+    let (layer, handle) = reload::Layer::new(filter);
+    if !config.log.level_file.as_os_str().is_empty() {
+        tokio::spawn(follow(config.log.level_file.clone(), level, handle));
+    }
+    Ok(layer)
+}
+
+/// Until the process ends.
+async fn follow(path: PathBuf, configured: String, filter: reload::Handle<EnvFilter, Registry>) {
+    let mut said = String::new();
+    loop {
+        // One that cannot be read says nothing.
+        let says = read(&path).await.unwrap_or_default();
+        if says != said {
+            said = says;
+            change(if said.is_empty() { &configured } else { &said }, &filter);
+        }
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
+}
+
+async fn read(path: &Path) -> std::io::Result<String> {
+    use tokio::io::AsyncReadExt;
+
+    let mut text = String::new();
+    tokio::fs::File::open(path).await?.take(FILE_BYTES_MOST).read_to_string(&mut text).await?;
+    Ok(text.trim().to_owned())
+}
+
+fn change(level: &str, handle: &reload::Handle<EnvFilter, Registry>) {
+    match filter(level) {
+        // Only a subscriber that is gone takes none.
+        Ok(filter) => {
+            let _ = handle.reload(filter);
+            tracing::info!(target: AUDIT, level, "the log's level has changed");
+        }
+        Err(error) => tracing::error!("process.log.level_file: {error}; the level stays as it is"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tracing_subscriber::{Layer, layer::SubscriberExt};
+
+    use super::*;
+
+    #[test]
+    fn no_level_hides_the_audit_but_its_own() {
+        let shows = |level: &str| {
+            let registry = tracing_subscriber::registry().with(filter(level).expect("a level"));
+            tracing::subscriber::with_default(registry, || {
+                (
+                    tracing::enabled!(target: "audit", tracing::Level::INFO),
+                    tracing::enabled!(tracing::Level::INFO),
+                )
+            })
+        };
+        assert_eq!(shows("info"), (true, true));
+        assert_eq!(shows("error"), (true, false));
+        assert_eq!(shows("error,baton_server=debug"), (true, false));
+        assert_eq!(shows("error,audit=off"), (false, false));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_file_changes_the_level_for_as_long_as_it_says_one() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("level");
+        let (layer, handle) = reload::Layer::new(filter("info").expect("a level"));
+        let log = tracing_subscriber::fmt::layer().with_writer(std::io::sink).with_filter(layer);
+        let _here = tracing::subscriber::set_default(tracing_subscriber::registry().with(log));
+        let follows = tokio::spawn(follow(path.clone(), "info".to_owned(), handle));
+        let says = async |text: Option<&str>, shows: bool| {
+            match text {
+                Some(text) => std::fs::write(&path, text).expect("a file"),
+                None => std::fs::remove_file(&path).expect("was there"),
+            }
+            for _ in 0..1_000 {
+                if tracing::enabled!(tracing::Level::DEBUG) == shows {
+                    return;
+                }
+                tokio::time::sleep(LOOK_EVERY / 4).await;
+            }
+            panic!("{text:?} changes nothing");
+        };
+        assert!(!tracing::enabled!(tracing::Level::DEBUG));
+        says(Some("debug\n"), true).await;
+        says(Some("warn"), false).await;
+        says(Some("debug"), true).await;
+        says(Some("no=such=level"), true).await;
+        tokio::time::sleep(LOOK_EVERY * 3).await;
+        assert!(tracing::enabled!(tracing::Level::DEBUG), "what cannot be read changes nothing");
+        says(None, false).await;
+        follows.abort();
+    }
+}
