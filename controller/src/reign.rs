@@ -7,9 +7,9 @@
 
 use std::{sync::Arc, time::Duration};
 
-use baton_process::HealthHandle;
+use baton_process::{Health, HealthHandle};
 use baton_proto::LeaderEpoch;
-use baton_registry::{Candidate, LeaderRecord, Leadership, Lease, Store, StoreError};
+use baton_registry::{Candidacy, Candidate, LeaderRecord, Leadership, Lease, Store, StoreError};
 use futures::{FutureExt, future::BoxFuture};
 use tokio::{
     sync::{mpsc, watch},
@@ -67,12 +67,20 @@ impl Reigns {
     /// Leads whenever it can, until the shutdown.
     pub(crate) async fn run(self) {
         loop {
-            self.health
-                .set_not_ready("standing by: another controller leads, or the state store cannot be reached");
+            self.health.set_not_ready("the state store has not said yet which controller leads");
+            // One that stands by does its work, too: it takes over, and tells whoever calls who leads.
+            let standing = |standing| {
+                self.health.set(match standing {
+                    Candidacy::Behind(leader) => Health::Partly(format!("standing by: {leader} leads")),
+                    Candidacy::Cut(why) => {
+                        Health::NotReady(format!("the state store cannot be reached: {why}"))
+                    }
+                });
+            };
             let leadership = tokio::select! {
                 biased;
                 () = self.shutdown.cancelled() => return,
-                leadership = self.candidate.campaign() => leadership,
+                leadership = self.candidate.campaign(standing) => leadership,
             };
             self.metrics.leading.set(1);
             self.metrics.reigns.inc();

@@ -188,6 +188,23 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn a_drain_is_given_more_time_while_it_runs() {
+        const MINUTE: Duration = Duration::from_secs(60);
+        let mut rig = rig();
+        rig.tell(Event::Loaded).await;
+        rig.tell(assign(Role::Prefill, 1, Duration::ZERO)).await;
+        rig.until(Role::Prefill, Phase::Ready).await;
+        let _permit = rig.permits.take();
+        rig.tell(assign(Role::None, 2, MINUTE)).await;
+        rig.until(Role::Prefill, Phase::Draining).await;
+        tokio::time::sleep(MINUTE / 2).await;
+        let given = tokio::time::Instant::now();
+        rig.tell(assign(Role::None, 3, MINUTE * 10)).await;
+        assert!(matches!(rig.commands.recv().await, Some(Command::FailAll(_))));
+        assert_eq!(given.elapsed().as_secs(), 600);
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn one_that_is_cordoned_is_not_ready_once_it_is_drained() {
         let mut rig = rig();
         let cordoned = |role, epoch, cordoned| {

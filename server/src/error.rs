@@ -18,10 +18,6 @@ pub enum ServerError {
     Id(#[from] IdError),
     #[error("{what}: {source}")]
     Listen { what: &'static str, source: ListenError },
-    #[error(
-        "{what} listens on every address: set `advertise_host` to the one that peers reach this machine at"
-    )]
-    Advertise { what: &'static str },
     #[error("the address of {what} cannot be read: {source}")]
     Address { what: &'static str, source: std::io::Error },
     #[error(transparent)]

@@ -134,8 +134,13 @@ impl RoleMachine {
                 self.view.cordoned = assignment.cordoned;
                 Some(Action::KeepOn)
             }
-            // What is under way goes on and ends in the newest assignment.
-            Phase::Loading | Phase::Draining => {
+            // What is under way goes on and ends in the newest assignment, in the time that this one gives it.
+            Phase::Draining => {
+                let before = self.pending.replace(assignment);
+                let anew = before.is_none_or(|before| before.drain != assignment.drain);
+                anew.then_some(Action::Drain { within: assignment.drain })
+            }
+            Phase::Loading => {
                 self.pending = Some(assignment);
                 None
             }
@@ -214,6 +219,16 @@ mod tests {
         assert_eq!(machine.on(Event::Drained), Some(Action::TakeOn(Role::Mixed)));
         machine.on(Event::TakenOn);
         assert_eq!(state(&machine), (Role::Mixed, 4, Phase::Ready));
+    }
+
+    #[test]
+    fn a_drain_that_is_given_another_time_begins_anew() {
+        let mut machine = ready(Role::Prefill, 1);
+        assert_eq!(machine.on(assign(Role::None, 2)), Some(Action::Drain { within: DRAIN }));
+        let longer = Assignment { role: Role::None, epoch: RoleEpoch(3), drain: DRAIN * 2, cordoned: true };
+        assert_eq!(machine.on(Event::Assigned(longer)), Some(Action::Drain { within: DRAIN * 2 }));
+        assert_eq!(machine.on(Event::Assigned(Assignment { epoch: RoleEpoch(4), ..longer })), None);
+        assert_eq!(machine.on(Event::Drained), Some(Action::TakeOn(Role::None)));
     }
 
     #[test]

@@ -81,17 +81,27 @@ pub enum Lost {
     Superseded,
 }
 
+/// Why a candidate does not lead yet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Candidacy {
+    /// The controller of this name does.
+    Behind(String),
+    /// The store does not say who does.
+    Cut(String),
+}
+
 impl Candidate {
-    /// Waits until this controller leads. Cancel safe: a lease left behind ends by itself.
-    pub async fn campaign(&self) -> Leadership {
+    /// Waits until this controller leads, and tells why it does not yet. Cancel safe: a lease left behind ends by itself.
+    pub async fn campaign(&self, standing: impl Fn(Candidacy)) -> Leadership {
         loop {
             match self.try_lead().await {
                 Ok(Some(leadership)) => {
                     info!(epoch = %leadership.epoch, controller = self.record.controller_id, "leading");
                     return leadership;
                 }
-                Ok(None) => self.wait_for_vacancy().await,
+                Ok(None) => self.wait_for_vacancy(&standing).await,
                 Err(error) => {
+                    standing(Candidacy::Cut(error.to_string()));
                     warn!(%error, "cannot stand for leadership; trying again");
                     tokio::time::sleep(RETRY).await;
                 }
@@ -142,13 +152,13 @@ impl Candidate {
     }
 
     /// Returns when the leader key may be gone.
-    async fn wait_for_vacancy(&self) {
+    async fn wait_for_vacancy(&self, standing: &impl Fn(Candidacy)) {
         let Ok(listing) = self.store.range(KeyRange::exact(keys::LEADER)).await else {
             return tokio::time::sleep(RETRY).await;
         };
-        if listing.items.is_empty() {
-            return;
-        }
+        let Some(held) = listing.items.first() else { return };
+        let leader = LeaderRecord::decode(&held.value).map(|record| record.controller_id);
+        standing(Candidacy::Behind(leader.unwrap_or_else(|_| "another controller".to_owned())));
         let Ok(mut watch) =
             self.store.watch(KeyRange::exact(keys::LEADER), Some(listing.revision.next())).await
         else {

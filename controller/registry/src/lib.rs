@@ -17,7 +17,7 @@ pub mod store;
 #[cfg(feature = "testing")]
 pub mod testing;
 
-pub use election::{Candidate, Fenced, Leadership, Term};
+pub use election::{Candidacy, Candidate, Fenced, Leadership, Term};
 pub use fleet::{FleetInstance, FleetSnapshot, FleetWatch, FleetWatchConfig, Leader};
 pub use records::{DesiredRole, HealthRecord, LeaderRecord, ObservedStatus, RecordError, Standing};
 pub use store::{

@@ -40,13 +40,14 @@ async fn write(leadership: &Leadership, key: &str, value: &'static str) -> Fence
 
 async fn one_leads_and_a_deposed_one_writes_nothing(store: Arc<dyn Store>) {
     let (a, b) = (candidate(&store, "a"), candidate(&store, "b"));
-    let first = a.campaign().await;
+    let first = a.campaign(|_| {}).await;
     assert_eq!(leader(&store).await.as_deref(), Some("a"));
     assert!(b.try_lead().await.expect("try").is_none());
     assert!(matches!(write(&first, "/x", "a").await, Fenced::Applied(_)));
 
     // Nobody renews: the lease of a ends, b leads.
-    let second = tokio::time::timeout(Duration::from_secs(10), b.campaign()).await.expect("b never led");
+    let second =
+        tokio::time::timeout(Duration::from_secs(10), b.campaign(|_| {})).await.expect("b never led");
     assert_eq!(leader(&store).await.as_deref(), Some("b"));
     assert!(second.epoch() > first.epoch());
     assert_eq!(write(&first, "/x", "late").await, Fenced::Deposed);
@@ -59,7 +60,7 @@ async fn one_leads_and_a_deposed_one_writes_nothing(store: Arc<dyn Store>) {
 
     // A leader that resigns makes room at once.
     let since = std::time::Instant::now();
-    let (third, ()) = tokio::join!(a.campaign(), async { second.resign().await.expect("resign") });
+    let (third, ()) = tokio::join!(a.campaign(|_| {}), async { second.resign().await.expect("resign") });
     assert!(since.elapsed() < Duration::from_millis(1500), "took {:?}", since.elapsed());
     assert!(third.epoch() > second.epoch());
     assert_eq!(write(&second, "/x", "late").await, Fenced::Deposed);
@@ -67,9 +68,9 @@ async fn one_leads_and_a_deposed_one_writes_nothing(store: Arc<dyn Store>) {
 
 async fn a_held_leadership_lasts(store: Arc<dyn Store>) {
     let (a, b) = (candidate(&store, "a"), candidate(&store, "b"));
-    let first = a.campaign().await;
+    let first = a.campaign(|_| {}).await;
     let held = tokio::time::timeout(Duration::from_secs(5), first.hold());
-    let (lost, other) = tokio::join!(held, tokio::time::timeout(Duration::from_secs(5), b.campaign()));
+    let (lost, other) = tokio::join!(held, tokio::time::timeout(Duration::from_secs(5), b.campaign(|_| {})));
     assert!(lost.is_err(), "lost: {lost:?}");
     assert!(other.is_err(), "two led");
 }
@@ -92,7 +93,7 @@ async fn etcd() {
 async fn a_leader_cut_off_from_its_store_stops_before_its_lease_ends() {
     let mut server = EtcdServer::start().await;
     let store: Arc<dyn Store> = Arc::new(server.store());
-    let leadership = candidate(&store, "a").campaign().await;
+    let leadership = candidate(&store, "a").campaign(|_| {}).await;
     let since = std::time::Instant::now();
     server.kill();
     let lost =
@@ -104,7 +105,7 @@ async fn a_leader_cut_off_from_its_store_stops_before_its_lease_ends() {
 #[tokio::test]
 async fn what_is_done_outside_the_store_is_not_gone_on_with_once_another_may_lead() {
     let store = memory();
-    let leadership = candidate(&store, "a").campaign().await;
+    let leadership = candidate(&store, "a").campaign(|_| {}).await;
     let term = leadership.term();
     let long = term.within(tokio::time::sleep(Duration::from_secs(3)));
     let held = tokio::select! {
@@ -122,7 +123,8 @@ async fn what_is_done_outside_the_store_is_not_gone_on_with_once_another_may_lea
     };
     assert_eq!((term.within(action).await, sent), (None, false));
 
-    let leadership = tokio::time::timeout(Duration::from_secs(10), candidate(&store, "b").campaign()).await;
+    let leadership =
+        tokio::time::timeout(Duration::from_secs(10), candidate(&store, "b").campaign(|_| {})).await;
     let leadership = leadership.expect("b never led");
     assert_eq!(leadership.term().within(async { 1 }).await, Some(1));
     leadership.resign().await.expect("resign");
@@ -173,7 +175,7 @@ async fn an_unanswered_write_that_arrives_late_has_no_effect() {
     let lossy =
         Arc::new(Lossy { inner: memory(), lose_next: Mutex::new(false), lost: Mutex::new(Vec::new()) });
     let store: Arc<dyn Store> = lossy.clone();
-    let leadership = candidate(&store, "a").campaign().await;
+    let leadership = candidate(&store, "a").campaign(|_| {}).await;
     *lossy.lose_next.lock() = true;
     let lost = leadership.txn(Txn::new().put("/x", "old", None)).await;
     assert!(matches!(lost, Err(StoreError::Unknown(_))), "{lost:?}");

@@ -2,7 +2,7 @@
 
 use std::net::TcpListener;
 
-use baton_process::Listen;
+use baton_process::{Listen, listen::reached_at};
 
 use crate::{config::ServerConfig, error::ServerError};
 
@@ -22,11 +22,12 @@ pub(super) struct Listeners {
 
 impl Listeners {
     pub(super) fn bind(config: &ServerConfig) -> Result<Self, ServerError> {
-        let bind = |what: &'static str, listen: &Listen| {
-            let listener = listen.bind().map_err(|source| ServerError::Listen { what, source })?;
-            let endpoint = advertised(&listener, &config.advertise_host, what)?;
-            Ok::<_, ServerError>((listener, endpoint))
+        let bind = |listen: &Listen| {
+            let listener = listen.bind()?;
+            let endpoint = reached_at(&listener, &config.advertise_host, "advertise_host")?;
+            Ok((listener, endpoint))
         };
+        let bind = |what, listen| bind(listen).map_err(|source| ServerError::Listen { what, source });
         let (grpc, grpc_endpoint) = bind("listen", &config.listen)?;
         let (metrics, metrics_endpoint) = bind("metrics_listen", &config.metrics_listen)?;
         let (data, data_endpoint) = bind("kv_data_listen", &config.kv_data_listen)?;
@@ -37,33 +38,4 @@ impl Listeners {
 
 pub(super) fn address(what: &'static str, source: std::io::Error) -> ServerError {
     ServerError::Address { what, source }
-}
-
-fn advertised(listener: &TcpListener, host: &str, what: &'static str) -> Result<String, ServerError> {
-    let local = listener.local_addr().map_err(|source| address(what, source))?;
-    match (host, local.ip().is_unspecified()) {
-        ("", true) => Err(ServerError::Advertise { what }),
-        ("", false) => Ok(local.to_string()),
-        (host, _) if host.contains(':') => Ok(format!("[{host}]:{}", local.port())),
-        (host, _) => Ok(format!("{host}:{}", local.port())),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_is_advertised_can_be_reached() {
-        let here = TcpListener::bind("127.0.0.1:0").expect("a port");
-        let port = here.local_addr().expect("an address").port();
-        assert_eq!(advertised(&here, "", "listen").expect("fine"), format!("127.0.0.1:{port}"));
-        assert_eq!(advertised(&here, "a.b", "listen").expect("fine"), format!("a.b:{port}"));
-        assert_eq!(advertised(&here, "::1", "listen").expect("fine"), format!("[::1]:{port}"));
-        let everywhere = TcpListener::bind("0.0.0.0:0").expect("a port");
-        assert!(matches!(
-            advertised(&everywhere, "", "listen"),
-            Err(ServerError::Advertise { what: "listen" })
-        ));
-    }
 }
