@@ -251,6 +251,7 @@ impl Reader {
             wanted: Instant::now() + leg.first_token_within,
             deadline: leg.timeout.and_then(|timeout| Instant::now().checked_add(timeout)),
             work: leg.work,
+            tokens_at_a_time: leg.tokens_at_a_time,
             permit: Some(permit),
             span,
         }

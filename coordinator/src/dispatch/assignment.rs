@@ -32,6 +32,9 @@ pub struct Assignment {
     pub in_batches: bool,
 }
 
+/// Tokens that are told, and read, at a time, where nobody sees them before.
+pub(super) const BATCH_TOKENS: u32 = 32;
+
 /// What a request that is not complete by its deadline ends with.
 pub fn deadline_passed() -> ApiError {
     let message = "the request did not finish within its time; ask for fewer tokens or try again later";
@@ -57,5 +60,6 @@ pub(super) fn dispatch(seat: &Seat, assignment: &Assignment, prompt: Bytes, work
         work: Some(work),
         priority: assignment.priority,
         first_token_within_millis: millis(assignment.wanted),
+        tokens_at_a_time: if assignment.in_batches { BATCH_TOKENS } else { 0 },
     }
 }

@@ -17,13 +17,13 @@ use baton_schedule::Side;
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
-use super::leg::Output;
+use super::{assignment::BATCH_TOKENS, leg::Output};
 
 /// Deliveries that may lie in the box for each choice. In order, they merge: only a peer that breaks the contract comes
 /// near it.
 const MOST_DELIVERIES: usize = 64;
 /// A reader who takes them in batches is woken once so many tokens have come for each choice.
-const BATCH: usize = 32;
+const BATCH: usize = BATCH_TOKENS as usize;
 
 #[derive(Debug)]
 struct Inner {

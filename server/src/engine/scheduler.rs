@@ -247,7 +247,7 @@ impl Scheduler {
         self.blocks.release(std::mem::take(&mut sequence.blocks));
         sequence.computed = 0;
         sequence.sealed = 0;
-        sequence.state = State::Waiting;
+        sequence.enter(State::Waiting);
         // From now on it is computed here, wherever its cache first came from.
         sequence.work = Work::Whole;
         self.queue(id);
@@ -334,7 +334,7 @@ impl Scheduler {
                 self.effects.push(expect);
                 self.counts.held_blocks += u64::from(cached);
                 sequence.cached = Some(0);
-                sequence.state = State::Receiving;
+                sequence.enter(State::Receiving);
                 self.receiving += 1;
                 return;
             }
@@ -368,7 +368,7 @@ impl Scheduler {
     /// Puts a sequence into the running batch.
     fn run(&mut self, id: SequenceId) {
         let Some(sequence) = self.sequences.get_mut(&id) else { return };
-        sequence.state = State::Running;
+        sequence.enter(State::Running);
         let rank = sequence.rank;
         let at = self.running.partition_point(|other| self.sequences[other].rank < rank);
         self.running.insert(at, id);

@@ -18,10 +18,12 @@
 //! can touch its blocks no more.
 
 mod log;
+mod telling;
 mod work;
 
 use std::{borrow::Cow, fmt, time::Instant};
 
+use baton_process::telemetry::Stages;
 use baton_proto::{ApiError, BlockHash, LegId, PromptDigest, RequestId};
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
@@ -31,6 +33,7 @@ use super::{
 };
 
 pub(super) use log::Stage;
+use telling::Untold;
 pub use work::{Inbound, Outbound, StopRule, Work};
 
 /// A sequence in this engine; never reused.
@@ -72,6 +75,8 @@ pub struct NewSequence {
     /// The last token must be out by then.
     pub deadline: Option<Instant>,
     pub work: Work,
+    /// How many tokens behind the first may be told at a time.
+    pub tokens_at_a_time: u32,
     /// Held while the sequence is in the engine; a role switch waits for all of them. `None` in tests.
     pub permit: Option<TaskTrackerToken>,
     /// Covers the leg in traces.
@@ -185,8 +190,10 @@ pub(super) struct Sequence {
     pub(super) completion_limit: u32,
     pub(super) deadline: Option<Instant>,
     pub(super) work: Work,
+    untold: Untold,
     request: RequestId,
     pub(super) span: tracing::Span,
+    stages: Stages,
     _permit: Option<TaskTrackerToken>,
 }
 
@@ -227,7 +234,9 @@ impl Sequence {
             completion_limit: new.stop.max_tokens.min(room.saturating_sub(prompt_tokens)).max(carried + 1),
             deadline: new.deadline,
             work: new.work,
+            untold: Untold::new(new.tokens_at_a_time),
             request: new.request,
+            stages: Stages::begin(&new.span, Instant::now()),
             span: new.span,
             _permit: new.permit,
         }
@@ -338,10 +347,38 @@ impl Sequence {
             completion_limit: self.completion_limit,
             deadline: self.deadline,
             work: self.work.clone(),
+            untold: self.untold.fork(),
             request: self.request.clone(),
+            stages: Stages::begin(&self.span, Instant::now()),
             span: self.span.clone(),
             _permit: self._permit.clone(),
         }
+    }
+
+    pub(super) fn stages(&self) -> &Stages {
+        &self.stages
+    }
+
+    /// Changes its state.
+    pub(super) fn enter(&mut self, state: State) {
+        self.leave();
+        self.state = state;
+    }
+
+    /// What it was in its state for is over; in traces it is a part of the leg.
+    pub(super) fn leave(&mut self) {
+        self.stages.passed_now(match self.state {
+            State::Announced => "await_offer",
+            State::Waiting => "await_turn",
+            State::Receiving => "receive",
+            State::Running => match self.work {
+                Work::Prefill(_) => "prefill",
+                Work::Decode(_) => "decode",
+                Work::Whole => "run",
+            },
+            State::HandingOff => "hand_off",
+            State::Closing => "close",
+        });
     }
 
     /// It stands for its one remaining choice alone from now on.

@@ -194,7 +194,10 @@ impl Engine {
         self.perform();
         let (arrived, at) = (std::mem::take(&mut self.arrived), Instant::now());
         let stats = (!plan.is_empty()).then(|| self.compute(&plan));
+        let computed = Instant::now();
         for (id, sealed) in arrived {
+            self.scheduler.trace(id, "join", sealed.last_slice_at, at);
+            self.scheduler.trace(id, "first_decode", at, computed);
             self.metrics.joined(at.saturating_duration_since(sealed.at));
             self.scheduler.log(id, Stage::LastSlice, sealed.last_slice_at);
             self.scheduler.log(id, Stage::FirstStep, at);

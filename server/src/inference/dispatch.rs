@@ -43,6 +43,8 @@ pub struct Leg {
     /// From receipt to the last token.
     pub timeout: Option<Duration>,
     pub work: Work,
+    /// How many tokens behind the first may be told at a time; at least 1.
+    pub tokens_at_a_time: u32,
 }
 
 /// What a leg must fit.
@@ -99,6 +101,7 @@ impl TryFrom<v1::Dispatch> for Leg {
                 .min(FIRST_TOKEN_WITHIN_MOST),
             timeout: (wire.timeout_millis > 0).then(|| Duration::from_millis(wire.timeout_millis)),
             work: self::work(work)?,
+            tokens_at_a_time: wire.tokens_at_a_time.max(1),
         })
     }
 }

@@ -63,6 +63,10 @@ impl Instance {
 struct Leg {
     leg: u64,
     position: u32,
+    /// Told at a time, but for the first; what has not been told yet.
+    at_a_time: usize,
+    begun: bool,
+    untold: Vec<u32>,
     seed: u64,
     prompt_tokens: u32,
     words: Arc<Words>,
@@ -86,7 +90,8 @@ struct State {
 }
 
 impl Leg {
-    fn output(&self, end: Option<v1::FinishReason>) -> v1::LegOutput {
+    /// What there is to tell, the token at its position the last of it.
+    fn output(&mut self, end: Option<v1::FinishReason>) -> v1::LegOutput {
         let finished = |reason: v1::FinishReason| {
             End::Finished(v1::Finished {
                 reason: reason.into(),
@@ -98,8 +103,8 @@ impl Leg {
         v1::LegOutput {
             leg: self.leg,
             choice: 0,
-            first_position: self.position,
-            tokens: vec![self.words.answer_at(self.seed, self.position).token],
+            first_position: self.position + 1 - self.untold.len() as u32,
+            tokens: std::mem::take(&mut self.untold),
             logprobs: Vec::new(),
             end: end.map(finished),
         }
@@ -115,7 +120,12 @@ impl Leg {
 impl Sequence for Leg {
     fn step(&mut self) -> bool {
         let last = self.position + 1 == ANSWER_TOKENS;
-        self.stream.outbox.put(self.output(last.then_some(v1::FinishReason::Length)));
+        self.untold.push(self.words.answer_at(self.seed, self.position).token);
+        if last || !self.begun || self.untold.len() >= self.at_a_time {
+            let output = self.output(last.then_some(v1::FinishReason::Length));
+            self.stream.outbox.put(output);
+        }
+        self.begun = true;
         self.position += 1;
         if last {
             self.stream.state.lock().running.remove(&self.leg);
@@ -139,6 +149,9 @@ impl Instance {
         let leg = |position| Leg {
             leg: dispatch.leg,
             position,
+            at_a_time: dispatch.tokens_at_a_time.max(1) as usize,
+            begun: false,
+            untold: Vec::new(),
             seed,
             prompt_tokens,
             words: self.words.clone(),
@@ -146,7 +159,9 @@ impl Instance {
         };
         match dispatch.work {
             Some(Work::Prefill(prefill)) => {
-                stream.outbox.put(leg(0).output(Some(v1::FinishReason::HandedOff)));
+                let mut leg = leg(0);
+                leg.untold.push(self.words.answer_at(seed, 0).token);
+                stream.outbox.put(leg.output(Some(v1::FinishReason::HandedOff)));
                 let decode = TRANSFERS.lock().remove(&prefill.transfer_id[..]);
                 match decode {
                     Some(Some(decode)) => decode.run(&self.engine),

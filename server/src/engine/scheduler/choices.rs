@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use baton_kvtransfer::FirstTokens;
 
-use super::{Effect, Scheduler, lifecycle::last_update};
-use crate::engine::sequence::{FinishReason, LegUpdate, Sampled, SequenceId, State};
+use super::{Effect, Scheduler};
+use crate::engine::sequence::{FinishReason, Sampled, SequenceId, State};
 
 impl Scheduler {
     /// Ends choices of a leg on behalf of its coordinator.
@@ -32,7 +32,7 @@ impl Scheduler {
             return self.end(id, end);
         }
         sequence.choices.retain(|&other| other != choice);
-        let update = last_update(sequence, choice, &end);
+        let update = sequence.tell_end(choice, &end);
         self.outputs.push(update);
     }
 
@@ -57,7 +57,7 @@ impl Scheduler {
         };
         match FirstTokens::new(&first_tokens) {
             Ok(first_tokens) => {
-                sequence.state = State::HandingOff;
+                sequence.enter(State::HandingOff);
                 self.effects.push(Effect::Seal { id, first_tokens });
                 self.running.retain(|&other| other != id);
             }
@@ -100,13 +100,7 @@ impl Scheduler {
 
     /// Tells a choice its next token, unless it has ended.
     pub(super) fn tell_token(&mut self, id: SequenceId, sampled: Sampled) {
-        let Some(sequence) = self.sequences.get(&id) else { return };
-        let Sampled { choice, token, logprobs } = sampled;
-        if sequence.choices.contains(&choice) {
-            let (address, first_position) = (sequence.address, sequence.first_untold());
-            let (tokens, logprobs) = (vec![token], logprobs.into_iter().collect());
-            let update = LegUpdate { leg: address.leg, choice, first_position, tokens, logprobs, end: None };
-            self.outputs.push((address, update));
-        }
+        let update = self.sequences.get_mut(&id).and_then(|sequence| sequence.tell(sampled));
+        self.outputs.extend(update);
     }
 }

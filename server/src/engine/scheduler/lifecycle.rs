@@ -53,13 +53,12 @@ impl Scheduler {
     /// Queues a sequence. If it cannot be taken the leg is ended with the reason.
     pub fn add(&mut self, new: NewSequence) {
         let goes_on = !new.generated.is_empty() || new.work.hands_on();
-        let sequence =
+        let mut sequence =
             Sequence::new(new, self.arrivals, self.limits.context_tokens, self.blocks.total_tokens());
         if let Err(refused) = self.check(&sequence) {
             let end = LegEnd::Failed(refused.into());
             self.refuse_transfer(&sequence.work, &end);
-            let updates = sequence.choices.iter().map(|&choice| last_update(&sequence, choice, &end));
-            self.outputs.extend(updates);
+            self.outputs.extend(ends(&mut sequence, &end));
             return;
         }
         self.arrivals += 1;
@@ -126,7 +125,7 @@ impl Scheduler {
         let Some(sequence) = self.sequences.get_mut(&id).filter(announced) else { return };
         match result {
             Ok(()) => {
-                sequence.state = State::Waiting;
+                sequence.enter(State::Waiting);
                 sequence.rank.arrival = self.arrivals;
                 self.arrivals += 1;
                 self.announced -= 1;
@@ -308,6 +307,11 @@ impl Scheduler {
         self.sequences.get(&id).into_iter().for_each(|sequence| sequence.log(stage, at));
     }
 
+    /// In traces, a part of a leg beside its states, if it is still there.
+    pub(in crate::engine) fn trace(&self, id: SequenceId, part: &'static str, from: Instant, to: Instant) {
+        self.sequences.get(&id).into_iter().for_each(|sequence| sequence.stages().part(part, from, to));
+    }
+
     /// Where what is done for a sequence is traced.
     pub(in crate::engine) fn span(&self, id: SequenceId) -> tracing::Span {
         self.sequences.get(&id).map_or_else(tracing::Span::none, |sequence| sequence.span.clone())
@@ -334,16 +338,16 @@ impl Scheduler {
         if !transfers {
             self.remove(id);
         } else if let Some(sequence) = self.sequences.get_mut(&id) {
-            sequence.state = State::Closing;
+            sequence.enter(State::Closing);
             self.effects.push(Effect::Close { id, needed });
         }
     }
 
     /// Tells every choice that a sequence stands for its end.
     fn tell_end(&mut self, id: SequenceId, end: &LegEnd) {
-        let Some(sequence) = self.sequences.get(&id) else { return };
-        let updates = sequence.choices.iter().map(|&choice| last_update(sequence, choice, end));
-        self.outputs.extend(updates);
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            self.outputs.extend(ends(sequence, end));
+        }
     }
 
     /// A decode leg that never came to expect its transfer says so to the sender, which would wait otherwise.
@@ -371,18 +375,15 @@ impl Scheduler {
     }
 
     fn remove(&mut self, id: SequenceId) {
-        if let Some(sequence) = self.sequences.remove(&id) {
+        if let Some(mut sequence) = self.sequences.remove(&id) {
+            sequence.leave();
             self.blocks.release(sequence.blocks);
         }
     }
 }
 
-/// The update that tells a choice its end.
-pub(super) fn last_update(sequence: &Sequence, choice: u32, end: &LegEnd) -> (Address, LegUpdate) {
-    sequence.log_end(end);
-    let address = sequence.address;
-    let first_position = sequence.completion_tokens();
-    let (tokens, logprobs) = (Vec::new(), Vec::new());
-    let end = Some(end.clone());
-    (address, LegUpdate { leg: address.leg, choice, first_position, tokens, logprobs, end })
+/// What tells each choice that a sequence stands for its end.
+fn ends(sequence: &mut Sequence, end: &LegEnd) -> Vec<(Address, LegUpdate)> {
+    let choices = sequence.choices.clone();
+    choices.into_iter().map(|choice| sequence.tell_end(choice, end)).collect()
 }

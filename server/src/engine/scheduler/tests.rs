@@ -74,6 +74,7 @@ fn sequence(id: u64, prompt: u32, max_tokens: u32, work: Work) -> NewSequence {
         wanted: *WANTED,
         deadline: None,
         work,
+        tokens_at_a_time: 1,
         permit: None,
         span: tracing::Span::none(),
     }
@@ -410,6 +411,29 @@ fn a_preempted_sequence_goes_on_from_what_is_still_cached() {
 fn told(scheduler: &mut Scheduler) -> Vec<(u32, u32, Vec<u32>, bool)> {
     let outputs = scheduler.take_outputs().into_iter();
     outputs.map(|(_, u)| (u.choice, u.first_position, u.tokens, u.end.is_some())).collect()
+}
+
+#[test]
+fn tokens_that_nobody_reads_yet_are_told_many_at_a_time() {
+    let mut scheduler = scheduler(20);
+    let in_threes =
+        |id, max_tokens| NewSequence { tokens_at_a_time: 3, ..sequence(id, 4, max_tokens, Work::Whole) };
+    scheduler.add(in_threes(1, 6));
+    (1..=6).for_each(|token| assert_eq!(step(&mut scheduler, token).len(), 1));
+    let expected = [(0, 0, vec![1], false), (0, 1, vec![2, 3, 4], false), (0, 4, vec![5, 6], true)];
+    assert_eq!(told(&mut scheduler), expected);
+    // What ends it early is told with what there is.
+    scheduler.add(in_threes(2, 6));
+    (1..=3).for_each(|token| assert_eq!(step(&mut scheduler, token).len(), 1));
+    scheduler.cancel(SequenceId(2));
+    assert_eq!(told(&mut scheduler), [(0, 0, vec![1], false), (0, 1, vec![2, 3], true)]);
+    // Each of several choices for itself.
+    scheduler.add(NewSequence { choices: 2, ..in_threes(3, 4) });
+    while !step(&mut scheduler, 5).is_empty() {}
+    let mut choices = told(&mut scheduler);
+    choices.sort_by_key(|told| told.0);
+    let of = |choice| [(choice, 0, vec![5], false), (choice, 1, vec![5, 5, 5], true)];
+    assert_eq!(choices, [of(0), of(1)].concat());
 }
 
 #[test]

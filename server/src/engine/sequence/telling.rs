@@ -1,0 +1,65 @@
+//! What a leg tells of its tokens: each as it comes, or many at a time where nobody reads them before.
+
+use super::{Address, LegEnd, LegUpdate, Sampled, Sequence, TokenLogprobs};
+
+/// Tokens that have been chosen and not been told. Of a sequence of several choices there are none.
+#[derive(Debug)]
+pub(super) struct Untold {
+    at_a_time: usize,
+    /// The first is told at once: it is news.
+    begun: bool,
+    /// Index in the completion of the first of `tokens`.
+    first_position: u32,
+    tokens: Vec<u32>,
+    logprobs: Vec<TokenLogprobs>,
+}
+
+impl Untold {
+    pub(super) fn new(at_a_time: u32) -> Self {
+        let (tokens, logprobs) = (Vec::new(), Vec::new());
+        Self { at_a_time: at_a_time as usize, begun: false, first_position: 0, tokens, logprobs }
+    }
+
+    /// Of a sequence that is forked off.
+    pub(super) fn fork(&self) -> Self {
+        Self { at_a_time: self.at_a_time, ..Self::new(0) }
+    }
+
+    fn push(&mut self, position: u32, token: u32, logprobs: Option<TokenLogprobs>) {
+        if self.tokens.is_empty() {
+            self.first_position = position;
+        }
+        self.tokens.push(token);
+        self.logprobs.extend(logprobs);
+    }
+
+    fn take(&mut self) -> (u32, Vec<u32>, Vec<TokenLogprobs>) {
+        (self.first_position, std::mem::take(&mut self.tokens), std::mem::take(&mut self.logprobs))
+    }
+}
+
+impl Sequence {
+    /// A choice's next token is there: what is to be told now, unless the choice has ended.
+    pub(in crate::engine) fn tell(&mut self, sampled: Sampled) -> Option<(Address, LegUpdate)> {
+        let Sampled { choice, token, logprobs } = sampled;
+        if !self.choices.contains(&choice) {
+            return None;
+        }
+        self.untold.push(self.first_untold(), token, logprobs);
+        let waits = self.untold.begun && self.untold.tokens.len() < self.untold.at_a_time;
+        self.untold.begun = self.choices.len() == 1;
+        if waits { None } else { Some(self.update(choice, None)) }
+    }
+
+    /// A choice has ended: the update that tells it, with what has not been told.
+    pub(in crate::engine) fn tell_end(&mut self, choice: u32, end: &LegEnd) -> (Address, LegUpdate) {
+        self.log_end(end);
+        self.update(choice, Some(end.clone()))
+    }
+
+    fn update(&mut self, choice: u32, end: Option<LegEnd>) -> (Address, LegUpdate) {
+        let (first, tokens, logprobs) = self.untold.take();
+        let first_position = if tokens.is_empty() { self.completion_tokens() } else { first };
+        (self.address, LegUpdate { leg: self.address.leg, choice, first_position, tokens, logprobs, end })
+    }
+}
