@@ -21,7 +21,7 @@ services
 {{- $maps := dict }}
 {{- range $folder := splitList "," (include "baton.folders" .) }}
   {{- range $path, $_ := $.Files.Glob (printf "objects/%s/*.toml" $folder) }}
-    {{- $_ := set $maps (printf "baton-%s" (base $path | trimSuffix ".toml")) (dict "config.toml" ($.Files.Get $path)) }}
+    {{- $_ := set $maps (printf "baton-%s-config" (base $path | trimSuffix ".toml")) (dict "config.toml" ($.Files.Get $path)) }}
   {{- end }}
   {{- range $path, $_ := $.Files.Glob (printf "objects/%s/baton.env" $folder) }}
     {{- $data := dict }}
@@ -40,7 +40,7 @@ services
     {{- $_ := set $maps "baton" $data }}
   {{- end }}
 {{- end }}
-{{- toYaml $maps }}
+{{- toJson $maps }}
 {{- end -}}
 
 {{/* Where it is, and who made it. */}}

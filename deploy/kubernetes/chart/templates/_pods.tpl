@@ -38,7 +38,7 @@
   {{- else if $all.model.init }}
     {{- $volumes = append $volumes (dict "name" "models" "emptyDir" dict) }}
     {{- $mounts := list (dict "name" "models" "mountPath" "/models") }}
-    {{- $init := dict "name" "model" "securityContext" (deepCopy $container.securityContext) "volumeMounts" $mounts }}
+    {{- $init := dict "name" "model" "imagePullPolicy" "IfNotPresent" "securityContext" (deepCopy $container.securityContext) "volumeMounts" $mounts }}
     {{- $_ := set $pod "initContainers" (list (mergeOverwrite $init $all.model.init)) }}
   {{- else }}
     {{- $volumes = append $volumes (merge (dict "name" "models") $all.model.volume) }}
