@@ -1,6 +1,9 @@
 //! The manifests for Kubernetes, offline. The promises are in python/manifests.py.
 
-use std::{process::{Command, Stdio}, time::Duration};
+use std::{
+    process::{Command, Stdio},
+    time::Duration,
+};
 
 use baton_integration_tests::{binary, folder, process, required};
 
