@@ -155,7 +155,8 @@ def check_helm():
                             ["checksum/config"] for it in workloads(objects)}
     before, after = sums(helm()), sums(helm({"model": {"path": "/models/other"}}))
     assert all(before[it] != after[it] for it in before), (before, after)
-    for bad in ({"mode": "many"}, {"server": {"replica": 1}}, {"etcd": {"enabled": False}}, {"model": {"path": "/m"}}):
+    refused = [{"modes": "singleNode"}, {"mode": "many"}, {"server": {"replica": 1}}, {"etcd": {"enabled": False}}]
+    for bad in [*refused, {"model": {"path": "/m"}}, {"server": {"pools": {"all": {}}}}]:
         try:
             helm(bad)
         except AssertionError:
