@@ -440,7 +440,8 @@ def check_single_node(objects):
     values = environment(objects, container)
     arguments = [expanded(it, values) for it in container["args"]]
     # All flags are taken; the model is not on this machine.
-    done = run(PROGRAMS / container["image"], *arguments)
+    program, *words = container["command"]
+    done = run(PROGRAMS / program, *words, *arguments)
     assert done.returncode == 1 and values["MODEL"] in done.stderr, (done.returncode, done.stderr)
     settings = [it.removeprefix("--set=").split(".", 1) for it in arguments if it.startswith("--set=")]
     ports = set(ports_of(workload).values())
