@@ -150,6 +150,9 @@ def check_helm():
     (shared,) = [it for it in ours if it["metadata"]["name"].startswith("baton-") and "etcd-endpoints" in it.get("data", {})]
     shared["data"]["etcd-endpoints"] = ",".join(ELSEWHERE)
     check_same(ours, elsewhere, "existing-etcd")
+    version = re.search('^version = "(.*)"', (KUBERNETES / "../../Cargo.toml").read_text(), re.M)[1]
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    assert chart["version"] == chart["appVersion"] == version, chart
     # What a pod is told alike makes new pods when it changes, and what the schema does not know is refused.
     sums = lambda objects: {labels_of(it)["app.kubernetes.io/name"]: it["spec"]["template"]["metadata"]["annotations"]
                             ["checksum/config"] for it in workloads(objects)}

@@ -8,7 +8,7 @@ values that say nothing change nothing. All take a dict: `root`, and the `object
 {{- if eq .Values.mode "singleNode" -}}
 single-node
 {{- else -}}
-services
+services,server
 {{- if .Values.etcd.enabled }},etcd{{ end }}
 {{- if .Values.certManager.enabled }},cert-manager{{ end }}
 {{- if .Values.autoscaling.enabled }},autoscaling{{ end }}
