@@ -5,7 +5,7 @@ use std::time::Duration;
 use baton_proto::ApiError;
 
 /// Where the rules are that this needs.
-const MANIFEST: &str = "deploy/kubernetes/controller-scaling-rbac.yaml";
+const MANIFEST: &str = "deploy/kubernetes/chart/objects/controller-scaling/rbac.yaml";
 
 /// How the API server cannot be asked at all.
 #[derive(Debug, thiserror::Error)]

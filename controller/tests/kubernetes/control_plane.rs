@@ -120,9 +120,10 @@ pub(crate) async fn create_deployment(admin: &Client, name: &str, replicas: i32)
     deployments.create(&PostParams::default(), &deployment).await.expect("a Deployment");
 }
 
-/// What of `controller-scaling-rbac.yaml` is of these kinds, as it stands there.
+/// What of the rights that scaling needs is of these kinds, as it stands in the file.
 pub(crate) async fn apply_manifest(admin: &Client, kinds: &[&str]) {
-    let text = std::fs::read_to_string(deploy().join("controller-scaling-rbac.yaml")).expect("the manifest");
+    let manifest = deploy().join("chart/objects/controller-scaling/rbac.yaml");
+    let text = std::fs::read_to_string(manifest).expect("the manifest");
     let mut applied = 0;
     for document in text.split("\n---\n") {
         let value: Value = serde_saphyr::from_str(document).expect("YAML");

@@ -136,7 +136,9 @@ fn run_directory(args: &UpArgs, addresses: &Addresses) -> Result<PathBuf, UpErro
             runs_directory().ok_or(UpError::NoHome("--run-dir"))?.join(name)
         }
     };
-    if let Some(other) = RunFile::read(&directory).filter(RunFile::is_alive) {
+    // What has our own id was left by an earlier process: in a container, every start has the same one.
+    let is_in_use = |run: &RunFile| run.is_alive() && run.pid != std::process::id();
+    if let Some(other) = RunFile::read(&directory).filter(is_in_use) {
         return Err(UpError::RunDirInUse { path: directory, pid: other.pid });
     }
     std::fs::create_dir_all(&directory)
