@@ -155,7 +155,9 @@ const SECONDS: [f64; 15] =
     [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0];
 const TOKENS: [f64; 12] =
     [1.0, 8.0, 32.0, 128.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0, 65536.0, 131072.0];
-/// Why requests are refused for want of room or time; shown as 0 from the start.
+/// Why messages about a KV cache are missed or not believed; shown as 0 from the start, as the next.
+const CACHE_GAPS: [&str; 6] = ["stream", "gap", "restart", "lagged", "nonsense", "dialects"];
+/// Why requests are refused for want of room or time.
 const REFUSALS: [&str; 7] = ["house", "line", "bytes", "wait", "backlog", "outranked", "body_time"];
 
 impl Metrics {
@@ -201,6 +203,9 @@ impl Metrics {
         };
         for why in REFUSALS {
             drop(metrics.refusals.get_or_create(&reason(why)));
+        }
+        for why in CACHE_GAPS {
+            drop(metrics.cache_gaps.get_or_create(&reason(why)));
         }
         metrics.show(registry);
         Arc::new(metrics)

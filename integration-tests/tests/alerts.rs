@@ -130,12 +130,11 @@ fn every_key_that_the_runbook_names_is_one() {
     let is_key = |code: &&String| {
         let mut parts = code.split('.');
         let word = |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_lowercase() || b == b'_');
-        code.contains('.') && parts.all(word)
+        code.contains('.') && !code.ends_with(".yaml") && parts.all(word)
     };
     let named = code(&runbook);
     let named: Vec<_> = named.iter().filter(is_key).collect();
     assert!(named.len() > 10, "{named:?}");
-    for key in named {
-        assert!(keys.contains(key), "{key} is no key of a service");
-    }
+    let unknown: Vec<_> = named.iter().filter(|key| !keys.contains(**key)).collect();
+    assert!(unknown.is_empty(), "no keys of a service: {unknown:?}");
 }
