@@ -9,7 +9,7 @@ use std::{
 };
 
 use baton_integration_tests::{
-    binary, eventually, folder, metrics, model,
+    binary, chat, eventually, folder, metrics, model,
     process::{Service, free_address},
     promql, required,
 };
@@ -18,6 +18,7 @@ use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
 const MODEL: &str = "SmolLM2-135M-Instruct";
+const PROMPT: &str = "Tell me a story.";
 const KEY: &str = "sk-baton-alice";
 const OLD_KEY: &str = "sk-baton-bob";
 
@@ -101,8 +102,8 @@ impl Fleet {
         format!("http://{}{path}", self.observed["coordinator"])
     }
 
-    async fn ask(&self, key: &str, model: &str, tokens: u32) -> reqwest::Response {
-        let message = json!({"role": "user", "content": "Tell me a story."});
+    async fn ask(&self, key: &str, model: &str, prompt: &str, tokens: u32) -> reqwest::Response {
+        let message = json!({"role": "user", "content": prompt});
         let body = json!({
             "model": model, "messages": [message], "stream": true,
             "temperature": 0, "max_tokens": tokens, "ignore_eos": true,
@@ -111,17 +112,18 @@ impl Fleet {
         request.json(&body).send().await.expect("the coordinator answers")
     }
 
-    /// The server that decodes.
-    async fn decode(&self) -> &'static str {
-        for name in ["server-0", "server-1"] {
-            let shown =
-                reqwest::get(format!("http://{}/metrics", self.observed[name])).await.expect("an answer");
-            let shown = shown.text().await.expect("metrics are text");
-            if metrics::sum(&shown, "baton_server_role", "role=\"decode\"") == Some(1.0) {
-                return name;
+    /// The server that shows a metric above 0, as soon as one does.
+    async fn server_with(&self, metric: &str, label: &str) -> &'static str {
+        eventually(&format!("a server with {metric} {label}"), || async {
+            for name in ["server-0", "server-1"] {
+                let shown = reqwest::get(format!("http://{}/metrics", self.observed[name])).await.ok()?;
+                if metrics::sum(&shown.text().await.ok()?, metric, label).is_some_and(|sum| sum > 0.0) {
+                    return Some(name);
+                }
             }
-        }
-        panic!("nobody decodes");
+            None
+        })
+        .await
     }
 }
 
@@ -351,20 +353,28 @@ async fn finds_all_that_is_asked_for(prometheus: &Prometheus) {
 async fn alerts_are_raised_by_what_happens_and_clear_and_all_that_is_asked_for_is_there() {
     let mut fleet = Fleet::start().await;
     let prometheus = Prometheus::start(&fleet).await;
-    assert_eq!(fleet.ask("sk-of-nobody", MODEL, 1).await.status(), 401);
-    assert_eq!(fleet.ask(OLD_KEY, MODEL, 1).await.status(), 401);
-    assert_eq!(fleet.ask(KEY, "no-such-model", 1).await.status(), 404);
-    let mut left = fleet.ask(KEY, MODEL, 500).await;
+    assert_eq!(fleet.ask("sk-of-nobody", MODEL, PROMPT, 1).await.status(), 401);
+    assert_eq!(fleet.ask(OLD_KEY, MODEL, PROMPT, 1).await.status(), 401);
+    assert_eq!(fleet.ask(KEY, "no-such-model", PROMPT, 1).await.status(), 404);
+    let mut left = fleet.ask(KEY, MODEL, PROMPT, 500).await;
     assert!(left.chunk().await.expect("a stream").is_some());
     drop(left);
+    // One that leaves while its cache is on its way.
+    let long = chat::long_prompt(1200);
+    let whole = async { fleet.ask(KEY, MODEL, &long, 100).await.bytes().await };
+    tokio::select! {
+        answer = whole => panic!("nobody left: {answer:?}"),
+        _ = fleet.server_with("baton_server_transfers_in_active", "") => {}
+    }
+    fleet.server_with("baton_server_transfers_aborted_total", "").await;
 
     // A server dies in the midst of an answer.
-    let mut answer = fleet.ask(KEY, MODEL, 40).await;
+    let mut answer = fleet.ask(KEY, MODEL, PROMPT, 40).await;
     let mut text = String::new();
     while text.matches("data: ").count() < 5 {
         text += &String::from_utf8_lossy(&answer.chunk().await.expect("a stream").expect("goes on"));
     }
-    let decode = fleet.decode().await;
+    let decode = fleet.server_with("baton_server_role", "role=\"decode\"").await;
     fleet.kill(decode);
     let at = fleet.observed[decode].clone();
     prometheus.raises(&[("alertname", "BatonDown"), ("instance", &at), ("severity", "ticket")]).await;
