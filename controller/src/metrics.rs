@@ -233,8 +233,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn alerts_ask_for_metrics_that_there_are() {
-        let rules = include_str!("../../deploy/alerts/baton.rules.yaml");
+    fn alerts_and_dashboards_ask_for_metrics_that_there_are() {
+        let asking = concat!(
+            include_str!("../../deploy/alerts/baton.rules.yaml"),
+            include_str!("../../deploy/dashboards/control-plane.json"),
+        );
         let metrics = Metrics::new("controller");
         let own = ControllerMetrics::register(&metrics);
         // A family without members is not exported.
@@ -252,9 +255,14 @@ mod tests {
         own.wait_seconds.show([(GroupLabels { group }, 0.5)], |gauge, value| {
             gauge.set(value);
         });
-        own.scaling.failing(&baton_proto::GroupName::default(), true);
+        let scaled = baton_proto::GroupName::default();
+        own.instances.get_or_create(&InstanceLabels { role, phase: "ready" }).set(1);
+        own.scaling.show(&scaled, 2, Some(3));
+        own.scaling.failing(&scaled, true);
+        own.scaling.changed(&scaled, true);
+        own.scaling.error(&scaled, "forbidden");
         let exported = metrics.render();
-        let words = rules.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_'));
+        let words = asking.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_'));
         let asked: Vec<_> = words.filter(|word| word.starts_with("baton_controller_")).collect();
         assert!(!asked.is_empty());
         for metric in asked {

@@ -116,6 +116,7 @@ struct ByModel {
     time_to_first_token: Histograms,
     time_per_output_token: Histograms,
     end_to_end: Histograms,
+    in_time: Family<ModelLabel, Counter>,
     prompt_tokens: Family<ModelLabel, Counter>,
     cached_tokens: Family<ModelLabel, Counter>,
     generation_tokens: Family<ModelLabel, Counter>,
@@ -141,6 +142,8 @@ pub struct ModelMetrics {
     pub time_to_first_token: Histogram,
     pub time_per_output_token: Histogram,
     pub end_to_end: Histogram,
+    /// Answers that met their targets.
+    pub in_time: Counter,
     pub prompt_tokens: Counter,
     pub cached_tokens: Counter,
     pub generation_tokens: Counter,
@@ -152,6 +155,10 @@ const SECONDS: [f64; 15] =
     [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0];
 const TOKENS: [f64; 12] =
     [1.0, 8.0, 32.0, 128.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0, 65536.0, 131072.0];
+/// Why messages about a KV cache are missed or not believed; shown as 0 from the start, as the next.
+const CACHE_GAPS: [&str; 6] = ["stream", "gap", "restart", "lagged", "nonsense", "dialects"];
+/// Why requests are refused for want of room or time.
+const REFUSALS: [&str; 7] = ["house", "line", "bytes", "wait", "backlog", "outranked", "body_time"];
 
 impl Metrics {
     /// Makes them and has them shown.
@@ -186,6 +193,7 @@ impl Metrics {
                 time_to_first_token: seconds(),
                 time_per_output_token: seconds(),
                 end_to_end: seconds(),
+                in_time: Family::default(),
                 prompt_tokens: Family::default(),
                 cached_tokens: Family::default(),
                 generation_tokens: Family::default(),
@@ -193,6 +201,12 @@ impl Metrics {
                 request_generation_tokens: tokens(),
             },
         };
+        for why in REFUSALS {
+            drop(metrics.refusals.get_or_create(&reason(why)));
+        }
+        for why in CACHE_GAPS {
+            drop(metrics.cache_gaps.get_or_create(&reason(why)));
+        }
         metrics.show(registry);
         Arc::new(metrics)
     }
@@ -200,6 +214,10 @@ impl Metrics {
     /// Those of the model of this name, which are shown from now on.
     pub fn of_model(&self, name: Arc<str>) -> ModelMetrics {
         let (by_model, label) = (&self.by_model, ModelLabel { model: name });
+        // Shown as 0 from the start: the first of them would be no increase otherwise.
+        for family in [&self.hand_ons, &self.not_placed_again] {
+            drop(family.get_or_create(&label));
+        }
         ModelMetrics {
             ready: by_model.ready.get_or_create_owned(&label),
             in_flight: by_model.in_flight.get_or_create_owned(&label),
@@ -215,6 +233,7 @@ impl Metrics {
             time_to_first_token: by_model.time_to_first_token.get_or_create_owned(&label),
             time_per_output_token: by_model.time_per_output_token.get_or_create_owned(&label),
             end_to_end: by_model.end_to_end.get_or_create_owned(&label),
+            in_time: by_model.in_time.get_or_create_owned(&label),
             prompt_tokens: by_model.prompt_tokens.get_or_create_owned(&label),
             cached_tokens: by_model.cached_tokens.get_or_create_owned(&label),
             generation_tokens: by_model.generation_tokens.get_or_create_owned(&label),
@@ -281,6 +300,12 @@ impl Metrics {
             registry.register_with_unit(name, help, Unit::Seconds, histogram.clone());
         }
         let counters = [
+            (
+                "requests_in_time",
+                "Requests answered with their first token, and the later ones on average, within placement.ttft_target \
+                 and .tpot_target",
+                &by_model.in_time,
+            ),
             ("prompt_tokens", "Prompt tokens of dispatched requests", &by_model.prompt_tokens),
             ("cached_prompt_tokens", "Of those, taken from prefix caches", &by_model.cached_tokens),
             ("generation_tokens", "Tokens generated", &by_model.generation_tokens),

@@ -3,7 +3,7 @@
 //! Made by [`crate::http`] on arrival; told how far the request is by [`crate::serve`] and [`crate::stream`]. A request
 //! dropped before its end counts as the client's leaving.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use baton_process::telemetry::Stages;
 use baton_proto::{ApiError, ErrorCode};
@@ -38,6 +38,8 @@ pub struct Report {
     first_token: Option<Instant>,
     last_token: Instant,
     tokens: u32,
+    /// How long the first token, and each later one on average, may take.
+    targets: (Duration, Duration),
     told: bool,
     stages: Stages,
     /// Open for as long as the request lives.
@@ -55,6 +57,7 @@ impl Report {
             first_token: None,
             last_token: arrived,
             tokens: 0,
+            targets: (Duration::MAX, Duration::MAX),
             told: false,
             stages: Stages::begin(&span, arrived.into_std()),
             span,
@@ -79,6 +82,11 @@ impl Report {
     /// It is known which model is asked.
     pub fn of_model(&mut self, counts: &Arc<ModelMetrics>) {
         self.counts = Some(counts.clone());
+    }
+
+    /// It is known how long the first token, and each later one on average, may take.
+    pub fn targets(&mut self, ttft: Duration, tpot: Duration) {
+        self.targets = (ttft, tpot);
     }
 
     /// The request is valid and admitted.
@@ -119,10 +127,15 @@ impl Report {
             counts.cached_tokens.inc_by(u64::from(usage.cached_tokens));
             counts.request_generation_tokens.observe(f64::from(self.tokens));
             counts.end_to_end.observe(self.arrived.elapsed().as_secs_f64());
-            if let (Some(first), 2..) = (self.first_token, longest) {
-                let later = (self.last_token - first).as_secs_f64() / f64::from(longest - 1);
-                counts.time_per_output_token.observe(later);
+            let (ttft, tpot) = self.targets;
+            let first = self.first_token.unwrap_or(self.last_token);
+            let mut in_time = first - self.arrived <= ttft;
+            if longest > 1 {
+                let later = (self.last_token - first) / (longest - 1);
+                counts.time_per_output_token.observe(later.as_secs_f64());
+                in_time &= later <= tpot;
             }
+            counts.in_time.inc_by(in_time.into());
         }
         self.passed("stream");
         self.tell("200", false);
@@ -161,4 +174,31 @@ impl Drop for Report {
 /// Whether a failure is the cluster's and not the client's: it broke, or it had no room.
 fn is_ours(code: ErrorCode) -> bool {
     code.http() >= 500 || code == ErrorCode::QueueFull
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn answers_in_time_are_those_that_meet_both_targets() {
+        let metrics = baton_process::Metrics::new("coordinator").register(Metrics::register);
+        let counts = Arc::new(metrics.of_model("m".into()));
+        let millis = Duration::from_millis;
+        let seen = |first, later, tokens: u32| {
+            let before = counts.in_time.get();
+            let now = Instant::now();
+            let mut report = Report::new(metrics.clone(), "chat", now, Span::none());
+            report.of_model(&counts);
+            report.targets(millis(1000), millis(50));
+            report.tokens(1, now + millis(first));
+            report.tokens(tokens, now + millis(first + later));
+            report.finished(&Usage::default(), tokens);
+            counts.in_time.get() - before
+        };
+        assert_eq!(seen(1000, 150, 4), 1);
+        assert_eq!(seen(1001, 150, 4), 0, "the first token is late");
+        assert_eq!(seen(1000, 151, 4), 0, "the later ones are");
+        assert_eq!(seen(1000, 0, 1), 1, "one token has none after it");
+    }
 }

@@ -95,9 +95,11 @@ impl Service {
             let (name, prompt_tokens) = (model.served.name.clone(), prepared.prompt_tokens());
             card.set(Stage::Queued { model: name, prompt_tokens });
             let first = prepared.prompts.first().map_or(0, PreparedPrompt::prompt_tokens);
+            let ttft = self.placer.board.ttft_target(first);
+            report.targets(ttft, self.placer.board.tpot_target());
             let wanted = Wanted {
                 tenant: &tenant,
-                first_token: card.card().arrived + self.placer.board.ttft_target(first),
+                first_token: card.card().arrived + ttft,
                 deadline: self.deadline(&card),
             };
             let admission = Line::admit(&model, &self.placer, (ticket, place), prepared, wanted).await?;

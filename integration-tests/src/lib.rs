@@ -9,6 +9,7 @@ pub mod chat;
 pub mod cluster;
 pub mod metrics;
 pub mod process;
+pub mod promql;
 pub mod tokens;
 
 pub use cluster::Cluster;

@@ -29,6 +29,7 @@ use crate::{
         thread::{COMMAND_QUEUE, Command},
     },
     error::ServerError,
+    metrics::RoleMetrics,
     permits::Permits,
     role::{Assignment, Event, Role, RoleView},
     serving::{Serving, ServingParts, Shared},
@@ -81,6 +82,8 @@ pub async fn run(process: Process<ServerConfig>) -> Result<(), ServerError> {
         Duty { events: incoming_events, view, permits: permits.clone(), engine: engine.clone(), health };
     let duty = process.tasks.spawn(duty.run());
 
+    let (id, group) = (process.config.instance_id.clone(), process.config.group.to_string());
+    process.metrics.register(|registry| RoleMetrics::register(registry, id, group, role.clone()));
     let router = http::router(process.metrics.clone(), process.health.clone());
     process.spawn_essential(
         "http",

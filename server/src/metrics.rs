@@ -16,15 +16,61 @@ use prometheus_client::{
     },
     registry::Registry,
 };
+use tokio::sync::watch;
 
-use crate::engine::{
-    scheduler::Occupancy,
-    sequence::{FinishReason, LegEnd},
-    step::StepStats,
+use crate::{
+    engine::{
+        scheduler::Occupancy,
+        sequence::{FinishReason, LegEnd},
+        step::StepStats,
+    },
+    role::RoleView,
 };
 
 /// Prefix of every metric here.
 const PREFIX: &str = "baton_server";
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct InstanceLabels {
+    instance_id: String,
+    group: String,
+    role: &'static str,
+    phase: &'static str,
+}
+
+/// Shows who this is and what it does, at the time of each scrape: what `instance`, an address, does not say.
+#[derive(Debug)]
+pub struct RoleMetrics {
+    instance_id: String,
+    group: String,
+    role: watch::Receiver<RoleView>,
+}
+
+impl RoleMetrics {
+    pub fn register(
+        registry: &mut Registry,
+        instance_id: String,
+        group: String,
+        role: watch::Receiver<RoleView>,
+    ) {
+        registry.register_collector(Box::new(Self { instance_id, group, role }));
+    }
+}
+
+impl Collector for RoleMetrics {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let view = *self.role.borrow();
+        let labels = InstanceLabels {
+            instance_id: self.instance_id.clone(),
+            group: self.group.clone(),
+            role: view.role.name(),
+            phase: view.phase.name(),
+        };
+        let (name, help) = (format!("{PREFIX}_role"), "1, with who this instance is and what it does");
+        let mut family = encoder.encode_descriptor(&name, help, None, MetricType::Gauge)?;
+        ConstGauge::new(1_i64).encode(family.encode_family(&labels)?)
+    }
+}
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Kind {

@@ -209,6 +209,11 @@ impl Board {
         self.settings.targets.ttft(prompt_tokens).min(TTFT_TARGET_MOST)
     }
 
+    /// How long each further token may take, on average.
+    pub fn tpot_target(&self) -> Duration {
+        self.settings.targets.tpot
+    }
+
     /// How long an answer that has so many tokens, and may have `most`, is expected to take yet on an instance. Who has
     /// come further than others is as far from the end as they were: lengths have long tails.
     pub fn left(&self, id: &InstanceId, tokens: u32, most: u32) -> Duration {

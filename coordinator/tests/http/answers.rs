@@ -190,6 +190,8 @@ async fn models_and_metrics_are_shown() {
         "baton_coordinator_time_to_first_token_seconds_count{model=\"tiny\"} 1",
         "baton_coordinator_time_per_output_token_seconds_count{model=\"tiny\"} 1",
         "baton_coordinator_e2e_request_latency_seconds_count{model=\"tiny\"} 1",
+        "baton_coordinator_refusals_total{reason=\"line\"} 0",
+        "baton_coordinator_hand_ons_total{model=\"tiny\"} 0",
     ] {
         assert!(metrics.contains(line), "{line} is not in\n{metrics}");
     }

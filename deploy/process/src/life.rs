@@ -175,12 +175,14 @@ where
 {
     let drain = config.drain();
     let (tasks, failure) = (TaskTracker::new(), Arc::new(Mutex::new(None)));
+    let (metrics, health) = (Metrics::new(service), HealthHandle::default());
+    metrics.register(|registry| registry.register_collector(Box::new(health.clone())));
     let process = Process {
         config,
         shutdown: shutdown.clone(),
         tasks: tasks.clone(),
-        metrics: Metrics::new(service),
-        health: HealthHandle::default(),
+        metrics,
+        health,
         failure: failure.clone(),
     };
     let whole = async {

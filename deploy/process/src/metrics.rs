@@ -14,6 +14,8 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
+use crate::HealthHandle;
+
 /// What `/metrics` answers with.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
@@ -52,6 +54,15 @@ impl Metrics {
 impl fmt::Debug for Metrics {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Metrics")
+    }
+}
+
+/// What `/readiness` says.
+impl Collector for HealthHandle {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        let gauge = ConstGauge::new(i64::from(self.is_ready()));
+        let help = "1 while /readiness says that the process can do its work";
+        gauge.encode(encoder.encode_descriptor("baton_ready", help, None, gauge.metric_type())?)
     }
 }
 
@@ -113,10 +124,15 @@ mod tests {
         let served: Counter = Counter::default();
         metrics.register(|registry| registry.register("baton_served", "Served", served.clone()));
         served.inc_by(3);
+        let health = HealthHandle::default();
+        metrics.register(|registry| registry.register_collector(Box::new(health.clone())));
+        assert!(metrics.render().contains("baton_ready 0"));
+        health.set_ready();
         let text = metrics.render();
         for line in [
             "baton_build_info{service=\"test\"",
             "baton_served_total 3",
+            "baton_ready 1",
             "process_cpu_seconds_total ",
             "# EOF",
         ] {

@@ -122,6 +122,10 @@ struct Outcome {
 impl Counts {
     fn register(metrics: &Metrics, prefix: &'static str) -> Self {
         let counts = Self::default();
+        // Shown as 0 from the start: the first of them would be no increase otherwise.
+        for outcome in ["taken", "failed"] {
+            drop(counts.reloads.get_or_create(&Outcome { outcome }));
+        }
         metrics.register(|registry| {
             let registry = registry.sub_registry_with_prefix(prefix);
             let refused = "Connections refused (handshake, plaintext, slow, crowded) and calls (role)";

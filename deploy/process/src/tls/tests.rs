@@ -323,7 +323,8 @@ async fn files_are_followed() {
         }
     };
     timeout(LOOK_EVERY * 10, taken).await.expect("what has changed is taken");
-    assert!(metrics.render().contains("baton_tls_reloads_total{outcome=\"taken\"}"));
+    assert!(metrics.render().contains("baton_tls_reloads_total{outcome=\"taken\"} 1"));
+    assert!(metrics.render().contains("baton_tls_reloads_total{outcome=\"failed\"} "));
     shutdown.cancel();
     tasks.close();
     tasks.wait().await;
@@ -384,4 +385,26 @@ fn files_that_cannot_be_used_are_named() {
     assert_eq!(good.validate(), Ok(()));
     let half = TlsConfig { key_file: PathBuf::new(), ..good };
     assert_eq!(half.validate().expect_err("half of it").key, "tls.key_file");
+}
+
+#[test]
+fn alerts_and_dashboards_ask_for_metrics_that_there_are() {
+    let asking = concat!(
+        include_str!("../../../alerts/baton.rules.yaml"),
+        include_str!("../../../dashboards/control-plane.json"),
+    );
+    let metrics = Metrics::new("test");
+    let counts = Counts::register(&metrics);
+    assert!(metrics.render().contains("{outcome=\"failed\"} 0"), "the first failure is an increase");
+    counts.refused("role");
+    let exported = metrics.render();
+    let words = asking.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_'));
+    let asked: Vec<_> = words.filter(|word| word.starts_with("baton_tls_")).collect();
+    assert!(!asked.is_empty());
+    for metric in asked {
+        assert!(
+            exported.contains(&format!("# TYPE {} ", metric.trim_end_matches("_total"))),
+            "nobody exports {metric}"
+        );
+    }
 }
