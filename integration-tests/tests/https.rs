@@ -50,7 +50,7 @@ async fn the_official_client_is_served_by_tls_alone() {
     let seen = seen.text().await.expect("is text");
     // One without a certificate, one with an old version, one in plaintext.
     for refused in [r#"{why="handshake"} 2"#, r#"{why="plaintext"} 1"#] {
-        assert!(seen.contains(&format!("baton_https_refused_total{refused}")), "{seen}");
+        assert!(seen.contains(&format!("baton_tls_refused_total{refused}")), "{seen}");
     }
     cluster.stop().await;
 }

@@ -4,8 +4,17 @@
 //! through [`run`], which answers with the exit status: 0 after a clean stop, 1 after an error, told in one line.
 
 use std::{
-    any::Any, fmt::Display, future::Future, io::Write, num::NonZero, panic::AssertUnwindSafe, path::PathBuf,
-    process::ExitCode, sync::Arc, thread, time::Duration,
+    any::Any,
+    fmt::Display,
+    future::Future,
+    io::Write,
+    num::NonZero,
+    panic::AssertUnwindSafe,
+    path::PathBuf,
+    process::ExitCode,
+    sync::{Arc, OnceLock},
+    thread,
+    time::Duration,
 };
 
 use parking_lot::Mutex;
@@ -14,8 +23,13 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     CommonArgs, ConfigError, HealthHandle, Https, HttpsConfig, Metrics, ProcessError, ServiceConfig, Tls,
-    TlsConfig, TlsError, config, error::one_line, open_files, settings::Invalid, signals,
-    telemetry::Telemetry, tls::Role,
+    TlsConfig, TlsError, config,
+    error::one_line,
+    open_files,
+    settings::Invalid,
+    signals,
+    telemetry::Telemetry,
+    tls::{self, Role},
 };
 
 /// What a service's main is given. Cheap to clone in its parts.
@@ -29,6 +43,8 @@ pub struct Process<T> {
     pub metrics: Metrics,
     pub health: HealthHandle,
     failure: Arc<Mutex<Option<ProcessError>>>,
+    /// Of all its ports; none where all is plaintext.
+    tls_counts: OnceLock<tls::Counts>,
 }
 
 impl<T: ServiceConfig> Process<T> {
@@ -39,12 +55,16 @@ impl<T: ServiceConfig> Process<T> {
 
     /// Reads the TLS files of a process with this role; they are followed until then.
     pub fn tls(&self, config: &TlsConfig, own: Role, until: &CancellationToken) -> Result<Tls, TlsError> {
-        Tls::start(config, own, &self.metrics, until, &self.tasks)
+        Tls::start(config, own, || self.tls_counts(), until, &self.tasks)
     }
 
     /// Reads the files by which clients are served; they are followed until then. None: in plaintext.
     pub fn https(&self, config: &HttpsConfig, until: &CancellationToken) -> Result<Option<Https>, TlsError> {
-        Https::start(config, &self.metrics, until, &self.tasks)
+        Https::start(config, || self.tls_counts(), until, &self.tasks)
+    }
+
+    fn tls_counts(&self) -> tls::Counts {
+        self.tls_counts.get_or_init(|| tls::Counts::register(&self.metrics)).clone()
     }
 
     /// Spawns a task without which the process is of no use: its error or panic stops the process with status 1, and
@@ -184,6 +204,7 @@ where
         metrics,
         health,
         failure: failure.clone(),
+        tls_counts: OnceLock::new(),
     };
     let whole = async {
         let result = main(process).await;

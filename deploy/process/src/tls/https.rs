@@ -32,7 +32,7 @@ use super::{
     handshake::shake_hands,
     parting::why_in_plain_http,
 };
-use crate::{Invalid, Metrics};
+use crate::Invalid;
 
 /// Files that an HTTP port has for its clients. None of them = plaintext.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -98,9 +98,9 @@ struct Files {
 
 impl Https {
     /// Reads the files, and follows them until the shutdown. None: no files, plaintext. Errors name the key and the file.
-    pub fn start(
+    pub(crate) fn start(
         config: &HttpsConfig,
-        metrics: &Metrics,
+        counts: impl FnOnce() -> Counts,
         shutdown: &CancellationToken,
         tasks: &TaskTracker,
     ) -> Result<Option<Self>, TlsError> {
@@ -108,7 +108,7 @@ impl Https {
             return Ok(None);
         }
         let files = Arc::new(Followed::read(config.clone())?);
-        let counts = Counts::register(metrics, "baton_https");
+        let counts = counts();
         let (followed, told) = (files.clone(), counts.clone());
         let refresh =
             move || Ok(followed.refresh()?.then(|| followed.config.cert_file.display().to_string()));

@@ -101,7 +101,7 @@ impl fmt::Debug for Tls {
 
 /// What is counted of TLS.
 #[derive(Debug, Clone, Default)]
-struct Counts {
+pub(crate) struct Counts {
     refused: Family<Why, Counter>,
     reloads: Family<Outcome, Counter>,
     /// When a refused call was last told of.
@@ -120,14 +120,14 @@ struct Outcome {
 }
 
 impl Counts {
-    fn register(metrics: &Metrics, prefix: &'static str) -> Self {
+    pub(crate) fn register(metrics: &Metrics) -> Self {
         let counts = Self::default();
         // Shown as 0 from the start: the first of them would be no increase otherwise.
         for outcome in ["taken", "failed"] {
             drop(counts.reloads.get_or_create(&Outcome { outcome }));
         }
         metrics.register(|registry| {
-            let registry = registry.sub_registry_with_prefix(prefix);
+            let registry = registry.sub_registry_with_prefix("baton_tls");
             let refused = "Connections refused (handshake, plaintext, slow, crowded) and calls (role)";
             registry.register("refused", refused, counts.refused.clone());
             let reloads = "Changed certificates, keys and authorities that were taken, or failed";
@@ -162,10 +162,10 @@ impl Tls {
 
     /// Reads the files of a process with this role, and follows them until the shutdown. Without files: plaintext.
     /// Errors name the key and the file.
-    pub fn start(
+    pub(crate) fn start(
         config: &TlsConfig,
         own: Role,
-        metrics: &Metrics,
+        counts: impl FnOnce() -> Counts,
         shutdown: &CancellationToken,
         tasks: &TaskTracker,
     ) -> Result<Self, TlsError> {
@@ -173,7 +173,7 @@ impl Tls {
             return Ok(Self::plaintext());
         }
         let credentials = Arc::new(Credentials::read(config.clone(), Owner::Service(own))?);
-        let counts = Counts::register(metrics, "baton_tls");
+        let counts = counts();
         let (followed, told) = (credentials.clone(), counts.clone());
         tasks.spawn(shutdown.clone().run_until_cancelled_owned(follow(move || followed.refresh(), told)));
         Ok(Self { credentials: Some(credentials), counts })

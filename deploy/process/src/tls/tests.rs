@@ -310,7 +310,8 @@ async fn files_are_followed() {
     let (folder, metrics) = (tempfile::tempdir().expect("a folder"), Metrics::new("test"));
     let (shutdown, tasks) = (CancellationToken::new(), TaskTracker::new());
     let config = Authority::new().issue(folder.path(), SERVER, |_| {});
-    let tls = Tls::start(&config, Role::Server, &metrics, &shutdown, &tasks).expect("good files");
+    let tls = Tls::start(&config, Role::Server, || Counts::register(&metrics), &shutdown, &tasks)
+        .expect("good files");
     let held = || tls.credentials.as_ref().expect("TLS").current();
     let before = held();
     Authority::new().issue(folder.path(), SERVER, |params| {

@@ -18,7 +18,7 @@ use super::{
     *,
 };
 use crate::{
-    HealthHandle,
+    HealthHandle, Metrics,
     http::{Port, router, serve},
 };
 
@@ -57,7 +57,8 @@ impl Served {
         }
         write(&config, &ours);
         let (metrics, shutdown) = (Metrics::new("test"), CancellationToken::new());
-        let https = Https::start(&config, &metrics, &shutdown, &TaskTracker::new()).expect("good files");
+        let https = Https::start(&config, || Counts::register(&metrics), &shutdown, &TaskTracker::new())
+            .expect("good files");
         let listener = StdListener::bind("127.0.0.1:0").expect("a port");
         let address = listener.local_addr().expect("is bound").to_string();
         let routes = router(metrics.clone(), HealthHandle::default());
@@ -128,7 +129,7 @@ async fn whoever_shows_none_of_the_wanted_certificates_is_turned_away() {
         assert!(error.to_string().contains("alert"), "{error}");
     }
     let told = served.metrics.render();
-    assert!(told.contains(r#"baton_https_refused_total{why="handshake"} 2"#), "{told}");
+    assert!(told.contains(r#"baton_tls_refused_total{why="handshake"} 2"#), "{told}");
 }
 
 #[tokio::test]
@@ -151,7 +152,7 @@ async fn changed_files_are_for_new_connections_and_bad_ones_for_none() {
         tokio::time::sleep(LOOK_EVERY / 20).await;
     }
     fs::write(&served.config.cert_file, "no certificate").expect("a file");
-    while !served.metrics.render().contains(r#"baton_https_reloads_total{outcome="failed"} 1"#) {
+    while !served.metrics.render().contains(r#"baton_tls_reloads_total{outcome="failed"} 1"#) {
         assert!(begun.elapsed() < SOON, "nobody looks");
         tokio::time::sleep(LOOK_EVERY / 20).await;
     }
