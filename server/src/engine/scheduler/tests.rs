@@ -428,11 +428,11 @@ fn tokens_that_nobody_reads_yet_are_told_many_at_a_time() {
     scheduler.cancel(SequenceId(2));
     assert_eq!(told(&mut scheduler), [(0, 0, vec![1], false), (0, 1, vec![2, 3], true)]);
     // Each of several choices for itself.
-    scheduler.add(NewSequence { choices: 2, ..in_threes(3, 4) });
+    scheduler.add(NewSequence { choices: 2, ..in_threes(3, 3) });
     while !step(&mut scheduler, 5).is_empty() {}
     let mut choices = told(&mut scheduler);
     choices.sort_by_key(|told| told.0);
-    let of = |choice| [(choice, 0, vec![5], false), (choice, 1, vec![5, 5, 5], true)];
+    let of = |choice| [(choice, 0, vec![5], false), (choice, 1, vec![5, 5], true)];
     assert_eq!(choices, [of(0), of(1)].concat());
 }
 
