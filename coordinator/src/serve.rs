@@ -14,12 +14,13 @@ use tokio::{
 
 use crate::{
     admit::{Admission, Body, Gate, Line, Permit, Place, Ticket, Wanted},
+    carry::Attempts,
     config::LimitsConfig,
     dispatch::Assignment,
     keys::{Keys, Tenant},
     metrics::Metrics,
     models::{Model, Models},
-    place::{Attempts, Placer},
+    place::Placer,
     prepare::{Ahead, Endpoint, Prepared, PreparedPrompt, RequestLimits, asked_priority, parse, prepare},
     report::Report,
     requests::{CardGuard, Placing, Roster, Stage},
@@ -109,7 +110,7 @@ impl Service {
         report.passed("queue");
         report.admitted(prepared.prompt_tokens());
         let admitted = Admitted { tenant, model, prepared, permit, traceparent, card, report };
-        let placed = self.place(admitted, bookings, waited).await?;
+        let placed = self.book(admitted, bookings, waited).await?;
         self.dispatch(placed)
     }
 
@@ -170,7 +171,7 @@ impl Service {
     }
 
     /// `bookings`: where it goes, if that has been found; else it waits a little for an instance.
-    async fn place(
+    async fn book(
         &self,
         mut admitted: Admitted,
         bookings: Option<Vec<Booking>>,
@@ -180,7 +181,7 @@ impl Service {
         let served = &admitted.model.served;
         let booked = match bookings {
             Some(bookings) => Ok(bookings),
-            None => self.placer.book(served, &admitted.prepared.prompts, deadline).await,
+            None => self.placer.book_all_by(deadline, served, &admitted.prepared.prompts).await,
         };
         match booked {
             Ok(bookings) => {
@@ -228,12 +229,10 @@ impl Service {
         let assignment = Assignment {
             request: card.card().request.clone(),
             traceparent: traceparent.to_owned(),
-            prompt: prompt.tokens.clone(),
-            chains: prompt.chains.clone(),
+            prompt: prompt.clone(),
             generated: Arc::default(),
-            sampling: prompt.sampling.clone(),
             priority,
-            wanted: card.card().arrived + self.placer.board.ttft_target(prompt.tokens.len() as u32),
+            wanted: card.card().arrived + self.placer.board.ttft_target(prompt.prompt_tokens()),
             deadline: self.deadline(card),
             // A stop string is to be found before many a token is generated in vain.
             in_batches: !prepared.shape.stream && prepared.stops.strings.is_empty(),
@@ -242,7 +241,7 @@ impl Service {
         let started = self.placer.start(booking, attempts.assignment().clone());
         let reading = |_| {
             let reader = model.served.text.reader(&prepared.stops);
-            Reading::new(reader, attempts.assignment(), prepared.stops.included, &prompt.echo)
+            Reading::new(reader, attempts.assignment(), prepared.stops.included)
         };
         let readings = (0..prompt.sampling.choices).map(reading).collect();
         Lane::new(started, attempts, readings)

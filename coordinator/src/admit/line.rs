@@ -160,9 +160,8 @@ impl Line {
         let desk = &line.desk;
         // Meanwhile there may be one.
         let place = place.0.or_else(|| at_once(&line.places).ok());
-        let booked = place
-            .as_ref()
-            .and_then(|_| desk.at_once(|| placer.book_within(&model.served, &prepared.prompts)));
+        let booked =
+            place.as_ref().and_then(|_| desk.at_once(|| placer.book_all(&model.served, &prepared.prompts)));
         let bound = match (place, booked) {
             (Some(place), Some((seat, bookings))) => Bound { seat, place, prepared, bookings },
             (place, _) => line.wait(model, placer, (place, prepared), &wanted, began).await?,
@@ -307,7 +306,7 @@ impl Desk {
                 if refused == REFUSED_MOST {
                     return None;
                 }
-                match placer.book_within(&model.served, &waiter.prepared.prompts) {
+                match placer.book_all(&model.served, &waiter.prepared.prompts) {
                     Err(NoPlace::Busy) => {
                         refused += 1;
                         None

@@ -66,8 +66,8 @@ impl Breaker {
         self.pause
     }
 
-    /// A request has been placed there, be it for want of anybody else.
-    pub fn placed(&mut self, now: Instant) {
+    /// A request has been booked there, be it for want of anybody else.
+    pub fn booked(&mut self, now: Instant) {
         if !self.is_closed() && self.admits(now) {
             self.state = State::HalfOpen { since: now, next: now + self.pause };
         }
@@ -215,14 +215,14 @@ mod tests {
         let (mut breaker, _) = after_faults(began, &[0; 5]);
         let just_before = began + SECOND - Duration::from_nanos(1);
         assert!(!breaker.admits(began) && !breaker.admits(just_before));
-        breaker.placed(just_before);
+        breaker.booked(just_before);
         assert!(
             !breaker.success(just_before, just_before),
             "what was placed before, or for want of others, is no trial"
         );
         let now = began + SECOND;
         assert!(breaker.admits(now));
-        breaker.placed(now);
+        breaker.booked(now);
         assert!(!breaker.admits(now) && !breaker.is_closed());
         assert!(breaker.admits(now + SECOND), "nothing came of the first");
         assert!(breaker.success(now, now));
@@ -238,12 +238,12 @@ mod tests {
             assert_eq!(breaker.pause(), pause * SECOND);
             assert!(!breaker.admits(now + pause * SECOND - Duration::from_millis(1)));
             now += pause * SECOND;
-            breaker.placed(now);
+            breaker.booked(now);
             assert!(breaker.fault(now, now));
         }
         let again = |breaker: &Breaker, pause: Duration| {
             let (mut breaker, mut at) = (breaker.clone(), now + 60 * SECOND);
-            breaker.placed(at);
+            breaker.booked(at);
             assert!(breaker.success(at, at));
             at += pause;
             assert!((0..5).any(|_| breaker.fault(at, at)));
@@ -258,7 +258,7 @@ mod tests {
         let began = Instant::now();
         let (mut breaker, _) = after_faults(began, &[0; 5]);
         let now = began + SECOND;
-        breaker.placed(now);
+        breaker.booked(now);
         assert!(!breaker.success(began, now) && !breaker.is_closed());
         assert!(!breaker.fault(began, now) && breaker.pause() == SECOND);
         assert!(breaker.success(now, now) && breaker.is_closed());
@@ -273,7 +273,7 @@ mod tests {
         looks.for_each(|now| assert!(!breaker.stuck(now) && !breaker.admits(now + SECOND / 4)));
         let last = began + 39 * SECOND / 4;
         assert!(!breaker.admits(last + SECOND * 99 / 100) && breaker.admits(last + SECOND));
-        breaker.placed(last + SECOND);
+        breaker.booked(last + SECOND);
         assert!(breaker.stuck(last + 4 * SECOND), "the trial shows that it still is");
         assert_eq!(breaker.pause(), 2 * SECOND);
     }

@@ -1,23 +1,24 @@
-//! What keeps failures from spreading while requests are carried on elsewhere: an instance that fails what it is given, or
-//! does not get on with it ([`stall`]), is left out for a while ([`breaker`]), and of a model's requests only so many are
-//! placed again ([`budget`]).
+//! Requests that go on elsewhere ([`attempts`]), and what keeps failures from spreading meanwhile: an instance that fails
+//! what it is given, or does not get on with it ([`stall`]), is left out for a while ([`breaker`]), and of a model's
+//! requests only so many are given to others ([`budget`]).
 //!
-//! Fed by [`crate::stream`] and [`crate::place`] with what became of attempts and by [`crate::dispatch`] with who is stuck,
-//! asked by [`crate::place`]. Only what is an instance's own fault counts, see [`is_fault`].
+//! Told by [`crate::stream`] what became of attempts and by [`crate::dispatch`] who is stuck, asked by [`crate::place`] who
+//! is left out. Only what is an instance's own fault counts, see [`is_fault`].
 
+pub mod attempts;
 pub mod breaker;
 pub mod budget;
 pub mod stall;
 
-use std::collections::HashMap;
+use std::{borrow::Cow, cmp::Reverse, collections::HashMap};
 
 use baton_proto::{ApiError, ErrorCode, InstanceId};
-use baton_schedule::{NoPlace, Placement, board::Booking};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use prometheus_client::metrics::{counter::Counter, gauge::Gauge};
 use tokio::time::Instant;
 
 use crate::metrics::Metrics;
+pub use attempts::{Attempts, Failure, Moved, Replacing};
 use breaker::Breaker;
 
 /// Instances that are left out at a time. Where more fail, it is not they that are at fault.
@@ -126,41 +127,50 @@ impl Breakers {
         self.open.set(i64::try_from(open).unwrap_or(i64::MAX));
     }
 
-    /// Places a request with `place`, which is told whom to avoid: those that have failed this very request first, then
-    /// those whose breaker lets nobody through, the longest left out first. It may take them all the same where nobody else
-    /// is there. Nobody else places meanwhile, so that a breaker that is half open lets one request through.
-    pub fn place(
-        &self,
-        failed: &[InstanceId],
-        now: Instant,
-        place: impl FnOnce(&[InstanceId]) -> Result<Booking, NoPlace>,
-    ) -> Result<Booking, NoPlace> {
+    /// Says whom a request had better not be given to that `failed` have failed already. Unless every breaker is closed
+    /// nobody else is told before it is booked, so that one that is half open lets one request through.
+    pub fn admitting<'a>(&'a self, failed: &'a [InstanceId], now: Instant) -> Admitting<'a> {
         let mut known = self.known.lock();
         let before = known.len();
         known.retain(|_, of| !of.is_forgotten(now));
         if known.len() < before {
             self.count(&known);
         }
-        let mut shut: Vec<_> = known.iter().filter(|(_, of)| !of.breaker.admits(now)).collect();
-        if shut.is_empty() && known.values().all(|of| of.breaker.is_closed()) {
-            drop(known);
-            return place(failed);
+        if known.values().all(|of| of.breaker.is_closed()) {
+            return Admitting { avoid: failed.into(), known: None, now };
         }
-        shut.sort_by_key(|(instance, of)| (std::cmp::Reverse(of.breaker.pause()), *instance));
+        let mut shut: Vec<_> = known.iter().filter(|(_, of)| !of.breaker.admits(now)).collect();
+        shut.sort_by_key(|(instance, of)| (Reverse(of.breaker.pause()), *instance));
         let shut = shut.into_iter().take(LEFT_OUT_MOST).map(|(instance, _)| instance);
         let mut avoid = failed.to_vec();
         avoid.extend(shut.filter(|instance| !failed.contains(instance)).cloned());
-        let booking = place(&avoid)?;
-        let (one, other) = match &booking.placement {
-            Placement::Alone(seat) => (seat, None),
-            Placement::Apart { prefill, decode } => (prefill, Some(decode)),
-        };
-        for seat in [Some(one), other].into_iter().flatten() {
-            if let Some(of) = known.get_mut(&seat.instance) {
-                of.breaker.placed(now);
+        Admitting { avoid: avoid.into(), known: Some(known), now }
+    }
+}
+
+/// A request that is about to be booked, as far as breakers are concerned.
+pub struct Admitting<'a> {
+    avoid: Cow<'a, [InstanceId]>,
+    /// Locked unless every breaker is closed.
+    known: Option<MutexGuard<'a, HashMap<InstanceId, Known>>>,
+    now: Instant,
+}
+
+impl Admitting<'_> {
+    /// Those that have failed this very request first, then those whose breaker lets nobody through, the longest left out
+    /// first. They may be given it all the same where nobody else is there.
+    pub fn avoid(&self) -> &[InstanceId] {
+        &self.avoid
+    }
+
+    /// It is booked on these.
+    pub fn booked(mut self, (one, other): (&InstanceId, Option<&InstanceId>)) {
+        let Some(known) = &mut self.known else { return };
+        for instance in [Some(one), other].into_iter().flatten() {
+            if let Some(of) = known.get_mut(instance) {
+                of.breaker.booked(self.now);
             }
         }
-        Ok(booking)
     }
 }
 

@@ -139,7 +139,7 @@ impl Generation {
         assignment: Assignment,
     ) -> Result<Self, NotSent> {
         let Booking { placement, mut credit, handed_on, .. } = booking;
-        let (sampling, prompt) = (&assignment.sampling, tokens::to_wire(&assignment.prompt));
+        let (sampling, prompt) = (&assignment.prompt.sampling, tokens::to_wire(&assignment.prompt.tokens));
         let mailbox = Arc::new(Mailbox::new(sampling.choices, assignment.in_batches));
         let (mut legs, mut handoff) = (Legs::default(), None);
         let mut send = |side: Side, seat: &Seat, work: Work| {

@@ -14,8 +14,8 @@ use tokio::time::Instant;
 
 use super::reading::{Piece, Reading};
 use crate::{
+    carry::{Attempts, Failure, Moved, Replacing},
     dispatch::{Completed, Generation, NotSent, Progress},
-    place::{Attempts, Failure, Moved, Replacing},
     requests::CardGuard,
 };
 
@@ -68,7 +68,7 @@ impl Lane {
         readings: Vec<Reading>,
     ) -> Result<Self, ApiError> {
         let assignment = attempts.assignment();
-        let (prompt_tokens, deadline) = (assignment.prompt.len() as u32, assignment.deadline);
+        let (prompt_tokens, deadline) = (assignment.prompt.prompt_tokens(), assignment.deadline);
         let work = match started {
             Ok(generation) => Work::Generating(Box::new(generation)),
             Err(not_sent) => Work::Replacing(attempts.again(not_sent.into())?),
