@@ -13,7 +13,7 @@ use baton_schedule::{
 use tokio::time::{Instant, timeout_at};
 
 use crate::{
-    carry::Breakers,
+    carry::{Breakers, Trials},
     dispatch::{Assignment, Generation, NotSent},
     fleet::keeper::Links,
     handoffs::Handoffs,
@@ -36,9 +36,15 @@ pub struct Placer {
     pub move_after: Duration,
 }
 
+/// A place that is booked, and held for as long as this is.
+pub struct Booked {
+    pub booking: Booking,
+    trials: Trials,
+}
+
 impl Placer {
     /// Books each prompt of a new request if one of the instances has room for the first; [`NoPlace::Busy`]: none has.
-    pub fn book_all(&self, served: &Served, prompts: &[PreparedPrompt]) -> Result<Vec<Booking>, NoPlace> {
+    pub fn book_all(&self, served: &Served, prompts: &[PreparedPrompt]) -> Result<Vec<Booked>, NoPlace> {
         // Its other prompts are not to wait for its first.
         let among = iter::once(Among::Roomy).chain(iter::repeat(Among::All));
         let each = prompts.iter().zip(among);
@@ -52,7 +58,7 @@ impl Placer {
         deadline: Instant,
         served: &Served,
         prompts: &[PreparedPrompt],
-    ) -> Result<Vec<Booking>, NoPlace> {
+    ) -> Result<Vec<Booked>, NoPlace> {
         let deadline = deadline.min(Instant::now() + self.placement_timeout);
         let mut bookings = Vec::with_capacity(prompts.len());
         for prompt in prompts {
@@ -68,7 +74,7 @@ impl Placer {
         (prompt, generated): (&PreparedPrompt, &[u32]),
         avoid: &[InstanceId],
         among: Among<'_>,
-    ) -> Result<Booking, NoPlace> {
+    ) -> Result<Booked, NoPlace> {
         let (revision, sampling) = (&served.revision, &prompt.sampling);
         let chains = prompt.chains.say(&self.board.caches.dialects(revision), generated);
         let generated = generated.len() as u32;
@@ -81,9 +87,9 @@ impl Placer {
             avoid: admitting.avoid(),
             among,
         })?;
-        admitting.booked(booking.credit.pair());
+        let trials = admitting.booked(booking.credit.pair());
         tracing::debug!(placement = ?booking.placement, receipt = ?booking.receipt, "booked");
-        Ok(booking)
+        Ok(Booked { booking, trials })
     }
 
     /// The same among all, as soon as an instance can take it.
@@ -93,7 +99,7 @@ impl Placer {
         served: &Served,
         whole: (&PreparedPrompt, &[u32]),
         avoid: &[InstanceId],
-    ) -> Result<Booking, NoPlace> {
+    ) -> Result<Booked, NoPlace> {
         let mut changes = self.board.changes();
         loop {
             changes.borrow_and_update();
@@ -108,8 +114,11 @@ impl Placer {
     }
 
     /// Dispatches what has been booked.
-    pub fn start(&self, booking: Booking, assignment: Assignment) -> Result<Generation, NotSent> {
-        Generation::start(&self.links, &self.handoffs, booking, assignment)
+    pub fn start(&self, booked: Booked, assignment: Assignment) -> Result<Generation, NotSent> {
+        let Booked { booking, trials } = booked;
+        let generation = Generation::start(&self.links, &self.handoffs, booking, assignment)?;
+        trials.sent();
+        Ok(generation)
     }
 }
 

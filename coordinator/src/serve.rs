@@ -6,7 +6,7 @@
 use std::{sync::Arc, time::Duration};
 
 use baton_proto::ApiError;
-use baton_schedule::{NoPlace, board::Booking};
+use baton_schedule::NoPlace;
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
     time::Instant,
@@ -20,7 +20,7 @@ use crate::{
     keys::{Keys, Tenant},
     metrics::Metrics,
     models::{Model, Models},
-    place::Placer,
+    place::{Booked, Placer},
     prepare::{Ahead, Endpoint, Prepared, PreparedPrompt, RequestLimits, asked_priority, parse, prepare},
     report::Report,
     requests::{CardGuard, Placing, Roster, Stage},
@@ -79,7 +79,7 @@ struct Admitted {
 struct Placed {
     admitted: Admitted,
     /// One for each prompt.
-    bookings: Vec<Booking>,
+    bookings: Vec<Booked>,
 }
 
 impl Service {
@@ -174,7 +174,7 @@ impl Service {
     async fn book(
         &self,
         mut admitted: Admitted,
-        bookings: Option<Vec<Booking>>,
+        bookings: Option<Vec<Booked>>,
         waited: Duration,
     ) -> Result<Placed, ApiError> {
         let deadline = self.deadline(&admitted.card);
@@ -186,8 +186,8 @@ impl Service {
         match booked {
             Ok(bookings) => {
                 admitted.report.passed("place");
-                let placing = |booking: &Booking| Placing::new(booking, None, waited);
-                bookings.iter().for_each(|booking| admitted.card.placed(placing(booking)));
+                let placing = |booked: &Booked| Placing::new(&booked.booking, None, waited);
+                bookings.iter().for_each(|booked| admitted.card.placed(placing(booked)));
                 Ok(Placed { admitted, bookings })
             }
             Err(reason) => {
@@ -208,8 +208,8 @@ impl Service {
         let Admitted { tenant, model, prepared, permit, traceparent, card, mut report } = admitted;
         let priority = tenant.priority(prepared.priority);
         let mut lanes = Vec::new();
-        for (prompt, booking) in prepared.prompts.iter().zip(bookings) {
-            let lane = self.lane((&model, &prepared, prompt), booking, priority, &traceparent, &card);
+        for (prompt, booked) in prepared.prompts.iter().zip(bookings) {
+            let lane = self.lane((&model, &prepared, prompt), booked, priority, &traceparent, &card);
             lanes.push(lane.inspect_err(|error| report.failed(error))?);
         }
         report.passed("dispatch");
@@ -221,7 +221,7 @@ impl Service {
     fn lane(
         &self,
         (model, prepared, prompt): (&Arc<Model>, &Prepared, &PreparedPrompt),
-        booking: Booking,
+        booked: Booked,
         priority: i32,
         traceparent: &str,
         card: &CardGuard,
@@ -238,7 +238,7 @@ impl Service {
             in_batches: !prepared.shape.stream && prepared.stops.strings.is_empty(),
         };
         let attempts = Attempts::new(self.placer.clone(), model.clone(), assignment);
-        let started = self.placer.start(booking, attempts.assignment().clone());
+        let started = self.placer.start(booked, attempts.assignment().clone());
         let reading = |_| {
             let reader = model.served.text.reader(&prepared.stops);
             Reading::new(reader, attempts.assignment(), prepared.stops.included)

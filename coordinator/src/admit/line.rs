@@ -11,7 +11,6 @@ use std::{pin::pin, sync::Arc, time::Duration};
 use baton_proto::ApiError;
 use baton_schedule::{
     NoPlace,
-    board::Booking,
     queue::{self, Queue, Rank, Wish},
 };
 use parking_lot::Mutex;
@@ -26,7 +25,7 @@ use crate::{
     keys::Tenant,
     metrics::ModelMetrics,
     models::Model,
-    place::Placer,
+    place::{Booked, Placer},
     prepare::{Prepared, PreparedPrompt},
 };
 
@@ -72,7 +71,7 @@ pub struct Admission {
     pub permit: Permit,
     pub prepared: Prepared,
     /// Where it goes; `None`: nobody can take it just now.
-    pub bookings: Option<Vec<Booking>>,
+    pub bookings: Option<Vec<Booked>>,
     pub waited: Duration,
 }
 
@@ -81,7 +80,7 @@ struct Bound {
     seat: Seat,
     place: OwnedSemaphorePermit,
     prepared: Prepared,
-    bookings: Option<Vec<Booking>>,
+    bookings: Option<Vec<Booked>>,
 }
 
 struct Waiter {
@@ -278,8 +277,8 @@ impl Desk {
     /// A seat, and what `book` finds, if nobody waits and there is room.
     fn at_once(
         self: &Arc<Self>,
-        book: impl FnOnce() -> Result<Vec<Booking>, NoPlace>,
-    ) -> Option<(Seat, Option<Vec<Booking>>)> {
+        book: impl FnOnce() -> Result<Vec<Booked>, NoPlace>,
+    ) -> Option<(Seat, Option<Vec<Booked>>)> {
         let seat = {
             let mut state = self.state.lock();
             if state.served >= self.seats || !state.queue.is_empty() {

@@ -126,11 +126,11 @@ impl Attempts {
         let Self { placer, model, assignment, .. } = self;
         let served = &model.served;
         let begin = |among| {
-            let booking = placer.book(served, assignment.whole(), &[], among).ok()?;
+            let booked = placer.book(served, assignment.whole(), &[], among).ok()?;
             let drains = ApiError::new(ErrorCode::Unavailable, "the instance that generates drains");
-            let placing = Placing::new(&booking, Some(drains), Duration::ZERO);
-            let handed_on = booking.handed_on;
-            let generation = placer.start(booking, assignment.clone()).ok()?;
+            let placing = Placing::new(&booked.booking, Some(drains), Duration::ZERO);
+            let handed_on = booked.booking.handed_on;
+            let generation = placer.start(booked, assignment.clone()).ok()?;
             Some(Moved { generation, placing, handed_on })
         };
         let from = from.filter(|_| placer.board.can_serve(&served.revision).is_ok());
@@ -202,9 +202,9 @@ impl Attempts {
         loop {
             let _ = timeout_at(deadline.min(Instant::now() + pause), changes.changed()).await;
             let booked = placer.book_by(deadline, &model.served, assignment.whole(), &avoid).await;
-            let Ok(booking) = booked else { return Err(error) };
-            let placing = Placing::new(&booking, Some(error.clone()), Duration::ZERO);
-            match placer.start(booking, assignment.clone()) {
+            let Ok(booked) = booked else { return Err(error) };
+            let placing = Placing::new(&booked.booking, Some(error.clone()), Duration::ZERO);
+            match placer.start(booked, assignment.clone()) {
                 Ok(generation) => {
                     let (request, generated) = (&assignment.request, assignment.generated.len());
                     tracing::info!(%request, generated, %error, "the request goes on elsewhere");

@@ -66,10 +66,19 @@ impl Breaker {
         self.pause
     }
 
-    /// A request has been booked there, be it for want of anybody else.
-    pub fn booked(&mut self, now: Instant) {
-        if !self.is_closed() && self.admits(now) {
+    /// A request has been booked there, be it for want of anybody else. True: it is the one that is let through.
+    pub fn booked(&mut self, now: Instant) -> bool {
+        let is_trial = !self.is_closed() && self.admits(now);
+        if is_trial {
             self.state = State::HalfOpen { since: now, next: now + self.pause };
+        }
+        is_trial
+    }
+
+    /// The one that was let through then has not been sent: another may be.
+    pub fn unsent(&mut self, booked: Instant) {
+        if matches!(self.state, State::HalfOpen { since, .. } if since == booked) {
+            self.state = State::Open { until: booked };
         }
     }
 
@@ -228,6 +237,23 @@ mod tests {
         assert!(breaker.success(now, now));
         assert!(breaker.admits(now) && breaker.is_closed());
         assert!(!breaker.fault(now, now), "one fault is none");
+    }
+
+    #[test]
+    fn what_is_not_sent_is_no_trial() {
+        let began = Instant::now();
+        let (mut breaker, _) = after_faults(began, &[0; 5]);
+        let now = began + SECOND;
+        assert!(breaker.booked(now) && !breaker.booked(now));
+        breaker.unsent(now);
+        assert!(breaker.admits(now) && !breaker.is_closed());
+        // Nothing has come of the first when the second is let through.
+        let (first, second) = (now + SECOND, now + 2 * SECOND);
+        assert!(breaker.booked(first) && breaker.booked(second));
+        breaker.unsent(first);
+        assert!(!breaker.admits(second) && breaker.success(second, second));
+        breaker.unsent(second);
+        assert!(breaker.is_closed());
     }
 
     #[test]

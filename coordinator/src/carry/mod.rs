@@ -10,7 +10,7 @@ pub mod breaker;
 pub mod budget;
 pub mod stall;
 
-use std::{borrow::Cow, cmp::Reverse, collections::HashMap};
+use std::{borrow::Cow, cmp::Reverse, collections::HashMap, sync::Arc};
 
 use baton_proto::{ApiError, ErrorCode, InstanceId};
 use parking_lot::{Mutex, MutexGuard};
@@ -129,7 +129,7 @@ impl Breakers {
 
     /// Says whom a request had better not be given to that `failed` have failed already. Unless every breaker is closed
     /// nobody else is told before it is booked, so that one that is half open lets one request through.
-    pub fn admitting<'a>(&'a self, failed: &'a [InstanceId], now: Instant) -> Admitting<'a> {
+    pub fn admitting<'a>(self: &'a Arc<Self>, failed: &'a [InstanceId], now: Instant) -> Admitting<'a> {
         let mut known = self.known.lock();
         let before = known.len();
         known.retain(|_, of| !of.is_forgotten(now));
@@ -137,19 +137,20 @@ impl Breakers {
             self.count(&known);
         }
         if known.values().all(|of| of.breaker.is_closed()) {
-            return Admitting { avoid: failed.into(), known: None, now };
+            return Admitting { breakers: self, avoid: failed.into(), known: None, now };
         }
         let mut shut: Vec<_> = known.iter().filter(|(_, of)| !of.breaker.admits(now)).collect();
         shut.sort_by_key(|(instance, of)| (Reverse(of.breaker.pause()), *instance));
         let shut = shut.into_iter().take(LEFT_OUT_MOST).map(|(instance, _)| instance);
         let mut avoid = failed.to_vec();
         avoid.extend(shut.filter(|instance| !failed.contains(instance)).cloned());
-        Admitting { avoid: avoid.into(), known: Some(known), now }
+        Admitting { breakers: self, avoid: avoid.into(), known: Some(known), now }
     }
 }
 
 /// A request that is about to be booked, as far as breakers are concerned.
 pub struct Admitting<'a> {
+    breakers: &'a Arc<Breakers>,
     avoid: Cow<'a, [InstanceId]>,
     /// Locked unless every breaker is closed.
     known: Option<MutexGuard<'a, HashMap<InstanceId, Known>>>,
@@ -164,11 +165,40 @@ impl Admitting<'_> {
     }
 
     /// It is booked on these.
-    pub fn booked(mut self, (one, other): (&InstanceId, Option<&InstanceId>)) {
-        let Some(known) = &mut self.known else { return };
-        for instance in [Some(one), other].into_iter().flatten() {
+    pub fn booked(mut self, (one, other): (&InstanceId, Option<&InstanceId>)) -> Trials {
+        let is_trial = |instance: &&InstanceId| {
+            let of = self.known.as_mut().and_then(|known| known.get_mut(*instance));
+            of.is_some_and(|of| of.breaker.booked(self.now))
+        };
+        let instances = [Some(one), other].into_iter().flatten().filter(is_trial).cloned().collect();
+        Trials { breakers: self.breakers.clone(), instances, at: self.now }
+    }
+}
+
+/// Of breakers that are half open, the one request that each lets through. It is given back by drop: the request was not
+/// sent.
+pub struct Trials {
+    breakers: Arc<Breakers>,
+    instances: Vec<InstanceId>,
+    at: Instant,
+}
+
+impl Trials {
+    /// It has been.
+    pub fn sent(mut self) {
+        self.instances.clear();
+    }
+}
+
+impl Drop for Trials {
+    fn drop(&mut self) {
+        if self.instances.is_empty() {
+            return;
+        }
+        let mut known = self.breakers.known.lock();
+        for instance in &self.instances {
             if let Some(of) = known.get_mut(instance) {
-                of.breaker.booked(self.now);
+                of.breaker.unsent(self.at);
             }
         }
     }

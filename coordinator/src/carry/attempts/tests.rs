@@ -16,7 +16,7 @@ use crate::{
     fleet::keeper::Links,
     metrics::Metrics,
     models::Models,
-    place::tests::placer,
+    place::{Booked, tests::placer},
     prepare::{
         Endpoint, parse, prepare,
         tests::{LIMITS, served},
@@ -62,9 +62,8 @@ async fn who_cannot_be_asked_is_not_asked_again_and_costs_no_attempt() {
     let id = spec("b").id;
     let (link, _frames) = standing(id.clone(), metrics);
     let Two { placer, model, assignment } = two(Links::of([(id.clone(), link)]));
-    let booking = placer.book(&model.served, assignment.whole(), &[], Among::All);
-    let refused =
-        placer.start(booking.expect("a place"), assignment.clone()).err().expect("it has no stream");
+    let booked = placer.book(&model.served, assignment.whole(), &[], Among::All);
+    let refused = placer.start(booked.expect("a place"), assignment.clone()).err().expect("it has no stream");
     assert_eq!((refused.instance.as_str(), refused.error.code), ("a", ErrorCode::Unavailable));
 
     let mut attempts = Attempts::new(placer.clone(), model.clone(), assignment.clone());
@@ -79,4 +78,25 @@ async fn who_cannot_be_asked_is_not_asked_again_and_costs_no_attempt() {
     let (generation, _) = placed.expect("the other one takes it");
     assert!(began.elapsed() < Duration::from_millis(100), "{:?}", began.elapsed());
     drop(generation);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_that_is_not_sent_leaves_the_trial_to_the_next() {
+    let a = spec("a").id;
+    let (link, _frames) =
+        standing(a.clone(), baton_process::Metrics::new("coordinator").register(Metrics::register));
+    for (links, sent) in [(Links::default(), false), (Links::of([(a.clone(), link)]), true)] {
+        let Two { placer, model, assignment } = two(links);
+        placer.breakers.stuck(&a, Instant::now());
+        tokio::time::advance(Duration::from_secs(1)).await;
+        let book = || placer.book(&model.served, assignment.whole(), &[], Among::All).expect("a place");
+        let on = |booked: &Booked| booked.booking.credit.pair().0.to_string();
+        let (trial, next) = (book(), book());
+        assert_eq!([on(&trial), on(&next)], ["a", "b"], "one is let through");
+        drop((trial, next));
+        let trial = book();
+        assert_eq!(on(&trial), "a", "the first was not sent");
+        assert_eq!(placer.start(trial, assignment.clone()).is_ok(), sent);
+        assert_eq!(on(&book()), if sent { "b" } else { "a" });
+    }
 }
