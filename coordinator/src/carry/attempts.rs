@@ -11,7 +11,7 @@ use baton_schedule::Among;
 use futures::{FutureExt, future::BoxFuture};
 use tokio::time::{Instant, timeout_at};
 
-use super::{Attempt, is_fault};
+use super::{Attempt, cause};
 use crate::{
     dispatch::{Assignment, Generation, NotSent},
     metrics::{MigrationLabels, ModelLabel},
@@ -51,15 +51,6 @@ impl From<NotSent> for Failure {
     /// It was never begun there.
     fn from(NotSent { instance, error }: NotSent) -> Self {
         Self { error, culprit: Some(instance), begun: false }
-    }
-}
-
-impl Failure {
-    /// Whether nothing was tried: an instance that drains, say, or has another role by now, does not take the request.
-    fn is_refusal(&self) -> bool {
-        let refused =
-            matches!(self.error.code, ErrorCode::Unavailable | ErrorCode::StaleEpoch | ErrorCode::QueueFull);
-        refused && !self.begun
     }
 }
 
@@ -106,7 +97,7 @@ impl Attempts {
 
     /// An attempt has failed.
     pub fn failed(&self, error: &ApiError, generation: &Generation) {
-        if let Some(culprit) = generation.culprit().filter(|_| is_fault(error)) {
+        if let Some(culprit) = generation.culprit().filter(|_| cause::is_fault(error.code)) {
             let attempt = Attempt { placed: generation.placed(), pair: generation.pair() };
             self.placer.breakers.fault(attempt, culprit, error, Instant::now());
         }
@@ -163,16 +154,17 @@ impl Attempts {
     /// can within the time, or if the model's budget for instances' faults is spent. A pause comes first, which ends when
     /// the fleet changes; a refusal costs no more than that.
     pub fn again(&mut self, failure: Failure) -> Result<Replacing, ApiError> {
-        let pause = if failure.is_refusal() {
+        let code = failure.error.code;
+        let pause = if cause::is_refusal(code) && !failure.begun {
             self.refused += 1;
             PAUSE_LEAST.saturating_mul(1 << self.refused.min(16)).min(PAUSE_MOST)
         } else {
             self.refused = 0;
             self.failed += 1;
-            match (failure.begun, failure.error.code) {
+            match (failure.begun, cause::is_loss(code)) {
                 (true, _) => (self.fruitless, self.lost) = (0, 0),
-                (false, ErrorCode::InstanceLost) => self.lost += 1,
-                (false, _) => self.fruitless += 1,
+                (false, true) => self.lost += 1,
+                (false, false) => self.fruitless += 1,
             }
             let too_many = self.fruitless >= FRUITLESS_MOST || self.lost >= LOST_MOST;
             if self.failed >= FAILURES_MOST || too_many {
@@ -183,7 +175,7 @@ impl Attempts {
         if self.assignment.deadline <= Instant::now() {
             return Err(failure.error);
         }
-        if is_fault(&failure.error) && !self.model.budget.lock().take(Instant::now()) {
+        if cause::is_fault(code) && !self.model.budget.lock().take(Instant::now()) {
             let of = self.model.counts.label.clone();
             self.placer.metrics.not_placed_again.get_or_create(&of).inc();
             return Err(failure.error);

@@ -3,16 +3,17 @@
 //! requests only so many are given to others ([`budget`]).
 //!
 //! Told by [`crate::stream`] what became of attempts and by [`crate::dispatch`] who is stuck, asked by [`crate::place`] who
-//! is left out. Only what is an instance's own fault counts, see [`is_fault`].
+//! is left out. Only what is an instance's own fault counts, see [`cause`].
 
 pub mod attempts;
 pub mod breaker;
 pub mod budget;
+pub mod cause;
 pub mod stall;
 
 use std::{borrow::Cow, cmp::Reverse, collections::HashMap, sync::Arc};
 
-use baton_proto::{ApiError, ErrorCode, InstanceId};
+use baton_proto::{ApiError, InstanceId};
 use parking_lot::{Mutex, MutexGuard};
 use prometheus_client::metrics::{counter::Counter, gauge::Gauge};
 use tokio::time::Instant;
@@ -23,17 +24,6 @@ use breaker::Breaker;
 
 /// Instances that are left out at a time. Where more fail, it is not they that are at fault.
 const LEFT_OUT_MOST: usize = 64;
-
-/// Whether an attempt that ended so shows that something is wrong with its instance, or the way its caches take. A lost
-/// instance is none: nobody places requests where no stream stands. Nor is one that refuses.
-pub fn is_fault(error: &ApiError) -> bool {
-    matches!(error.code, ErrorCode::Internal) || is_of_the_handoff(error)
-}
-
-/// Whether the fault may be with either of a pair, or what lies between, whoever reports it.
-fn is_of_the_handoff(error: &ApiError) -> bool {
-    matches!(error.code, ErrorCode::HandoffFailed | ErrorCode::KvDamaged)
-}
 
 /// An attempt, as far as breakers are concerned.
 #[derive(Debug, Clone, Copy)]
@@ -80,7 +70,7 @@ impl Breakers {
         // Here, where it grows.
         known.retain(|_, of| !of.is_forgotten(now));
         match attempt.pair {
-            (prefill, Some(decode)) if is_of_the_handoff(error) => {
+            (prefill, Some(decode)) if cause::is_of_a_handoff(error.code) => {
                 for (one, other) in [(prefill, decode), (decode, prefill)] {
                     let of = known.entry(one.clone()).or_default();
                     let before = of.failed_with.replace((other.clone(), now));
