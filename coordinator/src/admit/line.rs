@@ -35,9 +35,6 @@ const LOOK_MOST: Duration = Duration::from_millis(100);
 /// Placed in one go before others have their turn at the core.
 const PLACED_AT_ONCE_MOST: usize = 64;
 
-/// Where so many find no room, nobody is asked any more: room is the fleet's, and to look for it takes time in a large one.
-const REFUSED_MOST: usize = 2;
-
 /// See the module.
 pub struct Line {
     /// One for each that is served or waits, or is being prepared for it.
@@ -300,18 +297,9 @@ impl Desk {
             if state.served >= self.seats {
                 return false;
             }
-            let mut refused = 0;
-            let fits = |waiter: &Waiter| {
-                if refused == REFUSED_MOST {
-                    return None;
-                }
-                match placer.book_all(&model.served, &waiter.prepared.prompts) {
-                    Err(NoPlace::Busy) => {
-                        refused += 1;
-                        None
-                    }
-                    booked => Some(booked.ok()),
-                }
+            let fits = |waiter: &Waiter| match placer.book_all(&model.served, &waiter.prepared.prompts) {
+                Err(NoPlace::Busy) => None,
+                booked => Some(booked.ok()),
             };
             let Some((waiter, bookings)) = state.queue.next(Instant::now(), fits) else { return false };
             state.served += 1;
