@@ -238,6 +238,11 @@ impl Board {
         choose(&self.state.lock().view, &ask, &self.settings, Instant::now()).map(drop)
     }
 
+    /// A new request for a model has come.
+    pub fn arrived(&self, revision: &str) {
+        self.state.lock().view.arrived(revision, Instant::now());
+    }
+
     /// Chooses where a request goes and books its work there at once. Of those to avoid the last that can do what nobody
     /// else can is taken first.
     pub fn book(self: &Arc<Self>, wanted: &Wanted<'_>) -> Result<Booking, NoPlace> {
@@ -246,7 +251,6 @@ impl Board {
         let mut caches = self.caches.lock();
         let held = caches.look(chains, now);
         let state = &mut *self.state.lock();
-        state.view.arrived(revision, now);
         let ask = Ask { wanted: *wanted, held, expected_tokens: state.lengths.tokens(revision), turn };
         let mut left = avoid.to_vec();
         let (placement, receipt) = loop {

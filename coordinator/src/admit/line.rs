@@ -154,6 +154,7 @@ impl Line {
     ) -> Result<Admission, ApiError> {
         let (line, began) = (&model.line, Instant::now());
         let desk = &line.desk;
+        placer.board.arrived(&model.served.revision);
         // Meanwhile there may be one.
         let place = place.0.or_else(|| at_once(&line.places).ok());
         let booked =

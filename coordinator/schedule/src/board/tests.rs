@@ -1,11 +1,13 @@
-//! Whom a request is given to of those that it is to avoid.
+//! Whom a request is given to of those that it is to avoid, and who hands on to whom.
 
 use super::*;
-use crate::fleet::{
-    Duty, Role,
-    testing::{ready, spec},
+use crate::{
+    Among, Side,
+    fleet::{
+        Duty, Role,
+        testing::{ready, spec},
+    },
 };
-use crate::{Among, Side};
 
 const FLEET: [(&str, Role); 4] =
     [("d", Role::Decode), ("m", Role::Mixed), ("p0", Role::Prefill), ("p1", Role::Prefill)];
@@ -79,4 +81,22 @@ fn who_drains_hands_on_to_whoever_decodes_and_to_nobody_else() {
     board.up(&m.id, m.incarnation, ready(Role::Mixed));
     board.down(&d.id, Instant::now());
     assert!(board.book(&handed_on_by(&d.id)).is_err());
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_asks_for_a_place_again_and_again_has_come_once() {
+    let board = Board::new(Duration::from_secs(60));
+    let (d, p) = (spec("d"), spec("p"));
+    board.list(&[d.clone(), p.clone()], Instant::now());
+    board.up(&d.id, d.incarnation, ready(Role::Decode));
+    board.up(&p.id, p.incarnation, ready(Role::Prefill));
+    board.load(&p.id, Load { queued_prefill_tokens: 1_000_000, ..Load::default() });
+    let waiting = || board.state.lock().view.model("r1").map(|model| model.classes[0].waiting(16.0));
+    tokio::time::advance(Duration::from_secs(30)).await;
+    let roomy = Wanted { among: Among::Roomy, ..Wanted::new(10, 10, "r1") };
+    (0..10).for_each(|_| assert_eq!(board.book(&roomy).map(drop), Err(NoPlace::Busy)));
+    assert_eq!(waiting(), Some(0.0));
+    // Prefill is found busy: a share of 1 - 1/e counts after as long as that share is of.
+    board.arrived("r1");
+    assert!(waiting().is_some_and(|many| (1.7..1.8).contains(&many)), "{:?}", waiting());
 }

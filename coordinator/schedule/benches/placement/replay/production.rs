@@ -209,6 +209,7 @@ impl Production {
             work: tokens.into(),
         };
         let chains = [Chain { dialect: self.dialect, keys }];
+        self.board.arrived(REVISION);
         self.waiting.push(wish, Waiting { index: sight.index, tokens, chains }, Instant::now());
     }
 
