@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use baton_proto::{ApiError, ErrorCode, InstanceId, LINKS_MOST, LinkUse};
+use baton_proto::{InstanceId, LINKS_MOST, LinkUse};
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
@@ -136,16 +136,6 @@ impl Handoff {
     }
 }
 
-/// Whether an error that ends a request before decode has said anything is the link's: the handoff failed by its own
-/// word, or the cache was on its way, there was a first token, and then one side was lost or the time was up.
-pub fn is_of_the_link(error: &ApiError, first_token: bool) -> bool {
-    match error.code {
-        ErrorCode::HandoffFailed | ErrorCode::KvDamaged => true,
-        ErrorCode::InstanceLost | ErrorCode::DeadlineExceeded => first_token,
-        _ => false,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -228,15 +218,5 @@ mod tests {
         assert!(!has(1) && !has(2) && !has(3));
         let table = all.table.lock();
         assert_eq!((table.links.len(), table.by_use.len()), (LINKS_MOST, LINKS_MOST));
-    }
-
-    #[test]
-    fn only_what_hinders_the_cache_is_the_links_fault() {
-        let of = |code, first_token| is_of_the_link(&ApiError::new(code, ""), first_token);
-        assert!(of(ErrorCode::HandoffFailed, false) && of(ErrorCode::KvDamaged, false));
-        assert!(of(ErrorCode::InstanceLost, true) && !of(ErrorCode::InstanceLost, false));
-        assert!(of(ErrorCode::DeadlineExceeded, true) && !of(ErrorCode::DeadlineExceeded, false));
-        assert!(!of(ErrorCode::KvExhausted, true) && !of(ErrorCode::StaleEpoch, true));
-        assert!(!of(ErrorCode::Cancelled, true) && !of(ErrorCode::QueueFull, true));
     }
 }

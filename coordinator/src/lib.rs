@@ -1,10 +1,10 @@
 //! The entry of a Baton cluster: takes OpenAI requests, schedules and streams them.
 //!
 //! Modules in the order a request meets them: [`http`] ([`keys`]: who may come in) -> [`serve`] (the path through the
-//! stages) -> [`prepare`] (validate, template, tokenise; [`text`]) -> [`admit`] -> [`place`] (waits for one;
+//! stages) -> [`prepare`] (validate, template, tokenise; [`text`]) -> [`admit`] -> [`place`] (books it;
 //! [`baton_schedule`] chooses, pure) -> [`dispatch`] (protocol machine, pure, and what drives it) -> [`stream`]
-//! (detokenise, stop, count) -> [`http`]. Beside that path: [`models`] (what is served), [`carry`] (who is left out,
-//! and how often requests are placed again), [`fleet`] (which instances there are, the streams to them, what they have
+//! (detokenise, stop, count) -> [`http`]. Beside that path: [`models`] (what is served), [`carry`] (how requests go
+//! on elsewhere, and who is left out), [`fleet`] (which instances there are, the streams to them, what they have
 //! cached), [`requests`] and [`admin`] (what operators ask), [`report`], [`metrics`] and [`handoffs`] (what is
 //! counted), [`registration`] (what the controller is told).
 //!

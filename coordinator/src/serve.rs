@@ -6,7 +6,7 @@
 use std::{sync::Arc, time::Duration};
 
 use baton_proto::ApiError;
-use baton_schedule::{NoPlace, board::Booking};
+use baton_schedule::NoPlace;
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
     time::Instant,
@@ -14,12 +14,13 @@ use tokio::{
 
 use crate::{
     admit::{Admission, Body, Gate, Line, Permit, Place, Ticket, Wanted},
+    carry::Attempts,
     config::LimitsConfig,
     dispatch::Assignment,
     keys::{Keys, Tenant},
     metrics::Metrics,
     models::{Model, Models},
-    place::{Attempts, Placer},
+    place::{Booked, Placer},
     prepare::{Ahead, Endpoint, Prepared, PreparedPrompt, RequestLimits, asked_priority, parse, prepare},
     report::Report,
     requests::{CardGuard, Placing, Roster, Stage},
@@ -78,7 +79,7 @@ struct Admitted {
 struct Placed {
     admitted: Admitted,
     /// One for each prompt.
-    bookings: Vec<Booking>,
+    bookings: Vec<Booked>,
 }
 
 impl Service {
@@ -111,7 +112,7 @@ impl Service {
         report.passed("queue");
         report.admitted(prepared.prompt_tokens());
         let admitted = Admitted { tenant, model, prepared, permit, traceparent, card, report };
-        let placed = self.place(admitted, bookings, waited).await?;
+        let placed = self.book(admitted, bookings, waited).await?;
         self.dispatch(placed)
     }
 
@@ -172,23 +173,23 @@ impl Service {
     }
 
     /// `bookings`: where it goes, if that has been found; else it waits a little for an instance.
-    async fn place(
+    async fn book(
         &self,
         mut admitted: Admitted,
-        bookings: Option<Vec<Booking>>,
+        bookings: Option<Vec<Booked>>,
         waited: Duration,
     ) -> Result<Placed, ApiError> {
         let deadline = self.deadline(&admitted.card);
         let served = &admitted.model.served;
         let booked = match bookings {
             Some(bookings) => Ok(bookings),
-            None => self.placer.book(served, &admitted.prepared.prompts, deadline).await,
+            None => self.placer.book_all_by(deadline, served, &admitted.prepared.prompts).await,
         };
         match booked {
             Ok(bookings) => {
                 admitted.report.passed("place");
-                let placing = |booking: &Booking| Placing::new(booking, None, waited);
-                bookings.iter().for_each(|booking| admitted.card.placed(placing(booking)));
+                let placing = |booked: &Booked| Placing::new(&booked.booking, None, waited);
+                bookings.iter().for_each(|booked| admitted.card.placed(placing(booked)));
                 Ok(Placed { admitted, bookings })
             }
             Err(reason) => {
@@ -209,8 +210,8 @@ impl Service {
         let Admitted { tenant, model, prepared, permit, traceparent, card, mut report } = admitted;
         let priority = tenant.priority(prepared.priority);
         let mut lanes = Vec::new();
-        for (prompt, booking) in prepared.prompts.iter().zip(bookings) {
-            let lane = self.lane((&model, &prepared, prompt), booking, priority, &traceparent, &card);
+        for (prompt, booked) in prepared.prompts.iter().zip(bookings) {
+            let lane = self.lane((&model, &prepared, prompt), booked, priority, &traceparent, &card);
             lanes.push(lane.inspect_err(|error| report.failed(error))?);
         }
         report.passed("dispatch");
@@ -222,7 +223,7 @@ impl Service {
     fn lane(
         &self,
         (model, prepared, prompt): (&Arc<Model>, &Prepared, &PreparedPrompt),
-        booking: Booking,
+        booked: Booked,
         priority: i32,
         traceparent: &str,
         card: &CardGuard,
@@ -230,21 +231,19 @@ impl Service {
         let assignment = Assignment {
             request: card.card().request.clone(),
             traceparent: traceparent.to_owned(),
-            prompt: prompt.tokens.clone(),
-            chains: prompt.chains.clone(),
+            prompt: prompt.clone(),
             generated: Arc::default(),
-            sampling: prompt.sampling.clone(),
             priority,
-            wanted: card.card().arrived + self.placer.board.ttft_target(prompt.tokens.len() as u32),
+            wanted: card.card().arrived + self.placer.board.ttft_target(prompt.prompt_tokens()),
             deadline: self.deadline(card),
             // A stop string is to be found before many a token is generated in vain.
             in_batches: !prepared.shape.stream && prepared.stops.strings.is_empty(),
         };
         let attempts = Attempts::new(self.placer.clone(), model.clone(), assignment);
-        let started = self.placer.start(booking, attempts.assignment().clone());
+        let started = self.placer.start(booked, attempts.assignment().clone());
         let reading = |_| {
             let reader = model.served.text.reader(&prepared.stops);
-            Reading::new(reader, attempts.assignment(), prepared.stops.included, &prompt.echo)
+            Reading::new(reader, attempts.assignment(), prepared.stops.included)
         };
         let readings = (0..prompt.sampling.choices).map(reading).collect();
         Lane::new(started, attempts, readings)

@@ -1,6 +1,6 @@
 //! The fleet and the ledger behind one lock, held for microseconds, never across an await.
 //!
-//! Written by the fleet's keeper, the links and the guards of placed work ([`booking`]); read by whoever places a request.
+//! Written by the fleet's keeper, the links and the guards of placed work ([`booking`]); read by whoever books a place.
 
 mod booking;
 
@@ -20,11 +20,11 @@ use tokio::{
 };
 
 use crate::{
-    Ask, NoPlace, Placement, Prompt, Seat, Settings,
+    Ask, NoPlace, Placement, Prompt, Seat, Settings, Wanted,
     caches::{Caches, Feed, Held},
+    choose::choose,
     fleet::{Change, Duty, Fleet, Load, Spec},
     ledger::{Ledger, Work},
-    place,
     predict::{Lengths, Speeds},
     view::View,
 };
@@ -238,89 +238,29 @@ impl Board {
 
     /// Whether a request could be placed now.
     pub fn can_serve(&self, revision: &str) -> Result<(), NoPlace> {
-        let (held, state) = (Held::default(), self.state.lock());
-        let ask = Ask {
-            prompt_tokens: 1,
-            held,
-            max_tokens: 2,
-            expected_tokens: 1,
-            choices: 1,
-            revision,
-            avoid: &[],
-            handed_on_by: None,
-            room: None,
-            turn: 0,
-        };
-        place(&state.view, &ask, &self.settings, Instant::now()).map(drop)
+        let ask =
+            Ask { wanted: Wanted::new(1, 2, revision), held: Held::default(), expected_tokens: 1, turn: 0 };
+        choose(&self.state.lock().view, &ask, &self.settings, Instant::now()).map(drop)
     }
 
-    /// As [`Self::place`] for one that is new, and only where there is room ([`Settings::room`]); [`NoPlace::Busy`]: it is to
-    /// wait until there is.
-    pub fn place_within<'a>(
-        self: &Arc<Self>,
-        prompt: impl Into<Prompt<'a>>,
-        asked: (u32, u32),
-        revision: &str,
-        avoid: &[InstanceId],
-    ) -> Result<Booking, NoPlace> {
-        self.book(prompt.into(), asked, revision, (avoid, None), Some(self.settings.room))
+    /// A new request for a model has come.
+    pub fn arrived(&self, revision: &str) {
+        self.state.lock().view.arrived(revision, Instant::now());
     }
 
-    /// Chooses where a request goes and books its work there at once. Of those to `avoid` the last that can do what nobody
+    /// Chooses where a request goes and books its work there at once. Of those to avoid the last that can do what nobody
     /// else can is taken first.
-    pub fn place<'a>(
-        self: &Arc<Self>,
-        prompt: impl Into<Prompt<'a>>,
-        asked: (u32, u32),
-        revision: &str,
-        avoid: &[InstanceId],
-    ) -> Result<Booking, NoPlace> {
-        self.book(prompt.into(), asked, revision, (avoid, None), None)
-    }
-
-    /// As [`Self::place`] for one that leaves `from`, which drains and has all of its cache but a block at most: `from` takes
-    /// prefill's part, and who goes on is chosen among those that it can hand a cache to.
-    pub fn place_handed_on<'a>(
-        self: &Arc<Self>,
-        from: &InstanceId,
-        prompt: impl Into<Prompt<'a>>,
-        asked: (u32, u32),
-        revision: &str,
-        avoid: &[InstanceId],
-    ) -> Result<Booking, NoPlace> {
-        self.book(prompt.into(), asked, revision, (avoid, Some(from)), None)
-    }
-
-    fn book(
-        self: &Arc<Self>,
-        prompt: Prompt<'_>,
-        (max_tokens, choices): (u32, u32),
-        revision: &str,
-        (avoid, handed_on_by): (&[InstanceId], Option<&InstanceId>),
-        room: Option<Duration>,
-    ) -> Result<Booking, NoPlace> {
+    pub fn book(self: &Arc<Self>, wanted: &Wanted<'_>) -> Result<Booking, NoPlace> {
         let (turn, now) = (self.turns.fetch_add(1, Ordering::Relaxed), Instant::now());
-        let Prompt { tokens: prompt_tokens, chains } = prompt;
+        let Wanted { prompt: Prompt { chains, .. }, choices, revision, avoid, among, .. } = *wanted;
         let mut caches = self.caches.lock();
         let held = caches.look(chains, now);
         let state = &mut *self.state.lock();
-        state.view.arrived(revision, now);
-        let expected_tokens = state.lengths.tokens(revision);
-        let ask = Ask {
-            prompt_tokens,
-            held,
-            max_tokens,
-            expected_tokens,
-            choices,
-            revision,
-            avoid,
-            handed_on_by,
-            room,
-            turn,
-        };
+        let ask = Ask { wanted: *wanted, held, expected_tokens: state.lengths.tokens(revision), turn };
         let mut left = avoid.to_vec();
         let (placement, receipt) = loop {
-            match place(&state.view, &Ask { avoid: &left, ..ask }, &self.settings, now) {
+            let ask = Ask { wanted: Wanted { avoid: &left, ..*wanted }, ..ask };
+            match choose(&state.view, &ask, &self.settings, now) {
                 Err(error) if left.is_empty() || !state.view.give_up(&mut left, error) => return Err(error),
                 Err(_) => {}
                 Ok(found) => break found,
@@ -348,7 +288,7 @@ impl Board {
             state.renew(&part.instance, now);
         }
         let credit = Credit { board: self.clone(), prefill, decode, expected };
-        Ok(Booking { placement, receipt, credit, handed_on: handed_on_by.is_some() })
+        Ok(Booking { placement, receipt, credit, handed_on: among.handed_on_by().is_some() })
     }
 
     /// All known instances and this coordinator's work on each; tests see by it that nothing is left behind.

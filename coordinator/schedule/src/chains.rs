@@ -1,6 +1,6 @@
 //! The names of a prompt's KV blocks, as the instances say them that might hold some.
 //!
-//! Made with each prompt by [`crate::prepare`], asked by whoever places it. What a block is called depends on who cuts
+//! Made with each prompt by [`crate::prepare`], asked by whoever books it. What a block is called depends on who cuts
 //! it: a [`Dialect`] is the root that follows from an instance's model and KV layout, and the tokens of a block. The
 //! hashes are [`BlockHash`]es, the servers' own; of each the first 64 bits are kept: two that are equal by chance, or by
 //! somebody's work, cost a misprediction and nothing else, as only the server's whole hash decides what is taken.

@@ -6,7 +6,7 @@ use baton_proto::{InstanceId, attention_pairs};
 use tokio::time::Instant;
 
 use crate::{
-    Ask, NoPlace, Placement, Receipt, Scored, Seat, Side,
+    Among, Ask, NoPlace, Placement, Receipt, Scored, Seat, Side,
     cost::{Price, Pricing, blocks_wanted, cached_tokens, expected_tokens, fits},
     settings::{Policy, Settings},
     view::{Class, Model, Row, View},
@@ -37,7 +37,7 @@ impl Candidate<'_> {
 
     fn seat(&self, ask: &Ask<'_>) -> Seat {
         let spec = &self.row.spec;
-        let uncached_tokens = u64::from(ask.prompt_tokens.saturating_sub(self.cached));
+        let uncached_tokens = u64::from(ask.prompt_tokens().saturating_sub(self.cached));
         Seat {
             instance: spec.id.clone(),
             incarnation: spec.incarnation,
@@ -46,7 +46,7 @@ impl Candidate<'_> {
             handoff_endpoint: spec.handoff_endpoint.clone(),
             blocks: blocks_wanted(self.row, ask, self.side, self.cached),
             uncached_tokens,
-            uncached_pairs: attention_pairs(uncached_tokens, ask.prompt_tokens.into()),
+            uncached_pairs: attention_pairs(uncached_tokens, ask.prompt_tokens().into()),
         }
     }
 
@@ -119,7 +119,7 @@ impl<'a> Found<'a> {
     fn hands_on(&mut self, model: &'a Model, from: &InstanceId, ask: &Ask<'_>) {
         let reached = |row: &&Row| row.spec.id == *from && row.role_epoch.is_some();
         let Some(row) = model.rows.iter().find(reached) else { return };
-        let cached = ask.prompt_tokens.saturating_sub(1) / row.spec.block_tokens * row.spec.block_tokens;
+        let cached = ask.prompt_tokens().saturating_sub(1) / row.spec.block_tokens * row.spec.block_tokens;
         let (price, rank, turn) = (Price::default(), 0.0, (row.chosen, 0));
         let prefill = &mut self.classes[row.class].prefill;
         prefill.roomy = true;
@@ -129,7 +129,7 @@ impl<'a> Found<'a> {
     /// Whether there is room on any that could compute the prompt, and on any that could decode. Who does it is whoever is
     /// best all the same: if the others are about to be idle, it is worth more to wait for what one has cached.
     fn has_room(&self, ask: &Ask<'_>) -> bool {
-        let pair = |halves: &Halves<'_>| ask.max_tokens == 1 || halves.decode.roomy;
+        let pair = |halves: &Halves<'_>| ask.wanted.max_tokens == 1 || halves.decode.roomy;
         let roomy = |halves: &Halves<'_>| halves.local.roomy || (halves.prefill.roomy && pair(halves));
         self.whole.roomy || self.classes.iter().any(roomy)
     }
@@ -162,18 +162,18 @@ impl Way<'_> {
 }
 
 /// Chooses where `ask` goes.
-pub fn place(
+pub(crate) fn choose(
     view: &View,
     ask: &Ask<'_>,
     settings: &Settings,
     now: Instant,
 ) -> Result<(Placement, Receipt), NoPlace> {
-    let Some(model) = view.model(ask.revision) else {
+    let Some(model) = view.model(ask.wanted.revision) else {
         return Err(nobody(view, ask, now));
     };
     let mut found = walk(model, ask, settings, now);
     // One token is prefill's work alone: nothing is reserved, or handed over.
-    if ask.max_tokens == 1 && ask.handed_on_by.is_none() {
+    if ask.wanted.max_tokens == 1 && ask.wanted.among.handed_on_by().is_none() {
         for halves in &found.classes {
             halves.prefill.held.iter().for_each(|prefill| found.whole.offer(*prefill));
         }
@@ -201,13 +201,16 @@ fn walk<'a>(model: &'a Model, ask: &Ask<'_>, settings: &Settings, now: Instant) 
         ready: 0,
         candidates: 0,
     };
-    let room_micros = ask.room.map_or(f64::INFINITY, |room| room.as_secs_f64() * 1e6);
+    let room_micros = match ask.wanted.among {
+        Among::Roomy => settings.room.as_secs_f64() * 1e6,
+        Among::All | Among::PeersOf(_) => f64::INFINITY,
+    };
     for row in model.rows.iter().filter(|row| row.is_usable(now)) {
-        if ask.avoid.contains(&row.spec.id) {
+        if ask.wanted.avoid.contains(&row.spec.id) {
             continue;
         }
         found.ready += 1;
-        let side = match (row.side(), ask.handed_on_by) {
+        let side = match (row.side(), ask.wanted.among.handed_on_by()) {
             (Some(Side::Whole | Side::Decode), Some(from)) if row.spec.id != *from => Side::Decode,
             (Some(side), None) => side,
             _ => continue,
@@ -230,7 +233,7 @@ fn walk<'a>(model: &'a Model, ask: &Ask<'_>, settings: &Settings, now: Instant) 
         let rank = rank(settings.policy, row, &price, turn.1);
         best.offer(Candidate { row, side, cached, price, rank, turn });
         let local = settings.local_prefill && settings.policy == Policy::Predicted;
-        if local && side == Side::Decode && ask.handed_on_by.is_none() {
+        if local && side == Side::Decode && ask.wanted.among.handed_on_by().is_none() {
             let cached = cached_tokens(row, ask, Side::Whole);
             if let Some(price) = pricing.local(row, cached) {
                 let side = Side::Whole;
@@ -239,7 +242,7 @@ fn walk<'a>(model: &'a Model, ask: &Ask<'_>, settings: &Settings, now: Instant) 
             }
         }
     }
-    if let Some(from) = ask.handed_on_by {
+    if let Some(from) = ask.wanted.among.handed_on_by() {
         found.hands_on(model, from, ask);
     }
     found
@@ -350,9 +353,9 @@ fn receipt(found: &Found<'_>, way: &Way<'_>, ask: &Ask<'_>, settings: &Settings)
     }
     shown.sort_by(|a, b| a.price.micros.total_cmp(&b.price.micros));
     Receipt {
-        prompt_tokens: ask.prompt_tokens,
+        prompt_tokens: ask.prompt_tokens(),
         expected_tokens: expected_tokens(ask),
-        choices: ask.choices,
+        choices: ask.wanted.choices,
         policy: settings.policy,
         candidates: found.candidates,
         cheapest: shown.iter().map(|candidate| candidate.scored(ask)).collect(),
@@ -361,7 +364,7 @@ fn receipt(found: &Found<'_>, way: &Way<'_>, ask: &Ask<'_>, settings: &Settings)
 
 /// No instance of the model is known.
 fn nobody(view: &View, ask: &Ask<'_>, now: Instant) -> NoPlace {
-    if view.others_serve(ask.revision, now) { NoPlace::OtherModel } else { NoPlace::NoInstance }
+    if view.others_serve(ask.wanted.revision, now) { NoPlace::OtherModel } else { NoPlace::NoInstance }
 }
 
 /// Why nobody takes the request. It is too large only if none of those that are not ready just now might hold it.
@@ -373,7 +376,7 @@ fn lack(found: &Found<'_>, model: &Model, ask: &Ask<'_>) -> NoPlace {
     {
         NoPlace::NoPrefill
     } else if found.ready == model.rows.len() && (found.whole.too_small || found.classes.iter().any(small)) {
-        NoPlace::TooLarge(ask.prompt_tokens)
+        NoPlace::TooLarge(ask.prompt_tokens())
     } else {
         NoPlace::NoInstance
     }

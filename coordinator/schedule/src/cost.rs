@@ -61,7 +61,7 @@ impl Pricing<'_> {
     pub(crate) fn price(&self, row: &Row, side: Side, cached: u32) -> Price {
         match side {
             Side::Prefill => self.prefill(row, cached, 0.0),
-            Side::Decode => self.decode(row, cached, self.ask.prompt_tokens.saturating_sub(cached)),
+            Side::Decode => self.decode(row, cached, self.ask.prompt_tokens().saturating_sub(cached)),
             Side::Whole => {
                 let (first, then) = (self.prefill(row, cached, 0.0), self.decode(row, cached, 0));
                 both(first, then)
@@ -84,14 +84,14 @@ impl Pricing<'_> {
 
     /// With so many sequences that stand still meanwhile.
     fn prefill(&self, row: &Row, cached: u32, batch: f64) -> Price {
-        let tokens = u64::from(self.ask.prompt_tokens.saturating_sub(cached));
+        let tokens = u64::from(self.ask.prompt_tokens().saturating_sub(cached));
         let own = row
             .speed
-            .prefill_micros(tokens as f64, attention_pairs(tokens, self.ask.prompt_tokens.into()) as f64);
+            .prefill_micros(tokens as f64, attention_pairs(tokens, self.ask.prompt_tokens().into()) as f64);
         let wait = row.queue_micros / self.share(row);
         let waiting = self.classes.get(row.class).map_or(0.0, |class| class.waiting(WAITING_MOST));
         let ttft_micros = row.queue_micros + own;
-        let late = (ttft_micros - self.settings.targets.ttft_micros(self.ask.prompt_tokens)).max(0.0);
+        let late = (ttft_micros - self.settings.targets.ttft_micros(self.ask.prompt_tokens())).max(0.0);
         let micros = wait + (1.0 + waiting + batch) * own + LATE * late;
         Price { micros, ttft_micros, tpot_micros: 0.0, wait_micros: row.queue_micros }
     }
@@ -100,14 +100,14 @@ impl Pricing<'_> {
     fn decode(&self, row: &Row, cached: u32, to_move: u32) -> Price {
         let ask = self.ask;
         let (standing, expected) = (&row.standing, f64::from(expected_tokens(ask)));
-        let choices = f64::from(ask.choices);
+        let choices = f64::from(ask.wanted.choices);
         let used = match (standing.blocks_total, standing.blocks_free) {
             (Some(total), Some(free)) => total.saturating_sub(free) as f64,
             _ => 0.0,
         };
         let (sequences, context) = (standing.sequences as f64, used * f64::from(row.spec.block_tokens));
         let (sequences, context) = (sequences / self.share(row), context / self.share(row));
-        let added = f64::from(ask.prompt_tokens) + choices * expected / 2.0;
+        let added = f64::from(ask.prompt_tokens()) + choices * expected / 2.0;
         let step = row.speed.step_micros(sequences + choices, context + added);
         let own = expected * step;
         let others = expected * sequences * row.speed.added_micros(choices, added);
@@ -115,8 +115,8 @@ impl Pricing<'_> {
         let missing = standing.blocks_free.map_or(0.0, |free| (wanted - free as f64).max(0.0));
         // It begins with blocks for the tokens that there are, and each choice with a last one of its own. All that are in
         // use are given back in about the time of an answer, and more than these will never be free.
-        let first = blocks_for(row, ask.prompt_tokens.saturating_add(1));
-        let first = first + u64::from(ask.choices.saturating_sub(1));
+        let first = blocks_for(row, ask.prompt_tokens().saturating_add(1));
+        let first = first + u64::from(ask.wanted.choices.saturating_sub(1));
         let first = first.saturating_sub(u64::from(cached / row.spec.block_tokens));
         let missing_first = first.saturating_sub(standing.blocks_free.unwrap_or(first)) as f64;
         let wait_micros = own * (missing_first.min(used) + standing.blocks_short as f64) / used.max(1.0);
@@ -148,16 +148,16 @@ fn both(first: Price, then: Price) -> Price {
 pub(crate) fn cached_tokens(row: &Row, ask: &Ask<'_>, side: Side) -> u32 {
     let Some((blocks, block_tokens)) = ask.held.blocks(row.number) else { return 0 };
     let usable = match side {
-        Side::Decode => ask.prompt_tokens,
-        Side::Whole | Side::Prefill => ask.prompt_tokens.saturating_sub(1),
+        Side::Decode => ask.prompt_tokens(),
+        Side::Whole | Side::Prefill => ask.prompt_tokens().saturating_sub(1),
     };
     blocks.min(usable / block_tokens) * block_tokens
 }
 
 /// Whether the prompt and one more token could ever be held there.
 pub(crate) fn fits(row: &Row, ask: &Ask<'_>) -> bool {
-    let context = row.spec.context_tokens == 0 || ask.prompt_tokens < row.spec.context_tokens;
-    let blocks = blocks_for(row, ask.prompt_tokens.saturating_add(1));
+    let context = row.spec.context_tokens == 0 || ask.prompt_tokens() < row.spec.context_tokens;
+    let blocks = blocks_for(row, ask.prompt_tokens().saturating_add(1));
     context && row.standing.blocks_total.is_none_or(|total| blocks <= total)
 }
 
@@ -170,13 +170,13 @@ fn blocks_for(row: &Row, tokens: u32) -> u64 {
 pub(crate) fn blocks_wanted(row: &Row, ask: &Ask<'_>, side: Side, cached: u32) -> u64 {
     let own = match side {
         Side::Prefill => 1,
-        Side::Whole | Side::Decode => expected_tokens(ask).saturating_mul(ask.choices),
+        Side::Whole | Side::Decode => expected_tokens(ask).saturating_mul(ask.wanted.choices),
     };
-    let all = blocks_for(row, ask.prompt_tokens.saturating_add(own));
+    let all = blocks_for(row, ask.prompt_tokens().saturating_add(own));
     let all = row.standing.blocks_total.map_or(all, |total| all.min(total));
     all.saturating_sub(u64::from(cached / row.spec.block_tokens))
 }
 
 pub(crate) fn expected_tokens(ask: &Ask<'_>) -> u32 {
-    ask.max_tokens.min(ask.expected_tokens)
+    ask.wanted.max_tokens.min(ask.expected_tokens)
 }

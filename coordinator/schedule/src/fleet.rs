@@ -404,11 +404,6 @@ impl Fleet {
     pub fn get(&self, id: &InstanceId) -> Option<&Instance> {
         self.models.get(self.revisions.get(id)?)?.get(id)
     }
-
-    /// Every instance of every model, usable or not.
-    pub fn all(&self) -> impl Iterator<Item = &Instance> {
-        self.models.values().flat_map(BTreeMap::values)
-    }
 }
 
 #[cfg(test)]

@@ -23,13 +23,10 @@ pub mod queue;
 mod settings;
 pub mod view;
 
-use std::time::Duration;
-
 use baton_proto::{ApiError, ErrorCode, Incarnation, InstanceId, RoleEpoch};
 
 use caches::Held;
 use chains::Chain;
-pub use choose::place;
 use ledger::Standing;
 pub use settings::{Policy, Settings, Targets};
 
@@ -48,28 +45,65 @@ impl From<u32> for Prompt<'_> {
     }
 }
 
-/// What the scheduler needs to know of a request.
+/// What is to be booked: a request, as whoever asks for a place for it knows it.
 #[derive(Debug, Clone, Copy)]
-pub struct Ask<'a> {
-    pub prompt_tokens: u32,
-    /// Who has how much of the prompt.
-    pub held: Held<'a>,
+pub struct Wanted<'a> {
+    pub prompt: Prompt<'a>,
+    /// Of each choice.
     pub max_tokens: u32,
-    /// As many as answers have had of late, on average; of each choice.
-    pub expected_tokens: u32,
     /// Answers to the one prompt.
     pub choices: u32,
     /// The very model that the prompt was tokenised for: to instances of any other its token ids mean something else.
     pub revision: &'a str,
-    /// Instances that are not to have it.
+    /// Instances that are not to have it. The board lets the last go that can do what nobody else can.
     pub avoid: &'a [InstanceId],
-    /// Who drains and hands its cache on, having but a block of it to compute: who goes on from it is all there is to choose.
-    pub handed_on_by: Option<&'a InstanceId>,
-    /// It is not placed while it would wait longer than this on every instance that could take it. `None`: it is placed
-    /// however long it waits.
-    pub room: Option<Duration>,
+    pub among: Among<'a>,
+}
+
+impl<'a> Wanted<'a> {
+    /// One answer, by whoever is best of all.
+    pub fn new(prompt: impl Into<Prompt<'a>>, max_tokens: u32, revision: &'a str) -> Self {
+        Self { prompt: prompt.into(), max_tokens, choices: 1, revision, avoid: &[], among: Among::All }
+    }
+}
+
+/// Who is looked at.
+#[derive(Debug, Clone, Copy)]
+pub enum Among<'a> {
+    All,
+    /// All, for one that is new: if it would wait longer than [`Settings::room`] on each of them, it is [`NoPlace::Busy`].
+    Roomy,
+    /// Those that this one can hand its cache to, for a request that leaves it as it drains: having all of the cache but a
+    /// block at most it takes prefill's part, and who goes on is all there is to choose.
+    PeersOf(&'a InstanceId),
+}
+
+impl<'a> Among<'a> {
+    /// Who hands its cache on.
+    fn handed_on_by(self) -> Option<&'a InstanceId> {
+        match self {
+            Self::PeersOf(from) => Some(from),
+            Self::All | Self::Roomy => None,
+        }
+    }
+}
+
+/// What a choice is made for: what is wanted, and what is known of it.
+#[derive(Debug, Clone, Copy)]
+struct Ask<'a> {
+    wanted: Wanted<'a>,
+    /// Who has how much of the prompt.
+    held: Held<'a>,
+    /// As many as answers have had of late, on average; of each choice.
+    expected_tokens: u32,
     /// Counts requests: equal costs take turns by it.
-    pub turn: u64,
+    turn: u64,
+}
+
+impl Ask<'_> {
+    fn prompt_tokens(&self) -> u32 {
+        self.wanted.prompt.tokens
+    }
 }
 
 /// Which part of the work a leg is.

@@ -8,8 +8,8 @@
 //! - Of a tenant's requests whoever's first token is wanted soonest is next. Those that are late already get every second
 //!   turn at most: served first they would make all others late, too.
 //!
-//! Whoever is next may not fit where there is room: some of those behind are asked as well ([`HEADS_MOST`]), and the order
-//! among the rest stays.
+//! Whoever is next may not fit where there is room: whoever is behind is asked as well ([`ASKED_MOST`]), and the order among
+//! the rest stays.
 
 mod drain;
 
@@ -26,9 +26,9 @@ use drain::Drain;
 
 /// Of so many turns one is the next band's.
 const TURNS: u32 = 20;
-/// Requests that are asked in one go whether they fit, and of them those of one tenant.
-pub const HEADS_MOST: usize = 16;
-const HEADS_OF_TENANT: usize = 8;
+/// Requests that are asked in one go whether they fit. Where so many do not, nobody is asked any more: room is the fleet's,
+/// and to look for it takes time in a large one.
+const ASKED_MOST: usize = 2;
 
 /// What the order goes by.
 #[derive(Debug, Clone)]
@@ -100,7 +100,7 @@ impl<T> Tenant<T> {
         let skip_late = self.late && self.waiting.range(in_time).next().is_some();
         let first = self.waiting.range(in_time).take(if skip_late { usize::MAX } else { 0 });
         let rest = self.waiting.iter().filter(move |((wanted, _), _)| !skip_late || *wanted < now);
-        first.chain(rest).take(HEADS_OF_TENANT)
+        first.chain(rest)
     }
 }
 
@@ -229,12 +229,12 @@ impl<T> Queue<T> {
             tenants.sort_by(|(a, of_a), (b, of_b)| of_a.time.total_cmp(&of_b.time).then(a.cmp(b)));
             for (tenant, of) in tenants {
                 for (key, entry) in of.heads(now) {
-                    if asked == HEADS_MOST {
-                        return None;
-                    }
-                    asked += 1;
                     if let Some(found) = fits(&entry.item) {
                         return Some((Ticket { priority, tenant: tenant.clone(), key: *key }, found));
+                    }
+                    asked += 1;
+                    if asked == ASKED_MOST {
+                        return None;
                     }
                 }
             }

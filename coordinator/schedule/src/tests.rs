@@ -53,22 +53,15 @@ const SETTINGS: Settings = Settings {
 };
 
 fn placed(fleet: &Fleet, ledger: &Ledger, ask: &Ask<'_>) -> Result<(Placement, Receipt), NoPlace> {
-    place(&view(fleet, ledger), ask, &SETTINGS, Instant::now())
+    choose::choose(&view(fleet, ledger), ask, &SETTINGS, Instant::now())
 }
 
 fn ask(prompt_tokens: u32) -> Ask<'static> {
-    Ask {
-        prompt_tokens,
-        held: Held::default(),
-        max_tokens: 64,
-        expected_tokens: 128,
-        choices: 1,
-        revision: "r1",
-        avoid: &[],
-        handed_on_by: None,
-        room: None,
-        turn: 0,
-    }
+    ask_for(Wanted::new(prompt_tokens, 64, "r1"))
+}
+
+fn ask_for(wanted: Wanted<'_>) -> Ask<'_> {
+    Ask { wanted, held: Held::default(), expected_tokens: 128, turn: 0 }
 }
 
 fn chosen(fleet: &Fleet, ledger: &Ledger, ask: &Ask<'_>) -> Result<Vec<String>, NoPlace> {
@@ -93,7 +86,7 @@ fn a_pair_or_a_mixed_instance_serves() {
 #[test]
 fn one_token_is_prefills_work_alone() {
     let none = Ledger::default();
-    let one = Ask { max_tokens: 1, ..ask(10) };
+    let one = ask_for(Wanted::new(10, 1, "r1"));
     let pair = fleet(&[("d", Role::Decode), ("p", Role::Prefill)]);
     assert_eq!(chosen(&pair, &none, &one).as_deref(), Ok(&["p".to_owned()][..]));
     assert_eq!(chosen(&fleet(&[("d", Role::Decode)]), &none, &one), Err(NoPlace::NoPrefill));
@@ -102,9 +95,12 @@ fn one_token_is_prefills_work_alone() {
 #[test]
 fn each_choice_takes_a_seat_and_blocks_of_its_own() {
     let pair = fleet(&[("d", Role::Decode), ("p", Role::Prefill)]);
-    let blocks = |choices| match placed(&pair, &Ledger::default(), &Ask { choices, ..ask(32) }) {
-        Ok((Placement::Apart { decode, .. }, _)) => decode.blocks,
-        other => panic!("{other:?}"),
+    let blocks = |choices| {
+        let ask = ask_for(Wanted { choices, ..Wanted::new(32, 64, "r1") });
+        match placed(&pair, &Ledger::default(), &ask) {
+            Ok((Placement::Apart { decode, .. }, _)) => decode.blocks,
+            other => panic!("{other:?}"),
+        }
     };
     // Two blocks of 16 tokens for the prompt, four for the 64 tokens of each answer.
     assert_eq!([blocks(1), blocks(3)], [6, 14]);
@@ -173,7 +169,7 @@ fn each_model_has_its_own_instances_and_lacks_its_own() {
         (of("q", "r3"), Role::Prefill, Load::default()),
         (of("x", "r4"), Role::None, Load::default()),
     ]);
-    let asked = |revision| chosen(&fleet, &none, &Ask { revision, ..ask(10) });
+    let asked = |revision| chosen(&fleet, &none, &ask_for(Wanted::new(10, 64, revision)));
     assert_eq!(asked("r1").as_deref(), Ok(&["a".to_owned()][..]), "others that are idle are none of its");
     assert_eq!(asked("r2").as_deref(), Ok(&["p".to_owned(), "d".to_owned()][..]));
     assert_eq!(asked("r3"), Err(NoPlace::NoDecode));
@@ -347,10 +343,10 @@ fn only_what_is_to_be_computed_is_on_the_ledger() {
     assert_eq!(board.caches.dialects("r1"), [dialect]);
     let prompt = Prompt { tokens: 1000, chains: &chains };
     let work = || board.own_work().iter().find(|(id, _)| *id == p.id).map(|(_, work)| work.prefill_tokens);
-    let mut first = board.place(prompt, (8, 1), "r1", &[]).expect("a place");
+    let mut first = board.book(&Wanted::new(prompt, 8, "r1")).expect("a place");
     assert_eq!(work(), Some(360));
     // The rest is expected there now.
-    let second = board.place(prompt, (8, 1), "r1", &[]).expect("a place");
+    let second = board.book(&Wanted::new(prompt, 8, "r1")).expect("a place");
     assert_eq!(work(), Some(360 + 8));
     first.credit.prefilled();
     drop((first, second));
@@ -380,7 +376,7 @@ fn equal_costs_take_turns_within_a_role_and_whoever_else_is_there() {
     let mut seen = [0; 6];
     for _ in 0..6 {
         let Placement::Apart { prefill, decode } =
-            board.place(1, (8, 1), "r1", &[]).expect("a place").placement
+            board.book(&Wanted::new(1, 8, "r1")).expect("a place").placement
         else {
             panic!("nobody is mixed")
         };
@@ -402,7 +398,7 @@ fn taken(settings: Settings, loads: &[(&str, Role, u32)]) -> Vec<u32> {
     }
     let mut taken = vec![0; loads.len()];
     for _ in 0..300 {
-        let placement = board.place(1, (8, 1), "r1", &[]).expect("a place").placement;
+        let placement = board.book(&Wanted::new(1, 8, "r1")).expect("a place").placement;
         let Placement::Apart { prefill, decode } = placement else { panic!("nobody is mixed") };
         for seat in [prefill, decode] {
             taken[specs.iter().position(|spec| spec.id == seat.instance).expect("one of them")] += 1;
@@ -433,7 +429,8 @@ fn plain_policies_do_what_they_are_called() {
     for (id, role) in [("d", Role::Decode), ("m", Role::Mixed), ("p", Role::Prefill)] {
         board.up(&spec(id).id, Incarnation(1), ready(role));
     }
-    let alone = |_| matches!(board.place(1, (8, 1), "r1", &[]).map(|b| b.placement), Ok(Placement::Alone(_)));
+    let alone =
+        |_| matches!(board.book(&Wanted::new(1, 8, "r1")).map(|b| b.placement), Ok(Placement::Alone(_)));
     assert_eq!((0..10).filter(|turn| alone(*turn)).count(), 5, "a pair is one of two in turn");
     let warm = Settings { temperature: 0.5, ..Settings::DEFAULT };
     let drawn = taken(warm, &loads);

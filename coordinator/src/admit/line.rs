@@ -11,7 +11,6 @@ use std::{pin::pin, sync::Arc, time::Duration};
 use baton_proto::ApiError;
 use baton_schedule::{
     NoPlace,
-    board::Booking,
     queue::{self, Queue, Rank, Wish},
 };
 use parking_lot::Mutex;
@@ -26,7 +25,7 @@ use crate::{
     keys::Tenant,
     metrics::ModelMetrics,
     models::Model,
-    place::Placer,
+    place::{Booked, Placer},
     prepare::{Prepared, PreparedPrompt},
 };
 
@@ -35,9 +34,6 @@ const LOOK_LEAST: Duration = Duration::from_millis(1);
 const LOOK_MOST: Duration = Duration::from_millis(100);
 /// Placed in one go before others have their turn at the core.
 const PLACED_AT_ONCE_MOST: usize = 64;
-
-/// Where so many find no room, nobody is asked any more: room is the fleet's, and to look for it takes time in a large one.
-const REFUSED_MOST: usize = 2;
 
 /// See the module.
 pub struct Line {
@@ -72,7 +68,7 @@ pub struct Admission {
     pub permit: Permit,
     pub prepared: Prepared,
     /// Where it goes; `None`: nobody can take it just now.
-    pub bookings: Option<Vec<Booking>>,
+    pub bookings: Option<Vec<Booked>>,
     pub waited: Duration,
 }
 
@@ -81,7 +77,7 @@ struct Bound {
     seat: Seat,
     place: OwnedSemaphorePermit,
     prepared: Prepared,
-    bookings: Option<Vec<Booking>>,
+    bookings: Option<Vec<Booked>>,
 }
 
 struct Waiter {
@@ -158,11 +154,11 @@ impl Line {
     ) -> Result<Admission, ApiError> {
         let (line, began) = (&model.line, Instant::now());
         let desk = &line.desk;
+        placer.board.arrived(&model.served.revision);
         // Meanwhile there may be one.
         let place = place.0.or_else(|| at_once(&line.places).ok());
-        let booked = place
-            .as_ref()
-            .and_then(|_| desk.at_once(|| placer.book_within(&model.served, &prepared.prompts)));
+        let booked =
+            place.as_ref().and_then(|_| desk.at_once(|| placer.book_all(&model.served, &prepared.prompts)));
         let bound = match (place, booked) {
             (Some(place), Some((seat, bookings))) => Bound { seat, place, prepared, bookings },
             (place, _) => line.wait(model, placer, (place, prepared), &wanted, began).await?,
@@ -279,8 +275,8 @@ impl Desk {
     /// A seat, and what `book` finds, if nobody waits and there is room.
     fn at_once(
         self: &Arc<Self>,
-        book: impl FnOnce() -> Result<Vec<Booking>, NoPlace>,
-    ) -> Option<(Seat, Option<Vec<Booking>>)> {
+        book: impl FnOnce() -> Result<Vec<Booked>, NoPlace>,
+    ) -> Option<(Seat, Option<Vec<Booked>>)> {
         let seat = {
             let mut state = self.state.lock();
             if state.served >= self.seats || !state.queue.is_empty() {
@@ -302,18 +298,9 @@ impl Desk {
             if state.served >= self.seats {
                 return false;
             }
-            let mut refused = 0;
-            let fits = |waiter: &Waiter| {
-                if refused == REFUSED_MOST {
-                    return None;
-                }
-                match placer.book_within(&model.served, &waiter.prepared.prompts) {
-                    Err(NoPlace::Busy) => {
-                        refused += 1;
-                        None
-                    }
-                    booked => Some(booked.ok()),
-                }
+            let fits = |waiter: &Waiter| match placer.book_all(&model.served, &waiter.prepared.prompts) {
+                Err(NoPlace::Busy) => None,
+                booked => Some(booked.ok()),
             };
             let Some((waiter, bookings)) = state.queue.next(Instant::now(), fits) else { return false };
             state.served += 1;

@@ -66,10 +66,19 @@ impl Breaker {
         self.pause
     }
 
-    /// A request has been placed there, be it for want of anybody else.
-    pub fn placed(&mut self, now: Instant) {
-        if !self.is_closed() && self.admits(now) {
+    /// A request has been booked there, be it for want of anybody else. True: it is the one that is let through.
+    pub fn booked(&mut self, now: Instant) -> bool {
+        let is_trial = !self.is_closed() && self.admits(now);
+        if is_trial {
             self.state = State::HalfOpen { since: now, next: now + self.pause };
+        }
+        is_trial
+    }
+
+    /// The one that was let through then has not been sent: another may be.
+    pub fn unsent(&mut self, booked: Instant) {
+        if matches!(self.state, State::HalfOpen { since, .. } if since == booked) {
+            self.state = State::Open { until: booked };
         }
     }
 
@@ -215,19 +224,36 @@ mod tests {
         let (mut breaker, _) = after_faults(began, &[0; 5]);
         let just_before = began + SECOND - Duration::from_nanos(1);
         assert!(!breaker.admits(began) && !breaker.admits(just_before));
-        breaker.placed(just_before);
+        breaker.booked(just_before);
         assert!(
             !breaker.success(just_before, just_before),
             "what was placed before, or for want of others, is no trial"
         );
         let now = began + SECOND;
         assert!(breaker.admits(now));
-        breaker.placed(now);
+        breaker.booked(now);
         assert!(!breaker.admits(now) && !breaker.is_closed());
         assert!(breaker.admits(now + SECOND), "nothing came of the first");
         assert!(breaker.success(now, now));
         assert!(breaker.admits(now) && breaker.is_closed());
         assert!(!breaker.fault(now, now), "one fault is none");
+    }
+
+    #[test]
+    fn what_is_not_sent_is_no_trial() {
+        let began = Instant::now();
+        let (mut breaker, _) = after_faults(began, &[0; 5]);
+        let now = began + SECOND;
+        assert!(breaker.booked(now) && !breaker.booked(now));
+        breaker.unsent(now);
+        assert!(breaker.admits(now) && !breaker.is_closed());
+        // Nothing has come of the first when the second is let through.
+        let (first, second) = (now + SECOND, now + 2 * SECOND);
+        assert!(breaker.booked(first) && breaker.booked(second));
+        breaker.unsent(first);
+        assert!(!breaker.admits(second) && breaker.success(second, second));
+        breaker.unsent(second);
+        assert!(breaker.is_closed());
     }
 
     #[test]
@@ -238,12 +264,12 @@ mod tests {
             assert_eq!(breaker.pause(), pause * SECOND);
             assert!(!breaker.admits(now + pause * SECOND - Duration::from_millis(1)));
             now += pause * SECOND;
-            breaker.placed(now);
+            breaker.booked(now);
             assert!(breaker.fault(now, now));
         }
         let again = |breaker: &Breaker, pause: Duration| {
             let (mut breaker, mut at) = (breaker.clone(), now + 60 * SECOND);
-            breaker.placed(at);
+            breaker.booked(at);
             assert!(breaker.success(at, at));
             at += pause;
             assert!((0..5).any(|_| breaker.fault(at, at)));
@@ -258,7 +284,7 @@ mod tests {
         let began = Instant::now();
         let (mut breaker, _) = after_faults(began, &[0; 5]);
         let now = began + SECOND;
-        breaker.placed(now);
+        breaker.booked(now);
         assert!(!breaker.success(began, now) && !breaker.is_closed());
         assert!(!breaker.fault(began, now) && breaker.pause() == SECOND);
         assert!(breaker.success(now, now) && breaker.is_closed());
@@ -273,7 +299,7 @@ mod tests {
         looks.for_each(|now| assert!(!breaker.stuck(now) && !breaker.admits(now + SECOND / 4)));
         let last = began + 39 * SECOND / 4;
         assert!(!breaker.admits(last + SECOND * 99 / 100) && breaker.admits(last + SECOND));
-        breaker.placed(last + SECOND);
+        breaker.booked(last + SECOND);
         assert!(breaker.stuck(last + 4 * SECOND), "the trial shows that it still is");
         assert_eq!(breaker.pause(), 2 * SECOND);
     }

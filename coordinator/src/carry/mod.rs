@@ -1,38 +1,29 @@
-//! What keeps failures from spreading while requests are carried on elsewhere: an instance that fails what it is given, or
-//! does not get on with it ([`stall`]), is left out for a while ([`breaker`]), and of a model's requests only so many are
-//! placed again ([`budget`]).
+//! Requests that go on elsewhere ([`attempts`]), and what keeps failures from spreading meanwhile: an instance that fails
+//! what it is given, or does not get on with it ([`stall`]), is left out for a while ([`breaker`]), and of a model's
+//! requests only so many are given to others ([`budget`]).
 //!
-//! Fed by [`crate::stream`] and [`crate::place`] with what became of attempts and by [`crate::dispatch`] with who is stuck,
-//! asked by [`crate::place`]. Only what is an instance's own fault counts, see [`is_fault`].
+//! Told by [`crate::stream`] what became of attempts and by [`crate::dispatch`] who is stuck, asked by [`crate::place`] who
+//! is left out. Only what is an instance's own fault counts, see [`cause`].
 
+pub mod attempts;
 pub mod breaker;
 pub mod budget;
+pub mod cause;
 pub mod stall;
 
-use std::collections::HashMap;
+use std::{borrow::Cow, cmp::Reverse, collections::HashMap, sync::Arc};
 
-use baton_proto::{ApiError, ErrorCode, InstanceId};
-use baton_schedule::{NoPlace, Placement, board::Booking};
-use parking_lot::Mutex;
+use baton_proto::{ApiError, InstanceId};
+use parking_lot::{Mutex, MutexGuard};
 use prometheus_client::metrics::{counter::Counter, gauge::Gauge};
 use tokio::time::Instant;
 
 use crate::metrics::Metrics;
+pub use attempts::{Attempts, Failure, Moved, Replacing};
 use breaker::Breaker;
 
 /// Instances that are left out at a time. Where more fail, it is not they that are at fault.
 const LEFT_OUT_MOST: usize = 64;
-
-/// Whether an attempt that ended so shows that something is wrong with its instance, or the way its caches take. A lost
-/// instance is none: nobody places requests where no stream stands. Nor is one that refuses.
-pub fn is_fault(error: &ApiError) -> bool {
-    matches!(error.code, ErrorCode::Internal) || is_of_the_handoff(error)
-}
-
-/// Whether the fault may be with either of a pair, or what lies between, whoever reports it.
-fn is_of_the_handoff(error: &ApiError) -> bool {
-    matches!(error.code, ErrorCode::HandoffFailed | ErrorCode::KvDamaged)
-}
 
 /// An attempt, as far as breakers are concerned.
 #[derive(Debug, Clone, Copy)]
@@ -79,7 +70,7 @@ impl Breakers {
         // Here, where it grows.
         known.retain(|_, of| !of.is_forgotten(now));
         match attempt.pair {
-            (prefill, Some(decode)) if is_of_the_handoff(error) => {
+            (prefill, Some(decode)) if cause::is_of_a_handoff(error.code) => {
                 for (one, other) in [(prefill, decode), (decode, prefill)] {
                     let of = known.entry(one.clone()).or_default();
                     let before = of.failed_with.replace((other.clone(), now));
@@ -126,41 +117,80 @@ impl Breakers {
         self.open.set(i64::try_from(open).unwrap_or(i64::MAX));
     }
 
-    /// Places a request with `place`, which is told whom to avoid: those that have failed this very request first, then
-    /// those whose breaker lets nobody through, the longest left out first. It may take them all the same where nobody else
-    /// is there. Nobody else places meanwhile, so that a breaker that is half open lets one request through.
-    pub fn place(
-        &self,
-        failed: &[InstanceId],
-        now: Instant,
-        place: impl FnOnce(&[InstanceId]) -> Result<Booking, NoPlace>,
-    ) -> Result<Booking, NoPlace> {
+    /// Says whom a request had better not be given to that `failed` have failed already. Unless every breaker is closed
+    /// nobody else is told before it is booked, so that one that is half open lets one request through.
+    pub fn admitting<'a>(self: &'a Arc<Self>, failed: &'a [InstanceId], now: Instant) -> Admitting<'a> {
         let mut known = self.known.lock();
         let before = known.len();
         known.retain(|_, of| !of.is_forgotten(now));
         if known.len() < before {
             self.count(&known);
         }
-        let mut shut: Vec<_> = known.iter().filter(|(_, of)| !of.breaker.admits(now)).collect();
-        if shut.is_empty() && known.values().all(|of| of.breaker.is_closed()) {
-            drop(known);
-            return place(failed);
+        if known.values().all(|of| of.breaker.is_closed()) {
+            return Admitting { breakers: self, avoid: failed.into(), known: None, now };
         }
-        shut.sort_by_key(|(instance, of)| (std::cmp::Reverse(of.breaker.pause()), *instance));
+        let mut shut: Vec<_> = known.iter().filter(|(_, of)| !of.breaker.admits(now)).collect();
+        shut.sort_by_key(|(instance, of)| (Reverse(of.breaker.pause()), *instance));
         let shut = shut.into_iter().take(LEFT_OUT_MOST).map(|(instance, _)| instance);
         let mut avoid = failed.to_vec();
         avoid.extend(shut.filter(|instance| !failed.contains(instance)).cloned());
-        let booking = place(&avoid)?;
-        let (one, other) = match &booking.placement {
-            Placement::Alone(seat) => (seat, None),
-            Placement::Apart { prefill, decode } => (prefill, Some(decode)),
+        Admitting { breakers: self, avoid: avoid.into(), known: Some(known), now }
+    }
+}
+
+/// A request that is about to be booked, as far as breakers are concerned.
+pub struct Admitting<'a> {
+    breakers: &'a Arc<Breakers>,
+    avoid: Cow<'a, [InstanceId]>,
+    /// Locked unless every breaker is closed.
+    known: Option<MutexGuard<'a, HashMap<InstanceId, Known>>>,
+    now: Instant,
+}
+
+impl Admitting<'_> {
+    /// Those that have failed this very request first, then those whose breaker lets nobody through, the longest left out
+    /// first. They may be given it all the same where nobody else is there.
+    pub fn avoid(&self) -> &[InstanceId] {
+        &self.avoid
+    }
+
+    /// It is booked on these.
+    pub fn booked(mut self, (one, other): (&InstanceId, Option<&InstanceId>)) -> Trials {
+        let is_trial = |instance: &&InstanceId| {
+            let of = self.known.as_mut().and_then(|known| known.get_mut(*instance));
+            of.is_some_and(|of| of.breaker.booked(self.now))
         };
-        for seat in [Some(one), other].into_iter().flatten() {
-            if let Some(of) = known.get_mut(&seat.instance) {
-                of.breaker.placed(now);
+        let instances = [Some(one), other].into_iter().flatten().filter(is_trial).cloned().collect();
+        Trials { breakers: self.breakers.clone(), instances, at: self.now }
+    }
+}
+
+/// Of breakers that are half open, the one request that each lets through. It is given back by drop: the request was not
+/// sent.
+pub struct Trials {
+    breakers: Arc<Breakers>,
+    instances: Vec<InstanceId>,
+    at: Instant,
+}
+
+impl Trials {
+    /// It has been.
+    pub fn sent(mut self) {
+        self.instances.clear();
+    }
+}
+
+impl Drop for Trials {
+    fn drop(&mut self) {
+        if self.instances.is_empty() {
+            return;
+        }
+        let mut known = self.breakers.known.lock();
+        for instance in &self.instances {
+            if let Some(of) = known.get_mut(instance) {
+                of.breaker.unsent(self.at);
             }
         }
-        Ok(booking)
     }
 }
 

@@ -1,5 +1,7 @@
 //! Whose fault a failure is taken to be.
 
+use baton_proto::ErrorCode;
+
 use super::*;
 
 fn breakers() -> Breakers {

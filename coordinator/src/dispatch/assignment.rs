@@ -3,12 +3,12 @@
 use std::sync::Arc;
 
 use baton_proto::{ApiError, ErrorCode, RequestId, v1};
-use baton_schedule::{Seat, chains::Chains};
+use baton_schedule::Seat;
 use bytes::Bytes;
 use tokio::time::Instant;
 use v1::dispatch::Work;
 
-use crate::prepare::Sampling;
+use crate::prepare::PreparedPrompt;
 
 /// What a request is, as far as instances are told.
 #[derive(Debug, Clone)]
@@ -16,12 +16,9 @@ pub struct Assignment {
     pub request: RequestId,
     /// W3C trace context; empty = none.
     pub traceparent: String,
-    pub prompt: Arc<[u32]>,
-    /// What the prompt's KV blocks are called.
-    pub chains: Arc<Chains>,
+    pub prompt: PreparedPrompt,
     /// Tokens of the completion that an earlier attempt brought; none of several choices.
     pub generated: Arc<[u32]>,
-    pub sampling: Sampling,
     /// Lower is served first and preempted last.
     pub priority: i32,
     /// When the first token is wanted.
@@ -34,6 +31,13 @@ pub struct Assignment {
 
 /// Tokens that are told, and read, at a time, where nobody sees them before.
 pub(super) const BATCH_TOKENS: u32 = 32;
+
+impl Assignment {
+    /// What is to be computed before the next token: the prompt, and what was generated.
+    pub fn whole(&self) -> (&PreparedPrompt, &[u32]) {
+        (&self.prompt, &self.generated)
+    }
+}
 
 /// What a request that is not complete by its deadline ends with.
 pub fn deadline_passed() -> ApiError {
@@ -55,7 +59,7 @@ pub(super) fn dispatch(seat: &Seat, assignment: &Assignment, prompt: Bytes, work
         model: seat.model.clone(),
         prompt_tokens: prompt,
         generated_tokens: assignment.generated.to_vec(),
-        sampling: Some((&assignment.sampling).into()),
+        sampling: Some((&assignment.prompt.sampling).into()),
         timeout_millis: millis(assignment.deadline).max(1),
         work: Some(work),
         priority: assignment.priority,

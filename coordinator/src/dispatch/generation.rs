@@ -29,8 +29,9 @@ use super::{
     mailbox::Mailbox,
 };
 use crate::{
+    carry::cause,
     fleet::keeper::Links,
-    handoffs::{Handoff, Handoffs, is_of_the_link},
+    handoffs::{Handoff, Handoffs},
 };
 
 /// How long the end of an answer waits for prefill to say how much of the prompt was cached.
@@ -139,7 +140,7 @@ impl Generation {
         assignment: Assignment,
     ) -> Result<Self, NotSent> {
         let Booking { placement, mut credit, handed_on, .. } = booking;
-        let (sampling, prompt) = (&assignment.sampling, tokens::to_wire(&assignment.prompt));
+        let (sampling, prompt) = (&assignment.prompt.sampling, tokens::to_wire(&assignment.prompt.tokens));
         let mailbox = Arc::new(Mailbox::new(sampling.choices, assignment.in_batches));
         let (mut legs, mut handoff) = (Legs::default(), None);
         let mut send = |side: Side, seat: &Seat, work: Work| {
@@ -364,12 +365,12 @@ impl Generation {
         }
     }
 
-    /// Whose fault an error is that a leg ended with. An instance that is well and speaks of a lost one means its peer.
+    /// Whose fault an error is that a leg ended with.
     fn failed_by(&mut self, side: Side, error: &ApiError) -> Side {
         let speaks = self.legs.of(side).as_ref().is_some_and(LegGuard::is_well);
         match side {
-            Side::Prefill if speaks && error.code == ErrorCode::InstanceLost => Side::Decode,
-            Side::Decode if speaks && error.code == ErrorCode::InstanceLost => Side::Prefill,
+            Side::Prefill if speaks && cause::is_loss(error.code) => Side::Decode,
+            Side::Decode if speaks && cause::is_loss(error.code) => Side::Prefill,
             side => side,
         }
     }
@@ -422,7 +423,7 @@ impl Generation {
         }
         if let Some(Err(error)) = &ended {
             let first_token = self.choices.iter().any(|choice| choice.machine.has_begun());
-            if let Some(handoff) = self.handoff.take_if(|_| is_of_the_link(error, first_token)) {
+            if let Some(handoff) = self.handoff.take_if(|_| cause::is_of_the_link(error.code, first_token)) {
                 handoff.failed();
                 self.credit.handed_over(None);
             }

@@ -19,6 +19,7 @@ use baton_proto::{ApiError, ErrorCode};
 use baton_schedule::Side;
 
 use super::leg::{LegEnd, Output, StopReason, TokenLogprobs};
+use crate::carry::cause;
 
 /// What the driver is to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -315,7 +316,7 @@ impl Machine {
                 self.settle()
             }
             (Side::Decode, LegEnd::Failed(error))
-                if self.open == Open::Prefill && of_the_transfer(&error) =>
+                if self.open == Open::Prefill && cause::is_of_the_other_side(error.code) =>
             {
                 self.transfer_broken = Some(error);
                 self.settle()
@@ -329,7 +330,7 @@ impl Machine {
                 let error = self.cause_of(stopped(side));
                 self.fail(error)
             }
-            (Side::Decode, LegEnd::Failed(error)) if of_the_transfer(&error) => {
+            (Side::Decode, LegEnd::Failed(error)) if cause::is_of_the_other_side(error.code) => {
                 let error = self.cause_of(error);
                 self.fail(error)
             }
@@ -407,11 +408,6 @@ impl Machine {
             .map(Command::Cancel)
             .collect()
     }
-}
-
-/// Whether the other side of a transfer knows better why it ended.
-fn of_the_transfer(error: &ApiError) -> bool {
-    matches!(error.code, ErrorCode::Cancelled | ErrorCode::NotNeeded | ErrorCode::HandoffFailed)
 }
 
 fn stopped(side: Side) -> ApiError {

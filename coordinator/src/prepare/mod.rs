@@ -65,14 +65,14 @@ pub struct Prepared {
 }
 
 /// One prompt of a request.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct PreparedPrompt {
     pub tokens: Arc<[u32]>,
     /// What its KV blocks are called.
     pub chains: Arc<Chains>,
     pub sampling: Sampling,
     /// What its answers' text begins with: the prompt, if it is to be echoed.
-    pub echo: String,
+    pub echo: Arc<str>,
 }
 
 impl PreparedPrompt {
@@ -136,7 +136,7 @@ pub fn prepare(
         let sampling = sampling::sampling(served, endpoint, request, prompt_tokens, limits, (seed, choices))?;
         let tokens: Arc<[u32]> = tokens.into();
         let chains = Chains::new(tokens.clone());
-        Ok(PreparedPrompt { tokens, chains, sampling, echo })
+        Ok(PreparedPrompt { tokens, chains, sampling, echo: echo.into() })
     };
     let prompts = match prompts {
         None => {

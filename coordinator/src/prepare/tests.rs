@@ -62,8 +62,7 @@ fn prompts_come_as_text_or_tokens_one_or_several() {
         let body = format!(r#"{{"model": "tiny", "prompt": {prompt}, "n": 2, "seed": 5, "echo": true}}"#);
         let prepared = text(&body).expect(prompt);
         assert_eq!(words(&prepared), "hi|ho", "{prompt}");
-        let each =
-            prepared.prompts.iter().map(|one| (one.sampling.choices, one.sampling.seed, one.echo.as_str()));
+        let each = prepared.prompts.iter().map(|one| (one.sampling.choices, one.sampling.seed, &*one.echo));
         assert_eq!(each.collect::<Vec<_>>(), [(2, 5, "hi"), (2, 5, "ho")]);
     }
     let many = r#"{"model": "tiny", "prompt": ["a", "b", "c"], "n": 3}"#;

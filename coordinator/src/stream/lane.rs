@@ -9,13 +9,13 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use baton_proto::{ApiError, ErrorCode};
+use baton_proto::ApiError;
 use tokio::time::Instant;
 
 use super::reading::{Piece, Reading};
 use crate::{
+    carry::{Attempts, Failure, Moved, Replacing, cause},
     dispatch::{Completed, Generation, NotSent, Progress},
-    place::{Attempts, Failure, Moved, Replacing},
     requests::CardGuard,
 };
 
@@ -68,7 +68,7 @@ impl Lane {
         readings: Vec<Reading>,
     ) -> Result<Self, ApiError> {
         let assignment = attempts.assignment();
-        let (prompt_tokens, deadline) = (assignment.prompt.len() as u32, assignment.deadline);
+        let (prompt_tokens, deadline) = (assignment.prompt.prompt_tokens(), assignment.deadline);
         let work = match started {
             Ok(generation) => Work::Generating(Box::new(generation)),
             Err(not_sent) => Work::Replacing(attempts.again(not_sent.into())?),
@@ -239,7 +239,7 @@ impl Lane {
         let Work::Generating(mut generation) = work else { return Err(error) };
         attempts.failed(&error, &generation);
         let readings = &mut self.readings[choices.clone()];
-        if !may_pass(&error, readings.iter().any(|reading| reading.consumed() > 0)) {
+        if !cause::may_pass(error.code, readings.iter().any(|reading| reading.consumed() > 0)) {
             return Err(error);
         }
         self.take_rest(&mut generation, choices.clone(), pieces);
@@ -275,18 +275,4 @@ fn take(
     let completed = generation.stop(choice);
     reading.finish(completed.reason, true, piece);
     Some(completed)
-}
-
-/// Whether another attempt may do better.
-fn may_pass(error: &ApiError, generated: bool) -> bool {
-    match error.code {
-        ErrorCode::InstanceLost
-        | ErrorCode::StaleEpoch
-        | ErrorCode::HandoffFailed
-        | ErrorCode::KvDamaged
-        | ErrorCode::Unavailable => true,
-        // Who has read half of an answer is not told that the house is full.
-        ErrorCode::QueueFull => generated,
-        _ => false,
-    }
 }

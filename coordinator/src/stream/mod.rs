@@ -66,22 +66,28 @@ impl Streaming {
     /// Waits for anything that is certain, and adds it to the choices' pieces, or for the end. Must not be called after
     /// the end.
     pub fn poll_step(&mut self, context: &mut Context<'_>, pieces: &mut [Piece]) -> Poll<Step> {
-        let (mut rest, mut done) = (&mut *pieces, true);
+        let (mut rest, mut end) = (&mut *pieces, Poll::Ready(Ok(())));
         for lane in &mut self.lanes {
             let (own, others) = rest.split_at_mut(lane.choices());
             rest = others;
             match lane.poll(context, &self.card, own) {
                 Poll::Ready(Ok(())) => {}
-                Poll::Ready(Err(error)) => {
-                    self.report.failed(&error);
-                    return Poll::Ready(Step::End(Err(error)));
+                Poll::Pending => end = Poll::Pending,
+                failed => {
+                    end = failed;
+                    break;
                 }
-                Poll::Pending => done = false,
             }
         }
+        // What came before a failure is given to the client, too.
         self.count();
-        if done {
-            return Poll::Ready(self.finish());
+        match end {
+            Poll::Ready(Ok(())) => return Poll::Ready(self.finish()),
+            Poll::Ready(Err(error)) => {
+                self.report.failed(&error);
+                return Poll::Ready(Step::End(Err(error)));
+            }
+            Poll::Pending => {}
         }
         if pieces.iter().all(Piece::is_empty) { Poll::Pending } else { Poll::Ready(Step::More) }
     }

@@ -5,7 +5,7 @@ use std::{collections::VecDeque, mem, sync::Arc};
 
 use crate::{
     dispatch::{Assignment, Fresh, StopReason, TokenLogprobs},
-    prepare::TextReader,
+    prepare::{PreparedPrompt, TextReader},
 };
 
 /// What reading brought of one choice since it was last written.
@@ -49,7 +49,7 @@ pub struct Reading {
     /// A token that ends the sequence is shown as any other.
     shows_end: bool,
     /// Text that comes before that of the tokens.
-    echo: String,
+    echo: Arc<str>,
     /// Most tokens of the answer.
     max_tokens: u32,
     /// The answer so far, as another instance can go on from it.
@@ -63,16 +63,17 @@ pub struct Reading {
 }
 
 impl Reading {
-    /// `shows_end`: tokens that end the sequence are shown if they have text. `echo` comes first.
-    pub fn new(reader: Box<dyn TextReader>, assignment: &Assignment, shows_end: bool, echo: &str) -> Self {
+    /// `shows_end`: tokens that end the sequence are shown if they have text.
+    pub fn new(reader: Box<dyn TextReader>, assignment: &Assignment, shows_end: bool) -> Self {
+        let PreparedPrompt { sampling, echo, .. } = &assignment.prompt;
         Self {
             reader,
-            ends_sequence: assignment.sampling.stop_token_ids.as_slice().into(),
+            ends_sequence: sampling.stop_token_ids.as_slice().into(),
             shows_end,
-            echo: echo.to_owned(),
-            max_tokens: assignment.sampling.max_tokens,
+            echo: echo.clone(),
+            max_tokens: sampling.max_tokens,
             tokens: Vec::new(),
-            scored: assignment.sampling.top_logprobs.is_some(),
+            scored: sampling.top_logprobs.is_some(),
             waiting: VecDeque::new(),
             shown: 0,
             finished: false,
@@ -166,22 +167,20 @@ mod tests {
         let body =
             br#"{"model": "tiny", "prompt": "x", "logprobs": 0, "ignore_eos": true, "stop_token_ids": [6]}"#;
         let request = parse(body).expect("is JSON");
-        let prepared = prepare(&served(), Endpoint::Text, &request, LIMITS, 1).expect("is taken");
+        let mut prepared = prepare(&served(), Endpoint::Text, &request, LIMITS, 1).expect("is taken");
         let texts = TokenTexts::new(TOKENS.map(<[u8]>::to_vec));
         let reader = Reader::new(Detokenizer::new(Arc::new(texts)), &stops);
         let assignment = Assignment {
             request: baton_proto::RequestId::adopt("r"),
             traceparent: String::new(),
-            prompt: prepared.prompts[0].tokens.clone(),
-            chains: prepared.prompts[0].chains.clone(),
+            prompt: prepared.prompts.remove(0),
             generated: Arc::default(),
-            sampling: prepared.prompts[0].sampling.clone(),
             priority: 0,
             wanted: tokio::time::Instant::now(),
             deadline: tokio::time::Instant::now(),
             in_batches: false,
         };
-        Reading::new(Box::new(reader), &assignment, false, "")
+        Reading::new(Box::new(reader), &assignment, false)
     }
 
     /// What each token brings: text, and offsets of the tokens told with it; then what the end brings.

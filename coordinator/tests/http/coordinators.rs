@@ -2,6 +2,7 @@
 //! instances report.
 
 use baton_proto::{InstanceId, v1};
+use baton_schedule::Wanted;
 use serde_json::json;
 use v1::{FinishReason, Role, attach_response::Frame as Answer};
 
@@ -13,7 +14,7 @@ const PROMPT: u64 = 18;
 /// Prompt tokens that a coordinator takes to be queued on an instance.
 fn queued(cluster: &Cluster, instance: &InstanceId) -> u64 {
     let board = &cluster.service.placer.board;
-    let trial = board.place(10, (10, 1), "r1", &[]).expect("there is a place");
+    let trial = board.book(&Wanted::new(10, 10, "r1")).expect("there is a place");
     let scored = trial.receipt.cheapest.iter().find(|scored| scored.instance == *instance);
     scored.expect("it is a candidate").standing.queued_prefill_tokens
 }

@@ -20,7 +20,7 @@ use bytes::Bytes;
 use futures::StreamExt;
 use serde_json::{Value, json};
 use tokio::{net::TcpStream, time::timeout};
-use v1::{FinishReason, attach_response::Frame as Answer};
+use v1::{FinishReason, attach_response::Frame as Answer, leg_output::End};
 
 pub(crate) async fn error_of(response: reqwest::Response) -> (u16, Value) {
     let status = response.status().as_u16();
@@ -54,6 +54,27 @@ async fn a_client_that_leaves_before_the_answer_cancels_both_legs() {
         assert_eq!((prefill.cancelled().await.leg, decode.cancelled().await.leg), (p.leg, d.leg));
         cluster.at_rest().await;
     }
+}
+
+#[tokio::test]
+async fn tokens_that_come_together_with_a_failure_are_given_and_counted() {
+    let (cluster, [mut mixed]) = Cluster::start([("m", v1::Role::Mixed)], |_| {}).await;
+    let response = cluster.chat(json!({"stream": true, "n": 2}));
+    let leg = mixed.dispatch().await.leg;
+    mixed.tokens(leg, 0, "a");
+    let response = response.await.expect("ends");
+    let tokens = b"bc".map(u32::from).to_vec();
+    let last = v1::LegOutput { leg, first_position: 1, tokens, ..Default::default() };
+    let failed = Some(End::Failed(ApiError::new(ErrorCode::Internal, "as scripted").into()));
+    let failed = v1::LegOutput { leg, choice: 1, end: failed, ..Default::default() };
+    mixed.say(Answer::Step(v1::StepOutput { legs: vec![last, failed] }));
+    let body = response.text().await.expect("the stream ends well");
+    let events = events(&body);
+    assert_eq!(chat_text(&events), "abc");
+    assert!(events.last().expect("events").contains("internal_error"), "{body}");
+    cluster.at_rest().await;
+    let metrics = cluster.get("/metrics").await.text().await.expect("is read");
+    assert!(metrics.contains("baton_coordinator_generation_tokens_total{model=\"tiny\"} 3"), "{metrics}");
 }
 
 #[tokio::test]

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use baton_proto::{KeyHash, v1};
+use baton_schedule::{Among, Wanted};
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 use v1::{FinishReason, attach_response::Frame as Answer};
@@ -135,8 +136,9 @@ async fn a_busy_instance_is_waited_for_and_the_receipt_says_how_long() {
         mixed.say(Answer::Load(load));
     };
     say(1 << 20);
-    let board = &cluster.service.placer.board;
-    until("it is known", || board.place_within(1u32, (1, 1), "r1", &[]).is_err()).await;
+    let (board, new) = (&cluster.service.placer.board, Wanted::new(1, 1, "r1"));
+    let new = Wanted { among: Among::Roomy, ..new };
+    until("it is known", || board.book(&new).is_err()).await;
     let sent = queue(&cluster, "", "waits", json!({}), 1).await;
     tokio::time::sleep(Duration::from_millis(50)).await;
     say(0);
@@ -198,8 +200,9 @@ async fn with_nobody_to_serve_it_a_request_is_503_and_with_everybody_busy_429() 
     .await;
     let load = v1::InstanceLoad { queued_prefill_tokens: 1 << 20, ..Default::default() };
     mixed.say(Answer::Load(load));
-    let board = &cluster.service.placer.board;
-    until("it is known", || board.place_within(1u32, (1, 1), "r1", &[]).is_err()).await;
+    let (board, new) = (&cluster.service.placer.board, Wanted::new(1, 1, "r1"));
+    let new = Wanted { among: Among::Roomy, ..new };
+    until("it is known", || board.book(&new).is_err()).await;
     let busy = ends(cluster.chat(json!({}))).await;
     assert_eq!(
         (busy.status().as_u16(), &busy.headers()["retry-after"]),

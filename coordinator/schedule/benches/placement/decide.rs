@@ -10,7 +10,7 @@ use std::{
 
 use baton_proto::LegId;
 use baton_schedule::{
-    Settings,
+    Settings, Wanted,
     board::{Board, Booking},
 };
 use tabled::{builder::Builder, settings::Style};
@@ -87,7 +87,8 @@ fn decisions_micros(instances: usize, decisions: u32) -> Vec<f64> {
 fn decision(board: &Arc<Board>, draws: &mut Draws) -> (Option<Booking>, Duration) {
     let prompt_tokens = (6_500.0 * (1.1 * draws.normal()).exp()).clamp(100.0, 126_000.0) as u32;
     let began = Instant::now();
-    let booked = board.place(prompt_tokens, (2_000, 1), REVISION, &[]);
+    board.arrived(REVISION);
+    let booked = board.book(&Wanted::new(prompt_tokens, 2_000, REVISION));
     let time = began.elapsed();
     (booked.ok(), time)
 }

@@ -1,10 +1,12 @@
-//! Whom a request is given to of those that it is to avoid.
+//! Whom a request is given to of those that it is to avoid, and who hands on to whom.
 
 use super::*;
-use crate::Side;
-use crate::fleet::{
-    Duty, Role,
-    testing::{ready, spec},
+use crate::{
+    Among, Side,
+    fleet::{
+        Duty, Role,
+        testing::{ready, spec},
+    },
 };
 
 const FLEET: [(&str, Role); 4] =
@@ -20,7 +22,7 @@ fn taken(there: &[&str], avoid: &[&str]) -> Vec<String> {
         board.up(&spec.id, spec.incarnation, ready(*role));
     }
     let avoid: Vec<_> = avoid.iter().map(|id| spec(id).id).collect();
-    let booking = board.place(10, (10, 1), "r1", &avoid).expect("a place");
+    let booking = board.book(&Wanted { avoid: &avoid, ..Wanted::new(10, 10, "r1") }).expect("a place");
     let (one, other) = booking.credit.pair();
     [Some(one), other].into_iter().flatten().map(ToString::to_string).collect()
 }
@@ -37,6 +39,11 @@ fn who_is_missed_for_one_role_brings_back_nobody_of_another() {
     }
 }
 
+/// Two full blocks of 16 tokens, and two tokens of which the last is computed in any case.
+fn handed_on_by(from: &InstanceId) -> Wanted<'_> {
+    Wanted { among: Among::PeersOf(from), ..Wanted::new(34, 100, "r1") }
+}
+
 /// Who goes on with what this instance hands on, which drains, where these are there too.
 fn goes_on(from: &str, there: &[&str], avoid: &[&str]) -> Result<String, NoPlace> {
     let board = Board::new(Duration::from_secs(1));
@@ -47,8 +54,7 @@ fn goes_on(from: &str, there: &[&str], avoid: &[&str]) -> Result<String, NoPlace
         board.up(&spec.id, spec.incarnation, Duty { ready: *id != from, ..ready(*role) });
     }
     let (from, avoid) = (spec(from).id, avoid.iter().map(|id| spec(id).id).collect::<Vec<_>>());
-    // Two full blocks of 16 tokens, and two tokens of which the last is computed in any case.
-    let booking = board.place_handed_on(&from, 34, (100, 1), "r1", &avoid)?;
+    let booking = board.book(&Wanted { avoid: &avoid, ..handed_on_by(&from) })?;
     assert!(booking.handed_on);
     let Placement::Apart { prefill, decode } = &booking.placement else { panic!("{:?}", booking.placement) };
     assert_eq!((&prefill.instance, prefill.role_epoch), (&from, ready(Role::Decode).epoch));
@@ -68,11 +74,29 @@ fn who_drains_hands_on_to_whoever_decodes_and_to_nobody_else() {
     let d = spec("d");
     board.list(std::slice::from_ref(&d), Instant::now());
     board.up(&d.id, d.incarnation, ready(Role::Decode));
-    assert_eq!(board.place_handed_on(&d.id, 34, (100, 1), "r1", &[]).map(drop), Err(NoPlace::NoDecode));
+    assert_eq!(board.book(&handed_on_by(&d.id)).map(drop), Err(NoPlace::NoDecode));
     // It cannot be reached.
     let m = spec("m");
     board.list(&[d.clone(), m.clone()], Instant::now());
     board.up(&m.id, m.incarnation, ready(Role::Mixed));
     board.down(&d.id, Instant::now());
-    assert!(board.place_handed_on(&d.id, 34, (100, 1), "r1", &[]).is_err());
+    assert!(board.book(&handed_on_by(&d.id)).is_err());
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_asks_for_a_place_again_and_again_has_come_once() {
+    let board = Board::new(Duration::from_secs(60));
+    let (d, p) = (spec("d"), spec("p"));
+    board.list(&[d.clone(), p.clone()], Instant::now());
+    board.up(&d.id, d.incarnation, ready(Role::Decode));
+    board.up(&p.id, p.incarnation, ready(Role::Prefill));
+    board.load(&p.id, Load { queued_prefill_tokens: 1_000_000, ..Load::default() });
+    let waiting = || board.state.lock().view.model("r1").map(|model| model.classes[0].waiting(16.0));
+    tokio::time::advance(Duration::from_secs(30)).await;
+    let roomy = Wanted { among: Among::Roomy, ..Wanted::new(10, 10, "r1") };
+    (0..10).for_each(|_| assert_eq!(board.book(&roomy).map(drop), Err(NoPlace::Busy)));
+    assert_eq!(waiting(), Some(0.0));
+    // Prefill is found busy: a share of 1 - 1/e counts after as long as that share is of.
+    board.arrived("r1");
+    assert!(waiting().is_some_and(|many| (1.7..1.8).contains(&many)), "{:?}", waiting());
 }

@@ -6,7 +6,7 @@ use baton_proto::InstanceId;
 use tokio::time::{Instant, advance};
 
 use crate::{
-    NoPlace, Placement, Receipt, Settings, Side, Targets,
+    Among, NoPlace, Placement, Receipt, Settings, Side, Targets, Wanted,
     board::Board,
     fleet::{
         Load, Role, Spec, Timed,
@@ -50,8 +50,13 @@ fn spec_of(id: &str) -> Spec {
 }
 
 fn placed(board: &Arc<Board>, prompt_tokens: u32) -> Result<(Placement, Receipt), NoPlace> {
-    let booking = board.place(prompt_tokens, (64, 1), "r1", &[])?;
+    let booking = board.book(&Wanted::new(prompt_tokens, 64, "r1"))?;
     Ok((booking.placement, booking.receipt))
+}
+
+/// One that is new.
+fn roomy(prompt_tokens: u32, max_tokens: u32) -> Wanted<'static> {
+    Wanted { among: Among::Roomy, ..Wanted::new(prompt_tokens, max_tokens, "r1") }
 }
 
 /// The instances that were chosen.
@@ -157,13 +162,13 @@ async fn a_pair_whose_handoffs_fail_is_passed_by() {
         [("p0", Role::Prefill, queued(0)), ("p1", Role::Prefill, queued(0)), ("d", Role::Decode, running(0))];
     let board = board(PLAIN, &fleet);
     let other = |first: &str| if first == "p0" { "p1" } else { "p0" };
-    let booking = board.place(10, (64, 1), "r1", &[]).expect("a place");
+    let booking = board.book(&Wanted::new(10, 64, "r1")).expect("a place");
     let first = booking.credit.instance(Side::Prefill).to_string();
     booking.credit.handed_over(None);
     drop(booking);
     assert!((0..4).all(|_| chosen(&board, 10)[0] == other(&first)));
     let avoid = [InstanceId::new(other(&first)).expect("a good id")];
-    let left = board.place(10, (64, 1), "r1", &avoid).expect("a place");
+    let left = board.book(&Wanted { avoid: &avoid, ..Wanted::new(10, 64, "r1") }).expect("a place");
     assert_eq!(left.credit.instance(Side::Prefill).as_str(), first, "it is taken where nobody else is");
 }
 
@@ -172,7 +177,7 @@ async fn a_new_request_waits_while_nobody_has_room_and_then_goes_to_the_best() {
     let settings = Settings { room: Duration::from_secs(1), ..PLAIN };
     let within = |instances: &[(&str, Role, Load)], max_tokens| {
         let board = board(settings, instances);
-        let booked = board.place_within(200u32, (max_tokens, 1), "r1", &[]);
+        let booked = board.book(&roomy(200, max_tokens));
         // Others that look for another place do not wait.
         assert!(matches!(booked, Ok(_) | Err(NoPlace::Busy | NoPlace::NoDecode)));
         assert!(booked.is_ok() || max_tokens == 1 || instances.len() < 2 || placed(&board, 200).is_ok());
@@ -201,7 +206,7 @@ async fn a_new_request_waits_while_decode_has_no_blocks_for_long() {
     // Blocks of an answer are given back within 1.8 s: 64 steps of 28 ms. Of 17 a request, four may be ahead.
     let mut bookings = Vec::new();
     let refused = loop {
-        match board.place_within(200u32, (64, 1), "r1", &[]) {
+        match board.book(&roomy(200, 64)) {
             Ok(booking) => bookings.push(booking),
             Err(refused) => break refused,
         }
@@ -211,10 +216,10 @@ async fn a_new_request_waits_while_decode_has_no_blocks_for_long() {
     assert!((2..=6).contains(&bookings.len()), "{}", bookings.len());
     // Neither who looks for another place waits, nor who needs no decode.
     placed(&board, 200).expect("a place");
-    board.place_within(200u32, (1, 1), "r1", &[]).expect("a place");
+    board.book(&roomy(200, 1)).expect("a place");
     // Room for one as soon as one has gone.
     bookings.pop();
-    board.place_within(200u32, (64, 1), "r1", &[]).expect("a place");
+    board.book(&roomy(200, 64)).expect("a place");
 }
 
 #[tokio::test(start_paused = true)]
@@ -224,7 +229,7 @@ async fn a_request_that_wants_more_blocks_than_there_are_waits_only_for_those_th
     // 20 tokens and eight answers of 64: 34 blocks of which it begins with nine; of 16 answers, 65 and 17.
     let within = |free, choices| {
         let board = board(settings, &[("p", Role::Prefill, queued(0)), ("d", Role::Decode, load(free))]);
-        board.place_within(20u32, (64, choices), "r1", &[]).map(drop)
+        board.book(&Wanted { choices, ..roomy(20, 64) }).map(drop)
     };
     assert_eq!(within(10, 8), Ok(()));
     assert_eq!(within(10, 16), Ok(()));
@@ -238,7 +243,7 @@ async fn a_new_request_waits_while_a_mixed_instance_has_no_blocks_for_its_prompt
     let within = |kv_blocks_free, prompt_tokens: u32| {
         let load = Load { kv_blocks_total: 400, kv_blocks_free, ..running(2) };
         let board = board(settings, &[("m", Role::Mixed, load)]);
-        board.place_within(prompt_tokens, (64, 1), "r1", &[]).map(drop)
+        board.book(&roomy(prompt_tokens, 64)).map(drop)
     };
     assert_eq!(within(0, 100), Ok(()), "some are given back within the second");
     assert_eq!(within(0, 6000), Err(NoPlace::Busy));

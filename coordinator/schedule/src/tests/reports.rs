@@ -74,7 +74,7 @@ proptest! {
         let mut ledger = Ledger::default();
         let work = Work { prefill_tokens: prompt_tokens, sequences: 1, blocks: max_tokens, ..Work::default() };
         ledger.credit(&InstanceId::new("i0").expect("a good id"), work);
-        let ask = Ask { max_tokens: max_tokens as u32, ..ask(prompt_tokens as u32) };
+        let ask = ask_for(Wanted::new(prompt_tokens as u32, max_tokens as u32, "r1"));
         let placed = placed(&fleet, &ledger, &ask);
         prop_assert!(placed.is_ok() || matches!(placed, Err(NoPlace::TooLarge(_) | NoPlace::NoPrefill | NoPlace::NoDecode)));
     }

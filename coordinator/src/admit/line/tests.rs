@@ -13,9 +13,10 @@ use baton_schedule::{
 use super::*;
 use crate::{
     admit::{Gate, RETRY_AFTER},
-    carry::Breakers,
+    fleet::keeper::Links,
     metrics::Metrics,
     models::Models,
+    place::tests::placer,
     prepare::{
         Endpoint, parse, prepare,
         tests::{LIMITS, served},
@@ -41,21 +42,9 @@ fn house(max_concurrent: usize, max_queued: usize) -> House {
     let only = spec("a");
     board.list(std::slice::from_ref(&only), Instant::now());
     board.up(&only.id, only.incarnation, ready(Role::Mixed));
-    let (breakers, patience) = (Arc::new(Breakers::new(&metrics)), Duration::from_secs(5));
-    let (links, handoffs) = (Arc::default(), Arc::default());
-    let (carry_patience, move_after) = (patience, patience);
-    let placer = Placer {
-        board,
-        links,
-        handoffs,
-        metrics: metrics.clone(),
-        breakers,
-        placement_timeout: patience,
-        carry_patience,
-        move_after,
-    };
     let model = models.iter().next().expect("a model").clone();
-    House { gate: Gate::new(&limits, 2, 2, &metrics), model, placer: Arc::new(placer), metrics }
+    let placer = Arc::new(placer(board, Links::default()));
+    House { gate: Gate::new(&limits, 2, 2, &metrics), model, placer, metrics }
 }
 
 impl House {

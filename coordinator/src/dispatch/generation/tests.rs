@@ -3,6 +3,7 @@
 use super::*;
 use crate::dispatch::LegEnd;
 use baton_schedule::{
+    Wanted,
     board::Board,
     fleet::{
         Role,
@@ -17,7 +18,7 @@ fn generation(deadline: Duration, handoffs: &Arc<Handoffs>) -> Generation {
     board.list(&[d.clone(), p.clone()], Instant::now());
     board.up(&d.id, d.incarnation, ready(Role::Decode));
     board.up(&p.id, p.incarnation, ready(Role::Prefill));
-    let booking = board.place(10, (10, 1), "r1", &[]).expect("a place");
+    let booking = board.book(&Wanted::new(10, 10, "r1")).expect("a place");
     Generation {
         choices: vec![Choice { machine: Machine::apart(10), wait: None }],
         legs: Legs::default(),

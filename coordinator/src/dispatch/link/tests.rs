@@ -3,7 +3,7 @@
 use std::task::{Context, Waker};
 
 use baton_schedule::{
-    Side,
+    Side, Wanted,
     board::Booking,
     fleet::{
         Role,
@@ -47,7 +47,7 @@ struct Sent {
 }
 
 fn send(board: &Arc<Board>, link: &Arc<Link>) -> Sent {
-    let mut booking = board.place(10, (10, 1), "r1", &[]).expect("a place");
+    let mut booking = board.book(&Wanted::new(10, 10, "r1")).expect("a place");
     let mailbox = Arc::new(Mailbox::new(1, false));
     let dispatch = v1::Dispatch::default();
     let guard = link.dispatch(Side::Whole, &mailbox, &mut booking.credit, dispatch).expect("it is up");

@@ -6,7 +6,7 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use baton_proto::{GroupName, Incarnation, InstanceId, LegId, RoleEpoch, Sieve};
 use baton_schedule::{
-    NoPlace, Placement, Prompt, Seat, Settings, Side,
+    Among, NoPlace, Placement, Prompt, Seat, Settings, Side, Wanted,
     board::{Board, Credit, LegNews},
     caches::Feed,
     chains::{Chain, Dialect},
@@ -209,6 +209,7 @@ impl Production {
             work: tokens.into(),
         };
         let chains = [Chain { dialect: self.dialect, keys }];
+        self.board.arrived(REVISION);
         self.waiting.push(wish, Waiting { index: sight.index, tokens, chains }, Instant::now());
     }
 
@@ -221,7 +222,8 @@ impl Production {
         let board = &self.board;
         let fits = |waiting: &Waiting| {
             let prompt = Prompt { tokens: waiting.tokens, chains: &waiting.chains };
-            match board.place_within(prompt, (MAX_TOKENS, 1), REVISION, &[]) {
+            let new = Wanted::new(prompt, MAX_TOKENS, REVISION);
+            match board.book(&Wanted { among: Among::Roomy, ..new }) {
                 Ok(booked) => Some(booked),
                 Err(NoPlace::Busy) => None,
                 Err(error) => panic!("both roles are there, and no prompt is too long: {error}"),

@@ -1,0 +1,228 @@
+//! How a request goes on elsewhere when the instance that has it fails, is lost, refuses it or drains.
+//!
+//! Each prompt of a request has [`Attempts`], and so has each of its choices that goes on alone; [`crate::stream`] says what
+//! became of one and is given the next, or nothing if there have been too many. Another attempt goes on from the tokens
+//! that are there.
+
+use std::{sync::Arc, time::Duration};
+
+use baton_proto::{ApiError, ErrorCode, InstanceId};
+use baton_schedule::Among;
+use futures::{FutureExt, future::BoxFuture};
+use tokio::time::{Instant, timeout_at};
+
+use super::{Attempt, cause};
+use crate::{
+    dispatch::{Assignment, Generation, NotSent},
+    metrics::{MigrationLabels, ModelLabel},
+    models::Model,
+    place::Placer,
+    requests::Placing,
+};
+
+/// How many attempts in a row may fail without a token before the failure is told.
+const FRUITLESS_MOST: u32 = 2;
+/// How many may be lost with their instances without a token, counted by themselves: instances die one after the other, and
+/// a coordinator that was cut off loses all of them.
+const LOST_MOST: u32 = 4;
+/// How many may fail in all: a request may be what kills the instances that it is placed on.
+const FAILURES_MOST: u32 = 8;
+/// Before a request is given to others: one instance may say that another is lost before this coordinator notices. Twice as
+/// long after each that was lost in a row.
+const PAUSE: Duration = Duration::from_millis(50);
+/// Before one that was refused is; twice as long each time.
+const PAUSE_LEAST: Duration = Duration::from_millis(5);
+const PAUSE_MOST: Duration = Duration::from_secs(1);
+
+/// A request on its way to another place.
+pub type Replacing = BoxFuture<'static, Result<(Generation, Placing), ApiError>>;
+
+/// Why a request leaves the place it has.
+#[derive(Debug, Clone)]
+pub struct Failure {
+    pub error: ApiError,
+    /// Who failed it, if that is known: others are asked first.
+    pub culprit: Option<InstanceId>,
+    /// That attempt has brought a token.
+    pub begun: bool,
+}
+
+impl From<NotSent> for Failure {
+    /// It was never begun there.
+    fn from(NotSent { instance, error }: NotSent) -> Self {
+        Self { error, culprit: Some(instance), begun: false }
+    }
+}
+
+/// A request that others have been given.
+pub struct Moved {
+    pub generation: Generation,
+    pub placing: Placing,
+    /// Whoever had it is asked for its cache.
+    pub handed_on: bool,
+}
+
+/// What it takes to give a request to others, and where it is told how its attempts go.
+#[derive(Clone)]
+pub struct Attempts {
+    placer: Arc<Placer>,
+    model: Arc<Model>,
+    assignment: Assignment,
+    /// Attempts that failed, and those since the last that brought a token: by a fault, or with an instance.
+    failed: u32,
+    fruitless: u32,
+    lost: u32,
+    /// Refusals since the last attempt.
+    refused: u32,
+}
+
+impl Attempts {
+    /// `assignment` has been given to a first place.
+    pub fn new(placer: Arc<Placer>, model: Arc<Model>, assignment: Assignment) -> Self {
+        model.budget.lock().request();
+        Self { placer, model, assignment, failed: 0, fruitless: 0, lost: 0, refused: 0 }
+    }
+
+    /// What they are to do.
+    pub fn assignment(&self) -> &Assignment {
+        &self.assignment
+    }
+
+    /// Takes note of who has brought the first token of an attempt.
+    pub fn served(&self, generation: &mut Generation) {
+        let (placed, now) = (generation.placed(), Instant::now());
+        let instances = generation.take_served();
+        instances.for_each(|instance| self.placer.breakers.success(instance, placed, now));
+    }
+
+    /// An attempt has failed.
+    pub fn failed(&self, error: &ApiError, generation: &Generation) {
+        if let Some(culprit) = generation.culprit().filter(|_| cause::is_fault(error.code)) {
+            let attempt = Attempt { placed: generation.placed(), pair: generation.pair() };
+            self.placer.breakers.fault(attempt, culprit, error, Instant::now());
+        }
+    }
+
+    /// Whether an answer that has so many tokens is expected to take so long yet on an instance which drains that it had
+    /// better go on elsewhere.
+    pub fn is_worth_moving(&self, instance: &InstanceId, tokens: u32) -> bool {
+        let most = self.assignment.prompt.sampling.max_tokens;
+        self.placer.board.left(instance, tokens, most) > self.placer.move_after
+    }
+
+    /// Gives it to others, if any can take it at once. `from`, if it has the cache of all of it, is to hand that on: others
+    /// would compute it again, but for what they have of the prompt. It may refuse, and by then nobody works at it; so it is
+    /// asked only where there are others. What it refuses goes on like what anybody does.
+    pub fn elsewhere(&self, from: Option<&InstanceId>) -> Option<Moved> {
+        let Self { placer, model, assignment, .. } = self;
+        let served = &model.served;
+        let begin = |among| {
+            let booked = placer.book(served, assignment.whole(), &[], among).ok()?;
+            let drains = ApiError::new(ErrorCode::Unavailable, "the instance that generates drains");
+            let placing = Placing::new(&booked.booking, Some(drains), Duration::ZERO);
+            let handed_on = booked.booking.handed_on;
+            let generation = placer.start(booked, assignment.clone()).ok()?;
+            Some(Moved { generation, placing, handed_on })
+        };
+        let from = from.filter(|_| placer.board.can_serve(&served.revision).is_ok());
+        let begun = from.and_then(|from| begin(Among::PeersOf(from)));
+        begun.or_else(|| begin(Among::All))
+    }
+
+    /// Takes note that it goes on elsewhere.
+    pub fn moved(&self, handed_on: bool) {
+        let Self { placer, model, assignment, .. } = self;
+        let (request, generated) = (&assignment.request, assignment.generated.len());
+        tracing::info!(%request, generated, handed_on, "the request leaves an instance that drains");
+        self.count_migration(ErrorCode::Unavailable);
+        if handed_on && generated > 0 {
+            placer.metrics.hand_ons.get_or_create(&ModelLabel { model: model.served.name.clone() }).inc();
+        }
+    }
+
+    /// For one of the choices alone, which goes on from these tokens.
+    #[must_use]
+    pub fn of_choice(&self, choice: u32, generated: &[u32]) -> Self {
+        let mut own = self.clone();
+        let sampling = &mut own.assignment.prompt.sampling;
+        (sampling.seed, sampling.choices) = (sampling.seed.wrapping_add(choice.into()), 1);
+        own.assignment.generated = generated.into();
+        own
+    }
+
+    /// Gives the request to others after a failure, as soon as an instance can take it; the error is the answer if none
+    /// can within the time, or if the model's budget for instances' faults is spent. A pause comes first, which ends when
+    /// the fleet changes; a refusal costs no more than that.
+    pub fn again(&mut self, failure: Failure) -> Result<Replacing, ApiError> {
+        let code = failure.error.code;
+        let pause = if cause::is_refusal(code) && !failure.begun {
+            self.refused += 1;
+            PAUSE_LEAST.saturating_mul(1 << self.refused.min(16)).min(PAUSE_MOST)
+        } else {
+            self.refused = 0;
+            self.failed += 1;
+            match (failure.begun, cause::is_loss(code)) {
+                (true, _) => (self.fruitless, self.lost) = (0, 0),
+                (false, true) => self.lost += 1,
+                (false, false) => self.fruitless += 1,
+            }
+            let too_many = self.fruitless >= FRUITLESS_MOST || self.lost >= LOST_MOST;
+            if self.failed >= FAILURES_MOST || too_many {
+                return Err(failure.error);
+            }
+            PAUSE * (1 << self.lost.saturating_sub(1))
+        };
+        if self.assignment.deadline <= Instant::now() {
+            return Err(failure.error);
+        }
+        if cause::is_fault(code) && !self.model.budget.lock().take(Instant::now()) {
+            let of = self.model.counts.label.clone();
+            self.placer.metrics.not_placed_again.get_or_create(&of).inc();
+            return Err(failure.error);
+        }
+        Ok(self.clone().go_on(failure, pause).boxed())
+    }
+
+    /// Gives it to others, after a pause or the next change of the fleet.
+    async fn go_on(self, failure: Failure, mut pause: Duration) -> Result<(Generation, Placing), ApiError> {
+        let Self { placer, model, assignment, .. } = &self;
+        let Failure { mut error, culprit, .. } = failure;
+        // Who failed it, and then who could not be asked.
+        let mut avoid: Vec<InstanceId> = culprit.into_iter().collect();
+        let deadline = (Instant::now() + placer.carry_patience + pause).min(assignment.deadline);
+        let mut changes = placer.board.changes();
+        loop {
+            let _ = timeout_at(deadline.min(Instant::now() + pause), changes.changed()).await;
+            let booked = placer.book_by(deadline, &model.served, assignment.whole(), &avoid).await;
+            let Ok(booked) = booked else { return Err(error) };
+            let placing = Placing::new(&booked.booking, Some(error.clone()), Duration::ZERO);
+            match placer.start(booked, assignment.clone()) {
+                Ok(generation) => {
+                    let (request, generated) = (&assignment.request, assignment.generated.len());
+                    tracing::info!(%request, generated, %error, "the request goes on elsewhere");
+                    self.count_migration(error.code);
+                    return Ok((generation, placing));
+                }
+                // It has just left, or takes nothing in at the moment.
+                Err(NotSent { instance, error: refused }) if Instant::now() < deadline => {
+                    if !avoid.contains(&instance) {
+                        avoid.push(instance);
+                    }
+                    (error, pause) = (refused, PAUSE_LEAST * 2);
+                }
+                Err(NotSent { error: refused, .. }) => return Err(refused),
+            }
+        }
+    }
+
+    /// An answer goes on elsewhere, if it has begun.
+    fn count_migration(&self, reason: ErrorCode) {
+        if !self.assignment.generated.is_empty() {
+            let (reason, model) = (reason.name(), self.model.served.name.clone());
+            self.placer.metrics.migrations.get_or_create(&MigrationLabels { reason, model }).inc();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,102 @@
+//! Requests that look for another place, over a board and links that the tests set up.
+
+use baton_proto::RequestId;
+use baton_schedule::{
+    board::Board,
+    fleet::{
+        Load, Role,
+        testing::{ready, spec},
+    },
+};
+
+use super::*;
+use crate::{
+    config::LimitsConfig,
+    dispatch::standing,
+    fleet::keeper::Links,
+    metrics::Metrics,
+    models::Models,
+    place::{Booked, tests::placer},
+    prepare::{
+        Endpoint, parse, prepare,
+        tests::{LIMITS, served},
+    },
+};
+
+/// Two instances that serve everything, of which `a` is idle and `b` busy, and nobody's stream stands but those of `links`.
+struct Two {
+    placer: Arc<Placer>,
+    model: Arc<Model>,
+    assignment: Assignment,
+}
+
+fn two(links: Links) -> Two {
+    let board = Board::new(Duration::from_secs(60));
+    let (a, b) = (spec("a"), spec("b"));
+    board.list(&[a.clone(), b.clone()], Instant::now());
+    for spec in [&a, &b] {
+        board.up(&spec.id, spec.incarnation, ready(Role::Mixed));
+    }
+    board.load(&b.id, Load { queued_prefill_tokens: 100_000, ..Load::default() });
+    let placer = Arc::new(placer(board, links));
+    let models = Models::new(vec![served()], &LimitsConfig::default(), &placer.metrics).expect("one model");
+    let model = models.iter().next().expect("a model").clone();
+    let request = parse(br#"{"model": "tiny", "prompt": "hi"}"#).expect("is JSON");
+    let mut prepared = prepare(&model.served, Endpoint::Text, &request, LIMITS, 1).expect("is good");
+    let assignment = Assignment {
+        request: RequestId::adopt("r"),
+        traceparent: String::new(),
+        prompt: prepared.prompts.remove(0),
+        generated: Arc::default(),
+        priority: 0,
+        wanted: Instant::now(),
+        deadline: Instant::now() + Duration::from_secs(600),
+        in_batches: false,
+    };
+    Two { placer, model, assignment }
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_cannot_be_asked_is_not_asked_again_and_costs_no_attempt() {
+    let metrics = baton_process::Metrics::new("coordinator").register(Metrics::register);
+    let id = spec("b").id;
+    let (link, _frames) = standing(id.clone(), metrics);
+    let Two { placer, model, assignment } = two(Links::of([(id.clone(), link)]));
+    let booked = placer.book(&model.served, assignment.whole(), &[], Among::All);
+    let refused = placer.start(booked.expect("a place"), assignment.clone()).err().expect("it has no stream");
+    assert_eq!((refused.instance.as_str(), refused.error.code), ("a", ErrorCode::Unavailable));
+
+    let mut attempts = Attempts::new(placer.clone(), model.clone(), assignment.clone());
+    for _ in 0..2 * FAILURES_MOST {
+        assert!(attempts.again(refused.clone().into()).is_ok(), "nothing was tried");
+    }
+    // Whoever comes without a word of who refused it finds out by itself.
+    let mut attempts = Attempts::new(placer, model, assignment);
+    let failure = Failure { culprit: None, ..refused.into() };
+    let began = Instant::now();
+    let placed = attempts.again(failure).expect("a refusal").await;
+    let (generation, _) = placed.expect("the other one takes it");
+    assert!(began.elapsed() < Duration::from_millis(100), "{:?}", began.elapsed());
+    drop(generation);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_that_is_not_sent_leaves_the_trial_to_the_next() {
+    let a = spec("a").id;
+    let (link, _frames) =
+        standing(a.clone(), baton_process::Metrics::new("coordinator").register(Metrics::register));
+    for (links, sent) in [(Links::default(), false), (Links::of([(a.clone(), link)]), true)] {
+        let Two { placer, model, assignment } = two(links);
+        placer.breakers.stuck(&a, Instant::now());
+        tokio::time::advance(Duration::from_secs(1)).await;
+        let book = || placer.book(&model.served, assignment.whole(), &[], Among::All).expect("a place");
+        let on = |booked: &Booked| booked.booking.credit.pair().0.to_string();
+        let (trial, next) = (book(), book());
+        assert_eq!([on(&trial), on(&next)], ["a", "b"], "one is let through");
+        drop((trial, next));
+        let trial = book();
+        assert_eq!(on(&trial), "a", "the first was not sent");
+        assert_eq!(placer.start(trial, assignment.clone()).is_ok(), sent);
+        assert_eq!(on(&book()), if sent { "b" } else { "a" });
+    }
+}
