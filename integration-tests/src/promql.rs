@@ -42,7 +42,7 @@ pub fn is_metric(word: &str) -> bool {
     const OF_SERVICES: [&str; 5] =
         ["baton_controller_", "baton_coordinator_", "baton_server_", "baton_tls_", "process_"];
     let own = |prefix: &&str| word.strip_prefix(*prefix).is_some_and(|own| !own.is_empty());
-    matches!(word, "up" | "ALERTS" | "baton_ready") || OF_SERVICES.iter().any(|prefix| own(&prefix))
+    matches!(word, "up" | "ALERTS" | "baton_ready") || OF_SERVICES.iter().any(own)
 }
 
 /// The expression with nothing between its quotes.

@@ -176,7 +176,7 @@ impl Prometheus {
         let prometheus = Self { url: format!("http://{at}/api/v1"), _dir: dir, _process: process };
         eventually("a Prometheus that scrapes all", || async {
             let up = prometheus.query("sum(up)").await?.ok()?;
-            (up[0]["value"][1] == fleet.observed.len().to_string()).then_some(())
+            (up[0]["value"][1].as_str()?.parse() == Ok(fleet.observed.len())).then_some(())
         })
         .await;
         prometheus

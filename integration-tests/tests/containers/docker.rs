@@ -13,6 +13,8 @@ use tempfile::TempDir;
 
 /// Nothing else of the machine is to have it.
 pub(crate) const NETWORK: &str = "10.97.0";
+/// As whom images run.
+const USER: u32 = 65532;
 const READY_WITHIN: Duration = Duration::from_secs(60);
 
 pub(crate) struct Docker {
@@ -34,7 +36,7 @@ impl Docker {
             .stdout(log.try_clone().expect("a file can be shared"))
             .stderr(log)
             .spawn()
-            .expect("dockerd starts: ./deploy/run test installs it");
+            .expect("dockerd starts: ./deploy/run test-containers installs it");
         let docker = Self { daemon, dir };
         let begun = Instant::now();
         while !docker.try_run(&["version"]).status.success() {
@@ -121,12 +123,15 @@ impl Container {
         let address = self.address();
         let mut run = vec!["run", "--detach", "--name", &self.name, "--network", "baton", "--ip", &address];
         run.extend(["--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"]);
+        let mut mounts: Vec<String> =
+            reads.iter().map(|(here, there)| format!("{}:{there}:ro", here.display())).collect();
         // etcd writes; the others have no folder for it.
         if self.image == "baton-etcd" {
-            run.extend(["--tmpfs", "/var/lib/etcd:mode=700,uid=65532"]);
+            let data = docker.dir.path().join(&self.name);
+            std::fs::create_dir(&data).expect("a folder");
+            std::os::unix::fs::chown(&data, Some(USER), Some(USER)).expect("root may");
+            mounts.push(format!("{}:/var/lib/etcd", data.display()));
         }
-        let mounts: Vec<String> =
-            reads.iter().map(|(here, there)| format!("{}:{there}:ro", here.display())).collect();
         mounts.iter().for_each(|mount| run.extend(["--volume", mount]));
         let image = format!("{}:test", self.image);
         run.push(&image);

@@ -233,8 +233,8 @@ fn metrics_listen(asked: Option<&Listen>, index: usize) -> Result<String, UpErro
 
 /// Whether clients are to be served by TLS.
 pub(super) fn is_https(set: &[String]) -> bool {
-    let files = set.iter().filter_map(|text| text.strip_prefix("coordinator.https.cert_file="));
-    files.last().is_some_and(|file| !file.is_empty())
+    let mut files = set.iter().filter_map(|text| text.strip_prefix("coordinator.https.cert_file="));
+    files.next_back().is_some_and(|file| !file.is_empty())
 }
 
 /// Instances of a group work together, so that each of several models has one of its own, called after it as far as a
