@@ -41,6 +41,8 @@ pub struct Report {
     /// How long the first token, and each later one on average, may take.
     targets: (Duration, Duration),
     told: bool,
+    /// What it does now, in traces, and what it has done.
+    stage: &'static str,
     stages: Stages,
     /// Open for as long as the request lives.
     span: Span,
@@ -59,14 +61,15 @@ impl Report {
             tokens: 0,
             targets: (Duration::MAX, Duration::MAX),
             told: false,
+            stage: "read_body",
             stages: Stages::begin(&span, arrived.into_std()),
             span,
         }
     }
 
-    /// In traces, what the request did since the last of these, or since it came, has this name.
-    pub fn passed(&mut self, stage: &'static str) {
-        self.stages.passed_now(stage);
+    /// In traces, what the request does from now on has this name, until the next of these, or its end.
+    pub fn enters(&mut self, stage: &'static str) {
+        self.stages.passed_now(std::mem::replace(&mut self.stage, stage));
     }
 
     /// It came with a key, and is within what that may.
@@ -108,7 +111,7 @@ impl Report {
     pub fn tokens(&mut self, tokens: u32, now: Instant) {
         self.call.generated(tokens - self.tokens);
         if self.first_token.is_none() {
-            self.stages.passed("first_token", now.into_std());
+            self.stages.passed(std::mem::replace(&mut self.stage, "stream"), now.into_std());
         }
         if let Some(counts) = &self.counts {
             if self.first_token.is_none() {
@@ -137,7 +140,6 @@ impl Report {
             }
             counts.in_time.inc_by(in_time.into());
         }
-        self.passed("stream");
         self.tell("200", false);
         let _entered = self.span.enter();
         tracing::debug!(?usage, seconds = self.arrived.elapsed().as_secs_f64(), "answered");
@@ -156,6 +158,7 @@ impl Report {
 
     fn tell(&mut self, code: &str, failed: bool) {
         if !std::mem::replace(&mut self.told, true) {
+            self.stages.passed_now(self.stage);
             self.metrics.ended.inc();
             self.metrics.failed.inc_by(u64::from(failed));
             let model = self.counts.as_ref().map(|counts| counts.label.model.clone()).unwrap_or_default();

@@ -89,7 +89,7 @@ impl Service {
         let result = async {
             let (Addressed { model, prepared }, ticket) =
                 self.prepare(&tenant, endpoint, body, ticket).await?;
-            report.passed("tokenise");
+            report.enters("queue");
             report.of_model(&model.counts);
             let (prepared, place) = prepared?;
             report.charge(&prepared)?;
@@ -109,7 +109,7 @@ impl Service {
         .await;
         let (model, admission) = result.inspect_err(|error| report.failed(error))?;
         let Admission { permit, prepared, bookings, waited } = admission;
-        report.passed("queue");
+        report.enters("place");
         report.admitted(prepared.prompt_tokens());
         let admitted = Admitted { tenant, model, prepared, permit, traceparent, card, report };
         let placed = self.book(admitted, bookings, waited).await?;
@@ -187,7 +187,7 @@ impl Service {
         };
         match booked {
             Ok(bookings) => {
-                admitted.report.passed("place");
+                admitted.report.enters("dispatch");
                 let placing = |booked: &Booked| Placing::new(&booked.booking, None, waited);
                 bookings.iter().for_each(|booked| admitted.card.placed(placing(booked)));
                 Ok(Placed { admitted, bookings })
@@ -214,7 +214,7 @@ impl Service {
             let lane = self.lane((&model, &prepared, prompt), booked, priority, &traceparent, &card);
             lanes.push(lane.inspect_err(|error| report.failed(error))?);
         }
-        report.passed("dispatch");
+        report.enters("first_token");
         report.dispatched(prepared.prompt_tokens());
         Ok(Streaming::new((model, prepared.shape), lanes, report, card, permit))
     }

@@ -1,8 +1,9 @@
 """Load by the official OpenAI client over HTTPS, which goes on until its standard input closes.
 
 Arguments: base URLs of the coordinators with commas between, model, who signs their certificates, API key. Every answer has to
-be that of the beginning, when nothing was disturbed. What a coordinator that dies was at is sent again, to another, as whoever
-stands before several coordinators does; whatever else fails is a failure. Prints one JSON object at the end.
+be that of the beginning, when nothing was disturbed. What a coordinator that dies was at, or that says it ends, is sent again,
+to another, as whoever stands before several coordinators does; whatever else fails is a failure. Prints one JSON object at the
+end.
 """
 
 import json
@@ -18,6 +19,8 @@ URLS, MODEL, CA, KEY = sys.argv[1].split(","), *sys.argv[2:]
 CLIENTS = 6
 # In a row, for one request, of which each may meet another fault.
 ATTEMPTS = 5
+# What a coordinator says that ends, and no other.
+ENDS = "this coordinator is shutting down"
 PROMPTS = [
     "Write a story about a lighthouse keeper who finds a letter.",
     "Explain how bread rises.",
@@ -29,7 +32,7 @@ SAMPLING = [{"temperature": 0}, {"temperature": 0.8, "seed": 7, "top_p": 0.9}]
 
 context = ssl.create_default_context(cafile=CA)
 lock, stop = threading.Lock(), threading.Event()
-told = {"requests": 0, "again": 0, "failed": [], "wrong": [], "longest_pause_s": 0.0, "longest_s": 0.0}
+told = {"ended": 0, "requests": 0, "again": 0, "failed": [], "wrong": [], "longest_pause_s": 0.0, "longest_s": 0.0}
 
 
 def clients():
@@ -51,7 +54,8 @@ def ask(client, prompt, sampling):
         usage = chunk.usage or usage
     if usage is None:
         raise httpx.RemoteProtocolError("the stream ended before its usage")
-    assert usage.completion_tokens == 96, usage
+    if usage.completion_tokens != 96:
+        raise ValueError(f"{usage.completion_tokens} tokens instead of 96")
     return text, pause
 
 
@@ -72,10 +76,9 @@ def work(number, wanted):
             except (openai.APIConnectionError, httpx.TransportError) as error:
                 # The coordinator is gone, or about to be: another has it.
                 troubles.append(f"{type(error).__name__}: {error.__cause__ or error}")
-            except openai.APIStatusError as error:
-                troubles.append(f"{error.status_code}: {error.message}")
-                # One that ends says so; so does one that has just begun.
-                if error.status_code != 503:
+            except Exception as error:  # An error in a stream, a refusal, a wrong count: none of them may be.
+                troubles.append(f"{type(error).__name__}: {error}")
+                if ENDS not in str(error):
                     pause, text = 0.0, None
                     break
             if len(troubles) == ATTEMPTS:
@@ -93,6 +96,8 @@ def work(number, wanted):
             elif text != wanted[p, s]:
                 told["wrong"].append([p, s, text, wanted[p, s]])
         at += 1
+    with lock:
+        told["ended"] += 1
 
 
 wanted = expected()

@@ -118,6 +118,16 @@ fn every_command_of_the_runbook_can_be_given() {
 }
 
 #[test]
+fn every_file_that_the_runbook_names_is_there() {
+    let code = code(&text("RUNBOOK.md"));
+    let files: BTreeSet<_> = code.iter().filter(|code| code.starts_with("deploy/")).collect();
+    assert!(!files.is_empty());
+    for file in files {
+        assert!(folder().join("..").join(file).exists(), "{file}");
+    }
+}
+
+#[test]
 fn every_key_that_the_runbook_names_is_one() {
     let keys = [
         reference::<baton_controller::ControllerConfig>(),

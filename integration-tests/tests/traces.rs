@@ -24,6 +24,9 @@ const UNTIL_FIRST_TOKEN: [&str; 6] = ["read_body", "tokenise", "queue", "place",
 /// From a span's end until the collector shows it, the exporter's and its own batches included.
 const SHOWN_BY: Duration = Duration::from_secs(30);
 
+/// Of the time that the client saw: to connect, and until its own task runs again, on a busy machine.
+const NOT_TOLD_MOST: Duration = Duration::from_millis(500);
+
 /// A collector that prints what it receives.
 struct Collector {
     _process: Service,
@@ -147,7 +150,7 @@ async fn a_request_is_one_trace_whose_parts_add_up() {
     for leg in spans.iter().filter(|span| span.name == "leg") {
         assert_eq!((leg.parent.as_str(), leg.service.as_str()), (request.id.as_str(), "baton-server"));
     }
-    for part in ["prefill", "hand_off", "kv_send", "await_offer", "receive", "kv_receive", "join", "decode"] {
+    for part in ["await_turn", "prefill", "hand_off", "kv_send", "await_offer", "receive", "kv_receive", "join", "decode"] {
         let found: Vec<_> = spans.iter().filter(|span| span.name == part).collect();
         assert!(found.iter().any(|span| by_id[span.parent.as_str()].name == "leg"), "{part}: {found:#?}");
     }
@@ -163,8 +166,8 @@ async fn a_request_is_one_trace_whose_parts_add_up() {
     }
     let sum = Duration::from_nanos(parts.iter().map(|part| part.nanos()).sum());
     assert!(sum <= seen, "{sum:?} of {seen:?}");
-    assert!(seen - sum < Duration::from_millis(150), "{sum:?} of {seen:?}: something is not told");
+    assert!(seen - sum < NOT_TOLD_MOST, "{sum:?} of {seen:?}: something is not told");
     let (prefill, first) = (of("prefill"), of("first_token"));
-    assert!(prefill.start_nanos >= first.start_nanos && prefill.end_nanos <= first.end_nanos + 50_000_000);
+    assert!(prefill.start_nanos >= first.start_nanos && prefill.end_nanos <= first.end_nanos);
     cluster.stop().await;
 }

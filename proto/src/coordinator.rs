@@ -21,7 +21,7 @@ const TEXT_MOST: usize = 300;
 pub struct CoordinatorSpec {
     pub id: CoordinatorId,
     pub incarnation: Incarnation,
-    /// host:port for clients.
+    /// host:port for clients; with https:// in front where they are served by TLS.
     pub http_endpoint: String,
     /// host:port of its RequestAdmin service; may be empty.
     pub admin_endpoint: String,

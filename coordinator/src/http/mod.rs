@@ -150,7 +150,7 @@ async fn complete(service: Arc<Service>, endpoint: Endpoint, request: Request) -
         let card = service.roster.enter(id.clone(), arrived, key);
         let read = body::read(&head.headers, body, &service, ticket).await;
         let (body, ticket) = read.inspect_err(|error| report.failed(error))?;
-        report.passed("read_body");
+        report.enters("tokenise");
         let traceparent = traceparent(&head.headers);
         let received = Received { tenant, endpoint, body, traceparent, ticket, card, report };
         let streaming = service.carry(received).await?;

@@ -132,7 +132,7 @@ impl ProcessConfig {
             }
             _ => {}
         }
-        if let Err(error) = tracing_subscriber::EnvFilter::try_new(&self.log.level) {
+        if let Err(error) = crate::telemetry::check_level(&self.log.level) {
             let expected = format!(
                 "expected error, warn, info, debug, trace or directives as in `info,baton_server=debug`, not `{}` ({error})",
                 self.log.level

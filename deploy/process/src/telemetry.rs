@@ -27,6 +27,7 @@ use crate::{LogFormat, OtlpConfig, ProcessConfig, ProcessError};
 mod level;
 mod stages;
 
+pub(crate) use level::check as check_level;
 pub use stages::Stages;
 
 /// Overrides `process.log.level` of any Baton process.

@@ -230,6 +230,7 @@ fn what_is_wrong_at_start_is_one_line() {
         ("http=nowhere".to_owned(), "expected HOST:PORT"),
         ("mod=x".to_owned(), "did you mean `mode`?"),
         ("process.log.level=info,=".to_owned(), "`process.log.level`: expected"),
+        ("process.log.level=inof".to_owned(), "`inof` is neither a level"),
         ("process.otlp.sample_ratio=2".to_owned(), "`process.otlp.sample_ratio`: expected 0 to 1, not 2"),
         ("process.otlp.endpoint=https://a:1".to_owned(), "`process.otlp.ca_file`: expected a file"),
         ("process.otlp.ca_file=a.pem".to_owned(), "`process.otlp.endpoint`: expected an address that begins"),

@@ -31,7 +31,9 @@ impl Docker {
         let daemon = Command::new("dockerd")
             .args(["--data-root", &path("data"), "--exec-root", &path("exec"), "--pidfile", &path("pid")])
             .args(["-H", &format!("unix://{}", path("socket")), "--bridge", "none"])
-            .args(["--userland-proxy=false"])
+            // It serves one network of its own, and is to change nothing of the machine's.
+            .args(["--userland-proxy=false", "--iptables=false", "--ip6tables=false"])
+            .args(["--ip-masq=false", "--ip-forward=false"])
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("a file can be shared"))
             .stderr(log)
@@ -80,11 +82,11 @@ impl Docker {
         String::from_utf8_lossy(&output.stdout).trim().to_owned()
     }
 
-    /// The last lines of what every container has said.
-    pub(crate) fn logs(&self) -> String {
+    /// The last lines of what every container has said, so many of each or "all".
+    pub(crate) fn logs(&self, lines: &str) -> String {
         let names = self.run(&["ps", "-a", "--format", "{{.Names}}"]);
         let of = |name: &str| {
-            let output = self.try_run(&["logs", "--tail", "30", name]);
+            let output = self.try_run(&["logs", "--tail", lines, name]);
             format!("\n== {name}\n{}", String::from_utf8_lossy(&output.stderr))
         };
         names.lines().map(of).collect()

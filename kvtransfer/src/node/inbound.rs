@@ -295,7 +295,9 @@ impl Shell for Inbound {
             }
             ReceiverCommand::Fail(reason) => {
                 self.node.counters.aborted(Direction::Incoming, reason.code());
-                self.span().in_scope(|| tracing::info!(%reason, "kv transfer aborted"));
+                let (transfer, peer) = (&self.id, &self.sender);
+                // One that nobody expected is in no span that would say which it is.
+                self.span().in_scope(|| tracing::info!(%transfer, %peer, %reason, "kv transfer aborted"));
                 state.ending.reason = Some(reason.clone());
                 self.outcome.send_modify(|outcome| outcome.result = Some(Err(reason)));
             }

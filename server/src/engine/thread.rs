@@ -193,14 +193,17 @@ impl Engine {
         // Offers go out before the first layer is computed, so that their slices can follow at once.
         self.perform();
         let (arrived, at) = (std::mem::take(&mut self.arrived), Instant::now());
+        // Before it: a leg that ends with its first step is gone after that.
+        for (id, sealed) in &arrived {
+            self.scheduler.trace(*id, "join", sealed.last_slice_at, at);
+            self.scheduler.log(*id, Stage::LastSlice, sealed.last_slice_at);
+            self.scheduler.log(*id, Stage::FirstStep, at);
+        }
         let stats = (!plan.is_empty()).then(|| self.compute(&plan));
         let computed = Instant::now();
         for (id, sealed) in arrived {
-            self.scheduler.trace(id, "join", sealed.last_slice_at, at);
             self.scheduler.trace(id, "first_decode", at, computed);
             self.metrics.joined(at.saturating_duration_since(sealed.at));
-            self.scheduler.log(id, Stage::LastSlice, sealed.last_slice_at);
-            self.scheduler.log(id, Stage::FirstStep, at);
         }
         let not_begun = std::mem::take(&mut self.not_begun);
         // Their blocks and places are free now: whoever waits for them is to be looked at again.

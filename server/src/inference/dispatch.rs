@@ -47,6 +47,9 @@ pub struct Leg {
     pub tokens_at_a_time: u32,
 }
 
+/// A message is to stay small, log probabilities included: one stream carries everybody's.
+const TOKENS_AT_A_TIME_MOST: u32 = 256;
+
 /// What a leg must fit.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InstanceFacts {
@@ -101,7 +104,7 @@ impl TryFrom<v1::Dispatch> for Leg {
                 .min(FIRST_TOKEN_WITHIN_MOST),
             timeout: (wire.timeout_millis > 0).then(|| Duration::from_millis(wire.timeout_millis)),
             work: self::work(work)?,
-            tokens_at_a_time: wire.tokens_at_a_time.max(1),
+            tokens_at_a_time: wire.tokens_at_a_time.clamp(1, TOKENS_AT_A_TIME_MOST),
         })
     }
 }

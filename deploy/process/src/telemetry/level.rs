@@ -30,9 +30,22 @@ fn configured(config: &ProcessConfig) -> String {
     }
 }
 
+/// Directives, each with a level: a word alone that is none would be taken for a target, and silence everything else.
+pub(crate) fn check(level: &str) -> Result<(), String> {
+    const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
+    let bare = level.split(',').map(str::trim).filter(|word| !word.contains(['=', '[']));
+    for word in bare.filter(|word| !word.is_empty()) {
+        if !LEVELS.iter().any(|level| word.eq_ignore_ascii_case(level)) {
+            return Err(format!("`{word}` is neither a level ({}) nor `target=level`", LEVELS.join(", ")));
+        }
+    }
+    EnvFilter::try_new(level).map(drop).map_err(|error| error.to_string())
+}
+
 /// A lower level for the rest hides no change that somebody made; who wants that names the target.
 pub(super) fn filter(level: &str) -> Result<EnvFilter, String> {
     let directives = if level.contains(AUDIT) { level.to_owned() } else { format!("{level},{AUDIT}=info") };
+    check(level).map_err(|error| format!("level `{level}`: {error}"))?;
     EnvFilter::try_new(directives).map_err(|error| format!("level `{level}`: {error}"))
 }
 
@@ -53,22 +66,34 @@ pub(super) fn start(config: &ProcessConfig) -> Result<Reloadable, ProcessError> 
 /// Until the process ends.
 async fn follow(path: PathBuf, configured: String, filter: reload::Handle<EnvFilter, Registry>) {
     let mut said = String::new();
+    let mut trouble = String::new();
     loop {
-        // One that cannot be read says nothing.
-        let says = read(&path).await.unwrap_or_default();
-        if says != said {
-            said = says;
-            change(if said.is_empty() { &configured } else { &said }, &filter);
+        match read(&path).await {
+            Ok(says) if says != said => {
+                said = says;
+                change(if said.is_empty() { &configured } else { &said }, &filter);
+            }
+            Ok(_) => trouble.clear(),
+            Err(error) if error.to_string() != trouble => {
+                trouble = error.to_string();
+                tracing::error!("process.log.level_file: {}: {trouble}; the level stays as it is", path.display());
+            }
+            Err(_) => {}
         }
         tokio::time::sleep(LOOK_EVERY).await;
     }
 }
 
+/// What it holds; nothing, if it is not there.
 async fn read(path: &Path) -> std::io::Result<String> {
     use tokio::io::AsyncReadExt;
 
     let mut text = String::new();
-    tokio::fs::File::open(path).await?.take(FILE_BYTES_MOST).read_to_string(&mut text).await?;
+    let file = match tokio::fs::File::open(path).await {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(text),
+        opened => opened?,
+    };
+    file.take(FILE_BYTES_MOST).read_to_string(&mut text).await?;
     Ok(text.trim().to_owned())
 }
 
@@ -132,6 +157,7 @@ mod tests {
         says(Some("warn"), false).await;
         says(Some("debug"), true).await;
         says(Some("no=such=level"), true).await;
+        says(Some("wran"), true).await;
         tokio::time::sleep(LOOK_EVERY * 3).await;
         assert!(tracing::enabled!(tracing::Level::DEBUG), "what cannot be read changes nothing");
         says(None, false).await;
