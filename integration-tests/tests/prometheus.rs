@@ -6,6 +6,7 @@ use std::{
     fs,
     path::Path,
     process::Command,
+    time::Duration,
 };
 
 use baton_integration_tests::{

@@ -2,7 +2,7 @@
 //! that process is being started again, connections wait in the socket's queue instead of being refused.
 
 use std::{
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, ToSocketAddrs},
     os::fd::OwnedFd,
     sync::Arc,
 };
@@ -49,6 +49,23 @@ impl Addresses {
     }
 }
 
+impl Addresses {
+    /// Where it is asked whether the coordinator is ready, by its `metrics_listen`.
+    pub(super) fn probed(&self, metrics_listen: &str) -> Result<SocketAddr, ListenError> {
+        if metrics_listen.is_empty() {
+            return Ok(reachable(self.http));
+        }
+        let listen: Listen = metrics_listen.parse()?;
+        let Listen::Address { host, port } = &listen else {
+            return Ok(reachable(self.coordinator_metrics.unwrap_or(self.http)));
+        };
+        let bad = |source| ListenError::Bind { address: listen.to_string(), source };
+        let found = (host.as_str(), *port).to_socket_addrs().map_err(bad)?.next();
+        let found = found.ok_or_else(|| bad(std::io::ErrorKind::AddrNotAvailable.into()))?;
+        Ok(reachable(found))
+    }
+}
+
 /// Where this machine reaches an address: one that means "all addresses" is reached at the loopback.
 pub(super) fn reachable(address: SocketAddr) -> SocketAddr {
     let loopback: IpAddr =
@@ -74,6 +91,16 @@ mod tests {
         assert_eq!(at("0.0.0.0:80"), "127.0.0.1:80");
         assert_eq!(at("[::]:80"), "[::1]:80");
         assert_eq!(at("192.0.2.1:80"), "192.0.2.1:80");
+    }
+
+    #[test]
+    fn readiness_is_asked_where_metrics_are() {
+        let at: Listen = "0.0.0.0:0".parse().unwrap();
+        let addresses = Addresses::bind(&Listen::loopback(), Some(&at)).unwrap();
+        let metrics = addresses.coordinator_metrics.unwrap();
+        assert_eq!(addresses.probed("").unwrap(), addresses.http);
+        assert_eq!(addresses.probed("fd://5").unwrap(), reachable(metrics));
+        assert_eq!(addresses.probed("0.0.0.0:8002").unwrap().to_string(), "127.0.0.1:8002");
     }
 
     #[test]

@@ -58,9 +58,8 @@ pub(crate) async fn run(args: UpArgs) -> Result<ExitCode, UpError> {
         model::prepare(&cache)?;
     }
     let given = model::check_all(&args.model).await?;
-    let is_https = plan::is_https(&args.set);
     // Readiness is asked in plaintext: whoever shows certificates to clients may ask them for some, too.
-    let own = is_https.then(Listen::loopback);
+    let own = plan::is_https(&args.set).then(Listen::loopback);
     let addresses = Addresses::bind(&args.listen, args.metrics_listen.as_ref().or(own.as_ref()))?;
     let run_dir = run_directory(&args, &addresses)?;
     let models = if given.is_empty() {
@@ -69,7 +68,7 @@ pub(crate) async fn run(args: UpArgs) -> Result<ExitCode, UpError> {
         given
     };
     let plan = plan::plan(&args, &programs, (&models, &cache), &addresses, &run_dir)?;
-    cancellable(&stop, check::check(&plan)).await?;
+    let reached = cancellable(&stop, check::check(&plan)).await?;
 
     let run_file = RunFile {
         pid: std::process::id(),
@@ -78,14 +77,14 @@ pub(crate) async fn run(args: UpArgs) -> Result<ExitCode, UpError> {
         models,
         url: format!(
             "{}://{}",
-            if is_https { "https" } else { "http" },
+            if reached.is_https { "https" } else { "http" },
             addresses::reachable(addresses.http)
         ),
         controller: addresses.controller.to_string(),
         coordinator: addresses.coordinator_admin.to_string(),
         processes: Vec::new(),
     };
-    let probed = addresses::reachable(addresses.coordinator_metrics.unwrap_or(addresses.http));
+    let probed = addresses.probed(&reached.metrics_listen)?;
     let supervisor =
         Supervisor::start(plan, addresses.listeners, run_file, run_dir, screen.clone(), args.verbose)?;
     let ended = tokio::select! {
