@@ -46,14 +46,25 @@ def kustomize(folder):
     return list(yaml.safe_load_all(output(os.environ["BATON_TEST_KUBECTL"], "kustomize", folder)))
 
 
+def made_by(kustomization):
+    """What a kustomization makes that names what it takes as seen from the top of the repository."""
+    with tempfile.TemporaryDirectory() as folder:
+        there = lambda path: os.path.relpath(KUBERNETES / "../.." / path, os.path.realpath(folder))
+        taken = {key: [there(it) for it in kustomization.get(key, [])] for key in ("resources", "components")}
+        (pathlib.Path(folder) / "kustomization.yaml").write_text(json.dumps({**kustomization, **taken}))
+        return kustomize(folder)
+
+
 def composed(*components, base="multi-node"):
     """What a kustomization of these components makes of the base."""
-    with tempfile.TemporaryDirectory() as folder:
-        there = lambda path: os.path.relpath(KUBERNETES / path, os.path.realpath(folder))
-        parts = [there(f"components/{it}") for it in components]
-        kustomization = {"namespace": "baton", "resources": [there(base)], "components": parts}
-        (pathlib.Path(folder) / "kustomization.yaml").write_text(json.dumps(kustomization))
-        return kustomize(folder)
+    parts = [f"deploy/kubernetes/components/{it}" for it in components]
+    return made_by({"namespace": "baton", "resources": [f"deploy/kubernetes/{base}"], "components": parts})
+
+
+def of_readme():
+    """What the kustomizations in README.md make: one of multi-node, one of single node."""
+    blocks = re.findall("^```yaml\n(.*?)^```", (KUBERNETES / "README.md").read_text(), re.M | re.S)
+    return [made_by(it) for it in map(yaml.safe_load, blocks) if "resources" in it]
 
 
 def helm(values={}, *options):
@@ -123,7 +134,6 @@ def pools():
 ELSEWHERE = ["etcd-0.example:2379", "etcd-1.example:2379"]
 # What each component is among the values.
 SAME = {
-    "cert-manager": {"certManager": {"enabled": True}},
     "autoscaling": {"autoscaling": {"enabled": True}},
     "controller-scaling": {"controllerScaling": {"enabled": True}},
     "role-pools": {"server": {"pools": pools()}},
@@ -145,26 +155,106 @@ def check_helm():
     for component, values in SAME.items():
         check_same(composed(component), helm(values), component)
     check_same(composed("autoscaling", "kubernetes-1.20"), helm(SAME["autoscaling"], "--kube-version", "1.20"), "1.20")
-    elsewhere = helm({"etcd": {"enabled": False, "endpoints": ELSEWHERE}})
-    ours = composed("existing-etcd")
-    (shared,) = [it for it in ours if it["metadata"]["name"].startswith("baton-") and "etcd-endpoints" in it.get("data", {})]
-    shared["data"]["etcd-endpoints"] = ",".join(ELSEWHERE)
-    check_same(ours, elsewhere, "existing-etcd")
+    certified = {"certManager": {"enabled": True}}
+    check_same(composed("cert-manager", "cert-manager-etcd"), helm(certified), "cert-manager")
+    elsewhere = {"etcd": {"enabled": False, "endpoints": ELSEWHERE}}
+    for components, values in ((["existing-etcd"], {}), (["existing-etcd", "cert-manager"], certified)):
+        ours = composed(*components)
+        (shared,) = [it for it in ours if it["metadata"]["name"].startswith("baton-") and "etcd-endpoints" in it.get("data", {})]
+        shared["data"]["etcd-endpoints"] = ",".join(ELSEWHERE)
+        check_same(ours, helm({**elsewhere, **values}), components)
     version = re.search('^version = "(.*)"', (KUBERNETES / "../../Cargo.toml").read_text(), re.M)[1]
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
     assert chart["version"] == chart["appVersion"] == version, chart
-    # What a pod is told alike makes new pods when it changes, and what the schema does not know is refused.
-    sums = lambda objects: {labels_of(it)["app.kubernetes.io/name"]: it["spec"]["template"]["metadata"]["annotations"]
-                            ["checksum/config"] for it in workloads(objects)}
-    before, after = sums(helm()), sums(helm({"model": {"path": "/models/other"}}))
-    assert all(before[it] != after[it] for it in before), (before, after)
+    # What the schema does not know is refused.
     refused = [{"modes": "singleNode"}, {"mode": "many"}, {"server": {"replica": 1}}, {"etcd": {"enabled": False}}]
-    for bad in [*refused, {"model": {"path": "/m"}}, {"server": {"pools": {"all": {}}}}]:
+    refused += [{"model": {"path": "/m"}}, {"model": {"volume": {"nfs": {}, "hostPath": {}}}}]
+    for bad in [*refused, {"server": {"pools": {"all": {}}}}]:
         try:
             helm(bad)
         except AssertionError:
             continue
         raise AssertionError(f"the chart takes {bad}")
+
+
+def made(values, name):
+    (found,) = [it for it in workloads(helm(values)) if it["metadata"]["name"] == f"baton-{name}"]
+    return found
+
+
+def named(entries, key="name"):
+    found = {it[key]: it for it in entries}
+    assert len(found) == len(entries), f"two of one {key}: {entries}"
+    return found
+
+
+def check_values():
+    """What values say is in the pods, and nothing else of them changes."""
+    # Lists of named things: what is added is beside ours, in the place of ours if it has their name, in a pool, too.
+    said = {
+        "settings": ["runtime.kv_dtype=int8"],
+        "container": {
+            "env": [{"name": "BATON_LOG", "value": "debug"}, {"name": "MODEL", "value": "/models/mine"}],
+            "volumeMounts": [{"name": "extra", "mountPath": "/extra"}, {"name": "models", "mountPath": "/models"}],
+        },
+        "pod": {
+            "volumes": [{"name": "extra", "emptyDir": {}}, {"name": "cache", "emptyDir": {"sizeLimit": "1Gi"}}],
+            "initContainers": [{"name": "more", "image": "more"}],
+            "tolerations": [{"key": "npu", "operator": "Exists"}],
+        },
+    }
+    pool = {"role": "prefill", "settings": ["limits.x=1"], "pod": {"tolerations": [{"key": "prefill", "operator": "Exists"}]}}
+    brought = {"init": {"image": "fetcher", "volumeMounts": [{"name": "extra", "mountPath": "/extra"}]}}
+    plain = made({}, "server")
+    for values, name in ((said, "server"), ({**said, "pools": {"a": pool, "b": {"role": "mixed"}}}, "server-a")):
+        it = made({"server": values, "model": brought}, name)
+        ours, theirs = container_of(plain), container_of(it)
+        env, old = named(theirs["env"]), named(ours["env"])
+        assert env["BATON_LOG"] == said["container"]["env"][0] and env["MODEL"] == said["container"]["env"][1], env
+        assert {key: env.get(key) for key in old if key != "MODEL"} == {key: old[key] for key in old if key != "MODEL"}, env
+        assert ("BATON_SERVER__LABELS__ROLE" in env) == ("pools" in values), env
+        mounts, old = named(theirs["volumeMounts"], "mountPath"), named(ours["volumeMounts"], "mountPath")
+        assert mounts.keys() == {*old, "/extra"} and "readOnly" not in mounts["/models"], mounts
+        volumes, old = named(pod_of(it)["volumes"]), named(pod_of(plain)["volumes"])
+        assert volumes.keys() == {*old, "extra"} and volumes["etc"] == old["etc"], volumes
+        assert volumes["cache"] == said["pod"]["volumes"][1] and "persistentVolumeClaim" not in volumes["models"], volumes
+        init = named(pod_of(it)["initContainers"])
+        assert init.keys() == {"model", "more"} and len(init["model"]["volumeMounts"]) == 2, init
+        wanted = ["npu", "prefill"] if "pools" in values else ["npu"]
+        assert [it["key"] for it in pod_of(it)["tolerations"]] == wanted, pod_of(it)["tolerations"]
+        settings = said["settings"] + (pool["settings"] if "pools" in values else [])
+        assert theirs["args"] == ours["args"] + [f"--set={it}" for it in settings], theirs["args"]
+        check_valid([it], VERSIONS)
+
+    # The model's volume is one, whatever it is.
+    for volume in ({"nfs": {"server": "nfs.example", "path": "/models"}}, {"hostPath": {"path": "/srv/models"}}):
+        for it in (made({"model": {"volume": volume}}, name) for name in ("coordinator", "server")):
+            assert named(pod_of(it)["volumes"])["models"] == {"name": "models", **volume}, pod_of(it)["volumes"]
+            check_valid([it], VERSIONS)
+
+    # None is a number, too; each coordinator grants a part by the fewest that there are, unless the values say otherwise.
+    for name in ("controller", "coordinator", "server"):
+        assert made({name: {"replicas": 0}}, name)["spec"]["replicas"] == 0, name
+    idle = {"replicas": 3, "pools": {"a": {"role": "mixed", "replicas": 0}}}
+    assert made({"server": idle}, "server-a")["spec"]["replicas"] == 0
+    parts = lambda values: [it.split("=")[2] for it in container_of(made(values, "coordinator"))["args"] if "coordinators=" in it]
+    scaled = {"autoscaling": {"enabled": True, "min": 4}}
+    assert parts({}) == [] and parts({"coordinator": {"replicas": 3}}) == ["3"] and parts(scaled) == ["4"], parts(scaled)
+    assert parts({**scaled, "coordinator": {"settings": ["api_keys.coordinators=5"]}})[-1] == "5"
+
+    # New pods where what they are told has changed, and nowhere else.
+    def sums(values):
+        templates = {it["metadata"]["name"]: it["spec"]["template"] for it in workloads(helm(values))}
+        return {name: it["metadata"]["annotations"].get("checksum/config") for name, it in templates.items()}
+
+    def told(values):
+        before, after = sums({}), sums(values)
+        return {it for it in before if before[it] != after[it]}
+
+    assert told({"model": {"path": "/models/other"}}) == {"baton-coordinator", "baton-server"}
+    assert told({"etcd": {"endpoints": ELSEWHERE}}) == {"baton-coordinator", "baton-controller"}
+    one = {"mode": "singleNode"}
+    assert sums(one) != sums({**one, "singleNode": {"prefill": 2}}), "single node is not told"
 
 
 # Schemas --------------------------------------------------------------------------------------------------------------
@@ -305,11 +395,13 @@ MULTI_NODE = flows([
 SINGLE_NODE = flows([
     (["operator", "stranger", "prometheus"], "baton", 8000),
     (["prometheus"], "baton", 8002),
-    (["prometheus"], "baton", 7101),
+    (["prometheus"], "baton", 8003),
+    (["prometheus"], "baton", 8004),
 ])
 
 
-def check_network(objects, expected):
+def check_network(objects, expected, *more):
+    """Also by ports that no container names."""
     policies = [it["spec"] for it in objects if it["kind"] == "NetworkPolicy"]
     pods = [(it["metadata"]["name"], labels_of(it), "baton") for it in workloads(objects)]
 
@@ -329,11 +421,11 @@ def check_network(objects, expected):
         key, peers = ("ingress", "from") if direction == "in" else ("egress", "to")
         rules = [rule for it in mine for rule in it[key]]
         return not mine or any(
-            peer(rule, peers, *with_whom[1:]) and port in [it["port"] for it in rule["ports"]] for rule in rules)
+            peer(rule, peers, *with_whom[1:]) and port in [it["port"] for it in rule.get("ports", [{"port": port}])] for rule in rules)
 
     seen = set()
     for target, workload in zip(pods, workloads(objects)):
-        for source, port in itertools.product([*pods, OPERATOR, STRANGER, PROMETHEUS], ports_of(workload).values()):
+        for source, port in itertools.product([*pods, OPERATOR, STRANGER, PROMETHEUS], [*ports_of(workload).values(), *more]):
             if allowed("in", target, source, port) and allowed("out", source, target, port):
                 seen.add((source[0], target[0], port))
     assert seen == expected, f"too much: {sorted(seen - expected)}, too little: {sorted(expected - seen)}"
@@ -396,7 +488,7 @@ def checked(objects, workload, secrets):
                 (pathlib.Path(folder) / path).parent.mkdir(exist_ok=True)
                 (pathlib.Path(folder) / path).write_text(moved(text))
         arguments = [moved(expanded(it, values)) for it in container["args"]]
-        done = run(PROGRAMS / container["image"], *arguments, "--check-config", env={**os.environ, **values})
+        done = run(PROGRAMS / f"baton-{container['name']}", *arguments, "--check-config", env={**os.environ, **values})
         for path in re.findall(rf'"({folder}/[^"]*)"', done.stdout):
             assert os.path.exists(path), f"{workload['metadata']['name']}: no file is at {path}"
         done.stdout = done.stdout.replace(folder + "/", "/etc/baton/")
@@ -437,7 +529,7 @@ def check_configured(objects, secrets):
             assert config["api_keys.coordinators"] == str(it["spec"]["replicas"])
 
 
-def check_single_node(objects):
+def check_single_node(objects, https=None):
     (workload,) = workloads(objects)
     container = container_of(workload)
     values = environment(objects, container)
@@ -452,13 +544,30 @@ def check_single_node(objects):
         own = [f"--set={setting}" for of, setting in settings if of == service]
         more = ["--model=/models/m", "--controller=127.0.0.1:1"] if service == "coordinator" else []
         printed = output(PROGRAMS / f"baton-{service}", *own, *more, "--check-config")
-        ports -= {int(it) for it in re.findall(r'"0\.0\.0\.0:(\d+)"', printed)}
-    assert ports == {8000} and "--listen=0.0.0.0:8000" in arguments, ports
+        assert "0.0.0.0" not in printed, printed  # where they listen, `baton up` says alone
+        if service == "coordinator":
+            files = {key: read(printed)[f"https.{key}_file"] for key in ("cert", "key")}
+            assert files == {key: https and f"{https}/tls.{end}" or "" for key, end in (("cert", "crt"), ("key", "key"))}, files
+    assert ports == {8000, 8002, 8003} and {"--listen=0.0.0.0:8000", "--metrics-listen=0.0.0.0:8002"} <= {*arguments}, ports
     drains = [seconds(it.split("=")[1]) + 2 for _, it in settings if it.startswith("process.shutdown.drain=")]
     assert sum(drains) + 2 * 7 < pod_of(workload)["terminationGracePeriodSeconds"], drains
 
 
 # Secrets and certificates ----------------------------------------------------------------------------------------------
+
+
+def check_hosts():
+    """An entry's certificate is made anew for a host that it lacks, and for no other, however that is written."""
+    with tempfile.TemporaryDirectory() as folder:
+        hosts = ("--host=2001:db8::1", "--host=*.llm.example.com", "--host=192.0.2.7")
+        given = lambda hosts: [word for it in hosts for word in it.split("=")]
+        first = made_secrets(folder, *given(hosts), "https")
+        assert {"*.llm.example.com", "baton.baton.svc"} <= facts(first["baton-https"]["tls.crt"])["dnsNames"]
+        assert made_secrets(folder, *given(hosts[1:]), "https") == first
+        for more in ("--host=2001:db8::2", "--host=xllm.example.com", "--host=192.0.2.70"):
+            then = made_secrets(folder, *given((*hosts, more)), "https")
+            assert then != first, f"no certificate for {more}"
+            first = then
 
 
 def made_secrets(folder, *arguments):
@@ -479,7 +588,7 @@ def facts(certificate):
 
 def check_certificates(secrets):
     """cert-manager makes what the script makes; whoever is told whom to trust can check who comes."""
-    objects = composed("cert-manager")
+    objects = composed("cert-manager", "cert-manager-etcd")
     check_references(objects, secrets)
     issued = [it["spec"] for it in objects if it["kind"] == "Certificate" and not it["spec"].get("isCA")]
     issuers = {it["metadata"]["name"] for it in objects if it["kind"] == "Issuer"}
@@ -507,20 +616,29 @@ def main():
         of_single = made_secrets(folder, "api-keys")
 
     check_helm()
+    check_values()
+    check_hosts()
     check_certificates(secrets)
     assert check_references(multi, secrets) == secrets.keys()
     assert check_references(single, of_single) == of_single.keys()
     check_network(multi, MULTI_NODE)
-    check_network(single, SINGLE_NODE)
+    check_network(single, SINGLE_NODE, 8004)
     check_single_node(single)
+    multi_of_readme, single_of_readme = of_readme()
+    assert check_references(single_of_readme, secrets) == {"baton-api-keys", "baton-https"}
+    check_single_node(single_of_readme, https="/etc/https")
 
     # Each component alone, and all kustomizations there are.
     old = composed("role-pools", "autoscaling", "kubernetes-1.20")
     everything = {it.name: composed(it.name) for it in (KUBERNETES / "components").iterdir()}
     everything |= {it.name: kustomize(it) for it in (KUBERNETES / "overlays").iterdir()}
     everything |= {"multi-node": multi, "single-node": single, "old": old}
+    everything |= {"README": multi_of_readme, "single-node by README": single_of_readme}
     for name, objects in everything.items():
         check_references(objects, secrets)
+        issued = {it["spec"]["secretName"] for it in objects if it["kind"] == "Certificate"}
+        if ("StatefulSet", "baton-etcd") not in by_name(objects):
+            assert not any("etcd" in it for it in issued), f"{name}: of somebody else's etcd: {issued}"
         if "single" not in name:
             check_configured(objects, secrets)
         check_valid(objects, OLD_VERSIONS if name in ("old", "kubernetes-1.20") else VERSIONS)

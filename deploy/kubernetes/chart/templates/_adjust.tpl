@@ -10,7 +10,7 @@ single-node
 {{- else -}}
 services,server
 {{- if .Values.etcd.enabled }},etcd{{ end }}
-{{- if .Values.certManager.enabled }},cert-manager{{ end }}
+{{- if .Values.certManager.enabled }},cert-manager{{ if .Values.etcd.enabled }},cert-manager-etcd{{ end }}{{ end }}
 {{- if .Values.autoscaling.enabled }},autoscaling{{ end }}
 {{- if .Values.controllerScaling.enabled }},controller-scaling{{ end }}
 {{- end -}}

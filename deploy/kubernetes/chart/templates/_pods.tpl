@@ -8,10 +8,14 @@
 {{- $name := $container.name }}
 {{- $settings := .values.settings | default list }}
 
-{{- with .values.replicas }}
-  {{- $_ := set $object.spec "replicas" . }}
-  {{- if eq $name "coordinator" }}{{ $settings = append $settings (printf "api_keys.coordinators=%v" .) }}{{ end }}
+{{- $replicas := .values.replicas }}
+{{- if eq $name "coordinator" }}
+  {{- $fewest := $all.autoscaling.enabled | ternary $all.autoscaling.min $replicas }}
+  {{- if and $fewest (ne (toString $fewest) (toString $object.spec.replicas)) }}
+    {{- $settings = prepend $settings (printf "api_keys.coordinators=%v" $fewest) }}{{/* those of the values win */}}
+  {{- end }}
 {{- end }}
+{{- if not (kindIs "invalid" $replicas) }}{{ $_ := set $object.spec "replicas" $replicas }}{{ end }}
 {{- if or (and $all.autoscaling.enabled (eq $name "coordinator")) (and $all.controllerScaling.enabled (eq $name "server")) }}
   {{- $_ := unset $object.spec "replicas" }}
 {{- end }}
@@ -39,17 +43,71 @@
     {{- $volumes = append $volumes (dict "name" "models" "emptyDir" dict) }}
     {{- $mounts := list (dict "name" "models" "mountPath" "/models") }}
     {{- $init := dict "name" "model" "imagePullPolicy" "IfNotPresent" "securityContext" (deepCopy $container.securityContext) "volumeMounts" $mounts }}
-    {{- $_ := set $pod "initContainers" (list (mergeOverwrite $init $all.model.init)) }}
-  {{- else }}
+    {{- include "baton.merge" (dict "into" $init "from" $all.model.init) }}
+    {{- $_ := set $pod "initContainers" (list $init) }}
+  {{- else if $all.model.volume }}
     {{- $volumes = append $volumes (merge (dict "name" "models") $all.model.volume) }}
+  {{- else }}
+    {{- $volumes = append $volumes $volume }}
   {{- end }}
 {{- end }}
 {{- $_ := set $pod "volumes" $volumes }}
 
-{{- $annotations := dict "checksum/config" (include "baton.configMaps" .root | sha256sum) }}
-{{- $_ := mergeOverwrite $template.metadata.annotations $annotations (.values.annotations | default dict) }}
-{{- $_ := mergeOverwrite $container (.values.container | default dict) }}
-{{- $_ := mergeOverwrite $pod (.values.pod | default dict) }}
+{{- include "baton.merge" (dict "into" $container "from" .values.container) }}
+{{- include "baton.merge" (dict "into" $pod "from" .values.pod) }}
+{{- with include "baton.told" (dict "root" .root "pod" $pod) }}
+  {{- $_ := set $template.metadata.annotations "checksum/config" (sha256sum .) }}
+{{- end }}
+{{- include "baton.merge" (dict "into" $template.metadata.annotations "from" .values.annotations) }}
+{{- end -}}
+
+{{/* What a `pod` is told by our ConfigMaps, nothing if it asks none: when that changes, there are new pods. */}}
+{{- define "baton.told" -}}
+{{- $maps := fromJson (include "baton.configMaps" .root) }}
+{{- $told := dict }}
+{{- range $container := concat .pod.containers (.pod.initContainers | default list) }}
+  {{- range $container.env }}
+    {{- with (.valueFrom | default dict).configMapKeyRef }}
+      {{- if hasKey $maps .name }}{{ $_ := set $told (printf "%s/%s" .name .key) (get (get $maps .name) .key) }}{{ end }}
+    {{- end }}
+  {{- end }}
+{{- end }}
+{{- range $volume := .pod.volumes }}
+  {{- range ($volume.projected | default dict).sources }}
+    {{- with .configMap }}{{ if hasKey $maps .name }}{{ $_ := set $told .name (get $maps .name) }}{{ end }}{{ end }}
+  {{- end }}
+{{- end }}
+{{- if $told }}{{ toJson $told }}{{ end }}
+{{- end -}}
+
+{{/*
+Puts the dict `from` into the dict `into`, in place. Of lists whose entries Kubernetes knows by a name, an entry of `from` takes
+the place of the one of its name, or comes last; any other list takes the place of the whole.
+*/}}
+{{- define "baton.merge" -}}
+{{- $names := dict "volumeMounts" "mountPath" "ports" "containerPort" "tolerations" "key" "topologySpreadConstraints" "topologyKey" }}
+{{- range list "containers" "initContainers" "env" "volumes" "imagePullSecrets" }}{{ $_ := set $names . "name" }}{{ end }}
+{{- $into := .into }}
+{{- range $key, $new := deepCopy (.from | default dict) }}
+  {{- $old := get $into $key }}
+  {{- $name := get $names $key }}
+  {{- if and (kindIs "map" $old) (kindIs "map" $new) }}
+    {{- include "baton.merge" (dict "into" $old "from" $new) }}
+  {{- else if and $name (kindIs "slice" $old) (kindIs "slice" $new) }}
+    {{- $entries := list }}
+    {{- $known := list }}
+    {{- range $one := $old }}
+      {{- $known = append $known (toString (get $one $name)) }}
+      {{- $same := list }}
+      {{- range $new }}{{ if eq (toString (get . $name)) (last $known) }}{{ $same = append $same . }}{{ end }}{{ end }}
+      {{- $entries = concat $entries ($same | default (list $one)) }}
+    {{- end }}
+    {{- range $new }}{{ if not (has (toString (get . $name)) $known) }}{{ $entries = append $entries . }}{{ end }}{{ end }}
+    {{- $_ := set $into $key $entries }}
+  {{- else }}
+    {{- $_ := set $into $key $new }}
+  {{- end }}
+{{- end }}
 {{- end -}}
 
 {{/* One of server.pools, made of what is for all servers: its `pool`, the name, and its `values`. */}}
