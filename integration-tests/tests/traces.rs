@@ -150,7 +150,17 @@ async fn a_request_is_one_trace_whose_parts_add_up() {
     for leg in spans.iter().filter(|span| span.name == "leg") {
         assert_eq!((leg.parent.as_str(), leg.service.as_str()), (request.id.as_str(), "baton-server"));
     }
-    for part in ["await_turn", "prefill", "hand_off", "kv_send", "await_offer", "receive", "kv_receive", "join", "decode"] {
+    for part in [
+        "await_turn",
+        "prefill",
+        "hand_off",
+        "kv_send",
+        "await_offer",
+        "receive",
+        "kv_receive",
+        "join",
+        "decode",
+    ] {
         let found: Vec<_> = spans.iter().filter(|span| span.name == part).collect();
         assert!(found.iter().any(|span| by_id[span.parent.as_str()].name == "leg"), "{part}: {found:#?}");
     }

@@ -76,7 +76,10 @@ async fn follow(path: PathBuf, configured: String, filter: reload::Handle<EnvFil
             Ok(_) => trouble.clear(),
             Err(error) if error.to_string() != trouble => {
                 trouble = error.to_string();
-                tracing::error!("process.log.level_file: {}: {trouble}; the level stays as it is", path.display());
+                tracing::error!(
+                    "process.log.level_file: {}: {trouble}; the level stays as it is",
+                    path.display()
+                );
             }
             Err(_) => {}
         }

@@ -24,7 +24,8 @@ pub(super) struct Reached {
 
 impl Reached {
     fn of(coordinator: &Table) -> Self {
-        let text = |value: Option<&toml::Value>| value.and_then(toml::Value::as_str).unwrap_or_default().to_owned();
+        let text =
+            |value: Option<&toml::Value>| value.and_then(toml::Value::as_str).unwrap_or_default().to_owned();
         let https = coordinator.get("https").and_then(toml::Value::as_table);
         Self {
             is_https: https.is_some_and(|https| !text(https.get("cert_file")).is_empty()),
@@ -45,7 +46,8 @@ pub(super) async fn check(plan: &[ChildSpec]) -> Result<Reached, UpError> {
         }
     }
     if reached.is_https && reached.metrics_listen.is_empty() {
-        let reason = "with `https`, give --metrics-listen ADDR: it is asked there whether it is ready".to_owned();
+        let reason =
+            "with `https`, give --metrics-listen ADDR: it is asked there whether it is ready".to_owned();
         return Err(UpError::Config { service: "coordinator", reason });
     }
     Ok(reached)
