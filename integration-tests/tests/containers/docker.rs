@@ -31,7 +31,7 @@ impl Docker {
         let daemon = Command::new("dockerd")
             .args(["--data-root", &path("data"), "--exec-root", &path("exec"), "--pidfile", &path("pid")])
             .args(["-H", &format!("unix://{}", path("socket")), "--bridge", "none"])
-            // It serves one network of its own, and is to change nothing of the machine's.
+            // One bridge needs none of it.
             .args(["--userland-proxy=false", "--iptables=false", "--ip6tables=false"])
             .args(["--ip-masq=false", "--ip-forward=false"])
             .stdin(Stdio::null())
