@@ -43,7 +43,7 @@ pub(crate) struct Telemetry {
 }
 
 impl Telemetry {
-    /// Installs the process's subscriber. Needs a tokio runtime when traces are exported.
+    /// Installs the process's subscriber. Needs a tokio runtime when traces are exported, or a file says the level.
     pub(crate) fn start(service: &'static str, config: &ProcessConfig) -> Result<Self, ProcessError> {
         let setup = |what| move |source| ProcessError::Setup { what, source };
         let filter = level::start(config)?;

@@ -74,23 +74,22 @@ fn set(settings: &[String]) -> Vec<String> {
     settings.iter().flat_map(|setting| ["--set".to_owned(), setting.clone()]).collect()
 }
 
-/// What all of a role's processes are told of TLS.
-fn tls(role: &str) -> Vec<String> {
+/// The files of TLS that a role's processes are told of, under this key.
+fn files(key: &str, role: &str) -> Vec<String> {
     [("ca", "ca.crt".to_owned()), ("cert", format!("{role}.crt")), ("key", format!("{role}.key"))]
-        .map(|(key, file)| format!("tls.{key}_file=/secrets/{file}"))
+        .map(|(of, file)| format!("{key}.{of}_file=/secrets/{file}"))
         .into()
 }
 
-/// And of etcd.
+fn tls(role: &str) -> Vec<String> {
+    files("tls", role)
+}
+
+/// And what they are told of etcd.
 fn store(role: &str) -> Vec<String> {
     let quoted: Vec<String> = addresses(&ETCD, 2379).iter().map(|address| format!("{address:?}")).collect();
-    let mut settings = vec![format!("store.etcd.endpoints=[{}]", quoted.join(","))];
-    for (key, file) in
-        [("ca", "ca.crt".to_owned()), ("cert", format!("{role}.crt")), ("key", format!("{role}.key"))]
-    {
-        settings.push(format!("store.etcd.{key}_file=/secrets/{file}"));
-    }
-    settings
+    let endpoints = format!("store.etcd.endpoints=[{}]", quoted.join(","));
+    [vec![endpoints], files("store.etcd", role)].concat()
 }
 
 fn etcd(index: usize) -> Container {
@@ -175,7 +174,8 @@ fn server(index: usize) -> Container {
 
 /// The deployment, and the load on it.
 struct Deployment {
-    load: Child,
+    /// Once all are ready.
+    load: Option<Child>,
     containers: Vec<Container>,
     docker: Docker,
     secrets: Secrets,
@@ -195,11 +195,9 @@ impl Deployment {
         let reads = [(secrets.0.path().to_owned(), "/secrets"), (model(), "/models/model.gguf")];
         containers.iter().for_each(|container| container.start(&docker, &reads));
         let client = reqwest::Client::builder().timeout(Duration::from_secs(2)).build().expect("a client");
-        // Killed, should anything below fail.
-        let load = Command::new("true").spawn().expect("starts");
-        let mut deployment = Self { load, containers, docker, secrets, client };
+        let mut deployment = Self { load: None, containers, docker, secrets, client };
         deployment.all_ready().await;
-        deployment.load = deployment.begin_load();
+        deployment.load = Some(deployment.begin_load());
         deployment
     }
 
@@ -301,18 +299,21 @@ impl Deployment {
 
     /// Ends the load; what became of it.
     fn end_load(&mut self) -> Value {
-        drop(self.load.stdin.take());
+        let load = self.load.as_mut().expect("it has begun");
+        drop(load.stdin.take());
         let mut told = String::new();
-        self.load.stdout.take().expect("a pipe").read_to_string(&mut told).expect("is read");
-        assert!(self.load.wait().expect("ends").success(), "{told}");
+        load.stdout.take().expect("a pipe").read_to_string(&mut told).expect("is read");
+        assert!(load.wait().expect("ends").success(), "{told}");
         serde_json::from_str(&told).expect("JSON")
     }
 }
 
 impl Drop for Deployment {
     fn drop(&mut self) {
-        let _ = self.load.kill();
-        let _ = self.load.wait();
+        if let Some(load) = &mut self.load {
+            let _ = load.kill();
+            let _ = load.wait();
+        }
         if std::thread::panicking() {
             eprintln!("{}", self.docker.logs("30"));
         }
