@@ -1,7 +1,9 @@
 //! Which role each instance should have. Pure: members in, roles out.
 //!
 //! Within a group, prefill and decode instances have to understand each other's KV caches, so the group's largest
-//! party of compatible instances is planned and the rest gets [`Role::None`] with the reason. One instance alone is
+//! party of compatible instances is planned and the rest gets [`Role::None`] with the reason: but for those who are set up
+//! alike and only of another build, as in a rolling upgrade over one that changes how caches are handed over. They are a
+//! party of their own, planned like the first, so that neither waits for the other to be gone. One instance alone is
 //! [`Role::Mixed`]. Who is pinned to a role has it; the others are divided so that the whole fits the policy, with at
 //! least one of each, if need be against a pin. What is measured divides as [`auto`] says. By a ratio, of `n >= 2`, the
 //! ideal number of prefill instances is `n * prefill / (prefill + decode)` of the policy; any number less than one away
@@ -73,17 +75,33 @@ pub fn plan<'a>(policy: Policy, candidates: &[Candidate<'a>]) -> BTreeMap<&'a In
     candidates.sort_unstable_by_key(|candidate| &candidate.spec.id);
     let Some(reference) = reference(&candidates) else { return BTreeMap::new() };
     let mut decisions = BTreeMap::new();
-    let mut party = Vec::new();
+    let mut parties: Vec<Vec<Candidate<'_>>> = vec![Vec::new()];
     for candidate in candidates {
         match incompatibility(reference, candidate.spec) {
-            None => party.push(candidate),
-            Some(difference) => {
+            None => parties[0].push(candidate),
+            Some(Incompatible::Build) => {
+                let alike = |party: &&mut Vec<Candidate<'_>>| compatible(party[0].spec, candidate.spec);
+                match parties[1..].iter_mut().find(alike) {
+                    Some(party) => party.push(candidate),
+                    None => parties.push(vec![candidate]),
+                }
+            }
+            Some(Incompatible::Setup(difference)) => {
                 let reason = format!("cannot join the group's other instances: {difference}");
                 decisions.insert(&candidate.spec.id, Decision { role: Role::None, reason });
             }
         }
     }
-    divide(policy, &party, &mut decisions);
+    let several = parties.len() > 1;
+    for party in parties {
+        divide(policy, &party, &mut decisions);
+        for Candidate { spec, .. } in party.iter().filter(|_| several) {
+            let Some(decision) = decisions.get_mut(&spec.id) else { continue };
+            let counted =
+                format!("; counted are those that speak {} of the handoff protocol", spec.handoff_protocols);
+            decision.reason += &counted;
+        }
+    }
     decisions
 }
 
@@ -108,8 +126,25 @@ pub(crate) fn compatible(one: &InstanceSpec, other: &InstanceSpec) -> bool {
     incompatibility(one, other).is_none()
 }
 
-/// Why caches of one cannot be handed to the other. An equivalence: none for equals, and for all of a party.
-fn incompatibility(reference: &InstanceSpec, other: &InstanceSpec) -> Option<String> {
+/// Why caches of one cannot be handed to the other.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Incompatible {
+    /// They are set up differently: for operators to mend.
+    Setup(String),
+    /// Only their builds differ: a matter of time.
+    Build,
+}
+
+/// Why caches of one cannot be handed to the other. An equivalence among builds of which each speaks with the one before it:
+/// none for equals, and for all of a party.
+fn incompatibility(reference: &InstanceSpec, other: &InstanceSpec) -> Option<Incompatible> {
+    if let Some(difference) = different_setup(reference, other) {
+        return Some(Incompatible::Setup(difference));
+    }
+    reference.handoff_protocols.common(other.handoff_protocols).is_none().then_some(Incompatible::Build)
+}
+
+fn different_setup(reference: &InstanceSpec, other: &InstanceSpec) -> Option<String> {
     let differs = |what: &str, theirs: &dyn std::fmt::Display, ours: &dyn std::fmt::Display| {
         Some(format!("its {what} is {ours}, that of {} is {theirs}", reference.id))
     };

@@ -148,7 +148,8 @@ mod transport;
 // What the public signatures name of the wire's crate, so that nobody else needs that.
 #[doc(inline)]
 pub use baton_proto::{
-    ApiError, ErrorCode, Incarnation, InstanceId, PromptDigest, TransferId, v1::handoff_server::HandoffServer,
+    ApiError, ErrorCode, Incarnation, InstanceId, PromptDigest, Protocols, TransferId,
+    v1::handoff_server::HandoffServer,
 };
 
 pub use error::TransferError;
@@ -156,9 +157,9 @@ pub use first_tokens::FirstTokens;
 pub use layout::KvLayout;
 pub use memory::{DeviceMemory, Region, Slices};
 pub use node::{
-    Dial, Dialling, Direction, ExpectSpec, FleetSecret, HandoffService, Incoming, KnownPeer, KvNode, Limits,
-    NodeConfig, NodeStats, OfferSpec, Outgoing, Plaintext, Progress, Reclaimed, Sealed, TransferStats,
-    TransportConfig,
+    Dial, Dialling, Direction, ExpectSpec, FleetSecret, HANDOFF_PROTOCOLS, HandoffService, Incoming,
+    KnownPeer, KvNode, Limits, NodeConfig, NodeStats, OfferSpec, Outgoing, Plaintext, Progress, Reclaimed,
+    Sealed, TransferStats, TransportConfig,
 };
 pub use transport::{
     AscendConfig, DataPortConfig, Faults, TransportKind, TransportProbe, TransportStats, probe,

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::{GroupName, IdError, Incarnation, InstanceId, v1};
+use crate::{GroupName, IdError, Incarnation, InstanceId, Protocols, v1};
 
 /// A message that is not one.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -16,6 +16,8 @@ pub enum WireError {
     Unexpected(&'static str),
     #[error("{field} is longer than {most}")]
     TooLong { field: &'static str, most: usize },
+    #[error("versions {oldest} to {newest} are none")]
+    Versions { oldest: u32, newest: u32 },
     #[error(transparent)]
     Id(#[from] IdError),
 }
@@ -169,6 +171,8 @@ pub struct InstanceSpec {
     /// host:port of its /metrics; may be empty.
     pub metrics_endpoint: String,
     pub transports: Vec<String>,
+    /// Of the protocol by which caches are handed over: those of a pair have one in common.
+    pub handoff_protocols: Protocols,
     pub labels: BTreeMap<String, String>,
     /// Of the build.
     pub version: String,
@@ -294,6 +298,10 @@ impl TryFrom<v1::InstanceSpec> for InstanceSpec {
             handoff_endpoint: present(wire.handoff_endpoint, "handoff_endpoint")?,
             metrics_endpoint: wire.metrics_endpoint,
             transports: wire.transports,
+            handoff_protocols: Protocols::from_wire(
+                wire.handoff_protocol_oldest,
+                wire.handoff_protocol_newest,
+            )?,
             labels: wire.labels.into_iter().collect(),
             version: wire.version,
         })
@@ -320,6 +328,8 @@ impl From<InstanceSpec> for v1::InstanceSpec {
             handoff_endpoint: spec.handoff_endpoint,
             metrics_endpoint: spec.metrics_endpoint,
             transports: spec.transports,
+            handoff_protocol_oldest: spec.handoff_protocols.oldest(),
+            handoff_protocol_newest: spec.handoff_protocols.newest(),
             labels: spec.labels.into_iter().collect(),
             version: spec.version,
         }

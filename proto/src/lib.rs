@@ -14,6 +14,7 @@ mod ids;
 mod instance;
 mod intent;
 mod prompt_digest;
+mod protocols;
 mod sieve;
 pub mod tokens;
 
@@ -33,6 +34,7 @@ pub use instance::{
 };
 pub use intent::{Cordoned, Intent, Pinned, RolePolicy, Targets};
 pub use prompt_digest::PromptDigest;
+pub use protocols::Protocols;
 pub use sieve::Sieve;
 
 /// Types and services generated from `protos/baton/v1/*.proto`.

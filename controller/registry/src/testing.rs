@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use baton_proto::{GroupName, Incarnation, InstanceId, InstanceSpec, KvLayoutSpec, ModelIdentity};
+use baton_proto::{GroupName, Incarnation, InstanceId, InstanceSpec, KvLayoutSpec, ModelIdentity, Protocols};
 
 use crate::{EtcdConfig, EtcdStore, KeyRange, Store};
 
@@ -49,6 +49,7 @@ pub fn instance_spec(name: &str, incarnation: u64) -> InstanceSpec {
         metrics_endpoint: String::new(),
         transports: vec!["tcp".into()],
         labels: BTreeMap::from([("zone".into(), "a".into())]),
+        handoff_protocols: Protocols::FIRST,
         version: "1".into(),
     }
 }

@@ -1,6 +1,6 @@
 //! The plan's rules, as a table and as properties over random fleets.
 
-use baton_proto::{GroupName, InstanceId};
+use baton_proto::{GroupName, InstanceId, Protocols};
 use baton_registry::testing::instance_spec;
 use proptest::prelude::*;
 
@@ -134,7 +134,7 @@ fn each_difference_is_named() {
     others.push(("device count", InstanceSpec { device_count: 2, ..base.clone() }));
     others.push(("KV layout", spec("a", "y")));
     for (named, other) in others {
-        let reason = incompatibility(&base, &other).expect(named);
+        let reason = different_setup(&base, &other).expect(named);
         assert!(reason.contains(named), "{reason}");
         assert!(incompatibility(&other, &base).is_some());
     }
@@ -158,6 +158,60 @@ fn those_with_more_or_less_memory_for_the_kv_cache_pair() {
     // Cut to what its KV pool holds.
     smaller.context_tokens = 50;
     assert_eq!(incompatibility(&base, &smaller), None);
+}
+
+/// `fleet` and, of another build, one with each of these roles.
+fn upgraded(fleet: &[Given], newcomers: &[Option<Role>]) -> Vec<Given> {
+    let next = |(n, role): (usize, &Option<Role>)| {
+        let spec =
+            InstanceSpec { handoff_protocols: Protocols::between(2, 2), ..spec(&format!("n{n}"), "x") };
+        Given { spec, role: *role, serving: role.is_some() }
+    };
+    fleet.iter().cloned().chain(newcomers.iter().enumerate().map(next)).collect()
+}
+
+#[test]
+fn builds_that_do_not_understand_each_other_are_planned_apart() {
+    let old = fleet("ppdd");
+    for (newcomers, plan) in [
+        (&[None][..], "ppddm"),
+        (&[None, None], "ppddpd"),
+        (&[Some(Role::Mixed), None], "ppddpd"),
+        (&[Some(Role::Prefill), Some(Role::Decode), None], "ppddpdd"),
+    ] {
+        assert_eq!(letters(&decide(ratio(1, 1), &upgraded(&old, newcomers))).len(), plan.len());
+        let decided = decide(ratio(1, 1), &upgraded(&old, newcomers));
+        for (role, wanted) in
+            [(Role::Prefill, 'p'), (Role::Decode, 'd'), (Role::Mixed, 'm'), (Role::None, '-')]
+        {
+            let wanted = plan.chars().filter(|letter| *letter == wanted).count();
+            assert_eq!(count(&decided, role), wanted, "{role:?} of {plan}");
+        }
+        // The old ones keep what they have.
+        assert!(old.iter().all(|given| decided.get(&given.spec.id) == given.role.as_ref()));
+    }
+}
+
+#[test]
+fn builds_that_follow_each_other_are_planned_as_one() {
+    let mut fleet = fleet("p");
+    let spec = InstanceSpec { handoff_protocols: Protocols::between(1, 2), ..spec("next", "x") };
+    fleet.push(Given { spec, role: None, serving: false });
+    assert_eq!(letters(&decide(ratio(1, 1), &fleet)), "pd");
+}
+
+#[test]
+fn what_is_planned_apart_says_so() {
+    let fleet = upgraded(&fleet("p"), &[None]);
+    let candidate = |given: &'_ Given| (given.spec.clone(), given.role);
+    let specs: Vec<_> = fleet.iter().map(candidate).collect();
+    let candidates: Vec<_> = specs
+        .iter()
+        .map(|(spec, role)| Candidate { spec, role: *role, serving: role.is_some(), pin: None })
+        .collect();
+    let decisions = plan(Policy::Ratio(ratio(1, 1)), &candidates);
+    let reason = &decisions[&specs[1].0.id].reason;
+    assert!(reason.ends_with("; counted are those that speak version 2 of the handoff protocol"), "{reason}");
 }
 
 #[test]

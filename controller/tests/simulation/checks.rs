@@ -6,7 +6,7 @@ use baton_controller::{
     fleet::{Member, health::Verdict},
     reconcile::Reconciler,
 };
-use baton_proto::{InstanceId, Phase, Role, RoleEpoch};
+use baton_proto::{InstanceId, InstanceSpec, Phase, Role, RoleEpoch};
 use baton_registry::{
     DesiredRole, HealthRecord, Standing,
     keys::{self, Key},
@@ -150,7 +150,7 @@ impl Findings {
             }
             let served = |role_of: &dyn Fn(&Member) -> (bool, bool)| {
                 members.iter().any(|one| {
-                    let like = members.iter().filter(|m| m.spec.kv_layout == one.spec.kv_layout);
+                    let like = members.iter().filter(|m| caches(&m.spec) == caches(&one.spec));
                     let roles: Vec<_> = like.map(|m| role_of(m)).collect();
                     roles.iter().any(|phases| phases.0) && roles.iter().any(|phases| phases.1)
                 })
@@ -310,25 +310,38 @@ pub(crate) fn converged(world: &World) -> Result<(), String> {
 
 /// Whether every group has the roles that its policy wants.
 fn divided<'a>(world: &World, members: impl Iterator<Item = &'a Member>) -> Result<(), String> {
-    let mut groups: BTreeMap<&str, BTreeMap<&str, Vec<Role>>> = BTreeMap::new();
+    let mut groups: BTreeMap<&str, BTreeMap<(&str, u32), Vec<Role>>> = BTreeMap::new();
     for member in members {
         let parties = groups.entry(member.spec.group.as_str()).or_default();
         let role = member.desired.as_ref().map_or(Role::None, |desired| desired.role);
-        parties.entry(member.spec.kv_layout.fingerprint.as_str()).or_default().push(role);
+        parties.entry(caches(&member.spec)).or_default().push(role);
     }
     for (group, parties) in groups {
-        let serving: Vec<_> =
-            parties.values().filter(|roles| roles.iter().any(|role| *role != Role::None)).collect();
-        let [roles] = serving[..] else { return Err(format!("{group} has the parties {parties:?}")) };
-        let count = |wanted| roles.iter().filter(|role| **role == wanted).count();
-        let (n, prefill, decode) = (roles.len(), count(Role::Prefill), count(Role::Decode));
-        let (share, whole) = (world.ratio().0, world.ratio().0 + world.ratio().1);
-        let near = n == 2 || (prefill * whole).abs_diff(n * share) < whole;
-        let least = prefill >= 1 && decode >= 1 && (near || prefill == 1 || decode == 1);
-        let good = if n == 1 { roles[0] == Role::Mixed } else { prefill + decode == n && least };
-        if !good {
-            return Err(format!("{group} is divided as {roles:?}"));
+        let serves = |roles: &Vec<Role>| roles.iter().any(|role| *role != Role::None);
+        let layouts: BTreeSet<&str> =
+            parties.iter().filter(|(_, roles)| serves(roles)).map(|((layout, _), _)| *layout).collect();
+        if layouts.len() != 1 {
+            return Err(format!("{group} has the parties {parties:?}"));
+        }
+        let mut of_layout = parties.iter().filter(|((layout, _), _)| layouts.contains(layout));
+        if !of_layout.all(|(_, roles)| is_well_divided(world, roles)) {
+            return Err(format!("{group} is divided as {parties:?}"));
         }
     }
     Ok(())
+}
+
+/// Whose caches an instance understands.
+fn caches(spec: &InstanceSpec) -> (&str, u32) {
+    (&spec.kv_layout.fingerprint, spec.handoff_protocols.newest())
+}
+
+/// Whether one party has the roles that the policy wants.
+fn is_well_divided(world: &World, roles: &[Role]) -> bool {
+    let count = |wanted| roles.iter().filter(|role| **role == wanted).count();
+    let (n, prefill, decode) = (roles.len(), count(Role::Prefill), count(Role::Decode));
+    let (share, whole) = (world.ratio().0, world.ratio().0 + world.ratio().1);
+    let near = n == 2 || (prefill * whole).abs_diff(n * share) < whole;
+    let least = prefill >= 1 && decode >= 1 && (near || prefill == 1 || decode == 1);
+    if n == 1 { roles[0] == Role::Mixed } else { prefill + decode == n && least }
 }

@@ -24,7 +24,7 @@ pub(crate) enum Fault {
     Ended {
         name: usize,
         address: u64,
-        layout: u8,
+        build: u8,
     },
     Refused,
 }
@@ -107,16 +107,16 @@ impl World {
 
     fn start(&mut self, name: usize) {
         let address = self.incarnation;
-        let layout = u8::from(self.random.random_bool(0.1));
-        self.start_at(name, address, layout);
+        let build = u8::from(self.random.random_bool(0.1));
+        self.start_at(name, address, build);
     }
 
     /// Starts a process, whose clock may have been set back.
-    fn start_at(&mut self, name: usize, address: u64, layout: u8) {
+    fn start_at(&mut self, name: usize, address: u64, build: u8) {
         self.incarnation += 10;
         let back = if self.random.random_bool(0.1) { 500 } else { 0 };
         let mut process = Process::new(name, self.incarnation - back, address);
-        (process.supervised, process.layout) = (true, layout);
+        (process.supervised, process.build) = (true, build);
         let pid = self.incarnation;
         self.processes.insert(pid, process);
         for (timer, soonest, latest) in
@@ -266,19 +266,19 @@ impl World {
 
     /// Of the same instance: at the same address, or elsewhere.
     pub(crate) fn start_again(&mut self, pid: u64, after: u64) {
-        // Perhaps of another revision, which does not understand the caches of the one before.
-        let upgraded = self.random.random_bool(0.25);
-        let (name, layout) = (self.process(pid).name, self.process(pid).layout ^ u8::from(upgraded));
+        // Perhaps of another build, which does not understand the caches of the one before.
+        let upgraded = if self.random.random_bool(0.25) { self.random.random_range(1..=2) } else { 0 };
+        let (name, build) = (self.process(pid).name, self.process(pid).build ^ upgraded);
         let elsewhere = self.random.random_bool(0.4);
         let address = if elsewhere { self.incarnation + 1 } else { self.process(pid).address };
-        self.later(after, Happening::Mend(Fault::Ended { name, address, layout }));
+        self.later(after, Happening::Mend(Fault::Ended { name, address, build }));
     }
 
     /// Somebody starts another process by the name of one that lives.
     fn twin(&mut self) {
         let Some(pid) = self.any() else { return };
-        let (name, layout) = (self.process(pid).name, self.process(pid).layout);
-        self.start_at(name, self.incarnation + 1, layout);
+        let (name, build) = (self.process(pid).name, self.process(pid).build);
+        self.start_at(name, self.incarnation + 1, build);
         let twin = self.incarnation;
         self.process(twin).supervised = false;
     }
@@ -303,9 +303,9 @@ impl World {
             }
             Fault::Wedged(pid) => self.process(pid).wedged = false,
             Fault::Obstinate(pid) => self.process(pid).obstinate = false,
-            Fault::Ended { name, address, layout } => {
+            Fault::Ended { name, address, build } => {
                 if !self.live().any(|process| process.name == name) {
-                    self.start_at(name, address, layout);
+                    self.start_at(name, address, build);
                 }
             }
             Fault::Refused => self.keeper.refuses = None,
@@ -333,7 +333,7 @@ impl World {
     /// What every party of every group serves; `moved`: an instance that has begun to leave its role.
     pub(crate) fn check_service(&mut self, moved: Option<u64>) {
         let (mut ready, mut on_their_way) = (Parties::new(), Parties::new());
-        let party = |process: &Process| (process.name % self.weather.groups, process.layout);
+        let party = |process: &Process| (process.name % self.weather.groups, process.build);
         for process in self.processes.values() {
             let (serves, arrived) = (process.serves(), process.phase == Phase::Ready);
             for (parties, counts) in [(&mut ready, arrived), (&mut on_their_way, true)] {

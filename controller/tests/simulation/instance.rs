@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use baton_controller::fleet::Beat;
-use baton_proto::{Incarnation, InstanceLoad, InstanceSpec, Phase, Role, RoleEpoch};
+use baton_proto::{Incarnation, InstanceLoad, InstanceSpec, Phase, Protocols, Role, RoleEpoch};
 use baton_registry::{DesiredRole, testing::instance_spec};
 
 /// What comes to it by its connection.
@@ -36,7 +36,8 @@ pub(crate) struct Process {
     pub(crate) address: u64,
     pub(crate) supervised: bool,
     /// Which other instances understand its caches.
-    pub(crate) layout: u8,
+    /// 1: its KV layout is another; 2: it speaks another version of the handoff protocol; 3: both.
+    pub(crate) build: u8,
     pub(crate) alive: bool,
     pub(crate) frozen: bool,
     /// It beats, and does not drain.
@@ -65,7 +66,7 @@ impl Process {
             settled: false,
             address,
             supervised: false,
-            layout: 0,
+            build: 0,
             alive: true,
             frozen: false,
             obstinate: false,
@@ -85,7 +86,10 @@ impl Process {
     pub(crate) fn spec(&self, name: &str, group: &str) -> InstanceSpec {
         let mut spec = instance_spec(name, self.incarnation);
         spec.group = baton_proto::GroupName::new(group).expect("a good name");
-        spec.kv_layout.fingerprint = format!("x{}", self.layout);
+        spec.kv_layout.fingerprint = format!("x{}", self.build & 1);
+        if self.build & 2 != 0 {
+            spec.handoff_protocols = Protocols::between(2, 2);
+        }
         spec.inference_endpoint = format!("127.0.0.1:{}", self.address);
         if self.supervised {
             spec.labels.insert("supervisor".into(), format!("of {name}"));

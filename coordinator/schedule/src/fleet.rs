@@ -14,7 +14,7 @@ use std::{
 };
 
 pub use baton_proto::Role;
-use baton_proto::{GroupName, Incarnation, InstanceId, InstanceSpec, LegId, RoleEpoch, v1};
+use baton_proto::{GroupName, Incarnation, InstanceId, InstanceSpec, LegId, Protocols, RoleEpoch, v1};
 use tokio::time::Instant;
 
 /// The role an instance holds, and whether it takes new requests in it.
@@ -48,6 +48,8 @@ pub struct Spec {
     pub context_tokens: u32,
     /// Prefill and decode are paired only if the caches of one can be handed to the other: if this is equal.
     pub layout: String,
+    /// Of the protocol by which they are handed: those of a pair have one in common.
+    pub handoff_protocols: Protocols,
     pub block_tokens: u32,
     /// Of the KV cache of one token, over all layers, in bytes.
     pub token_bytes: u64,
@@ -67,6 +69,7 @@ impl From<&InstanceSpec> for Spec {
             revision: spec.model.revision.clone(),
             context_tokens: spec.context_tokens,
             layout: spec.kv_layout.handover_class().to_owned(),
+            handoff_protocols: spec.handoff_protocols,
             block_tokens: spec.kv_layout.block_tokens.max(1),
             token_bytes: spec.kv_layout.block_bytes.saturating_mul(spec.kv_layout.layers.into())
                 / u64::from(spec.kv_layout.block_tokens.max(1)),

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use baton_proto::GroupName;
+use baton_proto::{GroupName, Protocols};
 use tokio::time::Instant;
 
 use super::{
@@ -127,10 +127,11 @@ fn what_lacks_is_said() {
 #[test]
 fn unlike_instances_are_never_paired() {
     type Change = fn(&mut Spec);
-    let changes: [Change; 3] = [
+    let changes: [Change; 4] = [
         |spec| spec.group = GroupName::new("other").expect("a good name"),
         |spec| spec.revision = "r2".into(),
         |spec| spec.layout = "l2".into(),
+        |spec| spec.handoff_protocols = Protocols::between(2, 2),
     ];
     for change in changes {
         let mut decode = spec("d");
@@ -141,6 +142,30 @@ fn unlike_instances_are_never_paired() {
         ]);
         assert_eq!(chosen(&fleet, &Ledger::default(), &ask(10)), Err(NoPlace::NoDecode));
     }
+}
+
+/// With a rolling upgrade under way: two builds whose caches the other does not understand, and one that speaks with both.
+#[test]
+fn builds_are_paired_as_far_as_they_understand_each_other() {
+    let speaks =
+        |id: &str, oldest, newest| Spec { handoff_protocols: Protocols::between(oldest, newest), ..spec(id) };
+    let pair = |prefill: Spec, decode: Spec| {
+        let parts = [(prefill, Role::Prefill), (decode, Role::Decode)];
+        let fleet = fleet_of(parts.map(|(spec, role)| (spec, role, Load::default())).into());
+        chosen(&fleet, &Ledger::default(), &ask(10)).is_ok()
+    };
+    assert!(pair(speaks("p", 1, 1), speaks("d", 1, 2)));
+    assert!(pair(speaks("p", 2, 3), speaks("d", 1, 2)));
+    assert!(!pair(speaks("p", 1, 2), speaks("d", 3, 4)));
+    // Each with its own, whoever has more room.
+    let four = fleet_of(vec![
+        (speaks("p1", 1, 1), Role::Prefill, Load::default()),
+        (speaks("p2", 2, 2), Role::Prefill, Load { queued_prefill_tokens: 100, ..Load::default() }),
+        (speaks("d1", 1, 1), Role::Decode, Load { sequences: 9, ..Load::default() }),
+        (speaks("d2", 2, 2), Role::Decode, Load::default()),
+    ]);
+    let chosen = chosen(&four, &Ledger::default(), &ask(10)).expect("a place");
+    assert!([["p1", "d1"], ["p2", "d2"]].contains(&[&*chosen[0], &*chosen[1]]), "{chosen:?}");
 }
 
 #[test]

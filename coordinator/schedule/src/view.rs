@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use baton_proto::{GroupName, InstanceId, RoleEpoch};
+use baton_proto::{GroupName, InstanceId, Protocols, RoleEpoch};
 use tokio::time::Instant;
 
 use crate::{
@@ -96,6 +96,8 @@ impl Row {
 pub struct Class {
     group: GroupName,
     layout: String,
+    /// Versions of the handoff protocol that all of them speak. `None`: nobody is known yet.
+    protocols: Option<Protocols>,
     /// Instances that prefill, and those of them that have something to compute.
     prefills: usize,
     computing: usize,
@@ -201,9 +203,10 @@ impl View {
                 rows: Vec::with_capacity(instances.len()),
                 classes: classes.remove(revision).unwrap_or_default(),
             };
+            model.classes.iter_mut().for_each(|class| class.protocols = None);
             for instance in instances.values() {
                 let spec = &instance.spec;
-                let class = model.class(&spec.group, &spec.layout, now);
+                let class = model.class(spec, now);
                 let mut row = old.remove(&spec.id).unwrap_or_else(|| {
                     self.numbers += 1;
                     Row::new(spec, self.numbers, now)
@@ -273,13 +276,31 @@ impl Row {
 }
 
 impl Model {
-    fn class(&mut self, group: &GroupName, layout: &str, now: Instant) -> usize {
-        let alike = |class: &Class| class.group == *group && class.layout == layout;
-        self.classes.iter().position(alike).unwrap_or_else(|| {
-            let (group, layout) = (group.clone(), layout.to_owned());
-            self.classes.push(Class { group, layout, prefills: 0, computing: 0, busy: 0.0, at: now });
+    /// The class of one instance more: the first of which it can hand caches to everyone, and everyone to it.
+    fn class(&mut self, spec: &Spec, now: Instant) -> usize {
+        let common = |class: &Class| match class.protocols {
+            None => Some(spec.handoff_protocols),
+            Some(protocols) => protocols.common(spec.handoff_protocols),
+        };
+        let alike = |class: &Class| {
+            class.group == spec.group && class.layout == spec.layout && common(class).is_some()
+        };
+        let at = self.classes.iter().position(alike).unwrap_or_else(|| {
+            let (group, layout) = (spec.group.clone(), spec.layout.clone());
+            let protocols = None;
+            self.classes.push(Class {
+                group,
+                layout,
+                protocols,
+                prefills: 0,
+                computing: 0,
+                busy: 0.0,
+                at: now,
+            });
             self.classes.len() - 1
-        })
+        });
+        self.classes[at].protocols = common(&self.classes[at]);
+        at
     }
 
     /// Counts who prefills, and drops the classes at the end that nobody is of.

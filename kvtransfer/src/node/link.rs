@@ -28,7 +28,7 @@ use super::{
     outbound::Outbound,
     route::Route,
     secret::{End, Hellos, nonce},
-    wire::{PROTOCOL, check_protocol, from_status, wire_id},
+    wire::{HANDOFF_PROTOCOLS, check_agreed, from_status, wire_id},
 };
 use crate::{
     TransferError,
@@ -301,7 +301,7 @@ impl Link {
         let Some(receiver_message::Body::Hello(hello)) = next(&mut messages).await? else {
             return Err(protocol("the peer's first message is not its hello"));
         };
-        check_protocol(hello.protocol).map_err(Break::Refused)?;
+        check_agreed(hello.protocol).map_err(Break::Refused)?;
         let Some(layout) = &hello.layout else {
             return Err(protocol("the peer's hello has no KV layout"));
         };
@@ -376,7 +376,8 @@ impl Node {
             incarnation: self.identity.incarnation.0,
             layout: Some((&self.layout).into()),
             nonce: nonce.to_vec().into(),
-            protocol: PROTOCOL,
+            oldest_protocol: HANDOFF_PROTOCOLS.oldest(),
+            newest_protocol: HANDOFF_PROTOCOLS.newest(),
         }
     }
 }

@@ -58,6 +58,7 @@ pub use secret::FleetSecret;
 pub use service::{HandoffService, KnownPeer};
 pub use stats::NodeStats;
 pub use transfer::{Direction, ExpectSpec, OfferSpec, Reclaimed, Sealed, TransferStats};
+pub use wire::HANDOFF_PROTOCOLS;
 
 use claims::Claims;
 use identity::Identity;

@@ -15,7 +15,7 @@ use super::{
     peer_link::PeerLink,
     secret::{End, Hellos, nonce},
     table::{Ended, Holding, Lookup},
-    wire::{PROTOCOL, check_protocol, to_status},
+    wire::{agree, to_status},
 };
 use crate::{
     FirstTokens, KvLayout, TransferError,
@@ -59,7 +59,8 @@ impl v1::handoff_server::Handoff for HandoffService {
         {
             return Err(Status::permission_denied(format!("{peer} says hello on a connection of {known}")));
         }
-        check_protocol(hello.protocol).map_err(|error| to_status(&error))?;
+        let version =
+            agree(hello.oldest_protocol, hello.newest_protocol).map_err(|error| to_status(&error))?;
         let layout = hello.layout.ok_or_else(|| protocol("the hello has no KV layout"))?;
         let layout = node.layout.of_peer(&layout).map_err(|error| to_status(&error))?;
         let plan = node.plan_from(&layout).map_err(|error| to_status(&error))?;
@@ -74,7 +75,7 @@ impl v1::handoff_server::Handoff for HandoffService {
         let messages = ControlQueue::new(messages, node.counters.control_queue.clone());
         let broken = node.lifetime.stop.child_token();
         let link = Arc::new(PeerLink::new(node.now(), number, (peer, incarnation), messages, broken));
-        link.send(None, Body::Hello(node.receiver_hello(&hellos)));
+        link.send(None, Body::Hello(node.receiver_hello(&hellos, version)));
         let tasks = node.lifetime.tasks.clone();
         tasks.spawn(async move {
             let mapped = plan.map(|plan| (layout, plan));
@@ -297,14 +298,14 @@ impl Node {
         Ok(())
     }
 
-    fn receiver_hello(&self, hellos: &Hellos) -> v1::ReceiverHello {
+    fn receiver_hello(&self, hellos: &Hellos, version: u32) -> v1::ReceiverHello {
         v1::ReceiverHello {
             instance_id: self.identity.instance_id.to_string(),
             incarnation: self.identity.incarnation.0,
             layout: Some((&self.layout).into()),
             nonce: hellos.nonces[1].to_vec().into(),
             proof: hellos.prove(self.identity.secret.as_ref(), End::Receiver).into(),
-            protocol: PROTOCOL,
+            protocol: version,
         }
     }
 

@@ -1,25 +1,40 @@
 //! What control messages and statuses carry, as both ends of a control stream write and read it.
 
-use baton_proto::{ApiError, ErrorCode, TransferId, v1};
+use baton_proto::{ApiError, ErrorCode, Protocols, TransferId, v1};
 use prost::Message as _;
 use tonic::Status;
 
 use crate::TransferError;
 
-/// Which form control messages, hellos and frames have. To be raised with every change that an earlier build would not
-/// understand.
-pub(super) const PROTOCOL: u32 = 1;
+/// Versions of the form that control messages, hellos and frames have. A change that an earlier build would not understand is a
+/// new one, and the one before it is spoken on for as long as such builds run.
+pub const HANDOFF_PROTOCOLS: Protocols =
+    if cfg!(feature = "next-protocol") { Protocols::between(2, 2) } else { Protocols::FIRST };
+
+/// The version to speak with a sender that says which it does.
+///
+/// # Errors
+/// `OtherProtocol`: it speaks none that is spoken here; `Protocol`: what it says makes no sense.
+pub(super) fn agree(oldest: u32, newest: u32) -> Result<u32, TransferError> {
+    let theirs =
+        Protocols::from_wire(oldest, newest).map_err(|error| TransferError::Protocol(error.to_string()))?;
+    match HANDOFF_PROTOCOLS.common(theirs) {
+        Some(common) => Ok(common.newest()),
+        None => Err(other(theirs)),
+    }
+}
 
 /// # Errors
-/// `OtherProtocol`: the peer's build speaks another one.
-pub(super) fn check_protocol(theirs: u32) -> Result<(), TransferError> {
-    if theirs == PROTOCOL {
-        return Ok(());
-    }
-    let message = format!(
-        "the peer speaks version {theirs} of the handoff protocol, this node version {PROTOCOL}; run builds that speak the same"
-    );
-    Err(TransferError::OtherProtocol(message))
+/// `OtherProtocol`: the receiver has chosen a version that is not spoken here.
+pub(super) fn check_agreed(version: u32) -> Result<(), TransferError> {
+    let theirs = Protocols::from_wire(version, version).unwrap_or(Protocols::FIRST);
+    HANDOFF_PROTOCOLS.contains(theirs.newest()).then_some(()).ok_or_else(|| other(theirs))
+}
+
+fn other(theirs: Protocols) -> TransferError {
+    TransferError::OtherProtocol(format!(
+        "the peer speaks {theirs} of the handoff protocol, this node {HANDOFF_PROTOCOLS}; run builds that have one in common"
+    ))
 }
 
 /// A transfer id as a message carries it; none in hellos.

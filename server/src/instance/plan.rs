@@ -4,7 +4,7 @@
 use std::{sync::Arc, time::SystemTime};
 
 use baton_checkpoint::{Checkpoint, Dtype};
-use baton_kvtransfer::KvLayout;
+use baton_kvtransfer::{HANDOFF_PROTOCOLS, KvLayout};
 use baton_proto::{InstanceId, v1};
 use baton_runtime::{DeviceKind, Executor, KvPoolLayout, LoadOptions};
 use tokio::sync::mpsc;
@@ -144,6 +144,8 @@ impl Plan {
             handoff_endpoint: endpoints.grpc.clone(),
             metrics_endpoint: endpoints.metrics.clone(),
             transports: config.handoff.transports.clone(),
+            handoff_protocol_oldest: HANDOFF_PROTOCOLS.oldest(),
+            handoff_protocol_newest: HANDOFF_PROTOCOLS.newest(),
             labels: config.labels.clone().into_iter().collect(),
             version: env!("CARGO_PKG_VERSION").into(),
         }

@@ -1,6 +1,6 @@
 //! Builders that tests share.
 
-use baton_proto::{GroupName, Incarnation, InstanceId, RoleEpoch};
+use baton_proto::{GroupName, Incarnation, InstanceId, Protocols, RoleEpoch};
 
 use super::{Duty, Role, Spec};
 
@@ -14,6 +14,7 @@ pub fn spec(id: &str) -> Spec {
         revision: "r1".into(),
         context_tokens: 1024,
         layout: "l1".into(),
+        handoff_protocols: Protocols::FIRST,
         block_tokens: 16,
         token_bytes: 0,
         inference_endpoint: format!("{id}:1"),

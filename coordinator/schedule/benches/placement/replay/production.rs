@@ -4,7 +4,7 @@
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
-use baton_proto::{GroupName, Incarnation, InstanceId, LegId, RoleEpoch, Sieve};
+use baton_proto::{GroupName, Incarnation, InstanceId, LegId, Protocols, RoleEpoch, Sieve};
 use baton_schedule::{
     Among, NoPlace, Placement, Prompt, Seat, Settings, Side, Wanted,
     board::{Board, Credit, LegNews},
@@ -69,6 +69,7 @@ fn spec(id: InstanceId) -> Spec {
         revision: REVISION.into(),
         context_tokens: 2 * LONGEST_TOKENS,
         layout: "one".into(),
+        handoff_protocols: Protocols::FIRST,
         block_tokens: KV_BLOCK_TOKENS,
         token_bytes: TOKEN_BYTES,
     }
