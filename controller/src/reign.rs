@@ -9,7 +9,9 @@ use std::{sync::Arc, time::Duration};
 
 use baton_process::{Health, HealthHandle};
 use baton_proto::LeaderEpoch;
-use baton_registry::{Candidacy, Candidate, LeaderRecord, Leadership, Lease, Store, StoreError};
+use baton_registry::{
+    Candidacy, Candidate, LeaderRecord, Leadership, Lease, StateFormats, Store, StoreError,
+};
 use futures::{FutureExt, future::BoxFuture};
 use tokio::{
     sync::{mpsc, watch},
@@ -61,7 +63,7 @@ impl Reigns {
         endpoint: String,
     ) -> Candidate {
         let record = LeaderRecord { controller_id: config.controller_id.clone(), endpoint };
-        Candidate { store: store.clone(), record, ttl: config.leader.ttl }
+        Candidate { store: store.clone(), record, ttl: config.leader.ttl, formats: StateFormats::OURS }
     }
 
     /// Leads whenever it can, until the shutdown.
@@ -72,6 +74,7 @@ impl Reigns {
             let standing = |standing| {
                 self.health.set(match standing {
                     Candidacy::Behind(leader) => Health::Partly(format!("standing by: {leader} leads")),
+                    Candidacy::Foreign(why) => Health::NotReady(format!("it cannot lead: {why}")),
                     Candidacy::Cut(why) => {
                         Health::NotReady(format!("the state store cannot be reached: {why}"))
                     }

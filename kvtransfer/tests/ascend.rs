@@ -285,7 +285,8 @@ async fn mapped_pairs_leave_out_the_transports_that_write_into_the_pool() {
     let decode = Peer::start_with("decode-0", setup());
     for (form, told) in [(here, &["hixl", "tcp"][..]), (there, &["tcp"])] {
         let hello = v1::SenderHello {
-            protocol: 1,
+            oldest_protocol: 1,
+            newest_protocol: 1,
             instance_id: "prefill-9".into(),
             incarnation: 1,
             layout: Some((&form.layout()).into()),

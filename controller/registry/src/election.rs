@@ -16,12 +16,14 @@ use tokio::{
 use tracing::{debug, info, warn};
 
 use crate::{
-    Compare, Event, KeyRange, LeaderRecord, Lease, LeaseId, Revision, Store, StoreError, Txn, TxnOutcome,
-    WatchError, keys,
+    Compare, Event, KeyRange, LeaderRecord, Lease, LeaseId, Revision, StateFormats, Store, StoreError, Txn,
+    TxnOutcome, WatchError, format::Found, keys,
 };
 
 /// After an error, before the leader key is looked at again.
 const RETRY: Duration = Duration::from_millis(300);
+/// Before a state of another format is looked at again.
+const LOOK_AGAIN: Duration = Duration::from_secs(2);
 
 /// A controller that would lead.
 #[derive(Debug, Clone)]
@@ -30,6 +32,8 @@ pub struct Candidate {
     pub record: LeaderRecord,
     /// How long a leader may be silent before another takes over.
     pub ttl: Duration,
+    /// Of the state, what this build reads and writes.
+    pub formats: StateFormats,
 }
 
 /// What became of a fenced write.
@@ -88,6 +92,8 @@ pub enum Candidacy {
     Behind(String),
     /// The store does not say who does.
     Cut(String),
+    /// The state has a format that this build does not know: another has to lead.
+    Foreign(String),
 }
 
 impl Candidate {
@@ -109,9 +115,13 @@ impl Candidate {
         }
     }
 
-    /// Takes the leadership if it is vacant.
+    /// Takes the leadership if it is vacant, and the state is of a format that this build knows.
     pub async fn try_lead(&self) -> Result<Option<Leadership>, StoreError> {
         if !self.store.range(KeyRange::exact(keys::LEADER)).await?.items.is_empty() {
+            return Ok(None);
+        }
+        let found = Found::read(&*self.store).await?;
+        if found.refusal(self.formats).is_some() {
             return Ok(None);
         }
         let renewed = Instant::now();
@@ -121,7 +131,7 @@ impl Candidate {
             self.record.encode(),
             Some(lease.id),
         );
-        let outcome = self.store.txn(txn).await;
+        let outcome = self.store.txn(found.take_over(txn, self.formats)).await;
         // The key tells, also when the answer to the transaction was lost.
         let held = match outcome {
             Ok(outcome) if !outcome.succeeded => None,
@@ -151,8 +161,13 @@ impl Candidate {
         Ok(listing.items.first().filter(|item| item.lease == Some(lease)).map(|item| item.create_revision))
     }
 
-    /// Returns when the leader key may be gone.
+    /// Returns when the leader key may be gone, or the state be of another format.
     async fn wait_for_vacancy(&self, standing: &impl Fn(Candidacy)) {
+        if let Some(why) = Found::read(&*self.store).await.ok().and_then(|found| found.refusal(self.formats))
+        {
+            standing(Candidacy::Foreign(why));
+            return tokio::time::sleep(LOOK_AGAIN).await;
+        }
         let Ok(listing) = self.store.range(KeyRange::exact(keys::LEADER)).await else {
             return tokio::time::sleep(RETRY).await;
         };

@@ -6,6 +6,8 @@ use baton_proto::{ApiKeyName, GroupName, InstanceId};
 pub const ROOT: &str = "/baton/v1/";
 /// Which controller leads: a [`crate::LeaderRecord`], leased. Its create revision is the leader epoch.
 pub const LEADER: &str = "/baton/v1/leader";
+/// How the rest is to be read: see [`crate::format`].
+pub const FORMAT: &str = "/baton/v1/format";
 /// What instances are: a [`crate::InstanceSpec`] each, leased.
 pub const INSTANCES: &str = "/baton/v1/instances/";
 /// What instances should be: a [`crate::DesiredRole`] each. Survives the instance.
@@ -55,6 +57,7 @@ pub fn api_key(name: &ApiKeyName) -> String {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Key {
     Leader,
+    Format,
     Instance(InstanceId),
     Role(InstanceId),
     Status(InstanceId),
@@ -78,6 +81,9 @@ impl Key {
         ];
         if key == LEADER {
             return Self::Leader;
+        }
+        if key == FORMAT {
+            return Self::Format;
         }
         if let Some(group) = key.strip_prefix(TARGETS) {
             return GroupName::new(group).map_or(Self::Other, Self::Targets);
@@ -109,6 +115,7 @@ mod tests {
         let name = ApiKeyName::new("alice-1").expect("a good name");
         assert_eq!(Key::parse(&api_key(&name)), Key::ApiKey(name));
         assert_eq!(Key::parse(LEADER), Key::Leader);
+        assert_eq!(Key::parse(FORMAT), Key::Format);
         for other in ["/baton/v1/instances/", "/baton/v1/roles/a/b", "/baton/v1/config/x", "/other"] {
             assert_eq!(Key::parse(other), Key::Other, "{other}");
         }

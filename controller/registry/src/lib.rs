@@ -3,6 +3,7 @@
 //! - [`store`]: the contract, with etcd's semantics, and its three implementations: [`EtcdStore`], [`MemoryStore`]
 //!   (embedded in a single controller) and [`RemoteStore`] (that one, over gRPC, served by [`StoreService`]).
 //! - [`keys`] and [`records`]: the key layout under `/baton/v1/` and the typed values under it.
+//! - [`format`]: which version its format has, so that builds of different versions can share it.
 //! - [`election`]: who of the controllers leads, and writes that only the leader can make.
 //! - [`fleet`]: the readers' side: [`FleetWatch`] keeps a typed snapshot of instances, roles and status up to date.
 //!
@@ -11,6 +12,7 @@
 
 pub mod election;
 pub mod fleet;
+pub mod format;
 pub mod keys;
 pub mod records;
 pub mod store;
@@ -19,6 +21,7 @@ pub mod testing;
 
 pub use election::{Candidacy, Candidate, Fenced, Leadership, Term};
 pub use fleet::{FleetInstance, FleetSnapshot, FleetWatch, FleetWatchConfig, Leader};
+pub use format::StateFormats;
 pub use records::{DesiredRole, HealthRecord, LeaderRecord, ObservedStatus, RecordError, Standing};
 pub use store::{
     Compare, Event, KeyRange, KeyValue, Lease, LeaseId, Listing, Operation, Revision, Store, StoreError, Txn,

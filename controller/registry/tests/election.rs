@@ -4,11 +4,14 @@
 use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
+use baton_proto::{Protocols, v1};
 use baton_registry::{
-    Candidate, Fenced, KeyRange, LeaderRecord, Leadership, Lease, LeaseId, Listing, MemoryConfig,
-    MemoryStore, Revision, Store, StoreError, Txn, TxnOutcome, Watch, keys, testing::EtcdServer,
+    Candidacy, Candidate, Fenced, KeyRange, LeaderRecord, Leadership, Lease, LeaseId, Listing, MemoryConfig,
+    MemoryStore, Revision, StateFormats, Store, StoreError, Txn, TxnOutcome, Watch, keys,
+    testing::EtcdServer,
 };
 use parking_lot::Mutex;
+use prost::Message as _;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 fn memory() -> Arc<dyn Store> {
@@ -21,7 +24,7 @@ fn memory() -> Arc<dyn Store> {
 
 fn candidate(store: &Arc<dyn Store>, name: &str) -> Candidate {
     let record = LeaderRecord { controller_id: name.into(), endpoint: format!("{name}:1") };
-    Candidate { store: store.clone(), record, ttl: Duration::from_secs(2) }
+    Candidate { store: store.clone(), record, ttl: Duration::from_secs(2), formats: StateFormats::OURS }
 }
 
 async fn leader(store: &Arc<dyn Store>) -> Option<String> {
@@ -75,14 +78,46 @@ async fn a_held_leadership_lasts(store: Arc<dyn Store>) {
     assert!(other.is_err(), "two led");
 }
 
+/// Three builds: the first knows one format, the next reads the second, too, the last writes it.
+async fn builds_that_follow_each_other_share_the_state(store: Arc<dyn Store>) {
+    let of = |name: &str, newest, writes| {
+        let formats = StateFormats { reads: Protocols::between(1, newest), writes };
+        Candidate { formats, ..candidate(&store, name) }
+    };
+    let (first, next, last) = (of("first", 1, 1), of("next", 2, 1), of("last", 2, 2));
+    let version = || async {
+        let item = store.range(KeyRange::exact(keys::FORMAT)).await.expect("range").items.pop()?;
+        Some(v1::FormatRecord::decode(&*item.value).expect("a record").version)
+    };
+    // A store that builds have used which say nothing of it.
+    assert_eq!(version().await, None);
+    for (candidate, written) in [(&first, 1), (&next, 1), (&first, 1), (&last, 2), (&next, 2)] {
+        let leadership = candidate.try_lead().await.expect("try").expect("it leads");
+        assert_eq!(version().await, Some(written), "{}", candidate.record.controller_id);
+        leadership.resign().await.expect("resign");
+    }
+    // What the last has written is not for the first, which says so and stands aside.
+    assert!(first.try_lead().await.expect("try").is_none());
+    let told = Mutex::new(Vec::new());
+    let campaign = first.campaign(|standing| told.lock().push(standing));
+    let led = tokio::time::timeout(Duration::from_secs(1), campaign).await;
+    assert!(led.is_err(), "it leads");
+    let told = told.into_inner();
+    let [Candidacy::Foreign(why), ..] = &told[..] else { panic!("{told:?}") };
+    assert!(why.contains("of version 2, and this build reads version 1"), "{why}");
+}
+
 #[tokio::test]
 async fn embedded() {
+    builds_that_follow_each_other_share_the_state(memory()).await;
     one_leads_and_a_deposed_one_writes_nothing(memory()).await;
     a_held_leadership_lasts(memory()).await;
 }
 
 #[tokio::test]
 async fn etcd() {
+    let server = EtcdServer::start().await;
+    builds_that_follow_each_other_share_the_state(Arc::new(server.store())).await;
     let server = EtcdServer::start().await;
     one_leads_and_a_deposed_one_writes_nothing(Arc::new(server.store())).await;
     let server = EtcdServer::start().await;

@@ -54,7 +54,7 @@ impl Reigns {
                         .map(|intent| inherited.intents.extend([(id, intent)])),
                     Key::Targets(group) => records::decode_targets(&item.value)
                         .map(|targets| inherited.targets.extend([(group, targets)])),
-                    Key::Leader | Key::ApiKey(_) | Key::Other => Ok(()),
+                    Key::Leader | Key::Format | Key::ApiKey(_) | Key::Other => Ok(()),
                 };
             if let Err(error) = taken {
                 warn!(key = item.key, %error, "a record in the state store is not readable and is left out");

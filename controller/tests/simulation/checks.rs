@@ -129,7 +129,9 @@ impl Findings {
                 .filter(|member| {
                     let Some((role, epoch)) = before.0.get(&member.spec.id) else { return false };
                     let desired = member.desired.as_ref().expect("roles are not taken away");
+                    // To be told in time to stay what it is moves nobody.
                     member.is_serving()
+                        && desired.role != member.beat.role
                         && *role != Role::None
                         && desired.role != *role
                         && desired.epoch > *epoch

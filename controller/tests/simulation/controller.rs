@@ -16,7 +16,7 @@ use baton_controller::{
 use baton_proto::{InstanceId, InstanceLoad, InstanceSpec};
 use baton_registry::{
     Candidate, DesiredRole, HealthRecord, KeyRange, LeaderRecord, Leadership, Lease, Listing, ObservedStatus,
-    Store, StoreError,
+    StateFormats, Store, StoreError,
     keys::{self, Key},
     records,
 };
@@ -121,7 +121,12 @@ impl Controller {
     pub(crate) fn new(index: usize, config: Arc<ControllerConfig>, clock: Clock, now: u64) -> Self {
         let client = Client::default();
         let record = LeaderRecord { controller_id: format!("c{index}"), endpoint: "127.0.0.1:1".into() };
-        let candidate = Candidate { store: Arc::new(client.clone()), record, ttl: config.leader.ttl };
+        let candidate = Candidate {
+            store: Arc::new(client.clone()),
+            record,
+            ttl: config.leader.ttl,
+            formats: StateFormats::OURS,
+        };
         let at = clock.at(now);
         let stand = Stand::Seeking { call: None, asked: at, again: at };
         Self { client, clock, inbox: VecDeque::new(), config, candidate, stand }

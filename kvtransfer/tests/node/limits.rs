@@ -94,7 +94,8 @@ struct Unproven {
 impl Unproven {
     async fn open(to: &Peer) -> Self {
         let hello = v1::SenderHello {
-            protocol: 1,
+            oldest_protocol: 1,
+            newest_protocol: 1,
             instance_id: "prefill-1".into(),
             incarnation: 1,
             layout: Some((&layout()).into()),

@@ -26,7 +26,8 @@ fn ours() -> Form {
 
 fn hello(name: &str, layout: &KvLayout) -> Body {
     Body::Hello(v1::SenderHello {
-        protocol: 1,
+        oldest_protocol: 1,
+        newest_protocol: 1,
         instance_id: name.into(),
         incarnation: 1,
         layout: Some(layout.into()),
@@ -237,7 +238,8 @@ async fn layouts_that_do_not_hold_together_are_refused() {
     let mut wire = v1::KvLayout::from(&theirs().layout());
     wire.fingerprint = v1::KvLayout::from(&ours().layout()).fingerprint;
     let lie = Body::Hello(v1::SenderHello {
-        protocol: 1,
+        oldest_protocol: 1,
+        newest_protocol: 1,
         instance_id: LIAR.into(),
         incarnation: 1,
         layout: Some(wire),

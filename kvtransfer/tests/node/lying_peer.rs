@@ -353,7 +353,8 @@ async fn hellos_are_checked() {
     let decode = Peer::start("decode-0");
     let hello = |change: fn(&mut v1::SenderHello)| {
         let mut hello = v1::SenderHello {
-            protocol: 1,
+            oldest_protocol: 1,
+            newest_protocol: 1,
             instance_id: LIAR.into(),
             incarnation: 1,
             layout: Some((&layout()).into()),
@@ -365,7 +366,11 @@ async fn hellos_are_checked() {
     let cases = [
         (Body::Renew(v1::Renew {}), "hello"),
         (hello(|h| h.instance_id = "No Name".into()), "instance id"),
-        (hello(|h| h.protocol = 0), "version 0 of the handoff protocol, this node version 1"),
+        (
+            hello(|h| (h.oldest_protocol, h.newest_protocol) = (7, 9)),
+            "the peer speaks versions 7 to 9 of the handoff protocol, this node version 1",
+        ),
+        (hello(|h| h.oldest_protocol = 3), "versions 3 to 1 are none"),
         (hello(|h| h.layout = None), "layout"),
         (hello(|h| h.nonce = vec![1; 15].into()), "nonce"),
         (hello(|h| h.layout = Some((&KvLayout { head_dim: 7, ..layout() }).into())), "head_dim"),

@@ -42,7 +42,8 @@ pub struct Pass {
 impl ScriptedSender {
     pub async fn open(peer: &Peer, name: &str, incarnation: u64) -> Result<Self, Status> {
         let hello = v1::SenderHello {
-            protocol: 1,
+            oldest_protocol: 1,
+            newest_protocol: 1,
             instance_id: name.into(),
             incarnation,
             layout: Some((&layout()).into()),

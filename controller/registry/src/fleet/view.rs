@@ -201,7 +201,9 @@ impl View {
                 entry.changed(changed);
             }),
             // Readers go by roles, which say what follows from these; of API keys others keep track.
-            Key::Health(_) | Key::Intent(_) | Key::Targets(_) | Key::ApiKey(_) | Key::Other => Ok(()),
+            Key::Format | Key::Health(_) | Key::Intent(_) | Key::Targets(_) | Key::ApiKey(_) | Key::Other => {
+                Ok(())
+            }
         };
         if let Err(error) = taken {
             warn!(key = item.key, %error, "a record in the state store is not readable: the last good one stays");
