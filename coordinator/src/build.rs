@@ -205,7 +205,8 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
         config.metrics_listen.as_ref().map(|listen| bind(listen, "metrics_listen")).transpose()?;
     let store = open_store(&config.store, &tls)?;
     let keys = Source::open(&config.api_keys, &store)?;
-    let served = models::open(&config.models, &TextCache::new(config.text.cache_bytes)).await?;
+    let served =
+        models::open(&config.models, &config.model_root, &TextCache::new(config.text.cache_bytes)).await?;
     for Served { name, revision, .. } in &served {
         tracing::info!(model = %name, revision, "model opened");
     }

@@ -41,6 +41,8 @@ pub struct CoordinatorConfig {
     pub store: StoreConfig,
     /// What is served: at least one model.
     pub models: Vec<ModelConfig>,
+    /// The directory under which all files of models have to lie, wherever links lead. Empty = anywhere.
+    pub model_root: PathBuf,
     pub api_keys: ApiKeysConfig,
     pub limits: LimitsConfig,
     pub text: TextConfig,
@@ -63,6 +65,7 @@ impl Default for CoordinatorConfig {
             https: HttpsConfig::default(),
             store: StoreConfig::default(),
             models: Vec::new(),
+            model_root: PathBuf::new(),
             api_keys: ApiKeysConfig::default(),
             limits: LimitsConfig::default(),
             text: TextConfig::default(),

@@ -8,6 +8,8 @@ use crate::{keys::file::KeyFileError, text::TextError};
 
 #[derive(Debug, thiserror::Error)]
 pub enum CoordinatorError {
+    #[error("model_root: {0}")]
+    ModelRoot(Box<CheckpointError>),
     #[error("models[{index}].path: {source}")]
     Model { index: usize, source: ModelError },
     #[error("models[{index}].path: opening it met a bug: {source}")]

@@ -4,8 +4,9 @@
 //! own: its text side, the line that its requests wait in, what is counted of it. What all models share (the room for
 //! bodies, cores to work on them, the board of instances) is elsewhere.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{collections::HashMap, path::Path, sync::Arc, time::Duration};
 
+use baton_checkpoint::ModelRoot;
 use baton_proto::{ApiError, ErrorCode};
 use baton_schedule::queue::Rank;
 use futures::future::try_join_all;
@@ -39,11 +40,16 @@ pub struct Models {
 }
 
 /// Opens the models of a configuration side by side: most of a start is spent in reading tokenizers. Pieces of long prompts
-/// are kept in `cache`.
-pub async fn open(configs: &[ModelConfig], cache: &Arc<TextCache>) -> Result<Vec<Served>, CoordinatorError> {
+/// are kept in `cache`. All files of theirs have to lie under `root`; an empty path = anywhere.
+pub async fn open(
+    configs: &[ModelConfig],
+    root: &Path,
+    cache: &Arc<TextCache>,
+) -> Result<Vec<Served>, CoordinatorError> {
+    let root = ModelRoot::at(root).map_err(|source| CoordinatorError::ModelRoot(Box::new(source)))?;
     let open = |(index, config): (usize, &ModelConfig)| {
-        let (config, cache) = (config.clone(), cache.clone());
-        let opening = tokio::task::spawn_blocking(move || Served::open(&config, &cache));
+        let (config, root, cache) = (config.clone(), root.clone(), cache.clone());
+        let opening = tokio::task::spawn_blocking(move || Served::open(&config, &root, &cache));
         async move {
             let opened = opening.await.map_err(|source| CoordinatorError::Opening { index, source })?;
             opened.map_err(|source| CoordinatorError::Model { index, source })

@@ -66,6 +66,8 @@ pub struct ServerConfig {
 pub struct ModelConfig {
     /// A GGUF file, or a Hugging Face directory.
     pub path: PathBuf,
+    /// The directory under which all of the model's files have to lie, wherever links lead. Empty = anywhere.
+    pub root: PathBuf,
     /// What clients say in `model`; empty = the name in the model's own files.
     pub name: String,
 }

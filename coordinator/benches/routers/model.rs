@@ -3,6 +3,7 @@
 
 use std::{fs, path::Path};
 
+use baton_checkpoint::ModelRoot;
 use baton_coordinator::{
     config::ModelConfig,
     prepare::{Served, Spelling, Turn},
@@ -36,7 +37,7 @@ pub(crate) fn lengthen(model: &Path, copy: &Path) -> Result<(), BenchError> {
 /// Opens it as a coordinator does.
 pub(crate) fn open(path: &Path) -> Result<Served, BenchError> {
     let config = ModelConfig { path: path.to_owned(), ..ModelConfig::default() };
-    Ok(Served::open(&config, &TextCache::new(0))?)
+    Ok(Served::open(&config, &ModelRoot::anywhere(), &TextCache::new(0))?)
 }
 
 /// Its tokens that are a space and some letters.

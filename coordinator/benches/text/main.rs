@@ -4,13 +4,9 @@
 //! `tokenizer.json` each, as `BATON_TEST_TOKENIZERS` does; FILE is a model with a chat template, through which whole
 //! requests go. One thread, best of several rounds that take turns.
 
-use std::{
-    hint::black_box,
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Instant,
-};
+use std::{fs, hint::black_box, path::PathBuf, sync::Arc, time::Instant};
 
+use baton_checkpoint::ModelRoot;
 use baton_coordinator::{
     config::ModelConfig,
     prepare::{Endpoint, RequestLimits, Served, parse, prepare},
@@ -48,7 +44,7 @@ fn main() -> Result<(), Error> {
     let args = Args::parse();
     let texts = texts()?;
     let mut folders: Vec<PathBuf> =
-        std::fs::read_dir(&args.tokenizers)?.map(|entry| Ok(entry?.path())).collect::<Result<_, Error>>()?;
+        fs::read_dir(&args.tokenizers)?.map(|entry| Ok(entry?.path())).collect::<Result<_, Error>>()?;
     folders.sort();
     let mut speeds = Builder::default();
     let head =
@@ -57,13 +53,14 @@ fn main() -> Result<(), Error> {
     let mut detokenising = Vec::new();
     for folder in &folders {
         let name = folder.file_name().unwrap_or_default().to_string_lossy();
-        let json = folder.join("tokenizer.json");
-        let tables = Tables::from_file(&json)?;
+        let path = folder.join("tokenizer.json");
+        let json = Json { content: fs::read(&path)?, path };
+        let tables = Tables::from_bytes(&json.content)?;
         for (kind, text) in &texts {
             let row = speeds_of(&json, &tables, text, args.rounds)?;
             speeds.push_record([name.to_string(), (*kind).to_owned()].into_iter().chain(row));
         }
-        let (tokenizer, token_texts) = Tokenizer::of_json(&json, &TextCache::new(0))?;
+        let (tokenizer, token_texts) = json.tokenizer(0)?;
         let tokens = tokenizer.encode(&texts[2].1, false)?;
         detokenising.push(format!("{name} {:.0} ns", detokenise(token_texts, &tokens, args.rounds)));
     }
@@ -79,16 +76,15 @@ fn texts() -> Result<Vec<(&'static str, String)>, Error> {
                  people live there today? Thank you!";
     let mut code = String::new();
     for folder in ["src", "src/text", "src/http", "src/dispatch", "schedule/src", "tests/http"] {
-        let mut files: Vec<PathBuf> = std::fs::read_dir(root.join(folder))?
-            .map(|entry| Ok(entry?.path()))
-            .collect::<Result<_, Error>>()?;
+        let mut files: Vec<PathBuf> =
+            fs::read_dir(root.join(folder))?.map(|entry| Ok(entry?.path())).collect::<Result<_, Error>>()?;
         files.retain(|file| file.extension().is_some_and(|extension| extension == "rs"));
         files.sort();
         for file in files {
-            code.push_str(&std::fs::read_to_string(file)?);
+            code.push_str(&fs::read_to_string(file)?);
         }
     }
-    let prose = ["../README.md", "../CHANGELOG.md"].map(|file| std::fs::read_to_string(root.join(file)));
+    let prose = ["../README.md", "../CHANGELOG.md"].map(|file| fs::read_to_string(root.join(file)));
     let prose = prose.into_iter().collect::<Result<Vec<_>, _>>()?.concat();
     Ok(vec![
         ("chat, 131 B", short.to_owned()),
@@ -136,6 +132,18 @@ fn chinese() -> String {
     text
 }
 
+/// A `tokenizer.json`.
+struct Json {
+    content: Vec<u8>,
+    path: PathBuf,
+}
+
+impl Json {
+    fn tokenizer(&self, cache_bytes: usize) -> Result<(Tokenizer, TokenTexts), Error> {
+        Ok(Tokenizer::of_json(&self.content, &self.path, &TextCache::new(cache_bytes))?)
+    }
+}
+
 /// Seconds of one call.
 fn seconds<R>(work: impl FnOnce() -> R) -> f64 {
     let begun = Instant::now();
@@ -144,14 +152,14 @@ fn seconds<R>(work: impl FnOnce() -> R) -> f64 {
 }
 
 /// Columns of one text: MB/s, and by how much Baton is faster.
-fn speeds_of(json: &Path, tables: &Tables, text: &str, rounds: usize) -> Result<[String; 5], Error> {
-    let (plain, _) = Tokenizer::of_json(json, &TextCache::new(0))?;
-    let (cached, _) = Tokenizer::of_json(json, &TextCache::new(CACHE_BYTES))?;
+fn speeds_of(json: &Json, tables: &Tables, text: &str, rounds: usize) -> Result<[String; 5], Error> {
+    let (plain, _) = json.tokenizer(0)?;
+    let (cached, _) = json.tokenizer(CACHE_BYTES)?;
     let theirs = tables.encode_fast(text, false)?;
     if plain.encode(text, false)? != theirs.get_ids() || cached.encode(text, false)? != theirs.get_ids() {
         return Err("the tokens differ".into());
     }
-    let (fresh, _) = Tokenizer::of_json(json, &TextCache::new(0))?;
+    let (fresh, _) = json.tokenizer(0)?;
     let first = seconds(|| fresh.encode(text, false));
     let mut best = [f64::MAX; 3];
     for round in 0..rounds {
@@ -189,7 +197,7 @@ fn requests(args: &Args, content: &str) -> Result<(), Error> {
     let body = serde_json::json!({"model": "m", "messages": [message]}).to_string();
     for (name, cache_bytes) in [("everything tokenised", 0), ("sent before", CACHE_BYTES)] {
         let config = ModelConfig { path: args.model.clone(), ..ModelConfig::default() };
-        let mut served = Served::open(&config, &TextCache::new(cache_bytes))?;
+        let mut served = Served::open(&config, &ModelRoot::anywhere(), &TextCache::new(cache_bytes))?;
         served.context_tokens = u32::MAX;
         let request = || -> Result<_, Error> {
             let request = parse(body.as_bytes())?;

@@ -165,6 +165,7 @@ fn of_code(bytes: &[u8]) -> Escaped {
 
 #[cfg(test)]
 mod tests {
+    use baton_checkpoint::ModelRoot;
     use parking_lot::Mutex;
     use proptest::prelude::*;
 
@@ -262,7 +263,7 @@ mod tests {
         let config = crate::config::ModelConfig { path: path.into(), ..Default::default() };
         let open = |bytes| {
             let cache = TextCache::new(bytes);
-            let served = Served::open(&config, &cache).expect("the model opens");
+            let served = Served::open(&config, &ModelRoot::anywhere(), &cache).expect("the model opens");
             (Served { context_tokens: u32::MAX, ..served }, cache)
         };
         let tokens = |served: &Served, body: &str| {

@@ -6,7 +6,7 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use baton_checkpoint::Checkpoint;
+use baton_checkpoint::{Checkpoint, ModelRoot};
 use baton_proto::{ApiError, ErrorCode, ServedModel};
 
 use crate::{
@@ -108,9 +108,9 @@ impl Served {
 }
 
 impl Served {
-    /// Opens the model of a configuration. Pieces of long prompts are kept in `cache`.
-    pub fn open(config: &ModelConfig, cache: &Arc<TextCache>) -> Result<Self, ModelError> {
-        let checkpoint = Checkpoint::open(&config.path).map_err(Box::new)?;
+    /// Opens the model of a configuration, whose files have to lie under `root`. Pieces of long prompts are kept in `cache`.
+    pub fn open(config: &ModelConfig, root: &ModelRoot, cache: &Arc<TextCache>) -> Result<Self, ModelError> {
+        let checkpoint = Checkpoint::open_under(root, &config.path).map_err(Box::new)?;
         let text = CheckpointText::open(&checkpoint, SystemTime::now, cache)?;
         let context = checkpoint.config().context_tokens;
         let context_tokens = match config.max_context_tokens {
@@ -180,9 +180,10 @@ fn refused(error: &TextError, field: &str) -> ApiError {
     let code = match error {
         TextError::Refused { .. } | TextError::Render(_) => ErrorCode::InvalidArgument,
         TextError::NoTemplate => ErrorCode::Unsupported,
-        TextError::Tokenizer { .. } | TextError::Template { .. } | TextError::Encode(_) => {
-            ErrorCode::Internal
-        }
+        TextError::Checkpoint(_)
+        | TextError::Tokenizer { .. }
+        | TextError::Template { .. }
+        | TextError::Encode(_) => ErrorCode::Internal,
     };
     let error = ApiError::new(code, format!("{field}: {error}"));
     if code == ErrorCode::Internal { error } else { error.param(field) }

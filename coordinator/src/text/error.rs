@@ -2,9 +2,13 @@
 
 use std::path::PathBuf;
 
+use baton_checkpoint::CheckpointError;
+
 /// See the module.
 #[derive(Debug, thiserror::Error)]
 pub enum TextError {
+    #[error(transparent)]
+    Checkpoint(#[from] Box<CheckpointError>),
     #[error("cannot use the tokeniser of {path}: {source}")]
     Tokenizer { path: PathBuf, source: TokenizerError },
     #[error("cannot use the chat template of {path}: {source}")]

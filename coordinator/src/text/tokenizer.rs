@@ -52,7 +52,10 @@ impl Tokenizer {
         cache: &Arc<TextCache>,
     ) -> Result<(Self, TokenTexts), TextError> {
         match checkpoint.tokenizer() {
-            TokenizerSource::HuggingFaceJson(path) => Self::of_json(path, cache),
+            TokenizerSource::HuggingFaceJson(file) => {
+                let json = file.read().map_err(Box::new)?;
+                Self::of_json(&json, file.path(), cache)
+            }
             TokenizerSource::Ggml(source) => {
                 let path = checkpoint.path();
                 let built = ggml::build(source)
@@ -63,10 +66,14 @@ impl Tokenizer {
         }
     }
 
-    /// From a `tokenizer.json`.
-    pub fn of_json(path: &Path, cache: &Arc<TextCache>) -> Result<(Self, TokenTexts), TextError> {
+    /// From a `tokenizer.json`. `path` is for errors to name.
+    pub fn of_json(
+        json: &[u8],
+        path: &Path,
+        cache: &Arc<TextCache>,
+    ) -> Result<(Self, TokenTexts), TextError> {
         let failed = |source| TextError::Tokenizer { path: path.to_owned(), source };
-        let mut tables = Tables::from_file(path).map_err(|error| failed(error.into()))?;
+        let mut tables = Tables::from_bytes(json).map_err(|error| failed(error.into()))?;
         // Left over from training in some files: a prompt is never cut or filled up here.
         tables.with_padding(None);
         tables.with_truncation(None).map_err(|error| failed(error.into()))?;

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use baton_checkpoint::ModelRoot;
 use baton_coordinator::{config::ModelConfig, prepare::Served, text::TextCache};
 use baton_proto::v1;
 use serde_json::{Value, json};
@@ -13,8 +14,12 @@ fn model() -> Served {
     let path = std::env::var_os("BATON_TEST_MODEL").map(PathBuf::from).expect(
         "BATON_TEST_MODEL is not set: it names the SmolLM2-135M-Instruct GGUF file (./deploy/run test fetches it)",
     );
-    Served::open(&ModelConfig { path, ..ModelConfig::default() }, &TextCache::new(1 << 20))
-        .expect("the model opens")
+    Served::open(
+        &ModelConfig { path, ..ModelConfig::default() },
+        &ModelRoot::anywhere(),
+        &TextCache::new(1 << 20),
+    )
+    .expect("the model opens")
 }
 
 #[tokio::test]

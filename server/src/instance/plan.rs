@@ -3,7 +3,7 @@
 
 use std::{sync::Arc, time::SystemTime};
 
-use baton_checkpoint::{Checkpoint, Dtype};
+use baton_checkpoint::{Checkpoint, Dtype, ModelRoot};
 use baton_kvtransfer::{HANDOFF_PROTOCOLS, KvLayout};
 use baton_proto::{InstanceId, v1};
 use baton_runtime::{DeviceKind, Executor, KvPoolLayout, LoadOptions};
@@ -11,7 +11,7 @@ use tokio::sync::mpsc;
 
 use super::{incarnation, listeners::Endpoints};
 use crate::{
-    config::{HandoffConfig, ServerConfig},
+    config::{HandoffConfig, ModelConfig, ServerConfig},
     engine::scheduler::Limits,
     error::ServerError,
     handoff::kv_layout,
@@ -29,9 +29,9 @@ pub(super) struct Plan {
 
 impl Plan {
     pub(super) async fn read(config: &ServerConfig) -> Result<Self, ServerError> {
-        let path = config.model.path.clone();
+        let ModelConfig { path, root, .. } = config.model.clone();
         let opened = tokio::task::spawn_blocking(move || {
-            let checkpoint = Checkpoint::open(&path)?;
+            let checkpoint = Checkpoint::open_under(&ModelRoot::at(&root)?, &path)?;
             let revision = checkpoint.revision()?;
             Ok::<_, ServerError>((checkpoint, revision))
         });

@@ -10,7 +10,8 @@ use std::{
 use sha2::{Digest, Sha256};
 
 use crate::{
-    BlockScales, CheckpointError, Dtype, ModelConfig, TensorView, TokenizerSource, Weight, gguf, huggingface,
+    BlockScales, CheckpointError, Dtype, ModelConfig, ModelRoot, TensorView, TokenizerSource, Weight, gguf,
+    huggingface,
     source::{Extent, MappedFile},
     wanted,
 };
@@ -64,6 +65,7 @@ pub(crate) struct Parts {
 /// The files must not be cut short while a `Checkpoint` of them lives: reading a mapped page that is gone ends the
 /// process.
 pub struct Checkpoint {
+    root: ModelRoot,
     path: PathBuf,
     parts: Parts,
     revision: OnceLock<String>,
@@ -75,17 +77,22 @@ impl Checkpoint {
     /// Reads headers only. Afterwards every tensor that the configuration calls for is known to be there, whole, of a
     /// supported type and of the right shape.
     pub fn open(path: &Path) -> Result<Self, CheckpointError> {
+        Self::open_under(&ModelRoot::anywhere(), path)
+    }
+
+    /// The same, of files that all lie under `root`.
+    pub fn open_under(root: &ModelRoot, path: &Path) -> Result<Self, CheckpointError> {
         let io = |source| CheckpointError::Io { path: path.to_owned(), source };
         let kind = std::fs::metadata(path).map_err(io)?.file_type();
         let parts = if kind.is_dir() {
-            huggingface::read(path)?
+            huggingface::read(root, path)?
         } else if kind.is_file() {
-            gguf::read(path)?
+            gguf::read(root, path)?
         } else {
             let reason = "it is neither a file nor a directory".to_owned();
             return Err(CheckpointError::NotAModel { path: path.to_owned(), reason });
         };
-        let checkpoint = Self { path: path.to_owned(), parts, revision: OnceLock::new() };
+        let checkpoint = Self { root: root.clone(), path: path.to_owned(), parts, revision: OnceLock::new() };
         checkpoint.check()?;
         Ok(checkpoint)
     }
@@ -256,10 +263,8 @@ impl Checkpoint {
         field(REVISION_FORMAT.as_bytes());
         match &self.parts.tokenizer {
             TokenizerSource::HuggingFaceJson(tokenizer) => {
-                for path in [&self.path.join("config.json"), tokenizer] {
-                    let io = |source| CheckpointError::Io { path: path.clone(), source };
-                    field(&std::fs::read(path).map_err(io)?);
-                }
+                field(&self.root.read(&self.path.join("config.json"))?);
+                field(&tokenizer.read()?);
             }
             // Both lie before the first tensor.
             TokenizerSource::Ggml(_) => {

@@ -15,6 +15,10 @@ pub enum CheckpointError {
     Damaged { path: PathBuf, field: String, reason: String },
     #[error("{path} cannot be served: {field} is {found}; supported: {supported}")]
     Unsupported { path: PathBuf, field: String, found: String, supported: String },
+    #[error(
+        "{path} lies at {lies_at}, which is not under {root}: move the file there, or set another `root`"
+    )]
+    Outside { path: PathBuf, lies_at: PathBuf, root: PathBuf },
     #[error("{path} has no tensor {tensor}")]
     NoTensor { path: PathBuf, tensor: String },
 }

@@ -6,7 +6,7 @@
 //! shapes against the configuration, supported architectures and types. Arithmetic on the weights is the runtime's,
 //! except [`Dtype::dequantize`], the plain reference that its kernels are tested against.
 //!
-//! Modules in the order a file is read: `source` maps it, `gguf` or `huggingface` parses it, `checkpoint` checks and
+//! Modules in the order a file is read: `root` opens it if it lies where it may, `source` maps it, `gguf` or `huggingface` parses it, `checkpoint` checks and
 //! holds the result.
 
 mod checkpoint;
@@ -16,6 +16,7 @@ mod error;
 mod gguf;
 mod huggingface;
 mod mixture;
+mod root;
 mod rope;
 mod source;
 mod tensor;
@@ -27,6 +28,7 @@ pub use config::{Architecture, Attention, GroupedQuery, LatentAttention, ModelCo
 pub use dtype::Dtype;
 pub use error::CheckpointError;
 pub use mixture::{ExpertGroups, GroupScore, Mixture, RouterScores, Routing};
+pub use root::{ModelRoot, RootedFile};
 pub use rope::{Rope, RopeFrequencies, RopeOrder, RopeScaling};
 pub use tensor::{BlockScales, ExpertWeight, LayerWeight, TensorView, Weight};
 pub use tokenizer::{GgmlTokenizer, TokenKind, TokenizerSource};

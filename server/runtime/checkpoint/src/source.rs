@@ -1,13 +1,10 @@
 //! Maps files into memory. The only unsafe code of the crate.
 
-use std::{
-    fs::File,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 use memmap2::{Mmap, UncheckedAdvice};
 
-use crate::CheckpointError;
+use crate::{CheckpointError, ModelRoot};
 
 /// A range of bytes in one of a checkpoint's files, checked to lie within it.
 #[derive(Debug, Clone, Copy)]
@@ -26,9 +23,9 @@ pub(crate) struct MappedFile {
 }
 
 impl MappedFile {
-    pub(crate) fn open(path: &Path) -> Result<Self, CheckpointError> {
+    pub(crate) fn open(root: &ModelRoot, path: &Path) -> Result<Self, CheckpointError> {
         let io = |source| CheckpointError::Io { path: path.to_owned(), source };
-        let file = File::open(path).map_err(io)?;
+        let file = root.open(path)?;
         // SAFETY: the mapping is private and only ever read. Should another process write to the file, the bytes read
         // change, which at worst gives wrong numbers: nothing read from the map again is trusted as a bound. Should it
         // cut the file short, the process ends with SIGBUS; `Checkpoint`'s documentation says so.

@@ -1,12 +1,12 @@
 //! Where a model's tokeniser comes from. Building and running it is the coordinator's.
 
-use std::path::PathBuf;
+use crate::RootedFile;
 
 /// The tokeniser as the checkpoint holds it.
 #[derive(Debug, Clone)]
 pub enum TokenizerSource {
     /// A `tokenizer.json` of Hugging Face's tokenizers.
-    HuggingFaceJson(PathBuf),
+    HuggingFaceJson(RootedFile),
     /// The tables that GGUF files carry under `tokenizer.ggml`.
     Ggml(Box<GgmlTokenizer>),
 }

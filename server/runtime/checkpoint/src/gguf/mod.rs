@@ -8,7 +8,7 @@ mod tensors;
 use std::path::Path;
 
 use crate::{
-    CheckpointError,
+    CheckpointError, ModelRoot,
     checkpoint::{Format, Parts},
     source::MappedFile,
 };
@@ -16,8 +16,8 @@ use crate::{
 use header::{Fault, Header, MAGIC};
 
 /// Reads a GGUF file's head.
-pub(crate) fn read(path: &Path) -> Result<Parts, CheckpointError> {
-    let file = MappedFile::open(path)?;
+pub(crate) fn read(root: &ModelRoot, path: &Path) -> Result<Parts, CheckpointError> {
+    let file = MappedFile::open(root, path)?;
     if !file.all().starts_with(MAGIC) {
         let reason = "it does not begin with GGUF".to_owned();
         return Err(CheckpointError::NotAModel { path: path.to_owned(), reason });

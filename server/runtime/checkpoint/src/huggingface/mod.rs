@@ -16,30 +16,32 @@ use std::{
 use serde_json::Value;
 
 use crate::{
-    CheckpointError, TokenizerSource,
+    CheckpointError, ModelRoot, TokenizerSource,
     checkpoint::{Format, Parts},
+    root::RootedFile,
 };
 
 /// Reads a directory's JSON files and the heads of its safetensors files.
-pub(crate) fn read(directory: &Path) -> Result<Parts, CheckpointError> {
-    let config = JsonFile::open(directory, "config.json")?.ok_or_else(|| lacks(directory, "config.json"))?;
+pub(crate) fn read(root: &ModelRoot, directory: &Path) -> Result<Parts, CheckpointError> {
+    let config =
+        JsonFile::open(root, directory, "config.json")?.ok_or_else(|| lacks(directory, "config.json"))?;
     let tokenizer = directory.join("tokenizer.json");
     if !tokenizer.is_file() {
         return Err(lacks(directory, "tokenizer.json"));
     }
     let (model, tied) = config::model(&config)?;
-    let (files, mut tensors) = weights::read(directory, &model, config::scaled_blocks(&config)?)?;
+    let (files, mut tensors) = weights::read((root, directory), &model, config::scaled_blocks(&config)?)?;
     if tied {
         tensors.remove(&crate::Weight::Output);
     }
-    let tokens = tokens::read(directory, &config, &tokenizer)?;
+    let tokens = tokens::read((root, directory), &config, &tokenizer)?;
     Ok(Parts {
         format: Format::HuggingFace,
         name: directory_name(directory),
         config: model,
         tensors,
         files,
-        tokenizer: TokenizerSource::HuggingFaceJson(tokenizer),
+        tokenizer: TokenizerSource::HuggingFaceJson(RootedFile::new(root, tokenizer)),
         chat_template: tokens.chat_template,
         bos_token: tokens.bos,
         eos_token: tokens.eos,
@@ -65,23 +67,18 @@ fn directory_name(directory: &Path) -> String {
 }
 
 /// The text of a file, if it is there.
-fn read_text(path: &Path) -> Result<Option<String>, CheckpointError> {
-    // Far above any real one of these; a tokenizer.json of 30 MB is the largest seen.
-    const MOST_BYTES: u64 = 256 << 20;
-    let io_error = |source| CheckpointError::Io { path: path.to_owned(), source };
-    match std::fs::metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(io_error(error)),
-        Ok(found) if found.len() > MOST_BYTES => {
-            return Err(CheckpointError::Damaged {
-                path: path.to_owned(),
-                field: "its size".to_owned(),
-                reason: format!("{} bytes are too many for such a file", found.len()),
-            });
+fn read_text(root: &ModelRoot, path: &Path) -> Result<Option<String>, CheckpointError> {
+    let content = match root.read(path) {
+        Err(CheckpointError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+            return Ok(None);
         }
-        Ok(_) => {}
-    }
-    std::fs::read_to_string(path).map(Some).map_err(io_error)
+        content => content?,
+    };
+    String::from_utf8(content).map(Some).map_err(|_| CheckpointError::Damaged {
+        path: path.to_owned(),
+        field: "its content".to_owned(),
+        reason: "it is not UTF-8".to_owned(),
+    })
 }
 
 /// A JSON object and the file it came from, for typed access with good errors.
@@ -92,9 +89,9 @@ pub(crate) struct JsonFile {
 
 impl JsonFile {
     /// `None` if the directory has no such file.
-    fn open(directory: &Path, name: &str) -> Result<Option<Self>, CheckpointError> {
+    fn open(root: &ModelRoot, directory: &Path, name: &str) -> Result<Option<Self>, CheckpointError> {
         let path = directory.join(name);
-        let Some(text) = read_text(&path)? else { return Ok(None) };
+        let Some(text) = read_text(root, &path)? else { return Ok(None) };
         let reason = match serde_json::from_str::<Value>(&text) {
             Ok(value @ Value::Object(_)) => return Ok(Some(Self { path, value })),
             Ok(_) => "it is not a JSON object".to_owned(),

@@ -6,7 +6,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::{JsonFile, read_text};
-use crate::{CheckpointError, tokenizer::ENDINGS};
+use crate::{CheckpointError, ModelRoot, tokenizer::ENDINGS};
 
 pub(super) struct Tokens {
     pub(super) chat_template: Option<String>,
@@ -16,10 +16,14 @@ pub(super) struct Tokens {
     pub(super) stop_ids: Vec<u32>,
 }
 
-pub(super) fn read(directory: &Path, config: &JsonFile, tokenizer: &Path) -> Result<Tokens, CheckpointError> {
-    let generation = JsonFile::open(directory, "generation_config.json")?;
-    let settings = JsonFile::open(directory, "tokenizer_config.json")?;
-    let added = added_tokens(tokenizer)?;
+pub(super) fn read(
+    (root, directory): (&ModelRoot, &Path),
+    config: &JsonFile,
+    tokenizer: &Path,
+) -> Result<Tokens, CheckpointError> {
+    let generation = JsonFile::open(root, directory, "generation_config.json")?;
+    let settings = JsonFile::open(root, directory, "tokenizer_config.json")?;
+    let added = added_tokens(root, tokenizer)?;
     let mut stop_ids = BTreeSet::new();
     for file in generation.iter().chain([config]) {
         stop_ids.extend(token_ids(file, "eos_token_id")?);
@@ -37,7 +41,7 @@ pub(super) fn read(directory: &Path, config: &JsonFile, tokenizer: &Path) -> Res
         let ends = |token: &&AddedToken| token.special && ENDINGS.contains(&token.content.as_str());
         stop_ids.extend(added.iter().filter(ends).map(|token| token.id));
     }
-    let chat_template = match read_text(&directory.join("chat_template.jinja"))? {
+    let chat_template = match read_text(root, &directory.join("chat_template.jinja"))? {
         Some(template) => Some(template),
         None => settings.as_ref().and_then(|settings| template(settings.get("chat_template")?)),
     };
@@ -76,13 +80,13 @@ struct AddedToken {
 }
 
 /// The list that `tokenizer.json` has beside its large tables.
-fn added_tokens(path: &Path) -> Result<Vec<AddedToken>, CheckpointError> {
+fn added_tokens(root: &ModelRoot, path: &Path) -> Result<Vec<AddedToken>, CheckpointError> {
     #[derive(Deserialize)]
     struct File {
         #[serde(default)]
         added_tokens: Vec<AddedToken>,
     }
-    let text = read_text(path)?.unwrap_or_default();
+    let text = read_text(root, path)?.unwrap_or_default();
     let file: File = serde_json::from_str(&text).map_err(|error| CheckpointError::Damaged {
         path: path.to_owned(),
         field: "added_tokens".to_owned(),

@@ -9,7 +9,7 @@ use safetensors::{Dtype as StoredDtype, SafeTensors};
 
 use super::{JsonFile, lacks};
 use crate::{
-    Architecture, CheckpointError, Dtype, ExpertWeight, LayerWeight, ModelConfig, Weight,
+    Architecture, CheckpointError, Dtype, ExpertWeight, LayerWeight, ModelConfig, ModelRoot, Weight,
     checkpoint::{ScalesEntry, TensorEntry},
     source::{Extent, MappedFile},
 };
@@ -23,11 +23,11 @@ const SCALES: &str = "_scale_inv";
 type Table = BTreeMap<Weight, TensorEntry>;
 
 pub(super) fn read(
-    directory: &Path,
+    (root, directory): (&ModelRoot, &Path),
     config: &ModelConfig,
     block: Option<[usize; 2]>,
 ) -> Result<(Vec<MappedFile>, Table), CheckpointError> {
-    let names = match JsonFile::open(directory, INDEX)? {
+    let names = match JsonFile::open(root, directory, INDEX)? {
         Some(index) => shards(&index)?,
         None if directory.join(SINGLE).is_file() => vec![SINGLE.to_owned()],
         None => return Err(lacks(directory, "model.safetensors and no model.safetensors.index.json")),
@@ -35,7 +35,7 @@ pub(super) fn read(
     let mut files = Vec::new();
     let (mut tensors, mut scales) = (Table::new(), Table::new());
     for name in names {
-        let file = MappedFile::open(&directory.join(name))?;
+        let file = MappedFile::open(root, &directory.join(name))?;
         add(&mut tensors, &mut scales, &file, files.len(), config)?;
         files.push(file);
     }
