@@ -1,5 +1,7 @@
 //! A gRPC server as every Baton process runs one: TLS and who may call what, the service's own routes, health
-//! (grpc.health.v1), reflection, keep-alive, and a graceful end that a lingering stream cannot hold up.
+//! (grpc.health.v1), reflection, keep-alive, bounds on what a connection may hold, and a graceful end that a lingering stream cannot hold up.
+
+mod arrivals;
 
 use std::{net::TcpListener, time::Duration};
 
@@ -15,10 +17,15 @@ use tonic_health::{
 };
 
 use crate::{Health, HealthHandle, ProcessError, Tls, tls::Door};
+use arrivals::{Arrivals, BEGINS_WITHIN, CONNECTIONS_MOST};
 
 /// Frames of one peer in flight; bounds what a slow reader can make us hold.
 const STREAM_WINDOW_BYTES: u32 = 1 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 4 << 20;
+/// Calls under way on a connection; what our own processes have is a handful.
+const STREAMS_MOST: u32 = 256;
+/// Of a call, all together; those of our own have a few hundred.
+const HEADER_BYTES_MOST: u32 = 16 << 10;
 
 /// What a gRPC server is made of besides its routes.
 #[derive(Debug, Clone)]
@@ -82,13 +89,21 @@ pub async fn serve(listener: TcpListener, routes: Routes, options: GrpcOptions) 
     let router = Server::builder()
         .http2_keepalive_interval(Some(interval))
         .http2_keepalive_timeout(Some(timeout))
+        .max_concurrent_streams(Some(STREAMS_MOST))
+        .http2_max_header_list_size(Some(HEADER_BYTES_MOST))
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .add_routes(routes);
     let ended = options.shutdown.clone().cancelled_owned();
     let server = match options.tls.incoming(incoming, options.door) {
-        Either::Left(secured) => Either::Left(router.serve_with_incoming_shutdown(secured, ended)),
-        Either::Right(plaintext) => Either::Right(router.serve_with_incoming_shutdown(plaintext, ended)),
+        Either::Left(secured) => {
+            let arrivals = Arrivals::new(secured, CONNECTIONS_MOST, BEGINS_WITHIN);
+            Either::Left(router.serve_with_incoming_shutdown(arrivals, ended))
+        }
+        Either::Right(plaintext) => {
+            let arrivals = Arrivals::new(plaintext, CONNECTIONS_MOST, BEGINS_WITHIN);
+            Either::Right(router.serve_with_incoming_shutdown(arrivals, ended))
+        }
     };
     let cut_off = async {
         options.shutdown.cancelled().await;
