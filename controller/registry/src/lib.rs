@@ -26,7 +26,7 @@ pub use records::{DesiredRole, HealthRecord, LeaderRecord, ObservedStatus, Recor
 pub use store::{
     Compare, Event, KeyRange, KeyValue, Lease, LeaseId, Listing, Operation, Revision, Store, StoreError, Txn,
     TxnOutcome, Watch, WatchBatch, WatchError,
-    etcd::{EtcdConfig, EtcdStore, EtcdTls},
+    etcd::{CredentialSource, EtcdConfig, EtcdCredentials, EtcdStore, EtcdTls},
     memory::{MemoryConfig, MemoryStore},
     remote::{RemoteConfig, RemoteStore},
     service::StoreService,

@@ -81,6 +81,32 @@ async fn etcd_is_reached_by_tls_and_strangers_are_not_let_in() {
     assert!(answer(&good).await.is_ok(), "and the good one still gets in");
 }
 
+/// Certificates come to their end, and authorities change: what is in the files by then counts, without a restart.
+#[tokio::test]
+async fn files_that_have_changed_count_once_etcd_is_connected_to_anew() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let at = directory.path();
+    let probe = EtcdServer::start().await;
+    let started = |authority: &Authority| {
+        authority.issue(at, "etcd", probe.ip());
+        authority.issue(at, "controller", probe.ip());
+        EtcdServer::start_tls(&at.join("etcd-ca.pem"), &at.join("etcd.pem"), &at.join("etcd.key"))
+    };
+    let mut etcd = started(&Authority::new());
+    let store = settings(at, &etcd.endpoint(), "etcd", "controller").open().expect("the files are there");
+    let answers = || async { while store.range(KeyRange::exact("/up")).await.is_err() {} };
+    tokio::time::timeout(SOON, answers()).await.expect("etcd answers");
+
+    // Another authority signs both.
+    let next = Authority::new();
+    next.issue(at, "etcd", probe.ip());
+    etcd.start_again();
+    let refused = store.range(KeyRange::exact("/up")).await;
+    assert!(matches!(refused, Err(StoreError::Unavailable(_))), "etcd is another by now: {refused:?}");
+    next.issue(at, "controller", probe.ip());
+    tokio::time::timeout(SOON, answers()).await.expect("etcd answers again");
+}
+
 #[tokio::test]
 async fn a_user_with_its_password_may_do_what_its_role_allows() {
     let etcd = EtcdServer::start().await;

@@ -1,9 +1,9 @@
 //! etcd, 3.4 or later.
 //!
 //! One client per endpoint, so that a call that fails on one member is tried on the next (`failover`): the client's
-//! own balancing does not. A client whose call failed is made anew. A broken watch is the reader's to resume.
+//! own balancing does not. A client whose call failed is made anew, with the credentials that there are by then. A broken watch is the reader's to resume.
 
-use std::{fmt, time::Duration};
+use std::{fmt, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use etcd_client::{
@@ -29,10 +29,8 @@ const MESSAGE_MAX_BYTES: usize = 64 << 20;
 pub struct EtcdConfig {
     /// host:port of members, or URLs.
     pub endpoints: Vec<String>,
-    /// User and password, if etcd asks for them.
-    pub user: Option<(String, String)>,
-    /// None = without TLS.
-    pub tls: Option<EtcdTls>,
+    /// Asked for whenever a member is connected to anew, so that what has changed by then counts.
+    pub credentials: CredentialSource,
     pub connect_timeout: Duration,
     /// Of one try on one member.
     pub timeout: Duration,
@@ -47,8 +45,7 @@ impl EtcdConfig {
     pub fn new(endpoints: impl IntoIterator<Item = impl Into<String>>) -> Self {
         Self {
             endpoints: endpoints.into_iter().map(Into::into).collect(),
-            user: None,
-            tls: None,
+            credentials: Arc::new(|| Ok(EtcdCredentials::default())),
             connect_timeout: Duration::from_secs(1),
             timeout: Duration::from_secs(2),
             keep_alive: Duration::from_secs(6),
@@ -56,7 +53,9 @@ impl EtcdConfig {
         }
     }
 
-    fn options(&self) -> ConnectOptions {
+    /// Errors say what cannot be had of the credentials.
+    fn options(&self) -> Result<ConnectOptions, String> {
+        let EtcdCredentials { user, tls } = (self.credentials)()?;
         let options = ConnectOptions::new()
             .with_connect_timeout(self.connect_timeout)
             .with_keep_alive(self.keep_alive, self.keep_alive_timeout)
@@ -64,16 +63,28 @@ impl EtcdConfig {
             // A member cut off from the others says so, instead of serving an old view.
             .with_require_leader(true)
             .with_auto_token_refresh(true);
-        let options = match &self.user {
+        let options = match user {
             Some((name, password)) => options.with_user(name, password),
             None => options,
         };
-        match &self.tls {
+        Ok(match tls {
             Some(tls) => options.with_tls(tls.options()),
             None => options,
-        }
+        })
     }
 }
+
+/// Who this side is to etcd, and whom it believes.
+#[derive(Clone, Default)]
+pub struct EtcdCredentials {
+    /// User and password, if etcd asks for them.
+    pub user: Option<(String, String)>,
+    /// None = without TLS.
+    pub tls: Option<EtcdTls>,
+}
+
+/// Where they come from, as they are now. Errors are for people.
+pub type CredentialSource = Arc<dyn Fn() -> Result<EtcdCredentials, String> + Send + Sync>;
 
 /// What TLS needs, as PEM.
 #[derive(Clone)]
@@ -96,12 +107,7 @@ impl EtcdTls {
 
 impl fmt::Debug for EtcdConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let user = self.user.as_ref().map(|(name, _)| name);
-        f.debug_struct("EtcdConfig")
-            .field("endpoints", &self.endpoints)
-            .field("user", &user)
-            .field("tls", &self.tls.is_some())
-            .finish_non_exhaustive()
+        f.debug_struct("EtcdConfig").field("endpoints", &self.endpoints).finish_non_exhaustive()
     }
 }
 
@@ -113,7 +119,7 @@ pub struct EtcdStore {
 /// One endpoint and its client, once there is one.
 struct Member {
     endpoint: String,
-    options: ConnectOptions,
+    config: Arc<EtcdConfig>,
     client: Mutex<Option<Client>>,
 }
 
@@ -123,10 +129,10 @@ impl EtcdStore {
         if config.endpoints.is_empty() {
             return Err(StoreError::Invalid("no etcd endpoint is given: name at least one host:port".into()));
         }
+        let shared = Arc::new(config.clone());
         let member = |endpoint: &String| {
-            let member =
-                Member { endpoint: endpoint.clone(), options: config.options(), client: Mutex::new(None) };
-            (endpoint.clone(), member)
+            let config = shared.clone();
+            (endpoint.clone(), Member { endpoint: endpoint.clone(), config, client: Mutex::new(None) })
         };
         Ok(Self { members: Failover::new(config.endpoints.iter().map(member).collect(), config.timeout) })
     }
@@ -174,8 +180,9 @@ impl Member {
         if let Some(client) = self.client.lock().clone() {
             return Ok(client);
         }
+        let options = self.config.options().map_err(Failure::NotDone)?;
         // With a user, this asks etcd for a token: nothing of the call itself has been sent yet.
-        let client = match Client::connect([&self.endpoint], Some(self.options.clone())).await {
+        let client = match Client::connect([&self.endpoint], Some(options)).await {
             Ok(client) => client,
             Err(error) => {
                 return Err(match failure_of(error, None) {

@@ -1,13 +1,13 @@
 //! How etcd is reached, as the configurations of controller and coordinator say it under `store.etcd`.
 
-use std::{fmt, fs, io, time::Duration};
+use std::{fmt, fs, io, sync::Arc, time::Duration};
 
 use baton_process::{Invalid, duration};
 use serde::{Deserialize, Serialize};
 
 use super::{
     StoreError,
-    etcd::{EtcdConfig, EtcdStore, EtcdTls},
+    etcd::{EtcdConfig, EtcdCredentials, EtcdStore, EtcdTls},
 };
 
 /// What an operator can set.
@@ -88,7 +88,7 @@ impl EtcdSettings {
         require(scheme, "store.etcd.endpoints", expected)
     }
 
-    /// The store. Reads the files; connects only when used.
+    /// The store. Reads the files, and again whenever a member is connected to anew; connects only when used.
     pub fn open(&self) -> Result<EtcdStore, EtcdOpenError> {
         Ok(EtcdStore::new(&self.config()?)?)
     }
@@ -96,9 +96,18 @@ impl EtcdSettings {
     fn config(&self) -> Result<EtcdConfig, EtcdOpenError> {
         let mut config = EtcdConfig::new(&self.endpoints);
         (config.connect_timeout, config.timeout) = (self.connect_timeout, self.timeout);
+        self.credentials()?;
+        let settings = self.clone();
+        config.credentials = Arc::new(move || settings.credentials().map_err(|error| error.to_string()));
+        Ok(config)
+    }
+
+    /// As the files say now.
+    fn credentials(&self) -> Result<EtcdCredentials, EtcdOpenError> {
+        let mut credentials = EtcdCredentials::default();
         if !self.user.is_empty() {
             let password = read("the password", &self.password_file)?;
-            config.user = Some((self.user.clone(), password.trim_end().to_owned()));
+            credentials.user = Some((self.user.clone(), password.trim_end().to_owned()));
         }
         if !self.ca_file.is_empty() {
             let ca = read("the CA's certificates", &self.ca_file)?;
@@ -108,9 +117,9 @@ impl EtcdSettings {
                 let certificate = read("the certificate", &self.cert_file)?;
                 Some((certificate, read("the certificate's key", &self.key_file)?))
             };
-            config.tls = Some(EtcdTls { ca, identity });
+            credentials.tls = Some(EtcdTls { ca, identity });
         }
-        Ok(config)
+        Ok(credentials)
     }
 }
 
@@ -132,10 +141,13 @@ mod tests {
         };
         let path = std::env::temp_dir().join(format!("baton-password-{}", std::process::id()));
         fs::write(&path, "secret\n").expect("a file");
-        let config = settings(&path.to_string_lossy()).config();
+        let config = settings(&path.to_string_lossy()).config().expect("is read");
+        let user = || (config.credentials)().map(|credentials| credentials.user);
+        assert_eq!(user(), Ok(Some(("baton".to_owned(), "secret".to_owned()))));
+        fs::write(&path, "another\n").expect("a file");
+        assert_eq!(user(), Ok(Some(("baton".to_owned(), "another".to_owned()))));
         fs::remove_file(&path).expect("was there");
-        let config = config.expect("is read");
-        assert_eq!(config.user, Some(("baton".to_owned(), "secret".to_owned())));
+        assert!(user().expect_err("it is gone").contains("cannot read the password for etcd from"));
         let Err(missing) = settings("/nowhere/password").open() else { panic!("is not there") };
         assert!(missing.to_string().contains("/nowhere/password"), "{missing}");
         let shown = format!("{:?}", settings("/the/file"));
