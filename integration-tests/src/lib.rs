@@ -1,18 +1,21 @@
-//! The sandbox of the integration tests: clusters of real processes started by `baton up`, looked at only through what
-//! users have too — HTTP, metrics, `baton ctl`, signals.
+//! The sandbox of the integration tests: clusters of real processes, started by `baton up` or each by itself, looked at only
+//! through what users have too — HTTP, metrics, `baton ctl`, signals.
 //!
 //! Needs, from the environment that `deploy/run test` sets: `BATON_TEST_MODEL` (the GGUF file of SmolLM2-135M-Instruct)
 //! and `BATON_TEST_PYTHON` (an interpreter with `python/requirements.txt`); some tests need more, and say what. A test that
 //! lacks one fails.
 
+pub mod authority;
 pub mod chat;
 pub mod cluster;
+pub mod fleet;
 pub mod metrics;
 pub mod process;
 pub mod promql;
 pub mod tokens;
 
 pub use cluster::Cluster;
+pub use fleet::{Build, Fleet};
 
 use std::{
     env,

@@ -9,7 +9,8 @@ use std::{
 };
 
 use baton_integration_tests::{
-    binary, chat, eventually, folder, model,
+    authority::{Authority, alert},
+    binary, chat, eventually, model,
     process::{Service, free_address},
     tokens::Tokens,
 };
@@ -27,30 +28,6 @@ use tonic::{Code, Status, transport::Channel};
 
 /// The machine has few cores.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
-
-/// A folder that an authority issues into.
-struct Authority(PathBuf);
-
-impl Authority {
-    fn new(path: PathBuf) -> Self {
-        let authority = Self(path);
-        authority.run(&["authority"]);
-        authority
-    }
-
-    fn run(&self, arguments: &[&str]) {
-        let mut script = Command::new(folder().join("../deploy/certificates"));
-        let output = script.args(arguments).arg("--folder").arg(&self.0).output().expect("it runs");
-        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
-    }
-
-    /// The files of a role and a name.
-    fn issue(&self, role: &str, name: &str) -> TlsConfig {
-        self.run(&["issue", role, name]);
-        let file = |end: &str| self.0.join(format!("{role}-{name}.{end}"));
-        TlsConfig { ca_file: self.0.join("ca.crt"), cert_file: file("crt"), key_file: file("key") }
-    }
-}
 
 fn settings(tls: &TlsConfig) -> [String; 6] {
     let set = |key: &str, path: &Path| ["--set".to_owned(), format!("tls.{key}={}", path.display())];
@@ -287,6 +264,7 @@ async fn strangers_are_refused(fleet: &Fleet, admin: &TlsConfig) {
             assert!(text.contains("received fatal alert"), "{plane} of a stranger's {role}: {text}");
         }
     }
+    ports_refuse(&planes, &fleet.authority, &elsewhere);
     let plaintext = planes.refusals(&Tls::plaintext()).await;
     assert_eq!(plaintext.len(), all.len());
     for (plane, status) in plaintext {
@@ -321,6 +299,24 @@ async fn strangers_are_refused(fleet: &Fleet, admin: &TlsConfig) {
                 assert!(text.starts_with("e-0 says hello with the certificate of another: "), "{text}");
             }
         }
+    }
+}
+
+/// Each port: those without a certificate, with one of another authority, and with one that was good once.
+fn ports_refuse(planes: &Planes, ours: &Authority, theirs: &Authority) {
+    let ca_file = ours.0.join("ca.crt");
+    let expired = ours.issue_expired("admin", "late");
+    let (stranger, good) = (theirs.issue("admin", "mallory"), ours.issue("admin", "alice"));
+    for port in [&planes.controller, &planes.coordinator, &planes.server] {
+        for (shown, words) in [
+            (None, "certificate required"),
+            (Some(&stranger), "unknown ca"),
+            (Some(&expired), "certificate expired"),
+        ] {
+            let said = alert(port, &ca_file, shown).unwrap_or_else(|| panic!("{port}: no {words}"));
+            assert!(said.contains(words), "{port}: {said}");
+        }
+        assert_eq!(alert(port, &ca_file, Some(&good)), None, "{port}");
     }
 }
 
