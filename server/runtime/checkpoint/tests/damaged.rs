@@ -133,6 +133,8 @@ fn what_is_no_model_is_told_so() {
     assert!(refusal(&directory).contains("no config.json; give"));
     fs::write(directory.join("a.gguf"), "").expect("written");
     assert!(refusal(&directory).contains("no config.json, though it holds a.gguf"));
+    fs::write(directory.join("adapter_config.json"), "{}").expect("written");
+    assert!(refusal(&directory).contains("it is a LoRA adapter"));
     assert!(refusal(Path::new("/dev/null")).contains("neither a file nor a directory"));
 }
 
@@ -285,6 +287,8 @@ fn hugging_face_errors_name_the_field() {
             with_config(|c| c["quantization_config"] = serde_json::json!({"quant_method": "gptq"})),
             &["gptq", "GGUF"],
         ),
+        (with_config(|c| c["quantize"] = "w8a8s".into()), &["quantize", "w8a8s", "GGUF"]),
+        (with_config(|c| c["quantize"] = 8.into()), &["quantize", "text"]),
         (
             with_config(|c| c["rope_scaling"] = serde_json::json!({"type": "dynamic", "factor": 2.0})),
             &["rope_scaling.rope_type", "dynamic"],

@@ -120,14 +120,21 @@ fn sliding_window(
     }
 }
 
+/// What `quantize` says of weights that are not.
+const UNQUANTISED: [&str; 2] = ["", "float"];
+
 /// Rows and columns of the blocks that share a scale, where weights have eight bits: DeepSeek V3 as it is published.
 pub(super) fn scaled_blocks(file: &JsonFile) -> Result<Option<[usize; 2]>, CheckpointError> {
     let at = |field: &str| format!("quantization_config.{field}");
+    let supported = "\"fp8\", or unquantised safetensors; for other quantised weights give a GGUF file";
+    // What MindIE's tools write in its place, also of sparse weights ("w8a8s", "w8a8sc").
+    if let Some(form) = file.text("quantize")?.filter(|form| !UNQUANTISED.contains(form)) {
+        return Err(file.unsupported("quantize", format!("{form:?}"), supported));
+    }
     if file.get("quantization_config").is_none() {
         return Ok(None);
     }
     let field = at("quant_method");
-    let supported = "\"fp8\", or unquantised safetensors; for other quantised weights give a GGUF file";
     match file.text(&field)? {
         Some("fp8") => {}
         method => return Err(file.unsupported(&field, format!("{:?}", method.unwrap_or("none")), supported)),

@@ -52,6 +52,12 @@ pub(crate) fn read(root: &ModelRoot, directory: &Path) -> Result<Parts, Checkpoi
 fn lacks(directory: &Path, file: &str) -> CheckpointError {
     let is_gguf =
         |name: &std::ffi::OsString| Path::new(name).extension().is_some_and(|ending| ending == "gguf");
+    if directory.join("adapter_config.json").is_file() {
+        let reason =
+            "it is a LoRA adapter (adapter_config.json), and none are served: merge it into its model"
+                .to_owned();
+        return CheckpointError::NotAModel { path: directory.to_owned(), reason };
+    }
     let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
     let reason = match entries.map(|entry| entry.file_name()).find(is_gguf) {
         Some(name) => format!("it has no {file}, though it holds {}", name.display()),
