@@ -7,14 +7,15 @@ use baton_process::{
 };
 use baton_proto::RolePolicy;
 use baton_registry::EtcdSettings;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 mod kubernetes;
 
 pub use kubernetes::{KubernetesConfig, ScaledGroup};
 
-/// The configuration of `baton-controller`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// The controller decides which instance prefills and which decodes, and keeps the cluster's state.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct ControllerConfig {
     /// This controller's name among the controllers of a cluster. Empty = the host's name.
@@ -61,31 +62,36 @@ impl Default for ControllerConfig {
 }
 
 /// Who keeps the state.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum StoreKind {
     /// This controller, in memory, and it serves the state to coordinators. For a single controller.
     #[default]
     Embedded,
+    /// An etcd, which several controllers share and so stand by for one another.
     Etcd,
 }
 
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+/// Where the cluster's state is.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct StoreConfig {
-    /// `embedded` or `etcd`.
+    /// Who keeps the state.
     pub kind: StoreKind,
     pub etcd: EtcdSettings,
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// Which of several controllers leads.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct LeaderConfig {
-    /// How long a leader may be silent before another controller takes over.
+    /// How long a leader may be silent before another controller takes over. At least 2s.
     #[serde(with = "duration")]
+    #[schemars(schema_with = "duration::schema")]
     pub ttl: Duration,
-    /// How long what the leader said of instances outlives it in the store.
+    /// How long what the leader said of instances outlives it in the store. At least `leader.ttl`.
     #[serde(with = "duration")]
+    #[schemars(schema_with = "duration::schema")]
     pub records_ttl: Duration,
 }
 
@@ -95,16 +101,20 @@ impl Default for LeaderConfig {
     }
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// How instances report.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct SessionConfig {
-    /// How often an instance reports.
+    /// How often an instance reports. At least 10ms.
     #[serde(with = "duration")]
+    #[schemars(schema_with = "duration::schema")]
     pub beat: Duration,
-    /// How long an instance may be silent before its registration ends.
+    /// How long an instance may be silent before its registration ends. At least twice `sessions.beat`.
     #[serde(with = "duration")]
+    #[schemars(schema_with = "duration::schema")]
     pub lease: Duration,
     /// Instances at a time; more are refused.
+    #[schemars(range(min = 1))]
     pub max_instances: usize,
 }
 
@@ -115,7 +125,7 @@ impl Default for SessionConfig {
 }
 
 /// What is known of Ascend servers beside their own reports.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct AscendConfig {
     /// `global_ranktable.json` as Huawei's tools write it, read again when it changes: how many NPUs the server at an
@@ -123,60 +133,74 @@ pub struct AscendConfig {
     pub ranktable_file: String,
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// Which instances prefill and which decode.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct RoleConfig {
-    /// `ratio`: a group is divided as `prefill` to `decode`; `auto`: by what its instances measure, so that as little as
-    /// can be misses the targets of `auto`.
+    /// By what a group is divided.
     pub policy: RolePolicy,
     /// Prefill instances wanted in a group. With `decode` it is also the ratio in which any number is divided.
+    #[schemars(range(min = 1))]
     pub prefill: u32,
     /// Decode instances wanted in a group.
+    #[schemars(range(min = 1))]
     pub decode: u32,
     /// How long the first instances of a group wait for others before roles are given, unless as many as wanted are
     /// there.
     #[serde(with = "duration")]
+    #[schemars(schema_with = "duration::schema")]
     pub settle: Duration,
     /// How long a lost instance's role is kept for its return.
     #[serde(with = "duration")]
+    #[schemars(schema_with = "duration::schema")]
     pub lost_grace: Duration,
     /// How long an instance that has a role may load before the others do without it.
     #[serde(with = "duration")]
+    #[schemars(schema_with = "duration::schema")]
     pub load_grace: Duration,
     /// How long running requests may take to finish before an instance changes its role.
     #[serde(with = "duration")]
+    #[schemars(schema_with = "duration::schema")]
     pub drain: Duration,
     /// How long beyond `drain` an instance may take to change its role before it counts as stuck and others go on
     /// without it.
     #[serde(with = "duration")]
+    #[schemars(schema_with = "duration::schema")]
     pub switch_grace: Duration,
     /// How long the role of an instance that is gone is remembered, for its return under the same name.
     #[serde(with = "duration")]
+    #[schemars(schema_with = "duration::schema")]
     pub memory: Duration,
     /// Serving instances of a group that may be given another role within `moves_period`. What a group cannot serve
     /// without, and what operators ask for by name, is done all the same.
+    #[schemars(range(min = 1))]
     pub moves_most: usize,
-    /// The time that `moves_most` is for.
+    /// The time that `moves_most` is for. At least 1s.
     #[serde(with = "duration")]
+    #[schemars(schema_with = "duration::schema")]
     pub moves_period: Duration,
     pub auto: AutoConfig,
 }
 
 /// For `roles.policy = "auto"`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct AutoConfig {
-    /// Wanted mean time from a request's arrival to its first token.
+    /// Wanted mean time from a request's arrival to its first token. At least 1ms.
     #[serde(with = "duration")]
+    #[schemars(schema_with = "duration::schema")]
     pub ttft: Duration,
-    /// Wanted mean time between tokens.
+    /// Wanted mean time between tokens. At least 1ms.
     #[serde(with = "duration")]
+    #[schemars(schema_with = "duration::schema")]
     pub tpot: Duration,
-    /// How often the division is looked at.
+    /// How often the division is looked at. At least 1ms.
     #[serde(with = "duration")]
+    #[schemars(schema_with = "duration::schema")]
     pub every: Duration,
     /// How long a group is left alone after one of its instances was moved.
     #[serde(with = "duration")]
+    #[schemars(schema_with = "duration::schema")]
     pub pause: Duration,
 }
 
@@ -210,27 +234,35 @@ impl Default for RoleConfig {
     }
 }
 
-/// When an instance that is there is not to be used; see [`crate::fleet::health`].
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// When an instance that is there is not to be used.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct HealthConfig {
     /// Whether instances that do badly are taken out of service for a while.
     pub enabled: bool,
-    /// How long an instance may have work and compute nothing. Never taken for less than three `sessions.beat`.
+    /// How long an instance may have work and compute nothing. At least 1s, and never taken for
+    /// less than three `sessions.beat`.
     #[serde(with = "duration")]
+    #[schemars(schema_with = "duration::schema")]
     pub wedge: Duration,
-    /// Which share of an instance's requests may fail by its own fault, or of its handoffs break, 0 to 1.
+    /// Which share of an instance's requests may fail by its own fault, or of its handoffs break. More than 0 and less
+    /// than 1.
     pub error_share: f64,
-    /// How many times as long as its peers' an instance's decode step may take.
+    /// How many times as long as its peers' an instance's decode step may take. More than 1.
     pub slow_factor: f64,
-    /// How long an instance is out of service the first time. Each further time it is twice as long.
+    /// How long an instance is out of service the first time. Each further time it is twice as long. At least 1s.
     #[serde(with = "duration")]
+    #[schemars(schema_with = "duration::schema")]
     pub quarantine: Duration,
-    /// The longest time out of service; after as long in good health the earlier times are forgotten.
+    /// The longest time out of service; after as long in good health the earlier times are forgotten. At least
+    /// `health.quarantine`.
     #[serde(with = "duration")]
+    #[schemars(schema_with = "duration::schema")]
     pub quarantine_most: Duration,
-    /// How long an instance that is back in service must do well; otherwise it is out again at once.
+    /// How long an instance that is back in service must do well; otherwise it is out again at once. At
+    /// least 1s.
     #[serde(with = "duration")]
+    #[schemars(schema_with = "duration::schema")]
     pub probation: Duration,
 }
 
@@ -263,15 +295,17 @@ impl HealthConfig {
     }
 }
 
-/// When a group counts as congested; see [`crate::fleet::congestion`].
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// When a group counts as congested.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct CongestionConfig {
-    /// Longest time that what is queued may take to prefill. 0 = the group's target for the time to the first token.
+    /// Longest time that what a group has queued may take to prefill. 0 = its target for the time to the first token.
     #[serde(with = "duration")]
+    #[schemars(schema_with = "duration::schema")]
     pub wait: Duration,
     /// How long it must take longer before congestion is raised, and less than half of that before it is cleared.
     #[serde(with = "duration")]
+    #[schemars(schema_with = "duration::schema")]
     pub after: Duration,
 }
 
@@ -286,6 +320,19 @@ fn require(holds: bool, key: &str, expected: &str) -> Result<(), Invalid> {
 }
 
 impl ServiceConfig for ControllerConfig {
+    const EXAMPLE: &'static str = r#"listen = "0.0.0.0:7100"
+advertise = "10.0.0.5:7100"
+metrics_listen = "0.0.0.0:7101"
+
+[store]
+kind = "etcd"
+etcd.endpoints = ["10.0.0.2:2379", "10.0.0.3:2379", "10.0.0.4:2379"]
+
+[roles]
+prefill = 1
+decode = 3
+"#;
+
     fn process(&self) -> &ProcessConfig {
         &self.process
     }

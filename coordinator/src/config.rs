@@ -10,6 +10,7 @@ use baton_process::{
 };
 use baton_proto::{CoordinatorId, MODEL_NAME_BYTES_MOST, MODEL_NAMES_MOST, MODELS_MOST};
 use baton_registry::EtcdSettings;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use placement::{PlacementConfig, PolicyName};
@@ -20,8 +21,9 @@ const LAST_WORDS: Duration = Duration::from_secs(10);
 /// Answers that one request may have at most: each has a bit in the set of those that a leg still works at.
 pub const CHOICES_MOST: u32 = 128;
 
-/// Everything a coordinator can be told.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+/// The coordinator is the entry of a cluster: it serves the OpenAI API and schedules requests on prefill and decode
+/// instances.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct CoordinatorConfig {
     /// Name of this coordinator among others, as in `coordinator-0`. Of several of one name operators see the one that was
@@ -29,8 +31,10 @@ pub struct CoordinatorConfig {
     pub id: String,
     /// Where clients are served (HTTP, or HTTPS by `https`).
     pub listen: Listen,
-    /// Where /metrics, /health and /readiness are served (HTTP). Empty = at `listen`, which has the last two in any case.
+    /// Where `/metrics`, `/health` and `/readiness` are served (HTTP). Empty = at `listen`, which has the last two in any
+    /// case.
     #[serde(with = "listen::option")]
+    #[schemars(with = "String")]
     pub metrics_listen: Option<Listen>,
     /// Where operators are served (gRPC: RequestAdmin, health, reflection).
     pub admin_listen: Listen,
@@ -39,7 +43,9 @@ pub struct CoordinatorConfig {
     pub advertise_host: String,
     pub https: HttpsConfig,
     pub store: StoreConfig,
-    /// What is served: at least one model.
+    /// What is served: at least one model, a table `[[models]]` each. As one setting: `--set 'models=[{path = "a.gguf",
+    /// names = ["a"]}]'`, or `--model PATH` for each.
+    #[schemars(length(max = MODELS_MOST))]
     pub models: Vec<ModelConfig>,
     /// The directory under which all files of models have to lie, wherever links lead. Empty = anywhere.
     pub model_root: PathBuf,
@@ -80,7 +86,7 @@ impl Default for CoordinatorConfig {
 }
 
 /// Where the cluster's state is read: exactly one of the two.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct StoreConfig {
     /// `host:port` of a controller that embeds the store. Empty = etcd is used.
@@ -88,27 +94,32 @@ pub struct StoreConfig {
     pub etcd: EtcdSettings,
 }
 
-/// A model that is served: its tokenizer, chat template and limits apply to what is asked of it.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+/// A [model](../../README.md#models) that is served: its tokenizer, chat template and limits apply to what is asked of it.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct ModelConfig {
     /// A GGUF file or a Hugging Face directory.
     pub path: PathBuf,
-    /// What clients may say in `model`; answers say the first. Empty = the checkpoint's own name.
+    /// What clients may say in `model`, 1 to 256 bytes each; answers say the first. Empty = the checkpoint's own name.
+    #[schemars(length(max = MODEL_NAMES_MOST))]
     pub names: Vec<String>,
     /// Context to offer, in tokens, if less than the model's. 0 = the model's.
     pub max_context_tokens: u32,
 }
 
-/// Who may send requests. Without a file and without the store: everybody who can reach `listen`.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+/// Who may send requests, by [API keys](../../README.md#api-keys). Without a file and without the store: everybody who can
+/// reach `listen`.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct ApiKeysConfig {
-    /// A TOML file with a table [[keys]] for each API key. It is read again when it changes. Empty = none.
+    /// A TOML file with a table `[[keys]]` for each API key, read again when it changes. Empty = none; without
+    /// `api_keys.store` too, everybody who can reach `listen` is let in.
     pub file: String,
-    /// Whether keys are those in etcd, as `baton ctl key` makes them; needs `store.etcd`.
+    /// Whether the API keys are those in etcd, as `baton ctl key` makes them. Needs `store.etcd.endpoints`, as a controller
+    /// that embeds the store forgets what is in it.
     pub store: bool,
-    /// How many coordinators share the keys: each grants this part of what a key may.
+    /// How many coordinators share the keys: each grants this part of what a key may, and does not know of the
+    /// others.
     pub coordinators: NonZeroU32,
 }
 
@@ -119,42 +130,51 @@ impl Default for ApiKeysConfig {
 }
 
 /// What one client, and all of a model's together, may ask for.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct LimitsConfig {
     /// Largest request body.
+    #[schemars(range(min = 1))]
     pub max_body_bytes: usize,
     /// Memory for the bodies of all requests together, from arrival until they are tokenised, beyond the 16 KiB that each
     /// request may take in any case; what does not fit is refused with 429. At least `max_body_bytes`.
     pub max_held_body_bytes: usize,
-    /// How long a body may take to arrive before its request is refused with 408.
+    /// How long a body may take to arrive before its request is refused with 408. More than 0s.
     #[serde(with = "duration")]
+    #[schemars(schema_with = "duration::schema")]
     pub body_timeout: Duration,
     /// Connections of clients at once; more wait to be taken. Fewer where the process may not open 1,024 files beside them
     /// (half of what it may open, if that is more).
+    #[schemars(range(min = 1))]
     pub max_connections: usize,
     /// Requests of a model served at once; more wait, and hold up no other model's.
+    #[schemars(range(min = 1))]
     pub max_concurrent: usize,
     /// Requests of a model that wait at once; of more, one is refused with 429: the last that came, or one that gives way to it.
     pub max_queued: usize,
     /// How long a request waits, for a core to prepare it, or for a seat and an instance with room, before it is refused
     /// with 429; at once if those before it are predicted to take longer.
     #[serde(with = "duration")]
+    #[schemars(schema_with = "duration::schema")]
     pub queue_timeout: Duration,
     /// How long a request waits for an instance that can take it, while one restarts, say, before it is refused with
     /// 503.
     #[serde(with = "duration")]
+    #[schemars(schema_with = "duration::schema")]
     pub placement_timeout: Duration,
-    /// From arrival to the last token.
+    /// From arrival to the last token. More than 0s.
     #[serde(with = "duration")]
+    #[schemars(schema_with = "duration::schema")]
     pub request_timeout: Duration,
     /// How long clients are still let in once the process was asked to stop, and is not ready any more: until whoever sends
     /// them here has noticed. It is a part of `process.shutdown.drain`.
     #[serde(with = "duration")]
+    #[schemars(schema_with = "duration::schema")]
     pub linger: Duration,
     /// Most tokens one request may generate; also what is taken when a request does not say. 0 = the context's rest.
     pub max_completion_tokens: u32,
-    /// Most answers one request may ask for, `n` times its prompts; 1 to 128.
+    /// Most answers one request may ask for, `n` times its prompts.
+    #[schemars(range(min = 1, max = CHOICES_MOST))]
     pub max_choices: u32,
 }
 
@@ -178,7 +198,7 @@ impl Default for LimitsConfig {
 }
 
 /// How prompts become tokens.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct TextConfig {
     /// Most memory for pieces of long prompts and their tokens, of all models together: what comes again, as the turns of a
@@ -193,30 +213,37 @@ impl Default for TextConfig {
 }
 
 /// How instances are reached and when they are given up.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct FleetConfig {
-    /// For a connection and the instance's welcome on it.
+    /// For a connection and the instance's welcome on it. More than 0s.
     #[serde(with = "duration")]
+    #[schemars(schema_with = "duration::schema")]
     pub connect_timeout: Duration,
-    /// First pause between attempts to connect; it doubles up to `reconnect_max`.
+    /// First pause between attempts to connect; it doubles up to `reconnect_max`. More than 0s.
     #[serde(with = "duration")]
+    #[schemars(schema_with = "duration::schema")]
     pub reconnect_min: Duration,
-    /// Longest pause between attempts to connect.
+    /// Longest pause between attempts to connect. At least `fleet.reconnect_min`.
     #[serde(with = "duration")]
+    #[schemars(schema_with = "duration::schema")]
     pub reconnect_max: Duration,
-    /// An instance that answers no HTTP/2 ping for twice this long is lost.
+    /// An instance that answers no HTTP/2 ping for twice this long is lost. More than 0s.
     #[serde(with = "duration")]
+    #[schemars(schema_with = "duration::schema")]
     pub keep_alive: Duration,
     /// How long an instance may have work and compute nothing, or say nothing and not answer, before its requests go on
-    /// elsewhere. One that is slow has longer: eight times what its steps take.
+    /// elsewhere. One that is slow has longer: eight times what its steps take. At least 2s.
     #[serde(with = "duration")]
+    #[schemars(schema_with = "duration::schema")]
     pub stall: Duration,
     /// How long an instance that the store no longer lists, but whose stream lives, is still used.
     #[serde(with = "duration")]
+    #[schemars(schema_with = "duration::schema")]
     pub absent_grace: Duration,
-    /// How often instances that are gone are cleared away.
+    /// How often instances that are gone are cleared away. More than 0s.
     #[serde(with = "duration")]
+    #[schemars(schema_with = "duration::schema")]
     pub sweep: Duration,
 }
 
@@ -235,16 +262,18 @@ impl Default for FleetConfig {
 }
 
 /// How requests leave instances.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct CarryConfig {
     /// An answer that is expected to take longer yet on an instance that begins to drain, or to change its role, goes on
     /// elsewhere at once; what takes less stays until it is done.
     #[serde(with = "duration")]
+    #[schemars(schema_with = "duration::schema")]
     pub move_after: Duration,
     /// How long a request whose instance was lost, or failed it, waits for another that can take it. A new request is
     /// refused sooner, by `limits.placement_timeout`: whoever sends it may have another coordinator to ask.
     #[serde(with = "duration")]
+    #[schemars(schema_with = "duration::schema")]
     pub patience: Duration,
 }
 
@@ -255,6 +284,20 @@ impl Default for CarryConfig {
 }
 
 impl ServiceConfig for CoordinatorConfig {
+    const EXAMPLE: &'static str = r#"listen = "0.0.0.0:8000"
+metrics_listen = "0.0.0.0:8002"
+
+[store]
+controller = "10.0.0.5:7100"
+
+[[models]]
+path = "/models/Qwen3-8B"
+names = ["qwen3-8b"]
+
+[api_keys]
+file = "/etc/baton/keys.toml"
+"#;
+
     fn process(&self) -> &ProcessConfig {
         &self.process
     }

@@ -8,7 +8,7 @@ use std::{
 };
 
 use baton_integration_tests::{binary, folder, process::free_address, required};
-use baton_process::config::reference;
+use baton_process::reference::keys;
 use baton_proto::{ErrorCode, v1};
 
 const ALERTS: &str = "../deploy/alerts";
@@ -129,13 +129,13 @@ fn every_file_that_the_runbook_names_is_there() {
 
 #[test]
 fn every_key_that_the_runbook_names_is_one() {
-    let keys = [
-        reference::<baton_controller::ControllerConfig>(),
-        reference::<baton_coordinator::CoordinatorConfig>(),
-        reference::<baton_server::config::ServerConfig>(),
+    let known = [
+        keys::<baton_controller::ControllerConfig>(),
+        keys::<baton_coordinator::CoordinatorConfig>(),
+        keys::<baton_server::config::ServerConfig>(),
     ];
     let keys: BTreeSet<_> =
-        keys.into_iter().flat_map(|keys| keys.expect("a reference")).map(|(key, _)| key).collect();
+        known.into_iter().flat_map(|keys| keys.expect("keys")).map(|(key, _)| key).collect();
     let runbook = text("RUNBOOK.md");
     let is_key = |code: &&String| {
         let mut parts = code.split('.');

@@ -1,44 +1,94 @@
-//! The README says what is: every configuration key with its default, every folder of the map, every test it names.
+//! The README says what is: every key it names, every folder of the map, every test it names, every link of the documents.
 
-use std::{collections::BTreeMap, fs};
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+};
 
 use baton_integration_tests::folder;
-use baton_process::config::reference;
+use baton_process::reference::keys;
+
+fn root() -> PathBuf {
+    folder().join("..")
+}
 
 fn readme() -> String {
-    fs::read_to_string(folder().join("../README.md")).expect("the README is there")
+    fs::read_to_string(root().join("README.md")).expect("the README is there")
 }
 
-/// Keys and defaults of the table that follows a heading.
-fn table(readme: &str, heading: &str) -> BTreeMap<String, String> {
-    let (_, after) = readme.split_once(heading).unwrap_or_else(|| panic!("no {heading:?} in the README"));
-    let rows =
-        after.lines().skip_while(|line| !line.starts_with("| `")).take_while(|line| line.starts_with("| `"));
-    rows.map(|row| {
-        let cells: Vec<&str> = row.split('|').map(|cell| cell.trim().trim_matches('`')).collect();
-        assert!(cells.len() == 5 && !cells[3].is_empty(), "a row without a meaning: {row}");
-        (cells[1].to_owned(), cells[2].to_owned())
-    })
-    .collect()
-}
-
-/// What the types say, less what every process has.
-fn own(keys: Vec<(String, String)>) -> BTreeMap<String, String> {
-    keys.into_iter().filter(|(key, _)| !key.starts_with("process.")).collect()
+/// Keys of all services, and tables that hold them.
+fn known_keys() -> BTreeSet<String> {
+    let keys = [
+        keys::<baton_controller::ControllerConfig>(),
+        keys::<baton_coordinator::CoordinatorConfig>(),
+        keys::<baton_server::config::ServerConfig>(),
+    ];
+    let mut known = BTreeSet::new();
+    for (key, _) in keys.into_iter().flat_map(|keys| keys.expect("keys")) {
+        let dots = key.match_indices('.').map(|(dot, _)| key[..dot].to_owned());
+        known.extend(dots.chain([key.clone()]));
+    }
+    known
 }
 
 #[test]
-fn the_configuration_reference_matches_the_types() {
-    let readme = readme();
-    let controller = reference::<baton_controller::ControllerConfig>().expect("a reference");
-    let coordinator = reference::<baton_coordinator::CoordinatorConfig>().expect("a reference");
-    let server = reference::<baton_server::config::ServerConfig>().expect("a reference");
-    let process: BTreeMap<_, _> =
-        controller.iter().filter(|(key, _)| key.starts_with("process.")).cloned().collect();
-    assert_eq!(table(&readme, "### `process`, in every service"), process);
-    assert_eq!(table(&readme, "### `baton-controller`"), own(controller));
-    assert_eq!(table(&readme, "### `baton-coordinator`"), own(coordinator));
-    assert_eq!(table(&readme, "### `baton-server`"), own(server));
+fn the_configuration_keys_that_it_names_exist() {
+    let (readme, known) = (readme(), known_keys());
+    let prose: String = readme.split("```").step_by(2).collect();
+    let is_key = |word: &&str| {
+        let table = word.split_once('.').map(|(table, _)| table);
+        table.is_some_and(|table| known.contains(table))
+            && word.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_' || c == '.')
+            && !word.ends_with(".json")
+    };
+    let named: BTreeSet<_> = prose.split('`').skip(1).step_by(2).filter(is_key).collect();
+    assert!(named.len() > 40, "{named:?}");
+    let (_, first) =
+        readme.split_once("\n| keys | of | what for |\n").expect("the table of keys to set first");
+    let first = first.lines().skip(1).take_while(|line| line.starts_with("| `"));
+    let first: Vec<_> = first
+        .flat_map(|row| row.split(" | ").next().unwrap_or_default().split('`').skip(1).step_by(2))
+        .collect();
+    assert!(first.len() > 20, "{first:?}");
+    let unknown: Vec<_> = named.into_iter().chain(first).filter(|key| !known.contains(*key)).collect();
+    assert!(unknown.is_empty(), "no keys of a service: {unknown:?}");
+}
+
+/// What forges make of a heading, to lead to it.
+fn anchor(heading: &str) -> String {
+    let kept = heading.chars().filter(|c| c.is_alphanumeric() || matches!(c, ' ' | '-' | '_'));
+    kept.collect::<String>().to_lowercase().replace(' ', "-")
+}
+
+fn anchors(document: &Path) -> BTreeSet<String> {
+    let text = fs::read_to_string(document).unwrap_or_else(|error| panic!("{}: {error}", document.display()));
+    let prose: String = text.split("```").step_by(2).collect();
+    let headings = prose.lines().filter(|line| line.starts_with('#'));
+    headings.map(|line| anchor(line.trim_start_matches('#').trim_start())).collect()
+}
+
+#[test]
+fn links_of_the_documents_lead_somewhere() {
+    let pages = ["controller", "coordinator", "server"].map(|it| format!("docs/configuration/{it}.md"));
+    let others = ["README.md", "deploy/kubernetes/README.md", "deploy/alerts/RUNBOOK.md"].map(str::to_owned);
+    let mut followed = 0;
+    for document in others.into_iter().chain(pages) {
+        let path = root().join(&document);
+        let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{document}: {error}"));
+        for link in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
+            if link.starts_with("http") {
+                continue;
+            }
+            let (file, heading) = link.split_once('#').unwrap_or((link, ""));
+            let target = if file.is_empty() { path.clone() } else { path.with_file_name(file) };
+            assert!(target.exists(), "{document}: there is no {link}");
+            let leads = heading.is_empty() || anchors(&target).contains(heading);
+            assert!(leads, "{document}: {link} leads to no heading");
+            followed += 1;
+        }
+    }
+    assert!(followed > 30, "{followed}");
 }
 
 #[test]

@@ -3,6 +3,7 @@
 
 use std::{fmt, num::NonZeroU32, time::Duration};
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::{Role, WireError, v1};
@@ -45,13 +46,13 @@ pub struct Cordoned {
 }
 
 /// By what a group is divided.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum RolePolicy {
     /// As `prefill` to `decode`.
     #[default]
     Ratio,
-    /// By what its instances measure, so that as little as can be misses the targets.
+    /// By what its instances measure, so that as little as can be misses the targets of `auto`.
     Auto,
 }
 

@@ -6,6 +6,7 @@ use baton_kvtransfer::{FleetSecret, TransportConfig};
 use baton_process::{Invalid, Listen, ProcessConfig, ServiceConfig, TlsConfig, duration};
 use baton_proto::{GroupName, InstanceId};
 use baton_runtime::KvDtype;
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
 
 /// Most compute threads.
@@ -23,15 +24,23 @@ const TRANSPORTS: [(&str, TransportConfig); 3] = [
     ("tcp", TransportConfig::Tcp { connections: CONNECTIONS_PER_PEER }),
 ];
 
+/// Roles that can be taken on without a controller; empty = none.
+const ROLES: [&str; 4] = ["", "prefill", "decode", "mixed"];
+
 fn transport_names() -> [&'static str; TRANSPORTS.len()] {
     TRANSPORTS.map(|(name, _)| name)
+}
+
+fn transports_schema(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({ "type": "array", "items": { "type": "string", "enum": transport_names() } })
 }
 
 /// What kvtransfer takes for a lease.
 const LEASE_RANGE: RangeInclusive<Duration> = Duration::from_millis(30)..=Duration::from_secs(3600);
 
-/// Everything that can be set. Defaults suit one small model on one machine.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// A server is an instance that runs a model: it prefills, decodes, or does both. The defaults suit one small model on one
+/// machine.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct ServerConfig {
     /// Name of this instance in the fleet; a restart keeps it. a-z, 0-9, '-' and '.'.
@@ -40,15 +49,16 @@ pub struct ServerConfig {
     pub group: GroupName,
     /// Shown by `baton ctl`. `supervisor` names who starts this process again, and only once it has ended: the next one is
     /// let in without waiting for this one's lease. `role` (`prefill`, `decode`, `mixed`) pins it, see
-    /// [ctl](#operating-baton-ctl).
+    /// [ctl](../../README.md#operating-baton-ctl).
     pub labels: BTreeMap<String, String>,
     /// host:port of the controllers; any of them will do. Empty = without a controller, with the role of `role`.
     pub controllers: Vec<String>,
-    /// The role taken on at once, without waiting for a controller: "prefill", "decode" or "mixed"; empty = wait.
+    /// The role taken on at once, without waiting for a controller; empty = wait.
+    #[schemars(extend("enum" = ROLES))]
     pub role: String,
     /// gRPC: Inference, Handoff, health, reflection.
     pub listen: Listen,
-    /// HTTP: /metrics, /health, /readiness.
+    /// HTTP: `/metrics`, `/health`, `/readiness`.
     pub metrics_listen: Listen,
     /// Where KV caches arrive.
     pub kv_data_listen: Listen,
@@ -61,7 +71,8 @@ pub struct ServerConfig {
     pub process: ProcessConfig,
 }
 
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+/// What is run.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct ModelConfig {
     /// A GGUF file, or a Hugging Face directory.
@@ -72,13 +83,17 @@ pub struct ModelConfig {
     pub name: String,
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// How the model is run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct RuntimeConfig {
     /// Compute threads; 0 = one for each core.
+    #[schemars(range(max = THREADS_MOST))]
     pub threads: usize,
-    /// "f32": exact, as Hugging Face transformers computes on a CPU; "bf16": half the memory and half the bytes to
-    /// hand over; "int8": a quarter of them and a little more, one scale for each head's key and value of each token.
+    /// What the KV cache is kept in. `f32`: exact, as Hugging Face transformers computes on a CPU; `bf16`: half the memory
+    /// and half the bytes to hand over; `int8`: a quarter of them and a little more, one scale for each head's key and value
+    /// of each token.
+    #[schemars(extend("enum" = KvDtype::ALL.map(KvDtype::name)))]
     pub kv_dtype: String,
     /// Whether weights in bf16 are multiplied as they are, in f32. If not, every 32 of them are kept as multiples of 12
     /// bits of one scale, in a fifth less memory, and multiplied in integers, which is faster. Prefill and
@@ -94,29 +109,36 @@ pub struct RuntimeConfig {
     pub kv_blocks: u32,
     /// Whether requests that begin alike share the KV cache of what they have in common.
     pub prefix_cache: bool,
-    /// Most tokens of one step of the engine.
+    /// Most tokens of one step of the engine. At least `runtime.max_sequences` and a block's tokens.
     pub max_batch_tokens: u32,
     /// Most sequences computed at a time.
+    #[schemars(range(min = 1))]
     pub max_sequences: u32,
     /// Most sequences that wait; more are refused.
+    #[schemars(range(min = 1))]
     pub max_waiting: u32,
     /// Most tokens of prompt and completion together; 0 = what the model was made for.
     pub max_context_tokens: u32,
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// How KV caches [travel](../../README.md#how-kv-caches-travel) between servers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct HandoffConfig {
     /// A peer that is silent for this long is given up, with its transfers. A connection to `listen` that has gone silent is
-    /// kept for as long, and for ten seconds at least.
+    /// kept for as long, and for ten seconds at least. 30ms to 1h.
     #[serde(with = "duration")]
+    #[schemars(schema_with = "duration::schema")]
     pub lease: Duration,
-    /// Longest life of a transfer, from reserving blocks to release, if its request has no deadline of its own.
+    /// Longest life of a transfer, from reserving blocks to release, if its request has no deadline of its own. More than 0s,
+    /// and at most 168h.
     #[serde(with = "duration")]
+    #[schemars(schema_with = "duration::schema")]
     pub timeout: Duration,
-    /// How KV caches may travel, the best first: "shm", copied from the memory of a server of the same host; "rdma", read by
-    /// RoCE cards (libibverbs; all of `runtime.kv_cache_bytes` is taken at once); "tcp". The first that both servers have
+    /// How KV caches may travel, the best first: `shm`, copied from the memory of a server of the same host; `rdma`, read by
+    /// RoCE cards (libibverbs; all of `runtime.kv_cache_bytes` is taken at once); `tcp`. The first that both servers have
     /// and that works is taken.
+    #[schemars(schema_with = "transports_schema")]
     pub transports: Vec<String>,
     /// File with a secret of at least 16 bytes that all servers of the fleet share; who does not show it is given no KV
     /// cache and can send none. Empty = whoever reaches `listen` is believed.
@@ -126,11 +148,15 @@ pub struct HandoffConfig {
     /// done unless asked for. Servers that have it are paired with others that have it, of either type, and with none
     /// that has it not. Another block size alone changes no value and needs no switch.
     pub convert: bool,
-    /// Most servers that this one sends KV caches to, and most that send to it. Over it, one that has no transfers gives way
-    /// to the next; if all have some, a request is refused.
+    /// Most servers that this one sends KV caches to, and most that send to it. Over it, one that has no transfers (and, of
+    /// those that send to it, has been quiet for 10 s) gives way to the next; else a request is refused. Shared memory takes
+    /// 128 peers, whatever this says.
+    #[schemars(range(min = 1))]
     pub max_peers: u32,
     /// Most memory for what is on its way in from servers that keep their caches otherwise, until it is mapped; what finds no
-    /// room waits. None is taken before there is such a server.
+    /// room waits. None is taken before there is such a server. A single frame of more than half of it takes the next power
+    /// of two.
+    #[schemars(range(min = STAGING_LEAST))]
     pub staging_bytes: u64,
 }
 
@@ -276,6 +302,19 @@ impl RuntimeConfig {
 }
 
 impl ServiceConfig for ServerConfig {
+    const EXAMPLE: &'static str = r#"instance_id = "server-0"
+controllers = ["10.0.0.5:7100"]
+listen = "10.0.0.7:7200"
+metrics_listen = "10.0.0.7:7201"
+kv_data_listen = "10.0.0.7:7202"
+
+[model]
+path = "/models/Qwen3-8B"
+
+[runtime]
+kv_cache_bytes = 8589934592
+"#;
+
     fn process(&self) -> &ProcessConfig {
         &self.process
     }
@@ -292,7 +331,7 @@ impl ServiceConfig for ServerConfig {
         if self.model.path.as_os_str().is_empty() {
             return Err(Invalid::new("model.path", "expected a GGUF file or a Hugging Face directory"));
         }
-        if !["", "prefill", "decode", "mixed"].contains(&self.role.as_str()) {
+        if !ROLES.contains(&self.role.as_str()) {
             let expected = format!("expected prefill, decode, mixed or nothing, not {}", self.role);
             return Err(Invalid::new("role", expected));
         }

@@ -4,24 +4,28 @@ use std::{collections::BTreeMap, time::Duration};
 
 use baton_process::{Invalid, duration};
 use baton_proto::GroupName;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::require;
 
 /// Characters of a name, by Kubernetes.
 const NAME_MAX: usize = 253;
+/// One prefill and one decode.
+const REPLICAS_LEAST: u32 = 2;
 /// Replicas of a Deployment, at most: a number with a digit too many should not start a data centre.
 const REPLICAS_MOST: u32 = 10_000;
 
-/// What is scaled on Kubernetes. Nothing, unless a group is named.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// What is [scaled on Kubernetes](../../README.md#scaling-on-kubernetes). Nothing, unless a group is named.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct KubernetesConfig {
-    /// By the name of a group, the Deployment that its servers are pods of and between how many replicas it is scaled.
+    /// By the name of a group, the Deployment that its servers are pods of and between how many replicas it is scaled. As a
+    /// flag: `--set kubernetes.groups.default='{deployment="baton-server",max=8}'`.
     pub groups: BTreeMap<GroupName, ScaledGroup>,
-    /// Of the Deployments. Empty = that of the controller's own service account, or of the kubeconfig's context.
+    /// Namespace of the Deployments. Empty = that of the controller's own service account, or of the kubeconfig's context.
     pub namespace: String,
-    /// A kubeconfig that says where the API server is and who asks. Empty = as the service account of the pod that this
+    /// A kubeconfig that says where the API server is and who asks. Empty = as the service account of the pod that the
     /// controller runs in.
     pub kubeconfig_file: String,
     /// The label of an instance that names its pod. Empty = `instance_id` is the pod's name.
@@ -29,9 +33,11 @@ pub struct KubernetesConfig {
     /// For how long a group must have wanted fewer instances without a break before one is taken away. At least six
     /// `kubernetes.every`.
     #[serde(with = "duration")]
+    #[schemars(schema_with = "duration::schema")]
     pub stabilisation: Duration,
-    /// How often a Deployment and its pods are looked at.
+    /// How often a Deployment and its pods are looked at. At least 1s.
     #[serde(with = "duration")]
+    #[schemars(schema_with = "duration::schema")]
     pub every: Duration,
 }
 
@@ -48,21 +54,23 @@ impl Default for KubernetesConfig {
     }
 }
 
-/// How one group is scaled.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// How one group is scaled, which NAME stands for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ScaledGroup {
+    /// The Deployment whose pods its servers are. Each has one of its own.
     pub deployment: String,
-    /// Replicas at least; 2, one prefill and one decode, unless it is said.
+    /// Fewest replicas: one prefill and one decode, or more.
     #[serde(default = "fewest")]
+    #[schemars(range(min = REPLICAS_LEAST))]
     pub min: u32,
-    /// Replicas at most.
+    /// Most replicas. At least `min`.
+    #[schemars(range(min = REPLICAS_LEAST, max = REPLICAS_MOST))]
     pub max: u32,
 }
 
-/// One prefill and one decode.
 fn fewest() -> u32 {
-    2
+    REPLICAS_LEAST
 }
 
 impl KubernetesConfig {
@@ -81,7 +89,7 @@ impl KubernetesConfig {
             let named = is_name(&group.deployment);
             require(named, &key("deployment"), "expected the name of a Deployment")?;
             let least = "expected at least 2: one prefill and one decode";
-            require(group.min >= fewest(), &key("min"), least)?;
+            require(group.min >= REPLICAS_LEAST, &key("min"), least)?;
             require(group.max >= group.min, &key("max"), "expected at least `min`")?;
             require(group.max <= REPLICAS_MOST, &key("max"), "expected at most 10000")?;
             if let Some(other) = deployments.insert(&group.deployment, name) {

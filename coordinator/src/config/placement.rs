@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use baton_process::{Invalid, duration};
 use baton_schedule::{Policy, Settings, Targets};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Less would be of no use.
@@ -12,50 +13,62 @@ const INDEX_BYTES_LEAST: usize = 1 << 20;
 const INDEX_EVERY_TOKENS_MOST: u32 = 4096;
 
 /// What requests are placed by.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct PlacementConfig {
-    /// How an instance is chosen: `predicted` (the least time lost, to the request and to others), `power_of_two` (of two
-    /// that are drawn the one with fewer sequences), `least_load` (the fewest sequences) or `round_robin`.
+    /// How an instance is chosen.
     pub policy: PolicyName,
     /// With `predicted`: 0 takes the cheapest; above, others are taken as well, by chance, and one that costs this share
     /// more than the cheapest about 0.37 times as often.
+    #[schemars(range(min = 0.0, max = 10.0))]
     pub temperature: f64,
     /// Whether a decode instance computes a prompt itself where that is predicted to cost less than to hand its cache over:
     /// one that is short, or that it has cached, while its batch is small.
     pub local_prefill: bool,
     /// How long it takes until an instance that has just begun to take requests gets as many as others.
     #[serde(with = "duration")]
+    #[schemars(schema_with = "duration::schema")]
     pub warm_up: Duration,
     /// Until the first token: what is predicted to take longer than this and `ttft_target_per_1k_tokens` costs more.
     #[serde(with = "duration")]
+    #[schemars(schema_with = "duration::schema")]
     pub ttft_target: Duration,
     /// The same for each 1,024 tokens of the prompt.
     #[serde(with = "duration")]
+    #[schemars(schema_with = "duration::schema")]
     pub ttft_target_per_1k_tokens: Duration,
-    /// From one token to the next: what is predicted to take longer costs more.
+    /// From one token to the next: what is predicted to take longer costs more. More than 0s.
     #[serde(with = "duration")]
+    #[schemars(schema_with = "duration::schema")]
     pub tpot_target: Duration,
     /// Requests wait in the line of their model while every instance would be longer than this until it computed their
-    /// prompt, or had KV blocks for their answer; those that are with instances are not put in order of tenants any more.
+    /// prompt, or had KV blocks for their answer; those that are with instances are not put in order of tenants any
+    /// more. More than 0s.
     #[serde(with = "duration")]
+    #[schemars(schema_with = "duration::schema")]
     pub room: Duration,
     /// Most memory for which instances have which KV blocks cached, at 48 bytes a block. Over it a part of the blocks is
     /// forgotten, so that of each prompt less is known.
+    #[schemars(range(min = INDEX_BYTES_LEAST))]
     pub index_bytes: usize,
     /// Instances tell of one cached block for about so many tokens, and what is known of a prompt is rounded down to the last
     /// of them: the more, the less processor time a long prompt takes. 0 = every block.
+    #[schemars(range(max = INDEX_EVERY_TOKENS_MOST))]
     pub index_every_tokens: u32,
 }
 
-/// [`Policy`] as it is written.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// A rule by which instances are chosen, as it is written.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum PolicyName {
+    /// The least time lost, to the request and to others.
     #[default]
     Predicted,
+    /// Of two that are drawn the one with fewer sequences.
     PowerOfTwo,
+    /// The fewest sequences.
     LeastLoad,
+    /// Each in its turn.
     RoundRobin,
 }
 

@@ -7,6 +7,7 @@ use baton_process::{
     CommonArgs, Listen, Process, ProcessConfig, ProcessError, ServiceConfig, Tls, grpc, http, tls::Door,
 };
 use clap::Parser;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tonic::service::Routes;
 
@@ -18,7 +19,7 @@ struct Args {
     common: CommonArgs,
 }
 
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 struct Specimen {
     /// "serve", "panic" (an essential task does), "stuck" (ignores the shutdown).
@@ -36,6 +37,8 @@ impl Default for Specimen {
 }
 
 impl ServiceConfig for Specimen {
+    const EXAMPLE: &'static str = "mode = \"stuck\"\n";
+
     fn process(&self) -> &ProcessConfig {
         &self.process
     }

@@ -18,6 +18,7 @@ use std::{
     time::{Instant, SystemTime},
 };
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -29,7 +30,7 @@ use refusals::{Refusals, Refused};
 pub use refusals::Call;
 
 /// Who may ask and change, by `baton ctl` or any other client of the services for operators.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct AdminConfig {
     /// A file with a line for each operator: name, `viewer` or `admin`, and the SHA-256 of the token in hex. It is read

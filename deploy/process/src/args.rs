@@ -14,8 +14,16 @@ pub struct CommonArgs {
     pub set: Vec<String>,
 
     /// Print the configuration in effect, as TOML, and exit.
-    #[arg(long, help_heading = "Configuration")]
+    #[arg(long, group = "print", help_heading = "Configuration")]
     pub check_config: bool,
+
+    /// Print what can be configured (Markdown): every key, its default, what it means and accepts; and exit.
+    #[arg(long, group = "print", help_heading = "Configuration")]
+    pub config_reference: bool,
+
+    /// Print the JSON Schema of the configuration file, by which editors complete and check it, and exit.
+    #[arg(long, group = "print", help_heading = "Configuration")]
+    pub config_schema: bool,
 
     /// Stop when standard input closes: whoever started this process holds the other end, and so it never outlives
     /// them.

@@ -19,18 +19,6 @@ where
     load_from(file, &environment(service, std::env::vars()), overrides)
 }
 
-/// Dotted keys and defaults of a configuration type, in order; what the reference page lists.
-pub fn reference<T: Serialize + Default>() -> Result<Vec<(String, String)>, ConfigError> {
-    let mut keys = Vec::new();
-    walk("", &shape::<T>()?, &mut |path, value| match value {
-        Json::Object(table) if !table.is_empty() => {}
-        Json::Null => keys.push((path.to_owned(), String::new())),
-        leaf => keys.push((path.to_owned(), leaf.to_string())),
-    });
-    keys.sort();
-    Ok(keys)
-}
-
 /// The configuration as TOML, as `--check-config` prints it.
 pub fn render<T: Serialize>(config: &T) -> Result<String, ConfigError> {
     Ok(toml::to_string_pretty(config)?)
@@ -53,8 +41,14 @@ struct Layer {
     origin: String,
 }
 
+/// The environment variable that sets a key, and what all of them begin with.
+pub(crate) fn variable(service: &str, key: &str) -> String {
+    let nested = key.to_uppercase().replace('.', "__");
+    format!("BATON_{}__{nested}", service.to_uppercase().replace('-', "_"))
+}
+
 fn environment(service: &str, variables: impl Iterator<Item = (String, String)>) -> Vec<Layer> {
-    let prefix = format!("BATON_{}__", service.to_uppercase().replace('-', "_"));
+    let prefix = variable(service, "");
     let mut layers: Vec<Layer> = variables
         .filter_map(|(name, value)| {
             let key = name.strip_prefix(&prefix)?.to_lowercase().replace("__", ".");
@@ -134,11 +128,11 @@ fn read(path: &Path) -> Result<String, ConfigError> {
 }
 
 /// The type's default as a tree: which keys there are, and what kind of value each holds.
-fn shape<T: Serialize + Default>() -> Result<Json, ConfigError> {
+pub(crate) fn shape<T: Serialize + Default>() -> Result<Json, ConfigError> {
     serde_json::to_value(T::default()).map_err(ConfigError::Shape)
 }
 
-fn walk(path: &str, value: &Json, visit: &mut impl FnMut(&str, &Json)) {
+pub(crate) fn walk(path: &str, value: &Json, visit: &mut impl FnMut(&str, &Json)) {
     if !path.is_empty() {
         visit(path, value);
     }

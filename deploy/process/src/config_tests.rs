@@ -181,11 +181,3 @@ fn set_arguments_need_a_key_and_an_equals_sign() {
     assert!(parse_set(&["a.b".to_owned()]).unwrap_err().to_string().contains("expected KEY=VALUE"));
     assert!(parse_set(&["=x".to_owned()]).is_err());
 }
-
-#[test]
-fn the_reference_lists_every_leaf() {
-    let keys = reference::<Root>().unwrap();
-    assert!(keys.contains(&("listen.backlog".to_owned(), "128".to_owned())), "{keys:?}");
-    assert!(keys.contains(&("process.shutdown.drain".to_owned(), "\"\"".to_owned())), "{keys:?}");
-    assert!(keys.iter().any(|(key, _)| key == "threads"));
-}

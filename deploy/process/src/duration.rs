@@ -1,7 +1,9 @@
-//! Durations in configuration: `"250ms"`, `"2s"`, `"1m"`, `"1h"`. Use as `#[serde(with = "baton_process::duration")]`.
+//! Durations in configuration: `"250ms"`, `"2s"`, `"1m"`, `"1h"`. Use as `#[serde(with = "baton_process::duration")]` and
+//! `#[schemars(schema_with = "baton_process::duration::schema")]`.
 
 use std::time::Duration;
 
+use schemars::{Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serializer, de::Error};
 
 const UNITS: [(&str, u64); 4] = [("ms", 1), ("s", 1000), ("m", 60_000), ("h", 3_600_000)];
@@ -35,10 +37,16 @@ pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duratio
     parse(&String::deserialize(deserializer)?).map_err(D::Error::custom)
 }
 
+/// Text that [`parse`] reads.
+pub fn schema(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({ "type": "string", "pattern": "^\\s*[0-9]+\\s*(ms|s|m|h)\\s*$" })
+}
+
 /// Durations that may be left open: `""` = `None`. Use as `#[serde(with = "baton_process::duration::option")]`.
 pub mod option {
     use std::time::Duration;
 
+    use schemars::{Schema, SchemaGenerator, json_schema};
     use serde::{Deserialize, Deserializer, Serializer, de::Error};
 
     pub fn serialize<S: Serializer>(duration: &Option<Duration>, serializer: S) -> Result<S::Ok, S::Error> {
@@ -50,6 +58,11 @@ pub mod option {
             "" => Ok(None),
             text => super::parse(text).map(Some).map_err(D::Error::custom),
         }
+    }
+
+    /// Text that [`super::parse`] reads, or none.
+    pub fn schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({ "type": "string", "pattern": "^\\s*([0-9]+\\s*(ms|s|m|h)\\s*)?$" })
     }
 }
 

@@ -1,7 +1,7 @@
 //! How every Baton process starts, is observed and stops. Knows nothing of language models.
 //!
 //! A binary's `main` parses its flags and calls [`run`]; everything else is handed to it in a [`Process`]. The modules
-//! stand in the order a process meets them: flags and configuration ([`args`], [`config`]), logs and traces
+//! stand in the order a process meets them: flags and configuration ([`args`], [`config`], [`reference`]), logs and traces
 //! ([`telemetry`]), signals (`signals`), the life itself ([`run`]), its sockets ([`listen`]), who it is to others and they
 //! to it ([`tls`]), who of the people may ask and change ([`access`]), what it serves ([`grpc`], [`http`]), and what it shows of itself ([`health`], [`metrics`]).
 
@@ -18,6 +18,7 @@ pub mod listen;
 pub mod metrics;
 mod nearest;
 pub mod open_files;
+pub mod reference;
 mod settings;
 mod signals;
 pub mod telemetry;

@@ -25,7 +25,7 @@ use crate::{
     CommonArgs, ConfigError, HealthHandle, Https, HttpsConfig, Metrics, ProcessError, ServiceConfig, Tls,
     TlsConfig, TlsError, config,
     error::one_line,
-    open_files,
+    open_files, reference,
     settings::Invalid,
     signals,
     telemetry::Telemetry,
@@ -105,16 +105,22 @@ where
     Fut: Future<Output = Result<(), E>>,
     E: std::error::Error + 'static,
 {
+    if args.config_schema {
+        return say(&format!("{:#}\n", reference::schema::<T>(service)));
+    }
+    if args.config_reference {
+        return match reference::page::<T>(service) {
+            Ok(page) => say(&page),
+            Err(error) => fail(&error),
+        };
+    }
     let config = match configure::<T>(service, args.config, &args.set, overrides) {
         Ok(config) => config,
         Err(error) => return fail(&error),
     };
     if args.check_config {
         return match config::render(&config) {
-            Ok(text) => {
-                let _ = write!(std::io::stdout(), "{text}");
-                ExitCode::SUCCESS
-            }
+            Ok(text) => say(&text),
             Err(error) => fail(&error),
         };
     }
@@ -127,6 +133,12 @@ where
     // Blocking work that is stuck must not hold the process: everything that had to end has ended by now.
     runtime.shutdown_background();
     code
+}
+
+/// Whoever reads no further has what they wanted.
+fn say(text: &str) -> ExitCode {
+    let _ = write!(std::io::stdout(), "{text}");
+    ExitCode::SUCCESS
 }
 
 fn configure<T: ServiceConfig>(

@@ -9,6 +9,7 @@ use std::{
 };
 
 use parking_lot::Mutex;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Why a listener cannot be had.
@@ -33,7 +34,7 @@ pub enum ListenError {
 }
 
 /// `HOST:PORT` (port 0 = any free one) or `fd://N`. In configuration: a string.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "String", into = "String")]
 pub enum Listen {
     Address { host: String, port: u16 },

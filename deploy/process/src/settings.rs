@@ -3,13 +3,14 @@
 
 use std::{path::PathBuf, time::Duration};
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 /// How long running work may take once the process was asked to stop, of services that say nothing else.
 const DRAIN: Duration = Duration::from_secs(30);
 
-/// Logs, traces and the bounds of a shutdown.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+/// What every process has: threads, logs, traces and the bounds of a shutdown.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct ProcessConfig {
     /// Threads that run asynchronous work; 0 = one for each core, in a server one for four, since its compute threads
@@ -20,10 +21,11 @@ pub struct ProcessConfig {
     pub shutdown: ShutdownConfig,
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// What is written to standard error.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct LogConfig {
-    /// `human` or `json`.
+    /// How each line is written.
     pub format: LogFormat,
     /// `error`, `warn`, `info`, `debug`, `trace`, or directives as in `info,baton_server=debug`. The environment
     /// variable `BATON_LOG` wins over it.
@@ -33,11 +35,13 @@ pub struct LogConfig {
     pub level_file: PathBuf,
 }
 
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum LogFormat {
+    /// Text for people.
     #[default]
     Human,
+    /// JSON objects, for machines.
     Json,
 }
 
@@ -47,14 +51,16 @@ impl Default for LogConfig {
     }
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// Traces, and where they go.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct OtlpConfig {
     /// Where traces go (OTLP over gRPC), as in `http://127.0.0.1:4317`. Empty = traces are not exported.
     pub endpoint: String,
     /// Certificates (PEM) of who signs the collector's, for an endpoint that begins with https://.
     pub ca_file: PathBuf,
-    /// Share of new traces that are sampled, 0 to 1. A trace begun by the caller keeps the caller's choice.
+    /// Share of new traces that are sampled. A trace begun by the caller keeps the caller's choice.
+    #[schemars(range(min = 0.0, max = 1.0))]
     pub sample_ratio: f64,
 }
 
@@ -64,12 +70,14 @@ impl Default for OtlpConfig {
     }
 }
 
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+/// How the process ends.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct ShutdownConfig {
-    /// How long running work may take to finish once the process was asked to stop. Empty = as the service's work asks
-    /// for: see [`ServiceConfig::default_drain`].
+    /// How long running work may take to finish once the process was asked to stop. Empty = 30 s; of a coordinator as
+    /// long as any of its requests may take: `limits.linger`, `limits.request_timeout` and 10 s.
     #[serde(with = "crate::duration::option")]
+    #[schemars(schema_with = "crate::duration::option::schema")]
     pub drain: Option<Duration>,
 }
 
@@ -90,7 +98,13 @@ impl Invalid {
 }
 
 /// A service's whole configuration: nested structs with `#[serde(deny_unknown_fields, default)]` and a `process` key.
-pub trait ServiceConfig: DeserializeOwned + Serialize + Default + Clone + Send + 'static {
+/// Their doc comments are what users read of them: see [`crate::reference`].
+pub trait ServiceConfig:
+    DeserializeOwned + Serialize + JsonSchema + Default + Clone + Send + 'static
+{
+    /// A configuration file to begin with (TOML), as the reference shows it.
+    const EXAMPLE: &'static str;
+
     fn process(&self) -> &ProcessConfig;
 
     /// For how many of the machine's cores there is one thread of asynchronous work, if `process.worker_threads` leaves
@@ -116,7 +130,8 @@ pub trait ServiceConfig: DeserializeOwned + Serialize + Default + Clone + Send +
 }
 
 impl ProcessConfig {
-    pub(crate) fn validate(&self) -> Result<(), Invalid> {
+    /// Checks what types cannot say.
+    pub fn validate(&self) -> Result<(), Invalid> {
         if !(0.0..=1.0).contains(&self.otlp.sample_ratio) {
             let expected = format!("expected 0 to 1, not {}", self.otlp.sample_ratio);
             return Err(Invalid::new("process.otlp.sample_ratio", expected));

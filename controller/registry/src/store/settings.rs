@@ -3,6 +3,7 @@
 use std::{fmt, fs, io, sync::Arc, time::Duration};
 
 use baton_process::{Invalid, duration};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -10,13 +11,13 @@ use super::{
     etcd::{EtcdConfig, EtcdCredentials, EtcdStore, EtcdTls},
 };
 
-/// What an operator can set.
-#[derive(Clone, PartialEq, Serialize, Deserialize)]
+/// How etcd is reached.
+#[derive(Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct EtcdSettings {
     /// `host:port` of every member.
     pub endpoints: Vec<String>,
-    /// Empty = etcd asks for no user.
+    /// Whom etcd knows this process as. Empty = etcd asks for no user.
     pub user: String,
     /// A file that holds the user's password.
     pub password_file: String,
@@ -28,9 +29,11 @@ pub struct EtcdSettings {
     pub key_file: String,
     /// How long one member may take to accept a connection.
     #[serde(with = "duration")]
+    #[schemars(schema_with = "duration::schema")]
     pub connect_timeout: Duration,
     /// How long one member may take to answer before the next is asked.
     #[serde(with = "duration")]
+    #[schemars(schema_with = "duration::schema")]
     pub timeout: Duration,
 }
 

@@ -10,6 +10,7 @@ use std::{
 };
 
 use parking_lot::RwLock;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpStream;
 use tokio_rustls::{
@@ -34,12 +35,12 @@ use super::{
 };
 use crate::Invalid;
 
-/// Files that an HTTP port has for its clients. None of them = plaintext.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// Files by which clients are served. None of them = plaintext.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct HttpsConfig {
     /// The certificate (PEM) that clients are shown, and those between it and its signer; with it, clients are served by
-    /// TLS 1.3 and by nothing else. Empty = plaintext.
+    /// [TLS 1.3](../../README.md#security) and by nothing else. Empty = plaintext.
     pub cert_file: PathBuf,
     /// The key (PEM) of `cert_file`.
     pub key_file: PathBuf,

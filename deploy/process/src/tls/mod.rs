@@ -33,6 +33,7 @@ use prometheus_client::{
     encoding::EncodeLabelSet,
     metrics::{counter::Counter, family::Family},
 };
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tokio_util::{either::Either, sync::CancellationToken, task::TaskTracker};
 use tonic::{service::Routes, transport::server::TcpIncoming};
@@ -52,12 +53,12 @@ const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// Between two refused calls that the log tells of.
 const TELL_EVERY: Duration = Duration::from_secs(1);
 
-/// The files of one process. None of them = plaintext.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// Files of TLS between processes: all three, or none for plaintext.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct TlsConfig {
-    /// Certificates (PEM) of who signs those of the peers; with it, every gRPC connection is mutual TLS. Empty =
-    /// plaintext.
+    /// Certificates (PEM) of who signs those of the peers; with it, every gRPC connection is
+    /// [mutual TLS](../../README.md#security). Empty = plaintext.
     pub ca_file: PathBuf,
     /// This process's own certificate (PEM), and those between it and its signer. It names its role.
     pub cert_file: PathBuf,

@@ -51,7 +51,8 @@ pub(crate) struct UpArgs {
     pub(crate) run_dir: Option<PathBuf>,
 
     /// Set a service's configuration key, as in `--set server.runtime.kv_dtype=int8` or
-    /// `--set coordinator.limits.max_queued=10`. May be repeated.
+    /// `--set coordinator.limits.max_queued=10`. May be repeated. `baton-server --config-reference` prints the keys of
+    /// servers, the other services theirs.
     #[arg(long, value_name = "SERVICE.KEY=VALUE")]
     pub(crate) set: Vec<String>,
 
