@@ -11,6 +11,9 @@
 
 pub mod election;
 pub mod fleet;
+#[cfg(any(test, feature = "fuzz"))]
+#[doc(hidden)]
+pub use fleet::fuzz;
 pub mod keys;
 pub mod records;
 pub mod store;
