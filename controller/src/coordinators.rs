@@ -211,7 +211,7 @@ fn merge(known: &[LinkUse], told: Vec<LinkUse>, all: bool) -> (Vec<LinkUse>, Vec
             Some(link) => {
                 let handoffs = link.handoffs.saturating_sub(before.handoffs);
                 let failures = link.failures.saturating_sub(before.failures);
-                if handoffs + failures > 0 {
+                if handoffs > 0 || failures > 0 {
                     more.push(LinkUse { handoffs, failures, ..(*link).clone() });
                 }
             }

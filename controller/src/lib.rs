@@ -18,6 +18,9 @@ pub mod demand;
 pub mod desk;
 mod error;
 pub mod fleet;
+#[cfg(any(test, feature = "fuzz"))]
+#[doc(hidden)]
+pub mod fuzz;
 pub mod journal;
 pub mod metrics;
 pub mod plan;

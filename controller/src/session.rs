@@ -44,7 +44,7 @@ const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 const REASON_MAX: usize = 200;
 
 /// Largest spec that is taken, as the store keeps it: a batch of them has to fit one request to etcd (1.5 MiB).
-const SPEC_MAX_BYTES: usize = 8 << 10;
+pub(crate) const SPEC_MAX_BYTES: usize = 8 << 10;
 
 /// Takes sessions of instances and of coordinators.
 #[derive(Debug)]
@@ -147,7 +147,11 @@ impl control_server::Control for ControlService {
 
 /// The first report of a session.
 async fn hello(reports: &mut Streaming<v1::InstanceReport>) -> Result<(InstanceSpec, Beat), Status> {
-    let first = reports.message().await?.and_then(|report| report.report);
+    presented(reports.message().await?.and_then(|report| report.report))
+}
+
+/// Who says hello, and how it is.
+pub(crate) fn presented(first: Option<Wire>) -> Result<(InstanceSpec, Beat), Status> {
     let Some(Wire::Hello(hello)) = first else {
         return Err(ApiError::new(ErrorCode::InvalidArgument, "a session begins with a hello").into());
     };
@@ -204,7 +208,7 @@ async fn read(
     }
 }
 
-fn event_of(session: SessionId, report: v1::InstanceReport) -> Result<Option<Event>, WireError> {
+pub(crate) fn event_of(session: SessionId, report: v1::InstanceReport) -> Result<Option<Event>, WireError> {
     Ok(match report.report {
         Some(Wire::Beat(beat)) => Some(Event::Beat { session, beat: beat.try_into()? }),
         Some(Wire::Bye(bye)) => {

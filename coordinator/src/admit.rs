@@ -74,6 +74,12 @@ impl Gate {
         }
     }
 
+    /// Rooms that are free.
+    #[cfg(any(test, feature = "fuzz"))]
+    pub(crate) fn rooms(&self) -> usize {
+        self.house.available_permits()
+    }
+
     /// Lets a request into the house, or turns it away; `drain` is how long it may take until there is room, and `outranks`
     /// whether it may be that another gives it its place.
     pub fn enter(

@@ -18,6 +18,9 @@ pub mod config;
 pub mod dispatch;
 mod error;
 pub mod fleet;
+#[cfg(any(test, feature = "fuzz"))]
+#[doc(hidden)]
+pub mod fuzz;
 pub mod handoffs;
 pub mod http;
 pub mod keys;

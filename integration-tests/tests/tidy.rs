@@ -10,7 +10,7 @@ use baton_integration_tests::folder;
 
 /// Which of our crates a crate may use. Dependencies point one way, and the services never depend on each other, so
 /// that each can be built, deployed and understood alone.
-const MAY_USE: [(&str, &[&str]); 13] = [
+const MAY_USE: [(&str, &[&str]); 14] = [
     ("proto", &[]),
     ("controller/registry", &["baton-process", "baton-proto"]),
     ("controller", &["baton-process", "baton-proto", "baton-registry"]),
@@ -27,6 +27,18 @@ const MAY_USE: [(&str, &[&str]); 13] = [
     ("deploy/process", &[]),
     ("deploy/standalone", &["baton-checkpoint", "baton-process", "baton-proto"]),
     ("integration-tests", &["baton-process"]),
+    (
+        "fuzz",
+        &[
+            "baton-controller",
+            "baton-coordinator",
+            "baton-kvtransfer",
+            "baton-process",
+            "baton-proto",
+            "baton-registry",
+            "baton-server",
+        ],
+    ),
 ];
 
 /// Longer files want to be split by meaning; tests and their support may be somewhat longer.

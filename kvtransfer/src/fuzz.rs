@@ -1,5 +1,5 @@
-//! What the targets in `kvtransfer/fuzz` call: each takes any bytes and must neither panic nor break a promise. The
-//! corpora that are kept there run with the unit tests, too.
+//! What the targets in `fuzz` call: each takes any bytes and must neither panic nor break a promise, which `fuzz/README.md`
+//! tells. The corpora that are kept there run with the unit tests, too.
 
 use baton_proto::v1;
 use prost::Message as _;
@@ -13,14 +13,33 @@ use crate::{
     },
 };
 
-pub use crate::node::fuzz::{connection, messages};
+use crate::node::fuzz::{connection, messages};
 
 fn key() -> Option<DataKey> {
     DataKey::from_wire(&[7; 16])
 }
 
-/// Headers and tables of frames, of both forms.
+/// How peers' data connections begin and what their frames say; the first byte says of what kind the rest is.
 pub fn frames(bytes: &[u8]) {
+    let Some((&kind, rest)) = bytes.split_first() else { return };
+    match kind % 8 {
+        0..=2 => heads(rest),
+        3 | 4 => hellos(rest),
+        #[cfg(all(feature = "rdma", target_os = "linux", target_pointer_width = "64"))]
+        5 => crate::transport::fuzz_rdma(rest),
+        _ => crate::transport::fuzz_ascend(rest),
+    }
+}
+
+/// What reaches a node that runs: an odd first byte and a script for a data connection, or an even one and messages of a
+/// control stream.
+pub fn node(bytes: &[u8]) {
+    let Some((&kind, rest)) = bytes.split_first() else { return };
+    if kind % 2 == 1 { connection(rest) } else { messages(rest) }
+}
+
+/// Headers and tables of frames, of both forms.
+fn heads(bytes: &[u8]) {
     let (Some((&first, rest)), Some(key)) = (bytes.split_first(), key()) else { return };
     let form = if first % 2 == 0 { Form::Carried } else { Form::Announced };
     let slice_bytes = u32::from(first / 2);
@@ -42,7 +61,7 @@ pub fn frames(bytes: &[u8]) {
 }
 
 /// How data connections begin: hellos, answers, grants.
-pub fn hellos(bytes: &[u8]) {
+fn hellos(bytes: &[u8]) {
     let Some(key) = key() else { return };
     if let Some((head, terms)) = bytes.split_first_chunk::<HELLO_BYTES>()
         && let Ok(hello) = Hello::decode(*head)
@@ -122,17 +141,6 @@ fn own_layout(latent: bool) -> KvLayout {
     }
 }
 
-/// What RDMA peers say of their queue pairs and regions.
-#[cfg(all(feature = "rdma", target_os = "linux", target_pointer_width = "64"))]
-pub fn rdma(bytes: &[u8]) {
-    crate::transport::fuzz_rdma(bytes);
-}
-
-/// What Ascend peers say of their HIXL servers and HCCL roots.
-pub fn ascend(bytes: &[u8]) {
-    crate::transport::fuzz_ascend(bytes);
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -140,20 +148,15 @@ mod tests {
     #[test]
     #[cfg_attr(feature = "explore", ignore = "shuttle's locks work in its own tests only")]
     fn the_corpora_are_taken() {
-        #[cfg(all(feature = "rdma", target_os = "linux", target_pointer_width = "64"))]
-        replay("rdma", rdma);
         replay("frames", frames);
-        replay("hellos", hellos);
-        replay("ascend", ascend);
         replay("layouts", layouts);
-        replay("messages", messages);
-        replay("connection", connection);
+        replay("node", node);
     }
 
     /// Seeds that should make a plan do make one: the target looks at what it is meant to look at.
     #[test]
     fn layouts_are_planned_with() {
-        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds/layouts");
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/seeds/layouts");
         let planned = |name: &str| {
             let seed = std::fs::read(folder.join(name)).expect("a seed");
             let wire = v1::KvLayout::decode(&seed[1..]).expect("a layout");
@@ -173,7 +176,7 @@ mod tests {
     }
 
     fn replay(name: &str, target: fn(&[u8])) {
-        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds").join(name);
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/seeds").join(name);
         let mut files = 0;
         for entry in std::fs::read_dir(&folder).expect("the target has seeds") {
             target(&std::fs::read(entry.expect("readable").path()).expect("readable"));

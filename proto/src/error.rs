@@ -129,8 +129,12 @@ pub struct ApiError {
 }
 
 impl ApiError {
+    /// Messages repeat what was sent, which may be all of a body; over HTTP/2 they are headers, whose size is bounded. What
+    /// is longer is cut.
+    pub const MESSAGE_BYTES_MOST: usize = 2048;
+
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
-        Self { code, message: message.into(), param: None, retry_after: None }
+        Self { code, message: short(message.into()), param: None, retry_after: None }
     }
 
     /// Says when another try may do.
@@ -141,9 +145,20 @@ impl ApiError {
 
     /// Names the request field at fault.
     pub fn param(mut self, field: impl Into<String>) -> Self {
-        self.param = Some(field.into());
+        self.param = Some(short(field.into()));
         self
     }
+}
+
+/// At most [`ApiError::MESSAGE_BYTES_MOST`] of it, whole characters, and a sign where it was cut.
+fn short(mut text: String) -> String {
+    const CUT: &str = "...";
+    if text.len() > ApiError::MESSAGE_BYTES_MOST {
+        let fits = (0..=ApiError::MESSAGE_BYTES_MOST - CUT.len()).rev().find(|&at| text.is_char_boundary(at));
+        text.truncate(fits.unwrap_or(0));
+        text.push_str(CUT);
+    }
+    text
 }
 
 impl From<ApiError> for v1::ErrorDetail {
@@ -160,8 +175,8 @@ impl From<v1::ErrorDetail> for ApiError {
     fn from(detail: v1::ErrorDetail) -> Self {
         Self {
             code: ErrorCode::from_wire(detail.code()),
-            param: (!detail.param.is_empty()).then_some(detail.param),
-            message: detail.message,
+            param: (!detail.param.is_empty()).then_some(short(detail.param)),
+            message: short(detail.message),
             retry_after: None,
         }
     }
@@ -189,6 +204,18 @@ mod tests {
             assert_eq!(ErrorCode::from_wire(wire).to_wire(), wire);
         }
         assert_eq!(TABLE[12].code, ErrorCode::Internal);
+    }
+
+    #[test]
+    fn what_repeats_too_much_of_what_was_sent_is_cut() {
+        let long = "é".repeat(5000);
+        let error = ApiError::new(ErrorCode::InvalidArgument, long.clone()).param(long.clone());
+        let detail = v1::ErrorDetail { message: long.clone(), param: long, ..Default::default() };
+        for text in [error.message, error.param.expect("is named"), ApiError::from(detail).message] {
+            assert!(text.len() <= ApiError::MESSAGE_BYTES_MOST && text.ends_with("é..."), "{text}");
+        }
+        let fits = "x".repeat(ApiError::MESSAGE_BYTES_MOST);
+        assert_eq!(ApiError::new(ErrorCode::Internal, fits.clone()).message, fits);
     }
 
     #[test]

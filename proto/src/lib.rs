@@ -10,6 +10,9 @@ mod api_key;
 mod block_hash;
 mod coordinator;
 mod error;
+#[cfg(any(test, feature = "fuzz"))]
+#[doc(hidden)]
+pub mod fuzz;
 mod ids;
 mod instance;
 mod intent;

@@ -10,6 +10,9 @@ pub mod config;
 pub mod duty;
 pub mod engine;
 pub mod error;
+#[cfg(any(test, feature = "fuzz"))]
+#[doc(hidden)]
+pub mod fuzz;
 pub mod handoff;
 pub mod inference;
 pub mod instance;

@@ -19,6 +19,8 @@ use crate::{
     DesiredRole, KeyRange, ObservedStatus, Revision, Store, StoreError, Watch, WatchBatch, WatchError, keys,
 };
 
+#[cfg(any(test, feature = "fuzz"))]
+pub mod fuzz;
 mod view;
 
 use view::View;

@@ -13,6 +13,9 @@
 pub mod election;
 pub mod fleet;
 pub mod format;
+#[cfg(any(test, feature = "fuzz"))]
+#[doc(hidden)]
+pub use fleet::fuzz;
 pub mod keys;
 pub mod records;
 pub mod store;

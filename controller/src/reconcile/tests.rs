@@ -396,9 +396,10 @@ fn too_many_instances_are_refused() {
 #[test]
 fn the_latest_epoch_that_a_peer_may_claim_is_counted_on_from() {
     let mut world = World::new();
-    let a = world.hello("a", 1, beat(Phase::Waiting, Role::None, RoleEpoch::MOST.0));
+    let a = world.hello("a", 1, beat(Phase::Waiting, Role::None, RoleEpoch::REPORTED_MOST.0));
     world.pass(secs(2), &[a]);
-    assert_eq!(world.last_assigned(a).epoch.0, RoleEpoch::MOST.0 + 1);
+    assert_eq!(world.last_assigned(a).epoch.0, RoleEpoch::REPORTED_MOST.0 + 1);
+    assert!(DesiredRole::decode(&world.stored["/baton/v1/roles/a"]).is_ok(), "others can read it");
 }
 
 #[test]

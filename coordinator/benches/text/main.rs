@@ -4,7 +4,13 @@
 //! `tokenizer.json` each, as `BATON_TEST_TOKENIZERS` does; FILE is a model with a chat template, through which whole
 //! requests go. One thread, best of several rounds that take turns.
 
-use std::{fs, hint::black_box, path::PathBuf, sync::Arc, time::Instant};
+use std::{
+    fs,
+    hint::black_box,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Instant,
+};
 
 use baton_checkpoint::ModelRoot;
 use baton_coordinator::{

@@ -10,6 +10,8 @@
 //! stream is cut, which cancels everything on it. What comes is read at once where it can be ([`super::inline`]).
 
 mod reason;
+#[cfg(any(test, feature = "fuzz"))]
+pub(super) mod standing;
 mod stuck;
 mod target;
 
@@ -443,4 +445,4 @@ impl LinkTask {
 }
 
 #[cfg(test)]
-pub(super) mod tests;
+mod tests;

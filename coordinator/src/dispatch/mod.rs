@@ -19,6 +19,8 @@ pub use generation::{Generation, NotSent, Progress};
 pub use guard::LegGuard;
 pub use leg::{LegEnd, Output, StopReason, TokenLogprobs};
 #[cfg(test)]
-pub(crate) use link::tests::standing;
+pub(crate) use link::standing::standing;
 pub use link::{Link, LinkTask, Target};
 pub use machine::{Completed, Fresh};
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) use {link::standing::Stand, mailbox::Mailbox};

@@ -193,7 +193,7 @@ async fn answer(
 }
 
 /// The client's id if it sent a usable one, or a fresh one.
-fn request_id(headers: &HeaderMap) -> RequestId {
+pub(crate) fn request_id(headers: &HeaderMap) -> RequestId {
     let theirs = headers.get(&X_REQUEST_ID).and_then(|value| value.to_str().ok()).map(RequestId::adopt);
     theirs.filter(|id| !id.as_str().is_empty()).unwrap_or_else(RequestId::generate)
 }
@@ -202,8 +202,18 @@ fn request_id(headers: &HeaderMap) -> RequestId {
 fn traceparent(headers: &HeaderMap) -> String {
     let mut ours = HeaderMap::new();
     telemetry::inject_http(&mut ours);
-    let value = ours.get(TRACEPARENT).or_else(|| headers.get(TRACEPARENT));
-    value.and_then(|value| value.to_str().ok()).unwrap_or_default().to_owned()
+    let ours = passed_on(&ours);
+    if ours.is_empty() { passed_on(headers) } else { ours }
+}
+
+/// A trace context, if it is one: whatever else stands there does not go on to instances.
+pub(crate) fn passed_on(headers: &HeaderMap) -> String {
+    let value = headers.get(TRACEPARENT).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let parts: Vec<&str> = value.splitn(5, '-').collect();
+    let is_hex = |part: &&str| part.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+    let lengths = parts.iter().map(|part| part.len());
+    let is_one = lengths.eq([2, 32, 16, 2]) && parts.iter().all(is_hex);
+    if is_one { value.to_owned() } else { String::new() }
 }
 
 async fn models(State(service): State<Arc<Service>>) -> Response {

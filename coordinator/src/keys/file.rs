@@ -176,6 +176,22 @@ fn parse(text: &str, path: &Path) -> Result<Vec<ApiKey>, KeyFileError> {
     Ok(keys)
 }
 
+/// A file of keys, if the first byte says so, for a fuzz target: what is taken has each name and each hash once.
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    let Some((5, rest)) = bytes.split_first().map(|(kind, rest)| (kind % 8, rest)) else { return };
+    let text = String::from_utf8_lossy(rest);
+    match parse(&text, Path::new("keys.toml")) {
+        Ok(keys) => {
+            let names: std::collections::HashSet<_> = keys.iter().map(|key| &key.name).collect();
+            let hashes: std::collections::HashSet<_> = keys.iter().map(|key| key.hash).collect();
+            assert!((1..=API_KEYS_MOST).contains(&keys.len()));
+            assert_eq!((names.len(), hashes.len()), (keys.len(), keys.len()));
+        }
+        Err(error) => assert!(!error.to_string().is_empty()),
+    }
+}
+
 impl Entry {
     /// Errors name the field; none repeats what stands where a hash belongs, as that may be the key itself.
     fn key(self) -> Result<ApiKey, (&'static str, String)> {

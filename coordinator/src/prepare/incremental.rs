@@ -83,6 +83,12 @@ impl Ahead {
         self.state != State::GivenUp && self.at < body.len()
     }
 
+    /// Whether what has come ends outside of any string, as JSON that is whole does.
+    #[cfg(any(test, feature = "fuzz"))]
+    pub(super) fn is_outside(&self) -> bool {
+        self.state == State::Outside
+    }
+
     fn enter(&mut self, at: usize) {
         self.at = at;
         self.state = State::Inside;

@@ -5,6 +5,8 @@
 
 mod choices;
 mod ends;
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) mod fuzz;
 mod incremental;
 mod logits;
 pub mod openai;

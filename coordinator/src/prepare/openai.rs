@@ -94,7 +94,7 @@ fn parse_fast(body: &[u8]) -> Option<Request> {
     Some(Request { prompt: Some(Prompt::Tokens(ids)), ..request })
 }
 
-fn parse_by_field(body: &[u8]) -> Result<Request, ApiError> {
+pub(super) fn parse_by_field(body: &[u8]) -> Result<Request, ApiError> {
     let mut json = serde_json::Deserializer::from_slice(body);
     let request: Request = serde_path_to_error::deserialize(&mut json).map_err(|error| {
         let path = error.path().to_string();

@@ -9,6 +9,8 @@
 mod detokenize;
 mod error;
 mod fast;
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) mod fuzz;
 mod ggml;
 mod pieces;
 mod reader;

@@ -2,7 +2,7 @@
 
 use std::{path::Path, sync::Arc};
 
-use baton_checkpoint::{Checkpoint, TokenizerSource};
+use baton_checkpoint::{Checkpoint, GgmlTokenizer, TokenizerSource};
 use serde_json::Value;
 use tokenizers::Tokenizer as Tables;
 
@@ -56,14 +56,20 @@ impl Tokenizer {
                 let json = file.read().map_err(Box::new)?;
                 Self::of_json(&json, file.path(), cache)
             }
-            TokenizerSource::Ggml(source) => {
-                let path = checkpoint.path();
-                let built = ggml::build(source)
-                    .map_err(|source| TextError::Tokenizer { path: path.to_owned(), source })?;
-                let engine = Engine::of(built.tables, path, cache);
-                Ok((Self { engine, before: built.before, after: built.after }, built.texts))
-            }
+            TokenizerSource::Ggml(source) => Self::of_ggml(source, checkpoint.path(), cache),
         }
+    }
+
+    /// From the tables of a GGUF file.
+    pub(super) fn of_ggml(
+        source: &GgmlTokenizer,
+        path: &Path,
+        cache: &Arc<TextCache>,
+    ) -> Result<(Self, TokenTexts), TextError> {
+        let built =
+            ggml::build(source).map_err(|source| TextError::Tokenizer { path: path.to_owned(), source })?;
+        let engine = Engine::of(built.tables, path, cache);
+        Ok((Self { engine, before: built.before, after: built.after }, built.texts))
     }
 
     /// From a `tokenizer.json`. `path` is for errors to name.

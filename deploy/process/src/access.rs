@@ -82,6 +82,11 @@ impl Tokens {
         // Before its content, so that a change between the two is seen the next time.
         let changed = changed(path);
         let text = std::fs::read_to_string(path).map_err(unreadable)?;
+        Ok(Self { changed, tokens: Self::parse(&text, path)? })
+    }
+
+    /// A file's text.
+    fn parse(text: &str, path: &Path) -> Result<Vec<Token>, AccessError> {
         let mut tokens = Vec::new();
         for (number, line) in text.lines().enumerate() {
             let line = line.trim();
@@ -92,7 +97,7 @@ impl Tokens {
             let at = |problem| AccessError::Line { path: path.to_owned(), line: number + 1, problem };
             tokens.push(token.map_err(at)?);
         }
-        Ok(Self { changed, tokens })
+        Ok(tokens)
     }
 }
 
@@ -113,6 +118,13 @@ impl Token {
             unhex(hash).ok_or("expected 64 hex digits: the token's SHA-256, as sha256sum prints it")?;
         Ok(Self { hash, actor: Actor { name: name.to_owned(), right } })
     }
+}
+
+/// What a fuzz target finds in a file of tokens: names, and whether they may change things.
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) fn tokens_of(text: &str) -> Option<Vec<Actor>> {
+    let tokens = Tokens::parse(text, Path::new("tokens")).ok()?;
+    Some(tokens.into_iter().map(|token| token.actor).collect())
 }
 
 fn unhex(hex: &str) -> Option<[u8; HASH_BYTES]> {

@@ -10,6 +10,9 @@ pub mod args;
 pub mod config;
 pub mod duration;
 mod error;
+#[cfg(any(test, feature = "fuzz"))]
+#[doc(hidden)]
+pub mod fuzz;
 pub mod grpc;
 pub mod health;
 pub mod http;

@@ -259,7 +259,7 @@ impl<'a> Script<'a> {
 
 /// A data connection to a node that has accepted a transfer: any bytes, frames with the transfer's proof that say
 /// anything, the seal and the owner's cancel in between.
-pub fn connection(bytes: &[u8]) {
+pub(crate) fn connection(bytes: &[u8]) {
     let stage = &*STAGE;
     stage.runtime.block_on(async {
         stage.fill();
@@ -339,7 +339,7 @@ async fn at_once<T>(future: impl Future<Output = T>) -> Option<T> {
 }
 
 /// Messages of a control stream, from either end, to a node with a transfer that they may be about.
-pub fn messages(bytes: &[u8]) {
+pub(crate) fn messages(bytes: &[u8]) {
     let stage = &*STAGE;
     let Some((&how, bytes)) = bytes.split_first() else { return };
     let _ = from_status(&Status::with_details(tonic::Code::Internal, "fuzz", bytes.to_vec().into()));

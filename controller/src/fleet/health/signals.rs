@@ -115,8 +115,10 @@ impl Signals {
         // A request is prefilled here, or finished here, or both.
         let served = more(|load| load.prefilled_requests).max(more(|load| load.finished_requests));
         self.requests.add(more(|load| load.failed_requests), served);
-        let broken = more(|load| load.failed_transfers_out) + more(|load| load.failed_transfers_in);
-        let handed = more(|load| load.finished_transfers_out) + more(|load| load.finished_transfers_in);
+        // What an instance says it has counted may be anything.
+        let both = |out, into| more(out).saturating_add(more(into));
+        let broken = both(|load| load.failed_transfers_out, |load| load.failed_transfers_in);
+        let handed = both(|load| load.finished_transfers_out, |load| load.finished_transfers_in);
         self.transfers.add(broken, handed);
         let (steps, tokens) = (more(|load| load.decode_steps), more(|load| load.decoded_tokens));
         if steps > 0 && after.decode_step_micros > 0 {
@@ -169,7 +171,7 @@ impl Signals {
 /// transfer holds, waits for others.
 fn is_at_work(beat: &Beat) -> bool {
     let load = &beat.load;
-    let transfers = load.incoming_transfers + load.outgoing_transfers > 0;
+    let transfers = load.incoming_transfers > 0 || load.outgoing_transfers > 0;
     beat.phase != Phase::Loading
         && (load.running_sequences > 0 || (load.queued_prefill_tokens > 0 && !transfers))
 }

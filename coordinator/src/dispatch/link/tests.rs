@@ -12,7 +12,7 @@ use baton_schedule::{
 };
 use futures::{FutureExt, StreamExt};
 
-use super::*;
+use super::{standing::standing, *};
 use crate::dispatch::outbound::Frames;
 
 #[test]
@@ -30,14 +30,6 @@ fn up(board: &Arc<Board>) -> (Arc<Link>, Frames) {
     board.up(&m.id, m.incarnation, ready(Role::Mixed));
     let metrics = baton_process::Metrics::new("coordinator").register(Metrics::register);
     standing(m.id, metrics)
-}
-
-/// A link as it is once the instance has said welcome, and what is sent on it.
-pub(crate) fn standing(instance: InstanceId, metrics: Arc<Metrics>) -> (Arc<Link>, Frames) {
-    let link = Link::new(instance, Arc::default(), metrics);
-    let (outbound, frames) = Outbound::new(v1::attach_request::Hello::default());
-    *link.channel.lock() = Some(Standing { outbound, legs: HashMap::new() });
-    (link, frames)
 }
 
 struct Sent {

@@ -10,6 +10,8 @@
 //! forgotten at once and asked again after [`NONSENSE_PAUSE`]; one that does not have the service is not asked again.
 
 mod follow;
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) mod fuzz;
 
 use std::{sync::Arc, time::Duration};
 

@@ -109,6 +109,13 @@ pub(super) fn certificates(
     if read.is_empty() { Err(content(key, path, "holds no certificate (PEM)")) } else { Ok(read) }
 }
 
+/// Those of a PEM file, for a fuzz target.
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) fn fuzz_certificates(pem: &[u8], path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    let _ = roots("tls.ca_file", path, pem);
+    certificates("tls.ca_file", path, pem)
+}
+
 /// Authorities: at least one.
 pub(super) fn roots(key: &'static str, path: &Path, pem: &[u8]) -> Result<RootCertStore, TlsError> {
     let mut roots = RootCertStore::empty();

@@ -48,6 +48,18 @@ pub use error::TlsError;
 pub use https::{Https, HttpsConfig};
 pub use identity::{Identity, IdentityError, Peer, Role};
 
+/// Whom a certificate in DER names, for a fuzz target.
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) fn fuzz_identity(
+    certificate: &tokio_rustls::rustls::pki_types::CertificateDer<'_>,
+) -> Result<Identity, IdentityError> {
+    Identity::of(certificate)
+}
+
+/// What a PEM file holds, for a fuzz target.
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) use credentials::fuzz_certificates;
+
 /// How often the files are looked at. A mounted Secret is swapped as a whole, which only a look at its content tells.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// Between two refused calls that the log tells of.

@@ -270,6 +270,14 @@ fn coordinator_page(coordinator: &Coordinator, now: u64) -> String {
     page.end()
 }
 
+/// The pages of an instance and of a coordinator, for a fuzz target.
+#[cfg(any(test, feature = "fuzz"))]
+pub(super) fn fuzz_pages(instance: Option<&Instance>, coordinator: Option<&Coordinator>, now: u64) -> String {
+    let instance = instance.map(|one| instance_page("a", Some(one), None, Ok(None), Ok(Vec::new()), now));
+    let coordinator = coordinator.map(|one| coordinator_page(one, now));
+    instance.into_iter().chain(coordinator).collect()
+}
+
 /// As in "small, also cheap (revision 5f1c)".
 fn served(model: &ServedModel) -> String {
     format!("{} (revision {})", model.names.join(", also "), or_dash(&model.revision))

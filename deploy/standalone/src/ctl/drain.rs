@@ -109,8 +109,8 @@ impl Seen {
     fn busy(&self) -> Option<(u32, u32)> {
         let load = self.instance.as_ref()?.beat.as_ref()?.load?;
         Some((
-            load.running_sequences + load.waiting_sequences,
-            load.outgoing_transfers + load.incoming_transfers,
+            load.running_sequences.saturating_add(load.waiting_sequences),
+            load.outgoing_transfers.saturating_add(load.incoming_transfers),
         ))
     }
 

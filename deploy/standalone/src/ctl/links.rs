@@ -37,7 +37,7 @@ pub(super) fn name(link: &Link) -> String {
 
 /// How many of its handoffs failed, as in "25.0%".
 pub(super) fn failed(link: &Link) -> String {
-    match link.handoffs + link.failures {
+    match link.handoffs.saturating_add(link.failures) {
         0 => "-".to_owned(),
         all => format!("{:.1}%", 100.0 * link.failures as f64 / all as f64),
     }

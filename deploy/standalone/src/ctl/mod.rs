@@ -16,6 +16,8 @@ mod explain;
 #[cfg(test)]
 mod fake;
 mod fleet;
+#[cfg(any(test, feature = "fuzz"))]
+pub mod fuzz;
 mod get;
 mod groups;
 mod instances;

@@ -105,8 +105,15 @@ impl Table {
     }
 }
 
+/// Of the characters that terminals obey JSON may hold some as they are: they are written as their numbers.
 pub(super) fn json(value: &Value) -> String {
-    format!("{value:#}")
+    let text = format!("{value:#}");
+    let obeyed = |c: char| c.is_control() && c != '\n';
+    if !text.contains(obeyed) {
+        return text;
+    }
+    let escaped = |c: char| if obeyed(c) { format!("\\u{:04x}", u32::from(c)) } else { c.to_string() };
+    text.chars().map(escaped).collect()
 }
 
 pub(super) fn yaml(value: &Value) -> String {

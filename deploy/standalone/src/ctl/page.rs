@@ -19,7 +19,7 @@ impl Page {
         if !self.lines.is_empty() {
             self.lines.push(String::new());
         }
-        self.lines.push(title.to_owned());
+        self.lines.push(visible(title));
         self.indent = "  ";
     }
 
@@ -40,7 +40,7 @@ impl Page {
 
     /// Lines as they are, under the title.
     pub(super) fn text(&mut self, text: &str) {
-        self.lines.extend(text.lines().map(|line| format!("{}{line}", self.indent)));
+        self.lines.extend(text.lines().map(|line| format!("{}{}", self.indent, visible(line))));
     }
 
     pub(super) fn end(self) -> String {

@@ -111,7 +111,7 @@ async fn ask(reach: &Reach, place: &Place) -> Result<Vec<RequestView>, CtlError>
     answer.map(|answer| answer.into_inner().requests).map_err(|status| line.refused(&status))
 }
 
-fn table(requests: &[(String, RequestView)]) -> Table {
+pub(super) fn table(requests: &[(String, RequestView)]) -> Table {
     Table {
         kind: "request",
         nothing: "no requests are running",

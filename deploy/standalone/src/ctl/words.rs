@@ -39,7 +39,7 @@ pub(super) fn policy(policy: i32) -> &'static str {
 pub(super) fn targets(targets: &Targets) -> String {
     let Targets { prefill, decode, ttft_millis, tpot_millis, .. } = targets;
     let name = policy(targets.policy);
-    let ratio = if *prefill + *decode > 0 { format!("{prefill}:{decode}") } else { String::new() };
+    let ratio = if *prefill > 0 || *decode > 0 { format!("{prefill}:{decode}") } else { String::new() };
     if targets.policy() == RolePolicy::Ratio {
         return format!("{name} {ratio}").trim_end().to_owned();
     }

@@ -222,6 +222,18 @@ fn claims_of_huge_counts_cost_nothing() {
     }
 }
 
+/// Each line stands for 16,384 experts and takes no byte of the file.
+#[test]
+fn lines_that_stand_for_millions_of_tensors_are_refused() {
+    let with = |lines: u32| {
+        let add =
+            |file: GgufWriter, layer| file.ones(&format!("blk.{layer}.ffn_up_exps.weight"), &[0, 1, 1 << 14]);
+        gguf_refusal(&(0..lines).fold(gguf_model(), add))
+    };
+    assert!(with(3).contains("does not call for it"), "{}", with(3));
+    assert!(with(400).contains("more than 262144"), "{}", with(400));
+}
+
 fn with_config(change: impl Fn(&mut serde_json::Value)) -> String {
     let place = Place::new();
     let directory = place.hugging_face();

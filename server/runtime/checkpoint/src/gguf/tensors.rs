@@ -8,6 +8,10 @@ use crate::{Dtype, ExpertWeight, LayerWeight, Weight, checkpoint::TensorEntry, s
 /// More experts than any configuration may have; what is beyond is not called for anyway.
 const MOST_EXPERTS: usize = (1 << 14) + 1;
 
+/// Tensors of a file, each expert's counted: several times as many as the largest models have. A line of the table may stand for
+/// thousands of them and need not take a byte of the file.
+const MOST_TENSORS: usize = 1 << 18;
+
 /// The tensors of a file.
 pub(crate) struct Table {
     pub(crate) tensors: BTreeMap<Weight, TensorEntry>,
@@ -50,6 +54,10 @@ pub(crate) fn table(header: &Header<'_>, file_bytes: usize) -> Result<Table, Fau
         };
         if twice {
             return Err(Fault::damaged(format!("tensor {}", line.name), "it is there twice"));
+        }
+        if table.tensors.len() > MOST_TENSORS {
+            let reason = format!("with it there are more than {MOST_TENSORS}, those of experts counted");
+            return Err(Fault::damaged(format!("tensor {}", line.name), reason));
         }
     }
     Ok(table)

@@ -1,4 +1,0 @@
-//! See `baton_kvtransfer::fuzz::messages`.
-#![no_main]
-
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| baton_kvtransfer::fuzz::messages(bytes));
