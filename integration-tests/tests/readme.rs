@@ -40,7 +40,7 @@ fn the_configuration_keys_that_it_names_exist() {
         let table = word.split_once('.').map(|(table, _)| table);
         table.is_some_and(|table| known.contains(table))
             && word.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_' || c == '.')
-            && !word.ends_with(".json")
+            && !word.ends_with(".rs")
     };
     let named: BTreeSet<_> = prose.split('`').skip(1).step_by(2).filter(is_key).collect();
     assert!(named.len() > 40, "{named:?}");
