@@ -243,7 +243,8 @@ def multi_node():
     assert seen["end"]["ended"] == 6, seen["end"]
     assert rolled == {}, f"these were started again without having been killed: {rolled}"
     log(f"several nodes: {sum(told['requests'] for told in seen.values())} requests, none failed")
-    kubectl("delete", "namespace", namespace, timeout=GONE_WITHIN + 60)
+    kubectl("delete", "namespace", namespace, "--wait=false")
+    until("the pods of several nodes are gone", lambda: not got(namespace, "pods"), GONE_WITHIN)
 
 
 def single_node():
