@@ -33,8 +33,8 @@ DEPLOYMENTS = [f"deployment/baton-{it}" for it in ["controller", "coordinator", 
 
 
 def run(*command, timeout=120, **options):
-    done = subprocess.run([str(it) for it in command], stdout=subprocess.PIPE, text=True, timeout=timeout, **options)
-    assert done.returncode == 0, f"{command} has failed: {done.stdout}"
+    done = subprocess.run([str(it) for it in command], capture_output=True, text=True, timeout=timeout, **options)
+    assert done.returncode == 0, f"{command} has failed: {done.stdout}{done.stderr}"
     return done.stdout
 
 
@@ -190,8 +190,8 @@ class Load:
         yield
         took = time.monotonic() - begun
         time.sleep(3)
-        seen[what] = {"took_s": round(took, 1), **self.told()}
-        log(f"{what}: {json.dumps(seen[what])}")
+        seen[what] = {"took_s": took, **self.told()}
+        log(f"{what}: {rounded(seen[what])}")
 
 
 def shown(host, authority):
@@ -199,6 +199,14 @@ def shown(host, authority):
     context = ssl.create_default_context(cafile=authority)
     with socket.create_connection((host, 443), timeout=10) as plain, context.wrap_socket(plain, server_hostname=host) as connection:
         return connection.getpeercert(binary_form=True)
+
+
+def client_of(url, key, **options):
+    return openai.OpenAI(base_url=url, api_key=key, max_retries=0, http_client=httpx.Client(trust_env=False, **options))
+
+
+def rounded(told):
+    return json.dumps({key: round(value, 1) if isinstance(value, float) else value for key, value in told.items()})
 
 
 def ask(client, model, **more):
@@ -234,7 +242,7 @@ def multi_node():
 
     host = f"baton.{namespace}.svc.cluster.local"
     url = f"https://{host}/v1"
-    client = openai.OpenAI(base_url=url, api_key=key, max_retries=0, http_client=httpx.Client(verify=str(authority), trust_env=False))
+    client = client_of(url, key, verify=str(authority))
     model = client.models.list().data[0].id
     said = ask(client, model, max_tokens=24, temperature=0).choices[0].message.content
     log(f"the Service answers: {said!r}")
@@ -262,7 +270,8 @@ def multi_node():
         kubectl("apply", "edit-last-applied", "-n", namespace, "deployment/baton-server", env=edit)
         for count in [5, 3]:
             scaled = f'kubernetes.groups.default={{deployment="baton-server",min={count},max={count}}}'
-            apply_multi_node(namespace, scaled, "kubernetes.every=2s", "kubernetes.stabilisation=15s", components=["controller-scaling"])
+            hurried = ["kubernetes.every=2s", "kubernetes.stabilisation=15s"]
+            apply_multi_node(namespace, scaled, *hurried, components=["controller-scaling"])
             rolled_out(namespace, "deployment/baton-controller")
             until(f"there are {count} servers", lambda: all_ready(namespace, 7 + count), READY_WITHIN)
             log(f"the controller has scaled to {count} servers")
@@ -272,7 +281,7 @@ def multi_node():
             killed = kill(namespace, app)
             until(f"{killed} is started again", lambda: killed in restarts(namespace) and all_ready(namespace, count), READY_WITHIN)
     seen["end"] = load.end()
-    log(f"end: {json.dumps(seen['end'])}")
+    log(f"end: {rounded(seen['end'])}")
 
     for what, told in seen.items():
         assert told["failed"] == [] and told["wrong"] == [], f"{what}: {told}"
@@ -300,7 +309,7 @@ def single_node():
     log(f"a single node: its pod is ready after {time.monotonic() - begun:.1f} s")
 
     url = f"http://baton.{namespace}.svc.cluster.local/v1"
-    client = openai.OpenAI(base_url=url, api_key=key, max_retries=0, http_client=httpx.Client(trust_env=False))
+    client = client_of(url, key)
     model = client.models.list().data[0].id
     said = ask(client, model, max_tokens=24, temperature=0).choices[0].message.content
     assert said
@@ -315,8 +324,8 @@ def single_node():
     rolled_out(namespace, "deployment/baton")
     took = time.monotonic() - begun
     assert ask(client, model, max_tokens=24, temperature=0).choices[0].message.content == said
-    log(f"a single node: the answer in progress was ended, the next pod was ready after {took:.1f} s; restarted: {restarts(namespace)}")
     assert restarts(namespace) == {}
+    log(f"a single node: the answer in progress was ended, and the next pod was ready after {took:.1f} s")
 
 
 def main():
