@@ -3,7 +3,7 @@
 Arguments: base URLs of the coordinators with commas between, model, who signs their certificates, API key. Every answer has to
 be that of the beginning, when nothing was disturbed. What a coordinator that dies was at, or that says it ends, is sent again,
 to another, as whoever stands before several coordinators does; whatever else fails is a failure. Prints one JSON object at the
-end.
+end; and one at each line that it reads, of what ended since the one before.
 """
 
 import json
@@ -32,7 +32,13 @@ SAMPLING = [{"temperature": 0}, {"temperature": 0.8, "seed": 7, "top_p": 0.9}]
 
 context = ssl.create_default_context(cafile=CA)
 lock, stop = threading.Lock(), threading.Event()
-told = {"ended": 0, "requests": 0, "again": 0, "failed": [], "wrong": [], "longest_pause_s": 0.0, "longest_s": 0.0}
+
+
+def nothing():
+    return {"ended": 0, "requests": 0, "again": 0, "failed": [], "wrong": [], "longest_pause_s": 0.0, "longest_s": 0.0}
+
+
+told = nothing()
 
 
 def clients():
@@ -86,6 +92,8 @@ def work(number, wanted):
                 break
             at += 1
             time.sleep(0.5)
+        if troubles:
+            print(time.strftime("%H:%M:%S"), *troubles, sep="\n  ", file=sys.stderr, flush=True)
         with lock:
             told["requests"] += 1
             told["again"] += len(troubles) if text is not None else 0
@@ -105,7 +113,10 @@ print("loading", flush=True)
 threads = [threading.Thread(target=work, args=(number, wanted)) for number in range(CLIENTS)]
 for thread in threads:
     thread.start()
-sys.stdin.read()
+for _ in sys.stdin:
+    with lock:
+        print(json.dumps(told), flush=True)
+        told = nothing()
 stop.set()
 for thread in threads:
     thread.join()

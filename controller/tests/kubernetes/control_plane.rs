@@ -34,9 +34,9 @@ pub(crate) struct ControlPlane {
 impl ControlPlane {
     /// None, and a line that says why, where there is none to start.
     pub(crate) fn start() -> Option<Self> {
-        let built = Command::new(deploy().join("apiserver")).arg("built").status().expect("the script runs");
+        let built = Command::new(deploy().join("cluster")).arg("built").status().expect("the script runs");
         if !built.success() {
-            eprintln!("skipped: there is no API server of Kubernetes: deploy/kubernetes/apiserver build");
+            eprintln!("skipped: there is no API server of Kubernetes: deploy/kubernetes/cluster build");
             return None;
         }
         let plane = Self { folder: tempfile::tempdir().expect("a folder") };
@@ -45,7 +45,7 @@ impl ControlPlane {
     }
 
     fn script(&self, command: &str, part: Option<&str>) {
-        let mut script = Command::new(deploy().join("apiserver"));
+        let mut script = Command::new(deploy().join("cluster"));
         let status = script.arg(command).arg(self.folder.path()).args(part).status();
         assert!(status.expect("the script runs").success(), "{command} {part:?}");
     }
@@ -90,7 +90,7 @@ impl ControlPlane {
 
 impl Drop for ControlPlane {
     fn drop(&mut self) {
-        let mut script = Command::new(deploy().join("apiserver"));
+        let mut script = Command::new(deploy().join("cluster"));
         script.arg("stop").arg(self.folder.path()).status().ok();
     }
 }

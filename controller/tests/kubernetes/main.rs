@@ -1,4 +1,4 @@
-//! Scaling by a real API server of Kubernetes: `deploy/kubernetes/apiserver build` brings it, and then
+//! Scaling by a real API server of Kubernetes: `deploy/kubernetes/cluster build` brings it, and then
 //! `cargo test -p baton-controller --features kubernetes --test kubernetes -- --ignored` runs this.
 //!
 //! There are no nodes: what a kubelet would say of pods is said here, and a server by the name of each pod is a script.
@@ -101,7 +101,7 @@ fn code(error: kube::Error) -> u16 {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "needs a control plane of Kubernetes: deploy/kubernetes/apiserver build"]
+#[ignore = "needs a control plane of Kubernetes: deploy/kubernetes/cluster build"]
 async fn a_group_is_scaled_out_and_in_with_the_rights_of_the_manifest() {
     let Some(mut plane) = ControlPlane::start() else { return };
     let admin = plane.admin().await;
