@@ -24,10 +24,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 KUBECTL, MODEL = os.environ["BATON_TEST_KUBECTL"], pathlib.Path(os.environ["BATON_TEST_MODEL"])
 # As whom images run.
 USER = 65532
-# Seconds: what pods may take to be ready, and an idle coordinator to end.
-READY_WITHIN, GONE_WITHIN = 300, 90
-# What the kubelet may take to bring changed Secrets to pods, and these to see them.
-RENEWED_WITHIN = 240
+# Seconds: what pods may take to be ready, and to end, of which this kubelet may hear a minute late; and what changed Secrets may
+# take to be in pods, and to be seen there.
+READY_WITHIN, GONE_WITHIN, RENEWED_WITHIN = 300, 180, 240
 MEMBERS = 3
 DEPLOYMENTS = [f"deployment/baton-{it}" for it in ["controller", "coordinator", "server"]]
 
@@ -143,8 +142,12 @@ def kustomize(namespace, base, images, *patches, components=()):
 def rolled_out(namespace, workload):
     """Waits until all its pods are new and ready, and the old ones gone."""
     kubectl("rollout", "status", "-n", namespace, workload, f"--timeout={READY_WITHIN}s", timeout=READY_WITHIN + 30)
-    ended = lambda: not any("deletionTimestamp" in pod["metadata"] for pod in got(namespace, "pods"))
+    ended = lambda: not any("deletionTimestamp" in pod["metadata"] for pod in pods_of(namespace, workload.split("/")[1]))
     until(f"the pods of before {workload} was rolled out end", ended, GONE_WITHIN)
+
+
+def pods_of(namespace, app):
+    return [pod for pod in got(namespace, "pods") if pod["metadata"]["labels"]["app.kubernetes.io/name"] == app]
 
 
 def all_ready(namespace, count):
@@ -156,12 +159,12 @@ def all_ready(namespace, count):
 
 def restarts(namespace):
     return {pod["metadata"]["name"]: it["restartCount"]
-            for pod in got(namespace, "pods") for it in pod["status"]["containerStatuses"] if it["restartCount"]}
+            for pod in got(namespace, "pods") for it in pod["status"].get("containerStatuses", []) if it["restartCount"]}
 
 
 def kill(namespace, app):
     """Kills the process of one pod, as a crash would; its name."""
-    pod = next(pod for pod in got(namespace, "pods") if pod["metadata"]["labels"]["app.kubernetes.io/name"] == app)
+    pod = pods_of(namespace, app)[0]
     ctr("tasks", "kill", "--signal", "SIGKILL", pod["status"]["containerStatuses"][0]["containerID"].removeprefix("containerd://"))
     return pod["metadata"]["name"]
 
@@ -247,6 +250,8 @@ def multi_node():
     said = ask(client, model, max_tokens=24, temperature=0).choices[0].message.content
     log(f"the Service answers: {said!r}")
     assert said
+    refused = httpx.get(f"{url}/models", verify=str(authority), trust_env=False)
+    assert refused.status_code == 401, f"without an API key: {refused.status_code}"
 
     load, seen = Load(url, model, authority, key), {}
     with load.during("nothing", seen):
