@@ -150,7 +150,7 @@ impl TryFrom<v1::InstanceBeat> for Beat {
     fn try_from(wire: v1::InstanceBeat) -> Result<Self, WireError> {
         Ok(Self {
             role: Role::from_wire(wire.role)?,
-            role_epoch: RoleEpoch::reported(wire.role_epoch)?,
+            role_epoch: RoleEpoch::from_wire(wire.role_epoch)?,
             phase: Phase::from_wire(wire.phase)?,
             load_permille: wire.load_permille.min(1000),
             load: wire.load.map(InstanceLoad::from).unwrap_or_default(),

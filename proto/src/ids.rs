@@ -20,7 +20,7 @@ pub enum IdError {
     BlockHashesLength(usize),
     #[error("token ids are 4 bytes each, got {0} bytes")]
     TokensLength(usize),
-    #[error("a role epoch is at most 2^62, and 2^61 where an instance reports it; got {0}")]
+    #[error("a role epoch is at most 2^62, got {0}")]
     RoleEpoch(u64),
     #[error("a prompt digest is 32 bytes, got {0}")]
     PromptDigestLength(usize),
@@ -153,18 +153,13 @@ impl RoleEpoch {
     /// No controller gives later ones: they begin at revisions of its store. So counting on from any never overflows.
     pub const MOST: Self = Self(1 << 62);
 
-    /// No instance is believed to have a later one: a controller counts on from what it reports, and what it then writes is
-    /// to be read by all.
-    pub const REPORTED_MOST: Self = Self(1 << 61);
+    /// A controller counts on from no later one that an instance reports unless it gave that itself: what it then writes is to
+    /// be read by all, for as long as it counts.
+    pub const COUNTED_FROM_MOST: Self = Self(1 << 61);
 
-    /// Checks a controller's number, as it lies in the store.
+    /// Checks a peer's number.
     pub fn from_wire(epoch: u64) -> Result<Self, IdError> {
         if epoch <= Self::MOST.0 { Ok(Self(epoch)) } else { Err(IdError::RoleEpoch(epoch)) }
-    }
-
-    /// Checks an instance's number.
-    pub fn reported(epoch: u64) -> Result<Self, IdError> {
-        if epoch <= Self::REPORTED_MOST.0 { Ok(Self(epoch)) } else { Err(IdError::RoleEpoch(epoch)) }
     }
 }
 

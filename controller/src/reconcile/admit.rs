@@ -164,7 +164,10 @@ impl Reconciler {
     /// An instance that holds a later role than is known here has it from an earlier life of the store: it stays.
     pub(super) fn adopt(&mut self, member: &mut Member) -> bool {
         let (role, epoch) = (member.beat.role, member.beat.role_epoch);
-        if epoch.0 == 0 || member.desired.as_ref().is_some_and(|desired| desired.epoch >= epoch) {
+        if epoch.0 == 0
+            || epoch > RoleEpoch::COUNTED_FROM_MOST
+            || member.desired.as_ref().is_some_and(|desired| desired.epoch >= epoch)
+        {
             return false;
         }
         info!(instance = %member.spec.id, role = role.name(), %epoch, "its role is adopted");
@@ -200,10 +203,11 @@ impl Reconciler {
         true
     }
 
-    /// Later than what the instance holds and than anything an earlier leader gave.
+    /// Later than what the instance holds, if that can be, and than anything an earlier leader gave.
     pub(super) fn next_epoch(&self, member: &Member) -> RoleEpoch {
         let before = member.desired.as_ref().map_or(RoleEpoch(0), |desired| desired.epoch);
-        RoleEpoch((before.max(member.beat.role_epoch).0 + 1).max(self.leader_epoch.0))
+        let held = Some(member.beat.role_epoch).filter(|held| *held <= RoleEpoch::COUNTED_FROM_MOST);
+        RoleEpoch((before.max(held.unwrap_or(RoleEpoch(0))).0 + 1).max(self.leader_epoch.0))
     }
 }
 

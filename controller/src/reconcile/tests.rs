@@ -396,10 +396,21 @@ fn too_many_instances_are_refused() {
 #[test]
 fn the_latest_epoch_that_a_peer_may_claim_is_counted_on_from() {
     let mut world = World::new();
-    let a = world.hello("a", 1, beat(Phase::Waiting, Role::None, RoleEpoch::REPORTED_MOST.0));
+    let most = RoleEpoch::COUNTED_FROM_MOST.0;
+    let a = world.hello("a", 1, beat(Phase::Waiting, Role::None, most));
     world.pass(secs(2), &[a]);
-    assert_eq!(world.last_assigned(a).epoch.0, RoleEpoch::REPORTED_MOST.0 + 1);
+    assert_eq!(world.last_assigned(a).epoch.0, most + 1);
     assert!(DesiredRole::decode(&world.stored["/baton/v1/roles/a"]).is_ok(), "others can read it");
+    // It says what it was told, and is counted on with.
+    world.obey(a);
+    world.pass(secs(2), &[a]);
+    let b = world.hello("b", 1, beat(Phase::Waiting, Role::None, 0));
+    world.pass(secs(10), &[a, b]);
+    assert!(world.last_assigned(a).epoch.0 > most, "{:?}", world.last_assigned(a));
+    // Of what nobody gave, more is not believed.
+    let liar = world.hello("c", 1, beat(Phase::Waiting, Role::None, RoleEpoch::MOST.0));
+    world.pass(secs(10), &[a, b, liar]);
+    assert!(world.last_assigned(liar).epoch.0 < most, "{:?}", world.last_assigned(liar));
 }
 
 #[test]

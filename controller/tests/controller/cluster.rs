@@ -160,6 +160,8 @@ pub(crate) fn spec(id: &str, incarnation: u64) -> v1::InstanceSpec {
         inference_endpoint: "127.0.0.1:1".into(),
         handoff_endpoint: "127.0.0.1:2".into(),
         transports: vec!["tcp".into()],
+        handoff_protocol_oldest: 1,
+        handoff_protocol_newest: 1,
         ..Default::default()
     }
 }

@@ -12,7 +12,7 @@ use axum::{
     http::{HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode, header},
 };
 use baton_process::{HealthHandle, Tls};
-use baton_proto::KeyHash;
+use baton_proto::{ApiError, KeyHash};
 use baton_registry::{FleetWatch, FleetWatchConfig, MemoryConfig, MemoryStore, Revision};
 use serde_json::Value;
 use tokio::runtime::Runtime;
@@ -32,7 +32,7 @@ use crate::{
 const KEY: &str = "sk-baton-known";
 /// More than the limit.
 const BODY_BYTES_MOST: usize = 80 << 10;
-const MESSAGE_BYTES_MOST: usize = 4 << 10;
+const MESSAGE_BYTES_MOST: usize = ApiError::MESSAGE_BYTES_MOST;
 const PATHS: [&str; 6] =
     ["/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/", "/v1/", "/"];
 
@@ -166,4 +166,6 @@ fn of_headers(headers: &HeaderMap) {
         trace.is_empty() || lengths == [2, 32, 16, 2] && parts.iter().all(|part| is_hex(part)),
         "{trace}"
     );
+    let says = |part: &&str| part.bytes().any(|byte| byte != b'0');
+    assert!(trace.is_empty() || parts[0] != "ff" && parts[1..3].iter().all(says), "{trace}");
 }

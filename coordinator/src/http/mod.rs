@@ -209,10 +209,16 @@ fn traceparent(headers: &HeaderMap) -> String {
 /// A trace context, if it is one: whatever else stands there does not go on to instances.
 pub(crate) fn passed_on(headers: &HeaderMap) -> String {
     let value = headers.get(TRACEPARENT).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    // Of later versions of the form, too, what the first had.
     let parts: Vec<&str> = value.splitn(5, '-').collect();
     let is_hex = |part: &&str| part.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
     let lengths = parts.iter().map(|part| part.len());
-    let is_one = lengths.eq([2, 32, 16, 2]) && parts.iter().all(is_hex);
+    let is_nought = |part: &str| part.bytes().all(|byte| byte == b'0');
+    let is_one = lengths.eq([2, 32, 16, 2])
+        && parts.iter().all(is_hex)
+        && parts[0] != "ff"
+        && !is_nought(parts[1])
+        && !is_nought(parts[2]);
     if is_one { value.to_owned() } else { String::new() }
 }
 

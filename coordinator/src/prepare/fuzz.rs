@@ -5,6 +5,8 @@ use std::sync::LazyLock;
 use serde::de::IgnoredAny;
 
 use super::*;
+use baton_proto::ApiError;
+
 use crate::{
     fuzz::expand,
     text::{TextCache, fuzz::small_model},
@@ -13,7 +15,7 @@ use crate::{
 const CONTEXT_TOKENS: u32 = 8192;
 const LIMITS: RequestLimits = RequestLimits { max_completion_tokens: 0, max_choices: 8 };
 /// As long as an error's message may be, whatever the client sent.
-const MESSAGE_BYTES_MOST: usize = 4 << 10;
+const MESSAGE_BYTES_MOST: usize = ApiError::MESSAGE_BYTES_MOST;
 /// Strings from 48 KiB on that cannot be cut are left to the end.
 const BODY_BYTES_MOST: usize = 64 << 10;
 /// Longer ones are too slow to compare as text.

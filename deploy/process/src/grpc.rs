@@ -1,5 +1,6 @@
 //! A gRPC server as every Baton process runs one: TLS and who may call what, the service's own routes, health
-//! (grpc.health.v1), reflection, keep-alive, bounds on what a connection may hold, and a graceful end that a lingering stream cannot hold up.
+//! (grpc.health.v1), reflection, keep-alive, bounds on what a connection may hold, and a graceful end that a lingering
+//! stream cannot hold up.
 
 mod arrivals;
 

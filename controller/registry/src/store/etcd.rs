@@ -1,7 +1,8 @@
 //! etcd, 3.4 or later.
 //!
 //! One client per endpoint, so that a call that fails on one member is tried on the next (`failover`): the client's
-//! own balancing does not. A client whose call failed is made anew, with the credentials that there are by then. A broken watch is the reader's to resume.
+//! own balancing does not. A client whose call failed is made anew, with the credentials that there are by then. A broken
+//! watch is the reader's to resume.
 
 use std::{fmt, sync::Arc, time::Duration};
 

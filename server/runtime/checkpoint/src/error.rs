@@ -16,7 +16,7 @@ pub enum CheckpointError {
     #[error("{path} cannot be served: {field} is {found}; supported: {supported}")]
     Unsupported { path: PathBuf, field: String, found: String, supported: String },
     #[error(
-        "{path} lies at {lies_at}, which is not under {root}: move the file there, or set another `root`"
+        "{path} lies at {lies_at}, which is not under {root}: move the file there, or set another root (`model.root`, of coordinators `model_root`)"
     )]
     Outside { path: PathBuf, lies_at: PathBuf, root: PathBuf },
     #[error("{path} has no tensor {tensor}")]

@@ -6,8 +6,8 @@
 //! shapes against the configuration, supported architectures and types. Arithmetic on the weights is the runtime's,
 //! except [`Dtype::dequantize`], the plain reference that its kernels are tested against.
 //!
-//! Modules in the order a file is read: `root` opens it if it lies where it may, `source` maps it, `gguf` or `huggingface` parses it, `checkpoint` checks and
-//! holds the result.
+//! Modules in the order a file is read: `root` opens it if it lies where it may, `source` maps it, `gguf` or `huggingface`
+//! parses it, `checkpoint` checks and holds the result.
 
 mod checkpoint;
 mod config;
