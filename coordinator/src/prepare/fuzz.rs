@@ -5,8 +5,6 @@ use std::sync::LazyLock;
 use serde::de::IgnoredAny;
 
 use super::*;
-use baton_proto::ApiError;
-
 use crate::{
     fuzz::expand,
     text::{TextCache, fuzz::small_model},
