@@ -199,6 +199,8 @@ async fn an_earlier_build_is_replaced_by_this_one() {
     fleet.coordinator("next");
     fleet.is_ready().await;
     load.go_to(fleet.url());
+    // Whoever was about to go to the old one has gone.
+    load.goes_on().await;
     fleet.stop("coordinator").await;
     load.goes_on().await;
 
