@@ -511,7 +511,7 @@ def check_configured(objects, secrets):
         assert listens["metrics_listen"] == ports["metrics"], (name, listens)
         mounts = [mount["mountPath"] for mount in container["volumeMounts"]]
         for path in re.findall(r'"(/[^"]*)"', done.stdout):
-            assert any(path.startswith(mount + "/") for mount in mounts), (name, path)
+            assert any((path + "/").startswith(mount + "/") for mount in mounts), (name, path)
         # The kubelet waits for as long as the process does.
         drain = 30
         if container["name"] == "coordinator":
