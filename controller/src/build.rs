@@ -147,6 +147,8 @@ impl Parts {
             routes = routes.add_service(StoreService::new(store.clone(), shutdown.clone()).into_server());
             services.push("baton.v1.Store");
         }
+        // Each instance has one, and so has each coordinator; who has lost the leader tries the others.
+        let connections = grpc::CONNECTIONS.max(config.sessions.max_instances.saturating_mul(2));
         let reigns = Reigns {
             candidate: Reigns::candidate(&config, &store, config.advertise.clone()),
             config,
@@ -168,6 +170,7 @@ impl Parts {
             shutdown: shutdown.clone(),
             drain,
             keep_alive: grpc::KeepAlive::default(),
+            connections,
         };
         let serving = async {
             let served = grpc::serve(listener, routes, options).await;

@@ -276,14 +276,7 @@ mod tests {
 
     #[test]
     fn the_corpora_are_taken() {
-        for (name, target) in [("sessions", sessions as fn(&[u8])), ("files", ranktables)] {
-            let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/seeds").join(name);
-            let mut files = 0;
-            for entry in std::fs::read_dir(&folder).expect("the target has seeds") {
-                target(&std::fs::read(entry.expect("readable").path()).expect("readable"));
-                files += 1;
-            }
-            assert!(files > 0, "no seeds in {}", folder.display());
-        }
+        baton_fuzz::replay("sessions", sessions);
+        baton_fuzz::replay("files", ranktables);
     }
 }

@@ -1,10 +1,9 @@
 //! Which role each instance should have. Pure: members in, roles out.
 //!
 //! Within a group, prefill and decode instances have to understand each other's KV caches, so the group's largest
-//! party of compatible instances is planned and the rest gets [`Role::None`] with the reason: but for those who are set up
-//! alike and only of another build, as in a rolling upgrade over one that changes how caches are handed over. They are a
-//! party of their own, planned like the first, so that neither waits for the other to be gone. One instance alone is
-//! [`Role::Mixed`]. Who is pinned to a role has it; the others are divided so that the whole fits the policy, with at
+//! party that is set up alike is planned and the rest gets [`Role::None`] with the reason. Of those, builds that do not
+//! understand each other, as in a rolling upgrade over one that changes how caches are handed over, are planned each on its
+//! own, so that none waits for the other to be gone. One instance alone is [`Role::Mixed`]. Who is pinned to a role has it; the others are divided so that the whole fits the policy, with at
 //! least one of each, if need be against a pin. What is measured divides as [`auto`] says. By a ratio, of `n >= 2`, the
 //! ideal number of prefill instances is `n * prefill / (prefill + decode)` of the policy; any number less than one away
 //! from it will do, and of those the plan takes the one that changes the fewest present roles, then the nearest to the
@@ -17,7 +16,7 @@ pub mod auto;
 
 use std::{collections::BTreeMap, ops::RangeInclusive};
 
-use baton_proto::{InstanceId, InstanceSpec, Role};
+use baton_proto::{InstanceId, InstanceSpec, Protocols, Role};
 
 use auto::Measured;
 
@@ -29,6 +28,15 @@ pub enum Policy {
     Keep(Ratio),
     /// So that as little as can be misses its targets. By the ratio beside one that is mixed, whose share nobody measures.
     Measured(Measured, Ratio),
+}
+
+impl Policy {
+    /// For some of the instances, who get as large a part of the group's requests.
+    fn of_part(self, part: usize, whole: usize) -> Self {
+        let Self::Measured(mut measured, ratio) = self else { return self };
+        measured.demand.requests_per_second *= part as f64 / whole as f64;
+        Self::Measured(measured, ratio)
+    }
 }
 
 /// Prefill to decode; at least 1 each.
@@ -75,75 +83,58 @@ pub fn plan<'a>(policy: Policy, candidates: &[Candidate<'a>]) -> BTreeMap<&'a In
     candidates.sort_unstable_by_key(|candidate| &candidate.spec.id);
     let Some(reference) = reference(&candidates) else { return BTreeMap::new() };
     let mut decisions = BTreeMap::new();
-    let mut parties: Vec<Vec<Candidate<'_>>> = vec![Vec::new()];
+    let mut alike = Vec::with_capacity(candidates.len());
     for candidate in candidates {
-        match incompatibility(reference, candidate.spec) {
-            None => parties[0].push(candidate),
-            Some(Incompatible::Build) => {
-                let alike = |party: &&mut Vec<Candidate<'_>>| compatible(party[0].spec, candidate.spec);
-                match parties[1..].iter_mut().find(alike) {
-                    Some(party) => party.push(candidate),
-                    None => parties.push(vec![candidate]),
-                }
-            }
-            Some(Incompatible::Setup(difference)) => {
+        match different_setup(reference, candidate.spec) {
+            None => alike.push(candidate),
+            Some(difference) => {
                 let reason = format!("cannot join the group's other instances: {difference}");
                 decisions.insert(&candidate.spec.id, Decision { role: Role::None, reason });
             }
         }
     }
-    let several = parties.len() > 1;
-    for party in parties {
-        divide(policy, &party, &mut decisions);
-        for Candidate { spec, .. } in party.iter().filter(|_| several) {
+    let versions = Protocols::parties(alike.iter().map(|candidate| candidate.spec.handoff_protocols));
+    let whole = alike.len();
+    for version in &versions {
+        let party: Vec<_> =
+            alike.extract_if(.., |candidate| candidate.spec.handoff_protocols.contains(*version)).collect();
+        divide(policy.of_part(party.len(), whole), &party, &mut decisions);
+        for Candidate { spec, .. } in party.iter().filter(|_| versions.len() > 1) {
             let Some(decision) = decisions.get_mut(&spec.id) else { continue };
-            let counted =
-                format!("; counted are those that speak {} of the handoff protocol", spec.handoff_protocols);
-            decision.reason += &counted;
+            decision.reason +=
+                &format!("; counted are those that speak version {version} of the handoff protocol");
         }
     }
     decisions
 }
 
-/// The instance whose like the group is made of: of the party with the most members that serve, then the most that
+/// The instance whose like the group is made of: of the kind with the most members that serve, then the most that
 /// have a serving role, then the most members, then the first name.
 fn reference<'a>(candidates: &[Candidate<'a>]) -> Option<&'a InstanceSpec> {
-    let mut parties: Vec<(&InstanceSpec, [usize; 3])> = Vec::new();
+    let mut kinds: Vec<(&InstanceSpec, [usize; 3])> = Vec::new();
     for candidate in candidates {
         let holds = candidate.role.is_some_and(|role| role != Role::None);
         let weight = [usize::from(holds && candidate.serving), usize::from(holds), 1];
-        match parties.iter_mut().find(|(spec, _)| compatible(spec, candidate.spec)) {
+        match kinds.iter_mut().find(|(spec, _)| alike(spec, candidate.spec)) {
             Some((_, sum)) => sum.iter_mut().zip(weight).for_each(|(sum, more)| *sum += more),
-            None => parties.push((candidate.spec, weight)),
+            None => kinds.push((candidate.spec, weight)),
         }
     }
     // `max_by_key` takes the last of equals; the first name should win.
-    parties.into_iter().rev().max_by_key(|(_, weight)| *weight).map(|(spec, _)| spec)
+    kinds.into_iter().rev().max_by_key(|(_, weight)| *weight).map(|(spec, _)| spec)
 }
 
 /// Whether the two can hand caches to each other.
 pub(crate) fn compatible(one: &InstanceSpec, other: &InstanceSpec) -> bool {
-    incompatibility(one, other).is_none()
+    one.handoff_protocols.common(other.handoff_protocols).is_some() && alike(one, other)
 }
 
-/// Why caches of one cannot be handed to the other.
-#[derive(Debug, Clone, PartialEq, Eq)]
-enum Incompatible {
-    /// They are set up differently: for operators to mend.
-    Setup(String),
-    /// Only their builds differ: a matter of time.
-    Build,
+/// Whether the two can hand caches to each other as far as their builds can.
+pub(crate) fn alike(one: &InstanceSpec, other: &InstanceSpec) -> bool {
+    different_setup(one, other).is_none()
 }
 
-/// Why caches of one cannot be handed to the other. An equivalence among builds of which each speaks with the one before it:
-/// none for equals, and for all of a party.
-fn incompatibility(reference: &InstanceSpec, other: &InstanceSpec) -> Option<Incompatible> {
-    if let Some(difference) = different_setup(reference, other) {
-        return Some(Incompatible::Setup(difference));
-    }
-    reference.handoff_protocols.common(other.handoff_protocols).is_none().then_some(Incompatible::Build)
-}
-
+/// How the other is set up differently, for operators to mend; no difference is an equivalence.
 fn different_setup(reference: &InstanceSpec, other: &InstanceSpec) -> Option<String> {
     let differs = |what: &str, theirs: &dyn std::fmt::Display, ours: &dyn std::fmt::Display| {
         Some(format!("its {what} is {ours}, that of {} is {theirs}", reference.id))
@@ -181,7 +172,7 @@ fn different_setup(reference: &InstanceSpec, other: &InstanceSpec) -> Option<Str
 
 fn divide<'a>(policy: Policy, party: &[Candidate<'a>], decisions: &mut BTreeMap<&'a InstanceId, Decision>) {
     if let [alone] = party {
-        let mut reason = "alone in its group: serves both phases".to_owned();
+        let mut reason = "nobody to hand caches to: serves both phases".to_owned();
         if let Some((role @ (Role::Prefill | Role::Decode), by)) = alone.pin {
             reason += &format!("; pinned to {} by {by}, once there is another", role.name());
         }

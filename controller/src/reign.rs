@@ -71,14 +71,18 @@ impl Reigns {
         loop {
             self.health.set_not_ready("the state store has not said yet which controller leads");
             // One that stands by does its work, too: it takes over, and tells whoever calls who leads.
-            let standing = |standing| {
-                self.health.set(match standing {
-                    Candidacy::Behind(leader) => Health::Partly(format!("standing by: {leader} leads")),
-                    Candidacy::Foreign(why) => Health::NotReady(format!("it cannot lead: {why}")),
-                    Candidacy::Cut(why) => {
-                        Health::NotReady(format!("the state store cannot be reached: {why}"))
+            let standing = |standing| match standing {
+                Candidacy::Behind(leader) => {
+                    self.health.set(Health::Partly(format!("standing by: {leader} leads")));
+                }
+                Candidacy::Foreign(why) => {
+                    if self.health.set(Health::NotReady(format!("it cannot lead: {why}"))) {
+                        warn!(why, "this controller cannot lead");
                     }
-                });
+                }
+                Candidacy::Cut(why) => {
+                    self.health.set_not_ready(format!("the state store cannot be reached: {why}"));
+                }
             };
             let leadership = tokio::select! {
                 biased;

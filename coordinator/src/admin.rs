@@ -7,7 +7,7 @@ use std::{sync::Arc, time::Duration};
 use baton_process::{
     HealthHandle, Tls,
     access::{Access, Call, Right},
-    grpc::{GrpcOptions, KeepAlive},
+    grpc::{CONNECTIONS, GrpcOptions, KeepAlive},
     tls::{Allowed, Door},
 };
 use baton_proto::{
@@ -48,6 +48,7 @@ impl Admin {
             shutdown,
             drain,
             keep_alive: KeepAlive::default(),
+            connections: CONNECTIONS,
         };
         (Routes::new(RequestAdminServer::new(self)), options)
     }

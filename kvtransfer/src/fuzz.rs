@@ -148,17 +148,16 @@ mod tests {
     #[test]
     #[cfg_attr(feature = "explore", ignore = "shuttle's locks work in its own tests only")]
     fn the_corpora_are_taken() {
-        replay("frames", frames);
-        replay("layouts", layouts);
-        replay("node", node);
+        baton_fuzz::replay("frames", frames);
+        baton_fuzz::replay("layouts", layouts);
+        baton_fuzz::replay("node", node);
     }
 
     /// Seeds that should make a plan do make one: the target looks at what it is meant to look at.
     #[test]
     fn layouts_are_planned_with() {
-        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/seeds/layouts");
         let planned = |name: &str| {
-            let seed = std::fs::read(folder.join(name)).expect("a seed");
+            let seed = std::fs::read(baton_fuzz::folder("layouts").join(name)).expect("a seed");
             let wire = v1::KvLayout::decode(&seed[1..]).expect("a layout");
             let own = own_layout(seed[0] == 1);
             let peer = KvLayout { model_revision: "r1".into(), ..KvLayout::try_from(&wire).expect("sizes") };
@@ -172,20 +171,6 @@ mod tests {
         }
         for name in ["other-tp", "latent-for-heads"] {
             planned(name).expect_err(name);
-        }
-    }
-
-    fn replay(name: &str, target: fn(&[u8])) {
-        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/seeds").join(name);
-        let mut files = 0;
-        for entry in std::fs::read_dir(&folder).expect("the target has seeds") {
-            target(&std::fs::read(entry.expect("readable").path()).expect("readable"));
-            files += 1;
-        }
-        assert!(files > 0, "no seeds in {}", folder.display());
-        // And every seed's beginnings, which is where parsers end too early.
-        for length in 0..64 {
-            target(&vec![b'B'; length]);
         }
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! Builds that follow each other have to work together while a deployment moves from one to the next. So each speaks a range
 //! of versions, says so, and the newest that both speak is used. A version is given up one build after it was replaced, not
-//! with it.
+//! with it. Of more than two builds some may speak with some only: [`Protocols::meeting_points`] says who with whom, [`Protocols::parties`] who
+//! had best keep to whom.
 
 use std::fmt;
 
@@ -57,6 +58,31 @@ impl Protocols {
             Ok(Self { oldest, newest })
         }
     }
+
+    /// Versions by which to tell who understands whom, ascending: whoever speak one of them all understand each other, and
+    /// whichever two understand each other both speak one. No more than there are different ranges.
+    pub fn meeting_points(ranges: impl IntoIterator<Item = Self>) -> Vec<u32> {
+        // What two have in common ends where one of them does.
+        let mut points: Vec<u32> = ranges.into_iter().map(Self::newest).collect();
+        points.sort_unstable();
+        points.dedup();
+        points
+    }
+
+    /// Versions by which to divide those who are there into as few parties as it goes, in each of which everyone understands
+    /// everyone; ascending. Who speaks several of them is of the first's.
+    pub fn parties(ranges: impl IntoIterator<Item = Self>) -> Vec<u32> {
+        let mut ranges: Vec<Self> = ranges.into_iter().collect();
+        ranges.sort_unstable_by_key(|range| range.newest);
+        let mut versions: Vec<u32> = Vec::new();
+        for range in ranges {
+            // Who cannot speak with the party before begins the next.
+            if versions.last().is_none_or(|last| range.oldest > *last) {
+                versions.push(range.newest);
+            }
+        }
+        versions
+    }
 }
 
 impl fmt::Display for Protocols {
@@ -70,7 +96,30 @@ impl fmt::Display for Protocols {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    proptest! {
+        #[test]
+        fn builds_meet_where_they_understand_each_other(ranges in prop::collection::vec((1u32..6, 0u32..4), 0..12)) {
+            let ranges: Vec<_> = ranges.into_iter().map(|(oldest, more)| Protocols::between(oldest, oldest + more)).collect();
+            let points = Protocols::meeting_points(ranges.iter().copied());
+            let parties = Protocols::parties(ranges.iter().copied());
+            let party = |range: &Protocols| parties.iter().position(|version| range.contains(*version));
+            for (a, b) in ranges.iter().flat_map(|a| ranges.iter().map(move |b| (a, b))) {
+                let meet = points.iter().any(|point| a.contains(*point) && b.contains(*point));
+                prop_assert_eq!(meet, a.common(*b).is_some(), "{} and {}", a, b);
+                prop_assert!(party(a).is_some());
+                prop_assert!(party(a) != party(b) || a.common(*b).is_some(), "{} and {}", a, b);
+            }
+            // As few as can be: so many understand nobody of each other.
+            let first = |version: &u32| ranges.iter().filter(|range| range.newest() == *version).max_by_key(|range| range.oldest());
+            let apart: Vec<_> = parties.iter().filter_map(first).collect();
+            prop_assert_eq!(apart.len(), parties.len());
+            prop_assert!(apart.windows(2).all(|two| two[0].common(*two[1]).is_none()), "{:?}", apart);
+        }
+    }
 
     #[test]
     fn builds_that_say_nothing_speak_the_first() {

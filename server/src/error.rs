@@ -20,6 +20,8 @@ pub enum ServerError {
     Listen { what: &'static str, source: ListenError },
     #[error("the address of {what} cannot be read: {source}")]
     Address { what: &'static str, source: std::io::Error },
+    #[error("model.root: {0}")]
+    ModelRoot(CheckpointError),
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
     #[error("the model cannot be loaded: {0}")]

@@ -202,6 +202,7 @@ fn grpc_options(
         shutdown,
         drain,
         keep_alive: keep_alive(process.config.handoff.lease),
+        connections: grpc::CONNECTIONS,
     }
 }
 

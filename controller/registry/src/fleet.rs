@@ -16,7 +16,8 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{info, warn};
 
 use crate::{
-    DesiredRole, KeyRange, ObservedStatus, Revision, Store, StoreError, Watch, WatchBatch, WatchError, keys,
+    DesiredRole, Event, KeyRange, ObservedStatus, Revision, StateFormats, Store, StoreError, Watch,
+    WatchBatch, WatchError, format::Found, keys,
 };
 
 #[cfg(any(test, feature = "fuzz"))]
@@ -134,11 +135,20 @@ struct Follower {
 impl Follower {
     async fn run(mut self) {
         let mut wait = self.config.retry_min;
+        let mut foreign = String::new();
         loop {
             let error = match self.follow().await {
                 Followed::Compacted => {
                     self.view.forget_revision();
                     continue;
+                }
+                Followed::Foreign(why) => {
+                    self.view.forget_revision();
+                    if foreign != why {
+                        warn!(why, "the fleet view stays as it is, as the state is none for this build");
+                        foreign.clone_from(&why);
+                    }
+                    why
                 }
                 Followed::Broken { current: true, error } => {
                     wait = self.config.retry_min;
@@ -164,6 +174,7 @@ impl Follower {
                 info!(%revision, "the state store has compacted what the fleet view missed: listing again");
                 Followed::Compacted
             }
+            Err(FollowError::Foreign(why)) => Followed::Foreign(why),
             Err(FollowError::Watch(WatchError::Broken(error))) => Followed::Broken { current, error },
             Err(FollowError::Store(error)) => Followed::Broken { current, error: error.to_string() },
         }
@@ -173,8 +184,10 @@ impl Follower {
         &mut self,
         current: &mut bool,
     ) -> Result<std::convert::Infallible, FollowError> {
+        understood(Found::read(&*self.store).await?)?;
         if self.view.revision().is_none() {
             let listing = self.store.range(KeyRange::prefix(keys::ROOT)).await?;
+            understood(Found::of(&listing.items))?;
             self.view.relist(listing, Instant::now());
         }
         let from = self.view.revision().unwrap_or_default().next();
@@ -186,6 +199,10 @@ impl Follower {
                 () = sleep_until(self.view.next_sweep()) => None,
             };
             if let Some(batch) = batch {
+                understood(Found::of(batch.events.iter().filter_map(|event| match event {
+                    Event::Put(item) => Some(item),
+                    Event::Delete { .. } => None,
+                })))?;
                 self.view.apply(batch, Instant::now());
             }
             self.view.sweep(Instant::now());
@@ -218,8 +235,14 @@ async fn sleep_until(deadline: Option<Instant>) {
     }
 }
 
+fn understood(found: Found) -> Result<(), FollowError> {
+    found.refusal(StateFormats::OURS).map_or(Ok(()), |why| Err(FollowError::Foreign(why)))
+}
+
 enum Followed {
     Compacted,
+    /// The state is of a format that this build does not know.
+    Foreign(String),
     /// `current`: whether the view had become current before.
     Broken {
         current: bool,
@@ -228,6 +251,7 @@ enum Followed {
 }
 
 enum FollowError {
+    Foreign(String),
     Watch(WatchError),
     Store(StoreError),
 }

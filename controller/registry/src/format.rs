@@ -2,13 +2,14 @@
 //!
 //! Records gain fields without a new version: readers ignore what they do not know. There is a new one where an earlier build
 //! would misread or lose something. It is first read and, a build later, written: so builds that follow each other always
-//! understand what is there. Whoever leads writes; so whoever cannot read what is there does not lead.
+//! understand what is there. Whoever leads writes; so whoever cannot read what is there does not lead. Who only reads keeps
+//! what it knew before.
 
 use baton_proto::{Protocols, v1};
 use bytes::Bytes;
 use prost::Message as _;
 
-use crate::{Compare, KeyRange, Revision, Store, StoreError, Txn, keys};
+use crate::{Compare, KeyRange, KeyValue, Revision, Store, StoreError, Txn, keys};
 
 /// The versions of the format that a build knows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,38 +26,56 @@ impl StateFormats {
 
 /// What the store says of its format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Found {
-    /// `None`: nothing, as builds leave it that know the first only.
-    version: Option<(u32, Revision)>,
+pub(crate) enum Found {
+    /// Nothing, as builds leave it that know the first only.
+    Nothing,
+    Version(u32, Revision),
+    /// A record that is none: of another build than any that this one knows.
+    Unreadable(Revision),
 }
 
 impl Found {
     pub(crate) async fn read(store: &dyn Store) -> Result<Self, StoreError> {
-        let mut listing = store.range(KeyRange::exact(keys::FORMAT)).await?;
-        let version = listing.items.pop().map(|item| {
-            // A record that is none: whoever wrote it is of another build than any that this one knows.
-            let version = v1::FormatRecord::decode(&*item.value).map_or(u32::MAX, |record| record.version);
-            (version, item.mod_revision)
-        });
-        Ok(Self { version })
+        let listing = store.range(KeyRange::exact(keys::FORMAT)).await?;
+        Ok(Self::of(&listing.items))
     }
 
-    /// Why a build that knows these formats cannot lead.
+    /// What these items say, the last of which is the latest.
+    pub(crate) fn of<'a>(items: impl IntoIterator<Item = &'a KeyValue>) -> Self {
+        let Some(item) = items.into_iter().filter(|item| item.key == keys::FORMAT).last() else {
+            return Self::Nothing;
+        };
+        match v1::FormatRecord::decode(&*item.value) {
+            Ok(record) => Self::Version(record.version, item.mod_revision),
+            Err(_) => Self::Unreadable(item.mod_revision),
+        }
+    }
+
+    /// Why a build that knows these formats cannot go by the state.
     pub(crate) fn refusal(self, ours: StateFormats) -> Option<String> {
-        let (version, _) = self.version.filter(|(version, _)| !ours.reads.contains(*version))?;
+        let found = match self {
+            Self::Nothing => return None,
+            Self::Version(version, _) if ours.reads.contains(version) => return None,
+            Self::Version(version, _) => format!("is of version {version}"),
+            Self::Unreadable(_) => {
+                format!("has a record of its version ({}) that cannot be read", keys::FORMAT)
+            }
+        };
         Some(format!(
-            "the state in the store is of version {version}, and this build reads {}: it was written by another build, which has to go on",
+            "the state in the store {found}, and this build reads {}: it was written by another build, which has to go on",
             ours.reads
         ))
     }
 
     /// Only if the format is still this one, and raised to what this build writes.
     pub(crate) fn take_over(self, txn: Txn, ours: StateFormats) -> Txn {
-        let txn = txn.when(match self.version {
-            Some((_, revision)) => Compare::mod_revision(keys::FORMAT, revision),
-            None => Compare::absent(keys::FORMAT),
+        let txn = txn.when(match self {
+            Self::Version(_, revision) | Self::Unreadable(revision) => {
+                Compare::mod_revision(keys::FORMAT, revision)
+            }
+            Self::Nothing => Compare::absent(keys::FORMAT),
         });
-        if self.version.is_some_and(|(version, _)| version >= ours.writes) {
+        if matches!(self, Self::Version(version, _) if version >= ours.writes) {
             return txn;
         }
         let record = v1::FormatRecord { version: ours.writes };

@@ -2,13 +2,14 @@
 
 use std::{sync::Arc, time::Duration};
 
-use baton_proto::{Incarnation, InstanceId, LeaderEpoch, Phase, Role, RoleEpoch};
+use baton_proto::{Incarnation, InstanceId, LeaderEpoch, Phase, Role, RoleEpoch, v1};
 use baton_registry::{
     DesiredRole, FleetSnapshot, FleetWatch, FleetWatchConfig, LeaderRecord, MemoryConfig, MemoryStore,
     ObservedStatus, Revision, Store, Txn, keys,
     records::encode_spec,
     testing::{EtcdServer, instance_spec},
 };
+use prost::Message as _;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 fn id(name: &str) -> InstanceId {
@@ -155,6 +156,34 @@ async fn what_a_new_leader_has_not_confirmed_stays_for_a_while() {
     txn(&*store, Txn::new().delete(keys::instance(&id("b")))).await;
     reader.until("b gone", |view| names(view) == ["a"]).await;
     reader.end().await;
+}
+
+/// Of a build two later, say.
+fn format(version: u32) -> Txn {
+    Txn::new().put(keys::FORMAT, v1::FormatRecord { version }.encode_to_vec(), None)
+}
+
+#[tokio::test]
+async fn a_format_that_it_does_not_know_leaves_the_view_as_it_is() {
+    let tasks = TaskTracker::new();
+    let config = MemoryConfig::new(Revision(1));
+    let store: Arc<dyn Store> = Arc::new(MemoryStore::start(config, CancellationToken::new(), &tasks));
+    txn(&*store, announce("a")).await;
+    let reader = Reader::of(store.clone());
+    let before = reader.until("there", |now| now.instances.len() == 1 && now.stale_since.is_none()).await;
+    txn(&*store, format(2)).await;
+    reader.until("stale", |now| now.stale_since.is_some()).await;
+    // It does not look at what is written in that format.
+    txn(&*store, announce("b")).await;
+    let late = Reader::of(store.clone());
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert_eq!(reader.watch.current().instances, before.instances);
+    assert!(late.watch.current().instances.is_empty());
+    txn(&*store, format(1)).await;
+    for reader in [reader, late] {
+        reader.until("current", |now| now.instances.len() == 2 && now.stale_since.is_none()).await;
+        reader.end().await;
+    }
 }
 
 #[tokio::test]

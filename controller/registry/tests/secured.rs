@@ -134,6 +134,19 @@ async fn a_user_with_its_password_may_do_what_its_role_allows() {
     assert!(matches!(other, Err(StoreError::Refused(_))), "{other:?}");
     let wrong = user("a guess").range(KeyRange::exact("/baton/a")).await;
     assert!(matches!(wrong, Err(StoreError::Refused(_) | StoreError::Invalid(_))), "{wrong:?}");
+
+    // The password is changed, and then the file.
+    let root = etcd_client::ConnectOptions::new().with_user("root", "root's password");
+    let mut admin = etcd_client::Client::connect([etcd.endpoint()], Some(root)).await.expect("reached");
+    admin.user_change_password("baton", "another").await.expect("changed");
+    let refused = store.txn(Txn::new().put("/baton/a", "2", None)).await;
+    assert!(matches!(refused, Err(StoreError::Refused(_) | StoreError::Invalid(_))), "{refused:?}");
+    std::fs::write(directory.path().join("password"), "another").expect("a file");
+    store.txn(Txn::new().put("/baton/a", "2", None)).await.expect("the file has changed");
+    admin.user_change_password("baton", "a third").await.expect("changed");
+    std::fs::write(directory.path().join("password"), "a third").expect("a file");
+    store.txn(Txn::new().put("/baton/a", "3", None)).await.expect("nobody noticed");
+
     let nobody = etcd.store().range(KeyRange::exact("/baton/a")).await;
     assert!(matches!(nobody, Err(StoreError::Refused(_) | StoreError::Invalid(_))), "{nobody:?}");
 }

@@ -26,14 +26,15 @@ struct Given {
 }
 
 fn decide(ratio: Ratio, fleet: &[Given]) -> BTreeMap<InstanceId, Role> {
+    decide_by(Policy::Ratio(ratio), fleet)
+}
+
+fn decide_by(policy: Policy, fleet: &[Given]) -> BTreeMap<InstanceId, Role> {
     let candidates: Vec<_> = fleet
         .iter()
         .map(|g| Candidate { spec: &g.spec, role: g.role, serving: g.serving, pin: None })
         .collect();
-    plan(Policy::Ratio(ratio), &candidates)
-        .into_iter()
-        .map(|(id, decision)| (id.clone(), decision.role))
-        .collect()
+    plan(policy, &candidates).into_iter().map(|(id, decision)| (id.clone(), decision.role)).collect()
 }
 
 /// A fleet from letters, a to z by name: p, d, m = has that role and serves, capitals = does not serve, - = none.
@@ -136,14 +137,14 @@ fn each_difference_is_named() {
     for (named, other) in others {
         let reason = different_setup(&base, &other).expect(named);
         assert!(reason.contains(named), "{reason}");
-        assert!(incompatibility(&other, &base).is_some());
+        assert!(different_setup(&other, &base).is_some());
     }
     // Other blocks, mapped on their way.
     let mut mapped = base.clone();
     (mapped.kv_layout.fingerprint, mapped.kv_layout.class) = ("z".into(), base.kv_layout.fingerprint.clone());
-    assert_eq!(incompatibility(&base, &mapped), None);
+    assert_eq!(different_setup(&base, &mapped), None);
     assert_eq!(
-        incompatibility(
+        different_setup(
             &base,
             &InstanceSpec { group: GroupName::new("g").expect("a good name"), ..base.clone() }
         ),
@@ -157,7 +158,7 @@ fn those_with_more_or_less_memory_for_the_kv_cache_pair() {
     let mut smaller = base.clone();
     // Cut to what its KV pool holds.
     smaller.context_tokens = 50;
-    assert_eq!(incompatibility(&base, &smaller), None);
+    assert_eq!(different_setup(&base, &smaller), None);
 }
 
 /// `fleet` and, of another build, one with each of these roles.
@@ -179,7 +180,6 @@ fn builds_that_do_not_understand_each_other_are_planned_apart() {
         (&[Some(Role::Mixed), None], "ppddpd"),
         (&[Some(Role::Prefill), Some(Role::Decode), None], "ppddpdd"),
     ] {
-        assert_eq!(letters(&decide(ratio(1, 1), &upgraded(&old, newcomers))).len(), plan.len());
         let decided = decide(ratio(1, 1), &upgraded(&old, newcomers));
         for (role, wanted) in
             [(Role::Prefill, 'p'), (Role::Decode, 'd'), (Role::Mixed, 'm'), (Role::None, '-')]
@@ -198,6 +198,49 @@ fn builds_that_follow_each_other_are_planned_as_one() {
     let spec = InstanceSpec { handoff_protocols: Protocols::between(1, 2), ..spec("next", "x") };
     fleet.push(Given { spec, role: None, serving: false });
     assert_eq!(letters(&decide(ratio(1, 1), &fleet)), "pd");
+}
+
+/// The oldest and the newest do not understand each other, and both speak with the one between.
+#[test]
+fn of_three_builds_everyone_has_somebody_to_hand_caches_to() {
+    let speaks = |(name, oldest, newest): (&str, u32, u32)| Given {
+        spec: InstanceSpec { handoff_protocols: Protocols::between(oldest, newest), ..spec(name, "x") },
+        role: None,
+        serving: false,
+    };
+    let fleet = [("a", 1, 1), ("b", 1, 2), ("c", 2, 2), ("d", 2, 2)].map(speaks);
+    assert_eq!(letters(&decide(ratio(1, 1), &fleet)), "pdpd");
+    assert_eq!(letters(&decide(ratio(1, 1), &fleet[..3])), "pdm");
+}
+
+/// Four that prefill can compute the prompts of half of the requests, and not of all.
+#[test]
+fn builds_planned_apart_share_what_is_asked_for() {
+    let measured = auto::Measured {
+        demand: auto::Demand { requests_per_second: 16.0, prompt_tokens: 3000.0, completion_tokens: 100.0 },
+        speed: auto::Speed {
+            prefill_tokens_per_second: 12_000.0,
+            step_base: 0.009,
+            step_per_sequence: 0.000_15,
+            sequences: 1000.0,
+            kv_tokens: 400_000.0,
+        },
+        targets: auto::Targets {
+            ttft: std::time::Duration::from_millis(800),
+            tpot: std::time::Duration::from_millis(40),
+        },
+        caution: auto::Caution::default(),
+    };
+    let policy = Policy::Measured(measured, ratio(1, 1));
+    let (prefill, decode) = (Some(Role::Prefill), Some(Role::Decode));
+    let next = [prefill, prefill, prefill, prefill, decode, decode, decode, decode];
+    let both = upgraded(&fleet("ppppdddd"), &next);
+    assert_eq!(letters(&decide_by(policy, &both)), "ppppddddppppdddd");
+    assert_ne!(
+        letters(&decide_by(policy, &fleet("ppppdddd"))),
+        "ppppdddd",
+        "alone it has to do with all of it"
+    );
 }
 
 #[test]

@@ -1,21 +1,30 @@
-//! Which phases a group serves now, by parties that understand each other's caches. Pure.
+//! Which phases a group serves now, by circles that understand each other's caches. Pure.
 
 use std::collections::BTreeMap;
 
-use baton_proto::{GroupName, InstanceSpec, Role};
+use baton_proto::{GroupName, InstanceSpec, Protocols, Role};
 
 use super::Reconciler;
-use crate::{fleet::Member, journal::NewsKind, plan::compatible};
+use crate::{fleet::Member, journal::NewsKind, plan::alike};
 
-struct Party<'a> {
+/// Those who are set up alike and speak a version. One who speaks several is in several: whoever can hand caches to each
+/// other share one.
+struct Circle<'a> {
     like: &'a InstanceSpec,
+    version: u32,
     prefill: usize,
     decode: usize,
 }
 
+impl Circle<'_> {
+    fn includes(&self, member: &Member) -> bool {
+        member.spec.handoff_protocols.contains(self.version) && alike(self.like, &member.spec)
+    }
+}
+
 /// See the module.
 pub(super) struct Cover<'a> {
-    parties: Vec<Party<'a>>,
+    circles: Vec<Circle<'a>>,
 }
 
 impl<'a> Cover<'a> {
@@ -36,22 +45,27 @@ impl<'a> Cover<'a> {
     }
 
     fn by(group: &[&'a Member], does: impl Fn(&Member) -> (usize, usize)) -> Self {
-        let mut parties: Vec<Party<'a>> = Vec::new();
-        for member in group.iter().filter(|member| member.is_serving()) {
+        let serving: Vec<&'a Member> = group.iter().copied().filter(|member| member.is_serving()).collect();
+        let versions = Protocols::meeting_points(serving.iter().map(|member| member.spec.handoff_protocols));
+        let mut circles: Vec<Circle<'a>> = Vec::new();
+        for member in serving {
             let (prefill, decode) = does(member);
-            match parties.iter_mut().find(|party| compatible(party.like, &member.spec)) {
-                Some(party) => {
-                    (party.prefill, party.decode) = (party.prefill + prefill, party.decode + decode)
+            for version in versions.iter().copied().filter(|it| member.spec.handoff_protocols.contains(*it)) {
+                let own = |circle: &&mut Circle<'_>| circle.version == version && circle.includes(member);
+                match circles.iter_mut().find(own) {
+                    Some(circle) => {
+                        (circle.prefill, circle.decode) = (circle.prefill + prefill, circle.decode + decode)
+                    }
+                    None => circles.push(Circle { like: &member.spec, version, prefill, decode }),
                 }
-                None => parties.push(Party { like: &member.spec, prefill, decode }),
             }
         }
-        Self { parties }
+        Self { circles }
     }
 
     /// Whether requests can be served now.
     pub(super) fn serves(&self) -> bool {
-        self.parties.iter().any(|party| party.prefill > 0 && party.decode > 0)
+        self.circles.iter().any(|circle| circle.prefill > 0 && circle.decode > 0)
     }
 
     /// Whether requests can be served while the member, which serves, changes to this role; always if they cannot be
@@ -59,19 +73,19 @@ impl<'a> Cover<'a> {
     pub(super) fn spares(&self, member: &Member, role: Role) -> bool {
         let (had, keeps) = (phases(member.beat.role), phases(role));
         let (prefill, decode) = (had.0.saturating_sub(keeps.0), had.1.saturating_sub(keeps.1));
-        let after = |party: &Party<'_>| {
-            let own = compatible(party.like, &member.spec);
-            party.prefill > usize::from(own) * prefill && party.decode > usize::from(own) * decode
+        let after = |circle: &Circle<'_>| {
+            let own = usize::from(circle.includes(member));
+            circle.prefill > own * prefill && circle.decode > own * decode
         };
-        !self.serves() || self.parties.iter().any(after)
+        !self.serves() || self.circles.iter().any(after)
     }
 
     /// From here on without what the member ceases to do with this role.
     pub(super) fn give(&mut self, member: &Member, role: Role) {
         let (had, keeps) = (phases(member.beat.role), phases(role));
-        for party in self.parties.iter_mut().filter(|party| compatible(party.like, &member.spec)) {
-            party.prefill -= had.0.saturating_sub(keeps.0);
-            party.decode -= had.1.saturating_sub(keeps.1);
+        for circle in self.circles.iter_mut().filter(|circle| circle.includes(member)) {
+            circle.prefill -= had.0.saturating_sub(keeps.0);
+            circle.decode -= had.1.saturating_sub(keeps.1);
         }
     }
 

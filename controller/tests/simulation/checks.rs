@@ -6,7 +6,7 @@ use baton_controller::{
     fleet::{Member, health::Verdict},
     reconcile::Reconciler,
 };
-use baton_proto::{InstanceId, InstanceSpec, Phase, Role, RoleEpoch};
+use baton_proto::{InstanceId, InstanceSpec, Phase, Protocols, Role, RoleEpoch};
 use baton_registry::{
     DesiredRole, HealthRecord, Standing,
     keys::{self, Key},
@@ -151,11 +151,10 @@ impl Findings {
                 self.violated(format!("several of {group} are moved at a time: {moving:?}"));
             }
             let served = |role_of: &dyn Fn(&Member) -> (bool, bool)| {
-                members.iter().any(|one| {
-                    let like = members.iter().filter(|m| caches(&m.spec) == caches(&one.spec));
-                    let roles: Vec<_> = like.map(|m| role_of(m)).collect();
-                    roles.iter().any(|phases| phases.0) && roles.iter().any(|phases| phases.1)
-                })
+                let prefills = members.iter().filter(|member| role_of(member).0);
+                let decodes =
+                    |of: &Member| members.iter().any(|m| role_of(m).1 && understand(&m.spec, &of.spec));
+                prefills.into_iter().any(|member| decodes(member))
             };
             let now = |member: &Member| {
                 if member.is_serving() { phases(member.beat.role) } else { (false, false) }
@@ -192,24 +191,24 @@ impl Findings {
         }
     }
 
-    /// What each group's instances do now, by layout: those that are ready, and those with what others on their way from
-    /// one role to another have in both. `moved`: what changed it is that an instance of this party leaves its role,
+    /// What each group's instances do now, by party: those that are ready, and those with what others on their way from
+    /// one role to another have in both. `moved`: what changed it is that an instance of this group leaves its role,
     /// and nothing has happened to any instance.
     pub(crate) fn serving(
         &mut self,
         ready: &Parties,
         on_their_way: &Parties,
-        moved: Option<Party>,
+        moved: Option<usize>,
         now: u64,
     ) {
         let served = |parties: &Parties, party: &Party| parties.get(party) == Some(&(true, true));
         if let Some(moved) = moved {
-            let of_group = |party: &&Party| party.0 == moved.0;
+            let of_group = |party: &&Party| party.0 == moved;
             // Nobody can know yet what has just begun.
             let was = self.served.iter().any(|(party, since)| of_group(&party) && now > since + KNOWN_AFTER);
             let is = on_their_way.keys().filter(of_group).any(|party| served(on_their_way, party));
             if was && !is {
-                self.violated(format!("{moved:?} is served no more by a move: {on_their_way:?}"));
+                self.violated(format!("group {moved} is served no more by a move: {on_their_way:?}"));
             }
         }
         self.served.retain(|party, _| served(ready, party));
@@ -219,8 +218,9 @@ impl Findings {
     }
 }
 
-/// A group and a layout of it, and what they do of prefill and decode.
-pub(crate) type Party = (usize, u8);
+/// Who understand each other: a group, a layout of it, and a version of the handoff protocol, of which one may speak several.
+pub(crate) type Party = (usize, u8, u32);
+/// What they do of prefill and decode.
 pub(crate) type Parties = BTreeMap<Party, (bool, bool)>;
 
 /// By then a leader knows what its instances do, if it hears them at all, and what it decided before that is told.
@@ -312,30 +312,35 @@ pub(crate) fn converged(world: &World) -> Result<(), String> {
 
 /// Whether every group has the roles that its policy wants.
 fn divided<'a>(world: &World, members: impl Iterator<Item = &'a Member>) -> Result<(), String> {
-    let mut groups: BTreeMap<&str, BTreeMap<(&str, u32), Vec<Role>>> = BTreeMap::new();
+    let mut groups: BTreeMap<&str, BTreeMap<&str, Vec<(Protocols, Role)>>> = BTreeMap::new();
     for member in members {
-        let parties = groups.entry(member.spec.group.as_str()).or_default();
+        let layouts = groups.entry(member.spec.group.as_str()).or_default();
         let role = member.desired.as_ref().map_or(Role::None, |desired| desired.role);
-        parties.entry(caches(&member.spec)).or_default().push(role);
+        let alike = layouts.entry(&member.spec.kv_layout.fingerprint).or_default();
+        alike.push((member.spec.handoff_protocols, role));
     }
-    for (group, parties) in groups {
-        let serves = |roles: &Vec<Role>| roles.iter().any(|role| *role != Role::None);
-        let layouts: BTreeSet<&str> =
-            parties.iter().filter(|(_, roles)| serves(roles)).map(|((layout, _), _)| *layout).collect();
-        if layouts.len() != 1 {
-            return Err(format!("{group} has the parties {parties:?}"));
-        }
-        let mut of_layout = parties.iter().filter(|((layout, _), _)| layouts.contains(layout));
-        if !of_layout.all(|(_, roles)| is_well_divided(world, roles)) {
-            return Err(format!("{group} is divided as {parties:?}"));
+    for (group, layouts) in groups {
+        let serves = |alike: &&Vec<(Protocols, Role)>| alike.iter().any(|(_, role)| *role != Role::None);
+        let mut serving = layouts.values().filter(serves);
+        let (Some(alike), None) = (serving.next(), serving.next()) else {
+            return Err(format!("{group} has the layouts {layouts:?}"));
+        };
+        let mut left = alike.clone();
+        for version in Protocols::parties(alike.iter().map(|(protocols, _)| *protocols)) {
+            let party = left.extract_if(.., |(protocols, _)| protocols.contains(version));
+            let roles: Vec<Role> = party.map(|(_, role)| role).collect();
+            if !is_well_divided(world, &roles) {
+                return Err(format!("{group} is divided as {alike:?}"));
+            }
         }
     }
     Ok(())
 }
 
-/// Whose caches an instance understands.
-fn caches(spec: &InstanceSpec) -> (&str, u32) {
-    (&spec.kv_layout.fingerprint, spec.handoff_protocols.newest())
+/// Whether the two can hand caches to each other.
+fn understand(one: &InstanceSpec, other: &InstanceSpec) -> bool {
+    one.kv_layout.fingerprint == other.kv_layout.fingerprint
+        && one.handoff_protocols.common(other.handoff_protocols).is_some()
 }
 
 /// Whether one party has the roles that the policy wants.

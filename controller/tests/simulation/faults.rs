@@ -267,8 +267,14 @@ impl World {
     /// Of the same instance: at the same address, or elsewhere.
     pub(crate) fn start_again(&mut self, pid: u64, after: u64) {
         // Perhaps of another build, which does not understand the caches of the one before.
-        let upgraded = if self.random.random_bool(0.25) { self.random.random_range(1..=2) } else { 0 };
-        let (name, build) = (self.process(pid).name, self.process(pid).build ^ upgraded);
+        let (name, mut build) = (self.process(pid).name, self.process(pid).build);
+        if self.random.random_bool(0.25) {
+            build = if self.random.random_bool(0.5) {
+                build ^ 1
+            } else {
+                build & 1 | self.random.random_range(0..4) << 1
+            };
+        }
         let elsewhere = self.random.random_bool(0.4);
         let address = if elsewhere { self.incarnation + 1 } else { self.process(pid).address };
         self.later(after, Happening::Mend(Fault::Ended { name, address, build }));
@@ -333,15 +339,19 @@ impl World {
     /// What every party of every group serves; `moved`: an instance that has begun to leave its role.
     pub(crate) fn check_service(&mut self, moved: Option<u64>) {
         let (mut ready, mut on_their_way) = (Parties::new(), Parties::new());
-        let party = |process: &Process| (process.name % self.weather.groups, process.build);
+        let group = |process: &Process| process.name % self.weather.groups;
         for process in self.processes.values() {
             let (serves, arrived) = (process.serves(), process.phase == Phase::Ready);
-            for (parties, counts) in [(&mut ready, arrived), (&mut on_their_way, true)] {
-                let all = parties.entry(party(process)).or_default();
-                *all = (all.0 || serves.0 && counts, all.1 || serves.1 && counts);
+            let protocols = process.protocols();
+            for version in protocols.oldest()..=protocols.newest() {
+                for (parties, counts) in [(&mut ready, arrived), (&mut on_their_way, true)] {
+                    let party = (group(process), process.build & 1, version);
+                    let all = parties.entry(party).or_default();
+                    *all = (all.0 || serves.0 && counts, all.1 || serves.1 && counts);
+                }
             }
         }
-        let moved = moved.filter(|_| self.weather.gentle).map(|pid| party(&self.processes[&pid]));
+        let moved = moved.filter(|_| self.weather.gentle).map(|pid| group(&self.processes[&pid]));
         self.findings.serving(&ready, &on_their_way, moved, self.now);
     }
 

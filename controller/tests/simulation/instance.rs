@@ -36,7 +36,8 @@ pub(crate) struct Process {
     pub(crate) address: u64,
     pub(crate) supervised: bool,
     /// Which other instances understand its caches.
-    /// 1: its KV layout is another; 2: it speaks another version of the handoff protocol; 3: both.
+    /// Its first bit: its KV layout is another. The others: which versions of the handoff protocol it speaks, 1, 2, both, or
+    /// 2 and 3.
     pub(crate) build: u8,
     pub(crate) alive: bool,
     pub(crate) frozen: bool,
@@ -83,13 +84,17 @@ impl Process {
         }
     }
 
+    /// Of handing caches over.
+    pub(crate) fn protocols(&self) -> Protocols {
+        let (oldest, newest) = [(1, 1), (2, 2), (1, 2), (2, 3)][usize::from(self.build >> 1)];
+        Protocols::between(oldest, newest)
+    }
+
     pub(crate) fn spec(&self, name: &str, group: &str) -> InstanceSpec {
         let mut spec = instance_spec(name, self.incarnation);
         spec.group = baton_proto::GroupName::new(group).expect("a good name");
         spec.kv_layout.fingerprint = format!("x{}", self.build & 1);
-        if self.build & 2 != 0 {
-            spec.handoff_protocols = Protocols::between(2, 2);
-        }
+        spec.handoff_protocols = self.protocols();
         spec.inference_endpoint = format!("127.0.0.1:{}", self.address);
         if self.supervised {
             spec.labels.insert("supervisor".into(), format!("of {name}"));

@@ -86,6 +86,17 @@ impl<'a> Best<'a> {
         self.held.insert(at, candidate);
     }
 
+    /// `None`: one that can never hold the request.
+    fn take(&mut self, offered: Option<Candidate<'a>>, room_micros: f64) {
+        match offered {
+            Some(candidate) => {
+                self.roomy |= candidate.price.wait_micros <= room_micros;
+                self.offer(candidate);
+            }
+            None => self.too_small = true,
+        }
+    }
+
     fn first(&self) -> Option<&Candidate<'a>> {
         self.held.first()
     }
@@ -121,9 +132,10 @@ impl<'a> Found<'a> {
         let Some(row) = model.rows.iter().find(reached) else { return };
         let cached = ask.prompt_tokens().saturating_sub(1) / row.spec.block_tokens * row.spec.block_tokens;
         let (price, rank, turn) = (Price::default(), 0.0, (row.chosen, 0));
-        let prefill = &mut self.classes[row.class].prefill;
-        prefill.roomy = true;
-        prefill.offer(Candidate { row, side: Side::Prefill, cached, price, rank, turn });
+        for Halves { prefill, .. } in &mut self.classes[row.classes.clone()] {
+            prefill.roomy = true;
+            prefill.offer(Candidate { row, side: Side::Prefill, cached, price, rank, turn });
+        }
     }
 
     /// Whether there is room on any that could compute the prompt, and on any that could decode. Who does it is whoever is
@@ -205,6 +217,8 @@ fn walk<'a>(model: &'a Model, ask: &Ask<'_>, settings: &Settings, now: Instant) 
         Among::Roomy => settings.room.as_secs_f64() * 1e6,
         Among::All | Among::PeersOf(_) => f64::INFINITY,
     };
+    let predicted = settings.policy == Policy::Predicted;
+    let locally = settings.local_prefill && predicted && ask.wanted.among.handed_on_by().is_none();
     for row in model.rows.iter().filter(|row| row.is_usable(now)) {
         if ask.wanted.avoid.contains(&row.spec.id) {
             continue;
@@ -215,30 +229,24 @@ fn walk<'a>(model: &'a Model, ask: &Ask<'_>, settings: &Settings, now: Instant) 
             (Some(side), None) => side,
             _ => continue,
         };
-        let halves = &mut found.classes[row.class];
-        let best = match side {
-            Side::Whole => &mut found.whole,
-            Side::Prefill => &mut halves.prefill,
-            Side::Decode => &mut halves.decode,
-        };
-        if !fits(row, ask) {
-            best.too_small = true;
-            continue;
-        }
-        found.candidates += 1;
-        let cached = cached_tokens(row, ask, side);
-        let price = pricing.price(row, side, cached);
-        best.roomy |= price.wait_micros <= room_micros;
         let turn = (row.chosen, mixed(ask.turn, row.number));
-        let rank = rank(settings.policy, row, &price, turn.1);
-        best.offer(Candidate { row, side, cached, price, rank, turn });
-        let local = settings.local_prefill && settings.policy == Policy::Predicted;
-        if local && side == Side::Decode && ask.wanted.among.handed_on_by().is_none() {
+        let offered = fits(row, ask).then(|| {
+            let cached = cached_tokens(row, ask, side);
+            let price = pricing.price(row, side, cached);
+            Candidate { row, side, cached, price, rank: rank(settings.policy, row, &price, turn.1), turn }
+        });
+        found.candidates += usize::from(offered.is_some());
+        let classes = &mut found.classes[row.classes.clone()];
+        match side {
+            Side::Whole => found.whole.take(offered, room_micros),
+            Side::Prefill => classes.iter_mut().for_each(|halves| halves.prefill.take(offered, room_micros)),
+            Side::Decode => classes.iter_mut().for_each(|halves| halves.decode.take(offered, room_micros)),
+        }
+        if locally && side == Side::Decode && offered.is_some() {
             let cached = cached_tokens(row, ask, Side::Whole);
             if let Some(price) = pricing.local(row, cached) {
-                let side = Side::Whole;
-                halves.local.roomy |= price.wait_micros <= room_micros;
-                halves.local.offer(Candidate { row, side, cached, price, rank: price.micros, turn });
+                let candidate = Candidate { row, side: Side::Whole, cached, price, rank: price.micros, turn };
+                classes.iter_mut().for_each(|halves| halves.local.take(Some(candidate), room_micros));
             }
         }
     }

@@ -89,7 +89,8 @@ impl Pricing<'_> {
             .speed
             .prefill_micros(tokens as f64, attention_pairs(tokens, self.ask.prompt_tokens().into()) as f64);
         let wait = row.queue_micros / self.share(row);
-        let waiting = self.classes.get(row.class).map_or(0.0, |class| class.waiting(WAITING_MOST));
+        let classes = self.classes.get(row.classes.clone()).unwrap_or_default();
+        let waiting = classes.iter().map(|class| class.waiting(WAITING_MOST)).fold(0.0, f64::max);
         let ttft_micros = row.queue_micros + own;
         let late = (ttft_micros - self.settings.targets.ttft_micros(self.ask.prompt_tokens())).max(0.0);
         let micros = wait + (1.0 + waiting + batch) * own + LATE * late;

@@ -166,6 +166,18 @@ fn builds_are_paired_as_far_as_they_understand_each_other() {
     ]);
     let chosen = chosen(&four, &Ledger::default(), &ask(10)).expect("a place");
     assert!([["p1", "d1"], ["p2", "d2"]].contains(&[&*chosen[0], &*chosen[1]]), "{chosen:?}");
+    // The one between two with whichever of them is there for it; nobody who comes parts two that understand each other.
+    let between = |others: [Spec; 2]| {
+        let [first, second] = others.map(|spec| (spec, Role::Decode, Load::default()));
+        fleet_of(vec![(speaks("p", 1, 2), Role::Prefill, Load::default()), first, second])
+    };
+    for unrelated in [speaks("a", 3, 3), speaks("z", 3, 4), speaks("z", 4, 9)] {
+        for mate in [speaks("m", 1, 1), speaks("m", 2, 3), speaks("m", 2, 2)] {
+            let fleet = between([unrelated.clone(), mate]);
+            let chosen = super::tests::chosen(&fleet, &Ledger::default(), &ask(10)).expect("a place");
+            assert_eq!(chosen, ["p", "m"]);
+        }
+    }
 }
 
 #[test]

@@ -5,7 +5,8 @@
 //! changes, and all of them when instances come or go.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeMap, HashMap},
+    ops::Range,
     sync::Arc,
     time::Duration,
 };
@@ -36,8 +37,8 @@ pub struct Row {
     pub role_epoch: Option<RoleEpoch>,
     /// It may be used until then; `None` = no end is known.
     pub until: Option<Instant>,
-    /// Instances of one class can hand KV caches to each other; an index into [`Model::classes`].
-    pub class: usize,
+    /// Those with whom it can hand over KV caches share one of these; indices into [`Model::classes`].
+    pub classes: Range<usize>,
     pub standing: Standing,
     pub speed: Speed,
     /// How long what is queued there takes to be computed.
@@ -91,13 +92,13 @@ impl Row {
     }
 }
 
-/// Instances that can hand KV caches to each other.
+/// Instances that can hand KV caches to each other, as they have them alike and speak a version.
 #[derive(Debug, Clone)]
 pub struct Class {
     group: GroupName,
     layout: String,
-    /// Versions of the handoff protocol that all of them speak. `None`: nobody is known yet.
-    protocols: Option<Protocols>,
+    /// Of the handoff protocol, one of [`Protocols::meeting_points`]. Who speaks several is of several classes.
+    version: u32,
     /// Instances that prefill, and those of them that have something to compute.
     prefills: usize,
     computing: usize,
@@ -107,6 +108,20 @@ pub struct Class {
 }
 
 impl Class {
+    fn key(&self) -> (&GroupName, &str, u32) {
+        (&self.group, &self.layout, self.version)
+    }
+
+    fn count(&mut self, row: &Row) {
+        self.prefills += usize::from(row.is_prefill());
+        self.computing += usize::from(row.is_busy());
+    }
+
+    fn discount(&mut self, row: &Row) {
+        self.prefills -= usize::from(row.is_prefill());
+        self.computing -= usize::from(row.is_busy());
+    }
+
     /// How many requests wait for a second of work, on average, while one more is computed: load / (1 - load), as in a line
     /// before one counter.
     pub fn waiting(&self, most: f64) -> f64 {
@@ -119,6 +134,7 @@ impl Class {
 pub struct Model {
     revision: String,
     pub rows: Vec<Row>,
+    /// By kind and version, so that those of one instance lie side by side.
     pub classes: Vec<Class>,
 }
 
@@ -198,15 +214,10 @@ impl View {
         }
         self.places.clear();
         for (revision, instances) in fleet.models() {
-            let mut model = Model {
-                revision: revision.to_owned(),
-                rows: Vec::with_capacity(instances.len()),
-                classes: classes.remove(revision).unwrap_or_default(),
-            };
-            model.classes.iter_mut().for_each(|class| class.protocols = None);
+            let specs = instances.values().map(|instance| &instance.spec);
+            let mut model = Model::of(revision, specs, classes.remove(revision).unwrap_or_default(), now);
             for instance in instances.values() {
                 let spec = &instance.spec;
-                let class = model.class(spec, now);
                 let mut row = old.remove(&spec.id).unwrap_or_else(|| {
                     self.numbers += 1;
                     Row::new(spec, self.numbers, now)
@@ -214,12 +225,12 @@ impl View {
                 if *row.spec != *spec {
                     row.spec = Arc::new(spec.clone());
                 }
-                row.class = class;
+                row.classes = model.classes_of(spec);
                 row.renew(fleet, instance, ledger, speeds, now);
+                model.classes[row.classes.clone()].iter_mut().for_each(|class| class.count(&row));
                 self.places.insert(spec.id.clone(), (self.models.len(), model.rows.len()));
                 model.rows.push(row);
             }
-            model.count();
             self.models.push(model);
         }
     }
@@ -229,12 +240,10 @@ impl View {
         let Some((model, row)) = self.places.get(id).copied() else { return };
         let (Some(model), Some(instance)) = (self.models.get_mut(model), fleet.get(id)) else { return };
         let row = &mut model.rows[row];
-        let class = &mut model.classes[row.class];
-        class.prefills -= usize::from(row.is_prefill());
-        class.computing -= usize::from(row.is_busy());
+        let classes = &mut model.classes[row.classes.clone()];
+        classes.iter_mut().for_each(|class| class.discount(row));
         row.renew(fleet, instance, ledger, speeds, now);
-        class.prefills += usize::from(row.is_prefill());
-        class.computing += usize::from(row.is_busy());
+        classes.iter_mut().for_each(|class| class.count(row));
     }
 
     /// A request for this model has come: it finds some of the instances busy.
@@ -264,7 +273,7 @@ impl Row {
             duty: None,
             role_epoch: None,
             until: None,
-            class: 0,
+            classes: 0..0,
             standing: Standing::default(),
             speed: Speed::default(),
             queue_micros: 0.0,
@@ -276,45 +285,36 @@ impl Row {
 }
 
 impl Model {
-    /// The class of one instance more: the first of which it can hand caches to everyone, and everyone to it.
-    fn class(&mut self, spec: &Spec, now: Instant) -> usize {
-        let common = |class: &Class| match class.protocols {
-            None => Some(spec.handoff_protocols),
-            Some(protocols) => protocols.common(spec.handoff_protocols),
-        };
-        let alike = |class: &Class| {
-            class.group == spec.group && class.layout == spec.layout && common(class).is_some()
-        };
-        let at = self.classes.iter().position(alike).unwrap_or_else(|| {
-            let (group, layout) = (spec.group.clone(), spec.layout.clone());
-            let protocols = None;
-            self.classes.push(Class {
-                group,
-                layout,
-                protocols,
-                prefills: 0,
-                computing: 0,
-                busy: 0.0,
-                at: now,
-            });
-            self.classes.len() - 1
+    /// Of these instances, without one of them. Classes that there were before are as busy as they were.
+    fn of<'a>(
+        revision: &str,
+        instances: impl Iterator<Item = &'a Spec>,
+        before: Vec<Class>,
+        now: Instant,
+    ) -> Self {
+        let mut ranges: BTreeMap<(&GroupName, &str), Vec<Protocols>> = BTreeMap::new();
+        for spec in instances {
+            let ranges = ranges.entry((&spec.group, &spec.layout)).or_default();
+            if !ranges.contains(&spec.handoff_protocols) {
+                ranges.push(spec.handoff_protocols);
+            }
+        }
+        let classes = ranges.into_iter().flat_map(|((group, layout), ranges)| {
+            let before = &before;
+            Protocols::meeting_points(ranges).into_iter().map(move |version| {
+                let same = before.iter().find(|class| class.key() == (group, layout, version));
+                let (busy, at) = same.map_or((0.0, now), |class| (class.busy, class.at));
+                let (group, layout) = (group.clone(), layout.to_owned());
+                Class { group, layout, version, prefills: 0, computing: 0, busy, at }
+            })
         });
-        self.classes[at].protocols = common(&self.classes[at]);
-        at
+        Self { revision: revision.to_owned(), rows: Vec::new(), classes: classes.collect() }
     }
 
-    /// Counts who prefills, and drops the classes at the end that nobody is of.
-    fn count(&mut self) {
-        for class in &mut self.classes {
-            (class.prefills, class.computing) = (0, 0);
-        }
-        for row in &self.rows {
-            let class = &mut self.classes[row.class];
-            class.prefills += usize::from(row.is_prefill());
-            class.computing += usize::from(row.is_busy());
-        }
-        let taken: HashSet<usize> = self.rows.iter().map(|row| row.class).collect();
-        let last = taken.into_iter().max().map_or(0, |last| last + 1);
-        self.classes.truncate(last);
+    fn classes_of(&self, spec: &Spec) -> Range<usize> {
+        let key = |version| (&spec.group, spec.layout.as_str(), version);
+        let from = self.classes.partition_point(|class| class.key() < key(spec.handoff_protocols.oldest()));
+        let to = self.classes.partition_point(|class| class.key() <= key(spec.handoff_protocols.newest()));
+        from..to
     }
 }

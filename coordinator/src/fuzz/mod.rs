@@ -45,12 +45,12 @@ mod tests {
 
     #[test]
     fn the_corpora_are_taken() {
-        replay("answers", answers);
-        replay("bodies", bodies);
-        replay("files", key_files);
-        replay("http", http);
-        replay("models", models);
-        replay("text", text);
+        baton_fuzz::replay("answers", answers);
+        baton_fuzz::replay("bodies", bodies);
+        baton_fuzz::replay("files", key_files);
+        baton_fuzz::replay("http", http);
+        baton_fuzz::replay("models", models);
+        baton_fuzz::replay("text", text);
     }
 
     #[test]
@@ -58,15 +58,5 @@ mod tests {
         assert_eq!(expand(b"ab\0\x01\x02c", 99), b"ababababab\x63");
         assert_eq!(expand(b"\0\x05\x05x\0", 99), b"x");
         assert_eq!(expand(b"a\0\0\x0d", 9999).len(), 8193);
-    }
-
-    fn replay(name: &str, target: fn(&[u8])) {
-        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/seeds").join(name);
-        let mut files = 0;
-        for entry in std::fs::read_dir(&folder).expect("the target has seeds") {
-            target(&std::fs::read(entry.expect("readable").path()).expect("readable"));
-            files += 1;
-        }
-        assert!(files > 0, "no seeds in {}", folder.display());
     }
 }

@@ -206,20 +206,24 @@ fn traceparent(headers: &HeaderMap) -> String {
     if ours.is_empty() { passed_on(headers) } else { ours }
 }
 
-/// A trace context, if it is one: whatever else stands there does not go on to instances.
+/// A trace context, if it is one: whatever else stands there does not go on to instances. Of a later version than 00, which
+/// may have more parts, it is what 00 has (W3C Trace Context, "Versioning of traceparent").
 pub(crate) fn passed_on(headers: &HeaderMap) -> String {
     let value = headers.get(TRACEPARENT).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    // Of later versions of the form, too, what the first had.
-    let parts: Vec<&str> = value.splitn(5, '-').collect();
-    let is_hex = |part: &&str| part.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
-    let lengths = parts.iter().map(|part| part.len());
+    let mut parts = value.splitn(5, '-');
+    let mut part = |length: usize| {
+        let is_hex = |part: &&str| part.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+        parts.next().filter(|part| part.len() == length).filter(is_hex)
+    };
+    let (Some(version), Some(trace), Some(span), Some(flags)) = (part(2), part(32), part(16), part(2)) else {
+        return String::new();
+    };
     let is_nought = |part: &str| part.bytes().all(|byte| byte == b'0');
-    let is_one = lengths.eq([2, 32, 16, 2])
-        && parts.iter().all(is_hex)
-        && parts[0] != "ff"
-        && !is_nought(parts[1])
-        && !is_nought(parts[2]);
-    if is_one { value.to_owned() } else { String::new() }
+    let has_more = parts.next().is_some();
+    if version == "ff" || (version == "00" && has_more) || is_nought(trace) || is_nought(span) {
+        return String::new();
+    }
+    format!("00-{trace}-{span}-{flags}")
 }
 
 async fn models(State(service): State<Arc<Service>>) -> Response {
@@ -264,5 +268,34 @@ mod tests {
         let body = axum::body::to_bytes(response.into_body(), 4096).await.expect("a body");
         let body: serde_json::Value = serde_json::from_slice(&body).expect("JSON");
         assert_eq!(body["error"]["code"], "internal_error");
+    }
+
+    #[test]
+    fn only_what_is_a_trace_context_is_passed_on() {
+        let (trace, span) = ("0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331");
+        let (no_trace, no_span) = ("0".repeat(32), "0".repeat(16));
+        let passed = |value: &str| {
+            let value = value.parse().expect("a header's value");
+            passed_on(&HeaderMap::from_iter([(axum::http::HeaderName::from_static(TRACEPARENT), value)]))
+        };
+        let first = format!("00-{trace}-{span}-01");
+        assert_eq!(passed(&first), first);
+        assert_eq!(passed(&format!("cc-{trace}-{span}-01")), first);
+        assert_eq!(passed(&format!("cc-{trace}-{span}-01-more-of it")), first);
+        for none in [
+            "",
+            "00",
+            &format!("{first}-"),
+            &format!("{first}-more"),
+            &format!("ff-{trace}-{span}-01"),
+            &format!("00-{no_trace}-{span}-01"),
+            &format!("00-{trace}-{no_span}-01"),
+            &format!("00-{trace}-{span}-0x"),
+            &format!("00-{}-{span}-01", trace.to_uppercase()),
+            &format!("00-{trace}-{span}"),
+            &format!("cc-{trace}-{span}-011"),
+        ] {
+            assert_eq!(passed(none), "", "{none}");
+        }
     }
 }

@@ -66,6 +66,7 @@ async fn specimen(process: Process<Specimen>) -> Result<(), ProcessError> {
         shutdown: process.shutdown.clone(),
         drain: process.drain(),
         keep_alive: grpc::KeepAlive::default(),
+        connections: grpc::CONNECTIONS,
     };
     process.spawn_essential("grpc", grpc::serve(grpc, Routes::default(), options));
     if process.config.mode == "panic" {

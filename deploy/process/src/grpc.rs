@@ -18,8 +18,10 @@ use tonic_health::{
 };
 
 use crate::{Health, HealthHandle, ProcessError, Tls, tls::Door};
-use arrivals::{Arrivals, BEGINS_WITHIN, CONNECTIONS_MOST};
+use arrivals::{Arrivals, BEGINS_WITHIN};
 
+/// Connections at a time, where no more are needed.
+pub const CONNECTIONS: usize = 16_384;
 /// Frames of one peer in flight; bounds what a slow reader can make us hold.
 const STREAM_WINDOW_BYTES: u32 = 1 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 4 << 20;
@@ -43,6 +45,8 @@ pub struct GrpcOptions {
     /// How long calls may go on after `shutdown`; those that have not ended then are cut off.
     pub drain: Duration,
     pub keep_alive: KeepAlive,
+    /// At a time; of more, each is closed as it comes.
+    pub connections: usize,
 }
 
 /// When a silent connection is given up, with all its streams (HTTP/2's pings).
@@ -98,11 +102,11 @@ pub async fn serve(listener: TcpListener, routes: Routes, options: GrpcOptions) 
     let ended = options.shutdown.clone().cancelled_owned();
     let server = match options.tls.incoming(incoming, options.door) {
         Either::Left(secured) => {
-            let arrivals = Arrivals::new(secured, CONNECTIONS_MOST, BEGINS_WITHIN);
+            let arrivals = Arrivals::new(secured, options.connections, BEGINS_WITHIN);
             Either::Left(router.serve_with_incoming_shutdown(arrivals, ended))
         }
         Either::Right(plaintext) => {
-            let arrivals = Arrivals::new(plaintext, CONNECTIONS_MOST, BEGINS_WITHIN);
+            let arrivals = Arrivals::new(plaintext, options.connections, BEGINS_WITHIN);
             Either::Right(router.serve_with_incoming_shutdown(arrivals, ended))
         }
     };

@@ -44,15 +44,15 @@ impl Default for HealthHandle {
 }
 
 impl HealthHandle {
-    /// Draining is final: nothing but the end follows it.
-    pub fn set(&self, health: Health) {
+    /// Returns whether that is news. Draining is final: nothing but the end follows it.
+    pub fn set(&self, health: Health) -> bool {
         self.state.send_if_modified(|state| {
             let changes = *state != Health::Draining && *state != health;
             if changes {
                 *state = health;
             }
             changes
-        });
+        })
     }
 
     pub fn set_ready(&self) {

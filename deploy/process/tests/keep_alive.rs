@@ -50,6 +50,7 @@ impl Watched {
             shutdown: stop.clone(),
             drain: Duration::ZERO,
             keep_alive: KeepAlive { interval: INTERVAL, timeout },
+            connections: grpc::CONNECTIONS,
         };
         tokio::spawn(grpc::serve(listener, Routes::default(), options));
         let (silent, proxy) = proxy(server).await;

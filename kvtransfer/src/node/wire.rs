@@ -27,8 +27,10 @@ pub(super) fn agree(oldest: u32, newest: u32) -> Result<u32, TransferError> {
 /// # Errors
 /// `OtherProtocol`: the receiver has chosen a version that is not spoken here.
 pub(super) fn check_agreed(version: u32) -> Result<(), TransferError> {
-    let theirs = Protocols::from_wire(version, version).unwrap_or(Protocols::FIRST);
-    HANDOFF_PROTOCOLS.contains(theirs.newest()).then_some(()).ok_or_else(|| other(theirs))
+    // Builds that know of the first only do not say it.
+    let version = version.max(1);
+    let spoken = HANDOFF_PROTOCOLS.contains(version);
+    spoken.then_some(()).ok_or_else(|| other(Protocols::between(version, version)))
 }
 
 fn other(theirs: Protocols) -> TransferError {

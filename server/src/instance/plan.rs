@@ -31,7 +31,8 @@ impl Plan {
     pub(super) async fn read(config: &ServerConfig) -> Result<Self, ServerError> {
         let ModelConfig { path, root, .. } = config.model.clone();
         let opened = tokio::task::spawn_blocking(move || {
-            let checkpoint = Checkpoint::open_under(&ModelRoot::at(&root)?, &path)?;
+            let root = ModelRoot::at(&root).map_err(ServerError::ModelRoot)?;
+            let checkpoint = Checkpoint::open_under(&root, &path)?;
             let revision = checkpoint.revision()?;
             Ok::<_, ServerError>((checkpoint, revision))
         });

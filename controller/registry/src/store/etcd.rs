@@ -163,13 +163,18 @@ impl EtcdStore {
         let call = &call;
         self.members
             .call(repeat, |member| async move {
-                let client = member.client().await?;
+                let (client, is_new) = member.client().await?;
                 call(client).await.map_err(|error| {
+                    let outdated = !is_new && is_about_credentials(&error);
                     let failure = failure_of(error, lease);
-                    if !matches!(failure, Failure::Final(_)) {
+                    if outdated || !matches!(failure, Failure::Final(_)) {
                         member.client.lock().take();
                     }
-                    failure
+                    match failure {
+                        // Who calls is looked at before what is called for.
+                        Failure::Final(error) if outdated => Failure::NotDone(error.to_string()),
+                        failure => failure,
+                    }
                 })
             })
             .await
@@ -177,9 +182,10 @@ impl EtcdStore {
 }
 
 impl Member {
-    async fn client(&self) -> Result<Client, Failure> {
+    /// And whether it is made with the credentials that there are now.
+    async fn client(&self) -> Result<(Client, bool), Failure> {
         if let Some(client) = self.client.lock().clone() {
-            return Ok(client);
+            return Ok((client, false));
         }
         let options = self.config.options().map_err(Failure::NotDone)?;
         // With a user, this asks etcd for a token: nothing of the call itself has been sent yet.
@@ -193,8 +199,14 @@ impl Member {
             }
         };
         *self.client.lock() = Some(client.clone());
-        Ok(client)
+        Ok((client, true))
     }
+}
+
+/// Whether etcd takes this side for nobody that it knows: its password may have been changed since the client was made.
+fn is_about_credentials(error: &etcd_client::Error) -> bool {
+    let etcd_client::Error::GRpcStatus(status) = error else { return false };
+    status.code() == Code::Unauthenticated || status.message().contains("authentication failed")
 }
 
 fn failure_of(error: etcd_client::Error, lease: Option<LeaseId>) -> Failure {

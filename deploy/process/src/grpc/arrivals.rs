@@ -20,8 +20,6 @@ use tokio::{
 use tokio_stream::Stream;
 use tonic::transport::server::Connected;
 
-/// At a time. Each instance and coordinator of a fleet has one to a controller, which takes 10,000 instances by default.
-pub(super) const CONNECTIONS_MOST: usize = 16_384;
 /// An honest client begins as soon as it is connected.
 pub(super) const BEGINS_WITHIN: Duration = Duration::from_secs(10);
 /// What HTTP/2 begins with (RFC 9113, section 3.4).

@@ -2,7 +2,6 @@
 
 use std::{path::Path, sync::Arc};
 
-use parking_lot::RwLock;
 use tokio_rustls::rustls::{
     self, ClientConfig, DigitallySignedStruct, DistinguishedName, RootCertStore, ServerConfig,
     SignatureScheme,
@@ -20,7 +19,10 @@ use tokio_rustls::rustls::{
 
 use webpki::{EndEntityCert, KeyUsage};
 
-use super::{Identity, Role, TlsConfig, TlsError};
+use super::{
+    Identity, Role, TlsConfig, TlsError,
+    files::{Contents, Followed},
+};
 
 /// Whose files they are.
 #[derive(Debug, Clone)]
@@ -34,16 +36,7 @@ pub(super) enum Owner {
 /// Kept fresh by [`Credentials::refresh`].
 pub(super) struct Credentials {
     config: TlsConfig,
-    owner: Owner,
-    current: RwLock<(Files, Arc<Held>)>,
-}
-
-/// What the files hold, to tell whether they have changed.
-#[derive(PartialEq, Eq)]
-struct Files {
-    ca: Vec<u8>,
-    cert: Vec<u8>,
-    key: Vec<u8>,
+    held: Followed<Held>,
 }
 
 /// What was read of them.
@@ -56,41 +49,23 @@ pub(super) struct Held {
 
 impl Credentials {
     pub(super) fn read(config: TlsConfig, owner: Owner) -> Result<Self, TlsError> {
-        let files = Files::read(&config)?;
-        let held = Arc::new(Held::new(&files, &config, &owner)?);
-        Ok(Self { config, owner, current: RwLock::new((files, held)) })
+        let (paths, of) = (config.files().map(|(key, path)| (key, path.clone())), config.clone());
+        let held = Followed::read(paths, move |contents| Held::new(contents, &of, &owner))?;
+        Ok(Self { config, held })
     }
 
     /// Reads the files again; whom they name, if they have changed. After an error those before stay in use. Blocks.
     pub(super) fn refresh(&self) -> Result<Option<String>, TlsError> {
-        let files = Files::read(&self.config)?;
-        if files == self.current.read().0 {
-            return Ok(None);
-        }
-        let held = Arc::new(Held::new(&files, &self.config, &self.owner)?);
-        let identity = held.own.as_ref().map(|(identity, _)| identity.to_string());
-        *self.current.write() = (files, held);
-        Ok(Some(identity.unwrap_or_default()))
+        let named = |held: Arc<Held>| held.own.as_ref().map_or_else(String::new, |(own, _)| own.to_string());
+        Ok(self.held.refresh()?.map(named))
     }
 
     pub(super) fn current(&self) -> Arc<Held> {
-        self.current.read().1.clone()
+        self.held.current()
     }
 
     pub(super) fn config(&self) -> &TlsConfig {
         &self.config
-    }
-}
-
-impl Files {
-    fn read(config: &TlsConfig) -> Result<Self, TlsError> {
-        let [ca, cert, key] = config.files().map(|(key, path)| {
-            if path.as_os_str().is_empty() {
-                return Ok(Vec::new());
-            }
-            std::fs::read(path).map_err(|source| TlsError::Read { key, path: path.clone(), source })
-        });
-        Ok(Self { ca: ca?, cert: cert?, key: key? })
     }
 }
 
@@ -127,13 +102,14 @@ pub(super) fn roots(key: &'static str, path: &Path, pem: &[u8]) -> Result<RootCe
 }
 
 impl Held {
-    fn new(files: &Files, config: &TlsConfig, owner: &Owner) -> Result<Self, TlsError> {
+    /// Of the contents of [`TlsConfig::files`].
+    fn new([ca, cert, key]: &Contents, config: &TlsConfig, owner: &Owner) -> Result<Self, TlsError> {
         let provider = Arc::new(ring::default_provider());
-        let roots = roots("tls.ca_file", &config.ca_file, &files.ca)?;
+        let roots = roots("tls.ca_file", &config.ca_file, ca)?;
         let own = match owner {
-            Owner::Operator { .. } if files.cert.is_empty() => None,
+            Owner::Operator { .. } if cert.is_empty() => None,
             Owner::Operator { .. } | Owner::Service(_) => {
-                Some(Self::own(files, config, owner, (&provider, &roots))?)
+                Some(Self::own((cert, key), config, owner, (&provider, &roots))?)
             }
         };
         let given = match owner {
@@ -152,13 +128,13 @@ impl Held {
     }
 
     fn own(
-        files: &Files,
+        (cert, key): (&[u8], &[u8]),
         config: &TlsConfig,
         owner: &Owner,
         (provider, roots): (&CryptoProvider, &RootCertStore),
     ) -> Result<(Identity, Arc<SingleCertAndKey>), TlsError> {
         let path = || config.cert_file.clone();
-        let chain = certificates("tls.cert_file", &config.cert_file, &files.cert)?;
+        let chain = certificates("tls.cert_file", &config.cert_file, cert)?;
         let identity =
             Identity::of(&chain[0]).map_err(|source| TlsError::Nameless { path: path(), source })?;
         if let Owner::Service(own) = owner
@@ -189,7 +165,7 @@ impl Held {
             };
             TlsError::Unbelievable { path: path(), ca: config.ca_file.clone(), why }
         })?;
-        let key = PrivateKeyDer::from_pem_slice(&files.key)
+        let key = PrivateKeyDer::from_pem_slice(key)
             .map_err(|error| content("tls.key_file", &config.key_file, format!("holds no key: {error}")))?;
         let of = |source| TlsError::Key { path: config.key_file.clone(), cert: path(), source };
         let certified = CertifiedKey::from_der(chain, key, provider).map_err(of)?;

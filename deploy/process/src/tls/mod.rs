@@ -14,6 +14,7 @@ mod credentials;
 mod dial;
 mod door;
 mod error;
+mod files;
 mod handshake;
 mod https;
 mod identity;

@@ -76,6 +76,7 @@ impl Port {
             shutdown: shutdown.clone(),
             drain: Duration::ZERO,
             keep_alive: grpc::KeepAlive::default(),
+            connections: grpc::CONNECTIONS,
         };
         tokio::spawn(grpc::serve(listener, Routes::default(), options));
         Self { address, tls, shutdown }

@@ -1,11 +1,13 @@
 //! Where a model's files may lie: whatever a path or the links on it say, nothing is read from elsewhere.
 
 use std::{
-    fs::{self, File},
+    fs::{self, File, OpenOptions},
     io::{self, Read as _},
-    os::fd::AsRawFd as _,
+    os::{fd::AsRawFd as _, unix::fs::OpenOptionsExt as _},
     path::{Path, PathBuf},
 };
+
+use rustix::fs::OFlags;
 
 use crate::CheckpointError;
 
@@ -42,7 +44,12 @@ impl ModelRoot {
     /// change in between.
     pub(crate) fn open(&self, path: &Path) -> Result<File, CheckpointError> {
         let io = |source| CheckpointError::Io { path: path.to_owned(), source };
-        let file = File::open(path).map_err(io)?;
+        // To open a pipe otherwise waits for somebody who writes.
+        let flags = OFlags::NONBLOCK.bits().cast_signed();
+        let file = OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(io)?;
+        if !file.metadata().map_err(io)?.is_file() {
+            return Err(io(io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file")));
+        }
         let Some(root) = &self.0 else { return Ok(file) };
         let lies_at = fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).map_err(io)?;
         if lies_at.starts_with(root) {
@@ -130,6 +137,15 @@ mod tests {
             }
         }
         assert!(ModelRoot::anywhere().read(&at("models/m/outward")).is_ok());
+        let made =
+            std::process::Command::new("mkfifo").arg(at("models/pipe")).status().expect("mkfifo starts");
+        assert!(made.success());
+        for (root, other) in [("models", "models/pipe"), ("models", "models/m"), ("", "models/pipe")] {
+            let root =
+                if root.is_empty() { ModelRoot::anywhere() } else { ModelRoot::at(&at(root)).expect("one") };
+            let error = root.read(&at(other)).expect_err("it is no file").to_string();
+            assert!(error.contains("not a regular file"), "{error}");
+        }
         assert!(ModelRoot::at(&at("models/m/a")).is_err(), "a file is no root");
         let text = ModelRoot::at(&at("models")).expect("a directory").read(&at("models/m/outward"));
         let text = text.expect_err("it lies elsewhere").to_string();

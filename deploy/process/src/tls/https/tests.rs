@@ -169,8 +169,8 @@ fn what_is_wrong_with_files_names_the_key_and_the_file() {
     fs::write(&good.client_ca_file, &ours.pem).expect("a file");
     fs::write(path("other"), ours.sign(here(), |_| {}).1).expect("a file");
     fs::write(path("empty"), "").expect("a file");
-    Followed::read(good.clone()).expect("good files");
-    let why = |config: HttpsConfig| Followed::read(config).err().expect("is wrong").to_string();
+    read(&good).expect("good files");
+    let why = |config: HttpsConfig| read(&config).err().expect("is wrong").to_string();
     let none = why(HttpsConfig { cert_file: path("none"), ..good.clone() });
     assert!(none.starts_with("https.cert_file: ") && none.contains("none cannot be read"), "{none}");
     let other = why(HttpsConfig { key_file: path("other"), ..good.clone() });
