@@ -102,7 +102,7 @@ pub fn plan<'a>(policy: Policy, candidates: &[Candidate<'a>]) -> BTreeMap<&'a In
         for Candidate { spec, .. } in party.iter().filter(|_| versions.len() > 1) {
             let Some(decision) = decisions.get_mut(&spec.id) else { continue };
             decision.reason +=
-                &format!("; counted are those that speak version {version} of the handoff protocol");
+                &format!("; its build is planned apart, with version {version} of the handoff protocol");
         }
     }
     decisions
@@ -172,7 +172,7 @@ fn different_setup(reference: &InstanceSpec, other: &InstanceSpec) -> Option<Str
 
 fn divide<'a>(policy: Policy, party: &[Candidate<'a>], decisions: &mut BTreeMap<&'a InstanceId, Decision>) {
     if let [alone] = party {
-        let mut reason = "nobody to hand caches to: serves both phases".to_owned();
+        let mut reason = "alone: serves both phases".to_owned();
         if let Some((role @ (Role::Prefill | Role::Decode), by)) = alone.pin {
             reason += &format!("; pinned to {} by {by}, once there is another", role.name());
         }

@@ -145,7 +145,7 @@ async fn builds_that_do_not_understand_each_other_serve_side_by_side() {
     fleet.server("delta");
     fleet.has_roles(&["decode", "decode", "prefill", "prefill"]).await;
     let said = reason(&fleet, "gamma").await;
-    assert!(said.ends_with("counted are those that speak version 2 of the handoff protocol"), "{said}");
+    assert!(said.ends_with("its build is planned apart, with version 2 of the handoff protocol"), "{said}");
     let both = eventually("handoffs of both builds", || async {
         let pairs = handoffs(&fleet).await;
         (pairs.len() >= 2).then_some(pairs)

@@ -2,8 +2,8 @@
 //!
 //! Builds that follow each other have to work together while a deployment moves from one to the next. So each speaks a range
 //! of versions, says so, and the newest that both speak is used. A version is given up one build after it was replaced, not
-//! with it. Of more than two builds some may speak with some only: [`Protocols::meeting_points`] says who with whom, [`Protocols::parties`] who
-//! had best keep to whom.
+//! with it. Of more than two builds some may speak with some only: [`Protocols::meeting_points`] says who with whom,
+//! [`Protocols::parties`] who had best keep to whom.
 
 use std::fmt;
 

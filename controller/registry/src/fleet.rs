@@ -82,7 +82,7 @@ pub struct FleetSnapshot {
     pub revision: Revision,
     pub leader: Option<Leader>,
     pub instances: BTreeMap<InstanceId, Arc<FleetInstance>>,
-    /// Since when the store has been out of reach, so that this is only the last view; none = this is current.
+    /// Since when the store has been out of reach, or in a format that this build does not know, so that this is only the last view; none = this is current.
     pub stale_since: Option<Instant>,
 }
 
@@ -135,18 +135,19 @@ struct Follower {
 impl Follower {
     async fn run(mut self) {
         let mut wait = self.config.retry_min;
-        let mut foreign = String::new();
+        let mut told = String::new();
         loop {
             let error = match self.follow().await {
                 Followed::Compacted => {
                     self.view.forget_revision();
                     continue;
                 }
-                Followed::Foreign(why) => {
+                Followed::Foreign { current, why } => {
                     self.view.forget_revision();
-                    if foreign != why {
+                    if current || told != why {
+                        wait = self.config.retry_min;
                         warn!(why, "the fleet view stays as it is, as the state is none for this build");
-                        foreign.clone_from(&why);
+                        told.clone_from(&why);
                     }
                     why
                 }
@@ -174,7 +175,7 @@ impl Follower {
                 info!(%revision, "the state store has compacted what the fleet view missed: listing again");
                 Followed::Compacted
             }
-            Err(FollowError::Foreign(why)) => Followed::Foreign(why),
+            Err(FollowError::Foreign(why)) => Followed::Foreign { current, why },
             Err(FollowError::Watch(WatchError::Broken(error))) => Followed::Broken { current, error },
             Err(FollowError::Store(error)) => Followed::Broken { current, error: error.to_string() },
         }
@@ -241,9 +242,12 @@ fn understood(found: Found) -> Result<(), FollowError> {
 
 enum Followed {
     Compacted,
-    /// The state is of a format that this build does not know.
-    Foreign(String),
-    /// `current`: whether the view had become current before.
+    /// The state is of a format that this build does not know. `current`: whether the view had become current before.
+    Foreign {
+        current: bool,
+        why: String,
+    },
+    /// The same.
     Broken {
         current: bool,
         error: String,

@@ -24,6 +24,14 @@ impl StateFormats {
     pub const OURS: Self = Self { reads: Protocols::FIRST, writes: 1 };
 }
 
+/// Why this build cannot go by what is in the store; `None`: it can.
+///
+/// # Errors
+/// If the store cannot be read.
+pub async fn foreign(store: &dyn Store) -> Result<Option<String>, StoreError> {
+    Ok(Found::read(store).await?.refusal(StateFormats::OURS))
+}
+
 /// What the store says of its format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Found {

@@ -24,7 +24,7 @@ pub mod testing;
 
 pub use election::{Candidacy, Candidate, Fenced, Leadership, Term};
 pub use fleet::{FleetInstance, FleetSnapshot, FleetWatch, FleetWatchConfig, Leader};
-pub use format::StateFormats;
+pub use format::{StateFormats, foreign};
 pub use records::{DesiredRole, HealthRecord, LeaderRecord, ObservedStatus, RecordError, Standing};
 pub use store::{
     Compare, Event, KeyRange, KeyValue, Lease, LeaseId, Listing, Operation, Revision, Store, StoreError, Txn,

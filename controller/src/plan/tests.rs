@@ -254,7 +254,10 @@ fn what_is_planned_apart_says_so() {
         .collect();
     let decisions = plan(Policy::Ratio(ratio(1, 1)), &candidates);
     let reason = &decisions[&specs[1].0.id].reason;
-    assert!(reason.ends_with("; counted are those that speak version 2 of the handoff protocol"), "{reason}");
+    assert!(
+        reason.ends_with("; its build is planned apart, with version 2 of the handoff protocol"),
+        "{reason}"
+    );
 }
 
 #[test]

@@ -81,7 +81,7 @@ pub(crate) struct Findings {
     /// The latest epoch that each instance was told by who led.
     told: BTreeMap<String, RoleEpoch>,
     /// Since when each group is served, by layout.
-    served: BTreeMap<Party, u64>,
+    served: BTreeMap<Circle, u64>,
 }
 
 impl Findings {
@@ -191,19 +191,19 @@ impl Findings {
         }
     }
 
-    /// What each group's instances do now, by party: those that are ready, and those with what others on their way from
+    /// What each group's instances do now, by circle: those that are ready, and those with what others on their way from
     /// one role to another have in both. `moved`: what changed it is that an instance of this group leaves its role,
     /// and nothing has happened to any instance.
     pub(crate) fn serving(
         &mut self,
-        ready: &Parties,
-        on_their_way: &Parties,
+        ready: &Circles,
+        on_their_way: &Circles,
         moved: Option<usize>,
         now: u64,
     ) {
-        let served = |parties: &Parties, party: &Party| parties.get(party) == Some(&(true, true));
+        let served = |circles: &Circles, circle: &Circle| circles.get(circle) == Some(&(true, true));
         if let Some(moved) = moved {
-            let of_group = |party: &&Party| party.0 == moved;
+            let of_group = |circle: &&Circle| circle.0 == moved;
             // Nobody can know yet what has just begun.
             let was = self.served.iter().any(|(party, since)| of_group(&party) && now > since + KNOWN_AFTER);
             let is = on_their_way.keys().filter(of_group).any(|party| served(on_their_way, party));
@@ -219,9 +219,9 @@ impl Findings {
 }
 
 /// Who understand each other: a group, a layout of it, and a version of the handoff protocol, of which one may speak several.
-pub(crate) type Party = (usize, u8, u32);
+pub(crate) type Circle = (usize, u8, u32);
 /// What they do of prefill and decode.
-pub(crate) type Parties = BTreeMap<Party, (bool, bool)>;
+pub(crate) type Circles = BTreeMap<Circle, (bool, bool)>;
 
 /// By then a leader knows what its instances do, if it hears them at all, and what it decided before that is told.
 const KNOWN_AFTER: u64 = 6_000;

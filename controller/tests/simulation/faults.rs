@@ -4,7 +4,7 @@ use baton_proto::{Phase, Role, RoleEpoch};
 use rand::{RngExt, rngs::StdRng};
 
 use crate::{
-    checks::Parties,
+    checks::Circles,
     controller::Said,
     instance::{Heard, Process},
     store::millis,
@@ -266,7 +266,7 @@ impl World {
 
     /// Of the same instance: at the same address, or elsewhere.
     pub(crate) fn start_again(&mut self, pid: u64, after: u64) {
-        // Perhaps of another build, which does not understand the caches of the one before.
+        // Perhaps of another build, which may not understand the caches of the one before.
         let (name, mut build) = (self.process(pid).name, self.process(pid).build);
         if self.random.random_bool(0.25) {
             build = if self.random.random_bool(0.5) {
@@ -338,15 +338,15 @@ impl World {
 
     /// What every party of every group serves; `moved`: an instance that has begun to leave its role.
     pub(crate) fn check_service(&mut self, moved: Option<u64>) {
-        let (mut ready, mut on_their_way) = (Parties::new(), Parties::new());
+        let (mut ready, mut on_their_way) = (Circles::new(), Circles::new());
         let group = |process: &Process| process.name % self.weather.groups;
         for process in self.processes.values() {
             let (serves, arrived) = (process.serves(), process.phase == Phase::Ready);
             let protocols = process.protocols();
             for version in protocols.oldest()..=protocols.newest() {
-                for (parties, counts) in [(&mut ready, arrived), (&mut on_their_way, true)] {
-                    let party = (group(process), process.build & 1, version);
-                    let all = parties.entry(party).or_default();
+                for (circles, counts) in [(&mut ready, arrived), (&mut on_their_way, true)] {
+                    let circle = (group(process), process.build & 1, version);
+                    let all = circles.entry(circle).or_default();
                     *all = (all.0 || serves.0 && counts, all.1 || serves.1 && counts);
                 }
             }

@@ -1,6 +1,6 @@
 //! The choice itself: one walk over the rows of a model, then a look at the pairs of the best.
 
-use std::cmp::Ordering;
+use std::{cmp::Ordering, collections::HashSet};
 
 use baton_proto::{InstanceId, attention_pairs};
 use tokio::time::Instant;
@@ -165,6 +165,14 @@ impl Way<'_> {
         }
     }
 
+    /// Of whom it leads to; one instance alone twice.
+    fn numbers(&self) -> [u32; 2] {
+        match self {
+            Self::Alone(alone) => [alone.row.number; 2],
+            Self::Apart(prefill, decode, _) => [prefill.row.number, decode.row.number],
+        }
+    }
+
     fn turn(&self) -> [(u64, u64); 2] {
         match self {
             Self::Alone(alone) => [alone.turn; 2],
@@ -186,8 +194,11 @@ pub(crate) fn choose(
     let mut found = walk(model, ask, settings, now);
     // One token is prefill's work alone: nothing is reserved, or handed over.
     if ask.wanted.max_tokens == 1 && ask.wanted.among.handed_on_by().is_none() {
-        for halves in &found.classes {
-            halves.prefill.held.iter().for_each(|prefill| found.whole.offer(*prefill));
+        for prefill in found.classes.iter().flat_map(|halves| &halves.prefill.held) {
+            let is = |held: &Candidate<'_>| held.row.number == prefill.row.number;
+            if !found.whole.held.iter().any(is) {
+                found.whole.offer(*prefill);
+            }
         }
     }
     let Some(way) = chosen(view, &found, ask, settings, now) else {
@@ -317,6 +328,11 @@ fn chosen<'a>(
             }
         }
     }
+    if found.classes.len() > 1 {
+        // Who is of several classes has been found in each.
+        let mut seen = HashSet::new();
+        ways.retain(|way| seen.insert(way.numbers()));
+    }
     let rank = |way: &Way<'_>| way.rank(settings.policy);
     let best = ways.iter().min_by(|a, b| rank(a).total_cmp(&rank(b)).then(a.turn().cmp(&b.turn())))?;
     if settings.temperature == 0.0 || settings.policy != Policy::Predicted {
@@ -347,6 +363,7 @@ fn receipt(found: &Found<'_>, way: &Way<'_>, ask: &Ask<'_>, settings: &Settings)
         [wholes, of(Side::Prefill).copied().collect::<Vec<_>>(), of(Side::Decode).copied().collect()]
     {
         alike.sort_by(Candidate::order);
+        alike.dedup_by_key(|candidate| candidate.row.number);
         shown.extend(alike.into_iter().take(RECEIPT_MOST));
     }
     let taken = match way {
@@ -378,10 +395,15 @@ fn nobody(view: &View, ask: &Ask<'_>, now: Instant) -> NoPlace {
 /// Why nobody takes the request. It is too large only if none of those that are not ready just now might hold it.
 fn lack(found: &Found<'_>, model: &Model, ask: &Ask<'_>) -> NoPlace {
     let small = |halves: &Halves<'_>| halves.prefill.too_small || halves.decode.too_small;
-    if found.classes.iter().any(|halves| halves.prefill.first().is_some() && halves.decode.is_vacant()) {
+    // In all of its classes nobody is there for the other half.
+    let lacks = |candidate: &Candidate<'_>, other: for<'h> fn(&'h Halves<'_>) -> &'h Best<'h>| {
+        found.classes[candidate.row.classes.clone()].iter().all(|halves| other(halves).is_vacant())
+    };
+    let mut prefills = found.classes.iter().flat_map(|halves| &halves.prefill.held);
+    let mut decodes = found.classes.iter().flat_map(|halves| &halves.decode.held);
+    if prefills.any(|prefill| lacks(prefill, |halves| &halves.decode)) {
         NoPlace::NoDecode
-    } else if found.classes.iter().any(|halves| halves.decode.first().is_some() && halves.prefill.is_vacant())
-    {
+    } else if decodes.any(|decode| lacks(decode, |halves| &halves.prefill)) {
         NoPlace::NoPrefill
     } else if found.ready == model.rows.len() && (found.whole.too_small || found.classes.iter().any(small)) {
         NoPlace::TooLarge(ask.prompt_tokens())

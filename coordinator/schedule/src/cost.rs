@@ -90,7 +90,9 @@ impl Pricing<'_> {
             .prefill_micros(tokens as f64, attention_pairs(tokens, self.ask.prompt_tokens().into()) as f64);
         let wait = row.queue_micros / self.share(row);
         let classes = self.classes.get(row.classes.clone()).unwrap_or_default();
-        let waiting = classes.iter().map(|class| class.waiting(WAITING_MOST)).fold(0.0, f64::max);
+        // Of those that it is of, the one with the most to prefill says the most.
+        let widest = classes.iter().max_by_key(|class| class.prefills());
+        let waiting = widest.map_or(0.0, |class| class.waiting(WAITING_MOST));
         let ttft_micros = row.queue_micros + own;
         let late = (ttft_micros - self.settings.targets.ttft_micros(self.ask.prompt_tokens())).max(0.0);
         let micros = wait + (1.0 + waiting + batch) * own + LATE * late;

@@ -181,6 +181,34 @@ fn builds_are_paired_as_far_as_they_understand_each_other() {
 }
 
 #[test]
+fn who_is_of_several_classes_is_one_candidate() {
+    let speaks =
+        |id: &str, oldest, newest| Spec { handoff_protocols: Protocols::between(oldest, newest), ..spec(id) };
+    let fleet = |load: Load| {
+        fleet_of(vec![
+            (speaks("p", 1, 3), Role::Prefill, load),
+            (speaks("d", 1, 3), Role::Decode, load),
+            (speaks("old", 1, 1), Role::Decode, load),
+            (speaks("mid", 1, 2), Role::Decode, load),
+        ])
+    };
+    let (_, receipt) = placed(&fleet(Load::default()), &Ledger::default(), &ask(10)).expect("a place");
+    let mut shown: Vec<_> =
+        receipt.cheapest.iter().map(|scored| (scored.instance.to_string(), scored.side)).collect();
+    let all = shown.len();
+    shown.sort_by_key(|(name, side)| (name.clone(), format!("{side:?}")));
+    shown.dedup();
+    assert_eq!(shown.len(), all, "{shown:?}");
+    // Nobody lacks a partner; both are too small.
+    let small = Load { kv_blocks_total: 2, kv_blocks_free: 2, ..Load::default() };
+    let two = fleet_of(vec![
+        (speaks("p", 1, 1), Role::Prefill, small),
+        (speaks("d", 1, 2), Role::Decode, Load::default()),
+    ]);
+    assert_eq!(chosen(&two, &Ledger::default(), &ask(32)), Err(NoPlace::TooLarge(32)));
+}
+
+#[test]
 fn only_the_model_that_the_prompt_was_tokenised_for_is_given_it() {
     let none = Ledger::default();
     // Two directories of the same name, say.

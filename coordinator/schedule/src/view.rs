@@ -112,6 +112,11 @@ impl Class {
         (&self.group, &self.layout, self.version)
     }
 
+    /// How many of it prefill.
+    pub fn prefills(&self) -> usize {
+        self.prefills
+    }
+
     fn count(&mut self, row: &Row) {
         self.prefills += usize::from(row.is_prefill());
         self.computing += usize::from(row.is_busy());
@@ -285,7 +290,7 @@ impl Row {
 }
 
 impl Model {
-    /// Of these instances, without one of them. Classes that there were before are as busy as they were.
+    /// With the classes of these instances, and no row yet. Classes that there were before are as busy as they were.
     fn of<'a>(
         revision: &str,
         instances: impl Iterator<Item = &'a Spec>,

@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use baton_proto::{API_KEYS_MOST, ApiKey, ApiKeyName};
 use baton_registry::{
-    Event, KeyRange, Store, StoreError, WatchError,
+    Event, KeyRange, Store, StoreError, WatchError, foreign,
     keys::{self as layout, Key},
     records,
 };
@@ -25,6 +25,8 @@ enum Lost {
     Store(#[from] StoreError),
     #[error(transparent)]
     Watch(#[from] WatchError),
+    #[error("{0}")]
+    Foreign(String),
 }
 
 /// Keeps up with the store, for as long as this is polled.
@@ -51,6 +53,7 @@ async fn follow_once(
     keys: &Keys,
     current: &mut bool,
 ) -> Result<std::convert::Infallible, Lost> {
+    understood(store).await?;
     let range = KeyRange::prefix(layout::API_KEYS);
     let listing = store.range(range.clone()).await?;
     let mut watch = store.watch(range, Some(listing.revision.next())).await?;
@@ -64,6 +67,7 @@ async fn follow_once(
         while events.is_empty() {
             events = watch.next().await?.events;
         }
+        understood(store).await?;
         for event in events {
             match event {
                 Event::Put(item) => put(&mut known, &item.key, &item.value),
@@ -75,6 +79,11 @@ async fn follow_once(
             }
         }
     }
+}
+
+/// Records in a format that this build does not know change nothing.
+async fn understood(store: &dyn Store) -> Result<(), Lost> {
+    foreign(store).await?.map_or(Ok(()), |why| Err(Lost::Foreign(why)))
 }
 
 fn put(known: &mut BTreeMap<ApiKeyName, ApiKey>, key: &str, value: &[u8]) {

@@ -4,7 +4,14 @@
 //! own balancing does not. A client whose call failed is made anew, with the credentials that there are by then. A broken
 //! watch is the reader's to resume.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use etcd_client::{
@@ -121,7 +128,16 @@ pub struct EtcdStore {
 struct Member {
     endpoint: String,
     config: Arc<EtcdConfig>,
-    client: Mutex<Option<Client>>,
+    made: Mutex<Option<Made>>,
+    /// How many have been made.
+    count: AtomicU64,
+}
+
+/// A client, and the how manieth of its member it is.
+#[derive(Clone)]
+struct Made {
+    client: Client,
+    number: u64,
 }
 
 impl EtcdStore {
@@ -133,7 +149,8 @@ impl EtcdStore {
         let shared = Arc::new(config.clone());
         let member = |endpoint: &String| {
             let config = shared.clone();
-            (endpoint.clone(), Member { endpoint: endpoint.clone(), config, client: Mutex::new(None) })
+            let (made, count) = (Mutex::default(), AtomicU64::default());
+            (endpoint.clone(), Member { endpoint: endpoint.clone(), config, made, count })
         };
         Ok(Self { members: Failover::new(config.endpoints.iter().map(member).collect(), config.timeout) })
     }
@@ -163,12 +180,12 @@ impl EtcdStore {
         let call = &call;
         self.members
             .call(repeat, |member| async move {
-                let (client, is_new) = member.client().await?;
+                let (Made { client, number }, is_new) = member.client().await?;
                 call(client).await.map_err(|error| {
                     let outdated = !is_new && is_about_credentials(&error);
                     let failure = failure_of(error, lease);
                     if outdated || !matches!(failure, Failure::Final(_)) {
-                        member.client.lock().take();
+                        member.forget(number);
                     }
                     match failure {
                         // Who calls is looked at before what is called for.
@@ -183,9 +200,9 @@ impl EtcdStore {
 
 impl Member {
     /// And whether it is made with the credentials that there are now.
-    async fn client(&self) -> Result<(Client, bool), Failure> {
-        if let Some(client) = self.client.lock().clone() {
-            return Ok((client, false));
+    async fn client(&self) -> Result<(Made, bool), Failure> {
+        if let Some(made) = self.made.lock().clone() {
+            return Ok((made, false));
         }
         let options = self.config.options().map_err(Failure::NotDone)?;
         // With a user, this asks etcd for a token: nothing of the call itself has been sent yet.
@@ -198,15 +215,23 @@ impl Member {
                 });
             }
         };
-        *self.client.lock() = Some(client.clone());
-        Ok((client, true))
+        let made = Made { client, number: self.count.fetch_add(1, Ordering::Relaxed) };
+        *self.made.lock() = Some(made.clone());
+        Ok((made, true))
+    }
+
+    /// Unless another has been made since.
+    fn forget(&self, number: u64) {
+        self.made.lock().take_if(|made| made.number == number);
     }
 }
 
 /// Whether etcd takes this side for nobody that it knows: its password may have been changed since the client was made.
 fn is_about_credentials(error: &etcd_client::Error) -> bool {
     let etcd_client::Error::GRpcStatus(status) = error else { return false };
-    status.code() == Code::Unauthenticated || status.message().contains("authentication failed")
+    // The last two: something about users has changed since it was given its token.
+    let told = ["authentication failed", "revision of auth store is old", "revision in header is old"];
+    status.code() == Code::Unauthenticated || told.iter().any(|told| status.message().contains(told))
 }
 
 fn failure_of(error: etcd_client::Error, lease: Option<LeaseId>) -> Failure {

@@ -37,7 +37,12 @@ pub(super) struct Arrivals<I> {
 
 impl<I> Arrivals<I> {
     pub(super) fn new(incoming: I, most: usize, begins_within: Duration) -> Self {
-        Self { incoming, places: Arc::new(Semaphore::new(most)), begins_within, told: None }
+        Self {
+            incoming,
+            places: Arc::new(Semaphore::new(most.min(Semaphore::MAX_PERMITS))),
+            begins_within,
+            told: None,
+        }
     }
 
     fn tell(&mut self) {
