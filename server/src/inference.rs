@@ -231,7 +231,7 @@ impl Reader {
     }
 
     fn sequence(&self, id: SequenceId, leg: Leg, permit: TaskTrackerToken) -> NewSequence {
-        let span = tracing::info_span!("leg", request = %leg.request, work = leg.work.name());
+        let span = tracing::info_span!("leg", request_id = %leg.request, work = leg.work.name());
         if let Ok(traceparent) = leg.traceparent.parse() {
             let headers =
                 http::HeaderMap::from_iter([(http::HeaderName::from_static("traceparent"), traceparent)]);

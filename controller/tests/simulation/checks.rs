@@ -312,7 +312,9 @@ pub(crate) fn converged(world: &World) -> Result<(), String> {
 
 /// Whether every group has the roles that its policy wants.
 fn divided<'a>(world: &World, members: impl Iterator<Item = &'a Member>) -> Result<(), String> {
-    let mut groups: BTreeMap<&str, BTreeMap<&str, Vec<(Protocols, Role)>>> = BTreeMap::new();
+    /// What instances speak, and are to be.
+    type Members = Vec<(Protocols, Role)>;
+    let mut groups: BTreeMap<&str, BTreeMap<&str, Members>> = BTreeMap::new();
     for member in members {
         let layouts = groups.entry(member.spec.group.as_str()).or_default();
         let role = member.desired.as_ref().map_or(Role::None, |desired| desired.role);
@@ -320,7 +322,7 @@ fn divided<'a>(world: &World, members: impl Iterator<Item = &'a Member>) -> Resu
         alike.push((member.spec.handoff_protocols, role));
     }
     for (group, layouts) in groups {
-        let serves = |alike: &&Vec<(Protocols, Role)>| alike.iter().any(|(_, role)| *role != Role::None);
+        let serves = |alike: &&Members| alike.iter().any(|(_, role)| *role != Role::None);
         let mut serving = layouts.values().filter(serves);
         let (Some(alike), None) = (serving.next(), serving.next()) else {
             return Err(format!("{group} has the layouts {layouts:?}"));

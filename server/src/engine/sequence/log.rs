@@ -35,7 +35,7 @@ impl Sequence {
     pub(in crate::engine) fn log(&self, stage: Stage, at: Instant) {
         let _entered = self.span.enter();
         let micros_ago = at.elapsed().as_micros() as u64;
-        tracing::debug!(request = %self.request, stage = stage.name(), micros_ago, "leg goes on");
+        tracing::debug!(request_id = %self.request, stage = stage.name(), micros_ago, "leg goes on");
     }
 
     /// Says in the log how the leg ended.
@@ -43,14 +43,14 @@ impl Sequence {
         let _entered = self.span.enter();
         match end {
             LegEnd::Finished { reason, completion_tokens, .. } => {
-                tracing::debug!(request = %self.request, ?reason, completion_tokens, "leg finished");
+                tracing::debug!(request_id = %self.request, ?reason, completion_tokens, "leg finished");
             }
             // The other side needs it no more: a completion of one token, say, leaves nothing to decode.
             LegEnd::Failed(error) if matches!(error.code, ErrorCode::Cancelled | ErrorCode::NotNeeded) => {
-                tracing::debug!(request = %self.request, %error, "leg cancelled");
+                tracing::debug!(request_id = %self.request, %error, "leg cancelled");
             }
             LegEnd::Failed(error) => {
-                tracing::warn!(request = %self.request, code = error.code.name(), %error, "leg failed");
+                tracing::warn!(request_id = %self.request, code = error.code.name(), %error, "leg failed");
             }
         }
     }
