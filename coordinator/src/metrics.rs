@@ -1,6 +1,6 @@
 //! What a coordinator counts. Registered once at start, held by whoever counts.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use baton_proto::Band;
 use prometheus_client::{
@@ -94,6 +94,8 @@ pub struct Metrics {
     pub open_breakers: Gauge,
     /// Requests that were not placed again though it might have helped.
     pub not_placed_again: Family<ModelLabel, Counter>,
+    /// For how long the list of instances has not been the store's.
+    fleet_stale: Gauge,
     /// Blocks that the prefix index remembers.
     cached_blocks: Gauge,
     /// What instances say of their caches: `snapshot`, `change`.
@@ -180,6 +182,7 @@ impl Metrics {
             breaker_openings: Counter::default(),
             open_breakers: Gauge::default(),
             not_placed_again: Family::default(),
+            fleet_stale: Gauge::default(),
             cached_blocks: Gauge::default(),
             cache_events: Family::default(),
             cache_gaps: Family::default(),
@@ -241,6 +244,11 @@ impl Metrics {
             request_generation_tokens: by_model.request_generation_tokens.get_or_create_owned(&label),
             label,
         }
+    }
+
+    /// For so long the list of instances has not been the store's; zero: it is.
+    pub fn show_fleet_stale(&self, stale: Duration) {
+        self.fleet_stale.set(i64::try_from(stale.as_secs()).unwrap_or(i64::MAX));
     }
 
     /// So many blocks the prefix index remembers now.
@@ -360,6 +368,11 @@ impl Metrics {
     }
 
     fn show_caches(&self, registry: &mut Registry) {
+        registry.register(
+            "fleet_stale_seconds",
+            "For how long the list of instances has been the last that was read, as the state store cannot be; 0: it is current",
+            self.fleet_stale.clone(),
+        );
         registry.register(
             "cached_blocks",
             "KV blocks that instances are known to have, each counted once",

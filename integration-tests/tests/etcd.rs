@@ -41,6 +41,12 @@ fn sorted_without(epochs: &[(String, u64)], name: &str) -> Vec<(String, u64)> {
     epochs.iter().filter(|(id, _)| !id.contains(name)).cloned().collect()
 }
 
+/// For how long the coordinator has gone on with what it knew.
+async fn stale_seconds(fleet: &Fleet) -> Option<f64> {
+    let metrics = reqwest::get(format!("{}/metrics", fleet.url())).await.ok()?.text().await.ok()?;
+    baton_integration_tests::metrics::sum(&metrics, "baton_coordinator_fleet_stale_seconds", "")
+}
+
 #[tokio::test]
 async fn one_member_may_freeze_or_die_and_two_stop_changes_only() {
     let mut members = EtcdServer::start_cluster(3).await;
@@ -78,11 +84,19 @@ async fn one_member_may_freeze_or_die_and_two_stop_changes_only() {
     fleet.answers().await;
     fleet.server("epsilon");
     fleet.says(&["the state store cannot be reached"]).await;
+    eventually("a view of the fleet that is stale", || async {
+        stale_seconds(&fleet).await.filter(|seconds| *seconds > 0.0)
+    })
+    .await;
     fleet.answers().await;
 
     for member in [first, second] {
         members[member].restart().await;
     }
+    eventually("one that is current", || async {
+        stale_seconds(&fleet).await.filter(|seconds| *seconds == 0.0)
+    })
+    .await;
     fleet.has_roles(&["decode", "decode", "decode", "prefill", "prefill"]).await;
     let epochs = sorted_epochs(&fleet.roles().await.expect("a leader"));
     let kept = epochs.iter().filter(|entry| after.contains(entry)).count();

@@ -6,6 +6,7 @@
 use std::{
     collections::HashMap,
     sync::{Arc, atomic::AtomicU64},
+    time::Duration,
 };
 
 use baton_process::tls::Dial;
@@ -124,6 +125,8 @@ impl Keeper {
                         tokio::task::yield_now().await;
                     }
                     self.metrics.show_cached_blocks(self.board.caches.blocks());
+                    let stale_since = self.listed.borrow().stale_since;
+                    self.metrics.show_fleet_stale(stale_since.map_or(Duration::ZERO, |since| since.elapsed()));
                 }
             }
         }
