@@ -245,7 +245,7 @@ struct Line<'a> {
     #[serde(borrow)]
     timestamp: Cow<'a, str>,
     #[serde(borrow, default)]
-    request: Cow<'a, str>,
+    request_id: Cow<'a, str>,
     #[serde(borrow, default)]
     stage: Cow<'a, str>,
     /// How long before the line it was.
@@ -307,7 +307,7 @@ fn bare(transport: &str, bytes: u64) -> io::Result<f64> {
 /// When a request was so far: milliseconds of the day.
 fn reached(log: &str, request: &str, stage: &str) -> Option<f64> {
     let lines = log.lines().filter_map(|line| serde_json::from_str::<Line<'_>>(line).ok());
-    let mut of_it = lines.filter(|line| line.request == request && line.stage == stage);
+    let mut of_it = lines.filter(|line| line.request_id == request && line.stage == stage);
     of_it.next().and_then(|line| Some(time_of_day(&line.timestamp)? - line.micros_ago as f64 / 1e3))
 }
 
@@ -378,8 +378,8 @@ mod tests {
     fn a_stage_is_found_in_the_log_and_midnight_is_passed() {
         let log = [
             "not JSON",
-            r#"{"timestamp":"2026-01-31T23:59:59.999500Z","request":"r-1","stage":"last_layer"}"#,
-            r#"{"timestamp":"2026-02-01T00:00:00.001900Z","request":"r-1","stage":"first_token","micros_ago":400}"#,
+            r#"{"timestamp":"2026-01-31T23:59:59.999500Z","request_id":"r-1","stage":"last_layer"}"#,
+            r#"{"timestamp":"2026-02-01T00:00:00.001900Z","request_id":"r-1","stage":"first_token","micros_ago":400}"#,
         ]
         .join("\n");
         let at = |request, stage| reached(&log, request, stage);
