@@ -54,7 +54,7 @@ pub(super) fn changes(answer: &PlanResponse, named: Option<&str>) -> String {
         };
         let moved: Vec<String> = group.instances.iter().filter(moves).map(line).collect();
         if !group.waits.is_empty() {
-            lines.push(visible(&format!("group {}: not decided yet: {}", group.group, group.waits)));
+            lines.push(format!("group {}: not decided yet: {}", group.group, group.waits));
         } else if moved.is_empty() && named.is_none() {
             lines.push(format!("group {}: no instance changes its role{}", group.group, divided(group)));
         }
@@ -64,7 +64,7 @@ pub(super) fn changes(answer: &PlanResponse, named: Option<&str>) -> String {
     if let Some(named) = named.filter(|named| planned.clone().all(|plan| plan.instance_id != *named)) {
         lines.push(format!("{named}: is in no plan now; this holds for when it comes"));
     }
-    lines.join("\n")
+    lines.iter().map(|line| visible(line)).collect::<Vec<_>>().join("\n")
 }
 
 fn divided(group: &GroupPlan) -> String {
