@@ -151,6 +151,9 @@ mod tests {
         baton_fuzz::replay("frames", frames);
         baton_fuzz::replay("layouts", layouts);
         baton_fuzz::replay("node", node);
+        for length in 0..64 {
+            [frames, layouts, node].iter().for_each(|target| target(&vec![b'B'; length]));
+        }
     }
 
     /// Seeds that should make a plan do make one: the target looks at what it is meant to look at.

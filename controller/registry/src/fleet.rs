@@ -82,7 +82,8 @@ pub struct FleetSnapshot {
     pub revision: Revision,
     pub leader: Option<Leader>,
     pub instances: BTreeMap<InstanceId, Arc<FleetInstance>>,
-    /// Since when the store has been out of reach, or in a format that this build does not know, so that this is only the last view; none = this is current.
+    /// Since when the store has been out of reach, or in a format that this build does not know, so that this is only the last
+    /// view; none = this is current.
     pub stale_since: Option<Instant>,
 }
 
