@@ -328,7 +328,7 @@ impl Store for EtcdStore {
     async fn watch(&self, range: KeyRange, from: Option<Revision>) -> Result<Watch, StoreError> {
         let mut options = WatchOptions::new().with_progress_notify();
         if let Some(from) = from {
-            options = options.with_start_revision(signed(from.0));
+            options = options.with_start_revision(signed(watch::start(from).0));
         }
         let (key, options) = match range {
             KeyRange::Exact(key) => (key, options),
@@ -345,7 +345,7 @@ impl Store for EtcdStore {
                 Ok((first, stream))
             })
             .await?;
-        Ok(Watch::new(watch::batches(&first, stream)))
+        Ok(Watch::new(watch::batches(&first, stream, from)))
     }
 
     async fn grant_lease(&self, ttl: Duration) -> Result<Lease, StoreError> {

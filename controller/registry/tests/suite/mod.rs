@@ -29,6 +29,7 @@ pub(crate) async fn run(subject: &Subject) {
     watches_from_now_and_from_a_revision(store).await;
     watches_one_key(store).await;
     says_what_is_compacted(subject).await;
+    misses_no_deletion_that_was_compacted(subject).await;
     leases_end_their_keys(store).await;
     leases_are_renewed_revoked_and_left(store).await;
     increments_are_not_lost(subject).await;
@@ -211,6 +212,25 @@ async fn says_what_is_compacted(subject: &Subject) {
     assert_eq!(next(&mut watch).await.expect("batch").revision, newest);
     // The state itself is not history.
     assert_eq!(get(store, "/compact/a").await.as_deref(), Some("3"));
+}
+
+/// An etcd from before August 2024 forgets a deletion at the very revision that was compacted, and does not say so to who watches
+/// from there (etcd-io/etcd#18089).
+async fn misses_no_deletion_that_was_compacted(subject: &Subject) {
+    let store = &*subject.store;
+    let before = put(store, "/compact/deleted", "1").await;
+    let change = Txn::new().delete("/compact/deleted").put("/compact/added", "1", None);
+    let deleted = store.txn(change).await.expect("txn").revision;
+    (subject.compact)(deleted).await;
+    // etcd does it when it has said so: what it removes is gone a little later.
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let mut watch = store.watch(KeyRange::prefix("/compact/"), Some(before.next())).await.expect("watch");
+    let gone = next(&mut watch).await;
+    assert!(matches!(gone, Err(WatchError::Compacted(revision)) if revision >= deleted), "{gone:?}");
+    let after = put(store, "/compact/after", "1").await;
+    let mut watch = store.watch(KeyRange::prefix("/compact/"), Some(deleted.next())).await.expect("watch");
+    let batch = next(&mut watch).await.expect("batch");
+    assert_eq!((keys(&batch), batch.revision), (vec!["/compact/after"], after));
 }
 
 async fn leases_end_their_keys(store: &dyn Store) {

@@ -1,18 +1,30 @@
 //! etcd's messages to a watch, as batches of the [`Store`](crate::Store) contract.
 
 use etcd_client::{EventType, WatchResponse, WatchStream};
-use futures::{Stream, StreamExt, stream};
+use futures::{Stream, StreamExt, future, stream};
 
 use super::{key_value, revision_of, unsigned};
 use crate::{Event, Revision, WatchBatch, WatchError};
 
-/// What the store was told since the watch began, from its first message on.
+/// The revision to watch from so that nothing is missed from `from` on: the one before. Whoever watches from the very revision up
+/// to which an etcd from before August 2024 was compacted is not told so, nor what was deleted at that revision
+/// (etcd-io/etcd#18089). One before, it either is told or has everything that it asked for.
+pub(super) fn start(from: Revision) -> Revision {
+    Revision(from.0.saturating_sub(1).max(1))
+}
+
+/// What the store was told since the watch began, from its first message on, but for what happened before `from`.
 pub(super) fn batches(
     first: &WatchResponse,
     stream: WatchStream,
+    from: Option<Revision>,
 ) -> impl Stream<Item = Result<WatchBatch, WatchError>> + use<> {
     let rest = stream::unfold(stream, next_batches).flat_map(stream::iter);
-    stream::iter(batches_of(first)).chain(rest)
+    let wanted =
+        move |batch: &WatchBatch| from.is_none_or(|from| batch.events.is_empty() || batch.revision >= from);
+    stream::iter(batches_of(first))
+        .chain(rest)
+        .filter(move |batch| future::ready(batch.as_ref().map_or(true, wanted)))
 }
 
 type Batches = Vec<Result<WatchBatch, WatchError>>;
