@@ -63,6 +63,8 @@ pub struct Coordinators {
 #[derive(Debug, Default)]
 struct Held {
     reign: LeaderEpoch,
+    /// When the reign's first coordinator said hello.
+    since: Option<Instant>,
     registry: Registry,
 }
 
@@ -80,7 +82,7 @@ impl Coordinators {
             return Err(ApiError::new(ErrorCode::Unavailable, "this controller leads no more: ask another"));
         }
         if held.reign < reign {
-            *held = Held { reign, registry: Registry::default() };
+            *held = Held { reign, since: Some(now), registry: Registry::default() };
         }
         held.registry.hello(hello, lease, now)
     }
@@ -113,6 +115,19 @@ impl Coordinators {
     /// By id.
     pub fn list(&self, reign: LeaderEpoch, now: Instant) -> Vec<Registered> {
         self.of(reign, |registry| registry.list(now)).unwrap_or_default()
+    }
+
+    /// How many let clients in. 0 until whoever was there when the reign began has had a lease to say hello, as who is told
+    /// too few takes too much for itself.
+    pub fn serving(&self, reign: LeaderEpoch, lease: Duration, now: Instant) -> u32 {
+        let held = &mut *self.held.lock();
+        let heard_all = held.since.is_some_and(|since| now >= since + lease);
+        if held.reign != reign || !heard_all {
+            return 0;
+        }
+        held.registry.sweep(now);
+        let serving = held.registry.entries.values().filter(|entry| !entry.beat.draining);
+        u32::try_from(serving.count()).unwrap_or(u32::MAX)
     }
 
     fn of<T>(&self, reign: LeaderEpoch, what: impl FnOnce(&mut Registry) -> T) -> Option<T> {

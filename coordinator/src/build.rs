@@ -26,9 +26,11 @@ use crate::{
     CoordinatorError,
     admin::Admin,
     admit::Gate,
-    carry::Breakers,
     config::{CoordinatorConfig, StoreConfig, last_requests},
-    fleet::keeper::{Keeper, Links},
+    fleet::{
+        Breakers,
+        keeper::{Keeper, Links},
+    },
     http,
     keys::{Keys, Source},
     metrics::Metrics,
@@ -246,6 +248,7 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
         dial: tls.dial(Role::Controller),
         metrics: service.metrics.clone(),
         handoffs: service.placer.handoffs.clone(),
+        keys: service.keys.clone(),
         shutdown: process.shutdown.clone(),
         stop: drained.clone(),
     };

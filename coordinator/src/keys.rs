@@ -23,7 +23,10 @@ use std::{
     collections::{BTreeSet, HashMap},
     num::NonZeroU32,
     path::Path,
-    sync::{Arc, atomic::AtomicU32},
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
     time::{SystemTime, UNIX_EPOCH},
 };
 
@@ -114,22 +117,18 @@ struct Meter {
     running: AtomicU32,
 }
 
-/// Of the key's limits, this coordinator's part.
-#[derive(Debug, Clone, Copy)]
-struct Limits {
-    requests: Option<Rate>,
-    tokens: Option<Rate>,
-    concurrent: Option<NonZeroU32>,
-}
+/// How many coordinators share what keys may, this one among them: each grants its part, and one at least. Cheap to clone.
+#[derive(Debug, Clone)]
+struct Sharers(Arc<AtomicU32>);
 
-impl Limits {
-    fn of(key: &ApiKey, coordinators: NonZeroU32) -> Self {
-        let part = |whole: NonZeroU32| NonZeroU32::new(whole.get() / coordinators).unwrap_or(NonZeroU32::MIN);
-        Self {
-            requests: key.limits.requests_per_minute.map(part).map(Rate),
-            tokens: key.limits.tokens_per_minute.map(part).map(Rate),
-            concurrent: key.limits.concurrent.map(part),
-        }
+impl Sharers {
+    fn new(coordinators: NonZeroU32) -> Self {
+        Self(Arc::new(coordinators.get().into()))
+    }
+
+    fn part(&self, whole: NonZeroU32) -> NonZeroU32 {
+        let sharers = self.0.load(Ordering::Relaxed).max(1);
+        NonZeroU32::new(whole.get() / sharers).unwrap_or(NonZeroU32::MIN)
     }
 }
 
@@ -139,10 +138,25 @@ struct Holder {
     key: ApiKey,
     name: Arc<str>,
     tenant: Tenant,
-    limits: Limits,
+    sharers: Sharers,
     meter: Arc<Meter>,
     counts: TenantMetrics,
     refusals: Refusals,
+}
+
+/// This coordinator's part of what the key may, as it is now.
+impl Holder {
+    fn requests(&self) -> Option<Rate> {
+        self.key.limits.requests_per_minute.map(|whole| Rate(self.sharers.part(whole)))
+    }
+
+    fn tokens(&self) -> Option<Rate> {
+        self.key.limits.tokens_per_minute.map(|whole| Rate(self.sharers.part(whole)))
+    }
+
+    fn concurrent(&self) -> Option<NonZeroU32> {
+        self.key.limits.concurrent.map(|whole| self.sharers.part(whole))
+    }
 }
 
 /// All keys in effect.
@@ -157,7 +171,7 @@ pub struct Keys {
     ring: watch::Sender<Option<Ring>>,
     /// Tenants that are counted.
     counted: Mutex<BTreeSet<Arc<str>>>,
-    coordinators: NonZeroU32,
+    sharers: Sharers,
     metrics: Arc<Metrics>,
 }
 
@@ -170,11 +184,12 @@ impl Keys {
         drained: CancellationToken,
         tasks: &TaskTracker,
     ) -> Arc<Self> {
+        metrics.keys.sharers.set(config.coordinators.get().into());
         let keys = Arc::new(Self {
             closed: !matches!(source, Source::Open),
             ring: watch::Sender::new(None),
             counted: Mutex::default(),
-            coordinators: config.coordinators,
+            sharers: Sharers::new(config.coordinators),
             metrics,
         });
         let follower = keys.clone();
@@ -251,7 +266,7 @@ impl Keys {
             let tenant = Tenant::of(&key);
             let holder = Holder {
                 name: key.name.as_str().into(),
-                limits: Limits::of(&key, self.coordinators),
+                sharers: self.sharers.clone(),
                 meter: before.get(&key.name).cloned().unwrap_or_default(),
                 counts: self.metrics.keys.of_tenant(tenant.name.clone()),
                 refusals: Refusals(self.metrics.clone()),
@@ -265,6 +280,15 @@ impl Keys {
         self.count_tenants(&new);
         // Whoever follows the source is the only one who writes: nothing has changed in between.
         self.ring.send_replace(Some(new));
+    }
+
+    /// So many coordinators let clients in. 0 = it is not known: as before.
+    pub fn share_among(&self, coordinators: u32) {
+        let before = if coordinators > 0 { self.sharers.0.swap(coordinators, Ordering::Relaxed) } else { 0 };
+        if before != coordinators {
+            self.metrics.keys.sharers.set(coordinators.into());
+            tracing::info!(coordinators, before, "what API keys may is shared among so many coordinators");
+        }
     }
 
     /// Keys were to be read anew and could not be.

@@ -4,8 +4,8 @@
 //! stages) -> [`prepare`] (validate, template, tokenise; [`text`]) -> [`admit`] -> [`place`] (books it;
 //! [`baton_schedule`] chooses, pure) -> [`dispatch`] (protocol machine, pure, and what drives it) -> [`stream`]
 //! (detokenise, stop, count) -> [`http`]. Beside that path: [`models`] (what is served), [`carry`] (how requests go
-//! on elsewhere, and who is left out), [`fleet`] (which instances there are, the streams to them, what they have
-//! cached), [`requests`] and [`admin`] (what operators ask), [`report`], [`metrics`] and [`handoffs`] (what is
+//! on elsewhere), [`fleet`] (which instances there are, the streams to them, what they have cached, who is left out),
+//! [`requests`] and [`admin`] (what operators ask), [`report`], [`metrics`] and [`handoffs`] (what is
 //! counted), [`registration`] (what the controller is told).
 //!
 //! [`run`] wires it all; `main` calls it.
@@ -14,6 +14,7 @@ pub mod admin;
 pub mod admit;
 mod build;
 pub mod carry;
+pub mod cause;
 pub mod config;
 pub mod dispatch;
 mod error;

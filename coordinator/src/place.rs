@@ -13,9 +13,8 @@ use baton_schedule::{
 use tokio::time::{Instant, timeout_at};
 
 use crate::{
-    carry::{Breakers, Trials},
     dispatch::{Assignment, Generation, NotSent},
-    fleet::keeper::Links,
+    fleet::{Breakers, Trials, keeper::Links},
     handoffs::Handoffs,
     metrics::Metrics,
     prepare::{PreparedPrompt, Served},

@@ -3,7 +3,8 @@
 //! One task, spawned by [`crate::build`]. States: looking for the leader -> calling -> registered -> pausing -> looking.
 //! Pauses grow to a bound and are jittered; the stream is left at once for a new leader. It reads what others count
 //! ([`crate::metrics`], [`crate::handoffs`]) and nobody waits for it: no request notices whether there is a controller.
-//! During a drain it says so, and when that is over it takes its leave.
+//! During a drain it says so, and when that is over it takes its leave. What it is told of in return, how many coordinators
+//! there are, it hands on to those who share something by that ([`crate::keys`]).
 
 use std::{
     future::pending,
@@ -24,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Code, Streaming, transport::Endpoint};
 use v1::{control_client::ControlClient, coordinator_report::Report};
 
-use crate::{handoffs::Handoffs, metrics::Metrics};
+use crate::{handoffs::Handoffs, keys::Keys, metrics::Metrics};
 
 /// Reports that may wait for the stream. A full queue means that the controller does not read: it is given up.
 const REPORT_QUEUE: usize = 4;
@@ -105,6 +106,7 @@ pub struct Registration {
     pub dial: Dial,
     pub metrics: Arc<Metrics>,
     pub handoffs: Arc<Handoffs>,
+    pub keys: Arc<Keys>,
     /// The process drains.
     pub shutdown: CancellationToken,
     /// It has drained: says goodbye and ends.
@@ -190,6 +192,7 @@ impl Registration {
             opened = timeout(ANSWER_WITHIN, open) => opened.map_err(|_| Broken::Silent)??,
         };
         tracing::info!(controller = target.endpoint, epoch = %target.epoch, "registered with the controller");
+        self.keys.share_among(order.coordinators);
         let every = Duration::from_millis(order.beat_millis.into()).clamp(BEAT_RANGE.0, BEAT_RANGE.1);
         let mut ticks = interval_at(Instant::now() + every, every);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -206,8 +209,8 @@ impl Registration {
                 () = self.controllers.moved(target) => return Err(Broken::Moved),
                 () = self.shutdown.cancelled(), if !drain_told => drain_told = true,
                 order = orders.message() => {
-                    // A later version may order anew; what this one needs to know it was told.
-                    order?.ok_or(Broken::Closed)?;
+                    let order = order?.ok_or(Broken::Closed)?;
+                    self.keys.share_among(order.coordinators);
                     continue;
                 }
                 _ = ticks.tick() => {}

@@ -158,10 +158,23 @@ async fn read(url: String, body: Value, said: watch::Sender<usize>) -> String {
     text
 }
 
+/// Waits until this coordinator grants one part of so many of what API keys may.
+async fn shared_among(url: &str, coordinators: u32) {
+    let line = format!("baton_coordinator_api_key_sharers {coordinators}");
+    eventually(&line, || async {
+        let metrics = reqwest::get(format!("{url}/metrics")).await.ok()?.text().await.ok()?;
+        metrics.lines().any(|shown| shown == line).then_some(())
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn a_coordinator_that_is_restarted_ends_its_streams_and_sends_new_clients_to_the_other() {
     const STREAMS: usize = 64;
     let mut pair = Pair::start().await;
+    let both = pair.urls.clone();
+    shared_among(&both[0], 2).await;
+    shared_among(&both[1], 2).await;
     let body = |stream| {
         let prompt = format!("Question {}. {}", stream % 8, long_prompt(10));
         request("SmolLM2-135M-Instruct", &prompt, 60, true)
@@ -211,6 +224,7 @@ async fn a_coordinator_that_is_restarted_ends_its_streams_and_sends_new_clients_
     assert!(!listed.requests.is_empty());
     drop(admin);
 
+    shared_among(&both[1], 1).await;
     for (stream, text) in streams.into_iter().enumerate() {
         assert_eq!(text.await.expect("no stream fails"), expected[stream % 8], "stream {stream}");
     }

@@ -50,6 +50,26 @@ fn listed_from_hello_until_the_lease_after_the_last_beat() {
 }
 
 #[test]
+fn how_many_serve_is_known_a_lease_after_the_first_hello() {
+    let (all, now) = (Coordinators::default(), Instant::now());
+    let serving = |now| all.serving(REIGN, LEASE, now);
+    all.hello(REIGN, hello("a", 1, 1), LEASE, now).expect("is taken");
+    assert_eq!(serving(now), 0, "others may be on their way");
+    let later = now + LEASE;
+    all.hello(REIGN, hello("a", 1, 1), LEASE, later).expect("is taken");
+    all.hello(REIGN, hello("b", 1, 2), LEASE, later).expect("is taken");
+    assert_eq!(serving(later), 2);
+    let drains = CoordinatorBeat { draining: true, ..beat(1) };
+    all.beat(REIGN, SessionId(2), &id("b"), drains, LEASE, later).expect("is taken");
+    assert_eq!(serving(later), 1);
+    assert_eq!(serving(later + LEASE), 0, "both were silent");
+    // Whoever leads next has to hear from them first.
+    let next = LeaderEpoch(REIGN.0 + 1);
+    all.hello(next, hello("a", 1, 3), LEASE, later).expect("is taken");
+    assert_eq!((serving(later), all.serving(next, LEASE, later)), (0, 0));
+}
+
+#[test]
 fn who_leaves_is_gone_at_once_and_takes_no_successor_along() {
     let (all, now) = (Coordinators::default(), Instant::now());
     all.hello(REIGN, hello("a", 1, 1), LEASE, now).expect("is taken");

@@ -28,11 +28,11 @@ use crate::{
     reconcile::Event,
 };
 
-/// What a coordinator is answered with: the one order, and in the end perhaps why it is not wanted.
+/// What a coordinator is answered with: orders, and in the end perhaps why it is not wanted.
 pub(super) type Orders = BoxStream<'static, Result<v1::CoordinatorOrder, Status>>;
 
-/// The order and the end.
-const ANSWERS: usize = 2;
+/// Two orders and the end. Whoever has not read the first two is told the next when it has.
+const ANSWERS: usize = 3;
 
 pub(super) async fn coordinate(
     service: &ControlService,
@@ -52,6 +52,7 @@ pub(super) async fn coordinate(
         id: spec.id.clone(),
         leading: inbox.messages.clone(),
         lease: service.config.sessions.lease,
+        beat_millis: millis(service.config.sessions.beat),
     };
     let (session, lease) = (reporter.session, reporter.lease);
     let (incarnation, http) = (spec.incarnation, spec.http_endpoint.clone());
@@ -63,9 +64,8 @@ pub(super) async fn coordinate(
     info!(coordinator = %reporter.id, %incarnation, %session, http, "a coordinator is here");
 
     let (answers, receiver) = mpsc::channel(ANSWERS);
-    let beat_millis = millis(service.config.sessions.beat);
-    let order = v1::CoordinatorOrder { beat_millis, merges_links: true };
-    answers.try_send(Ok(order)).map_err(|_| Status::internal("no room for an order"))?;
+    let told = reporter.order();
+    answers.try_send(Ok(told)).map_err(|_| Status::internal("no room for an order"))?;
     let shutdown = service.shutdown.clone();
     service.tasks.spawn(async move {
         let why = tokio::select! {
@@ -76,7 +76,7 @@ pub(super) async fn coordinate(
                 reporter.coordinators.over(reporter.epoch);
                 Some(ApiError::new(ErrorCode::Unavailable, "this controller leads no more: ask another").into())
             }
-            why = reporter.follow(&mut reports) => why,
+            why = reporter.follow(&mut reports, &answers, told) => why,
         };
         debug!(coordinator = %reporter.id, session = %reporter.session, ?why, "the stream of a coordinator ends");
         if let Some(status) = why {
@@ -110,11 +110,24 @@ struct Reporter {
     /// The task that judges links.
     leading: mpsc::Sender<Message>,
     lease: Duration,
+    beat_millis: u32,
 }
 
 impl Reporter {
-    /// Takes beats until the stream ends; what the coordinator is told then, if anything.
-    async fn follow(&self, reports: &mut Streaming<v1::CoordinatorReport>) -> Option<Status> {
+    /// As things are now.
+    fn order(&self) -> v1::CoordinatorOrder {
+        let coordinators = self.coordinators.serving(self.epoch, self.lease, Instant::now());
+        v1::CoordinatorOrder { beat_millis: self.beat_millis, merges_links: true, coordinators }
+    }
+
+    /// Takes beats until the stream ends, and orders anew what has changed since it was `told`; what the coordinator is told
+    /// in the end, if anything.
+    async fn follow(
+        &self,
+        reports: &mut Streaming<v1::CoordinatorReport>,
+        answers: &mpsc::Sender<Result<v1::CoordinatorOrder, Status>>,
+        mut told: v1::CoordinatorOrder,
+    ) -> Option<Status> {
         loop {
             let Ok(next) = timeout(self.lease, reports.message()).await else {
                 return Some(ApiError::new(ErrorCode::DeadlineExceeded, "no beat came for the lease").into());
@@ -137,6 +150,10 @@ impl Reporter {
                     self.leading.send(Message::Event(Event::Handoffs(handoffs))).await.ok();
                 }
                 Err(status) => return Some(status),
+            }
+            let order = self.order();
+            if order != told && answers.capacity() > 1 && answers.try_send(Ok(order)).is_ok() {
+                told = order;
             }
         }
     }

@@ -11,9 +11,10 @@ use baton_schedule::Among;
 use futures::{FutureExt, future::BoxFuture};
 use tokio::time::{Instant, timeout_at};
 
-use super::{Attempt, cause};
 use crate::{
+    cause,
     dispatch::{Assignment, Generation, NotSent},
+    fleet::Attempt,
     metrics::{MigrationLabels, ModelLabel},
     models::Model,
     place::Placer,

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use tokio::time::Instant;
 use v1::dispatch::Work;
 
-use crate::prepare::PreparedPrompt;
+use crate::{fleet::mailbox::BATCH_TOKENS, prepare::PreparedPrompt};
 
 /// What a request is, as far as instances are told.
 #[derive(Debug, Clone)]
@@ -28,9 +28,6 @@ pub struct Assignment {
     /// metrics and limits, lag by as many.
     pub in_batches: bool,
 }
-
-/// Tokens that are told, and read, at a time, where nobody sees them before.
-pub(super) const BATCH_TOKENS: u32 = 32;
 
 impl Assignment {
     /// What is to be computed before the next token: the prompt, and what was generated.

@@ -22,15 +22,11 @@ use v1::dispatch::Work;
 
 use super::{
     assignment::{Assignment, deadline_passed, dispatch},
-    guard::LegGuard,
-    leg::Output,
-    link::not_there,
     machine::{Command, Completed, Fresh, Machine},
-    mailbox::Mailbox,
 };
 use crate::{
-    carry::cause,
-    fleet::keeper::Links,
+    cause,
+    fleet::{LegGuard, Mailbox, Output, StopReason, keeper::Links, link::not_there},
     handoffs::{Handoff, Handoffs},
 };
 
@@ -220,7 +216,7 @@ impl Generation {
         let commands = self.choices.get_mut(choice as usize).map(|choice| choice.machine.stop());
         match self.perform(choice, commands.unwrap_or_default()) {
             Some(Ok(completed)) => completed,
-            _ => Completed { reason: super::StopReason::Stop, cached_tokens: 0 },
+            _ => Completed { reason: StopReason::Stop, cached_tokens: 0 },
         }
     }
 

@@ -18,8 +18,10 @@ use std::collections::BTreeMap;
 use baton_proto::{ApiError, ErrorCode};
 use baton_schedule::Side;
 
-use super::leg::{LegEnd, Output, StopReason, TokenLogprobs};
-use crate::carry::cause;
+use crate::{
+    cause,
+    fleet::{LegEnd, Output, StopReason, TokenLogprobs},
+};
 
 /// What the driver is to do.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -21,12 +21,8 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use crate::{
-    carry::Breakers,
-    config::FleetConfig,
-    dispatch::{Link, LinkTask, Target},
-    metrics::Metrics,
-};
+use super::{Breakers, Link, LinkTask, Target};
+use crate::{config::FleetConfig, metrics::Metrics};
 
 struct Entry {
     link: Arc<Link>,

@@ -21,11 +21,8 @@ use tokio::{runtime::Runtime, time::Instant};
 use v1::attach_response::Frame as Answer;
 
 use crate::{
-    dispatch::{
-        Mailbox, Stand,
-        machine::{Command, Machine},
-    },
-    fleet::cache::fuzz::Listener,
+    dispatch::machine::{Command, Machine},
+    fleet::{Mailbox, cache::fuzz::Listener, link::standing::Stand},
     metrics::Metrics,
 };
 

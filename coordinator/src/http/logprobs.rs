@@ -114,7 +114,7 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::{dispatch::TokenLogprobs, prepare::tests::Bytes};
+    use crate::{fleet::TokenLogprobs, prepare::tests::Bytes};
 
     fn told(endpoint: Endpoint) -> Value {
         let scored = |token, text_offset, logprob, top: &[(u32, f32)]| ScoredToken {

@@ -18,7 +18,7 @@ use serde_json::json;
 use super::logprobs;
 use crate::{
     admit::RETRY_AFTER,
-    dispatch::StopReason,
+    fleet::StopReason,
     models::Models,
     prepare::{Endpoint, Served, Shape, TextModel},
     stream::{Piece, Usage},

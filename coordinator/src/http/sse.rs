@@ -2,7 +2,7 @@
 //!
 //! Read by the connection's task, as any body; once the head has gone out, and as long as the client takes what is
 //! written, by the link that brings the tokens, which sends them past that task (see [`Express`] and
-//! [`crate::dispatch::inline`]). Whoever reads holds `parts`; both find the answer where the other left it.
+//! [`crate::fleet::inline`]). Whoever reads holds `parts`; both find the answer where the other left it.
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
@@ -22,7 +22,8 @@ use tokio::task::unconstrained;
 
 use super::reply::Voice;
 use crate::{
-    dispatch::{deadline_passed, inline},
+    dispatch::deadline_passed,
+    fleet::inline,
     stream::{Piece, Place, Step},
 };
 

@@ -33,9 +33,9 @@ pub struct Call {
 impl Call {
     /// Takes a request on, or refuses it.
     pub(super) fn begin(holder: Arc<Holder>, now: Instant) -> Result<Self, ApiError> {
-        let (name, limits) = (&holder.key.name, &holder.limits);
+        let name = &holder.key.name;
         let running = &holder.meter.running;
-        let most = limits.concurrent.map_or(u32::MAX, NonZeroU32::get);
+        let most = holder.concurrent().map_or(u32::MAX, NonZeroU32::get);
         let begun = running.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |running| {
             (running < most).then(|| running.saturating_add(1))
         });
@@ -44,7 +44,7 @@ impl Call {
             return Err(holder.refuse(Refusal::Concurrent, message, Some(AT_A_TIME_RETRY)));
         }
         // After that: a refusal because others run is not to use up the minute.
-        if let Some(rate) = limits.requests {
+        if let Some(rate) = holder.requests() {
             let taken = holder.meter.requests.lock().take(1, rate, now);
             if let Err(Short::Wait(wait)) = taken {
                 running.fetch_sub(1, Ordering::Relaxed);
@@ -69,7 +69,7 @@ impl Call {
     /// Promises the tokens that the request is expected to take, or refuses it.
     pub fn admit(&mut self, prepared: &Prepared, now: Instant) -> Result<(), ApiError> {
         let Some(holder) = &self.holder else { return Ok(()) };
-        let Some(rate) = holder.limits.tokens else { return Ok(()) };
+        let Some(rate) = holder.tokens() else { return Ok(()) };
         let (name, prompt_tokens) = (&holder.key.name, u64::from(prepared.prompt_tokens()));
         let most = u64::from(rate.0.get());
         if prompt_tokens >= most {
@@ -113,7 +113,7 @@ impl Drop for Call {
     fn drop(&mut self) {
         let Some(holder) = &self.holder else { return };
         let used = u64::from(self.prompt_tokens) + u64::from(self.generated_tokens);
-        let (meter, rate) = (&holder.meter, holder.limits.tokens);
+        let (meter, rate) = (&holder.meter, holder.tokens());
         meter.tokens.lock().keep(self.promised, used, rate, Instant::now());
         meter.running.fetch_sub(1, Ordering::Relaxed);
         holder.counts.in_flight.dec();

@@ -36,11 +36,11 @@ impl Caller {
     /// Adds how the key's limits stand, of those that it has.
     pub fn tell(&self, headers: &mut HeaderMap, now: Instant) {
         let Some(holder) = &self.0 else { return };
-        if let Some(rate) = holder.limits.requests {
+        if let Some(rate) = holder.requests() {
             let level = holder.meter.requests.lock().level(rate, now);
             add(headers, [LIMIT_REQUESTS, REMAINING_REQUESTS, RESET_REQUESTS], level);
         }
-        if let Some(rate) = holder.limits.tokens {
+        if let Some(rate) = holder.tokens() {
             let level = holder.meter.tokens.lock().level(rate, now);
             add(headers, [LIMIT_TOKENS, REMAINING_TOKENS, RESET_TOKENS], level);
         }

@@ -39,7 +39,7 @@ fn closed(coordinators: u32) -> Arc<Keys> {
         closed: true,
         ring: watch::Sender::default(),
         counted: Mutex::default(),
-        coordinators: most(coordinators).expect("not 0"),
+        sharers: Sharers::new(most(coordinators).expect("not 0")),
         metrics: Metrics::register(&mut Registry::default()),
     })
 }
@@ -228,7 +228,14 @@ fn several_coordinators_grant_a_part_each() {
     assert_eq!(told(&caller, "x-ratelimit-limit-tokens"), "1", "never nothing at all");
     let calls: Vec<_> = (0..2).map(|_| caller.call(Instant::now()).expect("two")).collect();
     assert!(caller.call(Instant::now()).is_err());
-    drop(calls);
+    // What the controller says holds from then on, also for who is here already; that it does not know changes nothing.
+    keys.share_among(2);
+    assert_eq!(told(&caller, "x-ratelimit-limit-requests"), "50");
+    let more: Vec<_> = (0..2).map(|_| caller.call(Instant::now()).expect("four")).collect();
+    assert!(caller.call(Instant::now()).is_err());
+    keys.share_among(0);
+    assert_eq!(told(&caller, "x-ratelimit-limit-requests"), "50");
+    drop((calls, more));
 }
 
 #[test]

@@ -27,6 +27,8 @@ pub struct KeyMetrics {
     pub refusals: Family<KeyRefusalLabels, Counter>,
     /// Keys in effect.
     pub known: Gauge,
+    /// Coordinators that share what keys may, this one among them.
+    pub sharers: Gauge,
     /// Times that keys could not be read anew.
     pub not_renewed: Counter,
     requests: Family<TenantLabel, Counter>,
@@ -70,6 +72,11 @@ impl KeyMetrics {
 
     pub(super) fn show(&self, registry: &mut Registry) {
         registry.register("api_keys", "API keys in effect", self.known.clone());
+        registry.register(
+            "api_key_sharers",
+            "Coordinators that share what API keys may: each grants its part",
+            self.sharers.clone(),
+        );
         registry.register(
             "api_keys_not_renewed",
             "Times that API keys could not be read anew, so that those before stayed in effect",

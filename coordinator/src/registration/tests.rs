@@ -5,10 +5,11 @@ use baton_proto::{ApiError, CoordinatorId, ErrorCode, InstanceId, LinkUse, Serve
 use baton_registry::Leader;
 use prometheus_client::registry::Registry;
 use tokio::{net::TcpListener, task::JoinHandle};
+use tokio_util::task::TaskTracker;
 use tonic::{Request, Response, Status};
 
 use super::*;
-use crate::handoffs::Handoff;
+use crate::{config::ApiKeysConfig, handoffs::Handoff, keys::Source};
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -55,7 +56,7 @@ impl v1::control_server::Control for Scripted {
 
 impl Call {
     async fn order(&self, beat_millis: u32) {
-        self.answer(v1::CoordinatorOrder { beat_millis, merges_links: false }).await;
+        self.answer(v1::CoordinatorOrder { beat_millis, ..Default::default() }).await;
     }
 
     async fn answer(&self, order: v1::CoordinatorOrder) {
@@ -123,6 +124,9 @@ fn rig(controllers: Controllers) -> Rig {
     let metrics = Metrics::register(&mut Registry::default());
     let (handoffs, shutdown, stop) =
         (Arc::<Handoffs>::default(), CancellationToken::new(), CancellationToken::new());
+    let keys = Source::default();
+    let (config, drained) = (ApiKeysConfig::default(), CancellationToken::new());
+    let keys = Keys::start(keys, &config, metrics.clone(), drained, &TaskTracker::new());
     let registration = Registration {
         dial: Tls::plaintext().dial(Role::Controller),
         spec: CoordinatorSpec {
@@ -136,6 +140,7 @@ fn rig(controllers: Controllers) -> Rig {
         controllers,
         metrics: metrics.clone(),
         handoffs: handoffs.clone(),
+        keys,
         shutdown: shutdown.clone(),
         stop: stop.clone(),
     };
@@ -199,7 +204,7 @@ async fn who_merges_links_is_told_of_those_that_were_used_since_and_of_all_after
     let mut first = call(&mut calls).await;
     let hello = first.hello().await.beat.expect("a beat");
     assert!(hello.all_links && hello.links.len() == 1);
-    first.answer(v1::CoordinatorOrder { beat_millis: 20, merges_links: true }).await;
+    first.answer(v1::CoordinatorOrder { beat_millis: 20, merges_links: true, coordinators: 0 }).await;
     // It was used long ago by then.
     while !first.beat().await.links.is_empty() {}
     for _ in 0..3 {
@@ -220,6 +225,26 @@ async fn who_merges_links_is_told_of_those_that_were_used_since_and_of_all_after
     assert!(hello.all_links && hello.links.len() == 2);
     rig.stop.cancel();
     drop(second);
+    rig.ends().await;
+}
+
+#[tokio::test]
+async fn how_many_coordinators_there_are_is_taken_from_every_order_that_says_it() {
+    let (address, mut calls) = controller().await;
+    let rig = rig(Controllers::One(address));
+    let sharers = || rig.metrics.keys.sharers.get();
+    assert_eq!(sharers(), 1, "as it is configured");
+    let mut call = call(&mut calls).await;
+    call.hello().await;
+    for (coordinators, known) in [(3, 3), (0, 3), (2, 2)] {
+        call.answer(v1::CoordinatorOrder { beat_millis: 20, merges_links: true, coordinators }).await;
+        // It reads orders before it beats again.
+        call.beat().await;
+        call.beat().await;
+        assert_eq!(sharers(), known);
+    }
+    rig.stop.cancel();
+    drop(call);
     rig.ends().await;
 }
 

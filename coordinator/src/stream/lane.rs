@@ -14,7 +14,8 @@ use tokio::time::Instant;
 
 use super::reading::{Piece, Reading};
 use crate::{
-    carry::{Attempts, Failure, Moved, Replacing, cause},
+    carry::{Attempts, Failure, Moved, Replacing},
+    cause,
     dispatch::{Completed, Generation, NotSent, Progress},
     requests::CardGuard,
 };

@@ -4,7 +4,8 @@
 use std::{collections::VecDeque, mem, sync::Arc};
 
 use crate::{
-    dispatch::{Assignment, Fresh, StopReason, TokenLogprobs},
+    dispatch::{Assignment, Fresh},
+    fleet::{StopReason, TokenLogprobs},
     prepare::{PreparedPrompt, TextReader},
 };
 

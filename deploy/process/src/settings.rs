@@ -13,8 +13,8 @@ const DRAIN: Duration = Duration::from_secs(30);
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct ProcessConfig {
-    /// Threads that run asynchronous work; 0 = one for each core, in a server one for four, since its compute threads
-    /// take the cores.
+    /// Threads that run asynchronous work; 0 = one for each core, in a coordinator one for two, in a server one for four, since
+    /// its compute threads take the cores.
     pub worker_threads: usize,
     pub log: LogConfig,
     pub otlp: OtlpConfig,

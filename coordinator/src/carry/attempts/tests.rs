@@ -12,8 +12,7 @@ use baton_schedule::{
 use super::*;
 use crate::{
     config::LimitsConfig,
-    dispatch::standing,
-    fleet::keeper::Links,
+    fleet::{keeper::Links, link::standing::standing},
     metrics::Metrics,
     models::Models,
     place::{Booked, tests::placer},

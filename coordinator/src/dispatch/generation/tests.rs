@@ -1,7 +1,7 @@
 //! A request on a pair, as its legs' mailbox tells of them.
 
 use super::*;
-use crate::dispatch::LegEnd;
+use crate::fleet::LegEnd;
 use baton_schedule::{
     Wanted,
     board::Board,
@@ -73,7 +73,7 @@ async fn a_decode_that_says_nothing_after_prefill_was_lost_is_waited_for_in_meas
     assert_eq!(next(&mut speaks).await, Progress::Choice { choice: 0, end: None });
     let later = DECODE_PATIENCE * 2;
     assert!(tokio::time::timeout(later, next(&mut speaks)).await.is_err(), "it goes on");
-    let reason = super::super::StopReason::Stop;
+    let reason = StopReason::Stop;
     let last = LegEnd::Complete { reason, cached_tokens: 0 };
     speaks.mailbox.deliver(
         Side::Decode,

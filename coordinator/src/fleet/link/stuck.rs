@@ -1,4 +1,4 @@
-//! What is done about an instance that does not get on, as [`crate::carry::stall`] sees it: all its legs are taken from it
+//! What is done about an instance that does not get on, as [`crate::fleet::stall`] sees it: all its legs are taken from it
 //! and fail as those of a lost one do, so that their requests go on elsewhere, and the board gives it nothing until it gets
 //! on. Its stream stays, for that is where this will show. Its breaker is open meanwhile, too: when it gets on, a single
 //! request tries it first.
@@ -16,7 +16,7 @@ use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 use v1::{attach_request::Frame as Ask, attach_response::Frame as Answer};
 
 use super::{Board, Link, LinkTask};
-use crate::carry::{
+use crate::fleet::{
     Breakers,
     stall::{Stall, Verdict},
 };

@@ -1,7 +1,7 @@
-//! Why the stream to an instance ended, or was not opened.
+//! Why the stream to an instance ended, or was not opened, and what is told of an instance without one.
 
 use baton_process::one_line;
-use baton_proto::InstanceId;
+use baton_proto::{ApiError, ErrorCode, InstanceId};
 
 /// Why a stream ended or was not opened; for the log only.
 #[derive(Debug, thiserror::Error)]
@@ -22,4 +22,10 @@ pub(super) enum BreakReason {
     Stopped,
     #[error("the instance was restarted or moved")]
     Moved,
+}
+
+/// Nothing can be sent to an instance: it has just left, or been lost.
+pub fn not_there(instance: &InstanceId) -> ApiError {
+    let message = format!("instance {instance} has just left; try again in a moment");
+    ApiError::new(ErrorCode::Unavailable, message)
 }

@@ -13,7 +13,7 @@ use baton_schedule::{
 use futures::{FutureExt, StreamExt};
 
 use super::{standing::standing, *};
-use crate::dispatch::outbound::Frames;
+use crate::fleet::outbound::Frames;
 
 #[test]
 fn all_instances_together_are_asked_for_ten_thousand_loads_a_second_at_most() {

@@ -1,4 +1,4 @@
-//! The hold of a request on one of its legs: made by [`Link::dispatch`], kept by [`super::generation`]. It cancels what has
+//! The hold of a request on one of its legs: made by [`Link::dispatch`], kept by [`crate::dispatch`]. It cancels what has
 //! not ended when it goes.
 
 use std::sync::Arc;

@@ -1,7 +1,7 @@
 //! A link as it is once its instance has said welcome, without the instance: for tests and fuzz targets.
 
 use super::*;
-use crate::dispatch::outbound::Frames;
+use crate::fleet::outbound::Frames;
 
 /// Such a link, and what is sent on it.
 pub(crate) fn standing(instance: InstanceId, metrics: Arc<Metrics>) -> (Arc<Link>, Frames) {

@@ -11,7 +11,7 @@
 
 mod reason;
 #[cfg(any(test, feature = "fuzz"))]
-pub(super) mod standing;
+pub(crate) mod standing;
 mod stuck;
 mod target;
 
@@ -46,19 +46,21 @@ use tonic::{
 use v1::{attach_request::Frame as Ask, attach_response::Frame as Answer, inference_client::InferenceClient};
 
 use super::{
+    Breakers,
+    cache::CacheReader,
     guard::{Choices, LegGuard, first_choices, only},
     inline,
     leg::Output,
     mailbox::Mailbox,
     outbound::Outbound,
+    stall::LOOK,
 };
 use crate::{
-    carry::{Breakers, stall::LOOK},
     config::{CHOICES_MOST, FleetConfig},
-    fleet::cache::CacheReader,
     metrics::Metrics,
 };
 use reason::BreakReason;
+pub use reason::not_there;
 use stuck::Pulse;
 pub use target::Target;
 
@@ -68,7 +70,7 @@ const UNREAD_MOST: Duration = Duration::from_secs(30);
 /// Messages that are taken in before anybody reads what they brought.
 const MESSAGES_AT_ONCE: usize = 16;
 /// Answers that are read before whoever else was woken has a turn. A turn given up wakes another thread, whether it finds anything
-/// to do or not: with a single stream that was a third of what a token takes.
+/// to do or not: with a single stream that was a quarter of what a token takes.
 const READ_BETWEEN_TURNS: usize = 32;
 /// Largest message an instance may send: a step's tokens of all legs.
 const INBOUND_BYTES_MOST: usize = 16 << 20;
@@ -223,12 +225,6 @@ impl Link {
             }
         }
     }
-}
-
-/// Nothing can be sent to an instance: it has just left, or been lost.
-pub(super) fn not_there(instance: &InstanceId) -> ApiError {
-    let message = format!("instance {instance} has just left; try again in a moment");
-    ApiError::new(ErrorCode::Unavailable, message)
 }
 
 /// A stream that stands.

@@ -17,11 +17,13 @@ use baton_schedule::Side;
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
-use super::{assignment::BATCH_TOKENS, leg::Output};
+use super::leg::Output;
 
 /// Deliveries that may lie in the box for each choice. In order, they merge: only a peer that breaks the contract comes
 /// near it.
 const MOST_DELIVERIES: usize = 64;
+/// Tokens that are told, and read, at a time, where nobody sees them before.
+pub const BATCH_TOKENS: u32 = 32;
 /// A reader who takes them in batches is woken once so many tokens have come for each choice.
 const BATCH: usize = BATCH_TOKENS as usize;
 
@@ -162,7 +164,7 @@ mod tests {
     use baton_proto::{ApiError, ErrorCode};
 
     use super::*;
-    use crate::dispatch::LegEnd;
+    use crate::fleet::LegEnd;
 
     fn output(first_position: u32, tokens: &[u32]) -> Output {
         Output { choice: 0, first_position, tokens: tokens.to_vec(), logprobs: Vec::new(), end: None }
