@@ -1,7 +1,7 @@
 //! The coordinators that report to this controller while it leads: who they are, how they are, which links they use.
 //!
-//! Filled by [`crate::session`], read by [`crate::admin`]. It is for people, and nothing of it is stored: it stands beside
-//! the leading task, behind a lock of its own, and belongs to one reign. Whoever names a later reign finds it empty, and so
+//! Filled by [`crate::session`], which tells each how many they are, and read by [`crate::admin`] for people. Nothing of it is
+//! stored: it stands beside the leading task, behind a lock of its own, and belongs to one reign. Whoever names a later reign finds it empty, and so
 //! does whoever asks for a reign that is over. What it says of links since the last beat goes on to the leading task, which
 //! judges them ([`crate::fleet::health`]).
 //!
@@ -109,7 +109,11 @@ impl Coordinators {
 
     /// The reign is over, and so is what was heard in it.
     pub fn over(&self, reign: LeaderEpoch) {
-        self.of(reign, |registry| *registry = Registry::default());
+        let held = &mut *self.held.lock();
+        if held.reign == reign {
+            // Nor is anything known of who may still say hello in it.
+            (held.since, held.registry) = (None, Registry::default());
+        }
     }
 
     /// By id.

@@ -1,7 +1,8 @@
 //! What follows from why an attempt ended: whose fault it was, and whether another may do better. Pure.
 //!
-//! All that is concluded from an error's code on the way of a request is concluded here, by whoever drives its legs
-//! ([`crate::dispatch`]) and whoever carries it on ([`crate::carry`], [`crate::stream`]).
+//! All that is concluded from an error's code on the way of a request is concluded here, by whoever leaves instances out
+//! ([`crate::fleet::breakers`]), whoever drives its legs ([`crate::dispatch`]) and whoever carries it on ([`crate::carry`],
+//! [`crate::stream`]).
 
 use baton_proto::ErrorCode;
 

@@ -117,7 +117,8 @@ struct Meter {
     running: AtomicU32,
 }
 
-/// How many coordinators share what keys may, this one among them: each grants its part, and one at least. Cheap to clone.
+/// How many coordinators share what keys may, this one among them, and never 0: each grants its part, and one at least. Cheap to
+/// clone.
 #[derive(Debug, Clone)]
 struct Sharers(Arc<AtomicU32>);
 
@@ -127,7 +128,7 @@ impl Sharers {
     }
 
     fn part(&self, whole: NonZeroU32) -> NonZeroU32 {
-        let sharers = self.0.load(Ordering::Relaxed).max(1);
+        let sharers = self.0.load(Ordering::Relaxed);
         NonZeroU32::new(whole.get() / sharers).unwrap_or(NonZeroU32::MIN)
     }
 }
@@ -284,9 +285,12 @@ impl Keys {
 
     /// So many coordinators let clients in. 0 = it is not known: as before.
     pub fn share_among(&self, coordinators: u32) {
-        let before = if coordinators > 0 { self.sharers.0.swap(coordinators, Ordering::Relaxed) } else { 0 };
-        if before != coordinators {
-            self.metrics.keys.sharers.set(coordinators.into());
+        if coordinators == 0 {
+            return;
+        }
+        let before = self.sharers.0.swap(coordinators, Ordering::Relaxed);
+        self.metrics.keys.sharers.set(coordinators.into());
+        if self.closed && before != coordinators {
             tracing::info!(coordinators, before, "what API keys may is shared among so many coordinators");
         }
     }

@@ -6,7 +6,7 @@
 //! (detokenise, stop, count) -> [`http`]. Beside that path: [`models`] (what is served), [`carry`] (how requests go
 //! on elsewhere), [`fleet`] (which instances there are, the streams to them, what they have cached, who is left out),
 //! [`requests`] and [`admin`] (what operators ask), [`report`], [`metrics`] and [`handoffs`] (what is
-//! counted), [`registration`] (what the controller is told).
+//! counted), [`registration`] (what the controller is told, and tells), [`cause`] (what follows from an error).
 //!
 //! [`run`] wires it all; `main` calls it.
 

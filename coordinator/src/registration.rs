@@ -2,7 +2,7 @@
 //!
 //! One task, spawned by [`crate::build`]. States: looking for the leader -> calling -> registered -> pausing -> looking.
 //! Pauses grow to a bound and are jittered; the stream is left at once for a new leader. It reads what others count
-//! ([`crate::metrics`], [`crate::handoffs`]) and nobody waits for it: no request notices whether there is a controller.
+//! ([`crate::metrics`], [`crate::handoffs`]) and nobody waits for it: requests are served whether there is a controller or not.
 //! During a drain it says so, and when that is over it takes its leave. What it is told of in return, how many coordinators
 //! there are, it hands on to those who share something by that ([`crate::keys`]).
 

@@ -30,8 +30,8 @@ use crate::{
 /// Bodies up to this size are prepared on the spot; tokenising larger ones would hold up everybody else's tokens.
 const PREPARE_INLINE_BYTES: usize = 2 << 10;
 
-/// Bodies that are read ahead at a time; each takes up to 128 KiB for it.
-pub const AHEAD_MOST: usize = 64;
+/// Bodies that are read ahead at a time; each takes up to 128 KiB for it, and a millisecond or two between others' turns.
+pub const AHEAD_MOST: usize = 16;
 
 /// Everything the stages need.
 pub struct Service {

@@ -308,7 +308,7 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
     /// Makes changes if conditions hold.
     async fn txn(&self, txn: Txn) -> Result<TxnOutcome, StoreError>;
 
-    /// Watches keys from a revision on (inclusive), or from now. When this returns, the watch stands: no later change
+    /// Watches keys from a revision on (inclusive; 1 at least), or from now. When this returns, the watch stands: no later change
     /// is missed.
     async fn watch(&self, range: KeyRange, from: Option<Revision>) -> Result<Watch, StoreError>;
 

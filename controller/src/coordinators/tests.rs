@@ -63,6 +63,12 @@ fn how_many_serve_is_known_a_lease_after_the_first_hello() {
     all.beat(REIGN, SessionId(2), &id("b"), drains, LEASE, later).expect("is taken");
     assert_eq!(serving(later), 1);
     assert_eq!(serving(later + LEASE), 0, "both were silent");
+    // One that comes when the reign is over stands for nobody else.
+    all.hello(REIGN, hello("a", 1, 1), LEASE, later).expect("is taken");
+    assert_eq!(serving(later), 1);
+    all.over(REIGN);
+    all.hello(REIGN, hello("a", 1, 1), LEASE, later).expect("is taken");
+    assert_eq!(serving(later), 0);
     // Whoever leads next has to hear from them first.
     let next = LeaderEpoch(REIGN.0 + 1);
     all.hello(next, hello("a", 1, 3), LEASE, later).expect("is taken");

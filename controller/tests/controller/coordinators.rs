@@ -247,6 +247,31 @@ async fn the_next_leader_is_called_and_begins_with_nothing() {
 }
 
 #[tokio::test]
+async fn each_is_told_how_many_they_are_once_that_is_known_and_when_it_changes() {
+    async fn told(of: &mut Coordinator) -> u32 {
+        let beats = async {
+            loop {
+                of.reports.send(v1::CoordinatorReport { report: Some(Report::Beat(beat(7))) }).await.ok();
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        };
+        tokio::select! {
+            order = tokio::time::timeout(PATIENCE, of.orders.message()) => {
+                order.expect("nothing is ordered").expect("the stream stands").expect("an order").coordinators
+            }
+            () = beats => unreachable!("it beats for ever"),
+        }
+    }
+    let node = Node::start(config());
+    let mut a = Coordinator::join(&node.endpoint, spec("a", 1), beat(7)).await;
+    assert_eq!(told(&mut a).await, 1, "a lease after it came, as others may have come, too");
+    let b = Coordinator::join(&node.endpoint, spec("b", 1), beat(7)).await;
+    assert_eq!(told(&mut a).await, 2);
+    drop(b.reports);
+    assert_eq!(told(&mut a).await, 1);
+}
+
+#[tokio::test]
 async fn a_leader_that_loses_its_store_ends_the_streams_and_lists_nobody() {
     let mut etcd = EtcdServer::start().await;
     let leader = Node::start(on_etcd("c1", &etcd.endpoint()));
@@ -259,11 +284,21 @@ async fn a_leader_that_loses_its_store_ends_the_streams_and_lists_nobody() {
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
     };
-    let end = tokio::select! {
-        end = tokio::time::timeout(PATIENCE, a.orders.message()) => end.expect("the stream goes on"),
+    // How many there are may be ordered anew meanwhile.
+    let reason = async {
+        loop {
+            match a.orders.message().await {
+                Ok(Some(_)) => {}
+                Ok(None) => panic!("no reason"),
+                Err(status) => break status,
+            }
+        }
+    };
+    let reason = tokio::select! {
+        reason = tokio::time::timeout(PATIENCE, reason) => reason.expect("the stream goes on"),
         () = beats => unreachable!("it beats for ever"),
     };
-    assert_eq!(end.expect_err("a reason").code(), Code::Unavailable);
+    assert_eq!(reason.code(), Code::Unavailable);
     assert_eq!(listed(&leader).await.expect_err("it does not lead").code(), Code::Unavailable);
     etcd.restart().await;
     // The same process leads again, and knows nobody from before.

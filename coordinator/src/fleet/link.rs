@@ -69,9 +69,9 @@ pub use target::Target;
 const UNREAD_MOST: Duration = Duration::from_secs(30);
 /// Messages that are taken in before anybody reads what they brought.
 const MESSAGES_AT_ONCE: usize = 16;
-/// Answers that are read before whoever else was woken has a turn. A turn given up wakes another thread, whether it finds anything
-/// to do or not: with a single stream that was a quarter of what a token takes.
-const READ_BETWEEN_TURNS: usize = 32;
+/// Deliveries, and answers read, before whoever else was woken has a turn. A turn given up wakes another thread, whether it finds
+/// anything to do or not: with a single stream that was a quarter of what a token takes.
+const WORK_BETWEEN_TURNS: usize = 64;
 /// Largest message an instance may send: a step's tokens of all legs.
 const INBOUND_BYTES_MOST: usize = 16 << 20;
 
@@ -360,7 +360,7 @@ impl LinkTask {
         let Attached { mut inbound, mut target, channel, mut cache } = attached;
         let mut pulse = Pulse::new(self, channel.clone());
         let mut look = interval(LOOK);
-        let mut read = 0;
+        let mut work = 0;
         loop {
             let message = tokio::select! {
                 biased;
@@ -391,10 +391,10 @@ impl LinkTask {
                 message = inbound.message() => message,
             };
             let (taken, woken) = inline::gather(|| self.take_all(message, &mut inbound, &mut pulse));
-            read += woken.len();
+            work += 1 + woken.len();
             inline::read(woken);
-            if read >= READ_BETWEEN_TURNS {
-                read = 0;
+            if work >= WORK_BETWEEN_TURNS {
+                work = 0;
                 yield_now().await;
             }
             if let Err(reason) = taken {

@@ -41,6 +41,8 @@ use sse::SseBody;
 
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const TRACEPARENT: &str = "traceparent";
+/// Tokens with log probabilities that an answer may have to be written on the spot: a few milliseconds' work.
+const SCORED_INLINE: usize = 1024;
 /// A stream's head waits this long for the first token, so that what fails before it has a status of its own.
 const HEAD_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -172,10 +174,16 @@ async fn answer(
     let voice = reply::Voice::new(&streaming.model.served, streaming.shape, id);
     let mut pieces = streaming.pieces();
     if !streaming.shape.stream {
-        return match streaming.rest(&mut pieces).await {
-            Ok(usage) => Ok(voice.whole(&pieces, &usage)),
-            Err(error) => Err(error),
-        };
+        let usage = streaming.rest(&mut pieces).await?;
+        let scored: usize = pieces.iter().map(|piece| piece.tokens.len()).sum();
+        if scored <= SCORED_INLINE {
+            return Ok(voice.whole(&pieces, &usage));
+        }
+        let written = tokio::task::spawn_blocking(move || voice.whole(&pieces, &usage)).await;
+        return written.map_err(|error| {
+            tracing::error!(%error, "writing an answer panicked");
+            ApiError::new(ErrorCode::Internal, "the answer could not be written")
+        });
     }
     let first = match timeout(HEAD_PATIENCE, streaming.step(&mut pieces)).await {
         Ok(Step::End(Err(error))) if pieces.iter().all(Piece::is_empty) => return Err(error),

@@ -13,7 +13,11 @@ use std::{
 use baton_proto::{ApiError, ErrorCode};
 use tokio::time::Instant;
 
-use super::{Holder, Refusal, rate::Short, tenant::Tenant};
+use super::{
+    Holder, Refusal,
+    rate::{Rate, Short},
+    tenant::Tenant,
+};
 use crate::prepare::{Prepared, PreparedPrompt};
 
 /// Of the tokens that a choice may have so many are expected. One that gets more takes it from the next requests.
@@ -26,6 +30,8 @@ const AT_A_TIME_RETRY: Duration = Duration::from_secs(1);
 pub struct Call {
     holder: Option<Arc<Holder>>,
     promised: u64,
+    /// At which that was promised, and is settled, whatever the key may by then.
+    rate: Option<Rate>,
     prompt_tokens: u32,
     generated_tokens: u32,
 }
@@ -71,15 +77,17 @@ impl Call {
         let Some(holder) = &self.holder else { return Ok(()) };
         let Some(rate) = holder.tokens() else { return Ok(()) };
         let (name, prompt_tokens) = (&holder.key.name, u64::from(prepared.prompt_tokens()));
-        let most = u64::from(rate.0.get());
-        if prompt_tokens >= most {
+        // Of all coordinators: how many they are passes.
+        let ever = holder.key.limits.tokens_per_minute.map_or(u64::MAX, |whole| whole.get().into());
+        if prompt_tokens >= ever {
             let message = format!(
-                "the prompt's {prompt_tokens} tokens are as many as API key {name} may ever use in a minute ({most}) or \
+                "the prompt's {prompt_tokens} tokens are as many as API key {name} may ever use in a minute ({ever}) or \
                  more"
             );
             return Err(holder.refuse(Refusal::Tokens, message, None));
         }
-        // What may never be used at once would never be let in.
+        // What may never be used at once would never be let in: the rest of it is taken when it has been used.
+        let most = u64::from(rate.0.get());
         let wanted = (prompt_tokens + expected_tokens(prepared)).min(most);
         if let Err(Short::Wait(wait)) = holder.meter.tokens.lock().promise(wanted, rate, now) {
             let message = format!(
@@ -88,7 +96,7 @@ impl Call {
             );
             return Err(holder.refuse(Refusal::Tokens, message, Some(wait)));
         }
-        self.promised = wanted;
+        (self.promised, self.rate) = (wanted, Some(rate));
         Ok(())
     }
 
@@ -113,8 +121,8 @@ impl Drop for Call {
     fn drop(&mut self) {
         let Some(holder) = &self.holder else { return };
         let used = u64::from(self.prompt_tokens) + u64::from(self.generated_tokens);
-        let (meter, rate) = (&holder.meter, holder.tokens());
-        meter.tokens.lock().keep(self.promised, used, rate, Instant::now());
+        let meter = &holder.meter;
+        meter.tokens.lock().keep(self.promised, used, self.rate, Instant::now());
         meter.running.fetch_sub(1, Ordering::Relaxed);
         holder.counts.in_flight.dec();
     }

@@ -82,7 +82,14 @@ impl KeyFile {
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
-            match self.look() {
+            // Where the file lies may not answer.
+            let looked = tokio::task::spawn_blocking(move || {
+                let found = self.look();
+                (self, found)
+            });
+            let Ok((file, found)) = looked.await else { return };
+            self = file;
+            match found {
                 None => {}
                 Some(Ok(found)) => {
                     tracing::info!(keys = found.len(), file = %self.path.display(), "API keys were read again");

@@ -182,6 +182,25 @@ async fn tokens_are_promised_as_expected_and_settled_as_used() {
     );
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_prompt_that_is_more_than_this_ones_part_is_let_in_and_made_up_for() {
+    let keys = closed(4);
+    keys.replace(vec![key("alice", "s", KeyLimits { tokens_per_minute: most(400), ..KeyLimits::default() })]);
+    let caller = by(&keys, "s").expect("is known");
+    let begin = || caller.call(Instant::now()).expect("requests have no limit");
+    assert_eq!(refused(begin().admit(&prepared(400, 1, 1), Instant::now())).1, None, "nobody grants that");
+    let mut call = begin();
+    call.admit(&prepared(290, 10, 1), Instant::now()).expect("the part is free");
+    call.dispatched(290);
+    call.generated(10);
+    // It is settled as it was promised, whoever is here by then.
+    keys.share_among(40);
+    drop(call);
+    keys.share_among(4);
+    let (_, wait) = refused(begin().admit(&prepared(50, 50, 1), Instant::now()));
+    assert_eq!(wait, Some(3 * MINUTE));
+}
+
 #[test]
 fn requests_at_a_time_are_those_that_have_not_ended() {
     let keys = closed(1);

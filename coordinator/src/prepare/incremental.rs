@@ -14,7 +14,7 @@ use super::TextModel;
 
 /// Bodies that are shorter when they are whole gain nothing.
 pub const AHEAD_FROM_BYTES: usize = 16 << 10;
-/// So much is worked on between two other tasks' turns: a fraction of a millisecond.
+/// So much is worked on between two other tasks' turns: a millisecond or two of text that was never seen.
 const STEP_BYTES: usize = 16 << 10;
 /// A string is tokenised each time so much of it has come, up to where it may be cut.
 const STRING_BYTES: usize = 16 << 10;
