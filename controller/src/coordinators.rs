@@ -1,8 +1,8 @@
 //! The coordinators that report to this controller while it leads: who they are, how they are, which links they use.
 //!
 //! Filled by [`crate::session`], which tells each how many they are, and read by [`crate::admin`] for people. Nothing of it is
-//! stored: it stands beside the leading task, behind a lock of its own, and belongs to one reign. Whoever names a later reign finds it empty, and so
-//! does whoever asks for a reign that is over. What it says of links since the last beat goes on to the leading task, which
+//! stored: it stands beside the leading task, behind a lock of its own, and belongs to one reign. Whoever names a later reign
+//! finds it empty, and so does whoever asks for a reign that is over. What it says of links since the last beat goes on to the leading task, which
 //! judges them ([`crate::fleet::health`]).
 //!
 //! A coordinator is listed from its hello for as long as its beats come, and for a lease after the last one. Of the
@@ -121,7 +121,7 @@ impl Coordinators {
         self.of(reign, |registry| registry.list(now)).unwrap_or_default()
     }
 
-    /// How many let clients in. 0 until whoever was there when the reign began has had a lease to say hello, as who is told
+    /// How many do not drain. 0 until whoever was there when the reign began has had a lease to say hello, as who is told
     /// too few takes too much for itself.
     pub fn serving(&self, reign: LeaderEpoch, lease: Duration, now: Instant) -> u32 {
         let held = &mut *self.held.lock();

@@ -237,7 +237,7 @@ file = "/etc/baton/keys.toml"
     }
 
     /// A thread more than is needed wakes to find nothing, and what a request needs goes from one core's caches to another's:
-    /// with one thread on two cores a request costs a fifth to a third less. Long prompts are prepared in
+    /// with one thread on two cores a request costs a fifth to a quarter less. Long prompts are prepared in
     /// short steps, or on threads of their own.
     fn cores_per_worker(&self) -> usize {
         2

@@ -1,4 +1,5 @@
-//! The gRPC adapter of `Control.Coordinate`: a coordinator's reports into the registry of [`crate::coordinators`].
+//! The gRPC adapter of `Control.Coordinate`: a coordinator's reports into the registry of [`crate::coordinators`], and how many
+//! there are out of it.
 //!
 //! A stream ends when the coordinator ends it, when it says nothing for its lease, when a later process of its id is
 //! taken, when this controller leads no more, and when the process stops. Only the first is a leave; whoever is cut
@@ -152,6 +153,7 @@ impl Reporter {
                 Err(status) => return Some(status),
             }
             let order = self.order();
+            // The last place is the end's.
             if order != told && answers.capacity() > 1 && answers.try_send(Ok(order)).is_ok() {
                 told = order;
             }

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use tokio::time::Instant;
 use v1::dispatch::Work;
 
-use crate::{fleet::mailbox::BATCH_TOKENS, prepare::PreparedPrompt};
+use crate::{fleet::BATCH_TOKENS, prepare::PreparedPrompt};
 
 /// What a request is, as far as instances are told.
 #[derive(Debug, Clone)]

@@ -12,7 +12,7 @@ pub mod inline;
 pub mod keeper;
 mod leg;
 pub mod link;
-pub mod mailbox;
+mod mailbox;
 mod outbound;
 pub mod stall;
 
@@ -20,4 +20,4 @@ pub use breakers::{Attempt, Breakers, Trials};
 pub use guard::LegGuard;
 pub use leg::{LegEnd, Output, StopReason, TokenLogprobs};
 pub use link::{Link, LinkTask, Target};
-pub use mailbox::Mailbox;
+pub use mailbox::{BATCH_TOKENS, Mailbox};

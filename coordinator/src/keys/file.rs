@@ -87,8 +87,16 @@ impl KeyFile {
                 let found = self.look();
                 (self, found)
             });
-            let Ok((file, found)) = looked.await else { return };
-            self = file;
+            let found = match looked.await {
+                Ok((file, found)) => {
+                    self = file;
+                    found
+                }
+                Err(error) => {
+                    tracing::error!(%error, "the file of the API keys is looked at no more");
+                    return;
+                }
+            };
             match found {
                 None => {}
                 Some(Ok(found)) => {

@@ -15,8 +15,8 @@ use std::{
 
 use async_trait::async_trait;
 use etcd_client::{
-    Certificate, Client, CompareOp, ConnectOptions, DeleteOptions, GetOptions, Identity, PutOptions,
-    TlsOptions, TxnOp, WatchOptions,
+    Certificate, Client, CompactionOptions, CompareOp, ConnectOptions, DeleteOptions, GetOptions, Identity,
+    PutOptions, TlsOptions, TxnOp, WatchOptions,
 };
 use parking_lot::Mutex;
 use tonic::{Code, Status};
@@ -155,13 +155,13 @@ impl EtcdStore {
         Ok(Self { members: Failover::new(config.endpoints.iter().map(member).collect(), config.timeout) })
     }
 
-    /// Forgets the history up to and including `revision`. Operators usually let etcd do it by itself.
+    /// Forgets the history up to and including `revision`; it is gone when this returns. Operators usually let etcd do it by
+    /// itself.
     pub async fn compact(&self, revision: Revision) -> Result<(), StoreError> {
-        self.call(
-            Repeat::Never,
-            None,
-            |mut client| async move { client.compact(signed(revision.0), None).await },
-        )
+        self.call(Repeat::Never, None, |mut client| async move {
+            let physical = CompactionOptions::new().with_physical();
+            client.compact(signed(revision.0), Some(physical)).await
+        })
         .await
         .map(|_| ())
     }
