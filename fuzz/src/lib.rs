@@ -25,3 +25,29 @@ pub fn replay(target: &str, takes: fn(&[u8])) {
 pub fn folder(target: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("seeds").join(target)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    /// What `fuzz/run` runs by the folders, the program finds by its list, and the page tells of.
+    #[test]
+    fn each_target_has_seeds_and_each_folder_a_target() {
+        let program = include_str!("main.rs");
+        let (_, list) = program.split_once("const TARGETS").expect("a list");
+        let (list, _) = list.split_once("];").expect("an end");
+        let targets: BTreeSet<&str> = list.split('"').skip(1).step_by(2).collect();
+        assert!(targets.len() > 10, "{targets:?}");
+
+        let seeds = fs::read_dir(folder("")).expect("the folder of seeds");
+        let names = seeds.map(|seeds| seeds.expect("can be read").file_name().into_string().expect("a name"));
+        let folders: BTreeSet<String> = names.collect();
+        assert_eq!(targets, folders.iter().map(String::as_str).collect());
+
+        let page = include_str!("../README.md").lines().filter_map(|line| line.strip_prefix("| "));
+        let cells = page.filter_map(|row| row.split(" | ").nth(1)?.strip_prefix('`')?.strip_suffix('`'));
+        assert_eq!(targets, cells.collect());
+    }
+}

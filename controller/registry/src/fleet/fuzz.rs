@@ -80,8 +80,9 @@ fn key(text: &str) {
     assert_eq!(written, text);
 }
 
-/// Keys written and deleted while nobody leads: readers see of each instance the last spec, role and status that could be read,
-/// whatever was deleted, and whether the store has it yet. One who lists what there is in the end sees as much.
+/// Keys written and deleted while nobody leads: readers see of each instance the last spec that could be read, whatever was
+/// deleted, and whether the store still has it, and no status of another start. What one sees who lists what there is in the end is
+/// no other spec.
 fn history(bytes: &[u8]) {
     let now = Instant::now();
     let mut view = View::new(Duration::from_secs(15));
