@@ -29,10 +29,18 @@ fn body(client: usize) -> Value {
     chat::request("SmolLM2-135M-Instruct", &prompt, TOKENS, true)
 }
 
+type Answers = [AtomicUsize; STREAMS];
+
+/// How many there are of each client.
+fn count(answered: &Answers) -> [usize; STREAMS] {
+    answered.each_ref().map(|answers| answers.load(Ordering::Relaxed))
+}
+
 /// Clients that stream one answer after the other, and hold each to what was said before anything changed.
 struct Load {
     url: Arc<Mutex<String>>,
-    answered: Arc<AtomicUsize>,
+    /// By each client.
+    answered: Arc<Answers>,
     ends: Arc<AtomicBool>,
     clients: JoinSet<()>,
 }
@@ -40,7 +48,7 @@ struct Load {
 impl Load {
     async fn start(url: &str) -> Self {
         let url = Arc::new(Mutex::new(url.to_owned()));
-        let (answered, ends) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
+        let (answered, ends) = (Arc::<Answers>::default(), Arc::new(AtomicBool::new(false)));
         let mut clients = JoinSet::new();
         for client in 0..STREAMS {
             let (expected, error) = Self::ask(&url, client).await;
@@ -51,7 +59,7 @@ impl Load {
                     let (text, error) = Self::ask(&url, client).await;
                     assert_eq!(error, None, "a stream failed");
                     assert_eq!(text, expected, "another text");
-                    answered.fetch_add(1, Ordering::Relaxed);
+                    answered[client].fetch_add(1, Ordering::Relaxed);
                 }
             });
         }
@@ -70,12 +78,16 @@ impl Load {
 
     /// Waits until each client has begun and ended an answer from here on.
     async fn goes_on(&mut self) {
-        let before = self.answered.load(Ordering::Relaxed);
-        eventually("more answers", || async {
-            (self.answered.load(Ordering::Relaxed) >= before + 2 * STREAMS).then_some(())
-        })
-        .await;
-        assert!(self.clients.try_join_next().is_none(), "a client ended");
+        let Self { answered, clients, .. } = self;
+        let before = count(answered);
+        // The first may have begun before.
+        let more = eventually("two more answers of each client", || async {
+            count(answered).iter().zip(&before).all(|(now, before)| *now >= before + 2).then_some(())
+        });
+        tokio::select! {
+            () = more => {}
+            ended = clients.join_next() => panic!("a client ended: {ended:?}"),
+        }
     }
 
     /// How many answers there were.
@@ -84,7 +96,7 @@ impl Load {
         while let Some(ended) = self.clients.join_next().await {
             ended.expect("no client fails");
         }
-        self.answered.load(Ordering::Relaxed)
+        count(&self.answered).iter().sum()
     }
 }
 
