@@ -25,9 +25,15 @@ pub struct ChatTemplate {
 }
 
 const NAME: &str = "chat";
-/// Steps one rendering may take, of which each is worth 64 bytes, too: far beyond any honest one, so that a template can
-/// neither hold a thread for ever nor take all memory. Tests and fuzz targets try many.
-pub(crate) const FUEL: u64 = if cfg!(any(test, feature = "fuzz")) { 50_000 } else { 10_000_000 };
+/// Steps that a rendering may take, of which each is worth 64 bytes of what is made on the way, too (minijinja's fuel): so many
+/// whatever is said, and more for each byte and each message of it. Published templates take a tenth of that at most, and one of
+/// somebody's making can neither hold a thread for long nor take much memory.
+const FUEL_LEAST: u64 = 50_000;
+const FUEL_OF_BYTE: u64 = 2;
+const FUEL_OF_MESSAGE: u64 = 1_000;
+/// And no more than this, however much is said: by minijinja's account 256 MB. Ten thousand short messages take Qwen3's template
+/// an eighth of it, and so do eight MiB.
+const FUEL_MOST: u64 = 4_000_000;
 /// Marks errors that the template itself raised.
 const RAISED: &str = "raised by the template: ";
 
@@ -38,7 +44,6 @@ impl ChatTemplate {
         // As in Hugging Face's own environment.
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         environment.set_syntax(syntax?);
-        environment.set_fuel(Some(FUEL));
         environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
         environment.set_unknown_method_callback(unknown_method_callback);
         environment.add_function("raise_exception", |reason: String| -> Result<String, Error> {
@@ -55,7 +60,19 @@ impl ChatTemplate {
         messages: &[ChatMessage<'_>],
         add_generation_prompt: bool,
     ) -> Result<String, TextError> {
-        let template = self.environment.get_template(NAME).map_err(TextError::Render)?;
+        self.render_with(fuel(messages), messages, add_generation_prompt)
+    }
+
+    fn render_with(
+        &self,
+        fuel: u64,
+        messages: &[ChatMessage<'_>],
+        add_generation_prompt: bool,
+    ) -> Result<String, TextError> {
+        // All of it is shared with the clone, but the fuel.
+        let mut environment = self.environment.clone();
+        environment.set_fuel(Some(fuel));
+        let template = environment.get_template(NAME).map_err(TextError::Render)?;
         let message =
             |message: &ChatMessage<'_>| context! { role => message.role, content => message.content };
         let messages: Vec<Value> = messages.iter().map(message).collect();
@@ -72,6 +89,11 @@ impl ChatTemplate {
             None => TextError::Render(error),
         })
     }
+}
+
+fn fuel(messages: &[ChatMessage<'_>]) -> u64 {
+    let said: usize = messages.iter().map(|message| message.role.len() + message.content.len()).sum();
+    (FUEL_LEAST + FUEL_OF_BYTE * said as u64 + FUEL_OF_MESSAGE * messages.len() as u64).min(FUEL_MOST)
 }
 
 impl fmt::Debug for ChatTemplate {
@@ -222,6 +244,39 @@ A:{% endif %}";
     fn endless_templates_end() {
         let source = "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}";
         assert!(matches!(render(source, &[]), Err(TextError::Render { .. })));
+        let growing =
+            "{% set x = namespace(s='a') %}{% for a in range(64) %}{% set x.s = x.s ~ x.s %}{% endfor %}";
+        assert!(matches!(render(growing, &[]), Err(TextError::Render { .. })));
+    }
+
+    /// As the models' publishers have them.
+    fn published(name: &str) -> ChatTemplate {
+        let folder = std::env::var_os("BATON_TEST_TOKENIZERS")
+            .expect("BATON_TEST_TOKENIZERS must be a folder of tokenizers; `deploy/run test` sets it");
+        let path = std::path::Path::new(&folder).join(name).join("tokenizer_config.json");
+        let text =
+            std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        let config: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+        let source = config["chat_template"].as_str().expect("a template");
+        ChatTemplate::new(source, Some("<s>"), None, clock).expect("compiles")
+    }
+
+    #[test]
+    fn published_templates_take_a_part_of_what_they_may() {
+        let (short, long) = ("Hi!", "word ".repeat(20_000));
+        for name in ["llama3", "qwen3", "deepseek_v3"] {
+            let template = published(name);
+            for (content, count) in
+                [(short, 1), (short, 500), (&long, 1), (&long, 4), (short, 10_000), (&long, 80)]
+            {
+                let of = |at: usize| ChatMessage { role: ["user", "assistant"][at % 2], content };
+                let messages: Vec<_> = (0..count).map(of).collect();
+                let may = fuel(&messages);
+                let part = if may < FUEL_MOST { 10 } else { 4 };
+                let rendered = template.render_with(may / part, &messages, true);
+                assert!(rendered.is_ok(), "{name}, {count} of {} bytes: {rendered:?}", content.len());
+            }
+        }
     }
 
     #[test]
