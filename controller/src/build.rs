@@ -127,7 +127,7 @@ impl Parts {
         );
         let access = Access::start(&config.admin, &shutdown, &tasks)?;
         let ranktable = Some(&config.ascend.ranktable_file).filter(|path| !path.is_empty());
-        let ranktable = ranktable.map(|path| ranktable::follow(path.into(), shutdown.clone(), &tasks));
+        let ranktable = ranktable.map(|path| ranktable::follow_file(path.into(), shutdown.clone(), &tasks));
         let door = Door { without_certificate: access.takes_tokens(), ..DOOR };
         let journal = Journal::default();
         let metrics = ControllerMetrics::register(&metrics);

@@ -11,13 +11,14 @@ use std::{
     time::Duration,
 };
 
+use baton_process::follow::follow;
 use baton_proto::InstanceSpec;
 use serde::Deserialize;
 use tokio::sync::watch;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{info, warn};
 
-/// How often the file is looked at. A mounted ConfigMap is swapped as a whole, which only a look at its content tells.
+/// How often the file is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// A larger file is not read: it describes some hundred thousand NPUs.
 const LARGEST: u64 = 64 << 20;
@@ -123,43 +124,27 @@ impl RankTable {
 }
 
 /// Follows the file until the shutdown. A file that cannot be used changes nothing: the last good one counts.
-pub(crate) fn follow(
+pub(crate) fn follow_file(
     path: PathBuf,
     shutdown: CancellationToken,
     tasks: &TaskTracker,
 ) -> watch::Receiver<RankTable> {
     let (sender, table) = watch::channel(RankTable::default());
-    tasks.spawn(async move {
-        let mut trouble = None;
-        loop {
-            let look = path.clone();
-            let read = tokio::task::spawn_blocking(move || RankTable::read(&look)).await;
-            match read {
-                Ok(Ok(table)) => {
-                    trouble = None;
-                    let servers = table.npus.len();
-                    let is_new = |old: &mut RankTable| {
-                        let new = *old != table;
-                        *old = table;
-                        new
-                    };
-                    if sender.send_if_modified(is_new) {
-                        info!(file = %path.display(), servers, "the ranktable is taken");
-                    }
-                }
-                Ok(Err(error)) if trouble.as_ref() != Some(&error) => {
-                    warn!(file = %path.display(), "the ranktable {error}");
-                    trouble = Some(error);
-                }
-                // The same trouble again; or a panic, which is told where it happens.
-                Ok(Err(_)) | Err(_) => {}
-            }
-            tokio::select! {
-                () = shutdown.cancelled() => return,
-                () = tokio::time::sleep(LOOK_EVERY) => {}
-            }
+    let (named, mut last) = (path.display().to_string(), None);
+    let look = move || {
+        let table = RankTable::read(&path)?;
+        let new = last.as_ref() != Some(&table);
+        last = Some(table.clone());
+        Ok(new.then_some(table))
+    };
+    let told = move |table: Result<RankTable, RankTableError>| match table {
+        Ok(table) => {
+            info!(file = named, servers = table.npus.len(), "the ranktable is taken");
+            sender.send_replace(table);
         }
-    });
+        Err(error) => warn!(file = named, "the ranktable {error}"),
+    };
+    tasks.spawn(shutdown.run_until_cancelled_owned(follow(LOOK_EVERY, look, told)));
     table
 }
 
@@ -231,7 +216,7 @@ mod tests {
         let directory = tempfile::tempdir().expect("a directory");
         let path = directory.path().join("global_ranktable.json");
         let (shutdown, tasks) = (CancellationToken::new(), TaskTracker::new());
-        let mut seen = follow(path.clone(), shutdown.clone(), &tasks);
+        let mut seen = follow_file(path.clone(), shutdown.clone(), &tasks);
         std::fs::write(&path, table().to_string()).expect("a file");
         seen.changed().await.expect("it follows");
         let good = seen.borrow_and_update().clone();

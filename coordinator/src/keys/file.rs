@@ -15,9 +15,9 @@ use std::{
     time::Duration,
 };
 
+use baton_process::follow::follow;
 use baton_proto::{API_KEYS_MOST, ApiKey, ApiKeyName, Band, KeyHash, KeyLimits, TenantName};
 use serde::Deserialize;
-use tokio::time::{MissedTickBehavior, interval};
 use toml::{Spanned, value::Datetime};
 
 use super::{Keys, expiry};
@@ -78,48 +78,29 @@ impl KeyFile {
 
     /// Looks whether it has changed, for as long as this is polled.
     pub(super) async fn follow(mut self, keys: Arc<Keys>) {
-        let mut ticks = interval(LOOK_EVERY);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        loop {
-            ticks.tick().await;
-            // Where the file lies may not answer.
-            let looked = tokio::task::spawn_blocking(move || {
-                let found = self.look();
-                (self, found)
-            });
-            let found = match looked.await {
-                Ok((file, found)) => {
-                    self = file;
-                    found
-                }
-                Err(error) => {
-                    tracing::error!(%error, "the file of the API keys is looked at no more");
-                    return;
-                }
-            };
-            match found {
-                None => {}
-                Some(Ok(found)) => {
-                    tracing::info!(keys = found.len(), file = %self.path.display(), "API keys were read again");
-                    keys.replace(found);
-                }
-                Some(Err(error)) => {
-                    tracing::error!(%error, "the API keys that are in effect stay: see to their file");
-                    keys.not_renewed();
-                }
+        let file = self.path.display().to_string();
+        let told = |found: Result<Vec<ApiKey>, KeyFileError>| match found {
+            Ok(found) => {
+                tracing::info!(keys = found.len(), %file, "API keys were read again");
+                keys.replace(found);
             }
-        }
+            Err(error) => {
+                tracing::error!(%error, "the API keys that are in effect stay: see to their file");
+                keys.not_renewed();
+            }
+        };
+        follow(LOOK_EVERY, move || self.look(), told).await;
     }
 
     /// The new content, if there is any.
-    fn look(&mut self) -> Option<Result<Vec<ApiKey>, KeyFileError>> {
+    fn look(&mut self) -> Result<Option<Vec<ApiKey>>, KeyFileError> {
         let stamp = fs::metadata(&self.path).ok().map(Stamp::from);
         let settled = std::mem::replace(&mut self.seen, stamp) == stamp;
         if !settled || stamp == self.read {
-            return None;
+            return Ok(None);
         }
         self.read = stamp;
-        Some(read(&self.path))
+        read(&self.path).map(Some)
     }
 }
 
@@ -308,18 +289,20 @@ mod tests {
         let write = |text: &str| fs::write(&path, text).expect("is written");
         write(&entry("a", ""));
         let mut file = KeyFile::open(&path).expect("a good file");
-        assert!(file.look().is_none() && file.look().is_none());
+        let looks = |file: &mut KeyFile| file.look().map(|found| found.map(|keys| keys.len()));
+        let nothing = |file: &mut KeyFile| matches!(looks(file), Ok(None));
+        assert!(nothing(&mut file) && nothing(&mut file));
         write(&(entry("a", "") + &entry("b", "")));
-        assert!(file.look().is_none(), "it may still be being written");
-        assert_eq!(file.look().expect("has changed").expect("is good").len(), 2);
-        assert!(file.look().is_none());
+        assert!(nothing(&mut file), "it may still be being written");
+        assert!(matches!(looks(&mut file), Ok(Some(2))));
+        assert!(nothing(&mut file));
         write("[[keys]]\n");
-        assert!(file.look().is_none());
-        assert!(file.look().expect("has changed").is_err());
-        assert!(file.look().is_none(), "what is wrong is told once");
+        assert!(nothing(&mut file));
+        assert!(looks(&mut file).is_err());
+        assert!(nothing(&mut file), "it is the same file");
         fs::remove_file(&path).expect("is there");
-        assert!(file.look().is_none());
-        assert!(file.look().expect("has changed").expect_err("is gone").to_string().contains("cannot read"));
-        assert!(file.look().is_none());
+        assert!(nothing(&mut file));
+        assert!(looks(&mut file).expect_err("is gone").to_string().contains("cannot read"));
+        assert!(nothing(&mut file));
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! A binary's `main` parses its flags and calls [`run`]; everything else is handed to it in a [`Process`]. The modules
 //! stand in the order a process meets them: flags and configuration ([`args`], [`config`], [`reference`]), logs and traces
-//! ([`telemetry`]), signals (`signals`), the life itself ([`run`]), its sockets ([`listen`]), who it is to others and they
+//! ([`telemetry`]), files that change ([`follow`]), signals (`signals`), the life itself ([`run`]), its sockets ([`listen`]), who it is to others and they
 //! to it ([`tls`]), who of the people may ask and change ([`access`]), what it serves ([`grpc`], [`http`]), and what it shows
 //! of itself ([`health`], [`metrics`]).
 
@@ -11,6 +11,7 @@ pub mod args;
 pub mod config;
 pub mod duration;
 mod error;
+pub mod follow;
 #[cfg(any(test, feature = "fuzz"))]
 #[doc(hidden)]
 pub mod fuzz;

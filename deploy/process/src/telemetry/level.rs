@@ -4,16 +4,19 @@
 //! directives changes nothing, and the log says so once.
 
 use std::{
+    fs::File,
+    io::{self, Read as _},
     path::{Path, PathBuf},
-    time::Duration,
 };
 
 use tracing_subscriber::{EnvFilter, Registry, reload};
 
 use super::LOG_VARIABLE;
-use crate::{ProcessConfig, ProcessError};
+use crate::{
+    ProcessConfig, ProcessError,
+    follow::{LOOK_EVERY, follow},
+};
 
-const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// More than any directives take.
 const FILE_BYTES_MOST: u64 = 64 << 10;
 /// The target of the record of who changed what.
@@ -58,45 +61,38 @@ pub(super) fn start(config: &ProcessConfig) -> Result<Reloadable, ProcessError> 
     })?;
     let (layer, handle) = reload::Layer::new(filter);
     if !config.log.level_file.as_os_str().is_empty() {
-        tokio::spawn(follow(config.log.level_file.clone(), level, handle));
+        tokio::spawn(follow_file(config.log.level_file.clone(), level, handle));
     }
     Ok(layer)
 }
 
 /// Until the process ends.
-async fn follow(path: PathBuf, configured: String, filter: reload::Handle<EnvFilter, Registry>) {
-    let mut said = String::new();
-    let mut trouble = String::new();
-    loop {
-        match read(&path).await {
-            Ok(says) if says != said => {
-                said = says;
-                change(if said.is_empty() { &configured } else { &said }, &filter);
-            }
-            Ok(_) => trouble.clear(),
-            Err(error) if error.to_string() != trouble => {
-                trouble = error.to_string();
-                tracing::error!(
-                    "process.log.level_file: {}: {trouble}; the level stays as it is",
-                    path.display()
-                );
-            }
-            Err(_) => {}
+async fn follow_file(path: PathBuf, configured: String, filter: reload::Handle<EnvFilter, Registry>) {
+    let (named, mut said) = (path.display().to_string(), String::new());
+    let look = move || -> io::Result<Option<String>> {
+        let says = read(&path)?;
+        Ok((says != said).then(|| {
+            said.clone_from(&says);
+            says
+        }))
+    };
+    let told = |says: io::Result<String>| match says {
+        Ok(says) => change(if says.is_empty() { &configured } else { &says }, &filter),
+        Err(error) => {
+            tracing::error!("process.log.level_file: {named}: {error}; the level stays as it is");
         }
-        tokio::time::sleep(LOOK_EVERY).await;
-    }
+    };
+    follow(LOOK_EVERY, look, told).await;
 }
 
 /// What it holds; nothing, if it is not there.
-async fn read(path: &Path) -> std::io::Result<String> {
-    use tokio::io::AsyncReadExt;
-
+fn read(path: &Path) -> io::Result<String> {
     let mut text = String::new();
-    let file = match tokio::fs::File::open(path).await {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(text),
+    let file = match File::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(text),
         opened => opened?,
     };
-    file.take(FILE_BYTES_MOST).read_to_string(&mut text).await?;
+    file.take(FILE_BYTES_MOST).read_to_string(&mut text)?;
     Ok(text.trim().to_owned())
 }
 
@@ -141,7 +137,7 @@ mod tests {
         let (layer, handle) = reload::Layer::new(filter("info").expect("a level"));
         let log = tracing_subscriber::fmt::layer().with_writer(std::io::sink).with_filter(layer);
         let _here = tracing::subscriber::set_default(tracing_subscriber::registry().with(log));
-        let follows = tokio::spawn(follow(path.clone(), "info".to_owned(), handle));
+        let follows = tokio::spawn(follow_file(path.clone(), "info".to_owned(), handle));
         let says = async |text: Option<&str>, shows: bool| {
             match text {
                 Some(text) => std::fs::write(&path, text).expect("a file"),

@@ -25,7 +25,7 @@ use super::{
     Counts, TlsError,
     credentials::{certificates, content, roots},
     files::{Contents, Followed, Paths},
-    follow,
+    follow_files,
     handshake::shake_hands,
     parting::why_in_plain_http,
 };
@@ -102,7 +102,7 @@ impl Https {
         let (followed, told) = (made.clone(), counts.clone());
         let named = config.cert_file.display().to_string();
         let refresh = move || Ok(followed.refresh()?.map(|_| named.clone()));
-        tasks.spawn(shutdown.clone().run_until_cancelled_owned(follow(refresh, told)));
+        tasks.spawn(shutdown.clone().run_until_cancelled_owned(follow_files(refresh, told)));
         Ok(Some(Self { config, made, counts }))
     }
 

@@ -39,7 +39,10 @@ use serde::{Deserialize, Serialize};
 use tokio_util::{either::Either, sync::CancellationToken, task::TaskTracker};
 use tonic::{service::Routes, transport::server::TcpIncoming};
 
-use crate::{Invalid, Metrics};
+use crate::{
+    Invalid, Metrics,
+    follow::{LOOK_EVERY, follow},
+};
 use credentials::{Credentials, Owner};
 use incoming::Incoming;
 
@@ -61,8 +64,6 @@ pub(crate) fn fuzz_identity(
 #[cfg(any(test, feature = "fuzz"))]
 pub(crate) use credentials::fuzz_certificates;
 
-/// How often the files are looked at. A mounted Secret is swapped as a whole, which only a look at its content tells.
-const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// Between two refused calls that the log tells of.
 const TELL_EVERY: Duration = Duration::from_secs(1);
 
@@ -189,7 +190,9 @@ impl Tls {
         let credentials = Arc::new(Credentials::read(config.clone(), Owner::Service(own))?);
         let counts = counts();
         let (followed, told) = (credentials.clone(), counts.clone());
-        tasks.spawn(shutdown.clone().run_until_cancelled_owned(follow(move || followed.refresh(), told)));
+        tasks.spawn(
+            shutdown.clone().run_until_cancelled_owned(follow_files(move || followed.refresh(), told)),
+        );
         Ok(Self { credentials: Some(credentials), counts })
     }
 
@@ -231,38 +234,22 @@ impl Tls {
     }
 }
 
-/// Takes files whenever they have changed, and says what they are then. Ones that cannot be used change nothing.
-async fn follow<R>(refresh: R, counts: Counts)
-where
-    R: Fn() -> Result<Option<String>, TlsError> + Send + Sync + 'static,
-{
-    let (refresh, trouble) = (Arc::new(refresh), Arc::new(Mutex::new(String::new())));
-    loop {
-        tokio::time::sleep(LOOK_EVERY).await;
-        let (refresh, counts, trouble) = (refresh.clone(), counts.clone(), trouble.clone());
-        // A panic is told where it happens.
-        let _ = tokio::task::spawn_blocking(move || look(&*refresh, &counts, &mut trouble.lock())).await;
-    }
-}
-
-/// `trouble` is what was wrong the last time: it is told once.
-fn look(refresh: &dyn Fn() -> Result<Option<String>, TlsError>, counts: &Counts, trouble: &mut String) {
-    match refresh() {
-        Ok(None) => trouble.clear(),
-        Ok(Some(now)) => {
-            trouble.clear();
+/// Takes files whenever they have changed. Ones that cannot be used change nothing.
+async fn follow_files(
+    refresh: impl Fn() -> Result<Option<String>, TlsError> + Send + 'static,
+    counts: Counts,
+) {
+    let told = |now: Result<String, TlsError>| match now {
+        Ok(now) => {
             counts.reloaded("taken");
             tracing::info!(%now, "changed TLS files are taken: new connections use them");
         }
         Err(error) => {
-            let error = error.to_string();
-            if *trouble != error {
-                counts.reloaded("failed");
-                tracing::error!("{error}; what was read before stays in use");
-                *trouble = error;
-            }
+            counts.reloaded("failed");
+            tracing::error!("{error}; what was read before stays in use");
         }
-    }
+    };
+    follow(LOOK_EVERY, refresh, told).await;
 }
 
 #[cfg(test)]
