@@ -7,7 +7,7 @@ use std::{
 };
 
 use baton_process::{
-    HealthHandle, Metrics, Process, Tls,
+    Closed, HealthHandle, Metrics, Process, Tls,
     access::Access,
     grpc, http,
     listen::reached_at,
@@ -130,6 +130,7 @@ impl Parts {
         let ranktable = ranktable.map(|path| ranktable::follow_file(path.into(), shutdown.clone(), &tasks));
         let door = Door { without_certificate: access.takes_tokens(), ..DOOR };
         let journal = Journal::default();
+        let closed = Closed::of_grpc(&metrics);
         let metrics = ControllerMetrics::register(&metrics);
         #[cfg(feature = "kubernetes")]
         if !config.kubernetes.groups.is_empty() {
@@ -171,6 +172,7 @@ impl Parts {
             drain,
             keep_alive: grpc::KeepAlive::default(),
             connections,
+            closed,
         };
         let serving = async {
             let served = grpc::serve(listener, routes, options).await;

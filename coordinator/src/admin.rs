@@ -5,7 +5,7 @@
 use std::{sync::Arc, time::Duration};
 
 use baton_process::{
-    HealthHandle, Tls,
+    Closed, HealthHandle, Tls,
     access::{Access, Call, Right},
     grpc::{CONNECTIONS, GrpcOptions, KeepAlive},
     tls::{Allowed, Door},
@@ -34,6 +34,7 @@ impl Admin {
         self,
         health: HealthHandle,
         tls: Tls,
+        closed: Closed,
         shutdown: CancellationToken,
         drain: Duration,
     ) -> (Routes, GrpcOptions) {
@@ -49,6 +50,7 @@ impl Admin {
             drain,
             keep_alive: KeepAlive::default(),
             connections: CONNECTIONS,
+            closed,
         };
         (Routes::new(RequestAdminServer::new(self)), options)
     }

@@ -9,7 +9,7 @@ use std::{
 
 use axum::Router;
 use baton_process::{
-    Health, HealthHandle, Listen, Process, ProcessError, ServiceConfig, Tls,
+    Closed, Health, HealthHandle, Listen, Process, ProcessError, ServiceConfig, Tls,
     access::Access,
     grpc,
     http::{Port, probes, serve},
@@ -234,7 +234,9 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
     let (service, router) = assemble(&config, parts)?;
 
     let admin = Admin { roster: service.roster.clone(), access };
-    let (routes, options) = admin.port(process.health.clone(), tls.clone(), drained.clone(), last_calls);
+    let counted = Closed::of_grpc(&process.metrics);
+    let (routes, options) =
+        admin.port(process.health.clone(), tls.clone(), counted, drained.clone(), last_calls);
     let registration = Registration {
         spec: CoordinatorSpec {
             id: CoordinatorId::new(config.id.as_str())?,
@@ -266,7 +268,13 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
     let closed = Port { https: https.clone(), ..Port::of_observers(closed) };
     process.tasks.spawn(observe_the_rest(for_the_rest, closed, closing.clone(), drained.clone(), last_calls));
     let connections = connections(config.limits.max_connections, baton_process::open_files::most());
-    let served = serve(listener, Port { router, https, connections }, closing, drain - linger).await;
+    let served = serve(
+        listener,
+        Port { router, https, connections, closed: Closed::of_http(&process.metrics) },
+        closing,
+        drain - linger,
+    )
+    .await;
     // Requests have drained: the streams to instances may end.
     service.placer.links.stop_all();
     drained.cancel();

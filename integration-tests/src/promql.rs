@@ -39,8 +39,15 @@ pub fn names(expression: &str) -> Names {
 
 /// Whether a word is the name of a metric.
 pub fn is_metric(word: &str) -> bool {
-    const OF_SERVICES: [&str; 5] =
-        ["baton_controller_", "baton_coordinator_", "baton_server_", "baton_tls_", "process_"];
+    const OF_SERVICES: [&str; 7] = [
+        "baton_controller_",
+        "baton_coordinator_",
+        "baton_server_",
+        "baton_tls_",
+        "baton_grpc_",
+        "baton_http_",
+        "process_",
+    ];
     let own = |prefix: &&str| word.strip_prefix(*prefix).is_some_and(|own| !own.is_empty());
     matches!(word, "up" | "ALERTS" | "baton_ready") || OF_SERVICES.iter().any(own)
 }

@@ -20,8 +20,8 @@ use tonic::{
 
 /// HTTP/2's first bytes, and settings without any.
 const HTTP_2: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
-/// By then whoever does not get on is turned away: ten seconds to begin, or twice as long for signs of life; a busy machine's
-/// delay comes on top.
+/// By then whoever does not get on is turned away: twenty seconds for a first call or signs of life, and five to leave; a busy
+/// machine's delay comes on top.
 const TURNED_AWAY_WITHIN: Duration = Duration::from_secs(35);
 
 /// How a connection goes on after its first bytes.

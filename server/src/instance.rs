@@ -11,7 +11,7 @@ use std::{
 };
 
 use baton_process::{
-    Process, Tls,
+    Closed, Process, Tls,
     grpc::{self, GrpcOptions, KeepAlive},
     http,
     tls::{self, Allowed, Door},
@@ -113,11 +113,12 @@ pub async fn run(process: Process<ServerConfig>) -> Result<(), ServerError> {
     });
     assign_from_config(&process.config, &events).await;
 
+    let closed = Closed::of_grpc(&process.metrics);
     let executor = {
         let until_loaded = CancellationToken::new();
         let _ends_with_loading = until_loaded.clone().drop_guard();
         let listener = listeners.grpc.try_clone().map_err(|source| address("gRPC", source))?;
-        let options = grpc_options(&process, &tls, until_loaded.clone(), Duration::ZERO);
+        let options = grpc_options(&process, &tls, &closed, until_loaded.clone(), Duration::ZERO);
         let early = process.tasks.spawn(grpc::serve(listener, Routes::default(), options));
         let loaded = async {
             let executor = plan.load(events.clone()).await?;
@@ -151,7 +152,7 @@ pub async fn run(process: Process<ServerConfig>) -> Result<(), ServerError> {
             shared,
         })?;
         process.spawn_essential("engine", serving.engine_ended());
-        let options = grpc_options(&process, &tls, stop.clone(), LINGER);
+        let options = grpc_options(&process, &tls, &closed, stop.clone(), LINGER);
         process.spawn_essential("grpc", grpc::serve(listeners.grpc, serving.routes(), options));
         let _ = events.send(Event::Loaded).await;
         tracing::info!(
@@ -190,6 +191,7 @@ fn drain_of_legs(whole: Duration) -> Duration {
 fn grpc_options(
     process: &Process<ServerConfig>,
     tls: &Tls,
+    closed: &Closed,
     shutdown: CancellationToken,
     drain: Duration,
 ) -> GrpcOptions {
@@ -203,6 +205,7 @@ fn grpc_options(
         drain,
         keep_alive: keep_alive(process.config.handoff.lease),
         connections: grpc::CONNECTIONS,
+        closed: closed.clone(),
     }
 }
 

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 
 use baton_coordinator::{admin::Admin, requests::Roster};
 use baton_process::{
-    HealthHandle, Tls,
+    Closed, HealthHandle, Tls,
     access::{Access, AdminConfig},
     grpc,
 };
@@ -34,8 +34,8 @@ impl Port {
         let access = Access::start(config, &shutdown, &tasks).expect("a good file");
         let admin = Admin { roster: Arc::new(Roster::default()), access };
         let drain = Duration::from_secs(1);
-        let (routes, options) =
-            admin.port(HealthHandle::default(), Tls::plaintext(), shutdown.clone(), drain);
+        let (health, closed) = (HealthHandle::default(), Closed::default());
+        let (routes, options) = admin.port(health, Tls::plaintext(), closed, shutdown.clone(), drain);
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
         let address = format!("http://{}", listener.local_addr().expect("is bound"));
         tasks.spawn(grpc::serve(listener, routes, options));

@@ -4,7 +4,8 @@
 use std::{process::ExitCode, time::Duration};
 
 use baton_process::{
-    CommonArgs, Listen, Process, ProcessConfig, ProcessError, ServiceConfig, Tls, grpc, http, tls::Door,
+    Closed, CommonArgs, Listen, Process, ProcessConfig, ProcessError, ServiceConfig, Tls, grpc, http,
+    tls::Door,
 };
 use clap::Parser;
 use schemars::JsonSchema;
@@ -67,6 +68,7 @@ async fn specimen(process: Process<Specimen>) -> Result<(), ProcessError> {
         drain: process.drain(),
         keep_alive: grpc::KeepAlive::default(),
         connections: grpc::CONNECTIONS,
+        closed: Closed::of_grpc(&process.metrics),
     };
     process.spawn_essential("grpc", grpc::serve(grpc, Routes::default(), options));
     if process.config.mode == "panic" {

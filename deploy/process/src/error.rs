@@ -36,8 +36,6 @@ pub enum ProcessError {
     Listen(#[from] ListenError),
     #[error("{what} cannot be set up: {source}")]
     Setup { what: &'static str, source: Box<dyn std::error::Error + Send + Sync> },
-    #[error("gRPC server: {0}")]
-    Grpc(#[from] tonic::transport::Error),
     #[error("HTTP server: {0}")]
     Http(#[source] io::Error),
     #[error("{task} failed: {reason}")]

@@ -2,33 +2,32 @@
 //! (grpc.health.v1), reflection, keep-alive, bounds on what a connection may hold, and a graceful end that a lingering
 //! stream cannot hold up.
 
-mod arrivals;
+mod connection;
 
-use std::{net::TcpListener, time::Duration};
+use std::{
+    net::TcpListener,
+    time::{Duration, Instant},
+};
 
 use tokio::sync::watch;
-use tokio_util::{either::Either, sync::CancellationToken};
-use tonic::{
-    service::Routes,
-    transport::{Server, server::TcpIncoming},
-};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tonic::service::Routes;
 use tonic_health::{
     ServingStatus,
     server::{HealthReporter, health_reporter},
 };
 
-use crate::{Health, HealthHandle, ProcessError, Tls, tls::Door};
-use arrivals::{Arrivals, BEGINS_WITHIN};
+use crate::{
+    Health, HealthHandle, ProcessError, Tls,
+    seats::{Closed, Seats, Why, accept},
+    tls::Door,
+};
+use connection::Conversation;
 
 /// Connections at a time, where no more are needed.
 pub const CONNECTIONS: usize = 16_384;
-/// Frames of one peer in flight; bounds what a slow reader can make us hold.
-const STREAM_WINDOW_BYTES: u32 = 1 << 20;
-const CONNECTION_WINDOW_BYTES: u32 = 4 << 20;
-/// Calls under way on a connection; what our own processes have is a handful.
-const STREAMS_MOST: u32 = 256;
-/// Of a call, all together; those of our own have a few hundred.
-const HEADER_BYTES_MOST: u32 = 16 << 10;
+/// Between two closed connections that the log tells of.
+const TELL_EVERY: Duration = Duration::from_secs(1);
 
 /// What a gRPC server is made of besides its routes.
 #[derive(Debug, Clone)]
@@ -45,24 +44,31 @@ pub struct GrpcOptions {
     /// How long calls may go on after `shutdown`; those that have not ended then are cut off.
     pub drain: Duration,
     pub keep_alive: KeepAlive,
-    /// At a time; of more, each is closed as it comes.
+    /// At a time. When there are as many, the next one has the seat of who came first and has not called yet; if all have, it
+    /// is closed as it comes.
     pub connections: usize,
+    pub closed: Closed,
 }
 
-/// When a silent connection is given up, with all its streams (HTTP/2's pings).
+/// When a silent connection is given up, with all its streams (HTTP/2's pings), and when one on which nobody calls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KeepAlive {
     /// A connection that has been silent for so long is asked for a sign of life.
     pub interval: Duration,
     /// It is given up when it has not answered for so long: no less than any peer may pause and be believed alive.
     pub timeout: Duration,
+    /// A connection that has had no call for so long is let go, as it keeps its place among all that there may be. A call
+    /// counts from its head to the last of its answer; pings, settings, and what is no whole head of a call count for nothing.
+    /// Whoever is let go so is told (GOAWAY) and connects anew with its next call, as gRPC clients do by themselves; a call that
+    /// is begun just then may have to be made again.
+    pub idle: Duration,
 }
 
 impl Default for KeepAlive {
-    /// Ten seconds each.
+    /// Ten seconds each, and five minutes.
     fn default() -> Self {
         let interval = Duration::from_secs(10);
-        Self { interval, timeout: interval }
+        Self { interval, timeout: interval, idle: Duration::from_secs(300) }
     }
 }
 
@@ -75,9 +81,6 @@ pub async fn serve(listener: TcpListener, routes: Routes, options: GrpcOptions) 
     let listener = tokio::net::TcpListener::from_std(listener).map_err(|error| setup(error.into()))?;
     let address = listener.local_addr().map_err(|error| setup(error.into()))?;
     tracing::info!(%address, tls = options.tls.is_on(), "gRPC is served");
-    let KeepAlive { interval, timeout } = options.keep_alive;
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true)).with_keepalive(Some(interval));
-
     let (reporter, health_service) = health_reporter();
     // Both versions: grpcurl and the Python client still ask in the older one.
     let reflection = || {
@@ -89,33 +92,15 @@ pub async fn serve(listener: TcpListener, routes: Routes, options: GrpcOptions) 
     let reflection_v1alpha = reflection().build_v1alpha().map_err(|error| setup(error.into()))?;
     let routes =
         routes.add_service(health_service).add_service(reflection_v1).add_service(reflection_v1alpha);
-    let routes = options.tls.guarded(routes, options.door);
-
-    let router = Server::builder()
-        .http2_keepalive_interval(Some(interval))
-        .http2_keepalive_timeout(Some(timeout))
-        .max_concurrent_streams(Some(STREAMS_MOST))
-        .http2_max_header_list_size(Some(HEADER_BYTES_MOST))
-        .initial_stream_window_size(STREAM_WINDOW_BYTES)
-        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-        .add_routes(routes);
-    let ended = options.shutdown.clone().cancelled_owned();
-    let server = match options.tls.incoming(incoming, options.door) {
-        Either::Left(secured) => {
-            let arrivals = Arrivals::new(secured, options.connections, BEGINS_WITHIN);
-            Either::Left(router.serve_with_incoming_shutdown(arrivals, ended))
-        }
-        Either::Right(plaintext) => {
-            let arrivals = Arrivals::new(plaintext, options.connections, BEGINS_WITHIN);
-            Either::Right(router.serve_with_incoming_shutdown(arrivals, ended))
-        }
-    };
+    let router = options.tls.guarded(routes.into_axum_router(), options.door).with_state(());
+    let (keep_alive, closed, ended) = (options.keep_alive, options.closed.clone(), options.shutdown.clone());
+    let server = take_in(listener, &options, Conversation { router, keep_alive, closed, ended });
     let cut_off = async {
         options.shutdown.cancelled().await;
         tokio::time::sleep(options.drain).await;
     };
     tokio::select! {
-        result = server => result.map_err(ProcessError::Grpc),
+        () = server => Ok(()),
         () = mirror(options.health.subscribe(), reporter, &options.services) => Ok(()),
         () = cut_off => {
             // Without a drain nothing was promised any time.
@@ -125,6 +110,39 @@ pub async fn serve(listener: TcpListener, routes: Routes, options: GrpcOptions) 
             Ok(())
         }
     }
+}
+
+/// Takes connections in until the end, and waits until all have ended, which nothing bounds here.
+async fn take_in(listener: tokio::net::TcpListener, options: &GrpcOptions, conversation: Conversation) {
+    let (open, mut seats) = (TaskTracker::new(), Seats::new(options.connections));
+    let mut told = None::<Instant>;
+    while let Some(stream) = options.shutdown.run_until_cancelled(accept(&listener)).await {
+        let Some(seat) = seats.take() else {
+            options.closed.count(Why::Crowded);
+            if told.is_none_or(|told| told.elapsed() >= TELL_EVERY) {
+                told = Some(Instant::now());
+                tracing::warn!("a connection to the gRPC port is closed: there are as many as may be");
+            }
+            continue;
+        };
+        let (tls, door, conversation) = (options.tls.clone(), options.door, conversation.clone());
+        open.spawn(async move {
+            let closed = conversation.closed.clone();
+            let conversing = async {
+                if let Some((stream, caller)) = tls.accept(stream, door).await {
+                    conversation.serve(stream, caller, seat.clone()).await;
+                }
+            };
+            tokio::select! {
+                () = conversing => {}
+                () = seat.given_away() => closed.count(Why::Stranger),
+            }
+        });
+    }
+    // With it the port is closed: nobody waits there for what does not come.
+    drop(listener);
+    open.close();
+    open.wait().await;
 }
 
 /// Keeps gRPC health as the process's own. Never ends while anyone can still change it.

@@ -1,7 +1,7 @@
 //! HTTP as every Baton process has it: `/metrics`, `/health` (the process answers) and `/readiness` (it can do its
 //! work), and a server with a graceful end, in plaintext or by TLS. The coordinator merges its API into the same router.
 
-use std::{net::TcpListener, sync::Arc, time::Duration};
+use std::{net::TcpListener, time::Duration};
 
 use axum::{
     Json, Router,
@@ -20,18 +20,20 @@ use serde::Serialize;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpStream,
-    sync::Semaphore,
-    time::{sleep, timeout},
+    time::timeout,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use crate::{HealthHandle, Metrics, ProcessError, metrics, tls::Https};
-use underway::Underway;
+use crate::{
+    HealthHandle, Metrics, ProcessError, metrics,
+    seats::{Closed, Seat, Seats, Why, accept},
+    tls::Https,
+    underway::Underway,
+};
 
 pub use express::{CHUNK_HEAD, Express, Sent};
 
 mod express;
-mod underway;
 
 /// Connections of those who only observe a process.
 const OBSERVERS_MOST: usize = 256;
@@ -46,8 +48,6 @@ const GOODBYE_TIMEOUT: Duration = Duration::from_secs(300);
 const PING_EVERY: Duration = Duration::from_secs(30);
 /// And must answer within this time, which is long: many a client answers only while it reads.
 const PING_TIMEOUT: Duration = Duration::from_secs(120);
-/// After a connection could not be accepted.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// The routes by which a process is observed.
 pub fn router(metrics: Metrics, health: HealthHandle) -> Router {
@@ -79,14 +79,16 @@ pub struct Port {
     pub router: Router,
     /// How clients are spoken to; none = in plaintext.
     pub https: Option<Https>,
-    /// Connections at once; more wait in the kernel's queue until one ends.
+    /// Connections at once. When there are as many, the next one has the seat of who came first and has not asked for anything
+    /// yet; if all have, it waits until one ends, and more in the kernel's queue.
     pub connections: usize,
+    pub closed: Closed,
 }
 
 impl Port {
     /// For those who observe a process: few connections at once, in plaintext, as probes speak it.
     pub fn of_observers(router: Router) -> Self {
-        Self { router, https: None, connections: OBSERVERS_MOST }
+        Self { router, https: None, connections: OBSERVERS_MOST, closed: Closed::default() }
     }
 }
 
@@ -99,34 +101,18 @@ pub async fn serve(
 ) -> Result<(), ProcessError> {
     listener.set_nonblocking(true).map_err(ProcessError::Http)?;
     let listener = tokio::net::TcpListener::from_std(listener).map_err(ProcessError::Http)?;
-    let seats = Arc::new(Semaphore::new(port.connections.min(Semaphore::MAX_PERMITS)));
-    let open = TaskTracker::new();
+    let (open, mut seats) = (TaskTracker::new(), Seats::new(port.connections));
     loop {
-        let accepted = async { (seats.clone().acquire_owned().await, listener.accept().await) };
-        let (seat, accepted) = tokio::select! {
-            biased;
-            () = shutdown.cancelled() => break,
-            accepted = accepted => accepted,
-        };
-        match accepted {
-            Ok((stream, _)) => {
-                // Tokens are small and must leave at once; a socket that refuses is slow, not broken.
-                let _ = stream.set_nodelay(true);
-                let (port, shutdown) = (port.clone(), shutdown.clone());
-                open.spawn(async move {
-                    let _seat = seat;
-                    take(stream, port, shutdown).await;
-                });
+        let arrived = async { (accept(&listener).await, seats.wait().await) };
+        let Some((stream, seat)) = shutdown.run_until_cancelled(arrived).await else { break };
+        let (port, shutdown) = (port.clone(), shutdown.clone());
+        open.spawn(async move {
+            let closed = port.closed.clone();
+            tokio::select! {
+                () = take(stream, port, seat.clone(), shutdown) => {}
+                () = seat.given_away() => closed.count(Why::Stranger),
             }
-            Err(error) => {
-                // Out of descriptors, most likely: accepting again at once would only spin.
-                tracing::warn!(%error, "cannot accept a connection");
-                tokio::select! {
-                    () = shutdown.cancelled() => break,
-                    () = sleep(ACCEPT_PAUSE) => {}
-                }
-            }
-        }
+        });
     }
     drop(listener);
     open.close();
@@ -138,80 +124,100 @@ pub async fn serve(
 }
 
 /// A connection that was accepted, to its end.
-async fn take(stream: TcpStream, port: Port, shutdown: CancellationToken) {
+async fn take(stream: TcpStream, port: Port, seat: Seat, shutdown: CancellationToken) {
+    let conversation = Conversation { router: port.router, closed: port.closed, seat, shutdown };
     match port.https {
         None => {
             let (connection, express) = express::Connection::new(stream);
-            converse(connection, Some(express), port.router, shutdown).await;
+            conversation.serve(connection, Some(express)).await;
         }
         Some(https) => {
             if let Some(secured) = https.accept(stream).await {
-                converse(secured, None, port.router, shutdown).await;
+                conversation.serve(secured, None).await;
             }
         }
     }
 }
 
-/// One conversation, to its end. One that brings no request in time, or nothing for long while no answer is on
-/// its way, is closed, whatever its version of HTTP: it would hold a seat for ever. What is on its way is
-/// never cut for that. Requests that are answered in chunks are told of `express`.
-async fn converse<S>(stream: S, express: Option<Express>, router: Router, shutdown: CancellationToken)
-where
-    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
-{
-    let (begun, underway) = (CancellationToken::new(), Underway::default());
-    let (mark, answers, service) = (begun.clone(), underway.clone(), TowerToHyperService::new(router));
-    let service = service_fn(move |mut request: hyper::Request<hyper::body::Incoming>| {
-        mark.cancel();
-        if let Some(express) = express.as_ref().filter(|_| request.version() == Version::HTTP_11) {
-            request.extensions_mut().insert(express.clone());
-        }
-        let (answer, turn) = (service.call(request), answers.begin());
-        async move { answer.await.map(|response| response.map(|body| turn.carry(body))) }
-    });
-    let mut builder = auto::Builder::new(TokioExecutor::new());
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(IDLE_TIMEOUT);
-    let mut http2 = builder.http2();
-    http2.timer(TokioTimer::new()).keep_alive_interval(PING_EVERY).keep_alive_timeout(PING_TIMEOUT);
-    let mut connection =
-        std::pin::pin!(builder.serve_connection_with_upgrades(TokioIo::new(stream), service));
-    let head_is_late = async {
-        if timeout(HEAD_TIMEOUT, begun.cancelled()).await.is_ok() {
-            std::future::pending::<()>().await;
-        }
-    };
-    let result = tokio::select! {
-        biased;
-        result = connection.as_mut() => result,
-        () = head_is_late => return,
-        () = underway.nothing_for(IDLE_TIMEOUT) => {
-            connection.as_mut().graceful_shutdown();
-            // A request that came at the last moment is still answered.
-            tokio::select! {
-                result = connection => result,
-                () = underway.nothing_for(GOODBYE_TIMEOUT) => return,
+/// One connection, which has settled with its first request.
+struct Conversation {
+    router: Router,
+    closed: Closed,
+    seat: Seat,
+    shutdown: CancellationToken,
+}
+
+impl Conversation {
+    #[cfg(test)]
+    fn of_test(router: Router) -> Self {
+        let seat = Seats::new(1).take().expect("free");
+        Self { router, closed: Closed::default(), seat, shutdown: CancellationToken::new() }
+    }
+
+    /// To its end. One that brings no request in time, or nothing for long while no answer is on its way, is closed, whatever
+    /// its version of HTTP: it would hold a seat for ever. What is on its way is never cut for that. Requests that are
+    /// answered in chunks are told of `express`.
+    async fn serve<S>(self, stream: S, express: Option<Express>)
+    where
+        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        let Self { router, closed, seat, shutdown } = self;
+        let (begun, underway) = (CancellationToken::new(), Underway::default());
+        let (mark, answers, service) = (begun.clone(), underway.clone(), TowerToHyperService::new(router));
+        let service = service_fn(move |mut request: hyper::Request<hyper::body::Incoming>| {
+            mark.cancel();
+            seat.settle();
+            if let Some(express) = express.as_ref().filter(|_| request.version() == Version::HTTP_11) {
+                request.extensions_mut().insert(express.clone());
             }
+            let (answer, turn) = (service.call(request), answers.begin());
+            async move { answer.await.map(|response| response.map(|body| turn.carry(body))) }
+        });
+        let mut builder = auto::Builder::new(TokioExecutor::new());
+        builder.http1().timer(TokioTimer::new()).header_read_timeout(IDLE_TIMEOUT);
+        let mut http2 = builder.http2();
+        http2.timer(TokioTimer::new()).keep_alive_interval(PING_EVERY).keep_alive_timeout(PING_TIMEOUT);
+        let mut connection =
+            std::pin::pin!(builder.serve_connection_with_upgrades(TokioIo::new(stream), service));
+        let head_is_late = async {
+            if timeout(HEAD_TIMEOUT, begun.cancelled()).await.is_ok() {
+                std::future::pending::<()>().await;
+            }
+        };
+        let result = tokio::select! {
+            biased;
+            result = connection.as_mut() => result,
+            () = head_is_late => return closed.count(Why::Late),
+            () = underway.nothing_for(IDLE_TIMEOUT) => {
+                closed.count(Why::Idle);
+                connection.as_mut().graceful_shutdown();
+                // A request that came at the last moment is still answered.
+                tokio::select! {
+                    result = connection => result,
+                    () = underway.nothing_for(GOODBYE_TIMEOUT) => return,
+                }
+            }
+            () = shutdown.cancelled() => {
+                connection.as_mut().graceful_shutdown();
+                connection.await
+            }
+        };
+        if let Err(error) = result {
+            tracing::trace!(%error, "a connection broke");
         }
-        () = shutdown.cancelled() => {
-            connection.as_mut().graceful_shutdown();
-            connection.await
-        }
-    };
-    if let Err(error) = result {
-        tracing::trace!(%error, "a connection broke");
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::net::SocketAddr;
+    use std::{net::SocketAddr, sync::Arc};
 
     use http::Request;
     use tokio::{
         io::{AsyncReadExt, AsyncWriteExt, DuplexStream},
         sync::Notify,
         task::JoinHandle,
-        time::Instant,
+        time::{Instant, sleep},
     };
 
     use super::*;
@@ -284,7 +290,7 @@ mod tests {
                     std::future::pending::<()>().await
                 }),
             );
-        (client, tokio::spawn(converse(server, None, router, CancellationToken::new())), asked)
+        (client, tokio::spawn(Conversation::of_test(router).serve(server, None)), asked)
     }
 
     fn asking(path: &str) -> Request<()> {

@@ -4,7 +4,7 @@
 use std::{net::SocketAddr, time::Duration};
 
 use baton_process::{
-    HealthHandle, Tls,
+    Closed, HealthHandle, Tls,
     grpc::{self, GrpcOptions, KeepAlive},
     tls::Door,
 };
@@ -49,8 +49,9 @@ impl Watched {
             door: Door::default(),
             shutdown: stop.clone(),
             drain: Duration::ZERO,
-            keep_alive: KeepAlive { interval: INTERVAL, timeout },
+            keep_alive: KeepAlive { interval: INTERVAL, timeout, ..KeepAlive::default() },
             connections: grpc::CONNECTIONS,
+            closed: Closed::default(),
         };
         tokio::spawn(grpc::serve(listener, Routes::default(), options));
         let (silent, proxy) = proxy(server).await;

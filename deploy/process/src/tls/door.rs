@@ -7,7 +7,7 @@ use axum::{
 };
 use tonic::Status;
 
-use super::{Counts, Peer, Role, incoming::ConnectInfo};
+use super::{Counts, Peer, Role};
 
 /// Open to whoever has come so far: they say whether a process is well, and what it speaks.
 const OPEN: [&str; 2] = ["/grpc.health.v1.Health/", "/grpc.reflection."];
@@ -63,21 +63,17 @@ fn list(roles: &[Role]) -> String {
 /// The middleware of a TLS port.
 pub(super) async fn guard(
     State((door, counts)): State<(Door, Counts)>,
-    mut request: Request,
+    request: Request,
     next: Next,
 ) -> Response {
     // Without it, the port is not served by us: nobody is believed.
-    let info = request.extensions().get::<ConnectInfo>().cloned();
-    let peer = info.as_ref().map_or(Peer::Nameless("no handshake".into()), |info| info.peer.clone());
-    if let Err(status) = door.admit(request.uri().path(), &peer) {
+    let stranger = Peer::Nameless("no handshake".into());
+    let peer = request.extensions().get().unwrap_or(&stranger);
+    if let Err(status) = door.admit(request.uri().path(), peer) {
         counts.refused("role");
         counts.tell(status.message());
         return status.into_http();
     }
-    if let Some(info) = info {
-        request.extensions_mut().insert(info.tcp);
-    }
-    request.extensions_mut().insert(peer);
     next.run(request).await
 }
 

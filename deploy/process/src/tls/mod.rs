@@ -5,11 +5,12 @@
 //! stand go on. What counts of a certificate is who signed it and the [`Role`] that it names ([`Identity`]), not a host:
 //! instances are dialled by address, and come and go.
 //!
-//! A gRPC port takes connections in by `incoming`, which shakes hands, and asks at its [`Door`] before each call whether
-//! the caller's role may make it. A client dials by [`Dial`], which turns away whoever has not the role that is asked
+//! A gRPC port takes a connection in by [`Tls::accept`], which shakes hands and finds out who calls (`caller`), and asks at its
+//! [`Door`] before each call whether the caller's role may make it. A client dials by [`Dial`], which turns away whoever has not the role that is asked
 //! for. Without files all of it is plaintext, and nobody is asked who they are. [`Https`] is for those who are no processes
 //! of ours: clients of an HTTP port.
 
+mod caller;
 mod credentials;
 mod dial;
 mod door;
@@ -18,7 +19,6 @@ mod files;
 mod handshake;
 mod https;
 mod identity;
-mod incoming;
 mod parting;
 
 use std::{
@@ -28,7 +28,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use axum::middleware;
+use axum::{Router, middleware};
 use parking_lot::Mutex;
 use prometheus_client::{
     encoding::EncodeLabelSet,
@@ -36,15 +36,15 @@ use prometheus_client::{
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use tokio_util::{either::Either, sync::CancellationToken, task::TaskTracker};
-use tonic::{service::Routes, transport::server::TcpIncoming};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     Invalid, Metrics,
     follow::{LOOK_EVERY, follow},
 };
 use credentials::{Credentials, Owner};
-use incoming::Incoming;
+
+pub(crate) use caller::Caller;
 
 pub use dial::Dial;
 pub use door::{Allowed, Door};
@@ -143,7 +143,7 @@ impl Counts {
         }
         metrics.register(|registry| {
             let registry = registry.sub_registry_with_prefix("baton_tls");
-            let refused = "Connections refused (handshake, plaintext, slow, crowded) and calls (role)";
+            let refused = "Connections refused (handshake, plaintext, slow) and calls (role)";
             registry.register("refused", refused, counts.refused.clone());
             let reloads = "Changed certificates, keys and authorities that were taken, or failed";
             registry.register("reloads", reloads, counts.reloads.clone());
@@ -209,23 +209,13 @@ impl Tls {
         self.credentials.is_some()
     }
 
-    /// What a port takes in: connections that are secured, or as they come where it is plaintext.
-    pub(crate) fn incoming(&self, tcp: TcpIncoming, door: Door) -> Either<Incoming, TcpIncoming> {
-        match self.credentials.clone() {
-            Some(held) => {
-                Either::Left(Incoming::new(tcp, held, door.without_certificate, self.counts.clone()))
-            }
-            None => Either::Right(tcp),
-        }
-    }
-
     /// The routes of a port, behind its door.
-    pub(crate) fn guarded(&self, routes: Routes, door: Door) -> Routes {
+    pub(crate) fn guarded(&self, router: Router, door: Door) -> Router {
         if !self.is_on() {
-            return routes;
+            return router;
         }
         let state = (door, self.counts.clone());
-        routes.into_axum_router().layer(middleware::from_fn_with_state(state, door::guard)).into()
+        router.layer(middleware::from_fn_with_state(state, door::guard))
     }
 
     /// The way to peers of this role.

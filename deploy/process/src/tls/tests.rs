@@ -13,15 +13,17 @@ use tokio_rustls::{TlsConnector, rustls};
 use tokio_stream::StreamExt;
 use tonic::{
     Code, Status, Streaming,
+    service::Routes,
     transport::{Channel, Endpoint},
 };
 use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse, health_client::HealthClient};
 
 use super::{testing::Authority, *};
 use crate::{
-    HealthHandle,
+    Closed, HealthHandle,
     error::one_line,
     grpc::{self, GrpcOptions},
+    seats::{SETTLES_WITHIN, Why},
 };
 
 const SOON: Duration = Duration::from_secs(20);
@@ -53,6 +55,7 @@ fn open(config: &TlsConfig, uri: &str) -> Tls {
 struct Port {
     address: String,
     tls: Tls,
+    closed: Closed,
     shutdown: CancellationToken,
 }
 
@@ -64,9 +67,13 @@ impl Drop for Port {
 
 impl Port {
     fn serve(tls: Tls, door: Door) -> Self {
+        Self::with(tls, door, grpc::CONNECTIONS)
+    }
+
+    fn with(tls: Tls, door: Door, connections: usize) -> Self {
         let listener = StdListener::bind("127.0.0.1:0").expect("a port");
         let address = listener.local_addr().expect("an address").to_string();
-        let shutdown = CancellationToken::new();
+        let (shutdown, closed) = (CancellationToken::new(), Closed::default());
         let options = GrpcOptions {
             health: HealthHandle::default(),
             services: Vec::new(),
@@ -76,10 +83,11 @@ impl Port {
             shutdown: shutdown.clone(),
             drain: Duration::ZERO,
             keep_alive: grpc::KeepAlive::default(),
-            connections: grpc::CONNECTIONS,
+            connections,
+            closed: closed.clone(),
         };
         tokio::spawn(grpc::serve(listener, Routes::default(), options));
-        Self { address, tls, shutdown }
+        Self { address, tls, closed, shutdown }
     }
 
     fn endpoint(&self) -> Endpoint {
@@ -87,7 +95,7 @@ impl Port {
     }
 
     fn refused(&self, why: &'static str) -> u64 {
-        self.tls.counts.refused.get_or_create(&Why { why }).get()
+        self.tls.counts.refused.get_or_create(&super::Why { why }).get()
     }
 
     /// Checks the health of a controller here, as this caller.
@@ -329,22 +337,26 @@ async fn files_are_followed() {
 #[tokio::test]
 async fn those_that_say_nothing_keep_nobody_out() {
     let (folder, ours) = (tempfile::tempdir().expect("a folder"), Authority::new());
-    let (port, caller) =
-        (Port::serve(ours.tls(folder.path(), CONTROLLER), DOOR), ours.tls(folder.path(), COORDINATOR));
+    let (tls, caller) = (ours.tls(folder.path(), CONTROLLER), ours.tls(folder.path(), COORDINATOR));
+    let port = Port::with(tls, DOOR, 4);
+    // A call stands all the while, by one who is known.
+    let mut standing = port.watch(&caller).await;
     let mut silent = Vec::new();
-    for _ in 0..incoming::HANDSHAKES_MOST + 1 {
+    for _ in 0..3 {
         silent.push(TcpStream::connect(&port.address).await.expect("it connects"));
     }
+    tokio::time::sleep(SETTLES_WITHIN).await;
     let began = Instant::now();
     port.check(&caller).await.expect("it is let in beside them");
     assert!(began.elapsed() < handshake::HANDSHAKE_WITHIN / 2, "{:?}", began.elapsed());
-    assert!(port.refused("crowded") >= 1, "the oldest makes room");
-    let gone = timeout(SOON, silent[0].read(&mut [0])).await.expect("it is closed");
-    assert_eq!(gone.expect("in order"), 0);
-    // The others are given up in time.
-    let last = silent.last_mut().expect("many");
-    timeout(SOON, last.read(&mut [0])).await.expect("it is closed, too").expect("in order");
-    assert!(port.refused("slow") >= 1);
+    // The first of them has made room; the last has the time that anybody has, and no more.
+    for stream in &mut silent {
+        let gone = timeout(SOON, stream.read(&mut [0])).await.expect("it is closed");
+        assert_eq!(gone.expect("in order"), 0);
+    }
+    assert_eq!((port.closed.of(Why::Stranger), port.refused("slow")), (1, 2));
+    let silent = timeout(Duration::from_millis(50), standing.next()).await;
+    assert!(silent.is_err(), "the stream goes on, and there is nothing new: {silent:?}");
 }
 
 #[test]

@@ -17,10 +17,9 @@ use tokio::{
     net::TcpSocket,
     time::{sleep, timeout},
 };
-use tokio_util::sync::CancellationToken;
 
 use super::*;
-use crate::http::converse;
+use crate::http::Conversation;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -126,7 +125,7 @@ async fn ask(making: &Arc<Making>, version: &str) -> Vec<u8> {
     });
     let (connection, express) = Connection::new(stream);
     let router = Router::new().route("/", route);
-    let served = tokio::spawn(converse(connection, Some(express), router, CancellationToken::new()));
+    let served = tokio::spawn(Conversation::of_test(router).serve(connection, Some(express)));
     let request = format!("GET / HTTP/{version}\r\nhost: x\r\nconnection: close\r\n\r\n");
     client.write_all(request.as_bytes()).await.expect("is sent");
     let mut answer = Vec::new();

@@ -6,7 +6,7 @@ use rcgen::{CertificateParams, SanType};
 use tempfile::TempDir;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    time::timeout,
+    time::{sleep, timeout},
 };
 use tokio_rustls::{
     TlsConnector,
@@ -14,12 +14,13 @@ use tokio_rustls::{
 };
 
 use super::{
-    super::{LOOK_EVERY, testing::Authority},
+    super::{LOOK_EVERY, handshake::HANDSHAKE_WITHIN, testing::Authority},
     *,
 };
 use crate::{
-    HealthHandle, Metrics,
+    Closed, HealthHandle, Metrics,
     http::{Port, router, serve},
+    seats::{SETTLES_WITHIN, Why},
 };
 
 const SOON: std::time::Duration = std::time::Duration::from_secs(20);
@@ -30,6 +31,7 @@ struct Served {
     ours: Authority,
     config: HttpsConfig,
     metrics: Metrics,
+    closed: Closed,
     address: String,
     shutdown: CancellationToken,
 }
@@ -47,6 +49,10 @@ fn here() -> SanType {
 impl Served {
     /// `clients`: who signs for those that are let in.
     fn start(clients: Option<&Authority>) -> Self {
+        Self::with(clients, 100)
+    }
+
+    fn with(clients: Option<&Authority>, connections: usize) -> Self {
         let (folder, ours) = (tempfile::tempdir().expect("a folder"), Authority::new());
         let path = |name: &str| folder.path().join(name);
         let mut config =
@@ -62,9 +68,10 @@ impl Served {
         let listener = StdListener::bind("127.0.0.1:0").expect("a port");
         let address = listener.local_addr().expect("is bound").to_string();
         let routes = router(metrics.clone(), HealthHandle::default());
-        let port = Port { https, ..Port::of_observers(routes) };
+        let closed = Closed::default();
+        let port = Port { https, connections, closed: closed.clone(), ..Port::of_observers(routes) };
         tokio::spawn(serve(listener, port, shutdown.clone(), SOON));
-        Self { _folder: folder, ours, config, metrics, address, shutdown }
+        Self { _folder: folder, ours, config, metrics, closed, address, shutdown }
     }
 
     /// Asks as a client that believes these authorities' signatures and shows what they have signed for it.
@@ -130,6 +137,34 @@ async fn whoever_shows_none_of_the_wanted_certificates_is_turned_away() {
     }
     let told = served.metrics.render();
     assert!(told.contains(r#"baton_tls_refused_total{why="handshake"} 2"#), "{told}");
+}
+
+#[tokio::test]
+async fn those_that_say_nothing_keep_nobody_out() {
+    let served = Served::with(None, 8);
+    let mut silent = Vec::new();
+    for _ in 0..8 {
+        silent.push(TcpStream::connect(&served.address).await.expect("it connects"));
+    }
+    sleep(SETTLES_WITHIN).await;
+    let asked = std::time::Instant::now();
+    let answer = served.ask(&served.ours, None, "http/1.1").await.expect("is served beside them");
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    assert!(asked.elapsed() < HANDSHAKE_WITHIN / 2, "{:?}", asked.elapsed());
+    let gone = timeout(SOON, silent[0].read(&mut [0])).await.expect("the first has made room");
+    assert_eq!(gone.expect("in order"), 0);
+    assert_eq!(served.closed.of(Why::Stranger), 1);
+}
+
+/// More than may be at once: none is turned away.
+#[tokio::test]
+async fn all_who_come_at_once_are_served() {
+    let served = Served::with(None, 8);
+    let asked = (0..40).map(|_| served.ask(&served.ours, None, "http/1.1"));
+    for answer in futures::future::join_all(asked).await {
+        assert!(answer.expect("is served").starts_with("HTTP/1.1 200"));
+    }
+    assert_eq!(served.closed.of(Why::Stranger), 0);
 }
 
 #[tokio::test]

@@ -1,6 +1,6 @@
-//! Which answers of a connection are on their way: from the head of a request to the last of its body's bytes.
+//! Which answers of a connection are on their way: from the head of a request to the last of its answer's bytes.
 //!
-//! Used by the parent module to tell a connection that carries nothing from one whose answer takes long.
+//! [`crate::http`] and [`crate::grpc`] tell by it a connection that carries nothing from one whose answer takes long.
 
 use std::{
     pin::Pin,
@@ -18,17 +18,17 @@ const PIECE_BYTES: usize = 16 << 10;
 
 /// Counts the answers of one connection. Clones count together.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Underway(watch::Sender<usize>);
+pub(crate) struct Underway(watch::Sender<usize>);
 
 impl Underway {
     /// One more, until the turn is dropped.
-    pub(super) fn begin(&self) -> Turn {
+    pub(crate) fn begin(&self) -> Turn {
         self.0.send_modify(|answers| *answers += 1);
         Turn(self.0.clone())
     }
 
     /// Returns once nothing has been on its way for this long.
-    pub(super) async fn nothing_for(&self, time: Duration) {
+    pub(crate) async fn nothing_for(&self, time: Duration) {
         let mut answers = self.0.subscribe();
         // The sender is here: neither wait can fail.
         while answers.wait_for(|answers| *answers == 0).await.is_ok() {
@@ -41,11 +41,11 @@ impl Underway {
 
 /// One answer on its way.
 #[derive(Debug)]
-pub(super) struct Turn(watch::Sender<usize>);
+pub(crate) struct Turn(watch::Sender<usize>);
 
 impl Turn {
     /// Lasts as long as the body does.
-    pub(super) fn carry(self, body: Body) -> Carried {
+    pub(crate) fn carry(self, body: Body) -> Carried {
         Carried { body, rest: Bytes::new(), _turn: self }
     }
 }
@@ -58,7 +58,7 @@ impl Drop for Turn {
 
 /// A body in small pieces, on its way until it is dropped.
 #[derive(Debug)]
-pub(super) struct Carried {
+pub(crate) struct Carried {
     body: Body,
     /// Of the last frame, what has not been given yet.
     rest: Bytes,
