@@ -157,9 +157,9 @@ pub use first_tokens::FirstTokens;
 pub use layout::KvLayout;
 pub use memory::{DeviceMemory, Region, Slices};
 pub use node::{
-    Dial, Dialling, Direction, ExpectSpec, FleetSecret, HANDOFF_PROTOCOLS, HandoffService, Incoming,
-    KnownPeer, KvNode, Limits, NodeConfig, NodeStats, OfferSpec, Outgoing, Plaintext, Progress, Reclaimed,
-    Sealed, TransferStats, TransportConfig,
+    Dial, Dialling, Direction, ExpectSpec, FleetSecret, FleetSecrets, HANDOFF_PROTOCOLS, HandoffService,
+    Incoming, KnownPeer, KvNode, Limits, NodeConfig, NodeStats, OfferSpec, Outgoing, Plaintext, Progress,
+    Reclaimed, Sealed, TransferStats, TransportConfig,
 };
 pub use transport::{
     AscendConfig, DataPortConfig, Faults, TransportKind, TransportProbe, TransportStats, probe,

@@ -141,7 +141,8 @@ pub struct HandoffConfig {
     #[schemars(schema_with = "transports_schema")]
     pub transports: Vec<String>,
     /// File with a secret of at least 16 bytes that all servers of the fleet share; who does not show it is given no KV
-    /// cache and can send none. Empty = whoever reaches `listen` is believed.
+    /// cache and can send none. Looked at every two seconds: [a secret can be changed](../../README.md#security) while
+    /// servers run. Empty = whoever reaches `listen` is believed.
     pub secret_file: PathBuf,
     /// Whether a KV cache of another `runtime.kv_dtype` is taken in and converted, bf16 to int8 or the reverse; it is the
     /// receiving server's that counts. Values are rounded, so that completions may differ from those of one server: not

@@ -5,7 +5,7 @@
 use std::{future::Future, net::TcpListener, sync::Arc, thread::JoinHandle, time::Duration};
 
 use baton_kvtransfer::{
-    DataPortConfig, Dialling, KnownPeer, KvLayout, KvNode, Limits as TransferLimits, NodeConfig,
+    DataPortConfig, Dialling, FleetSecrets, KnownPeer, KvLayout, KvNode, Limits as TransferLimits, NodeConfig,
 };
 use baton_process::{Metrics, tls};
 use baton_proto::{
@@ -39,6 +39,7 @@ use crate::{
     metrics::{EngineMetrics, HandoffMetrics, TransferMetrics},
     permits::Permits,
     role::RoleView,
+    secret,
 };
 
 /// An offer may wait as long as its request: the sender keeps to the request's deadline and lets go of it first. This
@@ -141,6 +142,11 @@ impl Serving {
             connections: usual.connections.max(peers.saturating_mul(CONNECTIONS_PER_PEER)),
             ..usual
         };
+        let secrets = parts.handoff.secret()?.map(FleetSecrets::from);
+        if let Some(secrets) = secrets.clone() {
+            let followed = secret::follow_file(parts.handoff.clone(), secrets);
+            shared.tasks.spawn(shared.stop.clone().run_until_cancelled_owned(followed));
+        }
         let node = KvNode::start(
             NodeConfig {
                 instance_id: shared.facts.instance_id.clone(),
@@ -151,7 +157,7 @@ impl Serving {
                 data_port,
                 transports: parts.handoff.transports()?,
                 dial: Arc::new(Peers(parts.peers)),
-                secret: parts.handoff.secret()?,
+                secret: secrets,
                 convert: parts.handoff.convert,
                 lease: parts.handoff.lease,
                 // Each transfer holds a block at least, so the pool bounds them.

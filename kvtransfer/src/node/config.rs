@@ -5,7 +5,7 @@ use std::{fmt, pin::Pin, sync::Arc, time::Duration};
 use baton_proto::{Incarnation, InstanceId};
 use tonic::transport::{Channel, Endpoint, Error};
 
-use super::{limits::Limits, secret::FleetSecret, transfer::Reclaimed};
+use super::{limits::Limits, secret::FleetSecrets, transfer::Reclaimed};
 use crate::{
     KvLayout, Region, TransferError,
     transport::{AscendConfig, DataPortConfig, Faults, TransportKind},
@@ -30,7 +30,7 @@ pub struct NodeConfig {
     /// How control streams to peers are connected: [`Plaintext`], or as whoever serves [`super::HandoffService`] wants.
     pub dial: Arc<dyn Dial>,
     /// Shared by the fleet; a peer that does not show it is refused. `None` = whoever reaches the port is believed.
-    pub secret: Option<FleetSecret>,
+    pub secret: Option<FleetSecrets>,
     /// Whether caches of another type (bf16, int8) are taken in and converted, which changes values. Other blocks and
     /// arrangements of the same type change none, and are always taken.
     pub convert: bool,

@@ -380,7 +380,7 @@ pub(crate) fn messages(bytes: &[u8]) {
         let (messages, mut said) = mpsc::channel(64);
         let messages = ControlQueue::new(messages, Arc::default());
         let (now, outbox) = (stage.kv.node.now(), Outbox::default());
-        let up = LinkUp::new(now, messages, instance("peer"), Incarnation(9), outbox);
+        let up = LinkUp::new(now, messages, instance("peer"), Incarnation(9), None, outbox);
         link.rise(&up);
         let spec = OfferSpec {
             id,

@@ -2,15 +2,14 @@
 
 use baton_proto::{Incarnation, InstanceId};
 
-use super::secret::FleetSecret;
-use crate::transport::DataKey;
+use super::secret::{FleetSecret, FleetSecrets};
 
 #[derive(Debug)]
 pub(super) struct Identity {
     pub(super) instance_id: InstanceId,
     pub(super) incarnation: Incarnation,
     /// `None` = whoever can reach the node is believed.
-    pub(super) secret: Option<FleetSecret>,
+    pub(super) secrets: Option<FleetSecrets>,
 }
 
 impl Identity {
@@ -19,8 +18,8 @@ impl Identity {
         (self.instance_id.clone(), self.incarnation)
     }
 
-    /// The key that 16 bytes of the wire stand for: themselves, or what only members of a fleet with a secret make of them.
-    pub(super) fn key(&self, told: &DataKey) -> DataKey {
-        self.secret.as_ref().map_or_else(|| told.clone(), |secret| secret.key(told))
+    /// The secrets that streams may be of now, the newest first; none: nobody has to show any.
+    pub(super) fn secrets(&self) -> Vec<FleetSecret> {
+        self.secrets.as_ref().map_or_else(Vec::new, FleetSecrets::taken)
     }
 }

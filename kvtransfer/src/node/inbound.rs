@@ -39,7 +39,8 @@ pub(super) struct Inbound {
     sender: InstanceId,
     /// What the sender is told of the key.
     told: DataKey,
-    key: DataKey,
+    /// What that stands for on the stream over which the sender is told; nobody has been told anything before.
+    key: OnceLock<DataKey>,
     state: Mutex<State<Receiver, Arc<PeerLink>>>,
     /// Set once the owner has reserved blocks.
     reserved: OnceLock<Reserved>,
@@ -88,8 +89,8 @@ impl Inbound {
             id,
             node: node.clone(),
             sender,
-            key: node.identity.key(&told),
             told,
+            key: OnceLock::new(),
             state: State::new(session, link),
             reserved: OnceLock::new(),
             translation: OnceLock::new(),
@@ -234,6 +235,9 @@ impl Inbound {
         if let Some(translation) = state.link.as_ref().and_then(|link| link.translation()) {
             let _ = self.translation.set(translation.clone());
         }
+        if let Some(link) = &state.link {
+            let _ = self.key.set(link.key(&self.told));
+        }
         let held = state.session.held();
         let accept = v1::Accept {
             held: held.to_vec(),
@@ -322,7 +326,7 @@ impl Shell for Inbound {
 
 impl Landing for Inbound {
     fn data_key(&self) -> &DataKey {
-        &self.key
+        self.key.get().unwrap_or(&self.told)
     }
 
     fn slice_bytes(&self) -> u64 {

@@ -320,16 +320,16 @@ impl Link {
             sender: node.identity.end(),
             receiver: (receiver.clone(), incarnation),
         };
-        let secret = node.identity.secret.as_ref();
-        hellos.check(secret, End::Receiver, &hello.proof).map_err(Break::Refused)?;
-        say(Body::Proof(v1::Proof { proof: hellos.prove(secret, End::Sender).into() }))?;
+        let shown = [&hello.proof[..], &hello.proof_before];
+        let secret = hellos.known(&node.identity.secrets(), End::Receiver, &shown).map_err(Break::Refused)?;
+        let proof = hellos.prove(secret.as_ref(), End::Sender).into();
+        say(Body::Proof(v1::Proof { proof }))?;
         let Some(receiver_message::Body::Welcome(welcome)) = next(&mut messages).await? else {
             return Err(protocol("the peer's second message is not its welcome"));
         };
-        let pass =
-            pass(node, &welcome).ok_or_else(|| protocol("the peer's welcome has no link id or key"))?;
         let outbox = Outbox::counted_by(node.counters.outbox.clone());
-        let up = LinkUp::new(node.now(), sender.clone(), receiver, incarnation, outbox);
+        let up = LinkUp::new(node.now(), sender.clone(), receiver, incarnation, secret, outbox);
+        let pass = pass(&up, &welcome).ok_or_else(|| protocol("the peer's welcome has no link id or key"))?;
         let route = Route::new(node, (&welcome.endpoints, mapped), pass, up.outbox().clone());
         Ok((messages, up, route.map_err(|why| protocol(&why))?))
     }
@@ -344,7 +344,7 @@ impl Link {
         // Messages of ended transfers cross with their end: nothing to do for them.
         let (Some(outbound), Some(body)) = (self.get(&id), message.body) else { return };
         match body {
-            receiver_message::Body::Accept(accept) => outbound.accepted(now, &accept, up.incarnation().0),
+            receiver_message::Body::Accept(accept) => outbound.accepted(now, &accept, up),
             receiver_message::Body::Released(_) => outbound.released(now),
             receiver_message::Body::Renew(_) => outbound.renewed(now),
             receiver_message::Body::Abort(abort) => {
@@ -364,9 +364,9 @@ async fn next(
 }
 
 /// What data connections show.
-fn pass(node: &Node, welcome: &v1::Welcome) -> Option<LinkPass> {
+fn pass(up: &LinkUp, welcome: &v1::Welcome) -> Option<LinkPass> {
     let id = welcome.link_id.as_ref().try_into().ok()?;
-    Some(LinkPass { id, key: node.identity.key(&DataKey::from_wire(&welcome.link_key)?) })
+    Some(LinkPass { id, key: up.key(&DataKey::from_wire(&welcome.link_key)?) })
 }
 
 impl Node {

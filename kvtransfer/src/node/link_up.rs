@@ -8,11 +8,11 @@ use baton_proto::{Incarnation, InstanceId, TransferId, v1};
 use tokio_util::sync::CancellationToken;
 use v1::sender_message::Body;
 
-use super::{control_queue::ControlQueue, transfer::OfferSpec, wire::wire_id};
+use super::{control_queue::ControlQueue, secret::FleetSecret, transfer::OfferSpec, wire::wire_id};
 use crate::{
     TransferError,
     sync::Mutex,
-    transport::{Departure, Outbox},
+    transport::{DataKey, Departure, Outbox},
 };
 
 /// A control stream that stands. Cheap to clone.
@@ -25,6 +25,8 @@ pub(super) struct LinkUp {
     heard: Arc<Mutex<Instant>>,
     receiver: InstanceId,
     incarnation: Incarnation,
+    /// What the stream is of; none in a fleet that has none.
+    secret: Option<FleetSecret>,
 }
 
 impl fmt::Debug for LinkUp {
@@ -41,10 +43,16 @@ impl LinkUp {
         messages: ControlQueue<v1::SenderMessage>,
         receiver: InstanceId,
         incarnation: Incarnation,
+        secret: Option<FleetSecret>,
         outbox: Outbox,
     ) -> Self {
-        let broken = CancellationToken::new();
-        Self { messages, outbox, broken, heard: Arc::new(Mutex::new(now)), receiver, incarnation }
+        let (broken, heard) = (CancellationToken::new(), Arc::new(Mutex::new(now)));
+        Self { messages, outbox, broken, heard, receiver, incarnation, secret }
+    }
+
+    /// The key that 16 bytes stand for on this stream.
+    pub(super) fn key(&self, told: &DataKey) -> DataKey {
+        FleetSecret::key_of(self.secret.as_ref(), told)
     }
 
     /// Which start of the receiver.

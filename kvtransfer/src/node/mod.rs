@@ -54,7 +54,7 @@ pub use config::{Dial, Dialling, NodeConfig, Plaintext, TransportConfig};
 pub use incoming::Incoming;
 pub use limits::Limits;
 pub use outgoing::{Outgoing, Progress};
-pub use secret::FleetSecret;
+pub use secret::{FleetSecret, FleetSecrets};
 pub use service::{HandoffService, KnownPeer};
 pub use stats::NodeStats;
 pub use transfer::{Direction, ExpectSpec, OfferSpec, Reclaimed, Sealed, TransferStats};
@@ -132,10 +132,10 @@ impl KvNode {
         let lifetime = Lifetime::new(Handle::current(), shutdown);
         let means = Means { region: &config.region, port: &port, terms, threads: &lifetime.threads };
         let transports = means.open(config.transports)?;
-        let (instance_id, incarnation, secret) = (config.instance_id, config.incarnation, config.secret);
+        let (instance_id, incarnation, secrets) = (config.instance_id, config.incarnation, config.secret);
         let remember = limits.remembered_transfers;
         let node = Arc::new(Node {
-            identity: Identity { instance_id, incarnation, secret },
+            identity: Identity { instance_id, incarnation, secrets },
             dial: config.dial,
             layout: config.layout,
             lease: config.lease,
@@ -335,7 +335,7 @@ impl Inbox for Node {
         let translation = link.translation();
         let slice_bytes = translation.map_or(self.slice_bytes(), |mapped| mapped.cut().slice_bytes);
         Some(Admission {
-            key: self.identity.key(&link.pass().key),
+            key: link.key(&link.pass().key),
             slice_bytes: u32::try_from(slice_bytes).ok()?,
             mapped: translation.is_some(),
             ended: link.ended().clone(),

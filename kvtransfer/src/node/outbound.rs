@@ -135,11 +135,11 @@ impl Outbound {
         self.run(|session| session.link_failed(reason));
     }
 
-    pub(super) fn accepted(&self, now: Instant, accept: &v1::Accept, receiver: u64) {
+    pub(super) fn accepted(&self, now: Instant, accept: &v1::Accept, up: &LinkUp) {
         let lease = Duration::from_millis(accept.lease_millis.into());
-        let key = DataKey::from_wire(&accept.data_key).map(|told| self.node.identity.key(&told));
+        let key = DataKey::from_wire(&accept.data_key).map(|told| up.key(&told));
         self.run(|session| match key {
-            Some(key) if LEASE_RANGE.contains(&lease) && accept.receiver_epoch == receiver => {
+            Some(key) if LEASE_RANGE.contains(&lease) && accept.receiver_epoch == up.incarnation().0 => {
                 if self.key.set(key).is_ok() {
                     self.node.counters.outgoing_accepted();
                 }

@@ -12,8 +12,12 @@ use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use v1::receiver_message::Body;
 
-use super::{control_queue::ControlQueue, translate::Translation, wire::wire_id};
-use crate::{TransferError, sync::Mutex, transport::LinkPass};
+use super::{control_queue::ControlQueue, secret::FleetSecret, translate::Translation, wire::wire_id};
+use crate::{
+    TransferError,
+    sync::Mutex,
+    transport::{DataKey, LinkPass},
+};
 
 /// A peer's control stream.
 #[derive(Debug)]
@@ -21,6 +25,8 @@ pub(super) struct PeerLink {
     number: u64,
     peer: InstanceId,
     incarnation: Incarnation,
+    /// What the stream is of, set by the peer's proof; never in a fleet that has none.
+    secret: OnceLock<FleetSecret>,
     messages: ControlQueue<Result<v1::ReceiverMessage, Status>>,
     /// What its data connections show.
     pass: LinkPass,
@@ -40,8 +46,9 @@ impl PeerLink {
         messages: ControlQueue<Result<v1::ReceiverMessage, Status>>,
         broken: CancellationToken,
     ) -> Self {
-        let (pass, translation) = (LinkPass::generate(), OnceLock::new());
-        Self { number, peer, incarnation, messages, pass, translation, heard: Mutex::new(now), broken }
+        let (pass, secret, translation) = (LinkPass::generate(), OnceLock::new(), OnceLock::new());
+        let heard = Mutex::new(now);
+        Self { number, peer, incarnation, secret, messages, pass, translation, heard, broken }
     }
 
     /// The peer has said something.
@@ -51,6 +58,16 @@ impl PeerLink {
 
     pub(super) fn heard(&self) -> Instant {
         *self.heard.lock()
+    }
+
+    /// Says by which secret the peer has proven itself.
+    pub(super) fn proven(&self, secret: FleetSecret) {
+        let _ = self.secret.set(secret);
+    }
+
+    /// The key that 16 bytes stand for on this stream.
+    pub(super) fn key(&self, told: &DataKey) -> DataKey {
+        FleetSecret::key_of(self.secret.get(), told)
     }
 
     /// How its slices become this node's; `None` = they are as they are.

@@ -1,19 +1,27 @@
 //! How the two ends of a control stream show each other that they belong to one fleet.
+//!
+//! A stream is of one secret, from its hellos to its end. The receiver shows that it knows its newest and, for a while after a
+//! change, the one before; the sender answers by the newest that both know. So secrets can change while nodes run, whichever
+//! of them hears of it first, and streams that stand go on.
 
-use std::fmt;
+use std::{
+    fmt,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use baton_proto::{Incarnation, InstanceId};
 use hmac::{Hmac, Mac};
 use sha2::Sha256;
 
-use crate::{TransferError, mac, transport::DataKey};
+use crate::{TransferError, mac, sync::Mutex, transport::DataKey};
 
 /// Fewest bytes of a secret.
 const LEAST: usize = 16;
 
 /// What all nodes of a fleet know and nobody else. Never printed, never sent.
-#[derive(Clone)]
-pub struct FleetSecret(Vec<u8>);
+#[derive(Clone, PartialEq, Eq)]
+pub struct FleetSecret(Arc<[u8]>);
 
 impl FleetSecret {
     /// At least 16 bytes, best random ones.
@@ -24,11 +32,16 @@ impl FleetSecret {
                 format!("the fleet's secret has {} bytes; at least {LEAST} are needed", bytes.len());
             return Err(TransferError::Invalid(message));
         }
-        Ok(Self(bytes))
+        Ok(Self(bytes.into()))
     }
 
-    /// The key that 16 bytes of the wire stand for among those who know the secret. Who only reads along cannot use it.
-    pub(super) fn key(&self, told: &DataKey) -> DataKey {
+    /// The key that 16 bytes of the wire stand for on a stream of this secret: themselves without one, or what only those who
+    /// know it make of them. Who only reads along cannot use it.
+    pub(super) fn key_of(secret: Option<&Self>, told: &DataKey) -> DataKey {
+        secret.map_or_else(|| told.clone(), |secret| secret.key(told))
+    }
+
+    fn key(&self, told: &DataKey) -> DataKey {
         let mut mac = self.mac(b"baton-kv-v1 key");
         mac.update(told.as_bytes());
         let mut key = [0; 16];
@@ -44,6 +57,48 @@ impl FleetSecret {
 impl fmt::Debug for FleetSecret {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("FleetSecret(..)")
+    }
+}
+
+/// The secret of a fleet, which can be changed while nodes run: all clones change together.
+#[derive(Debug, Clone)]
+pub struct FleetSecrets(Arc<Mutex<Held>>);
+
+#[derive(Debug)]
+struct Held {
+    newest: FleetSecret,
+    /// The one before, and until when it is still taken.
+    before: Option<(FleetSecret, Instant)>,
+}
+
+impl From<FleetSecret> for FleetSecrets {
+    fn from(newest: FleetSecret) -> Self {
+        Self(Arc::new(Mutex::new(Held { newest, before: None })))
+    }
+}
+
+impl FleetSecrets {
+    /// This one is the newest from now on; the one before is good for `keep` more, for peers that do not know the new one yet.
+    /// False: it is the newest already, and nothing changes.
+    pub fn change(&self, secret: FleetSecret, keep: Duration) -> bool {
+        let mut held = self.0.lock();
+        if held.newest == secret {
+            return false;
+        }
+        let before = std::mem::replace(&mut held.newest, secret);
+        held.before = Some((before, Instant::now() + keep));
+        true
+    }
+
+    pub fn newest(&self) -> FleetSecret {
+        self.0.lock().newest.clone()
+    }
+
+    /// What is good now, the newest first.
+    pub(super) fn taken(&self) -> Vec<FleetSecret> {
+        let held = self.0.lock();
+        let before = held.before.as_ref().filter(|(_, until)| Instant::now() < *until);
+        std::iter::once(&held.newest).chain(before.map(|(secret, _)| secret)).cloned().collect()
     }
 }
 
@@ -82,18 +137,20 @@ impl Hellos {
         secret.map_or_else(Vec::new, |secret| self.over(secret, end).finalize().into_bytes().to_vec())
     }
 
-    /// Refuses an `end` that does not know the secret, or that has one where this node has none.
-    pub(super) fn check(
+    /// The first of `secrets` that one of the proofs of `end` shows that it knows; none where there are none, and nothing was
+    /// shown. Refuses an `end` that knows none of them, or that has one where this node has none.
+    pub(super) fn known(
         &self,
-        secret: Option<&FleetSecret>,
+        secrets: &[FleetSecret],
         end: End,
-        proof: &[u8],
-    ) -> Result<(), TransferError> {
-        let known = match secret {
-            Some(secret) => self.over(secret, end).verify_slice(proof).is_ok(),
-            None => proof.is_empty(),
-        };
-        if known { Ok(()) } else { Err(TransferError::Unauthenticated) }
+        proofs: &[&[u8]],
+    ) -> Result<Option<FleetSecret>, TransferError> {
+        if secrets.is_empty() && proofs.iter().all(|proof| proof.is_empty()) {
+            return Ok(None);
+        }
+        let by = |secret: &FleetSecret, proof: &[u8]| self.over(secret, end).verify_slice(proof).is_ok();
+        let known = secrets.iter().find(|secret| proofs.iter().any(|proof| by(secret, proof)));
+        known.cloned().map(Some).ok_or(TransferError::Unauthenticated)
     }
 
     fn over(&self, secret: &FleetSecret, end: End) -> Hmac<Sha256> {
@@ -135,12 +192,13 @@ mod tests {
     #[test]
     fn a_proof_is_of_one_end_one_stream_and_one_secret() {
         let secret = FleetSecret::new([9; 16]).expect("long enough");
+        let ours = [secret.clone()];
         let proof = hellos().prove(Some(&secret), End::Sender);
-        assert_eq!(hellos().check(Some(&secret), End::Sender, &proof), Ok(()));
+        assert_eq!(hellos().known(&ours, End::Sender, &[&proof]), Ok(Some(secret)));
         let refused = Err(TransferError::Unauthenticated);
-        assert_eq!(hellos().check(Some(&secret), End::Receiver, &proof), refused, "cannot be thrown back");
+        assert_eq!(hellos().known(&ours, End::Receiver, &[&proof]), refused, "cannot be thrown back");
         let other = FleetSecret::new([8; 16]).expect("long enough");
-        assert_eq!(hellos().check(Some(&other), End::Sender, &proof), refused);
+        assert_eq!(hellos().known(&[other], End::Sender, &[&proof]), refused);
         type Change = fn(&mut Hellos);
         let changes: [Change; 6] = [
             |hellos| hellos.nonces[0][0] ^= 1,
@@ -153,18 +211,53 @@ mod tests {
         for change in changes {
             let mut changed = hellos();
             change(&mut changed);
-            assert_eq!(changed.check(Some(&secret), End::Sender, &proof), refused);
+            assert_eq!(changed.known(&ours, End::Sender, &[&proof]), refused);
         }
+    }
+
+    #[test]
+    fn the_newest_secret_that_both_know_is_taken() {
+        let [a, b, c] = [7, 8, 9].map(|byte| FleetSecret::new([byte; 16]).expect("long enough"));
+        let taken = |ours: &[&FleetSecret], theirs: &[&FleetSecret]| {
+            let ours: Vec<_> = ours.iter().copied().cloned().collect();
+            let proofs: Vec<_> =
+                theirs.iter().map(|secret| hellos().prove(Some(secret), End::Receiver)).collect();
+            let proofs: Vec<_> = proofs.iter().map(Vec::as_slice).collect();
+            hellos().known(&ours, End::Receiver, &proofs)
+        };
+        assert_eq!(taken(&[&b, &a], &[&b, &a]), Ok(Some(b.clone())));
+        assert_eq!(taken(&[&a], &[&b, &a]), Ok(Some(a.clone())), "who does not know the new one");
+        assert_eq!(taken(&[&b, &a], &[&a]), Ok(Some(a.clone())), "who shows only the one before");
+        assert_eq!(taken(&[&b], &[&b, &a]), Ok(Some(b.clone())), "who began with the new one");
+        assert_eq!(taken(&[&c], &[&b, &a]), Err(TransferError::Unauthenticated));
+        assert_eq!(taken(&[], &[&b, &a]), Err(TransferError::Unauthenticated));
+        assert_eq!(hellos().known(&[a], End::Receiver, &[&[], &[]]), Err(TransferError::Unauthenticated));
+    }
+
+    #[test]
+    fn a_secret_that_was_changed_is_good_for_a_while() {
+        let [old, new] = [[9; 16], [8; 16]].map(|bytes| FleetSecret::new(bytes).expect("long enough"));
+        let secrets = FleetSecrets::from(old.clone());
+        assert!(!secrets.change(old.clone(), Duration::from_secs(60)));
+        assert_eq!(secrets.taken(), std::slice::from_ref(&old));
+        assert!(secrets.change(new.clone(), Duration::from_secs(60)));
+        assert_eq!(secrets.newest(), new);
+        assert_eq!(secrets.taken(), [new.clone(), old.clone()]);
+        // What is read again is no change: the one before stays the one before.
+        assert!(!secrets.change(new.clone(), Duration::ZERO));
+        assert_eq!(secrets.taken(), [new, old.clone()]);
+        secrets.change(old.clone(), Duration::ZERO);
+        assert_eq!(secrets.taken(), [old], "its time is over");
     }
 
     #[test]
     fn a_fleet_without_a_secret_takes_no_proof_and_one_with_it_no_silence() {
         let secret = FleetSecret::new([9; 100]).expect("long enough");
-        assert_eq!(hellos().check(None, End::Sender, &hellos().prove(None, End::Sender)), Ok(()));
-        let proof = hellos().prove(Some(&secret), End::Sender);
-        assert_eq!(hellos().check(Some(&secret), End::Sender, &proof), Ok(()));
-        assert!(hellos().check(Some(&secret), End::Sender, &[]).is_err());
-        assert!(hellos().check(None, End::Sender, &proof).is_err());
+        let (silence, proof) =
+            (hellos().prove(None, End::Sender), hellos().prove(Some(&secret), End::Sender));
+        assert_eq!(hellos().known(&[], End::Sender, &[&silence]), Ok(None));
+        assert!(hellos().known(std::slice::from_ref(&secret), End::Sender, &[&silence]).is_err());
+        assert!(hellos().known(&[], End::Sender, &[&proof]).is_err());
         assert!(FleetSecret::new([0; 15]).is_err());
         assert_eq!(format!("{secret:?}"), "FleetSecret(..)");
     }

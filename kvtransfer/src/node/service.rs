@@ -13,7 +13,7 @@ use super::{
     control_queue::ControlQueue,
     inbound::Inbound,
     peer_link::PeerLink,
-    secret::{End, Hellos, nonce},
+    secret::{End, FleetSecret, Hellos, nonce},
     table::{Ended, Holding, Lookup},
     wire::{agree, to_status},
 };
@@ -74,14 +74,18 @@ impl v1::handoff_server::Handoff for HandoffService {
         let (messages, queue) = mpsc::channel(node.limits.control_queue());
         let messages = ControlQueue::new(messages, node.counters.control_queue.clone());
         let broken = node.lifetime.stop.child_token();
+        let secrets = node.identity.secrets();
         let link = Arc::new(PeerLink::new(node.now(), number, (peer, incarnation), messages, broken));
-        link.send(None, Body::Hello(node.receiver_hello(&hellos, version)));
+        link.send(None, Body::Hello(node.receiver_hello(&hellos, version, &secrets)));
         let tasks = node.lifetime.tasks.clone();
         tasks.spawn(async move {
             let mapped = plan.map(|plan| (layout, plan));
             let admitted = async {
-                let proof = stranger.cut().run_until_cancelled(prove(&node, &hellos, &mut incoming)).await;
-                proof.unwrap_or_else(|| Err(gave_way()))?;
+                let proof = prove(&node, &secrets, &hellos, &mut incoming);
+                let proof = stranger.cut().run_until_cancelled(proof).await;
+                if let Some(secret) = proof.unwrap_or_else(|| Err(gave_way()))? {
+                    link.proven(secret);
+                }
                 drop(stranger);
                 admit(&node, &link, mapped).await
             };
@@ -115,17 +119,18 @@ fn gave_way() -> Status {
     Status::aborted("newer control streams came before its proof, and there were too many")
 }
 
-/// The peer is to prove that it belongs to the fleet. Before that it learns nothing and displaces nobody.
+/// The peer is to prove that it belongs to the fleet, by one of the secrets that it was shown. Before that it learns nothing
+/// and displaces nobody.
 async fn prove(
     node: &Node,
+    secrets: &[FleetSecret],
     hellos: &Hellos,
     incoming: &mut Streaming<v1::SenderMessage>,
-) -> Result<(), Status> {
+) -> Result<Option<FleetSecret>, Status> {
     let sender_message::Body::Proof(proof) = next(node, incoming, "the proof").await? else {
         return Err(protocol("the second message must be a proof"));
     };
-    let proven = hellos.check(node.identity.secret.as_ref(), End::Sender, &proof.proof);
-    proven.map_err(|error| to_status(&error))
+    hellos.known(secrets, End::Sender, &[&proof.proof]).map_err(|error| to_status(&error))
 }
 
 /// Takes a proven peer in.
@@ -298,14 +303,16 @@ impl Node {
         Ok(())
     }
 
-    fn receiver_hello(&self, hellos: &Hellos, version: u32) -> v1::ReceiverHello {
+    fn receiver_hello(&self, hellos: &Hellos, version: u32, secrets: &[FleetSecret]) -> v1::ReceiverHello {
+        let proof = |at: usize| hellos.prove(secrets.get(at), End::Receiver).into();
         v1::ReceiverHello {
             instance_id: self.identity.instance_id.to_string(),
             incarnation: self.identity.incarnation.0,
             layout: Some((&self.layout).into()),
             nonce: hellos.nonces[1].to_vec().into(),
-            proof: hellos.prove(self.identity.secret.as_ref(), End::Receiver).into(),
+            proof: proof(0),
             protocol: version,
+            proof_before: proof(1),
         }
     }
 

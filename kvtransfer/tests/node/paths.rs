@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use crate::support::{scripted::*, *};
-use baton_kvtransfer::{Faults, FleetSecret, KvNode, Limits, TransferError, TransportConfig, TransportKind};
+use baton_kvtransfer::{
+    Faults, FleetSecret, FleetSecrets, KvNode, Limits, TransferError, TransportConfig, TransportKind,
+};
 use baton_proto::{ErrorCode, TransferId};
 use tokio::io::AsyncReadExt;
 
@@ -187,7 +189,7 @@ async fn shared_memory_lets_go_when_either_side_ends() {
 
 #[tokio::test]
 async fn a_fleet_with_a_secret_takes_its_own_only() {
-    let secret = |byte| Some(FleetSecret::new([byte; 32]).expect("long enough"));
+    let secret = |byte| Some(FleetSecrets::from(FleetSecret::new([byte; 32]).expect("long enough")));
     let peer = |name, secret| Peer::start_with(name, Setup { secret, ..Setup::default() });
     let decode = peer("decode-0", secret(1));
     transfer(&peer("prefill-0", secret(1)), &decode, 1).await;
@@ -207,6 +209,41 @@ async fn a_fleet_with_a_secret_takes_its_own_only() {
     let refused = ScriptedSender::open(&decode, "prefill-2", 99).await.err().expect("refused");
     assert!(refused.message().contains("handoff secret"), "{refused}");
     transfer(&_true_one, &decode, 7).await;
+}
+
+/// From the old secret to a new one, whichever end hears of it first: no transfer fails for it.
+#[tokio::test]
+async fn a_secret_is_changed_while_nodes_run() {
+    let [old, new] = [1, 2].map(|byte| FleetSecret::new([byte; 32]).expect("long enough"));
+    let secrets = [(); 3].map(|()| FleetSecrets::from(old.clone()));
+    let peer = |name, secrets: &FleetSecrets| {
+        Peer::start_with(name, Setup { secret: Some(secrets.clone()), ..Setup::default() })
+    };
+    let (prefill, decode) = (peer("prefill-0", &secrets[0]), peer("decode-0", &secrets[1]));
+    let keep = Duration::from_secs(3600);
+
+    // A sender that knows the new one and a receiver that does not.
+    secrets[0].change(new.clone(), keep);
+    transfer(&prefill, &decode, 1).await;
+    // The stream stands, whatever is changed, and its transfers with it.
+    secrets[1].change(new.clone(), keep);
+    transfer(&prefill, &decode, 2).await;
+    // One that began with the new one, and a receiver that knows the new one and a sender that does not.
+    transfer(&peer("prefill-1", &FleetSecrets::from(new.clone())), &decode, 3).await;
+    transfer(&peer("prefill-2", &secrets[2]), &decode, 4).await;
+
+    // Once its time is over, the old one is nobody's: whoever has only that is believed by none, in neither direction.
+    let hasty = FleetSecrets::from(old);
+    hasty.change(new, Duration::ZERO);
+    let ends =
+        [("prefill-3", &hasty), ("decode-1", &secrets[2]), ("prefill-4", &secrets[2]), ("decode-2", &hasty)];
+    let ends = ends.map(|(name, secrets)| peer(name, secrets));
+    for pair in ends.chunks(2) {
+        let mut outgoing =
+            pair[0].node.offer(offer_spec(TransferId::generate(), &pair[1], &FROM)).expect("room");
+        let error = within("the refusal", 10, outgoing.finished()).await.expect_err("the old secret");
+        assert!(matches!(error, TransferError::Unauthenticated), "{error}");
+    }
 }
 
 #[tokio::test]

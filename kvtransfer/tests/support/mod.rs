@@ -15,7 +15,7 @@ use std::{
 };
 
 use baton_kvtransfer::{
-    DataPortConfig, DeviceMemory, Dial, ExpectSpec, FleetSecret, KvLayout, KvNode, Limits, NodeConfig,
+    DataPortConfig, DeviceMemory, Dial, ExpectSpec, FleetSecrets, KvLayout, KvNode, Limits, NodeConfig,
     OfferSpec, Plaintext, Reclaimed, Region, TransportConfig, TransportKind,
 };
 use baton_proto::{Incarnation, InstanceId, PromptDigest, TransferId};
@@ -160,7 +160,7 @@ pub struct Setup {
     /// Data connections that have shown nothing yet.
     pub unproven: usize,
     pub dial: Arc<dyn Dial>,
-    pub secret: Option<FleetSecret>,
+    pub secret: Option<FleetSecrets>,
     /// Whether caches of another type are taken in.
     pub convert: bool,
     /// `None` = a file's memory.

@@ -117,7 +117,7 @@ impl Stage {
         });
         let seen = watch.clone();
         let limits = Limits { held_offers: 1, ..Limits::default() };
-        let identity = Identity { instance_id: name("here"), incarnation: Incarnation(1), secret: None };
+        let identity = Identity { instance_id: name("here"), incarnation: Incarnation(1), secrets: None };
         let slices = region.slices(&layout, BLOCKS).expect("fits");
         let reclaim = Arc::new(move |back: Reclaimed| seen.returned(back.id, &back.blocks));
         let runtime = RUNTIME.get_or_init(build).handle().clone();

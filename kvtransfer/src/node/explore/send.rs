@@ -84,7 +84,8 @@ fn receiver(
 ) {
     let (messages, mut said) = mpsc::channel::<v1::SenderMessage>(64);
     let messages = ControlQueue::new(messages, Arc::default());
-    let up = LinkUp::new(stage.node.now(), messages, name("decode-0"), Incarnation(7), Outbox::default());
+    let up =
+        LinkUp::new(stage.node.now(), messages, name("decode-0"), Incarnation(7), None, Outbox::default());
     // With one, whoever is to be woken is the only one.
     let mut path = |outbox: &Outbox, of: u64| {
         for _ in 0..of {
