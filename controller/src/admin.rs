@@ -19,11 +19,12 @@ use tokio::{
 use tonic::{Request, Response, Status};
 
 use crate::{
+    clock::unix_millis,
     coordinators::{self, Coordinators, Registered},
     desk::{Desk, Inbox, Message, Plans, Report},
     journal::{Entry, Journal, News},
     reconcile::{Change, Only},
-    session::{not_leading, unix_millis},
+    session::not_leading,
 };
 
 mod api_keys;

@@ -13,7 +13,7 @@ use baton_proto::{GroupName, InstanceId, LeaderEpoch};
 use tokio::sync::watch;
 use tracing::info;
 
-use crate::session::unix_millis;
+use crate::clock::unix_millis;
 
 /// Entries that are kept. One more, and of the kind that has the most the oldest is dropped: no flood of one kind, as of
 /// instances that come by ever new names, takes with it what is rare.

@@ -12,6 +12,7 @@
 
 pub mod admin;
 mod build;
+mod clock;
 pub mod config;
 pub mod coordinators;
 pub mod demand;

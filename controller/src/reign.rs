@@ -21,13 +21,13 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use crate::{
+    clock::unix_millis,
     config::ControllerConfig,
     desk::{INBOX_CAPACITY, Inbox},
     journal::{Journal, News, NewsKind},
     metrics::ControllerMetrics,
     ranktable::RankTable,
     reconcile::{Event, Reconciler},
-    session::unix_millis,
 };
 
 mod answers;

@@ -11,7 +11,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::Duration,
 };
 
 use baton_process::tls::Peer;
@@ -28,6 +28,7 @@ use tonic::{Request, Response, Status, Streaming};
 use tracing::debug;
 
 use crate::{
+    clock::unix_millis,
     config::ControllerConfig,
     coordinators::Coordinators,
     desk::{Desk, Inbox, Line, Message, ORDERS_CAPACITY},
@@ -90,12 +91,6 @@ pub(crate) async fn not_leading(store: &dyn Store) -> Status {
         status.metadata_mut().insert(LEADER_METADATA, endpoint);
     }
     status
-}
-
-/// Now, by the wall clock.
-pub(crate) fn unix_millis() -> u64 {
-    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX)
 }
 
 fn invalid(error: WireError) -> Status {

@@ -16,20 +16,20 @@ use tokio::time::Instant;
 use crate::{
     CoordinatorError,
     admit::Line,
-    carry::budget::Budget,
     config::{LimitsConfig, ModelConfig},
     metrics::{Metrics, ModelMetrics},
     prepare::Served,
+    retry_budget::RetryBudget,
     text::TextCache,
 };
 
 /// One of them.
 pub struct Model {
-    pub served: Served,
+    pub served: Arc<Served>,
     pub line: Line,
     pub counts: Arc<ModelMetrics>,
     /// For requests that are placed again.
-    pub budget: Mutex<Budget>,
+    pub retry_budget: Mutex<RetryBudget>,
 }
 
 /// All of them.
@@ -68,8 +68,10 @@ impl Models {
         let mut models = Self { all: Vec::new(), by_name: HashMap::new() };
         for (index, served) in served.into_iter().enumerate() {
             let counts = Arc::new(metrics.of_model(served.name.clone()));
-            let (line, budget) = (Line::new(limits, counts.clone()), Mutex::new(Budget::new(Instant::now())));
-            let model = Arc::new(Model { line, served, counts, budget });
+            let served = Arc::new(served);
+            let line = Line::new(limits, served.clone(), counts.clone());
+            let retry_budget = Mutex::new(RetryBudget::new(Instant::now()));
+            let model = Arc::new(Model { served, line, counts, retry_budget });
             models.all.push(model.clone());
             for name in model.served.names() {
                 let holder = models.by_name.insert(name.clone(), model.clone());

@@ -13,7 +13,7 @@ use tokio::{
 };
 
 use crate::{
-    admit::{Admission, Body, Gate, Line, Permit, Place, Ticket, Wanted},
+    admit::{Admission, Body, Gate, Permit, Place, Ticket, Wanted},
     carry::Attempts,
     config::LimitsConfig,
     dispatch::Assignment,
@@ -103,7 +103,7 @@ impl Service {
                 first_token: card.card().arrived + ttft,
                 deadline: self.deadline(&card),
             };
-            let admission = Line::admit(&model, &self.placer, (ticket, place), prepared, wanted).await?;
+            let admission = model.line.admit(&self.placer, (ticket, place), prepared, wanted).await?;
             Ok((model, admission))
         }
         .await;

@@ -14,8 +14,9 @@ use tracing::warn;
 
 use super::{AdminService, invalid};
 use crate::{
+    clock::unix_millis,
     journal::{News, NewsKind},
-    session::{not_leading, unix_millis},
+    session::not_leading,
 };
 
 /// Times that a write is tried whose conditions do not hold, although they did when they were looked at.

@@ -18,13 +18,13 @@ use super::{
     error::{OpenError, ScaleError},
 };
 use crate::{
+    clock::unix_millis,
     config::{ControllerConfig, ScaledGroup},
     desk::{Desk, Inbox, Message, Plans, Report},
     fleet::{Member, health::Verdict},
     journal::{Journal, News, NewsKind},
     metrics::ScalingMetrics,
     reconcile::{Change, Only},
-    session::unix_millis,
 };
 
 /// As whom instances are cordoned.

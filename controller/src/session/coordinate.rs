@@ -21,8 +21,9 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Status, Streaming};
 use tracing::{debug, info};
 
-use super::{ControlService, HELLO_TIMEOUT, invalid, millis, not_leading, unix_millis};
+use super::{ControlService, HELLO_TIMEOUT, invalid, millis, not_leading};
 use crate::{
+    clock::unix_millis,
     coordinators::{Coordinators, Hello},
     desk::Message,
     fleet::SessionId,

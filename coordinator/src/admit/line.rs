@@ -24,9 +24,8 @@ use crate::{
     config::LimitsConfig,
     keys::Tenant,
     metrics::ModelMetrics,
-    models::Model,
     place::{Booked, Placer},
-    prepare::{Prepared, PreparedPrompt},
+    prepare::{Prepared, PreparedPrompt, Served},
 };
 
 /// Those that wait are looked at no more often than this, and no less.
@@ -96,6 +95,7 @@ struct State {
 }
 
 struct Desk {
+    served: Arc<Served>,
     seats: usize,
     state: Mutex<State>,
     /// A seat is free, or somebody has come.
@@ -109,9 +109,9 @@ pub(super) fn length(limits: &LimitsConfig) -> usize {
 }
 
 impl Line {
-    pub fn new(limits: &LimitsConfig, counts: Arc<ModelMetrics>) -> Self {
-        let desk =
-            Desk { seats: limits.max_concurrent, state: Mutex::default(), changed: Notify::new(), counts };
+    pub fn new(limits: &LimitsConfig, served: Arc<Served>, counts: Arc<ModelMetrics>) -> Self {
+        let (seats, changed) = (limits.max_concurrent, Notify::new());
+        let desk = Desk { served, seats, state: Mutex::default(), changed, counts };
         Self {
             places: Arc::new(Semaphore::new(length(limits))),
             desk: Arc::new(desk),
@@ -146,22 +146,21 @@ impl Line {
     /// Waits for a seat and for room on an instance. Errors: 429 if it waits too long, or is sure to, or if its place is
     /// another's now.
     pub async fn admit(
-        model: &Arc<Model>,
+        &self,
         placer: &Arc<Placer>,
         (ticket, place): (Ticket, Place),
         prepared: Prepared,
         wanted: Wanted<'_>,
     ) -> Result<Admission, ApiError> {
-        let (line, began) = (&model.line, Instant::now());
-        let desk = &line.desk;
-        placer.board.arrived(&model.served.revision);
+        let (desk, began) = (&self.desk, Instant::now());
+        placer.board.arrived(&desk.served.revision);
         // Meanwhile there may be one.
-        let place = place.0.or_else(|| at_once(&line.places).ok());
+        let place = place.0.or_else(|| at_once(&self.places).ok());
         let booked =
-            place.as_ref().and_then(|_| desk.at_once(|| placer.book_all(&model.served, &prepared.prompts)));
+            place.as_ref().and_then(|_| desk.at_once(|| placer.book_all(&desk.served, &prepared.prompts)));
         let bound = match (place, booked) {
             (Some(place), Some((seat, bookings))) => Bound { seat, place, prepared, bookings },
-            (place, _) => line.wait(model, placer, (place, prepared), &wanted, began).await?,
+            (place, _) => self.wait(placer, (place, prepared), &wanted, began).await?,
         };
         let (Bound { seat, place, prepared, bookings }, waited) = (bound, began.elapsed());
         desk.counts.queue_wait.observe(waited.as_secs_f64());
@@ -172,7 +171,6 @@ impl Line {
 
     async fn wait(
         &self,
-        model: &Arc<Model>,
         placer: &Arc<Placer>,
         (place, prepared): (Option<OwnedSemaphorePermit>, Prepared),
         wanted: &Wanted<'_>,
@@ -187,7 +185,7 @@ impl Line {
             tenant: tenant.name.clone(),
             weight: tenant.weight.get(),
             wanted: wanted.first_token,
-            work: work(&prepared, placer.board.expected_tokens(&model.served.revision)),
+            work: work(&prepared, placer.board.expected_tokens(&desk.served.revision)),
         };
         let (goes, told) = oneshot::channel();
         let (waiting, outranked) = {
@@ -206,7 +204,7 @@ impl Line {
             };
             let ticket = state.queue.push(wish, Waiter { place, prepared, goes }, began);
             if !std::mem::replace(&mut state.attended, true) {
-                tokio::spawn(attend(model.clone(), placer.clone()));
+                tokio::spawn(attend(desk.clone(), placer.clone()));
             }
             (Waiting { desk: desk.clone(), ticket, _counted: desk.waits(tenant) }, outranked)
         };
@@ -234,14 +232,13 @@ fn work(prepared: &Prepared, expected_tokens: u32) -> f64 {
 }
 
 /// Places those who wait, until nobody does.
-async fn attend(model: Arc<Model>, placer: Arc<Placer>) {
-    let desk = &model.line.desk;
-    let _attending = Attending(desk);
+async fn attend(desk: Arc<Desk>, placer: Arc<Placer>) {
+    let _attending = Attending(&desk);
     loop {
         let mut freed = pin!(placer.board.freed());
         freed.as_mut().enable();
         let mut placed = 0;
-        while placed < PLACED_AT_ONCE_MOST && desk.place_next(&model, &placer) {
+        while placed < PLACED_AT_ONCE_MOST && desk.place_next(&placer) {
             placed += 1;
         }
         if desk.is_left() {
@@ -292,13 +289,13 @@ impl Desk {
     }
 
     /// Lets the next one go, if there is a seat for it, and room.
-    fn place_next(self: &Arc<Self>, model: &Model, placer: &Placer) -> bool {
+    fn place_next(self: &Arc<Self>, placer: &Placer) -> bool {
         let (Waiter { place, prepared, goes }, bookings, seat) = {
             let state = &mut *self.state.lock();
             if state.served >= self.seats {
                 return false;
             }
-            let fits = |waiter: &Waiter| match placer.book_all(&model.served, &waiter.prepared.prompts) {
+            let fits = |waiter: &Waiter| match placer.book_all(&self.served, &waiter.prepared.prompts) {
                 Err(NoPlace::Busy) => None,
                 booked => Some(booked.ok()),
             };

@@ -15,7 +15,7 @@ use crate::{
     admit::{Gate, RETRY_AFTER},
     fleet::keeper::Links,
     metrics::Metrics,
-    models::Models,
+    models::{Model, Models},
     place::tests::placer,
     prepare::{
         Endpoint, parse, prepare,
@@ -60,7 +60,7 @@ impl House {
         let prepared = prepare(&self.model.served, Endpoint::Text, &request, LIMITS, 1).expect("is good");
         let (tenant, now) = (Tenant::default(), Instant::now());
         let wanted = Wanted { tenant: &tenant, first_token: now, deadline: now + deadline };
-        Line::admit(&self.model, &self.placer, self.enter(priority)?, prepared, wanted).await
+        self.model.line.admit(&self.placer, self.enter(priority)?, prepared, wanted).await
     }
 
     async fn seat(&self) -> Result<Admission, ApiError> {

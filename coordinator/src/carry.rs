@@ -2,7 +2,8 @@
 //!
 //! Each prompt of a request has [`Attempts`], and so has each of its choices that goes on alone; [`crate::stream`] says what
 //! became of one and is given the next, or nothing if there have been too many. Another attempt goes on from the tokens
-//! that are there.
+//! that are there. Who is left out meanwhile [`crate::fleet::breakers`] says, and how often instances may fail a model's
+//! requests [`crate::retry_budget`].
 
 use std::{sync::Arc, time::Duration};
 
@@ -80,7 +81,7 @@ pub struct Attempts {
 impl Attempts {
     /// `assignment` has been given to a first place.
     pub fn new(placer: Arc<Placer>, model: Arc<Model>, assignment: Assignment) -> Self {
-        model.budget.lock().request();
+        model.retry_budget.lock().request();
         Self { placer, model, assignment, failed: 0, fruitless: 0, lost: 0, refused: 0 }
     }
 
@@ -176,7 +177,7 @@ impl Attempts {
         if self.assignment.deadline <= Instant::now() {
             return Err(failure.error);
         }
-        if cause::is_fault(code) && !self.model.budget.lock().take(Instant::now()) {
+        if cause::is_fault(code) && !self.model.retry_budget.lock().take(Instant::now()) {
             let of = self.model.counts.label.clone();
             self.placer.metrics.not_placed_again.get_or_create(&of).inc();
             return Err(failure.error);

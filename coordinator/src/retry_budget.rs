@@ -14,12 +14,12 @@ const SAVED_MOST: f64 = 100.0;
 
 /// See the module.
 #[derive(Debug, Clone)]
-pub struct Budget {
+pub struct RetryBudget {
     saved: f64,
     at: Instant,
 }
 
-impl Budget {
+impl RetryBudget {
     pub fn new(now: Instant) -> Self {
         Self { saved: PER_SECOND, at: now }
     }
@@ -51,14 +51,14 @@ mod tests {
 
     use super::*;
 
-    fn taken(budget: &mut Budget, now: Instant) -> usize {
+    fn taken(budget: &mut RetryBudget, now: Instant) -> usize {
         (0..1000).take_while(|_| budget.take(now)).count()
     }
 
     #[test]
     fn a_fifth_of_the_requests_and_ten_a_second_are_placed_again() {
         let mut now = Instant::now();
-        let mut budget = Budget::new(now);
+        let mut budget = RetryBudget::new(now);
         assert_eq!(taken(&mut budget, now), 10);
         (0..50).for_each(|_| budget.request());
         assert_eq!(taken(&mut budget, now), 10);
@@ -78,7 +78,7 @@ mod tests {
         #[test]
         fn no_more_is_placed_again_than_that(steps in prop::collection::vec((0u64..3000, 0u32..200, 0u32..100), 1..100)) {
             let began = Instant::now();
-            let (mut budget, mut now) = (Budget::new(began), began);
+            let (mut budget, mut now) = (RetryBudget::new(began), began);
             let (mut requests, mut taken) = (0.0, 0.0);
             for (millis, came, wanted) in steps {
                 now += Duration::from_millis(millis);
