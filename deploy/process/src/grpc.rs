@@ -4,10 +4,7 @@
 
 mod connection;
 
-use std::{
-    net::TcpListener,
-    time::{Duration, Instant},
-};
+use std::{net::TcpListener, time::Duration};
 
 use tokio::sync::watch;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -26,8 +23,6 @@ use connection::Conversation;
 
 /// Connections at a time, where no more are needed.
 pub const CONNECTIONS: usize = 16_384;
-/// Between two closed connections that the log tells of.
-const TELL_EVERY: Duration = Duration::from_secs(1);
 
 /// What a gRPC server is made of besides its routes.
 #[derive(Debug, Clone)]
@@ -115,21 +110,18 @@ pub async fn serve(listener: TcpListener, routes: Routes, options: GrpcOptions) 
 /// Takes connections in until the end, and waits until all have ended, which nothing bounds here.
 async fn take_in(listener: tokio::net::TcpListener, options: &GrpcOptions, conversation: Conversation) {
     let (open, mut seats) = (TaskTracker::new(), Seats::new(options.connections));
-    let mut told = None::<Instant>;
-    while let Some(stream) = options.shutdown.run_until_cancelled(accept(&listener)).await {
+    while let Some((stream, from)) = options.shutdown.run_until_cancelled(accept(&listener)).await {
         let Some(seat) = seats.take() else {
             options.closed.count(Why::Crowded);
-            if told.is_none_or(|told| told.elapsed() >= TELL_EVERY) {
-                told = Some(Instant::now());
-                tracing::warn!("a connection to the gRPC port is closed: there are as many as may be");
-            }
             continue;
         };
         let (tls, door, conversation) = (options.tls.clone(), options.door, conversation.clone());
         open.spawn(async move {
             let closed = conversation.closed.clone();
             let conversing = async {
-                if let Some((stream, caller)) = tls.accept(stream, door).await {
+                // Who is still shaking hands when the port ends has asked for nothing.
+                let accepted = conversation.ended.run_until_cancelled(tls.accept(stream, from, door)).await;
+                if let Some((stream, caller)) = accepted.flatten() {
                     conversation.serve(stream, caller, seat.clone()).await;
                 }
             };

@@ -41,6 +41,8 @@ const OBSERVERS_MOST: usize = 256;
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// Between one request and the next, longer than clients and proxies commonly keep connections for later.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(75);
+/// The half of a head is waited for as long, and so is the next one: a little longer, so that it is told which it was.
+const REST_OF_HEAD_TIMEOUT: Duration = IDLE_TIMEOUT.saturating_add(Duration::from_secs(1));
 /// For a connection that is let go to close. At once, mostly; but the end of the last answer, handed over and not yet
 /// sent, may still wait for a client that reads slowly.
 const GOODBYE_TIMEOUT: Duration = Duration::from_secs(300);
@@ -103,7 +105,7 @@ pub async fn serve(
     let listener = tokio::net::TcpListener::from_std(listener).map_err(ProcessError::Http)?;
     let (open, mut seats) = (TaskTracker::new(), Seats::new(port.connections));
     loop {
-        let arrived = async { (accept(&listener).await, seats.wait().await) };
+        let arrived = async { (accept(&listener).await.0, seats.wait().await) };
         let Some((stream, seat)) = shutdown.run_until_cancelled(arrived).await else { break };
         let (port, shutdown) = (port.clone(), shutdown.clone());
         open.spawn(async move {
@@ -174,7 +176,7 @@ impl Conversation {
             async move { answer.await.map(|response| response.map(|body| turn.carry(body))) }
         });
         let mut builder = auto::Builder::new(TokioExecutor::new());
-        builder.http1().timer(TokioTimer::new()).header_read_timeout(IDLE_TIMEOUT);
+        builder.http1().timer(TokioTimer::new()).header_read_timeout(REST_OF_HEAD_TIMEOUT);
         let mut http2 = builder.http2();
         http2.timer(TokioTimer::new()).keep_alive_interval(PING_EVERY).keep_alive_timeout(PING_TIMEOUT);
         let mut connection =
@@ -271,11 +273,17 @@ mod tests {
         assert_eq!(tokio::join!(a, b, c), (true, true, true));
     }
 
+    /// The server's side of a conversation.
+    struct Talk {
+        closed: Closed,
+        task: JoinHandle<()>,
+    }
+
     /// More than HTTP/2 sends to a client that takes nothing.
     const LARGE_BYTES: usize = 1 << 20;
 
     /// A conversation over memory, so that a paused clock goes on only when nobody has anything to do.
-    fn conversation() -> (DuplexStream, JoinHandle<()>, Arc<Notify>) {
+    fn conversation() -> (DuplexStream, Talk, Arc<Notify>) {
         let (client, server) = tokio::io::duplex(64 << 10);
         let asked = Arc::new(Notify::new());
         let never = asked.clone();
@@ -290,7 +298,9 @@ mod tests {
                     std::future::pending::<()>().await
                 }),
             );
-        (client, tokio::spawn(Conversation::of_test(router).serve(server, None)), asked)
+        let conversation = Conversation::of_test(router);
+        let closed = conversation.closed.clone();
+        (client, Talk { closed, task: tokio::spawn(conversation.serve(server, None)) }, asked)
     }
 
     fn asking(path: &str) -> Request<()> {
@@ -298,9 +308,9 @@ mod tests {
     }
 
     /// How long until the conversation ends from now on.
-    async fn ends(conversation: JoinHandle<()>) -> Duration {
+    async fn ends(conversation: Talk) -> Duration {
         let since = Instant::now();
-        timeout(IDLE_TIMEOUT * 10, conversation)
+        timeout(IDLE_TIMEOUT * 10, conversation.task)
             .await
             .expect("it holds its seat for ever")
             .expect("no panic");
@@ -314,8 +324,10 @@ mod tests {
         let mut answer = [0; 4096];
         let length = client.read(&mut answer).await.expect("is read");
         assert!(answer[..length].starts_with(b"HTTP/1.1 200"), "what is on its way is never cut");
+        let closed = conversation.closed.clone();
         let took = ends(conversation).await;
         assert!(took >= IDLE_TIMEOUT && took < IDLE_TIMEOUT * 2, "{took:?}");
+        assert_eq!((closed.of(Why::Idle), closed.of(Why::Late)), (1, 0));
     }
 
     #[tokio::test(start_paused = true)]
@@ -331,8 +343,10 @@ mod tests {
             }
             sleep(IDLE_TIMEOUT / 2).await;
         }
+        let closed = conversation.closed.clone();
         let took = ends(conversation).await;
         assert!(took > Duration::ZERO && took <= IDLE_TIMEOUT, "{took:?}");
+        assert_eq!((closed.of(Why::Idle), closed.of(Why::Late)), (1, 0));
     }
 
     #[tokio::test(start_paused = true)]

@@ -7,6 +7,7 @@
 
 use std::{
     collections::VecDeque,
+    net::SocketAddr,
     sync::{Arc, Weak},
     time::Duration,
 };
@@ -25,20 +26,22 @@ use tokio_util::sync::CancellationToken;
 
 use crate::Metrics;
 
-/// Nobody gives way before: so long an honest one may take to settle, however many come at once. It is also how long, at most,
-/// strangers keep the next one waiting.
+/// Nobody gives way before: so long an honest one may take to settle, however many come at once. It is also how long strangers keep
+/// the next one waiting, where fewer come in that time than there are seats.
 pub(crate) const SETTLES_WITHIN: Duration = Duration::from_secs(2);
 /// After a connection could not be accepted.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// Between two times that the log tells of a full port.
+const TELL_EVERY: Duration = Duration::from_secs(10);
 
-/// The next connection. What goes wrong is told, and tried again.
-pub(crate) async fn accept(listener: &TcpListener) -> TcpStream {
+/// The next connection, and who is at its other end. What goes wrong is told, and tried again.
+pub(crate) async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
     loop {
         match listener.accept().await {
-            Ok((stream, _)) => {
+            Ok((stream, from)) => {
                 // What is small must leave at once; a socket that refuses is slow, not broken.
                 let _ = stream.set_nodelay(true);
-                return stream;
+                return (stream, from);
             }
             Err(error) => {
                 // Out of descriptors, most likely: accepting again at once would only spin.
@@ -57,6 +60,7 @@ pub(crate) struct Seats {
     /// When they came; the first first. Those that have settled or left are dropped as they come to the front, or once there
     /// are twice as many as there are seats.
     strangers: VecDeque<(Instant, Weak<Held>)>,
+    told: Option<Instant>,
 }
 
 /// A connection's seat, until it is dropped.
@@ -79,12 +83,18 @@ struct State {
 impl Seats {
     pub(crate) fn new(most: usize) -> Self {
         let most = most.min(Semaphore::MAX_PERMITS);
-        Self { free: Arc::new(Semaphore::new(most)), most, strangers: VecDeque::new() }
+        Self { free: Arc::new(Semaphore::new(most)), most, strangers: VecDeque::new(), told: None }
     }
 
     /// A free seat, or that of a stranger. None: all have settled, or came just now.
     pub(crate) fn take(&mut self) -> Option<Seat> {
-        let permit = self.free.clone().try_acquire_owned().ok().or_else(|| self.stranger_gives())?;
+        let permit = match self.free.clone().try_acquire_owned() {
+            Ok(permit) => permit,
+            Err(_) => {
+                self.tell();
+                self.stranger_gives()?
+            }
+        };
         Some(self.seat(permit))
     }
 
@@ -99,6 +109,17 @@ impl Seats {
                 Ok(permit) = self.free.clone().acquire_owned() => return self.seat(permit),
                 () = sleep(SETTLES_WITHIN) => {}
             }
+        }
+    }
+
+    fn tell(&mut self) {
+        if self.told.is_none_or(|told| told.elapsed() >= TELL_EVERY) {
+            self.told = Some(Instant::now());
+            let seats = self.most;
+            tracing::warn!(
+                seats,
+                "a port has as many connections as may be: who has asked for nothing gives way"
+            );
         }
     }
 

@@ -41,8 +41,11 @@ const STREAMS_MOST: u32 = 256;
 const HEADER_BYTES_MOST: u32 = 16 << 10;
 /// A new connection brings its first call within this time. Our own call at once; others may connect ahead of that.
 const CALLS_WITHIN: Duration = Duration::from_secs(20);
-/// For a connection without a call that was told to leave. An honest one is gone after a round trip.
-const LEAVES_WITHIN: Duration = Duration::from_secs(5);
+/// For a connection without a call that was told to leave. An honest one is gone after a round trip; but the end of its last
+/// answer, handed over and not yet sent, may still wait for one that reads slowly.
+const LEAVES_WITHIN: Duration = Duration::from_secs(60);
+/// For one that has never called.
+const STRANGER_LEAVES_WITHIN: Duration = Duration::from_secs(1);
 
 /// How the connections of a port are served.
 #[derive(Debug, Clone)]
@@ -96,9 +99,11 @@ impl Conversation {
             why = unused => closed.count(why),
         }
         connection.as_mut().graceful_shutdown();
+        // A call that comes at the last moment is still answered.
+        let within = if called.is_cancelled() { LEAVES_WITHIN } else { STRANGER_LEAVES_WITHIN };
         tokio::select! {
             _ = connection => {}
-            () = calls.nothing_for(LEAVES_WITHIN) => {}
+            () = calls.nothing_for(within) => {}
         }
     }
 }
@@ -121,6 +126,7 @@ mod tests {
     /// Over memory and with a paused clock: time goes on only when nobody has anything to do.
     struct Conversing {
         closed: Closed,
+        ended: CancellationToken,
         seats: Seats,
         task: JoinHandle<()>,
     }
@@ -140,10 +146,11 @@ mod tests {
             closed: closed.clone(),
             ended: CancellationToken::new(),
         };
+        let ended = conversation.ended.clone();
         let mut seats = Seats::new(1);
         let seat = seats.take().expect("free");
         let task = tokio::spawn(conversation.serve(server, Caller::of_test(peer), seat));
-        (client, Conversing { closed, seats, task })
+        (client, Conversing { closed, ended, seats, task })
     }
 
     /// A body of which nothing comes.
@@ -219,12 +226,15 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn who_never_calls_is_let_go() {
-        // Nothing; half of how HTTP/2 begins; all of it, and no call.
-        for says in ["", "PRI * HTTP/2.0\r\n", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0"] {
+        // Nothing; half of how HTTP/2 begins; all of it, and neither a call nor a sign of life, for which it is given up as soon.
+        let whole = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+        for (says, late) in [("", 1), (&whole[..16], 1), (whole, 0)] {
             let (mut stream, conversing) = conversing(Peer::Plaintext);
             stream.write_all(says.as_bytes()).await.expect("is sent");
             let took = ends(conversing.task).await;
-            assert!(took < CALLS_WITHIN + LEAVES_WITHIN * 2, "{says:?}: {took:?}");
+            assert!(took < CALLS_WITHIN + STRANGER_LEAVES_WITHIN * 2, "{says:?}: {took:?}");
+            let closed = conversing.closed;
+            assert_eq!((closed.of(Why::Late), closed.of(Why::Idle)), (late, 0), "{says:?}");
         }
     }
 
@@ -235,9 +245,25 @@ mod tests {
         stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.expect("is sent");
         let pings = async { while stream.write_all(b"\0\0\x08\x06\0\0\0\0\0ABCDEFGH").await.is_ok() {} };
         let (took, ()) = tokio::join!(ends(conversing.task), pings);
-        assert!(took <= CALLS_WITHIN + LEAVES_WITHIN * 2, "{took:?}");
+        assert!(took <= CALLS_WITHIN + STRANGER_LEAVES_WITHIN * 2, "{took:?}");
         let mut rest = Vec::new();
         stream.read_to_end(&mut rest).await.expect("it is closed");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn when_the_port_ends_calls_go_on_and_others_leave() {
+        let (stream, conversing) = conversing(Peer::Plaintext);
+        let (mut requests, _connection) = client(stream).await;
+        let standing = call(&mut requests, WATCH).await;
+        conversing.ended.cancel();
+        sleep(LEAVES_WITHIN * 5).await;
+        assert!(!conversing.task.is_finished(), "a call is cut");
+        drop(standing);
+        assert!(ends(conversing.task).await <= LEAVES_WITHIN);
+
+        let (_silent, conversing) = super::tests::conversing(Peer::Plaintext);
+        conversing.ended.cancel();
+        assert!(ends(conversing.task).await <= STRANGER_LEAVES_WITHIN);
     }
 
     #[tokio::test(start_paused = true)]

@@ -1,12 +1,12 @@
 //! Who is at the other end of a connection to a gRPC port: found out when it is taken in, and put to each of its requests.
 
-use std::sync::Arc;
+use std::{net::SocketAddr, sync::Arc};
 
 use http::Request;
 use tokio::net::TcpStream;
 use tokio_rustls::server::TlsStream;
 use tokio_util::either::Either;
-use tonic::transport::server::{Connected, TcpConnectInfo};
+use tonic::transport::server::TcpConnectInfo;
 
 use super::{Door, Identity, Peer, Tls, handshake::shake_hands, parting::why_in_plaintext};
 
@@ -23,8 +23,13 @@ pub(crate) type Spoken = Either<TlsStream<TcpStream>, TcpStream>;
 impl Tls {
     /// Takes a connection in, after a handshake within some seconds where the port speaks TLS. None: it did not come to that;
     /// the caller was told why, if it listened.
-    pub(crate) async fn accept(&self, stream: TcpStream, door: Door) -> Option<(Spoken, Caller)> {
-        let address = stream.connect_info();
+    pub(crate) async fn accept(
+        &self,
+        stream: TcpStream,
+        from: SocketAddr,
+        door: Door,
+    ) -> Option<(Spoken, Caller)> {
+        let address = TcpConnectInfo { local_addr: stream.local_addr().ok(), remote_addr: Some(from) };
         let Some(credentials) = &self.credentials else {
             return Some((Either::Right(stream), Caller { address, peer: Peer::Plaintext }));
         };

@@ -5,10 +5,10 @@
 //! stand go on. What counts of a certificate is who signed it and the [`Role`] that it names ([`Identity`]), not a host:
 //! instances are dialled by address, and come and go.
 //!
-//! A gRPC port takes a connection in by [`Tls::accept`], which shakes hands and finds out who calls (`caller`), and asks at its
-//! [`Door`] before each call whether the caller's role may make it. A client dials by [`Dial`], which turns away whoever has not the role that is asked
-//! for. Without files all of it is plaintext, and nobody is asked who they are. [`Https`] is for those who are no processes
-//! of ours: clients of an HTTP port.
+//! A gRPC port takes a connection in by [`Tls::accept`], which shakes hands and finds out who calls (`caller`), and asks at
+//! its [`Door`] before each call whether the caller's role may make it. A client dials by [`Dial`], which turns away
+//! whoever has not the role that is asked for. Without files all of it is plaintext, and nobody is asked who they are.
+//! [`Https`] is for those who are no processes of ours: clients of an HTTP port.
 
 mod caller;
 mod credentials;

@@ -156,17 +156,6 @@ async fn those_that_say_nothing_keep_nobody_out() {
     assert_eq!(served.closed.of(Why::Stranger), 1);
 }
 
-/// More than may be at once: none is turned away.
-#[tokio::test]
-async fn all_who_come_at_once_are_served() {
-    let served = Served::with(None, 8);
-    let asked = (0..40).map(|_| served.ask(&served.ours, None, "http/1.1"));
-    for answer in futures::future::join_all(asked).await {
-        assert!(answer.expect("is served").starts_with("HTTP/1.1 200"));
-    }
-    assert_eq!(served.closed.of(Why::Stranger), 0);
-}
-
 #[tokio::test]
 async fn plain_http_is_told_what_to_do() {
     let served = Served::start(None);
