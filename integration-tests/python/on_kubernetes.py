@@ -264,8 +264,8 @@ def multi_node():
         kubectl("rollout", "restart", "-n", namespace, *DEPLOYMENTS)
         for workload in DEPLOYMENTS:
             rolled_out(namespace, workload)
-    with load.during("renewal of the certificates", seen):
-        bring_secrets(namespace, "--renew", "tls", "https")
+    with load.during("renewal of certificates and handoff secret", seen):
+        bring_secrets(namespace, "--renew", "tls", "https", "handoff")
         new = ssl.PEM_cert_to_DER_cert((FOLDER / f"certificates-{namespace}/host-https.crt").read_text())
         # Of several connections some go to each coordinator.
         until("the new certificate is shown", lambda: all(shown(host, authority) == new for _ in range(10)), RENEWED_WITHIN)

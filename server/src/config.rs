@@ -1,42 +1,22 @@
 //! The server's configuration: file, `BATON_SERVER__...` variables and flags (see `baton_process::config`).
 
-use std::{collections::BTreeMap, ops::RangeInclusive, path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, path::PathBuf};
 
-use baton_kvtransfer::{FleetSecret, TransportConfig};
-use baton_process::{Invalid, Listen, ProcessConfig, ServiceConfig, TlsConfig, duration};
+use baton_process::{Invalid, Listen, ProcessConfig, ServiceConfig, TlsConfig};
 use baton_proto::{GroupName, InstanceId};
 use baton_runtime::KvDtype;
-use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+mod handoff;
+
+pub(crate) use handoff::CONNECTIONS_PER_PEER;
+pub use handoff::HandoffConfig;
 
 /// Most compute threads.
 const THREADS_MOST: usize = 1024;
-/// Connections over TCP to each peer.
-pub(crate) const CONNECTIONS_PER_PEER: usize = 4;
-/// What kvtransfer can end a transfer after.
-const TIMEOUT_MOST: Duration = Duration::from_secs(7 * 24 * 3600);
-/// An eighth of it takes a whole frame of a peer's, 1 MiB.
-const STAGING_LEAST: u64 = 8 << 20;
-/// How KV caches of a CPU may travel, by name.
-const TRANSPORTS: [(&str, TransportConfig); 3] = [
-    ("shm", TransportConfig::Shm),
-    ("rdma", TransportConfig::Rdma),
-    ("tcp", TransportConfig::Tcp { connections: CONNECTIONS_PER_PEER }),
-];
-
 /// Roles that can be taken on without a controller; empty = none.
 const ROLES: [&str; 4] = ["", "prefill", "decode", "mixed"];
-
-fn transport_names() -> [&'static str; TRANSPORTS.len()] {
-    TRANSPORTS.map(|(name, _)| name)
-}
-
-fn transports_schema(_: &mut SchemaGenerator) -> Schema {
-    json_schema!({ "type": "array", "items": { "type": "string", "enum": transport_names() } })
-}
-
-/// What kvtransfer takes for a lease.
-const LEASE_RANGE: RangeInclusive<Duration> = Duration::from_millis(30)..=Duration::from_secs(3600);
 
 /// A server is an instance that runs a model: it prefills, decodes, or does both. The defaults suit one small model on one
 /// machine.
@@ -121,46 +101,6 @@ pub struct RuntimeConfig {
     pub max_context_tokens: u32,
 }
 
-/// How KV caches [travel](../../README.md#how-kv-caches-travel) between servers.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct HandoffConfig {
-    /// A peer that is silent for this long is given up, with its transfers. A connection to `listen` that has gone silent is
-    /// kept for as long, and for ten seconds at least. 30ms to 1h.
-    #[serde(with = "duration")]
-    #[schemars(schema_with = "duration::schema")]
-    pub lease: Duration,
-    /// Longest life of a transfer, from reserving blocks to release, if its request has no deadline of its own. More than 0s,
-    /// and at most 168h.
-    #[serde(with = "duration")]
-    #[schemars(schema_with = "duration::schema")]
-    pub timeout: Duration,
-    /// How KV caches may travel, the best first: `shm`, copied from the memory of a server of the same host; `rdma`, read by
-    /// RoCE cards (libibverbs; all of `runtime.kv_cache_bytes` is taken at once); `tcp`. The first that both servers have
-    /// and that works is taken.
-    #[schemars(schema_with = "transports_schema")]
-    pub transports: Vec<String>,
-    /// File with a secret of at least 16 bytes that all servers of the fleet share; who does not show it is given no KV
-    /// cache and can send none. Looked at every two seconds: [a secret can be changed](../../README.md#security) while
-    /// servers run. Empty = whoever reaches `listen` is believed.
-    pub secret_file: PathBuf,
-    /// Whether a KV cache of another `runtime.kv_dtype` is taken in and converted, bf16 to int8 or the reverse; it is the
-    /// receiving server's that counts. Values are rounded, so that completions may differ from those of one server: not
-    /// done unless asked for. Servers that have it are paired with others that have it, of either type, and with none
-    /// that has it not. Another block size alone changes no value and needs no switch.
-    pub convert: bool,
-    /// Most servers that this one sends KV caches to, and most that send to it. Over it, one that has no transfers (and, of
-    /// those that send to it, has been quiet for 10 s) gives way to the next; else a request is refused. Shared memory takes
-    /// 128 peers, whatever this says.
-    #[schemars(range(min = 1))]
-    pub max_peers: u32,
-    /// Most memory for what is on its way in from servers that keep their caches otherwise, until it is mapped; what finds no
-    /// room waits. None is taken before there is such a server. A single frame of more than half of it takes the next power
-    /// of two.
-    #[schemars(range(min = STAGING_LEAST))]
-    pub staging_bytes: u64,
-}
-
 impl Default for ServerConfig {
     fn default() -> Self {
         Self {
@@ -197,70 +137,6 @@ impl Default for RuntimeConfig {
             max_waiting: 512,
             max_context_tokens: 0,
         }
-    }
-}
-
-impl Default for HandoffConfig {
-    fn default() -> Self {
-        Self {
-            lease: Duration::from_secs(3),
-            timeout: Duration::from_secs(120),
-            transports: vec!["shm".into(), "tcp".into()],
-            secret_file: PathBuf::new(),
-            convert: false,
-            max_peers: 1024,
-            staging_bytes: 256 << 20,
-        }
-    }
-}
-
-impl HandoffConfig {
-    fn check_limits(&self) -> Result<(), Invalid> {
-        if self.timeout.is_zero() || self.timeout > TIMEOUT_MOST {
-            return Err(Invalid::new("handoff.timeout", "expected more than 0, and no more than 7d"));
-        }
-        if self.max_peers == 0 {
-            return Err(Invalid::new("handoff.max_peers", "expected at least 1"));
-        }
-        if self.staging_bytes < STAGING_LEAST || usize::try_from(self.staging_bytes).is_err() {
-            let expected = format!("expected at least {STAGING_LEAST}, not {}", self.staging_bytes);
-            return Err(Invalid::new("handoff.staging_bytes", expected));
-        }
-        Ok(())
-    }
-
-    /// The best first.
-    pub fn transports(&self) -> Result<Vec<TransportConfig>, Invalid> {
-        let invalid = |why: String| Err(Invalid::new("handoff.transports", why));
-        let mut found: Vec<TransportConfig> = Vec::new();
-        for name in &self.transports {
-            let Some((_, config)) = TRANSPORTS.iter().find(|(known, _)| known == name) else {
-                return invalid(format!("expected some of {}, not {name}", transport_names().join(", ")));
-            };
-            if found.contains(config) {
-                return invalid(format!("{name} is named twice"));
-            }
-            found.push(config.clone());
-        }
-        match found.is_empty() {
-            true => invalid(format!("expected at least one of {}", transport_names().join(", "))),
-            false => Ok(found),
-        }
-    }
-
-    /// What the secret's file holds, without white space at its ends.
-    pub fn secret(&self) -> Result<Option<FleetSecret>, Invalid> {
-        if self.secret_file.as_os_str().is_empty() {
-            return Ok(None);
-        }
-        let unusable = |why: String| {
-            Invalid::new(
-                "handoff.secret_file",
-                format!("{} cannot be used: {why}", self.secret_file.display()),
-            )
-        };
-        let bytes = std::fs::read(&self.secret_file).map_err(|error| unusable(error.to_string()))?;
-        FleetSecret::new(bytes.trim_ascii()).map(Some).map_err(|error| unusable(error.to_string()))
     }
 }
 
@@ -352,18 +228,14 @@ kv_cache_bytes = 8589934592
             let expected = format!("expected 0 (one for each core) to {THREADS_MOST}");
             return Err(Invalid::new("runtime.threads", expected));
         }
-        if !LEASE_RANGE.contains(&self.handoff.lease) {
-            return Err(Invalid::new("handoff.lease", "expected 30ms to 1h"));
-        }
-        self.handoff.check_limits()?;
-        self.handoff.transports()?;
-        self.handoff.secret()?;
-        Ok(())
+        self.handoff.check()
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     fn valid() -> ServerConfig {
@@ -377,7 +249,7 @@ mod tests {
     fn what_is_wrong_is_named() {
         assert_eq!(valid().validate(), Ok(()));
         type Change = fn(&mut ServerConfig);
-        let cases: [(&str, Change); 18] = [
+        let cases: [(&str, Change); 20] = [
             ("instance_id", |c| c.instance_id = "A".into()),
             ("model.path", |c| c.model.path = PathBuf::new()),
             ("role", |c| c.role = "both".into()),
@@ -388,7 +260,7 @@ mod tests {
             ("handoff.lease", |c| c.handoff.lease = Duration::from_millis(10)),
             ("handoff.lease", |c| c.handoff.lease = Duration::from_secs(3601)),
             ("handoff.timeout", |c| c.handoff.timeout = Duration::ZERO),
-            ("handoff.timeout", |c| c.handoff.timeout = TIMEOUT_MOST * 2),
+            ("handoff.timeout", |c| c.handoff.timeout = handoff::TIMEOUT_MOST * 2),
             ("handoff.max_peers", |c| c.handoff.max_peers = 0),
             ("handoff.staging_bytes", |c| c.handoff.staging_bytes = (8 << 20) - 1),
             ("handoff.transports", |c| c.handoff.transports = vec!["udp".into()]),
@@ -396,6 +268,8 @@ mod tests {
             ("handoff.transports", |c| c.handoff.transports.clear()),
             ("handoff.secret_file", |c| c.handoff.secret_file = "/does/not/exist".into()),
             ("handoff.secret_file", |c| c.handoff.secret_file = "/dev/null".into()),
+            ("handoff.secret_before_file", |c| c.handoff.secret_before_file = "/dev/null".into()),
+            ("handoff.secret_before_file", |c| c.handoff.secret_before_file = "/proc/version".into()),
         ];
         for (key, change) in cases {
             let mut config = valid();

@@ -5,7 +5,7 @@
 use std::{future::Future, net::TcpListener, sync::Arc, thread::JoinHandle, time::Duration};
 
 use baton_kvtransfer::{
-    DataPortConfig, Dialling, FleetSecrets, KnownPeer, KvLayout, KvNode, Limits as TransferLimits, NodeConfig,
+    DataPortConfig, Dialling, KnownPeer, KvLayout, KvNode, Limits as TransferLimits, NodeConfig,
 };
 use baton_process::{Metrics, tls};
 use baton_proto::{
@@ -142,9 +142,9 @@ impl Serving {
             connections: usual.connections.max(peers.saturating_mul(CONNECTIONS_PER_PEER)),
             ..usual
         };
-        let secrets = parts.handoff.secret()?.map(FleetSecrets::from);
+        let secrets = secret::read(&parts.handoff)?;
         if let Some(secrets) = secrets.clone() {
-            let followed = secret::follow_file(parts.handoff.clone(), secrets);
+            let followed = secret::follow_files(parts.handoff.clone(), secrets);
             shared.tasks.spawn(shared.stop.clone().run_until_cancelled_owned(followed));
         }
         let node = KvNode::start(

@@ -67,13 +67,15 @@ pub struct FleetSecrets(Arc<Mutex<Held>>);
 #[derive(Debug)]
 struct Held {
     newest: FleetSecret,
-    /// The one before, and until when it is still taken.
-    before: Option<(FleetSecret, Instant)>,
+    /// The one before, as this node was told of it.
+    before: Option<FleetSecret>,
+    /// The one that was the newest until it was changed, and until when it is still good.
+    replaced: Option<(FleetSecret, Instant)>,
 }
 
 impl From<FleetSecret> for FleetSecrets {
     fn from(newest: FleetSecret) -> Self {
-        Self(Arc::new(Mutex::new(Held { newest, before: None })))
+        Self(Arc::new(Mutex::new(Held { newest, before: None, replaced: None })))
     }
 }
 
@@ -85,9 +87,15 @@ impl FleetSecrets {
         if held.newest == secret {
             return false;
         }
-        let before = std::mem::replace(&mut held.newest, secret);
-        held.before = Some((before, Instant::now() + keep));
+        let replaced = std::mem::replace(&mut held.newest, secret);
+        held.replaced = Some((replaced, Instant::now() + keep));
         true
+    }
+
+    /// This one is good, too, for as long as nothing else is said: a node that starts while a fleet changes its secret knows
+    /// of the one before by nothing else.
+    pub fn set_before(&self, secret: Option<FleetSecret>) {
+        self.0.lock().before = secret;
     }
 
     pub fn newest(&self) -> FleetSecret {
@@ -97,8 +105,12 @@ impl FleetSecrets {
     /// What is good now, the newest first.
     pub(super) fn taken(&self) -> Vec<FleetSecret> {
         let held = self.0.lock();
-        let before = held.before.as_ref().filter(|(_, until)| Instant::now() < *until);
-        std::iter::once(&held.newest).chain(before.map(|(secret, _)| secret)).cloned().collect()
+        let replaced = held.replaced.as_ref().filter(|(_, until)| Instant::now() < *until);
+        let before = held.before.as_ref().or(replaced.map(|(secret, _)| secret));
+        std::iter::once(&held.newest)
+            .chain(before.filter(|before| **before != held.newest))
+            .cloned()
+            .collect()
     }
 }
 
@@ -248,6 +260,18 @@ mod tests {
         assert_eq!(secrets.taken(), [new, old.clone()]);
         secrets.change(old.clone(), Duration::ZERO);
         assert_eq!(secrets.taken(), [old], "its time is over");
+    }
+
+    #[test]
+    fn a_node_that_starts_meanwhile_is_told_of_the_secret_before() {
+        let [old, new] = [[9; 16], [8; 16]].map(|bytes| FleetSecret::new(bytes).expect("long enough"));
+        let secrets = FleetSecrets::from(new.clone());
+        secrets.set_before(Some(old.clone()));
+        assert_eq!(secrets.taken(), [new.clone(), old.clone()]);
+        secrets.set_before(Some(new.clone()));
+        assert_eq!(secrets.taken(), std::slice::from_ref(&new), "one is one");
+        secrets.set_before(None);
+        assert_eq!(secrets.taken(), [new]);
     }
 
     #[test]
