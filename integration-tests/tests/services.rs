@@ -228,19 +228,45 @@ fn wrong_configuration_is_one_clear_line() {
         ("baton-server", &["--model", "x", "--set", "runtime.speculative=4"], &["runtime.speculative"]),
     ];
     for (service, arguments, words) in cases {
-        let child = Command::new(binary(service))
-            .args(arguments)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("it starts");
-        let output = process::finish(child, Duration::from_secs(30));
-        let said = String::from_utf8_lossy(&output.stderr);
-        let panics = process::panics(&said).count();
-        assert!(!output.status.success() && panics == 0, "{service} {arguments:?}: {said}");
-        let errors: Vec<&str> = said.lines().filter(|line| line.starts_with("error: ")).collect();
-        assert_eq!(errors.len(), 1, "{service} {arguments:?}: {said}");
-        words.iter().for_each(|word| assert!(errors[0].contains(word), "no {word:?} in: {said}"));
+        refused(service, arguments, words);
     }
+}
+
+/// A link that leads out of it is named, with where it leads.
+#[test]
+fn models_are_opened_under_their_root_alone() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let link = folder.path().join("link.gguf");
+    std::os::unix::fs::symlink(model(), &link).expect("a link");
+    let (link, root) = (link.to_str().expect("UTF-8"), folder.path().display());
+    let words = [link, "is not under", "SmolLM2-135M-Instruct.Q4_1.gguf"];
+    let root_of_server = format!("model.root={root}");
+    refused("baton-server", &["--model", link, "--role", "mixed", "--set", &root_of_server], &words);
+    let settings = [
+        &format!("model_root={root}"),
+        &format!("models=[{{path = {link:?}}}]"),
+        "store.controller=127.0.0.1:1",
+        "listen=127.0.0.1:0",
+        "admin_listen=127.0.0.1:0",
+    ];
+    let settings: Vec<&str> = settings.iter().flat_map(|setting| ["--set", setting]).collect();
+    refused("baton-coordinator", &settings, &words);
+}
+
+/// It ends with one error, which has these words.
+fn refused(service: &str, arguments: &[&str], words: &[&str]) {
+    let child = Command::new(binary(service))
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("it starts");
+    let output = process::finish(child, Duration::from_secs(30));
+    let said = String::from_utf8_lossy(&output.stderr);
+    let panics = process::panics(&said).count();
+    assert!(!output.status.success() && panics == 0, "{service} {arguments:?}: {said}");
+    let errors: Vec<&str> = said.lines().filter(|line| line.starts_with("error: ")).collect();
+    assert_eq!(errors.len(), 1, "{service} {arguments:?}: {said}");
+    words.iter().for_each(|word| assert!(errors[0].contains(word), "no {word:?} in: {said}"));
 }

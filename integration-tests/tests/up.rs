@@ -60,6 +60,14 @@ fn what_cannot_start_says_why_in_one_line() {
     fs::create_dir(path("empty")).unwrap();
     says(&up(&["--model", &path("empty")]), &["config.json"]);
 
+    let (link, root) = (path("link.gguf"), format!("server.model.root={}", dir.path().display()));
+    std::os::unix::fs::symlink(model(), &link).unwrap();
+    says(&up(&["--model", &link, "--set", &root]), &["is not under", "model.root"]);
+    says(
+        &up(&["--model", &link, "--set", "server.model.root=/no/such/root"]),
+        &["server: model.root", "/no/such/root"],
+    );
+
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port().to_string();
     let model = model();

@@ -77,6 +77,9 @@ services,server
   {{- if and $values.controllerScaling.enabled (eq $object.metadata.name "baton-controller") }}
     {{- $egress = append $egress (dict "ports" (list (dict "port" 443) (dict "port" 6443))) }}{{/* the API server */}}
   {{- end }}
+  {{- if and $values.model.init (has $object.metadata.name (list "baton" "baton-coordinator" "baton-server")) }}
+    {{- $egress = append $egress (dict "ports" (list (dict "port" 443))) }}{{/* where models come from */}}
+  {{- end }}
   {{- $_ := set $object.spec "egress" $egress }}
 {{- else if eq $object.kind "RoleBinding" }}
   {{- range $subject := $object.subjects }}{{ $_ := set $subject "namespace" $.root.Release.Namespace }}{{ end }}

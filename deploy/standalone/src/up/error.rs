@@ -43,6 +43,8 @@ pub(crate) enum UpError {
     NoModel(PathBuf),
     #[error("model {path} cannot be used: {source}", path = .path.display())]
     Model { path: PathBuf, source: CheckpointError },
+    #[error("server: model.root: {0}")]
+    ModelRoot(CheckpointError),
     #[error("model {path} is called {name}, as {other} is: give each --model once, or rename one", path = .path.display(), other = .other.display())]
     SameName { name: String, path: PathBuf, other: PathBuf },
     #[error("{service}: {reason}")]

@@ -26,6 +26,7 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
+use baton_checkpoint::ModelRoot;
 use baton_process::Listen;
 use tokio_util::sync::CancellationToken;
 
@@ -57,13 +58,14 @@ pub(crate) async fn run(args: UpArgs) -> Result<ExitCode, UpError> {
     if args.model.is_empty() {
         model::prepare(&cache)?;
     }
-    let given = model::check_all(&args.model).await?;
+    let root = ModelRoot::at(&plan::model_root(&args.set)).map_err(UpError::ModelRoot)?;
+    let given = model::check_all(&args.model, &root).await?;
     // Readiness is asked in plaintext: whoever shows certificates to clients may ask them for some, too.
     let own = plan::is_https(&args.set).then(Listen::loopback);
     let addresses = Addresses::bind(&args.listen, args.metrics_listen.as_ref().or(own.as_ref()))?;
     let run_dir = run_directory(&args, &addresses)?;
     let models = if given.is_empty() {
-        model::check_all(&[cancellable(&stop, model::fetch(&cache, &screen)).await?]).await?
+        model::check_all(&[cancellable(&stop, model::fetch(&cache, &screen)).await?], &root).await?
     } else {
         given
     };

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use baton_checkpoint::Checkpoint;
+use baton_checkpoint::{Checkpoint, ModelRoot};
 use sha2::{Digest, Sha256};
 use tokio::process::Command;
 
@@ -25,11 +25,11 @@ const FILE_SHA256: &str = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea37
 const PACKAGE_BYTES: u64 = 92_920_000;
 
 /// Opens each model far enough to know that it is one, and what it is called. Everything else about them is checked where
-/// they are loaded.
-pub(super) async fn check_all(paths: &[PathBuf]) -> Result<Vec<ModelEntry>, UpError> {
+/// they are loaded. All files of theirs have to lie under `root`, as for the servers.
+pub(super) async fn check_all(paths: &[PathBuf], root: &ModelRoot) -> Result<Vec<ModelEntry>, UpError> {
     let mut models: Vec<ModelEntry> = Vec::new();
     for path in paths {
-        let model = check(path.clone()).await?;
+        let model = check(path.clone(), root.clone()).await?;
         if let Some(other) = models.iter().find(|other| other.name == model.name) {
             let (path, other) = (model.path, other.path.clone());
             return Err(UpError::SameName { name: model.name, path, other });
@@ -40,9 +40,9 @@ pub(super) async fn check_all(paths: &[PathBuf]) -> Result<Vec<ModelEntry>, UpEr
 }
 
 /// Its path is absolute.
-async fn check(path: PathBuf) -> Result<ModelEntry, UpError> {
+async fn check(path: PathBuf, root: ModelRoot) -> Result<ModelEntry, UpError> {
     let path = path.canonicalize().map_err(|_| UpError::NoModel(path))?;
-    let opened = tokio::task::spawn_blocking(move || match Checkpoint::open(&path) {
+    let opened = tokio::task::spawn_blocking(move || match Checkpoint::open_under(&root, &path) {
         Ok(checkpoint) => Ok(ModelEntry { name: checkpoint.name().to_owned(), path }),
         Err(source) => Err(UpError::Model { path, source }),
     });

@@ -233,8 +233,17 @@ fn metrics_listen(asked: Option<&Listen>, index: usize) -> Result<String, UpErro
 
 /// Whether clients are to be served by TLS.
 pub(super) fn is_https(set: &[String]) -> bool {
-    let mut files = set.iter().filter_map(|text| text.strip_prefix("coordinator.https.cert_file="));
-    files.next_back().is_some_and(|file| !file.is_empty())
+    said(set, "coordinator.https.cert_file=").is_some_and(|file| !file.is_empty())
+}
+
+/// Where servers' model files have to lie; empty: anywhere.
+pub(super) fn model_root(set: &[String]) -> PathBuf {
+    said(set, "server.model.root=").unwrap_or_default().into()
+}
+
+/// The last setting of a key.
+fn said<'a>(set: &'a [String], key: &str) -> Option<&'a str> {
+    set.iter().filter_map(|text| text.strip_prefix(key)).next_back()
 }
 
 /// Instances of a group work together, so that each of several models has one of its own, called after it as far as a
