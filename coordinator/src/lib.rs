@@ -4,9 +4,10 @@
 //! stages) -> [`prepare`] (validate, template, tokenise; [`text`]) -> [`admit`] -> [`place`] (books it;
 //! [`baton_schedule`] chooses, pure) -> [`dispatch`] (protocol machine, pure, and what drives it) -> [`stream`]
 //! (detokenise, stop, count) -> [`http`]. Beside that path: [`models`] (what is served), [`carry`] (how requests go
-//! on elsewhere, as often as a model's [`retry_budget`] lets them), [`fleet`] (which instances there are, the streams to them, what they have cached, who is left out),
-//! [`requests`] and [`admin`] (what operators ask), [`report`], [`metrics`] and [`handoffs`] (what is
-//! counted), [`registration`] (what the controller is told, and tells), [`cause`] (what follows from an error).
+//! on elsewhere, as often as a model's [`retry_budget`] lets them), [`fleet`] (which instances there are, the streams to
+//! them, what they have cached, who is left out), [`requests`] and [`admin`] (what operators ask), [`report`],
+//! [`metrics`] and [`handoffs`] (what is counted), [`registration`] (what the controller is told, and tells), [`cause`]
+//! (what follows from an error).
 //!
 //! [`run`] wires it all; `main` calls it.
 

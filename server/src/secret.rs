@@ -22,11 +22,11 @@ type Read = (FleetSecret, Option<FleetSecret>);
 /// As the files have them now; none in a fleet without one.
 pub(crate) fn read(config: &HandoffConfig) -> Result<Option<FleetSecrets>, Invalid> {
     let before = config.secret_before()?;
-    let secrets = config.secret()?.map(FleetSecrets::from);
-    if let Some(secrets) = &secrets {
-        secrets.set_before(before);
-    }
-    Ok(secrets)
+    Ok(config.secret()?.map(|secret| {
+        let secrets = FleetSecrets::from(secret.clone());
+        secrets.set(secret, before, KEEP_BEFORE);
+        secrets
+    }))
 }
 
 /// As long as it is polled.
@@ -46,8 +46,7 @@ pub(crate) async fn follow_files(config: HandoffConfig, secrets: FleetSecrets) {
     };
     let told = |read: Result<Read, Invalid>| match read {
         Ok((secret, before)) => {
-            secrets.set_before(before);
-            if secrets.change(secret, KEEP_BEFORE) {
+            if secrets.set(secret, before, KEEP_BEFORE) {
                 tracing::info!(
                     "the changed handoff secret is taken; the one before is good for {KEEP_BEFORE:?}"
                 );

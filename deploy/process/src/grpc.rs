@@ -100,7 +100,7 @@ pub async fn serve(listener: TcpListener, routes: Routes, options: GrpcOptions) 
         () = cut_off => {
             // Without a drain nothing was promised any time.
             if !options.drain.is_zero() {
-                tracing::warn!(drain = ?options.drain, "some calls did not end in time and are cut off");
+                tracing::warn!(drain = ?options.drain, "some connections did not end in time and are cut off");
             }
             Ok(())
         }
@@ -109,7 +109,7 @@ pub async fn serve(listener: TcpListener, routes: Routes, options: GrpcOptions) 
 
 /// Takes connections in until the end, and waits until all have ended, which nothing bounds here.
 async fn take_in(listener: tokio::net::TcpListener, options: &GrpcOptions, conversation: Conversation) {
-    let (open, mut seats) = (TaskTracker::new(), Seats::new(options.connections));
+    let (open, mut seats) = (TaskTracker::new(), Seats::new("gRPC", options.connections));
     while let Some((stream, from)) = options.shutdown.run_until_cancelled(accept(&listener)).await {
         let Some(seat) = seats.take() else {
             options.closed.count(Why::Crowded);

@@ -103,7 +103,7 @@ pub async fn serve(
 ) -> Result<(), ProcessError> {
     listener.set_nonblocking(true).map_err(ProcessError::Http)?;
     let listener = tokio::net::TcpListener::from_std(listener).map_err(ProcessError::Http)?;
-    let (open, mut seats) = (TaskTracker::new(), Seats::new(port.connections));
+    let (open, mut seats) = (TaskTracker::new(), Seats::new("HTTP", port.connections));
     loop {
         let arrived = async { (accept(&listener).await.0, seats.wait().await) };
         let Some((stream, seat)) = shutdown.run_until_cancelled(arrived).await else { break };
@@ -152,7 +152,7 @@ struct Conversation {
 impl Conversation {
     #[cfg(test)]
     fn of_test(router: Router) -> Self {
-        let seat = Seats::new(1).take().expect("free");
+        let seat = Seats::new("test", 1).take().expect("free");
         Self { router, closed: Closed::default(), seat, shutdown: CancellationToken::new() }
     }
 

@@ -55,6 +55,7 @@ pub(crate) async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Seats {
+    port: &'static str,
     free: Arc<Semaphore>,
     most: usize,
     /// When they came; the first first. Those that have settled or left are dropped as they come to the front, or once there
@@ -81,9 +82,10 @@ struct State {
 }
 
 impl Seats {
-    pub(crate) fn new(most: usize) -> Self {
+    /// Of the port that is called so in the log.
+    pub(crate) fn new(port: &'static str, most: usize) -> Self {
         let most = most.min(Semaphore::MAX_PERMITS);
-        Self { free: Arc::new(Semaphore::new(most)), most, strangers: VecDeque::new(), told: None }
+        Self { port, free: Arc::new(Semaphore::new(most)), most, strangers: VecDeque::new(), told: None }
     }
 
     /// A free seat, or that of a stranger. None: all have settled, or came just now.
@@ -115,10 +117,11 @@ impl Seats {
     fn tell(&mut self) {
         if self.told.is_none_or(|told| told.elapsed() >= TELL_EVERY) {
             self.told = Some(Instant::now());
-            let seats = self.most;
+            let (port, seats) = (self.port, self.most);
             tracing::warn!(
+                port,
                 seats,
-                "a port has as many connections as may be: who has asked for nothing gives way"
+                "there are as many connections as may be: who has asked for nothing gives way"
             );
         }
     }
@@ -245,7 +248,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn the_first_stranger_gives_way_once_it_had_its_time() {
-        let mut seats = Seats::new(3);
+        let mut seats = Seats::new("test", 3);
         let settled = seats.take().expect("free");
         settled.settle();
         let first = seats.take().expect("free");
@@ -264,7 +267,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn who_has_settled_stays_and_the_next_one_waits() {
-        let mut seats = Seats::new(2);
+        let mut seats = Seats::new("test", 2);
         let held = [seats.take().expect("free"), seats.take().expect("free")];
         held.iter().for_each(Seat::settle);
         assert!(timeout(SETTLES_WITHIN * 100, seats.wait()).await.is_err());
@@ -283,7 +286,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn what_is_known_of_strangers_is_bounded() {
-        let mut seats = Seats::new(4);
+        let mut seats = Seats::new("test", 4);
         let first = seats.take().expect("free");
         for _ in 0..1_000 {
             drop(seats.take().expect("free"));

@@ -8,7 +8,7 @@
 //! A stream that leads nowhere, with nobody to say so, is given up when a transfer's lease runs out on it and nothing
 //! else has been heard either (`SenderCommand::Cut`); one without transfers by HTTP/2's pings (`Limits::keep_alive`).
 
-use std::{collections::HashMap, fmt, sync::Arc, time::Duration};
+use std::{collections::HashMap, fmt, iter, sync::Arc, time::Duration};
 
 use baton_proto::{ApiError, ErrorCode, Incarnation, InstanceId, TransferId, v1};
 use tokio::{
@@ -27,7 +27,7 @@ use super::{
     link_up::LinkUp,
     outbound::Outbound,
     route::Route,
-    secret::{End, Hellos, nonce},
+    secret::{End, GOOD_MOST, Hellos, nonce},
     wire::{HANDOFF_PROTOCOLS, check_agreed, from_status, wire_id},
 };
 use crate::{
@@ -320,7 +320,8 @@ impl Link {
             sender: node.identity.end(),
             receiver: (receiver.clone(), incarnation),
         };
-        let shown = [&hello.proof[..], &hello.proof_before];
+        let shown: Vec<&[u8]> =
+            iter::once(&hello.proof).chain(&hello.proofs_before).take(GOOD_MOST).map(|it| &it[..]).collect();
         let secret = hellos.known(&node.identity.secrets(), End::Receiver, &shown).map_err(Break::Refused)?;
         let proof = hellos.prove(secret.as_ref(), End::Sender).into();
         say(Body::Proof(v1::Proof { proof }))?;

@@ -18,6 +18,8 @@ use crate::{TransferError, mac, sync::Mutex, transport::DataKey};
 
 /// Fewest bytes of a secret.
 const LEAST: usize = 16;
+/// How many are good at a time: the newest, the one that it replaced, and another that a node was told of.
+pub(super) const GOOD_MOST: usize = 3;
 
 /// What all nodes of a fleet know and nobody else. Never printed, never sent.
 #[derive(Clone, PartialEq, Eq)]
@@ -80,37 +82,35 @@ impl From<FleetSecret> for FleetSecrets {
 }
 
 impl FleetSecrets {
-    /// This one is the newest from now on; the one before is good for `keep` more, for peers that do not know the new one yet.
-    /// False: it is the newest already, and nothing changes.
-    pub fn change(&self, secret: FleetSecret, keep: Duration) -> bool {
+    /// `newest` is that from now on; the one that it replaces is good for `keep` more, for peers that do not know the new one
+    /// yet. `before` is good for as long as nothing else is said: a node that starts while a fleet changes its secret knows of
+    /// the one before by nothing else. False: it is the newest already.
+    pub fn set(&self, newest: FleetSecret, before: Option<FleetSecret>, keep: Duration) -> bool {
         let mut held = self.0.lock();
-        if held.newest == secret {
+        held.before = before;
+        if held.newest == newest {
             return false;
         }
-        let replaced = std::mem::replace(&mut held.newest, secret);
+        let replaced = std::mem::replace(&mut held.newest, newest);
         held.replaced = Some((replaced, Instant::now() + keep));
         true
-    }
-
-    /// This one is good, too, for as long as nothing else is said: a node that starts while a fleet changes its secret knows
-    /// of the one before by nothing else.
-    pub fn set_before(&self, secret: Option<FleetSecret>) {
-        self.0.lock().before = secret;
     }
 
     pub fn newest(&self) -> FleetSecret {
         self.0.lock().newest.clone()
     }
 
-    /// What is good now, the newest first.
+    /// What is good now, each once, the newest first.
     pub(super) fn taken(&self) -> Vec<FleetSecret> {
         let held = self.0.lock();
         let replaced = held.replaced.as_ref().filter(|(_, until)| Instant::now() < *until);
-        let before = held.before.as_ref().or(replaced.map(|(secret, _)| secret));
-        std::iter::once(&held.newest)
-            .chain(before.filter(|before| **before != held.newest))
-            .cloned()
-            .collect()
+        let mut taken = vec![held.newest.clone()];
+        for secret in replaced.map(|(secret, _)| secret).into_iter().chain(&held.before) {
+            if !taken.contains(secret) {
+                taken.push(secret.clone());
+            }
+        }
+        taken
     }
 }
 
@@ -249,29 +249,34 @@ mod tests {
     #[test]
     fn a_secret_that_was_changed_is_good_for_a_while() {
         let [old, new] = [[9; 16], [8; 16]].map(|bytes| FleetSecret::new(bytes).expect("long enough"));
-        let secrets = FleetSecrets::from(old.clone());
-        assert!(!secrets.change(old.clone(), Duration::from_secs(60)));
+        let (secrets, long) = (FleetSecrets::from(old.clone()), Duration::from_secs(60));
+        assert!(!secrets.set(old.clone(), None, long));
         assert_eq!(secrets.taken(), std::slice::from_ref(&old));
-        assert!(secrets.change(new.clone(), Duration::from_secs(60)));
+        assert!(secrets.set(new.clone(), None, long));
         assert_eq!(secrets.newest(), new);
         assert_eq!(secrets.taken(), [new.clone(), old.clone()]);
         // What is read again is no change: the one before stays the one before.
-        assert!(!secrets.change(new.clone(), Duration::ZERO));
+        assert!(!secrets.set(new.clone(), None, Duration::ZERO));
         assert_eq!(secrets.taken(), [new, old.clone()]);
-        secrets.change(old.clone(), Duration::ZERO);
+        secrets.set(old.clone(), None, Duration::ZERO);
         assert_eq!(secrets.taken(), [old], "its time is over");
     }
 
     #[test]
-    fn a_node_that_starts_meanwhile_is_told_of_the_secret_before() {
-        let [old, new] = [[9; 16], [8; 16]].map(|bytes| FleetSecret::new(bytes).expect("long enough"));
-        let secrets = FleetSecrets::from(new.clone());
-        secrets.set_before(Some(old.clone()));
-        assert_eq!(secrets.taken(), [new.clone(), old.clone()]);
-        secrets.set_before(Some(new.clone()));
-        assert_eq!(secrets.taken(), std::slice::from_ref(&new), "one is one");
-        secrets.set_before(None);
-        assert_eq!(secrets.taken(), [new]);
+    fn a_node_is_told_of_the_secret_before_and_remembers_what_was_replaced() {
+        let [a, b, z] = [7, 8, 9].map(|byte| FleetSecret::new([byte; 16]).expect("long enough"));
+        let (secrets, long) = (FleetSecrets::from(a.clone()), Duration::from_secs(60));
+        secrets.set(a.clone(), Some(z.clone()), long);
+        assert_eq!(secrets.taken(), [a.clone(), z.clone()], "it started meanwhile");
+        // What it is told of may be older than what was replaced.
+        secrets.set(b.clone(), Some(z.clone()), long);
+        assert_eq!(secrets.taken(), [b.clone(), a.clone(), z]);
+        assert!(secrets.taken().len() <= GOOD_MOST);
+        // Back to the one before, which is told of, too.
+        secrets.set(a.clone(), Some(a.clone()), long);
+        assert_eq!(secrets.taken(), [a.clone(), b.clone()]);
+        secrets.set(a.clone(), None, long);
+        assert_eq!(secrets.taken(), [a, b]);
     }
 
     #[test]

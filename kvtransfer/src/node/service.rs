@@ -304,15 +304,15 @@ impl Node {
     }
 
     fn receiver_hello(&self, hellos: &Hellos, version: u32, secrets: &[FleetSecret]) -> v1::ReceiverHello {
-        let proof = |at: usize| hellos.prove(secrets.get(at), End::Receiver).into();
+        let proof = |secret: Option<&FleetSecret>| hellos.prove(secret, End::Receiver).into();
         v1::ReceiverHello {
             instance_id: self.identity.instance_id.to_string(),
             incarnation: self.identity.incarnation.0,
             layout: Some((&self.layout).into()),
             nonce: hellos.nonces[1].to_vec().into(),
-            proof: proof(0),
+            proof: proof(secrets.first()),
             protocol: version,
-            proof_before: proof(1),
+            proofs_before: secrets.iter().skip(1).map(|secret| proof(Some(secret))).collect(),
         }
     }
 

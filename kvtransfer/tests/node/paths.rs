@@ -223,10 +223,10 @@ async fn a_secret_is_changed_while_nodes_run() {
     let keep = Duration::from_secs(3600);
 
     // A sender that knows the new one and a receiver that does not.
-    secrets[0].change(new.clone(), keep);
+    secrets[0].set(new.clone(), None, keep);
     transfer(&prefill, &decode, 1).await;
     // The stream stands, whatever is changed, and its transfers with it.
-    secrets[1].change(new.clone(), keep);
+    secrets[1].set(new.clone(), None, keep);
     transfer(&prefill, &decode, 2).await;
     // One that began with the new one, and a receiver that knows the new one and a sender that does not.
     transfer(&peer("prefill-1", &FleetSecrets::from(new.clone())), &decode, 3).await;
@@ -234,7 +234,7 @@ async fn a_secret_is_changed_while_nodes_run() {
 
     // Once its time is over, the old one is nobody's: whoever has only that is believed by none, in neither direction.
     let hasty = FleetSecrets::from(old);
-    hasty.change(new, Duration::ZERO);
+    hasty.set(new, None, Duration::ZERO);
     let ends =
         [("prefill-3", &hasty), ("decode-1", &secrets[2]), ("prefill-4", &secrets[2]), ("decode-2", &hasty)];
     let ends = ends.map(|(name, secrets)| peer(name, secrets));

@@ -359,7 +359,7 @@ impl ScriptedReceiver {
             layout: Some(layout.into()),
             nonce: vec![2; 16].into(),
             proof: Default::default(),
-            proof_before: Default::default(),
+            proofs_before: Default::default(),
         };
         let mut stream = ReceiverStreamEnd { from_peer, to_peer };
         stream.say_first(FromReceiver::Hello(hello)).await;

@@ -137,7 +137,7 @@ impl HandoffConfig {
         let read = secret_in("handoff.secret_file", &self.secret_file)?;
         match (read, self.secret_file.as_os_str().is_empty()) {
             (None, false) => {
-                let why = format!("{} cannot be used: there is no such file", self.secret_file.display());
+                let why = format!("{} cannot be used: there is nothing in it", self.secret_file.display());
                 Err(Invalid::new("handoff.secret_file", why))
             }
             (read, _) => Ok(read),
@@ -155,7 +155,7 @@ impl HandoffConfig {
     }
 }
 
-/// None: no file is named, or there is none.
+/// None: no file is named, or it is not there, or empty.
 fn secret_in(key: &'static str, path: &Path) -> Result<Option<FleetSecret>, Invalid> {
     let unusable = |why: String| Invalid::new(key, format!("{} cannot be used: {why}", path.display()));
     if path.as_os_str().is_empty() {
@@ -163,9 +163,9 @@ fn secret_in(key: &'static str, path: &Path) -> Result<Option<FleetSecret>, Inva
     }
     match std::fs::read(path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        read => {
-            let bytes = read.map_err(|error| unusable(error.to_string()))?;
-            FleetSecret::new(bytes.trim_ascii()).map(Some).map_err(|error| unusable(error.to_string()))
-        }
+        read => match read.map_err(|error| unusable(error.to_string()))?.trim_ascii() {
+            [] => Ok(None),
+            secret => FleetSecret::new(secret).map(Some).map_err(|error| unusable(error.to_string())),
+        },
     }
 }

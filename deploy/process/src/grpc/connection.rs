@@ -45,7 +45,7 @@ const CALLS_WITHIN: Duration = Duration::from_secs(20);
 /// answer, handed over and not yet sent, may still wait for one that reads slowly.
 const LEAVES_WITHIN: Duration = Duration::from_secs(60);
 /// For one that has never called.
-const STRANGER_LEAVES_WITHIN: Duration = Duration::from_secs(1);
+const STRANGER_LEAVES_WITHIN: Duration = Duration::from_millis(250);
 
 /// How the connections of a port are served.
 #[derive(Debug, Clone)]
@@ -99,11 +99,18 @@ impl Conversation {
             why = unused => closed.count(why),
         }
         connection.as_mut().graceful_shutdown();
-        // A call that comes at the last moment is still answered.
-        let within = if called.is_cancelled() { LEAVES_WITHIN } else { STRANGER_LEAVES_WITHIN };
+        let left = async {
+            if !called.is_cancelled() {
+                calls.nothing_for(STRANGER_LEAVES_WITHIN).await;
+            }
+            // Also for one whose first call came at the last moment.
+            if called.is_cancelled() {
+                calls.nothing_for(LEAVES_WITHIN).await;
+            }
+        };
         tokio::select! {
             _ = connection => {}
-            () = calls.nothing_for(within) => {}
+            () = left => {}
         }
     }
 }
@@ -147,7 +154,7 @@ mod tests {
             ended: CancellationToken::new(),
         };
         let ended = conversation.ended.clone();
-        let mut seats = Seats::new(1);
+        let mut seats = Seats::new("test", 1);
         let seat = seats.take().expect("free");
         let task = tokio::spawn(conversation.serve(server, Caller::of_test(peer), seat));
         (client, Conversing { closed, ended, seats, task })
