@@ -77,6 +77,26 @@ pub fn wait_exit(child: &mut Child, patience: Duration) -> ExitStatus {
     }
 }
 
+/// Starts one of our programs with arguments that must fail: it ends by itself, with an error's status, and with one line that
+/// says why, which is returned.
+pub fn refused(program: &str, arguments: &[&str]) -> String {
+    let child = Command::new(crate::binary(program))
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap_or_else(|error| panic!("{program}: {error}"));
+    let Output { status, stderr, .. } = finish(child, Duration::from_secs(60));
+    let said = String::from_utf8_lossy(&stderr);
+    let what = format!("{program} {arguments:?} ended with {status}: {said}");
+    assert!(status.code().is_some_and(|code| code != 0), "{what}");
+    assert_eq!(panics(&said).count(), 0, "{what}");
+    let errors: Vec<&str> = said.lines().filter(|line| line.starts_with("error: ")).collect();
+    let [error] = errors[..] else { panic!("not one error: {what}") };
+    error.to_owned()
+}
+
 /// Runs a child whose pipes are captured to its end, however little time it is given.
 pub fn finish(mut child: Child, patience: Duration) -> Output {
     let mut pipes = (child.stdout.take(), child.stderr.take());

@@ -253,20 +253,8 @@ fn models_are_opened_under_their_root_alone() {
     refused("baton-coordinator", &settings, &words);
 }
 
-/// It ends with one error, which has these words.
+/// Its one error has these words.
 fn refused(service: &str, arguments: &[&str], words: &[&str]) {
-    let child = Command::new(binary(service))
-        .args(arguments)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("it starts");
-    let output = process::finish(child, Duration::from_secs(30));
-    let said = String::from_utf8_lossy(&output.stderr);
-    let panics = process::panics(&said).count();
-    assert!(!output.status.success() && panics == 0, "{service} {arguments:?}: {said}");
-    let errors: Vec<&str> = said.lines().filter(|line| line.starts_with("error: ")).collect();
-    assert_eq!(errors.len(), 1, "{service} {arguments:?}: {said}");
-    words.iter().for_each(|word| assert!(errors[0].contains(word), "no {word:?} in: {said}"));
+    let error = process::refused(service, arguments);
+    words.iter().for_each(|word| assert!(error.contains(word), "no {word:?} in: {error}"));
 }

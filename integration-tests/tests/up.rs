@@ -3,42 +3,24 @@
 use std::{
     fs,
     net::TcpListener,
-    process::{Command, Output, Stdio},
+    process::{Command, Stdio},
     time::Duration,
 };
 
 use baton_integration_tests::{
-    Cluster, binary,
+    Cluster,
     chat::{Events, request},
     model, process,
 };
 use rustix::process::Signal;
 
-/// `baton up` with arguments that must fail.
-fn refused(arguments: &[&str]) -> Output {
-    let up = Command::new(binary("baton"))
-        .arg("up")
-        .args(arguments)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("baton starts");
-    let output = process::finish(up, Duration::from_secs(60));
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(
-        output.status.code().is_some_and(|code| code != 0),
-        "{arguments:?} ended with {}: {said}",
-        output.status
-    );
-    assert_eq!(process::panics(&said).count(), 0, "{said}");
-    assert_eq!(said.lines().filter(|line| line.starts_with("error: ")).count(), 1, "{said}");
-    output
+/// `baton up` with arguments that must fail; its error.
+fn refused(arguments: &[&str]) -> String {
+    process::refused("baton", &[&["up"], arguments].concat())
 }
 
-fn says(output: &Output, words: &[&str]) {
-    let said = String::from_utf8_lossy(&output.stderr);
-    words.iter().for_each(|word| assert!(said.contains(word), "no {word:?} in: {said}"));
+fn says(error: &str, words: &[&str]) {
+    words.iter().for_each(|word| assert!(error.contains(word), "no {word:?} in: {error}"));
 }
 
 #[test]
