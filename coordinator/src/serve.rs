@@ -5,6 +5,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use baton_process::telemetry::TraceContext;
 use baton_proto::ApiError;
 use baton_schedule::NoPlace;
 use tokio::{
@@ -53,7 +54,7 @@ pub struct Received {
     pub endpoint: Endpoint,
     pub body: Body,
     /// W3C trace context for instances; empty = none.
-    pub traceparent: String,
+    pub trace: TraceContext,
     pub ticket: Ticket,
     pub card: CardGuard,
     pub report: Report,
@@ -71,7 +72,7 @@ struct Admitted {
     model: Arc<Model>,
     prepared: Prepared,
     permit: Permit,
-    traceparent: String,
+    trace: TraceContext,
     card: CardGuard,
     report: Report,
 }
@@ -85,7 +86,7 @@ struct Placed {
 impl Service {
     /// Carries a request to where its answer streams.
     pub async fn carry(self: &Arc<Self>, received: Received) -> Result<Streaming, ApiError> {
-        let Received { tenant, endpoint, body, traceparent, ticket, card, mut report } = received;
+        let Received { tenant, endpoint, body, trace, ticket, card, mut report } = received;
         let result = async {
             let (Addressed { model, prepared }, ticket) =
                 self.prepare(&tenant, endpoint, body, ticket).await?;
@@ -111,7 +112,7 @@ impl Service {
         let Admission { permit, prepared, bookings, waited } = admission;
         report.enters("place");
         report.admitted(prepared.prompt_tokens());
-        let admitted = Admitted { tenant, model, prepared, permit, traceparent, card, report };
+        let admitted = Admitted { tenant, model, prepared, permit, trace, card, report };
         let placed = self.book(admitted, bookings, waited).await?;
         self.dispatch(placed)
     }
@@ -207,11 +208,11 @@ impl Service {
 
     fn dispatch(&self, placed: Placed) -> Result<Streaming, ApiError> {
         let Placed { admitted, bookings } = placed;
-        let Admitted { tenant, model, prepared, permit, traceparent, card, mut report } = admitted;
+        let Admitted { tenant, model, prepared, permit, trace, card, mut report } = admitted;
         let priority = tenant.priority(prepared.priority);
         let mut lanes = Vec::new();
         for (prompt, booked) in prepared.prompts.iter().zip(bookings) {
-            let lane = self.lane((&model, &prepared, prompt), booked, priority, &traceparent, &card);
+            let lane = self.lane((&model, &prepared, prompt), booked, priority, &trace, &card);
             lanes.push(lane.inspect_err(|error| report.failed(error))?);
         }
         report.enters("first_token");
@@ -225,12 +226,12 @@ impl Service {
         (model, prepared, prompt): (&Arc<Model>, &Prepared, &PreparedPrompt),
         booked: Booked,
         priority: i32,
-        traceparent: &str,
+        trace: &TraceContext,
         card: &CardGuard,
     ) -> Result<Lane, ApiError> {
         let assignment = Assignment {
             request: card.card().request.clone(),
-            traceparent: traceparent.to_owned(),
+            trace: trace.clone(),
             prompt: prompt.clone(),
             generated: Arc::default(),
             priority,

@@ -10,7 +10,7 @@ use std::{
 };
 
 use baton_integration_tests::{
-    Cluster, chat, eventually,
+    Cluster, chat, eventually, metrics,
     process::{Service, free_address},
     required,
 };
@@ -19,6 +19,7 @@ use futures::StreamExt;
 /// The caller's, as W3C writes it.
 const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
 const CALLER: &str = "00f067aa0ba902b7";
+const STATE: &str = "theirs=1";
 /// What the coordinator does until the first token, in order.
 const UNTIL_FIRST_TOKEN: [&str; 6] = ["read_body", "tokenise", "queue", "place", "dispatch", "first_token"];
 /// From a span's end until the collector shows it, the exporter's and its own batches included.
@@ -26,6 +27,8 @@ const SHOWN_BY: Duration = Duration::from_secs(30);
 
 /// Of the time that the client saw: to connect, and until its own task runs again, on a busy machine.
 const NOT_TOLD_MOST: Duration = Duration::from_millis(500);
+/// Between the parts and the metric of the same time.
+const ROUNDING_MOST: Duration = Duration::from_millis(1);
 
 /// A collector that prints what it receives.
 struct Collector {
@@ -39,6 +42,7 @@ struct Span {
     service: String,
     trace: String,
     parent: String,
+    state: String,
     id: String,
     name: String,
     /// Since 1970.
@@ -78,6 +82,7 @@ impl Collector {
             match key.trim() {
                 "Trace ID" => span.trace = value,
                 "Parent ID" => span.parent = value,
+                "TraceState" => span.state = value,
                 "ID" => span.id = value,
                 "Name" => span.name = value,
                 "Start time" => span.start_nanos = value.parse().expect("nanoseconds"),
@@ -98,6 +103,7 @@ async fn ask(cluster: &Cluster) -> Duration {
     let response = reqwest::Client::new()
         .post(format!("{}/v1/chat/completions", cluster.url()))
         .header("traceparent", format!("00-{TRACE}-{CALLER}-01"))
+        .header("tracestate", STATE)
         .json(&body)
         .send()
         .await
@@ -135,6 +141,9 @@ async fn a_request_is_one_trace_whose_parts_add_up() {
             .then_some(all)
     })
     .await;
+    for span in &spans {
+        assert_eq!(span.state, STATE, "{span:?}");
+    }
     let by_id: BTreeMap<&str, &Span> = spans.iter().map(|span| (span.id.as_str(), span)).collect();
     let of = |name: &str| {
         let found = spans.iter().find(|span| span.name == name);
@@ -177,6 +186,10 @@ async fn a_request_is_one_trace_whose_parts_add_up() {
     let sum = Duration::from_nanos(parts.iter().map(|part| part.nanos()).sum());
     assert!(sum <= seen, "{sum:?} of {seen:?}");
     assert!(seen - sum < NOT_TOLD_MOST, "{sum:?} of {seen:?}: something is not told");
+    let metrics = reqwest::get(format!("{}/metrics", cluster.url())).await.expect("answers").text().await;
+    let told = metrics::sum(&metrics.expect("text"), "baton_coordinator_time_to_first_token_seconds_sum", "");
+    let told = Duration::from_secs_f64(told.expect("a request was answered"));
+    assert!(told.abs_diff(sum) < ROUNDING_MOST, "{sum:?}, and the metric says {told:?}");
     let (prefill, first) = (of("prefill"), of("first_token"));
     assert!(prefill.start_nanos >= first.start_nanos && prefill.end_nanos <= first.end_nanos);
     cluster.stop().await;

@@ -232,11 +232,7 @@ impl Reader {
 
     fn sequence(&self, id: SequenceId, leg: Leg, permit: TaskTrackerToken) -> NewSequence {
         let span = tracing::info_span!("leg", request_id = %leg.request, work = leg.work.name());
-        if let Ok(traceparent) = leg.traceparent.parse() {
-            let headers =
-                http::HeaderMap::from_iter([(http::HeaderName::from_static("traceparent"), traceparent)]);
-            baton_process::telemetry::adopt_http(&span, &headers);
-        }
+        leg.trace.adopt(&span);
         NewSequence {
             id,
             address: Address { stream: self.stream, leg: leg.leg },

@@ -1,5 +1,6 @@
 //! Requests that look for another place, over a board and links that the tests set up.
 
+use baton_process::telemetry::TraceContext;
 use baton_proto::RequestId;
 use baton_schedule::{
     board::Board,
@@ -44,7 +45,7 @@ fn two(links: Links) -> Two {
     let mut prepared = prepare(&model.served, Endpoint::Text, &request, LIMITS, 1).expect("is good");
     let assignment = Assignment {
         request: RequestId::adopt("r"),
-        traceparent: String::new(),
+        trace: TraceContext::default(),
         prompt: prepared.prompts.remove(0),
         generated: Arc::default(),
         priority: 0,

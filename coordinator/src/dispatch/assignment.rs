@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use baton_process::telemetry::TraceContext;
 use baton_proto::{ApiError, ErrorCode, RequestId, v1};
 use baton_schedule::Seat;
 use bytes::Bytes;
@@ -14,8 +15,7 @@ use crate::{fleet::BATCH_TOKENS, prepare::PreparedPrompt};
 #[derive(Debug, Clone)]
 pub struct Assignment {
     pub request: RequestId,
-    /// W3C trace context; empty = none.
-    pub traceparent: String,
+    pub trace: TraceContext,
     pub prompt: PreparedPrompt,
     /// Tokens of the completion that an earlier attempt brought; none of several choices.
     pub generated: Arc<[u32]>,
@@ -50,7 +50,8 @@ pub(super) fn dispatch(seat: &Seat, assignment: &Assignment, prompt: Bytes, work
     v1::Dispatch {
         leg: 0, // the link's to choose
         request_id: assignment.request.to_string(),
-        traceparent: assignment.traceparent.clone(),
+        traceparent: assignment.trace.parent().to_owned(),
+        tracestate: assignment.trace.state().to_owned(),
         incarnation: seat.incarnation.0,
         role_epoch: seat.role_epoch.0,
         model: seat.model.clone(),

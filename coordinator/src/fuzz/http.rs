@@ -11,7 +11,7 @@ use axum::{
     body::Body,
     http::{HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode, header},
 };
-use baton_process::{HealthHandle, Tls};
+use baton_process::{HealthHandle, Tls, telemetry::TraceContext};
 use baton_proto::{ApiError, KeyHash};
 use baton_registry::{FleetWatch, FleetWatchConfig, MemoryConfig, MemoryStore, Revision};
 use serde_json::Value;
@@ -22,7 +22,7 @@ use tower::ServiceExt;
 use super::expand;
 use crate::{
     CoordinatorConfig, Parts, assemble,
-    http::{passed_on, request_id},
+    http::request_id,
     keys::{Source, file::KeyFile},
     prepare::Served,
     serve::Service,
@@ -158,7 +158,9 @@ fn of_headers(headers: &HeaderMap) {
     assert!(
         (1..=128).contains(&id.as_str().len()) && id.as_str().bytes().all(|byte| byte.is_ascii_graphic())
     );
-    let trace = passed_on(headers);
+    let context = TraceContext::sent(headers);
+    let trace = context.parent();
+    assert!(!trace.is_empty() || context.state().is_empty(), "a state of no trace");
     let is_hex = |part: &str| part.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
     let parts: Vec<&str> = trace.split('-').collect();
     let lengths: Vec<usize> = parts.iter().map(|part| part.len()).collect();

@@ -21,7 +21,7 @@ use axum::{
     response::Response,
     routing::{get, post},
 };
-use baton_process::{http::Express, telemetry};
+use baton_process::{http::Express, telemetry::TraceContext};
 use baton_proto::{ApiError, ErrorCode, RequestId};
 use tokio::time::{Instant, timeout};
 use tower::ServiceBuilder;
@@ -40,7 +40,6 @@ pub use reply::{error_json, error_response};
 use sse::SseBody;
 
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-const TRACEPARENT: &str = "traceparent";
 /// Tokens with log probabilities that an answer may have to be written on the spot: a few milliseconds' work.
 const SCORED_INLINE: usize = 1024;
 /// A stream's head waits this long for the first token, so that what fails before it has a status of its own.
@@ -139,7 +138,8 @@ async fn complete(service: Arc<Service>, endpoint: Endpoint, request: Request) -
     if !key.is_empty() {
         span.record("api_key", &*key);
     }
-    telemetry::adopt_http(&span, &head.headers);
+    let sent = TraceContext::sent(&head.headers);
+    sent.adopt(&span);
     let mut report = Report::new(service.metrics.clone(), route, arrived, span.clone());
     let answered = async {
         let call = caller.call(arrived).inspect_err(|error| report.failed(error))?;
@@ -153,8 +153,9 @@ async fn complete(service: Arc<Service>, endpoint: Endpoint, request: Request) -
         let read = body::read(&head.headers, body, &service, ticket).await;
         let (body, ticket) = read.inspect_err(|error| report.failed(error))?;
         report.enters("tokenise");
-        let traceparent = traceparent(&head.headers);
-        let received = Received { tenant, endpoint, body, traceparent, ticket, card, report };
+        // The client's own goes on where traces are not exported.
+        let trace = TraceContext::current().unwrap_or(sent);
+        let received = Received { tenant, endpoint, body, trace, ticket, card, report };
         let streaming = service.carry(received).await?;
         answer(&service, &id, streaming, express).await
     };
@@ -206,34 +207,6 @@ pub(crate) fn request_id(headers: &HeaderMap) -> RequestId {
     theirs.filter(|id| !id.as_str().is_empty()).unwrap_or_else(RequestId::generate)
 }
 
-/// Of the current span if traces are exported, else the client's own, passed on.
-fn traceparent(headers: &HeaderMap) -> String {
-    let mut ours = HeaderMap::new();
-    telemetry::inject_http(&mut ours);
-    let ours = passed_on(&ours);
-    if ours.is_empty() { passed_on(headers) } else { ours }
-}
-
-/// A trace context, if it is one: whatever else stands there does not go on to instances. Of a later version than 00, which
-/// may have more parts, it is what 00 has (W3C Trace Context, "Versioning of traceparent").
-pub(crate) fn passed_on(headers: &HeaderMap) -> String {
-    let value = headers.get(TRACEPARENT).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    let mut parts = value.splitn(5, '-');
-    let mut part = |length: usize| {
-        let is_hex = |part: &&str| part.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
-        parts.next().filter(|part| part.len() == length).filter(is_hex)
-    };
-    let (Some(version), Some(trace), Some(span), Some(flags)) = (part(2), part(32), part(16), part(2)) else {
-        return String::new();
-    };
-    let is_nought = |part: &str| part.bytes().all(|byte| byte == b'0');
-    let has_more = parts.next().is_some();
-    if version == "ff" || (version == "00" && has_more) || is_nought(trace) || is_nought(span) {
-        return String::new();
-    }
-    format!("00-{trace}-{span}-{flags}")
-}
-
 async fn models(State(service): State<Arc<Service>>) -> Response {
     reply::models(&service.models)
 }
@@ -276,34 +249,5 @@ mod tests {
         let body = axum::body::to_bytes(response.into_body(), 4096).await.expect("a body");
         let body: serde_json::Value = serde_json::from_slice(&body).expect("JSON");
         assert_eq!(body["error"]["code"], "internal_error");
-    }
-
-    #[test]
-    fn only_what_is_a_trace_context_is_passed_on() {
-        let (trace, span) = ("0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331");
-        let (no_trace, no_span) = ("0".repeat(32), "0".repeat(16));
-        let passed = |value: &str| {
-            let value = value.parse().expect("a header's value");
-            passed_on(&HeaderMap::from_iter([(axum::http::HeaderName::from_static(TRACEPARENT), value)]))
-        };
-        let first = format!("00-{trace}-{span}-01");
-        assert_eq!(passed(&first), first);
-        assert_eq!(passed(&format!("cc-{trace}-{span}-01")), first);
-        assert_eq!(passed(&format!("cc-{trace}-{span}-01-more-of it")), first);
-        for none in [
-            "",
-            "00",
-            &format!("{first}-"),
-            &format!("{first}-more"),
-            &format!("ff-{trace}-{span}-01"),
-            &format!("00-{no_trace}-{span}-01"),
-            &format!("00-{trace}-{no_span}-01"),
-            &format!("00-{trace}-{span}-0x"),
-            &format!("00-{}-{span}-01", trace.to_uppercase()),
-            &format!("00-{trace}-{span}"),
-            &format!("cc-{trace}-{span}-011"),
-        ] {
-            assert_eq!(passed(none), "", "{none}");
-        }
     }
 }

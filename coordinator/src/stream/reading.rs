@@ -151,6 +151,8 @@ impl Reading {
 
 #[cfg(test)]
 mod tests {
+    use baton_process::telemetry::TraceContext;
+
     use super::*;
     use crate::{
         prepare::{
@@ -173,7 +175,7 @@ mod tests {
         let reader = Reader::new(Detokenizer::new(Arc::new(texts)), &stops);
         let assignment = Assignment {
             request: baton_proto::RequestId::adopt("r"),
-            traceparent: String::new(),
+            trace: TraceContext::default(),
             prompt: prepared.prompts.remove(0),
             generated: Arc::default(),
             priority: 0,

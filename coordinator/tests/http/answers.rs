@@ -153,10 +153,13 @@ async fn ids_and_trace_context_are_passed_on() {
     let trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
     let body = json!({"model": "tiny", "prompt": "x", "max_tokens": 2});
     let request = cluster.client.post(format!("{}/v1/completions", cluster.url)).body(body.to_string());
-    let sent = tokio::spawn(request.header("x-request-id", "mine-1").header("traceparent", trace).send());
+    let request = request.header("x-request-id", "mine-1").header("traceparent", trace);
+    let sent = tokio::spawn(request.header("tracestate", "theirs=1").header("tracestate", "ours=2").send());
     let (p, d) = (prefill.dispatch().await, decode.dispatch().await);
     assert_eq!((p.request_id.as_str(), d.request_id.as_str()), ("mine-1", "mine-1"));
-    assert_eq!((p.traceparent.as_str(), d.traceparent.as_str()), (trace, trace));
+    for leg in [&p, &d] {
+        assert_eq!((leg.traceparent.as_str(), leg.tracestate.as_str()), (trace, "theirs=1,ours=2"));
+    }
     prefill.finish(p.leg, 0, "a", FinishReason::HandedOff);
     decode.finish(d.leg, 1, "b", FinishReason::Length);
     let response = sent.await.expect("ends").expect("an answer");

@@ -1,32 +1,25 @@
-//! Logs on standard error, traces over OTLP when an endpoint is configured, and the W3C trace context that carries a
-//! trace from one of our processes to the next.
+//! Logs on standard error, and traces over OTLP when an endpoint is configured.
 
 use std::{io::IsTerminal, time::Duration};
 
-use http::{HeaderMap, HeaderName, HeaderValue};
-use opentelemetry::{
-    KeyValue,
-    propagation::{Extractor, Injector, TextMapPropagator},
-    trace::TracerProvider as _,
-};
+use opentelemetry::{KeyValue, trace::TracerProvider as _};
 use opentelemetry_otlp::{
     SpanExporter, WithExportConfig, WithTonicConfig,
     tonic_types::transport::{Certificate, ClientTlsConfig},
 };
 use opentelemetry_sdk::{
     Resource,
-    propagation::TraceContextPropagator,
     trace::{Sampler, SdkTracerProvider},
 };
-use tracing::Span;
-use tracing_opentelemetry::OpenTelemetrySpanExt;
 use tracing_subscriber::{EnvFilter, Layer, layer::SubscriberExt, util::SubscriberInitExt};
 
 use crate::{LogFormat, OtlpConfig, ProcessConfig, ProcessError};
 
+mod context;
 mod level;
 mod stages;
 
+pub use context::TraceContext;
 pub(crate) use level::check as check_level;
 pub use stages::Stages;
 
@@ -105,71 +98,4 @@ fn exporter(
         .with_sampler(sampler)
         .with_resource(resource);
     Ok(Some(provider.build()))
-}
-
-/// Writes the current span's trace context into headers, for the peer to go on from. gRPC metadata is headers too.
-pub fn inject_http(headers: &mut HeaderMap) {
-    TraceContextPropagator::new().inject_context(&Span::current().context(), &mut Headers(headers));
-}
-
-/// Makes `span` a child of the trace in headers, if one is there. Call before the span is entered.
-pub fn adopt_http(span: &Span, headers: &HeaderMap) {
-    let parent = TraceContextPropagator::new().extract(&HeadersIn(headers));
-    // Fails only where traces are not exported, and then there is nothing to join.
-    let _ = span.set_parent(parent);
-}
-
-struct Headers<'a>(&'a mut HeaderMap);
-
-impl Injector for Headers<'_> {
-    fn set(&mut self, key: &str, value: String) {
-        if let (Ok(key), Ok(value)) = (HeaderName::from_bytes(key.as_bytes()), HeaderValue::try_from(value)) {
-            self.0.insert(key, value);
-        }
-    }
-}
-
-struct HeadersIn<'a>(&'a HeaderMap);
-
-impl Extractor for HeadersIn<'_> {
-    fn get(&self, key: &str) -> Option<&str> {
-        self.0.get(key)?.to_str().ok()
-    }
-
-    fn keys(&self) -> Vec<&str> {
-        Vec::new() // asked for by baggage only
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use opentelemetry::trace::TraceContextExt;
-
-    use super::*;
-
-    #[test]
-    fn a_trace_goes_on_from_one_process_to_the_next() {
-        let provider = SdkTracerProvider::builder().build();
-        let layer = tracing_opentelemetry::layer().with_tracer(provider.tracer("test"));
-        tracing::subscriber::with_default(tracing_subscriber::registry().with(layer), || {
-            let caller = tracing::info_span!("caller");
-            let mut headers = HeaderMap::new();
-            caller.in_scope(|| inject_http(&mut headers));
-            assert_eq!(headers.len(), 2, "traceparent and tracestate: {headers:?}");
-            let callee = tracing::info_span!("callee");
-            adopt_http(&callee, &headers);
-            let trace = |span: &Span| span.context().span().span_context().trace_id();
-            assert_eq!(trace(&caller), trace(&callee));
-            let stranger = tracing::info_span!("stranger");
-            adopt_http(&stranger, &HeaderMap::new());
-            assert_ne!(trace(&caller), trace(&stranger));
-        });
-    }
-
-    #[test]
-    fn without_traces_nothing_is_written() {
-        let mut headers = HeaderMap::new();
-        tracing::info_span!("x").in_scope(|| inject_http(&mut headers));
-        assert!(headers.is_empty());
-    }
 }

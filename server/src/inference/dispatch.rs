@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use baton_kvtransfer::FirstTokens;
+use baton_process::telemetry::TraceContext;
 use baton_proto::{
     ApiError, ErrorCode, Incarnation, InstanceId, LegId, RequestId, RoleEpoch, TransferId, tokens, v1,
 };
@@ -23,7 +24,7 @@ use crate::{
 pub struct Leg {
     pub leg: LegId,
     pub request: RequestId,
-    pub traceparent: String,
+    pub trace: TraceContext,
     pub incarnation: Incarnation,
     pub role_epoch: RoleEpoch,
     pub model: String,
@@ -89,7 +90,7 @@ impl TryFrom<v1::Dispatch> for Leg {
         Ok(Self {
             leg: LegId(wire.leg),
             request: RequestId::adopt(&wire.request_id),
-            traceparent: wire.traceparent,
+            trace: TraceContext::new(&wire.traceparent, &wire.tracestate),
             incarnation: Incarnation(wire.incarnation),
             role_epoch: RoleEpoch(wire.role_epoch),
             model: wire.model,
