@@ -6,13 +6,13 @@
 //! the chains that have most in common with one are its neighbours, so that few are looked at of however many.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, HashMap, VecDeque, hash_map::Entry},
     sync::Arc,
 };
 
 use tokio::time::Instant;
 
-use super::{Depths, Slot};
+use super::{Depths, Slot, holders::SlotSet};
 
 /// Requests in flight that are kept; over it the oldest is forgotten.
 const MOST: usize = 16 << 10;
@@ -30,6 +30,8 @@ pub(super) struct Expected {
     next: u64,
     chains: BTreeMap<Ticket, Arc<[u64]>>,
     slots: BTreeMap<(Arc<[u64]>, Ticket), Slot>,
+    /// How many chains each slot has; none has none.
+    by_slot: HashMap<Slot, usize>,
     /// When to forget which, the soonest first.
     ending: VecDeque<(Instant, Ticket)>,
 }
@@ -45,12 +47,19 @@ impl Expected {
         self.next += 1;
         self.chains.insert(ticket, chain.clone());
         self.slots.insert((chain, ticket), slot);
+        *self.by_slot.entry(slot).or_default() += 1;
         ticket
     }
 
     fn remove(&mut self, ticket: Ticket) {
-        if let Some(chain) = self.chains.remove(&ticket) {
-            self.slots.remove(&(chain, ticket));
+        let Some(chain) = self.chains.remove(&ticket) else { return };
+        if let Some(slot) = self.slots.remove(&(chain, ticket))
+            && let Entry::Occupied(mut chains) = self.by_slot.entry(slot)
+        {
+            *chains.get_mut() -= 1;
+            if *chains.get() == 0 {
+                chains.remove();
+            }
         }
     }
 
@@ -74,10 +83,14 @@ impl Expected {
     /// The instance is found under another slot from now on.
     pub(super) fn follow(&mut self, old: Slot, new: Slot) {
         self.slots.values_mut().filter(|slot| **slot == old).for_each(|slot| *slot = new);
+        if let Some(chains) = self.by_slot.remove(&old) {
+            *self.by_slot.entry(new).or_default() += chains;
+        }
     }
 
     pub(super) fn forget(&mut self, slot: Slot) {
-        let Self { chains, slots, .. } = self;
+        let Self { chains, slots, by_slot, .. } = self;
+        by_slot.remove(&slot);
         slots.retain(|(_, ticket), at| {
             let stays = *at != slot;
             if !stays {
@@ -90,15 +103,33 @@ impl Expected {
     /// Deepens what was found of `chain`.
     pub(super) fn depths(&self, chain: &Arc<[u64]>, into: &mut Depths) {
         let place = (chain.clone(), Ticket(0));
-        let mut look = |(other, slot): (&(Arc<[u64]>, Ticket), &Slot)| {
-            let blocks = common(&other.0, chain);
-            if blocks > 0 {
-                into.at_least(*slot, blocks);
+        self.look(self.slots.range(..&place).rev(), chain, into);
+        self.look(self.slots.range(&place..), chain, into);
+    }
+
+    /// On one side of `chain`, the nearest first: of each slot's the first has most in common with it.
+    fn look<'a>(
+        &self,
+        neighbours: impl Iterator<Item = (&'a (Arc<[u64]>, Ticket), &'a Slot)>,
+        chain: &[u64],
+        into: &mut Depths,
+    ) {
+        let (mut seen, mut unseen) = (SlotSet::default(), self.by_slot.len());
+        for ((other, _), slot) in neighbours.take(NEIGHBOURS) {
+            if seen.has(slot.0) {
+                continue;
             }
-            blocks > 0
-        };
-        let _ = self.slots.range(..&place).rev().take(NEIGHBOURS).all(&mut look);
-        let _ = self.slots.range(&place..).take(NEIGHBOURS).all(&mut look);
+            let blocks = common(other, chain);
+            if blocks == 0 {
+                return;
+            }
+            into.at_least(*slot, blocks);
+            seen.insert(slot.0);
+            unseen -= 1;
+            if unseen == 0 {
+                return;
+            }
+        }
     }
 }
 
@@ -161,15 +192,29 @@ mod tests {
         for (number, chain) in chains.iter().enumerate() {
             expected.add(Slot(number as u32 % 7), chain.clone().into());
         }
-        for chain in &chains {
-            let mut depths = Depths::default();
-            expected.depths(&chain.clone().into(), &mut depths);
-            for slot in 0..7u32 {
-                let of_slot = chains.iter().skip(slot as usize).step_by(7);
-                let deepest = of_slot.map(|other| common(other, chain)).max();
-                assert_eq!(Some(depths.of(Slot(slot))), deepest, "{chain:?} at {slot}");
+        let holds = |expected: &Expected, of: &dyn Fn(u32) -> Option<Slot>| {
+            for chain in &chains {
+                let mut depths = Depths::default();
+                expected.depths(&chain.clone().into(), &mut depths);
+                for slot in 0..7u32 {
+                    let of_slot = chains.iter().skip(slot as usize).step_by(7);
+                    let deepest = of_slot.map(|other| common(other, chain)).max().unwrap_or_default();
+                    let found = of(slot).map(|slot| depths.of(slot));
+                    assert!(found.is_none_or(|found| found == deepest), "{chain:?} at {slot}: {found:?}");
+                }
             }
-        }
+        };
+        holds(&expected, &|slot| Some(Slot(slot)));
+        expected.follow(Slot(3), Slot(70));
+        expected.forget(Slot(5));
+        holds(&expected, &|slot| match slot {
+            3 => Some(Slot(70)),
+            5 => None,
+            _ => Some(Slot(slot)),
+        });
+        let mut gone = Depths::default();
+        chains.iter().for_each(|chain| expected.depths(&chain.clone().into(), &mut gone));
+        assert_eq!((gone.of(Slot(3)), gone.of(Slot(5))), (0, 0));
     }
 
     #[test]
@@ -183,5 +228,6 @@ mod tests {
         assert_eq!(expected.chains.len(), MOST);
         expected.expire(now);
         assert!(expected.chains.is_empty() && expected.slots.is_empty() && expected.ending.is_empty());
+        assert!(expected.by_slot.is_empty());
     }
 }
