@@ -20,9 +20,12 @@ use tokio_rustls::rustls::{
 use webpki::{EndEntityCert, KeyUsage};
 
 use super::{
-    Identity, Role, TlsConfig, TlsError,
+    Identity, Role, Shown, TlsConfig, TlsError,
+    expiry::believed_until,
     files::{Contents, Followed},
 };
+
+const CERT: &str = "tls.cert_file";
 
 /// Whose files they are.
 #[derive(Debug, Clone)]
@@ -43,8 +46,15 @@ pub(super) struct Credentials {
 pub(super) struct Held {
     provider: Arc<CryptoProvider>,
     roots: Arc<RootCertStore>,
-    own: Option<(Identity, Arc<SingleCertAndKey>)>,
+    own: Option<Own>,
     domain: String,
+}
+
+/// What is shown to peers.
+struct Own {
+    identity: Identity,
+    key: Arc<SingleCertAndKey>,
+    until: Option<UnixTime>,
 }
 
 impl Credentials {
@@ -54,10 +64,14 @@ impl Credentials {
         Ok(Self { config, held })
     }
 
-    /// Reads the files again; whom they name, if they have changed. After an error those before stay in use. Blocks.
-    pub(super) fn refresh(&self) -> Result<Option<String>, TlsError> {
-        let named = |held: Arc<Held>| held.own.as_ref().map_or_else(String::new, |(own, _)| own.to_string());
-        Ok(self.held.refresh()?.map(named))
+    /// Reads the files again; what is shown from now on, if they have changed. After an error those before stay in use. Blocks.
+    pub(super) fn refresh(&self) -> Result<Option<Shown>, TlsError> {
+        Ok(self.held.refresh()?.and_then(|held| held.shown()))
+    }
+
+    /// None: nobody is shown any.
+    pub(super) fn shown(&self) -> Option<Shown> {
+        self.current().shown()
     }
 
     pub(super) fn current(&self) -> Arc<Held> {
@@ -116,7 +130,7 @@ impl Held {
             Owner::Operator { domain } => domain.clone(),
             Owner::Service(_) => None,
         };
-        let named = own.as_ref().map(|(identity, _)| identity.domain.clone());
+        let named = own.as_ref().map(|own| own.identity.domain.clone());
         let domain = match (given, named) {
             (None, None) => return Err(TlsError::NoDomain),
             (Some(given), Some(named)) if given != named => {
@@ -132,9 +146,9 @@ impl Held {
         config: &TlsConfig,
         owner: &Owner,
         (provider, roots): (&CryptoProvider, &RootCertStore),
-    ) -> Result<(Identity, Arc<SingleCertAndKey>), TlsError> {
+    ) -> Result<Own, TlsError> {
         let path = || config.cert_file.clone();
-        let chain = certificates("tls.cert_file", &config.cert_file, cert)?;
+        let chain = certificates(CERT, &config.cert_file, cert)?;
         let identity =
             Identity::of(&chain[0]).map_err(|source| TlsError::Nameless { path: path(), source })?;
         if let Owner::Service(own) = owner
@@ -168,8 +182,14 @@ impl Held {
         let key = PrivateKeyDer::from_pem_slice(key)
             .map_err(|error| content("tls.key_file", &config.key_file, format!("holds no key: {error}")))?;
         let of = |source| TlsError::Key { path: config.key_file.clone(), cert: path(), source };
+        let until = believed_until(&chain, &roots.roots, KeyUsage::client_auth());
         let certified = CertifiedKey::from_der(chain, key, provider).map_err(of)?;
-        Ok((identity, Arc::new(certified.into())))
+        Ok(Own { identity, key: Arc::new(certified.into()), until })
+    }
+
+    fn shown(&self) -> Option<Shown> {
+        let Own { identity, until, .. } = self.own.as_ref()?;
+        Some(Shown { file: CERT, named: identity.to_string(), until: *until })
     }
 
     /// The trust domain of everyone that is believed.
@@ -183,12 +203,12 @@ impl Held {
         let verifier = WebPkiClientVerifier::builder_with_provider(self.roots.clone(), self.provider.clone());
         let verifier = if without_certificate { verifier.allow_unauthenticated() } else { verifier }.build();
         let verifier = verifier.map_err(|error| setup(error.to_string()))?;
-        let (_, own) = self.own.as_ref().ok_or_else(|| setup("without a certificate".into()))?;
+        let own = self.own.as_ref().ok_or_else(|| setup("without a certificate".into()))?;
         let mut config = ServerConfig::builder_with_provider(self.provider.clone())
             .with_protocol_versions(&[&TLS13])
             .map_err(TlsError::Setup)?
             .with_client_cert_verifier(verifier)
-            .with_cert_resolver(own.clone());
+            .with_cert_resolver(own.key.clone());
         config.alpn_protocols = vec![b"h2".to_vec()];
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
@@ -203,7 +223,7 @@ impl Held {
             .dangerous()
             .with_custom_certificate_verifier(self.signed_by_ours()?);
         let mut config = match &self.own {
-            Some((_, own)) => builder.with_client_cert_resolver(own.clone()),
+            Some(own) => builder.with_client_cert_resolver(own.key.clone()),
             None => builder.with_no_client_auth(),
         };
         config.alpn_protocols = vec![b"h2".to_vec()];

@@ -20,10 +20,12 @@ use tokio_rustls::{
     server::TlsStream,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use webpki::KeyUsage;
 
 use super::{
-    Counts, TlsError,
+    Counts, Shown, TlsError,
     credentials::{certificates, content, roots},
+    expiry::believed_until,
     files::{Contents, Followed, Paths},
     follow_files,
     handshake::shake_hands,
@@ -76,8 +78,14 @@ impl HttpsConfig {
 #[derive(Clone)]
 pub struct Https {
     config: HttpsConfig,
-    made: Arc<Followed<ServerConfig>>,
+    made: Arc<Followed<Made>>,
     counts: Counts,
+}
+
+/// What was made of the files.
+struct Made {
+    server: Arc<ServerConfig>,
+    shown: Shown,
 }
 
 impl fmt::Debug for Https {
@@ -99,9 +107,9 @@ impl Https {
         }
         let (config, made) = (config.clone(), Arc::new(read(config)?));
         let counts = counts();
+        counts.shows(&made.current().shown);
         let (followed, told) = (made.clone(), counts.clone());
-        let named = config.cert_file.display().to_string();
-        let refresh = move || Ok(followed.refresh()?.map(|_| named.clone()));
+        let refresh = move || Ok(followed.refresh()?.map(|made| made.shown.clone()));
         tasks.spawn(shutdown.clone().run_until_cancelled_owned(follow_files(refresh, told)));
         Ok(Some(Self { config, made, counts }))
     }
@@ -109,22 +117,24 @@ impl Https {
     /// Shakes hands with a client, within some seconds. None: it did not come to that; the client was told why, if it
     /// listened.
     pub(crate) async fn accept(&self, stream: TcpStream) -> Option<TlsStream<TcpStream>> {
-        shake_hands(stream, self.made.current(), why_in_plain_http, &self.counts).await
+        shake_hands(stream, self.made.current().server.clone(), why_in_plain_http, &self.counts).await
     }
 }
 
-fn read(config: &HttpsConfig) -> Result<Followed<ServerConfig>, TlsError> {
+fn read(config: &HttpsConfig) -> Result<Followed<Made>, TlsError> {
     let of = config.clone();
-    Followed::read(config.files(), move |contents| server_config(contents, &of))
+    Followed::read(config.files(), move |contents| make(contents, &of))
 }
 
 /// Of the contents of [`HttpsConfig::files`].
-fn server_config([cert, key, client_ca]: &Contents, config: &HttpsConfig) -> Result<ServerConfig, TlsError> {
+fn make([cert, key, client_ca]: &Contents, config: &HttpsConfig) -> Result<Made, TlsError> {
     let provider = Arc::new(ring::default_provider());
     let chain = certificates(CERT, &config.cert_file, cert)?;
     let key_is = |problem: String| content(KEY, &config.key_file, problem);
     let key = PrivateKeyDer::from_pem_slice(key);
     let key = key.map_err(|error| key_is(format!("holds no key: {error}")))?;
+    // Whom clients believe is not known here.
+    let until = believed_until(&chain, &[], KeyUsage::server_auth());
     let not_of = |error| key_is(format!("is not the key of {}: {error}", config.cert_file.display()));
     let certified = CertifiedKey::from_der(chain, key, &provider).map_err(not_of)?;
     let own = Arc::new(SingleCertAndKey::from(certified));
@@ -149,7 +159,8 @@ fn server_config([cert, key, client_ca]: &Contents, config: &HttpsConfig) -> Res
         made
     };
     made.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-    Ok(made)
+    let shown = Shown { file: CERT, named: config.cert_file.display().to_string(), until };
+    Ok(Made { server: Arc::new(made), shown })
 }
 
 #[cfg(test)]

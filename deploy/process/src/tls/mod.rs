@@ -15,6 +15,7 @@ mod credentials;
 mod dial;
 mod door;
 mod error;
+mod expiry;
 mod files;
 mod handshake;
 mod https;
@@ -32,10 +33,11 @@ use axum::{Router, middleware};
 use parking_lot::Mutex;
 use prometheus_client::{
     encoding::EncodeLabelSet,
-    metrics::{counter::Counter, family::Family},
+    metrics::{counter::Counter, family::Family, gauge::Gauge},
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use tokio_rustls::rustls::pki_types::UnixTime;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
@@ -119,6 +121,7 @@ impl fmt::Debug for Tls {
 pub(crate) struct Counts {
     refused: Family<Why, Counter>,
     reloads: Family<Outcome, Counter>,
+    ends: Family<File, Gauge>,
     /// When a refused call was last told of.
     told: Arc<Mutex<Option<Instant>>>,
 }
@@ -134,6 +137,23 @@ struct Outcome {
     outcome: &'static str,
 }
 
+/// The setting that names it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct File {
+    file: &'static str,
+}
+
+/// The certificate that others are shown.
+#[derive(Debug, Clone)]
+struct Shown {
+    /// The setting that names its file.
+    file: &'static str,
+    /// Whom it names, or where it lies.
+    named: String,
+    /// How long others believe it.
+    until: Option<UnixTime>,
+}
+
 impl Counts {
     pub(crate) fn register(metrics: &Metrics) -> Self {
         let counts = Self::default();
@@ -147,6 +167,8 @@ impl Counts {
             registry.register("refused", refused, counts.refused.clone());
             let reloads = "Changed certificates, keys and authorities that were taken, or failed";
             registry.register("reloads", reloads, counts.reloads.clone());
+            let ends = "Unix time at which the certificate that others are shown ends, by the setting that names its file";
+            registry.register("certificate_expiry_timestamp_seconds", ends, counts.ends.clone());
         });
         counts
     }
@@ -166,6 +188,13 @@ impl Counts {
 
     fn reloaded(&self, outcome: &'static str) {
         self.reloads.get_or_create(&Outcome { outcome }).inc();
+    }
+
+    fn shows(&self, shown: &Shown) {
+        if let Some(until) = shown.until {
+            let seconds = i64::try_from(until.as_secs()).unwrap_or(i64::MAX);
+            self.ends.get_or_create(&File { file: shown.file }).set(seconds);
+        }
     }
 }
 
@@ -189,6 +218,7 @@ impl Tls {
         }
         let credentials = Arc::new(Credentials::read(config.clone(), Owner::Service(own))?);
         let counts = counts();
+        credentials.shown().iter().for_each(|shown| counts.shows(shown));
         let (followed, told) = (credentials.clone(), counts.clone());
         tasks.spawn(
             shutdown.clone().run_until_cancelled_owned(follow_files(move || followed.refresh(), told)),
@@ -226,13 +256,14 @@ impl Tls {
 
 /// Takes files whenever they have changed. Ones that cannot be used change nothing.
 async fn follow_files(
-    refresh: impl Fn() -> Result<Option<String>, TlsError> + Send + 'static,
+    refresh: impl Fn() -> Result<Option<Shown>, TlsError> + Send + 'static,
     counts: Counts,
 ) {
-    let told = |now: Result<String, TlsError>| match now {
-        Ok(now) => {
+    let told = |now: Result<Shown, TlsError>| match now {
+        Ok(shown) => {
             counts.reloaded("taken");
-            tracing::info!(%now, "changed TLS files are taken: new connections use them");
+            counts.shows(&shown);
+            tracing::info!(now = shown.named, "changed TLS files are taken: new connections use them");
         }
         Err(error) => {
             counts.reloaded("failed");

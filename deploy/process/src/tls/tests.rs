@@ -7,7 +7,7 @@ use std::{
     time::{Instant, SystemTime},
 };
 
-use rcgen::{CertificateParams, KeyPair, SanType};
+use rcgen::{CertificateParams, KeyPair, SanType, date_time_ymd};
 use tokio::{io::AsyncReadExt, net::TcpStream, time::timeout};
 use tokio_rustls::{TlsConnector, rustls};
 use tokio_stream::StreamExt;
@@ -309,14 +309,23 @@ async fn changed_files_are_for_new_connections_and_old_streams_go_on() {
 async fn files_are_followed() {
     let (folder, metrics) = (tempfile::tempdir().expect("a folder"), Metrics::new("test"));
     let (shutdown, tasks) = (CancellationToken::new(), TaskTracker::new());
-    let config = Authority::new().issue(folder.path(), SERVER, |_| {});
+    let until = |day: u8| move |params: &mut CertificateParams| params.not_after = date_time_ymd(2090, 1, day);
+    let config = Authority::new().issue(folder.path(), SERVER, until(1));
     let tls = Tls::start(&config, Role::Server, || Counts::register(&metrics), &shutdown, &tasks)
         .expect("good files");
+    let shown = |day: u8| {
+        let until = date_time_ymd(2090, 1, day).unix_timestamp();
+        let line =
+            format!("baton_tls_certificate_expiry_timestamp_seconds{{file=\"tls.cert_file\"}} {until}\n");
+        assert!(metrics.render().contains(&line), "{line}{}", metrics.render());
+    };
+    shown(1);
     let held = || tls.credentials.as_ref().expect("TLS").current();
     let before = held();
     Authority::new().issue(folder.path(), SERVER, |params| {
         params.subject_alt_names =
             vec![SanType::URI("spiffe://test/baton/server".try_into().expect("ASCII"))];
+        until(2)(params);
     });
     let taken = async {
         while Arc::ptr_eq(&held(), &before) {
@@ -326,6 +335,7 @@ async fn files_are_followed() {
     timeout(LOOK_EVERY * 10, taken).await.expect("what has changed is taken");
     assert!(metrics.render().contains("baton_tls_reloads_total{outcome=\"taken\"} 1"));
     assert!(metrics.render().contains("baton_tls_reloads_total{outcome=\"failed\"} 0"));
+    shown(2);
     fs::write(&config.key_file, "no key").expect("a file");
     tokio::time::sleep(LOOK_EVERY * 4).await;
     assert!(metrics.render().contains("baton_tls_reloads_total{outcome=\"failed\"} 1"), "told once");
@@ -405,6 +415,7 @@ fn alerts_and_dashboards_ask_for_metrics_that_there_are() {
     let counts = Counts::register(&metrics);
     assert!(metrics.render().contains("{outcome=\"failed\"} 0"), "the first failure is an increase");
     counts.refused("role");
+    counts.shows(&Shown { file: "tls.cert_file", named: String::new(), until: Some(UnixTime::now()) });
     let exported = metrics.render();
     let words = asking.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_'));
     let asked: Vec<_> = words.filter(|word| word.starts_with("baton_tls_")).collect();

@@ -175,6 +175,8 @@ async fn changed_files_are_for_new_connections_and_bad_ones_for_none() {
         assert!(begun.elapsed() < SOON, "the new certificate is never shown");
         tokio::time::sleep(LOOK_EVERY / 20).await;
     }
+    let ends = r#"baton_tls_certificate_expiry_timestamp_seconds{file="https.cert_file"} "#;
+    assert!(served.metrics.render().contains(ends));
     fs::write(&served.config.cert_file, "no certificate").expect("a file");
     while !served.metrics.render().contains(r#"baton_tls_reloads_total{outcome="failed"} 1"#) {
         assert!(begun.elapsed() < SOON, "nobody looks");
