@@ -12,7 +12,7 @@ use baton_process::{
     Closed, Health, HealthHandle, Listen, Process, ProcessError, ServiceConfig, Tls,
     access::Access,
     grpc,
-    http::{Port, probes, serve},
+    http::{Port, Settles, probes, serve},
     listen::reached_at,
     tls::Role,
 };
@@ -270,7 +270,13 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
     let connections = connections(config.limits.max_connections, baton_process::open_files::most());
     let served = serve(
         listener,
-        Port { router, https, connections, closed: Closed::of_http(&process.metrics) },
+        Port {
+            router,
+            https,
+            connections,
+            settles: Settles::Known,
+            closed: Closed::of_http(&process.metrics),
+        },
         closing,
         drain - linger,
     )

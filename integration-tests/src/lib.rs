@@ -12,6 +12,7 @@ pub mod fleet;
 pub mod metrics;
 pub mod process;
 pub mod promql;
+pub mod strangers;
 pub mod tokens;
 
 pub use cluster::Cluster;

@@ -6,6 +6,7 @@ use std::{
     net::TcpListener,
     path::Path,
     process::{Child, Command, ExitStatus, Output, Stdio},
+    sync::Mutex,
     time::{Duration, Instant},
 };
 
@@ -41,12 +42,16 @@ pub fn free_address() -> String {
     listener.local_addr().expect("it has an address").to_string()
 }
 
-/// The first of so many ports in a row that nobody listens at, below those that the system hands out by itself.
+/// The first of so many ports in a row that nobody listens at and that were not given before, below those that the system hands
+/// out by itself.
 pub fn free_ports(count: u16) -> String {
-    let begin = (20_000..32_000).step_by(usize::from(count));
+    static NEXT: Mutex<u16> = Mutex::new(20_000);
+    let mut next = NEXT.lock().expect("nobody panics with it");
     let is_free = |port| TcpListener::bind(("127.0.0.1", port)).is_ok();
-    let first = begin.into_iter().find(|first| (*first..first + count).all(is_free));
-    format!("127.0.0.1:{}", first.expect("ports in a row"))
+    let begin = (*next..32_000 - count).step_by(usize::from(count));
+    let first = begin.into_iter().find(|first| (*first..first + count).all(is_free)).expect("ports in a row");
+    *next = first + count;
+    format!("127.0.0.1:{first}")
 }
 
 /// Sends a signal to a process of this test's own.

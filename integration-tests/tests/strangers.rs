@@ -1,16 +1,23 @@
 //! What strangers can do to a port that they reach: say nothing, say it slowly, say too much, or say what is no message. Each
 //! is turned away in bounded time, and others are served meanwhile.
 
-use std::time::{Duration, Instant};
+use std::{
+    fs,
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
 
-use baton_integration_tests::{Cluster, chat, process};
+use baton_integration_tests::{
+    Cluster,
+    authority::{Authority, alert},
+    chat, process,
+    strangers::{self, Way, crowd},
+};
 use bytes::{Buf as _, BufMut as _, Bytes};
 use futures::future::join_all;
 use http::uri::PathAndQuery;
-use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::TcpStream,
-};
+use sha2::{Digest as _, Sha256};
+use tokio::time::timeout;
 use tonic::{
     Code, Request, Status,
     codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
@@ -18,113 +25,133 @@ use tonic::{
     transport::Endpoint,
 };
 
-/// HTTP/2's first bytes, and settings without any.
-const HTTP_2: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
-/// By then whoever does not get on is turned away: twenty seconds for a first call or signs of life, and five to leave; a busy
-/// machine's delay comes on top.
-const TURNED_AWAY_WITHIN: Duration = Duration::from_secs(35);
+/// Who does not get on with a handshake has five seconds; a busy machine's delay comes on top.
+const HANDSHAKE_MOST: Duration = Duration::from_secs(10);
+/// With fewer seats than strangers: some turns of two seconds each.
+const KEPT_WAITING_MOST: Duration = Duration::from_secs(15);
 
-/// How a connection goes on after its first bytes.
-#[derive(Debug, Clone, Copy)]
-enum Then {
-    Silence,
-    /// One more byte of this every second.
-    Drip(u8),
-}
+/// Processes of a cluster, each with a port for metrics.
+const PROCESSES: u16 = 4;
 
-/// Connects and says this; how long it took until the port hung up.
-async fn turned_away(address: &str, first: &[u8], then: Then) -> Duration {
-    let mut stream = TcpStream::connect(address).await.expect("it listens");
-    stream.write_all(first).await.expect("it is open");
-    let began = Instant::now();
-    let mut said = [0; 1 << 12];
-    loop {
-        assert!(began.elapsed() < TURNED_AWAY_WITHIN, "{address}: {first:?}, {then:?}: it is still open");
-        match tokio::time::timeout(Duration::from_secs(1), stream.read(&mut said)).await {
-            Ok(Ok(0) | Err(_)) => return began.elapsed(),
-            Ok(Ok(_)) => {}
-            Err(_) => {
-                if let Then::Drip(byte) = then {
-                    // That it is closed is seen by reading.
-                    let _ = stream.write_all(&[byte]).await;
-                }
-            }
-        }
-    }
-}
-
-/// The ports of a cluster that speak gRPC, and that of the OpenAI API.
+/// The ports of a cluster that strangers reach.
 struct Ports {
     grpc: Vec<String>,
-    http: String,
+    http: Vec<String>,
 }
 
 impl Ports {
-    async fn of(cluster: &Cluster) -> Self {
+    /// Metrics are at `metrics` and the next ports.
+    async fn of(cluster: &Cluster, metrics: &str) -> Self {
         let instances = cluster.ctl("instances").await;
         let server = instances[0]["inference_endpoint"].as_str().expect("an endpoint").to_owned();
+        let first: SocketAddr = metrics.parse().expect("an address");
+        let metrics = (0..PROCESSES).map(|at| SocketAddr::new(first.ip(), first.port() + at).to_string());
+        let openai = cluster.url().trim_start_matches("http://").to_owned();
         Self {
             grpc: vec![cluster.controller().to_owned(), cluster.coordinator().to_owned(), server],
-            http: cluster.url().trim_start_matches("http://").to_owned(),
+            http: metrics.chain([openai]).collect(),
         }
     }
 }
 
 #[tokio::test]
 async fn who_is_slow_or_makes_no_sense_is_turned_away_and_keeps_nobody_out() {
-    let cluster = Cluster::start(&[]).await;
-    let ports = Ports::of(&cluster).await;
-    let garbage: Vec<u8> = (0..2000u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
-    // A frame of headers that is announced to be longer than what comes of it.
-    let unfinished = [HTTP_2, b"\0\x01\0\x01\x04\0\0\0\x01"].concat();
-    // A frame of 16 MiB, which nobody has allowed.
-    let enormous = [HTTP_2, b"\xff\xff\xff\0\0\0\0\0\x01"].concat();
-    // Settings, though there is no stream of that number.
-    let wrong = [HTTP_2, b"\0\0\0\x04\0\0\0\0\x05"].concat();
-    let grpc = [
-        (&b""[..], Then::Silence),
-        (b"P", Then::Drip(b'R')),
-        (&garbage, Then::Silence),
-        (&unfinished, Then::Drip(0)),
-        (&enormous, Then::Silence),
-        (&wrong, Then::Silence),
-    ];
-    let http = [
-        (&b""[..], Then::Silence),
-        (b"GET / HTTP/1.1\r\nx: ", Then::Drip(b'a')),
-        (&garbage, Then::Silence),
-        (b"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-length: -5\r\n\r\n", Then::Silence),
-        (&unfinished, Then::Drip(0)),
-    ];
+    let metrics = process::free_ports(PROCESSES);
+    let cluster = Cluster::start(&["--metrics-listen", &metrics]).await;
+    let ports = Ports::of(&cluster, &metrics).await;
     let everyone = async {
-        let mut strangers = Vec::new();
-        for (port, cases) in ports.grpc.iter().map(|port| (port, &grpc[..])).chain([(&ports.http, &http[..])])
-        {
-            for (first, then) in cases {
-                // Many of each, so that what one of them holds would be missed.
-                strangers.extend((0..20).map(|_| turned_away(port, first, *then)));
-            }
-        }
-        join_all(strangers).await
+        // Many of each, so that what one of them holds would be missed.
+        let (grpc, http) = tokio::join!(
+            crowd(&ports.grpc, &Way::Plaintext, 20, strangers::of_grpc()),
+            crowd(&ports.http, &Way::Plaintext, 20, strangers::of_http()),
+        );
+        grpc.max(http)
     };
-    let body = chat::request(cluster.model(), "What is the capital of France?", 12, false);
-    let honest = async {
-        let began = Instant::now();
-        let mut asked = 0;
-        while began.elapsed() < Duration::from_secs(12) || asked < 6 {
-            assert!(chat::ask(cluster.url(), &body).await.contains("Paris"));
-            assert_eq!(cluster.ctl("roles").await.len(), 2);
-            asked += 1;
-        }
-        asked
-    };
-    let (took, asked) = tokio::join!(everyone, honest);
-    let longest = took.iter().max().expect("there were some");
-    println!(
-        "{} connections turned away after {longest:?} at most, {asked} requests beside them",
-        took.len()
-    );
+    let (longest, asked) = tokio::join!(everyone, honest(&cluster));
+    println!("all were turned away after {longest:?} at most, {asked} requests beside them");
     cluster.assert_nothing_held().await;
+    assert_no_panic(&cluster);
+}
+
+/// Asks and is answered for a while; how often.
+async fn honest(cluster: &Cluster) -> usize {
+    let body = chat::request(cluster.model(), "What is the capital of France?", 12, false);
+    let (began, mut asked) = (Instant::now(), 0);
+    while began.elapsed() < Duration::from_secs(12) || asked < 6 {
+        assert!(chat::ask(cluster.url(), &body).await.contains("Paris"));
+        assert_eq!(cluster.ctl("roles").await.len(), 2);
+        asked += 1;
+    }
+    asked
+}
+
+#[tokio::test]
+async fn it_is_so_before_https_and_within_it() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let authority = Authority::new(folder.path().join("ours"));
+    authority.run(&["issue", "host", "web", "127.0.0.1", "localhost"]);
+    let set = [("cert_file", "host-web.crt"), ("key_file", "host-web.key")];
+    let set = set.map(|(key, file)| format!("coordinator.https.{key}={}", authority.0.join(file).display()));
+    let set: Vec<&str> = set.iter().flat_map(|setting| ["--set", setting]).collect();
+    let cluster = Cluster::start(&set).await;
+    let port = [cluster.url().trim_start_matches("https://").to_owned()];
+    let within = Way::tls(None);
+    let (before, within) = tokio::join!(
+        crowd(&port, &Way::Plaintext, 20, strangers::before_tls()),
+        crowd(&port, &within, 20, strangers::of_http()),
+    );
+    println!("all were turned away after {before:?} before TLS at most, and after {within:?} within");
+    assert!(before < HANDSHAKE_MOST, "{before:?}");
+    assert_eq!(alert(&port[0], &authority.0.join("ca.crt"), None), None, "others are let in");
+    assert_no_panic(&cluster);
+}
+
+#[tokio::test]
+async fn who_is_refused_for_want_of_a_key_keeps_nobody_out() {
+    const SEATS: usize = 4;
+    let folder = tempfile::tempdir().expect("a folder");
+    let (key, file) = ("sk-baton-of-the-test", folder.path().join("keys.toml"));
+    let hash: String = Sha256::digest(key.as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect();
+    fs::write(&file, format!("[[keys]]\nname = \"alice\"\nsha256 = \"{hash}\"\n")).expect("a file");
+    let keys = format!("coordinator.api_keys.file={}", file.display());
+    let seats = format!("coordinator.limits.max_connections={SEATS}");
+    let cluster = Cluster::start(&["--set", &keys, "--set", &seats]).await;
+    let ask = async |client: &reqwest::Client, key: &str| {
+        let asked = client.get(format!("{}/v1/models", cluster.url())).bearer_auth(key).send();
+        asked.await.map(|response| response.status().as_u16())
+    };
+    // Each keeps its connection for its next request, and takes a seat whenever there is one.
+    let strangers = [(); 2 * SEATS].map(|()| reqwest::Client::new());
+    let refused = async |stranger| {
+        loop {
+            if let Ok(status) = ask(stranger, "sk-baton-unknown").await {
+                assert_eq!(status, 401);
+            }
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
+    };
+    let crowd = join_all(strangers.iter().map(refused));
+    let alice = async {
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        let alice = reqwest::Client::new();
+        let began = Instant::now();
+        let asked = timeout(KEPT_WAITING_MOST, ask(&alice, key)).await.expect("she has a seat before long");
+        assert_eq!(asked.expect("is answered"), 200);
+        let waited = began.elapsed();
+        // And keeps it.
+        for _ in 0..20 {
+            let began = Instant::now();
+            assert_eq!(ask(&alice, key).await.expect("her connection stands"), 200);
+            assert!(began.elapsed() < Duration::from_secs(1), "she has stood in line again");
+            tokio::time::sleep(Duration::from_millis(250)).await;
+        }
+        waited
+    };
+    let waited = tokio::select! {
+        waited = alice => waited,
+        _ = crowd => unreachable!("they never end"),
+    };
+    println!("she waited for {waited:?}");
     assert_no_panic(&cluster);
 }
 
@@ -215,15 +242,16 @@ const METHODS: [(usize, &str); 9] = [
 
 #[tokio::test]
 async fn messages_that_are_too_large_or_none_are_refused_by_each_service() {
-    let cluster = Cluster::start(&[]).await;
-    let ports = Ports::of(&cluster).await;
+    let metrics = process::free_ports(PROCESSES);
+    let cluster = Cluster::start(&["--metrics-listen", &metrics]).await;
+    let ports = Ports::of(&cluster, &metrics).await;
     // A field of two gigabytes that never comes; groups that are never closed.
     let malformed: [&[u8]; 2] = [b"\x0a\xff\xff\xff\xff\x07", b"\x0b\x0b\x0b"];
     let patience = Duration::from_secs(30);
     for (port, method) in METHODS {
         let port = &ports.grpc[port];
         let within = async |message: Bytes, header| {
-            let answer = tokio::time::timeout(patience, call(port, method, message, header)).await;
+            let answer = timeout(patience, call(port, method, message, header)).await;
             answer.unwrap_or_else(|_| panic!("{method} does not answer"))
         };
         for message in malformed {

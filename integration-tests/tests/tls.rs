@@ -12,6 +12,7 @@ use baton_integration_tests::{
     authority::{Authority, alert},
     binary, chat, eventually, model,
     process::{Service, free_address},
+    strangers::{self, Way, crowd},
     tokens::Tokens,
 };
 use baton_process::{Tls, TlsConfig, one_line, tls::Role};
@@ -26,6 +27,7 @@ use tempfile::TempDir;
 use tokio::sync::{Mutex, MutexGuard};
 use tonic::{Code, Status, transport::Channel};
 
+const MODEL: &str = "SmolLM2-135M-Instruct";
 /// The machine has few cores.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
 
@@ -172,7 +174,7 @@ async fn every_plane_speaks_mutual_tls() {
     let mut fleet = Fleet::start().await;
     let admin = fleet.authority.issue("admin", "alice");
     let viewer = fleet.authority.issue("viewer", "bob");
-    let body = chat::request("SmolLM2-135M-Instruct", "What is the capital of France?", 12, false);
+    let body = chat::request(MODEL, "What is the capital of France?", 12, false);
     let answer = chat::ask(&fleet.url, &body).await;
     assert!(answer.contains("Paris"), "{answer}");
 
@@ -364,7 +366,7 @@ async fn tokens_do_in_place_of_certificates() {
 async fn certificates_and_authority_change_while_it_serves() {
     let mut fleet = Fleet::start().await;
     let admin = fleet.authority.issue("admin", "alice");
-    let body = chat::request("SmolLM2-135M-Instruct", "Tell me a long story.", 4000, true);
+    let body = chat::request(MODEL, "Tell me a long story.", 4000, true);
     let mut story = chat::Events::open(&fleet.url, &body).await;
     story.next().await.expect("it begins");
     let old = Authority(fleet.dir.path().join("old"));
@@ -412,4 +414,22 @@ async fn certificates_and_authority_change_while_it_serves() {
         fleet.get(&admin, "instances").await.filter(|instances| instances.len() == 3)
     })
     .await;
+}
+
+#[tokio::test]
+async fn who_is_slow_or_makes_no_sense_is_turned_away_before_tls_and_within() {
+    let fleet = Fleet::start().await;
+    let viewer = fleet.authority.issue("viewer", "victor");
+    let instances =
+        fleet.get(&fleet.authority.issue("admin", "alice"), "instances").await.expect("is let in");
+    let server = instances[0]["inference_endpoint"].as_str().expect("an endpoint").to_owned();
+    let ports = [fleet.controller.clone(), fleet.coordinator.clone(), server];
+    let within = Way::tls(Some(&viewer));
+    let (before, within) = tokio::join!(
+        crowd(&ports, &Way::Plaintext, 10, strangers::before_tls()),
+        crowd(&ports, &within, 10, strangers::of_grpc()),
+    );
+    println!("all were turned away after {before:?} before TLS at most, and after {within:?} within");
+    let body = chat::request(MODEL, "What is the capital of France?", 12, false);
+    assert!(chat::ask(&fleet.url, &body).await.contains("Paris"));
 }

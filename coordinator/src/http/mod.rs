@@ -21,7 +21,10 @@ use axum::{
     response::Response,
     routing::{get, post},
 };
-use baton_process::{http::Express, telemetry::TraceContext};
+use baton_process::{
+    http::{Express, Stranger},
+    telemetry::TraceContext,
+};
 use baton_proto::{ApiError, ErrorCode, RequestId};
 use tokio::time::{Instant, timeout};
 use tower::ServiceBuilder;
@@ -79,7 +82,7 @@ async fn turned_away(request: Request) -> Response {
 }
 
 /// Nothing under `/v1` is reached without a key where keys are asked for, not even what is not there. Handlers find the
-/// [`Caller`] among the extensions, and no key in the headers.
+/// [`Caller`] among the extensions, and no key in the headers. Whoever has been let in keeps their connection.
 async fn let_in(State(service): State<Arc<Service>>, mut request: Request, next: Next) -> Response {
     let path = request.uri().path();
     if path != "/v1" && !path.starts_with("/v1/") {
@@ -89,6 +92,9 @@ async fn let_in(State(service): State<Arc<Service>>, mut request: Request, next:
     let endpoint = [Endpoint::Chat, Endpoint::Text].into_iter().find(|endpoint| endpoint.route() == path);
     match service.keys.caller(request.headers_mut()) {
         Ok(caller) => {
+            if let Some(stranger) = request.extensions_mut().remove::<Stranger>() {
+                stranger.is_known();
+            }
             request.extensions_mut().insert(caller);
             next.run(request).await
         }

@@ -25,7 +25,7 @@ pub(super) fn believed_until(
     // Whoever verifies says which certificate had ended: each time another one, that ends sooner.
     for _ in chain {
         let at = until.unwrap_or(NEVER);
-        match own.verify_for_usage(algorithms, anchors, between, at, usage.clone(), None, None) {
+        match own.verify_for_usage(algorithms, anchors, between, at, usage, None, None) {
             Err(Error::CertExpired { not_after, .. }) => until = Some(not_after),
             _ => break,
         }

@@ -309,7 +309,8 @@ async fn changed_files_are_for_new_connections_and_old_streams_go_on() {
 async fn files_are_followed() {
     let (folder, metrics) = (tempfile::tempdir().expect("a folder"), Metrics::new("test"));
     let (shutdown, tasks) = (CancellationToken::new(), TaskTracker::new());
-    let until = |day: u8| move |params: &mut CertificateParams| params.not_after = date_time_ymd(2090, 1, day);
+    let until =
+        |day: u8| move |params: &mut CertificateParams| params.not_after = date_time_ymd(2090, 1, day);
     let config = Authority::new().issue(folder.path(), SERVER, until(1));
     let tls = Tls::start(&config, Role::Server, || Counts::register(&metrics), &shutdown, &tasks)
         .expect("good files");
