@@ -215,17 +215,31 @@ async fn a_coordinator_follows_the_leader_and_is_missed_when_it_dies() {
 
 #[test]
 fn wrong_configuration_is_one_clear_line() {
-    let cases: [(&str, &[&str], &[&str]); 9] = [
+    let cases: [(&str, &[&str], &[&str]); 11] = [
         ("baton-controller", &["--set", "roles.prefil=2"], &["roles.prefil", "roles.prefill"]),
         ("baton-controller", &["--set", "sessions.beat=soon"], &["sessions.beat"]),
         ("baton-controller", &["--config", "/no/such/file.toml"], &["/no/such/file.toml"]),
         ("baton-coordinator", &["--set", "store.controller=127.0.0.1:1"], &["models"]),
         ("baton-server", &["--model", "/no/such/model", "--role", "mixed"], &["/no/such/model"]),
         ("baton-server", &["--model", "x", "--role", "boss"], &["role", "boss"]),
-        // What is not served has no setting.
-        ("baton-server", &["--model", "x", "--set", "runtime.device=npu"], &["runtime.device"]),
-        ("baton-server", &["--model", "x", "--set", "model.adapters=a"], &["model.adapters"]),
-        ("baton-server", &["--model", "x", "--set", "runtime.speculative=4"], &["runtime.speculative"]),
+        // What is not served has no setting, and the reason is said.
+        (
+            "baton-server",
+            &["--set", "runtime.device=npu"],
+            &["runtime.device", "there is no device to choose"],
+        ),
+        (
+            "baton-server",
+            &["--set", "model.lora_modules=a"],
+            &["model.lora_modules", "are not served: merge"],
+        ),
+        ("baton-server", &["--set", "runtime.speculative=4"], &["runtime.speculative", "token by token"]),
+        (
+            "baton-server",
+            &["--set", "multiNodesInferEnabled=true"],
+            &["multiNodesInferEnabled", "one machine"],
+        ),
+        ("baton-server", &["--set", "runtime.tensor_parallel_size=8"], &["one machine", "more instances"]),
     ];
     for (service, arguments, words) in cases {
         refused(service, arguments, words);

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, path::PathBuf};
 
-use baton_process::{Invalid, Listen, ProcessConfig, ServiceConfig, TlsConfig};
+use baton_process::{Invalid, Listen, ProcessConfig, ServiceConfig, TlsConfig, Unserved};
 use baton_proto::{GroupName, InstanceId};
 use baton_runtime::KvDtype;
 use schemars::JsonSchema;
@@ -178,7 +178,44 @@ impl RuntimeConfig {
     }
 }
 
+/// Of what prefill and decode apart is restricted in, elsewhere too, what has no other place to say so.
+const UNSERVED: &[Unserved] = &[
+    Unserved {
+        keys: &["device", "devices", "devicetype", "npudeviceids", "npus", "gpus"],
+        why: "a server computes on the processors of its machine, and there is no device to choose",
+    },
+    Unserved {
+        keys: &["adapter", "adapters", "lora", "loraadapters", "loramodules", "enablelora"],
+        why: "adapters (LoRA) are not served: merge them into the model",
+    },
+    Unserved {
+        keys: &[
+            "speculative",
+            "speculativeconfig",
+            "numspeculativetokens",
+            "paralleldecoding",
+            "pluginparams",
+        ],
+        why: "a sequence is decoded token by token: neither parallel nor speculative decoding is served",
+    },
+    Unserved {
+        keys: &[
+            "multinode",
+            "multinodesinferenabled",
+            "nodes",
+            "nnodes",
+            "worldsize",
+            "tensorparallel",
+            "tensorparallelsize",
+            "pipelineparallelsize",
+            "tp",
+        ],
+        why: "an instance is one process on one machine: for more throughput start more instances",
+    },
+];
+
 impl ServiceConfig for ServerConfig {
+    const UNSERVED: &'static [Unserved] = UNSERVED;
     const EXAMPLE: &'static str = r#"instance_id = "server-0"
 controllers = ["10.0.0.5:7100"]
 listen = "10.0.0.7:7200"

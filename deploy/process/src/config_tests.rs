@@ -181,3 +181,16 @@ fn set_arguments_need_a_key_and_an_equals_sign() {
     assert!(parse_set(&["a.b".to_owned()]).unwrap_err().to_string().contains("expected KEY=VALUE"));
     assert!(parse_set(&["=x".to_owned()]).is_err());
 }
+
+#[test]
+fn a_key_for_what_is_not_served_is_told_why_there_is_none() {
+    let all = [crate::Unserved { keys: &["worldsize"], why: "it is one" }];
+    let said = |key: &str| {
+        let error = load_from::<Root>(None, &[], &flags(&[(key, "8")])).expect_err("unknown");
+        error.of_unserved(&all).to_string()
+    };
+    for key in ["world_size", "engine.worldSize", "engine.world-size"] {
+        assert_eq!(said(key), format!("command line ({key}): there is no key `{key}`: it is one"));
+    }
+    assert!(said("engine.world").contains("unknown key"));
+}

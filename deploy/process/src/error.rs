@@ -2,7 +2,10 @@
 
 use std::{io, path::PathBuf, time::Duration};
 
-use crate::{ListenError, settings::Invalid};
+use crate::{
+    ListenError,
+    settings::{Invalid, Unserved},
+};
 
 /// A configuration that cannot be used. Names the place, the dotted key and what was expected.
 #[derive(Debug, thiserror::Error)]
@@ -13,6 +16,8 @@ pub enum ConfigError {
     Syntax { path: PathBuf, line: usize, message: String },
     #[error("{origin}: unknown key `{key}`{}", .nearest.as_ref().map(|near| format!("; did you mean `{near}`?")).unwrap_or_default())]
     UnknownKey { origin: String, key: String, nearest: Option<String> },
+    #[error("{origin}: there is no key `{key}`: {why}")]
+    Unserved { origin: String, key: String, why: &'static str },
     #[error("{origin}: `{key}`: {message}")]
     BadValue { origin: String, key: String, message: String },
     #[error("--set {argument}: expected KEY=VALUE, as in --set process.log.level=debug")]
@@ -25,6 +30,19 @@ pub enum ConfigError {
     Shape(#[source] serde_json::Error),
     #[error("the configuration cannot be written as TOML: {0}")]
     Print(#[from] toml::ser::Error),
+}
+
+impl ConfigError {
+    /// Says of an unknown key why there is none, if it is for one of these.
+    pub(crate) fn of_unserved(self, all: &[Unserved]) -> Self {
+        match self {
+            Self::UnknownKey { origin, key, nearest } => match all.iter().find(|one| one.is_meant_by(&key)) {
+                Some(unserved) => Self::Unserved { origin, key, why: unserved.why },
+                None => Self::UnknownKey { origin, key, nearest },
+            },
+            other => other,
+        }
+    }
 }
 
 /// Why a process could not run, or ended badly.

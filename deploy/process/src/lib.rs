@@ -38,5 +38,7 @@ pub use life::{PANIC_LOGGED, Process, run};
 pub use listen::{Listen, ListenError};
 pub use metrics::Metrics;
 pub use seats::Closed;
-pub use settings::{Invalid, LogConfig, LogFormat, OtlpConfig, ProcessConfig, ServiceConfig, ShutdownConfig};
+pub use settings::{
+    Invalid, LogConfig, LogFormat, OtlpConfig, ProcessConfig, ServiceConfig, ShutdownConfig, Unserved,
+};
 pub use tls::{Https, HttpsConfig, Tls, TlsConfig, TlsError};

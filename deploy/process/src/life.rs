@@ -148,7 +148,8 @@ fn configure<T: ServiceConfig>(
     mut overrides: Vec<(String, String)>,
 ) -> Result<T, ConfigError> {
     overrides.extend(config::parse_set(set)?);
-    let config: T = config::load(service, file.as_deref(), &overrides)?;
+    let config: T =
+        config::load(service, file.as_deref(), &overrides).map_err(|error| error.of_unserved(T::UNSERVED))?;
     let valid = config.process().validate().and_then(|()| config.validate());
     valid.map_err(|source: Invalid| ConfigError::Invalid {
         origin: config::origin_of(service, file.as_deref(), &overrides, &source.key),

@@ -97,6 +97,24 @@ impl Invalid {
     }
 }
 
+/// Something that is not served, and so has no key.
+#[derive(Debug, Clone, Copy)]
+pub struct Unserved {
+    /// How its keys may end, in small letters and nothing else.
+    pub keys: &'static [&'static str],
+    /// Why there is none.
+    pub why: &'static str,
+}
+
+impl Unserved {
+    /// Whether a dotted key, however it is spelt, is for this.
+    pub(crate) fn is_meant_by(&self, key: &str) -> bool {
+        let last = key.rsplit('.').next().unwrap_or_default();
+        let letters: String = last.chars().filter(char::is_ascii_alphabetic).collect();
+        self.keys.contains(&letters.to_ascii_lowercase().as_str())
+    }
+}
+
 /// A service's whole configuration: nested structs with `#[serde(deny_unknown_fields, default)]` and a `process` key.
 /// Their doc comments are what users read of them: see [`crate::reference`].
 pub trait ServiceConfig:
@@ -104,6 +122,8 @@ pub trait ServiceConfig:
 {
     /// A configuration file to begin with (TOML), as the reference shows it.
     const EXAMPLE: &'static str;
+    /// What operators of other systems look for.
+    const UNSERVED: &'static [Unserved] = &[];
 
     fn process(&self) -> &ProcessConfig;
 
