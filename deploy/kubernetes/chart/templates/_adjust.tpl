@@ -14,6 +14,7 @@ services,server
 {{- if .Values.autoscaling.enabled }},autoscaling{{ end }}
 {{- if .Values.controllerScaling.enabled }},controller-scaling{{ end }}
 {{- end -}}
+{{- if .Values.prometheus.enabled }},prometheus{{ end }}
 {{- end -}}
 
 {{/* The data of all ConfigMaps, by their names. Takes the root. */}}
@@ -81,6 +82,14 @@ services,server
     {{- $egress = append $egress (dict "ports" (list (dict "port" 443))) }}{{/* where models come from */}}
   {{- end }}
   {{- $_ := set $object.spec "egress" $egress }}
+{{- else if eq $object.kind "PodMonitor" }}
+  {{- $_ := set $object.metadata "labels" (mergeOverwrite $object.metadata.labels $values.prometheus.labels) }}
+  {{- $endpoints := slice $object.spec.podMetricsEndpoints 0 2 }}{{/* and the servers of a single node */}}
+  {{- range $server := until (int (add $values.singleNode.prefill $values.singleNode.decode)) }}
+    {{- $at := dict "sourceLabels" (list "__address__") "regex" "(.+):8003" "replacement" (printf "$1:%d" (add 8004 $server)) }}
+    {{- $endpoints = append $endpoints (dict "port" "controller" "relabelings" (list (set $at "targetLabel" "__address__"))) }}
+  {{- end }}
+  {{- $_ := set $object.spec "podMetricsEndpoints" $endpoints }}
 {{- else if eq $object.kind "RoleBinding" }}
   {{- range $subject := $object.subjects }}{{ $_ := set $subject "namespace" $.root.Release.Namespace }}{{ end }}
 {{- else if and (eq $object.kind "Certificate") (eq $object.metadata.name "baton-https") }}

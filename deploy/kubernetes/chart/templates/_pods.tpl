@@ -16,6 +16,7 @@
   {{- end }}
 {{- end }}
 {{- if not (kindIs "invalid" $replicas) }}{{ $_ := set $object.spec "replicas" $replicas }}{{ end }}
+{{- with .values.strategy }}{{ $_ := set $object.spec "strategy" . }}{{ end }}
 {{- if or (and $all.autoscaling.enabled (eq $name "coordinator")) (and $all.controllerScaling.enabled (eq $name "server")) }}
   {{- $_ := unset $object.spec "replicas" }}
 {{- end }}
