@@ -1,9 +1,10 @@
 """Load by the official OpenAI client over HTTPS, which goes on until its standard input closes.
 
-Arguments: base URLs of the coordinators with commas between, model, who signs their certificates, API key. Every answer has to
-be that of the beginning, when nothing was disturbed. What a coordinator that dies was at, or that says it ends, is sent again,
-to another, as whoever stands before several coordinators does; whatever else fails is a failure. Prints one JSON object at the
-end; and one at each line that it reads, of what ended since the one before.
+Arguments: base URLs of the coordinators with commas between, model, who signs their certificates, API key, and the clients' own
+certificate and its key, if they are asked for one. Every answer has to be that of the beginning, when nothing was disturbed. What a
+coordinator that dies was at, or that says it ends, is sent again, to another, as whoever stands before several coordinators does;
+whatever else fails is a failure. Prints one JSON object at the end; and one at each line that it reads, of what ended since the one
+before.
 """
 
 import json
@@ -15,7 +16,7 @@ import time
 import httpx2 as httpx
 import openai
 
-URLS, MODEL, CA, KEY = sys.argv[1].split(","), *sys.argv[2:]
+URLS, (MODEL, CA, KEY, *OWN) = sys.argv[1].split(","), sys.argv[2:]
 CLIENTS = 6
 # In a row, for one request, of which each may meet another fault.
 ATTEMPTS = 5
@@ -31,6 +32,8 @@ PROMPTS = [
 SAMPLING = [{"temperature": 0}, {"temperature": 0.8, "seed": 7, "top_p": 0.9}]
 
 context = ssl.create_default_context(cafile=CA)
+if OWN:
+    context.load_cert_chain(*OWN)
 lock, stop = threading.Lock(), threading.Event()
 
 

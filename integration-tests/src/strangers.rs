@@ -11,6 +11,7 @@ use futures::future::join_all;
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
     net::TcpStream,
+    time::timeout,
 };
 use tokio_rustls::{
     TlsConnector,
@@ -147,14 +148,18 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Stream for S {}
 
 /// Connects and says this; how long it took until the port hung up.
 async fn turned_away(address: &str, way: &Way, said: &Words) -> Duration {
+    let took = timeout(TURNED_AWAY_WITHIN, until_it_hangs_up(address, way, said)).await;
+    took.unwrap_or_else(|_| panic!("{address}: {said:?}: it is still open"))
+}
+
+async fn until_it_hangs_up(address: &str, way: &Way, said: &Words) -> Duration {
     let mut stream = way.connect(address).await;
+    let (began, mut heard) = (Instant::now(), [0; 1 << 12]);
     // Or it has hung up at once.
     let _ = stream.write_all(&said.first).await;
     let _ = stream.flush().await;
-    let (began, mut heard) = (Instant::now(), [0; 1 << 12]);
     loop {
-        assert!(began.elapsed() < TURNED_AWAY_WITHIN, "{address}: {said:?}: it is still open");
-        match tokio::time::timeout(Duration::from_secs(1), stream.read(&mut heard)).await {
+        match timeout(Duration::from_secs(1), stream.read(&mut heard)).await {
             Ok(Ok(0) | Err(_)) => return began.elapsed(),
             Ok(Ok(_)) => {}
             Err(_) => {

@@ -10,14 +10,18 @@ use std::{
 use baton_integration_tests::{
     Cluster,
     authority::{Authority, alert},
-    chat, process,
+    chat, eventually, metrics, process,
     strangers::{self, Way, crowd},
 };
 use bytes::{Buf as _, BufMut as _, Bytes};
 use futures::future::join_all;
 use http::uri::PathAndQuery;
 use sha2::{Digest as _, Sha256};
-use tokio::time::timeout;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+    time::timeout,
+};
 use tonic::{
     Code, Request, Status,
     codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
@@ -95,14 +99,20 @@ async fn it_is_so_before_https_and_within_it() {
     let set: Vec<&str> = set.iter().flat_map(|setting| ["--set", setting]).collect();
     let cluster = Cluster::start(&set).await;
     let port = [cluster.url().trim_start_matches("https://").to_owned()];
-    let within = Way::tls(None);
-    let (before, within) = tokio::join!(
-        crowd(&port, &Way::Plaintext, 20, strangers::before_tls()),
-        crowd(&port, &within, 20, strangers::of_http()),
-    );
+    let (within, port_of_others) = (Way::tls(None), port[0].clone());
+    let crowds = async {
+        tokio::join!(
+            crowd(&port, &Way::Plaintext, 20, strangers::before_tls()),
+            crowd(&port, &within, 5, strangers::of_http()),
+        )
+    };
+    // Others are let in meanwhile: each of these looks for three seconds whether they are turned away.
+    let ca = authority.0.join("ca.crt");
+    let let_in = tokio::task::spawn_blocking(move || [(); 3].map(|()| alert(&port_of_others, &ca, None)));
+    let ((before, within), let_in) = tokio::join!(crowds, let_in);
     println!("all were turned away after {before:?} before TLS at most, and after {within:?} within");
     assert!(before < HANDSHAKE_MOST, "{before:?}");
-    assert_eq!(alert(&port[0], &authority.0.join("ca.crt"), None), None, "others are let in");
+    assert_eq!(let_in.expect("no panic"), [None, None, None]);
     assert_no_panic(&cluster);
 }
 
@@ -115,35 +125,37 @@ async fn who_is_refused_for_want_of_a_key_keeps_nobody_out() {
     fs::write(&file, format!("[[keys]]\nname = \"alice\"\nsha256 = \"{hash}\"\n")).expect("a file");
     let keys = format!("coordinator.api_keys.file={}", file.display());
     let seats = format!("coordinator.limits.max_connections={SEATS}");
-    let cluster = Cluster::start(&["--set", &keys, "--set", &seats]).await;
-    let ask = async |client: &reqwest::Client, key: &str| {
-        let asked = client.get(format!("{}/v1/models", cluster.url())).bearer_auth(key).send();
-        asked.await.map(|response| response.status().as_u16())
-    };
+    let metrics = process::free_ports(PROCESSES);
+    let cluster = Cluster::start(&["--metrics-listen", &metrics, "--set", &keys, "--set", &seats]).await;
     // Each keeps its connection for its next request, and takes a seat whenever there is one.
     let strangers = [(); 2 * SEATS].map(|()| reqwest::Client::new());
-    let refused = async |stranger| {
+    let refused = async |stranger: &reqwest::Client| {
         loop {
-            if let Ok(status) = ask(stranger, "sk-baton-unknown").await {
-                assert_eq!(status, 401);
+            let asked =
+                stranger.get(format!("{}/v1/models", cluster.url())).bearer_auth("sk-baton-unknown").send();
+            if let Ok(answer) = asked.await {
+                assert_eq!(answer.status(), 401);
             }
             tokio::time::sleep(Duration::from_millis(500)).await;
         }
     };
     let crowd = join_all(strangers.iter().map(refused));
     let alice = async {
-        tokio::time::sleep(Duration::from_secs(3)).await;
-        let alice = reqwest::Client::new();
+        eventually("strangers who give way to each other", || async {
+            let seen = reqwest::get(format!("http://{metrics}/metrics")).await.ok()?.text().await.ok()?;
+            let label = "why=\"stranger\"";
+            (metrics::sum(&seen, "baton_http_closed_total", label)? > 0.0).then_some(())
+        })
+        .await;
+        let address = cluster.url().trim_start_matches("http://");
+        let mut alice = TcpStream::connect(address).await.expect("the kernel takes it");
         let began = Instant::now();
-        let asked = timeout(KEPT_WAITING_MOST, ask(&alice, key)).await.expect("she has a seat before long");
-        assert_eq!(asked.expect("is answered"), 200);
+        timeout(KEPT_WAITING_MOST, asks(&mut alice, key)).await.expect("she has a seat before long");
         let waited = began.elapsed();
-        // And keeps it.
-        for _ in 0..20 {
-            let began = Instant::now();
-            assert_eq!(ask(&alice, key).await.expect("her connection stands"), 200);
-            assert!(began.elapsed() < Duration::from_secs(1), "she has stood in line again");
-            tokio::time::sleep(Duration::from_millis(250)).await;
+        // By the same connection, for longer than a stranger keeps one.
+        for _ in 0..12 {
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            asks(&mut alice, key).await;
         }
         waited
     };
@@ -153,6 +165,16 @@ async fn who_is_refused_for_want_of_a_key_keeps_nobody_out() {
     };
     println!("she waited for {waited:?}");
     assert_no_panic(&cluster);
+}
+
+/// Asks for the models by this connection, and is answered.
+async fn asks(stream: &mut TcpStream, key: &str) {
+    let head = format!("GET /v1/models HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key}\r\n\r\n");
+    stream.write_all(head.as_bytes()).await.expect("her connection stands");
+    let mut answer = vec![0; 1 << 14];
+    let length = stream.read(&mut answer).await.expect("her connection stands");
+    let answer = String::from_utf8_lossy(&answer[..length]);
+    assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
 }
 
 fn assert_no_panic(cluster: &Cluster) {

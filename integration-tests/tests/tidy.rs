@@ -109,3 +109,24 @@ fn dependencies_point_one_way() {
         }
     }
 }
+
+/// What every event of the JSON log has: a field of such a name would stand there twice, and one of the two be lost.
+const OF_EVERY_EVENT: [&str; 4] = ["level", "message", "target", "timestamp"];
+
+#[test]
+fn no_field_of_an_event_has_the_name_of_what_every_event_has() {
+    const MACROS: [&str; 5] = ["trace!(", "debug!(", "info!(", "warn!(", "error!("];
+    let mut events = 0;
+    for path in sources() {
+        let text = fs::read_to_string(&path).expect("a source");
+        for event in text.split("tracing::").skip(1) {
+            let Some(rest) = MACROS.iter().find_map(|name| event.strip_prefix(name)) else { continue };
+            events += 1;
+            for field in rest.split(");").next().unwrap_or_default().split(',') {
+                let name = field.split('=').next().unwrap_or_default().trim().trim_start_matches(['%', '?']);
+                assert!(!OF_EVERY_EVENT.contains(&name), "{}: {name}, in {rest:.80}", path.display());
+            }
+        }
+    }
+    assert!(events > 100, "only {events} events were found");
+}

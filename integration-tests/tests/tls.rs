@@ -6,12 +6,14 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
+    time::Duration,
 };
 
 use baton_integration_tests::{
+    PATIENCE,
     authority::{Authority, alert},
-    binary, chat, eventually, model,
-    process::{Service, free_address},
+    binary, chat, eventually, metrics, model,
+    process::{Service, free_address, panics},
     strangers::{self, Way, crowd},
     tokens::Tokens,
 };
@@ -28,6 +30,10 @@ use tokio::sync::{Mutex, MutexGuard};
 use tonic::{Code, Status, transport::Channel};
 
 const MODEL: &str = "SmolLM2-135M-Instruct";
+/// What a server's log says of a changed handoff secret.
+const SECRET_TAKEN: &str = "the changed handoff secret is taken";
+/// Who does not get on with a handshake has five seconds; a busy machine's delay comes on top.
+const HANDSHAKE_MOST: Duration = Duration::from_secs(10);
 /// The machine has few cores.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
 
@@ -53,9 +59,14 @@ struct Fleet {
 impl Fleet {
     /// Starts it and waits until it serves.
     async fn start() -> Self {
+        Self::start_with(&[]).await
+    }
+
+    /// The same; these settings are the servers'.
+    async fn start_with(settings: &[&str]) -> Self {
         let mut fleet = Self::without_servers(&[]).await;
-        fleet.server("alpha", "alpha");
-        fleet.server("beta", "beta");
+        fleet.server_with("alpha", "alpha", settings);
+        fleet.server_with("beta", "beta", settings);
         eventually("a coordinator that is ready", || async {
             reqwest::get(format!("{}/readiness", fleet.url)).await.ok()?.error_for_status().ok().map(drop)
         })
@@ -97,10 +108,14 @@ impl Fleet {
 
     /// An instance with the certificate of this name.
     fn server(&mut self, certificate: &str, id: &str) {
+        self.server_with(certificate, id, &[]);
+    }
+
+    fn server_with(&mut self, certificate: &str, id: &str, settings: &[&str]) {
         let (model, controller) = (model().display().to_string(), self.controller.clone());
         let arguments = ["--instance-id", id, "--controller", &controller, "--model", &model];
         let threads = ["--set", "runtime.threads=1", "--set", "process.log.level=debug"];
-        self.spawn("baton-server", "server", certificate, &[&arguments[..], &threads[..]].concat());
+        self.spawn("baton-server", "server", certificate, &[&arguments[..], &threads[..], settings].concat());
     }
 
     fn log(&self, name: &str) -> PathBuf {
@@ -425,11 +440,63 @@ async fn who_is_slow_or_makes_no_sense_is_turned_away_before_tls_and_within() {
     let server = instances[0]["inference_endpoint"].as_str().expect("an endpoint").to_owned();
     let ports = [fleet.controller.clone(), fleet.coordinator.clone(), server];
     let within = Way::tls(Some(&viewer));
-    let (before, within) = tokio::join!(
-        crowd(&ports, &Way::Plaintext, 10, strangers::before_tls()),
-        crowd(&ports, &within, 10, strangers::of_grpc()),
-    );
-    println!("all were turned away after {before:?} before TLS at most, and after {within:?} within");
+    let crowds = async {
+        let (before, within) = tokio::join!(
+            crowd(&ports, &Way::Plaintext, 10, strangers::before_tls()),
+            crowd(&ports, &within, 3, strangers::of_grpc()),
+        );
+        println!("all were turned away after {before:?} before TLS at most, and after {within:?} within");
+        assert!(before < HANDSHAKE_MOST, "{before:?}");
+    };
     let body = chat::request(MODEL, "What is the capital of France?", 12, false);
-    assert!(chat::ask(&fleet.url, &body).await.contains("Paris"));
+    let honest = async {
+        for _ in 0..6 {
+            assert!(chat::ask(&fleet.url, &body).await.contains("Paris"));
+        }
+    };
+    tokio::join!(crowds, honest);
+    for name in ["c-0", "e-0", "alpha", "beta"] {
+        let log = fs::read_to_string(fleet.log(name)).expect("a log");
+        assert_eq!(panics(&log).collect::<Vec<_>>(), Vec::<&str>::new(), "{name}");
+    }
+}
+
+#[tokio::test]
+async fn the_handoff_secret_changes_while_caches_are_handed_over() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let secret = folder.path().join("secret");
+    let change = |to: &str| {
+        let new = folder.path().join("new");
+        fs::write(&new, to.repeat(32)).expect("a file");
+        fs::rename(&new, &secret).expect("in its place");
+    };
+    change("a");
+    let file = format!("handoff.secret_file={}", secret.display());
+    let fleet = Fleet::start_with(&["--set", &file]).await;
+    let body = chat::request(MODEL, "What is the capital of France?", 12, false);
+    let taken = async |times: usize| {
+        let count =
+            |name| fs::read_to_string(fleet.log(name)).unwrap_or_default().matches(SECRET_TAKEN).count();
+        while ["alpha", "beta"].iter().any(|name| count(name) < times) {
+            assert!(chat::ask(&fleet.url, &body).await.contains("Paris"));
+        }
+    };
+    for (change_to, times) in [("b", 1), ("c", 2)] {
+        change(change_to);
+        tokio::time::timeout(PATIENCE, taken(times)).await.expect("both take it");
+        assert!(chat::ask(&fleet.url, &body).await.contains("Paris"));
+    }
+    let shown = async |url: String| reqwest::get(url).await.expect("answers").text().await.expect("text");
+    let metrics = shown(format!("{}/metrics", fleet.url)).await;
+    assert_eq!(metrics::sum(&metrics, "baton_coordinator_migrations_total", "").unwrap_or(0.0), 0.0);
+    let admin = fleet.authority.issue("admin", "alice");
+    let (mut whole, mut aborted) = (0.0, 0.0);
+    for instance in fleet.get(&admin, "instances").await.expect("is let in") {
+        let endpoint = instance["metrics_endpoint"].as_str().expect("an endpoint");
+        let metrics = shown(format!("http://{endpoint}/metrics")).await;
+        let count = |name: &str| metrics::sum(&metrics, name, "").unwrap_or(0.0);
+        whole += count("baton_server_transfers_in_total");
+        aborted += count("baton_server_transfers_aborted_total");
+    }
+    assert!(whole >= 4.0 && aborted == 0.0, "{whole} caches were received whole, {aborted} were not");
 }

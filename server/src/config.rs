@@ -178,38 +178,58 @@ impl RuntimeConfig {
     }
 }
 
-/// Of what prefill and decode apart is restricted in, elsewhere too, what has no other place to say so.
+/// Where keys of an engine are looked for.
+const TABLES: &[&str] = &["", "runtime", "model"];
+/// Restrictions of prefill and decode apart for which other systems have keys, and that nothing else here tells of.
 const UNSERVED: &[Unserved] = &[
     Unserved {
-        keys: &["device", "devices", "devicetype", "npudeviceids", "npus", "gpus"],
+        keys: &["device", "devices", "devicetype", "deviceids", "npudeviceids", "npus", "gpus"],
+        tables: TABLES,
         why: "a server computes on the processors of its machine, and there is no device to choose",
     },
     Unserved {
-        keys: &["adapter", "adapters", "lora", "loraadapters", "loramodules", "enablelora"],
+        keys: &[
+            "adapter",
+            "adapters",
+            "lora",
+            "loras",
+            "loraadapters",
+            "loramodules",
+            "enablelora",
+            "maxloras",
+        ],
+        tables: TABLES,
         why: "adapters (LoRA) are not served: merge them into the model",
     },
     Unserved {
         keys: &[
             "speculative",
             "speculativeconfig",
+            "speculationgamma",
             "numspeculativetokens",
             "paralleldecoding",
             "pluginparams",
         ],
+        tables: TABLES,
         why: "a sequence is decoded token by token: neither parallel nor speculative decoding is served",
     },
     Unserved {
         keys: &[
+            "dp",
+            "dataparallelsize",
             "multinode",
             "multinodesinferenabled",
-            "nodes",
             "nnodes",
-            "worldsize",
+            "nodes",
+            "pipelineparallelsize",
+            "pp",
             "tensorparallel",
             "tensorparallelsize",
-            "pipelineparallelsize",
             "tp",
+            "tpsize",
+            "worldsize",
         ],
+        tables: TABLES,
         why: "an instance is one process on one machine: for more throughput start more instances",
     },
 ];

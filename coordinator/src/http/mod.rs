@@ -93,7 +93,7 @@ async fn let_in(State(service): State<Arc<Service>>, mut request: Request, next:
     match service.keys.caller(request.headers_mut()) {
         Ok(caller) => {
             if let Some(stranger) = request.extensions_mut().remove::<Stranger>() {
-                stranger.is_known();
+                stranger.settle();
             }
             request.extensions_mut().insert(caller);
             next.run(request).await

@@ -184,7 +184,7 @@ fn set_arguments_need_a_key_and_an_equals_sign() {
 
 #[test]
 fn a_key_for_what_is_not_served_is_told_why_there_is_none() {
-    let all = [crate::Unserved { keys: &["worldsize"], why: "it is one" }];
+    let all = [crate::Unserved { keys: &["worldsize"], tables: &["", "engine"], why: "it is one" }];
     let said = |key: &str| {
         let error = load_from::<Root>(None, &[], &flags(&[(key, "8")])).expect_err("unknown");
         error.of_unserved(&all).to_string()
@@ -193,4 +193,5 @@ fn a_key_for_what_is_not_served_is_told_why_there_is_none() {
         assert_eq!(said(key), format!("command line ({key}): there is no key `{key}`: it is one"));
     }
     assert!(said("engine.world").contains("unknown key"));
+    assert!(said("listen.world_size").contains("unknown key"), "of something else");
 }

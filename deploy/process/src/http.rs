@@ -103,8 +103,8 @@ pub enum Settles {
 pub struct Stranger(Seat);
 
 impl Stranger {
-    /// It is known who asks.
-    pub fn is_known(&self) {
+    /// It is known who asks: the connection has its seat for good.
+    pub fn settle(&self) {
         self.0.settle();
     }
 }

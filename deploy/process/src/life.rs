@@ -266,12 +266,12 @@ fn log_panics() {
         let thread = std::thread::current();
         let thread = thread.name().unwrap_or("unnamed").to_owned();
         let place = info.location().map(ToString::to_string).unwrap_or_default();
-        let message = message_of(info.payload());
+        let said = message_of(info.payload());
         if std::env::var_os("RUST_BACKTRACE").is_some_and(|value| value != "0") {
             let backtrace = std::backtrace::Backtrace::capture();
-            tracing::error!(%thread, %place, %message, %backtrace, "panic");
+            tracing::error!(%thread, %place, %said, %backtrace, "panic");
         } else {
-            tracing::error!(%thread, %place, %message, "panic");
+            tracing::error!(%thread, %place, %said, "panic");
         }
     }));
 }

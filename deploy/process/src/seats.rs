@@ -121,7 +121,7 @@ impl Seats {
             tracing::warn!(
                 port,
                 seats,
-                "there are as many connections as may be: who has asked for nothing gives way"
+                "there are as many connections as may be: those of strangers give way"
             );
         }
     }
@@ -220,8 +220,8 @@ impl Closed {
         for why in reasons {
             drop(closed.0.get_or_create(&Reason { why: why.name() }));
         }
-        let help = "Connections that the port closed: as there was no seat for them (crowded), as others needed theirs before \
-                    they had asked for anything (stranger), as they asked for nothing in time (late) or for long (idle)";
+        let help = "Connections that the port closed: as there was no seat for them (crowded), as others needed theirs and \
+                    nobody knew whose they were (stranger), as they asked for nothing in time (late) or for long (idle)";
         metrics.register(|registry| registry.register(name, help, closed.0.clone()));
         closed
     }

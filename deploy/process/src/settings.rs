@@ -100,8 +100,10 @@ impl Invalid {
 /// Something that is not served, and so has no key.
 #[derive(Debug, Clone, Copy)]
 pub struct Unserved {
-    /// How its keys may end, in small letters and nothing else.
+    /// The last part of its keys, of which only letters count, in small ones.
     pub keys: &'static [&'static str],
+    /// The tables that such a key is looked for in, by the first part of it; empty = at the top.
+    pub tables: &'static [&'static str],
     /// Why there is none.
     pub why: &'static str,
 }
@@ -109,9 +111,10 @@ pub struct Unserved {
 impl Unserved {
     /// Whether a dotted key, however it is spelt, is for this.
     pub(crate) fn is_meant_by(&self, key: &str) -> bool {
+        let (table, _) = key.split_once('.').unwrap_or_default();
         let last = key.rsplit('.').next().unwrap_or_default();
         let letters: String = last.chars().filter(char::is_ascii_alphabetic).collect();
-        self.keys.contains(&letters.to_ascii_lowercase().as_str())
+        self.tables.contains(&table) && self.keys.contains(&letters.to_ascii_lowercase().as_str())
     }
 }
 

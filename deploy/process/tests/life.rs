@@ -215,6 +215,10 @@ fn a_panic_is_logged_and_an_essential_task_takes_the_process_along() {
         panic.starts_with('{') && panic.contains("specimen.rs:") && panic.contains("\"ERROR\""),
         "{panic}"
     );
+    // What an event tells beside the words has other names: a key that comes twice is lost, or breaks whoever reads it.
+    for key in ["level", "message", "target", "timestamp"] {
+        assert_eq!(panic.matches(&format!("\"{key}\":")).count(), 1, "{key}: {panic}");
+    }
     assert!(log.contains("error: doomed failed: it panicked"), "{log}");
     let (_, log) = Specimen::start(&["--set", "mode=panic", "--set", "process.log.format=human"]).end();
     assert_eq!(log.matches(baton_process::PANIC_LOGGED).count(), 1, "{log}");

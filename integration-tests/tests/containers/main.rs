@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use baton_integration_tests::{binary, folder, model, required};
+use baton_integration_tests::{authority::alert, binary, folder, model, required};
 use docker::{Container, Docker};
 use serde_json::Value;
 
@@ -36,11 +36,7 @@ struct Secrets(tempfile::TempDir);
 impl Secrets {
     fn new() -> Self {
         let dir = tempfile::tempdir().expect("a folder");
-        let certificates = |arguments: &[&str]| {
-            let mut script = Command::new(folder().join("../deploy/certificates"));
-            let output = script.args(arguments).arg("--folder").arg(dir.path()).output().expect("it runs");
-            assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
-        };
+        let certificates = |arguments: &[&str]| certificates_in(dir.path(), arguments);
         certificates(&["authority"]);
         ["controller", "coordinator", "server"].iter().for_each(|role| certificates(&["issue", role]));
         certificates(&["issue", "admin", "alice"]);
@@ -49,6 +45,12 @@ impl Secrets {
             let hosts: Vec<&str> = hosts.iter().map(String::as_str).collect();
             certificates(&[&["issue", "host", name, "127.0.0.1"], &hosts[..]].concat());
         }
+        // Clients are of an authority of their own.
+        let clients = dir.path().join("clients");
+        let of_clients = |arguments: &[&str]| certificates_in(&clients, arguments);
+        of_clients(&["authority"]);
+        of_clients(&["issue", "client", "load"]);
+        std::fs::copy(clients.join("ca.crt"), dir.path().join("clients-ca.crt")).expect("a file");
         let secret: String = (0..32).map(|_| format!("{:02x}", rand::random::<u8>())).collect();
         std::fs::write(dir.path().join("handoff"), secret).expect("a file");
         let digest = sha256(KEY);
@@ -63,6 +65,12 @@ impl Secrets {
         std::fs::set_permissions(dir.path(), passable).expect("ours");
         Self(dir)
     }
+}
+
+fn certificates_in(path: &Path, arguments: &[&str]) {
+    let mut script = Command::new(folder().join("../deploy/certificates"));
+    let output = script.args(arguments).arg("--folder").arg(path).output().expect("it runs");
+    assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
 fn sha256(text: &str) -> String {
@@ -144,6 +152,7 @@ fn coordinator(index: usize) -> Container {
         "models=[{path = \"/models/model.gguf\", names = [\"model\"]}]".to_owned(),
         "https.cert_file=/secrets/host-web.crt".to_owned(),
         "https.key_file=/secrets/host-web.key".to_owned(),
+        "https.client_ca_file=/secrets/clients-ca.crt".to_owned(),
         "api_keys.file=/secrets/keys.toml".to_owned(),
         "limits.linger=2s".to_owned(),
     ];
@@ -197,6 +206,11 @@ impl Deployment {
         let client = reqwest::Client::builder().timeout(Duration::from_secs(2)).build().expect("a client");
         let mut deployment = Self { load: None, containers, docker, secrets, client };
         deployment.all_ready().await;
+        let ca = deployment.secrets.0.path().join("ca.crt");
+        for address in addresses(&COORDINATORS, 8000) {
+            let said = alert(&address, &ca, None).expect("clients without a certificate are turned away");
+            assert!(said.contains("certificate required"), "{said}");
+        }
         deployment.load = Some(deployment.begin_load());
         deployment
     }
@@ -209,6 +223,7 @@ impl Deployment {
             .args([&urls.join(","), "model"])
             .arg(self.secrets.0.path().join("ca.crt"))
             .arg(KEY)
+            .args(["crt", "key"].map(|end| self.secrets.0.path().join(format!("clients/client-load.{end}"))))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()

@@ -58,7 +58,7 @@ async fn connections_beyond_the_limit_wait_and_idle_ones_end_with_the_process() 
 
 #[tokio::test]
 async fn who_has_asked_and_is_not_known_gives_way_where_that_counts() {
-    let of_somebody = get(async |stranger: Extension<Stranger>| stranger.is_known());
+    let of_somebody = get(async |stranger: Extension<Stranger>| stranger.settle());
     let router = Router::new().route("/known", of_somebody).route("/open", get(async || "anybody"));
     let closed = Closed::default();
     let port = Port {

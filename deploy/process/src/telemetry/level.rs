@@ -101,7 +101,7 @@ fn change(level: &str, handle: &reload::Handle<EnvFilter, Registry>) {
         // Only a subscriber that is gone takes none.
         Ok(filter) => {
             let _ = handle.reload(filter);
-            tracing::info!(target: AUDIT, level, "the log's level has changed");
+            tracing::info!(target: AUDIT, now = level, "the log's level has changed");
         }
         Err(error) => tracing::error!("process.log.level_file: {error}; the level stays as it is"),
     }

@@ -12,7 +12,7 @@ use webpki::{EndEntityCert, Error, KeyUsage};
 const NEVER: UnixTime = UnixTime::since_unix_epoch(Duration::from_secs(u64::MAX));
 
 /// By whoever believes `anchors`, which themselves do not end: they are believed for being there. Without any, as long as all
-/// of `chain` lasts. `None`: it is no certificate.
+/// of `chain` lasts. Of two ways to an anchor it may be the one that ends sooner. `None`: it is no certificate.
 pub(super) fn believed_until(
     chain: &[CertificateDer<'_>],
     anchors: &[TrustAnchor<'_>],

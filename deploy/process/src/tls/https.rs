@@ -12,7 +12,7 @@ use tokio_rustls::{
     rustls::{
         self, RootCertStore, ServerConfig,
         crypto::ring,
-        pki_types::{PrivateKeyDer, pem::PemObject},
+        pki_types::{PrivateKeyDer, UnixTime, pem::PemObject},
         server::{NoServerSessionStorage, WebPkiClientVerifier},
         sign::{CertifiedKey, SingleCertAndKey},
         version::TLS13,
@@ -135,6 +135,9 @@ fn make([cert, key, client_ca]: &Contents, config: &HttpsConfig) -> Result<Made,
     let key = key.map_err(|error| key_is(format!("holds no key: {error}")))?;
     // Whom clients believe is not known here.
     let until = believed_until(&chain, &[], KeyUsage::server_auth());
+    if until.is_some_and(|until| until < UnixTime::now()) {
+        return Err(content(CERT, &config.cert_file, "has expired, or what it was signed by"));
+    }
     let not_of = |error| key_is(format!("is not the key of {}: {error}", config.cert_file.display()));
     let certified = CertifiedKey::from_der(chain, key, &provider).map_err(not_of)?;
     let own = Arc::new(SingleCertAndKey::from(certified));
