@@ -10,7 +10,6 @@ use std::{
 };
 
 use baton_integration_tests::{
-    PATIENCE,
     authority::{Authority, alert},
     binary, chat, eventually, metrics, model,
     process::{Service, free_address, panics},
@@ -59,19 +58,19 @@ struct Fleet {
 impl Fleet {
     /// Starts it and waits until it serves.
     async fn start() -> Self {
-        Self::start_with(&[]).await
+        let mut fleet = Self::without_servers(&[]).await;
+        fleet.server("alpha", "alpha");
+        fleet.server("beta", "beta");
+        fleet.is_ready().await;
+        fleet
     }
 
-    /// The same; these settings are the servers'.
-    async fn start_with(settings: &[&str]) -> Self {
-        let mut fleet = Self::without_servers(&[]).await;
-        fleet.server_with("alpha", "alpha", settings);
-        fleet.server_with("beta", "beta", settings);
+    /// Waits until it serves.
+    async fn is_ready(&self) {
         eventually("a coordinator that is ready", || async {
-            reqwest::get(format!("{}/readiness", fleet.url)).await.ok()?.error_for_status().ok().map(drop)
+            reqwest::get(format!("{}/readiness", self.url)).await.ok()?.error_for_status().ok().map(drop)
         })
         .await;
-        fleet
     }
 
     /// The controller and the coordinator, both with these settings.
@@ -463,28 +462,31 @@ async fn who_is_slow_or_makes_no_sense_is_turned_away_before_tls_and_within() {
 
 #[tokio::test]
 async fn the_handoff_secret_changes_while_caches_are_handed_over() {
-    let folder = tempfile::tempdir().expect("a folder");
-    let secret = folder.path().join("secret");
-    let change = |to: &str| {
-        let new = folder.path().join("new");
+    let mut fleet = Fleet::without_servers(&[]).await;
+    // Each has a file of its own, so that they go by other secrets for a while.
+    let file = |name: &str| fleet.dir.path().join(format!("{name}.secret"));
+    let files = ["alpha", "beta"].map(|name| (name, file(name)));
+    let change = |file: &Path, to: &str| {
+        let new = file.with_extension("new");
         fs::write(&new, to.repeat(32)).expect("a file");
-        fs::rename(&new, &secret).expect("in its place");
+        fs::rename(&new, file).expect("in its place");
     };
-    change("a");
-    let file = format!("handoff.secret_file={}", secret.display());
-    let fleet = Fleet::start_with(&["--set", &file]).await;
+    for (name, file) in &files {
+        change(file, "a");
+        fleet.server_with(name, name, &["--set", &format!("handoff.secret_file={}", file.display())]);
+    }
+    fleet.is_ready().await;
     let body = chat::request(MODEL, "What is the capital of France?", 12, false);
-    let taken = async |times: usize| {
-        let count =
-            |name| fs::read_to_string(fleet.log(name)).unwrap_or_default().matches(SECRET_TAKEN).count();
-        while ["alpha", "beta"].iter().any(|name| count(name) < times) {
+    for (times, to) in [(1, "b"), (2, "c")] {
+        for (name, file) in &files {
+            change(file, to);
+            eventually(&format!("{to}, taken by {name}"), || async {
+                let log = fs::read_to_string(fleet.log(name)).unwrap_or_default();
+                (log.matches(SECRET_TAKEN).count() >= times).then_some(())
+            })
+            .await;
             assert!(chat::ask(&fleet.url, &body).await.contains("Paris"));
         }
-    };
-    for (change_to, times) in [("b", 1), ("c", 2)] {
-        change(change_to);
-        tokio::time::timeout(PATIENCE, taken(times)).await.expect("both take it");
-        assert!(chat::ask(&fleet.url, &body).await.contains("Paris"));
     }
     let shown = async |url: String| reqwest::get(url).await.expect("answers").text().await.expect("text");
     let metrics = shown(format!("{}/metrics", fleet.url)).await;
