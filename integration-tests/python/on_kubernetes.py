@@ -1,7 +1,8 @@
 """The deployment on Kubernetes: applied, ready, asked through its Service, and rolled out anew under load without a failed request.
 
 `on_kubernetes.py FOLDER PROGRAMS`, as the command of `deploy/kubernetes/cluster run FOLDER`; `deploy/run test-kubernetes` calls it.
-PROGRAMS is the folder of Baton's. Needs BATON_TEST_KUBECTL and BATON_TEST_MODEL, a GGUF. Prints what it saw, the load as JSON.
+PROGRAMS is the folder of Baton's. Needs BATON_TEST_KUBECTL, BATON_TEST_HELM and BATON_TEST_MODEL, a GGUF. Prints what it saw, the
+load as JSON.
 """
 
 import contextlib
@@ -21,14 +22,16 @@ import yaml
 
 FOLDER, PROGRAMS = map(pathlib.Path, sys.argv[1:])
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-KUBECTL, MODEL = os.environ["BATON_TEST_KUBECTL"], pathlib.Path(os.environ["BATON_TEST_MODEL"])
+KUBECTL, HELM = os.environ["BATON_TEST_KUBECTL"], os.environ["BATON_TEST_HELM"]
+MODEL = pathlib.Path(os.environ["BATON_TEST_MODEL"])
 # As whom images run.
 USER = 65532
 # Seconds: what pods may take to be ready, and to end, of which this kubelet may hear a minute late; and what changed Secrets may
 # take to be in pods, and to be seen there.
 READY_WITHIN, GONE_WITHIN, RENEWED_WITHIN = 300, 180, 240
 MEMBERS = 3
-DEPLOYMENTS = [f"deployment/baton-{it}" for it in ["controller", "coordinator", "server"]]
+SERVICES = [f"baton-{it}" for it in ["controller", "coordinator", "server"]]
+DEPLOYMENTS = [f"deployment/{it}" for it in SERVICES]
 
 
 def run(*command, timeout=120, **options):
@@ -162,6 +165,22 @@ def restarts(namespace):
             for pod in got(namespace, "pods") for it in pod["status"].get("containerStatuses", []) if it["restartCount"]}
 
 
+def until_logged(namespace, pods, level):
+    """Waits until each pod's log says that this is what it tells from now on. That is said whatever it tells."""
+    left = set(pods)
+
+    def said(pod):
+        lines = kubectl("logs", "-n", namespace, pod, "--since=10m").splitlines()
+        changes = [json.loads(line) for line in lines if "the log's level has changed" in line]
+        return bool(changes) and changes[-1]["now"] == level
+
+    def all_have():
+        left.difference_update([pod for pod in left if said(pod)])
+        return not left
+
+    until(f"the level {level} in every log", all_have, RENEWED_WITHIN)
+
+
 def kill(namespace, app):
     """Kills the process of one pod, as a crash would; its name."""
     pod = pods_of(namespace, app)[0]
@@ -269,6 +288,12 @@ def multi_node():
         new = ssl.PEM_cert_to_DER_cert((FOLDER / f"certificates-{namespace}/host-https.crt").read_text())
         # Of several connections some go to each coordinator.
         until("the new certificate is shown", lambda: all(shown(host, authority) == new for _ in range(10)), RENEWED_WITHIN)
+    with load.during("another level of the log, and back", seen):
+        services = [pod["metadata"]["name"] for app in SERVICES for pod in pods_of(namespace, app)]
+        kubectl("create", "configmap", "baton-log", "-n", namespace, "--from-literal=level=warn")
+        until_logged(namespace, services, "warn")
+        kubectl("delete", "configmap", "baton-log", "-n", namespace)
+        until_logged(namespace, services, "info")
     with load.during("scaling by the controller", seen):
         # As README.md has it: else `replicas`, which is left out from now on, would be 1 for a moment.
         edit = os.environ | {"KUBE_EDITOR": "sed -i /replicas:/d"}
@@ -333,6 +358,37 @@ def single_node():
     log(f"a single node: the answer in progress was ended, and the next pod was ready after {took:.1f} s")
 
 
+def by_helm():
+    namespace, values = "by-helm", FOLDER / "values.yaml"
+    kubectl("create", "namespace", namespace)
+    bring_model(namespace)
+    _, key = bring_secrets(namespace, "api-keys")
+    values.write_text(yaml.safe_dump({
+        "mode": "singleNode",
+        "images": {"tag": "test"},
+        "model": {"path": "/models/model.gguf"},
+        "singleNode": {
+            "settings": ["server.runtime.kv_cache_bytes=67108864"],
+            "container": {"resources": {"requests": {"cpu": "500m", "memory": "512Mi"}, "limits": {"memory": "1Gi"}}},
+        },
+    }))
+    chart = ["baton", ROOT / "deploy/kubernetes/chart", "--namespace", namespace, "--values", values, "--wait"]
+    begun = time.monotonic()
+    run(HELM, "install", *chart, timeout=READY_WITHIN)
+    client = client_of(f"http://baton.{namespace}.svc.cluster.local/v1", key)
+    model = client.models.list().data[0].id
+    said = ask(client, model, max_tokens=24, temperature=0).choices[0].message.content
+    assert said
+    log(f"by Helm: a single node has answered after {time.monotonic() - begun:.1f} s")
+    begun = time.monotonic()
+    run(HELM, "upgrade", *chart, "--set", "singleNode.decode=2", timeout=READY_WITHIN)
+    rolled_out(namespace, "deployment/baton")
+    assert ask(client, model, max_tokens=24, temperature=0).choices[0].message.content == said
+    log(f"by Helm: upgraded to two decode servers, and has answered after {time.monotonic() - begun:.1f} s")
+    run(HELM, "uninstall", "baton", "--namespace", namespace)
+    until("nothing is left of it", lambda: not any(got(namespace, "pods,deployments,services,networkpolicies")), GONE_WITHIN)
+
+
 def main():
     begun = time.monotonic()
     until("the node is ready", lambda: any(
@@ -342,12 +398,13 @@ def main():
     log(f"the node is ready and has the images after {time.monotonic() - begun:.1f} s")
     multi_node()
     single_node()
+    by_helm()
 
 
 try:
     main()
 except BaseException:
-    for namespace in ["baton", "single"]:
+    for namespace in ["baton", "single", "by-helm"]:
         for arguments in [["get", "pods", "-o", "wide"], ["get", "events", "--sort-by=.lastTimestamp"]]:
             subprocess.run([KUBECTL, *arguments, "-n", namespace], timeout=60)
     logs = sorted(pathlib.Path("/var/log/pods").glob("*/*/*.log"))
