@@ -7,7 +7,7 @@ import tempfile
 
 import yaml
 
-from making import KUBERNETES, composed, output, told
+from making import KUBERNETES, composed, output, run, told
 from references import check_references
 from schemas import VERSIONS, check_valid
 
@@ -26,6 +26,38 @@ def check_hosts():
             first = then
 
 
+def check_renewed():
+    """What is to be renewed has been made in the folder before; if any of it has not, nothing is made or printed."""
+    def renewed(folder, *what):
+        return run(KUBERNETES / "secrets", "--renew", *what, "--folder", folder)
+
+    def refused(folder, missing, *what):
+        before = {it: it.read_bytes() for it in pathlib.Path(folder).rglob("*") if it.is_file()}
+        there, done = pathlib.Path(folder).exists(), renewed(folder, *what)
+        assert done.returncode == 1 and done.stdout == "", (what, done.stdout)
+        assert f"there is no {missing} in {folder}: --folder " in done.stderr, (what, done.stderr)
+        after = {it: it.read_bytes() for it in pathlib.Path(folder).rglob("*") if it.is_file()}
+        assert after == before and pathlib.Path(folder).exists() == there, f"{what}: {after.keys() - before.keys()}"
+
+    with tempfile.TemporaryDirectory() as folder:
+        other = f"{folder}/other"
+        missing = {"tls": "ca.key", "https": "ca.key", "etcd": "etcd/ca.key", "handoff": "handoff", "api-keys": "keys.toml"}
+        for what, file in missing.items():
+            refused(other, file, what)
+        refused(other, "ca.key")
+        first = made_secrets(folder, "tls", "https")
+        refused(folder, "etcd/ca.key")
+        refused(folder, "handoff", "tls", "handoff")
+        then = decoded_all(output(KUBERNETES / "secrets", "--renew", "tls", "https", "--folder", folder))
+        assert then.keys() == first.keys()
+        for name, of in then.items():
+            assert of["ca.crt"] == first[name]["ca.crt"] and of["tls.crt"] != first[name]["tls.crt"], name
+        # Nor is another authority made when a certificate lacks a host.
+        (pathlib.Path(folder) / "ca.key").unlink()
+        done = run(KUBERNETES / "secrets", "--host", "a.example", "https", "--folder", folder)
+        assert done.returncode == 1 and f"no ca.key in {folder}" in done.stderr, done.stderr
+
+
 def decoded(data):
     return {key: base64.b64decode(value).decode() for key, value in data.items()}
 
@@ -33,6 +65,10 @@ def decoded(data):
 def made_secrets(folder, *arguments):
     printed = output(KUBERNETES / "secrets", *arguments, "--folder", folder)
     assert printed == output(KUBERNETES / "secrets", *arguments, "--folder", folder), "made anew"
+    return decoded_all(printed)
+
+
+def decoded_all(printed):
     objects = list(yaml.safe_load_all(printed))
     check_valid(objects, VERSIONS)
     return {it["metadata"]["name"]: decoded(it["data"]) for it in objects}

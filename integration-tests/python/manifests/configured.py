@@ -5,7 +5,7 @@ import pathlib
 import re
 import tempfile
 
-from making import PROGRAMS, by_name, container_of, output, pod_of, ports_of, run, workloads
+from making import KUBERNETES, PROGRAMS, by_name, container_of, output, pod_of, ports_of, run, workloads
 
 FIELDS = {"status.podIP": "10.1.2.3", "metadata.name": "baton-pod-5d4f7-x2x9z", "metadata.uid": "6c1b2f9e-1a2b", "requests.cpu": "4"}
 
@@ -92,6 +92,14 @@ def check_log(config, files, name):
 
 # What a component alone says.
 UNLESS_SAID = {"controller": {"ascend.ranktable_file": ""}, "coordinator": {"https.client_ca_file": ""}, "server": {}}
+
+
+def check_no_device():
+    """NPUs are reserved for nothing as long as servers compute on the CPU alone, and README.md says so as long."""
+    done = run(PROGRAMS / "baton-server", "--set=runtime.device=npu", "--model=/models/m", "--check-config")
+    nothing = "there is no device to choose" in done.stderr
+    (row,) = re.findall(r"^\| `ascend` \|.*", (KUBERNETES / "README.md").read_text(), re.M)
+    assert nothing == ("nothing computes on them yet" in row), (done.stderr, row)
 
 
 def check_expected(service, config, expected):

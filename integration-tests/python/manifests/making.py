@@ -1,5 +1,6 @@
 """What kustomize and Helm make of deploy/kubernetes, and what is in it."""
 
+import functools
 import json
 import os
 import pathlib
@@ -45,15 +46,29 @@ def composed(*components, base="multi-node", **more):
     return made_by({"namespace": "baton", "resources": [f"deploy/kubernetes/{base}"], "components": parts, **more})
 
 
+def blocks_of_readme():
+    return [yaml.safe_load(it) for it in re.findall("^```yaml\n(.*?)^```", (KUBERNETES / "README.md").read_text(), re.M | re.S)]
+
+
 def of_readme():
     """The kustomizations in README.md: one of multi-node, one of single node with HTTPS."""
-    blocks = re.findall("^```yaml\n(.*?)^```", (KUBERNETES / "README.md").read_text(), re.M | re.S)
-    return [it for it in map(yaml.safe_load, blocks) if "resources" in it]
+    return [it for it in blocks_of_readme() if "resources" in it]
+
+
+@functools.cache
+def commands_of_readme():
+    """All commands in README.md, each on one line."""
+    blocks = re.findall("^ *```sh\n(.*?)^ *```", (KUBERNETES / "README.md").read_text(), re.M | re.S)
+    return [it.strip() for it in re.sub(r"(\\|\|)\n\s*", lambda found: found[1].strip("\\") + " ", "".join(blocks)).splitlines()]
+
+
+def told_all(start):
+    return [shlex.split(it, comments=True) for it in commands_of_readme() if it.startswith(start)]
 
 
 def told(start, folder=None):
     """What the command in README.md that begins so prints; of one that makes an object, that object, which is made nowhere."""
-    (line,) = re.findall(rf"^ *({re.escape(start)} .*?)(?: \| .*)?$", (KUBERNETES / "README.md").read_text(), re.M)
+    (line,) = [it.split(" | ")[0] for it in commands_of_readme() if it.startswith(start + " ")]
     program, *arguments = shlex.split(line, comments=True)
     if program == "kubectl":
         dry = [*arguments, "--dry-run=client", "-o", "json"]

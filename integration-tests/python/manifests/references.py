@@ -9,6 +9,10 @@ def selects(selector, labels):
     return all(labels.get(key) == value for key, value in selector.items())
 
 
+def assert_unlike(names, workload):
+    assert len({*names}) == len(names), f"{workload['metadata']['name']} has one of these twice: {names}"
+
+
 def check_references(objects, secrets):
     """Whatever is named is there, and whoever selects selects somebody. Returns the Secrets that pods ask for."""
     named, asked = by_name(objects), set()
@@ -39,6 +43,9 @@ def check_references(objects, secrets):
                 secret(volume["secret"]["secretName"], volume["secret"].get("items", []))
         claims = [claim["metadata"] for claim in it["spec"].get("volumeClaimTemplates", [])]
         volumes = {volume["name"] for volume in pod["volumes"] + claims}
+        assert_unlike([volume["name"] for volume in pod["volumes"] + claims], it)
+        assert_unlike([mount["mountPath"] for mount in container["volumeMounts"]], it)
+        assert_unlike(container["args"], it)
         mounted = {mount["name"] for one in [container, *pod.get("initContainers", [])] for mount in one["volumeMounts"]}
         assert volumes == mounted, (it["metadata"]["name"], volumes, mounted)
         for probe in ("startupProbe", "readinessProbe", "livenessProbe"):

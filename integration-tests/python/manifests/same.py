@@ -5,8 +5,9 @@ import re
 
 import yaml
 
-from making import CHART, KUBERNETES, by_name, composed, container_of, example, helm, kustomize, made_by, of_readme, pod_of
-from making import workloads
+from configured import check_configured, check_single_node
+from making import CHART, KUBERNETES, blocks_of_readme, by_name, composed, container_of, example, helm, kustomize, made_by
+from making import of_readme, pod_of, told_all, workloads
 from monitoring import check_scraped
 from schemas import OLD_VERSIONS, VERSIONS, check_valid
 
@@ -48,15 +49,16 @@ SAME = {
     "role-pools": {"server": {"pools": pools()}},
     "model-init": {"model": {"init": {"image": "baton-model"}}},
     "prometheus": {"prometheus": {"enabled": True}},
+    "client-certificates": {"clientCertificates": {"enabled": True}},
 }
 # What it is among the examples of values.
 EXAMPLES = {
     "ascend": ["ascend"],
     "ascend-a3": ["ascend", "ascend-a3"],
-    "client-certificates": ["client-certificates"],
     "rdma": ["rdma"],
 }
 ONE = {"mode": "singleNode"}
+HTTPS = {**ONE, "singleNode": {"https": "baton-https"}}
 
 
 def check_helm():
@@ -71,11 +73,10 @@ def check_helm():
         check_same(ours, helm(ONE, *example(*EXAMPLES[component])), f"single-node, {component}")
     for component in ("model-init", "prometheus"):
         check_same(composed(component, base="single-node"), helm({**ONE, **SAME[component]}), f"single-node, {component}")
-    # Its Service keeps port 80 by Helm.
     (https,) = [it for it in of_readme() if "single-node" in str(it["resources"])]
+    check_same(made_by(https), helm(HTTPS), "single-node, https")
     ours = made_by({**https, "components": ["deploy/kubernetes/components/client-certificates"]})
-    parts = [[it for it in one if it["kind"] != "Service"] for one in (ours, helm(ONE, *example("client-certificates")))]
-    check_same(*parts, "single-node, client-certificates")
+    check_same(ours, helm({**HTTPS, **SAME["client-certificates"]}), "single-node, client-certificates")
     known = {it.name for it in (CHART / "examples").iterdir()}
     assert known == {f"{it}.yaml" for names in EXAMPLES.values() for it in names}, known
     check_same(composed("autoscaling", "kubernetes-1.20"), helm(SAME["autoscaling"], "--kube-version", "1.20"), "1.20")
@@ -97,12 +98,86 @@ def check_helm():
     refused = [{"modes": "singleNode"}, {"mode": "many"}, {"server": {"replica": 1}}, {"etcd": {"enabled": False}}]
     refused += [{"model": {"path": "/m"}}, {"model": {"volume": {"nfs": {}, "hostPath": {}}}}]
     refused += [{"server": {"strategy": it}} for it in ({"maxSurge": 0}, {"type": "Recreate", "rollingUpdate": {"maxSurge": 0}})]
-    for bad in [*refused, {"server": {"pools": {"all": {}}}}]:
-        try:
-            helm(bad)
-        except AssertionError:
-            continue
-        raise AssertionError(f"the chart takes {bad}")
+    refused += [{"clientCertificates": it} for it in ({"enable": True}, {"enabled": True, "secret": ""}, {"enabled": "true"})]
+    refused += [{"singleNode": {"https": True}}, {"server": {"pools": {"all": {}}}}]
+    for bad in refused:
+        assert refusal(bad), f"the chart takes {bad}"
+
+
+def refusal(values):
+    """Why the chart does not take them, None if it does."""
+    try:
+        helm(values)
+    except AssertionError as error:
+        return str(error)
+
+
+def check_clients(secrets):
+    """By Helm, too, no client is let in without a certificate that has to have one, whatever else the values say."""
+    wanted = {"clientCertificates": {"enabled": True}}
+    for undone in ([], ["limits.max_queued=7"], ["https.client_ca_file="], ["https.client_ca_file=/etc/elsewhere.crt"]):
+        more = {"volumes": [{"name": "clients-ca", "emptyDir": {}}, {"name": "more", "emptyDir": {}}]} if undone else {}
+        mounts = {"volumeMounts": [{"name": "more", "mountPath": it} for it in ("/etc/clients", "/more")]} if undone else {}
+        objects = helm({**wanted, "coordinator": {"settings": undone, "pod": more, "container": mounts}})
+        expected = {"https.client_ca_file": "/etc/clients/ca.crt"}
+        expected |= {"limits.max_queued": "7"} if "limits.max_queued=7" in undone else {}
+        check_configured(objects, secrets, {"coordinator": expected})
+        single = {"https": "baton-https", "settings": [f"coordinator.{it}" for it in undone], "pod": more, "container": mounts}
+        objects += (one := helm({**ONE, **wanted, "singleNode": single}))
+        check_single_node(one, secrets, {"coordinator": expected}, https="/etc/https")
+        for it in workloads(objects):
+            if container_of(it)["name"] not in ("coordinator", "baton"):
+                continue
+            volumes, mounted = named(pod_of(it)["volumes"]), named(container_of(it)["volumeMounts"], "mountPath")
+            assert volumes[mounted["/etc/clients"]["name"]]["secret"]["secretName"] == "baton-clients-ca", volumes
+    # Also where arguments are replaced.
+    for name, values in (("baton-coordinator", {"coordinator": {"container": {"args": ["--mine"]}}}),
+                         ("baton", {**ONE, "singleNode": {"https": "a", "container": {"args": ["--mine"]}}})):
+        first, *rest = container_of(by_name(helm({**wanted, **values}))["Deployment", name])["args"]
+        assert first == "--mine" and any(it.endswith("https.client_ca_file=/etc/clients/ca.crt") for it in rest), rest
+    other = made({"clientCertificates": {"enabled": True, "secret": "mine"}}, "coordinator")
+    assert named(pod_of(other)["volumes"])["clients-ca"]["secret"]["secretName"] == "mine"
+    why = refusal({**ONE, **wanted})
+    assert why and "singleNode.https" in why, f"a single node without HTTPS: {why}"
+
+
+def check_readme(secrets):
+    """What README.md tells operators to do does what it says."""
+    # No release goes back to what the chart says.
+    upgrades = told_all("helm upgrade")
+    assert upgrades
+    for words in upgrades:
+        assert {"--reuse-values", "-f"} & {*words}, f"forgets values: {words}"
+        helm({}, *[word for at, it in enumerate(words) if it == "--set" for word in ("--set", words[at + 1])])
+
+    # Images are where they are pushed.
+    ((_, *words),) = told_all("deploy/images/build")
+    tag, prefix = words[words.index("--tag") + 1], words[words.index("--push") + 1]
+    (images,) = [it for it in blocks_of_readme() if "images" in it and "resources" not in it]
+    services = {"controller", "coordinator", "server", "etcd"}
+    (multi,) = [it for it in of_readme() if "multi-node" in str(it["resources"])]
+    for objects in (helm(images), made_by(multi)):
+        of = {container_of(it)["image"] for it in workloads(objects)}
+        assert of == {f"{prefix}/baton-{it}:{tag}" for it in services}, of
+    assert container_of(workloads(helm({**images, **ONE}))[0])["image"] == f"{prefix}/baton:{tag}"
+
+    # Clients ask at the port that is forwarded to the entry's.
+    urls = [re.search(r"(https?)://localhost:(\d+)/", it[-1]).groups() for it in told_all("curl") if "localhost" in it[-1]]
+    forwarded = [it[it.index("service/baton") + 1].split(":") for it in told_all("kubectl port-forward")]
+    entries = [by_name(kustomize(KUBERNETES / it))["Service", "baton"]["spec"]["ports"] for it in ("single-node", "multi-node")]
+    said = [[(scheme, int(there))] for (scheme, asked), (here, there) in zip(urls, forwarded, strict=True) if asked == here]
+    assert said == [[(it["name"], it["port"]) for it in ports] for ports in entries], said
+    waited = [it[-3] if "--timeout" in it else it[-1] for it in told_all("kubectl rollout status")]
+    assert waited == ["deployment/baton", "deployment/baton-coordinator"], waited
+
+    # Each service sends traces to where it may.
+    (traces,) = [it for it in blocks_of_readme() if it.keys() == {"patches"}]
+    (endpoint,) = re.findall(r"process\.otlp\.endpoint=(http://[\w.]+\.monitoring:4317)", str(traces))
+    expected = {it: {"process.otlp.endpoint": endpoint} for it in ("controller", "coordinator", "server")}
+    for objects in (composed(**traces), composed("role-pools", **traces)):
+        check_configured(objects, secrets, expected)
+    single = {"settings": [f"{it}.process.otlp.endpoint={endpoint}" for it in expected]}
+    check_single_node(helm({**ONE, "singleNode": single}), secrets, expected)
 
 
 def made(values, name):

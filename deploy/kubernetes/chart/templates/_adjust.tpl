@@ -65,6 +65,9 @@ services,server
   {{- $_ := set $object.spec "maxReplicas" $values.autoscaling.max }}
 {{- else if and (eq $object.kind "Service") (eq $object.metadata.name "baton") }}
   {{- if ne $values.service.type "ClusterIP" }}{{ $_ := set $object.spec "type" $values.service.type }}{{ end }}
+  {{- if and (eq $values.mode "singleNode") $values.singleNode.https }}
+    {{- $_ := set $object.spec "ports" (list (dict "name" "https" "port" 443 "targetPort" "clients" "protocol" "TCP")) }}
+  {{- end }}
   {{- with $values.service.annotations }}{{ $_ := set $object.metadata "annotations" . }}{{ end }}
 {{- else if eq $object.kind "NetworkPolicy" }}
   {{- $egress := list }}

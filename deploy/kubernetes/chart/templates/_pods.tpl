@@ -56,10 +56,40 @@
 
 {{- include "baton.merge" (dict "into" $container "from" .values.container) }}
 {{- include "baton.merge" (dict "into" $pod "from" .values.pod) }}
+{{- if has $name (list "coordinator" "baton") }}{{ include "baton.clients" (dict "values" $all "pod" $pod "name" $name) }}{{ end }}
 {{- with include "baton.told" (dict "root" .root "pod" $pod) }}
   {{- $_ := set $template.metadata.annotations "checksum/config" (sha256sum .) }}
 {{- end }}
 {{- include "baton.merge" (dict "into" $template.metadata.annotations "from" .values.annotations) }}
+{{- end -}}
+
+{{/* By what clients are served, and whom they have to be known by. It comes last, so that no other value takes its place. */}}
+{{- define "baton.clients" -}}
+{{- $container := index .pod.containers 0 }}
+{{- $prefix := eq .name "baton" | ternary "coordinator." "" }}
+{{- $files := list }}
+{{- with .values.clientCertificates }}
+  {{- if .enabled }}
+    {{- $items := list (dict "key" "ca.crt" "path" "ca.crt") }}
+    {{- $secret := dict "secretName" .secret "defaultMode" 0440 "items" $items }}
+    {{- $settings := list "client_ca_file=/etc/clients/ca.crt" }}
+    {{- $files = append $files (dict "name" "clients-ca" "at" "/etc/clients" "secret" $secret "settings" $settings) }}
+  {{- end }}
+{{- end }}
+{{- if and (eq .name "baton") .values.singleNode.https }}
+  {{- $settings := list "cert_file=/etc/https/tls.crt" "key_file=/etc/https/tls.key" }}
+  {{- $secret := dict "secretName" .values.singleNode.https "defaultMode" 0440 }}
+  {{- $files = append $files (dict "name" "https" "at" "/etc/https" "secret" $secret "settings" $settings) }}
+{{- end }}
+{{- range $files }}
+  {{- $volumes := list (dict "name" .name "secret" .secret) }}
+  {{- include "baton.merge" (dict "into" $.pod "from" (dict "volumes" $volumes)) }}
+  {{- $mounts := list (dict "name" .name "mountPath" .at "readOnly" true) }}
+  {{- include "baton.merge" (dict "into" $container "from" (dict "volumeMounts" $mounts)) }}
+  {{- range .settings }}
+    {{- $_ := set $container "args" (append ($container.args | default list) (printf "--set=%shttps.%s" $prefix .)) }}
+  {{- end }}
+{{- end }}
 {{- end -}}
 
 {{/* What a `pod` is told by our ConfigMaps, nothing if it asks none: when that changes, there are new pods. */}}
