@@ -22,8 +22,8 @@ pub struct LimitsConfig {
     #[serde(with = "duration")]
     #[schemars(schema_with = "duration::schema")]
     pub body_timeout: Duration,
-    /// Connections of clients at once. Of more, each has the place of one [of nobody known](../../README.md#security), by
-    /// which no request has been let in yet, or waits to be taken. Fewer where the process may not open 1,024 files beside them
+    /// Connections of clients at once. Of more, each has the place of a [stranger's](../../README.md#security), by which no
+    /// request has been let in yet, or waits to be taken. Fewer where the process may not open 1,024 files beside them
     /// (half of what it may open, if that is more).
     #[schemars(range(min = 1))]
     pub max_connections: usize,

@@ -30,7 +30,7 @@ pub(super) struct Expected {
     next: u64,
     chains: BTreeMap<Ticket, Arc<[u64]>>,
     slots: BTreeMap<(Arc<[u64]>, Ticket), Slot>,
-    /// How many chains each slot has; none has none.
+    /// How many chains each slot has, of those that have any.
     by_slot: HashMap<Slot, usize>,
     /// When to forget which, the soonest first.
     ending: VecDeque<(Instant, Ticket)>,
