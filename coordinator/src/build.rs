@@ -206,6 +206,9 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
     let metrics_listener =
         config.metrics_listen.as_ref().map(|listen| bind(listen, "metrics_listen")).transpose()?;
     let store = open_store(&config.store, &tls)?;
+    if let Some((setting, file)) = config.store.etcd.certificate() {
+        process.watch_certificate(setting, file, &drained)?;
+    }
     let keys = Source::open(&config.api_keys, &store)?;
     let served =
         models::open(&config.models, &config.model_root, &TextCache::new(config.text.cache_bytes)).await?;

@@ -10,7 +10,7 @@ use std::{
     io::Write,
     num::NonZero,
     panic::AssertUnwindSafe,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
     sync::{Arc, OnceLock},
     thread,
@@ -61,6 +61,16 @@ impl<T: ServiceConfig> Process<T> {
     /// Reads the files by which clients are served; they are followed until then. None: in plaintext.
     pub fn https(&self, config: &HttpsConfig, until: &CancellationToken) -> Result<Option<Https>, TlsError> {
         Https::start(config, || self.tls_counts(), until, &self.tasks)
+    }
+
+    /// Counts when a certificate ends that something else reads and shows, until then. `setting` names its file.
+    pub fn watch_certificate(
+        &self,
+        setting: &'static str,
+        path: &Path,
+        until: &CancellationToken,
+    ) -> Result<(), TlsError> {
+        tls::watch(setting, path, self.tls_counts(), until, &self.tasks)
     }
 
     fn tls_counts(&self) -> tls::Counts {

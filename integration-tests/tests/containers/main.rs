@@ -181,6 +181,17 @@ fn server(index: usize) -> Container {
     Container { name, host: SERVERS[index], image: "baton-server", arguments }
 }
 
+/// Where a service of ours is asked how it is.
+fn observed(container: &Container) -> Option<String> {
+    let port = match container.image {
+        "baton-controller" => 7101,
+        "baton-coordinator" => 8002,
+        "baton-server" => 7201,
+        _ => return None,
+    };
+    Some(format!("{}:{port}", container.address()))
+}
+
 /// The deployment, and the load on it.
 struct Deployment {
     /// Once all are ready.
@@ -211,6 +222,7 @@ impl Deployment {
             let said = alert(&address, &ca, None).expect("clients without a certificate are turned away");
             assert!(said.contains("certificate required"), "{said}");
         }
+        deployment.etcd_certificates_are_watched().await;
         deployment.load = Some(deployment.begin_load());
         deployment
     }
@@ -240,14 +252,23 @@ impl Deployment {
     }
 
     async fn is_ready(&self, container: &Container) -> bool {
-        let port = match container.image {
-            "baton-controller" => 7101,
-            "baton-coordinator" => 8002,
-            "baton-server" => 7201,
-            _ => return self.docker.run(&["inspect", "-f", "{{.State.Running}}", &container.name]) == "true",
+        let Some(observed) = observed(container) else {
+            return self.docker.run(&["inspect", "-f", "{{.State.Running}}", &container.name]) == "true";
         };
-        let asked = self.client.get(format!("http://{}:{port}/readiness", container.address())).send().await;
+        let asked = self.client.get(format!("http://{observed}/readiness")).send().await;
         asked.is_ok_and(|answer| answer.status() == 200)
+    }
+
+    async fn etcd_certificates_are_watched(&self) {
+        let of_etcd =
+            |container: &&Container| ["baton-controller", "baton-coordinator"].contains(&container.image);
+        for container in self.containers.iter().filter(of_etcd) {
+            let url = format!("http://{}/metrics", observed(container).expect("a service of ours"));
+            let asked = self.client.get(url).send().await.expect("answers");
+            let metrics = asked.text().await.expect("is read");
+            let of = "baton_tls_certificate_expiry_timestamp_seconds{file=\"store.etcd.cert_file\"}";
+            assert!(metrics.contains(of), "{}: {metrics}", container.name);
+        }
     }
 
     /// Who prefills and who decodes, by `baton ctl`.

@@ -1,6 +1,6 @@
 //! How etcd is reached, as the configurations of controller and coordinator say it under `store.etcd`.
 
-use std::{fmt, fs, io, sync::Arc, time::Duration};
+use std::{fmt, fs, io, path::Path, sync::Arc, time::Duration};
 
 use baton_process::{Invalid, duration};
 use schemars::JsonSchema;
@@ -89,6 +89,12 @@ impl EtcdSettings {
         let scheme = if tls { !endpoints.any(plain) } else { !endpoints.any(secure) };
         let expected = "expected host:port, or https:// with `store.etcd.ca_file` and http:// without";
         require(scheme, "store.etcd.endpoints", expected)
+    }
+
+    /// Of the certificate that etcd is shown, if it is shown any, the setting that names its file, and the file.
+    pub fn certificate(&self) -> Option<(&'static str, &Path)> {
+        let shown = !self.endpoints.is_empty() && !self.cert_file.is_empty();
+        shown.then(|| ("store.etcd.cert_file", Path::new(&self.cert_file)))
     }
 
     /// The store. Reads the files, and again whenever a member is connected to anew; connects only when used.

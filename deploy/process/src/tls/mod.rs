@@ -21,6 +21,7 @@ mod handshake;
 mod https;
 mod identity;
 mod parting;
+mod watched;
 
 use std::{
     fmt,
@@ -47,6 +48,7 @@ use crate::{
 use credentials::{Credentials, Owner};
 
 pub(crate) use caller::Caller;
+pub(crate) use watched::watch;
 
 pub use dial::Dial;
 pub use door::{Allowed, Door};

@@ -345,6 +345,44 @@ async fn files_are_followed() {
     tasks.wait().await;
 }
 
+#[tokio::test(start_paused = true)]
+async fn the_end_of_a_certificate_that_something_else_shows_is_followed() {
+    let (folder, metrics) = (tempfile::tempdir().expect("a folder"), Metrics::new("test"));
+    let (shutdown, tasks) = (CancellationToken::new(), TaskTracker::new());
+    let (setting, file) = ("store.etcd.cert_file", folder.path().join("etcd.pem"));
+    let start = |counts| watch(setting, &file, counts, &shutdown, &tasks);
+    let error = start(Counts::default()).expect_err("there is no file").to_string();
+    assert!(error.starts_with("store.etcd.cert_file: ") && error.contains("etcd.pem"), "{error}");
+    let until = |day: u8| {
+        let made = Authority::new().issue(folder.path(), SERVER, move |params| {
+            params.not_after = date_time_ymd(2090, 1, day);
+        });
+        fs::copy(made.cert_file, &file).expect("a file");
+    };
+    let shown = |day: u8| {
+        let until = date_time_ymd(2090, 1, day).unix_timestamp();
+        let line =
+            format!("_certificate_expiry_timestamp_seconds{{file=\"store.etcd.cert_file\"}} {until}\n");
+        metrics.render().contains(&line)
+    };
+    until(1);
+    start(Counts::register(&metrics)).expect("a certificate");
+    assert!(shown(1), "{}", metrics.render());
+    until(2);
+    let renewed = async {
+        while !shown(2) {
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+    };
+    timeout(LOOK_EVERY * 10, renewed).await.expect("the new end is told");
+    fs::write(&file, "no certificate").expect("a file");
+    tokio::time::sleep(LOOK_EVERY * 4).await;
+    assert!(shown(2), "what is none changes nothing");
+    shutdown.cancel();
+    tasks.close();
+    tasks.wait().await;
+}
+
 #[tokio::test]
 async fn those_that_say_nothing_keep_nobody_out() {
     let (folder, ours) = (tempfile::tempdir().expect("a folder"), Authority::new());
