@@ -31,15 +31,25 @@ test_arm64() {
     cargo test --locked -p baton-runtime --target "$arm" --lib --test huggingface -- --skip smollm2
 }
 
-# The kernels for AVX-512 against all others. Cargo hands the tests to a runner, which boots a machine for them.
+# programs_of NAME...: the programs that `cargo test --workspace` makes of these targets, a line each. Built for their packages
+# alone they would be others, as what they depend on has other features then.
+programs_of() {
+  cargo test --locked --workspace --lib --test rdma --test killed --no-run --message-format json-render-diagnostics |
+    python3 -c 'import json, sys
+for made in map(json.loads, sys.stdin):
+    if made.get("executable") and made["profile"]["test"] and made["target"]["name"] in sys.argv[1:]:
+        print(made["executable"])' "$@"
+}
+
+# The kernels for AVX-512 against all others, on a machine that is booted for them.
 test_avx512() {
-  local packages=(bochs bochs-term bochsbios xorriso)
+  local packages=(bochs bochs-term bochsbios xorriso) program
   dpkg -s "${packages[@]}" >/dev/null 2>&1 || apt_install "${packages[@]}" ||
     die "the tests need an emulator: apt-get install ${packages[*]} $skip"
   say "testing AVX-512, emulated"
+  program=$(programs_of baton_runtime)
   BATON_TEST_KERNELS="avx512 vnni, avx512, avx2, portable" \
-    CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=$root/deploy/emulated/avx512 \
-    cargo test --locked -p baton-runtime --lib devices::cpu 2>&1 | tee "$cache/avx512.log"
+    "$root/deploy/emulated/avx512" "$program" devices::cpu 2>&1 | tee "$cache/avx512.log"
   grep -q "the_kernels_are_those_expected ... ok" "$cache/avx512.log" || die "the kernels for AVX-512 were not among those tested"
 }
 
@@ -52,9 +62,10 @@ test_roce() {
     return
   fi
   say "testing RDMA, emulated"
-  BATON_TEST_RDMA_NETWORK="dummy0 dummy1" CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=$root/deploy/emulated/roce \
-    cargo test --locked -p baton-kvtransfer --lib --test rdma --test killed rdma -- --include-ignored --test-threads 1 2>&1 |
-    tee "$cache/roce.log"
+  programs_of baton_kvtransfer rdma killed | while read -r program; do
+    BATON_TEST_RDMA_NETWORK="dummy0 dummy1" \
+      "$root/deploy/emulated/roce" "$program" rdma --include-ignored --test-threads 1 </dev/null 2>&1 || exit
+  done | tee "$cache/roce.log"
   for name in both_ports_are_found caches_cross_over_rdma over_rdma_either_side; do
     grep -q "$name.* ... ok" "$cache/roce.log" || die "the tests of RDMA did not run"
   done

@@ -13,5 +13,7 @@ mod lying_mapped;
 mod lying_peer;
 mod mapped;
 mod paths;
+mod silent_link;
+mod stopped;
 #[path = "../support/mod.rs"]
 mod support;

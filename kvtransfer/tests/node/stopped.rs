@@ -1,12 +1,11 @@
 //! A node that has stopped leaves nothing behind: its pool goes with the last handle, and what peers were lent of it.
 
-mod support;
-
 use std::sync::Arc;
 
 use baton_kvtransfer::TransportConfig;
 use baton_proto::TransferId;
-use support::*;
+
+use crate::support::*;
 
 #[tokio::test]
 async fn a_stopped_node_lets_go_of_its_pool() {

@@ -1,7 +1,5 @@
 //! Control streams on which nothing comes any more, and that nobody ends: they are given up in time for the next offer.
 
-mod support;
-
 use std::{
     net::SocketAddr,
     sync::{
@@ -13,7 +11,6 @@ use std::{
 
 use baton_kvtransfer::{Limits, TransferError};
 use baton_proto::TransferId;
-use support::*;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{
@@ -21,6 +18,8 @@ use tokio::{
         tcp::{OwnedReadHalf, OwnedWriteHalf},
     },
 };
+
+use crate::support::*;
 
 /// Passes connections on. Those that it is told to swallow stay open, and what comes on them goes nowhere.
 #[derive(Default)]
