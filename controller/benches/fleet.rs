@@ -305,7 +305,7 @@ impl Controller {
             let (_, rest) = line.split_once("\"address\":\"")?;
             rest.split_once('"').map(|(address, _)| address.to_owned())
         });
-        let leads = lines.by_ref().map_while(Result::ok).any(|line| line.contains("the reign begins"));
+        let leads = lines.by_ref().map_while(Result::ok).any(|line| line.contains("the term begins"));
         if !leads {
             return Err("baton-controller ended before it led".into());
         }

@@ -330,7 +330,7 @@ impl fleet_admin_server::FleetAdmin for AdminService {
     }
 }
 
-/// Entries above `after`; with an inbox it goes on with what happens, until that reign ends.
+/// Entries above `after`; with an inbox it goes on with what happens, until that term ends.
 fn entries(
     journal: Journal,
     last: watch::Receiver<u64>,

@@ -27,9 +27,9 @@ use crate::{
     desk::Desk,
     error::ControllerError,
     journal::Journal,
+    lead::LeaderTask,
     metrics::ControllerMetrics,
     ranktable,
-    reign::Reigns,
     session::ControlService,
 };
 
@@ -94,7 +94,7 @@ pub async fn run(process: Process<ControllerConfig>) -> Result<(), ControllerErr
 }
 
 /// The process is ended at the end of `whole`, however far it is: what outlasts this is cut off before, so that the
-/// reign can be laid down and the store closed. A quarter is plenty for both, and two seconds are in any case.
+/// term can be laid down and the store closed. A quarter is plenty for both, and two seconds are in any case.
 fn drain_of_calls(whole: Duration) -> Duration {
     whole - (whole / 4).min(Duration::from_secs(2))
 }
@@ -153,8 +153,8 @@ impl Parts {
         }
         // Each instance has one, and so has each coordinator; who has lost the leader tries the others.
         let connections = grpc::CONNECTIONS.max(config.sessions.max_instances.saturating_mul(2));
-        let reigns = Reigns {
-            candidate: Reigns::candidate(&config, &store, config.advertise.clone()),
+        let task = LeaderTask {
+            candidate: LeaderTask::candidate(&config, &store, config.advertise.clone()),
             config,
             store,
             desk: open,
@@ -183,7 +183,7 @@ impl Parts {
             shutdown.cancel();
             served
         };
-        let (served, ()) = tokio::join!(serving, reigns.run());
+        let (served, ()) = tokio::join!(serving, task.run());
         Ok(served?)
     }
 }

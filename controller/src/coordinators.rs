@@ -1,9 +1,9 @@
 //! The coordinators that report to this controller while it leads: who they are, how they are, which links they use.
 //!
 //! Filled by [`crate::session`], which tells each how many they are, and read by [`crate::admin`] for people. Nothing of it is
-//! stored: it stands beside the leading task, behind a lock of its own, and belongs to one reign. Whoever names a later reign
-//! finds it empty, and so does whoever asks for a reign that is over. What it says of links since the last beat goes on to the leading task, which
-//! judges them ([`crate::fleet::health`]).
+//! stored: it stands beside the leading task, behind a lock of its own, and belongs to one term. Whoever names a later term
+//! finds it empty, and so does whoever asks for a term that is over. What it says of links since the last beat goes on to the
+//! leading task, which judges them ([`crate::fleet::health`]).
 //!
 //! A coordinator is listed from its hello for as long as its beats come, and for a lease after the last one. Of the
 //! processes of one id the one that was started last is listed; streams of the others are refused. Pure but for the lock:
@@ -62,8 +62,8 @@ pub struct Coordinators {
 
 #[derive(Debug, Default)]
 struct Held {
-    reign: LeaderEpoch,
-    /// When the reign's first coordinator said hello.
+    epoch: LeaderEpoch,
+    /// When the term's first coordinator said hello.
     since: Option<Instant>,
     registry: Registry,
 }
@@ -72,17 +72,17 @@ impl Coordinators {
     /// Takes a coordinator in, or says why not.
     pub fn hello(
         &self,
-        reign: LeaderEpoch,
+        epoch: LeaderEpoch,
         hello: Hello,
         lease: Duration,
         now: Instant,
     ) -> Result<(), ApiError> {
         let held = &mut *self.held.lock();
-        if held.reign > reign {
+        if held.epoch > epoch {
             return Err(ApiError::new(ErrorCode::Unavailable, "this controller leads no more: ask another"));
         }
-        if held.reign < reign {
-            *held = Held { reign, since: Some(now), registry: Registry::default() };
+        if held.epoch < epoch {
+            *held = Held { epoch, since: Some(now), registry: Registry::default() };
         }
         held.registry.hello(hello, lease, now)
     }
@@ -91,42 +91,42 @@ impl Coordinators {
     /// it was last told of; nothing of one that is told of for the first time.
     pub fn beat(
         &self,
-        reign: LeaderEpoch,
+        epoch: LeaderEpoch,
         session: SessionId,
         id: &CoordinatorId,
         beat: CoordinatorBeat,
         lease: Duration,
         now: Instant,
     ) -> Result<Vec<LinkUse>, ApiError> {
-        let taken = self.of(reign, |registry| registry.beat(session, id, beat, lease, now));
+        let taken = self.of(epoch, |registry| registry.beat(session, id, beat, lease, now));
         taken.unwrap_or_else(|| Err(not_here(id)))
     }
 
     /// A coordinator has ended its stream in order: it is gone.
-    pub fn left(&self, reign: LeaderEpoch, session: SessionId, id: &CoordinatorId) {
-        self.of(reign, |registry| registry.left(session, id));
+    pub fn left(&self, epoch: LeaderEpoch, session: SessionId, id: &CoordinatorId) {
+        self.of(epoch, |registry| registry.left(session, id));
     }
 
-    /// The reign is over, and so is what was heard in it.
-    pub fn over(&self, reign: LeaderEpoch) {
+    /// The term is over, and so is what was heard in it.
+    pub fn over(&self, epoch: LeaderEpoch) {
         let held = &mut *self.held.lock();
-        if held.reign == reign {
+        if held.epoch == epoch {
             // Nor is anything known of who may still say hello in it.
             (held.since, held.registry) = (None, Registry::default());
         }
     }
 
     /// By id.
-    pub fn list(&self, reign: LeaderEpoch, now: Instant) -> Vec<Registered> {
-        self.of(reign, |registry| registry.list(now)).unwrap_or_default()
+    pub fn list(&self, epoch: LeaderEpoch, now: Instant) -> Vec<Registered> {
+        self.of(epoch, |registry| registry.list(now)).unwrap_or_default()
     }
 
-    /// How many do not drain. 0 until whoever was there when the reign began has had a lease to say hello, as who is told
+    /// How many do not drain. 0 until whoever was there when the term began has had a lease to say hello, as who is told
     /// too few takes too much for itself.
-    pub fn serving(&self, reign: LeaderEpoch, lease: Duration, now: Instant) -> u32 {
+    pub fn serving(&self, epoch: LeaderEpoch, lease: Duration, now: Instant) -> u32 {
         let held = &mut *self.held.lock();
         let heard_all = held.since.is_some_and(|since| now >= since + lease);
-        if held.reign != reign || !heard_all {
+        if held.epoch != epoch || !heard_all {
             return 0;
         }
         held.registry.sweep(now);
@@ -134,13 +134,13 @@ impl Coordinators {
         u32::try_from(serving.count()).unwrap_or(u32::MAX)
     }
 
-    fn of<T>(&self, reign: LeaderEpoch, what: impl FnOnce(&mut Registry) -> T) -> Option<T> {
+    fn of<T>(&self, epoch: LeaderEpoch, what: impl FnOnce(&mut Registry) -> T) -> Option<T> {
         let held = &mut *self.held.lock();
-        (held.reign == reign).then(|| what(&mut held.registry))
+        (held.epoch == epoch).then(|| what(&mut held.registry))
     }
 }
 
-/// Of one reign.
+/// Of one term.
 #[derive(Debug, Default)]
 struct Registry {
     entries: BTreeMap<CoordinatorId, Registered>,
@@ -253,7 +253,7 @@ fn replaced(by: &CoordinatorSpec) -> ApiError {
     ApiError::new(ErrorCode::AlreadyExists, message)
 }
 
-/// After a silence that outlasted its lease, or in a reign that is over.
+/// After a silence that outlasted its lease, or in a term that is over.
 fn not_here(id: &CoordinatorId) -> ApiError {
     ApiError::new(ErrorCode::NotFound, format!("coordinator {id} is not registered: say hello again"))
 }

@@ -1,6 +1,6 @@
 //! Where sessions and operators bring what they have for the leading controller.
 //!
-//! Between the gRPC adapters ([`crate::session`], [`crate::admin`]) and the task that leads ([`crate::reign`]). There
+//! Between the gRPC adapters ([`crate::session`], [`crate::admin`]) and the task that leads ([`crate::lead`]). There
 //! is an inbox only while this controller leads; without one the adapters refuse.
 
 use std::collections::BTreeMap;
@@ -88,7 +88,7 @@ impl Plans {
     }
 }
 
-/// The leading task's inbox, for the time of its reign.
+/// The leading task's inbox, for the time of its term.
 #[derive(Debug, Clone)]
 pub struct Inbox {
     pub messages: mpsc::Sender<Message>,
@@ -100,7 +100,7 @@ pub struct Inbox {
 }
 
 impl Inbox {
-    /// Brings a message and waits for its answer; none once the reign is over.
+    /// Brings a message and waits for its answer; none once the term is over.
     pub async fn ask<T>(&self, message: impl FnOnce(oneshot::Sender<T>) -> Message) -> Option<T> {
         let (answer, answered) = oneshot::channel();
         self.messages.send(message(answer)).await.ok()?;
@@ -126,7 +126,7 @@ impl Desk {
         self.inbox.borrow().clone()
     }
 
-    /// The inbox of this reign, or once there is one of the next. Never, if the controller ends before.
+    /// The inbox of this term, or once there is one of the next. Never, if the controller ends before.
     pub async fn opened(&self) -> Inbox {
         let mut inbox = self.inbox.clone();
         let open = |inbox: &Option<Inbox>| inbox.as_ref().is_some_and(|it| !it.messages.is_closed());

@@ -18,7 +18,7 @@ use crate::clock::unix_millis;
 /// Entries that are kept. One more, and of the kind that has the most the oldest is dropped: no flood of one kind, as of
 /// instances that come by ever new names, takes with it what is rare.
 pub const CAPACITY: usize = 4096;
-/// Sequence numbers of a reign begin at its epoch times this, so that they grow over reigns.
+/// Sequence numbers of a term begin at its epoch times this, so that they grow over terms.
 const PER_REIGN: u64 = 1 << 20;
 
 /// What kind of thing happened.
@@ -126,7 +126,7 @@ impl Default for Journal {
 }
 
 impl Journal {
-    /// A reign begins: numbers go on above every earlier one's.
+    /// A term begins: numbers go on above every earlier one's.
     pub fn begin(&self, epoch: LeaderEpoch, news: News) {
         let first = epoch.0.saturating_mul(PER_REIGN);
         self.last.send_modify(|last| *last = first.max(*last));
@@ -200,7 +200,7 @@ mod tests {
         assert_eq!((all.len(), all[0].sequence), (CAPACITY, first + 1), "the first is gone");
         assert_eq!(journal.after(all[9].sequence, 5), all[10..15]);
         assert_eq!(journal.after(*journal.last().borrow(), 5), []);
-        journal.begin(LeaderEpoch(4), news("another reign"));
+        journal.begin(LeaderEpoch(4), news("another term"));
         assert_eq!(journal.after(*journal.last().borrow() - 1, 5)[0].sequence, 4 * PER_REIGN + 1);
     }
 

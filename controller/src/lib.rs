@@ -1,7 +1,7 @@
 //! Which instances exist and which role each has.
 //!
 //! The controller is the single writer of cluster state. Modules stand in the order the news travels: an instance's
-//! report comes in by [`session`], through the [`desk`] to the task that leads (`reign`), which keeps what is observed
+//! report comes in by [`session`], through the [`desk`] to the task that leads (`lead`), which keeps what is observed
 //! ([`fleet`]), decides what is wanted ([`plan`]), draws the difference ([`reconcile`]) and carries it out: writes to
 //! the store, fenced by its leadership, and orders back to the instances. Operators ask through
 //! [`admin`], and read in the [`journal`] what has happened. Beside that way, as nothing is decided by them: the
@@ -23,11 +23,11 @@ pub mod fleet;
 #[doc(hidden)]
 pub mod fuzz;
 pub mod journal;
+mod lead;
 pub mod metrics;
 pub mod plan;
 pub mod ranktable;
 pub mod reconcile;
-mod reign;
 pub mod scale;
 pub mod session;
 

@@ -88,7 +88,7 @@ pub struct ControllerMetrics {
     pub leading: Gauge,
     pub leader_epoch: Gauge,
     /// Times that this controller began to lead.
-    pub reigns: Counter,
+    pub elections_won: Counter,
     pub role_changes: Counter,
     pub sessions: Gauge,
     pub store_writes: Counter,
@@ -152,8 +152,12 @@ impl ControllerMetrics {
                 own.degraded_links.clone(),
             );
             registry.register("leading", "1 while this controller leads", own.leading.clone());
-            registry.register("leader_epoch", "Epoch of the present or last reign", own.leader_epoch.clone());
-            registry.register("reigns", "Times that this controller began to lead", own.reigns.clone());
+            registry.register("leader_epoch", "Epoch of the present or last term", own.leader_epoch.clone());
+            registry.register(
+                "elections_won",
+                "Times that this controller began to lead",
+                own.elections_won.clone(),
+            );
             registry.register("role_changes", "Roles decided", own.role_changes.clone());
             registry.register("sessions", "Sessions of instances", own.sessions.clone());
             registry.register("store_writes", "Keys written to the state store", own.store_writes.clone());

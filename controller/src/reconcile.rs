@@ -8,7 +8,7 @@
 //! decides is never heard. Writes are level-triggered: a key that may differ from the store is marked, and what it
 //! should hold is looked up when it is written; one that failed is marked again.
 //!
-//! [`crate::reign`] feeds it and carries its commands out.
+//! [`crate::lead`] feeds it and carries its commands out.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -127,7 +127,7 @@ pub struct Reconciler {
     roles_config: RoleConfig,
     congestion_config: CongestionConfig,
     leader_epoch: LeaderEpoch,
-    /// When this reign began.
+    /// When this term began.
     began: Instant,
     /// The same, by the wall clock.
     began_unix_millis: u64,

@@ -197,7 +197,7 @@ async fn read(
     tokio::select! {
         () = end.cancelled() => {}
         () = reading => {
-            // Nobody reads it if the reign has ended; then there is nothing to close either.
+            // Nobody reads it if the term has ended; then there is nothing to close either.
             inbox.messages.send(Message::Event(Event::Closed { session })).await.ok();
         }
     }

@@ -164,7 +164,7 @@ impl RoleEpoch {
 }
 
 number_id!(
-    /// Which reign of which controller: grows with every election. Fences writes.
+    /// Which term of which controller: grows with every election. Fences writes.
     LeaderEpoch);
 number_id!(
     /// One leg of a request on one Attach stream, chosen by the coordinator.

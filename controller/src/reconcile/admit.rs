@@ -178,7 +178,7 @@ impl Reconciler {
         true
     }
 
-    /// An adopted role that has to be told to a new process gets an epoch of this reign: the earlier leader may have
+    /// An adopted role that has to be told to a new process gets an epoch of this term: the earlier leader may have
     /// told the earlier process a later one, which is lost with that leader's store.
     fn renew(&self, member: &mut Member) -> bool {
         let held = member.beat.role_epoch;

@@ -1,5 +1,5 @@
 //! The task that scales: while this controller leads it looks at each group and its Deployment, asks [`super::decide`],
-//! and does what that says. It is stopped by the shutdown, and its work by the end of a reign.
+//! and does what that says. It is stopped by the shutdown, and its work by the end of a term.
 //!
 //! Groups do not wait for one another. Whatever fails is tried again, later each time; a change that met another's is
 //! decided anew at once.
@@ -87,7 +87,7 @@ impl Scaling {
     }
 }
 
-/// One group, for the time of a reign.
+/// One group, for the time of a term.
 struct Tended<'a> {
     scaling: &'a Scaling,
     inbox: &'a Inbox,

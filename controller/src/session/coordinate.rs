@@ -73,7 +73,7 @@ pub(super) async fn coordinate(
         let why = tokio::select! {
             biased;
             () = shutdown.cancelled() => return,
-            // The leading task has dropped its inbox: the reign is over.
+            // The leading task has dropped its inbox: the term is over.
             () = inbox.messages.closed() => {
                 reporter.coordinators.over(reporter.epoch);
                 Some(ApiError::new(ErrorCode::Unavailable, "this controller leads no more: ask another").into())
@@ -148,7 +148,7 @@ impl Reporter {
             match self.take(report) {
                 Ok(handoffs) if handoffs.is_empty() => {}
                 Ok(handoffs) => {
-                    // Nobody takes it if the reign has ended; then the stream ends, too.
+                    // Nobody takes it if the term has ended; then the stream ends, too.
                     self.leading.send(Message::Event(Event::Handoffs(handoffs))).await.ok();
                 }
                 Err(status) => return Some(status),

@@ -42,7 +42,7 @@ impl Roles {
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Counts {
     pub(crate) steps: u64,
-    pub(crate) reigns: u64,
+    pub(crate) terms: u64,
     /// Transactions of controllers that led no more.
     pub(crate) fenced: u64,
     pub(crate) lost_answers: u64,
@@ -60,7 +60,7 @@ pub(crate) struct Counts {
 impl Counts {
     pub(crate) fn add(&mut self, other: Self) {
         self.steps += other.steps;
-        self.reigns += other.reigns;
+        self.terms += other.terms;
         self.fenced += other.fenced;
         self.lost_answers += other.lost_answers;
         self.welcomes += other.welcomes;
@@ -243,11 +243,11 @@ fn phases(role: Role) -> (bool, bool) {
 pub(crate) fn converged(world: &World) -> Result<(), String> {
     let leading: Vec<_> = world.leading().collect();
     let [controller] = leading[..] else { return Err(format!("{} controllers lead", leading.len())) };
-    let reign = controller.reign().ok_or("the leader does not reign yet")?;
+    let leading = controller.leading().ok_or("the leader does not lead yet")?;
     if world.keeper.leader() != controller.epoch() {
         return Err("the store has another leader".into());
     }
-    let (mind, members) = (&reign.mind, reign.mind.members());
+    let (mind, members) = (&leading.mind, leading.mind.members());
     if mind.has_writes() {
         return Err("something is to be written".into());
     }

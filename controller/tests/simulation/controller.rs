@@ -1,5 +1,5 @@
 //! A controller of the simulation, on a clock that may be fast or slow: it stands for leadership by the real election,
-//! and then reigns. Its calls of the store are futures polled by hand.
+//! and then leads. Its calls of the store are futures polled by hand.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -25,7 +25,7 @@ use tokio::time::Instant;
 
 use crate::{
     checks::Findings,
-    reign::{Call, Hold, RETRY, Reign, poll, poll_once},
+    lead::{Call, Hold, Leading, RETRY, poll, poll_once},
     store::{Client, Keeper},
 };
 
@@ -91,10 +91,10 @@ pub(crate) enum Out {
 enum Stand {
     Seeking { call: Call<Result<Option<Leadership>, StoreError>>, asked: Instant, again: Instant },
     Opening(Box<Opening>),
-    Reigning(Box<Reign>),
+    Leading(Box<Leading>),
 }
 
-/// What a new leader needs before it reigns.
+/// What a new leader needs before it leads.
 struct Opening {
     leadership: Leadership,
     hold: Hold,
@@ -132,9 +132,9 @@ impl Controller {
         Self { client, clock, inbox: VecDeque::new(), config, candidate, stand }
     }
 
-    pub(crate) fn reign(&self) -> Option<&Reign> {
+    pub(crate) fn leading(&self) -> Option<&Leading> {
         match &self.stand {
-            Stand::Reigning(reign) => Some(reign),
+            Stand::Leading(leading) => Some(leading),
             _ => None,
         }
     }
@@ -144,14 +144,14 @@ impl Controller {
         match &self.stand {
             Stand::Seeking { .. } => None,
             Stand::Opening(opening) => Some(opening.leadership.epoch().0),
-            Stand::Reigning(reign) => Some(reign.leadership.epoch().0),
+            Stand::Leading(leading) => Some(leading.leadership.epoch().0),
         }
     }
 
     /// Gives the leadership up, as a controller that stops.
     pub(crate) fn resign(&self) {
-        if let Some(reign) = self.reign() {
-            let leadership = reign.leadership.clone();
+        if let Some(leading) = self.leading() {
+            let leadership = leading.leadership.clone();
             // The request is on its way as soon as it is first polled; nobody waits for the answer.
             poll_once(&mut Some(async move { leadership.resign().await }.boxed()));
         }
@@ -164,18 +164,18 @@ impl Controller {
         let lost = match &mut self.stand {
             Stand::Seeking { .. } => false,
             Stand::Opening(opening) => opening.hold.lost(&self.client, now),
-            Stand::Reigning(reign) => {
-                reign.hold.lost(&self.client, now) || reign.run(&mut self.inbox, now, findings, &mut out)
+            Stand::Leading(leading) => {
+                leading.hold.lost(&self.client, now) || leading.run(&mut self.inbox, now, findings, &mut out)
             }
         };
         if lost {
-            if let Stand::Reigning(reign) = &self.stand {
-                out.extend(reign.lines.iter().copied().map(Out::End));
+            if let Stand::Leading(leading) = &self.stand {
+                out.extend(leading.lines.iter().copied().map(Out::End));
             }
             self.stand = Stand::Seeking { call: None, asked: now, again: now };
         }
         self.stand_for_it(now, keeper, findings);
-        if self.reign().is_none() {
+        if self.leading().is_none() {
             let hellos = self.inbox.drain(..).filter(|(_, said)| matches!(said, Said::Hello(..)));
             out.extend(hellos.map(|(session, _)| Out::NotLeading(session)));
         }
@@ -218,9 +218,9 @@ impl Controller {
                 mind.inherit_health(health.clone(), now, self.clock.unix_millis(now));
                 findings.inherited(&health, &mind, now);
                 let records = lease.expect("it was granted first");
-                let reign =
-                    Reign::new(mind, self.client.clone(), leadership.clone(), hold.take(now), records, now);
-                self.stand = Stand::Reigning(Box::new(reign));
+                let leading =
+                    Leading::new(mind, self.client.clone(), leadership.clone(), hold.take(now), records, now);
+                self.stand = Stand::Leading(Box::new(leading));
                 return;
             }
             Some(_) => *again = now + RETRY,
@@ -247,7 +247,7 @@ impl Controller {
                 let Opening { hold, call, again, .. } = &**opening;
                 if call.is_some() { hold.wake() } else { hold.wake().min(*again) }
             }
-            Stand::Reigning(reign) => reign.wake(),
+            Stand::Leading(leading) => leading.wake(),
         };
         self.clock.when(local)
     }
@@ -261,7 +261,7 @@ struct Left {
     health: BTreeMap<InstanceId, HealthRecord>,
 }
 
-/// As `reign.rs` reads it.
+/// As `lead.rs` reads it.
 fn load(listing: Listing) -> Left {
     let (mut left, mut specs, mut statuses) = (Left::default(), Vec::new(), BTreeMap::new());
     for item in listing.items {

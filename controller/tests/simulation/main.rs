@@ -1,7 +1,7 @@
 //! Whole clusters on virtual time: several controllers with clocks of their own, a store that is slow, loses answers
 //! or is away, and instances that crash, freeze, are cut off, come back and have doubles. One seed is one history.
 //!
-//! The election, its fence and the reconciler are the real ones; what is between them (`reign.rs`, gRPC, servers) is
+//! The election, its fence and the reconciler are the real ones; what is between them (`lead.rs`, gRPC, servers) is
 //! played by this. After every step the [`checks`] are made. A failure says its seed and the last steps:
 //! `BATON_SIM_SEED=<seed> cargo test -p baton-controller --test simulation` plays it again, and
 //! `BATON_SIM_SEEDS=<n>` plays more seeds than usual.
@@ -11,7 +11,7 @@ mod checks;
 mod controller;
 mod faults;
 mod instance;
-mod reign;
+mod lead;
 mod sessions;
 mod store;
 mod times;

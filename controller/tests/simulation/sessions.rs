@@ -199,7 +199,7 @@ impl World {
         let pid = self.lines[&session.0].process;
         let name = self.processes[&pid].name;
         let Some(controller) = &self.seats[seat].controller else { return };
-        let (Some(reign), now) = (controller.reign(), controller.clock.at(self.now)) else { return };
+        let (Some(leading), now) = (controller.leading(), controller.clock.at(self.now)) else { return };
         // Who leads no more is not listened to, and who has gone does not listen.
         let gone = self.processes[&pid].line.is_none_or(|(line, _)| line != session.0);
         if gone || self.keeper.leader() != controller.epoch() {
@@ -212,9 +212,9 @@ impl World {
             let lines = self.lines.iter().filter(|(_, line)| line.process == *other && line.seat == seat);
             for (line, _) in lines {
                 let line = SessionId(*line);
-                let known = reign.welcomed.get(&line).copied();
+                let known = leading.welcomed.get(&line).copied();
                 let heard = known.is_some_and(|heard| now < heard + self.config.sessions.lease);
-                if reign.mind.members().values().any(|m| m.session() == Some(line)) || heard {
+                if leading.mind.members().values().any(|m| m.session() == Some(line)) || heard {
                     let who = NAMES[name];
                     return self.findings.violated(format!(
                         "process {pid} of {who} is welcomed by c{seat} while process {other} is, by {line}"

@@ -248,16 +248,17 @@ impl World {
         let (Some(controller), None) = (&mut it.controller, it.paused_at) else { return };
         self.keeper.expire(self.now);
         let before = controller.epoch();
-        let decided = self.log.is_some().then(|| controller.reign().map(|reign| Roles::of(&reign.mind)));
+        let decided =
+            self.log.is_some().then(|| controller.leading().map(|leading| Roles::of(&leading.mind)));
         let out = controller.step(self.now, &self.keeper, &mut self.findings);
         let (after, wake) = (controller.epoch(), controller.wake());
         let decided =
-            decided.flatten().zip(controller.reign()).map(|(roles, reign)| roles.since(&reign.mind));
+            decided.flatten().zip(controller.leading()).map(|(roles, leading)| roles.since(&leading.mind));
         if let Some(decided) = decided.filter(|decided| !decided.is_empty()) {
             self.note(|| format!("c{seat} has {}", decided.join(", ")));
         }
         if before != after {
-            self.findings.counts.reigns += u64::from(after.is_some());
+            self.findings.counts.terms += u64::from(after.is_some());
             self.note(|| format!("c{seat} led as {before:?} and leads as {after:?}"));
         }
         self.send_requests(seat);

@@ -1,4 +1,4 @@
-//! What a controller makes of a fleet that it did not see begin: a store begun anew, a reign taken over.
+//! What a controller makes of a fleet that it did not see begin: a store begun anew, a term taken over.
 
 use super::*;
 

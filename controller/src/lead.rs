@@ -1,7 +1,7 @@
 //! The task that leads: it stands for leadership and, while it has it, feeds the [`Reconciler`] and carries out what
 //! that commands.
 //!
-//! States: standing by -> reigning -> standing by | stopped. The fleet's keys stand under one lease that the leader
+//! States: standing by -> leading -> standing by | stopped. The fleet's keys stand under one lease that the leader
 //! keeps; a leader that resigns leaves them for the next. One transaction is under way at a time, so that writes
 //! arrive in the order they were decided in; beats do not wait for it.
 
@@ -35,7 +35,7 @@ mod inherit;
 mod work;
 
 use inherit::Inherited;
-use work::{After, Reign, Written, make};
+use work::{After, Leading, Written, make};
 
 /// Before the store is tried again.
 const RETRY: Duration = Duration::from_millis(250);
@@ -43,7 +43,7 @@ const RETRY: Duration = Duration::from_millis(250);
 const OBSERVE_EVERY: Duration = Duration::from_millis(500);
 
 /// The leading task's parts, for as long as the process runs.
-pub(crate) struct Reigns {
+pub(crate) struct LeaderTask {
     pub(crate) config: Arc<ControllerConfig>,
     pub(crate) store: Arc<dyn Store>,
     pub(crate) candidate: Candidate,
@@ -56,7 +56,7 @@ pub(crate) struct Reigns {
     pub(crate) shutdown: CancellationToken,
 }
 
-impl Reigns {
+impl LeaderTask {
     pub(crate) fn candidate(
         config: &ControllerConfig,
         store: &Arc<dyn Store>,
@@ -90,15 +90,15 @@ impl Reigns {
                 leadership = self.candidate.campaign(standing) => leadership,
             };
             self.metrics.leading.set(1);
-            self.metrics.reigns.inc();
+            self.metrics.elections_won.inc();
             self.metrics.leader_epoch.set(i64::try_from(leadership.epoch().0).unwrap_or(i64::MAX));
             let end = tokio::select! {
                 biased;
                 () = self.shutdown.cancelled() => None,
                 lost = leadership.hold() => Some(lost.to_string()),
-                deposed = self.reign(&leadership) => Some(deposed),
+                deposed = self.lead(&leadership) => Some(deposed),
             };
-            // First of all nothing is taken in any more; dropping the reign has ended every session.
+            // First of all nothing is taken in any more; dropping the term has ended every session.
             self.desk.send_replace(None);
             self.metrics.leading.set(0);
             self.metrics.sessions.set(0);
@@ -115,7 +115,7 @@ impl Reigns {
     }
 
     /// Leads until deposed, and says how it learnt that.
-    async fn reign(&self, leadership: &Leadership) -> String {
+    async fn lead(&self, leadership: &Leadership) -> String {
         let mut lease = self.new_lease(None).await;
         let inherited = self.load().await;
         let now = Instant::now();
@@ -123,7 +123,7 @@ impl Reigns {
         let mut mind = Reconciler::new(sessions, policy, self.config.health.clone(), leadership.epoch(), now)
             .with_congestion(self.config.congestion.clone());
         let Inherited { instances, roles, health, intents, targets } = inherited;
-        info!(epoch = %leadership.epoch(), instances = instances.len(), roles = roles.len(), "the reign begins");
+        info!(epoch = %leadership.epoch(), instances = instances.len(), roles = roles.len(), "the term begins");
         mind.inherit(instances, roles, now);
         mind.inherit_health(health, now, unix_millis());
         mind.inherit_intents(intents, targets);
@@ -137,7 +137,7 @@ impl Reigns {
             leadership: leadership.clone(),
         }));
         self.health.set_ready();
-        let mut reign = Reign::new(mind, &self.journal, &self.metrics);
+        let mut leading = Leading::new(mind, &self.journal, &self.metrics);
         let mut ends_of_lease = self.new_lease(Some(lease)).boxed();
         let mut write: Option<BoxFuture<'_, Written>> = None;
         let mut write_after = now;
@@ -149,24 +149,24 @@ impl Reigns {
         }
         loop {
             let now = Instant::now();
-            reign.conclude(now);
+            leading.conclude(now);
             if observe_at <= now {
-                self.metrics.observe(&reign.mind, now);
+                self.metrics.observe(&leading.mind, now);
                 observe_at = now + OBSERVE_EVERY;
             }
-            if write.is_none() && write_after <= now && reign.mind.has_writes() {
-                let writes = reign.take_writes();
+            if write.is_none() && write_after <= now && leading.mind.has_writes() {
+                let writes = leading.take_writes();
                 write = Some(make(leadership, lease.id, writes).boxed());
             }
-            let mut wake = reign.next_deadline().min(observe_at);
-            if write.is_none() && reign.mind.has_writes() {
+            let mut wake = leading.next_deadline().min(observe_at);
+            if write.is_none() && leading.mind.has_writes() {
                 wake = wake.min(write_after);
             }
             tokio::select! {
                 biased;
                 written = maybe(&mut write) => {
                     write = None;
-                    match reign.written(written) {
+                    match leading.written(written) {
                         After::GoOn => {}
                         After::Wait => write_after = Instant::now() + RETRY,
                         After::LeaseGone => {
@@ -178,17 +178,17 @@ impl Reigns {
                 }
                 fresh = &mut ends_of_lease => {
                     lease = fresh;
-                    reign.mind.lease_ended();
+                    leading.mind.lease_ended();
                     ends_of_lease = self.new_lease(Some(lease)).boxed();
                 }
                 taken = inbox.recv_many(&mut batch, INBOX_CAPACITY) => {
                     // The desk holds a sender for as long as this runs.
-                    debug_assert!(taken > 0, "the inbox is closed while the reign goes on");
+                    debug_assert!(taken > 0, "the inbox is closed while the term goes on");
                     for message in batch.drain(..) {
-                        reign.take(message, Instant::now());
+                        leading.take(message, Instant::now());
                     }
                 }
-                table = changed(&mut ranktable) => reign.handle(Event::RankTable(table), Instant::now()),
+                table = changed(&mut ranktable) => leading.handle(Event::RankTable(table), Instant::now()),
                 () = tokio::time::sleep_until(wake) => {}
             }
         }

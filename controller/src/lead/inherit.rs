@@ -10,7 +10,7 @@ use baton_registry::{
 };
 use tracing::warn;
 
-use super::{RETRY, Reigns};
+use super::{LeaderTask, RETRY};
 use crate::fleet::Beat;
 
 /// What earlier leaders left in the store.
@@ -23,7 +23,7 @@ pub(super) struct Inherited {
     pub(super) targets: BTreeMap<GroupName, Targets>,
 }
 
-impl Reigns {
+impl LeaderTask {
     /// What earlier leaders left, read until it can be.
     pub(super) async fn load(&self) -> Inherited {
         let listing = loop {

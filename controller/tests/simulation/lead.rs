@@ -1,4 +1,4 @@
-//! What a controller of the simulation does while it leads: the loop of `reign.rs`, with the real fence and the real
+//! What a controller of the simulation does while it leads: the loop of `lead.rs`, with the real fence and the real
 //! reconciler.
 
 use std::{
@@ -74,7 +74,7 @@ impl Hold {
     }
 }
 
-pub(crate) struct Reign {
+pub(crate) struct Leading {
     pub(crate) mind: Reconciler,
     store: Client,
     pub(crate) leadership: Leadership,
@@ -91,7 +91,7 @@ pub(crate) struct Reign {
     one_by_one: usize,
 }
 
-impl Reign {
+impl Leading {
     pub(crate) fn new(
         mind: Reconciler,
         store: Client,
@@ -154,7 +154,7 @@ impl Reign {
                 self.lines.insert(session);
                 Event::Hello { session, spec, beat, unix_millis: 0 }
             }
-            // Of a session of an earlier reign.
+            // Of a session of an earlier leading.
             _ if !self.welcomed.contains_key(&session) => return,
             Said::Beat(beat) => Event::Beat { session, beat },
             Said::Bye => Event::Bye { session, reason: String::new() },

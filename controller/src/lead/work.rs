@@ -1,4 +1,4 @@
-//! One reign's work: messages taken in, commands and answers carried out, what became of writes.
+//! One term's work: messages taken in, commands and answers carried out, what became of writes.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -46,8 +46,8 @@ pub(super) enum After {
     Deposed,
 }
 
-/// What a reign consists of besides its futures.
-pub(super) struct Reign<'a> {
+/// What a term consists of besides its futures.
+pub(super) struct Leading<'a> {
     pub(super) mind: Reconciler,
     lines: BTreeMap<SessionId, Line>,
     /// Changes by operators that are not stored yet.
@@ -63,7 +63,7 @@ pub(super) struct Reign<'a> {
     last_error: Option<String>,
 }
 
-impl<'a> Reign<'a> {
+impl<'a> Leading<'a> {
     pub(super) fn new(mind: Reconciler, journal: &'a Journal, metrics: &'a ControllerMetrics) -> Self {
         let (lines, answers) = (BTreeMap::new(), Answers::default());
         Self {
