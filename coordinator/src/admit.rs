@@ -26,7 +26,7 @@ mod line;
 
 pub use body::Body;
 use body::Budget;
-pub use line::{Admission, Line, Permit, Place, Wanted};
+pub use line::{Admission, Line, Permit, Place, WaitTerms};
 
 /// What clients are told to wait before they try again, where nothing else is known, and at most.
 pub const RETRY_AFTER: Duration = Duration::from_secs(1);

@@ -119,7 +119,8 @@ impl Attempts {
         let Self { placer, model, assignment, .. } = self;
         let served = &model.served;
         let begin = |among| {
-            let booked = placer.book(served, assignment.whole(), &[], among).ok()?;
+            let (prompt, generated) = (&assignment.prompt, &assignment.generated);
+            let booked = placer.book(served, prompt, generated, &[], among).ok()?;
             let drains = ApiError::new(ErrorCode::Unavailable, "the instance that generates drains");
             let placing = Placing::new(&booked.booking, Some(drains), Duration::ZERO);
             let handed_on = booked.booking.handed_on;
@@ -195,7 +196,8 @@ impl Attempts {
         let mut changes = placer.board.changes();
         loop {
             let _ = timeout_at(deadline.min(Instant::now() + pause), changes.changed()).await;
-            let booked = placer.book_by(deadline, &model.served, assignment.whole(), &avoid).await;
+            let (prompt, generated) = (&assignment.prompt, &assignment.generated);
+            let booked = placer.book_by(deadline, &model.served, prompt, generated, &avoid).await;
             let Ok(booked) = booked else { return Err(error) };
             let placing = Placing::new(&booked.booking, Some(error.clone()), Duration::ZERO);
             match placer.start(booked, assignment.clone()) {

@@ -47,7 +47,7 @@ impl Placer {
         // Its other prompts are not to wait for its first.
         let among = iter::once(Among::Roomy).chain(iter::repeat(Among::All));
         let each = prompts.iter().zip(among);
-        each.map(|(prompt, among)| self.book(served, (prompt, &[]), &[], among)).collect()
+        each.map(|(prompt, among)| self.book(served, prompt, &[], &[], among)).collect()
     }
 
     /// Books each prompt of a request as soon as an instance can take it: one that is being started again is worth a short
@@ -61,7 +61,7 @@ impl Placer {
         let deadline = deadline.min(Instant::now() + self.placement_timeout);
         let mut bookings = Vec::with_capacity(prompts.len());
         for prompt in prompts {
-            bookings.push(self.book_by(deadline, served, (prompt, &[]), &[]).await?);
+            bookings.push(self.book_by(deadline, served, prompt, &[], &[]).await?);
         }
         Ok(bookings)
     }
@@ -70,7 +70,8 @@ impl Placer {
     pub fn book(
         &self,
         served: &Served,
-        (prompt, generated): (&PreparedPrompt, &[u32]),
+        prompt: &PreparedPrompt,
+        generated: &[u32],
         avoid: &[InstanceId],
         among: Among<'_>,
     ) -> Result<Booked, NoPlace> {
@@ -96,13 +97,14 @@ impl Placer {
         &self,
         deadline: Instant,
         served: &Served,
-        whole: (&PreparedPrompt, &[u32]),
+        prompt: &PreparedPrompt,
+        generated: &[u32],
         avoid: &[InstanceId],
     ) -> Result<Booked, NoPlace> {
         let mut changes = self.board.changes();
         loop {
             changes.borrow_and_update();
-            match self.book(served, whole, avoid, Among::All) {
+            match self.book(served, prompt, generated, avoid, Among::All) {
                 Err(reason) if reason.may_pass() => match timeout_at(deadline, changes.changed()).await {
                     Ok(Ok(())) => {}
                     Ok(Err(_)) | Err(_) => return Err(reason),

@@ -39,7 +39,8 @@ pub struct Report {
     last_token: Instant,
     tokens: u32,
     /// How long the first token, and each later one on average, may take.
-    targets: (Duration, Duration),
+    ttft_target: Duration,
+    tpot_target: Duration,
     told: bool,
     /// What it does now, in traces, and what it has done.
     stage: &'static str,
@@ -59,7 +60,8 @@ impl Report {
             first_token: None,
             last_token: arrived,
             tokens: 0,
-            targets: (Duration::MAX, Duration::MAX),
+            ttft_target: Duration::MAX,
+            tpot_target: Duration::MAX,
             told: false,
             stage: "read_body",
             stages: Stages::begin(&span, arrived.into_std()),
@@ -89,7 +91,7 @@ impl Report {
 
     /// It is known how long the first token, and each later one on average, may take.
     pub fn targets(&mut self, ttft: Duration, tpot: Duration) {
-        self.targets = (ttft, tpot);
+        (self.ttft_target, self.tpot_target) = (ttft, tpot);
     }
 
     /// The request is valid and admitted.
@@ -130,7 +132,7 @@ impl Report {
             counts.cached_tokens.inc_by(u64::from(usage.cached_tokens));
             counts.request_generation_tokens.observe(f64::from(self.tokens));
             counts.end_to_end.observe(self.arrived.elapsed().as_secs_f64());
-            let (ttft, tpot) = self.targets;
+            let (ttft, tpot) = (self.ttft_target, self.tpot_target);
             let first = self.first_token.unwrap_or(self.last_token);
             let mut in_time = first - self.arrived <= ttft;
             if longest > 1 {

@@ -14,7 +14,7 @@ use tokio::{
 };
 
 use crate::{
-    admit::{Admission, Body, Gate, Permit, Place, Ticket, Wanted},
+    admit::{Admission, Body, Gate, Permit, Place, Ticket, WaitTerms},
     carry::Attempts,
     config::LimitsConfig,
     dispatch::Assignment,
@@ -71,10 +71,11 @@ struct Admitted {
     tenant: Tenant,
     model: Arc<Model>,
     prepared: Prepared,
-    permit: Permit,
     trace: TraceContext,
-    card: CardGuard,
     report: Report,
+    card: CardGuard,
+    /// Last: the seat is given back when all else has been.
+    permit: Permit,
 }
 
 struct Placed {
@@ -84,8 +85,8 @@ struct Placed {
 }
 
 impl Service {
-    /// Carries a request to where its answer streams.
-    pub async fn carry(self: &Arc<Self>, received: Received) -> Result<Streaming, ApiError> {
+    /// Takes a request to where its answer streams.
+    pub async fn serve(self: &Arc<Self>, received: Received) -> Result<Streaming, ApiError> {
         let Received { tenant, endpoint, body, trace, ticket, card, mut report } = received;
         let result = async {
             let (Addressed { model, prepared }, ticket) =
@@ -99,12 +100,12 @@ impl Service {
             let first = prepared.prompts.first().map_or(0, PreparedPrompt::prompt_tokens);
             let ttft = self.placer.board.ttft_target(first);
             report.targets(ttft, self.placer.board.tpot_target());
-            let wanted = Wanted {
+            let terms = WaitTerms {
                 tenant: &tenant,
                 first_token: card.card().arrived + ttft,
                 deadline: self.deadline(&card),
             };
-            let admission = model.line.admit(&self.placer, (ticket, place), prepared, wanted).await?;
+            let admission = model.line.admit(&self.placer, ticket, place, prepared, terms).await?;
             Ok((model, admission))
         }
         .await;
@@ -112,7 +113,7 @@ impl Service {
         let Admission { permit, prepared, bookings, waited } = admission;
         report.enters("place");
         report.admitted(prepared.prompt_tokens());
-        let admitted = Admitted { tenant, model, prepared, permit, trace, card, report };
+        let admitted = Admitted { tenant, model, prepared, trace, report, card, permit };
         let placed = self.book(admitted, bookings, waited).await?;
         self.dispatch(placed)
     }
@@ -207,34 +208,27 @@ impl Service {
     }
 
     fn dispatch(&self, placed: Placed) -> Result<Streaming, ApiError> {
-        let Placed { admitted, bookings } = placed;
-        let Admitted { tenant, model, prepared, permit, trace, card, mut report } = admitted;
-        let priority = tenant.priority(prepared.priority);
+        let Placed { mut admitted, bookings } = placed;
         let mut lanes = Vec::new();
-        for (prompt, booked) in prepared.prompts.iter().zip(bookings) {
-            let lane = self.lane((&model, &prepared, prompt), booked, priority, &trace, &card);
-            lanes.push(lane.inspect_err(|error| report.failed(error))?);
+        for (prompt, booked) in admitted.prepared.prompts.iter().zip(bookings) {
+            let lane = self.lane(&admitted, prompt, booked);
+            lanes.push(lane.inspect_err(|error| admitted.report.failed(error))?);
         }
+        let Admitted { model, prepared, card, mut report, permit, .. } = admitted;
         report.enters("first_token");
         report.dispatched(prepared.prompt_tokens());
-        Ok(Streaming::new((model, prepared.shape), lanes, report, card, permit))
+        Ok(Streaming::new(model, prepared.shape, lanes, report, card, permit))
     }
 
     /// Sends one prompt on its way.
-    fn lane(
-        &self,
-        (model, prepared, prompt): (&Arc<Model>, &Prepared, &PreparedPrompt),
-        booked: Booked,
-        priority: i32,
-        trace: &TraceContext,
-        card: &CardGuard,
-    ) -> Result<Lane, ApiError> {
+    fn lane(&self, admitted: &Admitted, prompt: &PreparedPrompt, booked: Booked) -> Result<Lane, ApiError> {
+        let Admitted { tenant, model, prepared, trace, card, .. } = admitted;
         let assignment = Assignment {
             request: card.card().request.clone(),
             trace: trace.clone(),
             prompt: prompt.clone(),
             generated: Arc::default(),
-            priority,
+            priority: tenant.priority(prepared.priority),
             wanted: card.card().arrived + self.placer.board.ttft_target(prompt.prompt_tokens()),
             deadline: self.deadline(card),
             // A stop string is to be found before many a token is generated in vain.

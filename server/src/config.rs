@@ -285,7 +285,7 @@ kv_cache_bytes = 8589934592
             let expected = format!("expected 0 (one for each core) to {THREADS_MOST}");
             return Err(Invalid::new("runtime.threads", expected));
         }
-        self.handoff.check()
+        self.handoff.validate()
     }
 }
 

@@ -15,7 +15,7 @@ use baton_kvtransfer::{
     Direction, ExpectSpec, FirstTokens, Incoming, KvLayout, KvNode, OfferSpec, Outgoing, Progress, Region,
     Sealed, TransferError,
 };
-use baton_proto::{ApiError, ErrorCode, Incarnation, PromptDigest, TransferId};
+use baton_proto::{ApiError, ErrorCode, Incarnation, TransferId};
 use baton_runtime::{BlockId, KvContent, KvPool, KvPoolLayout};
 use tokio::{
     runtime::Handle,
@@ -25,7 +25,8 @@ use tokio_util::task::TaskTracker;
 
 use crate::{
     engine::{
-        sequence::{Inbound, Outbound, SequenceId},
+        scheduler::{Expect, Offer},
+        sequence::SequenceId,
         thread::Command,
     },
     metrics::HandoffMetrics,
@@ -116,16 +117,9 @@ impl Transfers {
         }
     }
 
-    /// Starts to send a sequence's cache, of which the first `cached` blocks are final. After an error there is no
-    /// transfer.
-    pub fn offer(
-        &mut self,
-        id: SequenceId,
-        to: Outbound,
-        (prompt_tokens, prompt_digest): (u32, PromptDigest),
-        (blocks, cached): (&[BlockId], u32),
-        (priority, deadline): (i32, Option<Instant>),
-    ) -> Result<(), ApiError> {
+    /// Starts to send a sequence's cache. After an error there is no transfer.
+    pub fn offer(&mut self, id: SequenceId, offer: Offer) -> Result<(), ApiError> {
+        let Offer { to, prompt_tokens, prompt_digest, blocks, cached, priority, deadline } = offer;
         let outgoing = self.node.offer(OfferSpec {
             id: to.transfer,
             peer: to.endpoint,
@@ -133,7 +127,7 @@ impl Transfers {
             receiver_incarnation: incarnation(to.receiver_incarnation),
             prompt_tokens,
             prompt_digest,
-            blocks: indices(blocks, prompt_tokens.div_ceil(self.block_tokens)),
+            blocks: indices(&blocks, prompt_tokens.div_ceil(self.block_tokens)),
             priority,
             deadline: self.deadline(deadline),
         })?;
@@ -183,22 +177,16 @@ impl Transfers {
         self.watched.remove(&id);
     }
 
-    /// Lets a sequence's cache arrive, except for the first `held` blocks. After an error there is no transfer.
-    pub fn expect(
-        &mut self,
-        id: SequenceId,
-        from: Inbound,
-        (prompt_tokens, prompt_digest): (u32, PromptDigest),
-        (blocks, held): (&[BlockId], u32),
-        deadline: Option<Instant>,
-    ) -> Result<(), ApiError> {
+    /// Lets a sequence's cache arrive, but for what it holds. After an error there is no transfer.
+    pub fn expect(&mut self, id: SequenceId, expect: Expect) -> Result<(), ApiError> {
+        let Expect { from, prompt_tokens, prompt_digest, blocks, held, deadline } = expect;
         let incoming = self.node.expect(ExpectSpec {
             id: from.transfer,
             sender: from.sender,
             sender_incarnation: incarnation(from.sender_incarnation),
             prompt_tokens,
             prompt_digest,
-            blocks: indices(blocks, prompt_tokens.div_ceil(self.block_tokens)),
+            blocks: indices(&blocks, prompt_tokens.div_ceil(self.block_tokens)),
             held: (0..held).collect(),
             deadline: self.deadline(deadline),
         })?;

@@ -40,7 +40,7 @@ pub mod streams;
 use dispatch::{InstanceFacts, Leg};
 use outbox::Outbox;
 use responses::{AttachStream, Responses, load_interval};
-use streams::{MAX_STREAMS, Streams};
+use streams::{STREAMS_MOST, Streams};
 
 /// How long a new stream may take to say hello.
 const HELLO_WITHIN: Duration = Duration::from_secs(5);
@@ -92,7 +92,7 @@ impl v1::inference_server::Inference for InferenceService {
         let stream = StreamId(self.fresh(1));
         let Some(outbox) = self.parts.streams.open(stream) else {
             return Err(Status::resource_exhausted(format!(
-                "{MAX_STREAMS} coordinators are attached already"
+                "{STREAMS_MOST} coordinators are attached already"
             )));
         };
         tracing::info!(%coordinator, "coordinator attached");

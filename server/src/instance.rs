@@ -39,7 +39,7 @@ use crate::{
 mod listeners;
 mod plan;
 
-use listeners::{Listeners, address};
+use listeners::Listeners;
 use plan::Plan;
 
 /// What a drain's end needs of the process's own: to fail what still runs and wait for its fences, to say goodbye, and
@@ -117,7 +117,8 @@ pub async fn run(process: Process<ServerConfig>) -> Result<(), ServerError> {
     let executor = {
         let until_loaded = CancellationToken::new();
         let _ends_with_loading = until_loaded.clone().drop_guard();
-        let listener = listeners.grpc.try_clone().map_err(|source| address("gRPC", source))?;
+        let cloned = listeners.grpc.try_clone();
+        let listener = cloned.map_err(|source| ServerError::Address { what: "gRPC", source })?;
         let options = grpc_options(&process, &tls, &closed, until_loaded.clone(), Duration::ZERO);
         let early = process.tasks.spawn(grpc::serve(listener, Routes::default(), options));
         let loaded = async {

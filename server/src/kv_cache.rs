@@ -13,11 +13,11 @@ use v1::kv_events::Events;
 
 use crate::{
     engine::cache_events::{CacheEvent, CacheEvents, Reader},
-    inference::streams::MAX_STREAMS,
+    inference::streams::STREAMS_MOST,
 };
 
 /// Readers at a time; more are refused. Whoever may dispatch may know what is cached.
-const MAX_READERS: usize = MAX_STREAMS;
+const READERS_MOST: usize = STREAMS_MOST;
 /// Hashes in one part of a snapshot: 16 bytes each on the wire, well below the 4 MiB that gRPC clients take.
 const PART: usize = 32 << 10;
 
@@ -41,7 +41,7 @@ pub struct KvCacheService {
 
 impl KvCacheService {
     pub fn new(facts: CacheFacts, events: Arc<CacheEvents>, shutdown: CancellationToken) -> Self {
-        let readers = Arc::new(Semaphore::new(MAX_READERS));
+        let readers = Arc::new(Semaphore::new(READERS_MOST));
         Self { facts: Arc::new(facts), events, readers, shutdown }
     }
 }
@@ -114,7 +114,7 @@ impl v1::kv_cache_server::KvCache for KvCacheService {
             .map_err(|error| Status::invalid_argument(error.to_string()))?;
         peer.speaks_as(coordinator.as_str())?;
         let place = self.readers.clone().try_acquire_owned().map_err(|_| {
-            Status::resource_exhausted(format!("{MAX_READERS} coordinators read the events already"))
+            Status::resource_exhausted(format!("{READERS_MOST} coordinators read the events already"))
         })?;
         tracing::debug!(%coordinator, "coordinator reads the events of the KV cache");
         let messages = Messages {

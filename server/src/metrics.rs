@@ -1,5 +1,5 @@
-//! What the server shows of itself to Prometheus. Registered once by [`crate::instance`]; every name begins with
-//! `baton_server_`.
+//! What the server shows of itself to Prometheus. Registered once, by [`crate::serving`] and, of roles, by
+//! [`crate::instance`]; every name begins with `baton_server_`.
 
 use std::time::Duration;
 
@@ -73,17 +73,17 @@ impl Collector for RoleMetrics {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Kind {
+struct KindLabel {
     kind: &'static str,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Outcome {
+struct OutcomeLabel {
     /// "stop", "length", "handed_off", "cancelled", or the code of an error.
     outcome: &'static str,
 }
 
-type StepTimes = Family<Kind, Histogram, fn() -> Histogram>;
+type StepTimes = Family<KindLabel, Histogram, fn() -> Histogram>;
 
 /// Metrics that the engine's thread keeps up to date. Clones share their values.
 #[derive(Debug, Clone)]
@@ -104,7 +104,7 @@ pub struct EngineMetrics {
     prefix_hit_tokens: Counter,
     prefix_miss_tokens: Counter,
     held_blocks: Counter,
-    legs: Family<Outcome, Counter>,
+    legs: Family<OutcomeLabel, Counter>,
     joins: Histogram,
 }
 
@@ -198,7 +198,7 @@ impl EngineMetrics {
             (0, _) => "decode",
             _ => "both",
         };
-        self.steps.get_or_create(&Kind { kind }).observe(stats.took.as_secs_f64());
+        self.steps.get_or_create(&KindLabel { kind }).observe(stats.took.as_secs_f64());
     }
 
     /// A step goes on from a cache that was whole this long ago.
@@ -218,18 +218,18 @@ impl EngineMetrics {
             },
             Some(LegEnd::Failed(error)) => error.code.name(),
         };
-        self.legs.get_or_create(&Outcome { outcome }).inc();
+        self.legs.get_or_create(&OutcomeLabel { outcome }).inc();
     }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Abort {
+struct AbortLabels {
     direction: &'static str,
     reason: &'static str,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Transport {
+struct TransportLabel {
     transport: &'static str,
 }
 
@@ -282,7 +282,7 @@ impl Collector for TransferMetrics {
             let name = format!("{PREFIX}_transfer_{name}");
             let mut family = encoder.encode_descriptor(&name, help, None, MetricType::Counter)?;
             for one in &stats.by_transport {
-                let labels = Transport { transport: one.kind.name() };
+                let labels = TransportLabel { transport: one.kind.name() };
                 ConstCounter::new(of(one)).encode(family.encode_family(&labels)?)?;
             }
         }
@@ -294,7 +294,7 @@ impl Collector for TransferMetrics {
                 Direction::Incoming => "in",
                 Direction::Outgoing => "out",
             };
-            let labels = Abort { direction, reason: code.name() };
+            let labels = AbortLabels { direction, reason: code.name() };
             ConstCounter::new(count).encode(family.encode_family(&labels)?)?;
         }
         Ok(())

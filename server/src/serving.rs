@@ -47,7 +47,7 @@ use crate::{
 const HELD_OFFER: Duration = Duration::from_secs(3600);
 
 /// Largest message of a coordinator: a prompt of a million tokens, and then some.
-const MAX_MESSAGE_BYTES: usize = 8 << 20;
+const MESSAGE_BYTES_MOST: usize = 8 << 20;
 
 /// What serving has in common with the rest of the instance.
 pub struct Shared {
@@ -215,7 +215,7 @@ impl Serving {
     /// The gRPC services: Inference, Handoff and KvCache.
     pub fn routes(&self) -> Routes {
         let inference =
-            InferenceServer::new(self.inference.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES);
+            InferenceServer::new(self.inference.clone()).max_decoding_message_size(MESSAGE_BYTES_MOST);
         Routes::new(inference)
             .add_service(InterceptedService::new(self.node.handoff_service(), known_peer))
             .add_service(KvCacheServer::new(self.kv_cache.clone()))

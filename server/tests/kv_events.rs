@@ -5,7 +5,7 @@ mod support;
 use std::collections::HashSet;
 
 use baton_proto::{BlockHash, v1};
-use baton_server::{handoff::kv_layout, inference::streams::MAX_STREAMS, role::Role};
+use baton_server::{handoff::kv_layout, inference::streams::STREAMS_MOST, role::Role};
 use support::{Attached, Instance, PATIENCE, Request, Shape, model, whole};
 use tonic::{Code, Streaming, transport::Endpoint};
 use v1::{kv_cache_client::KvCacheClient, kv_events::Events};
@@ -156,7 +156,7 @@ async fn readers_say_who_they_are_and_are_bounded() {
     let status = client(&mixed).await.events(nameless).await.expect_err("it has no name");
     assert_eq!(status.code(), Code::InvalidArgument);
     let mut readers = Vec::new();
-    for _ in 0..MAX_STREAMS {
+    for _ in 0..STREAMS_MOST {
         readers.push(Listener::to(&mixed).await);
     }
     let request = v1::KvEventsRequest { coordinator_id: "c".into(), every_tokens: 0 };

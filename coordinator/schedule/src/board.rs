@@ -271,23 +271,21 @@ impl Board {
                 if computes { (seat.uncached_tokens, seat.uncached_pairs) } else { (0, 0) };
             let blocks = seat.blocks;
             let work = Work { prefill_tokens, prefill_pairs, sequences: sequences.into(), blocks };
-            Part { instance: seat.instance.clone(), work, leg: None }
+            Part { instance: seat.instance.clone(), work, leg: None, expected: None }
         };
-        let (prefill, decode) = match &placement {
+        let (mut prefill, mut decode) = match &placement {
             Placement::Alone(seat) => (part(seat, true, choices), None),
             Placement::Apart { prefill, decode } => {
                 (part(prefill, true, 1), Some(part(decode, false, choices)))
             }
         };
-        let mut expected = [None, None];
-        for (part, expected) in [Some(&prefill), decode.as_ref()].into_iter().zip(&mut expected) {
-            let Some(part) = part else { continue };
-            *expected = state.view.row(&part.instance).and_then(|row| caches.expect(row.number, chains));
+        for part in [Some(&mut prefill), decode.as_mut()].into_iter().flatten() {
+            part.expected = state.view.row(&part.instance).and_then(|row| caches.expect(row.number, chains));
             state.ledger.credit(&part.instance, part.work);
             state.view.chosen(&part.instance, turn);
             state.renew(&part.instance, now);
         }
-        let credit = Credit { board: self.clone(), prefill, decode, expected };
+        let credit = Credit { board: self.clone(), prefill, decode };
         Ok(Booking { placement, receipt, credit, handed_on: among.handed_on_by().is_some() })
     }
 

@@ -1,7 +1,6 @@
 //! What the fleet has cached, by instance, behind one lock.
 //!
-//! Written by whoever reads an instance's events, through a [`Feed`] ([`crate::fleet::cache`]), and by
-//! [`super::board`], which says what requests in flight will leave where; read by the board for each request. The lock is
+//! Written by the coordinator's reader of KV events, through a [`Feed`] for each instance, and by [`super::board`], which says what requests in flight will leave where; read by the board for each request. The lock is
 //! held while one request is placed and while a few hundred blocks change. Whoever holds the board's lock, too, took this
 //! one first.
 

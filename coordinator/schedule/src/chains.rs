@@ -1,12 +1,12 @@
 //! The names of a prompt's KV blocks, as the instances say them that might hold some.
 //!
-//! Made with each prompt by [`crate::prepare`], asked by whoever books it. What a block is called depends on who cuts
+//! Made by the coordinator as it prepares a prompt, asked by whoever books it. What a block is called depends on who cuts
 //! it: a [`Dialect`] is the root that follows from an instance's model and KV layout, and the tokens of a block. The
 //! hashes are [`BlockHash`]es, the servers' own; of each the first 64 bits are kept: two that are equal by chance, or by
 //! somebody's work, cost a misprediction and nothing else, as only the server's whole hash decides what is taken.
 //!
 //! A chain is computed once for a request and dialect, when it is first asked for: a fraction of a microsecond a block.
-//! [`crate::serve`] asks first, on the core that has tokenised the prompt.
+//! The coordinator asks first, on the core that has tokenised the prompt.
 
 use std::{num::NonZero, sync::Arc};
 

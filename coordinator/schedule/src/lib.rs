@@ -1,10 +1,10 @@
-//! Where a request goes: prefill and decode chosen together. Pure but for the one lock of [`board`].
+//! Where a request goes: prefill and decode chosen together. Pure but for the locks of [`board`] and [`caches`].
 //!
 //! The coordinator feeds it: [`fleet`] is who is there and what they said, [`ledger`] the work in flight, [`index`] and
 //! [`caches`] who has which KV blocks, [`predict`] how fast each instance is, learnt from what it measures. [`view`] is all
 //! of that in rows, [`cost`] prices a part of a request on a row, and [`choose`] takes the best pair of one class, or the one
-//! instance that does everything if that is better. Every choice leaves a [`Receipt`]. The sending is left to the caller. [`queue`]
-//! is the order of those who wait until there is room.
+//! instance that does everything if that is better. Every choice leaves a [`Receipt`]. The sending is left to the caller.
+//! [`queue`] is the order of those who wait until there is room.
 //!
 //! Only instances of the model asked for are looked at, by its revision; time is O(those). What instances report is theirs
 //! to say: it is bounded where it comes in, and costs are floating point, which does not overflow.

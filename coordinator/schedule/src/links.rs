@@ -40,13 +40,14 @@ impl Default for Links {
 
 impl Links {
     /// Decode has gone on so long after the first token; `None`: the handoff failed.
-    pub(crate) fn learn(&mut self, pair: (u32, u32), took: Option<Duration>, now: Instant) {
+    pub(crate) fn learn(&mut self, prefill: u32, decode: u32, took: Option<Duration>, now: Instant) {
+        let pair = (prefill, decode);
         let micros = took.map_or(FAILED_MICROS, |took| (took.as_secs_f64() * 1e6).min(FAILED_MICROS));
         self.all += FRESH * (micros - self.all);
         if self.pairs.len() >= PAIRS_MOST && !self.pairs.contains_key(&pair) {
             self.pairs.clear();
         }
-        let before = if self.pairs.contains_key(&pair) { self.micros(pair.0, pair.1, now) } else { micros };
+        let before = if self.pairs.contains_key(&pair) { self.micros(prefill, decode, now) } else { micros };
         self.pairs.insert(pair, Pair { mean: before + FRESH * (micros - before), at: now });
     }
 
@@ -66,23 +67,23 @@ mod tests {
     fn a_pair_is_taken_for_one_like_others_until_it_shows_what_it_is() {
         let (mut links, now) = (Links::default(), Instant::now());
         assert_eq!(links.micros(1, 2, now), UNKNOWN_MICROS);
-        (0..100).for_each(|_| links.learn((1, 2), Some(Duration::from_millis(10)), now));
+        (0..100).for_each(|_| links.learn(1, 2, Some(Duration::from_millis(10)), now));
         assert_eq!(links.micros(1, 2, now), 10_000.0);
         assert!((links.micros(1, 3, now) - 10_000.0).abs() < 1.0);
-        links.learn((1, 3), None, now);
+        links.learn(1, 3, None, now);
         assert_eq!(links.micros(1, 3, now), FAILED_MICROS);
         let others = links.micros(7, 7, now);
         let half = links.micros(1, 3, now + HALF_LIFE);
         assert!((half - (FAILED_MICROS + others) / 2.0).abs() < 1.0, "{half}");
         assert!((links.micros(1, 3, now + HALF_LIFE * 30) - others).abs() < 1.0, "it is tried again");
-        (0..100).for_each(|_| links.learn((1, 3), Some(Duration::from_millis(1)), now));
+        (0..100).for_each(|_| links.learn(1, 3, Some(Duration::from_millis(1)), now));
         assert!(links.micros(1, 3, now) < 1_100.0, "it is forgiven");
     }
 
     #[test]
     fn no_more_pairs_are_remembered_than_there_may_be() {
         let (mut links, now) = (Links::default(), Instant::now());
-        (0..PAIRS_MOST as u32 + 1).for_each(|decode| links.learn((0, decode), Some(Duration::ZERO), now));
+        (0..PAIRS_MOST as u32 + 1).for_each(|decode| links.learn(0, decode, Some(Duration::ZERO), now));
         assert_eq!(links.pairs.len(), 1);
     }
 }

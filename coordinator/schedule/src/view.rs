@@ -32,7 +32,7 @@ pub struct Row {
     /// Its own for as long as it is known; nobody else has it ever.
     pub number: u32,
     /// The role in which it takes requests now. `None`: it takes none.
-    pub duty: Option<Role>,
+    pub role: Option<Role>,
     /// Of the role that it holds, whether or not it takes requests in it. `None`: it cannot be reached, or is stuck.
     pub role_epoch: Option<RoleEpoch>,
     /// It may be used until then; `None` = no end is known.
@@ -53,12 +53,12 @@ pub struct Row {
 
 impl Row {
     pub fn is_usable(&self, now: Instant) -> bool {
-        self.duty.is_some() && self.until.is_none_or(|until| now <= until)
+        self.role.is_some() && self.until.is_none_or(|until| now <= until)
     }
 
     /// The part of the work that it takes.
     pub fn side(&self) -> Option<Side> {
-        self.duty.and_then(|role| match role {
+        self.role.and_then(|role| match role {
             Role::None => None,
             Role::Mixed => Some(Side::Whole),
             Role::Prefill => Some(Side::Prefill),
@@ -67,7 +67,7 @@ impl Row {
     }
 
     fn is_prefill(&self) -> bool {
-        matches!(self.duty, Some(Role::Prefill | Role::Mixed))
+        matches!(self.role, Some(Role::Prefill | Role::Mixed))
     }
 
     fn is_busy(&self) -> bool {
@@ -78,11 +78,11 @@ impl Row {
         let load = instance.load();
         let duty = fleet.duty(instance);
         let role = duty.map(|(duty, _)| duty.role);
-        if self.duty != role {
+        if self.role != role {
             self.ready_since = now;
         }
         self.until = duty.and_then(|(_, until)| until);
-        self.duty = role;
+        self.role = role;
         self.role_epoch = instance.role_epoch();
         self.standing = ledger.standing(&self.spec.id, &load);
         self.speed = speeds.of(&self.spec, now);
@@ -160,15 +160,16 @@ impl View {
     }
 
     /// A cache was handed over in this time; `None`: it could not be.
-    pub fn handed_over(
+    pub fn learn_handoff(
         &mut self,
-        (prefill, decode): (&InstanceId, &InstanceId),
+        prefill: &InstanceId,
+        decode: &InstanceId,
         took: Option<Duration>,
         now: Instant,
     ) {
         let number = |id| self.row(id).map(|row| row.number);
         if let (Some(prefill), Some(decode)) = (number(prefill), number(decode)) {
-            self.links.learn((prefill, decode), took, now);
+            self.links.learn(prefill, decode, took, now);
         }
     }
 
@@ -275,7 +276,7 @@ impl Row {
         Self {
             spec: Arc::new(spec.clone()),
             number,
-            duty: None,
+            role: None,
             role_epoch: None,
             until: None,
             classes: 0..0,

@@ -54,7 +54,7 @@ pub struct Permit {
 }
 
 /// What a request is to wait for, and how.
-pub struct Wanted<'a> {
+pub struct WaitTerms<'a> {
     pub tenant: &'a Tenant,
     /// When its first token is.
     pub first_token: Instant,
@@ -88,7 +88,7 @@ struct Waiter {
 #[derive(Default)]
 struct State {
     /// Seats that are taken.
-    served: usize,
+    seated: usize,
     queue: Queue<Waiter>,
     /// A task places those who wait.
     attended: bool,
@@ -148,9 +148,10 @@ impl Line {
     pub async fn admit(
         &self,
         placer: &Arc<Placer>,
-        (ticket, place): (Ticket, Place),
+        ticket: Ticket,
+        place: Place,
         prepared: Prepared,
-        wanted: Wanted<'_>,
+        terms: WaitTerms<'_>,
     ) -> Result<Admission, ApiError> {
         let (desk, began) = (&self.desk, Instant::now());
         placer.board.arrived(&desk.served.revision);
@@ -160,7 +161,7 @@ impl Line {
             place.as_ref().and_then(|_| desk.at_once(|| placer.book_all(&desk.served, &prepared.prompts)));
         let bound = match (place, booked) {
             (Some(place), Some((seat, bookings))) => Bound { seat, place, prepared, bookings },
-            (place, _) => self.wait(placer, (place, prepared), &wanted, began).await?,
+            (place, _) => self.wait(placer, place, prepared, &terms, began).await?,
         };
         let (Bound { seat, place, prepared, bookings }, waited) = (bound, began.elapsed());
         desk.counts.queue_wait.observe(waited.as_secs_f64());
@@ -172,19 +173,20 @@ impl Line {
     async fn wait(
         &self,
         placer: &Arc<Placer>,
-        (place, prepared): (Option<OwnedSemaphorePermit>, Prepared),
-        wanted: &Wanted<'_>,
+        place: Option<OwnedSemaphorePermit>,
+        prepared: Prepared,
+        terms: &WaitTerms<'_>,
         began: Instant,
     ) -> Result<Bound, ApiError> {
-        let (desk, by) = (&self.desk, (began + self.queue_timeout).min(wanted.deadline));
-        let tenant = wanted.tenant;
+        let (desk, by) = (&self.desk, (began + self.queue_timeout).min(terms.deadline));
+        let tenant = terms.tenant;
         let rank = tenant.rank(prepared.priority);
         let priority = rank.priority;
         let wish = Wish {
             priority,
             tenant: tenant.name.clone(),
             weight: tenant.weight.get(),
-            wanted: wanted.first_token,
+            wanted: terms.first_token,
             work: work(&prepared, placer.board.expected_tokens(&desk.served.revision)),
         };
         let (goes, told) = oneshot::channel();
@@ -276,10 +278,10 @@ impl Desk {
     ) -> Option<(Seat, Option<Vec<Booked>>)> {
         let seat = {
             let mut state = self.state.lock();
-            if state.served >= self.seats || !state.queue.is_empty() {
+            if state.seated >= self.seats || !state.queue.is_empty() {
                 return None;
             }
-            state.served += 1;
+            state.seated += 1;
             Seat(self.clone())
         };
         match book() {
@@ -292,7 +294,7 @@ impl Desk {
     fn place_next(self: &Arc<Self>, placer: &Placer) -> bool {
         let (Waiter { place, prepared, goes }, bookings, seat) = {
             let state = &mut *self.state.lock();
-            if state.served >= self.seats {
+            if state.seated >= self.seats {
                 return false;
             }
             let fits = |waiter: &Waiter| match placer.book_all(&self.served, &waiter.prepared.prompts) {
@@ -300,7 +302,7 @@ impl Desk {
                 booked => Some(booked.ok()),
             };
             let Some((waiter, bookings)) = state.queue.next(Instant::now(), fits) else { return false };
-            state.served += 1;
+            state.seated += 1;
             (waiter, bookings, Seat(self.clone()))
         };
         // One that has left in this very moment gives all of it back.
@@ -336,7 +338,7 @@ struct Seat(Arc<Desk>);
 impl Drop for Seat {
     fn drop(&mut self) {
         let mut state = self.0.state.lock();
-        state.served -= 1;
+        state.seated -= 1;
         if state.attended {
             self.0.changed.notify_one();
         }

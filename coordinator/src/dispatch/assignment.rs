@@ -29,13 +29,6 @@ pub struct Assignment {
     pub in_batches: bool,
 }
 
-impl Assignment {
-    /// What is to be computed before the next token: the prompt, and what was generated.
-    pub fn whole(&self) -> (&PreparedPrompt, &[u32]) {
-        (&self.prompt, &self.generated)
-    }
-}
-
 /// What a request that is not complete by its deadline ends with.
 pub fn deadline_passed() -> ApiError {
     let message = "the request did not finish within its time; ask for fewer tokens or try again later";

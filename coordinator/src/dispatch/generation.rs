@@ -293,7 +293,7 @@ impl Generation {
                 let took = self.mailbox.handoff_time();
                 handoff.done(took);
                 if took.is_some() {
-                    self.credit.handed_over(took);
+                    self.credit.handoff_took(took);
                 }
             }
             if output.generates() && !self.served.contains(&side) {
@@ -421,7 +421,7 @@ impl Generation {
             let first_token = self.choices.iter().any(|choice| choice.machine.has_begun());
             if let Some(handoff) = self.handoff.take_if(|_| cause::is_of_the_link(error.code, first_token)) {
                 handoff.failed();
-                self.credit.handed_over(None);
+                self.credit.handoff_took(None);
             }
         }
         ended

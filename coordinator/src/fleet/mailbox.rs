@@ -4,7 +4,7 @@
 //! not hold up the stream that carries everybody else's tokens. It is bounded all the same: what follows on
 //! from the last delivery of the same choice of the same leg is appended to it, so a reader that is away
 //! costs four bytes a token (some 200 with log probabilities) and no more than the request may generate;
-//! beyond [`MOST_DELIVERIES`] pieces that do not follow on, nothing more is taken and [`Mailbox::flooded`] says whose
+//! beyond [`DELIVERIES_MOST`] pieces that do not follow on, nothing more is taken and [`Mailbox::flooded`] says whose
 //! fault it is. That is no end of the leg: its instance works on until it is told to stop.
 
 use std::{
@@ -21,7 +21,7 @@ use super::leg::Output;
 
 /// Deliveries that may lie in the box for each choice. In order, they merge: only a peer that breaks the contract comes
 /// near it.
-const MOST_DELIVERIES: usize = 64;
+const DELIVERIES_MOST: usize = 64;
 /// Tokens that are told, and read, at a time, where nobody sees them before.
 pub const BATCH_TOKENS: u32 = 32;
 /// A reader who takes them in batches is woken once so many tokens have come for each choice.
@@ -75,7 +75,7 @@ impl Mailbox {
     /// For a request of so many choices. `in_batches`: of tokens that only go on from earlier ones, the reader is woken
     /// for many at a time.
     pub fn new(choices: u32, in_batches: bool) -> Self {
-        let most = MOST_DELIVERIES * choices.max(1) as usize;
+        let most = DELIVERIES_MOST * choices.max(1) as usize;
         let deliveries = VecDeque::new();
         let (reader, flooded) = (None, None);
         let (first_token, taken_up) = (None, None);
@@ -219,7 +219,7 @@ mod tests {
     #[test]
     fn a_flood_is_bounded_and_blamed_on_who_sent_it() {
         let mailbox = Mailbox::new(1, false);
-        for position in 0..MOST_DELIVERIES as u32 {
+        for position in 0..DELIVERIES_MOST as u32 {
             mailbox.deliver(Side::Decode, output(position * 2, &[1]));
         }
         assert_eq!(mailbox.flooded(), None, "all of it was taken");
@@ -229,7 +229,7 @@ mod tests {
         }
         assert_eq!(mailbox.flooded(), Some(Side::Decode));
         let got = take(&mailbox);
-        assert_eq!(got.len(), MOST_DELIVERIES);
+        assert_eq!(got.len(), DELIVERIES_MOST);
         assert!(got.iter().all(|(_, output)| output.end.is_none()), "its instance has ended nothing");
     }
 

@@ -162,7 +162,7 @@ async fn complete(service: Arc<Service>, endpoint: Endpoint, request: Request) -
         // The client's own goes on where traces are not exported.
         let trace = TraceContext::current().unwrap_or(sent);
         let received = Received { tenant, endpoint, body, trace, ticket, card, report };
-        let streaming = service.carry(received).await?;
+        let streaming = service.serve(received).await?;
         answer(&service, &id, streaming, express).await
     };
     let answered = answered.instrument(span).await;

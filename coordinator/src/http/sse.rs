@@ -24,7 +24,7 @@ use super::reply::Voice;
 use crate::{
     dispatch::deadline_passed,
     fleet::inline,
-    stream::{Piece, Place, Step},
+    stream::{AnswerCell, Piece, Step},
 };
 
 /// What an answer writes into, before it grows: some events of a token each.
@@ -51,7 +51,7 @@ struct Answer {
 struct Parts {
     voice: Voice,
     /// `None` once the answer has ended; emptied from elsewhere if the client reads too slowly.
-    place: Option<Place>,
+    cell: Option<AnswerCell>,
     /// What came while the head waited.
     first: Option<Step>,
     /// What has not been written of each choice, reused from step to step.
@@ -67,14 +67,14 @@ struct Parts {
 impl SseBody {
     pub(super) fn new(
         voice: Voice,
-        place: Place,
+        cell: AnswerCell,
         pieces: Vec<Piece>,
         first: Option<Step>,
         express: Option<Express>,
     ) -> Self {
         let out = Vec::with_capacity(BUFFER_BYTES);
-        let place = Some(place);
-        let parts = Parts { voice, place, first, pieces, out, opened: false, unsent: false, broken: false };
+        let cell = Some(cell);
+        let parts = Parts { voice, cell, first, pieces, out, opened: false, unsent: false, broken: false };
         let (task, gathered) = (AtomicWaker::new(), AtomicBool::new(false));
         Self(Arc::new(Answer { parts: Mutex::new(parts), express, task, gathered }))
     }
@@ -83,13 +83,13 @@ impl SseBody {
 impl Drop for SseBody {
     /// Gives back everything that the request holds: what would wake this answer holds it, too.
     fn drop(&mut self) {
-        let place = {
+        let cell = {
             let mut parts = self.0.parts.lock();
             parts.unsent = false;
-            parts.place.take()
+            parts.cell.take()
         };
         self.0.express.iter().for_each(Express::gives);
-        let left = place.and_then(|place| place.lock().take());
+        let left = cell.and_then(|cell| cell.lock().take());
         drop(left);
     }
 }
@@ -97,10 +97,10 @@ impl Drop for SseBody {
 impl Parts {
     /// Writes what the next step brings to `out`; `None` after the end.
     fn poll(&mut self, context: &mut Context<'_>) -> Poll<Option<()>> {
-        let Some(place) = &self.place else { return Poll::Ready(None) };
+        let Some(cell) = &self.cell else { return Poll::Ready(None) };
         let step = match self.first.take() {
             Some(step) => step,
-            None => match place.lock().as_mut().map(|held| held.poll_step(context, &mut self.pieces)) {
+            None => match cell.lock().as_mut().map(|held| held.poll_step(context, &mut self.pieces)) {
                 Some(Poll::Ready(step)) => step,
                 // The head has gone out without a token: the opening tells the client that it is being served.
                 Some(Poll::Pending) if !self.opened => Step::More,
@@ -128,8 +128,8 @@ impl Parts {
             Err(error) => self.voice.failure(out, &error),
         }
         // Gives the seat back now, not when the client has read everything.
-        if let Some(place) = self.place.take() {
-            let ended = place.lock().take();
+        if let Some(cell) = self.cell.take() {
+            let ended = cell.lock().take();
             drop(ended);
         }
     }
@@ -170,7 +170,7 @@ impl Parts {
             Poll::Ready(Some(())) => {
                 self.unsent = true;
                 // The connection's task ends the body, and sends the last of it along with that.
-                if self.place.is_some() { Past::Send } else { Past::Task }
+                if self.cell.is_some() { Past::Send } else { Past::Task }
             }
         }
     }

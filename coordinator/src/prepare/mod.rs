@@ -135,7 +135,7 @@ pub fn prepare(
             context_tokens: served.context_tokens,
             max_completion_tokens: limits.max_completion_tokens,
         };
-        let sampling = sampling::sampling(served, endpoint, request, prompt_tokens, limits, (seed, choices))?;
+        let sampling = sampling::sampling(served, endpoint, request, prompt_tokens, limits, seed, choices)?;
         let tokens: Arc<[u32]> = tokens.into();
         let chains = Chains::new(tokens.clone());
         Ok(PreparedPrompt { tokens, chains, sampling, echo: echo.into() })

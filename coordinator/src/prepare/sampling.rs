@@ -86,7 +86,8 @@ pub(super) fn sampling(
     request: &Request,
     prompt_tokens: u32,
     limits: TokenLimits,
-    (seed, choices): (u64, u32),
+    seed: u64,
+    choices: u32,
 ) -> Result<Sampling, ApiError> {
     let vocabulary = served.text.vocabulary();
     let top_p = within("top_p", request.top_p, 1.0, 0.0, 1.0)?;
@@ -167,7 +168,7 @@ mod tests {
     /// `prompt_tokens` 10, seed 7 and the stop token 0 unless the request says otherwise.
     fn check(body: &str) -> Result<Sampling, ApiError> {
         let request = parse(body.as_bytes()).expect(body);
-        sampling(&served(), Endpoint::Chat, &request, 10, LIMITS, (7, 1))
+        sampling(&served(), Endpoint::Chat, &request, 10, LIMITS, 7, 1)
     }
 
     #[test]
@@ -230,7 +231,7 @@ mod tests {
         assert_eq!(error.code, ErrorCode::ContextLengthExceeded);
         let request = parse(br#"{"prompt": "x"}"#).expect("parses");
         let sampling = |request: &Request, prompt_tokens, limits| {
-            sampling(&served(), Endpoint::Text, request, prompt_tokens, limits, (0, 1))
+            sampling(&served(), Endpoint::Text, request, prompt_tokens, limits, 0, 1)
         };
         let error = sampling(&request, 100, LIMITS).expect_err("no room for an answer");
         assert_eq!((error.code, error.param.as_deref()), (ErrorCode::ContextLengthExceeded, Some("prompt")));

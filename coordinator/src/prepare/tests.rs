@@ -2,7 +2,6 @@
 
 use super::*;
 
-#[path = "bytes.rs"]
 mod bytes;
 pub(crate) use bytes::Bytes;
 

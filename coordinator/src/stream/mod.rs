@@ -23,7 +23,7 @@ use crate::{
 
 pub use crate::report::Usage;
 pub use lane::Lane;
-pub use overdue::{Overdue, Place};
+pub use overdue::{AnswerCell, Overdue};
 pub use reading::{Piece, Reading, ScoredToken};
 
 /// What reading brought, besides pieces.
@@ -48,7 +48,8 @@ pub struct Streaming {
 impl Streaming {
     /// A request with as many prompts as `lanes`; choices are counted through all of them.
     pub fn new(
-        (model, shape): (Arc<Model>, Shape),
+        model: Arc<Model>,
+        shape: Shape,
         lanes: Vec<Lane>,
         report: Report,
         card: CardGuard,

@@ -2,7 +2,7 @@
 //!
 //! A streamed answer moves only while its client takes what is written, and so does its own clock: a client that holds
 //! its connection open and gives no room would keep seat, legs and ledger for ever. [`crate::http`] therefore reads an
-//! answer out of a place that [`Overdue`], one task for all, empties some time after the request's deadline.
+//! answer out of a cell that [`Overdue`], one task for all, empties some time after the request's deadline.
 
 use std::{
     sync::{Arc, Weak},
@@ -17,11 +17,11 @@ use super::Streaming;
 
 /// After the deadline, for whoever does read: an answer then ends by itself, and its reader is woken.
 const GRACE: Duration = Duration::from_secs(1);
-/// How often all places are looked at.
+/// How often all of them are looked at.
 const EVERY: Duration = Duration::from_secs(1);
 
 /// An answer on its way, until it has ended or was taken away.
-pub type Place = Arc<Mutex<Option<Streaming>>>;
+pub type AnswerCell = Arc<Mutex<Option<Streaming>>>;
 
 /// Every streamed answer there is: as many at most as there are seats.
 #[derive(Default)]
@@ -31,19 +31,19 @@ pub struct Overdue {
 
 /// An answer and by when it is to be read.
 struct Held {
-    place: Weak<Mutex<Option<Streaming>>>,
+    cell: Weak<Mutex<Option<Streaming>>>,
     by: Instant,
 }
 
 impl Overdue {
     /// Takes charge of an answer's deadline.
-    pub fn hold(&self, streaming: Streaming) -> Place {
+    pub fn hold(&self, streaming: Streaming) -> AnswerCell {
         let deadline = streaming.deadline();
-        let place = Arc::new(Mutex::new(Some(streaming)));
+        let cell = Arc::new(Mutex::new(Some(streaming)));
         if let Some(deadline) = deadline {
-            self.held.lock().push(Held { place: Arc::downgrade(&place), by: deadline + GRACE });
+            self.held.lock().push(Held { cell: Arc::downgrade(&cell), by: deadline + GRACE });
         }
-        place
+        cell
     }
 
     /// Runs until requests have drained.
@@ -59,16 +59,16 @@ impl Overdue {
 
     fn sweep(&self, now: Instant) {
         let mut due = Vec::new();
-        self.held.lock().retain(|held| match held.place.upgrade() {
-            Some(place) if held.by <= now => {
-                due.push(place);
+        self.held.lock().retain(|held| match held.cell.upgrade() {
+            Some(cell) if held.by <= now => {
+                due.push(cell);
                 false
             }
             lives => lives.is_some(),
         });
-        for place in due {
+        for cell in due {
             // Ended without the lock: it tells instances and gives back what it holds.
-            let unread = place.lock().take();
+            let unread = cell.lock().take();
             if let Some(unread) = unread {
                 unread.expire();
             }

@@ -28,7 +28,7 @@ use tokio_util::{
 use tonic::{Request, Response, Status, Streaming};
 use v1::{attach_request::Frame as Ask, attach_response::Frame as Answer, leg_output::End};
 
-#[path = "../../src/prepare/bytes.rs"]
+#[path = "../../src/prepare/tests/bytes.rs"]
 mod bytes;
 pub(crate) mod cache;
 use bytes::Bytes;

@@ -93,7 +93,7 @@ impl Default for HandoffConfig {
 }
 
 impl HandoffConfig {
-    pub(super) fn check(&self) -> Result<(), Invalid> {
+    pub(super) fn validate(&self) -> Result<(), Invalid> {
         if !LEASE_RANGE.contains(&self.lease) {
             return Err(Invalid::new("handoff.lease", "expected 30ms to 1h"));
         }

@@ -3,9 +3,10 @@
 //!
 //! Called by the engine's thread ([`super::step`] between steps, [`super::thread`] for events from outside). The life
 //! of a sequence (arrival, end, transfers) is in [`lifecycle`], that of its choices in [`choices`], what damage does to it
-//! in [`quarantine`]; this file holds the planning:
+//! in [`quarantine`], and how full it all is in [`occupancy`]; this file holds the planning:
 //!
-//! - Everything is done by rank: priority, then by when the first token is wanted, then age. The first in rank always goes on, so everything ends.
+//! - Everything is done by rank: priority, then by when the first token is wanted, then age. The first in rank always goes
+//!   on, so everything ends.
 //! - Decode first: every running sequence that needs one more token gets it. When blocks run out, the last in rank that
 //!   can be computed again is preempted: its blocks are let go and it waits to be recomputed from its tokens, of which
 //!   the cache may still have most. A sequence preempts itself if it is the last.
@@ -73,31 +74,42 @@ pub struct Chunk {
     pub logits: bool,
 }
 
+/// A prefill leg's cache, to be sent as it is computed.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Offer {
+    pub to: Outbound,
+    pub prompt_tokens: u32,
+    pub prompt_digest: PromptDigest,
+    /// Those of the prompt, and maybe more.
+    pub blocks: Vec<BlockId>,
+    /// So many of the first blocks are final already.
+    pub cached: u32,
+    pub priority: i32,
+    pub deadline: Option<Instant>,
+}
+
+/// A decode leg's cache, to be received.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Expect {
+    pub from: Inbound,
+    pub prompt_tokens: u32,
+    pub prompt_digest: PromptDigest,
+    /// Those of the prompt, and maybe more.
+    pub blocks: Vec<BlockId>,
+    /// So many of the first blocks have their content.
+    pub held: u32,
+    pub deadline: Option<Instant>,
+}
+
 /// What has to be done outside.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Effect {
-    /// Offer a prefill leg's blocks, those of a prompt of so many tokens, to its receiver; the first `cached` of them are
-    /// final already.
-    Offer {
-        id: SequenceId,
-        to: Outbound,
-        prompt: (u32, PromptDigest),
-        blocks: Vec<BlockId>,
-        cached: u32,
-        priority: i32,
-        deadline: Option<Instant>,
-    },
+    /// Offer a prefill leg's blocks to its receiver.
+    Offer { id: SequenceId, offer: Offer },
     /// Say by [`Scheduler::offered`] when the transfer of a decode leg has been offered, or that it has not been in time.
     Watch { id: SequenceId, transfer: TransferId, deadline: Option<Instant> },
-    /// Let a decode leg's cache be written into these blocks, except the first `held`, which have their content.
-    Expect {
-        id: SequenceId,
-        from: Inbound,
-        prompt: (u32, PromptDigest),
-        blocks: Vec<BlockId>,
-        held: u32,
-        deadline: Option<Instant>,
-    },
+    /// Let a decode leg's cache be written into its blocks.
+    Expect { id: SequenceId, expect: Expect },
     /// All of a prefill leg's cache is computed; this is the first token of each choice.
     Seal { id: SequenceId, first_tokens: FirstTokens },
     /// Tell the sender that its transfer will not be expected here.
@@ -327,11 +339,15 @@ impl Scheduler {
         let blocks = || sequence.blocks.as_slice().to_vec();
         match &sequence.work {
             Work::Decode(from) => {
-                let from = from.clone();
-                let blocks = blocks();
-                let prompt = (given_tokens, sequence.given_digest());
-                let expect = Effect::Expect { id, from, prompt, blocks, held: cached, deadline };
-                self.effects.push(expect);
+                let expect = Expect {
+                    from: from.clone(),
+                    prompt_tokens: given_tokens,
+                    prompt_digest: sequence.given_digest(),
+                    blocks: blocks(),
+                    held: cached,
+                    deadline,
+                };
+                self.effects.push(Effect::Expect { id, expect });
                 self.counts.held_blocks += u64::from(cached);
                 sequence.cached = Some(0);
                 sequence.enter(State::Receiving);
@@ -339,11 +355,16 @@ impl Scheduler {
                 return;
             }
             Work::Prefill(to) => {
-                let (to, blocks) = (to.clone(), blocks());
-                let priority = sequence.rank.priority;
-                let prompt = (given_tokens, sequence.given_digest());
-                let offer = Effect::Offer { id, to, prompt, blocks, cached, priority, deadline };
-                self.effects.push(offer);
+                let offer = Offer {
+                    to: to.clone(),
+                    prompt_tokens: given_tokens,
+                    prompt_digest: sequence.given_digest(),
+                    blocks: blocks(),
+                    cached,
+                    priority: sequence.rank.priority,
+                    deadline,
+                };
+                self.effects.push(Effect::Offer { id, offer });
             }
             Work::Whole => {}
         }

@@ -24,7 +24,7 @@ mod work;
 use std::{borrow::Cow, fmt, time::Instant};
 
 use baton_process::telemetry::Stages;
-use baton_proto::{ApiError, BlockHash, LegId, PromptDigest, RequestId};
+use baton_proto::{BlockHash, LegId, PromptDigest, RequestId};
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use super::{
@@ -34,6 +34,7 @@ use super::{
 
 pub(super) use log::Stage;
 use telling::Untold;
+pub use telling::{FinishReason, LegEnd, LegUpdate, Sampled};
 pub use work::{Inbound, Outbound, StopRule, Work};
 
 /// A sequence in this engine; never reused.
@@ -81,53 +82,6 @@ pub struct NewSequence {
     pub permit: Option<TaskTrackerToken>,
     /// Covers the leg in traces.
     pub span: tracing::Span,
-}
-
-/// What the engine has to say about one leg.
-#[derive(Debug, Clone, PartialEq)]
-pub struct LegUpdate {
-    pub leg: LegId,
-    pub choice: u32,
-    /// Index in the completion of the first of `tokens`.
-    pub first_position: u32,
-    pub tokens: Vec<u32>,
-    /// One for each of `tokens` if they are wanted, else none.
-    pub logprobs: Vec<TokenLogprobs>,
-    /// Set once, with the last update.
-    pub end: Option<LegEnd>,
-}
-
-/// A token just chosen.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Sampled {
-    pub choice: u32,
-    pub token: u32,
-    pub logprobs: Option<TokenLogprobs>,
-}
-
-/// How a leg ended.
-#[derive(Debug, Clone, PartialEq)]
-pub enum LegEnd {
-    Finished {
-        reason: FinishReason,
-        prompt_tokens: u32,
-        /// Of the prompt, not computed because they were in the prefix cache; 0 for a decode leg, which computes none.
-        cached_tokens: u32,
-        completion_tokens: u32,
-    },
-    Failed(ApiError),
-}
-
-/// Why a leg ended without an error.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum FinishReason {
-    /// A stop token, which is the last of the completion's tokens.
-    Stop,
-    /// `max_tokens`, or the context or the whole KV cache is full.
-    Length,
-    /// Decode has the cache and goes on.
-    HandedOff,
-    Cancelled,
 }
 
 /// See the module.

@@ -1,6 +1,6 @@
 //! The engine's thread: takes commands, runs steps, sends out what they bring.
 //!
-//! Started once by [`crate::instance`]; commanded by [`crate::inference`] (legs come and go) and [`crate::handoff`]
+//! Started once by [`crate::serving`]; commanded by [`crate::inference`] (legs come and go) and [`crate::handoff`]
 //! (transfers end). It blocks on nothing but the model while there is work, and on the command queue when there is
 //! none. What a step brings is told in one call, which must not block either.
 
@@ -302,17 +302,13 @@ impl Engine {
     fn perform(&mut self) {
         for effect in self.scheduler.take_effects() {
             let begun = match effect {
-                Effect::Offer { id, to, prompt, blocks, cached, priority, deadline } => {
+                Effect::Offer { id, offer } => {
                     let _traced_in = self.scheduler.span(id).entered();
-                    self.transfers
-                        .offer(id, to, prompt, (&blocks, cached), (priority, deadline))
-                        .map_err(|error| (id, error))
+                    self.transfers.offer(id, offer).map_err(|error| (id, error))
                 }
-                Effect::Expect { id, from, prompt, blocks, held, deadline } => {
+                Effect::Expect { id, expect } => {
                     let _traced_in = self.scheduler.span(id).entered();
-                    self.transfers
-                        .expect(id, from, prompt, (&blocks, held), deadline)
-                        .map_err(|error| (id, error))
+                    self.transfers.expect(id, expect).map_err(|error| (id, error))
                 }
                 Effect::Watch { id, transfer, deadline } => {
                     self.transfers.watch(id, transfer, deadline);

@@ -8,7 +8,7 @@ use super::outbox::{Outbox, Report};
 use crate::engine::{load::Load, sequence::StreamId, thread::Delivery};
 
 /// Streams at a time; more are refused.
-pub const MAX_STREAMS: usize = 256;
+pub const STREAMS_MOST: usize = 256;
 
 /// See the module.
 #[derive(Debug, Default)]
@@ -24,10 +24,10 @@ struct State {
 }
 
 impl Streams {
-    /// The outbox of a new stream; `None` if there are [`MAX_STREAMS`] already.
+    /// The outbox of a new stream; `None` if there are [`STREAMS_MOST`] already.
     pub fn open(&self, stream: StreamId) -> Option<Arc<Outbox>> {
         let mut state = self.state.lock();
-        if state.open.len() >= MAX_STREAMS {
+        if state.open.len() >= STREAMS_MOST {
             return None;
         }
         let outbox = Arc::new(Outbox::new(state.load));

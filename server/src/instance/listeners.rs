@@ -35,7 +35,3 @@ impl Listeners {
         Ok(Self { grpc, metrics, data, endpoints })
     }
 }
-
-pub(super) fn address(what: &'static str, source: std::io::Error) -> ServerError {
-    ServerError::Address { what, source }
-}

@@ -35,6 +35,17 @@ pub(super) struct Part {
     pub(super) work: Work,
     /// Under which number it was dispatched.
     pub(super) leg: Option<LegId>,
+    /// That it will have the prompt; none once it is about to say so itself.
+    pub(super) expected: Option<Ticket>,
+}
+
+impl Part {
+    /// Its instance will say soon that it has the prompt.
+    fn settle(&mut self, board: &Board) {
+        if let Some(ticket) = self.expected.take() {
+            board.caches.settle(ticket, Instant::now() + TOLD_WITHIN);
+        }
+    }
 }
 
 /// Work on the ledger. Links take it off as instances say that it is done; what is left on drop is not wanted any more.
@@ -43,8 +54,6 @@ pub struct Credit {
     /// On the instance that prefills, or does everything.
     pub(super) prefill: Part,
     pub(super) decode: Option<Part>,
-    /// That prefill, and decode, will have the prompt.
-    pub(super) expected: [Option<Ticket>; 2],
 }
 
 impl Credit {
@@ -78,19 +87,21 @@ impl Credit {
 
     /// The prompt has been computed: prefill will say soon that it has it.
     pub fn prefilled(&mut self) {
-        self.settle(0);
+        self.prefill.settle(&self.board);
     }
 
     /// Prefill has handed over: decode will say soon that it has the prompt.
     pub fn handed_off(&mut self) {
-        self.settle(1);
+        if let Some(decode) = &mut self.decode {
+            decode.settle(&self.board);
+        }
     }
 
     /// Decode has gone on from the cache, so long after the first token; `None`: it could not be handed over.
-    pub fn handed_over(&self, took: Option<Duration>) {
+    pub fn handoff_took(&self, took: Option<Duration>) {
         if let Some(decode) = &self.decode {
-            let pair = (&self.prefill.instance, &decode.instance);
-            self.board.state.lock().view.handed_over(pair, took, Instant::now());
+            let view = &mut self.board.state.lock().view;
+            view.learn_handoff(&self.prefill.instance, &decode.instance, took, Instant::now());
         }
     }
 
@@ -101,17 +112,13 @@ impl Credit {
             state.lengths.learn(revision, tokens);
         }
     }
-
-    fn settle(&mut self, side: usize) {
-        if let Some(ticket) = self.expected[side].take() {
-            self.board.caches.settle(ticket, Instant::now() + TOLD_WITHIN);
-        }
-    }
 }
 
 impl Drop for Credit {
     fn drop(&mut self) {
-        (0..self.expected.len()).for_each(|side| self.settle(side));
+        // Before the state is locked: see the board.
+        self.prefilled();
+        self.handed_off();
         let state = &mut *self.board.state.lock();
         for part in [Some(&self.prefill), self.decode.as_ref()].into_iter().flatten() {
             match part.leg {

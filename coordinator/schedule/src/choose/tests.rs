@@ -164,7 +164,7 @@ async fn a_pair_whose_handoffs_fail_is_passed_by() {
     let other = |first: &str| if first == "p0" { "p1" } else { "p0" };
     let booking = board.book(&Wanted::new(10, 64, "r1")).expect("a place");
     let first = booking.credit.instance(Side::Prefill).to_string();
-    booking.credit.handed_over(None);
+    booking.credit.handoff_took(None);
     drop(booking);
     assert!((0..4).all(|_| chosen(&board, 10)[0] == other(&first)));
     let avoid = [InstanceId::new(other(&first)).expect("a good id")];

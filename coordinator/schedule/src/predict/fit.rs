@@ -1,9 +1,9 @@
 //! A line through what was measured, coefficient by coefficient not below zero. Pure.
 //!
 //! Least squares over samples that are forgotten by and by: the sums that make up the normal equations are kept, and each
-//! new sample takes away a part of what is in them. What is known beforehand counts as a sample, or a part of one, along each axis. The
-//! equations are solved one coefficient at a time, each kept from falling below zero, until they stand still: nobody's
-//! work takes less time the more there is of it, however noise has it.
+//! new sample takes away a part of what is in them. What is known beforehand counts as a sample, or a part of one, along each
+//! axis. The equations are solved one coefficient at a time, each kept from falling below zero, until they stand still:
+//! nobody's work takes less time the more there is of it, however noise has it.
 
 /// What is left of a sample's weight with each that follows: it tells of the last fifty.
 const KEPT: f64 = 0.98;

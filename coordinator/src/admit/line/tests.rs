@@ -59,8 +59,9 @@ impl House {
         let request = parse(body.as_bytes()).expect("is JSON");
         let prepared = prepare(&self.model.served, Endpoint::Text, &request, LIMITS, 1).expect("is good");
         let (tenant, now) = (Tenant::default(), Instant::now());
-        let wanted = Wanted { tenant: &tenant, first_token: now, deadline: now + deadline };
-        self.model.line.admit(&self.placer, self.enter(priority)?, prepared, wanted).await
+        let (ticket, place) = self.enter(priority)?;
+        let terms = WaitTerms { tenant: &tenant, first_token: now, deadline: now + deadline };
+        self.model.line.admit(&self.placer, ticket, place, prepared, terms).await
     }
 
     async fn seat(&self) -> Result<Admission, ApiError> {
@@ -171,13 +172,13 @@ async fn whoever_leaves_takes_nothing_along() {
     // The next is told to go, and leaves before it hears of it.
     drop(held);
     tokio::time::sleep(Duration::from_millis(50)).await;
-    assert_eq!(house.model.line.desk.state.lock().served, 1);
+    assert_eq!(house.model.line.desk.state.lock().seated, 1);
     drop(waits.remove(0));
     let last = waits.remove(0).await.expect("the seat");
     drop(last);
     tokio::time::sleep(Duration::from_millis(500)).await;
     let state = house.model.line.desk.state.lock();
-    assert!(state.served == 0 && state.queue.is_empty() && !state.attended);
+    assert!(state.seated == 0 && state.queue.is_empty() && !state.attended);
     assert!(house.placer.board.own_work().iter().all(|(_, work)| *work == Default::default()));
 }
 

@@ -1,8 +1,8 @@
 //! Whether one instance is to be given requests, by how those that it was given ended. Pure: time is an argument.
 //!
 //! States: *closed* -> *open* (it failed too much, or is stuck) -> *half open*, once its pause is over: one request is let
-//! through, and another after as long a pause again if nothing comes of it -> closed if it brings a token, or open if it fails, for
-//! twice as long. One that fails again soon after it was closed is open for twice as long, too.
+//! through, and another after as long a pause again if nothing comes of it -> closed if it brings a token, or open if it
+//! fails, for twice as long. One that fails again soon after it was closed is open for twice as long, too.
 
 use std::{collections::VecDeque, time::Duration};
 

@@ -9,13 +9,14 @@ use std::{
 };
 
 use baton_proto::{ApiError, ErrorCode, LegId, v1};
+use baton_schedule::board::Board;
 use futures::future::{BoxFuture, FutureExt, OptionFuture};
 use tokio::time::Instant;
 use tonic::transport::Channel;
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 use v1::{attach_request::Frame as Ask, attach_response::Frame as Answer};
 
-use super::{Board, Link, LinkTask};
+use super::{Link, LinkTask};
 use crate::fleet::{
     Breakers,
     stall::{Stall, Verdict},
@@ -107,15 +108,15 @@ impl Link {
 
     /// When the first of the legs after `seen` was sent of those that have not ended.
     fn unseen_since(&self, seen: LegId) -> Option<Instant> {
-        let channel = self.channel.lock();
-        let legs = channel.as_ref()?.legs.iter();
+        let stream = self.stream.lock();
+        let legs = stream.as_ref()?.legs.iter();
         legs.filter(|(leg, _)| **leg > seen).map(|(_, slot)| slot.sent).min()
     }
 
     /// Takes every leg from the instance, and fails it; how many there were, and the last of them.
     fn give_up(&self) -> (usize, Option<LegId>) {
         let mut legs = HashMap::new();
-        if let Some(up) = self.channel.lock().as_mut() {
+        if let Some(up) = self.stream.lock().as_mut() {
             legs = std::mem::take(&mut up.legs);
             for leg in legs.keys() {
                 // It may wake up.

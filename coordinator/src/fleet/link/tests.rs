@@ -4,7 +4,7 @@ use std::task::{Context, Waker};
 
 use baton_schedule::{
     Side, Wanted,
-    board::Booking,
+    board::{Board, Booking},
     fleet::{
         Role,
         testing::{ready, spec},
@@ -12,8 +12,8 @@ use baton_schedule::{
 };
 use futures::{FutureExt, StreamExt};
 
-use super::{standing::standing, *};
-use crate::fleet::outbound::Frames;
+use super::{standing::standing, task::load_interval_millis, *};
+use crate::fleet::{outbound::Frames, stall::LOOK};
 
 #[test]
 fn all_instances_together_are_asked_for_ten_thousand_loads_a_second_at_most() {

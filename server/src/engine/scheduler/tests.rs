@@ -276,7 +276,9 @@ fn a_prefill_leg_hands_on_and_keeps_its_blocks_until_released() {
     let mut scheduler = scheduler(8);
     scheduler.add(sequence(1, 20, 9, prefill()));
     assert_eq!(step(&mut scheduler, 3), [(1, 0, 16)]);
-    assert!(matches!(&scheduler.take_effects()[..], [Effect::Offer { blocks, .. }] if blocks.len() == 5));
+    assert!(
+        matches!(&scheduler.take_effects()[..], [Effect::Offer { offer, .. }] if offer.blocks.len() == 5)
+    );
     assert_eq!(step(&mut scheduler, 3), [(1, 16, 4)]);
     assert_eq!(scheduler.take_effects(), [Effect::Seal { id: SequenceId(1), first_tokens: 3.into() }]);
     assert_eq!(step(&mut scheduler, 3), []);
@@ -311,7 +313,9 @@ fn a_decode_leg_reserves_receives_and_goes_on_from_the_first_token() {
     assert_eq!(scheduler.occupancy().blocks_free, 8, "it holds blocks before its prefill does");
     scheduler.offered(SequenceId(1), Ok(()));
     assert_eq!(step(&mut scheduler, 3), []);
-    assert!(matches!(&scheduler.take_effects()[..], [Effect::Expect { blocks, .. }] if blocks.len() == 3));
+    assert!(
+        matches!(&scheduler.take_effects()[..], [Effect::Expect { expect, .. }] if expect.blocks.len() == 3)
+    );
     scheduler.received(SequenceId(1), &[42]);
     assert_eq!(step(&mut scheduler, 3), [(1, 8, 1)]);
     assert_eq!(step(&mut scheduler, 4), [(1, 9, 1)]);

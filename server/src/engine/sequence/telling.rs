@@ -1,6 +1,55 @@
 //! What a leg tells of its tokens: each as it comes, or many at a time where nobody reads them before.
 
-use super::{Address, LegEnd, LegUpdate, Sampled, Sequence, TokenLogprobs};
+use baton_proto::{ApiError, LegId};
+
+use super::{Address, Sequence, TokenLogprobs};
+
+/// What the engine has to say about one leg.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LegUpdate {
+    pub leg: LegId,
+    pub choice: u32,
+    /// Index in the completion of the first of `tokens`.
+    pub first_position: u32,
+    pub tokens: Vec<u32>,
+    /// One for each of `tokens` if they are wanted, else none.
+    pub logprobs: Vec<TokenLogprobs>,
+    /// Set once, with the last update.
+    pub end: Option<LegEnd>,
+}
+
+/// A token just chosen.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sampled {
+    pub choice: u32,
+    pub token: u32,
+    pub logprobs: Option<TokenLogprobs>,
+}
+
+/// How a leg ended.
+#[derive(Debug, Clone, PartialEq)]
+pub enum LegEnd {
+    Finished {
+        reason: FinishReason,
+        prompt_tokens: u32,
+        /// Of the prompt, not computed because they were in the prefix cache; 0 for a decode leg, which computes none.
+        cached_tokens: u32,
+        completion_tokens: u32,
+    },
+    Failed(ApiError),
+}
+
+/// Why a leg ended without an error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FinishReason {
+    /// A stop token, which is the last of the completion's tokens.
+    Stop,
+    /// `max_tokens`, or the context or the whole KV cache is full.
+    Length,
+    /// Decode has the cache and goes on.
+    HandedOff,
+    Cancelled,
+}
 
 /// Tokens that have been chosen and not been told. Of a sequence of several choices there are none.
 #[derive(Debug)]

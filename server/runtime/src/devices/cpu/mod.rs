@@ -48,7 +48,7 @@ pub(crate) use weights::{Found, Place, Store};
 /// Rows of one task in operations that work row by row.
 const ROWS_PER_TASK: usize = 16;
 /// Most threads that can be asked for.
-const MOST_THREADS: usize = 1024;
+const THREADS_MOST: usize = 1024;
 
 /// A step's indices.
 pub(crate) struct Plan {
@@ -108,7 +108,7 @@ pub(crate) fn kv_layout(config: &ModelConfig, options: &LoadOptions) -> KvPoolLa
 pub(crate) fn threads_of(options: &LoadOptions) -> Result<usize, RuntimeError> {
     match options.threads {
         0 => Ok(std::thread::available_parallelism().map_or(1, NonZero::get)),
-        1..=MOST_THREADS => Ok(options.threads),
+        1..=THREADS_MOST => Ok(options.threads),
         threads => {
             let wanted = "at most 1024, or 0 for one a core";
             Err(RuntimeError::Option { option: "threads", found: threads as u64, wanted })

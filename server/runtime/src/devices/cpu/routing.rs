@@ -12,7 +12,7 @@ pub(crate) struct Routes {
     pub(crate) weights: Vec<f32>,
 }
 
-/// A worker's own memory.
+/// Memory kept from row to row.
 #[derive(Debug, Default)]
 pub(crate) struct Room {
     scores: Vec<f32>,

@@ -33,7 +33,7 @@ fn it_shares_the_blocks_of_what_still_runs_and_computes_the_last_of_them_alone()
         assert_eq!(step(&mut scheduler, 5), [(2, shared, 6 + generated - shared)], "after {generated}");
         let effects = scheduler.take_effects();
         assert!(
-            matches!(&effects[..], [Effect::Offer { cached, .. }, Effect::Seal { .. }] if *cached == shared / BLOCK)
+            matches!(&effects[..], [Effect::Offer { offer, .. }, Effect::Seal { .. }] if offer.cached == shared / BLOCK)
         );
         scheduler.transfer_ended(SequenceId(2), Ok(()));
         assert_eq!(scheduler.occupancy().blocks_free, 20);
