@@ -48,6 +48,7 @@ pub use task::LinkTask;
 /// How long an instance may read nothing though something waits: longer than its engine takes for a long step, during
 /// which it may stop reading.
 const UNREAD_MOST: Duration = Duration::from_secs(30);
+
 /// A leg waiting for output.
 struct Slot {
     side: Side,
@@ -59,6 +60,7 @@ struct Slot {
     sent: Instant,
 }
 
+/// A stream that stands, and the legs that go by it.
 struct Up {
     outbound: Outbound,
     legs: HashMap<LegId, Slot>,
