@@ -36,10 +36,9 @@ impl Drop for Service {
     }
 }
 
-/// host:port that nobody listens at.
+/// host:port that nobody listens at, and that nobody is given meanwhile who asks the system for any.
 pub fn free_address() -> String {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
-    listener.local_addr().expect("it has an address").to_string()
+    free_ports(1)
 }
 
 /// The first of so many ports in a row that nobody listens at and that were not given before, below those that the system hands
