@@ -67,7 +67,9 @@ pub async fn run(process: Process<ControllerConfig>) -> Result<(), ControllerErr
         config.controller_id = host_name();
     }
     let store = open_store(&config, &process.shutdown, &process.tasks)?;
-    if let Some((setting, file)) = config.store.etcd.certificate() {
+    if config.store.kind == StoreKind::Etcd
+        && let Some((setting, file)) = config.store.etcd.certificate()
+    {
         process.watch_certificate(setting, file, &process.shutdown)?;
     }
     tracing::info!(%address, controller = config.controller_id, ?store, "listening");
