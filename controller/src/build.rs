@@ -96,7 +96,7 @@ pub async fn run(process: Process<ControllerConfig>) -> Result<(), ControllerErr
 }
 
 /// The process is ended at the end of `whole`, however far it is: what outlasts this is cut off before, so that the
-/// term can be laid down and the store closed. A quarter is plenty for both, and two seconds are in any case.
+/// leadership can be resigned and the store closed. A quarter is plenty for both, and two seconds are in any case.
 fn drain_of_calls(whole: Duration) -> Duration {
     whole - (whole / 4).min(Duration::from_secs(2))
 }
@@ -155,7 +155,7 @@ impl Parts {
         }
         // Each instance has one, and so has each coordinator; who has lost the leader tries the others.
         let connections = grpc::CONNECTIONS.max(config.sessions.max_instances.saturating_mul(2));
-        let task = LeaderTask {
+        let leader = LeaderTask {
             candidate: LeaderTask::candidate(&config, &store, config.advertise.clone()),
             config,
             store,
@@ -185,7 +185,7 @@ impl Parts {
             shutdown.cancel();
             served
         };
-        let (served, ()) = tokio::join!(serving, task.run());
+        let (served, ()) = tokio::join!(serving, leader.run());
         Ok(served?)
     }
 }

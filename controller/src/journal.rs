@@ -19,7 +19,7 @@ use crate::clock::unix_millis;
 /// instances that come by ever new names, takes with it what is rare.
 pub const CAPACITY: usize = 4096;
 /// Sequence numbers of a term begin at its epoch times this, so that they grow over terms.
-const PER_REIGN: u64 = 1 << 20;
+const PER_TERM: u64 = 1 << 20;
 
 /// What kind of thing happened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -128,7 +128,7 @@ impl Default for Journal {
 impl Journal {
     /// A term begins: numbers go on above every earlier one's.
     pub fn begin(&self, epoch: LeaderEpoch, news: News) {
-        let first = epoch.0.saturating_mul(PER_REIGN);
+        let first = epoch.0.saturating_mul(PER_TERM);
         self.last.send_modify(|last| *last = first.max(*last));
         self.enter(news);
     }
@@ -188,11 +188,11 @@ mod tests {
     }
 
     #[test]
-    fn entries_are_numbered_over_reigns_and_the_oldest_go() {
+    fn entries_are_numbered_over_terms_and_the_oldest_go() {
         let journal = Journal::default();
         journal.begin(LeaderEpoch(3), news("first"));
         let first = journal.after(0, 10)[0].sequence;
-        assert_eq!(first, 3 * PER_REIGN + 1);
+        assert_eq!(first, 3 * PER_TERM + 1);
         for count in 0..CAPACITY {
             journal.enter(news(&count.to_string()));
         }
@@ -201,7 +201,7 @@ mod tests {
         assert_eq!(journal.after(all[9].sequence, 5), all[10..15]);
         assert_eq!(journal.after(*journal.last().borrow(), 5), []);
         journal.begin(LeaderEpoch(4), news("another term"));
-        assert_eq!(journal.after(*journal.last().borrow() - 1, 5)[0].sequence, 4 * PER_REIGN + 1);
+        assert_eq!(journal.after(*journal.last().borrow() - 1, 5)[0].sequence, 4 * PER_TERM + 1);
     }
 
     #[test]

@@ -98,7 +98,7 @@ impl LeaderTask {
                 lost = leadership.hold() => Some(lost.to_string()),
                 deposed = self.lead(&leadership) => Some(deposed),
             };
-            // First of all nothing is taken in any more; dropping the term has ended every session.
+            // First of all nothing is taken in any more; the end of `lead` has ended every session.
             self.desk.send_replace(None);
             self.metrics.leading.set(0);
             self.metrics.sessions.set(0);

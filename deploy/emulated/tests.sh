@@ -32,13 +32,16 @@ test_arm64() {
 }
 
 # programs_of NAME...: the programs that `cargo test --workspace` makes of these targets, a line each. Built for their packages
-# alone they would be others, as what they depend on has other features then.
+# alone they would be others, as what they depend on has other features then. Fails unless each is found.
 programs_of() {
   cargo test --locked --workspace --lib --test rdma --test killed --no-run --message-format json-render-diagnostics |
     python3 -c 'import json, sys
-for made in map(json.loads, sys.stdin):
-    if made.get("executable") and made["profile"]["test"] and made["target"]["name"] in sys.argv[1:]:
-        print(made["executable"])' "$@"
+made = [line for line in map(json.loads, sys.stdin) if line.get("executable") and line["profile"]["test"]]
+programs = {line["target"]["name"]: line["executable"] for line in made}
+missing = [name for name in sys.argv[1:] if name not in programs]
+if missing:
+    sys.exit("error: no program of tests is made of " + ", ".join(missing))
+print(*map(programs.get, sys.argv[1:]), sep="\n")' "$@"
 }
 
 # The kernels for AVX-512 against all others, on a machine that is booted for them.

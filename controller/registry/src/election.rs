@@ -59,7 +59,7 @@ pub struct Leadership {
     ends: watch::Sender<Instant>,
 }
 
-/// Until when a leadership is known to last, for what its fence does not guard: actions outside the store. By this
+/// A leader's term: until when its leadership is known to last, for what its fence does not guard: actions outside the store. By this
 /// process's monotonic clock, which goes on while the process is stopped; not while the whole machine is. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Term {

@@ -118,7 +118,7 @@ fn there_are_only_so_many() {
 }
 
 #[test]
-fn nothing_outlives_the_reign() {
+fn nothing_outlives_the_term() {
     let (all, now) = (Coordinators::default(), Instant::now());
     all.hello(EPOCH, hello("a", 1, 1), LEASE, now).expect("is taken");
     let (before, after) = (LeaderEpoch(EPOCH.0 - 1), LeaderEpoch(EPOCH.0 + 1));

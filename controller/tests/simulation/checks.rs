@@ -241,9 +241,9 @@ fn phases(role: Role) -> (bool, bool) {
 
 /// Whether everything is as it should be; else what is not.
 pub(crate) fn converged(world: &World) -> Result<(), String> {
-    let leading: Vec<_> = world.leading().collect();
-    let [controller] = leading[..] else { return Err(format!("{} controllers lead", leading.len())) };
-    let leading = controller.leading().ok_or("the leader does not lead yet")?;
+    let leaders: Vec<_> = world.leaders().collect();
+    let [controller] = leaders[..] else { return Err(format!("{} controllers lead", leaders.len())) };
+    let leading = controller.leading().ok_or("the leader still reads what there is")?;
     if world.keeper.leader() != controller.epoch() {
         return Err("the store has another leader".into());
     }

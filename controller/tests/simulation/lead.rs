@@ -154,7 +154,7 @@ impl Leading {
                 self.lines.insert(session);
                 Event::Hello { session, spec, beat, unix_millis: 0 }
             }
-            // Of a session of an earlier leading.
+            // Of a session of an earlier term.
             _ if !self.welcomed.contains_key(&session) => return,
             Said::Beat(beat) => Event::Beat { session, beat },
             Said::Bye => Event::Bye { session, reason: String::new() },

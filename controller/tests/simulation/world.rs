@@ -369,7 +369,7 @@ impl World {
     }
 
     /// Controllers that believe to lead.
-    pub(crate) fn leading(&self) -> impl Iterator<Item = &Controller> {
+    pub(crate) fn leaders(&self) -> impl Iterator<Item = &Controller> {
         let controllers = self.seats.iter().filter_map(|seat| seat.controller.as_ref());
         controllers.filter(|controller| controller.epoch().is_some())
     }

@@ -1,8 +1,8 @@
 //! What the fleet has cached, by instance, behind one lock.
 //!
-//! Written by the coordinator's reader of KV events, through a [`Feed`] for each instance, and by [`super::board`], which says what requests in flight will leave where; read by the board for each request. The lock is
-//! held while one request is placed and while a few hundred blocks change. Whoever holds the board's lock, too, took this
-//! one first.
+//! Written by the coordinator's reader of KV events, through a [`Feed`] for each instance, and by [`super::board`], which says
+//! what requests in flight will leave where; read by the board for each request. The lock is held while one request is placed
+//! and while a few hundred blocks change. Whoever holds the board's lock, too, took this one first.
 
 use std::{collections::HashMap, sync::Arc};
 

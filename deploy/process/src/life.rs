@@ -63,7 +63,8 @@ impl<T: ServiceConfig> Process<T> {
         Https::start(config, || self.tls_counts(), until, &self.tasks)
     }
 
-    /// Counts when a certificate ends that something else reads and shows, until then. `setting` names its file.
+    /// Has the metrics say when a certificate ends that something else reads and shows; its file is followed until then.
+    /// `setting` names it.
     pub fn watch_certificate(
         &self,
         setting: &'static str,

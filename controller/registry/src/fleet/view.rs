@@ -222,8 +222,8 @@ impl View {
 
     fn delete(&mut self, key: &str, now: Instant) {
         let settled = self.settled(now);
-        let term = self.leader.as_ref().map(|current| Revision(current.leader.epoch.0));
-        let gone_for_good = |written: Revision| settled || term.is_some_and(|since| written > since);
+        let led_since = self.leader.as_ref().map(|current| Revision(current.leader.epoch.0));
+        let gone_for_good = |written: Revision| settled || led_since.is_some_and(|since| written > since);
         let key = Key::parse(key);
         let (Key::Instance(id) | Key::Role(id) | Key::Status(id)) = &key else {
             if key == Key::Leader {

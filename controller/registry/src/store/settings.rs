@@ -91,7 +91,7 @@ impl EtcdSettings {
         require(scheme, "store.etcd.endpoints", expected)
     }
 
-    /// Of the certificate that etcd is shown, if it is shown any, the setting that names its file, and the file.
+    /// Of the certificate that etcd is shown once this is opened, if any: the setting that names its file, and the file.
     pub fn certificate(&self) -> Option<(&'static str, &Path)> {
         let shown = !self.endpoints.is_empty() && !self.cert_file.is_empty();
         shown.then(|| ("store.etcd.cert_file", Path::new(&self.cert_file)))
@@ -170,6 +170,18 @@ mod tests {
         assert_eq!(alone.validate().expect_err("no password").key, "store.etcd.password_file");
         let both = EtcdSettings { password_file: "/f".into(), ..alone };
         assert!(both.validate().is_ok());
+    }
+
+    #[test]
+    fn etcd_is_shown_a_certificate_where_there_are_both() {
+        let of = |endpoints: &[&str], cert_file: &str| {
+            let endpoints = endpoints.iter().map(|endpoint| (*endpoint).to_owned()).collect();
+            let settings = EtcdSettings { endpoints, cert_file: cert_file.into(), ..EtcdSettings::default() };
+            settings.certificate().map(|(setting, file)| (setting, file.to_owned()))
+        };
+        assert_eq!(of(&[], "/cert.pem"), None);
+        assert_eq!(of(&["h:1"], ""), None);
+        assert_eq!(of(&["h:1"], "/cert.pem"), Some(("store.etcd.cert_file", "/cert.pem".into())));
     }
 
     #[test]

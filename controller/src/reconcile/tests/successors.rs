@@ -1,4 +1,4 @@
-//! What a controller makes of a fleet that it did not see begin: a store begun anew, a term taken over.
+//! What a controller makes of a fleet that it did not see begin: a store begun anew, a leadership taken over.
 
 use super::*;
 
@@ -28,7 +28,7 @@ fn an_embedded_store_that_begins_anew_changes_no_role() {
 }
 
 #[test]
-fn an_adopted_role_is_told_to_the_next_process_under_an_epoch_of_this_reign() {
+fn an_adopted_role_is_told_to_the_next_process_under_an_epoch_of_this_term() {
     // The store that began anew does not know of EPOCH + 9, which this id was told and had not taken on.
     let mut world = World::under(EPOCH + 50);
     let session = world.hello("b", 1, beat(Phase::Ready, Role::Decode, EPOCH + 1));

@@ -8,7 +8,8 @@
 //! A gRPC port takes a connection in by [`Tls::accept`], which shakes hands and finds out who calls (`caller`), and asks at
 //! its [`Door`] before each call whether the caller's role may make it. A client dials by [`Dial`], which turns away
 //! whoever has not the role that is asked for. Without files all of it is plaintext, and nobody is asked who they are.
-//! [`Https`] is for those who are no processes of ours: clients of an HTTP port.
+//! [`Https`] is for those who are no processes of ours: clients of an HTTP port. What etcd's client shows is only watched
+//! (`watched`).
 
 mod caller;
 mod credentials;

@@ -369,15 +369,28 @@ async fn the_end_of_a_certificate_that_something_else_shows_is_followed() {
     start(Counts::register(&metrics)).expect("a certificate");
     assert!(shown(1), "{}", metrics.render());
     until(2);
-    let renewed = async {
-        while !shown(2) {
-            tokio::time::sleep(LOOK_EVERY).await;
-        }
+    let renewed = async |day: u8| {
+        let comes = async {
+            while !shown(day) {
+                tokio::time::sleep(LOOK_EVERY).await;
+            }
+        };
+        timeout(LOOK_EVERY * 10, comes).await.expect("the new end is told");
     };
-    timeout(LOOK_EVERY * 10, renewed).await.expect("the new end is told");
-    fs::write(&file, "no certificate").expect("a file");
-    tokio::time::sleep(LOOK_EVERY * 4).await;
-    assert!(shown(2), "what is none changes nothing");
+    renewed(2).await;
+    // No PEM, and PEM of what is no certificate.
+    for (failed, bad) in
+        [(1, "no certificate"), (2, "-----BEGIN CERTIFICATE-----\nAQI=\n-----END CERTIFICATE-----\n")]
+    {
+        fs::write(&file, bad).expect("a file");
+        tokio::time::sleep(LOOK_EVERY * 4).await;
+        assert!(shown(2), "{bad}: what is none changes nothing");
+        let line = format!("baton_tls_reloads_total{{outcome=\"failed\"}} {failed}\n");
+        assert!(metrics.render().contains(&line), "{bad}: {}", metrics.render());
+    }
+    until(3);
+    renewed(3).await;
+    assert!(metrics.render().contains("baton_tls_reloads_total{outcome=\"taken\"} 2\n"));
     shutdown.cancel();
     tasks.close();
     tasks.wait().await;

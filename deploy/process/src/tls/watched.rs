@@ -7,14 +7,14 @@ use webpki::KeyUsage;
 
 use super::{
     Counts, Shown, TlsError,
-    credentials::certificates,
+    credentials::{certificates, content},
     expiry::believed_until,
     files::{Followed, Paths},
 };
 use crate::follow::{LOOK_EVERY, follow};
 
-/// Counts when the certificate in `path` ends, and follows the file until the shutdown. `setting` names the file.
-/// Errors name both.
+/// Has the metrics say when the certificate in `path` ends, and follows the file until the shutdown. `setting` names the
+/// file. Errors name both.
 pub(crate) fn watch(
     setting: &'static str,
     path: &Path,
@@ -28,12 +28,22 @@ pub(crate) fn watch(
         let chain = certificates(setting, &path, pem)?;
         // Whom the other side believes is not known here.
         let until = believed_until(&chain, &[], KeyUsage::client_auth());
+        if until.is_none() {
+            return Err(content(setting, &path, "holds no certificate that can be read"));
+        }
         Ok(Shown { file: setting, named: path.display().to_string(), until })
     })?;
     counts.shows(&followed.current());
     let told = move |now: Result<Arc<Shown>, TlsError>| match now {
-        Ok(shown) => counts.shows(&shown),
-        Err(error) => tracing::error!("{error}; connections made from now on will fail"),
+        Ok(shown) => {
+            counts.reloaded("taken");
+            counts.shows(&shown);
+            tracing::info!(now = shown.named, "a changed certificate is there: new connections use it");
+        }
+        Err(error) => {
+            counts.reloaded("failed");
+            tracing::error!("{error}; connections made from now on will fail");
+        }
     };
     let following = follow(LOOK_EVERY, move || followed.refresh(), told);
     tasks.spawn(shutdown.clone().run_until_cancelled_owned(following));
