@@ -22,6 +22,8 @@ const CLIENTS: u64 = 6;
 const KEYS: RangeInclusive<u32> = 1..=4;
 /// How long clients of a store that nothing happens to go on.
 const A_WHILE: Duration = Duration::from_secs(2);
+/// Events that an embedded store keeps here: beyond what its clients can make in their time, so that all can be read.
+const HISTORY_EVENTS: usize = 1 << 24;
 
 fn key(random: &mut StdRng) -> String {
     format!("/k/a/{}", random.random_range(KEYS))
@@ -100,11 +102,15 @@ async fn run(store: Arc<dyn Store>, time: Duration, faults: impl Future<Output =
     check(&calls, events).unwrap_or_else(|why| panic!("not linearizable: {why}"));
 }
 
+fn memory_store(shutdown: &CancellationToken, tasks: &TaskTracker) -> MemoryStore {
+    let config = MemoryConfig { history_events: HISTORY_EVENTS, ..MemoryConfig::new(Revision(1)) };
+    MemoryStore::start(config, shutdown.clone(), tasks)
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn embedded() {
     let (shutdown, tasks) = (CancellationToken::new(), TaskTracker::new());
-    let store = MemoryStore::start(MemoryConfig::new(Revision(1)), shutdown.clone(), &tasks);
-    // As much as its history of changes holds.
+    let store = memory_store(&shutdown, &tasks);
     run(Arc::new(store), Duration::from_millis(100), async {}).await;
     shutdown.cancel();
 }
@@ -112,7 +118,7 @@ async fn embedded() {
 #[tokio::test(flavor = "multi_thread")]
 async fn remote() {
     let (shutdown, tasks) = (CancellationToken::new(), TaskTracker::new());
-    let store = MemoryStore::start(MemoryConfig::new(Revision(1)), shutdown.clone(), &tasks);
+    let store = memory_store(&shutdown, &tasks);
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("bind");
     let address = listener.local_addr().expect("address");
     let service = StoreService::new(Arc::new(store), shutdown.clone()).writable().into_server();
