@@ -10,7 +10,7 @@ import re
 import tempfile
 
 from certificates import check_certificates, check_hosts, check_renewed, clients_authority, made_secrets
-from configured import check_configured, check_no_device, check_single_node, files_of
+from configured import check_cache_said, check_configured, check_no_device, check_single_node, files_of
 from making import KUBERNETES, by_name, composed, container_of, kustomize, made_by, of_readme, pod_of, told, workloads
 from monitoring import check_adapter, check_alerts, check_dashboards, check_linked, check_scraped, check_scraped_without_operator
 from references import MULTI_NODE, SINGLE_NODE, check_network, check_references, check_ways_out, unrestricted
@@ -103,6 +103,7 @@ def main():
         of_single = made_secrets(folder, "api-keys")
 
     check_said()
+    check_cache_said(multi, single)
     check_helm()
     check_values()
     check_hosts()

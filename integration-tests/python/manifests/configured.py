@@ -7,6 +7,7 @@ import tempfile
 
 from making import KUBERNETES, PROGRAMS, by_name, container_of, output, pod_of, ports_of, run, workloads
 
+GIB = 2**30
 FIELDS = {"status.podIP": "10.1.2.3", "metadata.name": "baton-pod-5d4f7-x2x9z", "metadata.uid": "6c1b2f9e-1a2b", "requests.cpu": "4"}
 
 
@@ -102,6 +103,35 @@ def check_no_device():
     assert nothing == ("nothing computes on them yet" in row), (done.stderr, row)
 
 
+# Of what resources are for, README.md's example, Qwen3-8B: bytes of its weights in bf16, of a token, and tokens of its context.
+WEIGHTS, TOKEN, CONTEXT = 16e9, 2 * 36 * 8 * 128 * 2, 40960
+
+
+def memory(workload, of="limits"):
+    number, unit = re.fullmatch(r"(\d+)([KMG]i)", container_of(workload)["resources"][of]["memory"]).groups()
+    return int(number) * 2 ** {"Ki": 10, "Mi": 20, "Gi": 30}[unit]
+
+
+def check_memory(workload, config, servers=1):
+    """The KV cache of each server holds the longest request, and finds room beside the weights, which are there once."""
+    cache, name = int(config["runtime.kv_cache_bytes"]), workload["metadata"]["name"]
+    assert cache >= CONTEXT * TOKEN, f"{name}: {cache / TOKEN:.0f} tokens"
+    assert servers * cache + WEIGHTS < memory(workload), f"{name}: {servers} * {cache} and {WEIGHTS:.0f}"
+    # Weights are packed in four fifths, and what was read of the files can go again.
+    assert servers * cache + 0.8 * WEIGHTS < memory(workload, "requests"), name
+
+
+def check_cache_said(multi, single):
+    """README.md says what it takes a token, and how many each KV cache holds."""
+    caches = re.findall(r"kv_cache_bytes ?= ?(\d+)", f"{by_name(multi)} {by_name(single)}")
+    several, one = [int(it) for it in caches]
+    said = [f"2 * 36 * 8 * 128 * 2 = {TOKEN:,} bytes", f"{several // GIB} GiB for each server, of single node {one // GIB} GiB for each"]
+    said += [f"{several // GIB} GiB hold {several // TOKEN:,} tokens", f"{one // GIB} GiB {one // TOKEN:,}, ", f"({CONTEXT:,})"]
+    text = " ".join((KUBERNETES / "README.md").read_text().split())
+    for it in said:
+        assert it in text, f"README.md does not say {it!r}"
+
+
 def check_expected(service, config, expected):
     for key, value in {**UNLESS_SAID[service], **expected.get(service, {})}.items():
         assert config[key] == value, (service, key, config[key])
@@ -121,6 +151,8 @@ def check_configured(objects, secrets, expected={}):
         config, ports = read(done.stdout), ports_of(it)
         check_log(config, files_of(objects, it, secrets), name)
         check_expected(container["name"], config, expected)
+        if container["name"] == "server":
+            check_memory(it, config)
         listens = {key: int(value.removeprefix("0.0.0.0:")) for key, value in config.items() if key.endswith("listen")}
         assert sorted(listens.values()) == sorted(ports.values()), (name, listens)
         assert listens["metrics_listen"] == ports["metrics"], (name, listens)
@@ -167,6 +199,8 @@ def check_single_node(objects, secrets, expected={}, https=None):
         check_files(printed, files, service)
         check_log(config, files, service)
         check_expected(service, config, expected)
+        if service == "server":
+            check_memory(workload, config, int(values["PREFILL"]) + int(values["DECODE"]))
         if service == "coordinator":
             served_by = {key: config[f"https.{key}_file"] for key in ("cert", "key")}
             ends = {"cert": "crt", "key": "key"}
