@@ -1,5 +1,6 @@
 """What the programs say of the configuration that they would have in the pods, and of the files that it names."""
 
+import math
 import os
 import pathlib
 import re
@@ -8,7 +9,13 @@ import tempfile
 from making import KUBERNETES, PROGRAMS, by_name, container_of, output, pod_of, ports_of, run, workloads
 
 GIB = 2**30
-FIELDS = {"status.podIP": "10.1.2.3", "metadata.name": "baton-pod-5d4f7-x2x9z", "metadata.uid": "6c1b2f9e-1a2b", "requests.cpu": "4"}
+FIELDS = {"status.podIP": "10.1.2.3", "metadata.name": "baton-pod-5d4f7-x2x9z", "metadata.uid": "6c1b2f9e-1a2b"}
+
+
+def processors(container):
+    """How many are requested, as resourceFieldRef says it: rounded up."""
+    text = container["resources"]["requests"]["cpu"]
+    return math.ceil(float(text.removesuffix("m")) / (1000 if text.endswith("m") else 1))
 
 
 def environment(objects, container):
@@ -19,7 +26,8 @@ def environment(objects, container):
             name, key = of["configMapKeyRef"]["name"], of["configMapKeyRef"]["key"]
             values[it["name"]] = by_name(objects)["ConfigMap", name]["data"][key]
         elif of:
-            values[it["name"]] = FIELDS[of.get("fieldRef", {}).get("fieldPath") or of["resourceFieldRef"]["resource"]]
+            asked = str(processors(container)) if "requests.cpu" in str(of) else FIELDS[of["fieldRef"]["fieldPath"]]
+            values[it["name"]] = asked
         else:
             values[it["name"]] = expanded(it["value"], values)
     return values
@@ -151,7 +159,10 @@ def check_configured(objects, secrets, expected={}):
         config, ports = read(done.stdout), ports_of(it)
         check_log(config, files_of(objects, it, secrets), name)
         check_expected(container["name"], config, expected)
+        # As many threads as processors are asked for: a node may have a hundred.
+        assert config["process.worker_threads"] == str(processors(container)), name
         if container["name"] == "server":
+            assert config["runtime.threads"] == str(processors(container)), name
             check_memory(it, config)
         listens = {key: int(value.removeprefix("0.0.0.0:")) for key, value in config.items() if key.endswith("listen")}
         assert sorted(listens.values()) == sorted(ports.values()), (name, listens)
