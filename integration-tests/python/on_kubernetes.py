@@ -369,7 +369,9 @@ def by_helm():
         "model": {"path": "/models/model.gguf"},
         "singleNode": {
             "settings": ["server.runtime.kv_cache_bytes=67108864"],
-            "container": {"resources": {"requests": {"cpu": "500m", "memory": "512Mi"}, "limits": {"memory": "1Gi"}}},
+            "container": {"resources": {
+                "requests": {"cpu": "500m", "memory": "512Mi", "ephemeral-storage": "64Mi"}, "limits": {"memory": "1Gi"},
+            }},
         },
     }))
     chart = ["baton", ROOT / "deploy/kubernetes/chart", "--namespace", namespace, "--values", values, "--wait"]

@@ -115,9 +115,17 @@ def check_no_device():
 WEIGHTS, TOKEN, CONTEXT = 16e9, 2 * 36 * 8 * 128 * 2, 40960
 
 
-def memory(workload, of="limits"):
-    number, unit = re.fullmatch(r"(\d+)([KMG]i)", container_of(workload)["resources"][of]["memory"]).groups()
+def number_of_bytes(text):
+    number, unit = re.fullmatch(r"(\d+)([KMG]i)", text).groups()
     return int(number) * 2 ** {"Ki": 10, "Mi": 20, "Gi": 30}[unit]
+
+
+def memory(workload, of="limits", what="memory"):
+    return number_of_bytes(container_of(workload)["resources"][of][what])
+
+
+def logs(workload):
+    return sum(number_of_bytes(it["emptyDir"]["sizeLimit"]) for it in pod_of(workload)["volumes"] if it["name"] == "run")
 
 
 def check_memory(workload, config, servers=1):
@@ -125,8 +133,10 @@ def check_memory(workload, config, servers=1):
     cache, name = int(config["runtime.kv_cache_bytes"]), workload["metadata"]["name"]
     assert cache >= CONTEXT * TOKEN, f"{name}: {cache / TOKEN:.0f} tokens"
     assert servers * cache + WEIGHTS < memory(workload), f"{name}: {servers} * {cache} and {WEIGHTS:.0f}"
-    # Weights are packed in four fifths, and what was read of the files can go again.
+    # Weights are packed in four fifths, and what was read of the files can go again. The packed ones lie on the node's disk.
     assert servers * cache + 0.8 * WEIGHTS < memory(workload, "requests"), name
+    assert 0.8 * WEIGHTS + logs(workload) < memory(workload, "requests", "ephemeral-storage"), name
+    assert "ephemeral-storage" not in container_of(workload)["resources"]["limits"], name
 
 
 def check_cache_said(multi, single):
