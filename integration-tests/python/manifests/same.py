@@ -1,13 +1,14 @@
 """Kustomize and Helm make the same, and what values say is in the pods."""
 
 import json
+import os
 import re
 
 import yaml
 
 from configured import check_configured, check_single_node
-from making import CHART, KUBERNETES, blocks_of_readme, by_name, composed, container_of, example, helm, kustomize, made_by
-from making import of_readme, pod_of, told_all, workloads
+from making import CHART, KUBERNETES, PROGRAMS, blocks_of_readme, by_name, composed, container_of, example, helm, kustomize
+from making import made_by, of_readme, output, pod_of, told_all, workloads
 from monitoring import check_scraped
 from schemas import OLD_VERSIONS, VERSIONS, check_valid
 
@@ -100,8 +101,55 @@ def check_helm():
     refused += [{"server": {"strategy": it}} for it in ({"maxSurge": 0}, {"type": "Recreate", "rollingUpdate": {"maxSurge": 0}})]
     refused += [{"clientCertificates": it} for it in ({"enable": True}, {"enabled": True, "secret": ""}, {"enabled": "true"})]
     refused += [{"singleNode": {"https": True}}, {"server": {"pools": {"all": {}}}}]
+    refused += [{"etcd": {"enabled": False, "endpoints": [it]}} for it in ("::1:2379", "http://a:2379", "[a:2379", "[x]:2379")]
+    refused += [{"networkPolicies": it} for it in ({"dnsPorts": []}, {"ingress": {"client": []}}, {"egress": {"server": [{"port": 1}]}})]
     for bad in refused:
         assert refusal(bad), f"the chart takes {bad}"
+
+
+def check_policies():
+    """By Helm NetworkPolicies let out to wherever etcd and names are, and in whom values say."""
+    def rules(values, name, way):
+        return by_name(helm(values))["NetworkPolicy", name]["spec"][way]
+
+    # Etcd by its ports, also as the component's comment has it.
+    at = lambda *endpoints: {"etcd": {"enabled": False, "endpoints": [*endpoints]}}
+    text = (KUBERNETES / "components/existing-etcd/kustomization.yaml").read_text()
+    told = yaml.safe_load("\n".join(re.findall(r"^#   ?(.*)", text[text.index("#   patches:"):text.index("apiVersion")], re.M)))
+    patched = by_name(composed("existing-etcd", **told))
+    for name in ("baton-controller", "baton-coordinator"):
+        let_out = lambda values: [[port["port"] for port in it["ports"]] for it in rules(values, name, "egress") if "to" not in it]
+        assert let_out(at("etcd.example:12379", "10.0.0.1:2379", "[fd00::1]:12379")) == [[12379, 2379], [53, 53]]
+        theirs = rules(at("etcd.example:12379"), name, "egress")
+        assert patched["NetworkPolicy", name]["spec"]["egress"] == theirs, theirs
+    for endpoints, written in ((["[fd00::1]:2379", "a:1"], '["[fd00::1]:2379","a:1"]'), (["a:1", "b:2"], "a:1,b:2")):
+        shared = by_name(helm(at(*endpoints)))["ConfigMap", "baton"]["data"]["etcd-endpoints"]
+        assert shared == written, shared
+        env = {**os.environ, "BATON_CONTROLLER__STORE__ETCD__ENDPOINTS": shared}
+        printed = output(PROGRAMS / "baton-controller", "--set=store.kind=etcd", "--check-config", env=env)
+        assert re.findall(r'"([^"]+:\d+)",$', printed, re.M) == endpoints, printed
+
+    # Whoever watches is elsewhere, and so are names.
+    for base in ({}, ONE):
+        plain, moved = helm(base), helm({**base, "networkPolicies": {"monitoringNamespace": "watching", "dnsPorts": [5353]}})
+        only = lambda objects: [it for it in objects if it["kind"] == "NetworkPolicy"]
+        wanted = json.dumps(only(plain)).replace('"monitoring"', '"watching"').replace(": 53,", ": 5353,")
+        assert json.loads(wanted) == only(moved) and wanted != json.dumps(only(plain)), only(moved)
+        none = helm({**base, "networkPolicies": {"enabled": False}})
+        assert none == [it for it in plain if it["kind"] != "NetworkPolicy"]
+
+    # More rules are beside ours, of that kind of pod alone. That of values.yaml is one.
+    (said,) = re.findall(r"^  # (\{controller: \[\{from.*)", (CHART / "values.yaml").read_text(), re.M)
+    more = {"networkPolicies": {"ingress": yaml.safe_load(said), "egress": {"server": [{"ports": [{"port": 8443}]}]}}}
+    objects, plain = helm(more), by_name(helm())
+    check_valid(objects, VERSIONS)
+    for it in (it["metadata"]["name"] for it in objects if it["kind"] == "NetworkPolicy"):
+        kind = it.removeprefix("baton-")
+        for way in ("ingress", "egress"):
+            wanted = plain["NetworkPolicy", it]["spec"][way] + more["networkPolicies"][way].get(kind, [])
+            assert rules(more, it, way) == wanted, (it, way)
+    one = [{"from": [{"podSelector": {}}]}]
+    assert rules({**ONE, "networkPolicies": {"ingress": {"singleNode": one}}}, "baton", "ingress")[-1:] == one
 
 
 def refusal(values):

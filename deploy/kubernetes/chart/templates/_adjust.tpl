@@ -36,7 +36,9 @@ services,server
       {{- $_ := set $data "prefill" (toString $.Values.singleNode.prefill) }}
       {{- $_ := set $data "decode" (toString $.Values.singleNode.decode) }}
     {{- else if $.Values.etcd.endpoints }}
-      {{- $_ := set $data "etcd-endpoints" (join "," $.Values.etcd.endpoints) }}
+      {{- $endpoints := join "," $.Values.etcd.endpoints }}
+      {{- if contains "[" $endpoints }}{{ $endpoints = toJson $.Values.etcd.endpoints }}{{ end }}{{/* or IPv6 were taken for a list */}}
+      {{- $_ := set $data "etcd-endpoints" $endpoints }}
     {{- end }}
     {{- $_ := set $maps "baton" $data }}
   {{- end }}
@@ -50,6 +52,45 @@ services,server
 {{- $_ := set $labels "app.kubernetes.io/managed-by" .root.Release.Service }}
 {{- $_ := set .object.metadata "labels" (merge (.object.metadata.labels | default dict) $labels) }}
 {{- $_ := set .object.metadata "namespace" .root.Release.Namespace }}
+{{- end -}}
+
+{{/* Who is let in and out: a NetworkPolicy by networkPolicies, and by what else is let out to. */}}
+{{- define "baton.policy" -}}
+{{- $spec := .object.spec }}
+{{- $values := .root.Values }}
+{{- $name := .object.metadata.name }}
+{{- $kind := eq $name "baton" | ternary "singleNode" (trimPrefix "baton-" $name) }}
+{{- $names := list }}
+{{- range $port := $values.networkPolicies.dnsPorts }}
+  {{- $names = concat $names (list (dict "port" $port "protocol" "UDP") (dict "port" $port "protocol" "TCP")) }}
+{{- end }}
+{{- $etcd := list }}
+{{- range $endpoint := $values.etcd.endpoints }}{{ $etcd = append $etcd (dict "port" (regexFind "[0-9]+$" $endpoint | int)) }}{{ end }}
+{{- $egress := list }}
+{{- range $rule := $spec.egress }}
+  {{- if eq (toJson $rule.ports) `[{"port":53,"protocol":"UDP"},{"port":53,"protocol":"TCP"}]` }}
+    {{- $egress = append $egress (dict "ports" $names) }}
+  {{- else if and (not $values.etcd.enabled) (eq (toJson $rule.ports) `[{"port":2379}]`) }}
+    {{- $egress = append $egress (dict "ports" (uniq $etcd)) }}{{/* wherever it is */}}
+  {{- else }}
+    {{- $egress = append $egress $rule }}
+  {{- end }}
+{{- end }}
+{{- if and $values.controllerScaling.enabled (eq $kind "controller") }}
+  {{- $egress = append $egress (dict "ports" (list (dict "port" 443) (dict "port" 6443))) }}{{/* the API server */}}
+{{- end }}
+{{- if and $values.model.init (has $kind (list "singleNode" "coordinator" "server")) }}
+  {{- $egress = append $egress (dict "ports" (list (dict "port" 443))) }}{{/* where models come from */}}
+{{- end }}
+{{- range $rule := concat $spec.ingress $egress }}
+  {{- range $peer := concat ($rule.from | default list) ($rule.to | default list) }}
+    {{- with $peer.namespaceSelector }}
+      {{- $_ := set .matchLabels "kubernetes.io/metadata.name" $values.networkPolicies.monitoringNamespace }}
+    {{- end }}
+  {{- end }}
+{{- end }}
+{{- $_ := set $spec "ingress" (concat $spec.ingress (get $values.networkPolicies.ingress $kind | default list)) }}
+{{- $_ := set $spec "egress" (concat $egress (get $values.networkPolicies.egress $kind | default list)) }}
 {{- end -}}
 
 {{/* By its kind, what is no pod's. */}}
@@ -70,21 +111,7 @@ services,server
   {{- end }}
   {{- with $values.service.annotations }}{{ $_ := set $object.metadata "annotations" . }}{{ end }}
 {{- else if eq $object.kind "NetworkPolicy" }}
-  {{- $egress := list }}
-  {{- range $rule := $object.spec.egress }}
-    {{- if and (not $values.etcd.enabled) (eq (toJson $rule.ports) `[{"port":2379}]`) }}
-      {{- $egress = append $egress (omit $rule "to") }}{{/* wherever it is */}}
-    {{- else }}
-      {{- $egress = append $egress $rule }}
-    {{- end }}
-  {{- end }}
-  {{- if and $values.controllerScaling.enabled (eq $object.metadata.name "baton-controller") }}
-    {{- $egress = append $egress (dict "ports" (list (dict "port" 443) (dict "port" 6443))) }}{{/* the API server */}}
-  {{- end }}
-  {{- if and $values.model.init (has $object.metadata.name (list "baton" "baton-coordinator" "baton-server")) }}
-    {{- $egress = append $egress (dict "ports" (list (dict "port" 443))) }}{{/* where models come from */}}
-  {{- end }}
-  {{- $_ := set $object.spec "egress" $egress }}
+  {{- include "baton.policy" . }}
 {{- else if eq $object.kind "PodMonitor" }}
   {{- $_ := set $object.metadata "labels" (mergeOverwrite $object.metadata.labels $values.prometheus.labels) }}
   {{- $endpoints := slice $object.spec.podMetricsEndpoints 0 2 }}{{/* and the servers of a single node */}}
