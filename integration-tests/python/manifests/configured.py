@@ -143,7 +143,8 @@ def check_cache_said(multi, single):
     """README.md says what it takes a token, and how many each KV cache holds."""
     caches = re.findall(r"kv_cache_bytes ?= ?(\d+)", f"{by_name(multi)} {by_name(single)}")
     several, one = [int(it) for it in caches]
-    said = [f"2 * 36 * 8 * 128 * 2 = {TOKEN:,} bytes", f"{several // GIB} GiB for each server, of single node {one // GIB} GiB for each"]
+    said = [f"2 * 36 * 8 * 128 * 2 = {TOKEN:,} bytes"]
+    said += [f"{several // GIB} GiB for each server, of single node {one // GIB} GiB for each"]
     said += [f"{several // GIB} GiB hold {several // TOKEN:,} tokens", f"{one // GIB} GiB {one // TOKEN:,}, ", f"({CONTEXT:,})"]
     text = " ".join((KUBERNETES / "README.md").read_text().split())
     for it in said:

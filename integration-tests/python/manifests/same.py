@@ -13,8 +13,12 @@ from monitoring import check_scraped
 from schemas import OLD_VERSIONS, VERSIONS, check_valid
 
 
+def app_version():
+    return yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"]
+
+
 def neutral(objects):
-    """Without what tells the two apart: Helm's own labels and checksum, kustomize's hashes in the names of ConfigMaps."""
+    """Without what tells the two apart: Helm's own labels, checksum and tags, kustomize's hashes in the names of ConfigMaps."""
     text = json.dumps(objects)
     for name in {it["metadata"]["name"] for it in objects if it["kind"] == "ConfigMap"}:
         text = text.replace(f'"{name}"', '"%s"' % re.sub("-[2456789bcdfghkmt]{10}$", "", name))
@@ -25,6 +29,7 @@ def neutral(objects):
             del it["metadata"]["labels"]
     for it in workloads(objects):
         it["spec"]["template"]["metadata"]["annotations"].pop("checksum/config", None)
+        container_of(it)["image"] = container_of(it)["image"].removesuffix(f":{app_version()}")
     return by_name(objects)
 
 
@@ -208,6 +213,12 @@ def check_readme(secrets):
         of = {container_of(it)["image"] for it in workloads(objects)}
         assert of == {f"{prefix}/baton-{it}:{tag}" for it in services}, of
     assert container_of(workloads(helm({**images, **ONE}))[0])["image"] == f"{prefix}/baton:{tag}"
+    # None is never the latest, and etcd's is another only if it is named.
+    for values, other in (({}, app_version()), ({"tag": "2"}, "2"), ({"tag": "2", "prefix": "a/"}, "2")):
+        for etcd in ("", "b/etcd:3.5"):
+            of = {container_of(it)["image"] for it in workloads(helm({"images": values, "etcd": {"image": etcd}}))}
+            wanted = {f"{values.get('prefix', '')}baton-{it}:{other}" for it in services}
+            assert of == {etcd if etcd and "etcd" in it else it for it in wanted}, of
 
     # Clients ask at the port that is forwarded to the entry's.
     urls = [re.search(r"(https?)://localhost:(\d+)/", it[-1]).groups() for it in told_all("curl") if "localhost" in it[-1]]

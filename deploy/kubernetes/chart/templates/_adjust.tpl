@@ -37,7 +37,9 @@ services,server
       {{- $_ := set $data "decode" (toString $.Values.singleNode.decode) }}
     {{- else if $.Values.etcd.endpoints }}
       {{- $endpoints := join "," $.Values.etcd.endpoints }}
-      {{- if contains "[" $endpoints }}{{ $endpoints = toJson $.Values.etcd.endpoints }}{{ end }}{{/* or IPv6 were taken for a list */}}
+      {{- if contains "[" $endpoints }}{{/* IPv6, or the bracket were taken for a list's */}}
+        {{- $endpoints = toJson $.Values.etcd.endpoints }}
+      {{- end }}
       {{- $_ := set $data "etcd-endpoints" $endpoints }}
     {{- end }}
     {{- $_ := set $maps "baton" $data }}
@@ -65,7 +67,9 @@ services,server
   {{- $names = concat $names (list (dict "port" $port "protocol" "UDP") (dict "port" $port "protocol" "TCP")) }}
 {{- end }}
 {{- $etcd := list }}
-{{- range $endpoint := $values.etcd.endpoints }}{{ $etcd = append $etcd (dict "port" (regexFind "[0-9]+$" $endpoint | int)) }}{{ end }}
+{{- range $endpoint := $values.etcd.endpoints }}
+  {{- $etcd = append $etcd (dict "port" (regexFind "[0-9]+$" $endpoint | int)) }}
+{{- end }}
 {{- $egress := list }}
 {{- range $rule := $spec.egress }}
   {{- if eq (toJson $rule.ports) `[{"port":53,"protocol":"UDP"},{"port":53,"protocol":"TCP"}]` }}

@@ -30,8 +30,8 @@
   {{- $_ := set $container "args" (append $container.args (eq $name "etcd" | ternary . (printf "--set=%s" .))) }}
 {{- end }}
 
-{{- $tag := eq $name "etcd" | ternary "" $all.images.tag }}
-{{- $_ := set $container "image" (print $all.images.prefix $container.image (empty $tag | ternary "" (print ":" $tag))) }}
+{{- $image := print $all.images.prefix $container.image ":" ($all.images.tag | default .root.Chart.AppVersion) }}
+{{- $_ := set $container "image" (eq $name "etcd" | ternary ($all.etcd.image | default $image) $image) }}
 {{- range $all.images.pullSecrets }}
   {{- $_ := set $pod "imagePullSecrets" (append ($pod.imagePullSecrets | default list) (dict "name" .)) }}
 {{- end }}
