@@ -1,8 +1,10 @@
 //! The binary itself, as two processes on a real etcd: one is frozen past its lease and wakes up deposed.
 
 use std::{
+    collections::VecDeque,
     io::{BufRead, BufReader},
     process::{Child, Command, Stdio},
+    sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
@@ -12,9 +14,14 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use crate::cluster::{PATIENCE, Server, spec, waiting};
 
-/// A `baton-controller`, killed when dropped.
+/// Lines of its log that a controller is remembered by.
+const LINES_KEPT: usize = 200;
+
+/// A `baton-controller`, killed when dropped; a test that fails tells what it has logged.
 pub(crate) struct Controller {
+    id: String,
     child: Child,
+    log: Arc<Mutex<VecDeque<String>>>,
     pub(crate) endpoint: String,
 }
 
@@ -49,8 +56,19 @@ impl Controller {
             rest.split_once('"').map(|(address, _)| address.to_owned())
         });
         // Read on, so that the process never waits for room in the pipe.
-        std::thread::spawn(move || lines.for_each(drop));
-        Self { child, endpoint: address.expect("baton-controller did not say where it listens") }
+        let log = Arc::new(Mutex::new(VecDeque::new()));
+        let kept = log.clone();
+        std::thread::spawn(move || {
+            for line in lines.map_while(Result::ok) {
+                let mut kept = kept.lock().expect("nobody panics with it");
+                kept.push_back(line);
+                if kept.len() > LINES_KEPT {
+                    kept.pop_front();
+                }
+            }
+        });
+        let endpoint = address.expect("baton-controller did not say where it listens");
+        Self { id: id.into(), child, log, endpoint }
     }
 
     pub(crate) fn signal(&self, signal: Signal) {
@@ -77,6 +95,11 @@ impl Drop for Controller {
     fn drop(&mut self) {
         self.child.kill().ok();
         self.child.wait().ok();
+        if std::thread::panicking() {
+            let log = self.log.lock().expect("nobody panics with it");
+            println!("{} logged last:", self.id);
+            log.iter().for_each(|line| println!("  {line}"));
+        }
     }
 }
 
