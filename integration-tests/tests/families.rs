@@ -37,6 +37,16 @@ async fn apart_equals_mixed(name: &str) {
 }
 
 #[tokio::test]
+async fn a_qwen2_apart_equals_mixed() {
+    apart_equals_mixed("hf-bf16-qwen2-ratio8-tied").await;
+}
+
+#[tokio::test]
+async fn a_qwen3_apart_equals_mixed() {
+    apart_equals_mixed("hf-bf16-qwen3-wide-heads").await;
+}
+
+#[tokio::test]
 async fn a_qwen_with_experts_apart_equals_mixed() {
     apart_equals_mixed("hf-bf16-qwen3moe-some-dense").await;
 }
