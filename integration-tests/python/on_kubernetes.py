@@ -1,8 +1,8 @@
 """The deployment on Kubernetes: applied, ready, asked through its Service, and rolled out anew under load without a failed request.
 
 `on_kubernetes.py FOLDER PROGRAMS`, as the command of `deploy/kubernetes/cluster run FOLDER`; `deploy/run test-kubernetes` calls it.
-PROGRAMS is the folder of Baton's. Needs BATON_TEST_KUBECTL, BATON_TEST_HELM and BATON_TEST_MODEL, a GGUF. Prints what it saw, the
-load as JSON.
+PROGRAMS is the folder of Baton's. Needs BATON_TEST_KUBECTL, BATON_TEST_HELM and BATON_TEST_MODEL, a GGUF. With BATON_TEST_EARLIER_BUILD,
+a folder of an earlier build's programs, that is what Helm's upgrade begins with. Prints what it saw, the load as JSON.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ FOLDER, PROGRAMS = map(pathlib.Path, sys.argv[1:])
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 KUBECTL, HELM = os.environ["BATON_TEST_KUBECTL"], os.environ["BATON_TEST_HELM"]
 MODEL = pathlib.Path(os.environ["BATON_TEST_MODEL"])
+EARLIER = os.environ.get("BATON_TEST_EARLIER_BUILD")
 # As whom images run.
 USER = 65532
 # Seconds: what pods may take to be ready, and to end, of which this kubelet may hear a minute late; and what changed Secrets may
@@ -74,10 +75,14 @@ def until(what, holds, within):
 
 def bring_images():
     images = FOLDER / "images"
-    run(ROOT / "deploy/images/build", "--out", images, "--tag", "test", "--programs", PROGRAMS, timeout=600)
-    for image in sorted(images.iterdir()):
-        ctr("images", "import", image)
-    shutil.rmtree(images)
+    builds = [("test", PROGRAMS, [])]
+    if EARLIER:
+        builds.append(("earlier", EARLIER, ["controller", "coordinator", "server"]))
+    for tag, programs, which in builds:
+        run(ROOT / "deploy/images/build", "--out", images, "--tag", tag, "--programs", programs, *which, timeout=600)
+        for image in sorted(images.iterdir()):
+            ctr("images", "import", image)
+        shutil.rmtree(images)
 
 
 def volume(name, namespace, claim, mode):
@@ -93,6 +98,12 @@ def volume(name, namespace, claim, mode):
         },
     })
     return folder
+
+
+def bring_volumes(namespace):
+    """Those of etcd."""
+    for member in range(MEMBERS):
+        volume(f"{namespace}-etcd-{member}", namespace, f"data-baton-etcd-{member}", "ReadWriteOnce")
 
 
 def bring_model(namespace):
@@ -254,8 +265,7 @@ def multi_node():
     namespace = "baton"
     kubectl("create", "namespace", namespace)
     bring_model(namespace)
-    for member in range(MEMBERS):
-        volume(f"etcd-{member}", namespace, f"data-baton-etcd-{member}", "ReadWriteOnce")
+    bring_volumes(namespace)
     authority, key = bring_secrets(namespace)
     begun = time.monotonic()
     apply_multi_node(namespace)
@@ -271,6 +281,10 @@ def multi_node():
     assert said
     refused = httpx.get(f"{url}/models", verify=str(authority), trust_env=False)
     assert refused.status_code == 401, f"without an API key: {refused.status_code}"
+
+    for member in range(MEMBERS):
+        kubectl("exec", "-n", namespace, f"baton-etcd-{member}", "--", "etcdctl", "endpoint", "health")
+        kubectl("exec", "-n", namespace, f"baton-etcd-{member}", "--", "etcdctl", "alarm", "list")
 
     load, seen = Load(url, model, authority, key), {}
     with load.during("nothing", seen):
@@ -391,6 +405,42 @@ def by_helm():
     until("nothing is left of it", lambda: not any(got(namespace, "pods,deployments,services,networkpolicies")), GONE_WITHIN)
 
 
+def upgraded_by_helm():
+    """Several nodes, of an earlier build if there is one, and all three services replaced at once, as `helm upgrade` does it."""
+    namespace, values = "upgraded", FOLDER / "upgraded.yaml"
+    kubectl("create", "namespace", namespace)
+    bring_model(namespace)
+    bring_volumes(namespace)
+    authority, key = bring_secrets(namespace)
+    asks = lambda cpu, memory: {"resources": {"requests": {"cpu": cpu, "memory": memory}, "limits": {"memory": "1Gi"}}}
+    values.write_text(yaml.safe_dump({
+        "images": {"tag": "earlier" if EARLIER else "test"},
+        "model": {"path": "/models/model.gguf"},
+        "controller": {"container": asks("100m", "64Mi")},
+        "coordinator": {"container": asks("100m", "128Mi")},
+        "server": {"container": asks("100m", "256Mi"), "settings": ["runtime.kv_cache_bytes=67108864"]},
+        "etcd": {"container": {"image": "baton-etcd:test", **asks("250m", "64Mi")}},
+    }))
+    chart = ["baton", ROOT / "deploy/kubernetes/chart", "--namespace", namespace, "--values", values]
+    run(HELM, "install", *chart)
+    until("all pods of Helm's several nodes are ready", lambda: all_ready(namespace, 11), READY_WITHIN)
+    url = f"https://baton.{namespace}.svc.cluster.local/v1"
+    model = client_of(url, key, verify=str(authority)).models.list().data[0].id
+    load, seen = Load(url, model, authority, key), {}
+    with load.during("helm upgrade to this build" if EARLIER else "helm upgrade", seen):
+        # A setting of each, so that all pods are made anew where the image is the same.
+        again = [f"--set={it}.annotations.again=yes" for it in ["controller", "coordinator", "server"]]
+        run(HELM, "upgrade", *chart, "--set", "images.tag=test", *again)
+        for workload in DEPLOYMENTS:
+            rolled_out(namespace, workload)
+    seen["end"] = load.end()
+    for what, told in seen.items():
+        assert (told["failed"], told["wrong"], told["again"]) == ([], [], 0), f"{what}: {told}"
+    assert seen["end"]["ended"] == 6 and restarts(namespace) == {}, f"{seen['end']} {restarts(namespace)}"
+    run(HELM, "uninstall", "baton", "--namespace", namespace)
+    until("the pods of Helm's several nodes are gone", lambda: not got(namespace, "pods"), GONE_WITHIN)
+
+
 def main():
     begun = time.monotonic()
     until("the node is ready", lambda: any(
@@ -401,12 +451,13 @@ def main():
     multi_node()
     single_node()
     by_helm()
+    upgraded_by_helm()
 
 
 try:
     main()
 except BaseException:
-    for namespace in ["baton", "single", "by-helm"]:
+    for namespace in ["baton", "single", "by-helm", "upgraded"]:
         for arguments in [["get", "pods", "-o", "wide"], ["get", "events", "--sort-by=.lastTimestamp"]]:
             subprocess.run([KUBECTL, *arguments, "-n", namespace], timeout=60)
     logs = sorted(pathlib.Path("/var/log/pods").glob("*/*/*.log"))

@@ -188,26 +188,30 @@ async fn servers_are_replaced_one_by_one() {
     println!("{} answers", load.end().await);
 }
 
-/// All services, in the order in which they are to be: controllers, coordinators, servers.
-#[tokio::test]
-async fn an_earlier_build_is_replaced_by_this_one() {
+/// A fleet of an earlier build under load; none: there is no such build.
+async fn earlier() -> Option<(EtcdServer, Fleet, Load)> {
     let Some(earlier) = env::var_os("BATON_TEST_EARLIER_BUILD") else {
         println!("left out: no earlier build (deploy/run test-upgrade)");
-        return;
+        return None;
     };
-    let (_etcd, endpoints) = etcd().await;
+    let (etcd, endpoints) = etcd().await;
     let mut fleet = Fleet::start(&endpoints, Build::at(&PathBuf::from(earlier))).await;
     let mut load = Load::start(fleet.url()).await;
     load.goes_on().await;
-
     fleet.change_build(Build::this());
+    Some((etcd, fleet, load))
+}
+
+async fn replace_controllers(fleet: &mut Fleet, load: &mut Load) {
     for (place, old, new) in [(0, "c0", "d0"), (1, "c1", "d1")] {
         fleet.stop(old).await;
         fleet.controller(place, new);
         load.goes_on().await;
     }
     fleet.has_roles(&["decode", "prefill"]).await;
+}
 
+async fn replace_coordinator(fleet: &mut Fleet, load: &mut Load) {
     fleet.coordinator("next");
     fleet.is_ready().await;
     load.go_to(fleet.url());
@@ -215,14 +219,16 @@ async fn an_earlier_build_is_replaced_by_this_one() {
     load.goes_on().await;
     fleet.stop("coordinator").await;
     load.goes_on().await;
+}
 
-    // Old and new understand each other: they are one pool, and hand caches across.
+/// Old and new understand each other: meanwhile they are one pool, and hand caches across.
+async fn replace_pool(fleet: &mut Fleet, load: &mut Load) {
     fleet.server("gamma");
     fleet.server("delta");
     fleet.has_roles(&["decode", "decode", "prefill", "prefill"]).await;
     let of = |name: &str| matches!(name, "gamma" | "delta");
     eventually("a handoff from one build to the other", || async {
-        handoffs(&fleet).await.iter().any(|(prefill, decode)| of(prefill) != of(decode)).then_some(())
+        handoffs(fleet).await.iter().any(|(prefill, decode)| of(prefill) != of(decode)).then_some(())
     })
     .await;
     for old in ["alpha", "beta"] {
@@ -230,5 +236,23 @@ async fn an_earlier_build_is_replaced_by_this_one() {
         load.goes_on().await;
     }
     fleet.has_roles(&["decode", "prefill"]).await;
+}
+
+#[tokio::test]
+async fn an_earlier_build_is_replaced_by_this_one() {
+    let Some((_etcd, mut fleet, mut load)) = earlier().await else { return };
+    replace_controllers(&mut fleet, &mut load).await;
+    replace_coordinator(&mut fleet, &mut load).await;
+    replace_pool(&mut fleet, &mut load).await;
+    println!("{} answers", load.end().await);
+}
+
+/// With the other order, each service of either build has met each of the other: what replaces all at once meets nothing else.
+#[tokio::test]
+async fn an_earlier_build_is_replaced_in_the_other_order() {
+    let Some((_etcd, mut fleet, mut load)) = earlier().await else { return };
+    replace_pool(&mut fleet, &mut load).await;
+    replace_coordinator(&mut fleet, &mut load).await;
+    replace_controllers(&mut fleet, &mut load).await;
     println!("{} answers", load.end().await);
 }
