@@ -412,14 +412,16 @@ def upgraded_by_helm():
     bring_model(namespace)
     bring_volumes(namespace)
     authority, key = bring_secrets(namespace)
-    asks = lambda cpu, memory: {"resources": {"requests": {"cpu": cpu, "memory": memory}, "limits": {"memory": "1Gi"}}}
+    asks = lambda cpu, memory: {"resources": {
+        "requests": {"cpu": cpu, "memory": memory, "ephemeral-storage": "64Mi"}, "limits": {"memory": "1Gi"},
+    }}
     values.write_text(yaml.safe_dump({
         "images": {"tag": "earlier" if EARLIER else "test"},
         "model": {"path": "/models/model.gguf"},
         "controller": {"container": asks("100m", "64Mi")},
         "coordinator": {"container": asks("100m", "128Mi")},
         "server": {"container": asks("100m", "256Mi"), "settings": ["runtime.kv_cache_bytes=67108864"]},
-        "etcd": {"container": {"image": "baton-etcd:test", **asks("250m", "64Mi")}},
+        "etcd": {"image": "baton-etcd:test", "container": asks("250m", "64Mi")},
     }))
     chart = ["baton", ROOT / "deploy/kubernetes/chart", "--namespace", namespace, "--values", values]
     run(HELM, "install", *chart)
