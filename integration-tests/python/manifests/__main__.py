@@ -14,7 +14,7 @@ from configured import check_cache_said, check_configured, check_no_device, chec
 from making import KUBERNETES, by_name, composed, container_of, kustomize, made_by, of_readme, pod_of, told, workloads
 from monitoring import check_adapter, check_alerts, check_dashboards, check_linked, check_scraped, check_scraped_without_operator
 from references import MULTI_NODE, SINGLE_NODE, check_network, check_references, check_ways_out, unrestricted
-from same import check_clients, check_helm, check_policies, check_readme, check_values
+from same import check_clients, check_helm, check_policies, check_readme, check_refused, check_values
 from schemas import OLD_VERSIONS, SINCE, VERSIONS, check_valid
 
 RANKTABLE, CLIENTS = "/etc/ascend/global_ranktable.json", "/etc/clients/ca.crt"
@@ -107,6 +107,7 @@ def main():
     check_helm()
     check_values()
     check_policies()
+    check_refused()
     check_hosts()
     check_renewed()
     check_no_device()

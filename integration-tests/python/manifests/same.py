@@ -10,7 +10,8 @@ from configured import check_configured, check_single_node
 from making import CHART, KUBERNETES, PROGRAMS, blocks_of_readme, by_name, composed, container_of, example, helm, kustomize
 from making import made_by, of_readme, output, pod_of, told_all, workloads
 from monitoring import check_scraped
-from schemas import OLD_VERSIONS, VERSIONS, check_valid
+from references import unrestricted
+from schemas import OLD_VERSIONS, VERSIONS, check_valid, fields_of
 
 
 def app_version():
@@ -107,9 +108,56 @@ def check_helm():
     refused += [{"clientCertificates": it} for it in ({"enable": True}, {"enabled": True, "secret": ""}, {"enabled": "true"})]
     refused += [{"singleNode": {"https": True}}, {"server": {"pools": {"all": {}}}}]
     refused += [{"etcd": {"enabled": False, "endpoints": [it]}} for it in ("::1:2379", "http://a:2379", "[a:2379", "[x]:2379")]
-    refused += [{"networkPolicies": it} for it in ({"dnsPorts": []}, {"ingress": {"client": []}}, {"egress": {"server": [{"port": 1}]}})]
+    policies = {"dnsPorts": []}, {"ingress": {"client": []}}, {"egress": {"server": [{"port": 1}]}}
+    refused += [{"networkPolicies": it} for it in policies]
     for bad in refused:
         assert refusal(bad), f"the chart takes {bad}"
+
+
+def check_refused():
+    """What would do nothing, or contradicts itself, is refused by its name, and so is a field that Kubernetes does not know."""
+    both = {"min": 4, "max": 3, "enabled": True}
+    pools = {"pools": {"a": {"role": "mixed"}}}
+    said = {
+        "certManager.enabled": {**ONE, "certManager": {"enabled": True}},
+        "autoscaling.enabled": {**ONE, **SAME["autoscaling"]},
+        "controllerScaling.enabled": {**ONE, **SAME["controller-scaling"]},
+        "coordinator.replicas": {**ONE, "coordinator": {"replicas": 2}},
+        "server.pools": {**ONE, "server": pools},
+        "etcd.endpoints": {**ONE, "etcd": {"enabled": False, "endpoints": ELSEWHERE}},
+        "networkPolicies.ingress.server": {**ONE, "networkPolicies": {"ingress": {"server": []}}},
+        "networkPolicies.egress.singleNode": {"networkPolicies": {"egress": {"singleNode": []}}},
+        "singleNode.prefill, singleNode.decode": {"singleNode": {"prefill": 2, "decode": 0}},
+        "singleNode.https": {"singleNode": {"https": "baton-https"}},
+        "autoscaling.min: 4": {"autoscaling": both},
+        "controllerScaling.min: 4": {"controllerScaling": both},
+        "coordinator.replicas: autoscaling": {**SAME["autoscaling"], "coordinator": {"replicas": 3}},
+        "server.replicas: controllerScaling": {**SAME["controller-scaling"], "server": {"replicas": 3}},
+        "leave out server.pools": {**SAME["controller-scaling"], "server": pools},
+        "model.init.image": {"model": {"init": {"args": ["fetch"]}}},
+        "model.volume": {"model": {"init": {"image": "a"}, "volume": {"emptyDir": {}}}},
+    }
+    for name, values in said.items():
+        why = refusal(values)
+        assert why and name in why, (name, why)
+    # Of pods of the other mode anything may be said.
+    of_pods = {"settings": ["a=b"], "pod": {"priority": 1}, "container": {"tty": True}, "annotations": {"a": "b"}}
+    assert helm({"singleNode": of_pods}) == helm()
+    assert helm({**ONE, "server": of_pods, "etcd": {**of_pods, "image": "a"}}) == helm(ONE)
+
+    known = json.loads((CHART / "values.schema.json").read_text())["$defs"]
+    for what, kind in (("pod", "podspec"), ("container", "container")):
+        names, fields = [*known[what]["properties"]], set()
+        for version in {*OLD_VERSIONS, *VERSIONS}:
+            fields |= fields_of(kind, version)
+        assert names == sorted(fields), (what, fields ^ {*names})
+    for kind in ("controller", "coordinator", "server", "etcd", "singleNode"):
+        for what, typo in (("pod", "toleration"), ("container", "resource")):
+            why = refusal({kind: {what: {typo: {}}}})
+            assert why and f"at '/{kind}/{what}'" in why and f"'{typo}' not allowed" in why, why
+    pool = {"role": "mixed", "pod": {"node": {}}}
+    for values in ({"server": {"pools": {"a": pool}}}, {"model": {"init": {"image": "a", "arg": []}}}):
+        assert refusal(values), values
 
 
 def check_policies():
@@ -288,7 +336,10 @@ def check_values():
         assert theirs["args"] == ours["args"] + [f"--set={it}" for it in settings], theirs["args"]
         check_valid([it], VERSIONS)
 
-    # The model's volume is one, whatever it is.
+    # The model's volume is one, whatever it is. That of values.yaml is one that the profile allows.
+    (volume,) = re.findall(r"Whatever a pod can mount, as in (\{.*?\}\});", (CHART / "values.yaml").read_text())
+    for it in (helm({"model": {"volume": yaml.safe_load(volume)}}), helm({**ONE, "model": {"volume": yaml.safe_load(volume)}})):
+        assert unrestricted(it) == set() and str(yaml.safe_load(volume))[1:-1] in str(it), unrestricted(it)
     for volume in ({"nfs": {"server": "nfs.example", "path": "/models"}}, {"hostPath": {"path": "/srv/models"}}):
         for it in (made({"model": {"volume": volume}}, name) for name in ("coordinator", "server")):
             assert named(pod_of(it)["volumes"])["models"] == {"name": "models", **volume}, pod_of(it)["volumes"]

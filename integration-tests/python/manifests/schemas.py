@@ -58,6 +58,16 @@ def custom_validator(api_version, kind):
     return jsonschema.Draft202012Validator(strict(model.model_json_schema(by_alias=True)))
 
 
+def fields_of(kind, version):
+    """The names of the fields of what is a part of objects, `podspec` or `container`."""
+    folder = next(it for it in (base / f"v{version}.0-local-strict" for base in SCHEMAS) if it.exists())
+    schema = json.loads((folder / f"{kind}-v1.json").read_text())
+    if "$ref" in schema:
+        file, _, way = schema["$ref"].partition("#/")
+        schema = functools.reduce(dict.get, way.split("/"), json.loads((folder / file.rsplit("/", 1)[-1]).read_text()))
+    return schema["properties"].keys()
+
+
 def number(version):
     return [int(it) for it in version.split(".")]
 
