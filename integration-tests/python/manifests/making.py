@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import textwrap
 
 import yaml
 
@@ -48,6 +49,12 @@ def composed(*components, base="multi-node", **more):
 
 def blocks_of_readme():
     return [yaml.safe_load(it) for it in re.findall("^```yaml\n(.*?)^```", (KUBERNETES / "README.md").read_text(), re.M | re.S)]
+
+
+def indented_of_readme():
+    """Those that belong to an entry of a list: values, and patches."""
+    blocks = re.findall("^ +```yaml\n(.*?)^ +```", (KUBERNETES / "README.md").read_text(), re.M | re.S)
+    return [yaml.safe_load(textwrap.dedent(it)) for it in blocks]
 
 
 def of_readme():

@@ -8,10 +8,10 @@ import yaml
 
 from configured import check_configured, check_single_node
 from making import CHART, KUBERNETES, PROGRAMS, blocks_of_readme, by_name, composed, container_of, example, helm, kustomize
-from making import made_by, of_readme, output, pod_of, told_all, workloads
+from making import indented_of_readme, made_by, of_readme, output, pod_of, told_all, workloads
 from monitoring import check_scraped
 from references import unrestricted
-from schemas import OLD_VERSIONS, VERSIONS, check_valid, fields_of
+from schemas import OLD_VERSIONS, VERSIONS, check_valid, faults, fields_of
 
 
 def app_version():
@@ -285,6 +285,15 @@ def check_readme(secrets):
         check_configured(objects, secrets, expected)
     single = {"settings": [f"{it}.process.otlp.endpoint={endpoint}" for it in expected]}
     check_single_node(helm({**ONE, "singleNode": single}), secrets, expected)
+
+    # Values fit together: longer contexts fit the memory, and longer drains the grace period. Broken pods may go at once.
+    contexts, drains, budgets = [it for it in indented_of_readme() if it.keys() & {"server", "coordinator", "patches"}]
+    check_configured(helm(contexts), secrets, {"server": {"runtime.kv_cache_bytes": "34359738368"}})
+    check_configured(helm(drains), secrets, {"coordinator": {"limits.linger": "30s"}})
+    patched = [it for it in composed(**budgets) if it["kind"] == "PodDisruptionBudget"]
+    assert [it["spec"]["unhealthyPodEvictionPolicy"] for it in patched] == ["AlwaysAllow"] * 4, patched
+    check_valid(patched, ["1.28", VERSIONS[-1]])
+    assert all(faults(it, "1.25") for it in patched)
 
 
 def made(values, name):
