@@ -270,7 +270,7 @@ def check_readme(secrets):
 
     # Clients ask at the port that is forwarded to the entry's.
     urls = [re.search(r"(https?)://localhost:(\d+)/", it[-1]).groups() for it in told_all("curl") if "localhost" in it[-1]]
-    forwarded = [it[it.index("service/baton") + 1].split(":") for it in told_all("kubectl port-forward")]
+    forwarded = [it[it.index("service/baton") + 1].split(":") for it in told_all("kubectl port-forward") if "service/baton" in it]
     entries = [by_name(kustomize(KUBERNETES / it))["Service", "baton"]["spec"]["ports"] for it in ("single-node", "multi-node")]
     said = [[(scheme, int(there))] for (scheme, asked), (here, there) in zip(urls, forwarded, strict=True) if asked == here]
     assert said == [[(it["name"], it["port"]) for it in ports] for ports in entries], said
