@@ -421,7 +421,7 @@ def upgraded_by_helm():
         "controller": {"container": asks("100m", "64Mi")},
         "coordinator": {"container": asks("100m", "128Mi")},
         "server": {"container": asks("100m", "256Mi"), "settings": ["runtime.kv_cache_bytes=67108864"]},
-        "etcd": {"image": "baton-etcd:test", "container": asks("250m", "64Mi")},
+        "etcd": {"image": "baton-etcd:test", "container": asks("100m", "64Mi")},
     }))
     chart = ["baton", ROOT / "deploy/kubernetes/chart", "--namespace", namespace, "--values", values]
     run(HELM, "install", *chart)
