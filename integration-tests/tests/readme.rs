@@ -76,6 +76,7 @@ fn links_of_the_documents_lead_somewhere() {
     for document in others.into_iter().chain(pages) {
         let path = root().join(&document);
         let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{document}: {error}"));
+        assert!(text.starts_with("# "), "{document} does not open with its title");
         for link in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
             if link.starts_with("http") {
                 continue;
