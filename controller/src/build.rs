@@ -60,9 +60,7 @@ pub async fn run(process: Process<ControllerConfig>) -> Result<(), ControllerErr
     let grpc_listener = config.listen.bind()?;
     let http_listener = config.metrics_listen.bind()?;
     let address = grpc_listener.local_addr().map_err(ControllerError::Address)?;
-    if config.advertise.is_empty() {
-        config.advertise = reached_at(&grpc_listener, "", "advertise")?;
-    }
+    let advertised = reached_at(&grpc_listener, &config.advertise_host, "advertise_host")?;
     if config.controller_id.is_empty() {
         config.controller_id = host_name();
     }
@@ -85,6 +83,7 @@ pub async fn run(process: Process<ControllerConfig>) -> Result<(), ControllerErr
     );
     let parts = Parts {
         config,
+        advertised,
         store,
         tls,
         metrics: process.metrics.clone(),
@@ -104,8 +103,10 @@ fn drain_of_calls(whole: Duration) -> Duration {
 /// What a controller is made of, for [`run`] and for tests.
 #[derive(Debug)]
 pub struct Parts {
-    /// With `controller_id` and `advertise` filled in.
+    /// With `controller_id` filled in.
     pub config: ControllerConfig,
+    /// host:port that others are told to reach it at.
+    pub advertised: String,
     pub store: Arc<dyn Store>,
     pub tls: Tls,
     pub metrics: Metrics,
@@ -117,7 +118,7 @@ pub struct Parts {
 impl Parts {
     /// Leads when it can and serves, until the shutdown and for up to `drain` after it.
     pub async fn serve(self, listener: TcpListener, drain: Duration) -> Result<(), ControllerError> {
-        let Self { config, store, tls, metrics, health, shutdown, tasks } = self;
+        let Self { config, advertised, store, tls, metrics, health, shutdown, tasks } = self;
         let config = Arc::new(config);
         let (open, desk) = Desk::new();
         let (ending, workers) = (shutdown.clone(), tasks.clone());
@@ -156,7 +157,7 @@ impl Parts {
         // Each instance has one, and so has each coordinator; who has lost the leader tries the others.
         let connections = grpc::CONNECTIONS.max(config.sessions.max_instances.saturating_mul(2));
         let leader = LeaderTask {
-            candidate: LeaderTask::candidate(&config, &store, config.advertise.clone()),
+            candidate: LeaderTask::candidate(&config, &store, advertised),
             config,
             store,
             desk: open,

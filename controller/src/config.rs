@@ -22,8 +22,8 @@ pub struct ControllerConfig {
     pub controller_id: String,
     /// Where servers, coordinators and `baton ctl` reach it (gRPC).
     pub listen: Listen,
-    /// host:port that others are told to reach it at. Empty = where it listens.
-    pub advertise: String,
+    /// Host that others are told to reach it at; empty = the address that is listened on.
+    pub advertise_host: String,
     /// Where `/metrics`, `/health` and `/readiness` are served (HTTP).
     pub metrics_listen: Listen,
     pub store: StoreConfig,
@@ -44,7 +44,7 @@ impl Default for ControllerConfig {
         Self {
             controller_id: String::new(),
             listen: Listen::address("127.0.0.1", 7100),
-            advertise: String::new(),
+            advertise_host: String::new(),
             metrics_listen: Listen::address("127.0.0.1", 7101),
             store: StoreConfig::default(),
             leader: LeaderConfig::default(),
@@ -320,9 +320,9 @@ fn require(holds: bool, key: &str, expected: &str) -> Result<(), Invalid> {
 }
 
 impl ServiceConfig for ControllerConfig {
-    const EXAMPLE: &'static str = r#"listen = "0.0.0.0:7100"
-advertise = "10.0.0.5:7100"
-metrics_listen = "0.0.0.0:7101"
+    const EXAMPLE: &'static str = r#"listen = "*:7100"
+advertise_host = "10.0.0.5"
+metrics_listen = "*:7101"
 
 [store]
 kind = "etcd"

@@ -138,6 +138,58 @@ async fn three_services_and_etcd() {
     }
 }
 
+/// As pods are told by the manifests: to listen everywhere, and what their address is, without brackets.
+#[tokio::test]
+async fn on_ipv6() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let dir = dir.path();
+    let port = || free_address().rsplit_once(':').expect("host:port").1.to_owned();
+    let [etcd_at, controller_at, http_at] = [(); 3].map(|()| format!("[::1]:{}", port()));
+    let everywhere = |at: &str| at.replace("[::1]", "*");
+    let _store = etcd(dir, &etcd_at);
+    let start = |program: &str, name: &str, settings: &[(&str, &str)]| {
+        let mut command = Command::new(binary(program));
+        let prefix = program.to_uppercase().replace('-', "_");
+        command.envs(settings.iter().map(|(key, value)| (format!("{prefix}__{key}"), value)));
+        Service::start(&mut command, &dir.join(format!("{name}.log")))
+    };
+    let model = model();
+    let (model, models) = (model.to_str().expect("UTF-8"), format!("[{{path = {model:?}}}]"));
+    let settings = [
+        ("STORE__KIND", "etcd"),
+        ("STORE__ETCD__ENDPOINTS", &*etcd_at),
+        ("LISTEN", &everywhere(&controller_at)),
+    ];
+    let common = [("ADVERTISE_HOST", "::1"), ("METRICS_LISTEN", "*:0")];
+    let _controller = start("baton-controller", "controller", &[&settings[..], &common].concat());
+    let settings =
+        [("STORE__ETCD__ENDPOINTS", &*etcd_at), ("MODELS", &models), ("LISTEN", &everywhere(&http_at))];
+    let settings = [&settings[..], &common, &[("ADMIN_LISTEN", "*:0")]].concat();
+    let _coordinator = start("baton-coordinator", "coordinator", &settings);
+    let listens = [("LISTEN", "*:0"), ("KV_DATA_LISTEN", "*:0"), ("RUNTIME__THREADS", "1")];
+    let _servers = ["alpha", "beta"].map(|name| {
+        let settings = [("INSTANCE_ID", name), ("CONTROLLERS", &*controller_at), ("MODEL__PATH", model)];
+        start("baton-server", name, &[&settings[..], &common, &listens].concat())
+    });
+
+    let url = format!("http://{http_at}");
+    eventually("a coordinator that is ready", || async {
+        reqwest::get(format!("{url}/readiness")).await.ok()?.error_for_status().ok().map(drop)
+    })
+    .await;
+    let body = chat::request("SmolLM2-135M-Instruct", "What is the capital of France?", 12, false);
+    let answer = chat::ask(&url, &body).await;
+    assert!(answer.contains("Paris"), "{answer}");
+    let instances = ctl(&controller_at, "instances").await.expect("the controller answers");
+    let roles: BTreeSet<_> = instances.iter().map(|instance| instance["role"].as_str()).collect();
+    assert_eq!(roles, BTreeSet::from([Some("prefill"), Some("decode")]), "{instances:?}");
+    for instance in &instances {
+        let endpoint = instance["inference_endpoint"].as_str().expect("an endpoint");
+        assert!(endpoint.starts_with("[::1]:"), "{endpoint}");
+        probe(endpoint, &["baton.v1.Handoff"]).await;
+    }
+}
+
 /// Coordinators that a controller lists; none unless it leads.
 async fn coordinators(controller: &str) -> Option<Vec<v1::Coordinator>> {
     let mut admin = FleetAdminClient::connect(format!("http://{controller}")).await.ok()?;

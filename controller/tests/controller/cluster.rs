@@ -68,7 +68,7 @@ impl Node {
     }
 
     fn start_with(
-        mut config: ControllerConfig,
+        config: ControllerConfig,
         address: &str,
         before: impl FnOnce(Arc<dyn Store>) -> Arc<dyn Store> + Send + 'static,
     ) -> Self {
@@ -82,18 +82,18 @@ impl Node {
             }
         };
         let endpoint = listener.local_addr().expect("address").to_string();
-        config.advertise.clone_from(&endpoint);
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
         let runtime = runtime.expect("a runtime");
         let (shutdown, tasks, metrics) =
             (CancellationToken::new(), TaskTracker::new(), Metrics::new("controller"));
         let served = {
-            let (shutdown, metrics) = (shutdown.clone(), metrics.clone());
+            let (shutdown, metrics, advertised) = (shutdown.clone(), metrics.clone(), endpoint.clone());
             runtime.spawn(async move {
                 let store = before(open_store(&config, &shutdown, &tasks).expect("a store"));
                 let parts = Parts {
                     tls: Tls::plaintext(),
                     config,
+                    advertised,
                     store,
                     metrics,
                     health: HealthHandle::default(),

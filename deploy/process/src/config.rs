@@ -146,17 +146,19 @@ fn at<'a>(shape: &'a Json, key: &str) -> Option<&'a Json> {
     key.split('.').try_fold(shape, |value, part| value.get(part))
 }
 
-/// Text from a flag or variable as a value of the kind that the default has. Lists may be written `a,b` or as TOML.
+/// Text from a flag or variable as a value of the kind that the default has. Lists may be written `a,b` or as TOML; an
+/// address of IPv6 begins as a TOML list does, and ends with a port.
 fn typed(shape: &Json, layer: &Layer) -> Result<Value, ConfigError> {
-    let text = layer.value.trim();
-    if text.starts_with('[') || text.starts_with('{') {
+    let (text, kind) = (layer.value.trim(), at(shape, &layer.key));
+    let is_toml = text.starts_with('{') || (text.starts_with('[') && text.ends_with(']'));
+    if is_toml && !matches!(kind, Some(Json::String(_))) {
         return toml_value(text).ok_or_else(|| ConfigError::BadValue {
             origin: layer.origin.clone(),
             key: layer.key.clone(),
             message: format!("`{text}` is not a TOML list or table"),
         });
     }
-    match at(shape, &layer.key) {
+    match kind {
         Some(Json::Array(_)) => {
             let items = text.split(',').map(str::trim).filter(|item| !item.is_empty());
             Ok(items.map(Value::from).collect::<Vec<_>>().into())

@@ -100,6 +100,19 @@ fn lists_and_options_can_be_set_from_text() {
 }
 
 #[test]
+fn an_address_of_ipv6_is_no_list() {
+    let env =
+        vars(&[("BATON_TEST__LISTEN__HTTP", "[::]:80"), ("BATON_TEST__PEERS", "[fd00::1]:1, [fd00::2]:2")]);
+    let root: Root = load_from(None, &env, &flags(&[("name", "[::1]:3")])).unwrap();
+    assert_eq!((root.listen.http.as_str(), root.name.as_deref()), ("[::]:80", Some("[::1]:3")));
+    assert_eq!(root.peers, ["[fd00::1]:1", "[fd00::2]:2"]);
+    let root: Root = load_from(None, &[], &flags(&[("peers", "['[fd00::1]:1']")])).unwrap();
+    assert_eq!(root.peers, ["[fd00::1]:1"]);
+    let text = message(None, &[], &[("peers", "[fd00::1]")]);
+    assert_eq!(text, "command line (peers): `peers`: `[fd00::1]` is not a TOML list or table");
+}
+
+#[test]
 fn lists_of_tables_can_be_set_from_files_and_text() {
     let file = file("[[models]]\npath = 'a'\n[[models]]\npath = 'b'\nnames = ['x', 'y']\n");
     let model = |path: &str, names: &[&str]| Model {

@@ -3,19 +3,30 @@
 
 use std::{
     fmt, io,
-    net::{SocketAddr, TcpListener, ToSocketAddrs},
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, ToSocketAddrs},
     os::fd::{FromRawFd, RawFd},
     str::FromStr,
 };
 
 use parking_lot::Mutex;
+use rustix::{
+    io::Errno,
+    net::{AddressFamily, SocketFlags, SocketType, bind, listen, socket_with, sockopt},
+};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+/// The host that means every address of this machine.
+const EVERYWHERE: &str = "*";
+/// Connections that may wait to be accepted: as many as the kernel lets wait.
+const BACKLOG: i32 = i32::MAX;
 
 /// Why a listener cannot be had.
 #[derive(Debug, thiserror::Error)]
 pub enum ListenError {
-    #[error("`{0}` is not an address to listen on; expected HOST:PORT, as in 127.0.0.1:8000, or fd://N")]
+    #[error(
+        "`{0}` is not an address to listen on; expected HOST:PORT, as in 127.0.0.1:8000 or *:8000, or fd://N"
+    )]
     Syntax(String),
     #[error(
         "port {port} of {host} is in use: stop the program that holds it or choose another port (port 0 picks a free one)"
@@ -23,7 +34,7 @@ pub enum ListenError {
     InUse { host: String, port: u16 },
     #[error("port {port} of {host} needs privileges: choose one above 1023")]
     Forbidden { host: String, port: u16 },
-    #[error("{host} is not an address of this machine: choose one that is, or 0.0.0.0 for all of them")]
+    #[error("{host} is not an address of this machine: choose one that is, or * for all of them")]
     NotHere { host: String },
     #[error("cannot listen on {address}: {source}")]
     Bind { address: String, source: io::Error },
@@ -33,7 +44,8 @@ pub enum ListenError {
     Inherited { fd: RawFd, detail: &'static str },
 }
 
-/// `HOST:PORT` (port 0 = any free one) or `fd://N`. In configuration: a string.
+/// `HOST:PORT` (port 0 = any free one) or `fd://N`. The host `*` is every address of this machine, of IPv6 and of IPv4,
+/// whichever it has. In configuration: a string.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "String", into = "String")]
 pub enum Listen {
@@ -51,7 +63,7 @@ impl FromStr for Listen {
         }
         let (host, port) = text.rsplit_once(':').ok_or_else(syntax)?;
         let port = port.parse().map_err(|_| syntax())?;
-        let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+        let bare = bare(host);
         if bare.is_empty() || (bare == host && host.contains(':')) {
             return Err(syntax());
         }
@@ -93,6 +105,11 @@ impl Listen {
         Self::address("127.0.0.1", 0)
     }
 
+    /// Whether it is every address of this machine, of both families: `*`.
+    pub fn is_everywhere(&self) -> bool {
+        matches!(self, Self::Address { host, .. } if host == EVERYWHERE)
+    }
+
     /// Binds, or takes over the inherited socket (once). The listener is non-blocking, ready for tokio's `from_std`.
     pub fn bind(&self) -> Result<TcpListener, ListenError> {
         let listener = match self {
@@ -109,6 +126,7 @@ impl Listen {
 pub fn reached_at(listener: &TcpListener, host: &str, key: &'static str) -> Result<String, ListenError> {
     let local =
         listener.local_addr().map_err(|source| ListenError::Bind { address: key.to_owned(), source })?;
+    let host = bare(host);
     match (host, local.ip().is_unspecified()) {
         ("", true) => Err(ListenError::Everywhere { key }),
         ("", false) => Ok(local.to_string()),
@@ -117,15 +135,39 @@ pub fn reached_at(listener: &TcpListener, host: &str, key: &'static str) -> Resu
     }
 }
 
+/// A host without the brackets that an address of IPv6 has beside a port.
+fn bare(host: &str) -> &str {
+    host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host)
+}
+
 fn bind_address(host: &str, port: u16) -> Result<TcpListener, ListenError> {
     let failed = |source| ListenError::Bind { address: Listen::address(host, port).to_string(), source };
-    let addresses: Vec<SocketAddr> = (host, port).to_socket_addrs().map_err(failed)?.collect();
-    TcpListener::bind(&*addresses).map_err(|source| match source.kind() {
+    let bound = if host == EVERYWHERE {
+        bind_everywhere(port)
+    } else {
+        let addresses: Vec<SocketAddr> = (host, port).to_socket_addrs().map_err(failed)?.collect();
+        TcpListener::bind(&*addresses)
+    };
+    bound.map_err(|source| match source.kind() {
         io::ErrorKind::AddrInUse => ListenError::InUse { host: host.to_owned(), port },
         io::ErrorKind::PermissionDenied => ListenError::Forbidden { host: host.to_owned(), port },
         io::ErrorKind::AddrNotAvailable => ListenError::NotHere { host: host.to_owned() },
         _ => failed(source),
     })
+}
+
+/// One socket of IPv6 that takes connections of IPv4, too; of IPv4 alone where the kernel has no other.
+fn bind_everywhere(port: u16) -> io::Result<TcpListener> {
+    let socket = match socket_with(AddressFamily::INET6, SocketType::STREAM, SocketFlags::CLOEXEC, None) {
+        Ok(socket) => socket,
+        Err(Errno::AFNOSUPPORT) => return TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)),
+        Err(error) => return Err(error.into()),
+    };
+    sockopt::set_socket_reuseaddr(&socket, true)?;
+    sockopt::set_ipv6_v6only(&socket, false)?;
+    bind(&socket, &SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)))?;
+    listen(&socket, BACKLOG)?;
+    Ok(socket.into())
 }
 
 /// Where to listen, if at all: `""` = `None`. Use as `#[serde(with = "baton_process::listen::option")]`.
@@ -187,7 +229,7 @@ mod tests {
 
     #[test]
     fn reads_and_writes_addresses() {
-        for text in ["127.0.0.1:8000", "localhost:0", "[::1]:80", "fd://3"] {
+        for text in ["127.0.0.1:8000", "localhost:0", "[::1]:80", "*:80", "fd://3"] {
             assert_eq!(text.parse::<Listen>().unwrap().to_string(), text);
         }
         for text in
@@ -214,10 +256,26 @@ mod tests {
         assert_eq!(told(""), format!("127.0.0.1:{port}"));
         assert_eq!(told("a.b"), format!("a.b:{port}"));
         assert_eq!(told("::1"), format!("[::1]:{port}"));
+        assert_eq!(told("[::1]"), format!("[::1]:{port}"));
         let everywhere = TcpListener::bind("0.0.0.0:0").expect("a port");
         let error = reached_at(&everywhere, "", "advertise_host").expect_err("refused").to_string();
         assert!(error.contains("set `advertise_host`"), "{error}");
         assert!(reached_at(&everywhere, "a.b", "advertise_host").is_ok());
+    }
+
+    #[test]
+    fn everywhere_is_reached_by_both_families() {
+        let listener = Listen::from_str("*:0").unwrap().bind().unwrap();
+        listener.set_nonblocking(false).unwrap();
+        let port = listener.local_addr().unwrap().port();
+        for host in ["127.0.0.1", "::1"] {
+            let to = TcpStream::connect((host, port)).unwrap();
+            let (_, from) = listener.accept().unwrap();
+            assert_eq!(from.ip().to_canonical(), to.local_addr().unwrap().ip());
+        }
+        let error = Listen::address("*", port).bind().unwrap_err().to_string();
+        assert!(error.starts_with(&format!("port {port} of * is in use")), "{error}");
+        assert!(reached_at(&listener, "", "advertise_host").is_err(), "as 0.0.0.0");
     }
 
     #[test]

@@ -34,14 +34,15 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Between two times that the log tells of a full port.
 const TELL_EVERY: Duration = Duration::from_secs(10);
 
-/// The next connection, and who is at its other end. What goes wrong is told, and tried again.
+/// The next connection, and who is at its other end, of IPv4 as such whatever the socket is. What goes wrong is told, and
+/// tried again.
 pub(crate) async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
     loop {
         match listener.accept().await {
             Ok((stream, from)) => {
                 // What is small must leave at once; a socket that refuses is slow, not broken.
                 let _ = stream.set_nodelay(true);
-                return (stream, from);
+                return (stream, SocketAddr::new(from.ip().to_canonical(), from.port()));
             }
             Err(error) => {
                 // Out of descriptors, most likely: accepting again at once would only spin.

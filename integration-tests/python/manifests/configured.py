@@ -175,7 +175,7 @@ def check_configured(objects, secrets, expected={}):
         if container["name"] == "server":
             assert config["runtime.threads"] == str(processors(container)), name
             check_memory(it, config)
-        listens = {key: int(value.removeprefix("0.0.0.0:")) for key, value in config.items() if key.endswith("listen")}
+        listens = {key: int(value.removeprefix("*:")) for key, value in config.items() if key.endswith("listen")}
         assert sorted(listens.values()) == sorted(ports.values()), (name, listens)
         assert listens["metrics_listen"] == ports["metrics"], (name, listens)
         mounts = [mount["mountPath"] for mount in container["volumeMounts"]]
@@ -216,7 +216,7 @@ def check_single_node(objects, secrets, expected={}, https=None):
         own = [f"--set={setting}" for of, setting in settings if of == service]
         more = more if service == "controller" else [*more, "--model=/models/m"]
         printed = output(PROGRAMS / f"baton-{service}", *own, *more, "--check-config")
-        assert "0.0.0.0" not in printed, printed  # where they listen, `baton up` says alone
+        assert '"*:' not in printed, printed  # where they listen, `baton up` says alone
         config = read(printed)
         check_files(printed, files, service)
         check_log(config, files, service)
@@ -227,6 +227,6 @@ def check_single_node(objects, secrets, expected={}, https=None):
             served_by = {key: config[f"https.{key}_file"] for key in ("cert", "key")}
             ends = {"cert": "crt", "key": "key"}
             assert served_by == {key: https and f"{https}/tls.{end}" or "" for key, end in ends.items()}, served_by
-    assert ports == {8000, 8002, 8003} and {"--listen=0.0.0.0:8000", "--metrics-listen=0.0.0.0:8002"} <= {*arguments}, ports
+    assert ports == {8000, 8002, 8003} and {"--listen=*:8000", "--metrics-listen=*:8002"} <= {*arguments}, ports
     drains = [seconds(it.split("=")[1]) + 2 for _, it in settings if it.startswith("process.shutdown.drain=")]
     assert sum(drains) + 2 * 7 < pod_of(workload)["terminationGracePeriodSeconds"], drains

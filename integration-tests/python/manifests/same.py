@@ -175,7 +175,7 @@ def check_policies():
         assert let_out(at("etcd.example:12379", "10.0.0.1:2379", "[fd00::1]:12379")) == [[12379, 2379], [53, 53]]
         theirs = rules(at("etcd.example:12379"), name, "egress")
         assert patched["NetworkPolicy", name]["spec"]["egress"] == theirs, theirs
-    for endpoints, written in ((["[fd00::1]:2379", "a:1"], '["[fd00::1]:2379","a:1"]'), (["a:1", "b:2"], "a:1,b:2")):
+    for endpoints, written in ((["[fd00::1]:2379", "a:1"], "[fd00::1]:2379,a:1"), (["a:1", "b:2"], "a:1,b:2")):
         shared = by_name(helm(at(*endpoints)))["ConfigMap", "baton"]["data"]["etcd-endpoints"]
         assert shared == written, shared
         env = {**os.environ, "BATON_CONTROLLER__STORE__ETCD__ENDPOINTS": shared}

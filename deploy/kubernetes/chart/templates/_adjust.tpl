@@ -36,11 +36,7 @@ services,server
       {{- $_ := set $data "prefill" (toString $.Values.singleNode.prefill) }}
       {{- $_ := set $data "decode" (toString $.Values.singleNode.decode) }}
     {{- else if $.Values.etcd.endpoints }}
-      {{- $endpoints := join "," $.Values.etcd.endpoints }}
-      {{- if contains "[" $endpoints }}{{/* IPv6, or the bracket were taken for a list's */}}
-        {{- $endpoints = toJson $.Values.etcd.endpoints }}
-      {{- end }}
-      {{- $_ := set $data "etcd-endpoints" $endpoints }}
+      {{- $_ := set $data "etcd-endpoints" (join "," $.Values.etcd.endpoints) }}
     {{- end }}
     {{- $_ := set $maps "baton" $data }}
   {{- end }}

@@ -59,6 +59,9 @@ impl Addresses {
         let Listen::Address { host, port } = &listen else {
             return Ok(reachable(self.coordinator_metrics.unwrap_or(self.http)));
         };
+        if listen.is_everywhere() {
+            return Ok(SocketAddr::from((Ipv4Addr::LOCALHOST, *port)));
+        }
         let bad = |source| ListenError::Bind { address: listen.to_string(), source };
         let found = (host.as_str(), *port).to_socket_addrs().map_err(bad)?.next();
         let found = found.ok_or_else(|| bad(std::io::ErrorKind::AddrNotAvailable.into()))?;
@@ -77,7 +80,11 @@ pub(super) fn reachable(address: SocketAddr) -> SocketAddr {
 fn bound(listen: &Listen) -> Result<(SocketAddr, Arc<OwnedFd>), ListenError> {
     let listener: TcpListener = listen.bind()?;
     let at = listener.local_addr();
-    let at = at.map_err(|source| ListenError::Bind { address: listen.to_string(), source })?;
+    let mut at = at.map_err(|source| ListenError::Bind { address: listen.to_string(), source })?;
+    if listen.is_everywhere() {
+        // The loopback of IPv6 is missing where that of IPv4 is there: in many containers.
+        at.set_ip(Ipv4Addr::UNSPECIFIED.into());
+    }
     Ok((at, Arc::new(listener.into())))
 }
 
@@ -100,7 +107,11 @@ mod tests {
         let metrics = addresses.coordinator_metrics.unwrap();
         assert_eq!(addresses.probed("").unwrap(), addresses.http);
         assert_eq!(addresses.probed("fd://5").unwrap(), reachable(metrics));
-        assert_eq!(addresses.probed("0.0.0.0:8002").unwrap().to_string(), "127.0.0.1:8002");
+        for everywhere in ["0.0.0.0:8002", "*:8002"] {
+            assert_eq!(addresses.probed(everywhere).unwrap().to_string(), "127.0.0.1:8002");
+        }
+        let both = Addresses::bind(&"*:0".parse().unwrap(), None).unwrap();
+        std::net::TcpStream::connect(reachable(both.http)).expect("it listens there");
     }
 
     #[test]
