@@ -92,7 +92,6 @@ pub fn assemble(
         drained: parts.drained.clone(),
     };
     parts.tasks.spawn(keeper.run());
-    let placement_timeout = config.limits.placement_timeout;
     let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
     let gate = Gate::new(&config.limits, models.iter().len(), cores, &metrics);
     let drained = parts.drained.clone();
@@ -105,7 +104,6 @@ pub fn assemble(
             handoffs: Arc::default(),
             breakers,
             metrics: metrics.clone(),
-            placement_timeout,
             carry_patience: config.carry.patience,
             move_after: config.carry.move_after,
         }),

@@ -40,13 +40,9 @@ pub fn is_refusal(code: ErrorCode) -> bool {
     matches!(code, ErrorCode::Unavailable | ErrorCode::StaleEpoch | ErrorCode::QueueFull)
 }
 
-/// Another attempt may do better. `generated`: a part of the answer is there, and who has read that is not told that the
-/// house is full.
-pub fn may_pass(code: ErrorCode, generated: bool) -> bool {
-    match code {
-        ErrorCode::QueueFull => generated,
-        code => is_loss(code) || is_refusal(code) || is_of_a_handoff(code),
-    }
+/// Another attempt may do better.
+pub fn may_pass(code: ErrorCode) -> bool {
+    is_loss(code) || is_refusal(code) || is_fault(code)
 }
 
 #[cfg(test)]
@@ -55,20 +51,20 @@ mod tests {
 
     #[test]
     fn what_follows_from_each_code() {
-        let handoff = "fault, handoff, link, link after a token, may pass, may pass once begun";
+        let handoff = "fault, handoff, link, link after a token, may pass";
         let failed = format!("other side, {handoff}");
-        let refused = "refusal, may pass, may pass once begun";
+        let refused = "refusal, may pass";
         let table = [
-            (ErrorCode::Internal, "fault"),
+            (ErrorCode::Internal, "fault, may pass"),
             (ErrorCode::HandoffFailed, failed.as_str()),
             (ErrorCode::KvDamaged, handoff),
-            (ErrorCode::InstanceLost, "loss, link after a token, may pass, may pass once begun"),
+            (ErrorCode::InstanceLost, "loss, link after a token, may pass"),
             (ErrorCode::DeadlineExceeded, "link after a token"),
             (ErrorCode::Cancelled, "other side"),
             (ErrorCode::NotNeeded, "other side"),
             (ErrorCode::Unavailable, refused),
             (ErrorCode::StaleEpoch, refused),
-            (ErrorCode::QueueFull, "refusal, may pass once begun"),
+            (ErrorCode::QueueFull, refused),
             (ErrorCode::KvExhausted, ""),
             (ErrorCode::InvalidArgument, ""),
             (ErrorCode::ModelNotFound, ""),
@@ -91,8 +87,7 @@ mod tests {
                 ("handoff", is_of_a_handoff(code)),
                 ("link", is_of_the_link(code, false)),
                 ("link after a token", is_of_the_link(code, true)),
-                ("may pass", may_pass(code, false)),
-                ("may pass once begun", may_pass(code, true)),
+                ("may pass", may_pass(code)),
             ];
             let follows: Vec<_> = answers.iter().filter(|(_, holds)| *holds).map(|(what, _)| *what).collect();
             assert_eq!(follows.join(", "), expected, "{code:?}");

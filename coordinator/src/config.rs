@@ -218,8 +218,8 @@ impl Default for CarryConfig {
 }
 
 impl ServiceConfig for CoordinatorConfig {
-    const EXAMPLE: &'static str = r#"listen = "0.0.0.0:8000"
-metrics_listen = "0.0.0.0:8002"
+    const EXAMPLE: &'static str = r#"listen = "*:8000"
+metrics_listen = "*:8002"
 
 [store]
 controller = "10.0.0.5:7100"

@@ -153,8 +153,10 @@ pub struct ModelMetrics {
     pub request_generation_tokens: Histogram,
 }
 
-const SECONDS: [f64; 15] =
-    [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0];
+const SECONDS: [f64; 19] = [
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 60.0,
+    120.0, 600.0,
+];
 const TOKENS: [f64; 12] =
     [1.0, 8.0, 32.0, 128.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0, 65536.0, 131072.0];
 /// Why messages about a KV cache are missed or not believed; shown as 0 from the start, as the next.

@@ -3,7 +3,7 @@
 //! Called by [`crate::admit`] and [`crate::serve`] for its first place, and by [`crate::carry`] for the next. Leaves the
 //! choice to [`baton_schedule`] and the sending to [`crate::dispatch`].
 
-use std::{iter, sync::Arc, time::Duration};
+use std::{iter, pin::pin, sync::Arc, time::Duration};
 
 use baton_proto::InstanceId;
 use baton_schedule::{
@@ -27,9 +27,7 @@ pub struct Placer {
     pub handoffs: Arc<Handoffs>,
     pub metrics: Arc<Metrics>,
     pub breakers: Arc<Breakers>,
-    /// How long a new request waits for an instance that can take it.
-    pub placement_timeout: Duration,
-    /// How long one that has had a place before does.
+    /// How long a request that has had a place before waits for another.
     pub carry_patience: Duration,
     /// What takes longer on an instance that drains goes on elsewhere.
     pub move_after: Duration,
@@ -48,22 +46,6 @@ impl Placer {
         let among = iter::once(Among::Roomy).chain(iter::repeat(Among::All));
         let each = prompts.iter().zip(among);
         each.map(|(prompt, among)| self.book(served, prompt, &[], &[], among)).collect()
-    }
-
-    /// Books each prompt of a request as soon as an instance can take it: one that is being started again is worth a short
-    /// wait. However many prompts there are, all of them together wait no longer than one would, nor past `deadline`.
-    pub async fn book_all_by(
-        &self,
-        deadline: Instant,
-        served: &Served,
-        prompts: &[PreparedPrompt],
-    ) -> Result<Vec<Booked>, NoPlace> {
-        let deadline = deadline.min(Instant::now() + self.placement_timeout);
-        let mut bookings = Vec::with_capacity(prompts.len());
-        for prompt in prompts {
-            bookings.push(self.book_by(deadline, served, prompt, &[], &[]).await?);
-        }
-        Ok(bookings)
     }
 
     /// Books a prompt, and what of its answer was generated elsewhere, which is computed as the prompt is.
@@ -101,14 +83,15 @@ impl Placer {
         generated: &[u32],
         avoid: &[InstanceId],
     ) -> Result<Booked, NoPlace> {
-        let mut changes = self.board.changes();
         loop {
-            changes.borrow_and_update();
+            let mut freed = pin!(self.board.freed());
+            freed.as_mut().enable();
             match self.book(served, prompt, generated, avoid, Among::All) {
-                Err(reason) if reason.may_pass() => match timeout_at(deadline, changes.changed()).await {
-                    Ok(Ok(())) => {}
-                    Ok(Err(_)) | Err(_) => return Err(reason),
-                },
+                Err(reason) if reason.may_pass() => {
+                    if timeout_at(deadline, freed).await.is_err() {
+                        return Err(reason);
+                    }
+                }
                 settled => return settled,
             }
         }

@@ -3,7 +3,7 @@
 //! Called by [`crate::http`] with what arrived; answers with a [`Streaming`] or one error. Each stage consumes the one
 //! before it, so that nothing can be skipped and everything a request holds is given back wherever it is dropped.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use baton_process::telemetry::TraceContext;
 use baton_proto::ApiError;
@@ -78,12 +78,6 @@ struct Admitted {
     permit: Permit,
 }
 
-struct Placed {
-    admitted: Admitted,
-    /// One for each prompt.
-    bookings: Vec<Booked>,
-}
-
 impl Service {
     /// Takes a request to where its answer streams.
     pub async fn serve(self: &Arc<Self>, received: Received) -> Result<Streaming, ApiError> {
@@ -111,11 +105,12 @@ impl Service {
         .await;
         let (model, admission) = result.inspect_err(|error| report.failed(error))?;
         let Admission { permit, prepared, bookings, waited } = admission;
-        report.enters("place");
+        report.enters("dispatch");
         report.admitted(prepared.prompt_tokens());
         let admitted = Admitted { tenant, model, prepared, trace, report, card, permit };
-        let placed = self.book(admitted, bookings, waited).await?;
-        self.dispatch(placed)
+        let placing = |booked: &Booked| Placing::new(&booked.booking, None, waited);
+        bookings.iter().for_each(|booked| admitted.card.placed(placing(booked)));
+        self.dispatch(admitted, bookings)
     }
 
     /// Whether any request for a model could be served now.
@@ -174,41 +169,13 @@ impl Service {
         })
     }
 
-    /// `bookings`: where it goes, if that has been found; else it waits a little for an instance.
-    async fn book(
-        &self,
-        mut admitted: Admitted,
-        bookings: Option<Vec<Booked>>,
-        waited: Duration,
-    ) -> Result<Placed, ApiError> {
-        let deadline = self.deadline(&admitted.card);
-        let served = &admitted.model.served;
-        let booked = match bookings {
-            Some(bookings) => Ok(bookings),
-            None => self.placer.book_all_by(deadline, served, &admitted.prepared.prompts).await,
-        };
-        match booked {
-            Ok(bookings) => {
-                admitted.report.enters("dispatch");
-                let placing = |booked: &Booked| Placing::new(&booked.booking, None, waited);
-                bookings.iter().for_each(|booked| admitted.card.placed(placing(booked)));
-                Ok(Placed { admitted, bookings })
-            }
-            Err(reason) => {
-                let error = reason.told(&served.name);
-                admitted.report.failed(&error);
-                Err(error)
-            }
-        }
-    }
-
     /// By when a request must have been answered.
     fn deadline(&self, card: &CardGuard) -> Instant {
         card.card().arrived + self.limits.request_timeout
     }
 
-    fn dispatch(&self, placed: Placed) -> Result<Streaming, ApiError> {
-        let Placed { mut admitted, bookings } = placed;
+    /// `bookings`: one for each prompt.
+    fn dispatch(&self, mut admitted: Admitted, bookings: Vec<Booked>) -> Result<Streaming, ApiError> {
         let mut lanes = Vec::new();
         for (prompt, booked) in admitted.prepared.prompts.iter().zip(bookings) {
             let lane = self.lane(&admitted, prompt, booked);

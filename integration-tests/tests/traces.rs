@@ -21,7 +21,7 @@ const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
 const CALLER: &str = "00f067aa0ba902b7";
 const STATE: &str = "theirs=1";
 /// What the coordinator does until the first token, in order.
-const UNTIL_FIRST_TOKEN: [&str; 6] = ["read_body", "tokenise", "queue", "place", "dispatch", "first_token"];
+const UNTIL_FIRST_TOKEN: [&str; 5] = ["read_body", "tokenise", "queue", "dispatch", "first_token"];
 /// From a span's end until the collector shows it, the exporter's and its own batches included.
 const SHOWN_BY: Duration = Duration::from_secs(30);
 

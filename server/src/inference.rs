@@ -305,6 +305,7 @@ impl Load {
         v1::InstanceLoad {
             running_sequences: occupancy.running,
             waiting_sequences: occupancy.waiting,
+            waiting_room: Some(occupancy.waiting_room),
             queued_prefill_tokens: occupancy.queued_prefill_tokens,
             queued_prefill_pairs: occupancy.queued_prefill_pairs,
             kv_blocks_total: occupancy.blocks_total,

@@ -7,7 +7,7 @@ use baton_checkpoint::ModelRoot;
 use baton_coordinator::{
     config::ModelConfig,
     prepare::{Served, Spelling, Turn},
-    text::TextCache,
+    text::{TextCache, Variables},
 };
 use rustix::time::{ClockId, clock_gettime};
 
@@ -69,7 +69,8 @@ pub(crate) fn tokenised_per_second(served: &Served, words: &Words, prompt_words:
     };
     let chats: Vec<_> = (0..CHATS).map(chat).collect();
     let began = cpu_seconds();
-    let tokenised = chats.iter().filter(|chat| served.text.tokenise_chat(*chat).is_ok()).count();
+    let tokenised =
+        chats.iter().filter(|chat| served.text.tokenise_chat(*chat, &Variables::new()).is_ok()).count();
     tokenised as f64 / (cpu_seconds() - began)
 }
 

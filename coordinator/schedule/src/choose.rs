@@ -123,6 +123,8 @@ struct Found<'a> {
     /// Instances that are ready.
     ready: usize,
     candidates: usize,
+    /// One of those that are ready would refuse what it is sent: as many wait there as may.
+    full: bool,
 }
 
 impl<'a> Found<'a> {
@@ -223,6 +225,7 @@ fn walk<'a>(model: &'a Model, ask: &Ask<'_>, settings: &Settings, now: Instant) 
         classes: model.classes.iter().map(|_: &Class| Halves::default()).collect(),
         ready: 0,
         candidates: 0,
+        full: false,
     };
     let room_micros = match ask.wanted.among {
         Among::Roomy => settings.room.as_secs_f64() * 1e6,
@@ -235,6 +238,10 @@ fn walk<'a>(model: &'a Model, ask: &Ask<'_>, settings: &Settings, now: Instant) 
             continue;
         }
         found.ready += 1;
+        if row.standing.waiting_room == Some(0) {
+            found.full = true;
+            continue;
+        }
         let side = match (row.side(), ask.wanted.among.handed_on_by()) {
             (Some(Side::Whole | Side::Decode), Some(from)) if row.spec.id != *from => Side::Decode,
             (Some(side), None) => side,
@@ -394,6 +401,9 @@ fn nobody(view: &View, ask: &Ask<'_>, now: Instant) -> NoPlace {
 
 /// Why nobody takes the request. It is too large only if none of those that are not ready just now might hold it.
 fn lack(found: &Found<'_>, model: &Model, ask: &Ask<'_>) -> NoPlace {
+    if found.full {
+        return NoPlace::Busy;
+    }
     let small = |halves: &Halves<'_>| halves.prefill.too_small || halves.decode.too_small;
     // In all of its classes nobody is there for the other half.
     let lacks = |candidate: &Candidate<'_>, other: for<'h> fn(&'h Halves<'_>) -> &'h Best<'h>| {

@@ -129,6 +129,8 @@ impl From<&v1::InstanceLoad> for Timed {
 pub struct Load {
     /// Running and waiting.
     pub sequences: u32,
+    /// Requests that it lets wait beyond those. `None`: it does not say.
+    pub waiting_room: Option<u32>,
     /// Prompt tokens accepted and still to be computed.
     pub queued_prefill_tokens: u64,
     /// Pairs of one of these tokens and one before it in its prompt.
@@ -159,6 +161,7 @@ impl From<&v1::InstanceLoad> for Load {
     fn from(load: &v1::InstanceLoad) -> Self {
         Self {
             sequences: load.running_sequences.saturating_add(load.waiting_sequences),
+            waiting_room: load.waiting_room,
             queued_prefill_tokens: load.queued_prefill_tokens.min(QUEUED_TOKENS_MOST),
             queued_prefill_pairs: load.queued_prefill_pairs.min(QUEUED_PAIRS_MOST),
             kv_blocks_total: load.kv_blocks_total,

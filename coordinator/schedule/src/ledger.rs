@@ -67,6 +67,8 @@ pub struct Standing {
     pub queued_prefill_tokens: u64,
     pub queued_prefill_pairs: u64,
     pub sequences: u64,
+    /// Requests that it takes on yet, as if none of those that it has not counted ran at once. `None`: it does not say.
+    pub waiting_room: Option<u64>,
     /// `None`: the instance has not said.
     pub blocks_total: Option<u64>,
     pub blocks_free: Option<u64>,
@@ -271,6 +273,7 @@ impl Ledger {
             ),
             queued_prefill_pairs: sum(load.queued_prefill_pairs, unseen.prefill_pairs, over.prefill_pairs),
             sequences: sum(u64::from(load.sequences), unseen.sequences, over.sequences),
+            waiting_room: load.waiting_room.map(|room| u64::from(room).saturating_sub(unseen.sequences)),
             blocks_total: (total > 0).then_some(total),
             blocks_free: (total > 0).then(|| total.saturating_sub(used)),
             blocks_short: if total > 0 { used.saturating_sub(total) } else { 0 },

@@ -213,6 +213,37 @@ fn a_request_is_too_large_only_if_nobody_who_may_come_could_hold_it() {
 }
 
 #[test]
+fn who_lets_nobody_wait_any_more_is_asked_nothing() {
+    let none = Ledger::default();
+    let room = |waiting_room| Load { waiting_room, ..Load::default() };
+    let pair = |of_p, of_d| {
+        let (p, d) = ((spec("p"), Role::Prefill, room(of_p)), (spec("d"), Role::Decode, room(of_d)));
+        fleet_of(vec![
+            p,
+            d,
+            (spec("q"), Role::Prefill, Load { queued_prefill_tokens: 9_000, ..room(Some(1)) }),
+        ])
+    };
+    let through = |id: &str| Ok(vec![id.to_owned(), "d".to_owned()]);
+    assert_eq!(chosen(&pair(None, None), &none, &ask(100)), through("p"));
+    assert_eq!(chosen(&pair(Some(1), Some(1)), &none, &ask(100)), through("p"));
+    assert_eq!(chosen(&pair(Some(0), Some(1)), &none, &ask(100)), through("q"));
+    assert_eq!(chosen(&pair(Some(1), Some(0)), &none, &ask(100)), Err(NoPlace::Busy));
+
+    // What has been sent there since counts at once, until it has told its load again.
+    let board = board::Board::with(Duration::from_secs(1), Settings::DEFAULT);
+    let mixed = spec("m");
+    board.list(std::slice::from_ref(&mixed), Instant::now());
+    board.up(&mixed.id, mixed.incarnation, ready(Role::Mixed));
+    board.load(&mixed.id, room(Some(2)));
+    let wanted = Wanted::new(1, 8, "r1");
+    let mut held: Vec<_> = (0..2).map(|_| board.book(&wanted).expect("there is room")).collect();
+    assert_eq!(board.book(&wanted).err(), Some(NoPlace::Busy));
+    held.pop();
+    assert!(board.book(&wanted).is_ok());
+}
+
+#[test]
 fn the_least_queued_prefill_and_the_emptiest_decode_are_taken() {
     let queued = |tokens| Load { queued_prefill_tokens: tokens, ..Load::default() };
     let running = |sequences, kv_blocks_free| Load {

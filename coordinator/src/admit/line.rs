@@ -2,7 +2,7 @@
 //!
 //! A request goes at once if nobody waits, a seat is free and an instance has room. Else it waits in a [`Queue`], and a task
 //! that lives for as long as anybody waits places whoever is next as soon as there is a seat and room: late, by what is
-//! known then. Requests that look for another place after a failure do not come here again. Whoever leaves, or has waited
+//! known then. Where no instance is there at all, one that is started again is worth a short wait. Requests that look for another place after a failure do not come here again. Whoever leaves, or has waited
 //! too long, is taken out at once. Who finds the line full may stand beside it and be prepared, if somebody waits who gives way
 //! to it ([`Rank`]); and takes the place of that one, who is turned away, when it would wait itself.
 
@@ -42,6 +42,9 @@ pub struct Line {
     queue_timeout: Duration,
 }
 
+/// Where each prompt of a request goes, or why it is not placed though it waited.
+type Found = Result<Vec<Booked>, NoPlace>;
+
 /// A place in the line; `None`: beside it, until another gives way.
 pub struct Place(Option<OwnedSemaphorePermit>);
 
@@ -66,8 +69,8 @@ pub struct WaitTerms<'a> {
 pub struct Admission {
     pub permit: Permit,
     pub prepared: Prepared,
-    /// Where it goes; `None`: nobody can take it just now.
-    pub bookings: Option<Vec<Booked>>,
+    /// Where each of its prompts goes.
+    pub bookings: Vec<Booked>,
     pub waited: Duration,
 }
 
@@ -76,13 +79,14 @@ struct Bound {
     seat: Seat,
     place: OwnedSemaphorePermit,
     prepared: Prepared,
-    bookings: Option<Vec<Booked>>,
+    bookings: Vec<Booked>,
 }
 
 struct Waiter {
+    since: Instant,
     place: OwnedSemaphorePermit,
     prepared: Prepared,
-    goes: oneshot::Sender<Bound>,
+    goes: oneshot::Sender<Result<Bound, NoPlace>>,
 }
 
 #[derive(Default)]
@@ -90,6 +94,8 @@ struct State {
     /// Seats that are taken.
     seated: usize,
     queue: Queue<Waiter>,
+    /// Since when nobody is there who could serve any of those who wait, however busy, and why.
+    vacant: Option<(Instant, NoPlace)>,
     /// A task places those who wait.
     attended: bool,
 }
@@ -97,6 +103,8 @@ struct State {
 struct Desk {
     served: Arc<Served>,
     seats: usize,
+    /// How long a request waits for an instance to be there.
+    placement_timeout: Duration,
     state: Mutex<State>,
     /// A seat is free, or somebody has come.
     changed: Notify,
@@ -110,8 +118,9 @@ pub(super) fn length(limits: &LimitsConfig) -> usize {
 
 impl Line {
     pub fn new(limits: &LimitsConfig, served: Arc<Served>, counts: Arc<ModelMetrics>) -> Self {
-        let (seats, changed) = (limits.max_concurrent, Notify::new());
-        let desk = Desk { served, seats, state: Mutex::default(), changed, counts };
+        let (seats, placement_timeout) = (limits.max_concurrent, limits.placement_timeout);
+        let (state, changed) = (Mutex::default(), Notify::new());
+        let desk = Desk { served, seats, placement_timeout, state, changed, counts };
         Self {
             places: Arc::new(Semaphore::new(length(limits))),
             desk: Arc::new(desk),
@@ -144,7 +153,7 @@ impl Line {
     }
 
     /// Waits for a seat and for room on an instance. Errors: 429 if it waits too long, or is sure to, or if its place is
-    /// another's now.
+    /// another's now; 503 if no instance is there, nor comes soon; 400 if none that is could hold it.
     pub async fn admit(
         &self,
         placer: &Arc<Placer>,
@@ -160,7 +169,10 @@ impl Line {
         let booked =
             place.as_ref().and_then(|_| desk.at_once(|| placer.book_all(&desk.served, &prepared.prompts)));
         let bound = match (place, booked) {
-            (Some(place), Some((seat, bookings))) => Bound { seat, place, prepared, bookings },
+            (Some(place), Some((seat, found))) => {
+                let bookings = found.map_err(|reason| desk.told(reason))?;
+                Bound { seat, place, prepared, bookings }
+            }
             (place, _) => self.wait(placer, place, prepared, &terms, began).await?,
         };
         let (Bound { seat, place, prepared, bookings }, waited) = (bound, began.elapsed());
@@ -200,11 +212,11 @@ impl Line {
             let (place, outranked) = match place {
                 Some(place) => (place, None),
                 None => match state.queue.give_way(&rank) {
-                    Some(Waiter { place, prepared, goes }) => (place, Some((prepared, goes))),
+                    Some(Waiter { place, prepared, goes, .. }) => (place, Some((prepared, goes))),
                     None => return Err(desk.full(wait)),
                 },
             };
-            let ticket = state.queue.push(wish, Waiter { place, prepared, goes }, began);
+            let ticket = state.queue.push(wish, Waiter { since: began, place, prepared, goes }, began);
             if !std::mem::replace(&mut state.attended, true) {
                 tokio::spawn(attend(desk.clone(), placer.clone()));
             }
@@ -214,9 +226,14 @@ impl Line {
         drop(outranked);
         desk.changed.notify_one();
         let (why, message) = match timeout_at(by, told).await {
-            Ok(Ok(bound)) => return Ok(bound),
+            Ok(Ok(bound)) => return bound.map_err(|reason| desk.told(reason)),
             Ok(Err(_)) => ("outranked", "requests of higher priority came while the line was full"),
-            Err(_) => ("wait", "the request waited too long to be served"),
+            Err(_) => {
+                if let Some((_, reason)) = desk.state.lock().vacant {
+                    return Err(desk.told(reason));
+                }
+                ("wait", "the request waited too long to be served")
+            }
         };
         drop(waiting);
         let wait = desk.state.lock().queue.wait(priority, Instant::now());
@@ -271,11 +288,8 @@ impl Drop for Attending<'_> {
 }
 
 impl Desk {
-    /// A seat, and what `book` finds, if nobody waits and there is room.
-    fn at_once(
-        self: &Arc<Self>,
-        book: impl FnOnce() -> Result<Vec<Booked>, NoPlace>,
-    ) -> Option<(Seat, Option<Vec<Booked>>)> {
+    /// A seat, and what `book` finds, if nobody waits and it is worth waiting for nothing.
+    fn at_once(self: &Arc<Self>, book: impl FnOnce() -> Found) -> Option<(Seat, Found)> {
         let seat = {
             let mut state = self.state.lock();
             if state.seated >= self.seats || !state.queue.is_empty() {
@@ -285,35 +299,55 @@ impl Desk {
             Seat(self.clone())
         };
         match book() {
-            Err(NoPlace::Busy) => None,
-            booked => Some((seat, booked.ok())),
+            Err(reason) if reason.may_pass() => None,
+            found => Some((seat, found)),
         }
     }
 
-    /// Lets the next one go, if there is a seat for it, and room.
+    /// Lets the next one go, if there is a seat for it, and room; or if there is nobody to wait for.
     fn place_next(self: &Arc<Self>, placer: &Placer) -> bool {
-        let (Waiter { place, prepared, goes }, bookings, seat) = {
+        let (Waiter { place, prepared, goes, .. }, found, seat) = {
             let state = &mut *self.state.lock();
             if state.seated >= self.seats {
                 return false;
             }
-            let fits = |waiter: &Waiter| match placer.book_all(&self.served, &waiter.prepared.prompts) {
-                Err(NoPlace::Busy) => None,
-                booked => Some(booked.ok()),
+            let (now, vacant) = (Instant::now(), &mut state.vacant);
+            let fits = |waiter: &Waiter| {
+                let found = placer.book_all(&self.served, &waiter.prepared.prompts);
+                match found {
+                    Err(NoPlace::Busy) => *vacant = None,
+                    Err(reason) if reason.may_pass() => {
+                        let (since, _) = *vacant.get_or_insert((now, reason));
+                        let waited = now.saturating_duration_since(since.max(waiter.since));
+                        return (waited >= self.placement_timeout).then_some(found);
+                    }
+                    found => {
+                        *vacant = None;
+                        return Some(found);
+                    }
+                }
+                None
             };
-            let Some((waiter, bookings)) = state.queue.next(Instant::now(), fits) else { return false };
+            let Some((waiter, found)) = state.queue.next(now, fits) else { return false };
             state.seated += 1;
-            (waiter, bookings, Seat(self.clone()))
+            (waiter, found, Seat(self.clone()))
         };
         // One that has left in this very moment gives all of it back.
-        drop(goes.send(Bound { seat, place, prepared, bookings }));
+        drop(goes.send(found.map(|bookings| Bound { seat, place, prepared, bookings })));
         true
+    }
+
+    fn told(&self, reason: NoPlace) -> ApiError {
+        reason.told(&self.served.name)
     }
 
     /// Whether nobody waits: then nobody attends to the line any more.
     fn is_left(&self) -> bool {
         let state = &mut *self.state.lock();
         state.attended = !state.queue.is_empty();
+        if !state.attended {
+            state.vacant = None;
+        }
         !state.attended
     }
 

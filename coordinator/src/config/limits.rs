@@ -46,6 +46,11 @@ pub struct LimitsConfig {
     #[serde(with = "duration")]
     #[schemars(schema_with = "duration::schema")]
     pub request_timeout: Duration,
+    /// A streamed answer that has had nothing to tell for so long is sent a comment, which clients pass over, so that no proxy
+    /// takes the connection for dead. 0s = none is.
+    #[serde(with = "duration")]
+    #[schemars(schema_with = "duration::schema")]
+    pub stream_comment_after: Duration,
     /// How long clients are still let in once the process was asked to stop, and is not ready any more: until whoever sends
     /// them here has noticed. It is a part of `process.shutdown.drain`.
     #[serde(with = "duration")]
@@ -70,6 +75,7 @@ impl Default for LimitsConfig {
             queue_timeout: Duration::from_secs(30),
             placement_timeout: Duration::from_secs(5),
             request_timeout: Duration::from_secs(600),
+            stream_comment_after: Duration::from_secs(15),
             linger: Duration::from_secs(5),
             max_completion_tokens: 0,
             max_choices: 32,

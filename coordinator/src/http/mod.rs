@@ -197,7 +197,8 @@ async fn answer(
         Ok(step) => Some(step),
         Err(_) => None,
     };
-    let body = SseBody::new(voice, service.overdue.hold(streaming), pieces, first, express);
+    let comment_after = service.limits.stream_comment_after;
+    let body = SseBody::new(comment_after, voice, service.overdue.hold(streaming), pieces, first, express);
     let mut response = Response::new(Body::from_stream(body));
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));

@@ -3,8 +3,12 @@
 //! Read by the connection's task, as any body; once the head has gone out, and as long as the client takes what is
 //! written, by the link that brings the tokens, which sends them past that task (see [`Express`] and
 //! [`crate::fleet::inline`]). Whoever reads holds `parts`; both find the answer where the other left it.
+//!
+//! An answer that has nothing to tell for long, because its prompt is, or because it is looking for another place, is sent
+//! a comment now and then, which clients pass over: proxies take a silent connection for a dead one.
 
 use std::{
+    mem,
     panic::{AssertUnwindSafe, catch_unwind},
     pin::{Pin, pin},
     sync::{
@@ -12,13 +16,17 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll, Wake, Waker, ready},
+    time::Duration,
 };
 
 use baton_process::http::{CHUNK_HEAD, Express, Sent};
 use bytes::Bytes;
 use futures::{Stream, task::AtomicWaker};
 use parking_lot::Mutex;
-use tokio::task::unconstrained;
+use tokio::{
+    task::unconstrained,
+    time::{Instant, Sleep, sleep},
+};
 
 use super::reply::Voice;
 use crate::{
@@ -30,13 +38,44 @@ use crate::{
 /// What an answer writes into, before it grows: some events of a token each.
 const BUFFER_BYTES: usize = 1 << 10;
 
+/// What is written when there is nothing to tell.
+const COMMENT: Bytes = Bytes::from_static(b": waiting\n\n");
+
 /// Why a body breaks off.
 #[derive(Debug, thiserror::Error)]
 #[error("the answer met a bug in the coordinator")]
 pub(super) struct Bug;
 
 /// Reads the answer as the client reads; dropped by hyper when the client has gone.
-pub(super) struct SseBody(Arc<Answer>);
+pub(super) struct SseBody {
+    answer: Arc<Answer>,
+    silence: Silence,
+}
+
+/// Notices that nothing has been written for long. Of the connection's task alone.
+struct Silence {
+    /// Zero: it does not.
+    after: Duration,
+    timer: Option<Pin<Box<Sleep>>>,
+}
+
+impl Silence {
+    /// Ends when nothing has been written for `after`, and no later than twice that. `wrote`: something has been since this
+    /// was looked at.
+    fn poll(&mut self, context: &mut Context<'_>, wrote: &mut bool) -> Poll<()> {
+        if self.after.is_zero() {
+            return Poll::Pending;
+        }
+        let timer = self.timer.get_or_insert_with(|| Box::pin(sleep(self.after)));
+        loop {
+            ready!(timer.as_mut().poll(context));
+            timer.as_mut().reset(Instant::now() + self.after);
+            if !mem::take(wrote) {
+                return Poll::Ready(());
+            }
+        }
+    }
+}
 
 struct Answer {
     parts: Mutex<Parts>,
@@ -59,13 +98,17 @@ struct Parts {
     /// Written from its beginning again at each step, after room for a chunk's head.
     out: Vec<u8>,
     opened: bool,
+    /// Since it was last looked whether anything is.
+    wrote: bool,
     /// What `out` has was read past the connection's task, and has not been sent.
     unsent: bool,
     broken: bool,
 }
 
 impl SseBody {
+    /// Comments are written after so long without anything else; zero: none are.
     pub(super) fn new(
+        comment_after: Duration,
         voice: Voice,
         cell: AnswerCell,
         pieces: Vec<Piece>,
@@ -74,9 +117,11 @@ impl SseBody {
     ) -> Self {
         let out = Vec::with_capacity(BUFFER_BYTES);
         let cell = Some(cell);
-        let parts = Parts { voice, cell, first, pieces, out, opened: false, unsent: false, broken: false };
+        let (opened, wrote, unsent, broken) = (false, false, false, false);
+        let parts = Parts { voice, cell, first, pieces, out, opened, wrote, unsent, broken };
         let (task, gathered) = (AtomicWaker::new(), AtomicBool::new(false));
-        Self(Arc::new(Answer { parts: Mutex::new(parts), express, task, gathered }))
+        let answer = Arc::new(Answer { parts: Mutex::new(parts), express, task, gathered });
+        Self { answer, silence: Silence { after: comment_after, timer: None } }
     }
 }
 
@@ -84,11 +129,11 @@ impl Drop for SseBody {
     /// Gives back everything that the request holds: what would wake this answer holds it, too.
     fn drop(&mut self) {
         let cell = {
-            let mut parts = self.0.parts.lock();
+            let mut parts = self.answer.parts.lock();
             parts.unsent = false;
             parts.cell.take()
         };
-        self.0.express.iter().for_each(Express::gives);
+        self.answer.express.iter().for_each(Express::gives);
         let left = cell.and_then(|cell| cell.lock().take());
         drop(left);
     }
@@ -113,10 +158,11 @@ impl Parts {
     }
 
     fn write(&mut self, step: Step) {
+        self.wrote = true;
         let out = &mut self.out;
         out.clear();
         out.resize(CHUNK_HEAD, 0);
-        if !std::mem::replace(&mut self.opened, true) {
+        if !mem::replace(&mut self.opened, true) {
             self.voice.opening(out, self.pieces.len());
         }
         for (index, piece) in self.pieces.iter_mut().enumerate() {
@@ -139,7 +185,7 @@ impl Parts {
         if self.broken {
             return Poll::Ready(Some(Err(Bug)));
         }
-        if std::mem::take(&mut self.unsent) {
+        if mem::take(&mut self.unsent) {
             return Poll::Ready(Some(Ok(self.written())));
         }
         loop {
@@ -241,13 +287,23 @@ impl Wake for Answer {
 impl Stream for SseBody {
     type Item = Result<Bytes, Bug>;
 
-    fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        let answer = &self.0;
-        let Some(express) = &answer.express else { return answer.parts.lock().next(context) };
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let Self { answer, silence } = &mut *self;
+        let mut comment = |parts: &mut Parts, context: &mut Context<'_>| {
+            silence.poll(context, &mut parts.wrote).map(|()| Some(Ok(COMMENT)))
+        };
+        let Some(express) = &answer.express else {
+            let parts = &mut *answer.parts.lock();
+            let next = parts.next(context);
+            return if next.is_pending() { comment(parts, context) } else { next };
+        };
         answer.task.register(context.waker());
-        let mut parts = answer.parts.lock();
+        let parts = &mut *answer.parts.lock();
         let waker = Waker::from(answer.clone());
-        let next = parts.next(&mut Context::from_waker(&waker));
+        let mut next = parts.next(&mut Context::from_waker(&waker));
+        if next.is_pending() {
+            next = comment(parts, context);
+        }
         if next.is_pending() {
             express.waits();
         } else {

@@ -194,7 +194,11 @@ mod tests {
         fn tokenise_text(&self, _: &str) -> Result<Vec<u32>, baton_proto::ApiError> {
             Ok(Vec::new())
         }
-        fn tokenise_chat(&self, _: &[Turn]) -> Result<Vec<u32>, baton_proto::ApiError> {
+        fn tokenise_chat(
+            &self,
+            _: &[Turn],
+            _: &crate::text::Variables,
+        ) -> Result<Vec<u32>, baton_proto::ApiError> {
             Ok(Vec::new())
         }
         fn reader(&self, _: &TextStops) -> Box<dyn TextReader> {

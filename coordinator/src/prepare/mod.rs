@@ -13,7 +13,7 @@ pub mod openai;
 mod sampling;
 pub mod served;
 
-use std::sync::Arc;
+use std::{borrow::Cow, sync::Arc};
 
 use baton_proto::{ApiError, ErrorCode};
 use baton_schedule::chains::Chains;
@@ -23,7 +23,7 @@ pub use sampling::Sampling;
 use sampling::TokenLimits;
 pub use served::{Served, Spelling, TextModel, TextReader, Turn};
 
-use crate::text::TextStops;
+use crate::text::{TextStops, Variables};
 use openai::{Content, Message, OnePrompt};
 pub use openai::{Request, parse};
 
@@ -113,7 +113,7 @@ pub fn prepare(
     limits: RequestLimits,
     seed: u64,
 ) -> Result<Prepared, ApiError> {
-    request.unserved.refuse()?;
+    openai::refuse(request)?;
     let mut shape = shape(endpoint, request)?;
     let prompts = match endpoint {
         Endpoint::Chat => None,
@@ -142,7 +142,9 @@ pub fn prepare(
     };
     let prompts = match prompts {
         None => {
-            let tokens = served.text.tokenise_chat(&turns(request.messages.as_deref())?)?;
+            let turns = turns(request.messages.as_deref())?;
+            let variables = template_variables(request)?;
+            let tokens = served.text.tokenise_chat(&turns, &variables)?;
             vec![prompt(tokens, String::new())?]
         }
         Some(prompts) => {
@@ -207,6 +209,31 @@ fn turns(messages: Option<&[Message]>) -> Result<Vec<Turn>, ApiError> {
         return Err(invalid("messages", "must hold at least one message"));
     }
     messages.iter().enumerate().map(|(index, message)| turn(index, message)).collect()
+}
+
+/// What the request tells the template beside its messages.
+fn template_variables(request: &Request) -> Result<Cow<'_, Variables>, ApiError> {
+    /// What every template is told by others, or how it is rendered.
+    const TAKEN: [&str; 9] = [
+        "add_generation_prompt",
+        "bos_token",
+        "chat_template",
+        "continue_final_message",
+        "documents",
+        "eos_token",
+        "messages",
+        "tokenize",
+        "tools",
+    ];
+    let Some(variables) = &request.chat_template_kwargs else { return Ok(Cow::default()) };
+    match TAKEN.into_iter().find(|name| variables.contains_key(*name)) {
+        Some(name) => {
+            let field = format!("chat_template_kwargs.{name}");
+            let message = format!("{field}: the template is told that by others");
+            Err(ApiError::new(ErrorCode::Unsupported, message).param(field))
+        }
+        None => Ok(Cow::Borrowed(variables)),
+    }
 }
 
 fn turn(index: usize, message: &Message) -> Result<Turn, ApiError> {

@@ -1,12 +1,12 @@
 //! What OpenAI clients send, as it is on the wire: one type for both endpoints, every field optional.
 //!
-//! Read by [`super::prepare`], which checks it and hands nothing of it on. Fields that are not here are ignored, as
-//! clients send many (`user`, `metadata`, `store`, ...). Fields that would change the answer and are not served yet are
-//! in [`unserved`], to be refused by name.
+//! Read by [`super::prepare`], which checks it and hands nothing of it on. Fields that are not here are passed over, as
+//! clients send many (`user`, `metadata`, `store`, ...), without being kept. Those that would change the answer and are not
+//! served are [`Asked`], to be refused by name.
 
 use baton_proto::{ApiError, ErrorCode};
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 mod content;
 mod ids;
@@ -16,7 +16,7 @@ mod values;
 
 pub use content::{Content, Part};
 pub use prompt::{OnePrompt, Prompt};
-use unserved::Unserved;
+pub use unserved::{Asked, refuse};
 pub use values::{Integer, List, Number};
 
 /// Body of `POST /v1/chat/completions` and `POST /v1/completions`.
@@ -53,8 +53,43 @@ pub struct Request {
     pub include_stop_str_in_output: Option<bool>,
     pub ignore_eos: Option<bool>,
 
-    #[serde(flatten)]
-    pub unserved: Unserved,
+    /// For the model's template.
+    pub chat_template_kwargs: Option<Map<String, Value>>,
+
+    // What is not served: see `unserved`.
+    pub add_generation_prompt: Option<Asked>,
+    pub allowed_token_ids: Option<Asked>,
+    pub audio: Option<Asked>,
+    pub bad_words: Option<Asked>,
+    pub chat_template: Option<Asked>,
+    pub continue_final_message: Option<Asked>,
+    pub documents: Option<Asked>,
+    pub ebnf: Option<Asked>,
+    pub function_call: Option<Asked>,
+    pub functions: Option<Asked>,
+    pub guided_choice: Option<Asked>,
+    pub guided_grammar: Option<Asked>,
+    pub guided_json: Option<Asked>,
+    pub guided_regex: Option<Asked>,
+    pub json_schema: Option<Asked>,
+    pub logits_processors: Option<Asked>,
+    pub lora_path: Option<Asked>,
+    pub modalities: Option<Asked>,
+    pub prompt_logprobs: Option<Asked>,
+    pub reasoning_effort: Option<Asked>,
+    pub regex: Option<Asked>,
+    pub response_format: Option<Asked>,
+    pub skip_special_tokens: Option<Asked>,
+    pub structural_tag: Option<Asked>,
+    pub structured_outputs: Option<Asked>,
+    pub suffix: Option<Asked>,
+    pub thinking_token_budget: Option<Asked>,
+    pub tool_choice: Option<Asked>,
+    pub tools: Option<Asked>,
+    pub truncate_prompt_tokens: Option<Asked>,
+    pub use_beam_search: Option<Asked>,
+    pub verbosity: Option<Asked>,
+    pub web_search_options: Option<Asked>,
 }
 
 /// One turn of a chat.
@@ -225,6 +260,6 @@ mod tests {
         let body = r#"{"user": "u", "metadata": {"a": 1}, "store": true, "temperature": null, "stop": null,
             "messages": [{"role": "user", "name": "n", "content": [{"type": "text", "text": "hi"}]}]}"#;
         let request = parse(body.as_bytes()).expect("is taken");
-        assert!(request.temperature.is_none() && request.unserved.refuse().is_ok());
+        assert!(request.temperature.is_none() && refuse(&request).is_ok());
     }
 }

@@ -12,7 +12,7 @@ use baton_proto::{ApiError, ErrorCode, ServedModel};
 use crate::{
     ModelError,
     config::ModelConfig,
-    text::{ChatMessage, CheckpointText, Reader, TextCache, TextError, TextStops},
+    text::{ChatMessage, CheckpointText, Reader, TextCache, TextError, TextStops, Variables},
 };
 
 /// One turn of a chat, checked.
@@ -28,8 +28,8 @@ pub trait TextModel: Send + Sync {
     /// Tokens of a plain prompt, with what the model wants before it.
     fn tokenise_text(&self, text: &str) -> Result<Vec<u32>, ApiError>;
 
-    /// Tokens of a chat through the model's template, ready for the assistant's answer.
-    fn tokenise_chat(&self, turns: &[Turn]) -> Result<Vec<u32>, ApiError>;
+    /// Tokens of a chat through the model's template, which is told `variables`, too, ready for the assistant's answer.
+    fn tokenise_chat(&self, turns: &[Turn], variables: &Variables) -> Result<Vec<u32>, ApiError>;
 
     /// Tokenises the beginning of a long text, of which more is to come, so that it is found when the whole is tokenised.
     /// Tells how many bytes of it are done with; 0 = none, as for models that cannot do it.
@@ -135,10 +135,10 @@ impl TextModel for CheckpointText {
         self.encode_text(text).map_err(|error| refused(&error, "prompt"))
     }
 
-    fn tokenise_chat(&self, turns: &[Turn]) -> Result<Vec<u32>, ApiError> {
+    fn tokenise_chat(&self, turns: &[Turn], variables: &Variables) -> Result<Vec<u32>, ApiError> {
         let messages: Vec<_> =
             turns.iter().map(|turn| ChatMessage { role: turn.role, content: &turn.content }).collect();
-        self.encode_chat(&messages).map_err(|error| refused(&error, "messages"))
+        self.encode_chat(&messages, variables).map_err(|error| refused(&error, "messages"))
     }
 
     fn remember(&self, text: &str) -> usize {

@@ -52,6 +52,24 @@ fn chats_go_through_the_template() {
 }
 
 #[test]
+fn a_chat_may_tell_the_template_what_no_one_else_does() {
+    let with = |variables: &str| {
+        let messages = r#"[{"role": "user", "content": "a"}]"#;
+        chat(&format!(r#"{{"model": "tiny", "messages": {messages}, "chat_template_kwargs": {variables}}}"#))
+    };
+    assert!(with(r#"{"enable_thinking": false}"#).is_ok() && with("{}").is_ok() && with("null").is_ok());
+    for (variables, code, field) in [
+        (r#"{"messages": []}"#, ErrorCode::Unsupported, "chat_template_kwargs.messages"),
+        (r#"{"a": 1, "tools": [{}]}"#, ErrorCode::Unsupported, "chat_template_kwargs.tools"),
+        ("[]", ErrorCode::InvalidArgument, "chat_template_kwargs"),
+    ] {
+        let error = with(variables).expect_err(variables);
+        assert_eq!((error.code, error.param.as_deref()), (code, Some(field)), "{error}");
+        assert!(error.message.starts_with(field), "{error}");
+    }
+}
+
+#[test]
 fn prompts_come_as_text_or_tokens_one_or_several() {
     for prompt in [r#""hi""#, "[104, 105]", r#"["hi"]"#, "[[104, 105]]"] {
         let prepared = text(&format!(r#"{{"model": "tiny", "prompt": {prompt}}}"#)).expect(prompt);

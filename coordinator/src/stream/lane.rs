@@ -239,8 +239,7 @@ impl Lane {
         let Strand { work, mut attempts, choices } = strand;
         let Work::Generating(mut generation) = work else { return Err(error) };
         attempts.failed(&error, &generation);
-        let readings = &mut self.readings[choices.clone()];
-        if !cause::may_pass(error.code, readings.iter().any(|reading| reading.consumed() > 0)) {
+        if !cause::may_pass(error.code) {
             return Err(error);
         }
         self.take_rest(&mut generation, choices.clone(), pieces);

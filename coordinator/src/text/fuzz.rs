@@ -240,9 +240,12 @@ fn rendered(bytes: &[u8]) {
     let mut expected: String =
         said.iter().map(|(role, content)| format!("<|im_start|>{role}\n{content}<|im_end|>\n")).collect();
     expected.push_str("<|im_start|>assistant\n");
-    assert_eq!(plain.render(&messages, true).unwrap_or_else(|error| panic!("{error}")), expected);
+    assert_eq!(
+        plain.render(&messages, &Variables::new()).unwrap_or_else(|error| panic!("{error}")),
+        expected
+    );
     let said_bytes: usize = said.iter().map(|(_, content)| content.len()).sum();
-    match busy.render(&messages, true) {
+    match busy.render(&messages, &Variables::new()) {
         Ok(text) => assert!(text.len() <= 32 * (said_bytes + 64), "{} bytes", text.len()),
         Err(TextError::Refused { .. }) => assert!(said.len() > 1),
         // It ran out of fuel.

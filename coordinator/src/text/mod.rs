@@ -28,7 +28,7 @@ pub use error::{TextError, TokenizerError};
 pub use pieces::TextCache;
 pub use reader::{Reader, TextStops};
 pub use stop::StopMatcher;
-pub use template::{ChatMessage, ChatTemplate, Clock};
+pub use template::{ChatMessage, ChatTemplate, Clock, Variables};
 pub use tokenizer::Tokenizer;
 
 /// The text side of one model.
@@ -52,10 +52,15 @@ impl CheckpointText {
         Ok(Self { tokenizer, template: template.transpose()?, texts: Arc::new(texts) })
     }
 
-    /// Tokens of a chat, ready for the assistant's answer. The template writes every special token itself.
-    pub fn encode_chat(&self, messages: &[ChatMessage<'_>]) -> Result<Vec<u32>, TextError> {
+    /// Tokens of a chat, ready for the assistant's answer. The template, which is told `variables`, too, writes every special
+    /// token itself.
+    pub fn encode_chat(
+        &self,
+        messages: &[ChatMessage<'_>],
+        variables: &Variables,
+    ) -> Result<Vec<u32>, TextError> {
         let template = self.template.as_ref().ok_or(TextError::NoTemplate)?;
-        self.tokenizer.encode(&template.render(messages, true)?, false)
+        self.tokenizer.encode(&template.render(messages, variables)?, false)
     }
 
     /// Tokens of a plain prompt, with those that the model wants around it, such as BOS.

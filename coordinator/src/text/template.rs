@@ -2,13 +2,16 @@
 
 use std::{fmt, time::SystemTime};
 
-use minijinja::{Environment, Error, ErrorKind, Value, context, syntax::SyntaxConfig};
+use minijinja::{Environment, Error, ErrorKind, Value, context, syntax::SyntaxConfig, value::Serde};
 use minijinja_contrib::pycompat::unknown_method_callback;
 
 use super::TextError;
 
 /// Tells the time to templates that write the date. UTC.
 pub type Clock = fn() -> SystemTime;
+
+/// What a request tells the model's template, as in `{"enable_thinking": false}`.
+pub type Variables = serde_json::Map<String, serde_json::Value>;
 
 /// One message of a chat, as templates know it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,20 +57,17 @@ impl ChatTemplate {
         Ok(Self { environment, bos_token: bos.map(str::to_owned), eos_token: eos.map(str::to_owned) })
     }
 
-    /// The prompt for these messages; with `add_generation_prompt`, ready for the assistant's answer.
-    pub fn render(
-        &self,
-        messages: &[ChatMessage<'_>],
-        add_generation_prompt: bool,
-    ) -> Result<String, TextError> {
-        self.render_with(fuel(messages), messages, add_generation_prompt)
+    /// The prompt for these messages, ready for the assistant's answer. `variables` are told to the template beside what
+    /// every template is told, which they cannot change.
+    pub fn render(&self, messages: &[ChatMessage<'_>], variables: &Variables) -> Result<String, TextError> {
+        self.render_with(fuel(messages), messages, variables)
     }
 
     fn render_with(
         &self,
         fuel: u64,
         messages: &[ChatMessage<'_>],
-        add_generation_prompt: bool,
+        variables: &Variables,
     ) -> Result<String, TextError> {
         // All of it is shared with the clone, but the fuel.
         let mut environment = self.environment.clone();
@@ -80,9 +80,10 @@ impl ChatTemplate {
         let token = |token: &Option<String>| token.as_deref().map_or(Value::UNDEFINED, Value::from);
         let result = template.render(context! {
             messages,
-            add_generation_prompt,
+            add_generation_prompt => true,
             bos_token => token(&self.bos_token),
             eos_token => token(&self.eos_token),
+            ..Value::from(Serde(variables))
         });
         result.map_err(|error| match error.detail().and_then(|detail| detail.strip_prefix(RAISED)) {
             Some(reason) => TextError::Refused { reason: reason.to_owned() },
@@ -208,7 +209,7 @@ mod tests {
     fn render(source: &str, messages: &[ChatMessage<'_>]) -> Result<String, TextError> {
         ChatTemplate::new(source, Some("<s>"), None, clock)
             .expect("the template compiles")
-            .render(messages, true)
+            .render(messages, &Variables::new())
     }
 
     const HELLO: ChatMessage<'_> = ChatMessage { role: "user", content: " Hi <b> " };
@@ -262,6 +263,21 @@ A:{% endif %}";
     }
 
     #[test]
+    fn a_request_can_tell_the_template_more_and_not_otherwise() {
+        let qwen3 = published("qwen3");
+        let rendered = |variables: serde_json::Value| {
+            qwen3.render(&[HELLO], variables.as_object().expect("an object")).expect("renders")
+        };
+        let plain = "<|im_start|>user\n Hi <b> <|im_end|>\n<|im_start|>assistant\n";
+        assert_eq!(rendered(serde_json::json!({})), plain);
+        assert_eq!(rendered(serde_json::json!({"enable_thinking": true})), plain);
+        let without = format!("{plain}<think>\n\n</think>\n\n");
+        assert_eq!(rendered(serde_json::json!({"enable_thinking": false})), without);
+        let otherwise = serde_json::json!({"messages": [], "add_generation_prompt": false});
+        assert_eq!(rendered(otherwise), plain);
+    }
+
+    #[test]
     fn published_templates_take_a_part_of_what_they_may() {
         let (short, long) = ("Hi!", "word ".repeat(20_000));
         for name in ["llama3", "qwen3", "deepseek_v3"] {
@@ -273,7 +289,7 @@ A:{% endif %}";
                 let messages: Vec<_> = (0..count).map(of).collect();
                 let may = fuel(&messages);
                 let part = if may < FUEL_MOST { 10 } else { 4 };
-                let rendered = template.render_with(may / part, &messages, true);
+                let rendered = template.render_with(may / part, &messages, &Variables::new());
                 assert!(rendered.is_ok(), "{name}, {count} of {} bytes: {rendered:?}", content.len());
             }
         }

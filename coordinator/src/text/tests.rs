@@ -52,8 +52,8 @@ fn the_real_model_tokenises_as_hugging_face_does() {
         let messages: Vec<ChatMessage<'_>> =
             messages.map(|m| ChatMessage { role: text(&m["role"]), content: text(&m["content"]) }).collect();
         let template = model.template.as_ref().expect("the model has a template");
-        assert_eq!(template.render(&messages, true).expect("renders"), text(&case["prompt"]));
-        assert_eq!(model.encode_chat(&messages).expect("encodes"), ids(&case["ids"]));
+        assert_eq!(template.render(&messages, &Variables::new()).expect("renders"), text(&case["prompt"]));
+        assert_eq!(model.encode_chat(&messages, &Variables::new()).expect("encodes"), ids(&case["ids"]));
     }
     for case in reference["decoded"].as_array().expect("decoded") {
         assert_eq!(detokenise(&model, &ids(&case["ids"])), text(&case["text"]));
@@ -74,7 +74,8 @@ fn both_formats_of_a_tiny_model_tokenise_alike() {
         );
     }
     let messages = [ChatMessage { role: "user", content: "the one" }];
-    let prompts = [&directory, &file].map(|model| model.encode_chat(&messages).expect("encodes"));
+    let prompts =
+        [&directory, &file].map(|model| model.encode_chat(&messages, &Variables::new()).expect("encodes"));
     assert_eq!(prompts[0], prompts[1]);
     assert_eq!((prompts[0].first(), prompts[0].contains(&271)), (Some(&270), true));
 }
@@ -92,5 +93,5 @@ fn a_tokeniser_of_another_model_is_refused() {
 #[test]
 fn a_model_without_a_template_says_so() {
     let model = CheckpointText { template: None, ..real() };
-    assert!(matches!(model.encode_chat(&[]), Err(TextError::NoTemplate)));
+    assert!(matches!(model.encode_chat(&[], &Variables::new()), Err(TextError::NoTemplate)));
 }

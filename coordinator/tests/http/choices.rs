@@ -110,8 +110,8 @@ async fn one_choice_that_fails_fails_the_request() {
     let response = cluster.chat(json!({"n": 2}));
     let dispatch = mixed.dispatch().await;
     mixed.of_choice((dispatch.leg, 1), 0, "b", None);
-    mixed.fail(dispatch.leg, baton_proto::ErrorCode::Internal);
-    assert_eq!(response.await.expect("ends").status(), 500);
+    mixed.fail(dispatch.leg, baton_proto::ErrorCode::KvExhausted);
+    assert_eq!(response.await.expect("ends").status(), 503);
     assert_eq!(mixed.cancelled().await.leg, dispatch.leg);
     cluster.at_rest().await;
 }

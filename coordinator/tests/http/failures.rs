@@ -12,7 +12,7 @@ use std::{
 use crate::scripted::{Cluster, PATIENCE, answer, chat_text, events, served, until};
 use baton_coordinator::{
     prepare::{Spelling, TextModel, TextReader, Turn},
-    text::TextStops,
+    text::{TextStops, Variables},
 };
 use baton_proto::{ApiError, ErrorCode, v1};
 use baton_registry::{KeyRange, LeaderRecord, Store, Txn, keys};
@@ -65,13 +65,13 @@ async fn tokens_that_come_together_with_a_failure_are_given_and_counted() {
     let response = response.await.expect("ends");
     let tokens = b"bc".map(u32::from).to_vec();
     let last = v1::LegOutput { leg, first_position: 1, tokens, ..Default::default() };
-    let failed = Some(End::Failed(ApiError::new(ErrorCode::Internal, "as scripted").into()));
+    let failed = Some(End::Failed(ApiError::new(ErrorCode::KvExhausted, "as scripted").into()));
     let failed = v1::LegOutput { leg, choice: 1, end: failed, ..Default::default() };
     mixed.say(Answer::Step(v1::StepOutput { legs: vec![last, failed] }));
     let body = response.text().await.expect("the stream ends well");
     let events = events(&body);
     assert_eq!(chat_text(&events), "abc");
-    assert!(events.last().expect("events").contains("internal_error"), "{body}");
+    assert!(events.last().expect("events").contains("kv_exhausted"), "{body}");
     cluster.at_rest().await;
     let metrics = cluster.get("/metrics").await.text().await.expect("is read");
     assert!(metrics.contains("baton_coordinator_generation_tokens_total{model=\"tiny\"} 3"), "{metrics}");
@@ -238,8 +238,8 @@ impl TextModel for Held {
         self.text.tokenise_text(text)
     }
 
-    fn tokenise_chat(&self, turns: &[Turn]) -> Result<Vec<u32>, ApiError> {
-        self.text.tokenise_chat(turns)
+    fn tokenise_chat(&self, turns: &[Turn], variables: &Variables) -> Result<Vec<u32>, ApiError> {
+        self.text.tokenise_chat(turns, variables)
     }
 
     fn reader(&self, stops: &TextStops) -> Box<dyn TextReader> {
@@ -344,7 +344,7 @@ async fn a_request_waits_a_little_for_an_instance_that_is_coming() {
     decode.kill().await;
     until("it is missed", || !cluster.can_serve()).await;
     let response = cluster.chat(json!({}));
-    until("the request is there", || cluster.service.metrics.in_flight.get() == 1).await;
+    until("the request is there", || cluster.service.metrics.queued.get() == 1).await;
     decode.restart().await;
     answer(&mut prefill, &mut decode, "ok").await;
     assert_eq!(response.await.expect("ends").status(), 200);

@@ -22,16 +22,23 @@ use crate::{
 async fn an_instance_that_floods_a_request_is_told_to_stop() {
     let (cluster, [mut mixed]) = Cluster::start([("m", v1::Role::Mixed)], |_| {}).await;
     let response = cluster.chat(json!({"stream": false}));
-    let leg = mixed.dispatch().await.leg;
-    // No token follows on from the one before it, and all come before anybody can read.
-    let output =
-        |at: u32| v1::LegOutput { leg, first_position: 900 - 2 * at, tokens: vec![97], ..Default::default() };
-    mixed.say(Answer::Step(v1::StepOutput { legs: (0..200).map(output).collect() }));
+    // Nobody else is there to be asked the second time.
+    for _ in 0..2 {
+        let leg = mixed.dispatch().await.leg;
+        // No token follows on from the one before it, and all come before anybody can read.
+        let output = |at: u32| v1::LegOutput {
+            leg,
+            first_position: 900 - 2 * at,
+            tokens: vec![97],
+            ..Default::default()
+        };
+        mixed.say(Answer::Step(v1::StepOutput { legs: (0..200).map(output).collect() }));
+        let cancel = mixed.cancelled().await;
+        assert_eq!((cancel.leg, cancel.reason.as_str()), (leg, "flood"));
+    }
     let (status, error) = error_of(response.await.expect("ends")).await;
     assert_eq!((status, &error["code"]), (500, &json!("internal_error")));
     assert!(error["message"].as_str().expect("a message").contains("floods"), "{error}");
-    let cancel = mixed.cancelled().await;
-    assert_eq!((cancel.leg, cancel.reason.as_str()), (leg, "flood"));
     cluster.at_rest().await;
 }
 
@@ -71,9 +78,19 @@ fn fails(instance: &Instance, leg: u64) {
 
 #[tokio::test]
 async fn an_instance_that_fails_all_it_is_given_is_left_out_and_no_client_notices() {
+    left_out(ErrorCode::HandoffFailed).await;
+}
+
+/// Of its device, or of the model there: whole batches fail with it.
+#[tokio::test]
+async fn nor_if_it_can_compute_nothing() {
+    left_out(ErrorCode::Internal).await;
+}
+
+async fn left_out(code: ErrorCode) {
     let roles = [("bad", v1::Role::Mixed), ("good", v1::Role::Mixed)];
     let (cluster, [bad, good]) = Cluster::start(roles, |_| {}).await;
-    let bad = work(bad, fails);
+    let bad = work(bad, move |instance, leg| instance.fail(leg, code));
     let good = work(good, |instance, leg| instance.finish(leg, 0, "fine", FinishReason::Stop));
     let began = Instant::now();
     for turn in 0..60 {
@@ -87,6 +104,20 @@ async fn an_instance_that_fails_all_it_is_given_is_left_out_and_no_client_notice
     assert_eq!(good, 60);
     let metrics = cluster.get("/metrics").await.text().await.expect("is read");
     assert!(metrics.contains("baton_coordinator_open_breakers 1"), "{metrics}");
+    cluster.at_rest().await;
+}
+
+#[tokio::test]
+async fn who_is_refused_by_a_full_instance_goes_to_one_that_is_not() {
+    let roles = [("full", v1::Role::Mixed), ("free", v1::Role::Mixed)];
+    let (cluster, [full, free]) = Cluster::start(roles, |_| {}).await;
+    let full = work(full, |instance, leg| instance.fail(leg, ErrorCode::QueueFull));
+    let free = work(free, |instance, leg| instance.finish(leg, 0, "fine", FinishReason::Stop));
+    for _ in 0..8 {
+        assert_eq!(cluster.chat(json!({})).await.expect("ends").status(), 200);
+    }
+    let asked = [full, free].map(|of| of.load(Ordering::Relaxed));
+    assert!(asked[0] > 0 && asked[1] == 8, "{asked:?}");
     cluster.at_rest().await;
 }
 

@@ -179,13 +179,13 @@ async fn a_full_line_of_one_model_holds_up_no_other() {
     .await;
     let metrics = cluster.service.metrics.clone();
     let of_other = || json!({"model": "other"});
-    let placed = cluster.chat(of_other());
-    until("one waits for an instance", || metrics.in_flight.get() == 1).await;
-    let queued = cluster.chat(of_other());
-    until("one waits in line", || metrics.queued.get() == 1).await;
+    let first = cluster.chat(of_other());
+    until("one waits for an instance", || metrics.queued.get() == 1).await;
+    let second = cluster.chat(of_other());
+    until("two wait", || metrics.queued.get() == 2).await;
     let (status, error) = error_of(cluster.chat(of_other()).await.expect("ends")).await;
     assert_eq!((status, &error["code"]), (429, &json!("queue_full")));
-    has_metric(&cluster, "baton_coordinator_queued{model=\"other\"} 1").await;
+    has_metric(&cluster, "baton_coordinator_queued{model=\"other\"} 2").await;
     has_metric(&cluster, "baton_coordinator_queued{model=\"tiny\"} 0").await;
 
     for _ in 0..3 {
@@ -194,7 +194,7 @@ async fn a_full_line_of_one_model_holds_up_no_other() {
         assert_eq!(response.await.expect("ends").status(), 200);
     }
     mixed.restart().await;
-    for response in [placed, queued] {
+    for response in [first, second] {
         let dispatch = mixed.dispatch().await;
         mixed.finish(dispatch.leg, 0, "late", FinishReason::Stop);
         assert_eq!(response.await.expect("ends").status(), 200);

@@ -9,7 +9,7 @@ use baton_coordinator::{
     keys::Source,
     prepare::{Served, Spelling, TextModel, TextReader, Turn},
     serve::Service,
-    text::TextStops,
+    text::{TextStops, Variables},
 };
 use baton_process::{HealthHandle, Tls, http::Port};
 use baton_proto::{ApiError, ErrorCode, InstanceId, InstanceSpec, ModelIdentity, tokens, v1};

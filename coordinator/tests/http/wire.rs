@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use baton_coordinator::CoordinatorConfig;
 use baton_proto::v1;
 use serde_json::{Value, json};
 use tokio::{
@@ -218,4 +219,32 @@ async fn a_stream_goes_on_while_the_coordinator_drains_and_its_connection_closes
     let more = timeout(PATIENCE, wire.stream.read_u8()).await.expect("ends in time");
     assert!(more.is_err(), "the connection stays");
     until("nothing is held", || service.metrics.in_flight.get() == 0).await;
+}
+
+#[tokio::test]
+async fn a_stream_that_has_nothing_to_tell_is_sent_comments() {
+    const COMMENT: &str = ": waiting\n\n";
+    let often = |config: &mut CoordinatorConfig| {
+        config.limits.stream_comment_after = Duration::from_millis(20);
+    };
+    let (cluster, [mut mixed]) = Cluster::start([("m", v1::Role::Mixed)], often).await;
+    let response = cluster.chat(json!({"stream": true}));
+    let leg = mixed.dispatch().await.leg;
+    mixed.tokens(leg, 0, "a");
+    let mut response = response.await.expect("ends");
+    let mut body = String::new();
+    while body.matches(COMMENT).count() < 3 {
+        let chunk = timeout(PATIENCE, response.chunk()).await.expect("a comment comes").expect("is read");
+        body.push_str(std::str::from_utf8(&chunk.expect("it has not ended")).expect("UTF-8"));
+    }
+    // Past the connection's task again, which has written the comments.
+    for (position, text) in (1..).zip(["b", "c", "d"]) {
+        mixed.tokens(leg, position, text);
+    }
+    mixed.finish(leg, 4, "e", FinishReason::Stop);
+    body.push_str(&response.text().await.expect("is read"));
+    let told = body.replace(COMMENT, "");
+    let events = events(&told);
+    assert_eq!((chat_text(&events).as_str(), events.last()), ("abcde", Some(&"[DONE]")));
+    cluster.at_rest().await;
 }

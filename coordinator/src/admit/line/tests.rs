@@ -31,10 +31,17 @@ struct House {
 }
 
 const WITHIN: Duration = Duration::from_secs(5);
+/// How long anybody waits for an instance that is not there.
+const AWAITED: Duration = Duration::from_secs(3);
 
 fn house(max_concurrent: usize, max_queued: usize) -> House {
-    let limits =
-        LimitsConfig { max_concurrent, max_queued, queue_timeout: WITHIN, ..LimitsConfig::default() };
+    let limits = LimitsConfig {
+        max_concurrent,
+        max_queued,
+        queue_timeout: WITHIN,
+        placement_timeout: AWAITED,
+        ..LimitsConfig::default()
+    };
     let metrics = baton_process::Metrics::new("coordinator").register(Metrics::register);
     let models = Models::new(vec![served()], &limits, &metrics).expect("one model");
     let settings = Settings { room: Duration::from_secs(1), ..Settings::default() };
@@ -83,7 +90,7 @@ impl House {
 async fn a_full_line_turns_away_and_a_seat_given_back_lets_in() {
     let house = house(1, 1);
     let first = house.seat().await.expect("a seat");
-    assert!(first.bookings.is_some() && first.waited.is_zero());
+    assert!(!first.bookings.is_empty() && first.waited.is_zero());
     let mut second = Box::pin(house.seat());
     assert!(futures::poll!(&mut second).is_pending());
     assert_eq!((house.metrics.in_flight.get(), house.waiting()), (1, [1; 3]));
@@ -92,7 +99,7 @@ async fn a_full_line_turns_away_and_a_seat_given_back_lets_in() {
     tokio::time::sleep(Duration::from_millis(10)).await;
     drop(first);
     let second = second.await.expect("the seat given back");
-    assert!(second.bookings.is_some() && !second.waited.is_zero());
+    assert!(!second.bookings.is_empty() && !second.waited.is_zero());
     assert_eq!((house.metrics.in_flight.get(), house.waiting()), (1, [0; 3]));
     drop(second);
     assert!(house.enter(0).is_ok());
@@ -132,17 +139,54 @@ async fn whoever_waits_is_placed_when_an_instance_has_room() {
     house.queued(0);
     let placed = waits.await.expect("room");
     assert!(before.elapsed() <= 2 * LOOK_LEAST, "{:?}", before.elapsed());
-    assert!(placed.bookings.is_some() && placed.waited >= Duration::from_secs(3));
+    assert!(!placed.bookings.is_empty() && placed.waited >= Duration::from_secs(3));
     // Nobody waits: the next one goes at once, though it finds the first there.
     assert!(house.seat().await.expect("room").waited.is_zero());
 }
 
 #[tokio::test(start_paused = true)]
-async fn without_an_instance_nobody_waits_here() {
+async fn an_instance_that_is_coming_is_waited_for_in_line_and_not_for_long() {
+    let house = house(1, 8);
+    let (only, board) = (spec("a"), house.placer.board.clone());
+    board.down(&only.id, Instant::now());
+    let began = Instant::now();
+    let refused = house.seat().await.err().expect("nobody comes");
+    assert_eq!(refused.code, ErrorCode::Unavailable);
+    let waited = began.elapsed();
+    assert!(waited >= AWAITED && waited <= AWAITED + 2 * LOOK_MOST, "{waited:?}");
+
+    // One that was busy goes away: those who wait do so for as long again, and for no longer than they may.
+    board.up(&only.id, only.incarnation, ready(Role::Mixed));
+    house.queued(100_000);
+    let (mut first, mut second) =
+        (Box::pin(house.admitted(5, WITHIN * 2)), Box::pin(house.admitted(0, WITHIN * 2)));
+    assert!(futures::poll!(&mut first).is_pending() && futures::poll!(&mut second).is_pending());
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    board.down(&only.id, Instant::now());
+    assert!(tokio::time::timeout(AWAITED - LOOK_MOST, &mut first).await.is_err());
+    // It comes back, and takes one at a time, in the order of the line.
+    board.up(&only.id, only.incarnation, ready(Role::Mixed));
+    house.queued(0);
+    let second = second.await.expect("a seat");
+    assert!(futures::poll!(&mut first).is_pending());
+    drop(second);
+    assert!(!first.await.expect("the next seat").bookings.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_nobody_could_hold_waits_for_nobody() {
     let house = house(1, 1);
-    house.placer.board.down(&spec("a").id, Instant::now());
-    let admitted = house.seat().await.expect("a seat");
-    assert!(admitted.bookings.is_none() && admitted.waited.is_zero());
+    let tiny = Load { kv_blocks_total: 1, kv_blocks_free: 1, ..Load::default() };
+    house.placer.board.load(&spec("a").id, tiny);
+    let body = format!(r#"{{"model": "tiny", "prompt": "{}"}}"#, "x".repeat(64));
+    let request = parse(body.as_bytes()).expect("is JSON");
+    let prepared = prepare(&house.model.served, Endpoint::Text, &request, LIMITS, 1).expect("is good");
+    let (tenant, now) = (Tenant::default(), Instant::now());
+    let (ticket, place) = house.enter(0).expect("a place");
+    let terms = WaitTerms { tenant: &tenant, first_token: now, deadline: now + WITHIN };
+    let refused = house.model.line.admit(&house.placer, ticket, place, prepared, terms).await;
+    assert_eq!(refused.err().expect("it is too large").code, ErrorCode::ContextLengthExceeded);
+    assert!(house.seat().await.is_ok(), "its seat was given back");
 }
 
 #[tokio::test(start_paused = true)]

@@ -111,11 +111,15 @@ impl Scheduler {
         if needed > total {
             return Err(Refused::TooLarge { needed, total });
         }
-        let waiting = self.waiting.len() as u32 + self.announced;
-        if waiting >= self.limits.max_waiting {
-            return Err(Refused::QueueFull { waiting });
+        if self.waiting_room() == 0 {
+            return Err(Refused::QueueFull { waiting: self.limits.max_waiting });
         }
         Ok(())
+    }
+
+    /// Requests that may come to the queue yet.
+    pub(super) fn waiting_room(&self) -> u32 {
+        self.limits.max_waiting.saturating_sub(self.waiting.len() as u32 + self.announced)
     }
 
     /// A decode leg's cache has been offered, so that it may queue for its blocks, or it has not been in time.

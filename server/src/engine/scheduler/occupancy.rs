@@ -14,6 +14,8 @@ pub struct Occupancy {
     pub running: u32,
     /// In the queue, or with a cache not offered yet or still on its way; counted likewise.
     pub waiting: u32,
+    /// Requests that may come to the queue yet.
+    pub waiting_room: u32,
     /// Held for a transfer alone: prefill legs handed on, and ended legs whose transfer is being closed.
     pub leaving: u32,
     /// Caches on their way in, and out; counted above too.
@@ -69,6 +71,7 @@ impl Scheduler {
     pub fn occupancy(&self) -> Occupancy {
         let mut occupancy = Occupancy {
             places: self.limits.max_sequences,
+            waiting_room: self.waiting_room(),
             blocks_total: self.blocks.total(),
             blocks_free: self.blocks.room(),
             blocks_cached: self.blocks.idle(),

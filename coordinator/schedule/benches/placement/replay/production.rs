@@ -80,6 +80,7 @@ pub(crate) fn load(place: Place, report: &Report, seen: LegId) -> Load {
     let (rate, prefills) = (report.tokens_per_second as u64, matches!(place, Place::Prefill(_)));
     Load {
         sequences: report.sequences,
+        waiting_room: None,
         queued_prefill_tokens: if prefills { report.queued_uncached_tokens } else { 0 },
         queued_prefill_pairs: report.queued_uncached_pairs,
         kv_blocks_total: report.cache_tokens / KV_BLOCK_TOKENS,
