@@ -18,7 +18,8 @@ use serde::{Deserialize, Serialize};
 
 /// The host that means every address of this machine.
 const EVERYWHERE: &str = "*";
-/// Connections that may wait to be accepted: as many as the kernel lets wait.
+/// Connections that may wait to be accepted: as many as the kernel lets wait. The standard library's 128 are fewer than come at
+/// once to whoever takes over from another, and one that finds no room tries again after a second.
 const BACKLOG: i32 = i32::MAX;
 
 /// Why a listener cannot be had.
@@ -148,7 +149,11 @@ fn bind_address(host: &str, port: u16) -> Result<TcpListener, ListenError> {
         let addresses: Vec<SocketAddr> = (host, port).to_socket_addrs().map_err(failed)?.collect();
         TcpListener::bind(&*addresses)
     };
-    bound.map_err(|source| match source.kind() {
+    let listened = bound.and_then(|socket| {
+        listen(&socket, BACKLOG)?;
+        Ok(socket)
+    });
+    listened.map_err(|source| match source.kind() {
         io::ErrorKind::AddrInUse => ListenError::InUse { host: host.to_owned(), port },
         io::ErrorKind::PermissionDenied => ListenError::Forbidden { host: host.to_owned(), port },
         io::ErrorKind::AddrNotAvailable => ListenError::NotHere { host: host.to_owned() },
@@ -166,7 +171,6 @@ fn bind_everywhere(port: u16) -> io::Result<TcpListener> {
     sockopt::set_socket_reuseaddr(&socket, true)?;
     sockopt::set_ipv6_v6only(&socket, false)?;
     bind(&socket, &SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)))?;
-    listen(&socket, BACKLOG)?;
     Ok(socket.into())
 }
 
@@ -276,6 +280,21 @@ mod tests {
         let error = Listen::address("*", port).bind().unwrap_err().to_string();
         assert!(error.starts_with(&format!("port {port} of * is in use")), "{error}");
         assert!(reached_at(&listener, "", "advertise_host").is_err(), "as 0.0.0.0");
+    }
+
+    #[test]
+    fn hundreds_may_come_before_the_first_is_accepted() {
+        const MANY: usize = 512;
+        let most = std::fs::read_to_string("/proc/sys/net/core/somaxconn").unwrap();
+        assert!(most.trim().parse::<usize>().unwrap() > MANY, "this kernel lets {most} wait");
+        for host in ["127.0.0.1", "*"] {
+            let listener = Listen::address(host, 0).bind().unwrap();
+            let at = SocketAddr::from((Ipv4Addr::LOCALHOST, listener.local_addr().unwrap().port()));
+            let within = std::time::Duration::from_millis(900);
+            let come =
+                (0..MANY).map(|_| TcpStream::connect_timeout(&at, within)).collect::<io::Result<Vec<_>>>();
+            assert_eq!(come.unwrap().len(), MANY, "{host}");
+        }
     }
 
     #[test]
