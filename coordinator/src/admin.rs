@@ -111,6 +111,17 @@ fn placing(placing: &Placing) -> v1::PlacementView {
         policy: receipt.policy.name().to_owned(),
         waited_millis: u64::try_from(waited.as_millis()).unwrap_or(u64::MAX),
         candidates: u32::try_from(receipt.candidates).unwrap_or(u32::MAX),
+        cost_micros: receipt.cost_micros,
+        handoff_micros: receipt.handoff_micros,
+        runner_up: receipt.runner_up.as_ref().map(|(prefill, decode, cost_micros)| v1::RunnerUpView {
+            prefill_instance: prefill.to_string(),
+            decode_instance: decode.to_string(),
+            cost_micros: *cost_micros,
+        }),
+        away: receipt.not_asked.away,
+        avoided: receipt.not_asked.avoided,
+        full: receipt.not_asked.full,
+        too_small: receipt.not_asked.too_small,
         cheapest: receipt.cheapest.iter().map(|scored| candidate(scored, taken(scored))).collect(),
     }
 }

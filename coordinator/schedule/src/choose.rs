@@ -1,112 +1,23 @@
 //! The choice itself: one walk over the rows of a model, then a look at the pairs of the best.
 
-use std::{cmp::Ordering, collections::HashSet};
+mod candidate;
 
-use baton_proto::{InstanceId, attention_pairs};
+use std::collections::HashSet;
+
+use baton_proto::InstanceId;
 use tokio::time::Instant;
 
 use crate::{
-    Among, Ask, NoPlace, Placement, Receipt, Scored, Seat, Side,
-    cost::{Price, Pricing, blocks_wanted, cached_tokens, expected_tokens, fits},
+    Among, Ask, NoPlace, NotAsked, Placement, Receipt, Side,
+    cost::{Price, Pricing, cached_tokens, expected_tokens, fits},
     settings::{Policy, Settings},
     view::{Class, Model, Row, View},
 };
 
+use candidate::{Best, Candidate};
+
 /// Candidates for a part of the work that a receipt keeps, the best.
 const RECEIPT_MOST: usize = 4;
-/// Candidates for each part whose pairs are looked at.
-const PAIRED_MOST: usize = 8;
-
-/// An instance for a part of the work.
-#[derive(Clone, Copy)]
-struct Candidate<'a> {
-    row: &'a Row,
-    side: Side,
-    cached: u32,
-    price: Price,
-    /// By the policy: of two the lower is better.
-    rank: f64,
-    /// Of equal ranks whoever was chosen longest ago is better, and then chance decides.
-    turn: (u64, u64),
-}
-
-impl Candidate<'_> {
-    fn order(&self, other: &Self) -> Ordering {
-        self.rank.total_cmp(&other.rank).then(self.turn.cmp(&other.turn))
-    }
-
-    fn seat(&self, ask: &Ask<'_>) -> Seat {
-        let spec = &self.row.spec;
-        let uncached_tokens = u64::from(ask.prompt_tokens().saturating_sub(self.cached));
-        Seat {
-            instance: spec.id.clone(),
-            incarnation: spec.incarnation,
-            role_epoch: self.row.role_epoch.unwrap_or_default(),
-            model: spec.model.clone(),
-            handoff_endpoint: spec.handoff_endpoint.clone(),
-            blocks: blocks_wanted(self.row, ask, self.side, self.cached),
-            uncached_tokens,
-            uncached_pairs: attention_pairs(uncached_tokens, ask.prompt_tokens().into()),
-        }
-    }
-
-    fn scored(&self, ask: &Ask<'_>) -> Scored {
-        Scored {
-            instance: self.row.spec.id.clone(),
-            side: self.side,
-            cost_micros: self.price.micros as u64,
-            ttft_micros: self.price.ttft_micros as u64,
-            tpot_micros: self.price.tpot_micros as u64,
-            standing: self.row.standing,
-            blocks: blocks_wanted(self.row, ask, self.side, self.cached),
-            cached_tokens: self.cached,
-        }
-    }
-}
-
-/// The best candidates of a kind, best first.
-#[derive(Default)]
-struct Best<'a> {
-    held: Vec<Candidate<'a>>,
-    /// One of them can never hold the request.
-    too_small: bool,
-    /// On one of them it would wait no longer than it may.
-    roomy: bool,
-}
-
-impl<'a> Best<'a> {
-    fn offer(&mut self, candidate: Candidate<'a>) {
-        if self.held.len() == PAIRED_MOST {
-            if self.held.last().is_some_and(|worst| worst.order(&candidate).is_le()) {
-                return;
-            }
-            self.held.pop();
-        }
-        let at = self.held.partition_point(|held| held.order(&candidate).is_le());
-        self.held.insert(at, candidate);
-    }
-
-    /// `None`: one that can never hold the request.
-    fn take(&mut self, offered: Option<Candidate<'a>>, room_micros: f64) {
-        match offered {
-            Some(candidate) => {
-                self.roomy |= candidate.price.wait_micros <= room_micros;
-                self.offer(candidate);
-            }
-            None => self.too_small = true,
-        }
-    }
-
-    fn first(&self) -> Option<&Candidate<'a>> {
-        self.held.first()
-    }
-
-    /// Nobody is there, small or large.
-    fn is_vacant(&self) -> bool {
-        self.held.is_empty() && !self.too_small
-    }
-}
-
 /// The best of each role in a class.
 #[derive(Default)]
 struct Halves<'a> {
@@ -120,11 +31,10 @@ struct Halves<'a> {
 struct Found<'a> {
     whole: Best<'a>,
     classes: Vec<Halves<'a>>,
-    /// Instances that are ready.
+    /// Instances that are ready, and not left out.
     ready: usize,
     candidates: usize,
-    /// One of those that are ready would refuse what it is sent: as many wait there as may.
-    full: bool,
+    not_asked: NotAsked,
 }
 
 impl<'a> Found<'a> {
@@ -157,7 +67,25 @@ enum Way<'a> {
     Apart(Candidate<'a>, Candidate<'a>, f64),
 }
 
-impl Way<'_> {
+impl<'a> Way<'a> {
+    /// Who prefills and who decodes; one instance alone twice.
+    fn pair(&self) -> [&Candidate<'a>; 2] {
+        match self {
+            Self::Alone(alone) => [alone; 2],
+            Self::Apart(prefill, decode, _) => [prefill, decode],
+        }
+    }
+
+    /// What it costs, and the handoff's part of that.
+    fn micros(&self) -> (f64, f64) {
+        match self {
+            Self::Alone(alone) => (alone.price.micros, 0.0),
+            Self::Apart(prefill, decode, handoff) => {
+                (prefill.price.micros + decode.price.micros + handoff, *handoff)
+            }
+        }
+    }
+
     fn rank(&self, policy: Policy) -> f64 {
         match self {
             // When the one of the two was chosen that was chosen last.
@@ -167,19 +95,12 @@ impl Way<'_> {
         }
     }
 
-    /// Of whom it leads to; one instance alone twice.
     fn numbers(&self) -> [u32; 2] {
-        match self {
-            Self::Alone(alone) => [alone.row.number; 2],
-            Self::Apart(prefill, decode, _) => [prefill.row.number, decode.row.number],
-        }
+        self.pair().map(|candidate| candidate.row.number)
     }
 
     fn turn(&self) -> [(u64, u64); 2] {
-        match self {
-            Self::Alone(alone) => [alone.turn; 2],
-            Self::Apart(prefill, decode, _) => [prefill.turn, decode.turn],
-        }
+        self.pair().map(|candidate| candidate.turn)
     }
 }
 
@@ -203,7 +124,7 @@ pub(crate) fn choose(
             }
         }
     }
-    let Some(way) = chosen(view, &found, ask, settings, now) else {
+    let Some((way, runner_up)) = chosen(view, &found, ask, settings, now) else {
         return Err(lack(&found, model, ask));
     };
     if !found.has_room(ask) {
@@ -215,7 +136,7 @@ pub(crate) fn choose(
             Placement::Apart { prefill: prefill.seat(ask), decode: decode.seat(ask) }
         }
     };
-    Ok((placement, receipt(&found, &way, ask, settings)))
+    Ok((placement, receipt(&found, &way, runner_up, ask, settings)))
 }
 
 fn walk<'a>(model: &'a Model, ask: &Ask<'_>, settings: &Settings, now: Instant) -> Found<'a> {
@@ -225,7 +146,7 @@ fn walk<'a>(model: &'a Model, ask: &Ask<'_>, settings: &Settings, now: Instant) 
         classes: model.classes.iter().map(|_: &Class| Halves::default()).collect(),
         ready: 0,
         candidates: 0,
-        full: false,
+        not_asked: NotAsked::default(),
     };
     let room_micros = match ask.wanted.among {
         Among::Roomy => settings.room.as_secs_f64() * 1e6,
@@ -233,13 +154,18 @@ fn walk<'a>(model: &'a Model, ask: &Ask<'_>, settings: &Settings, now: Instant) 
     };
     let predicted = settings.policy == Policy::Predicted;
     let locally = settings.local_prefill && predicted && ask.wanted.among.handed_on_by().is_none();
-    for row in model.rows.iter().filter(|row| row.is_usable(now)) {
+    for row in &model.rows {
+        if !row.is_usable(now) {
+            found.not_asked.away += 1;
+            continue;
+        }
         if ask.wanted.avoid.contains(&row.spec.id) {
+            found.not_asked.avoided += 1;
             continue;
         }
         found.ready += 1;
         if row.standing.waiting_room == Some(0) {
-            found.full = true;
+            found.not_asked.full += 1;
             continue;
         }
         let side = match (row.side(), ask.wanted.among.handed_on_by()) {
@@ -254,6 +180,7 @@ fn walk<'a>(model: &'a Model, ask: &Ask<'_>, settings: &Settings, now: Instant) 
             Candidate { row, side, cached, price, rank: rank(settings.policy, row, &price, turn.1), turn }
         });
         found.candidates += usize::from(offered.is_some());
+        found.not_asked.too_small += u32::from(offered.is_none());
         let classes = &mut found.classes[row.classes.clone()];
         match side {
             Side::Whole => found.whole.take(offered, room_micros),
@@ -297,13 +224,14 @@ fn of_two<'b, 'a>(best: &'b Best<'a>) -> impl Iterator<Item = &'b Candidate<'a>>
     best.held.iter().take(2).min_by_key(|candidate| candidate.row.standing.sequences).into_iter()
 }
 
+/// The way that is taken, and the best of the others.
 fn chosen<'a>(
     view: &View,
     found: &Found<'a>,
     ask: &Ask<'_>,
     settings: &Settings,
     now: Instant,
-) -> Option<Way<'a>> {
+) -> Option<(Way<'a>, Option<Way<'a>>)> {
     let mut ways: Vec<Way<'a>> = Vec::new();
     match settings.policy {
         Policy::Predicted => {
@@ -341,21 +269,31 @@ fn chosen<'a>(
         ways.retain(|way| seen.insert(way.numbers()));
     }
     let rank = |way: &Way<'_>| way.rank(settings.policy);
-    let best = ways.iter().min_by(|a, b| rank(a).total_cmp(&rank(b)).then(a.turn().cmp(&b.turn())))?;
-    if settings.temperature == 0.0 || settings.policy != Policy::Predicted {
-        return Some(*best);
-    }
-    let least = rank(best).max(1.0);
-    let weight = |way: &Way<'_>| (-(rank(way) - least) / (settings.temperature * least)).exp();
-    let mut left = mixed(ask.turn, 0) as f64 / u64::MAX as f64 * ways.iter().map(weight).sum::<f64>();
-    let drawn = ways.iter().find(|way| {
-        left -= weight(way);
-        left <= 0.0
-    });
-    Some(*drawn.unwrap_or(best))
+    let order = |a: &&Way<'_>, b: &&Way<'_>| rank(a).total_cmp(&rank(b)).then(a.turn().cmp(&b.turn()));
+    let best = ways.iter().min_by(order)?;
+    let taken = if settings.temperature == 0.0 || settings.policy != Policy::Predicted {
+        best
+    } else {
+        let least = rank(best).max(1.0);
+        let weight = |way: &Way<'_>| (-(rank(way) - least) / (settings.temperature * least)).exp();
+        let mut left = mixed(ask.turn, 0) as f64 / u64::MAX as f64 * ways.iter().map(weight).sum::<f64>();
+        let drawn = ways.iter().find(|way| {
+            left -= weight(way);
+            left <= 0.0
+        });
+        drawn.unwrap_or(best)
+    };
+    let others = ways.iter().filter(|way| way.numbers() != taken.numbers());
+    Some((*taken, others.min_by(order).copied()))
 }
 
-fn receipt(found: &Found<'_>, way: &Way<'_>, ask: &Ask<'_>, settings: &Settings) -> Receipt {
+fn receipt(
+    found: &Found<'_>,
+    way: &Way<'_>,
+    runner_up: Option<Way<'_>>,
+    ask: &Ask<'_>,
+    settings: &Settings,
+) -> Receipt {
     let of = |side: Side| {
         let halves = found.classes.iter();
         halves.flat_map(move |halves| match side {
@@ -373,11 +311,7 @@ fn receipt(found: &Found<'_>, way: &Way<'_>, ask: &Ask<'_>, settings: &Settings)
         alike.dedup_by_key(|candidate| candidate.row.number);
         shown.extend(alike.into_iter().take(RECEIPT_MOST));
     }
-    let taken = match way {
-        Way::Alone(alone) => vec![*alone],
-        Way::Apart(prefill, decode, _) => vec![*prefill, *decode],
-    };
-    for taken in taken {
+    for taken in way.pair().map(|candidate| *candidate) {
         let is = |held: &Candidate<'_>| held.row.number == taken.row.number && held.side == taken.side;
         if !shown.iter().any(is) {
             shown.push(taken);
@@ -390,6 +324,13 @@ fn receipt(found: &Found<'_>, way: &Way<'_>, ask: &Ask<'_>, settings: &Settings)
         choices: ask.wanted.choices,
         policy: settings.policy,
         candidates: found.candidates,
+        not_asked: found.not_asked,
+        cost_micros: way.micros().0 as u64,
+        handoff_micros: way.micros().1 as u64,
+        runner_up: runner_up.map(|way| {
+            let [prefill, decode] = way.pair().map(|candidate| candidate.row.spec.id.clone());
+            (prefill, decode, way.micros().0 as u64)
+        }),
         cheapest: shown.iter().map(|candidate| candidate.scored(ask)).collect(),
     }
 }
@@ -401,7 +342,7 @@ fn nobody(view: &View, ask: &Ask<'_>, now: Instant) -> NoPlace {
 
 /// Why nobody takes the request. It is too large only if none of those that are not ready just now might hold it.
 fn lack(found: &Found<'_>, model: &Model, ask: &Ask<'_>) -> NoPlace {
-    if found.full {
+    if found.not_asked.full > 0 {
         return NoPlace::Busy;
     }
     let small = |halves: &Halves<'_>| halves.prefill.too_small || halves.decode.too_small;

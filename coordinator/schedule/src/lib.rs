@@ -177,10 +177,31 @@ pub struct Receipt {
     pub expected_tokens: u32,
     pub choices: u32,
     pub policy: Policy,
-    /// How many instances were looked at.
+    /// How many instances could take a part of it.
     pub candidates: usize,
-    /// The cheapest of them for each part of the work, and whoever was taken, cheapest first.
+    /// Instances that run the model and were not asked.
+    pub not_asked: NotAsked,
+    /// What the way that was taken costs, all of it, and the handoff's part of that.
+    pub cost_micros: u64,
+    pub handoff_micros: u64,
+    /// The best of the other ways: who prefills and who decodes there, and what it would have cost; one instance alone twice.
+    /// It may be the cheaper one where the way is drawn (`placement.temperature`), or a policy is plain.
+    pub runner_up: Option<(InstanceId, InstanceId, u64)>,
+    /// The cheapest candidates for each part of the work, and whoever was taken, cheapest first.
     pub cheapest: Vec<Scored>,
+}
+
+/// Why instances were not asked, and how many.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct NotAsked {
+    /// They are not ready, or not to be reached.
+    pub away: u32,
+    /// They fail what they are given, or have failed this very request.
+    pub avoided: u32,
+    /// As many wait there as may.
+    pub full: u32,
+    /// The prompt is more than they could hold.
+    pub too_small: u32,
 }
 
 /// Why a request cannot be placed.

@@ -230,6 +230,28 @@ fn who_lets_nobody_wait_any_more_is_asked_nothing() {
     assert_eq!(chosen(&pair(Some(0), Some(1)), &none, &ask(100)), through("q"));
     assert_eq!(chosen(&pair(Some(1), Some(0)), &none, &ask(100)), Err(NoPlace::Busy));
 
+    let (wanted, board) =
+        (Wanted::new(100, 8, "r1"), board::Board::with(Duration::from_secs(1), Settings::DEFAULT));
+    let all = [
+        (spec("bad"), Role::Decode, room(None)),
+        (spec("d"), Role::Decode, room(None)),
+        (spec("full"), Role::Decode, room(Some(0))),
+        (spec("p"), Role::Prefill, room(Some(1))),
+        (spec("q"), Role::Prefill, Load { queued_prefill_tokens: 9_000, ..room(None) }),
+        (spec("small"), Role::Decode, Load { kv_blocks_total: 2, ..room(None) }),
+    ];
+    board.list(&all.each_ref().map(|(of, ..)| of.clone()), Instant::now());
+    for (of, role, load) in all {
+        board.up(&of.id, of.incarnation, ready(role));
+        board.load(&of.id, load);
+    }
+    let bad = [spec("bad").id];
+    let receipt = board.book(&Wanted { avoid: &bad, ..wanted }).expect("a place").receipt;
+    assert_eq!(receipt.not_asked, NotAsked { away: 0, avoided: 1, full: 1, too_small: 1 });
+    let (prefill, decode, cost) = receipt.runner_up.expect("there is another");
+    assert_eq!((prefill.as_str(), decode.as_str()), ("q", "d"));
+    assert!(cost > receipt.cost_micros && receipt.cost_micros >= receipt.handoff_micros);
+
     // What has been sent there since counts at once, until it has told its load again.
     let board = board::Board::with(Duration::from_secs(1), Settings::DEFAULT);
     let mixed = spec("m");

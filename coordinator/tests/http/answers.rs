@@ -251,6 +251,10 @@ async fn operators_are_told_why_a_request_went_where_it_went() {
         .collect();
     assert_eq!(parts, [("p", "prefill", true), ("d", "decode", true)]);
     assert!(placement.cheapest.is_sorted_by_key(|candidate| candidate.cost_micros));
+    let parts: u64 = placement.cheapest.iter().map(|candidate| candidate.cost_micros).sum();
+    let rest = placement.cost_micros - placement.handoff_micros;
+    assert!(rest.abs_diff(parts) <= 2, "{placement:?}");
+    assert_eq!((&placement.runner_up, placement.away, placement.avoided), (&None, 0, 0));
 
     prefill.finish(p.leg, 0, "a", FinishReason::HandedOff);
     decode.finish(d.leg, 1, "b", FinishReason::Length);

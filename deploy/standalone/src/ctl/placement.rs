@@ -115,11 +115,7 @@ pub(super) fn sections(page: &mut Page, answer: &ExplainPlacementResponse) {
 }
 
 fn section(page: &mut Page, placement: &PlacementView) {
-    let PlacementView { prefill_instance, decode_instance, .. } = placement;
-    let to = match prefill_instance == decode_instance {
-        true => format!("all of it on {prefill_instance}"),
-        false => format!("prefill on {prefill_instance}, decode on {decode_instance}"),
-    };
+    let to = way(&placement.prefill_instance, &placement.decode_instance);
     page.section(&format!("Placed {} ago: {to}", age(placement.age_millis)));
     if !placement.because.is_empty() {
         page.fact("After", &placement.because);
@@ -133,9 +129,44 @@ fn section(page: &mut Page, placement: &PlacementView) {
     if !placement.policy.is_empty() {
         page.fact("Policy", &placement.policy);
     }
+    if placement.cost_micros > 0 {
+        let cost = millis(placement.cost_micros as f64 / 1e3);
+        let handoff = match placement.handoff_micros {
+            0 => String::new(),
+            micros => format!(", {} of it for the handoff", millis(micros as f64 / 1e3)),
+        };
+        page.fact("Cost", format!("{cost}{handoff}"));
+    }
+    if let Some(other) = &placement.runner_up {
+        let (to, cost) = (way(&other.prefill_instance, &other.decode_instance), other.cost_micros);
+        page.fact("Next best", format!("{to}, {}", millis(cost as f64 / 1e3)));
+    }
+    let not_asked = not_asked(placement);
+    if !not_asked.is_empty() {
+        page.fact("Not asked", not_asked);
+    }
     page.fact("Candidates", format!("{candidates}; the cheapest for each part:"));
     let rows: Vec<Row> = placement.cheapest.iter().map(row).collect();
     page.text(&Layout::new(CANDIDATES, true).text(&rows, true));
+}
+
+fn way(prefill: &str, decode: &str) -> String {
+    match prefill == decode {
+        true => format!("all of it on {prefill}"),
+        false => format!("prefill on {prefill}, decode on {decode}"),
+    }
+}
+
+/// Who runs the model and could not be asked: how many, and why.
+fn not_asked(placement: &PlacementView) -> String {
+    let reasons = [
+        (placement.away, "not ready"),
+        (placement.avoided, "avoided after failures"),
+        (placement.full, "with a full queue"),
+        (placement.too_small, "too small"),
+    ];
+    let told = reasons.iter().filter(|(many, _)| *many > 0);
+    told.map(|(many, why)| format!("{many} {why}")).collect::<Vec<_>>().join(", ")
 }
 
 fn row(candidate: &CandidateView) -> Row {
@@ -188,6 +219,19 @@ fn placement_object(placement: &PlacementView) -> Value {
         "choices": placement.choices,
         "candidates": placement.candidates,
         "policy": placement.policy,
+        "cost_micros": placement.cost_micros,
+        "handoff_micros": placement.handoff_micros,
+        "runner_up": placement.runner_up.as_ref().map(|other| json!({
+            "prefill_instance": other.prefill_instance,
+            "decode_instance": other.decode_instance,
+            "cost_micros": other.cost_micros,
+        })),
+        "not_asked": {
+            "away": placement.away,
+            "avoided": placement.avoided,
+            "full": placement.full,
+            "too_small": placement.too_small,
+        },
         "cheapest": placement.cheapest.iter().map(candidate_object).collect::<Vec<_>>(),
     })
 }
@@ -212,7 +256,7 @@ fn candidate_object(candidate: &CandidateView) -> Value {
 
 #[cfg(test)]
 pub(super) mod tests {
-    use baton_proto::v1::RequestView;
+    use baton_proto::v1::{RequestView, RunnerUpView};
 
     use super::*;
 
@@ -244,6 +288,17 @@ pub(super) mod tests {
             candidates: 3,
             policy: "predicted".into(),
             waited_millis: if because.is_empty() { 40 } else { 0 },
+            cost_micros: 25_400,
+            handoff_micros: 400,
+            runner_up: Some(RunnerUpView {
+                prefill_instance: "server-0".into(),
+                decode_instance: "server-2".into(),
+                cost_micros: 31_000,
+            }),
+            away: 1,
+            full: 2,
+            avoided: 0,
+            too_small: 0,
             cheapest: vec![
                 candidate("server-0", "prefill", true),
                 candidate("server-1", "decode", true),
@@ -267,6 +322,9 @@ pub(super) mod tests {
         for line in [
             "Came:                2.0s ago, to coordinator c-0",
             "Placed 1.5s ago: prefill on server-0, decode on server-1",
+            "  Cost:                25.4ms, 0.40ms of it for the handoff",
+            "  Next best:           prefill on server-0, decode on server-2, 31.0ms",
+            "  Not asked:           1 not ready, 2 with a full queue",
             "  After:               instance server-3 is lost",
             "  Waited:              40.0ms in line",
             "  Reckoned with:       40 prompt tokens, 16 to come",
