@@ -76,13 +76,15 @@ pub struct Attempts {
     lost: u32,
     /// Refusals since the last attempt.
     refused: u32,
+    /// Since when the answer, which had begun, waits for its next token.
+    paused: Option<Instant>,
 }
 
 impl Attempts {
     /// `assignment` has been given to a first place.
     pub fn new(placer: Arc<Placer>, model: Arc<Model>, assignment: Assignment) -> Self {
         model.retry_budget.lock().request();
-        Self { placer, model, assignment, failed: 0, fruitless: 0, lost: 0, refused: 0 }
+        Self { placer, model, assignment, failed: 0, fruitless: 0, lost: 0, refused: 0, paused: None }
     }
 
     /// What they are to do.
@@ -91,10 +93,15 @@ impl Attempts {
     }
 
     /// Takes note of who has brought the first token of an attempt.
-    pub fn served(&self, generation: &mut Generation) {
-        let (placed, now) = (generation.placed(), Instant::now());
-        let instances = generation.take_served();
-        instances.for_each(|instance| self.placer.breakers.success(instance, placed, now));
+    pub fn served(&mut self, generation: &mut Generation) {
+        let placed = generation.placed();
+        for instance in generation.take_served() {
+            let now = Instant::now();
+            self.placer.breakers.success(instance, placed, now);
+            if let Some(since) = self.paused.take() {
+                self.model.counts.migration_pause.observe((now - since).as_secs_f64());
+            }
+        }
     }
 
     /// An attempt has failed.
@@ -133,8 +140,9 @@ impl Attempts {
     }
 
     /// Takes note that it goes on elsewhere.
-    pub fn moved(&self, handed_on: bool) {
-        let Self { placer, model, assignment, .. } = self;
+    pub fn moved(&mut self, handed_on: bool) {
+        self.pauses();
+        let Self { placer, model, assignment, .. } = &*self;
         let (request, generated) = (&assignment.request, assignment.generated.len());
         tracing::info!(%request, generated, handed_on, "the request leaves an instance that drains");
         self.count_migration(ErrorCode::Unavailable);
@@ -183,7 +191,15 @@ impl Attempts {
             self.placer.metrics.not_placed_again.get_or_create(&of).inc();
             return Err(failure.error);
         }
+        self.pauses();
         Ok(self.clone().go_on(failure, pause).boxed())
+    }
+
+    /// The next token is waited for longer than for any other, if there have been any.
+    fn pauses(&mut self) {
+        if !self.assignment.generated.is_empty() {
+            self.paused.get_or_insert_with(Instant::now);
+        }
     }
 
     /// Gives it to others, after a pause or the next change of the fleet.

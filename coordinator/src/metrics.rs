@@ -118,6 +118,7 @@ struct ByModel {
     time_to_first_token: Histograms,
     time_per_output_token: Histograms,
     end_to_end: Histograms,
+    migration_pause: Histograms,
     in_time: Family<ModelLabel, Counter>,
     prompt_tokens: Family<ModelLabel, Counter>,
     cached_tokens: Family<ModelLabel, Counter>,
@@ -144,6 +145,8 @@ pub struct ModelMetrics {
     pub time_to_first_token: Histogram,
     pub time_per_output_token: Histogram,
     pub end_to_end: Histogram,
+    /// Of answers that were begun and went on elsewhere: from the failure to the next token.
+    pub migration_pause: Histogram,
     /// Answers that met their targets.
     pub in_time: Counter,
     pub prompt_tokens: Counter,
@@ -198,6 +201,7 @@ impl Metrics {
                 time_to_first_token: seconds(),
                 time_per_output_token: seconds(),
                 end_to_end: seconds(),
+                migration_pause: seconds(),
                 in_time: Family::default(),
                 prompt_tokens: Family::default(),
                 cached_tokens: Family::default(),
@@ -238,6 +242,7 @@ impl Metrics {
             time_to_first_token: by_model.time_to_first_token.get_or_create_owned(&label),
             time_per_output_token: by_model.time_per_output_token.get_or_create_owned(&label),
             end_to_end: by_model.end_to_end.get_or_create_owned(&label),
+            migration_pause: by_model.migration_pause.get_or_create_owned(&label),
             in_time: by_model.in_time.get_or_create_owned(&label),
             prompt_tokens: by_model.prompt_tokens.get_or_create_owned(&label),
             cached_tokens: by_model.cached_tokens.get_or_create_owned(&label),
@@ -297,14 +302,15 @@ impl Metrics {
             self.body_reserved.clone(),
         );
         let seconds = [
-            (
-                "queue_wait",
-                "From being prepared to being placed, or let in to wait for an instance",
-                &by_model.queue_wait,
-            ),
+            ("queue_wait", "From being prepared to being placed", &by_model.queue_wait),
             ("time_to_first_token", "From arrival to the first token", &by_model.time_to_first_token),
             ("time_per_output_token", "Mean of a request's later tokens", &by_model.time_per_output_token),
             ("e2e_request_latency", "From arrival to the end", &by_model.end_to_end),
+            (
+                "migration_pause",
+                "Of answers that were begun and went on elsewhere, from the failure to the next token",
+                &by_model.migration_pause,
+            ),
         ];
         for (name, help, histogram) in seconds {
             registry.register_with_unit(name, help, Unit::Seconds, histogram.clone());

@@ -205,7 +205,7 @@ impl Line {
         let (waiting, outranked) = {
             let state = &mut *desk.state.lock();
             let wait = state.queue.wait(priority, began);
-            if wait.is_some_and(|wait| wait > by - began) {
+            if state.vacant.is_none() && wait.is_some_and(|wait| wait > by - began) {
                 let message = "the requests that are waiting take longer than this one can wait";
                 return Err(desk.refuse("backlog", message, wait));
             }

@@ -220,7 +220,7 @@ impl Lane {
             return vec![Strand { work: Work::Generating(generation), attempts, choices }];
         };
         generation.give_up();
-        let strand = |(moved, attempts, choices): (Moved, Attempts, _)| {
+        let strand = |(moved, mut attempts, choices): (Moved, Attempts, _)| {
             let Moved { generation, placing, handed_on } = moved;
             attempts.moved(handed_on);
             card.placed(placing);

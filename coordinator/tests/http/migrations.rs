@@ -95,6 +95,9 @@ async fn decode_lost_amid_a_half_matched_stop_string_is_gone_on_from() {
             assert_eq!(answer["usage"], usage);
         }
         assert_eq!(migrations(&cluster, ErrorCode::InstanceLost).await.as_deref(), Some("1"));
+        let metrics = cluster.get("/metrics").await.text().await.expect("a body");
+        let pauses = "baton_coordinator_migration_pause_seconds_count{model=\"tiny\"} 1";
+        assert!(metrics.lines().any(|line| line == pauses), "{metrics}");
         cluster.at_rest().await;
     }
 }

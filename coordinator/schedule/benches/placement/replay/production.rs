@@ -26,7 +26,7 @@ use super::{
 };
 
 /// Tokens of an instance's KV block: each of the trace's is several, and what is known of caches is told by these.
-const KV_BLOCK_TOKENS: u32 = 16;
+pub(crate) const KV_BLOCK_TOKENS: u32 = 16;
 /// Of one token, in bytes: [`super::machine::Machine::NODE`]'s, at 25 GB/s.
 const TOKEN_BYTES: u64 = 320 << 10;
 /// What requests allow their answers; how long these turn out nobody knows beforehand.
