@@ -118,10 +118,10 @@ fn placing(placing: &Placing) -> v1::PlacementView {
             decode_instance: decode.to_string(),
             cost_micros: *cost_micros,
         }),
-        away: receipt.not_asked.away,
-        avoided: receipt.not_asked.avoided,
-        full: receipt.not_asked.full,
-        too_small: receipt.not_asked.too_small,
+        away: receipt.left_aside.away,
+        avoided: receipt.left_aside.avoided,
+        full: receipt.left_aside.full,
+        too_small: receipt.left_aside.too_small,
         cheapest: receipt.cheapest.iter().map(|scored| candidate(scored, taken(scored))).collect(),
     }
 }

@@ -74,8 +74,9 @@ pub struct Attempts {
     failed: u32,
     fruitless: u32,
     lost: u32,
-    /// Refusals since the last attempt.
+    /// Refusals since the last attempt, and when the first of them was.
     refused: u32,
+    refused_since: Option<Instant>,
     /// Since when the answer, which had begun, waits for its next token.
     paused: Option<Instant>,
 }
@@ -84,7 +85,17 @@ impl Attempts {
     /// `assignment` has been given to a first place.
     pub fn new(placer: Arc<Placer>, model: Arc<Model>, assignment: Assignment) -> Self {
         model.retry_budget.lock().request();
-        Self { placer, model, assignment, failed: 0, fruitless: 0, lost: 0, refused: 0, paused: None }
+        Self {
+            placer,
+            model,
+            assignment,
+            failed: 0,
+            fruitless: 0,
+            lost: 0,
+            refused: 0,
+            refused_since: None,
+            paused: None,
+        }
     }
 
     /// What they are to do.
@@ -168,9 +179,13 @@ impl Attempts {
         let code = failure.error.code;
         let pause = if cause::is_refusal(code) && !failure.begun {
             self.refused += 1;
+            let since = *self.refused_since.get_or_insert_with(Instant::now);
+            if since.elapsed() >= self.placer.carry_patience {
+                return Err(failure.error);
+            }
             PAUSE_LEAST.saturating_mul(1 << self.refused.min(16)).min(PAUSE_MOST)
         } else {
-            self.refused = 0;
+            (self.refused, self.refused_since) = (0, None);
             self.failed += 1;
             match (failure.begun, cause::is_loss(code)) {
                 (true, _) => (self.fruitless, self.lost) = (0, 0),

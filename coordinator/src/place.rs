@@ -1,9 +1,9 @@
 //! Books a place for a request: at once if there is one, or as soon as there is.
 //!
-//! Called by [`crate::admit`] and [`crate::serve`] for its first place, and by [`crate::carry`] for the next. Leaves the
+//! Called by [`crate::admit`] for its first place, and by [`crate::carry`] for the next. Leaves the
 //! choice to [`baton_schedule`] and the sending to [`crate::dispatch`].
 
-use std::{iter, pin::pin, sync::Arc, time::Duration};
+use std::{iter, sync::Arc, time::Duration};
 
 use baton_proto::InstanceId;
 use baton_schedule::{
@@ -83,15 +83,14 @@ impl Placer {
         generated: &[u32],
         avoid: &[InstanceId],
     ) -> Result<Booked, NoPlace> {
+        let mut changes = self.board.changes();
         loop {
-            let mut freed = pin!(self.board.freed());
-            freed.as_mut().enable();
+            changes.borrow_and_update();
             match self.book(served, prompt, generated, avoid, Among::All) {
-                Err(reason) if reason.may_pass() => {
-                    if timeout_at(deadline, freed).await.is_err() {
-                        return Err(reason);
-                    }
-                }
+                Err(reason) if reason.may_pass() => match timeout_at(deadline, changes.changed()).await {
+                    Ok(Ok(())) => {}
+                    Ok(Err(_)) | Err(_) => return Err(reason),
+                },
                 settled => return settled,
             }
         }

@@ -1,4 +1,4 @@
-//! The path of a request through the stages: Received -> Prepared -> Admitted -> Placed -> Streaming.
+//! The path of a request through the stages: Received -> Prepared -> Admitted, with its places booked -> Streaming.
 //!
 //! Called by [`crate::http`] with what arrived; answers with a [`Streaming`] or one error. Each stage consumes the one
 //! before it, so that nothing can be skipped and everything a request holds is given back wherever it is dropped.

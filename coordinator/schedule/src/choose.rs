@@ -8,7 +8,7 @@ use baton_proto::InstanceId;
 use tokio::time::Instant;
 
 use crate::{
-    Among, Ask, NoPlace, NotAsked, Placement, Receipt, Side,
+    Among, Ask, LeftAside, NoPlace, Placement, Receipt, Side,
     cost::{Price, Pricing, cached_tokens, expected_tokens, fits},
     settings::{Policy, Settings},
     view::{Class, Model, Row, View},
@@ -18,6 +18,9 @@ use candidate::{Best, Candidate};
 
 /// Candidates for a part of the work that a receipt keeps, the best.
 const RECEIPT_MOST: usize = 4;
+/// Whoever refuses, as many wait there as may, comes after all others: years, in microseconds.
+const FULL_RANK: f64 = 1e15;
+
 /// The best of each role in a class.
 #[derive(Default)]
 struct Halves<'a> {
@@ -34,7 +37,7 @@ struct Found<'a> {
     /// Instances that are ready, and not left out.
     ready: usize,
     candidates: usize,
-    not_asked: NotAsked,
+    left_aside: LeftAside,
 }
 
 impl<'a> Found<'a> {
@@ -146,41 +149,42 @@ fn walk<'a>(model: &'a Model, ask: &Ask<'_>, settings: &Settings, now: Instant) 
         classes: model.classes.iter().map(|_: &Class| Halves::default()).collect(),
         ready: 0,
         candidates: 0,
-        not_asked: NotAsked::default(),
+        left_aside: LeftAside::default(),
     };
-    let room_micros = match ask.wanted.among {
-        Among::Roomy => settings.room.as_secs_f64() * 1e6,
-        Among::All | Among::PeersOf(_) => f64::INFINITY,
+    // How long it may wait where as many wait as may, and elsewhere.
+    let [room_of_full, room] = match ask.wanted.among {
+        Among::Roomy => [f64::NEG_INFINITY, settings.room.as_secs_f64() * 1e6],
+        Among::All | Among::PeersOf(_) => [f64::INFINITY; 2],
     };
     let predicted = settings.policy == Policy::Predicted;
     let locally = settings.local_prefill && predicted && ask.wanted.among.handed_on_by().is_none();
     for row in &model.rows {
         if !row.is_usable(now) {
-            found.not_asked.away += 1;
+            found.left_aside.away += 1;
             continue;
         }
         if ask.wanted.avoid.contains(&row.spec.id) {
-            found.not_asked.avoided += 1;
+            found.left_aside.avoided += 1;
             continue;
         }
         found.ready += 1;
-        if row.standing.waiting_room == Some(0) {
-            found.not_asked.full += 1;
-            continue;
-        }
         let side = match (row.side(), ask.wanted.among.handed_on_by()) {
             (Some(Side::Whole | Side::Decode), Some(from)) if row.spec.id != *from => Side::Decode,
             (Some(side), None) => side,
             _ => continue,
         };
         let turn = (row.chosen, mixed(ask.turn, row.number));
+        let full = row.standing.waiting_room == Some(0);
+        let (room_micros, last) = if full { (room_of_full, FULL_RANK) } else { (room, 0.0) };
         let offered = fits(row, ask).then(|| {
             let cached = cached_tokens(row, ask, side);
             let price = pricing.price(row, side, cached);
-            Candidate { row, side, cached, price, rank: rank(settings.policy, row, &price, turn.1), turn }
+            let rank = rank(settings.policy, row, &price, turn.1) + last;
+            Candidate { row, side, cached, price, rank, turn }
         });
+        found.left_aside.full += u32::from(full);
         found.candidates += usize::from(offered.is_some());
-        found.not_asked.too_small += u32::from(offered.is_none());
+        found.left_aside.too_small += u32::from(offered.is_none());
         let classes = &mut found.classes[row.classes.clone()];
         match side {
             Side::Whole => found.whole.take(offered, room_micros),
@@ -190,7 +194,8 @@ fn walk<'a>(model: &'a Model, ask: &Ask<'_>, settings: &Settings, now: Instant) 
         if locally && side == Side::Decode && offered.is_some() {
             let cached = cached_tokens(row, ask, Side::Whole);
             if let Some(price) = pricing.local(row, cached) {
-                let candidate = Candidate { row, side: Side::Whole, cached, price, rank: price.micros, turn };
+                let rank = price.micros + last;
+                let candidate = Candidate { row, side: Side::Whole, cached, price, rank, turn };
                 classes.iter_mut().for_each(|halves| halves.local.take(Some(candidate), room_micros));
             }
         }
@@ -324,7 +329,7 @@ fn receipt(
         choices: ask.wanted.choices,
         policy: settings.policy,
         candidates: found.candidates,
-        not_asked: found.not_asked,
+        left_aside: found.left_aside,
         cost_micros: way.micros().0 as u64,
         handoff_micros: way.micros().1 as u64,
         runner_up: runner_up.map(|way| {
@@ -342,9 +347,6 @@ fn nobody(view: &View, ask: &Ask<'_>, now: Instant) -> NoPlace {
 
 /// Why nobody takes the request. It is too large only if none of those that are not ready just now might hold it.
 fn lack(found: &Found<'_>, model: &Model, ask: &Ask<'_>) -> NoPlace {
-    if found.not_asked.full > 0 {
-        return NoPlace::Busy;
-    }
     let small = |halves: &Halves<'_>| halves.prefill.too_small || halves.decode.too_small;
     // In all of its classes nobody is there for the other half.
     let lacks = |candidate: &Candidate<'_>, other: for<'h> fn(&'h Halves<'_>) -> &'h Best<'h>| {

@@ -179,8 +179,8 @@ pub struct Receipt {
     pub policy: Policy,
     /// How many instances could take a part of it.
     pub candidates: usize,
-    /// Instances that run the model and were not asked.
-    pub not_asked: NotAsked,
+    /// Instances that run the model and were left aside.
+    pub left_aside: LeftAside,
     /// What the way that was taken costs, all of it, and the handoff's part of that.
     pub cost_micros: u64,
     pub handoff_micros: u64,
@@ -191,14 +191,14 @@ pub struct Receipt {
     pub cheapest: Vec<Scored>,
 }
 
-/// Why instances were not asked, and how many.
+/// Why instances were left aside, and how many.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct NotAsked {
+pub struct LeftAside {
     /// They are not ready, or not to be reached.
     pub away: u32,
     /// They fail what they are given, or have failed this very request.
     pub avoided: u32,
-    /// As many wait there as may.
+    /// As many wait there as may: they come last.
     pub full: u32,
     /// The prompt is more than they could hold.
     pub too_small: u32,

@@ -228,7 +228,19 @@ fn who_lets_nobody_wait_any_more_is_asked_nothing() {
     assert_eq!(chosen(&pair(None, None), &none, &ask(100)), through("p"));
     assert_eq!(chosen(&pair(Some(1), Some(1)), &none, &ask(100)), through("p"));
     assert_eq!(chosen(&pair(Some(0), Some(1)), &none, &ask(100)), through("q"));
-    assert_eq!(chosen(&pair(Some(1), Some(0)), &none, &ask(100)), Err(NoPlace::Busy));
+    // They would be refused, and take that for what it is.
+    assert_eq!(chosen(&pair(Some(1), Some(0)), &none, &ask(100)), through("p"));
+    let roomy = |fleet: &Fleet| {
+        let wanted = Wanted { among: Among::Roomy, ..Wanted::new(100, 8, "r1") };
+        let ask = Ask { wanted, ..ask(100) };
+        chosen(fleet, &none, &ask)
+    };
+    assert_eq!(roomy(&pair(Some(1), Some(1))), through("p"));
+    assert_eq!(roomy(&pair(Some(0), Some(1))), through("q"));
+    assert_eq!(roomy(&pair(Some(1), Some(0))), Err(NoPlace::Busy));
+    // What is lacking is told all the same.
+    let only = fleet_of(vec![(spec("p"), Role::Prefill, room(Some(0)))]);
+    assert_eq!(roomy(&only), Err(NoPlace::NoDecode));
 
     let (wanted, board) =
         (Wanted::new(100, 8, "r1"), board::Board::with(Duration::from_secs(1), Settings::DEFAULT));
@@ -247,7 +259,7 @@ fn who_lets_nobody_wait_any_more_is_asked_nothing() {
     }
     let bad = [spec("bad").id];
     let receipt = board.book(&Wanted { avoid: &bad, ..wanted }).expect("a place").receipt;
-    assert_eq!(receipt.not_asked, NotAsked { away: 0, avoided: 1, full: 1, too_small: 1 });
+    assert_eq!(receipt.left_aside, LeftAside { away: 0, avoided: 1, full: 1, too_small: 1 });
     let (prefill, decode, cost) = receipt.runner_up.expect("there is another");
     assert_eq!((prefill.as_str(), decode.as_str()), ("q", "d"));
     assert!(cost > receipt.cost_micros && receipt.cost_micros >= receipt.handoff_micros);
@@ -258,9 +270,10 @@ fn who_lets_nobody_wait_any_more_is_asked_nothing() {
     board.list(std::slice::from_ref(&mixed), Instant::now());
     board.up(&mixed.id, mixed.incarnation, ready(Role::Mixed));
     board.load(&mixed.id, room(Some(2)));
-    let wanted = Wanted::new(1, 8, "r1");
+    let wanted = Wanted { among: Among::Roomy, ..Wanted::new(1, 8, "r1") };
     let mut held: Vec<_> = (0..2).map(|_| board.book(&wanted).expect("there is room")).collect();
     assert_eq!(board.book(&wanted).err(), Some(NoPlace::Busy));
+    assert_eq!(board.can_serve("r1"), Ok(()), "it is busy, and there");
     held.pop();
     assert!(board.book(&wanted).is_ok());
 }

@@ -2,9 +2,10 @@
 //!
 //! A request goes at once if nobody waits, a seat is free and an instance has room. Else it waits in a [`Queue`], and a task
 //! that lives for as long as anybody waits places whoever is next as soon as there is a seat and room: late, by what is
-//! known then. Where no instance is there at all, one that is started again is worth a short wait. Requests that look for another place after a failure do not come here again. Whoever leaves, or has waited
-//! too long, is taken out at once. Who finds the line full may stand beside it and be prepared, if somebody waits who gives way
-//! to it ([`Rank`]); and takes the place of that one, who is turned away, when it would wait itself.
+//! known then. Where no instance is there at all, one that is started again is worth a short wait. Requests that look for
+//! another place after a failure do not come here again. Whoever leaves, or has waited too long, is taken out at once. Who
+//! finds the line full may stand beside it and be prepared, if somebody waits who gives way to it ([`Rank`]); and takes the
+//! place of that one, who is turned away, when it would wait itself.
 
 use std::{pin::pin, sync::Arc, time::Duration};
 
@@ -42,7 +43,7 @@ pub struct Line {
     queue_timeout: Duration,
 }
 
-/// Where each prompt of a request goes, or why it is not placed though it waited.
+/// Where each prompt of a request goes, or why it is not placed and waits no longer.
 type Found = Result<Vec<Booked>, NoPlace>;
 
 /// A place in the line; `None`: beside it, until another gives way.
@@ -94,8 +95,8 @@ struct State {
     /// Seats that are taken.
     seated: usize,
     queue: Queue<Waiter>,
-    /// Since when nobody is there who could serve any of those who wait, however busy, and why.
-    vacant: Option<(Instant, NoPlace)>,
+    /// Since when nobody is there who serves the model, however busy.
+    vacant: Option<Instant>,
     /// A task places those who wait.
     attended: bool,
 }
@@ -229,7 +230,7 @@ impl Line {
             Ok(Ok(bound)) => return bound.map_err(|reason| desk.told(reason)),
             Ok(Err(_)) => ("outranked", "requests of higher priority came while the line was full"),
             Err(_) => {
-                if let Some((_, reason)) = desk.state.lock().vacant {
+                if let Err(reason) = desk.serves(placer) {
                     return Err(desk.told(reason));
                 }
                 ("wait", "the request waited too long to be served")
@@ -313,20 +314,16 @@ impl Desk {
             }
             let (now, vacant) = (Instant::now(), &mut state.vacant);
             let fits = |waiter: &Waiter| {
-                let found = placer.book_all(&self.served, &waiter.prepared.prompts);
-                match found {
-                    Err(NoPlace::Busy) => *vacant = None,
-                    Err(reason) if reason.may_pass() => {
-                        let (since, _) = *vacant.get_or_insert((now, reason));
-                        let waited = now.saturating_duration_since(since.max(waiter.since));
-                        return (waited >= self.placement_timeout).then_some(found);
-                    }
-                    found => {
-                        *vacant = None;
-                        return Some(found);
-                    }
+                if self.serves(placer).is_ok() {
+                    *vacant = None;
+                    // Whoever is away that could hold it is not waited for: nobody else would be served meanwhile.
+                    let found = placer.book_all(&self.served, &waiter.prepared.prompts);
+                    return Some(found).filter(|found| !matches!(found, Err(NoPlace::Busy)));
                 }
-                None
+                let since = waiter.since.max(*vacant.get_or_insert(now));
+                let waited = now.saturating_duration_since(since);
+                (waited >= self.placement_timeout)
+                    .then(|| placer.book_all(&self.served, &waiter.prepared.prompts))
             };
             let Some((waiter, found)) = state.queue.next(now, fits) else { return false };
             state.seated += 1;
@@ -335,6 +332,11 @@ impl Desk {
         // One that has left in this very moment gives all of it back.
         drop(goes.send(found.map(|bookings| Bound { seat, place, prepared, bookings })));
         true
+    }
+
+    /// Whether anybody is there who serves the model, however busy.
+    fn serves(&self, placer: &Placer) -> Result<(), NoPlace> {
+        placer.board.can_serve(&self.served.revision)
     }
 
     fn told(&self, reason: NoPlace) -> ApiError {

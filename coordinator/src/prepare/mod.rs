@@ -120,6 +120,11 @@ pub fn prepare(
         Endpoint::Text => {
             let missing =
                 || invalid("prompt", "must be given: a string, a list of token ids, or a list of either");
+            if request.chat_template_kwargs.as_ref().is_some_and(|variables| !variables.is_empty()) {
+                let message = "chat_template_kwargs: a completion has no template; see /v1/chat/completions";
+                let error = ApiError::new(ErrorCode::Unsupported, message);
+                return Err(error.param("chat_template_kwargs"));
+            }
             Some(request.prompt.as_ref().ok_or_else(missing)?.each())
         }
     };

@@ -70,6 +70,16 @@ fn a_chat_may_tell_the_template_what_no_one_else_does() {
 }
 
 #[test]
+fn a_completion_has_no_template_to_tell_anything() {
+    let with = |variables: &str| {
+        text(&format!(r#"{{"model": "tiny", "prompt": "a", "chat_template_kwargs": {variables}}}"#))
+    };
+    assert!(with("{}").is_ok());
+    let error = with(r#"{"enable_thinking": false}"#).expect_err("refused");
+    assert_eq!((error.code, error.param.as_deref()), (ErrorCode::Unsupported, Some("chat_template_kwargs")));
+}
+
+#[test]
 fn prompts_come_as_text_or_tokens_one_or_several() {
     for prompt in [r#""hi""#, "[104, 105]", r#"["hi"]"#, "[[104, 105]]"] {
         let prepared = text(&format!(r#"{{"model": "tiny", "prompt": {prompt}}}"#)).expect(prompt);

@@ -121,6 +121,20 @@ async fn who_is_refused_by_a_full_instance_goes_to_one_that_is_not() {
     cluster.at_rest().await;
 }
 
+#[tokio::test]
+async fn where_all_are_full_a_request_is_told_so_in_time() {
+    let patience = Duration::from_millis(300);
+    let (cluster, [full]) =
+        Cluster::start([("full", v1::Role::Mixed)], |config| config.carry.patience = patience).await;
+    let asked = work(full, |instance, leg| instance.fail(leg, ErrorCode::QueueFull));
+    let began = Instant::now();
+    let (status, error) = error_of(cluster.chat(json!({})).await.expect("ends")).await;
+    assert_eq!((status, &error["code"]), (429, &json!("queue_full")));
+    let (took, asked) = (began.elapsed(), asked.load(Ordering::Relaxed));
+    assert!(took >= patience && took < patience * 10 && (2..=16).contains(&asked), "{took:?}, {asked} times");
+    cluster.at_rest().await;
+}
+
 /// There is nobody else, so that the breaker does not matter.
 #[tokio::test]
 async fn a_fleet_that_only_fails_is_not_given_twice_the_work() {

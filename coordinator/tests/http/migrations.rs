@@ -210,7 +210,11 @@ async fn an_answer_that_lacks_only_its_end_is_not_sent_anywhere() {
 
 #[tokio::test]
 async fn refusals_cost_nothing_but_time() {
-    let (cluster, [mut mixed]) = Cluster::start([("m", v1::Role::Mixed)], in_time).await;
+    let (cluster, [mut mixed]) = Cluster::start([("m", v1::Role::Mixed)], |config| {
+        in_time(config);
+        config.carry.patience = PATIENCE;
+    })
+    .await;
     let response = cluster.chat(json!({"max_tokens": 4, "stream": true}));
     for (generated, code) in [("", ErrorCode::Unavailable), ("ab", ErrorCode::QueueFull)] {
         for _ in 0..4 {

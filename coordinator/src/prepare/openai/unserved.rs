@@ -88,7 +88,10 @@ impl<'de> Visitor<'de> for AskedVisitor {
         let mut asked = Asked::Nothing;
         while let Some(key) = map.next_key::<String>()? {
             if key == "type" {
-                asked = map.next_value()?;
+                asked = match map.next_value()? {
+                    Asked::Word(word) => Asked::Word(word),
+                    _ => Asked::Something,
+                };
             } else {
                 map.next_value::<IgnoredAny>()?;
                 if asked == Asked::Nothing {
@@ -216,6 +219,9 @@ mod tests {
             (r#"{"functions": [{}]}"#, "functions"),
             (r#"{"response_format": {"type": "json_object"}}"#, "response_format"),
             (r#"{"response_format": {"json_schema": {}, "type": "json_schema"}}"#, "response_format"),
+            (r#"{"response_format": {"json_schema": {}, "type": null}}"#, "response_format"),
+            (r#"{"response_format": {"type": ""}}"#, "response_format"),
+            (r#"{"guided_json": {"properties": {}, "type": []}}"#, "guided_json"),
             (r#"{"modalities": ["audio"]}"#, "modalities"),
             (r#"{"modalities": ["text", "audio"]}"#, "modalities"),
             (r#"{"modalities": ["audio", "text"]}"#, "modalities"),

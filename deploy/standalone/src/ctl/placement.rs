@@ -141,9 +141,9 @@ fn section(page: &mut Page, placement: &PlacementView) {
         let (to, cost) = (way(&other.prefill_instance, &other.decode_instance), other.cost_micros);
         page.fact("Next best", format!("{to}, {}", millis(cost as f64 / 1e3)));
     }
-    let not_asked = not_asked(placement);
-    if !not_asked.is_empty() {
-        page.fact("Not asked", not_asked);
+    let left_aside = left_aside(placement);
+    if !left_aside.is_empty() {
+        page.fact("Left aside", left_aside);
     }
     page.fact("Candidates", format!("{candidates}; the cheapest for each part:"));
     let rows: Vec<Row> = placement.cheapest.iter().map(row).collect();
@@ -157,8 +157,8 @@ fn way(prefill: &str, decode: &str) -> String {
     }
 }
 
-/// Who runs the model and could not be asked: how many, and why.
-fn not_asked(placement: &PlacementView) -> String {
+/// Who runs the model and was left aside: how many, and why.
+fn left_aside(placement: &PlacementView) -> String {
     let reasons = [
         (placement.away, "not ready"),
         (placement.avoided, "avoided after failures"),
@@ -226,7 +226,7 @@ fn placement_object(placement: &PlacementView) -> Value {
             "decode_instance": other.decode_instance,
             "cost_micros": other.cost_micros,
         })),
-        "not_asked": {
+        "left_aside": {
             "away": placement.away,
             "avoided": placement.avoided,
             "full": placement.full,
@@ -324,7 +324,7 @@ pub(super) mod tests {
             "Placed 1.5s ago: prefill on server-0, decode on server-1",
             "  Cost:                25.4ms, 0.40ms of it for the handoff",
             "  Next best:           prefill on server-0, decode on server-2, 31.0ms",
-            "  Not asked:           1 not ready, 2 with a full queue",
+            "  Left aside:          1 not ready, 2 with a full queue",
             "  After:               instance server-3 is lost",
             "  Waited:              40.0ms in line",
             "  Reckoned with:       40 prompt tokens, 16 to come",
