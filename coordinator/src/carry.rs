@@ -108,6 +108,8 @@ impl Attempts {
         let placed = generation.placed();
         for instance in generation.take_served() {
             let now = Instant::now();
+            // Who refuses it later, when it has to leave, is waited for anew.
+            (self.refused, self.refused_since) = (0, None);
             self.placer.breakers.success(instance, placed, now);
             if let Some(since) = self.paused.take() {
                 self.model.counts.migration_pause.observe((now - since).as_secs_f64());

@@ -314,16 +314,21 @@ impl Desk {
             }
             let (now, vacant) = (Instant::now(), &mut state.vacant);
             let fits = |waiter: &Waiter| {
-                if self.serves(placer).is_ok() {
-                    *vacant = None;
-                    // Whoever is away that could hold it is not waited for: nobody else would be served meanwhile.
-                    let found = placer.book_all(&self.served, &waiter.prepared.prompts);
-                    return Some(found).filter(|found| !matches!(found, Err(NoPlace::Busy)));
+                let book = || placer.book_all(&self.served, &waiter.prepared.prompts);
+                let lacks = |found: &Found| matches!(found, Err(reason) if reason.may_pass() && *reason != NoPlace::Busy);
+                let mut found = book();
+                if lacks(&found) {
+                    if self.serves(placer).is_err() {
+                        let since = waiter.since.max(*vacant.get_or_insert(now));
+                        let waited = now.saturating_duration_since(since);
+                        return (waited >= self.placement_timeout).then_some(found);
+                    }
+                    // Somebody has just come. Whoever is away that alone could hold it is not waited for: nobody else would
+                    // be served meanwhile.
+                    found = book();
                 }
-                let since = waiter.since.max(*vacant.get_or_insert(now));
-                let waited = now.saturating_duration_since(since);
-                (waited >= self.placement_timeout)
-                    .then(|| placer.book_all(&self.served, &waiter.prepared.prompts))
+                *vacant = None;
+                Some(found).filter(|found| !matches!(found, Err(NoPlace::Busy)))
             };
             let Some((waiter, found)) = state.queue.next(now, fits) else { return false };
             state.seated += 1;
