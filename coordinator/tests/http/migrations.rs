@@ -236,6 +236,42 @@ async fn refusals_cost_nothing_but_time() {
 }
 
 #[tokio::test]
+async fn the_patience_for_refusals_begins_anew_with_each_attempt_that_serves() {
+    let patience = std::time::Duration::from_millis(200);
+    let (cluster, [a, b]) = Cluster::start(MIXED, |config| {
+        in_time(config);
+        config.carry.patience = patience;
+        config.carry.move_after = std::time::Duration::ZERO;
+    })
+    .await;
+    let mut both = [a, b];
+    let response = cluster.chat(json!({"max_tokens": 100, "stream": true}));
+    let [a, b] = &mut both;
+    let (at, refused) = either(a, b).await;
+    both[at].fail(refused.leg, ErrorCode::Unavailable);
+    let [a, b] = &mut both;
+    let (at, begun) = either(a, b).await;
+    both[at].tokens(begun.leg, 0, "ab");
+    consumed(&cluster, 2).await;
+    tokio::time::sleep(patience * 2).await;
+    // It drains, so that the answer leaves, and the other refuses it at first.
+    both[at].say(Answer::Role(v1::RoleChange {
+        role: v1::Role::Mixed.into(),
+        epoch: 1,
+        phase: v1::Phase::Draining.into(),
+    }));
+    both[at].tokens(begun.leg, 2, "c");
+    let refused = both[1 - at].dispatch().await;
+    both[1 - at].fail(refused.leg, ErrorCode::Unavailable);
+    let last = both[1 - at].dispatch().await;
+    assert_eq!(last.generated_tokens, bytes("abc"));
+    both[1 - at].finish(last.leg, 3, "d", FinishReason::Stop);
+    let body = response.await.expect("ends").text().await.expect("a body");
+    assert_eq!(chat_text(&events(&body)), "abcd");
+    assert!(!body.contains("error"), "{body}");
+}
+
+#[tokio::test]
 async fn attempts_that_bring_nothing_and_failures_in_all_are_bounded() {
     let error_of = |body: &str| -> Value {
         let events = events(body);
