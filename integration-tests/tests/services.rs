@@ -55,6 +55,26 @@ async fn probe(address: &str, services: &[&str]) {
     assert!(output.status.success(), "{address}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
+/// Waits until it is ready, and asks it: the request, and its answer.
+async fn served(url: &str) -> (Value, String) {
+    eventually("a coordinator that is ready", || async {
+        reqwest::get(format!("{url}/readiness")).await.ok()?.error_for_status().ok().map(drop)
+    })
+    .await;
+    let body = chat::request("SmolLM2-135M-Instruct", "What is the capital of France?", 12, false);
+    let answer = chat::ask(url, &body).await;
+    assert!(answer.contains("Paris"), "{answer}");
+    (body, answer)
+}
+
+/// The instances, one of which prefills and the other decodes.
+async fn apart(controller: &str) -> Vec<Value> {
+    let instances = ctl(controller, "instances").await.expect("the controller answers");
+    let roles: BTreeSet<_> = instances.iter().map(|instance| instance["role"].as_str()).collect();
+    assert_eq!(roles, BTreeSet::from([Some("prefill"), Some("decode")]), "{instances:?}");
+    instances
+}
+
 #[tokio::test]
 async fn three_services_and_etcd() {
     let dir = tempfile::tempdir().expect("a temporary directory");
@@ -105,17 +125,9 @@ async fn three_services_and_etcd() {
     });
 
     let url = format!("http://{http_at}");
-    eventually("a coordinator that is ready", || async {
-        reqwest::get(format!("{url}/readiness")).await.ok()?.error_for_status().ok().map(drop)
-    })
-    .await;
-    let body = chat::request("SmolLM2-135M-Instruct", "What is the capital of France?", 12, false);
-    let answer = chat::ask(&url, &body).await;
-    assert!(answer.contains("Paris"), "{answer}");
+    let (body, answer) = served(&url).await;
 
-    let instances = ctl(&controller_at, "instances").await.expect("the controller answers");
-    let roles: BTreeSet<_> = instances.iter().map(|instance| instance["role"].as_str()).collect();
-    assert_eq!(roles, BTreeSet::from([Some("prefill"), Some("decode")]), "{instances:?}");
+    let instances = apart(&controller_at).await;
     for instance in &instances {
         let endpoint = instance["inference_endpoint"].as_str().expect("an endpoint");
         probe(endpoint, &["baton.v1.Inference", "baton.v1.Handoff", "baton.v1.KvCache"]).await;
@@ -172,17 +184,8 @@ async fn on_ipv6() {
         start("baton-server", name, &[&settings[..], &common, &listens].concat())
     });
 
-    let url = format!("http://{http_at}");
-    eventually("a coordinator that is ready", || async {
-        reqwest::get(format!("{url}/readiness")).await.ok()?.error_for_status().ok().map(drop)
-    })
-    .await;
-    let body = chat::request("SmolLM2-135M-Instruct", "What is the capital of France?", 12, false);
-    let answer = chat::ask(&url, &body).await;
-    assert!(answer.contains("Paris"), "{answer}");
-    let instances = ctl(&controller_at, "instances").await.expect("the controller answers");
-    let roles: BTreeSet<_> = instances.iter().map(|instance| instance["role"].as_str()).collect();
-    assert_eq!(roles, BTreeSet::from([Some("prefill"), Some("decode")]), "{instances:?}");
+    served(&format!("http://{http_at}")).await;
+    let instances = apart(&controller_at).await;
     for instance in &instances {
         let endpoint = instance["inference_endpoint"].as_str().expect("an endpoint");
         assert!(endpoint.starts_with("[::1]:"), "{endpoint}");
