@@ -113,15 +113,16 @@ impl Line {
         lines
     }
 
-    /// Enough that their processor time is measurable, and few enough that a round ends.
+    /// Enough that their processor time is measurable, and that what grows with the first long prompts is little beside all of
+    /// them; few enough that a round ends.
     pub(crate) fn requests(&self) -> u32 {
         let (least, each) = match (self.prompt, self.answer) {
-            (Prompt::Short, Answer::Paced | Answer::WholePaced) => (12, 4),
+            (Prompt::Short, Answer::Paced | Answer::WholePaced) => (12, 8),
             (Prompt::Short, Answer::Slow) => (1, 1),
             (Prompt::Short, Answer::Unpaced) => (300, 6),
             (Prompt::Short, Answer::Whole) => (1_000, 8),
-            (Prompt::Tokens32k, _) => (10, 2),
-            (Prompt::Bytes220k, _) => (60, 3),
+            (Prompt::Tokens32k, _) => (16, 8),
+            (Prompt::Bytes220k, _) => (1_000, 8),
         };
         (self.streams * each).max(least)
     }
