@@ -8,6 +8,7 @@ use std::sync::Arc;
 use baton_process::telemetry::TraceContext;
 use baton_proto::ApiError;
 use baton_schedule::NoPlace;
+use smallvec::SmallVec;
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
     time::Instant,
@@ -176,7 +177,7 @@ impl Service {
 
     /// `bookings`: one for each prompt.
     fn dispatch(&self, mut admitted: Admitted, bookings: Vec<Booked>) -> Result<Streaming, ApiError> {
-        let mut lanes = Vec::new();
+        let mut lanes = SmallVec::new();
         for (prompt, booked) in admitted.prepared.prompts.iter().zip(bookings) {
             let lane = self.lane(&admitted, prompt, booked);
             lanes.push(lane.inspect_err(|error| admitted.report.failed(error))?);

@@ -8,15 +8,17 @@ use std::{
     future::Future,
     pin::Pin,
     sync::Arc,
-    task::{Context, Poll},
+    task::{Context, Waker},
     time::Duration,
 };
 
+use baton_process::prefetch::prefetch;
 use baton_proto::{ApiError, ErrorCode, InstanceId, TransferId, tokens, v1};
 use baton_schedule::{
     Placement, Seat, Side,
     board::{Booking, Credit},
 };
+use smallvec::SmallVec;
 use tokio::time::{Instant, Sleep, sleep_until};
 use v1::dispatch::Work;
 
@@ -103,9 +105,36 @@ struct Choice {
     wait: Option<(Wait, Pin<Box<Sleep>>)>,
 }
 
+/// By when all of the answer must be there.
+struct Deadline {
+    at: Instant,
+    timer: Pin<Box<Sleep>>,
+    /// By the timer.
+    woken: Option<Waker>,
+}
+
+impl Deadline {
+    fn new(at: Instant) -> Self {
+        Self { at, timer: Box::pin(sleep_until(at)), woken: None }
+    }
+
+    /// If not, `context` is woken when it has. The timer is left alone where it is to wake whom it was: a request looks with
+    /// each of its tokens.
+    fn has_passed(&mut self, context: &mut Context<'_>) -> bool {
+        let same = self.woken.as_ref().is_some_and(|woken| woken.will_wake(context.waker()));
+        if same && Instant::now() < self.at {
+            return false;
+        }
+        if !same {
+            self.woken = Some(context.waker().clone());
+        }
+        self.timer.as_mut().poll(context).is_ready()
+    }
+}
+
 /// A request whose legs have been dispatched.
 pub struct Generation {
-    choices: Vec<Choice>,
+    choices: SmallVec<[Choice; 1]>,
     // Before `credit`: cancels leave before the work is taken off the ledger.
     legs: Legs,
     credit: Credit,
@@ -118,12 +147,12 @@ pub struct Generation {
     /// The leg whose fault it was that it failed.
     failed: Option<Side>,
     /// Legs that have brought a token, and how many of them have been told.
-    served: Vec<Side>,
+    served: SmallVec<[Side; 2]>,
     served_told: usize,
     placed: Instant,
     /// When it was told that whoever generates drains.
     leaving: Option<Instant>,
-    deadline: Pin<Box<Sleep>>,
+    deadline: Deadline,
     why_cancelled: &'static str,
 }
 
@@ -196,11 +225,11 @@ impl Generation {
             inbox: VecDeque::new(),
             news: VecDeque::new(),
             failed: None,
-            served: Vec::new(),
+            served: SmallVec::new(),
             served_told: 0,
             placed: Instant::now(),
             leaving: None,
-            deadline: Box::pin(sleep_until(assignment.deadline)),
+            deadline: Deadline::new(assignment.deadline),
             why_cancelled: "other_leg_ended",
         })
     }
@@ -262,25 +291,30 @@ impl Generation {
         [whole, prefill, decode].into_iter().flatten().for_each(|guard| guard.cancel_all("placed_again"));
     }
 
-    /// Waits for news of any choice. Must not be called after the end of the last, or a failure.
-    pub fn poll(&mut self, context: &mut Context<'_>) -> Poll<Progress> {
-        loop {
-            if let Some(news) = self.news.pop_front() {
-                return Poll::Ready(news);
-            }
-            match self.mailbox.poll_take(context, &mut self.inbox) {
-                Poll::Ready(()) => {
-                    self.drain_inbox();
-                    self.look_for_drain();
-                }
-                Poll::Pending => {
-                    self.poll_timers(context);
-                    if self.news.is_empty() {
-                        return Poll::Pending;
-                    }
-                }
-            }
+    /// Has the processor fetch what [`Self::receive`] appends to, and tells the last token that it is to find.
+    pub fn prefetch(&self) -> Option<u32> {
+        for last in self.choices.iter().filter_map(|choice| choice.machine.tokens().last()) {
+            prefetch(last);
         }
+        self.mailbox.last_token()
+    }
+
+    /// Takes in what the legs have brought; whatever they bring next wakes `context`.
+    pub fn receive(&mut self, context: &mut Context<'_>) {
+        let flooded = self.mailbox.take(context.waker(), &mut self.inbox);
+        if !self.inbox.is_empty() {
+            self.drain_inbox();
+            self.look_for_drain();
+        }
+        if let Some(side) = flooded {
+            self.fail_flooded(side);
+        }
+        self.look_at_timers(context);
+    }
+
+    /// What was received, one after the other; after the end of the last choice, or a failure, nothing more is to be asked.
+    pub fn news(&mut self) -> Option<Progress> {
+        self.news.pop_front()
     }
 
     fn drain_inbox(&mut self) {
@@ -329,9 +363,6 @@ impl Generation {
                 None => {}
             }
         }
-        if let Some(side) = self.mailbox.flooded() {
-            self.fail_flooded(side);
-        }
     }
 
     /// Who waits for a cache finds out when it has come.
@@ -371,10 +402,13 @@ impl Generation {
         }
     }
 
-    fn poll_timers(&mut self, context: &mut Context<'_>) {
-        let late = self.deadline.as_mut().poll(context).is_ready();
+    fn look_at_timers(&mut self, context: &mut Context<'_>) {
+        let late = self.deadline.has_passed(context);
         for choice in 0..self.choices.len() as u32 {
             let of = &mut self.choices[choice as usize];
+            if !late && of.wait.is_none() {
+                continue;
+            }
             let mut commands = Vec::new();
             if late {
                 self.why_cancelled = "deadline";
@@ -427,7 +461,7 @@ impl Generation {
         ended
     }
 
-    /// The timer is set before [`Self::poll_timers`] is reached, which polls it.
+    /// The timer is set before [`Self::look_at_timers`] is reached, which polls it: nobody waits once a reader has seen enough.
     fn wait_for(&mut self, choice: u32, wait: Wait, time: Duration) {
         if let Some(choice) = self.choices.get_mut(choice as usize) {
             choice.wait = Some((wait, Box::pin(sleep_until(Instant::now() + time))));

@@ -2,16 +2,24 @@
 //!
 //! A step brings tokens of many requests at once. To wake a task for each of them costs more than to read them; so a
 //! link gathers who is woken while it delivers, then has all of them read, and then all of them send: what one thing needs
-//! of code stays in the caches, and who receives it all finds the next piece there when done with the last. Readers of
-//! other kinds are woken as ever.
+//! of code stays in the caches, and who receives it all finds the next piece there when done with the last. What a request
+//! keeps was last touched a step ago, and is far from the processor by now: it is asked for before anybody reads, for some
+//! at a time. Readers of other kinds are woken as ever.
 
 use std::{cell::RefCell, sync::Arc};
 
 /// So many read in turn; more than these take turns of their own, wherever a thread is free.
 const IN_TURN: usize = 64;
+/// Memory is asked for ahead for so many at a time: what comes is still near when it is used.
+pub(super) const FEW: usize = 16;
+/// See [`Reader::prefetch`].
+const DEPTHS: usize = 3;
 
 /// Who can read without a task of its own. Must neither wait for anything nor panic.
 pub trait Reader: Send + Sync {
+    /// Has the processor fetch what reading touches: with each `depth`, from 0, what could be found once the last had come.
+    fn prefetch(&self, depth: usize);
+
     /// Takes in what has come. True: it has something to send.
     fn read(self: Arc<Self>) -> bool;
 
@@ -57,14 +65,14 @@ pub(super) fn gather<R>(deliver: impl FnOnce() -> R) -> (R, Woken) {
     (delivered, gathering.end())
 }
 
-/// `reader` is woken, by this thread. Gives it back where nobody gathers: it is to be woken otherwise.
-pub fn woken(reader: Arc<dyn Reader>) -> Option<Arc<dyn Reader>> {
+/// `reader` is woken, by this thread. False where nobody gathers: it is to be woken otherwise.
+pub fn woken<R: Reader + 'static>(reader: &Arc<R>) -> bool {
     WOKEN.with_borrow_mut(|woken| match woken {
         Some(woken) => {
-            woken.push(reader);
-            None
+            woken.push(reader.clone());
+            true
         }
-        None => Some(reader),
+        None => false,
     })
 }
 
@@ -78,9 +86,15 @@ pub(super) fn read(mut woken: Woken) {
     take_turns(woken);
 }
 
-fn take_turns(mut readers: Woken) {
-    readers.retain(|reader| reader.clone().read());
-    readers.iter().for_each(|reader| reader.send());
+fn take_turns(readers: Woken) {
+    let mut speak = Vec::with_capacity(readers.len());
+    for few in readers.chunks(FEW) {
+        for depth in 0..DEPTHS {
+            few.iter().for_each(|reader| reader.prefetch(depth));
+        }
+        speak.extend(few.iter().filter(|reader| Arc::clone(reader).read()));
+    }
+    speak.iter().for_each(|reader| reader.send());
 }
 
 #[cfg(test)]
@@ -96,6 +110,8 @@ mod tests {
     }
 
     impl Reader for Counting {
+        fn prefetch(&self, _: usize) {}
+
         fn read(self: Arc<Self>) -> bool {
             self.read.fetch_add(1, Ordering::Relaxed).is_multiple_of(2)
         }
@@ -110,11 +126,11 @@ mod tests {
         const READERS: usize = IN_TURN * 2 + 4;
         let reader = Arc::new(Counting::default());
         let count = |of: &AtomicUsize| of.load(Ordering::Relaxed);
-        assert!(woken(reader.clone()).is_some(), "nobody delivers");
+        assert!(!woken(&reader), "nobody delivers");
         let ((), all) = gather(|| {
-            (0..READERS).for_each(|_| assert!(woken(reader.clone()).is_none()));
+            (0..READERS).for_each(|_| assert!(woken(&reader)));
         });
-        assert!(woken(reader.clone()).is_some(), "all has been delivered");
+        assert!(!woken(&reader), "all has been delivered");
         assert_eq!(count(&reader.read), 0, "not before all has been delivered");
         read(all);
         assert!(count(&reader.read) <= IN_TURN, "the others do not wait for all of these");
@@ -129,12 +145,12 @@ mod tests {
         let reader = Arc::new(Counting::default());
         let broken = std::panic::catch_unwind(|| {
             gather(|| {
-                _ = woken(reader.clone());
+                _ = woken(&reader);
                 panic!("as the test wants it");
             })
         });
         assert!(broken.is_err());
         assert_eq!(reader.read.load(Ordering::Relaxed), 1);
-        assert!(woken(reader.clone()).is_some(), "nobody delivers any more");
+        assert!(!woken(&reader), "nobody delivers any more");
     }
 }

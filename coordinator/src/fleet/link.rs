@@ -18,6 +18,7 @@ mod task;
 
 use std::{
     collections::HashMap,
+    mem,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -25,17 +26,20 @@ use std::{
     time::Duration,
 };
 
+use baton_process::prefetch::prefetch;
 use baton_proto::{ApiError, ErrorCode, InstanceId, LegId, v1};
 use baton_schedule::{
     Side,
     board::{Credit, LegNews},
 };
+use foldhash::fast::RandomState;
 use parking_lot::Mutex;
 use tokio::time::Instant;
 use v1::attach_request::Frame as Ask;
 
 use super::{
     guard::{Choices, LegGuard, first_choices, only},
+    inline,
     leg::Output,
     mailbox::Mailbox,
     outbound::Outbound,
@@ -60,10 +64,46 @@ struct Slot {
     sent: Instant,
 }
 
+/// Numbers of legs are this coordinator's own: nobody chooses them so that they fall together.
+type Slots = HashMap<LegId, Slot, RandomState>;
+
 /// A stream that stands, and the legs that go by it.
 struct Up {
     outbound: Outbound,
-    legs: HashMap<LegId, Slot>,
+    legs: Slots,
+}
+
+impl Up {
+    /// Has the processor fetch the boxes of some legs, and then what lies in them.
+    fn prefetch(&self, outputs: &[v1::LegOutput]) {
+        let boxes = || outputs.iter().filter_map(|output| self.legs.get(&LegId(output.leg)));
+        boxes().for_each(|slot| prefetch(&*slot.mailbox));
+        boxes().for_each(|slot| slot.mailbox.prefetch());
+    }
+
+    /// Hands an output to its leg.
+    fn deliver(&mut self, output: v1::LegOutput, news: &mut Vec<LegNews>) {
+        let leg = LegId(output.leg);
+        let slot = self.legs.get_mut(&leg);
+        // The ledger knows cancelled legs for as long as the instance works on them.
+        if slot.as_ref().is_none_or(|slot| !slot.begun) && !output.tokens.is_empty() {
+            news.push(LegNews::Prefilled(leg));
+        }
+        if output.end.is_some() {
+            news.push(LegNews::ChoiceEnded(leg));
+        }
+        // What is not there was cancelled, and the instance had not read that yet.
+        let Some(slot) = slot.filter(|slot| slot.open & only(output.choice) != 0) else { return };
+        slot.begun |= !output.tokens.is_empty();
+        if output.end.is_some() {
+            slot.open &= !only(output.choice);
+        }
+        let over = slot.open == 0;
+        slot.mailbox.deliver(slot.side, Output::from(output));
+        if over {
+            self.legs.remove(&leg);
+        }
+    }
 }
 
 /// Handle to the stream of one instance.
@@ -147,33 +187,13 @@ impl Link {
     }
 
     /// Hands a step's outputs to their legs. What the ledger is to know of them.
-    fn deliver(&self, step: v1::StepOutput) -> Vec<LegNews> {
+    fn deliver(&self, mut step: v1::StepOutput) -> Vec<LegNews> {
         let mut news = Vec::new();
         let mut stream = self.stream.lock();
         let Some(up) = stream.as_mut() else { return news };
-        for output in step.legs {
-            let leg = LegId(output.leg);
-            let slot = up.legs.get_mut(&leg);
-            // The ledger knows cancelled legs for as long as the instance works on them.
-            if slot.as_ref().is_none_or(|slot| !slot.begun) && !output.tokens.is_empty() {
-                news.push(LegNews::Prefilled(leg));
-            }
-            if output.end.is_some() {
-                news.push(LegNews::ChoiceEnded(leg));
-            }
-            // What is not there was cancelled, and the instance had not read that yet.
-            let Some(slot) = slot.filter(|slot| slot.open & only(output.choice) != 0) else {
-                continue;
-            };
-            slot.begun |= !output.tokens.is_empty();
-            if output.end.is_some() {
-                slot.open &= !only(output.choice);
-            }
-            let over = slot.open == 0;
-            slot.mailbox.deliver(slot.side, Output::from(output));
-            if over {
-                up.legs.remove(&leg);
-            }
+        for few in step.legs.chunks_mut(inline::FEW) {
+            up.prefetch(few);
+            few.iter_mut().for_each(|output| up.deliver(mem::take(output), &mut news));
         }
         news
     }
@@ -187,7 +207,7 @@ impl Link {
         true
     }
 
-    fn lose(&self, legs: HashMap<LegId, Slot>, error: &ApiError) {
+    fn lose(&self, legs: Slots, error: &ApiError) {
         self.metrics.legs_lost.inc_by(legs.len() as u64);
         for slot in legs.into_values() {
             for choice in (0..CHOICES_MOST).filter(|&choice| slot.open & only(choice) != 0) {

@@ -4,15 +4,12 @@
 //! not hold up the stream that carries everybody else's tokens. It is bounded all the same: what follows on
 //! from the last delivery of the same choice of the same leg is appended to it, so a reader that is away
 //! costs four bytes a token (some 200 with log probabilities) and no more than the request may generate;
-//! beyond [`DELIVERIES_MOST`] pieces that do not follow on, nothing more is taken and [`Mailbox::flooded`] says whose
+//! beyond [`DELIVERIES_MOST`] pieces that do not follow on, nothing more is taken and [`Mailbox::take`] says whose
 //! fault it is. That is no end of the leg: its instance works on until it is told to stop.
 
-use std::{
-    collections::VecDeque,
-    task::{Context, Poll, Waker},
-    time::Duration,
-};
+use std::{collections::VecDeque, task::Waker, time::Duration};
 
+use baton_process::prefetch::prefetch_at;
 use baton_schedule::Side;
 use parking_lot::Mutex;
 use tokio::time::Instant;
@@ -27,12 +24,17 @@ pub const BATCH_TOKENS: u32 = 32;
 /// A reader who takes them in batches is woken once so many tokens have come for each choice.
 const BATCH: usize = BATCH_TOKENS as usize;
 
+/// Of a reader, at most what is touched when it is woken and reads.
+const READER_BYTES: usize = 512;
+const READER_COUNTS: usize = 16;
+
 #[derive(Debug)]
 struct Inner {
     deliveries: VecDeque<(Side, Output)>,
     most: usize,
     /// The leg that has filled the box, once something found no room.
     flooded: Option<Side>,
+    /// Woken by what comes, from when it was last looked. Kept: whoever reads is nearly always the same.
     reader: Option<Waker>,
     /// So many tokens that only go on from earlier ones wake the reader.
     batch: usize,
@@ -91,6 +93,21 @@ impl Mailbox {
         inner.taken_up?.checked_duration_since(inner.first_token?)
     }
 
+    /// Has the processor fetch what a delivery touches beside the box: where it is put, and who is woken.
+    pub(super) fn prefetch(&self) {
+        let inner = self.inner.lock();
+        prefetch_at(inner.deliveries.as_slices().0.as_ptr().cast(), size_of::<(Side, Output)>());
+        if let Some(reader) = &inner.reader {
+            // Counted in front of it is who holds it.
+            prefetch_at(reader.data().cast::<u8>().wrapping_sub(READER_COUNTS), READER_BYTES);
+        }
+    }
+
+    /// Of what lies there.
+    pub fn last_token(&self) -> Option<u32> {
+        self.inner.lock().deliveries.back()?.1.tokens.last().copied()
+    }
+
     /// Leaves what a leg brought.
     pub fn deliver(&self, side: Side, mut output: Output) {
         let mut inner = self.inner.lock();
@@ -114,32 +131,23 @@ impl Mailbox {
             return;
         }
         inner.unread = 0;
-        let reader = inner.reader.take();
-        drop(inner);
-        if let Some(reader) = reader {
-            reader.wake();
+        if let Some(reader) = &inner.reader {
+            reader.wake_by_ref();
         }
     }
 
-    /// The leg whose instance sent so much out of order that something was not taken.
-    pub fn flooded(&self) -> Option<Side> {
-        self.inner.lock().flooded
-    }
-
-    /// Swaps what lies there into `into`, which must be empty; waits if there is nothing.
-    pub fn poll_take(&self, context: &mut Context<'_>, into: &mut VecDeque<(Side, Output)>) -> Poll<()> {
+    /// Swaps what lies there into `into`, which must be empty. What comes after that wakes `reader`. Tells the leg whose
+    /// instance has sent so much out of order that something was not taken.
+    pub fn take(&self, reader: &Waker, into: &mut VecDeque<(Side, Output)>) -> Option<Side> {
         debug_assert!(into.is_empty());
         let mut inner = self.inner.lock();
-        if inner.deliveries.is_empty() {
-            match &mut inner.reader {
-                Some(reader) => reader.clone_from(context.waker()),
-                vacant => *vacant = Some(context.waker().clone()),
-            }
-            return Poll::Pending;
-        }
         std::mem::swap(&mut inner.deliveries, into);
         inner.unread = 0;
-        Poll::Ready(())
+        match &mut inner.reader {
+            Some(before) => before.clone_from(reader),
+            vacant => *vacant = Some(reader.clone()),
+        }
+        inner.flooded
     }
 }
 
@@ -158,7 +166,7 @@ mod tests {
             Arc,
             atomic::{AtomicUsize, Ordering},
         },
-        task::Wake,
+        task::{Context, Poll, Wake},
     };
 
     use baton_proto::{ApiError, ErrorCode};
@@ -172,7 +180,7 @@ mod tests {
 
     fn take(mailbox: &Mailbox) -> Vec<(Side, Output)> {
         let mut into = VecDeque::new();
-        let _ = mailbox.poll_take(&mut Context::from_waker(Waker::noop()), &mut into);
+        mailbox.take(Waker::noop(), &mut into);
         into.into()
     }
 
@@ -222,13 +230,13 @@ mod tests {
         for position in 0..DELIVERIES_MOST as u32 {
             mailbox.deliver(Side::Decode, output(position * 2, &[1]));
         }
-        assert_eq!(mailbox.flooded(), None, "all of it was taken");
+        assert_eq!(mailbox.inner.lock().flooded, None, "all of it was taken");
         mailbox.deliver(Side::Prefill, output(0, &[1]));
         for position in 0..10_000 {
             mailbox.deliver(Side::Decode, output(position * 2, &[1]));
         }
-        assert_eq!(mailbox.flooded(), Some(Side::Decode));
-        let got = take(&mailbox);
+        let mut got = VecDeque::new();
+        assert_eq!(mailbox.take(Waker::noop(), &mut got), Some(Side::Decode));
         assert_eq!(got.len(), DELIVERIES_MOST);
         assert!(got.iter().all(|(_, output)| output.end.is_none()), "its instance has ended nothing");
     }
@@ -270,10 +278,7 @@ mod tests {
         let mailbox = Mailbox::new(1, true);
         // Whether it was woken, of each delivery.
         let woken = |side, output| {
-            let mut into = VecDeque::new();
-            while mailbox.poll_take(&mut Context::from_waker(&waker), &mut into).is_ready() {
-                into.clear();
-            }
+            mailbox.take(&waker, &mut VecDeque::new());
             let before = counting.0.load(Ordering::Relaxed);
             mailbox.deliver(side, output);
             counting.0.load(Ordering::Relaxed) > before
@@ -287,8 +292,7 @@ mod tests {
         let many = Mailbox::new(1, true);
         many.deliver(Side::Whole, output(0, &[0]));
         assert_eq!(take(&many).len(), 1);
-        let mut into = VecDeque::new();
-        assert!(many.poll_take(&mut Context::from_waker(&waker), &mut into).is_pending());
+        many.take(&waker, &mut VecDeque::new());
         let before = counting.0.load(Ordering::Relaxed);
         for position in 1..=BATCH as u32 {
             assert_eq!(counting.0.load(Ordering::Relaxed), before, "{position}");
@@ -304,7 +308,11 @@ mod tests {
         let reader = mailbox.clone();
         let got = runtime.spawn(async move {
             let mut into = VecDeque::new();
-            std::future::poll_fn(|context| reader.poll_take(context, &mut into)).await;
+            let take = |context: &mut Context<'_>| {
+                reader.take(context.waker(), &mut into);
+                if into.is_empty() { Poll::Pending } else { Poll::Ready(()) }
+            };
+            std::future::poll_fn(take).await;
             into.len()
         });
         mailbox.deliver(Side::Whole, output(0, &[1]));

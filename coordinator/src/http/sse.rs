@@ -15,13 +15,19 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    task::{Context, Poll, Wake, Waker, ready},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
-use baton_process::http::{CHUNK_HEAD, Express, Sent};
+use baton_process::{
+    http::{CHUNK_HEAD, Express, Sent},
+    prefetch::prefetch,
+};
 use bytes::Bytes;
-use futures::{Stream, task::AtomicWaker};
+use futures::{
+    Stream,
+    task::{ArcWake, AtomicWaker, waker_ref},
+};
 use parking_lot::Mutex;
 use tokio::{
     task::unconstrained,
@@ -232,11 +238,29 @@ enum Past {
 }
 
 impl inline::Reader for Answer {
+    fn prefetch(&self, depth: usize) {
+        let Some(parts) = self.parts.try_lock() else { return };
+        let Some(cell) = &parts.cell else { return };
+        if depth == 0 {
+            prefetch(&**cell);
+            prefetch(parts.out.as_slice());
+            prefetch(parts.pieces.as_slice());
+            self.express.iter().for_each(|express| express.prefetch(false));
+        } else if let Some(held) = cell.try_lock()
+            && let Some(streaming) = &*held
+        {
+            streaming.prefetch(depth > 1);
+            if depth == 1 {
+                self.express.iter().for_each(|express| express.prefetch(true));
+            }
+        }
+    }
+
     fn read(self: Arc<Self>) -> bool {
         self.gathered.store(false, Ordering::Release);
         let past = match (&self.express, self.parts.try_lock()) {
             (Some(express), Some(mut parts)) => {
-                let waker = Waker::from(self.clone());
+                let waker = waker_ref(&self);
                 let read = || parts.read_past(express, &mut Context::from_waker(&waker));
                 // A bug ends this answer, and nothing else that the link carries.
                 catch_unwind(AssertUnwindSafe(read)).unwrap_or_else(|_| {
@@ -271,15 +295,15 @@ impl inline::Reader for Answer {
     }
 }
 
-impl Wake for Answer {
-    fn wake(self: Arc<Self>) {
+impl ArcWake for Answer {
+    fn wake_by_ref(answer: &Arc<Self>) {
         // It reads after this, whoever has it read.
-        if self.gathered.swap(true, Ordering::AcqRel) {
+        if answer.gathered.swap(true, Ordering::AcqRel) {
             return;
         }
-        if inline::woken(self.clone()).is_some() {
-            self.gathered.store(false, Ordering::Release);
-            self.task.wake();
+        if !inline::woken(answer) {
+            answer.gathered.store(false, Ordering::Release);
+            answer.task.wake();
         }
     }
 }
@@ -299,7 +323,7 @@ impl Stream for SseBody {
         };
         answer.task.register(context.waker());
         let parts = &mut *answer.parts.lock();
-        let waker = Waker::from(answer.clone());
+        let waker = waker_ref(answer);
         let mut next = parts.next(&mut Context::from_waker(&waker));
         if next.is_pending() {
             next = comment(parts, context);

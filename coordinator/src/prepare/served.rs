@@ -59,6 +59,9 @@ pub enum Spelling<'a> {
 /// Turns the tokens of one answer into text, holding back what is not certain yet: parts of characters, and what may
 /// become a stop string.
 pub trait TextReader: Send {
+    /// Has the processor fetch what is read of a token, which comes next.
+    fn prefetch(&self, _token: u32) {}
+
     /// Appends text that has become certain. True: a stop string has matched and the answer ends there.
     fn push(&mut self, token: u32, text: &mut String) -> bool;
 
@@ -162,6 +165,10 @@ impl TextModel for CheckpointText {
 }
 
 impl TextReader for Reader {
+    fn prefetch(&self, token: u32) {
+        Reader::prefetch(self, token);
+    }
+
     fn push(&mut self, token: u32, text: &mut String) -> bool {
         Reader::push(self, token, text)
     }

@@ -5,11 +5,14 @@
 //! has, wherever it finds a place. Its reading stays, so that its client notices nothing but a pause.
 
 use std::{
+    mem,
     ops::Range,
     task::{Context, Poll, ready},
 };
 
+use baton_process::prefetch::prefetch;
 use baton_proto::ApiError;
+use smallvec::{SmallVec, smallvec};
 use tokio::time::Instant;
 
 use super::reading::{Piece, Reading};
@@ -47,12 +50,12 @@ enum Over {
     Leaving,
 }
 
-/// See the module.
+/// See the module. What nearly every request has one of lies in its place: each token is read through all of it.
 pub struct Lane {
     /// Those with choices that have not ended.
-    strands: Vec<Strand>,
+    strands: SmallVec<[Strand; 1]>,
     /// By choice.
-    readings: Vec<Reading>,
+    readings: SmallVec<[Reading; 1]>,
     prompt_tokens: u32,
     deadline: Instant,
     cached_tokens: u32,
@@ -66,7 +69,7 @@ impl Lane {
     pub fn new(
         started: Result<Generation, NotSent>,
         mut attempts: Attempts,
-        readings: Vec<Reading>,
+        readings: SmallVec<[Reading; 1]>,
     ) -> Result<Self, ApiError> {
         let assignment = attempts.assignment();
         let (prompt_tokens, deadline) = (assignment.prompt.prompt_tokens(), assignment.deadline);
@@ -74,8 +77,24 @@ impl Lane {
             Ok(generation) => Work::Generating(Box::new(generation)),
             Err(not_sent) => Work::Replacing(attempts.again(not_sent.into())?),
         };
-        let strands = vec![Strand { work, attempts, choices: 0..readings.len() }];
+        let strands = smallvec![Strand { work, attempts, choices: 0..readings.len() }];
         Ok(Self { strands, readings, prompt_tokens, deadline, cached_tokens: 0, cached_settled: false })
+    }
+
+    /// Has the processor fetch what the next tokens touch; with `deeper`, what could be found once that had come.
+    pub(super) fn prefetch(&self, deeper: bool) {
+        for strand in &self.strands {
+            let Work::Generating(generation) = &strand.work else { continue };
+            let readings = &self.readings[strand.choices.clone()];
+            if !deeper {
+                prefetch(&**generation);
+                readings.iter().for_each(Reading::prefetch);
+            } else if let Some(token) = generation.prefetch()
+                && let [reading] = readings
+            {
+                reading.prefetch_token(token);
+            }
+        }
     }
 
     /// Its choices.
@@ -114,13 +133,13 @@ impl Lane {
                 Poll::Ready(Over::Failed(error)) => {
                     let strand = self.strands.remove(index);
                     let next = self.again(strand, error, pieces)?;
-                    self.strands.splice(index..index, next);
+                    self.strands.insert_many(index, next);
                 }
                 Poll::Ready(Over::NoPlace(error)) => return Poll::Ready(Err(error)),
                 Poll::Ready(Over::Leaving) => {
                     let strand = self.strands.remove(index);
                     let next = self.move_away(strand, card, pieces);
-                    self.strands.splice(index..index, next);
+                    self.strands.insert_many(index, next);
                 }
                 Poll::Pending => index += 1,
             }
@@ -138,6 +157,7 @@ impl Lane {
         let strand = &mut self.strands[index];
         let readings = &mut self.readings[strand.choices.clone()];
         let pieces = &mut pieces[strand.choices.clone()];
+        let mut received = false;
         while !readings.iter().all(Reading::finished) {
             let generation = match &mut strand.work {
                 Work::Generating(generation) => generation,
@@ -150,7 +170,10 @@ impl Lane {
                     Err(error) => return Poll::Ready(Over::NoPlace(error)),
                 },
             };
-            let progress = ready!(generation.poll(context));
+            if !mem::replace(&mut received, true) {
+                generation.receive(context);
+            }
+            let Some(progress) = generation.news() else { return Poll::Pending };
             strand.attempts.served(generation);
             let (choice, end) = match progress {
                 Progress::Choice { choice, end } => (choice, end),

@@ -13,7 +13,9 @@ use std::{
     task::{Context, Poll},
 };
 
+use baton_process::prefetch::prefetch;
 use baton_proto::ApiError;
+use smallvec::SmallVec;
 use tokio::time::Instant;
 
 use crate::{
@@ -39,7 +41,7 @@ pub struct Streaming {
     pub model: Arc<Model>,
     pub shape: Shape,
     // Dropped in this order: legs are cancelled first, the seat is given back last.
-    lanes: Vec<Lane>,
+    lanes: SmallVec<[Lane; 1]>,
     report: Report,
     card: CardGuard,
     _permit: Permit,
@@ -50,7 +52,7 @@ impl Streaming {
     pub fn new(
         model: Arc<Model>,
         shape: Shape,
-        lanes: Vec<Lane>,
+        lanes: SmallVec<[Lane; 1]>,
         report: Report,
         card: CardGuard,
         permit: Permit,
@@ -62,6 +64,14 @@ impl Streaming {
     pub fn pieces(&self) -> Vec<Piece> {
         let choices = self.lanes.iter().map(Lane::choices).sum();
         vec![Piece::default(); choices]
+    }
+
+    /// Has the processor fetch what the next step touches; with `deeper`, what could be found once that had come.
+    pub fn prefetch(&self, deeper: bool) {
+        self.lanes.iter().for_each(|lane| lane.prefetch(deeper));
+        if !deeper {
+            prefetch(self.card.card());
+        }
     }
 
     /// Waits for anything that is certain, and adds it to the choices' pieces, or for the end. Must not be called after

@@ -3,6 +3,9 @@
 
 use std::{collections::VecDeque, mem, sync::Arc};
 
+use baton_process::prefetch::prefetch;
+use smallvec::SmallVec;
+
 use crate::{
     dispatch::{Assignment, Fresh},
     fleet::{StopReason, TokenLogprobs},
@@ -46,7 +49,7 @@ pub struct ScoredToken {
 pub struct Reading {
     reader: Box<dyn TextReader>,
     /// Ascending.
-    ends_sequence: Arc<[u32]>,
+    ends_sequence: SmallVec<[u32; 4]>,
     /// A token that ends the sequence is shown as any other.
     shows_end: bool,
     /// Text that comes before that of the tokens.
@@ -79,6 +82,17 @@ impl Reading {
             shown: 0,
             finished: false,
         }
+    }
+
+    /// Has the processor fetch what `token` is read with.
+    pub(super) fn prefetch_token(&self, token: u32) {
+        self.reader.prefetch(token);
+    }
+
+    /// Has the processor fetch what the next token touches, whichever it is.
+    pub(super) fn prefetch(&self) {
+        prefetch(&*self.reader);
+        self.tokens.last().iter().for_each(|last| prefetch(*last));
     }
 
     /// Number of tokens of the answer so far.

@@ -5,6 +5,8 @@
 
 use std::{borrow::Cow, sync::Arc};
 
+use baton_process::prefetch::prefetch;
+
 /// One token of a tokeniser.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Piece {
@@ -20,62 +22,88 @@ impl From<Vec<u8>> for Piece {
     }
 }
 
-/// Every token of a model, in one piece of memory.
+/// Every token of a model. Tokens come in no order, and the table is larger than what a processor keeps at hand: so all of a
+/// short one lies in one place.
 #[derive(Debug)]
 pub struct TokenTexts {
-    bytes: Vec<u8>,
-    /// Token `id` is `bytes[ends[id - 1]..ends[id]]`.
-    ends: Vec<u32>,
-    /// Tokens whose bytes are a name, ascending.
-    hidden: Vec<u32>,
+    /// By id.
+    slots: Vec<Slot>,
+    /// Bytes of tokens that are too long for their slots.
+    long: Vec<u8>,
+}
+
+/// Bytes that lie in a slot.
+const SHORT: usize = 15;
+/// In a slot's `kind`: the bytes are a name.
+const HIDDEN: u8 = 0x80;
+/// In a slot's `kind`: `bytes` begins with where in `long` the bytes begin and end, 4 bytes each.
+const LONG: u8 = 0x40;
+
+/// One token.
+#[derive(Debug, Clone, Copy)]
+#[repr(align(16))]
+struct Slot {
+    bytes: [u8; SHORT],
+    /// Flags, and how many of `bytes` there are.
+    kind: u8,
 }
 
 impl TokenTexts {
     /// From each token in the order of ids.
     pub fn new<P: Into<Piece>>(tokens: impl IntoIterator<Item = P>) -> Self {
-        let mut texts = Self { bytes: Vec::new(), ends: Vec::new(), hidden: Vec::new() };
-        for token in tokens {
-            match token.into() {
-                Piece::Shown(bytes) => texts.bytes.extend_from_slice(&bytes),
-                Piece::Hidden(name) => {
-                    texts.hidden.push(texts.len());
-                    texts.bytes.extend_from_slice(name.as_bytes());
-                }
+        let mut long = Vec::new();
+        let slot = |token: P| {
+            let (bytes, flag) = match token.into() {
+                Piece::Shown(bytes) => (bytes, 0),
+                Piece::Hidden(name) => (name.into_bytes(), HIDDEN),
+            };
+            let mut slot = Slot { bytes: [0; SHORT], kind: flag };
+            if bytes.len() <= SHORT {
+                slot.bytes[..bytes.len()].copy_from_slice(&bytes);
+                slot.kind |= bytes.len() as u8;
+            } else {
+                let begins = long.len() as u32;
+                long.extend_from_slice(&bytes);
+                slot.bytes[..4].copy_from_slice(&begins.to_le_bytes());
+                slot.bytes[4..8].copy_from_slice(&(long.len() as u32).to_le_bytes());
+                slot.kind |= LONG;
             }
-            texts.ends.push(u32::try_from(texts.bytes.len()).unwrap_or(u32::MAX));
-        }
-        texts
+            slot
+        };
+        let slots = tokens.into_iter().map(slot).collect();
+        Self { slots, long }
     }
 
     /// Number of tokens.
     pub fn len(&self) -> u32 {
-        self.ends.len() as u32
+        self.slots.len() as u32
     }
 
     pub fn is_empty(&self) -> bool {
-        self.ends.is_empty()
+        self.slots.is_empty()
     }
 
     /// Bytes of text that a token stands for; none for one that has no text, or that the tokeniser does not know.
     pub fn get(&self, id: u32) -> &[u8] {
-        if self.hidden.binary_search(&id).is_ok() { &[] } else { self.spelt(id) }
+        let shown = self.slots.get(id as usize).filter(|slot| slot.kind & HIDDEN == 0);
+        shown.map_or(&[], |slot| self.spelt(slot))
     }
 
     /// The name of a token without text; `None` if it has text.
     pub fn name(&self, id: u32) -> Option<Cow<'_, str>> {
-        if id >= self.len() {
+        let Some(slot) = self.slots.get(id as usize) else {
             return Some(format!("token_id:{id}").into());
-        }
-        self.hidden.binary_search(&id).ok().map(|_| String::from_utf8_lossy(self.spelt(id)))
+        };
+        (slot.kind & HIDDEN != 0).then(|| String::from_utf8_lossy(self.spelt(slot)))
     }
 
-    fn spelt(&self, id: u32) -> &[u8] {
-        let id = id as usize;
-        let start = if id == 0 { Some(&0) } else { self.ends.get(id - 1) };
-        match (start, self.ends.get(id)) {
-            (Some(&start), Some(&end)) => self.bytes.get(start as usize..end as usize).unwrap_or_default(),
-            _ => &[],
+    fn spelt<'a>(&'a self, slot: &'a Slot) -> &'a [u8] {
+        if slot.kind & LONG == 0 {
+            return slot.bytes.get(..usize::from(slot.kind & !HIDDEN)).unwrap_or_default();
         }
+        let [a, b, c, d, e, f, g, h, ..] = slot.bytes;
+        let [begins, ends] = [[a, b, c, d], [e, f, g, h]].map(|at| u32::from_le_bytes(at) as usize);
+        self.long.get(begins..ends).unwrap_or_default()
     }
 }
 
@@ -89,6 +117,11 @@ pub struct Detokenizer {
 impl Detokenizer {
     pub fn new(texts: Arc<TokenTexts>) -> Self {
         Self { texts, held: Vec::new() }
+    }
+
+    /// Has the processor fetch what is read of a token.
+    pub fn prefetch(&self, token: u32) {
+        self.texts.slots.get(token as usize).into_iter().for_each(prefetch);
     }
 
     /// Appends the text that `token` completes; may be none.
@@ -177,6 +210,20 @@ mod tests {
         assert_eq!([0, 1, 2, 3].map(|id| texts.get(id)), [b"a".as_slice(), b"", b"b", b""]);
         let names = [0, 1, 2, 3].map(|id| texts.name(id).map(Cow::into_owned));
         assert_eq!(names, [None, Some("<end>".into()), None, Some("token_id:3".into())]);
+    }
+
+    #[test]
+    fn tokens_of_any_length_are_what_they_were() {
+        assert_eq!(size_of::<Slot>(), 16);
+        let tokens: Vec<Vec<u8>> = (0..40).map(|length| vec![b'a' + length as u8 % 26; length]).collect();
+        let names = tokens.iter().map(|name| Piece::Hidden(String::from_utf8_lossy(name).into()));
+        let texts = TokenTexts::new(tokens.iter().cloned().map(Piece::Shown).chain(names));
+        for (id, token) in (0..).zip(&tokens) {
+            assert_eq!((texts.get(id), texts.name(id)), (token.as_slice(), None));
+            let hidden = texts.len() / 2 + id;
+            assert_eq!(texts.get(hidden), b"");
+            assert_eq!(texts.name(hidden), Some(String::from_utf8_lossy(token)));
+        }
     }
 
     #[test]

@@ -37,6 +37,11 @@ impl Reader {
         }
     }
 
+    /// Has the processor fetch what is read of a token.
+    pub fn prefetch(&self, token: u32) {
+        self.detokenizer.prefetch(token);
+    }
+
     /// Appends text that has become certain. True: a stop string has matched and the answer ends there.
     pub fn push(&mut self, token: u32, text: &mut String) -> bool {
         self.fresh.clear();

@@ -23,6 +23,7 @@ pub mod listen;
 pub mod metrics;
 mod nearest;
 pub mod open_files;
+pub mod prefetch;
 pub mod reference;
 mod seats;
 mod settings;

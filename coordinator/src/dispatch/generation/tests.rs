@@ -1,5 +1,7 @@
 //! A request on a pair, as its legs' mailbox tells of them.
 
+use std::task::Poll;
+
 use super::*;
 use crate::fleet::LegEnd;
 use baton_schedule::{
@@ -20,7 +22,7 @@ fn generation(deadline: Duration, handoffs: &Arc<Handoffs>) -> Generation {
     board.up(&p.id, p.incarnation, ready(Role::Prefill));
     let booking = board.book(&Wanted::new(10, 10, "r1")).expect("a place");
     Generation {
-        choices: vec![Choice { machine: Machine::apart(10), wait: None }],
+        choices: smallvec::smallvec![Choice { machine: Machine::apart(10), wait: None }],
         legs: Legs::default(),
         credit: booking.credit,
         handoff: Some(Handoff::new(handoffs, &p.id, &d.id)),
@@ -28,17 +30,21 @@ fn generation(deadline: Duration, handoffs: &Arc<Handoffs>) -> Generation {
         inbox: VecDeque::new(),
         news: VecDeque::new(),
         failed: None,
-        served: Vec::new(),
+        served: SmallVec::new(),
         served_told: 0,
         placed: Instant::now(),
         leaving: None,
-        deadline: Box::pin(sleep_until(Instant::now() + deadline)),
+        deadline: Deadline::new(Instant::now() + deadline),
         why_cancelled: "other_leg_ended",
     }
 }
 
 async fn next(generation: &mut Generation) -> Progress {
-    std::future::poll_fn(|context| generation.poll(context)).await
+    let news = |context: &mut Context<'_>| {
+        generation.receive(context);
+        generation.news().map_or(Poll::Pending, Poll::Ready)
+    };
+    std::future::poll_fn(news).await
 }
 
 #[tokio::test(start_paused = true)]

@@ -7,7 +7,7 @@ use crate::fleet::outbound::Frames;
 pub(crate) fn standing(instance: InstanceId, metrics: Arc<Metrics>) -> (Arc<Link>, Frames) {
     let link = Link::new(instance, Arc::default(), metrics);
     let (outbound, frames) = Outbound::new(v1::attach_request::Hello::default());
-    *link.stream.lock() = Some(Up { outbound, legs: HashMap::new() });
+    *link.stream.lock() = Some(Up { outbound, legs: Slots::default() });
     (link, frames)
 }
 

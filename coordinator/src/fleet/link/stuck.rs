@@ -3,10 +3,7 @@
 //! on. Its stream stays, for that is where this will show. Its breaker is open meanwhile, too: when it gets on, a single
 //! request tries it first.
 
-use std::{
-    collections::HashMap,
-    sync::{Arc, atomic::Ordering},
-};
+use std::sync::{Arc, atomic::Ordering};
 
 use baton_proto::{ApiError, ErrorCode, LegId, v1};
 use baton_schedule::board::Board;
@@ -16,7 +13,7 @@ use tonic::transport::Channel;
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 use v1::{attach_request::Frame as Ask, attach_response::Frame as Answer};
 
-use super::{Link, LinkTask};
+use super::{Link, LinkTask, Slots};
 use crate::fleet::{
     Breakers,
     stall::{Stall, Verdict},
@@ -115,7 +112,7 @@ impl Link {
 
     /// Takes every leg from the instance, and fails it; how many there were, and the last of them.
     fn give_up(&self) -> (usize, Option<LegId>) {
-        let mut legs = HashMap::new();
+        let mut legs = Slots::default();
         if let Some(up) = self.stream.lock().as_mut() {
             legs = std::mem::take(&mut up.legs);
             for leg in legs.keys() {

@@ -1,9 +1,6 @@
 //! Keeps the stream to one instance up, and takes in what comes on it.
 
-use std::{
-    collections::HashMap,
-    sync::{Arc, atomic::Ordering},
-};
+use std::sync::{Arc, atomic::Ordering};
 
 use baton_process::tls::Dial;
 use baton_proto::{CoordinatorId, Incarnation, v1};
@@ -21,7 +18,7 @@ use tonic::{
 };
 use v1::{attach_response::Frame as Answer, inference_client::InferenceClient};
 
-use super::{Link, Target, Up, reason::BreakReason, stuck::Pulse};
+use super::{Link, Slots, Target, Up, reason::BreakReason, stuck::Pulse};
 use crate::{
     config::FleetConfig,
     fleet::{Breakers, cache::CacheReader, inline, outbound::Outbound, stall::LOOK},
@@ -147,7 +144,7 @@ impl LinkTask {
             }
         };
         self.link.drains.store(false, Ordering::Relaxed);
-        *self.link.stream.lock() = Some(Up { outbound, legs: HashMap::new() });
+        *self.link.stream.lock() = Some(Up { outbound, legs: Slots::default() });
         self.board.up(&self.link.instance, incarnation, duty);
         tracing::info!(instance = %self.link.instance, endpoint = %target.endpoint, ?duty, "stream is up");
         let cache = self.read_cache(incarnation, channel.clone());

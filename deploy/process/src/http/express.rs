@@ -15,10 +15,11 @@ use std::{
     task::{Context, Poll, ready},
 };
 
+use crate::prefetch::prefetch;
 use parking_lot::Mutex;
 use rustix::{
     io::Errno,
-    net::{Shutdown, shutdown},
+    net::{SendFlags, Shutdown, send, shutdown},
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
@@ -73,6 +74,11 @@ impl Express {
         (state.waits, state.free) = (false, false);
     }
 
+    /// Has the processor fetch what sending reads; with `deeper`, what could be found once that had come.
+    pub fn prefetch(&self, deeper: bool) {
+        if deeper { prefetch(self.0.writes.as_ref()) } else { prefetch(&*self.0) }
+    }
+
     /// Whether a chunk would be sent now. Stays true until the body is polled again.
     pub fn is_free(&self) -> bool {
         self.0.state.lock().free
@@ -94,8 +100,10 @@ impl Express {
         let begins = write_head(buffer);
         buffer.extend_from_slice(CHUNK_END);
         let chunk = &buffer[begins..];
-        // Whatever is wrong with the socket, the connection's task finds it, too.
-        let taken = self.0.writes.try_write(chunk).unwrap_or(0);
+        // Whatever is wrong with the socket, or if it takes nothing now, the connection's task finds it, too. Tokio is not asked what
+        // it knows of the socket: that lies far away, and the kernel knows better.
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        let taken = send(self.0.writes.as_ref(), chunk, flags).unwrap_or(0);
         if taken == chunk.len() {
             return Sent::Whole;
         }
