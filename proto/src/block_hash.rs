@@ -22,8 +22,8 @@ const DOMAIN: &[u8; 16] = b"baton kv block 2";
 ///
 /// A chain is built as SHA-256 is (Merkle and Damgård), from its compression function, once for each 16 tokens: what comes in is
 /// the hash before, how many tokens follow, and the tokens. To hash each block as a message of its own, with what was before
-/// it and padding, takes two, and half of what preparing a long prompt took was that. Two blocks of one hash would be a collision
-/// of the compression function, of which none is known.
+/// it and padding, takes two. All that differs goes in through the compression function, from a chaining value that is a hash
+/// itself; no way is known to find what shares another's 120 bits but to try 2^120 times, or 2^60 for two of one's own.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BlockHash([u8; 16]);
 

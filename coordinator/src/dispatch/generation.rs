@@ -1,12 +1,12 @@
 //! One placed request on its way: sends the legs, drives the machine with what they bring, acts on its commands.
 //!
-//! It has no task of its own: whoever reads the answer polls it, so a request costs no hop between tasks. Dropping it
+//! It has no task of its own: whoever reads the answer has it receive, so a request costs no hop between tasks. Dropping it
 //! cancels every open leg at once and takes its work off the ledger.
 
 use std::{
     collections::VecDeque,
     future::Future,
-    pin::Pin,
+    pin::{Pin, pin},
     sync::Arc,
     task::{Context, Waker},
     time::Duration,
@@ -19,7 +19,10 @@ use baton_schedule::{
     board::{Booking, Credit},
 };
 use smallvec::SmallVec;
-use tokio::time::{Instant, Sleep, sleep_until};
+use tokio::{
+    task::unconstrained,
+    time::{Instant, Sleep, sleep_until},
+};
 use v1::dispatch::Work;
 
 use super::{
@@ -59,7 +62,7 @@ impl Legs {
     }
 }
 
-/// What polling brought.
+/// What was received.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Progress {
     /// New tokens of a choice, see [`Generation::fresh`], or its end, or both.
@@ -128,7 +131,8 @@ impl Deadline {
         if !same {
             self.woken = Some(context.waker().clone());
         }
-        self.timer.as_mut().poll(context).is_ready()
+        // Whoever has had more than its turn would be sent away before the timer knows whom to wake.
+        pin!(unconstrained(self.timer.as_mut())).poll(context).is_ready()
     }
 }
 

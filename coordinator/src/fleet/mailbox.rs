@@ -7,7 +7,7 @@
 //! beyond [`DELIVERIES_MOST`] pieces that do not follow on, nothing more is taken and [`Mailbox::take`] says whose
 //! fault it is. That is no end of the leg: its instance works on until it is told to stop.
 
-use std::{collections::VecDeque, task::Waker, time::Duration};
+use std::{collections::VecDeque, mem, task::Waker, time::Duration};
 
 use baton_process::prefetch::prefetch_at;
 use baton_schedule::Side;
@@ -36,6 +36,8 @@ struct Inner {
     flooded: Option<Side>,
     /// Woken by what comes, from when it was last looked. Kept: whoever reads is nearly always the same.
     reader: Option<Waker>,
+    /// It has been, since it last looked.
+    told: bool,
     /// So many tokens that only go on from earlier ones wake the reader.
     batch: usize,
     /// Tokens since the reader was last woken, or looked.
@@ -82,7 +84,8 @@ impl Mailbox {
         let (reader, flooded) = (None, None);
         let (first_token, taken_up) = (None, None);
         let batch = if in_batches { BATCH * choices.max(1) as usize } else { 1 };
-        let inner = Inner { deliveries, most, flooded, reader, batch, unread: 0, first_token, taken_up };
+        let (told, unread) = (false, 0);
+        let inner = Inner { deliveries, most, flooded, reader, told, batch, unread, first_token, taken_up };
         Self { inner: Mutex::new(inner) }
     }
 
@@ -131,7 +134,10 @@ impl Mailbox {
             return;
         }
         inner.unread = 0;
-        if let Some(reader) = &inner.reader {
+        // Once: one whose client takes nothing is not woken with each token.
+        if !mem::replace(&mut inner.told, true)
+            && let Some(reader) = &inner.reader
+        {
             reader.wake_by_ref();
         }
     }
@@ -141,8 +147,8 @@ impl Mailbox {
     pub fn take(&self, reader: &Waker, into: &mut VecDeque<(Side, Output)>) -> Option<Side> {
         debug_assert!(into.is_empty());
         let mut inner = self.inner.lock();
-        std::mem::swap(&mut inner.deliveries, into);
-        inner.unread = 0;
+        mem::swap(&mut inner.deliveries, into);
+        (inner.unread, inner.told) = (0, false);
         match &mut inner.reader {
             Some(before) => before.clone_from(reader),
             vacant => *vacant = Some(reader.clone()),
@@ -173,6 +179,14 @@ mod tests {
 
     use super::*;
     use crate::fleet::LegEnd;
+
+    struct Counting(AtomicUsize);
+
+    impl Wake for Counting {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
 
     fn output(first_position: u32, tokens: &[u32]) -> Output {
         Output { choice: 0, first_position, tokens: tokens.to_vec(), logprobs: Vec::new(), end: None }
@@ -267,12 +281,6 @@ mod tests {
 
     #[test]
     fn a_reader_of_batches_is_woken_for_what_is_news_and_for_many_tokens() {
-        struct Counting(AtomicUsize);
-        impl Wake for Counting {
-            fn wake(self: Arc<Self>) {
-                self.0.fetch_add(1, Ordering::Relaxed);
-            }
-        }
         let counting = Arc::new(Counting(AtomicUsize::new(0)));
         let waker = Waker::from(counting.clone());
         let mailbox = Mailbox::new(1, true);
@@ -299,6 +307,20 @@ mod tests {
             many.deliver(Side::Whole, output(position, &[position]));
         }
         assert_eq!(counting.0.load(Ordering::Relaxed), before + 1);
+    }
+
+    #[test]
+    fn who_does_not_look_is_woken_once_and_let_go_with_the_box() {
+        let counting = Arc::new(Counting(AtomicUsize::new(0)));
+        let waker = Waker::from(counting.clone());
+        let mailbox = Mailbox::new(1, false);
+        for round in 1..3 {
+            mailbox.take(&waker, &mut VecDeque::new());
+            (0..5).for_each(|position| mailbox.deliver(Side::Whole, output(position, &[1])));
+            assert_eq!(counting.0.load(Ordering::Relaxed), round);
+        }
+        drop((mailbox, waker));
+        assert_eq!(Arc::strong_count(&counting), 1);
     }
 
     #[test]

@@ -2,7 +2,8 @@
 //!
 //! Read by the connection's task, as any body; once the head has gone out, and as long as the client takes what is
 //! written, by the link that brings the tokens, which sends them past that task (see [`Express`] and
-//! [`crate::fleet::inline`]). Whoever reads holds `parts`; both find the answer where the other left it.
+//! [`crate::fleet::inline`]). Whoever reads, or asks for its memory
+//! ahead, holds `parts`; all find the answer where the others left it.
 //!
 //! An answer that has nothing to tell for long, because its prompt is, or because it is looking for another place, is sent
 //! a comment now and then, which clients pass over: proxies take a silent connection for a dead one.
@@ -268,7 +269,7 @@ impl inline::Reader for Answer {
                     Past::Task
                 })
             }
-            // Its task reads, and may have looked before this came.
+            // Its task reads, and may have looked before this came; or another link asks for memory ahead.
             _ => Past::Task,
         };
         if past == Past::Task {
@@ -279,7 +280,7 @@ impl inline::Reader for Answer {
 
     fn send(&self) {
         let (Some(express), Some(mut parts)) = (&self.express, self.parts.try_lock()) else {
-            // The body gives it.
+            // The body gives it, whoever has hold of it now.
             return self.task.wake();
         };
         // Or the body has given it meanwhile.

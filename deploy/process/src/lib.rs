@@ -4,7 +4,7 @@
 //! stand in the order a process meets them: flags and configuration ([`args`], [`config`], [`reference`]), logs and traces
 //! ([`telemetry`]), files that change ([`follow`]), signals (`signals`), the life itself ([`run`]), its sockets ([`listen`]), who it is to others and they
 //! to it ([`tls`]), who of the people may ask and change ([`access`]), what it serves ([`grpc`], [`http`]), and what it shows
-//! of itself ([`health`], [`metrics`]).
+//! of itself ([`health`], [`metrics`]). [`prefetch`] is for who goes through much memory.
 
 pub mod access;
 pub mod args;

@@ -49,6 +49,7 @@ fn fetch(_: *const u8) {}
 mod tests {
     use super::*;
 
+    /// A fault would end the test's process.
     #[test]
     fn anything_may_be_asked_for() {
         let value = Box::new([7u8; 1000]);
@@ -58,6 +59,5 @@ mod tests {
         for address in [0, 1, usize::MAX - 3] {
             prefetch_at(std::ptr::without_provenance(address), usize::MAX);
         }
-        assert_eq!(*value, [7; 1000], "it is left as it was");
     }
 }

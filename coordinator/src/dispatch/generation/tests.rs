@@ -2,6 +2,8 @@
 
 use std::task::Poll;
 
+use tokio::task::coop;
+
 use super::*;
 use crate::fleet::LegEnd;
 use baton_schedule::{
@@ -90,4 +92,21 @@ async fn a_decode_that_says_nothing_after_prefill_was_lost_is_waited_for_in_meas
         Progress::Choice { choice: 0, end: Some(Completed { reason, cached_tokens: 0 }) }
     );
     assert_eq!(counted(), [(1, 1)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_deadline_is_kept_though_a_turn_is_over() {
+    let mut late = generation(Duration::from_secs(5), &Arc::default());
+    let began = Instant::now();
+    let used_up = |context: &mut Context<'_>| {
+        while coop::has_budget_remaining() {
+            _ = pin!(coop::consume_budget()).poll(context);
+        }
+        late.receive(context);
+        Poll::Ready(())
+    };
+    std::future::poll_fn(used_up).await;
+    let ended = tokio::time::timeout(Duration::from_secs(60), next(&mut late)).await;
+    assert!(matches!(ended, Ok(Progress::Failed(_))), "{ended:?}");
+    assert_eq!(began.elapsed().as_secs(), 5);
 }

@@ -15,7 +15,6 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use crate::prefetch::prefetch;
 use parking_lot::Mutex;
 use rustix::{
     io::Errno,
@@ -25,6 +24,8 @@ use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpStream, tcp::OwnedReadHalf, tcp::OwnedWriteHalf},
 };
+
+use crate::prefetch::prefetch;
 
 /// What a chunk has before its bytes, at most: eight hexadecimal digits and the end of a line.
 pub const CHUNK_HEAD: usize = 10;
@@ -100,8 +101,8 @@ impl Express {
         let begins = write_head(buffer);
         buffer.extend_from_slice(CHUNK_END);
         let chunk = &buffer[begins..];
-        // Whatever is wrong with the socket, or if it takes nothing now, the connection's task finds it, too. Tokio is not asked what
-        // it knows of the socket: that lies far away, and the kernel knows better.
+        // Whatever is wrong with the socket, or if it takes nothing now, the connection's task finds it, too. Tokio is not
+        // asked what it knows of the socket: that lies far away, and the kernel knows better.
         let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
         let taken = send(self.0.writes.as_ref(), chunk, flags).unwrap_or(0);
         if taken == chunk.len() {
