@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use baton_process::telemetry::TraceContext;
-use baton_proto::{ApiError, ErrorCode, RequestId, v1};
+use baton_proto::{RequestId, v1};
 use baton_schedule::Seat;
 use bytes::Bytes;
 use tokio::time::Instant;
@@ -27,12 +27,6 @@ pub struct Assignment {
     /// Its reader takes tokens many at a time: nobody sees them before the answer is complete. Counts of tokens, for
     /// metrics and limits, lag by as many.
     pub in_batches: bool,
-}
-
-/// What a request that is not complete by its deadline ends with.
-pub fn deadline_passed() -> ApiError {
-    let message = "the request did not finish within its time; ask for fewer tokens or try again later";
-    ApiError::new(ErrorCode::DeadlineExceeded, message)
 }
 
 /// A leg of it for one instance, as it goes over the wire. `prompt` is the assignment's, written once for all legs.

@@ -3,14 +3,7 @@
 //! It has no task of its own: whoever reads the answer has it receive, so a request costs no hop between tasks. Dropping it
 //! cancels every open leg at once and takes its work off the ledger.
 
-use std::{
-    collections::VecDeque,
-    future::Future,
-    pin::{Pin, pin},
-    sync::Arc,
-    task::{Context, Waker},
-    time::Duration,
-};
+use std::{collections::VecDeque, future::Future, pin::Pin, sync::Arc, task::Context, time::Duration};
 
 use baton_process::prefetch::prefetch;
 use baton_proto::{ApiError, ErrorCode, InstanceId, TransferId, tokens, v1};
@@ -19,14 +12,12 @@ use baton_schedule::{
     board::{Booking, Credit},
 };
 use smallvec::SmallVec;
-use tokio::{
-    task::unconstrained,
-    time::{Instant, Sleep, sleep_until},
-};
+use tokio::time::{Instant, Sleep, sleep_until};
 use v1::dispatch::Work;
 
 use super::{
-    assignment::{Assignment, deadline_passed, dispatch},
+    assignment::{Assignment, dispatch},
+    deadline::{Deadline, deadline_passed},
     machine::{Command, Completed, Fresh, Machine},
 };
 use crate::{
@@ -106,34 +97,6 @@ struct Choice {
     machine: Machine,
     /// At most one at a time: what ends the first rules the second out.
     wait: Option<(Wait, Pin<Box<Sleep>>)>,
-}
-
-/// By when all of the answer must be there.
-struct Deadline {
-    at: Instant,
-    timer: Pin<Box<Sleep>>,
-    /// By the timer.
-    woken: Option<Waker>,
-}
-
-impl Deadline {
-    fn new(at: Instant) -> Self {
-        Self { at, timer: Box::pin(sleep_until(at)), woken: None }
-    }
-
-    /// If not, `context` is woken when it has. The timer is left alone where it is to wake whom it was: a request looks with
-    /// each of its tokens.
-    fn has_passed(&mut self, context: &mut Context<'_>) -> bool {
-        let same = self.woken.as_ref().is_some_and(|woken| woken.will_wake(context.waker()));
-        if same && Instant::now() < self.at {
-            return false;
-        }
-        if !same {
-            self.woken = Some(context.waker().clone());
-        }
-        // Whoever has had more than its turn would be sent away before the timer knows whom to wake.
-        pin!(unconstrained(self.timer.as_mut())).poll(context).is_ready()
-    }
 }
 
 /// A request whose legs have been dispatched.

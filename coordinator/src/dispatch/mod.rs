@@ -4,9 +4,11 @@
 //! [`generation`] drives it for one [`assignment`] over [`crate::fleet`]'s links.
 
 mod assignment;
+mod deadline;
 mod generation;
 pub mod machine;
 
-pub use assignment::{Assignment, deadline_passed};
+pub use assignment::Assignment;
+pub use deadline::deadline_passed;
 pub use generation::{Generation, NotSent, Progress};
 pub use machine::{Completed, Fresh};

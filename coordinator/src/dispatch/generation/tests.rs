@@ -1,6 +1,6 @@
 //! A request on a pair, as its legs' mailbox tells of them.
 
-use std::task::Poll;
+use std::{pin::pin, task::Poll};
 
 use tokio::task::coop;
 
