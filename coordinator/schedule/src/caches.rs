@@ -124,7 +124,7 @@ impl State {
     pub(super) fn expect(&mut self, instance: u32, chains: &[Chain]) -> Option<Ticket> {
         let known = self.known(instance).filter(|known| known.keeps)?;
         let chain = chains.iter().find(|chain| chain.dialect == known.dialect)?;
-        Some(self.index.expect(known.slot, chain.keys.clone()))
+        Some(self.index.expect(known.slot, &chain.keys))
     }
 
     fn count(&mut self, revision: &Arc<str>, dialect: Dialect) -> Result<(), TooManyDialects> {

@@ -1,19 +1,17 @@
 //! What instances will hold once requests in flight have been computed. Pure.
 //!
 //! Kept apart from what they say that they hold, so that what is taken back was never counted as theirs, and one entry a
-//! request, so that a long prompt costs no more than a short one. A chain's names follow from all before them: of two
-//! chains everything up to the last common name is common, which a few comparisons find. And in the order of their names,
-//! the chains that have most in common with one are its neighbours, so that few are looked at of however many.
+//! request, so that a long prompt costs little more than a short one ([`super::ordered`]). In the order of their names, the
+//! chains that have most in common with one are its neighbours, so that few are looked at of however many.
 
 use std::{
-    cmp::Ordering,
     collections::{BTreeMap, HashMap, VecDeque, hash_map::Entry},
     sync::Arc,
 };
 
 use tokio::time::Instant;
 
-use super::{Depths, Slot, holders::SlotSet};
+use super::{Depths, Slot, holders::SlotSet, ordered::Ordered};
 
 /// Requests in flight that are kept; over it the oldest is forgotten.
 const MOST: usize = 16 << 10;
@@ -26,38 +24,12 @@ const NEIGHBOURS: usize = 256;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Ticket(u64);
 
-/// A chain in the order of its names. Where it parts from another is guessed as [`common`] does, and then all before is
-/// compared as one piece of memory: to go through a thousand common blocks one by one took most of a decision.
-#[derive(Debug, Clone)]
-struct Ordered(Arc<[u64]>);
-
-impl Ord for Ordered {
-    fn cmp(&self, other: &Self) -> Ordering {
-        let parting = common(&self.0, &other.0) as usize;
-        match (self.0.get(..parting), other.0.get(..parting)) {
-            (Some(ours), Some(theirs)) if ours == theirs => self.0.get(parting).cmp(&other.0.get(parting)),
-            // Somebody has found two names of one beginning, and must not disturb the order.
-            _ => self.0.cmp(&other.0),
-        }
-    }
-}
-
-impl PartialOrd for Ordered {
-    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl PartialEq for Ordered {
-    fn eq(&self, other: &Self) -> bool {
-        self.cmp(other).is_eq()
-    }
-}
-
-impl Eq for Ordered {}
-
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Expected {
+    /// Chains are ordered under it.
+    seed: (u64, u64),
+    /// The last chain that was asked for: it is put down next, if anybody can take it.
+    last: Option<Ordered>,
     next: u64,
     chains: BTreeMap<Ticket, Ordered>,
     slots: BTreeMap<(Ordered, Ticket), Slot>,
@@ -68,7 +40,12 @@ pub(super) struct Expected {
 }
 
 impl Expected {
-    pub(super) fn add(&mut self, slot: Slot, chain: Arc<[u64]>) -> Ticket {
+    pub(super) fn new(seed: (u64, u64)) -> Self {
+        let (last, chains, slots, by_slot, ending) = Default::default();
+        Self { seed, last, next: 0, chains, slots, by_slot, ending }
+    }
+
+    pub(super) fn add(&mut self, slot: Slot, chain: &Arc<[u64]>) -> Ticket {
         if self.chains.len() >= MOST
             && let Some((&oldest, _)) = self.chains.first_key_value()
         {
@@ -76,7 +53,8 @@ impl Expected {
         }
         let ticket = Ticket(self.next);
         self.next += 1;
-        let chain = Ordered(chain);
+        let last = self.last.take().filter(|last| last.is_of(chain));
+        let chain = last.unwrap_or_else(|| Ordered::new(chain, self.seed));
         self.chains.insert(ticket, chain.clone());
         self.slots.insert((chain, ticket), slot);
         *self.by_slot.entry(slot).or_default() += 1;
@@ -133,17 +111,21 @@ impl Expected {
     }
 
     /// Deepens what was found of `chain`.
-    pub(super) fn depths(&self, chain: &Arc<[u64]>, into: &mut Depths) {
-        let place = (Ordered(chain.clone()), Ticket(0));
-        self.look(self.slots.range(..&place).rev(), chain, into);
-        self.look(self.slots.range(&place..), chain, into);
+    pub(super) fn depths(&mut self, chain: &Arc<[u64]>, into: &mut Depths) {
+        if self.slots.is_empty() {
+            return;
+        }
+        let place = (Ordered::new(chain, self.seed), Ticket(0));
+        self.look(self.slots.range(..&place).rev(), &place.0, into);
+        self.look(self.slots.range(&place..), &place.0, into);
+        self.last = Some(place.0);
     }
 
     /// On one side of `chain`, the nearest first: of each slot's the first has most in common with it.
     fn look<'a>(
         &self,
         neighbours: impl Iterator<Item = (&'a (Ordered, Ticket), &'a Slot)>,
-        chain: &[u64],
+        chain: &Ordered,
         into: &mut Depths,
     ) {
         let (mut seen, mut unseen) = (SlotSet::default(), self.by_slot.len());
@@ -151,7 +133,7 @@ impl Expected {
             if seen.has(slot.0) {
                 continue;
             }
-            let blocks = common(&other.0, chain);
+            let blocks = other.common(chain) as u32;
             if blocks == 0 {
                 return;
             }
@@ -165,64 +147,27 @@ impl Expected {
     }
 }
 
-/// How many names two chains begin with alike.
-fn common(a: &[u64], b: &[u64]) -> u32 {
-    let most = a.len().min(b.len());
-    // Most prompts part early: looked at 1, 3, 7, ... names from the start, then in halves.
-    let (mut alike, mut step) = (0, 1);
-    while alike + step <= most && a[alike + step - 1] == b[alike + step - 1] {
-        alike += step;
-        step *= 2;
-    }
-    let mut end = (alike + step - 1).min(most);
-    while alike < end {
-        let middle = alike + (end - alike) / 2;
-        if a[middle] == b[middle] {
-            alike = middle + 1;
-        } else {
-            end = middle;
-        }
-    }
-    alike as u32
-}
-
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
 
     use super::*;
 
-    #[test]
-    fn chains_part_where_their_names_do() {
-        let chain = |shared: usize, own: u64, length: usize| -> Vec<u64> {
-            (0..length as u64).map(|n| if (n as usize) < shared { n } else { own + n }).collect()
-        };
-        for length in 0..40 {
-            for shared in 0..=length {
-                let (a, b) = (chain(shared, 1000, length), chain(shared, 2000, 33));
-                assert_eq!(common(&a, &b), shared.min(33) as u32, "{shared} of {length}");
-            }
-        }
+    const SEED: (u64, u64) = (3, 0x9e37_79b9_7f4a_7c15);
+
+    fn common(a: &[u64], b: &[u64]) -> u32 {
+        a.iter().zip(b).take_while(|(a, b)| a == b).count() as u32
     }
 
     #[test]
-    fn names_that_fall_together_do_not_disturb_the_order() {
+    fn names_that_fall_together_lose_nobody() {
         // The third name of the first two is the same by somebody's work, and the third chain lies between them.
         let chains = [vec![5, 10, 7, 90], vec![5, 20, 7, 30], vec![5, 15, 8, 1], vec![5, 10], vec![]];
-        for a in &chains {
-            for b in &chains {
-                assert_eq!(
-                    Ordered(a.clone().into()).cmp(&Ordered(b.clone().into())),
-                    a.cmp(b),
-                    "{a:?} {b:?}"
-                );
-            }
-        }
         let now = Instant::now();
         for first in 0..chains.len() {
-            let mut expected = Expected::default();
+            let mut expected = Expected::new(SEED);
             let turn = (0..chains.len()).map(|at| chains[(first + at) % chains.len()].clone());
-            let tickets: Vec<Ticket> = turn.map(|chain| expected.add(Slot(0), chain.into())).collect();
+            let tickets: Vec<Ticket> = turn.map(|chain| expected.add(Slot(0), &chain.into())).collect();
             tickets.into_iter().rev().for_each(|ticket| expected.settle(ticket, now));
             expected.expire(now);
             assert!(expected.slots.is_empty() && expected.by_slot.is_empty(), "from {first}");
@@ -244,11 +189,11 @@ mod tests {
             let more = (0..1 + draw(6)).map(|n| own * 7919 % 1009 + n * 1_000_003);
             chains.push(from[..kept].iter().copied().chain(more).collect());
         }
-        let mut expected = Expected::default();
+        let mut expected = Expected::new(SEED);
         for (number, chain) in chains.iter().enumerate() {
-            expected.add(Slot(number as u32 % 7), chain.clone().into());
+            expected.add(Slot(number as u32 % 7), &chain.clone().into());
         }
-        let holds = |expected: &Expected, of: &dyn Fn(u32) -> Option<Slot>| {
+        let holds = |expected: &mut Expected, of: &dyn Fn(u32) -> Option<Slot>| {
             for chain in &chains {
                 let mut depths = Depths::default();
                 expected.depths(&chain.clone().into(), &mut depths);
@@ -260,10 +205,10 @@ mod tests {
                 }
             }
         };
-        holds(&expected, &|slot| Some(Slot(slot)));
+        holds(&mut expected, &|slot| Some(Slot(slot)));
         expected.follow(Slot(3), Slot(70));
         expected.forget(Slot(5));
-        holds(&expected, &|slot| match slot {
+        holds(&mut expected, &|slot| match slot {
             3 => Some(Slot(70)),
             5 => None,
             _ => Some(Slot(slot)),
@@ -275,8 +220,8 @@ mod tests {
 
     #[test]
     fn the_oldest_makes_room_and_nothing_of_it_stays() {
-        let (mut expected, now) = (Expected::default(), Instant::now());
-        let tickets: Vec<Ticket> = (0..MOST + 3).map(|_| expected.add(Slot(0), Arc::default())).collect();
+        let (mut expected, now) = (Expected::new(SEED), Instant::now());
+        let tickets: Vec<Ticket> = (0..MOST + 3).map(|_| expected.add(Slot(0), &Arc::default())).collect();
         assert_eq!(expected.chains.len(), MOST);
         tickets.iter().for_each(|&ticket| expected.settle(ticket, now));
         assert_eq!(expected.ending.len(), MOST);

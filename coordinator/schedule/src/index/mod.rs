@@ -27,6 +27,7 @@
 
 mod expected;
 mod holders;
+mod ordered;
 mod table;
 
 use std::{collections::VecDeque, hint::black_box, sync::Arc};
@@ -146,8 +147,9 @@ pub struct PrefixIndex {
 impl PrefixIndex {
     /// Remembers at most `limit` blocks, of [`BLOCK_BYTES`] each; `seed` is anything that nobody knows.
     pub fn new(limit: usize, seed: (u64, u64)) -> Self {
+        let seed = (seed.0, seed.1 | 1);
         Self {
-            seed: (seed.0, seed.1 | 1),
+            seed,
             shards: (0..SHARDS).map(|_| Shard::default()).collect(),
             limit: limit.max(1),
             blocks: 0,
@@ -160,7 +162,7 @@ impl PrefixIndex {
             live: SlotSet::default(),
             gone: Vec::new(),
             swept: 0,
-            expected: Expected::default(),
+            expected: Expected::new(seed),
         }
     }
 
@@ -324,7 +326,7 @@ impl PrefixIndex {
     }
 
     /// The instance of a slot is about to compute, or to receive, the blocks of this chain.
-    pub fn expect(&mut self, slot: Slot, chain: Arc<[u64]>) -> Ticket {
+    pub fn expect(&mut self, slot: Slot, chain: &Arc<[u64]>) -> Ticket {
         self.expected.add(slot, chain)
     }
 
@@ -347,8 +349,7 @@ impl PrefixIndex {
     }
 
     fn mixed(&self, key: u64) -> Mixed {
-        let product = u128::from(key ^ self.seed.0) * u128::from(self.seed.1);
-        Mixed(product as u64 ^ (product >> 64) as u64)
+        Mixed(ordered::mixed(key, self.seed))
     }
 }
 

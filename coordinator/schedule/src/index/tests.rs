@@ -92,7 +92,7 @@ fn what_is_expected_counts_until_it_is_settled_and_moves_with_its_instance() {
     let (mut index, now) = (index(1000), Instant::now());
     let (prompt, longer) = (chain(1, 4, 10), chain(1, 4, 20));
     let slot = with(&mut index, &prompt[..2]);
-    let ticket = index.expect(slot, prompt.clone().into());
+    let ticket = index.expect(slot, &prompt.clone().into());
     assert_eq!(depths(&mut index, &longer, now).of(slot), 10);
     assert_eq!(depths(&mut index, &chain(2, 4, 10), now).of(slot), 4);
     let (hour, second) = (now + Duration::from_secs(3600), now + Duration::from_secs(1));
@@ -104,7 +104,7 @@ fn what_is_expected_counts_until_it_is_settled_and_moves_with_its_instance() {
     index.settle(ticket, second);
     assert_eq!(depths(&mut index, &longer, now).of(again), 10);
     assert_eq!(depths(&mut index, &longer, second).of(again), 0);
-    let ticket = index.expect(again, prompt.into());
+    let ticket = index.expect(again, &prompt.into());
     index.close(again);
     assert!(depths(&mut index, &longer, second).is_empty());
     index.settle(ticket, second);

@@ -1,0 +1,112 @@
+//! Chains of names in order, and how much two have in common, without comparing all of that. Pure.
+//!
+//! Names are 64 bits that follow from all before them, and so short that somebody with time can find two that are alike behind
+//! different beginnings: from an equal name nothing follows. So all names up to each 64th are folded into a number, under a seed
+//! that nobody knows; where two of these are equal, so is what they stand for.
+
+use std::{cmp::Ordering, sync::Arc};
+
+/// Names between two folds.
+const STRIDE: usize = 64;
+
+/// A chain. Only those of one seed are to be compared.
+#[derive(Debug, Clone)]
+pub(super) struct Ordered {
+    names: Arc<[u64]>,
+    /// Of the names up to each whole stride's end.
+    folds: Arc<[u64]>,
+}
+
+impl Ordered {
+    /// The second half of `seed` is odd.
+    pub(super) fn new(names: &Arc<[u64]>, seed: (u64, u64)) -> Self {
+        let (strides, _) = names.as_chunks::<STRIDE>();
+        let mut fold = 0;
+        let folds = strides.iter().map(|stride| {
+            // Their places count; that they are added lets the processor work at many at once.
+            let added = (0u64..).zip(stride).fold(0u64, |sum, (place, name)| {
+                sum.wrapping_add(mixed(name.wrapping_add(place.wrapping_mul(0x9e37_79b9_7f4a_7c15)), seed))
+            });
+            fold = mixed(fold ^ added, seed);
+            fold
+        });
+        let folds = folds.collect();
+        Self { names: names.clone(), folds }
+    }
+
+    /// It is made of these very names.
+    pub(super) fn is_of(&self, names: &Arc<[u64]>) -> bool {
+        Arc::ptr_eq(&self.names, names)
+    }
+
+    /// How many names both begin with.
+    pub(super) fn common(&self, other: &Self) -> usize {
+        let whole = self.whole_strides(other) * STRIDE;
+        let rest = self.names[whole..].iter().zip(&other.names[whole..]);
+        whole + rest.take_while(|(ours, theirs)| ours == theirs).count()
+    }
+
+    fn whole_strides(&self, other: &Self) -> usize {
+        self.folds.iter().zip(&*other.folds).take_while(|(ours, theirs)| ours == theirs).count()
+    }
+}
+
+/// A number that follows from this one and the seed.
+pub(super) fn mixed(number: u64, seed: (u64, u64)) -> u64 {
+    let product = u128::from(number ^ seed.0) * u128::from(seed.1);
+    product as u64 ^ (product >> 64) as u64
+}
+
+impl Ord for Ordered {
+    fn cmp(&self, other: &Self) -> Ordering {
+        let whole = self.whole_strides(other) * STRIDE;
+        self.names[whole..].cmp(&other.names[whole..])
+    }
+}
+
+impl PartialOrd for Ordered {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl PartialEq for Ordered {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other).is_eq()
+    }
+}
+
+impl Eq for Ordered {}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const SEED: (u64, u64) = (0x0123_4567_89ab_cdef, 0xfedc_ba98_7654_3211);
+
+    fn ordered(names: &[u64]) -> Ordered {
+        Ordered::new(&names.into(), SEED)
+    }
+
+    proptest! {
+        #[test]
+        fn they_are_as_slices_are(
+            shared in prop::collection::vec(any::<u64>(), 0..300),
+            ends in prop::array::uniform2(prop::collection::vec(0u64..3, 0..150)),
+            swapped in any::<bool>(),
+        ) {
+            let [mut a, mut b] = ends.map(|end| [shared.clone(), end].concat());
+            // What is only in another order, and what is alike behind another beginning, is not the same.
+            if swapped && shared.len() > 1 {
+                a.swap(0, 1);
+            }
+            prop_assert_eq!(ordered(&a).cmp(&ordered(&b)), a.cmp(&b));
+            let common = |a: &[u64], b: &[u64]| a.iter().zip(b).take_while(|(a, b)| a == b).count();
+            prop_assert_eq!(ordered(&a).common(&ordered(&b)), common(&a, &b));
+            b.clone_from(&a);
+            prop_assert_eq!(ordered(&a), ordered(&b));
+        }
+    }
+}
