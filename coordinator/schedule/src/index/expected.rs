@@ -28,7 +28,7 @@ pub struct Ticket(u64);
 pub(super) struct Expected {
     /// Chains are ordered under it.
     seed: (u64, u64),
-    /// The last chain that was asked for: it is put down next, if anybody can take it.
+    /// The last chain that was asked for: it is put down next, for each leg.
     last: Option<Ordered>,
     next: u64,
     chains: BTreeMap<Ticket, Ordered>,
@@ -53,8 +53,8 @@ impl Expected {
         }
         let ticket = Ticket(self.next);
         self.next += 1;
-        let last = self.last.take().filter(|last| last.is_of(chain));
-        let chain = last.unwrap_or_else(|| Ordered::new(chain, self.seed));
+        let last = self.last.as_ref().filter(|last| last.is_of(chain));
+        let chain = last.cloned().unwrap_or_else(|| Ordered::new(chain, self.seed));
         self.chains.insert(ticket, chain.clone());
         self.slots.insert((chain, ticket), slot);
         *self.by_slot.entry(slot).or_default() += 1;
