@@ -227,8 +227,8 @@ impl Report<'_> {
         faults
     }
 
-    /// How many requests of 220 KB a core carries, and whether these are enough. What the tokeniser alone takes is the
-    /// limit, and nine tenths of it are as near as the rest of the work lets one come.
+    /// How many requests of 220 KB a core carries, and whether these are enough. Where the tokeniser
+    /// alone, of texts never seen, does fewer than that, nine tenths of it are wanted.
     pub(crate) fn long(&self) -> impl Iterator<Item = (String, bool)> {
         let wanted = LONG_PER_CORE.min(self.tokenised_per_second * 0.9);
         self.lines().into_iter().filter(|line| line.prompt == Prompt::Bytes220k).filter_map(move |line| {

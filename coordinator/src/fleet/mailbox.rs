@@ -36,11 +36,11 @@ struct Inner {
     flooded: Option<Side>,
     /// Woken by what comes, from when it was last looked. Kept: whoever reads is nearly always the same.
     reader: Option<Waker>,
-    /// It has been, since it last looked.
+    /// Something has come since it last looked: it is told nothing more until it does.
     told: bool,
     /// So many tokens that only go on from earlier ones wake the reader.
     batch: usize,
-    /// Tokens since the reader was last woken, or looked.
+    /// Tokens since the reader was last woken, or would have been, or looked.
     unread: usize,
     /// When prefill's token came, or that of a leg alone.
     first_token: Option<Instant>,
@@ -142,7 +142,8 @@ impl Mailbox {
         }
     }
 
-    /// Swaps what lies there into `into`, which must be empty. What comes after that wakes `reader`. Tells the leg whose
+    /// Swaps what lies there into `into`, which must be empty. The first that comes after that wakes `reader`, who
+    /// must take it to hear of more. Tells the leg whose
     /// instance has sent so much out of order that something was not taken.
     pub fn take(&self, reader: &Waker, into: &mut VecDeque<(Side, Output)>) -> Option<Side> {
         debug_assert!(into.is_empty());

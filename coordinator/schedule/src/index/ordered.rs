@@ -1,6 +1,6 @@
 //! Chains of names in order, and how much two have in common, without comparing all of that. Pure.
 //!
-//! Names are 64 bits that follow from all before them, and so short that somebody with time can find two that are alike behind
+//! Names are 64 bits that follow from all before them, and so short that somebody who wants to can find two that are alike behind
 //! different beginnings: from an equal name nothing follows. So all names up to each 64th are folded into a number, under a seed
 //! that nobody knows; where two of these are equal, so is what they stand for.
 
