@@ -124,7 +124,7 @@ impl Pricing<'_> {
         let missing_first = first.saturating_sub(standing.blocks_free.unwrap_or(first)) as f64;
         let wait_micros = own * (missing_first.min(used) + standing.blocks_short as f64) / used.max(1.0);
         let moved = f64::from(to_move) * row.spec.token_bytes as f64;
-        let moving = moved / LINK_BYTES_PER_MICROSECOND * f64::from(1 + row.transfers);
+        let moving = moved / LINK_BYTES_PER_MICROSECOND * (1.0 + f64::from(row.transfers));
         let late = expected * (step - self.settings.targets.tpot_micros()).max(0.0);
         let micros = own + others + own * missing / wanted.max(1.0) + moving + LATE * late;
         Price { micros, ttft_micros: 0.0, tpot_micros: step, wait_micros }

@@ -155,6 +155,8 @@ const QUEUED_TOKENS_MOST: u64 = 1 << 32;
 const QUEUED_PAIRS_MOST: u64 = 1 << 52;
 /// Longest decode step an instance is believed to have measured: one minute.
 const DECODE_STEP_MICROS_MOST: u64 = 60_000_000;
+/// Most caches that are believed to be on their way at once.
+const TRANSFERS_MOST: u32 = 1 << 20;
 
 /// Numbers beyond reason are cut down to where costs of instances still compare.
 impl From<&v1::InstanceLoad> for Load {
@@ -169,7 +171,7 @@ impl From<&v1::InstanceLoad> for Load {
             prefill_tokens_per_second: load.prefill_tokens_per_second,
             decode_step_micros: load.decode_step_micros.min(DECODE_STEP_MICROS_MOST),
             timed: load.into(),
-            transfers: load.outgoing_transfers.saturating_add(load.incoming_transfers),
+            transfers: load.outgoing_transfers.saturating_add(load.incoming_transfers).min(TRANSFERS_MOST),
             seen_leg: load.seen_leg.map(LegId),
         }
     }
