@@ -1,4 +1,4 @@
-//! How a request goes on elsewhere when the instance that has it fails, is lost, refuses it or drains.
+//! How a request goes on elsewhere when the instance that has it fails, is lost, refuses it, drains or has no more room.
 //!
 //! Each prompt of a request has [`Attempts`], and so has each of its choices that goes on alone; [`crate::stream`] says what
 //! became of one and is given the next, or nothing if there have been too many. Another attempt goes on from the tokens
@@ -53,6 +53,28 @@ impl From<NotSent> for Failure {
     /// It was never begun there.
     fn from(NotSent { instance, error }: NotSent) -> Self {
         Self { error, culprit: Some(instance), begun: false }
+    }
+}
+
+/// Why a request leaves an instance that has not failed it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Leave {
+    /// The instance drains.
+    Drains,
+    /// The instance's KV cache, or the context that it was started with, holds no more of the answer.
+    Outgrown,
+}
+
+impl Leave {
+    /// As receipts and metrics have it.
+    fn error(self) -> ApiError {
+        match self {
+            Self::Drains => ApiError::new(ErrorCode::Unavailable, "the instance that generates drains"),
+            Self::Outgrown => ApiError::new(
+                ErrorCode::KvExhausted,
+                "the instance that generates has no room for more of the answer",
+            ),
+        }
     }
 }
 
@@ -132,33 +154,41 @@ impl Attempts {
         self.placer.board.left(instance, tokens, most) > self.placer.move_after
     }
 
-    /// Gives it to others, if any can take it at once. `from`, if it has the cache of all of it, is to hand that on: others
-    /// would compute it again, but for what they have of the prompt. It may refuse, and by then nobody works at it; so it is
-    /// asked only where there are others. What it refuses goes on like what anybody does.
-    pub fn elsewhere(&self, from: Option<&InstanceId>) -> Option<Moved> {
+    /// Gives it to others, if any can take it at once. Of an instance that drains, and has the cache of all of it (`from`),
+    /// that is to be handed on: others would compute it again, but for what they have of the prompt. It may refuse, and by
+    /// then nobody works at it; so it is asked only where there are others. What it refuses goes on like what anybody does.
+    pub fn elsewhere(&self, leave: Leave, from: Option<&InstanceId>) -> Option<Moved> {
         let Self { placer, model, assignment, .. } = self;
         let served = &model.served;
-        let begin = |among| {
+        let begin = |avoid: &[InstanceId], among| {
             let (prompt, generated) = (&assignment.prompt, &assignment.generated);
-            let booked = placer.book(served, prompt, generated, &[], among).ok()?;
-            let drains = ApiError::new(ErrorCode::Unavailable, "the instance that generates drains");
-            let placing = Placing::new(&booked.booking, Some(drains), Duration::ZERO);
+            let booked = placer.book(served, prompt, generated, avoid, among).ok()?;
+            let (prefill, decode) = booked.booking.credit.pair();
+            // Whoever is to be avoided is taken where there is nobody else.
+            if avoid.contains(decode.unwrap_or(prefill)) {
+                return None;
+            }
+            let placing = Placing::new(&booked.booking, Some(leave.error()), Duration::ZERO);
             let handed_on = booked.booking.handed_on;
             let generation = placer.start(booked, assignment.clone()).ok()?;
             Some(Moved { generation, placing, handed_on })
         };
-        let from = from.filter(|_| placer.board.can_serve(&served.revision).is_ok());
-        let begun = from.and_then(|from| begin(Among::PeersOf(from)));
-        begun.or_else(|| begin(Among::All))
+        match (leave, from) {
+            (Leave::Drains, Some(from)) if placer.board.can_serve(&served.revision).is_ok() => {
+                begin(&[], Among::PeersOf(from)).or_else(|| begin(&[], Among::All))
+            }
+            (Leave::Outgrown, Some(from)) => begin(std::slice::from_ref(from), Among::All),
+            _ => begin(&[], Among::All),
+        }
     }
 
     /// Takes note that it goes on elsewhere.
-    pub fn moved(&mut self, handed_on: bool) {
+    pub fn moved(&mut self, leave: Leave, handed_on: bool) {
         self.pauses();
         let Self { placer, model, assignment, .. } = &*self;
-        let (request, generated) = (&assignment.request, assignment.generated.len());
-        tracing::info!(%request, generated, handed_on, "the request leaves an instance that drains");
-        self.count_migration(ErrorCode::Unavailable);
+        let (request, generated, why) = (&assignment.request, assignment.generated.len(), leave.error());
+        tracing::info!(%request, generated, handed_on, %why, "the request leaves an instance");
+        self.count_migration(why.code);
         if handed_on && generated > 0 {
             placer.metrics.hand_ons.get_or_create(&ModelLabel { model: model.served.name.clone() }).inc();
         }

@@ -1,12 +1,16 @@
 //! Answers that leave an instance that is frozen, or drains: how long their clients wait, that they read what they would
 //! have, and how little is computed again.
 
-use std::time::{Duration, Instant};
+use std::{
+    process::Command,
+    time::{Duration, Instant},
+};
 
 use baton_integration_tests::{
-    Cluster,
+    Cluster, binary,
     chat::{Seen, ask_during, long_prompt, request},
-    eventually, metrics,
+    eventually, metrics, model,
+    process::Service,
 };
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -47,11 +51,11 @@ async fn metrics_of(cluster: &Cluster, id: &str) -> (Vec<String>, Vec<String>) {
     (urls(own), urls(others))
 }
 
-/// How many answers were begun on an instance that drained and went on elsewhere.
-async fn moved(cluster: &Cluster) -> f64 {
+/// How many answers were begun on one instance and went on elsewhere for this reason.
+async fn moved(cluster: &Cluster, reason: &str) -> f64 {
     let text = reqwest::get(format!("{}/metrics", cluster.url())).await.expect("metrics").text().await;
     let name = "baton_coordinator_migrations_total";
-    metrics::sum(&text.expect("a text"), name, "reason=\"unavailable\"").unwrap_or(0.0)
+    metrics::sum(&text.expect("a text"), name, &format!("reason=\"{reason}\"")).unwrap_or(0.0)
 }
 
 /// What an instance that drained has computed, and the others together, while answers left it.
@@ -65,7 +69,7 @@ struct Again {
 async fn ask_and_drain(cluster: &Cluster, bodies: &[Value], after: usize) -> (Vec<Seen>, Again) {
     let mut decode = String::new();
     let mut before = (0.0, 0.0);
-    let already = moved(cluster).await;
+    let already = moved(cluster, "unavailable").await;
     let seen = ask_during(cluster.url(), bodies, after, async || {
         decode = decodes(cluster).await;
         let (own, others) = metrics_of(cluster, &decode).await;
@@ -79,7 +83,7 @@ async fn ask_and_drain(cluster: &Cluster, bodies: &[Value], after: usize) -> (Ve
     let again = Again {
         drained: prefilled(&own).await - before.0,
         others: prefilled(&others).await - before.1,
-        moved: moved(cluster).await - already,
+        moved: moved(cluster, "unavailable").await - already,
     };
     cluster.run_ctl(&["uncordon", &decode]).await;
     cluster.assert_nothing_held().await;
@@ -155,4 +159,48 @@ async fn choices_stop_strings_log_probabilities_and_counts_are_those_of_an_answe
     assert_eq!(moved, 3.0, "each choice goes on by itself");
     assert!(drained > 0.0 && drained <= moved * f64::from(BLOCK_TOKENS), "{drained} tokens");
     assert_eq!(others, 0.0);
+}
+
+#[tokio::test]
+async fn an_answer_that_fills_an_instance_goes_on_where_there_is_more_room_and_ends_there_where_there_is_none()
+ {
+    let cluster =
+        Cluster::start(&["--prefill", "1", "--decode", "0", "--set", "server.runtime.kv_blocks=16"]).await;
+    let small = cluster.instance_of("mixed").await;
+    cluster.run_ctl(&["set-role", &small, "mixed"]).await;
+    let mut body = request(cluster.model(), &long_prompt(60), 300, true);
+    let more =
+        json!({"temperature": 0.8, "seed": 7, "logprobs": true, "stream_options": {"include_usage": true}});
+    body.as_object_mut().expect("a body").extend(more.as_object().expect("settings").clone());
+    let bodies = [body];
+    let short = ask_during(cluster.url(), &bodies, 0, async || {}).await;
+    assert_eq!(short[0].choices[&0].finish_reason, "length");
+    let all = u64::from(16 * BLOCK_TOKENS + 1);
+    assert_eq!(short[0].usage["total_tokens"], all, "the cache holds all but the last token");
+
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let mut server = Command::new(binary("baton-server"));
+    server.args(["--instance-id", "large", "--controller", cluster.controller(), "--listen", "127.0.0.1:0"]);
+    server.args(["--set", "runtime.threads=1", "--model"]).arg(model());
+    let _large = Service::start(&mut server, &dir.path().join("large.log"));
+    eventually("another instance", || async { (cluster.roles().await.len() == 2).then_some(()) }).await;
+    cluster.run_ctl(&["set-role", "large", "mixed"]).await;
+    eventually("two instances that do both", || async {
+        (cluster.roles().await == ["mixed", "mixed"]).then_some(())
+    })
+    .await;
+    cluster.run_ctl(&["cordon", &small]).await;
+    let expected = ask_during(cluster.url(), &bodies, 0, async || {}).await;
+    assert_eq!(expected[0].usage["completion_tokens"], 300);
+    cluster.run_ctl(&["uncordon", &small]).await;
+
+    cluster.run_ctl(&["cordon", "large"]).await;
+    let seen = ask_during(cluster.url(), &bodies, 20, async || {
+        cluster.run_ctl(&["uncordon", "large"]).await;
+    })
+    .await;
+    assert_eq!(seen[0].choices, expected[0].choices);
+    assert_eq!(seen[0].usage["completion_tokens"], 300);
+    assert_eq!(moved(&cluster, "kv_exhausted").await, 1.0);
+    cluster.assert_nothing_held().await;
 }

@@ -212,7 +212,7 @@ impl Generation {
         let commands = self.choices.get_mut(choice as usize).map(|choice| choice.machine.stop());
         match self.perform(choice, commands.unwrap_or_default()) {
             Some(Ok(completed)) => completed,
-            _ => Completed { reason: StopReason::Stop, cached_tokens: 0 },
+            _ => Completed { reason: StopReason::Stop, cached_tokens: 0, outgrown: false },
         }
     }
 
@@ -316,6 +316,7 @@ impl Generation {
             match self.perform(choice, commands) {
                 Some(end) => {
                     match &end {
+                        Ok(Completed { outgrown: true, .. }) => {}
                         Ok(_) => {
                             self.credit.answered(self.choices[choice as usize].machine.tokens().len() as u32)
                         }

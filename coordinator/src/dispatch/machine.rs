@@ -53,6 +53,8 @@ pub struct Completed {
     pub reason: StopReason,
     /// Of the prompt, taken from a prefix cache.
     pub cached_tokens: u32,
+    /// It would have gone on where there was room for more.
+    pub outgrown: bool,
 }
 
 /// Tokens not given out before, in order.
@@ -387,7 +389,10 @@ impl Machine {
     fn finish(&mut self, reason: StopReason) -> Vec<Command> {
         let mut commands = self.cancel_open();
         let cached_tokens = self.cached_tokens.unwrap_or(0);
-        commands.push(Command::End(Ok(Completed { reason, cached_tokens })));
+        // Without a token of its own it would be no further elsewhere.
+        let short = self.has_begun() && self.tokens.len() < self.max_tokens as usize;
+        let outgrown = reason == StopReason::Length && short;
+        commands.push(Command::End(Ok(Completed { reason, cached_tokens, outgrown })));
         commands
     }
 

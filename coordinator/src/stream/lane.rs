@@ -17,9 +17,10 @@ use tokio::time::Instant;
 
 use super::reading::{Piece, Reading};
 use crate::{
-    carry::{Attempts, Failure, Moved, Replacing},
+    carry::{Attempts, Failure, Leave, Moved, Replacing},
     cause,
     dispatch::{Completed, Generation, NotSent, Progress},
+    fleet::StopReason,
     requests::CardGuard,
 };
 
@@ -46,8 +47,9 @@ enum Over {
     Failed(ApiError),
     /// Nobody was found in time who would make another attempt.
     NoPlace(ApiError),
-    /// It had better go on elsewhere, if anybody can take it at once.
-    Leaving,
+    /// It had better go on elsewhere, if anybody can take it at once: for the sake of this choice of the lane's, which has
+    /// outgrown the instance, or because that drains.
+    Leaving(Option<usize>),
 }
 
 /// See the module. What nearly every request has one of lies in its place: each token is read through all of it.
@@ -136,9 +138,9 @@ impl Lane {
                     self.strands.insert_many(index, next);
                 }
                 Poll::Ready(Over::NoPlace(error)) => return Poll::Ready(Err(error)),
-                Poll::Ready(Over::Leaving) => {
+                Poll::Ready(Over::Leaving(outgrown)) => {
                     let strand = self.strands.remove(index);
-                    let next = self.move_away(strand, card, pieces);
+                    let next = self.move_away(strand, outgrown, card, pieces);
                     self.strands.insert_many(index, next);
                 }
                 Poll::Pending => index += 1,
@@ -178,11 +180,14 @@ impl Lane {
             let (choice, end) = match progress {
                 Progress::Choice { choice, end } => (choice, end),
                 Progress::Failed(error) => return Poll::Ready(Over::Failed(error)),
-                Progress::Leaving => return Poll::Ready(Over::Leaving),
+                Progress::Leaving => return Poll::Ready(Over::Leaving(None)),
             };
             let at = choice as usize;
             let (Some(reading), Some(piece)) = (readings.get_mut(at), pieces.get_mut(at)) else { continue };
             if let Some(completed) = take(generation, choice, reading, piece).or(end) {
+                if completed.outgrown && !reading.finished() {
+                    return Poll::Ready(Over::Leaving(Some(strand.choices.start + at)));
+                }
                 if !self.cached_settled {
                     self.cached_tokens = self.cached_tokens.max(completed.cached_tokens);
                 }
@@ -209,43 +214,61 @@ impl Lane {
         }
     }
 
-    /// What takes the place of a strand whose instance drains: those that others have been given, where they can have all of
-    /// it at once; else it stays.
+    /// What takes the place of a strand whose instance drains, or has no room for more of a choice: those that others have
+    /// been given, where they can have all of it at once; else it stays, and what has outgrown its instance ends there.
     ///
     /// The new legs go out before the old one is cancelled. They come to the instance that drains in this order, too, and so
     /// the old leg holds its blocks until the one that hands them on is there, and the drain, which waits for legs, does not
     /// end between the two. No token is lost or told twice: the new legs go on from those that have been read, and what the
     /// old one says beyond them reaches nobody any more; it comes again, as each follows from those before it.
-    fn move_away(&mut self, strand: Strand, card: &CardGuard, pieces: &mut [Piece]) -> Vec<Strand> {
+    fn move_away(
+        &mut self,
+        strand: Strand,
+        outgrown: Option<usize>,
+        card: &CardGuard,
+        pieces: &mut [Piece],
+    ) -> Vec<Strand> {
         let left = strand.choices.clone().filter(|at| !self.readings[*at].finished());
         let consumed = left.map(|at| self.readings[at].consumed()).min();
         let Strand { work: Work::Generating(mut generation), attempts, choices } = strand else {
             return vec![strand];
         };
-        if !consumed.is_some_and(|tokens| attempts.is_worth_moving(generation.generates(), tokens)) {
-            return vec![Strand { work: Work::Generating(generation), attempts, choices }];
+        let stays = |generation, attempts, choices| {
+            vec![Strand { work: Work::Generating(generation), attempts, choices }]
+        };
+        let worth = |tokens| attempts.is_worth_moving(generation.generates(), tokens);
+        if outgrown.is_none() && !consumed.is_some_and(worth) {
+            return stays(generation, attempts, choices);
         }
+        let leave = if outgrown.is_some() { Leave::Outgrown } else { Leave::Drains };
         self.take_rest(&mut generation, choices.clone(), pieces);
-        let from = generation.has_cache();
         let readings = &self.readings;
         let next: Option<Vec<_>> = if readings[choices.clone()].iter().all(|of| of.tokens().is_empty()) {
-            let moved = attempts.elsewhere(None);
+            let moved = attempts.elsewhere(leave, None);
             moved.map(|moved| vec![(moved, attempts.clone(), choices.clone())])
         } else {
             let left = (0..).zip(choices.clone()).filter(|(_, at)| !readings[*at].finished());
             let alone = |(choice, at): (u32, usize)| {
                 let attempts = attempts.of_choice(choice, readings[at].tokens());
-                Some((attempts.elsewhere(from)?, attempts, at..at + 1))
+                // Choices that have not outgrown it may go on where they were.
+                let from = match outgrown {
+                    None => generation.has_cache(),
+                    Some(outgrown) => (at == outgrown).then(|| generation.generates()),
+                };
+                Some((attempts.elsewhere(leave, from)?, attempts, at..at + 1))
             };
             left.map(alone).collect()
         };
         let Some(next) = next else {
-            return vec![Strand { work: Work::Generating(generation), attempts, choices }];
+            if let Some(at) = outgrown.filter(|at| !self.readings[*at].finished()) {
+                self.readings[at].finish(StopReason::Length, false, &mut pieces[at]);
+            }
+            return stays(generation, attempts, choices);
         };
         generation.give_up();
         let strand = |(moved, mut attempts, choices): (Moved, Attempts, _)| {
             let Moved { generation, placing, handed_on } = moved;
-            attempts.moved(handed_on);
+            attempts.moved(leave, handed_on);
             card.placed(placing);
             Strand { work: Work::Generating(Box::new(generation)), attempts, choices }
         };

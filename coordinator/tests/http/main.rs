@@ -14,6 +14,7 @@ mod local;
 mod migrations;
 mod models;
 mod operators;
+mod outgrown;
 mod prefix;
 mod real_text;
 mod scripted;

@@ -25,12 +25,12 @@ fn lost() -> ApiError {
 }
 
 fn ok(reason: StopReason, cached_tokens: u32) -> Command {
-    Command::End(Ok(Completed { reason, cached_tokens }))
+    Command::End(Ok(Completed { reason, cached_tokens, outgrown: false }))
 }
 
 #[test]
 fn tokens_of_two_legs_come_in_order() {
-    let mut machine = Machine::apart(10);
+    let mut machine = Machine::apart(4);
     assert!(machine.output(Side::Decode, out(1, &[11, 12])).is_empty());
     assert!(machine.take_fresh().tokens.is_empty(), "token 0 is missing");
     assert!(machine.output(Side::Prefill, out(0, &[10])).is_empty());
@@ -80,6 +80,19 @@ fn an_attempt_goes_on_from_the_tokens_there_are() {
 }
 
 #[test]
+fn what_ends_short_of_what_was_asked_for_has_outgrown_its_instance() {
+    let ends = |mut machine: Machine, last: Output| match machine.output(Side::Whole, last).as_slice() {
+        [Command::End(Ok(completed))] => completed.outgrown,
+        other => panic!("{other:?}"),
+    };
+    let last = |reason, from, tokens: &[u32]| Output { end: complete(reason).end, ..out(from, tokens) };
+    assert!(ends(Machine::whole(3), last(StopReason::Length, 0, &[10, 11])));
+    assert!(ends(Machine::whole(3).after(&[10]), last(StopReason::Length, 1, &[11])));
+    assert!(!ends(Machine::whole(2), last(StopReason::Length, 0, &[10, 11])), "it is as long as asked for");
+    assert!(!ends(Machine::whole(3), last(StopReason::Stop, 0, &[10, 11])));
+}
+
+#[test]
 fn log_probabilities_stay_with_their_tokens() {
     let scored = |first_position, tokens: &[u32]| Output {
         logprobs: tokens
@@ -103,8 +116,8 @@ fn log_probabilities_stay_with_their_tokens() {
 
 #[test]
 fn prefill_that_ends_the_sequence_cancels_decode() {
-    for reason in [StopReason::Stop, StopReason::Length] {
-        let mut machine = Machine::apart(10);
+    for (reason, most) in [(StopReason::Stop, 10), (StopReason::Length, 1)] {
+        let mut machine = Machine::apart(most);
         let last = Output { end: Some(LegEnd::Complete { reason, cached_tokens: 3 }), ..out(0, &[10]) };
         let commands = machine.output(Side::Prefill, last);
         assert_eq!(commands, [Command::Cancel(Side::Decode), ok(reason, 3)]);
@@ -117,7 +130,7 @@ fn a_broken_transfer_waits_for_prefills_word() {
     let broken = |code| Output::failed(ApiError::new(code, "the transfer was broken off"));
     for code in [ErrorCode::Cancelled, ErrorCode::NotNeeded, ErrorCode::HandoffFailed] {
         // Prefill needed no decode.
-        let mut machine = Machine::apart(10);
+        let mut machine = Machine::apart(1);
         assert!(machine.output(Side::Decode, broken(code)).is_empty());
         let last = Output { end: complete(StopReason::Length).end, ..out(0, &[10]) };
         assert_eq!(machine.output(Side::Prefill, last), [ok(StopReason::Length, 0)]);
@@ -326,7 +339,8 @@ proptest! {
                 match command {
                     Command::End(end) => {
                         ends += 1;
-                        prop_assert_eq!(end, Ok(Completed { reason: StopReason::Length, cached_tokens: 2 }));
+                        let Ok(Completed { reason, cached_tokens, outgrown }) = end else { panic!("it failed") };
+                        prop_assert_eq!((reason, cached_tokens, outgrown), (StopReason::Length, 2, false));
                     }
                     Command::Linger => {}
                     Command::AwaitDecode => prop_assert!(false, "prefill was not lost"),
