@@ -6,9 +6,10 @@
 //!   answer is taken, and where there is much, whoever has least to compute: a cached prefix is worth more then.
 //! - **Decode**: the tokens expected x the step with this request in the batch; the time by which it makes the steps of the
 //!   others in it longer; as long again as its own steps, scaled by the shortfall, when the free KV blocks do not hold it;
-//!   and the time that what is not cached there takes to be moved, with the transfers that share the way.
+//!   and the time that what is not cached there takes to be moved, with the transfers that share the way. For what is
+//!   queued there to be computed it stands still.
 //! - **Both on one instance**: the sum, with nothing moved. A prompt that is computed by a *decode* instance holds up every
-//!   sequence of its batch, and is paid for so.
+//!   sequence of its batch, and is paid for so; between its chunks the batch decodes, and it waits for that.
 //! - What is predicted to be later than its target counts [`LATE`] times more.
 //! - What an instance has counts for more while it warms up: it is given a share that grows with the time it has served.
 //! - Of several choices each is decoded, and the prompt is computed once.
@@ -28,6 +29,9 @@ const LATE: f64 = 4.0;
 const WAITING_MOST: f64 = 16.0;
 /// What is taken for the link to any decode instance.
 const LINK_BYTES_PER_MICROSECOND: f64 = 10_000.0;
+/// What is taken for the tokens of a prompt that a decode instance computes between two tokens of its batch: servers' own
+/// default for a step.
+const CHUNK_TOKENS: f64 = 512.0;
 /// The share of its peers' work that an instance gets at once.
 const SHARE_LEAST: f64 = 0.1;
 /// A decode instance computes no prompt itself when less of its blocks is free, or when its steps are predicted to be this
@@ -60,10 +64,13 @@ impl Pricing<'_> {
     /// `cached`: tokens of the prompt that the instance has.
     pub(crate) fn price(&self, row: &Row, side: Side, cached: u32) -> Price {
         match side {
-            Side::Prefill => self.prefill(row, cached, 0.0),
-            Side::Decode => self.decode(row, cached, self.ask.prompt_tokens().saturating_sub(cached)),
+            Side::Prefill => self.prefill(row, cached, 0.0, 0.0),
+            Side::Decode => {
+                let to_move = self.ask.prompt_tokens().saturating_sub(cached);
+                self.decode(row, cached, to_move, row.queue_micros)
+            }
             Side::Whole => {
-                let (first, then) = (self.prefill(row, cached, 0.0), self.decode(row, cached, 0));
+                let (first, then) = (self.prefill(row, cached, 0.0, 0.0), self.decode(row, cached, 0, 0.0));
                 both(first, then)
             }
         }
@@ -72,18 +79,19 @@ impl Pricing<'_> {
     /// All of it on a decode instance; `None`: it has too much to do.
     pub(crate) fn local(&self, row: &Row, cached: u32) -> Option<Price> {
         let batch = row.standing.sequences as f64;
-        let then = self.decode(row, cached, 0);
+        let then = self.decode(row, cached, 0, 0.0);
         let room = match (row.standing.blocks_free, row.standing.blocks_total) {
             (Some(free), Some(total)) => free as f64 >= LOCAL_FREE_LEAST * total as f64,
             _ => true,
         };
         let steady = then.tpot_micros <= LOCAL_TPOT_MOST * self.settings.targets.tpot_micros();
-        let first = self.prefill(row, cached, batch);
+        let between = if batch > 0.0 { then.tpot_micros } else { 0.0 };
+        let first = self.prefill(row, cached, batch, between);
         (room && steady).then_some(both(first, then))
     }
 
-    /// With so many sequences that stand still meanwhile.
-    fn prefill(&self, row: &Row, cached: u32, batch: f64) -> Price {
+    /// With so many sequences that stand still meanwhile, and decode so long after each chunk.
+    fn prefill(&self, row: &Row, cached: u32, batch: f64, between_micros: f64) -> Price {
         let tokens = u64::from(self.ask.prompt_tokens().saturating_sub(cached));
         let own = row
             .speed
@@ -93,14 +101,15 @@ impl Pricing<'_> {
         // Of those that it is of, the one with the most to prefill says the most.
         let widest = classes.iter().max_by_key(|class| class.prefills());
         let waiting = widest.map_or(0.0, |class| class.waiting(WAITING_MOST));
-        let ttft_micros = row.queue_micros + own;
+        let between = (tokens as f64 / CHUNK_TOKENS).ceil() * between_micros;
+        let ttft_micros = row.queue_micros + own + between;
         let late = (ttft_micros - self.settings.targets.ttft_micros(self.ask.prompt_tokens())).max(0.0);
-        let micros = wait + (1.0 + waiting + batch) * own + LATE * late;
+        let micros = wait + (1.0 + waiting + batch) * own + between + LATE * late;
         Price { micros, ttft_micros, tpot_micros: 0.0, wait_micros: row.queue_micros }
     }
 
-    /// With so many tokens of the prompt there already, and so many that come from elsewhere.
-    fn decode(&self, row: &Row, cached: u32, to_move: u32) -> Price {
+    /// With so many tokens of the prompt there already, and so many that come from elsewhere; it stands still for so long.
+    fn decode(&self, row: &Row, cached: u32, to_move: u32, still_micros: f64) -> Price {
         let ask = self.ask;
         let (standing, expected) = (&row.standing, f64::from(expected_tokens(ask)));
         let choices = f64::from(ask.wanted.choices);
@@ -126,7 +135,7 @@ impl Pricing<'_> {
         let moved = f64::from(to_move) * row.spec.token_bytes as f64;
         let moving = moved / LINK_BYTES_PER_MICROSECOND * (1.0 + f64::from(row.transfers));
         let late = expected * (step - self.settings.targets.tpot_micros()).max(0.0);
-        let micros = own + others + own * missing / wanted.max(1.0) + moving + LATE * late;
+        let micros = own + others + own * missing / wanted.max(1.0) + moving + still_micros + LATE * late;
         Price { micros, ttft_micros: 0.0, tpot_micros: step, wait_micros }
     }
 

@@ -6,8 +6,8 @@ mod replay;
 
 use baton_schedule::Settings;
 use replay::{
-    cache::Cache,
-    chooser::Chooser,
+    cache::{Cache, Changes},
+    chooser::{Choice, Chooser, Place, Report, Sight},
     coordinators::Coordinators,
     figures::Figures,
     machine::{Draws, Machine, Target},
@@ -46,8 +46,9 @@ fn choosers(setup: &Setup) -> Vec<Box<dyn Chooser>> {
     let (prefills, decodes) = (setup.prefills, setup.decodes);
     let peer = |rule: &Rule| Box::new(Peer::new(*rule, setup.machine, prefills, decodes)) as Box<dyn Chooser>;
     let mut choosers: Vec<_> = RULES.iter().map(peer).collect();
-    for many in [1, 3] {
-        choosers.push(Box::new(Coordinators::new(many, prefills, decodes, setup.settings)));
+    for (many, local_prefill) in [(1, false), (3, false), (1, true), (3, true)] {
+        let settings = Settings { local_prefill, ..setup.settings };
+        choosers.push(Box::new(Coordinators::new(many, prefills, decodes, settings)));
     }
     choosers
 }
@@ -87,11 +88,11 @@ fn round_robin_gives_what_a_hand_computes() {
         (answer.prefill, answer.found_tokens, answer.first_micros, answer.last_micros)
     };
     // One step of 512 tokens: 1,000 + 51,200. Its cache, sent meanwhile, is decoded from 2,000 later, in two steps.
-    assert_eq!(seen(0), (0, 0, 52_200, 52_200 + 2_000 + 2 * 20_000));
+    assert_eq!(seen(0), (Some(0), 0, 52_200, 52_200 + 2_000 + 2 * 20_000));
     // Two steps, and no more than a token.
-    assert_eq!(seen(1), (1, 0, 104_400, 104_400));
+    assert_eq!(seen(1), (Some(1), 0, 104_400, 104_400));
     // Behind the first, whose prompt it has: only its last token is computed.
-    assert_eq!(seen(2), (0, 511, 53_300, 53_300));
+    assert_eq!(seen(2), (Some(0), 511, 53_300, 53_300));
     assert_eq!(outcome.prefill_busy_micros, [53_300, 104_400]);
     let figures = Figures::of(&trace, &setup.machine, &outcome);
     assert_eq!(figures.ttft_mean_seconds, (52_200.0 + 104_400.0 + 43_300.0) / 3.0 / 1e6);
@@ -118,6 +119,53 @@ fn prompts_that_wait_together_share_a_step_and_a_slow_link_delays_decode() {
     assert_eq!(outcome.answers[1].last_micros, 11_000 + 30_000 + 2_000 + 20_000);
 }
 
+/// Sends each request where it was told to.
+struct Told(Vec<Choice>);
+
+impl Chooser for Told {
+    fn choose(&mut self, sight: &Sight<'_>) -> Option<Choice> {
+        Some(self.0[sight.index])
+    }
+
+    fn bind(&mut self, _: u64) -> Option<(usize, Choice)> {
+        None
+    }
+
+    fn prefilled(&mut self, _: usize, _: u64) {}
+    fn handed_off(&mut self, _: usize, _: u64) {}
+    fn finished(&mut self, _: usize, _: u32, _: u64) {}
+    fn heard(&mut self, _: Place, _: &Report, _: u64) {}
+    fn cached(&mut self, _: Place, _: &Changes, _: u64) {}
+}
+
+#[test]
+fn a_batch_stands_still_while_its_instance_computes_a_prompt() {
+    let (_, setup) = by_hand();
+    let trace = Trace::new(vec![
+        Request::new(0, 512, 4, vec![7]),
+        Request::new(60_000, 512, 2, vec![9]),
+        Request::new(300_000, 1_024, 1, vec![9, 10]),
+        Request::new(400_000, 512, 1, vec![7]),
+    ]);
+    let choice = |prefill| Choice { prefill, decode: 0, in_time: true };
+    let told = [Some(0), None, None, None].map(choice).to_vec();
+    let outcome = run(&trace, &setup, &mut Told(told));
+    let seen: Vec<_> = outcome
+        .answers
+        .iter()
+        .map(|answer| (answer.found_tokens, answer.first_micros, answer.last_micros))
+        .collect();
+    // The first has had one step by 74,200. The next takes 511 tokens of the other's prompt along, for 72,100, and the one
+    // after that the last token, for 21,100.
+    assert_eq!(seen[0], (0, 52_200, 74_200 + 72_100 + 21_100));
+    assert_eq!(seen[1], (0, 167_400, 167_400 + 20_000));
+    // It keeps what it has computed, and what was handed over.
+    assert_eq!(seen[2], (512, 352_200, 352_200));
+    assert_eq!(seen[3], (511, 401_100, 401_100));
+    assert_eq!(outcome.prefill_busy_micros, [52_200, 0]);
+    assert_eq!(Figures::of(&trace, &setup.machine, &outcome).local, 0.75);
+}
+
 #[test]
 fn every_request_is_answered_once_whoever_places_it() {
     let trace = synthetic::trace(300, 5);
@@ -133,9 +181,10 @@ fn every_request_is_answered_once_whoever_places_it() {
             assert!(answer.arrived_micros < answer.first_micros && answer.first_micros <= answer.last_micros);
             assert_eq!(answer.first_micros == answer.last_micros, request.output_tokens == 1);
             assert!(answer.found_tokens <= request.seen_tokens, "{answer:?} of {}", request.seen_tokens);
-            least += setup
-                .machine
-                .prefill_micros(answer.found_tokens, request.prompt_tokens - answer.found_tokens);
+            if answer.prefill.is_some() {
+                let uncached = request.prompt_tokens - answer.found_tokens;
+                least += setup.machine.prefill_micros(answer.found_tokens, uncached);
+            }
         }
         // Noise evens out, and one instance in eight is half as slow again.
         assert!((0.98..1.25).contains(&(computed as f64 / least)), "{computed} of {least}");

@@ -124,6 +124,8 @@ struct DecideArgs {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 enum Policy {
     Production,
+    /// With decode instances that may compute prompts themselves.
+    Local,
     RoundRobin,
     LeastRequests,
     LeastLoad,
@@ -134,8 +136,9 @@ enum Policy {
 }
 
 impl Policy {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 9] = [
         Self::Production,
+        Self::Local,
         Self::RoundRobin,
         Self::LeastRequests,
         Self::LeastLoad,
@@ -148,6 +151,7 @@ impl Policy {
     fn name(self) -> &'static str {
         match self {
             Self::Production => "baton",
+            Self::Local => "baton, local prefill",
             Self::RoundRobin => "round robin",
             Self::LeastRequests => "least requests",
             Self::LeastLoad => "SMG least-load",
@@ -160,8 +164,9 @@ impl Policy {
 
     fn chooser(self, setup: &Setup) -> Box<dyn Chooser> {
         let rule = match self {
-            Self::Production => {
+            Self::Production | Self::Local => {
                 let Setup { coordinators, prefills, decodes, settings, .. } = *setup;
+                let settings = Settings { local_prefill: self == Self::Local, ..settings };
                 return Box::new(Coordinators::new(coordinators, prefills, decodes, settings));
             }
             Self::RoundRobin => Rule::RoundRobin,

@@ -87,6 +87,7 @@ fn figures(runs: &Runs, cache_blocks: u32) -> String {
         "TPOT p99 ms",
         "goodput %",
         "cached %",
+        "by decode %",
         "imbalance",
     ]);
     for (key, each) in runs.iter().filter(|(key, _)| key.cache_blocks == cache_blocks) {
@@ -102,6 +103,7 @@ fn figures(runs: &Runs, cache_blocks: u32) -> String {
             format!("{:.1}", run.tpot_p99_millis),
             format!("{:.1}", run.goodput * 100.0),
             format!("{:.1}", run.hit * 100.0),
+            format!("{:.1}", run.local * 100.0),
             format!("{:.2}", run.imbalance),
         ]);
     }
@@ -124,11 +126,13 @@ fn ratios(runs: &Runs, cache_blocks: u32) -> String {
     format!("baton beside each: above 1 it is ahead, below 1 behind\n\n{table}")
 }
 
-/// Where this placement is not ahead of a peer, at the loads that count.
+/// Where this placement is not ahead of a peer, at the loads that count. What it would be if it were told to do otherwise
+/// is no peer.
 pub(crate) fn faults(runs: &Runs) -> Vec<String> {
     let mut faults = Vec::new();
     let mut judged = 0;
-    for (key, ours, ahead) in compared(runs).filter(|(_, ours, _)| JUDGED_LOADS.contains(&ours.load)) {
+    let peers = compared(runs).filter(|(key, ..)| key.policy != Policy::Local);
+    for (key, ours, ahead) in peers.filter(|(_, ours, _)| JUDGED_LOADS.contains(&ours.load)) {
         judged += 1;
         for (what, ratio) in [("goodput", ahead.goodput), ("p99 TTFT", ahead.ttft_p99)] {
             // NaN is not ahead either.

@@ -114,6 +114,16 @@ async fn a_decode_instance_computes_a_short_prompt_itself_while_that_holds_up_no
     );
     let hasty = Settings { targets: Targets { tpot: Duration::from_millis(10), ..AMPLE }, ..local };
     assert_eq!(chosen(&board(hasty, &fleet(9_000, 0)), 1), ["p", "d"]);
+    // It computes 500 tokens in a chunk, for 250 ms, and decodes once before it has the first of its own.
+    let (_, receipt) = placed(&board(local, &fleet(9_000, 3)), 500).expect("a place");
+    let whole = receipt.cheapest.iter().find(|scored| scored.side == Side::Whole).expect("a candidate");
+    assert!((272_000..276_000).contains(&whole.ttft_micros), "{}", whole.ttft_micros);
+    // Whose cache is handed over stands still for it, too.
+    let computing = Load { queued_prefill_tokens: 1_000, ..running(3) };
+    let others =
+        |d0| [("p", Role::Prefill, queued(0)), ("d0", Role::Decode, d0), ("d1", Role::Decode, running(4))];
+    assert_eq!(chosen(&board(PLAIN, &others(running(3))), 100), ["p", "d0"]);
+    assert_eq!(chosen(&board(PLAIN, &others(computing)), 100), ["p", "d1"]);
     // Nobody is turned into a mixed instance: with no prefill at all the fleet is not whole.
     let alone = board(local, &[("d", Role::Decode, running(0))]);
     assert_eq!(placed(&alone, 1).map(drop), Err(NoPlace::NoPrefill));

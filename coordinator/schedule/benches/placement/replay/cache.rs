@@ -44,6 +44,16 @@ impl Cache {
             }
             self.uses.push_back((*block, self.clock));
         }
+        self.fit();
+    }
+
+    /// Holds no more blocks than so many from now on.
+    pub(crate) fn limit(&mut self, blocks_most: usize) {
+        self.blocks_most = blocks_most;
+        self.fit();
+    }
+
+    fn fit(&mut self) {
         while self.used.len() > self.blocks_most
             && let Some((block, at)) = self.uses.pop_front()
         {

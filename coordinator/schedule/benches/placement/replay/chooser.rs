@@ -4,17 +4,17 @@ use baton_schedule::fleet::Timed;
 
 use super::{cache::Changes, prefill::Prefill, trace::Request};
 
-/// Where a request goes: indices of a prefill and a decode instance.
+/// Where a request goes: indices of a prefill and a decode instance, or of one for decode that computes the prompt itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Choice {
-    pub(crate) prefill: usize,
+    pub(crate) prefill: Option<usize>,
     pub(crate) decode: usize,
     /// Instances are told by when the first token is wanted, and take prompts in that order.
     pub(crate) in_time: bool,
 }
 
 /// An instance.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Place {
     Prefill(usize),
     Decode(usize),
@@ -27,12 +27,12 @@ pub(crate) struct Report {
     pub(crate) sequences: u32,
     /// Requests that it was ever given: those that this report knows of.
     pub(crate) taken: u64,
-    /// Prompt tokens taken on and not computed; of prompts that wait, all, as servers count them.
-    pub(crate) queued_tokens: u64,
-    /// The same without those that are cached.
+    /// Prompt tokens taken on and not computed, without those that are cached.
     pub(crate) queued_uncached_tokens: u64,
     /// Pairs of these and the tokens before them.
     pub(crate) queued_uncached_pairs: u64,
+    /// Prompt tokens of caches that were handed over and wait for room.
+    pub(crate) waiting_tokens: u64,
     /// What it has timed since it began.
     pub(crate) timed: Timed,
     /// Room for caches.
@@ -72,6 +72,6 @@ pub(crate) trait Chooser {
     /// The request's last token is there; it has so many.
     fn finished(&mut self, index: usize, output_tokens: u32, now_micros: u64);
     fn heard(&mut self, place: Place, report: &Report, now_micros: u64);
-    /// A prefill instance says what came into its cache and what went.
-    fn cached(&mut self, prefill: usize, changes: &Changes, now_micros: u64);
+    /// An instance says what came into its cache and what went.
+    fn cached(&mut self, place: Place, changes: &Changes, now_micros: u64);
 }

@@ -76,7 +76,9 @@ impl Chooser for Coordinators {
         let many = self.each.len();
         let mut turn = (0..many).map(|turn| (self.next + turn) % many);
         let (by, (index, choice)) = turn.find_map(|by| Some((by, self.each[by].bind(now_micros)?)))?;
-        self.prefills[choice.prefill].to_come.push(by);
+        if let Some(prefill) = choice.prefill {
+            self.prefills[prefill].to_come.push(by);
+        }
         self.decodes[choice.decode].to_come.push(by);
         Some((index, choice))
     }
@@ -104,7 +106,7 @@ impl Chooser for Coordinators {
         }
     }
 
-    fn cached(&mut self, prefill: usize, changes: &Changes, now_micros: u64) {
-        self.each.iter_mut().for_each(|one| one.cached(prefill, changes, now_micros));
+    fn cached(&mut self, place: Place, changes: &Changes, now_micros: u64) {
+        self.each.iter_mut().for_each(|one| one.cached(place, changes, now_micros));
     }
 }

@@ -20,6 +20,8 @@ pub(crate) struct Figures {
     pub(crate) goodput: f64,
     /// Share of the prompt tokens that were cached.
     pub(crate) hit: f64,
+    /// Share of the requests whose prompt decode computed itself.
+    pub(crate) local: f64,
     /// The busiest prefill instance, as a multiple of the mean.
     pub(crate) imbalance: f64,
 }
@@ -34,6 +36,7 @@ impl Figures {
         let good = pairs().filter(|(request, answer)| in_time(request, answer)).count();
         let found: f64 = outcome.answers.iter().map(|answer| f64::from(answer.found_tokens)).sum();
         let prompts: f64 = trace.requests.iter().map(|request| f64::from(request.prompt_tokens)).sum();
+        let local = outcome.answers.iter().filter(|answer| answer.prefill.is_none()).count();
         let busy: Vec<f64> = outcome.prefill_busy_micros.iter().map(|micros| *micros as f64).collect();
         Self {
             load: mean(&busy) / outcome.span_micros.max(1) as f64,
@@ -44,6 +47,7 @@ impl Figures {
             tpot_p99_millis: percentile(&tpot, 0.99) / 1e3,
             goodput: good as f64 / outcome.answers.len() as f64,
             hit: found / prompts,
+            local: local as f64 / outcome.answers.len() as f64,
             imbalance: percentile(&busy, 1.0) / mean(&busy),
         }
     }
@@ -60,6 +64,7 @@ impl Figures {
             tpot_p99_millis: of(|run| run.tpot_p99_millis),
             goodput: of(|run| run.goodput),
             hit: of(|run| run.hit),
+            local: of(|run| run.local),
             imbalance: of(|run| run.imbalance),
         }
     }

@@ -64,7 +64,8 @@ struct Book {
 impl Book {
     fn drain_seconds(&self) -> f64 {
         let report = &self.report;
-        let queued = (report.queued_uncached_tokens + self.sent_since_report) as f64;
+        let waiting = report.queued_uncached_tokens + report.waiting_tokens;
+        let queued = (waiting + self.sent_since_report) as f64;
         let throughput = if report.tokens_per_second > 0.0 { report.tokens_per_second } else { THROUGHPUT };
         let used = f64::from(report.cache_tokens - report.cache_free_tokens);
         let full = (used / f64::from(report.cache_tokens.max(1))).min(0.999);
@@ -89,7 +90,8 @@ impl Book {
 /// A request under way.
 #[derive(Debug)]
 struct Sent {
-    choice: Choice,
+    prefill: usize,
+    decode: usize,
     prompt_tokens: u64,
     uncached_tokens: u64,
     work: f64,
@@ -196,12 +198,12 @@ impl Peer {
 
 impl Chooser for Peer {
     fn choose(&mut self, sight: &Sight<'_>) -> Option<Choice> {
-        let choice = Choice { prefill: self.prefill(sight), decode: self.decode(), in_time: false };
+        let (to, then) = (self.prefill(sight), self.decode());
         self.turn += 1;
         let prompt_tokens = u64::from(sight.request.prompt_tokens);
-        let uncached_tokens = prompt_tokens - u64::from(sight.held_tokens(choice.prefill));
-        let work = self.work(sight, choice.prefill);
-        let (prefill, decode) = (&mut self.prefills[choice.prefill], &mut self.decodes[choice.decode]);
+        let uncached_tokens = prompt_tokens - u64::from(sight.held_tokens(to));
+        let work = self.work(sight, to);
+        let (prefill, decode) = (&mut self.prefills[to], &mut self.decodes[then]);
         prefill.requests += 1;
         prefill.tokens += uncached_tokens;
         prefill.sent_since_report += prompt_tokens;
@@ -210,9 +212,17 @@ impl Chooser for Peer {
         decode.tokens += prompt_tokens;
         decode.sent_since_report += prompt_tokens;
         let at_micros = sight.now_micros;
-        let sent = Sent { choice, prompt_tokens, uncached_tokens, work, at_micros, prefilled: false };
+        let sent = Sent {
+            prefill: to,
+            decode: then,
+            prompt_tokens,
+            uncached_tokens,
+            work,
+            at_micros,
+            prefilled: false,
+        };
         self.under_way.insert(sight.index, sent);
-        Some(choice)
+        Some(Choice { prefill: Some(to), decode: then, in_time: false })
     }
 
     fn bind(&mut self, _: u64) -> Option<(usize, Choice)> {
@@ -223,7 +233,7 @@ impl Chooser for Peer {
         if let Some(sent) = self.under_way.get_mut(&index)
             && !std::mem::replace(&mut sent.prefilled, true)
         {
-            let book = &mut self.prefills[sent.choice.prefill];
+            let book = &mut self.prefills[sent.prefill];
             book.requests -= 1;
             book.tokens -= sent.uncached_tokens;
             book.work = (book.work - sent.work).max(0.0);
@@ -235,7 +245,7 @@ impl Chooser for Peer {
 
     fn finished(&mut self, index: usize, _: u32, _: u64) {
         if let Some(sent) = self.under_way.remove(&index) {
-            let book = &mut self.decodes[sent.choice.decode];
+            let book = &mut self.decodes[sent.decode];
             book.requests -= 1;
             book.tokens -= sent.prompt_tokens;
         }
@@ -250,5 +260,5 @@ impl Chooser for Peer {
         book.sent_since_report = 0;
     }
 
-    fn cached(&mut self, _: usize, _: &Changes, _: u64) {}
+    fn cached(&mut self, _: Place, _: &Changes, _: u64) {}
 }

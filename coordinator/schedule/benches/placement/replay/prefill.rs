@@ -1,4 +1,4 @@
-//! A prefill instance: prompts in the order in which they came, computed a chunk at a time.
+//! A prefill instance: prompts in the order in which they came, or are wanted, computed a chunk at a time.
 
 use std::collections::VecDeque;
 
@@ -131,14 +131,12 @@ impl Prefill {
     pub(crate) fn report(&self, requests: &[Request]) -> Report {
         // What the step computes is not done before it ends.
         let mut report =
-            Report { taken: self.taken, queued_tokens: self.stepping.into(), ..Report::default() };
-        report.queued_uncached_tokens = report.queued_tokens;
+            Report { taken: self.taken, queued_uncached_tokens: self.stepping.into(), ..Report::default() };
         let mut holding = 0;
         for job in &self.jobs {
             let request = &requests[job.index];
             let left = request.prompt_tokens - job.done.unwrap_or(0);
             report.sequences += 1;
-            report.queued_tokens += u64::from(left);
             let uncached = match job.done {
                 Some(_) => left.into(),
                 None => u64::from(left - request.tokens_of(self.cache.held(&request.chain))),

@@ -81,7 +81,7 @@ pub(crate) fn load(place: Place, report: &Report, seen: LegId) -> Load {
     Load {
         sequences: report.sequences,
         waiting_room: None,
-        queued_prefill_tokens: if prefills { report.queued_uncached_tokens } else { 0 },
+        queued_prefill_tokens: report.queued_uncached_tokens,
         queued_prefill_pairs: report.queued_uncached_pairs,
         kv_blocks_total: report.cache_tokens / KV_BLOCK_TOKENS,
         kv_blocks_free: report.cache_free_tokens / KV_BLOCK_TOKENS,
@@ -96,24 +96,24 @@ pub(crate) fn load(place: Place, report: &Report, seen: LegId) -> Load {
 /// A request under way.
 struct UnderWay {
     credit: Credit,
-    /// Under which numbers its instances know it.
-    legs: (LegId, LegId),
+    /// Under which numbers its instances know it; decode alone if it does all of it.
+    legs: (Option<LegId>, LegId),
 }
 
 /// The simulation's time as the coordinator's code reads it: that of a runtime whose clock stands unless it is moved.
-struct Clock {
+pub(crate) struct Clock {
     runtime: Runtime,
     at_micros: u64,
 }
 
 impl Clock {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let runtime = Builder::new_current_thread().enable_time().start_paused(true).build();
         Self { runtime: runtime.expect("a runtime of this thread"), at_micros: 0 }
     }
 
     /// It is this late for as long as the guard lives.
-    fn at(&mut self, now_micros: u64) -> EnterGuard<'_> {
+    pub(crate) fn at(&mut self, now_micros: u64) -> EnterGuard<'_> {
         let passed = Duration::from_micros(now_micros - self.at_micros);
         self.at_micros = now_micros;
         self.runtime.block_on(advance(passed));
@@ -135,7 +135,7 @@ pub(crate) struct Production {
     dialect: Dialect,
     /// What instances tell of.
     sieve: Sieve,
-    feeds: Vec<Feed>,
+    feeds: HashMap<Place, Feed>,
     places: HashMap<InstanceId, usize>,
     /// Legs that each instance was given.
     prefill_legs: Vec<u64>,
@@ -151,13 +151,14 @@ impl Production {
         let mut clock = Clock::new();
         let now = clock.at(0);
         let board = board(prefills, decodes, settings);
-        let feed = |prefill| {
-            let mut feed = board.feed(&id(Place::Prefill(prefill)));
+        let feed = |place| {
+            let mut feed = board.feed(&id(place));
             feed.begin();
             feed.publish(dialect).expect("the only dialect");
-            feed
+            (place, feed)
         };
-        let feeds = (0..prefills).map(feed).collect();
+        let all = (0..prefills).map(Place::Prefill).chain((0..decodes).map(Place::Decode));
+        let feeds = all.map(feed).collect();
         drop(now);
         Self {
             waiting: Queue::default(),
@@ -234,12 +235,16 @@ impl Production {
         let (Waiting { index, .. }, mut booked) = self.waiting.next(Instant::now(), fits)?;
         let choice = match &booked.placement {
             Placement::Apart { prefill, decode } => {
-                Choice { prefill: self.place(prefill), decode: self.place(decode), in_time: true }
+                Choice { prefill: Some(self.place(prefill)), decode: self.place(decode), in_time: true }
             }
-            Placement::Alone(seat) => panic!("{} is of no role that does everything", seat.instance),
+            // More than one token is wanted: it is for decode.
+            Placement::Alone(seat) => Choice { prefill: None, decode: self.place(seat), in_time: true },
         };
-        let legs = (next(&mut self.prefill_legs[choice.prefill]), next(&mut self.decode_legs[choice.decode]));
-        booked.credit.dispatched(Side::Prefill, legs.0, 1);
+        let prefill = choice.prefill.map(|prefill| next(&mut self.prefill_legs[prefill]));
+        let legs = (prefill, next(&mut self.decode_legs[choice.decode]));
+        if let Some(leg) = prefill {
+            booked.credit.dispatched(Side::Prefill, leg, 1);
+        }
         booked.credit.dispatched(Side::Decode, legs.1, 1);
         self.under_way.insert(index, UnderWay { credit: booked.credit, legs });
         Some((index, choice))
@@ -247,9 +252,14 @@ impl Production {
 
     pub(crate) fn prefilled(&mut self, index: usize, now_micros: u64) {
         let _now = self.clock.at(now_micros);
-        if let Some(UnderWay { credit, legs: (leg, _) }) = self.under_way.get_mut(&index) {
+        if let Some(UnderWay { credit, legs }) = self.under_way.get_mut(&index) {
             let instance = credit.instance(Side::Prefill).clone();
-            self.board.told(&instance, &[LegNews::Prefilled(*leg), LegNews::ChoiceEnded(*leg)]);
+            match *legs {
+                (Some(leg), _) => {
+                    self.board.told(&instance, &[LegNews::Prefilled(leg), LegNews::ChoiceEnded(leg)]);
+                }
+                (None, leg) => self.board.told(&instance, &[LegNews::Prefilled(leg)]),
+            }
             credit.prefilled();
         }
     }
@@ -274,10 +284,12 @@ impl Production {
         self.board.load(&id(place), load(place, report, seen));
     }
 
-    pub(crate) fn cached(&mut self, prefill: usize, changes: &Changes, now_micros: u64) {
+    pub(crate) fn cached(&mut self, place: Place, changes: &Changes, now_micros: u64) {
         let _now = self.clock.at(now_micros);
         let told = |blocks: &[u64]| names(blocks).filter(|key| self.sieve.keeps(*key)).collect::<Vec<_>>();
         let (stored, evicted) = (told(&changes.stored), told(&changes.evicted));
-        self.feeds[prefill].change(&stored, &evicted);
+        if let Some(feed) = self.feeds.get_mut(&place) {
+            feed.change(&stored, &evicted);
+        }
     }
 }

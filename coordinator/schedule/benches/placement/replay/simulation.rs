@@ -1,8 +1,9 @@
 //! The replay itself: a queue of events in the order of their time, and what each of them brings about.
 //!
 //! A request arrives and is placed; its prompt waits, is computed, and gives the first token; its cache travels, layer by
-//! layer while the prompt is computed, and lands; decode gives the rest. Instances report every so often, each at its
-//! own moment, and are heard a little later, as is what their caches gain and lose.
+//! layer while the prompt is computed, and lands, but for what decode has of it; decode gives the rest. Or decode does all
+//! of it. Instances report every so often, each at its own moment, and are heard a little later, as is what their caches
+//! gain and lose.
 
 use std::{
     cmp::{Ordering, Reverse},
@@ -50,11 +51,12 @@ pub(crate) struct Answer {
     pub(crate) arrived_micros: u64,
     pub(crate) first_micros: u64,
     pub(crate) last_micros: u64,
-    /// Prompt tokens that prefill had cached.
+    /// Prompt tokens that whoever computed the prompt had cached.
     pub(crate) found_tokens: u32,
     /// How often it ended: once, unless the simulation is wrong.
     pub(crate) ends: u32,
-    pub(crate) prefill: usize,
+    /// `None`: decode computed the prompt itself.
+    pub(crate) prefill: Option<usize>,
     pub(crate) decode: usize,
 }
 
@@ -77,7 +79,7 @@ enum Event {
     Decoded(usize),
     Reports(Place),
     Heard(Place, Report),
-    Cached(usize, Changes),
+    Cached(Place, Changes),
 }
 
 struct Due {
@@ -141,7 +143,7 @@ pub(crate) fn run(trace: &Trace, setup: &Setup, chooser: &mut dyn Chooser) -> Ou
         last_micros: 0,
         found_tokens: 0,
         ends: 0,
-        prefill: 0,
+        prefill: None,
         decode: 0,
     };
     let machine = setup.machine;
@@ -207,7 +209,7 @@ impl Simulation<'_> {
                 Event::Decoded(decode) => self.decoded(decode),
                 Event::Reports(place) => self.reports(place),
                 Event::Heard(place, report) => self.chooser.heard(place, &report, self.now_micros),
-                Event::Cached(prefill, changes) => self.chooser.cached(prefill, &changes, self.now_micros),
+                Event::Cached(place, changes) => self.chooser.cached(place, &changes, self.now_micros),
             }
             while let Some((index, choice)) = self.chooser.bind(self.now_micros) {
                 self.sent(index, choice);
@@ -227,11 +229,19 @@ impl Simulation<'_> {
         let request = &self.trace.requests[index];
         self.answers[index].prefill = choice.prefill;
         self.answers[index].decode = choice.decode;
-        self.decodes[choice.decode].announce();
         let due = self.answers[index].arrived_micros + Target::ttft_micros(request) as u64;
         let due = if choice.in_time { due } else { 0 };
-        self.prefills[choice.prefill].take(index, due);
-        self.step_prefill(choice.prefill);
+        match choice.prefill {
+            Some(prefill) => {
+                self.decodes[choice.decode].announce();
+                self.prefills[prefill].take(index, due);
+                self.step_prefill(prefill);
+            }
+            None => {
+                self.decodes[choice.decode].take(index, due);
+                self.step_decode(choice.decode);
+            }
+        }
     }
 
     fn step_prefill(&mut self, prefill: usize) {
@@ -239,8 +249,12 @@ impl Simulation<'_> {
             self.foresee(self.now_micros + micros, Event::Prefilled(prefill));
         }
         let changes = self.prefills[prefill].cache.changes();
+        self.tell(Place::Prefill(prefill), changes);
+    }
+
+    fn tell(&mut self, place: Place, changes: Changes) {
         if changes != Changes::default() {
-            self.foresee(self.now_micros + REPORT_TAKES_MICROS, Event::Cached(prefill, changes));
+            self.foresee(self.now_micros + REPORT_TAKES_MICROS, Event::Cached(place, changes));
         }
     }
 
@@ -248,14 +262,14 @@ impl Simulation<'_> {
         if let Some(micros) = self.decodes[decode].step(&self.trace.requests) {
             self.foresee(self.now_micros + micros, Event::Decoded(decode));
         }
+        let changes = self.decodes[decode].cache.changes();
+        self.tell(Place::Decode(decode), changes);
     }
 
     fn prefilled(&mut self, prefill: usize) {
         for computed in self.prefills[prefill].stepped(&self.trace.requests) {
-            let Computed { index, found_tokens, began_micros } = computed;
-            self.answers[index].first_micros = self.now_micros;
-            self.answers[index].found_tokens = found_tokens;
-            self.chooser.prefilled(index, self.now_micros);
+            self.begun(&computed);
+            let Computed { index, began_micros, .. } = computed;
             if self.trace.requests[index].output_tokens == 1 {
                 self.decodes[self.answers[index].decode].land(None);
                 self.end(index);
@@ -266,10 +280,21 @@ impl Simulation<'_> {
         self.step_prefill(prefill);
     }
 
-    /// What prefill has computed, or found, has been on its way since it began; whoever else sends there shares the way.
+    /// The first token is there.
+    fn begun(&mut self, computed: &Computed) {
+        let answer = &mut self.answers[computed.index];
+        answer.first_micros = self.now_micros;
+        answer.found_tokens = computed.found_tokens;
+        self.chooser.prefilled(computed.index, self.now_micros);
+    }
+
+    /// What prefill has computed, or found, and decode has not, has been on its way since it began; whoever else sends
+    /// there shares the way.
     fn send(&mut self, index: usize, began_micros: u64) {
         let decode = self.answers[index].decode;
-        let alone = self.machine.transfer_token_micros * f64::from(self.trace.requests[index].prompt_tokens);
+        let request = &self.trace.requests[index];
+        let lacking = request.prompt_tokens - self.decodes[decode].held_tokens(request);
+        let alone = self.machine.transfer_token_micros * f64::from(lacking);
         let sent = began_micros + (alone * f64::from(1 + self.arriving[decode])) as u64;
         self.arriving[decode] += 1;
         let landed = sent.max(self.now_micros) + self.machine.handoff_micros;
@@ -285,9 +310,9 @@ impl Simulation<'_> {
     }
 
     fn decoded(&mut self, decode: usize) {
-        for index in self.decodes[decode].stepped() {
-            self.end(index);
-        }
+        let (computed, ended) = self.decodes[decode].stepped(&self.trace.requests);
+        computed.iter().for_each(|computed| self.begun(computed));
+        ended.into_iter().for_each(|index| self.end(index));
         self.step_decode(decode);
     }
 
