@@ -61,6 +61,8 @@ pub struct Slot(u32);
 pub struct Depths {
     by_slot: Vec<u32>,
     touched: Vec<Slot>,
+    /// Of the blocks that are looked for, in the chain: room for them that is kept.
+    positions: Vec<u32>,
 }
 
 impl Depths {
@@ -341,11 +343,15 @@ impl PrefixIndex {
         self.expected.expire(now);
         self.expected.depths(chain, into);
         let is_looked_for = |key: u64| sieve.keeps(key) && self.mixed(key).survives(self.halvings);
+        let mut kept = std::mem::take(&mut into.positions);
+        kept.clear();
         let positions = (self.halvings > 0 || !sieve.keeps_all()).then(|| {
-            (0..chain.len() as u32).filter(|at| is_looked_for(chain[*at as usize])).collect::<Vec<_>>()
+            kept.extend((0..chain.len() as u32).filter(|at| is_looked_for(chain[*at as usize])));
+            &*kept
         });
-        let looked_for = positions.as_ref().map_or(chain.len(), Vec::len);
+        let looked_for = positions.map_or(chain.len(), <[u32]>::len);
         Search { index: self, chain, positions, into }.run(looked_for);
+        into.positions = kept;
     }
 
     fn mixed(&self, key: u64) -> Mixed {
@@ -358,7 +364,7 @@ struct Search<'a> {
     index: &'a PrefixIndex,
     chain: &'a [u64],
     /// In the chain, of the blocks that are looked for; `None` = all are.
-    positions: Option<Vec<u32>>,
+    positions: Option<&'a [u32]>,
     into: &'a mut Depths,
 }
 
@@ -398,7 +404,7 @@ impl<'a> Search<'a> {
     }
 
     fn position(&self, at: usize) -> Option<u32> {
-        match &self.positions {
+        match self.positions {
             None => Some(at as u32),
             Some(positions) => positions.get(at).copied(),
         }
