@@ -33,6 +33,11 @@ impl Sieve {
         key & self.mask == 0
     }
 
+    /// Of a chain the first block is told of, and then every so-many-th.
+    pub fn one_of(self) -> usize {
+        self.mask as usize + 1
+    }
+
     /// Those of these blocks that are told of.
     pub fn of(self, hashes: &[BlockHash]) -> impl Iterator<Item = &BlockHash> {
         hashes.iter().filter(move |hash| self.keeps(hash.key()))
@@ -77,7 +82,7 @@ mod tests {
         ] {
             let sieve = Sieve::new(every, block);
             assert!(sieve.of(&chain).eq(chain.iter().step_by(one_of)), "of {block} for {every}");
-            assert_eq!(sieve.keeps_all(), one_of == 1);
+            assert_eq!((sieve.one_of(), sieve.keeps_all()), (one_of, one_of == 1));
         }
     }
 }

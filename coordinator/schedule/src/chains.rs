@@ -8,10 +8,15 @@
 //! A chain is computed once for a request and dialect, when it is first asked for: a fraction of a microsecond a block.
 //! The coordinator asks first, on the core that has tokenised the prompt.
 
+mod names;
+
 use std::{num::NonZero, sync::Arc};
 
 use baton_proto::BlockHash;
 use parking_lot::Mutex;
+
+pub use names::Names;
+pub(crate) use names::mixed;
 
 /// How some instances name their blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,7 +43,7 @@ impl Dialect {
 pub struct Chain {
     pub dialect: Dialect,
     /// By the blocks' order.
-    pub keys: Arc<[u64]>,
+    pub keys: Arc<Names>,
 }
 
 /// A chain that can be gone on with.
@@ -62,8 +67,8 @@ impl Growing {
             last = last.child(block);
             last.key()
         });
-        let keys = keys.iter().copied().chain(blocks).collect();
-        Self { chain: Chain { dialect: *dialect, keys }, last }
+        let keys: Names = keys.iter().copied().chain(blocks).collect();
+        Self { chain: Chain { dialect: *dialect, keys: keys.into() }, last }
     }
 }
 

@@ -107,7 +107,7 @@ struct ReplayArgs {
     #[arg(long, default_value_t = 500, value_parser = clap::value_parser!(u64).range(1..=60_000))]
     report_millis: u64,
     /// The coordinator is told of one cached block of 16 tokens for so many tokens.
-    #[arg(long, default_value_t = Settings::DEFAULT.index_every_tokens, value_parser = clap::value_parser!(u32).range(0..=4_096))]
+    #[arg(long, default_value_t = Settings::DEFAULT.index_every_tokens, value_parser = clap::value_parser!(u32).range(0..=512))]
     every_tokens: u32,
 }
 

@@ -1,7 +1,7 @@
 //! What instances will hold once requests in flight have been computed. Pure.
 //!
 //! Kept apart from what they say that they hold, so that what is taken back was never counted as theirs, and one entry a
-//! request, so that a long prompt costs little more than a short one ([`super::ordered`]). In the order of their names, the
+//! request, so that a long prompt costs little more than a short one ([`Names`]). In the order of their names, the
 //! chains that have most in common with one are its neighbours, so that few are looked at of however many.
 
 use std::{
@@ -11,7 +11,8 @@ use std::{
 
 use tokio::time::Instant;
 
-use super::{Depths, Slot, holders::SlotSet, ordered::Ordered};
+use super::{Depths, Slot, holders::SlotSet};
+use crate::chains::Names;
 
 /// Requests in flight that are kept; over it the oldest is forgotten.
 const MOST: usize = 16 << 10;
@@ -24,15 +25,11 @@ const NEIGHBOURS: usize = 256;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Ticket(u64);
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Expected {
-    /// Chains are ordered under it.
-    seed: (u64, u64),
-    /// The last chain that was asked for: it is put down next, for each leg.
-    last: Option<Ordered>,
     next: u64,
-    chains: BTreeMap<Ticket, Ordered>,
-    slots: BTreeMap<(Ordered, Ticket), Slot>,
+    chains: BTreeMap<Ticket, Arc<Names>>,
+    slots: BTreeMap<(Arc<Names>, Ticket), Slot>,
     /// How many chains each slot has, of those that have any.
     by_slot: HashMap<Slot, usize>,
     /// When to forget which, the soonest first.
@@ -40,12 +37,7 @@ pub(super) struct Expected {
 }
 
 impl Expected {
-    pub(super) fn new(seed: (u64, u64)) -> Self {
-        let (last, chains, slots, by_slot, ending) = Default::default();
-        Self { seed, last, next: 0, chains, slots, by_slot, ending }
-    }
-
-    pub(super) fn add(&mut self, slot: Slot, chain: &Arc<[u64]>) -> Ticket {
+    pub(super) fn add(&mut self, slot: Slot, chain: &Arc<Names>) -> Ticket {
         if self.chains.len() >= MOST
             && let Some((&oldest, _)) = self.chains.first_key_value()
         {
@@ -53,10 +45,8 @@ impl Expected {
         }
         let ticket = Ticket(self.next);
         self.next += 1;
-        let last = self.last.as_ref().filter(|last| last.is_of(chain));
-        let chain = last.cloned().unwrap_or_else(|| Ordered::new(chain, self.seed));
         self.chains.insert(ticket, chain.clone());
-        self.slots.insert((chain, ticket), slot);
+        self.slots.insert((chain.clone(), ticket), slot);
         *self.by_slot.entry(slot).or_default() += 1;
         ticket
     }
@@ -111,21 +101,20 @@ impl Expected {
     }
 
     /// Deepens what was found of `chain`.
-    pub(super) fn depths(&mut self, chain: &Arc<[u64]>, into: &mut Depths) {
+    pub(super) fn depths(&self, chain: &Arc<Names>, into: &mut Depths) {
         if self.slots.is_empty() {
             return;
         }
-        let place = (Ordered::new(chain, self.seed), Ticket(0));
+        let place = (chain.clone(), Ticket(0));
         self.look(self.slots.range(..&place).rev(), &place.0, into);
         self.look(self.slots.range(&place..), &place.0, into);
-        self.last = Some(place.0);
     }
 
     /// On one side of `chain`, the nearest first: of each slot's the first has most in common with it.
     fn look<'a>(
         &self,
-        neighbours: impl Iterator<Item = (&'a (Ordered, Ticket), &'a Slot)>,
-        chain: &Ordered,
+        neighbours: impl Iterator<Item = (&'a (Arc<Names>, Ticket), &'a Slot)>,
+        chain: &Names,
         into: &mut Depths,
     ) {
         let (mut seen, mut unseen) = (SlotSet::default(), self.by_slot.len());
@@ -153,7 +142,9 @@ mod tests {
 
     use super::*;
 
-    const SEED: (u64, u64) = (3, 0x9e37_79b9_7f4a_7c15);
+    fn names(chain: &[u64]) -> Arc<Names> {
+        Arc::new(chain.into())
+    }
 
     fn common(a: &[u64], b: &[u64]) -> u32 {
         a.iter().zip(b).take_while(|(a, b)| a == b).count() as u32
@@ -165,9 +156,9 @@ mod tests {
         let chains = [vec![5, 10, 7, 90], vec![5, 20, 7, 30], vec![5, 15, 8, 1], vec![5, 10], vec![]];
         let now = Instant::now();
         for first in 0..chains.len() {
-            let mut expected = Expected::new(SEED);
+            let mut expected = Expected::default();
             let turn = (0..chains.len()).map(|at| chains[(first + at) % chains.len()].clone());
-            let tickets: Vec<Ticket> = turn.map(|chain| expected.add(Slot(0), &chain.into())).collect();
+            let tickets: Vec<Ticket> = turn.map(|chain| expected.add(Slot(0), &names(&chain))).collect();
             tickets.into_iter().rev().for_each(|ticket| expected.settle(ticket, now));
             expected.expire(now);
             assert!(expected.slots.is_empty() && expected.by_slot.is_empty(), "from {first}");
@@ -189,14 +180,14 @@ mod tests {
             let more = (0..1 + draw(6)).map(|n| own * 7919 % 1009 + n * 1_000_003);
             chains.push(from[..kept].iter().copied().chain(more).collect());
         }
-        let mut expected = Expected::new(SEED);
+        let mut expected = Expected::default();
         for (number, chain) in chains.iter().enumerate() {
-            expected.add(Slot(number as u32 % 7), &chain.clone().into());
+            expected.add(Slot(number as u32 % 7), &names(chain));
         }
         let holds = |expected: &mut Expected, of: &dyn Fn(u32) -> Option<Slot>| {
             for chain in &chains {
                 let mut depths = Depths::default();
-                expected.depths(&chain.clone().into(), &mut depths);
+                expected.depths(&names(chain), &mut depths);
                 for slot in 0..7u32 {
                     let of_slot = chains.iter().skip(slot as usize).step_by(7);
                     let deepest = of_slot.map(|other| common(other, chain)).max().unwrap_or_default();
@@ -214,13 +205,13 @@ mod tests {
             _ => Some(Slot(slot)),
         });
         let mut gone = Depths::default();
-        chains.iter().for_each(|chain| expected.depths(&chain.clone().into(), &mut gone));
+        chains.iter().for_each(|chain| expected.depths(&names(chain), &mut gone));
         assert_eq!((gone.of(Slot(3)), gone.of(Slot(5))), (0, 0));
     }
 
     #[test]
     fn the_oldest_makes_room_and_nothing_of_it_stays() {
-        let (mut expected, now) = (Expected::new(SEED), Instant::now());
+        let (mut expected, now) = (Expected::default(), Instant::now());
         let tickets: Vec<Ticket> = (0..MOST + 3).map(|_| expected.add(Slot(0), &Arc::default())).collect();
         assert_eq!(expected.chains.len(), MOST);
         tickets.iter().for_each(|&ticket| expected.settle(ticket, now));

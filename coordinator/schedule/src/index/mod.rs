@@ -27,7 +27,6 @@
 
 mod expected;
 mod holders;
-mod ordered;
 mod table;
 
 use std::{collections::VecDeque, hint::black_box, sync::Arc};
@@ -39,6 +38,8 @@ use expected::Expected;
 pub use expected::Ticket;
 use holders::{Holders, SlotSet};
 use table::Table;
+
+use crate::chains::{Names, mixed};
 
 /// Most memory that a block takes, in bytes.
 pub const BLOCK_BYTES: usize = 48;
@@ -61,8 +62,8 @@ pub struct Slot(u32);
 pub struct Depths {
     by_slot: Vec<u32>,
     touched: Vec<Slot>,
-    /// Of the blocks that are looked for, in the chain: room for them that is kept.
-    positions: Vec<u32>,
+    /// Room for [`LookedFor::These`].
+    kept: Vec<u32>,
 }
 
 impl Depths {
@@ -164,7 +165,7 @@ impl PrefixIndex {
             live: SlotSet::default(),
             gone: Vec::new(),
             swept: 0,
-            expected: Expected::new(seed),
+            expected: Expected::default(),
         }
     }
 
@@ -328,7 +329,7 @@ impl PrefixIndex {
     }
 
     /// The instance of a slot is about to compute, or to receive, the blocks of this chain.
-    pub fn expect(&mut self, slot: Slot, chain: &Arc<[u64]>) -> Ticket {
+    pub fn expect(&mut self, slot: Slot, chain: &Arc<Names>) -> Ticket {
         self.expected.add(slot, chain)
     }
 
@@ -339,32 +340,41 @@ impl PrefixIndex {
 
     /// Adds, for each slot, how many blocks `chain` begins with that it has or is to have. Looked for are those that pass
     /// the sieve: of others it need not have been told.
-    pub fn depths(&mut self, chain: &Arc<[u64]>, sieve: Sieve, now: Instant, into: &mut Depths) {
+    pub fn depths(&mut self, chain: &Arc<Names>, sieve: Sieve, now: Instant, into: &mut Depths) {
         self.expected.expire(now);
         self.expected.depths(chain, into);
-        let is_looked_for = |key: u64| sieve.keeps(key) && self.mixed(key).survives(self.halvings);
-        let mut kept = std::mem::take(&mut into.positions);
+        let mut kept = std::mem::take(&mut into.kept);
         kept.clear();
-        let positions = (self.halvings > 0 || !sieve.keeps_all()).then(|| {
-            kept.extend((0..chain.len() as u32).filter(|at| is_looked_for(chain[*at as usize])));
-            &*kept
-        });
-        let looked_for = positions.map_or(chain.len(), <[u32]>::len);
-        Search { index: self, chain, positions, into }.run(looked_for);
-        into.positions = kept;
+        let places = (0..chain.len() as u32).step_by(sieve.one_of());
+        let (looked_for, count) = if self.halvings == 0 {
+            (LookedFor::EachOf(sieve.one_of()), places.len())
+        } else {
+            kept.extend(places.filter(|at| self.mixed(chain[*at as usize]).survives(self.halvings)));
+            (LookedFor::These(&kept), kept.len())
+        };
+        Search { index: self, chain, looked_for, into }.run(count);
+        into.kept = kept;
     }
 
     fn mixed(&self, key: u64) -> Mixed {
-        Mixed(ordered::mixed(key, self.seed))
+        Mixed(mixed(key, self.seed))
     }
+}
+
+/// Which blocks of a chain are looked for.
+#[derive(Debug, Clone, Copy)]
+enum LookedFor<'a> {
+    /// The first and then every so-many-th, as a [`Sieve`] has it.
+    EachOf(usize),
+    /// At these places.
+    These(&'a [u32]),
 }
 
 /// Finds the places in a chain where holders fall away.
 struct Search<'a> {
     index: &'a PrefixIndex,
     chain: &'a [u64],
-    /// In the chain, of the blocks that are looked for; `None` = all are.
-    positions: Option<&'a [u32]>,
+    looked_for: LookedFor<'a>,
     into: &'a mut Depths,
 }
 
@@ -404,9 +414,9 @@ impl<'a> Search<'a> {
     }
 
     fn position(&self, at: usize) -> Option<u32> {
-        match self.positions {
-            None => Some(at as u32),
-            Some(positions) => positions.get(at).copied(),
+        match self.looked_for {
+            LookedFor::EachOf(step) => Some((at * step) as u32),
+            LookedFor::These(places) => places.get(at).copied(),
         }
     }
 }

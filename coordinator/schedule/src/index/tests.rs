@@ -14,13 +14,13 @@ const SEED: (u64, u64) = (0x9e37_79b9_7f4a_7c15, 0xbf58_476d_1ce4_e5b9);
 /// Every block is told.
 const ALL: Sieve = Sieve::ALL;
 
-/// A name that looks like half of a hash.
+/// A name that looks like half of a hash, and begins with its place as those do.
 fn name(chain: u64, block: u64) -> u64 {
     let mut hash = (chain << 32 | block).wrapping_add(SEED.0);
     for shift in [30, 27, 31] {
         hash = (hash ^ hash >> shift).wrapping_mul(SEED.1);
     }
-    hash
+    hash & !255 | block & 255
 }
 
 /// The names of a prompt that has so many blocks in common with all, and then its own.
@@ -41,7 +41,7 @@ fn with(index: &mut PrefixIndex, stored: &[u64]) -> Slot {
 
 fn depths(index: &mut PrefixIndex, chain: &[u64], now: Instant) -> Depths {
     let mut depths = Depths::default();
-    index.depths(&chain.into(), ALL, now, &mut depths);
+    index.depths(&Arc::new(chain.into()), ALL, now, &mut depths);
     depths
 }
 
@@ -92,7 +92,7 @@ fn what_is_expected_counts_until_it_is_settled_and_moves_with_its_instance() {
     let (mut index, now) = (index(1000), Instant::now());
     let (prompt, longer) = (chain(1, 4, 10), chain(1, 4, 20));
     let slot = with(&mut index, &prompt[..2]);
-    let ticket = index.expect(slot, &prompt.clone().into());
+    let ticket = index.expect(slot, &Arc::new(prompt.as_slice().into()));
     assert_eq!(depths(&mut index, &longer, now).of(slot), 10);
     assert_eq!(depths(&mut index, &chain(2, 4, 10), now).of(slot), 4);
     let (hour, second) = (now + Duration::from_secs(3600), now + Duration::from_secs(1));
@@ -104,7 +104,7 @@ fn what_is_expected_counts_until_it_is_settled_and_moves_with_its_instance() {
     index.settle(ticket, second);
     assert_eq!(depths(&mut index, &longer, now).of(again), 10);
     assert_eq!(depths(&mut index, &longer, second).of(again), 0);
-    let ticket = index.expect(again, &prompt.into());
+    let ticket = index.expect(again, &Arc::new(prompt.as_slice().into()));
     index.close(again);
     assert!(depths(&mut index, &longer, second).is_empty());
     index.settle(ticket, second);
@@ -228,7 +228,7 @@ proptest! {
         };
         for prompt in &prompts {
             let mut told = Depths::default();
-            index.depths(&prompt.as_slice().into(), sieve, now, &mut told);
+            index.depths(&Arc::new(prompt.as_slice().into()), sieve, now, &mut told);
             for (instance, (slot, held)) in &truth {
                 prop_assert_eq!(told.of(*slot), known(held, prompt), "instance {}", instance);
             }
@@ -300,7 +300,7 @@ fn a_long_prompt_costs_little() {
             .map(|_| {
                 told.clear();
                 let began = std::time::Instant::now();
-                index.depths(&prompt.clone().into(), ALL, now, &mut told);
+                index.depths(&Arc::new(prompt.as_slice().into()), ALL, now, &mut told);
                 began.elapsed()
             })
             .collect();

@@ -9,7 +9,7 @@ use baton_schedule::{
     Among, NoPlace, Placement, Prompt, Seat, Settings, Side, Wanted,
     board::{Board, Credit, LegNews},
     caches::Feed,
-    chains::{Chain, Dialect},
+    chains::{Chain, Dialect, Names},
     fleet::{Duty, Load, Role, Spec},
     queue::{Queue, Wish},
 };
@@ -180,7 +180,7 @@ impl Production {
 }
 
 /// What the KV blocks of these blocks of the trace are called: numbers that look like halves of hashes, and begin with their
-/// place in their chain as far as a block of the trace tells it.
+/// place in their chain as far as a block of the trace tells it: to a sieve of 512 tokens.
 fn names(blocks: &[u64]) -> impl Iterator<Item = u64> {
     const EACH: u64 = (BLOCK_TOKENS / KV_BLOCK_TOKENS) as u64;
     let name = |number: u64| {
@@ -203,7 +203,7 @@ impl Production {
         let _now = self.clock.at(sight.now_micros);
         let tokens = sight.request.prompt_tokens;
         // A block that is not full is nobody's.
-        let keys = names(&sight.request.chain).take((tokens / KV_BLOCK_TOKENS) as usize).collect();
+        let keys: Names = names(&sight.request.chain).take((tokens / KV_BLOCK_TOKENS) as usize).collect();
         let wish = Wish {
             priority: 0,
             tenant: "all".into(),
@@ -211,7 +211,7 @@ impl Production {
             wanted: Instant::now() + Duration::from_micros(Target::ttft_micros(sight.request) as u64),
             work: tokens.into(),
         };
-        let chains = [Chain { dialect: self.dialect, keys }];
+        let chains = [Chain { dialect: self.dialect, keys: keys.into() }];
         self.board.arrived(REVISION);
         self.waiting.push(wish, Waiting { index: sight.index, tokens, chains }, Instant::now());
     }

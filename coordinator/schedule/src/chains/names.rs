@@ -4,22 +4,38 @@
 //! different beginnings: from an equal name nothing follows. So all names up to each 64th are folded into a number, under a seed
 //! that nobody knows; where two of these are equal, so is what they stand for.
 
-use std::{cmp::Ordering, sync::Arc};
+use std::{cmp::Ordering, ops::Deref, sync::LazyLock};
 
 /// Names between two folds.
 const STRIDE: usize = 64;
 
-/// A chain. Only those of one seed are to be compared.
-#[derive(Debug, Clone)]
-pub(super) struct Ordered {
-    names: Arc<[u64]>,
+/// The second half is odd.
+static SEED: LazyLock<(u64, u64)> = LazyLock::new(|| (rand::random(), rand::random::<u64>() | 1));
+
+/// A chain of names, and their folds.
+#[derive(Debug, Default)]
+pub struct Names {
+    names: Box<[u64]>,
     /// Of the names up to each whole stride's end.
-    folds: Arc<[u64]>,
+    folds: Box<[u64]>,
 }
 
-impl Ordered {
-    /// The second half of `seed` is odd.
-    pub(super) fn new(names: &Arc<[u64]>, seed: (u64, u64)) -> Self {
+impl Names {
+    /// How many names both begin with.
+    pub fn common(&self, other: &Self) -> usize {
+        let whole = self.whole_strides(other) * STRIDE;
+        let rest = self.names[whole..].iter().zip(&other.names[whole..]);
+        whole + rest.take_while(|(ours, theirs)| ours == theirs).count()
+    }
+
+    fn whole_strides(&self, other: &Self) -> usize {
+        self.folds.iter().zip(&*other.folds).take_while(|(ours, theirs)| ours == theirs).count()
+    }
+}
+
+impl FromIterator<u64> for Names {
+    fn from_iter<I: IntoIterator<Item = u64>>(names: I) -> Self {
+        let (names, seed): (Box<[u64]>, _) = (names.into_iter().collect(), *SEED);
         let (strides, _) = names.as_chunks::<STRIDE>();
         let mut fold = 0;
         let folds = strides.iter().map(|stride| {
@@ -31,52 +47,50 @@ impl Ordered {
             fold
         });
         let folds = folds.collect();
-        Self { names: names.clone(), folds }
+        Self { names, folds }
     }
+}
 
-    /// It is made of these very names.
-    pub(super) fn is_of(&self, names: &Arc<[u64]>) -> bool {
-        Arc::ptr_eq(&self.names, names)
+impl From<&[u64]> for Names {
+    fn from(names: &[u64]) -> Self {
+        names.iter().copied().collect()
     }
+}
 
-    /// How many names both begin with.
-    pub(super) fn common(&self, other: &Self) -> usize {
-        let whole = self.whole_strides(other) * STRIDE;
-        let rest = self.names[whole..].iter().zip(&other.names[whole..]);
-        whole + rest.take_while(|(ours, theirs)| ours == theirs).count()
-    }
+impl Deref for Names {
+    type Target = [u64];
 
-    fn whole_strides(&self, other: &Self) -> usize {
-        self.folds.iter().zip(&*other.folds).take_while(|(ours, theirs)| ours == theirs).count()
+    fn deref(&self) -> &[u64] {
+        &self.names
     }
 }
 
 /// A number that follows from this one and the seed.
-pub(super) fn mixed(number: u64, seed: (u64, u64)) -> u64 {
+pub(crate) fn mixed(number: u64, seed: (u64, u64)) -> u64 {
     let product = u128::from(number ^ seed.0) * u128::from(seed.1);
     product as u64 ^ (product >> 64) as u64
 }
 
-impl Ord for Ordered {
+impl Ord for Names {
     fn cmp(&self, other: &Self) -> Ordering {
         let whole = self.whole_strides(other) * STRIDE;
         self.names[whole..].cmp(&other.names[whole..])
     }
 }
 
-impl PartialOrd for Ordered {
+impl PartialOrd for Names {
     fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
         Some(self.cmp(other))
     }
 }
 
-impl PartialEq for Ordered {
+impl PartialEq for Names {
     fn eq(&self, other: &Self) -> bool {
         self.cmp(other).is_eq()
     }
 }
 
-impl Eq for Ordered {}
+impl Eq for Names {}
 
 #[cfg(test)]
 mod tests {
@@ -84,10 +98,8 @@ mod tests {
 
     use super::*;
 
-    const SEED: (u64, u64) = (0x0123_4567_89ab_cdef, 0xfedc_ba98_7654_3211);
-
-    fn ordered(names: &[u64]) -> Ordered {
-        Ordered::new(&names.into(), SEED)
+    fn names(names: &[u64]) -> Names {
+        names.into()
     }
 
     proptest! {
@@ -102,11 +114,11 @@ mod tests {
             if swapped && shared.len() > 1 {
                 a.swap(0, 1);
             }
-            prop_assert_eq!(ordered(&a).cmp(&ordered(&b)), a.cmp(&b));
+            prop_assert_eq!(names(&a).cmp(&names(&b)), a.cmp(&b));
             let common = |a: &[u64], b: &[u64]| a.iter().zip(b).take_while(|(a, b)| a == b).count();
-            prop_assert_eq!(ordered(&a).common(&ordered(&b)), common(&a, &b));
+            prop_assert_eq!(names(&a).common(&names(&b)), common(&a, &b));
             b.clone_from(&a);
-            prop_assert_eq!(ordered(&a), ordered(&b));
+            prop_assert_eq!(names(&a), names(&b));
         }
     }
 }
