@@ -93,7 +93,7 @@ impl Settings {
         room: Duration::from_secs(15),
         seed: 0,
         index_bytes: 256 << 20,
-        index_every_tokens: 64,
+        index_every_tokens: 128,
     };
 }
 

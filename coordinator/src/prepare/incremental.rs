@@ -196,7 +196,7 @@ mod tests {
         }
         fn tokenise_chat(
             &self,
-            _: &[Turn],
+            _: &[Turn<'_>],
             _: &crate::text::Variables,
         ) -> Result<Vec<u32>, baton_proto::ApiError> {
             Ok(Vec::new())

@@ -208,7 +208,7 @@ fn shape(endpoint: Endpoint, request: &Request) -> Result<Shape, ApiError> {
     Ok(Shape { endpoint, stream, include_usage: include_usage.unwrap_or(false), logprobs: false })
 }
 
-fn turns(messages: Option<&[Message]>) -> Result<Vec<Turn>, ApiError> {
+fn turns(messages: Option<&[Message]>) -> Result<Vec<Turn<'_>>, ApiError> {
     let messages = messages.ok_or_else(|| invalid("messages", "must be given: a list of messages"))?;
     if messages.is_empty() {
         return Err(invalid("messages", "must hold at least one message"));
@@ -241,7 +241,7 @@ fn template_variables(request: &Request) -> Result<Cow<'_, Variables>, ApiError>
     }
 }
 
-fn turn(index: usize, message: &Message) -> Result<Turn, ApiError> {
+fn turn(index: usize, message: &Message) -> Result<Turn<'_>, ApiError> {
     let field = |name: &str| format!("messages[{index}].{name}");
     let unserved = |name: &str, why: &str| {
         ApiError::new(ErrorCode::Unsupported, format!("{}: {why}", field(name))).param(field(name))
@@ -261,7 +261,7 @@ fn turn(index: usize, message: &Message) -> Result<Turn, ApiError> {
         return Err(unserved("tool_calls", "tools are not served"));
     }
     let content = match &message.content {
-        Some(Content::Text(text)) => text.clone(),
+        Some(Content::Text(text)) => Cow::Borrowed(text.as_str()),
         Some(Content::Parts(parts)) => {
             let mut whole = String::new();
             for (at, part) in parts.iter().enumerate() {
@@ -279,10 +279,10 @@ fn turn(index: usize, message: &Message) -> Result<Turn, ApiError> {
                     }
                 }
             }
-            whole
+            Cow::Owned(whole)
         }
         // An assistant's turn without words is what clients send back after tool calls.
-        None if role == "assistant" => String::new(),
+        None if role == "assistant" => Cow::Borrowed(""),
         None => return Err(invalid(field("content"), "must be given: a string or a list of text parts")),
     };
     Ok(Turn { role, content })

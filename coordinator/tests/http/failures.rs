@@ -238,7 +238,7 @@ impl TextModel for Held {
         self.text.tokenise_text(text)
     }
 
-    fn tokenise_chat(&self, turns: &[Turn], variables: &Variables) -> Result<Vec<u32>, ApiError> {
+    fn tokenise_chat(&self, turns: &[Turn<'_>], variables: &Variables) -> Result<Vec<u32>, ApiError> {
         self.text.tokenise_chat(turns, variables)
     }
 

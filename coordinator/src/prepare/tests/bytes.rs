@@ -27,7 +27,7 @@ impl TextModel for Bytes {
         Ok(text.bytes().map(u32::from).collect())
     }
 
-    fn tokenise_chat(&self, turns: &[Turn], _: &Variables) -> Result<Vec<u32>, ApiError> {
+    fn tokenise_chat(&self, turns: &[Turn<'_>], _: &Variables) -> Result<Vec<u32>, ApiError> {
         let mut text: String = turns.iter().map(|turn| format!("{}:{}\n", turn.role, turn.content)).collect();
         text.push_str("assistant:");
         self.tokenise_text(&text)
