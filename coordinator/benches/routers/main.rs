@@ -41,16 +41,16 @@ struct Cli {
     #[arg(long, value_name = "FILE")]
     model: Option<PathBuf>,
     /// Requests in flight.
-    #[arg(long, value_delimiter = ',', default_values_t = [1, 64, 512], value_parser = clap::value_parser!(u32).range(1..=16_384))]
+    #[arg(long, value_delimiter = ',', num_args = 1.., default_values_t = [1, 64, 512], value_parser = clap::value_parser!(u32).range(1..=16_384))]
     streams: Vec<u32>,
     /// Short prompts are measured with every kind of answer, those of 32k tokens paced, those of 220 KB not streamed.
-    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Prompt::Short, Prompt::Tokens32k, Prompt::Bytes220k])]
+    #[arg(long, value_enum, value_delimiter = ',', num_args = 1.., default_values_t = [Prompt::Short, Prompt::Tokens32k, Prompt::Bytes220k])]
     prompt: Vec<Prompt>,
     /// Only these kinds of answers, of 128 tokens each.
-    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Answer::Paced, Answer::Unpaced, Answer::Whole])]
+    #[arg(long, value_enum, value_delimiter = ',', num_args = 1.., default_values_t = [Answer::Paced, Answer::Unpaced, Answer::Whole])]
     only: Vec<Answer>,
     /// Who is measured. What is added to latency is told only where `direct` is among them.
-    #[arg(long, value_enum, value_delimiter = ',', default_values_t = Target::ALL)]
+    #[arg(long, value_enum, value_delimiter = ',', num_args = 1.., default_values_t = Target::ALL)]
     targets: Vec<Target>,
     /// Figures are medians over so many rounds.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1_000))]

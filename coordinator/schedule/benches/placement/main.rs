@@ -76,13 +76,13 @@ struct ReplayArgs {
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
     /// How many times as fast as they came requests come.
-    #[arg(long, value_delimiter = ',', default_values_t = [0.8, 1.0, 1.2, 1.4, 1.6], value_parser = speed)]
+    #[arg(long, value_delimiter = ',', num_args = 1.., default_values_t = [0.8, 1.0, 1.2, 1.4, 1.6], value_parser = speed)]
     speeds: Vec<f64>,
     /// Who places them.
-    #[arg(long, value_enum, value_delimiter = ',', default_values_t = Policy::ALL)]
+    #[arg(long, value_enum, value_delimiter = ',', num_args = 1.., default_values_t = Policy::ALL)]
     policies: Vec<Policy>,
     /// Blocks of 512 tokens that each prefill instance keeps.
-    #[arg(long, value_delimiter = ',', default_values_t = [1_000, 4_000], value_parser = clap::value_parser!(u32).range(320..=1_000_000))]
+    #[arg(long, value_delimiter = ',', num_args = 1.., default_values_t = [1_000, 4_000], value_parser = clap::value_parser!(u32).range(320..=1_000_000))]
     cache_blocks: Vec<u32>,
     /// Figures are medians over this many seeds: of noise, of arrivals, of which instances are slow.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=100))]
@@ -114,7 +114,7 @@ struct ReplayArgs {
 #[derive(Debug, Args)]
 struct DecideArgs {
     /// Fleets of so many instances, half of them prefill.
-    #[arg(long, value_delimiter = ',', default_values_t = [10, 1_000, 10_000], value_parser = clap::value_parser!(u32).range(2..=99_999))]
+    #[arg(long, value_delimiter = ',', num_args = 1.., default_values_t = [10, 1_000, 10_000], value_parser = clap::value_parser!(u32).range(2..=99_999))]
     instances: Vec<u32>,
     /// Decisions for each.
     #[arg(long, default_value_t = 2_000, value_parser = clap::value_parser!(u32).range(100..=1_000_000))]
