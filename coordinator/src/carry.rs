@@ -27,8 +27,10 @@ const FRUITLESS_MOST: u32 = 2;
 /// How many may be lost with their instances without a token, counted by themselves: instances die one after the other, and
 /// a coordinator that was cut off loses all of them.
 const LOST_MOST: u32 = 4;
-/// How many may fail in all: a request may be what kills the instances that it is placed on.
+/// How many may fail in all, or be outgrown: a request may be what kills the instances that it is placed on.
 const FAILURES_MOST: u32 = 8;
+/// How many instances are asked to take on what another has no room for, where they cannot be sent anything.
+const OUTGROWN_TRIES: u32 = 3;
 /// Before a request is given to others: one instance may say that another is lost before this coordinator notices. Twice as
 /// long after each that was lost in a row.
 const PAUSE: Duration = Duration::from_millis(50);
@@ -57,23 +59,24 @@ impl From<NotSent> for Failure {
 }
 
 /// Why a request leaves an instance that has not failed it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Leave {
-    /// The instance drains.
-    Drains,
-    /// The instance's KV cache, or the context that it was started with, holds no more of the answer.
-    Outgrown,
+#[derive(Debug, Clone, Copy)]
+pub enum Leave<'a> {
+    /// The instance drains. It hands on the cache of all of it, if it has that.
+    Drains { has_cache: Option<&'a InstanceId> },
+    /// The instance has no room for more of the answer: its KV cache, or the context that it was started with, is full.
+    Outgrown { by: &'a InstanceId },
 }
 
-impl Leave {
+impl Leave<'_> {
     /// As receipts and metrics have it.
     fn error(self) -> ApiError {
         match self {
-            Self::Drains => ApiError::new(ErrorCode::Unavailable, "the instance that generates drains"),
-            Self::Outgrown => ApiError::new(
-                ErrorCode::KvExhausted,
-                "the instance that generates has no room for more of the answer",
-            ),
+            Self::Drains { .. } => {
+                ApiError::new(ErrorCode::Unavailable, "the instance that generates drains")
+            }
+            Self::Outgrown { .. } => {
+                ApiError::new(ErrorCode::KvExhausted, "the instance has no room for more of the answer")
+            }
         }
     }
 }
@@ -99,6 +102,8 @@ pub struct Attempts {
     /// Refusals since the last attempt, and when the first of them was.
     refused: u32,
     refused_since: Option<Instant>,
+    /// How often it has outgrown an instance.
+    outgrown: u32,
     /// Since when the answer, which had begun, waits for its next token.
     paused: Option<Instant>,
 }
@@ -116,6 +121,7 @@ impl Attempts {
             lost: 0,
             refused: 0,
             refused_since: None,
+            outgrown: 0,
             paused: None,
         }
     }
@@ -154,37 +160,53 @@ impl Attempts {
         self.placer.board.left(instance, tokens, most) > self.placer.move_after
     }
 
-    /// Gives it to others, if any can take it at once. Of an instance that drains, and has the cache of all of it (`from`),
-    /// that is to be handed on: others would compute it again, but for what they have of the prompt. It may refuse, and by
-    /// then nobody works at it; so it is asked only where there are others. What it refuses goes on like what anybody does.
-    pub fn elsewhere(&self, leave: Leave, from: Option<&InstanceId>) -> Option<Moved> {
+    /// Gives it to others, if any can take it at once.
+    ///
+    /// What an instance that drains hands on others would compute again, but for what they have of the prompt. It may refuse,
+    /// and by then nobody works at it; so it is asked only where there are others. What it refuses goes on like what anybody
+    /// does.
+    pub fn elsewhere(&self, leave: Leave<'_>) -> Option<Moved> {
+        match leave {
+            Leave::Drains { has_cache } => {
+                let can_serve = || self.placer.board.can_serve(&self.model.served.revision).is_ok();
+                let hands_on = has_cache.filter(|_| can_serve());
+                let moved =
+                    hands_on.and_then(|from| self.begin(leave, &mut Vec::new(), Among::PeersOf(from)));
+                moved.or_else(|| self.begin(leave, &mut Vec::new(), Among::All))
+            }
+            Leave::Outgrown { by } => {
+                let mut avoid = vec![by.clone()];
+                let mut tries = 0..OUTGROWN_TRIES.min(FAILURES_MOST.saturating_sub(self.outgrown));
+                tries.find_map(|_| self.begin(leave, &mut avoid, Among::All))
+            }
+        }
+    }
+
+    /// Begins with whoever is best, and is not to be avoided; who could not be asked is from then on.
+    fn begin(&self, leave: Leave<'_>, avoid: &mut Vec<InstanceId>, among: Among<'_>) -> Option<Moved> {
         let Self { placer, model, assignment, .. } = self;
-        let served = &model.served;
-        let begin = |avoid: &[InstanceId], among| {
-            let (prompt, generated) = (&assignment.prompt, &assignment.generated);
-            let booked = placer.book(served, prompt, generated, avoid, among).ok()?;
-            let (prefill, decode) = booked.booking.credit.pair();
-            // Whoever is to be avoided is taken where there is nobody else.
-            if avoid.contains(decode.unwrap_or(prefill)) {
-                return None;
+        let (prompt, generated) = (&assignment.prompt, &assignment.generated);
+        let booked = placer.book(&model.served, prompt, generated, avoid, among).ok()?;
+        let (alone, decode) = booked.booking.credit.pair();
+        // The board takes them where there is nobody else.
+        if [Some(alone), decode].into_iter().flatten().any(|id| avoid.contains(id)) {
+            return None;
+        }
+        let placing = Placing::new(&booked.booking, Some(leave.error()), Duration::ZERO);
+        let handed_on = booked.booking.handed_on;
+        match placer.start(booked, assignment.clone()) {
+            Ok(generation) => Some(Moved { generation, placing, handed_on }),
+            Err(NotSent { instance, .. }) => {
+                avoid.push(instance);
+                None
             }
-            let placing = Placing::new(&booked.booking, Some(leave.error()), Duration::ZERO);
-            let handed_on = booked.booking.handed_on;
-            let generation = placer.start(booked, assignment.clone()).ok()?;
-            Some(Moved { generation, placing, handed_on })
-        };
-        match (leave, from) {
-            (Leave::Drains, Some(from)) if placer.board.can_serve(&served.revision).is_ok() => {
-                begin(&[], Among::PeersOf(from)).or_else(|| begin(&[], Among::All))
-            }
-            (Leave::Outgrown, Some(from)) => begin(std::slice::from_ref(from), Among::All),
-            _ => begin(&[], Among::All),
         }
     }
 
     /// Takes note that it goes on elsewhere.
-    pub fn moved(&mut self, leave: Leave, handed_on: bool) {
+    pub fn moved(&mut self, leave: Leave<'_>, handed_on: bool) {
         self.pauses();
+        self.outgrown += u32::from(matches!(leave, Leave::Outgrown { .. }));
         let Self { placer, model, assignment, .. } = &*self;
         let (request, generated, why) = (&assignment.request, assignment.generated.len(), leave.error());
         tracing::info!(%request, generated, handed_on, %why, "the request leaves an instance");

@@ -165,17 +165,17 @@ async fn choices_stop_strings_log_probabilities_and_counts_are_those_of_an_answe
 async fn an_answer_that_fills_an_instance_goes_on_where_there_is_more_room_and_ends_there_where_there_is_none()
  {
     let cluster =
-        Cluster::start(&["--prefill", "1", "--decode", "0", "--set", "server.runtime.kv_blocks=16"]).await;
+        Cluster::start(&["--prefill", "1", "--decode", "0", "--set", "server.runtime.kv_blocks=24"]).await;
     let small = cluster.instance_of("mixed").await;
     cluster.run_ctl(&["set-role", &small, "mixed"]).await;
-    let mut body = request(cluster.model(), &long_prompt(60), 300, true);
+    let mut body = request(cluster.model(), &long_prompt(60), 400, true);
     let more =
         json!({"temperature": 0.8, "seed": 7, "logprobs": true, "stream_options": {"include_usage": true}});
     body.as_object_mut().expect("a body").extend(more.as_object().expect("settings").clone());
     let bodies = [body];
     let short = ask_during(cluster.url(), &bodies, 0, async || {}).await;
     assert_eq!(short[0].choices[&0].finish_reason, "length");
-    let all = u64::from(16 * BLOCK_TOKENS + 1);
+    let all = u64::from(24 * BLOCK_TOKENS + 1);
     assert_eq!(short[0].usage["total_tokens"], all, "the cache holds all but the last token");
 
     let dir = tempfile::tempdir().expect("a temporary directory");
@@ -185,22 +185,25 @@ async fn an_answer_that_fills_an_instance_goes_on_where_there_is_more_room_and_e
     let _large = Service::start(&mut server, &dir.path().join("large.log"));
     eventually("another instance", || async { (cluster.roles().await.len() == 2).then_some(()) }).await;
     cluster.run_ctl(&["set-role", "large", "mixed"]).await;
-    eventually("two instances that do both", || async {
-        (cluster.roles().await == ["mixed", "mixed"]).then_some(())
-    })
-    .await;
+    let serve = async |roles: [&str; 2]| {
+        eventually("roles", || async { (cluster.roles().await == roles).then_some(()) }).await;
+    };
+    serve(["mixed", "mixed"]).await;
     cluster.run_ctl(&["cordon", &small]).await;
+    serve(["mixed", "none"]).await;
     let expected = ask_during(cluster.url(), &bodies, 0, async || {}).await;
-    assert_eq!(expected[0].usage["completion_tokens"], 300);
+    assert_eq!(expected[0].usage["completion_tokens"], 400);
     cluster.run_ctl(&["uncordon", &small]).await;
-
+    serve(["mixed", "mixed"]).await;
     cluster.run_ctl(&["cordon", "large"]).await;
+    serve(["mixed", "none"]).await;
     let seen = ask_during(cluster.url(), &bodies, 20, async || {
         cluster.run_ctl(&["uncordon", "large"]).await;
+        serve(["mixed", "mixed"]).await;
     })
     .await;
     assert_eq!(seen[0].choices, expected[0].choices);
-    assert_eq!(seen[0].usage["completion_tokens"], 300);
+    assert_eq!(seen[0].usage["completion_tokens"], 400);
     assert_eq!(moved(&cluster, "kv_exhausted").await, 1.0);
     cluster.assert_nothing_held().await;
 }

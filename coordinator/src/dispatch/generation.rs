@@ -18,6 +18,7 @@ use v1::dispatch::Work;
 use super::{
     assignment::{Assignment, dispatch},
     deadline::{Deadline, deadline_passed},
+    legs::Legs,
     machine::{Command, Completed, Fresh, Machine},
 };
 use crate::{
@@ -34,24 +35,6 @@ const DECODE_PATIENCE: Duration = Duration::from_secs(5);
 
 /// After so long, who stays with an instance that drains is asked again.
 const LEAVING_AGAIN: Duration = Duration::from_secs(1);
-
-/// The guards of the open legs.
-#[derive(Default)]
-struct Legs {
-    whole: Option<LegGuard>,
-    prefill: Option<LegGuard>,
-    decode: Option<LegGuard>,
-}
-
-impl Legs {
-    fn of(&mut self, side: Side) -> &mut Option<LegGuard> {
-        match side {
-            Side::Whole => &mut self.whole,
-            Side::Prefill => &mut self.prefill,
-            Side::Decode => &mut self.decode,
-        }
-    }
-}
 
 /// What was received.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -212,7 +195,7 @@ impl Generation {
         let commands = self.choices.get_mut(choice as usize).map(|choice| choice.machine.stop());
         match self.perform(choice, commands.unwrap_or_default()) {
             Some(Ok(completed)) => completed,
-            _ => Completed { reason: StopReason::Stop, cached_tokens: 0, outgrown: false },
+            _ => Completed { reason: StopReason::Stop, cached_tokens: 0, outgrown: None },
         }
     }
 
@@ -241,9 +224,20 @@ impl Generation {
         self.served.iter().any(|side| *side != Side::Prefill).then(|| self.generates())
     }
 
+    /// Who has one of the legs.
+    pub fn instance(&self, side: Side) -> &InstanceId {
+        self.credit.instance(side)
+    }
+
+    /// A choice is as long as it becomes: others are expected to be like it.
+    pub fn ended_here(&mut self, choice: u32) {
+        let tokens = self.choices.get(choice as usize).map(|choice| choice.machine.tokens().len() as u32);
+        tokens.into_iter().for_each(|tokens| self.credit.answered(tokens));
+    }
+
     /// Who made it fail, if that is known.
     pub fn culprit(&self) -> Option<&InstanceId> {
-        self.failed.map(|side| self.credit.instance(side))
+        self.failed.map(|side| self.instance(side))
     }
 
     /// Who has brought a first token since the last call.
@@ -316,10 +310,9 @@ impl Generation {
             match self.perform(choice, commands) {
                 Some(end) => {
                     match &end {
-                        Ok(Completed { outgrown: true, .. }) => {}
-                        Ok(_) => {
-                            self.credit.answered(self.choices[choice as usize].machine.tokens().len() as u32)
-                        }
+                        // Whoever reads it may go on elsewhere.
+                        Ok(Completed { outgrown: Some(_), .. }) => {}
+                        Ok(_) => self.ended_here(choice),
                         Err(error) => {
                             let failed = self.failed_by(side, error);
                             self.failed.get_or_insert(failed);

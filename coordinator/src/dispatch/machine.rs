@@ -53,8 +53,8 @@ pub struct Completed {
     pub reason: StopReason,
     /// Of the prompt, taken from a prefix cache.
     pub cached_tokens: u32,
-    /// It would have gone on where there was room for more.
-    pub outgrown: bool,
+    /// Whose instance ended it for want of room; elsewhere it would have gone on.
+    pub outgrown: Option<Side>,
 }
 
 /// Tokens not given out before, in order.
@@ -132,6 +132,8 @@ pub struct Machine {
     prefill_lost: Option<ApiError>,
     /// Once it was said.
     cached_tokens: Option<u32>,
+    /// Whose word it is that it is complete.
+    completed_by: Option<Side>,
 }
 
 impl Machine {
@@ -173,6 +175,7 @@ impl Machine {
             transfer_broken: None,
             prefill_lost: None,
             cached_tokens: None,
+            completed_by: None,
         }
     }
 
@@ -293,6 +296,9 @@ impl Machine {
 
     fn take_end(&mut self, side: Side, end: LegEnd) -> Vec<Command> {
         self.open = self.open.without(side);
+        if let LegEnd::Complete { .. } = end {
+            self.completed_by = Some(side);
+        }
         match (side, end) {
             (Side::Prefill, LegEnd::HandedOff { cached_tokens }) => {
                 self.cached_tokens = self.cached_tokens.max(Some(cached_tokens));
@@ -389,9 +395,8 @@ impl Machine {
     fn finish(&mut self, reason: StopReason) -> Vec<Command> {
         let mut commands = self.cancel_open();
         let cached_tokens = self.cached_tokens.unwrap_or(0);
-        // Without a token of its own it would be no further elsewhere.
-        let short = self.has_begun() && self.tokens.len() < self.max_tokens as usize;
-        let outgrown = reason == StopReason::Length && short;
+        let short = self.tokens.len() < self.max_tokens as usize;
+        let outgrown = self.completed_by.filter(|_| reason == StopReason::Length && short);
         commands.push(Command::End(Ok(Completed { reason, cached_tokens, outgrown })));
         commands
     }

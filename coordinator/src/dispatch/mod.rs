@@ -6,6 +6,7 @@
 mod assignment;
 mod deadline;
 mod generation;
+mod legs;
 pub mod machine;
 
 pub use assignment::Assignment;

@@ -2,7 +2,8 @@
 //!
 //! All choices set out together, as one [`Generation`]. When that fails, and another may do better, what has not
 //! been begun is placed again as it was; else each choice that has not ended goes on by itself, from the tokens it
-//! has, wherever it finds a place. Its reading stays, so that its client notices nothing but a pause.
+//! has, wherever it finds a place. So do those of an instance that drains, if others can have them at once, and one that its
+//! instance has no more room for. Its reading stays, so that its client notices nothing but a pause.
 
 use std::{
     mem,
@@ -38,18 +39,43 @@ struct Strand {
     attempts: Attempts,
     /// Which of the lane's they are.
     choices: Range<usize>,
+    /// Those of them that have outgrown their instance, and gone on by themselves.
+    away: SmallVec<[usize; 1]>,
+    /// Such a choice alone.
+    short: Option<Short>,
 }
 
-/// How a strand ended.
+/// A choice that has outgrown its instance: complete as it is, if nobody brings more of it.
+#[derive(Debug, Clone, Copy)]
+struct Short {
+    /// Which of the lane's it is.
+    at: usize,
+    tokens: usize,
+}
+
+impl Strand {
+    fn new(work: Work, attempts: Attempts, choices: Range<usize>) -> Self {
+        Self { work, attempts, choices, away: SmallVec::new(), short: None }
+    }
+
+    /// Those that have not ended: by their numbers here, and in the lane.
+    fn open(&self, readings: &[Reading]) -> impl Iterator<Item = (u32, usize)> {
+        let open = |(_, at): &(u32, usize)| !readings[*at].finished() && !self.away.contains(at);
+        (0..).zip(self.choices.clone()).filter(open)
+    }
+}
+
+/// What became of a strand.
 enum Over {
     Done,
+    /// One of its choices goes on by itself, behind it.
+    Split,
     /// By an attempt's failure.
     Failed(ApiError),
     /// Nobody was found in time who would make another attempt.
     NoPlace(ApiError),
-    /// It had better go on elsewhere, if anybody can take it at once: for the sake of this choice of the lane's, which has
-    /// outgrown the instance, or because that drains.
-    Leaving(Option<usize>),
+    /// It had better go on elsewhere, if anybody can take it at once.
+    Leaving,
 }
 
 /// See the module. What nearly every request has one of lies in its place: each token is read through all of it.
@@ -79,7 +105,7 @@ impl Lane {
             Ok(generation) => Work::Generating(Box::new(generation)),
             Err(not_sent) => Work::Replacing(attempts.again(not_sent.into())?),
         };
-        let strands = smallvec![Strand { work, attempts, choices: 0..readings.len() }];
+        let strands = smallvec![Strand::new(work, attempts, 0..readings.len())];
         Ok(Self { strands, readings, prompt_tokens, deadline, cached_tokens: 0, cached_settled: false })
     }
 
@@ -132,15 +158,22 @@ impl Lane {
         while index < self.strands.len() {
             match self.poll_strand(index, context, card, pieces) {
                 Poll::Ready(Over::Done) => drop(self.strands.remove(index)),
+                Poll::Ready(Over::Split) => {}
                 Poll::Ready(Over::Failed(error)) => {
                     let strand = self.strands.remove(index);
-                    let next = self.again(strand, error, pieces)?;
-                    self.strands.insert_many(index, next);
+                    let short = strand.short;
+                    match self.again(strand, error, pieces) {
+                        Ok(next) => self.strands.insert_many(index, next),
+                        Err(error) => self.end_short(short, error, pieces)?,
+                    }
                 }
-                Poll::Ready(Over::NoPlace(error)) => return Poll::Ready(Err(error)),
-                Poll::Ready(Over::Leaving(outgrown)) => {
+                Poll::Ready(Over::NoPlace(error)) => {
+                    let short = self.strands.remove(index).short;
+                    self.end_short(short, error, pieces)?;
+                }
+                Poll::Ready(Over::Leaving) => {
                     let strand = self.strands.remove(index);
-                    let next = self.move_away(strand, outgrown, card, pieces);
+                    let next = self.move_away(strand, card, pieces);
                     self.strands.insert_many(index, next);
                 }
                 Poll::Pending => index += 1,
@@ -157,10 +190,8 @@ impl Lane {
         pieces: &mut [Piece],
     ) -> Poll<Over> {
         let strand = &mut self.strands[index];
-        let readings = &mut self.readings[strand.choices.clone()];
-        let pieces = &mut pieces[strand.choices.clone()];
         let mut received = false;
-        while !readings.iter().all(Reading::finished) {
+        while strand.open(&self.readings).next().is_some() {
             let generation = match &mut strand.work {
                 Work::Generating(generation) => generation,
                 Work::Replacing(replacing) => match ready!(replacing.as_mut().poll(context)) {
@@ -180,28 +211,42 @@ impl Lane {
             let (choice, end) = match progress {
                 Progress::Choice { choice, end } => (choice, end),
                 Progress::Failed(error) => return Poll::Ready(Over::Failed(error)),
-                Progress::Leaving => return Poll::Ready(Over::Leaving(None)),
+                Progress::Leaving => return Poll::Ready(Over::Leaving),
             };
-            let at = choice as usize;
-            let (Some(reading), Some(piece)) = (readings.get_mut(at), pieces.get_mut(at)) else { continue };
-            if let Some(completed) = take(generation, choice, reading, piece).or(end) {
-                if completed.outgrown && !reading.finished() {
-                    return Poll::Ready(Over::Leaving(Some(strand.choices.start + at)));
-                }
-                if !self.cached_settled {
-                    self.cached_tokens = self.cached_tokens.max(completed.cached_tokens);
-                }
-                if !reading.finished() {
-                    reading.finish(completed.reason, false, piece);
-                }
+            let at = strand.choices.start + choice as usize;
+            let (Some(reading), Some(piece)) = (self.readings.get_mut(at), pieces.get_mut(at)) else {
+                continue;
+            };
+            let Some(completed) = take(generation, choice, reading, piece).or(end) else { continue };
+            if !self.cached_settled {
+                self.cached_tokens = self.cached_tokens.max(completed.cached_tokens);
             }
+            if reading.finished() {
+                continue;
+            }
+            if let Some(side) = completed.outgrown {
+                let leave = Leave::Outgrown { by: generation.instance(side) };
+                let mut attempts = strand.attempts.of_choice(choice, reading.tokens());
+                if let Some(Moved { generation, placing, handed_on }) = attempts.elsewhere(leave) {
+                    attempts.moved(leave, handed_on);
+                    card.placed(placing);
+                    strand.away.push(at);
+                    let short = Short { at, tokens: reading.tokens().len() };
+                    let work = Work::Generating(Box::new(generation));
+                    let next = Strand { short: Some(short), ..Strand::new(work, attempts, at..at + 1) };
+                    self.strands.insert(index + 1, next);
+                    return Poll::Ready(Over::Split);
+                }
+                generation.ended_here(choice);
+            }
+            reading.finish(completed.reason, false, piece);
         }
         Poll::Ready(Over::Done)
     }
 
     /// Takes in what has come of choices whose attempt ends.
-    fn take_rest(&mut self, generation: &mut Generation, choices: Range<usize>, pieces: &mut [Piece]) {
-        for (choice, at) in (0..).zip(choices) {
+    fn take_rest(&mut self, generation: &mut Generation, open: &[(u32, usize)], pieces: &mut [Piece]) {
+        for &(choice, at) in open {
             let (reading, piece) = (&mut self.readings[at], &mut pieces[at]);
             take(generation, choice, reading, piece);
             // Its last token has come, and only the word that it is the last was lost.
@@ -214,65 +259,61 @@ impl Lane {
         }
     }
 
-    /// What takes the place of a strand whose instance drains, or has no room for more of a choice: those that others have
-    /// been given, where they can have all of it at once; else it stays, and what has outgrown its instance ends there.
+    /// Nobody goes on with a choice. If it has outgrown its instance, and come no further since, it is complete as it is.
+    fn end_short(
+        &mut self,
+        ends: Option<Short>,
+        error: ApiError,
+        pieces: &mut [Piece],
+    ) -> Result<(), ApiError> {
+        let short = ends.filter(|short| self.readings[short.at].tokens().len() == short.tokens);
+        let Some(Short { at, .. }) = short else { return Err(error) };
+        self.readings[at].finish(StopReason::Length, false, &mut pieces[at]);
+        Ok(())
+    }
+
+    /// What takes the place of a strand whose instance drains: those that others have been given, where they can have all of
+    /// it at once; else it stays.
     ///
     /// The new legs go out before the old one is cancelled. They come to the instance that drains in this order, too, and so
     /// the old leg holds its blocks until the one that hands them on is there, and the drain, which waits for legs, does not
     /// end between the two. No token is lost or told twice: the new legs go on from those that have been read, and what the
     /// old one says beyond them reaches nobody any more; it comes again, as each follows from those before it.
-    fn move_away(
-        &mut self,
-        strand: Strand,
-        outgrown: Option<usize>,
-        card: &CardGuard,
-        pieces: &mut [Piece],
-    ) -> Vec<Strand> {
-        let left = strand.choices.clone().filter(|at| !self.readings[*at].finished());
-        let consumed = left.map(|at| self.readings[at].consumed()).min();
-        let Strand { work: Work::Generating(mut generation), attempts, choices } = strand else {
+    fn move_away(&mut self, mut strand: Strand, card: &CardGuard, pieces: &mut [Piece]) -> Vec<Strand> {
+        let open: Vec<_> = strand.open(&self.readings).collect();
+        let consumed = open.iter().map(|(_, at)| self.readings[*at].consumed()).min();
+        let Work::Generating(generation) = &mut strand.work else { return vec![strand] };
+        let worth = |tokens| strand.attempts.is_worth_moving(generation.generates(), tokens);
+        if !consumed.is_some_and(worth) {
             return vec![strand];
-        };
-        let stays = |generation, attempts, choices| {
-            vec![Strand { work: Work::Generating(generation), attempts, choices }]
-        };
-        let worth = |tokens| attempts.is_worth_moving(generation.generates(), tokens);
-        if outgrown.is_none() && !consumed.is_some_and(worth) {
-            return stays(generation, attempts, choices);
         }
-        let leave = if outgrown.is_some() { Leave::Outgrown } else { Leave::Drains };
-        self.take_rest(&mut generation, choices.clone(), pieces);
-        let readings = &self.readings;
-        let next: Option<Vec<_>> = if readings[choices.clone()].iter().all(|of| of.tokens().is_empty()) {
-            let moved = attempts.elsewhere(leave, None);
-            moved.map(|moved| vec![(moved, attempts.clone(), choices.clone())])
+        self.take_rest(generation, &open, pieces);
+        let (readings, attempts, short) = (&self.readings, &strand.attempts, strand.short);
+        let leave = Leave::Drains { has_cache: generation.has_cache() };
+        let next: Option<Vec<_>> = if open.iter().all(|(_, at)| readings[*at].tokens().is_empty()) {
+            let moved = attempts.elsewhere(Leave::Drains { has_cache: None });
+            moved.map(|moved| vec![(moved, attempts.clone(), strand.choices.clone())])
         } else {
-            let left = (0..).zip(choices.clone()).filter(|(_, at)| !readings[*at].finished());
-            let alone = |(choice, at): (u32, usize)| {
+            let left = open.iter().filter(|(_, at)| !readings[*at].finished());
+            let alone = |&(choice, at): &(u32, usize)| {
                 let attempts = attempts.of_choice(choice, readings[at].tokens());
-                // Choices that have not outgrown it may go on where they were.
-                let from = match outgrown {
-                    None => generation.has_cache(),
-                    Some(outgrown) => (at == outgrown).then(|| generation.generates()),
-                };
-                Some((attempts.elsewhere(leave, from)?, attempts, at..at + 1))
+                Some((attempts.elsewhere(leave)?, attempts, at..at + 1))
             };
             left.map(alone).collect()
         };
-        let Some(next) = next else {
-            if let Some(at) = outgrown.filter(|at| !self.readings[*at].finished()) {
-                self.readings[at].finish(StopReason::Length, false, &mut pieces[at]);
-            }
-            return stays(generation, attempts, choices);
-        };
-        generation.give_up();
-        let strand = |(moved, mut attempts, choices): (Moved, Attempts, _)| {
+        let Some(next) = next else { return vec![strand] };
+        let begun = |moved, mut attempts: Attempts, choices| {
             let Moved { generation, placing, handed_on } = moved;
             attempts.moved(leave, handed_on);
             card.placed(placing);
-            Strand { work: Work::Generating(Box::new(generation)), attempts, choices }
+            Strand { short, ..Strand::new(Work::Generating(Box::new(generation)), attempts, choices) }
         };
-        next.into_iter().map(strand).collect()
+        let next =
+            next.into_iter().map(|(moved, attempts, choices)| begun(moved, attempts, choices)).collect();
+        if let Work::Generating(generation) = strand.work {
+            generation.give_up();
+        }
+        next
     }
 
     /// What takes the place of a strand that has failed, if another attempt may do better.
@@ -282,27 +323,29 @@ impl Lane {
         error: ApiError,
         pieces: &mut [Piece],
     ) -> Result<Vec<Strand>, ApiError> {
-        let Strand { work, mut attempts, choices } = strand;
-        let Work::Generating(mut generation) = work else { return Err(error) };
+        let open: Vec<_> = strand.open(&self.readings).collect();
+        let Strand { work: Work::Generating(mut generation), attempts, choices, short, .. } = strand else {
+            return Err(error);
+        };
         attempts.failed(&error, &generation);
-        if !cause::may_pass(error.code) {
+        self.take_rest(&mut generation, &open, pieces);
+        if !cause::may_pass(error.code) && open.iter().any(|(_, at)| !self.readings[*at].finished()) {
             return Err(error);
         }
-        self.take_rest(&mut generation, choices.clone(), pieces);
-        let readings = &self.readings[choices.clone()];
         let carried = attempts.assignment().generated.len();
-        let begun = readings.iter().any(|reading| reading.tokens().len() > carried);
+        let begun = open.iter().any(|(_, at)| self.readings[*at].tokens().len() > carried);
         let failure = Failure { error, culprit: generation.culprit().cloned(), begun };
         generation.give_up();
-        if readings.iter().all(|reading| reading.tokens().is_empty()) {
-            let work = Work::Replacing(attempts.again(failure)?);
-            return Ok(vec![Strand { work, attempts, choices }]);
-        }
-        let left = (0..).zip(choices).filter(|(_, at)| !self.readings[*at].finished());
-        let alone = |(choice, at): (u32, usize)| {
-            let mut attempts = attempts.of_choice(choice, self.readings[at].tokens());
+        let replaced = |mut attempts: Attempts, choices| {
             let work = Work::Replacing(attempts.again(failure.clone())?);
-            Ok(Strand { work, attempts, choices: at..at + 1 })
+            Ok(Strand { short, ..Strand::new(work, attempts, choices) })
+        };
+        if open.iter().all(|(_, at)| self.readings[*at].tokens().is_empty()) {
+            return Ok(vec![replaced(attempts, choices)?]);
+        }
+        let left = open.iter().filter(|(_, at)| !self.readings[*at].finished());
+        let alone = |&(choice, at): &(u32, usize)| {
+            replaced(attempts.of_choice(choice, self.readings[at].tokens()), at..at + 1)
         };
         left.map(alone).collect()
     }

@@ -14,7 +14,8 @@ async fn either(a: &mut Instance, b: &mut Instance) -> (usize, v1::Dispatch) {
     }
 }
 
-async fn migrations(cluster: &Cluster, reason: ErrorCode) -> Option<String> {
+/// How many answers have gone on elsewhere for this reason.
+pub(crate) async fn migrations(cluster: &Cluster, reason: ErrorCode) -> Option<String> {
     let metrics = cluster.get("/metrics").await.text().await.expect("a body");
     let name = format!("baton_coordinator_migrations_total{{reason=\"{}\",model=\"tiny\"}} ", reason.name());
     metrics.lines().find_map(|line| line.strip_prefix(&name)).map(str::to_owned)

@@ -9,10 +9,10 @@ use std::{cmp::Ordering, ops::Deref, sync::LazyLock};
 /// Names between two folds.
 const STRIDE: usize = 64;
 
-/// The second half is odd.
+/// Of the process: names of all prompts are compared with each other. The second half is odd.
 static SEED: LazyLock<(u64, u64)> = LazyLock::new(|| (rand::random(), rand::random::<u64>() | 1));
 
-/// A chain of names, and their folds.
+/// A chain of names, and their folds. Two chains are taken for the same by chance once in some 2^60 comparisons.
 #[derive(Debug, Default)]
 pub struct Names {
     names: Box<[u64]>,

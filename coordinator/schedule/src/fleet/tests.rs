@@ -113,3 +113,23 @@ fn an_instance_is_found_under_the_model_that_it_runs_now() {
     fleet.list(&[], now);
     assert_eq!(usable(&fleet, now + GRACE * 100), ["a"], "nobody is listed, of whatever model");
 }
+
+#[test]
+fn numbers_beyond_reason_are_cut_down_and_still_compare() {
+    let most = v1::InstanceLoad {
+        running_sequences: u32::MAX,
+        waiting_sequences: 1,
+        queued_prefill_tokens: u64::MAX,
+        queued_prefill_pairs: u64::MAX,
+        kv_blocks_total: 7,
+        kv_blocks_free: 8,
+        decode_step_micros: u64::MAX,
+        outgoing_transfers: u32::MAX,
+        incoming_transfers: u32::MAX,
+        ..v1::InstanceLoad::default()
+    };
+    let load = Load::from(&most);
+    assert_eq!((load.sequences, load.kv_blocks_free), (u32::MAX, 7));
+    assert_eq!((load.queued_prefill_tokens, load.queued_prefill_pairs), (1 << 32, 1 << 52));
+    assert_eq!((load.decode_step_micros, load.transfers), (60_000_000, 1 << 20));
+}

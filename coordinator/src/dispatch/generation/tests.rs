@@ -89,7 +89,7 @@ async fn a_decode_that_says_nothing_after_prefill_was_lost_is_waited_for_in_meas
     );
     assert_eq!(
         next(&mut speaks).await,
-        Progress::Choice { choice: 0, end: Some(Completed { reason, cached_tokens: 0, outgrown: false }) }
+        Progress::Choice { choice: 0, end: Some(Completed { reason, cached_tokens: 0, outgrown: None }) }
     );
     assert_eq!(counted(), [(1, 1)]);
 }

@@ -25,7 +25,7 @@ fn lost() -> ApiError {
 }
 
 fn ok(reason: StopReason, cached_tokens: u32) -> Command {
-    Command::End(Ok(Completed { reason, cached_tokens, outgrown: false }))
+    Command::End(Ok(Completed { reason, cached_tokens, outgrown: None }))
 }
 
 #[test]
@@ -81,15 +81,26 @@ fn an_attempt_goes_on_from_the_tokens_there_are() {
 
 #[test]
 fn what_ends_short_of_what_was_asked_for_has_outgrown_its_instance() {
-    let ends = |mut machine: Machine, last: Output| match machine.output(Side::Whole, last).as_slice() {
-        [Command::End(Ok(completed))] => completed.outgrown,
+    let ends = |mut machine: Machine, side, last: Output| match machine.output(side, last).last() {
+        Some(Command::End(Ok(completed))) => completed.outgrown,
         other => panic!("{other:?}"),
     };
     let last = |reason, from, tokens: &[u32]| Output { end: complete(reason).end, ..out(from, tokens) };
-    assert!(ends(Machine::whole(3), last(StopReason::Length, 0, &[10, 11])));
-    assert!(ends(Machine::whole(3).after(&[10]), last(StopReason::Length, 1, &[11])));
-    assert!(!ends(Machine::whole(2), last(StopReason::Length, 0, &[10, 11])), "it is as long as asked for");
-    assert!(!ends(Machine::whole(3), last(StopReason::Stop, 0, &[10, 11])));
+    let (whole, length) = (Side::Whole, StopReason::Length);
+    assert_eq!(ends(Machine::whole(3), whole, last(length, 0, &[10, 11])), Some(whole));
+    assert_eq!(ends(Machine::whole(3).after(&[10]), whole, last(length, 1, &[11])), Some(whole));
+    assert_eq!(ends(Machine::apart(3), Side::Prefill, last(length, 0, &[10])), Some(Side::Prefill));
+    assert_eq!(
+        ends(Machine::whole(2), whole, last(length, 0, &[10, 11])),
+        None,
+        "it is as long as asked for"
+    );
+    assert_eq!(ends(Machine::whole(3), whole, last(StopReason::Stop, 0, &[10, 11])), None);
+    // Prefill says its own later.
+    let mut machine = Machine::apart(9);
+    machine.output(Side::Decode, last(length, 1, &[11, 12]));
+    assert_eq!(machine.output(Side::Prefill, out(0, &[10])), [Command::Linger]);
+    assert_eq!(ends(machine, Side::Prefill, handed(7)), Some(Side::Decode));
 }
 
 #[test]
@@ -340,7 +351,7 @@ proptest! {
                     Command::End(end) => {
                         ends += 1;
                         let Ok(Completed { reason, cached_tokens, outgrown }) = end else { panic!("it failed") };
-                        prop_assert_eq!((reason, cached_tokens, outgrown), (StopReason::Length, 2, false));
+                        prop_assert_eq!((reason, cached_tokens, outgrown), (StopReason::Length, 2, None));
                     }
                     Command::Linger => {}
                     Command::AwaitDecode => prop_assert!(false, "prefill was not lost"),

@@ -12,7 +12,7 @@ use baton_proto::{BlockHash, IdError, Incarnation, v1};
 use baton_schedule::chains::Dialect;
 use v1::kv_events::Events;
 
-/// Blocks that one instance is believed to tell of: at one for 64 tokens, 64 million tokens.
+/// Blocks that one instance is believed to tell of: at one for 128 tokens, 128 million tokens.
 pub(super) const BLOCKS_MOST: usize = 1 << 20;
 const FINGERPRINT_BYTES_MOST: usize = 256;
 

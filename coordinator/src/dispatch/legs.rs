@@ -1,0 +1,23 @@
+//! What is open of a request at its instances.
+
+use baton_schedule::Side;
+
+use crate::fleet::LegGuard;
+
+/// The guards of the open legs.
+#[derive(Default)]
+pub(super) struct Legs {
+    pub(super) whole: Option<LegGuard>,
+    pub(super) prefill: Option<LegGuard>,
+    pub(super) decode: Option<LegGuard>,
+}
+
+impl Legs {
+    pub(super) fn of(&mut self, side: Side) -> &mut Option<LegGuard> {
+        match side {
+            Side::Whole => &mut self.whole,
+            Side::Prefill => &mut self.prefill,
+            Side::Decode => &mut self.decode,
+        }
+    }
+}
