@@ -169,21 +169,30 @@ impl Attempts {
         match leave {
             Leave::Drains { has_cache } => {
                 let can_serve = || self.placer.board.can_serve(&self.model.served.revision).is_ok();
+                let begin = |among| self.begin(leave, &[], among)?.ok();
                 let hands_on = has_cache.filter(|_| can_serve());
-                let moved =
-                    hands_on.and_then(|from| self.begin(leave, &mut Vec::new(), Among::PeersOf(from)));
-                moved.or_else(|| self.begin(leave, &mut Vec::new(), Among::All))
+                hands_on.and_then(|from| begin(Among::PeersOf(from))).or_else(|| begin(Among::All))
             }
             Leave::Outgrown { by } => {
                 let mut avoid = vec![by.clone()];
-                let mut tries = 0..OUTGROWN_TRIES.min(FAILURES_MOST.saturating_sub(self.outgrown));
-                tries.find_map(|_| self.begin(leave, &mut avoid, Among::All))
+                for _ in 0..OUTGROWN_TRIES.min(FAILURES_MOST.saturating_sub(self.outgrown)) {
+                    match self.begin(leave, &avoid, Among::All)? {
+                        Ok(moved) => return Some(moved),
+                        Err(NotSent { instance, .. }) => avoid.push(instance),
+                    }
+                }
+                None
             }
         }
     }
 
-    /// Begins with whoever is best, and is not to be avoided; who could not be asked is from then on.
-    fn begin(&self, leave: Leave<'_>, avoid: &mut Vec<InstanceId>, among: Among<'_>) -> Option<Moved> {
+    /// Begins with whoever is best; `None`: with nobody but those to avoid.
+    fn begin(
+        &self,
+        leave: Leave<'_>,
+        avoid: &[InstanceId],
+        among: Among<'_>,
+    ) -> Option<Result<Moved, NotSent>> {
         let Self { placer, model, assignment, .. } = self;
         let (prompt, generated) = (&assignment.prompt, &assignment.generated);
         let booked = placer.book(&model.served, prompt, generated, avoid, among).ok()?;
@@ -194,13 +203,8 @@ impl Attempts {
         }
         let placing = Placing::new(&booked.booking, Some(leave.error()), Duration::ZERO);
         let handed_on = booked.booking.handed_on;
-        match placer.start(booked, assignment.clone()) {
-            Ok(generation) => Some(Moved { generation, placing, handed_on }),
-            Err(NotSent { instance, .. }) => {
-                avoid.push(instance);
-                None
-            }
-        }
+        let started = placer.start(booked, assignment.clone());
+        Some(started.map(|generation| Moved { generation, placing, handed_on }))
     }
 
     /// Takes note that it goes on elsewhere.

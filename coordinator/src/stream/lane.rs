@@ -231,6 +231,7 @@ impl Lane {
                     attempts.moved(leave, handed_on);
                     card.placed(placing);
                     strand.away.push(at);
+                    self.cached_settled = true;
                     let short = Short { at, tokens: reading.tokens().len() };
                     let work = Work::Generating(Box::new(generation));
                     let next = Strand { short: Some(short), ..Strand::new(work, attempts, at..at + 1) };
@@ -290,7 +291,7 @@ impl Lane {
         self.take_rest(generation, &open, pieces);
         let (readings, attempts, short) = (&self.readings, &strand.attempts, strand.short);
         let leave = Leave::Drains { has_cache: generation.has_cache() };
-        let next: Option<Vec<_>> = if open.iter().all(|(_, at)| readings[*at].tokens().is_empty()) {
+        let next: Option<Vec<_>> = if readings[strand.choices.clone()].iter().all(Reading::is_empty) {
             let moved = attempts.elsewhere(Leave::Drains { has_cache: None });
             moved.map(|moved| vec![(moved, attempts.clone(), strand.choices.clone())])
         } else {
@@ -333,14 +334,15 @@ impl Lane {
             return Err(error);
         }
         let carried = attempts.assignment().generated.len();
-        let begun = open.iter().any(|(_, at)| self.readings[*at].tokens().len() > carried);
+        let readings = &self.readings[choices.clone()];
+        let begun = readings.iter().any(|reading| reading.tokens().len() > carried);
         let failure = Failure { error, culprit: generation.culprit().cloned(), begun };
         generation.give_up();
         let replaced = |mut attempts: Attempts, choices| {
             let work = Work::Replacing(attempts.again(failure.clone())?);
             Ok(Strand { short, ..Strand::new(work, attempts, choices) })
         };
-        if open.iter().all(|(_, at)| self.readings[*at].tokens().is_empty()) {
+        if readings.iter().all(Reading::is_empty) {
             return Ok(vec![replaced(attempts, choices)?]);
         }
         let left = open.iter().filter(|(_, at)| !self.readings[*at].finished());

@@ -105,6 +105,11 @@ impl Reading {
         &self.tokens
     }
 
+    /// Nothing of the answer has come.
+    pub(super) fn is_empty(&self) -> bool {
+        self.tokens.is_empty()
+    }
+
     /// Why the answer ends with its last token, whoever was to say so.
     pub(super) fn complete(&self) -> Option<StopReason> {
         match self.tokens.last() {

@@ -5,7 +5,7 @@ use std::{pin::pin, time::Duration};
 use baton_coordinator::CoordinatorConfig;
 use baton_proto::{ErrorCode, v1};
 use serde_json::{Value, json};
-use v1::FinishReason;
+use v1::{FinishReason, attach_response::Frame as Answer, leg_output::End};
 
 use crate::{
     migrations::migrations,
@@ -64,6 +64,24 @@ async fn of_several_choices_the_one_that_is_too_long_goes_and_the_others_stay() 
     cluster.at_rest().await;
 }
 
+#[tokio::test]
+async fn one_that_has_gone_is_not_begun_again_with_another_that_had_not_begun() {
+    let (cluster, [mut a, mut b]) = Cluster::start(MIXED, |_| {}).await;
+    let response = cluster.chat(json!({"n": 2, "max_tokens": 4}));
+    let (small, large, first) = either(&mut a, &mut b).await;
+    small.of_choice((first.leg, 0), 0, "abc", Some(FinishReason::Length));
+    let outgrown = large.dispatch().await;
+    small.cut();
+    let begun = large.dispatch().await;
+    let choices = begun.sampling.as_ref().map(|sampling| sampling.choices);
+    assert_eq!((choices, begun.generated_tokens), (Some(1), vec![]));
+    large.finish(begun.leg, 0, "vw", FinishReason::Stop);
+    large.finish(outgrown.leg, 3, "d", FinishReason::Length);
+    let answer: Value = response.await.expect("ends").json().await.expect("is JSON");
+    assert_eq!(both(&answer), [("abcd", "length"), ("vw", "stop")]);
+    cluster.at_rest().await;
+}
+
 const APART: [(&str, v1::Role); 4] = [
     ("p0", v1::Role::Prefill),
     ("p1", v1::Role::Prefill),
@@ -74,7 +92,7 @@ const APART: [(&str, v1::Role); 4] = [
 #[tokio::test]
 async fn a_decode_that_is_full_is_left_for_another_amid_a_half_matched_stop_string() {
     let (cluster, [mut p0, mut p1, mut d0, mut d1]) = Cluster::start(APART, |_| {}).await;
-    let response = cluster.chat(json!({"max_tokens": 8, "stop": "END", "stream": true}));
+    let response = cluster.chat(json!({"max_tokens": 8, "stop": "END"}));
     let (prefill, _, first) = either(&mut p0, &mut p1).await;
     let (small, large, taken) = either(&mut d0, &mut d1).await;
     prefill.finish(first.leg, 0, "a", FinishReason::HandedOff);
@@ -82,11 +100,22 @@ async fn a_decode_that_is_full_is_left_for_another_amid_a_half_matched_stop_stri
     let resumed = large.dispatch().await;
     assert_eq!(resumed.generated_tokens, bytes("abE"));
     let (prefill, _, again) = either(&mut p0, &mut p1).await;
-    prefill.finish(again.leg, 3, "N", FinishReason::HandedOff);
+    // Now all of the prompt is cached, which is the request's own doing.
+    let reason = FinishReason::HandedOff.into();
+    let cached = v1::Finished { reason, cached_tokens: 16, ..v1::Finished::default() };
+    let handed = v1::LegOutput {
+        leg: again.leg,
+        first_position: 3,
+        tokens: bytes("N"),
+        end: Some(End::Finished(cached)),
+        ..v1::LegOutput::default()
+    };
+    prefill.say(Answer::Step(v1::StepOutput { legs: vec![handed] }));
     large.tokens(resumed.leg, 4, "Dxy");
     assert_eq!(large.cancelled().await.reason, "stop_string");
-    let body = response.await.expect("ends").text().await.expect("a body");
-    assert_eq!(chat_text(&events(&body)), "ab");
+    let answer: Value = response.await.expect("ends").json().await.expect("is JSON");
+    assert_eq!(answer["choices"][0]["message"]["content"], "ab");
+    assert_eq!(answer["usage"]["prompt_tokens_details"]["cached_tokens"], 5);
     cluster.at_rest().await;
 }
 
