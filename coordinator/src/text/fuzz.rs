@@ -214,11 +214,13 @@ fn naive(texts: &TokenTexts, tokens: &[u32], stops: &TextStops) -> (String, bool
 
 /// How long the text is of the characters that are whole, or can never be.
 fn certain(bytes: &[u8]) -> usize {
-    let mut length = 0;
-    for chunk in bytes.utf8_chunks() {
+    let (mut length, mut chunks) = (0, bytes.utf8_chunks().peekable());
+    while let Some(chunk) = chunks.next() {
         length += chunk.valid().len();
         let tail = chunk.invalid();
-        let unfinished = std::str::from_utf8(tail).is_err_and(|error| error.error_len().is_none());
+        // What comes behind it shows that a character will never be whole.
+        let unfinished = chunks.peek().is_none()
+            && std::str::from_utf8(tail).is_err_and(|error| error.error_len().is_none());
         length += if tail.is_empty() || unfinished { 0 } else { char::REPLACEMENT_CHARACTER.len_utf8() };
     }
     length
