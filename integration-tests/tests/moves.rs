@@ -162,8 +162,7 @@ async fn choices_stop_strings_log_probabilities_and_counts_are_those_of_an_answe
 }
 
 #[tokio::test]
-async fn an_answer_that_fills_an_instance_goes_on_where_there_is_more_room_and_ends_there_where_there_is_none()
- {
+async fn an_answer_that_fills_its_instance_goes_on_where_there_is_more_room() {
     let cluster =
         Cluster::start(&["--prefill", "1", "--decode", "0", "--set", "server.runtime.kv_blocks=24"]).await;
     let small = cluster.instance_of("mixed").await;

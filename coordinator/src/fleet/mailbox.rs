@@ -142,9 +142,8 @@ impl Mailbox {
         }
     }
 
-    /// Swaps what lies there into `into`, which must be empty. The first that comes after that wakes `reader`, who
-    /// must take it to hear of more. Tells the leg whose
-    /// instance has sent so much out of order that something was not taken.
+    /// Swaps what lies there into `into`, which must be empty. The first that comes after that wakes `reader`, who must take
+    /// it to hear of more. Tells the leg whose instance has sent so much out of order that something was not taken.
     pub fn take(&self, reader: &Waker, into: &mut VecDeque<(Side, Output)>) -> Option<Side> {
         debug_assert!(into.is_empty());
         let mut inner = self.inner.lock();

@@ -4,7 +4,7 @@ use crate::scripted::{Cluster, Instance, PATIENCE, bytes, chat_text, consumed, e
 use baton_coordinator::CoordinatorConfig;
 use baton_proto::{ErrorCode, v1};
 use serde_json::{Value, json};
-use v1::{FinishReason, attach_response::Frame as Answer, dispatch::Work, leg_output::End};
+use v1::{FinishReason, attach_response::Frame as Answer, dispatch::Work};
 
 /// What the next of two instances is sent, and which of them it is.
 async fn either(a: &mut Instance, b: &mut Instance) -> (usize, v1::Dispatch) {
@@ -65,19 +65,7 @@ async fn decode_lost_amid_a_half_matched_stop_string_is_gone_on_from() {
         let because = placings.iter().map(|placing| placing.because.as_ref().map(|error| error.code));
         assert_eq!(because.collect::<Vec<_>>(), [None, Some(ErrorCode::InstanceLost)]);
         // Now all of the prompt is cached, which is the request's own doing.
-        let cached = v1::Finished {
-            reason: FinishReason::HandedOff.into(),
-            cached_tokens: 16,
-            ..v1::Finished::default()
-        };
-        let handed = v1::LegOutput {
-            leg: again.leg,
-            first_position: 3,
-            tokens: bytes("N"),
-            end: Some(End::Finished(cached)),
-            ..v1::LegOutput::default()
-        };
-        prefill.say(Answer::Step(v1::StepOutput { legs: vec![handed] }));
+        prefill.hand_on(again.leg, 3, "N", 16);
         other.tokens(resumed.leg, 4, "Dx");
         assert_eq!(other.cancelled().await.reason, "stop_string");
 

@@ -5,7 +5,7 @@ use std::{pin::pin, time::Duration};
 use baton_coordinator::CoordinatorConfig;
 use baton_proto::{ErrorCode, v1};
 use serde_json::{Value, json};
-use v1::{FinishReason, attach_response::Frame as Answer, leg_output::End};
+use v1::FinishReason;
 
 use crate::{
     migrations::migrations,
@@ -101,16 +101,7 @@ async fn a_decode_that_is_full_is_left_for_another_amid_a_half_matched_stop_stri
     assert_eq!(resumed.generated_tokens, bytes("abE"));
     let (prefill, _, again) = either(&mut p0, &mut p1).await;
     // Now all of the prompt is cached, which is the request's own doing.
-    let reason = FinishReason::HandedOff.into();
-    let cached = v1::Finished { reason, cached_tokens: 16, ..v1::Finished::default() };
-    let handed = v1::LegOutput {
-        leg: again.leg,
-        first_position: 3,
-        tokens: bytes("N"),
-        end: Some(End::Finished(cached)),
-        ..v1::LegOutput::default()
-    };
-    prefill.say(Answer::Step(v1::StepOutput { legs: vec![handed] }));
+    prefill.hand_on(again.leg, 3, "N", 16);
     large.tokens(resumed.leg, 4, "Dxy");
     assert_eq!(large.cancelled().await.reason, "stop_string");
     let answer: Value = response.await.expect("ends").json().await.expect("is JSON");

@@ -288,6 +288,13 @@ impl Instance {
         self.leg(leg, first_position, text, Some(End::Finished(finished)));
     }
 
+    /// Hands on what it has computed, of which so much of the prompt was cached.
+    pub(crate) fn hand_on(&self, leg: u64, first_position: u32, text: &str, cached_tokens: u32) {
+        let reason = v1::FinishReason::HandedOff.into();
+        let handed_on = v1::Finished { reason, cached_tokens, ..Default::default() };
+        self.leg(leg, first_position, text, Some(End::Finished(handed_on)));
+    }
+
     pub(crate) fn fail(&self, leg: u64, code: ErrorCode) {
         let failed = ApiError::new(code, "as scripted").into();
         self.leg(leg, 0, "", Some(End::Failed(failed)));

@@ -1,4 +1,4 @@
-//! Chains of names in order, and how much two have in common, without comparing all of that. Pure.
+//! Chains of names in order, and how much two have in common, without comparing all of that. Pure but for the seed.
 //!
 //! Names are 64 bits that follow from all before them, and so short that somebody who wants to can find two that are alike behind
 //! different beginnings: from an equal name nothing follows. So all names up to each 64th are folded into a number, under a seed
@@ -12,7 +12,7 @@ const STRIDE: usize = 64;
 /// Of the process: names of all prompts are compared with each other. The second half is odd.
 static SEED: LazyLock<(u64, u64)> = LazyLock::new(|| (rand::random(), rand::random::<u64>() | 1));
 
-/// A chain of names, and their folds. Two chains are taken for the same by chance once in some 2^60 comparisons.
+/// A chain of names, and their folds of 64 bits: two chains that differ are taken for the same only where these fall together.
 #[derive(Debug, Default)]
 pub struct Names {
     names: Box<[u64]>,
