@@ -13,6 +13,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let out = PathBuf::from(env::var("OUT_DIR")?);
     fs::write(out.join("baton.v1.fds"), descriptors.encode_to_vec())?;
     // Maps in order: one message has one encoding.
-    tonic_prost_build::configure().bytes(".").btree_map(".").compile_fds(descriptors)?;
+    let build = tonic_prost_build::configure().bytes(".").btree_map(".");
+    build.codec_path("crate::codec::MessageCodec").compile_fds(descriptors)?;
     Ok(())
 }

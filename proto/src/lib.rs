@@ -1,6 +1,6 @@
 //! Everything that crosses a process boundary: the protobuf contracts, the newtypes of the ids in them, what every
-//! service knows of an instance, of a coordinator and of an API key, the hashes of KV blocks and prompts, how prompts are
-//! written, and the one table of error codes.
+//! service knows of an instance, of a coordinator and of an API key, the hashes of KV blocks and prompts, how prompts and
+//! messages are written, and the one table of error codes.
 //!
 //! The services talk in [`v1`] types at their edges only: adapters turn them into domain types (`TryFrom`) on the way
 //! in and back on the way out. Contracts, a gRPC service each: `Inference`, `Handoff`, `KvCache`, `Control`, `Store`,
@@ -8,6 +8,7 @@
 
 mod api_key;
 mod block_hash;
+pub mod codec;
 mod coordinator;
 mod error;
 #[cfg(any(test, feature = "fuzz"))]
