@@ -35,6 +35,8 @@ use crate::{
 /// Frames of one peer in flight; bounds what a slow reader can make us hold.
 const STREAM_WINDOW_BYTES: u32 = 1 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 4 << 20;
+/// Of one frame; each is a system call of whoever sends it. HTTP/2's own 16 KiB make eight of a prompt of 32k tokens.
+const FRAME_BYTES_MOST: u32 = 256 << 10;
 /// Calls under way on a connection; what our own processes have is a handful.
 const STREAMS_MOST: u32 = 256;
 /// Of a call, all together; those of our own have a few hundred.
@@ -82,7 +84,8 @@ impl Conversation {
             .max_concurrent_streams(STREAMS_MOST)
             .max_header_list_size(HEADER_BYTES_MOST)
             .initial_stream_window_size(STREAM_WINDOW_BYTES)
-            .initial_connection_window_size(CONNECTION_WINDOW_BYTES);
+            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+            .max_frame_size(FRAME_BYTES_MOST);
         let mut connection = std::pin::pin!(builder.serve_connection(TokioIo::new(stream), service));
         let unused = async {
             if timeout(CALLS_WITHIN, called.cancelled()).await.is_err() {
