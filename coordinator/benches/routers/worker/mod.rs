@@ -18,7 +18,6 @@ use std::{
 use baton_proto::v1;
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::{net::TcpListener, sync::watch};
-use tokio_stream::wrappers::TcpListenerStream;
 
 use crate::{
     error::BenchError,
@@ -47,7 +46,8 @@ pub(crate) fn run() -> Result<(), BenchError> {
                 let id = format!("{name}-{pair}");
                 let instance = Instance::new(id.clone(), role, words.clone(), engine.clone());
                 let (grpc, at) = listen().await?;
-                tokio::spawn(instance.serve(TcpListenerStream::new(grpc)));
+                let grpc = grpc.into_std().map_err(BenchError::io("listen"))?;
+                tokio::spawn(instance.serve(grpc));
                 let (http, web) = listen().await?;
                 tokio::spawn(http::serve(http, frames.clone(), engine.clone(), role));
                 listens.push(Listens { id, grpc: at, http: web });
