@@ -61,6 +61,8 @@ fn gauged(bytes: usize) -> i64 {
 /// A request's body, as far as it has come, and the memory that it may take.
 pub struct Body {
     bytes: Vec<u8>,
+    /// How long it is to be; 0: nobody says.
+    announced: usize,
     /// It does not become longer than this.
     most: usize,
     /// What is reserved, with the [`FREE_BYTES`].
@@ -71,17 +73,18 @@ pub struct Body {
 impl Body {
     /// Nothing yet, and room for what is announced; `most` bounds it if nothing is.
     pub(super) fn new(budget: &Arc<Budget>, announced: Option<usize>, most: usize) -> Result<Self, ApiError> {
-        let most = announced.unwrap_or(most);
-        let mut body = Self { bytes: Vec::new(), most, room: FREE_BYTES, budget: budget.clone() };
-        body.make_room(announced.unwrap_or(0))?;
+        let (announced, most) = (announced.unwrap_or(0), announced.unwrap_or(most));
+        let mut body = Self { bytes: Vec::new(), announced, most, room: FREE_BYTES, budget: budget.clone() };
+        body.make_room(announced)?;
         Ok(body)
     }
 
-    /// More of it has come. Memory is taken as it comes, whatever was announced.
+    /// More of it has come. Memory is taken when the first of it is there: of a body that announced how long it is, all at
+    /// once, of which the machine gives what is written to.
     pub fn push(&mut self, chunk: &[u8]) -> Result<(), ApiError> {
         let needed = self.bytes.len() + chunk.len();
         if needed > self.bytes.capacity() {
-            let capacity = needed.max((2 * self.bytes.capacity()).min(self.most));
+            let capacity = needed.max((2 * self.bytes.capacity()).min(self.most)).max(self.announced);
             self.make_room(capacity)?;
             self.bytes.reserve_exact(capacity - self.bytes.len());
         }
