@@ -1,5 +1,7 @@
 //! Chat templates: the model's Jinja source, rendered as Hugging Face's `apply_chat_template` renders it.
 
+mod sums;
+
 use std::{fmt, time::SystemTime};
 
 use minijinja::{Environment, Error, ErrorKind, Value, context, syntax::SyntaxConfig, value::Serde};
@@ -53,7 +55,8 @@ impl ChatTemplate {
             Err(Error::new(ErrorKind::InvalidOperation, format!("{RAISED}{reason}")))
         });
         environment.add_function("strftime_now", move |format: String| strftime(&format, clock()));
-        environment.add_template_owned(NAME, without_generation_tags(source))?;
+        sums::make_ready(&mut environment);
+        environment.add_template_owned(NAME, sums::apart(&without_generation_tags(source)))?;
         Ok(Self { environment, bos_token: bos.map(str::to_owned), eos_token: eos.map(str::to_owned) })
     }
 
