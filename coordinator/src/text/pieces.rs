@@ -2,8 +2,8 @@
 //!
 //! A text without added tokens is cut between a letter and a space, the end of a line or a comma of Chinese. Every
 //! expression that [`super::fast`] knows ends a word there, and none looks across: so the pieces' tokens, one after the
-//! other, are those of the whole. Which of these places are taken depends on the bytes right before them alone: a text is
-//! cut at the same places whatever stands around it.
+//! other, are those of the whole. Which of these places are taken depends on the bytes right before them, and on the last cut,
+//! which must be some way behind: a text that stands elsewhere is soon cut at the same places again.
 //!
 //! A [`TextCache`] is exact: it keeps the pieces' text and compares it. It is bounded in bytes; what has not been asked for
 //! while half of that was written is forgotten.
@@ -22,20 +22,32 @@ use parking_lot::Mutex;
 
 use super::fast::is_letter;
 
-/// Shorter pieces are not kept: to tokenise them takes no longer than to find them.
+/// From one cut to the next at least: so much of a text is not looked at for where it may be cut.
+const CUT_BYTES_LEAST: usize = 4 << 10;
+/// Shorter pieces, at the end of a text, are not kept: to tokenise them takes no longer than to find them.
 const PIECE_BYTES_LEAST: usize = 2 << 10;
 /// A piece beside its text and tokens.
 const OVERHEAD_BYTES: usize = 128;
 
 /// Places where `text` is cut, ascending.
-fn cuts(text: &str) -> impl DoubleEndedIterator<Item = usize> {
+fn cuts(text: &str) -> impl Iterator<Item = usize> {
+    let mut from = 0;
+    std::iter::from_fn(move || {
+        from = cut_behind(text, from + CUT_BYTES_LEAST)?;
+        Some(from)
+    })
+}
+
+/// The first place from `from` on where a text may be cut.
+fn cut_behind(text: &str, from: usize) -> Option<usize> {
     /// What a place is judged by.
     const BEFORE: usize = 8;
     /// Of places before a space one in so many is taken; spaces are much more frequent than the others.
-    const SPACES_BITS: u32 = 10;
-    const OTHERS_BITS: u32 = 7;
+    const SPACES_BITS: u32 = 7;
+    const OTHERS_BITS: u32 = 4;
     let bytes = text.as_bytes();
-    memchr::memchr3_iter(b' ', b'\n', COMMA.as_bytes()[0], bytes).filter(move |&at| {
+    let places = memchr::memchr3_iter(b' ', b'\n', COMMA.as_bytes()[0], bytes.get(from..)?);
+    places.map(|at| from + at).find(|&at| {
         let bits = if bytes[at] == b' ' { SPACES_BITS } else { OTHERS_BITS };
         let before = at.checked_sub(BEFORE).and_then(|from| bytes[from..at].first_chunk::<BEFORE>());
         let mixed = |before| u64::from_le_bytes(before).wrapping_mul(0x9e37_79b9_7f4a_7c15);
@@ -43,9 +55,9 @@ fn cuts(text: &str) -> impl DoubleEndedIterator<Item = usize> {
     })
 }
 
-/// Where a text is cut last, whatever comes behind it.
+/// Where a text is cut last, if more may come behind it.
 pub(super) fn last_cut(text: &str) -> Option<usize> {
-    cuts(text).next_back()
+    cuts(text).last()
 }
 
 /// Of Chinese.

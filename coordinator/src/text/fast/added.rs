@@ -40,6 +40,11 @@ impl Added {
         Ok(Self { found: found.transpose().map_err(|error| Slow::Tables(error.to_string()))?, ids })
     }
 
+    /// Where the last of them ends in a text; 0: there is none.
+    pub(super) fn last_end(&self, text: &str) -> usize {
+        self.found.as_ref().and_then(|found| found.find_iter(text).last()).map_or(0, |token| token.end())
+    }
+
     /// Calls `part` with each plain text, never empty but before a token, and the token that comes after it.
     pub(super) fn each(&self, text: &str, mut part: impl FnMut(&str, Option<u32>)) {
         let mut at = 0;

@@ -152,11 +152,16 @@ impl Fast {
         tokens.extend(after.iter().filter(|_| surround));
     }
 
-    /// Tokenises a text of which more may come, up to its last cut, for the cache alone. Tells where that is.
+    /// Tokenises a text of which more may come, up to its last cut, for the cache alone. Tells where that is; 0 = there is none.
     pub(super) fn remember(&self, text: &str) -> usize {
-        let Some(cut) = pieces::last_cut(text).filter(|_| self.memo.keeps()) else { return 0 };
-        self.encode(&text[..cut], false, &mut Vec::with_capacity(cut / 4));
-        cut
+        if !self.memo.keeps() {
+            return 0;
+        }
+        // Cut as it will be when it is whole.
+        let plain = self.added[0].last_end(text);
+        let Some(cut) = pieces::last_cut(&text[plain..]) else { return 0 };
+        self.encode(&text[..plain + cut], false, &mut Vec::with_capacity((plain + cut) / 4));
+        plain + cut
     }
 
     /// What text without added tokens becomes, as it came.
