@@ -27,7 +27,7 @@ use self::{
     classes::{LETTER, UNSTABLE, classes},
     merges::Merges,
     splits::Splits,
-    words::{Key, Remembered, Tokens, WORD_BYTES_MOST, key, remembered_as, word_of},
+    words::{Key, Remembered, Tokens, WORD_BYTES_MOST, WORDS_AT_A_TIME, key, remembered_as, word_of},
 };
 use super::{
     ggml,
@@ -76,8 +76,6 @@ pub(super) struct Fast {
     cores: usize,
     memo: Memo,
 }
-
-const SPLIT_AT_A_TIME: usize = 32;
 
 /// Of a token: merging its bytes gives it again.
 const MERGES: u32 = 1 << 31;
@@ -177,11 +175,11 @@ impl Fast {
     /// for the one does not wait for the other.
     fn plain(&self, text: &str, words: &mut Remembered, tokens: &mut Vec<u32>) {
         let bytes = text.as_bytes();
-        let (mut some, mut count) = ([(0, 0); SPLIT_AT_A_TIME], 0);
+        let (mut some, mut count) = ([(0, 0); WORDS_AT_A_TIME], 0);
         self.splits.each(text, |start, end| {
             some[count] = (start, end);
             count += 1;
-            if count == SPLIT_AT_A_TIME {
+            if count == WORDS_AT_A_TIME {
                 self.words(bytes, &some, words, tokens);
                 count = 0;
             }
@@ -190,22 +188,17 @@ impl Fast {
     }
 
     fn words(&self, text: &[u8], some: &[(usize, usize)], words: &mut Remembered, tokens: &mut Vec<u32>) {
-        let mut keys = [0; SPLIT_AT_A_TIME];
-        let mut known = true;
+        let mut keys = [0; WORDS_AT_A_TIME];
         for (remembered, &(start, end)) in keys.iter_mut().zip(some) {
             if end - start <= WORD_BYTES_MOST {
                 *remembered = remembered_as(key(text, start, end), self.takes_whole);
-                known &= words.knows(*remembered);
-            } else {
-                known = false;
             }
         }
-        if known {
-            keys[..some.len()].iter().for_each(|&key| _ = words.recall(key, tokens));
+        if words.recall_all(&keys, some.len(), tokens) {
             return;
         }
         // Looked up before any is needed: the table is large, and one that lies far away does not keep others waiting.
-        let mut ids = [None; SPLIT_AT_A_TIME];
+        let mut ids = [None; WORDS_AT_A_TIME];
         for (id, &key) in ids.iter_mut().zip(&keys[..some.len()]) {
             if key != 0 && !words.knows(key) {
                 *id = Some(self.tokens.get(word_of(key)));

@@ -100,7 +100,7 @@ impl Part<'_> {
     fn each_of_smollm(self, word: &mut impl FnMut(usize, usize)) {
         let mut at = 0;
         while at < self.bytes.len() {
-            let end = self.run_without(at, DIGIT);
+            let end = self.run_without_digits(at, DIGIT);
             Part { bytes: &self.bytes[at..end], ..self }.each(at, Part::gpt2, word);
             at = end;
             if at < self.bytes.len() {
@@ -123,7 +123,7 @@ impl Part<'_> {
             }
             let end = match class & IDEOGRAPH != 0 {
                 true => self.run(at, IDEOGRAPH),
-                false => self.run_without(at, NUMBER | IDEOGRAPH),
+                false => self.run_without_digits(at, NUMBER | IDEOGRAPH),
             };
             Part { bytes: &self.bytes[at..end], ..self }.each(at, Part::deepseek, word);
             at = end;
@@ -141,7 +141,7 @@ impl Part<'_> {
         let begin = at + usize::from(first == b' ');
         let (class, length) = self.at(begin);
         if class & LETTER != 0 {
-            self.run(begin + length, LETTER)
+            self.letters(begin + length, LETTER)
         } else if class & NUMBER != 0 {
             self.run(begin + length, NUMBER)
         } else if class & SPACE == 0 && length > 0 {
@@ -157,7 +157,7 @@ impl Part<'_> {
         let (class, length) = self.at(at);
         let next = at + length;
         if class & LETTER != 0 {
-            return self.run(next, LETTER);
+            return self.letters(next, LETTER);
         }
         if class & NUMBER != 0 {
             return self.numbers(next, digits - 1);
@@ -169,7 +169,7 @@ impl Part<'_> {
         }
         let (following, length) = self.at(next);
         if following & LETTER != 0 && !is_line_end(first) {
-            return self.run(next + length, LETTER);
+            return self.letters(next + length, LETTER);
         }
         const NOT_SYMBOLS: u8 = SPACE | LETTER | NUMBER;
         if class & SPACE == 0 {
@@ -193,11 +193,11 @@ impl Part<'_> {
         }
         const WORD: u8 = LETTER | MARK;
         if class & WORD != 0 {
-            return self.run(next, WORD);
+            return self.letters(next, WORD);
         }
         let (following, length) = self.at(next);
         if following & WORD != 0 && class & SYMBOL == 0 && !is_line_end(first) {
-            return self.run(next + length, WORD);
+            return self.letters(next + length, WORD);
         }
         if class & SYMBOL != 0 || first == b' ' && following & SYMBOL != 0 {
             return self.line_ends(self.run(next, SYMBOL));
@@ -277,6 +277,52 @@ impl Part<'_> {
         }
     }
 
+    /// The end of the characters that are any of these, letters among them: of ASCII eight at a time, so that how long a word
+    /// is costs no wrong guess.
+    #[inline]
+    fn letters(self, mut at: usize, any: u8) -> usize {
+        if self.is_ascii(at) {
+            while let Some(eight) = self.eight(at) {
+                let letters = leading(!letters(eight));
+                at += letters;
+                if letters < 8 {
+                    break;
+                }
+            }
+        }
+        self.run(at, any)
+    }
+
+    /// The end of the characters that are none of these, digits among them: what is no digit of ASCII eight bytes at a time.
+    #[inline]
+    fn run_without_digits(self, mut at: usize, none: u8) -> usize {
+        loop {
+            while let Some(eight) = self.eight(at).filter(|_| self.is_ascii(at)) {
+                let others = leading(digits(eight) | eight);
+                at += others;
+                if others < 8 {
+                    break;
+                }
+            }
+            let (class, length) = self.at(at);
+            if class & none != 0 || length == 0 {
+                return at;
+            }
+            at += length;
+        }
+    }
+
+    #[inline]
+    fn is_ascii(self, at: usize) -> bool {
+        self.bytes.get(at).is_some_and(u8::is_ascii)
+    }
+
+    /// Eight bytes from there on, the first the lowest.
+    #[inline]
+    fn eight(self, at: usize) -> Option<u64> {
+        self.bytes.get(at..)?.first_chunk().map(|eight| u64::from_le_bytes(*eight))
+    }
+
     /// The end of the characters that are any of these.
     #[inline]
     fn run(self, mut at: usize, any: u8) -> usize {
@@ -302,6 +348,60 @@ impl Part<'_> {
     }
 }
 
+/// Each byte's lowest bit, and its highest.
+const EACH: u64 = u64::MAX / 0xff;
+const HIGH: u64 = EACH << 7;
+
+/// Of eight bytes, the highest bits of those that are letters of ASCII.
+#[inline]
+fn letters(bytes: u64) -> u64 {
+    within(bytes | EACH << 5, b'a', b'z') & !bytes & HIGH
+}
+
+/// And of those that are digits.
+#[inline]
+fn digits(bytes: u64) -> u64 {
+    within(bytes, b'0', b'9') & !bytes & HIGH
+}
+
+/// The highest bits of bytes within this, but for what their own highest bits make of them: those are left out, so that no sum
+/// reaches the next byte.
+#[inline]
+fn within(bytes: u64, first: u8, last: u8) -> u64 {
+    let low = bytes & !HIGH;
+    let from_first = low + EACH * u64::from(0x80 - first);
+    let beyond_last = low + EACH * u64::from(0x7f - last);
+    from_first & !beyond_last
+}
+
+/// How many of eight bytes, from the lowest on, have no highest bit.
+#[inline]
+fn leading(bytes: u64) -> usize {
+    (bytes & HIGH).trailing_zeros() as usize / 8
+}
+
 fn is_line_end(byte: u8) -> bool {
     matches!(byte, b'\r' | b'\n')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn eight_bytes_are_told_as_each_of_them_is() {
+        for place in 0..8 {
+            for byte in 0..=u8::MAX {
+                for other in [b'a', b'Z', b'5', b' ', b'@', 0, 0x80, 0xff] {
+                    let mut eight = [other; 8];
+                    eight[place] = byte;
+                    let bytes = u64::from_le_bytes(eight);
+                    let count = |is: fn(&u8) -> bool| eight.iter().take_while(|byte| is(byte)).count();
+                    assert_eq!(leading(!letters(bytes)), count(u8::is_ascii_alphabetic), "{eight:?}");
+                    let plain = count(|byte| byte.is_ascii() && !byte.is_ascii_digit());
+                    assert_eq!(leading(digits(bytes) | bytes), plain, "{eight:?}");
+                }
+            }
+        }
+    }
 }

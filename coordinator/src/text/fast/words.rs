@@ -91,6 +91,9 @@ impl Tokens {
     }
 }
 
+/// Words that are split off and looked up in one go.
+pub(super) const WORDS_AT_A_TIME: usize = 32;
+
 const REMEMBERED: usize = 1 << 14;
 const TOKENS_MOST: usize = 3;
 
@@ -116,16 +119,22 @@ struct Long {
 /// What was found for the last words; one forgets another. 512 KiB, and up to 3 MiB for those that are long.
 #[derive(Debug)]
 pub(super) struct Remembered {
-    words: Vec<Word>,
+    words: Box<[Word; REMEMBERED]>,
     long: Vec<Long>,
     hasher: RandomState,
+}
+
+/// Where a word is remembered.
+#[inline]
+fn slot(key: Key) -> usize {
+    mix(key) as usize % REMEMBERED
 }
 
 impl Remembered {
     pub(super) fn new() -> Self {
         let none = Word { key: 0, tokens: [0; TOKENS_MOST], count: 0 };
-        let long = vec![Long::default(); LONG_REMEMBERED];
-        Self { words: vec![none; REMEMBERED], long, hasher: RandomState::default() }
+        let words = Box::new([none; REMEMBERED]);
+        Self { words, long: vec![Long::default(); LONG_REMEMBERED], hasher: RandomState::default() }
     }
 
     /// Appends the tokens of a long word, or of a part that is not `whole`, or else what `merge` makes of it.
@@ -156,13 +165,41 @@ impl Remembered {
 
     #[inline]
     pub(super) fn knows(&self, key: Key) -> bool {
-        self.words[mix(key) as usize % REMEMBERED].key == key
+        self.words[slot(key)].key == key
+    }
+
+    /// Appends the tokens of all of these, if each is remembered, or else nothing. A key may be 0, for a word that is not. What is
+    /// looked up for one does not wait for another, and nothing is guessed of how many tokens each has.
+    #[inline]
+    pub(super) fn recall_all(
+        &self,
+        keys: &[Key; WORDS_AT_A_TIME],
+        count: usize,
+        tokens: &mut Vec<u32>,
+    ) -> bool {
+        let keys = &keys[..count];
+        let (mut slots, mut known) = ([0; WORDS_AT_A_TIME], true);
+        for (at, &key) in slots.iter_mut().zip(keys) {
+            *at = slot(key);
+            known &= key != 0 && self.words[*at].key == key;
+        }
+        if !known {
+            return false;
+        }
+        let (mut found, mut length) = ([0; WORDS_AT_A_TIME * TOKENS_MOST], 0);
+        for &at in &slots[..count] {
+            let word = &self.words[at];
+            found[length..length + TOKENS_MOST].copy_from_slice(&word.tokens);
+            length += word.count as usize;
+        }
+        tokens.extend_from_slice(&found[..length]);
+        true
     }
 
     /// Appends the tokens of a word, if it is remembered.
     #[inline]
     pub(super) fn recall(&self, key: Key, tokens: &mut Vec<u32>) -> bool {
-        let word = &self.words[mix(key) as usize % REMEMBERED];
+        let word = &self.words[slot(key)];
         if word.key != key {
             return false;
         }
@@ -180,7 +217,7 @@ impl Remembered {
             let mut kept = [0; TOKENS_MOST];
             kept[..tokens.len()].copy_from_slice(tokens);
             let word = Word { key, tokens: kept, count: tokens.len() as u32 };
-            self.words[mix(key) as usize % REMEMBERED] = word;
+            self.words[slot(key)] = word;
         }
     }
 }
