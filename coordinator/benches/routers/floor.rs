@@ -58,20 +58,26 @@ async fn answer(mut stream: TcpStream, frames: &Arc<Frames>, engine: &Engine) ->
 
 /// The seed of the next request; none: there is none.
 async fn request(stream: &mut TcpStream) -> io::Result<Option<u64>> {
-    let mut bytes = Vec::with_capacity(4 << 10);
-    let number = |after: &str, text: &str| -> Option<u64> {
+    let mut bytes = Vec::with_capacity(256 << 10);
+    let number = |after: &str, bytes: &[u8]| -> Option<u64> {
+        let text = String::from_utf8_lossy(bytes);
         let (_, rest) = text.split_once(after)?;
         rest.trim_start().split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
     };
+    // Where the request ends.
+    let mut end = None;
     loop {
         if stream.read_buf(&mut bytes).await? == 0 {
             return Ok(None);
         }
-        let text = String::from_utf8_lossy(&bytes);
-        let Some((head, body)) = text.split_once("\r\n\r\n") else { continue };
-        let length = number("content-length:", head).unwrap_or(0);
-        if body.len() as u64 >= length {
-            return Ok(Some(number("\"seed\":", body).unwrap_or(0)));
+        if end.is_none() {
+            let head = bytes.windows(4).position(|window| window == b"\r\n\r\n");
+            end = head.map(|head| head + 4 + number("content-length:", &bytes[..head]).unwrap_or(0) as usize);
+        }
+        if end.is_some_and(|end| bytes.len() >= end) {
+            // It is the first field of the body.
+            let beginning = &bytes[..bytes.len().min(1 << 10)];
+            return Ok(Some(number("\"seed\":", beginning).unwrap_or(0)));
         }
     }
 }

@@ -58,6 +58,10 @@ struct Cli {
     /// Requests of each line in a round, where the default, enough to measure their processor time, is not wanted.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     requests: Option<u32>,
+    /// Each prompt is a text that was never sent before. Else they are made of 32 texts, each with a number of its own in front:
+    /// their KV caches are of no use to each other, but most of a long one was tokenised before.
+    #[arg(long)]
+    fresh: bool,
     /// Prefill instances, and as many for decode.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
     pairs: u32,
@@ -116,7 +120,8 @@ fn measure(cli: &Cli) -> Result<bool, BenchError> {
     let lines = Line::all(&cli.prompt, &cli.only, &cli.streams);
     let runs = runtime.block_on(async {
         let started =
-            Bench::start(&cli.programs, &cli.targets, cli.pairs, (words, &model, folder.path())).await;
+            Bench::start(&cli.programs, &cli.targets, (cli.pairs, cli.fresh), (words, &model, folder.path()))
+                .await;
         let mut bench = started.inspect_err(|_| show_logs(folder.path()))?;
         let left_out = cli.targets.iter().filter(|&&target| !bench.has(target));
         left_out.for_each(|target| eprintln!("{} is left out: its program is not named", target.name()));
@@ -125,8 +130,10 @@ fn measure(cli: &Cli) -> Result<bool, BenchError> {
     })?;
     let report = Report { runs: &runs, tokenised_per_second };
     let (rounds, pairs) = (cli.rounds, cli.pairs);
+    let texts =
+        if cli.fresh { "of texts never sent before" } else { "of few texts, each with a number in front" };
     println!(
-        "answers of 128 tokens, {pairs} prefill and {pairs} decode instances, medians of {rounds} rounds\n"
+        "answers of 128 tokens, prompts {texts}, {pairs} prefill and {pairs} decode instances, medians of {rounds} rounds\n"
     );
     println!("{}\n", report.text());
     report.long().for_each(|(text, _)| println!("{text}"));

@@ -66,6 +66,8 @@ pub(crate) struct Job {
     pub(crate) requests: u32,
     /// Of each prompt, as tokens that are a word each.
     pub(crate) prompt_words: u32,
+    /// How many texts there are for prompts, sent in turn; what is put in front of it makes each request's another prompt.
+    pub(crate) texts: u32,
     /// Prompts and answers are drawn from this.
     pub(crate) seed: u64,
     /// Over how long the first requests are spread, so that not all come in one burst for ever.

@@ -25,6 +25,8 @@ use crate::{
 const START_PATIENCE: Duration = Duration::from_secs(60);
 /// Requests before anything is measured.
 const WARM_UP: u32 = 256;
+/// Texts that prompts are made of, where not each is to be new.
+const TEXTS: u32 = 32;
 
 /// What was measured, in the order of rounds.
 pub(crate) type Runs = BTreeMap<(Line, Target), Vec<Figures>>;
@@ -39,6 +41,8 @@ pub(crate) struct Bench {
     direct: String,
     routers: BTreeMap<Target, Router>,
     seed: u64,
+    /// No text is sent twice.
+    fresh: bool,
 }
 
 impl Bench {
@@ -47,7 +51,7 @@ impl Bench {
     pub(crate) async fn start(
         programs: &Programs,
         wanted: &[Target],
-        pairs: u32,
+        (pairs, fresh): (u32, bool),
         (words, model, folder): (Words, &Path, &Path),
     ) -> Result<Self, BenchError> {
         let mut worker = Asked::start("worker")?;
@@ -69,7 +73,7 @@ impl Bench {
         let direct = ready.decode.first().map(|decode| decode.http.clone()).unwrap_or_default();
         // Not the same prompts in the next run: a router that has survived none would know them, but nobody should.
         let seed = u64::from(std::process::id());
-        let mut bench = Self { worker, client, floor: (floor, address), direct, routers, seed };
+        let mut bench = Self { worker, client, floor: (floor, address), direct, routers, seed, fresh };
         for &target in wanted {
             bench.warm_up(target).await?;
         }
@@ -133,6 +137,7 @@ impl Bench {
             streams: line.streams,
             requests,
             prompt_words: line.prompt.words(),
+            texts: if self.fresh { requests } else { TEXTS.min(requests) },
             seed: self.seed,
             ramp_micros: line.ramp_micros(),
         };

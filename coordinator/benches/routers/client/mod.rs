@@ -23,8 +23,6 @@ use crate::{
 };
 use connection::Connection;
 
-/// Prompts that are written beforehand; each request sends one of them under a number of its own.
-const PROMPTS: u64 = 32;
 /// Longest wait for a whole answer.
 const PATIENCE: Duration = Duration::from_secs(200);
 
@@ -54,7 +52,7 @@ struct Bodies {
 impl Bodies {
     fn write(words: &Words, job: &Job) -> Self {
         let prompt = |index| {
-            let prompt = words.prompt(job.seed.wrapping_mul(PROMPTS).wrapping_add(index), job.prompt_words);
+            let prompt = words.prompt((job.seed << 24) + u64::from(index), job.prompt_words);
             let rest = json!({"model": words.model, "stream": job.stream, "max_tokens": ANSWER_TOKENS, "temperature": 0});
             let rest = rest.to_string();
             let fields = rest.trim_start_matches('{').trim_end_matches('}');
@@ -75,7 +73,7 @@ impl Bodies {
             Spelling::Chat => "/v1/chat/completions",
             Spelling::Ids => "/v1/completions",
         };
-        Self { path, prompts: (0..PROMPTS).map(prompt).collect() }
+        Self { path, prompts: (0..job.texts.max(1)).map(prompt).collect() }
     }
 
     /// A whole request: the seed is its number, so that every answer is another.
