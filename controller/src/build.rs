@@ -178,6 +178,7 @@ impl Parts {
             drain,
             keep_alive: grpc::KeepAlive::default(),
             connections,
+            frame_bytes: grpc::FRAME_BYTES,
             closed,
         };
         let serving = async {

@@ -7,7 +7,7 @@ use std::{sync::Arc, time::Duration};
 use baton_process::{
     Closed, HealthHandle, Tls,
     access::{Access, Call, Right},
-    grpc::{CONNECTIONS, GrpcOptions, KeepAlive},
+    grpc::{CONNECTIONS, FRAME_BYTES, GrpcOptions, KeepAlive},
     tls::{Allowed, Door},
 };
 use baton_proto::{
@@ -50,6 +50,7 @@ impl Admin {
             drain,
             keep_alive: KeepAlive::default(),
             connections: CONNECTIONS,
+            frame_bytes: FRAME_BYTES,
             closed,
         };
         (Routes::new(RequestAdminServer::new(self)), options)

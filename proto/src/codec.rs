@@ -12,7 +12,7 @@ use tonic_prost::ProstDecoder;
 
 /// See the module. `T` is sent, `U` received.
 #[derive(Debug)]
-pub struct MessageCodec<T, U>(PhantomData<(T, U)>);
+pub(crate) struct MessageCodec<T, U>(PhantomData<(T, U)>);
 
 impl<T, U> Default for MessageCodec<T, U> {
     fn default() -> Self {
@@ -37,7 +37,7 @@ impl<T: Message + 'static, U: Message + Default + 'static> Codec for MessageCode
 
 /// Half of a [`MessageCodec`].
 #[derive(Debug)]
-pub struct MessageEncoder<T>(PhantomData<T>);
+pub(crate) struct MessageEncoder<T>(PhantomData<T>);
 
 impl<T: Message> Encoder for MessageEncoder<T> {
     type Item = T;

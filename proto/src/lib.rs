@@ -8,7 +8,7 @@
 
 mod api_key;
 mod block_hash;
-pub mod codec;
+mod codec;
 mod coordinator;
 mod error;
 #[cfg(any(test, feature = "fuzz"))]

@@ -52,6 +52,9 @@ const LINGER: Duration = Duration::from_secs(2);
 /// How long an instance that has read its model waits for a controller to say whether its incarnation will do.
 const SETTLED_WITHIN: Duration = Duration::from_secs(5);
 
+/// A prompt of 32k tokens comes in one frame: in those of HTTP/2's own length it would be eight.
+const PROMPT_FRAME_BYTES: u32 = 160 << 10;
+
 /// Who may call what at the gRPC port.
 const DOOR: Door = Door {
     calls: &[
@@ -206,6 +209,7 @@ fn grpc_options(
         drain,
         keep_alive: keep_alive(process.config.handoff.lease),
         connections: grpc::CONNECTIONS,
+        frame_bytes: PROMPT_FRAME_BYTES,
         closed: closed.clone(),
     }
 }

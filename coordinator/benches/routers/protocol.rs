@@ -66,7 +66,7 @@ pub(crate) struct Job {
     pub(crate) requests: u32,
     /// Of each prompt, as tokens that are a word each.
     pub(crate) prompt_words: u32,
-    /// How many texts there are for prompts, sent in turn; what is put in front of it makes each request's another prompt.
+    /// How many texts there are for prompts, sent in turn; a number in front of each makes every request's another prompt.
     pub(crate) texts: u32,
     /// Prompts and answers are drawn from this.
     pub(crate) seed: u64,

@@ -27,6 +27,8 @@ const START_PATIENCE: Duration = Duration::from_secs(60);
 const WARM_UP: u32 = 256;
 /// Texts that prompts are made of, where not each is to be new.
 const TEXTS: u32 = 32;
+/// They are written beforehand, and take some 220 KB each.
+const FRESH_TEXTS_MOST: u32 = 8192;
 
 /// What was measured, in the order of rounds.
 pub(crate) type Runs = BTreeMap<(Line, Target), Vec<Figures>>;
@@ -137,7 +139,7 @@ impl Bench {
             streams: line.streams,
             requests,
             prompt_words: line.prompt.words(),
-            texts: if self.fresh { requests } else { TEXTS.min(requests) },
+            texts: requests.min(if self.fresh { FRESH_TEXTS_MOST } else { TEXTS }),
             seed: self.seed,
             ramp_micros: line.ramp_micros(),
         };

@@ -160,6 +160,7 @@ mod tests {
         drop(second);
         let third = announced(&budget, FREE_BYTES + 1).expect("it was given back");
         first.push(&[1; 100]).expect("was reserved");
+        assert_eq!(first.bytes.capacity(), MOST, "it does not grow any more");
         first.complete();
         assert_eq!((metrics.body_reserved.get(), &first[..]), (1, &[1; 100][..]), "as long as it is");
         drop((first, third, short));

@@ -6,7 +6,7 @@ use std::{fs, sync::LazyLock, time::SystemTime};
 use baton_checkpoint::Checkpoint;
 use tempfile::TempDir;
 
-use crate::text::{ChatMessage, CheckpointText, TextCache, TextStops, Variables};
+use crate::text::{ChatMessage, CheckpointText, TextCache, TextStops, Variables, says_what_is_written};
 
 /// Of a directory, in the order in which they come.
 const FILES: [&str; 6] = [
@@ -64,6 +64,9 @@ pub fn models(bytes: &[u8]) {
     let said = "Hello, wörld\n 123 <|im_end|> \u{1f600}";
     let turns = [("system", said), ("user", ""), ("assistant", said), ("user", said)]
         .map(|(role, content)| ChatMessage { role, content });
+    if let Some(source) = model.chat_template() {
+        says_what_is_written(source, &turns);
+    }
     let tokens = [text.encode_text(said), text.encode_chat(&turns, &Variables::new())];
     for tokens in tokens.into_iter().flatten() {
         assert!(tokens.len() <= RENDERED_BYTES_MOST);

@@ -8,8 +8,8 @@ use tokenizers::Tokenizer as Tables;
 use super::{fast::Fast, pieces::Memo, *};
 use crate::fuzz::expand;
 
-/// Texts from 2 KiB on are cut and kept.
-const TEXT_BYTES_MOST: usize = 6 << 10;
+/// Texts of more than 4 KiB are cut, and pieces from 2 KiB on kept.
+const TEXT_BYTES_MOST: usize = 12 << 10;
 const SPLITS: [&str; 5] = ["gpt-2", "smollm", "llama-bpe", "qwen2", "deepseek-v3"];
 /// Written as published tables have them: ids follow the 256 bytes.
 const MERGES: [[&str; 2]; 22] = [

@@ -28,6 +28,8 @@ pub use error::{TextError, TokenizerError};
 pub use pieces::TextCache;
 pub use reader::{Reader, TextStops};
 pub use stop::StopMatcher;
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) use template::says_what_is_written;
 pub use template::{ChatMessage, ChatTemplate, Clock, Variables};
 pub use tokenizer::Tokenizer;
 

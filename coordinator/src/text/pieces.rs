@@ -3,7 +3,8 @@
 //! A text without added tokens is cut between a letter and a space, the end of a line or a comma of Chinese. Every
 //! expression that [`super::fast`] knows ends a word there, and none looks across: so the pieces' tokens, one after the
 //! other, are those of the whole. Which of these places are taken depends on the bytes right before them, and on the last cut,
-//! which must be some way behind: a text that stands elsewhere is soon cut at the same places again.
+//! which must be some way behind: where a text has been cut once as before, it goes on so. A chat's own turns begin where they
+//! began; of a text behind another beginning some 20 KB go by before, as a rule.
 //!
 //! A [`TextCache`] is exact: it keeps the pieces' text and compares it. It is bounded in bytes; what has not been asked for
 //! while half of that was written is forgotten.
@@ -237,6 +238,9 @@ mod tests {
         let longer = format!("user\n{text} and more");
         let again = encode(&memo, &longer);
         assert!(again < text.len() / 4, "{again} bytes were encoded again");
+        let elsewhere = format!("{}{text}", "Something else comes before. ".repeat(100));
+        let again = encode(&memo, &elsewhere);
+        assert!(again < text.len() / 2, "{again} bytes were encoded again");
         assert_eq!(encode(&Memo::new(cache), &text), text.len(), "it is another tokeniser's");
     }
 

@@ -68,6 +68,7 @@ async fn specimen(process: Process<Specimen>) -> Result<(), ProcessError> {
         drain: process.drain(),
         keep_alive: grpc::KeepAlive::default(),
         connections: grpc::CONNECTIONS,
+        frame_bytes: grpc::FRAME_BYTES,
         closed: Closed::of_grpc(&process.metrics),
     };
     process.spawn_essential("grpc", grpc::serve(grpc, Routes::default(), options));

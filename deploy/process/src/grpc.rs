@@ -24,6 +24,9 @@ use connection::Conversation;
 /// Connections at a time, where no more are needed.
 pub const CONNECTIONS: usize = 16_384;
 
+/// Bytes of a frame, where no longer ones are needed: the least that HTTP/2 has.
+pub const FRAME_BYTES: u32 = 16 << 10;
+
 /// What a gRPC server is made of besides its routes.
 #[derive(Debug, Clone)]
 pub struct GrpcOptions {
@@ -42,6 +45,9 @@ pub struct GrpcOptions {
     /// At a time. When there are as many, the next one has the seat of who came first and has not called yet; if all have, it
     /// is closed as it comes.
     pub connections: usize,
+    /// Most bytes of a frame. Whoever sends it makes a system call for each; whoever it is sent to holds it until it is whole,
+    /// whoever may have sent it.
+    pub frame_bytes: u32,
     pub closed: Closed,
 }
 
@@ -88,8 +94,14 @@ pub async fn serve(listener: TcpListener, routes: Routes, options: GrpcOptions) 
     let routes =
         routes.add_service(health_service).add_service(reflection_v1).add_service(reflection_v1alpha);
     let router = options.tls.guarded(routes.into_axum_router(), options.door).with_state(());
-    let (keep_alive, closed, ended) = (options.keep_alive, options.closed.clone(), options.shutdown.clone());
-    let server = take_in(listener, &options, Conversation { router, keep_alive, closed, ended });
+    let conversation = Conversation {
+        router,
+        keep_alive: options.keep_alive,
+        frame_bytes: options.frame_bytes,
+        closed: options.closed.clone(),
+        ended: options.shutdown.clone(),
+    };
+    let server = take_in(listener, &options, conversation);
     let cut_off = async {
         options.shutdown.cancelled().await;
         tokio::time::sleep(options.drain).await;

@@ -46,6 +46,7 @@ impl Port {
             drain: Duration::ZERO,
             keep_alive: KeepAlive { idle: IDLE, ..KeepAlive::default() },
             connections,
+            frame_bytes: grpc::FRAME_BYTES,
             closed: Closed::of_grpc(&metrics),
         };
         tokio::spawn(grpc::serve(listener, Routes::default(), options));

@@ -51,6 +51,7 @@ impl Watched {
             drain: Duration::ZERO,
             keep_alive: KeepAlive { interval: INTERVAL, timeout, ..KeepAlive::default() },
             connections: grpc::CONNECTIONS,
+            frame_bytes: grpc::FRAME_BYTES,
             closed: Closed::default(),
         };
         tokio::spawn(grpc::serve(listener, Routes::default(), options));

@@ -30,6 +30,8 @@ use super::{
 };
 use crate::words::{ANSWER_TOKENS, Words};
 
+/// As servers take them, so that a prompt of 32k tokens comes in one.
+const FRAME_BYTES: u32 = 160 << 10;
 /// As many blocks as no line of the bench fills.
 const BLOCKS: u32 = 1 << 20;
 /// Sequences that an instance says it decodes at a time.
@@ -68,6 +70,7 @@ impl Instance {
             drain: Duration::ZERO,
             keep_alive: KeepAlive::default(),
             connections: grpc::CONNECTIONS,
+            frame_bytes: FRAME_BYTES,
             closed: Closed::default(),
         };
         // The bench ends with its processes; a server that ends before has nobody left to serve.

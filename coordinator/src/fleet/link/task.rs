@@ -32,11 +32,6 @@ const WORK_BETWEEN_TURNS: usize = 64;
 /// Largest message an instance may send: a step's tokens of all legs.
 const INBOUND_BYTES_MOST: usize = 16 << 20;
 
-/// What an instance may have sent that was not read yet: of one stream, as its tokens or what its cache keeps, and of all. What is
-/// told of a large cache does not hold up tokens.
-const STREAM_WINDOW_BYTES: u32 = 1 << 20;
-const CONNECTION_WINDOW_BYTES: u32 = 4 << 20;
-
 /// How often each instance of so many is asked to tell its load: all together ten thousand times a second at most.
 pub(super) fn load_interval_millis(instances: usize) -> u32 {
     u32::try_from(instances / 10).unwrap_or(u32::MAX).clamp(50, 1000)
@@ -121,8 +116,6 @@ impl LinkTask {
             .http2_keep_alive_interval(self.config.keep_alive)
             .keep_alive_timeout(self.config.keep_alive)
             .keep_alive_while_idle(true)
-            .initial_stream_window_size(STREAM_WINDOW_BYTES)
-            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
             .tcp_nodelay(true);
         let channel = self.dial.connect(endpoint).await.map_err(failed)?;
         let mut client = InferenceClient::new(channel.clone()).max_decoding_message_size(INBOUND_BYTES_MOST);

@@ -150,16 +150,19 @@ impl Fast {
         tokens.extend(after.iter().filter(|_| surround));
     }
 
-    /// Tokenises a text of which more may come, up to its last cut, for the cache alone. Tells where that is; 0 = there is none.
+    /// Tokenises a text of which more may come, up to its last cut or added token, for the cache alone. Tells where
+    /// that is; 0 = there is none.
     pub(super) fn remember(&self, text: &str) -> usize {
         if !self.memo.keeps() {
             return 0;
         }
-        // Cut as it will be when it is whole.
-        let plain = self.added[0].last_end(text);
-        let Some(cut) = pieces::last_cut(&text[plain..]) else { return 0 };
-        self.encode(&text[..plain + cut], false, &mut Vec::with_capacity((plain + cut) / 4));
-        plain + cut
+        // Cut as it will be when it is whole: from the last of these tokens on.
+        let plain = self.added.iter().map(|added| added.last_end(text)).max().unwrap_or(0);
+        let to = plain + pieces::last_cut(&text[plain..]).unwrap_or(0);
+        if to > 0 {
+            self.encode(&text[..to], false, &mut Vec::with_capacity(to / 4));
+        }
+        to
     }
 
     /// What text without added tokens becomes, as it came.

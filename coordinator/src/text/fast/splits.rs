@@ -283,9 +283,9 @@ impl Part<'_> {
     fn letters(self, mut at: usize, any: u8) -> usize {
         if self.is_ascii(at) {
             while let Some(eight) = self.eight(at) {
-                let letters = leading(!letters(eight));
-                at += letters;
-                if letters < 8 {
+                let count = leading(!letter_bits(eight));
+                at += count;
+                if count < 8 {
                     break;
                 }
             }
@@ -298,9 +298,9 @@ impl Part<'_> {
     fn run_without_digits(self, mut at: usize, none: u8) -> usize {
         loop {
             while let Some(eight) = self.eight(at).filter(|_| self.is_ascii(at)) {
-                let others = leading(digits(eight) | eight);
-                at += others;
-                if others < 8 {
+                let count = leading(digit_bits(eight) | eight);
+                at += count;
+                if count < 8 {
                     break;
                 }
             }
@@ -354,13 +354,13 @@ const HIGH: u64 = EACH << 7;
 
 /// Of eight bytes, the highest bits of those that are letters of ASCII.
 #[inline]
-fn letters(bytes: u64) -> u64 {
+fn letter_bits(bytes: u64) -> u64 {
     within(bytes | EACH << 5, b'a', b'z') & !bytes & HIGH
 }
 
 /// And of those that are digits.
 #[inline]
-fn digits(bytes: u64) -> u64 {
+fn digit_bits(bytes: u64) -> u64 {
     within(bytes, b'0', b'9') & !bytes & HIGH
 }
 
@@ -397,9 +397,9 @@ mod tests {
                     eight[place] = byte;
                     let bytes = u64::from_le_bytes(eight);
                     let count = |is: fn(&u8) -> bool| eight.iter().take_while(|byte| is(byte)).count();
-                    assert_eq!(leading(!letters(bytes)), count(u8::is_ascii_alphabetic), "{eight:?}");
+                    assert_eq!(leading(!letter_bits(bytes)), count(u8::is_ascii_alphabetic), "{eight:?}");
                     let plain = count(|byte| byte.is_ascii() && !byte.is_ascii_digit());
-                    assert_eq!(leading(digits(bytes) | bytes), plain, "{eight:?}");
+                    assert_eq!(leading(digit_bits(bytes) | bytes), plain, "{eight:?}");
                 }
             }
         }

@@ -119,7 +119,7 @@ struct Long {
 /// What was found for the last words; one forgets another. 512 KiB, and up to 3 MiB for those that are long.
 #[derive(Debug)]
 pub(super) struct Remembered {
-    words: Box<[Word; REMEMBERED]>,
+    words: Vec<Word>,
     long: Vec<Long>,
     hasher: RandomState,
 }
@@ -133,8 +133,8 @@ fn slot(key: Key) -> usize {
 impl Remembered {
     pub(super) fn new() -> Self {
         let none = Word { key: 0, tokens: [0; TOKENS_MOST], count: 0 };
-        let words = Box::new([none; REMEMBERED]);
-        Self { words, long: vec![Long::default(); LONG_REMEMBERED], hasher: RandomState::default() }
+        let long = vec![Long::default(); LONG_REMEMBERED];
+        Self { words: vec![none; REMEMBERED], long, hasher: RandomState::default() }
     }
 
     /// Appends the tokens of a long word, or of a part that is not `whole`, or else what `merge` makes of it.

@@ -1,41 +1,45 @@
-//! Sums of texts that a template prints, taken apart: `{{ 'a' + b }}` becomes `{{ 'a' }}{{ (b)|TERM }}`.
+//! Sums of texts that a template prints, taken apart: `{{ 'a' + b }}` becomes `{{ 'a' }}{{( b)|__term }}`.
 //!
 //! Each `+` of a long text copies it twice, and published templates put three of them around a message. A sum that begins with
-//! a text in quotes is a text, or an error: [`term`] makes the same error of what cannot be added to a text. Whatever else is
-//! printed stays as it is.
+//! a text in quotes is a text, or an error: [`term`] makes an error of the same kind of what cannot be added to a text. Whatever
+//! else is printed stays as it is.
 
-use minijinja::{Environment, Error, ErrorKind, Value, value::ValueKind};
+use std::ops::Range;
+
+use minijinja::{
+    Environment, Error, ErrorKind, Value,
+    machinery::{Span, Token, tokenize},
+    syntax::SyntaxConfig,
+    value::ValueKind,
+};
 
 const TERM: &str = "__term";
-/// They bind less than a sum, or are no expression's.
+/// What binds less than a sum.
 const LOOSE_WORDS: [&str; 7] = ["and", "else", "if", "in", "is", "not", "or"];
+/// A sum may be escaped otherwise than its terms are.
+const ESCAPES: &str = "autoescape";
 
-/// `source` with the sums taken apart, for an environment that was [made ready](make_ready).
-pub(super) fn apart(source: &str) -> String {
+/// `source` with the sums taken apart, for an environment of this syntax that was [made ready](make_ready). What is no template
+/// stays as it is, too.
+pub(super) fn apart(source: &str, syntax: &SyntaxConfig) -> String {
     let mut result = String::with_capacity(source.len());
-    let mut rest = source;
-    while let Some(open) = rest.find('{') {
-        let tag = &rest[open..];
-        let length = match tag.as_bytes().get(1) {
-            Some(b'{') => length(&tag[2..], "}}").map(|length| 2 + length),
-            Some(b'%') => length(&tag[2..], "%}").map(|length| 2 + length),
-            Some(b'#') => tag.find("#}").map(|at| at + 2),
-            _ => Some(1),
-        };
-        // Without an end, or with text that only looks like tags.
-        let Some(length) = length else { break };
-        let tag = &tag[..length];
-        if is_raw(tag) {
-            break;
+    let (mut copied, mut sum) = (0, None);
+    for token in tokenize(source, false, syntax.clone()) {
+        match (token, &mut sum) {
+            (Err(_) | Ok((Token::Ident(ESCAPES), _)), _) => return source.to_owned(),
+            (Ok((Token::VariableStart, _)), sum) => *sum = Some(Sum::default()),
+            (Ok((Token::VariableEnd, _)), sum) => {
+                for (place, text) in sum.take().and_then(Sum::edits).into_iter().flatten() {
+                    result.push_str(&source[copied..place.start]);
+                    result.push_str(&text);
+                    copied = place.end;
+                }
+            }
+            (Ok((token, span)), Some(sum)) => sum.add(&token, span),
+            (Ok(_), None) => {}
         }
-        result.push_str(&rest[..open]);
-        match tag.starts_with("{{").then(|| terms(tag)).flatten() {
-            Some(printed) => result.push_str(&printed),
-            None => result.push_str(tag),
-        }
-        rest = &rest[open + length..];
     }
-    result.push_str(rest);
+    result.push_str(&source[copied..]);
     result
 }
 
@@ -52,89 +56,77 @@ fn term(value: Value) -> Result<Value, Error> {
     }
 }
 
-fn is_raw(tag: &str) -> bool {
-    tag.starts_with("{%") && tag.trim_matches(['{', '%', '}', '-', '+', ' ', '\n']) == "raw"
+/// What is printed, as far as it has been read.
+#[derive(Default)]
+struct Sum {
+    /// How many brackets are open.
+    depth: usize,
+    /// It is something else.
+    other: bool,
+    terms: Vec<Term>,
+    /// Where each `+` between two of them is.
+    signs: Vec<Range<usize>>,
 }
 
-/// How long it is up to and with `end`, which counts outside of quotes and brackets.
-fn length(code: &str, end: &str) -> Option<usize> {
-    let at = top_level(code).find(|(at, _)| code[*at..].starts_with(end))?;
-    Some(at.0 + end.len())
+#[derive(Default)]
+struct Term {
+    tokens: usize,
+    /// The last of them is a text in quotes.
+    quoted: bool,
+    ends: usize,
 }
 
-/// What of an expression stands outside of quotes and brackets, and where. Of a quoted text its first quote stands there.
-fn top_level(code: &str) -> impl Iterator<Item = (usize, char)> {
-    let (mut quote, mut escaped, mut depth) = (None, false, 0_u32);
-    code.char_indices().filter(move |&(_, character)| {
-        if let Some(open) = quote {
-            match character {
-                _ if escaped => escaped = false,
-                '\\' => escaped = true,
-                _ if character == open => quote = None,
-                _ => {}
-            }
-            return false;
+impl Term {
+    /// A text in quotes, and nothing else.
+    fn is_quoted(&self) -> bool {
+        self.tokens == 1 && self.quoted
+    }
+}
+
+impl Sum {
+    fn add(&mut self, token: &Token<'_>, span: Span) {
+        let place = span.start_offset as usize..span.end_offset as usize;
+        if self.terms.is_empty() {
+            self.terms.push(Term::default());
         }
-        let outside = depth == 0;
-        match character {
-            '\'' | '"' => quote = Some(character),
-            '(' | '[' | '{' => depth += 1,
-            ')' | ']' | '}' => depth = depth.saturating_sub(1),
+        match token {
+            Token::BracketOpen | Token::ParenOpen | Token::BraceOpen => self.depth += 1,
+            Token::BracketClose | Token::ParenClose | Token::BraceClose => {
+                self.depth = self.depth.saturating_sub(1);
+            }
+            _ if self.depth > 0 => {}
+            Token::Plus => {
+                self.signs.push(place);
+                return self.terms.push(Term::default());
+            }
+            Token::Minus | Token::Comma | Token::Colon | Token::Assign => self.other = true,
+            Token::Eq | Token::Ne | Token::Gt | Token::Gte | Token::Lt | Token::Lte => self.other = true,
+            Token::Ident(word) if LOOSE_WORDS.contains(word) => self.other = true,
             _ => {}
         }
-        outside
-    })
-}
-
-/// A sum that begins with a text in quotes, as terms that are printed one by one. `None`: it is something else.
-fn terms(tag: &str) -> Option<String> {
-    let inner = tag.strip_prefix("{{")?.strip_suffix("}}")?;
-    let (before, inner) = inner.strip_prefix('-').map_or(("", inner), |inner| ("-", inner));
-    let (behind, code) = inner.strip_suffix('-').map_or(("", inner), |inner| ("-", inner));
-    let (mut terms, mut from) = (Vec::new(), 0);
-    for (at, character) in top_level(code) {
-        match character {
-            '+' => {
-                terms.push(code[from..at].trim());
-                from = at + 1;
-            }
-            '-' | '<' | '>' | '=' | '!' | ',' | ':' => return None,
-            _ => {}
+        if let Some(term) = self.terms.last_mut() {
+            term.tokens += 1;
+            term.quoted = matches!(token, Token::Str(_) | Token::String(_));
+            term.ends = place.end;
         }
     }
-    terms.push(code[from..].trim());
-    let (first, others) = terms.split_first().filter(|(_, others)| !others.is_empty())?;
-    if !is_quoted(first) || others.iter().any(|term| term.is_empty() || has_loose_word(term)) {
-        return None;
-    }
-    let of_term = |term: &&str| {
-        if is_quoted(term) { format!("{{{{ {term} }}}}") } else { format!("{{{{ ({term})|{TERM} }}}}") }
-    };
-    let printed: String = terms.iter().map(of_term).collect();
-    let bare = printed.strip_prefix("{{")?.strip_suffix("}}")?;
-    Some(format!("{{{{{before}{bare}{behind}}}}}"))
-}
 
-/// Whether it is a text in quotes, and nothing else.
-fn is_quoted(term: &str) -> bool {
-    let quoted = term.starts_with(['\'', '"']) && term.len() > 1;
-    quoted && top_level(term).count() == 1 && term.ends_with(&term[..1])
-}
-
-fn has_loose_word(term: &str) -> bool {
-    let mut outside = String::new();
-    let mut next = 0;
-    for (at, character) in top_level(term) {
-        // What was left out between two words is no word of its own.
-        if at != next {
-            outside.push(' ');
+    /// What is to be written where, so that each term is printed by itself; `None`: it is something else.
+    fn edits(self) -> Option<Vec<(Range<usize>, String)>> {
+        let begins_with_text = self.terms.first().is_some_and(Term::is_quoted);
+        if self.other || !begins_with_text || self.terms.iter().any(|term| term.tokens == 0) {
+            return None;
         }
-        outside.push(character);
-        next = at + character.len_utf8();
+        let end_of = |term: &Term| if term.is_quoted() { String::new() } else { format!(")|{TERM}") };
+        let begin_of = |term: &Term| if term.is_quoted() { "" } else { "(" };
+        let mut edits = Vec::new();
+        for (sign, pair) in self.signs.into_iter().zip(self.terms.windows(2)) {
+            edits.push((sign, format!("{}}}}}{{{{{}", end_of(&pair[0]), begin_of(&pair[1]))));
+        }
+        let last = self.terms.last()?;
+        edits.push((last.ends..last.ends, end_of(last)));
+        Some(edits)
     }
-    outside
-        .split(|character: char| !character.is_alphanumeric() && character != '_')
-        .any(|word| LOOSE_WORDS.contains(&word))
 }
 
 #[cfg(test)]
@@ -143,32 +135,43 @@ mod tests {
 
     use super::*;
 
+    fn apart_of(source: &str) -> String {
+        apart(source, &SyntaxConfig::default())
+    }
+
     #[test]
     fn sums_that_begin_with_a_text_are_printed_term_by_term() {
         for (source, expected) in [
-            ("{{ 'a' + b }}", "{{ 'a' }}{{ (b)|__term }}"),
+            ("{{ 'a' + b }}", "{{ 'a' }}{{( b)|__term }}"),
             (
                 r#"x{{- "<|" + m['role'] + '\n' + m.content | trim + "'+'" -}} y"#,
-                r#"x{{- "<|" }}{{ (m['role'])|__term }}{{ '\n' }}{{ (m.content | trim)|__term }}{{ "'+'" -}} y"#,
+                r#"x{{- "<|" }}{{( m['role'] )|__term}}{{ '\n' }}{{( m.content | trim )|__term}}{{ "'+'" -}} y"#,
             ),
-            ("{{'\\'+' + f(a + b, [c or d])}}", "{{ '\\'+' }}{{ (f(a + b, [c or d]))|__term }}"),
-            ("{# {{ 'a' + b }} #}{{ 'ä' + b ~ 1 }}", "{# {{ 'a' + b }} #}{{ 'ä' }}{{ (b ~ 1)|__term }}"),
+            ("{{'\\'+' +\n f(a + b, [c or d])}}", "{{'\\'+' }}{{(\n f(a + b, [c or d]))|__term}}"),
+            (
+                "{# {{ 'a' + b }} #}{{ 'ä' + b ~ 1e+5 }}{#}{{ 'a' + b }}#}",
+                "{# {{ 'a' + b }} #}{{ 'ä' }}{{( b ~ 1e+5)|__term }}{#}{{ 'a' + b }}#}",
+            ),
+            (
+                "{%\traw\t%}{{ 'a' + b }}{% endraw %}{{ 'a'+b }}",
+                "{%\traw\t%}{{ 'a' + b }}{% endraw %}{{ 'a'}}{{(b)|__term }}",
+            ),
         ] {
-            assert_eq!(apart(source), expected, "{source}");
+            assert_eq!(apart_of(source), expected, "{source}");
         }
     }
 
     #[test]
     fn whatever_else_is_printed_stays() {
         for source in [
-            "{{ b + 'a' }}{{ 'a' }}{{ b }}",
+            "{{ b + 'a' }}{{ 'a' }}{{ b }}{{ 'a' 'b' + c }}",
             "{{ 'a' + b if c else d }}{{ 'a' + b == 'ab' }}{{ 'a' + b in c }}{{ 'a' + b or c }}",
-            "{{ 'a' + b, c }}{{ 'a' + }}{{ 'a'.x + b }}{{ 'a' ~ b + c }}{{ 'a' + b - c }}",
+            "{{ 'a' + b, c }}{{ 'a' + }}{{ 'a'.x + b }}{{ 'a' ~ b + c }}{{ 'a' + b - c }}{{ 'a' + -b }}",
             "{% set a = 'a' + b %}{% if '{{' + a %}{% endif %}{ 'a' + b }",
-            "{% raw %}{{ 'a' + b }}{% endraw %}{{ 'a' + b }}",
+            "{% autoescape 'json' %}{{ 'a' + b }}{% endautoescape %}",
             "{{ {'a': {'b': 'c' + d}} }} {{ 'a' + b",
         ] {
-            assert_eq!(apart(source), source);
+            assert_eq!(apart_of(source), source);
         }
     }
 
@@ -178,12 +181,15 @@ mod tests {
         make_ready(&mut environment);
         let context = context! { b => "B", n => 1, none => (), m => context! { c => " <C> " } };
         let render = |source: &str| {
-            let render =
-                |environment: &Environment<'_>, source: &str| environment.render_str(source, &context);
-            (render(&environment, source), render(&environment, &apart(source)))
+            let render = |source: &str| environment.render_str(source, &context);
+            (render(source), render(&apart_of(source)))
         };
-        for source in ["[ {{- 'a' + b + m.c | trim + m['c'] -}} ]", "{{ 'a' + (b + 'c') + b ~ n }}"] {
+        for source in [
+            "[ {{- 'a' + b + m.c | trim + m['c'] -}} ]",
+            "{{ 'a' + (b + 'c') + b ~ n }}\n{{ '<' +\n b + '>'\n }}\n",
+        ] {
             let (before, after) = render(source);
+            assert_ne!(apart_of(source), source);
             assert_eq!(before.expect("renders"), after.expect("renders"), "{source}");
         }
         for source in [

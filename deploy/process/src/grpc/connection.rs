@@ -35,8 +35,6 @@ use crate::{
 /// Frames of one peer in flight; bounds what a slow reader can make us hold.
 const STREAM_WINDOW_BYTES: u32 = 1 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 4 << 20;
-/// Of one frame; each is a system call of whoever sends it. HTTP/2's own 16 KiB make eight of a prompt of 32k tokens.
-const FRAME_BYTES_MOST: u32 = 256 << 10;
 /// Calls under way on a connection; what our own processes have is a handful.
 const STREAMS_MOST: u32 = 256;
 /// Of a call, all together; those of our own have a few hundred.
@@ -54,6 +52,7 @@ const STRANGER_LEAVES_WITHIN: Duration = Duration::from_millis(250);
 pub(super) struct Conversation {
     pub(super) router: Router,
     pub(super) keep_alive: KeepAlive,
+    pub(super) frame_bytes: u32,
     pub(super) closed: Closed,
     /// When all are to leave.
     pub(super) ended: CancellationToken,
@@ -64,7 +63,8 @@ impl Conversation {
     where
         S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
-        let Self { router, keep_alive: KeepAlive { interval, timeout: silent, idle }, closed, ended } = self;
+        let Self { router, keep_alive, frame_bytes, closed, ended } = self;
+        let KeepAlive { interval, timeout: silent, idle } = keep_alive;
         let (called, calls) = (CancellationToken::new(), Underway::default());
         let (mark, counted, router) = (called.clone(), calls.clone(), TowerToHyperService::new(router));
         let service = service_fn(move |mut request: Request<Incoming>| {
@@ -85,7 +85,7 @@ impl Conversation {
             .max_header_list_size(HEADER_BYTES_MOST)
             .initial_stream_window_size(STREAM_WINDOW_BYTES)
             .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-            .max_frame_size(FRAME_BYTES_MOST);
+            .max_frame_size(frame_bytes);
         let mut connection = std::pin::pin!(builder.serve_connection(TokioIo::new(stream), service));
         let unused = async {
             if timeout(CALLS_WITHIN, called.cancelled()).await.is_err() {
@@ -133,6 +133,9 @@ mod tests {
     use super::*;
     use crate::{seats::Seats, tls::Peer};
 
+    /// Longer than HTTP/2's own.
+    const FRAME_BYTES: u32 = 48 << 10;
+
     /// Over memory and with a paused clock: time goes on only when nobody has anything to do.
     struct Conversing {
         closed: Closed,
@@ -153,6 +156,7 @@ mod tests {
         let conversation = Conversation {
             router,
             keep_alive: KeepAlive::default(),
+            frame_bytes: FRAME_BYTES,
             closed: closed.clone(),
             ended: CancellationToken::new(),
         };
@@ -161,6 +165,21 @@ mod tests {
         let seat = seats.take().expect("free");
         let task = tokio::spawn(conversation.serve(server, Caller::of_test(peer), seat));
         (client, Conversing { closed, ended, seats, task })
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_peer_is_told_how_long_frames_may_be() {
+        const MAX_FRAME_SIZE: u16 = 5;
+        let (mut stream, _conversing) = conversing(Peer::Plaintext);
+        stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.expect("is sent");
+        let mut head = [0; 9];
+        stream.read_exact(&mut head).await.expect("settings");
+        let mut settings = vec![0; usize::from(head[2])];
+        stream.read_exact(&mut settings).await.expect("settings");
+        let mut told =
+            settings.chunks_exact(6).map(|told| (u16::from_be_bytes([told[0], told[1]]), &told[2..]));
+        let frame = told.find(|(which, _)| *which == MAX_FRAME_SIZE).map(|(_, bytes)| bytes);
+        assert_eq!(frame, Some(&FRAME_BYTES.to_be_bytes()[..]));
     }
 
     /// A body of which nothing comes.

@@ -84,6 +84,7 @@ impl Port {
             drain: Duration::ZERO,
             keep_alive: grpc::KeepAlive::default(),
             connections,
+            frame_bytes: grpc::FRAME_BYTES,
             closed: closed.clone(),
         };
         tokio::spawn(grpc::serve(listener, Routes::default(), options));
