@@ -94,7 +94,8 @@ impl Tokens {
 /// Words that are split off and looked up in one go.
 pub(super) const WORDS_AT_A_TIME: usize = 32;
 
-const REMEMBERED: usize = 1 << 14;
+/// More than a long text has, so that few are in each other's way.
+const REMEMBERED: usize = 1 << 16;
 const TOKENS_MOST: usize = 3;
 
 /// One word and its tokens: two of them lie in a line of the processor's cache.
@@ -116,7 +117,7 @@ struct Long {
     tokens: Vec<u32>,
 }
 
-/// What was found for the last words; one forgets another. 512 KiB, and up to 3 MiB for those that are long.
+/// What was found for the last words; one forgets another. Up to 2 MiB, and 3 MiB for those that are long.
 #[derive(Debug)]
 pub(super) struct Remembered {
     words: Vec<Word>,
