@@ -58,7 +58,7 @@ struct Cli {
     /// Requests of each line in a round, where the default, enough to measure their processor time, is not wanted.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     requests: Option<u32>,
-    /// Each prompt is a text that was never sent before. Else they are made of 32 texts, each with a number of its own in front:
+    /// Each prompt is a text that was never sent before, up to 8,192 of a line. Else they are made of 32 texts, each with a number of its own in front:
     /// their KV caches are of no use to each other, but most of a long one was tokenised before.
     #[arg(long)]
     fresh: bool,

@@ -43,7 +43,7 @@ pub(crate) struct Bench {
     direct: String,
     routers: BTreeMap<Target, Router>,
     seed: u64,
-    /// No text is sent twice.
+    /// No text is sent twice, up to [`FRESH_TEXTS_MOST`].
     fresh: bool,
 }
 
