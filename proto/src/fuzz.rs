@@ -86,7 +86,8 @@ fn name(name: &str) {
 fn tokens_and_hashes(bytes: &[u8]) {
     assert_eq!(tokens::from_wire(bytes).is_ok(), bytes.len().is_multiple_of(4));
     if let Ok(tokens) = tokens::from_wire(bytes) {
-        assert_eq!(tokens::to_wire(&tokens), bytes);
+        let tokens = Tokens::from(tokens);
+        assert_eq!(tokens.to_wire(), bytes);
         let digest = PromptDigest::of(&tokens);
         assert_eq!(PromptDigest::try_from(&digest.as_bytes()[..]), Ok(digest));
     }

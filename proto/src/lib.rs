@@ -40,6 +40,7 @@ pub use intent::{Cordoned, Intent, Pinned, RolePolicy, Targets};
 pub use prompt_digest::PromptDigest;
 pub use protocols::Protocols;
 pub use sieve::Sieve;
+pub use tokens::Tokens;
 
 /// Types and services generated from `protos/baton/v1/*.proto`.
 #[allow(missing_docs, unreachable_pub, clippy::all)]

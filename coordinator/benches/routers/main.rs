@@ -26,7 +26,7 @@ use clap::{Parser, Subcommand};
 use error::BenchError;
 use lines::{Answer, Line, Prompt};
 use report::Report;
-use run::Bench;
+use run::{Bench, Setup};
 use targets::{Programs, Target};
 
 /// What a request costs in the coordinator, beside other routers of prefill and decode: processor time, memory, latency.
@@ -58,8 +58,9 @@ struct Cli {
     /// Requests of each line in a round, where the default, enough to measure their processor time, is not wanted.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     requests: Option<u32>,
-    /// Each prompt is a text that was never sent before, up to 8,192 of a line. Else they are made of 32 texts, each with a number of its own in front:
-    /// their KV caches are of no use to each other, but most of a long one was tokenised before.
+    /// Each prompt is a text that was never sent before, up to 8,192 of a line. Else they are made of 32 texts that were, each with
+    /// a number of its own in front: their KV caches are of no use to each other, but most of a long one was tokenised before, as
+    /// of a chat that goes on.
     #[arg(long)]
     fresh: bool,
     /// Prefill instances, and as many for decode.
@@ -119,10 +120,16 @@ fn measure(cli: &Cli) -> Result<bool, BenchError> {
     drop(served);
     let lines = Line::all(&cli.prompt, &cli.only, &cli.streams);
     let runs = runtime.block_on(async {
-        let started =
-            Bench::start(&cli.programs, &cli.targets, (cli.pairs, cli.fresh), (words, &model, folder.path()))
-                .await;
-        let mut bench = started.inspect_err(|_| show_logs(folder.path()))?;
+        let setup = Setup {
+            programs: &cli.programs,
+            wanted: &cli.targets,
+            pairs: cli.pairs,
+            fresh: cli.fresh,
+            words,
+            model: &model,
+            folder: folder.path(),
+        };
+        let mut bench = Bench::start(setup).await.inspect_err(|_| show_logs(folder.path()))?;
         let left_out = cli.targets.iter().filter(|&&target| !bench.has(target));
         left_out.for_each(|target| eprintln!("{} is left out: its program is not named", target.name()));
         let runs = bench.rounds(cli.rounds, cli.requests, &lines, &cli.targets).await;

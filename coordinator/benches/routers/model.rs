@@ -6,8 +6,8 @@ use std::{fs, path::Path};
 use baton_checkpoint::ModelRoot;
 use baton_coordinator::{
     config::ModelConfig,
-    prepare::{Served, Spelling, Turn},
-    text::{TextCache, Variables},
+    prepare::{Served, Spelling},
+    text::{ChatMessage, TextCache, Variables},
 };
 use rustix::time::{ClockId, clock_gettime};
 
@@ -64,8 +64,9 @@ pub(crate) fn words(served: &Served) -> Result<Words, BenchError> {
 pub(crate) fn tokenised_per_second(served: &Served, words: &Words, prompt_words: u32) -> f64 {
     const CHATS: u64 = 20;
     let chat = |seed| {
-        let content = words.prompt(seed, prompt_words).iter().map(|word| word.text.as_str()).collect();
-        [Turn { role: "user", content }]
+        let content: String =
+            words.prompt(seed, prompt_words).iter().map(|word| word.text.as_str()).collect();
+        [ChatMessage { role: "user", content: content.into() }]
     };
     let chats: Vec<_> = (0..CHATS).map(chat).collect();
     let began = cpu_seconds();

@@ -68,7 +68,9 @@ pub(crate) struct Job {
     pub(crate) prompt_words: u32,
     /// How many texts there are for prompts, sent in turn; a number in front of each makes every request's another prompt.
     pub(crate) texts: u32,
-    /// Prompts and answers are drawn from this.
+    /// They are drawn from this.
+    pub(crate) texts_seed: u64,
+    /// Numbers and answers are drawn from this.
     pub(crate) seed: u64,
     /// Over how long the first requests are spread, so that not all come in one burst for ever.
     pub(crate) ramp_micros: u64,

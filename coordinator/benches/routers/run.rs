@@ -33,6 +33,22 @@ const FRESH_TEXTS_MOST: u32 = 8192;
 /// What was measured, in the order of rounds.
 pub(crate) type Runs = BTreeMap<(Line, Target), Vec<Figures>>;
 
+/// What is to run.
+pub(crate) struct Setup<'a> {
+    pub(crate) programs: &'a Programs,
+    /// Who is measured.
+    pub(crate) wanted: &'a [Target],
+    /// Prefill instances, and as many for decode.
+    pub(crate) pairs: u32,
+    /// No text is sent twice, up to [`FRESH_TEXTS_MOST`].
+    pub(crate) fresh: bool,
+    pub(crate) words: Words,
+    /// Where the coordinator finds the model: in `folder`.
+    pub(crate) model: &'a Path,
+    /// For logs, too.
+    pub(crate) folder: &'a Path,
+}
+
 /// Everything that runs.
 pub(crate) struct Bench {
     worker: Asked,
@@ -43,19 +59,16 @@ pub(crate) struct Bench {
     direct: String,
     routers: BTreeMap<Target, Router>,
     seed: u64,
+    /// Of the texts that come again.
+    texts_seed: u64,
     /// No text is sent twice, up to [`FRESH_TEXTS_MOST`].
     fresh: bool,
 }
 
 impl Bench {
-    /// Starts the worker, the client and all routers that are `wanted`, and waits until they answer. `folder` is for
-    /// logs, and has the `model`.
-    pub(crate) async fn start(
-        programs: &Programs,
-        wanted: &[Target],
-        (pairs, fresh): (u32, bool),
-        (words, model, folder): (Words, &Path, &Path),
-    ) -> Result<Self, BenchError> {
+    /// Starts the worker, the client and all routers that are wanted, and waits until they answer.
+    pub(crate) async fn start(setup: Setup<'_>) -> Result<Self, BenchError> {
+        let Setup { programs, wanted, pairs, fresh, words, model, folder } = setup;
         let mut worker = Asked::start("worker")?;
         let mut client = Asked::start("client")?;
         let ready: WorkerReady = worker.ask(&WorkerSetup { words: words.clone(), pairs }).await?;
@@ -75,7 +88,8 @@ impl Bench {
         let direct = ready.decode.first().map(|decode| decode.http.clone()).unwrap_or_default();
         // Not the same prompts in the next run: a router that has survived none would know them, but nobody should.
         let seed = u64::from(std::process::id());
-        let mut bench = Self { worker, client, floor: (floor, address), direct, routers, seed, fresh };
+        let floor = (floor, address);
+        let mut bench = Self { worker, client, floor, direct, routers, seed, texts_seed: seed, fresh };
         for &target in wanted {
             bench.warm_up(target).await?;
         }
@@ -116,11 +130,12 @@ impl Bench {
         Ok(())
     }
 
-    /// Opens the connections between a router and the worker that are closed while others are measured. What it finds
-    /// closed in the midst of that may fail a request of it.
-    async fn reconnect(&mut self, target: Target, streams: u32) {
-        let line = Line { prompt: Prompt::Short, answer: Answer::Unpaced, streams };
-        let _ = self.load(target, &line, streams).await;
+    /// Opens the connections between a router and the worker that are closed while others are measured, and sends every text
+    /// that is to come again. What it finds closed in the midst of that may fail a request of it.
+    async fn make_ready(&mut self, target: Target, line: &Line) {
+        let prompt = if self.fresh { Prompt::Short } else { line.prompt };
+        let line = Line { prompt, answer: Answer::Unpaced, streams: line.streams };
+        let _ = self.load(target, &line, line.streams.max(TEXTS)).await;
     }
 
     /// One line of one of them.
@@ -140,6 +155,7 @@ impl Bench {
             requests,
             prompt_words: line.prompt.words(),
             texts: requests.min(if self.fresh { FRESH_TEXTS_MOST } else { TEXTS }),
+            texts_seed: if self.fresh { self.seed } else { self.texts_seed },
             seed: self.seed,
             ramp_micros: line.ramp_micros(),
         };
@@ -177,7 +193,7 @@ impl Bench {
                 let turn = |place: usize| wanted[(place + round) % wanted.len()];
                 for target in (0..wanted.len()).map(turn).filter(|target| target.answers(line)) {
                     bar.set_message(format!("{line}, {}", target.name()));
-                    self.reconnect(target, line.streams).await;
+                    self.make_ready(target, line).await;
                     let measured = self.load(target, line, requests.unwrap_or(line.requests())).await;
                     let figures = match measured {
                         // Another router that fails on a line has no figures there.

@@ -12,7 +12,7 @@ mod names;
 
 use std::{num::NonZero, sync::Arc};
 
-use baton_proto::BlockHash;
+use baton_proto::{BlockHash, Tokens};
 use parking_lot::Mutex;
 
 pub use names::Names;
@@ -75,13 +75,13 @@ impl Growing {
 /// See the module.
 #[derive(Debug)]
 pub struct Chains {
-    tokens: Arc<[u32]>,
+    tokens: Tokens,
     known: Mutex<Vec<Growing>>,
 }
 
 impl Chains {
     /// Of this prompt; nothing is computed yet.
-    pub fn new(tokens: Arc<[u32]>) -> Arc<Self> {
+    pub fn new(tokens: Tokens) -> Arc<Self> {
         Arc::new(Self { tokens, known: Mutex::default() })
     }
 

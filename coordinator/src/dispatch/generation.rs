@@ -6,7 +6,7 @@
 use std::{collections::VecDeque, future::Future, pin::Pin, sync::Arc, task::Context, time::Duration};
 
 use baton_process::prefetch::prefetch;
-use baton_proto::{ApiError, ErrorCode, InstanceId, TransferId, tokens, v1};
+use baton_proto::{ApiError, ErrorCode, InstanceId, TransferId, v1};
 use baton_schedule::{
     Placement, Seat, Side,
     board::{Booking, Credit},
@@ -115,7 +115,7 @@ impl Generation {
         assignment: Assignment,
     ) -> Result<Self, NotSent> {
         let Booking { placement, mut credit, handed_on, .. } = booking;
-        let (sampling, prompt) = (&assignment.prompt.sampling, tokens::to_wire(&assignment.prompt.tokens));
+        let (sampling, prompt) = (&assignment.prompt.sampling, assignment.prompt.tokens.to_wire());
         let mailbox = Arc::new(Mailbox::new(sampling.choices, assignment.in_batches));
         let (mut legs, mut handoff) = (Legs::default(), None);
         let mut send = |side: Side, seat: &Seat, work: Work| {

@@ -63,7 +63,7 @@ pub fn models(bytes: &[u8]) {
     assert!(text.vocabulary() <= config.vocabulary);
     let said = "Hello, wörld\n 123 <|im_end|> \u{1f600}";
     let turns = [("system", said), ("user", ""), ("assistant", said), ("user", said)]
-        .map(|(role, content)| ChatMessage { role, content });
+        .map(|(role, content)| ChatMessage { role, content: content.into() });
     if let Some(source) = model.chat_template() {
         says_what_is_written(source, &turns);
     }

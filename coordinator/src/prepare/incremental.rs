@@ -177,7 +177,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        prepare::{Endpoint, Served, Spelling, TextReader, Turn, parse, prepare, tests::LIMITS},
+        prepare::{Endpoint, Served, Spelling, TextReader, parse, prepare, tests::LIMITS},
         text::{TextCache, TextStops},
     };
 
@@ -196,7 +196,7 @@ mod tests {
         }
         fn tokenise_chat(
             &self,
-            _: &[Turn<'_>],
+            _: &[crate::text::ChatMessage<'_>],
             _: &crate::text::Variables,
         ) -> Result<Vec<u32>, baton_proto::ApiError> {
             Ok(Vec::new())

@@ -15,15 +15,15 @@ pub mod served;
 
 use std::{borrow::Cow, sync::Arc};
 
-use baton_proto::{ApiError, ErrorCode};
+use baton_proto::{ApiError, ErrorCode, Tokens};
 use baton_schedule::chains::Chains;
 
 pub use incremental::{AHEAD_FROM_BYTES, Ahead};
 pub use sampling::Sampling;
 use sampling::TokenLimits;
-pub use served::{Served, Spelling, TextModel, TextReader, Turn};
+pub use served::{Served, Spelling, TextModel, TextReader};
 
-use crate::text::{TextStops, Variables};
+use crate::text::{ChatMessage, TextStops, Variables};
 use openai::{Content, Message, OnePrompt};
 pub use openai::{Request, parse};
 
@@ -69,7 +69,7 @@ pub struct Prepared {
 /// One prompt of a request.
 #[derive(Debug, Clone)]
 pub struct PreparedPrompt {
-    pub tokens: Arc<[u32]>,
+    pub tokens: Tokens,
     /// What its KV blocks are called.
     pub chains: Arc<Chains>,
     pub sampling: Sampling,
@@ -141,15 +141,15 @@ pub fn prepare(
             max_completion_tokens: limits.max_completion_tokens,
         };
         let sampling = sampling::sampling(served, endpoint, request, prompt_tokens, limits, seed, choices)?;
-        let tokens: Arc<[u32]> = tokens.into();
+        let tokens = Tokens::from(tokens);
         let chains = Chains::new(tokens.clone());
         Ok(PreparedPrompt { tokens, chains, sampling, echo: echo.into() })
     };
     let prompts = match prompts {
         None => {
-            let turns = turns(request.messages.as_deref())?;
+            let chat = chat(request.messages.as_deref())?;
             let variables = template_variables(request)?;
-            let tokens = served.text.tokenise_chat(&turns, &variables)?;
+            let tokens = served.text.tokenise_chat(&chat, &variables)?;
             vec![prompt(tokens, String::new())?]
         }
         Some(prompts) => {
@@ -208,12 +208,12 @@ fn shape(endpoint: Endpoint, request: &Request) -> Result<Shape, ApiError> {
     Ok(Shape { endpoint, stream, include_usage: include_usage.unwrap_or(false), logprobs: false })
 }
 
-fn turns(messages: Option<&[Message]>) -> Result<Vec<Turn<'_>>, ApiError> {
+fn chat(messages: Option<&[Message]>) -> Result<Vec<ChatMessage<'static>>, ApiError> {
     let messages = messages.ok_or_else(|| invalid("messages", "must be given: a list of messages"))?;
     if messages.is_empty() {
         return Err(invalid("messages", "must hold at least one message"));
     }
-    messages.iter().enumerate().map(|(index, message)| turn(index, message)).collect()
+    messages.iter().enumerate().map(|(index, message)| checked(index, message)).collect()
 }
 
 /// What the request tells the template beside its messages.
@@ -241,7 +241,7 @@ fn template_variables(request: &Request) -> Result<Cow<'_, Variables>, ApiError>
     }
 }
 
-fn turn(index: usize, message: &Message) -> Result<Turn<'_>, ApiError> {
+fn checked(index: usize, message: &Message) -> Result<ChatMessage<'static>, ApiError> {
     let field = |name: &str| format!("messages[{index}].{name}");
     let unserved = |name: &str, why: &str| {
         ApiError::new(ErrorCode::Unsupported, format!("{}: {why}", field(name))).param(field(name))
@@ -261,7 +261,7 @@ fn turn(index: usize, message: &Message) -> Result<Turn<'_>, ApiError> {
         return Err(unserved("tool_calls", "tools are not served"));
     }
     let content = match &message.content {
-        Some(Content::Text(text)) => Cow::Borrowed(text.as_str()),
+        Some(Content::Text(text)) => text.clone(),
         Some(Content::Parts(parts)) => {
             let mut whole = String::new();
             for (at, part) in parts.iter().enumerate() {
@@ -279,13 +279,13 @@ fn turn(index: usize, message: &Message) -> Result<Turn<'_>, ApiError> {
                     }
                 }
             }
-            Cow::Owned(whole)
+            whole.into()
         }
         // An assistant's turn without words is what clients send back after tool calls.
-        None if role == "assistant" => Cow::Borrowed(""),
+        None if role == "assistant" => Arc::default(),
         None => return Err(invalid(field("content"), "must be given: a string or a list of text parts")),
     };
-    Ok(Turn { role, content })
+    Ok(ChatMessage { role, content })
 }
 
 fn tokenised(served: &Served, prompt: OnePrompt<'_>) -> Result<Vec<u32>, ApiError> {

@@ -15,21 +15,13 @@ use crate::{
     text::{ChatMessage, CheckpointText, Reader, TextCache, TextError, TextStops, Variables},
 };
 
-/// One turn of a chat, checked.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Turn<'a> {
-    /// `system`, `user` or `assistant`.
-    pub role: &'static str,
-    pub content: Cow<'a, str>,
-}
-
 /// Text to tokens and back, as far as this crate needs it.
 pub trait TextModel: Send + Sync {
     /// Tokens of a plain prompt, with what the model wants before it.
     fn tokenise_text(&self, text: &str) -> Result<Vec<u32>, ApiError>;
 
     /// Tokens of a chat through the model's template, which is told `variables`, too, ready for the assistant's answer.
-    fn tokenise_chat(&self, turns: &[Turn<'_>], variables: &Variables) -> Result<Vec<u32>, ApiError>;
+    fn tokenise_chat(&self, chat: &[ChatMessage<'_>], variables: &Variables) -> Result<Vec<u32>, ApiError>;
 
     /// Tokenises the beginning of a long text, of which more is to come, so that it is found when the whole is tokenised.
     /// Tells how many bytes of it are done with; 0 = none, as for models that cannot do it.
@@ -138,10 +130,8 @@ impl TextModel for CheckpointText {
         self.encode_text(text).map_err(|error| refused(&error, "prompt"))
     }
 
-    fn tokenise_chat(&self, turns: &[Turn<'_>], variables: &Variables) -> Result<Vec<u32>, ApiError> {
-        let messages: Vec<_> =
-            turns.iter().map(|turn| ChatMessage { role: turn.role, content: &turn.content }).collect();
-        self.encode_chat(&messages, variables).map_err(|error| refused(&error, "messages"))
+    fn tokenise_chat(&self, chat: &[ChatMessage<'_>], variables: &Variables) -> Result<Vec<u32>, ApiError> {
+        self.encode_chat(chat, variables).map_err(|error| refused(&error, "messages"))
     }
 
     fn remember(&self, text: &str) -> usize {

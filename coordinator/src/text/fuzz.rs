@@ -228,16 +228,16 @@ fn certain(bytes: &[u8]) -> usize {
 
 /// A chat, messages parted by 0xff, of which each begins with its role: rendered as it is said, by a template that repeats it.
 fn rendered(bytes: &[u8]) {
-    let said: Vec<(&str, String)> = bytes
+    let said: Vec<(&str, Arc<str>)> = bytes
         .split(|&byte| byte == 0xff)
         .filter_map(|message| {
             let (&role, content) = message.split_first()?;
             let role = ["system", "user", "assistant"][usize::from(role) % 3];
-            Some((role, String::from_utf8_lossy(&expand(content, TEXT_BYTES_MOST)).into_owned()))
+            Some((role, String::from_utf8_lossy(&expand(content, TEXT_BYTES_MOST)).into()))
         })
         .collect();
     let messages: Vec<ChatMessage<'_>> =
-        said.iter().map(|(role, content)| ChatMessage { role, content }).collect();
+        said.iter().map(|(role, content)| ChatMessage { role, content: content.clone() }).collect();
     let [plain, busy] = &*TEMPLATES;
     let mut expected: String =
         said.iter().map(|(role, content)| format!("<|im_start|>{role}\n{content}<|im_end|>\n")).collect();

@@ -2,7 +2,7 @@
 
 mod sums;
 
-use std::{fmt, time::SystemTime};
+use std::{fmt, sync::Arc, time::SystemTime};
 
 use minijinja::{Environment, Error, ErrorKind, Value, context, syntax::SyntaxConfig, value::Serde};
 use minijinja_contrib::pycompat::unknown_method_callback;
@@ -16,10 +16,12 @@ pub type Clock = fn() -> SystemTime;
 pub type Variables = serde_json::Map<String, serde_json::Value>;
 
 /// One message of a chat, as templates know it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ChatMessage<'a> {
+    /// `system`, `user` or `assistant`, if it is a client's.
     pub role: &'a str,
-    pub content: &'a str,
+    /// Shared with the template, which may be told of a megabyte.
+    pub content: Arc<str>,
 }
 
 /// A model's chat template, ready to render.
@@ -83,7 +85,7 @@ impl ChatTemplate {
         environment.set_fuel(Some(fuel));
         let template = environment.get_template(NAME).map_err(TextError::Render)?;
         let message =
-            |message: &ChatMessage<'_>| context! { role => message.role, content => message.content };
+            |message: &ChatMessage<'_>| context! { role => message.role, content => message.content.clone() };
         let messages: Vec<Value> = messages.iter().map(message).collect();
         // A token that the model does not have is undefined, which prints as nothing; `none` would print as a word.
         let token = |token: &Option<String>| token.as_deref().map_or(Value::UNDEFINED, Value::from);
@@ -242,7 +244,9 @@ mod tests {
             .render(messages, &Variables::new())
     }
 
-    const HELLO: ChatMessage<'_> = ChatMessage { role: "user", content: " Hi <b> " };
+    fn hello() -> ChatMessage<'static> {
+        ChatMessage { role: "user", content: " Hi <b> ".into() }
+    }
 
     #[test]
     fn python_methods_slices_and_loop_controls_work() {
@@ -252,16 +256,16 @@ mod tests {
 {% endfor %}
 {% if add_generation_prompt %}
 A:{% endif %}";
-        assert_eq!(render(source, &[HELLO]).expect("renders"), "<s>USER: Hi <b>\nA:");
+        assert_eq!(render(source, &[hello()]).expect("renders"), "<s>USER: Hi <b>\nA:");
     }
 
     #[test]
     fn the_templates_own_refusal_reaches_the_client() {
         let source = "{{ raise_exception('roles must alternate') }}";
         assert!(
-            matches!(render(source, &[HELLO]), Err(TextError::Refused { reason }) if reason == "roles must alternate")
+            matches!(render(source, &[hello()]), Err(TextError::Refused { reason }) if reason == "roles must alternate")
         );
-        assert!(matches!(render("{{ messages[0].a.b.c }}", &[HELLO]), Err(TextError::Render { .. })));
+        assert!(matches!(render("{{ messages[0].a.b.c }}", &[hello()]), Err(TextError::Render { .. })));
         assert!(ChatTemplate::new("{% for %}", None, None, clock).is_err());
     }
 
@@ -303,7 +307,7 @@ A:{% endif %}";
             let has_sums = sums::apart(&source, &syntax().expect("good")) != source;
             assert_eq!(has_sums, name != "llama3", "{name}");
             for content in ["", " Hi <b>\n", "a</think>b {{ 'c' + d }} é"] {
-                let messages = roles.map(|role| ChatMessage { role, content });
+                let messages = roles.map(|role| ChatMessage { role, content: content.into() });
                 (0..messages.len()).for_each(|from| says_what_is_written(&source, &messages[from..]));
             }
         }
@@ -313,7 +317,7 @@ A:{% endif %}";
     fn a_request_can_tell_the_template_more_and_not_otherwise() {
         let qwen3 = published("qwen3");
         let rendered = |variables: serde_json::Value| {
-            qwen3.render(&[HELLO], variables.as_object().expect("an object")).expect("renders")
+            qwen3.render(&[hello()], variables.as_object().expect("an object")).expect("renders")
         };
         let plain = "<|im_start|>user\n Hi <b> <|im_end|>\n<|im_start|>assistant\n";
         assert_eq!(rendered(serde_json::json!({})), plain);
@@ -326,13 +330,14 @@ A:{% endif %}";
 
     #[test]
     fn published_templates_take_a_part_of_what_they_may() {
-        let (short, long) = ("Hi!", "word ".repeat(20_000));
+        let [short, long]: [Arc<str>; 2] = ["Hi!".into(), "word ".repeat(20_000).into()];
         for name in ["llama3", "qwen3", "deepseek_v3"] {
             let template = published(name);
             for (content, count) in
-                [(short, 1), (short, 500), (&long, 1), (&long, 4), (short, 10_000), (&long, 80)]
+                [(&short, 1), (&short, 500), (&long, 1), (&long, 4), (&short, 10_000), (&long, 80)]
             {
-                let of = |at: usize| ChatMessage { role: ["user", "assistant"][at % 2], content };
+                let role = |at: usize| ["user", "assistant"][at % 2];
+                let of = |at| ChatMessage { role: role(at), content: content.clone() };
                 let messages: Vec<_> = (0..count).map(of).collect();
                 let may = fuel(&messages);
                 let part = if may < FUEL_MOST { 10 } else { 4 };

@@ -49,8 +49,9 @@ fn the_real_model_tokenises_as_hugging_face_does() {
     }
     for case in reference["chats"].as_array().expect("chats") {
         let messages = case["messages"].as_array().expect("messages").iter();
-        let messages: Vec<ChatMessage<'_>> =
-            messages.map(|m| ChatMessage { role: text(&m["role"]), content: text(&m["content"]) }).collect();
+        let messages: Vec<ChatMessage<'_>> = messages
+            .map(|m| ChatMessage { role: text(&m["role"]), content: text(&m["content"]).into() })
+            .collect();
         let template = model.template.as_ref().expect("the model has a template");
         assert_eq!(template.render(&messages, &Variables::new()).expect("renders"), text(&case["prompt"]));
         assert_eq!(model.encode_chat(&messages, &Variables::new()).expect("encodes"), ids(&case["ids"]));
@@ -73,7 +74,7 @@ fn both_formats_of_a_tiny_model_tokenise_alike() {
             whole.replace("<|im_end|>", "")
         );
     }
-    let messages = [ChatMessage { role: "user", content: "the one" }];
+    let messages = [ChatMessage { role: "user", content: "the one".into() }];
     let prompts =
         [&directory, &file].map(|model| model.encode_chat(&messages, &Variables::new()).expect("encodes"));
     assert_eq!(prompts[0], prompts[1]);

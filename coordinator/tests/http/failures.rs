@@ -11,8 +11,8 @@ use std::{
 
 use crate::scripted::{Cluster, PATIENCE, answer, chat_text, events, served, until};
 use baton_coordinator::{
-    prepare::{Spelling, TextModel, TextReader, Turn},
-    text::{TextStops, Variables},
+    prepare::{Spelling, TextModel, TextReader},
+    text::{ChatMessage, TextStops, Variables},
 };
 use baton_proto::{ApiError, ErrorCode, v1};
 use baton_registry::{KeyRange, LeaderRecord, Store, Txn, keys};
@@ -238,8 +238,8 @@ impl TextModel for Held {
         self.text.tokenise_text(text)
     }
 
-    fn tokenise_chat(&self, turns: &[Turn<'_>], variables: &Variables) -> Result<Vec<u32>, ApiError> {
-        self.text.tokenise_chat(turns, variables)
+    fn tokenise_chat(&self, chat: &[ChatMessage<'_>], variables: &Variables) -> Result<Vec<u32>, ApiError> {
+        self.text.tokenise_chat(chat, variables)
     }
 
     fn reader(&self, stops: &TextStops) -> Box<dyn TextReader> {

@@ -7,9 +7,9 @@ use std::{collections::HashMap, net::SocketAddr, sync::Arc, time::Duration};
 use baton_coordinator::{
     CoordinatorConfig, Parts, assemble,
     keys::Source,
-    prepare::{Served, Spelling, TextModel, TextReader, Turn},
+    prepare::{Served, Spelling, TextModel, TextReader},
     serve::Service,
-    text::{TextStops, Variables},
+    text::{ChatMessage, TextStops, Variables},
 };
 use baton_process::{HealthHandle, Tls, http::Port};
 use baton_proto::{ApiError, ErrorCode, InstanceId, InstanceSpec, ModelIdentity, tokens, v1};

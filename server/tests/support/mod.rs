@@ -6,7 +6,7 @@
 use std::{collections::HashMap, net::TcpListener, sync::Arc, time::Duration};
 
 use baton_process::{Metrics, Tls, tls};
-use baton_proto::{ErrorCode, Incarnation, InstanceId, RoleEpoch, tokens, v1};
+use baton_proto::{ErrorCode, Incarnation, InstanceId, RoleEpoch, Tokens, v1};
 use baton_runtime::Executor;
 use baton_server::{
     config::HandoffConfig,
@@ -307,7 +307,7 @@ impl Attached {
             incarnation: self.target.incarnation,
             role_epoch: self.target.epoch,
             model: self.target.model.clone(),
-            prompt_tokens: tokens::to_wire(&request.prompt),
+            prompt_tokens: Tokens::from(&request.prompt[..]).to_wire(),
             generated_tokens: request.generated.clone(),
             sampling: Some(request.sampling.clone()),
             timeout_millis: request.timeout_millis,

@@ -52,7 +52,7 @@ struct Bodies {
 impl Bodies {
     fn write(words: &Words, job: &Job) -> Self {
         let prompt = |index| {
-            let prompt = words.prompt((job.seed << 24) + u64::from(index), job.prompt_words);
+            let prompt = words.prompt((job.texts_seed << 24) + u64::from(index), job.prompt_words);
             let rest = json!({"model": words.model, "stream": job.stream, "max_tokens": ANSWER_TOKENS, "temperature": 0});
             let rest = rest.to_string();
             let fields = rest.trim_start_matches('{').trim_end_matches('}');

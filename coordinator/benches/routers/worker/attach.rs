@@ -15,7 +15,7 @@ use baton_process::{
     grpc::{self, GrpcOptions, KeepAlive},
     tls::Door,
 };
-use baton_proto::{tokens, v1};
+use baton_proto::{BlockHash, tokens, v1};
 use futures::{Stream, StreamExt, stream};
 use parking_lot::Mutex;
 use tokio::time::interval;
@@ -24,7 +24,7 @@ use tonic::{Request, Response, Status, Streaming, service::Routes};
 use v1::{attach_request::Frame as Ask, attach_response::Frame as Answer, dispatch::Work, leg_output::End};
 
 use super::{
-    cache::Cache,
+    cache::{self, Cache},
     engine::{Engine, Sequence},
     outbox::Outbox,
 };
@@ -37,8 +37,8 @@ const BLOCKS: u32 = 1 << 20;
 /// Sequences that an instance says it decodes at a time.
 const SEQUENCES_MOST: u32 = 16_384;
 
-/// Decode legs that wait for their cache, and caches that wait for their leg, by transfer. One for all instances.
-static TRANSFERS: LazyLock<Mutex<HashMap<Vec<u8>, Option<Leg>>>> = LazyLock::new(Mutex::default);
+/// Of each transfer, the leg that came first. One for all instances.
+static TRANSFERS: LazyLock<Mutex<HashMap<Vec<u8>, First>>> = LazyLock::new(Mutex::default);
 
 /// See the module.
 #[derive(Clone)]
@@ -76,6 +76,14 @@ impl Instance {
         // The bench ends with its processes; a server that ends before has nobody left to serve.
         let _ = grpc::serve(listener, Routes::new(inference).add_service(cache), options).await;
     }
+}
+
+/// A leg that waits for the other of its transfer.
+struct First {
+    /// What their prompt's blocks are called.
+    names: Vec<BlockHash>,
+    /// None: it is prefill's.
+    decode: Option<Leg>,
 }
 
 /// A leg that has tokens to bring.
@@ -155,15 +163,14 @@ impl Sequence for Leg {
 
 impl Instance {
     fn dispatched(&self, dispatch: v1::Dispatch, stream: &Arc<Attached>) {
-        let prompt = tokens::from_wire(&dispatch.prompt_tokens).unwrap_or_default();
-        let prompt_tokens = prompt.len() as u32;
+        let prompt_tokens = (dispatch.prompt_tokens.len() / size_of::<u32>()) as u32;
         {
             let mut state = stream.state.lock();
             state.seen_leg = dispatch.leg;
             state.dispatches += 1;
             state.prompt_tokens += u64::from(prompt_tokens);
         }
-        self.cache.store(&prompt);
+        let names = || cache::names(&tokens::from_wire(&dispatch.prompt_tokens).unwrap_or_default());
         let seed = dispatch.sampling.as_ref().map_or(0, |sampling| sampling.seed);
         let leg = |position| Leg {
             leg: dispatch.leg,
@@ -176,27 +183,31 @@ impl Instance {
             words: self.words.clone(),
             stream: stream.clone(),
         };
-        match dispatch.work {
+        let (transfer, decode) = match &dispatch.work {
             Some(Work::Prefill(prefill)) => {
                 let mut leg = leg(0);
                 leg.untold.push(self.words.answer_at(seed, 0).token);
                 stream.outbox.put(leg.output(Some(v1::FinishReason::HandedOff)));
-                let decode = TRANSFERS.lock().remove(&prefill.transfer_id[..]);
-                match decode {
-                    Some(Some(decode)) => decode.run(&self.engine),
-                    _ => drop(TRANSFERS.lock().insert(prefill.transfer_id.to_vec(), None)),
-                }
+                (prefill.transfer_id.to_vec(), None)
             }
-            Some(Work::Decode(decode)) => {
-                let key = decode.transfer_id.to_vec();
-                let cache = TRANSFERS.lock().remove(&key);
-                match cache {
-                    Some(None) => leg(1).run(&self.engine),
-                    _ => drop(TRANSFERS.lock().insert(key, Some(leg(1)))),
-                }
+            Some(Work::Decode(decode)) => (decode.transfer_id.to_vec(), Some(leg(1))),
+            Some(Work::Whole(_)) => {
+                self.cache.store(&names());
+                return leg(0).run(&self.engine);
             }
-            Some(Work::Whole(_)) => leg(0).run(&self.engine),
-            None => {}
+            None => return,
+        };
+        let first = TRANSFERS.lock().remove(&transfer);
+        let Some(first) = first else {
+            let names = names();
+            self.cache.store(&names);
+            TRANSFERS.lock().insert(transfer, First { names, decode });
+            return;
+        };
+        // Of both instances, but computed once: the second would only take time from who is measured.
+        self.cache.store(&first.names);
+        if let Some(decode) = first.decode.or(decode) {
+            decode.run(&self.engine);
         }
     }
 

@@ -1,4 +1,7 @@
 //! What an instance says of its prefix cache: every prompt's full blocks, the oldest of which make room.
+//!
+//! Of them only those are kept that the coordinator wants to be told of: a worker has to be so quick that what is measured is the
+//! router.
 
 use std::{
     collections::{HashSet, VecDeque},
@@ -17,13 +20,15 @@ use v1::kv_events::Events;
 
 const LAYOUT: &str = "bench";
 const BLOCK_TOKENS: u32 = 16;
-/// Blocks that are kept, of a million tokens.
-const BLOCKS_MOST: usize = 1 << 16;
+/// Blocks that are kept, of those that are told of: of a million tokens, with one for 128 tokens.
+const BLOCKS_MOST: usize = 1 << 13;
 /// Changes that a reader may be behind.
 const CHANGES_MOST: usize = 4096;
 
 #[derive(Default)]
 struct Kept {
+    /// Which blocks are told of; none before somebody asks.
+    sieve: Option<Sieve>,
     in_order: VecDeque<BlockHash>,
     /// By their keys, which are as good as they are for a bench.
     all: HashSet<u64, RandomState>,
@@ -43,12 +48,21 @@ struct Change {
 }
 
 impl Change {
-    /// So far as it is wanted.
-    fn message(&self, sieve: Sieve) -> v1::KvEvents {
-        let wanted = |hashes: &[BlockHash]| BlockHash::to_wire(sieve.of(hashes));
-        let change = v1::KvChange { stored: wanted(&self.stored), evicted: wanted(&self.evicted) };
+    fn message(&self) -> v1::KvEvents {
+        let stored = BlockHash::to_wire(&self.stored);
+        let change = v1::KvChange { stored, evicted: BlockHash::to_wire(&self.evicted) };
         v1::KvEvents { sequence: self.sequence, events: Some(Events::Change(change)) }
     }
+}
+
+/// What the full blocks of a prompt are called.
+pub(super) fn names(prompt: &[u32]) -> Vec<BlockHash> {
+    let mut last = BlockHash::root(LAYOUT, "");
+    let named = prompt.chunks_exact(BLOCK_TOKENS as usize).map(|tokens| {
+        last = last.child(tokens);
+        last
+    });
+    named.collect()
 }
 
 impl Default for Cache {
@@ -58,15 +72,11 @@ impl Default for Cache {
 }
 
 impl Cache {
-    /// A prompt was computed, or taken up.
-    pub(super) fn store(&self, prompt: &[u32]) {
-        let mut last = BlockHash::root(LAYOUT, "");
-        let chain = prompt.chunks_exact(BLOCK_TOKENS as usize).map(|tokens| {
-            last = last.child(tokens);
-            last
-        });
-        let mut kept = self.kept.lock();
-        let fresh: Vec<_> = chain.filter(|hash| kept.all.insert(hash.key())).collect();
+    /// A prompt was computed, or taken up, whose blocks are called so.
+    pub(super) fn store(&self, names: &[BlockHash]) {
+        let kept = &mut *self.kept.lock();
+        let Some(sieve) = kept.sieve else { return };
+        let fresh: Vec<_> = sieve.of(names).copied().filter(|hash| kept.all.insert(hash.key())).collect();
         if fresh.is_empty() {
             return;
         }
@@ -91,12 +101,15 @@ impl v1::kv_cache_server::KvCache for Cache {
         request: Request<v1::KvEventsRequest>,
     ) -> Result<Response<Self::EventsStream>, Status> {
         let sieve = Sieve::new(request.into_inner().every_tokens, BLOCK_TOKENS);
-        let kept = self.kept.lock();
+        let mut kept = self.kept.lock();
+        if kept.sieve.replace(sieve).is_some_and(|before| before != sieve) {
+            return Err(Status::unimplemented("all who read are to want the same"));
+        }
         let snapshot = v1::KvSnapshot {
             incarnation: 1,
             layout_fingerprint: LAYOUT.to_owned(),
             block_tokens: BLOCK_TOKENS,
-            stored: BlockHash::to_wire(kept.in_order.iter().filter(|hash| sieve.keeps(hash.key()))),
+            stored: BlockHash::to_wire(&kept.in_order),
             part: 0,
             last: true,
         };
@@ -104,7 +117,7 @@ impl v1::kv_cache_server::KvCache for Cache {
         let changes = BroadcastStream::new(self.changes.subscribe());
         drop(kept);
         let changes = changes.map(move |change| match change {
-            Ok(change) => Ok(change.message(sieve)),
+            Ok(change) => Ok(change.message()),
             Err(_) => Err(Status::data_loss("the reader is too far behind: read again")),
         });
         Ok(Response::new(Box::pin(stream::iter([Ok(first)]).chain(changes))))

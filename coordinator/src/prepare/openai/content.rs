@@ -1,6 +1,6 @@
 //! What a message says: a text, or a list of parts. Read straight into what it is, so that a long text is copied once.
 
-use std::fmt;
+use std::{fmt, sync::Arc};
 
 use serde::{
     Deserialize, Deserializer,
@@ -9,7 +9,7 @@ use serde::{
 
 #[derive(Debug)]
 pub enum Content {
-    Text(String),
+    Text(Arc<str>),
     Parts(Vec<Part>),
 }
 
@@ -31,7 +31,7 @@ impl<'de> Visitor<'de> for ContentVisitor {
     }
 
     fn visit_str<E: Error>(self, text: &str) -> Result<Content, E> {
-        Ok(Content::Text(text.to_owned()))
+        Ok(Content::Text(text.into()))
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Content, A::Error> {

@@ -1,7 +1,7 @@
 //! For tests, here and in `tests/http`: a text model whose tokens are bytes. What it is made of comes from the module
 //! that includes it, which is inside this crate or outside.
 
-use super::{ApiError, Spelling, TextModel, TextReader, TextStops, Turn, Variables};
+use super::{ApiError, ChatMessage, Spelling, TextModel, TextReader, TextStops, Variables};
 
 /// One token per byte; the template is `role:content\n` per turn and `assistant:`.
 pub(crate) struct Bytes;
@@ -27,8 +27,8 @@ impl TextModel for Bytes {
         Ok(text.bytes().map(u32::from).collect())
     }
 
-    fn tokenise_chat(&self, turns: &[Turn<'_>], _: &Variables) -> Result<Vec<u32>, ApiError> {
-        let mut text: String = turns.iter().map(|turn| format!("{}:{}\n", turn.role, turn.content)).collect();
+    fn tokenise_chat(&self, chat: &[ChatMessage<'_>], _: &Variables) -> Result<Vec<u32>, ApiError> {
+        let mut text: String = chat.iter().map(|said| format!("{}:{}\n", said.role, said.content)).collect();
         text.push_str("assistant:");
         self.tokenise_text(&text)
     }

@@ -9,7 +9,7 @@ use std::{
 };
 
 use baton_proto::{
-    tokens,
+    Tokens,
     v1::{
         self, attach_request::Frame as Ask, attach_response::Frame as Answer, dispatch::Work as Leg,
         inference_client::InferenceClient,
@@ -138,7 +138,7 @@ impl Server {
             incarnation: self.incarnation,
             role_epoch: self.role_epoch,
             model: NAME.to_owned(),
-            prompt_tokens: tokens::to_wire(&prompt_tokens),
+            prompt_tokens: Tokens::from(prompt_tokens).to_wire(),
             sampling: Some(v1::Sampling {
                 top_p: 1.0,
                 repetition_penalty: 1.0,

@@ -1,5 +1,7 @@
 //! What is refused of a dispatch, and by which field.
 
+use baton_proto::Tokens;
+
 use super::*;
 
 fn facts() -> InstanceFacts {
@@ -23,7 +25,7 @@ fn wire() -> v1::Dispatch {
         incarnation: 5,
         role_epoch: 3,
         model: "m".into(),
-        prompt_tokens: tokens::to_wire(&[1, 2]),
+        prompt_tokens: Tokens::from([1, 2]).to_wire(),
         sampling: Some(v1::Sampling {
             top_p: 1.0,
             repetition_penalty: 1.0,
@@ -53,7 +55,7 @@ fn each_bad_field_is_named() {
         ("sampling", |w| w.sampling = None),
         ("work", |w| w.work = None),
         ("prompt_tokens", |w| w.prompt_tokens.clear()),
-        ("prompt_tokens", |w| w.prompt_tokens = tokens::to_wire(&[1, 10])),
+        ("prompt_tokens", |w| w.prompt_tokens = Tokens::from([1, 10]).to_wire()),
         ("prompt_tokens", |w| w.prompt_tokens.truncate(7)),
         ("generated_tokens", |w| w.generated_tokens = vec![10]),
         ("generated_tokens", |w| w.generated_tokens = vec![1; 4]),
@@ -92,11 +94,11 @@ fn what_is_out_of_date_or_does_not_fit_is_refused() {
     assert_eq!(refusal(|w| w.role_epoch = 2).code, ErrorCode::StaleEpoch);
     assert_eq!(refusal(|w| w.model = "x".into()).code, ErrorCode::ModelNotFound);
     assert_eq!(
-        refusal(|w| w.prompt_tokens = tokens::to_wire(&[1; 8])).code,
+        refusal(|w| w.prompt_tokens = Tokens::from([1; 8]).to_wire()).code,
         ErrorCode::ContextLengthExceeded
     );
     let carried = |w: &mut v1::Dispatch| {
-        (w.prompt_tokens, w.generated_tokens) = (tokens::to_wire(&[1; 5]), vec![1; 3]);
+        (w.prompt_tokens, w.generated_tokens) = (Tokens::from([1; 5]).to_wire(), vec![1; 3]);
     };
     assert_eq!(refusal(carried).code, ErrorCode::ContextLengthExceeded);
     let leg = Leg::try_from(wire()).expect("valid");
