@@ -223,7 +223,10 @@ impl Reader {
                 for choice in 0..choices {
                     let end = Some(LegEnd::Failed(error.clone()));
                     let (tokens, logprobs) = (Vec::new(), Vec::new());
-                    self.outbox.put(LegUpdate { leg, choice, first_position: 0, tokens, logprobs, end });
+                    let cached_tokens = None;
+                    let update =
+                        LegUpdate { leg, choice, first_position: 0, tokens, logprobs, cached_tokens, end };
+                    self.outbox.put(update);
                 }
                 Ok(())
             }
@@ -283,6 +286,7 @@ impl From<LegUpdate> for v1::LegOutput {
             first_position: update.first_position,
             tokens: update.tokens,
             logprobs: update.logprobs.into_iter().map(v1::TokenLogprobs::from).collect(),
+            cached_tokens: update.cached_tokens,
             end,
         }
     }

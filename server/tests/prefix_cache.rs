@@ -44,7 +44,7 @@ async fn what_was_computed_once_is_not_computed_again() {
         coordinator.dispatch(leg, &request, whole()).await;
         let heard = coordinator.until_end(leg).await;
         assert_eq!(heard.tokens, request.expected(), "leg {leg}");
-        assert_eq!(heard.cached_tokens(), cached, "leg {leg}");
+        assert_eq!((heard.cached, heard.cached_tokens()), (Some(cached), cached), "leg {leg}");
         (hits, misses) = (hits + cached, misses + request.prompt.len() as u32 - cached);
     }
     mixed.until_idle().await;
@@ -68,6 +68,7 @@ async fn what_decode_holds_is_not_sent() {
         assert_eq!(pair.completion(leg).await, request.expected(), "leg {leg}");
         let (prefill, decode) = (pair.to_prefill.until_end(leg).await, pair.to_decode.until_end(leg).await);
         assert_eq!((prefill.cached_tokens(), decode.cached_tokens()), (cached[index], 0), "leg {leg}");
+        assert_eq!((prefill.cached, decode.cached), (Some(cached[index]), None), "leg {leg}");
         pair.until_idle().await;
         let sent = pair.prefill.metric("baton_server_transfer_slices_out_total");
         assert_eq!(sent - sent_before, f64::from(model::LAYERS * sent_blocks[index]), "leg {leg}");

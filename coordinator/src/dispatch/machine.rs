@@ -258,6 +258,9 @@ impl Machine {
         if self.wants_logprobs && output.logprobs.len() != output.tokens.len() {
             return Err(broken(side, "sent tokens without their log probabilities"));
         }
+        if side != Side::Decode {
+            self.cached_tokens = self.cached_tokens.max(output.cached_tokens);
+        }
         let mut logprobs = std::mem::take(&mut output.logprobs).into_iter();
         for (index, &token) in output.tokens.iter().enumerate() {
             let position = u32::try_from(index).ok().and_then(|i| output.first_position.checked_add(i));

@@ -43,6 +43,8 @@ pub struct Output {
     pub tokens: Vec<u32>,
     /// One for each of `tokens` if they were asked for.
     pub logprobs: Vec<TokenLogprobs>,
+    /// Of the prompt, taken from a prefix cache, where that is said: with the first tokens, and not by decode.
+    pub cached_tokens: Option<u32>,
     pub end: Option<LegEnd>,
 }
 
@@ -55,7 +57,8 @@ impl Output {
     /// The leg failed with nothing more to say.
     pub fn failed(error: ApiError) -> Self {
         let end = Some(LegEnd::Failed(error));
-        Self { choice: 0, first_position: 0, tokens: Vec::new(), logprobs: Vec::new(), end }
+        let (tokens, logprobs) = (Vec::new(), Vec::new());
+        Self { choice: 0, first_position: 0, tokens, logprobs, cached_tokens: None, end }
     }
 }
 
@@ -67,7 +70,8 @@ impl From<v1::LegOutput> for Output {
             End::Failed(detail) => LegEnd::Failed(detail.into()),
         });
         let logprobs = wire.logprobs.into_iter().map(TokenLogprobs::from).collect();
-        Self { choice: wire.choice, first_position: wire.first_position, tokens: wire.tokens, logprobs, end }
+        let v1::LegOutput { choice, first_position, tokens, cached_tokens, .. } = wire;
+        Self { choice, first_position, tokens, logprobs, cached_tokens, end }
     }
 }
 

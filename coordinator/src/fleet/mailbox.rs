@@ -189,7 +189,8 @@ mod tests {
     }
 
     fn output(first_position: u32, tokens: &[u32]) -> Output {
-        Output { choice: 0, first_position, tokens: tokens.to_vec(), logprobs: Vec::new(), end: None }
+        let (tokens, logprobs) = (tokens.to_vec(), Vec::new());
+        Output { choice: 0, first_position, tokens, logprobs, cached_tokens: None, end: None }
     }
 
     fn take(mailbox: &Mailbox) -> Vec<(Side, Output)> {

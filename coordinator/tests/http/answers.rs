@@ -148,6 +148,19 @@ async fn a_stop_string_across_tokens_ends_the_answer_and_never_leaks() {
 }
 
 #[tokio::test]
+async fn what_was_cached_is_told_of_an_answer_that_a_stop_string_ends() {
+    let (cluster, [mut instance]) = Cluster::start([("a", v1::Role::Mixed)], |_| {}).await;
+    let response = cluster.chat(json!({"stop": "END"}));
+    let leg = instance.dispatch().await.leg;
+    instance.begin(leg, "a", 3);
+    instance.tokens(leg, 1, "END");
+    assert_eq!(instance.cancelled().await.reason, "stop_string");
+    let answer: Value = response.await.expect("ends").json().await.expect("is JSON");
+    assert_eq!(answer["usage"]["prompt_tokens_details"]["cached_tokens"], 3);
+    cluster.at_rest().await;
+}
+
+#[tokio::test]
 async fn ids_and_trace_context_are_passed_on() {
     let (cluster, mut prefill, mut decode) = Cluster::pair().await;
     let trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";

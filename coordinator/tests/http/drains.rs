@@ -180,7 +180,7 @@ async fn a_mixed_instance_that_drains_hands_on_to_another() {
     let (cluster, [mut a, mut b]) = Cluster::start(roles, at_once).await;
     let response = cluster.chat(json!({"max_tokens": 4}));
     let (drained, other, taken) = either(&mut a, &mut b).await;
-    drained.tokens(taken.leg, 0, "ab");
+    drained.begin(taken.leg, "ab", 3);
     consumed(&cluster, 2).await;
     drain(drained);
     drained.tokens(taken.leg, 2, "");
@@ -190,6 +190,8 @@ async fn a_mixed_instance_that_drains_hands_on_to_another() {
     other.finish(resumed.leg, 3, "d", FinishReason::Length);
     let answer: Value = response.await.expect("ends").json().await.expect("is JSON");
     assert_eq!(answer["choices"][0]["message"]["content"], "abcd");
+    // What is handed on was all cached there; the client's request had 3.
+    assert_eq!(answer["usage"]["prompt_tokens_details"]["cached_tokens"], 3);
     cluster.at_rest().await;
 }
 

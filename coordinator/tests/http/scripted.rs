@@ -257,7 +257,8 @@ impl Instance {
         };
         let tokens = text.bytes().map(u32::from).collect();
         let (end, logprobs) = (end.map(finished), Vec::new());
-        let output = v1::LegOutput { leg, choice, first_position, tokens, end, logprobs };
+        let output =
+            v1::LegOutput { leg, choice, first_position, tokens, end, logprobs, cached_tokens: None };
         self.say(Answer::Step(v1::StepOutput { legs: vec![output] }));
     }
 
@@ -275,12 +276,20 @@ impl Instance {
         end: Option<End>,
     ) {
         let tokens = text.bytes().map(u32::from).collect();
-        let output = v1::LegOutput { leg, choice: 0, first_position, tokens, end, logprobs };
+        let (choice, cached_tokens) = (0, None);
+        let output = v1::LegOutput { leg, choice, first_position, tokens, end, logprobs, cached_tokens };
         self.say(Answer::Step(v1::StepOutput { legs: vec![output] }));
     }
 
     pub(crate) fn tokens(&self, leg: u64, first_position: u32, text: &str) {
         self.leg(leg, first_position, text, None);
+    }
+
+    /// A leg's first tokens, and how many of the prompt's were cached.
+    pub(crate) fn begin(&self, leg: u64, text: &str, cached_tokens: u32) {
+        let tokens = text.bytes().map(u32::from).collect();
+        let begun = v1::LegOutput { leg, tokens, cached_tokens: Some(cached_tokens), ..Default::default() };
+        self.say(Answer::Step(v1::StepOutput { legs: vec![begun] }));
     }
 
     pub(crate) fn finish(&self, leg: u64, first_position: u32, text: &str, reason: v1::FinishReason) {

@@ -368,11 +368,17 @@ impl Sequence {
         }
     }
 
+    /// Tokens of the prompt that were in the cache; none of a decode leg, which computes no prompt.
+    pub(super) fn cached_tokens(&self) -> Option<u32> {
+        let cached = self.cached.filter(|_| !matches!(self.work, Work::Decode(_)))?;
+        Some(cached.min(self.prompt_tokens))
+    }
+
     pub(super) fn finished(&self, reason: FinishReason) -> LegEnd {
         LegEnd::Finished {
             reason,
             prompt_tokens: self.prompt_tokens,
-            cached_tokens: self.cached.unwrap_or(0).min(self.prompt_tokens),
+            cached_tokens: self.cached_tokens().unwrap_or(0),
             completion_tokens: self.completion_tokens(),
         }
     }

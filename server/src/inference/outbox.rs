@@ -197,6 +197,7 @@ impl State {
             );
             waiting.tokens.extend(update.tokens);
             waiting.logprobs.extend(update.logprobs);
+            waiting.cached_tokens = waiting.cached_tokens.or(update.cached_tokens);
             waiting.end = update.end;
         } else {
             self.entries.insert((update.leg, update.choice), self.updates.len());
@@ -220,6 +221,7 @@ mod tests {
             first_position,
             tokens: tokens.to_vec(),
             logprobs: Vec::new(),
+            cached_tokens: None,
             end: None,
         }
     }

@@ -190,6 +190,7 @@ mod tests {
                 first_position: 0,
                 tokens: vec![1],
                 logprobs: Vec::new(),
+                cached_tokens: None,
                 end: None,
             };
             let load = Load { occupancy: Occupancy { running, ..Occupancy::default() }, ..Load::default() };

@@ -233,6 +233,8 @@ pub struct Heard {
     pub tokens: Vec<u32>,
     pub logprobs: Vec<v1::TokenLogprobs>,
     pub first_position: Option<u32>,
+    /// Of the prompt, as it was said with the first tokens.
+    pub cached: Option<u32>,
     pub end: Option<v1::leg_output::End>,
 }
 
@@ -363,6 +365,7 @@ impl Attached {
         assert_eq!(first + heard.tokens.len() as u32, output.first_position, "leg {} has a gap", output.leg);
         heard.tokens.extend(output.tokens);
         heard.logprobs.extend(output.logprobs);
+        heard.cached = heard.cached.or(output.cached_tokens);
         heard.end = output.end;
     }
 

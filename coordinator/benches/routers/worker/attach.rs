@@ -133,6 +133,7 @@ impl Leg {
             first_position: self.position + 1 - self.untold.len() as u32,
             tokens: std::mem::take(&mut self.untold),
             logprobs: Vec::new(),
+            cached_tokens: None,
             end: end.map(finished),
         }
     }

@@ -52,7 +52,14 @@ async fn next(generation: &mut Generation) -> Progress {
 #[tokio::test(start_paused = true)]
 async fn a_decode_that_says_nothing_after_prefill_was_lost_is_waited_for_in_measure() {
     let lost = ApiError::new(ErrorCode::InstanceLost, "cannot reach the peer's handoff service");
-    let first = Output { choice: 0, first_position: 0, tokens: vec![7], logprobs: vec![], end: None };
+    let first = Output {
+        choice: 0,
+        first_position: 0,
+        tokens: vec![7],
+        logprobs: vec![],
+        cached_tokens: None,
+        end: None,
+    };
     let failed = || Output::failed(lost.clone());
 
     let handoffs = Arc::default();
@@ -76,7 +83,14 @@ async fn a_decode_that_says_nothing_after_prefill_was_lost_is_waited_for_in_meas
     assert_eq!(next(&mut speaks).await, Progress::Choice { choice: 0, end: None });
     speaks.mailbox.deliver(
         Side::Decode,
-        Output { choice: 0, first_position: 1, tokens: vec![8], logprobs: vec![], end: None },
+        Output {
+            choice: 0,
+            first_position: 1,
+            tokens: vec![8],
+            logprobs: vec![],
+            cached_tokens: None,
+            end: None,
+        },
     );
     assert_eq!(next(&mut speaks).await, Progress::Choice { choice: 0, end: None });
     let later = DECODE_PATIENCE * 2;
@@ -85,7 +99,14 @@ async fn a_decode_that_says_nothing_after_prefill_was_lost_is_waited_for_in_meas
     let last = LegEnd::Complete { reason, cached_tokens: 0 };
     speaks.mailbox.deliver(
         Side::Decode,
-        Output { choice: 0, first_position: 2, tokens: vec![9], logprobs: vec![], end: Some(last) },
+        Output {
+            choice: 0,
+            first_position: 2,
+            tokens: vec![9],
+            logprobs: vec![],
+            cached_tokens: None,
+            end: Some(last),
+        },
     );
     assert_eq!(
         next(&mut speaks).await,

@@ -5,11 +5,25 @@ use proptest::prelude::*;
 use super::*;
 
 fn out(first_position: u32, tokens: &[u32]) -> Output {
-    Output { choice: 0, first_position, tokens: tokens.to_vec(), logprobs: vec![], end: None }
+    Output {
+        choice: 0,
+        first_position,
+        tokens: tokens.to_vec(),
+        logprobs: vec![],
+        cached_tokens: None,
+        end: None,
+    }
 }
 
 fn end(end: LegEnd) -> Output {
-    Output { choice: 0, first_position: 0, tokens: vec![], logprobs: vec![], end: Some(end) }
+    Output {
+        choice: 0,
+        first_position: 0,
+        tokens: vec![],
+        logprobs: vec![],
+        cached_tokens: None,
+        end: Some(end),
+    }
 }
 
 fn handed(cached_tokens: u32) -> Output {
@@ -40,6 +54,16 @@ fn tokens_of_two_legs_come_in_order() {
     machine.output(Side::Decode, out(3, &[13]));
     assert_eq!(machine.take_fresh().tokens, [13]);
     assert_eq!(machine.output(Side::Decode, complete(StopReason::Length)), [ok(StopReason::Length, 4)]);
+}
+
+#[test]
+fn what_was_cached_is_known_from_the_first_token_on_and_not_from_decode() {
+    for (mut machine, side) in [(Machine::whole(4), Side::Whole), (Machine::apart(4), Side::Prefill)] {
+        machine.output(Side::Decode, Output { cached_tokens: Some(9), ..out(1, &[11]) });
+        machine.output(side, Output { cached_tokens: Some(6), ..out(0, &[10]) });
+        assert_eq!(machine.cached_tokens(), Some(6));
+        assert_eq!(machine.stop().pop(), Some(ok(StopReason::Stop, 6)));
+    }
 }
 
 #[test]

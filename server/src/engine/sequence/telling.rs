@@ -14,6 +14,8 @@ pub struct LegUpdate {
     pub tokens: Vec<u32>,
     /// One for each of `tokens` if they are wanted, else none.
     pub logprobs: Vec<TokenLogprobs>,
+    /// As [`LegEnd::Finished`] has it, with the first tokens; not of a decode leg.
+    pub cached_tokens: Option<u32>,
     /// Set once, with the last update.
     pub end: Option<LegEnd>,
 }
@@ -95,9 +97,13 @@ impl Sequence {
             return None;
         }
         self.untold.push(self.first_untold(), token, logprobs);
-        let waits = self.untold.begun && self.untold.tokens.len() < self.untold.at_a_time;
-        self.untold.begun = self.choices.len() == 1;
-        if waits { None } else { Some(self.update(choice, None)) }
+        let begun = std::mem::replace(&mut self.untold.begun, self.choices.len() == 1);
+        if begun && self.untold.tokens.len() < self.untold.at_a_time {
+            return None;
+        }
+        let (address, update) = self.update(choice, None);
+        let cached_tokens = (!begun).then(|| self.cached_tokens()).flatten();
+        Some((address, LegUpdate { cached_tokens, ..update }))
     }
 
     /// A choice has ended: the update that tells it, with what has not been told.
@@ -109,6 +115,7 @@ impl Sequence {
     fn update(&mut self, choice: u32, end: Option<LegEnd>) -> (Address, LegUpdate) {
         let (first, tokens, logprobs) = self.untold.take();
         let first_position = if tokens.is_empty() { self.completion_tokens() } else { first };
-        (self.address, LegUpdate { leg: self.address.leg, choice, first_position, tokens, logprobs, end })
+        let leg = self.address.leg;
+        (self.address, LegUpdate { leg, choice, first_position, tokens, logprobs, cached_tokens: None, end })
     }
 }
