@@ -91,7 +91,7 @@ impl Models {
     }
 
     /// Whether anybody waits, for whichever model, who gives way to one of this rank.
-    pub fn have_behind(&self, rank: &Rank<'_>) -> bool {
+    pub fn have_behind(&self, rank: &Rank) -> bool {
         self.all.iter().any(|model| model.line.has_behind(rank))
     }
 

@@ -1,21 +1,24 @@
 //! Who is served next of those who wait for one model. Pure: time is an argument.
 //!
-//! - **Bands** go by priority: the lower comes first, but of [`TURNS`] turns one is another band's, each in its turn, so
-//!   that nobody waits for ever.
+//! - **Bands** of keys: the lower comes first, but of [`TURNS`] turns one is another band's, each in its turn, so that nobody
+//!   waits for ever.
 //! - Within a band **tenants** share by weight: each has a time of its own that passes as its work is taken, the slower the
 //!   more weight it has, and whoever's time is least is next (start-time fair queueing). One that comes back after a pause
-//!   starts at the others' time: nobody saves up turns.
-//! - Of a tenant's requests whoever's first token is wanted soonest is next. Those that are late already get every second
-//!   turn at most: served first they would make all others late, too.
+//!   starts at the others' time: nobody saves up turns. What priority a tenant's requests ask for is between them.
+//! - Of a tenant's requests those of a lower **priority** come first, with turns for the others as among bands.
+//! - Of the same priority whoever's first token is wanted soonest is next. Those that are late already get every second turn
+//!   at most: served first they would make all others late, too.
+//!
+//! Where there is room for no more, one [gives way](Queue::give_way) who would be served after the one that comes.
 //!
 //! Whoever is next may not fit where there is room: whoever is behind is asked as well ([`ASKED_MOST`]), and the order among
 //! the rest stays.
 
 mod drain;
+mod tenant;
 
 use std::{
     collections::{BTreeMap, HashMap},
-    ops::Bound::{Excluded, Included, Unbounded},
     sync::Arc,
     time::Duration,
 };
@@ -23,85 +26,43 @@ use std::{
 use tokio::time::Instant;
 
 use drain::Drain;
+use tenant::{Entry, Key, Tenant};
 
-/// Of so many turns one is the next band's.
+/// Of so many turns one is another's than the first's.
 const TURNS: u32 = 20;
 /// Requests that are asked in one go whether they fit. Where so many do not, nobody is asked any more: room is the fleet's,
 /// and to look for it takes time in a large one.
 const ASKED_MOST: usize = 2;
 
-/// What the order goes by.
+/// Whom a request goes before.
 #[derive(Debug, Clone)]
-pub struct Wish {
-    /// Lower is served first.
-    pub priority: i32,
+pub struct Rank {
+    /// Of its key: lower is served first.
+    pub band: u8,
     pub tenant: Arc<str>,
     /// Of the tenant: twice the weight is twice the share. At least 1.
     pub weight: u32,
+    /// Among those of the tenant: lower is served first.
+    pub priority: i32,
+}
+
+/// What the order goes by.
+#[derive(Debug, Clone)]
+pub struct Wish {
+    pub rank: Rank,
     /// When the first token is wanted.
     pub wanted: Instant,
     /// How much is to be done, in any unit.
     pub work: f64,
 }
 
-/// Whom one may outrank: of its own tenant those of a later priority, and all that are of later bands of keys.
-#[derive(Debug, Clone, Copy)]
-pub struct Rank<'a> {
-    pub tenant: &'a str,
-    pub priority: i32,
-    /// The last priority of the band of its key.
-    pub band_ends: i32,
-}
-
 /// One that waits.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ticket {
-    priority: i32,
+    band: u8,
     tenant: Arc<str>,
+    priority: i32,
     key: Key,
-}
-
-/// When it is wanted, and the order of arrival.
-type Key = (Instant, u64);
-
-#[derive(Debug)]
-struct Entry<T> {
-    work: f64,
-    item: T,
-}
-
-#[derive(Debug)]
-struct Tenant<T> {
-    weight: u32,
-    /// How much it has had, by weight.
-    time: f64,
-    waiting: BTreeMap<Key, Entry<T>>,
-    /// Of all that wait.
-    work: f64,
-    /// Its last turn went to one that was late.
-    late: bool,
-}
-
-impl<T> Tenant<T> {
-    fn take(&mut self, key: &Key) -> Option<Entry<T>> {
-        let entry = self.waiting.remove(key)?;
-        self.work -= entry.work;
-        Some(entry)
-    }
-
-    /// Its time when all that wait have been served.
-    fn end(&self) -> f64 {
-        self.time + self.work / f64::from(self.weight)
-    }
-
-    /// Its requests in the order in which they are asked.
-    fn heads(&self, now: Instant) -> impl Iterator<Item = (&Key, &Entry<T>)> {
-        let in_time = (Included((now, 0)), Unbounded);
-        let skip_late = self.late && self.waiting.range(in_time).next().is_some();
-        let first = self.waiting.range(in_time).take(if skip_late { usize::MAX } else { 0 });
-        let rest = self.waiting.iter().filter(move |((wanted, _), _)| !skip_late || *wanted < now);
-        first.chain(rest)
-    }
 }
 
 #[derive(Debug)]
@@ -113,10 +74,48 @@ struct Band<T> {
     work: f64,
 }
 
+impl<T> Default for Band<T> {
+    fn default() -> Self {
+        Self { tenants: HashMap::new(), time: 0.0, work: 0.0 }
+    }
+}
+
+impl<T> Band<T> {
+    fn waiting(&self) -> usize {
+        self.tenants.values().map(|of| of.waiting).sum()
+    }
+
+    /// The work that goes before a new request of this rank.
+    fn work_before(&self, rank: &Rank) -> f64 {
+        let own = self.tenants.get(&rank.tenant);
+        let before = own.map_or(0.0, |of| of.work_before(rank.priority));
+        let start = self.start(own) + before / f64::from(rank.weight.max(1));
+        let others = self.tenants.iter().filter(|(tenant, _)| **tenant != rank.tenant);
+        let of_others = others.map(|(_, of)| of.work.min((start - of.time).max(0.0) * f64::from(of.weight)));
+        before + of_others.sum::<f64>()
+    }
+
+    /// From which time on what a tenant adds is served, if nothing of it waits.
+    fn start(&self, of: Option<&Tenant<T>>) -> f64 {
+        of.map_or(self.time, |of| of.time.max(self.time))
+    }
+
+    /// Of the tenant that would have had most for its weight when all of its are served: the last, and the tenant's time
+    /// when it is that one's turn.
+    fn last(&self) -> Option<(&Arc<str>, i32, Key, f64)> {
+        let ends =
+            self.tenants.iter().filter(|(_, of)| of.waiting > 0).map(|(name, of)| (of.end(), name, of));
+        let (end, tenant, of) =
+            ends.max_by(|(end, a, _), (other, b, _)| end.total_cmp(other).then(a.cmp(b)))?;
+        let (priority, key, work) = of.last(None)?;
+        Some((tenant, priority, key, end - work / f64::from(of.weight)))
+    }
+}
+
 /// See the module.
 #[derive(Debug)]
 pub struct Queue<T> {
-    bands: BTreeMap<i32, Band<T>>,
+    bands: BTreeMap<u8, Band<T>>,
     arrivals: u64,
     turns: u32,
     waiting: usize,
@@ -138,81 +137,78 @@ impl<T> Queue<T> {
         self.waiting == 0
     }
 
-    /// How long a new one of this priority would wait, if nobody comes after it; `None`: that cannot be told yet.
-    pub fn wait(&self, priority: i32, now: Instant) -> Option<Duration> {
-        let before = self.bands.range(..=priority);
-        self.drain.takes(before.map(|(_, band)| band.work).sum(), now)
+    /// How long a new one of this rank would wait, if nobody comes after it; `None`: that cannot be told yet.
+    pub fn wait(&self, rank: &Rank, now: Instant) -> Option<Duration> {
+        let earlier: f64 = self.bands.range(..rank.band).map(|(_, band)| band.work).sum();
+        let own = self.bands.get(&rank.band).map_or(0.0, |band| band.work_before(rank));
+        self.drain.takes(earlier + own, now)
+    }
+
+    /// How long all that wait take; `None`: that cannot be told yet.
+    pub fn wait_of_all(&self, now: Instant) -> Option<Duration> {
+        self.drain.takes(self.bands.values().map(|band| band.work).sum(), now)
     }
 
     /// Adds one; `now` is when it begins to wait.
     pub fn push(&mut self, wish: Wish, item: T, now: Instant) -> Ticket {
         self.drain.waits(now);
-        let Wish { priority, tenant, weight, wanted, work } = wish;
+        let Wish { rank: Rank { band: of_band, tenant, weight, priority }, wanted, work } = wish;
         self.arrivals += 1;
         self.waiting += 1;
-        let band = self.bands.entry(priority).or_insert_with(|| Band {
-            tenants: HashMap::new(),
-            time: 0.0,
-            work: 0.0,
-        });
+        let band = self.bands.entry(of_band).or_default();
         band.work += work;
         let time = band.time;
-        let new = || Tenant { weight, time, waiting: BTreeMap::new(), work: 0.0, late: false };
-        let of = band.tenants.entry(tenant.clone()).or_insert_with(new);
+        let of = band.tenants.entry(tenant.clone()).or_insert_with(|| Tenant::new(weight, time));
         (of.weight, of.time) = (weight.max(1), of.time.max(time));
         let key = (wanted, self.arrivals);
-        of.work += work;
-        of.waiting.insert(key, Entry { work, item });
-        Ticket { priority, tenant, key }
+        of.push(priority, key, Entry { work, item });
+        Ticket { band: of_band, tenant, priority, key }
     }
 
     /// Takes one out that does not wait any longer; `None`: it has been taken.
     pub fn remove(&mut self, ticket: &Ticket) -> Option<T> {
-        let band = self.bands.get_mut(&ticket.priority)?;
-        let of = band.tenants.get_mut(&ticket.tenant)?;
-        let entry = of.take(&ticket.key)?;
+        let band = self.bands.get_mut(&ticket.band)?;
+        let entry = band.tenants.get_mut(&ticket.tenant)?.remove(ticket.priority, &ticket.key)?;
         band.work -= entry.work;
         self.waiting -= 1;
-        self.tidy(ticket.priority);
+        self.tidy(ticket.band);
         Some(entry.item)
     }
 
     /// Whether anybody waits who gives way to one of this rank.
-    pub fn has_behind(&self, rank: &Rank<'_>) -> bool {
+    pub fn has_behind(&self, rank: &Rank) -> bool {
         self.last_behind(rank).is_some()
     }
 
-    /// Takes out whoever gives way to one of this rank: of the last band the tenant who would have had most for its weight
-    /// when all of its are served, or else the tenant's own; and of those whoever's first token is wanted last. Of a band of
-    /// others a [`TURNS`]th of all that wait stays.
-    pub fn give_way(&mut self, rank: &Rank<'_>) -> Option<T> {
+    /// Takes out whoever gives way to one of this rank, the first of these that there is:
+    ///
+    /// - one of the last band, if that is later than its own; but a [`TURNS`]th of all that wait stays;
+    /// - of its own band one of another tenant, whose turn would come after it, as that tenant has more than its share;
+    /// - one of its own tenant, of a later priority.
+    ///
+    /// In a band it is of the tenant who would have had most for its weight when all of its are served, and of a tenant's
+    /// whoever is of the last priority and wanted last.
+    pub fn give_way(&mut self, rank: &Rank) -> Option<T> {
         let last = self.last_behind(rank)?;
         self.remove(&last)
     }
 
-    fn last_behind(&self, rank: &Rank<'_>) -> Option<Ticket> {
-        let of_others = self.bands.last_key_value().filter(|(priority, band)| {
-            let waiting: usize = band.tenants.values().map(|of| of.waiting.len()).sum();
-            **priority > rank.band_ends && waiting * TURNS as usize > self.waiting
-        });
-        let (priority, tenant, of) = match of_others {
-            Some((priority, band)) => {
-                let waiting = band.tenants.iter().filter(|(_, of)| !of.waiting.is_empty());
-                let ends = waiting.map(|(tenant, of)| (of.end(), tenant, of));
-                let last = ends.max_by(|(end, a, _), (other, b, _)| end.total_cmp(other).then(a.cmp(b)));
-                let (_, tenant, of) = last?;
-                (priority, tenant, of)
-            }
-            None => {
-                let mut behind = self.bands.range((Excluded(rank.priority), Unbounded)).rev();
-                behind.find_map(|(priority, band)| {
-                    let (tenant, of) = band.tenants.get_key_value(rank.tenant)?;
-                    (!of.waiting.is_empty()).then_some((priority, tenant, of))
-                })?
-            }
-        };
-        let (&key, _) = of.waiting.last_key_value()?;
-        Some(Ticket { priority: *priority, tenant: tenant.clone(), key })
+    fn last_behind(&self, rank: &Rank) -> Option<Ticket> {
+        let (&later, last) = self.bands.last_key_value()?;
+        if later > rank.band && last.waiting() * TURNS as usize > self.waiting {
+            let (tenant, priority, key, _) = last.last()?;
+            return Some(Ticket { band: later, tenant: tenant.clone(), priority, key });
+        }
+        let band = self.bands.get(&rank.band)?;
+        let own = band.tenants.get(&rank.tenant);
+        let turn = band.start(own) + own.map_or(0.0, |of| of.work) / f64::from(rank.weight.max(1));
+        let over = band.last().filter(|(tenant, .., start)| **tenant != rank.tenant && *start > turn);
+        let over = over.map(|(tenant, priority, key, _)| (tenant, priority, key));
+        let (tenant, priority, key) = over.or_else(|| {
+            let (priority, key, _) = own?.last(Some(rank.priority))?;
+            Some((&rank.tenant, priority, key))
+        })?;
+        Some(Ticket { band: rank.band, tenant: tenant.clone(), priority, key })
     }
 
     /// The first of the next few that fits.
@@ -223,14 +219,15 @@ impl<T> Queue<T> {
 
     fn find<R>(&self, now: Instant, mut fits: impl FnMut(&T) -> Option<R>) -> Option<(Ticket, R)> {
         let mut asked = 0;
-        for priority in self.order() {
-            let band = &self.bands[&priority];
+        for of_band in in_turn(self.bands.keys().copied(), self.turns) {
+            let band = &self.bands[&of_band];
             let mut tenants: Vec<(&Arc<str>, &Tenant<T>)> = band.tenants.iter().collect();
             tenants.sort_by(|(a, of_a), (b, of_b)| of_a.time.total_cmp(&of_b.time).then(a.cmp(b)));
             for (tenant, of) in tenants {
-                for (key, entry) in of.heads(now) {
+                for (priority, key, entry) in of.heads(now) {
                     if let Some(found) = fits(&entry.item) {
-                        return Some((Ticket { priority, tenant: tenant.clone(), key: *key }, found));
+                        let ticket = Ticket { band: of_band, tenant: tenant.clone(), priority, key: *key };
+                        return Some((ticket, found));
                     }
                     asked += 1;
                     if asked == ASKED_MOST {
@@ -242,44 +239,42 @@ impl<T> Queue<T> {
         None
     }
 
-    /// Bands in the order in which they are asked.
-    fn order(&self) -> Vec<i32> {
-        let mut order: Vec<i32> = self.bands.keys().copied().collect();
-        if self.turns % TURNS == TURNS - 1 && order.len() > 1 {
-            // A lower one first, each in its turn.
-            let which = 1 + (self.turns / TURNS) as usize % (order.len() - 1);
-            order.swap(0, which);
-        }
-        order
-    }
-
     fn take(&mut self, ticket: &Ticket, now: Instant) -> Option<T> {
-        let band = self.bands.get_mut(&ticket.priority)?;
+        let band = self.bands.get_mut(&ticket.band)?;
         let of = band.tenants.get_mut(&ticket.tenant)?;
-        let entry = of.take(&ticket.key)?;
-        band.time = band.time.max(of.time);
-        of.time += entry.work / f64::from(of.weight);
-        of.late = ticket.key.0 < now;
+        let before = of.time;
+        let entry = of.serve(ticket.priority, &ticket.key, now)?;
+        band.time = band.time.max(before);
         band.work -= entry.work;
         self.drain.took(entry.work, now);
         self.waiting -= 1;
         self.turns = self.turns.wrapping_add(1);
-        self.tidy(ticket.priority);
+        self.tidy(ticket.band);
         Some(entry.item)
     }
 
     /// Forgets tenants that have nothing to wait for, and no more than their share behind them.
-    fn tidy(&mut self, priority: i32) {
+    fn tidy(&mut self, of_band: u8) {
         if self.waiting == 0 {
             self.drain.rests();
         }
-        let Some(band) = self.bands.get_mut(&priority) else { return };
+        let Some(band) = self.bands.get_mut(&of_band) else { return };
         let time = band.time;
-        band.tenants.retain(|_, of| !of.waiting.is_empty() || of.time > time);
-        if band.tenants.values().all(|of| of.waiting.is_empty()) {
-            self.bands.remove(&priority);
+        band.tenants.retain(|_, of| of.waiting > 0 || of.time > time);
+        if band.tenants.values().all(|of| of.waiting == 0) {
+            self.bands.remove(&of_band);
         }
     }
+}
+
+/// These, ascending, in the order in which they are asked: of [`TURNS`] one begins with a later one, each in its turn.
+fn in_turn<K>(ascending: impl Iterator<Item = K>, turns: u32) -> Vec<K> {
+    let mut order: Vec<K> = ascending.collect();
+    if turns % TURNS == TURNS - 1 && order.len() > 1 {
+        let which = 1 + (turns / TURNS) as usize % (order.len() - 1);
+        order.swap(0, which);
+    }
+    order
 }
 
 #[cfg(test)]

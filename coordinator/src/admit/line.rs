@@ -32,8 +32,10 @@ use crate::{
 /// Those that wait are looked at no more often than this, and no less.
 const LOOK_LEAST: Duration = Duration::from_millis(1);
 const LOOK_MOST: Duration = Duration::from_millis(100);
-/// Placed in one go before others have their turn at the core.
+/// Placed in one go before others have their turn at the core; no longer than [`LOOK_LEAST`] either, once one is placed.
 const PLACED_AT_ONCE_MOST: usize = 64;
+/// And then others have it for so many times as long as that took: in a large fleet, loads come all the time.
+const OTHERS_SHARE: u32 = 4;
 
 /// See the module.
 pub struct Line {
@@ -104,6 +106,8 @@ struct State {
 struct Desk {
     served: Arc<Served>,
     seats: usize,
+    /// Requests that wait at once.
+    queued_most: usize,
     /// How long a request waits for an instance to be there.
     placement_timeout: Duration,
     state: Mutex<State>,
@@ -121,7 +125,8 @@ impl Line {
     pub fn new(limits: &LimitsConfig, served: Arc<Served>, counts: Arc<ModelMetrics>) -> Self {
         let (seats, placement_timeout) = (limits.max_concurrent, limits.placement_timeout);
         let (state, changed) = (Mutex::default(), Notify::new());
-        let desk = Desk { served, seats, placement_timeout, state, changed, counts };
+        let queued_most = limits.max_queued;
+        let desk = Desk { served, seats, queued_most, placement_timeout, state, changed, counts };
         Self {
             places: Arc::new(Semaphore::new(length(limits))),
             desk: Arc::new(desk),
@@ -130,7 +135,7 @@ impl Line {
     }
 
     /// Lets a request of this rank stand in line, or beside it if another may give it its place, or turns it away.
-    pub fn enter(&self, rank: &Rank<'_>) -> Result<Place, ApiError> {
+    pub fn enter(&self, rank: &Rank) -> Result<Place, ApiError> {
         match at_once(&self.places) {
             Ok(place) => Ok(Place(Some(place))),
             Err(_) if self.has_behind(rank) => Ok(Place(None)),
@@ -139,13 +144,13 @@ impl Line {
     }
 
     /// Whether anybody waits who gives way to one of this rank.
-    pub fn has_behind(&self, rank: &Rank<'_>) -> bool {
+    pub fn has_behind(&self, rank: &Rank) -> bool {
         self.desk.state.lock().queue.has_behind(rank)
     }
 
     /// How long all that wait are predicted to take until they are served; `None`: that cannot be told yet.
     pub fn drain(&self) -> Option<Duration> {
-        self.desk.state.lock().queue.wait(i32::MAX, Instant::now())
+        self.desk.state.lock().queue.wait_of_all(Instant::now())
     }
 
     /// Whether a request that came now would find no place of its own.
@@ -194,29 +199,26 @@ impl Line {
         let (desk, by) = (&self.desk, (began + self.queue_timeout).min(terms.deadline));
         let tenant = terms.tenant;
         let rank = tenant.rank(prepared.priority);
-        let priority = rank.priority;
         let wish = Wish {
-            priority,
-            tenant: tenant.name.clone(),
-            weight: tenant.weight.get(),
+            rank: rank.clone(),
             wanted: terms.first_token,
             work: work(&prepared, placer.board.expected_tokens(&desk.served.revision)),
         };
         let (goes, told) = oneshot::channel();
         let (waiting, outranked) = {
             let state = &mut *desk.state.lock();
-            let wait = state.queue.wait(priority, began);
+            let wait = state.queue.wait(&rank, began);
             if state.vacant.is_none() && wait.is_some_and(|wait| wait > by - began) {
                 let message = "the requests that are waiting take longer than this one can wait";
                 return Err(desk.refuse("backlog", message, wait));
             }
-            let (place, outranked) = match place {
-                Some(place) => (place, None),
-                None => match state.queue.give_way(&rank) {
-                    Some(Waiter { place, prepared, goes, .. }) => (place, Some((prepared, goes))),
-                    None => return Err(desk.full(wait)),
-                },
+            let outranked = match place {
+                Some(_) if state.queue.len() < desk.queued_most => None,
+                _ => Some(state.queue.give_way(&rank).ok_or_else(|| desk.full(wait))?),
             };
+            let (theirs, outranked) =
+                outranked.map(|Waiter { place, prepared, goes, .. }| (place, (prepared, goes))).unzip();
+            let Some(place) = place.or(theirs) else { return Err(desk.full(wait)) };
             let ticket = state.queue.push(wish, Waiter { since: began, place, prepared, goes }, began);
             if !std::mem::replace(&mut state.attended, true) {
                 tokio::spawn(attend(desk.clone(), placer.clone()));
@@ -228,7 +230,7 @@ impl Line {
         desk.changed.notify_one();
         let (why, message) = match timeout_at(by, told).await {
             Ok(Ok(bound)) => return bound.map_err(|reason| desk.told(reason)),
-            Ok(Err(_)) => ("outranked", "requests of higher priority came while the line was full"),
+            Ok(Err(_)) => ("outranked", "others who go before it came while the line was full"),
             Err(_) => {
                 if let Err(reason) = desk.serves(placer) {
                     return Err(desk.told(reason));
@@ -237,7 +239,7 @@ impl Line {
             }
         };
         drop(waiting);
-        let wait = desk.state.lock().queue.wait(priority, Instant::now());
+        let wait = desk.state.lock().queue.wait(&rank, Instant::now());
         Err(desk.refuse(why, message, wait))
     }
 }
@@ -257,14 +259,16 @@ async fn attend(desk: Arc<Desk>, placer: Arc<Placer>) {
     loop {
         let mut freed = pin!(placer.board.freed());
         freed.as_mut().enable();
-        let mut placed = 0;
-        while placed < PLACED_AT_ONCE_MOST && desk.place_next(&placer) {
-            placed += 1;
+        let (began, mut placed, mut all) = (Instant::now(), 0, false);
+        while !all && placed < PLACED_AT_ONCE_MOST && (placed == 0 || began.elapsed() < LOOK_LEAST) {
+            all = !desk.place_next(&placer);
+            placed += usize::from(!all);
         }
+        let took = began.elapsed();
         if desk.is_left() {
             return;
         }
-        if placed < PLACED_AT_ONCE_MOST {
+        if all {
             let event = async {
                 tokio::select! {
                     () = freed => {}
@@ -273,7 +277,7 @@ async fn attend(desk: Arc<Desk>, placer: Arc<Placer>) {
             };
             let _ = timeout(LOOK_MOST, event).await;
         }
-        sleep(LOOK_LEAST).await;
+        sleep(LOOK_LEAST.max(took * OTHERS_SHARE)).await;
     }
 }
 

@@ -7,7 +7,7 @@ use baton_schedule::queue::Rank;
 
 /// Bands lie this far apart among the priorities that instances go by.
 const BAND_STEP: i32 = 1 << 30;
-/// What a request may ask for within its band, either way.
+/// How far behind others of its band a request may ask to be.
 const WITHIN_BAND: i32 = (1 << 29) - 1;
 
 /// Cheap to clone.
@@ -32,8 +32,9 @@ impl Tenant {
         Self { name: key.tenant.as_str().into(), band: key.band, weight: key.weight }
     }
 
-    /// What instances order its requests by, lower first: the band, and within it what a request asks for. So nobody asks
-    /// their way into another band. Without keys it is what is asked for.
+    /// What instances, which know of no tenants, order its requests by, lower first: the band, and within it what a request
+    /// asks for, if that is to be served after others. So nobody asks their way past anybody else. Without keys it is what is
+    /// asked for.
     pub fn priority(&self, asked: i32) -> i32 {
         if self.name.is_empty() {
             return asked;
@@ -43,12 +44,13 @@ impl Tenant {
             Band::Standard => 0,
             Band::Batch => BAND_STEP,
         };
-        band + asked.clamp(-WITHIN_BAND, WITHIN_BAND)
+        band + asked.clamp(0, WITHIN_BAND)
     }
 
-    /// Whom a request of it that asks for this priority outranks where there is no place for both.
-    pub fn rank(&self, asked: i32) -> Rank<'_> {
-        Rank { tenant: &self.name, priority: self.priority(asked), band_ends: self.priority(i32::MAX) }
+    /// Whom a request of it that asks for this priority goes before where it waits.
+    pub fn rank(&self, asked: i32) -> Rank {
+        let (band, tenant) = (self.band as u8, self.name.clone());
+        Rank { band, tenant, weight: self.weight.get(), priority: asked }
     }
 }
 
@@ -61,13 +63,13 @@ mod tests {
         let of = |band| Tenant { name: "a".into(), band, ..Tenant::default() };
         let (first, second, last) = (of(Band::Interactive), of(Band::Standard), of(Band::Batch));
         assert!(first.priority(i32::MAX) < second.priority(i32::MIN));
-        assert!((first.rank(9).priority..second.priority(i32::MIN)).contains(&first.rank(9).band_ends));
         assert!(second.priority(i32::MAX) < last.priority(i32::MIN));
+        assert!(first.rank(0).band < second.rank(0).band && second.rank(0).band < last.rank(0).band);
         for tenant in [first, second, last] {
-            assert!(tenant.priority(-1) < tenant.priority(0) && tenant.priority(0) < tenant.priority(7));
+            assert!(tenant.priority(-1) == tenant.priority(0) && tenant.priority(0) < tenant.priority(7));
+            assert_eq!([tenant.rank(-1).priority, tenant.rank(7).priority], [-1, 7], "among its own");
         }
         let open = Tenant::default();
         assert_eq!([open.priority(i32::MIN), open.priority(3)], [i32::MIN, 3]);
-        assert_eq!((open.rank(3).priority, open.rank(3).band_ends), (3, i32::MAX));
     }
 }

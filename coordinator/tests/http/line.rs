@@ -85,7 +85,7 @@ async fn a_full_line_takes_who_has_priority_in_place_of_the_last() {
     let answer = ends(outranked).await;
     assert!(answer.status() == 429 && answer.headers().contains_key("retry-after"), "{answer:?}");
     let told = message(answer.json().await.expect("is JSON"));
-    assert!(told.starts_with("requests of higher priority came while the line was full"), "{told}");
+    assert!(told.starts_with("others who go before it came while the line was full"), "{told}");
     mixed.finish(held.leg, 0, "x", FinishReason::Stop);
     assert_eq!(serve(&mut mixed).await, "higher");
     for sent in [first, higher] {
@@ -96,16 +96,51 @@ async fn a_full_line_takes_who_has_priority_in_place_of_the_last() {
     cluster.at_rest().await;
 }
 
-#[tokio::test]
-async fn tenants_are_served_by_their_weight() {
-    let entry = |name: &str, weight: u32| {
+/// A file of keys of these weights.
+fn keys(weights: &[(&str, u32)]) -> (tempfile::TempDir, String) {
+    let entry = |(name, weight): &(&str, u32)| {
         let hash = KeyHash::of(name).to_hex();
         format!("[[keys]]\nname = \"{name}\"\nsha256 = \"{hash}\"\nweight = {weight}\n")
     };
     let directory = tempfile::tempdir().expect("a directory");
     let path = directory.path().join("keys.toml");
-    std::fs::write(&path, entry("one", 1) + &entry("three", 3)).expect("is written");
+    std::fs::write(&path, weights.iter().map(entry).collect::<String>()).expect("is written");
     let file = path.to_str().expect("is text").to_owned();
+    (directory, file)
+}
+
+#[tokio::test]
+async fn who_fills_the_line_does_not_keep_others_out_of_it() {
+    let (_directory, file) = keys(&[("floods", 1), ("comes", 1)]);
+    let (cluster, mut mixed) = cluster(1, |config| {
+        config.api_keys.file = file;
+        config.limits.max_queued = 4;
+    })
+    .await;
+    let mut sent = vec![queue(&cluster, "floods", "first", json!({}), 0).await];
+    let held = mixed.dispatch().await;
+    for waiting in 1..=4 {
+        sent.push(queue(&cluster, "floods", "floods", json!({"priority": -9}), waiting).await);
+    }
+    sent.push(queue(&cluster, "comes", "comes", json!({}), 4).await);
+    let outranked = ends(sent.remove(4)).await;
+    assert!(outranked.status() == 429 && outranked.headers().contains_key("retry-after"), "{outranked:?}");
+    mixed.finish(held.leg, 0, "x", FinishReason::Stop);
+    let mut served = Vec::new();
+    for _ in 0..4 {
+        served.push(serve(&mut mixed).await);
+    }
+    let turn = served.iter().position(|prompt| prompt == "comes");
+    assert!(turn.is_some_and(|turn| turn < 2), "{served:?}");
+    for sent in sent {
+        assert_eq!(ends(sent).await.status(), 200);
+    }
+    cluster.at_rest().await;
+}
+
+#[tokio::test]
+async fn tenants_are_served_by_their_weight() {
+    let (_directory, file) = keys(&[("one", 1), ("three", 3)]);
     let (cluster, mut mixed) = cluster(1, |config| config.api_keys.file = file).await;
     let mut sent = vec![queue(&cluster, "one", "first", json!({}), 0).await];
     let held = mixed.dispatch().await;

@@ -168,7 +168,7 @@ async fn a_model_without_instances_is_503_while_the_other_goes_on() {
 async fn a_full_line_of_one_model_holds_up_no_other() {
     let (cluster, [mut prefill, mut decode, mut mixed]) = both(|config| {
         config.limits.max_concurrent = 1;
-        config.limits.max_queued = 1;
+        config.limits.max_queued = 2;
         config.limits.placement_timeout = Duration::from_secs(60);
     })
     .await;

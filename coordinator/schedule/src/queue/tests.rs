@@ -6,8 +6,12 @@ use proptest::prelude::*;
 
 use super::*;
 
+fn rank(band: u8, tenant: &str, priority: i32) -> Rank {
+    Rank { band, tenant: tenant.into(), weight: 1, priority }
+}
+
 fn wish(tenant: &str, weight: u32, wanted: Instant) -> Wish {
-    Wish { priority: 0, tenant: tenant.into(), weight, wanted, work: 1.0 }
+    Wish { rank: Rank { weight, ..rank(0, tenant, 0) }, wanted, work: 1.0 }
 }
 
 fn take<T: Copy>(queue: &mut Queue<T>, now: Instant) -> Option<T> {
@@ -69,63 +73,98 @@ fn tenants_share_by_weight_and_nobody_saves_up_turns() {
 #[test]
 fn whoever_would_be_last_gives_way_to_a_key_of_a_higher_band() {
     let (mut queue, now) = (Queue::default(), Instant::now());
-    let mut fill = |priority, tenant: &str, seconds, item| {
+    let mut fill = |band, tenant: &str, seconds, item| {
         let wanted = now + Duration::from_secs(seconds);
-        queue.push(Wish { priority, ..wish(tenant, 1, wanted) }, item, now);
+        queue.push(Wish { rank: rank(band, tenant, 0), ..wish(tenant, 1, wanted) }, item, now);
     };
-    let rank = |priority, band_ends| Rank { tenant: "new", priority, band_ends };
-    fill(0, "c", 9, "before all");
+    fill(1, "c", 9, "before all");
     fill(2, "z", 99, "the only one of its tenant");
     for (seconds, item) in [(1, "first"), (3, "third"), (2, "second")] {
         fill(2, "a", seconds, item);
     }
-    assert!(queue.has_behind(&rank(1, 1)) && !queue.has_behind(&rank(1, 2)));
-    assert_eq!(queue.give_way(&rank(-9, 2)), None, "nobody asks their way past others of their band");
-    let order: Vec<_> = std::iter::from_fn(|| queue.give_way(&rank(0, 0))).collect();
+    let new = |band| rank(band, "new", -9);
+    assert!(queue.has_behind(&new(1)) && !queue.has_behind(&rank(2, "a", 0)));
+    let order: Vec<_> = std::iter::from_fn(|| queue.give_way(&new(1))).collect();
     assert_eq!(order, ["third", "second", "the only one of its tenant", "first"]);
-    assert_eq!(queue.give_way(&rank(-1, -1)), Some("before all"));
+    assert_eq!(queue.give_way(&new(0)), Some("before all"));
     assert!(queue.is_empty() && queue.bands.is_empty());
 }
 
 #[test]
 fn a_tenants_own_give_way_to_what_it_wants_more() {
     let (mut queue, now) = (Queue::default(), Instant::now());
-    for (tenant, priority) in [("a", 3), ("b", 9), ("a", 5), ("a", 0)] {
-        queue.push(Wish { priority, ..wish(tenant, 1, now) }, (tenant, priority), now);
+    for priority in [3, 9, 5, 0] {
+        queue.push(Wish { rank: rank(0, "a", priority), ..wish("a", 1, now) }, priority, now);
     }
-    let rank = Rank { tenant: "a", priority: 0, band_ends: 10 };
-    let order: Vec<_> = std::iter::from_fn(|| queue.give_way(&rank)).collect();
-    assert_eq!(order, [("a", 5), ("a", 3)]);
+    let order: Vec<_> = std::iter::from_fn(|| queue.give_way(&rank(0, "a", 3))).collect();
+    assert_eq!(order, [9, 5]);
+}
+
+#[test]
+fn who_floods_the_line_gives_way_to_others_of_the_band_up_to_its_share() {
+    let (mut queue, now) = (Queue::default(), Instant::now());
+    for item in 0..30 {
+        // As much as it wants to be first.
+        queue.push(Wish { rank: rank(0, "a", -5), ..wish("a", 1, now) }, ("a", item), now);
+    }
+    assert!(!queue.has_behind(&rank(0, "a", -5)));
+    let twice = Rank { weight: 2, ..rank(0, "b", 0) };
+    let mut came = 0;
+    while let Some((tenant, item)) = queue.give_way(&twice) {
+        assert_eq!((tenant, item), ("a", 29 - came), "the last of it");
+        queue.push(Wish { rank: twice.clone(), ..wish("b", 2, now) }, ("b", came), now);
+        came += 1;
+    }
+    assert_eq!((came, queue.len()), (20, 30));
+    assert!(queue.has_behind(&rank(0, "c", 9)) && !queue.has_behind(&rank(1, "c", 0)));
+}
+
+#[test]
+fn nobody_asks_their_way_past_other_tenants() {
+    let (mut queue, now) = (Queue::default(), Instant::now());
+    for item in 0..40 {
+        let (tenant, priority) = if item % 2 == 0 { ("a", -100) } else { ("b", 0) };
+        queue.push(Wish { rank: rank(0, tenant, priority), ..wish(tenant, 1, now) }, tenant, now);
+    }
+    let served: Vec<_> = (0..20).filter_map(|_| take(&mut queue, now)).collect();
+    assert_eq!(served.iter().filter(|tenant| **tenant == "a").count(), 10);
 }
 
 #[test]
 fn some_of_the_last_band_stay_whoever_comes() {
     let (mut queue, now) = (Queue::default(), Instant::now());
     for number in 0..200 {
-        queue.push(Wish { priority: i32::from(number < 50), ..wish("a", 1, now) }, number, now);
+        let rank = rank(u8::from(number < 50), "a", 0);
+        queue.push(Wish { rank, ..wish("a", 1, now) }, number, now);
     }
-    let rank = Rank { tenant: "b", priority: 0, band_ends: 0 };
-    while queue.give_way(&rank).is_some() {
-        queue.push(wish("b", 1, now), 0, now);
+    while queue.bands[&1].waiting() * TURNS as usize > queue.len() {
+        let _ = queue.give_way(&rank(0, "a", 0)).expect("one of the last band");
+        queue.push(wish("a", 1, now), 0, now);
     }
-    assert_eq!(queue.bands[&1].tenants["a"].waiting.len(), 200 / TURNS as usize);
+    assert_eq!(queue.give_way(&rank(0, "a", 0)), None);
+    assert_eq!(queue.bands[&1].waiting(), 200 / TURNS as usize);
 }
 
 #[test]
-fn a_band_waits_for_those_before_it_and_not_for_ever() {
-    let (mut queue, now) = (Queue::default(), Instant::now());
-    let wanted = now + Duration::from_secs(60);
-    let fill = |queue: &mut Queue<i32>, priority| {
-        queue.push(Wish { priority, ..wish("a", 1, wanted) }, priority, now);
-    };
-    (-1..3).for_each(|priority| fill(&mut queue, priority));
-    let mut had = [0; 4];
-    for _ in 0..6_000 {
-        let priority = take(&mut queue, now).expect("somebody waits");
-        had[(priority + 1) as usize] += 1;
-        fill(&mut queue, priority);
+fn bands_and_priorities_wait_for_those_before_them_and_not_for_ever() {
+    let now = Instant::now();
+    let of_band = |number| rank(number, "a", 0);
+    let of_priority = |number: u8| rank(0, "a", i32::from(number) - 2);
+    for of in [&of_band as &dyn Fn(u8) -> Rank, &of_priority] {
+        let mut queue = Queue::default();
+        let fill = |queue: &mut Queue<u8>, number| {
+            let wanted = now + Duration::from_secs(60);
+            queue.push(Wish { rank: of(number), ..wish("a", 1, wanted) }, number, now);
+        };
+        (0..4).for_each(|number| fill(&mut queue, number));
+        let mut had = [0; 4];
+        for _ in 0..6_000 {
+            let number = take(&mut queue, now).expect("somebody waits");
+            had[usize::from(number)] += 1;
+            fill(&mut queue, number);
+        }
+        assert_eq!(had, [5_700, 100, 100, 100]);
     }
-    assert_eq!(had, [5_700, 100, 100, 100]);
 }
 
 #[test]
@@ -157,17 +196,27 @@ fn the_wait_is_that_of_those_before() {
     let (mut queue, mut now) = (Queue::default(), Instant::now());
     let wanted = now + Duration::from_secs(600);
     for item in 0..30 {
-        let wish = Wish { priority: item % 3, work: 5.0, ..wish("a", 1, wanted) };
+        let (band, priority) = [(0, 0), (1, -7), (1, 7)][item as usize % 3];
+        let wish = Wish { rank: rank(band, "a", priority), wanted, work: 5.0 };
         queue.push(wish, item, now);
     }
-    assert_eq!(queue.wait(2, now), None, "nobody has been taken");
+    let wait = |queue: &Queue<i32>, rank, now| {
+        queue.wait(&rank, now).map(|wait: Duration| (wait.as_secs_f64() * 10.0).round() / 10.0)
+    };
+    assert_eq!(wait(&queue, rank(1, "a", 7), now), None, "nobody has been taken");
     for _ in 0..10 {
         now += Duration::from_millis(200);
         take(&mut queue, now).expect("somebody waits");
     }
-    // Those of the first band have gone.
-    let wait = |priority| queue.wait(priority, now).map(|wait| wait.as_secs_f64().round());
-    assert_eq!([wait(-1), wait(0), wait(1), wait(2)], [Some(0.0), Some(0.0), Some(2.0), Some(4.0)]);
+    // Those of the first band have gone, each in 200 ms, as ten of either priority will.
+    let ranks = [rank(0, "a", 9), rank(1, "a", -8), rank(1, "a", 0), rank(1, "a", 7), rank(2, "a", 0)];
+    assert_eq!(ranks.map(|rank| wait(&queue, rank, now)), [0.0, 0.0, 2.0, 4.0, 4.0].map(Some));
+    // Another tenant's turn is next, and one's own that has as much before it has to share.
+    assert_eq!(wait(&queue, rank(1, "b", 7), now), Some(0.0));
+    queue.push(Wish { rank: rank(1, "b", 0), wanted, work: 25.0 }, 30, now);
+    assert_eq!(wait(&queue, rank(1, "b", 0), now), Some(2.0));
+    assert_eq!(wait(&queue, rank(1, "a", 7), now), Some(5.0));
+    assert_eq!(queue.wait_of_all(now).map(|wait| wait.as_secs_f64().round()), Some(5.0));
 }
 
 #[test]
@@ -192,17 +241,18 @@ proptest! {
     /// Everybody who comes is taken once, by a turn or because they left, and then nothing is left of them.
     #[test]
     fn nobody_is_lost_or_served_twice(
-        steps in prop::collection::vec((0u8..4, -2i32..2, 0usize..5, 0u64..100, any::<prop::sample::Index>()), 1..300),
+        steps in prop::collection::vec((0u8..5, (0u8..3, -2i32..2), 0usize..5, 0u64..100, any::<prop::sample::Index>()), 1..300),
     ) {
         let (mut queue, now) = (Queue::default(), Instant::now());
         let mut waiting: Vec<(u64, Ticket)> = Vec::new();
         let (mut next, mut gone) = (0, HashSet::new());
-        for (what, priority, tenant, seconds, which) in steps {
+        for (what, (band, priority), tenant, seconds, which) in steps {
+            let tenant = format!("t{tenant}");
+            let rank = Rank { weight: 3, ..rank(band, &tenant, priority) };
             match what {
                 0 | 1 => {
                     let wanted = now + Duration::from_secs(seconds);
-                    let tenant = format!("t{tenant}");
-                    waiting.push((next, queue.push(Wish { priority, ..wish(&tenant, 3, wanted) }, next, now)));
+                    waiting.push((next, queue.push(Wish { rank, ..wish(&tenant, 3, wanted) }, next, now)));
                     next += 1;
                 }
                 2 if !waiting.is_empty() => {
@@ -210,6 +260,14 @@ proptest! {
                     prop_assert_eq!(queue.remove(&ticket), Some(item));
                     prop_assert_eq!(queue.remove(&ticket), None);
                     prop_assert!(gone.insert(item));
+                }
+                3 => {
+                    let (has, given) = (queue.has_behind(&rank), queue.give_way(&rank));
+                    prop_assert_eq!(has, given.is_some());
+                    if let Some(item) = given {
+                        prop_assert!(gone.insert(item), "{} was served twice", item);
+                        waiting.retain(|(other, _)| *other != item);
+                    }
                 }
                 _ => {
                     let now = now + Duration::from_secs(50);

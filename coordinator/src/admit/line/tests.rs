@@ -120,7 +120,7 @@ async fn whoever_comes_to_a_full_line_takes_the_place_of_one_that_may_wait_for_i
     assert!(futures::poll!(&mut higher).is_pending());
     let outranked = late.await.err().expect("its place is taken");
     assert!(outranked.code == ErrorCode::QueueFull && outranked.retry_after.is_some(), "{outranked:?}");
-    assert!(outranked.message.starts_with("requests of higher priority"), "{}", outranked.message);
+    assert!(outranked.message.starts_with("others who go before it"), "{}", outranked.message);
     assert_eq!(house.waiting(), [2; 3]);
     tokio::time::sleep(Duration::from_millis(10)).await;
     drop(first);
@@ -142,6 +142,22 @@ async fn whoever_waits_is_placed_when_an_instance_has_room() {
     assert!(!placed.bookings.is_empty() && placed.waited >= Duration::from_secs(3));
     // Nobody waits: the next one goes at once, though it finds the first there.
     assert!(house.seat().await.expect("room").waited.is_zero());
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_more_wait_than_may_however_many_seats_are_free() {
+    let house = house(8, 1);
+    house.queued(100_000);
+    let mut waits = Box::pin(house.seat());
+    assert!(futures::poll!(&mut waits).is_pending());
+    let refused = house.seat().await.err().expect("one waits already");
+    assert!(refused.message.starts_with("too many requests are waiting"), "{}", refused.message);
+    let mut first = Box::pin(house.admitted(-1, WITHIN));
+    assert!(futures::poll!(&mut first).is_pending());
+    assert_eq!(waits.await.err().expect("its place is taken").code, ErrorCode::QueueFull);
+    house.queued(0);
+    drop(first.await.expect("room"));
+    assert_eq!(house.waiting(), [0; 3]);
 }
 
 #[tokio::test(start_paused = true)]

@@ -11,7 +11,7 @@ use baton_schedule::{
     caches::Feed,
     chains::{Chain, Dialect, Names},
     fleet::{Duty, Load, Role, Spec},
-    queue::{Queue, Wish},
+    queue::{Queue, Rank, Wish},
 };
 use tokio::{
     runtime::{Builder, EnterGuard, Runtime},
@@ -205,9 +205,7 @@ impl Production {
         // A block that is not full is nobody's.
         let keys: Names = names(&sight.request.chain).take((tokens / KV_BLOCK_TOKENS) as usize).collect();
         let wish = Wish {
-            priority: 0,
-            tenant: "all".into(),
-            weight: 1,
+            rank: Rank { band: 0, tenant: "all".into(), weight: 1, priority: 0 },
             wanted: Instant::now() + Duration::from_micros(Target::ttft_micros(sight.request) as u64),
             work: tokens.into(),
         };
