@@ -18,8 +18,6 @@ use candidate::{Best, Candidate};
 
 /// Candidates for a part of the work that a receipt keeps, the best.
 const RECEIPT_MOST: usize = 4;
-/// Whoever refuses, as many wait there as may, comes after all others: years, in microseconds.
-const FULL_RANK: f64 = 1e15;
 
 /// The best of each role in a class.
 #[derive(Default)]
@@ -46,10 +44,10 @@ impl<'a> Found<'a> {
         let reached = |row: &&Row| row.spec.id == *from && row.role_epoch.is_some();
         let Some(row) = model.rows.iter().find(reached) else { return };
         let cached = ask.prompt_tokens().saturating_sub(1) / row.spec.block_tokens * row.spec.block_tokens;
-        let (price, rank, turn) = (Price::default(), 0.0, (row.chosen, 0));
+        let (price, full, rank, turn) = (Price::default(), false, 0.0, (row.chosen, 0));
         for Halves { prefill, .. } in &mut self.classes[row.classes.clone()] {
             prefill.roomy = true;
-            prefill.offer(Candidate { row, side: Side::Prefill, cached, price, rank, turn });
+            prefill.offer(Candidate { row, side: Side::Prefill, cached, price, full, rank, turn });
         }
     }
 
@@ -98,6 +96,10 @@ impl<'a> Way<'a> {
         }
     }
 
+    fn is_full(&self) -> bool {
+        self.pair().iter().any(|candidate| candidate.full)
+    }
+
     fn numbers(&self) -> [u32; 2] {
         self.pair().map(|candidate| candidate.row.number)
     }
@@ -143,7 +145,7 @@ pub(crate) fn choose(
 }
 
 fn walk<'a>(model: &'a Model, ask: &Ask<'_>, settings: &Settings, now: Instant) -> Found<'a> {
-    let pricing = Pricing { ask, settings, classes: &model.classes, now };
+    let pricing = Pricing { ask, settings, model, now };
     let mut found = Found {
         whole: Best::default(),
         classes: model.classes.iter().map(|_: &Class| Halves::default()).collect(),
@@ -175,12 +177,12 @@ fn walk<'a>(model: &'a Model, ask: &Ask<'_>, settings: &Settings, now: Instant) 
         };
         let turn = (row.chosen, mixed(ask.turn, row.number));
         let full = row.standing.waiting_room == Some(0);
-        let (room_micros, last) = if full { (room_of_full, FULL_RANK) } else { (room, 0.0) };
+        let room_micros = if full { room_of_full } else { room };
         let offered = fits(row, ask).then(|| {
             let cached = cached_tokens(row, ask, side);
             let price = pricing.price(row, side, cached);
-            let rank = rank(settings.policy, row, &price, turn.1) + last;
-            Candidate { row, side, cached, price, rank, turn }
+            let rank = rank(settings.policy, row, &price, turn.1);
+            Candidate { row, side, cached, price, full, rank, turn }
         });
         found.left_aside.full += u32::from(full);
         found.candidates += usize::from(offered.is_some());
@@ -194,8 +196,8 @@ fn walk<'a>(model: &'a Model, ask: &Ask<'_>, settings: &Settings, now: Instant) 
         if locally && side == Side::Decode && offered.is_some() {
             let cached = cached_tokens(row, ask, Side::Whole);
             if let Some(price) = pricing.local(row, cached) {
-                let rank = price.micros + last;
-                let candidate = Candidate { row, side: Side::Whole, cached, price, rank, turn };
+                let rank = price.micros;
+                let candidate = Candidate { row, side: Side::Whole, cached, price, full, rank, turn };
                 classes.iter_mut().for_each(|halves| halves.local.take(Some(candidate), room_micros));
             }
         }
@@ -224,9 +226,10 @@ fn rank(policy: Policy, row: &Row, price: &Price, chance: u64) -> f64 {
     }
 }
 
-/// The two that were drawn, the one with fewer sequences first.
+/// Of the two that were drawn the one with fewer sequences, if both have room.
 fn of_two<'b, 'a>(best: &'b Best<'a>) -> impl Iterator<Item = &'b Candidate<'a>> {
-    best.held.iter().take(2).min_by_key(|candidate| candidate.row.standing.sequences).into_iter()
+    let drawn = best.held.iter().take(2);
+    drawn.min_by_key(|candidate| (candidate.full, candidate.row.standing.sequences)).into_iter()
 }
 
 /// The way that is taken, and the best of the others.
@@ -274,13 +277,18 @@ fn chosen<'a>(
         ways.retain(|way| seen.insert(way.numbers()));
     }
     let rank = |way: &Way<'_>| way.rank(settings.policy);
-    let order = |a: &&Way<'_>, b: &&Way<'_>| rank(a).total_cmp(&rank(b)).then(a.turn().cmp(&b.turn()));
+    let order = |a: &&Way<'_>, b: &&Way<'_>| {
+        a.is_full().cmp(&b.is_full()).then(rank(a).total_cmp(&rank(b))).then(a.turn().cmp(&b.turn()))
+    };
     let best = ways.iter().min_by(order)?;
     let taken = if settings.temperature == 0.0 || settings.policy != Policy::Predicted {
         best
     } else {
         let least = rank(best).max(1.0);
-        let weight = |way: &Way<'_>| (-(rank(way) - least) / (settings.temperature * least)).exp();
+        let weight = |way: &Way<'_>| match way.is_full() == best.is_full() {
+            true => (-(rank(way) - least) / (settings.temperature * least)).exp(),
+            false => 0.0,
+        };
         let mut left = mixed(ask.turn, 0) as f64 / u64::MAX as f64 * ways.iter().map(weight).sum::<f64>();
         let drawn = ways.iter().find(|way| {
             left -= weight(way);

@@ -11,7 +11,8 @@
 //! - **Both on one instance**: the sum, with nothing moved. A prompt that is computed by a *decode* instance holds up every
 //!   sequence of its batch, and is paid for so; between its chunks the batch decodes, and it waits for that.
 //! - What is predicted to be later than its target counts [`LATE`] times more.
-//! - What an instance has counts for more while it warms up: it is given a share that grows with the time it has served.
+//! - What an instance has counts for more while it warms up: beside older peers it is given a share that grows with the time it
+//!   has served. How long it makes anybody wait is not more for that.
 //! - Of several choices each is decoded, and the prompt is computed once.
 
 use baton_proto::attention_pairs;
@@ -20,7 +21,7 @@ use tokio::time::Instant;
 use crate::{
     Ask, Side,
     settings::Settings,
-    view::{Class, Row},
+    view::{Model, Row},
 };
 
 /// How much more a microsecond counts that is beyond the target.
@@ -56,7 +57,7 @@ pub(crate) struct Price {
 pub(crate) struct Pricing<'a> {
     pub(crate) ask: &'a Ask<'a>,
     pub(crate) settings: &'a Settings,
-    pub(crate) classes: &'a [Class],
+    pub(crate) model: &'a Model,
     pub(crate) now: Instant,
 }
 
@@ -97,7 +98,7 @@ impl Pricing<'_> {
             .speed
             .prefill_micros(tokens as f64, attention_pairs(tokens, self.ask.prompt_tokens().into()) as f64);
         let wait = row.queue_micros / self.share(row);
-        let classes = self.classes.get(row.classes.clone()).unwrap_or_default();
+        let classes = self.model.classes.get(row.classes.clone()).unwrap_or_default();
         // Of those that it is of, the one with the most to prefill says the most.
         let widest = classes.iter().max_by_key(|class| class.prefills());
         let waiting = widest.map_or(0.0, |class| class.waiting(WAITING_MOST));
@@ -118,8 +119,11 @@ impl Pricing<'_> {
             _ => 0.0,
         };
         let (sequences, context) = (standing.sequences as f64, used * f64::from(row.spec.block_tokens));
-        let (sequences, context) = (sequences / self.share(row), context / self.share(row));
         let added = f64::from(ask.prompt_tokens()) + choices * expected / 2.0;
+        // How long it makes anybody wait does not grow with what it is to be spared.
+        let true_own = expected * row.speed.step_micros(sequences + choices, context + added);
+        let share = self.share(row);
+        let (sequences, context) = (sequences / share, context / share);
         let step = row.speed.step_micros(sequences + choices, context + added);
         let own = expected * step;
         let others = expected * sequences * row.speed.added_micros(choices, added);
@@ -131,7 +135,7 @@ impl Pricing<'_> {
         let first = first + u64::from(ask.wanted.choices.saturating_sub(1));
         let first = first.saturating_sub(u64::from(cached / row.spec.block_tokens));
         let missing_first = first.saturating_sub(standing.blocks_free.unwrap_or(first)) as f64;
-        let wait_micros = own * (missing_first.min(used) + standing.blocks_short as f64) / used.max(1.0);
+        let wait_micros = true_own * (missing_first.min(used) + standing.blocks_short as f64) / used.max(1.0);
         let moved = f64::from(to_move) * row.spec.token_bytes as f64;
         let moving = moved / LINK_BYTES_PER_MICROSECOND * (1.0 + f64::from(row.transfers));
         let late = expected * (step - self.settings.targets.tpot_micros()).max(0.0);
@@ -139,9 +143,13 @@ impl Pricing<'_> {
         Price { micros, ttft_micros: 0.0, tpot_micros: step, wait_micros }
     }
 
-    /// How much of its peers' work it is to have by now.
+    /// How much of its peers' work it is to have by now. Where all of them have just been heard of, nobody is new.
     fn share(&self, row: &Row) -> f64 {
-        let (age, whole) = (self.now.saturating_duration_since(row.ready_since), self.settings.warm_up);
+        let age = self.now.saturating_duration_since(row.ready_since);
+        if age >= self.settings.warm_up {
+            return 1.0;
+        }
+        let whole = self.settings.warm_up.min(self.model.eldest_age(row, self.now));
         if age >= whole { 1.0 } else { (age.as_secs_f64() / whole.as_secs_f64()).max(SHARE_LEAST) }
     }
 }

@@ -141,6 +141,8 @@ pub struct Model {
     pub rows: Vec<Row>,
     /// By kind and version, so that those of one instance lie side by side.
     pub classes: Vec<Class>,
+    /// Since when some instance has taken requests without a break, of each side of the work.
+    eldest: [Option<Instant>; 3],
 }
 
 /// See the module.
@@ -237,6 +239,7 @@ impl View {
                 self.places.insert(spec.id.clone(), (self.models.len(), model.rows.len()));
                 model.rows.push(row);
             }
+            model.find_eldest();
             self.models.push(model);
         }
     }
@@ -248,8 +251,12 @@ impl View {
         let row = &mut model.rows[row];
         let classes = &mut model.classes[row.classes.clone()];
         classes.iter_mut().for_each(|class| class.discount(row));
+        let before = row.role;
         row.renew(fleet, instance, ledger, speeds, now);
         classes.iter_mut().for_each(|class| class.count(row));
+        if row.role != before {
+            model.find_eldest();
+        }
     }
 
     /// A request for this model has come: it finds some of the instances busy.
@@ -314,7 +321,28 @@ impl Model {
                 Class { group, layout, version, prefills: 0, computing: 0, busy, at }
             })
         });
-        Self { revision: revision.to_owned(), rows: Vec::new(), classes: classes.collect() }
+        Self {
+            revision: revision.to_owned(),
+            rows: Vec::new(),
+            classes: classes.collect(),
+            eldest: [None; 3],
+        }
+    }
+
+    /// How long the peers of an instance have taken requests, at most.
+    pub fn eldest_age(&self, row: &Row, now: Instant) -> Duration {
+        let since = row.side().and_then(|side| self.eldest[side as usize]);
+        now.saturating_duration_since(since.unwrap_or(row.ready_since))
+    }
+
+    /// To be called when an instance has come, gone or changed its role.
+    fn find_eldest(&mut self) {
+        self.eldest = [None; 3];
+        for row in &self.rows {
+            let Some(side) = row.side() else { continue };
+            let eldest = &mut self.eldest[side as usize];
+            *eldest = Some(eldest.map_or(row.ready_since, |since| since.min(row.ready_since)));
+        }
     }
 
     fn classes_of(&self, spec: &Spec) -> Range<usize> {

@@ -20,6 +20,8 @@ pub(super) struct Candidate<'a> {
     pub(super) side: Side,
     pub(super) cached: u32,
     pub(super) price: Price,
+    /// As many wait there as may: it comes after all others.
+    pub(super) full: bool,
     /// By the policy: of two the lower is better.
     pub(super) rank: f64,
     /// Of equal ranks whoever was chosen longest ago is better, and then chance decides.
@@ -28,7 +30,8 @@ pub(super) struct Candidate<'a> {
 
 impl Candidate<'_> {
     pub(super) fn order(&self, other: &Self) -> Ordering {
-        self.rank.total_cmp(&other.rank).then(self.turn.cmp(&other.turn))
+        let rank = self.rank.total_cmp(&other.rank);
+        self.full.cmp(&other.full).then(rank).then(self.turn.cmp(&other.turn))
     }
 
     pub(super) fn seat(&self, ask: &Ask<'_>) -> Seat {

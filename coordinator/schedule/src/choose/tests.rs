@@ -151,6 +151,23 @@ async fn a_new_instance_gets_its_share_by_and_by() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn nobody_is_new_where_all_have_just_been_heard_of() {
+    let settings = Settings { warm_up: Duration::from_secs(60), ..PLAIN };
+    let busy = Load { kv_blocks_total: 4, kv_blocks_free: 1, ..running(8) };
+    let board = board(settings, &[("p", Role::Prefill, queued(0)), ("d", Role::Decode, busy)]);
+    let cost = || placed(&board, 40).expect("a place").1.cost_micros as f64;
+    let alike = |cost: f64, other: f64| (cost / other - 1.0).abs() < 0.01;
+    let first = cost();
+    advance(Duration::from_secs(600)).await;
+    let later = cost();
+    assert!(alike(first, later), "{first}, then {later}");
+    board.duty(&spec_of("d").id, crate::fleet::Duty { ready: false, ..ready(Role::Decode) });
+    board.duty(&spec_of("d").id, ready(Role::Decode));
+    let again = cost();
+    assert!(alike(again, later), "it has no older peer: {again}, for {later}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_misses_its_target_costs_more() {
     let fleet =
         [("p", Role::Prefill, queued(0)), ("d0", Role::Decode, running(8)), ("d1", Role::Decode, running(9))];

@@ -32,6 +32,20 @@ fn who_lets_nobody_wait_any_more_is_asked_last() {
     let only = fleet_of(vec![(spec("p"), Role::Prefill, room(Some(0)))]);
     assert_eq!(roomy(&only), Err(NoPlace::NoDecode));
 
+    for policy in [Policy::PowerOfTwo, Policy::LeastLoad, Policy::RoundRobin] {
+        let board = board::Board::with(Duration::from_secs(1), Settings { policy, ..Settings::DEFAULT });
+        let all = ["a", "b", "c"].map(spec);
+        board.list(&all, Instant::now());
+        for of in &all {
+            board.up(&of.id, of.incarnation, ready(Role::Mixed));
+            board.load(&of.id, room(Some(if of.id.as_str() == "b" { 1_000 } else { 0 })));
+        }
+        for _ in 0..20 {
+            let booking = board.book(&Wanted::new(100, 8, "r1")).expect("a place");
+            assert_eq!(booking.credit.pair().0.as_str(), "b", "{policy:?}");
+        }
+    }
+
     let (wanted, board) =
         (Wanted::new(100, 8, "r1"), board::Board::with(Duration::from_secs(1), Settings::DEFAULT));
     let all = [
