@@ -58,6 +58,14 @@ impl From<NotSent> for Failure {
     }
 }
 
+/// Leave to give a request to others after a failure.
+#[derive(Debug, Clone)]
+pub struct Again {
+    failure: Failure,
+    /// Before that.
+    pause: Duration,
+}
+
 /// Why a request leaves an instance that has not failed it.
 #[derive(Debug, Clone, Copy)]
 pub enum Leave<'a> {
@@ -230,10 +238,9 @@ impl Attempts {
         own
     }
 
-    /// Gives the request to others after a failure, as soon as an instance can take it; the error is the answer if none
-    /// can within the time, or if the model's budget for instances' faults is spent. A pause comes first, which ends when
-    /// the fleet changes; a refusal costs no more than that.
-    pub fn again(&mut self, failure: Failure) -> Result<Replacing, ApiError> {
+    /// Takes note of a failure, of however many choices: may the request be given to others? Its error is the answer if there
+    /// have been too many, or if the model's budget for instances' faults is spent.
+    pub fn again(&mut self, failure: Failure) -> Result<Again, ApiError> {
         let code = failure.error.code;
         let pause = if cause::is_refusal(code) && !failure.begun {
             self.refused += 1;
@@ -264,8 +271,14 @@ impl Attempts {
             self.placer.metrics.not_placed_again.get_or_create(&of).inc();
             return Err(failure.error);
         }
+        Ok(Again { failure, pause })
+    }
+
+    /// Gives it to others, as soon as an instance can take it; the error is the answer if none can within the time. A pause
+    /// comes first, which ends when the fleet changes; a refusal costs no more than that.
+    pub fn replacing(&mut self, again: Again) -> Replacing {
         self.pauses();
-        Ok(self.clone().go_on(failure, pause).boxed())
+        self.clone().go_on(again).boxed()
     }
 
     /// The next token is waited for longer than for any other, if there have been any.
@@ -276,9 +289,9 @@ impl Attempts {
     }
 
     /// Gives it to others, after a pause or the next change of the fleet.
-    async fn go_on(self, failure: Failure, mut pause: Duration) -> Result<(Generation, Placing), ApiError> {
+    async fn go_on(self, again: Again) -> Result<(Generation, Placing), ApiError> {
         let Self { placer, model, assignment, .. } = &self;
-        let Failure { mut error, culprit, .. } = failure;
+        let Again { failure: Failure { mut error, culprit, .. }, mut pause } = again;
         // Who failed it, and then who could not be asked.
         let mut avoid: Vec<InstanceId> = culprit.into_iter().collect();
         let deadline = (Instant::now() + placer.carry_patience + pause).min(assignment.deadline);

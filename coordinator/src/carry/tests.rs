@@ -74,7 +74,8 @@ async fn who_cannot_be_asked_is_not_asked_again_and_costs_no_attempt() {
     let mut attempts = Attempts::new(placer, model, assignment);
     let failure = Failure { culprit: None, ..refused.into() };
     let began = Instant::now();
-    let placed = attempts.again(failure).expect("a refusal").await;
+    let again = attempts.again(failure).expect("a refusal");
+    let placed = attempts.replacing(again).await;
     let (generation, _) = placed.expect("the other one takes it");
     assert!(began.elapsed() < Duration::from_millis(100), "{:?}", began.elapsed());
     drop(generation);

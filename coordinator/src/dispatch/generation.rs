@@ -246,10 +246,10 @@ impl Generation {
         self.served[from..].iter().map(|side| self.credit.instance(*side))
     }
 
-    /// Ends what is left of it: the request goes on elsewhere.
-    pub fn give_up(self) {
+    /// Ends what is left of it, and tells the instances why.
+    pub fn give_up(self, why: &'static str) {
         let Legs { whole, prefill, decode } = self.legs;
-        [whole, prefill, decode].into_iter().flatten().for_each(|guard| guard.cancel_all("placed_again"));
+        [whole, prefill, decode].into_iter().flatten().for_each(|guard| guard.cancel_all(why));
     }
 
     /// Has the processor fetch what [`Self::receive`] appends to, and tells the last token that it is to find.

@@ -103,7 +103,10 @@ impl Lane {
         let (prompt_tokens, deadline) = (assignment.prompt.prompt_tokens(), assignment.deadline);
         let work = match started {
             Ok(generation) => Work::Generating(Box::new(generation)),
-            Err(not_sent) => Work::Replacing(attempts.again(not_sent.into())?),
+            Err(not_sent) => {
+                let again = attempts.again(not_sent.into())?;
+                Work::Replacing(attempts.replacing(again))
+            }
         };
         let strands = smallvec![Strand::new(work, attempts, 0..readings.len())];
         Ok(Self { strands, readings, prompt_tokens, deadline, cached_tokens: 0, cached_settled: false })
@@ -123,6 +126,15 @@ impl Lane {
                 reading.prefetch_token(token);
             }
         }
+    }
+
+    /// Ends what is left of it, and tells the instances why.
+    pub(super) fn give_up(self, why: &'static str) {
+        let generating = self.strands.into_iter().filter_map(|strand| match strand.work {
+            Work::Generating(generation) => Some(generation),
+            Work::Replacing(_) => None,
+        });
+        generating.for_each(|generation| generation.give_up(why));
     }
 
     /// Its choices.
@@ -291,18 +303,22 @@ impl Lane {
         self.take_rest(generation, &open, pieces);
         let (readings, attempts, short) = (&self.readings, &strand.attempts, strand.short);
         let leave = Leave::Drains { has_cache: generation.has_cache() };
-        let next: Option<Vec<_>> = if readings[strand.choices.clone()].iter().all(Reading::is_empty) {
-            let moved = attempts.elsewhere(Leave::Drains { has_cache: None });
-            moved.map(|moved| vec![(moved, attempts.clone(), strand.choices.clone())])
-        } else {
-            let left = open.iter().filter(|(_, at)| !readings[*at].finished());
-            let alone = |&(choice, at): &(u32, usize)| {
-                let attempts = attempts.of_choice(choice, readings[at].tokens());
-                Some((attempts.elsewhere(leave)?, attempts, at..at + 1))
+        let mut next = Vec::new();
+        if readings[strand.choices.clone()].iter().all(Reading::is_empty) {
+            let Some(moved) = attempts.elsewhere(Leave::Drains { has_cache: None }) else {
+                return vec![strand];
             };
-            left.map(alone).collect()
-        };
-        let Some(next) = next else { return vec![strand] };
+            next.push((moved, attempts.clone(), strand.choices.clone()));
+        } else {
+            for &(choice, at) in open.iter().filter(|(_, at)| !readings[*at].finished()) {
+                let attempts = attempts.of_choice(choice, readings[at].tokens());
+                let Some(moved) = attempts.elsewhere(leave) else {
+                    next.into_iter().for_each(|(moved, ..)| moved.generation.give_up("not_moved"));
+                    return vec![strand];
+                };
+                next.push((moved, attempts, at..at + 1));
+            }
+        }
         let begun = |moved, mut attempts: Attempts, choices| {
             let Moved { generation, placing, handed_on } = moved;
             attempts.moved(leave, handed_on);
@@ -312,7 +328,7 @@ impl Lane {
         let next =
             next.into_iter().map(|(moved, attempts, choices)| begun(moved, attempts, choices)).collect();
         if let Work::Generating(generation) = strand.work {
-            generation.give_up();
+            generation.give_up("placed_again");
         }
         next
     }
@@ -325,31 +341,37 @@ impl Lane {
         pieces: &mut [Piece],
     ) -> Result<Vec<Strand>, ApiError> {
         let open: Vec<_> = strand.open(&self.readings).collect();
-        let Strand { work: Work::Generating(mut generation), attempts, choices, short, .. } = strand else {
+        let Strand { work: Work::Generating(mut generation), mut attempts, choices, short, .. } = strand
+        else {
             return Err(error);
         };
         attempts.failed(&error, &generation);
         self.take_rest(&mut generation, &open, pieces);
         if !cause::may_pass(error.code) && open.iter().any(|(_, at)| !self.readings[*at].finished()) {
+            generation.give_up("request_failed");
             return Err(error);
         }
         let carried = attempts.assignment().generated.len();
         let readings = &self.readings[choices.clone()];
         let begun = readings.iter().any(|reading| reading.tokens().len() > carried);
         let failure = Failure { error, culprit: generation.culprit().cloned(), begun };
-        generation.give_up();
+        generation.give_up("placed_again");
+        let mut left = open.iter().filter(|(_, at)| !self.readings[*at].finished()).peekable();
+        if left.peek().is_none() {
+            return Ok(Vec::new());
+        }
+        let again = attempts.again(failure)?;
         let replaced = |mut attempts: Attempts, choices| {
-            let work = Work::Replacing(attempts.again(failure.clone())?);
-            Ok(Strand { short, ..Strand::new(work, attempts, choices) })
+            let work = Work::Replacing(attempts.replacing(again.clone()));
+            Strand { short, ..Strand::new(work, attempts, choices) }
         };
         if readings.iter().all(Reading::is_empty) {
-            return Ok(vec![replaced(attempts, choices)?]);
+            return Ok(vec![replaced(attempts, choices)]);
         }
-        let left = open.iter().filter(|(_, at)| !self.readings[*at].finished());
         let alone = |&(choice, at): &(u32, usize)| {
             replaced(attempts.of_choice(choice, self.readings[at].tokens()), at..at + 1)
         };
-        left.map(alone).collect()
+        Ok(left.map(alone).collect())
     }
 }
 

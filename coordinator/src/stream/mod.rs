@@ -96,6 +96,7 @@ impl Streaming {
             Poll::Ready(Ok(())) => return Poll::Ready(self.finish()),
             Poll::Ready(Err(error)) => {
                 self.report.failed(&error);
+                self.give_up("request_failed");
                 return Poll::Ready(Step::End(Err(error)));
             }
             Poll::Pending => {}
@@ -111,6 +112,12 @@ impl Streaming {
     /// Ends an answer that nobody has read up to its deadline.
     fn expire(mut self) {
         self.report.failed(&deadline_passed());
+        self.give_up("deadline");
+    }
+
+    /// Ends what is left of it: no more is read.
+    fn give_up(&mut self, why: &'static str) {
+        self.lanes.drain(..).for_each(|lane| lane.give_up(why));
     }
 
     /// Waits for the next step.

@@ -57,6 +57,20 @@ async fn a_client_that_leaves_before_the_answer_cancels_both_legs() {
 }
 
 #[tokio::test]
+async fn the_rest_of_a_request_that_fails_is_not_told_to_be_the_clients_doing() {
+    let (cluster, [mut mixed]) = Cluster::start([("m", v1::Role::Mixed)], |_| {}).await;
+    let body = json!({"model": "tiny", "prompt": ["x", "y"]}).to_string();
+    let request = cluster.client.post(format!("{}/v1/completions", cluster.url)).body(body);
+    let response = tokio::spawn(request.send());
+    let (first, second) = (mixed.dispatch().await, mixed.dispatch().await);
+    mixed.fail(first.leg, ErrorCode::InvalidArgument);
+    let cancel = mixed.cancelled().await;
+    assert_eq!((cancel.leg, cancel.reason.as_str()), (second.leg, "request_failed"));
+    assert_eq!(error_of(response.await.expect("ends").expect("an answer")).await.0, 400);
+    cluster.at_rest().await;
+}
+
+#[tokio::test]
 async fn tokens_that_come_together_with_a_failure_are_given_and_counted() {
     let (cluster, [mut mixed]) = Cluster::start([("m", v1::Role::Mixed)], |_| {}).await;
     let response = cluster.chat(json!({"stream": true, "n": 2}));

@@ -179,6 +179,27 @@ async fn of_several_choices_those_that_have_not_ended_go_on_each_by_itself() {
     assert!(other.is_quiet(), "nothing else was sent, or cancelled");
 }
 
+/// An instance's fault costs the model's budget one attempt, whatever it was at; ten are saved up for a quiet model.
+#[tokio::test]
+async fn one_fault_is_one_attempt_for_all_choices() {
+    let (cluster, [mut a, mut b]) = Cluster::start(MIXED, in_time).await;
+    let response = cluster.chat(json!({"n": 16, "max_tokens": 2}));
+    let (at, first) = either(&mut a, &mut b).await;
+    let (bad, other) = if at == 0 { (&mut a, &mut b) } else { (&mut b, &mut a) };
+    (0..16).for_each(|choice| bad.of_choice((first.leg, choice), 0, "x", None));
+    consumed(&cluster, 16).await;
+    bad.fail(first.leg, ErrorCode::Internal);
+    for _ in 0..16 {
+        let resumed = other.dispatch().await;
+        other.of_choice((resumed.leg, 0), 1, "y", Some(FinishReason::Length));
+    }
+    let answer: Value = response.await.expect("ends").json().await.expect("is JSON");
+    let choices = answer["choices"].as_array().expect("choices");
+    assert_eq!(choices.len(), 16);
+    assert!(choices.iter().all(|choice| choice["message"]["content"] == "xy"), "{answer}");
+    cluster.at_rest().await;
+}
+
 #[tokio::test]
 async fn an_answer_that_lacks_only_its_end_is_not_sent_anywhere() {
     for (text, end) in [("ab\0", "stop"), ("abc", "length")] {
