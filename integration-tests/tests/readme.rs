@@ -70,7 +70,7 @@ fn anchors(document: &Path) -> BTreeSet<String> {
 
 #[test]
 fn links_of_the_documents_lead_somewhere() {
-    let pages = ["controller", "coordinator", "server"].map(|it| format!("docs/configuration/{it}.md"));
+    let pages = ["controller", "coordinator", "server"].map(|it| format!("deploy/configuration/{it}.md"));
     let others = ["README.md", "deploy/kubernetes/README.md", "deploy/alerts/RUNBOOK.md"].map(str::to_owned);
     let mut followed = 0;
     for document in others.into_iter().chain(pages) {
