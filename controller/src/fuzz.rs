@@ -1,4 +1,4 @@
-//! What the targets `sessions` and `files` in `fuzz` call.
+//! What the targets `sessions` and `files` in `integration-tests/fuzz` call.
 
 use std::{
     collections::{BTreeMap, HashMap},

@@ -1,4 +1,4 @@
-//! The pages of `docs/configuration` are what the services print, tell every key, and what they say is so: examples are
+//! The pages of `deploy/configuration` are what the services print, tell every key, and what they say is so: examples are
 //! taken, and ranges are those that are refused beyond.
 
 use std::{collections::BTreeMap, fs, process::Command, time::Duration};
@@ -36,7 +36,7 @@ fn said(service: &str, arguments: &[&str]) -> String {
 #[test]
 fn pages_are_what_the_services_print() {
     for service in ["controller", "coordinator", "server"] {
-        let path = format!("docs/configuration/{service}.md");
+        let path = format!("deploy/configuration/{service}.md");
         let page = fs::read_to_string(folder().join("..").join(&path)).unwrap_or_default();
         let again = format!("target/debug/baton-{service} --config-reference > {path}");
         assert!(

@@ -1,9 +1,10 @@
 //! House rules that no compiler checks, each with its reason.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs,
     path::{Path, PathBuf},
+    process::Command,
 };
 
 use baton_integration_tests::folder;
@@ -28,7 +29,7 @@ const MAY_USE: [(&str, &[&str]); 14] = [
     ("deploy/standalone", &["baton-checkpoint", "baton-process", "baton-proto"]),
     ("integration-tests", &["baton-process"]),
     (
-        "fuzz",
+        "integration-tests/fuzz",
         &[
             "baton-controller",
             "baton-coordinator",
@@ -39,6 +40,24 @@ const MAY_USE: [(&str, &[&str]); 14] = [
             "baton-server",
         ],
     ),
+];
+
+/// All that is tracked at the top level, but for dotfiles. A newcomer reads this list first: each service, what they share, how
+/// they are deployed and how they are tested together. What belongs to one of these lies in its folder; another entry is another
+/// part of the design.
+const TOP_LEVEL: [&str; 12] = [
+    "CHANGELOG.md",
+    "Cargo.lock",
+    "Cargo.toml",
+    "LICENSE",
+    "README.md",
+    "controller",
+    "coordinator",
+    "deploy",
+    "integration-tests",
+    "kvtransfer",
+    "proto",
+    "server",
 ];
 
 /// Longer files want to be split by meaning; tests and their support may be somewhat longer.
@@ -72,6 +91,18 @@ fn sources() -> Vec<PathBuf> {
 
 fn is_test(path: &Path) -> bool {
     path.components().any(|part| part.as_os_str() == "tests") || path.to_string_lossy().contains("tests.rs")
+}
+
+#[test]
+fn the_top_level_holds_the_parts_of_the_design_alone() {
+    // What git tracks: whoever works here may have a model or a token's file beside it.
+    let listed = Command::new("git").arg("-C").arg(root()).args(["ls-files", "-z"]).output();
+    let listed = listed.expect("git starts");
+    assert!(listed.status.success(), "{}", String::from_utf8_lossy(&listed.stderr));
+    let listed = String::from_utf8(listed.stdout).expect("text");
+    let paths = listed.split_terminator('\0').map(|path| path.split('/').next().unwrap_or_default());
+    let found: BTreeSet<&str> = paths.filter(|name| !name.starts_with('.')).collect();
+    assert_eq!(found, BTreeSet::from(TOP_LEVEL), "what is new goes into the folder of its part");
 }
 
 #[test]

@@ -1,5 +1,5 @@
-//! What the target `wire` in `fuzz` calls: messages of the services to each other, from their bytes to what the others work
-//! with. Whatever is taken has its bounds, and says the same when it is written and read again.
+//! What the target `wire` in `integration-tests/fuzz` calls: messages of the services to each other, from their bytes to what the
+//! others work with. Whatever is taken has its bounds, and says the same when it is written and read again.
 
 use std::fmt::Debug;
 

@@ -1,4 +1,4 @@
-//! What the target `inference` in `fuzz` calls: what coordinators and controllers ask of an instance.
+//! What the target `inference` in `integration-tests/fuzz` calls: what coordinators and controllers ask of an instance.
 
 use std::time::Duration;
 

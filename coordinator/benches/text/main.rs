@@ -90,7 +90,8 @@ fn texts() -> Result<Vec<(&'static str, String)>, Error> {
             code.push_str(&fs::read_to_string(file)?);
         }
     }
-    let prose = ["../README.md", "../CHANGELOG.md"].map(|file| fs::read_to_string(root.join(file)));
+    let prose = ["../README.md", "../CHANGELOG.md", "benches/README.md", "schedule/benches/README.md"];
+    let prose = prose.map(|file| fs::read_to_string(root.join(file)));
     let prose = prose.into_iter().collect::<Result<Vec<_>, _>>()?.concat();
     Ok(vec![
         ("chat, 131 B", short.to_owned()),

@@ -1,5 +1,5 @@
-//! What the targets in `fuzz` call: each takes any bytes and must neither panic nor break a promise, which `fuzz/README.md`
-//! tells. The corpora that are kept there run with the unit tests, too.
+//! What the targets in `integration-tests/fuzz` call: each takes any bytes and must neither panic nor break a promise, which
+//! its README tells. The corpora that are kept there run with the unit tests, too.
 
 mod answers;
 mod http;

@@ -1,4 +1,5 @@
-//! What the target `files` in `fuzz` calls: what operators give a process, and certificates and traces of whoever comes.
+//! What the target `files` in `integration-tests/fuzz` calls: what operators give a process, and certificates and traces of
+//! whoever comes.
 
 use std::path::Path;
 

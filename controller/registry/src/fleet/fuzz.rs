@@ -1,4 +1,5 @@
-//! What the target `records` in `fuzz` calls: what lies in the store, or a controller says of it, read by whoever follows it.
+//! What the target `records` in `integration-tests/fuzz` calls: what lies in the store, or a controller says of it, read by
+//! whoever follows it.
 
 use std::fmt::Debug;
 

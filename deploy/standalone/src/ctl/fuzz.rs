@@ -1,5 +1,5 @@
-//! What the target `ctl` in `fuzz` calls: answers of controllers and coordinators, as `baton ctl` shows them. Whatever stands in
-//! them, a terminal is sent nothing that it obeys, and programs are given JSON and YAML.
+//! What the target `ctl` in `integration-tests/fuzz` calls: answers of controllers and coordinators, as `baton ctl` shows them.
+//! Whatever stands in them, a terminal is sent nothing that it obeys, and programs are given JSON and YAML.
 
 use baton_proto::v1;
 use prost::Message;

@@ -32,7 +32,7 @@ mod tests {
 
     use super::*;
 
-    /// What `fuzz/run` runs by the folders, the program finds by its list, and the page tells of.
+    /// What `run` runs by the folders, the program finds by its list, and the page tells of.
     #[test]
     fn each_target_has_seeds_and_each_folder_a_target() {
         let program = include_str!("main.rs");
