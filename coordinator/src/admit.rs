@@ -1,7 +1,7 @@
 //! Who may come in, who waits and who is turned away.
 //!
 //! A request takes a [`Ticket`] on arrival ([`crate::http`]), before its body is read, and the memory of all bodies together
-//! is bounded ([`body`]). Once its model is known it takes a [`Place`] in that model's [`Line`] and, once prepared, waits
+//! is bounded ([`body`]), and so is that of all prompts, from when they are tokenised until they are answered. Once its model is known it takes a [`Place`] in that model's [`Line`] and, once prepared, waits
 //! there for a [`Permit`] and a place among the instances ([`line`]): what waits for one model's instances holds up no other
 //! model's requests. A body that is not prepared on the spot waits for a [`Turn`] at a core before. All are given back by
 //! drop. Overflow policy: a full house or line is 429 at once, unless another gives way, who then is told so; as is a wait
@@ -22,10 +22,11 @@ use crate::{
 };
 
 pub mod body;
+mod budget;
 mod line;
 
 pub use body::Body;
-use body::Budget;
+use budget::{Budget, Held};
 pub use line::{Admission, Line, Permit, Place, WaitTerms};
 
 /// What clients are told to wait before they try again, where nothing else is known, and at most.
@@ -46,8 +47,9 @@ pub struct Gate {
     cores: Arc<Semaphore>,
     /// Those of them that long work may take: short work never waits for it alone.
     for_long_work: Arc<Semaphore>,
-    /// What bodies may take.
-    budget: Arc<Budget>,
+    /// What bodies may take, and what is kept of prompts.
+    bodies: Arc<Budget>,
+    prompts: Arc<Budget>,
     max_body_bytes: usize,
     queue_timeout: Duration,
     refusals: Refusals,
@@ -66,7 +68,14 @@ impl Gate {
             house: Arc::new(Semaphore::new(house)),
             cores: Arc::new(Semaphore::new(cores.clamp(2, most))),
             for_long_work: Arc::new(Semaphore::new((cores / 2).clamp(1, most))),
-            budget: Budget::new(limits.max_held_body_bytes, metrics),
+            bodies: body::budget(limits, metrics),
+            prompts: Budget::new(
+                limits.max_held_prompt_bytes,
+                &metrics.prompt_reserved,
+                &metrics.refusals,
+                "prompts",
+                "the prompts of other requests take all memory that there is for them",
+            ),
             max_body_bytes: limits.max_body_bytes,
             queue_timeout: limits.queue_timeout,
             refusals: metrics.refusals.clone(),
@@ -91,12 +100,19 @@ impl Gate {
         let room = has_room.then(|| at_once(&self.house).ok()).flatten();
         let room =
             room.ok_or_else(|| refuse(&self.refusals, "house", "too many requests are waiting", drain()))?;
-        Ok(Ticket { _room: room })
+        Ok(Ticket { held: None, _room: room })
+    }
+
+    /// Reserves what is kept of a request's prompts, beyond what its room in the house is good for, until it is answered.
+    pub fn hold(&self, ticket: &mut Ticket, bytes: usize) -> Result<(), ApiError> {
+        let beyond = bytes.saturating_sub(body::FREE_BYTES);
+        ticket.held = (beyond > 0).then(|| self.prompts.hold(beyond)).transpose()?;
+        Ok(())
     }
 
     /// Room for a body that announces its length, or grows as it comes; within `max_body_bytes` either way.
     pub fn body(&self, announced: Option<usize>) -> Result<Body, ApiError> {
-        Body::new(&self.budget, announced, self.max_body_bytes)
+        Body::new(&self.bodies, announced, self.max_body_bytes)
     }
 
     /// The error of a body that does not come.
@@ -148,8 +164,9 @@ fn refuse(refusals: &Refusals, why: &'static str, message: &str, wait: Option<Du
     ApiError::new(ErrorCode::QueueFull, format!("{message}; try again in {seconds} s")).retry_after(wait)
 }
 
-/// Room in the house.
+/// Room in the house, and for what it holds.
 pub struct Ticket {
+    held: Option<Held>,
     _room: OwnedSemaphorePermit,
 }
 

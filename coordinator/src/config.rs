@@ -22,6 +22,8 @@ const LAST_WORDS: Duration = Duration::from_secs(10);
 
 /// Answers that one request may have at most: each has a bit in the set of those that a leg still works at.
 pub const CHOICES_MOST: u32 = 128;
+/// What is kept of a prompt of a byte: at most a token, of 4 bytes, and its part of a KV block's name.
+const PROMPT_BYTES_OF_BODY: usize = 6;
 
 /// The coordinator is the entry of a cluster: it serves the OpenAI API and schedules requests on prefill and decode
 /// instances.
@@ -292,6 +294,11 @@ file = "/etc/baton/keys.toml"
             "limits.max_held_body_bytes",
             "expected at least limits.max_body_bytes: the largest body must fit",
         )?;
+        require(
+            limits.max_held_prompt_bytes / PROMPT_BYTES_OF_BODY >= limits.max_body_bytes,
+            "limits.max_held_prompt_bytes",
+            "expected at least six times limits.max_body_bytes: the longest prompt must fit",
+        )?;
         require(!limits.body_timeout.is_zero(), "limits.body_timeout", "expected more than 0")?;
         require(limits.max_connections > 0, "limits.max_connections", "expected at least 1")?;
         require(limits.max_concurrent > 0, "limits.max_concurrent", "expected at least 1")?;
@@ -351,7 +358,7 @@ mod tests {
     fn what_types_cannot_say_is_checked_with_its_key() {
         assert!(good().validate().is_ok());
         type Change = fn(&mut CoordinatorConfig);
-        let cases: [(&str, Change); 27] = [
+        let cases: [(&str, Change); 28] = [
             ("id", |c| c.id = "Upper".into()),
             ("store", |c| c.store.controller.clear()),
             ("store", |c| c.store.etcd.endpoints.push("127.0.0.1:2379".into())),
@@ -369,6 +376,9 @@ mod tests {
             }),
             ("api_keys.store", |c| c.api_keys.store = true),
             ("limits.max_held_body_bytes", |c| c.limits.max_body_bytes = c.limits.max_held_body_bytes + 1),
+            ("limits.max_held_prompt_bytes", |c| {
+                c.limits.max_held_prompt_bytes = PROMPT_BYTES_OF_BODY * c.limits.max_body_bytes - 1
+            }),
             ("limits.body_timeout", |c| c.limits.body_timeout = Duration::ZERO),
             ("limits.max_concurrent", |c| c.limits.max_concurrent = 0),
             ("limits.max_choices", |c| c.limits.max_choices = 0),

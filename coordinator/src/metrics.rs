@@ -83,6 +83,8 @@ pub struct Metrics {
     pub refusals: Refusals,
     /// Of `limits.max_held_body_bytes`, in bytes.
     pub body_reserved: Gauge,
+    /// Of `limits.max_held_prompt_bytes`, in bytes.
+    pub prompt_reserved: Gauge,
     pub cancels: Family<ReasonLabel, Counter>,
     pub legs_lost: Counter,
     /// By the name of the error's code.
@@ -180,6 +182,7 @@ impl Metrics {
             queued: Gauge::default(),
             refusals: Refusals::default(),
             body_reserved: Gauge::default(),
+            prompt_reserved: Gauge::default(),
             cancels: Family::default(),
             legs_lost: Counter::default(),
             migrations: Family::default(),
@@ -292,15 +295,15 @@ impl Metrics {
         registry.register(
             "refusals",
             "Requests refused, by what there was none of: room in the house, in their model's line, bytes for their \
-             bodies; or by what took too long: their wait, the backlog before them, their body",
+             bodies, memory for their prompts; or by what took too long: their wait, the backlog before them, their body",
             self.refusals.clone(),
         );
-        registry.register_with_unit(
-            "body_reserved",
-            "Reserved of limits.max_held_body_bytes",
-            Unit::Bytes,
-            self.body_reserved.clone(),
-        );
+        for (name, help, reserved) in [
+            ("body_reserved", "Reserved of limits.max_held_body_bytes", &self.body_reserved),
+            ("prompt_reserved", "Reserved of limits.max_held_prompt_bytes", &self.prompt_reserved),
+        ] {
+            registry.register_with_unit(name, help, Unit::Bytes, reserved.clone());
+        }
         let seconds = [
             ("queue_wait", "From being prepared to being placed", &by_model.queue_wait),
             ("time_to_first_token", "From arrival to the first token", &by_model.time_to_first_token),

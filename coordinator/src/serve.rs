@@ -84,11 +84,12 @@ impl Service {
     pub async fn serve(self: &Arc<Self>, received: Received) -> Result<Streaming, ApiError> {
         let Received { tenant, endpoint, body, trace, ticket, card, mut report } = received;
         let result = async {
-            let (Addressed { model, prepared }, ticket) =
+            let (Addressed { model, prepared }, mut ticket) =
                 self.prepare(&tenant, endpoint, body, ticket).await?;
             report.enters("queue");
             report.of_model(&model.counts);
             let (prepared, place) = prepared?;
+            self.gate.hold(&mut ticket, prepared.held_bytes())?;
             report.charge(&prepared)?;
             let (name, prompt_tokens) = (model.served.name.clone(), prepared.prompt_tokens());
             card.set(Stage::Queued { model: name, prompt_tokens });

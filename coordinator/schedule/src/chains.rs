@@ -98,6 +98,11 @@ impl Chains {
         dialects.iter().map(whole).collect()
     }
 
+    /// What the names known so far take, in bytes.
+    pub fn held_bytes(&self) -> usize {
+        self.known.lock().iter().map(|growing| growing.chain.keys.held_bytes()).sum()
+    }
+
     fn of_prompt(&self, dialect: Dialect) -> Growing {
         let mut known = self.known.lock();
         if let Some(prompt) = known.iter().find(|prompt| prompt.chain.dialect == dialect) {

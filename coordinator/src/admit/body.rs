@@ -2,60 +2,23 @@
 //!
 //! A room in the house ([`super::Ticket`]) comes with [`FREE_BYTES`] for the request's body, so that no short request is
 //! refused because of long ones. What a body takes beyond is reserved here: all that it announces before the first of it
-//! is read, or, if it announces nothing, as it grows. Overflow policy: what does not fit is 429 at once, so that nobody
-//! holds a connection to wait for memory. A [`Body`] is its bytes and their reservation in one, given back together by
-//! drop, wherever that happens.
+//! is read, or, if it announces nothing, as it grows; what does not fit is refused ([`super::budget`]). A [`Body`] is its
+//! bytes and their reservation in one, given back together by drop, wherever that happens.
 
-use std::{
-    ops::Deref,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
-};
+use std::{ops::Deref, sync::Arc};
 
 use baton_proto::ApiError;
-use prometheus_client::metrics::gauge::Gauge;
 
-use super::refuse;
-use crate::metrics::{Metrics, Refusals};
+use super::budget::Budget;
+use crate::{config::LimitsConfig, metrics::Metrics};
 
 /// Of a body, what its room in the house is good for.
 pub const FREE_BYTES: usize = 16 << 10;
 
 /// What all bodies may take beyond the [`FREE_BYTES`] of each.
-pub(super) struct Budget {
-    left: AtomicUsize,
-    reserved: Gauge,
-    refusals: Refusals,
-}
-
-impl Budget {
-    pub(super) fn new(bytes: usize, metrics: &Metrics) -> Arc<Self> {
-        let (reserved, refusals) = (metrics.body_reserved.clone(), metrics.refusals.clone());
-        Arc::new(Self { left: AtomicUsize::new(bytes), reserved, refusals })
-    }
-
-    fn take(&self, bytes: usize) -> Result<(), ApiError> {
-        let taken =
-            self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(bytes));
-        if taken.is_err() {
-            let message = "the bodies of other requests take all memory that there is for them";
-            return Err(refuse(&self.refusals, "bytes", message, None));
-        }
-        self.reserved.inc_by(gauged(bytes));
-        Ok(())
-    }
-
-    fn give_back(&self, bytes: usize) {
-        self.left.fetch_add(bytes, Ordering::Relaxed);
-        self.reserved.dec_by(gauged(bytes));
-    }
-}
-
-/// No machine has more memory than a gauge can say.
-fn gauged(bytes: usize) -> i64 {
-    i64::try_from(bytes).unwrap_or(i64::MAX)
+pub(super) fn budget(limits: &LimitsConfig, metrics: &Metrics) -> Arc<Budget> {
+    let message = "the bodies of other requests take all memory that there is for them";
+    Budget::new(limits.max_held_body_bytes, &metrics.body_reserved, &metrics.refusals, "bytes", message)
 }
 
 /// A request's body, as far as it has come, and the memory that it may take.
@@ -137,7 +100,8 @@ mod tests {
 
     fn budget(bytes: usize) -> (Arc<Budget>, Arc<Metrics>) {
         let metrics = Metrics::register(&mut Registry::default());
-        (Budget::new(bytes, &metrics), metrics)
+        let limits = LimitsConfig { max_held_body_bytes: bytes, ..LimitsConfig::default() };
+        (super::budget(&limits, &metrics), metrics)
     }
 
     fn announced(budget: &Arc<Budget>, bytes: usize) -> Result<Body, ApiError> {
@@ -205,6 +169,6 @@ mod tests {
             }
         };
         std::thread::scope(|scope| (0..4).for_each(|_| drop(scope.spawn(work))));
-        assert_eq!((metrics.body_reserved.get(), budget.left.load(Ordering::Relaxed)), (0, 3 * FREE_BYTES));
+        assert_eq!((metrics.body_reserved.get(), budget.left()), (0, 3 * FREE_BYTES));
     }
 }

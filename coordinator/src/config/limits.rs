@@ -18,6 +18,10 @@ pub struct LimitsConfig {
     /// Memory for the bodies of all requests together, from arrival until they are tokenised, beyond the 16 KiB that each
     /// request may take in any case; what does not fit is refused with 429. At least `max_body_bytes`.
     pub max_held_body_bytes: usize,
+    /// Memory for what is kept of the prompts of all requests together, from when they are tokenised until they are answered: 4
+    /// bytes for each token, and 8 for each KV block; beyond 16 KiB of each request. What does not fit is refused with 429. At
+    /// least six times `max_body_bytes`.
+    pub max_held_prompt_bytes: usize,
     /// How long a body may take to arrive before its request is refused with 408. More than 0s.
     #[serde(with = "duration")]
     #[schemars(schema_with = "duration::schema")]
@@ -68,6 +72,7 @@ impl Default for LimitsConfig {
         Self {
             max_body_bytes: 8 << 20,
             max_held_body_bytes: 256 << 20,
+            max_held_prompt_bytes: 2 << 30,
             body_timeout: Duration::from_secs(60),
             max_connections: 16_384,
             max_concurrent: 10_240,

@@ -149,6 +149,7 @@ pub fn http(bytes: &[u8]) {
     }
     assert_eq!(service.gate.rooms(), stage.rooms, "every room was given back");
     assert_eq!(service.metrics.body_reserved.get(), 0, "and all memory");
+    assert_eq!(service.metrics.prompt_reserved.get(), 0, "for prompts, too");
     assert!(service.roster.list().is_empty(), "and nobody is listed");
 }
 

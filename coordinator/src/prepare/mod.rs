@@ -85,6 +85,14 @@ impl PreparedPrompt {
 }
 
 impl Prepared {
+    /// What is kept of its prompts until it is answered, in bytes.
+    pub fn held_bytes(&self) -> usize {
+        let of = |prompt: &PreparedPrompt| {
+            size_of_val(&*prompt.tokens) + prompt.chains.held_bytes() + prompt.echo.len()
+        };
+        self.prompts.iter().map(of).sum()
+    }
+
     /// Of all prompts.
     pub fn prompt_tokens(&self) -> u32 {
         self.prompts.iter().map(PreparedPrompt::prompt_tokens).fold(0, u32::saturating_add)

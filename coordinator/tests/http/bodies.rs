@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::scripted::{Cluster, Instance, PATIENCE, other, served, until};
+use baton_coordinator::prepare::Served;
 use baton_proto::v1;
 use bytes::Bytes;
 use serde_json::{Value, json};
@@ -237,4 +238,42 @@ async fn a_body_that_is_refused_holds_no_room_while_it_is_thrown_away() {
     assert_eq!(cluster.service.roster.list().len(), 1, "the other is still listened to");
     assert_eq!(refused.answer().await.0, 413);
     all_is_given_back(&cluster).await;
+}
+
+/// What is kept of prompts until they are answered is bounded, and short ones come in all the same.
+#[tokio::test]
+async fn long_prompts_take_memory_until_they_are_answered() {
+    let long = Served { context_tokens: 100_000, ..served() };
+    let (cluster, [mut mixed]) = Cluster::start_models(vec![long], [("m", v1::Role::Mixed, 0)], |config| {
+        config.limits.max_body_bytes = 16 * KIB;
+        config.limits.max_held_prompt_bytes = 96 * KIB;
+        config.placement.room = Duration::from_secs(600);
+    })
+    .await;
+    let ask = |tokens: usize| {
+        let body = json!({"model": "tiny", "prompt": vec![7; tokens], "max_tokens": 1});
+        cluster.post("/v1/completions", body.to_string())
+    };
+    let (mut sent, mut legs, mut room) = (Vec::new(), Vec::new(), 1);
+    while legs.len() < room {
+        sent.push(ask(8_000));
+        legs.push(mixed.dispatch().await.leg);
+        let each = cluster.service.metrics.prompt_reserved.get() as usize / legs.len();
+        // 4 bytes for each token, beyond 16 KiB, and their blocks' names.
+        assert!((8_000 * 4 - FREE..8_000 * 5 - FREE).contains(&each), "{each} bytes");
+        room = 96 * KIB / each;
+    }
+    assert!(room >= 4, "{room}");
+    let refused = ask(8_000).await.expect("ends");
+    assert!(refused.status() == 429 && refused.headers().contains_key("retry-after"), "{refused:?}");
+    let error: Value = refused.json().await.expect("is JSON");
+    let message = error["error"]["message"].as_str().unwrap_or_default();
+    assert!(message.starts_with("the prompts of other requests take all memory"), "{message}");
+    sent.push(ask(3_000));
+    legs.push(mixed.dispatch().await.leg);
+    legs.into_iter().for_each(|leg| mixed.finish(leg, 0, "x", FinishReason::Length));
+    for response in sent {
+        assert_eq!(response.await.expect("ends").status(), 200);
+    }
+    cluster.at_rest().await;
 }

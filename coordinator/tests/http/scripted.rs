@@ -470,6 +470,7 @@ impl Cluster {
         let idle = || {
             self.service.roster.list().is_empty()
                 && self.service.metrics.in_flight.get() == 0
+                && self.service.metrics.prompt_reserved.get() == 0
                 && self.service.placer.board.own_work().iter().all(|(_, work)| *work == Default::default())
         };
         until("nothing is held for any request", idle).await;

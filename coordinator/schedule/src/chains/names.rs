@@ -28,6 +28,11 @@ impl Names {
         whole + rest.take_while(|(ours, theirs)| ours == theirs).count()
     }
 
+    /// What they take, in bytes.
+    pub fn held_bytes(&self) -> usize {
+        size_of_val(&*self.names) + size_of_val(&*self.folds)
+    }
+
     fn whole_strides(&self, other: &Self) -> usize {
         self.folds.iter().zip(&*other.folds).take_while(|(ours, theirs)| ours == theirs).count()
     }
