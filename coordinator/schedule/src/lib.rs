@@ -118,9 +118,18 @@ pub enum Side {
 impl Side {
     pub fn name(self) -> &'static str {
         match self {
-            Self::Whole => "mixed",
+            Self::Whole => "whole",
             Self::Prefill => "prefill",
             Self::Decode => "decode",
+        }
+    }
+
+    /// Whose part it is, as clients are told.
+    pub fn instance(self) -> &'static str {
+        match self {
+            Self::Whole => "the instance",
+            Self::Prefill => "the prefill instance",
+            Self::Decode => "the decode instance",
         }
     }
 }

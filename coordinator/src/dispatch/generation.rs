@@ -341,7 +341,7 @@ impl Generation {
 
     /// Something that an instance sent was not taken. Its leg has not ended, and is told to like every other.
     fn fail_flooded(&mut self, side: Side) {
-        let flood = format!("the {} instance floods the request with disordered output", side.name());
+        let flood = format!("{} floods the request with disordered output", side.instance());
         self.why_cancelled = "flood";
         for choice in 0..self.choices.len() as u32 {
             let error = ApiError::new(ErrorCode::Internal, flood.clone());

@@ -426,13 +426,12 @@ impl Machine {
 }
 
 fn stopped(side: Side) -> ApiError {
-    let message =
-        format!("the {} instance stopped before the request was complete; send it again", side.name());
+    let message = format!("{} stopped before the request was complete; send it again", side.instance());
     ApiError::new(ErrorCode::Unavailable, message)
 }
 
 fn broken(side: Side, what: &str) -> ApiError {
-    ApiError::new(ErrorCode::Internal, format!("the {} instance {what}", side.name()))
+    ApiError::new(ErrorCode::Internal, format!("{} {what}", side.instance()))
 }
 
 #[cfg(test)]

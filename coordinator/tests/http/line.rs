@@ -271,8 +271,7 @@ async fn those_in_line_are_served_while_the_coordinator_drains() {
     let first = queue(&cluster, "", "first", json!({}), 0).await;
     let held = mixed.dispatch().await;
     let waits = queue(&cluster, "", "waits", json!({}), 1).await;
-    let service = cluster.shut_down();
-    tokio::time::sleep(Duration::from_millis(50)).await;
+    let service = cluster.shut_down().await;
     mixed.finish(held.leg, 0, "x", FinishReason::Stop);
     assert_eq!(serve(&mut mixed).await, "waits");
     assert_eq!((ends(first).await.status().as_u16(), ends(waits).await.status().as_u16()), (200, 200));

@@ -433,8 +433,12 @@ impl Cluster {
     }
 
     /// Begins to drain the coordinator.
-    pub(crate) fn shut_down(self) -> Arc<Service> {
-        self.service
+    pub(crate) async fn shut_down(self) -> Arc<Service> {
+        let address = self.url.strip_prefix("http://").expect("a URL").to_owned();
+        let service = self.service;
+        drop(self._stop);
+        until("nobody is let in any more", || std::net::TcpStream::connect(&address).is_err()).await;
+        service
     }
 
     /// Whether a request for the first model could be served.

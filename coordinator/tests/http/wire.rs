@@ -207,8 +207,7 @@ async fn a_stream_goes_on_while_the_coordinator_drains_and_its_connection_closes
     mixed.tokens(leg, 0, "a");
     wire.head().await;
     let (_, mut body) = wire.chunk().await;
-    let service = cluster.shut_down();
-    tokio::time::sleep(Duration::from_millis(50)).await;
+    let service = cluster.shut_down().await;
     for (position, text) in [(1, "b"), (2, "c")] {
         mixed.tokens(leg, position, text);
         body += &wire.chunk().await.1;

@@ -331,7 +331,7 @@ fn instances_that_break_the_contract_are_told_apart() {
     for (side, output) in cases {
         let commands = Machine::apart(4).output(side, output.clone());
         let Some(Command::End(Err(error))) = commands.last() else { panic!("{output:?} was taken") };
-        assert!(error.message.contains(side.name()), "{error}");
+        assert!(error.message.contains(side.instance()), "{error}");
     }
 }
 
