@@ -141,11 +141,14 @@ fn different_setup(reference: &InstanceSpec, other: &InstanceSpec) -> Option<Str
     };
     let (a, b) = (reference, other);
     let (model, layout) = (&a.model, &a.kv_layout);
-    if model.name != b.model.name {
-        differs("model", &model.name, &b.model.name)
-    } else if model.revision != b.model.revision {
-        differs("model revision", &model.revision, &b.model.revision)
-    } else if model != &b.model {
+    if model.revision != b.model.revision {
+        // What a model is called is no difference, but says one to people better than a digest does.
+        if model.name == b.model.name {
+            differs("model revision", &model.revision, &b.model.revision)
+        } else {
+            differs("model", &model.name, &b.model.name)
+        }
+    } else if !model.is_same(&b.model) {
         Some(format!("it describes the model differently than {}: another version?", a.id))
     } else if a.device != b.device {
         differs("device type", &a.device, &b.device)

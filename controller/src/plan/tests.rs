@@ -128,10 +128,13 @@ fn who_cannot_join_has_no_role_and_a_reason() {
 #[test]
 fn each_difference_is_named() {
     let base = spec("a", "x");
-    let mut others = vec![("model", base.clone()), ("revision", base.clone()), ("device type", base.clone())];
-    others[0].1.model.name = "n".into();
+    let mut others = vec![("its model is n, that of a is m", base.clone()), ("revision", base.clone())];
+    (others[0].1.model.name, others[0].1.model.revision) = ("n".into(), "s".into());
     others[1].1.model.revision = "s".into();
-    others[2].1.device = "ascend".into();
+    let mut described = base.clone();
+    described.model.architecture = "qwen3".into();
+    others.push(("describes the model differently", described));
+    others.push(("device type", InstanceSpec { device: "ascend".into(), ..base.clone() }));
     others.push(("device count", InstanceSpec { device_count: 2, ..base.clone() }));
     others.push(("KV layout", spec("a", "y")));
     for (named, other) in others {
@@ -150,6 +153,17 @@ fn each_difference_is_named() {
         ),
         None
     );
+}
+
+#[test]
+fn those_that_call_one_model_differently_pair() {
+    let mut fleet = fleet("---");
+    fleet[1].spec.model.name = "n".into();
+    assert_eq!(letters(&decide(ratio(1, 1), &fleet)), "pdd");
+    assert!(compatible(&fleet[0].spec, &fleet[1].spec));
+    // Of the same name, and still another model.
+    fleet[2].spec.model.revision = "s".into();
+    assert_eq!(letters(&decide(ratio(1, 1), &fleet)), "pd-");
 }
 
 #[test]
