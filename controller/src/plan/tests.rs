@@ -381,10 +381,10 @@ proptest! {
     #[test]
     fn no_cheaper_division_was_passed_over(prefill in 1u32..6, decode in 1u32..6, n in 2usize..20, held in (0usize..20, 0usize..20)) {
         let prefilling = held.0.min(n);
-        let decoding = held.1.min(n - prefilling);
-        let chosen = by_ratio(ratio(prefill, decode), n, (prefilling, decoding), 1..=n - 1);
+        let present = Split { prefill: prefilling, decode: held.1.min(n - prefilling) };
+        let chosen = by_ratio(ratio(prefill, decode), n, present, 1..=n - 1);
         let ideal = n as f64 * f64::from(prefill) / f64::from(prefill + decode);
-        let moved = |count: usize| prefilling.saturating_sub(count) + decoding.saturating_sub(n - count);
+        let moved = |count: usize| present.prefill.saturating_sub(count) + present.decode.saturating_sub(n - count);
         for other in 1..n {
             if (other as f64 - ideal).abs() < 1.0 - 1e-9 {
                 prop_assert!((chosen as f64 - ideal).abs() < 1.0);
