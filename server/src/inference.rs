@@ -103,7 +103,7 @@ impl v1::inference_server::Inference for InferenceService {
         let welcome = v1::attach_response::Welcome {
             instance_id: self.parts.facts.instance_id.to_string(),
             incarnation: self.parts.facts.incarnation.0,
-            role: Some(role.borrow_and_update().to_wire()),
+            role: Some((*role.borrow_and_update()).into()),
         };
         let responses = Responses::new(outbox, role, self.parts.load.clone(), interval, ended);
         Ok(Response::new(responses.after(welcome)))
@@ -258,6 +258,12 @@ impl Reader {
     }
 }
 
+impl From<RoleView> for v1::RoleChange {
+    fn from(view: RoleView) -> Self {
+        Self { role: view.role.to_wire().into(), epoch: view.epoch.0, phase: view.phase.to_wire().into() }
+    }
+}
+
 impl From<LegUpdate> for v1::LegOutput {
     fn from(update: LegUpdate) -> Self {
         let end = update.end.map(|end| match end {
@@ -292,53 +298,5 @@ impl From<TokenLogprobs> for v1::TokenLogprobs {
     fn from(of: TokenLogprobs) -> Self {
         let (top_tokens, top_logprobs) = of.top.into_iter().unzip();
         Self { logprob: of.logprob, top_tokens, top_logprobs }
-    }
-}
-
-fn micros(time: Duration) -> u64 {
-    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
-}
-
-impl Load {
-    pub fn to_wire(&self) -> v1::InstanceLoad {
-        let occupancy = &self.occupancy;
-        v1::InstanceLoad {
-            running_sequences: occupancy.running,
-            waiting_sequences: occupancy.waiting,
-            waiting_room: Some(occupancy.waiting_room),
-            queued_prefill_tokens: occupancy.queued_prefill_tokens,
-            queued_prefill_pairs: occupancy.queued_prefill_pairs,
-            kv_blocks_total: occupancy.blocks_total,
-            kv_blocks_free: occupancy.blocks_free,
-            prefill_tokens_per_second: self.prefill_tokens_per_second as u64,
-            decode_step_micros: micros(self.decode_step),
-            outgoing_transfers: occupancy.sending,
-            incoming_transfers: occupancy.receiving,
-            prefilled_requests: self.done.prompts,
-            prefilled_tokens: self.done.prefill_tokens,
-            decoded_tokens: self.done.decode_tokens,
-            decode_steps: self.done.decode_steps,
-            finished_requests: self.done.requests,
-            finished_tokens: self.done.completion_tokens,
-            max_sequences: occupancy.places,
-            failed_requests: self.done.failed,
-            finished_transfers_out: self.done.outgoing.whole,
-            finished_transfers_in: self.done.incoming.whole,
-            failed_transfers_out: self.done.outgoing.broken,
-            failed_transfers_in: self.done.incoming.broken,
-            progress: self.done.progress,
-            accepted_requests: occupancy.counts.accepted.requests,
-            accepted_prompt_tokens: occupancy.counts.accepted.prompt_tokens,
-            accepted_choices: occupancy.counts.accepted.choices,
-            // Said by who knows the stream.
-            seen_leg: None,
-            prefill_micros: micros(self.done.timed.prefill),
-            timed_prefill_tokens: self.done.timed.prefill_tokens,
-            timed_prefill_pairs: self.done.timed.prefill_pairs,
-            decode_micros: micros(self.done.timed.decode),
-            timed_decode_steps: self.done.timed.decode_steps,
-            decode_sequences: self.done.timed.decode_sequences,
-            decode_context_tokens: self.done.timed.context_tokens,
-        }
     }
 }
