@@ -207,7 +207,7 @@ impl Reader {
             let role = *parts.role.borrow();
             leg.check(&parts.facts, role).map(|()| leg)
         });
-        let choices = checked.as_ref().map_or(asked, |leg| leg.choices);
+        let choices = checked.as_ref().map_or(asked, |leg| leg.asked.choices);
         let id = SequenceId(self.service.fresh(choices));
         if !self.outbox.open(leg, id, choices) {
             return Err(Detached::LegTwice(leg));
@@ -231,23 +231,14 @@ impl Reader {
     }
 
     fn sequence(&self, id: SequenceId, leg: Leg, permit: TaskTrackerToken) -> NewSequence {
-        let span = tracing::info_span!("leg", request_id = %leg.request, work = leg.work.name());
+        let span = tracing::info_span!("leg", request_id = %leg.asked.request, work = leg.asked.work.name());
         leg.trace.adopt(&span);
         NewSequence {
             id,
             address: Address { stream: self.stream, leg: leg.leg },
-            request: leg.request,
-            choices: leg.choices,
-            prompt: leg.prompt,
-            generated: leg.generated,
-            sampling: leg.sampling,
-            stop: leg.stop,
-            top_logprobs: leg.top_logprobs,
-            priority: leg.priority,
+            asked: leg.asked,
             wanted: Instant::now() + leg.first_token_within,
             deadline: leg.timeout.and_then(|timeout| Instant::now().checked_add(timeout)),
-            work: leg.work,
-            tokens_at_a_time: leg.tokens_at_a_time,
             permit: Some(permit),
             span,
         }
