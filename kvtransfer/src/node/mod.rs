@@ -37,6 +37,7 @@ mod stats;
 mod table;
 mod transfer;
 mod translate;
+mod translation;
 mod transports;
 mod wire;
 

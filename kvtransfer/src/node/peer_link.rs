@@ -15,7 +15,7 @@ use v1::receiver_message::Body;
 use super::{
     control_queue::ControlQueue,
     secret::{FleetSecret, Party},
-    translate::Translation,
+    translation::Translation,
     wire::wire_id,
 };
 use crate::{
