@@ -5,7 +5,7 @@ use std::{sync::Arc, time::SystemTime};
 
 use baton_checkpoint::{Checkpoint, Dtype, ModelRoot};
 use baton_kvtransfer::{HANDOFF_PROTOCOLS, KvLayout};
-use baton_proto::{InstanceId, InstanceSpec, KvLayoutSpec, ModelIdentity, v1};
+use baton_proto::{InstanceId, InstanceSpec, KvLayoutSpec, ModelIdentity};
 use baton_runtime::{DeviceKind, Executor, KvPoolLayout, LoadOptions};
 use tokio::sync::mpsc;
 
@@ -74,12 +74,12 @@ impl Plan {
     fn announced_layout(&self, handoff: &HandoffConfig) -> KvLayoutSpec {
         let layout = self.kv_layout();
         let maps = handoff.transports.iter().any(|transport| ["tcp", "shm"].contains(&transport.as_str()));
-        let handover_class = match (maps, handoff.convert) {
+        let class = match (maps, handoff.convert) {
             (false, _) => layout.fingerprint(),
             (true, false) => layout.handover_class(),
             (true, true) => layout.converting_class(),
         };
-        KvLayoutSpec { class: handover_class, ..v1::KvLayout::from(&layout).into() }
+        KvLayoutSpec { class, ..KvLayoutSpec::from(&layout) }
     }
 
     fn pool_tokens(&self) -> u64 {
