@@ -13,12 +13,14 @@
 //! Called by [`crate::reconcile`], which knows who counts as a member and when a change may be made.
 
 pub mod auto;
+mod split;
 
 use std::{collections::BTreeMap, ops::RangeInclusive};
 
 use baton_proto::{InstanceId, InstanceSpec, Protocols, Role};
 
 use auto::Measured;
+pub use split::Split;
 
 /// How a group is divided.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -141,11 +143,14 @@ fn different_setup(reference: &InstanceSpec, other: &InstanceSpec) -> Option<Str
     };
     let (a, b) = (reference, other);
     let (model, layout) = (&a.model, &a.kv_layout);
-    if model.name != b.model.name {
-        differs("model", &model.name, &b.model.name)
-    } else if model.revision != b.model.revision {
-        differs("model revision", &model.revision, &b.model.revision)
-    } else if model != &b.model {
+    if model.revision != b.model.revision {
+        // What a model is called is no difference, but says one to people better than a digest does.
+        if model.name == b.model.name {
+            differs("model revision", &model.revision, &b.model.revision)
+        } else {
+            differs("model", &model.name, &b.model.name)
+        }
+    } else if !model.is_same(&b.model) {
         Some(format!("it describes the model differently than {}: another version?", a.id))
     } else if a.device != b.device {
         differs("device type", &a.device, &b.device)
@@ -191,7 +196,7 @@ fn divide<'a>(policy: Policy, party: &[Candidate<'a>], decisions: &mut BTreeMap<
     let lowest = pinned(Role::Prefill).max(fewest).min(n - fewest);
     let range = lowest..=(n - pinned(Role::Decode).max(fewest).min(n - fewest)).max(lowest);
     let held = |role: Role| party.iter().filter(|candidate| candidate.role == Some(role)).count();
-    let present = (held(Role::Prefill), held(Role::Decode));
+    let present = Split { prefill: held(Role::Prefill), decode: held(Role::Decode) };
     let (prefill, reason) = count(policy, n, present, range);
     for (candidate, role) in assign(&party, prefill) {
         let decision = match candidate.pinned() {
@@ -207,7 +212,7 @@ fn divide<'a>(policy: Policy, party: &[Candidate<'a>], decisions: &mut BTreeMap<
 }
 
 /// How many of `n` prefill, and why, when so many prefill and decode now.
-fn count(policy: Policy, n: usize, present: (usize, usize), range: RangeInclusive<usize>) -> (usize, String) {
+fn count(policy: Policy, n: usize, present: Split, range: RangeInclusive<usize>) -> (usize, String) {
     let (fewest, most) = (*range.start(), *range.end());
     match policy {
         Policy::Measured(measured, _) if n >= 2 && fewest >= 1 && most < n => {
@@ -217,8 +222,8 @@ fn count(policy: Policy, n: usize, present: (usize, usize), range: RangeInclusiv
         Policy::Ratio(ratio) | Policy::Keep(ratio) | Policy::Measured(_, ratio) => {
             let mut prefill = by_ratio(ratio, n, present, range);
             if matches!(policy, Policy::Keep(_)) {
-                let least = present.0.clamp(fewest, most);
-                prefill = prefill.clamp(least, (n - present.1).clamp(least, most));
+                let least = present.prefill.clamp(fewest, most);
+                prefill = prefill.clamp(least, (n - present.decode).clamp(least, most));
             }
             let (decode, Ratio { prefill: of, decode: to }) = (n - prefill, ratio);
             let counts = format!("{prefill} prefill and {decode} decode of {n} instances");
@@ -261,14 +266,14 @@ fn assign<'a>(party: &[Candidate<'a>], prefill: usize) -> Vec<(Candidate<'a>, Ro
 }
 
 /// How many of `n` prefill by the ratio, when so many prefill and decode already.
-fn by_ratio(ratio: Ratio, n: usize, present: (usize, usize), range: RangeInclusive<usize>) -> usize {
+fn by_ratio(ratio: Ratio, n: usize, present: Split, range: RangeInclusive<usize>) -> usize {
     // In units of 1 / (prefill + decode), so that all is exact.
     let (share, whole) = (u64::from(ratio.prefill), u64::from(ratio.prefill) + u64::from(ratio.decode));
     let ideal = n as u64 * share;
     let cost = |prefill: &usize| {
         let off = (*prefill as u64 * whole).abs_diff(ideal);
         let too_far = if off < whole { 0 } else { off };
-        let moved = present.0.saturating_sub(*prefill) + present.1.saturating_sub(n - *prefill);
+        let moved = present.prefill.saturating_sub(*prefill) + present.decode.saturating_sub(n - *prefill);
         (too_far, moved, off, *prefill)
     };
     range.min_by_key(cost).unwrap_or(1)

@@ -44,7 +44,7 @@ mod steps;
 mod stuck;
 mod writes;
 
-pub use aim::{Aim, Wanted};
+pub use aim::Aim;
 pub use change::{Change, Only};
 pub use congestion::Queue;
 pub use moves::Budget;

@@ -6,7 +6,7 @@
 
 use std::fmt::Write as _;
 
-use baton_proto::v1;
+use baton_proto::{KvLayoutSpec, v1};
 use sha2::{Digest, Sha256};
 
 use crate::TransferError;
@@ -122,11 +122,11 @@ impl KvLayout {
     }
 }
 
-impl From<&KvLayout> for v1::KvLayout {
+impl From<&KvLayout> for KvLayoutSpec {
     fn from(layout: &KvLayout) -> Self {
         Self {
             fingerprint: layout.fingerprint(),
-            handover_class: layout.handover_class(),
+            class: layout.handover_class(),
             format: layout.format.clone(),
             dtype: layout.dtype.clone(),
             block_tokens: layout.block_tokens,
@@ -137,6 +137,12 @@ impl From<&KvLayout> for v1::KvLayout {
             tensor_parallel: layout.tensor_parallel,
             block_bytes: layout.slice_bytes,
         }
+    }
+}
+
+impl From<&KvLayout> for v1::KvLayout {
+    fn from(layout: &KvLayout) -> Self {
+        KvLayoutSpec::from(layout).into()
     }
 }
 

@@ -113,15 +113,25 @@ impl Phase {
     }
 }
 
-/// The model an instance runs: equal on all that may hand caches to each other.
+/// The model an instance runs: [the same](Self::is_same) on all that may hand caches to each other.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ModelIdentity {
-    /// What clients say in `model`.
+    /// What requests to this instance say in `model`: others may call the same model differently.
     pub name: String,
     /// Hex digest that covers configuration and weights.
     pub revision: String,
     pub architecture: String,
     pub vocabulary_size: u32,
+}
+
+impl ModelIdentity {
+    /// Whether both are one model, whatever they call it; an equivalence.
+    pub fn is_same(&self, other: &Self) -> bool {
+        let Self { name: _, revision, architecture, vocabulary_size } = self;
+        *revision == other.revision
+            && *architecture == other.architecture
+            && *vocabulary_size == other.vocabulary_size
+    }
 }
 
 /// How an instance lays its KV cache out; `baton-kvtransfer` gives the meaning.

@@ -37,9 +37,9 @@ fn dispatch(role: u8, bytes: &[u8]) {
             return;
         }
     };
-    assert_eq!(leg.choices, asked.max(1));
-    assert!(leg.choices <= 128 && !leg.prompt.is_empty() && leg.tokens_at_a_time > 0);
-    assert!(leg.stop.max_tokens as usize > leg.generated.len());
+    assert_eq!(leg.asked.choices, asked.max(1));
+    assert!(leg.asked.choices <= 128 && !leg.asked.prompt.is_empty() && leg.asked.tokens_at_a_time > 0);
+    assert!(leg.asked.stop.max_tokens as usize > leg.asked.generated.len());
     let facts = InstanceFacts {
         instance_id: InstanceId::new("a").expect("a good id"),
         incarnation: Incarnation(wire.incarnation & !1),
@@ -54,22 +54,22 @@ fn dispatch(role: u8, bytes: &[u8]) {
     if leg.check(&facts, view).is_err() {
         return;
     }
-    assert!(phase == Phase::Ready || leg.work.hands_on());
-    assert!(!matches!((&leg.work, view.role), (Work::Decode(_), Role::Prefill | Role::None)));
-    let given = leg.prompt.len() + leg.generated.len();
+    assert!(phase == Phase::Ready || leg.asked.work.hands_on());
+    assert!(!matches!((&leg.asked.work, view.role), (Work::Decode(_), Role::Prefill | Role::None)));
+    let given = leg.asked.prompt.len() + leg.asked.generated.len();
     assert!(given < CONTEXT_TOKENS as usize);
-    assert!(leg.prompt.iter().chain(&leg.generated).all(|&token| token < VOCABULARY));
+    assert!(leg.asked.prompt.iter().chain(&leg.asked.generated).all(|&token| token < VOCABULARY));
     // Whatever was asked for can be sampled with, of any choice.
     let logits: Vec<f32> = (0..VOCABULARY).map(|token| (token * 37 % 101) as f32 - 50.0).collect();
-    let counts = TokenCounts::new(&leg.prompt, &leg.generated);
-    for choice in [0, leg.choices - 1] {
-        let params = leg.sampling.of_choice(choice);
-        let at = leg.generated.len() as u32;
+    let counts = TokenCounts::new(&leg.asked.prompt, &leg.asked.generated);
+    for choice in [0, leg.asked.choices - 1] {
+        let params = leg.asked.sampling.of_choice(choice);
+        let at = leg.asked.generated.len() as u32;
         let mut sampler = Sampler::default();
         if let Ok(token) = sampler.sample(&logits, &params, Some(&counts), at) {
             assert!(token < VOCABULARY);
             assert_eq!(sampler.sample(&logits, &params, Some(&counts), at), Ok(token), "the same each time");
-            let told = logprobs(&logits, token, leg.top_logprobs.unwrap_or(0));
+            let told = logprobs(&logits, token, leg.asked.top_logprobs.unwrap_or(0));
             assert!(told.logprob <= 0.0 && told.top.len() <= 20);
         }
     }

@@ -103,7 +103,7 @@ impl v1::inference_server::Inference for InferenceService {
         let welcome = v1::attach_response::Welcome {
             instance_id: self.parts.facts.instance_id.to_string(),
             incarnation: self.parts.facts.incarnation.0,
-            role: Some(role.borrow_and_update().to_wire()),
+            role: Some((*role.borrow_and_update()).into()),
         };
         let responses = Responses::new(outbox, role, self.parts.load.clone(), interval, ended);
         Ok(Response::new(responses.after(welcome)))
@@ -207,7 +207,7 @@ impl Reader {
             let role = *parts.role.borrow();
             leg.check(&parts.facts, role).map(|()| leg)
         });
-        let choices = checked.as_ref().map_or(asked, |leg| leg.choices);
+        let choices = checked.as_ref().map_or(asked, |leg| leg.asked.choices);
         let id = SequenceId(self.service.fresh(choices));
         if !self.outbox.open(leg, id, choices) {
             return Err(Detached::LegTwice(leg));
@@ -234,23 +234,14 @@ impl Reader {
     }
 
     fn sequence(&self, id: SequenceId, leg: Leg, permit: TaskTrackerToken) -> NewSequence {
-        let span = tracing::info_span!("leg", request_id = %leg.request, work = leg.work.name());
+        let span = tracing::info_span!("leg", request_id = %leg.asked.request, work = leg.asked.work.name());
         leg.trace.adopt(&span);
         NewSequence {
             id,
             address: Address { stream: self.stream, leg: leg.leg },
-            request: leg.request,
-            choices: leg.choices,
-            prompt: leg.prompt,
-            generated: leg.generated,
-            sampling: leg.sampling,
-            stop: leg.stop,
-            top_logprobs: leg.top_logprobs,
-            priority: leg.priority,
+            asked: leg.asked,
             wanted: Instant::now() + leg.first_token_within,
             deadline: leg.timeout.and_then(|timeout| Instant::now().checked_add(timeout)),
-            work: leg.work,
-            tokens_at_a_time: leg.tokens_at_a_time,
             permit: Some(permit),
             span,
         }
@@ -258,6 +249,12 @@ impl Reader {
 
     async fn command(&self, command: Command) -> Result<(), Detached> {
         self.service.parts.engine.send(command).await.map_err(|_| Detached::EngineGone)
+    }
+}
+
+impl From<RoleView> for v1::RoleChange {
+    fn from(view: RoleView) -> Self {
+        Self { role: view.role.to_wire().into(), epoch: view.epoch.0, phase: view.phase.to_wire().into() }
     }
 }
 
@@ -296,53 +293,5 @@ impl From<TokenLogprobs> for v1::TokenLogprobs {
     fn from(of: TokenLogprobs) -> Self {
         let (top_tokens, top_logprobs) = of.top.into_iter().unzip();
         Self { logprob: of.logprob, top_tokens, top_logprobs }
-    }
-}
-
-fn micros(time: Duration) -> u64 {
-    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
-}
-
-impl Load {
-    pub fn to_wire(&self) -> v1::InstanceLoad {
-        let occupancy = &self.occupancy;
-        v1::InstanceLoad {
-            running_sequences: occupancy.running,
-            waiting_sequences: occupancy.waiting,
-            waiting_room: Some(occupancy.waiting_room),
-            queued_prefill_tokens: occupancy.queued_prefill_tokens,
-            queued_prefill_pairs: occupancy.queued_prefill_pairs,
-            kv_blocks_total: occupancy.blocks_total,
-            kv_blocks_free: occupancy.blocks_free,
-            prefill_tokens_per_second: self.prefill_tokens_per_second as u64,
-            decode_step_micros: micros(self.decode_step),
-            outgoing_transfers: occupancy.sending,
-            incoming_transfers: occupancy.receiving,
-            prefilled_requests: self.done.prompts,
-            prefilled_tokens: self.done.prefill_tokens,
-            decoded_tokens: self.done.decode_tokens,
-            decode_steps: self.done.decode_steps,
-            finished_requests: self.done.requests,
-            finished_tokens: self.done.completion_tokens,
-            max_sequences: occupancy.places,
-            failed_requests: self.done.failed,
-            finished_transfers_out: self.done.outgoing.whole,
-            finished_transfers_in: self.done.incoming.whole,
-            failed_transfers_out: self.done.outgoing.broken,
-            failed_transfers_in: self.done.incoming.broken,
-            progress: self.done.progress,
-            accepted_requests: occupancy.counts.accepted.requests,
-            accepted_prompt_tokens: occupancy.counts.accepted.prompt_tokens,
-            accepted_choices: occupancy.counts.accepted.choices,
-            // Said by who knows the stream.
-            seen_leg: None,
-            prefill_micros: micros(self.done.timed.prefill),
-            timed_prefill_tokens: self.done.timed.prefill_tokens,
-            timed_prefill_pairs: self.done.timed.prefill_pairs,
-            decode_micros: micros(self.done.timed.decode),
-            timed_decode_steps: self.done.timed.decode_steps,
-            decode_sequences: self.done.timed.decode_sequences,
-            decode_context_tokens: self.done.timed.context_tokens,
-        }
     }
 }

@@ -3,8 +3,8 @@
 //! Modules in the order a request meets them: `inference` (the gRPC adapter), `engine` (its own thread:
 //! scheduler, sequences, blocks, sampler), `handoff` (the engine's transfers), and back out through
 //! `inference`. Beside that path: `kv_cache` (tells coordinators what is cached), `secret` (of the fleet,
-//! followed), `session` (with the controller), `role` (pure) and `duty` (performs it), `permits` (what a drain
-//! waits for). `serving` and `instance` put them together.
+//! followed), `session` (with the controller), `wire` (how busy it is, as those are told), `role` (pure)
+//! and `duty` (performs it), `permits` (what a drain waits for). `serving` and `instance` put them together.
 
 pub mod config;
 pub mod duty;
@@ -23,3 +23,4 @@ pub mod role;
 mod secret;
 pub mod serving;
 pub mod session;
+mod wire;

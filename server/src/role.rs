@@ -11,8 +11,8 @@
 
 use std::time::Duration;
 
+use baton_proto::RoleEpoch;
 pub use baton_proto::{Phase, Role};
-use baton_proto::{RoleEpoch, v1};
 
 /// What others are told.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -162,14 +162,6 @@ impl RoleView {
     /// Whether it is out of service, with nothing left to do.
     pub fn is_out_of_service(self) -> bool {
         self.cordoned && self.role == Role::None && self.phase == Phase::Ready
-    }
-
-    pub fn to_wire(self) -> v1::RoleChange {
-        v1::RoleChange {
-            role: self.role.to_wire().into(),
-            epoch: self.epoch.0,
-            phase: self.phase.to_wire().into(),
-        }
     }
 }
 

@@ -10,7 +10,7 @@
 use std::time::Duration;
 
 use baton_process::{one_line, tls::Dial};
-use baton_proto::{Incarnation, LEADER_METADATA, RoleEpoch, v1};
+use baton_proto::{Incarnation, InstanceSpec, LEADER_METADATA, RoleEpoch, v1};
 use futures::StreamExt;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_stream::wrappers::ReceiverStream;
@@ -41,7 +41,7 @@ const FIRST_PAUSE: Duration = Duration::from_millis(100);
 #[derive(Debug)]
 pub struct Session {
     /// Does not change while the process lives, but for its incarnation until that is settled.
-    pub spec: v1::InstanceSpec,
+    pub spec: InstanceSpec,
     /// Told once by which incarnation this process is known. Until then, and as long as somebody waits for it, a
     /// controller that knows a later one has it raised: the clock that it comes from may have been set back. From then
     /// on a later one means that this process has been replaced.
@@ -61,8 +61,8 @@ pub struct Session {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("replaced: incarnation {by} of this instance was started after this process, {own}")]
 pub struct Replaced {
-    pub own: u64,
-    pub by: u64,
+    pub own: Incarnation,
+    pub by: Incarnation,
 }
 
 /// Why a session ended, for the log.
@@ -125,7 +125,7 @@ impl Session {
             let Some(before) = over else { continue };
             // All have been asked; whoever waits need not wait for one to answer.
             self.settle();
-            let pause = pause(before, patience.longest_pause(), uniform(self.spec.incarnation, calls));
+            let pause = pause(before, patience.longest_pause(), uniform(self.spec.incarnation.0, calls));
             tokio::select! {
                 () = self.shutdown.cancelled() => return Ok(()),
                 () = tokio::time::sleep(pause) => {}
@@ -143,7 +143,7 @@ impl Session {
     ) -> Result<(), Broken> {
         let (queue, outgoing) = mpsc::channel(REPORT_QUEUE);
         let reports = Reports { queue, within: patience.answer() };
-        let hello = v1::InstanceHello { spec: Some(self.spec.clone()), beat: Some(self.beat()) };
+        let hello = v1::InstanceHello { spec: Some(self.spec.clone().into()), beat: Some(self.beat()) };
         reports.send(v1::instance_report::Report::Hello(hello)).await?;
         let open = async {
             let mut orders = connect(&self.dial, controller, patience, outgoing).await?;
@@ -176,26 +176,26 @@ impl Session {
     fn settle(&mut self) {
         if let Some(settle) = self.settle.take() {
             // Whoever waited may have done without.
-            let _ = settle.send(Incarnation(self.spec.incarnation));
+            let _ = settle.send(self.spec.incarnation);
         }
     }
 
     /// Takes a later incarnation than the one that a controller knows, if that is later than this one's and nobody
     /// knows this one yet. Otherwise that one has replaced this process.
     fn refused(&mut self, refuse: v1::Refuse) -> Broken {
-        let (own, held) = (self.spec.incarnation, refuse.held_incarnation);
+        let (own, held) = (self.spec.incarnation, Incarnation(refuse.held_incarnation));
         if held <= own {
             let reason = refuse.reason.map_or_else(|| "without a reason".into(), |reason| reason.message);
             return Broken::Refused(reason);
         }
-        let above = held.saturating_add(1);
-        let settled = self.settle.take().is_some_and(|settle| settle.send(Incarnation(above)).is_ok());
+        let above = Incarnation(held.0.saturating_add(1));
+        let settled = self.settle.take().is_some_and(|settle| settle.send(above).is_ok());
         if !settled {
             return Replaced { own, by: held }.into();
         }
         tracing::warn!(
-            own,
-            held,
+            %own,
+            %held,
             "the clock is behind that of an earlier start of this instance: going on above its incarnation"
         );
         self.spec.incarnation = above;
@@ -263,7 +263,7 @@ impl Session {
             role_epoch: role.epoch.0,
             phase: role.phase.to_wire().into(),
             load_permille: role.load_permille,
-            load: Some(self.load.borrow().to_wire()),
+            load: Some((&*self.load.borrow()).into()),
         }
     }
 }

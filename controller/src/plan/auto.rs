@@ -14,6 +14,8 @@
 
 use std::{fmt, ops::RangeInclusive, time::Duration};
 
+use super::split::Split;
+
 /// What a group is asked for: means over a recent window.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Demand {
@@ -200,14 +202,9 @@ impl fmt::Display for Division {
     }
 }
 
-/// Divides `instances >= 2`, of which so many prefill and decode at present; the others are free to do either, and are
+/// Divides `instances >= 2`, of which those of `held` prefill and decode at present; the others are free to do either, and are
 /// given what is best without a move. As many as `range` says may prefill; there is always one of each.
-pub fn divide(
-    instances: usize,
-    (prefilling, decoding): (usize, usize),
-    range: RangeInclusive<usize>,
-    measured: &Measured,
-) -> Division {
+pub fn divide(instances: usize, held: Split, range: RangeInclusive<usize>, measured: &Measured) -> Division {
     let Caution { pressure, gain } = measured.caution;
     let least = |range: RangeInclusive<usize>, near: usize| {
         let outlooks = range.map(|prefill| Outlook::of(measured, prefill, instances - prefill));
@@ -216,8 +213,8 @@ pub fn divide(
             a.pressure.total_cmp(&b.pressure).then(away(a).cmp(&away(b)))
         })
     };
-    let fewest = prefilling.clamp(*range.start(), *range.end());
-    let most = instances.saturating_sub(decoding).clamp(fewest, *range.end());
+    let fewest = held.prefill.clamp(*range.start(), *range.end());
+    let most = instances.saturating_sub(held.decode).clamp(fewest, *range.end());
     let present =
         least(fewest..=most, fewest).unwrap_or_else(|| Outlook::of(measured, fewest, instances - fewest));
     let best = least(range, present.prefill).unwrap_or(present);
@@ -228,7 +225,7 @@ pub fn divide(
 /// The fewest instances of each role that meet the targets, up to `most` of each: what to scale to.
 ///
 /// A target that not even an idle instance meets is left out: then as many as keep up with ease are wanted.
-pub fn wanted(measured: &Measured, most: usize) -> (usize, usize) {
+pub fn wanted(measured: &Measured, most: usize) -> Split {
     let Measured { demand, speed, targets, caution: _ } = measured;
     // The caution of the moment is about moves: how much is enough does not change with it.
     let ease = Caution::default().pressure;
@@ -241,9 +238,10 @@ pub fn wanted(measured: &Measured, most: usize) -> (usize, usize) {
         };
         (1..=most).find(enough).unwrap_or(most)
     };
-    let prefill = fewest(targets.ttft, &|count| time_to_first_token(demand, speed, count));
-    let decode = fewest(targets.tpot, &|count| time_per_token(demand, speed, count));
-    (prefill, decode)
+    Split {
+        prefill: fewest(targets.ttft, &|count| time_to_first_token(demand, speed, count)),
+        decode: fewest(targets.tpot, &|count| time_per_token(demand, speed, count)),
+    }
 }
 
 #[cfg(test)]

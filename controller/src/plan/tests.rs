@@ -128,10 +128,13 @@ fn who_cannot_join_has_no_role_and_a_reason() {
 #[test]
 fn each_difference_is_named() {
     let base = spec("a", "x");
-    let mut others = vec![("model", base.clone()), ("revision", base.clone()), ("device type", base.clone())];
-    others[0].1.model.name = "n".into();
+    let mut others = vec![("its model is n, that of a is m", base.clone()), ("revision", base.clone())];
+    (others[0].1.model.name, others[0].1.model.revision) = ("n".into(), "s".into());
     others[1].1.model.revision = "s".into();
-    others[2].1.device = "ascend".into();
+    let mut described = base.clone();
+    described.model.architecture = "qwen3".into();
+    others.push(("describes the model differently", described));
+    others.push(("device type", InstanceSpec { device: "ascend".into(), ..base.clone() }));
     others.push(("device count", InstanceSpec { device_count: 2, ..base.clone() }));
     others.push(("KV layout", spec("a", "y")));
     for (named, other) in others {
@@ -150,6 +153,17 @@ fn each_difference_is_named() {
         ),
         None
     );
+}
+
+#[test]
+fn those_that_call_one_model_differently_pair() {
+    let mut fleet = fleet("---");
+    fleet[1].spec.model.name = "n".into();
+    assert_eq!(letters(&decide(ratio(1, 1), &fleet)), "pdd");
+    assert!(compatible(&fleet[0].spec, &fleet[1].spec));
+    // Of the same name, and still another model.
+    fleet[2].spec.model.revision = "s".into();
+    assert_eq!(letters(&decide(ratio(1, 1), &fleet)), "pd-");
 }
 
 #[test]
@@ -367,10 +381,10 @@ proptest! {
     #[test]
     fn no_cheaper_division_was_passed_over(prefill in 1u32..6, decode in 1u32..6, n in 2usize..20, held in (0usize..20, 0usize..20)) {
         let prefilling = held.0.min(n);
-        let decoding = held.1.min(n - prefilling);
-        let chosen = by_ratio(ratio(prefill, decode), n, (prefilling, decoding), 1..=n - 1);
+        let present = Split { prefill: prefilling, decode: held.1.min(n - prefilling) };
+        let chosen = by_ratio(ratio(prefill, decode), n, present, 1..=n - 1);
         let ideal = n as f64 * f64::from(prefill) / f64::from(prefill + decode);
-        let moved = |count: usize| prefilling.saturating_sub(count) + decoding.saturating_sub(n - count);
+        let moved = |count: usize| present.prefill.saturating_sub(count) + present.decode.saturating_sub(n - count);
         for other in 1..n {
             if (other as f64 - ideal).abs() < 1.0 - 1e-9 {
                 prop_assert!((chosen as f64 - ideal).abs() < 1.0);

@@ -20,7 +20,7 @@ use crate::{
     demand::Meter,
     fleet::{Member, congestion::Congestion},
     plan::{
-        Policy, Ratio,
+        Policy, Ratio, Split,
         auto::{self, Caution, Measured},
     },
 };
@@ -32,7 +32,8 @@ pub(super) struct Group {
     block_tokens: u32,
     /// No serving member is moved before.
     pause_until: Option<Instant>,
-    wanted: Option<Wanted>,
+    /// The fewest instances with which it would meet its targets.
+    wanted: Option<Split>,
     /// So many moves may still be made for small gains.
     pub(super) rebalance: usize,
     pub(super) moves: Moves,
@@ -41,13 +42,6 @@ pub(super) struct Group {
     pub(super) wait: Option<Duration>,
     /// Whether both phases were served when it was last looked at; none = it was never served.
     pub(super) served: Option<bool>,
-}
-
-/// The fewest instances with which a group would meet its targets.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Wanted {
-    pub prefill: usize,
-    pub decode: usize,
 }
 
 /// By what a group is divided.
@@ -148,13 +142,12 @@ impl Reconciler {
         }
     }
 
-    pub(super) fn wanted_by(&self, measured: &Measured) -> Wanted {
-        let (prefill, decode) = auto::wanted(measured, self.sessions_config.max_instances);
-        Wanted { prefill, decode }
+    pub(super) fn wanted_by(&self, measured: &Measured) -> Split {
+        auto::wanted(measured, self.sessions_config.max_instances)
     }
 
-    /// By group, where enough has been measured to say so.
-    pub fn wanted(&self) -> BTreeMap<GroupName, Wanted> {
+    /// The fewest instances with which it would meet its targets, by group, where enough has been measured to say so.
+    pub fn wanted(&self) -> BTreeMap<GroupName, Split> {
         self.groups.iter().filter_map(|(name, group)| Some((name.clone(), group.wanted?))).collect()
     }
 

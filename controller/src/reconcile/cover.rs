@@ -1,19 +1,26 @@
 //! Which phases a group serves now, by circles that understand each other's caches. Pure.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    ops::{Add, Sub},
+};
 
 use baton_proto::{GroupName, InstanceSpec, Protocols, Role};
 
 use super::Reconciler;
-use crate::{fleet::Member, journal::NewsKind, plan::alike};
+use crate::{
+    fleet::Member,
+    journal::NewsKind,
+    plan::{Split, alike},
+};
 
 /// Those who are set up alike and speak a version. One who speaks several is in several: whoever can hand caches to each
 /// other share one.
 struct Circle<'a> {
     like: &'a InstanceSpec,
     version: u32,
-    prefill: usize,
-    decode: usize,
+    /// Of how many each phase is served.
+    served: Split,
 }
 
 impl Circle<'_> {
@@ -40,23 +47,21 @@ impl<'a> Cover<'a> {
             let now = phases(member.beat.role);
             let changes = member.desired.as_ref().filter(|_| member.stuck.is_none() && due(member));
             let next = changes.map_or(now, |desired| phases(desired.role));
-            (now.0.min(next.0), now.1.min(next.1))
+            now.with(next, usize::min)
         })
     }
 
-    fn by(group: &[&'a Member], does: impl Fn(&Member) -> (usize, usize)) -> Self {
+    fn by(group: &[&'a Member], does: impl Fn(&Member) -> Split) -> Self {
         let serving: Vec<&'a Member> = group.iter().copied().filter(|member| member.is_serving()).collect();
         let versions = Protocols::meeting_points(serving.iter().map(|member| member.spec.handoff_protocols));
         let mut circles: Vec<Circle<'a>> = Vec::new();
         for member in serving {
-            let (prefill, decode) = does(member);
+            let more = does(member);
             for version in versions.iter().copied().filter(|it| member.spec.handoff_protocols.contains(*it)) {
                 let own = |circle: &&mut Circle<'_>| circle.version == version && circle.includes(member);
                 match circles.iter_mut().find(own) {
-                    Some(circle) => {
-                        (circle.prefill, circle.decode) = (circle.prefill + prefill, circle.decode + decode)
-                    }
-                    None => circles.push(Circle { like: &member.spec, version, prefill, decode }),
+                    Some(circle) => circle.served = circle.served.with(more, usize::add),
+                    None => circles.push(Circle { like: &member.spec, version, served: more }),
                 }
             }
         }
@@ -65,27 +70,25 @@ impl<'a> Cover<'a> {
 
     /// Whether requests can be served now.
     pub(super) fn serves(&self) -> bool {
-        self.circles.iter().any(|circle| circle.prefill > 0 && circle.decode > 0)
+        self.circles.iter().any(|circle| circle.served.prefill > 0 && circle.served.decode > 0)
     }
 
     /// Whether requests can be served while the member, which serves, changes to this role; always if they cannot be
     /// served now.
     pub(super) fn spares(&self, member: &Member, role: Role) -> bool {
-        let (had, keeps) = (phases(member.beat.role), phases(role));
-        let (prefill, decode) = (had.0.saturating_sub(keeps.0), had.1.saturating_sub(keeps.1));
+        let ceases = phases(member.beat.role).with(phases(role), usize::saturating_sub);
         let after = |circle: &Circle<'_>| {
             let own = usize::from(circle.includes(member));
-            circle.prefill > own * prefill && circle.decode > own * decode
+            circle.served.prefill > own * ceases.prefill && circle.served.decode > own * ceases.decode
         };
         !self.serves() || self.circles.iter().any(after)
     }
 
     /// From here on without what the member ceases to do with this role.
     pub(super) fn give(&mut self, member: &Member, role: Role) {
-        let (had, keeps) = (phases(member.beat.role), phases(role));
+        let ceases = phases(member.beat.role).with(phases(role), usize::saturating_sub);
         for circle in self.circles.iter_mut().filter(|circle| circle.includes(member)) {
-            circle.prefill -= had.0.saturating_sub(keeps.0);
-            circle.decode -= had.1.saturating_sub(keeps.1);
+            circle.served = circle.served.with(ceases, usize::sub);
         }
     }
 
@@ -129,11 +132,7 @@ impl Reconciler {
 }
 
 /// How much of prefill and of decode it serves.
-pub(super) fn phases(role: Role) -> (usize, usize) {
-    match role {
-        Role::None => (0, 0),
-        Role::Prefill => (1, 0),
-        Role::Decode => (0, 1),
-        Role::Mixed => (1, 1),
-    }
+pub(super) fn phases(role: Role) -> Split {
+    let serves = |phase| usize::from(role == phase || role == Role::Mixed);
+    Split { prefill: serves(Role::Prefill), decode: serves(Role::Decode) }
 }

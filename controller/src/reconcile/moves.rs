@@ -7,13 +7,16 @@
 //!
 //! A new leader begins with no move made.
 
-use std::{collections::VecDeque, time::Duration};
+use std::{collections::VecDeque, ops::Add, time::Duration};
 
 use baton_proto::{GroupName, Role};
 use tokio::time::Instant;
 
 use super::{Reconciler, cover::phases};
-use crate::{fleet::Member, plan::compatible};
+use crate::{
+    fleet::Member,
+    plan::{Split, compatible},
+};
 
 /// When a group's last moves were made, the latest last; as many as there may be in a period.
 #[derive(Debug, Clone, Default)]
@@ -74,12 +77,9 @@ impl Reconciler {
                 && compatible(&other.spec, &member.spec)
                 && (other.spec.id == member.spec.id || self.aside(other).is_none())
         };
-        let (mut prefill, mut decode) = (0, 0);
-        for other in group.iter().filter(serves) {
-            let (more_prefill, more_decode) = phases(other.beat.role);
-            (prefill, decode) = (prefill + more_prefill, decode + more_decode);
-        }
+        let served = group.iter().filter(serves).map(|other| phases(other.beat.role));
+        let served = served.fold(Split::default(), |sum, more| sum.with(more, usize::add));
         let brings = phases(role);
-        (brings.0 > 0 && prefill == 0) || (brings.1 > 0 && decode == 0)
+        (brings.prefill > 0 && served.prefill == 0) || (brings.decode > 0 && served.decode == 0)
     }
 }

@@ -14,11 +14,11 @@ use baton_registry::DesiredRole;
 use tokio::time::Instant;
 use tracing::info;
 
-use super::{Aim, Budget, Reconciler, Record, Wanted, places::SHORTEST_WAIT, steps::Step};
+use super::{Aim, Budget, Reconciler, Record, places::SHORTEST_WAIT, steps::Step};
 use crate::{
     fleet::{Contact, Member},
     journal::NewsKind,
-    plan::{Candidate, Decision, auto::Measured, plan},
+    plan::{Candidate, Decision, Split, auto::Measured, plan},
 };
 
 /// What is planned for a group.
@@ -29,7 +29,7 @@ pub struct GroupPlan {
     /// What `aim` was weighed against, if it asks for that and enough is known.
     pub measured: Option<Measured>,
     /// The fewest instances with which `aim` would be met, by that.
-    pub wanted: Option<Wanted>,
+    pub wanted: Option<Split>,
     /// Whether its prompts wait for too long.
     pub congested: bool,
     /// Of the moves that it may have.

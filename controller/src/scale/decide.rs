@@ -21,7 +21,7 @@ use baton_proto::{InstanceId, Role};
 use tokio::time::Instant;
 
 use super::low::Low;
-use crate::reconcile::Wanted;
+use crate::plan::Split;
 
 mod seen;
 
@@ -164,7 +164,7 @@ impl Scaler {
         let wanted = match seen.demand {
             // Somebody has switched the group off.
             _ if seen.replicas == 0 => None,
-            Demand::Measured(Wanted { prefill, decode }) => {
+            Demand::Measured(Split { prefill, decode }) => {
                 Some(of_serving(u32::try_from(prefill.saturating_add(decode)).unwrap_or(u32::MAX)))
             }
             // Nobody can say how many are too few; those without work are too many.

@@ -11,6 +11,7 @@ use opentelemetry_sdk::{
     Resource,
     trace::{Sampler, SdkTracerProvider},
 };
+use tokio_util::task::AbortOnDropHandle;
 use tracing_subscriber::{EnvFilter, Layer, layer::SubscriberExt, util::SubscriberInitExt};
 
 use crate::{LogFormat, OtlpConfig, ProcessConfig, ProcessError};
@@ -29,17 +30,18 @@ pub const LOG_VARIABLE: &str = "BATON_LOG";
 /// Longest wait for the last traces to leave when a process ends.
 const FLUSH: Duration = Duration::from_secs(2);
 
-/// Keeps the exporter of traces; `stop` sends what is left.
+/// Keeps the exporter of traces, and who follows the file that says the level; `stop` sends what is left, and ends that.
 #[derive(Debug, Default)]
 pub(crate) struct Telemetry {
     traces: Option<SdkTracerProvider>,
+    _level: Option<AbortOnDropHandle<()>>,
 }
 
 impl Telemetry {
     /// Installs the process's subscriber. Needs a tokio runtime when traces are exported, or a file says the level.
     pub(crate) fn start(service: &'static str, config: &ProcessConfig) -> Result<Self, ProcessError> {
         let setup = |what| move |source| ProcessError::Setup { what, source };
-        let filter = level::start(config)?;
+        let (filter, level) = level::start(config)?;
         let traces = exporter(service, config).map_err(setup("OTLP export"))?;
         let spans = traces.as_ref().map(|provider| {
             let tracer = stages::TRACER.get_or_init(|| provider.tracer("baton"));
@@ -55,11 +57,11 @@ impl Telemetry {
         };
         let installed = tracing_subscriber::registry().with(log).with(spans).try_init();
         installed.map_err(|error| setup("logging")(error.into()))?;
-        Ok(Self { traces })
+        Ok(Self { traces, _level: level })
     }
 
     /// Sends what traces are left, for a bounded time.
-    pub(crate) fn stop(&self) {
+    pub(crate) fn stop(self) {
         if let Some(provider) = &self.traces
             && let Err(error) = provider.shutdown_with_timeout(FLUSH)
         {

@@ -23,7 +23,12 @@ use tonic::Status;
 use v1::{receiver_message, sender_message};
 
 use super::{
-    control_queue::ControlQueue, link_up::LinkUp, peer_link::PeerLink, secret::nonce, wire::from_status, *,
+    control_queue::ControlQueue,
+    link_up::LinkUp,
+    peer_link::PeerLink,
+    secret::{Party, nonce},
+    wire::from_status,
+    *,
 };
 use crate::{
     DataPortConfig, FirstTokens, Region,
@@ -100,7 +105,7 @@ impl Stage {
         let link = PeerLink::new(
             std::time::Instant::now(),
             1,
-            (instance("peer"), Incarnation(9)),
+            Party { id: instance("peer"), incarnation: Incarnation(9) },
             ControlQueue::new(messages, Arc::default()),
             CancellationToken::new(),
         );
@@ -371,7 +376,7 @@ pub(crate) fn messages(bytes: &[u8]) {
             for held in stage.kv.node.incoming.all() {
                 held.cancel(TransferError::ShuttingDown);
             }
-            assert_eq!(stage.kv.node.incoming.counts().1, 0);
+            assert_eq!(stage.kv.node.incoming.counts().held, 0);
             return;
         }
         let to = Destination { endpoint: PEER.into(), receiver: instance("peer") };

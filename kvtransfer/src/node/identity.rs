@@ -2,7 +2,7 @@
 
 use baton_proto::{Incarnation, InstanceId};
 
-use super::secret::{FleetSecret, FleetSecrets};
+use super::secret::{FleetSecret, FleetSecrets, Party};
 
 #[derive(Debug)]
 pub(super) struct Identity {
@@ -13,9 +13,9 @@ pub(super) struct Identity {
 }
 
 impl Identity {
-    /// As proofs name an end of a control stream.
-    pub(super) fn end(&self) -> (InstanceId, Incarnation) {
-        (self.instance_id.clone(), self.incarnation)
+    /// As proofs name it.
+    pub(super) fn party(&self) -> Party {
+        Party { id: self.instance_id.clone(), incarnation: self.incarnation }
     }
 
     /// The secrets that streams may be of now, the newest first; none: nobody has to show any.

@@ -21,7 +21,7 @@ use super::{
     reservation::{Reservation, Reserved},
     shell::{Outcome, Shell, State},
     transfer::{Direction, Reclaimed, Sealed},
-    translate::Translation,
+    translation::Translation,
 };
 use crate::{
     Slices, TransferError,

@@ -27,7 +27,7 @@ use super::{
     link_up::LinkUp,
     outbound::Outbound,
     route::Route,
-    secret::{End, GOOD_MOST, Hellos, nonce},
+    secret::{End, GOOD_MOST, Hellos, Party, nonce},
     wire::{HANDOFF_PROTOCOLS, check_agreed, from_status, wire_id},
 };
 use crate::{
@@ -317,8 +317,8 @@ impl Link {
         let incarnation = Incarnation(hello.incarnation);
         let hellos = Hellos {
             nonces: [own, nonce(&hello.nonce).map_err(Break::Refused)?],
-            sender: node.identity.end(),
-            receiver: (receiver.clone(), incarnation),
+            sender: node.identity.party(),
+            receiver: Party { id: receiver.clone(), incarnation },
         };
         let shown: Vec<&[u8]> =
             iter::once(&hello.proof).chain(&hello.proofs_before).take(GOOD_MOST).map(|it| &it[..]).collect();

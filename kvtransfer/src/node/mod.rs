@@ -37,6 +37,7 @@ mod stats;
 mod table;
 mod transfer;
 mod translate;
+mod translation;
 mod transports;
 mod wire;
 
@@ -70,8 +71,8 @@ use outbound::Outbound;
 use peers::Peers;
 use pool::Pool;
 use reservation::{Reservation, check_blocks};
-use stats::Counters;
-use table::{Bounds, Ended, Expected, Expecting, Lookup, Table};
+use stats::{Active, Counters};
+use table::{Bounds, Counts, Ended, Expected, Expecting, Lookup, Table};
 use translate::Translator;
 use transports::Means;
 
@@ -247,8 +248,9 @@ impl KvNode {
 
     /// Counters since start and current numbers, for metrics.
     pub fn stats(&self) -> NodeStats {
-        let (incoming, held) = self.node.incoming.counts();
-        let active = (incoming as u64, self.node.outgoing.len() as u64, held as u64);
+        let Counts { live, held } = self.node.incoming.counts();
+        let (incoming, outgoing) = (live as u64, self.node.outgoing.len() as u64);
+        let active = Active { incoming, outgoing, held_offers: held as u64 };
         let staging_bytes_peak = self.node.translator.staging_bytes_peak();
         let by_transport = self.node.transports.iter().map(Observed::stats).collect();
         self.node.counters.snapshot(active, staging_bytes_peak, by_transport)

@@ -12,7 +12,12 @@ use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use v1::receiver_message::Body;
 
-use super::{control_queue::ControlQueue, secret::FleetSecret, translate::Translation, wire::wire_id};
+use super::{
+    control_queue::ControlQueue,
+    secret::{FleetSecret, Party},
+    translation::Translation,
+    wire::wire_id,
+};
 use crate::{
     TransferError,
     sync::Mutex,
@@ -23,8 +28,7 @@ use crate::{
 #[derive(Debug)]
 pub(super) struct PeerLink {
     number: u64,
-    peer: InstanceId,
-    incarnation: Incarnation,
+    peer: Party,
     /// What the stream is of, set by the peer's proof; never in a fleet that has none.
     secret: OnceLock<FleetSecret>,
     messages: ControlQueue<Result<v1::ReceiverMessage, Status>>,
@@ -42,13 +46,13 @@ impl PeerLink {
     pub(super) fn new(
         now: Instant,
         number: u64,
-        (peer, incarnation): (InstanceId, Incarnation),
+        peer: Party,
         messages: ControlQueue<Result<v1::ReceiverMessage, Status>>,
         broken: CancellationToken,
     ) -> Self {
         let (pass, secret, translation) = (LinkPass::generate(), OnceLock::new(), OnceLock::new());
         let heard = Mutex::new(now);
-        Self { number, peer, incarnation, secret, messages, pass, translation, heard, broken }
+        Self { number, peer, secret, messages, pass, translation, heard, broken }
     }
 
     /// The peer has said something.
@@ -85,11 +89,11 @@ impl PeerLink {
     }
 
     pub(super) fn peer(&self) -> &InstanceId {
-        &self.peer
+        &self.peer.id
     }
 
     pub(super) fn incarnation(&self) -> Incarnation {
-        self.incarnation
+        self.peer.incarnation
     }
 
     /// Queues a message. A queue that is full means a peer that does not read: the stream is given up.

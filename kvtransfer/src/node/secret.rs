@@ -130,12 +130,19 @@ impl End {
     }
 }
 
+/// One of the two whom a control stream joins.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Party {
+    pub(super) id: InstanceId,
+    pub(super) incarnation: Incarnation,
+}
+
 /// What the two hellos of a control stream said: what proofs are about.
 #[derive(Debug, Clone)]
 pub(super) struct Hellos {
     pub(super) nonces: [[u8; 16]; 2],
-    pub(super) sender: (InstanceId, Incarnation),
-    pub(super) receiver: (InstanceId, Incarnation),
+    pub(super) sender: Party,
+    pub(super) receiver: Party,
 }
 
 /// 16 bytes of the wire.
@@ -172,7 +179,7 @@ impl Hellos {
             mac.update(bytes);
         };
         self.nonces.iter().for_each(|nonce| field(nonce));
-        for (id, incarnation) in [&self.sender, &self.receiver] {
+        for Party { id, incarnation } in [&self.sender, &self.receiver] {
             field(id.as_str().as_bytes());
             field(&incarnation.0.to_le_bytes());
         }
@@ -185,9 +192,11 @@ mod tests {
     use super::*;
 
     fn hellos() -> Hellos {
-        let end =
-            |name: &str, incarnation| (InstanceId::new(name).expect("a name"), Incarnation(incarnation));
-        Hellos { nonces: [[1; 16], [2; 16]], sender: end("p", 3), receiver: end("d", 4) }
+        let party = |name: &str, incarnation| Party {
+            id: InstanceId::new(name).expect("a name"),
+            incarnation: Incarnation(incarnation),
+        };
+        Hellos { nonces: [[1; 16], [2; 16]], sender: party("p", 3), receiver: party("d", 4) }
     }
 
     #[test]
@@ -215,10 +224,10 @@ mod tests {
         let changes: [Change; 6] = [
             |hellos| hellos.nonces[0][0] ^= 1,
             |hellos| hellos.nonces[1][0] ^= 1,
-            |hellos| hellos.sender.0 = InstanceId::new("q").expect("a name"),
-            |hellos| hellos.sender.1 = Incarnation(5),
-            |hellos| hellos.receiver.0 = InstanceId::new("e").expect("a name"),
-            |hellos| hellos.receiver.1 = Incarnation(5),
+            |hellos| hellos.sender.id = InstanceId::new("q").expect("a name"),
+            |hellos| hellos.sender.incarnation = Incarnation(5),
+            |hellos| hellos.receiver.id = InstanceId::new("e").expect("a name"),
+            |hellos| hellos.receiver.incarnation = Incarnation(5),
         ];
         for change in changes {
             let mut changed = hellos();

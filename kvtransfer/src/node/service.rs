@@ -13,7 +13,7 @@ use super::{
     control_queue::ControlQueue,
     inbound::Inbound,
     peer_link::PeerLink,
-    secret::{End, FleetSecret, Hellos, nonce},
+    secret::{End, FleetSecret, Hellos, Party, nonce},
     table::{Ended, Holding, Lookup},
     wire::{agree, to_status},
 };
@@ -64,18 +64,19 @@ impl v1::handoff_server::Handoff for HandoffService {
         let layout = hello.layout.ok_or_else(|| protocol("the hello has no KV layout"))?;
         let layout = node.layout.of_peer(&layout).map_err(|error| to_status(&error))?;
         let plan = node.plan_from(&layout).map_err(|error| to_status(&error))?;
-        let (number, incarnation) = (node.peers.next_number(), Incarnation(hello.incarnation));
+        let (number, peer) =
+            (node.peers.next_number(), Party { id: peer, incarnation: Incarnation(hello.incarnation) });
         let hellos = Hellos {
             nonces: [nonce(&hello.nonce).map_err(|error| to_status(&error))?, rand::random()],
-            sender: (peer.clone(), incarnation),
-            receiver: node.identity.end(),
+            sender: peer.clone(),
+            receiver: node.identity.party(),
         };
 
         let (messages, queue) = mpsc::channel(node.limits.control_queue());
         let messages = ControlQueue::new(messages, node.counters.control_queue.clone());
         let broken = node.lifetime.stop.child_token();
         let secrets = node.identity.secrets();
-        let link = Arc::new(PeerLink::new(node.now(), number, (peer, incarnation), messages, broken));
+        let link = Arc::new(PeerLink::new(node.now(), number, peer, messages, broken));
         link.send(None, Body::Hello(node.receiver_hello(&hellos, version, &secrets)));
         let tasks = node.lifetime.tasks.clone();
         tasks.spawn(async move {

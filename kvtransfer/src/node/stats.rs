@@ -48,6 +48,14 @@ pub struct NodeStats {
 /// Sorts by direction, then by the code's name.
 type AbortKey = (bool, &'static str);
 
+/// What a node is doing now.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Active {
+    pub(super) incoming: u64,
+    pub(super) outgoing: u64,
+    pub(super) held_offers: u64,
+}
+
 /// Where the counts are kept.
 #[derive(Debug, Default)]
 pub(super) struct Counters {
@@ -80,15 +88,15 @@ impl Counters {
 
     pub(super) fn snapshot(
         &self,
-        (incoming_active, outgoing_active, held_offers): (u64, u64, u64),
+        active: Active,
         staging_bytes_peak: u64,
         by_transport: Vec<TransportStats>,
     ) -> NodeStats {
         let sum = |of: fn(&TransportStats) -> u64| by_transport.iter().map(of).sum();
         NodeStats {
-            incoming_active,
-            outgoing_active,
-            held_offers,
+            incoming_active: active.incoming,
+            outgoing_active: active.outgoing,
+            held_offers: active.held_offers,
             outgoing_accepted: self.outgoing_accepted.load(Relaxed),
             incoming_completed: self.incoming_completed.load(Relaxed),
             outgoing_completed: self.outgoing_completed.load(Relaxed),

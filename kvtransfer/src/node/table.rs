@@ -38,6 +38,13 @@ pub(super) struct Bounds {
     pub(super) hold: usize,
 }
 
+/// How many transfers a table has.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Counts {
+    pub(super) live: usize,
+    pub(super) held: usize,
+}
+
 /// What a table does with an offer.
 pub(super) struct Holding<T> {
     /// `Unknown` = it is held from now on.
@@ -276,14 +283,13 @@ impl<T> Table<T> {
 
     /// How many [`Self::all`] are.
     pub(super) fn len(&self) -> usize {
-        let (live, held) = self.counts();
+        let Counts { live, held } = self.counts();
         live + held
     }
 
-    /// How many are alive, and how many held.
-    pub(super) fn counts(&self) -> (usize, usize) {
+    pub(super) fn counts(&self) -> Counts {
         let state = self.state.lock();
-        (state.live.len(), state.held.len())
+        Counts { live: state.live.len(), held: state.held.len() }
     }
 
     /// Ids that somebody waits for.

@@ -20,10 +20,11 @@ use super::{
     Node,
     inbound::Inbound,
     staging::{Staged, Staging},
+    translation::Translation,
 };
 use crate::{
     KvLayout, Slices, TransferError,
-    plan::{Expansion, PairPlan},
+    plan::PairPlan,
     session::{Claim, Cut, SliceRun},
     sync::Mutex,
     transport::{DataKey, Landing, Room, Transport},
@@ -33,53 +34,6 @@ use crate::{
 const LAYOUTS: usize = 4;
 /// Copies in a period of blocks of one layer, 24 bytes each: what a peer's choice of layout may cost this node.
 const MOST_COPIES: u64 = 1 << 19;
-/// Two source blocks may go to one target block: who writes one has its lock. More locks are fewer chance meetings.
-const LOCKS: usize = 16;
-
-/// How slices of one layout become this node's.
-#[derive(Debug)]
-pub(super) struct Translation {
-    /// Of the peers' layout.
-    fingerprint: String,
-    cut: Cut,
-    expansion: Expansion,
-    writing: [Mutex<()>; LOCKS],
-}
-
-impl Translation {
-    pub(super) fn cut(&self) -> Cut {
-        self.cut
-    }
-
-    /// Carries a slice of the sender's out into the blocks that it has tokens for. `place` says which block of the pool
-    /// one of the transfer's is; `None` = it is held.
-    fn carry_out(
-        &self,
-        (layer, source_block): (u32, u32),
-        prompt_tokens: u32,
-        slice: &[u8],
-        pool: &Slices,
-        place: impl Fn(u32) -> Result<Option<u32>, TransferError>,
-    ) -> Result<(), TransferError> {
-        let blocks = source_block..source_block.saturating_add(1);
-        let mut descriptors = self.expansion.of_blocks(layer, blocks, prompt_tokens).peekable();
-        while let Some(first) = descriptors.next() {
-            let same = |next: &crate::plan::Descriptor| next.target_block == first.target_block;
-            let Some(block) = place(first.target_block)? else {
-                while descriptors.next_if(same).is_some() {}
-                continue;
-            };
-            let _alone = self.writing[(layer as usize).wrapping_add(block as usize) % LOCKS].lock();
-            let mut target = pool.io_slice_mut(layer, block, 0)?;
-            self.expansion.pair().carry_out(&first.action, slice, &mut target)?;
-            while let Some(next) = descriptors.next_if(same) {
-                self.expansion.pair().carry_out(&next.action, slice, &mut target)?;
-            }
-        }
-        Ok(())
-    }
-}
-
 /// What a node takes other layouts in with.
 #[derive(Debug)]
 pub(super) struct Translator {
@@ -114,7 +68,7 @@ impl Translator {
     }
 
     fn get(&self, fingerprint: &str) -> Option<Arc<Translation>> {
-        self.alive.lock().iter().filter_map(Weak::upgrade).find(|one| one.fingerprint == fingerprint)
+        self.alive.lock().iter().filter_map(Weak::upgrade).find(|one| one.is_from(fingerprint))
     }
 
     /// Whether there may be one more.
@@ -184,7 +138,7 @@ impl Node {
             own_tokens: self.layout.block_tokens,
             slice_bytes: sender.slice_bytes,
         };
-        Ok(self.translator.add(Translation { fingerprint, cut, expansion, writing: Default::default() }))
+        Ok(self.translator.add(Translation::new(fingerprint, cut, expansion)))
     }
 }
 
@@ -212,7 +166,7 @@ impl Landing for Translated {
     }
 
     fn slice_bytes(&self) -> u64 {
-        self.translation.cut.slice_bytes
+        self.translation.cut().slice_bytes
     }
 
     fn span(&self) -> &tracing::Span {
@@ -221,7 +175,7 @@ impl Landing for Translated {
 
     fn room(&self, run: SliceRun) -> Option<Room<'_>> {
         Some(Box::pin(async move {
-            let room = self.staging.take(run, self.translation.cut.slice_bytes as usize).await;
+            let room = self.staging.take(run, self.translation.cut().slice_bytes as usize).await;
             let _ = self.staged.set(room); // a frame asks once
         }))
     }

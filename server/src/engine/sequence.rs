@@ -35,7 +35,7 @@ use super::{
 pub(super) use log::Stage;
 use telling::Untold;
 pub use telling::{FinishReason, LegEnd, LegUpdate, Sampled};
-pub use work::{Inbound, Outbound, StopRule, Work};
+pub use work::{Asked, Inbound, Outbound, StopRule, Work};
 
 /// A sequence in this engine; never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -58,26 +58,11 @@ pub struct NewSequence {
     /// The ids that follow are taken too, as many as there are choices.
     pub id: SequenceId,
     pub address: Address,
-    pub request: RequestId,
-    /// At least 1.
-    pub choices: u32,
-    /// At least one token, with `generated` fewer than the context holds.
-    pub prompt: Vec<u32>,
-    /// Tokens of the completion that there are already, fewer than it may have; none of several choices.
-    pub generated: Vec<u32>,
-    pub sampling: SamplingParams,
-    pub stop: StopRule,
-    /// Log probabilities are wanted, with as many of the likeliest tokens.
-    pub top_logprobs: Option<u32>,
-    /// Lower is served first, and preempted last.
-    pub priority: i32,
+    pub asked: Asked,
     /// When the first token is wanted.
     pub wanted: Instant,
     /// The last token must be out by then.
     pub deadline: Option<Instant>,
-    pub work: Work,
-    /// How many tokens behind the first may be told at a time.
-    pub tokens_at_a_time: u32,
     /// Held while the sequence is in the engine; a role switch waits for all of them. `None` in tests.
     pub permit: Option<TaskTrackerToken>,
     /// Covers the leg in traces.
@@ -154,24 +139,25 @@ pub(super) struct Sequence {
 impl Sequence {
     /// `context_tokens` bounds prompt and completion together, `pool_tokens` what of them is held here at a time.
     pub(super) fn new(new: NewSequence, arrival: u64, context_tokens: u32, pool_tokens: u32) -> Self {
-        let prompt_tokens = new.prompt.len() as u32;
-        let carried = new.generated.len() as u32;
-        let counts = new.sampling.penalises().then(|| TokenCounts::new(&new.prompt, &new.generated));
-        let mut tokens = new.prompt;
-        tokens.extend(new.generated);
+        let asked = new.asked;
+        let prompt_tokens = asked.prompt.len() as u32;
+        let carried = asked.generated.len() as u32;
+        let counts = asked.sampling.penalises().then(|| TokenCounts::new(&asked.prompt, &asked.generated));
+        let mut tokens = asked.prompt;
+        tokens.extend(asked.generated);
         // The last token of a completion is never computed, so it needs no room. A prefill leg's completion is held
         // elsewhere.
-        let room = match new.work {
+        let room = match asked.work {
             Work::Prefill(_) => context_tokens,
             Work::Whole | Work::Decode(_) => context_tokens.min(pool_tokens.saturating_add(1)),
         };
         Self {
             id: new.id,
             address: new.address,
-            state: if matches!(new.work, Work::Decode(_)) { State::Announced } else { State::Waiting },
-            choices: (0..new.choices).collect(),
-            unforked: new.choices,
-            rank: Rank { priority: new.priority, wanted: new.wanted, arrival, fork: 0 },
+            state: if matches!(asked.work, Work::Decode(_)) { State::Announced } else { State::Waiting },
+            choices: (0..asked.choices).collect(),
+            unforked: asked.choices,
+            rank: Rank { priority: asked.priority, wanted: new.wanted, arrival, fork: 0 },
             tokens,
             prompt_tokens,
             given_tokens: prompt_tokens + carried,
@@ -181,15 +167,15 @@ impl Sequence {
             sealed: 0,
             found: 0,
             cached: None,
-            sampling: new.sampling,
+            sampling: asked.sampling,
             counts,
-            stop_tokens: new.stop.stop_tokens,
-            top_logprobs: new.top_logprobs,
-            completion_limit: new.stop.max_tokens.min(room.saturating_sub(prompt_tokens)).max(carried + 1),
+            stop_tokens: asked.stop.stop_tokens,
+            top_logprobs: asked.top_logprobs,
+            completion_limit: asked.stop.max_tokens.min(room.saturating_sub(prompt_tokens)).max(carried + 1),
             deadline: new.deadline,
-            work: new.work,
-            untold: Untold::new(new.tokens_at_a_time),
-            request: new.request,
+            work: asked.work,
+            untold: Untold::new(asked.tokens_at_a_time),
+            request: asked.request,
             stages: Stages::begin(&new.span, Instant::now()),
             span: new.span,
             _permit: new.permit,

@@ -14,7 +14,7 @@ use baton_proto::{
 use crate::{
     engine::{
         sampler::SamplingParams,
-        sequence::{Inbound, Outbound, StopRule, Work},
+        sequence::{Asked, Inbound, Outbound, StopRule, Work},
     },
     role::{Phase, Role, RoleView},
 };
@@ -34,29 +34,16 @@ const TOP_LOGPROBS_MOST: u32 = 20;
 #[derive(Debug, Clone, PartialEq)]
 pub struct Leg {
     pub leg: LegId,
-    pub request: RequestId,
     pub trace: TraceContext,
     pub incarnation: Incarnation,
     pub role_epoch: RoleEpoch,
     pub model: String,
-    pub prompt: Vec<u32>,
-    /// Tokens of the completion that there are already; none of a leg of several choices.
-    pub generated: Vec<u32>,
-    /// At least 1.
-    pub choices: u32,
-    pub sampling: SamplingParams,
-    pub stop: StopRule,
-    /// Log probabilities are wanted, with as many of the likeliest tokens.
-    pub top_logprobs: Option<u32>,
-    /// Lower is served first.
-    pub priority: i32,
+    /// What the message alone says of it is checked; [`Leg::check`] has the rest of what the engine counts on.
+    pub asked: Asked,
     /// From receipt to the first token, as it is wanted: of one priority who is wanted sooner is served first.
     pub first_token_within: Duration,
     /// From receipt to the last token.
     pub timeout: Option<Duration>,
-    pub work: Work,
-    /// How many tokens behind the first may be told at a time; at least 1.
-    pub tokens_at_a_time: u32,
 }
 
 /// What a leg must fit.
@@ -95,25 +82,28 @@ impl TryFrom<v1::Dispatch> for Leg {
             return Err(invalid("generated_tokens", message));
         }
         let work = wire.work.ok_or_else(|| invalid("work", "the work to do is missing"))?;
-        Ok(Self {
-            leg: LegId(wire.leg),
+        let asked = Asked {
             request: RequestId::adopt(&wire.request_id),
-            trace: TraceContext::new(&wire.traceparent, &wire.tracestate),
-            incarnation: Incarnation(wire.incarnation),
-            role_epoch: RoleEpoch(wire.role_epoch),
-            model: wire.model,
+            choices,
             prompt,
             generated,
-            choices,
             sampling,
             stop,
             top_logprobs,
             priority: wire.priority,
+            work: self::work(work)?,
+            tokens_at_a_time: wire.tokens_at_a_time.clamp(1, TOKENS_AT_A_TIME_MOST),
+        };
+        Ok(Self {
+            leg: LegId(wire.leg),
+            trace: TraceContext::new(&wire.traceparent, &wire.tracestate),
+            incarnation: Incarnation(wire.incarnation),
+            role_epoch: RoleEpoch(wire.role_epoch),
+            model: wire.model,
+            asked,
             first_token_within: Duration::from_millis(wire.first_token_within_millis)
                 .min(FIRST_TOKEN_WITHIN_MOST),
             timeout: (wire.timeout_millis > 0).then(|| Duration::from_millis(wire.timeout_millis)),
-            work: self::work(work)?,
-            tokens_at_a_time: wire.tokens_at_a_time.clamp(1, TOKENS_AT_A_TIME_MOST),
         })
     }
 }
@@ -218,7 +208,7 @@ impl Leg {
             ));
         }
         // What is here already is handed on as part of the drain, which waits for it, and by whoever has it.
-        let hands_on = self.work.hands_on();
+        let hands_on = self.asked.work.hands_on();
         if role.phase != Phase::Ready && !(hands_on && role.phase == Phase::Draining) {
             let message =
                 format!("instance {} takes no requests now: {}", facts.instance_id, describe(role.phase));
@@ -230,9 +220,9 @@ impl Leg {
                 role.epoch, self.role_epoch
             ));
         }
-        let suits = match self.work {
+        let suits = match self.asked.work {
             // One token is all prefill's work: there is nothing to hand over.
-            Work::Whole if self.stop.max_tokens as usize == self.generated.len() + 1 => {
+            Work::Whole if self.asked.stop.max_tokens as usize == self.asked.generated.len() + 1 => {
                 role.role != Role::None
             }
             // Decode can do all of a request, too, whether or not a coordinator asks it to.
@@ -254,13 +244,14 @@ impl Leg {
             let message = format!("the model {:?} is not served here; this is {:?}", self.model, facts.model);
             return Err(ApiError::new(ErrorCode::ModelNotFound, message).param("model"));
         }
-        for (field, tokens) in [("prompt_tokens", &self.prompt), ("generated_tokens", &self.generated)] {
+        let Asked { prompt, generated, .. } = &self.asked;
+        for (field, tokens) in [("prompt_tokens", prompt), ("generated_tokens", generated)] {
             if let Some(token) = tokens.iter().find(|token| **token >= facts.vocabulary) {
                 let message = format!("token {token} is outside the vocabulary of {}", facts.vocabulary);
                 return Err(invalid(field, message));
             }
         }
-        let given = self.prompt.len() + self.generated.len();
+        let given = prompt.len() + generated.len();
         if given >= facts.context_tokens as usize {
             let (prompt, context) = (given, facts.context_tokens);
             let message = format!("the prompt has {prompt} tokens; with a completion at most {context} fit");

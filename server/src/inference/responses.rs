@@ -108,7 +108,7 @@ impl Responses {
                     return (!rest.is_empty()).then(|| step(rest));
                 }
                 Ok(()) = self.role.changed() => {
-                    return Some(Frame::Role(self.role.borrow_and_update().to_wire()));
+                    return Some(Frame::Role((*self.role.borrow_and_update()).into()));
                 }
                 (updates, report) = self.outbox.take(want) => {
                     if report.is_some() {
@@ -139,7 +139,7 @@ impl Responses {
     }
 
     fn load_of(&self, report: Report) -> Frame {
-        let mut load = report.load.to_wire();
+        let mut load = v1::InstanceLoad::from(&report.load);
         load.seen_leg = Some(report.seen_leg.0);
         // It is counted in the midst of a step, of which nothing else is known yet.
         load.progress = self.load.borrow().done.progress;

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::SystemTime};
 
 use baton_checkpoint::{Checkpoint, Dtype, ModelRoot};
 use baton_kvtransfer::{HANDOFF_PROTOCOLS, KvLayout};
-use baton_proto::{InstanceId, v1};
+use baton_proto::{InstanceId, InstanceSpec, KvLayoutSpec, ModelIdentity};
 use baton_runtime::{DeviceKind, Executor, KvPoolLayout, LoadOptions};
 use tokio::sync::mpsc;
 
@@ -71,15 +71,15 @@ impl Plan {
     }
 
     /// As the controller and the coordinators are told it: with the class of those that it can hand caches to.
-    fn announced_layout(&self, handoff: &HandoffConfig) -> v1::KvLayout {
+    fn announced_layout(&self, handoff: &HandoffConfig) -> KvLayoutSpec {
         let layout = self.kv_layout();
         let maps = handoff.transports.iter().any(|transport| ["tcp", "shm"].contains(&transport.as_str()));
-        let handover_class = match (maps, handoff.convert) {
+        let class = match (maps, handoff.convert) {
             (false, _) => layout.fingerprint(),
             (true, false) => layout.handover_class(),
             (true, true) => layout.converting_class(),
         };
-        v1::KvLayout { handover_class, ..v1::KvLayout::from(&layout) }
+        KvLayoutSpec { class, ..KvLayoutSpec::from(&layout) }
     }
 
     fn pool_tokens(&self) -> u64 {
@@ -126,28 +126,27 @@ impl Plan {
         config: &ServerConfig,
         facts: &InstanceFacts,
         endpoints: &Endpoints,
-    ) -> v1::InstanceSpec {
-        v1::InstanceSpec {
-            instance_id: facts.instance_id.to_string(),
-            incarnation: facts.incarnation.0,
-            group: config.group.clone().into(),
+    ) -> InstanceSpec {
+        InstanceSpec {
+            id: facts.instance_id.clone(),
+            incarnation: facts.incarnation,
+            group: config.group.clone(),
             device: "cpu".into(),
             device_count: 1,
-            model: Some(v1::ModelIdentity {
+            model: ModelIdentity {
                 name: facts.model.clone(),
                 revision: self.revision.clone(),
                 architecture: self.checkpoint.config().architecture.name().to_owned(),
-                context_tokens: self.offered_context_tokens(config),
                 vocabulary_size: facts.vocabulary,
-            }),
-            kv_layout: Some(self.announced_layout(&config.handoff)),
+            },
+            context_tokens: self.offered_context_tokens(config),
+            kv_layout: self.announced_layout(&config.handoff),
             inference_endpoint: endpoints.grpc.clone(),
             handoff_endpoint: endpoints.grpc.clone(),
             metrics_endpoint: endpoints.metrics.clone(),
             transports: config.handoff.transports.clone(),
-            handoff_protocol_oldest: HANDOFF_PROTOCOLS.oldest(),
-            handoff_protocol_newest: HANDOFF_PROTOCOLS.newest(),
-            labels: config.labels.clone().into_iter().collect(),
+            handoff_protocols: HANDOFF_PROTOCOLS,
+            labels: config.labels.clone(),
             version: env!("CARGO_PKG_VERSION").into(),
         }
     }
@@ -209,7 +208,7 @@ mod tests {
         ] {
             let transports = transports.map(str::to_owned).into();
             let handoff = HandoffConfig { transports, convert, ..HandoffConfig::default() };
-            assert_eq!(plan.announced_layout(&handoff).handover_class, class, "{handoff:?}");
+            assert_eq!(plan.announced_layout(&handoff).handover_class(), class, "{handoff:?}");
         }
     }
 }

@@ -47,7 +47,21 @@ struct Rig {
 }
 
 /// Of the process before its incarnation is raised.
-const OWN: u64 = 5;
+const OWN: Incarnation = Incarnation(5);
+
+fn spec() -> InstanceSpec {
+    let spec = v1::InstanceSpec {
+        instance_id: "s".into(),
+        incarnation: OWN.0,
+        group: "g".into(),
+        model: Some(v1::ModelIdentity { name: "m".into(), ..Default::default() }),
+        kv_layout: Some(v1::KvLayout::default()),
+        inference_endpoint: "127.0.0.1:1".into(),
+        handoff_endpoint: "127.0.0.1:2".into(),
+        ..Default::default()
+    };
+    spec.try_into().expect("a spec")
+}
 
 /// Serves a controller; returns where.
 async fn serve(controller: impl v1::control_server::Control) -> String {
@@ -75,7 +89,7 @@ fn rig_calling(controllers: Vec<String>, sessions: mpsc::Receiver<Accepted>) -> 
     let (settle, settled) = oneshot::channel();
     let session = Session {
         dial: Tls::plaintext().dial(tls::Role::Controller),
-        spec: v1::InstanceSpec { instance_id: "s".into(), incarnation: OWN, ..Default::default() },
+        spec: spec(),
         settle: Some(settle),
         controllers,
         role: role_seen,
@@ -166,7 +180,7 @@ async fn comes_back_with_its_role_after_a_break() {
 }
 
 /// A session whose hello is refused because this incarnation is known; returns the hello's own.
-async fn refuse(rig: &mut Rig, held_incarnation: u64) -> u64 {
+async fn refuse(rig: &mut Rig, held_incarnation: u64) -> Incarnation {
     let (mut reports, orders) = rig.sessions.recv().await.expect("a session");
     let own = hello(&mut reports).await.spec.expect("a spec").incarnation;
     let refuse = v1::Refuse { reason: None, held_incarnation };
@@ -174,16 +188,16 @@ async fn refuse(rig: &mut Rig, held_incarnation: u64) -> u64 {
         .send(Ok(v1::ControllerOrder { order: Some(v1::controller_order::Order::Refuse(refuse)) }))
         .await
         .expect("sent");
-    own
+    Incarnation(own)
 }
 
 #[tokio::test]
 async fn a_refusal_is_tried_again() {
     let mut rig = rig().await;
     assert_eq!(refuse(&mut rig, 0).await, OWN);
-    assert_eq!(refuse(&mut rig, OWN - 1).await, OWN);
+    assert_eq!(refuse(&mut rig, OWN.0 - 1).await, OWN);
     rig.sessions.recv().await.expect("another session");
-    assert_eq!(rig.settled.await, Ok(Incarnation(OWN)));
+    assert_eq!(rig.settled.await, Ok(OWN));
 }
 
 #[tokio::test]
@@ -192,8 +206,8 @@ async fn a_start_with_a_clock_that_was_set_back_goes_on_above_the_earlier_one() 
     assert_eq!(refuse(&mut rig, 100).await, OWN);
     assert_eq!((&mut rig.settled).await, Ok(Incarnation(101)));
     // Settled: whoever is later now has replaced this process.
-    assert_eq!(refuse(&mut rig, 200).await, 101);
-    assert_eq!(replaced(rig).await, Replaced { own: 101, by: 200 });
+    assert_eq!(refuse(&mut rig, 200).await, Incarnation(101));
+    assert_eq!(replaced(rig).await, Replaced { own: Incarnation(101), by: Incarnation(200) });
 }
 
 #[tokio::test]
@@ -202,17 +216,17 @@ async fn a_process_that_is_known_or_at_work_never_changes_its_incarnation() {
     let (mut reports, orders) = welcomed.sessions.recv().await.expect("a session");
     hello(&mut reports).await;
     orders.send(welcome(50)).await.expect("sent");
-    assert_eq!((&mut welcomed.settled).await, Ok(Incarnation(OWN)));
+    assert_eq!((&mut welcomed.settled).await, Ok(OWN));
     drop((reports, orders));
     // A twin of an earlier start is nothing to this one.
-    assert_eq!(refuse(&mut welcomed, OWN - 1).await, OWN);
+    assert_eq!(refuse(&mut welcomed, OWN.0 - 1).await, OWN);
     assert_eq!(refuse(&mut welcomed, 100).await, OWN);
-    assert_eq!(replaced(welcomed).await, Replaced { own: OWN, by: 100 });
+    assert_eq!(replaced(welcomed).await, Replaced { own: OWN, by: Incarnation(100) });
 
     let mut at_work = rig().await;
     at_work.settled.close();
     assert_eq!(refuse(&mut at_work, 100).await, OWN);
-    assert_eq!(replaced(at_work).await, Replaced { own: OWN, by: 100 });
+    assert_eq!(replaced(at_work).await, Replaced { own: OWN, by: Incarnation(100) });
 }
 
 #[tokio::test]
@@ -224,7 +238,7 @@ async fn a_process_that_is_replaced_in_the_midst_of_a_session_ends_it() {
     let refuse = v1::Refuse { reason: None, held_incarnation: 9 };
     let order = v1::ControllerOrder { order: Some(v1::controller_order::Order::Refuse(refuse)) };
     orders.send(Ok(order)).await.expect("sent");
-    assert_eq!(replaced(rig).await, Replaced { own: OWN, by: 9 });
+    assert_eq!(replaced(rig).await, Replaced { own: OWN, by: Incarnation(9) });
 }
 
 /// Why the session ends.

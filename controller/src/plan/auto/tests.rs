@@ -23,7 +23,8 @@ fn measured(demand: &Demand) -> Measured {
 }
 
 fn divided(instances: usize, prefill: usize, demand: &Demand) -> Division {
-    divide(instances, (prefill, instances.saturating_sub(prefill)), 1..=instances - 1, &measured(demand))
+    let held = Split { prefill, decode: instances.saturating_sub(prefill) };
+    divide(instances, held, 1..=instances - 1, &measured(demand))
 }
 
 #[test]
@@ -55,9 +56,9 @@ fn a_group_that_cannot_keep_up_is_divided_to_lose_least() {
 #[test]
 fn who_is_free_goes_where_it_helps_most() {
     let summaries = demand(6.0, 9_000.0, 150.0);
-    let division = divide(8, (1, 1), 1..=7, &measured(&summaries));
+    let division = divide(8, Split { prefill: 1, decode: 1 }, 1..=7, &measured(&summaries));
     assert_eq!(division.prefill, division.best.prefill, "six of eight have no role yet: {division}");
-    let division = divide(8, (1, 6), 1..=7, &measured(&demand(0.1, 100.0, 20.0)));
+    let division = divide(8, Split { prefill: 1, decode: 6 }, 1..=7, &measured(&demand(0.1, 100.0, 20.0)));
     assert!((1..=2).contains(&division.prefill), "without pressure nobody is moved: {division}");
 }
 
@@ -130,7 +131,8 @@ fn caches_that_are_full_count_like_time() {
 #[test]
 fn what_is_wanted_meets_the_targets_and_one_less_does_not() {
     let demand = demand(25.0, 3_000.0, 400.0);
-    let (prefill, decode) = wanted(&measured(&demand), 100);
+    let split = wanted(&measured(&demand), 100);
+    let Split { prefill, decode } = split;
     let enough = |of: Forecast, target| of.pressure(target) <= 1.0 && of.utilisation <= 0.7;
     let ttft = |count| enough(time_to_first_token(&demand, &SPEED, count), TARGETS.ttft);
     let tpot = |count| enough(time_per_token(&demand, &SPEED, count), TARGETS.tpot);
@@ -139,10 +141,10 @@ fn what_is_wanted_meets_the_targets_and_one_less_does_not() {
     // As while small gains are worth a move, and while nobody is moved.
     for caution in [Caution::NONE, Caution { pressure: f64::INFINITY, ..Caution::default() }] {
         let cautious = Measured { caution, ..measured(&demand) };
-        assert_eq!(wanted(&cautious, 100), (prefill, decode));
+        assert_eq!(wanted(&cautious, 100), split);
     }
     let impossible = Targets { ttft: Duration::from_millis(1), ..TARGETS };
-    let (prefill, _) = wanted(&Measured { targets: impossible, ..measured(&demand) }, 100);
+    let Split { prefill, .. } = wanted(&Measured { targets: impossible, ..measured(&demand) }, 100);
     assert!(prefill < 100, "a target that nobody can meet asks for no endless fleet: {prefill}");
 }
 

@@ -209,7 +209,7 @@ fn an_operators_cordon_stands_whichever_of_two_comes_first() {
 fn an_instance_without_a_role_is_told_that_it_is_cordoned_and_that_it_is_not_any_more() {
     let (mut world, [a, b, c]) = World::three();
     let mut spec = instance_spec("x", 1);
-    spec.model.name = "another".to_owned();
+    spec.model.revision = "another".to_owned();
     world.last_session += 1;
     let x = SessionId(world.last_session);
     let beat = beat(Phase::Waiting, Role::None, 0);

@@ -7,12 +7,12 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use baton_proto::{InstanceId, Role};
 
-use crate::reconcile::Wanted;
+use crate::plan::Split;
 
 /// What a group wants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Demand {
-    Measured(Wanted),
+    Measured(Split),
     /// Too little happens for it to be measured.
     Little,
     /// Too little is known of it, but that its prompts wait for too long.
@@ -172,7 +172,7 @@ impl Seen {
     /// Whether there are more of a role than are wanted.
     pub(super) fn has_many(&self, role: Role) -> bool {
         let (prefill, decode) = match self.demand {
-            Demand::Measured(Wanted { prefill, decode }) => (prefill, decode),
+            Demand::Measured(Split { prefill, decode }) => (prefill, decode),
             Demand::Little | Demand::Congested | Demand::Unasked | Demand::Unknown => (1, 1),
         };
         match role {

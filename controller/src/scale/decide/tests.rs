@@ -37,7 +37,7 @@ fn instance(name: &str, role: Role) -> Instance {
 fn four(prefill: usize, decode: usize) -> Seen {
     let roles = [("p1", Role::Prefill), ("p2", Role::Prefill), ("d1", Role::Decode), ("d2", Role::Decode)];
     Seen {
-        demand: Demand::Measured(Wanted { prefill, decode }),
+        demand: Demand::Measured(Split { prefill, decode }),
         replicas: 4,
         pods: roles.iter().map(|(name, _)| ((*name).to_owned(), pod())).collect(),
         instances: roles.into_iter().map(|(name, role)| instance(name, role)).collect(),
@@ -116,10 +116,10 @@ fn one_that_is_wanted_again_or_takes_too_long_is_taken_back() {
     let Action::Cordon(victim) = scaler.decide(&seen, now).action else { panic!("nobody is to go") };
     cordon(&mut seen, victim.as_str(), By::Us);
     assert_eq!(scaler.decide(&seen, now).action, Action::Wait);
-    let more = Seen { demand: Demand::Measured(Wanted { prefill: 2, decode: 3 }), ..seen.clone() };
+    let more = Seen { demand: Demand::Measured(Split { prefill: 2, decode: 3 }), ..seen.clone() };
     let wanted = scaler.clone().decide(&more, now).action;
     assert_eq!(wanted, Action::Uncordon(victim.clone(), Release::Wanted), "before more are asked for");
-    let as_many = Seen { demand: Demand::Measured(Wanted { prefill: 2, decode: 2 }), ..seen.clone() };
+    let as_many = Seen { demand: Demand::Measured(Split { prefill: 2, decode: 2 }), ..seen.clone() };
     let wanted = scaler.clone().decide(&as_many, now).action;
     assert_eq!(wanted, Action::Uncordon(victim.clone(), Release::Wanted));
     let unknown = Seen { demand: Demand::Unknown, ..seen.clone() };
@@ -295,7 +295,7 @@ fn those_in_quarantine_are_no_capacity_and_come_back_without_a_change_to_and_fro
     }
     let (mut scaler, now) = (Scaler::new(limits()), Instant::now());
     assert_eq!(scaler.decide(&seen, now).action, Action::ScaleOut { to: 6 });
-    let many = Seen { demand: Demand::Measured(Wanted { prefill: 3, decode: 3 }), ..seen.clone() };
+    let many = Seen { demand: Demand::Measured(Split { prefill: 3, decode: 3 }), ..seen.clone() };
     assert_eq!(scaler.clone().decide(&many, now).action, Action::ScaleOut { to: MAX });
     let little = Seen { demand: Demand::Little, ..seen.clone() };
     assert_eq!(Scaler::new(limits()).decide(&little, now).wanted, Some(4), "two have work, two do badly");

@@ -9,6 +9,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use tokio_util::task::AbortOnDropHandle;
 use tracing_subscriber::{EnvFilter, Registry, reload};
 
 use super::LOG_VARIABLE;
@@ -52,21 +53,23 @@ pub(super) fn filter(level: &str) -> Result<EnvFilter, String> {
     EnvFilter::try_new(directives).map_err(|error| format!("level `{level}`: {error}"))
 }
 
-/// The filter as it is at first; follows the file, if there is to be one. Needs a tokio runtime then.
-pub(super) fn start(config: &ProcessConfig) -> Result<Reloadable, ProcessError> {
+/// The filter as it is at first, and who follows the file, if there is to be one: for as long as that is held, a drain
+/// included. Needs a tokio runtime then.
+pub(super) fn start(
+    config: &ProcessConfig,
+) -> Result<(Reloadable, Option<AbortOnDropHandle<()>>), ProcessError> {
     let level = configured(config);
     let filter = filter(&level).map_err(|error| ProcessError::Setup {
         what: "logging",
         source: format!("{error}, of {LOG_VARIABLE} or process.log.level").into(),
     })?;
     let (layer, handle) = reload::Layer::new(filter);
-    if !config.log.level_file.as_os_str().is_empty() {
-        tokio::spawn(follow_file(config.log.level_file.clone(), level, handle));
-    }
-    Ok(layer)
+    let file = Some(config.log.level_file.clone()).filter(|path| !path.as_os_str().is_empty());
+    let follows = file.map(|path| AbortOnDropHandle::new(tokio::spawn(follow_file(path, level, handle))));
+    Ok((layer, follows))
 }
 
-/// Until the process ends.
+/// For as long as it is polled.
 async fn follow_file(path: PathBuf, configured: String, filter: reload::Handle<EnvFilter, Registry>) {
     let (named, mut said) = (path.display().to_string(), String::new());
     let look = move || -> io::Result<Option<String>> {
@@ -128,6 +131,21 @@ mod tests {
         assert_eq!(shows("error"), (true, false));
         assert_eq!(shows("error,baton_server=debug"), (true, false));
         assert_eq!(shows("error,audit=off"), (false, false));
+    }
+
+    #[tokio::test]
+    async fn whoever_lets_go_has_the_file_followed_no_more() {
+        let mut config = ProcessConfig::default();
+        let alive = || tokio::runtime::Handle::current().metrics().num_alive_tasks();
+        let (_layer, follows) = start(&config).expect("a level");
+        assert!(follows.is_none() && alive() == 0);
+        config.log.level_file = "/nowhere/level".into();
+        let (_layer, follows) = start(&config).expect("a level");
+        assert_eq!(alive(), 1);
+        drop(follows);
+        while alive() > 0 {
+            tokio::task::yield_now().await;
+        }
     }
 
     #[tokio::test(start_paused = true)]

@@ -143,7 +143,7 @@ impl Stage {
 
     /// How many transfers of a direction have been told success, and how many failure.
     fn told(&self, direction: Direction) -> (u64, u64) {
-        let stats = self.node.counters.snapshot((0, 0, 0), 0, Vec::new());
+        let stats = self.node.counters.snapshot(Active::default(), 0, Vec::new());
         let failed = stats.aborted.iter().filter(|(of, ..)| *of == direction).map(|&(.., count)| count).sum();
         match direction {
             Direction::Incoming => (stats.incoming_completed, failed),

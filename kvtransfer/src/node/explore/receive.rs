@@ -7,7 +7,7 @@ use tonic::Status;
 use v1::{receiver_message::Body, sender_message};
 
 use super::*;
-use crate::node::control_queue::ControlQueue;
+use crate::node::{control_queue::ControlQueue, secret::Party, table::Counts};
 
 const ID: u8 = 1;
 const BLOCKS_OF_IT: [u32; 2] = [3, 1];
@@ -51,7 +51,7 @@ fn link(node: &Node) -> (Arc<PeerLink>, mpsc::Receiver<Result<v1::ReceiverMessag
     let link = PeerLink::new(
         node.now(),
         node.peers.next_number(),
-        (name("prefill-0"), Incarnation(9)),
+        Party { id: name("prefill-0"), incarnation: Incarnation(9) },
         ControlQueue::new(messages, Arc::default()),
         broken,
     );
@@ -244,7 +244,7 @@ fn end(
         Some(Err(_)) => assert_eq!(failed, 1),
         None => {}
     }
-    assert_eq!(stage.node.incoming.counts(), (0, 0), "a transfer or a held offer is left");
+    assert_eq!(stage.node.incoming.counts(), Counts::default(), "a transfer or a held offer is left");
     drop(stage.node.pool.claims.claim(&[0, 1, 2, 3], &[]).expect("no claim is left"));
 }
 

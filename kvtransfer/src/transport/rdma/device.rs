@@ -11,7 +11,7 @@ use std::{
 use super::{
     abi::{self, Zeroed},
     library::Library,
-    probe::Unavailable,
+    unavailable::Unavailable,
 };
 
 /// Most addresses of one device that are looked at.

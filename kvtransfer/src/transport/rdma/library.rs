@@ -8,7 +8,7 @@ use std::{
 
 use libloading::os::unix;
 
-use super::{abi, probe::Unavailable};
+use super::{abi, unavailable::Unavailable};
 
 const NAME: &str = "libibverbs.so.1";
 

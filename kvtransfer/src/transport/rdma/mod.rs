@@ -5,7 +5,7 @@
 //! the owner's CPU knows nothing of it. Both messages are small blobs in the hellos of a data connection (`medium`).
 //!
 //! - `abi`, `library`: libibverbs as it is found at run time. A machine without it has no RDMA, and [`probe()`] says
-//!   so.
+//!   so (`unavailable`).
 //! - `device`, `memory`, `completion`, `queue_pair`: the objects of verbs, each owned, freed by dropping it.
 //! - `rails`: a node's ports with its region registered, `parameters`: the blobs, `stripe`: which port reads what.
 //! - `reader` (with `rail`, one port's share of it) and `serving`: the two ends.
@@ -30,6 +30,7 @@ mod serving;
 mod stripe;
 #[cfg(test)]
 mod tests;
+mod unavailable;
 
 pub(crate) use medium::RdmaMedium;
 pub(crate) use probe::probe;

@@ -1,6 +1,6 @@
 //! Whether this machine can do RDMA, and if not why.
 
-use super::{device::Device, library::Library};
+use super::{device::Device, library::Library, unavailable::Unavailable};
 
 /// A port that RDMA can use.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -17,19 +17,6 @@ impl std::fmt::Display for Port {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}/{} ({})", self.device, self.number, self.gid)
     }
-}
-
-/// Why there is no RDMA.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum Unavailable {
-    #[error(
-        "the RDMA library cannot be used ({0}); install rdma-core (Debian: libibverbs1 and ibverbs-providers)"
-    )]
-    Library(String),
-    #[error("there is no RDMA device, or this process may not see it (/dev/infiniband)")]
-    NoDevice,
-    #[error("no RDMA port can be used: {}", .0.join("; "))]
-    NoPort(Vec<String>),
 }
 
 /// The RDMA ports that can be used now.

@@ -11,9 +11,9 @@ use super::{
     library::Library,
     memory::{MemoryRegion, ProtectionDomain},
     parameters::{Endpoint, MAX_RAILS},
-    probe::Unavailable,
     queue_pair::QueuePair,
     rail::Rail,
+    unavailable::Unavailable,
 };
 use crate::{Region, transport::Waits};
 

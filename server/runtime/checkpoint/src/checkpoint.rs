@@ -1,7 +1,7 @@
 //! The model as everyone sees it, whatever the format.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeSet,
     fmt,
     path::{Path, PathBuf},
     sync::OnceLock,
@@ -10,55 +10,15 @@ use std::{
 use sha2::{Digest, Sha256};
 
 use crate::{
-    BlockScales, CheckpointError, Dtype, ModelConfig, ModelRoot, TensorView, TokenizerSource, Weight, gguf,
+    BlockScales, CheckpointError, ModelConfig, ModelRoot, TensorView, TokenizerSource, Weight, gguf,
     huggingface,
+    parts::{Format, Parts, TensorEntry},
     source::{Extent, MappedFile},
     wanted,
 };
 
 /// What goes into [`Checkpoint::revision`], and in which order; to be changed with either.
 const REVISION_FORMAT: &str = "baton model revision 1";
-
-/// What a model's files are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Format {
-    Gguf,
-    HuggingFace,
-}
-
-/// A tensor's place: which file, where in it, and what.
-#[derive(Debug, Clone)]
-pub(crate) struct TensorEntry {
-    pub(crate) dtype: Dtype,
-    pub(crate) shape: Vec<usize>,
-    pub(crate) extent: Extent,
-    /// As the file calls it, for error messages.
-    pub(crate) name: String,
-    pub(crate) scales: Option<ScalesEntry>,
-}
-
-/// The place of a tensor's [`BlockScales`].
-#[derive(Debug, Clone)]
-pub(crate) struct ScalesEntry {
-    pub(crate) block: [usize; 2],
-    pub(crate) dtype: Dtype,
-    pub(crate) extent: Extent,
-}
-
-/// What a format's reader hands over, not yet checked against the configuration.
-#[derive(Debug)]
-pub(crate) struct Parts {
-    pub(crate) format: Format,
-    pub(crate) name: String,
-    pub(crate) config: ModelConfig,
-    pub(crate) tensors: BTreeMap<Weight, TensorEntry>,
-    pub(crate) files: Vec<MappedFile>,
-    pub(crate) tokenizer: TokenizerSource,
-    pub(crate) chat_template: Option<String>,
-    pub(crate) bos_token: Option<String>,
-    pub(crate) eos_token: Option<String>,
-    pub(crate) stop_token_ids: Vec<u32>,
-}
 
 /// A model on disk: mapped, checked, not yet loaded. Cheap to open and to share.
 ///

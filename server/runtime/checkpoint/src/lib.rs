@@ -7,7 +7,7 @@
 //! except [`Dtype::dequantize`], the plain reference that its kernels are tested against.
 //!
 //! Modules in the order a file is read: `root` opens it if it lies where it may, `source` maps it, `gguf` or `huggingface`
-//! parses it, `checkpoint` checks and holds the result.
+//! parses it into `parts`, `checkpoint` checks and holds these.
 
 mod checkpoint;
 mod config;
@@ -16,6 +16,7 @@ mod error;
 mod gguf;
 mod huggingface;
 mod mixture;
+mod parts;
 mod root;
 mod rope;
 mod source;
@@ -23,11 +24,12 @@ mod tensor;
 mod tokenizer;
 mod wanted;
 
-pub use checkpoint::{Checkpoint, Format};
+pub use checkpoint::Checkpoint;
 pub use config::{Architecture, Attention, GroupedQuery, LatentAttention, ModelConfig};
 pub use dtype::Dtype;
 pub use error::CheckpointError;
 pub use mixture::{ExpertGroups, GroupScore, Mixture, RouterScores, Routing};
+pub use parts::Format;
 pub use root::{ModelRoot, RootedFile};
 pub use rope::{Rope, RopeFrequencies, RopeOrder, RopeScaling};
 pub use tensor::{BlockScales, ExpertWeight, LayerWeight, TensorView, Weight};

@@ -52,7 +52,7 @@ impl From<Refused> for ApiError {
 impl Scheduler {
     /// Queues a sequence. If it cannot be taken the leg is ended with the reason.
     pub fn add(&mut self, new: NewSequence) {
-        let goes_on = !new.generated.is_empty() || new.work.hands_on();
+        let goes_on = !new.asked.generated.is_empty() || new.asked.work.hands_on();
         let mut sequence =
             Sequence::new(new, self.arrivals, self.limits.context_tokens, self.blocks.total_tokens());
         if let Err(refused) = self.check(&sequence) {

@@ -7,7 +7,7 @@ use baton_proto::{ApiError, ErrorCode, Incarnation, InstanceId, LegId, RequestId
 use super::{occupancy::Accepted, *};
 use crate::engine::{
     sampler::SamplingParams,
-    sequence::{FinishReason, LegEnd, NewSequence, Sampled, StopRule, StreamId},
+    sequence::{Asked, FinishReason, LegEnd, NewSequence, Sampled, StopRule, StreamId},
 };
 
 mod handed_on;
@@ -63,20 +63,29 @@ fn sequence(id: u64, prompt: u32, max_tokens: u32, work: Work) -> NewSequence {
     NewSequence {
         id: SequenceId(id),
         address: Address { stream: StreamId(id % 2), leg: LegId(id) },
-        request: RequestId::adopt("test"),
-        choices: 1,
-        prompt: (0..prompt).map(|position| position + 1000 * id as u32).collect(),
-        generated: Vec::new(),
-        sampling: SamplingParams::GREEDY,
-        stop: StopRule { max_tokens, stop_tokens: vec![99] },
-        top_logprobs: None,
-        priority: 0,
+        asked: Asked {
+            request: RequestId::adopt("test"),
+            choices: 1,
+            prompt: (0..prompt).map(|position| position + 1000 * id as u32).collect(),
+            generated: Vec::new(),
+            sampling: SamplingParams::GREEDY,
+            stop: StopRule { max_tokens, stop_tokens: vec![99] },
+            top_logprobs: None,
+            priority: 0,
+            work,
+            tokens_at_a_time: 1,
+        },
         wanted: *WANTED,
         deadline: None,
-        work,
-        tokens_at_a_time: 1,
         permit: None,
         span: tracing::Span::none(),
+    }
+}
+
+impl NewSequence {
+    fn asking(mut self, change: impl FnOnce(&mut Asked)) -> Self {
+        change(&mut self.asked);
+        self
     }
 }
 
@@ -209,7 +218,7 @@ fn the_queue_is_bounded() {
     let Accepted { requests, prompt_tokens, choices } = scheduler.occupancy().counts.accepted;
     assert_eq!((requests, prompt_tokens, choices), (8, 32, 8), "who is turned away is not taken on");
     let mut scheduler = self::scheduler(100);
-    scheduler.add(NewSequence { generated: vec![1, 2], ..sequence(9, 4, 4, Work::Whole) });
+    scheduler.add(sequence(9, 4, 4, Work::Whole).asking(|asked| asked.generated = vec![1, 2]));
     assert_eq!(scheduler.occupancy().counts.accepted, Accepted::default(), "who goes on came before");
 }
 
@@ -361,14 +370,14 @@ fn of_one_priority_whoever_is_wanted_sooner_is_served_first() {
     for (id, seconds) in [(2, 30), (3, 10), (4, 10)] {
         scheduler.add(within(id, seconds));
     }
-    scheduler.add(NewSequence { priority: -1, ..within(5, 60) });
+    scheduler.add(within(5, 60).asking(|asked| asked.priority = -1));
     assert_eq!(scheduler.waiting, [5, 3, 4, 2].map(SequenceId));
 }
 
 #[test]
 fn rank_decides_who_is_admitted_and_who_is_preempted() {
     let mut scheduler = scheduler(6);
-    let with = |id, priority| NewSequence { priority, ..sequence(id, 7, 9, Work::Whole) };
+    let with = |id, priority| sequence(id, 7, 9, Work::Whole).asking(|asked| asked.priority = priority);
     scheduler.add(with(1, 5));
     assert_eq!(step(&mut scheduler, 1), [(1, 0, 7)]);
     // Two wait, and the later one is more urgent; both are more urgent than the one that runs.
@@ -421,7 +430,7 @@ fn told(scheduler: &mut Scheduler) -> Vec<(u32, u32, Vec<u32>, bool)> {
 fn tokens_that_nobody_reads_yet_are_told_many_at_a_time() {
     let mut scheduler = scheduler(20);
     let in_threes =
-        |id, max_tokens| NewSequence { tokens_at_a_time: 3, ..sequence(id, 4, max_tokens, Work::Whole) };
+        |id, max_tokens| sequence(id, 4, max_tokens, Work::Whole).asking(|asked| asked.tokens_at_a_time = 3);
     scheduler.add(in_threes(1, 6));
     (1..=6).for_each(|token| assert_eq!(step(&mut scheduler, token).len(), 1));
     let expected = [(0, 0, vec![1], false), (0, 1, vec![2, 3, 4], false), (0, 4, vec![5, 6], true)];
@@ -432,7 +441,7 @@ fn tokens_that_nobody_reads_yet_are_told_many_at_a_time() {
     scheduler.cancel(SequenceId(2));
     assert_eq!(told(&mut scheduler), [(0, 0, vec![1], false), (0, 1, vec![2, 3], true)]);
     // Each of several choices for itself.
-    scheduler.add(NewSequence { choices: 2, ..in_threes(3, 3) });
+    scheduler.add(in_threes(3, 3).asking(|asked| asked.choices = 2));
     while !step(&mut scheduler, 5).is_empty() {}
     let mut choices = told(&mut scheduler);
     choices.sort_by_key(|told| told.0);
@@ -443,7 +452,7 @@ fn tokens_that_nobody_reads_yet_are_told_many_at_a_time() {
 #[test]
 fn choices_share_their_prompt_and_copy_its_last_block() {
     let mut scheduler = scheduler(20);
-    scheduler.add(NewSequence { choices: 3, ..sequence(10, 6, 3, Work::Whole) });
+    scheduler.add(sequence(10, 6, 3, Work::Whole).asking(|asked| asked.choices = 3));
     assert_eq!(step(&mut scheduler, 1), [(10, 0, 6)]);
     assert_eq!(told(&mut scheduler), [0, 1, 2].map(|choice| (choice, 0, vec![1], false)));
     assert_eq!(scheduler.blocks.room(), 18, "the prompt is held once");
@@ -459,7 +468,7 @@ fn choices_share_their_prompt_and_copy_its_last_block() {
 #[test]
 fn a_prefill_leg_seals_the_first_token_of_every_choice() {
     let mut scheduler = scheduler(20);
-    scheduler.add(NewSequence { choices: 3, ..sequence(1, 6, 5, prefill()) });
+    scheduler.add(sequence(1, 6, 5, prefill()).asking(|asked| asked.choices = 3));
     scheduler.cancel_choices(SequenceId(1), 0..1);
     let plan = scheduler.schedule();
     scheduler.take_effects();
@@ -478,7 +487,7 @@ fn a_prefill_leg_seals_the_first_token_of_every_choice() {
 #[test]
 fn more_choices_than_sequences_are_refused_by_name() {
     let mut scheduler = scheduler(20);
-    scheduler.add(NewSequence { choices: 5, ..sequence(1, 6, 5, Work::Whole) });
+    scheduler.add(sequence(1, 6, 5, Work::Whole).asking(|asked| asked.choices = 5));
     let ends = ends(&mut scheduler);
     assert_eq!(ends.len(), 5);
     for (_, end) in ends {

@@ -1,6 +1,29 @@
 //! What a leg is asked to do with its sequence, and when that is over.
 
-use baton_proto::{Incarnation, InstanceId, TransferId};
+use baton_proto::{Incarnation, InstanceId, RequestId, TransferId};
+
+use super::SamplingParams;
+
+/// What a coordinator asks for, checked.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Asked {
+    pub request: RequestId,
+    /// At least 1.
+    pub choices: u32,
+    /// At least one token, with `generated` fewer than the context holds.
+    pub prompt: Vec<u32>,
+    /// Tokens of the completion that there are already, fewer than it may have; none of several choices.
+    pub generated: Vec<u32>,
+    pub sampling: SamplingParams,
+    pub stop: StopRule,
+    /// Log probabilities are wanted, with as many of the likeliest tokens.
+    pub top_logprobs: Option<u32>,
+    /// Lower is served first, and preempted last.
+    pub priority: i32,
+    pub work: Work,
+    /// How many tokens behind the first may be told at a time; at least 1.
+    pub tokens_at_a_time: u32,
+}
 
 /// When a completion ends by itself.
 #[derive(Debug, Clone, PartialEq, Eq)]

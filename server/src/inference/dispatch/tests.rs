@@ -106,10 +106,11 @@ fn what_is_out_of_date_or_does_not_fit_is_refused() {
         assert_eq!(leg.check(&facts(), view(role)).expect_err("wrong role").code, ErrorCode::StaleEpoch);
     }
     let mut one_token = leg.clone();
-    one_token.stop.max_tokens = 1;
+    one_token.asked.stop.max_tokens = 1;
     assert_eq!(one_token.check(&facts(), view(Role::Prefill)), Ok(()));
     assert!(one_token.check(&facts(), view(Role::None)).is_err());
-    let last_token = Leg { generated: vec![1; 3], ..leg.clone() };
+    let mut last_token = leg.clone();
+    last_token.asked.generated = vec![1; 3];
     assert_eq!(last_token.check(&facts(), view(Role::Prefill)), Ok(()));
     for phase in [Phase::Loading, Phase::Waiting, Phase::Switching, Phase::Draining] {
         let error = leg.check(&facts(), RoleView { phase, ..view(Role::Mixed) }).expect_err("not ready");
@@ -149,8 +150,8 @@ fn what_is_to_be_handed_on_is_taken_whatever_the_role_and_while_it_drains() {
 fn stop_tokens_are_ruled_out_only_as_long_as_min_tokens_says() {
     let mut wire = wire();
     let leg = Leg::try_from(wire.clone()).expect("valid");
-    assert_eq!((&leg.stop.stop_tokens[..], leg.sampling.stop_tokens.len()), (&[9][..], 0));
+    assert_eq!((&leg.asked.stop.stop_tokens[..], leg.asked.sampling.stop_tokens.len()), (&[9][..], 0));
     wire.sampling.as_mut().expect("sampling").min_tokens = 2;
     let leg = Leg::try_from(wire).expect("valid");
-    assert_eq!((leg.sampling.min_tokens, leg.sampling.stop_tokens), (2, vec![9]));
+    assert_eq!((leg.asked.sampling.min_tokens, leg.asked.sampling.stop_tokens), (2, vec![9]));
 }

@@ -125,7 +125,7 @@ impl World {
         match trouble {
             Trouble::Wanted(wanted) => {
                 let (prefill, decode) = ((wanted / 2).max(1), wanted.saturating_sub(wanted / 2).max(1));
-                self.demand = Demand::Measured(Wanted { prefill, decode });
+                self.demand = Demand::Measured(Split { prefill, decode });
             }
             Trouble::Little => self.demand = Demand::Little,
             Trouble::Unasked => self.demand = Demand::Unasked,

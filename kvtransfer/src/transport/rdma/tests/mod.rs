@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Dial, PeerRegion, Rails, Serving, library::Library, probe, probe::Unavailable};
+use super::{Dial, PeerRegion, Rails, Serving, library::Library, probe, unavailable::Unavailable};
 use crate::{
     Region,
     transport::{

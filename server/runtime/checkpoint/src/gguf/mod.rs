@@ -9,7 +9,7 @@ use std::path::Path;
 
 use crate::{
     CheckpointError, ModelRoot,
-    checkpoint::{Format, Parts},
+    parts::{Format, Parts},
     source::MappedFile,
 };
 

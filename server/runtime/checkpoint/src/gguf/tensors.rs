@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::header::{Fault, Header, TensorLine};
-use crate::{Dtype, ExpertWeight, LayerWeight, Weight, checkpoint::TensorEntry, source::Extent};
+use crate::{Dtype, ExpertWeight, LayerWeight, Weight, parts::TensorEntry, source::Extent};
 
 /// More experts than any configuration may have; what is beyond is not called for anyway.
 const MOST_EXPERTS: usize = (1 << 14) + 1;

@@ -1,6 +1,6 @@
 //! `config.json`: the model's configuration, as transformers 4 and 5 write it.
 
-use super::{JsonFile, latent, mixture::mixture, rope::rope};
+use super::{fields::JsonFile, latent, mixture::mixture, rope::rope};
 use crate::{Architecture, Attention, CheckpointError, GroupedQuery, ModelConfig, RopeOrder};
 
 /// The configuration, and whether the embeddings are tied. The vocabulary is what the file says; the tensors' shapes
@@ -8,7 +8,7 @@ use crate::{Architecture, Attention, CheckpointError, GroupedQuery, ModelConfig,
 pub(super) fn model(file: &JsonFile) -> Result<(ModelConfig, bool), CheckpointError> {
     let architecture = architecture(file)?;
     let context_tokens = file.u32("max_position_embeddings")?.unwrap_or(2048);
-    let layers = needed(file, "num_hidden_layers")?;
+    let layers = file.needed("num_hidden_layers")?;
     check_supported(file, architecture, layers, context_tokens)?;
     let deepseek = matches!(architecture, Architecture::DeepseekV2 | Architecture::DeepseekV3);
     let (attention, order) = if deepseek {
@@ -20,23 +20,18 @@ pub(super) fn model(file: &JsonFile) -> Result<(ModelConfig, bool), CheckpointEr
     let config = ModelConfig {
         architecture,
         layers,
-        hidden: needed(file, "hidden_size")?,
+        hidden: file.needed("hidden_size")?,
         attention,
-        ffn: needed(file, "intermediate_size")?,
+        ffn: file.needed("intermediate_size")?,
         ffn_bias: architecture == Architecture::Llama && file.bool("mlp_bias")?.unwrap_or(false),
         mixture: mixture(file, architecture, layers)?,
         rope: rope(file, context_tokens, order)?,
         rms_eps: file.f32("rms_norm_eps")?.unwrap_or(1e-6),
         context_tokens,
-        vocabulary: needed(file, "vocab_size")?,
+        vocabulary: file.needed("vocab_size")?,
         tied_embeddings: tied,
     };
     Ok((config, tied))
-}
-
-/// A number that must be there.
-pub(super) fn needed(file: &JsonFile, field: &str) -> Result<u32, CheckpointError> {
-    file.u32(field)?.ok_or_else(|| file.damaged(field, "it is not there"))
 }
 
 fn architecture(file: &JsonFile) -> Result<Architecture, CheckpointError> {
@@ -48,7 +43,7 @@ fn architecture(file: &JsonFile) -> Result<Architecture, CheckpointError> {
 }
 
 fn grouped_query(file: &JsonFile, architecture: Architecture) -> Result<GroupedQuery, CheckpointError> {
-    let heads = needed(file, "num_attention_heads")?;
+    let heads = file.needed("num_attention_heads")?;
     // What transformers' classes do: Qwen2 always has biases on Q, K and V, Mistral never has any.
     let attention_bias = file.bool("attention_bias")?.unwrap_or(false);
     let (qkv_bias, output_bias) = match architecture {
@@ -63,7 +58,7 @@ fn grouped_query(file: &JsonFile, architecture: Architecture) -> Result<GroupedQ
         kv_heads: file.u32("num_key_value_heads")?.unwrap_or(heads),
         head_dim: match file.u32("head_dim")? {
             Some(width) => width,
-            None => needed(file, "hidden_size")?.checked_div(heads).unwrap_or(0),
+            None => file.needed("hidden_size")?.checked_div(heads).unwrap_or(0),
         },
         qkv_bias,
         output_bias,

@@ -1,6 +1,6 @@
 //! Latent attention in `config.json`: DeepSeek.
 
-use super::{JsonFile, config::needed};
+use super::fields::JsonFile;
 use crate::{Architecture, Attention, CheckpointError, LatentAttention, RopeOrder, RopeScaling};
 
 /// The norms of latents have transformers' default, whatever `rms_norm_eps` says.
@@ -16,12 +16,12 @@ pub(super) fn attention(
             return Err(file.unsupported(field, "true", "false"));
         }
     }
-    let heads = needed(file, "num_attention_heads")?;
+    let heads = file.needed("num_attention_heads")?;
     if let Some(kv_heads) = file.u32("num_key_value_heads")?.filter(|&kv_heads| kv_heads != heads) {
         let supported = format!("as many as there are attention heads, {heads}");
         return Err(file.unsupported("num_key_value_heads", kv_heads.to_string(), &supported));
     }
-    let (nope_dim, rope_dim) = (needed(file, "qk_nope_head_dim")?, needed(file, "qk_rope_head_dim")?);
+    let (nope_dim, rope_dim) = (file.needed("qk_nope_head_dim")?, file.needed("qk_rope_head_dim")?);
     let interleaved = match architecture {
         Architecture::DeepseekV3 => file.bool("rope_interleave")?.unwrap_or(true),
         _ => true,
@@ -29,10 +29,10 @@ pub(super) fn attention(
     let attention = LatentAttention {
         heads,
         query_rank: file.u32("q_lora_rank")?,
-        kv_rank: needed(file, "kv_lora_rank")?,
+        kv_rank: file.needed("kv_lora_rank")?,
         nope_dim,
         rope_dim,
-        value_dim: needed(file, "v_head_dim")?,
+        value_dim: file.needed("v_head_dim")?,
         norm_eps: NORM_EPS,
         scale: stretch(file)? / (f64::from(nope_dim) + f64::from(rope_dim)).sqrt() as f32,
         split_up: false,

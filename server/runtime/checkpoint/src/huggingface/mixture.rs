@@ -1,6 +1,6 @@
 //! The mixture of experts in `config.json`.
 
-use super::{JsonFile, config::needed};
+use super::fields::JsonFile;
 use crate::{Architecture, CheckpointError, ExpertGroups, GroupScore, Mixture, RouterScores, Routing};
 
 /// The mixture, if the architecture has one.
@@ -20,7 +20,7 @@ fn qwen3(file: &JsonFile, layers: u32) -> Result<Mixture, CheckpointError> {
     // transformers writes one or the other name.
     let experts = match file.u32("num_experts")? {
         Some(experts) => experts,
-        None => needed(file, "num_local_experts")?,
+        None => file.needed("num_local_experts")?,
     };
     let step = file.u32("decoder_sparse_step")?.unwrap_or(1);
     if step == 0 {
@@ -32,8 +32,8 @@ fn qwen3(file: &JsonFile, layers: u32) -> Result<Mixture, CheckpointError> {
     let is_dense = |layer: &u32| !(layer + 1).is_multiple_of(step) || dense.contains(&(*layer).into());
     Ok(Mixture {
         experts,
-        experts_per_token: needed(file, "num_experts_per_tok")?,
-        expert_ffn: needed(file, "moe_intermediate_size")?,
+        experts_per_token: file.needed("num_experts_per_tok")?,
+        expert_ffn: file.needed("moe_intermediate_size")?,
         shared_ffn: 0,
         routing: Routing {
             scores: RouterScores::Softmax,
@@ -49,7 +49,7 @@ fn qwen3(file: &JsonFile, layers: u32) -> Result<Mixture, CheckpointError> {
 
 fn deepseek(file: &JsonFile, architecture: Architecture, layers: u32) -> Result<Mixture, CheckpointError> {
     let v3 = architecture == Architecture::DeepseekV3;
-    let expert_ffn = needed(file, "moe_intermediate_size")?;
+    let expert_ffn = file.needed("moe_intermediate_size")?;
     let shared = file.u32("n_shared_experts")?.unwrap_or(0);
     if let Some(step) = file.u32("moe_layer_freq")?.filter(|&step| step != 1) {
         return Err(file.unsupported("moe_layer_freq", step.to_string(), "1"));
@@ -66,8 +66,8 @@ fn deepseek(file: &JsonFile, architecture: Architecture, layers: u32) -> Result<
         return Err(file.unsupported("norm_topk_prob", "true", "false, for deepseek_v2"));
     }
     Ok(Mixture {
-        experts: needed(file, "n_routed_experts")?,
-        experts_per_token: needed(file, "num_experts_per_tok")?,
+        experts: file.needed("n_routed_experts")?,
+        experts_per_token: file.needed("num_experts_per_tok")?,
         expert_ffn,
         shared_ffn: expert_ffn.saturating_mul(shared),
         routing: Routing {
@@ -94,6 +94,6 @@ fn groups(file: &JsonFile, v3: bool) -> Result<Option<ExpertGroups>, CheckpointE
             return Err(file.unsupported(field, format!("{method:?}"), supported));
         }
     };
-    let (groups, chosen) = (needed(file, "n_group")?, needed(file, "topk_group")?);
+    let (groups, chosen) = (file.needed("n_group")?, file.needed("topk_group")?);
     Ok(Some(ExpertGroups { groups, chosen, score }))
 }

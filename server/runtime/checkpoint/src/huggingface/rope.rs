@@ -1,7 +1,7 @@
 //! Rotary positions in `config.json`: `rope_theta` with `rope_scaling` (transformers 4) or `rope_parameters`
 //! (transformers 5).
 
-use super::JsonFile;
+use super::fields::JsonFile;
 use crate::{CheckpointError, Rope, RopeOrder, RopeScaling};
 
 /// The rotary positions of a model whose context is `context_tokens`.

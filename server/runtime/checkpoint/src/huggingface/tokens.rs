@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, path::Path};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::{JsonFile, read_text};
+use super::fields::{JsonFile, read_text};
 use crate::{CheckpointError, ModelRoot, tokenizer::ENDINGS};
 
 pub(super) struct Tokens {

@@ -7,10 +7,10 @@ use std::{
 
 use safetensors::{Dtype as StoredDtype, SafeTensors};
 
-use super::{JsonFile, lacks};
+use super::{fields::JsonFile, lacks};
 use crate::{
     Architecture, CheckpointError, Dtype, ExpertWeight, LayerWeight, ModelConfig, ModelRoot, Weight,
-    checkpoint::{ScalesEntry, TensorEntry},
+    parts::{ScalesEntry, TensorEntry},
     source::{Extent, MappedFile},
 };
 

@@ -4,8 +4,9 @@ use super::*;
 
 /// To hand on what sequence `of` has: its prompt, and what was generated.
 fn handing_on(id: u64, of: &NewSequence, generated: &[u32]) -> NewSequence {
-    let (prompt, generated) = (of.prompt.clone(), generated.to_vec());
-    NewSequence { prompt, generated, ..sequence(id, 1, 60, hands_on()) }
+    sequence(id, 1, 60, hands_on()).asking(|asked| {
+        (asked.prompt, asked.generated) = (of.asked.prompt.clone(), generated.to_vec());
+    })
 }
 
 fn refused(scheduler: &mut Scheduler, id: u64) -> bool {

@@ -198,8 +198,11 @@ proptest! {
                     let carried = if choices == 1 { (prompt % 7).min(max_tokens - 1) } else { 0 };
                     let generated = vec![1; carried as usize];
                     let address = Address { stream: StreamId(id / 8 % 2), leg: LegId(id) };
-                    let new = sequence(id, prompt, max_tokens, work);
-                    scheduler.add(NewSequence { prompt: tokens, generated, priority, choices, address, ..new });
+                    let new = sequence(id, prompt, max_tokens, work).asking(|asked| {
+                        (asked.prompt, asked.generated) = (tokens, generated);
+                        (asked.priority, asked.choices) = (priority, choices);
+                    });
+                    scheduler.add(NewSequence { address, ..new });
                 }
                 Happening::Cancel(which, choice) => {
                     let choices = choice.map_or(0..CHOICES_MOST, |choice| choice..choice + 1);

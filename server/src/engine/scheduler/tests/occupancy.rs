@@ -6,14 +6,14 @@ use super::*;
 fn what_the_cache_has_of_a_waiting_prompt_is_not_queued() {
     let mut scheduler = scheduler(100);
     let queued = |scheduler: &Scheduler| scheduler.occupancy().queued_prefill_tokens;
-    let prompt = sequence(1, 13, 1, Work::Whole).prompt;
-    let again = |id| NewSequence { prompt: prompt.clone(), ..sequence(id, 13, 1, Work::Whole) };
+    let prompt = sequence(1, 13, 1, Work::Whole).asked.prompt;
+    let again = |id| sequence(id, 13, 1, Work::Whole).asking(|asked| asked.prompt = prompt.clone());
     scheduler.add(again(1));
     assert_eq!(queued(&scheduler), 12, "all but the token that is always computed");
     step(&mut scheduler, 5);
     scheduler.add(again(2));
     assert_eq!(queued(&scheduler), 0, "its three full blocks are cached");
-    scheduler.add(NewSequence { prompt: [&prompt[..], &[7; 8]].concat(), ..again(3) });
+    scheduler.add(again(3).asking(|asked| asked.prompt.extend([7; 8])));
     assert_eq!(queued(&scheduler), 8);
     scheduler.add(sequence(4, 13, 1, Work::Whole));
     assert_eq!(queued(&scheduler), 8 + 12);
@@ -44,7 +44,7 @@ fn a_prompt_of_several_choices_counts_as_many_sequences_from_the_start() {
         let occupancy = scheduler.occupancy();
         (occupancy.running, occupancy.waiting)
     };
-    scheduler.add(NewSequence { choices: 3, ..sequence(10, 20, 5, Work::Whole) });
+    scheduler.add(sequence(10, 20, 5, Work::Whole).asking(|asked| asked.choices = 3));
     assert_eq!(told(&scheduler), (0, 3));
     assert_eq!(step(&mut scheduler, 1), [(10, 0, 16)]);
     assert_eq!(told(&scheduler), (3, 0), "its prompt is half computed");
@@ -52,8 +52,8 @@ fn a_prompt_of_several_choices_counts_as_many_sequences_from_the_start() {
     assert_eq!(told(&scheduler), (3, 0), "each is a sequence now");
     scheduler.cancel_choices(SequenceId(10), 1..2);
     assert_eq!(told(&scheduler), (2, 0));
-    scheduler.add(NewSequence { choices: 4, ..sequence(20, 4, 5, decode()) });
+    scheduler.add(sequence(20, 4, 5, decode()).asking(|asked| asked.choices = 4));
     assert_eq!(told(&scheduler), (2, 4), "it waits for its cache");
-    scheduler.add(NewSequence { choices: 2, ..sequence(30, 4, 5, prefill()) });
+    scheduler.add(sequence(30, 4, 5, prefill()).asking(|asked| asked.choices = 2));
     assert_eq!(told(&scheduler), (2, 5), "its choices part on decode");
 }

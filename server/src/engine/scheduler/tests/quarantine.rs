@@ -8,7 +8,7 @@ use crate::engine::blocks::CacheChange;
 /// A prompt of `shared` tokens that many begin with, then five of its own.
 fn story(id: u64, shared: u32, work: Work) -> NewSequence {
     let prompt = (0..shared).chain((0..5).map(|i| 1000 * id as u32 + i)).collect();
-    NewSequence { prompt, ..sequence(id, 1, 12, work) }
+    sequence(id, 1, 12, work).asking(|asked| asked.prompt = prompt)
 }
 
 fn damaged() -> Result<(), ApiError> {
