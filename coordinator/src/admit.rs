@@ -1,15 +1,15 @@
 //! Who may come in, who waits and who is turned away.
 //!
-//! A request takes a [`Ticket`] on arrival ([`crate::http`]), before its body is read, and the memory of all bodies together
-//! is bounded ([`body`]), and so is that of all prompts, from when they are tokenised until they are answered. Once its model is known it takes a [`Place`] in that model's [`Line`] and, once prepared, waits
-//! there for a [`Permit`] and a place among the instances ([`line`]): what waits for one model's instances holds up no other
-//! model's requests. A body that is not prepared on the spot waits for a [`Turn`] at a core before. All are given back by
-//! drop. Overflow policy: a full house or line is 429 at once, unless another gives way, who then is told so; as is a wait
+//! A request takes a [`Ticket`] on arrival ([`crate::http`]), before its body is read. The memory of all bodies together is
+//! bounded ([`body`]), and that of all prompts from when they are tokenised until they are answered ([`budget`]). Once its model
+//! is known it takes a [`Place`] in that model's [`Line`] and, once prepared, waits there for a [`Permit`] and a place among
+//! the instances ([`line`]): what waits for one model's instances holds up no other model's requests. A body that is not
+//! prepared on the spot waits for a [`Turn`] at a core before. All are given back by drop. Overflow policy: a full house or line is 429 at once, unless another gives way, who then is told so; as is a wait
 //! that is predicted to be too long, and a wait that becomes so is 429, too.
 
 use std::{sync::Arc, time::Duration};
 
-use baton_proto::{ApiError, ErrorCode};
+use baton_proto::{ApiError, Band, ErrorCode};
 use prometheus_client::metrics::gauge::Gauge;
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, TryAcquireError},
@@ -18,6 +18,7 @@ use tokio::{
 
 use crate::{
     config::LimitsConfig,
+    keys::Tenant,
     metrics::{Metrics, Refusals, reason},
 };
 
@@ -51,6 +52,7 @@ pub struct Gate {
     bodies: Arc<Budget>,
     prompts: Arc<Budget>,
     max_body_bytes: usize,
+    max_held_prompt_bytes: usize,
     queue_timeout: Duration,
     refusals: Refusals,
     /// Requests that wait for a core, among those of all models that wait.
@@ -77,6 +79,7 @@ impl Gate {
                 "the prompts of other requests take all memory that there is for them",
             ),
             max_body_bytes: limits.max_body_bytes,
+            max_held_prompt_bytes: limits.max_held_prompt_bytes,
             queue_timeout: limits.queue_timeout,
             refusals: metrics.refusals.clone(),
             waiting: [metrics.queued.clone(), metrics.queued_of_any_model()],
@@ -104,9 +107,16 @@ impl Gate {
     }
 
     /// Reserves what is kept of a request's prompts, beyond what its room in the house is good for, until it is answered.
-    pub fn hold(&self, ticket: &mut Ticket, bytes: usize) -> Result<(), ApiError> {
+    /// Keys of a later band leave a part of it to those of earlier ones.
+    pub fn hold(&self, ticket: &mut Ticket, bytes: usize, tenant: &Tenant) -> Result<(), ApiError> {
         let beyond = bytes.saturating_sub(body::FREE_BYTES);
-        ticket.held = (beyond > 0).then(|| self.prompts.hold(beyond)).transpose()?;
+        let left = match tenant.band {
+            _ if tenant.name.is_empty() => 0,
+            Band::Interactive => 0,
+            Band::Standard => self.max_held_prompt_bytes / 8,
+            Band::Batch => self.max_held_prompt_bytes / 4,
+        };
+        ticket.held = (beyond > 0).then(|| self.prompts.hold(beyond, left)).transpose()?;
         Ok(())
     }
 

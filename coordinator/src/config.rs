@@ -22,8 +22,8 @@ const LAST_WORDS: Duration = Duration::from_secs(10);
 
 /// Answers that one request may have at most: each has a bit in the set of those that a leg still works at.
 pub const CHOICES_MOST: u32 = 128;
-/// What is kept of a prompt of a byte: at most a token, of 4 bytes, and its part of a KV block's name.
-const PROMPT_BYTES_OF_BODY: usize = 6;
+/// What is kept of a prompt of a byte: a token, of 4 bytes, and its part of a KV block's name, and as much again is left to others.
+const PROMPT_BYTES_OF_BODY: usize = 8;
 
 /// The coordinator is the entry of a cluster: it serves the OpenAI API and schedules requests on prefill and decode
 /// instances.
@@ -297,7 +297,7 @@ file = "/etc/baton/keys.toml"
         require(
             limits.max_held_prompt_bytes / PROMPT_BYTES_OF_BODY >= limits.max_body_bytes,
             "limits.max_held_prompt_bytes",
-            "expected at least six times limits.max_body_bytes: the longest prompt must fit",
+            "expected at least eight times limits.max_body_bytes: the longest prompt must fit",
         )?;
         require(!limits.body_timeout.is_zero(), "limits.body_timeout", "expected more than 0")?;
         require(limits.max_connections > 0, "limits.max_connections", "expected at least 1")?;

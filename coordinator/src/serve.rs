@@ -89,7 +89,7 @@ impl Service {
             report.enters("queue");
             report.of_model(&model.counts);
             let (prepared, place) = prepared?;
-            self.gate.hold(&mut ticket, prepared.held_bytes())?;
+            self.gate.hold(&mut ticket, prepared.held_bytes(), &tenant)?;
             report.charge(&prepared)?;
             let (name, prompt_tokens) = (model.served.name.clone(), prepared.prompt_tokens());
             card.set(Stage::Queued { model: name, prompt_tokens });
@@ -180,8 +180,14 @@ impl Service {
     fn dispatch(&self, mut admitted: Admitted, bookings: Vec<Booked>) -> Result<Streaming, ApiError> {
         let mut lanes = SmallVec::new();
         for (prompt, booked) in admitted.prepared.prompts.iter().zip(bookings) {
-            let lane = self.lane(&admitted, prompt, booked);
-            lanes.push(lane.inspect_err(|error| admitted.report.failed(error))?);
+            match self.lane(&admitted, prompt, booked) {
+                Ok(lane) => lanes.push(lane),
+                Err(error) => {
+                    admitted.report.failed(&error);
+                    lanes.drain(..).for_each(|lane: Lane| lane.give_up("request_failed"));
+                    return Err(error);
+                }
+            }
         }
         let Admitted { model, prepared, card, mut report, permit, .. } = admitted;
         report.enters("first_token");

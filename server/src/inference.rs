@@ -221,12 +221,7 @@ impl Reader {
                 tracing::debug!(%leg, code = error.code.name(), %error, "leg refused");
                 // Whoever asked for several choices waits for the end of each.
                 for choice in 0..choices {
-                    let end = Some(LegEnd::Failed(error.clone()));
-                    let (tokens, logprobs) = (Vec::new(), Vec::new());
-                    let cached_tokens = None;
-                    let update =
-                        LegUpdate { leg, choice, first_position: 0, tokens, logprobs, cached_tokens, end };
-                    self.outbox.put(update);
+                    self.outbox.put(LegUpdate::failed(leg, choice, error.clone()));
                 }
                 Ok(())
             }

@@ -96,8 +96,12 @@ impl<'a> Way<'a> {
         }
     }
 
-    fn is_full(&self) -> bool {
-        self.pair().iter().any(|candidate| candidate.full)
+    /// How many of its instances are full.
+    fn full(&self) -> usize {
+        match self {
+            Self::Alone(alone) => usize::from(alone.full),
+            Self::Apart(prefill, decode, _) => usize::from(prefill.full) + usize::from(decode.full),
+        }
     }
 
     fn numbers(&self) -> [u32; 2] {
@@ -226,7 +230,7 @@ fn rank(policy: Policy, row: &Row, price: &Price, chance: u64) -> f64 {
     }
 }
 
-/// Of the two that were drawn the one with fewer sequences, if both have room.
+/// Of the two that were drawn whoever has room, and then whoever has fewer sequences.
 fn of_two<'b, 'a>(best: &'b Best<'a>) -> impl Iterator<Item = &'b Candidate<'a>> {
     let drawn = best.held.iter().take(2);
     drawn.min_by_key(|candidate| (candidate.full, candidate.row.standing.sequences)).into_iter()
@@ -278,14 +282,14 @@ fn chosen<'a>(
     }
     let rank = |way: &Way<'_>| way.rank(settings.policy);
     let order = |a: &&Way<'_>, b: &&Way<'_>| {
-        a.is_full().cmp(&b.is_full()).then(rank(a).total_cmp(&rank(b))).then(a.turn().cmp(&b.turn()))
+        a.full().cmp(&b.full()).then(rank(a).total_cmp(&rank(b))).then(a.turn().cmp(&b.turn()))
     };
     let best = ways.iter().min_by(order)?;
     let taken = if settings.temperature == 0.0 || settings.policy != Policy::Predicted {
         best
     } else {
         let least = rank(best).max(1.0);
-        let weight = |way: &Way<'_>| match way.is_full() == best.is_full() {
+        let weight = |way: &Way<'_>| match way.full() == best.full() {
             true => (-(rank(way) - least) / (settings.temperature * least)).exp(),
             false => 0.0,
         };

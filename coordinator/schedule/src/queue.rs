@@ -19,6 +19,7 @@ mod tenant;
 
 use std::{
     collections::{BTreeMap, HashMap},
+    ops::Bound::{Excluded, Unbounded},
     sync::Arc,
     time::Duration,
 };
@@ -100,15 +101,14 @@ impl<T> Band<T> {
         of.map_or(self.time, |of| of.time.max(self.time))
     }
 
-    /// Of the tenant that would have had most for its weight when all of its are served: the last, and the tenant's time
-    /// when it is that one's turn.
-    fn last(&self) -> Option<(&Arc<str>, i32, Key, f64)> {
-        let ends =
-            self.tenants.iter().filter(|(_, of)| of.waiting > 0).map(|(name, of)| (of.end(), name, of));
-        let (end, tenant, of) =
-            ends.max_by(|(end, a, _), (other, b, _)| end.total_cmp(other).then(a.cmp(b)))?;
-        let (priority, key, work) = of.last(None)?;
-        Some((tenant, priority, key, end - work / f64::from(of.weight)))
+    /// Whose turn would come last, of all but one tenant's, and at which time of its tenant.
+    fn last(&self, but: Option<&Arc<str>>) -> Option<(&Arc<str>, i32, Key, f64)> {
+        let others = self.tenants.iter().filter(|(tenant, _)| Some(*tenant) != but);
+        let lasts = others.filter_map(|(tenant, of)| {
+            let (priority, key, work) = of.last(None)?;
+            Some((tenant, priority, key, of.end() - work / f64::from(of.weight)))
+        });
+        lasts.max_by(|(a, .., turn), (b, .., other)| turn.total_cmp(other).then(a.cmp(b)))
     }
 }
 
@@ -182,27 +182,27 @@ impl<T> Queue<T> {
 
     /// Takes out whoever gives way to one of this rank, the first of these that there is:
     ///
-    /// - one of the last band, if that is later than its own; but a [`TURNS`]th of all that wait stays;
+    /// - one of a later band than its own, the last of which more than a [`TURNS`]th of all that wait is;
     /// - of its own band one of another tenant, whose turn would come after it, as that tenant has more than its share;
     /// - one of its own tenant, of a later priority.
     ///
-    /// In a band it is of the tenant who would have had most for its weight when all of its are served, and of a tenant's
-    /// whoever is of the last priority and wanted last.
+    /// In a band it is whoever's turn would come last, of a tenant's whoever is of the last priority and wanted last.
     pub fn give_way(&mut self, rank: &Rank) -> Option<T> {
         let last = self.last_behind(rank)?;
         self.remove(&last)
     }
 
     fn last_behind(&self, rank: &Rank) -> Option<Ticket> {
-        let (&later, last) = self.bands.last_key_value()?;
-        if later > rank.band && last.waiting() * TURNS as usize > self.waiting {
-            let (tenant, priority, key, _) = last.last()?;
+        let mut later = self.bands.range((Excluded(rank.band), Unbounded)).rev();
+        let later = later.find(|(_, band)| band.waiting() * TURNS as usize > self.waiting);
+        if let Some((&later, band)) = later {
+            let (tenant, priority, key, _) = band.last(None)?;
             return Some(Ticket { band: later, tenant: tenant.clone(), priority, key });
         }
         let band = self.bands.get(&rank.band)?;
         let own = band.tenants.get(&rank.tenant);
         let turn = band.start(own) + own.map_or(0.0, |of| of.work) / f64::from(rank.weight.max(1));
-        let over = band.last().filter(|(tenant, .., start)| **tenant != rank.tenant && *start > turn);
+        let over = band.last(Some(&rank.tenant)).filter(|(.., theirs)| *theirs > turn);
         let over = over.map(|(tenant, priority, key, _)| (tenant, priority, key));
         let (tenant, priority, key) = over.or_else(|| {
             let (priority, key, _) = own?.last(Some(rank.priority))?;

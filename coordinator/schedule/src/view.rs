@@ -141,8 +141,8 @@ pub struct Model {
     pub rows: Vec<Row>,
     /// By kind and version, so that those of one instance lie side by side.
     pub classes: Vec<Class>,
-    /// Since when some instance has taken requests without a break, of each side of the work.
-    eldest: [Option<Instant>; 3],
+    /// Since when some instance has taken requests without a break, in prefill and in decode.
+    eldest: [Option<Instant>; 2],
 }
 
 /// See the module.
@@ -297,6 +297,17 @@ impl Row {
     }
 }
 
+/// Which of prefill, 0, and decode, 1, an instance does.
+fn phases(row: &Row) -> impl Iterator<Item = usize> {
+    let phases = match row.side() {
+        None => 0..0,
+        Some(Side::Whole) => 0..2,
+        Some(Side::Prefill) => 0..1,
+        Some(Side::Decode) => 1..2,
+    };
+    phases.into_iter()
+}
+
 impl Model {
     /// With the classes of these instances, and no row yet. Classes that there were before are as busy as they were.
     fn of<'a>(
@@ -325,23 +336,24 @@ impl Model {
             revision: revision.to_owned(),
             rows: Vec::new(),
             classes: classes.collect(),
-            eldest: [None; 3],
+            eldest: [None; 2],
         }
     }
 
     /// How long the peers of an instance have taken requests, at most.
     pub fn eldest_age(&self, row: &Row, now: Instant) -> Duration {
-        let since = row.side().and_then(|side| self.eldest[side as usize]);
+        let since = phases(row).filter_map(|phase| self.eldest[phase]).min();
         now.saturating_duration_since(since.unwrap_or(row.ready_since))
     }
 
     /// To be called when an instance has come, gone or changed its role.
     fn find_eldest(&mut self) {
-        self.eldest = [None; 3];
+        self.eldest = [None; 2];
         for row in &self.rows {
-            let Some(side) = row.side() else { continue };
-            let eldest = &mut self.eldest[side as usize];
-            *eldest = Some(eldest.map_or(row.ready_since, |since| since.min(row.ready_since)));
+            for phase in phases(row) {
+                let eldest = &mut self.eldest[phase];
+                *eldest = Some(eldest.map_or(row.ready_since, |since| since.min(row.ready_since)));
+            }
         }
     }
 

@@ -35,8 +35,12 @@ impl Budget {
     }
 
     pub(super) fn take(&self, bytes: usize) -> Result<(), ApiError> {
-        let taken =
-            self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(bytes));
+        self.take_leaving(bytes, 0)
+    }
+
+    fn take_leaving(&self, bytes: usize, least: usize) -> Result<(), ApiError> {
+        let rest = |left: usize| left.checked_sub(bytes).filter(|rest| *rest >= least);
+        let taken = self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, rest);
         if taken.is_err() {
             return Err(refuse(&self.refusals, self.why, self.message, None));
         }
@@ -49,9 +53,9 @@ impl Budget {
         self.reserved.dec_by(gauged(bytes));
     }
 
-    /// As [`Self::take`], until what is returned is dropped.
-    pub(super) fn hold(self: &Arc<Self>, bytes: usize) -> Result<Held, ApiError> {
-        self.take(bytes)?;
+    /// As [`Self::take`], until what is returned is dropped; so much has to be left for others.
+    pub(super) fn hold(self: &Arc<Self>, bytes: usize, left: usize) -> Result<Held, ApiError> {
+        self.take_leaving(bytes, left)?;
         Ok(Held { bytes, budget: self.clone() })
     }
 

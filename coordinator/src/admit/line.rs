@@ -17,6 +17,7 @@ use baton_schedule::{
 use parking_lot::Mutex;
 use tokio::{
     sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot},
+    task::yield_now,
     time::{Instant, sleep, timeout, timeout_at},
 };
 
@@ -34,7 +35,7 @@ const LOOK_LEAST: Duration = Duration::from_millis(1);
 const LOOK_MOST: Duration = Duration::from_millis(100);
 /// Placed in one go before others have their turn at the core; no longer than [`LOOK_LEAST`] either, once one is placed.
 const PLACED_AT_ONCE_MOST: usize = 64;
-/// And then others have it for so many times as long as that took: in a large fleet, loads come all the time.
+/// Once nobody fits, others have it for so many times as long as it took to see that: in a large fleet, loads come all the time.
 const OTHERS_SHARE: u32 = 4;
 
 /// See the module.
@@ -136,10 +137,11 @@ impl Line {
 
     /// Lets a request of this rank stand in line, or beside it if another may give it its place, or turns it away.
     pub fn enter(&self, rank: &Rank) -> Result<Place, ApiError> {
-        match at_once(&self.places) {
-            Ok(place) => Ok(Place(Some(place))),
-            Err(_) if self.has_behind(rank) => Ok(Place(None)),
-            Err(_) => Err(self.desk.full(self.drain())),
+        let place = if self.is_full() { None } else { at_once(&self.places).ok() };
+        match place {
+            Some(place) => Ok(Place(Some(place))),
+            None if self.has_behind(rank) => Ok(Place(None)),
+            None => Err(self.desk.full(self.drain())),
         }
     }
 
@@ -155,7 +157,8 @@ impl Line {
 
     /// Whether a request that came now would find no place of its own.
     pub fn is_full(&self) -> bool {
-        self.places.available_permits() == 0
+        let waiting = self.desk.state.lock().queue.len();
+        self.places.available_permits() == 0 || (waiting > 0 && waiting >= self.desk.queued_most)
     }
 
     /// Waits for a seat and for room on an instance. Errors: 429 if it waits too long, or is sure to, or if its place is
@@ -204,6 +207,9 @@ impl Line {
             wanted: terms.first_token,
             work: work(&prepared, placer.board.expected_tokens(&desk.served.revision)),
         };
+        if desk.queued_most == 0 {
+            desk.serves(placer).map_err(|reason| desk.told(reason))?;
+        }
         let (goes, told) = oneshot::channel();
         let (waiting, outranked) = {
             let state = &mut *desk.state.lock();
@@ -268,15 +274,17 @@ async fn attend(desk: Arc<Desk>, placer: Arc<Placer>) {
         if desk.is_left() {
             return;
         }
-        if all {
-            let event = async {
-                tokio::select! {
-                    () = freed => {}
-                    () = desk.changed.notified() => {}
-                }
-            };
-            let _ = timeout(LOOK_MOST, event).await;
+        if !all {
+            yield_now().await;
+            continue;
         }
+        let event = async {
+            tokio::select! {
+                () = freed => {}
+                () = desk.changed.notified() => {}
+            }
+        };
+        let _ = timeout(LOOK_MOST, event).await;
         sleep(LOOK_LEAST.max(took * OTHERS_SHARE)).await;
     }
 }

@@ -19,8 +19,9 @@ pub struct LimitsConfig {
     /// request may take in any case; what does not fit is refused with 429. At least `max_body_bytes`.
     pub max_held_body_bytes: usize,
     /// Memory for what is kept of the prompts of all requests together, from when they are tokenised until they are answered: 4
-    /// bytes for each token, and 8 for each KV block; beyond 16 KiB of each request. What does not fit is refused with 429. At
-    /// least six times `max_body_bytes`.
+    /// bytes for each token, 8 for each KV block by each way in which instances name them, and the text with `echo`; beyond 16 KiB
+    /// of each request. What does not fit is refused with 429; of API keys those of the band `standard` leave an eighth to others,
+    /// those of `batch` a quarter. At least eight times `max_body_bytes`.
     pub max_held_prompt_bytes: usize,
     /// How long a body may take to arrive before its request is refused with 408. More than 0s.
     #[serde(with = "duration")]

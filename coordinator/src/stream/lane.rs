@@ -129,7 +129,7 @@ impl Lane {
     }
 
     /// Ends what is left of it, and tells the instances why.
-    pub(super) fn give_up(self, why: &'static str) {
+    pub fn give_up(self, why: &'static str) {
         let generating = self.strands.into_iter().filter_map(|strand| match strand.work {
             Work::Generating(generation) => Some(generation),
             Work::Replacing(_) => None,
@@ -355,12 +355,14 @@ impl Lane {
         let readings = &self.readings[choices.clone()];
         let begun = readings.iter().any(|reading| reading.tokens().len() > carried);
         let failure = Failure { error, culprit: generation.culprit().cloned(), begun };
-        generation.give_up("placed_again");
         let mut left = open.iter().filter(|(_, at)| !self.readings[*at].finished()).peekable();
         if left.peek().is_none() {
+            generation.give_up("answer_complete");
             return Ok(Vec::new());
         }
-        let again = attempts.again(failure)?;
+        let again = attempts.again(failure);
+        generation.give_up(if again.is_ok() { "placed_again" } else { "request_failed" });
+        let again = again?;
         let replaced = |mut attempts: Attempts, choices| {
             let work = Work::Replacing(attempts.replacing(again.clone()));
             Strand { short, ..Strand::new(work, attempts, choices) }

@@ -277,3 +277,30 @@ async fn long_prompts_take_memory_until_they_are_answered() {
     }
     cluster.at_rest().await;
 }
+
+#[tokio::test]
+async fn a_long_prompt_that_waits_gives_its_memory_back_as_it_leaves_the_line() {
+    let long = Served { context_tokens: 100_000, ..served() };
+    let (cluster, [mut mixed]) = Cluster::start_models(vec![long], [("m", v1::Role::Mixed, 0)], |config| {
+        (config.limits.max_concurrent, config.limits.max_queued) = (1, 1);
+    })
+    .await;
+    let ask = |tokens: usize, priority: i32| {
+        let body = json!({"model": "tiny", "prompt": vec![7; tokens], "max_tokens": 1, "priority": priority});
+        cluster.post("/v1/completions", body.to_string())
+    };
+    let kept = || cluster.service.metrics.prompt_reserved.get();
+    let first = ask(10, 0);
+    let leg = mixed.dispatch().await.leg;
+    let outranked = ask(8_000, 5);
+    until("it waits", || kept() > 0).await;
+    let higher = ask(10, 0);
+    assert_eq!(outranked.await.expect("ends").status(), 429);
+    assert_eq!(kept(), 0);
+    mixed.finish(leg, 0, "x", FinishReason::Length);
+    finish(&mut mixed).await;
+    for response in [first, higher] {
+        assert_eq!(response.await.expect("ends").status(), 200);
+    }
+    cluster.at_rest().await;
+}

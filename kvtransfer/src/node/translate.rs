@@ -34,6 +34,7 @@ use crate::{
 const LAYOUTS: usize = 4;
 /// Copies in a period of blocks of one layer, 24 bytes each: what a peer's choice of layout may cost this node.
 const MOST_COPIES: u64 = 1 << 19;
+
 /// What a node takes other layouts in with.
 #[derive(Debug)]
 pub(super) struct Translator {

@@ -120,6 +120,29 @@ fn who_floods_the_line_gives_way_to_others_of_the_band_up_to_its_share() {
 }
 
 #[test]
+fn a_few_of_the_last_band_keep_no_other_in_line() {
+    let (mut queue, now) = (Queue::default(), Instant::now());
+    for number in 0..100 {
+        let band = if number < 5 { 2 } else { 1 };
+        queue.push(Wish { rank: rank(band, "a", 0), ..wish("a", 1, now) }, band, now);
+    }
+    assert_eq!(queue.give_way(&rank(0, "b", 0)), Some(1));
+    queue.push(Wish { rank: rank(2, "a", 0), ..wish("a", 1, now) }, 2, now);
+    assert_eq!(queue.give_way(&rank(0, "b", 0)), Some(2), "of the last they are more than a twentieth now");
+}
+
+#[test]
+fn one_that_takes_long_is_no_cover_for_who_floods() {
+    let (mut queue, now) = (Queue::default(), Instant::now());
+    queue.push(Wish { work: 1_000.0, ..wish("long", 1, now) }, "long", now);
+    (0..9).for_each(|_| drop(queue.push(Wish { work: 100.0, ..wish("floods", 1, now) }, "floods", now)));
+    for _ in 0..8 {
+        assert_eq!(queue.give_way(&rank(0, "new", 0)), Some("floods"));
+    }
+    assert_eq!(queue.give_way(&rank(0, "new", 0)), None, "whose turn would be no later");
+}
+
+#[test]
 fn nobody_asks_their_way_past_other_tenants() {
     let (mut queue, now) = (Queue::default(), Instant::now());
     for item in 0..40 {

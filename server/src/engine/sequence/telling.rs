@@ -14,10 +14,18 @@ pub struct LegUpdate {
     pub tokens: Vec<u32>,
     /// One for each of `tokens` if they are wanted, else none.
     pub logprobs: Vec<TokenLogprobs>,
-    /// As [`LegEnd::Finished`] has it, with the first tokens; not of a decode leg.
+    /// As [`LegEnd::Finished`] has it, with the first tokens of a choice at least; not of a decode leg.
     pub cached_tokens: Option<u32>,
     /// Set once, with the last update.
     pub end: Option<LegEnd>,
+}
+
+impl LegUpdate {
+    /// Of a leg that is refused.
+    pub fn failed(leg: LegId, choice: u32, error: ApiError) -> Self {
+        let (tokens, logprobs, end) = (Vec::new(), Vec::new(), Some(LegEnd::Failed(error)));
+        Self { leg, choice, first_position: 0, tokens, logprobs, cached_tokens: None, end }
+    }
 }
 
 /// A token just chosen.
