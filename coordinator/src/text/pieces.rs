@@ -4,7 +4,7 @@
 //! expression that [`super::fast`] knows ends a word there, and none looks across: so the pieces' tokens, one after the
 //! other, are those of the whole. Which of these places are taken depends on the bytes right before them, and on the last cut,
 //! which must be some way behind: where a text has been cut once as before, it goes on so. A chat's own turns begin where they
-//! began; of a text behind another beginning some 20 KB go by before, as a rule.
+//! began; of a text behind another beginning some 10 KB go by before, as a rule.
 //!
 //! A [`TextCache`] is exact: it keeps the pieces' text and compares it. It is bounded in bytes; what has not been asked for
 //! while half of that was written is forgotten.
@@ -24,9 +24,9 @@ use parking_lot::Mutex;
 use super::fast::is_letter;
 
 /// From one cut to the next at least: so much of a text is not looked at for where it may be cut.
-const CUT_BYTES_LEAST: usize = 4 << 10;
+const CUT_BYTES_LEAST: usize = 2 << 10;
 /// Shorter pieces, at the end of a text, are not kept: to tokenise them takes no longer than to find them.
-const PIECE_BYTES_LEAST: usize = 2 << 10;
+const PIECE_BYTES_LEAST: usize = 1 << 10;
 /// A piece beside its text and tokens.
 const OVERHEAD_BYTES: usize = 128;
 
@@ -44,8 +44,8 @@ fn cut_behind(text: &str, from: usize) -> Option<usize> {
     /// What a place is judged by.
     const BEFORE: usize = 8;
     /// Of places before a space one in so many is taken; spaces are much more frequent than the others.
-    const SPACES_BITS: u32 = 7;
-    const OTHERS_BITS: u32 = 4;
+    const SPACES_BITS: u32 = 5;
+    const OTHERS_BITS: u32 = 3;
     let bytes = text.as_bytes();
     let places = memchr::memchr3_iter(b' ', b'\n', COMMA.as_bytes()[0], bytes.get(from..)?);
     places.map(|at| from + at).find(|&at| {
