@@ -12,6 +12,7 @@ use std::{
     time::Duration,
 };
 
+use baton_process::prefetch::prefetch;
 use baton_proto::{ApiError, InstanceId, RequestId};
 use baton_schedule::{Placement, Receipt, board::Booking};
 use parking_lot::Mutex;
@@ -74,6 +75,11 @@ impl Placing {
 impl Card {
     pub fn stage(&self) -> Stage {
         self.stage.lock().clone()
+    }
+
+    /// Has the processor fetch what changes with every token.
+    pub fn prefetch(&self) {
+        prefetch(&self.completion_tokens);
     }
 
     pub fn completion_tokens(&self) -> u32 {

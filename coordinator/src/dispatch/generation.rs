@@ -106,6 +106,11 @@ pub struct Generation {
     why_cancelled: &'static str,
 }
 
+/// What is put into an empty queue next lies at its beginning, where the processor has what was there last.
+fn begin_anew<T>(queue: &mut VecDeque<T>) {
+    queue.clear();
+}
+
 impl Generation {
     /// Dispatches both legs of a booked placement, or the only one. The booking's work is taken off if it fails.
     pub fn start(
@@ -275,7 +280,11 @@ impl Generation {
 
     /// What was received, one after the other; after the end of the last choice, or a failure, nothing more is to be asked.
     pub fn news(&mut self) -> Option<Progress> {
-        self.news.pop_front()
+        let next = self.news.pop_front();
+        if next.is_none() {
+            begin_anew(&mut self.news);
+        }
+        next
     }
 
     fn drain_inbox(&mut self) {
@@ -324,6 +333,7 @@ impl Generation {
                 None => {}
             }
         }
+        begin_anew(&mut self.inbox);
     }
 
     /// Who waits for a cache finds out when it has come.

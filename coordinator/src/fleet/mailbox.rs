@@ -25,7 +25,7 @@ pub const BATCH_TOKENS: u32 = 32;
 const BATCH: usize = BATCH_TOKENS as usize;
 
 /// Of a reader, at most what is touched when it is woken and reads.
-const READER_BYTES: usize = 512;
+const READER_BYTES: usize = 288;
 const READER_COUNTS: usize = 16;
 
 #[derive(Debug)]

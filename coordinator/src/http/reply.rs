@@ -10,6 +10,7 @@ use axum::{
     http::{HeaderName, HeaderValue, StatusCode, header},
     response::Response,
 };
+use baton_process::prefetch::prefetch;
 use baton_proto::{ApiError, ErrorCode, RequestId};
 use bytes::Bytes;
 use serde::Serialize;
@@ -225,6 +226,11 @@ impl Voice {
         out.extend_from_slice(b"data: ");
         out.extend_from_slice(&error_json(error));
         out.extend_from_slice(b"\n\n");
+    }
+
+    /// Has the processor fetch what every event begins with.
+    pub(super) fn prefetch(&self) {
+        prefetch(&*self.head);
     }
 
     /// One event with one choice.

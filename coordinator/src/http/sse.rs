@@ -246,12 +246,14 @@ impl inline::Reader for Answer {
             prefetch(&**cell);
             prefetch(parts.out.as_slice());
             prefetch(parts.pieces.as_slice());
+            parts.voice.prefetch();
             self.express.iter().for_each(|express| express.prefetch(false));
         } else if let Some(held) = cell.try_lock()
             && let Some(streaming) = &*held
         {
             streaming.prefetch(depth > 1);
             if depth == 1 {
+                parts.pieces.iter().take(1).for_each(|piece| prefetch(piece.text.as_bytes()));
                 self.express.iter().for_each(|express| express.prefetch(true));
             }
         }

@@ -13,7 +13,6 @@ use std::{
     task::{Context, Poll},
 };
 
-use baton_process::prefetch::prefetch;
 use baton_proto::ApiError;
 use smallvec::SmallVec;
 use tokio::time::Instant;
@@ -70,7 +69,7 @@ impl Streaming {
     pub fn prefetch(&self, deeper: bool) {
         self.lanes.iter().for_each(|lane| lane.prefetch(deeper));
         if !deeper {
-            prefetch(self.card.card());
+            self.card.card().prefetch();
         }
     }
 

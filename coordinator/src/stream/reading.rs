@@ -125,7 +125,7 @@ impl Reading {
 
     /// Takes tokens in. True: a stop string has matched, and the choice ends with what is in `piece`.
     pub(super) fn take(&mut self, fresh: Fresh<'_>, piece: &mut Piece) -> bool {
-        if !fresh.tokens.is_empty() {
+        if !fresh.tokens.is_empty() && !self.echo.is_empty() {
             piece.text.push_str(&mem::take(&mut self.echo));
         }
         let mut logprobs = fresh.logprobs.into_iter();

@@ -44,6 +44,13 @@ impl Reader {
 
     /// Appends text that has become certain. True: a stop string has matched and the answer ends there.
     pub fn push(&mut self, token: u32, text: &mut String) -> bool {
+        if self.stops.are_none() {
+            let before = text.len();
+            self.detokenizer.push(token, text);
+            self.tokens += 1;
+            self.characters += text[before..].chars().count() as u32;
+            return false;
+        }
         self.fresh.clear();
         self.detokenizer.push(token, &mut self.fresh);
         self.tokens += 1;

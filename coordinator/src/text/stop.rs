@@ -61,6 +61,11 @@ impl StopMatcher {
         Self { patterns, held: String::new(), matched: false, included }
     }
 
+    /// Whether nothing it is given is ever held back.
+    pub fn are_none(&self) -> bool {
+        self.patterns.is_empty()
+    }
+
     /// Takes more text and appends to `out` what is certain to come before any stop string. True: a stop string is
     /// complete, everything before it is in `out`, and nothing more will be appended. Unless `counts`, stop strings that
     /// are complete within `text` stop nothing.
