@@ -84,7 +84,8 @@ fn value(value: &Value) {
     assert!(same(&serde_json::from_str(&text).expect("JSON"), value), "{text}");
     let text = yaml(value);
     assert!(!text.is_empty(), "{value}");
-    shown(&text);
+    // In a text of several lines a tab is written as it is, for programs; to a terminal it is no more than space.
+    shown(&text.replace('\t', " "));
 }
 
 /// Whether both say the same; of numbers the last digit may be lost in reading.
