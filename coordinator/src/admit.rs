@@ -4,8 +4,9 @@
 //! bounded ([`body`]), and that of all prompts from when they are tokenised until they are answered ([`budget`]). Once its model
 //! is known it takes a [`Place`] in that model's [`Line`] and, once prepared, waits there for a [`Permit`] and a place among
 //! the instances ([`line`]): what waits for one model's instances holds up no other model's requests. A body that is not
-//! prepared on the spot waits for a [`Turn`] at a core before. All are given back by drop. Overflow policy: a full house or line is 429 at once, unless another gives way, who then is told so; as is a wait
-//! that is predicted to be too long, and a wait that becomes so is 429, too.
+//! prepared on the spot waits for a [`Turn`] at a core before. All are given back by drop. Overflow policy: a full house or
+//! line is 429 at once, unless another gives way, who then is told so; as is a wait that is predicted to be too long, and a
+//! wait that becomes so is 429, too.
 
 use std::{sync::Arc, time::Duration};
 
@@ -216,6 +217,31 @@ mod tests {
     use prometheus_client::registry::Registry;
 
     use super::*;
+
+    #[test]
+    fn keys_of_later_bands_leave_memory_for_prompts_to_earlier_ones() {
+        let limits = LimitsConfig { max_held_prompt_bytes: 800 << 10, ..LimitsConfig::default() };
+        let metrics = Metrics::register(&mut Registry::default());
+        let gate = Gate::new(&limits, 1, 2, &metrics);
+        let of = |name: &str, band| Tenant { name: name.into(), band, ..Tenant::default() };
+        let held = |tenant: &Tenant| {
+            let holds = |_: &usize| {
+                let mut ticket = gate.enter(|| None, || false).expect("room");
+                let held = gate.hold(&mut ticket, body::FREE_BYTES + (50 << 10), tenant);
+                held.map(|()| ticket).ok()
+            };
+            (0..32).map_while(|n| holds(&n)).collect::<Vec<_>>()
+        };
+        for (tenant, most) in [
+            (of("a", Band::Batch), 12),
+            (of("a", Band::Standard), 14),
+            (of("a", Band::Interactive), 16),
+            (of("", Band::Standard), 16),
+        ] {
+            assert_eq!(held(&tenant).len(), most, "{tenant:?}");
+            assert_eq!(metrics.prompt_reserved.get(), 0);
+        }
+    }
 
     #[tokio::test(start_paused = true)]
     async fn long_work_leaves_a_core_to_short_work() {

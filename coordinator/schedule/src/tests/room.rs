@@ -38,7 +38,10 @@ fn who_lets_nobody_wait_any_more_is_asked_last() {
         board.list(&all, Instant::now());
         for of in &all {
             board.up(&of.id, of.incarnation, ready(Role::Mixed));
-            board.load(&of.id, room(Some(if of.id.as_str() == "b" { 1_000 } else { 0 })));
+            let has_room = of.id.as_str() == "b";
+            // It has most to do, too.
+            let sequences = if has_room { 5 } else { 0 };
+            board.load(&of.id, Load { sequences, ..room(Some(if has_room { 1_000 } else { 0 })) });
         }
         for _ in 0..20 {
             let booking = board.book(&Wanted::new(100, 8, "r1")).expect("a place");
