@@ -14,16 +14,20 @@ use baton_proto::{
     ApiError, ErrorCode, FILE_DESCRIPTOR_SET,
     v1::{self, request_admin_server::RequestAdminServer},
 };
-use baton_schedule::{Placement, Scored};
+use baton_schedule::{Placement, Receipt, Scored};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, service::Routes};
 
-use crate::requests::{Card, ENDED_KEPT, Known, Placing, Roster, Stage};
+use crate::{
+    admit::Waits,
+    requests::{Card, ENDED_KEPT, Known, Placing, Stage},
+    serve::Service,
+};
 
 /// Serves RequestAdmin.
 pub struct Admin {
-    pub roster: Arc<Roster>,
+    pub service: Arc<Service>,
     /// Who may ask.
     pub access: Access,
 }
@@ -64,7 +68,7 @@ impl v1::request_admin_server::RequestAdmin for Admin {
         request: Request<v1::ListRequestsRequest>,
     ) -> Result<Response<v1::ListRequestsResponse>, Status> {
         self.access.check(&request, Right::Viewer, Call::look("ListRequests"))?;
-        let requests = self.roster.list().iter().map(|card| view(card)).collect();
+        let requests = self.service.roster.list().iter().map(|card| view(card)).collect();
         Ok(Response::new(v1::ListRequestsResponse { requests }))
     }
 
@@ -74,7 +78,7 @@ impl v1::request_admin_server::RequestAdmin for Admin {
     ) -> Result<Response<v1::ExplainPlacementResponse>, Status> {
         self.access.check(&request, Right::Viewer, Call::look("ExplainPlacement"))?;
         let id = request.into_inner().request_id;
-        let (card, ended) = match self.roster.find(&id) {
+        let (card, ended) = match self.service.roster.find(&id) {
             Some(Known::Running(card)) => (card, false),
             Some(Known::Ended(card)) => (card, true),
             None => {
@@ -90,27 +94,45 @@ impl v1::request_admin_server::RequestAdmin for Admin {
         }
         let (placings, left_out) = card.placings();
         let placements = placings.iter().map(placing).collect();
-        Ok(Response::new(v1::ExplainPlacementResponse { request: Some(request), placements, left_out }))
+        let waiting = self.waiting(&card);
+        let request = Some(request);
+        Ok(Response::new(v1::ExplainPlacementResponse { request, placements, left_out, waiting }))
+    }
+}
+
+impl Admin {
+    fn waiting(&self, card: &Card) -> Option<v1::WaitingView> {
+        let Stage::Queued { model, .. } = card.stage() else { return None };
+        let line = &self.service.models.asked(Some(&model)).ok()?.line;
+        let Waits { because, place } = line.explain(&card.request, &self.service.placer)?;
+        let place = place.map(|(placement, receipt)| view_of(&placement, &receipt));
+        Some(v1::WaitingView { because, place })
     }
 }
 
 fn placing(placing: &Placing) -> v1::PlacementView {
     let Placing { at, because, waited, placement, receipt } = placing;
+    v1::PlacementView {
+        age_millis: millis(*at),
+        because: because.as_ref().map(ToString::to_string).unwrap_or_default(),
+        waited_millis: u64::try_from(waited.as_millis()).unwrap_or(u64::MAX),
+        ..view_of(placement, receipt)
+    }
+}
+
+fn view_of(placement: &Placement, receipt: &Receipt) -> v1::PlacementView {
     let (prefill, decode) = match placement {
         Placement::Alone(seat) => (seat, seat),
         Placement::Apart { prefill, decode } => (prefill, decode),
     };
     let taken = |scored: &Scored| [prefill, decode].iter().any(|seat| seat.instance == scored.instance);
     v1::PlacementView {
-        age_millis: millis(*at),
-        because: because.as_ref().map(ToString::to_string).unwrap_or_default(),
         prefill_instance: prefill.instance.to_string(),
         decode_instance: decode.instance.to_string(),
         prompt_tokens: receipt.prompt_tokens,
         expected_tokens: receipt.expected_tokens,
         choices: receipt.choices,
         policy: receipt.policy.name().to_owned(),
-        waited_millis: u64::try_from(waited.as_millis()).unwrap_or(u64::MAX),
         candidates: u32::try_from(receipt.candidates).unwrap_or(u32::MAX),
         cost_micros: receipt.cost_micros,
         handoff_micros: receipt.handoff_micros,
@@ -124,6 +146,7 @@ fn placing(placing: &Placing) -> v1::PlacementView {
         full: receipt.left_aside.full,
         too_small: receipt.left_aside.too_small,
         cheapest: receipt.cheapest.iter().map(|scored| candidate(scored, taken(scored))).collect(),
+        ..Default::default()
     }
 }
 
@@ -156,6 +179,7 @@ fn view(card: &Card) -> v1::RequestView {
         completion_tokens: card.completion_tokens(),
         age_millis: millis(card.arrived),
         api_key: card.api_key.to_string(),
+        error: card.error().map(ToString::to_string).unwrap_or_default(),
         ..Default::default()
     };
     match card.stage() {

@@ -1,7 +1,8 @@
 //! Who may come in, who waits and who is turned away.
 //!
 //! A request takes a [`Ticket`] on arrival ([`crate::http`]), before its body is read. The memory of all bodies together is
-//! bounded ([`body`]), and that of all prompts from when they are tokenised until they are answered ([`budget`]). Once its model
+//! bounded ([`body`]), and that of all prompts from when they are tokenised until they are answered; tenants share it
+//! ([`budget`]). Once its model
 //! is known it takes a [`Place`] in that model's [`Line`] and, once prepared, waits there for a [`Permit`] and a place among
 //! the instances ([`line`]): what waits for one model's instances holds up no other model's requests. A body that is not
 //! prepared on the spot waits for a [`Turn`] at a core before. All are given back by drop. Overflow policy: a full house or
@@ -29,7 +30,7 @@ mod line;
 
 pub use body::Body;
 use budget::{Budget, Held};
-pub use line::{Admission, Line, Permit, Place, WaitTerms};
+pub use line::{Admission, Line, Permit, Place, WaitTerms, Waits};
 
 /// What clients are told to wait before they try again, where nothing else is known, and at most.
 pub const RETRY_AFTER: Duration = Duration::from_secs(1);
@@ -117,13 +118,17 @@ impl Gate {
             Band::Standard => self.max_held_prompt_bytes / 8,
             Band::Batch => self.max_held_prompt_bytes / 4,
         };
-        ticket.held = (beyond > 0).then(|| self.prompts.hold(beyond, left)).transpose()?;
+        if beyond > 0 {
+            let mut held = self.prompts.part(&tenant.name);
+            held.resize(beyond, left)?;
+            ticket.held = Some(held);
+        }
         Ok(())
     }
 
     /// Room for a body that announces its length, or grows as it comes; within `max_body_bytes` either way.
-    pub fn body(&self, announced: Option<usize>) -> Result<Body, ApiError> {
-        Body::new(&self.bodies, announced, self.max_body_bytes)
+    pub fn body(&self, announced: Option<usize>, tenant: &Tenant) -> Result<Body, ApiError> {
+        Body::new(self.bodies.part(&tenant.name), announced, self.max_body_bytes)
     }
 
     /// The error of a body that does not come.
@@ -225,7 +230,10 @@ mod tests {
         let gate = Gate::new(&limits, 1, 2, &metrics);
         let of = |name: &str, band| Tenant { name: name.into(), band, ..Tenant::default() };
         let held = |tenant: &Tenant| {
-            let holds = |_: &usize| {
+            // Of as many tenants, since one alone may not have all.
+            let holds = |n: &usize| {
+                let name = if tenant.name.is_empty() { String::new() } else { n.to_string() };
+                let tenant = &Tenant { name: name.into(), ..tenant.clone() };
                 let mut ticket = gate.enter(|| None, || false).expect("room");
                 let held = gate.hold(&mut ticket, body::FREE_BYTES + (50 << 10), tenant);
                 held.map(|()| ticket).ok()

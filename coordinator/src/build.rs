@@ -177,6 +177,37 @@ fn readiness(service: &Service) -> Health {
     }
 }
 
+/// What a coordinator listens on.
+struct Ports {
+    clients: TcpListener,
+    /// The same, for when clients are let in no more.
+    for_the_rest: TcpListener,
+    admin: TcpListener,
+    metrics: Option<TcpListener>,
+    /// How the clients' port is reached, and the one for operators.
+    http: String,
+    grpc: String,
+}
+
+impl Ports {
+    fn open(config: &CoordinatorConfig, https: bool) -> Result<Self, CoordinatorError> {
+        let failed = |key| move |source| CoordinatorError::Listen { key, source };
+        let bind = |listen: &Listen, key| listen.bind().map_err(failed(key));
+        let reached = |listener: &TcpListener| reached_at(listener, &config.advertise_host, "advertise_host");
+        let clients = bind(&config.listen, "listen")?;
+        watch_clients(&clients);
+        let for_the_rest = clients.try_clone().map_err(ProcessError::Http)?;
+        let admin = bind(&config.admin_listen, "admin_listen")?;
+        let grpc = reached(&admin).map_err(failed("admin_listen"))?;
+        // Clients come by whatever name stands before it: this is shown, and not dialled.
+        let http = reached(&clients).unwrap_or_else(|_| config.listen.to_string());
+        let http = if https { format!("https://{http}") } else { http };
+        let listen = config.metrics_listen.as_ref();
+        let metrics = listen.map(|listen| bind(listen, "metrics_listen")).transpose()?;
+        Ok(Self { clients, for_the_rest, admin, metrics, http, grpc })
+    }
+}
+
 /// The whole of a coordinator process. It ends in steps: `shutdown`, from which on it is not ready; `closing`, after
 /// `limits.linger`, from which on nobody is let in; the end of the last request, or its time; `drained`, with which all ends
 /// that requests need, and that looks at them.
@@ -189,20 +220,8 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
     let tls = process.tls(&config.tls, Role::Coordinator, &drained)?;
     let access = Access::start(&config.admin, &drained, &process.tasks)?;
     let https = process.https(&config.https, &drained)?;
-    let bind =
-        |listen: &Listen, key| listen.bind().map_err(|source| CoordinatorError::Listen { key, source });
-    let listener = bind(&config.listen, "listen")?;
-    watch_clients(&listener);
-    let for_the_rest = listener.try_clone().map_err(ProcessError::Http)?;
-    let admin_listener = bind(&config.admin_listen, "admin_listen")?;
-    let reached = |listener: &TcpListener| reached_at(listener, &config.advertise_host, "advertise_host");
-    let grpc = reached(&admin_listener)
-        .map_err(|source| CoordinatorError::Listen { key: "admin_listen", source })?;
-    // Clients come by whatever name stands before it: this is shown, and not dialled.
-    let http = reached(&listener).unwrap_or_else(|_| config.listen.to_string());
-    let http = if https.is_some() { format!("https://{http}") } else { http };
-    let metrics_listener =
-        config.metrics_listen.as_ref().map(|listen| bind(listen, "metrics_listen")).transpose()?;
+    let Ports { clients, for_the_rest, admin: admin_listener, metrics: metrics_listener, http, grpc } =
+        Ports::open(&config, https.is_some())?;
     let store = open_store(&config.store, &tls)?;
     if let Some((setting, file)) = config.store.etcd.certificate() {
         process.watch_certificate(setting, file, &drained)?;
@@ -234,7 +253,7 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
     };
     let (service, router) = assemble(&config, parts)?;
 
-    let admin = Admin { roster: service.roster.clone(), access };
+    let admin = Admin { service: service.clone(), access };
     let counted = Closed::of_grpc(&process.metrics);
     let (routes, options) =
         admin.port(process.health.clone(), tls.clone(), counted, drained.clone(), last_calls);
@@ -270,7 +289,7 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
     process.tasks.spawn(observe_the_rest(for_the_rest, closed, closing.clone(), drained.clone(), last_calls));
     let connections = connections(config.limits.max_connections, baton_process::open_files::most());
     let served = serve(
-        listener,
+        clients,
         Port {
             router,
             https,

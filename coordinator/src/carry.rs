@@ -79,9 +79,7 @@ impl Leave<'_> {
     /// As receipts and metrics have it.
     fn error(self) -> ApiError {
         match self {
-            Self::Drains { .. } => {
-                ApiError::new(ErrorCode::Unavailable, "the instance that generates drains")
-            }
+            Self::Drains { .. } => ApiError::new(ErrorCode::Unavailable, "the instance drains"),
             Self::Outgrown { .. } => {
                 ApiError::new(ErrorCode::KvExhausted, "the instance has no room for more of the answer")
             }
@@ -161,11 +159,15 @@ impl Attempts {
         }
     }
 
-    /// Whether an answer that has so many tokens is expected to take so long yet on an instance which drains that it had
-    /// better go on elsewhere.
-    pub fn is_worth_moving(&self, instance: &InstanceId, tokens: u32) -> bool {
-        let most = self.assignment.prompt.sampling.max_tokens;
-        self.placer.board.left(instance, tokens, most) > self.placer.move_after
+    /// Whether an answer that has so many tokens is expected to keep an instance which drains so long yet that it had better
+    /// go on elsewhere: whoever generates, or, if not `begun`, whoever has the prompt.
+    pub fn is_worth_moving(&self, generation: &Generation, begun: bool, tokens: u32) -> bool {
+        let (board, most) = (&self.placer.board, self.assignment.prompt.sampling.max_tokens);
+        let (computes, generates) = (generation.pair().0, generation.generates());
+        let queue = if begun { Duration::ZERO } else { board.queue(computes) };
+        let answer =
+            if begun || computes == generates { board.left(generates, tokens, most) } else { Duration::ZERO };
+        queue + answer > self.placer.move_after
     }
 
     /// Gives it to others, if any can take it at once.

@@ -202,7 +202,7 @@ impl Default for FleetConfig {
 #[serde(deny_unknown_fields, default)]
 pub struct CarryConfig {
     /// An answer that is expected to take longer yet on an instance that begins to drain, or to change its role, goes on
-    /// elsewhere at once; what takes less stays until it is done.
+    /// elsewhere at once, and so does a prompt that is expected to wait there longer; what takes less stays until it is done.
     #[serde(with = "duration")]
     #[schemars(schema_with = "duration::schema")]
     pub move_after: Duration,

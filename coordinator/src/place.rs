@@ -7,8 +7,9 @@ use std::{iter, sync::Arc, time::Duration};
 
 use baton_proto::InstanceId;
 use baton_schedule::{
-    Among, NoPlace, Prompt, Wanted,
+    Among, NoPlace, Placement, Prompt, Receipt, Wanted,
     board::{Board, Booking},
+    chains::Chain,
 };
 use tokio::time::{Instant, timeout_at};
 
@@ -57,24 +58,28 @@ impl Placer {
         avoid: &[InstanceId],
         among: Among<'_>,
     ) -> Result<Booked, NoPlace> {
-        let (revision, sampling) = (&served.revision, &prompt.sampling);
-        let chains = prompt.chains.say(&self.board.caches.dialects(revision), generated);
-        let generated = generated.len() as u32;
+        let chains = prompt.chains.say(&self.board.caches.dialects(&served.revision), generated);
         let admitting = self.breakers.admitting(avoid, Instant::now());
-        let booking = self.board.book(&Wanted {
-            prompt: Prompt { tokens: prompt.prompt_tokens().saturating_add(generated), chains: &chains },
-            max_tokens: sampling.max_tokens.saturating_sub(generated).max(1),
-            choices: sampling.choices,
-            revision,
-            avoid: admitting.avoid(),
-            among,
-        })?;
+        let booking =
+            self.board.book(&wanted(served, prompt, generated, &chains, admitting.avoid(), among))?;
         let trials = admitting.booked(booking.credit.pair());
         tracing::debug!(placement = ?booking.placement, receipt = ?booking.receipt, "booked");
         Ok(Booked { booking, trials })
     }
 
-    /// The same among all, as soon as an instance can take it.
+    /// Where a prompt would go, were it placed now.
+    pub fn look(
+        &self,
+        served: &Served,
+        prompt: &PreparedPrompt,
+        among: Among<'_>,
+    ) -> Result<(Placement, Receipt), NoPlace> {
+        let chains = prompt.chains.say(&self.board.caches.dialects(&served.revision), &[]);
+        let admitting = self.breakers.admitting(&[], Instant::now());
+        self.board.look(&wanted(served, prompt, &[], &chains, admitting.avoid(), among))
+    }
+
+    /// Books a prompt as [`Self::book`] does, among all, as soon as an instance can take it.
     pub async fn book_by(
         &self,
         deadline: Instant,
@@ -102,6 +107,26 @@ impl Placer {
         let generation = Generation::start(&self.links, &self.handoffs, booking, assignment)?;
         trials.sent();
         Ok(generation)
+    }
+}
+
+/// A prompt, with what of its answer was generated elsewhere.
+fn wanted<'a>(
+    served: &'a Served,
+    prompt: &PreparedPrompt,
+    generated: &[u32],
+    chains: &'a [Chain],
+    avoid: &'a [InstanceId],
+    among: Among<'a>,
+) -> Wanted<'a> {
+    let (generated, sampling) = (generated.len() as u32, &prompt.sampling);
+    Wanted {
+        prompt: Prompt { tokens: prompt.prompt_tokens().saturating_add(generated), chains },
+        max_tokens: sampling.max_tokens.saturating_sub(generated).max(1),
+        choices: sampling.choices,
+        revision: &served.revision,
+        avoid,
+        among,
     }
 }
 

@@ -14,6 +14,7 @@ use crate::{
     keys::Call,
     metrics::{Metrics, ModelMetrics, RequestLabels},
     prepare::Prepared,
+    requests::Card,
 };
 
 /// Token counts as clients are told them.
@@ -31,6 +32,8 @@ pub struct Report {
     metrics: Arc<Metrics>,
     /// What it takes of its key's limits.
     call: Call,
+    /// `None` until it is let in.
+    card: Option<Arc<Card>>,
     /// `None` until it is known which model is asked.
     counts: Option<Arc<ModelMetrics>>,
     route: &'static str,
@@ -54,6 +57,7 @@ impl Report {
         Self {
             metrics,
             call: Call::default(),
+            card: None,
             counts: None,
             route,
             arrived,
@@ -77,6 +81,11 @@ impl Report {
     /// It came with a key, and is within what that may.
     pub fn called(&mut self, call: Call) {
         self.call = call;
+    }
+
+    /// Operators see it from now on.
+    pub fn shown(&mut self, card: &Arc<Card>) {
+        self.card = Some(card.clone());
     }
 
     /// It is known how many tokens it may take: within what its key may, or it is refused.
@@ -150,6 +159,7 @@ impl Report {
     /// The request ends with an error. Logged here and nowhere else.
     pub fn failed(&mut self, error: &ApiError) {
         self.tell(error.code.name(), is_ours(error.code));
+        self.card.iter().for_each(|card| card.failed(error));
         let _entered = self.span.enter();
         if error.code.http() >= 500 {
             tracing::warn!(code = error.code.name(), %error, "request failed");

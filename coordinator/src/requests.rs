@@ -6,7 +6,7 @@
 use std::{
     collections::{HashMap, VecDeque},
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
@@ -62,6 +62,7 @@ pub struct Card {
     stage: Mutex<Stage>,
     completion_tokens: AtomicU32,
     placings: Mutex<Placings>,
+    error: OnceLock<ApiError>,
 }
 
 impl Placing {
@@ -84,6 +85,16 @@ impl Card {
 
     pub fn completion_tokens(&self) -> u32 {
         self.completion_tokens.load(Ordering::Relaxed)
+    }
+
+    /// It is refused, or fails; what it is told first counts.
+    pub fn failed(&self, error: &ApiError) {
+        self.error.get_or_init(|| error.clone());
+    }
+
+    /// For what it was refused, or failed.
+    pub fn error(&self) -> Option<&ApiError> {
+        self.error.get()
     }
 
     /// Where it was placed and why, in order, and how many earlier ones are not kept.
@@ -119,6 +130,7 @@ impl Roster {
             stage: Mutex::new(Stage::Preparing),
             completion_tokens: AtomicU32::new(0),
             placings: Mutex::default(),
+            error: OnceLock::new(),
         };
         let card = Arc::new(card);
         let key = self.next.fetch_add(1, Ordering::Relaxed);
@@ -152,7 +164,7 @@ pub struct CardGuard {
 }
 
 impl CardGuard {
-    pub fn card(&self) -> &Card {
+    pub fn card(&self) -> &Arc<Card> {
         &self.card
     }
 

@@ -97,6 +97,7 @@ impl Service {
             let ttft = self.placer.board.ttft_target(first);
             report.targets(ttft, self.placer.board.tpot_target());
             let terms = WaitTerms {
+                request: &card.card().request,
                 tenant: &tenant,
                 first_token: card.card().arrived + ttft,
                 deadline: self.deadline(&card),

@@ -109,19 +109,24 @@ impl v1::kv_cache_server::KvCache for KvCacheService {
         request: Request<v1::KvEventsRequest>,
     ) -> Result<Response<Self::EventsStream>, Status> {
         let peer = tls::Peer::of(&request);
-        let v1::KvEventsRequest { coordinator_id, every_tokens } = request.into_inner();
+        let asked = request.into_inner();
+        let v1::KvEventsRequest { coordinator_id, every_tokens, incarnation, after_sequence } = asked;
         let coordinator = CoordinatorId::new(coordinator_id)
             .map_err(|error| Status::invalid_argument(error.to_string()))?;
         peer.speaks_as(coordinator.as_str())?;
         let place = self.readers.clone().try_acquire_owned().map_err(|_| {
             Status::resource_exhausted(format!("{READERS_MOST} coordinators read the events already"))
         })?;
-        tracing::debug!(%coordinator, "coordinator reads the events of the KV cache");
+        let has_some = incarnation == self.facts.incarnation.0 && after_sequence > 0;
+        let resumed = has_some.then(|| self.events.resume(after_sequence)).flatten();
+        tracing::debug!(%coordinator, resumed = resumed.is_some(), "coordinator reads the events of the KV cache");
+        // That it need not wait for a snapshot is told at once, however long the next change is in coming.
+        let goes_on = v1::KvEvents { sequence: after_sequence, events: None };
         let messages = Messages {
             facts: self.facts.clone(),
             sieve: Sieve::new(every_tokens, self.facts.block_tokens),
-            reader: self.events.subscribe(),
-            parts: VecDeque::new(),
+            parts: resumed.is_some().then_some(goes_on).into_iter().collect(),
+            reader: resumed.unwrap_or_else(|| self.events.subscribe()),
             shutdown: self.shutdown.clone(),
             _place: place,
         };

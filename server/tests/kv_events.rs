@@ -13,6 +13,7 @@ use v1::{kv_cache_client::KvCacheClient, kv_events::Events};
 /// A coordinator that reads events, and what it knows from them.
 struct Listener {
     stream: Streaming<v1::KvEvents>,
+    incarnation: u64,
     sequence: u64,
     stored: HashSet<BlockHash>,
     snapshots: u32,
@@ -38,27 +39,43 @@ impl Listener {
     /// One block for so many tokens.
     async fn that_wants(instance: &Instance, every_tokens: u32) -> Self {
         let mut client = client(instance).await;
-        let request = v1::KvEventsRequest { coordinator_id: "c".into(), every_tokens };
+        let request = v1::KvEventsRequest { coordinator_id: "c".into(), every_tokens, ..Default::default() };
         let stream = client.events(request).await.expect("a stream").into_inner();
-        let mut this = Self { stream, sequence: 0, stored: HashSet::new(), snapshots: 0, _client: client };
+        let (stored, _client) = (HashSet::new(), client);
+        let mut this = Self { stream, incarnation: 0, sequence: 0, stored, snapshots: 0, _client };
         this.next().await;
         this
+    }
+
+    /// On another stream, which goes on from what is known of this process.
+    async fn again(self, instance: &Instance, incarnation: u64) -> Self {
+        let mut client = client(instance).await;
+        let request = v1::KvEventsRequest {
+            coordinator_id: "c".into(),
+            every_tokens: 0,
+            incarnation,
+            after_sequence: self.sequence,
+        };
+        let stream = client.events(request).await.expect("a stream").into_inner();
+        Self { stream, _client: client, ..self }
     }
 
     async fn next(&mut self) {
         let message = tokio::time::timeout(PATIENCE, self.stream.message()).await.expect("an event in time");
         let message = message.expect("a healthy stream").expect("an open stream");
-        match message.events.expect("events") {
-            Events::Snapshot(snapshot) => {
+        match message.events {
+            None => assert_eq!(message.sequence, self.sequence, "it goes on"),
+            Some(Events::Snapshot(snapshot)) => {
                 assert_eq!((snapshot.part, snapshot.last), (0, true));
                 assert_eq!(
                     (snapshot.layout_fingerprint, snapshot.block_tokens),
                     (fingerprint(), model::BLOCK_TOKENS)
                 );
+                self.incarnation = snapshot.incarnation;
                 self.stored = hashes(&snapshot.stored).into_iter().collect();
                 self.snapshots += 1;
             }
-            Events::Change(change) => {
+            Some(Events::Change(change)) => {
                 assert_eq!(message.sequence, self.sequence + 1, "something is missing");
                 assert!(hashes(&change.stored).into_iter().all(|hash| self.stored.insert(hash)));
                 assert!(hashes(&change.evicted).iter().all(|hash| self.stored.remove(hash)));
@@ -128,12 +145,40 @@ async fn readers_are_told_of_as_many_blocks_as_they_want_and_of_every_change() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn whoever_comes_back_is_told_what_was_missed() {
+    let mut mixed = Instance::start("m", Role::Mixed, Shape::default()).await;
+    let mut coordinator = Attached::to(&mixed).await;
+    let mut reader = Listener::to(&mixed).await;
+    let incarnation = reader.incarnation;
+    for leg in 1..=4 {
+        let request = Request::greedy(30 + leg as u32, 11);
+        coordinator.dispatch(leg, &request, whole()).await;
+        coordinator.until_end(leg).await;
+        mixed.until_idle().await;
+        let fresh = Listener::to(&mixed).await;
+        assert!(fresh.sequence > reader.sequence);
+        // The first time there is nothing that it has.
+        reader = reader.again(&mixed, incarnation).await;
+        reader.until(fresh.sequence).await;
+        assert_eq!((reader.stored.len(), reader.snapshots), (fresh.stored.len(), 2));
+        assert_eq!(reader.stored, fresh.stored);
+    }
+    // It is told at once that nothing was missed, and what it has of another process is no help.
+    reader = reader.again(&mixed, incarnation).await;
+    reader.next().await;
+    assert_eq!(reader.snapshots, 2);
+    let mut reader = reader.again(&mixed, incarnation + 1).await;
+    reader.next().await;
+    assert_eq!(reader.snapshots, 3);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_slow_reader_gets_a_new_snapshot_and_the_engine_does_not_wait_for_it() {
     let shape = Shape { blocks: 24, ..Shape::default() };
     let mut mixed = Instance::start("m", Role::Mixed, shape).await;
     let mut slow = Listener::to(&mixed).await;
     let mut coordinator = Attached::to(&mixed).await;
-    for leg in 1..=600 {
+    for leg in 1..=1300 {
         // No two begin alike, so each stores seven blocks and soon evicts as many.
         let prompt =
             (0..29).map(|i| ((leg as u32).wrapping_mul(2_654_435_761) >> (i % 4 * 6)) % 64).collect();
@@ -142,7 +187,7 @@ async fn a_slow_reader_gets_a_new_snapshot_and_the_engine_does_not_wait_for_it()
     }
     mixed.until_idle().await;
     let fresh = Listener::to(&mixed).await;
-    assert!(fresh.sequence > 500, "only {} changes", fresh.sequence);
+    assert!(fresh.sequence > 1200, "only {} changes", fresh.sequence);
     slow.until(fresh.sequence).await;
     assert!(slow.snapshots > 1, "it was never too slow");
     assert_eq!(slow.stored, fresh.stored);
@@ -159,7 +204,7 @@ async fn readers_say_who_they_are_and_are_bounded() {
     for _ in 0..STREAMS_MOST {
         readers.push(Listener::to(&mixed).await);
     }
-    let request = v1::KvEventsRequest { coordinator_id: "c".into(), every_tokens: 0 };
+    let request = v1::KvEventsRequest { coordinator_id: "c".into(), ..Default::default() };
     let status = client(&mixed).await.events(request).await.expect_err("there are too many");
     assert_eq!(status.code(), Code::ResourceExhausted);
 }

@@ -20,8 +20,8 @@ use tokio::{
 };
 
 use crate::{
-    Ask, NoPlace, Placement, Prompt, Seat, Settings, Wanted,
-    caches::{Caches, Feed, Held},
+    Ask, NoPlace, Placement, Prompt, Receipt, Seat, Settings, Wanted,
+    caches::{Caches, Feed, Held, Subject},
     choose::choose,
     fleet::{Change, Duty, Fleet, Load, Spec},
     ledger::{Ledger, Work},
@@ -224,6 +224,13 @@ impl Board {
         Duration::from_secs_f64((step.max(0.0) * f64::from(expected) / 1e6).min(1e6))
     }
 
+    /// How long the prompts are expected to take that wait on an instance, or are being computed.
+    pub fn queue(&self, id: &InstanceId) -> Duration {
+        let state = self.state.lock();
+        let micros = state.view.row(id).map_or(0.0, |row| row.queue_micros);
+        Duration::from_secs_f64((micros.max(0.0) / 1e6).min(1e6))
+    }
+
     /// How many instances are known.
     pub fn fleet_size(&self) -> usize {
         self.state.lock().fleet.size()
@@ -231,9 +238,14 @@ impl Board {
 
     /// For what an instance says of its cache.
     pub fn feed(&self, id: &InstanceId) -> Feed {
+        self.caches.feed(self.subject(id))
+    }
+
+    /// Whose cache it is that an instance tells of.
+    pub fn subject(&self, id: &InstanceId) -> Subject {
         let state = self.state.lock();
-        let number = state.view.row(id).map_or(0, |row| row.number);
-        self.caches.feed(number, state.fleet.revision(id).unwrap_or_default())
+        let instance = state.view.row(id).map_or(0, |row| row.number);
+        Subject { instance, revision: state.fleet.revision(id).unwrap_or_default().into() }
     }
 
     /// Whether a request could be placed now.
@@ -248,24 +260,42 @@ impl Board {
         self.state.lock().view.arrived(revision, Instant::now());
     }
 
-    /// Chooses where a request goes and books its work there at once. Of those to avoid the last that can do what nobody
-    /// else can is taken first.
+    /// Where a request would go, were it placed now.
+    pub fn look(&self, wanted: &Wanted<'_>) -> Result<(Placement, Receipt), NoPlace> {
+        let (turn, now) = (self.turns.load(Ordering::Relaxed), Instant::now());
+        let mut caches = self.caches.lock();
+        let held = caches.look(wanted.prompt.chains, now);
+        self.choose(&self.state.lock(), held, wanted, turn, now)
+    }
+
+    /// Of those to avoid the last that can do what nobody else can is taken first.
+    fn choose(
+        &self,
+        state: &State,
+        held: Held<'_>,
+        wanted: &Wanted<'_>,
+        turn: u64,
+        now: Instant,
+    ) -> Result<(Placement, Receipt), NoPlace> {
+        let expected_tokens = state.lengths.tokens(wanted.revision);
+        let mut left = wanted.avoid.to_vec();
+        loop {
+            let wanted = Wanted { avoid: &left, ..*wanted };
+            match choose(&state.view, &Ask { wanted, held, expected_tokens, turn }, &self.settings, now) {
+                Err(error) if !left.is_empty() && state.view.give_up(&mut left, error) => {}
+                settled => return settled,
+            }
+        }
+    }
+
+    /// Chooses where a request goes and books its work there at once.
     pub fn book(self: &Arc<Self>, wanted: &Wanted<'_>) -> Result<Booking, NoPlace> {
         let (turn, now) = (self.turns.fetch_add(1, Ordering::Relaxed), Instant::now());
-        let Wanted { prompt: Prompt { chains, .. }, choices, revision, avoid, among, .. } = *wanted;
+        let Wanted { prompt: Prompt { chains, .. }, choices, among, .. } = *wanted;
         let mut caches = self.caches.lock();
         let held = caches.look(chains, now);
         let state = &mut *self.state.lock();
-        let ask = Ask { wanted: *wanted, held, expected_tokens: state.lengths.tokens(revision), turn };
-        let mut left = avoid.to_vec();
-        let (placement, receipt) = loop {
-            let ask = Ask { wanted: Wanted { avoid: &left, ..*wanted }, ..ask };
-            match choose(&state.view, &ask, &self.settings, now) {
-                Err(error) if left.is_empty() || !state.view.give_up(&mut left, error) => return Err(error),
-                Err(_) => {}
-                Ok(found) => break found,
-            }
-        };
+        let (placement, receipt) = self.choose(state, held, wanted, turn, now)?;
         let part = |seat: &Seat, computes: bool, sequences: u32| {
             let (prefill_tokens, prefill_pairs) =
                 if computes { (seat.uncached_tokens, seat.uncached_pairs) } else { (0, 0) };

@@ -73,16 +73,9 @@ impl Caches {
         spoken.map(|(dialect, _)| *dialect).collect()
     }
 
-    /// For what the instance of this number, of this model, says of its cache. It is believed for as long as the feed lives.
-    pub fn feed(self: &Arc<Self>, instance: u32, revision: &str) -> Feed {
-        Feed {
-            caches: self.clone(),
-            instance,
-            revision: revision.into(),
-            current: None,
-            building: None,
-            keeps: false,
-        }
+    /// For what an instance says of its cache. It is believed for as long as the feed lives.
+    pub fn feed(self: &Arc<Self>, subject: Subject) -> Feed {
+        Feed { caches: self.clone(), subject, current: None, building: None, keeps: false }
     }
 
     /// Blocks that are remembered, each once.
@@ -162,13 +155,20 @@ impl Held<'_> {
     }
 }
 
+/// Whose cache is told of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Subject {
+    /// The instance's number in the view.
+    pub instance: u32,
+    /// Of its model.
+    pub revision: Arc<str>,
+}
+
 /// What one instance says of its cache; dropped, it is forgotten.
 #[derive(Debug)]
 pub struct Feed {
     caches: Arc<Caches>,
-    instance: u32,
-    /// Of its model.
-    revision: Arc<str>,
+    subject: Subject,
     current: Option<(Slot, Dialect)>,
     /// Of a snapshot that is not whole.
     building: Option<Slot>,
@@ -197,15 +197,15 @@ impl Feed {
     pub fn publish(&mut self, dialect: Dialect) -> Result<(), TooManyDialects> {
         let Some(slot) = self.building else { return Ok(()) };
         let state = &mut *self.caches.state.lock();
-        state.count(&self.revision, dialect)?;
+        state.count(&self.subject.revision, dialect)?;
         self.building = None;
         let old = self.current.replace((slot, dialect));
         if let Some((_, dialect)) = old {
-            state.discount(&self.revision, dialect);
+            state.discount(&self.subject.revision, dialect);
         }
         state.index.publish(slot, old.map(|(old, _)| old));
         let known = Known { slot, dialect, keeps: self.keeps };
-        let at = self.instance as usize;
+        let at = self.subject.instance as usize;
         if state.instances.len() <= at {
             state.instances.resize_with(at + 1, || None);
         }
@@ -219,12 +219,18 @@ impl Feed {
         // A change of which no block is wanted here is one, too.
         if !self.keeps {
             self.keeps = true;
-            if let Some(Some(known)) = self.caches.state.lock().instances.get_mut(self.instance as usize) {
+            if let Some(Some(known)) =
+                self.caches.state.lock().instances.get_mut(self.subject.instance as usize)
+            {
                 known.keeps = true;
             }
         }
         evicted.chunks(AT_ONCE).for_each(|some| self.caches.state.lock().index.change(slot, &[], some));
         stored.chunks(AT_ONCE).for_each(|some| self.caches.state.lock().index.change(slot, some, &[]));
+    }
+
+    pub fn subject(&self) -> &Subject {
+        &self.subject
     }
 
     /// Nothing is known any more.
@@ -235,10 +241,10 @@ impl Feed {
         }
         if let Some((slot, dialect)) = self.current.take() {
             state.index.close(slot);
-            state.discount(&self.revision, dialect);
+            state.discount(&self.subject.revision, dialect);
             // Another stream to it may stand already.
-            if state.known(self.instance).is_some_and(|known| known.slot == slot) {
-                state.instances[self.instance as usize] = None;
+            if state.known(self.subject.instance).is_some_and(|known| known.slot == slot) {
+                state.instances[self.subject.instance as usize] = None;
             }
         }
     }
@@ -275,6 +281,10 @@ mod tests {
         feed.publish(dialect(layout))
     }
 
+    fn subject(instance: u32) -> Subject {
+        Subject { instance, revision: "r1".into() }
+    }
+
     fn blocks(caches: &Caches, chains: &[Chain], instance: u32) -> Option<(u32, u32)> {
         caches.lock().look(chains, Instant::now()).blocks(instance)
     }
@@ -282,7 +292,7 @@ mod tests {
     #[test]
     fn each_instance_is_asked_in_its_own_dialect() {
         let caches = Caches::new(1 << 20, 0);
-        let (mut a, mut b) = (caches.feed(1, "r1"), caches.feed(2, "r1"));
+        let (mut a, mut b) = (caches.feed(subject(1)), caches.feed(subject(2)));
         let prompt = Chains::new((0..20).collect());
         assert!(prompt.say(&caches.dialects("r1"), &[]).is_empty());
         let both = prompt.say(&[dialect("x"), dialect("y")], &[]);
@@ -307,7 +317,7 @@ mod tests {
     #[test]
     fn a_late_end_of_an_old_stream_takes_nothing_from_the_new_one() {
         let caches = Caches::new(1 << 20, 0);
-        let (mut old, mut new) = (caches.feed(1, "r1"), caches.feed(1, "r1"));
+        let (mut old, mut new) = (caches.feed(subject(1)), caches.feed(subject(1)));
         told(&mut old, "x", &[1]).expect("one dialect");
         told(&mut new, "x", &[1]).expect("one dialect");
         drop(old);
@@ -319,7 +329,7 @@ mod tests {
     #[test]
     fn nothing_is_expected_of_an_instance_that_keeps_nothing() {
         let caches = Caches::new(1 << 20, 0);
-        let mut feed = caches.feed(1, "r1");
+        let mut feed = caches.feed(subject(1));
         let chains = Chains::new((0..4).collect()).say(&[dialect("x")], &[]);
         let expected = || caches.lock().expect(1, &chains).is_some();
         told(&mut feed, "x", &[]).expect("one dialect");
@@ -333,7 +343,7 @@ mod tests {
     #[test]
     fn prompts_are_hashed_in_no_more_dialects_than_a_few() {
         let caches = Caches::new(1 << 20, 0);
-        let mut feeds: Vec<Feed> = (0..9).map(|n| caches.feed(n, "r1")).collect();
+        let mut feeds: Vec<Feed> = (0..9).map(|n| caches.feed(subject(n))).collect();
         for (n, feed) in feeds.iter_mut().enumerate() {
             let told = told(feed, &format!("l{n}"), &[]);
             assert_eq!(told.is_ok(), n < 8, "{n}");

@@ -137,6 +137,11 @@ impl<T> Queue<T> {
         self.waiting == 0
     }
 
+    /// Those that wait, in no order.
+    pub fn iter(&self) -> impl Iterator<Item = &T> {
+        self.bands.values().flat_map(|band| band.tenants.values().flat_map(Tenant::iter))
+    }
+
     /// How long a new one of this rank would wait, if nobody comes after it; `None`: that cannot be told yet.
     pub fn wait(&self, rank: &Rank, now: Instant) -> Option<Duration> {
         let earlier: f64 = self.bands.range(..rank.band).map(|(_, band)| band.work).sum();

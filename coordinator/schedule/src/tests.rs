@@ -6,7 +6,7 @@ use baton_proto::{GroupName, Protocols};
 use tokio::time::Instant;
 
 use super::{
-    caches::Caches,
+    caches::{Caches, Subject},
     chains::{Chains, Dialect},
     fleet::{
         Fleet, Load, Role, Spec,
@@ -260,7 +260,7 @@ fn chosen_of(fleet: &Fleet, cached: &[(&str, usize)]) -> (Vec<String>, Receipt) 
     let feeds: Vec<_> = cached
         .iter()
         .map(|(id, blocks)| {
-            let mut feed = caches.feed(number(fleet, id), "r1");
+            let mut feed = caches.feed(Subject { instance: number(fleet, id), revision: "r1".into() });
             feed.begin();
             feed.store(&chains[0].keys[..*blocks]);
             feed.publish(dialect).expect("one dialect");
@@ -312,7 +312,7 @@ fn the_last_token_is_computed_by_whoever_goes_on_from_it() {
     let cached = |side| receipt.cheapest.iter().find(|scored| scored.side == side).map(|s| s.cached_tokens);
     assert_eq!((cached(Side::Prefill), cached(Side::Decode)), (Some(992), Some(992)));
     let caches = Caches::new(1 << 20, 0);
-    let mut feed = caches.feed(number(&fleet, "p"), "r1");
+    let mut feed = caches.feed(Subject { instance: number(&fleet, "p"), revision: "r1".into() });
     let dialect = Dialect::new("l", 16).expect("16 tokens");
     let chains = Chains::new((0..32).collect()).say(&[dialect], &[]);
     feed.begin();

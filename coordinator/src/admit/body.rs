@@ -9,7 +9,7 @@ use std::{ops::Deref, sync::Arc};
 
 use baton_proto::ApiError;
 
-use super::budget::Budget;
+use super::budget::{Budget, Held};
 use crate::{config::LimitsConfig, metrics::Metrics};
 
 /// Of a body, what its room in the house is good for.
@@ -28,16 +28,15 @@ pub struct Body {
     announced: usize,
     /// It does not become longer than this.
     most: usize,
-    /// What is reserved, with the [`FREE_BYTES`].
-    room: usize,
-    budget: Arc<Budget>,
+    /// What is reserved beyond the [`FREE_BYTES`].
+    held: Held,
 }
 
 impl Body {
     /// Nothing yet, and room for what is announced; `most` bounds it if nothing is.
-    pub(super) fn new(budget: &Arc<Budget>, announced: Option<usize>, most: usize) -> Result<Self, ApiError> {
+    pub(super) fn new(held: Held, announced: Option<usize>, most: usize) -> Result<Self, ApiError> {
         let (announced, most) = (announced.unwrap_or(0), announced.unwrap_or(most));
-        let mut body = Self { bytes: Vec::new(), announced, most, room: FREE_BYTES, budget: budget.clone() };
+        let mut body = Self { bytes: Vec::new(), announced, most, held };
         body.make_room(announced)?;
         Ok(body)
     }
@@ -58,19 +57,14 @@ impl Body {
     /// All of it has come: what is held from now on is what it is long.
     pub fn complete(&mut self) {
         self.bytes.shrink_to_fit();
-        let room = self.bytes.capacity().max(FREE_BYTES);
-        if let Some(over) = self.room.checked_sub(room) {
-            self.budget.give_back(over);
-            self.room = room;
-        }
+        let beyond = self.bytes.capacity().saturating_sub(FREE_BYTES).min(self.held.bytes());
+        // To give back is never refused.
+        let _ = self.held.resize(beyond, 0);
     }
 
     fn make_room(&mut self, bytes: usize) -> Result<(), ApiError> {
-        if let Some(more) = bytes.checked_sub(self.room).filter(|more| *more > 0) {
-            self.budget.take(more)?;
-            self.room = bytes;
-        }
-        Ok(())
+        let beyond = bytes.saturating_sub(FREE_BYTES);
+        if beyond > self.held.bytes() { self.held.resize(beyond, 0) } else { Ok(()) }
     }
 }
 
@@ -79,12 +73,6 @@ impl Deref for Body {
 
     fn deref(&self) -> &[u8] {
         &self.bytes
-    }
-}
-
-impl Drop for Body {
-    fn drop(&mut self) {
-        self.budget.give_back(self.room - FREE_BYTES);
     }
 }
 
@@ -105,7 +93,7 @@ mod tests {
     }
 
     fn announced(budget: &Arc<Budget>, bytes: usize) -> Result<Body, ApiError> {
-        Body::new(budget, Some(bytes), MOST)
+        Body::new(budget.part(&Arc::default()), Some(bytes), MOST)
     }
 
     #[test]
@@ -135,7 +123,7 @@ mod tests {
     #[test]
     fn a_body_that_announces_nothing_takes_what_it_grows_to() {
         let (budget, metrics) = budget(16 * FREE_BYTES);
-        let mut body = Body::new(&budget, None, MOST).expect("nothing is asked");
+        let mut body = Body::new(budget.part(&Arc::default()), None, MOST).expect("nothing is asked");
         for _ in 0..100 {
             body.push(&[3; 1000]).expect("there is room");
             let room = body.bytes.capacity().max(FREE_BYTES);
@@ -153,11 +141,38 @@ mod tests {
     fn no_body_takes_more_than_its_bound_by_growing() {
         let (budget, _) = budget(MOST);
         for bound in [Some(100_000), None] {
-            let mut body = Body::new(&budget, bound, 100_000).expect("there is room");
+            let mut body = Body::new(budget.part(&Arc::default()), bound, 100_000).expect("there is room");
             body.push(&[0; 70_000]).expect("there is room");
             body.push(&[0; 30_000]).expect("there is room");
-            assert_eq!((body.bytes.capacity(), body.room), (100_000, 100_000));
+            assert_eq!((body.bytes.capacity(), body.held.bytes()), (100_000, 100_000 - FREE_BYTES));
         }
+    }
+
+    #[test]
+    fn a_tenant_leaves_some_for_others() {
+        let (budget, metrics) = budget(90 * FREE_BYTES);
+        // Of one free part and another that is reserved each.
+        let taken = |tenant: &str, most: usize| -> Vec<Body> {
+            let tenant = tenant.into();
+            let body = |_| Body::new(budget.part(&tenant), Some(2 * FREE_BYTES), MOST).ok();
+            (0..most).map_while(body).collect()
+        };
+        let all = taken("", 1000);
+        assert_eq!(all.len(), 90, "nobody else is known");
+        drop(all);
+        let first = taken("a", 1000);
+        assert_eq!(first.len(), 80);
+        let second = taken("b", 1000);
+        assert_eq!((second.len(), taken("c", 1000).len()), (8, 1));
+        // Whoever has too much now gets nothing until the others are content.
+        drop(second);
+        assert_eq!((taken("a", 1000).len(), taken("b", 5).len()), (0, 5));
+        drop(first);
+        let equal = [taken("a", 40), taken("b", 40)].map(|bodies| bodies.len());
+        assert_eq!(equal, [40, 40]);
+        // A single body may be as large as what is left.
+        assert!(Body::new(budget.part(&"d".into()), Some(91 * FREE_BYTES), 91 * FREE_BYTES).is_ok());
+        assert_eq!((metrics.body_reserved.get(), budget.left()), (0, 90 * FREE_BYTES));
     }
 
     #[test]

@@ -1,25 +1,61 @@
 //! Memory that requests share within a bound. Overflow policy: what does not fit is 429 at once, so that nobody holds a
 //! connection to wait for memory.
+//!
+//! A tenant that holds some of it already may come to [`SHARE`] times as much as is left then, so that there is always some
+//! for others: the more of them there are, the less each may have (dynamic thresholds, as switches share their buffers:
+//! Choudhury and Hahne, 1998).
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicUsize, Ordering},
-};
+use std::{collections::HashMap, sync::Arc};
 
 use baton_proto::ApiError;
+use parking_lot::Mutex;
 use prometheus_client::metrics::gauge::Gauge;
 
 use super::refuse;
 use crate::metrics::Refusals;
 
+/// See the module: one tenant alone may have eight ninths, each of two eight seventeenths.
+const SHARE: usize = 8;
+
 /// See the module.
 pub(super) struct Budget {
-    left: AtomicUsize,
+    state: Mutex<State>,
     reserved: Gauge,
     refusals: Refusals,
     /// By which the refusals are counted, and what clients are told.
     why: &'static str,
     message: &'static str,
+}
+
+struct State {
+    left: usize,
+    /// By tenant; those that hold nothing are not in it.
+    held: HashMap<Arc<str>, usize>,
+}
+
+impl State {
+    fn take(&mut self, bytes: usize, tenant: &Arc<str>, least: usize) -> Option<()> {
+        let left = self.left.checked_sub(bytes).filter(|left| *left >= least)?;
+        if !tenant.is_empty() {
+            let held = self.held.get(tenant).copied().unwrap_or(0);
+            if held > 0 && held + bytes > left.saturating_mul(SHARE) {
+                return None;
+            }
+            self.held.insert(tenant.clone(), held + bytes);
+        }
+        self.left = left;
+        Some(())
+    }
+
+    fn give_back(&mut self, bytes: usize, tenant: &Arc<str>) {
+        self.left += bytes;
+        if let Some(held) = self.held.get_mut(tenant) {
+            *held = held.saturating_sub(bytes);
+            if *held == 0 {
+                self.held.remove(tenant);
+            }
+        }
+    }
 }
 
 impl Budget {
@@ -30,50 +66,55 @@ impl Budget {
         why: &'static str,
         message: &'static str,
     ) -> Arc<Self> {
-        let (left, reserved, refusals) = (AtomicUsize::new(bytes), reserved.clone(), refusals.clone());
-        Arc::new(Self { left, reserved, refusals, why, message })
+        let state = Mutex::new(State { left: bytes, held: HashMap::new() });
+        Arc::new(Self { state, reserved: reserved.clone(), refusals: refusals.clone(), why, message })
     }
 
-    pub(super) fn take(&self, bytes: usize) -> Result<(), ApiError> {
-        self.take_leaving(bytes, 0)
-    }
-
-    fn take_leaving(&self, bytes: usize, least: usize) -> Result<(), ApiError> {
-        let rest = |left: usize| left.checked_sub(bytes).filter(|rest| *rest >= least);
-        let taken = self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, rest);
-        if taken.is_err() {
-            return Err(refuse(&self.refusals, self.why, self.message, None));
-        }
-        self.reserved.inc_by(gauged(bytes));
-        Ok(())
-    }
-
-    pub(super) fn give_back(&self, bytes: usize) {
-        self.left.fetch_add(bytes, Ordering::Relaxed);
-        self.reserved.dec_by(gauged(bytes));
-    }
-
-    /// As [`Self::take`], until what is returned is dropped; so much has to be left for others.
-    pub(super) fn hold(self: &Arc<Self>, bytes: usize, left: usize) -> Result<Held, ApiError> {
-        self.take_leaving(bytes, left)?;
-        Ok(Held { bytes, budget: self.clone() })
+    /// A part of it, to begin with of no bytes. Those of whom no key is asked are one tenant, without a name, and share with
+    /// nobody.
+    pub(super) fn part(self: &Arc<Self>, tenant: &Arc<str>) -> Held {
+        Held { bytes: 0, tenant: tenant.clone(), budget: self.clone() }
     }
 
     #[cfg(test)]
     pub(super) fn left(&self) -> usize {
-        self.left.load(Ordering::Relaxed)
+        self.state.lock().left
     }
 }
 
 /// A part of a budget. Given back by drop.
 pub(super) struct Held {
     bytes: usize,
+    tenant: Arc<str>,
     budget: Arc<Budget>,
+}
+
+impl Held {
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Comes to be of so many bytes, if that leaves so much for others; less is given back.
+    pub(super) fn resize(&mut self, bytes: usize, least: usize) -> Result<(), ApiError> {
+        let budget = &self.budget;
+        if let Some(less) = self.bytes.checked_sub(bytes) {
+            budget.state.lock().give_back(less, &self.tenant);
+            budget.reserved.dec_by(gauged(less));
+        } else {
+            let more = bytes - self.bytes;
+            let taken = budget.state.lock().take(more, &self.tenant, least);
+            taken.ok_or_else(|| refuse(&budget.refusals, budget.why, budget.message, None))?;
+            budget.reserved.inc_by(gauged(more));
+        }
+        self.bytes = bytes;
+        Ok(())
+    }
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
-        self.budget.give_back(self.bytes);
+        self.budget.state.lock().give_back(self.bytes, &self.tenant);
+        self.budget.reserved.dec_by(gauged(self.bytes));
     }
 }
 

@@ -9,9 +9,9 @@
 
 use std::{pin::pin, sync::Arc, time::Duration};
 
-use baton_proto::ApiError;
+use baton_proto::{ApiError, RequestId};
 use baton_schedule::{
-    NoPlace,
+    Among, NoPlace, Placement, Receipt,
     queue::{self, Queue, Rank, Wish},
 };
 use parking_lot::Mutex;
@@ -62,6 +62,7 @@ pub struct Permit {
 
 /// What a request is to wait for, and how.
 pub struct WaitTerms<'a> {
+    pub request: &'a RequestId,
     pub tenant: &'a Tenant,
     /// When its first token is.
     pub first_token: Instant,
@@ -78,6 +79,12 @@ pub struct Admission {
     pub waited: Duration,
 }
 
+/// Why a request waits, and where it would go if it had to go now, room or not.
+pub struct Waits {
+    pub because: String,
+    pub place: Option<(Placement, Receipt)>,
+}
+
 /// One that has been told to go on.
 struct Bound {
     seat: Seat,
@@ -87,6 +94,7 @@ struct Bound {
 }
 
 struct Waiter {
+    request: RequestId,
     since: Instant,
     place: OwnedSemaphorePermit,
     prepared: Prepared,
@@ -161,6 +169,28 @@ impl Line {
         self.places.available_permits() == 0 || (waiting > 0 && waiting >= self.desk.queued_most)
     }
 
+    /// What a request waits for, if it waits; of several prompts the first.
+    pub fn explain(&self, request: &RequestId, placer: &Placer) -> Option<Waits> {
+        let desk = &self.desk;
+        let (prompt, seated) = {
+            let state = desk.state.lock();
+            let waiter = state.queue.iter().find(|waiter| waiter.request == *request)?;
+            (waiter.prepared.prompts.first()?.clone(), state.seated)
+        };
+        let look = |among| placer.look(&desk.served, &prompt, among);
+        let because = match look(Among::Roomy) {
+            _ if seated >= desk.seats => {
+                format!(
+                    "as many requests are being served as may be at a time (limits.max_concurrent: {seated})"
+                )
+            }
+            Err(NoPlace::Busy) => "no instance has room for it".to_owned(),
+            Err(reason) => reason.to_string(),
+            Ok(_) => "others go before it, or it is about to go".to_owned(),
+        };
+        Some(Waits { because, place: look(Among::All).ok() })
+    }
+
     /// Waits for a seat and for room on an instance. Errors: 429 if it waits too long, or is sure to, or if its place is
     /// another's now; 503 if no instance is there, nor comes soon; 400 if none that is could hold it.
     pub async fn admit(
@@ -225,7 +255,8 @@ impl Line {
             let (theirs, outranked) =
                 outranked.map(|Waiter { place, prepared, goes, .. }| (place, (prepared, goes))).unzip();
             let Some(place) = place.or(theirs) else { return Err(desk.full(wait)) };
-            let ticket = state.queue.push(wish, Waiter { since: began, place, prepared, goes }, began);
+            let waiter = Waiter { request: terms.request.clone(), since: began, place, prepared, goes };
+            let ticket = state.queue.push(wish, waiter, began);
             if !std::mem::replace(&mut state.attended, true) {
                 tokio::spawn(attend(desk.clone(), placer.clone()));
             }

@@ -16,12 +16,13 @@ pub struct LimitsConfig {
     #[schemars(range(min = 1))]
     pub max_body_bytes: usize,
     /// Memory for the bodies of all requests together, from arrival until they are tokenised, beyond the 16 KiB that each
-    /// request may take in any case; what does not fit is refused with 429. At least `max_body_bytes`.
+    /// request may take in any case; what does not fit is refused with 429. A tenant of API keys that holds some of it already is
+    /// given more only up to eight times what others are left. At least `max_body_bytes`.
     pub max_held_body_bytes: usize,
     /// Memory for what is kept of the prompts of all requests together, from when they are tokenised until they are answered: 4
     /// bytes for each token, 8 for each KV block by each way in which instances name them, and the text with `echo`; beyond 16 KiB
     /// of each request. What does not fit is refused with 429; of API keys those of the band `standard` leave an eighth to others,
-    /// those of `batch` a quarter. At least eight times `max_body_bytes`.
+    /// those of `batch` a quarter, and tenants share it as they do `max_held_body_bytes`. At least eight times `max_body_bytes`.
     pub max_held_prompt_bytes: usize,
     /// How long a body may take to arrive before its request is refused with 408. More than 0s.
     #[serde(with = "duration")]

@@ -41,8 +41,9 @@ const LEAVING_AGAIN: Duration = Duration::from_secs(1);
 pub enum Progress {
     /// New tokens of a choice, see [`Generation::fresh`], or its end, or both.
     Choice { choice: u32, end: Option<Completed> },
-    /// Whoever generates drains: what takes long had better go on elsewhere. Told again after a while.
-    Leaving,
+    /// The instance drains that generates, or, if not `begun`, that has the prompt: what takes long had better go on elsewhere.
+    /// Told again after a while.
+    Leaving { begun: bool },
     /// The request cannot be completed.
     Failed(ApiError),
 }
@@ -100,7 +101,9 @@ pub struct Generation {
     served: SmallVec<[Side; 2]>,
     served_told: usize,
     placed: Instant,
-    /// When it was told that whoever generates drains.
+    /// Whoever prefills has the cache, and drains.
+    handed_on: bool,
+    /// When it was told that an instance drains.
     leaving: Option<Instant>,
     deadline: Deadline,
     why_cancelled: &'static str,
@@ -183,6 +186,7 @@ impl Generation {
             served: SmallVec::new(),
             served_told: 0,
             placed: Instant::now(),
+            handed_on,
             leaving: None,
             deadline: Deadline::new(assignment.deadline),
             why_cancelled: "other_leg_ended",
@@ -268,10 +272,9 @@ impl Generation {
     /// Takes in what the legs have brought; whatever they bring next wakes `context`.
     pub fn receive(&mut self, context: &mut Context<'_>) {
         let flooded = self.mailbox.take(context.waker(), &mut self.inbox);
-        if !self.inbox.is_empty() {
-            self.drain_inbox();
-            self.look_for_drain();
-        }
+        let came = !self.inbox.is_empty();
+        self.drain_inbox();
+        self.look_for_drain(came);
         if let Some(side) = flooded {
             self.fail_flooded(side);
         }
@@ -337,15 +340,18 @@ impl Generation {
     }
 
     /// Who waits for a cache finds out when it has come.
-    fn look_for_drain(&mut self) {
-        let generates = self.legs.decode.as_ref().or(self.legs.whole.as_ref());
-        if !generates.is_some_and(LegGuard::drains) {
+    fn look_for_drain(&mut self, came: bool) {
+        let begun = !self.served.is_empty();
+        // Whoever hands on what it has drains from the first.
+        let (own, looks) =
+            if begun { (self.legs.generates(), came) } else { (self.legs.computes(), !self.handed_on) };
+        if !looks || !own.is_some_and(LegGuard::drains) {
             return;
         }
         let now = Instant::now();
         if self.leaving.is_none_or(|told| now >= told + LEAVING_AGAIN) {
             self.leaving = Some(now);
-            self.news.push_back(Progress::Leaving);
+            self.news.push_back(Progress::Leaving { begun });
         }
     }
 

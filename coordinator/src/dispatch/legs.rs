@@ -20,4 +20,14 @@ impl Legs {
             Side::Decode => &mut self.decode,
         }
     }
+
+    /// The leg that generates.
+    pub(super) fn generates(&self) -> Option<&LegGuard> {
+        self.decode.as_ref().or(self.whole.as_ref())
+    }
+
+    /// The leg that computes the prompt.
+    pub(super) fn computes(&self) -> Option<&LegGuard> {
+        self.prefill.as_ref().or(self.whole.as_ref())
+    }
 }

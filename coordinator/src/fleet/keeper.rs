@@ -190,6 +190,7 @@ impl Keeper {
             dial,
             target: receiver,
             stop: stop.clone(),
+            memory: None,
         };
         self.tasks.spawn(task.run());
         Entry { link, target, stop }

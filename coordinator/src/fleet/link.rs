@@ -175,6 +175,14 @@ impl Link {
         up.outbound.push(Ask::Cancel(v1::Cancel { leg: leg.0, reason: reason.into(), choice, damaged }));
     }
 
+    /// The instance begins, or has ceased, to stop what it does. Whose prompts it has not begun with may leave it.
+    fn set_drains(&self, drains: bool) {
+        self.drains.store(drains, Ordering::Relaxed);
+        let stream = self.stream.lock();
+        let legs = stream.iter().filter(|_| drains).flat_map(|up| up.legs.values());
+        legs.filter(|slot| !slot.begun && slot.side != Side::Decode).for_each(|slot| slot.mailbox.wake());
+    }
+
     /// Whether the instance does not read what it is sent.
     fn is_deaf(&self) -> bool {
         let stream = self.stream.lock();

@@ -55,6 +55,15 @@ impl Inner {
         [Side::Whole, Side::Prefill, Side::Decode].into_iter().max_by_key(|&side| of(side))
     }
 
+    /// Once until the reader looks: one whose client takes nothing is not woken with each token.
+    fn wake(&mut self) {
+        if !mem::replace(&mut self.told, true)
+            && let Some(reader) = &self.reader
+        {
+            reader.wake_by_ref();
+        }
+    }
+
     /// The clock is read twice for a request. True: it is the side's first word.
     fn note_time(&mut self, side: Side, output: &Output) -> bool {
         let first = match side {
@@ -134,12 +143,12 @@ impl Mailbox {
             return;
         }
         inner.unread = 0;
-        // Once: one whose client takes nothing is not woken with each token.
-        if !mem::replace(&mut inner.told, true)
-            && let Some(reader) = &inner.reader
-        {
-            reader.wake_by_ref();
-        }
+        inner.wake();
+    }
+
+    /// Has the reader look, though nothing has come.
+    pub fn wake(&self) {
+        self.inner.lock().wake();
     }
 
     /// Swaps what lies there into `into`, which must be empty. The first that comes after that wakes `reader`, who must take

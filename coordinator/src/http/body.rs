@@ -16,6 +16,7 @@ use tokio::time::timeout;
 
 use crate::{
     admit::{Body, Ticket},
+    keys::Tenant,
     prepare::AHEAD_FROM_BYTES,
     serve::Service,
 };
@@ -40,12 +41,13 @@ pub(super) async fn read(
     headers: &HeaderMap,
     body: Incoming,
     service: &Service,
+    tenant: &Tenant,
     ticket: Ticket,
 ) -> Result<(Body, Ticket), ApiError> {
     let (limits, gate) = (&service.limits, &service.gate);
     let announced = headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<usize>().ok());
     let mut chunks = body.into_data_stream();
-    let reading = timeout(limits.body_timeout, taken(announced, &mut chunks, service));
+    let reading = timeout(limits.body_timeout, taken(announced, &mut chunks, service, tenant));
     let error = match reading.await {
         Ok(Ok(whole)) => return Ok((whole, ticket)),
         // The client asks before it sends.
@@ -63,13 +65,14 @@ async fn taken(
     announced: Option<usize>,
     chunks: &mut BodyDataStream,
     service: &Service,
+    tenant: &Tenant,
 ) -> Result<Body, Unread> {
     let most = service.limits.max_body_bytes;
     if announced.is_some_and(|bytes| bytes > most) {
         return Err(Unread::Unasked(over(most)));
     }
     let mut ahead = None;
-    let mut whole = service.gate.body(announced).map_err(Unread::Unasked)?;
+    let mut whole = service.gate.body(announced, tenant).map_err(Unread::Unasked)?;
     while let Some(chunk) = chunks.next().await {
         let chunk = chunk.map_err(|error| {
             let message = format!("the request body broke off: {error}");

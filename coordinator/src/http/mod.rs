@@ -156,7 +156,8 @@ async fn complete(service: Arc<Service>, endpoint: Endpoint, request: Request) -
         let ticket = service.gate.enter(|| service.models.drain(), outranks);
         let ticket = ticket.inspect_err(|error| report.failed(error))?;
         let card = service.roster.enter(id.clone(), arrived, key);
-        let read = body::read(&head.headers, body, &service, ticket).await;
+        report.shown(card.card());
+        let read = body::read(&head.headers, body, &service, &tenant, ticket).await;
         let (body, ticket) = read.inspect_err(|error| report.failed(error))?;
         report.enters("tokenise");
         // The client's own goes on where traces are not exported.

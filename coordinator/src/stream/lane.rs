@@ -74,8 +74,10 @@ enum Over {
     Failed(ApiError),
     /// Nobody was found in time who would make another attempt.
     NoPlace(ApiError),
-    /// It had better go on elsewhere, if anybody can take it at once.
-    Leaving,
+    /// It had better go on elsewhere, if anybody can take it at once; see [`Progress::Leaving`].
+    Leaving {
+        begun: bool,
+    },
 }
 
 /// See the module. What nearly every request has one of lies in its place: each token is read through all of it.
@@ -183,9 +185,9 @@ impl Lane {
                     let short = self.strands.remove(index).short;
                     self.end_short(short, error, pieces)?;
                 }
-                Poll::Ready(Over::Leaving) => {
+                Poll::Ready(Over::Leaving { begun }) => {
                     let strand = self.strands.remove(index);
-                    let next = self.move_away(strand, card, pieces);
+                    let next = self.move_away(strand, begun, card, pieces);
                     self.strands.insert_many(index, next);
                 }
                 Poll::Pending => index += 1,
@@ -223,7 +225,7 @@ impl Lane {
             let (choice, end) = match progress {
                 Progress::Choice { choice, end } => (choice, end),
                 Progress::Failed(error) => return Poll::Ready(Over::Failed(error)),
-                Progress::Leaving => return Poll::Ready(Over::Leaving),
+                Progress::Leaving { begun } => return Poll::Ready(Over::Leaving { begun }),
             };
             let at = strand.choices.start + choice as usize;
             let (Some(reading), Some(piece)) = (self.readings.get_mut(at), pieces.get_mut(at)) else {
@@ -292,11 +294,17 @@ impl Lane {
     /// the old leg holds its blocks until the one that hands them on is there, and the drain, which waits for legs, does not
     /// end between the two. No token is lost or told twice: the new legs go on from those that have been read, and what the
     /// old one says beyond them reaches nobody any more; it comes again, as each follows from those before it.
-    fn move_away(&mut self, mut strand: Strand, card: &CardGuard, pieces: &mut [Piece]) -> Vec<Strand> {
+    fn move_away(
+        &mut self,
+        mut strand: Strand,
+        begun: bool,
+        card: &CardGuard,
+        pieces: &mut [Piece],
+    ) -> Vec<Strand> {
         let open: Vec<_> = strand.open(&self.readings).collect();
         let consumed = open.iter().map(|(_, at)| self.readings[*at].consumed()).min();
         let Work::Generating(generation) = &mut strand.work else { return vec![strand] };
-        let worth = |tokens| strand.attempts.is_worth_moving(generation.generates(), tokens);
+        let worth = |tokens| strand.attempts.is_worth_moving(generation, begun, tokens);
         if !consumed.is_some_and(worth) {
             return vec![strand];
         }

@@ -1,6 +1,7 @@
 //! Requests that go well, and how their answers look.
 
 use crate::scripted::{Cluster, answer, chat_text, events, prompt_of, until};
+use baton_coordinator::{CoordinatorConfig, requests::Stage};
 use baton_process::access::Access;
 use baton_proto::v1;
 use serde_json::{Value, json};
@@ -218,7 +219,8 @@ async fn operators_see_what_is_under_way() {
     use v1::request_admin_server::RequestAdmin;
     let (cluster, mut prefill, mut decode) = Cluster::pair().await;
     let roster = cluster.service.roster.clone();
-    let admin = baton_coordinator::admin::Admin { roster: roster.clone(), access: Access::default() };
+    let admin =
+        baton_coordinator::admin::Admin { service: cluster.service.clone(), access: Access::default() };
     let list = async || {
         let response = admin.list_requests(tonic::Request::new(v1::ListRequestsRequest {})).await;
         response.expect("a list").into_inner().requests
@@ -244,8 +246,8 @@ async fn operators_see_what_is_under_way() {
 async fn operators_are_told_why_a_request_went_where_it_went() {
     use v1::request_admin_server::RequestAdmin;
     let (cluster, mut prefill, mut decode) = Cluster::pair().await;
-    let roster = cluster.service.roster.clone();
-    let admin = baton_coordinator::admin::Admin { roster, access: Access::default() };
+    let admin =
+        baton_coordinator::admin::Admin { service: cluster.service.clone(), access: Access::default() };
     let explain = async |id: &str| {
         let asked = v1::ExplainPlacementRequest { request_id: id.to_owned() };
         admin.explain_placement(tonic::Request::new(asked)).await.map(tonic::Response::into_inner)
@@ -277,6 +279,50 @@ async fn operators_are_told_why_a_request_went_where_it_went() {
     let request = told.request.expect("named");
     assert_eq!((request.stage.as_str(), request.completion_tokens, told.placements.len()), ("ended", 2, 1));
     assert_eq!(explain("another").await.expect_err("unknown").code(), tonic::Code::NotFound);
+}
+
+#[tokio::test]
+async fn operators_are_told_what_a_request_waits_for_and_why_one_was_refused() {
+    use v1::request_admin_server::RequestAdmin;
+    let few = |config: &mut CoordinatorConfig| {
+        (config.limits.max_concurrent, config.limits.max_queued) = (1, 1);
+    };
+    let (cluster, [mut mixed]) = Cluster::start([("m", v1::Role::Mixed)], few).await;
+    let admin =
+        baton_coordinator::admin::Admin { service: cluster.service.clone(), access: Access::default() };
+    let explain = async |id: &str| {
+        let asked = v1::ExplainPlacementRequest { request_id: id.to_owned() };
+        admin.explain_placement(tonic::Request::new(asked)).await.expect("it is known").into_inner()
+    };
+    let first = cluster.chat(json!({"max_tokens": 2}));
+    let served = mixed.dispatch().await;
+    assert_eq!(explain(&served.request_id).await.waiting, None);
+    let roster = cluster.service.roster.clone();
+    let waits = || roster.list().into_iter().find(|card| matches!(card.stage(), Stage::Queued { .. }));
+    let second = cluster.chat(json!({"max_tokens": 2}));
+    until("one waits", || waits().is_some()).await;
+    let id = waits().expect("one waits").request.to_string();
+    let told = explain(&id).await;
+    let waiting = told.waiting.expect("it waits");
+    assert!(waiting.because.contains("limits.max_concurrent: 1"), "{}", waiting.because);
+    let place = waiting.place.expect("there is somebody");
+    assert_eq!((place.prefill_instance.as_str(), place.candidates, place.prompt_tokens), ("m", 1, 18));
+    assert_eq!((place.cheapest.len(), told.placements.len()), (1, 0));
+
+    mixed.finish(served.leg, 0, "a", FinishReason::Length);
+    assert_eq!(first.await.expect("ends").status(), 200);
+    let served = mixed.dispatch().await;
+    mixed.finish(served.leg, 0, "a", FinishReason::Length);
+    assert_eq!(second.await.expect("ends").status(), 200);
+    let told = explain(&id).await;
+    assert_eq!((told.waiting, told.placements.len()), (None, 1));
+    assert_eq!(told.request.expect("named").error, "");
+    let refused = cluster.chat(json!({"max_tokens": -2})).await.expect("ends");
+    let id = refused.headers()["x-request-id"].to_str().expect("an id").to_owned();
+    assert_eq!(refused.status(), 400);
+    let told = explain(&id).await.request.expect("named");
+    assert_eq!((told.stage.as_str(), told.error.contains("max_tokens")), ("ended", true), "{}", told.error);
+    cluster.at_rest().await;
 }
 
 /// What the scripted instances hold of a token: its logarithm is minus its byte over 100, and the next byte is likelier.

@@ -93,6 +93,68 @@ async fn who_drains_before_it_has_the_cache_hands_nothing_on() {
 }
 
 #[tokio::test]
+async fn a_prompt_that_waits_on_an_instance_that_drains_goes_to_another() {
+    let roles = [("a", v1::Role::Prefill), ("b", v1::Role::Prefill), ("d", v1::Role::Decode)];
+    for stream in [true, false] {
+        let (cluster, [mut a, mut b, mut decode]) = Cluster::start(roles, at_once).await;
+        let response = cluster.chat(json!({"max_tokens": 3, "stream": stream}));
+        let (drained, other, waits) = either(&mut a, &mut b).await;
+        let first = decode.dispatch().await;
+        drain(drained);
+        let cancel = drained.cancelled().await;
+        assert_eq!((cancel.leg, cancel.reason.as_str()), (waits.leg, "placed_again"));
+        let (computes, generates) = (other.dispatch().await, decode.dispatch().await);
+        assert_eq!(decode.cancelled().await.leg, first.leg);
+        other.finish(computes.leg, 0, "a", FinishReason::HandedOff);
+        decode.finish(generates.leg, 1, "bc", FinishReason::Length);
+        let body = response.await.expect("ends").text().await.expect("a body");
+        assert!(if stream { chat_text(&events(&body)) == "abc" } else { body.contains("abc") }, "{body}");
+        cluster.at_rest().await;
+    }
+    let (cluster, [mut a, mut b]) = Cluster::start(["a", "b"].map(|id| (id, v1::Role::Mixed)), at_once).await;
+    let response = cluster.chat(json!({"max_tokens": 3}));
+    let (drained, other, waits) = either(&mut a, &mut b).await;
+    drain(drained);
+    assert_eq!(drained.cancelled().await.leg, waits.leg);
+    let placed = other.dispatch().await;
+    other.finish(placed.leg, 0, "abc", FinishReason::Length);
+    let answer: Value = response.await.expect("ends").json().await.expect("is JSON");
+    assert_eq!(answer["choices"][0]["message"]["content"], "abc");
+    cluster.at_rest().await;
+}
+
+#[tokio::test]
+async fn a_prompt_stays_with_an_instance_that_drains_if_it_is_soon_done_or_nobody_else_is_there() {
+    let two = [("a", v1::Role::Prefill), ("b", v1::Role::Prefill), ("d", v1::Role::Decode)];
+    let one = [("a", v1::Role::Prefill), ("b", v1::Role::Decode), ("d", v1::Role::Decode)];
+    for (roles, move_after) in [(two, PATIENCE * 100), (one, Duration::ZERO)] {
+        let (cluster, [mut a, mut b, mut d]) = Cluster::start(roles, |config| {
+            at_once(config);
+            config.carry.move_after = move_after;
+        })
+        .await;
+        let response = cluster.chat(json!({"max_tokens": 2}));
+        let ((prefill, _, first), taken) = if roles[1].1 == v1::Role::Prefill {
+            (either(&mut a, &mut b).await, d.dispatch().await)
+        } else {
+            let first = a.dispatch().await;
+            let (decode, _, taken) = either(&mut b, &mut d).await;
+            decode.finish(taken.leg, 1, "b", FinishReason::Length);
+            ((&mut a, decode, first), taken)
+        };
+        drain(prefill);
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        prefill.finish(first.leg, 0, "a", FinishReason::HandedOff);
+        if roles[1].1 == v1::Role::Prefill {
+            d.finish(taken.leg, 1, "b", FinishReason::Length);
+        }
+        let answer: Value = response.await.expect("ends").json().await.expect("is JSON");
+        assert_eq!(answer["choices"][0]["message"]["content"], "ab");
+        cluster.at_rest().await;
+    }
+}
+
+#[tokio::test]
 async fn what_is_not_handed_on_after_all_is_computed_again_and_costs_no_attempt() {
     // It has not the cache, is of an earlier version, or drains no more; or its time is over amid the handoff.
     let refusals = [(ErrorCode::Unavailable, ""), (ErrorCode::StaleEpoch, ""), (ErrorCode::Unavailable, "c")];

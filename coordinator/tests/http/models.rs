@@ -243,7 +243,7 @@ async fn operators_see_the_model_of_each_request() {
     use v1::request_admin_server::RequestAdmin;
     let (cluster, [mut prefill, mut decode, mut mixed]) = both(|_| {}).await;
     let admin =
-        baton_coordinator::admin::Admin { roster: cluster.service.roster.clone(), access: Access::default() };
+        baton_coordinator::admin::Admin { service: cluster.service.clone(), access: Access::default() };
     let (one, two) = (cluster.chat(json!({})), cluster.chat(json!({"model": "alias"})));
     let (p, d, m) = (prefill.dispatch().await, decode.dispatch().await, mixed.dispatch().await);
     let listed = admin.list_requests(tonic::Request::new(v1::ListRequestsRequest {})).await;

@@ -1,9 +1,9 @@
 //! Operators are let in by the controller's rule: by token, or from the coordinator's own machine. Whoever may look may
 //! ask everything here.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
-use baton_coordinator::{admin::Admin, requests::Roster};
+use baton_coordinator::admin::Admin;
 use baton_process::{
     Closed, HealthHandle, Tls,
     access::{Access, AdminConfig},
@@ -20,19 +20,23 @@ use tonic::{
     transport::{Channel, server::TcpConnectInfo},
 };
 
+use crate::scripted::Cluster;
+
 const ID: &str = "none-has-this";
 
 /// A port for operators, in plaintext.
 struct Port {
     client: RequestAdminClient<Channel>,
+    _cluster: Cluster,
     _stop: DropGuard,
 }
 
 impl Port {
-    fn open(config: &AdminConfig) -> Self {
+    async fn open(config: &AdminConfig) -> Self {
         let (shutdown, tasks) = (CancellationToken::new(), TaskTracker::new());
         let access = Access::start(config, &shutdown, &tasks).expect("a good file");
-        let admin = Admin { roster: Arc::new(Roster::default()), access };
+        let (cluster, []) = Cluster::start([], |_| {}).await;
+        let admin = Admin { service: cluster.service.clone(), access };
         let drain = Duration::from_secs(1);
         let (health, closed) = (HealthHandle::default(), Closed::default());
         let (routes, options) = admin.port(health, Tls::plaintext(), closed, shutdown.clone(), drain);
@@ -40,7 +44,7 @@ impl Port {
         let address = format!("http://{}", listener.local_addr().expect("is bound"));
         tasks.spawn(grpc::serve(listener, routes, options));
         let channel = Channel::from_shared(address).expect("an address").connect_lazy();
-        Self { client: RequestAdminClient::new(channel), _stop: shutdown.drop_guard() }
+        Self { client: RequestAdminClient::new(channel), _cluster: cluster, _stop: shutdown.drop_guard() }
     }
 
     /// Both calls, as whoever has this token: how each is refused; none = it is answered.
@@ -71,7 +75,7 @@ async fn viewers_and_admins_may_ask_and_strangers_may_not() {
         format!("{name} {right} {hash}\n")
     };
     std::fs::write(&path, line("alice", "admin") + &line("bob", "viewer")).expect("a file");
-    let port = Port::open(&AdminConfig { tokens_file: path.to_str().expect("a path").to_owned() });
+    let port = Port::open(&AdminConfig { tokens_file: path.to_str().expect("a path").to_owned() }).await;
     for known in ["alice", "bob"] {
         for refused in port.calls(Some(known)).await {
             assert!(refused.is_none(), "{known}: {refused:?}");
@@ -91,7 +95,7 @@ async fn viewers_and_admins_may_ask_and_strangers_may_not() {
 
 #[tokio::test]
 async fn without_tokens_callers_of_this_machine_alone_are_let_in() {
-    let port = Port::open(&AdminConfig::default());
+    let port = Port::open(&AdminConfig::default()).await;
     for refused in port.calls(None).await {
         assert!(refused.is_none(), "{refused:?}");
     }
@@ -101,7 +105,8 @@ async fn without_tokens_callers_of_this_machine_alone_are_let_in() {
         request.extensions_mut().insert(TcpConnectInfo { local_addr: None, remote_addr });
         request
     }
-    let admin = Admin { roster: Arc::new(Roster::default()), access: Access::default() };
+    let (cluster, []) = Cluster::start([], |_| {}).await;
+    let admin = Admin { service: cluster.service.clone(), access: Access::default() };
     let asked = || v1::ExplainPlacementRequest { request_id: ID.to_owned() };
     let here = "127.0.0.1:9";
     assert!(admin.list_requests(from(here, v1::ListRequestsRequest {})).await.is_ok());

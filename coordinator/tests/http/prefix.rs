@@ -192,6 +192,46 @@ async fn what_was_missed_is_asked_for_again_and_counts_meanwhile() {
 }
 
 #[tokio::test]
+async fn whoever_comes_back_says_what_it_has_and_is_told_the_rest() {
+    let mut fleet = Fleet::start().await;
+    let cache = fleet.prefill[1].cache.clone();
+    assert_eq!(cache.known(), (1, 0));
+    cache.change(6, &blocks("a question"), &[]);
+    fleet.told("change", 1).await;
+    // A change is lost.
+    cache.change(8, &blocks("not lost"), &[]);
+    cache.opened(2).await;
+    assert_eq!(cache.known(), (1, 6));
+    cache.goes_on(6);
+    cache.change(7, &blocks("evicted"), &[]);
+    cache.change(8, &blocks("not lost"), &[]);
+    fleet.told("change", 3).await;
+    fleet.each_goes_to("a question", 1).await;
+    fleet.each_goes_to("not lost", 1).await;
+    // The connection breaks, and the process lives.
+    fleet.prefill[1].cut();
+    cache.opened(3).await;
+    assert_eq!(cache.known(), (1, 8));
+    cache.goes_on(8);
+    cache.change(9, &blocks("new"), &blocks("evicted")[1..]);
+    fleet.told("change", 4).await;
+    fleet.told("resumed", 2).await;
+    fleet.each_goes_to("not lost", 1).await;
+    fleet.each_goes_to("new", 1).await;
+    let (_, receipt) = fleet.ask("evicted").await;
+    assert_eq!(cached(&receipt, "p1"), 4, "but for the beginning of every question");
+    let snapshots = fleet.cluster.service.metrics.cache_events.get_or_create(&label("snapshot")).get();
+    assert_eq!((snapshots, fleet.gaps("gap")), (3, 1), "one of each instance at the beginning");
+    // It goes on from where nobody is.
+    fleet.prefill[1].cut();
+    cache.opened(4).await;
+    cache.goes_on(3);
+    until("it is not believed", || fleet.gaps("nonsense") == 1).await;
+    let (_, receipt) = fleet.ask("new").await;
+    assert!(cached(&receipt, "p1") <= 12, "only what is expected of what it was sent");
+}
+
+#[tokio::test]
 async fn a_process_that_is_gone_has_nothing() {
     let mut fleet = Fleet::start().await;
     fleet.prefill[1].cache.change(6, &blocks("a question"), &[]);
@@ -202,6 +242,8 @@ async fn a_process_that_is_gone_has_nothing() {
     fleet.prefill[1].cache.opened(1).await;
     fleet.prefill[1].cache.snapshot(0, &[]);
     fleet.told("snapshot", 4).await;
+    // It is of the same incarnation here: what was sent to it is expected of it for a while.
+    tokio::time::sleep(std::time::Duration::from_millis(1100)).await;
     let (_, receipt) = fleet.ask("a question").await;
     assert_eq!(cached(&receipt, "p1"), 0);
 }

@@ -134,8 +134,9 @@ async fn hellos_of_a_coordinator(server: &str, caller: &Tls) -> [Status; 2] {
     let hello = v1::attach_request::Hello { coordinator_id: coordinator_id.clone(), ..Default::default() };
     let hello = v1::AttachRequest { frame: Some(v1::attach_request::Frame::Hello(hello)) };
     let attached = InferenceClient::new(channel.clone()).attach(iter([hello])).await;
-    let events =
-        KvCacheClient::new(channel).events(v1::KvEventsRequest { coordinator_id, every_tokens: 0 }).await;
+    let events = KvCacheClient::new(channel)
+        .events(v1::KvEventsRequest { coordinator_id, ..Default::default() })
+        .await;
     [attached.map(drop).expect_err("refused"), events.map(drop).expect_err("refused")]
 }
 

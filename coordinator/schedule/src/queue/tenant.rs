@@ -78,6 +78,10 @@ impl<T> Tenant<T> {
         Some(entry)
     }
 
+    pub(super) fn iter(&self) -> impl Iterator<Item = &T> {
+        self.priorities.values().flat_map(|of| of.waiting.values().map(|entry| &entry.item))
+    }
+
     /// Its requests in the order in which they are asked, with their priorities.
     pub(super) fn heads(&self, now: Instant) -> impl Iterator<Item = (i32, &Key, &Entry<T>)> {
         let order = in_turn(self.priorities.keys().copied(), self.turns).into_iter();

@@ -67,7 +67,8 @@ impl House {
         let prepared = prepare(&self.model.served, Endpoint::Text, &request, LIMITS, 1).expect("is good");
         let (tenant, now) = (Tenant::default(), Instant::now());
         let (ticket, place) = self.enter(priority)?;
-        let terms = WaitTerms { tenant: &tenant, first_token: now, deadline: now + deadline };
+        let request = &RequestId::generate();
+        let terms = WaitTerms { request, tenant: &tenant, first_token: now, deadline: now + deadline };
         self.model.line.admit(&self.placer, ticket, place, prepared, terms).await
     }
 
@@ -199,7 +200,8 @@ async fn what_nobody_could_hold_waits_for_nobody() {
     let prepared = prepare(&house.model.served, Endpoint::Text, &request, LIMITS, 1).expect("is good");
     let (tenant, now) = (Tenant::default(), Instant::now());
     let (ticket, place) = house.enter(0).expect("a place");
-    let terms = WaitTerms { tenant: &tenant, first_token: now, deadline: now + WITHIN };
+    let request = &RequestId::generate();
+    let terms = WaitTerms { request, tenant: &tenant, first_token: now, deadline: now + WITHIN };
     let refused = house.model.line.admit(&house.placer, ticket, place, prepared, terms).await;
     assert_eq!(refused.err().expect("it is too large").code, ErrorCode::ContextLengthExceeded);
     assert!(house.seat().await.is_ok(), "its seat was given back");

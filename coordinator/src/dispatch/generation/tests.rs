@@ -35,6 +35,7 @@ fn generation(deadline: Duration, handoffs: &Arc<Handoffs>) -> Generation {
         served: SmallVec::new(),
         served_told: 0,
         placed: Instant::now(),
+        handed_on: false,
         leaving: None,
         deadline: Deadline::new(Instant::now() + deadline),
         why_cancelled: "other_leg_ended",

@@ -1,12 +1,13 @@
 //! What the messages of an instance's KV events mean, one after the other. Pure.
 //!
 //! ```text
-//! begin -> snapshot, in parts -> following: changes, each numbered one above what was before it
-//!               ^                    │
-//!               └── a new snapshot ──┘  in place of changes that were missed
+//! begin ──> snapshot, in parts ──> following: changes, each numbered one above what was before it
+//!   │            ^                  │  ^
+//!   │            └── a new snapshot ┘  │  in place of changes that were missed
+//!   └── the number that was asked to go on from: what follows is kept
 //! ```
-//! What does not fit ends the stream; the next one begins with a snapshot. Nothing of a message is believed beyond its
-//! bounds: gRPC bounds each, this bounds what they come to.
+//! What does not fit ends the stream; the next one goes on from what was taken in, or begins with a snapshot. Nothing of a
+//! message is believed beyond its bounds: gRPC bounds each, this bounds what they come to.
 
 use baton_proto::{BlockHash, IdError, Incarnation, v1};
 use baton_schedule::chains::Dialect;
@@ -29,6 +30,8 @@ pub(super) enum Fault {
     MixedParts,
     #[error("a change came before a snapshot was whole")]
     Early,
+    #[error("it goes on from change {got}, not from {asked:?}")]
+    Elsewhere { asked: Option<u64>, got: u64 },
     #[error("its layout is named in {0} bytes, or its blocks have no tokens")]
     Layout(usize),
     #[error("it says that it has more than {BLOCKS_MOST} blocks")]
@@ -61,8 +64,16 @@ pub(super) enum News {
         stored: Vec<u64>,
         evicted: Vec<u64>,
     },
-    /// What this build does not know.
-    Nothing,
+    /// What was known counts, and changes since come next.
+    GoesOn,
+}
+
+/// How far an instance's events have been taken in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Position {
+    pub(super) sequence: u64,
+    /// Blocks that it has by then.
+    blocks: usize,
 }
 
 /// What all parts of a snapshot share.
@@ -75,9 +86,17 @@ struct Head {
 
 #[derive(Debug)]
 enum State {
-    Begin,
-    Parts { head: Head, next: u32 },
-    Following { sequence: u64 },
+    /// With the change that was asked to go on from.
+    Begin {
+        after: Option<u64>,
+    },
+    Parts {
+        head: Head,
+        next: u32,
+    },
+    Following {
+        sequence: u64,
+    },
 }
 
 /// See the module.
@@ -91,11 +110,21 @@ pub(super) struct Follower {
 }
 
 impl Follower {
-    pub(super) fn new(incarnation: Incarnation) -> Self {
-        Self { incarnation, state: State::Begin, blocks: 0 }
+    /// Of a stream that was asked to go on from what is known, if anything is.
+    pub(super) fn new(incarnation: Incarnation, known: Option<Position>) -> Self {
+        let state = State::Begin { after: known.map(|known| known.sequence) };
+        Self { incarnation, state, blocks: known.map_or(0, |known| known.blocks) }
     }
 
-    /// Whether a snapshot is whole and changes may be long in coming.
+    /// How far it is, unless a snapshot is not whole.
+    pub(super) fn position(&self) -> Option<Position> {
+        match self.state {
+            State::Following { sequence } => Some(Position { sequence, blocks: self.blocks }),
+            State::Begin { .. } | State::Parts { .. } => None,
+        }
+    }
+
+    /// Whether all is known and changes may be long in coming.
     pub(super) fn follows(&self) -> bool {
         matches!(self.state, State::Following { .. })
     }
@@ -104,7 +133,20 @@ impl Follower {
         match message.events {
             Some(Events::Snapshot(snapshot)) => self.part(message.sequence, snapshot),
             Some(Events::Change(change)) => self.change(message.sequence, &change),
-            None => Ok(News::Nothing),
+            None => self.goes_on(message.sequence),
+        }
+    }
+
+    fn goes_on(&mut self, sequence: u64) -> Result<News, Fault> {
+        match self.state {
+            State::Begin { after } if after == Some(sequence) => {
+                self.state = State::Following { sequence };
+                Ok(News::GoesOn)
+            }
+            State::Begin { after: asked } => Err(Fault::Elsewhere { asked, got: sequence }),
+            State::Parts { .. } | State::Following { .. } => {
+                Err(Fault::Elsewhere { asked: None, got: sequence })
+            }
         }
     }
 
@@ -129,7 +171,7 @@ impl Follower {
                 }
                 State::Parts { head: begun, .. } if *begun != head => return Err(Fault::MixedParts),
                 State::Parts { .. } => {}
-                State::Begin | State::Following { .. } => {
+                State::Begin { .. } | State::Following { .. } => {
                     return Err(Fault::Part { expected: 0, got: part });
                 }
             }
@@ -210,7 +252,7 @@ mod tests {
 
     #[test]
     fn a_snapshot_in_parts_then_changes_then_a_snapshot_again() {
-        let mut follower = Follower::new(Incarnation(1));
+        let mut follower = Follower::new(Incarnation(1), None);
         let part = |first, stored: &[u32], whole: bool| {
             let whole = whole.then(|| Dialect::new("l", 16).expect("16 tokens"));
             Ok(News::Part { first, stored: known(stored), whole })
@@ -221,19 +263,45 @@ mod tests {
         assert!(follower.follows());
         let changed = Ok(News::Change { stored: known(&[4]), evicted: known(&[1]) });
         assert_eq!(follower.take(change(8, &[4], &[1])), changed);
-        assert_eq!(follower.take(v1::KvEvents { sequence: 0, events: None }), Ok(News::Nothing));
         assert_eq!(follower.take(of_snapshot(30, snapshot(&[], 0, true))), part(true, &[], true));
         assert!(follower.take(change(31, &[4], &[])).is_ok());
     }
 
     #[test]
+    fn a_stream_goes_on_from_what_is_known() {
+        let mut first = Follower::new(Incarnation(1), None);
+        assert_eq!(first.position(), None);
+        first.take(of_snapshot(7, snapshot(&[1, 2], 0, true))).expect("is good");
+        first.take(change(8, &[3, 4], &[1])).expect("is good");
+        let known = first.position();
+        assert_eq!(known, Some(Position { sequence: 8, blocks: 3 }));
+        let back = || Follower::new(Incarnation(1), known);
+        let goes_on = |sequence| v1::KvEvents { sequence, events: None };
+        let mut second = back();
+        assert!(!second.follows(), "nobody has said so");
+        assert_eq!(second.take(goes_on(8)), Ok(News::GoesOn));
+        assert!(second.take(change(9, &[5], &[])).is_ok());
+        assert_eq!(second.position(), Some(Position { sequence: 9, blocks: 4 }));
+        assert_eq!(second.take(goes_on(9)), Err(Fault::Elsewhere { asked: None, got: 9 }));
+        assert_eq!(back().take(goes_on(7)), Err(Fault::Elsewhere { asked: Some(8), got: 7 }));
+        assert_eq!(back().take(change(9, &[5], &[])), Err(Fault::Early));
+        // Not all is kept, or the instance knows of no going on.
+        let mut anew = back();
+        anew.take(of_snapshot(20, snapshot(&[9], 0, false))).expect("is good");
+        assert_eq!(anew.position(), None);
+        anew.take(of_snapshot(20, snapshot(&[8], 1, true))).expect("is good");
+        assert_eq!(anew.position(), Some(Position { sequence: 20, blocks: 2 }));
+        assert!(Follower::new(Incarnation(1), None).take(goes_on(0)).is_err());
+    }
+
+    #[test]
     fn what_does_not_fit_is_a_fault() {
         let follower = || {
-            let mut follower = Follower::new(Incarnation(1));
+            let mut follower = Follower::new(Incarnation(1), None);
             follower.take(of_snapshot(7, snapshot(&[1], 0, true))).expect("is good");
             follower
         };
-        let beginner = || Follower::new(Incarnation(1));
+        let beginner = || Follower::new(Incarnation(1), None);
         let gap = |got| Fault::Gap { expected: 8, got };
         for got in [0, 7, 9, u64::MAX] {
             assert_eq!(follower().take(change(got, &[2], &[])), Err(gap(got)));
@@ -265,7 +333,7 @@ mod tests {
 
     #[test]
     fn nobody_is_believed_to_have_more_than_there_is() {
-        let mut follower = Follower::new(Incarnation(1));
+        let mut follower = Follower::new(Incarnation(1), None);
         let half = |part, last| {
             let stored = names(&[1]).repeat(BLOCKS_MOST / 2).into();
             of_snapshot(7, v1::KvSnapshot { stored, ..snapshot(&[], part, last) })

@@ -11,7 +11,7 @@ pub(crate) struct Listener {
 
 impl Listener {
     pub(crate) fn new(incarnation: Incarnation, feed: Feed) -> Self {
-        Self { follower: Follower::new(incarnation), feed, over: false }
+        Self { follower: Follower::new(incarnation, None), feed, over: false }
     }
 
     /// The next message of the stream; the first that cannot be ends it.
@@ -31,7 +31,7 @@ impl Listener {
                 self.feed.change(&stored, &evicted);
                 Ok(())
             }
-            Ok(News::Nothing) => Ok(()),
+            Ok(News::GoesOn) => Ok(()),
             Err(fault) => Err(fault.into()),
         };
         if let Err(end) = told {

@@ -1,13 +1,15 @@
 //! Reads what one instance has cached, for as long as the stream to it stands.
 //!
 //! Started by the instance's link ([`super::link`]) once it is welcome there, over the link's own connection, and
-//! stopped with it: the next connection may be to another process. [`follow`] says what messages mean; what they bring
-//! goes to [`baton_schedule::caches`]. Reading is never in the way of tokens: it has a task of its own, and an instance
-//! that sends snapshots without end is read once in [`SNAPSHOT_PAUSE`].
+//! stopped with it: the next connection may be to another process. If it is not, what is [`Known`] of its cache is read on
+//! from. [`follow`] says what messages mean; what they bring goes to [`baton_schedule::caches`]. Reading is never in the way
+//! of tokens: it has a task of its own, and an instance that sends snapshots without end is read once in
+//! [`SNAPSHOT_PAUSE`].
 //!
-//! When a stream ends or something is missing on it, another is opened, after a growing pause, and begins with a
-//! snapshot. Until then what was known still counts, for [`STALE`] at most. An instance that says what cannot be is
-//! forgotten at once and asked again after [`NONSENSE_PAUSE`]; one that does not have the service is not asked again.
+//! When a stream ends or something is missing on it, another is opened, after a growing pause, and brings what was missed,
+//! or a snapshot if the instance does not keep that any more. Until then what was known still counts, for [`STALE`] at most.
+//! An instance that says what cannot be is forgotten at once and asked again after [`NONSENSE_PAUSE`]; one that does not
+//! have the service is not asked again.
 
 mod follow;
 #[cfg(any(test, feature = "fuzz"))]
@@ -17,8 +19,11 @@ use std::{sync::Arc, time::Duration};
 
 use baton_process::one_line;
 use baton_proto::{CoordinatorId, Incarnation, InstanceId, v1};
-use baton_schedule::caches::{Feed, TooManyDialects};
-use tokio::time::{Instant, sleep_until, timeout};
+use baton_schedule::caches::{Feed, Subject, TooManyDialects};
+use tokio::{
+    sync::Mutex,
+    time::{Instant, sleep_until, timeout},
+};
 use tokio_util::task::AbortOnDropHandle;
 use tonic::{Code, Status, Streaming, transport::Channel};
 use v1::kv_cache_client::KvCacheClient;
@@ -27,7 +32,7 @@ use crate::{
     config::FleetConfig,
     metrics::{Metrics, kind, reason},
 };
-use follow::{Fault, Follower, News};
+use follow::{Fault, Follower, News, Position};
 
 /// Between the messages of a snapshot.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -74,15 +79,52 @@ impl End {
     }
 }
 
+/// What one process has said of its cache, from one stream to the next.
+#[derive(Clone)]
+pub struct Memory {
+    /// Its instance and model, as the board has them.
+    subject: Subject,
+    incarnation: Incarnation,
+    /// Whoever reads holds it, and gives it up when stopped.
+    known: Arc<Mutex<Known>>,
+}
+
+struct Known {
+    feed: Feed,
+    /// Of what the feed was told as a whole; none: nothing.
+    position: Option<Position>,
+    /// Since when there has been no news that can be counted on; none: there is.
+    lost: Option<Instant>,
+}
+
+impl Memory {
+    pub fn new(incarnation: Incarnation, feed: Feed) -> Self {
+        let subject = feed.subject().clone();
+        let known = Known { feed, position: None, lost: None };
+        Self { subject, incarnation, known: Arc::new(Mutex::new(known)) }
+    }
+
+    /// Whether it is of this process, with this model.
+    pub fn is_of(&self, subject: &Subject, incarnation: Incarnation) -> bool {
+        self.subject == *subject && self.incarnation == incarnation
+    }
+}
+
+impl Known {
+    fn forget(&mut self) {
+        self.feed.forget();
+        self.position = None;
+    }
+}
+
 /// See the module.
 pub struct CacheReader {
     pub instance: InstanceId,
     /// Of the process that the connection is to.
-    pub incarnation: Incarnation,
+    pub memory: Memory,
     pub coordinator: CoordinatorId,
     pub channel: Channel,
     pub config: FleetConfig,
-    pub feed: Feed,
     pub metrics: Arc<Metrics>,
 }
 
@@ -93,26 +135,27 @@ impl CacheReader {
     }
 
     /// Ends by itself if the instance turns out to have no such service.
-    async fn run(mut self) {
+    async fn run(self) {
+        let memory = self.memory.known.clone();
+        let known = &mut *memory.lock().await;
         let mut pause = self.config.reconnect_min;
-        // Since when there has been no news that can be counted on.
-        let mut lost = None;
+        known.lost.get_or_insert_with(Instant::now);
         loop {
             let (began, mut read) = (Instant::now(), false);
-            let end = self.follow(&mut read).await;
+            let end = self.follow(known, &mut read).await;
             tracing::debug!(instance = %self.instance, %end, "reads no events of the KV cache");
             if matches!(&end, End::Failed(status) if status.code() == Code::Unimplemented) {
                 return;
             }
             if read {
-                (pause, lost) = (self.config.reconnect_min, None);
+                pause = self.config.reconnect_min;
             }
             if read || end.is_nonsense() {
                 self.metrics.cache_gaps.get_or_create(&reason(end.reason())).inc();
             }
-            let since = *lost.get_or_insert_with(Instant::now);
+            let since = *known.lost.get_or_insert_with(Instant::now);
             if end.is_nonsense() || since.elapsed() > STALE {
-                self.feed.forget();
+                known.forget();
             }
             let wait =
                 if end.is_nonsense() { NONSENSE_PAUSE } else { pause.mul_f64(rand::random_range(0.5..1.0)) };
@@ -122,10 +165,10 @@ impl CacheReader {
         }
     }
 
-    /// Opens a stream and reads it; `read` = until a snapshot was whole, at least.
-    async fn follow(&mut self, read: &mut bool) -> End {
-        match self.open().await {
-            Ok(stream) => match self.read(stream, read).await {
+    /// Opens a stream and reads it; `read` = until all was known, at least.
+    async fn follow(&self, known: &mut Known, read: &mut bool) -> End {
+        match self.open(known).await {
+            Ok(stream) => match self.read(known, stream, read).await {
                 Ok(()) => End::Ended,
                 Err(end) => end,
             },
@@ -133,16 +176,25 @@ impl CacheReader {
         }
     }
 
-    async fn open(&self) -> Result<Streaming<v1::KvEvents>, End> {
+    async fn open(&self, known: &Known) -> Result<Streaming<v1::KvEvents>, End> {
         let mut client = KvCacheClient::new(self.channel.clone());
-        let every_tokens = self.feed.every_tokens();
-        let request = v1::KvEventsRequest { coordinator_id: self.coordinator.to_string(), every_tokens };
+        let request = v1::KvEventsRequest {
+            coordinator_id: self.coordinator.to_string(),
+            every_tokens: known.feed.every_tokens(),
+            incarnation: self.memory.incarnation.0,
+            after_sequence: known.position.map_or(0, |position| position.sequence),
+        };
         let opened = timeout(self.config.connect_timeout, client.events(request)).await;
         Ok(opened.map_err(|_| End::Silent)??.into_inner())
     }
 
-    async fn read(&mut self, mut stream: Streaming<v1::KvEvents>, read: &mut bool) -> Result<(), End> {
-        let mut follower = Follower::new(self.incarnation);
+    async fn read(
+        &self,
+        known: &mut Known,
+        mut stream: Streaming<v1::KvEvents>,
+        read: &mut bool,
+    ) -> Result<(), End> {
+        let mut follower = Follower::new(self.memory.incarnation, known.position);
         let mut next_snapshot = Instant::now();
         loop {
             let message = if follower.follows() {
@@ -156,29 +208,36 @@ impl CacheReader {
                     if first {
                         // Unread, its further messages wait at the instance, which forgets what is overtaken.
                         sleep_until(next_snapshot).await;
-                        self.feed.begin();
+                        known.feed.begin();
                     }
-                    self.feed.store(&stored);
+                    known.feed.store(&stored);
                     if let Some(dialect) = whole {
-                        self.feed.publish(dialect)?;
+                        known.feed.publish(dialect)?;
                         if std::mem::replace(read, true) {
                             self.metrics.cache_gaps.get_or_create(&reason("lagged")).inc();
                         }
-                        self.count("snapshot");
+                        self.count(known, "snapshot");
                         next_snapshot = Instant::now() + SNAPSHOT_PAUSE;
                     }
                 }
                 News::Change { stored, evicted } => {
-                    self.feed.change(&stored, &evicted);
-                    self.count("change");
+                    known.feed.change(&stored, &evicted);
+                    self.count(known, "change");
                 }
-                News::Nothing => {}
+                News::GoesOn => {
+                    *read = true;
+                    self.count(known, "resumed");
+                }
+            }
+            // While a snapshot is not whole, what was known before it is.
+            if let Some(position) = follower.position() {
+                (known.position, known.lost) = (Some(position), None);
             }
         }
     }
 
-    fn count(&self, of: &'static str) {
+    fn count(&self, known: &Known, of: &'static str) {
         self.metrics.cache_events.get_or_create(&kind(of)).inc();
-        self.metrics.show_cached_blocks(self.feed.blocks_of_all());
+        self.metrics.show_cached_blocks(known.feed.blocks_of_all());
     }
 }

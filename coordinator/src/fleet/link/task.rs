@@ -1,6 +1,9 @@
 //! Keeps the stream to one instance up, and takes in what comes on it.
 
-use std::sync::{Arc, atomic::Ordering};
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use baton_process::tls::Dial;
 use baton_proto::{CoordinatorId, Incarnation, v1};
@@ -21,7 +24,13 @@ use v1::{attach_response::Frame as Answer, inference_client::InferenceClient};
 use super::{Link, Slots, Target, Up, reason::BreakReason, stuck::Pulse};
 use crate::{
     config::FleetConfig,
-    fleet::{Breakers, cache::CacheReader, inline, outbound::Outbound, stall::LOOK},
+    fleet::{
+        Breakers,
+        cache::{CacheReader, Memory},
+        inline,
+        outbound::Outbound,
+        stall::LOOK,
+    },
 };
 
 /// Messages that are taken in before anybody reads what they brought.
@@ -29,6 +38,9 @@ const MESSAGES_AT_ONCE: usize = 16;
 /// Deliveries, and answers read, before whoever else was woken has a turn. A turn given up wakes another thread, whether it
 /// finds anything to do or not: with a single stream that was a quarter of what a token takes.
 const WORK_BETWEEN_TURNS: usize = 64;
+/// How long what an instance has cached is remembered when the stream to it has broken: longer than the instance keeps the
+/// changes that would be missed.
+const MEMORY_KEPT: Duration = Duration::from_secs(60);
 /// Largest message an instance may send: a step's tokens of all legs.
 const INBOUND_BYTES_MOST: usize = 16 << 20;
 
@@ -58,12 +70,15 @@ pub struct LinkTask {
     pub dial: Dial,
     pub target: watch::Receiver<Target>,
     pub stop: CancellationToken,
+    /// Of the process that was connected to last.
+    pub memory: Option<Memory>,
 }
 
 impl LinkTask {
     /// Runs until stopped; reconnects with a growing pause.
     pub async fn run(mut self) {
         let mut pause = self.config.reconnect_min;
+        let mut left = Instant::now();
         loop {
             let began = Instant::now();
             let stop = self.stop.clone();
@@ -78,8 +93,10 @@ impl LinkTask {
             self.board.detached(&self.link.instance);
             let Some(reason) = reason else { return };
             if was_up {
+                left = Instant::now();
                 tracing::info!(instance = %self.link.instance, %reason, "stream is down");
             } else {
+                self.memory.take_if(|_| left.elapsed() > MEMORY_KEPT);
                 tracing::debug!(instance = %self.link.instance, %reason, "cannot connect yet");
             }
             if matches!(reason, BreakReason::Moved) || began.elapsed() > self.config.reconnect_max {
@@ -152,12 +169,15 @@ impl LinkTask {
     }
 
     /// What the process at the other end says of its cache counts for the model that the board has it for now.
-    fn read_cache(&self, incarnation: Incarnation, channel: Channel) -> AbortOnDropHandle<()> {
+    fn read_cache(&mut self, incarnation: Incarnation, channel: Channel) -> AbortOnDropHandle<()> {
         let instance = self.link.instance.clone();
+        let subject = self.board.subject(&instance);
+        let remembered = self.memory.take().filter(|memory| memory.is_of(&subject, incarnation));
+        let anew = || Memory::new(incarnation, self.board.feed(&instance));
+        let memory = self.memory.insert(remembered.unwrap_or_else(anew)).clone();
         let reader = CacheReader {
-            feed: self.board.feed(&instance),
             instance,
-            incarnation,
+            memory,
             coordinator: self.coordinator.clone(),
             channel,
             config: self.config.clone(),
@@ -247,7 +267,7 @@ impl LinkTask {
                 tracing::info!(%instance, role = ?change.role(), phase = ?change.phase(), "instance changed");
                 // First the board: what leaves it now is placed again at once, and not here.
                 self.board.duty(instance, (&change).into());
-                self.link.drains.store(change.phase() == v1::Phase::Draining, Ordering::Relaxed);
+                self.link.set_drains(change.phase() == v1::Phase::Draining);
             }
             Answer::Welcome(_) => {}
         }

@@ -36,6 +36,8 @@ pub(crate) struct Cache {
     streams: Arc<Mutex<Vec<Sender>>>,
     /// One block for so many tokens.
     wanted: Arc<AtomicU32>,
+    /// What the coordinator said that it has, as it opened them: of which incarnation, up to which change.
+    known: Arc<Mutex<Vec<(u64, u64)>>>,
 }
 
 impl Cache {
@@ -49,8 +51,18 @@ impl Cache {
         Sieve::new(self.wanted.load(Relaxed), BLOCK_TOKENS).of(chain).copied().collect()
     }
 
-    fn say(&self, sequence: u64, events: Events) {
-        let message = v1::KvEvents { sequence, events: Some(events) };
+    /// What the coordinator said that it has, as it opened the last stream: of which incarnation, up to which change.
+    pub(crate) fn known(&self) -> (u64, u64) {
+        *self.known.lock().last().expect("somebody reads")
+    }
+
+    /// What the coordinator has is not told again.
+    pub(crate) fn goes_on(&self, sequence: u64) {
+        self.say(sequence, None);
+    }
+
+    fn say(&self, sequence: u64, events: impl Into<Option<Events>>) {
+        let message = v1::KvEvents { sequence, events: events.into() };
         let streams = self.streams.lock();
         let stream = streams.last().expect("somebody reads");
         stream.try_send(Ok(message)).expect("room for a message");
@@ -102,6 +114,7 @@ impl v1::kv_cache_server::KvCache for Cache {
         let request = request.into_inner();
         assert_eq!(request.coordinator_id, "coordinator-0");
         self.wanted.store(request.every_tokens, Relaxed);
+        self.known.lock().push((request.incarnation, request.after_sequence));
         let (sender, receiver) = mpsc::channel(64);
         self.streams.lock().push(sender);
         Ok(Response::new(ReceiverStream::new(receiver)))

@@ -101,22 +101,39 @@ pub(super) fn facts(page: &mut Page, coordinator: &str, answer: &ExplainPlacemen
         page.fact("Model", &request.model);
         page.fact("Stage", &request.stage);
         page.fact("Came", format!("{} ago, to coordinator {coordinator}", age(request.age_millis)));
+        if !request.error.is_empty() {
+            page.fact("Error", &request.error);
+        }
     }
     match (answer.left_out, answer.placements.is_empty()) {
+        (_, true) if answer.request.as_ref().is_some_and(|request| !request.error.is_empty()) => {
+            page.fact("Placed", "never");
+        }
         (_, true) => page.fact("Placed", "not yet"),
         (0, false) => {}
         (left_out, false) => page.fact("Left out", format!("{left_out} earlier placements are not kept")),
     }
 }
 
-/// Each of its placements.
+/// Each of its placements, and where it would go now if it waits.
 pub(super) fn sections(page: &mut Page, answer: &ExplainPlacementResponse) {
-    answer.placements.iter().for_each(|placement| section(page, placement));
+    for placement in &answer.placements {
+        page.section(&format!("Placed {} ago: {}", age(placement.age_millis), way_of(placement)));
+        section(page, placement);
+    }
+    if let Some(waiting) = &answer.waiting {
+        page.section(&format!("Waits: {}", waiting.because));
+        match &waiting.place {
+            Some(place) => {
+                page.fact("Would go", way_of(place));
+                section(page, place);
+            }
+            None => page.fact("Would go", "nowhere"),
+        }
+    }
 }
 
 fn section(page: &mut Page, placement: &PlacementView) {
-    let to = way(&placement.prefill_instance, &placement.decode_instance);
-    page.section(&format!("Placed {} ago: {to}", age(placement.age_millis)));
     if !placement.because.is_empty() {
         page.fact("After", &placement.because);
     }
@@ -148,6 +165,10 @@ fn section(page: &mut Page, placement: &PlacementView) {
     page.fact("Candidates", format!("{candidates}; the cheapest for each part:"));
     let rows: Vec<Row> = placement.cheapest.iter().map(row).collect();
     page.text(&Layout::new(CANDIDATES, true).text(&rows, true));
+}
+
+fn way_of(placement: &PlacementView) -> String {
+    way(&placement.prefill_instance, &placement.decode_instance)
 }
 
 fn way(prefill: &str, decode: &str) -> String {
@@ -204,6 +225,10 @@ pub(super) fn object(coordinator: &str, answer: &ExplainPlacementResponse) -> Va
         "request": answer.request.as_ref().map(|request| request_object(coordinator, request)),
         "left_out": answer.left_out,
         "placements": answer.placements.iter().map(placement_object).collect::<Vec<_>>(),
+        "waiting": answer.waiting.as_ref().map(|waiting| json!({
+            "because": waiting.because,
+            "place": waiting.place.as_ref().map(placement_object),
+        })),
     })
 }
 
@@ -256,7 +281,7 @@ fn candidate_object(candidate: &CandidateView) -> Value {
 
 #[cfg(test)]
 pub(super) mod tests {
-    use baton_proto::v1::{RequestView, RunnerUpView};
+    use baton_proto::v1::{RequestView, RunnerUpView, WaitingView};
 
     use super::*;
 
@@ -313,7 +338,7 @@ pub(super) mod tests {
             ..Default::default()
         };
         let placements = vec![placement(""), placement("instance server-3 is lost")];
-        ExplainPlacementResponse { request: Some(view), placements, left_out: 0 }
+        ExplainPlacementResponse { request: Some(view), placements, left_out: 0, waiting: None }
     }
 
     #[test]
@@ -358,7 +383,19 @@ pub(super) mod tests {
         let mut few = answer("r-1");
         few.left_out = 3;
         assert!(page("c", &few).contains("3 earlier placements are not kept"));
+        let place = few.placements.pop();
         few.placements.clear();
         assert!(page("c", &few).contains("not yet"));
+        few.waiting = Some(WaitingView { because: "no instance has room for it".into(), place });
+        let text = page("c", &few);
+        assert!(text.contains("Waits: no instance has room for it"), "{text}");
+        assert!(text.contains("prefill on server-0, decode on server-1"), "{text}");
+        assert_eq!(object("c", &few)["waiting"]["place"]["candidates"], 3);
+        few.waiting = Some(WaitingView::default());
+        assert!(page("c", &few).contains("nowhere"));
+        few.waiting = None;
+        few.request.as_mut().expect("named").error = "model `m`: all instances are busy".into();
+        let text = page("c", &few);
+        assert!(text.contains("all instances are busy") && text.contains("never"), "{text}");
     }
 }

@@ -153,6 +153,7 @@ pub(super) fn request_object(coordinator: &str, view: &RequestView) -> Value {
         "completion_tokens": view.completion_tokens,
         "age_millis": view.age_millis,
         "api_key": view.api_key,
+        "error": view.error,
     })
 }
 
