@@ -27,24 +27,28 @@ pub struct Usage {
     pub cached_tokens: u32,
 }
 
-/// See the module.
+/// See the module. What every token is counted with lies here, the rest apart.
 pub struct Report {
-    metrics: Arc<Metrics>,
     /// What it takes of its key's limits.
     call: Call,
-    /// `None` until it is let in.
-    card: Option<Arc<Card>>,
     /// `None` until it is known which model is asked.
     counts: Option<Arc<ModelMetrics>>,
-    route: &'static str,
-    arrived: Instant,
     first_token: Option<Instant>,
     last_token: Instant,
     tokens: u32,
+    told: bool,
+    about: Box<About>,
+}
+
+struct About {
+    metrics: Arc<Metrics>,
+    /// `None` until it is let in.
+    card: Option<Arc<Card>>,
+    route: &'static str,
+    arrived: Instant,
     /// How long the first token, and each later one on average, may take.
     ttft_target: Duration,
     tpot_target: Duration,
-    told: bool,
     /// What it does now, in traces, and what it has done.
     stage: &'static str,
     stages: Stages,
@@ -52,30 +56,40 @@ pub struct Report {
     span: Span,
 }
 
+impl About {
+    /// It has come so far that it does something else.
+    fn enters(&mut self, stage: &'static str, now: Instant) {
+        self.stages.passed(std::mem::replace(&mut self.stage, stage), now.into_std());
+    }
+}
+
 impl Report {
     pub fn new(metrics: Arc<Metrics>, route: &'static str, arrived: Instant, span: Span) -> Self {
-        Self {
+        let about = About {
             metrics,
-            call: Call::default(),
             card: None,
-            counts: None,
             route,
             arrived,
-            first_token: None,
-            last_token: arrived,
-            tokens: 0,
             ttft_target: Duration::MAX,
             tpot_target: Duration::MAX,
-            told: false,
             stage: "read_body",
             stages: Stages::begin(&span, arrived.into_std()),
             span,
+        };
+        Self {
+            call: Call::default(),
+            counts: None,
+            first_token: None,
+            last_token: arrived,
+            tokens: 0,
+            told: false,
+            about: Box::new(about),
         }
     }
 
     /// In traces, what the request does from now on has this name, until the next of these, or its end.
     pub fn enters(&mut self, stage: &'static str) {
-        self.stages.passed_now(std::mem::replace(&mut self.stage, stage));
+        self.about.enters(stage, Instant::now());
     }
 
     /// It came with a key, and is within what that may.
@@ -85,7 +99,7 @@ impl Report {
 
     /// Operators see it from now on.
     pub fn shown(&mut self, card: &Arc<Card>) {
-        self.card = Some(card.clone());
+        self.about.card = Some(card.clone());
     }
 
     /// It is known how many tokens it may take: within what its key may, or it is refused.
@@ -100,7 +114,7 @@ impl Report {
 
     /// It is known how long the first token, and each later one on average, may take.
     pub fn targets(&mut self, ttft: Duration, tpot: Duration) {
-        (self.ttft_target, self.tpot_target) = (ttft, tpot);
+        (self.about.ttft_target, self.about.tpot_target) = (ttft, tpot);
     }
 
     /// The request is valid and admitted.
@@ -122,12 +136,13 @@ impl Report {
     pub fn tokens(&mut self, tokens: u32, now: Instant) {
         self.call.generated(tokens - self.tokens);
         if self.first_token.is_none() {
-            self.stages.passed(std::mem::replace(&mut self.stage, "stream"), now.into_std());
+            self.about.enters("stream", now);
+            let counts = self.counts.iter();
+            counts.for_each(|counts| {
+                counts.time_to_first_token.observe((now - self.about.arrived).as_secs_f64())
+            });
         }
         if let Some(counts) = &self.counts {
-            if self.first_token.is_none() {
-                counts.time_to_first_token.observe((now - self.arrived).as_secs_f64());
-            }
             counts.generation_tokens.inc_by(u64::from(tokens - self.tokens));
         }
         self.first_token.get_or_insert(now);
@@ -137,30 +152,30 @@ impl Report {
 
     /// The answer is complete; its longest choice has `longest` tokens.
     pub fn finished(&mut self, usage: &Usage, longest: u32) {
+        let About { arrived, ttft_target, tpot_target, .. } = *self.about;
         if let Some(counts) = &self.counts {
             counts.cached_tokens.inc_by(u64::from(usage.cached_tokens));
             counts.request_generation_tokens.observe(f64::from(self.tokens));
-            counts.end_to_end.observe(self.arrived.elapsed().as_secs_f64());
-            let (ttft, tpot) = (self.ttft_target, self.tpot_target);
+            counts.end_to_end.observe(arrived.elapsed().as_secs_f64());
             let first = self.first_token.unwrap_or(self.last_token);
-            let mut in_time = first - self.arrived <= ttft;
+            let mut in_time = first - arrived <= ttft_target;
             if longest > 1 {
                 let later = (self.last_token - first) / (longest - 1);
                 counts.time_per_output_token.observe(later.as_secs_f64());
-                in_time &= later <= tpot;
+                in_time &= later <= tpot_target;
             }
             counts.in_time.inc_by(in_time.into());
         }
         self.tell("200", false);
-        let _entered = self.span.enter();
-        tracing::debug!(?usage, seconds = self.arrived.elapsed().as_secs_f64(), "answered");
+        let _entered = self.about.span.enter();
+        tracing::debug!(?usage, seconds = arrived.elapsed().as_secs_f64(), "answered");
     }
 
     /// The request ends with an error. Logged here and nowhere else.
     pub fn failed(&mut self, error: &ApiError) {
         self.tell(error.code.name(), is_ours(error.code));
-        self.card.iter().for_each(|card| card.failed(error));
-        let _entered = self.span.enter();
+        self.about.card.iter().for_each(|card| card.failed(error));
+        let _entered = self.about.span.enter();
         if error.code.http() >= 500 {
             tracing::warn!(code = error.code.name(), %error, "request failed");
         } else {
@@ -170,12 +185,13 @@ impl Report {
 
     fn tell(&mut self, code: &str, failed: bool) {
         if !std::mem::replace(&mut self.told, true) {
-            self.stages.passed_now(self.stage);
-            self.metrics.ended.inc();
-            self.metrics.failed.inc_by(u64::from(failed));
+            let About { metrics, stage, stages, route, .. } = &mut *self.about;
+            stages.passed_now(stage);
+            metrics.ended.inc();
+            metrics.failed.inc_by(u64::from(failed));
             let model = self.counts.as_ref().map(|counts| counts.label.model.clone()).unwrap_or_default();
-            let labels = RequestLabels { route: self.route, code: code.to_owned(), model };
-            self.metrics.requests.get_or_create(&labels).inc();
+            let labels = RequestLabels { route, code: code.to_owned(), model };
+            metrics.requests.get_or_create(&labels).inc();
         }
     }
 }

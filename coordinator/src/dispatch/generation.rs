@@ -3,14 +3,11 @@
 //! It has no task of its own: whoever reads the answer has it receive, so a request costs no hop between tasks. Dropping it
 //! cancels every open leg at once and takes its work off the ledger.
 
-use std::{collections::VecDeque, future::Future, pin::Pin, sync::Arc, task::Context, time::Duration};
+use std::{collections::VecDeque, future::Future, mem, pin::Pin, sync::Arc, task::Context, time::Duration};
 
 use baton_process::prefetch::prefetch;
 use baton_proto::{ApiError, ErrorCode, InstanceId, TransferId, v1};
-use baton_schedule::{
-    Placement, Seat, Side,
-    board::{Booking, Credit},
-};
+use baton_schedule::{Placement, Seat, Side, board::Booking};
 use smallvec::SmallVec;
 use tokio::time::{Instant, Sleep, sleep_until};
 use v1::dispatch::Work;
@@ -18,6 +15,7 @@ use v1::dispatch::Work;
 use super::{
     assignment::{Assignment, dispatch},
     deadline::{Deadline, deadline_passed},
+    hold::Hold,
     legs::Legs,
     machine::{Command, Completed, Fresh, Machine},
 };
@@ -86,11 +84,12 @@ struct Choice {
 /// A request whose legs have been dispatched.
 pub struct Generation {
     choices: SmallVec<[Choice; 1]>,
-    // Before `credit`: cancels leave before the work is taken off the ledger.
+    // Before `hold`: cancels leave before the work is taken off the ledger.
     legs: Legs,
-    credit: Credit,
-    /// Until it is known how it ended; none if there is nothing to hand over.
-    handoff: Option<Handoff>,
+    hold: Box<Hold>,
+    /// The prompt has been computed; decode has the cache of it.
+    computed: bool,
+    taken_up: bool,
     mailbox: Arc<Mailbox>,
     inbox: VecDeque<(Side, Output)>,
     /// What has been made of the inbox and not been told.
@@ -177,8 +176,9 @@ impl Generation {
         Ok(Self {
             choices: (0..sampling.choices).map(choice).collect(),
             legs,
-            credit,
-            handoff,
+            hold: Box::new(Hold { credit, handoff }),
+            computed: false,
+            taken_up: false,
             mailbox,
             inbox: VecDeque::new(),
             news: VecDeque::new(),
@@ -219,7 +219,7 @@ impl Generation {
 
     /// Who prefills and who decodes; one of them alone if it does both.
     pub fn pair(&self) -> (&InstanceId, Option<&InstanceId>) {
-        self.credit.pair()
+        self.hold.credit.pair()
     }
 
     /// Who generates.
@@ -235,13 +235,13 @@ impl Generation {
 
     /// Who has one of the legs.
     pub fn instance(&self, side: Side) -> &InstanceId {
-        self.credit.instance(side)
+        self.hold.credit.instance(side)
     }
 
     /// A choice is as long as it becomes: others are expected to be like it.
     pub fn ended_here(&mut self, choice: u32) {
         let tokens = self.choices.get(choice as usize).map(|choice| choice.machine.tokens().len() as u32);
-        tokens.into_iter().for_each(|tokens| self.credit.answered(tokens));
+        tokens.into_iter().for_each(|tokens| self.hold.credit.answered(tokens));
     }
 
     /// Who made it fail, if that is known.
@@ -251,8 +251,8 @@ impl Generation {
 
     /// Who has brought a first token since the last call.
     pub fn take_served(&mut self) -> impl Iterator<Item = &InstanceId> {
-        let from = std::mem::replace(&mut self.served_told, self.served.len());
-        self.served[from..].iter().map(|side| self.credit.instance(*side))
+        let from = mem::replace(&mut self.served_told, self.served.len());
+        self.served[from..].iter().map(|side| self.hold.credit.instance(*side))
     }
 
     /// Ends what is left of it, and tells the instances why.
@@ -293,15 +293,8 @@ impl Generation {
     fn drain_inbox(&mut self) {
         while let Some((side, output)) = self.inbox.pop_front() {
             let (choice, leg_ended) = (output.choice, output.end.is_some());
-            if side == Side::Decode
-                && output.generates()
-                && let Some(handoff) = self.handoff.take()
-            {
-                let took = self.mailbox.handoff_time();
-                handoff.done(took);
-                if took.is_some() {
-                    self.credit.handoff_took(took);
-                }
+            if side == Side::Decode && output.generates() && !mem::replace(&mut self.taken_up, true) {
+                self.hold.taken_up(self.mailbox.handoff_time());
             }
             if output.generates() && !self.served.contains(&side) {
                 self.served.push(side);
@@ -310,13 +303,13 @@ impl Generation {
             let before = of.machine.tokens().len();
             let commands = of.machine.output(side, output);
             let grown = of.machine.tokens().len() > before;
-            if grown {
-                self.credit.prefilled();
+            if grown && !mem::replace(&mut self.computed, true) {
+                self.hold.credit.prefilled();
             }
             if leg_ended && let Some(guard) = self.legs.of(side) {
                 guard.ended(choice);
                 if side == Side::Prefill {
-                    self.credit.handed_off();
+                    self.hold.credit.handed_off();
                 }
             }
             match self.perform(choice, commands) {
@@ -430,9 +423,8 @@ impl Generation {
         }
         if let Some(Err(error)) = &ended {
             let first_token = self.choices.iter().any(|choice| choice.machine.has_begun());
-            if let Some(handoff) = self.handoff.take_if(|_| cause::is_of_the_link(error.code, first_token)) {
-                handoff.failed();
-                self.credit.handoff_took(None);
+            if cause::is_of_the_link(error.code, first_token) {
+                self.hold.link_failed();
             }
         }
         ended

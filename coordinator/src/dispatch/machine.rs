@@ -126,10 +126,11 @@ pub struct Machine {
     early: BTreeMap<u32, (u32, Option<TokenLogprobs>)>,
     /// Decode has taken the cache up: it generates, or has ended.
     decode_spoke: bool,
+    // Boxed, as hardly any request has one.
     /// Why decode has no cache to go on from; prefill's word decides whether it matters.
-    transfer_broken: Option<ApiError>,
+    transfer_broken: Option<Box<ApiError>>,
     /// Why prefill's leg failed after its token; decode's word decides whether it matters.
-    prefill_lost: Option<ApiError>,
+    prefill_lost: Option<Box<ApiError>>,
     /// Once it was said.
     cached_tokens: Option<u32>,
     /// Whose word it is that it is complete.
@@ -246,7 +247,7 @@ impl Machine {
     /// Decode has been silent for long enough after [`Command::AwaitDecode`].
     pub fn decode_silent(&mut self) -> Vec<Command> {
         match self.prefill_lost.take() {
-            Some(error) if self.awaits_decode() => self.fail(error),
+            Some(error) if self.awaits_decode() => self.fail(*error),
             kept => {
                 self.prefill_lost = kept;
                 Vec::new()
@@ -309,7 +310,7 @@ impl Machine {
                     return self.fail(broken(side, "handed over without a first token"));
                 }
                 if let Some(error) = self.transfer_broken.take() {
-                    return self.fail(error);
+                    return self.fail(*error);
                 }
                 self.settle()
             }
@@ -336,7 +337,7 @@ impl Machine {
             }
             // Decode may have the cache and goes on by itself then; only the count of cached tokens is lost.
             (Side::Prefill, LegEnd::Cancelled) if self.may_be_with_decode() => {
-                self.lose_prefill(stopped(side))
+                self.lose_prefill(Box::new(stopped(side)))
             }
             (Side::Prefill, LegEnd::Failed(error)) if self.may_be_with_decode() => self.lose_prefill(error),
             (Side::Decode, LegEnd::Cancelled) => {
@@ -344,11 +345,11 @@ impl Machine {
                 self.fail(error)
             }
             (Side::Decode, LegEnd::Failed(error)) if cause::is_of_the_other_side(error.code) => {
-                let error = self.cause_of(error);
+                let error = self.cause_of(*error);
                 self.fail(error)
             }
             (_, LegEnd::Cancelled) => self.fail(stopped(side)),
-            (_, LegEnd::Failed(error)) => self.fail(error),
+            (_, LegEnd::Failed(error)) => self.fail(*error),
         }
     }
 
@@ -357,7 +358,7 @@ impl Machine {
         self.has_begun() && self.transfer_broken.is_none()
     }
 
-    fn lose_prefill(&mut self, error: ApiError) -> Vec<Command> {
+    fn lose_prefill(&mut self, error: Box<ApiError>) -> Vec<Command> {
         self.prefill_lost = Some(error);
         if self.awaits_decode() { vec![Command::AwaitDecode] } else { self.settle() }
     }
@@ -369,7 +370,7 @@ impl Machine {
 
     /// Why decode got no cache: what ended prefill, if that came first, else what decode says.
     fn cause_of(&mut self, decodes: ApiError) -> ApiError {
-        self.prefill_lost.take().filter(|_| !self.decode_spoke).unwrap_or(decodes)
+        self.prefill_lost.take().filter(|_| !self.decode_spoke).map_or(decodes, |error| *error)
     }
 
     /// Ends the request once all that was announced is there.

@@ -7,6 +7,7 @@
 mod assignment;
 mod deadline;
 mod generation;
+mod hold;
 mod legs;
 pub mod machine;
 

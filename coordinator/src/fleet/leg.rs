@@ -1,6 +1,7 @@
 //! One leg of a request as the coordinator speaks of it, and the wire adapters to and from it.
 
 use baton_proto::{ApiError, ErrorCode, v1};
+use smallvec::SmallVec;
 
 /// Why a sequence ended, as clients are told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,7 +24,7 @@ pub enum LegEnd {
     },
     /// The instance cancelled it.
     Cancelled,
-    Failed(ApiError),
+    Failed(Box<ApiError>),
 }
 
 /// How likely the model held a token, by natural logarithms.
@@ -40,7 +41,7 @@ pub struct Output {
     pub choice: u32,
     /// Index in the completion of `tokens[0]`.
     pub first_position: u32,
-    pub tokens: Vec<u32>,
+    pub tokens: SmallVec<[u32; 4]>,
     /// One for each of `tokens` if they were asked for.
     pub logprobs: Vec<TokenLogprobs>,
     /// Of the prompt, taken from a prefix cache, where that is said: with the first tokens, and not by decode.
@@ -56,8 +57,8 @@ impl Output {
 
     /// The leg failed with nothing more to say.
     pub fn failed(error: ApiError) -> Self {
-        let end = Some(LegEnd::Failed(error));
-        let (tokens, logprobs) = (Vec::new(), Vec::new());
+        let end = Some(LegEnd::Failed(error.into()));
+        let (tokens, logprobs) = (SmallVec::new(), Vec::new());
         Self { choice: 0, first_position: 0, tokens, logprobs, cached_tokens: None, end }
     }
 }
@@ -67,10 +68,11 @@ impl From<v1::LegOutput> for Output {
         use v1::leg_output::End;
         let end = wire.end.map(|end| match end {
             End::Finished(finished) => finished.into(),
-            End::Failed(detail) => LegEnd::Failed(detail.into()),
+            End::Failed(detail) => LegEnd::Failed(Box::new(detail.into())),
         });
         let logprobs = wire.logprobs.into_iter().map(TokenLogprobs::from).collect();
         let v1::LegOutput { choice, first_position, tokens, cached_tokens, .. } = wire;
+        let tokens = SmallVec::from_slice(&tokens);
         Self { choice, first_position, tokens, logprobs, cached_tokens, end }
     }
 }
@@ -89,10 +91,10 @@ impl From<v1::Finished> for LegEnd {
             v1::FinishReason::Length => Self::Complete { reason: StopReason::Length, cached_tokens },
             v1::FinishReason::HandedOff => Self::HandedOff { cached_tokens },
             v1::FinishReason::Cancelled => Self::Cancelled,
-            v1::FinishReason::Unspecified => Self::Failed(ApiError::new(
+            v1::FinishReason::Unspecified => Self::Failed(Box::new(ApiError::new(
                 ErrorCode::Internal,
                 "the instance ended the request without saying why",
-            )),
+            ))),
         }
     }
 }

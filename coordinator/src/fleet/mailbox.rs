@@ -131,7 +131,7 @@ impl Mailbox {
         let same = |(of, other): &&mut (Side, Output)| *of == side && other.choice == output.choice;
         match inner.deliveries.iter_mut().rev().find(same) {
             Some((_, last)) if follows_on(last, &output) => {
-                last.tokens.append(&mut output.tokens);
+                last.tokens.extend_from_slice(&output.tokens);
                 last.logprobs.append(&mut output.logprobs);
                 last.end = output.end;
             }
@@ -198,7 +198,7 @@ mod tests {
     }
 
     fn output(first_position: u32, tokens: &[u32]) -> Output {
-        let (tokens, logprobs) = (tokens.to_vec(), Vec::new());
+        let (tokens, logprobs) = (tokens.into(), Vec::new());
         Output { choice: 0, first_position, tokens, logprobs, cached_tokens: None, end: None }
     }
 
@@ -219,7 +219,7 @@ mod tests {
         mailbox.deliver(Side::Decode, Output { end: Some(LegEnd::Cancelled), ..output(0, &[]) });
         let got = take(&mailbox);
         assert_eq!(got.len(), 1);
-        assert_eq!(got[0].1.tokens, (1..5000).collect::<Vec<_>>());
+        assert_eq!(got[0].1.tokens.to_vec(), (1..5000).collect::<Vec<_>>());
         assert_eq!(got[0].1.end, Some(LegEnd::Cancelled));
     }
 

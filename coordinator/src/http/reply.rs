@@ -10,7 +10,6 @@ use axum::{
     http::{HeaderName, HeaderValue, StatusCode, header},
     response::Response,
 };
-use baton_process::prefetch::prefetch;
 use baton_proto::{ApiError, ErrorCode, RequestId};
 use bytes::Bytes;
 use serde::Serialize;
@@ -228,9 +227,24 @@ impl Voice {
         out.extend_from_slice(b"\n\n");
     }
 
-    /// Has the processor fetch what every event begins with.
-    pub(super) fn prefetch(&self) {
-        prefetch(&*self.head);
+    /// What comes before the text in each event of an only choice that has nothing but text to tell.
+    pub(super) fn before_text(&self, out: &mut Vec<u8>) {
+        out.extend_from_slice(b"data: ");
+        out.extend_from_slice(&self.head);
+        out.extend_from_slice(match self.shape.endpoint {
+            Endpoint::Chat => br#"{"index":0,"delta":{"content":"#,
+            Endpoint::Text => br#"{"index":0,"text":"#,
+        });
+    }
+
+    /// The text of such an event, and what comes after it.
+    pub(super) fn text(&self, out: &mut Vec<u8>, text: &str) {
+        write_json(out, &text);
+        if self.shape.endpoint == Endpoint::Chat {
+            out.push(b'}');
+        }
+        out.extend_from_slice(br#","logprobs":null,"finish_reason":null}"#);
+        self.end(out);
     }
 
     /// One event with one choice.
@@ -238,6 +252,11 @@ impl Voice {
         out.extend_from_slice(b"data: ");
         out.extend_from_slice(&self.head);
         self.choice(out, index, piece, body);
+        self.end(out);
+    }
+
+    /// What comes after an event's choices.
+    fn end(&self, out: &mut Vec<u8>) {
         out.extend_from_slice(if self.shape.include_usage { b"],\"usage\":null}\n\n" } else { b"]}\n\n" });
     }
 
@@ -342,6 +361,26 @@ mod tests {
             (&last["choices"][0]["text"], &last["choices"][0]["finish_reason"]),
             (&json!(""), &json!("length"))
         );
+    }
+
+    #[test]
+    fn an_event_of_text_alone_is_written_around_it_as_any_other() {
+        for endpoint in [Endpoint::Chat, Endpoint::Text] {
+            for include_usage in [false, true] {
+                let text = "a \"b\"\n\u{1F600}";
+                let around = |voice: &Voice, out: &mut Vec<u8>| {
+                    voice.before_text(out);
+                    let at = out.len();
+                    voice.text(out, "another");
+                    out.truncate(at);
+                    voice.text(out, text);
+                };
+                let whole = |voice: &Voice, out: &mut Vec<u8>| {
+                    voice.piece(out, 0, &mut Piece { text: text.into(), ..Piece::default() });
+                };
+                assert_eq!(events(around, endpoint, include_usage), events(whole, endpoint, include_usage));
+            }
+        }
     }
 
     #[test]

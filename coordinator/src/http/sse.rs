@@ -102,8 +102,10 @@ struct Parts {
     first: Option<Step>,
     /// What has not been written of each choice, reused from step to step.
     pieces: Vec<Piece>,
-    /// Written from its beginning again at each step, after room for a chunk's head.
+    /// Written again at each step, after room for a chunk's head.
     out: Vec<u8>,
+    /// Where the text begins in `out`, if it has what each event of text alone begins with: the next is written from there.
+    text_at: Option<usize>,
     opened: bool,
     /// Since it was last looked whether anything is.
     wrote: bool,
@@ -125,7 +127,8 @@ impl SseBody {
         let out = Vec::with_capacity(BUFFER_BYTES);
         let cell = Some(cell);
         let (opened, wrote, unsent, broken) = (false, false, false, false);
-        let parts = Parts { voice, cell, first, pieces, out, opened, wrote, unsent, broken };
+        let text_at = None;
+        let parts = Parts { voice, cell, first, pieces, out, text_at, opened, wrote, unsent, broken };
         let (task, gathered) = (AtomicWaker::new(), AtomicBool::new(false));
         let answer = Arc::new(Answer { parts: Mutex::new(parts), express, task, gathered });
         Self { answer, silence: Silence { after: comment_after, timer: None } }
@@ -166,9 +169,14 @@ impl Parts {
 
     fn write(&mut self, step: Step) {
         self.wrote = true;
+        if let (Step::More, true, [piece]) = (&step, self.opened, &mut *self.pieces)
+            && piece.is_text_alone()
+        {
+            return Self::write_text(&self.voice, &mut self.out, &mut self.text_at, &mut piece.text);
+        }
         let out = &mut self.out;
-        out.clear();
-        out.resize(CHUNK_HEAD, 0);
+        begin(out);
+        self.text_at = None;
         if !mem::replace(&mut self.opened, true) {
             self.voice.opening(out, self.pieces.len());
         }
@@ -185,6 +193,17 @@ impl Parts {
             let ended = cell.lock().take();
             drop(ended);
         }
+    }
+
+    fn write_text(voice: &Voice, out: &mut Vec<u8>, text_at: &mut Option<usize>, text: &mut String) {
+        let at = *text_at.get_or_insert_with(|| {
+            begin(out);
+            voice.before_text(out);
+            out.len()
+        });
+        out.truncate(at);
+        voice.text(out, text);
+        text.clear();
     }
 
     /// What the body gives next.
@@ -229,6 +248,12 @@ impl Parts {
     }
 }
 
+/// Only room for a chunk's head.
+fn begin(out: &mut Vec<u8>) {
+    out.clear();
+    out.resize(CHUNK_HEAD, 0);
+}
+
 /// What is to be done about an answer that was read past its connection's task.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Past {
@@ -246,7 +271,6 @@ impl inline::Reader for Answer {
             prefetch(&**cell);
             prefetch(parts.out.as_slice());
             prefetch(parts.pieces.as_slice());
-            parts.voice.prefetch();
             self.express.iter().for_each(|express| express.prefetch(false));
         } else if let Some(held) = cell.try_lock()
             && let Some(streaming) = &*held

@@ -36,7 +36,7 @@ enum Work {
 struct Strand {
     // Dropped first: legs are cancelled.
     work: Work,
-    attempts: Attempts,
+    attempts: Box<Attempts>,
     /// Which of the lane's they are.
     choices: Range<usize>,
     /// Those of them that have outgrown their instance, and gone on by themselves.
@@ -54,8 +54,8 @@ struct Short {
 }
 
 impl Strand {
-    fn new(work: Work, attempts: Attempts, choices: Range<usize>) -> Self {
-        Self { work, attempts, choices, away: SmallVec::new(), short: None }
+    fn new(work: Work, attempts: impl Into<Box<Attempts>>, choices: Range<usize>) -> Self {
+        Self { work, attempts: attempts.into(), choices, away: SmallVec::new(), short: None }
     }
 
     /// Those that have not ended: by their numbers here, and in the lane.
@@ -316,7 +316,7 @@ impl Lane {
             let Some(moved) = attempts.elsewhere(Leave::Drains { has_cache: None }) else {
                 return vec![strand];
             };
-            next.push((moved, attempts.clone(), strand.choices.clone()));
+            next.push((moved, (**attempts).clone(), strand.choices.clone()));
         } else {
             for &(choice, at) in open.iter().filter(|(_, at)| !readings[*at].finished()) {
                 let attempts = attempts.of_choice(choice, readings[at].tokens());
@@ -376,7 +376,7 @@ impl Lane {
             Strand { short, ..Strand::new(work, attempts, choices) }
         };
         if readings.iter().all(Reading::is_empty) {
-            return Ok(vec![replaced(attempts, choices)]);
+            return Ok(vec![replaced(*attempts, choices)]);
         }
         let alone = |&(choice, at): &(u32, usize)| {
             replaced(attempts.of_choice(choice, self.readings[at].tokens()), at..at + 1)

@@ -28,6 +28,11 @@ impl Piece {
         self.text.is_empty() && self.tokens.is_empty() && self.finish.is_none()
     }
 
+    /// There is text to write, and nothing else.
+    pub fn is_text_alone(&self) -> bool {
+        !self.text.is_empty() && self.tokens.is_empty() && self.finish.is_none()
+    }
+
     /// There is nothing to write any more.
     pub fn clear(&mut self) {
         self.text.clear();

@@ -2,6 +2,7 @@
 
 use std::{pin::pin, task::Poll};
 
+use smallvec::smallvec;
 use tokio::task::coop;
 
 use super::*;
@@ -26,8 +27,9 @@ fn generation(deadline: Duration, handoffs: &Arc<Handoffs>) -> Generation {
     Generation {
         choices: smallvec::smallvec![Choice { machine: Machine::apart(10), wait: None }],
         legs: Legs::default(),
-        credit: booking.credit,
-        handoff: Some(Handoff::new(handoffs, &p.id, &d.id)),
+        hold: Box::new(Hold { credit: booking.credit, handoff: Some(Handoff::new(handoffs, &p.id, &d.id)) }),
+        computed: false,
+        taken_up: false,
         mailbox: Arc::new(Mailbox::new(1, false)),
         inbox: VecDeque::new(),
         news: VecDeque::new(),
@@ -56,7 +58,7 @@ async fn a_decode_that_says_nothing_after_prefill_was_lost_is_waited_for_in_meas
     let first = Output {
         choice: 0,
         first_position: 0,
-        tokens: vec![7],
+        tokens: smallvec![7],
         logprobs: vec![],
         cached_tokens: None,
         end: None,
@@ -87,7 +89,7 @@ async fn a_decode_that_says_nothing_after_prefill_was_lost_is_waited_for_in_meas
         Output {
             choice: 0,
             first_position: 1,
-            tokens: vec![8],
+            tokens: smallvec![8],
             logprobs: vec![],
             cached_tokens: None,
             end: None,
@@ -103,7 +105,7 @@ async fn a_decode_that_says_nothing_after_prefill_was_lost_is_waited_for_in_meas
         Output {
             choice: 0,
             first_position: 2,
-            tokens: vec![9],
+            tokens: smallvec![9],
             logprobs: vec![],
             cached_tokens: None,
             end: Some(last),

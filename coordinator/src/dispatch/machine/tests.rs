@@ -1,6 +1,7 @@
 //! Tables over the orders in which two streams may speak, and a property over all of them.
 
 use proptest::prelude::*;
+use smallvec::smallvec;
 
 use super::*;
 
@@ -8,7 +9,7 @@ fn out(first_position: u32, tokens: &[u32]) -> Output {
     Output {
         choice: 0,
         first_position,
-        tokens: tokens.to_vec(),
+        tokens: tokens.into(),
         logprobs: vec![],
         cached_tokens: None,
         end: None,
@@ -19,7 +20,7 @@ fn end(end: LegEnd) -> Output {
     Output {
         choice: 0,
         first_position: 0,
-        tokens: vec![],
+        tokens: smallvec![],
         logprobs: vec![],
         cached_tokens: None,
         end: Some(end),
@@ -225,7 +226,7 @@ fn prefill_lost_after_its_token_waits_for_decodes_word() {
         assert_eq!(commands, [Command::AwaitDecode], "decode may have the cache");
         machine
     };
-    for how in [|| LegEnd::Failed(lost()), || LegEnd::Cancelled] as [fn() -> LegEnd; 2] {
+    for how in [|| LegEnd::Failed(lost().into()), || LegEnd::Cancelled] as [fn() -> LegEnd; 2] {
         // It has it, and goes on.
         let mut machine = waiting(how);
         assert!(machine.output(Side::Decode, out(1, &[11])).is_empty());
@@ -236,23 +237,23 @@ fn prefill_lost_after_its_token_waits_for_decodes_word() {
         assert_eq!(waiting(how).abort(lost()), [Command::Cancel(Side::Decode), Command::End(Err(lost()))]);
     }
     // Nor anything else.
-    let mut machine = waiting(|| LegEnd::Failed(lost()));
+    let mut machine = waiting(|| LegEnd::Failed(lost().into()));
     assert_eq!(machine.decode_silent(), [Command::Cancel(Side::Decode), Command::End(Err(lost()))]);
     assert!(machine.decode_silent().is_empty());
     // Silence after its first word is the engine's business.
-    let mut machine = waiting(|| LegEnd::Failed(lost()));
+    let mut machine = waiting(|| LegEnd::Failed(lost().into()));
     machine.output(Side::Decode, out(1, &[11]));
     assert!(machine.decode_silent().is_empty() && !machine.is_over());
     // It has not: prefill's end is why.
-    let of_transfer = |code| LegEnd::Failed(ApiError::new(code, "the transfer was broken off"));
+    let of_transfer = |code| LegEnd::Failed(ApiError::new(code, "the transfer was broken off").into());
     for word in [of_transfer(ErrorCode::HandoffFailed), of_transfer(ErrorCode::Cancelled), LegEnd::Cancelled]
     {
-        let mut machine = waiting(|| LegEnd::Failed(lost()));
+        let mut machine = waiting(|| LegEnd::Failed(lost().into()));
         assert_eq!(machine.output(Side::Decode, end(word)), [Command::End(Err(lost()))]);
     }
     // It failed for a reason of its own.
     let full = ApiError::new(ErrorCode::KvExhausted, "full");
-    let mut machine = waiting(|| LegEnd::Failed(lost()));
+    let mut machine = waiting(|| LegEnd::Failed(lost().into()));
     assert_eq!(machine.output(Side::Decode, Output::failed(full.clone())), [Command::End(Err(full))]);
 }
 

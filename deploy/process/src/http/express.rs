@@ -86,7 +86,7 @@ impl Express {
     }
 
     /// Sends what lies in `buffer` after its first [`CHUNK_HEAD`] bytes, which are written over, as one chunk. Never
-    /// waits. `buffer` holds anything afterwards, unless it was not sent.
+    /// waits. What lay there lies there afterwards, with more behind it unless it was not sent.
     pub fn send(&self, buffer: &mut Vec<u8>) -> Sent {
         let mut state = self.0.state.lock();
         if !state.free {
