@@ -69,8 +69,10 @@ pub struct Again {
 /// Why a request leaves an instance that has not failed it.
 #[derive(Debug, Clone, Copy)]
 pub enum Leave<'a> {
-    /// The instance drains. It hands on the cache of all of it, if it has that.
-    Drains { has_cache: Option<&'a InstanceId> },
+    /// The instance that generates drains. It hands on the cache of all of it, if it has that.
+    Drains { from: &'a InstanceId, has_cache: bool },
+    /// The instance drains where its prompt waits.
+    Waits { on: &'a InstanceId },
     /// The instance has no room for more of the answer: its KV cache, or the context that it was started with, is full.
     Outgrown { by: &'a InstanceId },
 }
@@ -79,7 +81,9 @@ impl Leave<'_> {
     /// As receipts and metrics have it.
     fn error(self) -> ApiError {
         match self {
-            Self::Drains { .. } => ApiError::new(ErrorCode::Unavailable, "the instance drains"),
+            Self::Drains { .. } | Self::Waits { .. } => {
+                ApiError::new(ErrorCode::Unavailable, "the instance drains")
+            }
             Self::Outgrown { .. } => {
                 ApiError::new(ErrorCode::KvExhausted, "the instance has no room for more of the answer")
             }
@@ -159,15 +163,15 @@ impl Attempts {
         }
     }
 
-    /// Whether an answer that has so many tokens is expected to keep an instance which drains so long yet that it had better
-    /// go on elsewhere: whoever generates, or, if not `begun`, whoever has the prompt.
+    /// Whether an answer that has so many tokens is expected to take so long yet on an instance which drains that it had
+    /// better go on elsewhere; of one that is not `begun`, whether the prompts are that are queued where its own is.
     pub fn is_worth_moving(&self, generation: &Generation, begun: bool, tokens: u32) -> bool {
         let (board, most) = (&self.placer.board, self.assignment.prompt.sampling.max_tokens);
-        let (computes, generates) = (generation.pair().0, generation.generates());
-        let queue = if begun { Duration::ZERO } else { board.queue(computes) };
-        let answer =
-            if begun || computes == generates { board.left(generates, tokens, most) } else { Duration::ZERO };
-        queue + answer > self.placer.move_after
+        let expected = match begun {
+            true => board.left(generation.generates(), tokens, most),
+            false => board.queue(generation.pair().0),
+        };
+        expected > self.placer.move_after
     }
 
     /// Gives it to others, if any can take it at once.
@@ -177,12 +181,13 @@ impl Attempts {
     /// does.
     pub fn elsewhere(&self, leave: Leave<'_>) -> Option<Moved> {
         match leave {
-            Leave::Drains { has_cache } => {
+            Leave::Drains { from, has_cache } => {
                 let can_serve = || self.placer.board.can_serve(&self.model.served.revision).is_ok();
-                let begin = |among| self.begin(leave, &[], among)?.ok();
-                let hands_on = has_cache.filter(|_| can_serve());
-                hands_on.and_then(|from| begin(Among::PeersOf(from))).or_else(|| begin(Among::All))
+                let hand_on = || self.begin(leave, &[], Among::PeersOf(from))?.ok();
+                let handed_on = if has_cache && can_serve() { hand_on() } else { None };
+                handed_on.or_else(|| self.begin(leave, std::slice::from_ref(from), Among::All)?.ok())
             }
+            Leave::Waits { on } => self.begin(leave, std::slice::from_ref(on), Among::All)?.ok(),
             Leave::Outgrown { by } => {
                 let mut avoid = vec![by.clone()];
                 for _ in 0..OUTGROWN_TRIES.min(FAILURES_MOST.saturating_sub(self.outgrown)) {
@@ -209,6 +214,11 @@ impl Attempts {
         let (alone, decode) = booked.booking.credit.pair();
         // The board takes them where there is nobody else.
         if [Some(alone), decode].into_iter().flatten().any(|id| avoid.contains(id)) {
+            return None;
+        }
+        // Its prompt is in both queues now.
+        let is_later = |on| placer.board.queue(alone) > placer.board.queue(on);
+        if matches!(leave, Leave::Waits { on } if is_later(on)) {
             return None;
         }
         let placing = Placing::new(&booked.booking, Some(leave.error()), Duration::ZERO);

@@ -100,7 +100,7 @@ pub struct Metrics {
     fleet_stale: Gauge,
     /// Blocks that the prefix index remembers.
     cached_blocks: Gauge,
-    /// What instances say of their caches: `snapshot`, `change`.
+    /// What instances say of their caches: `snapshot`, `change`, `resumed`.
     pub cache_events: Family<KindLabel, Counter>,
     /// Why something of that was missed, or not believed.
     pub cache_gaps: Family<ReasonLabel, Counter>,
@@ -391,7 +391,7 @@ impl Metrics {
         );
         registry.register(
             "cache_events",
-            "Messages of instances about their KV caches, by kind: a whole snapshot, a change",
+            "Messages of instances about their KV caches, by kind: a whole snapshot, a change, that it goes on (resumed)",
             self.cache_events.clone(),
         );
         registry.register(

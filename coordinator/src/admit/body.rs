@@ -172,6 +172,12 @@ mod tests {
         assert_eq!(equal, [40, 40]);
         // A single body may be as large as what is left.
         assert!(Body::new(budget.part(&"d".into()), Some(91 * FREE_BYTES), 91 * FREE_BYTES).is_ok());
+        let mut growing =
+            Body::new(budget.part(&"d".into()), None, 91 * FREE_BYTES).expect("nothing is asked");
+        for _ in 0..91 {
+            growing.push(&[0; FREE_BYTES]).expect("nobody else has any");
+        }
+        drop(growing);
         assert_eq!((metrics.body_reserved.get(), budget.left()), (0, 90 * FREE_BYTES));
     }
 

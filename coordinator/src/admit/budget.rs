@@ -1,9 +1,9 @@
 //! Memory that requests share within a bound. Overflow policy: what does not fit is 429 at once, so that nobody holds a
 //! connection to wait for memory.
 //!
-//! A tenant that holds some of it already may come to [`SHARE`] times as much as is left then, so that there is always some
-//! for others: the more of them there are, the less each may have (dynamic thresholds, as switches share their buffers:
-//! Choudhury and Hahne, 1998).
+//! A tenant may have whatever is left for one request; with several it may come to [`SHARE`] times as much as is left then,
+//! so that many of one leave some to others: the more of them there are, the less each may have (dynamic thresholds, as
+//! switches share their buffers: Choudhury and Hahne, 1998).
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -14,7 +14,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use super::refuse;
 use crate::metrics::Refusals;
 
-/// See the module: one tenant alone may have eight ninths, each of two eight seventeenths.
+/// See the module: many requests of one tenant alone may have eight ninths, of each of two eight seventeenths.
 const SHARE: usize = 8;
 
 /// See the module.
@@ -34,11 +34,12 @@ struct State {
 }
 
 impl State {
-    fn take(&mut self, bytes: usize, tenant: &Arc<str>, least: usize) -> Option<()> {
+    /// More for a part of it that has come to `own` bytes.
+    fn take(&mut self, bytes: usize, own: usize, tenant: &Arc<str>, least: usize) -> Option<()> {
         let left = self.left.checked_sub(bytes).filter(|left| *left >= least)?;
         if !tenant.is_empty() {
             let held = self.held.get(tenant).copied().unwrap_or(0);
-            if held > 0 && held + bytes > left.saturating_mul(SHARE) {
+            if held > own && held + bytes > left.saturating_mul(SHARE) {
                 return None;
             }
             self.held.insert(tenant.clone(), held + bytes);
@@ -97,12 +98,15 @@ impl Held {
     /// Comes to be of so many bytes, if that leaves so much for others; less is given back.
     pub(super) fn resize(&mut self, bytes: usize, least: usize) -> Result<(), ApiError> {
         let budget = &self.budget;
+        if bytes == self.bytes {
+            return Ok(());
+        }
         if let Some(less) = self.bytes.checked_sub(bytes) {
             budget.state.lock().give_back(less, &self.tenant);
             budget.reserved.dec_by(gauged(less));
         } else {
             let more = bytes - self.bytes;
-            let taken = budget.state.lock().take(more, &self.tenant, least);
+            let taken = budget.state.lock().take(more, self.bytes, &self.tenant, least);
             taken.ok_or_else(|| refuse(&budget.refusals, budget.why, budget.message, None))?;
             budget.reserved.inc_by(gauged(more));
         }
@@ -113,8 +117,8 @@ impl Held {
 
 impl Drop for Held {
     fn drop(&mut self) {
-        self.budget.state.lock().give_back(self.bytes, &self.tenant);
-        self.budget.reserved.dec_by(gauged(self.bytes));
+        // To give back is never refused.
+        let _ = self.resize(0, 0);
     }
 }
 

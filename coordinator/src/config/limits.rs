@@ -17,7 +17,7 @@ pub struct LimitsConfig {
     pub max_body_bytes: usize,
     /// Memory for the bodies of all requests together, from arrival until they are tokenised, beyond the 16 KiB that each
     /// request may take in any case; what does not fit is refused with 429. A tenant of API keys that holds some of it already is
-    /// given more only up to eight times what others are left. At least `max_body_bytes`.
+    /// given more for another only up to eight times what others are left. At least `max_body_bytes`.
     pub max_held_body_bytes: usize,
     /// Memory for what is kept of the prompts of all requests together, from when they are tokenised until they are answered: 4
     /// bytes for each token, 8 for each KV block by each way in which instances name them, and the text with `echo`; beyond 16 KiB

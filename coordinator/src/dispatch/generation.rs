@@ -228,9 +228,9 @@ impl Generation {
         decode.unwrap_or(alone)
     }
 
-    /// Who generates, once it has the cache of the prompt and of what it has brought.
-    pub fn has_cache(&self) -> Option<&InstanceId> {
-        self.served.iter().any(|side| *side != Side::Prefill).then(|| self.generates())
+    /// Whether who generates has the cache of the prompt and of what it has brought.
+    pub fn has_cache(&self) -> bool {
+        self.served.iter().any(|side| *side != Side::Prefill)
     }
 
     /// Who has one of the legs.
@@ -298,6 +298,7 @@ impl Generation {
             }
             if output.generates() && !self.served.contains(&side) {
                 self.served.push(side);
+                self.leaving = None;
             }
             let Some(of) = self.choices.get_mut(choice as usize) else { continue };
             let before = of.machine.tokens().len();

@@ -17,6 +17,7 @@ mod target;
 mod task;
 
 use std::{
+    cmp::Reverse,
     collections::HashMap,
     mem,
     sync::{
@@ -175,12 +176,14 @@ impl Link {
         up.outbound.push(Ask::Cancel(v1::Cancel { leg: leg.0, reason: reason.into(), choice, damaged }));
     }
 
-    /// The instance begins, or has ceased, to stop what it does. Whose prompts it has not begun with may leave it.
-    fn set_drains(&self, drains: bool) {
-        self.drains.store(drains, Ordering::Relaxed);
+    /// Those whose prompts wait on an instance that drains look whether they had better leave it, whoever came last first:
+    /// the queue is the shorter for the others.
+    fn wake_waiting(&self) {
         let stream = self.stream.lock();
-        let legs = stream.iter().filter(|_| drains).flat_map(|up| up.legs.values());
-        legs.filter(|slot| !slot.begun && slot.side != Side::Decode).for_each(|slot| slot.mailbox.wake());
+        let waits = |(_, slot): &(&LegId, &Slot)| !slot.begun && slot.side != Side::Decode;
+        let mut waiting: Vec<_> = stream.iter().flat_map(|up| &up.legs).filter(waits).collect();
+        waiting.sort_unstable_by_key(|(leg, _)| Reverse(**leg));
+        waiting.iter().for_each(|(_, slot)| slot.mailbox.wake());
     }
 
     /// Whether the instance does not read what it is sent.

@@ -310,10 +310,14 @@ impl Lane {
         }
         self.take_rest(generation, &open, pieces);
         let (readings, attempts, short) = (&self.readings, &strand.attempts, strand.short);
-        let leave = Leave::Drains { has_cache: generation.has_cache() };
+        let (from, has_cache) = (generation.generates(), generation.has_cache());
+        let leave = match begun {
+            true => Leave::Drains { from, has_cache },
+            false => Leave::Waits { on: generation.pair().0 },
+        };
         let mut next = Vec::new();
         if readings[strand.choices.clone()].iter().all(Reading::is_empty) {
-            let Some(moved) = attempts.elsewhere(Leave::Drains { has_cache: None }) else {
+            let Some(moved) = attempts.elsewhere(leave) else {
                 return vec![strand];
             };
             next.push((moved, (**attempts).clone(), strand.choices.clone()));
@@ -327,14 +331,14 @@ impl Lane {
                 next.push((moved, attempts, at..at + 1));
             }
         }
-        let begun = |moved, mut attempts: Attempts, choices| {
+        let replaced = |moved, mut attempts: Attempts, choices| {
             let Moved { generation, placing, handed_on } = moved;
             attempts.moved(leave, handed_on);
             card.placed(placing);
             Strand { short, ..Strand::new(Work::Generating(Box::new(generation)), attempts, choices) }
         };
         let next =
-            next.into_iter().map(|(moved, attempts, choices)| begun(moved, attempts, choices)).collect();
+            next.into_iter().map(|(moved, attempts, choices)| replaced(moved, attempts, choices)).collect();
         if let Work::Generating(generation) = strand.work {
             generation.give_up("placed_again");
         }

@@ -134,24 +134,49 @@ async fn a_prompt_stays_with_an_instance_that_drains_if_it_is_soon_done_or_nobod
         })
         .await;
         let response = cluster.chat(json!({"max_tokens": 2}));
-        let ((prefill, _, first), taken) = if roles[1].1 == v1::Role::Prefill {
+        let ((prefill, other, first), taken) = if roles[1].1 == v1::Role::Prefill {
             (either(&mut a, &mut b).await, d.dispatch().await)
         } else {
             let first = a.dispatch().await;
             let (decode, _, taken) = either(&mut b, &mut d).await;
-            decode.finish(taken.leg, 1, "b", FinishReason::Length);
             ((&mut a, decode, first), taken)
         };
         drain(prefill);
         tokio::time::sleep(Duration::from_millis(300)).await;
         prefill.finish(first.leg, 0, "a", FinishReason::HandedOff);
-        if roles[1].1 == v1::Role::Prefill {
-            d.finish(taken.leg, 1, "b", FinishReason::Length);
-        }
+        let decode = if roles[1].1 == v1::Role::Prefill { &mut d } else { other };
+        decode.finish(taken.leg, 1, "b", FinishReason::Length);
         let answer: Value = response.await.expect("ends").json().await.expect("is JSON");
         assert_eq!(answer["choices"][0]["message"]["content"], "ab");
+        assert!(a.is_quiet() && b.is_quiet() && d.is_quiet(), "it was placed again");
         cluster.at_rest().await;
     }
+}
+
+#[tokio::test]
+async fn a_prompt_that_waits_leaves_once_somebody_is_there_who_has_less_to_do() {
+    let roles = [("a", v1::Role::Prefill), ("b", v1::Role::Prefill), ("d", v1::Role::Decode)];
+    let (cluster, [mut a, mut b, mut d]) = Cluster::start(roles, at_once).await;
+    let response = cluster.chat(json!({"max_tokens": 2}));
+    let ((drained, other, first), taken) = (either(&mut a, &mut b).await, d.dispatch().await);
+    let busy =
+        |tokens| Answer::Load(v1::InstanceLoad { queued_prefill_tokens: tokens, ..Default::default() });
+    other.say(busy(1 << 20));
+    // The board has heard of it before the other says that it drains.
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    drain(drained);
+    tokio::time::sleep(Duration::from_millis(1200)).await;
+    assert!(drained.is_quiet() && other.is_quiet() && d.is_quiet(), "it would wait longer there");
+    other.say(busy(0));
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    drained.say(busy(18));
+    assert_eq!(drained.cancelled().await.leg, first.leg);
+    let (computes, generates) = (other.dispatch().await, d.dispatch().await);
+    assert_eq!(d.cancelled().await.leg, taken.leg);
+    other.finish(computes.leg, 0, "a", FinishReason::HandedOff);
+    d.finish(generates.leg, 1, "b", FinishReason::Length);
+    assert_eq!(response.await.expect("ends").status(), 200);
+    cluster.at_rest().await;
 }
 
 #[tokio::test]

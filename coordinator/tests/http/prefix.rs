@@ -1,12 +1,13 @@
 //! Requests go where their prompts are, by what instances say that they have cached and by what was sent to them.
 
 use baton_coordinator::{CoordinatorConfig, requests::Known};
-use baton_proto::{BlockHash, v1};
+use baton_proto::{BlockHash, Incarnation, InstanceSpec, v1};
+use baton_registry::{Store, Txn, keys, records};
 use baton_schedule::Scored;
 use serde_json::json;
 use v1::{FinishReason, attach_response::Frame as Answer};
 
-use crate::scripted::{Cluster, Instance, PATIENCE, cache::chain, prompt_of, until};
+use crate::scripted::{Cluster, Instance, PATIENCE, cache::chain, prompt_of, served, until};
 
 /// Two that prefill, and one that decodes.
 struct Fleet {
@@ -244,6 +245,25 @@ async fn a_process_that_is_gone_has_nothing() {
     fleet.told("snapshot", 4).await;
     // It is of the same incarnation here: what was sent to it is expected of it for a while.
     tokio::time::sleep(std::time::Duration::from_millis(1100)).await;
+    let (_, receipt) = fleet.ask("a question").await;
+    assert_eq!(cached(&receipt, "p1"), 0);
+}
+
+#[tokio::test]
+async fn another_process_of_an_instance_has_nothing_from_the_first() {
+    let mut fleet = Fleet::start().await;
+    fleet.prefill[1].cache.change(6, &blocks("a question"), &[]);
+    fleet.told("change", 1).await;
+    fleet.each_goes_to("a question", 1).await;
+    let p1 = &mut fleet.prefill[1];
+    p1.kill().await;
+    p1.restart_as(2).await;
+    let spec = InstanceSpec { incarnation: Incarnation(2), ..p1.spec(&served()) };
+    let put = Txn::new().put(&keys::instance(&p1.id), records::encode_spec(&spec), None);
+    fleet.cluster.store.txn(put).await.expect("puts");
+    fleet.prefill[1].cache.opened(1).await;
+    assert_eq!(fleet.prefill[1].cache.known(), (2, 0));
+    // It has said nothing yet.
     let (_, receipt) = fleet.ask("a question").await;
     assert_eq!(cached(&receipt, "p1"), 0);
 }

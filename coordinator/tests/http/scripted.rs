@@ -83,6 +83,7 @@ type Outgoing = Arc<Mutex<HashMap<String, mpsc::Sender<Result<v1::AttachResponse
 
 struct Script {
     id: String,
+    incarnation: u64,
     role: v1::RoleChange,
     outgoing: Outgoing,
     incoming: mpsc::Sender<Ask>,
@@ -104,7 +105,7 @@ impl v1::inference_server::Inference for Script {
         let (sender, receiver) = mpsc::channel(256);
         let welcome = v1::attach_response::Welcome {
             instance_id: self.id.clone(),
-            incarnation: 1,
+            incarnation: self.incarnation,
             role: Some(self.role),
         };
         let welcome = v1::AttachResponse { frame: Some(Answer::Welcome(welcome)) };
@@ -138,7 +139,7 @@ pub(crate) struct Instance {
 }
 
 impl Instance {
-    async fn start(id: &str, role: v1::Role, at: Option<SocketAddr>) -> Self {
+    async fn start(id: &str, role: v1::Role, at: Option<SocketAddr>, incarnation: u64) -> Self {
         let at = at.unwrap_or_else(|| "127.0.0.1:0".parse().expect("an address"));
         let listener = TcpListener::bind(at).await.expect("a free port");
         let address = listener.local_addr().expect("is bound");
@@ -148,6 +149,7 @@ impl Instance {
         let change = v1::RoleChange { role: role.into(), epoch: 1, phase: v1::Phase::Ready.into() };
         let script = Script {
             id: id.into(),
+            incarnation,
             role: change,
             outgoing: outgoing.clone(),
             incoming: sender,
@@ -321,9 +323,14 @@ impl Instance {
         timeout(PATIENCE, self.ended.wait()).await.expect("the server ends");
     }
 
-    /// Starts it again where it was.
+    /// Starts it again where it was, as the same process for all that anybody can tell.
     pub(crate) async fn restart(&mut self) {
-        *self = Self::start(self.id.as_str(), self.role, Some(self.address)).await;
+        self.restart_as(1).await;
+    }
+
+    /// Starts another process of it, where it was.
+    pub(crate) async fn restart_as(&mut self, incarnation: u64) {
+        *self = Self::start(self.id.as_str(), self.role, Some(self.address), incarnation).await;
     }
 }
 
@@ -364,7 +371,7 @@ impl Cluster {
         let store = MemoryStore::start(MemoryConfig::new(Revision(1)), shutdown.clone(), &TaskTracker::new());
         let mut instances = Vec::new();
         for (id, role, model) in roles {
-            let instance = Instance::start(id, role, None).await;
+            let instance = Instance::start(id, role, None, 1).await;
             let spec = instance.spec(&served[model]);
             let put = Txn::new().put(
                 keys::instance(&instance.id),

@@ -66,6 +66,8 @@ pub(super) enum News {
     },
     /// What was known counts, and changes since come next.
     GoesOn,
+    /// What this build does not know.
+    Nothing,
 }
 
 /// How far an instance's events have been taken in.
@@ -144,9 +146,7 @@ impl Follower {
                 Ok(News::GoesOn)
             }
             State::Begin { after: asked } => Err(Fault::Elsewhere { asked, got: sequence }),
-            State::Parts { .. } | State::Following { .. } => {
-                Err(Fault::Elsewhere { asked: None, got: sequence })
-            }
+            State::Parts { .. } | State::Following { .. } => Ok(News::Nothing),
         }
     }
 
@@ -282,7 +282,8 @@ mod tests {
         assert_eq!(second.take(goes_on(8)), Ok(News::GoesOn));
         assert!(second.take(change(9, &[5], &[])).is_ok());
         assert_eq!(second.position(), Some(Position { sequence: 9, blocks: 4 }));
-        assert_eq!(second.take(goes_on(9)), Err(Fault::Elsewhere { asked: None, got: 9 }));
+        assert_eq!(second.take(goes_on(0)), Ok(News::Nothing), "of a later build");
+        assert!(second.take(change(10, &[6], &[])).is_ok());
         assert_eq!(back().take(goes_on(7)), Err(Fault::Elsewhere { asked: Some(8), got: 7 }));
         assert_eq!(back().take(change(9, &[5], &[])), Err(Fault::Early));
         // Not all is kept, or the instance knows of no going on.

@@ -4,41 +4,51 @@ use super::{follow::BLOCKS_MOST, *};
 
 /// As [`CacheReader`], without a connection.
 pub(crate) struct Listener {
+    incarnation: Incarnation,
     follower: Follower,
-    feed: Feed,
+    known: Known,
     over: bool,
 }
 
 impl Listener {
     pub(crate) fn new(incarnation: Incarnation, feed: Feed) -> Self {
-        Self { follower: Follower::new(incarnation, None), feed, over: false }
+        let known = Known { feed, position: None, lost: None };
+        Self { incarnation, follower: Follower::new(incarnation, None), known, over: false }
     }
 
-    /// The next message of the stream; the first that cannot be ends it.
+    /// The next message of the stream. The first that does not fit ends it, and another goes on from what is known; the first
+    /// that cannot be ends them all.
     pub(crate) fn take(&mut self, message: v1::KvEvents) {
         if self.over {
             return;
         }
+        let Known { feed, position, .. } = &mut self.known;
         let told = match self.follower.take(message) {
             Ok(News::Part { first, stored, whole }) => {
                 if first {
-                    self.feed.begin();
+                    feed.begin();
                 }
-                self.feed.store(&stored);
-                whole.map_or(Ok(()), |dialect| self.feed.publish(dialect).map_err(End::from))
+                feed.store(&stored);
+                whole.map_or(Ok(()), |dialect| feed.publish(dialect).map_err(End::from))
             }
             Ok(News::Change { stored, evicted }) => {
-                self.feed.change(&stored, &evicted);
+                feed.change(&stored, &evicted);
                 Ok(())
             }
-            Ok(News::GoesOn) => Ok(()),
+            Ok(News::GoesOn | News::Nothing) => Ok(()),
             Err(fault) => Err(fault.into()),
         };
-        if let Err(end) = told {
-            assert!(!end.reason().is_empty());
-            self.feed.forget();
-            self.over = true;
+        match told {
+            Ok(()) => *position = self.follower.position().or(*position),
+            Err(end) if end.is_nonsense() => {
+                self.known.forget();
+                self.over = true;
+            }
+            Err(end) => {
+                assert!(!end.reason().is_empty());
+                self.follower = Follower::new(self.incarnation, *position);
+            }
         }
-        assert!(self.feed.blocks_of_all() <= 2 * BLOCKS_MOST);
+        assert!(self.known.feed.blocks_of_all() <= 2 * BLOCKS_MOST);
     }
 }

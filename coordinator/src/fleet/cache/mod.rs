@@ -7,7 +7,8 @@
 //! [`SNAPSHOT_PAUSE`].
 //!
 //! When a stream ends or something is missing on it, another is opened, after a growing pause, and brings what was missed,
-//! or a snapshot if the instance does not keep that any more. Until then what was known still counts, for [`STALE`] at most.
+//! or a snapshot if the instance does not keep that any more. Until then what was known still counts, for [`STALE`] at most
+//! from when the connection stands.
 //! An instance that says what cannot be is forgotten at once and asked again after [`NONSENSE_PAUSE`]; one that does not
 //! have the service is not asked again.
 
@@ -145,6 +146,7 @@ impl CacheReader {
             let end = self.follow(known, &mut read).await;
             tracing::debug!(instance = %self.instance, %end, "reads no events of the KV cache");
             if matches!(&end, End::Failed(status) if status.code() == Code::Unimplemented) {
+                known.forget();
                 return;
             }
             if read {
@@ -224,6 +226,7 @@ impl CacheReader {
                     known.feed.change(&stored, &evicted);
                     self.count(known, "change");
                 }
+                News::Nothing => {}
                 News::GoesOn => {
                     *read = true;
                     self.count(known, "resumed");

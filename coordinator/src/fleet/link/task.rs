@@ -38,7 +38,7 @@ const MESSAGES_AT_ONCE: usize = 16;
 /// Deliveries, and answers read, before whoever else was woken has a turn. A turn given up wakes another thread, whether it
 /// finds anything to do or not: with a single stream that was a quarter of what a token takes.
 const WORK_BETWEEN_TURNS: usize = 64;
-/// How long what an instance has cached is remembered when the stream to it has broken: longer than the instance keeps the
+/// How long what an instance has cached is remembered when the stream to it has broken: longer than a busy one keeps the
 /// changes that would be missed.
 const MEMORY_KEPT: Duration = Duration::from_secs(60);
 /// Largest message an instance may send: a step's tokens of all legs.
@@ -160,6 +160,9 @@ impl LinkTask {
                 return Err(BreakReason::WrongPeer { expected, got });
             }
         };
+        // Before it is placed on: what another process had is not its.
+        let subject = self.board.subject(&self.link.instance);
+        self.memory.take_if(|memory| !memory.is_of(&subject, incarnation));
         self.link.drains.store(false, Ordering::Relaxed);
         *self.link.stream.lock() = Some(Up { outbound, legs: Slots::default() });
         self.board.up(&self.link.instance, incarnation, duty);
@@ -262,12 +265,22 @@ impl LinkTask {
                     self.board.told(instance, &news);
                 }
             }
-            Answer::Load(load) => self.board.load(instance, (&load).into()),
+            Answer::Load(load) => {
+                self.board.load(instance, (&load).into());
+                // Others may have come since it began to drain.
+                if self.link.drains() {
+                    self.link.wake_waiting();
+                }
+            }
             Answer::Role(change) => {
                 tracing::info!(%instance, role = ?change.role(), phase = ?change.phase(), "instance changed");
                 // First the board: what leaves it now is placed again at once, and not here.
                 self.board.duty(instance, (&change).into());
-                self.link.set_drains(change.phase() == v1::Phase::Draining);
+                let drains = change.phase() == v1::Phase::Draining;
+                self.link.drains.store(drains, Ordering::Relaxed);
+                if drains {
+                    self.link.wake_waiting();
+                }
             }
             Answer::Welcome(_) => {}
         }

@@ -106,7 +106,7 @@ pub(super) fn facts(page: &mut Page, coordinator: &str, answer: &ExplainPlacemen
         }
     }
     match (answer.left_out, answer.placements.is_empty()) {
-        (_, true) if answer.request.as_ref().is_some_and(|request| !request.error.is_empty()) => {
+        (_, true) if answer.request.as_ref().is_some_and(|request| request.stage == "ended") => {
             page.fact("Placed", "never");
         }
         (_, true) => page.fact("Placed", "not yet"),
@@ -394,7 +394,8 @@ pub(super) mod tests {
         few.waiting = Some(WaitingView::default());
         assert!(page("c", &few).contains("nowhere"));
         few.waiting = None;
-        few.request.as_mut().expect("named").error = "model `m`: all instances are busy".into();
+        let request = few.request.as_mut().expect("named");
+        (request.stage, request.error) = ("ended".into(), "model `m`: all instances are busy".into());
         let text = page("c", &few);
         assert!(text.contains("all instances are busy") && text.contains("never"), "{text}");
     }
