@@ -259,7 +259,7 @@ async fn another_process_of_an_instance_has_nothing_from_the_first() {
     p1.kill().await;
     p1.restart_as(2).await;
     let spec = InstanceSpec { incarnation: Incarnation(2), ..p1.spec(&served()) };
-    let put = Txn::new().put(&keys::instance(&p1.id), records::encode_spec(&spec), None);
+    let put = Txn::new().put(keys::instance(&p1.id), records::encode_spec(&spec), None);
     fleet.cluster.store.txn(put).await.expect("puts");
     fleet.prefill[1].cache.opened(1).await;
     assert_eq!(fleet.prefill[1].cache.known(), (2, 0));
