@@ -23,7 +23,9 @@ use crate::{
     metrics::Metrics,
     models::{Model, Models},
     place::{Booked, Placer},
-    prepare::{Ahead, Endpoint, Prepared, PreparedPrompt, RequestLimits, asked_priority, parse, prepare},
+    prepare::{
+        Ahead, Endpoint, Prepared, PreparedPrompt, RequestLimits, asked_model, asked_priority, parse, prepare,
+    },
     report::Report,
     requests::{CardGuard, Placing, Roster, Stage},
     stream::{Lane, Overdue, Reading, Streaming},
@@ -121,10 +123,11 @@ impl Service {
         self.placer.board.can_serve(&model.served.revision)
     }
 
-    /// Who tokenises a long body while it comes: of one model, since a body says late which it asks, and nothing for a line
-    /// that is full.
-    pub fn ahead(&self) -> Option<(Ahead, OwnedSemaphorePermit)> {
-        let model = self.models.only().filter(|model| !model.line.is_full())?;
+    /// Who tokenises a long body, of which so much has come, while the rest does: if it is known which model it asks, and
+    /// nothing for a line that is full.
+    pub fn ahead(&self, begun: &[u8]) -> Option<(Ahead, OwnedSemaphorePermit)> {
+        let named = || self.models.asked(Some(&asked_model(begun)?)).ok();
+        let model = self.models.only().or_else(named).filter(|model| !model.line.is_full())?;
         // What has no room is tokenised when it is whole.
         let room = self.ahead.clone().try_acquire_owned().ok()?;
         Some((Ahead::new(model.served.text.clone()), room))

@@ -84,7 +84,7 @@ async fn taken(
         whole.push(&chunk).map_err(Unread::Refused)?;
         let more_comes = announced.is_none_or(|bytes| whole.len() < bytes);
         if more_comes && whole.len() >= AHEAD_FROM_BYTES {
-            let ahead = ahead.get_or_insert_with(|| service.ahead());
+            let ahead = ahead.get_or_insert_with(|| service.ahead(&whole));
             while ahead.as_mut().is_some_and(|(ahead, _)| ahead.read(&whole)) {
                 tokio::task::yield_now().await;
             }

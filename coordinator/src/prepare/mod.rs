@@ -3,6 +3,7 @@
 //! Called by [`crate::serve`], which looks up the model in between [`parse`] and [`prepare`]. Pure but for the model's
 //! tables: randomness comes in as an argument. From here on only token ids travel.
 
+mod begun;
 mod choices;
 mod ends;
 #[cfg(any(test, feature = "fuzz"))]
@@ -18,6 +19,7 @@ use std::{borrow::Cow, sync::Arc};
 use baton_proto::{ApiError, ErrorCode, Tokens};
 use baton_schedule::chains::Chains;
 
+pub use begun::asked_model;
 pub use incremental::{AHEAD_FROM_BYTES, Ahead};
 pub use sampling::Sampling;
 use sampling::TokenLimits;

@@ -1,12 +1,21 @@
 //! Several models behind one coordinator: each request at its own, whatever becomes of the others.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+    time::Duration,
+};
 
 use baton_coordinator::{
-    CoordinatorConfig, CoordinatorError, Parts, assemble, keys::Source, prepare::Served,
+    CoordinatorConfig, CoordinatorError, Parts, assemble,
+    keys::Source,
+    prepare::{Served, Spelling, TextModel, TextReader},
+    text::{ChatMessage, TextStops, Variables},
 };
 use baton_process::{HealthHandle, Tls, access::Access};
-use baton_proto::v1;
+use baton_proto::{ApiError, v1};
 use baton_registry::{FleetWatch, FleetWatchConfig, MemoryConfig, MemoryStore, Revision};
 use serde_json::{Value, json};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -236,6 +245,62 @@ async fn an_answer_goes_on_at_an_instance_of_its_own_model() {
     has_metric(&cluster, "baton_coordinator_migrations_total{reason=\"instance_lost\",model=\"other\"} 1")
         .await;
     cluster.at_rest().await;
+}
+
+/// Counts what is tokenised ahead.
+struct Heard {
+    text: Arc<dyn TextModel>,
+    bytes: AtomicUsize,
+}
+
+impl TextModel for Heard {
+    fn remember(&self, text: &str) -> usize {
+        self.bytes.fetch_add(text.len(), Relaxed);
+        text.len()
+    }
+
+    fn tokenise_text(&self, text: &str) -> Result<Vec<u32>, ApiError> {
+        self.text.tokenise_text(text)
+    }
+
+    fn tokenise_chat(&self, chat: &[ChatMessage<'_>], variables: &Variables) -> Result<Vec<u32>, ApiError> {
+        self.text.tokenise_chat(chat, variables)
+    }
+
+    fn reader(&self, stops: &TextStops) -> Box<dyn TextReader> {
+        self.text.reader(stops)
+    }
+
+    fn spelling(&self, token: u32) -> Spelling<'_> {
+        self.text.spelling(token)
+    }
+
+    fn vocabulary(&self) -> u32 {
+        self.text.vocabulary()
+    }
+}
+
+#[tokio::test]
+async fn a_long_body_is_tokenised_while_it_comes_by_the_model_that_it_names_first() {
+    let heard = || Arc::new(Heard { text: served().text, bytes: AtomicUsize::new(0) });
+    let (one, two) = (heard(), heard());
+    let models = vec![Served { text: one.clone(), ..served() }, Served { text: two.clone(), ..other() }];
+    let (cluster, _instances) = Cluster::start_models(models, ROLES, |_| {}).await;
+    let long = "some words ".repeat(100_000);
+    let heard = || [&one, &two].map(|heard| heard.bytes.swap(0, Relaxed));
+    let sent = async |body: String| cluster.post("/v1/completions", body).await.expect("ends").status();
+    // It is too long for either.
+    assert_eq!(sent(format!(r#"{{"model": "alias", "prompt": "{long}"}}"#)).await, 400);
+    let [of_one, of_two] = heard();
+    assert!(of_one == 0 && of_two > long.len() / 2, "{of_two} of {}", long.len());
+    for unknown in
+        [format!(r#"{{"prompt": "{long}", "model": "alias"}}"#), format!(r#"{{"prompt": "{long}"}}"#)]
+    {
+        assert_eq!(sent(unknown).await, 400);
+        assert_eq!(heard(), [0, 0]);
+    }
+    assert_eq!(sent(format!(r#"{{"model": "nobody", "prompt": "{long}"}}"#)).await, 404);
+    assert_eq!(heard(), [0, 0]);
 }
 
 #[tokio::test]
