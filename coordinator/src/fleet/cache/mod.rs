@@ -8,9 +8,8 @@
 //!
 //! When a stream ends or something is missing on it, another is opened, after a growing pause, and brings what was missed,
 //! or a snapshot if the instance does not keep that any more. Until then what was known still counts, for [`STALE`] at most
-//! from when the connection stands.
-//! An instance that says what cannot be is forgotten at once and asked again after [`NONSENSE_PAUSE`]; one that does not
-//! have the service is not asked again.
+//! from when the connection stands. An instance that says what cannot be is forgotten at once and asked again after
+//! [`NONSENSE_PAUSE`]; one that does not have the service is not asked again.
 
 mod follow;
 #[cfg(any(test, feature = "fuzz"))]
