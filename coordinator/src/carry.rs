@@ -164,7 +164,7 @@ impl Attempts {
     }
 
     /// Whether an answer that has so many tokens is expected to take so long yet on an instance which drains that it had
-    /// better go on elsewhere; of one that is not `begun`, whether the prompts are that are queued where its own is.
+    /// better go on elsewhere; of one that is not `begun`, whether the queue takes so long that its prompt is in.
     pub fn is_worth_moving(&self, generation: &Generation, begun: bool, tokens: u32) -> bool {
         let (board, most) = (&self.placer.board, self.assignment.prompt.sampling.max_tokens);
         let expected = match begun {

@@ -9,11 +9,8 @@ use std::{
     time::Duration,
 };
 
-use crate::scripted::{Cluster, PATIENCE, answer, chat_text, events, served, until};
-use baton_coordinator::{
-    prepare::{Spelling, TextModel, TextReader},
-    text::{ChatMessage, TextStops, Variables},
-};
+use crate::scripted::{Cluster, PATIENCE, Watched, answer, chat_text, events, served, until};
+use baton_coordinator::prepare::Served;
 use baton_proto::{ApiError, ErrorCode, v1};
 use baton_registry::{KeyRange, LeaderRecord, Store, Txn, keys};
 use bytes::Bytes;
@@ -237,45 +234,22 @@ async fn a_full_house_is_429_with_when_to_come_back() {
     cluster.at_rest().await;
 }
 
-/// Tokenises once it is let.
-struct Held {
-    text: Arc<dyn TextModel>,
-    entered: AtomicUsize,
-    let_go: Mutex<mpsc::Receiver<()>>,
-}
-
-impl TextModel for Held {
-    fn tokenise_text(&self, text: &str) -> Result<Vec<u32>, ApiError> {
-        self.entered.fetch_add(1, Ordering::Release);
-        // Lasts until the test drops the other end.
-        let _ = self.let_go.lock().map(|let_go| let_go.recv());
-        self.text.tokenise_text(text)
-    }
-
-    fn tokenise_chat(&self, chat: &[ChatMessage<'_>], variables: &Variables) -> Result<Vec<u32>, ApiError> {
-        self.text.tokenise_chat(chat, variables)
-    }
-
-    fn reader(&self, stops: &TextStops) -> Box<dyn TextReader> {
-        self.text.reader(stops)
-    }
-
-    fn spelling(&self, token: u32) -> Spelling<'_> {
-        self.text.spelling(token)
-    }
-
-    fn vocabulary(&self) -> u32 {
-        self.text.vocabulary()
-    }
+/// A model that tokenises once the sender is dropped, and how many texts it was given.
+fn held() -> (Served, Arc<AtomicUsize>, mpsc::Sender<()>) {
+    let (let_go, held) = mpsc::channel();
+    let (entered, held) = (Arc::<AtomicUsize>::default(), Mutex::new(held));
+    let counted = entered.clone();
+    let tokenises = move |_: &str| {
+        counted.fetch_add(1, Ordering::Release);
+        let _ = held.lock().map(|held| held.recv());
+    };
+    let text = Arc::new(Watched { tokenises, ahead: |_: &str| {} });
+    (Served { text, ..served() }, entered, let_go)
 }
 
 #[tokio::test]
 async fn a_body_that_is_still_worked_on_keeps_its_place_when_the_client_leaves() {
-    let (let_go, held) = mpsc::channel();
-    let mut served = served();
-    let text =
-        Arc::new(Held { text: served.text.clone(), entered: AtomicUsize::new(0), let_go: Mutex::new(held) });
-    served.text = text.clone();
+    let (served, entered, let_go) = held();
     let roles = [("p", v1::Role::Prefill), ("d", v1::Role::Decode)];
     let (cluster, [mut prefill, mut decode]) = Cluster::start_with(served, roles, |config| {
         config.limits.max_concurrent = 1;
@@ -284,7 +258,7 @@ async fn a_body_that_is_still_worked_on_keeps_its_place_when_the_client_leaves()
     .await;
     let body = json!({"model": "tiny", "prompt": "x".repeat(4096)}).to_string();
     let left = cluster.post("/v1/completions", body);
-    until("it is worked on", || text.entered.load(Ordering::Acquire) == 1).await;
+    until("it is worked on", || entered.load(Ordering::Acquire) == 1).await;
     left.abort();
     until("its client is missed", || cluster.service.roster.list().is_empty()).await;
     let (status, _) = error_of(cluster.chat(json!({})).await.expect("ends")).await;
@@ -298,24 +272,20 @@ async fn a_body_that_is_still_worked_on_keeps_its_place_when_the_client_leaves()
 
 #[tokio::test]
 async fn no_more_bodies_are_worked_on_at_a_time_than_there_are_cores() {
-    let (let_go, held) = mpsc::channel();
-    let mut served = served();
-    let text =
-        Arc::new(Held { text: served.text.clone(), entered: AtomicUsize::new(0), let_go: Mutex::new(held) });
-    served.text = text.clone();
+    let (served, entered, let_go) = held();
     let cores = std::thread::available_parallelism().map_or(1, usize::from).max(2);
     let (cluster, [mut mixed]) = Cluster::start_with(served, [("m", v1::Role::Mixed)], |_| {}).await;
     let body = json!({"model": "tiny", "prompt": "x".repeat(600), "user": "u".repeat(4096), "max_tokens": 1});
     let post = || cluster.post("/v1/completions", body.to_string());
     let worked_on: Vec<_> = (0..cores).map(|_| post()).collect();
-    until("they are worked on", || text.entered.load(Ordering::Acquire) == cores).await;
+    until("they are worked on", || entered.load(Ordering::Acquire) == cores).await;
     let left = post();
     until("it waits for its turn", || cluster.service.metrics.queued.get() == 1).await;
     let waits = post();
     until("it waits, too", || cluster.service.metrics.queued.get() == 2).await;
     left.abort();
     until("it waits no more", || cluster.service.metrics.queued.get() == 1).await;
-    assert_eq!(text.entered.load(Ordering::Acquire), cores);
+    assert_eq!(entered.load(Ordering::Acquire), cores);
     drop(let_go);
     for _ in 0..=cores {
         let leg = mixed.dispatch().await.leg;
@@ -324,7 +294,7 @@ async fn no_more_bodies_are_worked_on_at_a_time_than_there_are_cores() {
     for response in worked_on.into_iter().chain([waits]) {
         assert_eq!(response.await.expect("ends").status(), 200);
     }
-    assert_eq!(text.entered.load(Ordering::Acquire), cores + 1, "who left is not worked on");
+    assert_eq!(entered.load(Ordering::Acquire), cores + 1, "who left is not worked on");
     cluster.at_rest().await;
 }
 

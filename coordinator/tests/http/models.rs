@@ -9,20 +9,17 @@ use std::{
 };
 
 use baton_coordinator::{
-    CoordinatorConfig, CoordinatorError, Parts, assemble,
-    keys::Source,
-    prepare::{Served, Spelling, TextModel, TextReader},
-    text::{ChatMessage, TextStops, Variables},
+    CoordinatorConfig, CoordinatorError, Parts, assemble, keys::Source, prepare::Served,
 };
 use baton_process::{HealthHandle, Tls, access::Access};
-use baton_proto::{ApiError, v1};
+use baton_proto::v1;
 use baton_registry::{FleetWatch, FleetWatchConfig, MemoryConfig, MemoryStore, Revision};
 use serde_json::{Value, json};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use v1::FinishReason;
 
 use crate::scripted::{
-    Cluster, Instance, PATIENCE, answer, chat_text, events, other, prompt_of, served, until,
+    Cluster, Instance, PATIENCE, Watched, answer, chat_text, events, other, prompt_of, served, until,
 };
 
 /// A pair that runs `tiny`, and an instance that runs `other`.
@@ -247,47 +244,18 @@ async fn an_answer_goes_on_at_an_instance_of_its_own_model() {
     cluster.at_rest().await;
 }
 
-/// Counts what is tokenised ahead.
-struct Heard {
-    text: Arc<dyn TextModel>,
-    bytes: AtomicUsize,
-}
-
-impl TextModel for Heard {
-    fn remember(&self, text: &str) -> usize {
-        self.bytes.fetch_add(text.len(), Relaxed);
-        text.len()
-    }
-
-    fn tokenise_text(&self, text: &str) -> Result<Vec<u32>, ApiError> {
-        self.text.tokenise_text(text)
-    }
-
-    fn tokenise_chat(&self, chat: &[ChatMessage<'_>], variables: &Variables) -> Result<Vec<u32>, ApiError> {
-        self.text.tokenise_chat(chat, variables)
-    }
-
-    fn reader(&self, stops: &TextStops) -> Box<dyn TextReader> {
-        self.text.reader(stops)
-    }
-
-    fn spelling(&self, token: u32) -> Spelling<'_> {
-        self.text.spelling(token)
-    }
-
-    fn vocabulary(&self) -> u32 {
-        self.text.vocabulary()
-    }
-}
-
 #[tokio::test]
 async fn a_long_body_is_tokenised_while_it_comes_by_the_model_that_it_names_first() {
-    let heard = || Arc::new(Heard { text: served().text, bytes: AtomicUsize::new(0) });
-    let (one, two) = (heard(), heard());
-    let models = vec![Served { text: one.clone(), ..served() }, Served { text: two.clone(), ..other() }];
+    let (one, two) = (Arc::<AtomicUsize>::default(), Arc::<AtomicUsize>::default());
+    let watched = |bytes: &Arc<AtomicUsize>| {
+        let bytes = bytes.clone();
+        let ahead = move |text: &str| _ = bytes.fetch_add(text.len(), Relaxed);
+        Arc::new(Watched { tokenises: |_: &str| {}, ahead })
+    };
+    let models = vec![Served { text: watched(&one), ..served() }, Served { text: watched(&two), ..other() }];
     let (cluster, _instances) = Cluster::start_models(models, ROLES, |_| {}).await;
     let long = "some words ".repeat(100_000);
-    let heard = || [&one, &two].map(|heard| heard.bytes.swap(0, Relaxed));
+    let heard = || [&one, &two].map(|bytes| bytes.swap(0, Relaxed));
     let sent = async |body: String| cluster.post("/v1/completions", body).await.expect("ends").status();
     // It is too long for either.
     assert_eq!(sent(format!(r#"{{"model": "alias", "prompt": "{long}"}}"#)).await, 400);

@@ -4,13 +4,7 @@
 
 use std::{collections::HashMap, net::SocketAddr, sync::Arc, time::Duration};
 
-use baton_coordinator::{
-    CoordinatorConfig, Parts, assemble,
-    keys::Source,
-    prepare::{Served, Spelling, TextModel, TextReader},
-    serve::Service,
-    text::{ChatMessage, TextStops, Variables},
-};
+use baton_coordinator::{CoordinatorConfig, Parts, assemble, keys::Source, prepare::Served, serve::Service};
 use baton_process::{HealthHandle, Tls, http::Port};
 use baton_proto::{ApiError, ErrorCode, InstanceId, InstanceSpec, ModelIdentity, tokens, v1};
 use baton_registry::{
@@ -28,10 +22,9 @@ use tokio_util::{
 use tonic::{Request, Response, Status, Streaming};
 use v1::{attach_request::Frame as Ask, attach_response::Frame as Answer, leg_output::End};
 
-#[path = "../../src/prepare/tests/bytes.rs"]
-mod bytes;
 pub(crate) mod cache;
-use bytes::Bytes;
+mod models;
+pub(crate) use models::{Watched, other, served};
 
 /// Longest wait for anything that must happen.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
@@ -52,30 +45,6 @@ pub(crate) async fn until(what: &str, mut is_true: impl FnMut() -> bool) {
 /// The tokens of a dispatched prompt.
 pub(crate) fn prompt_of(dispatch: &v1::Dispatch) -> Vec<u32> {
     tokens::from_wire(&dispatch.prompt_tokens).expect("whole token ids")
-}
-
-/// Byte 0 ends a sequence; the context is 1,000 tokens.
-pub(crate) fn served() -> Served {
-    Served {
-        name: "tiny".into(),
-        aliases: Vec::new(),
-        revision: "r1".into(),
-        context_tokens: 1000,
-        stop_tokens: vec![0],
-        since: 1,
-        text: Arc::new(Bytes),
-    }
-}
-
-/// Another model: twice the context, and an alias.
-pub(crate) fn other() -> Served {
-    Served {
-        name: "other".into(),
-        aliases: vec!["alias".into()],
-        revision: "r2".into(),
-        context_tokens: 2000,
-        ..served()
-    }
 }
 
 /// The sending halves of the streams that coordinators have open, by their ids.

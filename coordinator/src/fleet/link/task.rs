@@ -161,8 +161,7 @@ impl LinkTask {
             }
         };
         // Before it is placed on: what another process had is not its.
-        let subject = self.board.subject(&self.link.instance);
-        self.memory.take_if(|memory| !memory.is_of(&subject, incarnation));
+        self.forget_others(incarnation);
         self.link.drains.store(false, Ordering::Relaxed);
         *self.link.stream.lock() = Some(Up { outbound, legs: Slots::default() });
         self.board.up(&self.link.instance, incarnation, duty);
@@ -171,13 +170,18 @@ impl LinkTask {
         Ok(Attached { inbound, target: Target { incarnation, ..target }, channel, cache })
     }
 
+    /// What is remembered of another process, or of another model, counts no more.
+    fn forget_others(&mut self, incarnation: Incarnation) {
+        let subject = self.board.subject(&self.link.instance);
+        self.memory.take_if(|memory| !memory.is_of(&subject, incarnation));
+    }
+
     /// What the process at the other end says of its cache counts for the model that the board has it for now.
     fn read_cache(&mut self, incarnation: Incarnation, channel: Channel) -> AbortOnDropHandle<()> {
         let instance = self.link.instance.clone();
-        let subject = self.board.subject(&instance);
-        let remembered = self.memory.take().filter(|memory| memory.is_of(&subject, incarnation));
+        self.forget_others(incarnation);
         let anew = || Memory::new(incarnation, self.board.feed(&instance));
-        let memory = self.memory.insert(remembered.unwrap_or_else(anew)).clone();
+        let memory = self.memory.get_or_insert_with(anew).clone();
         let reader = CacheReader {
             instance,
             memory,
