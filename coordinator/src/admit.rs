@@ -126,9 +126,10 @@ impl Gate {
         Ok(())
     }
 
-    /// Room for a body that announces its length, or grows as it comes; within `max_body_bytes` either way.
-    pub fn body(&self, announced: Option<usize>, tenant: &Tenant) -> Result<Body, ApiError> {
-        Body::new(self.bodies.part(&tenant.name), announced, self.max_body_bytes)
+    /// Room for a body that announces its length, or grows as it comes; within `max_body_bytes` either way. Where there is none
+    /// the request leaves the house.
+    pub fn body(&self, ticket: Ticket, announced: Option<usize>, tenant: &Tenant) -> Result<Body, ApiError> {
+        Body::new(ticket, self.bodies.part(&tenant.name), announced, self.max_body_bytes)
     }
 
     /// The error of a body that does not come.
@@ -139,14 +140,14 @@ impl Gate {
     }
 
     /// Waits for a turn at a core, in order of asking, to work on a body of so many bytes.
-    pub async fn turn(&self, ticket: Ticket, bytes: usize) -> Result<Turn, ApiError> {
+    pub async fn turn(&self, bytes: usize) -> Result<Turn, ApiError> {
         let by = Instant::now() + self.queue_timeout;
         let long = match bytes >= LONG_WORK_BYTES {
             true => Some(one_of(&self.for_long_work, by, &self.waiting, &self.refusals).await?),
             false => None,
         };
         let core = one_of(&self.cores, by, &self.waiting, &self.refusals).await?;
-        Ok(Turn { ticket, _core: core, _long: long })
+        Ok(Turn { _core: core, _long: long })
     }
 }
 
@@ -186,19 +187,10 @@ pub struct Ticket {
     _room: OwnedSemaphorePermit,
 }
 
-/// A turn at a core: the request's body may be worked on. Goes where the work goes, as that does not end with
-/// its client.
+/// A turn at a core: a body may be worked on. Goes where the work goes, as that does not end with its client.
 pub struct Turn {
-    ticket: Ticket,
     _core: OwnedSemaphorePermit,
     _long: Option<OwnedSemaphorePermit>,
-}
-
-impl Turn {
-    /// Leaves the core to the next.
-    pub fn done(self) -> Ticket {
-        self.ticket
-    }
 }
 
 /// Counted in gauges for as long as it lives.
@@ -256,7 +248,7 @@ mod tests {
         let limits = LimitsConfig { queue_timeout: Duration::from_secs(5), ..LimitsConfig::default() };
         let metrics = Metrics::register(&mut Registry::default());
         let gate = Gate::new(&limits, 1, 2, &metrics);
-        let turn = |bytes| gate.turn(gate.enter(|| None, || false).expect("room"), bytes);
+        let turn = |bytes| gate.turn(bytes);
         let long = turn(LONG_WORK_BYTES).await.expect("a core");
         let mut next_long = Box::pin(turn(LONG_WORK_BYTES));
         assert!(futures::poll!(&mut next_long).is_pending());
@@ -266,7 +258,7 @@ mod tests {
         assert_eq!(metrics.queued.get(), 3);
         // Who leaves the line loses nothing and takes nothing along.
         drop(first);
-        drop(short.done());
+        drop(short);
         let second = second.await.expect("the core given back");
         assert!(futures::poll!(&mut next_long).is_pending());
         drop(long);

@@ -1,7 +1,7 @@
 //! What one request adds to the metrics and the log.
 //!
 //! Made by [`crate::http`] on arrival; told how far the request is by [`crate::serve`] and [`crate::stream`]. A request
-//! dropped before its end counts as the client's leaving.
+//! dropped before its end counts as the client's leaving, unless a bug drops it.
 
 use std::{sync::Arc, time::Duration};
 
@@ -11,9 +11,7 @@ use tokio::time::Instant;
 use tracing::Span;
 
 use crate::{
-    keys::Call,
     metrics::{Metrics, ModelMetrics, RequestLabels},
-    prepare::Prepared,
     requests::Card,
 };
 
@@ -29,8 +27,6 @@ pub struct Usage {
 
 /// See the module. What every token is counted with lies here, the rest apart.
 pub struct Report {
-    /// What it takes of its key's limits.
-    call: Call,
     /// `None` until it is known which model is asked.
     counts: Option<Arc<ModelMetrics>>,
     first_token: Option<Instant>,
@@ -77,7 +73,6 @@ impl Report {
             span,
         };
         Self {
-            call: Call::default(),
             counts: None,
             first_token: None,
             last_token: arrived,
@@ -92,19 +87,9 @@ impl Report {
         self.about.enters(stage, Instant::now());
     }
 
-    /// It came with a key, and is within what that may.
-    pub fn called(&mut self, call: Call) {
-        self.call = call;
-    }
-
     /// Operators see it from now on.
     pub fn shown(&mut self, card: &Arc<Card>) {
         self.about.card = Some(card.clone());
-    }
-
-    /// It is known how many tokens it may take: within what its key may, or it is refused.
-    pub fn charge(&mut self, prepared: &Prepared) -> Result<(), ApiError> {
-        self.call.admit(prepared, Instant::now())
     }
 
     /// It is known which model is asked.
@@ -125,8 +110,7 @@ impl Report {
     }
 
     /// Its legs have been dispatched.
-    pub fn dispatched(&mut self, prompt_tokens: u32) {
-        self.call.dispatched(prompt_tokens);
+    pub fn dispatched(&self, prompt_tokens: u32) {
         if let Some(counts) = &self.counts {
             counts.prompt_tokens.inc_by(u64::from(prompt_tokens));
         }
@@ -134,7 +118,6 @@ impl Report {
 
     /// The answer has this many tokens now.
     pub fn tokens(&mut self, tokens: u32, now: Instant) {
-        self.call.generated(tokens - self.tokens);
         if self.first_token.is_none() {
             self.about.enters("stream", now);
             let counts = self.counts.iter();
@@ -198,7 +181,11 @@ impl Report {
 
 impl Drop for Report {
     fn drop(&mut self) {
-        self.tell("client_gone", false);
+        if std::thread::panicking() {
+            self.tell(ErrorCode::Internal.name(), true);
+        } else {
+            self.tell("client_gone", false);
+        }
     }
 }
 

@@ -15,11 +15,12 @@ use tokio::{
 };
 
 use crate::{
-    admit::{Admission, Body, Gate, Permit, Place, Ticket, WaitTerms},
+    admit::{Admission, Body, Gate, Place, Ticket, WaitTerms},
     carry::Attempts,
     config::LimitsConfig,
     dispatch::Assignment,
-    keys::{Keys, Tenant},
+    fleet::CancelReason,
+    keys::{Call, Caller, Keys, Tenant},
     metrics::Metrics,
     models::{Model, Models},
     place::{Booked, Placer},
@@ -28,7 +29,7 @@ use crate::{
     },
     report::Report,
     requests::{CardGuard, Placing, Roster, Stage},
-    stream::{Lane, Overdue, Reading, Streaming},
+    stream::{Holdings, Lane, Overdue, Reading, Streaming},
 };
 
 /// Bodies up to this size are prepared on the spot; tokenising larger ones would hold up everybody else's tokens.
@@ -53,14 +54,12 @@ pub struct Service {
 
 /// A request whose body has been read.
 pub struct Received {
-    pub tenant: Tenant,
+    pub call: Call,
     pub endpoint: Endpoint,
     pub body: Body,
     /// W3C trace context for instances; empty = none.
     pub trace: TraceContext,
-    pub ticket: Ticket,
     pub card: CardGuard,
-    pub report: Report,
 }
 
 /// A request whose model is known, and what became of the rest.
@@ -68,6 +67,7 @@ struct Addressed {
     model: Arc<Model>,
     /// With a place in the model's line.
     prepared: Result<(Prepared, Place), ApiError>,
+    ticket: Ticket,
 }
 
 struct Admitted {
@@ -75,24 +75,35 @@ struct Admitted {
     model: Arc<Model>,
     prepared: Prepared,
     trace: TraceContext,
-    report: Report,
-    card: CardGuard,
-    /// Last: the seat is given back when all else has been.
-    permit: Permit,
+    holds: Holdings,
 }
 
 impl Service {
+    /// Takes a request on, within what its caller may, and lets it into the house.
+    pub fn enter(&self, caller: &Caller, now: Instant) -> Result<(Call, Ticket), ApiError> {
+        let call = caller.call(now)?;
+        // Before it is known what it asks for.
+        let outranks = || self.models.have_behind(&call.tenant().rank(0));
+        let ticket = self.gate.enter(|| self.models.drain(), outranks)?;
+        Ok((call, ticket))
+    }
+
     /// Takes a request to where its answer streams.
-    pub async fn serve(self: &Arc<Self>, received: Received) -> Result<Streaming, ApiError> {
-        let Received { tenant, endpoint, body, trace, ticket, card, mut report } = received;
+    pub async fn serve(
+        self: &Arc<Self>,
+        received: Received,
+        mut report: Report,
+    ) -> Result<Streaming, ApiError> {
+        let Received { mut call, endpoint, body, trace, card } = received;
+        let tenant = call.tenant();
         let result = async {
-            let (Addressed { model, prepared }, mut ticket) =
-                self.prepare(&tenant, endpoint, body, ticket).await?;
+            report.enters("tokenise");
+            let Addressed { model, prepared, mut ticket } = self.prepare(&tenant, endpoint, body).await?;
             report.enters("queue");
             report.of_model(&model.counts);
             let (prepared, place) = prepared?;
             self.gate.hold(&mut ticket, prepared.held_bytes(), &tenant)?;
-            report.charge(&prepared)?;
+            call.admit(&prepared, Instant::now())?;
             let (name, prompt_tokens) = (model.served.name.clone(), prepared.prompt_tokens());
             card.set(Stage::Queued { model: name, prompt_tokens });
             let first = prepared.prompts.first().map_or(0, PreparedPrompt::prompt_tokens);
@@ -112,10 +123,10 @@ impl Service {
         let Admission { permit, prepared, bookings, waited } = admission;
         report.enters("dispatch");
         report.admitted(prepared.prompt_tokens());
-        let admitted = Admitted { tenant, model, prepared, trace, report, card, permit };
         let placing = |booked: &Booked| Placing::new(&booked.booking, None, waited);
-        bookings.iter().for_each(|booked| admitted.card.placed(placing(booked)));
-        self.dispatch(admitted, bookings)
+        bookings.iter().for_each(|booked| card.placed(placing(booked)));
+        let holds = Holdings { report, call, card, permit };
+        self.dispatch(Admitted { tenant, model, prepared, trace, holds }, bookings)
     }
 
     /// Whether any request for a model could be served now.
@@ -133,15 +144,9 @@ impl Service {
         Some((Ahead::new(model.served.text.clone()), room))
     }
 
-    /// The ticket goes where the body goes: work on a large one goes on after its client has left, and its room in the
-    /// house is taken until it is done, and its memory with it. Nothing is tokenised for a line that is full.
-    async fn prepare(
-        &self,
-        tenant: &Tenant,
-        endpoint: Endpoint,
-        body: Body,
-        ticket: Ticket,
-    ) -> Result<(Addressed, Ticket), ApiError> {
+    /// Work on a large body goes on after its client has left: its room in the house is taken until that is done, and its
+    /// memory with it. Nothing is tokenised for a line that is full.
+    async fn prepare(&self, tenant: &Tenant, endpoint: Endpoint, body: Body) -> Result<Addressed, ApiError> {
         let limits = RequestLimits {
             max_completion_tokens: self.limits.max_completion_tokens,
             max_choices: self.limits.max_choices,
@@ -159,17 +164,18 @@ impl Service {
                 prepared.prompts.iter().for_each(|prompt| drop(prompt.chains.say(&dialects, &[])));
                 Ok((prepared, place))
             });
-            Ok::<_, ApiError>(Addressed { model, prepared })
+            Ok(Addressed { model, prepared, ticket: body.done() })
         };
         if bytes <= PREPARE_INLINE_BYTES {
-            return Ok((work()?, ticket));
+            return work();
         }
-        let turn = self.gate.turn(ticket, bytes).await?;
-        let work = move || {
-            let addressed = work()?;
-            Ok((addressed, turn.done()))
+        let turn = self.gate.turn(bytes).await?;
+        let in_turn = move || {
+            let addressed = work();
+            drop(turn);
+            addressed
         };
-        tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| {
+        tokio::task::spawn_blocking(in_turn).await.unwrap_or_else(|error| {
             tracing::error!(%error, "preparing a request panicked");
             Err(ApiError::new(baton_proto::ErrorCode::Internal, "the request could not be prepared"))
         })
@@ -187,21 +193,23 @@ impl Service {
             match self.lane(&admitted, prompt, booked) {
                 Ok(lane) => lanes.push(lane),
                 Err(error) => {
-                    admitted.report.failed(&error);
-                    lanes.drain(..).for_each(|lane: Lane| lane.give_up("request_failed"));
+                    admitted.holds.report.failed(&error);
+                    lanes.drain(..).for_each(|lane: Lane| lane.give_up(CancelReason::RequestFailed));
                     return Err(error);
                 }
             }
         }
-        let Admitted { model, prepared, card, mut report, permit, .. } = admitted;
-        report.enters("first_token");
-        report.dispatched(prepared.prompt_tokens());
-        Ok(Streaming::new(model, prepared.shape, lanes, report, card, permit))
+        let Admitted { model, prepared, mut holds, .. } = admitted;
+        holds.report.enters("first_token");
+        holds.report.dispatched(prepared.prompt_tokens());
+        holds.call.dispatched(prepared.prompt_tokens());
+        Ok(Streaming::new(model, prepared.shape, lanes, holds))
     }
 
     /// Sends one prompt on its way.
     fn lane(&self, admitted: &Admitted, prompt: &PreparedPrompt, booked: Booked) -> Result<Lane, ApiError> {
-        let Admitted { tenant, model, prepared, trace, card, .. } = admitted;
+        let Admitted { tenant, model, prepared, trace, holds } = admitted;
+        let card = &holds.card;
         let assignment = Assignment {
             request: card.card().request.clone(),
             trace: trace.clone(),

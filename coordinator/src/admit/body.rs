@@ -9,7 +9,10 @@ use std::{ops::Deref, sync::Arc};
 
 use baton_proto::ApiError;
 
-use super::budget::{Budget, Held};
+use super::{
+    Ticket,
+    budget::{Budget, Held},
+};
 use crate::{config::LimitsConfig, metrics::Metrics};
 
 /// Of a body, what its room in the house is good for.
@@ -21,7 +24,7 @@ pub(super) fn budget(limits: &LimitsConfig, metrics: &Metrics) -> Arc<Budget> {
     Budget::new(limits.max_held_body_bytes, &metrics.body_reserved, &metrics.refusals, "bytes", message)
 }
 
-/// A request's body, as far as it has come, and the memory that it may take.
+/// A request's body, as far as it has come, the memory that it may take, and its room in the house.
 pub struct Body {
     bytes: Vec<u8>,
     /// How long it is to be; 0: nobody says.
@@ -30,13 +33,19 @@ pub struct Body {
     most: usize,
     /// What is reserved beyond the [`FREE_BYTES`].
     held: Held,
+    ticket: Ticket,
 }
 
 impl Body {
     /// Nothing yet, and room for what is announced; `most` bounds it if nothing is.
-    pub(super) fn new(held: Held, announced: Option<usize>, most: usize) -> Result<Self, ApiError> {
+    pub(super) fn new(
+        ticket: Ticket,
+        held: Held,
+        announced: Option<usize>,
+        most: usize,
+    ) -> Result<Self, ApiError> {
         let (announced, most) = (announced.unwrap_or(0), announced.unwrap_or(most));
-        let mut body = Self { bytes: Vec::new(), announced, most, held };
+        let mut body = Self { bytes: Vec::new(), announced, most, held, ticket };
         body.make_room(announced)?;
         Ok(body)
     }
@@ -62,6 +71,11 @@ impl Body {
         let _ = self.held.resize(beyond, 0);
     }
 
+    /// It has been read, and is needed no more; the request goes on.
+    pub fn done(self) -> Ticket {
+        self.ticket
+    }
+
     fn make_room(&mut self, bytes: usize) -> Result<(), ApiError> {
         let beyond = bytes.saturating_sub(FREE_BYTES);
         if beyond > self.held.bytes() { self.held.resize(beyond, 0) } else { Ok(()) }
@@ -80,6 +94,7 @@ impl Deref for Body {
 mod tests {
     use baton_proto::ErrorCode;
     use prometheus_client::registry::Registry;
+    use tokio::sync::Semaphore;
 
     use super::*;
     use crate::metrics::reason;
@@ -92,8 +107,13 @@ mod tests {
         (super::budget(&limits, &metrics), metrics)
     }
 
+    fn begun(held: Held, announced: Option<usize>, most: usize) -> Result<Body, ApiError> {
+        let room = crate::admit::at_once(&Arc::new(Semaphore::new(1))).expect("a room");
+        Body::new(Ticket { held: None, _room: room }, held, announced, most)
+    }
+
     fn announced(budget: &Arc<Budget>, bytes: usize) -> Result<Body, ApiError> {
-        Body::new(budget.part(&Arc::default()), Some(bytes), MOST)
+        begun(budget.part(&Arc::default()), Some(bytes), MOST)
     }
 
     #[test]
@@ -123,7 +143,7 @@ mod tests {
     #[test]
     fn a_body_that_announces_nothing_takes_what_it_grows_to() {
         let (budget, metrics) = budget(16 * FREE_BYTES);
-        let mut body = Body::new(budget.part(&Arc::default()), None, MOST).expect("nothing is asked");
+        let mut body = begun(budget.part(&Arc::default()), None, MOST).expect("nothing is asked");
         for _ in 0..100 {
             body.push(&[3; 1000]).expect("there is room");
             let room = body.bytes.capacity().max(FREE_BYTES);
@@ -141,7 +161,7 @@ mod tests {
     fn no_body_takes_more_than_its_bound_by_growing() {
         let (budget, _) = budget(MOST);
         for bound in [Some(100_000), None] {
-            let mut body = Body::new(budget.part(&Arc::default()), bound, 100_000).expect("there is room");
+            let mut body = begun(budget.part(&Arc::default()), bound, 100_000).expect("there is room");
             body.push(&[0; 70_000]).expect("there is room");
             body.push(&[0; 30_000]).expect("there is room");
             assert_eq!((body.bytes.capacity(), body.held.bytes()), (100_000, 100_000 - FREE_BYTES));
@@ -154,7 +174,7 @@ mod tests {
         // Of one free part and another that is reserved each.
         let taken = |tenant: &str, most: usize| -> Vec<Body> {
             let tenant = tenant.into();
-            let body = |_| Body::new(budget.part(&tenant), Some(2 * FREE_BYTES), MOST).ok();
+            let body = |_| begun(budget.part(&tenant), Some(2 * FREE_BYTES), MOST).ok();
             (0..most).map_while(body).collect()
         };
         let all = taken("", 1000);
@@ -171,9 +191,8 @@ mod tests {
         let equal = [taken("a", 40), taken("b", 40)].map(|bodies| bodies.len());
         assert_eq!(equal, [40, 40]);
         // A single body may be as large as what is left.
-        assert!(Body::new(budget.part(&"d".into()), Some(91 * FREE_BYTES), 91 * FREE_BYTES).is_ok());
-        let mut growing =
-            Body::new(budget.part(&"d".into()), None, 91 * FREE_BYTES).expect("nothing is asked");
+        assert!(begun(budget.part(&"d".into()), Some(91 * FREE_BYTES), 91 * FREE_BYTES).is_ok());
+        let mut growing = begun(budget.part(&"d".into()), None, 91 * FREE_BYTES).expect("nothing is asked");
         for _ in 0..91 {
             growing.push(&[0; FREE_BYTES]).expect("nobody else has any");
         }

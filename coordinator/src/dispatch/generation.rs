@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     cause,
-    fleet::{LegGuard, Mailbox, Output, StopReason, keeper::Links, link::not_there},
+    fleet::{CancelReason, LegGuard, Mailbox, Output, StopReason, keeper::Links, link::not_there},
     handoffs::{Handoff, Handoffs},
 };
 
@@ -105,7 +105,6 @@ pub struct Generation {
     /// When it was told that an instance drains.
     leaving: Option<Instant>,
     deadline: Deadline,
-    why_cancelled: &'static str,
 }
 
 /// What is put into an empty queue next lies at its beginning, where the processor has what was there last.
@@ -160,7 +159,7 @@ impl Generation {
                     Ok(guard) => legs.prefill = Some(guard),
                     Err(error) => {
                         if let Some(decode) = legs.decode.take() {
-                            decode.cancel_all("prefill_not_dispatched");
+                            decode.cancel_all(CancelReason::PrefillNotDispatched);
                         }
                         return Err(error);
                     }
@@ -189,7 +188,6 @@ impl Generation {
             handed_on,
             leaving: None,
             deadline: Deadline::new(assignment.deadline),
-            why_cancelled: "other_leg_ended",
         })
     }
 
@@ -200,9 +198,8 @@ impl Generation {
 
     /// The reader has seen enough of a choice (a stop string): it is cancelled, and nothing more will be told of it.
     pub fn stop(&mut self, choice: u32) -> Completed {
-        self.why_cancelled = "stop_string";
         let commands = self.choices.get_mut(choice as usize).map(|choice| choice.machine.stop());
-        match self.perform(choice, commands.unwrap_or_default()) {
+        match self.perform(choice, commands.unwrap_or_default(), CancelReason::StopString) {
             Some(Ok(completed)) => completed,
             _ => Completed { reason: StopReason::Stop, cached_tokens: 0, outgrown: None },
         }
@@ -256,7 +253,7 @@ impl Generation {
     }
 
     /// Ends what is left of it, and tells the instances why.
-    pub fn give_up(self, why: &'static str) {
+    pub fn give_up(self, why: CancelReason) {
         let Legs { whole, prefill, decode } = self.legs;
         [whole, prefill, decode].into_iter().flatten().for_each(|guard| guard.cancel_all(why));
     }
@@ -313,7 +310,7 @@ impl Generation {
                     self.hold.credit.handed_off();
                 }
             }
-            match self.perform(choice, commands) {
+            match self.perform(choice, commands, CancelReason::OtherLegEnded) {
                 Some(end) => {
                     match &end {
                         // Whoever reads it may go on elsewhere.
@@ -352,11 +349,10 @@ impl Generation {
     /// Something that an instance sent was not taken. Its leg has not ended, and is told to like every other.
     fn fail_flooded(&mut self, side: Side) {
         let flood = format!("{} floods the request with disordered output", side.instance());
-        self.why_cancelled = "flood";
         for choice in 0..self.choices.len() as u32 {
             let error = ApiError::new(ErrorCode::Internal, flood.clone());
             let commands = self.choices[choice as usize].machine.abort(error);
-            if let Some(end) = self.perform(choice, commands) {
+            if let Some(end) = self.perform(choice, commands, CancelReason::Flood) {
                 self.failed.get_or_insert(side);
                 self.news.push_back(Progress::of(choice, end));
             }
@@ -380,41 +376,44 @@ impl Generation {
             if !late && of.wait.is_none() {
                 continue;
             }
-            let mut commands = Vec::new();
-            if late {
-                self.why_cancelled = "deadline";
-                commands = of.machine.abort(deadline_passed());
+            let (commands, why) = if late {
+                (of.machine.abort(deadline_passed()), CancelReason::Deadline)
             } else if let Some((wait, sleep)) = &mut of.wait
                 && sleep.as_mut().poll(context).is_ready()
             {
                 let wait = *wait;
                 of.wait = None;
-                let (why, asked) = match wait {
-                    Wait::Linger => ("answer_complete", of.machine.linger_over()),
-                    Wait::Decode => ("prefill_lost", of.machine.decode_silent()),
-                };
-                if !asked.is_empty() {
-                    (self.why_cancelled, commands) = (why, asked);
+                match wait {
+                    Wait::Linger => (of.machine.linger_over(), CancelReason::AnswerComplete),
+                    Wait::Decode => (of.machine.decode_silent(), CancelReason::PrefillLost),
                 }
-            }
-            if let Some(end) = self.perform(choice, commands) {
+            } else {
+                continue;
+            };
+            if let Some(end) = self.perform(choice, commands, why) {
                 self.news.push_back(Progress::of(choice, end));
             }
         }
     }
 
-    fn perform(&mut self, choice: u32, commands: Vec<Command>) -> Option<Result<Completed, ApiError>> {
+    /// `why`: what the machine wants cancelled is.
+    fn perform(
+        &mut self,
+        choice: u32,
+        commands: Vec<Command>,
+        why: CancelReason,
+    ) -> Option<Result<Completed, ApiError>> {
         let mut ended = None;
         for command in commands {
             match command {
                 Command::Cancel(side) => {
                     if let Some(guard) = self.legs.of(side) {
-                        guard.cancel(choice, self.why_cancelled);
+                        guard.cancel(choice, why);
                     }
                 }
                 Command::CancelDamaged(side) => {
                     if let Some(guard) = self.legs.of(side) {
-                        guard.cancel_damaged(choice);
+                        guard.cancel(choice, CancelReason::KvDamaged);
                     }
                 }
                 Command::Linger => self.wait_for(choice, Wait::Linger, LINGER),

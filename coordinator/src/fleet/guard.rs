@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use baton_proto::LegId;
 
-use super::link::Link;
+use super::{cancel::CancelReason, link::Link};
 use crate::config::CHOICES_MOST;
 
 /// A set of choices.
@@ -48,32 +48,26 @@ impl LegGuard {
         self.open &= !only(choice);
     }
 
-    /// Tells the instance to stop work on a choice, and why (for its log).
-    pub fn cancel(&mut self, choice: u32, reason: &'static str) {
+    /// Tells the instance to stop work on a choice, and why.
+    pub fn cancel(&mut self, choice: u32, reason: CancelReason) {
         if self.open & only(choice) != 0 {
             self.open &= !only(choice);
-            self.link.cancel(self.leg, only(choice), reason, false);
-        }
-    }
-
-    /// The same, and that what it handed on arrived damaged.
-    pub fn cancel_damaged(&mut self, choice: u32) {
-        if self.open & only(choice) != 0 {
-            self.open &= !only(choice);
-            self.link.cancel(self.leg, only(choice), "kv_damaged", true);
+            self.link.cancel(self.leg, only(choice), reason);
         }
     }
 
     /// Tells the instance to stop work on every choice.
-    pub fn cancel_all(mut self, reason: &'static str) {
-        self.link.cancel(self.leg, std::mem::take(&mut self.open), reason, false);
+    pub fn cancel_all(mut self, reason: CancelReason) {
+        self.link.cancel(self.leg, std::mem::take(&mut self.open), reason);
     }
 }
 
 impl Drop for LegGuard {
     fn drop(&mut self) {
         if self.open != 0 {
-            self.link.cancel(self.leg, self.open, "client_gone", false);
+            let bug = std::thread::panicking();
+            let reason = if bug { CancelReason::Bug } else { CancelReason::ClientGone };
+            self.link.cancel(self.leg, self.open, reason);
         }
     }
 }

@@ -39,6 +39,7 @@ use tokio::time::Instant;
 use v1::attach_request::Frame as Ask;
 
 use super::{
+    cancel::CancelReason,
     guard::{Choices, LegGuard, first_choices, only},
     inline,
     leg::Output,
@@ -157,7 +158,7 @@ impl Link {
     }
 
     /// Cancels choices of a leg; those that have ended are let be.
-    pub(super) fn cancel(&self, leg: LegId, choices: Choices, reason: &'static str, damaged: bool) {
+    pub(super) fn cancel(&self, leg: LegId, choices: Choices, reason: CancelReason) {
         let mut stream = self.stream.lock();
         let Some(up) = stream.as_mut() else { return };
         let Some(slot) = up.legs.get_mut(&leg) else { return };
@@ -168,12 +169,14 @@ impl Link {
             (_, 0) => None,
             (choices, _) => Some(choices.trailing_zeros()),
         };
-        tracing::debug!(instance = %self.instance, %leg, side = slot.side.name(), ?choice, reason, "cancelling");
+        let (instance, side, why) = (&self.instance, slot.side.name(), reason.name());
+        tracing::debug!(%instance, %leg, side, ?choice, reason = why, "cancelling");
         if choice.is_none() {
             up.legs.remove(&leg);
-            self.metrics.cancels.get_or_create(&crate::metrics::reason(reason)).inc();
+            self.metrics.cancels.get_or_create(&crate::metrics::reason(why)).inc();
         }
-        up.outbound.push(Ask::Cancel(v1::Cancel { leg: leg.0, reason: reason.into(), choice, damaged }));
+        let damaged = reason == CancelReason::KvDamaged;
+        up.outbound.push(Ask::Cancel(v1::Cancel { leg: leg.0, reason: why.into(), choice, damaged }));
     }
 
     /// Those whose prompts wait on an instance that drains look whether they had better leave it, whoever came last first:

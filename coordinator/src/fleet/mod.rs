@@ -7,6 +7,7 @@
 
 pub mod breakers;
 pub mod cache;
+mod cancel;
 mod guard;
 pub mod inline;
 pub mod keeper;
@@ -17,6 +18,7 @@ mod outbound;
 pub mod stall;
 
 pub use breakers::{Attempt, Breakers, Trials};
+pub use cancel::CancelReason;
 pub use guard::LegGuard;
 pub use leg::{LegEnd, Output, StopReason, TokenLogprobs};
 pub use link::{Link, LinkTask, Target};

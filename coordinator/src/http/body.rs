@@ -8,6 +8,7 @@ use axum::{
     http::{
         HeaderMap,
         header::{CONTENT_LENGTH, EXPECT},
+        request::Parts,
     },
 };
 use baton_proto::{ApiError, ErrorCode};
@@ -16,14 +17,16 @@ use tokio::time::timeout;
 
 use crate::{
     admit::{Body, Ticket},
-    keys::Tenant,
+    keys::{Caller, Tenant},
     prepare::AHEAD_FROM_BYTES,
     serve::Service,
 };
 
-/// A body that is refused for its size is read on for this much more, and thrown away: many clients only look for the
-/// answer once they have sent all.
+/// So much of a body that is refused is read on, and thrown away: many clients only look for the answer once they have sent
+/// all.
 const DISCARD_MOST: usize = 64 << 20;
+/// The same of whoever has not been let in.
+const DISCARD_OF_STRANGERS_MOST: usize = 8 << 20;
 const DISCARD_TIME: Duration = Duration::from_secs(5);
 
 /// Why a body is not taken.
@@ -35,44 +38,44 @@ enum Unread {
     Broken(ApiError),
 }
 
-/// The whole body, or the error that tells its limit. A body that is refused gives its ticket back before the rest of
+/// The whole body, or the error that tells its limit. A body that is refused gives its room back before the rest of
 /// it is thrown away.
 pub(super) async fn read(
-    headers: &HeaderMap,
-    body: Incoming,
     service: &Service,
     tenant: &Tenant,
     ticket: Ticket,
-) -> Result<(Body, Ticket), ApiError> {
+    headers: &HeaderMap,
+    body: Incoming,
+) -> Result<Body, ApiError> {
     let (limits, gate) = (&service.limits, &service.gate);
     let announced = headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<usize>().ok());
     let mut chunks = body.into_data_stream();
-    let reading = timeout(limits.body_timeout, taken(announced, &mut chunks, service, tenant));
+    let reading = timeout(limits.body_timeout, taken(service, tenant, ticket, announced, &mut chunks));
     let error = match reading.await {
-        Ok(Ok(whole)) => return Ok((whole, ticket)),
+        Ok(Ok(whole)) => return Ok(whole),
         // The client asks before it sends.
         Ok(Err(Unread::Unasked(error))) if headers.contains_key(EXPECT) => return Err(error),
         Ok(Err(Unread::Unasked(error) | Unread::Refused(error))) => error,
         Ok(Err(Unread::Broken(error))) => return Err(error),
         Err(_) => return Err(gate.late_body(limits.body_timeout)),
     };
-    drop(ticket);
-    discard(&mut chunks).await;
+    discard(&mut chunks, DISCARD_MOST).await;
     Err(error)
 }
 
 async fn taken(
-    announced: Option<usize>,
-    chunks: &mut BodyDataStream,
     service: &Service,
     tenant: &Tenant,
+    ticket: Ticket,
+    announced: Option<usize>,
+    chunks: &mut BodyDataStream,
 ) -> Result<Body, Unread> {
     let most = service.limits.max_body_bytes;
     if announced.is_some_and(|bytes| bytes > most) {
         return Err(Unread::Unasked(over(most)));
     }
     let mut ahead = None;
-    let mut whole = service.gate.body(announced, tenant).map_err(Unread::Unasked)?;
+    let mut whole = service.gate.body(ticket, announced, tenant).map_err(Unread::Unasked)?;
     while let Some(chunk) = chunks.next().await {
         let chunk = chunk.map_err(|error| {
             let message = format!("the request body broke off: {error}");
@@ -94,10 +97,20 @@ async fn taken(
     Ok(whole)
 }
 
+/// Before an answer that does not depend on the body, of which nothing has been read. Who asks before they send is not asked
+/// for anything.
+pub(super) async fn leave_unread(head: &Parts, body: Incoming) {
+    if !head.headers.contains_key(EXPECT) {
+        let known = head.extensions.get::<Caller>().is_some();
+        let most = if known { DISCARD_MOST } else { DISCARD_OF_STRANGERS_MOST };
+        discard(&mut body.into_data_stream(), most).await;
+    }
+}
+
 /// Reads what a client is sending, within bounds: one whose connection is closed before may not see its answer.
-pub(super) async fn discard(chunks: &mut BodyDataStream) {
+async fn discard(chunks: &mut BodyDataStream, most: usize) {
     let discard = async {
-        let mut left = DISCARD_MOST;
+        let mut left = most;
         while let Some(Ok(chunk)) = chunks.next().await {
             match left.checked_sub(chunk.len()) {
                 Some(rest) => left = rest,

@@ -16,7 +16,7 @@ use axum::{
     Router,
     body::Body,
     extract::{Path, Request, State},
-    http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, header},
+    http::{HeaderMap, HeaderName, HeaderValue, header},
     middleware::{self, Next},
     response::Response,
     routing::{get, post},
@@ -71,10 +71,7 @@ pub fn closed(observed: Router) -> Router {
 
 async fn turned_away(request: Request) -> Response {
     let (head, body) = request.into_parts();
-    // A client that asks before it sends is not asked for anything.
-    if !head.headers.contains_key(header::EXPECT) {
-        body::discard(&mut body.into_data_stream()).await;
-    }
+    body::leave_unread(&head, body).await;
     let message = "this coordinator is shutting down and takes no new requests: send it again, to another";
     let mut response = error_response(&ApiError::new(ErrorCode::Unavailable, message));
     response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
@@ -104,6 +101,8 @@ async fn let_in(State(service): State<Arc<Service>>, mut request: Request, next:
                 let span = tracing::info_span!("request", request_id = %id, route = endpoint.route());
                 Report::new(service.metrics.clone(), endpoint.route(), arrived, span).failed(&error);
             }
+            let (head, body) = request.into_parts();
+            body::leave_unread(&head, body).await;
             with_id(error_response(&error), &id)
         }
     }
@@ -136,7 +135,7 @@ async fn text(State(service): State<Arc<Service>>, request: Request) -> Response
 async fn complete(service: Arc<Service>, endpoint: Endpoint, request: Request) -> Response {
     let arrived = Instant::now();
     let (mut head, body) = request.into_parts();
-    let caller: Caller = head.extensions.remove().unwrap_or_default();
+    let caller: Caller = head.extensions.get().cloned().unwrap_or_default();
     let express = head.extensions.remove();
     let id = request_id(&head.headers);
     let (route, key) = (endpoint.route(), caller.key_name());
@@ -148,22 +147,21 @@ async fn complete(service: Arc<Service>, endpoint: Endpoint, request: Request) -
     sent.adopt(&span);
     let mut report = Report::new(service.metrics.clone(), route, arrived, span.clone());
     let answered = async {
-        let call = caller.call(arrived).inspect_err(|error| report.failed(error))?;
-        let tenant = call.tenant();
-        report.called(call);
-        // Before it is known what it asks for.
-        let outranks = || service.models.have_behind(&tenant.rank(0));
-        let ticket = service.gate.enter(|| service.models.drain(), outranks);
-        let ticket = ticket.inspect_err(|error| report.failed(error))?;
+        let (call, ticket) = match service.enter(&caller, arrived) {
+            Ok(entered) => entered,
+            Err(error) => {
+                report.failed(&error);
+                body::leave_unread(&head, body).await;
+                return Err(error);
+            }
+        };
         let card = service.roster.enter(id.clone(), arrived, key);
         report.shown(card.card());
-        let read = body::read(&head.headers, body, &service, &tenant, ticket).await;
-        let (body, ticket) = read.inspect_err(|error| report.failed(error))?;
-        report.enters("tokenise");
+        let read = body::read(&service, &call.tenant(), ticket, &head.headers, body).await;
+        let body = read.inspect_err(|error| report.failed(error))?;
         // The client's own goes on where traces are not exported.
         let trace = TraceContext::current().unwrap_or(sent);
-        let received = Received { tenant, endpoint, body, trace, ticket, card, report };
-        let streaming = service.serve(received).await?;
+        let streaming = service.serve(Received { call, endpoint, body, trace, card }, report).await?;
         answer(&service, &id, streaming, express).await
     };
     let answered = answered.instrument(span).await;
@@ -226,14 +224,19 @@ async fn model(State(service): State<Arc<Service>>, Path(id): Path<String>) -> R
     }
 }
 
-async fn wrong_path(uri: Uri) -> Response {
+async fn wrong_path(request: Request) -> Response {
+    let (head, body) = request.into_parts();
+    body::leave_unread(&head, body).await;
+    let path = head.uri.path();
     let message =
-        format!("there is nothing at {}; see /v1/chat/completions, /v1/completions, /v1/models", uri.path());
+        format!("there is nothing at {path}; see /v1/chat/completions, /v1/completions, /v1/models");
     error_response(&ApiError::new(ErrorCode::NotFound, message))
 }
 
-async fn wrong_method(method: Method, uri: Uri) -> Response {
-    let message = format!("{} is not called with {method}", uri.path());
+async fn wrong_method(request: Request) -> Response {
+    let (head, body) = request.into_parts();
+    body::leave_unread(&head, body).await;
+    let message = format!("{} is not called with {}", head.uri.path(), head.method);
     error_response(&ApiError::new(ErrorCode::MethodNotAllowed, message))
 }
 

@@ -39,7 +39,7 @@ use super::reply::Voice;
 use crate::{
     dispatch::deadline_passed,
     fleet::inline,
-    stream::{AnswerCell, Piece, Step},
+    stream::{AnswerCell, Piece, Step, Streaming},
 };
 
 /// What an answer writes into, before it grows: some events of a token each.
@@ -209,6 +209,8 @@ impl Parts {
     /// What the body gives next.
     fn next(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Bytes, Bug>>> {
         if self.broken {
+            let met = self.cell.take().and_then(|cell| cell.lock().take());
+            met.into_iter().for_each(Streaming::broke);
             return Poll::Ready(Some(Err(Bug)));
         }
         if mem::take(&mut self.unsent) {

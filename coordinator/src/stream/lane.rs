@@ -21,7 +21,7 @@ use crate::{
     carry::{Attempts, Failure, Leave, Moved, Replacing},
     cause,
     dispatch::{Completed, Generation, NotSent, Progress},
-    fleet::StopReason,
+    fleet::{CancelReason, StopReason},
     requests::CardGuard,
 };
 
@@ -131,7 +131,7 @@ impl Lane {
     }
 
     /// Ends what is left of it, and tells the instances why.
-    pub fn give_up(self, why: &'static str) {
+    pub fn give_up(self, why: CancelReason) {
         let generating = self.strands.into_iter().filter_map(|strand| match strand.work {
             Work::Generating(generation) => Some(generation),
             Work::Replacing(_) => None,
@@ -325,7 +325,7 @@ impl Lane {
             for &(choice, at) in open.iter().filter(|(_, at)| !readings[*at].finished()) {
                 let attempts = attempts.of_choice(choice, readings[at].tokens());
                 let Some(moved) = attempts.elsewhere(leave) else {
-                    next.into_iter().for_each(|(moved, ..)| moved.generation.give_up("not_moved"));
+                    next.into_iter().for_each(|(moved, ..)| moved.generation.give_up(CancelReason::NotMoved));
                     return vec![strand];
                 };
                 next.push((moved, attempts, at..at + 1));
@@ -340,7 +340,7 @@ impl Lane {
         let next =
             next.into_iter().map(|(moved, attempts, choices)| replaced(moved, attempts, choices)).collect();
         if let Work::Generating(generation) = strand.work {
-            generation.give_up("placed_again");
+            generation.give_up(CancelReason::PlacedAgain);
         }
         next
     }
@@ -360,7 +360,7 @@ impl Lane {
         attempts.failed(&error, &generation);
         self.take_rest(&mut generation, &open, pieces);
         if !cause::may_pass(error.code) && open.iter().any(|(_, at)| !self.readings[*at].finished()) {
-            generation.give_up("request_failed");
+            generation.give_up(CancelReason::RequestFailed);
             return Err(error);
         }
         let carried = attempts.assignment().generated.len();
@@ -369,11 +369,12 @@ impl Lane {
         let failure = Failure { error, culprit: generation.culprit().cloned(), begun };
         let mut left = open.iter().filter(|(_, at)| !self.readings[*at].finished()).peekable();
         if left.peek().is_none() {
-            generation.give_up("answer_complete");
+            generation.give_up(CancelReason::AnswerComplete);
             return Ok(Vec::new());
         }
         let again = attempts.again(failure);
-        generation.give_up(if again.is_ok() { "placed_again" } else { "request_failed" });
+        let goes_on = again.is_ok();
+        generation.give_up(if goes_on { CancelReason::PlacedAgain } else { CancelReason::RequestFailed });
         let again = again?;
         let replaced = |mut attempts: Attempts, choices| {
             let work = Work::Replacing(attempts.replacing(again.clone()));

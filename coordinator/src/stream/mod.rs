@@ -13,13 +13,13 @@ use std::{
     task::{Context, Poll},
 };
 
-use baton_proto::ApiError;
+use baton_proto::{ApiError, ErrorCode};
 use smallvec::SmallVec;
 use tokio::time::Instant;
 
 use crate::{
-    admit::Permit, dispatch::deadline_passed, models::Model, prepare::Shape, report::Report,
-    requests::CardGuard,
+    admit::Permit, dispatch::deadline_passed, fleet::CancelReason, keys::Call, models::Model, prepare::Shape,
+    report::Report, requests::CardGuard,
 };
 
 pub use crate::report::Usage;
@@ -35,28 +35,27 @@ pub enum Step {
     End(Result<Usage, ApiError>),
 }
 
+/// What a request holds until it has been answered, beside its legs. Given back in this order: the seat last.
+pub struct Holdings {
+    pub report: Report,
+    pub call: Call,
+    pub card: CardGuard,
+    pub permit: Permit,
+}
+
 /// An answer on its way.
 pub struct Streaming {
     pub model: Arc<Model>,
     pub shape: Shape,
-    // Dropped in this order: legs are cancelled first, the seat is given back last.
+    // Legs are cancelled before all else is given back.
     lanes: SmallVec<[Lane; 1]>,
-    report: Report,
-    card: CardGuard,
-    _permit: Permit,
+    holds: Holdings,
 }
 
 impl Streaming {
     /// A request with as many prompts as `lanes`; choices are counted through all of them.
-    pub fn new(
-        model: Arc<Model>,
-        shape: Shape,
-        lanes: SmallVec<[Lane; 1]>,
-        report: Report,
-        card: CardGuard,
-        permit: Permit,
-    ) -> Self {
-        Self { model, shape, lanes, report, card, _permit: permit }
+    pub fn new(model: Arc<Model>, shape: Shape, lanes: SmallVec<[Lane; 1]>, holds: Holdings) -> Self {
+        Self { model, shape, lanes, holds }
     }
 
     /// An empty piece for each choice.
@@ -69,7 +68,7 @@ impl Streaming {
     pub fn prefetch(&self, deeper: bool) {
         self.lanes.iter().for_each(|lane| lane.prefetch(deeper));
         if !deeper {
-            self.card.card().prefetch();
+            self.holds.card.card().prefetch();
         }
     }
 
@@ -80,7 +79,7 @@ impl Streaming {
         for lane in &mut self.lanes {
             let (own, others) = rest.split_at_mut(lane.choices());
             rest = others;
-            match lane.poll(context, &self.card, own) {
+            match lane.poll(context, &self.holds.card, own) {
                 Poll::Ready(Ok(())) => {}
                 Poll::Pending => end = Poll::Pending,
                 failed => {
@@ -94,8 +93,8 @@ impl Streaming {
         match end {
             Poll::Ready(Ok(())) => return Poll::Ready(self.finish()),
             Poll::Ready(Err(error)) => {
-                self.report.failed(&error);
-                self.give_up("request_failed");
+                self.holds.report.failed(&error);
+                self.give_up(CancelReason::RequestFailed);
                 return Poll::Ready(Step::End(Err(error)));
             }
             Poll::Pending => {}
@@ -110,12 +109,18 @@ impl Streaming {
 
     /// Ends an answer that nobody has read up to its deadline.
     fn expire(mut self) {
-        self.report.failed(&deadline_passed());
-        self.give_up("deadline");
+        self.holds.report.failed(&deadline_passed());
+        self.give_up(CancelReason::Deadline);
+    }
+
+    /// Ends an answer that met a bug.
+    pub fn broke(mut self) {
+        self.holds.report.failed(&ApiError::new(ErrorCode::Internal, "the answer met a bug"));
+        self.give_up(CancelReason::Bug);
     }
 
     /// Ends what is left of it: no more is read.
-    fn give_up(&mut self, why: &'static str) {
+    fn give_up(&mut self, why: CancelReason) {
         self.lanes.drain(..).for_each(|lane| lane.give_up(why));
     }
 
@@ -135,10 +140,13 @@ impl Streaming {
     }
 
     fn count(&mut self) {
-        let tokens = self.lanes.iter().flat_map(Lane::consumed).sum();
-        if tokens > self.card.card().completion_tokens() {
-            self.report.tokens(tokens, Instant::now());
-            self.card.set_completion_tokens(tokens);
+        let Holdings { report, call, card, .. } = &mut self.holds;
+        let (tokens, before) =
+            (self.lanes.iter().flat_map(Lane::consumed).sum(), card.card().completion_tokens());
+        if tokens > before {
+            call.generated(tokens - before);
+            report.tokens(tokens, Instant::now());
+            card.set_completion_tokens(tokens);
         }
     }
 
@@ -149,7 +157,7 @@ impl Streaming {
             cached_tokens: self.lanes.iter().map(Lane::cached_tokens).sum(),
         };
         let longest = self.lanes.iter().flat_map(Lane::consumed).max().unwrap_or(0);
-        self.report.finished(&usage, longest);
+        self.holds.report.finished(&usage, longest);
         Step::End(Ok(usage))
     }
 }

@@ -19,14 +19,17 @@ const KIB: usize = 1 << 10;
 const FREE: usize = 16 * KIB;
 
 /// A request whose body the test sends bit by bit.
-struct Upload(TcpStream);
+pub(crate) struct Upload(TcpStream);
 
 impl Upload {
     async fn begin(cluster: &Cluster, headers: &str, body: &[u8]) -> Self {
+        Self::to(cluster, "/v1/completions", headers, body).await
+    }
+
+    pub(crate) async fn to(cluster: &Cluster, path: &str, headers: &str, body: &[u8]) -> Self {
         let address = cluster.url.strip_prefix("http://").expect("a URL");
         let mut stream = TcpStream::connect(address).await.expect("connects");
-        let head =
-            format!("POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n{headers}\r\n\r\n");
+        let head = format!("POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n{headers}\r\n\r\n");
         stream.write_all(head.as_bytes()).await.expect("is sent");
         stream.write_all(body).await.expect("is sent");
         Self(stream)
@@ -49,7 +52,7 @@ impl Upload {
     }
 
     /// The answer's status, head and body.
-    async fn answer(mut self) -> (u16, String, Value) {
+    pub(crate) async fn answer(mut self) -> (u16, String, Value) {
         let mut text = String::new();
         let read = timeout(PATIENCE, self.0.read_to_string(&mut text)).await;
         read.expect("an answer in time").expect("is read");
@@ -241,6 +244,27 @@ async fn a_body_that_is_refused_holds_no_room_while_it_is_thrown_away() {
 }
 
 /// What is kept of prompts until they are answered is bounded, and short ones come in all the same.
+#[tokio::test]
+async fn who_sends_all_before_looking_sees_why_it_was_not_wanted() {
+    let (cluster, [mut mixed]) = Cluster::start([("m", v1::Role::Mixed)], |config| {
+        (config.limits.max_concurrent, config.limits.max_queued) = (1, 0);
+    })
+    .await;
+    let served = Upload::announced(&cluster, request("tiny", 0).len(), request("tiny", 0).as_bytes()).await;
+    let leg = mixed.dispatch().await.leg;
+    // More than lies in sockets' buffers: whoever does not read it leaves the client writing.
+    let long = vec![b'u'; 7 << 20];
+    let length = format!("content-length: {}", long.len());
+    for (path, status) in
+        [("/v1/completions", 429), ("/v1/nowhere", 404), ("/v1/models", 405), ("/nowhere", 404)]
+    {
+        let (got, head, _) = Upload::to(&cluster, path, &length, &long).await.answer().await;
+        assert_eq!((got, head.contains("retry-after")), (status, status == 429), "{path}");
+    }
+    mixed.finish(leg, 0, "x", FinishReason::Stop);
+    assert_eq!(served.answer().await.0, 200);
+}
+
 #[tokio::test]
 async fn long_prompts_take_memory_until_they_are_answered() {
     let long = Served { context_tokens: 100_000, ..served() };

@@ -24,7 +24,10 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing_subscriber::{fmt::MakeWriter, layer::SubscriberExt};
 use v1::FinishReason;
 
-use crate::scripted::{Cluster, Instance, PATIENCE, merge, until};
+use crate::{
+    bodies::Upload,
+    scripted::{Cluster, Instance, PATIENCE, merge, until},
+};
 
 /// A file of keys; a key's secret is `secret-of-` and its name.
 struct File {
@@ -117,6 +120,16 @@ async fn until_refused_as(cluster: &Cluster, name: &str, code: &str) {
         }
     };
     tokio::time::timeout(PATIENCE, wait).await.unwrap_or_else(|_| panic!("{name} never got {code}"));
+}
+
+#[tokio::test]
+async fn a_stranger_who_sends_all_before_looking_sees_that_a_key_is_asked_for() {
+    let (cluster, _mixed) = File::new(&entry("a", "")).cluster().await;
+    let long = vec![b'u'; 7 << 20];
+    let length = format!("content-length: {}", long.len());
+    for path in ["/v1/completions", "/v1/nowhere"] {
+        assert_eq!(Upload::to(&cluster, path, &length, &long).await.answer().await.0, 401, "{path}");
+    }
 }
 
 #[tokio::test]

@@ -40,7 +40,6 @@ fn generation(deadline: Duration, handoffs: &Arc<Handoffs>) -> Generation {
         handed_on: false,
         leaving: None,
         deadline: Deadline::new(Instant::now() + deadline),
-        why_cancelled: "other_leg_ended",
     }
 }
 

@@ -22,6 +22,8 @@ pub(super) enum BreakReason {
     Stopped,
     #[error("the instance was restarted or moved")]
     Moved,
+    #[error("what it sent met a bug in the coordinator; the log says where")]
+    Bug,
 }
 
 /// Nothing can be sent to an instance: it has just left, or been lost.

@@ -1,6 +1,7 @@
 //! Keeps the stream to one instance up, and takes in what comes on it.
 
 use std::{
+    panic::AssertUnwindSafe,
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
@@ -59,6 +60,11 @@ struct Attached {
     cache: AbortOnDropHandle<()>,
 }
 
+/// A bug that one message meets costs its stream, and not the instance until the coordinator is started again.
+async fn survived(serving: impl Future<Output = BreakReason>) -> BreakReason {
+    AssertUnwindSafe(serving).catch_unwind().await.unwrap_or(BreakReason::Bug)
+}
+
 /// Keeps the stream up until `stop`.
 pub struct LinkTask {
     pub link: Arc<Link>,
@@ -85,7 +91,7 @@ impl LinkTask {
             let reason = tokio::select! {
                 biased;
                 () = stop.cancelled() => None,
-                reason = self.connect_and_serve() => Some(reason),
+                reason = survived(self.connect_and_serve()) => Some(reason),
             };
             // First the board: a leg that fails now may be placed again at once, and not here.
             self.board.down(&self.link.instance, Instant::now());
@@ -288,5 +294,17 @@ impl LinkTask {
             }
             Answer::Welcome(_) => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_bug_ends_a_stream_and_not_its_task() {
+        let bug = async { panic!("as the test wants it") };
+        assert!(matches!(survived(bug).await, BreakReason::Bug));
+        assert!(matches!(survived(async { BreakReason::Moved }).await, BreakReason::Moved));
     }
 }
