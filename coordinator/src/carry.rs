@@ -14,7 +14,7 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::{
     cause,
-    dispatch::{Assignment, Generation, NotSent},
+    dispatch::{Assignment, Generation, NotSent, deadline_passed},
     fleet::Attempt,
     metrics::{MigrationLabels, ModelLabel},
     models::Model,
@@ -49,12 +49,14 @@ pub struct Failure {
     pub culprit: Option<InstanceId>,
     /// That attempt has brought a token.
     pub begun: bool,
+    /// How long it took.
+    pub lasted: Duration,
 }
 
 impl From<NotSent> for Failure {
     /// It was never begun there.
     fn from(NotSent { instance, error }: NotSent) -> Self {
-        Self { error, culprit: Some(instance), begun: false }
+        Self { error, culprit: Some(instance), begun: false, lasted: Duration::ZERO }
     }
 }
 
@@ -254,6 +256,10 @@ impl Attempts {
     /// have been too many, or if the model's budget for instances' faults is spent.
     pub fn again(&mut self, failure: Failure) -> Result<Again, ApiError> {
         let code = failure.error.code;
+        if failure.lasted > PAUSE_MOST {
+            // Whoever kept it for so long did not refuse it.
+            (self.refused, self.refused_since) = (0, None);
+        }
         let pause = if cause::is_refusal(code) && !failure.begun {
             self.refused += 1;
             let since = *self.refused_since.get_or_insert_with(Instant::now);
@@ -275,8 +281,8 @@ impl Attempts {
             }
             PAUSE * (1 << self.lost.saturating_sub(1))
         };
-        if self.assignment.deadline <= Instant::now() {
-            return Err(failure.error);
+        if self.is_late() {
+            return Err(deadline_passed());
         }
         if cause::is_fault(code) && !self.model.retry_budget.lock().take(Instant::now()) {
             let of = self.model.counts.label.clone();
@@ -300,6 +306,15 @@ impl Attempts {
         }
     }
 
+    /// Whether it must have been answered by now.
+    fn is_late(&self) -> bool {
+        self.assignment.deadline <= Instant::now()
+    }
+
+    fn unless_late(&self, error: ApiError) -> ApiError {
+        if self.is_late() { deadline_passed() } else { error }
+    }
+
     /// Gives it to others, after a pause or the next change of the fleet.
     async fn go_on(self, again: Again) -> Result<(Generation, Placing), ApiError> {
         let Self { placer, model, assignment, .. } = &self;
@@ -312,7 +327,7 @@ impl Attempts {
             let _ = timeout_at(deadline.min(Instant::now() + pause), changes.changed()).await;
             let (prompt, generated) = (&assignment.prompt, &assignment.generated);
             let booked = placer.book_by(deadline, &model.served, prompt, generated, &avoid).await;
-            let Ok(booked) = booked else { return Err(error) };
+            let Ok(booked) = booked else { return Err(self.unless_late(error)) };
             let placing = Placing::new(&booked.booking, Some(error.clone()), Duration::ZERO);
             match placer.start(booked, assignment.clone()) {
                 Ok(generation) => {
@@ -328,7 +343,7 @@ impl Attempts {
                     }
                     (error, pause) = (refused, PAUSE_LEAST * 2);
                 }
-                Err(NotSent { error: refused, .. }) => return Err(refused),
+                Err(NotSent { error: refused, .. }) => return Err(self.unless_late(refused)),
             }
         }
     }

@@ -6,8 +6,8 @@
 //!   answer is taken, and where there is much, whoever has least to compute: a cached prefix is worth more then.
 //! - **Decode**: the tokens expected x the step with this request in the batch; the time by which it makes the steps of the
 //!   others in it longer; as long again as its own steps, scaled by the shortfall, when the free KV blocks do not hold it;
-//!   and the time that what is not cached there takes to be moved, with the transfers that share the way. For what is
-//!   queued there to be computed it stands still.
+//!   the time until others have ended, where as many are decoded as may be; and the time that what is not cached there takes
+//!   to be moved, with the transfers that share the way. For what is queued there to be computed it stands still.
 //! - **Both on one instance**: the sum, with nothing moved. A prompt that is computed by a *decode* instance holds up every
 //!   sequence of its batch, and is paid for so; between its chunks the batch decodes, and it waits for that.
 //! - What is predicted to be later than its target counts [`LATE`] times more.
@@ -51,6 +51,19 @@ pub(crate) struct Price {
     pub(crate) tpot_micros: f64,
     /// Until it is begun with.
     pub(crate) wait_micros: f64,
+    /// Of that, until fewer sequences are decoded there than may be at a time.
+    seat_micros: f64,
+}
+
+/// What an instance decodes while it computes a prompt.
+#[derive(Debug, Clone, Copy, Default)]
+struct Decoding {
+    /// Sequences that stand still meanwhile.
+    batch: f64,
+    /// How long they take after each chunk of the prompt.
+    step_micros: f64,
+    /// Until the prompt is begun with, as so many are decoded.
+    seat_micros: f64,
 }
 
 /// Prices one request on any instance.
@@ -65,34 +78,36 @@ impl Pricing<'_> {
     /// `cached`: tokens of the prompt that the instance has.
     pub(crate) fn price(&self, row: &Row, side: Side, cached: u32) -> Price {
         match side {
-            Side::Prefill => self.prefill(row, cached, 0.0, 0.0),
+            Side::Prefill => self.prefill(row, cached, Decoding::default()),
             Side::Decode => {
                 let to_move = self.ask.prompt_tokens().saturating_sub(cached);
                 self.decode(row, cached, to_move, row.queue_micros)
             }
             Side::Whole => {
-                let (first, then) = (self.prefill(row, cached, 0.0, 0.0), self.decode(row, cached, 0, 0.0));
-                both(first, then)
+                let then = self.decode(row, cached, 0, 0.0);
+                let decoding = Decoding { seat_micros: then.seat_micros, ..Decoding::default() };
+                both(self.prefill(row, cached, decoding), then)
             }
         }
     }
 
     /// All of it on a decode instance; `None`: it has too much to do.
     pub(crate) fn local(&self, row: &Row, cached: u32) -> Option<Price> {
-        let batch = row.standing.sequences as f64;
+        let batch = row.standing.batch() as f64;
         let then = self.decode(row, cached, 0, 0.0);
         let room = match (row.standing.blocks_free, row.standing.blocks_total) {
             (Some(free), Some(total)) => free as f64 >= LOCAL_FREE_LEAST * total as f64,
             _ => true,
         };
         let steady = then.tpot_micros <= LOCAL_TPOT_MOST * self.settings.targets.tpot_micros();
-        let between = if batch > 0.0 { then.tpot_micros } else { 0.0 };
-        let first = self.prefill(row, cached, batch, between);
+        let step_micros = if batch > 0.0 { then.tpot_micros } else { 0.0 };
+        let first = self.prefill(row, cached, Decoding { batch, step_micros, seat_micros: then.seat_micros });
         (room && steady).then_some(both(first, then))
     }
 
-    /// With so many sequences that stand still meanwhile, and decode so long after each chunk.
-    fn prefill(&self, row: &Row, cached: u32, batch: f64, between_micros: f64) -> Price {
+    /// `decoding`: what goes on there beside it.
+    fn prefill(&self, row: &Row, cached: u32, decoding: Decoding) -> Price {
+        let Decoding { batch, step_micros, seat_micros } = decoding;
         let tokens = u64::from(self.ask.prompt_tokens().saturating_sub(cached));
         let own = row
             .speed
@@ -102,11 +117,11 @@ impl Pricing<'_> {
         // Of those that it is of, the one with the most to prefill says the most.
         let widest = classes.iter().max_by_key(|class| class.prefills());
         let waiting = widest.map_or(0.0, |class| class.waiting(WAITING_MOST));
-        let between = (tokens as f64 / CHUNK_TOKENS).ceil() * between_micros;
-        let ttft_micros = row.queue_micros + own + between;
+        let between = (tokens as f64 / CHUNK_TOKENS).ceil() * step_micros;
+        let ttft_micros = seat_micros + row.queue_micros + own + between;
         let late = (ttft_micros - self.settings.targets.ttft_micros(self.ask.prompt_tokens())).max(0.0);
         let micros = wait + (1.0 + waiting + batch) * own + between + LATE * late;
-        Price { micros, ttft_micros, tpot_micros: 0.0, wait_micros: row.queue_micros }
+        Price { micros, ttft_micros, wait_micros: row.queue_micros, ..Price::default() }
     }
 
     /// With so many tokens of the prompt there already, and so many that come from elsewhere; it stands still for so long.
@@ -118,10 +133,11 @@ impl Pricing<'_> {
             (Some(total), Some(free)) => total.saturating_sub(free) as f64,
             _ => 0.0,
         };
-        let (sequences, context) = (standing.sequences as f64, used * f64::from(row.spec.block_tokens));
+        let (sequences, context) = (standing.batch() as f64, used * f64::from(row.spec.block_tokens));
         let added = f64::from(ask.prompt_tokens()) + choices * expected / 2.0;
         // How long it makes anybody wait does not grow with what it is to be spared.
         let true_own = expected * row.speed.step_micros(sequences + choices, context + added);
+        let seat_micros = true_own * standing.turns_before(ask.wanted.choices);
         let share = self.share(row);
         let (sequences, context) = (sequences / share, context / share);
         let step = row.speed.step_micros(sequences + choices, context + added);
@@ -135,12 +151,15 @@ impl Pricing<'_> {
         let first = first + u64::from(ask.wanted.choices.saturating_sub(1));
         let first = first.saturating_sub(u64::from(cached / row.spec.block_tokens));
         let missing_first = first.saturating_sub(standing.blocks_free.unwrap_or(first)) as f64;
-        let wait_micros = true_own * (missing_first.min(used) + standing.blocks_short as f64) / used.max(1.0);
+        let blocks_micros =
+            true_own * (missing_first.min(used) + standing.blocks_short as f64) / used.max(1.0);
         let moved = f64::from(to_move) * row.spec.token_bytes as f64;
         let moving = moved / LINK_BYTES_PER_MICROSECOND * (1.0 + f64::from(row.transfers));
         let late = expected * (step - self.settings.targets.tpot_micros()).max(0.0);
-        let micros = own + others + own * missing / wanted.max(1.0) + moving + still_micros + LATE * late;
-        Price { micros, ttft_micros: 0.0, tpot_micros: step, wait_micros }
+        let short = own * missing / wanted.max(1.0);
+        let micros = own + others + short + seat_micros + moving + still_micros + LATE * late;
+        let wait_micros = seat_micros.max(blocks_micros);
+        Price { micros, tpot_micros: step, wait_micros, seat_micros, ..Price::default() }
     }
 
     /// How much of its peers' work it is to have by now. Where all of them have just been heard of, nobody is new.
@@ -161,6 +180,7 @@ fn both(first: Price, then: Price) -> Price {
         ttft_micros: first.ttft_micros,
         tpot_micros: then.tpot_micros,
         wait_micros: first.wait_micros.max(then.wait_micros),
+        seat_micros: then.seat_micros,
     }
 }
 

@@ -10,6 +10,7 @@ pub mod testing;
 
 use std::{
     collections::{BTreeMap, HashMap},
+    num::NonZeroU32,
     time::Duration,
 };
 
@@ -129,6 +130,8 @@ impl From<&v1::InstanceLoad> for Timed {
 pub struct Load {
     /// Running and waiting.
     pub sequences: u32,
+    /// Of them those that it decodes at a time, at most. `None`: it does not say.
+    pub sequences_most: Option<NonZeroU32>,
     /// Requests that it lets wait beyond those. `None`: it does not say.
     pub waiting_room: Option<u32>,
     /// Prompt tokens accepted and still to be computed.
@@ -149,6 +152,13 @@ pub struct Load {
     pub seen_leg: Option<LegId>,
 }
 
+impl Load {
+    /// Sequences that it decodes at a time now.
+    pub fn batch(&self) -> u32 {
+        self.sequences_most.map_or(self.sequences, |most| self.sequences.min(most.get()))
+    }
+}
+
 /// Most prompt tokens an instance is believed to have queued.
 const QUEUED_TOKENS_MOST: u64 = 1 << 32;
 /// Most pairs of these tokens and those before them.
@@ -163,6 +173,7 @@ impl From<&v1::InstanceLoad> for Load {
     fn from(load: &v1::InstanceLoad) -> Self {
         Self {
             sequences: load.running_sequences.saturating_add(load.waiting_sequences),
+            sequences_most: NonZeroU32::new(load.max_sequences),
             waiting_room: load.waiting_room,
             queued_prefill_tokens: load.queued_prefill_tokens.min(QUEUED_TOKENS_MOST),
             queued_prefill_pairs: load.queued_prefill_pairs.min(QUEUED_PAIRS_MOST),
@@ -291,6 +302,14 @@ impl Fleet {
     /// the last.
     pub fn list(&mut self, specs: &[Spec], now: Instant) -> (Vec<Change>, bool) {
         debug_assert!(specs.is_sorted_by(|a, b| a.id < b.id));
+        if self.orphaned && !specs.is_empty() {
+            // Whoever the store's next list lacks may not have come back to it yet.
+            for instance in self.models.values_mut().flat_map(BTreeMap::values_mut) {
+                if let Listing::Missing { since } = &mut instance.listing {
+                    *since = now;
+                }
+            }
+        }
         let mut changes = Vec::new();
         let mut other = self.orphaned != specs.is_empty();
         for spec in specs {
@@ -385,7 +404,7 @@ impl Fleet {
     ///
     /// One that the store dropped while it lists others was taken out on purpose: it is used for the grace, no longer.
     /// When the store lists none at all, of whatever model, the controller is the one that is away, and live streams are
-    /// the truth.
+    /// the truth; from when it lists somebody again the others have the grace to come back.
     pub fn duty(&self, instance: &Instance) -> Option<(Duty, Option<Instant>)> {
         let until = match instance.listing {
             Listing::Missing { since } if !self.orphaned => Some(since + self.absent_grace),

@@ -21,6 +21,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
+    num::NonZeroU32,
     ops::Bound::{Excluded, Unbounded},
 };
 
@@ -67,6 +68,8 @@ pub struct Standing {
     pub queued_prefill_tokens: u64,
     pub queued_prefill_pairs: u64,
     pub sequences: u64,
+    /// Of them those that it decodes at a time, at most. `None`: it does not say.
+    pub sequences_most: Option<NonZeroU32>,
     /// Requests that it takes on yet, as if none of those that it has not counted ran at once. `None`: it does not say.
     pub waiting_room: Option<u64>,
     /// `None`: the instance has not said.
@@ -78,6 +81,21 @@ pub struct Standing {
     pub prefill_tokens_per_second: u64,
     /// 0 = not measured.
     pub decode_step_micros: u64,
+}
+
+impl Standing {
+    /// Those that it decodes at a time.
+    pub fn batch(&self) -> u64 {
+        self.sequences_most.map_or(self.sequences, |most| self.sequences.min(most.get().into()))
+    }
+
+    /// Those that so many more would wait for, as multiples of as many as end in the time of an answer. None of them waits for
+    /// one that does not run.
+    pub fn turns_before(&self, choices: u32) -> f64 {
+        let Some(most) = self.sequences_most.map(|most| u64::from(most.get())) else { return 0.0 };
+        let ahead = (self.sequences + u64::from(choices)).saturating_sub(most).min(self.sequences);
+        ahead as f64 / most as f64
+    }
 }
 
 /// A dispatched leg whose end the instance has not told.
@@ -273,6 +291,7 @@ impl Ledger {
             ),
             queued_prefill_pairs: sum(load.queued_prefill_pairs, unseen.prefill_pairs, over.prefill_pairs),
             sequences: sum(u64::from(load.sequences), unseen.sequences, over.sequences),
+            sequences_most: load.sequences_most,
             waiting_room: load.waiting_room.map(|room| u64::from(room).saturating_sub(unseen.sequences)),
             blocks_total: (total > 0).then_some(total),
             blocks_free: (total > 0).then(|| total.saturating_sub(used)),

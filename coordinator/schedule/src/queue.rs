@@ -223,22 +223,24 @@ impl<T> Queue<T> {
     }
 
     fn find<R>(&self, now: Instant, mut fits: impl FnMut(&T) -> Option<R>) -> Option<(Ticket, R)> {
-        let mut asked = 0;
-        for of_band in in_turn(self.bands.keys().copied(), self.turns) {
+        let mut left = ASKED_MOST;
+        for (of_band, most) in in_turn(self.bands.keys().copied(), self.turns) {
             let band = &self.bands[&of_band];
             let mut tenants: Vec<(&Arc<str>, &Tenant<T>)> = band.tenants.iter().collect();
             tenants.sort_by(|(a, of_a), (b, of_b)| of_a.time.total_cmp(&of_b.time).then(a.cmp(b)));
-            for (tenant, of) in tenants {
-                for (priority, key, entry) in of.heads(now) {
-                    if let Some(found) = fits(&entry.item) {
-                        let ticket = Ticket { band: of_band, tenant: tenant.clone(), priority, key: *key };
-                        return Some((ticket, found));
-                    }
-                    asked += 1;
-                    if asked == ASKED_MOST {
-                        return None;
-                    }
+            let heads = tenants.into_iter().flat_map(|(tenant, of)| {
+                of.heads(now).map(move |(priority, key, entry)| (tenant, priority, key, entry))
+            });
+            let mut asked = 0;
+            for (tenant, priority, key, entry) in heads.take(most.min(left)) {
+                if let Some(found) = fits(&entry.item) {
+                    let ticket = Ticket { band: of_band, tenant: tenant.clone(), priority, key: *key };
+                    return Some((ticket, found));
                 }
+                asked += 1;
+            }
+            if most == ASKED_MOST {
+                left -= asked;
             }
         }
         None
@@ -272,12 +274,14 @@ impl<T> Queue<T> {
     }
 }
 
-/// These, ascending, in the order in which they are asked: of [`TURNS`] one begins with a later one, each in its turn.
-fn in_turn<K>(ascending: impl Iterator<Item = K>, turns: u32) -> Vec<K> {
-    let mut order: Vec<K> = ascending.collect();
+/// These, ascending, in the order in which they are asked, and how many requests of each are. Of [`TURNS`] one begins with a
+/// later one, each in its turn: if what that one wants first does not fit, it is the others' turn.
+fn in_turn<K>(ascending: impl Iterator<Item = K>, turns: u32) -> Vec<(K, usize)> {
+    let mut order: Vec<_> = ascending.map(|key| (key, ASKED_MOST)).collect();
     if turns % TURNS == TURNS - 1 && order.len() > 1 {
         let which = 1 + (turns / TURNS) as usize % (order.len() - 1);
-        order.swap(0, which);
+        order[..=which].rotate_right(1);
+        order[0].1 = 1;
     }
     order
 }

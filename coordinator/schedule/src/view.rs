@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use baton_proto::{GroupName, InstanceId, Protocols, RoleEpoch};
+use baton_proto::{GroupName, Incarnation, InstanceId, Protocols, RoleEpoch};
 use tokio::time::Instant;
 
 use crate::{
@@ -45,7 +45,9 @@ pub struct Row {
     pub queue_micros: f64,
     /// Caches on their way in and out.
     pub transfers: u32,
-    /// Since when it takes requests.
+    /// The process that took requests last, and in which role.
+    served: Option<(Incarnation, Role)>,
+    /// Since when that one has taken requests, breaks included: whoever comes back is not new.
     pub ready_since: Instant,
     /// When it was chosen last, counted in requests.
     pub chosen: u64,
@@ -78,7 +80,9 @@ impl Row {
         let load = instance.load();
         let duty = fleet.duty(instance);
         let role = duty.map(|(duty, _)| duty.role);
-        if self.role != role {
+        if let Some(role) = role
+            && self.served.replace((self.spec.incarnation, role)) != Some((self.spec.incarnation, role))
+        {
             self.ready_since = now;
         }
         self.until = duty.and_then(|(_, until)| until);
@@ -291,6 +295,7 @@ impl Row {
             speed: Speed::default(),
             queue_micros: 0.0,
             transfers: 0,
+            served: None,
             ready_since: now,
             chosen: 0,
         }

@@ -200,7 +200,10 @@ impl Generation {
     pub fn stop(&mut self, choice: u32) -> Completed {
         let commands = self.choices.get_mut(choice as usize).map(|choice| choice.machine.stop());
         match self.perform(choice, commands.unwrap_or_default(), CancelReason::StopString) {
-            Some(Ok(completed)) => completed,
+            Some(Ok(completed)) => {
+                self.ended_here(choice);
+                completed
+            }
             _ => Completed { reason: StopReason::Stop, cached_tokens: 0, outgrown: None },
         }
     }
@@ -269,9 +272,8 @@ impl Generation {
     /// Takes in what the legs have brought; whatever they bring next wakes `context`.
     pub fn receive(&mut self, context: &mut Context<'_>) {
         let flooded = self.mailbox.take(context.waker(), &mut self.inbox);
-        let came = !self.inbox.is_empty();
         self.drain_inbox();
-        self.look_for_drain(came);
+        self.look_for_drain();
         if let Some(side) = flooded {
             self.fail_flooded(side);
         }
@@ -331,12 +333,11 @@ impl Generation {
     }
 
     /// Who waits for a cache finds out when it has come.
-    fn look_for_drain(&mut self, came: bool) {
+    fn look_for_drain(&mut self) {
         let begun = !self.served.is_empty();
+        let own = if begun { self.legs.generates() } else { self.legs.computes() };
         // Whoever hands on what it has drains from the first.
-        let (own, looks) =
-            if begun { (self.legs.generates(), came) } else { (self.legs.computes(), !self.handed_on) };
-        if !looks || !own.is_some_and(LegGuard::drains) {
+        if (self.handed_on && !begun) || !own.is_some_and(LegGuard::drains) {
             return;
         }
         let now = Instant::now();

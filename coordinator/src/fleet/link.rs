@@ -179,14 +179,23 @@ impl Link {
         up.outbound.push(Ask::Cancel(v1::Cancel { leg: leg.0, reason: why.into(), choice, damaged }));
     }
 
-    /// Those whose prompts wait on an instance that drains look whether they had better leave it, whoever came last first:
-    /// the queue is the shorter for the others.
+    /// All on an instance that begins to drain look whether they had better leave it.
+    fn wake_all(&self) {
+        self.wake(|_| true);
+    }
+
+    /// The same of those whose prompts wait there.
     fn wake_waiting(&self) {
+        self.wake(|slot| !slot.begun && slot.side != Side::Decode);
+    }
+
+    /// Whoever came last first: the queue is the shorter for the others.
+    fn wake(&self, who: impl Fn(&Slot) -> bool) {
         let stream = self.stream.lock();
-        let waits = |(_, slot): &(&LegId, &Slot)| !slot.begun && slot.side != Side::Decode;
-        let mut waiting: Vec<_> = stream.iter().flat_map(|up| &up.legs).filter(waits).collect();
-        waiting.sort_unstable_by_key(|(leg, _)| Reverse(**leg));
-        waiting.iter().for_each(|(_, slot)| slot.mailbox.wake());
+        let legs = stream.iter().flat_map(|up| &up.legs);
+        let mut woken: Vec<_> = legs.filter(|(_, slot)| who(slot)).collect();
+        woken.sort_unstable_by_key(|(leg, _)| Reverse(**leg));
+        woken.iter().for_each(|(_, slot)| slot.mailbox.wake());
     }
 
     /// Whether the instance does not read what it is sent.

@@ -14,7 +14,7 @@ use baton_schedule::Side;
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
-use super::leg::Output;
+use super::leg::{LegEnd, Output};
 
 /// Deliveries that may lie in the box for each choice. In order, they merge: only a peer that breaks the contract comes
 /// near it.
@@ -125,6 +125,7 @@ impl Mailbox {
         let mut inner = self.inner.lock();
         let first = inner.note_time(side, &output);
         inner.unread += output.tokens.len();
+        let complete = matches!(output.end, Some(LegEnd::Complete { .. }));
         let can_wait =
             !first && output.end.is_none() && !output.tokens.is_empty() && inner.unread < inner.batch;
         let full = inner.deliveries.len() >= inner.most;
@@ -138,6 +139,10 @@ impl Mailbox {
             // The request is lost with it, so that the other leg's last word matters no more.
             _ if full => inner.flooded = inner.flooded.or(inner.fullest()),
             _ => inner.deliveries.push_back((side, output)),
+        }
+        if complete {
+            // Only of choices that go on so much is waited for.
+            inner.batch = inner.batch.saturating_sub(BATCH).max(1);
         }
         if can_wait && inner.flooded.is_none() {
             return;
@@ -187,7 +192,7 @@ mod tests {
     use baton_proto::{ApiError, ErrorCode};
 
     use super::*;
-    use crate::fleet::LegEnd;
+    use crate::fleet::StopReason;
 
     struct Counting(AtomicUsize);
 
@@ -316,6 +321,19 @@ mod tests {
             assert_eq!(counting.0.load(Ordering::Relaxed), before, "{position}");
             many.deliver(Side::Whole, output(position, &[position]));
         }
+        assert_eq!(counting.0.load(Ordering::Relaxed), before + 1);
+
+        // Of three choices two end, and so much is waited for as of one; that prefill is done ends none.
+        let (choices, done) = (Mailbox::new(3, true), LegEnd::HandedOff { cached_tokens: 0 });
+        let complete = LegEnd::Complete { reason: StopReason::Stop, cached_tokens: 0 };
+        for end in [done, complete.clone(), complete] {
+            choices.deliver(Side::Whole, Output { end: Some(end), ..output(0, &[0]) });
+        }
+        choices.take(&waker, &mut VecDeque::new());
+        let before = counting.0.load(Ordering::Relaxed);
+        choices.deliver(Side::Whole, output(1, &[1; BATCH - 1]));
+        assert_eq!(counting.0.load(Ordering::Relaxed), before);
+        choices.deliver(Side::Whole, output(BATCH as u32, &[1]));
         assert_eq!(counting.0.load(Ordering::Relaxed), before + 1);
     }
 

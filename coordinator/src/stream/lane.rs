@@ -366,7 +366,8 @@ impl Lane {
         let carried = attempts.assignment().generated.len();
         let readings = &self.readings[choices.clone()];
         let begun = readings.iter().any(|reading| reading.tokens().len() > carried);
-        let failure = Failure { error, culprit: generation.culprit().cloned(), begun };
+        let lasted = generation.placed().elapsed();
+        let failure = Failure { error, culprit: generation.culprit().cloned(), begun, lasted };
         let mut left = open.iter().filter(|(_, at)| !self.readings[*at].finished()).peekable();
         if left.peek().is_none() {
             generation.give_up(CancelReason::AnswerComplete);

@@ -93,6 +93,28 @@ async fn who_drains_before_it_has_the_cache_hands_nothing_on() {
 }
 
 #[tokio::test]
+async fn an_answer_that_is_read_in_batches_leaves_a_drain_at_once() {
+    let (cluster, [mut prefill, mut d0, mut d1]) = Cluster::start(ROLES, at_once).await;
+    let response = cluster.chat(json!({"max_tokens": 6}));
+    let first = prefill.dispatch().await;
+    let (drained, other, taken) = either(&mut d0, &mut d1).await;
+    prefill.finish(first.leg, 0, "a", FinishReason::HandedOff);
+    drained.tokens(taken.leg, 1, "b");
+    consumed(&cluster, 2).await;
+    // Too few to be read at once, and nothing comes behind them.
+    drained.tokens(taken.leg, 2, "c");
+    drain(drained);
+    let (handed, resumed) = (drained.dispatch().await, other.dispatch().await);
+    assert_eq!((handing_on(&handed).0, &resumed.generated_tokens), (true, &bytes("abc")));
+    assert_eq!(drained.cancelled().await.leg, taken.leg);
+    drained.finish(handed.leg, 3, "d", FinishReason::HandedOff);
+    other.finish(resumed.leg, 4, "ef", FinishReason::Length);
+    let body = response.await.expect("ends").text().await.expect("a body");
+    assert!(body.contains("abcdef"), "{body}");
+    cluster.at_rest().await;
+}
+
+#[tokio::test]
 async fn a_prompt_that_waits_on_an_instance_that_drains_goes_to_another() {
     let roles = [("a", v1::Role::Prefill), ("b", v1::Role::Prefill), ("d", v1::Role::Decode)];
     for stream in [true, false] {

@@ -1,5 +1,7 @@
 //! Answers that one instance begins and another ends: the client sees a pause, and nothing lost, repeated or changed.
 
+use std::time::Duration;
+
 use crate::scripted::{Cluster, Instance, PATIENCE, bytes, chat_text, consumed, events};
 use baton_coordinator::CoordinatorConfig;
 use baton_proto::{ErrorCode, v1};
@@ -247,11 +249,11 @@ async fn refusals_cost_nothing_but_time() {
 
 #[tokio::test]
 async fn the_patience_for_refusals_begins_anew_with_each_attempt_that_serves() {
-    let patience = std::time::Duration::from_millis(200);
+    let patience = Duration::from_millis(200);
     let (cluster, [a, b]) = Cluster::start(MIXED, |config| {
         in_time(config);
         config.carry.patience = patience;
-        config.carry.move_after = std::time::Duration::ZERO;
+        config.carry.move_after = Duration::ZERO;
     })
     .await;
     let mut both = [a, b];
@@ -279,6 +281,50 @@ async fn the_patience_for_refusals_begins_anew_with_each_attempt_that_serves() {
     let body = response.await.expect("ends").text().await.expect("a body");
     assert_eq!(chat_text(&events(&body)), "abcd");
     assert!(!body.contains("error"), "{body}");
+}
+
+#[tokio::test]
+async fn whoever_keeps_a_request_for_long_has_not_refused_it() {
+    let patience = Duration::from_millis(500);
+    let (cluster, [mut mixed]) = Cluster::start([("m", v1::Role::Mixed)], |config| {
+        in_time(config);
+        config.carry.patience = patience;
+    })
+    .await;
+    let response = cluster.chat(json!({"max_tokens": 3}));
+    let refused = mixed.dispatch().await;
+    mixed.fail(refused.leg, ErrorCode::Unavailable);
+    // It waits there, and nothing of it is computed before the instance drains.
+    let kept = mixed.dispatch().await;
+    tokio::time::sleep(Duration::from_millis(1_200)).await;
+    mixed.fail(kept.leg, ErrorCode::Unavailable);
+    let again = mixed.dispatch().await;
+    mixed.finish(again.leg, 0, "abc", FinishReason::Length);
+    assert_eq!(response.await.expect("ends").status(), 200);
+    // Refused again and again it is told so.
+    let response = cluster.chat(json!({"max_tokens": 3}));
+    let began = std::time::Instant::now();
+    while began.elapsed() < patience * 2 {
+        let Ok(refused) = tokio::time::timeout(patience, mixed.dispatch()).await else { break };
+        mixed.fail(refused.leg, ErrorCode::Unavailable);
+    }
+    assert_eq!(response.await.expect("ends").status(), 503);
+}
+
+#[tokio::test]
+async fn time_that_runs_out_while_another_place_is_looked_for_is_what_is_told() {
+    let (cluster, [mut mixed]) = Cluster::start([("m", v1::Role::Mixed)], |config| {
+        config.limits.request_timeout = Duration::from_millis(300);
+        config.carry.patience = PATIENCE;
+    })
+    .await;
+    let response = cluster.chat(json!({"max_tokens": 3}));
+    mixed.dispatch().await;
+    mixed.kill().await;
+    let response = response.await.expect("ends");
+    assert_eq!((response.status().as_u16(), response.headers().get("retry-after")), (504, None));
+    let body: Value = response.json().await.expect("is JSON");
+    assert_eq!(body["error"]["code"], "deadline_exceeded");
 }
 
 #[tokio::test]

@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use baton_proto::InstanceId;
+use baton_proto::{Incarnation, InstanceId};
 use tokio::time::{Instant, advance};
 
 use crate::{
@@ -137,9 +137,20 @@ async fn a_new_instance_gets_its_share_by_and_by() {
     let board = board(settings, &fleet);
     advance(Duration::from_secs(600)).await;
     let d1 = spec_of("d1");
+    let load = |sequences| board.load(&d1.id, Load { timed: timed(60), ..running(sequences) });
+    // Its stream breaks, and it drains for a moment, and is what it was.
+    board.down(&d1.id, Instant::now());
+    board.up(&d1.id, d1.incarnation, ready(Role::Decode));
     board.duty(&d1.id, crate::fleet::Duty { ready: false, ..ready(Role::Decode) });
     board.duty(&d1.id, ready(Role::Decode));
-    let load = |sequences| board.load(&d1.id, Load { timed: timed(60), ..running(sequences) });
+    load(4);
+    assert_eq!(chosen(&board, 10)[1], "d1", "it is not new");
+    // It is started again.
+    let specs = ["d0", "d1", "p"]
+        .map(|id| Spec { incarnation: Incarnation(if id == "d1" { 2 } else { 1 }), ..spec_of(id) });
+    board.down(&d1.id, Instant::now());
+    board.list(&specs, Instant::now());
+    board.up(&d1.id, Incarnation(2), ready(Role::Decode));
     load(4);
     assert_eq!(chosen(&board, 10)[1], "d0", "a tenth of it is its share at first");
     load(0);
@@ -161,8 +172,9 @@ async fn nobody_is_new_where_all_have_just_been_heard_of() {
     advance(Duration::from_secs(600)).await;
     let later = cost();
     assert!(alike(first, later), "{first}, then {later}");
-    board.duty(&spec_of("d").id, crate::fleet::Duty { ready: false, ..ready(Role::Decode) });
-    board.duty(&spec_of("d").id, ready(Role::Decode));
+    let d = spec_of("d");
+    board.duty(&d.id, ready(Role::Mixed));
+    board.duty(&d.id, ready(Role::Decode));
     let again = cost();
     assert!(alike(again, later), "it has no older peer: {again}, for {later}");
 }

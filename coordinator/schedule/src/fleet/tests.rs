@@ -75,6 +75,19 @@ fn a_dropped_instance_with_a_live_stream_is_used_for_the_grace() {
 }
 
 #[test]
+fn those_that_are_not_on_the_first_list_after_an_empty_one_have_the_grace_to_come_back() {
+    let now = Instant::now();
+    let mut fleet = fleet_of(&["a", "b"], now);
+    fleet.list(&[], now);
+    let back = now + 3 * GRACE;
+    assert_eq!(usable(&fleet, back), ["a", "b"]);
+    fleet.list(&[spec("a")], back);
+    assert_eq!(usable(&fleet, back + GRACE), ["a", "b"]);
+    assert_eq!(usable(&fleet, back + 2 * GRACE), ["a"]);
+    assert_eq!(fleet.size(), 2);
+}
+
+#[test]
 fn an_empty_list_means_that_the_controller_is_away() {
     let now = Instant::now();
     let mut fleet = fleet_of(&["a", "b"], now);

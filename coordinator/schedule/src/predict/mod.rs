@@ -254,7 +254,7 @@ fn samples(since: &Timed, load: &Load) -> (Sample<2>, Sample<3>) {
     let rate = load.prefill_tokens_per_second;
     let prefill = (rate > 0).then(|| ([1.0, 0.0], 1e6 / rate as f64));
     let step = load.decode_step_micros;
-    let decode = (step > 0).then(|| ([1.0, f64::from(load.sequences) / DECODE_SCALE[1], 0.0], step as f64));
+    let decode = (step > 0).then(|| ([1.0, f64::from(load.batch()) / DECODE_SCALE[1], 0.0], step as f64));
     (prefill, decode)
 }
 

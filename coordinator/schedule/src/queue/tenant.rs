@@ -85,9 +85,9 @@ impl<T> Tenant<T> {
     /// Its requests in the order in which they are asked, with their priorities.
     pub(super) fn heads(&self, now: Instant) -> impl Iterator<Item = (i32, &Key, &Entry<T>)> {
         let order = in_turn(self.priorities.keys().copied(), self.turns).into_iter();
-        order.flat_map(move |priority| {
+        order.flat_map(move |(priority, most)| {
             let of = self.priorities.get(&priority).into_iter().flat_map(move |of| of.heads(now));
-            of.map(move |(key, entry)| (priority, key, entry))
+            of.map(move |(key, entry)| (priority, key, entry)).take(most)
         })
     }
 

@@ -43,6 +43,26 @@ fn those_that_are_late_get_every_second_turn() {
 }
 
 #[test]
+fn a_turn_of_others_that_nobody_of_them_fits_into_is_not_lost() {
+    let (mut queue, now) = (Queue::default(), Instant::now());
+    let push = |queue: &mut Queue<&'static str>, band, priority, item| {
+        queue.push(Wish { rank: rank(band, "a", priority), wanted: now, work: 1.0 }, item, now);
+    };
+    (0..TURNS).for_each(|_| push(&mut queue, 0, 0, "short"));
+    (0..3).for_each(|_| push(&mut queue, 2, 0, "long"));
+    (0..3).for_each(|_| push(&mut queue, 0, 9, "long"));
+    (0..TURNS - 1).for_each(|_| assert_eq!(take(&mut queue, now), Some("short")));
+    let mut asked = Vec::new();
+    let short = queue.next(now, |item| {
+        asked.push(*item);
+        (*item == "short").then_some(())
+    });
+    assert_eq!(short.map(|(item, ())| item), Some("short"));
+    assert_eq!(asked, ["long", "long", "short"], "of the other band, and of the other priority");
+    assert_eq!(queue.len(), 6);
+}
+
+#[test]
 fn tenants_share_by_weight_and_nobody_saves_up_turns() {
     let (mut queue, now) = (Queue::default(), Instant::now());
     let wanted = now + Duration::from_secs(60);

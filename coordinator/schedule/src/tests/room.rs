@@ -1,5 +1,7 @@
 //! Instances where as many wait as may.
 
+use std::num::NonZeroU32;
+
 use super::*;
 
 #[test]
@@ -83,4 +85,45 @@ fn who_lets_nobody_wait_any_more_is_asked_last() {
     assert_eq!(board.can_serve("r1"), Ok(()), "it is busy, and there");
     held.pop();
     assert!(board.book(&wanted).is_ok());
+}
+
+#[test]
+fn who_decodes_as_many_as_it_may_is_waited_for() {
+    let none = Ledger::default();
+    let steps = Load { decode_step_micros: 50_000, ..Load::default() };
+    let of = |sequences, most: Option<u32>| Load {
+        sequences,
+        sequences_most: most.and_then(NonZeroU32::new),
+        ..steps
+    };
+    let fleet = |d0, d1| {
+        let (p, d) = ((spec("p"), Role::Prefill, Load::default()), |id, load| (spec(id), Role::Decode, load));
+        fleet_of(vec![d("d0", d0), d("d1", d1), p])
+    };
+    let among = |among| Ask { wanted: Wanted { among, ..Wanted::new(100, 64, "r1") }, ..ask(100) };
+    let roomy = |fleet: &Fleet| chosen(fleet, &none, &among(Among::Roomy));
+    // An answer takes some steps of at least 50 ms, and 4,000 behind 64 wait for 62 answers.
+    let busy = fleet(of(4_064, Some(64)), of(4_064, Some(64)));
+    assert_eq!(roomy(&busy), Err(NoPlace::Busy));
+    assert!(chosen(&busy, &none, &among(Among::All)).is_ok(), "there is nobody else");
+    assert!(
+        roomy(&fleet(of(4_064, None), of(4_064, None))).is_ok(),
+        "one of an earlier version does not say"
+    );
+    assert!(roomy(&fleet(of(4_064, Some(4_064)), of(4_064, Some(4_064)))).is_ok(), "a place is free soon");
+    assert!(roomy(&fleet(of(4_064, Some(64)), of(63, Some(64)))).is_ok(), "a place is free");
+    // A step is of those that are decoded, however many wait.
+    let tpot = |sequences, most| {
+        let load = Load { decode_step_micros: 0, ..of(sequences, most) };
+        let d = [(spec("d"), Role::Decode, load), (spec("p"), Role::Prefill, Load::default())];
+        let receipt = placed(&fleet_of(d.to_vec()), &none, &ask(100)).expect("a place").1;
+        receipt.cheapest.iter().map(|scored| scored.tpot_micros).max()
+    };
+    assert_eq!(tpot(4_064, Some(64)), tpot(64, Some(64)));
+    assert!(tpot(64, Some(64)) > tpot(8, Some(64)));
+    // Nobody waits for those that do not run: whoever wants more places than there are has them once it is alone.
+    let wanted = Wanted { choices: 100, among: Among::Roomy, ..Wanted::new(100, 1 << 20, "r1") };
+    let long = Ask { expected_tokens: 1 << 20, wanted, ..ask(100) };
+    assert!(chosen(&fleet(of(0, Some(64)), of(0, Some(64))), &none, &long).is_ok());
+    assert_eq!(chosen(&fleet(of(1, Some(1)), of(1, Some(1))), &none, &long), Err(NoPlace::Busy));
 }

@@ -18,7 +18,10 @@ use baton_schedule::{
 
 /// A request on a pair, as if its legs had been dispatched.
 fn generation(deadline: Duration, handoffs: &Arc<Handoffs>) -> Generation {
-    let board = Board::new(Duration::from_secs(1));
+    generation_on(&Board::new(Duration::from_secs(1)), deadline, handoffs)
+}
+
+fn generation_on(board: &Arc<Board>, deadline: Duration, handoffs: &Arc<Handoffs>) -> Generation {
     let (d, p) = (spec("d"), spec("p"));
     board.list(&[d.clone(), p.clone()], Instant::now());
     board.up(&d.id, d.incarnation, ready(Role::Decode));
@@ -132,4 +135,29 @@ async fn the_deadline_is_kept_though_a_turn_is_over() {
     let ended = tokio::time::timeout(Duration::from_secs(60), next(&mut late)).await;
     assert!(matches!(ended, Ok(Progress::Failed(_))), "{ended:?}");
     assert_eq!(began.elapsed().as_secs(), 5);
+}
+
+#[tokio::test(start_paused = true)]
+async fn how_long_answers_are_is_learnt_of_those_that_a_stop_string_ends_too() {
+    let board = Board::new(Duration::from_secs(1));
+    let mut stopped = generation_on(&board, Duration::from_secs(600), &Arc::default());
+    let expected = || board.expected_tokens("r1");
+    let before = expected();
+    let tokens = Output {
+        choice: 0,
+        first_position: 0,
+        tokens: smallvec![1],
+        logprobs: vec![],
+        cached_tokens: None,
+        end: None,
+    };
+    stopped.mailbox.deliver(Side::Prefill, tokens);
+    assert_eq!(next(&mut stopped).await, Progress::Choice { choice: 0, end: None });
+    assert_eq!(expected(), before);
+    assert_eq!(stopped.stop(0).reason, StopReason::Stop);
+    let learnt = expected();
+    assert!(learnt < before, "{learnt} of {before}");
+    // Nothing is learnt of it twice.
+    stopped.stop(0);
+    assert_eq!(expected(), learnt);
 }

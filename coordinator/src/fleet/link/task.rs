@@ -289,7 +289,7 @@ impl LinkTask {
                 let drains = change.phase() == v1::Phase::Draining;
                 self.link.drains.store(drains, Ordering::Relaxed);
                 if drains {
-                    self.link.wake_waiting();
+                    self.link.wake_all();
                 }
             }
             Answer::Welcome(_) => {}

@@ -25,6 +25,8 @@ pub(crate) enum Place {
 pub(crate) struct Report {
     /// Running and waiting.
     pub(crate) sequences: u32,
+    /// Of them so many are decoded at a time, at most; 0 = no answer is.
+    pub(crate) sequences_most: u32,
     /// Requests that it was ever given: those that this report knows of.
     pub(crate) taken: u64,
     /// Prompt tokens taken on and not computed, without those that are cached.

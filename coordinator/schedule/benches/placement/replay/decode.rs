@@ -239,6 +239,7 @@ impl Decode {
         let waiting = u32::try_from(self.waiting.len() + self.batch.len()).unwrap_or(u32::MAX);
         let mut report = Report {
             sequences: self.announced.saturating_add(waiting),
+            sequences_most: u32::try_from(self.machine.decode_sequences_most).unwrap_or(u32::MAX),
             taken: self.taken,
             timed: self.timed,
             cache_tokens: self.machine.decode_cache_tokens,

@@ -2,7 +2,7 @@
 //!
 //! All here that knows how production is called is in this file.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{collections::HashMap, num::NonZeroU32, sync::Arc, time::Duration};
 
 use baton_proto::{GroupName, Incarnation, InstanceId, LegId, Protocols, RoleEpoch, Sieve};
 use baton_schedule::{
@@ -80,6 +80,7 @@ pub(crate) fn load(place: Place, report: &Report, seen: LegId) -> Load {
     let (rate, prefills) = (report.tokens_per_second as u64, matches!(place, Place::Prefill(_)));
     Load {
         sequences: report.sequences,
+        sequences_most: NonZeroU32::new(report.sequences_most),
         waiting_room: None,
         queued_prefill_tokens: report.queued_uncached_tokens,
         queued_prefill_pairs: report.queued_uncached_pairs,
