@@ -29,7 +29,7 @@ use crate::{
     config::{CoordinatorConfig, StoreConfig, last_requests},
     fleet::{
         Breakers,
-        keeper::{Keeper, Links},
+        keeper::{Attachments, Keeper},
     },
     http,
     keys::{Keys, Source},
@@ -77,11 +77,11 @@ pub fn assemble(
     let metrics = parts.metrics.register(Metrics::register);
     let models = Arc::new(Models::new(parts.served, &config.limits, &metrics)?);
     let board = Board::with(config.fleet.absent_grace, config.placement.settings(rand::random()));
-    let links = Arc::new(Links::default());
+    let attachments = Arc::new(Attachments::default());
     let breakers = Arc::new(Breakers::new(&metrics));
     let keeper = Keeper {
         board: board.clone(),
-        links: links.clone(),
+        attachments: attachments.clone(),
         coordinator: CoordinatorId::new(config.id.as_str())?,
         config: config.fleet.clone(),
         metrics: metrics.clone(),
@@ -100,7 +100,7 @@ pub fn assemble(
         keys,
         placer: Arc::new(Placer {
             board,
-            links,
+            attachments,
             handoffs: Arc::default(),
             breakers,
             metrics: metrics.clone(),
@@ -302,7 +302,7 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
     )
     .await;
     // Requests have drained: the streams to instances may end.
-    service.placer.links.stop_all();
+    service.placer.attachments.stop_all();
     drained.cancel();
     Ok(served?)
 }

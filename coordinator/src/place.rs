@@ -15,7 +15,7 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::{
     dispatch::{Assignment, Generation, NotSent},
-    fleet::{Breakers, Trials, keeper::Links},
+    fleet::{Breakers, Trials, keeper::Attachments},
     handoffs::Handoffs,
     metrics::Metrics,
     prepare::{PreparedPrompt, Served},
@@ -24,7 +24,7 @@ use crate::{
 /// What places are found with.
 pub struct Placer {
     pub board: Arc<Board>,
-    pub links: Arc<Links>,
+    pub attachments: Arc<Attachments>,
     pub handoffs: Arc<Handoffs>,
     pub metrics: Arc<Metrics>,
     pub breakers: Arc<Breakers>,
@@ -104,7 +104,7 @@ impl Placer {
     /// Dispatches what has been booked.
     pub fn start(&self, booked: Booked, assignment: Assignment) -> Result<Generation, NotSent> {
         let Booked { booking, trials } = booked;
-        let generation = Generation::start(&self.links, &self.handoffs, booking, assignment)?;
+        let generation = Generation::start(&self.attachments, &self.handoffs, booking, assignment)?;
         trials.sent();
         Ok(generation)
     }

@@ -1,4 +1,4 @@
-//! Requests that look for another place, over a board and links that the tests set up.
+//! Requests that look for another place, over a board and attachments that the tests set up.
 
 use baton_process::telemetry::TraceContext;
 use baton_proto::RequestId;
@@ -13,7 +13,7 @@ use baton_schedule::{
 use super::*;
 use crate::{
     config::LimitsConfig,
-    fleet::{keeper::Links, link::standing::standing},
+    fleet::{attachment::standing::standing, keeper::Attachments},
     metrics::Metrics,
     models::Models,
     place::{Booked, tests::placer},
@@ -23,14 +23,14 @@ use crate::{
     },
 };
 
-/// Two instances that serve everything, of which `a` is idle and `b` busy, and nobody's stream stands but those of `links`.
+/// Two instances that serve everything, of which `a` is idle and `b` busy, and nobody's stream stands but those of `attachments`.
 struct Two {
     placer: Arc<Placer>,
     model: Arc<Model>,
     assignment: Assignment,
 }
 
-fn two(links: Links) -> Two {
+fn two(attachments: Attachments) -> Two {
     let board = Board::new(Duration::from_secs(60));
     let (a, b) = (spec("a"), spec("b"));
     board.list(&[a.clone(), b.clone()], Instant::now());
@@ -38,7 +38,7 @@ fn two(links: Links) -> Two {
         board.up(&spec.id, spec.incarnation, ready(Role::Mixed));
     }
     board.load(&b.id, Load { queued_prefill_tokens: 100_000, ..Load::default() });
-    let placer = Arc::new(placer(board, links));
+    let placer = Arc::new(placer(board, attachments));
     let models = Models::new(vec![served()], &LimitsConfig::default(), &placer.metrics).expect("one model");
     let model = models.iter().next().expect("a model").clone();
     let request = parse(br#"{"model": "tiny", "prompt": "hi"}"#).expect("is JSON");
@@ -60,8 +60,8 @@ fn two(links: Links) -> Two {
 async fn who_cannot_be_asked_is_not_asked_again_and_costs_no_attempt() {
     let metrics = baton_process::Metrics::new("coordinator").register(Metrics::register);
     let id = spec("b").id;
-    let (link, _frames) = standing(id.clone(), metrics);
-    let Two { placer, model, assignment } = two(Links::of([(id.clone(), link)]));
+    let (attachment, _frames) = standing(id.clone(), metrics);
+    let Two { placer, model, assignment } = two(Attachments::of([(id.clone(), attachment)]));
     let booked = placer.book(&model.served, &assignment.prompt, &[], &[], Among::All);
     let refused = placer.start(booked.expect("a place"), assignment.clone()).err().expect("it has no stream");
     assert_eq!((refused.instance.as_str(), refused.error.code), ("a", ErrorCode::Unavailable));
@@ -84,10 +84,12 @@ async fn who_cannot_be_asked_is_not_asked_again_and_costs_no_attempt() {
 #[tokio::test(start_paused = true)]
 async fn a_request_that_is_not_sent_leaves_the_trial_to_the_next() {
     let a = spec("a").id;
-    let (link, _frames) =
+    let (attachment, _frames) =
         standing(a.clone(), baton_process::Metrics::new("coordinator").register(Metrics::register));
-    for (links, sent) in [(Links::default(), false), (Links::of([(a.clone(), link)]), true)] {
-        let Two { placer, model, assignment } = two(links);
+    for (attachments, sent) in
+        [(Attachments::default(), false), (Attachments::of([(a.clone(), attachment)]), true)]
+    {
+        let Two { placer, model, assignment } = two(attachments);
         placer.breakers.stuck(&a, Instant::now());
         tokio::time::advance(Duration::from_secs(1)).await;
         let book = || placer.book(&model.served, &assignment.prompt, &[], &[], Among::All).expect("a place");

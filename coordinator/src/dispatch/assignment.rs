@@ -35,7 +35,7 @@ pub(super) fn dispatch(seat: &Seat, assignment: &Assignment, prompt: Bytes, work
     let millis =
         |until: Instant| u64::try_from(until.saturating_duration_since(now).as_millis()).unwrap_or(u64::MAX);
     v1::Dispatch {
-        leg: 0, // the link's to choose
+        leg: 0, // the attachment's to choose
         request_id: assignment.request.to_string(),
         traceparent: assignment.trace.parent().to_owned(),
         tracestate: assignment.trace.state().to_owned(),

@@ -21,7 +21,9 @@ use super::{
 };
 use crate::{
     cause,
-    fleet::{CancelReason, LegGuard, Mailbox, Output, StopReason, keeper::Links, link::not_there},
+    fleet::{
+        CancelReason, LegGuard, Mailbox, Output, StopReason, attachment::not_there, keeper::Attachments,
+    },
     handoffs::{Handoff, Handoffs},
 };
 
@@ -115,7 +117,7 @@ fn begin_anew<T>(queue: &mut VecDeque<T>) {
 impl Generation {
     /// Dispatches both legs of a booked placement, or the only one. The booking's work is taken off if it fails.
     pub fn start(
-        links: &Links,
+        attachments: &Attachments,
         handoffs: &Arc<Handoffs>,
         booking: Booking,
         assignment: Assignment,
@@ -125,10 +127,10 @@ impl Generation {
         let mailbox = Arc::new(Mailbox::new(sampling.choices, assignment.in_batches));
         let (mut legs, mut handoff) = (Legs::default(), None);
         let mut send = |side: Side, seat: &Seat, work: Work| {
-            let sent = match links.get(&seat.instance) {
-                Some(link) => {
+            let sent = match attachments.get(&seat.instance) {
+                Some(attachment) => {
                     let dispatch = dispatch(seat, &assignment, prompt.clone(), work);
-                    link.dispatch(side, &mailbox, &mut credit, dispatch)
+                    attachment.dispatch(side, &mailbox, &mut credit, dispatch)
                 }
                 None => Err(not_there(&seat.instance)),
             };

@@ -1,7 +1,7 @@
 //! From a placement to tokens in order: both legs out at once, what they bring back merged.
 //!
 //! Called by [`crate::place`] with a placed request; leaves text to [`crate::stream`]. [`machine`] is the protocol (pure),
-//! [`generation`] drives it for one [`assignment`] over [`crate::fleet`]'s links, with a guard for each of its [`legs`], up to
+//! [`generation`] drives it for one [`assignment`] over [`crate::fleet`]'s attachments, with a guard for each of its [`legs`], up to
 //! its [`deadline`].
 
 mod assignment;

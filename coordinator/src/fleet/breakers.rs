@@ -1,6 +1,6 @@
 //! Who is left out for a while ([`breaker`]): an instance that fails what it is given, or does not get on with it.
 //!
-//! Told by [`crate::carry`] what became of attempts and by [`super::link`] who is stuck, asked by [`crate::place`] who is
+//! Told by [`crate::carry`] what became of attempts and by [`super::attachment`] who is stuck, asked by [`crate::place`] who is
 //! left out. Only what is an instance's own fault counts, see [`cause`].
 
 pub mod breaker;

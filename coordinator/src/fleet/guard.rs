@@ -1,11 +1,11 @@
-//! The hold of a request on one of its legs: made by [`Link::dispatch`], kept by [`crate::dispatch`]. It cancels what has
+//! The hold of a request on one of its legs: made by [`Attachment::dispatch`], kept by [`crate::dispatch`]. It cancels what has
 //! not ended when it goes.
 
 use std::sync::Arc;
 
 use baton_proto::LegId;
 
-use super::{cancel::CancelReason, link::Link};
+use super::{attachment::Attachment, cancel::CancelReason};
 use crate::config::CHOICES_MOST;
 
 /// A set of choices.
@@ -21,7 +21,7 @@ pub(super) fn only(choice: u32) -> Choices {
 
 /// One leg on one stream. Dropped before all of its choices have ended, it cancels the rest at once.
 pub struct LegGuard {
-    link: Arc<Link>,
+    attachment: Arc<Attachment>,
     leg: LegId,
     /// Choices that have neither ended nor been cancelled.
     open: Choices,
@@ -29,18 +29,18 @@ pub struct LegGuard {
 
 impl LegGuard {
     /// Of a leg that has just been sent.
-    pub(super) fn new(link: Arc<Link>, leg: LegId, open: Choices) -> Self {
-        Self { link, leg, open }
+    pub(super) fn new(attachment: Arc<Attachment>, leg: LegId, open: Choices) -> Self {
+        Self { attachment, leg, open }
     }
 
     /// Whether the stream to the instance stands, and the instance gets on.
     pub fn is_well(&self) -> bool {
-        self.link.gets_on()
+        self.attachment.gets_on()
     }
 
     /// Whether the instance finishes what it has.
     pub fn drains(&self) -> bool {
-        self.link.drains()
+        self.attachment.drains()
     }
 
     /// The instance has ended a choice.
@@ -52,13 +52,13 @@ impl LegGuard {
     pub fn cancel(&mut self, choice: u32, reason: CancelReason) {
         if self.open & only(choice) != 0 {
             self.open &= !only(choice);
-            self.link.cancel(self.leg, only(choice), reason);
+            self.attachment.cancel(self.leg, only(choice), reason);
         }
     }
 
     /// Tells the instance to stop work on every choice.
     pub fn cancel_all(mut self, reason: CancelReason) {
-        self.link.cancel(self.leg, std::mem::take(&mut self.open), reason);
+        self.attachment.cancel(self.leg, std::mem::take(&mut self.open), reason);
     }
 }
 
@@ -67,7 +67,7 @@ impl Drop for LegGuard {
         if self.open != 0 {
             let bug = std::thread::panicking();
             let reason = if bug { CancelReason::Bug } else { CancelReason::ClientGone };
-            self.link.cancel(self.leg, self.open, reason);
+            self.attachment.cancel(self.leg, self.open, reason);
         }
     }
 }

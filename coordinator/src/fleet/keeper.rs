@@ -1,7 +1,7 @@
-//! Keeps one link per instance of the store's list.
+//! Keeps one attachment per instance of the store's list.
 //!
-//! Spawned once by [`crate::build`]. Reads the list as it changes, starts, retargets and stops [`LinkTask`]s, and hands
-//! out links by instance. Ends when requests have drained, and the links with it: [`Links::stop_all`].
+//! Spawned once by [`crate::build`]. Reads the list as it changes, starts, retargets and stops [`AttachTask`]s, and hands
+//! out attachments by instance. Ends when requests have drained, and the attachments with it: [`Attachments::stop_all`].
 
 use std::{
     collections::HashMap,
@@ -21,18 +21,18 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use super::{Breakers, Link, LinkTask, Target};
+use super::{AttachTask, Attachment, Breakers, Target};
 use crate::{config::FleetConfig, metrics::Metrics};
 
 struct Entry {
-    link: Arc<Link>,
+    attachment: Arc<Attachment>,
     target: watch::Sender<Target>,
     stop: CancellationToken,
 }
 
-/// Links by instance.
+/// Attachments by instance.
 #[derive(Default)]
-pub struct Links {
+pub struct Attachments {
     entries: RwLock<Entries>,
     /// How many legs were sent on all of them.
     legs: Arc<AtomicU64>,
@@ -40,48 +40,48 @@ pub struct Links {
 
 #[derive(Default)]
 struct Entries {
-    links: HashMap<InstanceId, Entry>,
-    /// No link is started any more.
+    attachments: HashMap<InstanceId, Entry>,
+    /// No attachment is started any more.
     closed: bool,
 }
 
-impl Links {
-    pub fn get(&self, instance: &InstanceId) -> Option<Arc<Link>> {
-        self.entries.read().links.get(instance).map(|entry| entry.link.clone())
+impl Attachments {
+    pub fn get(&self, instance: &InstanceId) -> Option<Arc<Attachment>> {
+        self.entries.read().attachments.get(instance).map(|entry| entry.attachment.clone())
     }
 
     /// Ends every stream; what is still on them fails. For the end of a drain.
     pub fn stop_all(&self) {
         let mut entries = self.entries.write();
         entries.closed = true;
-        for entry in entries.links.values() {
+        for entry in entries.attachments.values() {
             entry.stop.cancel();
         }
     }
 }
 
 #[cfg(test)]
-impl Links {
-    /// Links that nobody keeps.
-    pub fn of(links: impl IntoIterator<Item = (InstanceId, Arc<Link>)>) -> Self {
-        let entry = |(id, link)| {
+impl Attachments {
+    /// Attachments that nobody keeps.
+    pub fn of(attachments: impl IntoIterator<Item = (InstanceId, Arc<Attachment>)>) -> Self {
+        let entry = |(id, attachment)| {
             let target = Target {
                 endpoint: String::new(),
                 incarnation: baton_proto::Incarnation(1),
                 revision: String::new(),
                 status: None,
             };
-            (id, Entry { link, target: watch::Sender::new(target), stop: CancellationToken::new() })
+            (id, Entry { attachment, target: watch::Sender::new(target), stop: CancellationToken::new() })
         };
-        let links = links.into_iter().map(entry).collect();
-        Self { entries: RwLock::new(Entries { links, closed: false }), ..Self::default() }
+        let attachments = attachments.into_iter().map(entry).collect();
+        Self { entries: RwLock::new(Entries { attachments, closed: false }), ..Self::default() }
     }
 }
 
-/// The task that owns the links.
+/// The task that owns the attachments.
 pub struct Keeper {
     pub board: Arc<Board>,
-    pub links: Arc<Links>,
+    pub attachments: Arc<Attachments>,
     pub coordinator: CoordinatorId,
     pub config: FleetConfig,
     pub metrics: Arc<Metrics>,
@@ -137,9 +137,9 @@ impl Keeper {
         let specs: Vec<_> = listed.instances.values().map(|instance| Spec::from(&instance.spec)).collect();
         let changes = self.board.list(&specs, Instant::now());
         self.apply(changes);
-        let entries = self.links.entries.read();
+        let entries = self.attachments.entries.read();
         for (id, instance) in &listed.instances {
-            if let Some(entry) = entries.links.get(id) {
+            if let Some(entry) = entries.attachments.get(id) {
                 entry.target.send_if_modified(|target| {
                     std::mem::replace(&mut target.status, instance.status) != instance.status
                 });
@@ -148,11 +148,11 @@ impl Keeper {
     }
 
     fn apply(&self, changes: Vec<Change>) {
-        let mut entries = self.links.entries.write();
+        let mut entries = self.attachments.entries.write();
         if entries.closed {
             return;
         }
-        let entries = &mut entries.links;
+        let entries = &mut entries.attachments;
         for change in changes {
             match change {
                 Change::Target(spec) => {
@@ -179,10 +179,10 @@ impl Keeper {
     fn start(&self, instance: InstanceId, target: Target) -> Entry {
         let (target, receiver) = watch::channel(target);
         let dial = self.dial.clone().named(instance.as_str());
-        let link = Link::new(instance, self.links.legs.clone(), self.metrics.clone());
+        let attachment = Attachment::new(instance, self.attachments.legs.clone(), self.metrics.clone());
         let stop = CancellationToken::new();
-        let task = LinkTask {
-            link: link.clone(),
+        let task = AttachTask {
+            attachment: attachment.clone(),
             board: self.board.clone(),
             coordinator: self.coordinator.clone(),
             config: self.config.clone(),
@@ -193,6 +193,6 @@ impl Keeper {
             memory: None,
         };
         self.tasks.spawn(task.run());
-        Entry { link, target, stop }
+        Entry { attachment, target, stop }
     }
 }

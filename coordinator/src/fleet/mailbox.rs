@@ -1,6 +1,6 @@
 //! Where the legs of one request deliver, and its reader picks up.
 //!
-//! Written by the links' tasks, read by [`crate::dispatch`]. A delivery never waits: one slow client must
+//! Written by the attachments' tasks, read by [`crate::dispatch`]. A delivery never waits: one slow client must
 //! not hold up the stream that carries everybody else's tokens. It is bounded all the same: what follows on
 //! from the last delivery of the same choice of the same leg is appended to it, so a reader that is away
 //! costs four bytes a token (some 200 with log probabilities) and no more than the request may generate;

@@ -1,7 +1,7 @@
 //! What waits to be sent on the stream to one instance: dispatches and cancels, in the order in which they were made, so
 //! that no cancel arrives before what it cancels.
 //!
-//! Filled by [`super::link`], emptied by the stream. Dispatches: [`DISPATCHES_MOST`] at a time, more are refused. Cancels
+//! Filled by [`super::attachment`], emptied by the stream. Dispatches: [`DISPATCHES_MOST`] at a time, more are refused. Cancels
 //! always find room, for a burst of them is nobody's fault: there is one for each choice of a dispatched leg, at most, so
 //! that they are bounded by the legs that are open. An instance that reads nothing though something waits is told by
 //! [`Outbound::unread_for`].

@@ -1,6 +1,6 @@
 //! Whether an instance gets on, as far as its stream shows. Pure: time is an argument.
 //!
-//! Told by a link ([`super::link`]) all that the instance says, and asked several times a second. An instance is *stuck*
+//! Told by an attachment ([`super::attachment`]) all that the instance says, and asked several times a second. An instance is *stuck*
 //! - if it has work and its count of layers and steps stands still, or a leg was sent to it that its engine has not taken
 //!   in, for longer than eight times what such a thing takes there and than the least that is allowed. A long prompt is
 //!   computed layer by layer, each of which counts: who is slow gets on all the same. Or

@@ -22,7 +22,7 @@ use v1::attach_response::Frame as Answer;
 
 use crate::{
     dispatch::machine::{Command, Machine},
-    fleet::{Mailbox, cache::fuzz::Listener, link::standing::Stand},
+    fleet::{Mailbox, attachment::standing::Stand, cache::fuzz::Listener},
     metrics::Metrics,
 };
 
@@ -78,7 +78,7 @@ pub fn answers(bytes: &[u8]) {
     let guards = [Side::Prefill, Side::Decode].into_iter().zip(&mut stands).map(|(side, stand)| {
         let sampling = Some(v1::Sampling { choices: CHOICES, ..v1::Sampling::default() });
         let dispatch = v1::Dispatch { sampling, ..v1::Dispatch::default() };
-        stand.link.dispatch(side, &mailbox, &mut booking.credit, dispatch).expect("it is up")
+        stand.attachment.dispatch(side, &mailbox, &mut booking.credit, dispatch).expect("it is up")
     });
     let guards: Vec<_> = guards.collect();
     let reader = || Reader {

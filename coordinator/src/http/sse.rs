@@ -1,7 +1,7 @@
 //! The body of a streamed answer: server-sent events, one write per engine step.
 //!
 //! Read by the connection's task, as any body; once the head has gone out, and as long as the client takes what is
-//! written, by the link that brings the tokens, which sends them past that task (see [`Express`] and
+//! written, by the attachment that brings the tokens, which sends them past that task (see [`Express`] and
 //! [`crate::fleet::inline`]). Whoever reads, or asks for its memory
 //! ahead, holds `parts`; all find the answer where the others left it.
 //!
@@ -236,7 +236,7 @@ impl Parts {
         if self.broken || self.unsent || !express.is_free() {
             return Past::Task;
         }
-        // The link's task would else count what is polled here as its own work, and make it wait.
+        // The attachment's task would else count what is polled here as its own work, and make it wait.
         let step = pin!(unconstrained(std::future::poll_fn(|context| self.poll(context)))).poll(context);
         match step {
             Poll::Pending => Past::Nothing,
@@ -291,13 +291,13 @@ impl inline::Reader for Answer {
             (Some(express), Some(mut parts)) => {
                 let waker = waker_ref(&self);
                 let read = || parts.read_past(express, &mut Context::from_waker(&waker));
-                // A bug ends this answer, and nothing else that the link carries.
+                // A bug ends this answer, and nothing else that the attachment carries.
                 catch_unwind(AssertUnwindSafe(read)).unwrap_or_else(|_| {
                     parts.broken = true;
                     Past::Task
                 })
             }
-            // Its task reads, and may have looked before this came; or another link asks for memory ahead.
+            // Its task reads, and may have looked before this came; or another attachment asks for memory ahead.
             _ => Past::Task,
         };
         if past == Past::Task {

@@ -4,11 +4,11 @@ use super::*;
 
 const PATIENCE: Duration = Duration::from_secs(5);
 
-pub(crate) fn placer(board: Arc<Board>, links: Links) -> Placer {
+pub(crate) fn placer(board: Arc<Board>, attachments: Attachments) -> Placer {
     let metrics = baton_process::Metrics::new("coordinator").register(Metrics::register);
     Placer {
         board,
-        links: Arc::new(links),
+        attachments: Arc::new(attachments),
         handoffs: Arc::default(),
         breakers: Arc::new(Breakers::new(&metrics)),
         metrics,

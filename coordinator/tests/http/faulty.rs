@@ -180,7 +180,7 @@ async fn an_instance_that_was_forgotten_and_comes_again_is_sent_new_numbers() {
     cluster.store.txn(Txn::new().put(&key, spec.clone(), None)).await.expect("puts");
     cluster.store.txn(Txn::new().delete(&key)).await.expect("deletes");
     mixed.kill().await;
-    until("it is forgotten", || cluster.service.placer.links.get(&mixed.id).is_none()).await;
+    until("it is forgotten", || cluster.service.placer.attachments.get(&mixed.id).is_none()).await;
     mixed.restart().await;
     cluster.store.txn(Txn::new().put(&key, spec, None)).await.expect("puts");
     until("it is there again", || cluster.can_serve()).await;

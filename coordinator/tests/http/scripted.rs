@@ -352,7 +352,7 @@ impl Cluster {
         }
         let cluster = Self::coordinator(served, store, shutdown, configure);
         let ids: Vec<_> = instances.iter().map(|instance| instance.id.clone()).collect();
-        cluster.linked(&ids).await;
+        cluster.attached(&ids).await;
         (cluster, instances.try_into().unwrap_or_else(|_| panic!("as many as there were roles")))
     }
 
@@ -362,7 +362,7 @@ impl Cluster {
         let other =
             Self::coordinator(vec![served()], self.store.clone(), CancellationToken::new(), configure);
         let ids: Vec<_> = self.service.placer.board.own_work().into_iter().map(|(id, _)| id).collect();
-        other.linked(&ids).await;
+        other.attached(&ids).await;
         other
     }
 
@@ -402,10 +402,10 @@ impl Cluster {
         Self { service, store, url, client, _stop: shutdown.drop_guard() }
     }
 
-    async fn linked(&self, ids: &[InstanceId]) {
-        let links = &self.service.placer.links;
-        until("all links are up", || ids.iter().all(|id| links.get(id).is_some_and(|link| link.is_up())))
-            .await;
+    async fn attached(&self, ids: &[InstanceId]) {
+        let attachments = &self.service.placer.attachments;
+        let is_up = |id| attachments.get(id).is_some_and(|attachment| attachment.is_up());
+        until("all streams stand", || ids.iter().all(is_up)).await;
     }
 
     /// Begins to drain the coordinator.

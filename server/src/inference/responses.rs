@@ -4,7 +4,7 @@
 //! often as the coordinator asked for, and only when they have changed, but one a second at least. A load follows what
 //! its legs had said by then, and nothing that came later goes before it: see [`Outbox`].
 
-use std::{pin::Pin, sync::Arc, time::Duration};
+use std::{collections::VecDeque, pin::Pin, sync::Arc, time::Duration};
 
 use baton_proto::v1;
 use futures::{Stream, StreamExt, stream};
@@ -29,6 +29,9 @@ const INTERVAL_LEAST: Duration = Duration::from_millis(20);
 /// Nor more seldom, whether it has changed or not: who hears nothing for longer may take the instance for frozen.
 const INTERVAL_MOST: Duration = Duration::from_secs(1);
 
+/// Largest step in one frame: a quarter of what coordinators take. Only what was merged while nobody read comes near it.
+const STEP_BYTES_MOST: usize = 4 << 20;
+
 pub(super) type AttachStream =
     std::pin::Pin<Box<dyn Stream<Item = Result<v1::AttachResponse, Status>> + Send>>;
 
@@ -49,7 +52,9 @@ pub(super) struct Responses {
     interval: Duration,
     /// When the last load was sent, or put behind what is sent before it.
     told_load: Option<Instant>,
-    /// Follows what was sent last.
+    /// Taken from the outbox, and more than one frame may hold.
+    rest: VecDeque<LegUpdate>,
+    /// Follows that.
     held: Option<Report>,
     /// For what is due later; set anew when that changes, which is once a load, and not with each frame.
     timer: Pin<Box<Sleep>>,
@@ -72,6 +77,7 @@ impl Responses {
             load,
             interval,
             told_load: None,
+            rest: VecDeque::new(),
             held: None,
             timer: Box::pin(sleep_until(Instant::now())),
             ended,
@@ -90,6 +96,9 @@ impl Responses {
     }
 
     async fn next(&mut self) -> Option<Frame> {
+        if let Some(step) = self.next_step() {
+            return Some(step);
+        }
         if let Some(report) = self.held.take() {
             return Some(self.load_of(report));
         }
@@ -104,8 +113,8 @@ impl Responses {
                 biased;
                 () = self.ended.cancelled() => {
                     // The instance may be stopping, and these the last ends of its legs.
-                    let (rest, _) = self.outbox.take_now(Want::Updates);
-                    return (!rest.is_empty()).then(|| step(rest));
+                    self.rest = self.outbox.take_now(Want::Updates).0.into();
+                    return self.next_step();
                 }
                 Ok(()) = self.role.changed() => {
                     return Some(Frame::Role((*self.role.borrow_and_update()).into()));
@@ -118,11 +127,24 @@ impl Responses {
                         Some(report) if updates.is_empty() => return Some(self.load_of(report)),
                         report => self.held = report,
                     }
-                    return Some(step(updates));
+                    self.rest = updates.into();
+                    return self.next_step();
                 }
                 () = &mut self.timer, if until.is_some() => {}
             }
         }
+    }
+
+    /// As much of the rest as one frame may hold.
+    fn next_step(&mut self) -> Option<Frame> {
+        let mut bytes = 0;
+        let fits = |update: &&LegUpdate| {
+            bytes += bytes_of(update);
+            bytes <= STEP_BYTES_MOST
+        };
+        let count = self.rest.iter().take_while(fits).count().max(1).min(self.rest.len());
+        let legs: Vec<_> = self.rest.drain(..count).map(v1::LegOutput::from).collect();
+        (!legs.is_empty()).then(|| Frame::Step(v1::StepOutput { legs }))
     }
 
     /// What is to be sent now, and from when on it is more.
@@ -147,18 +169,24 @@ impl Responses {
     }
 }
 
-fn step(updates: Vec<LegUpdate>) -> Frame {
-    let legs = updates.into_iter().map(v1::LegOutput::from).collect();
-    Frame::Step(v1::StepOutput { legs })
+/// At most, on the wire.
+fn bytes_of(update: &LegUpdate) -> usize {
+    const HEAD: usize = 64;
+    const TOKEN: usize = 5;
+    const LOGPROBS: usize = 16;
+    const TOP: usize = 9;
+    let logprobs = update.logprobs.iter().map(|scored| LOGPROBS + TOP * scored.top.len());
+    HEAD + TOKEN * update.tokens.len() + logprobs.sum::<usize>()
 }
 
 #[cfg(test)]
 mod tests {
     use baton_proto::{LegId, RoleEpoch};
+    use prost::Message;
 
     use super::*;
     use crate::{
-        engine::scheduler::Occupancy,
+        engine::{sampler::logprobs::TokenLogprobs, scheduler::Occupancy},
         role::{Phase, Role},
     };
 
@@ -243,6 +271,44 @@ mod tests {
             }
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_gathered_while_nobody_read_comes_in_frames_that_are_taken() {
+        let mut script = Script::begin(50);
+        assert_eq!(script.next().await, at(0, "0 run"));
+        let scored = TokenLogprobs { logprob: -0.5, top: vec![(u32::MAX, -0.5); 20] };
+        let update = |leg: u64| LegUpdate {
+            leg: LegId(leg),
+            choice: 0,
+            first_position: 0,
+            tokens: vec![u32::MAX; 2_000],
+            logprobs: vec![scored.clone(); 2_000],
+            cached_tokens: None,
+            end: None,
+        };
+        let load = Load { occupancy: Occupancy { running: 3, ..Occupancy::default() }, ..Load::default() };
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        script.outbox.tell((0..40).map(update).collect(), Report { load, seen_leg: LegId(9) });
+        let (mut legs, mut frames) = (Vec::new(), 0);
+        loop {
+            match script.responses.next().await.expect("a frame") {
+                Frame::Step(step) => {
+                    assert!(step.encoded_len() <= STEP_BYTES_MOST);
+                    assert!(step.encoded_len() > STEP_BYTES_MOST / 2 || legs.len() + step.legs.len() == 40);
+                    frames += 1;
+                    legs.extend(step.legs.iter().map(|leg| leg.leg));
+                }
+                Frame::Load(load) => break assert_eq!(load.running_sequences, 3),
+                other => panic!("{other:?}"),
+            }
+        }
+        assert!(legs.iter().copied().eq(0..40), "{legs:?}");
+        assert!(frames > 2);
+        script.tell(4, &[7]);
+        script.responses.ended.cancel();
+        assert_eq!(script.next().await.1, "legs 7");
+        assert!(script.responses.next().await.is_none());
     }
 
     #[tokio::test(start_paused = true)]

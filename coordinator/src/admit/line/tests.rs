@@ -13,7 +13,7 @@ use baton_schedule::{
 use super::*;
 use crate::{
     admit::{Gate, RETRY_AFTER},
-    fleet::keeper::Links,
+    fleet::keeper::Attachments,
     metrics::Metrics,
     models::{Model, Models},
     place::tests::placer,
@@ -50,7 +50,7 @@ fn house(max_concurrent: usize, max_queued: usize) -> House {
     board.list(std::slice::from_ref(&only), Instant::now());
     board.up(&only.id, only.incarnation, ready(Role::Mixed));
     let model = models.iter().next().expect("a model").clone();
-    let placer = Arc::new(placer(board, Links::default()));
+    let placer = Arc::new(placer(board, Attachments::default()));
     House { gate: Gate::new(&limits, 2, 2, &metrics), model, placer, metrics }
 }
 

@@ -70,7 +70,7 @@ async fn a_decode_that_says_nothing_after_prefill_was_lost_is_waited_for_in_meas
     let handoffs = Arc::default();
     let counted = || {
         let used = Handoffs::used_since(&handoffs, Instant::now() - Duration::from_secs(60));
-        used.iter().map(|link| (link.handoffs, link.failures)).collect::<Vec<_>>()
+        used.iter().map(|attachment| (attachment.handoffs, attachment.failures)).collect::<Vec<_>>()
     };
     let mut silent = generation(Duration::from_secs(600), &handoffs);
     silent.mailbox.deliver(Side::Prefill, first.clone());

@@ -1,6 +1,6 @@
 //! Reads what one instance has cached, for as long as the stream to it stands.
 //!
-//! Started by the instance's link ([`super::link`]) once it is welcome there, over the link's own connection, and
+//! Started by the instance's attachment ([`super::attachment`]) once it is welcome there, over the attachment's own connection, and
 //! stopped with it: the next connection may be to another process. If it is not, what is [`Known`] of its cache is read on
 //! from. [`follow`] says what messages mean; what they bring goes to [`baton_schedule::caches`]. Reading is never in the way
 //! of tokens: it has a task of its own, and an instance that sends snapshots without end is read once in

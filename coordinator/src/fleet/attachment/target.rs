@@ -1,4 +1,4 @@
-//! Whom a link is to reach.
+//! Whom an attachment is to reach.
 
 use baton_proto::Incarnation;
 use baton_registry::ObservedStatus;

@@ -22,7 +22,7 @@ use tonic::{
 };
 use v1::{attach_response::Frame as Answer, inference_client::InferenceClient};
 
-use super::{Link, Slots, Target, Up, reason::BreakReason, stuck::Pulse};
+use super::{Attachment, Slots, Target, Up, reason::BreakReason, stuck::Pulse};
 use crate::{
     config::FleetConfig,
     fleet::{
@@ -66,8 +66,8 @@ async fn survived(serving: impl Future<Output = BreakReason>) -> BreakReason {
 }
 
 /// Keeps the stream up until `stop`.
-pub struct LinkTask {
-    pub link: Arc<Link>,
+pub struct AttachTask {
+    pub attachment: Arc<Attachment>,
     pub board: Arc<Board>,
     pub coordinator: CoordinatorId,
     pub config: FleetConfig,
@@ -80,7 +80,7 @@ pub struct LinkTask {
     pub memory: Option<Memory>,
 }
 
-impl LinkTask {
+impl AttachTask {
     /// Runs until stopped; reconnects with a growing pause.
     pub async fn run(mut self) {
         let mut pause = self.config.reconnect_min;
@@ -94,16 +94,16 @@ impl LinkTask {
                 reason = survived(self.connect_and_serve()) => Some(reason),
             };
             // First the board: a leg that fails now may be placed again at once, and not here.
-            self.board.down(&self.link.instance, Instant::now());
-            let was_up = self.link.break_off();
-            self.board.detached(&self.link.instance);
+            self.board.down(&self.attachment.instance, Instant::now());
+            let was_up = self.attachment.break_off();
+            self.board.detached(&self.attachment.instance);
             let Some(reason) = reason else { return };
             if was_up {
                 left = Instant::now();
-                tracing::info!(instance = %self.link.instance, %reason, "stream is down");
+                tracing::info!(instance = %self.attachment.instance, %reason, "stream is down");
             } else {
                 self.memory.take_if(|_| left.elapsed() > MEMORY_KEPT);
-                tracing::debug!(instance = %self.link.instance, %reason, "cannot connect yet");
+                tracing::debug!(instance = %self.attachment.instance, %reason, "cannot connect yet");
             }
             if matches!(reason, BreakReason::Moved) || began.elapsed() > self.config.reconnect_max {
                 pause = self.config.reconnect_min;
@@ -154,7 +154,7 @@ impl LinkTask {
         };
         let greeted = timeout(self.config.connect_timeout, greeted).await;
         let (inbound, first) = greeted.map_err(|_| BreakReason::NoWelcome)??;
-        let expected = self.link.instance.clone();
+        let expected = self.attachment.instance.clone();
         let (incarnation, duty) = match first.and_then(|first| first.frame) {
             Some(Answer::Welcome(v1::attach_response::Welcome { instance_id, incarnation, role }))
                 if instance_id == expected.as_str() =>
@@ -168,23 +168,23 @@ impl LinkTask {
         };
         // Before it is placed on: what another process had is not its.
         self.forget_others(incarnation);
-        self.link.drains.store(false, Ordering::Relaxed);
-        *self.link.stream.lock() = Some(Up { outbound, legs: Slots::default() });
-        self.board.up(&self.link.instance, incarnation, duty);
-        tracing::info!(instance = %self.link.instance, endpoint = %target.endpoint, ?duty, "stream is up");
+        self.attachment.drains.store(false, Ordering::Relaxed);
+        *self.attachment.stream.lock() = Some(Up { outbound, legs: Slots::default() });
+        self.board.up(&self.attachment.instance, incarnation, duty);
+        tracing::info!(instance = %self.attachment.instance, endpoint = %target.endpoint, ?duty, "stream is up");
         let cache = self.read_cache(incarnation, channel.clone());
         Ok(Attached { inbound, target: Target { incarnation, ..target }, channel, cache })
     }
 
     /// What is remembered of another process, or of another model, counts no more.
     fn forget_others(&mut self, incarnation: Incarnation) {
-        let subject = self.board.subject(&self.link.instance);
+        let subject = self.board.subject(&self.attachment.instance);
         self.memory.take_if(|memory| !memory.is_of(&subject, incarnation));
     }
 
     /// What the process at the other end says of its cache counts for the model that the board has it for now.
     fn read_cache(&mut self, incarnation: Incarnation, channel: Channel) -> AbortOnDropHandle<()> {
-        let instance = self.link.instance.clone();
+        let instance = self.attachment.instance.clone();
         self.forget_others(incarnation);
         let anew = || Memory::new(incarnation, self.board.feed(&instance));
         let memory = self.memory.get_or_insert_with(anew).clone();
@@ -194,7 +194,7 @@ impl LinkTask {
             coordinator: self.coordinator.clone(),
             channel,
             config: self.config.clone(),
-            metrics: self.link.metrics.clone(),
+            metrics: self.attachment.metrics.clone(),
         };
         reader.start()
     }
@@ -208,7 +208,7 @@ impl LinkTask {
             let message = tokio::select! {
                 biased;
                 _ = look.tick() => {
-                    if self.link.is_deaf() {
+                    if self.attachment.is_deaf() {
                         return BreakReason::Deaf;
                     }
                     pulse.look();
@@ -267,10 +267,10 @@ impl LinkTask {
     }
 
     fn take(&self, frame: Answer) {
-        let instance = &self.link.instance;
+        let instance = &self.attachment.instance;
         match frame {
             Answer::Step(step) => {
-                let news = self.link.deliver(step);
+                let news = self.attachment.deliver(step);
                 if !news.is_empty() {
                     self.board.told(instance, &news);
                 }
@@ -278,8 +278,8 @@ impl LinkTask {
             Answer::Load(load) => {
                 self.board.load(instance, (&load).into());
                 // Others may have come since it began to drain.
-                if self.link.drains() {
-                    self.link.wake_waiting();
+                if self.attachment.drains() {
+                    self.attachment.wake_waiting();
                 }
             }
             Answer::Role(change) => {
@@ -287,9 +287,9 @@ impl LinkTask {
                 // First the board: what leaves it now is placed again at once, and not here.
                 self.board.duty(instance, (&change).into());
                 let drains = change.phase() == v1::Phase::Draining;
-                self.link.drains.store(drains, Ordering::Relaxed);
+                self.attachment.drains.store(drains, Ordering::Relaxed);
                 if drains {
-                    self.link.wake_all();
+                    self.attachment.wake_all();
                 }
             }
             Answer::Welcome(_) => {}

@@ -1,4 +1,4 @@
-//! A link without an instance: what waits for one, and what it is taken to have said.
+//! An attachment without an instance: what waits for one, and what it is taken to have said.
 
 use std::task::Waker;
 
@@ -23,8 +23,8 @@ fn all_instances_together_are_asked_for_ten_thousand_loads_a_second_at_most() {
     }
 }
 
-/// A link to an instance that the board knows.
-fn up(board: &Arc<Board>) -> (Arc<Link>, Frames) {
+/// An attachment to an instance that the board knows.
+fn up(board: &Arc<Board>) -> (Arc<Attachment>, Frames) {
     let m = spec("m");
     board.list(std::slice::from_ref(&m), Instant::now());
     board.up(&m.id, m.incarnation, ready(Role::Mixed));
@@ -38,11 +38,11 @@ struct Sent {
     _booking: Booking,
 }
 
-fn send(board: &Arc<Board>, link: &Arc<Link>) -> Sent {
+fn send(board: &Arc<Board>, attachment: &Arc<Attachment>) -> Sent {
     let mut booking = board.book(&Wanted::new(10, 10, "r1")).expect("a place");
     let mailbox = Arc::new(Mailbox::new(1, false));
     let dispatch = v1::Dispatch::default();
-    let guard = link.dispatch(Side::Whole, &mailbox, &mut booking.credit, dispatch).expect("it is up");
+    let guard = attachment.dispatch(Side::Whole, &mailbox, &mut booking.credit, dispatch).expect("it is up");
     Sent { guard, mailbox, _booking: booking }
 }
 
@@ -53,18 +53,18 @@ fn take_all(frames: &mut Frames) -> Vec<Ask> {
 #[tokio::test(start_paused = true)]
 async fn clients_that_all_leave_at_once_take_nobody_with_them() {
     let board = Board::new(Duration::from_secs(60));
-    let (link, mut frames) = up(&board);
+    let (attachment, mut frames) = up(&board);
     let mut sent = Vec::new();
     for _ in 0..2100 {
-        sent.push(send(&board, &link));
+        sent.push(send(&board, &attachment));
         take_all(&mut frames);
     }
     let stay = sent.split_off(2000);
     drop(sent);
-    assert!(!link.is_deaf());
+    assert!(!attachment.is_deaf());
     for (leg, Sent { guard, mailbox, .. }) in (2001..).zip(&stay) {
         let output = v1::LegOutput { leg, tokens: vec![7], ..Default::default() };
-        link.deliver(v1::StepOutput { legs: vec![output] });
+        attachment.deliver(v1::StepOutput { legs: vec![output] });
         let mut got = Default::default();
         mailbox.take(Waker::noop(), &mut got);
         assert_eq!(got.len(), 1, "leg {leg}");
@@ -78,16 +78,16 @@ async fn clients_that_all_leave_at_once_take_nobody_with_them() {
 #[tokio::test(start_paused = true)]
 async fn an_instance_that_reads_nothing_for_long_is_deaf() {
     let board = Board::new(Duration::from_secs(60));
-    let (link, mut frames) = up(&board);
+    let (attachment, mut frames) = up(&board);
     take_all(&mut frames);
     tokio::time::advance(10 * UNREAD_MOST).await;
-    assert!(!link.is_deaf(), "there was nothing to read");
-    let sent = send(&board, &link);
+    assert!(!attachment.is_deaf(), "there was nothing to read");
+    let sent = send(&board, &attachment);
     tokio::time::advance(UNREAD_MOST).await;
-    assert!(!link.is_deaf());
+    assert!(!attachment.is_deaf());
     drop(sent);
     tokio::time::advance(LOOK).await;
-    assert!(link.is_deaf());
+    assert!(attachment.is_deaf());
     take_all(&mut frames);
-    assert!(!link.is_deaf());
+    assert!(!attachment.is_deaf());
 }

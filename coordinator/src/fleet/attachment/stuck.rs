@@ -13,7 +13,7 @@ use tonic::transport::Channel;
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 use v1::{attach_request::Frame as Ask, attach_response::Frame as Answer};
 
-use super::{Link, LinkTask, Slots};
+use super::{AttachTask, Attachment, Slots};
 use crate::fleet::{
     Breakers,
     stall::{Stall, Verdict},
@@ -21,7 +21,7 @@ use crate::fleet::{
 
 /// Watches over an instance for as long as its stream stands.
 pub(super) struct Pulse {
-    link: Arc<Link>,
+    attachment: Arc<Attachment>,
     board: Arc<Board>,
     breakers: Arc<Breakers>,
     stall: Stall,
@@ -32,11 +32,12 @@ pub(super) struct Pulse {
 
 impl Pulse {
     /// Of a stream that stands from now on; an instance is not taken to be stuck sooner than after `fleet.stall`.
-    pub(super) fn new(task: &LinkTask, channel: Channel) -> Self {
+    pub(super) fn new(task: &AttachTask, channel: Channel) -> Self {
         let stall = Stall::new(task.config.stall, Instant::now());
-        let (link, board, breakers) = (task.link.clone(), task.board.clone(), task.breakers.clone());
-        link.stuck.store(false, Ordering::Relaxed);
-        Self { link, board, breakers, stall, channel, answer: None.into() }
+        let (attachment, board, breakers) =
+            (task.attachment.clone(), task.board.clone(), task.breakers.clone());
+        attachment.stuck.store(false, Ordering::Relaxed);
+        Self { attachment, board, breakers, stall, channel, answer: None.into() }
     }
 
     /// The instance has said this.
@@ -60,11 +61,11 @@ impl Pulse {
 
     /// To be called as often as [`Stall::look`] is.
     pub(super) fn look(&mut self) {
-        let (now, instance) = (Instant::now(), &self.link.instance);
-        let unseen = self.stall.seen().and_then(|seen| self.link.unseen_since(seen));
+        let (now, instance) = (Instant::now(), &self.attachment.instance);
+        let unseen = self.stall.seen().and_then(|seen| self.attachment.unseen_since(seen));
         let verdict = self.stall.look(unseen, now);
         let stuck = matches!(verdict, Verdict::Stuck(_) | Verdict::StillStuck);
-        if self.link.stuck.swap(stuck, Ordering::Relaxed) != stuck {
+        if self.attachment.stuck.swap(stuck, Ordering::Relaxed) != stuck {
             // Before its legs fail: they may be placed again at once, and not here.
             self.board.set_stuck(instance, stuck);
             if !stuck {
@@ -81,7 +82,7 @@ impl Pulse {
             }
             Verdict::Stuck(why) => {
                 self.breakers.stuck(instance, now);
-                let (legs, last) = self.link.give_up();
+                let (legs, last) = self.attachment.give_up();
                 if let Some(last) = last {
                     self.stall.gave_up(last, unseen);
                 }
@@ -92,7 +93,7 @@ impl Pulse {
     }
 }
 
-impl Link {
+impl Attachment {
     /// Whether the stream stands and the instance gets on.
     pub fn gets_on(&self) -> bool {
         self.is_up() && !self.stuck.load(Ordering::Relaxed)

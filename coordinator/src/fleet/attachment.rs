@@ -49,7 +49,7 @@ use super::{
 use crate::{config::CHOICES_MOST, metrics::Metrics};
 pub use reason::not_there;
 pub use target::Target;
-pub use task::LinkTask;
+pub use task::AttachTask;
 
 /// How long an instance may read nothing though something waits: longer than its engine takes for a long step, during
 /// which it may stop reading.
@@ -109,9 +109,9 @@ impl Up {
 }
 
 /// Handle to the stream of one instance.
-pub struct Link {
+pub struct Attachment {
     instance: InstanceId,
-    /// Of all links: an instance that is forgotten and comes again is sent none that is still known of before.
+    /// Of all attachments: an instance that is forgotten and comes again is sent none that is still known of before.
     legs: Arc<AtomicU64>,
     /// `None` while down.
     stream: Mutex<Option<Up>>,
@@ -122,8 +122,8 @@ pub struct Link {
     metrics: Arc<Metrics>,
 }
 
-impl Link {
-    /// `legs` counts the legs of all links.
+impl Attachment {
+    /// `legs` counts the legs of all attachments.
     pub fn new(instance: InstanceId, legs: Arc<AtomicU64>, metrics: Arc<Metrics>) -> Arc<Self> {
         let (stuck, drains) = (AtomicBool::new(false), AtomicBool::new(false));
         Arc::new(Self { instance, legs, stream: Mutex::new(None), stuck, drains, metrics })
