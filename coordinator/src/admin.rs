@@ -121,11 +121,9 @@ fn placing(placing: &Placing) -> v1::PlacementView {
 }
 
 fn view_of(placement: &Placement, receipt: &Receipt) -> v1::PlacementView {
-    let (prefill, decode) = match placement {
-        Placement::Alone(seat) => (seat, seat),
-        Placement::Apart { prefill, decode } => (prefill, decode),
-    };
-    let taken = |scored: &Scored| [prefill, decode].iter().any(|seat| seat.instance == scored.instance);
+    let [prefill, decode] = placement.both();
+    let taken =
+        |scored: &Scored| [prefill, decode].iter().any(|assignee| assignee.instance == scored.instance);
     v1::PlacementView {
         prefill_instance: prefill.instance.to_string(),
         decode_instance: decode.instance.to_string(),
@@ -136,10 +134,10 @@ fn view_of(placement: &Placement, receipt: &Receipt) -> v1::PlacementView {
         candidates: u32::try_from(receipt.candidates).unwrap_or(u32::MAX),
         cost_micros: receipt.cost_micros,
         handoff_micros: receipt.handoff_micros,
-        runner_up: receipt.runner_up.as_ref().map(|(prefill, decode, cost_micros)| v1::RunnerUpView {
-            prefill_instance: prefill.to_string(),
-            decode_instance: decode.to_string(),
-            cost_micros: *cost_micros,
+        runner_up: receipt.runner_up.as_ref().map(|next| v1::RunnerUpView {
+            prefill_instance: next.prefill.to_string(),
+            decode_instance: next.decode.to_string(),
+            cost_micros: next.cost_micros,
         }),
         away: receipt.left_aside.away,
         avoided: receipt.left_aside.avoided,

@@ -11,7 +11,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use baton_proto::{ApiError, Band, ErrorCode};
+use baton_proto::{ApiError, Band};
 use prometheus_client::metrics::gauge::Gauge;
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, TryAcquireError},
@@ -21,20 +21,18 @@ use tokio::{
 use crate::{
     config::LimitsConfig,
     keys::Tenant,
-    metrics::{Metrics, Refusals, reason},
+    metrics::{Metrics, Refusals},
 };
 
 pub mod body;
 mod budget;
 mod line;
+mod refusal;
 
 pub use body::Body;
 use budget::{Budget, Held};
 pub use line::{Admission, Line, Permit, Place, WaitTerms, Waits};
-
-/// What clients are told to wait before they try again, where nothing else is known, and at most.
-pub const RETRY_AFTER: Duration = Duration::from_secs(1);
-const RETRY_AFTER_MOST: Duration = Duration::from_secs(60);
+pub use refusal::{RETRY_AFTER, Refusal};
 
 /// Requests in the house beyond those that the lines hold: one that may outrank who waits is read before that is known.
 const OUTRANKING_MOST: usize = 64;
@@ -77,7 +75,7 @@ impl Gate {
                 limits.max_held_prompt_bytes,
                 &metrics.prompt_reserved,
                 &metrics.refusals,
-                "prompts",
+                Refusal::Prompts,
                 "the prompts of other requests take all memory that there is for them",
             ),
             max_body_bytes: limits.max_body_bytes,
@@ -103,8 +101,8 @@ impl Gate {
     ) -> Result<Ticket, ApiError> {
         let has_room = self.house.available_permits() > OUTRANKING_MOST || outranks();
         let room = has_room.then(|| at_once(&self.house).ok()).flatten();
-        let room =
-            room.ok_or_else(|| refuse(&self.refusals, "house", "too many requests are waiting", drain()))?;
+        let full = || Refusal::House.told("too many requests are waiting", drain(), &self.refusals);
+        let room = room.ok_or_else(full)?;
         Ok(Ticket { held: None, _room: room })
     }
 
@@ -134,9 +132,7 @@ impl Gate {
 
     /// The error of a body that does not come.
     pub fn late_body(&self, within: Duration) -> ApiError {
-        self.refusals.get_or_create(&reason("body_time")).inc();
-        let message = format!("the request body did not arrive within {} s", within.as_secs_f64());
-        ApiError::new(ErrorCode::RequestTimeout, message)
+        Refusal::late_body(within, &self.refusals)
     }
 
     /// Waits for a turn at a core, in order of asking, to work on a body of so many bytes.
@@ -168,17 +164,9 @@ async fn one_of(
     match timeout_at(by, places.clone().acquire_owned()).await {
         Ok(Ok(place)) => Ok(place),
         Ok(Err(_)) | Err(_) => {
-            Err(refuse(refusals, "wait", "the request waited too long to be served", None))
+            Err(Refusal::Wait.told("the request waited too long to be served", None, refusals))
         }
     }
-}
-
-/// `wait`: what those before are predicted to take.
-fn refuse(refusals: &Refusals, why: &'static str, message: &str, wait: Option<Duration>) -> ApiError {
-    refusals.get_or_create(&reason(why)).inc();
-    let wait = wait.unwrap_or(RETRY_AFTER).clamp(RETRY_AFTER, RETRY_AFTER_MOST);
-    let seconds = wait.as_secs_f64().ceil();
-    ApiError::new(ErrorCode::QueueFull, format!("{message}; try again in {seconds} s")).retry_after(wait)
 }
 
 /// Room in the house, and for what it holds.
@@ -211,6 +199,7 @@ impl<const N: usize> Drop for Counted<N> {
 
 #[cfg(test)]
 mod tests {
+    use baton_proto::ErrorCode;
     use prometheus_client::registry::Registry;
 
     use super::*;

@@ -98,15 +98,8 @@ pub fn assemble(
     let keys = Keys::start(parts.keys, &config.api_keys, metrics.clone(), drained, &parts.tasks);
     let service = Arc::new(Service {
         keys,
-        placer: Arc::new(Placer {
-            board,
-            attachments,
-            handoffs: Arc::default(),
-            breakers,
-            metrics: metrics.clone(),
-            carry_patience: config.carry.patience,
-            move_after: config.carry.move_after,
-        }),
+        placer: Arc::new(Placer { board, attachments, handoffs: Arc::default(), breakers }),
+        carry: config.carry,
         gate,
         models,
         limits: config.limits.clone(),

@@ -14,9 +14,9 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::{
     cause,
+    config::CarryConfig,
     dispatch::{Assignment, Generation, NotSent, deadline_passed},
     fleet::Attempt,
-    metrics::{MigrationLabels, ModelLabel},
     models::Model,
     place::Placer,
     requests::Placing,
@@ -105,6 +105,7 @@ pub struct Moved {
 #[derive(Clone)]
 pub struct Attempts {
     placer: Arc<Placer>,
+    carry: CarryConfig,
     model: Arc<Model>,
     assignment: Assignment,
     /// Attempts that failed, and those since the last that brought a token: by a fault, or with an instance.
@@ -122,10 +123,11 @@ pub struct Attempts {
 
 impl Attempts {
     /// `assignment` has been given to a first place.
-    pub fn new(placer: Arc<Placer>, model: Arc<Model>, assignment: Assignment) -> Self {
+    pub fn new(placer: Arc<Placer>, carry: CarryConfig, model: Arc<Model>, assignment: Assignment) -> Self {
         model.retry_budget.lock().request();
         Self {
             placer,
+            carry,
             model,
             assignment,
             failed: 0,
@@ -170,10 +172,10 @@ impl Attempts {
     pub fn is_worth_moving(&self, generation: &Generation, begun: bool, tokens: u32) -> bool {
         let (board, most) = (&self.placer.board, self.assignment.prompt.sampling.max_tokens);
         let expected = match begun {
-            true => board.left(generation.generates(), tokens, most),
-            false => board.queue(generation.pair().0),
+            true => board.left(generation.pair().generates(), tokens, most),
+            false => board.queue(generation.pair().prefill),
         };
-        expected > self.placer.move_after
+        expected > self.carry.move_after
     }
 
     /// Gives it to others, if any can take it at once.
@@ -213,13 +215,13 @@ impl Attempts {
         let Self { placer, model, assignment, .. } = self;
         let (prompt, generated) = (&assignment.prompt, &assignment.generated);
         let booked = placer.book(&model.served, prompt, generated, avoid, among).ok()?;
-        let (alone, decode) = booked.booking.credit.pair();
+        let pair = booked.booking.credit.pair();
         // The board takes them where there is nobody else.
-        if [Some(alone), decode].into_iter().flatten().any(|id| avoid.contains(id)) {
+        if pair.each().any(|id| avoid.contains(id)) {
             return None;
         }
         // Its prompt is in both queues now.
-        let is_later = |on| placer.board.queue(alone) > placer.board.queue(on);
+        let is_later = |on| placer.board.queue(pair.prefill) > placer.board.queue(on);
         if matches!(leave, Leave::Waits { on } if is_later(on)) {
             return None;
         }
@@ -233,12 +235,12 @@ impl Attempts {
     pub fn moved(&mut self, leave: Leave<'_>, handed_on: bool) {
         self.pauses();
         self.outgrown += u32::from(matches!(leave, Leave::Outgrown { .. }));
-        let Self { placer, model, assignment, .. } = &*self;
+        let Self { model, assignment, .. } = &*self;
         let (request, generated, why) = (&assignment.request, assignment.generated.len(), leave.error());
         tracing::info!(%request, generated, handed_on, %why, "the request leaves an instance");
         self.count_migration(why.code);
         if handed_on && generated > 0 {
-            placer.metrics.hand_ons.get_or_create(&ModelLabel { model: model.served.name.clone() }).inc();
+            model.counts.hand_ons.inc();
         }
     }
 
@@ -263,7 +265,7 @@ impl Attempts {
         let pause = if cause::is_refusal(code) && !failure.begun {
             self.refused += 1;
             let since = *self.refused_since.get_or_insert_with(Instant::now);
-            if since.elapsed() >= self.placer.carry_patience {
+            if since.elapsed() >= self.carry.patience {
                 return Err(failure.error);
             }
             PAUSE_LEAST.saturating_mul(1 << self.refused.min(16)).min(PAUSE_MOST)
@@ -285,8 +287,7 @@ impl Attempts {
             return Err(deadline_passed());
         }
         if cause::is_fault(code) && !self.model.retry_budget.lock().take(Instant::now()) {
-            let of = self.model.counts.label.clone();
-            self.placer.metrics.not_placed_again.get_or_create(&of).inc();
+            self.model.counts.not_placed_again.inc();
             return Err(failure.error);
         }
         Ok(Again { failure, pause })
@@ -321,7 +322,7 @@ impl Attempts {
         let Again { failure: Failure { mut error, culprit, .. }, mut pause } = again;
         // Who failed it, and then who could not be asked.
         let mut avoid: Vec<InstanceId> = culprit.into_iter().collect();
-        let deadline = (Instant::now() + placer.carry_patience + pause).min(assignment.deadline);
+        let deadline = (Instant::now() + self.carry.patience + pause).min(assignment.deadline);
         let mut changes = placer.board.changes();
         loop {
             let _ = timeout_at(deadline.min(Instant::now() + pause), changes.changed()).await;
@@ -351,8 +352,7 @@ impl Attempts {
     /// An answer goes on elsewhere, if it has begun.
     fn count_migration(&self, reason: ErrorCode) {
         if !self.assignment.generated.is_empty() {
-            let (reason, model) = (reason.name(), self.model.served.name.clone());
-            self.placer.metrics.migrations.get_or_create(&MigrationLabels { reason, model }).inc();
+            self.model.counts.migrated(reason.name());
         }
     }
 }

@@ -198,7 +198,7 @@ impl Default for FleetConfig {
 }
 
 /// How requests leave instances.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct CarryConfig {
     /// An answer that is expected to take longer yet on an instance that begins to drain, or to change its role, goes on

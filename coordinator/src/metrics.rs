@@ -6,8 +6,10 @@ use baton_proto::Band;
 use prometheus_client::{
     encoding::EncodeLabelSet,
     metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
-    registry::{Registry, Unit},
+    registry::{Metric, Registry, Unit},
 };
+
+use crate::admit::Refusal;
 
 mod keys;
 
@@ -64,7 +66,7 @@ pub struct MigrationLabels {
     pub model: Arc<str>,
 }
 
-/// Requests refused for want of room or time, by what there was none of.
+/// Requests refused for want of room or time, by what there was none of: a [`Refusal`]'s name.
 pub type Refusals = Family<ReasonLabel, Counter>;
 
 type Histograms = Family<ModelLabel, Histogram>;
@@ -87,15 +89,9 @@ pub struct Metrics {
     pub prompt_reserved: Gauge,
     pub cancels: Family<ReasonLabel, Counter>,
     pub legs_lost: Counter,
-    /// By the name of the error's code.
-    pub migrations: Family<MigrationLabels, Counter>,
-    /// Of those the ones whose instance, which drains, was asked for their cache.
-    pub hand_ons: Family<ModelLabel, Counter>,
     /// Times that an instance was left out for its faults, and how many are.
     pub breaker_openings: Counter,
     pub open_breakers: Gauge,
-    /// Requests that were not placed again though it might have helped.
-    pub not_placed_again: Family<ModelLabel, Counter>,
     /// For how long the list of instances has not been the store's.
     fleet_stale: Gauge,
     /// Blocks that the prefix index remembers.
@@ -120,13 +116,16 @@ struct ByModel {
     time_to_first_token: Histograms,
     time_per_output_token: Histograms,
     end_to_end: Histograms,
-    migration_pause: Histograms,
     in_time: Family<ModelLabel, Counter>,
     prompt_tokens: Family<ModelLabel, Counter>,
     cached_tokens: Family<ModelLabel, Counter>,
     generation_tokens: Family<ModelLabel, Counter>,
     request_prompt_tokens: Histograms,
     request_generation_tokens: Histograms,
+    migrations: Family<MigrationLabels, Counter>,
+    migration_pause: Histograms,
+    hand_ons: Family<ModelLabel, Counter>,
+    not_placed_again: Family<ModelLabel, Counter>,
 }
 
 /// Those of one model, looked up once.
@@ -147,8 +146,6 @@ pub struct ModelMetrics {
     pub time_to_first_token: Histogram,
     pub time_per_output_token: Histogram,
     pub end_to_end: Histogram,
-    /// Of answers that were begun and went on elsewhere: from the failure to the next token.
-    pub migration_pause: Histogram,
     /// Answers that met their targets.
     pub in_time: Counter,
     pub prompt_tokens: Counter,
@@ -156,6 +153,13 @@ pub struct ModelMetrics {
     pub generation_tokens: Counter,
     pub request_prompt_tokens: Histogram,
     pub request_generation_tokens: Histogram,
+    migrations: Family<MigrationLabels, Counter>,
+    /// Of answers that were begun and went on elsewhere: from the failure to the next token.
+    pub migration_pause: Histogram,
+    /// Of those that migrated the ones whose instance, which drains, was asked for their cache.
+    pub hand_ons: Counter,
+    /// Requests that were not placed again though it might have helped.
+    pub not_placed_again: Counter,
 }
 
 const SECONDS: [f64; 19] = [
@@ -164,72 +168,105 @@ const SECONDS: [f64; 19] = [
 ];
 const TOKENS: [f64; 12] =
     [1.0, 8.0, 32.0, 128.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0, 65536.0, 131072.0];
-/// Why messages about a KV cache are missed or not believed; shown as 0 from the start, as the next.
+/// Why messages about a KV cache are missed or not believed; shown as 0 from the start, as [`Refusal`]s are.
 const CACHE_GAPS: [&str; 6] = ["stream", "gap", "restart", "lagged", "nonsense", "dialects"];
-/// Why requests are refused for want of room or time.
-const REFUSALS: [&str; 7] = ["house", "line", "bytes", "wait", "backlog", "outranked", "body_time"];
+
+/// A metric that is shown under this name.
+fn shown<M: Metric + Clone + Default>(registry: &mut Registry, name: &str, help: &str) -> M {
+    let metric = M::default();
+    registry.register(name, help, metric.clone());
+    metric
+}
+
+fn bytes(registry: &mut Registry, name: &str, help: &str) -> Gauge {
+    let metric = Gauge::default();
+    registry.register_with_unit(name, help, Unit::Bytes, metric.clone());
+    metric
+}
+
+fn seconds(registry: &mut Registry, name: &str, help: &str) -> Histograms {
+    let metric = Histograms::new_with_constructor(|| Histogram::new(SECONDS));
+    registry.register_with_unit(name, help, Unit::Seconds, metric.clone());
+    metric
+}
+
+fn tokens(registry: &mut Registry, name: &str, help: &str) -> Histograms {
+    let metric = Histograms::new_with_constructor(|| Histogram::new(TOKENS));
+    registry.register(name, help, metric.clone());
+    metric
+}
 
 impl Metrics {
     /// Makes them and has them shown.
     pub fn register(registry: &mut Registry) -> Arc<Self> {
-        let seconds = || Histograms::new_with_constructor(|| Histogram::new(SECONDS));
-        let tokens = || Histograms::new_with_constructor(|| Histogram::new(TOKENS));
+        let to = registry.sub_registry_with_prefix("baton_coordinator");
         let metrics = Self {
-            requests: Family::default(),
+            requests: shown(to, "requests", "Requests answered, by route, status or error, and model"),
             ended: Counter::default(),
             failed: Counter::default(),
             in_flight: Gauge::default(),
             queued: Gauge::default(),
-            refusals: Refusals::default(),
-            body_reserved: Gauge::default(),
-            prompt_reserved: Gauge::default(),
-            cancels: Family::default(),
-            legs_lost: Counter::default(),
-            migrations: Family::default(),
-            hand_ons: Family::default(),
-            breaker_openings: Counter::default(),
-            open_breakers: Gauge::default(),
-            not_placed_again: Family::default(),
-            fleet_stale: Gauge::default(),
-            cached_blocks: Gauge::default(),
-            cache_events: Family::default(),
-            cache_gaps: Family::default(),
-            keys: KeyMetrics::default(),
-            by_model: ByModel {
-                ready: Family::default(),
-                in_flight: Family::default(),
-                queued: Family::default(),
-                queued_by_band: Family::default(),
-                queue_wait: seconds(),
-                time_to_first_token: seconds(),
-                time_per_output_token: seconds(),
-                end_to_end: seconds(),
-                migration_pause: seconds(),
-                in_time: Family::default(),
-                prompt_tokens: Family::default(),
-                cached_tokens: Family::default(),
-                generation_tokens: Family::default(),
-                request_prompt_tokens: tokens(),
-                request_generation_tokens: tokens(),
-            },
+            refusals: shown(
+                to,
+                "refusals",
+                "Requests refused, by what there was none of: room in the house, in their model's line, bytes for their \
+                 bodies, memory for their prompts; or by what took too long: their wait, the backlog before them, their \
+                 body",
+            ),
+            body_reserved: bytes(to, "body_reserved", "Reserved of limits.max_held_body_bytes"),
+            prompt_reserved: bytes(to, "prompt_reserved", "Reserved of limits.max_held_prompt_bytes"),
+            cancels: shown(to, "cancelled_legs", "Legs cancelled, by reason"),
+            legs_lost: shown(
+                to,
+                "legs_lost",
+                "Legs that ended because an instance's stream broke, or it did not get on with them",
+            ),
+            breaker_openings: shown(
+                to,
+                "breaker_openings",
+                "Times that an instance was left out because it failed what it was given",
+            ),
+            open_breakers: shown(
+                to,
+                "open_breakers",
+                "Instances that are left out, or on trial, because they failed what they were given",
+            ),
+            fleet_stale: shown(
+                to,
+                "fleet_stale_seconds",
+                "For how long the list of instances has been the last that was read, as the state store cannot be; 0: it is \
+                 current",
+            ),
+            cached_blocks: shown(
+                to,
+                "cached_blocks",
+                "KV blocks that instances are known to have, each counted once",
+            ),
+            cache_events: shown(
+                to,
+                "cache_events",
+                "Messages of instances about their KV caches, by kind: a whole snapshot, a change, that it goes on (resumed)",
+            ),
+            cache_gaps: shown(
+                to,
+                "cache_gaps",
+                "Times that messages about a KV cache were missed or not believed, by reason",
+            ),
+            keys: KeyMetrics::register(to),
+            by_model: ByModel::register(to),
         };
-        for why in REFUSALS {
-            drop(metrics.refusals.get_or_create(&reason(why)));
+        for why in Refusal::ALL {
+            drop(metrics.refusals.get_or_create(&reason(why.name())));
         }
         for why in CACHE_GAPS {
             drop(metrics.cache_gaps.get_or_create(&reason(why)));
         }
-        metrics.show(registry);
         Arc::new(metrics)
     }
 
     /// Those of the model of this name, which are shown from now on.
     pub fn of_model(&self, name: Arc<str>) -> ModelMetrics {
         let (by_model, label) = (&self.by_model, ModelLabel { model: name });
-        // Shown as 0 from the start: the first of them would be no increase otherwise.
-        for family in [&self.hand_ons, &self.not_placed_again] {
-            drop(family.get_or_create(&label));
-        }
         ModelMetrics {
             ready: by_model.ready.get_or_create_owned(&label),
             in_flight: by_model.in_flight.get_or_create_owned(&label),
@@ -245,13 +282,16 @@ impl Metrics {
             time_to_first_token: by_model.time_to_first_token.get_or_create_owned(&label),
             time_per_output_token: by_model.time_per_output_token.get_or_create_owned(&label),
             end_to_end: by_model.end_to_end.get_or_create_owned(&label),
-            migration_pause: by_model.migration_pause.get_or_create_owned(&label),
             in_time: by_model.in_time.get_or_create_owned(&label),
             prompt_tokens: by_model.prompt_tokens.get_or_create_owned(&label),
             cached_tokens: by_model.cached_tokens.get_or_create_owned(&label),
             generation_tokens: by_model.generation_tokens.get_or_create_owned(&label),
             request_prompt_tokens: by_model.request_prompt_tokens.get_or_create_owned(&label),
             request_generation_tokens: by_model.request_generation_tokens.get_or_create_owned(&label),
+            migrations: by_model.migrations.clone(),
+            migration_pause: by_model.migration_pause.get_or_create_owned(&label),
+            hand_ons: by_model.hand_ons.get_or_create_owned(&label),
+            not_placed_again: by_model.not_placed_again.get_or_create_owned(&label),
             label,
         }
     }
@@ -270,135 +310,63 @@ impl Metrics {
     pub fn queued_of_any_model(&self) -> Gauge {
         self.by_model.queued.get_or_create_owned(&ModelLabel { model: "".into() })
     }
+}
 
-    fn show(&self, registry: &mut Registry) {
-        let registry = registry.sub_registry_with_prefix("baton_coordinator");
-        let by_model = &self.by_model;
-        registry.register(
-            "requests",
-            "Requests answered, by route, status or error, and model",
-            self.requests.clone(),
-        );
-        let gauges = [
-            ("model_ready", "Whether a request for the model can be served", &by_model.ready),
-            ("in_flight", "Requests being served", &by_model.in_flight),
-            ("queued", "Requests waiting to be served; without a model, to be prepared", &by_model.queued),
-        ];
-        for (name, help, gauge) in gauges {
-            registry.register(name, help, gauge.clone());
-        }
-        registry.register(
-            "queued_by_band",
-            "Requests waiting in a model's line, by the band of their API keys",
-            by_model.queued_by_band.clone(),
-        );
-        registry.register(
-            "refusals",
-            "Requests refused, by what there was none of: room in the house, in their model's line, bytes for their \
-             bodies, memory for their prompts; or by what took too long: their wait, the backlog before them, their body",
-            self.refusals.clone(),
-        );
-        for (name, help, reserved) in [
-            ("body_reserved", "Reserved of limits.max_held_body_bytes", &self.body_reserved),
-            ("prompt_reserved", "Reserved of limits.max_held_prompt_bytes", &self.prompt_reserved),
-        ] {
-            registry.register_with_unit(name, help, Unit::Bytes, reserved.clone());
-        }
-        let seconds = [
-            ("queue_wait", "From being prepared to being placed", &by_model.queue_wait),
-            ("time_to_first_token", "From arrival to the first token", &by_model.time_to_first_token),
-            ("time_per_output_token", "Mean of a request's later tokens", &by_model.time_per_output_token),
-            ("e2e_request_latency", "From arrival to the end", &by_model.end_to_end),
-            (
+impl ByModel {
+    fn register(to: &mut Registry) -> Self {
+        Self {
+            ready: shown(to, "model_ready", "Whether a request for the model can be served"),
+            in_flight: shown(to, "in_flight", "Requests being served"),
+            queued: shown(to, "queued", "Requests waiting to be served; without a model, to be prepared"),
+            queued_by_band: shown(
+                to,
+                "queued_by_band",
+                "Requests waiting in a model's line, by the band of their API keys",
+            ),
+            queue_wait: seconds(to, "queue_wait", "From being prepared to being placed"),
+            time_to_first_token: seconds(to, "time_to_first_token", "From arrival to the first token"),
+            time_per_output_token: seconds(to, "time_per_output_token", "Mean of a request's later tokens"),
+            end_to_end: seconds(to, "e2e_request_latency", "From arrival to the end"),
+            in_time: shown(
+                to,
+                "requests_in_time",
+                "Requests answered with their first token, and the later ones on average, within placement.ttft_target and \
+                 .tpot_target",
+            ),
+            prompt_tokens: shown(to, "prompt_tokens", "Prompt tokens of dispatched requests"),
+            cached_tokens: shown(to, "cached_prompt_tokens", "Of those, taken from prefix caches"),
+            generation_tokens: shown(to, "generation_tokens", "Tokens generated"),
+            request_prompt_tokens: tokens(to, "request_prompt_tokens", "Prompt length"),
+            request_generation_tokens: tokens(to, "request_generation_tokens", "Completion length"),
+            migrations: shown(
+                to,
+                "migrations",
+                "Answers begun on one instance that went on elsewhere, by why it could not finish them, and model",
+            ),
+            migration_pause: seconds(
+                to,
                 "migration_pause",
                 "Of answers that were begun and went on elsewhere, from the failure to the next token",
-                &by_model.migration_pause,
             ),
-        ];
-        for (name, help, histogram) in seconds {
-            registry.register_with_unit(name, help, Unit::Seconds, histogram.clone());
-        }
-        let counters = [
-            (
-                "requests_in_time",
-                "Requests answered with their first token, and the later ones on average, within placement.ttft_target \
-                 and .tpot_target",
-                &by_model.in_time,
+            hand_ons: shown(
+                to,
+                "hand_ons",
+                "Answers that left an instance which drains and was asked to hand their KV cache on, by model",
             ),
-            ("prompt_tokens", "Prompt tokens of dispatched requests", &by_model.prompt_tokens),
-            ("cached_prompt_tokens", "Of those, taken from prefix caches", &by_model.cached_tokens),
-            ("generation_tokens", "Tokens generated", &by_model.generation_tokens),
-        ];
-        for (name, help, counter) in counters {
-            registry.register(name, help, counter.clone());
+            not_placed_again: shown(
+                to,
+                "retry_budget_exhausted",
+                "Requests not placed again after an instance's fault, for want of budget, by model",
+            ),
         }
-        let tokens = [
-            ("request_prompt_tokens", "Prompt length", &by_model.request_prompt_tokens),
-            ("request_generation_tokens", "Completion length", &by_model.request_generation_tokens),
-        ];
-        for (name, help, histogram) in tokens {
-            registry.register(name, help, histogram.clone());
-        }
-        registry.register(
-            "legs_lost",
-            "Legs that ended because an instance's stream broke",
-            self.legs_lost.clone(),
-        );
-        registry.register("cancelled_legs", "Legs cancelled, by reason", self.cancels.clone());
-        registry.register(
-            "migrations",
-            "Answers begun on one instance that went on elsewhere, by why it could not finish them, and model",
-            self.migrations.clone(),
-        );
-        registry.register(
-            "hand_ons",
-            "Answers that left an instance which drains and was asked to hand their KV cache on, by model",
-            self.hand_ons.clone(),
-        );
-        self.show_faults(registry);
-        self.show_caches(registry);
-        self.keys.show(registry);
     }
+}
 
-    fn show_faults(&self, registry: &mut Registry) {
-        registry.register(
-            "breaker_openings",
-            "Times that an instance was left out because it failed what it was given",
-            self.breaker_openings.clone(),
-        );
-        registry.register(
-            "open_breakers",
-            "Instances that are left out, or on trial, because they failed what they were given",
-            self.open_breakers.clone(),
-        );
-        registry.register(
-            "retry_budget_exhausted",
-            "Requests not placed again after an instance's fault, for want of budget, by model",
-            self.not_placed_again.clone(),
-        );
-    }
-
-    fn show_caches(&self, registry: &mut Registry) {
-        registry.register(
-            "fleet_stale_seconds",
-            "For how long the list of instances has been the last that was read, as the state store cannot be; 0: it is current",
-            self.fleet_stale.clone(),
-        );
-        registry.register(
-            "cached_blocks",
-            "KV blocks that instances are known to have, each counted once",
-            self.cached_blocks.clone(),
-        );
-        registry.register(
-            "cache_events",
-            "Messages of instances about their KV caches, by kind: a whole snapshot, a change, that it goes on (resumed)",
-            self.cache_events.clone(),
-        );
-        registry.register(
-            "cache_gaps",
-            "Times that messages about a KV cache were missed or not believed, by reason",
-            self.cache_gaps.clone(),
-        );
+impl ModelMetrics {
+    /// An answer that had begun went on elsewhere, for the reason of this name.
+    pub fn migrated(&self, reason: &'static str) {
+        let labels = MigrationLabels { reason, model: self.label.model.clone() };
+        self.migrations.get_or_create(&labels).inc();
     }
 }
 

@@ -1,9 +1,9 @@
 //! Books a place for a request: at once if there is one, or as soon as there is.
 //!
 //! Called by [`crate::admit`] for its first place, and by [`crate::carry`] for the next. Leaves the
-//! choice to [`baton_schedule`] and the sending to [`crate::dispatch`].
+//! choice to [`baton_schedule`]; what is booked [`Placer::start`] gives to [`crate::dispatch`].
 
-use std::{iter, sync::Arc, time::Duration};
+use std::{iter, sync::Arc};
 
 use baton_proto::InstanceId;
 use baton_schedule::{
@@ -17,7 +17,6 @@ use crate::{
     dispatch::{Assignment, Generation, NotSent},
     fleet::{Breakers, Trials, keeper::Attachments},
     handoffs::Handoffs,
-    metrics::Metrics,
     prepare::{PreparedPrompt, Served},
 };
 
@@ -26,12 +25,7 @@ pub struct Placer {
     pub board: Arc<Board>,
     pub attachments: Arc<Attachments>,
     pub handoffs: Arc<Handoffs>,
-    pub metrics: Arc<Metrics>,
     pub breakers: Arc<Breakers>,
-    /// How long a request that has had a place before waits for another.
-    pub carry_patience: Duration,
-    /// What takes longer on an instance that drains goes on elsewhere.
-    pub move_after: Duration,
 }
 
 /// A place that is booked, and held for as long as this is.

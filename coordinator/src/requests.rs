@@ -174,10 +174,7 @@ impl CardGuard {
 
     /// The request, or one of its prompts, has been placed; again, if that is `because` of a failure.
     pub fn placed(&self, placing: Placing) {
-        let (prefill, decode) = match &placing.placement {
-            Placement::Alone(seat) => (seat, seat),
-            Placement::Apart { prefill, decode } => (prefill, decode),
-        };
+        let [prefill, decode] = placing.placement.both();
         let mut stage = self.card.stage.lock();
         let (model, prompt_tokens) = match &*stage {
             Stage::Preparing => (Arc::default(), 0),

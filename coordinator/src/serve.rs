@@ -17,7 +17,7 @@ use tokio::{
 use crate::{
     admit::{Admission, Body, Gate, Place, Ticket, WaitTerms},
     carry::Attempts,
-    config::LimitsConfig,
+    config::{CarryConfig, LimitsConfig},
     dispatch::Assignment,
     fleet::CancelReason,
     keys::{Call, Caller, Keys, Tenant},
@@ -45,6 +45,7 @@ pub struct Service {
     pub limits: LimitsConfig,
     pub gate: Gate,
     pub placer: Arc<Placer>,
+    pub carry: CarryConfig,
     pub roster: Arc<Roster>,
     pub overdue: Arc<Overdue>,
     /// Room for bodies that are read ahead.
@@ -221,7 +222,7 @@ impl Service {
             // A stop string is to be found before many a token is generated in vain.
             in_batches: !prepared.shape.stream && prepared.stops.strings.is_empty(),
         };
-        let attempts = Attempts::new(self.placer.clone(), model.clone(), assignment);
+        let attempts = Attempts::new(self.placer.clone(), self.carry, model.clone(), assignment);
         let started = self.placer.start(booked, attempts.assignment().clone());
         let reading = |_| {
             let reader = model.served.text.reader(&prepared.stops);

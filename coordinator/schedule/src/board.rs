@@ -20,7 +20,7 @@ use tokio::{
 };
 
 use crate::{
-    Ask, NoPlace, Placement, Prompt, Receipt, Seat, Settings, Wanted,
+    Ask, Assignee, NoPlace, Placement, Prompt, Receipt, Settings, Wanted,
     caches::{Caches, Feed, Held, Subject},
     choose::choose,
     fleet::{Change, Duty, Fleet, Load, Spec},
@@ -296,15 +296,15 @@ impl Board {
         let held = caches.look(chains, now);
         let state = &mut *self.state.lock();
         let (placement, receipt) = self.choose(state, held, wanted, turn, now)?;
-        let part = |seat: &Seat, computes: bool, sequences: u32| {
+        let part = |assignee: &Assignee, computes: bool, sequences: u32| {
             let (prefill_tokens, prefill_pairs) =
-                if computes { (seat.uncached_tokens, seat.uncached_pairs) } else { (0, 0) };
-            let blocks = seat.blocks;
+                if computes { (assignee.uncached_tokens, assignee.uncached_pairs) } else { (0, 0) };
+            let blocks = assignee.blocks;
             let work = Work { prefill_tokens, prefill_pairs, sequences: sequences.into(), blocks };
-            Part { instance: seat.instance.clone(), work, leg: None, expected: None }
+            Part { instance: assignee.instance.clone(), work, leg: None, expected: None }
         };
         let (mut prefill, mut decode) = match &placement {
-            Placement::Alone(seat) => (part(seat, true, choices), None),
+            Placement::Alone(assignee) => (part(assignee, true, choices), None),
             Placement::Apart { prefill, decode } => {
                 (part(prefill, true, 1), Some(part(decode, false, choices)))
             }

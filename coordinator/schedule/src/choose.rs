@@ -8,7 +8,7 @@ use baton_proto::InstanceId;
 use tokio::time::Instant;
 
 use crate::{
-    Among, Ask, LeftAside, NoPlace, Placement, Receipt, Side,
+    Among, Ask, LeftAside, NoPlace, Placement, Receipt, RunnerUp, Side,
     cost::{Price, Pricing, cached_tokens, expected_tokens, fits},
     settings::{Policy, Settings},
     view::{Class, Model, Row, View},
@@ -140,9 +140,9 @@ pub(crate) fn choose(
         return Err(NoPlace::Busy);
     }
     let placement = match &way {
-        Way::Alone(alone) => Placement::Alone(alone.seat(ask)),
+        Way::Alone(alone) => Placement::Alone(alone.assignee(ask)),
         Way::Apart(prefill, decode, _) => {
-            Placement::Apart { prefill: prefill.seat(ask), decode: decode.seat(ask) }
+            Placement::Apart { prefill: prefill.assignee(ask), decode: decode.assignee(ask) }
         }
     };
     Ok((placement, receipt(&found, &way, runner_up, ask, settings)))
@@ -346,7 +346,7 @@ fn receipt(
         handoff_micros: way.micros().1 as u64,
         runner_up: runner_up.map(|way| {
             let [prefill, decode] = way.pair().map(|candidate| candidate.row.spec.id.clone());
-            (prefill, decode, way.micros().0 as u64)
+            RunnerUp { prefill, decode, cost_micros: way.micros().0 as u64 }
         }),
         cheapest: shown.iter().map(|candidate| candidate.scored(ask)).collect(),
     }

@@ -52,7 +52,7 @@ pub(crate) struct Price {
     /// Until it is begun with.
     pub(crate) wait_micros: f64,
     /// Of that, until fewer sequences are decoded there than may be at a time.
-    seat_micros: f64,
+    in_line_micros: f64,
 }
 
 /// What an instance decodes while it computes a prompt.
@@ -63,7 +63,7 @@ struct Decoding {
     /// How long they take after each chunk of the prompt.
     step_micros: f64,
     /// Until the prompt is begun with, as so many are decoded.
-    seat_micros: f64,
+    in_line_micros: f64,
 }
 
 /// Prices one request on any instance.
@@ -85,7 +85,7 @@ impl Pricing<'_> {
             }
             Side::Whole => {
                 let then = self.decode(row, cached, 0, 0.0);
-                let decoding = Decoding { seat_micros: then.seat_micros, ..Decoding::default() };
+                let decoding = Decoding { in_line_micros: then.in_line_micros, ..Decoding::default() };
                 both(self.prefill(row, cached, decoding), then)
             }
         }
@@ -101,13 +101,14 @@ impl Pricing<'_> {
         };
         let steady = then.tpot_micros <= LOCAL_TPOT_MOST * self.settings.targets.tpot_micros();
         let step_micros = if batch > 0.0 { then.tpot_micros } else { 0.0 };
-        let first = self.prefill(row, cached, Decoding { batch, step_micros, seat_micros: then.seat_micros });
+        let first =
+            self.prefill(row, cached, Decoding { batch, step_micros, in_line_micros: then.in_line_micros });
         (room && steady).then_some(both(first, then))
     }
 
     /// `decoding`: what goes on there beside it.
     fn prefill(&self, row: &Row, cached: u32, decoding: Decoding) -> Price {
-        let Decoding { batch, step_micros, seat_micros } = decoding;
+        let Decoding { batch, step_micros, in_line_micros } = decoding;
         let tokens = u64::from(self.ask.prompt_tokens().saturating_sub(cached));
         let own = row
             .speed
@@ -118,7 +119,7 @@ impl Pricing<'_> {
         let widest = classes.iter().max_by_key(|class| class.prefills());
         let waiting = widest.map_or(0.0, |class| class.waiting(WAITING_MOST));
         let between = (tokens as f64 / CHUNK_TOKENS).ceil() * step_micros;
-        let ttft_micros = seat_micros + row.queue_micros + own + between;
+        let ttft_micros = in_line_micros + row.queue_micros + own + between;
         let late = (ttft_micros - self.settings.targets.ttft_micros(self.ask.prompt_tokens())).max(0.0);
         let micros = wait + (1.0 + waiting + batch) * own + between + LATE * late;
         Price { micros, ttft_micros, wait_micros: row.queue_micros, ..Price::default() }
@@ -137,7 +138,7 @@ impl Pricing<'_> {
         let added = f64::from(ask.prompt_tokens()) + choices * expected / 2.0;
         // How long it makes anybody wait does not grow with what it is to be spared.
         let true_own = expected * row.speed.step_micros(sequences + choices, context + added);
-        let seat_micros = true_own * standing.turns_before(ask.wanted.choices);
+        let in_line_micros = true_own * standing.turns_before(ask.wanted.choices);
         let share = self.share(row);
         let (sequences, context) = (sequences / share, context / share);
         let step = row.speed.step_micros(sequences + choices, context + added);
@@ -157,9 +158,9 @@ impl Pricing<'_> {
         let moving = moved / LINK_BYTES_PER_MICROSECOND * (1.0 + f64::from(row.transfers));
         let late = expected * (step - self.settings.targets.tpot_micros()).max(0.0);
         let short = own * missing / wanted.max(1.0);
-        let micros = own + others + short + seat_micros + moving + still_micros + LATE * late;
-        let wait_micros = seat_micros.max(blocks_micros);
-        Price { micros, tpot_micros: step, wait_micros, seat_micros, ..Price::default() }
+        let micros = own + others + short + in_line_micros + moving + still_micros + LATE * late;
+        let wait_micros = in_line_micros.max(blocks_micros);
+        Price { micros, tpot_micros: step, wait_micros, in_line_micros, ..Price::default() }
     }
 
     /// How much of its peers' work it is to have by now. Where all of them have just been heard of, nobody is new.
@@ -180,7 +181,7 @@ fn both(first: Price, then: Price) -> Price {
         ttft_micros: first.ttft_micros,
         tpot_micros: then.tpot_micros,
         wait_micros: first.wait_micros.max(then.wait_micros),
-        seat_micros: then.seat_micros,
+        in_line_micros: then.in_line_micros,
     }
 }
 

@@ -136,7 +136,7 @@ impl Side {
 
 /// One instance chosen for one leg, and the role it was seen in.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Seat {
+pub struct Assignee {
     pub instance: InstanceId,
     pub incarnation: Incarnation,
     pub role_epoch: RoleEpoch,
@@ -154,11 +154,41 @@ pub struct Seat {
 pub enum Placement {
     /// All of it on one instance: a mixed one, one of prefill's for a request of one token, or one of decode's that computes
     /// a short prompt itself.
-    Alone(Seat),
+    Alone(Assignee),
     Apart {
-        prefill: Seat,
-        decode: Seat,
+        prefill: Assignee,
+        decode: Assignee,
     },
+}
+
+impl Placement {
+    /// Who prefills and who decodes; one instance alone twice.
+    pub fn both(&self) -> [&Assignee; 2] {
+        match self {
+            Self::Alone(alone) => [alone; 2],
+            Self::Apart { prefill, decode } => [prefill, decode],
+        }
+    }
+}
+
+/// The instances of one attempt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pair<'a> {
+    pub prefill: &'a InstanceId,
+    /// `None`: it decodes, too.
+    pub decode: Option<&'a InstanceId>,
+}
+
+impl<'a> Pair<'a> {
+    /// Who generates.
+    pub fn generates(self) -> &'a InstanceId {
+        self.decode.unwrap_or(self.prefill)
+    }
+
+    /// Each once.
+    pub fn each(self) -> impl Iterator<Item = &'a InstanceId> {
+        [Some(self.prefill), self.decode].into_iter().flatten()
+    }
 }
 
 /// A candidate: how it was estimated to stand, and the cost that follows.
@@ -193,11 +223,20 @@ pub struct Receipt {
     /// What the way that was taken costs, all of it, and the handoff's part of that.
     pub cost_micros: u64,
     pub handoff_micros: u64,
-    /// The best of the other ways: who prefills and who decodes there, and what it would have cost; one instance alone twice.
-    /// It may be the cheaper one where the way is drawn (`placement.temperature`), or a policy is plain.
-    pub runner_up: Option<(InstanceId, InstanceId, u64)>,
+    /// The best of the other ways. It may be the cheaper one where the way is drawn (`placement.temperature`), or a policy is
+    /// plain.
+    pub runner_up: Option<RunnerUp>,
     /// The cheapest candidates for each part of the work, and whoever was taken, cheapest first.
     pub cheapest: Vec<Scored>,
+}
+
+/// A way that was not taken.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RunnerUp {
+    /// The same as `decode` if one does both.
+    pub prefill: InstanceId,
+    pub decode: InstanceId,
+    pub cost_micros: u64,
 }
 
 /// Why instances were left aside, and how many.

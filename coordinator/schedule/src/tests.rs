@@ -67,7 +67,7 @@ fn ask_for(wanted: Wanted<'_>) -> Ask<'_> {
 fn chosen(fleet: &Fleet, ledger: &Ledger, ask: &Ask<'_>) -> Result<Vec<String>, NoPlace> {
     let (placement, _) = placed(fleet, ledger, ask)?;
     Ok(match placement {
-        Placement::Alone(seat) => vec![seat.instance.to_string()],
+        Placement::Alone(assignee) => vec![assignee.instance.to_string()],
         Placement::Apart { prefill, decode } => {
             vec![prefill.instance.to_string(), decode.instance.to_string()]
         }
@@ -381,8 +381,8 @@ fn equal_costs_take_turns_within_a_role_and_whoever_else_is_there() {
         else {
             panic!("nobody is mixed")
         };
-        for seat in [prefill, decode] {
-            seen[names.iter().position(|id| *id == seat.instance.as_str()).expect("one of them")] += 1;
+        for assignee in [prefill, decode] {
+            seen[names.iter().position(|id| *id == assignee.instance.as_str()).expect("one of them")] += 1;
         }
     }
     assert_eq!(seen, [3, 3, 2, 2, 2, 0]);
@@ -401,8 +401,8 @@ fn taken(settings: Settings, loads: &[(&str, Role, u32)]) -> Vec<u32> {
     for _ in 0..300 {
         let placement = board.book(&Wanted::new(1, 8, "r1")).expect("a place").placement;
         let Placement::Apart { prefill, decode } = placement else { panic!("nobody is mixed") };
-        for seat in [prefill, decode] {
-            taken[specs.iter().position(|spec| spec.id == seat.instance).expect("one of them")] += 1;
+        for assignee in [prefill, decode] {
+            taken[specs.iter().position(|spec| spec.id == assignee.instance).expect("one of them")] += 1;
         }
     }
     taken
@@ -450,7 +450,9 @@ fn the_receipt_keeps_the_cheapest_in_order() {
     let (placement, receipt) = placed(&fleet_of(instances), &Ledger::default(), &ask(10)).expect("places");
     assert_eq!((receipt.candidates, receipt.cheapest.len()), (20, 4));
     assert!(receipt.cheapest.is_sorted_by_key(|scored| scored.cost_micros));
-    assert!(matches!(placement, Placement::Alone(seat) if seat.instance == receipt.cheapest[0].instance));
+    assert!(
+        matches!(placement, Placement::Alone(assignee) if assignee.instance == receipt.cheapest[0].instance)
+    );
 }
 
 mod builds;

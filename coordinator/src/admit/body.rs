@@ -10,7 +10,7 @@ use std::{ops::Deref, sync::Arc};
 use baton_proto::ApiError;
 
 use super::{
-    Ticket,
+    Refusal, Ticket,
     budget::{Budget, Held},
 };
 use crate::{config::LimitsConfig, metrics::Metrics};
@@ -21,7 +21,13 @@ pub const FREE_BYTES: usize = 16 << 10;
 /// What all bodies may take beyond the [`FREE_BYTES`] of each.
 pub(super) fn budget(limits: &LimitsConfig, metrics: &Metrics) -> Arc<Budget> {
     let message = "the bodies of other requests take all memory that there is for them";
-    Budget::new(limits.max_held_body_bytes, &metrics.body_reserved, &metrics.refusals, "bytes", message)
+    Budget::new(
+        limits.max_held_body_bytes,
+        &metrics.body_reserved,
+        &metrics.refusals,
+        Refusal::Bytes,
+        message,
+    )
 }
 
 /// A request's body, as far as it has come, the memory that it may take, and its room in the house.

@@ -11,7 +11,7 @@ use baton_proto::ApiError;
 use parking_lot::Mutex;
 use prometheus_client::metrics::gauge::Gauge;
 
-use super::refuse;
+use super::Refusal;
 use crate::metrics::Refusals;
 
 /// See the module: many requests of one tenant alone may have eight ninths, of each of two eight seventeenths.
@@ -23,7 +23,7 @@ pub(super) struct Budget {
     reserved: Gauge,
     refusals: Refusals,
     /// By which the refusals are counted, and what clients are told.
-    why: &'static str,
+    why: Refusal,
     message: &'static str,
 }
 
@@ -64,7 +64,7 @@ impl Budget {
         bytes: usize,
         reserved: &Gauge,
         refusals: &Refusals,
-        why: &'static str,
+        why: Refusal,
         message: &'static str,
     ) -> Arc<Self> {
         let state = Mutex::new(State { left: bytes, held: HashMap::new() });
@@ -107,7 +107,7 @@ impl Held {
         } else {
             let more = bytes - self.bytes;
             let taken = budget.state.lock().take(more, self.bytes, &self.tenant, least);
-            taken.ok_or_else(|| refuse(&budget.refusals, budget.why, budget.message, None))?;
+            taken.ok_or_else(|| budget.why.told(budget.message, None, &budget.refusals))?;
             budget.reserved.inc_by(gauged(more));
         }
         self.bytes = bytes;

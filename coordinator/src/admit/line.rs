@@ -21,7 +21,7 @@ use tokio::{
     time::{Instant, sleep, timeout, timeout_at},
 };
 
-use super::{Counted, Ticket, at_once, refuse};
+use super::{Counted, Refusal, Ticket, at_once};
 use crate::{
     config::LimitsConfig,
     keys::Tenant,
@@ -246,7 +246,7 @@ impl Line {
             let wait = state.queue.wait(&rank, began);
             if state.vacant.is_none() && wait.is_some_and(|wait| wait > by - began) {
                 let message = "the requests that are waiting take longer than this one can wait";
-                return Err(desk.refuse("backlog", message, wait));
+                return Err(desk.refuse(Refusal::Backlog, message, wait));
             }
             let outranked = match place {
                 Some(_) if state.queue.len() < desk.queued_most => None,
@@ -267,12 +267,12 @@ impl Line {
         desk.changed.notify_one();
         let (why, message) = match timeout_at(by, told).await {
             Ok(Ok(bound)) => return bound.map_err(|reason| desk.told(reason)),
-            Ok(Err(_)) => ("outranked", "others who go before it came while the line was full"),
+            Ok(Err(_)) => (Refusal::Outranked, "others who go before it came while the line was full"),
             Err(_) => {
                 if let Err(reason) = desk.serves(placer) {
                     return Err(desk.told(reason));
                 }
-                ("wait", "the request waited too long to be served")
+                (Refusal::Wait, "the request waited too long to be served")
             }
         };
         drop(waiting);
@@ -408,11 +408,11 @@ impl Desk {
     }
 
     fn full(&self, wait: Option<Duration>) -> ApiError {
-        self.refuse("line", "too many requests are waiting", wait)
+        self.refuse(Refusal::Line, "too many requests are waiting", wait)
     }
 
-    fn refuse(&self, why: &'static str, message: &str, wait: Option<Duration>) -> ApiError {
-        refuse(&self.counts.all_refusals, why, message, wait)
+    fn refuse(&self, why: Refusal, message: &str, wait: Option<Duration>) -> ApiError {
+        why.told(message, wait, &self.counts.all_refusals)
     }
 }
 

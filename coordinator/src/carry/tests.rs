@@ -23,6 +23,9 @@ use crate::{
     },
 };
 
+const CARRY: CarryConfig =
+    CarryConfig { move_after: Duration::from_secs(5), patience: Duration::from_secs(5) };
+
 /// Two instances that serve everything, of which `a` is idle and `b` busy, and nobody's stream stands but those of `attachments`.
 struct Two {
     placer: Arc<Placer>,
@@ -39,7 +42,8 @@ fn two(attachments: Attachments) -> Two {
     }
     board.load(&b.id, Load { queued_prefill_tokens: 100_000, ..Load::default() });
     let placer = Arc::new(placer(board, attachments));
-    let models = Models::new(vec![served()], &LimitsConfig::default(), &placer.metrics).expect("one model");
+    let metrics = baton_process::Metrics::new("coordinator").register(Metrics::register);
+    let models = Models::new(vec![served()], &LimitsConfig::default(), &metrics).expect("one model");
     let model = models.iter().next().expect("a model").clone();
     let request = parse(br#"{"model": "tiny", "prompt": "hi"}"#).expect("is JSON");
     let mut prepared = prepare(&model.served, Endpoint::Text, &request, LIMITS, 1).expect("is good");
@@ -66,12 +70,12 @@ async fn who_cannot_be_asked_is_not_asked_again_and_costs_no_attempt() {
     let refused = placer.start(booked.expect("a place"), assignment.clone()).err().expect("it has no stream");
     assert_eq!((refused.instance.as_str(), refused.error.code), ("a", ErrorCode::Unavailable));
 
-    let mut attempts = Attempts::new(placer.clone(), model.clone(), assignment.clone());
+    let mut attempts = Attempts::new(placer.clone(), CARRY, model.clone(), assignment.clone());
     for _ in 0..2 * FAILURES_MOST {
         assert!(attempts.again(refused.clone().into()).is_ok(), "nothing was tried");
     }
     // Whoever comes without a word of who refused it finds out by itself.
-    let mut attempts = Attempts::new(placer, model, assignment);
+    let mut attempts = Attempts::new(placer, CARRY, model, assignment);
     let failure = Failure { culprit: None, ..refused.into() };
     let began = Instant::now();
     let again = attempts.again(failure).expect("a refusal");
@@ -93,7 +97,7 @@ async fn a_request_that_is_not_sent_leaves_the_trial_to_the_next() {
         placer.breakers.stuck(&a, Instant::now());
         tokio::time::advance(Duration::from_secs(1)).await;
         let book = || placer.book(&model.served, &assignment.prompt, &[], &[], Among::All).expect("a place");
-        let on = |booked: &Booked| booked.booking.credit.pair().0.to_string();
+        let on = |booked: &Booked| booked.booking.credit.pair().prefill.to_string();
         let (trial, next) = (book(), book());
         assert_eq!([on(&trial), on(&next)], ["a", "b"], "one is let through");
         drop((trial, next));

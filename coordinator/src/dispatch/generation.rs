@@ -6,18 +6,18 @@
 use std::{collections::VecDeque, future::Future, mem, pin::Pin, sync::Arc, task::Context, time::Duration};
 
 use baton_process::prefetch::prefetch;
-use baton_proto::{ApiError, ErrorCode, InstanceId, TransferId, v1};
-use baton_schedule::{Placement, Seat, Side, board::Booking};
+use baton_proto::{ApiError, ErrorCode, InstanceId, TransferId};
+use baton_schedule::{Assignee, Pair, Placement, Side, board::Booking};
 use smallvec::SmallVec;
 use tokio::time::{Instant, Sleep, sleep_until};
-use v1::dispatch::Work;
 
 use super::{
-    assignment::{Assignment, dispatch},
+    assignment::Assignment,
     deadline::{Deadline, deadline_passed},
     hold::Hold,
     legs::Legs,
     machine::{Command, Completed, Fresh, Machine},
+    wire::{Part, dispatch},
 };
 use crate::{
     cause,
@@ -126,46 +126,34 @@ impl Generation {
         let (sampling, prompt) = (&assignment.prompt.sampling, assignment.prompt.tokens.to_wire());
         let mailbox = Arc::new(Mailbox::new(sampling.choices, assignment.in_batches));
         let (mut legs, mut handoff) = (Legs::default(), None);
-        let mut send = |side: Side, seat: &Seat, work: Work| {
-            let sent = match attachments.get(&seat.instance) {
+        let mut send = |assignee: &Assignee, part: Part<'_>| {
+            let side = part.side();
+            let sent = match attachments.get(&assignee.instance) {
                 Some(attachment) => {
-                    let dispatch = dispatch(seat, &assignment, prompt.clone(), work);
-                    attachment.dispatch(side, &mailbox, &mut credit, dispatch)
+                    let dispatch = dispatch(assignee, &assignment, prompt.clone(), part);
+                    attachment.dispatch(side, sampling.choices, &mailbox, &mut credit, dispatch)
                 }
-                None => Err(not_there(&seat.instance)),
+                None => Err(not_there(&assignee.instance)),
             };
-            sent.map_err(|error| NotSent { instance: seat.instance.clone(), error })
+            sent.map_err(|error| NotSent { instance: assignee.instance.clone(), error })
         };
         let machine: fn(u32) -> Machine = match &placement {
-            Placement::Alone(seat) => {
-                legs.whole = Some(send(Side::Whole, seat, Work::Whole(v1::dispatch::Whole {}))?);
+            Placement::Alone(alone) => {
+                legs.whole = Some(send(alone, Part::Whole)?);
                 Machine::whole
             }
             Placement::Apart { prefill, decode } => {
                 let transfer = TransferId::generate();
                 // Decode first: its blocks can be reserved while prefill's dispatch is on its way.
-                let take_up = v1::dispatch::Decode {
-                    transfer_id: transfer.as_bytes().to_vec().into(),
-                    prefill_instance: prefill.instance.to_string(),
-                    prefill_incarnation: prefill.incarnation.0,
-                };
-                legs.decode = Some(send(Side::Decode, decode, Work::Decode(take_up))?);
-                let hand_on = v1::dispatch::Prefill {
-                    transfer_id: transfer.as_bytes().to_vec().into(),
-                    decode_instance: decode.instance.to_string(),
-                    decode_incarnation: decode.incarnation.0,
-                    decode_handoff_endpoint: decode.handoff_endpoint.clone(),
-                    hand_on: handed_on,
-                };
-                match send(Side::Prefill, prefill, Work::Prefill(hand_on)) {
+                let taken_up = send(decode, Part::Decode { transfer, prefill })?;
+                match send(prefill, Part::Prefill { transfer, decode, hand_on: handed_on }) {
                     Ok(guard) => legs.prefill = Some(guard),
                     Err(error) => {
-                        if let Some(decode) = legs.decode.take() {
-                            decode.cancel_all(CancelReason::PrefillNotDispatched);
-                        }
+                        taken_up.cancel_all(CancelReason::PrefillNotDispatched);
                         return Err(error);
                     }
                 }
+                legs.decode = Some(taken_up);
                 handoff = Some(Handoff::new(handoffs, &prefill.instance, &decode.instance));
                 Machine::apart
             }
@@ -219,15 +207,8 @@ impl Generation {
         self.placed
     }
 
-    /// Who prefills and who decodes; one of them alone if it does both.
-    pub fn pair(&self) -> (&InstanceId, Option<&InstanceId>) {
+    pub fn pair(&self) -> Pair<'_> {
         self.hold.credit.pair()
-    }
-
-    /// Who generates.
-    pub fn generates(&self) -> &InstanceId {
-        let (alone, decode) = self.pair();
-        decode.unwrap_or(alone)
     }
 
     /// Whether who generates has the cache of the prompt and of what it has brought.
@@ -311,7 +292,7 @@ impl Generation {
             if leg_ended && let Some(guard) = self.legs.of(side) {
                 guard.ended(choice);
                 if side == Side::Prefill {
-                    self.hold.credit.handed_off();
+                    self.hold.credit.prefill_ended();
                 }
             }
             match self.perform(choice, commands, CancelReason::OtherLegEnded) {

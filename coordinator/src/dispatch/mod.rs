@@ -2,7 +2,7 @@
 //!
 //! Called by [`crate::place`] with a placed request; leaves text to [`crate::stream`]. [`machine`] is the protocol (pure),
 //! [`generation`] drives it for one [`assignment`] over [`crate::fleet`]'s attachments, with a guard for each of its [`legs`], up to
-//! its [`deadline`].
+//! its [`deadline`]; [`wire`] is how instances are told.
 
 mod assignment;
 mod deadline;
@@ -10,6 +10,7 @@ mod generation;
 mod hold;
 mod legs;
 pub mod machine;
+mod wire;
 
 pub use assignment::Assignment;
 pub use deadline::deadline_passed;

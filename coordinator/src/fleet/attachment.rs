@@ -129,10 +129,11 @@ impl Attachment {
         Arc::new(Self { instance, legs, stream: Mutex::new(None), stuck, drains, metrics })
     }
 
-    /// Sends one leg; its output goes to `mailbox` until the guard is dropped. An error: nothing was sent.
+    /// Sends one leg of so many choices; its output goes to `mailbox` until the guard is dropped. An error: nothing was sent.
     pub fn dispatch(
         self: &Arc<Self>,
         side: Side,
+        choices: u32,
         mailbox: &Arc<Mailbox>,
         credit: &mut Credit,
         mut dispatch: v1::Dispatch,
@@ -148,7 +149,6 @@ impl Attachment {
         // Under the lock, so that legs leave in the order of their numbers, and are on the ledger before a load counts them.
         let leg = LegId(self.legs.fetch_add(1, Ordering::Relaxed) + 1);
         dispatch.leg = leg.0;
-        let choices = dispatch.sampling.as_ref().map_or(1, |sampling| sampling.choices);
         let open = first_choices(choices);
         credit.dispatched(side, leg, open.count_ones());
         up.outbound.push(Ask::Dispatch(dispatch));

@@ -8,6 +8,7 @@ pub mod breaker;
 use std::{borrow::Cow, cmp::Reverse, collections::HashMap, sync::Arc};
 
 use baton_proto::{ApiError, InstanceId};
+use baton_schedule::Pair;
 use parking_lot::{Mutex, MutexGuard};
 use prometheus_client::metrics::{counter::Counter, gauge::Gauge};
 use tokio::time::Instant;
@@ -22,8 +23,7 @@ const LEFT_OUT_MOST: usize = 64;
 #[derive(Debug, Clone, Copy)]
 pub struct Attempt<'a> {
     pub placed: Instant,
-    /// Who prefills and who decodes; one of them alone if it does both.
-    pub pair: (&'a InstanceId, Option<&'a InstanceId>),
+    pub pair: Pair<'a>,
 }
 
 #[derive(Debug, Default)]
@@ -63,7 +63,7 @@ impl Breakers {
         // Here, where it grows.
         known.retain(|_, of| !of.is_forgotten(now));
         match attempt.pair {
-            (prefill, Some(decode)) if cause::is_of_a_handoff(error.code) => {
+            Pair { prefill, decode: Some(decode) } if cause::is_of_a_handoff(error.code) => {
                 for (one, other) in [(prefill, decode), (decode, prefill)] {
                     let of = known.entry(one.clone()).or_default();
                     let before = of.failed_with.replace((other.clone(), now));
@@ -148,12 +148,12 @@ impl Admitting<'_> {
     }
 
     /// It is booked on these.
-    pub fn booked(mut self, (one, other): (&InstanceId, Option<&InstanceId>)) -> Trials {
+    pub fn booked(mut self, pair: Pair<'_>) -> Trials {
         let is_trial = |instance: &&InstanceId| {
             let of = self.known.as_mut().and_then(|known| known.get_mut(*instance));
             of.is_some_and(|of| of.breaker.booked(self.now))
         };
-        let instances = [Some(one), other].into_iter().flatten().filter(is_trial).cloned().collect();
+        let instances = pair.each().filter(is_trial).cloned().collect();
         Trials { breakers: self.breakers.clone(), instances, at: self.now }
     }
 }

@@ -76,9 +76,8 @@ pub fn answers(bytes: &[u8]) {
     let mut booking = board.book(&wanted).expect("both are ready");
     let mailbox = Arc::new(Mailbox::new(CHOICES, bytes.first().is_some_and(|first| first & 0x40 != 0)));
     let guards = [Side::Prefill, Side::Decode].into_iter().zip(&mut stands).map(|(side, stand)| {
-        let sampling = Some(v1::Sampling { choices: CHOICES, ..v1::Sampling::default() });
-        let dispatch = v1::Dispatch { sampling, ..v1::Dispatch::default() };
-        stand.attachment.dispatch(side, &mailbox, &mut booking.credit, dispatch).expect("it is up")
+        let (credit, dispatch) = (&mut booking.credit, v1::Dispatch::default());
+        stand.attachment.dispatch(side, CHOICES, &mailbox, credit, dispatch).expect("it is up")
     });
     let guards: Vec<_> = guards.collect();
     let reader = || Reader {

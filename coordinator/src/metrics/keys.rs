@@ -8,6 +8,8 @@ use prometheus_client::{
     registry::Registry,
 };
 
+use super::shown;
+
 /// A tenant, by name.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct TenantLabel {
@@ -22,7 +24,7 @@ pub struct KeyRefusalLabels {
 }
 
 /// All of it.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct KeyMetrics {
     pub refusals: Family<KeyRefusalLabels, Counter>,
     /// Keys in effect.
@@ -47,6 +49,35 @@ pub struct TenantMetrics {
 }
 
 impl KeyMetrics {
+    pub(super) fn register(to: &mut Registry) -> Self {
+        Self {
+            refusals: shown(
+                to,
+                "api_key_refusals",
+                "Requests refused for their API key, by whose it is, if it is known, and why",
+            ),
+            known: shown(to, "api_keys", "API keys in effect"),
+            sharers: shown(
+                to,
+                "api_key_sharers",
+                "Coordinators that share what API keys may: each grants its part",
+            ),
+            not_renewed: shown(
+                to,
+                "api_keys_not_renewed",
+                "Times that API keys could not be read anew, so that those before stayed in effect",
+            ),
+            requests: shown(
+                to,
+                "tenant_requests",
+                "Requests with an API key that were taken on, by whose it is",
+            ),
+            in_flight: shown(to, "tenant_in_flight", "Those of them that have not ended"),
+            prompt_tokens: shown(to, "tenant_prompt_tokens", "Prompt tokens of their dispatched requests"),
+            generation_tokens: shown(to, "tenant_generation_tokens", "Tokens generated for them"),
+        }
+    }
+
     /// Those of this tenant, which are shown from now on.
     pub fn of_tenant(&self, tenant: Arc<str>) -> TenantMetrics {
         let label = TenantLabel { tenant };
@@ -68,40 +99,5 @@ impl KeyMetrics {
         for reason in reasons {
             self.refusals.remove(&KeyRefusalLabels { tenant: tenant.clone(), reason });
         }
-    }
-
-    pub(super) fn show(&self, registry: &mut Registry) {
-        registry.register("api_keys", "API keys in effect", self.known.clone());
-        registry.register(
-            "api_key_sharers",
-            "Coordinators that share what API keys may: each grants its part",
-            self.sharers.clone(),
-        );
-        registry.register(
-            "api_keys_not_renewed",
-            "Times that API keys could not be read anew, so that those before stayed in effect",
-            self.not_renewed.clone(),
-        );
-        registry.register(
-            "api_key_refusals",
-            "Requests refused for their API key, by whose it is, if it is known, and why",
-            self.refusals.clone(),
-        );
-        registry.register(
-            "tenant_requests",
-            "Requests with an API key that were taken on, by whose it is",
-            self.requests.clone(),
-        );
-        registry.register("tenant_in_flight", "Those of them that have not ended", self.in_flight.clone());
-        registry.register(
-            "tenant_prompt_tokens",
-            "Prompt tokens of their dispatched requests",
-            self.prompt_tokens.clone(),
-        );
-        registry.register(
-            "tenant_generation_tokens",
-            "Tokens generated for them",
-            self.generation_tokens.clone(),
-        );
     }
 }

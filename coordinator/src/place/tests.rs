@@ -1,8 +1,7 @@
 //! What the tests of others place with.
 
 use super::*;
-
-const PATIENCE: Duration = Duration::from_secs(5);
+use crate::metrics::Metrics;
 
 pub(crate) fn placer(board: Arc<Board>, attachments: Attachments) -> Placer {
     let metrics = baton_process::Metrics::new("coordinator").register(Metrics::register);
@@ -11,8 +10,5 @@ pub(crate) fn placer(board: Arc<Board>, attachments: Attachments) -> Placer {
         attachments: Arc::new(attachments),
         handoffs: Arc::default(),
         breakers: Arc::new(Breakers::new(&metrics)),
-        metrics,
-        carry_patience: PATIENCE,
-        move_after: PATIENCE,
     }
 }

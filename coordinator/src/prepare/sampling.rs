@@ -1,6 +1,6 @@
 //! How tokens are chosen, checked and with every default filled in.
 
-use baton_proto::{ApiError, ErrorCode, v1};
+use baton_proto::{ApiError, ErrorCode};
 
 use super::{
     Endpoint, Served, ends, invalid, logits,
@@ -36,31 +36,6 @@ pub struct Sampling {
     pub logit_bias: Vec<(u32, f32)>,
     /// Log probabilities are wanted, with as many of the likeliest tokens.
     pub top_logprobs: Option<u32>,
-}
-
-impl From<&Sampling> for v1::Sampling {
-    fn from(sampling: &Sampling) -> Self {
-        Self {
-            temperature: sampling.temperature,
-            top_p: sampling.top_p,
-            top_k: sampling.top_k,
-            min_p: sampling.min_p,
-            frequency_penalty: sampling.frequency_penalty,
-            presence_penalty: sampling.presence_penalty,
-            repetition_penalty: sampling.repetition_penalty,
-            seed: sampling.seed,
-            choices: sampling.choices,
-            max_tokens: sampling.max_tokens,
-            stop_token_ids: sampling.stop_token_ids.clone(),
-            logit_bias: sampling
-                .logit_bias
-                .iter()
-                .map(|&(token, bias)| v1::LogitBias { token, bias })
-                .collect(),
-            min_tokens: sampling.min_tokens,
-            top_logprobs: sampling.top_logprobs,
-        }
-    }
 }
 
 /// What bounds the number of tokens.

@@ -310,10 +310,10 @@ impl Lane {
         }
         self.take_rest(generation, &open, pieces);
         let (readings, attempts, short) = (&self.readings, &strand.attempts, strand.short);
-        let (from, has_cache) = (generation.generates(), generation.has_cache());
+        let (from, has_cache) = (generation.pair().generates(), generation.has_cache());
         let leave = match begun {
             true => Leave::Drains { from, has_cache },
-            false => Leave::Waits { on: generation.pair().0 },
+            false => Leave::Waits { on: generation.pair().prefill },
         };
         let mut next = Vec::new();
         if readings[strand.choices.clone()].iter().all(Reading::is_empty) {

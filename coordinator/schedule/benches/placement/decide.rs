@@ -140,13 +140,13 @@ impl Shared {
 
     /// A request is over: both of its instances have its prompt.
     fn serve(&mut self, placement: &Placement, chains: &[Chain]) {
-        let seats = match placement {
+        let assignees = match placement {
             Placement::Apart { prefill, decode } => vec![prefill, decode],
             Placement::Alone(alone) => vec![alone],
         };
         let keys = told(self.sieve, chains);
-        for seat in seats {
-            if let Some(keeps) = self.keeps.get_mut(&seat.instance) {
+        for assignee in assignees {
+            if let Some(keeps) = self.keeps.get_mut(&assignee.instance) {
                 keeps.serve(keys.clone());
             }
         }

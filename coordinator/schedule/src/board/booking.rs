@@ -6,7 +6,7 @@ use baton_proto::{InstanceId, LegId};
 use tokio::time::Instant;
 
 use super::Board;
-use crate::{Placement, Receipt, Side, index::Ticket, ledger::Work};
+use crate::{Pair, Placement, Receipt, Side, index::Ticket, ledger::Work};
 
 /// How long a prompt that has been computed may take to be among what its instance says that it has.
 const TOLD_WITHIN: Duration = Duration::from_secs(1);
@@ -64,9 +64,8 @@ impl Credit {
         }
     }
 
-    /// Who prefills and who decodes; one of them alone if it does both.
-    pub fn pair(&self) -> (&InstanceId, Option<&InstanceId>) {
-        (&self.prefill.instance, self.decode.as_ref().map(|decode| &decode.instance))
+    pub fn pair(&self) -> Pair<'_> {
+        Pair { prefill: &self.prefill.instance, decode: self.decode.as_ref().map(|decode| &decode.instance) }
     }
 
     /// Who has one of the legs.
@@ -90,8 +89,8 @@ impl Credit {
         self.prefill.settle(&self.board);
     }
 
-    /// Prefill has handed over: decode will say soon that it has the prompt.
-    pub fn handed_off(&mut self) {
+    /// Prefill's part is over: decode will say soon that it has the prompt, if it has it.
+    pub fn prefill_ended(&mut self) {
         if let Some(decode) = &mut self.decode {
             decode.settle(&self.board);
         }
@@ -118,7 +117,7 @@ impl Drop for Credit {
     fn drop(&mut self) {
         // Before the state is locked: see the board.
         self.prefilled();
-        self.handed_off();
+        self.prefill_ended();
         let state = &mut *self.board.state.lock();
         for part in [Some(&self.prefill), self.decode.as_ref()].into_iter().flatten() {
             match part.leg {

@@ -23,8 +23,7 @@ fn taken(there: &[&str], avoid: &[&str]) -> Vec<String> {
     }
     let avoid: Vec<_> = avoid.iter().map(|id| spec(id).id).collect();
     let booking = board.book(&Wanted { avoid: &avoid, ..Wanted::new(10, 10, "r1") }).expect("a place");
-    let (one, other) = booking.credit.pair();
-    [Some(one), other].into_iter().flatten().map(ToString::to_string).collect()
+    booking.credit.pair().each().map(ToString::to_string).collect()
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::cmp::Ordering;
 use baton_proto::attention_pairs;
 
 use crate::{
-    Ask, Scored, Seat, Side,
+    Ask, Assignee, Scored, Side,
     cost::{Price, blocks_wanted},
     view::Row,
 };
@@ -34,10 +34,10 @@ impl Candidate<'_> {
         self.full.cmp(&other.full).then(rank).then(self.turn.cmp(&other.turn))
     }
 
-    pub(super) fn seat(&self, ask: &Ask<'_>) -> Seat {
+    pub(super) fn assignee(&self, ask: &Ask<'_>) -> Assignee {
         let spec = &self.row.spec;
         let uncached_tokens = u64::from(ask.prompt_tokens().saturating_sub(self.cached));
-        Seat {
+        Assignee {
             instance: spec.id.clone(),
             incarnation: spec.incarnation,
             role_epoch: self.row.role_epoch.unwrap_or_default(),

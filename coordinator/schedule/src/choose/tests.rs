@@ -62,7 +62,7 @@ fn roomy(prompt_tokens: u32, max_tokens: u32) -> Wanted<'static> {
 /// The instances that were chosen.
 fn chosen(board: &Arc<Board>, prompt_tokens: u32) -> Vec<String> {
     match placed(board, prompt_tokens).expect("a place").0 {
-        Placement::Alone(seat) => vec![seat.instance.to_string()],
+        Placement::Alone(assignee) => vec![assignee.instance.to_string()],
         Placement::Apart { prefill, decode } => {
             vec![prefill.instance.to_string(), decode.instance.to_string()]
         }

@@ -77,6 +77,9 @@ fn who_is_of_several_classes_is_drawn_once() {
     for turn in 0..100 {
         let ask = Ask { turn, ..ask_for(Wanted::new(10, 1, "r1")) };
         let (placement, _) = choose::choose(&view, &ask, &settings, Instant::now()).expect("a place");
-        assert!(matches!(&placement, Placement::Alone(seat) if seat.instance.as_str() != "busy"), "{turn}");
+        assert!(
+            matches!(&placement, Placement::Alone(assignee) if assignee.instance.as_str() != "busy"),
+            "{turn}"
+        );
     }
 }

@@ -24,9 +24,9 @@ proptest! {
         let (placement, receipt) =
             placed(&fleet, &Ledger::default(), &ask(100)).expect("a pair is there");
         let Placement::Apart { prefill, decode } = placement else { panic!("nobody is mixed") };
-        for (seat, side) in [(prefill, Side::Prefill), (decode, Side::Decode)] {
+        for (assignee, side) in [(prefill, Side::Prefill), (decode, Side::Decode)] {
             let least = receipt.cheapest.iter().find(|scored| scored.side == side);
-            let held = receipt.cheapest.iter().find(|scored| scored.instance == seat.instance);
+            let held = receipt.cheapest.iter().find(|scored| scored.instance == assignee.instance);
             if let (Some(least), Some(held)) = (least, held) {
                 prop_assert_eq!(held.cost_micros, least.cost_micros);
             }

@@ -47,7 +47,7 @@ fn who_lets_nobody_wait_any_more_is_asked_last() {
         }
         for _ in 0..20 {
             let booking = board.book(&Wanted::new(100, 8, "r1")).expect("a place");
-            assert_eq!(booking.credit.pair().0.as_str(), "b", "{policy:?}");
+            assert_eq!(booking.credit.pair().prefill.as_str(), "b", "{policy:?}");
         }
     }
 
@@ -69,9 +69,9 @@ fn who_lets_nobody_wait_any_more_is_asked_last() {
     let bad = [spec("bad").id];
     let receipt = board.book(&Wanted { avoid: &bad, ..wanted }).expect("a place").receipt;
     assert_eq!(receipt.left_aside, LeftAside { away: 0, avoided: 1, full: 1, too_small: 1 });
-    let (prefill, decode, cost) = receipt.runner_up.expect("there is another");
-    assert_eq!((prefill.as_str(), decode.as_str()), ("q", "d"));
-    assert!(cost > receipt.cost_micros && receipt.cost_micros >= receipt.handoff_micros);
+    let next = receipt.runner_up.expect("there is another");
+    assert_eq!((next.prefill.as_str(), next.decode.as_str()), ("q", "d"));
+    assert!(next.cost_micros > receipt.cost_micros && receipt.cost_micros >= receipt.handoff_micros);
 
     // What has been sent there since counts at once, until it has told its load again.
     let board = board::Board::with(Duration::from_secs(1), Settings::DEFAULT);

@@ -42,7 +42,8 @@ fn send(board: &Arc<Board>, attachment: &Arc<Attachment>) -> Sent {
     let mut booking = board.book(&Wanted::new(10, 10, "r1")).expect("a place");
     let mailbox = Arc::new(Mailbox::new(1, false));
     let dispatch = v1::Dispatch::default();
-    let guard = attachment.dispatch(Side::Whole, &mailbox, &mut booking.credit, dispatch).expect("it is up");
+    let guard =
+        attachment.dispatch(Side::Whole, 1, &mailbox, &mut booking.credit, dispatch).expect("it is up");
     Sent { guard, mailbox, _booking: booking }
 }
 

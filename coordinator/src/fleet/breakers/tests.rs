@@ -24,7 +24,7 @@ fn a_handoff_that_fails_is_the_fault_of_whoever_it_fails_with_others_too() {
     let now = Instant::now();
     for code in [ErrorCode::HandoffFailed, ErrorCode::KvDamaged] {
         let fails = |breakers: &Breakers, prefill, decode, reporter| {
-            let attempt = Attempt { placed: now, pair: (prefill, Some(decode)) };
+            let attempt = Attempt { placed: now, pair: Pair { prefill, decode: Some(decode) } };
             breakers.fault(attempt, reporter, &ApiError::new(code, ""), now);
         };
         let one_pair = breakers();
@@ -50,9 +50,9 @@ fn a_handoff_that_fails_is_the_fault_of_whoever_it_fails_with_others_too() {
 fn what_an_instance_fails_alone_is_its_own_fault() {
     let [p, d] = ids(["p", "d"]);
     let now = Instant::now();
-    for (pair, code) in [((&p, Some(&d)), ErrorCode::Internal), ((&p, None), ErrorCode::HandoffFailed)] {
+    for (decode, code) in [(Some(&d), ErrorCode::Internal), (None, ErrorCode::HandoffFailed)] {
         let breakers = breakers();
-        let attempt = Attempt { placed: now, pair };
+        let attempt = Attempt { placed: now, pair: Pair { prefill: &p, decode } };
         (0..5).for_each(|_| breakers.fault(attempt, &p, &ApiError::new(code, ""), now));
         assert!(!breakers.is_closed(&p) && breakers.is_closed(&d), "{code:?}");
     }

@@ -6,7 +6,7 @@ use std::{collections::HashMap, num::NonZeroU32, sync::Arc, time::Duration};
 
 use baton_proto::{GroupName, Incarnation, InstanceId, LegId, Protocols, RoleEpoch, Sieve};
 use baton_schedule::{
-    Among, NoPlace, Placement, Prompt, Seat, Settings, Side, Wanted,
+    Among, Assignee, NoPlace, Placement, Prompt, Settings, Side, Wanted,
     board::{Board, Credit, LegNews},
     caches::Feed,
     chains::{Chain, Dialect, Names},
@@ -175,8 +175,8 @@ impl Production {
         }
     }
 
-    fn place(&self, seat: &Seat) -> usize {
-        self.places[&seat.instance]
+    fn place(&self, assignee: &Assignee) -> usize {
+        self.places[&assignee.instance]
     }
 }
 
@@ -237,7 +237,9 @@ impl Production {
                 Choice { prefill: Some(self.place(prefill)), decode: self.place(decode), in_time: true }
             }
             // More than one token is wanted: it is for decode.
-            Placement::Alone(seat) => Choice { prefill: None, decode: self.place(seat), in_time: true },
+            Placement::Alone(assignee) => {
+                Choice { prefill: None, decode: self.place(assignee), in_time: true }
+            }
         };
         let prefill = choice.prefill.map(|prefill| next(&mut self.prefill_legs[prefill]));
         let legs = (prefill, next(&mut self.decode_legs[choice.decode]));
