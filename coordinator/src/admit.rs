@@ -3,7 +3,7 @@
 //! A request takes a [`Ticket`] on arrival ([`crate::http`]), before its body is read. The memory of all bodies together is
 //! bounded ([`body`]), and that of all prompts from when they are tokenised until they are answered; tenants share it
 //! ([`budget`]). Once its model
-//! is known it takes a [`Place`] in that model's [`Line`] and, once prepared, waits there for a [`Permit`] and a place among
+//! is known it takes a [`Spot`] in that model's [`Line`] and, once prepared, waits there for a [`Permit`] and a place among
 //! the instances ([`line`]): what waits for one model's instances holds up no other model's requests. A body that is not
 //! prepared on the spot waits for a [`Turn`] at a core before. All are given back by drop. Overflow policy: a full house or
 //! line is 429 at once, unless another gives way, who then is told so; as is a wait that is predicted to be too long, and a
@@ -31,7 +31,7 @@ mod refusal;
 
 pub use body::Body;
 use budget::{Budget, Held};
-pub use line::{Admission, Line, Permit, Place, WaitTerms, Waits};
+pub use line::{Admission, Line, Permit, Spot, WaitTerms, Waits};
 pub use refusal::{RETRY_AFTER, Refusal};
 
 /// Requests in the house beyond those that the lines hold: one that may outrank who waits is read before that is known.
@@ -101,7 +101,7 @@ impl Gate {
     ) -> Result<Ticket, ApiError> {
         let has_room = self.house.available_permits() > OUTRANKING_MOST || outranks();
         let room = has_room.then(|| at_once(&self.house).ok()).flatten();
-        let full = || Refusal::House.told("too many requests are waiting", drain(), &self.refusals);
+        let full = || Refusal::House.refuse("too many requests are waiting", drain(), &self.refusals);
         let room = room.ok_or_else(full)?;
         Ok(Ticket { held: None, _room: room })
     }
@@ -164,7 +164,7 @@ async fn one_of(
     match timeout_at(by, places.clone().acquire_owned()).await {
         Ok(Ok(place)) => Ok(place),
         Ok(Err(_)) | Err(_) => {
-            Err(Refusal::Wait.told("the request waited too long to be served", None, refusals))
+            Err(Refusal::Wait.refuse("the request waited too long to be served", None, refusals))
         }
     }
 }

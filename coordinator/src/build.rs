@@ -159,7 +159,7 @@ fn readiness(service: &Service) -> Health {
         model.counts.ready.set(served.is_ok().into());
         match served {
             Ok(()) => ready.push(format!("`{name}`")),
-            Err(reason) => lacking.push(reason.told(name).message),
+            Err(reason) => lacking.push(reason.into_api_error(name).message),
         }
     }
     let (ready, lacking) = (ready.join(", "), lacking.join("; "));
@@ -213,8 +213,7 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
     let tls = process.tls(&config.tls, Role::Coordinator, &drained)?;
     let access = Access::start(&config.admin, &drained, &process.tasks)?;
     let https = process.https(&config.https, &drained)?;
-    let Ports { clients, for_the_rest, admin: admin_listener, metrics: metrics_listener, http, grpc } =
-        Ports::open(&config, https.is_some())?;
+    let ports = Ports::open(&config, https.is_some())?;
     let store = open_store(&config.store, &tls)?;
     if let Some((setting, file)) = config.store.etcd.certificate() {
         process.watch_certificate(setting, file, &drained)?;
@@ -231,8 +230,6 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
         "" => Controllers::Leader(fleet.subscribe()),
         only => Controllers::One(only.to_owned()),
     };
-    let drain = last_requests(&config);
-    let last_calls = LAST_CALLS_MOST.min((config.drain() - drain) / 2);
     let parts = Parts {
         tls: tls.clone(),
         served,
@@ -245,20 +242,60 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
         drained: drained.clone(),
     };
     let (service, router) = assemble(&config, parts)?;
+    let registration = registration(&process, &service, &ports, controllers, &tls, &drained)?;
+    process.tasks.spawn(registration.run());
 
+    let drain = last_requests(&config);
+    let last_calls = LAST_CALLS_MOST.min((config.drain() - drain) / 2);
     let admin = Admin { service: service.clone(), access };
     let counted = Closed::of_grpc(&process.metrics);
-    let (routes, options) =
-        admin.port(process.health.clone(), tls.clone(), counted, drained.clone(), last_calls);
-    let registration = Registration {
-        spec: CoordinatorSpec {
-            id: CoordinatorId::new(config.id.as_str())?,
-            incarnation: incarnation(SystemTime::now()),
-            http_endpoint: http.clone(),
-            admin_endpoint: grpc.clone(),
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            models: service.models.iter().map(|model| model.served.told()).collect(),
-        },
+    let (routes, options) = admin.port(process.health.clone(), tls, counted, drained.clone(), last_calls);
+    tracing::info!(http = %ports.http, grpc = %ports.grpc, "serving");
+    process.spawn_essential("admin", grpc::serve(ports.admin, routes, options));
+    if let Some(listener) = ports.metrics {
+        let port =
+            Port::of_observers(baton_process::http::router(process.metrics.clone(), process.health.clone()));
+        process.spawn_essential("metrics", serve(listener, port, drained.clone(), last_calls));
+    }
+    let linger = config.limits.linger.min(drain);
+    let closing = later(&process.shutdown, linger, &drained, &process.tasks);
+    let closed = http::closed(observed(&config, process.metrics.clone(), process.health.clone()));
+    let closed = Port { https: https.clone(), ..Port::of_observers(closed) };
+    let rest = observe_the_rest(ports.for_the_rest, closed, closing.clone(), drained.clone(), last_calls);
+    process.tasks.spawn(rest);
+    let port = Port {
+        router,
+        https,
+        connections: connections(config.limits.max_connections, baton_process::open_files::most()),
+        settles: Settles::Known,
+        closed: Closed::of_http(&process.metrics),
+    };
+    let served = serve(ports.clients, port, closing, drain - linger).await;
+    // Requests have drained: the streams to instances may end.
+    service.placer.attachments.stop_all();
+    drained.cancel();
+    Ok(served?)
+}
+
+/// Who tells the controllers of this coordinator.
+fn registration(
+    process: &Process<CoordinatorConfig>,
+    service: &Service,
+    ports: &Ports,
+    controllers: Controllers,
+    tls: &Tls,
+    drained: &CancellationToken,
+) -> Result<Registration, CoordinatorError> {
+    let spec = CoordinatorSpec {
+        id: CoordinatorId::new(process.config.id.as_str())?,
+        incarnation: incarnation(SystemTime::now()),
+        http_endpoint: ports.http.clone(),
+        admin_endpoint: ports.grpc.clone(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        models: service.models.iter().map(|model| model.served.to_served_model()).collect(),
+    };
+    Ok(Registration {
+        spec,
         controllers,
         dial: tls.dial(Role::Controller),
         metrics: service.metrics.clone(),
@@ -266,38 +303,7 @@ pub async fn run(process: Process<CoordinatorConfig>) -> Result<(), CoordinatorE
         keys: service.keys.clone(),
         shutdown: process.shutdown.clone(),
         stop: drained.clone(),
-    };
-    process.tasks.spawn(registration.run());
-    process.spawn_essential("admin", grpc::serve(admin_listener, routes, options));
-    if let Some(listener) = metrics_listener {
-        let port =
-            Port::of_observers(baton_process::http::router(process.metrics.clone(), process.health.clone()));
-        process.spawn_essential("metrics", serve(listener, port, drained.clone(), last_calls));
-    }
-    tracing::info!(%http, %grpc, "serving");
-    let linger = config.limits.linger.min(drain);
-    let closing = later(&process.shutdown, linger, &drained, &process.tasks);
-    let closed = http::closed(observed(&config, process.metrics.clone(), process.health.clone()));
-    let closed = Port { https: https.clone(), ..Port::of_observers(closed) };
-    process.tasks.spawn(observe_the_rest(for_the_rest, closed, closing.clone(), drained.clone(), last_calls));
-    let connections = connections(config.limits.max_connections, baton_process::open_files::most());
-    let served = serve(
-        clients,
-        Port {
-            router,
-            https,
-            connections,
-            settles: Settles::Known,
-            closed: Closed::of_http(&process.metrics),
-        },
-        closing,
-        drain - linger,
-    )
-    .await;
-    // Requests have drained: the streams to instances may end.
-    service.placer.attachments.stop_all();
-    drained.cancel();
-    Ok(served?)
+    })
 }
 
 /// How many connections of clients there may be at once, where so many are asked for and so many files may be open.

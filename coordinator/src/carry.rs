@@ -108,9 +108,11 @@ pub struct Attempts {
     carry: CarryConfig,
     model: Arc<Model>,
     assignment: Assignment,
-    /// Attempts that failed, and those since the last that brought a token: by a fault, or with an instance.
+    /// Attempts that failed.
     failed: u32,
+    /// Of those since the last that brought a token the ones that failed by a fault.
     fruitless: u32,
+    /// And the ones that were lost with their instances.
     lost: u32,
     /// Refusals since the last attempt, and when the first of them was.
     refused: u32,

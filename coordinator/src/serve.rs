@@ -15,7 +15,7 @@ use tokio::{
 };
 
 use crate::{
-    admit::{Admission, Body, Gate, Place, Ticket, WaitTerms},
+    admit::{Admission, Body, Gate, Spot, Ticket, WaitTerms},
     carry::Attempts,
     config::{CarryConfig, LimitsConfig},
     dispatch::Assignment,
@@ -67,7 +67,7 @@ pub struct Received {
 struct Addressed {
     model: Arc<Model>,
     /// With a place in the model's line.
-    prepared: Result<(Prepared, Place), ApiError>,
+    prepared: Result<(Prepared, Spot), ApiError>,
     ticket: Ticket,
 }
 
@@ -102,7 +102,7 @@ impl Service {
             let Addressed { model, prepared, mut ticket } = self.prepare(&tenant, endpoint, body).await?;
             report.enters("queue");
             report.of_model(&model.counts);
-            let (prepared, place) = prepared?;
+            let (prepared, spot) = prepared?;
             self.gate.hold(&mut ticket, prepared.held_bytes(), &tenant)?;
             call.admit(&prepared, Instant::now())?;
             let (name, prompt_tokens) = (model.served.name.clone(), prepared.prompt_tokens());
@@ -116,7 +116,7 @@ impl Service {
                 first_token: card.card().arrived + ttft,
                 deadline: self.deadline(&card),
             };
-            let admission = model.line.admit(&self.placer, ticket, place, prepared, terms).await?;
+            let admission = model.line.admit(&self.placer, ticket, spot, prepared, terms).await?;
             Ok((model, admission))
         }
         .await;
@@ -157,13 +157,13 @@ impl Service {
         let work = move || {
             let request = parse(&body)?;
             let model = models.asked(request.model.as_deref())?.clone();
-            let place = asked_priority(&request).and_then(|asked| model.line.enter(&tenant.rank(asked)));
-            let prepared = place.and_then(|place| {
+            let spot = asked_priority(&request).and_then(|asked| model.line.enter(&tenant.rank(asked)));
+            let prepared = spot.and_then(|spot| {
                 let prepared = prepare(&model.served, endpoint, &request, limits, seed)?;
                 // Here, where there is a core for it; whoever places the prompts finds it done.
                 let dialects = board.caches.dialects(&model.served.revision);
                 prepared.prompts.iter().for_each(|prompt| drop(prompt.chains.say(&dialects, &[])));
-                Ok((prepared, place))
+                Ok((prepared, spot))
             });
             Ok(Addressed { model, prepared, ticket: body.done() })
         };

@@ -95,7 +95,7 @@ impl Board {
         self.version.subscribe()
     }
 
-    /// Ends when there may be more room than there was, for those who are let know by then.
+    /// Completes the next time that some instance may have gained room.
     pub fn freed(&self) -> Notified<'_> {
         self.freed.notified()
     }
@@ -187,7 +187,7 @@ impl Board {
     }
 
     /// What an instance has said of its legs, in the order in which it did, and before the load that came after it.
-    pub fn told(&self, id: &InstanceId, news: &[LegNews]) {
+    pub fn take_news(&self, id: &InstanceId, news: &[LegNews]) {
         let state = &mut *self.state.lock();
         for news in news {
             match *news {
@@ -268,7 +268,7 @@ impl Board {
         self.choose(&self.state.lock(), held, wanted, turn, now)
     }
 
-    /// Of those to avoid the last that can do what nobody else can is taken first.
+    /// Where nobody else could fill a role, those to avoid are considered after all, one by one, the last first.
     fn choose(
         &self,
         state: &State,

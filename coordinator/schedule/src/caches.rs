@@ -25,7 +25,7 @@ pub struct TooManyDialects;
 
 /// What is known of an instance.
 #[derive(Debug, Clone, Copy)]
-struct Known {
+struct Advertised {
     slot: Slot,
     dialect: Dialect,
     /// It has said that it has some block: one that keeps none will not keep what it is sent either.
@@ -39,7 +39,7 @@ pub struct State {
     /// Of what is cached one block for so many tokens is looked for.
     every_tokens: u32,
     /// By number of the instance; nobody's number is another's ever.
-    instances: Vec<Option<Known>>,
+    instances: Vec<Option<Advertised>>,
     /// By model revision, with how many instances speak it.
     dialects: HashMap<Arc<str>, Vec<(Dialect, usize)>>,
     /// Of the request that is being placed.
@@ -99,7 +99,7 @@ impl Caches {
 }
 
 impl State {
-    fn known(&self, instance: u32) -> Option<&Known> {
+    fn known(&self, instance: u32) -> Option<&Advertised> {
         self.instances.get(instance as usize)?.as_ref()
     }
 
@@ -204,7 +204,7 @@ impl Feed {
             state.discount(&self.subject.revision, dialect);
         }
         state.index.publish(slot, old.map(|(old, _)| old));
-        let known = Known { slot, dialect, keeps: self.keeps };
+        let known = Advertised { slot, dialect, keeps: self.keeps };
         let at = self.subject.instance as usize;
         if state.instances.len() <= at {
             state.instances.resize_with(at + 1, || None);

@@ -70,7 +70,8 @@ pub struct Standing {
     pub sequences: u64,
     /// Of them those that it decodes at a time, at most. `None`: it does not say.
     pub sequences_most: Option<NonZeroU32>,
-    /// Requests that it takes on yet, as if none of those that it has not counted ran at once. `None`: it does not say.
+    /// Requests that it would still take on if none of those that it has not counted had started at once. `None`: it does not
+    /// say.
     pub waiting_room: Option<u64>,
     /// `None`: the instance has not said.
     pub blocks_total: Option<u64>,

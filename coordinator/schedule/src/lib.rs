@@ -279,7 +279,7 @@ impl NoPlace {
     }
 
     /// As a client is told, who asked for the model of this name.
-    pub fn told(self, model: &str) -> ApiError {
+    pub fn into_api_error(self, model: &str) -> ApiError {
         let code = match self {
             Self::TooLarge(_) => ErrorCode::ContextLengthExceeded,
             Self::Busy => ErrorCode::QueueFull,

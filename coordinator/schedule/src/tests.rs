@@ -178,7 +178,7 @@ fn each_model_has_its_own_instances_and_lacks_its_own() {
     assert_eq!(asked("r5"), Err(NoPlace::OtherModel));
     let (_, receipt) = placed(&fleet, &none, &ask(10)).expect("places");
     assert_eq!(receipt.candidates, 1);
-    let told = NoPlace::NoDecode.told("small");
+    let told = NoPlace::NoDecode.into_api_error("small");
     assert_eq!((told.code, told.message.starts_with("model `small`: ")), (ErrorCode::Unavailable, true));
 }
 
@@ -208,7 +208,7 @@ fn a_request_is_too_large_only_if_nobody_who_may_come_could_hold_it() {
     let mut fleet = of(&[("m", Role::Mixed, small), ("n", Role::Mixed, large)]);
     fleet.down(&spec("n").id, Instant::now());
     assert_eq!(chosen(&fleet, &none, &ask(100)), Err(NoPlace::NoInstance));
-    assert_eq!(NoPlace::TooLarge(100).told("m").code.http(), 400, "the client has to shorten it");
+    assert_eq!(NoPlace::TooLarge(100).into_api_error("m").code.http(), 400, "the client has to shorten it");
     assert!(NoPlace::NoInstance.may_pass() && !NoPlace::TooLarge(100).may_pass());
 }
 

@@ -190,8 +190,7 @@ impl View {
         rows.any(|row| row.is_usable(now) && row.side().is_some())
     }
 
-    /// Of those to avoid, lets the last go that may be missed, as somebody is for this reason. False: nobody's absence is
-    /// why.
+    /// Removes from `avoid` its last instance that could fill the role which nobody fills; false: that none is left is not why.
     pub(crate) fn give_up(&self, avoid: &mut Vec<InstanceId>, lacks: NoPlace) -> bool {
         let wanted = match lacks {
             NoPlace::TooLarge(_) | NoPlace::OtherModel | NoPlace::Busy => return false,

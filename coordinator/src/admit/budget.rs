@@ -107,7 +107,7 @@ impl Held {
         } else {
             let more = bytes - self.bytes;
             let taken = budget.state.lock().take(more, self.bytes, &self.tenant, least);
-            taken.ok_or_else(|| budget.why.told(budget.message, None, &budget.refusals))?;
+            taken.ok_or_else(|| budget.why.refuse(budget.message, None, &budget.refusals))?;
             budget.reserved.inc_by(gauged(more));
         }
         self.bytes = bytes;

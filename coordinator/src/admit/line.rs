@@ -41,7 +41,7 @@ const OTHERS_SHARE: u32 = 4;
 /// See the module.
 pub struct Line {
     /// One for each that is served or waits, or is being prepared for it.
-    places: Arc<Semaphore>,
+    spots: Arc<Semaphore>,
     desk: Arc<Desk>,
     queue_timeout: Duration,
 }
@@ -50,13 +50,13 @@ pub struct Line {
 type Found = Result<Vec<Booked>, NoPlace>;
 
 /// A place in the line; `None`: beside it, until another gives way.
-pub struct Place(Option<OwnedSemaphorePermit>);
+pub struct Spot(Option<OwnedSemaphorePermit>);
 
 /// Leave to be served. Given back by drop.
 pub struct Permit {
     _served: Counted<2>,
     _seat: Seat,
-    _place: OwnedSemaphorePermit,
+    _spot: OwnedSemaphorePermit,
     _ticket: Ticket,
 }
 
@@ -88,7 +88,7 @@ pub struct Waits {
 /// One that has been told to go on.
 struct Bound {
     seat: Seat,
-    place: OwnedSemaphorePermit,
+    spot: OwnedSemaphorePermit,
     prepared: Prepared,
     bookings: Vec<Booked>,
 }
@@ -96,7 +96,7 @@ struct Bound {
 struct Waiter {
     request: RequestId,
     since: Instant,
-    place: OwnedSemaphorePermit,
+    spot: OwnedSemaphorePermit,
     prepared: Prepared,
     goes: oneshot::Sender<Result<Bound, NoPlace>>,
 }
@@ -137,18 +137,18 @@ impl Line {
         let queued_most = limits.max_queued;
         let desk = Desk { served, seats, queued_most, placement_timeout, state, changed, counts };
         Self {
-            places: Arc::new(Semaphore::new(length(limits))),
+            spots: Arc::new(Semaphore::new(length(limits))),
             desk: Arc::new(desk),
             queue_timeout: limits.queue_timeout,
         }
     }
 
     /// Lets a request of this rank stand in line, or beside it if another may give it its place, or turns it away.
-    pub fn enter(&self, rank: &Rank) -> Result<Place, ApiError> {
-        let place = if self.is_full() { None } else { at_once(&self.places).ok() };
-        match place {
-            Some(place) => Ok(Place(Some(place))),
-            None if self.has_behind(rank) => Ok(Place(None)),
+    pub fn enter(&self, rank: &Rank) -> Result<Spot, ApiError> {
+        let spot = if self.is_full() { None } else { at_once(&self.spots).ok() };
+        match spot {
+            Some(spot) => Ok(Spot(Some(spot))),
+            None if self.has_behind(rank) => Ok(Spot(None)),
             None => Err(self.desk.full(self.drain())),
         }
     }
@@ -166,7 +166,7 @@ impl Line {
     /// Whether a request that came now would find no place of its own.
     pub fn is_full(&self) -> bool {
         let waiting = self.desk.state.lock().queue.len();
-        self.places.available_permits() == 0 || (waiting > 0 && waiting >= self.desk.queued_most)
+        self.spots.available_permits() == 0 || (waiting > 0 && waiting >= self.desk.queued_most)
     }
 
     /// What a request waits for, if it waits; of several prompts the first.
@@ -197,34 +197,34 @@ impl Line {
         &self,
         placer: &Arc<Placer>,
         ticket: Ticket,
-        place: Place,
+        spot: Spot,
         prepared: Prepared,
         terms: WaitTerms<'_>,
     ) -> Result<Admission, ApiError> {
         let (desk, began) = (&self.desk, Instant::now());
         placer.board.arrived(&desk.served.revision);
         // Meanwhile there may be one.
-        let place = place.0.or_else(|| at_once(&self.places).ok());
+        let spot = spot.0.or_else(|| at_once(&self.spots).ok());
         let booked =
-            place.as_ref().and_then(|_| desk.at_once(|| placer.book_all(&desk.served, &prepared.prompts)));
-        let bound = match (place, booked) {
-            (Some(place), Some((seat, found))) => {
-                let bookings = found.map_err(|reason| desk.told(reason))?;
-                Bound { seat, place, prepared, bookings }
+            spot.as_ref().and_then(|_| desk.at_once(|| placer.book_all(&desk.served, &prepared.prompts)));
+        let bound = match (spot, booked) {
+            (Some(spot), Some((seat, found))) => {
+                let bookings = found.map_err(|reason| desk.error_of(reason))?;
+                Bound { seat, spot, prepared, bookings }
             }
-            (place, _) => self.wait(placer, place, prepared, &terms, began).await?,
+            (spot, _) => self.wait(placer, spot, prepared, &terms, began).await?,
         };
-        let (Bound { seat, place, prepared, bookings }, waited) = (bound, began.elapsed());
+        let (Bound { seat, spot, prepared, bookings }, waited) = (bound, began.elapsed());
         desk.counts.queue_wait.observe(waited.as_secs_f64());
         let served = Counted::new(&[desk.counts.all_in_flight.clone(), desk.counts.in_flight.clone()]);
-        let permit = Permit { _served: served, _seat: seat, _place: place, _ticket: ticket };
+        let permit = Permit { _served: served, _seat: seat, _spot: spot, _ticket: ticket };
         Ok(Admission { permit, prepared, bookings, waited })
     }
 
     async fn wait(
         &self,
         placer: &Arc<Placer>,
-        place: Option<OwnedSemaphorePermit>,
+        spot: Option<OwnedSemaphorePermit>,
         prepared: Prepared,
         terms: &WaitTerms<'_>,
         began: Instant,
@@ -238,7 +238,7 @@ impl Line {
             work: work(&prepared, placer.board.expected_tokens(&desk.served.revision)),
         };
         if desk.queued_most == 0 {
-            desk.serves(placer).map_err(|reason| desk.told(reason))?;
+            desk.serves(placer).map_err(|reason| desk.error_of(reason))?;
         }
         let (goes, told) = oneshot::channel();
         let (waiting, outranked) = {
@@ -248,14 +248,14 @@ impl Line {
                 let message = "the requests that are waiting take longer than this one can wait";
                 return Err(desk.refuse(Refusal::Backlog, message, wait));
             }
-            let outranked = match place {
+            let outranked = match spot {
                 Some(_) if state.queue.len() < desk.queued_most => None,
                 _ => Some(state.queue.give_way(&rank).ok_or_else(|| desk.full(wait))?),
             };
             let (theirs, outranked) =
-                outranked.map(|Waiter { place, prepared, goes, .. }| (place, (prepared, goes))).unzip();
-            let Some(place) = place.or(theirs) else { return Err(desk.full(wait)) };
-            let waiter = Waiter { request: terms.request.clone(), since: began, place, prepared, goes };
+                outranked.map(|Waiter { spot, prepared, goes, .. }| (spot, (prepared, goes))).unzip();
+            let Some(spot) = spot.or(theirs) else { return Err(desk.full(wait)) };
+            let waiter = Waiter { request: terms.request.clone(), since: began, spot, prepared, goes };
             let ticket = state.queue.push(wish, waiter, began);
             if !std::mem::replace(&mut state.attended, true) {
                 tokio::spawn(attend(desk.clone(), placer.clone()));
@@ -266,11 +266,11 @@ impl Line {
         drop(outranked);
         desk.changed.notify_one();
         let (why, message) = match timeout_at(by, told).await {
-            Ok(Ok(bound)) => return bound.map_err(|reason| desk.told(reason)),
+            Ok(Ok(bound)) => return bound.map_err(|reason| desk.error_of(reason)),
             Ok(Err(_)) => (Refusal::Outranked, "others who go before it came while the line was full"),
             Err(_) => {
                 if let Err(reason) = desk.serves(placer) {
-                    return Err(desk.told(reason));
+                    return Err(desk.error_of(reason));
                 }
                 (Refusal::Wait, "the request waited too long to be served")
             }
@@ -350,7 +350,7 @@ impl Desk {
 
     /// Lets the next one go, if there is a seat for it, and room; or if there is nobody to wait for.
     fn place_next(self: &Arc<Self>, placer: &Placer) -> bool {
-        let (Waiter { place, prepared, goes, .. }, found, seat) = {
+        let (Waiter { spot, prepared, goes, .. }, found, seat) = {
             let state = &mut *self.state.lock();
             if state.seated >= self.seats {
                 return false;
@@ -378,7 +378,7 @@ impl Desk {
             (waiter, found, Seat(self.clone()))
         };
         // One that has left in this very moment gives all of it back.
-        drop(goes.send(found.map(|bookings| Bound { seat, place, prepared, bookings })));
+        drop(goes.send(found.map(|bookings| Bound { seat, spot, prepared, bookings })));
         true
     }
 
@@ -387,8 +387,8 @@ impl Desk {
         placer.board.can_serve(&self.served.revision)
     }
 
-    fn told(&self, reason: NoPlace) -> ApiError {
-        reason.told(&self.served.name)
+    fn error_of(&self, reason: NoPlace) -> ApiError {
+        reason.into_api_error(&self.served.name)
     }
 
     /// Whether nobody waits: then nobody attends to the line any more.
@@ -412,7 +412,7 @@ impl Desk {
     }
 
     fn refuse(&self, why: Refusal, message: &str, wait: Option<Duration>) -> ApiError {
-        why.told(message, wait, &self.counts.all_refusals)
+        why.refuse(message, wait, &self.counts.all_refusals)
     }
 }
 

@@ -65,7 +65,7 @@ impl Refusal {
     }
 
     /// Counts it, and is the 429 that tells it. `wait`: what those before are predicted to take.
-    pub(super) fn told(self, message: &str, wait: Option<Duration>, refusals: &Refusals) -> ApiError {
+    pub(super) fn refuse(self, message: &str, wait: Option<Duration>, refusals: &Refusals) -> ApiError {
         self.count(refusals);
         let wait = wait.unwrap_or(RETRY_AFTER).clamp(RETRY_AFTER, RETRY_AFTER_MOST);
         let seconds = wait.as_secs_f64().ceil();

@@ -27,13 +27,13 @@ pub struct Attempt<'a> {
 }
 
 #[derive(Debug, Default)]
-struct Known {
+struct Record {
     breaker: Breaker,
     /// With whom a handoff failed last, and when.
     failed_with: Option<(InstanceId, Instant)>,
 }
 
-impl Known {
+impl Record {
     fn is_forgotten(&self, now: Instant) -> bool {
         let failed = self.failed_with.as_ref();
         self.breaker.is_forgotten(now)
@@ -44,7 +44,7 @@ impl Known {
 /// The breakers of all instances that have failed lately.
 #[derive(Debug)]
 pub struct Breakers {
-    known: Mutex<HashMap<InstanceId, Known>>,
+    known: Mutex<HashMap<InstanceId, Record>>,
     openings: Counter,
     open: Gauge,
 }
@@ -78,7 +78,7 @@ impl Breakers {
         self.count(&known);
     }
 
-    fn charge(&self, of: &mut Known, instance: &InstanceId, placed: Instant, now: Instant) {
+    fn charge(&self, of: &mut Record, instance: &InstanceId, placed: Instant, now: Instant) {
         if of.breaker.fault(placed, now) {
             tracing::warn!(%instance, "it fails what it is given, and is left out for a while");
             self.openings.inc();
@@ -105,7 +105,7 @@ impl Breakers {
         self.count(&known);
     }
 
-    fn count(&self, known: &HashMap<InstanceId, Known>) {
+    fn count(&self, known: &HashMap<InstanceId, Record>) {
         let open = known.values().filter(|of| !of.breaker.is_closed()).count();
         self.open.set(i64::try_from(open).unwrap_or(i64::MAX));
     }
@@ -136,7 +136,7 @@ pub struct Admitting<'a> {
     breakers: &'a Arc<Breakers>,
     avoid: Cow<'a, [InstanceId]>,
     /// Locked unless every breaker is closed.
-    known: Option<MutexGuard<'a, HashMap<InstanceId, Known>>>,
+    known: Option<MutexGuard<'a, HashMap<InstanceId, Record>>>,
     now: Instant,
 }
 

@@ -113,7 +113,7 @@ impl Keeper {
                 _ = tick.tick() => {
                     let changes = self.board.sweep(Instant::now());
                     self.apply(changes);
-                    // A part at a time, so that placing is never held up for long, and once around, so that lists are not.
+                    // A shard at a time, so that placing never waits long; one round at most, so that new lists do not either.
                     for _ in 0..SHARDS {
                         if !self.board.caches.sweep() {
                             break;

@@ -1,4 +1,4 @@
-//! One leg of a request as the coordinator speaks of it, and the wire adapters to and from it.
+//! One leg of a request as the coordinator speaks of it, and as it comes over the wire.
 
 use baton_proto::{ApiError, ErrorCode, v1};
 use smallvec::SmallVec;

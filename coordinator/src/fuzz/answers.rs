@@ -106,7 +106,7 @@ pub fn answers(bytes: &[u8]) {
         match frame {
             Answer::Step(step) => {
                 let news = stands[at].step(step);
-                board.told(instance, &news);
+                board.take_news(instance, &news);
             }
             Answer::Load(load) => {
                 small[at] = (1..101u32.div_ceil(specs[at].block_tokens)).contains(&load.kv_blocks_total);

@@ -36,7 +36,7 @@ use crate::{
     prepare::Endpoint,
     report::Report,
     serve::{Received, Service},
-    stream::{Piece, Step, Streaming},
+    stream::{Delta, Step, Streaming},
 };
 
 pub use reply::{error_json, error_response};
@@ -178,26 +178,26 @@ async fn answer(
     express: Option<Express>,
 ) -> Result<Response, ApiError> {
     let voice = reply::Voice::new(&streaming.model.served, streaming.shape, id);
-    let mut pieces = streaming.pieces();
+    let mut deltas = streaming.deltas();
     if !streaming.shape.stream {
-        let usage = streaming.rest(&mut pieces).await?;
-        let scored: usize = pieces.iter().map(|piece| piece.tokens.len()).sum();
+        let usage = streaming.rest(&mut deltas).await?;
+        let scored: usize = deltas.iter().map(|delta| delta.tokens.len()).sum();
         if scored <= SCORED_INLINE {
-            return Ok(voice.whole(&pieces, &usage));
+            return Ok(voice.whole(&deltas, &usage));
         }
-        let written = tokio::task::spawn_blocking(move || voice.whole(&pieces, &usage)).await;
+        let written = tokio::task::spawn_blocking(move || voice.whole(&deltas, &usage)).await;
         return written.map_err(|error| {
             tracing::error!(%error, "writing an answer panicked");
             ApiError::new(ErrorCode::Internal, "the answer could not be written")
         });
     }
-    let first = match timeout(HEAD_PATIENCE, streaming.step(&mut pieces)).await {
-        Ok(Step::End(Err(error))) if pieces.iter().all(Piece::is_empty) => return Err(error),
+    let first = match timeout(HEAD_PATIENCE, streaming.step(&mut deltas)).await {
+        Ok(Step::End(Err(error))) if deltas.iter().all(Delta::is_empty) => return Err(error),
         Ok(step) => Some(step),
         Err(_) => None,
     };
     let comment_after = service.limits.stream_comment_after;
-    let body = SseBody::new(comment_after, voice, service.overdue.hold(streaming), pieces, first, express);
+    let body = SseBody::new(comment_after, voice, service.overdue.hold(streaming), deltas, first, express);
     let mut response = Response::new(Body::from_stream(body));
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));

@@ -21,7 +21,7 @@ use crate::{
     fleet::StopReason,
     models::Models,
     prepare::{Endpoint, Served, Shape, TextModel},
-    stream::{Piece, Usage},
+    stream::{Delta, Usage},
 };
 
 const X_SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
@@ -154,9 +154,9 @@ impl Voice {
     }
 
     /// The whole answer.
-    pub(super) fn whole(&self, choices: &[Piece], usage: &Usage) -> Response {
+    pub(super) fn whole(&self, choices: &[Delta], usage: &Usage) -> Response {
         let mut out = self.head.to_vec();
-        for (index, piece) in choices.iter().enumerate() {
+        for (index, delta) in choices.iter().enumerate() {
             if index > 0 {
                 out.push(b',');
             }
@@ -164,9 +164,9 @@ impl Voice {
                 Endpoint::Chat => (br#""message":{"role":"assistant","content":"#, br#","refusal":null}"#),
                 Endpoint::Text => (br#""text":"#, b""),
             };
-            self.choice(&mut out, index, piece, |out| {
+            self.choice(&mut out, index, delta, |out| {
                 out.extend_from_slice(before);
-                write_json(out, &piece.text);
+                write_json(out, &delta.text);
                 out.extend_from_slice(after);
             });
         }
@@ -180,7 +180,7 @@ impl Voice {
     pub(super) fn opening(&self, out: &mut Vec<u8>, choices: usize) {
         if self.shape.endpoint == Endpoint::Chat {
             for index in 0..choices {
-                self.chunk(out, index, &Piece::default(), |out| {
+                self.chunk(out, index, &Delta::default(), |out| {
                     out.extend_from_slice(br#""delta":{"role":"assistant","content":""}"#);
                 });
             }
@@ -188,24 +188,24 @@ impl Voice {
     }
 
     /// What one choice has to say: a chunk of text if there is any, and one that closes it at its end.
-    pub(super) fn piece(&self, out: &mut Vec<u8>, index: usize, piece: &mut Piece) {
-        let finish = piece.finish.take();
+    pub(super) fn delta(&self, out: &mut Vec<u8>, index: usize, delta: &mut Delta) {
+        let finish = delta.finish.take();
         let (open, close, nothing): (&[u8], &[u8], &[u8]) = match self.shape.endpoint {
             Endpoint::Chat => (br#""delta":{"content":"#, b"}", br#""delta":{}"#),
             Endpoint::Text => (br#""text":"#, b"", br#""text":"""#),
         };
-        if !piece.is_empty() {
-            self.chunk(out, index, piece, |out| {
+        if !delta.is_empty() {
+            self.chunk(out, index, delta, |out| {
                 out.extend_from_slice(open);
-                write_json(out, &piece.text);
+                write_json(out, &delta.text);
                 out.extend_from_slice(close);
             });
         }
         if finish.is_some() {
-            let end = Piece { finish, ..Piece::default() };
+            let end = Delta { finish, ..Delta::default() };
             self.chunk(out, index, &end, |out| out.extend_from_slice(nothing));
         }
-        piece.clear();
+        delta.clear();
     }
 
     /// What follows the last choice's end: usage if it was asked for, and the end mark.
@@ -248,10 +248,10 @@ impl Voice {
     }
 
     /// One event with one choice.
-    fn chunk(&self, out: &mut Vec<u8>, index: usize, piece: &Piece, body: impl FnOnce(&mut Vec<u8>)) {
+    fn chunk(&self, out: &mut Vec<u8>, index: usize, delta: &Delta, body: impl FnOnce(&mut Vec<u8>)) {
         out.extend_from_slice(b"data: ");
         out.extend_from_slice(&self.head);
-        self.choice(out, index, piece, body);
+        self.choice(out, index, delta, body);
         self.end(out);
     }
 
@@ -260,21 +260,21 @@ impl Voice {
         out.extend_from_slice(if self.shape.include_usage { b"],\"usage\":null}\n\n" } else { b"]}\n\n" });
     }
 
-    /// One choice: its index, what `body` writes, and what `piece` says besides text.
-    fn choice(&self, out: &mut Vec<u8>, index: usize, piece: &Piece, body: impl FnOnce(&mut Vec<u8>)) {
+    /// One choice: its index, what `body` writes, and what `delta` says besides text.
+    fn choice(&self, out: &mut Vec<u8>, index: usize, delta: &Delta, body: impl FnOnce(&mut Vec<u8>)) {
         out.extend_from_slice(br#"{"index":"#);
         write_json(out, &index);
         out.push(b',');
         body(out);
         out.extend_from_slice(br#","logprobs":"#);
         // A chunk without tokens has none to tell; a whole answer that was to tell them has a list, be it empty.
-        if self.shape.logprobs && !(self.shape.stream && piece.tokens.is_empty()) {
-            write_json(out, &logprobs::object(self.shape.endpoint, &*self.text, &piece.tokens));
+        if self.shape.logprobs && !(self.shape.stream && delta.tokens.is_empty()) {
+            write_json(out, &logprobs::object(self.shape.endpoint, &*self.text, &delta.tokens));
         } else {
             out.extend_from_slice(b"null");
         }
         out.extend_from_slice(br#","finish_reason":"#);
-        out.extend_from_slice(match piece.finish {
+        out.extend_from_slice(match delta.finish {
             None => b"null",
             Some(StopReason::Stop) => br#""stop""#,
             Some(StopReason::Length) => br#""length""#,
@@ -311,15 +311,15 @@ mod tests {
 
     const USAGE: Usage = Usage { prompt_tokens: 3, completion_tokens: 4, cached_tokens: 2 };
 
-    fn last(text: &str) -> Piece {
-        Piece { text: text.into(), tokens: vec![], finish: Some(StopReason::Length) }
+    fn last(text: &str) -> Delta {
+        Delta { text: text.into(), tokens: vec![], finish: Some(StopReason::Length) }
     }
 
     #[test]
     fn a_chat_streams_in_chunks() {
         let write = |voice: &Voice, out: &mut Vec<u8>| {
             voice.opening(out, 1);
-            voice.piece(out, 0, &mut last("a \"b\"\n\u{1F600}\u{7}"));
+            voice.delta(out, 0, &mut last("a \"b\"\n\u{1F600}\u{7}"));
             voice.closing(out, &USAGE);
         };
         let events = events(write, Endpoint::Chat, true);
@@ -345,7 +345,7 @@ mod tests {
     fn a_text_completion_streams_without_an_opening() {
         let write = |voice: &Voice, out: &mut Vec<u8>| {
             voice.opening(out, 1);
-            voice.piece(out, 0, &mut last("x"));
+            voice.delta(out, 0, &mut last("x"));
             voice.closing(out, &USAGE);
         };
         let events = events(write, Endpoint::Text, false);
@@ -376,7 +376,7 @@ mod tests {
                     voice.text(out, text);
                 };
                 let whole = |voice: &Voice, out: &mut Vec<u8>| {
-                    voice.piece(out, 0, &mut Piece { text: text.into(), ..Piece::default() });
+                    voice.delta(out, 0, &mut Delta { text: text.into(), ..Delta::default() });
                 };
                 assert_eq!(events(around, endpoint, include_usage), events(whole, endpoint, include_usage));
             }

@@ -5,7 +5,7 @@
 //! [`crate::fleet::inline`]). Whoever reads, or asks for its memory
 //! ahead, holds `parts`; all find the answer where the others left it.
 //!
-//! An answer that has nothing to tell for long, because its prompt is, or because it is looking for another place, is sent
+//! An answer that has nothing to tell for long, because its prompt is long or because it is looking for another place, is sent
 //! a comment now and then, which clients pass over: proxies take a silent connection for a dead one.
 
 use std::{
@@ -39,7 +39,7 @@ use super::reply::Voice;
 use crate::{
     dispatch::deadline_passed,
     fleet::inline,
-    stream::{AnswerCell, Piece, Step, Streaming},
+    stream::{AnswerCell, Delta, Step, Streaming},
 };
 
 /// What an answer writes into, before it grows: some events of a token each.
@@ -101,7 +101,7 @@ struct Parts {
     /// What came while the head waited.
     first: Option<Step>,
     /// What has not been written of each choice, reused from step to step.
-    pieces: Vec<Piece>,
+    deltas: Vec<Delta>,
     /// Written again at each step, after room for a chunk's head.
     out: Vec<u8>,
     /// Where the text begins in `out`, if it has what each event of text alone begins with: the next is written from there.
@@ -120,7 +120,7 @@ impl SseBody {
         comment_after: Duration,
         voice: Voice,
         cell: AnswerCell,
-        pieces: Vec<Piece>,
+        deltas: Vec<Delta>,
         first: Option<Step>,
         express: Option<Express>,
     ) -> Self {
@@ -128,7 +128,7 @@ impl SseBody {
         let cell = Some(cell);
         let (opened, wrote, unsent, broken) = (false, false, false, false);
         let text_at = None;
-        let parts = Parts { voice, cell, first, pieces, out, text_at, opened, wrote, unsent, broken };
+        let parts = Parts { voice, cell, first, deltas, out, text_at, opened, wrote, unsent, broken };
         let (task, gathered) = (AtomicWaker::new(), AtomicBool::new(false));
         let answer = Arc::new(Answer { parts: Mutex::new(parts), express, task, gathered });
         Self { answer, silence: Silence { after: comment_after, timer: None } }
@@ -155,7 +155,7 @@ impl Parts {
         let Some(cell) = &self.cell else { return Poll::Ready(None) };
         let step = match self.first.take() {
             Some(step) => step,
-            None => match cell.lock().as_mut().map(|held| held.poll_step(context, &mut self.pieces)) {
+            None => match cell.lock().as_mut().map(|held| held.poll_step(context, &mut self.deltas)) {
                 Some(Poll::Ready(step)) => step,
                 // The head has gone out without a token: the opening tells the client that it is being served.
                 Some(Poll::Pending) if !self.opened => Step::More,
@@ -169,19 +169,19 @@ impl Parts {
 
     fn write(&mut self, step: Step) {
         self.wrote = true;
-        if let (Step::More, true, [piece]) = (&step, self.opened, &mut *self.pieces)
-            && piece.is_text_alone()
+        if let (Step::More, true, [delta]) = (&step, self.opened, &mut *self.deltas)
+            && delta.is_text_alone()
         {
-            return Self::write_text(&self.voice, &mut self.out, &mut self.text_at, &mut piece.text);
+            return Self::write_text(&self.voice, &mut self.out, &mut self.text_at, &mut delta.text);
         }
         let out = &mut self.out;
         begin(out);
         self.text_at = None;
         if !mem::replace(&mut self.opened, true) {
-            self.voice.opening(out, self.pieces.len());
+            self.voice.opening(out, self.deltas.len());
         }
-        for (index, piece) in self.pieces.iter_mut().enumerate() {
-            self.voice.piece(out, index, piece);
+        for (index, delta) in self.deltas.iter_mut().enumerate() {
+            self.voice.delta(out, index, delta);
         }
         let Step::End(end) = step else { return };
         match end {
@@ -272,14 +272,14 @@ impl inline::Reader for Answer {
         if depth == 0 {
             prefetch(&**cell);
             prefetch(parts.out.as_slice());
-            prefetch(parts.pieces.as_slice());
+            prefetch(parts.deltas.as_slice());
             self.express.iter().for_each(|express| express.prefetch(false));
         } else if let Some(held) = cell.try_lock()
             && let Some(streaming) = &*held
         {
             streaming.prefetch(depth > 1);
             if depth == 1 {
-                parts.pieces.iter().take(1).for_each(|piece| prefetch(piece.text.as_bytes()));
+                parts.deltas.iter().take(1).for_each(|delta| prefetch(delta.text.as_bytes()));
                 self.express.iter().for_each(|express| express.prefetch(true));
             }
         }

@@ -50,13 +50,13 @@ impl Caller {
 fn add(headers: &mut HeaderMap, [limit, remaining, reset]: [HeaderName; 3], level: Level) {
     headers.insert(limit, level.limit.into());
     headers.insert(remaining, level.remaining.into());
-    if let Ok(value) = HeaderValue::try_from(told(level.reset)) {
+    if let Ok(value) = HeaderValue::try_from(openai_duration(level.reset)) {
         headers.insert(reset, value);
     }
 }
 
 /// As OpenAI writes it: `20ms`, `7.66s`, `6m0s`.
-fn told(time: Duration) -> String {
+fn openai_duration(time: Duration) -> String {
     // Rounded up, so that nobody comes too early.
     let millis = time.as_nanos().div_ceil(1_000_000);
     match (millis / 60_000, millis % 60_000) {
@@ -75,7 +75,7 @@ mod tests {
         for (micros, text) in
             [(0, "0ms"), (19_001, "20ms"), (7_660_000, "7.66s"), (60_000_000, "1m0s"), (125_100_000, "2m6s")]
         {
-            assert_eq!(told(Duration::from_micros(micros)), text);
+            assert_eq!(openai_duration(Duration::from_micros(micros)), text);
         }
     }
 }

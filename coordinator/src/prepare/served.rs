@@ -88,7 +88,7 @@ impl Served {
     }
 
     /// As operators are told of it.
-    pub fn told(&self) -> ServedModel {
+    pub fn to_served_model(&self) -> ServedModel {
         let names = self.names().map(|name| name.to_string()).collect();
         ServedModel { names, revision: self.revision.clone() }
     }

@@ -16,7 +16,7 @@ use baton_proto::ApiError;
 use smallvec::{SmallVec, smallvec};
 use tokio::time::Instant;
 
-use super::reading::{Piece, Reading};
+use super::reading::{Delta, Reading};
 use crate::{
     carry::{Attempts, Failure, Leave, Moved, Replacing},
     cause,
@@ -58,6 +58,20 @@ impl Strand {
         Self { work, attempts: attempts.into(), choices, away: SmallVec::new(), short: None }
     }
 
+    /// Of choices that leave an instance and have been given to others.
+    fn moved(
+        leave: Leave<'_>,
+        moved: Moved,
+        mut attempts: Attempts,
+        choices: Range<usize>,
+        card: &CardGuard,
+    ) -> Self {
+        let Moved { generation, placing, handed_on } = moved;
+        attempts.moved(leave, handed_on);
+        card.placed(placing);
+        Self::new(Work::Generating(Box::new(generation)), attempts, choices)
+    }
+
     /// Those that have not ended: by their numbers here, and in the lane.
     fn open(&self, readings: &[Reading]) -> impl Iterator<Item = (u32, usize)> {
         let open = |(_, at): &(u32, usize)| !readings[*at].finished() && !self.away.contains(at);
@@ -80,7 +94,8 @@ enum Over {
     },
 }
 
-/// See the module. What nearly every request has one of lies in its place: each token is read through all of it.
+/// See the module. Nearly every request has one strand and one reading, and every token passes through both: they are stored
+/// inline.
 pub struct Lane {
     /// Those with choices that have not ended.
     strands: SmallVec<[Strand; 1]>,
@@ -161,33 +176,33 @@ impl Lane {
         self.readings.iter().map(Reading::consumed)
     }
 
-    /// Takes in all that has come, into the choices' pieces. `Pending`: more is to come and `context` will be woken.
+    /// Takes in all that has come, into the choices' deltas. `Pending`: more is to come and `context` will be woken.
     pub(super) fn poll(
         &mut self,
         context: &mut Context<'_>,
         card: &CardGuard,
-        pieces: &mut [Piece],
+        deltas: &mut [Delta],
     ) -> Poll<Result<(), ApiError>> {
         let mut index = 0;
         while index < self.strands.len() {
-            match self.poll_strand(index, context, card, pieces) {
+            match self.poll_strand(index, context, card, deltas) {
                 Poll::Ready(Over::Done) => drop(self.strands.remove(index)),
                 Poll::Ready(Over::Split) => {}
                 Poll::Ready(Over::Failed(error)) => {
                     let strand = self.strands.remove(index);
                     let short = strand.short;
-                    match self.again(strand, error, pieces) {
+                    match self.again(strand, error, deltas) {
                         Ok(next) => self.strands.insert_many(index, next),
-                        Err(error) => self.end_short(short, error, pieces)?,
+                        Err(error) => self.end_short(short, error, deltas)?,
                     }
                 }
                 Poll::Ready(Over::NoPlace(error)) => {
                     let short = self.strands.remove(index).short;
-                    self.end_short(short, error, pieces)?;
+                    self.end_short(short, error, deltas)?;
                 }
                 Poll::Ready(Over::Leaving { begun }) => {
                     let strand = self.strands.remove(index);
-                    let next = self.move_away(strand, begun, card, pieces);
+                    let next = self.move_away(strand, begun, card, deltas);
                     self.strands.insert_many(index, next);
                 }
                 Poll::Pending => index += 1,
@@ -201,7 +216,7 @@ impl Lane {
         index: usize,
         context: &mut Context<'_>,
         card: &CardGuard,
-        pieces: &mut [Piece],
+        deltas: &mut [Delta],
     ) -> Poll<Over> {
         let strand = &mut self.strands[index];
         let mut received = false;
@@ -228,10 +243,10 @@ impl Lane {
                 Progress::Leaving { begun } => return Poll::Ready(Over::Leaving { begun }),
             };
             let at = strand.choices.start + choice as usize;
-            let (Some(reading), Some(piece)) = (self.readings.get_mut(at), pieces.get_mut(at)) else {
+            let (Some(reading), Some(delta)) = (self.readings.get_mut(at), deltas.get_mut(at)) else {
                 continue;
             };
-            let Some(completed) = take(generation, choice, reading, piece).or(end) else { continue };
+            let Some(completed) = take(generation, choice, reading, delta).or(end) else { continue };
             if !self.cached_settled {
                 self.cached_tokens = self.cached_tokens.max(completed.cached_tokens);
             }
@@ -240,33 +255,30 @@ impl Lane {
             }
             if let Some(side) = completed.outgrown {
                 let leave = Leave::Outgrown { by: generation.instance(side) };
-                let mut attempts = strand.attempts.of_choice(choice, reading.tokens());
-                if let Some(Moved { generation, placing, handed_on }) = attempts.elsewhere(leave) {
-                    attempts.moved(leave, handed_on);
-                    card.placed(placing);
+                let attempts = strand.attempts.of_choice(choice, reading.tokens());
+                if let Some(moved) = attempts.elsewhere(leave) {
+                    let short = Some(Short { at, tokens: reading.tokens().len() });
+                    let next = Strand { short, ..Strand::moved(leave, moved, attempts, at..at + 1, card) };
                     strand.away.push(at);
                     self.cached_settled = true;
-                    let short = Short { at, tokens: reading.tokens().len() };
-                    let work = Work::Generating(Box::new(generation));
-                    let next = Strand { short: Some(short), ..Strand::new(work, attempts, at..at + 1) };
                     self.strands.insert(index + 1, next);
                     return Poll::Ready(Over::Split);
                 }
                 generation.ended_here(choice);
             }
-            reading.finish(completed.reason, false, piece);
+            reading.finish(completed.reason, false, delta);
         }
         Poll::Ready(Over::Done)
     }
 
     /// Takes in what has come of choices whose attempt ends.
-    fn take_rest(&mut self, generation: &mut Generation, open: &[(u32, usize)], pieces: &mut [Piece]) {
+    fn take_rest(&mut self, generation: &mut Generation, open: &[(u32, usize)], deltas: &mut [Delta]) {
         for &(choice, at) in open {
-            let (reading, piece) = (&mut self.readings[at], &mut pieces[at]);
-            take(generation, choice, reading, piece);
+            let (reading, delta) = (&mut self.readings[at], &mut deltas[at]);
+            take(generation, choice, reading, delta);
             // Its last token has come, and only the word that it is the last was lost.
             if let Some(reason) = reading.complete().filter(|_| !reading.finished()) {
-                reading.finish(reason, false, piece);
+                reading.finish(reason, false, delta);
             }
         }
         if let Some(said) = generation.cached_tokens().filter(|_| !self.cached_settled) {
@@ -279,11 +291,11 @@ impl Lane {
         &mut self,
         ends: Option<Short>,
         error: ApiError,
-        pieces: &mut [Piece],
+        deltas: &mut [Delta],
     ) -> Result<(), ApiError> {
         let short = ends.filter(|short| self.readings[short.at].tokens().len() == short.tokens);
         let Some(Short { at, .. }) = short else { return Err(error) };
-        self.readings[at].finish(StopReason::Length, false, &mut pieces[at]);
+        self.readings[at].finish(StopReason::Length, false, &mut deltas[at]);
         Ok(())
     }
 
@@ -299,7 +311,7 @@ impl Lane {
         mut strand: Strand,
         begun: bool,
         card: &CardGuard,
-        pieces: &mut [Piece],
+        deltas: &mut [Delta],
     ) -> Vec<Strand> {
         let open: Vec<_> = strand.open(&self.readings).collect();
         let consumed = open.iter().map(|(_, at)| self.readings[*at].consumed()).min();
@@ -308,7 +320,7 @@ impl Lane {
         if !consumed.is_some_and(worth) {
             return vec![strand];
         }
-        self.take_rest(generation, &open, pieces);
+        self.take_rest(generation, &open, deltas);
         let (readings, attempts, short) = (&self.readings, &strand.attempts, strand.short);
         let (from, has_cache) = (generation.pair().generates(), generation.has_cache());
         let leave = match begun {
@@ -331,14 +343,11 @@ impl Lane {
                 next.push((moved, attempts, at..at + 1));
             }
         }
-        let replaced = |moved, mut attempts: Attempts, choices| {
-            let Moved { generation, placing, handed_on } = moved;
-            attempts.moved(leave, handed_on);
-            card.placed(placing);
-            Strand { short, ..Strand::new(Work::Generating(Box::new(generation)), attempts, choices) }
-        };
-        let next =
-            next.into_iter().map(|(moved, attempts, choices)| replaced(moved, attempts, choices)).collect();
+        let next = next.into_iter().map(|(moved, attempts, choices)| Strand {
+            short,
+            ..Strand::moved(leave, moved, attempts, choices, card)
+        });
+        let next = next.collect();
         if let Work::Generating(generation) = strand.work {
             generation.give_up(CancelReason::PlacedAgain);
         }
@@ -350,7 +359,7 @@ impl Lane {
         &mut self,
         strand: Strand,
         error: ApiError,
-        pieces: &mut [Piece],
+        deltas: &mut [Delta],
     ) -> Result<Vec<Strand>, ApiError> {
         let open: Vec<_> = strand.open(&self.readings).collect();
         let Strand { work: Work::Generating(mut generation), mut attempts, choices, short, .. } = strand
@@ -358,7 +367,7 @@ impl Lane {
             return Err(error);
         };
         attempts.failed(&error, &generation);
-        self.take_rest(&mut generation, &open, pieces);
+        self.take_rest(&mut generation, &open, deltas);
         if !cause::may_pass(error.code) && open.iter().any(|(_, at)| !self.readings[*at].finished()) {
             generation.give_up(CancelReason::RequestFailed);
             return Err(error);
@@ -396,12 +405,12 @@ fn take(
     generation: &mut Generation,
     choice: u32,
     reading: &mut Reading,
-    piece: &mut Piece,
+    delta: &mut Delta,
 ) -> Option<Completed> {
-    if reading.finished() || !reading.take(generation.fresh(choice)?, piece) {
+    if reading.finished() || !reading.take(generation.fresh(choice)?, delta) {
         return None;
     }
     let completed = generation.stop(choice);
-    reading.finish(completed.reason, true, piece);
+    reading.finish(completed.reason, true, delta);
     Some(completed)
 }

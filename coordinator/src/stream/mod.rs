@@ -25,13 +25,13 @@ use crate::{
 pub use crate::report::Usage;
 pub use lane::Lane;
 pub use overdue::{AnswerCell, Overdue};
-pub use reading::{Piece, Reading, ScoredToken};
+pub use reading::{Delta, Reading, ScoredToken};
 
-/// What reading brought, besides pieces.
+/// What reading brought, besides deltas.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Step {
     More,
-    /// Every choice's last piece has been given.
+    /// Every choice's last delta has been given.
     End(Result<Usage, ApiError>),
 }
 
@@ -58,10 +58,10 @@ impl Streaming {
         Self { model, shape, lanes, holds }
     }
 
-    /// An empty piece for each choice.
-    pub fn pieces(&self) -> Vec<Piece> {
+    /// An empty delta for each choice.
+    pub fn deltas(&self) -> Vec<Delta> {
         let choices = self.lanes.iter().map(Lane::choices).sum();
-        vec![Piece::default(); choices]
+        vec![Delta::default(); choices]
     }
 
     /// Has the processor fetch what the next step touches; with `deeper`, what could be found once that had come.
@@ -72,10 +72,10 @@ impl Streaming {
         }
     }
 
-    /// Waits for anything that is certain, and adds it to the choices' pieces, or for the end. Must not be called after
+    /// Waits for anything that is certain, and adds it to the choices' deltas, or for the end. Must not be called after
     /// the end.
-    pub fn poll_step(&mut self, context: &mut Context<'_>, pieces: &mut [Piece]) -> Poll<Step> {
-        let (mut rest, mut end) = (&mut *pieces, Poll::Ready(Ok(())));
+    pub fn poll_step(&mut self, context: &mut Context<'_>, deltas: &mut [Delta]) -> Poll<Step> {
+        let (mut rest, mut end) = (&mut *deltas, Poll::Ready(Ok(())));
         for lane in &mut self.lanes {
             let (own, others) = rest.split_at_mut(lane.choices());
             rest = others;
@@ -99,7 +99,7 @@ impl Streaming {
             }
             Poll::Pending => {}
         }
-        if pieces.iter().all(Piece::is_empty) { Poll::Pending } else { Poll::Ready(Step::More) }
+        if deltas.iter().all(Delta::is_empty) { Poll::Pending } else { Poll::Ready(Step::More) }
     }
 
     /// By when the answer must be there, if any of it is still to come.
@@ -125,14 +125,14 @@ impl Streaming {
     }
 
     /// Waits for the next step.
-    pub async fn step(&mut self, pieces: &mut [Piece]) -> Step {
-        std::future::poll_fn(|context| self.poll_step(context, pieces)).await
+    pub async fn step(&mut self, deltas: &mut [Delta]) -> Step {
+        std::future::poll_fn(|context| self.poll_step(context, deltas)).await
     }
 
-    /// Waits for the end, and adds all that comes before it to the choices' pieces.
-    pub async fn rest(&mut self, pieces: &mut [Piece]) -> Result<Usage, ApiError> {
+    /// Waits for the end, and adds all that comes before it to the choices' deltas.
+    pub async fn rest(&mut self, deltas: &mut [Delta]) -> Result<Usage, ApiError> {
         // Either way every lane has been polled until it waits, and will wake this task.
-        let whole = |context: &mut Context<'_>| match self.poll_step(context, pieces) {
+        let whole = |context: &mut Context<'_>| match self.poll_step(context, deltas) {
             Poll::Ready(Step::End(end)) => Poll::Ready(end),
             Poll::Ready(Step::More) | Poll::Pending => Poll::Pending,
         };

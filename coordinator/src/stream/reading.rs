@@ -14,15 +14,15 @@ use crate::{
 
 /// What reading brought of one choice since it was last written.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct Piece {
+pub struct Delta {
     pub text: String,
     /// The tokens that begin in `text`, and those without text between them; only if log probabilities were asked for.
     pub tokens: Vec<ScoredToken>,
-    /// With the choice's last piece: why it ended.
+    /// With the choice's last delta: why it ended.
     pub finish: Option<StopReason>,
 }
 
-impl Piece {
+impl Delta {
     /// There is nothing to write.
     pub fn is_empty(&self) -> bool {
         self.text.is_empty() && self.tokens.is_empty() && self.finish.is_none()
@@ -33,7 +33,7 @@ impl Piece {
         !self.text.is_empty() && self.tokens.is_empty() && self.finish.is_none()
     }
 
-    /// There is nothing to write any more.
+    /// Empties it, and keeps its buffers.
     pub fn clear(&mut self) {
         self.text.clear();
         self.tokens.clear();
@@ -128,10 +128,10 @@ impl Reading {
         self.finished
     }
 
-    /// Takes tokens in. True: a stop string has matched, and the choice ends with what is in `piece`.
-    pub(super) fn take(&mut self, fresh: Fresh<'_>, piece: &mut Piece) -> bool {
+    /// Takes tokens in. True: a stop string has matched, and the choice ends with what is in `delta`.
+    pub(super) fn take(&mut self, fresh: Fresh<'_>, delta: &mut Delta) -> bool {
         if !fresh.tokens.is_empty() && !self.echo.is_empty() {
-            piece.text.push_str(&mem::take(&mut self.echo));
+            delta.text.push_str(&mem::take(&mut self.echo));
         }
         let mut logprobs = fresh.logprobs.into_iter();
         for &token in fresh.tokens {
@@ -141,13 +141,13 @@ impl Reading {
             if !self.shows_end && self.ends_sequence.binary_search(&token).is_ok() {
                 continue;
             }
-            let (text_offset, before) = (self.reader.characters(), piece.text.len());
-            let stopped = self.reader.push(token, &mut piece.text);
+            let (text_offset, before) = (self.reader.characters(), delta.text.len());
+            let stopped = self.reader.push(token, &mut delta.text);
             if self.scored {
                 let scored = logprobs.map(|logprobs| ScoredToken { token, text_offset, logprobs });
                 self.waiting.extend(scored);
-                self.shown += piece.text[before..].chars().count() as u32;
-                self.show(piece);
+                self.shown += delta.text[before..].chars().count() as u32;
+                self.show(delta);
             }
             if stopped {
                 return true;
@@ -156,19 +156,19 @@ impl Reading {
         false
     }
 
-    /// Moves the tokens whose text has begun to be shown to `piece`.
-    fn show(&mut self, piece: &mut Piece) {
+    /// Moves the tokens whose text has begun to be shown to `delta`.
+    fn show(&mut self, delta: &mut Delta) {
         let begun = self.waiting.iter().take_while(|token| token.text_offset < self.shown).count();
-        piece.tokens.extend(self.waiting.drain(..begun));
+        delta.tokens.extend(self.waiting.drain(..begun));
     }
 
     /// No more tokens come. What was held back is shown, unless it is part of a stop string that has matched.
-    pub(super) fn finish(&mut self, reason: StopReason, stopped: bool, piece: &mut Piece) {
+    pub(super) fn finish(&mut self, reason: StopReason, stopped: bool, delta: &mut Delta) {
         if !stopped {
-            self.reader.finish(&mut piece.text);
-            piece.tokens.extend(self.waiting.drain(..));
+            self.reader.finish(&mut delta.text);
+            delta.tokens.extend(self.waiting.drain(..));
         }
-        piece.finish = Some(reason);
+        delta.finish = Some(reason);
         self.finished = true;
     }
 }
@@ -214,27 +214,27 @@ mod tests {
     fn read(stop: &str, tokens: &[u32]) -> Vec<(String, Vec<(u32, u32)>)> {
         let strings = if stop.is_empty() { vec![] } else { vec![stop.to_owned()] };
         let mut reading = reading(TextStops { strings, ..TextStops::default() });
-        let mut pieces = Vec::new();
+        let mut deltas = Vec::new();
         let mut stopped = false;
         for token in tokens {
-            let mut piece = Piece::default();
+            let mut delta = Delta::default();
             let logprobs = vec![TokenLogprobs { logprob: -(*token as f32), top: vec![] }];
-            stopped = reading.take(Fresh { tokens: &[*token], logprobs }, &mut piece);
-            pieces.push(piece);
+            stopped = reading.take(Fresh { tokens: &[*token], logprobs }, &mut delta);
+            deltas.push(delta);
             if stopped {
                 break;
             }
         }
-        pieces.push(Piece::default());
-        reading.finish(StopReason::Stop, stopped, pieces.last_mut().expect("pushed"));
+        deltas.push(Delta::default());
+        reading.finish(StopReason::Stop, stopped, deltas.last_mut().expect("pushed"));
         let told = |scored: &ScoredToken| {
             assert_eq!(scored.logprobs.logprob, -(scored.token as f32), "told with another's figures");
             (scored.token, scored.text_offset)
         };
-        pieces.iter().map(|piece| (piece.text.clone(), piece.tokens.iter().map(told).collect())).collect()
+        deltas.iter().map(|delta| (delta.text.clone(), delta.tokens.iter().map(told).collect())).collect()
     }
 
-    fn piece(text: &str, tokens: &[(u32, u32)]) -> (String, Vec<(u32, u32)>) {
+    fn delta(text: &str, tokens: &[(u32, u32)]) -> (String, Vec<(u32, u32)>) {
         (text.to_owned(), tokens.to_vec())
     }
 
@@ -242,12 +242,12 @@ mod tests {
     fn tokens_are_told_with_the_text_they_begin_in() {
         let whole = read("", &[0, 1, 2, 3, END]);
         let expected = [
-            piece("a", &[(0, 0)]),
-            piece("", &[]),
-            piece("☕", &[(1, 1), (2, 1)]),
-            piece("bc", &[(3, 2)]),
-            piece("", &[]),
-            piece("", &[]),
+            delta("a", &[(0, 0)]),
+            delta("", &[]),
+            delta("☕", &[(1, 1), (2, 1)]),
+            delta("bc", &[(3, 2)]),
+            delta("", &[]),
+            delta("", &[]),
         ];
         assert_eq!(whole, expected);
     }
@@ -256,7 +256,7 @@ mod tests {
     fn text_held_back_holds_its_tokens_back() {
         let held = read("cdx", &[0, 3, 4, 0]);
         let expected =
-            [piece("a", &[(0, 0)]), piece("b", &[(3, 1)]), piece("", &[]), piece("cda", &[(4, 3), (0, 4)])];
+            [delta("a", &[(0, 0)]), delta("b", &[(3, 1)]), delta("", &[]), delta("cda", &[(4, 3), (0, 4)])];
         assert_eq!(held[..4], expected);
     }
 
@@ -265,7 +265,7 @@ mod tests {
         // "cd": the token "bc" begins before it, "d" within it.
         assert_eq!(
             read("cd", &[0, 3, 4]),
-            [piece("a", &[(0, 0)]), piece("b", &[(3, 1)]), piece("", &[]), piece("", &[])]
+            [delta("a", &[(0, 0)]), delta("b", &[(3, 1)]), delta("", &[]), delta("", &[])]
         );
     }
 
@@ -273,10 +273,10 @@ mod tests {
     fn tokens_without_text_are_told_in_their_place_or_at_the_end() {
         assert_eq!(
             read("", &[0, 5, 4]),
-            [piece("a", &[(0, 0)]), piece("", &[]), piece("d", &[(5, 1), (4, 1)]), piece("", &[])]
+            [delta("a", &[(0, 0)]), delta("", &[]), delta("d", &[(5, 1), (4, 1)]), delta("", &[])]
         );
-        assert_eq!(read("", &[0, 5])[1..], [piece("", &[]), piece("", &[(5, 1)])]);
+        assert_eq!(read("", &[0, 5])[1..], [delta("", &[]), delta("", &[(5, 1)])]);
         // A character that never comes whole.
-        assert_eq!(read("", &[0, 1])[1..], [piece("", &[]), piece("\u{fffd}", &[(1, 1)])]);
+        assert_eq!(read("", &[0, 1])[1..], [delta("", &[]), delta("\u{fffd}", &[(1, 1)])]);
     }
 }

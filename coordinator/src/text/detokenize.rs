@@ -9,14 +9,14 @@ use baton_process::prefetch::prefetch;
 
 /// One token of a tokeniser.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Piece {
+pub enum TokenText {
     /// Stands for these bytes of text.
     Shown(Vec<u8>),
     /// Has no text, only a name, such as `<|im_end|>`.
     Hidden(String),
 }
 
-impl From<Vec<u8>> for Piece {
+impl From<Vec<u8>> for TokenText {
     fn from(bytes: Vec<u8>) -> Self {
         Self::Shown(bytes)
     }
@@ -50,12 +50,12 @@ struct Slot {
 
 impl TokenTexts {
     /// From each token in the order of ids.
-    pub fn new<P: Into<Piece>>(tokens: impl IntoIterator<Item = P>) -> Self {
+    pub fn new<P: Into<TokenText>>(tokens: impl IntoIterator<Item = P>) -> Self {
         let mut long = Vec::new();
         let slot = |token: P| {
             let (bytes, flag) = match token.into() {
-                Piece::Shown(bytes) => (bytes, 0),
-                Piece::Hidden(name) => (name.into_bytes(), HIDDEN),
+                TokenText::Shown(bytes) => (bytes, 0),
+                TokenText::Hidden(name) => (name.into_bytes(), HIDDEN),
             };
             let mut slot = Slot { bytes: [0; SHORT], kind: flag };
             if bytes.len() <= SHORT {
@@ -203,9 +203,9 @@ mod tests {
     #[test]
     fn hidden_tokens_have_a_name_and_no_text() {
         let texts = TokenTexts::new([
-            Piece::Shown(b"a".to_vec()),
-            Piece::Hidden("<end>".into()),
-            Piece::Shown(b"b".to_vec()),
+            TokenText::Shown(b"a".to_vec()),
+            TokenText::Hidden("<end>".into()),
+            TokenText::Shown(b"b".to_vec()),
         ]);
         assert_eq!([0, 1, 2, 3].map(|id| texts.get(id)), [b"a".as_slice(), b"", b"b", b""]);
         let names = [0, 1, 2, 3].map(|id| texts.name(id).map(Cow::into_owned));
@@ -216,8 +216,8 @@ mod tests {
     fn tokens_of_any_length_are_what_they_were() {
         assert_eq!(size_of::<Slot>(), 16);
         let tokens: Vec<Vec<u8>> = (0..40).map(|length| vec![b'a' + length as u8 % 26; length]).collect();
-        let names = tokens.iter().map(|name| Piece::Hidden(String::from_utf8_lossy(name).into()));
-        let texts = TokenTexts::new(tokens.iter().cloned().map(Piece::Shown).chain(names));
+        let names = tokens.iter().map(|name| TokenText::Hidden(String::from_utf8_lossy(name).into()));
+        let texts = TokenTexts::new(tokens.iter().cloned().map(TokenText::Shown).chain(names));
         for (id, token) in (0..).zip(&tokens) {
             assert_eq!((texts.get(id), texts.name(id)), (token.as_slice(), None));
             let hidden = texts.len() / 2 + id;

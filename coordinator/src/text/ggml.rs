@@ -17,7 +17,7 @@ use tokenizers::{
 
 use super::{
     TokenizerError,
-    detokenize::{Piece, TokenTexts},
+    detokenize::{TokenText, TokenTexts},
     sentencepiece,
 };
 
@@ -138,11 +138,11 @@ pub(super) fn added_tokens(source: &GgmlTokenizer) -> Vec<AddedToken> {
 }
 
 /// What a token shows.
-fn text(token: &str, kind: TokenKind) -> Piece {
+fn text(token: &str, kind: TokenKind) -> TokenText {
     match kind {
-        TokenKind::Control | TokenKind::Unknown | TokenKind::Unused => Piece::Hidden(token.to_owned()),
-        TokenKind::UserDefined => Piece::Shown(token.as_bytes().to_vec()),
-        TokenKind::Normal | TokenKind::Byte => Piece::Shown(byte_level(token)),
+        TokenKind::Control | TokenKind::Unknown | TokenKind::Unused => TokenText::Hidden(token.to_owned()),
+        TokenKind::UserDefined => TokenText::Shown(token.as_bytes().to_vec()),
+        TokenKind::Normal | TokenKind::Byte => TokenText::Shown(byte_level(token)),
     }
 }
 

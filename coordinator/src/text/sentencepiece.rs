@@ -15,7 +15,7 @@ use tokenizers::{
 
 use super::{
     TokenizerError,
-    detokenize::{Piece, TokenTexts},
+    detokenize::{TokenText, TokenTexts},
     ggml::{Built, added_tokens, vocabulary},
 };
 
@@ -41,8 +41,8 @@ pub(super) fn build(source: &GgmlTokenizer) -> Result<Built, TokenizerError> {
     tables.with_normalizer(Some(Sequence::new(steps)))?;
     tables.add_tokens(added_tokens(source))?;
     let shown = source.tokens.iter().zip(&source.kinds).map(|(token, &kind)| match kind {
-        TokenKind::Control | TokenKind::Unknown | TokenKind::Unused => Piece::Hidden(token.clone()),
-        TokenKind::Normal | TokenKind::UserDefined | TokenKind::Byte => Piece::Shown(bytes(token)),
+        TokenKind::Control | TokenKind::Unknown | TokenKind::Unused => TokenText::Hidden(token.clone()),
+        TokenKind::Normal | TokenKind::UserDefined | TokenKind::Byte => TokenText::Shown(bytes(token)),
     });
     Ok(Built {
         tables,

@@ -8,7 +8,7 @@ use tokenizers::Tokenizer as Tables;
 
 use super::{
     TextError, TokenizerError,
-    detokenize::{Piece, TokenTexts},
+    detokenize::{TokenText, TokenTexts},
     fast::Fast,
     ggml,
     pieces::{Memo, TextCache},
@@ -142,10 +142,10 @@ fn json_texts(tables: &Tables) -> Result<TokenTexts, TokenizerError> {
     let count = tables.get_vocab(true).into_values().max().map_or(0, |highest| highest + 1);
     let added = tables.get_added_tokens_decoder();
     let text = |id| match (added.get(&id), tables.id_to_token(id)) {
-        (Some(token), _) if token.special => Piece::Hidden(token.content.clone()),
-        (Some(token), _) => Piece::Shown(token.content.clone().into_bytes()),
-        (None, None) => Piece::Hidden(format!("token_id:{id}")),
-        (None, Some(token)) => Piece::Shown(match spelling {
+        (Some(token), _) if token.special => TokenText::Hidden(token.content.clone()),
+        (Some(token), _) => TokenText::Shown(token.content.clone().into_bytes()),
+        (None, None) => TokenText::Hidden(format!("token_id:{id}")),
+        (None, Some(token)) => TokenText::Shown(match spelling {
             Spelling::ByteLevel => ggml::byte_level(&token),
             Spelling::Sentencepiece => sentencepiece::bytes(&token),
         }),

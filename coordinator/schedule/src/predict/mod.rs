@@ -128,7 +128,7 @@ struct Kind {
 }
 
 #[derive(Debug)]
-struct Known {
+struct Learner {
     incarnation: Incarnation,
     kind: usize,
     learnt: Learnt,
@@ -144,14 +144,14 @@ struct Known {
 #[derive(Debug, Default)]
 pub struct Speeds {
     kinds: Vec<Kind>,
-    instances: HashMap<InstanceId, Known>,
+    instances: HashMap<InstanceId, Learner>,
 }
 
 impl Speeds {
     /// An instance has reported. Counters that went back are another process's: all is learnt anew.
     pub fn reported(&mut self, spec: &Spec, load: &Load, now: Instant) {
         let kind = self.kind(spec);
-        let new = || Known {
+        let new = || Learner {
             incarnation: spec.incarnation,
             kind,
             learnt: Learnt::default(),

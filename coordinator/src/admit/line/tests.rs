@@ -55,7 +55,7 @@ fn house(max_concurrent: usize, max_queued: usize) -> House {
 }
 
 impl House {
-    fn enter(&self, priority: i32) -> Result<(Ticket, Place), ApiError> {
+    fn enter(&self, priority: i32) -> Result<(Ticket, Spot), ApiError> {
         let (line, tenant) = (&self.model.line, Tenant::default());
         let rank = tenant.rank(priority);
         Ok((self.gate.enter(|| None, || line.has_behind(&rank)).expect("room"), line.enter(&rank)?))

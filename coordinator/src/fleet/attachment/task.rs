@@ -272,7 +272,7 @@ impl AttachTask {
             Answer::Step(step) => {
                 let news = self.attachment.deliver(step);
                 if !news.is_empty() {
-                    self.board.told(instance, &news);
+                    self.board.take_news(instance, &news);
                 }
             }
             Answer::Load(load) => {

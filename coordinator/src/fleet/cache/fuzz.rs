@@ -6,13 +6,13 @@ use super::{follow::BLOCKS_MOST, *};
 pub(crate) struct Listener {
     incarnation: Incarnation,
     follower: Follower,
-    known: Known,
+    known: Remembered,
     over: bool,
 }
 
 impl Listener {
     pub(crate) fn new(incarnation: Incarnation, feed: Feed) -> Self {
-        let known = Known { feed, position: None, lost: None };
+        let known = Remembered { feed, position: None, lost: None };
         Self { incarnation, follower: Follower::new(incarnation, None), known, over: false }
     }
 
@@ -22,7 +22,7 @@ impl Listener {
         if self.over {
             return;
         }
-        let Known { feed, position, .. } = &mut self.known;
+        let Remembered { feed, position, .. } = &mut self.known;
         let told = match self.follower.take(message) {
             Ok(News::Part { first, stored, whole }) => {
                 if first {

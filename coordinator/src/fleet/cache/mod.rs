@@ -1,7 +1,7 @@
 //! Reads what one instance has cached, for as long as the stream to it stands.
 //!
 //! Started by the instance's attachment ([`super::attachment`]) once it is welcome there, over the attachment's own connection, and
-//! stopped with it: the next connection may be to another process. If it is not, what is [`Known`] of its cache is read on
+//! stopped with it: the next connection may be to another process. If it is not, what is [`Remembered`] of its cache is read on
 //! from. [`follow`] says what messages mean; what they bring goes to [`baton_schedule::caches`]. Reading is never in the way
 //! of tokens: it has a task of its own, and an instance that sends snapshots without end is read once in
 //! [`SNAPSHOT_PAUSE`].
@@ -86,10 +86,10 @@ pub struct Memory {
     subject: Subject,
     incarnation: Incarnation,
     /// Whoever reads holds it, and gives it up when stopped.
-    known: Arc<Mutex<Known>>,
+    known: Arc<Mutex<Remembered>>,
 }
 
-struct Known {
+struct Remembered {
     feed: Feed,
     /// Of what the feed was told as a whole; none: nothing.
     position: Option<Position>,
@@ -100,7 +100,7 @@ struct Known {
 impl Memory {
     pub fn new(incarnation: Incarnation, feed: Feed) -> Self {
         let subject = feed.subject().clone();
-        let known = Known { feed, position: None, lost: None };
+        let known = Remembered { feed, position: None, lost: None };
         Self { subject, incarnation, known: Arc::new(Mutex::new(known)) }
     }
 
@@ -110,7 +110,7 @@ impl Memory {
     }
 }
 
-impl Known {
+impl Remembered {
     fn forget(&mut self) {
         self.feed.forget();
         self.position = None;
@@ -167,7 +167,7 @@ impl CacheReader {
     }
 
     /// Opens a stream and reads it; `read` = until all was known, at least.
-    async fn follow(&self, known: &mut Known, read: &mut bool) -> End {
+    async fn follow(&self, known: &mut Remembered, read: &mut bool) -> End {
         match self.open(known).await {
             Ok(stream) => match self.read(known, stream, read).await {
                 Ok(()) => End::Ended,
@@ -177,7 +177,7 @@ impl CacheReader {
         }
     }
 
-    async fn open(&self, known: &Known) -> Result<Streaming<v1::KvEvents>, End> {
+    async fn open(&self, known: &Remembered) -> Result<Streaming<v1::KvEvents>, End> {
         let mut client = KvCacheClient::new(self.channel.clone());
         let request = v1::KvEventsRequest {
             coordinator_id: self.coordinator.to_string(),
@@ -191,7 +191,7 @@ impl CacheReader {
 
     async fn read(
         &self,
-        known: &mut Known,
+        known: &mut Remembered,
         mut stream: Streaming<v1::KvEvents>,
         read: &mut bool,
     ) -> Result<(), End> {
@@ -238,7 +238,7 @@ impl CacheReader {
         }
     }
 
-    fn count(&self, known: &Known, of: &'static str) {
+    fn count(&self, known: &Remembered, of: &'static str) {
         self.metrics.cache_events.get_or_create(&kind(of)).inc();
         self.metrics.show_cached_blocks(known.feed.blocks_of_all());
     }

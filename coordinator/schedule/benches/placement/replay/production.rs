@@ -257,9 +257,9 @@ impl Production {
             let instance = credit.instance(Side::Prefill).clone();
             match *legs {
                 (Some(leg), _) => {
-                    self.board.told(&instance, &[LegNews::Prefilled(leg), LegNews::ChoiceEnded(leg)]);
+                    self.board.take_news(&instance, &[LegNews::Prefilled(leg), LegNews::ChoiceEnded(leg)]);
                 }
-                (None, leg) => self.board.told(&instance, &[LegNews::Prefilled(leg)]),
+                (None, leg) => self.board.take_news(&instance, &[LegNews::Prefilled(leg)]),
             }
             credit.prefilled();
         }
@@ -268,7 +268,7 @@ impl Production {
     pub(crate) fn handed_off(&mut self, index: usize, now_micros: u64) {
         let _now = self.clock.at(now_micros);
         if let Some(UnderWay { credit, .. }) = self.under_way.get_mut(&index) {
-            credit.handed_off();
+            credit.prefill_ended();
         }
     }
 
@@ -276,7 +276,7 @@ impl Production {
         let _now = self.clock.at(now_micros);
         if let Some(UnderWay { credit, legs: (_, leg) }) = self.under_way.remove(&index) {
             credit.answered(output_tokens);
-            self.board.told(credit.instance(Side::Decode), &[LegNews::ChoiceEnded(leg)]);
+            self.board.take_news(credit.instance(Side::Decode), &[LegNews::ChoiceEnded(leg)]);
         }
     }
 
