@@ -11,7 +11,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use baton_proto::{ApiError, Band};
+use baton_proto::{ApiError, Band, ErrorCode};
 use prometheus_client::metrics::gauge::Gauge;
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, TryAcquireError},
@@ -76,7 +76,7 @@ impl Gate {
                 &metrics.prompt_reserved,
                 &metrics.refusals,
                 Refusal::Prompts,
-                "the prompts of other requests take all memory that there is for them",
+                "the prompts and log probabilities of other requests take all memory that there is for them",
             ),
             max_body_bytes: limits.max_body_bytes,
             max_held_prompt_bytes: limits.max_held_prompt_bytes,
@@ -106,8 +106,8 @@ impl Gate {
         Ok(Ticket { held: None, _room: room })
     }
 
-    /// Reserves what is kept of a request's prompts, beyond what its room in the house is good for, until it is answered.
-    /// Keys of a later band leave a part of it to those of earlier ones.
+    /// Reserves what is kept of a request's prompts and log probabilities, beyond what its room in the house is good for, until
+    /// it is answered. Keys of a later band leave a part of it to those of earlier ones.
     pub fn hold(&self, ticket: &mut Ticket, bytes: usize, tenant: &Tenant) -> Result<(), ApiError> {
         let beyond = bytes.saturating_sub(body::FREE_BYTES);
         let left = match tenant.band {
@@ -116,6 +116,13 @@ impl Gate {
             Band::Standard => self.max_held_prompt_bytes / 8,
             Band::Batch => self.max_held_prompt_bytes / 4,
         };
+        if beyond > self.max_held_prompt_bytes - left {
+            let message = format!(
+                "of this request {bytes} bytes would be kept, of prompts and log probabilities, more than one may have; ask for \
+                 fewer tokens, choices or log probabilities"
+            );
+            return Err(ApiError::new(ErrorCode::InvalidArgument, message).param("max_tokens"));
+        }
         if beyond > 0 {
             let mut held = self.prompts.part(&tenant.name);
             held.resize(beyond, left)?;
@@ -199,7 +206,6 @@ impl<const N: usize> Drop for Counted<N> {
 
 #[cfg(test)]
 mod tests {
-    use baton_proto::ErrorCode;
     use prometheus_client::registry::Registry;
 
     use super::*;

@@ -87,12 +87,13 @@ impl PreparedPrompt {
 }
 
 impl Prepared {
-    /// What is kept of its prompts until it is answered, in bytes.
+    /// What is kept of its prompts until it is answered, and may be of log probabilities before they are written, in bytes.
     pub fn held_bytes(&self) -> usize {
         let of = |prompt: &PreparedPrompt| {
-            size_of_val(&*prompt.tokens) + prompt.chains.held_bytes() + prompt.echo.len()
+            let own = size_of_val(&*prompt.tokens) + prompt.chains.held_bytes() + prompt.echo.len();
+            own.saturating_add(prompt.sampling.scored_bytes())
         };
-        self.prompts.iter().map(of).sum()
+        self.prompts.iter().map(of).fold(0, usize::saturating_add)
     }
 
     /// Of all prompts.

@@ -38,6 +38,18 @@ pub struct Sampling {
     pub top_logprobs: Option<u32>,
 }
 
+impl Sampling {
+    /// What log probabilities of all answers may take while nobody has read them, in bytes.
+    pub(super) fn scored_bytes(&self) -> usize {
+        /// A token with its own, and each of its alternatives.
+        const TOKEN: usize = 64;
+        const ALTERNATIVE: usize = 8;
+        let Some(top) = self.top_logprobs else { return 0 };
+        let each = TOKEN + ALTERNATIVE * top as usize;
+        each.saturating_mul(self.max_tokens as usize).saturating_mul(self.choices as usize)
+    }
+}
+
 /// What bounds the number of tokens.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct TokenLimits {

@@ -292,13 +292,46 @@ async fn long_prompts_take_memory_until_they_are_answered() {
     assert!(refused.status() == 429 && refused.headers().contains_key("retry-after"), "{refused:?}");
     let error: Value = refused.json().await.expect("is JSON");
     let message = error["error"]["message"].as_str().unwrap_or_default();
-    assert!(message.starts_with("the prompts of other requests take all memory"), "{message}");
+    assert!(message.starts_with("the prompts and log probabilities of other requests take"), "{message}");
     sent.push(ask(3_000));
     legs.push(mixed.dispatch().await.leg);
     legs.into_iter().for_each(|leg| mixed.finish(leg, 0, "x", FinishReason::Length));
     for response in sent {
         assert_eq!(response.await.expect("ends").status(), 200);
     }
+    cluster.at_rest().await;
+}
+
+#[tokio::test]
+async fn log_probabilities_take_memory_until_they_are_answered() {
+    let long = Served { context_tokens: 100_000, ..served() };
+    let (cluster, [mut mixed]) = Cluster::start_models(vec![long], [("m", v1::Role::Mixed, 0)], |config| {
+        config.limits.max_body_bytes = 64 * KIB;
+        config.limits.max_held_prompt_bytes = 512 * KIB;
+    })
+    .await;
+    let ask = |tokens: u32, choices: u32, logprobs: Option<u32>| {
+        let body = json!({"model": "tiny", "prompt": "hi", "max_tokens": tokens, "n": choices, "logprobs": logprobs});
+        cluster.post("/v1/completions", body.to_string())
+    };
+    let reserved = || cluster.service.metrics.prompt_reserved.get() as usize;
+    let first = ask(1_000, 2, Some(5));
+    let leg = mixed.dispatch().await.leg;
+    // 104 bytes each, beyond 16 KiB.
+    assert!((2 * 104_000 - FREE..2 * 105_000 - FREE).contains(&reserved()), "{} bytes", reserved());
+    let plain = ask(90_000, 2, None);
+    let plain_leg = mixed.dispatch().await.leg;
+    assert!(reserved() < 2 * 105_000, "tokens alone take little");
+    assert_eq!(ask(4_000, 1, Some(5)).await.expect("ends").status(), 429, "there is room, and not so much");
+    let too_many = ask(10_000, 1, Some(5)).await.expect("ends");
+    assert_eq!(too_many.status(), 400);
+    let error: Value = too_many.json().await.expect("is JSON");
+    assert_eq!(error["error"]["param"], "max_tokens");
+    for (request, leg) in [(first, leg), (plain, plain_leg)] {
+        request.abort();
+        assert_eq!(mixed.cancelled().await.leg, leg);
+    }
+    until("it is given back", || reserved() == 0).await;
     cluster.at_rest().await;
 }
 

@@ -144,7 +144,7 @@ impl Responses {
         };
         let count = self.rest.iter().take_while(fits).count().max(1).min(self.rest.len());
         let legs: Vec<_> = self.rest.drain(..count).map(v1::LegOutput::from).collect();
-        (!legs.is_empty()).then(|| Frame::Step(v1::StepOutput { legs }))
+        (!legs.is_empty()).then_some(Frame::Step(v1::StepOutput { legs }))
     }
 
     /// What is to be sent now, and from when on it is more.
