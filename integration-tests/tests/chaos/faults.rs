@@ -32,12 +32,14 @@ enum What {
     Harm(Harm, usize),
     /// The way between the two; it is the second that counts as harmed.
     Apart((usize, usize), Way),
+    /// A server is drained, and given back later.
+    Drain(usize),
 }
 
 impl What {
     fn victim(self) -> usize {
         match self {
-            Self::Harm(_, victim) | Self::Apart((_, victim), _) => victim,
+            Self::Harm(_, victim) | Self::Apart((_, victim), _) | Self::Drain(victim) => victim,
         }
     }
 }
@@ -61,6 +63,8 @@ pub(crate) struct Schedule<'a> {
     ongoing: Vec<(What, Fault)>,
     /// Those that were harmed and are not known to be well again, and since when they could be.
     recovering: BTreeMap<usize, Instant>,
+    /// Those whose drain is over, until a controller has been told.
+    drained: Vec<usize>,
     faults: Vec<Fault>,
     begin: Instant,
 }
@@ -74,6 +78,7 @@ impl<'a> Schedule<'a> {
             rng: StdRng::seed_from_u64(seed),
             ongoing: Vec::new(),
             recovering: BTreeMap::new(),
+            drained: Vec::new(),
             faults: Vec::new(),
             begin: Instant::now(),
         }
@@ -93,6 +98,7 @@ impl<'a> Schedule<'a> {
                 self.mend(what, fault);
             }
             deaths.extend(self.fleet.deaths());
+            self.give_back().await;
             self.look().await;
             let late = self.recovering.iter().filter(|(_, since)| since.elapsed() > RECOVERS_WITHIN);
             let late = late.map(|(member, _)| self.fleet.member(*member).name.clone());
@@ -100,7 +106,7 @@ impl<'a> Schedule<'a> {
                 late.map(|name| format!("{name} is not well {RECOVERS_WITHIN:?} after it was harmed")),
             );
             // Those that ended by themselves do not come back.
-            if !deaths.is_empty() || over && self.recovering.is_empty() {
+            if !deaths.is_empty() || over && self.recovering.is_empty() && self.drained.is_empty() {
                 for (what, fault) in std::mem::take(&mut self.ongoing) {
                     self.mend(what, fault);
                 }
@@ -126,11 +132,26 @@ impl<'a> Schedule<'a> {
         match what {
             What::Harm(_, victim) => self.fleet.mend(victim),
             What::Apart(pair, way) => self.fleet.find(pair, way),
+            // It recovers from when it is given back.
+            What::Drain(victim) => self.drained.push(victim),
         }
         self.say(&format!("  end of {}, {}", fault.name, self.fleet.member(what.victim()).name));
         fault.ended = Instant::now();
         self.faults.push(fault);
-        self.recovering.insert(what.victim(), Instant::now());
+        if !matches!(what, What::Drain(_)) {
+            self.recovering.insert(what.victim(), Instant::now());
+        }
+    }
+
+    /// Has those back whose drain is over, as soon as a controller can be told.
+    async fn give_back(&mut self) {
+        for member in std::mem::take(&mut self.drained) {
+            if self.fleet.undrain(member).await {
+                self.recovering.insert(member, Instant::now());
+            } else {
+                self.drained.push(member);
+            }
+        }
     }
 
     /// Sees who is well again.
@@ -155,7 +176,7 @@ impl<'a> Schedule<'a> {
 
     fn is_out(&self, member: usize) -> bool {
         let harmed = self.ongoing.iter().any(|(what, _)| what.victim() == member);
-        harmed || self.recovering.contains_key(&member)
+        harmed || self.recovering.contains_key(&member) || self.drained.contains(&member)
     }
 
     fn out(&self, kind: Kind) -> usize {
@@ -199,6 +220,9 @@ impl<'a> Schedule<'a> {
             let way = [Way::Both, Way::There, Way::Back][self.rng.random_range(0..3)];
             return What::Apart((self.draw_of(one), self.draw_of(other)), way);
         }
+        if self.rng.random_bool(0.3) {
+            return What::Drain(self.draw_of(Kind::Server));
+        }
         let harms = if net::inside() {
             &[Harm::Kill, Harm::Freeze, Harm::Cut][..]
         } else {
@@ -217,7 +241,7 @@ impl<'a> Schedule<'a> {
             let longest = match what {
                 What::Harm(Harm::Kill, _) => 6000,
                 What::Harm(Harm::Freeze, _) => 20_000,
-                What::Harm(Harm::Cut, _) | What::Apart(..) => 15_000,
+                What::Harm(Harm::Cut, _) | What::Apart(..) | What::Drain(_) => 15_000,
             };
             let lasts = Duration::from_millis(self.rng.random_range(1000..longest));
             if !self.can_be_spared(what.victim(), &seen) {
@@ -226,6 +250,12 @@ impl<'a> Schedule<'a> {
             if let What::Apart((one, other), _) = what
                 && (one == other || self.is_out(one))
             {
+                continue;
+            }
+            if let What::Drain(victim) = what
+                && !self.fleet.drain(victim).await
+            {
+                self.drained.push(victim);
                 continue;
             }
             let name = self.name(what, &seen);
@@ -237,6 +267,7 @@ impl<'a> Schedule<'a> {
             match what {
                 What::Harm(harm, victim) => self.fleet.harm(victim, harm),
                 What::Apart(pair, way) => self.fleet.lose(pair, way),
+                What::Drain(_) => {}
             }
             let of_a_server = self.fleet.member(what.victim()).kind == Kind::Server;
             let began = Instant::now();
@@ -260,6 +291,7 @@ impl<'a> Schedule<'a> {
             What::Apart((one, other), Way::Both) => format!("cut {} from {}", called(one), called(other)),
             What::Apart((one, other), Way::There) => format!("lose {} to {}", called(one), called(other)),
             What::Apart((one, other), Way::Back) => format!("lose {} to {}", called(other), called(one)),
+            What::Drain(victim) => format!("drain {}", called(victim)),
         }
     }
 }

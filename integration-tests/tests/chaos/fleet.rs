@@ -13,7 +13,11 @@ use baton_integration_tests::{binary, eventually, model, process, tokens::Tokens
 use baton_proto::v1::{self, Phase, Role, fleet_admin_client::FleetAdminClient};
 use rustix::process::Signal;
 use serde_json::json;
-use tonic::{Request, transport::Endpoint};
+use tonic::{
+    Request, Response, Status,
+    metadata::AsciiMetadataValue,
+    transport::{Channel, Endpoint},
+};
 
 use crate::net::{self, Host, Way};
 
@@ -169,6 +173,8 @@ impl Fleet {
                         ("id", name.clone()),
                         ("listen", format!("{ip}:8000")),
                         ("admin_listen", format!("{ip}:8001")),
+                        // Answers are short: each that can leave an instance which drains does.
+                        ("carry.move_after", "0s".into()),
                         ("store.etcd.endpoints", json!(endpoints).to_string()),
                     ],
                 );
@@ -281,23 +287,53 @@ impl Fleet {
         asked.await.ok()?.text().await.ok()
     }
 
-    /// The servers as the controller that leads sees them; `None` if nobody leads who can be asked.
-    pub(crate) async fn seen(&self) -> Option<Vec<Seen>> {
+    /// What the controller that leads answers; `None` if nobody leads who can be asked.
+    async fn ask_leader<Q: Clone, A>(
+        &self,
+        question: Q,
+        ask: impl AsyncFn(FleetAdminClient<Channel>, Request<Q>) -> Result<Response<A>, Status>,
+    ) -> Option<A> {
         let token = fs::read_to_string(self.tokens.of("alice")).expect("a token");
+        let bearer: AsciiMetadataValue =
+            format!("Bearer {}", token.trim()).parse().expect("a token is ASCII");
         for ip in self.ips(Kind::Controller) {
             let endpoint = Endpoint::new(url(ip, 7100, "")).expect("a good address");
             let Ok(channel) = endpoint.connect_timeout(ANSWER_WITHIN).timeout(ANSWER_WITHIN).connect().await
             else {
                 continue;
             };
-            let mut request = Request::new(v1::ListRolesRequest {});
-            let bearer = format!("Bearer {}", token.trim()).parse().expect("a token is ASCII");
-            request.metadata_mut().insert("authorization", bearer);
-            if let Ok(listed) = FleetAdminClient::new(channel).list_roles(request).await {
-                return Some(listed.into_inner().roles.iter().filter_map(|view| self.see(view)).collect());
+            let mut request = Request::new(question.clone());
+            request.metadata_mut().insert("authorization", bearer.clone());
+            if let Ok(answer) = ask(FleetAdminClient::new(channel), request).await {
+                return Some(answer.into_inner());
             }
         }
         None
+    }
+
+    /// The servers as the controller that leads sees them.
+    pub(crate) async fn seen(&self) -> Option<Vec<Seen>> {
+        let list = async |mut client: FleetAdminClient<_>, request| client.list_roles(request).await;
+        let listed = self.ask_leader(v1::ListRolesRequest {}, list).await?;
+        Some(listed.roles.iter().filter_map(|view| self.see(view)).collect())
+    }
+
+    /// Has a server drained, as an operator does. False: it may be, or not, as nobody has answered.
+    pub(crate) async fn drain(&self, member: usize) -> bool {
+        let cordon = v1::CordonRequest {
+            instance_id: self.members[member].name.clone(),
+            reason: "chaos".to_owned(),
+            ..Default::default()
+        };
+        let ask = async |mut client: FleetAdminClient<_>, request| client.cordon(request).await;
+        self.ask_leader(cordon, ask).await.is_some()
+    }
+
+    /// Has it back. False: nobody has answered.
+    pub(crate) async fn undrain(&self, member: usize) -> bool {
+        let instance_id = self.members[member].name.clone();
+        let ask = async |mut client: FleetAdminClient<_>, request| client.uncordon(request).await;
+        self.ask_leader(v1::UncordonRequest { instance_id, dry_run: false }, ask).await.is_some()
     }
 
     fn see(&self, view: &v1::RoleView) -> Option<Seen> {

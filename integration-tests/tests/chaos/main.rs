@@ -1,4 +1,4 @@
-//! A fleet at load, whose processes are killed and frozen and whose links are cut, at random: prefill, decode,
+//! A fleet at load, whose processes are killed and frozen, drained and cut off, at random: prefill, decode,
 //! coordinators, controllers and members of etcd. Every request is answered, every answer is the one of an undisturbed
 //! run, and at the end nobody holds anything.
 //!
