@@ -21,7 +21,7 @@ use tonic::{Request, Response, Status, service::Routes};
 
 use crate::{
     admit::Waits,
-    requests::{Card, ENDED_KEPT, Found, Placing, Stage},
+    requests::{Card, ENDED_KEPT, Lookup, Placing, Stage},
     serve::Service,
 };
 
@@ -79,8 +79,8 @@ impl v1::request_admin_server::RequestAdmin for Admin {
         self.access.check(&request, Right::Viewer, Call::look("ExplainPlacement"))?;
         let id = request.into_inner().request_id;
         let (card, ended) = match self.service.roster.find(&id) {
-            Some(Found::Running(card)) => (card, false),
-            Some(Found::Ended(card)) => (card, true),
+            Some(Lookup::Running(card)) => (card, false),
+            Some(Lookup::Ended(card)) => (card, true),
             None => {
                 let message = format!(
                     "request {id:?} does not run here, nor is it one of the last {ENDED_KEPT} that have ended here"

@@ -1,9 +1,8 @@
 //! Who may come in, who waits and who is turned away.
 //!
 //! A request takes a [`Ticket`] on arrival ([`crate::http`]), before its body is read. The memory of all bodies together is
-//! bounded ([`body`]), and that of all prompts from when they are tokenised until they are answered; tenants share it
-//! ([`budget`]). Once its model
-//! is known it takes a [`Spot`] in that model's [`Line`] and, once prepared, waits there for a [`Permit`] and a place among
+//! bounded ([`body`]), and that of all prompts and log probabilities from when they are tokenised until they are answered;
+//! tenants share it ([`budget`]). Once its model is known it takes a [`Spot`] in that model's [`Line`] and, once prepared, waits there for a [`Permit`] and a place among
 //! the instances ([`line`]): what waits for one model's instances holds up no other model's requests. A body that is not
 //! prepared on the spot waits for a [`Turn`] at a core before. All are given back by drop. Overflow policy: a full house or
 //! line is 429 at once, unless another gives way, who then is told so; as is a wait that is predicted to be too long, and a
@@ -121,7 +120,7 @@ impl Gate {
                 "of this request {bytes} bytes would be kept, of prompts and log probabilities, more than one may have; ask for \
                  fewer tokens, choices or log probabilities"
             );
-            return Err(ApiError::new(ErrorCode::InvalidArgument, message).param("max_tokens"));
+            return Err(ApiError::new(ErrorCode::InvalidArgument, message).param("logprobs"));
         }
         if beyond > 0 {
             let mut held = self.prompts.part(&tenant.name);

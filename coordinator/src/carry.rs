@@ -49,7 +49,7 @@ pub struct Failure {
     pub culprit: Option<InstanceId>,
     /// That attempt has brought a token.
     pub begun: bool,
-    /// How long it took.
+    /// How long after it was placed that was noticed.
     pub lasted: Duration,
 }
 
@@ -110,9 +110,9 @@ pub struct Attempts {
     assignment: Assignment,
     /// Attempts that failed.
     failed: u32,
-    /// Of those since the last that brought a token the ones that failed by a fault.
+    /// Failed by a fault since the last attempt that brought a token.
     fruitless: u32,
-    /// And the ones that were lost with their instances.
+    /// Lost with their instances since then.
     lost: u32,
     /// Refusals since the last attempt, and when the first of them was.
     refused: u32,
@@ -260,11 +260,13 @@ impl Attempts {
     /// have been too many, or if the model's budget for instances' faults is spent.
     pub fn again(&mut self, failure: Failure) -> Result<Again, ApiError> {
         let code = failure.error.code;
-        if failure.lasted > PAUSE_MOST {
-            // Whoever kept it for so long did not refuse it.
+        let is_refusal = cause::is_refusal(code) && !failure.begun;
+        if is_refusal && self.refused_since.is_some() && failure.lasted > PAUSE_MOST {
+            // Whoever kept it for so long did not refuse it; that may happen so often.
             (self.refused, self.refused_since) = (0, None);
+            self.failed += 1;
         }
-        let pause = if cause::is_refusal(code) && !failure.begun {
+        let pause = if is_refusal && self.failed < FAILURES_MOST {
             self.refused += 1;
             let since = *self.refused_since.get_or_insert_with(Instant::now);
             if since.elapsed() >= self.carry.patience {

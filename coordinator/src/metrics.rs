@@ -9,7 +9,7 @@ use prometheus_client::{
     registry::{Metric, Registry, Unit},
 };
 
-use crate::admit::Refusal;
+use crate::{admit::Refusal, fleet::CancelReason};
 
 mod keys;
 
@@ -168,7 +168,8 @@ const SECONDS: [f64; 19] = [
 ];
 const TOKENS: [f64; 12] =
     [1.0, 8.0, 32.0, 128.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0, 65536.0, 131072.0];
-/// Why messages about a KV cache are missed or not believed; shown as 0 from the start, as [`Refusal`]s are.
+/// Why messages about a KV cache are missed or not believed; shown as 0 from the start, as [`Refusal`]s and
+/// [`CancelReason`]s are.
 const CACHE_GAPS: [&str; 6] = ["stream", "gap", "restart", "lagged", "nonsense", "dialects"];
 
 /// A metric that is shown under this name.
@@ -210,7 +211,7 @@ impl Metrics {
                 to,
                 "refusals",
                 "Requests refused, by what there was none of: room in the house, in their model's line, bytes for their \
-                 bodies, memory for their prompts; or by what took too long: their wait, the backlog before them, their \
+                 bodies, memory for their prompts and log probabilities; or by what took too long: their wait, the backlog before them, their \
                  body",
             ),
             body_reserved: bytes(to, "body_reserved", "Reserved of limits.max_held_body_bytes"),
@@ -257,6 +258,9 @@ impl Metrics {
         };
         for why in Refusal::ALL {
             drop(metrics.refusals.get_or_create(&reason(why.name())));
+        }
+        for why in CancelReason::ALL {
+            drop(metrics.cancels.get_or_create(&reason(why.name())));
         }
         for why in CACHE_GAPS {
             drop(metrics.cache_gaps.get_or_create(&reason(why)));

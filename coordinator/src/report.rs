@@ -219,4 +219,23 @@ mod tests {
         assert_eq!(seen(1000, 151, 4), 0, "the later ones are");
         assert_eq!(seen(1000, 0, 1), 1, "one token has none after it");
     }
+
+    #[test]
+    fn whom_a_bug_drops_has_not_left() {
+        let metrics = baton_process::Metrics::new("coordinator").register(Metrics::register);
+        let report = || Report::new(metrics.clone(), "chat", Instant::now(), Span::none());
+        let ended = |code: &str| {
+            let labels = RequestLabels { route: "chat", code: code.to_owned(), model: Arc::default() };
+            (metrics.requests.get_or_create(&labels).get(), metrics.failed.get())
+        };
+        drop(report());
+        assert_eq!(ended("client_gone"), (1, 0));
+        let bug = report();
+        let met = std::panic::catch_unwind(std::panic::AssertUnwindSafe(move || {
+            let _bug = bug;
+            panic!("as the test wants it");
+        }));
+        assert!(met.is_err());
+        assert_eq!((ended("client_gone"), ended("internal_error")), ((1, 1), (1, 1)));
+    }
 }

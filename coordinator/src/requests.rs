@@ -115,7 +115,7 @@ pub struct Roster {
 
 /// A request that is known, and whether it runs.
 #[derive(Debug, Clone)]
-pub enum Found {
+pub enum Lookup {
     Running(Arc<Card>),
     Ended(Arc<Card>),
 }
@@ -146,12 +146,12 @@ impl Roster {
     }
 
     /// The last one of this id, whether it runs or is among the last that have ended.
-    pub fn find(&self, request: &str) -> Option<Found> {
+    pub fn find(&self, request: &str) -> Option<Lookup> {
         let is = |card: &&Arc<Card>| card.request.as_str() == request;
         let running = self.list().iter().rev().find(is).cloned();
         running
-            .map(Found::Running)
-            .or_else(|| self.ended.lock().iter().rev().find(is).cloned().map(Found::Ended))
+            .map(Lookup::Running)
+            .or_else(|| self.ended.lock().iter().rev().find(is).cloned().map(Lookup::Ended))
     }
 }
 

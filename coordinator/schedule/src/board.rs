@@ -1,6 +1,6 @@
 //! The fleet and the ledger behind one lock, held for microseconds, never across an await.
 //!
-//! Written by the fleet's keeper, the links and the guards of placed work ([`booking`]); read by whoever books a place.
+//! Written by the fleet's keeper, the streams to instances and the guards of placed work ([`booking`]); read by whoever books a place.
 
 mod booking;
 
@@ -220,7 +220,7 @@ impl Board {
         let state = self.state.lock();
         let Some(row) = state.view.row(id) else { return Duration::ZERO };
         let expected = state.lengths.tokens(&row.spec.revision).min(most.saturating_sub(tokens));
-        let step = row.speed.step_micros(row.standing.sequences as f64, 0.0);
+        let step = row.speed.step_micros(row.standing.batch() as f64, 0.0);
         Duration::from_secs_f64((step.max(0.0) * f64::from(expected) / 1e6).min(1e6))
     }
 

@@ -23,7 +23,7 @@ const DIALECTS_MOST: usize = 8;
 #[error("instances of its model name their blocks in {DIALECTS_MOST} other ways already")]
 pub struct TooManyDialects;
 
-/// What is known of an instance.
+/// What an instance says of its cache, beside its blocks.
 #[derive(Debug, Clone, Copy)]
 struct Advertised {
     slot: Slot,

@@ -9,7 +9,7 @@ use tokio::time::Instant;
 
 use crate::{
     Among, Ask, LeftAside, NoPlace, Placement, Receipt, RunnerUp, Side,
-    cost::{Price, Pricing, cached_tokens, expected_tokens, fits},
+    cost::{Price, Pricing, cached_tokens, expected_tokens, fits, lacks_places},
     settings::{Policy, Settings},
     view::{Class, Model, Row, View},
 };
@@ -371,7 +371,11 @@ fn lack(found: &Found<'_>, model: &Model, ask: &Ask<'_>) -> NoPlace {
     } else if decodes.any(|decode| lacks(decode, |halves| &halves.prefill)) {
         NoPlace::NoPrefill
     } else if found.ready == model.rows.len() && (found.whole.too_small || found.classes.iter().any(small)) {
-        NoPlace::TooLarge(ask.prompt_tokens())
+        let mut small = model.rows.iter().filter(|row| !fits(row, ask));
+        match small.all(|row| lacks_places(row, ask)) {
+            true => NoPlace::TooManyChoices(ask.wanted.choices),
+            false => NoPlace::TooLarge(ask.prompt_tokens()),
+        }
     } else {
         NoPlace::NoInstance
     }

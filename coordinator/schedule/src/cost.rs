@@ -136,9 +136,9 @@ impl Pricing<'_> {
         };
         let (sequences, context) = (standing.batch() as f64, used * f64::from(row.spec.block_tokens));
         let added = f64::from(ask.prompt_tokens()) + choices * expected / 2.0;
-        // How long it makes anybody wait does not grow with what it is to be spared.
-        let true_own = expected * row.speed.step_micros(sequences + choices, context + added);
-        let in_line_micros = true_own * standing.turns_before(ask.wanted.choices);
+        // What it waits for are others' answers; how long they take does not grow with what it is to be spared.
+        let answer = f64::from(ask.expected_tokens) * row.speed.step_micros(sequences, context);
+        let in_line_micros = answer * standing.turns_before(ask.wanted.choices);
         let share = self.share(row);
         let (sequences, context) = (sequences / share, context / share);
         let step = row.speed.step_micros(sequences + choices, context + added);
@@ -152,8 +152,7 @@ impl Pricing<'_> {
         let first = first + u64::from(ask.wanted.choices.saturating_sub(1));
         let first = first.saturating_sub(u64::from(cached / row.spec.block_tokens));
         let missing_first = first.saturating_sub(standing.blocks_free.unwrap_or(first)) as f64;
-        let blocks_micros =
-            true_own * (missing_first.min(used) + standing.blocks_short as f64) / used.max(1.0);
+        let blocks_micros = answer * (missing_first.min(used) + standing.blocks_short as f64) / used.max(1.0);
         let moved = f64::from(to_move) * row.spec.token_bytes as f64;
         let moving = moved / LINK_BYTES_PER_MICROSECOND * (1.0 + f64::from(row.transfers));
         let late = expected * (step - self.settings.targets.tpot_micros()).max(0.0);
@@ -195,11 +194,17 @@ pub(crate) fn cached_tokens(row: &Row, ask: &Ask<'_>, side: Side) -> u32 {
     blocks.min(usable / block_tokens) * block_tokens
 }
 
-/// Whether the prompt and one more token could ever be held there.
+/// Whether more is asked for than it ever decodes at a time.
+pub(crate) fn lacks_places(row: &Row, ask: &Ask<'_>) -> bool {
+    row.standing.sequences_most.is_some_and(|most| ask.wanted.choices > most.get())
+}
+
+/// Whether the prompt and one more token could ever be held there, and all of its choices decoded.
 pub(crate) fn fits(row: &Row, ask: &Ask<'_>) -> bool {
     let context = row.spec.context_tokens == 0 || ask.prompt_tokens() < row.spec.context_tokens;
     let blocks = blocks_for(row, ask.prompt_tokens().saturating_add(1));
-    context && row.standing.blocks_total.is_none_or(|total| blocks <= total)
+    let held = row.standing.blocks_total.is_none_or(|total| blocks <= total);
+    context && held && !lacks_places(row, ask)
 }
 
 fn blocks_for(row: &Row, tokens: u32) -> u64 {

@@ -67,6 +67,7 @@ impl Work {
 pub struct Standing {
     pub queued_prefill_tokens: u64,
     pub queued_prefill_pairs: u64,
+    /// Running and waiting: also those whose cache is still to come, which take no place yet.
     pub sequences: u64,
     /// Of them those that it decodes at a time, at most. `None`: it does not say.
     pub sequences_most: Option<NonZeroU32>,
@@ -90,8 +91,8 @@ impl Standing {
         self.sequences_most.map_or(self.sequences, |most| self.sequences.min(most.get().into()))
     }
 
-    /// Those that so many more would wait for, as multiples of as many as end in the time of an answer. None of them waits for
-    /// one that does not run.
+    /// How many times as many as are decoded at a time have to end before so many more are. Nobody waits for more than those that
+    /// are there.
     pub fn turns_before(&self, choices: u32) -> f64 {
         let Some(most) = self.sequences_most.map(|most| u64::from(most.get())) else { return 0.0 };
         let ahead = (self.sequences + u64::from(choices)).saturating_sub(most).min(self.sequences);

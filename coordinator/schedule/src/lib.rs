@@ -270,18 +270,23 @@ pub enum NoPlace {
     Busy,
     #[error("the prompt has {0} tokens, more than the KV cache of any ready instance holds; shorten it")]
     TooLarge(u32),
+    #[error(
+        "{0} answers to one prompt are more than any ready instance generates at a time; ask for fewer (`n`)"
+    )]
+    TooManyChoices(u32),
 }
 
 impl NoPlace {
     /// Whether waiting for the fleet to change can help.
     pub fn may_pass(self) -> bool {
-        !matches!(self, Self::TooLarge(_))
+        !matches!(self, Self::TooLarge(_) | Self::TooManyChoices(_))
     }
 
     /// As a client is told, who asked for the model of this name.
     pub fn into_api_error(self, model: &str) -> ApiError {
         let code = match self {
             Self::TooLarge(_) => ErrorCode::ContextLengthExceeded,
+            Self::TooManyChoices(_) => ErrorCode::InvalidArgument,
             Self::Busy => ErrorCode::QueueFull,
             Self::NoInstance | Self::OtherModel | Self::NoPrefill | Self::NoDecode => ErrorCode::Unavailable,
         };

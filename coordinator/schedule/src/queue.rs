@@ -1,7 +1,7 @@
 //! Who is served next of those who wait for one model. Pure: time is an argument.
 //!
 //! - **Bands** of keys: the lower comes first, but of [`TURNS`] turns one is another band's, each in its turn, so that nobody
-//!   waits for ever.
+//!   waits for ever whom there is room for when it is.
 //! - Within a band **tenants** share by weight: each has a time of its own that passes as its work is taken, the slower the
 //!   more weight it has, and whoever's time is least is next (start-time fair queueing). One that comes back after a pause
 //!   starts at the others' time: nobody saves up turns. What priority a tenant's requests ask for is between them.

@@ -68,8 +68,8 @@ pub struct Settings {
     /// An instance that has just begun to take requests gets its full share of them only after this time.
     pub warm_up: Duration,
     pub targets: Targets,
-    /// Requests wait in line while every instance would be longer than this until it computed their prompt, or had KV blocks
-    /// to begin their answer.
+    /// Requests wait in line while every instance would be longer than this until it computed their prompt, had KV blocks to
+    /// begin their answer, or a place for it among those that it decodes.
     pub room: Duration,
     /// Coordinators of different seeds do not choose alike among equals.
     pub seed: u32,

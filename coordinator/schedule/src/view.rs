@@ -145,7 +145,7 @@ pub struct Model {
     pub rows: Vec<Row>,
     /// By kind and version, so that those of one instance lie side by side.
     pub classes: Vec<Class>,
-    /// Since when some instance has taken requests without a break, in prefill and in decode.
+    /// Since when the one has taken requests that has for longest, in prefill and in decode.
     eldest: [Option<Instant>; 2],
 }
 
@@ -190,10 +190,13 @@ impl View {
         rows.any(|row| row.is_usable(now) && row.side().is_some())
     }
 
-    /// Removes from `avoid` its last instance that could fill the role which nobody fills; false: that none is left is not why.
+    /// Takes one out of `avoid`: the last that could fill the role which nobody fills, else the last of all. False: it is empty,
+    /// or not why nobody is there.
     pub(crate) fn give_up(&self, avoid: &mut Vec<InstanceId>, lacks: NoPlace) -> bool {
         let wanted = match lacks {
-            NoPlace::TooLarge(_) | NoPlace::OtherModel | NoPlace::Busy => return false,
+            NoPlace::TooLarge(_) | NoPlace::TooManyChoices(_) | NoPlace::OtherModel | NoPlace::Busy => {
+                return false;
+            }
             NoPlace::NoPrefill => Some(Side::Prefill),
             NoPlace::NoDecode => Some(Side::Decode),
             NoPlace::NoInstance => None,

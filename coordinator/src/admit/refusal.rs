@@ -19,7 +19,7 @@ pub enum Refusal {
     Line,
     /// Memory for the body.
     Bytes,
-    /// Memory for the prompts.
+    /// Memory for the prompts and log probabilities.
     Prompts,
     /// The wait.
     Wait,

@@ -42,8 +42,8 @@ pub struct PlacementConfig {
     #[schemars(schema_with = "duration::schema")]
     pub tpot_target: Duration,
     /// Requests wait in the line of their model while every instance would be longer than this until it computed their
-    /// prompt, or had KV blocks for their answer; those that are with instances are not put in order of tenants any
-    /// more. More than 0s.
+    /// prompt, had KV blocks for their answer, or a place for it among those that it decodes; those that are with instances are
+    /// not put in order of tenants any more. More than 0s.
     #[serde(with = "duration")]
     #[schemars(schema_with = "duration::schema")]
     pub room: Duration,

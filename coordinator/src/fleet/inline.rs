@@ -1,6 +1,6 @@
 //! Readers that a delivery wakes read on the thread that delivered, once all of it has been delivered.
 //!
-//! A step brings tokens of many requests at once. To wake a task for each of them costs more than to read them; so a
+//! A step brings tokens of many requests at once. To wake a task for each of them costs more than to read them; so an
 //! attachment gathers who is woken while it delivers, then has all of them read, and then all of them send: what one thing needs
 //! of code stays in the caches, and who receives it all finds the next piece there when done with the last. What a request
 //! keeps was last touched a step ago, and is far from the processor by now: it is asked for before anybody reads, for some

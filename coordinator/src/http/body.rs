@@ -6,7 +6,7 @@ use std::time::Duration;
 use axum::{
     body::{Body as Incoming, BodyDataStream},
     http::{
-        HeaderMap,
+        HeaderMap, Version,
         header::{CONTENT_LENGTH, EXPECT},
         request::Parts,
     },
@@ -98,11 +98,19 @@ async fn taken(
 }
 
 /// Before an answer that does not depend on the body, of which nothing has been read. Who asks before they send is not asked
-/// for anything.
+/// for anything, and over HTTP/2 a stream can be answered while its other way is open.
 pub(super) async fn leave_unread(head: &Parts, body: Incoming) {
-    if !head.headers.contains_key(EXPECT) {
-        let known = head.extensions.get::<Caller>().is_some();
-        let most = if known { DISCARD_MOST } else { DISCARD_OF_STRANGERS_MOST };
+    let known = head.extensions.get::<Caller>().is_some();
+    turn_away(head, body, if known { DISCARD_MOST } else { DISCARD_OF_STRANGERS_MOST }).await;
+}
+
+/// The same where nobody is known any more.
+pub(super) async fn leave_all_unread(head: &Parts, body: Incoming) {
+    turn_away(head, body, DISCARD_MOST).await;
+}
+
+async fn turn_away(head: &Parts, body: Incoming, most: usize) {
+    if head.version < Version::HTTP_2 && !head.headers.contains_key(EXPECT) {
         discard(&mut body.into_data_stream(), most).await;
     }
 }

@@ -71,7 +71,7 @@ pub fn closed(observed: Router) -> Router {
 
 async fn turned_away(request: Request) -> Response {
     let (head, body) = request.into_parts();
-    body::leave_unread(&head, body).await;
+    body::leave_all_unread(&head, body).await;
     let message = "this coordinator is shutting down and takes no new requests: send it again, to another";
     let mut response = error_response(&ApiError::new(ErrorCode::Unavailable, message));
     response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));

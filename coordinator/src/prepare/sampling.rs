@@ -41,8 +41,8 @@ pub struct Sampling {
 impl Sampling {
     /// What log probabilities of all answers may take while nobody has read them, in bytes.
     pub(super) fn scored_bytes(&self) -> usize {
-        /// A token with its own, and each of its alternatives.
-        const TOKEN: usize = 64;
+        /// A token with its own, in a list that doubles, and each of its alternatives.
+        const TOKEN: usize = 96;
         const ALTERNATIVE: usize = 8;
         let Some(top) = self.top_logprobs else { return 0 };
         let each = TOKEN + ALTERNATIVE * top as usize;

@@ -42,7 +42,7 @@ async fn an_instance_that_floods_a_request_is_told_to_stop() {
     cluster.at_rest().await;
 }
 
-/// The list comes after the link: the stream to what was started with another model stands already.
+/// The list comes after the stream: the one to what was started with another model stands already.
 #[tokio::test]
 async fn what_is_cached_counts_for_the_model_that_is_listed_now() {
     let (cluster, [mixed]) = Cluster::start([("m", v1::Role::Mixed)], |_| {}).await;

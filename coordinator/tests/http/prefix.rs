@@ -1,6 +1,6 @@
 //! Requests go where their prompts are, by what instances say that they have cached and by what was sent to them.
 
-use baton_coordinator::{CoordinatorConfig, requests::Found};
+use baton_coordinator::{CoordinatorConfig, requests::Lookup};
 use baton_proto::{BlockHash, Incarnation, InstanceSpec, v1};
 use baton_registry::{Store, Txn, keys, records};
 use baton_schedule::Scored;
@@ -68,7 +68,7 @@ impl Fleet {
         assert_eq!(response.status(), 200);
         response.bytes().await.expect("is read");
         self.cluster.at_rest().await;
-        let Some(Found::Ended(card)) = self.cluster.service.roster.find(&p.request_id) else {
+        let Some(Lookup::Ended(card)) = self.cluster.service.roster.find(&p.request_id) else {
             panic!("{} has ended", p.request_id)
         };
         (at, card.placings().0.remove(0).receipt.cheapest)
@@ -314,7 +314,7 @@ async fn an_answer_whose_decode_dies_goes_on_from_the_prefill_that_has_its_promp
         fleet.decode.finish(resumed.leg, 3, "d", FinishReason::Length);
         assert_eq!(response.await.expect("ends").status(), 200);
         let placings = fleet.cluster.service.roster.find(&first.request_id);
-        let Some(Found::Ended(card) | Found::Running(card)) = placings else { panic!("it was there") };
+        let Some(Lookup::Ended(card) | Lookup::Running(card)) = placings else { panic!("it was there") };
         let receipt = &card.placings().0[1].receipt.cheapest;
         // All full blocks of its prompt, and of nothing else.
         assert_eq!(cached(receipt, &format!("p{has}")), blocks(question).len() as u32 * 4);

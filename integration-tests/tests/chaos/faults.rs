@@ -63,8 +63,8 @@ pub(crate) struct Schedule<'a> {
     ongoing: Vec<(What, Fault)>,
     /// Those that were harmed and are not known to be well again, and since when they could be.
     recovering: BTreeMap<usize, Instant>,
-    /// Those whose drain is over, until a controller has been told.
-    drained: Vec<usize>,
+    /// Those whose drain is over, and since when, until a controller has been told.
+    drained: BTreeMap<usize, Instant>,
     faults: Vec<Fault>,
     begin: Instant,
 }
@@ -78,7 +78,7 @@ impl<'a> Schedule<'a> {
             rng: StdRng::seed_from_u64(seed),
             ongoing: Vec::new(),
             recovering: BTreeMap::new(),
-            drained: Vec::new(),
+            drained: BTreeMap::new(),
             faults: Vec::new(),
             begin: Instant::now(),
         }
@@ -100,7 +100,11 @@ impl<'a> Schedule<'a> {
             deaths.extend(self.fleet.deaths());
             self.give_back().await;
             self.look().await;
-            let late = self.recovering.iter().filter(|(_, since)| since.elapsed() > RECOVERS_WITHIN);
+            let late = self
+                .recovering
+                .iter()
+                .chain(&self.drained)
+                .filter(|(_, since)| since.elapsed() > RECOVERS_WITHIN);
             let late = late.map(|(member, _)| self.fleet.member(*member).name.clone());
             deaths.extend(
                 late.map(|name| format!("{name} is not well {RECOVERS_WITHIN:?} after it was harmed")),
@@ -133,7 +137,7 @@ impl<'a> Schedule<'a> {
             What::Harm(_, victim) => self.fleet.mend(victim),
             What::Apart(pair, way) => self.fleet.find(pair, way),
             // It recovers from when it is given back.
-            What::Drain(victim) => self.drained.push(victim),
+            What::Drain(victim) => _ = self.drained.insert(victim, Instant::now()),
         }
         self.say(&format!("  end of {}, {}", fault.name, self.fleet.member(what.victim()).name));
         fault.ended = Instant::now();
@@ -145,11 +149,11 @@ impl<'a> Schedule<'a> {
 
     /// Has those back whose drain is over, as soon as a controller can be told.
     async fn give_back(&mut self) {
-        for member in std::mem::take(&mut self.drained) {
+        for (member, since) in std::mem::take(&mut self.drained) {
             if self.fleet.undrain(member).await {
                 self.recovering.insert(member, Instant::now());
             } else {
-                self.drained.push(member);
+                self.drained.insert(member, since);
             }
         }
     }
@@ -176,7 +180,7 @@ impl<'a> Schedule<'a> {
 
     fn is_out(&self, member: usize) -> bool {
         let harmed = self.ongoing.iter().any(|(what, _)| what.victim() == member);
-        harmed || self.recovering.contains_key(&member) || self.drained.contains(&member)
+        harmed || self.recovering.contains_key(&member) || self.drained.contains_key(&member)
     }
 
     fn out(&self, kind: Kind) -> usize {
@@ -255,7 +259,7 @@ impl<'a> Schedule<'a> {
             if let What::Drain(victim) = what
                 && !self.fleet.drain(victim).await
             {
-                self.drained.push(victim);
+                self.drained.insert(victim, Instant::now());
                 continue;
             }
             let name = self.name(what, &seen);

@@ -18,7 +18,10 @@ use v1::attach_response::Frame;
 
 use super::outbox::{Outbox, Report, Want};
 use crate::{
-    engine::{load::Load, sequence::LegUpdate},
+    engine::{
+        load::Load,
+        sequence::{LegEnd, LegUpdate},
+    },
     role::RoleView,
 };
 
@@ -29,7 +32,8 @@ const INTERVAL_LEAST: Duration = Duration::from_millis(20);
 /// Nor more seldom, whether it has changed or not: who hears nothing for longer may take the instance for frozen.
 const INTERVAL_MOST: Duration = Duration::from_secs(1);
 
-/// Largest step in one frame: a quarter of what coordinators take. Only what was merged while nobody read comes near it.
+/// Largest step in one frame, unless one leg's alone is larger: a quarter of what coordinators take. Only what was merged while
+/// nobody read comes near it.
 const STEP_BYTES_MOST: usize = 4 << 20;
 
 pub(super) type AttachStream =
@@ -176,7 +180,11 @@ fn bytes_of(update: &LegUpdate) -> usize {
     const LOGPROBS: usize = 16;
     const TOP: usize = 9;
     let logprobs = update.logprobs.iter().map(|scored| LOGPROBS + TOP * scored.top.len());
-    HEAD + TOKEN * update.tokens.len() + logprobs.sum::<usize>()
+    let error = match &update.end {
+        Some(LegEnd::Failed(error)) => error.message.len(),
+        Some(LegEnd::Finished { .. }) | None => 0,
+    };
+    HEAD + TOKEN * update.tokens.len() + logprobs.sum::<usize>() + error
 }
 
 #[cfg(test)]

@@ -99,3 +99,18 @@ async fn who_asks_for_a_place_again_and_again_has_come_once() {
     board.arrived("r1");
     assert!(waiting().is_some_and(|many| (1.7..1.8).contains(&many)), "{:?}", waiting());
 }
+
+#[test]
+fn what_is_left_of_an_answer_is_of_steps_of_those_that_are_decoded() {
+    let board = Board::new(Duration::from_secs(1));
+    let d = spec("d");
+    board.list(std::slice::from_ref(&d), Instant::now());
+    board.up(&d.id, d.incarnation, ready(Role::Decode));
+    let left = |sequences| {
+        let load = Load { sequences, sequences_most: std::num::NonZeroU32::new(4), ..Load::default() };
+        board.load(&d.id, load);
+        board.left(&d.id, 1, 100)
+    };
+    assert!(left(1) < left(4));
+    assert_eq!(left(4), left(400));
+}

@@ -121,9 +121,19 @@ fn who_decodes_as_many_as_it_may_is_waited_for() {
     };
     assert_eq!(tpot(4_064, Some(64)), tpot(64, Some(64)));
     assert!(tpot(64, Some(64)) > tpot(8, Some(64)));
-    // Nobody waits for those that do not run: whoever wants more places than there are has them once it is alone.
-    let wanted = Wanted { choices: 100, among: Among::Roomy, ..Wanted::new(100, 1 << 20, "r1") };
-    let long = Ask { expected_tokens: 1 << 20, wanted, ..ask(100) };
-    assert!(chosen(&fleet(of(0, Some(64)), of(0, Some(64))), &none, &long).is_ok());
-    assert_eq!(chosen(&fleet(of(1, Some(1)), of(1, Some(1))), &none, &long), Err(NoPlace::Busy));
+    // It is others' answers that are waited for, however short its own is.
+    let short = Ask { wanted: Wanted { among: Among::Roomy, ..Wanted::new(100, 2, "r1") }, ..ask(100) };
+    assert_eq!(chosen(&busy, &none, &short), Err(NoPlace::Busy));
+    // Nobody waits for more than those that are there.
+    let all = |choices| {
+        let wanted = Wanted { choices, among: Among::Roomy, ..Wanted::new(100, 1 << 20, "r1") };
+        Ask { expected_tokens: 1 << 20, wanted, ..ask(100) }
+    };
+    let of_64 = |sequences| fleet(of(sequences, Some(64)), of(sequences, Some(64)));
+    assert!(chosen(&of_64(0), &none, &all(64)).is_ok());
+    assert_eq!(chosen(&of_64(64), &none, &all(64)), Err(NoPlace::Busy));
+    // And whoever never decodes so many at a time is given none of it.
+    assert_eq!(chosen(&of_64(0), &none, &all(65)), Err(NoPlace::TooManyChoices(65)));
+    let larger = fleet(of(0, Some(64)), of(9, Some(128)));
+    assert_eq!(chosen(&larger, &none, &all(65)), Ok(vec!["p".to_owned(), "d1".to_owned()]));
 }

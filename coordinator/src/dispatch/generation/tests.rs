@@ -70,7 +70,7 @@ async fn a_decode_that_says_nothing_after_prefill_was_lost_is_waited_for_in_meas
     let handoffs = Arc::default();
     let counted = || {
         let used = Handoffs::used_since(&handoffs, Instant::now() - Duration::from_secs(60));
-        used.iter().map(|attachment| (attachment.handoffs, attachment.failures)).collect::<Vec<_>>()
+        used.iter().map(|link| (link.handoffs, link.failures)).collect::<Vec<_>>()
     };
     let mut silent = generation(Duration::from_secs(600), &handoffs);
     silent.mailbox.deliver(Side::Prefill, first.clone());
@@ -143,7 +143,7 @@ async fn how_long_answers_are_is_learnt_of_those_that_a_stop_string_ends_too() {
     let mut stopped = generation_on(&board, Duration::from_secs(600), &Arc::default());
     let expected = || board.expected_tokens("r1");
     let before = expected();
-    let tokens = Output {
+    let token = || Output {
         choice: 0,
         first_position: 0,
         tokens: smallvec![1],
@@ -151,7 +151,7 @@ async fn how_long_answers_are_is_learnt_of_those_that_a_stop_string_ends_too() {
         cached_tokens: None,
         end: None,
     };
-    stopped.mailbox.deliver(Side::Prefill, tokens);
+    stopped.mailbox.deliver(Side::Prefill, token());
     assert_eq!(next(&mut stopped).await, Progress::Choice { choice: 0, end: None });
     assert_eq!(expected(), before);
     assert_eq!(stopped.stop(0).reason, StopReason::Stop);
@@ -160,4 +160,11 @@ async fn how_long_answers_are_is_learnt_of_those_that_a_stop_string_ends_too() {
     // Nothing is learnt of it twice.
     stopped.stop(0);
     assert_eq!(expected(), learnt);
+    let mut ended = generation_on(&board, Duration::from_secs(600), &Arc::default());
+    let end = LegEnd::Complete { reason: StopReason::Stop, cached_tokens: 0 };
+    ended.mailbox.deliver(Side::Prefill, Output { end: Some(end), ..token() });
+    assert!(matches!(next(&mut ended).await, Progress::Choice { end: Some(_), .. }));
+    let learnt = expected();
+    ended.stop(0);
+    assert_eq!(expected(), learnt, "its end has been heard");
 }

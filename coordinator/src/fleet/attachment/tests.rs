@@ -92,3 +92,22 @@ async fn an_instance_that_reads_nothing_for_long_is_deaf() {
     take_all(&mut frames);
     assert!(!attachment.is_deaf());
 }
+
+#[tokio::test(start_paused = true)]
+async fn an_instance_is_told_why_a_leg_is_dropped() {
+    let board = Board::new(Duration::from_secs(60));
+    let (attachment, mut frames) = up(&board);
+    let reasons = |frames: &mut Frames| -> Vec<String> {
+        let reason = |frame| if let Ask::Cancel(cancel) = frame { Some(cancel.reason) } else { None };
+        take_all(frames).into_iter().filter_map(reason).collect()
+    };
+    drop(send(&board, &attachment));
+    assert_eq!(reasons(&mut frames), ["client_gone"]);
+    let sent = send(&board, &attachment);
+    let bug = std::panic::catch_unwind(std::panic::AssertUnwindSafe(move || {
+        let _sent = sent;
+        panic!("as the test wants it");
+    }));
+    assert!(bug.is_err());
+    assert_eq!(reasons(&mut frames), ["bug"]);
+}
