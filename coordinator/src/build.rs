@@ -90,6 +90,7 @@ pub fn assemble(
         listed: parts.fleet.subscribe(),
         tasks: parts.tasks.clone(),
         drained: parts.drained.clone(),
+        told: None,
     };
     parts.tasks.spawn(keeper.run());
     let cores = std::thread::available_parallelism().map_or(1, NonZero::get);

@@ -35,10 +35,16 @@ pub struct Booked {
 }
 
 impl Placer {
-    /// Books each prompt of a new request if one of the instances has room for the first; [`NoPlace::Busy`]: none has.
-    pub fn book_all(&self, served: &Served, prompts: &[PreparedPrompt]) -> Result<Vec<Booked>, NoPlace> {
+    /// Books each prompt of a new request, the first among these: [`NoPlace::Busy`] if none of those that it is to have room on
+    /// has.
+    pub fn book_all(
+        &self,
+        served: &Served,
+        prompts: &[PreparedPrompt],
+        first: Among<'_>,
+    ) -> Result<Vec<Booked>, NoPlace> {
         // Its other prompts are not to wait for its first.
-        let among = iter::once(Among::Roomy).chain(iter::repeat(Among::All));
+        let among = iter::once(first).chain(iter::repeat(Among::All));
         let each = prompts.iter().zip(among);
         each.map(|(prompt, among)| self.book(served, prompt, &[], &[], among)).collect()
     }

@@ -47,6 +47,8 @@ impl From<&Load> for v1::InstanceLoad {
             timed_decode_steps: load.done.timed.decode_steps,
             decode_sequences: load.done.timed.decode_sequences,
             decode_context_tokens: load.done.timed.context_tokens,
+            timed_prefill_steps: load.done.timed.prefill_steps,
+            max_batch_tokens: occupancy.batch_tokens,
         }
     }
 }

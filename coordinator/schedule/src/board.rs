@@ -179,6 +179,7 @@ impl Board {
         let (state, now) = (&mut *self.state.lock(), Instant::now());
         state.fleet.load(id, load);
         state.ledger.reported(id, load.seen_leg);
+        state.view.reported(id, now);
         if let Some(instance) = state.fleet.get(id) {
             state.speeds.reported(&instance.spec, &load, now);
         }
@@ -189,9 +190,10 @@ impl Board {
     /// What an instance has said of its legs, in the order in which it did, and before the load that came after it.
     pub fn take_news(&self, id: &InstanceId, news: &[LegNews]) {
         let state = &mut *self.state.lock();
+        let most = state.view.row(id).map_or(u64::MAX, |row| row.computed_most(Instant::now()));
         for news in news {
             match *news {
-                LegNews::Prefilled(leg) => state.ledger.prefilled(id, leg),
+                LegNews::Prefilled(leg) => state.ledger.prefilled(id, leg, most),
                 LegNews::ChoiceEnded(leg) => state.ledger.choice_ended(id, leg),
             }
         }

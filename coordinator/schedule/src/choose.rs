@@ -123,7 +123,8 @@ pub(crate) fn choose(
     let Some(model) = view.model(ask.wanted.revision) else {
         return Err(nobody(view, ask, now));
     };
-    let mut found = walk(model, ask, settings, now);
+    let avoided = ask.wanted.avoid.iter().filter_map(|id| view.row(id)).map(|row| row.number);
+    let mut found = walk(model, ask, &avoided.collect::<Vec<_>>(), settings, now);
     // One token is prefill's work alone: nothing is reserved, or handed over.
     if ask.wanted.max_tokens == 1 && ask.wanted.among.handed_on_by().is_none() {
         for prefill in found.classes.iter().flat_map(|halves| &halves.prefill.held) {
@@ -148,7 +149,14 @@ pub(crate) fn choose(
     Ok((placement, receipt(&found, &way, runner_up, ask, settings)))
 }
 
-fn walk<'a>(model: &'a Model, ask: &Ask<'_>, settings: &Settings, now: Instant) -> Found<'a> {
+/// `avoided`: the numbers of those that are left aside.
+fn walk<'a>(
+    model: &'a Model,
+    ask: &Ask<'_>,
+    avoided: &[u32],
+    settings: &Settings,
+    now: Instant,
+) -> Found<'a> {
     let pricing = Pricing { ask, settings, model, now };
     let mut found = Found {
         whole: Best::default(),
@@ -169,7 +177,7 @@ fn walk<'a>(model: &'a Model, ask: &Ask<'_>, settings: &Settings, now: Instant) 
             found.left_aside.away += 1;
             continue;
         }
-        if ask.wanted.avoid.contains(&row.spec.id) {
+        if avoided.contains(&row.number) {
             found.left_aside.avoided += 1;
             continue;
         }

@@ -3,7 +3,8 @@
 //!
 //! - **Prefill**: what is queued there, the time T of what is to be computed of this prompt, and `waiting` times T again:
 //!   so many requests stand in line, on average, while the instance computes it. So where little is to do the fastest
-//!   answer is taken, and where there is much, whoever has least to compute: a cached prefix is worth more then.
+//!   answer is taken, and where there is much, whoever has least to compute: a cached prefix is worth more then. As long again
+//!   as its own time, scaled by the shortfall, when the free KV blocks do not hold it.
 //! - **Decode**: the tokens expected x the step with this request in the batch; the time by which it makes the steps of the
 //!   others in it longer; as long again as its own steps, scaled by the shortfall, when the free KV blocks do not hold it;
 //!   the time until others have ended, where as many are decoded as may be; and the time that what is not cached there takes
@@ -30,9 +31,6 @@ const LATE: f64 = 4.0;
 const WAITING_MOST: f64 = 16.0;
 /// What is taken for the link to any decode instance.
 const LINK_BYTES_PER_MICROSECOND: f64 = 10_000.0;
-/// What is taken for the tokens of a prompt that a decode instance computes between two tokens of its batch: servers' own
-/// default for a step.
-const CHUNK_TOKENS: f64 = 512.0;
 /// The share of its peers' work that an instance gets at once.
 const SHARE_LEAST: f64 = 0.1;
 /// A decode instance computes no prompt itself when less of its blocks is free, or when its steps are predicted to be this
@@ -78,7 +76,7 @@ impl Pricing<'_> {
     /// `cached`: tokens of the prompt that the instance has.
     pub(crate) fn price(&self, row: &Row, side: Side, cached: u32) -> Price {
         match side {
-            Side::Prefill => self.prefill(row, cached, Decoding::default()),
+            Side::Prefill => self.prefill(row, side, cached, Decoding::default()),
             Side::Decode => {
                 let to_move = self.ask.prompt_tokens().saturating_sub(cached);
                 self.decode(row, cached, to_move, row.queue_micros)
@@ -86,7 +84,7 @@ impl Pricing<'_> {
             Side::Whole => {
                 let then = self.decode(row, cached, 0, 0.0);
                 let decoding = Decoding { in_line_micros: then.in_line_micros, ..Decoding::default() };
-                both(self.prefill(row, cached, decoding), then)
+                both(self.prefill(row, side, cached, decoding), then)
             }
         }
     }
@@ -101,13 +99,17 @@ impl Pricing<'_> {
         };
         let steady = then.tpot_micros <= LOCAL_TPOT_MOST * self.settings.targets.tpot_micros();
         let step_micros = if batch > 0.0 { then.tpot_micros } else { 0.0 };
-        let first =
-            self.prefill(row, cached, Decoding { batch, step_micros, in_line_micros: then.in_line_micros });
+        let first = self.prefill(
+            row,
+            Side::Whole,
+            cached,
+            Decoding { batch, step_micros, in_line_micros: then.in_line_micros },
+        );
         (room && steady).then_some(both(first, then))
     }
 
     /// `decoding`: what goes on there beside it.
-    fn prefill(&self, row: &Row, cached: u32, decoding: Decoding) -> Price {
+    fn prefill(&self, row: &Row, side: Side, cached: u32, decoding: Decoding) -> Price {
         let Decoding { batch, step_micros, in_line_micros } = decoding;
         let tokens = u64::from(self.ask.prompt_tokens().saturating_sub(cached));
         let own = row
@@ -118,10 +120,12 @@ impl Pricing<'_> {
         // Of those that it is of, the one with the most to prefill says the most.
         let widest = classes.iter().max_by_key(|class| class.prefills());
         let waiting = widest.map_or(0.0, |class| class.waiting(WAITING_MOST));
-        let between = (tokens as f64 / CHUNK_TOKENS).ceil() * step_micros;
+        let between = row.speed.steps(tokens as f64) * step_micros;
         let ttft_micros = in_line_micros + row.queue_micros + own + between;
         let late = (ttft_micros - self.settings.targets.ttft_micros(self.ask.prompt_tokens())).max(0.0);
-        let micros = wait + (1.0 + waiting + batch) * own + between + LATE * late;
+        // Of both parts on one instance decode pays for that.
+        let short = if side == Side::Prefill { own * shortfall(row, self.ask, side, cached) } else { 0.0 };
+        let micros = wait + (1.0 + waiting + batch) * own + between + short + LATE * late;
         Price { micros, ttft_micros, wait_micros: row.queue_micros, ..Price::default() }
     }
 
@@ -144,8 +148,6 @@ impl Pricing<'_> {
         let step = row.speed.step_micros(sequences + choices, context + added);
         let own = expected * step;
         let others = expected * sequences * row.speed.added_micros(choices, added);
-        let wanted = blocks_wanted(row, ask, Side::Decode, cached) as f64;
-        let missing = standing.blocks_free.map_or(0.0, |free| (wanted - free as f64).max(0.0));
         // It begins with blocks for the tokens that there are, and each choice with a last one of its own. All that are in
         // use are given back in about the time of an answer, and more than these will never be free.
         let first = blocks_for(row, ask.prompt_tokens().saturating_add(1));
@@ -156,7 +158,7 @@ impl Pricing<'_> {
         let moved = f64::from(to_move) * row.spec.token_bytes as f64;
         let moving = moved / LINK_BYTES_PER_MICROSECOND * (1.0 + f64::from(row.transfers));
         let late = expected * (step - self.settings.targets.tpot_micros()).max(0.0);
-        let short = own * missing / wanted.max(1.0);
+        let short = own * shortfall(row, ask, Side::Decode, cached);
         let micros = own + others + short + in_line_micros + moving + still_micros + LATE * late;
         let wait_micros = in_line_micros.max(blocks_micros);
         Price { micros, tpot_micros: step, wait_micros, in_line_micros, ..Price::default() }
@@ -192,6 +194,12 @@ pub(crate) fn cached_tokens(row: &Row, ask: &Ask<'_>, side: Side) -> u32 {
         Side::Whole | Side::Prefill => ask.prompt_tokens().saturating_sub(1),
     };
     blocks.min(usable / block_tokens) * block_tokens
+}
+
+/// How much of the blocks that a part of the request takes there is not free, of 1.
+fn shortfall(row: &Row, ask: &Ask<'_>, side: Side, cached: u32) -> f64 {
+    let wanted = blocks_wanted(row, ask, side, cached) as f64;
+    row.standing.blocks_free.map_or(0.0, |free| (wanted - free as f64).max(0.0) / wanted.max(1.0))
 }
 
 /// Whether more is asked for than it ever decodes at a time.

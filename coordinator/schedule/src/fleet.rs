@@ -83,9 +83,10 @@ impl From<&InstanceSpec> for Spec {
 /// Counters of steps that did one kind of work alone and of which nothing failed, since the instance's process started.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Timed {
-    /// Of steps that computed prompts: how long they took, of how many tokens they were, and of how many pairs of a token
-    /// and one before it.
+    /// Of steps that computed prompts: how long they took, how many they were (0: it does not say), of how many tokens they
+    /// were, and of how many pairs of a token and one before it.
     pub prefill_micros: u64,
+    pub prefill_steps: u64,
     pub prefill_tokens: u64,
     pub prefill_pairs: u64,
     /// Of steps that decoded: how long they took, how many they were, and the sums of their sequences and of the tokens of
@@ -101,6 +102,7 @@ impl Timed {
     pub fn since(&self, before: &Self) -> Option<Self> {
         Some(Self {
             prefill_micros: self.prefill_micros.checked_sub(before.prefill_micros)?,
+            prefill_steps: self.prefill_steps.checked_sub(before.prefill_steps)?,
             prefill_tokens: self.prefill_tokens.checked_sub(before.prefill_tokens)?,
             prefill_pairs: self.prefill_pairs.checked_sub(before.prefill_pairs)?,
             decode_micros: self.decode_micros.checked_sub(before.decode_micros)?,
@@ -115,6 +117,7 @@ impl From<&v1::InstanceLoad> for Timed {
     fn from(load: &v1::InstanceLoad) -> Self {
         Self {
             prefill_micros: load.prefill_micros,
+            prefill_steps: load.timed_prefill_steps,
             prefill_tokens: load.timed_prefill_tokens,
             prefill_pairs: load.timed_prefill_pairs,
             decode_micros: load.decode_micros,
@@ -134,6 +137,8 @@ pub struct Load {
     pub sequences_most: Option<NonZeroU32>,
     /// Requests that it lets wait beyond those. `None`: it does not say.
     pub waiting_room: Option<u32>,
+    /// Tokens that it computes in one step, at most. `None`: it does not say.
+    pub step_tokens: Option<NonZeroU32>,
     /// Prompt tokens accepted and still to be computed.
     pub queued_prefill_tokens: u64,
     /// Pairs of one of these tokens and one before it in its prompt.
@@ -174,6 +179,7 @@ impl From<&v1::InstanceLoad> for Load {
         Self {
             sequences: load.running_sequences.saturating_add(load.waiting_sequences),
             sequences_most: NonZeroU32::new(load.max_sequences),
+            step_tokens: NonZeroU32::new(load.max_batch_tokens),
             waiting_room: load.waiting_room,
             queued_prefill_tokens: load.queued_prefill_tokens.min(QUEUED_TOKENS_MOST),
             queued_prefill_pairs: load.queued_prefill_pairs.min(QUEUED_PAIRS_MOST),

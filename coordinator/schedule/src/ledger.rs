@@ -12,7 +12,8 @@
 //! coordinator's own work as it is now. With others at rest that is the truth; with no report yet it is the own work.
 //!
 //! An instance counts more finely: what is left of a half computed prompt, blocks as they are taken. What it says is
-//! believed until the next report; what ends meanwhile is taken off as it was booked, never below nothing. Blocks are
+//! believed until the next report; what ends meanwhile is taken off as it was booked, never below nothing, and of a prompt no
+//! more than can have been computed since. Blocks are
 //! never taken to be fewer than are promised: a decode leg holds none before its cache is offered.
 //!
 //! A leg is over for the estimate as soon as this coordinator cancels it, but stays known until the instance confirms
@@ -123,6 +124,8 @@ struct Account {
     unseen: Work,
     /// What the report in hand includes of ours though it is over.
     over: Work,
+    /// Of that, tokens of prompts that have been computed since.
+    computed: u64,
 }
 
 impl Account {
@@ -140,7 +143,23 @@ impl Account {
         }
     }
 
+    /// Of a leg that was not cancelled the prompt has been computed, of no more than so many tokens since the report in hand: the
+    /// rest had been before, and is not counted there.
+    fn prefilled(&mut self, leg: LegId, work: Work, most: u64) {
+        if leg > self.seen {
+            return self.settle(leg, work);
+        }
+        self.own.take(work);
+        let Work { prefill_tokens: tokens, prefill_pairs: pairs, .. } = work;
+        let counted = tokens.min(most.saturating_sub(self.computed));
+        self.computed += counted;
+        let share = counted as f64 / tokens.max(1) as f64;
+        let prefill_pairs = (pairs as f64 * share) as u64;
+        self.over.add(Work { prefill_tokens: counted, prefill_pairs, ..Work::default() });
+    }
+
     fn reported(&mut self, seen: Option<LegId>) {
+        self.computed = 0;
         let seen = match seen {
             Some(seen) => seen,
             None => {
@@ -197,14 +216,15 @@ impl Ledger {
         });
     }
 
-    /// The instance says that a leg's prompt is computed.
-    pub fn prefilled(&mut self, instance: &InstanceId, leg: LegId) {
+    /// The instance says that a leg's prompt is computed. `most`: tokens of prompts that it can have computed since its last
+    /// report.
+    pub fn prefilled(&mut self, instance: &InstanceId, leg: LegId, most: u64) {
         self.change(instance, |account| {
             let Some(of) = account.legs.get_mut(&leg) else { return };
             let prefill_tokens = std::mem::take(&mut of.work.prefill_tokens);
             let prefill_pairs = std::mem::take(&mut of.work.prefill_pairs);
             if !account.cancelled.contains(&leg) {
-                account.settle(leg, Work { prefill_tokens, prefill_pairs, ..Work::default() });
+                account.prefilled(leg, Work { prefill_tokens, prefill_pairs, ..Work::default() }, most);
             }
         });
     }
@@ -255,7 +275,7 @@ impl Ledger {
                 }
             }
             account.cancelled.clear();
-            (account.seen, account.over) = Default::default();
+            (account.seen, account.over, account.computed) = Default::default();
         });
     }
 

@@ -11,8 +11,8 @@
 //!
 //! Where there is room for no more, one [gives way](Queue::give_way) who would be served after the one that comes.
 //!
-//! Whoever is next may not fit where there is room: whoever is behind is asked as well ([`ASKED_MOST`]), and the order among
-//! the rest stays.
+//! Whoever is next may not fit where there is room: whoever is behind is asked as well ([`ASKED_MOST`]), of another tenant if
+//! there is one, and the order among the rest stays. That happens to one only so often ([`PASSED_OVER_MOST`]).
 
 mod drain;
 mod tenant;
@@ -34,6 +34,8 @@ const TURNS: u32 = 20;
 /// Requests that are asked in one go whether they fit. Where so many do not, nobody is asked any more: room is the fleet's,
 /// and to look for it takes time in a large one.
 const ASKED_MOST: usize = 2;
+/// So often others may go before one that did not fit; then it is to be taken whether it fits or not.
+const PASSED_OVER_MOST: u32 = 8;
 
 /// Whom a request goes before.
 #[derive(Debug, Clone)]
@@ -166,7 +168,7 @@ impl<T> Queue<T> {
         let of = band.tenants.entry(tenant.clone()).or_insert_with(|| Tenant::new(weight, time));
         (of.weight, of.time) = (weight.max(1), of.time.max(time));
         let key = (wanted, self.arrivals);
-        of.push(priority, key, Entry { work, item });
+        of.push(priority, key, Entry { work, item, passed_over: 0 });
         Ticket { band: of_band, tenant, priority, key }
     }
 
@@ -216,27 +218,48 @@ impl<T> Queue<T> {
         Some(Ticket { band: rank.band, tenant: tenant.clone(), priority, key })
     }
 
-    /// The first of the next few that fits.
-    pub fn next<R>(&mut self, now: Instant, fits: impl FnMut(&T) -> Option<R>) -> Option<(T, R)> {
-        let (ticket, found) = self.find(now, fits)?;
+    /// The first of the next few that fits. It is asked of each, and whether others have gone before it so often that it does if
+    /// anything does.
+    pub fn next<R>(&mut self, now: Instant, fits: impl FnMut(&T, bool) -> Option<R>) -> Option<(T, R)> {
+        let mut passed_over = Vec::new();
+        let (ticket, found) = self.find(now, fits, &mut passed_over)?;
+        for Ticket { band, tenant, priority, key } in &passed_over {
+            let of = self.bands.get_mut(band).and_then(|band| band.tenants.get_mut(tenant));
+            of.into_iter().for_each(|of| of.pass_over(*priority, key));
+        }
         Some((self.take(&ticket, now)?, found))
     }
 
-    fn find<R>(&self, now: Instant, mut fits: impl FnMut(&T) -> Option<R>) -> Option<(Ticket, R)> {
+    /// Tells those, too, that were asked before.
+    fn find<R>(
+        &self,
+        now: Instant,
+        mut fits: impl FnMut(&T, bool) -> Option<R>,
+        passed_over: &mut Vec<Ticket>,
+    ) -> Option<(Ticket, R)> {
         let mut left = ASKED_MOST;
         for (of_band, most) in in_turn(self.bands.keys().copied(), self.turns) {
             let band = &self.bands[&of_band];
-            let mut tenants: Vec<(&Arc<str>, &Tenant<T>)> = band.tenants.iter().collect();
+            let mut tenants: Vec<(&Arc<str>, &Tenant<T>)> =
+                band.tenants.iter().filter(|(_, of)| of.waiting > 0).collect();
             tenants.sort_by(|(a, of_a), (b, of_b)| of_a.time.total_cmp(&of_b.time).then(a.cmp(b)));
-            let heads = tenants.into_iter().flat_map(|(tenant, of)| {
-                of.heads(now).map(move |(priority, key, entry)| (tenant, priority, key, entry))
-            });
+            // Another tenant's first before the second of one: what does not fit of that one is in nobody else's way.
+            let mut heads = tenants
+                .iter()
+                .take(ASKED_MOST)
+                .map(|(tenant, of)| (*tenant, of.heads(now)))
+                .collect::<Vec<_>>();
+            let turn = |_| {
+                heads.iter_mut().filter_map(|(tenant, of)| Some((*tenant, of.next()?))).collect::<Vec<_>>()
+            };
+            let in_order: Vec<_> = (0..ASKED_MOST).flat_map(turn).take(most.min(left)).collect();
             let mut asked = 0;
-            for (tenant, priority, key, entry) in heads.take(most.min(left)) {
-                if let Some(found) = fits(&entry.item) {
-                    let ticket = Ticket { band: of_band, tenant: tenant.clone(), priority, key: *key };
+            for (tenant, (priority, key, entry)) in in_order {
+                let ticket = Ticket { band: of_band, tenant: tenant.clone(), priority, key: *key };
+                if let Some(found) = fits(&entry.item, entry.passed_over >= PASSED_OVER_MOST) {
                     return Some((ticket, found));
                 }
+                passed_over.push(ticket);
                 asked += 1;
             }
             if most == ASKED_MOST {

@@ -49,6 +49,8 @@ pub struct Row {
     served: Option<(Incarnation, Role)>,
     /// Since when that one has taken requests, breaks included: whoever comes back is not new.
     pub ready_since: Instant,
+    /// When it told its load last.
+    pub reported: Instant,
     /// When it was chosen last, counted in requests.
     pub chosen: u64,
 }
@@ -66,6 +68,12 @@ impl Row {
             Role::Prefill => Some(Side::Prefill),
             Role::Decode => Some(Side::Decode),
         })
+    }
+
+    /// Tokens of prompts that it can have computed since it told its load.
+    pub fn computed_most(&self, now: Instant) -> u64 {
+        let passed = now.saturating_duration_since(self.reported);
+        self.speed.prefill_tokens_within(passed.as_secs_f64() * 1e6)
     }
 
     fn is_prefill(&self) -> bool {
@@ -265,6 +273,13 @@ impl View {
         }
     }
 
+    /// An instance has told its load.
+    pub fn reported(&mut self, id: &InstanceId, now: Instant) {
+        if let Some((model, row)) = self.places.get(id).copied() {
+            self.models[model].rows[row].reported = now;
+        }
+    }
+
     /// A request for this model has come: it finds some of the instances busy.
     pub fn arrived(&mut self, revision: &str, now: Instant) {
         let Some(model) = self.models.iter_mut().find(|model| model.revision == revision) else { return };
@@ -299,6 +314,7 @@ impl Row {
             transfers: 0,
             served: None,
             ready_since: now,
+            reported: now,
             chosen: 0,
         }
     }

@@ -205,8 +205,9 @@ impl Line {
         placer.board.arrived(&desk.served.revision);
         // Meanwhile there may be one.
         let spot = spot.0.or_else(|| at_once(&self.spots).ok());
-        let booked =
-            spot.as_ref().and_then(|_| desk.at_once(|| placer.book_all(&desk.served, &prepared.prompts)));
+        let booked = spot
+            .as_ref()
+            .and_then(|_| desk.at_once(|| placer.book_all(&desk.served, &prepared.prompts, Among::Roomy)));
         let bound = match (spot, booked) {
             (Some(spot), Some((seat, found))) => {
                 let bookings = found.map_err(|reason| desk.error_of(reason))?;
@@ -356,8 +357,10 @@ impl Desk {
                 return false;
             }
             let (now, vacant) = (Instant::now(), &mut state.vacant);
-            let fits = |waiter: &Waiter| {
-                let book = || placer.book_all(&self.served, &waiter.prepared.prompts);
+            // An instance takes what waits there in order: with it one waits for room that others would take all the time.
+            let fits = |waiter: &Waiter, overdue: bool| {
+                let among = if overdue { Among::All } else { Among::Roomy };
+                let book = || placer.book_all(&self.served, &waiter.prepared.prompts, among);
                 let lacks = |found: &Found| matches!(found, Err(reason) if reason.may_pass() && *reason != NoPlace::Busy);
                 let mut found = book();
                 if lacks(&found) {

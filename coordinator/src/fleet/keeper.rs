@@ -93,6 +93,8 @@ pub struct Keeper {
     pub tasks: TaskTracker,
     /// Requests have ended, and none comes any more.
     pub drained: CancellationToken,
+    /// The list that the board was told last.
+    pub told: Option<Vec<Spec>>,
 }
 
 impl Keeper {
@@ -134,9 +136,13 @@ impl Keeper {
             // The store has not been read yet.
             return;
         }
+        // Most lists only have other statuses, and whoever places is not to wait while a large fleet is compared.
         let specs: Vec<_> = listed.instances.values().map(|instance| Spec::from(&instance.spec)).collect();
-        let changes = self.board.list(&specs, Instant::now());
-        self.apply(changes);
+        if self.told.as_ref() != Some(&specs) {
+            let changes = self.board.list(&specs, Instant::now());
+            self.apply(changes);
+            self.told = Some(specs);
+        }
         let entries = self.attachments.entries.read();
         for (id, instance) in &listed.instances {
             if let Some(entry) = entries.attachments.get(id) {

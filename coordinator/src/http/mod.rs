@@ -15,7 +15,7 @@ use std::{any::Any, sync::Arc, time::Duration};
 use axum::{
     Router,
     body::Body,
-    extract::{Path, Request, State},
+    extract::{Path, Request, State, rejection::PathRejection},
     http::{HeaderMap, HeaderName, HeaderValue, header},
     middleware::{self, Next},
     response::Response,
@@ -43,8 +43,9 @@ pub use reply::{error_json, error_response};
 use sse::SseBody;
 
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-/// Tokens with log probabilities that an answer may have to be written on the spot: a few milliseconds' work.
+/// Tokens with log probabilities, and bytes of text, that an answer may have to be written on the spot: a few milliseconds' work.
 const SCORED_INLINE: usize = 1024;
+const TEXT_INLINE: usize = 1 << 20;
 /// A stream's head waits this long for the first token, so that what fails before it has a status of its own.
 const HEAD_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -182,7 +183,8 @@ async fn answer(
     if !streaming.shape.stream {
         let usage = streaming.rest(&mut deltas).await?;
         let scored: usize = deltas.iter().map(|delta| delta.tokens.len()).sum();
-        if scored <= SCORED_INLINE {
+        let text: usize = deltas.iter().map(|delta| delta.text.len()).sum();
+        if scored <= SCORED_INLINE && text <= TEXT_INLINE {
             return Ok(voice.whole(&deltas, &usage));
         }
         let written = tokio::task::spawn_blocking(move || voice.whole(&deltas, &usage)).await;
@@ -217,7 +219,10 @@ async fn models(State(service): State<Arc<Service>>) -> Response {
     reply::models(&service.models)
 }
 
-async fn model(State(service): State<Arc<Service>>, Path(id): Path<String>) -> Response {
+async fn model(State(service): State<Arc<Service>>, id: Result<Path<String>, PathRejection>) -> Response {
+    let Ok(Path(id)) = id else {
+        return error_response(&ApiError::new(ErrorCode::ModelNotFound, "the model's name is not UTF-8"));
+    };
     match service.models.asked(Some(&id)) {
         Ok(model) => reply::model(&model.served, &id),
         Err(error) => error_response(&error),

@@ -87,11 +87,14 @@ impl PreparedPrompt {
 }
 
 impl Prepared {
-    /// What is kept of its prompts until it is answered, and may be of log probabilities before they are written, in bytes.
+    /// What is kept of its prompts until it is answered, and may be of echoes and log probabilities before they are written, in
+    /// bytes.
     pub fn held_bytes(&self) -> usize {
         let of = |prompt: &PreparedPrompt| {
             let own = size_of_val(&*prompt.tokens) + prompt.chains.held_bytes() + prompt.echo.len();
-            own.saturating_add(prompt.sampling.scored_bytes())
+            // Each choice begins with the echo, and is written from that.
+            let echoed = prompt.echo.len().saturating_mul(2 * prompt.sampling.choices as usize);
+            own.saturating_add(prompt.sampling.scored_bytes()).saturating_add(echoed)
         };
         self.prompts.iter().map(of).fold(0, usize::saturating_add)
     }
@@ -270,6 +273,9 @@ fn checked(index: usize, message: &Message) -> Result<ChatMessage<'static>, ApiE
     };
     if message.tool_calls.as_ref().is_some_and(|calls| calls.as_array().is_none_or(|list| !list.is_empty())) {
         return Err(unserved("tool_calls", "tools are not served"));
+    }
+    if message.function_call.as_ref().is_some_and(|call| *call != openai::Asked::Nothing) {
+        return Err(unserved("function_call", "functions are not served"));
     }
     let content = match &message.content {
         Some(Content::Text(text)) => text.clone(),

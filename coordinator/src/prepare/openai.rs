@@ -58,6 +58,7 @@ pub struct Request {
 
     // What is not served: see `unserved`.
     pub add_generation_prompt: Option<Asked>,
+    pub add_special_tokens: Option<Asked>,
     pub allowed_token_ids: Option<Asked>,
     pub audio: Option<Asked>,
     pub bad_words: Option<Asked>,
@@ -75,11 +76,14 @@ pub struct Request {
     pub logits_processors: Option<Asked>,
     pub lora_path: Option<Asked>,
     pub modalities: Option<Asked>,
+    pub no_stop_trim: Option<Asked>,
     pub prompt_logprobs: Option<Asked>,
     pub reasoning_effort: Option<Asked>,
     pub regex: Option<Asked>,
     pub response_format: Option<Asked>,
+    pub return_tokens_as_token_ids: Option<Asked>,
     pub skip_special_tokens: Option<Asked>,
+    pub stop_regex: Option<Asked>,
     pub structural_tag: Option<Asked>,
     pub structured_outputs: Option<Asked>,
     pub suffix: Option<Asked>,
@@ -99,6 +103,7 @@ pub struct Message {
     pub role: Option<String>,
     pub content: Option<Content>,
     pub tool_calls: Option<Value>,
+    pub function_call: Option<Asked>,
 }
 
 #[derive(Debug, Deserialize)]

@@ -115,6 +115,11 @@ fn bad_chats_are_told_by_field() {
     let cases = [
         (r#""model": "tiny""#, InvalidArgument, "messages"),
         (r#""model": "tiny", "messages": []"#, InvalidArgument, "messages"),
+        (
+            r#""model": "tiny", "messages": [{"role": "assistant", "content": null, "function_call": {"name": "f"}}]"#,
+            Unsupported,
+            "messages[0].function_call",
+        ),
         (r#""model": "tiny", "messages": [{"content": "x"}]"#, InvalidArgument, "messages[0].role"),
         (
             r#""model": "tiny", "messages": [{"role": "user", "content": "x"}, {"role": "king", "content": "x"}]"#,
@@ -161,4 +166,17 @@ fn priority_is_any_whole_number_that_the_wire_holds() {
     let error = asked(r#", "priority": 2147483648"#).expect_err("too large");
     assert_eq!((error.code, error.param.as_deref()), (ErrorCode::InvalidArgument, Some("priority")));
     assert!(error.message.contains("-2147483648 (first) to 2147483647 (last)"), "{error}");
+}
+
+#[test]
+fn an_echo_is_kept_for_each_choice_and_written_from_that() {
+    let held = |more: &str| {
+        let body = format!(r#"{{"model": "tiny", "prompt": "{}", "max_tokens": 1{more}}}"#, "x".repeat(100));
+        let request = parse(body.as_bytes()).expect("is JSON");
+        prepare(&served(), Endpoint::Text, &request, LIMITS, 1).expect("is taken").held_bytes()
+    };
+    let plain = held("");
+    assert_eq!(held(r#", "n": 8"#), plain);
+    assert_eq!(held(r#", "echo": true"#), plain + 3 * 100);
+    assert_eq!(held(r#", "echo": true, "n": 8"#), plain + 17 * 100);
 }

@@ -78,6 +78,8 @@ fn both_formats_of_a_tiny_model_tokenise_alike() {
     let prompts =
         [&directory, &file].map(|model| model.encode_chat(&messages, &Variables::new()).expect("encodes"));
     assert_eq!(prompts[0], prompts[1]);
+    let texts = [&directory, &file].map(|model| model.encode_text("the one").expect("encodes"));
+    assert_eq!(texts[0], texts[1]);
     assert_eq!((prompts[0].first(), prompts[0].contains(&271)), (Some(&270), true));
 }
 
@@ -95,4 +97,33 @@ fn a_tokeniser_of_another_model_is_refused() {
 fn a_model_without_a_template_says_so() {
     let model = CheckpointText { template: None, ..real() };
     assert!(matches!(model.encode_chat(&[], &Variables::new()), Err(TextError::NoTemplate)));
+}
+
+/// What `LlamaTokenizerFast` puts before a text is not in DeepSeek's `tokenizer.json`.
+#[test]
+fn a_text_begins_as_the_class_of_the_tokeniser_has_it() {
+    let path =
+        std::env::var_os("BATON_TEST_TOKENIZERS").expect("BATON_TEST_TOKENIZERS: `deploy/run test` sets it");
+    let path = PathBuf::from(path).join("deepseek_v3/tokenizer.json");
+    let json = std::fs::read(&path).expect("is read");
+    let cache = TextCache::new(0);
+    let encode = |json: &[u8], around| {
+        let (tokenizer, _) = Tokenizer::of_json(json, &path, around, &cache).expect("is taken");
+        [true, false].map(|surround| tokenizer.encode("a", surround).expect("encodes"))
+    };
+    let (bos, eos) = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>");
+    let [plain, bare] = encode(&json, (None, None));
+    assert_eq!(plain, bare, "the file itself adds nothing");
+    let [surrounded, bare] = encode(&json, (Some(bos), Some(eos)));
+    assert_eq!((surrounded, bare), ([&[0], &plain[..], &[1]].concat(), plain.clone()));
+    // Where the file adds some of its own it is believed.
+    let mut said: serde_json::Value = serde_json::from_slice(&json).expect("is JSON");
+    said["post_processor"] = serde_json::json!({
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [],
+        "special_tokens": {bos: {"id": bos, "ids": [0], "tokens": [bos]}},
+    });
+    let [own, _] = encode(said.to_string().as_bytes(), (Some(bos), Some(eos)));
+    assert_eq!(own, [&[0], &plain[..]].concat());
 }

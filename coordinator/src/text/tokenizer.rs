@@ -52,9 +52,9 @@ impl Tokenizer {
         cache: &Arc<TextCache>,
     ) -> Result<(Self, TokenTexts), TextError> {
         match checkpoint.tokenizer() {
-            TokenizerSource::HuggingFaceJson(file) => {
+            TokenizerSource::HuggingFaceJson { file, before, after } => {
                 let json = file.read().map_err(Box::new)?;
-                Self::of_json(&json, file.path(), cache)
+                Self::of_json(&json, file.path(), (before.as_deref(), after.as_deref()), cache)
             }
             TokenizerSource::Ggml(source) => Self::of_ggml(source, checkpoint.path(), cache),
         }
@@ -72,10 +72,12 @@ impl Tokenizer {
         Ok((Self { engine, before: built.before, after: built.after }, built.texts))
     }
 
-    /// From a `tokenizer.json`. `path` is for errors to name.
+    /// From a `tokenizer.json`. `path` is for errors to name; `around` are the tokens that come before and behind a text if the
+    /// file puts none there.
     pub fn of_json(
         json: &[u8],
         path: &Path,
+        around: (Option<&str>, Option<&str>),
         cache: &Arc<TextCache>,
     ) -> Result<(Self, TokenTexts), TextError> {
         let failed = |source| TextError::Tokenizer { path: path.to_owned(), source };
@@ -84,8 +86,12 @@ impl Tokenizer {
         tables.with_padding(None);
         tables.with_truncation(None).map_err(|error| failed(error.into()))?;
         let texts = json_texts(&tables).map_err(failed)?;
+        let puts_none = tables.encode_fast("", true).is_ok_and(|encoding| encoding.is_empty());
+        let id =
+            |token: Option<&str>| token.filter(|_| puts_none).and_then(|token| tables.token_to_id(token));
+        let (before, after) = (id(around.0), id(around.1));
         let engine = Engine::of(tables, path, cache);
-        Ok((Self { engine, before: None, after: None }, texts))
+        Ok((Self { engine, before, after }, texts))
     }
 
     /// Token ids of `text`, special tokens in it matched whole. `surround` adds what the model wants around a plain

@@ -191,6 +191,10 @@ async fn models_and_metrics_are_shown() {
     assert_eq!((&models["object"], &models["data"][0]["id"]), (&json!("list"), &json!("tiny")));
     let model: Value = cluster.get("/v1/models/tiny").await.json().await.expect("is JSON");
     assert_eq!((&model["object"], &model["owned_by"]), (&json!("model"), &json!("baton")));
+    let unreadable = cluster.get("/v1/models/%ff").await;
+    assert_eq!(unreadable.status(), 404);
+    let error: Value = unreadable.json().await.expect("is JSON");
+    assert_eq!(error["error"]["code"], "model_not_found");
     let other = cluster.get("/v1/models/other/one").await;
     assert_eq!(other.status(), 404);
 

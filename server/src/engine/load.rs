@@ -51,6 +51,7 @@ pub struct Done {
 pub struct Timed {
     /// Computed prompts alone.
     pub prefill: Duration,
+    pub prefill_steps: u64,
     pub prefill_tokens: u64,
     pub prefill_pairs: u64,
     /// Decoded alone.
@@ -69,6 +70,7 @@ impl Timed {
         match (stats.prefill_tokens, stats.decode_tokens) {
             (tokens, 0) => {
                 self.prefill += stats.took;
+                self.prefill_steps += 1;
                 self.prefill_tokens += u64::from(tokens);
                 self.prefill_pairs += stats.prefill_pairs;
             }

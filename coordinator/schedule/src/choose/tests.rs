@@ -19,6 +19,7 @@ fn timed(reports: u64) -> Timed {
     let steps = 10 * reports;
     Timed {
         prefill_micros: 512 * 500 * reports,
+        prefill_steps: reports,
         prefill_tokens: 512 * reports,
         prefill_pairs: 0,
         decode_micros: 24_000 * steps,
@@ -287,4 +288,17 @@ async fn a_new_request_waits_while_a_mixed_instance_has_no_blocks_for_its_prompt
     assert_eq!(within(0, 100), Ok(()), "some are given back within the second");
     assert_eq!(within(0, 6000), Err(NoPlace::Busy));
     assert_eq!(within(390, 6000), Ok(()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_prefill_instance_without_blocks_is_not_as_good_as_one_with() {
+    let with = |free| Load { kv_blocks_total: 1_000, kv_blocks_free: free, ..queued(0) };
+    let fleet = |p0, p1| {
+        [("d", Role::Decode, running(1)), ("p0", Role::Prefill, with(p0)), ("p1", Role::Prefill, with(p1))]
+    };
+    for (p0, p1, best) in [(0, 900, "p1"), (900, 0, "p0"), (5, 900, "p1")] {
+        for _ in 0..4 {
+            assert_eq!(chosen(&board(PLAIN, &fleet(p0, p1)), 200)[0], best, "{p0} and {p1} free");
+        }
+    }
 }

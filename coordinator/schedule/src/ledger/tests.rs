@@ -52,7 +52,7 @@ fn a_report_that_was_made_before_a_leg_was_seen_does_not_count_it_however_late_i
     assert_eq!(stands(&ledger, &load(50, 1, 96)), (80, 2, Some(94)));
     ledger.reported(&id(), Some(LegId(2)));
     assert_eq!(stands(&ledger, &load(80, 2, 94)), (80, 2, Some(94)));
-    ledger.prefilled(&id(), LegId(1));
+    ledger.prefilled(&id(), LegId(1), u64::MAX);
     ledger.choice_ended(&id(), LegId(2));
     assert_eq!(stands(&ledger, &load(80, 2, 94)), (0, 1, Some(96)));
 }
@@ -63,8 +63,25 @@ fn of_a_half_computed_prompt_the_rest_is_queued() {
     send(&mut ledger, 1, work(1000, 1, 4));
     ledger.reported(&id(), Some(LegId(1)));
     assert_eq!(stands(&ledger, &load(400, 1, 96)).0, 400);
-    ledger.prefilled(&id(), LegId(1));
+    ledger.prefilled(&id(), LegId(1), u64::MAX);
     assert_eq!(stands(&ledger, &load(400, 1, 96)).0, 0, "never below nothing");
+}
+
+#[test]
+fn a_prompt_that_was_half_computed_takes_nothing_of_those_behind_it() {
+    let mut ledger = Ledger::default();
+    send(&mut ledger, 1, work(30_000, 1, 4));
+    send(&mut ledger, 2, work(9_000, 1, 4));
+    ledger.reported(&id(), Some(LegId(2)));
+    let report = load(9_512, 2, 92);
+    assert_eq!(stands(&ledger, &report).0, 9_512);
+    // So much can have been computed since.
+    ledger.prefilled(&id(), LegId(1), 600);
+    assert_eq!(stands(&ledger, &report).0, 8_912);
+    ledger.prefilled(&id(), LegId(2), 5_000);
+    assert_eq!(stands(&ledger, &report).0, 4_512, "of both together");
+    ledger.reported(&id(), Some(LegId(2)));
+    assert_eq!(stands(&ledger, &load(0, 2, 92)).0, 0);
 }
 
 #[test]
@@ -76,7 +93,7 @@ fn a_cancelled_leg_is_off_at_once_and_reports_count_it_until_the_instance_has_en
     // Made after the dispatch had come and before the cancel had.
     ledger.reported(&id(), Some(LegId(1)));
     assert_eq!(stands(&ledger, &load(50, 1, 96)), (0, 0, Some(100)));
-    ledger.prefilled(&id(), LegId(1));
+    ledger.prefilled(&id(), LegId(1), u64::MAX);
     ledger.reported(&id(), Some(LegId(1)));
     assert_eq!(stands(&ledger, &load(7, 2, 90)), (7, 1, Some(94)));
     ledger.choice_ended(&id(), LegId(1));
@@ -341,7 +358,7 @@ impl World {
         let coordinator = &mut self.coordinators[at];
         match coordinator.from_instance.pop_front() {
             Some(Said::Prefilled(leg)) => {
-                coordinator.ledger.prefilled(&id(), leg);
+                coordinator.ledger.prefilled(&id(), leg, u64::MAX);
                 if let Some((own, _)) = coordinator.own.get_mut(&leg) {
                     (own.prefill_tokens, own.prefill_pairs) = (0, 0);
                 }

@@ -1,14 +1,15 @@
 //! How long work takes on each instance, learnt from what instances have measured. Pure.
 //!
-//! - Prefill takes so long for each token and, for attention, so long for each *pair* of a token and one before it.
+//! - Prefill takes so long for each token, for attention so long for each *pair* of a token and one before it, and so long for
+//!   each step whatever is in it (the weights): a short rest of a prompt that is cached takes a step, too.
 //! - A decode step takes so long whatever is in it (the weights), so long for each sequence, and so long for each token
 //!   of context (the caches).
 //!
 //! Samples are differences of counters that each instance reports of steps which did one kind of work alone
-//! (`InstanceLoad`, fields 27 to 34): exact means, however far apart reports are, and no clock of this process is in
+//! (`InstanceLoad`, fields 27 to 34 and 36): exact means, however far apart reports are, and no clock of this process is in
 //! them. Instances of one *kind*, which run one model in one layout of KV caches, are alike until they show otherwise: what
-//! is not known of one is taken from its kind, and what was learnt of one fades towards its kind while nothing new is
-//! heard ([`HALF_LIFE`]), so that an instance that was slow once is tried again. Nobody is believed to be more than
+//! is not known of one is taken from its kind, and what was learnt of one, of prefill and of decode, fades towards its kind while nothing
+//! new is heard of that ([`HALF_LIFE`]), so that an instance that was slow once is tried again. Nobody is believed to be more than
 //! [`FACTOR_MOST`] times as fast or as slow as its kind.
 
 mod fit;
@@ -28,37 +29,53 @@ const HALF_LIFE: Duration = Duration::from_secs(30);
 const FACTOR_MOST: f64 = 4.0;
 /// A sample that is further than this from what was expected counts as if it were as far as this.
 const SURPRISE_MOST: f64 = 5.0;
-/// Of a kind of which nothing is known: microseconds for each token, and each pair.
-const UNKNOWN_PREFILL: [f64; 2] = [500.0, 0.0];
+/// Of a kind of which nothing is known: microseconds for each token, each pair, and each step that computes prompts.
+const UNKNOWN_PREFILL: [f64; 3] = [500.0, 0.0, 0.0];
+/// What is taken for the tokens of a step where instances do not say: servers' own default.
+const UNKNOWN_STEP_TOKENS: f64 = 512.0;
 /// The same for each decode step, each sequence, and each token of context.
 const UNKNOWN_DECODE: [f64; 3] = [15_000.0, 1_000.0, 0.0];
 /// How many samples the speed of the kind counts for in an instance's own, and what is assumed of a kind in the kind's.
 const KIND_SAMPLES: f64 = 1.0;
 const UNKNOWN_SAMPLES: f64 = 0.05;
-/// By these features are divided, so that all are about 1: a token and the tokens before it; a step, its sequences, and
-/// their tokens.
-const PREFILL_SCALE: [f64; 2] = [1.0, 10_000.0];
+/// By these features of a step are divided, so that all are about 1: its tokens, their pairs, and itself; itself, its sequences,
+/// and their tokens.
+const PREFILL_SCALE: [f64; 3] = [512.0, 512.0 * 10_000.0, 1.0];
 const DECODE_SCALE: [f64; 3] = [1.0, 10.0, 10_000.0];
 
 /// How long work takes on an instance, in microseconds.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Speed {
-    /// For each token, and each pair.
-    prefill: [f64; 2],
+    /// For each token, each pair, and each step that computes prompts.
+    prefill: [f64; 3],
     /// For each step, each sequence, and each token of context.
     decode: [f64; 3],
+    /// Tokens of one step, at most.
+    step_tokens: f64,
 }
 
 impl Default for Speed {
     fn default() -> Self {
-        Self { prefill: UNKNOWN_PREFILL, decode: UNKNOWN_DECODE }
+        Self { prefill: UNKNOWN_PREFILL, decode: UNKNOWN_DECODE, step_tokens: UNKNOWN_STEP_TOKENS }
     }
 }
 
 impl Speed {
-    /// For so many tokens of prompts, in which there are so many pairs.
+    /// For so many tokens of prompts, in which there are so many pairs, in as few steps as they fit into.
     pub fn prefill_micros(&self, tokens: f64, pairs: f64) -> f64 {
-        self.prefill[0] * tokens + self.prefill[1] * pairs
+        self.prefill[0] * tokens + self.prefill[1] * pairs + self.prefill[2] * self.steps(tokens)
+    }
+
+    /// Tokens of prompts that can be computed in such a time, and in the step that it ends in.
+    pub fn prefill_tokens_within(&self, micros: f64) -> u64 {
+        let each = self.prefill[0] + self.prefill[2] / self.step_tokens;
+        // None, or an infinity, is as many as there are.
+        (micros / each + self.step_tokens) as u64
+    }
+
+    /// Steps that so many tokens of prompts take.
+    pub fn steps(&self, tokens: f64) -> f64 {
+        (tokens / self.step_tokens).ceil()
     }
 
     /// Of a decode step over so many sequences, which have so many tokens together.
@@ -71,12 +88,13 @@ impl Speed {
         self.decode[1] * sequences + self.decode[2] * context_tokens
     }
 
-    /// This one `share` of the way from another.
-    fn from(self, other: Self, share: f64) -> Self {
-        let mix = |other: f64, own: f64| other + share * (own - other);
+    /// This one so much of the way from another, in prefill and in decode.
+    fn from(self, other: Self, [of_prefill, of_decode]: [f64; 2]) -> Self {
+        let mix = |other: f64, own: f64, share: f64| other + share * (own - other);
         Self {
-            prefill: std::array::from_fn(|i| mix(other.prefill[i], self.prefill[i])),
-            decode: std::array::from_fn(|i| mix(other.decode[i], self.decode[i])),
+            prefill: std::array::from_fn(|i| mix(other.prefill[i], self.prefill[i], of_prefill)),
+            decode: std::array::from_fn(|i| mix(other.decode[i], self.decode[i], of_decode)),
+            step_tokens: self.step_tokens,
         }
     }
 }
@@ -84,7 +102,7 @@ impl Speed {
 /// What was learnt of an instance, or of all of a kind.
 #[derive(Debug, Clone, Copy, Default)]
 struct Learnt {
-    prefill: Fit<2>,
+    prefill: Fit<3>,
     decode: Fit<3>,
 }
 
@@ -94,6 +112,7 @@ impl Learnt {
         Speed {
             prefill: over(self.prefill.solve(times(before.prefill, PREFILL_SCALE), samples), PREFILL_SCALE),
             decode: over(self.decode.solve(times(before.decode, DECODE_SCALE), samples), DECODE_SCALE),
+            step_tokens: before.step_tokens,
         }
     }
 
@@ -103,6 +122,7 @@ impl Learnt {
         Speed {
             prefill: near(&self.prefill, own.prefill, kind.prefill, PREFILL_SCALE),
             decode: near(&self.decode, own.decode, kind.decode, DECODE_SCALE),
+            step_tokens: own.step_tokens,
         }
     }
 }
@@ -136,8 +156,8 @@ struct Learner {
     speed: Option<Speed>,
     /// The counters as they were reported last.
     counted: Timed,
-    /// When something was learnt last.
-    at: Instant,
+    /// When something was learnt last, of prefill and of decode.
+    at: [Instant; 2],
 }
 
 /// How long work takes on each instance of a fleet. See the module.
@@ -157,7 +177,7 @@ impl Speeds {
             learnt: Learnt::default(),
             speed: None,
             counted: load.timed,
-            at: now,
+            at: [now; 2],
         };
         let known = match self.instances.get_mut(&spec.id) {
             Some(known) => known,
@@ -172,22 +192,25 @@ impl Speeds {
         };
         known.counted = load.timed;
         let kind = &mut self.kinds[kind];
-        let (prefill, decode) = samples(&since, load);
+        let step_tokens = load.step_tokens.map_or(UNKNOWN_STEP_TOKENS, |tokens| tokens.get().into());
+        let (prefill, decode) = samples(&since, load, step_tokens);
         if let Some((x, y)) = prefill {
             let expected = at(kind.speed.prefill, times(x, PREFILL_SCALE));
             let y = believed(y, expected, kind.learnt.prefill.is_new());
             known.learnt.prefill.learn(x, y);
             kind.learnt.prefill.learn(x, y);
+            known.at[0] = now;
         }
         if let Some((x, y)) = decode {
             let expected = at(kind.speed.decode, times(x, DECODE_SCALE));
             let y = believed(y, expected, kind.learnt.decode.is_new());
             known.learnt.decode.learn(x, y);
             kind.learnt.decode.learn(x, y);
+            known.at[1] = now;
         }
         if prefill.is_some() || decode.is_some() {
-            known.at = now;
-            kind.speed = kind.learnt.speed(Speed::default(), UNKNOWN_SAMPLES);
+            let unknown = Speed { step_tokens, ..Speed::default() };
+            kind.speed = kind.learnt.speed(unknown, UNKNOWN_SAMPLES);
             known.speed = Some(known.learnt.beside(kind.speed));
         }
     }
@@ -201,8 +224,8 @@ impl Speeds {
         };
         let kind = self.kinds[known.kind].speed;
         let Some(own) = known.speed else { return kind };
-        let halves = now.saturating_duration_since(known.at).as_secs_f64() / HALF_LIFE.as_secs_f64();
-        own.from(kind, 0.5f64.powf(halves))
+        let halves = |at| now.saturating_duration_since(at).as_secs_f64() / HALF_LIFE.as_secs_f64();
+        own.from(kind, known.at.map(|at| 0.5f64.powf(halves(at))))
     }
 
     /// An instance is gone.
@@ -229,15 +252,20 @@ impl Kind {
     }
 }
 
-type Sample<const N: usize> = Option<([f64; N], f64)>;
+type Sample = Option<([f64; 3], f64)>;
 
 /// The mean of each kind of step since the last report: its features, scaled, and its time.
-fn samples(since: &Timed, load: &Load) -> (Sample<2>, Sample<3>) {
+fn samples(since: &Timed, load: &Load, step_tokens: f64) -> (Sample, Sample) {
     let mean = |sum: u64, of: u64| sum as f64 / of as f64;
     let prefill = (since.prefill_tokens > 0).then(|| {
-        let tokens = since.prefill_tokens;
-        let x = [1.0, mean(since.prefill_pairs, tokens) / PREFILL_SCALE[1]];
-        (x, mean(since.prefill_micros, tokens))
+        let steps = match since.prefill_steps {
+            // An instance of an earlier version does not count them.
+            0 => (since.prefill_tokens as f64 / step_tokens).ceil(),
+            steps => steps as f64,
+        };
+        let mean = |sum: u64| sum as f64 / steps;
+        let (tokens, pairs) = (mean(since.prefill_tokens), mean(since.prefill_pairs));
+        ([tokens / PREFILL_SCALE[0], pairs / PREFILL_SCALE[1], 1.0], mean(since.prefill_micros))
     });
     let decode = (since.decode_steps > 0).then(|| {
         let steps = since.decode_steps;
@@ -252,7 +280,7 @@ fn samples(since: &Timed, load: &Load) -> (Sample<2>, Sample<3>) {
     }
     // An instance of an earlier version counts no steps, and says recent means alone.
     let rate = load.prefill_tokens_per_second;
-    let prefill = (rate > 0).then(|| ([1.0, 0.0], 1e6 / rate as f64));
+    let prefill = (rate > 0).then(|| ([1.0, 0.0, 0.0], PREFILL_SCALE[0] * 1e6 / rate as f64));
     let step = load.decode_step_micros;
     let decode = (step > 0).then(|| ([1.0, f64::from(load.batch()) / DECODE_SCALE[1], 0.0], step as f64));
     (prefill, decode)

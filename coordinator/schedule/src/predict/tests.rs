@@ -1,5 +1,7 @@
 //! Machines of known speed are learnt; liars, noise and restarts do not break what is believed.
 
+use std::num::NonZeroU32;
+
 use baton_proto::attention_pairs;
 use proptest::prelude::*;
 
@@ -9,14 +11,14 @@ use crate::fleet::testing::spec;
 /// A machine that takes so long, with noise of a tenth, and what it has reported so far.
 struct Machine {
     spec: Spec,
-    prefill: [f64; 2],
+    prefill: [f64; 3],
     decode: [f64; 3],
     load: Load,
     draws: u64,
 }
 
 impl Machine {
-    fn new(id: &str, prefill: [f64; 2], decode: [f64; 3]) -> Self {
+    fn new(id: &str, prefill: [f64; 3], decode: [f64; 3]) -> Self {
         Self { spec: spec(id), prefill, decode, load: Load::default(), draws: 7 }
     }
 
@@ -31,11 +33,12 @@ impl Machine {
         let (tokens, before) = (64 + self.draw(448), self.draw(60_000));
         let counted = attention_pairs(tokens, before + tokens);
         let noise = 0.9 + self.draw(201) as f64 / 1_000.0;
-        let micros = (self.prefill[0] * tokens as f64 + self.prefill[1] * counted as f64) * noise;
+        let micros = (at(self.prefill, [tokens as f64, counted as f64, 1.0])) * noise;
         let (sequences, context) = (1 + self.draw(60), self.draw(150_000));
         let step = self.decode[0] + self.decode[1] * sequences as f64 + self.decode[2] * context as f64;
         let timed = &mut self.load.timed;
         timed.prefill_micros += micros as u64;
+        timed.prefill_steps += 1;
         timed.prefill_tokens += tokens;
         timed.prefill_pairs += counted;
         timed.decode_micros += (step * noise * 4.0) as u64;
@@ -52,7 +55,7 @@ fn error(speeds: &Speeds, machine: &Machine, now: Instant) -> f64 {
     let mut worst = 0.0f64;
     for (tokens, whole) in [(1_000.0, 1_000.0), (8_000.0, 8_000.0), (2_000.0, 40_000.0)] {
         let pairs = tokens * (whole - tokens / 2.0);
-        let truth = machine.prefill[0] * tokens + machine.prefill[1] * pairs;
+        let truth = at(machine.prefill, [tokens, pairs, f64::ceil(tokens / 512.0)]);
         worst = worst.max((speed.prefill_micros(tokens, pairs) / truth - 1.0).abs());
     }
     for (sequences, context) in [(4.0, 20_000.0), (32.0, 100_000.0), (60.0, 60_000.0)] {
@@ -62,8 +65,8 @@ fn error(speeds: &Speeds, machine: &Machine, now: Instant) -> f64 {
     worst
 }
 
-const FAST: ([f64; 2], [f64; 3]) = ([125.0, 1.2e-3], [22_000.0, 200.0, 0.08]);
-const SLOW: ([f64; 2], [f64; 3]) = ([250.0, 2.4e-3], [44_000.0, 400.0, 0.16]);
+const FAST: ([f64; 3], [f64; 3]) = ([125.0, 1.2e-3, 0.0], [22_000.0, 200.0, 0.08]);
+const SLOW: ([f64; 3], [f64; 3]) = ([250.0, 2.4e-3, 0.0], [44_000.0, 400.0, 0.16]);
 
 #[test]
 fn fifty_reports_are_enough_to_know_each_machine() {
@@ -96,6 +99,57 @@ fn a_new_instance_is_taken_for_one_of_its_kind_and_what_was_learnt_fades_towards
     assert_eq!(speeds.of(&Spec { layout: "other".into(), ..spec("x") }, now), Speed::default());
 }
 
+/// Short rests of long prompts, and long prompts that are new: what a step takes whatever is in it is no attention.
+#[test]
+fn a_step_is_told_from_what_is_in_it() {
+    let (mut speeds, now) = (Speeds::default(), Instant::now());
+    let (prefill, step_tokens) = ([40.0, 0.8e-3, 20_000.0], NonZeroU32::new(2_048));
+    let mut machine = Machine::new("a", prefill, FAST.1);
+    machine.load.step_tokens = step_tokens;
+    for report in 0..200 {
+        let noise = 0.95 + machine.draw(101) as f64 / 1_000.0;
+        let (tokens, before, steps) = if report % 10 < 7 {
+            (16 + machine.draw(64), 30_000, 1)
+        } else {
+            (2_048 * (1 + machine.draw(4)), 0, 0)
+        };
+        let steps = if steps == 0 { tokens / 2_048 } else { steps };
+        let pairs = attention_pairs(tokens, before + tokens);
+        let timed = &mut machine.load.timed;
+        timed.prefill_micros += (at(prefill, [tokens as f64, pairs as f64, steps as f64]) * noise) as u64;
+        timed.prefill_tokens += tokens;
+        timed.prefill_pairs += pairs;
+        timed.prefill_steps += steps;
+        speeds.reported(&machine.spec, &machine.load, now);
+    }
+    let speed = speeds.of(&machine.spec, now);
+    for (tokens, whole) in [(32_768, 32_768), (2_048, 2_048), (40, 40), (40, 30_000)] {
+        let pairs = attention_pairs(tokens, whole) as f64;
+        let truth = at(prefill, [tokens as f64, pairs, tokens.div_ceil(2_048) as f64]);
+        let error = speed.prefill_micros(tokens as f64, pairs) / truth - 1.0;
+        assert!(error.abs() < 0.15, "{tokens} of {whole}: {error}");
+    }
+}
+
+#[test]
+fn prefill_fades_while_only_decode_is_heard_of() {
+    let (mut speeds, now) = (Speeds::default(), Instant::now());
+    let mut all: Vec<Machine> = ["a", "b", "c"].map(|id| Machine::new(id, FAST.0, FAST.1)).into();
+    let mut slow = Machine::new("s", SLOW.0, SLOW.1);
+    for _ in 0..51 {
+        all.iter_mut().for_each(|machine| machine.work(&mut speeds, now));
+        slow.work(&mut speeds, now);
+    }
+    let later = now + HALF_LIFE * 20;
+    let timed = &mut slow.load.timed;
+    (timed.decode_micros, timed.decode_steps) = (timed.decode_micros + 100_000, timed.decode_steps + 2);
+    speeds.reported(&slow.spec, &slow.load, later);
+    let (kind, own) = (speeds.of(&spec("new"), later), speeds.of(&slow.spec, later));
+    let prefill = |speed: Speed| speed.prefill_micros(1_000.0, 500_000.0);
+    assert!((prefill(own) / prefill(kind) - 1.0).abs() < 1e-3, "it is tried again");
+    assert!(own.step_micros(4.0, 0.0) > 1.2 * kind.step_micros(4.0, 0.0), "of decode there is news");
+}
+
 #[test]
 fn a_restart_is_learnt_anew_and_counters_that_went_back_teach_nothing() {
     let (mut speeds, now) = (Speeds::default(), Instant::now());
@@ -125,6 +179,7 @@ proptest! {
             honest.iter_mut().for_each(|machine| machine.work(&mut speeds, now));
             let timed = Timed {
                 prefill_micros: micros,
+                prefill_steps: pairs >> 7,
                 prefill_tokens: tokens,
                 prefill_pairs: pairs,
                 decode_micros: micros,

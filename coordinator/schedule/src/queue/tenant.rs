@@ -16,6 +16,8 @@ pub(super) type Key = (Instant, u64);
 pub(super) struct Entry<T> {
     pub(super) work: f64,
     pub(super) item: T,
+    /// How often others have gone before it as it did not fit.
+    pub(super) passed_over: u32,
 }
 
 /// See the module.
@@ -76,6 +78,13 @@ impl<T> Tenant<T> {
             of.late = key.0 < now;
         }
         Some(entry)
+    }
+
+    /// Another goes before this one.
+    pub(super) fn pass_over(&mut self, priority: i32, key: &Key) {
+        if let Some(entry) = self.priorities.get_mut(&priority).and_then(|of| of.waiting.get_mut(key)) {
+            entry.passed_over = entry.passed_over.saturating_add(1);
+        }
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = &T> {

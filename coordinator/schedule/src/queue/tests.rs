@@ -15,7 +15,7 @@ fn wish(tenant: &str, weight: u32, wanted: Instant) -> Wish {
 }
 
 fn take<T: Copy>(queue: &mut Queue<T>, now: Instant) -> Option<T> {
-    queue.next(now, |_| Some(())).map(|(item, ())| item)
+    queue.next(now, |_, _| Some(())).map(|(item, ())| item)
 }
 
 #[test]
@@ -53,7 +53,7 @@ fn a_turn_of_others_that_nobody_of_them_fits_into_is_not_lost() {
     (0..3).for_each(|_| push(&mut queue, 0, 9, "long"));
     (0..TURNS - 1).for_each(|_| assert_eq!(take(&mut queue, now), Some("short")));
     let mut asked = Vec::new();
-    let short = queue.next(now, |item| {
+    let short = queue.next(now, |item, _| {
         asked.push(*item);
         (*item == "short").then_some(())
     });
@@ -218,20 +218,40 @@ fn whoever_fits_goes_before_whoever_does_not_and_the_order_stays() {
         drop(queue.push(wish(if item < 20 { "a" } else { "b" }, 1, wanted(item)), item, now))
     });
     let mut asked = Vec::new();
-    let fits = |item: &i32| {
+    let fits = |item: &i32, _| {
         asked.push(*item);
-        (*item == 1).then_some("yes")
+        (*item == 20).then_some("yes")
     };
-    assert_eq!(queue.next(now, fits), Some((1, "yes")));
-    assert_eq!(asked, [0, 1]);
+    assert_eq!(queue.next(now, fits), Some((20, "yes")));
+    assert_eq!(asked, [0, 20], "what does not fit of one tenant is in no other's way");
     let mut asked = Vec::new();
-    let none = queue.next(now, |item| {
+    let none = queue.next(now, |item, _| {
         asked.push(*item);
         None::<()>
     });
-    // The other tenant has had nothing yet. Of more it is not expected that they fit.
-    assert_eq!((none, asked), (None, vec![20, 21]));
-    assert_eq!(take(&mut queue, now), Some(20));
+    // The other tenant has had something. Of more it is not expected that they fit.
+    assert_eq!((none, asked), (None, vec![0, 21]));
+    assert_eq!(take(&mut queue, now), Some(0));
+    // Of one tenant alone the second is asked.
+    let mut queue = Queue::default();
+    (0..3).for_each(|item| drop(queue.push(wish("a", 1, wanted(item)), item, now)));
+    assert_eq!(queue.next(now, |item, _| (*item == 1).then_some(())), Some((1, ())));
+}
+
+#[test]
+fn others_go_only_so_often_before_one_that_does_not_fit() {
+    let (mut queue, now) = (Queue::default(), Instant::now());
+    queue.push(wish("a", 1, now), "large", now);
+    (1..20).for_each(|n| drop(queue.push(wish("a", 1, now + Duration::from_secs(n)), "small", now)));
+    let next = |queue: &mut Queue<&'static str>| {
+        queue.next(now, |item, overdue| (*item == "small" || overdue).then_some(())).map(|(item, ())| item)
+    };
+    (0..PASSED_OVER_MOST).for_each(|_| assert_eq!(next(&mut queue), Some("small")));
+    assert_eq!(next(&mut queue), Some("large"));
+    // Where nobody goes before it it is not passed over.
+    let mut queue = Queue::default();
+    queue.push(wish("a", 1, now), "large", now);
+    (0..2 * PASSED_OVER_MOST).for_each(|_| assert_eq!(next(&mut queue), None));
 }
 
 #[test]

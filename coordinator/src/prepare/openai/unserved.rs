@@ -191,6 +191,18 @@ pub fn refuse(request: &Request) -> Result<(), ApiError> {
             not_off(&of.add_generation_prompt),
             "an answer of the assistant's is always asked for",
         ),
+        (
+            "add_special_tokens",
+            match of.messages {
+                // The template writes them.
+                Some(_) => unset(&of.add_special_tokens),
+                None => not_off(&of.add_special_tokens),
+            },
+            "special tokens are put around a prompt as the model wants it; send token ids to have others",
+        ),
+        ("stop_regex", unset(&of.stop_regex), "not served; see `stop`"),
+        ("no_stop_trim", unset(&of.no_stop_trim), "not served; see `include_stop_str_in_output`"),
+        ("return_tokens_as_token_ids", unset(&of.return_tokens_as_token_ids), "tokens are told as text"),
         ("skip_special_tokens", not_off(&of.skip_special_tokens), "special tokens have no text here"),
     ];
     match served.iter().find(|(_, good, _)| !good) {
@@ -240,6 +252,11 @@ mod tests {
             (r#"{"lora_path": "adapter"}"#, "lora_path"),
             (r#"{"skip_special_tokens": false}"#, "skip_special_tokens"),
             (r#"{"add_generation_prompt": false}"#, "add_generation_prompt"),
+            (r#"{"prompt": "x", "add_special_tokens": false}"#, "add_special_tokens"),
+            (r#"{"messages": [], "add_special_tokens": true}"#, "add_special_tokens"),
+            (r#"{"stop_regex": "a+"}"#, "stop_regex"),
+            (r#"{"no_stop_trim": true}"#, "no_stop_trim"),
+            (r#"{"return_tokens_as_token_ids": true}"#, "return_tokens_as_token_ids"),
         ];
         for (body, field) in cases {
             let error = refused(body).expect_err(body);

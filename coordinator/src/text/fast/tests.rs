@@ -14,7 +14,7 @@ fn smollm() -> GgmlTokenizer {
     let checkpoint = Checkpoint::open(&PathBuf::from(path)).expect("the model opens");
     match checkpoint.tokenizer() {
         TokenizerSource::Ggml(source) => (**source).clone(),
-        TokenizerSource::HuggingFaceJson(_) => panic!("it is a GGUF file"),
+        TokenizerSource::HuggingFaceJson { .. } => panic!("it is a GGUF file"),
     }
 }
 

@@ -222,9 +222,9 @@ impl Checkpoint {
         };
         field(REVISION_FORMAT.as_bytes());
         match &self.parts.tokenizer {
-            TokenizerSource::HuggingFaceJson(tokenizer) => {
+            TokenizerSource::HuggingFaceJson { file, .. } => {
                 field(&self.root.read(&self.path.join("config.json"))?);
-                field(&tokenizer.read()?);
+                field(&file.read()?);
             }
             // Both lie before the first tensor.
             TokenizerSource::Ggml(_) => {

@@ -5,8 +5,9 @@ use crate::RootedFile;
 /// The tokeniser as the checkpoint holds it.
 #[derive(Debug, Clone)]
 pub enum TokenizerSource {
-    /// A `tokenizer.json` of Hugging Face's tokenizers.
-    HuggingFaceJson(RootedFile),
+    /// A `tokenizer.json` of Hugging Face's tokenizers, and the tokens that the class of `tokenizer_config.json` puts before and
+    /// behind a text where the file itself does not say what comes there.
+    HuggingFaceJson { file: RootedFile, before: Option<String>, after: Option<String> },
     /// The tables that GGUF files carry under `tokenizer.ggml`.
     Ggml(Box<GgmlTokenizer>),
 }

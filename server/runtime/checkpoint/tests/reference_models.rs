@@ -41,7 +41,7 @@ fn hugging_face_directories_open() {
     assert_eq!((model.bos_token(), model.eos_token()), (Some("<|im_start|>"), Some("<|im_end|>")));
     assert!(model.chat_template().is_some_and(|template| template.contains("add_generation_prompt")));
     assert!(
-        matches!(model.tokenizer(), TokenizerSource::HuggingFaceJson(file) if file.path().ends_with("tokenizer.json"))
+        matches!(model.tokenizer(), TokenizerSource::HuggingFaceJson { file, .. } if file.path().ends_with("tokenizer.json"))
     );
 
     let sharded = open("hf-bf16-sharded-yarn");

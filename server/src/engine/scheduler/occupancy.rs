@@ -10,6 +10,8 @@ use crate::engine::sequence::{Sequence, State, Work};
 pub struct Occupancy {
     /// Most that can be in the batch.
     pub places: u32,
+    /// Most tokens of one step.
+    pub batch_tokens: u32,
     /// In the batch. What is to become several sequences here, a prompt with its choices, counts as many.
     pub running: u32,
     /// In the queue, or with a cache not offered yet or still on its way; counted likewise.
@@ -71,6 +73,7 @@ impl Scheduler {
     pub fn occupancy(&self) -> Occupancy {
         let mut occupancy = Occupancy {
             places: self.limits.max_sequences,
+            batch_tokens: self.limits.max_batch_tokens,
             waiting_room: self.waiting_room(),
             blocks_total: self.blocks.total(),
             blocks_free: self.blocks.room(),

@@ -147,6 +147,7 @@ impl Decode {
             self.tokens_per_second = mean(self.tokens_per_second, sequences as f64 * 1e6 / micros as f64);
         } else if sequences == 0 {
             self.timed.prefill_micros += micros;
+            self.timed.prefill_steps += 1;
             self.timed.prefill_tokens += u64::from(computing);
             self.timed.prefill_pairs += pairs;
         }

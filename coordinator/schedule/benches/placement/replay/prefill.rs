@@ -107,6 +107,7 @@ impl Prefill {
         let micros = self.machine.noisy(micros * self.slowness, &mut self.draws);
         self.busy_micros += micros;
         self.timed.prefill_micros += micros;
+        self.timed.prefill_steps += 1;
         self.timed.prefill_tokens += u64::from(self.stepping);
         self.timed.prefill_pairs += pairs_in_step;
         let rate = f64::from(self.stepping) * 1e6 / micros as f64;

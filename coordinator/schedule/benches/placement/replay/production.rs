@@ -21,7 +21,7 @@ use tokio::{
 use super::{
     cache::Changes,
     chooser::{Choice, Place, Report, Sight},
-    machine::Target,
+    machine::{Machine, Target},
     trace::{BLOCK_TOKENS, LONGEST_TOKENS},
 };
 
@@ -81,6 +81,7 @@ pub(crate) fn load(place: Place, report: &Report, seen: LegId) -> Load {
     Load {
         sequences: report.sequences,
         sequences_most: NonZeroU32::new(report.sequences_most),
+        step_tokens: NonZeroU32::new(Machine::NODE.chunk_tokens),
         waiting_room: None,
         queued_prefill_tokens: report.queued_uncached_tokens,
         queued_prefill_pairs: report.queued_uncached_pairs,
@@ -222,10 +223,11 @@ impl Production {
         }
         let _now = self.clock.at(now_micros);
         let board = &self.board;
-        let fits = |waiting: &Waiting| {
+        let fits = |waiting: &Waiting, overdue: bool| {
             let prompt = Prompt { tokens: waiting.tokens, chains: &waiting.chains };
             let new = Wanted::new(prompt, MAX_TOKENS, REVISION);
-            match board.book(&Wanted { among: Among::Roomy, ..new }) {
+            let among = if overdue { Among::All } else { Among::Roomy };
+            match board.book(&Wanted { among, ..new }) {
                 Ok(booked) => Some(booked),
                 Err(NoPlace::Busy) => None,
                 Err(error) => panic!("both roles are there, and no prompt is too long: {error}"),

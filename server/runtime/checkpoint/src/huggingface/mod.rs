@@ -38,7 +38,11 @@ pub(crate) fn read(root: &ModelRoot, directory: &Path) -> Result<Parts, Checkpoi
         config: model,
         tensors,
         files,
-        tokenizer: TokenizerSource::HuggingFaceJson(RootedFile::new(root, tokenizer)),
+        tokenizer: TokenizerSource::HuggingFaceJson {
+            file: RootedFile::new(root, tokenizer),
+            before: tokens.before,
+            after: tokens.after,
+        },
         chat_template: tokens.chat_template,
         bos_token: tokens.bos,
         eos_token: tokens.eos,

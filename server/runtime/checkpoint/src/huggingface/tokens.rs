@@ -12,6 +12,9 @@ pub(super) struct Tokens {
     pub(super) chat_template: Option<String>,
     pub(super) bos: Option<String>,
     pub(super) eos: Option<String>,
+    /// Put around a text by the tokeniser's class.
+    pub(super) before: Option<String>,
+    pub(super) after: Option<String>,
     /// Ascending.
     pub(super) stop_ids: Vec<u32>,
 }
@@ -45,7 +48,20 @@ pub(super) fn read(
         Some(template) => Some(template),
         None => settings.as_ref().and_then(|settings| template(settings.get("chat_template")?)),
     };
-    Ok(Tokens { chat_template, bos, eos, stop_ids: stop_ids.into_iter().collect() })
+    let around = |field, token: &Option<String>, default| {
+        token.clone().filter(|_| settings.as_ref().is_some_and(|settings| adds(settings, field, default)))
+    };
+    let (before, after) = (around("add_bos_token", &bos, true), around("add_eos_token", &eos, false));
+    Ok(Tokens { chat_template, bos, eos, before, after, stop_ids: stop_ids.into_iter().collect() })
+}
+
+/// Whether LLaMA's class of tokenisers, which writes the post-processor anew, is asked to put such a token around a text. Others
+/// leave it as the file has it.
+fn adds(settings: &JsonFile, field: &str, default: bool) -> bool {
+    const CLASSES: [&str; 2] = ["LlamaTokenizer", "LlamaTokenizerFast"];
+    let is_of_class = settings.get("tokenizer_class").and_then(Value::as_str);
+    is_of_class.is_some_and(|class| CLASSES.contains(&class))
+        && settings.get(field).and_then(Value::as_bool).unwrap_or(default)
 }
 
 /// A number or a list of numbers.
