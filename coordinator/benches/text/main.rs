@@ -147,7 +147,7 @@ struct Json {
 
 impl Json {
     fn tokenizer(&self, cache_bytes: usize) -> Result<(Tokenizer, TokenTexts), Error> {
-        Ok(Tokenizer::of_json(&self.content, &self.path, (None, None), &TextCache::new(cache_bytes))?)
+        Ok(Tokenizer::of_json(&self.content, &self.path, None, &TextCache::new(cache_bytes))?)
     }
 }
 

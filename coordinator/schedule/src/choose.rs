@@ -168,6 +168,7 @@ fn walk<'a>(
     // How long it may wait where as many wait as may, and elsewhere.
     let [room_of_full, room] = match ask.wanted.among {
         Among::Roomy => [f64::NEG_INFINITY, settings.room.as_secs_f64() * 1e6],
+        Among::Waiting => [f64::NEG_INFINITY, f64::INFINITY],
         Among::All | Among::PeersOf(_) => [f64::INFINITY; 2],
     };
     let predicted = settings.policy == Policy::Predicted;

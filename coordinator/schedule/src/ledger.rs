@@ -12,8 +12,8 @@
 //! coordinator's own work as it is now. With others at rest that is the truth; with no report yet it is the own work.
 //!
 //! An instance counts more finely: what is left of a half computed prompt, blocks as they are taken. What it says is
-//! believed until the next report; what ends meanwhile is taken off as it was booked, never below nothing, and of a prompt no
-//! more than can have been computed since. Blocks are
+//! believed until the next report; what ends meanwhile is taken off as it was booked, never below nothing, and of a prompt that
+//! is computed no more than can have been since. Blocks are
 //! never taken to be fewer than are promised: a decode leg holds none before its cache is offered.
 //!
 //! A leg is over for the estimate as soon as this coordinator cancels it, but stays known until the instance confirms
@@ -153,8 +153,9 @@ impl Account {
         let Work { prefill_tokens: tokens, prefill_pairs: pairs, .. } = work;
         let counted = tokens.min(most.saturating_sub(self.computed));
         self.computed += counted;
-        let share = counted as f64 / tokens.max(1) as f64;
-        let prefill_pairs = (pairs as f64 * share) as u64;
+        // They are its last, before which the most lie.
+        let each = pairs as f64 / tokens.max(1) as f64 + (tokens - counted) as f64 / 2.0;
+        let prefill_pairs = pairs.min((counted as f64 * each) as u64);
         self.over.add(Work { prefill_tokens: counted, prefill_pairs, ..Work::default() });
     }
 

@@ -73,6 +73,9 @@ pub enum Among<'a> {
     All,
     /// All, for one that is new: if it would wait longer than [`Settings::room`] on each of them, it is [`NoPlace::Busy`].
     Roomy,
+    /// All but those where as many wait as may, for one that is new and has waited for room in vain: if there is nobody else, it is
+    /// [`NoPlace::Busy`].
+    Waiting,
     /// Those that this one can hand its cache to, for a request that leaves it as it drains: having all of the cache but a
     /// block at most it takes prefill's part, and who goes on is all there is to choose.
     PeersOf(&'a InstanceId),
@@ -83,7 +86,7 @@ impl<'a> Among<'a> {
     fn handed_on_by(self) -> Option<&'a InstanceId> {
         match self {
             Self::PeersOf(from) => Some(from),
-            Self::All | Self::Roomy => None,
+            Self::All | Self::Roomy | Self::Waiting => None,
         }
     }
 }

@@ -34,7 +34,7 @@ const TURNS: u32 = 20;
 /// Requests that are asked in one go whether they fit. Where so many do not, nobody is asked any more: room is the fleet's,
 /// and to look for it takes time in a large one.
 const ASKED_MOST: usize = 2;
-/// So often others may go before one that did not fit; then it is to be taken whether it fits or not.
+/// So often others may go before one that did not fit; when it is asked next, it is to be taken if anything is.
 const PASSED_OVER_MOST: u32 = 8;
 
 /// Whom a request goes before.
@@ -239,6 +239,9 @@ impl<T> Queue<T> {
     ) -> Option<(Ticket, R)> {
         let mut left = ASKED_MOST;
         for (of_band, most) in in_turn(self.bands.keys().copied(), self.turns) {
+            if left == 0 {
+                break;
+            }
             let band = &self.bands[&of_band];
             let mut tenants: Vec<(&Arc<str>, &Tenant<T>)> =
                 band.tenants.iter().filter(|(_, of)| of.waiting > 0).collect();

@@ -359,7 +359,7 @@ impl Desk {
             let (now, vacant) = (Instant::now(), &mut state.vacant);
             // An instance takes what waits there in order: with it one waits for room that others would take all the time.
             let fits = |waiter: &Waiter, overdue: bool| {
-                let among = if overdue { Among::All } else { Among::Roomy };
+                let among = if overdue { Among::Waiting } else { Among::Roomy };
                 let book = || placer.book_all(&self.served, &waiter.prepared.prompts, among);
                 let lacks = |found: &Found| matches!(found, Err(reason) if reason.may_pass() && *reason != NoPlace::Busy);
                 let mut found = book();

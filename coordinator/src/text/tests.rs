@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, time::SystemTime};
 
-use baton_checkpoint::Checkpoint;
+use baton_checkpoint::{Around, Checkpoint};
 use serde_json::Value;
 
 use super::*;
@@ -107,23 +107,32 @@ fn a_text_begins_as_the_class_of_the_tokeniser_has_it() {
     let path = PathBuf::from(path).join("deepseek_v3/tokenizer.json");
     let json = std::fs::read(&path).expect("is read");
     let cache = TextCache::new(0);
-    let encode = |json: &[u8], around| {
-        let (tokenizer, _) = Tokenizer::of_json(json, &path, around, &cache).expect("is taken");
+    let encode = |json: &[u8], around: Option<[Option<&str>; 2]>| {
+        let around = around.map(|around| around.map(|token| token.map(str::to_owned)));
+        let around = around.map(|[before, after]| Around { before, after });
+        let (tokenizer, _) = Tokenizer::of_json(json, &path, around.as_ref(), &cache).expect("is taken");
         [true, false].map(|surround| tokenizer.encode("a", surround).expect("encodes"))
     };
     let (bos, eos) = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>");
-    let [plain, bare] = encode(&json, (None, None));
+    let [plain, bare] = encode(&json, None);
     assert_eq!(plain, bare, "the file itself adds nothing");
-    let [surrounded, bare] = encode(&json, (Some(bos), Some(eos)));
-    assert_eq!((surrounded, bare), ([&[0], &plain[..], &[1]].concat(), plain.clone()));
-    // Where the file adds some of its own it is believed.
-    let mut said: serde_json::Value = serde_json::from_slice(&json).expect("is JSON");
-    said["post_processor"] = serde_json::json!({
+    // Nor does it matter where it does.
+    let mut says: serde_json::Value = serde_json::from_slice(&json).expect("is JSON");
+    says["post_processor"] = serde_json::json!({
         "type": "TemplateProcessing",
         "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
         "pair": [],
         "special_tokens": {bos: {"id": bos, "ids": [0], "tokens": [bos]}},
     });
-    let [own, _] = encode(said.to_string().as_bytes(), (Some(bos), Some(eos)));
-    assert_eq!(own, [&[0], &plain[..]].concat());
+    let says = says.to_string();
+    assert_eq!(encode(says.as_bytes(), None)[0], [&[0], &plain[..]].concat());
+    for json in [&json[..], says.as_bytes()] {
+        for (around, expected) in [
+            ([Some(bos), None], [&[0], &plain[..]].concat()),
+            ([Some(bos), Some(eos)], [&[0], &plain[..], &[1]].concat()),
+            ([None, None], plain.clone()),
+        ] {
+            assert_eq!(encode(json, Some(around)), [expected, plain.clone()]);
+        }
+    }
 }

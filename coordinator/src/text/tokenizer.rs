@@ -2,9 +2,9 @@
 
 use std::{path::Path, sync::Arc};
 
-use baton_checkpoint::{Checkpoint, GgmlTokenizer, TokenizerSource};
+use baton_checkpoint::{Around, Checkpoint, GgmlTokenizer, TokenizerSource};
 use serde_json::Value;
-use tokenizers::Tokenizer as Tables;
+use tokenizers::{PostProcessorWrapper, Tokenizer as Tables};
 
 use super::{
     TextError, TokenizerError,
@@ -52,9 +52,9 @@ impl Tokenizer {
         cache: &Arc<TextCache>,
     ) -> Result<(Self, TokenTexts), TextError> {
         match checkpoint.tokenizer() {
-            TokenizerSource::HuggingFaceJson { file, before, after } => {
+            TokenizerSource::HuggingFaceJson { file, around } => {
                 let json = file.read().map_err(Box::new)?;
-                Self::of_json(&json, file.path(), (before.as_deref(), after.as_deref()), cache)
+                Self::of_json(&json, file.path(), around.as_ref(), cache)
             }
             TokenizerSource::Ggml(source) => Self::of_ggml(source, checkpoint.path(), cache),
         }
@@ -72,12 +72,11 @@ impl Tokenizer {
         Ok((Self { engine, before: built.before, after: built.after }, built.texts))
     }
 
-    /// From a `tokenizer.json`. `path` is for errors to name; `around` are the tokens that come before and behind a text if the
-    /// file puts none there.
+    /// From a `tokenizer.json`. `path` is for errors to name; `around` is what comes around a text if that is not as the file says.
     pub fn of_json(
         json: &[u8],
         path: &Path,
-        around: (Option<&str>, Option<&str>),
+        around: Option<&Around>,
         cache: &Arc<TextCache>,
     ) -> Result<(Self, TokenTexts), TextError> {
         let failed = |source| TextError::Tokenizer { path: path.to_owned(), source };
@@ -86,10 +85,11 @@ impl Tokenizer {
         tables.with_padding(None);
         tables.with_truncation(None).map_err(|error| failed(error.into()))?;
         let texts = json_texts(&tables).map_err(failed)?;
-        let puts_none = tables.encode_fast("", true).is_ok_and(|encoding| encoding.is_empty());
-        let id =
-            |token: Option<&str>| token.filter(|_| puts_none).and_then(|token| tables.token_to_id(token));
-        let (before, after) = (id(around.0), id(around.1));
+        if around.is_some() {
+            tables.with_post_processor(None::<PostProcessorWrapper>);
+        }
+        let id = |token: &Option<String>| tables.token_to_id(token.as_deref()?);
+        let (before, after) = around.map_or((None, None), |around| (id(&around.before), id(&around.after)));
         let engine = Engine::of(tables, path, cache);
         Ok((Self { engine, before, after }, texts))
     }

@@ -5,9 +5,9 @@
 //! axis. The equations are solved one coefficient at a time, each kept from falling below zero, until they stand still:
 //! nobody's work takes less time the more there is of it, however noise has it.
 
-/// What is left of a sample's weight with each that follows: it tells of the last fifty.
+/// What is left of a sample's weight with each that follows: the last fifty count.
 const KEPT: f64 = 0.98;
-/// Rounds over the coefficients; they stand still long before.
+/// Rounds over the coefficients, at a time.
 const ROUNDS: usize = 32;
 
 /// The sums over samples of `N` features.
@@ -32,7 +32,7 @@ impl<const N: usize> Fit<N> {
         self.samples == 0.0
     }
 
-    /// For features `x`, all about 1 or less, `y` was measured.
+    /// For features `x`, scaled to about 1, `y` was measured.
     pub(super) fn learn(&mut self, x: [f64; N], y: f64) {
         self.samples = KEPT * self.samples + 1.0;
         for i in 0..N {
@@ -44,7 +44,8 @@ impl<const N: usize> Fit<N> {
         }
     }
 
-    /// The coefficients, of which `before` was known, as surely as from so many samples along each axis.
+    /// The coefficients, of which `before` was known, as surely as from so many samples along each axis. They are looked for from
+    /// there on: where samples hardly tell one from another, the rounds of several calls bring them apart, each from the last.
     pub(super) fn solve(&self, before: [f64; N], samples: f64) -> [f64; N] {
         let mut line = before;
         if self.samples == 0.0 {

@@ -35,9 +35,9 @@ const UNKNOWN_PREFILL: [f64; 3] = [500.0, 0.0, 0.0];
 const UNKNOWN_STEP_TOKENS: f64 = 512.0;
 /// The same for each decode step, each sequence, and each token of context.
 const UNKNOWN_DECODE: [f64; 3] = [15_000.0, 1_000.0, 0.0];
-/// How many samples the speed of the kind counts for in an instance's own, and what is assumed of a kind in the kind's.
+/// How many samples the speed of the kind counts for in an instance's own, and what the kind was taken for last in the kind's.
 const KIND_SAMPLES: f64 = 1.0;
-const UNKNOWN_SAMPLES: f64 = 0.05;
+const LAST_SAMPLES: f64 = 0.05;
 /// By these features of a step are divided, so that all are about 1: its tokens, their pairs, and itself; itself, its sequences,
 /// and their tokens.
 const PREFILL_SCALE: [f64; 3] = [512.0, 512.0 * 10_000.0, 1.0];
@@ -69,8 +69,7 @@ impl Speed {
     /// Tokens of prompts that can be computed in such a time, and in the step that it ends in.
     pub fn prefill_tokens_within(&self, micros: f64) -> u64 {
         let each = self.prefill[0] + self.prefill[2] / self.step_tokens;
-        // None, or an infinity, is as many as there are.
-        (micros / each + self.step_tokens) as u64
+        if each > 0.0 { (micros / each + self.step_tokens) as u64 } else { u64::MAX }
     }
 
     /// Steps that so many tokens of prompts take.
@@ -94,7 +93,7 @@ impl Speed {
         Self {
             prefill: std::array::from_fn(|i| mix(other.prefill[i], self.prefill[i], of_prefill)),
             decode: std::array::from_fn(|i| mix(other.decode[i], self.decode[i], of_decode)),
-            step_tokens: self.step_tokens,
+            step_tokens: other.step_tokens,
         }
     }
 }
@@ -154,8 +153,9 @@ struct Learner {
     learnt: Learnt,
     /// What follows from it; `None`: nothing was learnt yet.
     speed: Option<Speed>,
-    /// The counters as they were reported last.
+    /// The counters as they were reported last, and what it said of its steps.
     counted: Timed,
+    step_tokens: f64,
     /// When something was learnt last, of prefill and of decode.
     at: [Instant; 2],
 }
@@ -171,12 +171,14 @@ impl Speeds {
     /// An instance has reported. Counters that went back are another process's: all is learnt anew.
     pub fn reported(&mut self, spec: &Spec, load: &Load, now: Instant) {
         let kind = self.kind(spec);
+        let step_tokens = load.step_tokens.map_or(UNKNOWN_STEP_TOKENS, |tokens| tokens.get().into());
         let new = || Learner {
             incarnation: spec.incarnation,
             kind,
             learnt: Learnt::default(),
             speed: None,
             counted: load.timed,
+            step_tokens,
             at: [now; 2],
         };
         let known = match self.instances.get_mut(&spec.id) {
@@ -190,9 +192,8 @@ impl Speeds {
             *known = new();
             return;
         };
-        known.counted = load.timed;
+        (known.counted, known.step_tokens) = (load.timed, step_tokens);
         let kind = &mut self.kinds[kind];
-        let step_tokens = load.step_tokens.map_or(UNKNOWN_STEP_TOKENS, |tokens| tokens.get().into());
         let (prefill, decode) = samples(&since, load, step_tokens);
         if let Some((x, y)) = prefill {
             let expected = at(kind.speed.prefill, times(x, PREFILL_SCALE));
@@ -209,8 +210,8 @@ impl Speeds {
             known.at[1] = now;
         }
         if prefill.is_some() || decode.is_some() {
-            let unknown = Speed { step_tokens, ..Speed::default() };
-            kind.speed = kind.learnt.speed(unknown, UNKNOWN_SAMPLES);
+            // What late samples say nothing of stays as it was: while nothing long comes, what long prompts take is not forgotten.
+            kind.speed = kind.learnt.speed(Speed { step_tokens, ..kind.speed }, LAST_SAMPLES);
             known.speed = Some(known.learnt.beside(kind.speed));
         }
     }
@@ -222,7 +223,7 @@ impl Speeds {
             let alike = self.kinds.iter().find(|kind| kind.is(spec));
             return alike.map_or_else(Speed::default, |kind| kind.speed);
         };
-        let kind = self.kinds[known.kind].speed;
+        let kind = Speed { step_tokens: known.step_tokens, ..self.kinds[known.kind].speed };
         let Some(own) = known.speed else { return kind };
         let halves = |at| now.saturating_duration_since(at).as_secs_f64() / HALF_LIFE.as_secs_f64();
         own.from(kind, known.at.map(|at| 0.5f64.powf(halves(at))))

@@ -106,6 +106,10 @@ fn who_decodes_as_many_as_it_may_is_waited_for() {
     let busy = fleet(of(4_064, Some(64)), of(4_064, Some(64)));
     assert_eq!(roomy(&busy), Err(NoPlace::Busy));
     assert!(chosen(&busy, &none, &among(Among::All)).is_ok(), "there is nobody else");
+    assert!(chosen(&busy, &none, &among(Among::Waiting)).is_ok(), "it waits there");
+    let shut = |waiting_room| Load { waiting_room: Some(waiting_room), ..of(4_064, Some(64)) };
+    assert!(chosen(&fleet(shut(0), shut(1)), &none, &among(Among::Waiting)).is_ok());
+    assert_eq!(chosen(&fleet(shut(0), shut(0)), &none, &among(Among::Waiting)), Err(NoPlace::Busy));
     assert!(
         roomy(&fleet(of(4_064, None), of(4_064, None))).is_ok(),
         "one of an earlier version does not say"

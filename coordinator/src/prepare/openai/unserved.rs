@@ -9,7 +9,7 @@ use serde::{
     de::{Error, IgnoredAny, MapAccess, SeqAccess, Visitor},
 };
 
-use super::Request;
+use super::{Prompt, Request};
 
 /// Words that are told apart are no longer.
 const WORD_BYTES_MOST: usize = 16;
@@ -193,10 +193,12 @@ pub fn refuse(request: &Request) -> Result<(), ApiError> {
         ),
         (
             "add_special_tokens",
-            match of.messages {
+            match (&of.messages, &of.prompt) {
                 // The template writes them.
-                Some(_) => unset(&of.add_special_tokens),
-                None => not_off(&of.add_special_tokens),
+                (Some(_), _) => unset(&of.add_special_tokens),
+                // Nothing is put around ids.
+                (None, Some(Prompt::Tokens(_) | Prompt::TokenLists(_))) => true,
+                (None, _) => not_off(&of.add_special_tokens),
             },
             "special tokens are put around a prompt as the model wants it; send token ids to have others",
         ),
@@ -271,5 +273,13 @@ mod tests {
             "response_format": {"type": "text"}, "modalities": ["text"], "use_beam_search": false, "audio": null,
             "skip_special_tokens": true, "verbosity": "medium", "web_search_options": {}, "user": "u"}"#;
         assert!(refused(taken).is_ok());
+        for taken in [
+            r#"{"messages": [], "add_special_tokens": false}"#,
+            r#"{"prompt": "x", "add_special_tokens": true}"#,
+            r#"{"prompt": [1, 2], "add_special_tokens": false}"#,
+            r#"{"prompt": "x", "add_special_tokens": null}"#,
+        ] {
+            assert!(refused(taken).is_ok(), "{taken}");
+        }
     }
 }

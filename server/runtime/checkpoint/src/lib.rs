@@ -33,4 +33,4 @@ pub use parts::Format;
 pub use root::{ModelRoot, RootedFile};
 pub use rope::{Rope, RopeFrequencies, RopeOrder, RopeScaling};
 pub use tensor::{BlockScales, ExpertWeight, LayerWeight, TensorView, Weight};
-pub use tokenizer::{GgmlTokenizer, TokenKind, TokenizerSource};
+pub use tokenizer::{Around, GgmlTokenizer, TokenKind, TokenizerSource};

@@ -5,11 +5,18 @@ use crate::RootedFile;
 /// The tokeniser as the checkpoint holds it.
 #[derive(Debug, Clone)]
 pub enum TokenizerSource {
-    /// A `tokenizer.json` of Hugging Face's tokenizers, and the tokens that the class of `tokenizer_config.json` puts before and
-    /// behind a text where the file itself does not say what comes there.
-    HuggingFaceJson { file: RootedFile, before: Option<String>, after: Option<String> },
+    /// A `tokenizer.json` of Hugging Face's tokenizers. `around`: what the class that `tokenizer_config.json` names puts around a
+    /// text, whatever the file says of that; `None`: it is as the file says.
+    HuggingFaceJson { file: RootedFile, around: Option<Around> },
     /// The tables that GGUF files carry under `tokenizer.ggml`.
     Ggml(Box<GgmlTokenizer>),
+}
+
+/// The names of the tokens before and behind a text.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Around {
+    pub before: Option<String>,
+    pub after: Option<String>,
 }
 
 /// Special tokens that are known to end a turn, for files that leave unsaid which do.

@@ -226,7 +226,7 @@ impl Production {
         let fits = |waiting: &Waiting, overdue: bool| {
             let prompt = Prompt { tokens: waiting.tokens, chains: &waiting.chains };
             let new = Wanted::new(prompt, MAX_TOKENS, REVISION);
-            let among = if overdue { Among::All } else { Among::Roomy };
+            let among = if overdue { Among::Waiting } else { Among::Roomy };
             match board.book(&Wanted { among, ..new }) {
                 Ok(booked) => Some(booked),
                 Err(NoPlace::Busy) => None,

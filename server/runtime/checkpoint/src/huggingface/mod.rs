@@ -40,8 +40,7 @@ pub(crate) fn read(root: &ModelRoot, directory: &Path) -> Result<Parts, Checkpoi
         files,
         tokenizer: TokenizerSource::HuggingFaceJson {
             file: RootedFile::new(root, tokenizer),
-            before: tokens.before,
-            after: tokens.after,
+            around: tokens.around,
         },
         chat_template: tokens.chat_template,
         bos_token: tokens.bos,

@@ -6,15 +6,17 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::fields::{JsonFile, read_text};
-use crate::{CheckpointError, ModelRoot, tokenizer::ENDINGS};
+use crate::{
+    CheckpointError, ModelRoot,
+    tokenizer::{Around, ENDINGS},
+};
 
 pub(super) struct Tokens {
     pub(super) chat_template: Option<String>,
     pub(super) bos: Option<String>,
     pub(super) eos: Option<String>,
-    /// Put around a text by the tokeniser's class.
-    pub(super) before: Option<String>,
-    pub(super) after: Option<String>,
+    /// By the tokeniser's class.
+    pub(super) around: Option<Around>,
     /// Ascending.
     pub(super) stop_ids: Vec<u32>,
 }
@@ -48,20 +50,20 @@ pub(super) fn read(
         Some(template) => Some(template),
         None => settings.as_ref().and_then(|settings| template(settings.get("chat_template")?)),
     };
-    let around = |field, token: &Option<String>, default| {
-        token.clone().filter(|_| settings.as_ref().is_some_and(|settings| adds(settings, field, default)))
-    };
-    let (before, after) = (around("add_bos_token", &bos, true), around("add_eos_token", &eos, false));
-    Ok(Tokens { chat_template, bos, eos, before, after, stop_ids: stop_ids.into_iter().collect() })
+    let around = settings.as_ref().and_then(|settings| around(settings, bos.as_deref(), eos.as_deref()));
+    Ok(Tokens { chat_template, bos, eos, around, stop_ids: stop_ids.into_iter().collect() })
 }
 
-/// Whether LLaMA's class of tokenisers, which writes the post-processor anew, is asked to put such a token around a text. Others
-/// leave it as the file has it.
-fn adds(settings: &JsonFile, field: &str, default: bool) -> bool {
+/// LLaMA's class of tokenisers writes anew what comes around a text; with others it is as the file says.
+fn around(settings: &JsonFile, bos: Option<&str>, eos: Option<&str>) -> Option<Around> {
     const CLASSES: [&str; 2] = ["LlamaTokenizer", "LlamaTokenizerFast"];
-    let is_of_class = settings.get("tokenizer_class").and_then(Value::as_str);
-    is_of_class.is_some_and(|class| CLASSES.contains(&class))
-        && settings.get(field).and_then(Value::as_bool).unwrap_or(default)
+    let class = settings.get("tokenizer_class")?.as_str()?;
+    let adds = |field, default| settings.get(field).and_then(Value::as_bool).unwrap_or(default);
+    let named = |token: Option<&str>, adds: bool| token.filter(|_| adds).map(str::to_owned);
+    CLASSES.contains(&class).then(|| Around {
+        before: named(bos, adds("add_bos_token", true)),
+        after: named(eos, adds("add_eos_token", false)),
+    })
 }
 
 /// A number or a list of numbers.
