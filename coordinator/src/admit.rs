@@ -1,8 +1,9 @@
 //! Who may come in, who waits and who is turned away.
 //!
 //! A request takes a [`Ticket`] on arrival ([`crate::http`]), before its body is read. The memory of all bodies together is
-//! bounded ([`body`]), and that of all prompts and log probabilities from when they are tokenised until they are answered;
-//! tenants share it ([`budget`]). Once its model is known it takes a [`Spot`] in that model's [`Line`] and, once prepared, waits there for a [`Permit`] and a place among
+//! bounded ([`body`]), and that of all prompts, echoes and log probabilities from when prompts are tokenised until they are
+//! answered; tenants share it ([`budget`]). Once its model is known it takes a [`Spot`] in that model's [`Line`] and, once
+//! prepared, waits there for a [`Permit`] and a place among
 //! the instances ([`line`]): what waits for one model's instances holds up no other model's requests. A body that is not
 //! prepared on the spot waits for a [`Turn`] at a core before. All are given back by drop. Overflow policy: a full house or
 //! line is 429 at once, unless another gives way, who then is told so; as is a wait that is predicted to be too long, and a
@@ -21,6 +22,7 @@ use crate::{
     config::LimitsConfig,
     keys::Tenant,
     metrics::{Metrics, Refusals},
+    prepare::Prepared,
 };
 
 pub mod body;
@@ -105,9 +107,21 @@ impl Gate {
         Ok(Ticket { held: None, _room: room })
     }
 
-    /// Reserves what is kept of a request's prompts and log probabilities, beyond what its room in the house is good for, until
-    /// it is answered. Keys of a later band leave a part of it to those of earlier ones.
-    pub fn hold(&self, ticket: &mut Ticket, bytes: usize, tenant: &Tenant) -> Result<(), ApiError> {
+    /// Reserves what is kept of a request, beyond what its room in the house is good for, until it is answered. Keys of a later
+    /// band leave a part of it to those of earlier ones.
+    pub fn hold(&self, ticket: &mut Ticket, prepared: &Prepared, tenant: &Tenant) -> Result<(), ApiError> {
+        // A prompt alone is never more than one may have.
+        let field = if prepared.shape.logprobs { "logprobs" } else { "echo" };
+        self.hold_bytes(ticket, prepared.held_bytes(), tenant, field)
+    }
+
+    fn hold_bytes(
+        &self,
+        ticket: &mut Ticket,
+        bytes: usize,
+        tenant: &Tenant,
+        field: &'static str,
+    ) -> Result<(), ApiError> {
         let beyond = bytes.saturating_sub(body::FREE_BYTES);
         let left = match tenant.band {
             _ if tenant.name.is_empty() => 0,
@@ -117,10 +131,10 @@ impl Gate {
         };
         if beyond > self.max_held_prompt_bytes - left {
             let message = format!(
-                "of this request {bytes} bytes would be kept, of prompts and log probabilities, more than one may have; ask for \
-                 fewer tokens, choices or log probabilities"
+                "{field}: {bytes} bytes of this request would have to be kept, more than one may have; leave it out, or ask for \
+                 fewer tokens or choices"
             );
-            return Err(ApiError::new(ErrorCode::InvalidArgument, message).param("logprobs"));
+            return Err(ApiError::new(ErrorCode::InvalidArgument, message).param(field));
         }
         if beyond > 0 {
             let mut held = self.prompts.part(&tenant.name);
@@ -221,7 +235,7 @@ mod tests {
                 let name = if tenant.name.is_empty() { String::new() } else { n.to_string() };
                 let tenant = &Tenant { name: name.into(), ..tenant.clone() };
                 let mut ticket = gate.enter(|| None, || false).expect("room");
-                let held = gate.hold(&mut ticket, body::FREE_BYTES + (50 << 10), tenant);
+                let held = gate.hold_bytes(&mut ticket, body::FREE_BYTES + (50 << 10), tenant, "echo");
                 held.map(|()| ticket).ok()
             };
             (0..32).map_while(|n| holds(&n)).collect::<Vec<_>>()

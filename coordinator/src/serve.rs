@@ -103,7 +103,7 @@ impl Service {
             report.enters("queue");
             report.of_model(&model.counts);
             let (prepared, spot) = prepared?;
-            self.gate.hold(&mut ticket, prepared.held_bytes(), &tenant)?;
+            self.gate.hold(&mut ticket, &prepared, &tenant)?;
             call.admit(&prepared, Instant::now())?;
             let (name, prompt_tokens) = (model.served.name.clone(), prepared.prompt_tokens());
             card.set(Stage::Queued { model: name, prompt_tokens });

@@ -1,6 +1,7 @@
 //! The fleet and the ledger behind one lock, held for microseconds, never across an await.
 //!
-//! Written by the fleet's keeper, the streams to instances and the guards of placed work ([`booking`]); read by whoever books a place.
+//! Written by the fleet's keeper, the streams to instances and the guards of placed work ([`booking`]); read by whoever books a
+//! place.
 
 mod booking;
 

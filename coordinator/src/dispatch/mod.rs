@@ -1,8 +1,8 @@
 //! From a placement to tokens in order: both legs out at once, what they bring back merged.
 //!
 //! Called by [`crate::place`] with a placed request; leaves text to [`crate::stream`]. [`machine`] is the protocol (pure),
-//! [`generation`] drives it for one [`assignment`] over [`crate::fleet`]'s attachments, with a guard for each of its [`legs`], up to
-//! its [`deadline`]; [`wire`] is how instances are told.
+//! [`generation`] drives it for one [`assignment`] over [`crate::fleet`]'s attachments, with a guard for each of its [`legs`],
+//! up to its [`deadline`]; [`wire`] is how instances are told.
 
 mod assignment;
 mod deadline;

@@ -330,6 +330,11 @@ async fn log_probabilities_take_memory_until_they_are_answered() {
     assert_eq!(too_many.status(), 400);
     let error: Value = too_many.json().await.expect("is JSON");
     assert_eq!(error["error"]["param"], "logprobs");
+    let echoes = json!({"model": "tiny", "prompt": vec![7; 8_000], "max_tokens": 1, "n": 32, "echo": true});
+    let echoes = cluster.post("/v1/completions", echoes.to_string()).await.expect("ends");
+    assert_eq!(echoes.status(), 400);
+    let error: Value = echoes.json().await.expect("is JSON");
+    assert_eq!(error["error"]["param"], "echo");
     for (request, leg) in [(first, leg), (plain, plain_leg)] {
         request.abort();
         assert_eq!(mixed.cancelled().await.leg, leg);

@@ -48,7 +48,8 @@ impl Part {
     }
 }
 
-/// Work on the ledger. The streams to instances take it off as these say that it is done; what is left on drop is not wanted any more.
+/// Work on the ledger. The streams to instances take it off as these say that it is done; what is left on drop is not wanted any
+/// more.
 pub struct Credit {
     pub(super) board: Arc<Board>,
     /// On the instance that prefills, or does everything.

@@ -8,9 +8,9 @@
 //! Samples are differences of counters that each instance reports of steps which did one kind of work alone
 //! (`InstanceLoad`, fields 27 to 34 and 36): exact means, however far apart reports are, and no clock of this process is in
 //! them. Instances of one *kind*, which run one model in one layout of KV caches, are alike until they show otherwise: what
-//! is not known of one is taken from its kind, and what was learnt of one, of prefill and of decode, fades towards its kind while nothing
-//! new is heard of that ([`HALF_LIFE`]), so that an instance that was slow once is tried again. Nobody is believed to be more than
-//! [`FACTOR_MOST`] times as fast or as slow as its kind.
+//! is not known of one is taken from its kind, and what was learnt of one, of prefill and of decode, fades towards its kind while
+//! nothing new is heard of that ([`HALF_LIFE`]), so that an instance that was slow once is tried again. Nobody is believed to be
+//! more than [`FACTOR_MOST`] times as fast or as slow as its kind.
 
 mod fit;
 mod lengths;
