@@ -58,7 +58,7 @@ impl Placer {
         avoid: &[InstanceId],
         among: Among<'_>,
     ) -> Result<Booked, NoPlace> {
-        let chains = prompt.chains.say(&self.board.caches.dialects(&served.revision), generated);
+        let chains = self.board.caches.name(&served.revision, &prompt.chains, generated);
         let admitting = self.breakers.admitting(avoid, Instant::now());
         let booking =
             self.board.book(&wanted(served, prompt, generated, &chains, admitting.avoid(), among))?;
@@ -74,7 +74,7 @@ impl Placer {
         prompt: &PreparedPrompt,
         among: Among<'_>,
     ) -> Result<(Placement, Receipt), NoPlace> {
-        let chains = prompt.chains.say(&self.board.caches.dialects(&served.revision), &[]);
+        let chains = self.board.caches.name(&served.revision, &prompt.chains, &[]);
         let admitting = self.breakers.admitting(&[], Instant::now());
         self.board.look(&wanted(served, prompt, &[], &chains, admitting.avoid(), among))
     }

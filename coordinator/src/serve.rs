@@ -161,8 +161,10 @@ impl Service {
             let prepared = spot.and_then(|spot| {
                 let prepared = prepare(&model.served, endpoint, &request, limits, seed)?;
                 // Here, where there is a core for it; whoever places the prompts finds it done.
-                let dialects = board.caches.dialects(&model.served.revision);
-                prepared.prompts.iter().for_each(|prompt| drop(prompt.chains.say(&dialects, &[])));
+                let name = |prompt: &PreparedPrompt| {
+                    drop(board.caches.name(&model.served.revision, &prompt.chains, &[]))
+                };
+                prepared.prompts.iter().for_each(name);
                 Ok((prepared, spot))
             });
             Ok(Addressed { model, prepared, ticket: body.done() })

@@ -18,7 +18,7 @@ use baton_coordinator::{
     prepare::{Endpoint, RequestLimits, Served, parse, prepare},
     text::{Detokenizer, TextCache, TokenTexts, Tokenizer},
 };
-use baton_proto::BlockHash;
+use baton_schedule::chains::{Chains, Dialect, KnownStrides};
 use clap::Parser;
 use tabled::{
     builder::Builder,
@@ -212,15 +212,22 @@ fn requests(args: &Args, content: &str) -> Result<(), Error> {
         };
         let tokens = request()?.prompts[0].tokens.clone();
         let best = (0..args.rounds).map(|_| seconds(request)).fold(f64::MAX, f64::min);
-        let root = BlockHash::root("layout", "");
-        let names = || tokens.chunks_exact(16).fold(root, |last, block| last.child(block));
+        let dialect = Dialect::new("layout", 16).ok_or("blocks of no tokens")?;
+        // What was named before is as the tokens are: all of it, or nothing.
+        let kept = KnownStrides::default();
+        let names = || {
+            let fresh = KnownStrides::default();
+            let known = if cache_bytes > 0 { &kept } else { &fresh };
+            Chains::new(tokens.clone()).say(&[dialect], &[], known)
+        };
+        let blocks = names()[0].keys.len();
         let hashed = (0..args.rounds).map(|_| seconds(names)).fold(f64::MAX, f64::min);
         println!(
             "chat of {} KB, {name}: {:.0} requests/s a core ({:.2} ms), the names of its {} blocks {:.2} ms more",
             body.len() / 1000,
             1.0 / best,
             best * 1e3,
-            tokens.len() / 16,
+            blocks,
             hashed * 1e3,
         );
     }

@@ -11,7 +11,7 @@ use parking_lot::{Mutex, MutexGuard};
 use tokio::time::Instant;
 
 use super::index::{BLOCK_BYTES, Depths, PrefixIndex, Slot, Ticket};
-use crate::chains::{Chain, Dialect};
+use crate::chains::{Chain, Chains, Dialect, KnownStrides};
 
 /// Blocks that are changed at a time, tens of microseconds.
 const AT_ONCE: usize = 512;
@@ -50,6 +50,8 @@ pub struct State {
 #[derive(Debug)]
 pub struct Caches {
     state: Mutex<State>,
+    /// Of all prompts.
+    strides: KnownStrides,
 }
 
 impl Caches {
@@ -63,7 +65,7 @@ impl Caches {
             dialects: HashMap::new(),
             depths: Depths::default(),
         };
-        Arc::new(Self { state: Mutex::new(state) })
+        Arc::new(Self { state: Mutex::new(state), strides: KnownStrides::default() })
     }
 
     /// How instances of a model name their blocks.
@@ -71,6 +73,11 @@ impl Caches {
         let state = self.state.lock();
         let spoken = state.dialects.get(revision).into_iter().flatten();
         spoken.map(|(dialect, _)| *dialect).collect()
+    }
+
+    /// What a prompt's blocks, with what was `generated` after it, are called by any instance of a model.
+    pub fn name(&self, revision: &str, prompt: &Chains, generated: &[u32]) -> Vec<Chain> {
+        prompt.say(&self.dialects(revision), generated, &self.strides)
     }
 
     /// For what an instance says of its cache. It is believed for as long as the feed lives.
@@ -269,7 +276,6 @@ impl Drop for Feed {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::chains::Chains;
 
     fn dialect(layout: &str) -> Dialect {
         Dialect::new(layout, 4).expect("blocks of 4 tokens")
@@ -294,13 +300,13 @@ mod tests {
         let caches = Caches::new(1 << 20, 0);
         let (mut a, mut b) = (caches.feed(subject(1)), caches.feed(subject(2)));
         let prompt = Chains::new((0..20).collect());
-        assert!(prompt.say(&caches.dialects("r1"), &[]).is_empty());
-        let both = prompt.say(&[dialect("x"), dialect("y")], &[]);
+        assert!(caches.name("r1", &prompt, &[]).is_empty());
+        let both = prompt.say(&[dialect("x"), dialect("y")], &[], &KnownStrides::default());
         told(&mut a, "x", &both[0].keys[..3]).expect("one dialect");
         told(&mut b, "y", &both[1].keys[..2]).expect("two dialects");
         assert_eq!(caches.dialects("r1"), [dialect("x"), dialect("y")]);
         assert_eq!(caches.dialects("r2"), []);
-        let said = prompt.say(&caches.dialects("r1"), &[]);
+        let said = caches.name("r1", &prompt, &[]);
         assert_eq!(blocks(&caches, &said, 1), Some((3, 4)));
         assert_eq!(blocks(&caches, &said, 2), Some((2, 4)));
         assert_eq!(blocks(&caches, &said[1..], 1), Some((0, 4)));
@@ -321,7 +327,7 @@ mod tests {
         told(&mut old, "x", &[1]).expect("one dialect");
         told(&mut new, "x", &[1]).expect("one dialect");
         drop(old);
-        let chains = Chains::new((0..4).collect()).say(&[dialect("x")], &[]);
+        let chains = Chains::new((0..4).collect()).say(&[dialect("x")], &[], &KnownStrides::default());
         assert!(caches.lock().expect(1, &chains).is_some());
         assert_eq!(caches.dialects("r1"), [dialect("x")]);
     }
@@ -330,7 +336,7 @@ mod tests {
     fn nothing_is_expected_of_an_instance_that_keeps_nothing() {
         let caches = Caches::new(1 << 20, 0);
         let mut feed = caches.feed(subject(1));
-        let chains = Chains::new((0..4).collect()).say(&[dialect("x")], &[]);
+        let chains = Chains::new((0..4).collect()).say(&[dialect("x")], &[], &KnownStrides::default());
         let expected = || caches.lock().expect(1, &chains).is_some();
         told(&mut feed, "x", &[]).expect("one dialect");
         assert!(!expected());

@@ -5,10 +5,11 @@
 //! hashes are [`BlockHash`]es, the servers' own; of each the first 64 bits are kept: two that are equal by chance, or by
 //! somebody's work, cost a misprediction and nothing else, as only the server's whole hash decides what is taken.
 //!
-//! A chain is computed once for a request and dialect, when it is first asked for: a fraction of a microsecond a block.
-//! The coordinator asks first, on the core that has tokenised the prompt.
+//! A chain is computed once for a request and dialect, when it is first asked for: a fraction of a microsecond a block, and less
+//! of what was named before ([`KnownStrides`]). The coordinator asks first, on the core that has tokenised the prompt.
 
 mod names;
+mod strides;
 
 use std::{num::NonZero, sync::Arc};
 
@@ -17,6 +18,8 @@ use parking_lot::Mutex;
 
 pub use names::Names;
 pub(crate) use names::mixed;
+pub use strides::KnownStrides;
+use strides::STRIDE;
 
 /// How some instances name their blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,8 +58,18 @@ struct Growing {
 }
 
 impl Growing {
-    fn of(dialect: Dialect, tokens: &[u32]) -> Self {
-        Self { chain: Chain { dialect, keys: Arc::default() }, last: dialect.root }.followed_by(tokens)
+    fn of(dialect: Dialect, tokens: &[u32], known: &KnownStrides) -> Self {
+        let mut last = dialect.root;
+        let mut names = Vec::with_capacity(tokens.len() / dialect.block_tokens() as usize);
+        let strides = tokens.chunks_exact(STRIDE * dialect.block_tokens() as usize);
+        let rest = strides.remainder();
+        for tokens in strides {
+            let stride = known.of(last, tokens);
+            names.extend(stride.names);
+            last = stride.last;
+        }
+        let whole = Self { chain: Chain { dialect, keys: Arc::new(names.into_iter().collect()) }, last };
+        whole.followed_by(rest)
     }
 
     /// With the full blocks of `tokens`, which come right behind it.
@@ -76,19 +89,19 @@ impl Growing {
 #[derive(Debug)]
 pub struct Chains {
     tokens: Tokens,
-    known: Mutex<Vec<Growing>>,
+    said: Mutex<Vec<Growing>>,
 }
 
 impl Chains {
     /// Of this prompt; nothing is computed yet.
     pub fn new(tokens: Tokens) -> Arc<Self> {
-        Arc::new(Self { tokens, known: Mutex::default() })
+        Arc::new(Self { tokens, said: Mutex::default() })
     }
 
     /// In each of these dialects, of the prompt and what was `generated` after it.
-    pub fn say(&self, dialects: &[Dialect], generated: &[u32]) -> Vec<Chain> {
+    pub fn say(&self, dialects: &[Dialect], generated: &[u32], known: &KnownStrides) -> Vec<Chain> {
         let whole = |dialect: &Dialect| {
-            let prompt = self.of_prompt(*dialect);
+            let prompt = self.of_prompt(*dialect, known);
             if generated.is_empty() {
                 return prompt.chain;
             }
@@ -100,16 +113,16 @@ impl Chains {
 
     /// What the names known so far take, in bytes.
     pub fn held_bytes(&self) -> usize {
-        self.known.lock().iter().map(|growing| growing.chain.keys.held_bytes()).sum()
+        self.said.lock().iter().map(|growing| growing.chain.keys.held_bytes()).sum()
     }
 
-    fn of_prompt(&self, dialect: Dialect) -> Growing {
-        let mut known = self.known.lock();
-        if let Some(prompt) = known.iter().find(|prompt| prompt.chain.dialect == dialect) {
+    fn of_prompt(&self, dialect: Dialect, known: &KnownStrides) -> Growing {
+        let mut said = self.said.lock();
+        if let Some(prompt) = said.iter().find(|prompt| prompt.chain.dialect == dialect) {
             return prompt.clone();
         }
-        let prompt = Growing::of(dialect, &self.tokens);
-        known.push(prompt.clone());
+        let prompt = Growing::of(dialect, &self.tokens, known);
+        said.push(prompt.clone());
         prompt
     }
 }
@@ -134,25 +147,29 @@ mod tests {
 
     #[test]
     fn a_prompt_is_named_as_servers_name_it_in_each_dialect() {
-        let tokens: Vec<u32> = (0..41).collect();
-        let chains = Chains::new(tokens.clone().into());
-        for _ in 0..2 {
-            let said = chains.say(&[dialect(16), dialect(8)], &[]);
+        let known = KnownStrides::default();
+        for length in [41, 1100, 3000] {
+            let tokens: Vec<u32> = (0..length).collect();
             let (of_16, of_8) = (named(&tokens, 16), named(&tokens, 8));
-            assert_eq!((&said[0].keys[..], &said[1].keys[..]), (&of_16[..], &of_8[..]));
+            let chains = [0, 1].map(|_| Chains::new(tokens.clone().into()));
+            // The second prompt finds what the first had named.
+            for chains in [&chains[0], &chains[0], &chains[1]] {
+                let said = chains.say(&[dialect(16), dialect(8)], &[], &known);
+                assert_eq!((&said[0].keys[..], &said[1].keys[..]), (&of_16[..], &of_8[..]));
+                assert_eq!(chains.said.lock().len(), 2, "each is computed once");
+            }
         }
-        assert_eq!(chains.known.lock().len(), 2, "each is computed once");
         assert!(Dialect::new("layout", 0).is_none());
     }
 
     #[test]
     fn what_was_generated_comes_behind_the_prompts_last_tokens() {
-        let all: Vec<u32> = (0..70).collect();
-        for prompt in [0, 15, 16, 41] {
+        let (all, known) = ((0..1200).collect::<Vec<u32>>(), KnownStrides::default());
+        for prompt in [0, 15, 16, 41, 1024, 1100] {
             let chains = Chains::new(all[..prompt].into());
-            let said = chains.say(&[dialect(16)], &all[prompt..]);
+            let said = chains.say(&[dialect(16)], &all[prompt..], &known);
             assert_eq!(said[0].keys[..], named(&all, 16)[..], "after {prompt}");
-            assert_eq!(chains.say(&[dialect(16)], &[])[0].keys.len(), prompt / 16);
+            assert_eq!(chains.say(&[dialect(16)], &[], &known)[0].keys.len(), prompt / 16);
         }
     }
 }

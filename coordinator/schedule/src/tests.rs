@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use super::{
     caches::{Caches, Subject},
-    chains::{Chains, Dialect},
+    chains::{Chains, Dialect, KnownStrides},
     fleet::{
         Fleet, Load, Role, Spec,
         testing::{ready, spec},
@@ -255,7 +255,7 @@ fn number(fleet: &Fleet, id: &str) -> u32 {
 /// Who is chosen for a prompt of 1,000 tokens of which these instances have so many blocks of 16, with the receipt.
 fn chosen_of(fleet: &Fleet, cached: &[(&str, usize)]) -> (Vec<String>, Receipt) {
     let dialect = Dialect::new("l", 16).expect("16 tokens");
-    let chains = Chains::new((0..1000).collect()).say(&[dialect], &[]);
+    let chains = Chains::new((0..1000).collect()).say(&[dialect], &[], &KnownStrides::default());
     let caches = Caches::new(1 << 20, 0);
     let feeds: Vec<_> = cached
         .iter()
@@ -314,7 +314,7 @@ fn the_last_token_is_computed_by_whoever_goes_on_from_it() {
     let caches = Caches::new(1 << 20, 0);
     let mut feed = caches.feed(Subject { instance: number(&fleet, "p"), revision: "r1".into() });
     let dialect = Dialect::new("l", 16).expect("16 tokens");
-    let chains = Chains::new((0..32).collect()).say(&[dialect], &[]);
+    let chains = Chains::new((0..32).collect()).say(&[dialect], &[], &KnownStrides::default());
     feed.begin();
     feed.store(&chains[0].keys);
     feed.publish(dialect).expect("one dialect");
@@ -336,7 +336,7 @@ fn only_what_is_to_be_computed_is_on_the_ledger() {
     board.up(&p.id, p.incarnation, ready(Role::Prefill));
     board.up(&d.id, d.incarnation, ready(Role::Decode));
     let dialect = Dialect::new("l", 16).expect("16 tokens");
-    let chains = Chains::new((0..1000).collect()).say(&[dialect], &[]);
+    let chains = Chains::new((0..1000).collect()).say(&[dialect], &[], &KnownStrides::default());
     let mut feed = board.feed(&p.id);
     feed.begin();
     feed.store(&chains[0].keys[..40]);

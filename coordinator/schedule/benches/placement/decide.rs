@@ -16,7 +16,7 @@ use baton_schedule::{
     Placement, Prompt, Settings, Wanted,
     board::{Board, Booking},
     caches::Feed,
-    chains::{Chain, Chains, Dialect},
+    chains::{Chain, Chains, Dialect, KnownStrides},
 };
 use tabled::{builder::Builder, settings::Style};
 
@@ -113,8 +113,9 @@ impl Shared {
         let dialect = Dialect::new("one", KV_BLOCK_TOKENS).expect("blocks of some tokens");
         let sieve = Sieve::new(Settings::DEFAULT.index_every_tokens, KV_BLOCK_TOKENS);
         let beginnings: Vec<_> = (0..BEGINNINGS).map(|_| tokens(draws, SHARED_TOKENS)).collect();
-        let keys =
-            |tokens: &Vec<u32>| told(sieve, &Chains::new(tokens.as_slice().into()).say(&[dialect], &[]));
+        let keys = |tokens: &Vec<u32>| {
+            told(sieve, &Chains::new(tokens.as_slice().into()).say(&[dialect], &[], &KnownStrides::default()))
+        };
         let said: Vec<_> = beginnings.iter().map(keys).collect();
         let other = keys(&tokens(draws, KV_BLOCK_TOKENS * 64));
         let keep = |place: &Place| {
@@ -135,7 +136,7 @@ impl Shared {
     fn chain(&self, draws: &mut Draws) -> Vec<Chain> {
         let mut prompt = self.beginnings[draws.below(BEGINNINGS)].clone();
         prompt.extend(tokens(draws, LONG_TOKENS - SHARED_TOKENS));
-        Chains::new(prompt.into()).say(&[self.dialect], &[])
+        Chains::new(prompt.into()).say(&[self.dialect], &[], &KnownStrides::default())
     }
 
     /// A request is over: both of its instances have its prompt.
